@@ -1,0 +1,41 @@
+.DEFAULT_GOAL := help
+.PHONY: help env quickstart test test-fast check format chaos serve cluster-up cluster-down clean
+PY := .venv/bin/python
+RUN ?= runs/quickstart
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+env:  ## build .venv (once; everything below does it by itself)
+	@cluster/local/setup.sh
+
+quickstart: env  ## the whole pipeline on phantoms, the report, one served query (about 15 min on 2 cores)
+	@$(PY) -m jobs.pipeline jobs/recipes/quickstart.yaml run=$(RUN)
+	@$(PY) -m jobs.query jobs/recipes/quickstart.yaml run=$(RUN)
+
+test: env  ## all tests, real engines included, with line coverage
+	@$(PY) -m pytest -m "not chaos and not gpu" --cov --cov-report=term
+
+test-fast: env  ## the tests without engines (under 90 s)
+	@$(PY) -m pytest -m "not engine and not chaos and not gpu"
+
+check: env  ## ruff (format, lint) and mypy --strict
+	@$(PY) -m ruff format --check . && $(PY) -m ruff check . && $(PY) -m mypy
+
+format: env  ## ruff's formatting and safe fixes
+	@$(PY) -m ruff format . && $(PY) -m ruff check --fix .
+
+chaos: env  ## interrupt and kill the pipeline on real engines; its tables must equal an undisturbed run's
+	@$(PY) -m pytest -m chaos -s
+
+serve: env  ## the scorer on http://127.0.0.1:8000 (OpenAPI page at /docs)
+	@$(PY) -m jobs.serve jobs/recipes/quickstart.yaml run=$(RUN)
+
+cluster-up: env  ## a local Ray cluster for `ray job submit`, on 127.0.0.1 only
+	@cluster/local/up.sh
+
+cluster-down:  ## stop that cluster, and nothing else
+	@cluster/local/down.sh
+
+clean:  ## remove caches and build output (not .venv, not runs/)
+	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* && find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

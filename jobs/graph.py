@@ -1,0 +1,121 @@
+"""The pipeline as data: every step in order, what it reads and what it makes.
+
+A name is a table (with its record) or an artifact (None: a folder, such as an index or a checkpoint). Each step's code
+is ``jobs.<name>.run``, its config the recipe's section of the same name. Raise `version` when a step's code makes
+something else from the same config: what was made before is then made again.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from medmm_ray.records import (
+    Document,
+    Evidence,
+    Image,
+    Labels,
+    Question,
+    ReviewItem,
+    Scores,
+    Solutions,
+    States,
+    Vector,
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    name: str
+    reads: tuple[str, ...]
+    makes: Mapping[str, type | None]
+    version: int = 1
+    what: str = field(default="", compare=False)
+
+
+LABELS = ("judge_labels", "monte_carlo_labels", "expert_labels")
+
+STEPS = (
+    Step(
+        "ingest",
+        (),
+        {"raw_questions": Question, "raw_images": Image, "documents": Document, "demonstrations": Solutions},
+        what="read the source",
+    ),
+    Step(
+        "curate",
+        ("raw_questions", "raw_images"),
+        {"questions": Question, "images": Image},
+        what="drop duplicates and leaks, split",
+    ),
+    Step("train_image_tower", ("images",), {"image_tower": None}, what="contrastive image tower (open_clip)"),
+    Step(
+        "embed",
+        ("questions", "images", "documents", "image_tower"),
+        {"image_vectors": Vector, "document_vectors": Vector, "query_vectors": Vector},
+        what="embed images, documents, questions",
+    ),
+    Step("index", ("image_vectors", "document_vectors"), {"index": None}, what="FAISS indexes"),
+    Step(
+        "retrieve",
+        ("questions", "images", "documents", "image_vectors", "query_vectors", "index"),
+        {"evidence": Evidence},
+        what="documents and similar images",
+    ),
+    Step(
+        "train_policy",
+        ("questions", "demonstrations", "documents"),
+        {"policy": None},
+        what="supervised fine-tuning (DeepSpeed)",
+    ),
+    Step("sample", ("questions", "images", "evidence", "policy"), {"solutions": Solutions}, what="solutions by vLLM"),
+    Step(
+        "judge",
+        ("questions", "images", "evidence", "solutions"),
+        {"judge_labels": Labels},
+        what="a verdict for each step",
+    ),
+    Step(
+        "monte_carlo",
+        ("questions", "evidence", "solutions", "judge_labels", "policy"),
+        {"monte_carlo_labels": Labels},
+        what="roll out uncertain steps (vLLM)",
+    ),
+    Step(
+        "review",
+        ("questions", "images", "solutions", "judge_labels", "monte_carlo_labels"),
+        {"review_queue": ReviewItem, "expert_labels": Labels},
+        what="the expert's queue and verdicts",
+    ),
+    Step(
+        "train_text_prm",
+        ("questions", "evidence", "solutions", *LABELS, "policy"),
+        {"text_prm": None},
+        what="text reward model (DeepSpeed)",
+    ),
+    Step(
+        "states",
+        ("questions", "evidence", "solutions", "text_prm"),
+        {"states": States},
+        what="text states of the training split",
+    ),
+    Step(
+        "train_two_tower",
+        ("questions", "images", "evidence", "solutions", *LABELS, "states", "text_prm", "image_tower"),
+        {"two_tower": None},
+        what="image fusion on cached states",
+    ),
+    Step(
+        "score",
+        ("questions", "images", "evidence", "solutions", "two_tower"),
+        {"scores": Scores},
+        what="step scores of the test split",
+    ),
+    Step(
+        "evaluate",
+        ("questions", "images", "evidence", "solutions", *LABELS, "scores"),
+        {"report": None},
+        what="report.json, report.html",
+    ),
+)
+
+BY_NAME = {step.name: step for step in STEPS}
+MAKER = {name: step for step in STEPS for name in step.makes}

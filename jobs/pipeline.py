@@ -1,0 +1,232 @@
+"""All steps of a recipe in one Ray session: ``python -m jobs.pipeline recipe.yaml [--from STEP] [--until STEP]``.
+
+What is complete is skipped and what was interrupted resumes, so that the same command is also the way to go on after
+Ctrl-C, a crash or a changed setting.
+"""
+
+import argparse
+import json
+import logging
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table as Grid
+from rich.text import Text
+
+from jobs.graph import BY_NAME, STEPS, Step
+from jobs.recipe import Recipe
+from jobs.resources import ResourceSampler
+from jobs.step import Job, Run, guarded, parser, read_arguments, run_step
+from medmm_ray.config import ConfigError, help_text
+from medmm_ray.tables import filesystem, write_file
+
+HEARTBEAT_S = 30
+log = logging.getLogger("medmm_ray")
+
+
+@dataclass
+class Row:
+    """One line of the live table."""
+
+    step: Step
+    state: str = "waiting"
+    rows: int | None = None
+    seconds: float | None = None
+    note: str = ""
+
+
+class Board:
+    """The live table of steps; on a screen it redraws itself, elsewhere (a job's log, CI) it prints a line a change."""
+
+    def __init__(self, run: Run, steps: Sequence[Step], console: Console) -> None:
+        self.run = run
+        self.rows = {step.name: Row(step) for step in steps}
+        self.console = console
+        self.job: Job | None = None
+        self._started = time.monotonic()
+        self._done = threading.Event()
+
+    def live(self) -> "Live | nullcontext[None]":
+        if self.console.is_terminal:
+            return Live(get_renderable=self.render, console=self.console, refresh_per_second=1, transient=False)
+        threading.Thread(target=self._heartbeat, name="heartbeat", daemon=True).start()
+        return nullcontext()
+
+    def start(self, step: Step, job: Job) -> None:
+        self.job, self._started = job, time.monotonic()
+        self._change(step, "running")
+
+    def finish(self, step: Step, state: str) -> None:
+        manifests = self.run.manifests(step)
+        row = self.rows[step.name]
+        row.rows = sum(m.rows for m in manifests) or None
+        row.seconds = sum(m.seconds for m in manifests)
+        row.note = ", ".join(f"{kind}: {n} failed" for m in manifests for kind, n in m.errors.items())
+        self.job = None
+        self._change(step, state)
+
+    def skip(self, step: Step) -> None:
+        self._change(step, "left out")
+
+    def fail(self, step: Step, state: str) -> None:
+        self.job = None
+        self._change(step, state)
+
+    def _change(self, step: Step, state: str) -> None:
+        row = self.rows[step.name]
+        row.state = state
+        if not self.console.is_terminal:
+            seconds = f"{row.seconds:8.1f} s" if row.seconds is not None else ""
+            rows = f"{row.rows:,} rows" if row.rows else ""
+            self.console.print(f"{step.name:<18}{state:<12}{rows:>16}{seconds:>12}  {row.note}".rstrip(), style=None)
+
+    def _heartbeat(self) -> None:
+        while not self._done.wait(HEARTBEAT_S):
+            if self.job is not None:
+                elapsed = time.monotonic() - self._started
+                self.console.print(f"{self.job.step.name:<18}{elapsed:8.0f} s  {self._waiting(self.job)}")
+
+    def close(self) -> None:
+        self._done.set()
+
+    @staticmethod
+    def _waiting(job: Job) -> str:
+        if not job.expected:
+            return job.waiting
+        return f"{job.waiting}: {job.progress():,} of {job.expected:,}"
+
+    def render(self) -> Group:
+        grid = Grid("step", "what", "state", box=None, pad_edge=False, header_style="bold")
+        grid.add_column("rows", justify="right")
+        grid.add_column("seconds", justify="right")
+        grid.add_column("waiting for")
+        styles = {"running": "bold cyan", "done": "green", "complete": "dim", "left out": "dim", "failed": "bold red"}
+        for row in self.rows.values():
+            note, seconds = row.note, row.seconds
+            if self.job is not None and row.step.name == self.job.step.name:
+                note, seconds = self._waiting(self.job), time.monotonic() - self._started
+            grid.add_row(
+                row.step.name, row.step.what, Text(row.state, styles.get(row.state, "")),
+                f"{row.rows:,}" if row.rows else "", f"{seconds:.1f}" if seconds is not None else "", note,
+            )  # fmt: skip
+        return Group(grid)
+
+
+def chosen(first: str | None, last: str | None) -> list[Step]:
+    """The steps from `first` until `last`, both included."""
+    for name in (first, last):
+        if name is not None and name not in BY_NAME:
+            raise ConfigError(f"unknown step {name!r}; the steps are {', '.join(BY_NAME)}")
+    names = list(BY_NAME)
+    steps = STEPS[names.index(first) if first else 0 : names.index(last) + 1 if last else None]
+    if not steps:
+        raise ConfigError(f"--from {first} comes after --until {last}; the order is {', '.join(names)}")
+    return list(steps)
+
+
+def run_pipeline(recipe: Recipe, steps: Sequence[Step], console: Console) -> Run:
+    """Run `steps` in order in one Ray session; none is started if all are complete."""
+    run = Run(recipe)
+    board = Board(run, steps, console)
+    todo = []
+    with board.live():
+        for step in steps:
+            if run.skipped(step):
+                board.skip(step)
+            elif run.is_complete(step):
+                board.finish(step, "complete")
+            else:
+                todo.append(step)
+        if todo:
+            _run_steps(run, todo, board)
+    board.close()
+    return run
+
+
+def _run_steps(run: Run, steps: Sequence[Step], board: Board) -> None:
+    from medmm_ray.session import session
+
+    with ResourceSampler() as resources, session():
+        started = time.monotonic()
+        for step in steps:
+            try:
+                run_step(run, step, lambda job: board.start(job.step, job))
+            except BaseException as error:
+                board.fail(step, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+                raise
+            board.finish(step, "done")
+            _keep_usage(run, step, resources, time.monotonic() - started)
+
+
+def _keep_usage(run: Run, last: Step, resources: ResourceSampler, seconds: float) -> None:
+    """What the run has used so far, beside its tables; the report of a later session does not change it."""
+    fs, path = filesystem(f"{run.recipe.run}/usage.json")
+    usage = {
+        "until": last.name,
+        "seconds": round(seconds, 1),
+        "core_minutes": round(resources.core_minutes, 2),
+        "peak_pss_gib": round(resources.peak_gib, 2),
+    }
+    write_file(fs, path, json.dumps(usage, indent=2).encode())
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    arguments = parser("All steps of a recipe, resumable.")
+    arguments.add_argument("--from", dest="first", metavar="STEP", help=f"first step: {', '.join(BY_NAME)}")
+    arguments.add_argument("--until", dest="last", metavar="STEP", help="last step")
+    arguments.add_argument("--dry-run", action="store_true", help="validate, plan, and estimate cost and GPU-hours")
+    parsed = arguments.parse_intermixed_args(words)
+    if parsed.help:
+        print(arguments.format_help())
+        print(help_text(Recipe, "settings"))
+        return 0
+    return guarded(lambda: _main(parsed))
+
+
+def _main(parsed: argparse.Namespace) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    console = Console()
+    recipe = read_arguments(parsed, section=None)
+    steps = chosen(parsed.first, parsed.last)
+    if parsed.dry_run:
+        from jobs.plan import print_plan
+
+        print_plan(recipe, steps, console)
+        return 0
+    started = time.monotonic()
+    run = run_pipeline(recipe, steps, console)
+    closing(run, steps, console, time.monotonic() - started)
+    return 0
+
+
+def closing(run: Run, steps: Sequence[Step], console: Console, seconds: float) -> None:
+    """Where everything lies, and the report's headline."""
+    places = Grid(box=None, show_header=False, pad_edge=False)
+    for step in steps:
+        if not run.skipped(step):
+            for name in step.makes:
+                places.add_row(name, run.uri(name))
+    console.print("\n[bold]Where everything lies[/bold]", places)
+    usage = Path(run.recipe.run) / "usage.json"
+    if usage.is_file():
+        used = json.loads(usage.read_text())
+        console.print(
+            f"\n{seconds:.0f} s now; the last working session: {used['seconds'] / 60:.1f} min, "
+            f"{used['core_minutes']:.1f} core-minutes, at most {used['peak_pss_gib']:.1f} GiB (PSS)"
+        )
+    if BY_NAME["evaluate"] in steps and not run.skipped(BY_NAME["evaluate"]):
+        from medmm_ray.report import summary
+
+        report = json.loads((Path(run.recipe.run) / "report.json").read_text())
+        console.print("", summary(report), f"\nreport: {Path(run.recipe.run) / 'report.html'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,249 @@
+"""What a step's entry needs of its run: the recipe, the tables by name, `make` (resumable writing) and `main`."""
+
+import argparse
+import logging
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.graph import BY_NAME, MAKER, STEPS, Step
+from jobs.recipe import Recipe
+from medmm_ray.config import ConfigError, digest, help_text, identity, load
+from medmm_ray.tables import Artifact, Manifest, Origin, Table, TableError, pending
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from ray.data import Dataset
+
+log = logging.getLogger("medmm_ray")
+
+
+class Run:
+    """A recipe's run: where each table and artifact lies, under the fingerprint of what it is made from."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self._fingerprints: dict[str, str] = {}
+
+    def skipped(self, step: Step) -> bool:
+        return step.name in self.recipe.skip
+
+    def upstream(self, step: Step) -> dict[str, str]:
+        return {name: self.fingerprint(MAKER[name]) for name in step.reads if not self.skipped(MAKER[name])}
+
+    def fingerprint(self, step: Step) -> str:
+        """Config + upstream + the step's version; not pool sizes, batch sizes or paths."""
+        if step.name not in self._fingerprints:
+            self._fingerprints[step.name] = digest(
+                step.name, step.version, identity(self.section(step)), self.upstream(step)
+            )
+        return self._fingerprints[step.name]
+
+    def section(self, step: Step) -> Any:
+        return getattr(self.recipe, step.name)
+
+    def uri(self, name: str) -> str:
+        return f"{self.recipe.run.rstrip('/')}/{name}/{self.fingerprint(MAKER[name])}"
+
+    def table(self, name: str) -> Table:
+        record = MAKER[name].makes[name]
+        assert record is not None, f"{name} is not a table"
+        return Table(self.uri(name), record)
+
+    def artifact(self, name: str) -> Artifact:
+        return Artifact(self.uri(name))
+
+    def outputs(self, step: Step) -> dict[str, Artifact]:
+        return {name: self.table(name) if record else self.artifact(name) for name, record in step.makes.items()}
+
+    def is_complete(self, step: Step) -> bool:
+        return all(output.is_complete for output in self.outputs(step).values())
+
+    def manifests(self, step: Step) -> list[Manifest]:
+        return [output.manifest() for output in self.outputs(step).values()]
+
+
+class Job:
+    """One step of a run while it is worked on."""
+
+    def __init__(self, run: Run, step: Step) -> None:
+        self.run = run
+        self.step = step
+        self.recipe = run.recipe
+        self.config = run.section(step)
+        self.waiting = "starting"
+        self.expected = 0
+        self._since = time.monotonic()
+
+    def origin(self, name: str) -> Origin:
+        return Origin(
+            name=name,
+            fingerprint=self.run.fingerprint(self.step),
+            config=identity(self.config),
+            upstream=self.run.upstream(self.step),
+        )
+
+    def table(self, name: str) -> Table:
+        return self.run.table(name)
+
+    def read(self, name: str, columns: Sequence[str] | None = None) -> "pa.Table":
+        """A table of the run, whole, in memory: for the small ones."""
+        return self.run.table(name).to_arrow(columns)
+
+    def model(self, name: str, given: str | None) -> str:
+        """The model that the config names, else the run's own (the artifact `name`)."""
+        if given is not None:
+            return given
+        maker = MAKER[name]
+        if self.run.skipped(maker):
+            raise ConfigError(
+                f"{self.step.name}: no model is named and the step {maker.name!r}, which would train one, is skipped; "
+                f"name one in the section {self.step.name!r} or take {maker.name!r} out of skip"
+            )
+        artifact = self.run.artifact(name)
+        artifact.manifest()
+        return artifact.path
+
+    def seconds(self) -> float:
+        """Seconds since the step began or since its last output was committed."""
+        now = time.monotonic()
+        elapsed, self._since = now - self._since, now
+        return elapsed
+
+    def make(
+        self, name: str, source: "Dataset", ids: Iterable[str], do: "Callable[[Dataset], Dataset]", key: str,
+        explode: str | None = None,
+    ) -> None:  # fmt: skip
+        """Make a table from `source` by `do`, one row in and one row out by `key`; resumes what was interrupted."""
+        table = self.run.table(name)
+        if table.is_complete:
+            return
+        table.prepare()
+        expected = list(ids)
+        self.expected, self.waiting = len(expected), f"rows of {name}"
+        done = table.done_ids()
+        if done:
+            log.info("%s: %d of %d rows are there, resuming", name, len(done), len(expected))
+        if set(expected) - done:
+            table.write(do(pending(source, key, done)), key, explode)
+        self.report(name, table.finish(self.origin(name), key, expected, self.seconds(), self.recipe.max_error_rate))
+
+    def make_rows(self, name: str, rows: Sequence[Any], key: str, figures: dict[str, float] | None = None) -> None:
+        """Make a small table from rows in the driver."""
+        from medmm_ray.tables import write_rows
+
+        table = self.run.table(name)
+        if not table.is_complete:
+            limit = self.recipe.max_error_rate
+            self.report(name, write_rows(table, rows, self.origin(name), key, self.seconds(), limit, figures))
+
+    def make_artifact(self, name: str, do: Callable[[str], dict[str, float]]) -> None:
+        """Make a folder by `do(folder) -> figures`."""
+        artifact = self.run.artifact(name)
+        if artifact.is_complete:
+            return
+        artifact.prepare()
+        self.waiting = name
+        figures = do(artifact.path)
+        self.report(name, artifact.commit(self.origin(name), self.seconds(), figures))
+
+    def report(self, name: str, manifest: Manifest) -> None:
+        failed = ", ".join(f"{kind} {n}" for kind, n in manifest.errors.items())
+        log.info("%s: %s rows%s", name, f"{manifest.rows:,}", f", {sum(manifest.errors.values())} failed ({failed})"
+                 if failed else "")  # fmt: skip
+
+    def progress(self) -> int:
+        """Rows of the step's tables that are written so far."""
+        tables = [o for o in self.run.outputs(self.step).values() if isinstance(o, Table)]
+        return sum(t.rows_so_far() for t in tables if t.exists)
+
+
+def run_step(run: Run, step: Step, started: Callable[[Job], None] = lambda _: None) -> None:
+    """Run one step in the present Ray session; what it reads must be complete. `started` is told of its job."""
+    for name in step.reads:
+        maker = MAKER[name]
+        if not run.skipped(maker) and not run.artifact(name).is_complete:
+            raise TableError(
+                f"{step.name} reads {name}, which is not complete ({run.uri(name)}). Run python -m jobs.{maker.name} "
+                f"with the same recipe first, or python -m jobs.pipeline with --until {step.name}"
+            )
+    job = Job(run, step)
+    started(job)
+    import_module(f"jobs.{step.name}").run(job)
+
+
+def parser(what: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=what, add_help=False, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("recipe", nargs="?", help="a recipe, e.g. jobs/recipes/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="name=value", help="a setting that the recipe does not have")
+    parser.add_argument("-h", "--help", action="store_true", help="every setting, its unit and default")
+    return parser
+
+
+def read_arguments(arguments: argparse.Namespace, section: str | None) -> Recipe:
+    words = [arguments.recipe, *arguments.overrides] if arguments.recipe else []
+    recipe = words.pop(0) if words and "=" not in words[0] else None
+    if recipe is None:
+        shipped = ", ".join(sorted(p.name for p in (Path(__file__).parent / "recipes").glob("*.yaml")))
+        raise ConfigError(f"name a recipe file first; jobs/recipes/ has {shipped}")
+    return load(Recipe, recipe, words, section)
+
+
+def main(name: str, words: Sequence[str] | None = None) -> int:
+    """``python -m jobs.<name> recipe.yaml name=value``: run one step in a Ray session of its own."""
+    step = BY_NAME[name]
+    arguments = parser(f"{name}: {step.what}").parse_intermixed_args(words)
+    if arguments.help:
+        print(help_text(Recipe, f"python -m jobs.{name} recipe.yaml name=value ...   ({step.what})", section=name))
+        return 0
+    return guarded(lambda: _main(step, arguments))
+
+
+def _main(step: Step, arguments: argparse.Namespace) -> int:
+    from medmm_ray.session import session
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    run = Run(read_arguments(arguments, step.name))
+    if run.is_complete(step):
+        log.info("%s: complete already", step.name)
+    else:
+        with session():
+            run_step(run, step)
+    for output in run.outputs(step):
+        log.info("%s: %s", output, run.uri(output))
+    return 0
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """Run an entry point; a fault ends in one readable sentence and a code, the whole trace in a file."""
+    try:
+        return work()
+    except KeyboardInterrupt:
+        print("\ninterrupted; what is written is kept: run the same command again to resume", file=sys.stderr)
+        return 130
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:  # noqa: BLE001 - the outermost frame of the program
+        trace = Path(tempfile.gettempdir()) / f"medmm_ray-error-{os.getpid()}.log"
+        trace.write_text(traceback.format_exc())
+        print(f"error: {root_cause(error)}\n(the whole trace is in {trace})", file=sys.stderr)
+        return 1
+
+
+def root_cause(error: BaseException) -> str:
+    """The innermost error's own words: Ray wraps a worker's error in the trace of each stage that it crossed."""
+    cause: BaseException | None = error
+    while cause is not None:
+        error, cause = cause, getattr(cause, "cause", None) or cause.__cause__
+    known = isinstance(error, TableError | ConfigError)
+    return str(error) if known else f"{type(error).__name__}: {error}"
+
+
+__all__ = ["STEPS", "Job", "Run", "guarded", "main", "parser", "read_arguments", "run_step"]

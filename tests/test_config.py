@@ -1,0 +1,95 @@
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from medmm_ray.config import Config, ConfigError, build, digest, execution, help_text, identity, load, parse_overrides
+
+
+class Sampling(Config):
+    temperature: float = 0.7
+    """Softmax temperature."""
+    batch_size: int = execution(8)
+    """Questions a batch."""
+    steps: tuple[int, ...] = (3, 9)
+    """Steps kept, lowest and highest."""
+
+
+class Recipe(Config):
+    run: str
+    """Output folder."""
+    sample: Sampling = Sampling()
+
+
+def test_a_config_is_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Sampling().temperature = 1.0  # type: ignore[misc]
+
+
+def test_identity_leaves_out_how_a_step_runs() -> None:
+    assert identity(Sampling(batch_size=2)) == {"temperature": 0.7, "steps": [3, 9]}
+    assert identity(Sampling(temperature=0.2)) != identity(Sampling())
+
+
+def test_digest_depends_on_values_not_on_key_order() -> None:
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) == "44c7deead2ed8313"
+    assert digest("a", "b") != digest("ab")
+
+
+def test_recipe_extends_and_overrides(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("run: runs/base\nsample: {temperature: 1, batch_size: 4}\n")
+    (tmp_path / "small.yaml").write_text("extends: base.yaml\nrun: runs/small\nsample: {temperature: 1e-4}\n")
+    recipe = load(Recipe, tmp_path / "small.yaml", ["sample.batch_size=2", "steps=[2, 5]"], section="sample")
+    assert recipe == Recipe(run="runs/small", sample=Sampling(temperature=1e-4, batch_size=2, steps=(2, 5)))
+
+
+def test_a_known_top_level_name_is_not_taken_for_the_sections() -> None:
+    assert parse_overrides(["run=x", "k=1"], "sample", known=("run",)) == {"run": "x", "sample": {"k": 1}}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"run": "x", "sample": {"temprature": 1}}, "unknown name 'sample.temprature'; did you mean 'temperature'?"),
+        ({"run": "x", "smaple": {}}, "unknown name 'smaple'; did you mean 'sample'?"),
+        ({"run": "x", "sample": {"zzz": 1}}, "known names: batch_size, steps, temperature"),
+        (
+            {"run": "x", "sample": {"temperature": "hot"}},
+            "'sample.temperature' is 'hot': Input should be a valid number",
+        ),
+        ({"run": "x", "sample": {"batch_size": "4"}}, "'sample.batch_size' is '4': Input should be a valid integer"),
+        ({}, "'run' is required; set it in the recipe or as run=..."),
+    ],
+)
+def test_faults_name_the_key_and_what_was_expected(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(Recipe, values, "r.yaml")
+    assert message in str(caught.value)
+    assert str(caught.value).startswith("r.yaml: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("a: [1", "not valid YAML"), ("just text", "must hold 'section: {name: value}'"), (None, "does not exist")],
+)
+def test_unreadable_recipes(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "r.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        load(Recipe, path)
+
+
+@pytest.mark.parametrize("word", ["--lr=3", "lr", "=3", "a=[1"])
+def test_malformed_overrides(word: str) -> None:
+    with pytest.raises(ConfigError):
+        load(Recipe, None, ["run=x", word])
+
+
+def test_help_shows_every_field_with_default_and_description() -> None:
+    text = help_text(Recipe, "title")
+    assert "sample.temperature" in text
+    assert "Softmax temperature." in text
+    assert "0.7" in text
+    assert "(required)" in text
+    assert "sample." not in help_text(Recipe, "title", section="judge")

@@ -1,0 +1,213 @@
+"""Towers of each kind give the numbers of the library that they come from."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import normalize
+
+from medmm_ray.config import ConfigError
+from medmm_ray.engines.image_tower import ImageTower, save_open_clip
+from tests.clip_folders import native_config, write_biomed_clip, write_native_clip
+
+DATA = os.environ.get("MEDMM_TEST_DATA")
+
+
+def picture(seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (50, 70, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_native_clip(tmp_path_factory.mktemp("native"))
+
+
+@pytest.fixture(scope="module")
+def biomed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_biomed_clip(tmp_path_factory.mktemp("biomed"))
+
+
+@pytest.fixture(scope="module")
+def dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import BitImageProcessor, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+    folder = tmp_path_factory.mktemp("dinov2")
+    torch.manual_seed(0)
+    config = Dinov2WithRegistersConfig(
+        hidden_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14, num_register_tokens=4
+    )
+    Dinov2WithRegistersModel(config).half().save_pretrained(folder)
+    BitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
+    return folder
+
+
+def test_native_clip_equals_open_clip(native: Path) -> None:
+    import open_clip
+
+    tower = ImageTower.from_pretrained(str(native))
+    model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{native}")
+    pixels = torch.stack([tower.preprocess(picture(i)) for i in range(2)])
+    assert torch.equal(pixels[0], preprocess(picture()))
+    assert (tower.width, tower.embed_dim, tower.image_size, tower.path) == (24, 16, 32, str(native))
+    with torch.no_grad():
+        tokens = tower(pixels)
+        assert torch.allclose(tower.embed(pixels), model.encode_image(pixels, normalize=True), atol=1e-6)
+        inner = model.visual.forward_intermediates(pixels, indices=[1], output_fmt="NLC")["image_intermediates"][0]
+        assert torch.allclose(tokens.patches_BPD, inner, atol=1e-6)
+        assert torch.allclose(tokens.pooled_BD @ model.visual.proj, model.visual(pixels), atol=1e-6)
+    assert (tokens.pooled_BD.shape, tokens.patches_BPD.shape) == ((2, 24), (2, 16, 24))
+
+
+def test_biomed_clip_equals_open_clip(biomed: Path) -> None:
+    import open_clip
+
+    tower = ImageTower.from_pretrained(str(biomed))
+    model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{biomed}")
+    model.eval()
+    pixels = tower.preprocess(picture())[None]
+    assert torch.equal(pixels[0], preprocess(picture()))
+    assert (tower.width, tower.embed_dim, tower.image_size) == (64, 16, 160)
+    with torch.no_grad():
+        tokens = tower(pixels)
+        assert torch.allclose(tower.embed(pixels), model.encode_image(pixels, normalize=True), atol=1e-6)
+        trunk = model.visual.trunk
+        assert torch.allclose(tokens.pooled_BD, trunk(pixels), atol=1e-6)
+        inner = trunk.get_intermediate_layers(pixels, n=[len(trunk.blocks) - 2])[0]
+        assert torch.allclose(tokens.patches_BPD, inner, atol=1e-6)
+    assert tokens.patches_BPD.shape == (1, 100, 64)
+
+
+def test_the_text_half_is_not_needed(biomed: Path, tmp_path: Path) -> None:
+    """A BiomedCLIP folder loads where its BERT's own config cannot be reached."""
+    config = json.loads((biomed / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"]["hf_model_name"] = "nobody/unreachable"
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    (tmp_path / "open_clip_pytorch_model.bin").write_bytes((biomed / "open_clip_pytorch_model.bin").read_bytes())
+    pixels = ImageTower.from_pretrained(str(biomed)).preprocess(picture())[None]
+    with torch.no_grad():
+        expected = ImageTower.from_pretrained(str(biomed)).embed(pixels)
+        assert torch.equal(ImageTower.from_pretrained(str(tmp_path)).embed(pixels), expected)
+
+
+def test_dinov2_equals_transformers(dinov2: Path) -> None:
+    from transformers import AutoModel
+
+    tower = ImageTower.from_pretrained(str(dinov2))
+    model = AutoModel.from_pretrained(dinov2, dtype=torch.float32)
+    pixels = tower.preprocess(picture())[None]
+    assert (tower.width, tower.embed_dim, tower.image_size, pixels.shape) == (24, 24, 28, (1, 3, 28, 28))
+    with torch.no_grad():
+        tokens = tower(pixels)
+        output = model(pixel_values=pixels, output_hidden_states=True)
+        assert torch.allclose(tokens.pooled_BD, output.pooler_output, atol=1e-6)
+        assert torch.allclose(tokens.patches_BPD, output.hidden_states[2][:, 5:], atol=1e-6)
+        assert torch.allclose(tower.embed(pixels), normalize(output.pooler_output, dim=-1), atol=1e-6)
+    assert tokens.patches_BPD.shape == (1, 4, 24)
+
+
+@pytest.mark.parametrize("kind", ["native", "biomed", "dinov2"])
+def test_gradients_reach_the_first_layer_and_the_patches(kind: str, request: pytest.FixtureRequest) -> None:
+    tower = ImageTower.from_pretrained(str(request.getfixturevalue(kind)))
+    pixels = tower.preprocess(picture())[None].requires_grad_()
+    for part in tower(pixels):
+        (gradient,) = torch.autograd.grad(part.square().sum(), pixels, retain_graph=True)
+        assert gradient.abs().max() > 0
+    first = next(
+        p for n, p in tower.named_parameters() if n.endswith(("conv1.weight", "proj.weight", "projection.weight"))
+    )
+    tower.embed(pixels)[0, 0].backward()
+    assert first.grad is not None
+    assert first.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", ["native", "biomed", "dinov2"])
+def test_a_trained_tower_survives_saving(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    tower = ImageTower.from_pretrained(str(request.getfixturevalue(kind)))
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter.add_(torch.full_like(parameter, 0.01))
+    tower.save_pretrained(tmp_path / "saved")
+    again = ImageTower.from_pretrained(str(tmp_path / "saved"))
+    pixels = tower.preprocess(picture())[None]
+    with torch.no_grad():
+        assert torch.equal(again.embed(pixels), tower.embed(pixels))
+        assert torch.equal(again(pixels).patches_BPD, tower(pixels).patches_BPD)
+
+
+def test_a_saved_tower_keeps_the_text_half(native: Path, tmp_path: Path) -> None:
+    import open_clip
+
+    tower = ImageTower.from_pretrained(str(native))
+    with torch.no_grad():
+        next(tower.parameters()).add_(1.0)
+    tower.save_pretrained(tmp_path)
+    before = open_clip.create_model(f"local-dir:{native}")
+    after = open_clip.create_model(f"local-dir:{tmp_path}")
+    ids = open_clip.get_tokenizer(f"local-dir:{tmp_path}")(["normal chest"])
+    assert torch.equal(before.encode_text(ids), after.encode_text(ids))
+    assert not torch.equal(before.visual.class_embedding, after.visual.class_embedding)
+    tower.save_pretrained(native)  # over its own source, too
+    assert torch.equal(open_clip.create_model(f"local-dir:{native}").encode_text(ids), after.encode_text(ids))
+
+
+VISION = native_config()["vision_cfg"]
+
+
+@pytest.mark.parametrize(
+    ("vision", "says"),
+    [
+        ({"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}, "ResNet has no patch tokens"),
+        ({**VISION, "image_size": [32, 64]}, "not square"),
+        ({**VISION, "width": 36}, "do not fit"),
+    ],
+)
+def test_configs_that_do_not_fit_are_refused(tmp_path: Path, vision: dict[str, object], says: str) -> None:
+    save_open_clip(tmp_path, {**native_config(), "vision_cfg": vision}, {"visual.class_embedding": torch.zeros(24)})
+    with pytest.raises(ConfigError, match=says):
+        ImageTower.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("vision", "says"),
+    [
+        ({**VISION, "attentional_pool": True}, "attentional pooling"),
+        ({"timm_model_name": "test_resnet", "image_size": 64}, "ResNet is not supported"),
+    ],
+)
+def test_towers_without_a_class_token_are_refused(tmp_path: Path, vision: dict[str, object], says: str) -> None:
+    from open_clip.model import _build_vision_tower
+
+    weights = _build_vision_tower(16, dict(vision)).state_dict()
+    save_open_clip(tmp_path, {**native_config(), "vision_cfg": vision}, {f"visual.{k}": v for k, v in weights.items()})
+    with pytest.raises(ConfigError, match=says):
+        ImageTower.from_pretrained(str(tmp_path))
+
+
+def test_folders_without_a_tower_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds neither open_clip_config"):
+        ImageTower.from_pretrained(str(tmp_path))
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": native_config()}))
+    with pytest.raises(ConfigError, match="none of the weight files"):
+        ImageTower.from_pretrained(str(tmp_path))
+
+
+def test_other_vision_models_are_refused(tmp_path: Path) -> None:
+    from transformers import ConvNextConfig, ConvNextImageProcessor, ConvNextModel
+
+    ConvNextModel(ConvNextConfig(hidden_sizes=[4, 4, 4, 4], depths=[1, 1, 1, 1])).save_pretrained(tmp_path)
+    ConvNextImageProcessor().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="'convnext' is not supported"):
+        ImageTower.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.engine
+@pytest.mark.skipif(DATA is None, reason="MEDMM_TEST_DATA does not name a folder of test data")
+def test_a_real_dinov2() -> None:
+    tower = ImageTower.from_pretrained(f"{DATA}/models/dinov2-small-registers")
+    with torch.no_grad():
+        tokens = tower(tower.preprocess(picture())[None])
+    assert (tower.image_size, tokens.pooled_BD.shape, tokens.patches_BPD.shape) == (224, (1, 384), (1, 256, 384))

@@ -1,0 +1,82 @@
+"""What importing costs, and which way imports point."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "medmm_ray"
+HEAVY = ("torch", "transformers", "vllm", "faiss", "open_clip", "deepspeed", "ray", "sentence_transformers", "matplotlib")
+
+# Lower layers first; a module imports only from layers below its own, steps never from each other.
+FOUNDATION = ("config", "records", "tables", "prompts", "text", "metrics", "targets", "session", "estimate")
+INNER = ("sources", "engines")
+TOP = ("report", "serve", "rerank")
+
+
+def modules() -> list[Path]:
+    return sorted(p for p in PACKAGE.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room(module: str) -> str:
+    """The part of the package that a module belongs to: medmm_ray.engines.index -> engines."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def layer(module: str) -> int:
+    if room(module) in ("", *FOUNDATION):
+        return 0
+    return 1 if room(module) in INNER else 3 if room(module) in TOP else 2
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {m for m in found if m.split(".")[0] in ("medmm_ray", "jobs")}
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_imports_point_one_way(path: Path) -> None:
+    me = name_of(path)
+    for other in imports(path):
+        assert not other.startswith("jobs"), f"{me} imports {other}: the library never imports the jobs"
+        if room(other) != room(me):
+            assert layer(other) <= layer(me), f"{me} imports {other}, which lies above it"
+            assert not (layer(other) == layer(me) == 2), f"{me} imports {other}: steps meet in tables only"
+
+
+def test_importing_any_step_loads_no_heavy_library() -> None:
+    torch_only = ("medmm_ray.engines.reward_model", "medmm_ray.engines.image_tower")  # they are torch modules
+    names = [n for n in map(name_of, modules()) if not n.startswith(torch_only) and room(n) != "serve"]
+    code = f"""
+import importlib, sys
+for name in {names!r}:
+    importlib.import_module(name)
+    loaded = [heavy for heavy in {HEAVY!r} if heavy in sys.modules]
+    assert not loaded, f"{{name}} imports {{loaded}}"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_reward_model_needs_torch_and_transformers_only() -> None:
+    code = """
+import sys
+for absent in ("ray", "pydantic", "pyarrow", "vllm", "deepspeed", "faiss"):
+    sys.modules[absent] = None
+import medmm_ray.engines.reward_model
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,27 @@
+from medmm_ray.prompts import policy_messages, prm_messages
+
+
+def test_prm_messages_are_byte_exact() -> None:
+    system, user = prm_messages("Q (A) x", "Step 1: a ки", ["one", "two"])
+    assert system["content"] == (
+        "You are an evaluator assessing the logicality and validity of the reasoning in each step of the given "
+        "explanation. In order to support the evaluation, the relevant documents, the question, and the explanation "
+        "are provided sequentially. If the reasoning contains errors, output - after that step. If the reasoning in a "
+        "step is logical and valid, output + after that step. "
+    )
+    assert user["content"] == "Document 1: one\n\nDocument 2: two\n\nQuestion: Q (A) x\n\nExplanation: Step 1: a ки"
+
+
+def test_the_trailing_space_is_there_only_when_scoring_with_documents() -> None:
+    assert prm_messages("q", "s", ["d"])[0]["content"].endswith("that step. ")
+    assert prm_messages("q", "s", ["d"], training=True)[0]["content"].endswith("that step.")
+    without = prm_messages("q", "s")[0]["content"]
+    assert without.endswith("output + after that step.")
+    assert "the question and the explanation are provided. If" in without
+
+
+def test_policy_messages() -> None:
+    system, user = policy_messages("Q (A) x", ["one"])
+    assert system["role"] == "system"
+    assert user["content"] == "Document 1: one\n\nQuestion: Q (A) x"
+    assert policy_messages("Q", answer_type="open")[0]["content"] != system["content"]

@@ -1,0 +1,185 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from medmm_ray.records import Document, Labels, Vector, to_arrow
+from medmm_ray.tables import Artifact, Origin, RowError, Table, TableError, filesystem, rows_hash, write_rows
+
+ORIGIN = Origin(name="document_vectors", fingerprint="f", config={"k": 1}, upstream={"documents": "e"})
+
+
+def vectors(*ids: str, error: str | None = None) -> pa.Table:
+    return to_arrow(Vector, [Vector(item_id=i, vector=[1.0, 2.0], error=error) for i in ids])
+
+
+@pytest.fixture(params=["local", "file", "memory"])
+def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return {"local": f"{tmp_path}/t", "file": f"file://{tmp_path}/t", "memory": f"memory://{tmp_path.name}/t"}[
+        request.param
+    ]
+
+
+def test_a_table_is_complete_when_its_manifest_exists(uri: str) -> None:
+    table = Table(uri, Vector)
+    table.prepare()
+    table.write_part(vectors("a", "b"), "item_id")
+    table.write_part(vectors("c"), "item_id")
+    assert not table.is_complete
+    with pytest.raises(TableError, match=r"not complete: it has no manifest.json \(2 files so far\)"):
+        table.to_arrow()
+    manifest = table.finish(ORIGIN, "item_id", ["a", "b", "c"], seconds=1.5)
+    assert table.is_complete
+    assert (manifest.rows, len(manifest.files), manifest.seconds, manifest.upstream) == (3, 2, 1.5, {"documents": "e"})
+    assert {"python", "ray", "pyarrow"} <= set(manifest.versions)
+    assert table.manifest() == manifest
+    assert sorted(table.to_arrow(["item_id"])["item_id"].to_pylist()) == ["a", "b", "c"]
+
+
+def test_resume_knows_what_is_done_and_retries_what_failed(uri: str) -> None:
+    table = Table(uri, Vector)
+    table.prepare()
+    table.write_part(vectors("a"), "item_id")
+    table.write_part(vectors("b", error="image_corrupt: x"), "item_id")
+    assert table.done_ids() == {"a"}
+    assert table.rows_so_far() == 2
+    table.write_part(vectors("b"), "item_id")
+    manifest = table.finish(ORIGIN, "item_id", ["a", "b"], seconds=0)
+    assert (manifest.rows, manifest.errors) == (2, {})
+
+
+def test_what_a_retried_task_wrote_twice_is_kept_once(uri: str) -> None:
+    once, twice = Table(uri + "1", Vector), Table(uri + "2", Vector)
+    for table in (once, twice):
+        table.prepare()
+        table.write_part(vectors("a", "b", "c"), "item_id")
+    twice.write_part(vectors("b", "c", "d"), "item_id")
+    once.write_part(vectors("d"), "item_id")
+    first = once.finish(ORIGIN, "item_id", "abcd", seconds=0)
+    second = twice.finish(ORIGIN, "item_id", "abcd", seconds=0)
+    assert second.rows == 4
+    assert first.content_hash == second.content_hash
+
+
+def test_missing_and_unknown_ids_refuse_the_commit(tmp_path: Path) -> None:
+    table = Table(str(tmp_path / "t"), Vector)
+    table.prepare()
+    table.write_part(vectors("a"), "item_id")
+    with pytest.raises(TableError, match="1 of 2 ids are missing and 0 are unknown, e.g. \\['b'\\]"):
+        table.finish(ORIGIN, "item_id", ["a", "b"], seconds=0)
+    with pytest.raises(TableError, match="0 of 0 ids are missing and 1 are unknown"):
+        table.finish(ORIGIN, "item_id", [], seconds=0)
+    assert not table.is_complete
+
+
+def test_error_rate_above_the_limit_fails_with_counts_and_keeps_all_rows(tmp_path: Path) -> None:
+    table = Table(str(tmp_path / "t"), Vector)
+    table.prepare()
+    table.write_part(vectors("a", "b"), "item_id")
+    table.write_part(vectors("c", error="image_empty: c.png has 0 bytes"), "item_id")
+    table.write_part(vectors("d", error="upstream: image_corrupt"), "item_id")
+    with pytest.raises(TableError, match=r"1 of 4 rows failed \(image_empty 1\), more than max_error_rate=0.01"):
+        table.finish(ORIGIN, "item_id", "abcd", seconds=0, max_error_rate=0.01)
+    assert table.rows_so_far() == 4
+    assert table.finish(ORIGIN, "item_id", "abcd", seconds=0, max_error_rate=0.5).errors == {"image_empty": 1}
+
+
+def label_groups(*groups: tuple[str, int]) -> pa.Table:
+    def label(question: str, i: int) -> dict[str, Any]:
+        return {"question_id": question, "solution_id": f"{question}{i}", "source": "judge", "annotator": "m",
+                "steps": [{"label": 1}], "cost": 0.0, "error": None}  # fmt: skip
+
+    rows = [{"question_id": q, "labels": [label(q, i) for i in range(n)]} for q, n in groups]
+    schema = pa.schema([("question_id", pa.string()), ("labels", pa.list_(pa.struct(list(Table("x", Labels).schema))))])
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+def test_exploded_rows_keep_their_question_as_the_unit_of_resuming(uri: str) -> None:
+    table = Table(uri, Labels)
+    table.prepare()
+    table.write_part(label_groups(("p", 2), ("q", 0)), "question_id", explode="labels")
+    table.write_part(label_groups(("r", 0)), "question_id", explode="labels")
+    assert table.done_ids() == {"p", "q", "r"}
+    assert table.finish(ORIGIN, "question_id", "pqr", seconds=0).rows == 2
+    assert sorted(table.to_arrow()["solution_id"].to_pylist()) == ["p0", "p1"]
+
+
+def test_rows_that_do_not_fit_the_record_are_refused(tmp_path: Path) -> None:
+    table = Table(str(tmp_path / "t"), Vector)
+    table.prepare()
+    with pytest.raises(TableError, match=r"rows lack the columns \['vector', 'error'\]"):
+        table.write_part(pa.table({"item_id": ["a"]}), "item_id")
+    with pytest.raises(TableError, match="do not fit the record Vector"):
+        table.write_part(pa.table({"item_id": ["a"], "vector": ["text"], "error": [None]}), "item_id")
+
+
+def test_unwritable_places_and_unknown_schemes(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TableError, match="cannot write to .*file/t"):
+        Table(f"{tmp_path}/file/t", Vector).prepare()
+    with pytest.raises(TableError, match="unknown scheme 'nosuch'"):
+        filesystem("nosuch://bucket/t")
+
+
+def test_a_full_disk_is_said_and_loses_nothing(tmp_path: Path) -> None:
+    table = Table(str(tmp_path / "t"), Vector)
+    table.prepare()
+    table.write_part(vectors("a"), "item_id")
+    table.write_part(vectors("b"), "item_id")
+    (lost,) = [f for f in table.parts() if "b" in pa.parquet.read_table(f)["item_id"].to_pylist()]
+    Path(lost).unlink()
+    Path(f"{lost}.tmp").symlink_to("/dev/full")
+    with pytest.raises(TableError, match="No space left on device.*What is written so far is kept"):
+        table.write_part(vectors("b"), "item_id")
+    assert table.done_ids() == {"a"}
+
+
+def test_foreign_parquet_in_the_folder_is_named(tmp_path: Path) -> None:
+    table = Table(str(tmp_path), Vector)
+    pa.parquet.write_table(pa.table({"a": [1]}), tmp_path / "part-x-1.parquet")
+    with pytest.raises(TableError, match="part-x-1.parquet is not a part file"):
+        table.done_ids()
+
+
+def test_unknown_column(tmp_path: Path) -> None:
+    table = Table(str(tmp_path / "t"), Vector)
+    write_rows(table, [Vector(item_id="a", vector=[0.0])], ORIGIN, "item_id")
+    with pytest.raises(TableError, match=r"has no column \['vectr'\]"):
+        table.to_arrow(["vectr"])
+
+
+def test_content_hash_knows_neither_order_nor_cost() -> None:
+    rows = label_groups(("p", 3)).column("labels").combine_chunks().flatten()
+    table = pa.Table.from_struct_array(rows)
+    dearer = table.set_column(table.column_names.index("cost"), "cost", pa.array([9.0] * 3))
+    assert rows_hash(table) == rows_hash(dearer.take([2, 0, 1]))
+    assert rows_hash(table) != rows_hash(table.slice(1))
+
+
+def test_write_rows_replaces_an_unfinished_attempt(tmp_path: Path) -> None:
+    table = Table(str(tmp_path / "t"), Document)
+    table.prepare()
+    rows = [Document(document_id=i, corpus="c", title="t", text="x") for i in "ab"]
+    table.write_part(to_arrow(Document, rows[:1]), "document_id")
+    assert write_rows(table, rows, ORIGIN, "document_id").rows == 2
+    empty = Table(str(tmp_path / "e"), Document)
+    assert write_rows(empty, [], ORIGIN, "document_id").rows == 0
+    assert empty.to_arrow().num_rows == 0
+
+
+def test_artifact(tmp_path: Path) -> None:
+    artifact = Artifact(str(tmp_path / "index"))
+    with pytest.raises(TableError, match="nothing is there"):
+        artifact.manifest()
+    artifact.prepare()
+    artifact.commit(ORIGIN, 2.0, {"auroc": 0.9})
+    stored = json.loads((tmp_path / "index" / "manifest.json").read_text())
+    assert (stored["figures"], stored["seconds"]) == ({"auroc": 0.9}, 2.0)
+
+
+def test_row_errors_carry_their_kind() -> None:
+    error = RowError("image_empty", "x.png has 0 bytes")
+    assert (error.kind, str(error)) == ("image_empty", "image_empty: x.png has 0 bytes")

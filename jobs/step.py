@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 import sys
 import tempfile
 import time
@@ -237,13 +238,20 @@ def guarded(work: Callable[[], int]) -> int:
         return 1
 
 
+# The first "module.Error: words" of a trace: Ray keeps an error that crossed a stage only as text.
+_RAISED = re.compile(
+    r"^(?P<kind>[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt)): (?P<words>.+?)(?:\n\n|\Z)", re.M | re.S
+)
+
+
 def root_cause(error: BaseException) -> str:
-    """The innermost error's own words: Ray wraps a worker's error in the trace of each stage that it crossed."""
-    cause: BaseException | None = error
-    while cause is not None:
-        error, cause = cause, getattr(cause, "cause", None) or cause.__cause__
-    known = isinstance(error, TableError | ConfigError)
-    return str(error) if known else f"{type(error).__name__}: {error}"
+    """The innermost error's own words, also where Ray wrapped it in the trace of each stage that it crossed."""
+    while (inner := error.__cause__) is not None:
+        error = inner
+    raised = _RAISED.search(str(error)) if "Ray" in type(error).__name__ else None
+    kind, words = (raised["kind"], raised["words"]) if raised else (type(error).__name__, str(error))
+    kind = kind.rpartition(".")[2]
+    return words if kind in (TableError.__name__, ConfigError.__name__) else f"{kind}: {words}"
 
 
 __all__ = ["STEPS", "Job", "Run", "guarded", "main", "parser", "read_arguments", "run_step"]

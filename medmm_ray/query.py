@@ -120,8 +120,8 @@ def _steps(name: str, solution: ScoredSolution, answer: RerankAnswer, gold: str 
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1), title_style="")
     table.add_column("P(right)", justify="right")
     if answer.arm == "multimodal":
-        table.add_column("text", justify="right")
-        table.add_column("image", justify="right")
+        table.add_column("text log-odds", justify="right")
+        table.add_column("image log-odds", justify="right")
     table.add_column("step", ratio=1)
     for step in solution.steps:
         style = colour(step.probability)

@@ -47,7 +47,8 @@ def session(quiet: bool = True) -> Iterator[None]:
     context.execution_no_progress_timeout_s = -1
     context.max_consecutive_actor_init_deaths = 3
     for name in ("ray.data", "ray.train", "ray.tune"):
-        logging.getLogger(name).setLevel(logging.WARNING if quiet else logging.INFO)
+        # Quiet: an error ends the job, which says it once, in its own words; Ray's logs keep the trace.
+        logging.getLogger(name).setLevel(logging.CRITICAL if quiet else logging.INFO)
     try:
         yield
     finally:

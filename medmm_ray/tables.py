@@ -44,8 +44,11 @@ class RowError(ValueError):
     """One row that cannot be made; it goes to the row's `error` as ``kind: message`` and never ends the job."""
 
     def __init__(self, kind: str, message: str) -> None:
-        super().__init__(f"{kind}: {message}")
-        self.kind = kind
+        super().__init__(kind, message)
+        self.kind, self.message = kind, message
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.message}"
 
 
 def error_kind(error: str) -> str:
@@ -328,10 +331,15 @@ def _sink(table: Table, key: str, explode: str | None) -> Any:
 
     class PartSink(Datasink):  # type: ignore[type-arg]
         def write(self, blocks: Iterable[Any], ctx: "TaskContext") -> None:  # noqa: ARG002
-            for block in blocks:
-                table.write_part(block if isinstance(block, pa.Table) else pa.Table.from_pandas(block), key, explode)
+            for block in map(_arrow, blocks):
+                if block.num_rows:  # an empty block has no columns
+                    table.write_part(block, key, explode)
 
     return PartSink()
+
+
+def _arrow(block: Any) -> pa.Table:
+    return block if isinstance(block, pa.Table) else pa.Table.from_pandas(block, preserve_index=False)
 
 
 def rows_hash(rows: pa.Table) -> str:

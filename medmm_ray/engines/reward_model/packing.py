@@ -42,6 +42,14 @@ class Branch:
     tags: list[int]
     start: int
 
+    def spans(self, prefix: int) -> list[tuple[int, int]]:
+        """Each step's tokens, its tag left out, as [start, end) counted in the full sequence, `prefix` tokens ahead."""
+        spans, start = [], self.start
+        for tag in self.tags:
+            spans.append((min(start, prefix + tag - 1), prefix + tag))
+            start = prefix + tag + 1
+        return spans
+
 
 @dataclass(frozen=True)
 class PackedQuestion:
@@ -88,15 +96,14 @@ class PackedQuestion:
         return [step for b in self.branches for step in range(len(b.tags))]
 
     @property
-    def spans(self) -> list[tuple[int, int]]:
-        """The tokens of each tag's step, tag left out, as [start, end) counted in the full sequence [T]."""
-        prefix, spans = len(self.prefix_ids), []
-        for branch in self.branches:
-            start = branch.start
-            for tag in branch.tags:
-                spans.append((min(start, prefix + tag - 1), prefix + tag))
-                start = prefix + tag + 1
-        return spans
+    def step_rows(self) -> list[list[int]]:
+        """The rows of the packed row that hold each tag's step, tag left out [T]."""
+        prefix = len(self.prefix_ids)
+        rows = []
+        for offset, branch in zip(self.offsets, self.branches, strict=False):
+            for start, end in branch.spans(prefix):
+                rows.append([p if p < prefix else p - prefix + offset for p in range(start, end)])
+        return rows
 
     @property
     def num_tokens_apart(self) -> int:

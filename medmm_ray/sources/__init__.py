@@ -1,0 +1,147 @@
+"""Sources: one module a data set, each with ``read(request: Request) -> SourceData``.
+
+A source knows its own files and nothing of tables: it says which images exist (or how to draw them), which questions
+refer to them, which documents and worked solutions come along. `medmm_ray.ingest` turns that into tables.
+"""
+
+import importlib
+import json
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import PIL.Image
+from pyarrow import fs as pafs
+
+from medmm_ray.config import ConfigError
+from medmm_ray.tables import TableError, filesystem
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked of a source. `num_train` and `num_test` count questions; None is "all that there are"."""
+
+    path: str = ""
+    documents_path: str = ""
+    num_train: int | None = None
+    num_test: int | None = None
+    num_extra_images: int = 0
+    num_worked: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceImage:
+    """One image. `uri` is where its file lies; for a drawn one, its name below the folder that the job gives."""
+
+    uri: str
+    split: str
+    modality: str
+    diagnosis: str = ""
+    annotation: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceQuestion:
+    """One question as the source has it.
+
+    `name` is the source's own id, for messages and to find repeats; `images` are uris of the source's images;
+    `worked` holds worked solutions, each a list of steps. `error` is ``kind: message`` for a row that is not usable.
+    """
+
+    name: str
+    split: str
+    modality: str
+    question: str
+    answer: str
+    answer_type: str
+    difficulty: str = ""
+    options: Sequence[str] = ()
+    images: Sequence[str] = ()
+    worked: Sequence[Sequence[str]] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceDocument:
+    corpus: str
+    title: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceData:
+    """All that a source yields. `draw(annotation, size)` makes the pictures of a source that has no files."""
+
+    images: Sequence[SourceImage] = ()
+    questions: Sequence[SourceQuestion] = ()
+    documents: Sequence[SourceDocument] = field(default_factory=tuple)
+    draw: Callable[[str, int], PIL.Image.Image] | None = None
+
+
+class Source(Protocol):
+    """What a module of this package offers."""
+
+    def read(self, request: Request) -> SourceData:
+        """Read or make the data; a fault of the files is a `ConfigError` or `TableError` naming file and field."""
+
+
+def names() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def load(name: str) -> Source:
+    """The source module `name`; a `ConfigError` names the known ones."""
+    if name not in names():
+        raise ConfigError(f"source {name!r} is unknown; known sources: {', '.join(names())}")
+    return cast(Source, importlib.import_module(f"{__name__}.{name}"))
+
+
+def read_json(uri: str) -> Any:
+    """The JSON value in a file on any filesystem; a `ConfigError` names the file and the fault."""
+    try:
+        return json.loads(read_text(uri))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{uri} is not valid JSON: {error}") from None
+
+
+def read_text(uri: str) -> str:
+    fs, path = filesystem(uri)
+    if fs.get_file_info(path).type != pafs.FileType.File:
+        raise ConfigError(f"{uri} does not exist; check `path` and `documents_path` of the ingest section")
+    with fs.open_input_stream(path) as stream:
+        content: bytes = stream.read()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{uri} is not UTF-8 text: {error}") from None
+
+
+def read_documents(uri: str) -> list[SourceDocument]:
+    """Documents from a JSONL file of ``{"title": …, "text": …}`` (and optionally ``"corpus"``); "" gives none."""
+    if not uri:
+        return []
+    corpus = uri.rstrip("/").rsplit("/", 1)[-1].partition(".")[0]
+    documents = []
+    for number, line in enumerate(read_text(uri).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise TableError(f"{uri} line {number} is not valid JSON: {error}") from None
+        require(row, ("title", "text"), f"{uri} line {number}")
+        documents.append(
+            SourceDocument(corpus=str(row.get("corpus", corpus)), title=str(row["title"]), text=str(row["text"]))
+        )
+    return documents
+
+
+def require(row: Any, columns: Sequence[str], where: str) -> None:
+    """Raise a `TableError` that names `where` and the columns that `row` lacks."""
+    if not isinstance(row, dict):
+        raise TableError(f"{where}: expected an object with the fields {list(columns)}, got {type(row).__name__}")
+    missing = [name for name in columns if name not in row]
+    if missing:
+        raise TableError(f"{where}: the field {missing[0]!r} is missing; it has {sorted(row)}")

@@ -1,0 +1,452 @@
+"""The one training loop: DeepSpeed inside Ray Train's workers, for every stage.
+
+Enters: a stage (its model, its samples, its loss) and a `TrainConfig`. Leaves: the stage's model in a folder, with
+``history.json`` (the loss of each update, validation figures, seconds, tokens/s).
+
+The same seed gives the same batches on any number of workers. While it runs, everything lies in ``<folder>/.checkpoints``,
+which is removed on success: `fit` with the same name continues there, whatever was killed, as if nothing had happened.
+"""
+
+import json
+import logging
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs as pafs
+
+from medmm_ray.config import Config, execution
+from medmm_ray.tables import filesystem, write_file
+from medmm_ray.train.schedule import epoch_batches, learning_rate_factor, micro_batches
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+WORK = ".checkpoints"
+HISTORY = "history.json"
+REPORT_SECONDS = 15.0
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot go on; the message says why, with ids, and what to do."""
+
+
+class TrainConfig(Config):
+    """What every stage is trained with: AdamW, a cosine with warm-up, gradients clipped."""
+
+    seed: int = 0
+    """Of initial weights, data order and augmentation."""
+    epochs: int = 3
+    """Times that every sample is seen."""
+    batch_size: int = 64
+    """Samples of one update, over all workers."""
+    learning_rate: float = 1e-4
+    """Highest learning rate, reached after the warm-up."""
+    weight_decay: float = 0.01
+    """AdamW's, on matrices; not on biases and norms."""
+    warmup: float = 0.05
+    """Share of all updates in which the learning rate rises."""
+    max_grad_norm: float = 1.0
+    """Gradients above this norm are scaled down to it."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of weights in the forward and backward pass; auto: bfloat16 on a GPU, float32 without."""
+    activation_checkpointing: bool = execution(False)
+    """Recompute activations in the backward pass: less memory, about 30 % more time."""
+    zero_stage: Literal[0, 1, 2, 3] = execution(0)
+    """What DeepSpeed divides among workers: 1 optimizer states, 2 and gradients, 3 and weights."""
+    offload: Literal["none", "optimizer", "parameters"] = execution("none")
+    """What lies in CPU memory between uses: optimizer states, or weights too (ZeRO 3)."""
+    num_workers: int = execution(1)
+    """Training processes."""
+    cpus_per_worker: float = execution(2.0)
+    """CPUs that Ray reserves for a worker."""
+    gpus_per_worker: float = execution(0.0)
+    """GPUs of a worker; 0 trains on CPU."""
+    threads: int = execution(2)
+    """Torch threads of a worker that trains on CPU. Two runs are equal bit by bit only at the same number."""
+    micro_batch_tokens: int = execution(8192)
+    """Tokens of one forward pass of a worker; lower it when memory runs out."""
+    checkpoint_every: int = execution(0)
+    """Updates between checkpoints; 0: at the ends of epochs."""
+    max_failures: int = execution(1)
+    """Worker failures, preemptions apart, after which training starts again from its last checkpoint by itself."""
+
+
+class Stage(Protocol):
+    """What a stage brings to the loop. It is made in the worker: ``stage(config, inputs, device)``.
+
+    `module` is the model; its parameters that ask for a gradient are trained. `names`, `sizes` and `costs` describe the
+    units (see `schedule`); `padded` says whether a group costs its longest unit times its number.
+    """
+
+    module: "torch.nn.Module"
+    names: Sequence[str]
+    sizes: Sequence[int]
+    costs: Sequence[int]
+    budget: int
+    padded: bool
+
+    def learning_rates(self) -> dict[str, float]:
+        """Learning rates of parameters whose names start with a key; all others take the config's."""
+
+    def loss(self, units: Sequence[int], epoch: int) -> "torch.Tensor":
+        """The *sum* of the samples' losses: the loop divides by the samples of the global batch."""
+
+    def validate(self) -> dict[str, float]:
+        """Figures on held-out data, after each epoch; ``selection`` (higher is better) picks the epoch that is kept."""
+
+    def save(self, folder: Path) -> None:
+        """Write the model, whole, in the form that other steps read."""
+
+
+StageFactory = Callable[[Any, dict[str, str], str], Stage]
+
+
+@dataclass
+class Progress:
+    """Where training is: everything that a checkpoint holds besides weights and optimizer."""
+
+    epoch: int = 0
+    batch: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    samples: int = 0
+    updates: list[dict[str, float]] = field(default_factory=list)
+    epochs: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def best_epoch(self) -> int | None:
+        """The epoch, from 0, with the highest selection figure; None where there is none."""
+        scored = [(row["selection"], -row["epoch"]) for row in self.epochs if "selection" in row]
+        return int(-max(scored)[1]) if scored else None
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One process of the training group, and its ways to keep things."""
+
+    rank: int
+    size: int
+    work: str
+    folder: str
+    latest: Callable[[], str | None]
+    keep: Callable[[str, dict[str, float]], None]
+
+
+def deepspeed_config(config: TrainConfig, dtype: str) -> dict[str, Any]:
+    """DeepSpeed's settings. An update's micro-batches vary in number, so the loop owns their accumulation."""
+    zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": False}
+    if config.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if config.offload == "parameters":
+        zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": config.max_grad_norm,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1 << 30,
+    }
+
+
+def parameter_groups(
+    module: "torch.nn.Module", default: float, rates: dict[str, float], weight_decay: float
+) -> list[dict[str, Any]]:
+    """AdamW's groups, by learning rate and weight decay: matrices decay, biases, norms and scalars do not."""
+    groups: dict[tuple[float, float], list[Any]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            rate = next((rate for prefix, rate in rates.items() if name.startswith(prefix)), default)
+            decay = weight_decay if parameter.dim() > 1 else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
+    return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in sorted(groups.items())]
+
+
+def run(make_stage: StageFactory, config: TrainConfig, inputs: dict[str, str], worker: Worker) -> None:
+    """Train in this process, one of the group; torch.distributed is initialised already.
+
+    Raises `TrainingError` where a loss is not finite, with the ids of its batch.
+    """
+    device = _prepare(config)
+    import deepspeed
+    import torch
+
+    stage = make_stage(config, inputs, device)
+    batches = [epoch_batches(stage.sizes, config.batch_size, config.seed, epoch) for epoch in range(config.epochs)]
+    num_updates = sum(len(epoch) for epoch in batches)
+    if num_updates == 0:
+        raise TrainingError(f"{type(stage).__name__}: there is not one sample to train on; look at the step's inputs")
+    dtype = config.dtype if config.dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
+    groups = parameter_groups(stage.module, config.learning_rate, stage.learning_rates(), config.weight_decay)
+    engine, *_ = deepspeed.initialize(
+        model=_loss_module(stage),
+        optimizer=torch.optim.AdamW(groups, betas=(0.9, 0.95)),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda update: learning_rate_factor(update, num_updates, config.warmup)
+        ),
+        config=deepspeed_config(config, dtype),
+        dist_init_required=False,
+    )
+    progress = _restore(engine, worker)
+    _train(engine, stage, batches, config, worker, progress)
+    if worker.rank == 0 or config.zero_stage == 3:
+        _leave(engine, stage, config, worker, progress)
+    torch.distributed.barrier()
+
+
+def _prepare(config: TrainConfig) -> str:
+    """Set the process up, before DeepSpeed is imported; the device's name."""
+    if config.gpus_per_worker == 0:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import torch
+
+    if config.gpus_per_worker == 0:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    return "cpu" if config.gpus_per_worker == 0 else f"cuda:{torch.cuda.current_device()}"
+
+
+def _loss_module(stage: Stage) -> "torch.nn.Module":
+    """The stage as a module whose forward pass is its loss: DeepSpeed's hooks want one call, one output."""
+    import torch
+
+    class LossModule(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = stage.module
+
+        def forward(self, units: list[int], epoch: int) -> torch.Tensor:
+            return stage.loss(units, epoch)
+
+    return LossModule()
+
+
+def _train(
+    engine: Any, stage: Stage, batches: list[list[list[int]]], config: TrainConfig, worker: Worker, progress: Progress
+) -> None:
+    import torch
+
+    started, said = time.perf_counter() - progress.seconds, time.perf_counter()
+    for epoch in range(progress.epoch, config.epochs):
+        stage.module.train()
+        for number in range(progress.batch, len(batches[epoch])):
+            units = batches[epoch][number]
+            loss = _update(engine, stage, units, epoch, worker)
+            progress.samples += sum(stage.sizes[u] for u in units)
+            progress.tokens += sum(stage.costs[u] for u in units)
+            progress.seconds = time.perf_counter() - started
+            norm = engine.get_global_grad_norm()
+            row = {
+                "epoch": epoch,
+                "loss": loss,
+                "gradient_norm": math.nan if norm is None else float(norm),
+                "learning_rate": float(engine.get_lr()[0]),
+            }
+            progress.updates.append(row)
+            progress.epoch, progress.batch = epoch, number + 1
+            if worker.rank == 0 and time.perf_counter() - said > REPORT_SECONDS:
+                said = time.perf_counter()
+                log.info(
+                    "epoch %d/%d, update %d/%d: loss %.4f, %.0f tokens/s", epoch + 1, config.epochs, number + 1,
+                    len(batches[epoch]), loss, progress.tokens / progress.seconds,
+                )  # fmt: skip
+            if config.checkpoint_every and len(progress.updates) % config.checkpoint_every == 0:
+                _checkpoint(engine, worker, progress)
+        stage.module.eval()
+        with torch.no_grad():
+            figures = stage.validate()
+        mean = [row["loss"] for row in progress.updates if row["epoch"] == epoch]
+        progress.epochs.append({"epoch": epoch, "loss": sum(mean) / len(mean), **figures})
+        if progress.best_epoch == epoch and (worker.rank == 0 or config.zero_stage == 3):
+            _save(engine, stage, config, worker, f"{worker.work}/best-{epoch}")
+        progress.epoch, progress.batch = epoch + 1, 0
+        progress.seconds = time.perf_counter() - started
+        _checkpoint(engine, worker, progress)
+
+
+def _update(engine: Any, stage: Stage, units: Sequence[int], epoch: int, worker: Worker) -> float:
+    """One step of the optimizer over a global batch, of which this worker takes every `worker.size`-th group.
+
+    DeepSpeed averages gradients over workers, hence the factor `worker.size`. A worker without a group left runs the
+    first one with weight 0: ZeRO's collectives want the same number of passes everywhere.
+    """
+    import torch
+
+    num_samples = sum(stage.sizes[u] for u in units)
+    groups = micro_batches(units, stage.costs, stage.budget, stage.padded)
+    total = torch.zeros(())
+    for at in range(0, len(groups), worker.size):
+        mine = at + worker.rank < len(groups)
+        group = groups[at + worker.rank] if mine else groups[0]
+        loss = engine(group, epoch) / num_samples
+        value = loss.detach().float().cpu()
+        if not torch.isfinite(value):
+            ids = [stage.names[u] for u in group]
+            raise TrainingError(
+                f"the loss is {value.item()} in epoch {epoch + 1}, after {engine.global_steps} updates, on {ids}. Look "
+                "at these samples; if they are sound, lower learning_rate or train in float32."
+            )
+        engine.backward(loss * (worker.size if mine else 0.0))
+        total += value * mine
+    engine.step()
+    if worker.size > 1:
+        total = total.to(engine.device)
+        torch.distributed.all_reduce(total)
+    return float(total)
+
+
+def _checkpoint(engine: Any, worker: Worker, progress: Progress) -> None:
+    """Every worker writes its part and hands it over; the group's parts make one checkpoint."""
+    with tempfile.TemporaryDirectory() as scratch:
+        engine.save_checkpoint(scratch, tag="state", client_state={"progress": asdict(progress)})
+        worker.keep(scratch, {"epoch": float(progress.epoch), "updates": float(len(progress.updates))})
+
+
+def _restore(engine: Any, worker: Worker) -> Progress:
+    latest = worker.latest()
+    if latest is None:
+        return Progress()
+    path, state = engine.load_checkpoint(latest, tag="state")
+    if path is None:
+        raise TrainingError(
+            f"the checkpoint in {latest} cannot be continued: it holds no state of a training with {worker.size} "
+            f"workers. Go back to the earlier number, or delete {worker.work} to start afresh."
+        )
+    return Progress(**state["progress"])
+
+
+def _save(engine: Any, stage: Stage, config: TrainConfig, worker: Worker, uri: str) -> None:
+    """Write the stage's model to `uri`, whole; with ZeRO 3 its weights are gathered first, by all workers."""
+    import deepspeed
+
+    parameters = list(stage.module.parameters()) if config.zero_stage == 3 else []
+    with deepspeed.zero.GatheredParameters(parameters, enabled=bool(parameters)), tempfile.TemporaryDirectory() as made:
+        if worker.rank == 0:
+            stage.save(Path(made))
+            fs, path = filesystem(uri)
+            fs.create_dir(path, recursive=True)
+            pafs.copy_files(made, path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=fs)
+
+
+def _leave(engine: Any, stage: Stage, config: TrainConfig, worker: Worker, progress: Progress) -> None:
+    """The model of the best epoch (else of the last) and the history, in the artifact's folder."""
+    best = progress.best_epoch
+    if best is None:
+        _save(engine, stage, config, worker, worker.folder)
+    elif worker.rank == 0:
+        (source_fs, source), (fs, target) = filesystem(f"{worker.work}/best-{best}"), filesystem(worker.folder)
+        pafs.copy_files(source, target, source_filesystem=source_fs, destination_filesystem=fs)
+    if worker.rank == 0:
+        fs, path = filesystem(f"{worker.folder}/{HISTORY}")
+        history = {
+            "seconds": progress.seconds,
+            "tokens": progress.tokens,
+            "samples": progress.samples,
+            "best_epoch": best,
+            "epochs": progress.epochs,
+            "updates": [{k: None if math.isnan(v) else v for k, v in row.items()} for row in progress.updates],
+        }
+        write_file(fs, path, json.dumps(history).encode())
+
+
+def figures(history: dict[str, Any]) -> dict[str, float]:
+    """What a stage's manifest says of its training: the last epoch's loss, the kept epoch's figures, the speed."""
+    epochs: list[dict[str, float]] = history["epochs"]
+    kept = epochs[-1 if history["best_epoch"] is None else history["best_epoch"]]
+    return {
+        "updates": float(len(history["updates"])),
+        "samples": float(history["samples"]),
+        "tokens": float(history["tokens"]),
+        "train_seconds": round(history["seconds"], 3),
+        "tokens_per_second": round(history["tokens"] / max(history["seconds"], 1e-9), 1),
+        **{key: value for key, value in kept.items() if key not in ("epoch", "selection")},
+    }
+
+
+def fit(
+    make_stage: StageFactory,
+    config: TrainConfig,
+    tables: dict[str, pa.Table],
+    inputs: dict[str, str],
+    folder: str,
+    name: str,
+) -> dict[str, float]:
+    """Run a stage under Ray Train; called in the driver, inside a Ray session.
+
+    `tables` are written where the workers find them, `inputs` are paths and names passed on as they are; the stage gets
+    both as ``{name: path}``. `folder` (a path or URI that every node reaches) gets the model; `name` identifies the run:
+    the same name continues an interrupted one, so it must change with the config. Gives `figures`.
+    """
+    import ray.train
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    folder = folder if "://" in folder else str(Path(folder).absolute())
+    work = f"{folder}/{WORK}"
+    fs, path = filesystem(work)
+    fs.create_dir(f"{path}/{name}-inputs", recursive=True)
+    for key, table in tables.items():
+        inputs = {**inputs, key: f"{work}/{name}-inputs/{key}.parquet"}
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        write_file(fs, f"{path}/{name}-inputs/{key}.parquet", sink.getvalue().to_pybytes())
+    trainer = TorchTrainer(
+        _ray_worker,
+        train_loop_config={"stage": make_stage, "config": config, "inputs": inputs, "work": work, "folder": folder},
+        scaling_config=ScalingConfig(
+            num_workers=config.num_workers,
+            use_gpu=config.gpus_per_worker > 0,
+            resources_per_worker={"CPU": config.cpus_per_worker}
+            | ({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {}),
+        ),
+        torch_config=TorchConfig(backend="nccl" if config.gpus_per_worker else "gloo"),
+        run_config=RunConfig(
+            name=name,
+            storage_path=path,
+            storage_filesystem=fs,
+            failure_config=FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+        ),
+    )
+    trainer.fit()
+    history_fs, history_path = filesystem(f"{folder}/{HISTORY}")
+    with history_fs.open_input_stream(history_path) as stream:
+        history = json.loads(stream.read())
+    fs.delete_dir(path)
+    return figures(history)
+
+
+def _ray_worker(arguments: dict[str, Any]) -> None:
+    """The body of one Ray Train worker."""
+    import ray.train
+
+    logging.basicConfig(level=logging.INFO)
+    context = ray.train.get_context()
+    with tempfile.TemporaryDirectory() as scratch:
+
+        def latest() -> str | None:
+            checkpoint = ray.train.get_checkpoint()
+            return None if checkpoint is None else str(checkpoint.to_directory(f"{scratch}/resumed"))
+
+        def keep(folder: str, metrics: dict[str, float]) -> None:
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+        worker = Worker(
+            context.get_world_rank(), context.get_world_size(), arguments["work"], arguments["folder"], latest, keep
+        )
+        run(arguments["stage"], arguments["config"], arguments["inputs"], worker)
+        shutil.rmtree(f"{scratch}/resumed", ignore_errors=True)

@@ -1,0 +1,67 @@
+"""What the tests of steps that generate text use in place of vLLM: a scripted engine, and a tiny real checkpoint."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from medmm_ray.engines.generator import Completion, GeneratorConfig, Sampling, Statistics
+from medmm_ray.prompts import Message
+
+Script = Callable[[str, int], str]
+
+
+class FakeGenerator:
+    """Answers ``script(prompt text, seed)``; a prompt's ids are its characters. A text that ends in ~ is cut off."""
+
+    def __init__(self, script: Script) -> None:
+        self.script = script
+        self.statistics = Statistics()
+        self.requests: list[tuple[str, int, int]] = []
+
+    def __call__(self, model: str, config: GeneratorConfig) -> "FakeGenerator":
+        return self
+
+    def prompt_ids(self, messages: Sequence[Message], prefix: str = "") -> list[int]:
+        return [ord(c) for c in messages[-1]["content"] + prefix]
+
+    async def generate(self, prompt_ids: Sequence[int], n: int, seed: int, how: Sampling) -> list[Completion]:
+        prompt = "".join(map(chr, prompt_ids))
+        self.requests.append((prompt, n, seed))
+        texts = [self.script(prompt, seed + i) for i in range(n)]
+        return [Completion(t, "length" if t.endswith("~") else "stop", seed + i) for i, t in enumerate(texts)]
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_tiny_policy(folder: Path) -> str:
+    """A random two-layer Llama with a byte-level BPE of its own, as a checkpoint folder."""
+    import torch
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    text = "Step 1: The lung is clear.\nStep 2: The heart is large, so the answer is (B)."
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator([text] * 4, vocab_size=300, special_tokens=["<pad>", "<eos>", "<|assistant|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<pad>", eos_token="<eos>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(shape).save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["vocab_size"] == len(tokenizer)
+    return str(folder)

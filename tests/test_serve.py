@@ -1,0 +1,441 @@
+"""The rerank service: its arithmetic, its refusals, its client; once with real Serve and a real (tiny) reward model."""
+
+import base64
+import io
+import logging
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+from rich.console import Console
+
+from medmm_ray.config import ConfigError
+from medmm_ray.query import QueryError, post, query, request_of, show
+from medmm_ray.rerank import Case, RerankAnswer, RerankRequest, StepLogOdds, rerank, to_case
+from medmm_ray.serve import Outcome, ServeConfig, api, application, build_app, is_loopback, score_cases, sha256
+from medmm_ray.tables import RowError
+
+QUESTION = "Which side shows the effusion?"
+OPTIONS = ["none", "right", "left"]
+RIGHT = ["The right angle is blunted.", "So the answer is (B)."]
+LEFT = "Step 1: The left angle is blunted. Step 2: So the answer is (C)."
+
+
+@dataclass(frozen=True)
+class Scored:
+    text_log_odds: Sequence[float] = ()
+    image_log_odds: Sequence[float] = ()
+    error: str | None = None
+
+
+def png(size: tuple[int, int] = (8, 8), colour: str = "grey") -> bytes:
+    sink = io.BytesIO()
+    Image.new("RGB", size, colour).save(sink, "PNG")
+    return sink.getvalue()
+
+
+@dataclass
+class FakeModel:
+    """Scores a step by what it says and by the colour of the image; notes each call."""
+
+    calls: list[tuple[str, int, int, bool]] = field(default_factory=list)
+
+    def score(
+        self,
+        question: str,
+        solutions: Sequence[Sequence[str]],
+        documents: Sequence[str] = (),
+        image: Image.Image | None = None,
+        reference_images: Sequence[Image.Image] = (),
+        *,
+        token_budget: int = 4096,
+    ) -> list[Scored]:
+        self.calls.append((question, len(solutions), len(documents), image is not None))
+        if "unreadable" in question:
+            raise RowError("too_long", "the question has 9,000 tokens, more than 4,096")
+        light = 0.0 if image is None else 3.0 if image.getpixel((0, 0)) == (255, 255, 255) else -3.0
+        return [
+            Scored(error="too_long: 5,000 tokens, more than 4,096")
+            if "endless" in " ".join(steps)
+            else Scored([float(len(steps))] * len(steps), [light if "left" in " ".join(steps) else -light] * len(steps))
+            for steps in solutions
+        ]
+
+
+def client(model: FakeModel, token: str = "", tower: bool = True, **fields: Any) -> TestClient:
+    async def score(case: Case) -> Outcome:
+        return score_cases(model, [case], 4096)[0]  # type: ignore[arg-type]
+
+    config = ServeConfig(model="runs/x/two_tower", **fields)
+    app = api(score, config, tower, sha256(token) if token else None)
+    return TestClient(app, base_url="http://127.0.0.1:8000")
+
+
+@pytest.fixture
+def web() -> TestClient:
+    return client(FakeModel())
+
+
+def body(**changes: Any) -> dict[str, Any]:
+    return {"question": QUESTION, "options": OPTIONS, "solutions": [RIGHT, LEFT], **changes}
+
+
+def b64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+# The arithmetic
+
+
+def test_the_answer_in_numbers() -> None:
+    request = RerankRequest(question=QUESTION, options=OPTIONS, solutions=[LEFT, RIGHT, RIGHT, "no idea"])
+    scores: list[StepLogOdds] = [
+        Scored([2.0, 1.0], [0.5, -1.0]),
+        Scored([0.0, 1.0], [-1.0, 0.0]),
+        Scored([math.log(3), math.log(3)], [0.0, 0.0]),
+        Scored(error="empty: no steps"),
+    ]
+    answer = rerank(request, scores, "m")
+    assert answer.ranking == [2, 0, 1]
+    assert [s.rank for s in answer.solutions] == [2, 3, 1, None]
+    assert [s.answer for s in answer.solutions] == ["C", "B", "B", None]
+    first = answer.solutions[0]
+    assert [s.text for s in first.steps] == ["The left angle is blunted.", "So the answer is (C)."]
+    assert [s.probability for s in first.steps] == pytest.approx([1 / (1 + math.exp(-2.5)), 0.5])
+    assert [(s.text_log_odds, s.image_log_odds) for s in first.steps] == [(2.0, 0.5), (1.0, -1.0)]
+    assert answer.solutions[2].aggregates == pytest.approx({"min": 0.75, "last": 0.75, "mean": 0.75})
+    assert first.aggregates["min"] == first.aggregates["last"] == first.reward == 0.5
+    assert answer.solutions[3].error == "empty: no steps"
+    assert (answer.solutions[3].reward, answer.solutions[3].steps) == (None, [])
+    assert (answer.best_of_n.answer, answer.best_of_n.solution) == ("B", 2)
+    assert answer.best_of_n.support == pytest.approx(0.75)
+    low = 1 / (1 + math.e)
+    assert (answer.sc_rm.answer, answer.sc_rm.solution) == ("B", 2)
+    assert answer.sc_rm.support == pytest.approx((0.75 + low) / (0.75 + low + 0.5))
+    assert (answer.majority.answer, answer.majority.support) == ("B", pytest.approx(2 / 3))
+
+
+def test_the_rules_can_disagree_and_the_aggregate_matters() -> None:
+    request = RerankRequest(question=QUESTION, options=OPTIONS, solutions=[RIGHT, RIGHT, LEFT], aggregate="last")
+    scores: list[StepLogOdds] = [Scored([3.0, -1.0], [0, 0]), Scored([3.0, -1.0], [0, 0]), Scored([-2.0, 0.5], [0, 0])]
+    by_last = rerank(request, scores, "m")
+    assert (by_last.best_of_n.answer, by_last.sc_rm.answer, by_last.majority.answer) == ("C", "C", "B")
+    by_min = rerank(request.model_copy(update={"aggregate": "min"}), scores, "m")
+    assert by_min.ranking == [0, 1, 2]
+
+
+def test_saturated_probabilities_do_not_tie() -> None:
+    request = RerankRequest(question=QUESTION, options=OPTIONS, solutions=[RIGHT, LEFT])
+    answer = rerank(request, [Scored([40.0, 40.0], [0, 0]), Scored([45.0, 45.0], [0, 0])], "m")
+    assert [s.reward for s in answer.solutions] == [1.0, 1.0]
+    assert answer.ranking == [1, 0]
+
+
+def test_nothing_scored_is_an_answer_too() -> None:
+    request = RerankRequest(question=QUESTION, options=OPTIONS, solutions=["hm"])
+    answer = rerank(request, [Scored(error="too_long: x")], "m")
+    assert answer.ranking == []
+    assert answer.best_of_n.solution is answer.sc_rm.solution is answer.majority.solution is None
+
+
+def test_a_case_is_named_by_everything_but_its_solutions() -> None:
+    def context(**changes: Any) -> str:
+        return to_case(RerankRequest(**body(**changes)), 10_000).context
+
+    base = context()
+    assert base == context(solutions=[LEFT])
+    others = [
+        context(question="Which side?"),
+        context(options=["none", "right"]),
+        context(documents=["left"]),
+        context(options=["none", "right"], documents=["left"]),
+        context(image=b64(png())),
+        context(image=b64(png(colour="white"))),
+        context(image=b64(png()), reference_images=[b64(png())]),
+    ]
+    assert len({base, *others}) == 1 + len(others)
+
+
+def test_requests_about_one_case_share_one_pass_and_do_not_change_each_other() -> None:
+    model = FakeModel()
+    cases = [
+        to_case(RerankRequest(**body(**changes)), 10_000)
+        for changes in ({}, {"question": "unreadable"}, {"solutions": [LEFT]}, {"documents": ["A text."]})
+    ]
+    outcomes = score_cases(model, cases, 4096)  # type: ignore[arg-type]
+    question = "Which side shows the effusion? (A) none (B) right (C) left"
+    asked = "unreadable (A) none (B) right (C) left"
+    assert model.calls == [(question, 3, 0, False), (asked, 2, 0, False), (question, 2, 1, False)]
+    alone = [score_cases(FakeModel(), [case], 4096)[0] for case in (cases[0], cases[2], cases[3])]  # type: ignore[arg-type]
+    assert [outcomes[0], outcomes[2], outcomes[3]] == alone
+    assert isinstance(outcomes[1], RowError)
+
+
+# Over HTTP
+
+
+def test_rerank_over_http(web: TestClient) -> None:
+    reply = web.post("/v1/rerank", json=body(image=b64(png(colour="white")), documents=["Angles blunt."]))
+    assert reply.status_code == 200
+    answer = RerankAnswer.model_validate(reply.json())
+    assert (answer.arm, answer.model, answer.aggregate) == ("multimodal", "runs/x/two_tower", "min")
+    assert answer.ranking == [1, 0]
+    assert [s.image_log_odds for s in answer.solutions[0].steps] == [-3.0, -3.0]
+
+
+def test_without_an_image_the_image_says_nothing(web: TestClient) -> None:
+    answer = web.post("/v1/rerank", json=body()).json()
+    assert answer["arm"] == "text_only"
+    assert {step["image_log_odds"] for s in answer["solutions"] for step in s["steps"]} == {0.0}
+
+
+def test_a_data_url_and_white_space_in_base64_are_read(web: TestClient) -> None:
+    plain = web.post("/v1/rerank", json=body(image=b64(png()))).json()
+    wrapped = b64(png())[:20] + "\n" + b64(png())[20:]
+    assert web.post("/v1/rerank", json=body(image=f"data:image/png;base64,{wrapped}")).json() == plain
+
+
+def test_a_solution_that_cannot_be_scored_leaves_the_others(web: TestClient) -> None:
+    answer = web.post("/v1/rerank", json=body(solutions=["endless", RIGHT])).json()
+    assert answer["ranking"] == [1]
+    assert answer["solutions"][0]["error"] == "too_long: 5,000 tokens, more than 4,096"
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "words"),
+    [
+        ({"solutions": []}, 422, ["solutions", "[]", "at least 1"]),
+        ({"solutions": [[]]}, 422, ["solutions.0", "at least 1"]),
+        ({"solutions": [" "]}, 422, ["solutions.0", "' '"]),
+        ({"solutions": "Step 1"}, 422, ["solutions", "valid list"]),
+        ({"solutions": [LEFT] * 5}, 413, ["5 solutions", "at most 4"]),
+        ({"solutions": [["a step"] * 7]}, 413, ["7 steps", "at most 6"]),
+        ({"documents": ["d"] * 3}, 413, ["3 documents", "at most 2"]),
+        ({"optoins": OPTIONS}, 422, ["optoins", "unknown name", "options"]),
+        ({"question": None}, 422, ["question", "None", "string"]),
+        ({"options": ["x"] * 27}, 422, ["options", "26"]),
+        ({"aggregate": "max"}, 422, ["aggregate", "'max'", "'min'"]),
+        ({"image": "no base64!"}, 422, ["image_encoding", "10 characters", "base64"]),
+        ({"image": b64(b"GIF89a broken")}, 422, ["image_corrupt", "image is not"]),
+        ({"image": "data:image/png;base64,"}, 422, ["image_empty", "0 bytes"]),
+        ({"image": b64(png((101, 100)))}, 413, ["image_too_large", "101 x 100", "10000"]),
+        ({"image": b64(png()), "reference_images": [b64(b"x")]}, 422, ["reference_images.0"]),
+        ({"reference_images": [b64(png())]}, 422, ["image_missing", "1 reference_images"]),
+        ({"image": b64(png()), "reference_images": [b64(png())] * 3}, 413, ["3 reference_images", "at most 2"]),
+        ({"question": "unreadable"}, 422, ["too_long", "9,000 tokens"]),
+    ],
+)
+def test_refusals_say_what_the_value_and_what_was_expected(
+    changes: dict[str, Any], status: int, words: list[str]
+) -> None:
+    limits = {"max_solutions": 4, "max_steps": 6, "max_documents": 2, "max_reference_images": 2}
+    web = client(FakeModel(), max_image_pixels=10_000, **limits)
+    reply = web.post("/v1/rerank", json=body(**changes))
+    assert reply.status_code == status
+    for word in words:
+        assert word in reply.json()["detail"]
+
+
+def test_a_missing_name_a_broken_body_and_a_big_one() -> None:
+    web = client(FakeModel(), max_body_mb=1)
+    assert web.post("/v1/rerank", json={"question": QUESTION}).json()["detail"] == "solutions: required, but missing"
+    broken = web.post("/v1/rerank", content=b"{", headers={"Content-Type": "application/json"})
+    assert broken.status_code == 422
+    big = web.post("/v1/rerank", json=body(documents=["x" * (1 << 20)]))
+    assert (big.status_code, big.json()["detail"]) == (413, "the body is larger than 1 MiB")
+
+
+def test_an_image_for_a_model_without_image_tower_is_refused() -> None:
+    web = client(FakeModel(), tower=False)
+    assert "has no image tower" in web.post("/v1/rerank", json=body(image=b64(png()))).json()["detail"]
+    assert web.post("/v1/rerank", json=body()).status_code == 200
+
+
+def test_health_card_and_openapi_page(web: TestClient) -> None:
+    assert web.get("/health").json() == {"status": "ok"}
+    card = web.get("/v1/model").json()
+    assert (card["model"], card["has_image_tower"], card["max_solutions"]) == ("runs/x/two_tower", True, 256)
+    assert web.get("/docs").status_code == 200
+    page = web.get("/openapi.json").json()
+    shown = page["components"]["schemas"]["RerankRequest"]
+    assert all("description" in shown["properties"][name] for name in RerankRequest.model_fields)
+    example = web.post("/v1/rerank", json=shown["examples"][0])
+    assert example.status_code == 200
+    assert set(page["paths"]["/v1/rerank"]["post"]["responses"]) == {"200", "401", "403", "413", "422"}
+
+
+def test_logs_hold_counts_and_no_text(web: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG):
+        web.post("/v1/rerank", json=body(documents=["A secret text."]))
+        web.post("/v1/rerank", json=body(question=""))
+    ours = [r.getMessage() for r in caplog.records if r.name.startswith("medmm_ray")]
+    assert len(ours) == 1
+    assert ours[0].startswith("rerank: 2 solutions, 0 failed, text_only, 0.")
+    for words in ("effusion", "angle", "secret"):
+        assert words not in caplog.text
+
+
+# Who may ask
+
+
+def test_a_token_is_demanded_where_one_is_set() -> None:
+    web = client(FakeModel(), token="s3cret")  # noqa: S106
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic s3cret"}):
+        reply = web.post("/v1/rerank", json=body(), headers=headers)
+        assert reply.status_code == 401
+        assert reply.headers["www-authenticate"] == "Bearer"
+        assert "MEDMM_TOKEN" in reply.json()["detail"]
+    assert web.get("/v1/model").status_code == 401
+    assert web.get("/health").status_code == 200
+    right = {"Authorization": "Bearer s3cret"}
+    assert web.post("/v1/rerank", json=body(), headers=right).status_code == 200
+    elsewhere = {**right, "Host": "gpu.example.org"}
+    assert web.post("/v1/rerank", json=body(), headers=elsewhere).status_code == 200
+
+
+def test_without_a_token_only_loopback_is_answered(web: TestClient) -> None:
+    for host in ("127.0.0.1:8000", "localhost", "localhost:8000", "[::1]:8000"):
+        assert web.get("/health", headers={"Host": host}).status_code == 200
+    for host in ("evil.example.org", "10.0.0.5:8000", "127.0.0.1.nip.io"):
+        assert web.get("/v1/model", headers={"Host": host}).status_code == 403
+    outside = TestClient(web.app, base_url="http://10.0.0.5:8000", headers={"Host": "127.0.0.1"})
+    assert outside.post("/v1/rerank", json=body()).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("127.0.0.1", True), ("127.8.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("", False)],  # noqa: S104
+)
+def test_is_loopback(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected
+
+
+def test_an_open_host_without_a_token_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MEDMM_TOKEN", raising=False)
+    with pytest.raises(ConfigError, match=r"host=0\.0\.0\.0 is open .* MEDMM_TOKEN holds no token"):
+        application(ServeConfig(model="m", host="0.0.0.0"))  # noqa: S104
+    monkeypatch.setenv("MEDMM_TOKEN", "s3cret")
+    bound = application(ServeConfig(model="m", host="0.0.0.0"))  # noqa: S104
+    assert bound._bound_deployment.init_args[1] == sha256("s3cret")
+
+
+def test_build_app_reads_words_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MEDMM_TOKEN", raising=False)
+    bound = build_app({"model": "runs/m", "num_replicas": "2", "num_gpus": 0.5, "device": "cuda"})._bound_deployment
+    config, token = bound.init_args
+    assert (config.model, config.num_replicas, config.num_gpus, config.device, token) == (
+        "runs/m",
+        2,
+        0.5,
+        "cuda",
+        None,
+    )
+    assert (bound.num_replicas, bound.max_ongoing_requests, bound.name) == (2, 32, "Reranker")
+    assert bound.ray_actor_options["num_gpus"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({}, "model is not set"),
+        ({"model": "m", "num_replica": "2"}, "did you mean 'num_replicas'"),
+        ({"model": "m", "num_replicas": "two"}, "'num_replicas' is 'two'"),
+        ({"model": "m", "max_batch_size": "64"}, "max_ongoing_requests=32 is below max_batch_size=64"),
+    ],
+)
+def test_build_app_refuses(args: dict[str, str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        build_app(args)
+
+
+# The client
+
+
+@pytest.fixture
+def service() -> Iterator[str]:
+    """A server that passes each request to the application."""
+    web = client(FakeModel(), token="s3cret")  # noqa: S106
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            content = self.rfile.read(int(self.headers["Content-Length"]))
+            reply = web.post(self.path, content=content, headers=dict(self.headers))
+            self.send_response(reply.status_code)
+            self.end_headers()
+            self.wfile.write(reply.content)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_query(service: str) -> None:
+    request = request_of(QUESTION, OPTIONS, [RIGHT, LEFT], image=png(colour="white"), reference_images=[png()])
+    answer = query(service, request, "s3cret")
+    assert (answer.best_of_n.answer, answer.arm) == ("C", "multimodal")
+    with pytest.raises(QueryError, match=r"answered 401: .*token is missing") as refused:
+        query(service, request)
+    assert refused.value.status == 401
+    with pytest.raises(QueryError, match="answered 422: solutions: required"):
+        post(service, {"question": QUESTION}, "s3cret")
+    with pytest.raises(QueryError, match="answered 404: Not Found"):
+        post(f"{service}/elsewhere", {}, "s3cret")
+
+
+def test_query_without_a_service() -> None:
+    request = request_of(QUESTION, OPTIONS, [RIGHT])
+    with pytest.raises(QueryError, match="cannot be reached"):
+        query("http://127.0.0.1:9", request)
+    with pytest.raises(QueryError, match="expected http://host:port"):
+        query("127.0.0.1:8000", request)
+
+
+def printed(answer: RerankAnswer, request: RerankRequest, gold: str | None) -> str:
+    console = Console(width=100, file=io.StringIO(), record=True)
+    show(request, answer, gold=gold, console=console)
+    return console.export_text()
+
+
+def test_the_printed_answer_names_best_worst_and_choices() -> None:
+    request = request_of(QUESTION, OPTIONS, [RIGHT, RIGHT, LEFT, "endless"], image=png())
+    scores: list[StepLogOdds] = [
+        Scored([0.0, 0.0], [-2.0, 1.0]),
+        Scored([0.0, 0.0], [-1.0, 1.0]),
+        Scored([1.0, 1.0], [3.0, 2.0]),
+        Scored(error="too_long: 5,000 tokens"),
+    ]
+    shown = printed(rerank(request, scores, "m"), request, "C")
+    lines = [line.rstrip() for line in shown.splitlines()]
+    assert "│   (C) left" in shown
+    assert "The best solution (number 3, answer C ✓, min 0.953)" in lines
+    assert "The worst solution (number 1, answer B ✗, min 0.119)" in lines
+    assert [line.split() for line in lines if "left angle" in line] == [
+        ["0.982", "+1.0", "+3.0", "The", "left", "angle", "is", "blunted."]
+    ]
+    assert "1 solutions could not be scored: too_long" in lines
+    words = [" ".join(line.split()) for line in lines]
+    assert words[-3:] == [
+        "best of N C ✓ reward 0.953",
+        "SC+RM C ✓ 71% of the rewards",
+        "majority vote B ✗ 67% of the votes",
+    ]
+
+
+def test_the_printed_answer_without_gold_and_without_scores() -> None:
+    request = request_of(QUESTION, OPTIONS, ["hm"])
+    unscored = printed(rerank(request, [Scored(error="x: y")], "m"), request, None)
+    assert "SC+RM none 0% of the rewards" in " ".join(unscored.split())
+    shown = printed(rerank(request, [Scored([1.0], [0.0])], "m"), request, None)
+    assert "worst" not in shown
+    assert "image log-odds" not in shown

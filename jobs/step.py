@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from jobs.graph import BY_NAME, MAKER, STEPS, Step
 from jobs.recipe import Recipe
 from medmm_ray.config import ConfigError, digest, help_text, identity, load
-from medmm_ray.tables import Artifact, Manifest, Origin, Table, TableError, pending
+from medmm_ray.tables import Artifact, Manifest, Origin, Table, TableError, chosen, pending
+
+import pyarrow.compute as pc
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -29,14 +31,23 @@ class Run:
     """A recipe's run: where each table and artifact lies, under the fingerprint of what it is made from."""
 
     def __init__(self, recipe: Recipe) -> None:
+        if not recipe.run:
+            raise ConfigError("'run' is required: the output folder, e.g. run=runs/mine")
         self.recipe = recipe
+        self.root = recipe.run.rstrip("/") if "://" in recipe.run else str(Path(recipe.run).absolute())
         self._fingerprints: dict[str, str] = {}
 
+    def given(self, name: str) -> str | None:
+        """The checkpoint that the recipe names for the artifact `name`, if any."""
+        models: dict[str, str | None] = dict(self.recipe.models)
+        return models.get(name)
+
     def skipped(self, step: Step) -> bool:
-        return step.name in self.recipe.skip
+        """Whether a step is left out: all that it makes is given."""
+        return all(self.given(name) is not None for name in step.makes)
 
     def upstream(self, step: Step) -> dict[str, str]:
-        return {name: self.fingerprint(MAKER[name]) for name in step.reads if not self.skipped(MAKER[name])}
+        return {name: self.given(name) or self.fingerprint(MAKER[name]) for name in step.reads}
 
     def fingerprint(self, step: Step) -> str:
         """Config + upstream + the step's version; not pool sizes, batch sizes or paths."""
@@ -50,7 +61,18 @@ class Run:
         return getattr(self.recipe, step.name)
 
     def uri(self, name: str) -> str:
-        return f"{self.recipe.run.rstrip('/')}/{name}/{self.fingerprint(MAKER[name])}"
+        return f"{self.root}/{name}/{self.fingerprint(MAKER[name])}"
+
+    def model(self, name: str) -> str:
+        """The checkpoint that the recipe names, else the run's own, which must be complete."""
+        given = self.given(name)
+        if given is None:
+            self.artifact(name).manifest()
+        return given or self.uri(name)
+
+    def model_id(self, name: str) -> str:
+        """What tables call a model: its given name, or the run's own with its fingerprint."""
+        return self.given(name) or f"{name}@{self.fingerprint(MAKER[name])}"
 
     def table(self, name: str) -> Table:
         record = MAKER[name].makes[name]
@@ -97,19 +119,16 @@ class Job:
         """A table of the run, whole, in memory: for the small ones."""
         return self.run.table(name).to_arrow(columns)
 
-    def model(self, name: str, given: str | None) -> str:
-        """The model that the config names, else the run's own (the artifact `name`)."""
-        if given is not None:
-            return given
-        maker = MAKER[name]
-        if self.run.skipped(maker):
-            raise ConfigError(
-                f"{self.step.name}: no model is named and the step {maker.name!r}, which would train one, is skipped; "
-                f"name one in the section {self.step.name!r} or take {maker.name!r} out of skip"
-            )
-        artifact = self.run.artifact(name)
-        artifact.manifest()
-        return artifact.path
+    @property
+    def run_name(self) -> str:
+        """What Ray Train calls this training: the same name continues it, so the fingerprint is part of it."""
+        return f"{self.step.name}-{self.run.fingerprint(self.step)}"
+
+    def solutions_of(self, split: str) -> "tuple[Dataset, list[str]]":
+        """The solutions of a split's questions, as a dataset, and the ids of those questions."""
+        questions = self.read("questions", ["question_id", "split"])
+        ids = questions.filter(pc.equal(questions["split"], split))["question_id"]
+        return chosen(self.table("solutions").dataset(rows_per_block=8), "question_id", ids), ids.to_pylist()
 
     def seconds(self) -> float:
         """Seconds since the step began or since its last output was committed."""
@@ -119,9 +138,12 @@ class Job:
 
     def make(
         self, name: str, source: "Dataset", ids: Iterable[str], do: "Callable[[Dataset], Dataset]", key: str,
-        explode: str | None = None,
+        explode: str | None = None, made_key: str | None = None,
     ) -> None:  # fmt: skip
-        """Make a table from `source` by `do`, one row in and one row out by `key`; resumes what was interrupted."""
+        """Make a table from `source` by `do`, one row in and one row out by `key`; resumes what was interrupted.
+
+        `made_key` is the key's name in the rows that `do` makes, where it is another.
+        """
         table = self.run.table(name)
         if table.is_complete:
             return
@@ -132,8 +154,9 @@ class Job:
         if done:
             log.info("%s: %d of %d rows are there, resuming", name, len(done), len(expected))
         if set(expected) - done:
-            table.write(do(pending(source, key, done)), key, explode)
-        self.report(name, table.finish(self.origin(name), key, expected, self.seconds(), self.recipe.max_error_rate))
+            table.write(do(pending(source, key, done)), made_key or key, explode)
+        limit = self.recipe.max_error_rate
+        self.report(name, table.finish(self.origin(name), made_key or key, expected, self.seconds(), limit))
 
     def make_rows(self, name: str, rows: Sequence[Any], key: str, figures: dict[str, float] | None = None) -> None:
         """Make a small table from rows in the driver."""
@@ -151,7 +174,7 @@ class Job:
             return
         artifact.prepare()
         self.waiting = name
-        figures = do(artifact.path)
+        figures = do(artifact.uri)
         self.report(name, artifact.commit(self.origin(name), self.seconds(), figures))
 
     def report(self, name: str, manifest: Manifest) -> None:

@@ -138,7 +138,7 @@ class Case:
     """What the reward model gets: all solutions of one question. `context` names everything but the solutions."""
 
     question: str
-    solutions: tuple[tuple[str, ...], ...]
+    solutions: tuple[str | tuple[str, ...], ...]
     documents: tuple[str, ...]
     image: "Image | None" = field(repr=False)
     reference_images: "tuple[Image, ...]" = field(repr=False)
@@ -160,7 +160,7 @@ def to_case(request: RerankRequest, max_image_pixels: int) -> Case:
         shared.update(hashlib.sha256(content).digest())
     return Case(
         question=text.question_with_options(request.question, request.options),
-        solutions=tuple(tuple(steps_of(s)) for s in request.solutions),
+        solutions=tuple(s if isinstance(s, str) else tuple(s) for s in request.solutions),
         documents=tuple(request.documents),
         image=pictures[0] if pictures else None,
         reference_images=tuple(pictures[1:]),

@@ -8,7 +8,6 @@ same solutions.
 """
 
 import asyncio
-import hashlib
 import logging
 import math
 from collections.abc import AsyncIterator, Mapping
@@ -27,6 +26,7 @@ from medmm_ray.engines.generator import (
     Sampling,
     actor_options,
     policy_prompt,
+    request_seed,
 )
 from medmm_ray.records import Solution, Solutions, to_arrow
 from medmm_ray.tables import RowError, attach
@@ -129,7 +129,7 @@ class Sampler:
         """All solutions of one question; a fault becomes the row's error."""
         config = self.config
         wanted = config.num_samples_test if question["split"] == "test" else config.num_samples_train
-        seed = question_seed(question["question_id"], self.config_hash, config.seed)
+        seed = request_seed(question["question_id"], self.config_hash, config.seed)
         kept: list[Solution] = []
         drawn, error = 0, question["error"]
         if error is not None:
@@ -174,12 +174,6 @@ class Sampler:
             seed=completion.seed,
             text_sha=digest(completion.text),
         )
-
-
-def question_seed(question_id: str, config_hash: str, seed: int = 0) -> int:
-    """40 bits of a hash, the lowest 12 cleared for the question's samples (`MAX_DRAWS`)."""
-    named = hashlib.sha256(f"{question_id}/{config_hash}/{seed}".encode()).digest()
-    return int.from_bytes(named[:5], "big") >> 12 << 12
 
 
 def draws(missing: int, round_: int, oversample: float, left: int) -> int:

@@ -31,6 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from medmm_ray import __version__
 from medmm_ray.config import Config, ConfigError, build, execution, parse_overrides
+from medmm_ray.engines.checkpoints import resolve
 from medmm_ray.engines.images import MAX_PIXELS
 from medmm_ray.rerank import Case, RerankAnswer, RerankRequest, StepLogOdds, rerank, steps_of, to_case
 from medmm_ray.tables import RowError
@@ -40,10 +41,13 @@ if TYPE_CHECKING:
 
     from medmm_ray.engines.reward_model import RewardModel
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ray.serve")  # the one that a replica writes to its log file
 
 # Faults of a request by kind; every other kind is 422.
 STATUS = {"image_too_large": 413}
+
+
+Count = Annotated[int, Field(ge=1)]
 
 
 class ServeConfig(Config):
@@ -55,37 +59,37 @@ class ServeConfig(Config):
     """Number format of the weights; bfloat16 on GPUs."""
     device: str = execution("cpu")
     """Torch device of each replica: cpu or cuda."""
-    num_replicas: int = Field(1, ge=1, json_schema_extra={"identity": False})
+    num_replicas: Count = execution(1)
     """Copies of the model, each in a process of its own."""
-    num_gpus: float = Field(0.0, ge=0, json_schema_extra={"identity": False})
+    num_gpus: Annotated[float, Field(ge=0)] = execution(0.0)
     """GPUs a replica."""
-    num_cpus: float = Field(1.0, ge=0, json_schema_extra={"identity": False})
+    num_cpus: Annotated[float, Field(ge=0)] = execution(1.0)
     """CPUs a replica; Ray gives it as many OpenMP threads."""
-    max_batch_size: int = Field(8, ge=1, json_schema_extra={"identity": False})
+    max_batch_size: Count = execution(8)
     """Most requests that a replica scores in one go: those about one case are packed into one pass over its prefix."""
-    batch_wait_timeout_s: float = Field(0.005, ge=0, json_schema_extra={"identity": False})
+    batch_wait_timeout_s: Annotated[float, Field(ge=0)] = execution(0.005)
     """Seconds that a replica waits for more requests before it scores."""
-    max_ongoing_requests: int = Field(32, ge=1, json_schema_extra={"identity": False})
+    max_ongoing_requests: Count = execution(32)
     """Requests that a replica holds at once, waiting ones included; at least `max_batch_size`."""
-    max_queued_requests: int = Field(256, ge=-1, json_schema_extra={"identity": False})
+    max_queued_requests: Annotated[int, Field(ge=-1)] = execution(256)
     """Requests that a proxy holds for busy replicas before it answers 503; -1: no bound."""
-    token_budget: int = Field(4096, ge=256, json_schema_extra={"identity": False})
+    token_budget: Annotated[int, Field(ge=256)] = execution(4096)
     """Tokens of solutions that one forward pass packs behind the shared prefix."""
-    max_solutions: int = Field(256, ge=1, json_schema_extra={"identity": False})
+    max_solutions: Count = execution(256)
     """Solutions in a request; more are answered with 413."""
-    max_steps: int = Field(64, ge=1, json_schema_extra={"identity": False})
+    max_steps: Count = execution(64)
     """Steps in a solution; more are answered with 413."""
-    max_documents: int = Field(64, ge=0, json_schema_extra={"identity": False})
+    max_documents: Annotated[int, Field(ge=0)] = execution(64)
     """Documents in a request; more are answered with 413."""
-    max_reference_images: int = Field(8, ge=0, json_schema_extra={"identity": False})
+    max_reference_images: Annotated[int, Field(ge=0)] = execution(8)
     """Reference images in a request; more are answered with 413."""
-    max_image_pixels: int = Field(MAX_PIXELS, ge=1, json_schema_extra={"identity": False})
+    max_image_pixels: Count = execution(MAX_PIXELS)
     """Width x height of an image; more is answered with 413 before it is decoded."""
-    max_body_mb: int = Field(64, ge=1, json_schema_extra={"identity": False})
+    max_body_mb: Count = execution(64)
     """Size of a request in MiB; more is answered with 413."""
     host: str = execution("127.0.0.1")
     """Address to listen on; any other than loopback needs a token."""
-    port: int = Field(8000, ge=0, le=65535, json_schema_extra={"identity": False})
+    port: Annotated[int, Field(ge=0, le=65535)] = execution(8000)
     """TCP port to listen on; 0 takes a free one."""
     token_env: str = execution("MEDMM_TOKEN")
     """Name of the environment variable that holds the bearer token; unset or empty: loopback only, no token."""
@@ -117,8 +121,7 @@ class Problem(BaseModel):
     detail: str
 
 
-Outcome = Sequence[StepLogOdds] | RowError
-Scorer = Callable[[Case], Awaitable[Outcome]]
+Scorer = Callable[[Case], Awaitable[Sequence[StepLogOdds]]]
 
 
 # The application
@@ -168,14 +171,12 @@ def api(score: Scorer, config: ServeConfig, has_image_tower: bool, token_sha256:
         try:
             case = await asyncio.to_thread(to_case, request, config.max_image_pixels)
         except RowError as error:
-            raise _refusal(error) from error
-        outcome = await score(case)
-        if isinstance(outcome, RowError):
-            raise _refusal(outcome)
-        answer = rerank(request, outcome, card.model)
+            raise HTTPException(STATUS.get(error.kind, 422), str(error)) from error
+        scores = await score(case)
+        answer = rerank(request, scores, card.model)
         failed = len(answer.solutions) - len(answer.ranking)
         seconds = time.perf_counter() - started
-        logger.info("rerank: %d solutions, %d failed, %s, %.3f s", len(outcome), failed, answer.arm, seconds)
+        logger.info("rerank: %d solutions, %d failed, %s, %.3f s", len(scores), failed, answer.arm, seconds)
         return answer
 
     return app
@@ -195,10 +196,6 @@ def check_size(request: RerankRequest, config: ServeConfig) -> None:
     ):
         if number > most:
             raise HTTPException(413, f"{number} {name}; at most {most} are allowed: send fewer, or several requests")
-
-
-def _refusal(error: RowError) -> HTTPException:
-    return HTTPException(STATUS.get(error.kind, 422), str(error))
 
 
 def _sentence(fault: Mapping[str, Any]) -> str:
@@ -269,11 +266,10 @@ class Reranker:
 
         from medmm_ray.engines.reward_model import RewardModel
 
-        logging.getLogger("medmm_ray").setLevel(logging.INFO)
-        model = RewardModel.from_pretrained(str(config.model), dtype=config.dtype, device=config.device)
+        model = RewardModel.from_pretrained(resolve(str(config.model)), dtype=config.dtype, device=config.device)
 
         @serve.batch(max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_timeout_s)
-        async def score(cases: list[Case]) -> list[Outcome]:
+        async def score(cases: list[Case]) -> list[Sequence[StepLogOdds]]:
             return await asyncio.to_thread(score_cases, model, cases, config.token_budget)
 
         self._app = api(score, config, model.image_tower is not None, token_sha256)
@@ -282,32 +278,30 @@ class Reranker:
         return self._app
 
 
-def score_cases(model: "RewardModel", cases: Sequence[Case], token_budget: int) -> list[Outcome]:
+def score_cases(model: "RewardModel", cases: Sequence[Case], token_budget: int) -> list[Sequence[StepLogOdds]]:
     """Score several requests: those about the same case (question, documents, images) share one pass over its prefix.
 
-    One outcome a request, in order; a request that cannot be scored becomes its error and leaves the others alone.
+    One list of scores a request, in order.
     """
     groups: dict[str, list[int]] = {}
     for i, case in enumerate(cases):
         groups.setdefault(case.context, []).append(i)
-    outcomes: dict[int, Outcome] = {}
+    scores: dict[int, Sequence[StepLogOdds]] = {}
     for members in groups.values():
         first = cases[members[0]]
-        try:
-            scores = model.score(
+        solutions = [solution for i in members for solution in cases[i].solutions]
+        found = iter(
+            model.score(
                 first.question,
-                [list(solution) for i in members for solution in cases[i].solutions],
+                solutions,
                 first.documents,
                 first.image,
                 first.reference_images,
                 token_budget=token_budget,
             )
-        except RowError as error:
-            outcomes |= dict.fromkeys(members, error)
-            continue
-        rest = iter(scores)
-        outcomes |= {i: [next(rest) for _ in cases[i].solutions] for i in members}
-    return [outcomes[i] for i in range(len(cases))]
+        )
+        scores |= {i: [next(found) for _ in cases[i].solutions] for i in members}
+    return [scores[i] for i in range(len(cases))]
 
 
 def build_app(args: Mapping[str, Any]) -> "serve.Application":
@@ -322,6 +316,8 @@ def application(config: ServeConfig) -> "serve.Application":
 
     if config.model is None:
         raise ConfigError("model is not set; name a checkpoint folder: model=runs/quickstart/two_tower")
+    # A replica may start in another folder; a URI is copied where it is read, so it stays as it is.
+    name = config.model if "://" in config.model else resolve(config.model)
     if config.max_ongoing_requests < config.max_batch_size:
         raise ConfigError(
             f"max_ongoing_requests={config.max_ongoing_requests} is below max_batch_size={config.max_batch_size}, "
@@ -341,15 +337,22 @@ def application(config: ServeConfig) -> "serve.Application":
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
     )(serve.ingress()(Reranker))
     # The replicas get the token's hash: a deployment's arguments are readable in the dashboard.
-    return deployment.bind(config, sha256(token) if token else None)
+    return deployment.bind(config.model_copy(update={"model": name}), sha256(token) if token else None)
 
 
 @contextmanager
 def running(config: ServeConfig) -> Iterator[str]:
-    """Serve `config` in this driver's Ray session while the block runs; yields the address to send requests to."""
+    """Serve `config` in this driver's Ray session while the block runs; yields the address to send requests to.
+
+    Raises `ConfigError` where the cluster serves something already: that is not ours to stop.
+    """
     from ray import serve
 
     app = application(config)
+    others = serve.status().applications
+    if others:
+        raise ConfigError(f"this Ray cluster already serves {', '.join(others)}; send requests there, or stop it first")
+    logger.setLevel(logging.WARNING)  # of this driver; the replicas have their own
     port = config.port or _free_port(config.host)
     serve.start(http_options={"host": config.host, "port": port})
     try:

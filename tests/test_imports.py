@@ -14,7 +14,7 @@ HEAVY = ("torch", "transformers", "vllm", "faiss", "open_clip", "deepspeed", "ra
 # Lower layers first; a module imports only from layers below its own, steps never from each other.
 FOUNDATION = ("config", "records", "tables", "prompts", "text", "metrics", "targets", "session", "estimate")
 INNER = ("sources", "engines")
-TOP = ("report", "serve", "rerank")
+TOP = ("report", "rerank", "query", "serve")
 
 
 def modules() -> list[Path]:

@@ -6,10 +6,13 @@ import logging
 import math
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
@@ -17,9 +20,8 @@ from rich.console import Console
 
 from medmm_ray.config import ConfigError
 from medmm_ray.query import QueryError, post, query, request_of, show
-from medmm_ray.rerank import Case, RerankAnswer, RerankRequest, StepLogOdds, rerank, to_case
-from medmm_ray.serve import Outcome, ServeConfig, api, application, build_app, is_loopback, score_cases, sha256
-from medmm_ray.tables import RowError
+from medmm_ray.rerank import Case, RerankAnswer, RerankRequest, StepLogOdds, rerank, steps_of, to_case
+from medmm_ray.serve import ServeConfig, api, application, build_app, is_loopback, score_cases, sha256
 
 QUESTION = "Which side shows the effusion?"
 OPTIONS = ["none", "right", "left"]
@@ -49,7 +51,7 @@ class FakeModel:
     def score(
         self,
         question: str,
-        solutions: Sequence[Sequence[str]],
+        solutions: Sequence[str | Sequence[str]],
         documents: Sequence[str] = (),
         image: Image.Image | None = None,
         reference_images: Sequence[Image.Image] = (),
@@ -57,19 +59,18 @@ class FakeModel:
         token_budget: int = 4096,
     ) -> list[Scored]:
         self.calls.append((question, len(solutions), len(documents), image is not None))
-        if "unreadable" in question:
-            raise RowError("too_long", "the question has 9,000 tokens, more than 4,096")
         light = 0.0 if image is None else 3.0 if image.getpixel((0, 0)) == (255, 255, 255) else -3.0
+        split = [steps_of(s) if isinstance(s, str) else list(s) for s in solutions]
         return [
             Scored(error="too_long: 5,000 tokens, more than 4,096")
             if "endless" in " ".join(steps)
             else Scored([float(len(steps))] * len(steps), [light if "left" in " ".join(steps) else -light] * len(steps))
-            for steps in solutions
+            for steps in split
         ]
 
 
 def client(model: FakeModel, token: str = "", tower: bool = True, **fields: Any) -> TestClient:
-    async def score(case: Case) -> Outcome:
+    async def score(case: Case) -> Sequence[StepLogOdds]:
         return score_cases(model, [case], 4096)[0]  # type: ignore[arg-type]
 
     config = ServeConfig(model="runs/x/two_tower", **fields)
@@ -118,7 +119,8 @@ def test_the_answer_in_numbers() -> None:
     low = 1 / (1 + math.e)
     assert (answer.sc_rm.answer, answer.sc_rm.solution) == ("B", 2)
     assert answer.sc_rm.support == pytest.approx((0.75 + low) / (0.75 + low + 0.5))
-    assert (answer.majority.answer, answer.majority.support) == ("B", pytest.approx(2 / 3))
+    assert answer.majority.answer == "B"
+    assert answer.majority.support == pytest.approx(2 / 3)
 
 
 def test_the_rules_can_disagree_and_the_aggregate_matters() -> None:
@@ -166,15 +168,14 @@ def test_requests_about_one_case_share_one_pass_and_do_not_change_each_other() -
     model = FakeModel()
     cases = [
         to_case(RerankRequest(**body(**changes)), 10_000)
-        for changes in ({}, {"question": "unreadable"}, {"solutions": [LEFT]}, {"documents": ["A text."]})
+        for changes in ({}, {"question": "What?"}, {"solutions": [LEFT]}, {"documents": ["A text."]})
     ]
-    outcomes = score_cases(model, cases, 4096)  # type: ignore[arg-type]
+    together = score_cases(model, cases, 4096)  # type: ignore[arg-type]
     question = "Which side shows the effusion? (A) none (B) right (C) left"
-    asked = "unreadable (A) none (B) right (C) left"
+    asked = "What? (A) none (B) right (C) left"
     assert model.calls == [(question, 3, 0, False), (asked, 2, 0, False), (question, 2, 1, False)]
-    alone = [score_cases(FakeModel(), [case], 4096)[0] for case in (cases[0], cases[2], cases[3])]  # type: ignore[arg-type]
-    assert [outcomes[0], outcomes[2], outcomes[3]] == alone
-    assert isinstance(outcomes[1], RowError)
+    alone = [score_cases(FakeModel(), [case], 4096)[0] for case in cases]  # type: ignore[arg-type]
+    assert together == alone
 
 
 # Over HTTP
@@ -228,13 +229,12 @@ def test_a_solution_that_cannot_be_scored_leaves_the_others(web: TestClient) -> 
         ({"image": b64(png()), "reference_images": [b64(b"x")]}, 422, ["reference_images.0"]),
         ({"reference_images": [b64(png())]}, 422, ["image_missing", "1 reference_images"]),
         ({"image": b64(png()), "reference_images": [b64(png())] * 3}, 413, ["3 reference_images", "at most 2"]),
-        ({"question": "unreadable"}, 422, ["too_long", "9,000 tokens"]),
     ],
 )
 def test_refusals_say_what_the_value_and_what_was_expected(
     changes: dict[str, Any], status: int, words: list[str]
 ) -> None:
-    limits = {"max_solutions": 4, "max_steps": 6, "max_documents": 2, "max_reference_images": 2}
+    limits: dict[str, Any] = {"max_solutions": 4, "max_steps": 6, "max_documents": 2, "max_reference_images": 2}
     web = client(FakeModel(), max_image_pixels=10_000, **limits)
     reply = web.post("/v1/rerank", json=body(**changes))
     assert reply.status_code == status
@@ -274,7 +274,7 @@ def test_logs_hold_counts_and_no_text(web: TestClient, caplog: pytest.LogCapture
     with caplog.at_level(logging.DEBUG):
         web.post("/v1/rerank", json=body(documents=["A secret text."]))
         web.post("/v1/rerank", json=body(question=""))
-    ours = [r.getMessage() for r in caplog.records if r.name.startswith("medmm_ray")]
+    ours = [r.getMessage() for r in caplog.records if r.name == "ray.serve"]
     assert len(ours) == 1
     assert ours[0].startswith("rerank: 2 solutions, 0 failed, text_only, 0.")
     for words in ("effusion", "angle", "secret"):
@@ -316,21 +316,25 @@ def test_is_loopback(host: str, expected: bool) -> None:
     assert is_loopback(host) is expected
 
 
+def deployed(app: Any) -> Any:
+    return app._bound_deployment
+
+
 def test_an_open_host_without_a_token_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MEDMM_TOKEN", raising=False)
     with pytest.raises(ConfigError, match=r"host=0\.0\.0\.0 is open .* MEDMM_TOKEN holds no token"):
-        application(ServeConfig(model="m", host="0.0.0.0"))  # noqa: S104
+        application(ServeConfig(model="org/m", host="0.0.0.0"))  # noqa: S104
     monkeypatch.setenv("MEDMM_TOKEN", "s3cret")
-    bound = application(ServeConfig(model="m", host="0.0.0.0"))  # noqa: S104
-    assert bound._bound_deployment.init_args[1] == sha256("s3cret")
+    bound = deployed(application(ServeConfig(model="org/m", host="0.0.0.0")))  # noqa: S104
+    assert bound.init_args[1] == sha256("s3cret")
 
 
-def test_build_app_reads_words_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_app_reads_words_and_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MEDMM_TOKEN", raising=False)
-    bound = build_app({"model": "runs/m", "num_replicas": "2", "num_gpus": 0.5, "device": "cuda"})._bound_deployment
+    bound = deployed(build_app({"model": str(tmp_path), "num_replicas": "2", "num_gpus": 0.5, "device": "cuda"}))
     config, token = bound.init_args
     assert (config.model, config.num_replicas, config.num_gpus, config.device, token) == (
-        "runs/m",
+        str(tmp_path),
         2,
         0.5,
         "cuda",
@@ -344,9 +348,10 @@ def test_build_app_reads_words_and_values(monkeypatch: pytest.MonkeyPatch) -> No
     ("args", "words"),
     [
         ({}, "model is not set"),
+        ({"model": "nowhere"}, "'nowhere' is not a folder"),
         ({"model": "m", "num_replica": "2"}, "did you mean 'num_replicas'"),
         ({"model": "m", "num_replicas": "two"}, "'num_replicas' is 'two'"),
-        ({"model": "m", "max_batch_size": "64"}, "max_ongoing_requests=32 is below max_batch_size=64"),
+        ({"model": "org/m", "max_batch_size": "64"}, "max_ongoing_requests=32 is below max_batch_size=64"),
     ],
 )
 def test_build_app_refuses(args: dict[str, str], words: str) -> None:
@@ -439,3 +444,65 @@ def test_the_printed_answer_without_gold_and_without_scores() -> None:
     shown = printed(rerank(request, [Scored([1.0], [0.0])], "m"), request, None)
     assert "worst" not in shown
     assert "image log-odds" not in shown
+
+
+# With real Serve
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny reward model with an image tower, its fusion opened a little so that the image counts."""
+    import torch
+
+    from medmm_ray.engines.reward_model import FusionConfig, RewardModel
+    from tests import clip_folders, tiny_reward_model
+
+    folder = tmp_path_factory.mktemp("model")
+    model = RewardModel.from_text_model(tiny_reward_model.save(folder / "text"))
+    model.add_image_tower(clip_folders.write_native_clip(folder / "tower"), FusionConfig())
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in model.fusion.parameters():  # type: ignore[union-attr]
+            weight.add_(0.1 * torch.randn_like(weight))
+    model.save_pretrained(folder / "two_tower")
+    return folder / "two_tower"
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("ray_session")
+def test_real_serve_gives_the_scores_of_the_offline_function(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    from medmm_ray.engines.reward_model import RewardModel
+    from medmm_ray.serve import running
+
+    monkeypatch.delenv("MEDMM_TOKEN", raising=False)
+    picture = png((40, 30), "teal")
+    documents = ["An angle is blunted by fluid."]
+    chunks: list[list[str | Sequence[str]]] = [[RIGHT, LEFT], [RIGHT], [["The left lung is normal.", "So the answer is (A)."]]]
+    requests = [request_of(QUESTION, OPTIONS, c, documents=documents, image=picture) for c in chunks]
+    with running(ServeConfig(model=str(checkpoint), port=0, num_cpus=0.5)) as url:
+        with ThreadPoolExecutor(3) as pool:
+            answers = list(pool.map(lambda request: query(url, request), requests))
+        text_only = query(url, requests[0].model_copy(update={"image": None}))
+        assert "/v1/rerank" in httpx.get(f"{url}/openapi.json").json()["paths"]
+        assert httpx.get(f"{url}/health", headers={"Host": "evil.example.org"}).status_code == 403
+        with pytest.raises(ConfigError, match="already serves medmm"), running(ServeConfig(model=str(checkpoint))):
+            pass
+
+    model = RewardModel.from_pretrained(checkpoint)
+    asked, image = to_case(requests[0], 10_000).question, to_case(requests[0], 10_000).image
+    for chunk, answer in zip(chunks, answers, strict=True):
+        offline = model.score(asked, chunk, documents, image)
+        for expected, solution in zip(offline, answer.solutions, strict=True):
+            assert [s.text_log_odds for s in solution.steps] == pytest.approx(expected.text_log_odds, abs=1e-5)
+            assert [s.image_log_odds for s in solution.steps] == pytest.approx(expected.image_log_odds, abs=1e-5)
+            assert [s.probability for s in solution.steps] == pytest.approx(expected.plus_probs, abs=1e-6)
+        assert answer.arm == "multimodal"
+        assert any(step.image_log_odds for s in answer.solutions for step in s.steps)
+    assert {step.image_log_odds for s in text_only.solutions for step in s.steps} == {0.0}
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())  # type: ignore[attr-defined]
+    written = "".join(f.read_text(errors="replace") for f in logs.rglob("*") if f.is_file())
+    assert "rerank: 2 solutions, 0 failed, multimodal" in written
+    for words in ("angle is blunted", "shows the effusion", "blunted by fluid"):
+        assert words not in written

@@ -21,7 +21,7 @@ done
 # A moved checkout or a removed interpreter leaves a broken environment: make it anew.
 [ -x .venv/bin/python ] && .venv/bin/python -c '' 2>/dev/null || { say "making .venv with $("$python" --version)"; rm -rf .venv; "$python" -m venv .venv; }
 rm -f .venv/.ready-*
-pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet "$@"; }
+pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet --quiet "$@"; }
 have() { .venv/bin/python -c "import importlib.metadata as m, sys; sys.exit(m.version('$1').split('+')[0] != '$2')" 2>/dev/null; }
 
 if [ "$kind" = cpu ]; then

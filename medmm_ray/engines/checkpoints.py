@@ -8,10 +8,12 @@ Python package. The cache is ``$MEDMM_CACHE``, or ``medmm_ray`` in the user's ca
 import importlib.util
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from pyarrow import fs as pafs
 
@@ -36,7 +38,7 @@ def resolve(name: str) -> str:
     if name.startswith(HUB_PREFIX):
         return name
     if "://" in name:
-        return str(_copied(name))
+        return str(local_folder(name))
     if Path(name).expanduser().is_dir():
         return str(Path(name).expanduser().absolute())
     if _HUB_ID.match(name):
@@ -63,20 +65,24 @@ def _kept(folder: Path, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-def _copied(uri: str) -> Path:
+def local_folder(uri: str) -> Path:
+    """A folder on this machine's disk with the files of `uri`: itself where it is local, else a copy in the cache."""
     fs, path = filesystem(uri)
     files = [i for i in fs.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True)) if i.is_file]
     if not files:
-        raise ConfigError(f"model {uri!r}: no files are there; check the URI and the permission to list it")
+        raise ConfigError(f"{uri!r}: no files are there; check the name, and the permission to list it")
     if isinstance(fs, pafs.LocalFileSystem):
         return Path(path)
     version = digest(uri, sorted((i.path, i.size, i.mtime_ns) for i in files))
-    return _kept(
-        cache_folder() / f"copy-{version}",
-        lambda folder: pafs.copy_files(
-            path, str(folder), source_filesystem=fs, destination_filesystem=pafs.LocalFileSystem()
-        ),
-    )
+
+    def copy(folder: Path) -> None:
+        for file in files:  # one by one: `copy_files` of a folder refuses filesystems that name paths another way
+            target = folder / file.path.strip("/").removeprefix(path.strip("/")).strip("/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with fs.open_input_stream(file.path, compression=None) as stream, target.open("wb") as sink:
+                shutil.copyfileobj(stream, sink)
+
+    return _kept(cache_folder() / f"copy-{version}", copy)
 
 
 def _packaged(module: str) -> Path:
@@ -103,7 +109,7 @@ def _smollm2(package: Path) -> Path:
 
 def _convert_gguf(source: Path, folder: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     if not tokenizer.chat_template:
@@ -112,10 +118,10 @@ def _convert_gguf(source: Path, folder: Path) -> None:
         source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
     # A model read from GGUF stays marked as quantized and refuses to be saved: hand its weights to a plain one.
-    config = type(read.config)(**{k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})
-    plain = type(read)(config)
+    config: Any = type(read.config)(**{k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})
+    plain: Any = type(read)(config)
     plain.load_state_dict(read.state_dict())
-    plain.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    plain.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     plain.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

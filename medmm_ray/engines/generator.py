@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 
 from pydantic import Field
 
-from medmm_ray.config import Config, execution
+from medmm_ray.config import Config, digest, execution
 from medmm_ray.prompts import Message, policy_messages
 from medmm_ray.tables import RowError
 from medmm_ray.text import question_with_options
@@ -102,7 +102,9 @@ class TextGenerator(Protocol):
 
     statistics: Statistics
 
-    def prompt_ids(self, messages: Sequence[Message], prefix: str = "") -> list[int]: ...
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]: ...
+
+    def prefix_ids(self, prefix: str) -> list[int]: ...
 
     async def generate(self, prompt_ids: Sequence[int], n: int, seed: int, how: Sampling) -> list[Completion]: ...
 
@@ -137,12 +139,14 @@ class Generator:
         )
         self._request_ids = itertools.count()
 
-    def prompt_ids(self, messages: Sequence[Message], prefix: str = "") -> list[int]:
-        """Token ids of the chat with the assistant's turn opened; `prefix` is what the assistant has said already."""
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of the chat with the assistant's turn opened."""
         ids = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
-        if prefix:
-            ids = ids + self._tokenizer.encode(prefix, add_special_tokens=False)
         return cast(list[int], ids)
+
+    def prefix_ids(self, prefix: str) -> list[int]:
+        """Token ids of what the assistant has said already; after `prompt_ids`, a request continues it."""
+        return cast(list[int], self._tokenizer.encode(prefix, add_special_tokens=False))
 
     async def generate(self, prompt_ids: Sequence[int], n: int, seed: int, how: Sampling) -> list[Completion]:
         """`n` samples of one prompt, sample i drawn with ``seed + i``; with a prefix they continue it.
@@ -184,6 +188,11 @@ class Generator:
     def shutdown(self) -> None:
         """Stop the engine's processes (an actor's end does it too)."""
         self._engine.shutdown()
+
+
+def request_seed(*parts: object) -> int:
+    """40 bits of a hash of `parts`, the lowest 12 cleared for the samples of the request (`MAX_DRAWS`)."""
+    return int(digest(*parts)[:10], 16) >> 12 << 12
 
 
 def policy_prompt(generator: TextGenerator, question: Mapping[str, Any], num_documents: int, room: int) -> list[int]:
@@ -274,7 +283,7 @@ def check_model(model: str) -> None:
         AutoConfig.from_pretrained(model)
     except OSError as error:
         raise GeneratorError(
-            f"model {model!r} is neither a folder here nor a hub model that can be reached: {str(error).splitlines()[0]}"
+            f"model {model!r} is neither a folder here nor a hub model that can be had: {str(error).splitlines()[0]}"
         ) from error
 
 
@@ -285,7 +294,7 @@ def weight_bytes(model: str) -> int:
 
 def free_memory() -> int:
     """Bytes that this process may still take: the machine's, or its control group's where that is less."""
-    import psutil
+    import psutil  # type: ignore[import-untyped]
 
     free = int(psutil.virtual_memory().available)
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")

@@ -9,7 +9,7 @@ way the text was made (`apply_chat_template` or text tokenised with special toke
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from medmm_ray.text import TAG
@@ -28,14 +28,15 @@ SMALLEST_VOCABULARY = 512  # 256 bytes, the special tokens, and some merges
 
 
 def build_tokenizer(
-    texts: Iterable[str], vocab_size: int = 1024, extra_tokens: Sequence[str] = ()
+    texts: Iterable[str], vocab_size: int = 1024, ends_texts: bool = False
 ) -> "PreTrainedTokenizerFast":
-    """Train a tokenizer of exactly at most `vocab_size` entries on `texts`; `extra_tokens` become special tokens.
+    """Train a tokenizer of at most `vocab_size` entries on `texts`.
 
-    The same texts give the same tokenizer, whatever their order. Raises ValueError for a vocabulary too small to hold
-    the bytes, and where " +", " -" or the step tag is not one id.
+    With `ends_texts` it writes the end token behind each text, as a CLIP's text half wants it. The same texts give the
+    same tokenizer, whatever their order. Raises ValueError for a vocabulary too small to hold the bytes, and where
+    " +", " -" or the step tag is not one id.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import AddedToken, PreTrainedTokenizerFast
 
     if vocab_size < SMALLEST_VOCABULARY:
@@ -46,15 +47,20 @@ def build_tokenizer(
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    specials = [PAD, END, *TURNS, *extra_tokens]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,  # the step tag is added below
-        special_tokens=specials,
+        special_tokens=[PAD, END, *TURNS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     bpe.train_from_iterator((text for text, count in sorted(counts.items()) for _ in range(count)), trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, eos_token=END)
+    if ends_texts:
+        bpe.post_processor = processors.TemplateProcessing(
+            single=f"$A {END}", special_tokens=[(END, bpe.token_to_id(END))]
+        )
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=bpe, pad_token=PAD, eos_token=END
+    )
     tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken(TAG, special=True, normalized=False)]})
     tokenizer.chat_template = CHAT_TEMPLATE
     for token in (TAG, *VERDICTS):

@@ -3,21 +3,22 @@
 Enters: a stage (its model, its samples, its loss) and a `TrainConfig`. Leaves: the stage's model in a folder, with
 ``history.json`` (the loss of each update, validation figures, seconds, tokens/s).
 
-The same seed gives the same batches on any number of workers. While it runs, everything lies in ``<folder>/.checkpoints``,
-which is removed on success: `fit` with the same name continues there, whatever was killed, as if nothing had happened.
+The same seed gives the same batches on any number of workers. While it runs, everything lies in
+``<folder>/.checkpoints``, which is removed on success: `fit` with the same name continues there, whatever was killed,
+as if nothing had happened.
 """
 
 import json
 import logging
-import math
 import os
 import shutil
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -82,11 +83,12 @@ class TrainConfig(Config):
     """Worker failures, preemptions apart, after which training starts again from its last checkpoint by itself."""
 
 
-class Stage(Protocol):
+class Stage(ABC):
     """What a stage brings to the loop. It is made in the worker: ``stage(config, inputs, device)``.
 
-    `module` is the model; its parameters that ask for a gradient are trained. `names`, `sizes` and `costs` describe the
-    units (see `schedule`); `padded` says whether a group costs its longest unit times its number.
+    `module` is the model; its parameters that ask for a gradient are trained. `names` (ids), `sizes` and `costs`
+    describe the units (see `schedule`); a forward pass takes units that cost `budget` together, and `padded` says
+    whether they cost their longest one times their number.
     """
 
     module: "torch.nn.Module"
@@ -98,13 +100,17 @@ class Stage(Protocol):
 
     def learning_rates(self) -> dict[str, float]:
         """Learning rates of parameters whose names start with a key; all others take the config's."""
+        return {}
 
+    @abstractmethod
     def loss(self, units: Sequence[int], epoch: int) -> "torch.Tensor":
         """The *sum* of the samples' losses: the loop divides by the samples of the global batch."""
 
     def validate(self) -> dict[str, float]:
         """Figures on held-out data, after each epoch; ``selection`` (higher is better) picks the epoch that is kept."""
+        return {}
 
+    @abstractmethod
     def save(self, folder: Path) -> None:
         """Write the model, whole, in the form that other steps read."""
 
@@ -181,46 +187,23 @@ def run(make_stage: StageFactory, config: TrainConfig, inputs: dict[str, str], w
 
     Raises `TrainingError` where a loss is not finite, with the ids of its batch.
     """
-    device = _prepare(config)
-    import deepspeed
+    if config.gpus_per_worker == 0:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
     import torch
 
-    stage = make_stage(config, inputs, device)
-    batches = [epoch_batches(stage.sizes, config.batch_size, config.seed, epoch) for epoch in range(config.epochs)]
-    num_updates = sum(len(epoch) for epoch in batches)
-    if num_updates == 0:
-        raise TrainingError(f"{type(stage).__name__}: there is not one sample to train on; look at the step's inputs")
-    dtype = config.dtype if config.dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
-    groups = parameter_groups(stage.module, config.learning_rate, stage.learning_rates(), config.weight_decay)
-    engine, *_ = deepspeed.initialize(
-        model=_loss_module(stage),
-        optimizer=torch.optim.AdamW(groups, betas=(0.9, 0.95)),
-        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda update: learning_rate_factor(update, num_updates, config.warmup)
-        ),
-        config=deepspeed_config(config, dtype),
-        dist_init_required=False,
-    )
-    progress = _restore(engine, worker)
-    _train(engine, stage, batches, config, worker, progress)
-    if worker.rank == 0 or config.zero_stage == 3:
-        _leave(engine, stage, config, worker, progress)
+    device = f"cuda:{torch.cuda.current_device()}" if config.gpus_per_worker else "cpu"
+    if device == "cpu":
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    training = Training(make_stage(config, inputs, device), config, worker, device)
+    training.restore()
+    for epoch in range(training.progress.epoch, config.epochs):
+        training.epoch(epoch)
+    training.leave()
     torch.distributed.barrier()
 
 
-def _prepare(config: TrainConfig) -> str:
-    """Set the process up, before DeepSpeed is imported; the device's name."""
-    if config.gpus_per_worker == 0:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    import torch
-
-    if config.gpus_per_worker == 0:
-        torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
-    return "cpu" if config.gpus_per_worker == 0 else f"cuda:{torch.cuda.current_device()}"
-
-
-def _loss_module(stage: Stage) -> "torch.nn.Module":
+def loss_module(stage: Stage) -> "torch.nn.Module":
     """The stage as a module whose forward pass is its loss: DeepSpeed's hooks want one call, one output."""
     import torch
 
@@ -235,132 +218,183 @@ def _loss_module(stage: Stage) -> "torch.nn.Module":
     return LossModule()
 
 
-def _train(
-    engine: Any, stage: Stage, batches: list[list[list[int]]], config: TrainConfig, worker: Worker, progress: Progress
-) -> None:
-    import torch
+class Training:
+    """A stage under DeepSpeed, and how far it is."""
 
-    started, said = time.perf_counter() - progress.seconds, time.perf_counter()
-    for epoch in range(progress.epoch, config.epochs):
+    def __init__(self, stage: Stage, config: TrainConfig, worker: Worker, device: str) -> None:
+        import deepspeed
+        import torch
+
+        self.stage, self.config, self.worker = stage, config, worker
+        self.batches = [epoch_batches(stage.sizes, config.batch_size, config.seed, e) for e in range(config.epochs)]
+        num_updates = sum(len(batches) for batches in self.batches)
+        if num_updates == 0:
+            raise TrainingError(f"{type(stage).__name__}: there is not one sample to train on; look at the inputs")
+        self.progress = Progress()
+        self._said = time.perf_counter()
+        groups = parameter_groups(stage.module, config.learning_rate, stage.learning_rates(), config.weight_decay)
+        # DeepSpeed 0.19.8 cannot broadcast parameters without a dimension (a CLIP's scale, for one).
+        self._scalars = [parameter for parameter in stage.module.parameters() if parameter.dim() == 0]
+        self._reshape_scalars((1,))
+        dtype = config.dtype if config.dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
+        self.engine, *_ = deepspeed.initialize(
+            model=loss_module(stage),
+            optimizer=torch.optim.AdamW(groups),
+            lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda update: learning_rate_factor(update, num_updates, config.warmup)
+            ),
+            config=deepspeed_config(config, dtype),
+            dist_init_required=False,
+        )
+
+    def epoch(self, epoch: int) -> None:
+        """The rest of an epoch, its validation, and a checkpoint."""
+        import torch
+
+        progress, stage, every = self.progress, self.stage, self.config.checkpoint_every
+        self._started = time.perf_counter() - progress.seconds
         stage.module.train()
-        for number in range(progress.batch, len(batches[epoch])):
-            units = batches[epoch][number]
-            loss = _update(engine, stage, units, epoch, worker)
-            progress.samples += sum(stage.sizes[u] for u in units)
-            progress.tokens += sum(stage.costs[u] for u in units)
-            progress.seconds = time.perf_counter() - started
-            norm = engine.get_global_grad_norm()
-            row = {
-                "epoch": epoch,
-                "loss": loss,
-                "gradient_norm": math.nan if norm is None else float(norm),
-                "learning_rate": float(engine.get_lr()[0]),
-            }
-            progress.updates.append(row)
-            progress.epoch, progress.batch = epoch, number + 1
-            if worker.rank == 0 and time.perf_counter() - said > REPORT_SECONDS:
-                said = time.perf_counter()
-                log.info(
-                    "epoch %d/%d, update %d/%d: loss %.4f, %.0f tokens/s", epoch + 1, config.epochs, number + 1,
-                    len(batches[epoch]), loss, progress.tokens / progress.seconds,
-                )  # fmt: skip
-            if config.checkpoint_every and len(progress.updates) % config.checkpoint_every == 0:
-                _checkpoint(engine, worker, progress)
+        for number in range(progress.batch, len(self.batches[epoch])):
+            self._update(epoch, self.batches[epoch][number])
+            progress.batch = number + 1
+            self._say()
+            if every and len(progress.updates) % every == 0:
+                self._checkpoint()
         stage.module.eval()
         with torch.no_grad():
             figures = stage.validate()
-        mean = [row["loss"] for row in progress.updates if row["epoch"] == epoch]
-        progress.epochs.append({"epoch": epoch, "loss": sum(mean) / len(mean), **figures})
-        if progress.best_epoch == epoch and (worker.rank == 0 or config.zero_stage == 3):
-            _save(engine, stage, config, worker, f"{worker.work}/best-{epoch}")
+        losses = [row["loss"] for row in progress.updates if row["epoch"] == epoch]
+        progress.epochs.append({"epoch": epoch, "loss": sum(losses) / len(losses), **figures})
+        if progress.best_epoch == epoch:
+            self._keep_best(epoch)
         progress.epoch, progress.batch = epoch + 1, 0
-        progress.seconds = time.perf_counter() - started
-        _checkpoint(engine, worker, progress)
+        progress.seconds = time.perf_counter() - self._started
+        self._checkpoint()
 
+    def _update(self, epoch: int, units: Sequence[int]) -> None:
+        stage, progress = self.stage, self.progress
+        learning_rate = float(self.engine.get_lr()[0])
+        loss = self._step(units, epoch)
+        norm = self.engine.get_global_grad_norm()  # None without ZeRO
+        progress.samples += sum(stage.sizes[u] for u in units)
+        progress.tokens += sum(stage.costs[u] for u in units)
+        progress.seconds = time.perf_counter() - self._started
+        row = {"epoch": float(epoch), "loss": loss, "learning_rate": learning_rate}
+        progress.updates.append(row if norm is None else {**row, "gradient_norm": float(norm)})
 
-def _update(engine: Any, stage: Stage, units: Sequence[int], epoch: int, worker: Worker) -> float:
-    """One step of the optimizer over a global batch, of which this worker takes every `worker.size`-th group.
+    def _step(self, units: Sequence[int], epoch: int) -> float:
+        """One step of the optimizer over a global batch, of which this worker takes every n-th group; its mean loss.
 
-    DeepSpeed averages gradients over workers, hence the factor `worker.size`. A worker without a group left runs the
-    first one with weight 0: ZeRO's collectives want the same number of passes everywhere.
-    """
-    import torch
+        DeepSpeed averages gradients over workers, hence the factor `size`. A worker without a group left runs the
+        first one with weight 0: ZeRO's collectives want the same number of passes everywhere.
+        """
+        import torch
 
-    num_samples = sum(stage.sizes[u] for u in units)
-    groups = micro_batches(units, stage.costs, stage.budget, stage.padded)
-    total = torch.zeros(())
-    for at in range(0, len(groups), worker.size):
-        mine = at + worker.rank < len(groups)
-        group = groups[at + worker.rank] if mine else groups[0]
-        loss = engine(group, epoch) / num_samples
-        value = loss.detach().float().cpu()
-        if not torch.isfinite(value):
-            ids = [stage.names[u] for u in group]
+        stage, rank, size = self.stage, self.worker.rank, self.worker.size
+        num_samples = sum(stage.sizes[u] for u in units)
+        groups = micro_batches(units, stage.costs, stage.budget, stage.padded)
+        total = torch.zeros(())
+        for at in range(0, len(groups), size):
+            mine = at + rank < len(groups)
+            group = groups[at + rank] if mine else groups[0]
+            loss = self.engine(group, epoch) / num_samples
+            value = loss.detach().float().cpu()
+            if not torch.isfinite(value):
+                raise TrainingError(
+                    f"the loss is {value.item()} in epoch {epoch + 1}, after {len(self.progress.updates)} updates, on "
+                    f"{[stage.names[u] for u in group]}. Look at these samples; if they are sound, lower learning_rate "
+                    "or train in float32."
+                )
+            self.engine.backward(loss * (size if mine else 0.0))
+            total += value * mine
+        self.engine.step()
+        if size > 1:
+            total = total.to(self.engine.device)
+            torch.distributed.all_reduce(total)
+        return float(total)
+
+    def _say(self) -> None:
+        if self.worker.rank == 0 and time.perf_counter() - self._said > REPORT_SECONDS:
+            self._said, progress = time.perf_counter(), self.progress
+            total = sum(len(batches) for batches in self.batches)
+            speed = progress.tokens / progress.seconds
+            log.info(
+                "update %d of %d: loss %.4f, %.0f tokens/s",
+                len(progress.updates), total, progress.updates[-1]["loss"], speed,
+            )  # fmt: skip
+
+    def _checkpoint(self) -> None:
+        """Every worker writes its part and hands it over; the group's parts make one checkpoint."""
+        with tempfile.TemporaryDirectory() as scratch:
+            self.engine.save_checkpoint(scratch, tag="state", client_state={"progress": asdict(self.progress)})
+            done = {"epoch": float(self.progress.epoch), "updates": float(len(self.progress.updates))}
+            self.worker.keep(scratch, done)
+
+    def restore(self) -> None:
+        """Go on from the newest checkpoint, where there is one."""
+        latest = self.worker.latest()
+        if latest is None:
+            return
+        path, state = self.engine.load_checkpoint(latest, tag="state")
+        if path is None:
             raise TrainingError(
-                f"the loss is {value.item()} in epoch {epoch + 1}, after {engine.global_steps} updates, on {ids}. Look "
-                "at these samples; if they are sound, lower learning_rate or train in float32."
+                f"the checkpoint in {latest} cannot be continued: it is none of {self.worker.size} workers with ZeRO "
+                f"{self.config.zero_stage}. Go back to the earlier settings, or delete {self.worker.work}."
             )
-        engine.backward(loss * (worker.size if mine else 0.0))
-        total += value * mine
-    engine.step()
-    if worker.size > 1:
-        total = total.to(engine.device)
-        torch.distributed.all_reduce(total)
-    return float(total)
+        self.progress = Progress(**state["progress"])
 
+    def leave(self) -> None:
+        """The model of the best epoch (else of the last) and the history, in the artifact's folder."""
+        from safetensors.torch import load_file
 
-def _checkpoint(engine: Any, worker: Worker, progress: Progress) -> None:
-    """Every worker writes its part and hands it over; the group's parts make one checkpoint."""
-    with tempfile.TemporaryDirectory() as scratch:
-        engine.save_checkpoint(scratch, tag="state", client_state={"progress": asdict(progress)})
-        worker.keep(scratch, {"epoch": float(progress.epoch), "updates": float(len(progress.updates))})
-
-
-def _restore(engine: Any, worker: Worker) -> Progress:
-    latest = worker.latest()
-    if latest is None:
-        return Progress()
-    path, state = engine.load_checkpoint(latest, tag="state")
-    if path is None:
-        raise TrainingError(
-            f"the checkpoint in {latest} cannot be continued: it holds no state of a training with {worker.size} "
-            f"workers. Go back to the earlier number, or delete {worker.work} to start afresh."
-        )
-    return Progress(**state["progress"])
-
-
-def _save(engine: Any, stage: Stage, config: TrainConfig, worker: Worker, uri: str) -> None:
-    """Write the stage's model to `uri`, whole; with ZeRO 3 its weights are gathered first, by all workers."""
-    import deepspeed
-
-    parameters = list(stage.module.parameters()) if config.zero_stage == 3 else []
-    with deepspeed.zero.GatheredParameters(parameters, enabled=bool(parameters)), tempfile.TemporaryDirectory() as made:
-        if worker.rank == 0:
-            stage.save(Path(made))
-            fs, path = filesystem(uri)
-            fs.create_dir(path, recursive=True)
-            pafs.copy_files(made, path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=fs)
-
-
-def _leave(engine: Any, stage: Stage, config: TrainConfig, worker: Worker, progress: Progress) -> None:
-    """The model of the best epoch (else of the last) and the history, in the artifact's folder."""
-    best = progress.best_epoch
-    if best is None:
-        _save(engine, stage, config, worker, worker.folder)
-    elif worker.rank == 0:
-        (source_fs, source), (fs, target) = filesystem(f"{worker.work}/best-{best}"), filesystem(worker.folder)
-        pafs.copy_files(source, target, source_filesystem=source_fs, destination_filesystem=fs)
-    if worker.rank == 0:
-        fs, path = filesystem(f"{worker.folder}/{HISTORY}")
-        history = {
-            "seconds": progress.seconds,
-            "tokens": progress.tokens,
-            "samples": progress.samples,
-            "best_epoch": best,
-            "epochs": progress.epochs,
-            "updates": [{k: None if math.isnan(v) else v for k, v in row.items()} for row in progress.updates],
-        }
+        best, rank = self.progress.best_epoch, self.worker.rank
+        with self._whole_weights(), tempfile.TemporaryDirectory() as made:
+            if rank != 0:
+                return
+            if best is not None:
+                _copy(self._best_weights(best), f"{made}/best")
+                for name, weights in load_file(f"{made}/best").items():
+                    self.stage.module.get_parameter(name).data.copy_(weights)
+            self._reshape_scalars(())
+            self.stage.save(Path(made) / "model")
+            self._reshape_scalars((1,))
+            _copy(f"{made}/model", self.worker.folder)
+        fs, path = filesystem(f"{self.worker.folder}/{HISTORY}")
+        history = asdict(self.progress) | {"best_epoch": best}
         write_file(fs, path, json.dumps(history).encode())
+
+    def _keep_best(self, epoch: int) -> None:
+        """Set the trained weights of an epoch aside (not the frozen ones: a text tower may have 16 GB of them)."""
+        from safetensors.torch import save_file
+
+        trained = {n: p for n, p in self.stage.module.named_parameters() if p.requires_grad}
+        with self._whole_weights(), tempfile.TemporaryDirectory() as made:
+            if self.worker.rank == 0:
+                save_file({n: p.detach().cpu().contiguous() for n, p in trained.items()}, f"{made}/best")
+                _copy(f"{made}/best", self._best_weights(epoch))
+
+    def _best_weights(self, epoch: int) -> str:
+        return f"{self.worker.work}/best-{epoch}.safetensors"
+
+    def _whole_weights(self) -> Any:
+        """With ZeRO 3, all weights on every worker, which must all enter; what rank 0 changes is handed out at the end."""
+        import deepspeed
+
+        divided = self.config.zero_stage == 3
+        parameters = list(self.stage.module.parameters()) if divided else []
+        return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=divided)
+
+    def _reshape_scalars(self, shape: tuple[int, ...]) -> None:
+        for parameter in self._scalars:
+            parameter.data = parameter.data.reshape(shape)
+
+
+def _copy(source: str, target: str) -> None:
+    """Copy a file or a folder to where nothing, or something older, is."""
+    (source_fs, source_path), (fs, path) = filesystem(source), filesystem(target)
+    is_file = source_fs.get_file_info(source_path).is_file
+    fs.create_dir(path.rpartition("/")[0] if is_file else path, recursive=True)
+    pafs.copy_files(source_path, path, source_filesystem=source_fs, destination_filesystem=fs)
 
 
 def figures(history: dict[str, Any]) -> dict[str, float]:
@@ -388,10 +422,9 @@ def fit(
     """Run a stage under Ray Train; called in the driver, inside a Ray session.
 
     `tables` are written where the workers find them, `inputs` are paths and names passed on as they are; the stage gets
-    both as ``{name: path}``. `folder` (a path or URI that every node reaches) gets the model; `name` identifies the run:
-    the same name continues an interrupted one, so it must change with the config. Gives `figures`.
+    both as ``{name: path}``. `folder` (a path or URI that every node reaches) gets the model; `name` identifies the
+    run: the same name continues an interrupted one, so it must change with the config. Gives `figures`.
     """
-    import ray.train
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 

@@ -1,7 +1,8 @@
 """The process reward model: exact shared-prefix scoring, and an image part that is added to the text's log-odds."""
 
+from medmm_ray.engines.reward_model.checkpoint import CheckpointError
 from medmm_ray.engines.reward_model.fusion import Fusion, FusionConfig, ImageFeatures
-from medmm_ray.engines.reward_model.model import CheckpointError, RewardModel, StepScores
+from medmm_ray.engines.reward_model.model import ImageError, RewardModel, SolutionStates, StepScores
 from medmm_ray.engines.reward_model.packing import (
     Branch,
     PackedQuestion,
@@ -15,9 +16,11 @@ __all__ = [
     "CheckpointError",
     "Fusion",
     "FusionConfig",
+    "ImageError",
     "ImageFeatures",
     "PackedQuestion",
     "RewardModel",
+    "SolutionStates",
     "StepScores",
     "attention_mask",
     "choose_documents",

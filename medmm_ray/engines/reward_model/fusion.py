@@ -7,6 +7,7 @@ starts at zero (as LoRA's B), so an untrained fusion changes nothing.
 Legend: T tags, D text width, Q questions, I image slots a question, W image width, P patches, M tokens, F fusion width,
 S most tags of one question, H heads.
 """
+# ruff: noqa: N815 - fields carry shape suffixes too
 
 import math
 from collections.abc import Sequence
@@ -171,7 +172,7 @@ class Fusion(nn.Module):
 
     def _attend(self, query_QSF: Tensor, tokens_QMF: Tensor, bias_QM: Tensor) -> Tensor:
         def heads(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
+            return x.reshape(*x.shape[:2], self.config.num_heads, -1).transpose(1, 2)
 
         seen_QHSE = nn.functional.scaled_dot_product_attention(
             heads(self.attend_query(query_QSF)),

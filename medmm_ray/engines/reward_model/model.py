@@ -9,6 +9,7 @@ Needs torch and transformers; the image tower's library is loaded with the tower
 
 Legend: T tags, D text width, L packed length, P prefix length, B branches in a batch, S the longest of them, I images.
 """
+# ruff: noqa: N815 - fields carry shape suffixes too
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,9 +17,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, DynamicLayer
-from transformers.tokenization_utils_base import AddedToken
 
 from medmm_ray.engines.reward_model import checkpoint
 from medmm_ray.engines.reward_model.checkpoint import CheckpointError
@@ -67,7 +68,7 @@ class StepScores:
 
     @property
     def plus_probs(self) -> list[float]:
-        return torch.tensor(self.log_odds, dtype=torch.float64).sigmoid().tolist()  # type: ignore[no-any-return]
+        return cast(list[float], torch.tensor(self.log_odds, dtype=torch.float64).sigmoid().tolist())
 
     @property
     def min_plus_prob(self) -> float | None:
@@ -243,7 +244,7 @@ class RewardModel(nn.Module):
 
     def head_log_odds(self, states_TD: Tensor) -> Tensor:
         """logit(" +") − logit(" -") [T, fp32]: linear, so that of a sum of states it is the sum of theirs."""
-        head_VD = self.text_model.get_output_embeddings().weight
+        head_VD: Tensor = self.text_model.get_output_embeddings().weight
         return states_TD.float() @ (head_VD[self.plus_id].float() - head_VD[self.minus_id].float())
 
     @torch.inference_mode()
@@ -299,7 +300,8 @@ class RewardModel(nn.Module):
     @contextmanager
     def _middle(self) -> Iterator[list[Tensor]]:
         """Catch what enters the middle layer, without keeping every layer's states."""
-        layers, caught = self.text_model.base_model.layers, []
+        layers = self.text_model.base_model.layers
+        caught: list[Tensor] = []
 
         def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             caught[:] = [args[0]]
@@ -337,7 +339,7 @@ class RewardModel(nn.Module):
         delta_TD = fusion(
             torch.cat([s.states_TD for s in states]), torch.cat([s.summaries_TD for s in states]), features
         )
-        parts = self.head_log_odds(delta_TD).split([len(s.states_TD) for s in states])
+        parts = torch.split(self.head_log_odds(delta_TD), [len(s.states_TD) for s in states])
         return [part.tolist() for part in parts]
 
     def _two_towers(self) -> "tuple[ImageTower, Fusion]":
@@ -413,15 +415,14 @@ def _batches(branches: Sequence[Branch], token_budget: int) -> Iterator[list[Bra
 
 def _shared(cache: DynamicCache, size: int) -> Cache:
     """The prefix's keys and values seen by `size` rows, without a copy; what is added later leaves `cache` as it is."""
-    return Cache(layers=[_SharedLayer(layer.keys, layer.values, size) for layer in cache.layers])
-
-
-class _SharedLayer(DynamicLayer):
-    def __init__(self, keys_1HPE: Tensor, values_1HPE: Tensor, size: int) -> None:
-        super().__init__()
-        self.lazy_initialization(keys_1HPE, values_1HPE)
-        self.keys = keys_1HPE.expand(size, -1, -1, -1)
-        self.values = values_1HPE.expand(size, -1, -1, -1)
+    layers: list[Any] = []
+    for held in cast(list[Any], cache.layers):
+        layer: Any = DynamicLayer()  # type: ignore[no-untyped-call]
+        layer.lazy_initialization(held.keys, held.values)
+        layer.keys = held.keys.expand(size, -1, -1, -1)
+        layer.values = held.values.expand(size, -1, -1, -1)
+        layers.append(layer)
+    return Cache(layers=layers)
 
 
 def _summaries(branch: Branch, prefix_PD: Tensor, branch_SD: Tensor) -> Tensor:

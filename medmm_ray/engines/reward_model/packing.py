@@ -187,7 +187,7 @@ def pack(
     for i, text, text_tagged, ids in zip(sound, texts, tagged, _tokenise(tokenizer, texts), strict=True):
         at = [p for p, token in enumerate(ids) if token == tag_id]
         if len(at) != text.count(TAG):
-            errors[i] = f"tags: {len(at)} tag tokens for {text.count(TAG)} tags in the text"
+            errors[i] = f"tags: {len(at)} tag tokens for {text.count(TAG)} tags in the text; expected as many"
             continue
         own = at[len(at) - text_tagged.count(TAG) :]
         steps, preamble = read[i][1], read[i][0]
@@ -235,7 +235,7 @@ def _tokenise(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return rows
 
 
-def _common(rows: Sequence[Sequence[int]]) -> int:
+def _common(rows: Sequence[list[int]]) -> int:
     """Length of the longest common prefix."""
     low, high = min(rows), max(rows)  # the first and last in order differ the earliest
     return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))

@@ -29,8 +29,8 @@ ZONES = {"effusion": ("lower",), "pneumothorax": ("upper",), "consolidation": ("
 ZONES["nodule"] = ZONES["consolidation"]
 
 # Ranges of extent (0 smallest, 1 largest) and contrast (a factor on the finding's density) by difficulty.
-EXTENT = {"easy": (0.7, 1.0), "medium": (0.4, 0.75), "hard": (0.15, 0.45)}
-CONTRAST = {"easy": (0.95, 1.1), "medium": (0.8, 1.0), "hard": (0.65, 0.85)}
+EXTENT = {"easy": (0.7, 1.0), "medium": (0.4, 0.75), "hard": (0.2, 0.45)}
+CONTRAST = {"easy": (0.95, 1.1), "medium": (0.8, 1.0), "hard": (0.7, 0.85)}
 
 
 @dataclass(frozen=True, kw_only=True)

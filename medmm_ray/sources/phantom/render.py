@@ -6,7 +6,7 @@ Brightness is density: 0 air, 1 bone and fluid. The patient's right is at negati
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from medmm_ray.sources.phantom.case import Case, generator
 
-Field = NDArray[np.float32]
+Field = NDArray[np.floating[Any]]
 
 GLYPH_R = np.array(
     [[1, 1, 1, 1, 0], [1, 0, 0, 0, 1], [1, 0, 0, 0, 1], [1, 1, 1, 1, 0], [1, 0, 1, 0, 0], [1, 0, 0, 1, 0],
@@ -69,7 +69,7 @@ def _anatomy(rng: np.random.Generator) -> Anatomy:
         vessel_phase=rng.uniform(0.0, 2 * np.pi),
         gain=rng.uniform(0.88, 1.06),
         gamma=rng.uniform(0.88, 1.15),
-        noise=rng.uniform(0.010, 0.028),
+        noise=rng.uniform(0.008, 0.022),
     )
 
 
@@ -88,7 +88,7 @@ def _chest(case: Case, anatomy: Anatomy, rng: np.random.Generator, x: Field, y: 
     hilum_distance = np.hypot((ax - 0.17) / 0.8, y + 0.02)
     fan = np.arctan2(y + 0.02, ax - 0.12)
     vessels = np.exp(-((hilum_distance / 0.38) ** 2)) * np.abs(np.cos(5.0 * fan + anatomy.vessel_phase)) ** 3
-    air = 0.15 + 0.05 * (y + 0.5) + 0.02 * texture
+    air = 0.19 + 0.05 * (y + 0.5) + 0.02 * texture
     parenchyma = air + 0.16 * vessels + 0.12 * np.exp(-((hilum_distance / 0.15) ** 2))
     side = -1.0 if case.side == "right" else 1.0
     match case.kind:
@@ -201,10 +201,10 @@ def _consolidation(
     case: Case, parenchyma: Field, rng: np.random.Generator, x: Field, y: Field, side: float, size: int
 ) -> Field:
     """A patch of filled airspaces: ragged, ill-defined, with a few dark bronchi."""
-    centre_x = side * rng.uniform(0.40, 0.48)
+    centre_x = side * (rng.uniform(0.38, 0.46) if case.zone == "upper" else rng.uniform(0.44, 0.52))
     centre_y = rng.uniform(-0.38, -0.28) if case.zone == "upper" else rng.uniform(0.20, 0.30)
     reach_x, reach_y = 0.13 + 0.10 * case.extent, 0.12 + 0.11 * case.extent
-    ragged = 0.22 * _smooth_noise(rng, size, 11) + 0.20 * _smooth_noise(rng, size, 24)
+    ragged = np.clip(0.22 * _smooth_noise(rng, size, 11), -0.3, 0.3) + 0.18 * _smooth_noise(rng, size, 24)
     patch = _below(np.hypot((x - centre_x) / reach_x, (y - centre_y) / reach_y) + ragged, 1.0, 0.80)
     angle = np.arctan2(y - 0.05, x - 0.10 * side)
     bronchi = np.clip(np.cos(26.0 * angle), 0.0, 1.0) ** 6 * 0.06
@@ -215,12 +215,12 @@ def _nodule(
     case: Case, parenchyma: Field, rng: np.random.Generator, x: Field, y: Field, side: float, soft: float
 ) -> Field:
     """A round, sharp-edged opacity."""
-    radius = 0.072 + 0.050 * case.extent
+    radius = 0.084 + 0.052 * case.extent
     upper = case.zone == "upper"
     centre_x = side * (rng.uniform(0.38, 0.50) if upper else rng.uniform(0.50, 0.58))
     centre_y = rng.uniform(-0.40, -0.22) if upper else rng.uniform(0.14, 0.30)
     disc = _below(np.hypot(x - centre_x, y - centre_y), radius, soft)
-    return np.asarray(parenchyma + disc * 0.46 * case.contrast, dtype=np.float32)
+    return np.asarray(parenchyma + disc * 0.50 * case.contrast, dtype=np.float32)
 
 
 def _marker(x: Field, y: Field) -> Field:
@@ -232,7 +232,7 @@ def _marker(x: Field, y: Field) -> Field:
 
 
 def _grain(rng: np.random.Generator, size: int) -> Field:
-    """Noise with the same look at every size: drawn at 128 pixels or finer, then brought to `size`."""
+    """Detector noise: half of it pixel by pixel, half in grains of about a fortieth of the picture."""
     grain = rng.standard_normal((size, size), dtype=np.float32)
     return np.asarray(0.7 * grain + 1.4 * _smooth_noise(rng, size, 40), dtype=np.float32)
 
@@ -251,7 +251,7 @@ def _below(value: Field, limit: float | Field, soft: float) -> Field:
 @lru_cache(maxsize=8)
 def _grid(size: int) -> tuple[Field, Field]:
     axis = ((np.arange(size, dtype=np.float32) + 0.5) / size) * 2.0 - 1.0
-    x, y = np.meshgrid(axis, axis)
+    x, y = (plane.astype(np.float32) for plane in np.meshgrid(axis, axis))
     return x, y
 
 

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Start a Ray head on this machine for `ray job submit`: dashboard and Jobs API on 127.0.0.1:${MEDMM_PORT:-8265}.
+# Everything listens on loopback only, which is why it needs no token. Jobs run with the project's own python.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/cluster.env"
+
+if pid=$(head_pid); then
+  echo "already up: $address (process $pid)"
+  exit 0
+fi
+[ -x "$venv/bin/ray" ] || { echo "no Ray in $venv: run 'make setup' first, or name another environment in MEDMM_VENV" >&2; exit 1; }
+if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
+  echo "port $port is taken by another program: choose a free one, MEDMM_PORT=8365 $0" >&2
+  exit 1
+fi
+
+mkdir -p -m 700 "$state"
+export PATH="$venv/bin:$PATH"            # a job's `python` is looked up here
+export RAY_AUTH_MODE=disabled            # said aloud: Ray would otherwise write a token into the home folder
+export RAY_USAGE_STATS_ENABLED=0
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=PASSIVE
+export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0  # badly named: it makes Ray keep to 127.0.0.1 on Linux too
+unset RAY_ADDRESS
+# More logical CPUs than cores: a pipeline's actor stages at one CPU each would wait for each other for ever on two.
+setsid nohup ray start --head --block --node-ip-address=127.0.0.1 --num-cpus="${MEDMM_CPUS:-8}" \
+  --port=$((port + 1)) --dashboard-host=127.0.0.1 --dashboard-port="$port" --dashboard-agent-listen-port=$((port + 2)) \
+  --ray-client-server-port=$((port + 3)) --min-worker-port=0 --max-worker-port=0 --object-store-memory="${MEDMM_OBJECT_STORE_BYTES:-1073741824}" \
+  --temp-dir="$state/ray" --disable-usage-stats >"$state/head.log" 2>&1 </dev/null &
+echo $! >"$state/pid"
+
+for _ in $(seq 120); do
+  if curl -fsS --noproxy '*' -o /dev/null "$address/api/jobs/" 2>/dev/null; then
+    echo "up: $address"
+    exit 0
+  fi
+  head_pid >/dev/null || sleep 1 # it may not have set its command line yet
+  head_pid >/dev/null || break
+  sleep 0.5
+done
+echo "the Ray head did not start; the end of $state/head.log:" >&2
+tail -n 20 "$state/head.log" >&2
+"$(dirname "${BASH_SOURCE[0]}")/down.sh" >&2
+exit 1

@@ -1,0 +1,25 @@
+"""The source -> raw_questions, raw_images, documents, demonstrations."""
+
+import sys
+
+from jobs.step import Job, main
+from medmm_ray.ingest import demonstration_rows, document_rows, image_table, inspect_images, question_rows, read_source
+
+
+def run(job: Job) -> None:
+    import ray
+
+    job.waiting = f"source {job.config.source}"
+    data = read_source(job.config)
+    folder = f"{job.table('raw_images').path}/files"
+    images = image_table(data, folder)
+    source = ray.data.from_arrow(images).repartition(target_num_rows_per_block=256)
+    job.make("raw_images", source, images["uri"].to_pylist(), lambda ds: inspect_images(ds, job.config, data.draw), "uri")
+    rows = question_rows(data, job.read("raw_images"), job.config, folder)
+    job.make_rows("raw_questions", rows, "question_id")
+    job.make_rows("documents", document_rows(data), "document_id")
+    job.make_rows("demonstrations", demonstration_rows(data, rows, job.config), "question_id")
+
+
+if __name__ == "__main__":
+    sys.exit(main("ingest"))

@@ -1,0 +1,28 @@
+"""solutions + labels -> review_queue and expert_labels."""
+
+import sys
+
+from jobs.step import Job, main
+from medmm_ray.records import ReviewItem, from_dict
+from medmm_ray.review import queue, review
+
+
+def run(job: Job) -> None:
+    questions, images = job.read("questions"), job.read("images")
+    labels = [job.read(name, ["solution_id", "steps"]) for name in ("judge_labels", "monte_carlo_labels")]
+    solutions = job.read("solutions", ["question_id", "solutions"])
+    job.make_rows("review_queue", queue(solutions, questions, *labels, job.config), "question_id")
+    items = [from_dict(ReviewItem, row) for row in job.read("review_queue").to_pylist()]
+    source = job.table("solutions").dataset(rows_per_block=32)
+    job.make(
+        "expert_labels",
+        source,
+        solutions["question_id"].to_pylist(),
+        lambda ds: review(ds, job.config, items=items, questions=questions, images=images),
+        "question_id",
+        "labels",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main("review"))

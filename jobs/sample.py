@@ -1,0 +1,24 @@
+"""questions, evidence -> solutions: 16 a training question, 64 a test question, by vLLM."""
+
+import sys
+
+from jobs.step import Job, main
+from medmm_ray.sample import sample
+
+
+def run(job: Job) -> None:
+    evidence = job.read("evidence", ["question_id", "documents"]) if job.config.num_documents else None
+    source = job.table("questions").dataset(rows_per_block=job.config.batch_size)
+    ids = job.read("questions", ["question_id"])["question_id"].to_pylist()
+    model, policy, config_hash = job.run.model("policy"), job.run.model_id("policy"), job.run.fingerprint(job.step)
+    job.make(
+        "solutions",
+        source,
+        ids,
+        lambda ds: sample(ds, job.config, model=model, policy=policy, config_hash=config_hash, evidence=evidence),
+        "question_id",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main("sample"))

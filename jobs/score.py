@@ -1,0 +1,24 @@
+"""solutions of the test split -> scores: each step by each arm."""
+
+import sys
+
+from jobs.step import Job, main
+from medmm_ray.score import inputs, score
+
+
+def run(job: Job) -> None:
+    model, model_id = job.run.model("two_tower"), job.run.model_id("two_tower")
+    source, ids = job.solutions_of("test")
+    tables = [job.read(name) for name in ("questions", "images", "evidence")]
+    job.make(
+        "scores",
+        source,
+        ids,
+        lambda ds: score(inputs(ds, *tables, job.config.seed), job.config, model, model_id),
+        "question_id",
+        "scores",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main("score"))

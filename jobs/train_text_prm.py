@@ -1,0 +1,18 @@
+"""solutions + labels of all sources -> text_prm: the text reward model, from the policy's weights."""
+
+import sys
+
+from jobs.graph import LABELS
+from jobs.step import Job, main
+from medmm_ray.train.text_prm import train_text_prm
+
+
+def run(job: Job) -> None:
+    tables = [job.read(name) for name in ("questions", "evidence", "solutions")]
+    labels = [job.read(name) for name in LABELS]
+    base = job.run.model("policy")
+    job.make_artifact("text_prm", lambda uri: train_text_prm(job.config, *tables, labels, base, uri, job.run_name))
+
+
+if __name__ == "__main__":
+    sys.exit(main("train_text_prm"))

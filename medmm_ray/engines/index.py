@@ -1,0 +1,117 @@
+"""Nearest neighbours of unit vectors (FAISS): exact inner product, or inverted lists where there are very many.
+
+Enters: ids and vectors_ND. Leaves: for each query the k most similar ids, best first; equal similarities come in the
+order of their ids, so that the same question finds the same evidence on every machine.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medmm_ray.config import Config, ConfigError
+
+Vectors = NDArray[np.float32]
+# Similarities are compared after rounding to this many digits: sums in another order differ in the last bits.
+TIE_DIGITS = 5
+
+
+class IndexConfig(Config):
+    """How vectors are searched."""
+
+    exact_up_to: int = 200_000
+    """Number of vectors up to which search is exact; above it, inverted lists are searched (IVF, approximate)."""
+    num_probes: int = 32
+    """Inverted lists that are searched for a query; more finds more of the true neighbours and takes longer."""
+
+
+class Index:
+    """FAISS, and the id of each row. Made by `Index.build` or `Index.load`."""
+
+    def __init__(self, ids: Sequence[str], faiss_index: Any) -> None:
+        import faiss
+
+        self._faiss = faiss
+        self._index = faiss_index
+        self.ids = list(ids)
+
+    @classmethod
+    def build(cls, ids: Sequence[str], vectors_ND: Vectors, config: IndexConfig | None = None) -> "Index":
+        """An index of `vectors_ND`; raises ValueError where ids and rows do not match or an id repeats."""
+        import faiss
+
+        config = config or IndexConfig()
+        vectors_ND = np.ascontiguousarray(vectors_ND, np.float32)
+        if len(ids) != len(vectors_ND) or len(set(ids)) != len(ids):
+            raise ValueError(f"index: {len(ids)} ids ({len(set(ids))} distinct) for {len(vectors_ND)} vectors")
+        # Rows in the order of their ids: the index is the same whatever the order that they arrive in.
+        order = np.argsort(np.array(ids, dtype=np.str_), kind="stable")
+        vectors_ND = vectors_ND[order]
+        width = vectors_ND.shape[1]
+        if len(ids) <= config.exact_up_to:
+            index: Any = faiss.IndexFlatIP(width)
+        else:
+            num_lists = max(1, int(4 * np.sqrt(len(ids))))
+            index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, num_lists, faiss.METRIC_INNER_PRODUCT)
+            index.train(vectors_ND)
+            index.nprobe = min(config.num_probes, num_lists)
+        index.add(vectors_ND)
+        return cls([ids[i] for i in order], index)
+
+    @property
+    def width(self) -> int:
+        return int(self._index.d)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def search(self, queries_QD: Vectors, k: int) -> tuple[list[list[str]], list[list[float]]]:
+        """Ids and similarities of the up to `k` nearest vectors of each query, best first."""
+        queries_QD = np.ascontiguousarray(queries_QD, np.float32)
+        if not self.ids:
+            return [[] for _ in queries_QD], [[] for _ in queries_QD]
+        if queries_QD.ndim != 2 or queries_QD.shape[1] != self.width:
+            raise ValueError(
+                f"index holds vectors of width {self.width}, the queries have shape {queries_QD.shape}; "
+                "embed both with the same model"
+            )
+        wanted = min(k, len(self.ids))
+        # One more than wanted shows whether the last place is tied; then all that tie must be known to choose by id.
+        fetch = min(wanted + 1, len(self.ids))
+        while True:
+            similarities_QK, rows_QK = self._index.search(queries_QD, fetch)
+            rounded_QK = np.round(similarities_QK.astype(np.float64), TIE_DIGITS)
+            tied_Q = (rounded_QK[:, wanted - 1] == rounded_QK[:, -1]) & (rows_QK[:, -1] >= 0)
+            if fetch == len(self.ids) or not tied_Q.any():
+                break
+            fetch = min(2 * fetch, len(self.ids))
+        names, values = [], []
+        for similarities_K, rows_K in zip(rounded_QK, rows_QK, strict=True):
+            found = [(-float(s), int(r)) for s, r in zip(similarities_K, rows_K, strict=True) if r >= 0]
+            best = sorted(found)[:wanted]
+            names.append([self.ids[row] for _, row in best])
+            values.append([-negative for negative, _ in best])
+        return names, values
+
+    def save(self, stem: str | Path) -> None:
+        """Write ``<stem>.faiss`` and ``<stem>.ids.json``."""
+        Path(stem).parent.mkdir(parents=True, exist_ok=True)
+        self._faiss.write_index(self._index, f"{stem}.faiss")
+        Path(f"{stem}.ids.json").write_text(json.dumps(self.ids))
+
+    @classmethod
+    def load(cls, stem: str | Path) -> "Index":
+        """Read what `save` wrote."""
+        import faiss
+
+        try:
+            index = faiss.read_index(f"{stem}.faiss")
+            ids = json.loads(Path(f"{stem}.ids.json").read_text())
+        except (RuntimeError, OSError, ValueError) as error:
+            raise ConfigError(f"no index can be read at {stem}.faiss ({error}); run the index step again") from error
+        if index.ntotal != len(ids):
+            raise ConfigError(f"index {stem}: {index.ntotal} vectors but {len(ids)} ids; run the index step again")
+        return cls(ids, index)

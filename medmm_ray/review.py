@@ -1,0 +1,309 @@
+"""The expert's queue, and the expert's verdicts.
+
+Enters: solutions, their questions and images, the labels so far. Leaves: `ReviewItem` rows, a sample of all steps in
+strata of difficulty x modality x disagreement plus a random stratum, each with its inclusion probability; and labels of
+source "expert" for the steps of the queue (the other steps empty). On phantoms the expert is the truth, and whole
+solutions of `truth_splits` get it as source "phantom", for measuring.
+
+The queue is drawn over the whole table at once, on columns: 5 million steps take about a minute of numpy.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from pydantic import Field
+
+from medmm_ray.config import Config, execution
+from medmm_ray.records import Labels, ReviewItem, StepLabel, arrow_schema
+from medmm_ray.sources.phantom import Case, truth
+from medmm_ray.tables import attach
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+Ints = NDArray[np.int64]
+SURE, UNSURE, DISAGREE = 0, 1, 2
+DISAGREEMENT = ("sure", "unsure", "disagree")  # the judge is; the judge is not; Monte Carlo contradicts the judge
+RANDOM = "random"
+EXPERT, TRUTH = "phantom-expert", "phantom-truth"
+
+
+class ReviewConfig(Config):
+    """How many steps an expert reads, and who the expert is."""
+
+    review_steps: int = Field(1000, ge=0)
+    """Steps in the queue, at most; a step that two strata draw counts twice."""
+    random_share: float = Field(0.2, ge=0, le=1)
+    """Share of the queue that is drawn from all steps alike."""
+    expert: Literal["phantom", "none"] = "phantom"
+    """phantom: the source's truth answers at once; none: the queue is written and waits for readers."""
+    truth_splits: tuple[str, ...] = ("test",)
+    """phantom: splits whose solutions get the truth of every step."""
+    seed: int = 0
+    """Start of the drawing."""
+    batch_size: int = execution(32)
+    """Questions in one call."""
+    num_cpus: float = execution(0.5)
+    """Logical CPUs of an actor."""
+    num_actors: int = execution(2)
+    """Most actors at a time."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """All steps of a table of solutions, in its order: step j of solution i is row ``first[i] + j``.
+
+    `question` is each solution's row in the table, `solution` each step's solution, `index` its place in it.
+    """
+
+    solution_ids: pa.Array
+    question: Ints
+    first: Ints
+    solution: Ints
+    index: Ints
+
+
+def queue(
+    solutions: pa.Table,
+    questions: pa.Table,
+    judge_labels: pa.Table,
+    monte_carlo_labels: pa.Table,
+    config: ReviewConfig,
+) -> list[ReviewItem]:
+    """The steps that an expert should read; sorted, the same for the same tables in any order of rows.
+
+    Needs question_id and solutions; question_id, difficulty, modality; solution_id and steps of both kinds of labels.
+    """
+    steps = steps_of(solutions)
+    disagreement = disagreement_of(steps, judge_labels, monte_carlo_labels)
+    place = pc.index_in(solutions["question_id"], questions["question_id"].combine_chunks())
+    groups = pc.binary_join_element_wise(
+        questions["difficulty"].take(place), questions["modality"].take(place), "/"
+    ).combine_chunks()
+    names = groups.dictionary_encode()
+    group = np.asarray(names.indices)[steps.question][steps.solution]
+    stratum = group * len(DISAGREEMENT) + disagreement
+    ids = steps.solution_ids.to_pylist()
+    chance = step_chances(ids, config.seed, steps)
+    num_random = round(config.random_share * config.review_steps)
+    drawn, probability = draw(stratum, chance, config.review_steps - num_random, num_random)
+    by_stratum = drawn == 1
+    texts = names.dictionary.to_pylist()
+    question_ids = solutions["question_id"].to_pylist()
+    items = [
+        ReviewItem(
+            question_id=question_ids[steps.question[steps.solution[row]]],
+            solution_id=ids[steps.solution[row]],
+            step_index=int(steps.index[row]),
+            stratum=f"{texts[group[row]]}/{DISAGREEMENT[disagreement[row]]}" if by_stratum[row] else RANDOM,
+            inclusion_probability=float(probability[row]),
+        )
+        for row in np.flatnonzero(drawn)
+    ]
+    return sorted(items, key=lambda item: (item.question_id, item.solution_id, item.step_index))
+
+
+def steps_of(solutions: pa.Table) -> Steps:
+    """The steps of a table of `Solutions`, from its list columns."""
+    nested = solutions["solutions"].combine_chunks()
+    flat = pc.list_flatten(nested)
+    lengths = np.asarray(pc.list_value_length(pc.struct_field(flat, "steps")), dtype=np.int64)
+    first = np.cumsum(lengths) - lengths
+    solution = np.repeat(np.arange(len(lengths)), lengths)
+    return Steps(
+        solution_ids=pc.struct_field(flat, "solution_id"),
+        question=np.asarray(pc.list_parent_indices(nested), dtype=np.int64),
+        first=first,
+        solution=solution,
+        index=np.arange(len(solution)) - first[solution],
+    )
+
+
+def disagreement_of(steps: Steps, judge_labels: pa.Table, monte_carlo_labels: pa.Table) -> Ints:
+    """SURE, UNSURE or DISAGREE for each step; one without labels is UNSURE."""
+    judged, confidence = _label_columns(steps, judge_labels)
+    rolled, _ = _label_columns(steps, monte_carlo_labels)
+    unsure = (confidence == _CONFIDENCE["low"]) | ((judged < 0) & (confidence < 0))
+    disagree = (judged >= 0) & (rolled >= 0) & (judged != rolled)
+    return np.where(disagree, DISAGREE, np.where(unsure, UNSURE, SURE))
+
+
+_CONFIDENCE = {"low": 0, "medium": 1, "high": 2}
+
+
+def _label_columns(steps: Steps, labels: pa.Table) -> tuple[Ints, Ints]:
+    """(label, confidence) of each step, -1 where there is none; rows of other solutions are left out."""
+    label = np.full(len(steps.solution), -1)
+    confidence = np.full(len(steps.solution), -1)
+    nested = labels["steps"].combine_chunks()
+    flat = pc.list_flatten(nested)
+    parents = np.asarray(pc.list_parent_indices(nested), dtype=np.int64)
+    starts = np.asarray(nested.offsets, dtype=np.int64)
+    within = np.arange(len(flat)) - (starts[parents] - starts[0])
+    place = pc.index_in(labels["solution_id"].combine_chunks(), steps.solution_ids)
+    owner = np.asarray(pc.fill_null(place, -1), dtype=np.int64)[parents]
+    known = owner >= 0
+    rows = steps.first[owner[known]] + within[known]
+    label[rows] = np.asarray(pc.fill_null(pc.struct_field(flat, "label"), -1))[known]
+    ranks = pc.index_in(pc.struct_field(flat, "confidence"), pa.array(list(_CONFIDENCE)))
+    confidence[rows] = np.asarray(pc.fill_null(ranks, -1))[known]
+    return label, confidence
+
+
+def step_chances(solution_ids: Sequence[str], seed: int, steps: Steps) -> NDArray[np.float64]:
+    """Two independent numbers in [0, 1) a step, [2, num_steps], that depend on the seed and the step's id alone."""
+    hashes = np.array(
+        [int.from_bytes(hashlib.blake2b(f"{seed}/{i}".encode(), digest_size=8).digest(), "big") for i in solution_ids],
+        dtype=np.uint64,
+    )
+    base = hashes[steps.solution] + (2 * steps.index).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    both = np.stack([base, base + np.uint64(0x9E3779B97F4A7C15)])
+    return (_mix(both) >> np.uint64(11)).astype(np.float64) / 2.0**53
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of splitmix64: neighbouring integers become unrelated ones."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def draw(
+    stratum: Ints, chance: NDArray[np.float64], num_stratified: int, num_random: int
+) -> tuple[Ints, NDArray[np.float64]]:
+    """Draw steps from strata alike and from all of them, both without replacement.
+
+    Gives for each step 0 (not drawn), 1 (by its stratum) or 2 (by the random stratum alone), and its probability to be
+    drawn by either: 1 − (1 − n_h / N_h)(1 − n_random / N).
+    """
+    total = len(stratum)
+    if not total:
+        return np.zeros(0, dtype=np.int64), np.zeros(0)
+    names, member = np.unique(stratum, return_inverse=True)
+    sizes = np.bincount(member, minlength=len(names))
+    shares = np.array(allocate(sizes.tolist(), num_stratified))
+    order = np.lexsort((chance[0], member))
+    rank = np.empty(total, dtype=np.int64)
+    rank[order] = np.arange(total) - (np.cumsum(sizes) - sizes)[member[order]]
+    stratified = rank < shares[member]
+    num_random = min(num_random, total)
+    random_ = np.zeros(total, dtype=bool)
+    random_[np.argsort(chance[1], kind="stable")[:num_random]] = True
+    probability = 1.0 - (1.0 - (shares / sizes)[member]) * (1.0 - num_random / total)
+    return np.where(stratified, 1, np.where(random_, 2, 0)), probability
+
+
+def allocate(sizes: Sequence[int], budget: int) -> list[int]:
+    """Deal `budget` draws evenly over strata of `sizes`; what a small stratum cannot use goes to the others."""
+    shares = [0] * len(sizes)
+    left = min(budget, sum(sizes))
+    for position, number in enumerate(sorted(range(len(sizes)), key=lambda i: (sizes[i], i))):
+        shares[number] = min(sizes[number], left // (len(sizes) - position))
+        left -= shares[number]
+    return shares
+
+
+def review(
+    ds: "Dataset",
+    config: ReviewConfig,
+    *,
+    items: Sequence[ReviewItem],
+    questions: pa.Table,
+    images: pa.Table,
+) -> "Dataset":
+    """`Solutions` rows -> ``{question_id, labels}``: the phantom expert's labels of the queue `items`, and the truth.
+
+    With expert="none", or for questions that are no phantoms, the lists are empty.
+    """
+    from ray.data import ActorPoolStrategy
+
+    ds = attach(ds, questions, "question_id", ["source", "split", "options", "answer", "image_ids"])
+    return ds.map_batches(
+        Expert,
+        fn_constructor_kwargs={
+            "config": config,
+            "items": [(item.solution_id, item.step_index) for item in items],
+            "images": images.select(["image_id", "annotation"]),
+        },
+        batch_format="pyarrow",
+        batch_size=config.batch_size,
+        compute=ActorPoolStrategy(min_size=1, max_size=config.num_actors),
+        num_cpus=config.num_cpus,
+    )
+
+
+@dataclass(frozen=True)
+class Gold:
+    """What `truth` needs of a question."""
+
+    options: Sequence[str]
+    answer: str
+
+
+class Expert:
+    """The actor: knows every phantom."""
+
+    def __init__(self, config: ReviewConfig, items: Iterable[tuple[str, int]], images: pa.Table) -> None:
+        self.config = config
+        self.queue: dict[str, set[int]] = {}
+        for solution_id, index in items:
+            self.queue.setdefault(solution_id, set()).add(index)
+        self.annotations = dict(zip(images["image_id"].to_pylist(), images["annotation"].to_pylist(), strict=True))
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        nested = [[asdict(label) for label in self.label(row)] for row in batch.to_pylist()]
+        kind = pa.list_(pa.struct(list(arrow_schema(Labels))))
+        return pa.table({"question_id": batch["question_id"], "labels": pa.array(nested, kind)})
+
+    def label(self, row: Mapping[str, Any]) -> list[Labels]:
+        """The labels of one question's solutions."""
+        if self.config.expert != "phantom" or row["source"] != "phantom":
+            return []
+        case = Case.from_annotation(self.annotations[row["image_ids"][0]])
+        gold = Gold(row["options"], row["answer"])
+        labels = []
+        for solution in row["solutions"]:
+            asked = self.queue.get(solution["solution_id"])
+            if asked:
+                labels.append(truth_labels(row["question_id"], solution, case, gold, "expert", EXPERT, asked))
+            if row["split"] in self.config.truth_splits:
+                everything = range(len(solution["steps"]))
+                labels.append(truth_labels(row["question_id"], solution, case, gold, "phantom", TRUTH, everything))
+        return labels
+
+
+def truth_labels(
+    question_id: str,
+    solution: Mapping[str, Any],
+    case: Case,
+    gold: Gold,
+    source: str,
+    annotator: str,
+    asked: Iterable[int],
+) -> Labels:
+    """The truth of the `asked` steps of a solution; the other steps are empty."""
+    wanted = set(asked)
+    return Labels(
+        question_id=question_id,
+        solution_id=solution["solution_id"],
+        source=source,
+        annotator=annotator,
+        steps=[
+            truth_label(truth(step, case, gold)) if index in wanted else StepLabel()
+            for index, step in enumerate(solution["steps"])
+        ],
+        cost=0.0,
+    )
+
+
+def truth_label(right: bool | None) -> StepLabel:
+    """The expert's verdict; a step without anything to check has no label but was looked at."""
+    if right is None:
+        return StepLabel(confidence="high", reason="nothing to check")
+    return StepLabel(label=int(right), confidence="high")

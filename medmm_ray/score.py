@@ -1,0 +1,392 @@
+"""Solutions become step scores (for reranking) or text states (for training the image part).
+
+Enters: solutions, one row a question, joined with their questions, images and evidence (`inputs`), and a reward model's
+folder. Leaves: one row a question with the list of its `Scores` (one a solution and arm) or `States` (one a solution).
+The text is read once a question; all arms that share it add their image part to it. What cannot be scored leaves as an
+entry with an error, never as an exception.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import pyarrow as pa
+from pydantic import Field
+
+from medmm_ray.config import Config, ConfigError, digest, execution
+from medmm_ray.engines.checkpoints import resolve
+from medmm_ray.engines.images import MAX_PIXELS, open_image
+from medmm_ray.records import Scores, States, arrow_schema
+from medmm_ray.tables import RowError, attach
+from medmm_ray.text import question_with_options
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from ray.data import Dataset
+
+    from medmm_ray.engines.reward_model import ImageFeatures, RewardModel, SolutionStates
+
+Arm = Literal["multimodal", "text_only", "shuffled_image", "no_documents"]
+_LOOKING: tuple[Arm, ...] = ("multimodal", "shuffled_image")  # without an image tower they would say nothing
+
+
+class ReadConfig(Config):
+    """How a reward model reads solutions."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the text tower."""
+    num_documents: int = Field(32, ge=0)
+    """Retrieved documents that are offered, best first; those within the length are read."""
+    max_length: int | None = Field(None, ge=1)
+    """Tokens of documents, question and solution together by which documents are chosen; null: the checkpoint's own."""
+    reserve: int | None = Field(None, ge=0)
+    """Tokens of max_length that documents leave free; null: the checkpoint's own (Med-PRM: 1024)."""
+    token_budget: int = Field(4096, ge=1, json_schema_extra={"identity": False})
+    """Most tokens of solutions in one forward pass; bounds memory, changes no score."""
+    batch_size: int = Field(4, ge=1, json_schema_extra={"identity": False})
+    """Questions that an actor takes at a time."""
+    num_actors: int = Field(1, ge=1, json_schema_extra={"identity": False})
+    """Most copies of the model at work."""
+    num_cpus: float = Field(1.0, ge=0, json_schema_extra={"identity": False})
+    """CPUs a copy."""
+    num_gpus: float = Field(0.0, ge=0, json_schema_extra={"identity": False})
+    """GPUs a copy; above 0 the model runs there."""
+
+
+class StatesConfig(ReadConfig):
+    """How text states are computed; they are kept in `dtype`."""
+
+
+class ScoreConfig(ReadConfig):
+    """What is scored."""
+
+    model: str | None = execution(None)
+    """Checkpoint of the reward model (folder, URI or hub id); null takes the run's own."""
+    arms: tuple[Arm, ...] = ("multimodal", "text_only", "shuffled_image")
+    """multimodal: everything; text_only: no image; shuffled_image: another question's images; no_documents: without."""
+    num_references: int = Field(3, ge=0)
+    """Similar images that are looked at beside a question's own."""
+    max_pixels: int = MAX_PIXELS
+    """Largest image that is opened, width x height in pixels; a larger one is an error of its question."""
+    seed: int = 0
+    """Seed of the shuffle of images."""
+
+
+# What a question needs
+
+
+def inputs(solutions: "Dataset", questions: pa.Table, images: pa.Table, evidence: pa.Table, seed: int = 0) -> "Dataset":
+    """`Solutions` rows with all that reading and looking needs; `score` and `states` take such rows.
+
+    `questions`, `images` and `evidence` are whole tables; `seed` is `ScoreConfig.seed`.
+    """
+    ds = attach(solutions, cases(questions, images, evidence, seed), "question_id", CASE.names[1:])
+    read = evidence.select(["question_id", "documents", "error"]).rename_columns(
+        ["question_id", "documents", "evidence_error"]
+    )
+    return attach(ds, read, "question_id", ["documents", "evidence_error"])
+
+
+CASE = pa.schema(
+    {
+        "question_id": pa.string(),
+        "question": pa.string(),
+        "question_error": pa.string(),
+        "image_uris": pa.list_(pa.string()),
+        "reference_uris": pa.list_(pa.string()),
+        "image_error": pa.string(),
+        "shuffled_image_uris": pa.list_(pa.string()),
+        "shuffled_reference_uris": pa.list_(pa.string()),
+        "shuffled_image_error": pa.string(),
+    }
+)
+
+
+def cases(questions: pa.Table, images: pa.Table, evidence: pa.Table, seed: int = 0) -> pa.Table:
+    """One row a question (`CASE`): its text with options, its images and references, and another question's.
+
+    The other question is of the same split and has other images; its references come along, or they would give the
+    first question's diagnosis away.
+    """
+    files = {row["image_id"]: row for row in images.select(["image_id", "uri", "error"]).to_pylist()}
+    similar = {
+        row["question_id"]: [image["uri"] for image in row["images"] or []]
+        for row in evidence.select(["question_id", "images"]).to_pylist()
+    }
+    rows = questions.select(["question_id", "split", "question", "options", "image_ids", "error"]).to_pylist()
+    own = {row["question_id"]: _look(row["image_ids"], files, similar.get(row["question_id"], [])) for row in rows}
+    other = shuffled(rows, seed)
+    unknown = _Look([], [], "no_other_image: no other question of this split has another image to swap in")
+    table = []
+    for row in rows:
+        look = own[row["question_id"]]
+        swapped = own[other[row["question_id"]]] if row["question_id"] in other else unknown
+        swapped = swapped if row["image_ids"] else look  # a question without an image stays without
+        table.append(
+            {
+                "question_id": row["question_id"],
+                "question": question_with_options(row["question"], row["options"]),
+                "question_error": row["error"],
+                "image_uris": look.uris,
+                "reference_uris": look.references,
+                "image_error": look.error,
+                "shuffled_image_uris": swapped.uris,
+                "shuffled_reference_uris": swapped.references,
+                "shuffled_image_error": swapped.error,
+            }
+        )
+    return pa.Table.from_pylist(table, schema=CASE)
+
+
+class _Look(NamedTuple):
+    """What one question shows: files, or why there are none."""
+
+    uris: list[str]
+    references: list[str]
+    error: str | None
+
+
+def _look(image_ids: Sequence[str], files: Mapping[str, Mapping[str, Any]], references: list[str]) -> _Look:
+    for image_id in image_ids:
+        if image_id not in files:
+            return _Look([], [], f"image_missing: {image_id} is not in the table images")
+        if files[image_id]["error"]:
+            return _Look([], [], f"upstream: {files[image_id]['error']}")
+    return _Look([files[i]["uri"] for i in image_ids], references, None)
+
+
+def shuffled(questions: Iterable[Mapping[str, Any]], seed: int) -> dict[str, str]:
+    """For each question with images, another one of its split whose images it is shown instead.
+
+    Questions about the same images move together, so that none is shown its own again.
+    """
+    by_split: dict[str, dict[tuple[str, ...], list[str]]] = {}
+    for row in questions:
+        if row["image_ids"]:
+            by_images = by_split.setdefault(row["split"], {})
+            by_images.setdefault(tuple(sorted(row["image_ids"])), []).append(row["question_id"])
+    moved: dict[str, str] = {}
+    for by_images in by_split.values():
+        groups = {min(members): members for members in by_images.values()}
+        if len(groups) > 1:
+            for group, other in derange(list(groups), seed).items():
+                moved |= dict.fromkeys(groups[group], other)
+    return moved
+
+
+def derange(ids: Sequence[str], seed: int) -> dict[str, str]:
+    """A shuffle in which no id stays in place: each id to another one, the same for the same ids and seed in any order.
+
+    One cycle through all ids in an order drawn from the seed. Raises `ValueError` for fewer than two ids.
+    """
+    drawn = sorted(set(ids), key=lambda i: digest(seed, i))
+    if len(drawn) < 2:
+        raise ValueError(f"cannot swap {len(drawn)} ids among themselves; at least 2 different ones are needed")
+    return dict(zip(drawn, [*drawn[1:], drawn[0]], strict=True))
+
+
+# The steps
+
+
+def score(ds: "Dataset", config: ScoreConfig, model_path: str, model_id: str) -> "Dataset":
+    """Rows of `inputs` -> ``{question_id, scores: list<Scores>}``.
+
+    `model_path` is used where the config names no model; `model_id` (a fingerprint or content hash) goes into each
+    entry. Raises `ConfigError` where an arm looks at images and the checkpoint has no image tower.
+    """
+    path = config.model or model_path
+    _check_towers(path, config.arms)
+    return _map(ds, Scorer, config, path, model_id)
+
+
+def states(ds: "Dataset", config: StatesConfig, model_path: str, model_id: str) -> "Dataset":
+    """Rows of `inputs` -> ``{question_id, states: list<States>}``."""
+    return _map(ds, Reader, config, model_path, model_id)
+
+
+def _map(ds: "Dataset", actor: type, config: ReadConfig, path: str, model_id: str) -> "Dataset":
+    from ray.data import ActorPoolStrategy
+
+    return ds.map_batches(
+        actor,
+        fn_constructor_kwargs={"config": config, "model": path, "model_id": model_id},
+        batch_format="pyarrow",
+        batch_size=config.batch_size,
+        compute=ActorPoolStrategy(min_size=1, max_size=config.num_actors),
+        num_cpus=config.num_cpus,
+        num_gpus=config.num_gpus,
+    )
+
+
+def _check_towers(path: str, arms: Sequence[Arm]) -> None:
+    """Before anything is loaded: a local checkpoint says in its config whether it has an image tower."""
+    looking = [arm for arm in arms if arm in _LOOKING]
+    file = Path(resolve(path)) / "reward_model.json"
+    has_tower = file.is_file() and json.loads(file.read_text())["fusion"] is not None
+    if looking and not has_tower:
+        raise ConfigError(
+            f"score.arms has {', '.join(looking)}, but {path} has no image tower; "
+            "name a two-tower checkpoint, or set score.arms=[text_only]"
+        )
+
+
+def load(model: str, config: ReadConfig) -> "RewardModel":
+    """The reward model of a config, on a GPU where the config asks for one."""
+    from medmm_ray.engines.reward_model import RewardModel
+
+    device = "cuda" if config.num_gpus else "cpu"
+    loaded = RewardModel.from_pretrained(resolve(model), dtype=config.dtype, device=device)
+    if config.max_length is not None:
+        loaded.max_length = config.max_length
+    if config.reserve is not None:
+        loaded.reserve = config.reserve
+    return loaded
+
+
+class Scorer:
+    """The actor of `score`."""
+
+    def __init__(self, config: ScoreConfig, model: "str | RewardModel", model_id: str) -> None:
+        self.config, self.model_id = config, model_id
+        self.model = load(model, config) if isinstance(model, str) else model
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        rows = [(row["question_id"], self.score_row(row)) for row in batch.to_pylist()]
+        return _lists(rows, "scores", Scores)
+
+    def score_row(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """All entries of one question: arms in the config's order, solutions in the row's."""
+        entries = []
+        read: dict[bool, list[SolutionStates]] = {}
+        for arm in self.config.arms:
+            try:
+                _raise_upstream(row)
+                features = self.look(row, arm)
+                with_documents = arm != "no_documents"
+                if with_documents not in read:
+                    read[with_documents] = read_row(self.model, row, self.config, with_documents)
+                found = self.model.step_scores(read[with_documents], features)
+                entries += [self.entry(row, s, arm, f.text_log_odds, f.image_log_odds, f.error)
+                            for s, f in zip(row["solutions"], found, strict=True)]  # fmt: skip
+            except RowError as fault:
+                entries += [self.entry(row, s, arm, [], [], str(fault)) for s in row["solutions"] or []]
+        return entries
+
+    def look(self, row: Mapping[str, Any], arm: Arm) -> "ImageFeatures | None":
+        """The images of an arm; None where it has none. A fault of an image is a `RowError`."""
+        from medmm_ray.engines.reward_model import ImageError
+
+        swapped = "shuffled_" if arm == "shuffled_image" else ""
+        if arm == "text_only" or self.model.fusion is None:
+            return None
+        if row[f"{swapped}image_error"]:
+            kind, _, message = row[f"{swapped}image_error"].partition(": ")
+            raise RowError(kind, message)
+        if not row[f"{swapped}image_uris"]:
+            return None
+        own = self.open(row[f"{swapped}image_uris"])
+        references = self.open(row[f"{swapped}reference_uris"][: self.config.num_references])
+        try:
+            return self.model.image_features(own, references)
+        except ImageError as error:
+            kind, _, message = str(error).partition(": ")
+            raise RowError(kind, message) from error
+
+    def open(self, uris: Sequence[str]) -> "list[Image]":
+        return [open_image(uri, self.config.max_pixels) for uri in uris]
+
+    def entry(
+        self, row: Mapping[str, Any], solution: Mapping[str, Any], arm: Arm,
+        text_log_odds: list[float], image_log_odds: list[float], error: str | None,
+    ) -> dict[str, Any]:  # fmt: skip
+        return {
+            "question_id": row["question_id"],
+            "solution_id": solution["solution_id"],
+            "model": self.model_id,
+            "arm": arm,
+            "text_log_odds": text_log_odds,
+            "image_log_odds": image_log_odds,
+            "error": error,
+        }
+
+
+class Reader:
+    """The actor of `states`."""
+
+    def __init__(self, config: StatesConfig, model: "str | RewardModel", model_id: str) -> None:
+        self.config, self.model_id = config, model_id
+        self.model = load(model, config) if isinstance(model, str) else model
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        rows = [(row["question_id"], self.read(row)) for row in batch.to_pylist()]
+        return _lists(rows, "states", States)
+
+    def read(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """One entry a solution of one question."""
+        from medmm_ray.engines.reward_model.states import dtype_name, to_bytes
+
+        evidence_hash = digest([document["document_id"] for document in _documents(row, self.config)])
+        shared = {
+            "question_id": row["question_id"],
+            "model": self.model_id,
+            "evidence_hash": evidence_hash,
+            "hidden_size": self.model.hidden_size,
+        }
+        empty: dict[str, Any] = {
+            "num_steps": 0,
+            "dtype": self.config.dtype,
+            "states": b"",
+            "summaries": b"",
+            "text_log_odds": [],
+        }
+        solutions = row["solutions"] or []
+        try:
+            _raise_upstream(row)
+            found = read_row(self.model, row, self.config)
+        except RowError as fault:
+            return [shared | empty | {"solution_id": s["solution_id"], "error": str(fault)} for s in solutions]
+        return [
+            shared
+            | {
+                "solution_id": solution["solution_id"],
+                "num_steps": len(own.states_TD),
+                "dtype": dtype_name(own.states_TD),
+                "states": to_bytes(own.states_TD),
+                "summaries": to_bytes(own.summaries_TD),
+                "text_log_odds": own.log_odds_T.tolist(),
+                "error": own.error,
+            }
+            for solution, own in zip(solutions, found, strict=True)
+        ]
+
+
+def read_row(
+    model: "RewardModel", row: Mapping[str, Any], config: ReadConfig, with_documents: bool = True
+) -> "list[SolutionStates]":
+    """One text pass over all solutions of a question."""
+    documents = [document["text"] for document in _documents(row, config)] if with_documents else []
+    steps = [solution["steps"] for solution in row["solutions"]]
+    return model.text_states(row["question"], steps, documents, token_budget=config.token_budget)
+
+
+def _documents(row: Mapping[str, Any], config: ReadConfig) -> list[Mapping[str, Any]]:
+    return list(row["documents"] or [])[: config.num_documents]
+
+
+def _raise_upstream(row: Mapping[str, Any]) -> None:
+    if row["question"] is None:
+        raise RowError("question_missing", f"{row['question_id']} is not in the table questions")
+    for column in ("error", "question_error", "evidence_error"):
+        if row[column]:
+            raise RowError("upstream", row[column])
+
+
+def _lists(rows: Sequence[tuple[str, list[dict[str, Any]]]], column: str, record: type) -> pa.Table:
+    kind = pa.list_(pa.struct(list(arrow_schema(record))))
+    return pa.table(
+        {
+            "question_id": pa.array([question_id for question_id, _ in rows], pa.string()),
+            column: pa.array([entries for _, entries in rows], kind),
+        }
+    )

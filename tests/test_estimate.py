@@ -1,0 +1,147 @@
+"""The dry run's arithmetic, against the published budget and by hand."""
+
+import io
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from medmm_ray.estimate import PUBLISHED, Plan, estimate, rendered, size
+
+SMALL = Plan(train_questions=100, test_questions=50, train_samples=16, test_samples=64, images=150, num_gpus=2)
+
+
+def test_the_published_budget() -> None:
+    """$2,500 judge + $400 Monte Carlo + $500 experts + $480 for four A100 over 48 hours at $10: $3,900 in all."""
+    result = estimate(PUBLISHED)
+    paid = {step: result.line(step).dollars for step in ("judge", "monte_carlo", "review")}
+    assert paid == {"judge": 2500, "monte_carlo": 400, "review": 500}
+    training = result.line("train_two_tower").gpu_hours
+    assert training * 2.5 == 480
+    assert round(sum(paid.values()) + training * 2.5, -2) == 3900
+    assert result.line("judge").calls * PUBLISHED.steps == 100_000
+    assert result.line("monte_carlo").calls == 40_000
+    # What the published budget calls free: sampling 640,000 solutions and running the text tower over them.
+    free = result.line("sample").gpu_hours + result.line("states").gpu_hours + result.line("embed").gpu_hours
+    assert result.dollars == pytest.approx(3880 + free * 2.5)
+    assert 30 < free < 60
+    assert result.notes == ("states take 105 GB: keep the training split only, on shared storage",)
+
+
+def test_med_prm_scores_at_its_published_speed() -> None:
+    """1.5 solutions/s on an A100, one at a time with their documents (3,720 tokens)."""
+    one_by_one = replace(SMALL, test_questions=1000, test_samples=1, question_tokens=0, solution_tokens=648)
+    seconds = estimate(one_by_one).line("score").gpu_hours * 3600
+    assert 1000 / seconds == pytest.approx(1.5, rel=0.05)
+
+
+def test_the_shared_prefix_saves_nine_tenths() -> None:
+    shared = replace(SMALL, question_tokens=185, document_tokens=3072)
+    alone = replace(shared, test_questions=50 * 64, test_samples=1)
+    assert estimate(alone).line("score").tokens / estimate(shared).line("score").tokens == pytest.approx(9.0, abs=0.2)
+
+
+def test_states_of_the_real_recipe() -> None:
+    """10,000 questions x 64 solutions x 8 steps x 16 KiB = 84 GB."""
+    plan = replace(SMALL, train_questions=10_000, train_samples=64)
+    states = estimate(plan).line("states")
+    assert states.stored == 10_000 * 64 * 8 * 16 * 1024
+    assert size(states.stored) == "83.9 GB"
+    assert "5,120,000 steps at 16 KiB" in states.work
+
+
+def test_each_step_by_hand() -> None:
+    plan = replace(
+        SMALL,
+        steps=4,
+        question_tokens=100,
+        document_tokens=900,
+        solution_tokens=200,
+        reference_images=2,
+        policy_parameters=1e9,
+        text_parameters=2e9,
+        policy_epochs=2,
+        text_epochs=3,
+        judge_dollars_per_million_read=0.1,
+        judge_dollars_per_million_written=0.4,
+    )
+    result = estimate(plan)
+    sample = result.line("sample")
+    kept = 100 * 16 + 50 * 64
+    assert sample.tokens == 150 * 1000 + kept * 1.25 * 200
+    assert sample.gpu_hours * 312e12 * 3600 == pytest.approx(2e9 * 150_000 / 0.28 + 2e9 * kept * 250 / 0.15, rel=1e-9)
+    judge = result.line("judge")
+    read, written = 1600 * (1000 + 200 + 3 * 258), 1600 * 4 * 25
+    assert (judge.calls, judge.tokens) == (1600, read + written)
+    assert judge.dollars == pytest.approx(read * 0.1e-6 + written * 0.4e-6)
+    assert judge.gpu_hours == 0
+    rolled = result.line("monte_carlo")
+    assert (rolled.calls, rolled.dollars) == (1600 * 4 * 0.1 * 4, 0)
+    assert rolled.tokens == pytest.approx(640 * (100 + 100) + 2560 * 100)
+    assert rolled.gpu_hours > 0
+    assert result.line("review").dollars == 500
+    assert result.line("train_policy").tokens == 100 * 300 * 2
+    text = result.line("train_text_prm")
+    assert text.tokens == 3 * (100 * 1000 + 1600 * 200)
+    assert text.gpu_hours == pytest.approx(6 * 2e9 * text.tokens / (312e12 * 0.35 * 3600))
+    assert result.line("score").tokens == 50 * 1000 + 50 * 64 * 200
+    assert result.gpu_dollars == result.gpu_hours * 2.5
+    assert result.hours == result.gpu_hours / 2
+    assert result.dollars == sum(line.dollars for line in result.lines) + result.gpu_dollars
+    assert result.stored == sum(line.stored for line in result.lines)
+
+
+def test_a_judge_of_our_own_takes_gpu_hours_and_no_dollars() -> None:
+    ours = estimate(replace(SMALL, judge_parameters=8e9)).line("judge")
+    assert ours.dollars == 0
+    assert ours.gpu_hours > 0
+
+
+def test_measured_hours_replace_the_arithmetic() -> None:
+    result = estimate(replace(SMALL, known_gpu_hours={"score": 1.25, "sample": 0.75}))
+    assert (result.line("score").gpu_hours, result.line("sample").gpu_hours) == (1.25, 0.75)
+    with pytest.raises(ValueError, match=r"known_gpu_hours names \['scoring'\]; the steps are \['embed'"):
+        estimate(replace(SMALL, known_gpu_hours={"scoring": 1}))
+
+
+def test_prices_and_gpus() -> None:
+    fast, slow = estimate(replace(SMALL, gpu="H100")), estimate(SMALL)
+    assert slow.gpu_hours / fast.gpu_hours == pytest.approx(989 / 312)
+    assert estimate(replace(SMALL, dollars_per_gpu_hour=1.0)).gpu_dollars == slow.gpu_hours
+    with pytest.raises(ValueError, match="gpu 'A1000' is not in the table; known: A100-80G"):
+        estimate(replace(SMALL, gpu="A1000"))
+
+
+def test_notes_say_what_a_reader_would_ask() -> None:
+    notes = estimate(replace(SMALL, gpu="L4", text_parameters=70e9, train_questions=10_000)).notes
+    assert notes == (
+        "140 GB of weights do not fit one L4 (24 GB): shard the model",
+        "states take 21 GB: keep the training split only, on shared storage",
+        "the judge reads 16 solutions a question; the published $2,500 pay for one",
+    )
+    assert estimate(replace(SMALL, judged_solutions=1)).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("stored", "shown"),
+    [(12, "12 B"), (2048, "2.05 kB"), (1.5e6, "1.5 MB"), (84e9, "84 GB"), (1.2e12, "1.2 TB"), (5e15, "5,000.0 TB")],
+)
+def test_size(stored: float, shown: str) -> None:
+    assert size(stored) == shown
+
+
+def test_the_table_shows_each_step_the_totals_and_the_assumptions() -> None:
+    console = Console(width=150, file=io.StringIO(), record=True)
+    console.print(rendered(estimate(PUBLISHED)))
+    shown = console.export_text()
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
+    assert [row[0] for row in rows] == [
+        "embed", "train_policy", "sample", "judge", "monte_carlo", "review", "train_text_prm", "states",
+        "train_two_tower", "score", "total",
+    ]  # fmt: skip
+    assert rows[3][1:5] == ["100,000 steps in 10,000 calls", "10,000", "48.9M", "2,500.00"]
+    assert rows[8][5:7] == ["192.00", "480.00"]
+    assert rows[0][5] == "< 0.01"
+    assert rows[-1][4] == "3,400.00"
+    assert "4 x A100-80G at $2.50 an hour each" in shown
+    assert "expect a factor of two either way" in shown

@@ -1,0 +1,134 @@
+"""Label policies: exact targets from label rows."""
+
+import pytest
+
+from medmm_ray.records import Labels, StepLabel
+from medmm_ray.targets import Target, labels_by_solution, targets
+
+RIGHT, WRONG = StepLabel(label=1, confidence="high"), StepLabel(label=0, confidence="low")
+NEUTRAL = StepLabel(confidence="high", reason="nothing to check")
+NOBODY = StepLabel()
+
+
+def row(source: str, *steps: StepLabel, annotator: str = "a", error: str | None = None) -> Labels:
+    return Labels(
+        question_id="q1", solution_id="s1", source=source, annotator=annotator, steps=list(steps), cost=0.0, error=error
+    )  # fmt: skip
+
+
+def rolled(value: float) -> StepLabel:
+    return StepLabel(value=value, num_correct=round(4 * value), num_rollouts=4)
+
+
+JUDGE = row("judge", RIGHT, WRONG, RIGHT, NEUTRAL)
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [("collapse", [1.0, 0.0, 0.0, 0.0]), ("keep", [1.0, 0.0, 1.0, 1.0]), ("drop", [1.0, 0.0, None, None])],
+)
+def test_steps_after_the_first_error(rule: str, expected: list[Target]) -> None:
+    assert targets("judge", [JUDGE], 4, rule) == expected
+
+
+def test_a_neutral_step_is_right_before_the_first_error_and_an_unlabelled_one_is_nothing() -> None:
+    assert targets("judge", [row("judge", NEUTRAL, NOBODY, RIGHT)], 3) == [1.0, None, 1.0]
+
+
+def test_monte_carlo_is_right_while_one_continuation_is() -> None:
+    labels = [row("monte_carlo", rolled(0.25), NOBODY, rolled(0.0), rolled(1.0))]
+    assert targets("monte_carlo", labels, 4, "keep") == [1.0, None, 0.0, 1.0]
+
+
+def test_monte_carlos_own_label_holds_where_it_has_one() -> None:
+    strict = StepLabel(label=0, value=0.25, num_correct=1, num_rollouts=4)
+    assert targets("monte_carlo", [row("monte_carlo", strict)], 1) == [0.0]
+
+
+def test_hybrid_takes_the_expert_then_monte_carlo_then_the_judge() -> None:
+    labels = [
+        row("judge", WRONG, WRONG, RIGHT, RIGHT),
+        row("monte_carlo", rolled(0.5), rolled(0.5), NOBODY, rolled(0.0)),
+        row("expert", NOBODY, WRONG, NOBODY, NOBODY),
+    ]
+    assert targets("hybrid", labels, 4, "keep") == [1.0, 0.0, 1.0, 0.0]
+
+
+def test_soft_keeps_the_fraction() -> None:
+    labels = [row("judge", RIGHT, RIGHT, WRONG), row("monte_carlo", rolled(0.25), NOBODY, NOBODY)]
+    assert targets("soft", labels, 3) == [0.25, 1.0, 0.0]
+
+
+def test_soft_collapses_after_a_fraction_of_nought() -> None:
+    assert targets("soft", [row("monte_carlo", rolled(0.75), rolled(0.0), rolled(0.5))], 3) == [0.75, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [((1.0, 0.0, 0.0), [1.0, 0.0, 0.0]), ((1.0, 0.5, 0.0), [None, None, None]), ((0.0, 0.5, 0.5), [None] * 3)],
+)
+def test_consensus_keeps_a_solution_whose_first_error_both_see(
+    values: tuple[float, ...], expected: list[Target]
+) -> None:
+    labels = [row("judge", RIGHT, WRONG, RIGHT), row("monte_carlo", *map(rolled, values))]
+    assert targets("consensus", labels, 3) == expected
+
+
+def test_consensus_without_an_error_is_all_right() -> None:
+    labels = [row("judge", RIGHT, NEUTRAL), row("monte_carlo", rolled(0.5), rolled(0.25))]
+    assert targets("consensus", labels, 2) == [1.0, 1.0]
+
+
+def test_consensus_is_refused_where_monte_carlo_ran_on_some_steps_only() -> None:
+    labels = [row("judge", RIGHT, WRONG), row("monte_carlo", rolled(0.5), NOBODY)]
+    with pytest.raises(ValueError, match="solution s1 has it on 1 of 2"):
+        targets("consensus", labels, 2)
+
+
+def test_consensus_says_nothing_where_the_judge_did_not_judge_all() -> None:
+    assert targets("consensus", [row("judge", RIGHT, NOBODY)], 2) == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("correct", "expected"),
+    [(True, [None, None, 1.0]), (False, [None, None, 0.0]), (None, [None, None, None])],
+)
+def test_outcome_labels_the_last_step_alone(correct: bool | None, expected: list[Target]) -> None:
+    assert targets("outcome", [], 3, correct=correct) == expected
+
+
+def test_experts_vote_and_the_adjudicator_decides() -> None:
+    two = [row("expert", RIGHT, RIGHT, annotator="a"), row("expert", RIGHT, WRONG, annotator="b")]
+    assert targets("hybrid", two, 2) == [1.0, None]
+    assert targets("hybrid", [*two, row("expert", RIGHT, WRONG, annotator="adjudicator")], 2) == [1.0, 0.0]
+
+
+def test_two_monte_carlo_runs_average_softly() -> None:
+    labels = [row("monte_carlo", rolled(0.25), annotator="a"), row("monte_carlo", rolled(0.75), annotator="b")]
+    assert targets("soft", labels, 1) == [0.5]
+
+
+def test_a_failed_row_is_no_label() -> None:
+    assert targets("judge", [row("judge", error="timeout: no answer")], 2) == [None, None]
+
+
+def test_labels_of_another_number_of_steps_are_refused_with_ids() -> None:
+    with pytest.raises(ValueError, match=r"judge labels of solution s1 \(question q1, annotator a\) are 4 for 3 steps"):
+        targets("judge", [JUDGE], 3)
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="label policy 'jugde' is unknown"):
+        targets("jugde", [JUDGE], 4)
+    with pytest.raises(ValueError, match="after_first_error is 'cut'"):
+        targets("judge", [JUDGE], 4, "cut")
+
+
+def test_plain_rows_become_records_grouped_by_solution() -> None:
+    plain = {
+        "question_id": "q1", "solution_id": "s1", "source": "judge", "annotator": "a", "cost": 0.0, "error": None,
+        "steps": [{"label": 1, "value": None, "confidence": "high", "num_correct": None, "num_rollouts": None,
+                   "stopped_early": None, "reason": None}],
+    }  # fmt: skip
+    expected = [row("judge", RIGHT)]
+    assert labels_by_solution([plain, {**plain, "solution_id": "s2", "source": "expert"}])["s1"] == expected

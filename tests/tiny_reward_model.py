@@ -1,0 +1,77 @@
+"""A tiny random Llama with a small BPE tokenizer, and the reference's own scoring procedure written out plainly."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from medmm_ray.prompts import prm_messages
+from medmm_ray.text import tag_steps
+
+TAG, PLUS, MINUS = " ки", " +", " -"
+SPECIAL = {"bos_token": "<|bos|>", "eos_token": "<|end|>"}
+TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}<|assistant|>\n"
+WORDS = tuple(
+    re.findall(
+        r"\w+",
+        "the left right lung shows an opacity effusion nodule heart is enlarged normal clear therefore answer option "
+        "costophrenic angle blunted pneumothorax because no yes finding image question document guideline step",
+    )
+)
+
+
+def corpus() -> list[str]:
+    """Some text for the BPE: words in many orders, with the prompt's own."""
+    lines = [" ".join(WORDS[(i * 7 + j * 3) % len(WORDS)] for j in range(12)) for i in range(60)]
+    prompt = prm_messages("Which? (A) a (B) b", tag_steps(["one", "two"], tag=""), ["text"])
+    return [*lines, *(m["content"] for m in prompt), "a + b - c + d - e", "Step 1: 2: 3: 4: 5: 6: 7: 8: 9: 10:"] * 3
+
+
+def tokenizer(tag: bool = True, own_bos: bool = False, more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that writes a BOS; with `own_bos` the chat template writes one too (two in all, as in Llama 3).
+
+    `more`: text that it learns to encode well besides.
+    """
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        [*corpus(), *more], trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=alphabet)
+    )
+    bpe.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, **SPECIAL)
+    fast.chat_template = ("{{ bos_token }}" if own_bos else "") + TEMPLATE
+    if tag:
+        fast.add_tokens([TAG], special_tokens=True)
+    return fast
+
+
+def save(folder: Path, tag: bool = True, own_bos: bool = False, seed: int = 0, context: int = 2048) -> Path:
+    """A checkpoint folder of a random model: 3 layers, width 32, grouped keys, tied embeddings."""
+    fast = tokenizer(tag, own_bos)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(fast), hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=context, initializer_range=0.2, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def reference_probs(model: Any, tok: Any, question: str, steps: Sequence[str], documents: Sequence[str]) -> list[float]:
+    """P(+) a step as Med-PRM computes it: one solution, all logits, softmax over the two signs at each tag."""
+    messages = prm_messages(question, tag_steps(steps), documents)
+    text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = tok(text, return_tensors="pt", add_special_tokens=True)["input_ids"]
+    (tag,), (plus,), (minus,) = (tok(t, add_special_tokens=False)["input_ids"] for t in (TAG, PLUS, MINUS))
+    logits = model(ids).logits[0]
+    at = (ids[0] == tag).nonzero()[:, 0]
+    return torch.softmax(logits[at][:, [plus, minus]], dim=-1)[:, 0].tolist()  # type: ignore[no-any-return]

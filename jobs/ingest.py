@@ -14,7 +14,9 @@ def run(job: Job) -> None:
     folder = f"{job.table('raw_images').path}/files"
     images = image_table(data, folder)
     source = ray.data.from_arrow(images).repartition(target_num_rows_per_block=256)
-    job.make("raw_images", source, images["uri"].to_pylist(), lambda ds: inspect_images(ds, job.config, data.draw), "uri")
+    job.make(
+        "raw_images", source, images["uri"].to_pylist(), lambda ds: inspect_images(ds, job.config, data.draw), "uri"
+    )
     rows = question_rows(data, job.read("raw_images"), job.config, folder)
     job.make_rows("raw_questions", rows, "question_id")
     job.make_rows("documents", document_rows(data), "document_id")

@@ -13,7 +13,9 @@ def run(job: Job) -> None:
         model = job.run.model("policy")
     source = job.table("solutions").dataset(rows_per_block=32)
     ids = job.read("solutions", ["question_id"])["question_id"].to_pylist()
-    job.make("judge_labels", source, ids, lambda ds: judge(ds, job.config, model=model, **tables), "question_id", "labels")
+    job.make(
+        "judge_labels", source, ids, lambda ds: judge(ds, job.config, model=model, **tables), "question_id", "labels"
+    )
 
 
 if __name__ == "__main__":

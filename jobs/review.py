@@ -9,9 +9,9 @@ from medmm_ray.review import queue, review
 
 def run(job: Job) -> None:
     questions, images = job.read("questions"), job.read("images")
-    labels = [job.read(name, ["solution_id", "steps"]) for name in ("judge_labels", "monte_carlo_labels")]
+    judged, rolled_out = (job.read(name, ["solution_id", "steps"]) for name in ("judge_labels", "monte_carlo_labels"))
     solutions = job.read("solutions", ["question_id", "solutions"])
-    job.make_rows("review_queue", queue(solutions, questions, *labels, job.config), "question_id")
+    job.make_rows("review_queue", queue(solutions, questions, judged, rolled_out, job.config), "question_id")
     items = [from_dict(ReviewItem, row) for row in job.read("review_queue").to_pylist()]
     source = job.table("solutions").dataset(rows_per_block=32)
     job.make(

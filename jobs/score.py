@@ -9,12 +9,12 @@ from medmm_ray.score import inputs, score
 def run(job: Job) -> None:
     model, model_id = job.run.model("two_tower"), job.run.model_id("two_tower")
     source, ids = job.solutions_of("test")
-    tables = [job.read(name) for name in ("questions", "images", "evidence")]
+    questions, images, evidence = (job.read(name) for name in ("questions", "images", "evidence"))
     job.make(
         "scores",
         source,
         ids,
-        lambda ds: score(inputs(ds, *tables, job.config.seed), job.config, model, model_id),
+        lambda ds: score(inputs(ds, questions, images, evidence, job.config.seed), job.config, model, model_id),
         "question_id",
         "scores",
     )

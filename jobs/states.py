@@ -9,12 +9,12 @@ from medmm_ray.score import inputs, states
 def run(job: Job) -> None:
     model, model_id = job.run.model("text_prm"), job.run.model_id("text_prm")
     source, ids = job.solutions_of("train")
-    tables = [job.read(name) for name in ("questions", "images", "evidence")]
+    questions, images, evidence = (job.read(name) for name in ("questions", "images", "evidence"))
     job.make(
         "states",
         source,
         ids,
-        lambda ds: states(inputs(ds, *tables), job.config, model, model_id),
+        lambda ds: states(inputs(ds, questions, images, evidence), job.config, model, model_id),
         "question_id",
         "states",
     )

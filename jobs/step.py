@@ -13,12 +13,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.compute as pc
+
 from jobs.graph import BY_NAME, MAKER, STEPS, Step
 from jobs.recipe import Recipe
 from medmm_ray.config import ConfigError, digest, help_text, identity, load
 from medmm_ray.tables import Artifact, Manifest, Origin, Table, TableError, chosen, pending
-
-import pyarrow.compute as pc
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -1,23 +1,29 @@
 """Training images with captions -> image_tower, an open_clip checkpoint."""
 
 import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 
 from jobs.step import Job, main
-from medmm_ray.sources import captions
+from medmm_ray.sources import phantom
 from medmm_ray.train.image_text import train_image_tower
 
 
 def run(job: Job) -> None:
     images = [row for row in job.read("images").to_pylist() if row["split"] == "train" and not row["error"]]
-    rows = pa.table(
-        {
-            "image_uri": [row["uri"] for row in images],
-            "captions": [list(captions(job.recipe.ingest.source, row)) for row in images],
-        }
-    )
+    captioned = {row["uri"]: captions(job.recipe.ingest.source, row) for row in images}
+    schema = pa.schema([("image_uri", pa.string()), ("captions", pa.list_(pa.string()))])
+    rows = pa.Table.from_pylist([{"image_uri": u, "captions": list(c)} for u, c in captioned.items() if c], schema)
     job.make_artifact("image_tower", lambda uri: train_image_tower(job.config, rows, [], uri, job.run_name))
+
+
+def captions(source: str, image: Mapping[str, Any]) -> Sequence[str]:
+    """What a picture shows, in words: a phantom's case says it in several ways, other sources by the diagnosis."""
+    if source == "phantom":
+        return phantom.captions(phantom.Case.from_annotation(image["annotation"]))
+    return [image["diagnosis"]] if image["diagnosis"] else []
 
 
 if __name__ == "__main__":

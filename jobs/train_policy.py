@@ -7,8 +7,10 @@ from medmm_ray.train.policy import train_policy
 
 
 def run(job: Job) -> None:
-    tables = [job.read(name) for name in ("questions", "demonstrations", "documents")]
-    job.make_artifact("policy", lambda uri: train_policy(job.config, *tables, uri, job.run_name))
+    questions, demonstrations, documents = (job.read(n) for n in ("questions", "demonstrations", "documents"))
+    job.make_artifact(
+        "policy", lambda uri: train_policy(job.config, questions, demonstrations, documents, uri, job.run_name)
+    )
 
 
 if __name__ == "__main__":

@@ -8,10 +8,15 @@ from medmm_ray.train.text_prm import train_text_prm
 
 
 def run(job: Job) -> None:
-    tables = [job.read(name) for name in ("questions", "evidence", "solutions")]
+    questions, evidence, solutions = (job.read(name) for name in ("questions", "evidence", "solutions"))
     labels = [job.read(name) for name in LABELS]
     base = job.run.model("policy")
-    job.make_artifact("text_prm", lambda uri: train_text_prm(job.config, *tables, labels, base, uri, job.run_name))
+    job.make_artifact(
+        "text_prm",
+        lambda uri: train_text_prm(
+            job.config, questions, evidence, solutions, labels, base, folder=uri, name=job.run_name
+        ),
+    )
 
 
 if __name__ == "__main__":

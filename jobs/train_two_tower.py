@@ -9,13 +9,23 @@ from medmm_ray.train.two_tower import train_two_tower
 
 def run(job: Job) -> None:
     labels = [job.read(name) for name in LABELS]
-    tables = [job.read(name) for name in ("questions", "images", "evidence")]
+    questions, images, evidence = (job.read(name) for name in ("questions", "images", "evidence"))
     text_prm, image_tower = job.run.model("text_prm"), job.run.model("image_tower")
     solutions = job.read("solutions") if job.config.label_policy == "outcome" else None
     job.make_artifact(
         "two_tower",
         lambda uri: train_two_tower(
-            job.config, job.table("states"), labels, *tables, text_prm, image_tower, uri, job.run_name, solutions
+            job.config,
+            job.table("states"),
+            labels,
+            questions,
+            images,
+            evidence,
+            text_prm,
+            image_tower,
+            folder=uri,
+            name=job.run_name,
+            solutions=solutions,
         ),
     )
 

@@ -10,7 +10,7 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -48,6 +48,7 @@ LINE_RULE = (
     "Answer with one line for each step in order and nothing else: 1 for a right step or 0 for a wrong one, a space, "
     "and your confidence: high, medium or low."
 )
+TOKENS_A_LINE = 16  # room for one line of LINE_RULE in any tokenizer
 AGAIN = "Your answer does not fit: {fault}. Answer again. {rule}"
 SCHEMA = {
     "type": "ARRAY",
@@ -76,7 +77,7 @@ class JudgeConfig(GeneratorConfig):
     backend: Literal["phantom", "vllm", "gemini"] = "phantom"
     """phantom: the source's truth with errors; vllm: a local model (text only); gemini: the API, with images."""
     model: str | None = None
-    """Gemini: the model's name. vllm: checkpoint folder or hub name, null takes the run's own policy."""
+    """Gemini: the model's name. vllm: a checkpoint as in models, null takes the run's own policy."""
     splits: tuple[str, ...] = ("train", "validation", "test")
     """Splits whose solutions are judged."""
     num_documents: int = Field(8, ge=0)
@@ -196,7 +197,7 @@ class JudgeActor:
 
     async def label(self, row: Mapping[str, Any]) -> list[Labels]:
         """The labels of one question's solutions; none where it has none or its split is not judged."""
-        if row["split"] not in self.config.splits:
+        if row["split"] not in self.config.splits or not row["solutions"]:
             return []
         texts = {s["text_sha"]: s["steps"] for s in row["solutions"]}
         judged = await self.backend.judge(self.case(row), list(texts.values()))
@@ -287,8 +288,7 @@ class VllmJudge:
         return await asyncio.gather(*(self._judge(case, steps) for steps in solutions))
 
     async def _judge(self, case: JudgeCase, steps: Sequence[str]) -> "Judgement | RowError":
-        asked = f"{shared_text(case)}\n{solution_text(steps)}\n\n{LINE_RULE}"
-        messages: list[Message] = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": asked}]
+        messages = self._messages(case, steps)
         try:
             reply = await self._ask(messages, len(steps))
             try:
@@ -299,12 +299,24 @@ class VllmJudge:
         except RowError as fault:
             return fault
 
+    def _messages(self, case: JudgeCase, steps: Sequence[str]) -> list[Message]:
+        """The chat, without the last documents where the model's length does not hold all of them."""
+        room = self.config.max_model_len - self._max_tokens(len(steps))
+        documents = list(case.documents)
+        while True:
+            asked = f"{shared_text(replace(case, documents=documents))}\n{solution_text(steps)}\n\n{LINE_RULE}"
+            messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": asked}]
+            if not documents or len(self.generator.prompt_ids(messages)) <= room:
+                return messages
+            documents.pop()
+
+    def _max_tokens(self, num_steps: int) -> int:
+        return min(self.config.max_tokens, TOKENS_A_LINE * num_steps)
+
     async def _ask(self, messages: Sequence[Message], num_steps: int) -> str:
         line = "[01] (high|medium|low)"
         pattern = "\n".join([line] * num_steps) if self.config.constrain else None
-        how = Sampling(
-            temperature=0.0, top_k=0, max_tokens=min(self.config.max_tokens, 16 * num_steps), pattern=pattern
-        )
+        how = Sampling(temperature=0.0, top_k=0, max_tokens=self._max_tokens(num_steps), pattern=pattern)
         found = await self.generator.generate(self.generator.prompt_ids(messages), 1, self.config.seed, how)
         return found[0].text
 

@@ -41,8 +41,6 @@ class MonteCarloConfig(GeneratorConfig):
 
     mode: Literal["uncertain"] = "uncertain"
     """uncertain: the steps in which the judge's confidence is low."""
-    policy: str | None = None
-    """Checkpoint folder or hub name of the model that continues; null takes the run's own policy."""
     splits: tuple[str, ...] = ("train",)
     """Splits whose solutions are continued."""
     max_share: float = Field(0.1, ge=0, le=1)

@@ -90,7 +90,7 @@ def show(
 
 def rendered(request: RerankRequest, answer: RerankAnswer, gold: str | None = None) -> Group:
     """What `show` prints."""
-    asked = Text(request.question, style="bold")
+    asked = Text.assemble((request.question, "bold"))
     for letter, option in zip(LETTERS, request.options, strict=False):
         asked.append(f"\n  ({letter}) {option}", style="green" if letter == gold else "default")
     seen = "image and text" if answer.arm == "multimodal" else "text alone"

@@ -5,7 +5,7 @@ strata of difficulty x modality x disagreement plus a random stratum, each with 
 source "expert" for the steps of the queue (the other steps empty). On phantoms the expert is the truth, and whole
 solutions of `truth_splits` get it as source "phantom", for measuring.
 
-The queue is drawn over the whole table at once, on columns: 5 million steps take about a minute of numpy.
+The queue is drawn over the whole table at once, on columns: a million steps take 0.7 s.
 """
 
 import hashlib
@@ -263,7 +263,7 @@ class Expert:
 
     def label(self, row: Mapping[str, Any]) -> list[Labels]:
         """The labels of one question's solutions."""
-        if self.config.expert != "phantom" or row["source"] != "phantom":
+        if self.config.expert != "phantom" or row["source"] != "phantom" or not row["solutions"]:
             return []
         case = Case.from_annotation(self.annotations[row["image_ids"][0]])
         gold = Gold(row["options"], row["answer"])

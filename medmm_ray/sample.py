@@ -41,11 +41,9 @@ log = logging.getLogger(__name__)
 class SampleConfig(GeneratorConfig):
     """How solutions are drawn; the defaults are Med-PRM's."""
 
-    policy: str | None = None
-    """Checkpoint folder or hub name of the model that writes solutions; null takes the run's own policy."""
-    num_samples_train: int = Field(16, ge=1)
+    num_samples_train: int = Field(16, ge=1, le=MAX_DRAWS)
     """Solutions a question of the training (and validation) split."""
-    num_samples_test: int = Field(64, ge=1)
+    num_samples_test: int = Field(64, ge=1, le=MAX_DRAWS)
     """Solutions a question of the test split."""
     temperature: float = Field(0.7, ge=0)
     """Sampling temperature."""

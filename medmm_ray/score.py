@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import pyarrow as pa
 from pydantic import Field
 
-from medmm_ray.config import Config, ConfigError, digest, execution
+from medmm_ray.config import Config, ConfigError, digest
 from medmm_ray.engines.checkpoints import resolve
 from medmm_ray.engines.images import MAX_PIXELS, open_image
 from medmm_ray.records import Scores, States, arrow_schema
@@ -36,21 +36,21 @@ class ReadConfig(Config):
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the text tower."""
-    num_documents: int = Field(32, ge=0)
+    num_documents: int = Field(default=32, ge=0)
     """Retrieved documents that are offered, best first; those within the length are read."""
-    max_length: int | None = Field(None, ge=1)
+    max_length: int | None = Field(default=None, ge=1)
     """Tokens of documents, question and solution together by which documents are chosen; null: the checkpoint's own."""
-    reserve: int | None = Field(None, ge=0)
+    reserve: int | None = Field(default=None, ge=0)
     """Tokens of max_length that documents leave free; null: the checkpoint's own (Med-PRM: 1024)."""
-    token_budget: int = Field(4096, ge=1, json_schema_extra={"identity": False})
+    token_budget: int = Field(default=4096, ge=1, json_schema_extra={"identity": False})
     """Most tokens of solutions in one forward pass; bounds memory, changes no score."""
-    batch_size: int = Field(4, ge=1, json_schema_extra={"identity": False})
+    batch_size: int = Field(default=4, ge=1, json_schema_extra={"identity": False})
     """Questions that an actor takes at a time."""
-    num_actors: int = Field(1, ge=1, json_schema_extra={"identity": False})
+    num_actors: int = Field(default=1, ge=1, json_schema_extra={"identity": False})
     """Most copies of the model at work."""
-    num_cpus: float = Field(1.0, ge=0, json_schema_extra={"identity": False})
+    num_cpus: float = Field(default=1.0, ge=0, json_schema_extra={"identity": False})
     """CPUs a copy."""
-    num_gpus: float = Field(0.0, ge=0, json_schema_extra={"identity": False})
+    num_gpus: float = Field(default=0.0, ge=0, json_schema_extra={"identity": False})
     """GPUs a copy; above 0 the model runs there."""
 
 
@@ -61,11 +61,9 @@ class StatesConfig(ReadConfig):
 class ScoreConfig(ReadConfig):
     """What is scored."""
 
-    model: str | None = execution(None)
-    """Checkpoint of the reward model (folder, URI or hub id); null takes the run's own."""
     arms: tuple[Arm, ...] = ("multimodal", "text_only", "shuffled_image")
     """multimodal: everything; text_only: no image; shuffled_image: another question's images; no_documents: without."""
-    num_references: int = Field(3, ge=0)
+    num_references: int = Field(default=3, ge=0)
     """Similar images that are looked at beside a question's own."""
     max_pixels: int = MAX_PIXELS
     """Largest image that is opened, width x height in pixels; a larger one is an error of its question."""
@@ -192,12 +190,11 @@ def derange(ids: Sequence[str], seed: int) -> dict[str, str]:
 def score(ds: "Dataset", config: ScoreConfig, model_path: str, model_id: str) -> "Dataset":
     """Rows of `inputs` -> ``{question_id, scores: list<Scores>}``.
 
-    `model_path` is used where the config names no model; `model_id` (a fingerprint or content hash) goes into each
-    entry. Raises `ConfigError` where an arm looks at images and the checkpoint has no image tower.
+    `model_path` is a reward model's folder or URI; `model_id` (a fingerprint or content hash) goes into each entry.
+    Raises `ConfigError` where an arm looks at images and the checkpoint has no image tower.
     """
-    path = config.model or model_path
-    _check_towers(path, config.arms)
-    return _map(ds, Scorer, config, path, model_id)
+    _check_towers(model_path, config.arms)
+    return _map(ds, Scorer, config, model_path, model_id)
 
 
 def states(ds: "Dataset", config: StatesConfig, model_path: str, model_id: str) -> "Dataset":

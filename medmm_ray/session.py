@@ -29,17 +29,15 @@ def session(quiet: bool = True) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     import ray
 
-    shared = {"runtime_env": {"env_vars": worker_environment()}, "log_to_driver": not quiet, "configure_logging": True}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.WARNING, **shared)
-    else:
-        ray.init(
-            num_cpus=max(LOCAL_LOGICAL_CPUS, os.cpu_count() or 1),
-            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            logging_level=logging.WARNING,
-            **shared,
-        )
+    joins = bool(os.environ.get("RAY_ADDRESS"))
+    ray.init(
+        num_cpus=None if joins else max(LOCAL_LOGICAL_CPUS, os.cpu_count() or 1),
+        object_store_memory=None if joins else LOCAL_OBJECT_STORE_BYTES,
+        include_dashboard=None if joins else False,
+        runtime_env={"env_vars": worker_environment()},
+        log_to_driver=not quiet,
+        logging_level=logging.WARNING,
+    )
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = not quiet
     context.print_on_execution_start = False

@@ -56,5 +56,6 @@ def make_tiny_policy(folder: Path) -> str:
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )
-    LlamaForCausalLM(shape).save_pretrained(folder)
+    model = LlamaForCausalLM(shape)  # type: ignore[no-untyped-call]
+    model.save_pretrained(folder)
     return str(folder)

@@ -82,7 +82,7 @@ def test_packed_ids_are_those_of_each_sequence_up_to_its_last_tag(own_bos: bool)
     tok = tiny.tokenizer(own_bos=own_bos)
     solutions = [steps(n, seed=n) for n in (1, 4, 2, 9)]
     packed = pack(tok, QUESTION, solutions, DOCUMENTS)
-    tag = tok.convert_tokens_to_ids(tiny.TAG)
+    tag = tiny.tag_id(tok)
     assert packed.prefix_ids[: 1 + own_bos] == [0] * (1 + own_bos)
     assert packed.num_documents == 2
     for branch, solution in zip(packed.branches, solutions, strict=True):
@@ -95,7 +95,7 @@ def test_packed_ids_are_those_of_each_sequence_up_to_its_last_tag(own_bos: bool)
 
 def test_the_prefix_is_the_longest_common_one_and_holds_no_tag() -> None:
     tok = tiny.tokenizer()
-    tag = tok.convert_tokens_to_ids(tiny.TAG)
+    tag = tiny.tag_id(tok)
     apart = pack(tok, QUESTION, [["left lung", "no"], ["right lung", "no"]])
     first, second = (whole_ids(tok, s) for s in (["left lung", "no"], ["right lung", "no"]))
     shared = next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
@@ -133,7 +133,7 @@ def test_no_branch_sees_another() -> None:
 
 def test_a_tag_outside_the_end_of_a_step_ends_no_step() -> None:
     tok = tiny.tokenizer()
-    tag = tok.convert_tokens_to_ids(tiny.TAG)
+    tag = tiny.tag_id(tok)
     solution = ["the lung ки is clear", "a ки b ки", "no"]
     packed = pack(tok, "Is ки it? ки", [solution], ["of ки course"])
     (branch,) = packed.branches
@@ -148,7 +148,7 @@ def test_where_a_solution_starts_does_not_depend_on_what_is_shared() -> None:
     alone = pack(tok, QUESTION, [["left lung", "no"]])
     among = pack(tok, QUESTION, [["left lung", "no"], ["x"]])
     assert alone.branches[0].start == among.branches[0].start < len(among.prefix_ids) < len(alone.prefix_ids)
-    text = tok.decode((among.prefix_ids + among.branches[0].ids)[among.branches[0].start :])
+    text = str(tok.decode((among.prefix_ids + among.branches[0].ids)[among.branches[0].start :]))
     assert text.strip().startswith("Step 1: left lung")
 
 
@@ -360,7 +360,7 @@ def test_a_question_without_an_image_of_its_own_gets_exactly_nothing() -> None:
     mixed = ImageFeatures.gather(pooled, patches, [[0], [], []], [[1], [2], []])
     delta = fusion(torch.randn(4, 8), torch.randn(4, 8), mixed, torch.tensor([1, 0, 2, 0]))
     assert torch.equal(delta[[0, 2]], torch.zeros(2, 8))
-    assert float(delta[[1, 3]].abs().min()) > 0
+    assert delta[[1, 3]].abs().min().item() > 0
     assert torch.isfinite(delta).all()
 
 
@@ -550,7 +550,7 @@ def test_a_tokenizer_without_single_signs_is_refused(folder: Path, tmp_path: Pat
     (tmp_path / "tokenizer.json").write_text(json.dumps(plain))
     from transformers import PreTrainedTokenizerFast
 
-    split = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    split = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))  # type: ignore[no-untyped-call]
     split.chat_template = tok.chat_template
     with pytest.raises(CheckpointError, match=r"encodes ' \+' as 2 tokens"):
         RewardModel(RewardModel.from_pretrained(folder).text_model, split)

@@ -258,10 +258,11 @@ def test_an_image_for_a_model_without_image_tower_is_refused() -> None:
 
 
 def test_health_card_and_openapi_page(web: TestClient) -> None:
+    with web:  # start-up and shut-down pass the guard
+        assert web.get("/docs").status_code == 200
     assert web.get("/health").json() == {"status": "ok"}
     card = web.get("/v1/model").json()
     assert (card["model"], card["has_image_tower"], card["max_solutions"]) == ("runs/x/two_tower", True, 256)
-    assert web.get("/docs").status_code == 200
     page = web.get("/openapi.json").json()
     shown = page["components"]["schemas"]["RerankRequest"]
     assert all("description" in shown["properties"][name] for name in RerankRequest.model_fields)
@@ -479,7 +480,11 @@ def test_real_serve_gives_the_scores_of_the_offline_function(checkpoint: Path, m
     monkeypatch.delenv("MEDMM_TOKEN", raising=False)
     picture = png((40, 30), "teal")
     documents = ["An angle is blunted by fluid."]
-    chunks: list[list[str | Sequence[str]]] = [[RIGHT, LEFT], [RIGHT], [["The left lung is normal.", "So the answer is (A)."]]]
+    chunks: list[list[str | Sequence[str]]] = [
+        [RIGHT, LEFT],
+        [RIGHT],
+        [["The left lung is normal.", "So the answer is (A)."]],
+    ]
     requests = [request_of(QUESTION, OPTIONS, c, documents=documents, image=picture) for c in chunks]
     with running(ServeConfig(model=str(checkpoint), port=0, num_cpus=0.5)) as url:
         with ThreadPoolExecutor(3) as pool:

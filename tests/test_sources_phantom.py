@@ -115,7 +115,11 @@ def test_questions_depend_on_seed_split_and_place_alone(items: list[Item]) -> No
 
 
 def test_letters_are_dealt_evenly_and_every_template_occurs(items: list[Item]) -> None:
-    assert Counter(i.answer for i in items) == dict.fromkeys("ABCD", 100)
+    letters = Counter(i.answer for i in make_items(4, "test", 2000))
+    assert max(letters.values()) - min(letters.values()) < 110
+    by_template = Counter((i.template, i.answer) for i in make_items(4, "test", 2000))
+    assert by_template["zone", "B"] > 2 * by_template["zone", "A"]  # lower zones are the common ones
+    assert by_template["structure", "A"] > 2 * by_template["structure", "B"]
     assert Counter(i.template for i in items).keys() == {"finding", "finding_side", "zone", "structure", "sign"}
     assert {i.case.kind for i in items} == set(KINDS)
     assert {i.case.difficulty for i in items} == {"easy", "medium", "hard"}
@@ -131,14 +135,14 @@ def test_exactly_the_answer_s_option_is_true_of_the_case(items: list[Item]) -> N
 
 
 def test_the_text_tells_no_more_than_prevalence(items: list[Item]) -> None:
-    """The two common options of four share 70 %: a reader without the picture is right in at most 35 %."""
+    """The two common options of four share 76 %: a reader without the picture is right in 38 %."""
     many = make_items(5, "test", 3000)
     by_stem: dict[tuple[str, tuple[str, ...]], Counter[str]] = {}
     for item in many:
         gold = item.options["ABCD".index(item.answer)]
         by_stem.setdefault((item.template, tuple(sorted(item.options))), Counter())[gold] += 1
     best = sum(max(counts.values()) for counts in by_stem.values()) / len(many)
-    assert 0.33 < best < 0.42  # 0.35, and the luck of the small groups
+    assert 0.36 < best < 0.45  # 0.38, and the luck of the small groups
     contexts = {(i.question.split(".")[0], i.case.kind) for i in many}
     assert len({c for c, _ in contexts}) == 60  # every sentence about the patient ...
     assert Counter(c for c, _ in contexts).most_common()[-1][1] >= 4  # ... comes with most kinds
@@ -148,7 +152,7 @@ def test_worked_solutions_are_right_short_and_checkable(items: list[Item]) -> No
     verdicts: list[bool | None] = []
     for item in items:
         for steps in item.worked:
-            assert 3 <= len(steps) <= 5
+            assert 4 <= len(steps) <= 5
             assert sum(len(s.split()) for s in steps) <= 45
             assert steps[-1].endswith(f"the answer is ({item.answer}).")
             assert extract_answer(join_steps(steps), item.options) == item.answer
@@ -185,7 +189,7 @@ def test_a_worked_step_with_its_side_swapped_is_wrong(index: int) -> None:
     item = make_items(index, "property", 1)[0]
     for step in item.worked[0]:
         swapped = re.sub(r"\b(right|left)\b", lambda m: SWAPPED[m[0]], step)
-        if swapped != step:
+        if swapped != step and truth(step, item.case, item) is not None:
             assert truth(swapped, item.case, item) is False, swapped
 
 
@@ -273,6 +277,11 @@ def test_any_text_gets_a_verdict(text: str) -> None:
         # several claims
         ("There is a right effusion and a left pneumothorax.", EFFUSION, False),
         ("The left lung is clear, but the right angle is blunted.", EFFUSION, True),
+        ("Right effusion and left pneumothorax.", EFFUSION, False),
+        ("Right effusion and left upper zone clear.", EFFUSION, True),
+        ("No left effusion or right consolidation.", EFFUSION, True),
+        ("No left effusion or right consolidation.", CONSOLIDATION, True),
+        ("No right effusion nor left consolidation.", CONSOLIDATION, False),
         ("The heart is normal and the lungs are clear.", EFFUSION, False),
         ("The heart is normal. There is a right effusion.", EFFUSION, True),
         ("The left and right lungs are clear.", EFFUSION, False),
@@ -295,6 +304,8 @@ def test_any_text_gets_a_verdict(text: str) -> None:
         ("The ribs are intact.", NORMAL, True),
         # nothing checkable
         ("Compare both lungs.", EFFUSION, None),
+        ("Consider (B), left pneumothorax.", EFFUSION, None),
+        ("Suppose (A), heart.", EFFUSION, None),
         ("First, we look for an effusion.", NORMAL, None),
         ("Is there an effusion?", NORMAL, None),
         ("There may be a left effusion.", NORMAL, None),
@@ -327,6 +338,8 @@ def test_stated_answers_need_the_question() -> None:
     assert truth(f"The answer is {bad}.", item.case, item) is False
     assert truth(f"The answer is ({item.answer}) {bad}.", item.case, item) is False
     assert truth("The answer is a matter of taste.", item.case, item) is None
+    assert truth(f"Consider option ({wrong}), {bad}.", item.case, item) is None
+    assert truth(f"Is the answer ({wrong})?", item.case, item) is None
 
 
 # The source

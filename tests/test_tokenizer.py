@@ -28,7 +28,7 @@ def test_template_writes_turns_and_no_bos_with_and_without_special_tokens() -> N
     ids = tokenizer(text)["input_ids"]
     assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.convert_ids_to_tokens([ids[0], ids[-1]]) == ["<|system|>", "<|assistant|>"]
-    assert tokenizer.eos_token == "<|end|>"
+    assert tokenizer.convert_ids_to_tokens(tokenizer.eos_token_id) == "<|end|>"
 
 
 def test_the_order_of_the_texts_does_not_matter() -> None:

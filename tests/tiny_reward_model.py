@@ -45,11 +45,16 @@ def tokenizer(tag: bool = True, own_bos: bool = False, more: Sequence[str] = ())
         [*corpus(), *more], trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=alphabet)
     )
     bpe.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, **SPECIAL)
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, **SPECIAL)  # type: ignore[no-untyped-call]
     fast.chat_template = ("{{ bos_token }}" if own_bos else "") + TEMPLATE
     if tag:
         fast.add_tokens([TAG], special_tokens=True)
     return fast
+
+
+def tag_id(tok: PreTrainedTokenizerFast) -> int:
+    (found,) = tok(TAG, add_special_tokens=False)["input_ids"]
+    return int(found)
 
 
 def save(folder: Path, tag: bool = True, own_bos: bool = False, seed: int = 0, context: int = 2048) -> Path:
@@ -60,7 +65,7 @@ def save(folder: Path, tag: bool = True, own_bos: bool = False, seed: int = 0, c
         vocab_size=len(fast), hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=context, initializer_range=0.2, tie_word_embeddings=True,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(config).save_pretrained(folder)  # type: ignore[no-untyped-call]
     fast.save_pretrained(folder)
     return folder
 
@@ -74,4 +79,5 @@ def reference_probs(model: Any, tok: Any, question: str, steps: Sequence[str], d
     (tag,), (plus,), (minus,) = (tok(t, add_special_tokens=False)["input_ids"] for t in (TAG, PLUS, MINUS))
     logits = model(ids).logits[0]
     at = (ids[0] == tag).nonzero()[:, 0]
-    return torch.softmax(logits[at][:, [plus, minus]], dim=-1)[:, 0].tolist()  # type: ignore[no-any-return]
+    probs: list[float] = torch.softmax(logits[at][:, [plus, minus]], dim=-1)[:, 0].tolist()
+    return probs

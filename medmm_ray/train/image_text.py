@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from medmm_ray.config import Config
 from medmm_ray.engines.tokenizer import build_tokenizer
-from medmm_ray.train.loop import Stage, TrainConfig, fit
+from medmm_ray.train.launch import fit
+from medmm_ray.train.loop import Stage, TrainConfig
 from medmm_ray.train.policy import read_parquet
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class ImageTextConfig(TrainConfig):
 def train_image_tower(
     config: ImageTextConfig, captions: pa.Table, texts: Sequence[str], folder: str, name: str
 ) -> dict[str, float]:
-    """Train the tower under Ray Train and leave it in `folder`; gives `loop.figures`.
+    """Train the tower under Ray Train and leave it in `folder`; gives `launch.figures`.
 
     `captions` has the columns image_uri and captions (a list), of training images only; `texts` (documents, questions)
     help to make the tokenizer's vocabulary.

@@ -39,15 +39,18 @@ def labelled_questions(
     labels: Mapping[str, Sequence[Labels]],
     policy: str,
     after_first_error: str = "collapse",
+    max_solutions: int | None = None,
+    num_documents: int | None = None,
     split: str = "train",
 ) -> pa.Table:
     """One row a question of `split` with its evidence and labelled solutions (`SCHEMA`), sorted by question_id.
 
-    Solutions without any target are left out. Equal ones (same steps, same targets) become one of their joint weight,
-    which trains exactly the same at less cost.
+    Of each question the first `max_solutions` and the best `num_documents` are taken (None: all). Solutions without any
+    target are left out. Equal ones (same steps, same targets) become one of their joint weight, which trains exactly
+    the same at less cost.
     """
     documents = {
-        row["question_id"]: [document["text"] for document in row["documents"]]
+        row["question_id"]: [document["text"] for document in row["documents"][:num_documents]]
         for row in evidence.to_pylist()
         if row["error"] is None
     }
@@ -61,7 +64,7 @@ def labelled_questions(
         }
         for row in solutions.to_pylist()
         if row["error"] is None and (question := by_id.get(row["question_id"]))
-        if (kept := labelled_solutions(row["solutions"], labels, policy, after_first_error))
+        if (kept := labelled_solutions(row["solutions"][:max_solutions], labels, policy, after_first_error))
     ]
     return pa.Table.from_pylist(sorted(rows, key=lambda r: r["question_id"]), schema=SCHEMA)
 

@@ -20,7 +20,8 @@ from medmm_ray.engines.tokenizer import build_tokenizer
 from medmm_ray.prompts import POLICY_SYSTEM, document_block, policy_messages, prm_messages
 from medmm_ray.tables import filesystem
 from medmm_ray.text import one_line, question_with_options
-from medmm_ray.train.loop import Stage, TrainConfig, fit
+from medmm_ray.train.launch import fit
+from medmm_ray.train.loop import Stage, TrainConfig
 
 if TYPE_CHECKING:
     import torch
@@ -106,7 +107,7 @@ def vocabulary_texts(samples: pa.Table, documents: Iterable[str]) -> list[str]:
 def train_policy(
     config: PolicyConfig, questions: pa.Table, demonstrations: pa.Table, documents: pa.Table, folder: str, name: str
 ) -> dict[str, float]:
-    """Train the policy under Ray Train and leave its checkpoint in `folder`; gives `loop.figures`.
+    """Train the policy under Ray Train and leave its checkpoint in `folder`; gives `launch.figures`.
 
     Raises ValueError where no training question has a worked solution.
     """

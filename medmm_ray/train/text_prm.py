@@ -16,7 +16,8 @@ from medmm_ray.config import execution
 from medmm_ray.engines.checkpoints import resolve
 from medmm_ray.targets import AfterFirstError, LabelPolicy
 from medmm_ray.train.labelled import group_labels, labelled_questions, share_of_right
-from medmm_ray.train.loop import Stage, TrainConfig, fit
+from medmm_ray.train.launch import fit
+from medmm_ray.train.loop import Stage, TrainConfig
 from medmm_ray.train.policy import read_parquet
 from medmm_ray.train.schedule import held_out
 
@@ -33,12 +34,16 @@ class TextPrmConfig(TrainConfig):
     """How label rows become targets, see targets.py."""
     after_first_error: AfterFirstError = "collapse"
     """What a step behind the first wrong one trains as: wrong, as labelled, or not at all."""
+    max_solutions: int | None = None
+    """Solutions of a question that are trained on, the first ones; null: all."""
     learning_rate: float = 2e-6
     """Highest learning rate; Med-PRM's for an 8B model. 5e-4 suits a small one."""
     epochs: int = 3
     """Times that every solution is seen."""
     batch_size: int = 64
     """Solutions of one update, over all workers; a question's solutions stay together."""
+    num_documents: int = 32
+    """Retrieved documents that are offered, best first; those within the length are read. Score with the same."""
     max_length: int = 4096
     """Tokens of documents, question and solution together; documents are chosen to fit."""
     reserve: int = 1024
@@ -61,13 +66,16 @@ def train_text_prm(
     folder: str,
     name: str,
 ) -> dict[str, float]:
-    """Train the text tower under Ray Train and leave a reward model in `folder`; gives `loop.figures`.
+    """Train the text tower under Ray Train and leave a reward model in `folder`; gives `launch.figures`.
 
     `labels` are the labels tables of all sources; `base` is the checkpoint to start from (the policy's folder, or any
     name that `checkpoints.resolve` knows).
     """
     grouped = group_labels(labels)
-    rows = labelled_questions(questions, evidence, solutions, grouped, config.label_policy, config.after_first_error)
+    rows = labelled_questions(
+        questions, evidence, solutions, grouped, config.label_policy, config.after_first_error,
+        config.max_solutions, config.num_documents,
+    )  # fmt: skip
     if rows.num_rows == 0:
         raise ValueError(
             f"train_text_prm: label policy {config.label_policy!r} gives no target for any training solution "

@@ -22,7 +22,8 @@ from medmm_ray.tables import Table
 from medmm_ray.targets import AfterFirstError, LabelPolicy, Target, targets
 from medmm_ray.train.image_text import augment
 from medmm_ray.train.labelled import group_labels
-from medmm_ray.train.loop import Stage, TrainConfig, fit
+from medmm_ray.train.launch import fit
+from medmm_ray.train.loop import Stage, TrainConfig
 from medmm_ray.train.policy import read_parquet
 from medmm_ray.train.schedule import held_out
 from medmm_ray.train.text_prm import validation_figures, weighted_loss
@@ -102,7 +103,7 @@ def train_two_tower(
     name: str,
     solutions: pa.Table | None = None,
 ) -> dict[str, float]:
-    """Train the image part under Ray Train and leave the whole reward model in `folder`; gives `loop.figures`.
+    """Train the image part under Ray Train and leave the whole reward model in `folder`; gives `launch.figures`.
 
     `states` is read by the workers, not by the driver. `text_prm` and `image_tower` are names for
     `checkpoints.resolve`. `solutions` are needed by the label policy ``outcome`` alone.

@@ -27,7 +27,7 @@ def main() -> None:
             "address": os.environ["RAY_ADDRESS"],
             "cpus": ray.cluster_resources()["CPU"],  # type: ignore[no-untyped-call]
             "uploaded_bytes": sum(p.stat().st_size for p in files),
-            "uploaded": sorted(p.name for p in Path.cwd().iterdir()),
+            "uploaded": sorted({p.relative_to(Path.cwd()).parts[0] for p in files}),
         }
     Path(sys.argv[1]).write_text(json.dumps(answer))
     print(f"probe: {len(files)} files, medmm_ray {medmm_ray.__version__}")

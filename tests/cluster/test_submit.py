@@ -23,10 +23,9 @@ def environment(port: int) -> dict[str, str]:
     return {**kept, "MEDMM_PORT": str(port), "MEDMM_VENV": sys.prefix, "RAY_AUTH_MODE": "disabled"}
 
 
-def script(name: str, port: int, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(LOCAL / name), *words], env=environment(port), capture_output=True, text=True, check=False, timeout=240
-    )
+def script(name: str, port: int, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command, env = [str(LOCAL / name), *words], environment(port) | variables
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=240)
 
 
 def four_free_ports() -> int:
@@ -98,6 +97,16 @@ def test_a_submitted_job_runs_the_uploaded_code_with_our_python(cluster: LocalCl
 
 def test_a_failing_job_fails_the_command(cluster: LocalCluster) -> None:
     assert cluster.submit("python", "-m", "tests.cluster.no_such_module").returncode == 1
+
+
+def test_the_pipeline_is_submitted_followed_and_read(cluster: LocalCluster, tmp_path: Path) -> None:
+    words = ("jobs/recipes/tiny.yaml", "--until", "curate")
+    done = script("try_submit.sh", cluster.port, *words, MEDMM_RUN=str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr + done.stdout
+    tables = done.stdout.partition("the tables of the run:\n")[2]
+    rows = {line.split()[0]: int(line.split()[1].replace(",", "")) for line in tables.splitlines()}
+    assert set(rows) >= {"raw_questions", "questions", "images"}
+    assert rows["questions"] == rows["raw_questions"] > 0
 
 
 def test_nothing_listens_beyond_loopback(cluster: LocalCluster) -> None:

@@ -2,7 +2,8 @@
 
 A question is drawn before its case: four options, then which of them is true, then a case that makes it so. So its
 text says nothing of the answer beyond prevalence: in each question two options are common findings (`COMMON` of the
-probability each) and two are rare, which is what a reader without the picture can know. Letters are dealt evenly.
+probability each) and two are rare, which is what a reader without the picture can know. Letters come out even: dealt
+in three templates; in the two whose options have a fixed order, by the choice of the orders.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import numpy as np
 
 from medmm_ray.sources.phantom.case import KINDS, LUNG_KINDS, NAMES, SIDES, Case, generator, make_case, pick
 
-COMMON = 0.35  # the probability of each of the two common options; the two rare ones share the rest
+COMMON = 0.38  # the probability of each of the two common options; the two rare ones share the rest
 LETTERS = "ABCD"
 
 COMMON_KINDS = ("effusion", "pneumothorax", "consolidation")
@@ -42,12 +43,17 @@ STEMS = {
     "structure": ("Which structure is abnormal?", "What looks abnormal?"),
     "sign": ("Which sign is visible?", "Which sign does the radiograph show?"),
 }
-GENERIC = (
-    "Compare both lungs.",
-    "Look at the heart and the lungs.",
-    "Check the costophrenic angles.",
-    "Inspect both apices and both bases.",
-    "Review the whole radiograph.",
+# The templates with a fixed order have two common letters each, B and D, A and C: over both, letters are even.
+FIXED_ORDER = {"zone": (3, 0, 2, 1), "structure": (0, 2, 1, 3)}
+TEMPLATES = ("zone", "zone", "structure", "structure", "finding", "finding_side", "finding_side", "sign")
+# The option comes first and what is seen of it after: a small language model that must find the letter of a text it
+# wrote earlier learns that too slowly, copying what follows a letter at once.
+TESTS = (
+    "Consider ({}), {}.",
+    "Test ({}), {}.",
+    "Look for ({}), {}.",
+    "Check ({}), {}.",
+    "Suppose ({}), {}.",
 )
 FINAL = ("So the answer is ({}).", "Therefore the answer is ({}).", "Hence the answer is ({}).")
 
@@ -87,23 +93,25 @@ def make_items(seed: int, split: str, number: int, num_worked: int = 1) -> list[
 
 def _make_item(seed: int, split: str, index: int, num_worked: int) -> Item:
     rng = generator("question", seed, split, index)
-    deck = generator("letters", seed, split, index // 4).permutation(4)
-    place = int(deck[index % 4])
-    template = pick(rng, tuple(STEMS))
-    candidates = _options(template, rng)
-    gold = int(rng.choice(4, p=[COMMON, COMMON, 0.5 - COMMON, 0.5 - COMMON]))
-    others = [candidates[i] for i in rng.permutation(4) if i != gold]
-    options = [*others[:place], candidates[gold], *others[place:]]
-    case = make_case(rng, candidates[gold].kinds, candidates[gold].side, candidates[gold].zone)
+    template = pick(rng, TEMPLATES)
+    options = _options(template, rng)
+    gold = options[int(rng.choice(4, p=[COMMON, COMMON, 0.5 - COMMON, 0.5 - COMMON]))]
+    if template in FIXED_ORDER:
+        options = [options[i] for i in FIXED_ORDER[template]]
+    else:
+        deck = generator("letters", seed, split, index // 4).permutation(4)
+        others = [options[i] for i in rng.permutation(4) if options[i] is not gold]
+        options = [*others[: deck[index % 4]], gold, *others[deck[index % 4] :]]
+    letter = LETTERS[options.index(gold)]
+    case = make_case(rng, gold.kinds, gold.side, gold.zone)
     context = pick(rng, CONTEXTS).format(pick(rng, COMPLAINTS))
-    letter = LETTERS[place]
     return Item(
         template=template,
         question=f"{context} {pick(rng, STEMS[template])}",
         options=tuple(option.text for option in options),
         answer=letter,
         case=case,
-        worked=tuple(tuple(_work(template, case, candidates[gold].text, letter, rng)) for _ in range(num_worked)),
+        worked=tuple(tuple(_work(template, case, gold.text, letter, rng)) for _ in range(num_worked)),
     )
 
 
@@ -134,13 +142,12 @@ def _options(template: str, rng: np.random.Generator) -> list[Option]:
 
 
 def _work(template: str, case: Case, option: str, letter: str, rng: np.random.Generator) -> list[str]:
-    """Three to five steps: perhaps where to look, what is seen (and what is not), what it means, the letter."""
+    """Four or five steps: which option is tested, what is seen (and what is not), what it means, the letter."""
     seen = [pick(rng, _observations(case))]
     if rng.random() < 0.45:
         seen.insert(int(rng.integers(2)), pick(rng, _negatives(case)))
-    if len(seen) == 1 or rng.random() < 0.3:
-        seen.insert(0, pick(rng, GENERIC))
-    return [*seen, pick(rng, _conclusions(template, case, option)), pick(rng, FINAL).format(letter)]
+    tested, meant = pick(rng, TESTS).format(letter, option), pick(rng, _conclusions(template, case, option))
+    return [tested, *seen, meant, pick(rng, FINAL).format(letter)]
 
 
 def _observations(case: Case) -> tuple[str, ...]:

@@ -76,6 +76,7 @@ _STATED = re.compile(r"\banswer\s+(?:is|must be|:)\s*:?\s*(?P<text>[^().]+)", re
 
 def _answers(text: str, question: Asked) -> list[bool]:
     """Whether each answer stated in `text` (a letter, or an option's own words) is the question's."""
+    text = " ".join(s for s in _SENTENCE.split(text) if not _INSTRUCTION.search(s.lower()) and "?" not in s)
     found = [((m[2] or m[3]).upper(), bool(m[1] or m["wrong"])) for m in _ANSWER.finditer(text)]
     if not found:
         found = [(m[1], bool(m["wrong"])) for m in _VERDICT.finditer(text)]
@@ -169,7 +170,7 @@ _INSTRUCTION = re.compile(
     r"^\W*(?:(?:first|next|then|now|finally|step|please|we|i|let us|let's|one|you)\W+)*"
     r"(?:must |should |need to |will )?"
     r"(?:compare|look|check|inspect|review|examine|assess|consider|search|trace|begin|start|study|follow|evaluate"
-    r"|measure|verify|count|recall|remember|think|read|decide|choose|use|go|ask|scan)\b"
+    r"|measure|suppose|assume|test|try|verify|count|recall|remember|think|read|decide|choose|use|go|ask|scan)\b"
 )
 _UNSURE = re.compile(
     r"\?\s*$|\b(?:if|whether|would|may|might|could|should|can|perhaps|possibly|usually|typically|often|generally"

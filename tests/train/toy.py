@@ -7,7 +7,6 @@ import pyarrow as pa
 from PIL import Image as Picture
 
 from medmm_ray import records
-from medmm_ray.train.loop import Worker
 
 FINDINGS = ("dark", "bright")
 
@@ -95,17 +94,3 @@ def judge_labels(rows: list[records.Solutions]) -> list[records.Labels]:
 
 def table(record: type, rows: list[Any]) -> pa.Table:
     return records.to_arrow(record, rows)
-
-
-def alone(folder: Path, kept: list[str] | None = None) -> Worker:
-    """A training group of one, in this process; `kept` collects checkpoint folders, the last one is resumed from."""
-    import shutil
-
-    checkpoints = [] if kept is None else kept
-
-    def keep(scratch: str, metrics: dict[str, float]) -> None:
-        target = f"{folder}-kept-{len(checkpoints)}"
-        shutil.copytree(scratch, target)
-        checkpoints.append(target)
-
-    return Worker(0, 1, f"{folder}/.checkpoints", str(folder), lambda: checkpoints[-1] if checkpoints else None, keep)

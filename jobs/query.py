@@ -1,0 +1,99 @@
+"""One held-out question through the real service: start it, send the question, print the answer, keep it.
+
+The answer is kept in the run's folder; as long as the model is the same, a second call shows it without a service.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+
+from jobs.serve import serve_config
+from jobs.step import Run, guarded, parser, read_arguments
+from medmm_ray.config import ConfigError
+from medmm_ray.engines.images import read_bytes
+from medmm_ray.query import query, request_of, show
+from medmm_ray.rerank import RerankAnswer, RerankRequest
+from medmm_ray.tables import filesystem, write_file
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    arguments = parser("Serve the run's model, send it one held-out question and print the answer.")
+    parsed = arguments.parse_intermixed_args(words)
+    if parsed.help:
+        print(arguments.format_help())
+        return 0
+    return guarded(lambda: _main(parsed))
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    run = Run(read_arguments(arguments, "serve"))
+    fs, path = filesystem(f"{run.root}/answer.json")
+    model = run.model_id("two_tower")
+    stored = _stored(Path(path), model)
+    if stored is None:
+        request, gold = example(run)
+        stored = {
+            "model": model,
+            "gold": gold,
+            "request": request.model_dump(mode="json"),
+            "answer": asked(run, request),
+        }
+        write_file(fs, path, json.dumps(stored, indent=1).encode())
+    request = RerankRequest.model_validate(stored["request"])
+    show(request, RerankAnswer.model_validate(stored["answer"]), gold=stored["gold"])
+    print(f"\nThe request and the answer: {path}\nServe it yourself: make serve, then POST /v1/rerank")
+    return 0
+
+
+def _stored(path: Path, model: str) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    stored: dict[str, Any] = json.loads(path.read_text())
+    return stored if stored["model"] == model else None
+
+
+def asked(run: Run, request: RerankRequest) -> dict[str, Any]:
+    """The service's answer; the service runs for this one request."""
+    from medmm_ray.serve import running
+    from medmm_ray.session import session
+
+    with session(), running(serve_config(run)) as url:
+        return query(url, request).model_dump(mode="json")
+
+
+def example(run: Run) -> tuple[RerankRequest, str]:
+    """A test question on which the solutions disagree, with all that is known about it, and its gold answer."""
+    questions = run.table("questions").to_arrow()
+    rows = questions.filter(pc.equal(questions["split"], "test")).sort_by("question_id").to_pylist()
+    solved = {row["question_id"]: row["solutions"] for row in run.table("solutions").to_arrow().to_pylist()}
+    question = next((q for q in rows if q["image_ids"] and _disagree(solved.get(q["question_id"], []))), None)
+    if question is None:
+        raise ConfigError("no test question has an image and solutions that disagree; sample more of them first")
+    evidence = (
+        run.table("evidence").to_arrow().filter(pc.field("question_id") == question["question_id"]).to_pylist()[0]
+    )
+    images = run.table("images").to_arrow(["image_id", "uri"])
+    uri = images.filter(pc.equal(images["image_id"], question["image_ids"][0]))["uri"][0].as_py()
+    request = request_of(
+        question["question"],
+        question["options"],
+        [solution["steps"] for solution in solved[question["question_id"]]],
+        documents=[document["text"] for document in evidence["documents"][: run.recipe.score.num_documents]],
+        image=read_bytes(uri),
+        reference_images=[read_bytes(i["uri"]) for i in evidence["images"][: run.recipe.score.num_references]],
+        answer_type=question["answer_type"],
+    )
+    return request, question["answer"]
+
+
+def _disagree(solutions: Sequence[dict[str, Any]]) -> bool:
+    return len({s["answer"] for s in solutions if s["answer"]}) > 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""The run's two-tower reward model as a Serve application on 127.0.0.1, until Ctrl-C."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+
+from jobs.step import Run, guarded, parser, read_arguments
+from medmm_ray.config import help_text
+from medmm_ray.serve import ServeConfig
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    arguments = parser("Serve the run's reward model: POST /v1/rerank.").parse_intermixed_args(words)
+    if arguments.help:
+        print(help_text(ServeConfig, "python -m jobs.serve recipe.yaml name=value ..."))
+        return 0
+    return guarded(lambda: _main(arguments))
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    from medmm_ray.serve import running
+    from medmm_ray.session import session
+
+    config = serve_config(Run(read_arguments(arguments, "serve")))
+    with session(), running(config) as url:
+        print(f"serving {config.model}\n  POST {url}/v1/rerank\n  page {url}/docs\nCtrl-C stops it", flush=True)
+        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+    return 0
+
+
+def serve_config(run: Run) -> ServeConfig:
+    """The recipe's serve section, with the run's own model where it names none."""
+    config = run.recipe.serve
+    return config if config.model else config.model_copy(update={"model": run.model("two_tower")})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

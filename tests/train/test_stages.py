@@ -1,0 +1,403 @@
+"""What each stage makes of the tables and what its loss is; DeepSpeed is not needed for that."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from medmm_ray import records
+from medmm_ray.tables import Origin, Table, write_rows
+from medmm_ray.train.image_text import ImageTextConfig, augment, train_image_tower
+from medmm_ray.train.labelled import group_labels, labelled_questions, labelled_solutions, share_of_right
+from medmm_ray.train.launch import figures
+from medmm_ray.train.loop import TrainConfig, deepspeed_config, parameter_groups
+from medmm_ray.train.policy import (
+    PolicyConfig,
+    PolicyStage,
+    assistant_turn,
+    encode,
+    pad,
+    train_policy,
+    worked_samples,
+)
+from medmm_ray.train.text_prm import TextPrmConfig, TextPrmStage, train_text_prm, validation_figures
+from medmm_ray.train.two_tower import TwoTowerConfig, TwoTowerStage, train_two_tower
+from tests.train import toy
+from tests.train.conftest import SHAPE, image_text_stage, labelled, text_column, written
+
+# The loop's own settings
+
+
+def test_deepspeed_settings() -> None:
+    plain = deepspeed_config(TrainConfig(), "float32")
+    assert plain["zero_optimization"] == {"stage": 0, "overlap_comm": False}
+    assert (plain["bf16"], plain["gradient_clipping"]) == ({"enabled": False}, 1.0)
+    big = deepspeed_config(TrainConfig(zero_stage=3, offload="parameters"), "bfloat16")
+    assert big["bf16"] == {"enabled": True}
+    assert big["zero_optimization"] == {
+        "stage": 3, "overlap_comm": False, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"},
+    }  # fmt: skip
+
+
+def test_matrices_decay_and_named_parts_have_their_own_rate() -> None:
+    import torch
+
+    module = torch.nn.ModuleDict({"image_tower": torch.nn.Linear(2, 3), "fusion": torch.nn.Linear(3, 1)})
+    module["fusion"].bias.requires_grad_(False)
+    groups = parameter_groups(module, 1e-3, {"image_tower.": 1e-5}, 0.01)
+    assert [(g["lr"], g["weight_decay"], [tuple(p.shape) for p in g["params"]]) for g in groups] == [
+        (1e-5, 0.0, [(3,)]),
+        (1e-5, 0.01, [(3, 2)]),
+        (1e-3, 0.01, [(1, 3)]),
+    ]
+
+
+def test_figures_are_those_of_the_epoch_that_is_kept() -> None:
+    history = {
+        "seconds": 4.0, "tokens": 1000, "samples": 20, "best_epoch": 0,
+        "epochs": [{"epoch": 0, "loss": 0.5, "selection": 0.9, "validation_auroc": 0.9}, {"epoch": 1, "loss": 0.4}],
+        "updates": [{}] * 6,
+    }  # fmt: skip
+    assert figures(history) == {
+        "updates": 6.0, "samples": 20.0, "tokens": 1000.0, "train_seconds": 4.0, "tokens_per_second": 250.0,
+        "loss": 0.5, "validation_auroc": 0.9,
+    }  # fmt: skip
+    assert figures({**history, "best_epoch": None})["loss"] == 0.4
+
+
+# policy
+
+
+def test_worked_samples_are_those_of_training_questions() -> None:
+    questions = [*toy.questions(1), *toy.questions(3, split="test")[1:]]
+    samples = worked_samples(toy.table(records.Question, questions), toy.table(records.Solutions, toy.solutions(3)))
+    assert samples.to_pylist() == [
+        {"sample_id": f"s00-{j}", "question": "How does the picture look? (A) dark (B) bright", "answer_type": "choice",
+         "steps": toy.steps(finding)}
+        for j, finding in enumerate(toy.FINDINGS)
+    ]  # fmt: skip
+
+
+def test_a_policy_without_worked_solutions_is_refused() -> None:
+    empty = toy.table(records.Solutions, [])
+    with pytest.raises(ValueError, match="no question of the split 'train' has a worked solution"):
+        train_policy(
+            PolicyConfig(), toy.table(records.Question, toy.questions()), empty, text_column([]), "unused", "unused"
+        )
+
+
+def test_assistant_turn_has_one_step_a_line() -> None:
+    assert assistant_turn(["It is\n dark.", "So (A)."]) == "Step 1: It is dark.\nStep 2: So (A)."
+
+
+def test_encoding_ends_with_the_turn_and_is_what_generation_meets(policy_inputs: dict[str, str]) -> None:
+    tokenizer = PolicyStage(PolicyConfig(shape=SHAPE), policy_inputs, "cpu").tokenizer
+    prompt, answer = encode(tokenizer, "Why? (A) a", "choice", ["It is.", "So."])
+    assert tokenizer.decode(answer) == "Step 1: It is.\nStep 2: So.<|end|>"
+    assert tokenizer.decode(prompt).endswith("<|user|>Question: Why? (A) a<|end|><|assistant|>")
+
+
+def test_prompt_and_padding_are_not_supervised() -> None:
+    ids_BL, labels_BL = pad([([5, 6], [7]), ([5], [8, 9, 1])])
+    assert ids_BL.tolist() == [[5, 6, 7, 0], [5, 8, 9, 1]]
+    assert labels_BL.tolist() == [[-100, -100, 7, -100], [-100, 8, 9, 1]]
+
+
+def test_policy_loss_is_a_sum_over_samples_whatever_the_padding(policy_inputs: dict[str, str]) -> None:
+    import torch
+
+    stage = PolicyStage(PolicyConfig(shape=SHAPE), policy_inputs, "cpu")
+    together = stage.loss([0, 1, 2], 0).item()
+    assert together == pytest.approx(sum(stage.loss([u], 0).item() for u in (0, 1, 2)), rel=1e-5)
+    prompt, answer = stage.encoded[0]
+    logits = stage.model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(answer)).item()
+    assert stage.loss([0], 0).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_sample_too_long_is_left_out_and_counted(policy_inputs: dict[str, str]) -> None:
+    whole = PolicyStage(PolicyConfig(shape=SHAPE), policy_inputs, "cpu")
+    assert len(set(whole.costs)) == 1
+    stage = PolicyStage(PolicyConfig(shape=SHAPE, max_length=whole.costs[0] - 1), policy_inputs, "cpu")
+    assert stage.validate() == {"too_long": 24.0}
+    assert stage.names == []
+
+
+def test_a_policy_starts_from_a_checkpoint(policy: Path, policy_inputs: dict[str, str]) -> None:
+    import torch
+
+    config = PolicyConfig(base=str(policy), activation_checkpointing=True)
+    stage = PolicyStage(config, policy_inputs, "cpu")
+    fresh = PolicyStage(PolicyConfig(shape=SHAPE), policy_inputs, "cpu")
+    assert torch.equal(stage.model.lm_head.weight, fresh.model.lm_head.weight)
+    assert stage.model.is_gradient_checkpointing
+
+
+# labelled solutions and text_prm
+
+
+def test_equal_solutions_with_equal_targets_are_merged() -> None:
+    rows = labelled(each=4).to_pylist()
+    assert [row["question_id"] for row in rows] == [f"q{i:02}" for i in range(12)]
+    assert rows[1]["documents"] == ["Bright pictures have much light."]
+    assert rows[1]["solutions"] == [
+        {"solution_id": "s01-0", "steps": toy.steps("dark"), "targets": [1.0, 0.0, 0.0], "weight": 2},
+        {"solution_id": "s01-2", "steps": toy.steps("bright"), "targets": [1.0, 1.0, 1.0], "weight": 2},
+    ]
+    assert share_of_right(labelled(each=4)) == pytest.approx(4 / 6)
+
+
+def test_solutions_and_documents_can_be_limited() -> None:
+    solutions = toy.solutions(2, each=4)
+    labels = group_labels([toy.table(records.Labels, toy.judge_labels(solutions))])
+    rows = labelled_questions(
+        toy.table(records.Question, toy.questions(2)), toy.table(records.Evidence, toy.evidence(2)),
+        toy.table(records.Solutions, solutions), labels, "judge", "keep", max_solutions=3, num_documents=0,
+    ).to_pylist()  # fmt: skip
+    assert [[s["weight"] for s in row["solutions"]] for row in rows] == [[2, 1], [2, 1]]
+    assert [row["documents"] for row in rows] == [[], []]
+
+
+def test_unlabelled_solutions_are_left_out() -> None:
+    (row,) = toy.table(records.Solutions, toy.solutions(1)).to_pylist()
+    assert labelled_solutions(row["solutions"], {}, "judge") == []
+
+
+def text_prm_stage(folder: Path, policy: Path, rows: pa.Table, **settings: Any) -> TextPrmStage:
+    config = TextPrmConfig(max_length=400, reserve=200, validation_fraction=0.0, **settings)
+    return TextPrmStage(config, {**written(folder, questions=rows), "base": str(policy)}, "cpu")
+
+
+def test_merged_and_packed_gradients_equal_those_of_solutions_one_by_one(policy: Path, tmp_path: Path) -> None:
+    import torch
+
+    merged = text_prm_stage(tmp_path, policy, labelled(each=4))
+    assert merged.sizes == [4] * 12
+    merged.loss([0, 1], 0).backward()  # type: ignore[no-untyped-call]
+
+    apart = [
+        {**row, "solutions": [{**solution, "weight": 1}]}
+        for row in labelled(each=4).to_pylist()[:2]
+        for solution in row["solutions"]
+        for _ in range(solution["weight"])
+    ]
+    single = text_prm_stage(tmp_path / "apart", policy, pa.Table.from_pylist(apart, schema=labelled().schema))
+    for unit in range(8):
+        single.loss([unit], 0).backward()  # type: ignore[no-untyped-call]
+
+    def gradient(stage: TextPrmStage) -> torch.Tensor:
+        return torch.cat([p.grad.flatten() for p in stage.module.parameters() if p.grad is not None])
+
+    one, other = gradient(merged), gradient(single)
+    assert float((one - other).norm() / other.norm()) < 1e-5
+
+
+def test_step_loss_is_the_two_class_cross_entropy_of_each_solutions_mean(policy: Path, tmp_path: Path) -> None:
+    import torch
+
+    rows = labelled(each=2).slice(1, 1)
+    stage = text_prm_stage(tmp_path, policy, rows)
+    log_odds = torch.split(stage.model(stage.packed[0]), [3, 3])
+    aims = [torch.tensor([1.0, 0.0, 0.0]), torch.ones(3)]
+    expected = sum(
+        torch.nn.functional.cross_entropy(
+            torch.stack([z, torch.zeros(3)], dim=1), torch.stack([t, 1 - t], dim=1)
+        ).item()
+        for z, t in zip(log_odds, aims, strict=True)
+    )
+    assert stage.loss([0], 0).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_held_out_questions_are_measured_and_not_trained_on(policy: Path, tmp_path: Path) -> None:
+    config = TextPrmConfig(max_length=400, reserve=200, validation_fraction=0.25, activation_checkpointing=True)
+    stage = TextPrmStage(config, {**written(tmp_path, questions=labelled()), "base": str(policy)}, "cpu")
+    assert len(stage.held_out) == 3
+    assert [size for name, size in zip(stage.names, stage.sizes, strict=True) if name in stage.held_out] == [0, 0, 0]
+    found = stage.validate()
+    # Each held-out question has two distinct solutions of three labelled steps.
+    assert found["validation_steps"] == 18.0
+    assert found["selection"] == found["validation_auroc"]
+    assert found["not_packed"] == 0.0
+
+
+def test_validation_figures_are_exact_and_absent_for_one_class() -> None:
+    found = validation_figures([0.1, 0.4, 0.35, 0.8], [False, False, True, True])
+    assert found == {"selection": 0.75, "validation_auroc": 0.75, "validation_steps": 4.0}
+    assert validation_figures([0.1, 0.2], [True, True]) == {}
+
+
+def test_text_prm_without_targets_is_refused() -> None:
+    with pytest.raises(ValueError, match="label policy 'hybrid' gives no target for any training solution"):
+        train_text_prm(
+            TextPrmConfig(), toy.table(records.Question, toy.questions()), toy.table(records.Evidence, []),
+            toy.table(records.Solutions, toy.solutions()), [toy.table(records.Labels, [])], "base", "unused", "unused",
+        )  # fmt: skip
+
+
+# image_text
+
+
+def test_open_clip_reads_the_tower_and_gives_the_same_numbers(tower: Path, tmp_path: Path) -> None:
+    import open_clip
+    import torch
+
+    from medmm_ray.engines.image_tower import ImageTower
+    from medmm_ray.engines.images import open_image
+
+    stage = image_text_stage(tmp_path)
+    model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{tower}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{tower}")
+    ids = tokenizer(["The picture is dark."])
+    assert ids.tolist() == stage.ids[0][:1].tolist()
+    with torch.no_grad():
+        expected = stage.module.encode_text(ids, normalize=True)
+        assert torch.allclose(model.encode_text(ids, normalize=True), expected, atol=1e-6)
+    image = open_image(stage.names[0])
+    assert torch.equal(preprocess(image), stage.pixels[0])
+    assert torch.equal(ImageTower.from_pretrained(str(tower)).preprocess(image), stage.pixels[0])
+
+
+def test_contrastive_loss_is_seeded_by_epoch_and_sample(tmp_path: Path) -> None:
+    stage = image_text_stage(tmp_path)
+    first = stage.loss([0, 1, 2, 3], 0).item()
+    assert stage.loss([0, 1, 2, 3], 0).item() == first
+    assert stage.loss([0, 1, 2, 3], 1).item() != first
+    assert 0.5 < first / 4 < 3.0  # log(4) = 1.39 for four pairs that look alike
+    assert (stage.budget, stage.costs[0]) == (6, 1)
+
+
+def test_augmentation_moves_and_brightens() -> None:
+    import torch
+
+    picture = torch.arange(12.0).view(1, 3, 4)
+    rng = random.Random(5)
+    right, down, brightness = rng.randint(-1, 1), rng.randint(-1, 1), rng.uniform(-0.1, 0.1) / 0.25
+    rows = [min(max(y - down, 0), 2) for y in range(3)]
+    columns = [min(max(x - right, 0), 3) for x in range(4)]
+    assert (right, down) != (0, 0)
+    moved = augment(picture, random.Random(5), max_shift=1, max_brightness=0.1)
+    assert torch.allclose(moved, picture[:, rows][:, :, columns] + brightness)
+    assert torch.equal(augment(picture, random.Random(5), 0, 0.0), picture)
+
+
+def test_a_tower_without_captions_is_refused() -> None:
+    empty = pa.table({"image_uri": pa.array([], pa.string()), "captions": pa.array([], pa.list_(pa.string()))})
+    with pytest.raises(ValueError, match="no training image has a caption"):
+        train_image_tower(ImageTextConfig(), empty, [], "unused", "unused")
+
+
+# two_tower
+
+
+def two_tower(inputs: dict[str, str], **settings: Any) -> TwoTowerStage:
+    return TwoTowerStage(TwoTowerConfig(label_policy="judge", **settings), inputs, "cpu")
+
+
+def test_illustrated_questions_carry_images_references_and_targets(two_tower_inputs: dict[str, str]) -> None:
+    row = pq.read_table(two_tower_inputs["questions"]).to_pylist()[7]
+    assert row["question_id"] == "q07"
+    assert row["diagnosis"] == "bright"
+    assert [Path(uri).stem for uri in row["image_uris"]] == ["im07"]
+    assert [Path(uri).stem for uri in row["reference_uris"]] == ["im03", "im04", "im05"]
+    assert row["solution_ids"] == ["s07-0", "s07-2"]
+    assert row["targets"] == [[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]]
+
+
+def test_an_untrained_image_part_changes_nothing(two_tower_inputs: dict[str, str]) -> None:
+    import torch
+
+    stage = two_tower(two_tower_inputs)
+    log_odds_T = stage._log_odds([0, 3], [0, 3], view=0)
+    assert torch.equal(log_odds_T, torch.cat([stage.cached[0].log_odds_T, stage.cached[3].log_odds_T]))
+    found = stage.validate()
+    assert found["validation_auroc"] == found["validation_auroc_text_only"]
+
+
+@pytest.mark.parametrize("tokens", ["pooled", "both"])
+def test_cached_and_live_towers_give_the_same_loss(two_tower_inputs: dict[str, str], tokens: str) -> None:
+    import torch
+
+    stages = [two_tower(two_tower_inputs, tokens=tokens, freeze_image_tower=frozen) for frozen in (True, False)]
+    for stage in stages:
+        torch.manual_seed(1)
+        torch.nn.init.normal_(stage.fusion.output.weight)
+    cached, live = (stage.loss([1, 2, 5], 0) for stage in stages)
+    assert cached.item() == pytest.approx(live.item(), rel=1e-4)
+    assert cached.item() != pytest.approx(two_tower(two_tower_inputs).loss([1, 2, 5], 0).item(), rel=1e-3)
+    live.backward()  # type: ignore[no-untyped-call]
+    assert all(p.grad is None for p in stages[0].tower.parameters())
+    assert any(p.grad is not None for p in stages[1].tower.parameters())
+    assert stages[1].learning_rates() == {"image_tower.": 1e-5}
+
+
+def test_swapped_images_are_of_another_diagnosis_and_make_right_steps_wrong(two_tower_inputs: dict[str, str]) -> None:
+    import torch
+
+    stage = two_tower(two_tower_inputs, swapped_share=1.0)
+    other = stage._swapped(1, epoch=0)
+    assert other is not None
+    assert stage.rows[other]["diagnosis"] != stage.rows[1]["diagnosis"]
+    assert other == stage._swapped(1, epoch=0)
+    # The image part says nothing yet: each right step now costs softplus(log-odds), the wrong ones nothing.
+    cached = stage.cached[1]
+    costs_T = torch.nn.functional.softplus(cached.log_odds_T) / 3 * cached.targets_T
+    assert stage.loss([1], 0).item() == pytest.approx(float(costs_T.sum()), rel=1e-5)
+    assert two_tower(two_tower_inputs)._swapped(1, 0) is None
+
+
+def test_augmented_views_start_with_the_picture_itself(two_tower_inputs: dict[str, str]) -> None:
+    import torch
+
+    plain, views = two_tower(two_tower_inputs), two_tower(two_tower_inputs, augment=True, augmented_views=2)
+    assert len(views.views) == 2
+    assert torch.equal(views.views[0][0], plain.views[0][0])
+    assert not torch.allclose(views.views[1][0], plain.views[0][0])
+
+
+def test_what_two_tower_saves_scores_as_it_trained(two_tower_inputs: dict[str, str], tmp_path: Path) -> None:
+    import torch
+
+    from medmm_ray.engines.images import open_image
+    from medmm_ray.engines.reward_model import RewardModel
+
+    stage = two_tower(two_tower_inputs, num_references=0)
+    torch.nn.init.normal_(stage.fusion.output.weight)
+    stage.rows[0]["reference_uris"] = []
+    stage.save(tmp_path)
+    row = labelled(each=4).to_pylist()[0]
+    scores = RewardModel.from_pretrained(tmp_path).score(
+        row["question"], [s["steps"] for s in row["solutions"]], row["documents"],
+        image=open_image(stage.rows[0]["image_uris"][0]),
+    )  # fmt: skip
+    expected = stage._log_odds([0], [0], view=0).tolist()
+    assert [value for score in scores for value in score.log_odds] == pytest.approx(expected, abs=1e-4)
+
+
+def test_two_tower_refuses_what_it_cannot_train_on(two_tower_inputs: dict[str, str], tmp_path: Path) -> None:
+    states = Table(two_tower_inputs["states"], records.States)
+    tables = (
+        [toy.table(records.Labels, [])], toy.table(records.Question, toy.questions()),
+        toy.table(records.Image, toy.images(tmp_path)), toy.table(records.Evidence, []),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="label policy 'outcome' needs the table solutions"):
+        train_two_tower(TwoTowerConfig(label_policy="outcome"), states, *tables, "p", "t", "unused", "unused")
+    with pytest.raises(ValueError, match=r"no training question has an image, states and a target \(24 states"):
+        train_two_tower(TwoTowerConfig(), states, *tables, "p", "t", "unused", "unused")
+
+
+def test_states_of_two_models_are_refused(two_tower_inputs: dict[str, str], tmp_path: Path) -> None:
+    source = Table(two_tower_inputs["states"], records.States)
+    rows = source.to_arrow().to_pylist()
+    rows[0]["dtype"] = "bfloat16"
+    mixed = Table(str(tmp_path / "mixed"), records.States)
+    write_rows(mixed, rows, Origin(name="states", fingerprint="f", config={}, upstream={}), "solution_id")
+    with pytest.raises(ValueError, match=r"states of the dtypes \['bfloat16', 'float32'\]"):
+        two_tower({**two_tower_inputs, "states": mixed.uri})
+
+
+def test_history_is_plain_json(two_tower_inputs: dict[str, str]) -> None:
+    assert json.loads(json.dumps(two_tower(two_tower_inputs).validate()))["validation_steps"] > 0

@@ -2,6 +2,8 @@
 
 import sys
 
+import pyarrow as pa
+
 from jobs.step import Job, main
 from medmm_ray.curate import confirm, curate, propose, thumbnails
 
@@ -12,9 +14,10 @@ def run(job: Job) -> None:
     questions, images = job.read("raw_questions"), job.read("raw_images")
     proposed, pairs = propose(images, job.config)
     job.waiting = f"pixels of {proposed.num_rows:,} images that may be duplicates"
-    details = thumbnails(ray.data.from_arrow(proposed), job.config) if proposed.num_rows else None
-    rows = ray.get(details.to_arrow_refs()) if details else []
-    agreed = confirm(proposed, pairs, rows, job.config) if rows else []
+    agreed = []
+    if proposed.num_rows:
+        blocks = ray.get(thumbnails(ray.data.from_arrow(proposed), job.config).to_arrow_refs())
+        agreed = confirm(proposed, pairs, pa.concat_tables(b for b in blocks if b.num_rows), job.config)
     final = curate(questions, images, agreed, job.config)
     job.make_rows("images", final.images, "image_id")
     job.make_rows("questions", final.questions, "question_id", final.figures)

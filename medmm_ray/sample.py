@@ -63,6 +63,8 @@ class SampleConfig(GeneratorConfig):
     """Rounds of drawing: the first draws what is asked, the others replace what was refused."""
     oversample: float = Field(3.0, ge=1)
     """Draws a missing solution, in the rounds after the first."""
+    fill_up: bool = False
+    """Fill a question up with refused solutions where too few are good: every question then has what it asked for."""
     seed: int = 0
     """Start of all random numbers."""
 
@@ -127,35 +129,46 @@ class Sampler:
         """All solutions of one question; a fault becomes the row's error."""
         config = self.config
         wanted = config.num_samples_test if question["split"] == "test" else config.num_samples_train
-        seed = request_seed(question["question_id"], self.config_hash, config.seed)
         kept: list[Solution] = []
-        drawn, error = 0, question["error"]
-        if error is not None:
-            error = f"upstream: {error}"
-        else:
+        refused: list[Solution] = []
+        error = None if question["error"] is None else f"upstream: {question['error']}"
+        if error is None:
             try:
-                room = config.max_model_len - config.max_tokens
-                prompt = policy_prompt(self.generator, question, config.num_documents, room)
-                for round_ in range(config.max_rounds):
-                    num = draws(wanted - len(kept), round_, config.oversample, MAX_DRAWS - drawn)
-                    if not num:
-                        break
-                    found = await self.generator.generate(prompt, num, seed + drawn, config.sampling)
-                    made = [self.solution(question, c, c.seed - seed) for c in found]
-                    kept += [s for s in made if fault(s, config.min_steps, config.max_steps) is None]
-                    drawn += num
+                kept, refused = await self.draw(question, wanted)
             except RowError as fault_:
-                kept, error = [], str(fault_)
-        num_rejected = drawn - len(kept)
+                error = str(fault_)
+        solutions = kept[:wanted]
+        if config.fill_up:
+            spare = [s for s in refused if s.steps][: wanted - len(solutions)]
+            solutions = sorted([*solutions, *spare], key=lambda s: s.index)
         return Solutions(
             question_id=question["question_id"],
             policy=self.policy,
             config_hash=self.config_hash,
             num_requested=wanted,
-            num_rejected=num_rejected,
-            solutions=kept[:wanted],
+            num_rejected=len(refused),
+            solutions=solutions,
             error=error,
         )
+
+    async def draw(self, question: Mapping[str, Any], wanted: int) -> tuple[list[Solution], list[Solution]]:
+        """Kept and refused solutions, round after round until `wanted` are kept or the rounds are over."""
+        config = self.config
+        seed = request_seed(question["question_id"], self.config_hash, config.seed)
+        room = config.max_model_len - config.max_tokens
+        prompt = policy_prompt(self.generator, question, config.num_documents, room)
+        kept: list[Solution] = []
+        refused: list[Solution] = []
+        for round_ in range(config.max_rounds):
+            drawn = len(kept) + len(refused)
+            num = draws(wanted - len(kept), round_, config.oversample, MAX_DRAWS - drawn)
+            if not num:
+                break
+            for completion in await self.generator.generate(prompt, num, seed + drawn, config.sampling):
+                made = self.solution(question, completion, completion.seed - seed)
+                good = fault(made, config.min_steps, config.max_steps) is None
+                (kept if good else refused).append(made)
+        return kept, refused
 
     def solution(self, question: Mapping[str, Any], completion: Completion, index: int) -> Solution:
         answer_type = question["answer_type"]

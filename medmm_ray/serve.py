@@ -6,8 +6,8 @@ Enters: a checkpoint folder. Leaves: `POST /v1/rerank`, `GET /v1/model`, `GET /h
 Scores come from `RewardModel.score`, the function that the `score` step uses, so that online and offline agree.
 
 Without a token the application answers only requests that arrive at this machine's loopback address; with one (the
-environment variable that `token_env` names) every `/v1` request must carry ``Authorization: Bearer <token>``. Ray's own
-token mode does not protect the Serve port. Logs hold counts and seconds, never text.
+environment variable that `token_env` names) every request for data must carry ``Authorization: Bearer <token>``. Ray's
+own token mode does not protect the Serve port. Logs hold counts and seconds, never text.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
 from pydantic import BaseModel, Field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -45,6 +45,7 @@ logger = logging.getLogger("ray.serve")  # the one that a replica writes to its 
 
 # Faults of a request by kind; every other kind is 422.
 STATUS = {"image_too_large": 413}
+WITHOUT_TOKEN = ("/health", "/docs", "/openapi.json")  # they hold no data
 
 
 Count = Annotated[int, Field(ge=1)]
@@ -135,15 +136,10 @@ def api(score: Scorer, config: ServeConfig, has_image_tower: bool, token_sha256:
         summary="Scores each step of candidate solutions of a medical question, and puts the solutions in order.",
         responses={code: {"model": Problem} for code in (401, 403)},
     )
-    app.add_middleware(_Guard, max_bytes=config.max_body_mb << 20, loopback_only=token_sha256 is None)
-    bearer = HTTPBearer(auto_error=False, description=f"Demanded where {config.token_env} is set.")
+    app.add_middleware(_Guard, config=config, token_sha256=token_sha256)
+    # The guard checks the token; this writes it into the OpenAPI page.
+    bearer = Depends(HTTPBearer(auto_error=False, description=f"Demanded where {config.token_env} is set."))
     card = ModelCard(version=__version__, has_image_tower=has_image_tower, **config.model_dump(include=_CARD_FIELDS))
-
-    def authorised(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
-        if token_sha256 and not (given and hmac.compare_digest(sha256(given.credentials), token_sha256)):
-            problem = "the bearer token is wrong" if given else "a bearer token is missing"
-            expected = f"{problem}; send 'Authorization: Bearer <token>' with the server's {config.token_env}"
-            raise HTTPException(401, expected, headers={"WWW-Authenticate": "Bearer"})
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -153,13 +149,13 @@ def api(score: Scorer, config: ServeConfig, has_image_tower: bool, token_sha256:
     async def health() -> Health:
         return Health()
 
-    @app.get("/v1/model", dependencies=[Depends(authorised)], summary="The served model and the limits of a request")
+    @app.get("/v1/model", dependencies=[bearer], summary="The served model and the limits of a request")
     async def model() -> ModelCard:
         return card
 
     @app.post(
         "/v1/rerank",
-        dependencies=[Depends(authorised)],
+        dependencies=[bearer],
         summary="Score every step of every solution and rank the solutions",
         responses={code: {"model": Problem} for code in (413, 422)},
     )
@@ -187,7 +183,7 @@ _CARD_FIELDS = set(ModelCard.model_fields) & set(ServeConfig.model_fields)
 
 def check_size(request: RerankRequest, config: ServeConfig) -> None:
     """Refuse with 413, before any work, what is more than one request may hold."""
-    longest = max(len(steps_of(s)) for s in request.solutions)
+    longest = max(len(steps_of(s)) for s in request.solutions[: config.max_solutions])
     for name, number, most in (
         ("solutions", len(request.solutions), config.max_solutions),
         ("steps of a solution", longest, config.max_steps),
@@ -209,18 +205,21 @@ def _sentence(fault: Mapping[str, Any]) -> str:
 
 
 class _Guard:
-    """Answers 403 to what did not arrive at loopback (where no token protects), 413 to a body that is too large."""
+    """Before a body is read: 401 without the token, or 403 to what did not arrive at loopback where there is no token;
+    while it is read: 413 where it is too large."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int, loopback_only: bool) -> None:
-        self.app, self.max_bytes, self.loopback_only = app, max_bytes, loopback_only
+    def __init__(self, app: ASGIApp, config: ServeConfig, token_sha256: str | None) -> None:
+        self.app, self.token_env, self.token_sha256 = app, config.token_env, token_sha256
+        self.max_bytes = config.max_body_mb << 20
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        if self.loopback_only and not _arrived_at_loopback(scope):
-            detail = "this server has no token, so it answers on its loopback address only; set a token to open it"
-            await JSONResponse({"detail": detail}, 403)(scope, receive, send)
+        headers = dict(scope["headers"])
+        refusal = self._forged(scope, headers) if self.token_sha256 is None else self._unauthorised(scope, headers)
+        if refusal:
+            await refusal(scope, receive, send)
             return
         size = 0
 
@@ -234,12 +233,25 @@ class _Guard:
 
         await self.app(scope, bounded, send)
 
+    def _unauthorised(self, scope: Scope, headers: Mapping[bytes, bytes]) -> JSONResponse | None:
+        if scope["path"].removeprefix(scope.get("root_path", "")) in WITHOUT_TOKEN:
+            return None
+        scheme, _, token = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+        is_bearer = scheme.lower() == "bearer"
+        if is_bearer and hmac.compare_digest(sha256(token), self.token_sha256 or ""):
+            return None
+        problem = "the bearer token is wrong" if is_bearer else "a bearer token is missing"
+        detail = f"{problem}; send 'Authorization: Bearer <token>' with the server's {self.token_env}"
+        return JSONResponse({"detail": detail}, 401, headers={"WWW-Authenticate": "Bearer"})
 
-def _arrived_at_loopback(scope: Scope) -> bool:
-    """The socket's own address and the name that the client used: a web page may rebind a name to 127.0.0.1."""
-    named = dict(scope["headers"]).get(b"host", b"localhost").decode("latin-1")
-    name = named.rpartition(":")[0] if named.rpartition(":")[2].isdigit() else named
-    return is_loopback((scope.get("server") or ("", None))[0]) and is_loopback(name.strip("[]"))
+    def _forged(self, scope: Scope, headers: Mapping[bytes, bytes]) -> JSONResponse | None:
+        """The socket's own address and the name that the client used: a web page may rebind a name to 127.0.0.1."""
+        named = headers.get(b"host", b"localhost").decode("latin-1")
+        name = named.rpartition(":")[0] if named.rpartition(":")[2].isdigit() else named
+        if is_loopback((scope.get("server") or ("", None))[0]) and is_loopback(name.strip("[]")):
+            return None
+        detail = f"no token is set, so only loopback addresses are answered; set {self.token_env} to open the server"
+        return JSONResponse({"detail": detail}, 403)
 
 
 def is_loopback(host: str) -> bool:

@@ -57,6 +57,11 @@ def test_the_chain(ray_session: None, tmp_path: Path) -> None:
     )
     fake, ids = FakeGenerator(write), questions["question_id"].to_pylist()
 
+    def table(name: str, record: type) -> Table:
+        made = Table(str(tmp_path / name), record)
+        made.prepare()
+        return made
+
     def origin(name: str) -> Origin:
         return Origin(name=name, fingerprint=name, config={}, upstream={})
 
@@ -64,7 +69,7 @@ def test_the_chain(ray_session: None, tmp_path: Path) -> None:
 
     source = ray.data.from_arrow(questions)
     config = SampleConfig(num_samples_train=4, num_samples_test=8, num_documents=1)
-    solutions = Table(str(tmp_path / "solutions"), Solutions)
+    solutions = table("solutions", Solutions)
     made = sample(source, config, model="m", policy="p", config_hash="c", evidence=evidence, generator=fake)
     solutions.write(made, "question_id")
     manifest = solutions.finish(origin("solutions"), "question_id", ids, 0.0)
@@ -73,8 +78,8 @@ def test_the_chain(ray_session: None, tmp_path: Path) -> None:
     assert rows["q5"]["error"] == "upstream: image_corrupt: im2"
     assert manifest.errors == {}
 
-    table = solutions.to_arrow()
-    judged = Table(str(tmp_path / "judge_labels"), Labels)
+    whole = solutions.to_arrow()
+    judged = table("judge_labels", Labels)
     made = judge(
         solutions.dataset(), JudgeConfig(error_rate=0.5), questions=questions, images=images, evidence=evidence
     )
@@ -83,7 +88,7 @@ def test_the_chain(ray_session: None, tmp_path: Path) -> None:
     judge_labels = judged.to_arrow()
     assert judge_labels.num_rows == 44
 
-    rolled = Table(str(tmp_path / "monte_carlo_labels"), Labels)
+    rolled = table("monte_carlo_labels", Labels)
     made = monte_carlo(
         solutions.dataset(),
         MonteCarloConfig(splits=("train", "test"), max_share=0.5),
@@ -99,9 +104,9 @@ def test_the_chain(ray_session: None, tmp_path: Path) -> None:
     ran = [step for row in monte_carlo_labels.to_pylist() for step in row["steps"] if step["num_rollouts"]]
     assert {step["value"] for step in ran} == {0.5}
 
-    items = queue(table, questions, judge_labels, monte_carlo_labels, ReviewConfig(review_steps=12))
+    items = queue(whole, questions, judge_labels, monte_carlo_labels, ReviewConfig(review_steps=12))
     assert 8 <= len(items) <= 12
-    experts = Table(str(tmp_path / "expert_labels"), Labels)
+    experts = table("expert_labels", Labels)
     made = review(solutions.dataset(), ReviewConfig(), items=items, questions=questions, images=images)
     experts.write(made, "question_id", "labels")
     experts.finish(origin("expert_labels"), "question_id", ids, 0.0)

@@ -113,6 +113,20 @@ def test_a_question_that_cannot_be_filled_keeps_what_it_has() -> None:
     assert (row.num_requested, len(row.solutions), row.num_rejected, row.error) == (4, 1, 15, None)
 
 
+def test_a_question_can_be_filled_up_with_what_was_refused() -> None:
+    base = request_seed("q1", "c0", 0)
+    texts = {0: "", 1: GOOD.format("it"), 2: "no"}
+    script = lambda prompt, seed: texts.get(seed - base, "cut~")  # noqa: E731
+    [row], _ = run(script, [question()], SampleConfig(num_samples_train=4, max_rounds=2, fill_up=True))
+    assert [(s.index, s.finish_reason, s.answer) for s in row.solutions] == [
+        (1, "stop", "B"),
+        (2, "stop", None),
+        (3, "length", None),
+        (4, "length", None),
+    ]
+    assert (row.num_rejected, row.solutions[1].correct) == (12, None)
+
+
 def test_the_batch_does_not_matter() -> None:
     script = lambda prompt, seed: GOOD.format(f"{prompt[-5:]}{seed}") if seed % 3 else "no"  # noqa: E731
     questions = [question(f"q{i}") for i in range(3)]

@@ -293,7 +293,12 @@ def test_a_token_is_demanded_where_one_is_set() -> None:
         assert reply.headers["www-authenticate"] == "Bearer"
         assert "MEDMM_TOKEN" in reply.json()["detail"]
     assert web.get("/v1/model").status_code == 401
-    assert web.get("/health").status_code == 200
+    assert web.post("/v1/rerank", content=b"{").status_code == 401  # before the body is looked at
+    for path, status in (("/health", 200), ("/docs", 200), ("/openapi.json", 200), ("/redoc", 401), ("/", 401)):
+        assert web.get(path).status_code == status
+    under = TestClient(web.app, base_url="http://127.0.0.1", root_path="/medmm")
+    assert under.get("/v1/model").status_code == 401
+    assert under.get("/health").status_code == 200
     right = {"Authorization": "Bearer s3cret"}
     assert web.post("/v1/rerank", json=body(), headers=right).status_code == 200
     elsewhere = {**right, "Host": "gpu.example.org"}

@@ -304,8 +304,8 @@ def test_any_text_gets_a_verdict(text: str) -> None:
         ("The ribs are intact.", NORMAL, True),
         # nothing checkable
         ("Compare both lungs.", EFFUSION, None),
-        ("Consider (B), left pneumothorax.", EFFUSION, None),
-        ("Suppose (A), heart.", EFFUSION, None),
+        ("Consider (B) left pneumothorax.", EFFUSION, None),
+        ("Suppose (A) heart.", EFFUSION, None),
         ("First, we look for an effusion.", NORMAL, None),
         ("Is there an effusion?", NORMAL, None),
         ("There may be a left effusion.", NORMAL, None),
@@ -338,7 +338,7 @@ def test_stated_answers_need_the_question() -> None:
     assert truth(f"The answer is {bad}.", item.case, item) is False
     assert truth(f"The answer is ({item.answer}) {bad}.", item.case, item) is False
     assert truth("The answer is a matter of taste.", item.case, item) is None
-    assert truth(f"Consider option ({wrong}), {bad}.", item.case, item) is None
+    assert truth(f"Consider option ({wrong}) {bad}.", item.case, item) is None
     assert truth(f"Is the answer ({wrong})?", item.case, item) is None
 
 

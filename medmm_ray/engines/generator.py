@@ -294,7 +294,7 @@ def weight_bytes(model: str) -> int:
 
 def free_memory() -> int:
     """Bytes that this process may still take: the machine's, or its control group's where that is less."""
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     free = int(psutil.virtual_memory().available)
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")

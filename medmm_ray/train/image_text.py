@@ -120,7 +120,8 @@ class ImageTextStage(Stage):
         """open_clip's contrastive loss of these pairs, times their number."""
         import torch
 
-        rngs = [random.Random(f"{self.config.seed}/{epoch}/{self.names[u]}") for u in units]
+        # By place, not by name: a copy of the run in another folder trains the same.
+        rngs = [random.Random(f"{self.config.seed}/{epoch}/{u}") for u in units]
         pixels_B3HW = torch.stack([self._augmented(self.pixels[u], r) for u, r in zip(units, rngs, strict=True)])
         ids_BL = torch.stack([r.choice(self.ids[u]) for u, r in zip(units, rngs, strict=True)])
         dtype = self.module.visual.conv1.weight.dtype

@@ -261,7 +261,7 @@ class TwoTowerStage(Stage):
         pixels_3HW = self.pixels[self.index[uri]]
         if not self.config.augment or view == 0:
             return pixels_3HW
-        rng = random.Random(f"{self.config.seed}/{view}/{uri}")
+        rng = random.Random(f"{self.config.seed}/{view}/{self.index[uri]}")
         return augment(pixels_3HW, rng, self.config.max_shift, self.config.max_brightness)
 
     def _features(self, shown: Sequence[int], owners: Sequence[int], view: int) -> "ImageFeatures":

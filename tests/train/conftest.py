@@ -1,6 +1,7 @@
 """A toy study as the training stages' inputs, and small untrained models of it."""
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,7 +11,7 @@ from medmm_ray import records
 from medmm_ray.tables import Origin, Table, write_rows
 from medmm_ray.train.image_text import ClipShape, ImageTextConfig, ImageTextStage
 from medmm_ray.train.labelled import group_labels, labelled_questions
-from medmm_ray.train.policy import LlamaShape, PolicyConfig, PolicyStage, vocabulary_texts, worked_samples
+from medmm_ray.train.policy import LlamaShape, PolicyConfig, PolicyStage, vocabulary_texts, worked_questions
 from medmm_ray.train.two_tower import TwoTowerConfig, illustrated_questions
 from tests.train import toy
 
@@ -34,11 +35,11 @@ def text_column(texts: list[str]) -> pa.Table:
 
 @pytest.fixture(scope="session")
 def policy_inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    samples = worked_samples(
+    worked = worked_questions(
         toy.table(records.Question, toy.questions()), toy.table(records.Solutions, toy.solutions())
     )
-    texts = vocabulary_texts(samples, ["Bright pictures have much light."])
-    return written(tmp_path_factory.mktemp("policy"), samples=samples, texts=text_column(texts))
+    texts = vocabulary_texts(worked, ["Bright pictures have much light."])
+    return written(tmp_path_factory.mktemp("policy"), worked=worked, texts=text_column(texts))
 
 
 @pytest.fixture(scope="session")
@@ -67,13 +68,13 @@ def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "tower"
 
 
-def image_text_stage(folder: Path) -> ImageTextStage:
+def image_text_stage(folder: Path, **settings: Any) -> ImageTextStage:
     rows = [
         {"image_uri": image.uri, "captions": [f"The picture is {image.diagnosis}.", image.diagnosis]}
         for image in toy.images(folder)
     ]
     inputs = written(folder, captions=pa.Table.from_pylist(rows), texts=text_column(["A text."]))
-    return ImageTextStage(ImageTextConfig(shape=CLIP, contrast_size=6), inputs, "cpu")
+    return ImageTextStage(ImageTextConfig(shape=CLIP, contrast_size=6, **settings), inputs, "cpu")
 
 
 def states_table(folder: Path, prm: Path) -> Table:

@@ -1,8 +1,11 @@
-"""The loop under Ray Train: what the driver calls, with a worker killed on the way."""
+"""The loop under Ray Train: what the driver calls, with its worker or itself killed on the way."""
 
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,26 +19,37 @@ from medmm_ray.train.loop import TrainingError
 from medmm_ray.train.policy import PolicyConfig, PolicyStage, read_parquet
 from tests.train.conftest import SHAPE
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("ray_session")]
+
+ROOT = Path(__file__).parents[2]
+CONFIG = PolicyConfig(shape=SHAPE, epochs=2, batch_size=8, threads=1, cpus_per_worker=1.0, max_failures=1)
 
 
 class KilledOnce(PolicyStage):
-    """Its worker is killed in the second epoch, the first time round."""
+    """In the second epoch it kills the process that the file ``victim`` names (none: its own), once."""
 
     def __init__(self, config: PolicyConfig, inputs: dict[str, str], device: str) -> None:
         super().__init__(config, inputs, device)
-        self.mark = Path(inputs["mark"])
+        self.mark, self.victim = Path(inputs["mark"]), Path(inputs["victim"])
 
     def loss(self, units: Sequence[int], epoch: int) -> Any:
         if epoch == 1 and not self.mark.exists():
             self.mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(int(self.victim.read_text()) if self.victim.exists() else os.getpid(), signal.SIGKILL)
+            time.sleep(60)  # the driver's end takes this worker along
         return super().loss(units, epoch)
 
 
 class NeverSound(PolicyStage):
     def loss(self, units: Sequence[int], epoch: int) -> Any:
         return super().loss(units, epoch) * float("nan")
+
+
+def train_killed(worked: str, texts: str, folder: Path) -> dict[str, float]:
+    """The driver's part of a training that is killed once; run again, it goes on."""
+    inputs = {"mark": str(folder.parent / "mark"), "victim": str(folder.parent / "victim")}
+    tables = {"worked": read_parquet(worked), "texts": read_parquet(texts)}
+    return fit(KilledOnce, CONFIG, tables, inputs, str(folder), "killed")
 
 
 @pytest.fixture(scope="module")
@@ -46,50 +60,75 @@ def tables(policy_inputs: dict[str, str]) -> dict[str, pa.Table]:
 @pytest.fixture(autouse=True)
 def by_value() -> None:
     """Workers cannot import the tests: send these classes whole."""
-    import sys
-
     from ray import cloudpickle
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # type: ignore[no-untyped-call]
 
 
-@pytest.mark.usefixtures("ray_session")
-def test_a_killed_worker_changes_nothing(tables: dict[str, pa.Table], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def whole(tables: dict[str, pa.Table], tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
+    """The folder of an undisturbed training."""
+    folder = tmp_path_factory.mktemp("whole")
+    fit(PolicyStage, CONFIG, tables, {}, str(folder), "whole")
+    assert not (folder / ".checkpoints").exists()
+    return folder
+
+
+def assert_equal(folder: Path, whole: Path) -> None:
+    """The same loss of each update, and bit by bit the same weights."""
     import torch
     from safetensors.torch import load_file
 
-    config = PolicyConfig(shape=SHAPE, epochs=2, batch_size=8, threads=1, cpus_per_worker=1.0, max_failures=1)
-    figures = {}
-    for stage, name in ((PolicyStage, "whole"), (KilledOnce, "killed")):
-        inputs = {"mark": str(tmp_path / "mark")}
-        figures[name] = fit(stage, config, tables, inputs, str(tmp_path / name), name)
-        assert not (tmp_path / name / ".checkpoints").exists()
-    assert (tmp_path / "mark").exists()
-    assert figures["killed"]["updates"] == figures["whole"]["updates"] == 6.0
-    assert figures["killed"]["loss"] == figures["whole"]["loss"]
-    histories = [json.loads((tmp_path / name / "history.json").read_text()) for name in ("whole", "killed")]
+    histories = [json.loads((path / "history.json").read_text()) for path in (folder, whole)]
+    assert len(histories[1]["updates"]) == 6
     assert histories[0]["updates"] == histories[1]["updates"]
-    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed")]
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    weights = [load_file(path / "model.safetensors") for path in (folder, whole)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
 
 
-@pytest.mark.usefixtures("ray_session")
+def test_a_killed_worker_changes_nothing(policy_inputs: dict[str, str], whole: Path, tmp_path: Path) -> None:
+    figures = train_killed(policy_inputs["worked"], policy_inputs["texts"], tmp_path / "out")
+    assert (tmp_path / "mark").exists()
+    assert figures["updates"] == 6.0
+    assert_equal(tmp_path / "out", whole)
+
+
+DRIVER = """
+import os, sys
+from pathlib import Path
+from ray import cloudpickle
+from medmm_ray.session import session
+from tests.train import test_ray
+cloudpickle.register_pickle_by_value(test_ray)
+(Path(sys.argv[3]).parent / "victim").write_text(str(os.getpid()))
+with session():
+    test_ray.train_killed(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+"""
+
+
+def test_a_killed_driver_changes_nothing(policy_inputs: dict[str, str], whole: Path, tmp_path: Path) -> None:
+    arguments = [policy_inputs["worked"], policy_inputs["texts"], str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    driver = subprocess.run([sys.executable, "-c", DRIVER, *arguments], cwd=ROOT, env=environment, check=False)
+    assert driver.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out" / "history.json").exists()
+    train_killed(policy_inputs["worked"], policy_inputs["texts"], tmp_path / "out")
+    assert_equal(tmp_path / "out", whole)
+    assert not (tmp_path / "out" / ".checkpoints").exists()
+
+
 def test_a_failed_training_says_why_and_keeps_what_it_reached(tables: dict[str, pa.Table], tmp_path: Path) -> None:
-    config = PolicyConfig(shape=SHAPE, epochs=1, threads=1, cpus_per_worker=1.0, max_failures=0)
-    with pytest.raises(TrainingError, match=r"training bad failed on worker 0: the loss is nan in epoch 1.*\['s"):
+    config = CONFIG.model_copy(update={"max_failures": 0})
+    with pytest.raises(TrainingError, match=r"training bad failed on worker 0: the loss is nan in epoch 1.*\['q"):
         fit(NeverSound, config, tables, {}, str(tmp_path), "bad")
-    assert pq.read_table(tmp_path / ".checkpoints" / "bad-inputs" / "samples.parquet").num_rows == 24
+    assert pq.read_table(tmp_path / ".checkpoints" / "bad-inputs" / "worked.parquet").num_rows == 12
 
 
-@pytest.mark.usefixtures("ray_session")
-def test_two_workers_train_as_one(tables: dict[str, pa.Table], tmp_path: Path) -> None:
-    curves = []
-    for num_workers in (1, 2):
-        config = PolicyConfig(
-            shape=SHAPE, epochs=1, batch_size=8, threads=1, cpus_per_worker=1.0, num_workers=num_workers,
-            micro_batch_tokens=400, zero_stage=2 if num_workers == 2 else 0,
-        )  # fmt: skip
-        folder = tmp_path / str(num_workers)
-        fit(PolicyStage, config, tables, {}, str(folder), f"workers-{num_workers}")
-        curves.append([row["loss"] for row in json.loads((folder / "history.json").read_text())["updates"]])
-    assert curves[1] == pytest.approx(curves[0], abs=1e-4)
+def test_two_workers_train_as_one(tables: dict[str, pa.Table], whole: Path, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"num_workers": 2, "zero_stage": 2, "micro_batch_tokens": 400})
+    fit(PolicyStage, config, tables, {}, str(tmp_path), "two")
+    curves = [
+        [row["loss"] for row in json.loads((path / "history.json").read_text())["updates"]]
+        for path in (tmp_path, whole)
+    ]
+    assert curves[0] == pytest.approx(curves[1], abs=1e-4)

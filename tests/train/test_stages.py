@@ -16,13 +16,14 @@ from medmm_ray.train.labelled import group_labels, labelled_questions, labelled_
 from medmm_ray.train.launch import figures
 from medmm_ray.train.loop import TrainConfig, deepspeed_config, parameter_groups
 from medmm_ray.train.policy import (
+    Encoded,
     PolicyConfig,
     PolicyStage,
     assistant_turn,
+    collate,
     encode,
-    pad,
     train_policy,
-    worked_samples,
+    worked_questions,
 )
 from medmm_ray.train.text_prm import TextPrmConfig, TextPrmStage, train_text_prm, validation_figures
 from medmm_ray.train.two_tower import TwoTowerConfig, TwoTowerStage, train_two_tower
@@ -72,14 +73,17 @@ def test_figures_are_those_of_the_epoch_that_is_kept() -> None:
 # policy
 
 
-def test_worked_samples_are_those_of_training_questions() -> None:
+def test_worked_questions_are_those_of_the_training_split() -> None:
     questions = [*toy.questions(1), *toy.questions(3, split="test")[1:]]
-    samples = worked_samples(toy.table(records.Question, questions), toy.table(records.Solutions, toy.solutions(3)))
-    assert samples.to_pylist() == [
-        {"sample_id": f"s00-{j}", "question": "How does the picture look? (A) dark (B) bright", "answer_type": "choice",
-         "steps": toy.steps(finding)}
-        for j, finding in enumerate(toy.FINDINGS)
-    ]  # fmt: skip
+    worked = worked_questions(toy.table(records.Question, questions), toy.table(records.Solutions, toy.solutions(3)))
+    assert worked.to_pylist() == [
+        {
+            "question_id": "q00",
+            "question": "How does the picture look? (A) dark (B) bright",
+            "answer_type": "choice",
+            "solutions": [toy.steps("dark"), toy.steps("bright")],
+        }
+    ]
 
 
 def test_a_policy_without_worked_solutions_is_refused() -> None:
@@ -96,35 +100,56 @@ def test_assistant_turn_has_one_step_a_line() -> None:
 
 def test_encoding_ends_with_the_turn_and_is_what_generation_meets(policy_inputs: dict[str, str]) -> None:
     tokenizer = PolicyStage(PolicyConfig(shape=SHAPE), policy_inputs, "cpu").tokenizer
-    prompt, answer = encode(tokenizer, "Why? (A) a", "choice", ["It is.", "So."])
-    assert tokenizer.decode(answer) == "Step 1: It is.\nStep 2: So.<|end|>"
-    assert tokenizer.decode(prompt).endswith("<|user|>Question: Why? (A) a<|end|><|assistant|>")
+    encoded = encode(tokenizer, "Why? (A) a", "choice", [["It is.", "So."], ["No."]])
+    assert [tokenizer.decode(ids) for ids in encoded.solutions] == [
+        "Step 1: It is.\nStep 2: So.<|end|>",
+        "Step 1: No.<|end|>",
+    ]
+    assert tokenizer.decode(encoded.prompt).endswith("<|user|>Question: Why? (A) a<|end|><|assistant|>")
 
 
-def test_prompt_and_padding_are_not_supervised() -> None:
-    ids_BL, labels_BL = pad([([5, 6], [7]), ([5], [8, 9, 1])])
-    assert ids_BL.tolist() == [[5, 6, 7, 0], [5, 8, 9, 1]]
-    assert labels_BL.tolist() == [[-100, -100, 7, -100], [-100, 8, 9, 1]]
+def test_rows_hold_a_prompt_and_its_solutions_none_of_which_sees_another() -> None:
+    batch = collate([Encoded([5, 6], [[7, 1], [8, 9, 1]]), Encoded([5], [[4, 1]])])
+    assert batch.ids_BL.tolist() == [[5, 6, 7, 1, 8, 9, 1], [5, 4, 1, 0, 0, 0, 0]]
+    assert batch.positions_BL.tolist() == [[0, 1, 2, 3, 2, 3, 4], [0, 1, 2, 0, 0, 0, 0]]
+    assert batch.mask_B1LL is not None
+    seen = [[i for i, bit in enumerate(row) if bit] for row in batch.mask_B1LL[0, 0].tolist()]
+    assert seen == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [0, 1, 4, 5], [0, 1, 4, 5, 6]]
+    assert batch.row_N.tolist() == [0, 0, 0, 0, 0, 1, 1]
+    assert batch.source_N.tolist() == [1, 2, 1, 4, 5, 0, 1]
+    assert batch.target_N.tolist() == [7, 1, 8, 9, 1, 4, 1]
+    assert batch.weight_N.tolist() == pytest.approx([1 / 2] * 2 + [1 / 3] * 3 + [1 / 2] * 2)
+    assert collate([Encoded([5], [[4, 1]])]).mask_B1LL is None
 
 
-def test_policy_loss_is_a_sum_over_samples_whatever_the_padding(policy_inputs: dict[str, str]) -> None:
+def test_policy_loss_and_gradient_are_those_of_the_solutions_one_by_one(policy_inputs: dict[str, str]) -> None:
     import torch
 
     stage = PolicyStage(PolicyConfig(shape=SHAPE), policy_inputs, "cpu")
-    together = stage.loss([0, 1, 2], 0).item()
-    assert together == pytest.approx(sum(stage.loss([u], 0).item() for u in (0, 1, 2)), rel=1e-5)
-    prompt, answer = stage.encoded[0]
-    logits = stage.model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(answer)).item()
-    assert stage.loss([0], 0).item() == pytest.approx(expected, rel=1e-5)
+    loss = stage.loss([0, 3], 0)
+    loss.backward()  # type: ignore[no-untyped-call]
+    packed = torch.cat([p.grad.flatten() for p in stage.module.parameters() if p.grad is not None])
+    stage.module.zero_grad()
+    expected = 0.0
+    for unit in (0, 3):
+        prompt = stage.encoded[unit].prompt
+        for ids in stage.encoded[unit].solutions:
+            logits = stage.model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+            one = torch.nn.functional.cross_entropy(logits, torch.tensor(ids))
+            one.backward()  # type: ignore[no-untyped-call]
+            expected += one.item()
+    apart = torch.cat([p.grad.flatten() for p in stage.module.parameters() if p.grad is not None])
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert float((packed - apart).norm() / apart.norm()) < 1e-5
 
 
-def test_a_sample_too_long_is_left_out_and_counted(policy_inputs: dict[str, str]) -> None:
-    whole = PolicyStage(PolicyConfig(shape=SHAPE), policy_inputs, "cpu")
-    assert len(set(whole.costs)) == 1
-    stage = PolicyStage(PolicyConfig(shape=SHAPE, max_length=whole.costs[0] - 1), policy_inputs, "cpu")
+def test_a_solution_too_long_is_left_out_and_counted(policy_inputs: dict[str, str]) -> None:
+    stage = PolicyStage(PolicyConfig(shape=SHAPE), policy_inputs, "cpu")
+    (length,) = {len(e.prompt) + len(ids) for e in stage.encoded for ids in e.solutions}
+    assert stage.sizes == [2] * 12
+    stage = PolicyStage(PolicyConfig(shape=SHAPE, max_length=length - 1), policy_inputs, "cpu")
     assert stage.validate() == {"too_long": 24.0}
-    assert stage.names == []
+    assert stage.sizes == [0] * 12
 
 
 def test_a_policy_starts_from_a_checkpoint(policy: Path, policy_inputs: dict[str, str]) -> None:
@@ -266,8 +291,19 @@ def test_contrastive_loss_is_seeded_by_epoch_and_sample(tmp_path: Path) -> None:
     first = stage.loss([0, 1, 2, 3], 0).item()
     assert stage.loss([0, 1, 2, 3], 0).item() == first
     assert stage.loss([0, 1, 2, 3], 1).item() != first
-    assert 0.5 < first / 4 < 3.0  # log(4) = 1.39 for four pairs that look alike
     assert (stage.budget, stage.costs[0]) == (6, 1)
+
+
+def test_contrastive_loss_is_the_sum_of_both_directions_cross_entropies(tmp_path: Path) -> None:
+    import torch
+
+    stage = image_text_stage(tmp_path, max_shift=0, max_brightness=0.0)
+    stage.ids = [ids[:1] for ids in stage.ids]
+    images_BE = stage.module.encode_image(torch.stack(stage.pixels[:3]), normalize=True)
+    texts_BE = stage.module.encode_text(torch.cat(stage.ids[:3]), normalize=True)
+    logits_BB = images_BE @ texts_BE.T / 0.07  # CLIP's first temperature
+    expected = sum(torch.nn.functional.cross_entropy(x, torch.arange(3)).item() for x in (logits_BB, logits_BB.T))
+    assert stage.loss([0, 1, 2], 0).item() == pytest.approx(3 * expected / 2, rel=1e-4)
 
 
 def test_augmentation_moves_and_brightens() -> None:

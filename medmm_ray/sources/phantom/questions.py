@@ -47,13 +47,13 @@ STEMS = {
 FIXED_ORDER = {"zone": (3, 0, 2, 1), "structure": (0, 2, 1, 3)}
 TEMPLATES = ("zone", "zone", "structure", "structure", "finding", "finding_side", "finding_side", "sign")
 # The option comes first and what is seen of it after: a small language model that must find the letter of a text it
-# wrote earlier learns that too slowly, copying what follows a letter at once.
+# wrote earlier learns that too slowly; copying "(B) left lung" from the options, word for word, it learns early.
 TESTS = (
-    "Consider ({}), {}.",
-    "Test ({}), {}.",
-    "Look for ({}), {}.",
-    "Check ({}), {}.",
-    "Suppose ({}), {}.",
+    "Consider ({}) {}.",
+    "Test ({}) {}.",
+    "Look for ({}) {}.",
+    "Check ({}) {}.",
+    "Suppose ({}) {}.",
 )
 FINAL = ("So the answer is ({}).", "Therefore the answer is ({}).", "Hence the answer is ({}).")
 

@@ -25,6 +25,7 @@ from medmm_ray.sources.phantom import (
 )
 from medmm_ray.sources.phantom.__main__ import main
 from medmm_ray.sources.phantom.case import KINDS, LUNG_KINDS, generator
+from medmm_ray.sources.phantom.questions import TEMPLATES
 from medmm_ray.sources.phantom.truth import claims
 from medmm_ray.text import extract_answer, join_steps, split_steps
 
@@ -114,13 +115,15 @@ def test_questions_depend_on_seed_split_and_place_alone(items: list[Item]) -> No
     assert make_items(0, "test", 3, num_worked=2) != items[:3]
 
 
-def test_letters_are_dealt_evenly_and_every_template_occurs(items: list[Item]) -> None:
-    letters = Counter(i.answer for i in make_items(4, "test", 2000))
+def test_letters_are_even_and_every_template_occurs(items: list[Item]) -> None:
+    many = make_items(4, "test", 2000)
+    letters = Counter(i.answer for i in many)
     assert max(letters.values()) - min(letters.values()) < 110
-    by_template = Counter((i.template, i.answer) for i in make_items(4, "test", 2000))
-    assert by_template["zone", "B"] > 2 * by_template["zone", "A"]  # lower zones are the common ones
-    assert by_template["structure", "A"] > 2 * by_template["structure", "B"]
-    assert Counter(i.template for i in items).keys() == {"finding", "finding_side", "zone", "structure", "sign"}
+    assert Counter(i.template for i in many).keys() == {"finding", "finding_side", "zone", "structure", "sign"}
+    assert len({i.options for i in many}) == len(TEMPLATES) == 10
+    by_template = Counter((i.template, i.answer) for i in many)
+    assert by_template["zone", "A"] > 2 * by_template["zone", "B"]  # lower zones are the common ones
+    assert by_template["structure", "B"] > 2 * by_template["structure", "A"]
     assert {i.case.kind for i in items} == set(KINDS)
     assert {i.case.difficulty for i in items} == {"easy", "medium", "hard"}
 

@@ -222,6 +222,29 @@ class TwoTowerStage(Stage):
         self.costs = [len(c.targets_T) for c in self.cached]
         self.uris = sorted({uri for row in rows for uri in (*row["image_uris"], *row["reference_uris"])})
         self._load_images()
+        self._calibrate()
+
+    def _calibrate(self, most: int = 20_000) -> None:
+        """Fit the fusion's first weights to the training data: to about `most` tags, and to all pictures."""
+        import torch
+
+        from medmm_ray.train.calibrate import calibrate
+
+        units = [u for u, size in enumerate(self.sizes) if size]
+        number = max(1, most * len(units) // max(1, sum(self.costs[u] for u in units)))
+        cached = [self.cached[u] for u in random.Random(self.config.seed).sample(units, min(number, len(units)))]
+        if not cached:
+            return
+        pooled_BW, patches_BPW = self.views[0] if self.views else self._encode_all(0)
+        tokens = {"pooled": [pooled_BW], "patches": [], "both": [pooled_BW]}[self.config.tokens]
+        if patches_BPW is not None:
+            tokens.append(patches_BPW.flatten(0, 1))
+        calibrate(
+            self.fusion.to(self.device),
+            torch.cat([c.states_TD for c in cached]).to(self.device, torch.float32),
+            torch.cat([c.summaries_TD for c in cached]).to(self.device, torch.float32),
+            torch.cat(tokens),
+        )
 
     def learning_rates(self) -> dict[str, float]:
         return {"image_tower.": self.config.image_learning_rate}
@@ -237,8 +260,8 @@ class TwoTowerStage(Stage):
         self.index = {uri: i for i, uri in enumerate(self.uris)}
         self.pixels = [self.tower.preprocess(open_image(uri)) for uri in self.uris]
         self.views: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self.tower.to(self.device).eval()
         if self.config.freeze_image_tower:
-            self.tower.to(self.device).eval()
             for view in range(self.config.augmented_views if self.config.augment else 1):
                 self.views.append(self._encode_all(view))
             self.pixels = []

@@ -353,6 +353,26 @@ def test_an_untrained_image_part_changes_nothing(two_tower_inputs: dict[str, str
     assert found["validation_auroc"] == found["validation_auroc_text_only"]
 
 
+@pytest.mark.parametrize("tokens", ["pooled", "patches", "both"])
+def test_what_the_fusion_reads_is_centred_and_of_unit_spread(two_tower_inputs: dict[str, str], tokens: str) -> None:
+    import torch
+
+    stage = two_tower(two_tower_inputs, tokens=tokens, validation_fraction=0.0)
+    states_TD = torch.cat([cached.states_TD for cached in stage.cached])
+    summaries_TD = torch.cat([cached.summaries_TD for cached in stage.cached])
+    pooled_BW, patches_BPW = stage.views[0]
+    read = [] if tokens == "patches" else [pooled_BW]
+    read += [] if patches_BPW is None else [patches_BPW.flatten(0, 1)]
+    with torch.no_grad():
+        query_TF = stage.fusion._query(states_TD, summaries_TD)
+        projected_NF = stage.fusion.projector(torch.cat(read))
+        seen_NF = stage.fusion.attend_out(stage.fusion.attend_value(projected_NF))
+    for values in (query_TF, projected_NF):
+        assert values.mean(dim=0).abs().max() < 1e-3
+    for values in (query_TF, projected_NF, seen_NF):
+        assert values.std(dim=0).mean().item() == pytest.approx(1.0, abs=0.05)
+
+
 @pytest.mark.parametrize("tokens", ["pooled", "both"])
 def test_cached_and_live_towers_give_the_same_loss(two_tower_inputs: dict[str, str], tokens: str) -> None:
     import torch

@@ -1,30 +1,24 @@
 """Questions about phantom cases, with worked solutions.
 
-A question is drawn before its case: four options, then which of them is true, then a case that makes it so. So its
-text says nothing of the answer beyond prevalence: in each question two options are common findings (`COMMON` of the
-probability each) and two are rare, which is what a reader without the picture can know. Letters come out even: dealt
-in three templates; in the two whose options have a fixed order, by the choice of the orders.
+A question is drawn before its case: a template, then which of its four options is true, then a case that makes it so.
+So its text says nothing of the answer beyond prevalence: two options of each template are common (`COMMON` of the
+probability each), two are rare, which is what a reader without the picture can know. Over the templates the common
+options stand evenly on A, B, C and D.
+
+A template's options keep their order. A language model of a few million parameters learns within a few hundred updates
+what (B) means in each of ten templates; to look it up in shuffled options takes it many thousands.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 
-from medmm_ray.sources.phantom.case import KINDS, LUNG_KINDS, NAMES, SIDES, Case, generator, make_case, pick
+from medmm_ray.sources.phantom.case import KINDS, LUNG_KINDS, NAMES, Case, generator, make_case, pick
 
 COMMON = 0.38  # the probability of each of the two common options; the two rare ones share the rest
 LETTERS = "ABCD"
 
-COMMON_KINDS = ("effusion", "pneumothorax", "consolidation")
-RARE_KINDS = ("nodule", "cardiomegaly", "normal")
-SIGNS = {
-    "effusion": "blunted costophrenic angle",
-    "pneumothorax": "visible lung edge",
-    "consolidation": "patchy opacity",
-    "nodule": "round opacity",
-    "cardiomegaly": "enlarged heart",
-    "normal": "no abnormal sign",
-}
 COMPLAINTS = (
     "cough", "chest pain", "fever", "breathlessness", "weight loss", "a fall", "fatigue", "a wheeze", "back pain",
     "a fever at night", "a cough for weeks", "sudden breathlessness",
@@ -36,18 +30,6 @@ CONTEXTS = (
     "The referral says {}.",
     "An older patient reports {}.",
 )
-STEMS = {
-    "finding": ("What does the radiograph show?", "Which finding is present?", "What is the diagnosis?"),
-    "finding_side": ("Which finding is present, and on which side?", "What does the radiograph show, and where?"),
-    "zone": ("Where is the abnormality?", "Which zone is abnormal?", "In which zone is the lesion?"),
-    "structure": ("Which structure is abnormal?", "What looks abnormal?"),
-    "sign": ("Which sign is visible?", "Which sign does the radiograph show?"),
-}
-# The templates with a fixed order have two common letters each, B and D, A and C: over both, letters are even.
-FIXED_ORDER = {"zone": (3, 0, 2, 1), "structure": (0, 2, 1, 3)}
-TEMPLATES = ("zone", "zone", "structure", "structure", "finding", "finding_side", "finding_side", "sign")
-# The option comes first and what is seen of it after: a small language model that must find the letter of a text it
-# wrote earlier learns that too slowly; copying "(B) left lung" from the options, word for word, it learns early.
 TESTS = (
     "Consider ({}) {}.",
     "Test ({}) {}.",
@@ -66,6 +48,107 @@ class Option:
     kinds: tuple[str, ...]
     side: str = ""
     zone: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """A way to ask. `common` are the letters of its two common options."""
+
+    name: str
+    stems: tuple[str, ...]
+    options: tuple[Option, Option, Option, Option]
+    common: str
+
+
+def _named(kind: str, side: str = "") -> Option:
+    text = "normal chest" if kind == "normal" else f"{side} {NAMES[kind]}".strip()
+    return Option(text=text, kinds=(kind,), side=side)
+
+
+def _sign(kind: str) -> Option:
+    return Option(text=SIGNS[kind], kinds=(kind,))
+
+
+def _zone(side: str, zone: str) -> Option:
+    return Option(text=f"{side} {zone} zone", kinds=LUNG_KINDS, side=side, zone=zone)
+
+
+TEMPLATES = (
+    Template(
+        name="zone",
+        stems=("Which zone is abnormal?", "In which zone is the lesion?"),
+        options=(_zone("right", "lower"), _zone("right", "upper"), _zone("left", "lower"), _zone("left", "upper")),
+        common="AC",
+    ),
+    Template(
+        name="structure",
+        stems=("Which structure is abnormal?", "What looks abnormal?"),
+        options=(
+            Option(text="heart", kinds=("cardiomegaly",)),
+            Option(text="right lung", kinds=LUNG_KINDS, side="right"),
+            Option(text="no structure", kinds=("normal",)),
+            Option(text="left lung", kinds=LUNG_KINDS, side="left"),
+        ),
+        common="BD",
+    ),
+    Template(
+        name="finding",
+        stems=("Which finding is present?", "Which finding do you see?"),
+        options=(_named("effusion"), _named("pneumothorax"), _named("cardiomegaly"), _named("normal")),
+        common="AB",
+    ),
+    Template(
+        name="finding",
+        stems=("What is the diagnosis?", "Name the diagnosis."),
+        options=(_named("nodule"), _named("normal"), _named("consolidation"), _named("effusion")),
+        common="CD",
+    ),
+    Template(
+        name="finding_side",
+        stems=("Which finding is present, and on which side?", "Name the finding and its side."),
+        options=(
+            _named("effusion", "left"), _named("nodule", "right"), _named("nodule", "left"),
+            _named("effusion", "right"),
+        ),
+        common="AD",
+    ),
+    Template(
+        name="finding_side",
+        stems=("What does the radiograph show, and where?", "What is seen, and where?"),
+        options=(
+            _named("consolidation", "left"), _named("pneumothorax", "right"), _named("pneumothorax", "left"),
+            _named("consolidation", "right"),
+        ),
+        common="BC",
+    ),
+    Template(
+        name="sign",
+        stems=("Which sign is visible?", "Which sign is there?"),
+        options=(_sign("effusion"), _sign("nodule"), _sign("pneumothorax"), _sign("cardiomegaly")),
+        common="AC",
+    ),
+    Template(
+        name="sign",
+        stems=("Which sign does the radiograph show?", "Name the sign on the radiograph."),
+        options=(_sign("normal"), _sign("consolidation"), _sign("cardiomegaly"), _sign("effusion")),
+        common="BD",
+    ),
+    Template(
+        name="finding_side",
+        stems=("What explains the symptoms?", "What is the cause of the symptoms?"),
+        options=(
+            _named("consolidation", "right"), _named("effusion", "right"), _named("effusion", "left"),
+            _named("consolidation", "left"),
+        ),
+        common="AD",
+    ),
+    Template(
+        name="finding",
+        stems=("What should be reported first?", "What does the report say first?"),
+        options=(_named("cardiomegaly"), _named("pneumothorax"), _named("consolidation"), _named("nodule")),
+        common="BC",
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,52 +176,20 @@ def make_items(seed: int, split: str, number: int, num_worked: int = 1) -> list[
 
 def _make_item(seed: int, split: str, index: int, num_worked: int) -> Item:
     rng = generator("question", seed, split, index)
-    template = pick(rng, TEMPLATES)
-    options = _options(template, rng)
-    gold = options[int(rng.choice(4, p=[COMMON, COMMON, 0.5 - COMMON, 0.5 - COMMON]))]
-    if template in FIXED_ORDER:
-        options = [options[i] for i in FIXED_ORDER[template]]
-    else:
-        deck = generator("letters", seed, split, index // 4).permutation(4)
-        others = [options[i] for i in rng.permutation(4) if options[i] is not gold]
-        options = [*others[: deck[index % 4]], gold, *others[deck[index % 4] :]]
-    letter = LETTERS[options.index(gold)]
+    template = TEMPLATES[int(rng.integers(len(TEMPLATES)))]
+    prevalence = [COMMON if letter in template.common else 0.5 - COMMON for letter in LETTERS]
+    place = int(rng.choice(4, p=prevalence))
+    gold = template.options[place]
     case = make_case(rng, gold.kinds, gold.side, gold.zone)
     context = pick(rng, CONTEXTS).format(pick(rng, COMPLAINTS))
     return Item(
-        template=template,
-        question=f"{context} {pick(rng, STEMS[template])}",
-        options=tuple(option.text for option in options),
-        answer=letter,
+        template=template.name,
+        question=f"{context} {pick(rng, template.stems)}",
+        options=tuple(option.text for option in template.options),
+        answer=LETTERS[place],
         case=case,
-        worked=tuple(tuple(_work(template, case, gold.text, letter, rng)) for _ in range(num_worked)),
+        worked=tuple(tuple(_work(template.name, case, gold.text, LETTERS[place], rng)) for _ in range(num_worked)),
     )
-
-
-def _options(template: str, rng: np.random.Generator) -> list[Option]:
-    """Four options, the two common ones first."""
-    match template:
-        case "finding" | "sign":
-            names = SIGNS if template == "sign" else {**NAMES, "normal": "normal chest"}
-            common = [str(k) for k in rng.permutation(COMMON_KINDS)[:2]]
-            rare = [str(k) for k in rng.permutation(RARE_KINDS)[:2]]
-            return [Option(text=names[kind], kinds=(kind,)) for kind in (*common, *rare)]
-        case "finding_side":
-            common_kind = pick(rng, COMMON_KINDS)
-            rare_kind = pick(rng, [kind for kind in LUNG_KINDS if kind != common_kind])
-            return [
-                Option(text=f"{side} {NAMES[kind]}", kinds=(kind,), side=side)
-                for kind in (common_kind, rare_kind)
-                for side in SIDES
-            ]
-        case "zone":
-            return [
-                Option(text=f"{side} {zone} zone", kinds=LUNG_KINDS, side=side, zone=zone)
-                for zone in ("lower", "upper")
-                for side in SIDES
-            ]
-    lungs = [Option(text=f"{side} lung", kinds=LUNG_KINDS, side=side) for side in SIDES]
-    return [*lungs, Option(text="heart", kinds=("cardiomegaly",)), Option(text="no structure", kinds=("normal",))]
 
 
 def _work(template: str, case: Case, option: str, letter: str, rng: np.random.Generator) -> list[str]:
@@ -213,4 +264,5 @@ def _with_article(name: str) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-assert set(SIGNS) == set(KINDS) == set(COMMON_KINDS) | set(RARE_KINDS)
+assert set(SIGNS) == set(KINDS)
+assert Counter("".join(t.common for t in TEMPLATES)) == dict.fromkeys(LETTERS, 5)

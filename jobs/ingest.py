@@ -11,7 +11,7 @@ def run(job: Job) -> None:
 
     job.waiting = f"source {job.config.source}"
     data = read_source(job.config)
-    folder = f"{job.table('raw_images').path}/files"
+    folder = f"{job.table('raw_images').uri}/files"
     images = image_table(data, folder)
     source = ray.data.from_arrow(images).repartition(target_num_rows_per_block=256)
     job.make(

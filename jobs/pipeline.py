@@ -192,7 +192,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _main(parsed: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=120)
     recipe = read_arguments(parsed, section=None)
     steps = chosen(parsed.first, parsed.last)
     if parsed.dry_run:

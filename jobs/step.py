@@ -210,13 +210,16 @@ def parser(what: str) -> argparse.ArgumentParser:
     return parser
 
 
-def read_arguments(arguments: argparse.Namespace, section: str | None) -> Recipe:
-    words = [arguments.recipe, *arguments.overrides] if arguments.recipe else []
-    recipe = words.pop(0) if words and "=" not in words[0] else None
-    if recipe is None:
+def load_recipe(words: Sequence[str], section: str | None = None) -> Recipe:
+    """A recipe file and ``name=value`` words as the settings of a run."""
+    if not words or "=" in words[0]:
         shipped = ", ".join(sorted(p.name for p in (Path(__file__).parent / "recipes").glob("*.yaml")))
         raise ConfigError(f"name a recipe file first; jobs/recipes/ has {shipped}")
-    return load(Recipe, recipe, words, section)
+    return load(Recipe, words[0], words[1:], section)
+
+
+def read_arguments(arguments: argparse.Namespace, section: str | None) -> Recipe:
+    return load_recipe([arguments.recipe, *arguments.overrides] if arguments.recipe else [], section)
 
 
 def main(name: str, words: Sequence[str] | None = None) -> int:
@@ -271,10 +274,15 @@ def root_cause(error: BaseException) -> str:
     """The innermost error's own words, also where Ray wrapped it in the trace of each stage that it crossed."""
     while (inner := error.__cause__) is not None:
         error = inner
-    raised = _RAISED.search(str(error)) if "Ray" in type(error).__name__ else None
-    kind, words = (raised["kind"], raised["words"]) if raised else (type(error).__name__, str(error))
+    text = str(error)
+    if type(error).__name__ == "ActorDiedError":  # an engine that could not start: its last line says why
+        text = text.strip().splitlines()[-1].strip()
+        raised = _RAISED.match(text)
+    else:
+        raised = _RAISED.search(text) if "Ray" in type(error).__name__ else None
+    kind, words = (raised["kind"], raised["words"]) if raised else (type(error).__name__, text)
     kind = kind.rpartition(".")[2]
     return words if kind in (TableError.__name__, ConfigError.__name__) else f"{kind}: {words}"
 
 
-__all__ = ["STEPS", "Job", "Run", "guarded", "main", "parser", "read_arguments", "run_step"]
+__all__ = ["STEPS", "Job", "Run", "guarded", "load_recipe", "main", "parser", "read_arguments", "run_step"]

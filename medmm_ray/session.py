@@ -21,14 +21,22 @@ def worker_environment() -> dict[str, str]:
 
 @contextmanager
 def session(quiet: bool = True) -> Iterator[None]:
-    """Start Ray, or join the cluster that ``RAY_ADDRESS`` names; shut this driver's session down at the end."""
+    """Start Ray, or join the cluster that ``RAY_ADDRESS`` names; shut this driver's session down at the end.
+
+    Inside a session that is open already, it is that one, and stays open.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else a local start writes a token into the home folder
     os.environ.setdefault("RAY_DATA_USE_DATASOURCE_V2", "0")  # the new file reader makes one block of many files
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    # Keeps the local servers of a session on 127.0.0.1: on Linux, Ray turns that into the machine's outer address.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
+    if ray.is_initialized():
+        yield
+        return
     joins = bool(os.environ.get("RAY_ADDRESS"))
     ray.init(
         num_cpus=None if joins else max(LOCAL_LOGICAL_CPUS, os.cpu_count() or 1),

@@ -144,7 +144,7 @@ def test_label_counts_and_agreement(report: dict[str, Any]) -> None:
     }
     assert report["agreement"] == {
         "judge_phantom": {
-            "first": "judge", "second": "phantom", "kappa": 0.0, "kappa_weighted": None,
+            "first": "judge", "second": "phantom", "kappa": 0.0, "kappa_queue": None,
             "agreement": pytest.approx(2 / 3), "first_error": 0.5, "steps": 3, "solutions": 2,
         }
     }  # fmt: skip
@@ -220,7 +220,7 @@ def test_a_made_up_run(tmp_path: Path) -> None:
     assert abs(best["shuffled_image"]["value"] - report["accuracy"]["one_sample"]["value"]) < 0.2
     assert report["step"]["multimodal"]["auroc"] > 0.9 > 0.6 > report["step"]["text_only"]["auroc"]
     assert report["agreement"]["expert_phantom"]["kappa"] == 1.0
-    assert report["agreement"]["judge_expert"]["kappa_weighted"] == pytest.approx(
+    assert report["agreement"]["judge_expert"]["kappa_queue"] == pytest.approx(
         report["agreement"]["judge_expert"]["kappa"]
     )  # equal weights
     assert len(report["by_question"]) == 3

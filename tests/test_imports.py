@@ -9,7 +9,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "medmm_ray"
-HEAVY = ("torch", "transformers", "vllm", "faiss", "open_clip", "deepspeed", "ray", "sentence_transformers", "matplotlib")
+HEAVY = (
+    "torch",
+    "transformers",
+    "vllm",
+    "faiss",
+    "open_clip",
+    "deepspeed",
+    "ray",
+    "sentence_transformers",
+    "matplotlib",
+)
 
 # Lower layers first; a module imports only from layers below its own, steps never from each other.
 FOUNDATION = ("config", "records", "tables", "prompts", "text", "metrics", "targets", "session", "estimate")

@@ -15,8 +15,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("ray_session")]
 
 
 def make(batch: pa.Table) -> pa.Table:
-    rows = [Vector(item_id=i, vector=[float(n)]) for i, n in zip(batch["item_id"].to_pylist(), batch["n"].to_pylist())]
-    return to_arrow(Vector, rows)
+    return to_arrow(Vector, [Vector(item_id=row["item_id"], vector=[float(row["n"])]) for row in batch.to_pylist()])
 
 
 def test_interrupted_table_is_resumed_exactly(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ export RAY_AUTH_MODE=disabled
 "$venv/bin/ray" job submit --address "$address" --working-dir . -- \
   python -m jobs.pipeline "$recipe" "run=$run" "$@"
 echo "the tables of the run:"
-for manifest in "$run"/*/manifest.json; do
+for manifest in "$run"/*/*/manifest.json; do
   "$venv/bin/python" - "$manifest" <<'PY'
 import json, pathlib, sys
 manifest = json.loads(pathlib.Path(sys.argv[1]).read_text())

@@ -28,8 +28,8 @@ _VISUAL = "visual."
 class ImageTokens(NamedTuple):
     """`pooled_BD`: the class token after the last block and its norm. `patches_BPD`: the penultimate block's, as is."""
 
-    pooled_BD: Tensor  # noqa: N815
-    patches_BPD: Tensor  # noqa: N815
+    pooled_BD: Tensor
+    patches_BPD: Tensor
 
 
 class ImageTower(nn.Module):

@@ -60,7 +60,8 @@ def agreement(sets: LabelSets, review_queue: pa.Table | None = None) -> Row:
     """Each pair of sources (``judge_expert``, …) over the steps that both label.
 
     kappa, share of equal labels, share of solutions with the same first error among those steps, and their numbers.
-    A step of the expert's queue weighs 1 / its inclusion probability in `kappa_weighted`.
+    The expert's queue draws unsure steps more often: there `kappa` weighs each step by 1 / its inclusion probability,
+    and so speaks of all steps; `kappa_queue` is the plain one over the queue.
     """
     chance: dict[tuple[str, int], float] = {}
     if review_queue is not None:
@@ -87,8 +88,8 @@ def agreement(sets: LabelSets, review_queue: pa.Table | None = None) -> Row:
             table[f"{first}_{second}"] = {
                 "first": first,
                 "second": second,
-                "kappa": metrics.cohen_kappa(labels_a, labels_b),
-                "kappa_weighted": metrics.cohen_kappa(labels_a, labels_b, weights) if queued else None,
+                "kappa": metrics.cohen_kappa(labels_a, labels_b, weights if queued else None),
+                "kappa_queue": metrics.cohen_kappa(labels_a, labels_b) if queued else None,
                 "agreement": float((labels_a == labels_b).mean()),
                 "first_error": sum(same_first_error) / len(same_first_error),
                 "steps": len(pairs),

@@ -198,13 +198,13 @@ class Batch:
     `mask_B1LL` is None where each row has one solution: a causal mask does, and padding on the right is never seen.
     """
 
-    ids_BL: "torch.Tensor"  # noqa: N815
-    positions_BL: "torch.Tensor"  # noqa: N815
-    mask_B1LL: "torch.Tensor | None"  # noqa: N815
-    row_N: "torch.Tensor"  # noqa: N815
-    source_N: "torch.Tensor"  # noqa: N815
-    target_N: "torch.Tensor"  # noqa: N815
-    weight_N: "torch.Tensor"  # noqa: N815
+    ids_BL: "torch.Tensor"
+    positions_BL: "torch.Tensor"
+    mask_B1LL: "torch.Tensor | None"
+    row_N: "torch.Tensor"
+    source_N: "torch.Tensor"
+    target_N: "torch.Tensor"
+    weight_N: "torch.Tensor"
 
 
 def read_parquet(uri: str) -> pa.Table:

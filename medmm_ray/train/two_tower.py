@@ -178,11 +178,11 @@ def illustrated_questions(
 class Cached:
     """One question's constants: states and summaries of all its tags, text log-odds, targets and weights."""
 
-    states_TD: "torch.Tensor"  # noqa: N815
-    summaries_TD: "torch.Tensor"  # noqa: N815
-    log_odds_T: "torch.Tensor"  # noqa: N815
-    targets_T: "torch.Tensor"  # noqa: N815
-    weights_T: "torch.Tensor"  # noqa: N815
+    states_TD: "torch.Tensor"
+    summaries_TD: "torch.Tensor"
+    log_odds_T: "torch.Tensor"
+    targets_T: "torch.Tensor"
+    weights_T: "torch.Tensor"
     num_solutions: int
 
 

@@ -7,7 +7,6 @@ starts at zero (as LoRA's B), so an untrained fusion changes nothing.
 Legend: T tags, D text width, Q questions, I image slots a question, W image width, P patches, M tokens, F fusion width,
 S most tags of one question, H heads.
 """
-# ruff: noqa: N815 - fields carry shape suffixes too
 
 import math
 from collections.abc import Sequence

@@ -9,7 +9,6 @@ Needs torch and transformers; the image tower's library is loaded with the tower
 
 Legend: T tags, D text width, L packed length, P prefix length, B branches in a batch, S the longest of them, I images.
 """
-# ruff: noqa: N815 - fields carry shape suffixes too
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

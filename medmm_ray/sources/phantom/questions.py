@@ -19,6 +19,14 @@ from medmm_ray.sources.phantom.case import KINDS, LUNG_KINDS, NAMES, Case, gener
 COMMON = 0.38  # the probability of each of the two common options; the two rare ones share the rest
 LETTERS = "ABCD"
 
+SIGNS = {
+    "effusion": "blunted costophrenic angle",
+    "pneumothorax": "visible lung edge",
+    "consolidation": "patchy opacity",
+    "nodule": "round opacity",
+    "cardiomegaly": "enlarged heart",
+    "normal": "no abnormal sign",
+}
 COMPLAINTS = (
     "cough", "chest pain", "fever", "breathlessness", "weight loss", "a fall", "fatigue", "a wheeze", "back pain",
     "a fever at night", "a cough for weeks", "sudden breathlessness",

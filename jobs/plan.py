@@ -1,0 +1,77 @@
+"""--dry-run: what a recipe would do and cost, by arithmetic; nothing is read and no engine is started."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from jobs.graph import Step
+from jobs.recipe import Recipe
+from jobs.step import Run
+from medmm_ray.config import ConfigError
+from medmm_ray.estimate import GPUS, Plan, estimate, rendered
+
+
+def print_plan(recipe: Recipe, steps: Sequence[Step], console: Console) -> None:
+    """The steps with what is there already, then calls, tokens, dollars and GPU-hours by step."""
+    run = Run(recipe)
+    console.print("[bold]Steps[/bold]")
+    for step in steps:
+        state = (
+            "left out: its model is given"
+            if run.skipped(step)
+            else "complete"
+            if "://" not in run.root and run.is_complete(step)
+            else "to do"
+        )
+        console.print(f"  {step.name:<18}{step.what:<40}{state}", highlight=False)
+    console.print()
+    console.print(rendered(estimate(plan_of(recipe, run))))
+
+
+def plan_of(recipe: Recipe, run: Run) -> Plan:
+    """The numbers that decide the cost: the recipe's own, and the assumptions of its section ``plan``."""
+    assumed = recipe.plan
+    if assumed.gpu not in GPUS:
+        raise ConfigError(f"plan.gpu is {assumed.gpu!r}; known: {', '.join(GPUS)}")
+    train = _questions(assumed.train_questions, recipe.curate.max_train, recipe.ingest.num_train, "train")
+    test = _questions(assumed.test_questions, recipe.curate.max_test, recipe.ingest.num_test, "test")
+    return Plan(
+        train_questions=train,
+        test_questions=test,
+        train_samples=recipe.sample.num_samples_train,
+        test_samples=recipe.sample.num_samples_test,
+        images=train + test,
+        reference_images=recipe.judge.num_references,
+        steps=assumed.steps,
+        question_tokens=assumed.question_tokens,
+        solution_tokens=assumed.solution_tokens,
+        document_tokens=assumed.document_tokens,
+        policy_parameters=assumed.policy_parameters,
+        text_parameters=assumed.text_parameters,
+        image_parameters=assumed.image_parameters,
+        hidden_size=assumed.hidden_size,
+        policy_epochs=0 if run.given("policy") else recipe.train_policy.epochs,
+        text_epochs=0 if run.given("text_prm") else recipe.train_text_prm.epochs,
+        fusion_epochs=0 if run.given("two_tower") else recipe.train_two_tower.epochs,
+        judged_solutions=assumed.judged_solutions,
+        judge_parameters=assumed.judge_parameters,
+        judge_dollars_per_call=assumed.judge_dollars_per_call,
+        judge_dollars_per_million_read=assumed.judge_dollars_per_million_read,
+        judge_dollars_per_million_written=assumed.judge_dollars_per_million_written,
+        uncertain_share=recipe.monte_carlo.max_share,
+        continuations=recipe.monte_carlo.num_rollouts,
+        review_steps=recipe.review.review_steps,
+        dollars_per_reviewed_step=assumed.dollars_per_reviewed_step,
+        gpu=assumed.gpu,
+        num_gpus=assumed.num_gpus,
+        dollars_per_gpu_hour=assumed.dollars_per_gpu_hour,
+    )
+
+
+def _questions(assumed: int | None, limit: int | None, asked: int | None, split: str) -> int:
+    found = next((number for number in (assumed, limit, asked) if number is not None), None)
+    if found is None:
+        raise ConfigError(
+            f"the number of {split} questions is not known before the source is read; say plan.{split}_questions=N"
+        )
+    return found

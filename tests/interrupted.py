@@ -1,0 +1,44 @@
+"""A step on a scripted engine, slow enough to be interrupted: ``python -m tests.interrupted recipe.yaml run=...``."""
+
+import asyncio
+import functools
+import os
+import sys
+from collections.abc import Sequence
+
+import jobs.sample
+from jobs.graph import BY_NAME
+from jobs.step import Run, guarded, load_recipe, run_step
+from medmm_ray.engines.generator import Completion, GeneratorConfig, Sampling
+from medmm_ray.sample import sample
+from medmm_ray.session import session
+from tests.fake_generator import FakeGenerator
+
+
+def script(prompt: str, seed: int) -> str:
+    letter = "ABCD"[(seed + len(prompt)) % 4]
+    return f"Step 1: Look at the heart ({seed % 7}).\nStep 2: It is wide.\nStep 3: So the answer is ({letter})."
+
+
+class SlowGenerator(FakeGenerator):
+    async def generate(self, prompt_ids: Sequence[int], n: int, seed: int, how: Sampling) -> list[Completion]:
+        await asyncio.sleep(float(os.environ["PAUSE_S"]))
+        return await super().generate(prompt_ids, n, seed, how)
+
+
+def make(model: str, config: GeneratorConfig) -> SlowGenerator:
+    return SlowGenerator(script)
+
+
+def work(words: list[str]) -> int:
+    run = Run(load_recipe(words))
+    jobs.sample.sample = functools.partial(sample, generator=make)  # type: ignore[attr-defined]
+    with session():
+        for name in ("ingest", "curate", "sample"):
+            if not run.is_complete(BY_NAME[name]):
+                run_step(run, BY_NAME[name])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(lambda: work(sys.argv[1:])))

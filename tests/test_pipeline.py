@@ -1,0 +1,130 @@
+"""The whole pipeline on every real engine, once, on the tiny recipe; all end-to-end tests look at that run."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from jobs import pipeline, query
+from jobs.graph import MAKER, STEPS
+from jobs.step import Run, load_recipe
+from medmm_ray.config import ConfigError
+from tests.test_resume import TINY
+
+END_TO_END = pytest.mark.engine
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Run:
+    words = [TINY, f"run={tmp_path_factory.mktemp('tiny')}"]
+    assert pipeline.main(words) == 0
+    return Run(load_recipe(words))
+
+
+@pytest.fixture(scope="session")
+def report(tiny: Run) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((Path(tiny.root) / "report.json").read_text())
+    return loaded
+
+
+@END_TO_END
+def test_every_step_leaves_complete_outputs_that_name_their_upstream(tiny: Run) -> None:
+    for step in STEPS:
+        for name, output in tiny.outputs(step).items():
+            manifest = output.manifest()
+            assert manifest.fingerprint == tiny.fingerprint(step), name
+            assert manifest.upstream == {read: tiny.fingerprint(MAKER[read]) for read in step.reads}, name
+
+
+@END_TO_END
+def test_rows_add_up(tiny: Run) -> None:
+    questions = tiny.table("questions").to_arrow().to_pylist()
+    solutions = tiny.table("solutions").to_arrow().to_pylist()
+    scores = tiny.table("scores").to_arrow().to_pylist()
+    test = {q["question_id"] for q in questions if q["split"] == "test"}
+    assert len(questions) == len(solutions) == 12
+    scored = [s["solution_id"] for row in solutions if row["question_id"] in test for s in row["solutions"]]
+    assert len(scored) == 16
+    for arm in ("multimodal", "text_only", "shuffled_image"):
+        assert sorted(s["solution_id"] for s in scores if s["arm"] == arm) == sorted(scored)
+    steps = {s["solution_id"]: len(s["steps"]) for row in solutions for s in row["solutions"]}
+    assert all(len(s["text_log_odds"]) == steps[s["solution_id"]] for s in scores)
+
+
+@END_TO_END
+def test_without_an_image_the_two_towers_score_like_the_text_prm(tiny: Run) -> None:
+    from medmm_ray.engines.reward_model import RewardModel
+
+    text, both = (RewardModel.from_pretrained(tiny.uri(name)) for name in ("text_prm", "two_tower"))
+    row = tiny.table("solutions").to_arrow().to_pylist()[0]
+    steps = [s["steps"] for s in row["solutions"]]
+    for one, other in zip(text.score("Which?", steps), both.score("Which?", steps), strict=True):
+        assert one.plus_probs == pytest.approx(other.plus_probs, abs=1e-6)
+        assert other.image_log_odds == [0.0] * len(other.image_log_odds)
+
+
+@END_TO_END
+def test_report_holds_what_is_promised(report: dict[str, Any], tiny: Run) -> None:
+    for figure in (
+        report["accuracy"]["one_sample"],
+        report["accuracy"]["majority"]["4"],
+        report["accuracy"]["oracle"]["4"],
+    ):
+        assert 0 <= figure["low"] <= figure["value"] <= figure["high"] <= 1
+    for rule in ("best_of_n", "sc_rm"):
+        assert set(report["accuracy"][rule]) >= {"text_only", "multimodal", "shuffled_image"}
+        assert set(report["accuracy"][rule]["multimodal"]) == {"1", "2", "4"}
+    assert set(report["step"]["multimodal"]) >= {"auroc", "macro_f1", "ece"}
+    assert "kappa" in report["agreement"]["judge_expert"]
+    assert [s["name"] for s in report["steps"]] == [s.name for s in STEPS if s.name != "evaluate"]
+    page = (Path(tiny.root) / "report.html").read_text()
+    assert "<svg" in page
+    assert not re.search(r'(?:src|href)="https?://', page), "the page must be self-contained"
+
+
+@END_TO_END
+def test_a_second_run_skips_everything(tiny: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {p: p.stat().st_mtime_ns for p in Path(tiny.root).rglob("*.parquet")}
+    assert pipeline.main([TINY, f"run={tiny.root}"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("complete") >= len(STEPS)
+    assert "running" not in shown
+    assert before == {p: p.stat().st_mtime_ns for p in Path(tiny.root).rglob("*.parquet")}
+
+
+@END_TO_END
+def test_a_served_query_answers_and_is_kept(tiny: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [TINY, f"run={tiny.root}"]
+    assert query.main(words) == 0
+    first = capsys.readouterr().out
+    assert "best of N" in first
+    assert "majority vote" in first
+    stored = json.loads((Path(tiny.root) / "answer.json").read_text())
+    assert stored["answer"]["arm"] == "multimodal"
+    assert query.main(words) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_range_of_steps() -> None:
+    assert [s.name for s in pipeline.chosen("sample", "monte_carlo")] == ["sample", "judge", "monte_carlo"]
+    assert pipeline.chosen(None, None) == list(STEPS)
+    with pytest.raises(ConfigError, match="unknown step 'smaple'; the steps are ingest, "):
+        pipeline.chosen("smaple", None)
+    with pytest.raises(ConfigError, match="--from score comes after --until sample"):
+        pipeline.chosen("score", "sample")
+
+
+def test_board_shows_steps_on_a_screen_and_lines_elsewhere(tmp_path: Path) -> None:
+    run = Run(load_recipe([TINY, f"run={tmp_path}"]))
+    screen = Console(force_terminal=True, width=140, record=True)
+    board = pipeline.Board(run, STEPS[:2], screen)
+    board.fail(STEPS[1], "failed")
+    screen.print(board.render())
+    assert re.search(r"ingest +read the source +waiting", screen.export_text())
+    log = Console(width=120, record=True, force_terminal=False)
+    board = pipeline.Board(run, STEPS[:2], log)
+    board.skip(STEPS[0])
+    assert "left out" in log.export_text()

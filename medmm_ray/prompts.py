@@ -4,14 +4,12 @@ from collections.abc import Sequence
 
 Message = dict[str, str]
 
-POLICY_SYSTEM = (
-    "You are a medical expert who solves diagnostic questions. Reason step by step from the image findings and the "
-    'clinical context. Start each step with "Step {number}:". End the last step with "the answer is (option letter)."'
+_POLICY = (
+    "You are a medical expert. Reason step by step from the image and the clinical context. Start each step with "
+    '"Step {number}:". '
 )
-POLICY_SYSTEM_OPEN = (
-    "You are a medical expert who solves diagnostic questions. Reason step by step from the image findings and the "
-    'clinical context. Start each step with "Step {number}:". End the last step with "the answer is (short answer)."'
-)
+POLICY_SYSTEM = _POLICY + 'End with "the answer is (option letter)."'
+POLICY_SYSTEM_OPEN = _POLICY + 'End with "the answer is (short answer)."'
 
 # Med-PRM's own wording (arXiv 2506.11474): the published weights were trained on exactly these bytes.
 _PRM_TASK = (

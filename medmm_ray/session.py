@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,6 +33,11 @@ def session(quiet: bool = True) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     # Keeps the local servers of a session on 127.0.0.1: on Linux, Ray turns that into the machine's outer address.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    if quiet:
+        # Every Ray Data actor that may restart makes the driver's C++ side print an error line; real ones reach Python.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        # max_concurrency and max_restarts of an actor have no other way into map_batches at this version of Ray.
+        warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
     import ray
 
     if ray.is_initialized():

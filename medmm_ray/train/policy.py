@@ -46,6 +46,8 @@ class LlamaShape(Config):
     """Longest sequence, in tokens."""
     vocab_size: int = 1024
     """Entries of its own tokenizer, special ones included."""
+    tie_embeddings: bool = True
+    """Use the same matrix for reading and writing tokens: a small model learns to copy words sooner."""
 
 
 class PolicyConfig(TrainConfig):
@@ -61,6 +63,9 @@ class PolicyConfig(TrainConfig):
     """Times that every worked solution is seen."""
     batch_size: int = 32
     """Worked solutions of one update, over all workers; a question's solutions stay together."""
+    share_prompts: bool = True
+    """A question's worked solutions share one pass over its prompt: cheaper, but they also share an update, which then
+    holds fewer questions. false where the updates are small."""
     max_length: int = 1024
     """Longest prompt with one solution, in tokens; a longer one is left out, never cut."""
     micro_batch_tokens: int = execution(8192)
@@ -82,20 +87,30 @@ SCHEMA = pa.schema(
 )
 
 
-def worked_questions(questions: pa.Table, demonstrations: pa.Table, split: str = "train") -> pa.Table:
-    """One row a question of `split` that has worked solutions (`SCHEMA`): its text with options, their steps."""
+def worked_questions(
+    questions: pa.Table, demonstrations: pa.Table, share_prompts: bool = True, split: str = "train"
+) -> pa.Table:
+    """One row a question of `split` that has worked solutions (`SCHEMA`): its text with options, their steps.
+
+    Without `share_prompts` there is one row a worked solution.
+    """
     by_id = {q["question_id"]: q for q in questions.to_pylist() if q["split"] == split and q["error"] is None}
     rows = [
         {
             "question_id": row["question_id"],
             "question": question_with_options(question["question"], question["options"]),
             "answer_type": question["answer_type"],
-            "solutions": [solution["steps"] for solution in row["solutions"]],
+            "solutions": steps,
         }
         for row in demonstrations.to_pylist()
         if row["error"] is None and row["solutions"] and (question := by_id.get(row["question_id"]))
+        for steps in _shared([solution["steps"] for solution in row["solutions"]], share_prompts)
     ]
     return pa.Table.from_pylist(sorted(rows, key=lambda r: str(r["question_id"])), schema=SCHEMA)
+
+
+def _shared(solutions: list[list[str]], together: bool) -> list[list[list[str]]]:
+    return [solutions] if together else [[steps] for steps in solutions]
 
 
 def vocabulary_texts(worked: pa.Table, documents: Iterable[str]) -> list[str]:
@@ -106,8 +121,8 @@ def vocabulary_texts(worked: pa.Table, documents: Iterable[str]) -> list[str]:
         *(row["question"] for row in rows),
         *(assistant_turn(steps) for row in rows for steps in row["solutions"]),
         *documents,
-        POLICY_SYSTEM,
-        *frames,
+        # Every prompt holds these: as frequent in the vocabulary's texts as they are in use, a word becomes one token.
+        *([POLICY_SYSTEM, *frames] * len(rows)),
         *(document_block([""] * 9),),
     ]
 
@@ -119,14 +134,14 @@ def train_policy(
 
     Raises ValueError where no training question has a worked solution.
     """
-    worked = worked_questions(questions, demonstrations)
+    worked = worked_questions(questions, demonstrations, config.share_prompts)
     if worked.num_rows == 0:
         raise ValueError(
             "train_policy: no question of the split 'train' has a worked solution in the table demonstrations. Choose "
             "a source that has them, or take a pretrained policy (sample.model=...) and leave this step out."
         )
     texts = vocabulary_texts(worked, documents["text"].to_pylist()) if config.base is None else []
-    tables = {"worked": worked, "texts": pa.table({"text": pa.array(sorted(set(texts)), pa.string())})}
+    tables = {"worked": worked, "texts": pa.table({"text": pa.array(sorted(texts), pa.string())})}
     return fit(PolicyStage, config, tables, {}, folder, name)
 
 
@@ -281,6 +296,7 @@ def new_llama(shape: LlamaShape, texts: Sequence[str], seed: int) -> tuple[Any, 
             num_key_value_heads=shape.num_heads,
             intermediate_size=shape.intermediate_size,
             max_position_embeddings=shape.max_length,
+            tie_word_embeddings=shape.tie_embeddings,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,

@@ -1,0 +1,50 @@
+"""The tiny recipe on real engines, interrupted and killed again and again: its tables equal an undisturbed run's."""
+
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs.graph import STEPS
+from jobs.step import Run, load_recipe
+from tests.test_resume import ROOT, TINY
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(3600)]
+BLOWS = (signal.SIGINT, signal.SIGKILL)
+
+
+def start(folder: Path) -> "subprocess.Popen[bytes]":
+    """The pipeline in a process group of its own: Ctrl-C in a terminal reaches every process of it."""
+    words = [sys.executable, "-m", "jobs.pipeline", TINY, f"run={folder}"]
+    return subprocess.Popen(words, cwd=ROOT, start_new_session=True)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    run = Run(load_recipe([TINY, f"run={folder}"]))
+    return {
+        name: run.table(name).manifest().content_hash for step in STEPS for name, kind in step.makes.items() if kind
+    }
+
+
+def test_whatever_is_killed_the_tables_are_the_same(tmp_path: Path) -> None:
+    assert start(tmp_path / "calm").wait() == 0
+    rng = random.Random(0)
+    for attempt in itertools.count():
+        assert attempt < 60, "no progress between blows"
+        process = start(tmp_path / "rough")
+        try:
+            code = process.wait(timeout=rng.uniform(8, 45))
+        except subprocess.TimeoutExpired:
+            blow = BLOWS[attempt % 2]
+            print(f"attempt {attempt}: {blow.name}", flush=True)
+            os.killpg(process.pid, blow)
+            process.wait(timeout=60)
+            continue
+        assert code == 0
+        break
+    assert hashes(tmp_path / "rough") == hashes(tmp_path / "calm")

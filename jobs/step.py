@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from jobs.graph import BY_NAME, MAKER, STEPS, Step
 from jobs.recipe import Recipe
 from medmm_ray.config import ConfigError, digest, help_text, identity, load
-from medmm_ray.tables import Artifact, Manifest, Origin, Table, TableError, chosen, pending
+from medmm_ray.tables import Artifact, Manifest, Origin, Table, TableError, chosen, pending, write_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -160,8 +160,6 @@ class Job:
 
     def make_rows(self, name: str, rows: Sequence[Any], key: str, figures: dict[str, float] | None = None) -> None:
         """Make a small table from rows in the driver."""
-        from medmm_ray.tables import write_rows
-
         table = self.run.table(name)
         if not table.is_complete:
             limit = self.recipe.max_error_rate

@@ -67,13 +67,14 @@ def asked(run: Run, request: RerankRequest) -> dict[str, Any]:
 
 
 def example(run: Run) -> tuple[RerankRequest, str]:
-    """A test question on which the solutions disagree, with all that is known about it, and its gold answer."""
+    """A test question with all that is known of it, and its answer; one on which the solutions disagree, if any."""
     questions = run.table("questions").to_arrow()
     rows = questions.filter(pc.equal(questions["split"], "test")).sort_by("question_id").to_pylist()
     solved = {row["question_id"]: row["solutions"] for row in run.table("solutions").to_arrow().to_pylist()}
-    question = next((q for q in rows if q["image_ids"] and _disagree(solved.get(q["question_id"], []))), None)
-    if question is None:
-        raise ConfigError("no test question has an image and solutions that disagree; sample more of them first")
+    asked_of = [q for q in rows if q["image_ids"] and solved.get(q["question_id"])]
+    if not asked_of:
+        raise ConfigError("no test question has an image and solutions; look at the tables questions and solutions")
+    question = next((q for q in asked_of if _disagree(solved[q["question_id"]])), asked_of[0])
     evidence = (
         run.table("evidence").to_arrow().filter(pc.field("question_id") == question["question_id"]).to_pylist()[0]
     )

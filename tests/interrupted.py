@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import jobs.sample
 from jobs.graph import BY_NAME
-from jobs.step import Run, guarded, load_recipe, run_step
+from jobs.step import Job, Run, guarded, load_recipe, run_step
 from medmm_ray.engines.generator import Completion, GeneratorConfig, Sampling
 from medmm_ray.sample import sample
 from medmm_ray.session import session
@@ -34,9 +34,10 @@ def work(words: list[str]) -> int:
     run = Run(load_recipe(words))
     jobs.sample.sample = functools.partial(sample, generator=make)  # type: ignore[attr-defined]
     with session():
-        for name in ("ingest", "curate", "sample"):
+        for name in ("ingest", "curate"):
             if not run.is_complete(BY_NAME[name]):
                 run_step(run, BY_NAME[name])
+        jobs.sample.run(Job(run, BY_NAME["sample"]))  # not by run_step: without documents it needs no evidence
     return 0
 
 

@@ -36,10 +36,11 @@ def session(quiet: bool = True) -> Iterator[None]:
     if quiet:
         # Every Ray Data actor that may restart makes the driver's C++ side print an error line; real ones reach Python.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        # max_concurrency and max_restarts of an actor have no other way into map_batches at this version of Ray.
-        warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
     import ray
 
+    if quiet:
+        # max_concurrency and max_restarts of an actor have no other way into map_batches at this version of Ray.
+        warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
     if ray.is_initialized():
         yield
         return

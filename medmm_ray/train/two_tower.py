@@ -375,6 +375,8 @@ def read_states(uri: str, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Cache
     """The states of each row's solutions, in its order, and their dtype."""
     import torch
 
+    from medmm_ray.engines.reward_model.states import from_bytes
+
     wanted = {name for row in rows for name in row["solution_ids"]}
     held: dict[str, dict[str, Any]] = {}
     dtypes = set()
@@ -393,8 +395,8 @@ def read_states(uri: str, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Cache
         labelled = [sum(aim is not None for aim in a) for a in aims]
         cached.append(
             Cached(
-                torch.cat([unpack(s["states"], s["num_steps"], s["hidden_size"], s["dtype"]) for s in own]),
-                torch.cat([unpack(s["summaries"], s["num_steps"], s["hidden_size"], s["dtype"]) for s in own]),
+                torch.cat([from_bytes(s["states"], s["num_steps"], s["hidden_size"], s["dtype"]) for s in own]),
+                torch.cat([from_bytes(s["summaries"], s["num_steps"], s["hidden_size"], s["dtype"]) for s in own]),
                 torch.tensor([value for s in own for value in s["text_log_odds"]]),
                 torch.tensor([0.0 if aim is None else aim for a in aims for aim in a]),
                 torch.tensor([0.0 if aim is None else 1 / n for a, n in zip(aims, labelled, strict=True) for aim in a]),
@@ -402,11 +404,3 @@ def read_states(uri: str, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Cache
             )
         )
     return cached, dtypes.pop()
-
-
-def unpack(values: bytes, num_steps: int, hidden_size: int, dtype: str) -> "torch.Tensor":
-    """Stored states as a tensor [num_steps, hidden_size]."""
-    import torch
-
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    return torch.frombuffer(bytearray(values), dtype=kinds[dtype]).view(num_steps, hidden_size)

@@ -91,16 +91,10 @@ class Board:
         while not self._done.wait(HEARTBEAT_S):
             if self.job is not None:
                 elapsed = time.monotonic() - self._started
-                self.console.print(f"{self.job.step.name:<18}{elapsed:8.0f} s  {self._waiting(self.job)}")
+                self.console.print(f"{self.job.step.name:<18}{elapsed:8.0f} s  {self.job.awaited()}")
 
     def close(self) -> None:
         self._done.set()
-
-    @staticmethod
-    def _waiting(job: Job) -> str:
-        if not job.expected:
-            return job.waiting
-        return f"{job.waiting}: {job.progress():,} of {job.expected:,}"
 
     def render(self) -> Group:
         grid = Grid("step", "what", "state", box=None, pad_edge=False, header_style="bold")
@@ -111,7 +105,7 @@ class Board:
         for row in self.rows.values():
             note, seconds = row.note, row.seconds
             if self.job is not None and row.step.name == self.job.step.name:
-                note, seconds = self._waiting(self.job), time.monotonic() - self._started
+                note, seconds = self.job.awaited(), time.monotonic() - self._started
             grid.add_row(
                 row.step.name, row.step.what, Text(row.state, styles.get(row.state, "")),
                 f"{row.rows:,}" if row.rows else "", f"{seconds:.1f}" if seconds is not None else "", note,

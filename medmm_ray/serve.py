@@ -364,6 +364,7 @@ def running(config: ServeConfig) -> Iterator[str]:
     others = serve.status().applications
     if others:
         raise ConfigError(f"this Ray cluster already serves {', '.join(others)}; send requests there, or stop it first")
+    level = logger.level
     logger.setLevel(logging.WARNING)  # of this driver; the replicas have their own
     port = config.port or _free_port(config.host)
     serve.start(http_options={"host": config.host, "port": port})
@@ -372,6 +373,7 @@ def running(config: ServeConfig) -> Iterator[str]:
         yield f"http://{config.host}:{port}"
     finally:
         serve.shutdown()  # type: ignore[no-untyped-call]
+        logger.setLevel(level)
 
 
 def _free_port(host: str) -> int:

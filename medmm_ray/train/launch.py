@@ -5,7 +5,6 @@ on there, whatever was killed, as if nothing had happened.
 """
 
 import json
-import logging
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medmm_ray.tables import filesystem, write_file
-from medmm_ray.train.loop import HISTORY, StageFactory, TrainConfig, TrainingError, Worker, run
-
-WORK = ".checkpoints"
+from medmm_ray.train.loop import HISTORY, WORK, StageFactory, TrainConfig, TrainingError, Worker, run
 
 
 def figures(history: dict[str, Any]) -> dict[str, float]:
@@ -97,7 +94,6 @@ def _ray_worker(arguments: dict[str, Any]) -> None:
     """The body of one Ray Train worker."""
     import ray.train
 
-    logging.basicConfig(level=logging.INFO)
     context = ray.train.get_context()
     with tempfile.TemporaryDirectory() as scratch:
 

@@ -8,7 +8,6 @@ same weights as an undisturbed one.
 """
 
 import json
-import logging
 import os
 import tempfile
 import time
@@ -27,11 +26,10 @@ from medmm_ray.train.schedule import epoch_batches, learning_rate_factor, micro_
 if TYPE_CHECKING:
     import torch
 
-log = logging.getLogger(__name__)
-
 WORK = ".checkpoints"
 HISTORY = "history.json"
-REPORT_SECONDS = 15.0
+PROGRESS = f"{WORK}/progress.json"
+REPORT_SECONDS = 5.0
 
 
 class TrainingError(RuntimeError):
@@ -310,14 +308,17 @@ class Training:
         return float(total)
 
     def _say(self) -> None:
+        """Tell who waits, every few seconds, how far training is: a small file beside the checkpoints."""
         if self.worker.rank == 0 and time.perf_counter() - self._said > REPORT_SECONDS:
-            self._said, progress = time.perf_counter(), self.progress
+            self._said, done = time.perf_counter(), len(self.progress.updates)
             total = sum(len(batches) for batches in self.batches)
-            speed = progress.tokens / progress.seconds
-            log.info(
-                "update %d of %d: loss %.4f, %.0f tokens/s",
-                len(progress.updates), total, progress.updates[-1]["loss"], speed,
-            )  # fmt: skip
+            fs, path = filesystem(f"{self.worker.folder}/{PROGRESS}")
+            fs.create_dir(path.rpartition("/")[0], recursive=True)
+            write_file(fs, path, json.dumps({
+                "update": done, "updates": total, "loss": self.progress.updates[-1]["loss"],
+                "tokens_per_second": self.progress.tokens / self.progress.seconds,
+                "seconds_left": self.progress.seconds / done * (total - done),
+            }).encode())  # fmt: skip
 
     def _checkpoint(self) -> None:
         """Every worker writes its part and hands it over; the group's parts make one checkpoint."""
@@ -383,6 +384,20 @@ class Training:
     def _reshape_scalars(self, shape: tuple[int, ...]) -> None:
         for parameter in self._scalars:
             parameter.data = parameter.data.reshape(shape)
+
+
+def how_far(folder: str) -> str:
+    """What the training of `folder` last told, in words; nothing where none is under way (or has not told yet)."""
+    fs, path = filesystem(f"{folder}/{PROGRESS}")
+    try:
+        with fs.open_input_stream(path) as stream:
+            told = json.loads(stream.read())
+    except FileNotFoundError:
+        return ""
+    return (
+        f"update {told['update']:,} of {told['updates']:,}, loss {told['loss']:.3f}, "
+        f"{told['tokens_per_second']:,.0f} tokens/s, {told['seconds_left']:.0f} s left"
+    )
 
 
 def _copy(source: str, target: str) -> None:

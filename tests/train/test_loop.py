@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from medmm_ray.train import loop
 from medmm_ray.train.image_text import ImageTextConfig, ImageTextStage
 from medmm_ray.train.loop import Stage, TrainConfig, TrainingError, Worker, run
 from medmm_ray.train.policy import PolicyConfig, PolicyStage
@@ -68,8 +69,12 @@ def history(folder: Path) -> dict[str, Any]:
 def test_policy_learns_and_leaves_a_checkpoint_that_transformers_reads(
     policy_inputs: dict[str, str],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.setattr(loop, "REPORT_SECONDS", 0.0)
+    assert loop.how_far(str(tmp_path / "out")) == ""
 
     config = PolicyConfig(shape=SHAPE, epochs=3, batch_size=6, learning_rate=5e-3, micro_batch_tokens=500, threads=1)
     run(PolicyStage, config, policy_inputs, Keeper(tmp_path / "out").worker())
@@ -77,6 +82,7 @@ def test_policy_learns_and_leaves_a_checkpoint_that_transformers_reads(
     assert told["samples"] == 72
     assert len(told["updates"]) == 12
     assert told["best_epoch"] is None
+    assert loop.how_far(str(tmp_path / "out")).startswith(f"update 12 of 12, loss {told['updates'][-1]['loss']:.3f}, ")
     losses = [epoch["loss"] for epoch in told["epochs"]]
     assert losses[2] < losses[1] < losses[0]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -2,9 +2,11 @@
 
 import logging
 import os
+import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 LOCAL_LOGICAL_CPUS = 8  # actor stages of one pipeline at one CPU each would deadlock on two cores
 LOCAL_OBJECT_STORE_BYTES = 1 << 30
@@ -45,14 +47,15 @@ def session(quiet: bool = True) -> Iterator[None]:
         yield
         return
     joins = bool(os.environ.get("RAY_ADDRESS"))
-    ray.init(
-        num_cpus=None if joins else max(LOCAL_LOGICAL_CPUS, os.cpu_count() or 1),
-        object_store_memory=None if joins else LOCAL_OBJECT_STORE_BYTES,
-        include_dashboard=None if joins else False,
-        runtime_env={"env_vars": worker_environment()},
-        log_to_driver=not quiet,
-        logging_level=logging.WARNING,
-    )
+    with _unheard() if quiet else nullcontext():
+        ray.init(
+            num_cpus=None if joins else max(LOCAL_LOGICAL_CPUS, os.cpu_count() or 1),
+            object_store_memory=None if joins else LOCAL_OBJECT_STORE_BYTES,
+            include_dashboard=None if joins else False,
+            runtime_env={"env_vars": worker_environment()},
+            log_to_driver=not quiet,
+            logging_level=logging.WARNING,
+        )
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = not quiet
     context.print_on_execution_start = False
@@ -66,3 +69,21 @@ def session(quiet: bool = True) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Keep back what is written to standard error, also by C++ code (Ray greets there); shown after all on a failure."""
+    sys.stderr.flush()
+    screen = os.dup(2)
+    with tempfile.TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            kept.seek(0)
+            os.write(screen, kept.read())
+            raise
+        finally:
+            os.dup2(screen, 2)
+            os.close(screen)

@@ -1,7 +1,7 @@
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ from medmm_ray.engines.reward_model import (
     ImageFeatures,
     PackedQuestion,
     RewardModel,
-    attention_mask,
+    ScoreRequest,
     choose_documents,
     pack,
 )
 from medmm_ray.engines.reward_model.packing import Branch
+from medmm_ray.engines.reward_model.reading import rows
 from medmm_ray.prompts import prm_messages
 from medmm_ray.text import tag_steps
 from tests import tiny_reward_model as tiny
@@ -33,6 +34,14 @@ from tests.clip_folders import write_native_clip
 
 QUESTION = "Which lung shows the effusion? (A) left (B) right"
 DOCUMENTS = ["a blunted costophrenic angle shows an effusion", "the heart is normal"]
+
+
+def packed_question(*arguments: Any, **options: Any) -> PackedQuestion:
+    """The one group of a packing without errors."""
+    packing = pack(*arguments, **options)
+    (group,) = packing.groups
+    assert packing.errors == [None] * len(group.branches)
+    return group
 
 
 def steps(num: int, seed: int, words: int = 6) -> list[str]:
@@ -81,7 +90,7 @@ def whole_ids(tok: Any, solution: Sequence[str], documents: Sequence[str] = ()) 
 def test_packed_ids_are_those_of_each_sequence_up_to_its_last_tag(own_bos: bool) -> None:
     tok = tiny.tokenizer(own_bos=own_bos)
     solutions = [steps(n, seed=n) for n in (1, 4, 2, 9)]
-    packed = pack(tok, QUESTION, solutions, DOCUMENTS)
+    packed = packed_question(tok, QUESTION, solutions, DOCUMENTS)
     tag = tiny.tag_id(tok)
     assert packed.prefix_ids[: 1 + own_bos] == [0] * (1 + own_bos)
     assert packed.num_documents == 2
@@ -90,52 +99,35 @@ def test_packed_ids_are_those_of_each_sequence_up_to_its_last_tag(own_bos: bool)
         last = max(i for i, t in enumerate(ids) if t == tag)
         assert packed.prefix_ids + branch.ids == ids[: last + 1]
         assert [branch.ids[t] for t in branch.tags] == [tag] * len(solution)
-    assert packed.num_tokens_apart == sum(len(packed.prefix_ids) + len(b.ids) for b in packed.branches)
 
 
 def test_the_prefix_is_the_longest_common_one_and_holds_no_tag() -> None:
     tok = tiny.tokenizer()
     tag = tiny.tag_id(tok)
-    apart = pack(tok, QUESTION, [["left lung", "no"], ["right lung", "no"]])
+    apart = packed_question(tok, QUESTION, [["left lung", "no"], ["right lung", "no"]])
     first, second = (whole_ids(tok, s) for s in (["left lung", "no"], ["right lung", "no"]))
     shared = next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
     assert len(apart.prefix_ids) == shared
-    alike = pack(tok, QUESTION, [["left lung", "no"], ["left lung", "yes"]])
+    alike = packed_question(tok, QUESTION, [["left lung", "no"], ["left lung", "yes"]])
     assert len(alike.prefix_ids) == first.index(tag)
     assert [b.ids[0] for b in alike.branches] == [tag, tag]
-    alone = pack(tok, QUESTION, [["left lung", "no"]])
+    alone = packed_question(tok, QUESTION, [["left lung", "no"]])
     assert (len(alone.prefix_ids), alone.branches[0].tags[0]) == (first.index(tag), 0)
 
 
-def test_rows_positions_and_tags_of_a_packed_question() -> None:
-    packed = PackedQuestion(
-        [10, 11, 12], [Branch(0, [20, 9, 21, 9], [1, 3], start=2), Branch(2, [30, 9], [1], start=2)], [None] * 3, 0
-    )
-    assert packed.ids == [10, 11, 12, 20, 9, 21, 9, 30, 9]
-    assert packed.positions == [0, 1, 2, 3, 4, 5, 6, 3, 4]
-    assert packed.tag_positions == [4, 6, 8]
+def test_offsets_and_tags_of_a_packed_question() -> None:
+    packed = PackedQuestion([10, 11, 12], [Branch(0, [20, 9, 21, 9], [1, 3], start=2), Branch(2, [30, 9], [1], 2)], 0)
+    assert packed.offsets == [3, 7, 9]
     assert packed.tag_solutions == [0, 0, 2]
     assert packed.tag_steps == [0, 1, 0]
-    assert packed.step_rows == [[2, 3], [5], [2, 7]]
-
-
-def test_no_branch_sees_another() -> None:
-    packed = PackedQuestion([1, 2], [Branch(0, [3, 9], [1], 1), Branch(1, [4, 9], [1], 1)], [None] * 2, 0)
-    assert attention_mask(packed).int().tolist() == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0],
-        [1, 1, 0, 0, 1, 0],
-        [1, 1, 0, 0, 1, 1],
-    ]
+    assert packed.branches[0].spans(3) == [(2, 4), (5, 6)]
 
 
 def test_a_tag_outside_the_end_of_a_step_ends_no_step() -> None:
     tok = tiny.tokenizer()
     tag = tiny.tag_id(tok)
     solution = ["the lung ки is clear", "a ки b ки", "no"]
-    packed = pack(tok, "Is ки it? ки", [solution], ["of ки course"])
+    packed = packed_question(tok, "Is ки it? ки", [solution], ["of ки course"])
     (branch,) = packed.branches
     own = [i for i, t in enumerate(packed.prefix_ids + branch.ids) if t == tag]
     assert len(own) == 3 + 3 + 3  # question and document, inside steps, ends of steps
@@ -145,8 +137,8 @@ def test_a_tag_outside_the_end_of_a_step_ends_no_step() -> None:
 
 def test_where_a_solution_starts_does_not_depend_on_what_is_shared() -> None:
     tok = tiny.tokenizer()
-    alone = pack(tok, QUESTION, [["left lung", "no"]])
-    among = pack(tok, QUESTION, [["left lung", "no"], ["x"]])
+    alone = packed_question(tok, QUESTION, [["left lung", "no"]])
+    among = packed_question(tok, QUESTION, [["left lung", "no"], ["x"]])
     assert alone.branches[0].start == among.branches[0].start < len(among.prefix_ids) < len(alone.prefix_ids)
     text = str(tok.decode((among.prefix_ids + among.branches[0].ids)[among.branches[0].start :]))
     assert text.strip().startswith("Step 1: left lung")
@@ -169,20 +161,35 @@ def test_raw_text_is_split_and_its_own_tags_are_taken_off() -> None:
     listed = pack(tok, QUESTION, [["left lung", "the answer is (A)."]])
     for raw in ("Step 1: left lung\nStep 2: the answer is (A).", "Step 1: left lung ки Step 2: the answer is (A). ки"):
         assert pack(tok, QUESTION, [raw]) == listed
-    (branch,) = pack(tok, QUESTION, ["no steps at all"]).branches
+    (branch,) = packed_question(tok, QUESTION, ["no steps at all"]).branches
     assert len(branch.tags) == 1
 
 
 def test_solutions_that_cannot_be_packed_become_errors_and_leave_the_others() -> None:
     tok = tiny.tokenizer()
-    packed = pack(tok, QUESTION, [["left"], [], ["  "], steps(60, 1), ""], context=200)
-    assert [b.solution for b in packed.branches] == [0]
-    assert packed.errors[0] is None
-    assert [str(e).split(":")[0] for e in packed.errors[1:]] == ["no_steps", "no_steps", "too_long", "no_steps"]
-    assert "the limit is 200" in str(packed.errors[3])
-    nothing = pack(tok, QUESTION, [[]])
-    assert (nothing.branches, nothing.offsets) == ([], [0])
-    assert pack(tok, QUESTION, [steps(60, 1)], context=200).branches == []
+    packing = pack(tok, QUESTION, [["left"], [], ["  "], steps(60, 1), ""], context=200)
+    assert [b.solution for group in packing.groups for b in group.branches] == [0]
+    assert packing.errors[0] is None
+    assert [str(e).split(":")[0] for e in packing.errors[1:]] == ["no_steps", "no_steps", "too_long", "no_steps"]
+    assert "without a document; the limit is 200" in str(packing.errors[3])
+    assert pack(tok, QUESTION, [[]]).groups == []
+    assert pack(tok, QUESTION, [steps(60, 1)], context=200).groups == []
+
+
+def test_a_solution_too_long_for_the_context_loses_documents_alone() -> None:
+    tok = tiny.tokenizer()
+    documents = [" ".join(["effusion"] * 30), " ".join(["nodule"] * 30), " ".join(["heart"] * 30)]
+    short, long = ["left lung", "no"], steps(8, 1)
+    everything = pack(tok, QUESTION, [short, long], documents)
+    (group,) = everything.groups
+    room = group.offsets[0] + max(len(b.ids) for b in group.branches)
+    packing = pack(tok, QUESTION, [short, long], documents, context=room - 40)
+    assert packing.errors == [None, None]
+    assert [(g.num_documents, [b.solution for b in g.branches]) for g in packing.groups] == [(3, [0]), (1, [1])]
+    assert packing.groups[0] == packed_question(tok, QUESTION, [short], documents)
+    alone = packed_question(tok, QUESTION, [long], documents[:1])
+    assert packing.groups[1].prefix_ids == alone.prefix_ids
+    assert packing.num_tokens == sum(g.offsets[-1] for g in packing.groups)
 
 
 def test_a_template_that_changes_the_solution_is_refused() -> None:
@@ -197,7 +204,7 @@ def test_tags_that_cannot_be_told_apart_are_an_error_of_their_solution() -> None
     tok = tiny.tokenizer(tag=False, more=["ки ки ки кит кит кит кит"] * 50)
     assert len(tok(" ки", add_special_tokens=False)["input_ids"]) == 1
     packed = pack(tok, QUESTION, [["a кит"], ["left"]])
-    assert [b.solution for b in packed.branches] == [1]
+    assert [b.solution for b in packed.groups[0].branches] == [1]
     assert packed.errors == ["tags: 1 tag tokens for 2 tags in the text; expected as many", None]
 
 
@@ -261,13 +268,48 @@ def test_errors_are_data(model: RewardModel) -> None:
     assert model.score(QUESTION, []) == []
 
 
+def test_questions_are_read_together_and_score_as_alone(model: RewardModel) -> None:
+    requests = [
+        ScoreRequest(f"{QUESTION} {i}", [steps(1 + (i + j) % 6, seed=9 * i + j) for j in range(i % 4)], DOCUMENTS[: i % 3])
+        for i in range(9)
+    ]
+    requests.append(ScoreRequest(QUESTION, [[], ["left"]]))
+    for budget in (1, 150, 700, 100_000):
+        found = list(model.score_many(requests, token_budget=budget))
+        assert len(found) == len(requests)
+        for request, scores in zip(requests, found, strict=True):
+            alone = model.score(request.question, request.solutions, request.documents)
+            assert [s.error for s in scores] == [s.error for s in alone]
+            for own, other in zip(scores, alone, strict=True):
+                assert own.plus_probs == pytest.approx(other.plus_probs, abs=1e-5)
+                assert own.num_documents == other.num_documents
+
+
+def test_a_stream_of_questions_fills_rows_to_the_budget(model: RewardModel) -> None:
+    def questions() -> Iterator[tuple[int, PackedQuestion]]:
+        for i in range(12):
+            for group in model.pack(f"{QUESTION} {i}", [steps(2, i), steps(3, i + 50)]).groups:
+                yield i, group
+
+    total = sum(packed.offsets[-1] for _, packed in questions())
+    largest = max(packed.offsets[-1] for _, packed in questions())
+    budget = 3 * largest
+    sizes = [sum(piece.block.length for piece in row) for row in rows(questions(), budget)]
+    assert sum(sizes) == total
+    assert max(sizes) <= budget
+    assert min(sizes[:-1]) > budget - largest
+    small = [row for row in rows(questions(), largest // 2) if not row[0].has_prefix]
+    assert small
+    assert all(piece.held is not None for row in small for piece in row)
+
+
 # Training
 
 
 def test_packed_states_and_gradients_are_those_of_single_sequences(model: RewardModel) -> None:
     solutions = [steps(n, seed=n) for n in (3, 1, 6)] + [["left", "no"], ["left", "yes"]]
-    packed = model.pack(QUESTION, solutions, DOCUMENTS)
-    weights_T = torch.linspace(-1, 1, len(packed.tag_positions))
+    (packed,) = model.pack(QUESTION, solutions, DOCUMENTS).groups
+    weights_T = torch.linspace(-1, 1, len(packed.tag_steps))
 
     def gradients(loss: Tensor) -> Tensor:
         model.zero_grad()
@@ -292,7 +334,7 @@ def test_packed_states_and_gradients_are_those_of_single_sequences(model: Reward
 def test_training_and_scoring_read_the_same_states(model: RewardModel) -> None:
     solutions = [steps(n, seed=n) for n in (3, 1, 6)]
     with torch.no_grad():
-        states_TD, summaries_TD = model.tag_states(model.pack(QUESTION, solutions))
+        states_TD, summaries_TD = model.tag_states(model.pack(QUESTION, solutions).groups[0])
     scored = model.text_states(QUESTION, solutions)
     torch.testing.assert_close(states_TD, torch.cat([s.states_TD for s in scored]), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(summaries_TD, torch.cat([s.summaries_TD for s in scored]), atol=1e-5, rtol=1e-5)
@@ -300,7 +342,7 @@ def test_training_and_scoring_read_the_same_states(model: RewardModel) -> None:
 
 def test_a_summary_is_the_mean_of_the_steps_tokens_in_the_middle_layer(model: RewardModel) -> None:
     solution = ["the left lung", "is normal"]
-    packed = model.pack(QUESTION, [solution])
+    (packed,) = model.pack(QUESTION, [solution]).groups
     ids = packed.prefix_ids + packed.branches[0].ids
     with torch.no_grad():
         hidden_LD = model.text_model.base_model(torch.tensor([ids]), output_hidden_states=True).hidden_states[1][0]
@@ -308,11 +350,6 @@ def test_a_summary_is_the_mean_of_the_steps_tokens_in_the_middle_layer(model: Re
     expected = torch.stack([hidden_LD[packed.branches[0].start : first].mean(0), hidden_LD[first + 1 : second].mean(0)])
     (states,) = model.text_states(QUESTION, [solution])
     torch.testing.assert_close(states.summaries_TD, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_nothing_to_train_on_is_said(model: RewardModel) -> None:
-    with pytest.raises(ValueError, match="no branch"):
-        model.tag_states(model.pack(QUESTION, [[]]))
 
 
 # Fusion

@@ -24,7 +24,7 @@ from medmm_ray.train.schedule import held_out
 if TYPE_CHECKING:
     import torch
 
-    from medmm_ray.engines.reward_model import PackedQuestion
+    from medmm_ray.engines.reward_model import PackedQuestion, Packing
 
 
 class TextPrmConfig(TrainConfig):
@@ -105,14 +105,14 @@ class TextPrmStage(Stage):
         self.solutions: list[list[dict[str, Any]]] = [row["solutions"] for row in rows]
         self.packed = [self._pack(row) for row in rows]
         self.held_out = held_out(self.names, config.validation_fraction, config.seed)
-        self.num_not_packed = sum(error is not None for packed in self.packed for error in packed.errors)
-        self.costs = [packed.offsets[-1] for packed in self.packed]
+        self.num_not_packed = sum(error is not None for packing in self.packed for error in packing.errors)
+        self.costs = [packing.num_tokens for packing in self.packed]
         self.sizes = [
-            0 if name in self.held_out else sum(own[b.solution]["weight"] for b in packed.branches)
-            for name, own, packed in zip(self.names, self.solutions, self.packed, strict=True)
+            0 if name in self.held_out else sum(own[b.solution]["weight"] for g in packing.groups for b in g.branches)
+            for name, own, packing in zip(self.names, self.solutions, self.packed, strict=True)
         ]
 
-    def _pack(self, row: dict[str, Any]) -> "PackedQuestion":
+    def _pack(self, row: dict[str, Any]) -> "Packing":
         steps = [solution["steps"] for solution in row["solutions"]]
         return self.model.pack(row["question"], steps, row["documents"], training=self.config.reference_prompt)
 
@@ -122,9 +122,10 @@ class TextPrmStage(Stage):
 
         losses = []
         for unit in units:
-            targets_T, weights_T = step_targets(self.packed[unit], self.solutions[unit])
-            log_odds_T = self.model(self.packed[unit])
-            losses.append(weighted_loss(log_odds_T, targets_T.to(self.device), weights_T.to(self.device)))
+            for group in self.packed[unit].groups:
+                targets_T, weights_T = step_targets(group, self.solutions[unit])
+                log_odds_T = self.model(group)
+                losses.append(weighted_loss(log_odds_T, targets_T.to(self.device), weights_T.to(self.device)))
         return torch.stack(losses).sum()
 
     def validate(self) -> dict[str, float]:
@@ -132,10 +133,10 @@ class TextPrmStage(Stage):
         scores: list[float] = []
         right: list[bool] = []
         for unit, name in enumerate(self.names):
-            if name in self.held_out and self.packed[unit].branches:
-                targets_T, weights_T = step_targets(self.packed[unit], self.solutions[unit])
+            for group in self.packed[unit].groups if name in self.held_out else ():
+                targets_T, weights_T = step_targets(group, self.solutions[unit])
                 labelled_T = weights_T > 0
-                scores += self.model(self.packed[unit]).cpu()[labelled_T].tolist()
+                scores += self.model(group).cpu()[labelled_T].tolist()
                 right += (targets_T[labelled_T] >= 0.5).tolist()
         return validation_figures(scores, right) | {"not_packed": float(self.num_not_packed)}
 

@@ -2,11 +2,11 @@
 
 from medmm_ray.engines.reward_model.checkpoint import CheckpointError
 from medmm_ray.engines.reward_model.fusion import Fusion, FusionConfig, ImageFeatures
-from medmm_ray.engines.reward_model.model import ImageError, RewardModel, SolutionStates, StepScores
+from medmm_ray.engines.reward_model.model import ImageError, RewardModel, ScoreRequest, SolutionStates, StepScores
 from medmm_ray.engines.reward_model.packing import (
     Branch,
     PackedQuestion,
-    attention_mask,
+    Packing,
     choose_documents,
     pack,
 )
@@ -19,10 +19,11 @@ __all__ = [
     "ImageError",
     "ImageFeatures",
     "PackedQuestion",
+    "Packing",
     "RewardModel",
+    "ScoreRequest",
     "SolutionStates",
     "StepScores",
-    "attention_mask",
     "choose_documents",
     "pack",
 ]

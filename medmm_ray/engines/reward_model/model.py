@@ -7,32 +7,32 @@ have in common, so that the scores are those of reading each solution alone, wit
 
 Needs torch and transformers; the image tower's library is loaded with the tower.
 
-Legend: T tags, D text width, L packed length, P prefix length, B branches in a batch, S the longest of them, I images.
+Legend: T tags, D text width, I images.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from tokenizers import AddedToken
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, DynamicLayer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from medmm_ray.engines.reward_model import checkpoint
+from medmm_ray.engines.reward_model import attention, checkpoint
 from medmm_ray.engines.reward_model.checkpoint import CheckpointError
 from medmm_ray.engines.reward_model.fusion import Fusion, FusionConfig, ImageFeatures
 from medmm_ray.engines.reward_model.packing import (
     MAX_LENGTH,
     RESERVE,
-    Branch,
     Fit,
     PackedQuestion,
-    attention_mask,
+    Packing,
     pack,
     single_id,
 )
+from medmm_ray.engines.reward_model.reading import Piece, read_row, rows
 from medmm_ray.text import TAG
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from medmm_ray.engines.image_tower import ImageTower
 
 PLUS, MINUS = " +", " -"
+TOKEN_BUDGET = 4096
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -55,11 +56,13 @@ class StepScores:
     """One solution's scores: probabilities that each step is right, and their log-odds = text part + image part.
 
     Rank by log-odds: a probability saturates and makes ties. `error` is None, or ``kind: message`` and no scores.
+    `num_documents` were read with it: fewer than with its neighbours where it is too long for all of them.
     """
 
     text_log_odds: list[float] = field(default_factory=list)
     image_log_odds: list[float] = field(default_factory=list)
     error: str | None = None
+    num_documents: int = 0
 
     @property
     def log_odds(self) -> list[float]:
@@ -87,6 +90,18 @@ class SolutionStates:
     summaries_TD: Tensor
     log_odds_T: Tensor
     error: str | None = None
+    num_documents: int = 0
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """A question to score: see `RewardModel.score` for the fields."""
+
+    question: str
+    solutions: Sequence[str | Sequence[str]]
+    documents: Sequence[str] = ()
+    image: "Image | Sequence[Image] | None" = None
+    reference_images: Sequence["Image"] = ()
 
 
 class RewardModel(nn.Module):
@@ -166,7 +181,7 @@ class RewardModel(nn.Module):
         checkpoint.check_path(path)
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
-            text_model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], attn_implementation="sdpa")
+            text_model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], attn_implementation=attention.NAME)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} is not a causal language model that can be read: {error}") from error
         _add_tag(text_model, tokenizer)
@@ -207,7 +222,7 @@ class RewardModel(nn.Module):
         solutions: Sequence[str | Sequence[str]],
         documents: Sequence[str] = (),
         training: bool = False,
-    ) -> PackedQuestion:
+    ) -> Packing:
         """`packing.pack` with this model's tokenizer and lengths."""
         return pack(
             self.tokenizer, question, solutions, documents,
@@ -222,97 +237,64 @@ class RewardModel(nn.Module):
     def tag_states(self, packed: PackedQuestion) -> tuple[Tensor, Tensor]:
         """States after the final norm and step summaries at all tags (``states_TD``, ``summaries_TD``), with gradient.
 
-        One packed row through the unchanged model under a block mask [L, L]: each branch is read as if alone.
+        One packed row: each branch is read as if alone.
         """
-        if not packed.branches:
-            raise ValueError("the packed question has no branch: none of its solutions could be packed")
-        ids_1L, positions_1L = self._long([packed.ids]), self._long([packed.positions])
-        mask_11LL = attention_mask(packed)[None, None].to(self.device)
-        with self._middle() as middle:
-            output = self.text_model.base_model(
-                input_ids=ids_1L, attention_mask=mask_11LL, position_ids=positions_1L, use_cache=False
-            )
-        states_TD = output.last_hidden_state[0, packed.tag_positions]
-        step_rows = packed.step_rows
-        row_R = self._long([row for rows in step_rows for row in rows])
-        tag_R = self._long([tag for tag, rows in enumerate(step_rows) for _ in rows])
-        sums_TD = states_TD.new_zeros(states_TD.shape, dtype=torch.float32)
-        sums_TD = sums_TD.index_add(0, tag_R, middle[0][0, row_R].float())
-        counts_T = torch.tensor([len(rows) for rows in step_rows], device=self.device)
-        return states_TD, (sums_TD / counts_T[:, None]).to(states_TD.dtype)
+        return read_row(self.text_model, [Piece(None, packed, packed.branches, has_prefix=True)], self.device)
 
     def head_log_odds(self, states_TD: Tensor) -> Tensor:
         """logit(" +") − logit(" -") [T, fp32]: linear, so that of a sum of states it is the sum of theirs."""
         head_VD: Tensor = self.text_model.get_output_embeddings().weight
         return states_TD.float() @ (head_VD[self.plus_id].float() - head_VD[self.minus_id].float())
 
-    @torch.inference_mode()
     def text_states(
         self,
         question: str,
         solutions: Sequence[str | Sequence[str]],
         documents: Sequence[str] = (),
         *,
-        token_budget: int = 4096,
+        token_budget: int = TOKEN_BUDGET,
     ) -> list[SolutionStates]:
-        """One entry a solution. The prefix is run once, then batches of at most `token_budget` tokens of branches.
+        """What the text tower says of one question's solutions, one entry each."""
+        return next(self.text_states_of([ScoreRequest(question, solutions, documents)], token_budget=token_budget))
 
-        Equal solutions are read once.
+    @torch.inference_mode()
+    def text_states_of(
+        self, requests: Iterable["ScoreRequest"], *, token_budget: int = TOKEN_BUDGET
+    ) -> Iterator[list[SolutionStates]]:
+        """`text_states` of many questions, in order, read together in rows of at most `token_budget` tokens.
+
+        Equal solutions of a question are read once.
         """
-        keys = [s if isinstance(s, str) else tuple(s) for s in solutions]
-        unique = list(dict.fromkeys(keys))
-        packed = self.pack(question, unique, documents)
-        found = {unique[i]: self._no_states(error) for i, error in enumerate(packed.errors) if error}
-        if packed.branches:
-            for branch, states in self._branch_states(packed, token_budget):
-                found[unique[branch.solution]] = states
-        return [found[key] for key in keys]
+        waiting: deque[_Reading] = deque()
 
-    def _branch_states(self, packed: PackedQuestion, token_budget: int) -> Iterator[tuple[Branch, SolutionStates]]:
-        base, prefix = self.text_model.base_model, len(packed.prefix_ids)
-        cache = DynamicCache(config=self.text_model.config)
-        with self._middle() as middle:
-            base(input_ids=self._long([packed.prefix_ids]), past_key_values=cache, use_cache=True)
-        prefix_middle_PD = middle[0][0]
-        for batch in _batches(packed.branches, token_budget):
-            longest = max(len(b.ids) for b in batch)
-            # Padding stands on the right, where a causal mask already hides it.
-            ids_BS = self._long([b.ids + [0] * (longest - len(b.ids)) for b in batch])
-            mask_SK = torch.ones(longest, prefix + longest, dtype=torch.bool, device=self.device).tril(prefix)
-            with self._middle() as middle:
-                output = base(
-                    input_ids=ids_BS,
-                    attention_mask=mask_SK[None, None],
-                    position_ids=torch.arange(prefix, prefix + longest, device=self.device)[None],
-                    past_key_values=_shared(cache, len(batch)),
-                    use_cache=True,
-                )
-            for row, branch in enumerate(batch):
-                states_TD = output.last_hidden_state[row, branch.tags]
-                summaries_TD = _summaries(branch, prefix_middle_PD, middle[0][row]).to(states_TD.dtype)
-                yield branch, SolutionStates(states_TD, summaries_TD, self.head_log_odds(states_TD))
+        def packed() -> Iterator[tuple[_Reading, PackedQuestion]]:
+            for request in requests:
+                reading = _Reading(self, request)
+                waiting.append(reading)
+                for group in reading.packing.groups:
+                    yield reading, group
 
-    def _no_states(self, error: str) -> SolutionStates:
+        for row in rows(packed(), token_budget):
+            states_TD, summaries_TD = read_row(self.text_model, row, self.device)
+            log_odds_T = self.head_log_odds(states_TD)
+            at = 0
+            for piece in row:
+                for branch in piece.branches:
+                    own = slice(at, at + len(branch.tags))
+                    at = own.stop
+                    found = SolutionStates(
+                        states_TD[own], summaries_TD[own], log_odds_T[own], num_documents=piece.packed.num_documents
+                    )
+                    piece.owner.found[branch.solution] = found
+            while waiting and waiting[0].complete:
+                yield waiting.popleft().states()
+        while waiting:
+            yield waiting.popleft().states()
+
+    def no_states(self, error: str) -> SolutionStates:
+        """What stands for a solution that could not be read."""
         empty_0D = torch.zeros(0, self.hidden_size, dtype=self.text_model.dtype, device=self.device)
         return SolutionStates(empty_0D, empty_0D, torch.zeros(0, device=self.device), error)
-
-    @contextmanager
-    def _middle(self) -> Iterator[list[Tensor]]:
-        """Catch what enters the middle layer, without keeping every layer's states."""
-        layers = self.text_model.base_model.layers
-        caught: list[Tensor] = []
-
-        def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            caught[:] = [args[0]]
-
-        handle = layers[len(layers) // 2].register_forward_pre_hook(keep)
-        try:
-            yield caught
-        finally:
-            handle.remove()
-
-    def _long(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=self.device)
 
     # Reading images
 
@@ -348,7 +330,6 @@ class RewardModel(nn.Module):
 
     # Scoring
 
-    @torch.inference_mode()
     def score(
         self,
         question: str,
@@ -357,32 +338,50 @@ class RewardModel(nn.Module):
         image: "Image | Sequence[Image] | None" = None,
         reference_images: Sequence["Image"] = (),
         *,
-        token_budget: int = 4096,
+        token_budget: int = TOKEN_BUDGET,
     ) -> list[StepScores]:
         """Scores of each solution, in order; none depends on the others, their order or the budget.
 
         Args:
             question: with its options in the text (`text.question_with_options`).
-            solutions: each raw text with "Step i:" marks, or a list of steps.
+            solutions: each raw text with "Step i:" marks, with or without tags, or a list of steps.
             documents: in rank order; those that fit are read.
             image: the question's picture, or several; without one the image part is exactly 0.
             reference_images: similar cases; looked at only together with an image.
-            token_budget: the most tokens of solutions in one batch; it bounds memory and changes no score.
+            token_budget: the most tokens that are read at once; it bounds memory and changes no score.
         """
-        images = [] if image is None else list(image) if isinstance(image, Sequence) else [image]
-        states = self.text_states(question, solutions, documents, token_budget=token_budget)
-        try:
-            features = self.image_features(images, reference_images) if images else None
-        except ImageError as error:
-            return [StepScores(error=str(error)) for _ in states]
-        return self.step_scores(states, features)
+        request = ScoreRequest(question, solutions, documents, image, reference_images)
+        return next(self.score_many([request], token_budget=token_budget))
+
+    @torch.inference_mode()
+    def score_many(
+        self, requests: Iterable[ScoreRequest], *, token_budget: int = TOKEN_BUDGET
+    ) -> Iterator[list[StepScores]]:
+        """`score` of a stream of questions, in order, read together so that every pass is as large as the budget."""
+        asked: deque[ScoreRequest] = deque()
+
+        def noted() -> Iterator[ScoreRequest]:
+            for request in requests:
+                asked.append(request)
+                yield request
+
+        for states in self.text_states_of(noted(), token_budget=token_budget):
+            request = asked.popleft()
+            image = request.image
+            images = [] if image is None else list(image) if isinstance(image, Sequence) else [image]
+            try:
+                features = self.image_features(images, request.reference_images) if images else None
+            except ImageError as error:
+                yield [StepScores(error=str(error)) for _ in states]
+            else:
+                yield self.step_scores(states, features)
 
     def step_scores(self, states: Sequence[SolutionStates], features: ImageFeatures | None) -> list[StepScores]:
         """The scores of solutions that were read, with one question's images or without."""
         text = [s.log_odds_T.tolist() for s in states]
         image = self.image_log_odds(states, features) if features and states else [[0.0] * len(t) for t in text]
         return [
-            StepScores(error=s.error) if s.error else StepScores(t, i)
+            StepScores(error=s.error) if s.error else StepScores(t, i, num_documents=s.num_documents)
             for s, t, i in zip(states, text, image, strict=True)
         ]
 
@@ -401,35 +400,20 @@ def _add_tag(text_model: Any, tokenizer: Any) -> None:
             part.weight[rows:] = part.weight[:rows].float().mean(dim=0).to(part.weight.dtype)
 
 
-def _batches(branches: Sequence[Branch], token_budget: int) -> Iterator[list[Branch]]:
-    """Branches of similar length together, at most `token_budget` tokens with padding (one branch at least)."""
-    batch: list[Branch] = []
-    for branch in sorted(branches, key=lambda b: -len(b.ids)):  # the first is the longest
-        if batch and (len(batch) + 1) * len(batch[0].ids) > token_budget:
-            yield batch
-            batch = []
-        batch.append(branch)
-    yield batch
+class _Reading:
+    """A request while it is read: what is found of each of its different solutions."""
 
+    def __init__(self, model: RewardModel, request: ScoreRequest) -> None:
+        self.model = model
+        self.keys = [s if isinstance(s, str) else tuple(s) for s in request.solutions]
+        self.unique = list(dict.fromkeys(self.keys))
+        self.packing = model.pack(request.question, self.unique, request.documents)
+        self.found = {i: model.no_states(error) for i, error in enumerate(self.packing.errors) if error}
 
-def _shared(cache: DynamicCache, size: int) -> Cache:
-    """The prefix's keys and values seen by `size` rows, without a copy; what is added later leaves `cache` as it is."""
-    layers: list[Any] = []
-    for held in cast(list[Any], cache.layers):
-        layer: Any = DynamicLayer()  # type: ignore[no-untyped-call]
-        layer.lazy_initialization(held.keys, held.values)
-        layer.keys = held.keys.expand(size, -1, -1, -1)
-        layer.values = held.values.expand(size, -1, -1, -1)
-        layers.append(layer)
-    return Cache(layers=layers)
+    @property
+    def complete(self) -> bool:
+        return len(self.found) == len(self.unique)
 
-
-def _summaries(branch: Branch, prefix_PD: Tensor, branch_SD: Tensor) -> Tensor:
-    """Each step's mean state [T, D, fp32]; the first step may start inside the shared prefix."""
-    prefix = len(prefix_PD)
-    means = []
-    for start, end in branch.spans(prefix):
-        ahead_D = prefix_PD[start:prefix].float().sum(dim=0)
-        own_D = branch_SD[max(start - prefix, 0) : end - prefix].float().sum(dim=0)
-        means.append((ahead_D + own_D) / (end - start))
-    return torch.stack(means)
+    def states(self) -> list[SolutionStates]:
+        by_key = {key: self.found[i] for i, key in enumerate(self.unique)}
+        return [by_key[key] for key in self.keys]

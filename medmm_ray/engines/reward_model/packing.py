@@ -1,14 +1,14 @@
 """Exact shared-prefix packing: many solutions of one question as one prefix and its branches.
 
 Enters: a question (its options in the text), solutions as lists of steps (or raw text), documents in rank order, and
-the tokenizer. Leaves: a `PackedQuestion`. Every full sequence is tokenised as the reference does it (Med-PRM: chat
+the tokenizer. Leaves: a `Packing`, of `PackedQuestion` groups. Every full sequence is tokenised as the reference does it (Med-PRM: chat
 template to text, then tokenised with special tokens), so its ids are exactly ``prefix_ids + branch.ids``; later tokens
 than the last tag are cut, as they cannot influence a causal score.
 
 Tags are found by token id and by their count in the text: one in the question, in a document, or inside a step ends no
 step.
 
-Legend: L packed length, P prefix length, T tags of all branches.
+Legend: T tags of all branches.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, Literal
-
-import torch
-from torch import Tensor
 
 from medmm_ray.prompts import prm_messages
 from medmm_ray.text import TAG, split_steps, tag_steps
@@ -53,37 +50,19 @@ class Branch:
 
 @dataclass(frozen=True)
 class PackedQuestion:
-    """A question's solutions as one row: the prefix, then the branches one after another.
+    """Solutions of a question as one row: the prefix, with `num_documents` documents, then the branches in order.
 
-    `errors` has one entry a solution: None, or ``kind: message`` for one that could not be packed (it has no branch).
-    `num_documents` of the offered documents fitted. Tags are numbered over all branches in order.
+    Tags are numbered over all branches in order.
     """
 
     prefix_ids: list[int]
     branches: list[Branch]
-    errors: list[str | None]
     num_documents: int
 
     @cached_property
     def offsets(self) -> list[int]:
-        """Where each branch starts in the packed row; one entry more than branches, the row's length."""
+        """Where each branch starts after prefix and earlier branches; one entry more than branches, the whole length."""
         return list(accumulate((len(b.ids) for b in self.branches), initial=len(self.prefix_ids)))
-
-    @property
-    def ids(self) -> list[int]:
-        """Token ids of the packed row [L]."""
-        return self.prefix_ids + [i for b in self.branches for i in b.ids]
-
-    @property
-    def positions(self) -> list[int]:
-        """Position ids of the packed row [L]: each branch continues the prefix."""
-        prefix = len(self.prefix_ids)
-        return [*range(prefix), *(p for b in self.branches for p in range(prefix, prefix + len(b.ids)))]
-
-    @property
-    def tag_positions(self) -> list[int]:
-        """Index of each tag in the packed row [T]."""
-        return [o + t for o, b in zip(self.offsets, self.branches, strict=False) for t in b.tags]
 
     @property
     def tag_solutions(self) -> list[int]:
@@ -95,20 +74,22 @@ class PackedQuestion:
         """The step, from 0, of each tag [T]."""
         return [step for b in self.branches for step in range(len(b.tags))]
 
-    @property
-    def step_rows(self) -> list[list[int]]:
-        """The rows of the packed row that hold each tag's step, tag left out [T]."""
-        prefix = len(self.prefix_ids)
-        rows = []
-        for offset, branch in zip(self.offsets, self.branches, strict=False):
-            for start, end in branch.spans(prefix):
-                rows.append([p if p < prefix else p - prefix + offset for p in range(start, end)])
-        return rows
+
+@dataclass(frozen=True)
+class Packing:
+    """A question's solutions, packed.
+
+    `groups` differ in how many documents they read: nearly always there is one; a solution too long for the context
+    reads fewer, alone. `errors` has one entry a solution: None, or ``kind: message`` for one that is in no group.
+    """
+
+    groups: list[PackedQuestion]
+    errors: list[str | None]
 
     @property
-    def num_tokens_apart(self) -> int:
-        """Tokens that scoring one by one would have run (up to the last tags)."""
-        return sum(len(self.prefix_ids) + len(b.ids) for b in self.branches)
+    def num_tokens(self) -> int:
+        """Tokens to run, prefixes counted once a group."""
+        return sum(group.offsets[-1] for group in self.groups)
 
 
 def choose_documents(
@@ -153,68 +134,91 @@ def pack(
     context: int | None = None,
     fit: Fit = "skip",
     training: bool = False,
-) -> PackedQuestion:
+) -> Packing:
     """Pack one question's solutions.
+
+    A solution that does not fit the context with the question's documents loses the last of them, as many as it must;
+    no other solution is touched, and one that does not fit without any gets an error.
 
     Args:
         tokenizer: a fast tokenizer with a chat template in which `TAG` is one token.
         question: with its options, as `text.question_with_options` writes it.
         solutions: each a list of steps, or raw text.
         max_length, reserve, fit: the documents' budget, see `choose_documents`.
-        context: tokens a full sequence may have; a longer one gets an error (default `max_length`).
+        context: tokens a full sequence may have (default `max_length`).
         training: the reference's training prompt, which differs by a space.
     """
     kept = choose_documents(tokenizer, documents, max_length, reserve, fit)
-    tag_id = single_id(tokenizer, TAG)
     limit = context or max_length
     errors: list[str | None] = [None] * len(solutions)
-    read = [read_solution(s) for s in solutions]
-    for i, (_, steps) in enumerate(read):
-        if not any(step.strip() for step in steps):
+    read: dict[int, tuple[str, list[str]]] = {}
+    for i, solution in enumerate(solutions):
+        preamble, steps = read_solution(solution)
+        if any(step.strip() for step in steps):
+            read[i] = preamble, steps
+        else:
             errors[i] = "no_steps: the solution is empty; expected at least one step of text"
-    sound = [i for i, error in enumerate(errors) if error is None]
-    if not sound:
-        return PackedQuestion([], [], errors, len(kept))
+    groups = []
+    for number in range(len(kept), -1, -1):
+        if not read:
+            break
+        sequences, faults = _sequences(tokenizer, question, read, kept[:number], training)
+        fitting = [s for s in sequences if len(s.ids) <= limit]
+        if fitting:
+            groups.append(_share(fitting, number))
+        for i, fault in faults.items():
+            errors[i] = fault
+        for s in sequences:
+            if len(s.ids) > limit and number == 0:
+                errors[s.solution] = f"too_long: {len(s.ids)} tokens without a document; the limit is {limit}"
+        read = {s.solution: read[s.solution] for s in sequences if len(s.ids) > limit}
+    return Packing(groups, errors)
 
-    tagged = [tag_steps(read[i][1], read[i][0], TAG) for i in sound]
-    texts = [_render(tokenizer, question, t, kept, training) for t in tagged]
+
+@dataclass(frozen=True)
+class _Sequence:
+    """A solution's full sequence up to its last tag; `tags` and `start` counted from its start."""
+
+    solution: int
+    ids: list[int]
+    tags: list[int]
+    start: int
+
+
+def _sequences(
+    tokenizer: Any,
+    question: str,
+    read: dict[int, tuple[str, list[str]]],
+    documents: Sequence[str],
+    training: bool,
+) -> tuple[list[_Sequence], dict[int, str]]:
+    """Full sequences of solutions given as (preamble, steps), and the errors of those whose tags cannot be told."""
+    tag_id = single_id(tokenizer, TAG)
+    tagged = [tag_steps(steps, preamble, TAG) for preamble, steps in read.values()]
+    texts = [_render(tokenizer, question, t, documents, training) for t in tagged]
     cuts = [text.rfind(t) for text, t in zip(texts, tagged, strict=True)]
     if min(cuts) < 0:
         raise ValueError("the tokenizer's chat template alters the solution's text; expected it to be kept as it is")
     head_ids = _tokenise(tokenizer, [texts[0][: cuts[0]]])[0]
-
-    whole: list[tuple[int, list[int], list[int], int]] = []  # solution, ids, tags, start; all from the sequence's start
-    for i, text, text_tagged, ids in zip(sound, texts, tagged, _tokenise(tokenizer, texts), strict=True):
+    sequences: list[_Sequence] = []
+    faults: dict[int, str] = {}
+    for i, text, own, ids in zip(read, texts, tagged, _tokenise(tokenizer, texts), strict=True):
         at = [p for p, token in enumerate(ids) if token == tag_id]
         if len(at) != text.count(TAG):
-            errors[i] = f"tags: {len(at)} tag tokens for {text.count(TAG)} tags in the text; expected as many"
+            faults[i] = f"tags: {len(at)} tag tokens for {text.count(TAG)} tags in the text; expected as many"
             continue
-        own = at[len(at) - text_tagged.count(TAG) :]
-        steps, preamble = read[i][1], read[i][0]
-        tags = [own[tag_steps(steps[:n], preamble, TAG).count(TAG) - 1] for n in range(1, len(steps) + 1)]
-        if tags[-1] >= limit:
-            errors[i] = f"too_long: {tags[-1] + 1} tokens with {len(kept)} documents; the limit is {limit}"
-            continue
-        whole.append((i, ids[: tags[-1] + 1], tags, _common([head_ids, ids])))
-    if not whole:
-        return PackedQuestion([], [], errors, len(kept))
-
-    # Every tag belongs to a branch, so the prefix ends before the first one.
-    prefix = min(_common([ids for _, ids, _, _ in whole]), *(tags[0] for _, _, tags, _ in whole))
-    branches = [Branch(i, ids[prefix:], [t - prefix for t in tags], start) for i, ids, tags, start in whole]
-    return PackedQuestion(whole[0][1][:prefix], branches, errors, len(kept))
+        at = at[len(at) - own.count(TAG) :]
+        preamble, steps = read[i]
+        tags = [at[tag_steps(steps[:n], preamble, TAG).count(TAG) - 1] for n in range(1, len(steps) + 1)]
+        sequences.append(_Sequence(i, ids[: tags[-1] + 1], tags, _common([head_ids, ids])))
+    return sequences, faults
 
 
-def attention_mask(packed: PackedQuestion) -> Tensor:
-    """Who may look at whom in the packed row: bool [L, L], causal, and no branch sees another."""
-    prefix, length = len(packed.prefix_ids), packed.offsets[-1]
-    branch_L = torch.zeros(length, dtype=torch.long)
-    for number, (start, end) in enumerate(zip(packed.offsets, packed.offsets[1:], strict=False), 1):
-        branch_L[start:end] = number
-    seen_LL = torch.ones(length, length, dtype=torch.bool).tril()
-    same_LL = branch_L[:, None] == branch_L[None, :]
-    same_LL[:, :prefix] = True
-    return seen_LL & same_LL
+def _share(sequences: Sequence[_Sequence], num_documents: int) -> PackedQuestion:
+    """The longest common beginning as prefix, the rest as branches; every tag belongs to a branch."""
+    prefix = min(_common([s.ids for s in sequences]), *(s.tags[0] for s in sequences))
+    branches = [Branch(s.solution, s.ids[prefix:], [t - prefix for t in s.tags], s.start) for s in sequences]
+    return PackedQuestion(sequences[0].ids[:prefix], branches, num_documents)
 
 
 def single_id(tokenizer: Any, text: str) -> int:

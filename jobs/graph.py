@@ -38,6 +38,7 @@ STEPS = (
         "ingest",
         (),
         {"raw_questions": Question, "raw_images": Image, "documents": Document, "demonstrations": Solutions},
+        version=2,
         what="read the source",
     ),
     Step(

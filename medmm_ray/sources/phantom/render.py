@@ -220,7 +220,7 @@ def _nodule(
     centre_x = side * (rng.uniform(0.38, 0.50) if upper else rng.uniform(0.50, 0.58))
     centre_y = rng.uniform(-0.40, -0.22) if upper else rng.uniform(0.14, 0.30)
     disc = _below(np.hypot(x - centre_x, y - centre_y), radius, soft)
-    return np.asarray(parenchyma + disc * 0.50 * case.contrast, dtype=np.float32)
+    return np.asarray(parenchyma + disc * 0.65 * case.contrast, dtype=np.float32)
 
 
 def _marker(x: Field, y: Field) -> Field:

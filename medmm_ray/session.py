@@ -94,7 +94,7 @@ def _processes() -> "list[psutil.Process]":
 
 
 def _end(processes: "Sequence[psutil.Process]") -> None:
-    """Wait for Ray's processes to end, and kill what stays: a worker may hang on its way out, and outlive its raylet."""
+    """Wait for Ray's processes to end, and kill what stays: a worker may hang on its way out and outlive its raylet."""
     import psutil
 
     _, left = psutil.wait_procs(set(processes), timeout=GRACE_S)
@@ -105,7 +105,7 @@ def _end(processes: "Sequence[psutil.Process]") -> None:
 
 @contextmanager
 def _unheard() -> Iterator[None]:
-    """Keep back what is written to standard error, also by C++ code (Ray greets there); shown after all on a failure."""
+    """Keep back what is written to standard error, also by C++ code (Ray greets there); on a failure it is shown."""
     sys.stderr.flush()
     screen = os.dup(2)
     with tempfile.TemporaryFile() as kept:

@@ -72,13 +72,13 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 @pytest.mark.usefixtures("kernel")
 def test_output_and_gradient_are_those_of_a_dense_mask() -> None:
     row, seen = Row(BLOCKS), mask(BLOCKS)
-    inputs = [t.requires_grad_() for t in tensors(row.length)]
-    ours, theirs = shared(*inputs, row), dense(*inputs, seen)
+    q, k, v = (t.requires_grad_() for t in tensors(row.length))
+    ours, theirs = shared(q, k, v, row), dense(q, k, v, seen)
     assert torch.allclose(ours, theirs, atol=1e-12)
     weights = torch.randn(ours.shape, dtype=ours.dtype, generator=torch.Generator().manual_seed(1))
     for a, b in zip(
-        torch.autograd.grad((ours * weights).sum(), inputs),
-        torch.autograd.grad((theirs * weights).sum(), inputs),
+        torch.autograd.grad((ours * weights).sum(), (q, k, v)),
+        torch.autograd.grad((theirs * weights).sum(), (q, k, v)),
         strict=True,
     ):
         assert torch.allclose(a, b, atol=1e-12)
@@ -114,7 +114,7 @@ def test_a_held_prefix_has_no_gradient_and_says_so() -> None:
     shared(q, k, v, Row([Block(4, (2,), held)]))
     out = shared(q[:, :, :3].requires_grad_(), k[:, :, :3], v[:, :, :3], Row([Block(0, (3,), held)]))
     with pytest.raises(RuntimeError, match="train on whole questions"):
-        out.sum().backward()
+        torch.autograd.backward(out.sum())
 
 
 def test_branches_of_like_length_go_together() -> None:

@@ -270,7 +270,9 @@ def test_errors_are_data(model: RewardModel) -> None:
 
 def test_questions_are_read_together_and_score_as_alone(model: RewardModel) -> None:
     requests = [
-        ScoreRequest(f"{QUESTION} {i}", [steps(1 + (i + j) % 6, seed=9 * i + j) for j in range(i % 4)], DOCUMENTS[: i % 3])
+        ScoreRequest(
+            f"{QUESTION} {i}", [steps(1 + (i + j) % 6, seed=9 * i + j) for j in range(i % 4)], DOCUMENTS[: i % 3]
+        )
         for i in range(9)
     ]
     requests.append(ScoreRequest(QUESTION, [[], ["left"]]))

@@ -1,9 +1,9 @@
-"""Shared-prefix attention over a packed row, at the cost of the pairs of tokens that see each other.
+"""Shared-prefix attention over a packed row: only pairs of tokens that see each other cost anything.
 
-A row holds questions one after another: each a prefix, causal on itself, and branches that see the prefix and, causally,
-themselves. The prefix is attended to by all branches of its question in one pass without a mask; that and each branch's
-own pass are merged by their log-sum-exps, which is exact. The backward pass of each part is that of flash attention
-given the *merged* output and log-sum-exp (as in ring attention, arXiv 2310.01889), so the gradient is exact too.
+A row holds questions one after another: each a prefix, causal on itself, and branches that see the prefix and,
+causally, themselves. The prefix is attended to by all branches of its question in one pass without a mask; that and
+each branch's own pass are merged by their log-sum-exps, which is exact. The backward pass of each part is that of flash
+attention given the *merged* output and log-sum-exp (as in ring attention, arXiv 2310.01889), so the gradient is exact.
 
 It enters a transformers model as the attention implementation `NAME`; calls without a `Row` are plain SDPA.
 
@@ -187,7 +187,9 @@ class _SharedPrefix(torch.autograd.Function):
         grads = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
         for part in ctx.row.parts:
             if isinstance(part.keys, Held):
-                raise RuntimeError("a prefix that is held from an earlier row has no gradient; train on whole questions")
+                raise RuntimeError(
+                    "a prefix that is held from an earlier row has no gradient; train on whole questions"
+                )
             own = part.keys is None
             keys_of = part if own else _Part(*part.keys)
             part_lse = _rows(lse[..., None], part)[..., 0]

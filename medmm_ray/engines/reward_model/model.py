@@ -181,7 +181,9 @@ class RewardModel(nn.Module):
         checkpoint.check_path(path)
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
-            text_model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], attn_implementation=attention.NAME)
+            text_model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=DTYPES[dtype], attn_implementation=attention.NAME
+            )
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} is not a causal language model that can be read: {error}") from error
         _add_tag(text_model, tokenizer)

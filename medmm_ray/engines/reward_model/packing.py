@@ -1,9 +1,9 @@
 """Exact shared-prefix packing: many solutions of one question as one prefix and its branches.
 
 Enters: a question (its options in the text), solutions as lists of steps (or raw text), documents in rank order, and
-the tokenizer. Leaves: a `Packing`, of `PackedQuestion` groups. Every full sequence is tokenised as the reference does it (Med-PRM: chat
-template to text, then tokenised with special tokens), so its ids are exactly ``prefix_ids + branch.ids``; later tokens
-than the last tag are cut, as they cannot influence a causal score.
+the tokenizer. Leaves: a `Packing`, of `PackedQuestion` groups. Every full sequence is tokenised as the reference does
+it (Med-PRM: chat template to text, then tokenised with special tokens), so its ids are exactly ``prefix_ids +
+branch.ids``; later tokens than the last tag are cut, as they cannot influence a causal score.
 
 Tags are found by token id and by their count in the text: one in the question, in a document, or inside a step ends no
 step.
@@ -61,7 +61,7 @@ class PackedQuestion:
 
     @cached_property
     def offsets(self) -> list[int]:
-        """Where each branch starts after prefix and earlier branches; one entry more than branches, the whole length."""
+        """Where each branch starts after prefix and earlier branches; one more entry, the whole length."""
         return list(accumulate((len(b.ids) for b in self.branches), initial=len(self.prefix_ids)))
 
     @property

@@ -9,7 +9,7 @@ Legend: L row length, P prefix length, T tags, D text width.
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class Piece:
 
 
 def rows(questions: Iterable[tuple[Any, PackedQuestion]], token_budget: int) -> Iterator[list[Piece]]:
-    """Questions, each with its owner, as rows of at most `token_budget` tokens each (a longer prefix or branch has a row to itself).
+    """Questions, each with its owner, as rows of at most `token_budget` tokens (a longer prefix or branch goes alone).
 
     Branches of a question go by length, so that those of like length meet.
     """
@@ -74,63 +74,79 @@ def rows(questions: Iterable[tuple[Any, PackedQuestion]], token_budget: int) -> 
         yield row
 
 
-def read_row(text_model: Any, pieces: Sequence[Piece], device: torch.device) -> tuple[Tensor, Tensor]:
-    """One pass: ``states_TD`` and ``summaries_TD`` of the tags of all branches of a row, in order; differentiable."""
-    ids: list[int] = []
-    positions: list[int] = []
-    tags: list[int] = []  # rows of the tags
-    inside: list[int] = []  # rows that belong to a step, …
-    owner: list[int] = []  # … and the tag of that step
-    ahead: list[tuple[int, Piece, int, int]] = []  # tags whose step starts in the prefix: tag, piece, its row, start
-    counts: list[int] = []
-    for piece in pieces:
-        prefix, begin = len(piece.packed.prefix_ids), len(ids)
+@dataclass
+class _Places:
+    """Where things stand in a row of pieces: its ids and positions, and for each tag its row and its step's rows."""
+
+    ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    tags: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of each tag's step."""
+    rows: list[int] = field(default_factory=list)
+    """Rows of the branches that belong to a step, and …"""
+    owners: list[int] = field(default_factory=list)
+    """… the tag of that step."""
+    ahead: list[tuple[int, Piece, int, int]] = field(default_factory=list)
+    """Tags whose step starts in the prefix: tag, piece, the prefix's first row, the step's start."""
+
+    def add(self, piece: Piece) -> None:
+        prefix, begin = len(piece.packed.prefix_ids), len(self.ids)
         if piece.has_prefix:
-            ids += piece.packed.prefix_ids
-            positions += range(prefix)
+            self.ids += piece.packed.prefix_ids
+            self.positions += range(prefix)
         for branch in piece.branches:
-            at = len(ids)
+            at = len(self.ids)
             for tag, (start, end) in zip(branch.tags, branch.spans(prefix), strict=True):
                 own = range(at + max(start - prefix, 0), at + end - prefix)
                 if start < prefix:
-                    ahead.append((len(tags), piece, begin, start))
-                inside += own
-                owner += [len(tags)] * len(own)
-                tags.append(at + tag)
-                counts.append(end - start)
-            ids += branch.ids
-            positions += range(prefix, prefix + len(branch.ids))
-    row = Row([piece.block for piece in pieces], device)
-    long = {"dtype": torch.long, "device": device}
+                    self.ahead.append((len(self.tags), piece, begin, start))
+                self.rows += own
+                self.owners += [len(self.tags)] * len(own)
+                self.tags.append(at + tag)
+                self.lengths.append(end - start)
+            self.ids += branch.ids
+            self.positions += range(prefix, prefix + len(branch.ids))
+
+
+def read_row(text_model: Any, pieces: Sequence[Piece], device: torch.device) -> tuple[Tensor, Tensor]:
+    """One pass: ``states_TD`` and ``summaries_TD`` of the tags of all branches of a row, in order; differentiable."""
+
+    def index(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=device)
+
+    places = _Places()
+    for piece in pieces:
+        places.add(piece)
     with _middle(text_model.base_model) as middle:
-        states_LD = text_model.base_model(
-            input_ids=torch.tensor([ids], **long),
-            position_ids=torch.tensor([positions], **long),
-            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),  # `row` says who sees whom
-            shared_prefix=row,
+        output = text_model.base_model(
+            input_ids=index(places.ids)[None],
+            position_ids=index(places.positions)[None],
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),  # the row says who sees whom
+            shared_prefix=Row([piece.block for piece in pieces], device),
             use_cache=False,
-        ).last_hidden_state[0]
-    middle_LD = middle[0][0]
-    states_TD = states_LD[torch.tensor(tags, **long)]
-    sums_TD = torch.zeros_like(states_TD, dtype=torch.float32).index_add(
-        0, torch.tensor(owner, **long), middle_LD[torch.tensor(inside, **long)].float()
-    )
+        )
+    states_TD, middle_LD = output.last_hidden_state[0, index(places.tags)], middle[0][0]
+    sums_TD = torch.zeros_like(states_TD, dtype=torch.float32)
+    sums_TD = sums_TD.index_add(0, index(places.owners), middle_LD[index(places.rows)].float())
     for piece in pieces:
         if piece.held is not None and piece.has_prefix:
             piece.held.middle_PD = middle_LD[: len(piece.packed.prefix_ids)].clone()
-    if ahead:
-        parts_D = []
-        for _, piece, begin, start in ahead:
-            prefix = len(piece.packed.prefix_ids)
-            if piece.has_prefix:
-                part_KD = middle_LD[begin + start : begin + prefix]
-            else:
-                assert piece.held is not None and piece.held.middle_PD is not None
-                part_KD = piece.held.middle_PD[start:]
-            parts_D.append(part_KD.float().sum(dim=0))
-        sums_TD = sums_TD.index_add(0, torch.tensor([tag for tag, *_ in ahead], **long), torch.stack(parts_D))
-    counts_T1 = torch.tensor(counts, device=device)[:, None]
-    return states_TD, (sums_TD / counts_T1).to(states_TD.dtype)
+    if places.ahead:
+        parts_AD = torch.stack([_ahead(middle_LD, piece, begin, start) for _, piece, begin, start in places.ahead])
+        sums_TD = sums_TD.index_add(0, index([tag for tag, *_ in places.ahead]), parts_AD)
+    return states_TD, (sums_TD / index(places.lengths)[:, None]).to(states_TD.dtype)
+
+
+def _ahead(middle_LD: Tensor, piece: Piece, begin: int, start: int) -> Tensor:
+    """The sum of the states [D, fp32] from `start` to the prefix's end, in this row or held from an earlier one."""
+    if piece.has_prefix:
+        part_KD = middle_LD[begin + start : begin + len(piece.packed.prefix_ids)]
+    else:
+        assert piece.held is not None
+        assert piece.held.middle_PD is not None
+        part_KD = piece.held.middle_PD[start:]
+    return part_KD.float().sum(dim=0)
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 Enters: solutions, one row a question, joined with their questions, images and evidence (`inputs`), and a reward model's
 folder. Leaves: one row a question with the list of its `Scores` (one a solution and arm) or `States` (one a solution).
-The text is read once a question; all arms that share it add their image part to it. What cannot be scored leaves as an
-entry with an error, never as an exception.
+The questions of a batch are read together, once; all arms that share a text add their image part to it. What cannot be
+scored leaves as an entry with an error, never as an exception.
 """
 
 import json
@@ -43,8 +43,8 @@ class ReadConfig(Config):
     reserve: int | None = Field(default=None, ge=0)
     """Tokens of max_length that documents leave free; null: the checkpoint's own (Med-PRM: 1024)."""
     token_budget: int = Field(default=4096, ge=1, json_schema_extra={"identity": False})
-    """Most tokens of solutions in one forward pass; bounds memory, changes no score."""
-    batch_size: int = Field(default=4, ge=1, json_schema_extra={"identity": False})
+    """Most tokens in one forward pass, of one question or several; bounds memory, changes no score."""
+    batch_size: int = Field(default=8, ge=1, json_schema_extra={"identity": False})
     """Questions that an actor takes at a time."""
     num_actors: int = Field(default=1, ge=1, json_schema_extra={"identity": False})
     """Most copies of the model at work."""
@@ -249,26 +249,30 @@ class Scorer:
         self.model = load(model, config) if isinstance(model, str) else model
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        rows = [(row["question_id"], self.score_row(row)) for row in batch.to_pylist()]
-        return _lists(rows, "scores", Scores)
+        rows = batch.to_pylist()
+        with_documents = {arm: arm != "no_documents" for arm in self.config.arms}
+        read = {kind: read_rows(self.model, rows, self.config, kind) for kind in set(with_documents.values())}
+        entries = [
+            [entry for arm, kind in with_documents.items() for entry in self.arm_entries(row, arm, read[kind][i])]
+            for i, row in enumerate(rows)
+        ]
+        return _lists(rows, "scores", entries, Scores)
 
-    def score_row(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """All entries of one question: arms in the config's order, solutions in the row's."""
-        entries = []
-        read: dict[bool, list[SolutionStates]] = {}
-        for arm in self.config.arms:
-            try:
-                _raise_upstream(row)
-                features = self.look(row, arm)
-                with_documents = arm != "no_documents"
-                if with_documents not in read:
-                    read[with_documents] = read_row(self.model, row, self.config, with_documents)
-                found = self.model.step_scores(read[with_documents], features)
-                entries += [self.entry(row, s, arm, f.text_log_odds, f.image_log_odds, f.error)
-                            for s, f in zip(row["solutions"], found, strict=True)]  # fmt: skip
-            except RowError as fault:
-                entries += [self.entry(row, s, arm, [], [], str(fault)) for s in row["solutions"] or []]
-        return entries
+    def arm_entries(
+        self, row: Mapping[str, Any], arm: Arm, read: "list[SolutionStates] | RowError"
+    ) -> list[dict[str, Any]]:
+        """One entry a solution of a question, in the row's order."""
+        solutions = row["solutions"] or []
+        try:
+            if isinstance(read, RowError):
+                raise read
+            found = self.model.step_scores(read, self.look(row, arm))
+        except RowError as fault:
+            return [self.entry(row, s, arm, [], [], str(fault)) for s in solutions]
+        return [
+            self.entry(row, s, arm, f.text_log_odds, f.image_log_odds, f.error)
+            for s, f in zip(solutions, found, strict=True)
+        ]
 
     def look(self, row: Mapping[str, Any], arm: Arm) -> "ImageFeatures | None":
         """The images of an arm; None where it has none. A fault of an image is a `RowError`."""
@@ -316,10 +320,12 @@ class Reader:
         self.model = load(model, config) if isinstance(model, str) else model
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        rows = [(row["question_id"], self.read(row)) for row in batch.to_pylist()]
-        return _lists(rows, "states", States)
+        rows = batch.to_pylist()
+        read = read_rows(self.model, rows, self.config)
+        entries = [self.entries(row, found) for row, found in zip(rows, read, strict=True)]
+        return _lists(rows, "states", entries, States)
 
-    def read(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def entries(self, row: Mapping[str, Any], read: "list[SolutionStates] | RowError") -> list[dict[str, Any]]:
         """One entry a solution of one question."""
         from medmm_ray.engines.reward_model.states import dtype_name, to_bytes
 
@@ -338,11 +344,8 @@ class Reader:
             "text_log_odds": [],
         }
         solutions = row["solutions"] or []
-        try:
-            _raise_upstream(row)
-            found = read_row(self.model, row, self.config)
-        except RowError as fault:
-            return [shared | empty | {"solution_id": s["solution_id"], "error": str(fault)} for s in solutions]
+        if isinstance(read, RowError):
+            return [shared | empty | {"solution_id": s["solution_id"], "error": str(read)} for s in solutions]
         return [
             shared
             | {
@@ -354,36 +357,44 @@ class Reader:
                 "text_log_odds": own.log_odds_T.tolist(),
                 "error": own.error,
             }
-            for solution, own in zip(solutions, found, strict=True)
+            for solution, own in zip(solutions, read, strict=True)
         ]
 
 
-def read_row(
-    model: "RewardModel", row: Mapping[str, Any], config: ReadConfig, with_documents: bool = True
-) -> "list[SolutionStates]":
-    """One text pass over all solutions of a question."""
-    documents = [document["text"] for document in _documents(row, config)] if with_documents else []
-    steps = [solution["steps"] for solution in row["solutions"]]
-    return model.text_states(row["question"], steps, documents, token_budget=config.token_budget)
+def read_rows(
+    model: "RewardModel", rows: Sequence[Mapping[str, Any]], config: ReadConfig, with_documents: bool = True
+) -> "list[list[SolutionStates] | RowError]":
+    """What the text tower says of each question's solutions, or why it was not asked; all questions in full passes."""
+    from medmm_ray.engines.reward_model import ScoreRequest
+
+    faults = [_upstream(row) for row in rows]
+    requests = (
+        ScoreRequest(
+            row["question"],
+            [solution["steps"] for solution in row["solutions"]],
+            [document["text"] for document in _documents(row, config)] if with_documents else [],
+        )
+        for row, fault in zip(rows, faults, strict=True)
+        if fault is None
+    )
+    found = model.text_states_of(requests, token_budget=config.token_budget)
+    return [next(found) if fault is None else fault for fault in faults]
 
 
 def _documents(row: Mapping[str, Any], config: ReadConfig) -> list[Mapping[str, Any]]:
     return list(row["documents"] or [])[: config.num_documents]
 
 
-def _raise_upstream(row: Mapping[str, Any]) -> None:
+def _upstream(row: Mapping[str, Any]) -> RowError | None:
     if row["question"] is None:
-        raise RowError("question_missing", f"{row['question_id']} is not in the table questions")
-    for column in ("error", "question_error", "evidence_error"):
-        if row[column]:
-            raise RowError("upstream", row[column])
+        return RowError("question_missing", f"{row['question_id']} is not in the table questions")
+    fault = next((row[column] for column in ("error", "question_error", "evidence_error") if row[column]), None)
+    return RowError("upstream", fault) if fault else None
 
 
-def _lists(rows: Sequence[tuple[str, list[dict[str, Any]]]], column: str, record: type) -> pa.Table:
+def _lists(
+    rows: Sequence[Mapping[str, Any]], column: str, entries: Sequence[list[dict[str, Any]]], record: type
+) -> pa.Table:
     kind = pa.list_(pa.struct(list(arrow_schema(record))))
-    return pa.table(
-        {
-            "question_id": pa.array([question_id for question_id, _ in rows], pa.string()),
-            column: pa.array([entries for _, entries in rows], kind),
-        }
-    )
+    ids = pa.array([row["question_id"] for row in rows], pa.string())
+    return pa.table({"question_id": ids, column: pa.array(entries, kind)})

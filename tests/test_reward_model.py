@@ -25,6 +25,7 @@ from medmm_ray.engines.reward_model import (
     choose_documents,
     pack,
 )
+from medmm_ray.engines.reward_model.families import MedPrm
 from medmm_ray.engines.reward_model.packing import Branch
 from medmm_ray.engines.reward_model.reading import rows
 from medmm_ray.prompts import prm_messages
@@ -90,7 +91,7 @@ def whole_ids(tok: Any, solution: Sequence[str], documents: Sequence[str] = ()) 
 def test_packed_ids_are_those_of_each_sequence_up_to_its_last_tag(own_bos: bool) -> None:
     tok = tiny.tokenizer(own_bos=own_bos)
     solutions = [steps(n, seed=n) for n in (1, 4, 2, 9)]
-    packed = packed_question(tok, QUESTION, solutions, DOCUMENTS)
+    packed = packed_question(MedPrm(tok), QUESTION, solutions, DOCUMENTS)
     tag = tiny.tag_id(tok)
     assert packed.prefix_ids[: 1 + own_bos] == [0] * (1 + own_bos)
     assert packed.num_documents == 2
@@ -104,14 +105,14 @@ def test_packed_ids_are_those_of_each_sequence_up_to_its_last_tag(own_bos: bool)
 def test_the_prefix_is_the_longest_common_one_and_holds_no_tag() -> None:
     tok = tiny.tokenizer()
     tag = tiny.tag_id(tok)
-    apart = packed_question(tok, QUESTION, [["left lung", "no"], ["right lung", "no"]])
+    apart = packed_question(MedPrm(tok), QUESTION, [["left lung", "no"], ["right lung", "no"]])
     first, second = (whole_ids(tok, s) for s in (["left lung", "no"], ["right lung", "no"]))
     shared = next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
     assert len(apart.prefix_ids) == shared
-    alike = packed_question(tok, QUESTION, [["left lung", "no"], ["left lung", "yes"]])
+    alike = packed_question(MedPrm(tok), QUESTION, [["left lung", "no"], ["left lung", "yes"]])
     assert len(alike.prefix_ids) == first.index(tag)
     assert [b.ids[0] for b in alike.branches] == [tag, tag]
-    alone = packed_question(tok, QUESTION, [["left lung", "no"]])
+    alone = packed_question(MedPrm(tok), QUESTION, [["left lung", "no"]])
     assert (len(alone.prefix_ids), alone.branches[0].tags[0]) == (first.index(tag), 0)
 
 
@@ -127,7 +128,7 @@ def test_a_tag_outside_the_end_of_a_step_ends_no_step() -> None:
     tok = tiny.tokenizer()
     tag = tiny.tag_id(tok)
     solution = ["the lung ки is clear", "a ки b ки", "no"]
-    packed = packed_question(tok, "Is ки it? ки", [solution], ["of ки course"])
+    packed = packed_question(MedPrm(tok), "Is ки it? ки", [solution], ["of ки course"])
     (branch,) = packed.branches
     own = [i for i, t in enumerate(packed.prefix_ids + branch.ids) if t == tag]
     assert len(own) == 3 + 3 + 3  # question and document, inside steps, ends of steps
@@ -137,8 +138,8 @@ def test_a_tag_outside_the_end_of_a_step_ends_no_step() -> None:
 
 def test_where_a_solution_starts_does_not_depend_on_what_is_shared() -> None:
     tok = tiny.tokenizer()
-    alone = packed_question(tok, QUESTION, [["left lung", "no"]])
-    among = packed_question(tok, QUESTION, [["left lung", "no"], ["x"]])
+    alone = packed_question(MedPrm(tok), QUESTION, [["left lung", "no"]])
+    among = packed_question(MedPrm(tok), QUESTION, [["left lung", "no"], ["x"]])
     assert alone.branches[0].start == among.branches[0].start < len(among.prefix_ids) < len(alone.prefix_ids)
     text = str(tok.decode((among.prefix_ids + among.branches[0].ids)[among.branches[0].start :]))
     assert text.strip().startswith("Step 1: left lung")
@@ -158,36 +159,36 @@ def test_documents_are_chosen_by_rank_within_the_budget() -> None:
 
 def test_raw_text_is_split_and_its_own_tags_are_taken_off() -> None:
     tok = tiny.tokenizer()
-    listed = pack(tok, QUESTION, [["left lung", "the answer is (A)."]])
+    listed = pack(MedPrm(tok), QUESTION, [["left lung", "the answer is (A)."]])
     for raw in ("Step 1: left lung\nStep 2: the answer is (A).", "Step 1: left lung ки Step 2: the answer is (A). ки"):
-        assert pack(tok, QUESTION, [raw]) == listed
-    (branch,) = packed_question(tok, QUESTION, ["no steps at all"]).branches
+        assert pack(MedPrm(tok), QUESTION, [raw]) == listed
+    (branch,) = packed_question(MedPrm(tok), QUESTION, ["no steps at all"]).branches
     assert len(branch.tags) == 1
 
 
 def test_solutions_that_cannot_be_packed_become_errors_and_leave_the_others() -> None:
     tok = tiny.tokenizer()
-    packing = pack(tok, QUESTION, [["left"], [], ["  "], steps(60, 1), ""], context=200)
+    packing = pack(MedPrm(tok), QUESTION, [["left"], [], ["  "], steps(60, 1), ""], context=200)
     assert [b.solution for group in packing.groups for b in group.branches] == [0]
     assert packing.errors[0] is None
     assert [str(e).split(":")[0] for e in packing.errors[1:]] == ["no_steps", "no_steps", "too_long", "no_steps"]
     assert "without a document; the limit is 200" in str(packing.errors[3])
-    assert pack(tok, QUESTION, [[]]).groups == []
-    assert pack(tok, QUESTION, [steps(60, 1)], context=200).groups == []
+    assert pack(MedPrm(tok), QUESTION, [[]]).groups == []
+    assert pack(MedPrm(tok), QUESTION, [steps(60, 1)], context=200).groups == []
 
 
 def test_a_solution_too_long_for_the_context_loses_documents_alone() -> None:
     tok = tiny.tokenizer()
     documents = [" ".join(["effusion"] * 30), " ".join(["nodule"] * 30), " ".join(["heart"] * 30)]
     short, long = ["left lung", "no"], steps(8, 1)
-    everything = pack(tok, QUESTION, [short, long], documents)
+    everything = pack(MedPrm(tok), QUESTION, [short, long], documents)
     (group,) = everything.groups
     room = group.offsets[0] + max(len(b.ids) for b in group.branches)
-    packing = pack(tok, QUESTION, [short, long], documents, context=room - 40)
+    packing = pack(MedPrm(tok), QUESTION, [short, long], documents, context=room - 40)
     assert packing.errors == [None, None]
     assert [(g.num_documents, [b.solution for b in g.branches]) for g in packing.groups] == [(3, [0]), (1, [1])]
-    assert packing.groups[0] == packed_question(tok, QUESTION, [short], documents)
-    alone = packed_question(tok, QUESTION, [long], documents[:1])
+    assert packing.groups[0] == packed_question(MedPrm(tok), QUESTION, [short], documents)
+    alone = packed_question(MedPrm(tok), QUESTION, [long], documents[:1])
     assert packing.groups[1].prefix_ids == alone.prefix_ids
     assert packing.num_tokens == sum(g.offsets[-1] for g in packing.groups)
 
@@ -196,14 +197,14 @@ def test_a_template_that_changes_the_solution_is_refused() -> None:
     tok = tiny.tokenizer()
     tok.chat_template = "{% for m in messages %}{{ m.content | upper }}{% endfor %}"
     with pytest.raises(ValueError, match="alters the solution"):
-        pack(tok, QUESTION, [["left"]])
+        pack(MedPrm(tok), QUESTION, [["left"]])
 
 
 def test_tags_that_cannot_be_told_apart_are_an_error_of_their_solution() -> None:
     # " ки" as a word of the vocabulary, not an added token: in " кит" its text is there, but no tag token.
     tok = tiny.tokenizer(tag=False, more=["ки ки ки кит кит кит кит"] * 50)
     assert len(tok(" ки", add_special_tokens=False)["input_ids"]) == 1
-    packed = pack(tok, QUESTION, [["a кит"], ["left"]])
+    packed = pack(MedPrm(tok), QUESTION, [["a кит"], ["left"]])
     assert [b.solution for b in packed.groups[0].branches] == [1]
     assert packed.errors == ["tags: 1 tag tokens for 2 tags in the text; expected as many", None]
 
@@ -326,8 +327,8 @@ def test_packed_states_and_gradients_are_those_of_single_sequences(model: Reward
             prm_messages(QUESTION, tag_steps(solution), DOCUMENTS), tokenize=False, add_generation_prompt=True
         )
         ids = model.tokenizer(row, return_tensors="pt")["input_ids"]
-        logits = model.text_model(ids).logits[0, (ids[0] == model.tag_id).nonzero()[:, 0]]
-        odds = logits[:, model.plus_id] - logits[:, model.minus_id]
+        logits = model.text_model(ids).logits[0, (ids[0] == model.family.ids["tag"]).nonzero()[:, 0]]
+        odds = logits[:, model.family.ids["plus"]] - logits[:, model.family.ids["minus"]]
         apart += gradients((odds * weights_T[start : start + len(solution)]).sum())
         start += len(solution)
     assert float((together - apart).norm() / apart.norm()) <= 1e-5
@@ -545,7 +546,7 @@ def test_a_text_only_model_is_saved_and_read(folder: Path, tmp_path: Path) -> No
     model.save_pretrained(tmp_path)
     assert not (tmp_path / "fusion.safetensors").exists()
     saved = json.loads((tmp_path / "reward_model.json").read_text())
-    assert saved["ids"] == {"tag": model.tag_id, "plus": model.plus_id, "minus": model.minus_id}
+    assert saved["ids"] == model.family.ids
     back = RewardModel.from_pretrained(str(tmp_path))
     assert back.fusion is None
     assert back.score(QUESTION, [["left"]]) == model.score(QUESTION, [["left"]])
@@ -554,19 +555,19 @@ def test_a_text_only_model_is_saved_and_read(folder: Path, tmp_path: Path) -> No
 def test_a_missing_tag_is_added_the_same_way_each_time(tmp_path: Path) -> None:
     folder = tiny.save(tmp_path / "plain", tag=False)
     before = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
-    model = RewardModel.from_text_model(folder)
+    model = RewardModel.from_pretrained(folder)
     after = model.text_model.get_input_embeddings().weight
-    assert (model.tag_id, len(after)) == (len(before), len(before) + 1)
+    assert (model.family.ids["tag"], len(after)) == (len(before), len(before) + 1)
     torch.testing.assert_close(after[-1], before.mean(dim=0))
     model.save_pretrained(tmp_path / "saved")
     again = RewardModel.from_pretrained(tmp_path / "saved")
-    assert again.score(QUESTION, [["left"]]) == RewardModel.from_text_model(folder).score(QUESTION, [["left"]])
+    assert again.score(QUESTION, [["left"]]) == RewardModel.from_pretrained(folder).score(QUESTION, [["left"]])
 
 
 def test_checkpoints_that_are_no_reward_model_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"runs/none/here does not exist; expected a checkpoint folder"):
         RewardModel.from_pretrained("runs/none/here")
-    with pytest.raises(CheckpointError, match="not a causal language model"):
+    with pytest.raises(CheckpointError, match="is not a language model that can be read"):
         RewardModel.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="dtype is 'int8'"):
         RewardModel.from_pretrained(folder, dtype="int8")
@@ -603,5 +604,5 @@ def test_a_saved_folder_that_was_altered_is_refused(folder: Path, tmp_path: Path
     with pytest.raises(CheckpointError, match="its tokenizer gives the ids"):
         RewardModel.from_pretrained(tmp_path)
     file.write_text(json.dumps({**saved, "family": "other"}))
-    with pytest.raises(CheckpointError, match="family 'other'; this version reads 1, 'medprm'"):
+    with pytest.raises(CheckpointError, match="family 'other'; this version reads format 1 and the families medprm"):
         RewardModel.from_pretrained(tmp_path)

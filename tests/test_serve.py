@@ -469,7 +469,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests import clip_folders, tiny_reward_model
 
     folder = tmp_path_factory.mktemp("model")
-    model = RewardModel.from_text_model(tiny_reward_model.save(folder / "text"))
+    model = RewardModel.from_pretrained(tiny_reward_model.save(folder / "text"))
     model.add_image_tower(clip_folders.write_native_clip(folder / "tower"), FusionConfig())
     torch.manual_seed(1)
     with torch.no_grad():

@@ -213,8 +213,8 @@ class TwoTowerStage(Stage):
         self.fusion: Fusion = self.model.fusion
         self.tower.requires_grad_(not config.freeze_image_tower)
         self.module = torch.nn.ModuleDict({"image_tower": self.tower, "fusion": self.fusion})
-        head_VD = self.model.text_model.get_output_embeddings().weight.detach()
-        self.head_D = (head_VD[self.model.plus_id].float() - head_VD[self.model.minus_id].float()).to(device)
+        with torch.no_grad():  # linear, so its values on the unit vectors are all of it
+            self.head_D = self.model.head_log_odds(torch.eye(self.model.hidden_size)).to(device)
         self.held_out = held_out(self.names, config.validation_fraction, config.seed)
         self.sizes = [
             0 if name in self.held_out else c.num_solutions for name, c in zip(self.names, self.cached, strict=True)

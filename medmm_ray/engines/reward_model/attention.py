@@ -137,7 +137,9 @@ def attend(
         )
         return out_BLHE, None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out_1HLE = _SharedPrefix.apply(query, key, value, shared_prefix, scale, module.layer_idx)
+    out_1HLE: Tensor = _SharedPrefix.apply(  # type: ignore[no-untyped-call]
+        query, key, value, shared_prefix, scale, module.layer_idx
+    )
     return out_1HLE.transpose(1, 2), None
 
 
@@ -304,4 +306,5 @@ def _as_few_heads(grad: Tensor, heads: int) -> Tensor:
     """The sum over each group's heads: [B, H, S, E] to [B, G, S, E]."""
     if grad.shape[1] == heads:
         return grad
-    return grad.unflatten(1, (heads, grad.shape[1] // heads)).sum(dim=2)
+    size, many, *rest = grad.shape
+    return grad.reshape(size, heads, many // heads, *rest).sum(dim=2)

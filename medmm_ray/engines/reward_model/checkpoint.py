@@ -13,10 +13,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
+from medmm_ray.engines.reward_model import attention, families
+from medmm_ray.engines.reward_model.families import FamilyName
 from medmm_ray.engines.reward_model.fusion import Fusion, FusionConfig
 from medmm_ray.engines.reward_model.packing import Fit
+from medmm_ray.text import TAG
 
 if TYPE_CHECKING:
     from medmm_ray.engines.reward_model.model import RewardModel
@@ -25,7 +31,6 @@ CONFIG = "reward_model.json"
 FUSION = "fusion.safetensors"
 TOWER = "image_tower"
 FORMAT = 1
-FAMILY = "medprm"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -37,6 +42,7 @@ class CheckpointError(ValueError):
 class Saved:
     """What ``reward_model.json`` says."""
 
+    family: FamilyName
     ids: dict[str, int]
     max_length: int
     reserve: int
@@ -57,12 +63,60 @@ def read(path: str | Path) -> Saved | None:
     if not file.is_file():
         return None
     saved = json.loads(file.read_text())
-    if (saved["format"], saved["family"]) != (FORMAT, FAMILY):
+    if saved["format"] != FORMAT or saved["family"] not in families.NAMES:
         raise CheckpointError(
-            f"{file}: format {saved['format']}, family {saved['family']!r}; this version reads {FORMAT}, {FAMILY!r}"
+            f"{file}: format {saved['format']}, family {saved['family']!r}; this version reads format {FORMAT} and the "
+            f"families {', '.join(families.NAMES)}"
         )
     fusion = FusionConfig(**saved["fusion"]) if saved["fusion"] else None
-    return Saved(saved["ids"], saved["max_length"], saved["reserve"], saved["fit"], fusion)
+    return Saved(saved["family"], saved["ids"], saved["max_length"], saved["reserve"], saved["fit"], fusion)
+
+
+def read_text(path: str | Path, dtype: torch.dtype, family: FamilyName | None) -> tuple[Any, Any, FamilyName]:
+    """The text tower, its tokenizer and its family (detected where it is None), ready for shared-prefix reading."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a language model that can be read: {error}") from error
+    architectures = config.architectures or []
+    found = family or families.detect(architectures, tokenizer)
+    if found is None:
+        raise CheckpointError(
+            f"{path} fits no family of reward models: its architecture is {', '.join(architectures) or 'not stated'}"
+            f"{'' if tokenizer.chat_template else ', its tokenizer has no chat template'}. Looked for: a causal "
+            'language model with a chat template (medprm) or the token "ки" (math_shepherd), a ...ProcessRewardModel '
+            "(qwen_prm), a ...ForTokenClassification (token_classification)"
+        )
+    try:
+        model = _TEXT_MODELS[found].from_pretrained(path, dtype=dtype, attn_implementation=attention.NAME)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as a reward model of the family {found}: {error}") from error
+    if found == "medprm":
+        _add_tag(model, tokenizer)
+    return model, tokenizer, found
+
+
+_TEXT_MODELS: dict[FamilyName, Any] = {
+    "medprm": AutoModelForCausalLM,
+    "math_shepherd": AutoModelForCausalLM,
+    "qwen_prm": families.QwenProcessRewardModel,
+    "token_classification": AutoModelForTokenClassification,
+}
+
+
+def _add_tag(text_model: Any, tokenizer: Any) -> None:
+    """Make `TAG` one token, its embedding (and head row) the mean of the others."""
+    if len(tokenizer(TAG, add_special_tokens=False)["input_ids"]) == 1:
+        return
+    tokenizer.add_tokens([AddedToken(TAG, special=True, normalized=False)], special_tokens=True)
+    rows = text_model.get_input_embeddings().num_embeddings
+    if len(tokenizer) <= rows:
+        return
+    text_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        for part in (text_model.get_input_embeddings(), text_model.get_output_embeddings()):
+            part.weight[rows:] = part.weight[:rows].float().mean(dim=0).to(part.weight.dtype)
 
 
 def tower_folder(path: str | Path) -> Path:
@@ -92,8 +146,8 @@ def _describe(model: "RewardModel") -> dict[str, Any]:
     tower = model.image_tower
     return {
         "format": FORMAT,
-        "family": FAMILY,
-        "ids": {"tag": model.tag_id, "plus": model.plus_id, "minus": model.minus_id},
+        "family": model.family.name,
+        "ids": dict(model.family.ids),
         "max_length": model.max_length,
         "reserve": model.reserve,
         "fit": model.fit,

@@ -1,8 +1,8 @@
 """`RewardModel`: a text tower that reads steps, and an image part that is added to its log-odds.
 
-Enters: a question, its solutions, documents, images. Leaves: one `StepScores` a solution. The text tower is a causal
-language model in Med-PRM's format (arXiv 2506.11474): the logits of " +" and " -" at each step's " ки". Only those
-positions and those two rows of the head are computed, and the solutions of a question share one pass over what they
+Enters: a question, its solutions, documents, images. Leaves: one `StepScores` a solution. The text tower is a language
+model in one of the published formats (`families`), by default Med-PRM's (arXiv 2506.11474): the logits of " +" and " -"
+at each step's " ки". The head runs at those places alone, and the solutions of a question share one pass over what they
 have in common, so that the scores are those of reading each solution alone, without its cost.
 
 Needs torch and transformers; the image tower's library is loaded with the tower.
@@ -16,12 +16,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from tokenizers import AddedToken
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from medmm_ray.engines.reward_model import attention, checkpoint
+from medmm_ray.engines.reward_model import checkpoint, families
 from medmm_ray.engines.reward_model.checkpoint import CheckpointError
+from medmm_ray.engines.reward_model.families import FamilyName
 from medmm_ray.engines.reward_model.fusion import Fusion, FusionConfig, ImageFeatures
 from medmm_ray.engines.reward_model.packing import (
     MAX_LENGTH,
@@ -30,10 +29,8 @@ from medmm_ray.engines.reward_model.packing import (
     PackedQuestion,
     Packing,
     pack,
-    single_id,
 )
 from medmm_ray.engines.reward_model.reading import Piece, read_row, rows
-from medmm_ray.text import TAG
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,7 +39,6 @@ if TYPE_CHECKING:
 
     from medmm_ray.engines.image_tower import ImageTower
 
-PLUS, MINUS = " +", " -"
 TOKEN_BUDGET = 4096
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -119,15 +115,14 @@ class RewardModel(nn.Module):
         max_length: int = MAX_LENGTH,
         reserve: int = RESERVE,
         fit: Fit = "skip",
+        family: FamilyName = "medprm",
     ) -> None:
         super().__init__()
-        if not tokenizer.chat_template:
-            raise CheckpointError("the tokenizer has no chat template; a reward model's input is written with one")
         self.text_model, self.tokenizer = text_model, tokenizer
         self.image_tower, self.fusion = image_tower, fusion
         self.max_length, self.reserve, self.fit = max_length, reserve, fit
         try:
-            self.tag_id, self.plus_id, self.minus_id = (single_id(tokenizer, t) for t in (TAG, PLUS, MINUS))
+            self.family = families.make(family, tokenizer)
         except ValueError as error:
             raise CheckpointError(str(error)) from None
         rows = text_model.get_input_embeddings().num_embeddings
@@ -141,19 +136,33 @@ class RewardModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: "str | Path", dtype: str = "float32", device: str | torch.device = "cpu"
+        cls,
+        path: "str | Path",
+        dtype: str = "float32",
+        device: str | torch.device = "cpu",
+        family: FamilyName | None = None,
     ) -> "RewardModel":
-        """Read a folder of `save_pretrained`, or a plain causal language model (folder or hub id) as text-only.
+        """Read a folder of `save_pretrained`, or a published checkpoint (folder or hub id) as text-only.
 
-        Raises `CheckpointError` where `path` is neither.
+        `family` is detected from the checkpoint where it is not given (`families.detect`). A causal language model with
+        a chat template is read as Med-PRM's: where its tokenizer has no single " ки", one is added as Med-PRM does, its
+        row the mean of all others, so that the same checkpoint gives the same model.
+
+        Raises `CheckpointError` where `path` is none of these.
         """
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
         saved = checkpoint.read(path)
+        text_model, tokenizer, found = checkpoint.read_text(
+            path, DTYPES[dtype], family or (saved.family if saved else None)
+        )
         if saved is None:
-            return cls.from_text_model(path, dtype, device)
-        model = cls._read_text(path, dtype, saved.max_length, saved.reserve, saved.fit)
-        ids = {"tag": model.tag_id, "plus": model.plus_id, "minus": model.minus_id}
-        if ids != saved.ids:
-            raise CheckpointError(f"{path}: its tokenizer gives the ids {ids}, its {checkpoint.CONFIG} has {saved.ids}")
+            return cls(text_model, tokenizer, family=found).to(device).eval()
+        model = cls(text_model, tokenizer, None, None, saved.max_length, saved.reserve, saved.fit, found)
+        if dict(model.family.ids) != saved.ids:
+            raise CheckpointError(
+                f"{path}: its tokenizer gives the ids {dict(model.family.ids)}, its {checkpoint.CONFIG} has {saved.ids}"
+            )
         if saved.fusion is not None:
             from medmm_ray.engines.image_tower import ImageTower
 
@@ -162,35 +171,13 @@ class RewardModel(nn.Module):
             checkpoint.load_fusion(path, model.fusion)
         return model.to(device).eval()
 
-    @classmethod
-    def from_text_model(
-        cls, path: "str | Path", dtype: str = "float32", device: str | torch.device = "cpu"
-    ) -> "RewardModel":
-        """Wrap a causal language model; where its tokenizer has no single " ки" token, one is added, as Med-PRM does.
-
-        The new token starts as the mean of all others, so that the same checkpoint gives the same model.
-        """
-        return cls._read_text(path, dtype).to(device).eval()
-
-    @classmethod
-    def _read_text(
-        cls, path: "str | Path", dtype: str, max_length: int = MAX_LENGTH, reserve: int = RESERVE, fit: Fit = "skip"
-    ) -> "RewardModel":
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
-        checkpoint.check_path(path)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
-            text_model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=DTYPES[dtype], attn_implementation=attention.NAME
-            )
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is not a causal language model that can be read: {error}") from error
-        _add_tag(text_model, tokenizer)
-        return cls(text_model, tokenizer, max_length=max_length, reserve=reserve, fit=fit)
-
     def add_image_tower(self, tower_path: "str | Path", fusion_config: FusionConfig | None = None) -> None:
         """Give a text-only model an image part; it changes no score until it is trained."""
+        if not self.family.additive:
+            raise CheckpointError(
+                f"a reward model of the family {self.family.name} takes no image part: its log-odds are not linear in "
+                "the state; start from one of the family medprm"
+            )
         from medmm_ray.engines.image_tower import ImageTower
 
         self.image_tower = ImageTower.from_pretrained(str(tower_path)).to(self.device)
@@ -213,8 +200,10 @@ class RewardModel(nn.Module):
 
     @property
     def context(self) -> int:
-        """The longest sequence that the text tower can read, in tokens."""
-        return int(self.text_model.config.max_position_embeddings)
+        """The longest sequence that the text tower can read, in tokens: within it a sliding window hides nothing."""
+        config = self.text_model.config
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        return int(min(config.max_position_embeddings, window or config.max_position_embeddings))
 
     # Reading text
 
@@ -227,7 +216,7 @@ class RewardModel(nn.Module):
     ) -> Packing:
         """`packing.pack` with this model's tokenizer and lengths."""
         return pack(
-            self.tokenizer, question, solutions, documents,
+            self.family, question, solutions, documents,
             self.max_length, self.reserve, self.context, self.fit, training,
         )  # fmt: skip
 
@@ -244,9 +233,8 @@ class RewardModel(nn.Module):
         return read_row(self.text_model, [Piece(None, packed, packed.branches, has_prefix=True)], self.device)
 
     def head_log_odds(self, states_TD: Tensor) -> Tensor:
-        """logit(" +") − logit(" -") [T, fp32]: linear, so that of a sum of states it is the sum of theirs."""
-        head_VD: Tensor = self.text_model.get_output_embeddings().weight
-        return states_TD.float() @ (head_VD[self.plus_id].float() - head_VD[self.minus_id].float())
+        """Log-odds of right against wrong [T, fp32]; where the family is additive, of a sum of states their sum."""
+        return self.family.log_odds(self.text_model, states_TD)
 
     def text_states(
         self,
@@ -386,20 +374,6 @@ class RewardModel(nn.Module):
             StepScores(error=s.error) if s.error else StepScores(t, i, num_documents=s.num_documents)
             for s, t, i in zip(states, text, image, strict=True)
         ]
-
-
-def _add_tag(text_model: Any, tokenizer: Any) -> None:
-    """Make `TAG` one token, its embedding (and head row) the mean of the others."""
-    if len(tokenizer(TAG, add_special_tokens=False)["input_ids"]) == 1:
-        return
-    tokenizer.add_tokens([AddedToken(TAG, special=True, normalized=False)], special_tokens=True)
-    rows = text_model.get_input_embeddings().num_embeddings
-    if len(tokenizer) <= rows:
-        return
-    text_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    with torch.no_grad():
-        for part in (text_model.get_input_embeddings(), text_model.get_output_embeddings()):
-            part.weight[rows:] = part.weight[:rows].float().mean(dim=0).to(part.weight.dtype)
 
 
 class _Reading:

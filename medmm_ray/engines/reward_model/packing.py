@@ -1,12 +1,9 @@
 """Exact shared-prefix packing: many solutions of one question as one prefix and its branches.
 
 Enters: a question (its options in the text), solutions as lists of steps (or raw text), documents in rank order, and
-the tokenizer. Leaves: a `Packing`, of `PackedQuestion` groups. Every full sequence is tokenised as the reference does
-it (Med-PRM: chat template to text, then tokenised with special tokens), so its ids are exactly ``prefix_ids +
-branch.ids``; later tokens than the last tag are cut, as they cannot influence a causal score.
-
-Tags are found by token id and by their count in the text: one in the question, in a document, or inside a step ends no
-step.
+the family whose format they are written in. Leaves: a `Packing`, of `PackedQuestion` groups. Every full sequence is
+tokenised as the family's own code does it, so its ids are exactly ``prefix_ids + branch.ids``; later tokens than the
+last tag are cut, as they cannot influence a causal score. A tag is the place at which a step is read.
 
 Legend: T tags of all branches.
 """
@@ -15,14 +12,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from medmm_ray.prompts import prm_messages
-from medmm_ray.text import TAG, split_steps, tag_steps
+from medmm_ray.text import TAG, split_steps
+
+if TYPE_CHECKING:
+    from medmm_ray.engines.reward_model.families import Family
 
 Fit = Literal["skip", "break"]
 MAX_LENGTH = 4096  # tokens; Med-PRM's
 RESERVE = 1024  # tokens kept free of documents, for system prompt, question and solution; Med-PRM's
+
+
+Read = tuple[str, list[str]]  # a solution: what stands before its first step, and the steps
+
+
+@dataclass(frozen=True)
+class FullSequence:
+    """One solution written out up to the token at which its last step is read.
+
+    `tags` are the places at which its steps are read; `start` is where its own text starts.
+    """
+
+    solution: int
+    ids: list[int]
+    tags: list[int]
+    start: int
 
 
 @dataclass(frozen=True)
@@ -115,7 +130,7 @@ def choose_documents(
     return kept
 
 
-def read_solution(solution: str | Sequence[str]) -> tuple[str, list[str]]:
+def read_solution(solution: str | Sequence[str]) -> Read:
     """A solution as (preamble, steps): raw text is split at its "Step i:" marks, tags that it has already are taken
     off; a list is taken as it is."""
     if not isinstance(solution, str):
@@ -125,7 +140,7 @@ def read_solution(solution: str | Sequence[str]) -> tuple[str, list[str]]:
 
 
 def pack(
-    tokenizer: Any,
+    family: "Family",
     question: str,
     solutions: Sequence[str | Sequence[str]],
     documents: Sequence[str] = (),
@@ -141,17 +156,17 @@ def pack(
     no other solution is touched, and one that does not fit without any gets an error.
 
     Args:
-        tokenizer: a fast tokenizer with a chat template in which `TAG` is one token.
+        family: how solutions are written and read.
         question: with its options, as `text.question_with_options` writes it.
         solutions: each a list of steps, or raw text.
         max_length, reserve, fit: the documents' budget, see `choose_documents`.
         context: tokens a full sequence may have (default `max_length`).
         training: the reference's training prompt, which differs by a space.
     """
-    kept = choose_documents(tokenizer, documents, max_length, reserve, fit)
+    kept = choose_documents(family.tokenizer, documents, max_length, reserve, fit)
     limit = context or max_length
     errors: list[str | None] = [None] * len(solutions)
-    read: dict[int, tuple[str, list[str]]] = {}
+    read: dict[int, Read] = {}
     for i, solution in enumerate(solutions):
         preamble, steps = read_solution(solution)
         if any(step.strip() for step in steps):
@@ -162,7 +177,7 @@ def pack(
     for number in range(len(kept), -1, -1):
         if not read:
             break
-        sequences, faults = _sequences(tokenizer, question, read, kept[:number], training)
+        sequences, faults = family.sequences(question, read, kept[:number], training)
         fitting = [s for s in sequences if len(s.ids) <= limit]
         if fitting:
             groups.append(_share(fitting, number))
@@ -175,48 +190,9 @@ def pack(
     return Packing(groups, errors)
 
 
-@dataclass(frozen=True)
-class _Sequence:
-    """A solution's full sequence up to its last tag; `tags` and `start` counted from its start."""
-
-    solution: int
-    ids: list[int]
-    tags: list[int]
-    start: int
-
-
-def _sequences(
-    tokenizer: Any,
-    question: str,
-    read: dict[int, tuple[str, list[str]]],
-    documents: Sequence[str],
-    training: bool,
-) -> tuple[list[_Sequence], dict[int, str]]:
-    """Full sequences of solutions given as (preamble, steps), and the errors of those whose tags cannot be told."""
-    tag_id = single_id(tokenizer, TAG)
-    tagged = [tag_steps(steps, preamble, TAG) for preamble, steps in read.values()]
-    texts = [_render(tokenizer, question, t, documents, training) for t in tagged]
-    cuts = [text.rfind(t) for text, t in zip(texts, tagged, strict=True)]
-    if min(cuts) < 0:
-        raise ValueError("the tokenizer's chat template alters the solution's text; expected it to be kept as it is")
-    head_ids = _tokenise(tokenizer, [texts[0][: cuts[0]]])[0]
-    sequences: list[_Sequence] = []
-    faults: dict[int, str] = {}
-    for i, text, own, ids in zip(read, texts, tagged, _tokenise(tokenizer, texts), strict=True):
-        at = [p for p, token in enumerate(ids) if token == tag_id]
-        if len(at) != text.count(TAG):
-            faults[i] = f"tags: {len(at)} tag tokens for {text.count(TAG)} tags in the text; expected as many"
-            continue
-        at = at[len(at) - own.count(TAG) :]
-        preamble, steps = read[i]
-        tags = [at[tag_steps(steps[:n], preamble, TAG).count(TAG) - 1] for n in range(1, len(steps) + 1)]
-        sequences.append(_Sequence(i, ids[: tags[-1] + 1], tags, _common([head_ids, ids])))
-    return sequences, faults
-
-
-def _share(sequences: Sequence[_Sequence], num_documents: int) -> PackedQuestion:
+def _share(sequences: Sequence[FullSequence], num_documents: int) -> PackedQuestion:
     """The longest common beginning as prefix, the rest as branches; every tag belongs to a branch."""
-    prefix = min(_common([s.ids for s in sequences]), *(s.tags[0] for s in sequences))
+    prefix = min(common([s.ids for s in sequences]), *(s.tags[0] for s in sequences))
     branches = [Branch(s.solution, s.ids[prefix:], [t - prefix for t in s.tags], s.start) for s in sequences]
     return PackedQuestion(sequences[0].ids[:prefix], branches, num_documents)
 
@@ -229,17 +205,7 @@ def single_id(tokenizer: Any, text: str) -> int:
     return int(ids[0])
 
 
-def _render(tokenizer: Any, question: str, tagged: str, documents: Sequence[str], training: bool) -> str:
-    messages = prm_messages(question, tagged, documents, training=training)
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
-
-def _tokenise(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    rows: list[list[int]] = tokenizer(texts, add_special_tokens=True)["input_ids"]
-    return rows
-
-
-def _common(rows: Sequence[list[int]]) -> int:
-    """Length of the longest common prefix."""
+def common(rows: Sequence[list[int]]) -> int:
+    """Length of the longest common beginning."""
     low, high = min(rows), max(rows)  # the first and last in order differ the earliest
     return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))

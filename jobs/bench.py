@@ -1,0 +1,75 @@
+"""Measurements against a baseline in the same run: ``python -m jobs.bench scoring [name=value] [json=PATH]``.
+
+Each prints a table and, with ``json=PATH``, writes rows of {name, baseline, ours, ratio, target, unit}.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from rich.console import Console
+from rich.table import Table as Grid
+
+from jobs.benches import Measured
+from jobs.step import guarded
+from medmm_ray.config import Config, ConfigError, help_text, load
+
+BENCHES = ("scoring",)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if words is None else words)
+    return guarded(lambda: _main(given))
+
+
+def _main(words: list[str]) -> int:
+    if not words or words[0] not in BENCHES:
+        print(__doc__)
+        print("\n".join(f"  {name:<10} {str(_module(name).__doc__).splitlines()[0]}" for name in BENCHES))
+        if not words or words[0] in ("-h", "--help"):
+            return 0
+        raise ConfigError(f"there is no benchmark {words[0]!r}; expected one of {', '.join(BENCHES)}")
+    bench = _module(words[0])
+    config_type: type[Config] = bench.BenchConfig
+    if {"-h", "--help"} & set(words):
+        print(help_text(config_type, f"python -m jobs.bench {words[0]} name=value ... json=PATH"))
+        return 0
+    paths = [word.removeprefix("json=") for word in words[1:] if word.startswith("json=")]
+    config = load(config_type, None, [word for word in words[1:] if not word.startswith("json=")])
+    logging.basicConfig(level=logging.WARNING)
+    console = Console()
+    rows: list[Measured] = []
+    for row in bench.measure(config, console):
+        rows.append(row)
+        console.print(f"[dim]{row.name}: {row.ratio:.3g} ({row.target})[/dim]")
+    console.print(table(rows))
+    for path in paths:
+        Path(path).write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    return 0
+
+
+def _module(name: str) -> ModuleType:
+    return import_module(f"jobs.benches.{name}")
+
+
+def table(rows: Sequence[Measured]) -> Grid:
+    """The rows as a table for a screen; a missed target is red."""
+    grid = Grid("measured", "", box=None, pad_edge=False, header_style="bold")
+    for column in ("baseline", "ours", "ratio", "target"):
+        grid.add_column(column, justify="right")
+    for row in rows:
+        style = {True: "green", False: "bold red", None: ""}[row.met]
+        grid.add_row(
+            row.name, f"[dim]{row.unit}[/dim]", f"{row.baseline:.4g}", f"{row.ours:.4g}",
+            f"[{style}]{row.ratio:.3g}[/]" if style else f"{row.ratio:.3g}", row.target,
+        )  # fmt: skip
+    return grid
+
+
+if __name__ == "__main__":
+    sys.exit(main())

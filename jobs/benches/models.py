@@ -1,0 +1,181 @@
+"""Reward models with random weights, texts of exact lengths, and what both cost: shared by the benchmarks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from medmm_ray.config import Config
+from medmm_ray.text import TAG
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from medmm_ray.engines.reward_model import RewardModel
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end>{% endfor %}"
+
+
+class Shape(Config):
+    """A Llama with random weights."""
+
+    hidden_size: int = 576
+    """Width."""
+    num_layers: int = 8
+    """Blocks."""
+    num_heads: int = 9
+    """Attention heads."""
+    num_key_value_heads: int = 3
+    """Heads of keys and values."""
+    intermediate_size: int = 1536
+    """Width inside the MLP."""
+    vocab_size: int = 49152
+    """Entries of the vocabulary."""
+
+
+SHAPES = {
+    "smollm2": Shape(),
+    "wide": Shape(hidden_size=1536, num_layers=2, num_heads=12, num_key_value_heads=4, intermediate_size=4096,
+                  vocab_size=32000),
+    "8b": Shape(hidden_size=4096, num_layers=32, num_heads=32, num_key_value_heads=8, intermediate_size=14336,
+                vocab_size=128256),
+}  # fmt: skip
+
+
+def tokenizer(vocab_size: int) -> "PreTrainedTokenizerFast":
+    """One token a word: ``w0 w1 ...``, so that a text of n words has n tokens."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "+", "-", "<end>", "<system>", "<user>", "Step", *(f"{i}:" for i in range(1, 100))]
+    vocabulary = {word: i for i, word in enumerate([*words, *(f"w{i}" for i in range(vocab_size - 1 - len(words)))])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>")  # type: ignore[no-untyped-call] # noqa: S106
+    fast.chat_template = TEMPLATE
+    fast.add_tokens([AddedToken(TAG, special=True, normalized=False)], special_tokens=True)
+    return fast
+
+
+def reward_model(shape: Shape, dtype: str, device: str, context: int) -> "RewardModel":
+    """The same shape always has the same weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from medmm_ray.engines.reward_model import RewardModel
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads, num_key_value_heads=shape.num_key_value_heads,
+        intermediate_size=shape.intermediate_size, max_position_embeddings=context, tie_word_embeddings=False,
+    )  # fmt: skip
+    config._attn_implementation = "shared_prefix"
+    with torch.device(device):
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(getattr(torch, dtype))
+        try:
+            model = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+        finally:
+            torch.set_default_dtype(default)
+    return RewardModel(model, tokenizer(shape.vocab_size), max_length=context).eval()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question with its documents and solutions (lists of steps)."""
+
+    question: str
+    documents: list[str]
+    solutions: list[list[str]]
+
+
+def case(vocab_size: int, question: int, documents: int, solutions: int, tokens: int, seed: int = 0) -> Case:
+    """`documents` tokens of documents in pieces of up to 256; solutions of about `tokens` tokens in 6 to 8 steps."""
+    rng = Random(seed)
+
+    def words(number: int) -> str:
+        return " ".join(f"w{rng.randrange(vocab_size - 200)}" for _ in range(number))
+
+    pieces = [256] * (documents // 256) + ([documents % 256] if documents % 256 else [])
+    made = []
+    for _ in range(solutions):
+        steps, length = rng.randint(6, 8), round(tokens * rng.uniform(0.8, 1.2))
+        made.append([words(length // steps - 3) for _ in range(steps)])
+    return Case(words(question), [words(n) for n in pieces], made)
+
+
+def reference_ids(model: "RewardModel", asked: Case) -> list[list[int]]:
+    """The full sequence of each solution, as the reference tokenises it (up to the end of the chat template)."""
+    from medmm_ray.prompts import prm_messages
+    from medmm_ray.text import tag_steps
+
+    texts = [
+        model.tokenizer.apply_chat_template(
+            prm_messages(asked.question, tag_steps(steps), asked.documents), tokenize=False, add_generation_prompt=True
+        )
+        for steps in asked.solutions
+    ]
+    ids: list[list[int]] = model.tokenizer(texts, add_special_tokens=True)["input_ids"]
+    return ids
+
+
+@dataclass
+class Flops:
+    """Floating-point operations of a forward pass: linear layers, attention pairs, head."""
+
+    shape: Shape
+
+    def linear(self, tokens: int) -> float:
+        s = self.shape
+        head = s.hidden_size // s.num_heads
+        attention = s.hidden_size * (2 * s.hidden_size + 2 * s.num_key_value_heads * head)
+        return 2.0 * tokens * s.num_layers * (attention + 3 * s.hidden_size * s.intermediate_size)
+
+    def pairs(self, pairs: float) -> float:
+        """Query-key pairs: a product of keys and one of values each."""
+        return 4.0 * pairs * self.shape.num_layers * self.shape.hidden_size
+
+    def head(self, rows: int, entries: int) -> float:
+        return 2.0 * rows * entries * self.shape.hidden_size
+
+    def one_by_one(self, lengths: Sequence[int], rows: int | None = None) -> float:
+        """Each sequence alone, the whole vocabulary at every token (or at `rows` tokens in all)."""
+        pairs = sum(n * (n + 1) / 2 for n in lengths)
+        return (
+            self.linear(sum(lengths))
+            + self.pairs(pairs)
+            + self.head(sum(lengths) if rows is None else rows, self.shape.vocab_size)
+        )
+
+    def shared(self, prefix: int, branches: Sequence[int], tags: int) -> float:
+        """One prefix, branches, two rows of the head at the tags."""
+        pairs = prefix * (prefix + 1) / 2 + sum(n * prefix + n * (n + 1) / 2 for n in branches)
+        return self.linear(prefix + sum(branches)) + self.pairs(pairs) + self.head(tags, 2)
+
+
+def packed_flops(flops: Flops, model: "RewardModel", asked: Case) -> float:
+    """What our way costs."""
+    return sum(
+        flops.shared(len(g.prefix_ids), [len(b.ids) for b in g.branches], len(g.tag_steps))
+        for g in model.pack(asked.question, asked.solutions, asked.documents).groups
+    )
+
+
+def synchronise(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def describe(device: str, threads: int, dtype: str) -> str:
+    from transformers import __version__
+
+    place = torch.cuda.get_device_name() if device != "cpu" else f"CPU, {threads} threads"
+    return f"{place}, {dtype}, torch {torch.__version__}, transformers {__version__}"
+
+
+def no_grad_logits(model: Any, ids: Sequence[int], device: str) -> torch.Tensor:
+    with torch.inference_mode():
+        logits: torch.Tensor = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits
+    return logits

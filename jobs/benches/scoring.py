@@ -1,0 +1,168 @@
+"""Scoring N solutions of a question: shared prefix against the reference's one by one, a padded batch, and vLLM.
+
+The reference: one solution a forward pass, logits of the whole vocabulary, softmax over " +" and " -" at each tag. It
+is timed on a few solutions and scaled, as they do not depend on each other.
+"""
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import psutil
+import torch
+from rich.console import Console
+
+from jobs.benches import Measured
+from jobs.benches.models import (
+    SHAPES,
+    Case,
+    Flops,
+    Shape,
+    case,
+    describe,
+    no_grad_logits,
+    packed_flops,
+    reference_ids,
+    reward_model,
+    synchronise,
+)
+from medmm_ray.config import Config
+
+if TYPE_CHECKING:
+    from medmm_ray.engines.reward_model import RewardModel
+
+
+class BenchConfig(Config):
+    """What is scored, and how often."""
+
+    shapes: tuple[Literal["smollm2", "wide", "8b"], ...] = ("smollm2", "wide")
+    """Models with random weights: SmolLM2's width and vocabulary in 8 blocks, one of width 1,536, Llama-3.1-8B's."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format on both sides."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    threads: int = 2
+    """Torch threads on both sides."""
+    repeats: int = 3
+    """Ours is the median of so many runs."""
+    reference_solutions: int = 4
+    """Solutions on which the reference is timed."""
+    question: int = 185
+    """Tokens of the question."""
+    solution: int = 350
+    """Mean tokens of a solution."""
+    token_budget: int = 4096
+    """Most tokens of a forward pass of ours."""
+    cells: tuple[tuple[int, int], ...] = ((64, 3072), (16, 3072), (8, 3072), (64, 1024), (64, 0))
+    """Pairs of solutions and tokens of documents."""
+
+
+def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
+    torch.set_num_threads(config.threads)
+    console.print(describe(config.device, config.threads, config.dtype))
+    for name in config.shapes:
+        shape = SHAPES[name]
+        model = reward_model(shape, config.dtype, config.device, context=8192)
+        for solutions, documents in config.cells:
+            asked = case(shape.vocab_size, config.question, documents, solutions, config.solution)
+            yield from _cell(f"{name}, N = {solutions}, documents {documents:,}", model, shape, asked, config)
+        del model
+
+
+def _cell(name: str, model: "RewardModel", shape: Shape, asked: Case, config: BenchConfig) -> Iterator[Measured]:
+    flops = Flops(shape)
+    ids = reference_ids(model, asked)
+    ideal = flops.one_by_one([len(i) for i in ids]) / packed_flops(flops, model, asked)
+
+    def ours() -> list[list[float]]:
+        scores = model.score(asked.question, asked.solutions, asked.documents, token_budget=config.token_budget)
+        return [s.log_odds for s in scores]
+
+    def reference() -> list[list[float]]:
+        return [reference_log_odds(model, i, config.device) for i in ids[: config.reference_solutions]]
+
+    ours(), reference_log_odds(model, ids[0], config.device)  # warm
+    seconds, found = _timed(ours, config.repeats, config.device)
+    alone, expected = _timed(reference, 1, config.device)
+    apart = max(abs(a - b) for f, e in zip(found, expected, strict=False) for a, b in zip(f, e, strict=True))
+    if apart > (1e-3 if config.dtype == "float32" else 0.5):
+        raise AssertionError(f"{name}: our log-odds differ from the reference's by {apart}")
+    theirs = len(ids) / (alone / min(len(ids), config.reference_solutions) * len(ids))
+    mine = len(ids) / seconds
+    yield Measured(f"scoring, {name}", theirs, mine, mine / theirs, _target(ideal, asked), "solutions/s")
+    yield Measured(f"share of the FLOP ideal of {ideal:.1f}, {name}", ideal, mine / theirs, mine / theirs / ideal,
+                   "≥ 0.8", "times the reference")  # fmt: skip
+    if len(ids) == 64:
+        padded, _ = _timed(lambda: padded_batch(model, ids[:8], config.device), 1, config.device)
+        yield Measured(f"against a padded batch of 8, {name}", 8 / padded, mine, mine / (8 / padded), "", "solutions/s")
+        peak = (
+            _peak(ours, config.device),
+            _peak(lambda: reference_log_odds(model, ids[0], config.device), config.device),
+        )
+        yield Measured(f"peak memory above the weights, {name}", peak[1] / 2**20, peak[0] / 2**20, peak[0] / peak[1],
+                       "≤ 0.5", "MiB")  # fmt: skip
+    if config.device != "cpu":
+        rate = packed_flops(flops, model, asked) / seconds / 1e12
+        yield Measured(f"model TFLOP/s of ours, {name}", 0.0, rate, rate, "", "TFLOP/s")
+
+
+def _target(ideal: float, asked: Case) -> str:
+    if not asked.documents:
+        return "≥ 1.7"
+    return f"≥ {0.8 * ideal:.2f}"
+
+
+def reference_log_odds(model: "RewardModel", ids: Sequence[int], device: str) -> list[float]:
+    """The reference's procedure for one solution, its two logits as log-odds."""
+    logits_LV = no_grad_logits(model.text_model, ids, device)[0]
+    at = torch.tensor([i for i, token in enumerate(ids) if token == model.family.ids["tag"]], device=device)
+    pair_T2 = logits_LV[at][:, [model.family.ids["plus"], model.family.ids["minus"]]].float()
+    log_odds: list[float] = (pair_T2[:, 0] - pair_T2[:, 1]).tolist()
+    return log_odds
+
+
+def padded_batch(model: "RewardModel", rows: Sequence[Sequence[int]], device: str) -> None:
+    """A padded batch of whole sequences, the head at the tags alone."""
+    longest = max(len(row) for row in rows)
+    ids_BL = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
+    with torch.inference_mode():
+        states_BLD = model.text_model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
+        model.head_log_odds(states_BLD[ids_BL == model.family.ids["tag"]]).tolist()
+
+
+def _timed(do: Callable[[], object], repeats: int, device: str) -> tuple[float, "list[list[float]]"]:
+    seconds, result = [], None
+    for _ in range(repeats):
+        synchronise(device)
+        started = time.perf_counter()
+        result = do()
+        synchronise(device)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds), result  # type: ignore[return-value]
+
+
+def _peak(do: Callable[[], object], device: str) -> float:
+    """Bytes above what is held before; on CPU the process's memory, looked at every 5 ms."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        do()
+        return float(torch.cuda.max_memory_allocated() - before)
+    process, done = psutil.Process(), threading.Event()
+    before = most = process.memory_info().rss
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.005):
+            most = max(most, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        do()
+    finally:
+        done.set()
+        watcher.join()
+    return float(max(most - before, 1))

@@ -1,0 +1,162 @@
+"""Each published format: tiny checkpoints of random weights, compared with that family's own procedure written out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForTokenClassification,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from medmm_ray.engines.reward_model import CheckpointError, RewardModel
+from medmm_ray.engines.reward_model.families import NAMES, QwenProcessRewardModel
+from tests import tiny_reward_model as tiny
+
+QUESTION = "Which lung shows the effusion? (A) left (B) right"
+DOCUMENTS = ["a blunted costophrenic angle shows an effusion"]
+SOLUTIONS = [
+    ["the left angle is blunted", "therefore the answer is (A)"],
+    ["the left angle is blunted", "no finding", "the answer is (B)"],
+    ["normal"],
+]
+SHAPE: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 1024, "initializer_range": 0.2,
+}  # fmt: skip
+
+
+def tokenizer(*added: str, template: bool = True) -> PreTrainedTokenizerFast:
+    tok = tiny.tokenizer(tag=False)
+    tok.add_tokens(list(added), special_tokens=True)
+    if not template:
+        tok.chat_template = None
+    return tok
+
+
+def save(folder: Path, model: Any, tok: PreTrainedTokenizerFast) -> Path:
+    model.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    return folder
+
+
+def math_shepherd(folder: Path) -> Path:
+    tok = tokenizer("ки", template=False)
+    torch.manual_seed(0)
+    return save(folder, LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), **SHAPE)), tok)  # type: ignore[no-untyped-call]
+
+
+def qwen_prm(folder: Path) -> Path:
+    tok = tokenizer("<extra_0>")
+    torch.manual_seed(0)
+    config = Qwen2Config(vocab_size=len(tok) + 8, architectures=["Qwen2ForProcessRewardModel"], **SHAPE)
+    save(folder, QwenProcessRewardModel(config), tok)
+    text = (folder / "config.json").read_text().replace("QwenProcessRewardModel", "Qwen2ForProcessRewardModel")
+    (folder / "config.json").write_text(text)  # as the published checkpoint, whose class is remote code
+    return folder
+
+
+def token_classification(folder: Path) -> Path:
+    tok = tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tok), id2label={0: "-", 1: "+"}, **SHAPE)
+    return save(folder, LlamaForTokenClassification(config), tok)  # type: ignore[no-untyped-call]
+
+
+# Each family's own procedure, one solution at a time: probabilities of its steps.
+
+
+def ids_of(tok: PreTrainedTokenizerFast, text: str, special: bool = False) -> list[int]:
+    ids: list[int] = tok(text, add_special_tokens=special)["input_ids"]
+    return ids
+
+
+@torch.no_grad()
+def math_shepherd_probs(model: Any, tok: PreTrainedTokenizerFast, steps: Sequence[str], head: str) -> list[float]:
+    text = f"{head}{QUESTION} " + "\n".join(f"Step {i}: {s} ки" for i, s in enumerate(steps, 1))
+    ids = ids_of(tok, text, special=True)
+    plus, minus, tag = (ids_of(tok, sign)[-1] for sign in ("+", "-", "ки"))
+    probs = model(torch.tensor([ids])).logits[0][:, [plus, minus]].softmax(dim=-1)[:, 0]
+    return [float(probs[i]) for i, token in enumerate(ids) if token == tag]
+
+
+@torch.no_grad()
+def qwen_probs(model: Any, tok: PreTrainedTokenizerFast, steps: Sequence[str], head: str) -> list[float]:
+    messages = [
+        {"role": "system", "content": "Please reason step by step, and put your final answer within \\boxed{}."},
+        {"role": "user", "content": head + QUESTION},
+        {"role": "assistant", "content": "<extra_0>".join(steps) + "<extra_0>"},
+    ]
+    text = str(tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
+    ids = ids_of(tok, text, special=True)
+    states = model.model(torch.tensor([ids])).last_hidden_state[0]
+    probs = model.score(states).softmax(dim=-1)[:, 1]
+    return [float(probs[i]) for i, token in enumerate(ids) if token == ids_of(tok, "<extra_0>")[0]]
+
+
+@torch.no_grad()
+def token_probs(model: Any, tok: PreTrainedTokenizerFast, steps: Sequence[str], head: str) -> list[float]:
+    ids, ends = [int(tok.bos_token_id), *ids_of(tok, head + QUESTION)], []
+    for step in steps:
+        ids += ids_of(tok, step) + ids_of(tok, "\n")
+        ends.append(len(ids) - 1)
+    probs = model(torch.tensor([ids])).logits[0].softmax(dim=-1)[:, 1]
+    return [float(probs[end]) for end in ends]
+
+
+CASES = {
+    "math_shepherd": (math_shepherd, LlamaForCausalLM, math_shepherd_probs),
+    "qwen_prm": (qwen_prm, QwenProcessRewardModel, qwen_probs),
+    "token_classification": (token_classification, LlamaForTokenClassification, token_probs),
+}
+
+
+@pytest.mark.parametrize("documents", [[], DOCUMENTS])
+@pytest.mark.parametrize("name", CASES)
+def test_scores_are_those_of_the_familys_own_procedure(name: str, documents: list[str], tmp_path: Path) -> None:
+    make, plain_class, procedure = CASES[name]
+    folder = make(tmp_path / "made")
+    ours = RewardModel.from_pretrained(folder)
+    assert ours.family.name == name
+    plain: Any = plain_class.from_pretrained(folder).eval()  # type: ignore[no-untyped-call]
+    head = "".join(f"Document {i}: {text}\n\n" for i, text in enumerate(documents, 1))
+    for steps, scores in zip(SOLUTIONS, ours.score(QUESTION, SOLUTIONS, documents), strict=True):
+        assert scores.plus_probs == pytest.approx(procedure(plain, ours.tokenizer, steps, head), abs=1e-5)
+    assert len({round(p, 4) for p in ours.score(QUESTION, SOLUTIONS)[1].plus_probs}) > 1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_saved_comes_back(name: str, tmp_path: Path) -> None:
+    ours = RewardModel.from_pretrained(CASES[name][0](tmp_path / "made"))
+    ours.save_pretrained(tmp_path / "saved")
+    back = RewardModel.from_pretrained(tmp_path / "saved")
+    assert back.family.name == name
+    assert back.score(QUESTION, SOLUTIONS) == ours.score(QUESTION, SOLUTIONS)
+
+
+def test_the_family_can_be_said_and_must_fit(tmp_path: Path) -> None:
+    folder = tiny.save(tmp_path / "medprm")
+    assert RewardModel.from_pretrained(folder, family="medprm").family.name == "medprm"
+    with pytest.raises(CheckpointError, match="'<extra_0>' as"):
+        RewardModel.from_pretrained(folder, family="qwen_prm")
+
+
+def test_a_checkpoint_that_fits_no_family_says_what_was_looked_for(tmp_path: Path) -> None:
+    tok = tokenizer(template=False)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), **SHAPE))  # type: ignore[no-untyped-call]
+    folder = save(tmp_path, model, tok)
+    with pytest.raises(CheckpointError, match="fits no family") as caught:
+        RewardModel.from_pretrained(folder)
+    assert all(name in str(caught.value) for name in NAMES)
+    assert "has no chat template" in str(caught.value)
+
+
+def test_an_image_part_needs_log_odds_that_add_up(tmp_path: Path) -> None:
+    ours = RewardModel.from_pretrained(qwen_prm(tmp_path / "made"))
+    with pytest.raises(CheckpointError, match="family qwen_prm takes no image part"):
+        ours.add_image_tower("nowhere")

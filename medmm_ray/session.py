@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import psutil
@@ -66,6 +66,8 @@ def session(quiet: bool = True) -> Iterator[None]:
             log_to_driver=not quiet,
             logging_level=logging.WARNING,
         )
+    if quiet:
+        _hush()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = not quiet
     context.print_on_execution_start = False
@@ -101,6 +103,19 @@ def _end(processes: "Sequence[psutil.Process]") -> None:
     for process in left:
         with suppress(psutil.NoSuchProcess):
             process.kill()
+
+
+def _hush() -> None:
+    """Keep off the screen that an actor "was killed by ray.kill": at the end of Serve and of training that is meant."""
+    from ray._private import worker
+
+    shown = worker.print_to_stdstream
+
+    def show(data: dict[str, Any], **more: Any) -> None:
+        if not any("killed by `ray.kill`" in line for line in data["lines"]):
+            shown(data, **more)
+
+    worker.print_to_stdstream = show
 
 
 @contextmanager

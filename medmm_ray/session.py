@@ -115,7 +115,7 @@ def _hush() -> None:
         if not any("killed by `ray.kill`" in line for line in data["lines"]):
             shown(data, **more)
 
-    worker.print_to_stdstream = show
+    worker.print_to_stdstream = show  # type: ignore[assignment]
 
 
 @contextmanager

@@ -7,6 +7,7 @@ Ctrl-C, a crash or a changed setting.
 import argparse
 import json
 import logging
+import os
 import sys
 import threading
 import time
@@ -160,7 +161,12 @@ def _run_steps(run: Run, steps: Sequence[Step], board: Board) -> None:
 
 
 def _keep_usage(run: Run, last: Step, resources: ResourceSampler, seconds: float) -> None:
-    """What the run has used so far, beside its tables; the report of a later session does not change it."""
+    """What the run has used so far, beside its tables; the report of a later session does not change it.
+
+    On a cluster the work is done by processes that are not ours to measure.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        return
     fs, path = filesystem(f"{run.recipe.run}/usage.json")
     usage = {
         "until": last.name,

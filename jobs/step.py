@@ -276,18 +276,23 @@ _RAISED = re.compile(
 
 
 def root_cause(error: BaseException) -> str:
-    """The innermost error's own words, also where Ray wrapped it in the trace of each stage that it crossed."""
-    while (inner := error.__cause__) is not None:
+    """The words of the outermost error of ours in the chain, else of the innermost; Ray's wrapping is taken off."""
+    while (inner := error.__cause__) is not None and not _is_ours(error):
         error = inner
     text = str(error)
     if type(error).__name__ == "ActorDiedError":  # an engine that could not start: its last line says why
         text = text.strip().splitlines()[-1].strip()
         raised = _RAISED.match(text)
     else:
-        raised = _RAISED.search(text) if "Ray" in type(error).__name__ else None
+        found = list(_RAISED.finditer(text)) if "Ray" in type(error).__name__ else []
+        raised = next((m for m in found if m["kind"].startswith("medmm_ray.")), found[0] if found else None)
     kind, words = (raised["kind"], raised["words"]) if raised else (type(error).__name__, text)
     kind = kind.rpartition(".")[2]
     return words if kind in (TableError.__name__, ConfigError.__name__) else f"{kind}: {words}"
+
+
+def _is_ours(error: BaseException) -> bool:
+    return type(error).__module__.startswith("medmm_ray.")
 
 
 __all__ = ["STEPS", "Job", "Run", "guarded", "load_recipe", "main", "parser", "read_arguments", "run_step"]

@@ -140,6 +140,18 @@ def test_root_cause_of_an_actor_that_could_not_start() -> None:
     assert root_cause(outer) == "ValueError: inner"
 
 
+def test_an_error_of_ours_is_said_and_not_what_it_came_from() -> None:
+    ours = TableError("cannot write to runs/x: free space is missing there")
+    ours.__cause__ = OSError(28, "No space left on device")
+    assert root_cause(ours) == "cannot write to runs/x: free space is missing there"
+
+    class RayTaskError(Exception):
+        pass
+
+    crossed = "OSError: [Errno 28] No space left\n\nThe above ...\n\nmedmm_ray.tables.TableError: cannot write"
+    assert root_cause(RayTaskError(crossed)) == "cannot write"
+
+
 def test_resource_sampler_counts_this_process() -> None:
     with ResourceSampler(interval_s=0.1) as resources:
         resources.sample()

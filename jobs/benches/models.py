@@ -163,11 +163,6 @@ def packed_flops(flops: Flops, model: "RewardModel", asked: Case) -> float:
     )
 
 
-def synchronise(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
-
-
 def describe(device: str, threads: int, dtype: str) -> str:
     from transformers import __version__
 

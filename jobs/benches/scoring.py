@@ -4,13 +4,9 @@ The reference: one solution a forward pass, logits of the whole vocabulary, soft
 is timed on a few solutions and scaled, as they do not depend on each other.
 """
 
-import statistics
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
-import psutil
 import torch
 from rich.console import Console
 
@@ -26,8 +22,8 @@ from jobs.benches.models import (
     packed_flops,
     reference_ids,
     reward_model,
-    synchronise,
 )
+from jobs.benches.timing import peak_bytes, timed
 from medmm_ray.config import Config
 
 if TYPE_CHECKING:
@@ -84,8 +80,8 @@ def _cell(name: str, model: "RewardModel", shape: Shape, asked: Case, config: Be
         return [reference_log_odds(model, i, config.device) for i in ids[: config.reference_solutions]]
 
     ours(), reference_log_odds(model, ids[0], config.device)  # warm
-    seconds, found = _timed(ours, config.repeats, config.device)
-    alone, expected = _timed(reference, 1, config.device)
+    seconds, found = timed(ours, config.repeats, config.device)
+    alone, expected = timed(reference, 1, config.device)
     apart = max(abs(a - b) for f, e in zip(found, expected, strict=False) for a, b in zip(f, e, strict=True))
     if apart > (1e-3 if config.dtype == "float32" else 0.5):
         raise AssertionError(f"{name}: our log-odds differ from the reference's by {apart}")
@@ -95,11 +91,11 @@ def _cell(name: str, model: "RewardModel", shape: Shape, asked: Case, config: Be
     yield Measured(f"share of the FLOP ideal of {ideal:.1f}, {name}", ideal, mine / theirs, mine / theirs / ideal,
                    "≥ 0.8", "times the reference")  # fmt: skip
     if len(ids) == 64:
-        padded, _ = _timed(lambda: padded_batch(model, ids[:8], config.device), 1, config.device)
+        padded, _ = timed(lambda: padded_batch(model, ids[:8], config.device), 1, config.device)
         yield Measured(f"against a padded batch of 8, {name}", 8 / padded, mine, mine / (8 / padded), "", "solutions/s")
         peak = (
-            _peak(ours, config.device),
-            _peak(lambda: reference_log_odds(model, ids[0], config.device), config.device),
+            peak_bytes(ours, config.device),
+            peak_bytes(lambda: reference_log_odds(model, ids[0], config.device), config.device),
         )
         yield Measured(f"peak memory above the weights, {name}", peak[1] / 2**20, peak[0] / 2**20, peak[0] / peak[1],
                        "≤ 0.5", "MiB")  # fmt: skip
@@ -130,39 +126,3 @@ def padded_batch(model: "RewardModel", rows: Sequence[Sequence[int]], device: st
     with torch.inference_mode():
         states_BLD = model.text_model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
         model.head_log_odds(states_BLD[ids_BL == model.family.ids["tag"]]).tolist()
-
-
-def _timed(do: Callable[[], object], repeats: int, device: str) -> tuple[float, "list[list[float]]"]:
-    seconds, result = [], None
-    for _ in range(repeats):
-        synchronise(device)
-        started = time.perf_counter()
-        result = do()
-        synchronise(device)
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds), result  # type: ignore[return-value]
-
-
-def _peak(do: Callable[[], object], device: str) -> float:
-    """Bytes above what is held before; on CPU the process's memory, looked at every 5 ms."""
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        do()
-        return float(torch.cuda.max_memory_allocated() - before)
-    process, done = psutil.Process(), threading.Event()
-    before = most = process.memory_info().rss
-
-    def watch() -> None:
-        nonlocal most
-        while not done.wait(0.005):
-            most = max(most, process.memory_info().rss)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        do()
-    finally:
-        done.set()
-        watcher.join()
-    return float(max(most - before, 1))

@@ -1,0 +1,67 @@
+"""The benchmarks run, on models small enough for a test; what they measure is read there, not here."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jobs import bench
+from jobs.benches import Measured, models
+from jobs.benches.models import Flops, Shape, case, reference_ids, reward_model
+
+SMALL = Shape(
+    hidden_size=32, num_layers=2, num_heads=4, num_key_value_heads=2, intermediate_size=48, vocab_size=600
+)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(models.SHAPES, "smollm2", SMALL)
+
+
+def test_texts_have_the_lengths_that_were_asked_for() -> None:
+    model = reward_model(SMALL, "float32", "cpu", 2048)
+    asked = case(SMALL.vocab_size, 20, 300, 4, 50)
+    assert [len(model.tokenizer(d)["input_ids"]) for d in asked.documents] == [256, 44]
+    assert len(model.tokenizer(asked.question)["input_ids"]) == 20
+    assert all(6 <= len(steps) <= 8 for steps in asked.solutions)
+    lengths = [len(ids) for ids in reference_ids(model, asked)]
+    assert max(lengths) - min(lengths) < 50
+
+
+def test_flops_of_one_by_one_and_shared() -> None:
+    flops = Flops(Shape(hidden_size=4, num_layers=1, num_heads=1, num_key_value_heads=1, intermediate_size=2,
+                        vocab_size=10))  # fmt: skip
+    assert flops.linear(1) == 2 * (4 * 4 * 4 + 3 * 4 * 2)
+    assert flops.one_by_one([3, 2]) == flops.linear(5) + 4 * (6 + 3) * 4 + 2 * 5 * 10 * 4
+    assert flops.shared(2, [1, 1], 3) == flops.linear(4) + 4 * (3 + 3 + 3) * 4 + 2 * 3 * 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("scoring", ["cells=[[64, 100], [2, 0]]", "question=20", "solution=60", "repeats=1", "reference_solutions=2"]),
+        ("training", ["solutions=[3]", "documents=100", "question=20", "solution=60", "max_length=400", "repeats=1"]),
+    ],
+)
+def test_a_benchmark_prints_its_table_and_writes_its_rows(
+    name: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.json"
+    assert bench.main([name, "shapes=[smollm2]", *words, f"json={path}"]) == 0
+    rows = json.loads(path.read_text())
+    assert rows
+    assert set(rows[0]) == {"name", "baseline", "ours", "ratio", "target", "unit"}
+    assert all(row["ratio"] > 0 for row in rows)
+    assert "FLOP ideal" in capsys.readouterr().out
+
+
+def test_targets_are_met_or_not() -> None:
+    assert Measured("a", 1.0, 9.0, 9.0, "≥ 8", "x").met is True
+    assert Measured("a", 1.0, 0.6, 0.6, "≤ 0.5", "x").met is False
+    assert Measured("a", 1.0, 0.6, 0.6, "", "x").met is None
+
+
+def test_an_unknown_benchmark_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["scorin"]) == 2
+    assert "expected one of scoring, training" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from jobs.benches import Measured
 from jobs.step import guarded
 from medmm_ray.config import Config, ConfigError, help_text, load
 
-BENCHES = ("scoring", "training")
+BENCHES = ("scoring", "training", "two_tower")
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -42,7 +42,7 @@ def _main(words: list[str]) -> int:
     paths = [word.removeprefix("json=") for word in words[1:] if word.startswith("json=")]
     config = load(config_type, None, [word for word in words[1:] if not word.startswith("json=")])
     logging.basicConfig(level=logging.WARNING)
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=150)
     rows: list[Measured] = []
     for row in bench.measure(config, console):
         rows.append(row)

@@ -9,9 +9,7 @@ from jobs import bench
 from jobs.benches import Measured, models
 from jobs.benches.models import Flops, Shape, case, reference_ids, reward_model
 
-SMALL = Shape(
-    hidden_size=32, num_layers=2, num_heads=4, num_key_value_heads=2, intermediate_size=48, vocab_size=600
-)
+SMALL = Shape(hidden_size=32, num_layers=2, num_heads=4, num_key_value_heads=2, intermediate_size=48, vocab_size=600)
 
 
 @pytest.fixture(autouse=True)
@@ -40,20 +38,31 @@ def test_flops_of_one_by_one_and_shared() -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("scoring", ["cells=[[64, 100], [2, 0]]", "question=20", "solution=60", "repeats=1", "reference_solutions=2"]),
+        (
+            "scoring",
+            [
+                "shapes=[smollm2]",
+                "cells=[[64, 100], [2, 0]]",
+                "question=20",
+                "solution=60",
+                "repeats=1",
+                "reference_solutions=2",
+            ],
+        ),
         ("training", ["solutions=[3]", "documents=100", "question=20", "solution=60", "max_length=400", "repeats=1"]),
+        ("two_tower", ["solutions=3", "documents=100", "question=20", "solution=60", "repeats=1"]),
     ],
 )
 def test_a_benchmark_prints_its_table_and_writes_its_rows(
     name: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "rows.json"
-    assert bench.main([name, "shapes=[smollm2]", *words, f"json={path}"]) == 0
+    assert bench.main([name, *words, f"json={path}"]) == 0
     rows = json.loads(path.read_text())
     assert rows
     assert set(rows[0]) == {"name", "baseline", "ours", "ratio", "target", "unit"}
     assert all(row["ratio"] > 0 for row in rows)
-    assert "FLOP ideal" in capsys.readouterr().out
+    assert rows[0]["name"].partition(",")[0] in capsys.readouterr().out
 
 
 def test_targets_are_met_or_not() -> None:
@@ -64,4 +73,4 @@ def test_targets_are_met_or_not() -> None:
 
 def test_an_unknown_benchmark_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["scorin"]) == 2
-    assert "expected one of scoring, training" in capsys.readouterr().err
+    assert "expected one of scoring, training, two_tower" in capsys.readouterr().err

@@ -226,7 +226,7 @@ def test_step_loss_is_the_two_class_cross_entropy_of_each_solutions_mean(policy:
 
     rows = labelled(each=2).slice(1, 1)
     stage = text_prm_stage(tmp_path, policy, rows)
-    log_odds = torch.split(stage.model(stage.packed[0]), [3, 3])
+    log_odds = torch.split(stage.model(stage.packed[0].groups[0]), [3, 3])
     aims = [torch.tensor([1.0, 0.0, 0.0]), torch.ones(3)]
     expected = sum(
         torch.nn.functional.cross_entropy(

@@ -2,8 +2,8 @@
 
 Enters: solutions, one row a question, joined with their questions, images and evidence (`inputs`), and a reward model's
 folder. Leaves: one row a question with the list of its `Scores` (one a solution and arm) or `States` (one a solution).
-The questions of a batch are read together, once; all arms that share a text add their image part to it. What cannot be
-scored leaves as an entry with an error, never as an exception.
+The text of a question is read once; all arms that share it add their image part to it. What cannot be scored leaves as
+an entry with an error, never as an exception.
 """
 
 import json
@@ -43,7 +43,10 @@ class ReadConfig(Config):
     reserve: int | None = Field(default=None, ge=0)
     """Tokens of max_length that documents leave free; null: the checkpoint's own (Med-PRM: 1024)."""
     token_budget: int = Field(default=4096, ge=1, json_schema_extra={"identity": False})
-    """Most tokens in one forward pass, of one question or several; bounds memory, changes no score."""
+    """Most tokens in one forward pass; bounds memory, changes no score."""
+    pack_questions: bool = False
+    """Let short questions share a forward pass. Faster, but the last bits of a score then depend on the questions beside
+    it: an interrupted run equals an undisturbed one to 1e-5, not bit by bit."""
     batch_size: int = Field(default=8, ge=1, json_schema_extra={"identity": False})
     """Questions that an actor takes at a time."""
     num_actors: int = Field(default=1, ge=1, json_schema_extra={"identity": False})
@@ -364,7 +367,7 @@ class Reader:
 def read_rows(
     model: "RewardModel", rows: Sequence[Mapping[str, Any]], config: ReadConfig, with_documents: bool = True
 ) -> "list[list[SolutionStates] | RowError]":
-    """What the text tower says of each question's solutions, or why it was not asked; all questions in full passes."""
+    """What the text tower says of each question's solutions, or why it was not asked."""
     from medmm_ray.engines.reward_model import ScoreRequest
 
     faults = [_upstream(row) for row in rows]
@@ -377,7 +380,7 @@ def read_rows(
         for row, fault in zip(rows, faults, strict=True)
         if fault is None
     )
-    found = model.text_states_of(requests, token_budget=config.token_budget)
+    found = model.text_states_of(requests, token_budget=config.token_budget, together=config.pack_questions)
     return [next(found) if fault is None else fault for fault in faults]
 
 

@@ -249,11 +249,12 @@ class RewardModel(nn.Module):
 
     @torch.inference_mode()
     def text_states_of(
-        self, requests: Iterable["ScoreRequest"], *, token_budget: int = TOKEN_BUDGET
+        self, requests: Iterable["ScoreRequest"], *, token_budget: int = TOKEN_BUDGET, together: bool = True
     ) -> Iterator[list[SolutionStates]]:
-        """`text_states` of many questions, in order, read together in rows of at most `token_budget` tokens.
+        """`text_states` of many questions, in order, in rows of at most `token_budget` tokens.
 
-        Equal solutions of a question are read once.
+        Equal solutions of a question are read once. With `together`, questions share rows: faster where they are short,
+        but then the last bits of a state depend on its neighbours.
         """
         waiting: deque[_Reading] = deque()
 
@@ -264,7 +265,8 @@ class RewardModel(nn.Module):
                 for group in reading.packing.groups:
                     yield reading, group
 
-        for row in rows(packed(), token_budget):
+        alone = (row for question in packed() for row in rows([question], token_budget))
+        for row in rows(packed(), token_budget) if together else alone:
             states_TD, summaries_TD = read_row(self.text_model, row, self.device)
             log_odds_T = self.head_log_odds(states_TD)
             at = 0

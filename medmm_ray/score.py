@@ -45,8 +45,8 @@ class ReadConfig(Config):
     token_budget: int = Field(default=4096, ge=1, json_schema_extra={"identity": False})
     """Most tokens in one forward pass; bounds memory, changes no score."""
     pack_questions: bool = False
-    """Let short questions share a forward pass. Faster, but the last bits of a score then depend on the questions beside
-    it: an interrupted run equals an undisturbed one to 1e-5, not bit by bit."""
+    """Let short questions share a forward pass. Faster, but the last bits of a score then depend on its neighbours: an
+    interrupted run equals an undisturbed one to 1e-5, not bit by bit."""
     batch_size: int = Field(default=8, ge=1, json_schema_extra={"identity": False})
     """Questions that an actor takes at a time."""
     num_actors: int = Field(default=1, ge=1, json_schema_extra={"identity": False})

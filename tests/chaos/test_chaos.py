@@ -21,7 +21,12 @@ BLOWS = (signal.SIGINT, signal.SIGKILL)
 def start(folder: Path) -> "subprocess.Popen[bytes]":
     """The pipeline in a process group of its own: Ctrl-C in a terminal reaches every process of it."""
     words = [sys.executable, "-m", "jobs.pipeline", TINY, f"run={folder}"]
-    return subprocess.Popen(words, cwd=ROOT, start_new_session=True)
+    return subprocess.Popen(words, cwd=ROOT, start_new_session=True, preexec_fn=_as_in_a_terminal)
+
+
+def _as_in_a_terminal() -> None:
+    """A shell script's background jobs ignore Ctrl-C, and so does what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 LOCAL_LOGICAL_CPUS = 8  # actor stages of one pipeline at one CPU each would deadlock on two cores
 LOCAL_OBJECT_STORE_BYTES = 1 << 30
+# At the end of Serve and of training an actor is killed; small stages have more processes than a laptop has cores.
+HARMLESS = ("killed by `ray.kill`", "PYTHON worker processes have been started")
 GRACE_S = 10.0  # for Ray's processes to end by themselves
 
 
@@ -106,13 +108,13 @@ def _end(processes: "Sequence[psutil.Process]") -> None:
 
 
 def _hush() -> None:
-    """Keep off the screen that an actor "was killed by ray.kill": at the end of Serve and of training that is meant."""
+    """Keep off the screen what is meant to be so: `HARMLESS` says of which reports of Ray's that is true."""
     from ray._private import worker
 
     shown = worker.print_to_stdstream
 
     def show(data: dict[str, Any], **more: Any) -> None:
-        if not any("killed by `ray.kill`" in line for line in data["lines"]):
+        if not any(words in line for line in data["lines"] for words in HARMLESS):
             shown(data, **more)
 
     worker.print_to_stdstream = show  # type: ignore[assignment]

@@ -277,7 +277,7 @@ _RAISED = re.compile(
 
 def root_cause(error: BaseException) -> str:
     """The words of the outermost error of ours in the chain, else of the innermost; Ray's wrapping is taken off."""
-    while (inner := error.__cause__) is not None and not _is_ours(error):
+    while (inner := error.__cause__) is not None and not _is_ours(error) and not _is_a_mark(inner):
         error = inner
     text = str(error)
     if type(error).__name__ == "ActorDiedError":  # an engine that could not start: its last line says why
@@ -293,6 +293,11 @@ def root_cause(error: BaseException) -> str:
 
 def _is_ours(error: BaseException) -> bool:
     return type(error).__module__.startswith("medmm_ray.")
+
+
+def _is_a_mark(error: BaseException) -> bool:
+    """Whether Ray Data only marks by it what kind of error came before it."""
+    return type(error).__module__ == "ray.data.exceptions" and not str(error)
 
 
 __all__ = ["STEPS", "Job", "Run", "guarded", "load_recipe", "main", "parser", "read_arguments", "run_step"]

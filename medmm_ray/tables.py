@@ -165,10 +165,16 @@ def write_file(fs: pafs.FileSystem, path: str, content: bytes) -> None:
     """Write a whole file or none: by rename on a local disk; a single put is atomic on an object store."""
     local = isinstance(fs, pafs.LocalFileSystem)
     target = f"{path}.tmp" if local else path
-    with fs.open_output_stream(target) as stream:
-        stream.write(content)
-    if local:
-        fs.move(target, path)
+    try:
+        with fs.open_output_stream(target) as stream:
+            stream.write(content)
+        if local:
+            fs.move(target, path)
+    except OSError as error:
+        raise TableError(
+            f"cannot write {path}: {error}. What is written so far is kept: free space there, or name another output "
+            "folder (run=...), and run again"
+        ) from error
 
 
 class Table(Artifact):
@@ -254,10 +260,7 @@ class Table(Artifact):
         sink = pa.BufferOutputStream()
         pq.write_table(rows.replace_schema_metadata({"medmm": json.dumps(footer)}), sink)
         name = f"part-{digest(sorted(ids), bool(own))}-{len(ids)}.parquet"
-        try:
-            write_file(self.fs, f"{self.path}/{name}", sink.getvalue().to_pybytes())
-        except OSError as error:
-            raise TableError(f"cannot write {self.uri}/{name}: {error}. What is written so far is kept.") from error
+        write_file(self.fs, f"{self.path}/{name}", sink.getvalue().to_pybytes())
 
     def write(self, ds: "Dataset", key: str, explode: str | None = None) -> None:
         """Write a dataset's rows as part files while they are made."""

@@ -150,6 +150,9 @@ def test_an_error_of_ours_is_said_and_not_what_it_came_from() -> None:
 
     crossed = "OSError: [Errno 28] No space left\n\nThe above ...\n\nmedmm_ray.tables.TableError: cannot write"
     assert root_cause(RayTaskError(crossed)) == "cannot write"
+    marked = RayTaskError(crossed)
+    marked.__cause__ = type("SystemException", (Exception,), {"__module__": "ray.data.exceptions"})()
+    assert root_cause(marked) == "cannot write"
 
 
 def test_resource_sampler_counts_this_process() -> None:

@@ -5,7 +5,11 @@ on there, whatever was killed, as if nothing had happened.
 """
 
 import json
+import signal
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +80,8 @@ def fit(
         ),
     )
     try:
-        trainer.fit()
+        with _interruptible():
+            trainer.fit()
     except WorkerGroupError as error:
         rank, cause = min(error.worker_failures.items())
         raise TrainingError(
@@ -88,6 +93,19 @@ def fit(
         history = json.loads(stream.read())
     fs.delete_dir(path)
     return figures(history)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C is a KeyboardInterrupt: Ray Train's own handler ends the process with code 0, and stays after training."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
 
 
 def _ray_worker(arguments: dict[str, Any]) -> None:

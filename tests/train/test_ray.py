@@ -124,6 +124,25 @@ def test_a_failed_training_says_why_and_keeps_what_it_reached(tables: dict[str, 
     assert pq.read_table(tmp_path / ".checkpoints" / "bad-inputs" / "worked.parquet").num_rows == 12
 
 
+def test_ctrl_c_is_an_interrupt_and_its_handler_is_put_back(
+    tables: dict[str, pa.Table], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Train's handler of SIGINT ends the driver with code 0, as if all were well."""
+
+    class Interrupted:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def fit(self) -> None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            sys.exit(0)
+
+    monkeypatch.setattr("ray.train.torch.TorchTrainer", Interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        fit(PolicyStage, CONFIG, tables, {}, str(tmp_path / "out"), "stopped")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_two_workers_train_as_one(tables: dict[str, pa.Table], whole: Path, tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"num_workers": 2, "zero_stage": 2, "micro_batch_tokens": 400})
     fit(PolicyStage, config, tables, {}, str(tmp_path), "two")

@@ -1,5 +1,7 @@
 """Seconds and peak memory of a call, on CPU and on a GPU."""
 
+import ctypes
+import gc
 import statistics
 import threading
 import time
@@ -31,6 +33,8 @@ def peak_bytes(do: Callable[[], object], device: str) -> float:
         before = torch.cuda.memory_allocated()
         do()
         return float(torch.cuda.max_memory_allocated() - before)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else what earlier calls left with the allocator would be used again, unseen
     process, done = psutil.Process(), threading.Event()
     before = most = process.memory_info().rss
 

@@ -79,11 +79,10 @@ def session(quiet: bool = True) -> Iterator[None]:
     for name in ("ray.data", "ray.train", "ray.tune"):
         # Quiet: an error ends the job, which says it once, in its own words; Ray's logs keep the trace.
         logging.getLogger(name).setLevel(logging.CRITICAL if quiet else logging.INFO)
-    started = [] if joins else _processes()
     try:
         yield
     finally:
-        started += [] if joins else _processes()
+        started = [] if joins else _processes()
         ray.shutdown()
         _end(started)
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -44,6 +44,23 @@ SHAPES = {
 }  # fmt: skip
 
 
+class ModelConfig(Config):
+    """What every benchmark of the reward model asks: how it computes, and how long the texts are."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format on both sides."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    threads: int = 2
+    """Torch threads on both sides."""
+    repeats: int = 3
+    """Ours is the median of so many runs."""
+    question: int = 185
+    """Tokens of the question."""
+    solution: int = 350
+    """Mean tokens of a solution."""
+
+
 def tokenizer(vocab_size: int) -> "PreTrainedTokenizerFast":
     """One token a word: ``w0 w1 ...``, so that a text of n words has n tokens."""
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
@@ -64,6 +81,7 @@ def reward_model(shape: Shape, dtype: str, device: str, context: int) -> "Reward
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from medmm_ray.engines.reward_model import RewardModel
+    from medmm_ray.engines.reward_model.attention import NAME
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -71,7 +89,7 @@ def reward_model(shape: Shape, dtype: str, device: str, context: int) -> "Reward
         num_attention_heads=shape.num_heads, num_key_value_heads=shape.num_key_value_heads,
         intermediate_size=shape.intermediate_size, max_position_embeddings=context, tie_word_embeddings=False,
     )  # fmt: skip
-    config._attn_implementation = "shared_prefix"
+    config._attn_implementation = NAME
     with torch.device(device):
         default = torch.get_default_dtype()
         torch.set_default_dtype(getattr(torch, dtype))
@@ -163,11 +181,13 @@ def packed_flops(flops: Flops, model: "RewardModel", asked: Case) -> float:
     )
 
 
-def describe(device: str, threads: int, dtype: str) -> str:
+def start(config: ModelConfig) -> str:
+    """Set torch up; gives what the figures hold for."""
     from transformers import __version__
 
-    place = torch.cuda.get_device_name() if device != "cpu" else f"CPU, {threads} threads"
-    return f"{place}, {dtype}, torch {torch.__version__}, transformers {__version__}"
+    torch.set_num_threads(config.threads)
+    place = torch.cuda.get_device_name() if config.device != "cpu" else f"CPU, {config.threads} threads"
+    return f"{place}, {config.dtype}, torch {torch.__version__}, transformers {__version__}"
 
 
 def no_grad_logits(model: Any, ids: Sequence[int], device: str) -> torch.Tensor:

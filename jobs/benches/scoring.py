@@ -15,40 +15,28 @@ from jobs.benches.models import (
     SHAPES,
     Case,
     Flops,
+    ModelConfig,
     Shape,
     case,
-    describe,
     no_grad_logits,
     packed_flops,
     reference_ids,
     reward_model,
+    start,
 )
 from jobs.benches.timing import peak_bytes, timed
-from medmm_ray.config import Config
 
 if TYPE_CHECKING:
     from medmm_ray.engines.reward_model import RewardModel
 
 
-class BenchConfig(Config):
+class BenchConfig(ModelConfig):
     """What is scored, and how often."""
 
     shapes: tuple[Literal["smollm2", "wide", "8b"], ...] = ("smollm2", "wide")
     """Models with random weights: SmolLM2's width and vocabulary in 8 blocks, one of width 1,536, Llama-3.1-8B's."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format on both sides."""
-    device: str = "cpu"
-    """cpu or cuda."""
-    threads: int = 2
-    """Torch threads on both sides."""
-    repeats: int = 3
-    """Ours is the median of so many runs."""
     reference_solutions: int = 4
     """Solutions on which the reference is timed."""
-    question: int = 185
-    """Tokens of the question."""
-    solution: int = 350
-    """Mean tokens of a solution."""
     token_budget: int = 4096
     """Most tokens of a forward pass of ours."""
     cells: tuple[tuple[int, int], ...] = ((64, 3072), (16, 3072), (8, 3072), (64, 1024), (64, 0))
@@ -56,8 +44,7 @@ class BenchConfig(Config):
 
 
 def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
-    torch.set_num_threads(config.threads)
-    console.print(describe(config.device, config.threads, config.dtype))
+    console.print(start(config))
     for name in config.shapes:
         shape = SHAPES[name]
         model = reward_model(shape, config.dtype, config.device, context=8192)

@@ -11,9 +11,19 @@ import torch
 from rich.console import Console
 
 from jobs.benches import Measured
-from jobs.benches.models import SHAPES, Case, Flops, Shape, case, describe, packed_flops, reference_ids, reward_model
+from jobs.benches.models import (
+    SHAPES,
+    Case,
+    Flops,
+    ModelConfig,
+    Shape,
+    case,
+    packed_flops,
+    reference_ids,
+    reward_model,
+    start,
+)
 from jobs.benches.timing import peak_bytes, timed
-from medmm_ray.config import Config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,27 +31,15 @@ if TYPE_CHECKING:
     from medmm_ray.engines.reward_model import RewardModel
 
 
-class BenchConfig(Config):
+class BenchConfig(ModelConfig):
     """What is trained, and how often."""
 
     shapes: tuple[Literal["smollm2", "wide", "8b"], ...] = ("smollm2",)
     """Models with random weights: SmolLM2's width and vocabulary in 8 blocks, one of width 1,536, Llama-3.1-8B's."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format on both sides."""
-    device: str = "cpu"
-    """cpu or cuda."""
-    threads: int = 2
-    """Torch threads on both sides."""
-    repeats: int = 3
-    """Ours is the median of so many runs."""
     padded_solutions: int = 2
     """Solutions on which padding is timed."""
     max_length: int = 4096
     """Tokens that every solution is padded to."""
-    question: int = 185
-    """Tokens of the question."""
-    solution: int = 350
-    """Mean tokens of a solution."""
     documents: int = 3072
     """Tokens of documents."""
     solutions: tuple[int, ...] = (16, 5)
@@ -52,8 +50,7 @@ TARGETS = {16: "≥ 5"}
 
 
 def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
-    torch.set_num_threads(config.threads)
-    console.print(describe(config.device, config.threads, config.dtype))
+    console.print(start(config))
     for name in config.shapes:
         shape = SHAPES[name]
         model = reward_model(shape, config.dtype, config.device, context=8192).train()

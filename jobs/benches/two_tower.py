@@ -15,9 +15,8 @@ import torch
 from rich.console import Console
 
 from jobs.benches import Measured
-from jobs.benches.models import SHAPES, Case, case, describe, reward_model
+from jobs.benches.models import SHAPES, Case, ModelConfig, case, reward_model, start
 from jobs.benches.timing import timed
-from medmm_ray.config import Config
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,27 +24,15 @@ if TYPE_CHECKING:
     from medmm_ray.engines.reward_model import RewardModel, SolutionStates
 
 
-class BenchConfig(Config):
+class BenchConfig(ModelConfig):
     """What is trained."""
 
     shape: Literal["smollm2", "wide", "8b"] = "smollm2"
     """The text tower: random weights."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the text tower."""
-    device: str = "cpu"
-    """cpu or cuda."""
-    threads: int = 2
-    """Torch threads on both sides."""
-    repeats: int = 3
-    """The epoch on stored states is the median of so many."""
     questions: int = 2
     """Questions of an epoch."""
     solutions: int = 16
     """Solutions of a question."""
-    question: int = 185
-    """Tokens of the question."""
-    solution: int = 350
-    """Mean tokens of a solution."""
     documents: int = 3072
     """Tokens of documents."""
     references: int = 3
@@ -57,8 +44,7 @@ class BenchConfig(Config):
 
 
 def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
-    torch.set_num_threads(config.threads)
-    console.print(describe(config.device, config.threads, config.dtype))
+    console.print(start(config))
     shape = SHAPES[config.shape]
     model = reward_model(shape, config.dtype, config.device, context=8192)
     with tempfile.TemporaryDirectory() as folder:

@@ -222,7 +222,8 @@ def _seen(part: _Part, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, 
     if isinstance(part.keys, Held):
         return part.keys.layers[layer]
     assert part.keys is not None
-    return key[:, :, slice(*part.keys)], value[:, :, slice(*part.keys)]
+    seen = _Part(*part.keys)
+    return _rows(key, seen), _rows(value, seen)
 
 
 # One part: softmax(q k' scale) v [B, H, S, E] and its log-sum-exp [B, H, S] in float32 (or wider)

@@ -3,13 +3,12 @@
 medprm               Med-PRM (arXiv 2506.11474): chat template, " ки" after each step, " +" against " -" there
 math_shepherd        Math-Shepherd (arXiv 2312.08935): plain text, "ки" after each step, "+" against "-" there
 qwen_prm             Qwen2.5-Math-PRM (arXiv 2501.07301): "<extra_0>" after each step of the assistant's turn, an MLP
-token_classification TRL's and MedS3's (arXiv 2501.12051): two classes at the last token of each step
+token_classification TRL's: two classes at the last token of each step
 
 A family gives full sequences of ids with the places at which the steps are read, and log-odds of the states there.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
 from torch import Tensor, nn
@@ -42,24 +41,22 @@ class Family(Protocol):
         """Log-odds [T, fp32] of right against wrong from the states after the final norm."""
 
 
-@dataclass(frozen=True)
 class _Signs:
-    """Two rows of a language model's head."""
+    """What the families share that set one token of a language model's head against another."""
 
-    plus: int
-    minus: int
+    additive = True
+    ids: Mapping[str, int]
 
     def log_odds(self, text_model: Any, states_TD: Tensor) -> Tensor:
         """logit(+) − logit(-): linear, so that of a sum of states it is the sum of theirs."""
         head_VD: Tensor = text_model.get_output_embeddings().weight
-        return states_TD.float() @ (head_VD[self.plus].float() - head_VD[self.minus].float())
+        return states_TD.float() @ (head_VD[self.ids["plus"]].float() - head_VD[self.ids["minus"]].float())
 
 
-class MedPrm:
+class MedPrm(_Signs):
     """Med-PRM's format; " ки", " +" and " -" must each be one token."""
 
     name: FamilyName = "medprm"
-    additive = True
 
     def __init__(self, tokenizer: Any) -> None:
         if not tokenizer.chat_template:
@@ -67,7 +64,6 @@ class MedPrm:
         self.tokenizer = tokenizer
         self.ids: Mapping[str, int] = {"tag": single_id(tokenizer, TAG), "plus": single_id(tokenizer, " +"),
                     "minus": single_id(tokenizer, " -")}  # fmt: skip
-        self.signs = _Signs(self.ids["plus"], self.ids["minus"])
 
     def sequences(
         self, question: str, solutions: Mapping[int, Read], documents: Sequence[str], training: bool
@@ -78,15 +74,11 @@ class MedPrm:
 
         return _tagged(self.tokenizer, TAG, self.ids["tag"], solutions, write, _steps_in_a_line)
 
-    def log_odds(self, text_model: Any, states_TD: Tensor) -> Tensor:
-        return self.signs.log_odds(text_model, states_TD)
 
-
-class MathShepherd:
+class MathShepherd(_Signs):
     """Math-Shepherd's format: question, a space, "Step 1: … ки" a line a step. Documents stand before the question."""
 
     name: FamilyName = "math_shepherd"
-    additive = True
 
     def __init__(self, tokenizer: Any) -> None:
         # Its own code takes the last token of " ки" and of " +", " -": a sentencepiece vocabulary has one for each.
@@ -94,7 +86,6 @@ class MathShepherd:
         self.ids: Mapping[str, int] = {
             name: single_id(tokenizer, sign) for name, sign in (("tag", "ки"), ("plus", "+"), ("minus", "-"))
         }
-        self.signs = _Signs(self.ids["plus"], self.ids["minus"])
 
     def sequences(
         self,
@@ -107,9 +98,6 @@ class MathShepherd:
             return f"{document_block(documents)}{question} {tagged}"
 
         return _tagged(self.tokenizer, TAG, self.ids["tag"], solutions, write, _steps_in_lines)
-
-    def log_odds(self, text_model: Any, states_TD: Tensor) -> Tensor:
-        return self.signs.log_odds(text_model, states_TD)
 
 
 class QwenPrm:
@@ -148,16 +136,14 @@ class QwenPrm:
 
 
 class TokenClassification:
-    """Two classes at the end of each step: prompt, then each step and the separator, each tokenised by itself.
-
-    The separator is "\\n" in TRL and "\\n\\n" in MedS3, which writes "Step 0" of its own accord nowhere.
-    """
+    """Two classes at the end of each step: prompt, then each step and a line break, each tokenised by itself."""
 
     name: FamilyName = "token_classification"
     additive = False
+    separator: ClassVar[str] = "\n"
 
-    def __init__(self, tokenizer: Any, separator: str = "\n") -> None:
-        self.tokenizer, self.separator = tokenizer, separator
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
         self.ids: Mapping[str, int] = {}
 
     def sequences(
@@ -207,7 +193,7 @@ class QwenProcessRewardModel(PreTrainedModel):
         return embed
 
 
-def make(name: FamilyName, tokenizer: Any, separator: str = "\n") -> Family:
+def make(name: FamilyName, tokenizer: Any) -> Family:
     """The family of that name; raises `ValueError` where the tokenizer does not fit it."""
     match name:
         case "medprm":
@@ -217,7 +203,7 @@ def make(name: FamilyName, tokenizer: Any, separator: str = "\n") -> Family:
         case "qwen_prm":
             return QwenPrm(tokenizer)
         case "token_classification":
-            return TokenClassification(tokenizer, separator)
+            return TokenClassification(tokenizer)
 
 
 def detect(architectures: Sequence[str], tokenizer: Any) -> FamilyName | None:

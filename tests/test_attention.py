@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from medmm_ray.engines.reward_model import attention
-from medmm_ray.engines.reward_model.attention import Block, Held, Row
+from medmm_ray.engines.reward_model.attention import Block, Held, Row, _Batch, _Span
 
 HEADS, GROUPS, WIDTH, SCALE = 4, 2, 8, 0.3
 BLOCKS = [Block(5, (3, 3, 4)), Block(0, (2,)), Block(6, ()), Block(1, (1, 9, 2, 2, 7))]
@@ -108,6 +108,21 @@ def test_a_held_prefix_serves_later_rows() -> None:
     assert torch.allclose(torch.cat([first, later], dim=2), expected, atol=1e-12)
 
 
+@pytest.mark.usefixtures("kernel")
+def test_a_prefix_may_come_in_pieces_over_several_rows() -> None:
+    whole = [Block(9, (3, 4))]
+    q, k, v = tensors(16)
+    expected = dense(q, k, v, mask(whole))
+    held, found, start = Held(), [], 0
+    for blocks in ([Block(4, (), held)], [Block(3, (), held)], [Block(2, (3,), held)], [Block(0, (4,), held)]):
+        row = Row(blocks)
+        at = slice(start, start + row.length)
+        found.append(shared(q[:, :, at], k[:, :, at], v[:, :, at], row))
+        start = at.stop
+    assert held.layers[0][0].shape[2] == 9
+    assert torch.allclose(torch.cat(found, dim=2), expected, atol=1e-12)
+
+
 def test_a_held_prefix_has_no_gradient_and_says_so() -> None:
     held = Held()
     q, k, v = tensors(6)
@@ -119,6 +134,7 @@ def test_a_held_prefix_has_no_gradient_and_says_so() -> None:
 
 def test_branches_of_like_length_go_together() -> None:
     row = Row([Block(0, (4, 4, 3, 40, 4))])
-    assert [(part.start, part.stop) for part in row.own] == [(0, 11), (11, 51), (51, 55)]
-    (together,) = [part.rows_BS for part in row.own if part.rows_BS is not None]
-    assert together.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 8]]
+    together, *alone = row.own
+    assert isinstance(together, _Batch)
+    assert together.rows_BS.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 8]]
+    assert alone == [_Span(11, 51), _Span(51, 55)]

@@ -25,6 +25,7 @@ from jobs.benches.models import (
     start,
 )
 from jobs.benches.timing import peak_bytes, timed
+from jobs.benches.vllm_scorer import installed, vllm_scorer
 
 if TYPE_CHECKING:
     from medmm_ray.engines.reward_model import RewardModel
@@ -39,6 +40,8 @@ class BenchConfig(ModelConfig):
     """Solutions on which the reference is timed."""
     token_budget: int = 4096
     """Most tokens of a forward pass of ours."""
+    vllm_solutions: int = 8
+    """Solutions on which vLLM is timed, where it is installed; 0: not at all."""
     cells: tuple[tuple[int, int], ...] = ((64, 3072), (16, 3072), (8, 3072), (64, 1024), (64, 0))
     """Pairs of solutions and tokens of documents."""
 
@@ -69,9 +72,7 @@ def _cell(name: str, model: "RewardModel", shape: Shape, asked: Case, config: Be
     ours(), reference_log_odds(model, ids[0], config.device)  # warm
     seconds, found = timed(ours, config.repeats, config.device)
     alone, expected = timed(reference, 1, config.device)
-    apart = max(abs(a - b) for f, e in zip(found, expected, strict=False) for a, b in zip(f, e, strict=True))
-    if apart > (1e-3 if config.dtype == "float32" else 0.5):
-        raise AssertionError(f"{name}: our log-odds differ from the reference's by {apart}")
+    _agree(f"{name}, reference", found, expected, config)
     theirs = len(ids) / (alone / min(len(ids), config.reference_solutions) * len(ids))
     mine = len(ids) / seconds
     yield Measured(f"scoring, {name}", theirs, mine, mine / theirs, _target(ideal, asked), "solutions/s")
@@ -86,9 +87,30 @@ def _cell(name: str, model: "RewardModel", shape: Shape, asked: Case, config: Be
         )
         yield Measured(f"peak memory above the weights, {name}", peak[1] / 2**20, peak[0] / 2**20, peak[0] / peak[1],
                        "≤ 0.5", "MiB")  # fmt: skip
+        if config.vllm_solutions and installed():
+            theirs = _vllm(name, model, ids[: config.vllm_solutions], found, config)
+            target = "≥ 4" if asked.documents else ""
+            yield Measured(f"against vLLM token_classify, {name}", theirs, mine, mine / theirs, target, "solutions/s")
     if config.device != "cpu":
         rate = packed_flops(flops, model, asked) / seconds / 1e12
         yield Measured(f"model TFLOP/s of ours, {name}", 0.0, rate, rate, "", "TFLOP/s")
+
+
+def _vllm(
+    name: str, model: "RewardModel", ids: list[list[int]], found: list[list[float]], config: BenchConfig
+) -> float:
+    """Solutions per second of vLLM, once its scores are seen to be ours."""
+    with vllm_scorer(model, config.dtype, config.threads, max(len(i) for i in ids) + 1) as scorer:
+        scorer.log_odds(ids[:1])  # warm
+        seconds, theirs = timed(lambda: scorer.log_odds(ids), 1, config.device)
+    _agree(f"{name}, vLLM", found, theirs, config)
+    return len(ids) / seconds
+
+
+def _agree(name: str, found: list[list[float]], expected: list[list[float]], config: BenchConfig) -> None:
+    apart = max(abs(a - b) for f, e in zip(found, expected, strict=False) for a, b in zip(f, e, strict=True))
+    if apart > (1e-3 if config.dtype == "float32" else 0.5):
+        raise AssertionError(f"{name}: its log-odds differ from ours by {apart}")
 
 
 def _target(ideal: float, asked: Case) -> str:

@@ -28,16 +28,23 @@ PLAIN_BLOCK = 1024  # queries that meet all keys at once where no fused kernel s
 
 @dataclass
 class Held:
-    """A prefix's keys and values by layer [1, G, P, E], kept for branches in later rows (scoring only)."""
+    """A prefix's keys and values by layer [1, G, P, E], kept for later rows of its question (scoring only)."""
 
     layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> None:
+        if layer in self.layers:
+            before = self.layers[layer]
+            self.layers[layer] = (torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2))
+        else:
+            self.layers[layer] = (key.clone(), value.clone())
 
 
 @dataclass(frozen=True)
 class Block:
     """One question's part of a row: `prefix` tokens, then branches of these lengths.
 
-    `held` keeps the prefix's keys and values where the row has the prefix, and stands for it where it has not.
+    What earlier rows `held` of the prefix stands before it; what this row has of it is added there.
     """
 
     prefix: int
@@ -50,14 +57,53 @@ class Block:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Queries of the row and the keys that they see: rows [start, stop), or `rows_BS` (short branches, padded)."""
+class _Span:
+    """Rows [start, stop) of [1, H, L, E] (or [1, H, L])."""
 
     start: int
     stop: int
-    keys: tuple[int, int] | Held | None = None  # None: their own, causally
-    rows_BS: Tensor | None = None
-    real_BS: Tensor | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        return tensor[:, :, self.start : self.stop]
+
+    def put(self, tensor: Tensor, values: Tensor) -> None:
+        self.of(tensor).copy_(values)
+
+    def add(self, tensor: Tensor, values: Tensor) -> None:
+        self.of(tensor).add_(values)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Short spans of like length side by side: rows of [1, H, L, E] as [B, H, S, E]; what is not `real_BS` is padding
+    (the span's first row again)."""
+
+    rows_BS: Tensor
+    real_BS: Tensor
+
+    @classmethod
+    def of_spans(cls, spans: Sequence[_Span], device: torch.device | str) -> "_Batch":
+        at_S = torch.arange(max(span.stop - span.start for span in spans))
+        start_B1 = torch.tensor([[span.start] for span in spans])
+        real_BS = at_S < torch.tensor([[span.stop - span.start] for span in spans])
+        return cls(torch.where(real_BS, start_B1 + at_S, start_B1).to(device), real_BS.to(device))
+
+    def of(self, tensor: Tensor) -> Tensor:
+        return tensor[0][:, self.rows_BS].transpose(0, 1)
+
+    def put(self, tensor: Tensor, values: Tensor) -> None:
+        tensor[0].index_copy_(1, self.rows_BS[self.real_BS], self._real(values).to(tensor.dtype))
+
+    def add(self, tensor: Tensor, values: Tensor) -> None:
+        tensor[0].index_add_(1, self.rows_BS[self.real_BS], self._real(values))
+
+    def silent(self, grad_BHSE: Tensor, lse_BHS: Tensor) -> tuple[Tensor, Tensor]:
+        """A gradient and log-sum-exps with which padding adds nothing to any gradient."""
+        padding_B1S = ~self.real_BS[:, None]
+        return grad_BHSE.masked_fill(padding_B1S[..., None], 0.0), lse_BHS.masked_fill(padding_B1S, float("inf"))
+
+    def _real(self, values: Tensor) -> Tensor:
+        return values.transpose(0, 1)[:, self.real_BS]
 
 
 class Row:
@@ -65,55 +111,46 @@ class Row:
 
     def __init__(self, blocks: Sequence[Block], device: torch.device | str = "cpu") -> None:
         self.length = sum(block.length for block in blocks)
-        self.kept = []  # (held, start, stop) of prefixes whose keys and values are wanted later
-        self.own: list[_Part] = []
-        self.shared: list[_Part] = []
+        self.kept: list[tuple[Held, _Span]] = []
+        """Prefixes whose keys and values are wanted later."""
+        self.own: list[_Span | _Batch] = []
+        """What attends to itself, causally."""
+        self.shared: list[tuple[_Span, _Span | Held]] = []
+        """Tokens, and what all of them see before themselves."""
         start = 0
         for block in blocks:
-            begin = start + block.prefix
-            stop = start + block.length
+            prefix, branches = _Span(start, start + block.prefix), _Span(start + block.prefix, start + block.length)
+            start = branches.stop
+            if block.held is not None and block.held.layers:
+                self.shared.append((_Span(prefix.start, branches.stop), block.held))
             if block.prefix:
-                self.own.append(_Part(start, begin))
+                self.own.append(prefix)
                 if block.held is not None:
-                    self.kept.append((block.held, start, begin))
+                    self.kept.append((block.held, prefix))
             if block.branches:
-                self.own += _branch_parts(begin, block.branches, device)
+                self.own += _branch_parts(branches.start, block.branches, device)
                 if block.prefix:
-                    self.shared.append(_Part(begin, stop, (start, begin)))
-                elif block.held is not None:
-                    self.shared.append(_Part(begin, stop, block.held))
-            start = stop
-
-    @property
-    def parts(self) -> list[_Part]:
-        return [*self.own, *self.shared]
+                    self.shared.append((branches, prefix))
 
 
-def _branch_parts(start: int, lengths: Sequence[int], device: torch.device | str) -> list[_Part]:
+def _branch_parts(start: int, lengths: Sequence[int], device: torch.device | str) -> list[_Span | _Batch]:
     """The branches' own parts: neighbours of like length go together, a long one alone."""
-    parts: list[_Part] = []
-    spans: list[tuple[int, int]] = []
+    parts: list[_Span | _Batch] = []
+    spans: list[_Span] = []
 
     def close() -> None:
-        if len(spans) == 1:
-            parts.append(_Part(*spans[0]))
-        elif spans:
-            longest = max(stop - begin for begin, stop in spans)
-            at_S = torch.arange(longest)
-            begin_B1 = torch.tensor([[begin] for begin, _ in spans])
-            real_BS = at_S < torch.tensor([[stop - begin] for begin, stop in spans])
-            rows_BS = torch.where(real_BS, begin_B1 + at_S, begin_B1)
-            parts.append(_Part(spans[0][0], spans[-1][1], None, rows_BS.to(device), real_BS.to(device)))
+        if spans:
+            parts.append(spans[0] if len(spans) == 1 else _Batch.of_spans(spans, device))
         spans.clear()
 
     for length in lengths:
         if spans:
-            longest = max(length, *(stop - begin for begin, stop in spans))
+            longest = max(length, *(span.stop - span.start for span in spans))
             padded = longest * (len(spans) + 1)
-            real = start + length - spans[0][0]
+            real = start + length - spans[0].start
             if padded > MAX_BATCH or padded - real > MAX_PADDING * padded:
                 close()
-        spans.append((start, start + length))
+        spans.append(_Span(start, start + length))
         start += length
     close()
     return parts
@@ -152,32 +189,24 @@ class _SharedPrefix(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, row: Row, scale: float, layer: int) -> Tensor:
-        for held, start, stop in row.kept:
-            held.layers[layer] = (key[:, :, start:stop].clone(), value[:, :, start:stop].clone())
         # [L, H, E] in memory, which is how the model wants it back.
         out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3]).transpose(1, 2)
         lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
         for part in row.own:
-            part_out, part_lse = _attention(
-                _rows(query, part), _rows(key, part), _rows(value, part), causal=True, scale=scale
-            )
-            if part.rows_BS is None:
-                out[:, :, part.start : part.stop] = part_out
-                lse[:, :, part.start : part.stop] = part_lse
-            else:
-                rows = part.rows_BS[part.real_BS]
-                out[0].index_copy_(1, rows, part_out.transpose(0, 1)[:, part.real_BS])
-                lse[0].index_copy_(1, rows, part_lse.transpose(0, 1)[:, part.real_BS].to(lse.dtype))
-        for part in row.shared:
-            keys, values = _seen(part, key, value, layer)
-            at = slice(part.start, part.stop)
-            far_out, far_lse = _attention(query[:, :, at], keys, values, causal=False, scale=scale)
-            near_lse = lse[:, :, at]
+            part_out, part_lse = _attention(part.of(query), part.of(key), part.of(value), causal=True, scale=scale)
+            part.put(out, part_out)
+            part.put(lse, part_lse)
+        for span, seen in row.shared:
+            keys, values = seen.layers[layer] if isinstance(seen, Held) else (seen.of(key), seen.of(value))
+            far_out, far_lse = _attention(span.of(query), keys, values, causal=False, scale=scale)
+            near_lse = span.of(lse)
             both_lse = torch.logaddexp(near_lse, far_lse)
             near = torch.exp(near_lse - both_lse)[..., None]
             far = torch.exp(far_lse - both_lse)[..., None]
-            out[:, :, at] = (out[:, :, at] * near + far_out * far).to(out.dtype)
-            lse[:, :, at] = both_lse
+            span.put(out, span.of(out) * near + far_out * far)
+            span.put(lse, both_lse)
+        for held, span in row.kept:
+            held.append(layer, span.of(key), span.of(value))
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.row, ctx.scale = row, scale
         return out
@@ -187,43 +216,26 @@ class _SharedPrefix(torch.autograd.Function):
         (grad_out,) = gradients
         query, key, value, out, lse = ctx.saved_tensors
         grads = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
-        for part in ctx.row.parts:
-            if isinstance(part.keys, Held):
+
+        def add(queries: _Span | _Batch, keys: _Span | _Batch, causal: bool) -> None:
+            grad, part_lse = queries.of(grad_out), queries.of(lse)
+            if isinstance(queries, _Batch):
+                grad, part_lse = queries.silent(grad, part_lse)
+            found = _attention_backward(
+                grad, queries.of(query), keys.of(key), keys.of(value), queries.of(out), part_lse, causal, ctx.scale
+            )
+            for whole, part, where in zip(grads, found, (queries, keys, keys), strict=True):
+                where.add(whole, part)
+
+        for part in ctx.row.own:
+            add(part, part, causal=True)
+        for span, seen in ctx.row.shared:
+            if isinstance(seen, Held):
                 raise RuntimeError(
                     "a prefix that is held from an earlier row has no gradient; train on whole questions"
                 )
-            own = part.keys is None
-            keys_of = part if own else _Part(*part.keys)
-            part_lse = _rows(lse[..., None], part)[..., 0]
-            part_grad = _rows(grad_out, part)
-            if part.real_BS is not None:  # what stands for padding must add nothing
-                part_lse = part_lse.masked_fill(~part.real_BS[:, None], float("inf"))
-                part_grad = part_grad.masked_fill(~part.real_BS[:, None, :, None], 0.0)
-            part_grads = _attention_backward(
-                part_grad, _rows(query, part), _rows(key, keys_of), _rows(value, keys_of), _rows(out, part), part_lse,
-                causal=own, scale=ctx.scale,
-            )  # fmt: skip
-            for grad, part_grad_, where in zip(grads, part_grads, (part, keys_of, keys_of), strict=True):
-                if where.rows_BS is None:
-                    grad[:, :, where.start : where.stop] += part_grad_
-                else:
-                    grad[0].index_add_(1, where.rows_BS[where.real_BS], part_grad_.transpose(0, 1)[:, where.real_BS])
+            add(span, seen, causal=False)
         return grads[0], grads[1], grads[2], None, None, None
-
-
-def _rows(tensor: Tensor, part: _Part) -> Tensor:
-    """The part's rows of [1, H, L, E]: [1, H, S, E], or [B, H, S, E] for a batch of branches."""
-    if part.rows_BS is None:
-        return tensor[:, :, part.start : part.stop]
-    return tensor[0][:, part.rows_BS].transpose(0, 1)
-
-
-def _seen(part: _Part, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-    if isinstance(part.keys, Held):
-        return part.keys.layers[layer]
-    assert part.keys is not None
-    seen = _Part(*part.keys)
-    return _rows(key, seen), _rows(value, seen)
 
 
 # One part: softmax(q k' scale) v [B, H, S, E] and its log-sum-exp [B, H, S] in float32 (or wider)

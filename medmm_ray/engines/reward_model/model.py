@@ -230,7 +230,7 @@ class RewardModel(nn.Module):
 
         One packed row: each branch is read as if alone.
         """
-        return read_row(self.text_model, [Piece(None, packed, packed.branches, has_prefix=True)], self.device)
+        return read_row(self.text_model, [Piece.whole(None, packed, packed.branches)], self.device)
 
     def head_log_odds(self, states_TD: Tensor) -> Tensor:
         """Log-odds of right against wrong [T, fp32]; where the family is additive, of a sum of states their sum."""

@@ -11,7 +11,6 @@ Legend: T tags of all branches.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
 
 from medmm_ray.text import TAG, split_steps
@@ -75,9 +74,9 @@ class PackedQuestion:
     num_documents: int
 
     @cached_property
-    def offsets(self) -> list[int]:
-        """Where each branch starts after prefix and earlier branches; one more entry, the whole length."""
-        return list(accumulate((len(b.ids) for b in self.branches), initial=len(self.prefix_ids)))
+    def num_tokens(self) -> int:
+        """The row's length."""
+        return len(self.prefix_ids) + sum(len(b.ids) for b in self.branches)
 
     @property
     def tag_solutions(self) -> list[int]:
@@ -104,7 +103,7 @@ class Packing:
     @property
     def num_tokens(self) -> int:
         """Tokens to run, prefixes counted once a group."""
-        return sum(group.offsets[-1] for group in self.groups)
+        return sum(group.num_tokens for group in self.groups)
 
 
 def choose_documents(

@@ -2,7 +2,8 @@
 
 Enters: packed questions, one after another. Leaves: for each branch the states after the final norm at its tags, and
 the mean state of each step's tokens in the middle layer. Several questions share a row; a question larger than the
-budget takes several rows, and its prefix is run once, its keys and values kept for the rows that follow.
+budget takes several rows, and its prefix is run once (in pieces, where it is larger itself), its keys and values kept
+for the rows that follow.
 
 Legend: L row length, P prefix length, T tags, D text width.
 """
@@ -21,14 +22,15 @@ from medmm_ray.engines.reward_model.packing import Branch, PackedQuestion
 
 @dataclass
 class HeldPrefix(Held):
-    """A prefix for later rows: its keys and values, and its states in the middle layer [P, D]."""
+    """A prefix for later rows: its keys and values, and its states in the middle layer, row by row [P, D]."""
 
-    middle_PD: Tensor | None = None
+    middle_PD: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What a row has of one question: the prefix (or, held from an earlier row, not), and some of the branches.
+    """What a row has of one question: the prefix from `start` on (its beginning is held from earlier rows) up to
+    `stop`, and some of the branches.
 
     `owner` is what came with the question; it finds its way back by it.
     """
@@ -36,17 +38,21 @@ class Piece:
     owner: Any
     packed: PackedQuestion
     branches: Sequence[Branch]
-    has_prefix: bool
+    start: int
+    stop: int
     held: HeldPrefix | None = None
+
+    @classmethod
+    def whole(cls, owner: Any, packed: PackedQuestion, branches: Sequence[Branch]) -> "Piece":
+        return cls(owner, packed, branches, 0, len(packed.prefix_ids))
 
     @property
     def block(self) -> Block:
-        prefix = len(self.packed.prefix_ids) if self.has_prefix else 0
-        return Block(prefix, tuple(len(b.ids) for b in self.branches), self.held)
+        return Block(self.stop - self.start, tuple(len(b.ids) for b in self.branches), self.held)
 
 
 def rows(questions: Iterable[tuple[Any, PackedQuestion]], token_budget: int) -> Iterator[list[Piece]]:
-    """Questions, each with its owner, as rows of at most `token_budget` tokens (a longer prefix or branch goes alone).
+    """Questions, each with its owner, as rows of at most `token_budget` tokens (a longer branch goes alone).
 
     Branches of a question go by length, so that those of like length meet.
     """
@@ -54,24 +60,34 @@ def rows(questions: Iterable[tuple[Any, PackedQuestion]], token_budget: int) -> 
     used = 0
     for owner, packed in questions:
         branches = sorted(packed.branches, key=lambda b: -len(b.ids))
-        prefix, total = len(packed.prefix_ids), packed.offsets[-1]
-        if row and used + total > token_budget:
+        if row and used + packed.num_tokens > token_budget:
             yield row
             row, used = [], 0
-        if total <= token_budget:
-            row.append(Piece(owner, packed, branches, has_prefix=True))
-            used += total
-            continue
-        held, has_prefix, used, own = HeldPrefix(), True, prefix, list[Branch]()
-        for branch in branches:
-            if (own or has_prefix) and used + len(branch.ids) > token_budget:
-                yield [Piece(owner, packed, own, has_prefix, held)]
-                has_prefix, used, own = False, 0, []
-            own.append(branch)
-            used += len(branch.ids)
-        row = [Piece(owner, packed, own, has_prefix, held)]
+        if packed.num_tokens <= token_budget:
+            row.append(Piece.whole(owner, packed, branches))
+            used += packed.num_tokens
+        else:
+            *full, last = _pieces(owner, packed, branches, token_budget)
+            yield from ([piece] for piece in full)
+            row, used = [last], last.block.length
     if row:
         yield row
+
+
+def _pieces(owner: Any, packed: PackedQuestion, branches: Sequence[Branch], token_budget: int) -> Iterator[Piece]:
+    """One question, larger than the budget: as much of the prefix as fits a piece, then as many branches."""
+    held, prefix, start = HeldPrefix(), len(packed.prefix_ids), 0
+    while prefix - start > token_budget:
+        yield Piece(owner, packed, [], start, start + token_budget, held)
+        start += token_budget
+    used, own = prefix - start, list[Branch]()
+    for branch in branches:
+        if used and used + len(branch.ids) > token_budget:
+            yield Piece(owner, packed, own, start, prefix, held)
+            start, used, own = prefix, 0, []
+        own.append(branch)
+        used += len(branch.ids)
+    yield Piece(owner, packed, own, start, prefix, held)
 
 
 @dataclass
@@ -92,9 +108,8 @@ class _Places:
 
     def add(self, piece: Piece) -> None:
         prefix, begin = len(piece.packed.prefix_ids), len(self.ids)
-        if piece.has_prefix:
-            self.ids += piece.packed.prefix_ids
-            self.positions += range(prefix)
+        self.ids += piece.packed.prefix_ids[piece.start : piece.stop]
+        self.positions += range(piece.start, piece.stop)
         for branch in piece.branches:
             at = len(self.ids)
             for tag, (start, end) in zip(branch.tags, branch.spans(prefix), strict=True):
@@ -130,8 +145,8 @@ def read_row(text_model: Any, pieces: Sequence[Piece], device: torch.device) -> 
     sums_TD = torch.zeros_like(states_TD, dtype=torch.float32)
     sums_TD = sums_TD.index_add(0, index(places.owners), middle_LD[index(places.rows)].float())
     for piece in pieces:
-        if piece.held is not None and piece.has_prefix:
-            piece.held.middle_PD = middle_LD[: len(piece.packed.prefix_ids)].clone()
+        if piece.held is not None and piece.stop > piece.start:
+            piece.held.middle_PD.append(middle_LD[: piece.stop - piece.start].clone())
     if places.ahead:
         parts_AD = torch.stack([_ahead(middle_LD, piece, begin, start) for _, piece, begin, start in places.ahead])
         sums_TD = sums_TD.index_add(0, index([tag for tag, *_ in places.ahead]), parts_AD)
@@ -139,13 +154,11 @@ def read_row(text_model: Any, pieces: Sequence[Piece], device: torch.device) -> 
 
 
 def _ahead(middle_LD: Tensor, piece: Piece, begin: int, start: int) -> Tensor:
-    """The sum of the states [D, fp32] from `start` to the prefix's end, in this row or held from an earlier one."""
-    if piece.has_prefix:
-        part_KD = middle_LD[begin + start : begin + len(piece.packed.prefix_ids)]
+    """The sum of the states [D, fp32] from `start` to the prefix's end, of which earlier rows may hold a part."""
+    if piece.held is None:
+        part_KD = middle_LD[begin + start : begin + piece.stop]
     else:
-        assert piece.held is not None
-        assert piece.held.middle_PD is not None
-        part_KD = piece.held.middle_PD[start:]
+        part_KD = torch.cat(piece.held.middle_PD)[start:]
     return part_KD.float().sum(dim=0)
 
 

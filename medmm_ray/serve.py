@@ -74,7 +74,7 @@ class ServeConfig(Config):
     """Requests that a replica holds at once, waiting ones included; at least `max_batch_size`."""
     max_queued_requests: Annotated[int, Field(ge=-1)] = execution(256)
     """Requests that a proxy holds for busy replicas before it answers 503; -1: no bound."""
-    token_budget: Annotated[int, Field(ge=256)] = execution(4096)
+    token_budget: Annotated[int, Field(ge=256)] | None = execution(None)
     """Tokens of solutions that one forward pass packs behind the shared prefix."""
     max_solutions: Count = execution(256)
     """Solutions in a request; more are answered with 413."""
@@ -290,7 +290,7 @@ class Reranker:
         return self._app
 
 
-def score_cases(model: "RewardModel", cases: Sequence[Case], token_budget: int) -> list[Sequence[StepLogOdds]]:
+def score_cases(model: "RewardModel", cases: Sequence[Case], token_budget: int | None) -> list[Sequence[StepLogOdds]]:
     """Score several requests: those about the same case (question, documents, images) share one pass over its prefix.
 
     One list of scores a request, in order.

@@ -8,6 +8,7 @@ import pytest
 from jobs import bench
 from jobs.benches import Measured, models
 from jobs.benches.models import Flops, Shape, case, reference_ids, reward_model
+from jobs.benches.vllm_scorer import vllm_scorer
 
 SMALL = Shape(hidden_size=32, num_layers=2, num_heads=4, num_key_value_heads=2, intermediate_size=48, vocab_size=600)
 
@@ -47,6 +48,7 @@ def test_flops_of_one_by_one_and_shared() -> None:
                 "solution=60",
                 "repeats=1",
                 "reference_solutions=2",
+                "vllm_solutions=0",
             ],
         ),
         ("training", ["solutions=[3]", "documents=100", "question=20", "solution=60", "max_length=400", "repeats=1"]),
@@ -63,6 +65,19 @@ def test_a_benchmark_prints_its_table_and_writes_its_rows(
     assert set(rows[0]) == {"name", "baseline", "ours", "ratio", "target", "unit"}
     assert all(row["ratio"] > 0 for row in rows)
     assert rows[0]["name"].partition(",")[0] in capsys.readouterr().out
+
+
+@pytest.mark.engine
+def test_vllm_as_a_scorer_gives_our_scores() -> None:
+    shape = Shape(hidden_size=64, num_layers=2, num_heads=2, num_key_value_heads=1, intermediate_size=64,
+                  vocab_size=600)  # fmt: skip
+    model = reward_model(shape, "float32", "cpu", 2048)
+    asked = case(shape.vocab_size, 20, 100, 3, 50)
+    ours = [s.log_odds for s in model.score(asked.question, asked.solutions, asked.documents)]
+    with vllm_scorer(model, "float32", threads=1, longest=512) as scorer:
+        theirs = scorer.log_odds(reference_ids(model, asked))
+    for own, other in zip(ours, theirs, strict=True):
+        assert own == pytest.approx(other, abs=1e-5)
 
 
 def test_targets_are_met_or_not() -> None:

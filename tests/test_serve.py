@@ -56,7 +56,7 @@ class FakeModel:
         image: Image.Image | None = None,
         reference_images: Sequence[Image.Image] = (),
         *,
-        token_budget: int = 4096,
+        token_budget: int | None = None,
     ) -> list[Scored]:
         self.calls.append((question, len(solutions), len(documents), image is not None))
         light = 0.0 if image is None else 3.0 if image.getpixel((0, 0)) == (255, 255, 255) else -3.0

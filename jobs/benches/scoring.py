@@ -38,8 +38,8 @@ class BenchConfig(ModelConfig):
     """Models with random weights: SmolLM2's width and vocabulary in 8 blocks, one of width 1,536, Llama-3.1-8B's."""
     reference_solutions: int = 4
     """Solutions on which the reference is timed."""
-    token_budget: int = 4096
-    """Most tokens of a forward pass of ours."""
+    token_budget: int | None = None
+    """Most tokens of a forward pass of ours; null: the device's default."""
     vllm_solutions: int = 8
     """Solutions on which vLLM is timed, where it is installed; 0: not at all."""
     cells: tuple[tuple[int, int], ...] = ((64, 3072), (16, 3072), (8, 3072), (64, 1024), (64, 0))

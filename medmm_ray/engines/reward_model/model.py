@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
     from medmm_ray.engines.image_tower import ImageTower
 
-TOKEN_BUDGET = 4096
+CPU_BUDGET = 512  # tokens of a row; more is no faster there (512 to 4,096 within 8 %) and takes more memory
+GPU_BUDGET = 4096
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -242,14 +243,14 @@ class RewardModel(nn.Module):
         solutions: Sequence[str | Sequence[str]],
         documents: Sequence[str] = (),
         *,
-        token_budget: int = TOKEN_BUDGET,
+        token_budget: int | None = None,
     ) -> list[SolutionStates]:
         """What the text tower says of one question's solutions, one entry each."""
         return next(self.text_states_of([ScoreRequest(question, solutions, documents)], token_budget=token_budget))
 
     @torch.inference_mode()
     def text_states_of(
-        self, requests: Iterable["ScoreRequest"], *, token_budget: int = TOKEN_BUDGET, together: bool = True
+        self, requests: Iterable["ScoreRequest"], *, token_budget: int | None = None, together: bool = True
     ) -> Iterator[list[SolutionStates]]:
         """`text_states` of many questions, in order, in rows of at most `token_budget` tokens.
 
@@ -265,8 +266,9 @@ class RewardModel(nn.Module):
                 for group in reading.packing.groups:
                     yield reading, group
 
-        alone = (row for question in packed() for row in rows([question], token_budget))
-        for row in rows(packed(), token_budget) if together else alone:
+        budget = token_budget or (CPU_BUDGET if self.device.type == "cpu" else GPU_BUDGET)
+        alone = (row for question in packed() for row in rows([question], budget))
+        for row in rows(packed(), budget) if together else alone:
             states_TD, summaries_TD = read_row(self.text_model, row, self.device)
             log_odds_T = self.head_log_odds(states_TD)
             at = 0
@@ -330,7 +332,7 @@ class RewardModel(nn.Module):
         image: "Image | Sequence[Image] | None" = None,
         reference_images: Sequence["Image"] = (),
         *,
-        token_budget: int = TOKEN_BUDGET,
+        token_budget: int | None = None,
     ) -> list[StepScores]:
         """Scores of each solution, in order; none depends on the others, their order or the budget.
 
@@ -340,14 +342,15 @@ class RewardModel(nn.Module):
             documents: in rank order; those that fit are read.
             image: the question's picture, or several; without one the image part is exactly 0.
             reference_images: similar cases; looked at only together with an image.
-            token_budget: the most tokens that are read at once; it bounds memory and changes no score.
+            token_budget: the most tokens that are read at once; it bounds memory and changes no score. None: 512 on a
+                CPU, 4,096 on a GPU.
         """
         request = ScoreRequest(question, solutions, documents, image, reference_images)
         return next(self.score_many([request], token_budget=token_budget))
 
     @torch.inference_mode()
     def score_many(
-        self, requests: Iterable[ScoreRequest], *, token_budget: int = TOKEN_BUDGET
+        self, requests: Iterable[ScoreRequest], *, token_budget: int | None = None
     ) -> Iterator[list[StepScores]]:
         """`score` of a stream of questions, in order, read together so that every pass is as large as the budget."""
         asked: deque[ScoreRequest] = deque()

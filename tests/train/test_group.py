@@ -203,7 +203,7 @@ def unpacked(inputs: Inputs, config: TextPrmConfig) -> dict[str, Any]:
             aims = torch.tensor(solution["targets"]).long()
             losses.append(solution["weight"] * torch.nn.functional.cross_entropy(two, aims))
     loss = torch.stack(losses).sum() / sum(s["weight"] for row in uneven().to_pylist() for s in row["solutions"])
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     found = {f"gradient:{n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
     return {**found, "loss": loss.detach()}
 

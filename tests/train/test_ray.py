@@ -147,9 +147,8 @@ def test_a_killed_training_goes_on_with_another_number_of_workers(
     policy_inputs: dict[str, str], whole: Path, tmp_path: Path
 ) -> None:
     paths = policy_inputs["worked"], policy_inputs["texts"], tmp_path / "out"
-    two = {"num_workers": 2, "zero_stage": 2, "micro_batch_tokens": 400}
     with pytest.raises(TrainingError, match="training killed failed on worker"):
-        train_killed(*paths, **two, max_failures=0)
+        train_killed(*paths, num_workers=2, zero_stage=2, micro_batch_tokens=400, max_failures=0)
     assert not (tmp_path / "out" / "history.json").exists()
     train_killed(*paths)
     assert curve(tmp_path / "out") == pytest.approx(curve(whole), abs=1e-4)

@@ -6,10 +6,9 @@ on there, whatever was killed, as if nothing had happened.
 
 import json
 import signal
-import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 
 from medmm_ray.tables import filesystem, write_file
 from medmm_ray.train.loop import HISTORY, WORK, StageFactory, TrainConfig, TrainingError, Worker, run
+from medmm_ray.train.trackers import check_installed
 
 
 def figures(history: dict[str, Any]) -> dict[str, float]:
@@ -25,12 +25,12 @@ def figures(history: dict[str, Any]) -> dict[str, float]:
     epochs: list[dict[str, float]] = history["epochs"]
     kept = epochs[-1 if history["best_epoch"] is None else history["best_epoch"]]
     return {
+        **{key: value for key, value in kept.items() if key not in ("epoch", "selection")},
         "updates": float(len(history["updates"])),
         "samples": float(history["samples"]),
         "tokens": float(history["tokens"]),
         "train_seconds": round(history["seconds"], 3),
         "tokens_per_second": round(history["tokens"] / max(history["seconds"], 1e-9), 1),
-        **{key: value for key, value in kept.items() if key not in ("epoch", "selection")},
     }
 
 
@@ -52,6 +52,7 @@ def fit(
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import WorkerGroupError
 
+    check_installed(config.trackers)
     folder = folder if "://" in folder else str(Path(folder).absolute())
     work = f"{folder}/{WORK}"
     fs, path = filesystem(work)
@@ -63,7 +64,14 @@ def fit(
         write_file(fs, f"{path}/{name}-inputs/{key}.parquet", sink.getvalue().to_pybytes())
     trainer = TorchTrainer(
         _ray_worker,
-        train_loop_config={"stage": make_stage, "config": config, "inputs": inputs, "work": work, "folder": folder},
+        train_loop_config={
+            "stage": make_stage,
+            "config": config,
+            "inputs": inputs,
+            "name": name,
+            "work": work,
+            "folder": folder,
+        },
         scaling_config=ScalingConfig(
             num_workers=config.num_workers,
             use_gpu=config.gpus_per_worker > 0,
@@ -113,16 +121,21 @@ def _ray_worker(arguments: dict[str, Any]) -> None:
     import ray.train
 
     context = ray.train.get_context()
-    with tempfile.TemporaryDirectory() as scratch:
+    with ExitStack() as stack:
 
         def latest() -> str | None:
             checkpoint = ray.train.get_checkpoint()
-            return None if checkpoint is None else str(checkpoint.to_directory(f"{scratch}/resumed"))
+            return None if checkpoint is None else str(stack.enter_context(checkpoint.as_directory()))
 
         def keep(folder: str, metrics: dict[str, float]) -> None:
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
+        def notice() -> Sequence[str]:
+            info = ray.train.get_preemption_info()
+            return [] if info is None else info.preempted_node_ids
+
         worker = Worker(
-            context.get_world_rank(), context.get_world_size(), arguments["work"], arguments["folder"], latest, keep
-        )
+            context.get_world_rank(), context.get_world_size(), arguments["name"], arguments["work"],
+            arguments["folder"], latest, keep, notice,
+        )  # fmt: skip
         run(arguments["stage"], arguments["config"], arguments["inputs"], worker)

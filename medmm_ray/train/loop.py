@@ -4,24 +4,31 @@ Enters: a stage (its model, its samples, its loss), a `TrainConfig`, and what th
 stage's model in a folder, with ``history.json`` (the loss of each update, validation figures, seconds, tokens).
 
 The same seed gives the same batches on any number of workers, and a training that goes on from a checkpoint ends in the
-same weights as an undisturbed one.
+same weights as an undisturbed one, also with another number of workers or another ZeRO stage. Random numbers inside a
+model (dropout) are drawn anew for each forward pass from (seed, epoch, ids of its samples): they are the same on any
+worker, but not for another `micro_batch_tokens`, which makes other passes, nor on another kind of device.
 """
 
 import json
 import os
+import random
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pyarrow import fs as pafs
+from pydantic import Field, model_validator
 
 from medmm_ray.config import Config, execution
 from medmm_ray.tables import filesystem, write_file
+from medmm_ray.train import checkpoints, meters
+from medmm_ray.train.engine import Engine
 from medmm_ray.train.schedule import epoch_batches, learning_rate_factor, micro_batches
+from medmm_ray.train.trackers import TrackerName, open_trackers
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +37,7 @@ WORK = ".checkpoints"
 HISTORY = "history.json"
 PROGRESS = f"{WORK}/progress.json"
 REPORT_SECONDS = 5.0
+NOTICE_SECONDS = 5.0  # a spot machine is taken 30 s (GCP) to 120 s (AWS) after its notice
 
 
 class TrainingError(RuntimeError):
@@ -53,16 +61,19 @@ class TrainConfig(Config):
     """Share of all updates in which the learning rate rises."""
     max_grad_norm: float = 1.0
     """Gradients above this norm are scaled down to it."""
+    patience: int | None = Field(None, ge=1)
+    """Epochs without a better validation figure after which training ends; null: never before the last epoch."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of weights in the forward and backward pass; auto: bfloat16 on a GPU, float32 without."""
     activation_checkpointing: bool = execution(False)
     """Recompute activations in the backward pass: less memory, about 30 % more time."""
     zero_stage: Literal[0, 1, 2, 3] = execution(0)
-    """What DeepSpeed divides among workers: 1 optimizer states, 2 and gradients, 3 and weights."""
+    """What DeepSpeed divides among workers: 1 optimizer states, 2 and gradients, 3 and weights. In bfloat16 at least
+    1."""
     offload: Literal["none", "optimizer", "parameters"] = execution("none")
-    """What lies in CPU memory between uses: optimizer states, or weights too (ZeRO 3)."""
+    """What lies in CPU memory between uses: optimizer states (from ZeRO 1 on), or weights too (ZeRO 3)."""
     num_workers: int = execution(1)
-    """Training processes."""
+    """Training processes. A training that was interrupted may go on with another number of them."""
     cpus_per_worker: float = execution(2.0)
     """CPUs that Ray reserves for a worker."""
     gpus_per_worker: float = execution(0.0)
@@ -75,6 +86,15 @@ class TrainConfig(Config):
     """Updates between checkpoints; 0: at the ends of epochs."""
     max_failures: int = execution(1)
     """Worker failures, preemptions apart, after which training starts again from its last checkpoint by itself."""
+    trackers: tuple[TrackerName, ...] = execution(("tensorboard",))
+    """Where each update's figures go: tensorboard (a folder beside the model), wandb, mlflow."""
+
+    @model_validator(mode="after")
+    def _offloads(self) -> "TrainConfig":
+        needed = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.zero_stage < needed:
+            raise ValueError(f"offload={self.offload} needs zero_stage={needed} or more, not {self.zero_stage}")
+        return self
 
 
 class Stage(ABC):
@@ -104,6 +124,10 @@ class Stage(ABC):
         """Figures on held-out data, after each epoch; ``selection`` (higher is better) picks the epoch that is kept."""
         return {}
 
+    def flops(self, units: Sequence[int]) -> float:  # noqa: ARG002
+        """Floating-point operations that the model needs to train on these units once; 0: not counted."""
+        return 0.0
+
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Write the model, whole, in the form that other steps read."""
@@ -130,56 +154,35 @@ class Progress:
         scored = [(row["selection"], -row["epoch"]) for row in self.epochs if "selection" in row]
         return int(-max(scored)[1]) if scored else None
 
+    def is_over(self, epochs: int, patience: int | None) -> bool:
+        """Whether all epochs are done, or the last `patience` of them brought no better selection figure."""
+        best = self.best_epoch
+        stale = 0 if best is None else self.epoch - 1 - best
+        return self.epoch >= epochs or (patience is not None and stale >= patience)
+
 
 @dataclass(frozen=True)
 class Worker:
-    """One process of the training group, and its ways to keep things."""
+    """One process of the training group `name`, and its ways to keep things.
+
+    `latest` gives the folder of the newest checkpoint, `keep` takes this worker's part of a new one. `notice` says
+    which machines of the group will be taken away soon, the same to all workers, which must all ask together.
+    """
 
     rank: int
     size: int
+    name: str
     work: str
     folder: str
     latest: Callable[[], str | None]
     keep: Callable[[str, dict[str, float]], None]
-
-
-def deepspeed_config(config: TrainConfig, dtype: str) -> dict[str, Any]:
-    """DeepSpeed's settings. An update's micro-batches vary in number, so the loop owns their accumulation."""
-    zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": False}
-    if config.offload != "none":
-        zero["offload_optimizer"] = {"device": "cpu"}
-    if config.offload == "parameters":
-        zero["offload_param"] = {"device": "cpu"}
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": config.max_grad_norm,
-        "bf16": {"enabled": dtype == "bfloat16"},
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 1 << 30,
-    }
-
-
-def parameter_groups(
-    module: "torch.nn.Module", default: float, rates: dict[str, float], weight_decay: float
-) -> list[dict[str, Any]]:
-    """AdamW's groups, by learning rate and weight decay: matrices decay, biases, norms and scalars do not."""
-    groups: dict[tuple[float, float], list[Any]] = {}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            rate = next((rate for prefix, rate in rates.items() if name.startswith(prefix)), default)
-            decay = weight_decay if parameter.dim() > 1 else 0.0
-            groups.setdefault((rate, decay), []).append(parameter)
-    return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in sorted(groups.items())]
+    notice: Callable[[], Sequence[str]]
 
 
 def run(make_stage: StageFactory, config: TrainConfig, inputs: dict[str, str], worker: Worker) -> None:
     """Train in this process, one of the group; torch.distributed is initialised already.
 
-    Raises `TrainingError` where a loss is not finite, with the ids of its batch.
+    Raises `TrainingError` where a loss is not finite or memory runs out, with the ids of the batch.
     """
     if config.gpus_per_worker == 0:
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
@@ -191,60 +194,53 @@ def run(make_stage: StageFactory, config: TrainConfig, inputs: dict[str, str], w
     torch.manual_seed(config.seed)
     training = Training(make_stage(config, inputs, device), config, worker, device)
     training.restore()
-    for epoch in range(training.progress.epoch, config.epochs):
-        training.epoch(epoch)
+    with training.tracked():
+        while not training.progress.is_over(config.epochs, config.patience):
+            training.epoch(training.progress.epoch)
     training.leave()
     torch.distributed.barrier()
-
-
-def loss_module(stage: Stage) -> "torch.nn.Module":
-    """The stage as a module whose forward pass is its loss: DeepSpeed's hooks want one call, one output."""
-    import torch
-
-    class LossModule(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.module = stage.module
-
-        def forward(self, units: list[int], epoch: int) -> torch.Tensor:
-            return stage.loss(units, epoch)
-
-    return LossModule()
 
 
 class Training:
     """A stage under DeepSpeed, and how far it is."""
 
     def __init__(self, stage: Stage, config: TrainConfig, worker: Worker, device: str) -> None:
-        import deepspeed
         import torch
 
         self.stage, self.config, self.worker = stage, config, worker
         self.batches = [epoch_batches(stage.sizes, config.batch_size, config.seed, e) for e in range(config.epochs)]
-        num_updates = sum(len(batches) for batches in self.batches)
-        if num_updates == 0:
+        self.num_updates = sum(len(batches) for batches in self.batches)
+        if self.num_updates == 0:
             raise TrainingError(f"{type(stage).__name__}: there is not one sample to train on; look at the inputs")
         self.progress = Progress()
-        self._said = time.perf_counter()
-        groups = parameter_groups(stage.module, config.learning_rate, stage.learning_rates(), config.weight_decay)
-        # DeepSpeed 0.19.8 cannot broadcast parameters without a dimension (a CLIP's scale, for one).
-        self._scalars = [parameter for parameter in stage.module.parameters() if parameter.dim() == 0]
-        self._reshape_scalars((1,))
         dtype = config.dtype if config.dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
-        self.engine, *_ = deepspeed.initialize(
-            model=loss_module(stage),
-            optimizer=torch.optim.AdamW(groups),
-            lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
-                optimizer, lambda update: learning_rate_factor(update, num_updates, config.warmup)
-            ),
-            config=deepspeed_config(config, dtype),
-            dist_init_required=False,
-        )
+        self.engine = Engine(stage.module, stage.loss, stage.learning_rates(), config, dtype)
+        known = device != "cpu" and dtype == "bfloat16"
+        peak = meters.peak_flops(torch.cuda.get_device_name()) if known else None
+        self.speed = meters.Speed(None if peak is None else peak * worker.size)
+        self._said = self._asked = time.perf_counter()
+        self._noticed: set[str] = set()
+
+    @contextmanager
+    def tracked(self) -> Iterator[None]:
+        """Have the trackers of the recipe open, on rank 0."""
+        config, worker = self.config, self.worker
+        names = config.trackers if worker.rank == 0 else ()
+        settings = config.model_dump(mode="json")
+        self.trackers = open_trackers(names, worker.name, worker.folder, settings, len(self.progress.updates))
+        try:
+            yield
+        finally:
+            for tracker in self.trackers:
+                tracker.close()
+
+    def _log(self, kind: str, figures: dict[str, float]) -> None:
+        named = {f"{kind}/{name}": value for name, value in figures.items() if name != "epoch"}
+        for tracker in self.trackers:
+            tracker.log(named, len(self.progress.updates))
 
     def epoch(self, epoch: int) -> None:
         """The rest of an epoch, its validation, and a checkpoint."""
-        import torch
-
         progress, stage, every = self.progress, self.stage, self.config.checkpoint_every
         self._started = time.perf_counter() - progress.seconds
         stage.module.train()
@@ -252,32 +248,47 @@ class Training:
             self._update(epoch, self.batches[epoch][number])
             progress.batch = number + 1
             self._say()
-            if every and len(progress.updates) % every == 0:
+            if self._taken_away_soon() or (every and len(progress.updates) % every == 0):
                 self._checkpoint()
-        stage.module.eval()
-        with torch.no_grad():
-            figures = stage.validate()
         losses = [row["loss"] for row in progress.updates if row["epoch"] == epoch]
-        progress.epochs.append({"epoch": epoch, "loss": sum(losses) / len(losses), **figures})
+        figures = {"loss": sum(losses) / len(losses), **self._validated(), **self.speed.take()}
+        progress.epochs.append({"epoch": epoch, **figures})
+        self._log("epoch", figures)
         if progress.best_epoch == epoch:
             self._keep_best(epoch)
         progress.epoch, progress.batch = epoch + 1, 0
         progress.seconds = time.perf_counter() - self._started
         self._checkpoint()
 
+    def _validated(self) -> dict[str, float]:
+        """The stage's figures, rank 0's on all workers, and the highest peak of memory among them."""
+        import torch
+
+        self.stage.module.eval()
+        with torch.no_grad():
+            figures = self.stage.validate()
+        found: list[Any] = [None] * self.worker.size
+        torch.distributed.all_gather_object(found, (figures, meters.peak_memory(self.engine.device)))
+        return {**found[0][0], "peak_memory_gib": max(peak for _, peak in found)}
+
     def _update(self, epoch: int, units: Sequence[int]) -> None:
         stage, progress = self.stage, self.progress
-        learning_rate = float(self.engine.get_lr()[0])
-        loss = self._step(units, epoch)
-        norm = self.engine.get_global_grad_norm()  # None without ZeRO
+        tokens, began = sum(stage.costs[u] for u in units), time.perf_counter()
+        rate = self.engine.set_learning_rate(
+            learning_rate_factor(len(progress.updates), self.num_updates, self.config.warmup)
+        )
+        loss, norm = self._step(units, epoch)
         progress.samples += sum(stage.sizes[u] for u in units)
-        progress.tokens += sum(stage.costs[u] for u in units)
+        progress.tokens += tokens
         progress.seconds = time.perf_counter() - self._started
-        row = {"epoch": float(epoch), "loss": loss, "learning_rate": learning_rate}
-        progress.updates.append(row if norm is None else {**row, "gradient_norm": float(norm)})
+        row = {"epoch": float(epoch), "loss": loss, "learning_rate": rate, "gradient_norm": norm}
+        progress.updates.append(row)
+        speed = self.speed.add(tokens, stage.flops(units), time.perf_counter() - began)
+        self._log("train", {**row, **speed, "peak_memory_gib": meters.peak_memory(self.engine.device)})
 
-    def _step(self, units: Sequence[int], epoch: int) -> float:
-        """One step of the optimizer over a global batch, of which this worker takes every n-th group; its mean loss.
+    def _step(self, units: Sequence[int], epoch: int) -> tuple[float, float]:
+        """One step of the optimizer over a global batch, of which this worker takes every n-th group; its mean loss
+        and the norm of its gradient.
 
         DeepSpeed averages gradients over workers, hence the factor `size`. A worker without a group left runs the
         first one with weight 0: ZeRO's collectives want the same number of passes everywhere.
@@ -287,103 +298,128 @@ class Training:
         stage, rank, size = self.stage, self.worker.rank, self.worker.size
         num_samples = sum(stage.sizes[u] for u in units)
         groups = micro_batches(units, stage.costs, stage.budget, stage.padded)
-        total = torch.zeros(())
+        losses: list[tuple[list[int], torch.Tensor]] = []
         for at in range(0, len(groups), size):
             mine = at + rank < len(groups)
             group = groups[at + rank] if mine else groups[0]
-            loss = self.engine(group, epoch) / num_samples
-            value = loss.detach().float().cpu()
-            if not torch.isfinite(value):
-                raise TrainingError(
-                    f"the loss is {value.item()} in epoch {epoch + 1}, after {len(self.progress.updates)} updates, on "
-                    f"{[stage.names[u] for u in group]}. Look at these samples; if they are sound, lower learning_rate "
-                    "or train in float32."
-                )
-            self.engine.backward(loss * (size if mine else 0.0))
-            total += value * mine
-        self.engine.step()
-        if size > 1:
-            total = total.to(self.engine.device)
-            torch.distributed.all_reduce(total)
-        return float(total)
+            torch.manual_seed(self._seed(epoch, group))
+            with self._within_memory(epoch, group):
+                loss = self.engine.loss(group, epoch) / num_samples
+                self.engine.backward(loss * (size if mine else 0.0))
+            if mine:
+                losses.append((group, loss.detach()))
+        total = torch.stack([torch.zeros((), device=self.engine.device), *(value.float() for _, value in losses)]).sum()
+        torch.distributed.all_reduce(total)
+        if not torch.isfinite(total):
+            bad = [stage.names[u] for group, value in losses if not torch.isfinite(value) for u in group]
+            self._refuse(float(total), epoch, bad)
+        with self._within_memory(epoch, units):
+            return float(total), self.engine.step()
+
+    def _seed(self, epoch: int, group: Sequence[int]) -> int:
+        """Of the random numbers of one forward pass."""
+        names = sorted(self.stage.names[u] for u in group)
+        return random.Random(f"{self.config.seed}/{epoch}/{names}").getrandbits(62)
+
+    def _refuse(self, loss: float, epoch: int, bad: list[str]) -> None:
+        """Stop on all workers, each with the ids of all samples in whose passes the loss was not finite."""
+        import torch
+
+        found: list[Any] = [None] * self.worker.size
+        torch.distributed.all_gather_object(found, bad)
+        raise TrainingError(
+            f"the loss is {loss} in epoch {epoch + 1}, after {len(self.progress.updates)} updates, on "
+            f"{sorted(name for names in found for name in names)}. Look at these samples; if they are sound, lower "
+            "learning_rate or train in float32."
+        )
+
+    @contextmanager
+    def _within_memory(self, epoch: int, units: Sequence[int]) -> Iterator[None]:
+        import torch
+
+        try:
+            yield
+        except RuntimeError as error:  # torch says it so on a CPU
+            if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                raise
+            config, tokens = self.config, sum(self.stage.costs[u] for u in units)
+            raise TrainingError(
+                f"out of memory in epoch {epoch + 1}, after {len(self.progress.updates)} updates, on "
+                f"{[self.stage.names[u] for u in units]} (cost {tokens:,}): {error} Lower micro_batch_tokens (now "
+                f"{config.micro_batch_tokens:,}), set activation_checkpointing (now {config.activation_checkpointing}),"
+                f" raise zero_stage (now {config.zero_stage}, with {config.num_workers} workers) or offload (now "
+                f"{config.offload}): training then goes on from its last checkpoint. Or train with lora, anew."
+            ) from error
+
+    def _taken_away_soon(self) -> bool:
+        """Whether a machine of the group is about to be taken away, of which nobody knew before."""
+        import torch
+
+        due = torch.tensor(time.perf_counter() - self._asked > NOTICE_SECONDS, device=self.engine.device).int()
+        torch.distributed.broadcast(due, 0)
+        if not due:
+            return False
+        self._asked = time.perf_counter()
+        new = set(self.worker.notice()) - self._noticed
+        self._noticed |= new
+        return bool(new)
 
     def _say(self) -> None:
         """Tell who waits, every few seconds, how far training is: a small file beside the checkpoints."""
         if self.worker.rank == 0 and time.perf_counter() - self._said > REPORT_SECONDS:
             self._said, done = time.perf_counter(), len(self.progress.updates)
-            total = sum(len(batches) for batches in self.batches)
             fs, path = filesystem(f"{self.worker.folder}/{PROGRESS}")
             fs.create_dir(path.rpartition("/")[0], recursive=True)
             write_file(fs, path, json.dumps({
-                "update": done, "updates": total, "loss": self.progress.updates[-1]["loss"],
+                "update": done, "updates": self.num_updates, "loss": self.progress.updates[-1]["loss"],
                 "tokens_per_second": self.progress.tokens / self.progress.seconds,
-                "seconds_left": self.progress.seconds / done * (total - done),
+                "seconds_left": self.progress.seconds / done * (self.num_updates - done),
             }).encode())  # fmt: skip
+            for tracker in self.trackers:
+                tracker.flush()
 
     def _checkpoint(self) -> None:
         """Every worker writes its part and hands it over; the group's parts make one checkpoint."""
         with tempfile.TemporaryDirectory() as scratch:
-            self.engine.save_checkpoint(scratch, tag="state", client_state={"progress": asdict(self.progress)})
+            checkpoints.save(self.engine, asdict(self.progress), Path(scratch), self.worker.rank, self.worker.size)
             done = {"epoch": float(self.progress.epoch), "updates": float(len(self.progress.updates))}
             self.worker.keep(scratch, done)
 
     def restore(self) -> None:
         """Go on from the newest checkpoint, where there is one."""
         latest = self.worker.latest()
-        if latest is None:
-            return
-        path, state = self.engine.load_checkpoint(latest, tag="state")
-        if path is None:
-            raise TrainingError(
-                f"the checkpoint in {latest} cannot be continued: it is none of {self.worker.size} workers with ZeRO "
-                f"{self.config.zero_stage}. Go back to the earlier settings, or delete {self.worker.work}."
-            )
-        self.progress = Progress(**state["progress"])
+        if latest is not None:
+            self.progress = Progress(**checkpoints.progress_in(Path(latest)))
+            checkpoints.load(self.engine, Path(latest), len(self.progress.updates))
 
     def leave(self) -> None:
         """The model of the best epoch (else of the last) and the history, in the artifact's folder."""
         from safetensors.torch import load_file
 
         best, rank = self.progress.best_epoch, self.worker.rank
-        with self._whole_weights(), tempfile.TemporaryDirectory() as made:
+        with self.engine.whole_weights(), tempfile.TemporaryDirectory() as made:
             if rank != 0:
                 return
             if best is not None:
-                _copy(self._best_weights(best), f"{made}/best")
+                checkpoints.copy(self._best_weights(best), f"{made}/best")
                 for name, weights in load_file(f"{made}/best").items():
-                    self.stage.module.get_parameter(name).data.copy_(weights)
-            self._reshape_scalars(())
+                    self.engine.trained[name].data.copy_(weights)
             self.stage.save(Path(made) / "model")
-            self._reshape_scalars((1,))
-            _copy(f"{made}/model", self.worker.folder)
+            checkpoints.copy(f"{made}/model", self.worker.folder)
         fs, path = filesystem(f"{self.worker.folder}/{HISTORY}")
-        history = asdict(self.progress) | {"best_epoch": best}
+        stopped = self.progress.epoch < self.config.epochs
+        history = asdict(self.progress) | {"best_epoch": best, "stopped_early": stopped}
         write_file(fs, path, json.dumps(history).encode())
 
     def _keep_best(self, epoch: int) -> None:
         """Set the trained weights of an epoch aside (not the frozen ones: a text tower may have 16 GB of them)."""
-        from safetensors.torch import save_file
-
-        trained = {n: p for n, p in self.stage.module.named_parameters() if p.requires_grad}
-        with self._whole_weights(), tempfile.TemporaryDirectory() as made:
+        with tempfile.TemporaryDirectory() as made:
+            checkpoints.save_trained(self.engine, Path(made) / "best", self.worker.rank)
             if self.worker.rank == 0:
-                save_file({n: p.detach().cpu().contiguous() for n, p in trained.items()}, f"{made}/best")
-                _copy(f"{made}/best", self._best_weights(epoch))
+                checkpoints.copy(f"{made}/best", self._best_weights(epoch))
 
     def _best_weights(self, epoch: int) -> str:
         return f"{self.worker.work}/best-{epoch}.safetensors"
-
-    def _whole_weights(self) -> Any:
-        """With ZeRO 3, all weights on every worker (all must enter); rank 0's changes are handed out at the end."""
-        import deepspeed
-
-        divided = self.config.zero_stage == 3
-        parameters = list(self.stage.module.parameters()) if divided else []
-        return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=divided)
-
-    def _reshape_scalars(self, shape: tuple[int, ...]) -> None:
-        for parameter in self._scalars:
-            parameter.data = parameter.data.reshape(shape)
 
 
 def how_far(folder: str) -> str:
@@ -398,11 +434,3 @@ def how_far(folder: str) -> str:
         f"update {told['update']:,} of {told['updates']:,}, loss {told['loss']:.3f}, "
         f"{told['tokens_per_second']:,.0f} tokens/s, {told['seconds_left']:.0f} s left"
     )
-
-
-def _copy(source: str, target: str) -> None:
-    """Copy a file or a folder to where nothing, or something older, is."""
-    (source_fs, source_path), (fs, path) = filesystem(source), filesystem(target)
-    is_file = source_fs.get_file_info(source_path).is_file
-    fs.create_dir(path.rpartition("/")[0] if is_file else path, recursive=True)
-    pafs.copy_files(source_path, path, source_filesystem=source_fs, destination_filesystem=fs)

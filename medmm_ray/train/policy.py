@@ -4,10 +4,10 @@ Enters: training questions and their worked solutions. Leaves: a Hugging Face ch
 tokenizer, generation config) that vLLM loads. Without a base model a small Llama starts from random weights, with a
 tokenizer of its own made from the run's texts.
 
-The worked solutions of a question share one pass over its prompt: a row is the prompt, then its solutions, none of
-which sees another. With four a question that is 2.2 times fewer tokens on phantoms.
+The worked solutions of a question share one pass over its prompt, by the reward model's shared-prefix attention: with
+four a question that is 2.2 times fewer tokens on phantoms.
 
-Legend: B rows, L tokens of the longest, N supervised tokens, V vocabulary.
+Legend: L tokens of a packed row, N supervised tokens, D width, V vocabulary.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import model_validator
 
 from medmm_ray.config import Config, execution
 from medmm_ray.engines.checkpoints import resolve
@@ -26,9 +27,13 @@ from medmm_ray.tables import filesystem
 from medmm_ray.text import one_line, question_with_options
 from medmm_ray.train.launch import fit
 from medmm_ray.train.loop import Stage, TrainConfig
+from medmm_ray.train.lora import Adapter, LoraConfig
+from medmm_ray.train.meters import Flops
 
 if TYPE_CHECKING:
     import torch
+
+    from medmm_ray.engines.reward_model.attention import Block
 
 
 class LlamaShape(Config):
@@ -68,8 +73,16 @@ class PolicyConfig(TrainConfig):
     holds fewer questions. false where the updates are small."""
     max_length: int = 1024
     """Longest prompt with one solution, in tokens; a longer one is left out, never cut."""
+    lora: LoraConfig | None = None
+    """Train a low-rank adapter of `base`, all else frozen; null: all weights. An adapter wants a rate of about 1e-4."""
     micro_batch_tokens: int = execution(8192)
-    """Tokens (padding counts) of one forward pass of a worker."""
+    """Packed tokens of one forward pass of a worker; one question at least."""
+
+    @model_validator(mode="after")
+    def _adapts_a_base(self) -> "PolicyConfig":
+        if self.lora and self.base is None:
+            raise ValueError("lora adapts a pretrained model: name one as base, or train the small Llama whole")
+        return self
 
 
 def assistant_turn(steps: Sequence[str]) -> str:
@@ -148,18 +161,23 @@ def train_policy(
 class PolicyStage(Stage):
     """Questions with worked solutions, and the model that learns to write them."""
 
-    padded = True
+    padded = False
 
     def __init__(self, config: PolicyConfig, inputs: dict[str, str], device: str) -> None:
+        from medmm_ray.engines.reward_model.attention import NAME
+
         self.device = device
         self.budget = config.micro_batch_tokens
         texts = read_parquet(inputs["texts"])["text"].to_pylist()
         self.model, self.tokenizer = (
             new_llama(config.shape, texts, config.seed) if config.base is None else pretrained(config.base)
         )
-        self.module = self.model
+        self.model.set_attn_implementation(NAME)
         if config.activation_checkpointing:
             self.model.gradient_checkpointing_enable()
+        self.adapter = Adapter(self.model, config.lora) if config.lora else None
+        self.count_flops = Flops(self.model)
+        self.module = self.model
         rows = read_parquet(inputs["worked"]).to_pylist()
         self.names = [row["question_id"] for row in rows]
         whole = [encode(self.tokenizer, row["question"], row["answer_type"], row["solutions"]) for row in rows]
@@ -172,20 +190,29 @@ class PolicyStage(Stage):
         """Sum over solutions of the mean cross-entropy of their tokens; the head runs on those alone."""
         import torch
 
-        batch = collate([self.encoded[u] for u in units])
-        hidden_BLD = self.model.model(
-            input_ids=batch.ids_BL.to(self.device),
-            position_ids=batch.positions_BL.to(self.device),
-            attention_mask=None if batch.mask_B1LL is None else batch.mask_B1LL.to(self.device),
+        from medmm_ray.engines.reward_model.attention import Row
+
+        row = collate([self.encoded[u] for u in units])
+        hidden_1LD = self.model.base_model(
+            input_ids=row.ids_L[None].to(self.device),
+            position_ids=row.positions_L[None].to(self.device),
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),  # the row says who sees whom
+            shared_prefix=Row(row.blocks, self.device),
+            use_cache=False,
         ).last_hidden_state
-        logits_NV = self.model.lm_head(hidden_BLD[batch.row_N, batch.source_N]).float()
-        losses_N = torch.nn.functional.cross_entropy(logits_NV, batch.target_N.to(self.device), reduction="none")
-        return (losses_N * batch.weight_N.to(self.device)).sum()
+        logits_NV = self.model.lm_head(hidden_1LD[0, row.source_N]).float()
+        losses_N = torch.nn.functional.cross_entropy(logits_NV, row.target_N.to(self.device), reduction="none")
+        return (losses_N * row.weight_N.to(self.device)).sum()
+
+    def flops(self, units: Sequence[int]) -> float:
+        return self.count_flops(self.encoded[u].block for u in units)
 
     def validate(self) -> dict[str, float]:
         return {"too_long": float(self.num_too_long)}
 
     def save(self, folder: Path) -> None:
+        if self.adapter:
+            self.adapter.leave(folder)
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
@@ -201,22 +228,30 @@ class Encoded:
     def num_tokens(self) -> int:
         return len(self.prompt) + sum(map(len, self.solutions))
 
+    @property
+    def block(self) -> "Block":
+        """How it stands in a row; a lone solution continues its prompt."""
+        from medmm_ray.engines.reward_model.attention import Block
+
+        if len(self.solutions) == 1:
+            return Block(0, (self.num_tokens,))
+        return Block(len(self.prompt), tuple(map(len, self.solutions)))
+
     def within(self, max_length: int) -> "Encoded":
         """Without the solutions that do not fit behind the prompt."""
         return Encoded(self.prompt, [ids for ids in self.solutions if len(self.prompt) + len(ids) <= max_length])
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Rows for one forward pass. Token `target_N` is predicted at (`row_N`, `source_N`) and weighs `weight_N`.
+class PackedRow:
+    """Questions one after another for one forward pass, each its prompt, then its solutions.
 
-    `mask_B1LL` is None where each row has one solution: a causal mask does, and padding on the right is never seen.
+    Token `target_N` is predicted at `source_N` and weighs `weight_N`.
     """
 
-    ids_BL: "torch.Tensor"
-    positions_BL: "torch.Tensor"
-    mask_B1LL: "torch.Tensor | None"
-    row_N: "torch.Tensor"
+    blocks: "list[Block]"
+    ids_L: "torch.Tensor"
+    positions_L: "torch.Tensor"
     source_N: "torch.Tensor"
     target_N: "torch.Tensor"
     weight_N: "torch.Tensor"
@@ -239,41 +274,30 @@ def encode(tokenizer: Any, question: str, answer_type: str, solutions: Sequence[
     )
 
 
-def collate(questions: Sequence[Encoded]) -> Batch:
-    """Questions as rows: the prompt, then its solutions one after another, each at the positions that follow it."""
+def collate(questions: Sequence[Encoded]) -> PackedRow:
+    """Questions as one row, each solution at the positions that follow its prompt."""
     import torch
 
-    longest = max(question.num_tokens for question in questions)
-    ids_BL = torch.zeros(len(questions), longest, dtype=torch.long)
-    positions_BL = torch.zeros_like(ids_BL)
-    branch_BL = torch.full_like(ids_BL, -1)  # 0 the prompt, n the n-th solution, -1 padding
-    rows: list[int] = []
+    ids: list[int] = []
+    positions: list[int] = []
     sources: list[int] = []
     targets: list[int] = []
     weights: list[float] = []
-    for row, question in enumerate(questions):
-        start = len(question.prompt)
-        for branch, ids in enumerate([question.prompt, *question.solutions]):
-            at = start if branch else 0
-            ids_BL[row, at : at + len(ids)] = torch.tensor(ids)
-            positions_BL[row, at : at + len(ids)] = torch.arange(len(ids)) + (len(question.prompt) if branch else 0)
-            branch_BL[row, at : at + len(ids)] = branch
-            if branch:
-                rows += [row] * len(ids)
-                sources += [len(question.prompt) - 1, *range(at, at + len(ids) - 1)]
-                targets += ids
-                weights += [1 / len(ids)] * len(ids)
-                start += len(ids)
-    mask_B1LL = None
-    if any(len(question.solutions) > 1 for question in questions):
-        of_prompt_B1L = branch_BL[:, None] == 0
-        seen_BLL = of_prompt_B1L | (branch_BL[:, :, None] == branch_BL[:, None])
-        mask_B1LL = (seen_BLL & torch.ones(longest, longest, dtype=torch.bool).tril())[:, None]
-    return Batch(
-        ids_BL,
-        positions_BL,
-        mask_B1LL,
-        torch.tensor(rows),
+    for question in questions:
+        prompt = len(question.prompt)
+        last = len(ids) + prompt - 1
+        ids += question.prompt
+        positions += range(prompt)
+        for solution in question.solutions:
+            sources += [last, *range(len(ids), len(ids) + len(solution) - 1)]
+            targets += solution
+            weights += [1 / len(solution)] * len(solution)
+            ids += solution
+            positions += range(prompt, prompt + len(solution))
+    return PackedRow(
+        [question.block for question in questions],
+        torch.tensor(ids),
+        torch.tensor(positions),
         torch.tensor(sources),
         torch.tensor(targets),
         torch.tensor(weights),

@@ -18,6 +18,8 @@ from medmm_ray.targets import AfterFirstError, LabelPolicy
 from medmm_ray.train.labelled import group_labels, labelled_questions, share_of_right
 from medmm_ray.train.launch import fit
 from medmm_ray.train.loop import Stage, TrainConfig
+from medmm_ray.train.lora import Adapter, LoraConfig
+from medmm_ray.train.meters import Flops
 from medmm_ray.train.policy import read_parquet
 from medmm_ray.train.schedule import held_out
 
@@ -52,6 +54,8 @@ class TextPrmConfig(TrainConfig):
     """Share of the training questions held out, to measure the step AUROC and to keep the best epoch."""
     reference_prompt: bool = False
     """Train on Med-PRM's training prompt, which lacks the last space of its scoring prompt, not on the latter."""
+    lora: LoraConfig | None = None
+    """Train a low-rank adapter, all else frozen; null: all weights. An adapter wants a rate of about 1e-4."""
     micro_batch_tokens: int = execution(8192)
     """Packed tokens of one forward pass of a worker; one question at least."""
 
@@ -99,6 +103,8 @@ class TextPrmStage(Stage):
         self.model.reserve = min(config.reserve, self.model.max_length)
         if config.activation_checkpointing:
             self.model.text_model.gradient_checkpointing_enable()
+        self.adapter = Adapter(self.model.text_model, config.lora) if config.lora else None
+        self.count_flops = Flops(self.model.text_model)
         self.module = self.model
         rows = read_parquet(inputs["questions"]).to_pylist()
         self.names = [row["question_id"] for row in rows]
@@ -120,13 +126,10 @@ class TextPrmStage(Stage):
         """Sum over solutions of the mean two-class loss of their labelled steps."""
         import torch
 
-        losses = []
-        for unit in units:
-            for group in self.packed[unit].groups:
-                targets_T, weights_T = step_targets(group, self.solutions[unit])
-                log_odds_T = self.model(group)
-                losses.append(weighted_loss(log_odds_T, targets_T.to(self.device), weights_T.to(self.device)))
-        return torch.stack(losses).sum()
+        packed = [(group, self.solutions[unit]) for unit in units for group in self.packed[unit].groups]
+        targets, weights = zip(*(step_targets(group, own) for group, own in packed), strict=True)
+        log_odds_T = self.model(*(group for group, _ in packed))
+        return weighted_loss(log_odds_T, torch.cat(targets).to(self.device), torch.cat(weights).to(self.device))
 
     def validate(self) -> dict[str, float]:
         """Step AUROC on the held-out questions, soft targets counted as right from one half on."""
@@ -140,7 +143,15 @@ class TextPrmStage(Stage):
                 right += (targets_T[labelled_T] >= 0.5).tolist()
         return validation_figures(scores, right) | {"not_packed": float(self.num_not_packed)}
 
+    def flops(self, units: Sequence[int]) -> float:
+        from medmm_ray.engines.reward_model.attention import Block
+
+        groups = [group for unit in units for group in self.packed[unit].groups]
+        return self.count_flops(Block(len(g.prefix_ids), tuple(len(b.ids) for b in g.branches)) for g in groups)
+
     def save(self, folder: Path) -> None:
+        if self.adapter:
+            self.adapter.leave(folder)
         self.model.save_pretrained(folder)
 
 

@@ -1,5 +1,9 @@
 """A toy study as the training stages' inputs, and small untrained models of it."""
 
+import json
+import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ from medmm_ray import records
 from medmm_ray.tables import Origin, Table, write_rows
 from medmm_ray.train.image_text import ClipShape, ImageTextConfig, ImageTextStage
 from medmm_ray.train.labelled import group_labels, labelled_questions
+from medmm_ray.train.loop import Worker
 from medmm_ray.train.policy import LlamaShape, PolicyConfig, PolicyStage, vocabulary_texts, worked_questions
 from medmm_ray.train.two_tower import TwoTowerConfig, illustrated_questions
 from tests.train import toy
@@ -20,6 +25,65 @@ CLIP = ClipShape(
     image_size=32, width=32, num_layers=2, num_text_layers=1, num_heads=2, embed_dim=16, context_length=12,
     vocab_size=512,
 )  # fmt: skip
+
+
+class KilledError(Exception):
+    """Stands for a kill after so many checkpoints."""
+
+
+class Keeper:
+    """A worker's ways to keep things: folders beside the artifact's; ends itself after `limit` checkpoints.
+
+    `taken` are the machines that are about to be taken away.
+    """
+
+    def __init__(self, folder: Path, limit: int | None = None, rank: int = 0, size: int = 1) -> None:
+        self.folder, self.limit, self.rank, self.size = folder, limit, rank, size
+        self.kept: list[Path] = sorted(folder.parent.glob(f"{folder.name}-kept-*"))
+        self.taken: list[str] = []
+
+    def worker(self) -> Worker:
+        work = f"{self.folder}/.checkpoints"
+        return Worker(self.rank, self.size, "toy", work, str(self.folder), self.latest, self.keep, self.notice)
+
+    def latest(self) -> str | None:
+        return str(self.kept[-1]) if self.kept else None
+
+    def keep(self, scratch: str, metrics: dict[str, float]) -> None:
+        target = Path(f"{self.folder}-kept-{len(self.kept):03}")
+        shutil.copytree(scratch, target, dirs_exist_ok=True)  # every worker adds its files
+        self.kept.append(target)
+        assert metrics["updates"] > 0
+        if self.limit is not None and len(self.kept) >= self.limit:
+            raise KilledError
+
+    def notice(self) -> list[str]:
+        return self.taken
+
+
+def history(folder: Path) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads((folder / "history.json").read_text())
+    return read
+
+
+def curve(folder: Path) -> list[float]:
+    """The loss of each update."""
+    return [row["loss"] for row in history(folder)["updates"]]
+
+
+@pytest.fixture(scope="module")
+def lone_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A process group of one, this process."""
+    import torch
+
+    before = dict(os.environ)
+    os.environ.update(LOCAL_RANK="0", DS_ACCELERATOR="cpu")
+    store = tmp_path_factory.mktemp("group") / "store"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def written(folder: Path, **tables: pa.Table) -> dict[str, str]:

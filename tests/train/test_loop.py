@@ -1,69 +1,21 @@
 """The loop under DeepSpeed, in this process: the stages train, a kill changes nothing, a bad loss names its batch."""
 
-import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from medmm_ray.train import loop
+from medmm_ray.train import checkpoints, loop
 from medmm_ray.train.image_text import ImageTextConfig, ImageTextStage
-from medmm_ray.train.loop import Stage, TrainConfig, TrainingError, Worker, run
+from medmm_ray.train.loop import Stage, TrainConfig, TrainingError, run
+from medmm_ray.train.lora import LoraConfig
 from medmm_ray.train.policy import PolicyConfig, PolicyStage
 from medmm_ray.train.text_prm import TextPrmConfig, TextPrmStage
 from medmm_ray.train.two_tower import TwoTowerConfig, TwoTowerStage
-from tests.train.conftest import CLIP, SHAPE, image_text_stage, labelled, written
+from tests.train.conftest import CLIP, SHAPE, Keeper, KilledError, history, image_text_stage, labelled, written
 
-pytestmark = pytest.mark.engine
-
-
-@pytest.fixture(scope="module", autouse=True)
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A process group of one."""
-    import torch
-
-    before = dict(os.environ)
-    os.environ.update(LOCAL_RANK="0", DS_ACCELERATOR="cpu")
-    store = tmp_path_factory.mktemp("group") / "store"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-    os.environ.clear()
-    os.environ.update(before)
-
-
-class KilledError(Exception):
-    """Stands for a kill after so many checkpoints."""
-
-
-class Keeper:
-    """A worker's ways to keep things: folders beside the artifact's; ends itself after `limit` checkpoints."""
-
-    def __init__(self, folder: Path, limit: int | None = None) -> None:
-        self.folder, self.limit = folder, limit
-        self.kept: list[Path] = sorted(folder.parent.glob(f"{folder.name}-kept-*"))
-
-    def worker(self) -> Worker:
-        return Worker(0, 1, f"{self.folder}/.checkpoints", str(self.folder), self.latest, self.keep)
-
-    def latest(self) -> str | None:
-        return str(self.kept[-1]) if self.kept else None
-
-    def keep(self, scratch: str, metrics: dict[str, float]) -> None:
-        target = Path(f"{self.folder}-kept-{len(self.kept):03}")
-        Path(scratch).rename(target)
-        Path(scratch).mkdir()
-        self.kept.append(target)
-        assert metrics["updates"] > 0
-        if self.limit is not None and len(self.kept) >= self.limit:
-            raise KilledError
-
-
-def history(folder: Path) -> dict[str, Any]:
-    read: dict[str, Any] = json.loads((folder / "history.json").read_text())
-    return read
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("lone_group")]
 
 
 def test_policy_learns_and_leaves_a_checkpoint_that_transformers_reads(
@@ -123,22 +75,6 @@ def test_a_finished_training_that_starts_again_only_leaves_its_model(
     (tmp_path / "out" / "history.json").unlink()
     run(PolicyStage, config, policy_inputs, Keeper(tmp_path / "out").worker())
     assert history(tmp_path / "out") == first
-
-
-@pytest.mark.parametrize("zero_stage", [1, 2])
-def test_zero_gives_the_loss_curve_of_plain_training(
-    policy_inputs: dict[str, str],
-    tmp_path: Path,
-    zero_stage: Any,
-) -> None:
-    curves = []
-    for stage in (0, zero_stage):
-        config = PolicyConfig(
-            shape=SHAPE, epochs=1, batch_size=8, micro_batch_tokens=400, threads=1, zero_stage=stage
-        )  # fmt: skip
-        run(PolicyStage, config, policy_inputs, Keeper(tmp_path / f"zero{stage}").worker())
-        curves.append([row["loss"] for row in history(tmp_path / f"zero{stage}")["updates"]])
-    assert curves[1] == pytest.approx(curves[0], abs=1e-4)
 
 
 def test_text_prm_keeps_its_best_epoch(policy: Path, tmp_path: Path) -> None:
@@ -220,6 +156,114 @@ class Divergent(Stage):
 def test_a_loss_that_is_no_number_stops_with_the_batchs_ids(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"the loss is nan in epoch 1, after \d updates, on \['bad'\]"):
         run(Divergent, TrainConfig(epochs=1, batch_size=2), {"some": ""}, Keeper(tmp_path / "out").worker())
+
+
+class Exhausted(Divergent):
+    """It asks for more memory than any machine has."""
+
+    def loss(self, units: Sequence[int], epoch: int) -> Any:
+        import torch
+
+        return torch.zeros(1 << 48).sum()
+
+
+def test_memory_that_runs_out_says_what_to_turn(tmp_path: Path) -> None:
+    config = TrainConfig(batch_size=2, micro_batch_tokens=77, zero_stage=1)
+    said = (
+        r"out of memory in epoch 1, after 0 updates, on \['\w+'\] \(cost 1\): .*DefaultCPUAllocator.* Lower "
+        r"micro_batch_tokens \(now 77\), set activation_checkpointing \(now False\), raise zero_stage \(now 1, with 1 "
+        r"workers\) or offload \(now none\)"
+    )
+    with pytest.raises(TrainingError, match=f"(?s){said}"):
+        run(Exhausted, config, {"some": ""}, Keeper(tmp_path / "out").worker())
+
+
+class Graded(Divergent):
+    """Its validation figures are given: the third epoch is the best."""
+
+    def loss(self, units: Sequence[int], epoch: int) -> Any:
+        import torch
+
+        self.epoch = epoch
+        return self.module(torch.ones(1, 1)).sum()
+
+    def validate(self) -> dict[str, float]:
+        return {"selection": [0.1, 0.2, 0.6, 0.5, 0.4, 0.3, 0.9][self.epoch]}
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir()
+
+
+def test_training_ends_where_validation_gets_no_better_also_after_a_kill(tmp_path: Path) -> None:
+    config = TrainConfig(epochs=7, patience=2, batch_size=4, trackers=())
+    with pytest.raises(KilledError):
+        run(Graded, config, {"some": ""}, Keeper(tmp_path / "out", limit=4).worker())
+    run(Graded, config, {"some": ""}, Keeper(tmp_path / "out").worker())
+    told = history(tmp_path / "out")
+    assert [row["selection"] for row in told["epochs"]] == [0.1, 0.2, 0.6, 0.5, 0.4]
+    assert (told["best_epoch"], told["stopped_early"]) == (2, True)
+    run(Graded, config, {"some": ""}, Keeper(tmp_path / "out").worker())
+    assert len(history(tmp_path / "out")["epochs"]) == 5
+    run(Graded, config.model_copy(update={"patience": None}), {"some": ""}, Keeper(tmp_path / "all").worker())
+    assert (len(history(tmp_path / "all")["epochs"]), history(tmp_path / "all")["stopped_early"]) == (7, False)
+
+
+def test_a_notice_of_preemption_makes_one_checkpoint_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "NOTICE_SECONDS", 0.0)
+
+    class Warned(Graded):
+        def loss(self, units: Sequence[int], epoch: int) -> Any:
+            if epoch == 1:
+                keeper.taken = ["node-a"]
+            return super().loss(units, epoch)
+
+    keeper = Keeper(tmp_path / "out")
+    run(Warned, TrainConfig(epochs=3, batch_size=1, trackers=()), {"some": ""}, keeper.worker())
+    done = [checkpoints.progress_in(kept) for kept in keeper.kept]
+    assert [(len(p["updates"]), p["epoch"], p["batch"]) for p in done] == [(4, 1, 0), (5, 1, 1), (8, 2, 0), (12, 3, 0)]
+
+
+def test_an_adapter_leaves_plain_merged_weights_and_itself(policy: Path, tmp_path: Path) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    config = TextPrmConfig(
+        epochs=2, learning_rate=1e-2, batch_size=8, max_length=400, reserve=200, validation_fraction=0.0, threads=1,
+        lora=LoraConfig(rank=4, alpha=8),
+    )  # fmt: skip
+    inputs = {**written(tmp_path, questions=labelled()), "base": str(policy)}
+    run(TextPrmStage, config, inputs, Keeper(tmp_path / "out").worker())
+    epochs = history(tmp_path / "out")["epochs"]
+    assert epochs[1]["loss"] < epochs[0]["loss"]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    base = TextPrmStage(config.model_copy(update={"lora": None}), inputs, "cpu").model.text_model  # with the tag's row
+    before, after = dict(base.named_parameters()), dict(merged.named_parameters())
+    assert set(before) == set(after)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.endswith("_proj.weight")}
+    base.set_attn_implementation("sdpa")
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").eval()(input_ids=ids).logits
+        assert torch.allclose(merged(input_ids=ids).logits, expected, atol=1e-5)
+
+
+def test_a_policys_adapter_is_merged_too(policy: Path, policy_inputs: dict[str, str], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = PolicyConfig(
+        base=str(policy), epochs=2, batch_size=8, learning_rate=1e-2, threads=1, zero_stage=3,
+        activation_checkpointing=True, lora=LoraConfig(rank=4, alpha=8, target_modules=("q_proj", "v_proj")),
+    )  # fmt: skip
+    run(PolicyStage, config, policy_inputs, Keeper(tmp_path / "out").worker())
+    losses = [row["loss"] for row in history(tmp_path / "out")["epochs"]]
+    assert losses[1] < losses[0]
+    before, after = (
+        dict(AutoModelForCausalLM.from_pretrained(p).named_parameters()) for p in (policy, tmp_path / "out")
+    )
+    changed = {name.split(".")[-2] for name in before if not before[name].equal(after[name])}
+    assert changed == {"q_proj", "v_proj"}
 
 
 def test_no_samples_are_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from medmm_ray.train.launch import fit
 from medmm_ray.train.loop import TrainingError
 from medmm_ray.train.policy import PolicyConfig, PolicyStage, read_parquet
-from tests.train.conftest import SHAPE
+from tests.train.conftest import SHAPE, curve
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("ray_session")]
 
@@ -45,11 +45,11 @@ class NeverSound(PolicyStage):
         return super().loss(units, epoch) * float("nan")
 
 
-def train_killed(worked: str, texts: str, folder: Path) -> dict[str, float]:
+def train_killed(worked: str, texts: str, folder: Path, **settings: Any) -> dict[str, float]:
     """The driver's part of a training that is killed once; run again, it goes on."""
     inputs = {"mark": str(folder.parent / "mark"), "victim": str(folder.parent / "victim")}
     tables = {"worked": read_parquet(worked), "texts": read_parquet(texts)}
-    return fit(KilledOnce, CONFIG, tables, inputs, str(folder), "killed")
+    return fit(KilledOnce, CONFIG.model_copy(update=settings), tables, inputs, str(folder), "killed")
 
 
 @pytest.fixture(scope="module")
@@ -143,11 +143,19 @@ def test_ctrl_c_is_an_interrupt_and_its_handler_is_put_back(
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_killed_training_goes_on_with_another_number_of_workers(
+    policy_inputs: dict[str, str], whole: Path, tmp_path: Path
+) -> None:
+    paths = policy_inputs["worked"], policy_inputs["texts"], tmp_path / "out"
+    with pytest.raises(TrainingError, match="training killed failed on worker"):
+        train_killed(*paths, num_workers=2, zero_stage=2, micro_batch_tokens=400, max_failures=0)
+    assert not (tmp_path / "out" / "history.json").exists()
+    train_killed(*paths)
+    assert curve(tmp_path / "out") == pytest.approx(curve(whole), abs=1e-4)
+    assert len(list((tmp_path / "out" / "tensorboard").iterdir())) == 2  # it went on: it did not begin again
+
+
 def test_two_workers_train_as_one(tables: dict[str, pa.Table], whole: Path, tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"num_workers": 2, "zero_stage": 2, "micro_batch_tokens": 400})
     fit(PolicyStage, config, tables, {}, str(tmp_path), "two")
-    curves = [
-        [row["loss"] for row in json.loads((path / "history.json").read_text())["updates"]]
-        for path in (tmp_path, whole)
-    ]
-    assert curves[0] == pytest.approx(curves[1], abs=1e-4)
+    assert curve(tmp_path) == pytest.approx(curve(whole), abs=1e-4)

@@ -10,11 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from medmm_ray import records
+from medmm_ray.engines.reward_model.attention import Block
 from medmm_ray.tables import Origin, Table, write_rows
+from medmm_ray.train.engine import deepspeed_config, parameter_groups
 from medmm_ray.train.image_text import ImageTextConfig, augment, train_image_tower
 from medmm_ray.train.labelled import group_labels, labelled_questions, labelled_solutions, share_of_right
 from medmm_ray.train.launch import figures
-from medmm_ray.train.loop import TrainConfig, deepspeed_config, parameter_groups
+from medmm_ray.train.loop import TrainConfig
 from medmm_ray.train.policy import (
     Encoded,
     PolicyConfig,
@@ -36,9 +38,10 @@ from tests.train.conftest import SHAPE, image_text_stage, labelled, text_column,
 def test_deepspeed_settings() -> None:
     plain = deepspeed_config(TrainConfig(), "float32")
     assert plain["zero_optimization"] == {"stage": 0, "overlap_comm": False}
-    assert (plain["bf16"], plain["gradient_clipping"]) == ({"enabled": False}, 1.0)
+    assert (plain["bf16"], plain["gradient_clipping"]) == ({"enabled": False}, 0.0)
+    assert deepspeed_config(TrainConfig(), "bfloat16")["zero_optimization"]["stage"] == 1
     big = deepspeed_config(TrainConfig(zero_stage=3, offload="parameters"), "bfloat16")
-    assert big["bf16"] == {"enabled": True}
+    assert (big["bf16"], big["gradient_clipping"]) == ({"enabled": True}, 1.0)
     assert big["zero_optimization"] == {
         "stage": 3, "overlap_comm": False, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"},
     }  # fmt: skip
@@ -108,18 +111,14 @@ def test_encoding_ends_with_the_turn_and_is_what_generation_meets(policy_inputs:
     assert tokenizer.decode(encoded.prompt).endswith("<|user|>Question: Why? (A) a<|end|><|assistant|>")
 
 
-def test_rows_hold_a_prompt_and_its_solutions_none_of_which_sees_another() -> None:
-    batch = collate([Encoded([5, 6], [[7, 1], [8, 9, 1]]), Encoded([5], [[4, 1]])])
-    assert batch.ids_BL.tolist() == [[5, 6, 7, 1, 8, 9, 1], [5, 4, 1, 0, 0, 0, 0]]
-    assert batch.positions_BL.tolist() == [[0, 1, 2, 3, 2, 3, 4], [0, 1, 2, 0, 0, 0, 0]]
-    assert batch.mask_B1LL is not None
-    seen = [[i for i, bit in enumerate(row) if bit] for row in batch.mask_B1LL[0, 0].tolist()]
-    assert seen == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [0, 1, 4, 5], [0, 1, 4, 5, 6]]
-    assert batch.row_N.tolist() == [0, 0, 0, 0, 0, 1, 1]
-    assert batch.source_N.tolist() == [1, 2, 1, 4, 5, 0, 1]
-    assert batch.target_N.tolist() == [7, 1, 8, 9, 1, 4, 1]
-    assert batch.weight_N.tolist() == pytest.approx([1 / 2] * 2 + [1 / 3] * 3 + [1 / 2] * 2)
-    assert collate([Encoded([5], [[4, 1]])]).mask_B1LL is None
+def test_rows_hold_prompts_each_with_its_solutions() -> None:
+    row = collate([Encoded([5, 6], [[7, 1], [8, 9, 1]]), Encoded([5], [[4, 1]])])
+    assert row.ids_L.tolist() == [5, 6, 7, 1, 8, 9, 1, 5, 4, 1]
+    assert row.positions_L.tolist() == [0, 1, 2, 3, 2, 3, 4, 0, 1, 2]
+    assert row.blocks == [Block(2, (2, 3)), Block(0, (3,))]
+    assert row.source_N.tolist() == [1, 2, 1, 4, 5, 7, 8]
+    assert row.target_N.tolist() == [7, 1, 8, 9, 1, 4, 1]
+    assert row.weight_N.tolist() == pytest.approx([1 / 2] * 2 + [1 / 3] * 3 + [1 / 2] * 2)
 
 
 def test_policy_loss_and_gradient_are_those_of_the_solutions_one_by_one(policy_inputs: dict[str, str]) -> None:

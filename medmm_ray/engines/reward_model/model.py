@@ -221,17 +221,17 @@ class RewardModel(nn.Module):
             self.max_length, self.reserve, self.context, self.fit, training,
         )  # fmt: skip
 
-    def forward(self, packed: PackedQuestion) -> Tensor:
-        """Text log-odds of all tags [T, fp32], with gradient: what the text tower is trained on."""
-        states_TD, _ = self.tag_states(packed)
+    def forward(self, *packed: PackedQuestion) -> Tensor:
+        """Text log-odds of all tags [T, fp32], in order, with gradient: what the text tower is trained on."""
+        states_TD, _ = self.tag_states(*packed)
         return self.head_log_odds(states_TD)
 
-    def tag_states(self, packed: PackedQuestion) -> tuple[Tensor, Tensor]:
+    def tag_states(self, *packed: PackedQuestion) -> tuple[Tensor, Tensor]:
         """States after the final norm and step summaries at all tags (``states_TD``, ``summaries_TD``), with gradient.
 
-        One packed row: each branch is read as if alone.
+        One packed row: each branch of each question is read as if alone.
         """
-        return read_row(self.text_model, [Piece.whole(None, packed, packed.branches)], self.device)
+        return read_row(self.text_model, [Piece.whole(None, p, p.branches) for p in packed], self.device)
 
     def head_log_odds(self, states_TD: Tensor) -> Tensor:
         """Log-odds of right against wrong [T, fp32]; where the family is additive, of a sum of states their sum."""

@@ -1,0 +1,211 @@
+"""DeepSpeed around a stage's model: one step of AdamW over the group, and every trained weight whole, by its name.
+
+DeepSpeed divides optimizer states, gradients and weights among the workers (ZeRO) and moves them to CPU memory
+(off-load); here they come together again, parameter by parameter, so that what a checkpoint holds says nothing of the
+number of workers or the ZeRO stage that made it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from medmm_ray.train.loop import TrainConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of a weight
+
+
+def deepspeed_config(config: "TrainConfig", dtype: str) -> dict[str, Any]:
+    """DeepSpeed's settings. An update's micro-batches vary in number, so the loop owns their accumulation."""
+    zero: dict[str, Any] = {"stage": zero_stage(config, dtype), "overlap_comm": False}
+    if config.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if config.offload == "parameters":
+        zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": config.max_grad_norm if zero["stage"] else 0.0,  # without ZeRO `Engine` clips
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1 << 30,
+    }
+
+
+def zero_stage(config: "TrainConfig", dtype: str) -> int:
+    """In bfloat16 at least 1: there AdamW works on a float32 copy of the weights, which ZeRO 1 divides."""
+    return max(1, config.zero_stage) if dtype == "bfloat16" else config.zero_stage
+
+
+def parameter_groups(
+    module: "torch.nn.Module", default: float, rates: Mapping[str, float], weight_decay: float
+) -> list[dict[str, Any]]:
+    """AdamW's groups, by learning rate and weight decay: matrices decay, biases, norms and scalars do not."""
+    groups: dict[tuple[float, float], list[Any]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            rate = next((rate for prefix, rate in rates.items() if name.startswith(prefix)), default)
+            decay = weight_decay if parameter.dim() > 1 else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
+    return [
+        {"params": p, "lr": rate, "highest_lr": rate, "weight_decay": decay}
+        for (rate, decay), p in sorted(groups.items())
+    ]
+
+
+class Engine:
+    """`module` (a stage's), trained through DeepSpeed; `loss` is the stage's, and what it reads of `module`."""
+
+    def __init__(
+        self,
+        module: "torch.nn.Module",
+        loss: Callable[[list[int], int], "torch.Tensor"],
+        rates: Mapping[str, float],
+        config: "TrainConfig",
+        dtype: str,
+    ) -> None:
+        import deepspeed
+        import torch
+
+        self.module, self.max_grad_norm = module, config.max_grad_norm
+        self.stage = zero_stage(config, dtype)
+        # DeepSpeed 0.19.8 cannot broadcast parameters without a dimension (a CLIP's scale, for one).
+        self._scalars = [parameter for parameter in module.parameters() if parameter.dim() == 0]
+        self._reshape_scalars((1,))
+        groups = parameter_groups(module, config.learning_rate, rates, config.weight_decay)
+        self.adam = torch.optim.AdamW(groups)
+        self.engine, *_ = deepspeed.initialize(
+            model=_loss_module(module, loss),
+            optimizer=self.adam,
+            config=deepspeed_config(config, dtype),
+            dist_init_required=False,
+        )
+        self.device = self.engine.device
+        self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        if self.stage == 0:
+            self.adam.register_step_pre_hook(self._clip)
+        self.start_from(updates=0)  # by itself DeepSpeed finds the moments of the first parameter group alone
+
+    # Training
+
+    def loss(self, units: list[int], epoch: int) -> "torch.Tensor":
+        loss: torch.Tensor = self.engine(units, epoch)
+        return loss
+
+    def backward(self, loss: "torch.Tensor") -> None:
+        """Add to the gradients, which DeepSpeed averages over the workers."""
+        self.engine.backward(loss)
+
+    def set_learning_rate(self, factor: float) -> float:
+        """Set each group's rate to this share of its highest; gives the first group's."""
+        for group in self.adam.param_groups:
+            group["lr"] = group["highest_lr"] * factor
+        return float(self.adam.param_groups[0]["lr"])
+
+    def step(self) -> float:
+        """One update of all weights, the gradients cleared; gives the norm that they had over the whole group."""
+        self.engine.step()
+        return self._norm if self.stage == 0 else float(self.engine.get_global_grad_norm())
+
+    def _clip(self, *_: Any) -> None:
+        """What DeepSpeed does without ZeRO, but it does not tell the norm."""
+        import torch
+
+        self._norm = float(torch.nn.utils.clip_grad_norm_(self.trained.values(), self.max_grad_norm))
+
+    # Weights, whole
+
+    def master(self, name: str, moment: str | None = None) -> "torch.Tensor":
+        """A trained weight as AdamW sees it (float32), or one of its `MOMENTS`; all workers must ask together."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        parameter = self.trained[name]
+        if self.stage == 0:
+            found = parameter.data if moment is None else self.adam.state[parameter][moment]
+        elif moment is None:
+            found = safe_get_full_fp32_param(parameter)
+        else:
+            found = safe_get_full_optimizer_state(parameter, moment)
+        whole: torch.Tensor = found
+        return whole
+
+    def start_from(self, updates: int) -> None:
+        """Give AdamW the state that it has after so many updates, its moments still 0: `set_master` fills them."""
+        import torch
+
+        optimizer = self.engine.optimizer
+        flat = optimizer.fp32_partitioned_groups_flat if self.stage == 3 else None
+        for weights in flat or [p for group in self.adam.param_groups for p in group["params"]]:
+            moments = {moment: torch.zeros_like(weights) for moment in MOMENTS}
+            self.adam.state[weights] = {"step": torch.tensor(float(updates)), **moments}
+        if self.stage in (1, 2):
+            optimizer._hp_optimizer_states_linked = False
+            optimizer._lazy_init_hp_params_optimizer_state()
+
+    def set_master(self, name: str, weight: "torch.Tensor", moments: Mapping[str, "torch.Tensor"]) -> None:
+        """Set a trained weight and its moments, whole ones, on all workers together."""
+        import deepspeed
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        parameter = self.trained[name]
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
+            parameter.data.copy_(weight)
+        if self.stage == 3:
+            self._set_part(parameter, weight, moments)
+        elif self.stage == 0:
+            for moment, value in moments.items():
+                self.adam.state[parameter][moment].copy_(value)
+        else:
+            safe_set_full_fp32_param(parameter, weight)
+            for moment, value in moments.items():
+                safe_set_full_optimizer_state(parameter, value, moment)
+
+    def _set_part(self, parameter: Any, weight: "torch.Tensor", moments: Mapping[str, "torch.Tensor"]) -> None:
+        """With ZeRO 3 a worker has one of equal parts, the last one padded (DeepSpeed's own setter forgets that)."""
+        import torch
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        size, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()
+
+        def own(whole: torch.Tensor) -> torch.Tensor:
+            part = whole.flatten()[rank * size : (rank + 1) * size]
+            return torch.nn.functional.pad(part, (0, size - part.numel()))
+
+        safe_set_local_fp32_param(parameter, own(weight))
+        for moment, value in moments.items():
+            safe_set_local_optimizer_state(parameter, own(value), moment)
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """All weights whole, and of their own shapes, on every worker (all must enter); rank 0's changes stay."""
+        import deepspeed
+
+        parameters = list(self.module.parameters()) if self.stage == 3 else []
+        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=self.stage == 3):
+            self._reshape_scalars(())
+            yield
+            self._reshape_scalars((1,))
+
+    def _reshape_scalars(self, shape: tuple[int, ...]) -> None:
+        for parameter in self._scalars:
+            parameter.data = parameter.data.reshape(shape)
+
+
+def _loss_module(module: "torch.nn.Module", loss: Callable[[list[int], int], "torch.Tensor"]) -> "torch.nn.Module":
+    """The model as a module whose forward pass is its loss: DeepSpeed's hooks want one call, one output."""
+    import torch
+
+    class LossModule(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, units: list[int], epoch: int) -> torch.Tensor:
+            return loss(units, epoch)
+
+    return LossModule()

@@ -4,7 +4,7 @@ Enters: packed questions, one after another. Leaves: for each branch the states 
 the mean state of each step's tokens in the middle layer. Several questions share a row; a question larger than the
 budget takes several rows, and its prefix is run once, its keys and values kept for the rows that follow.
 
-Legend: L row length, P prefix length, T tags, D text width.
+Legend: L row length, P prefix length, T tags, I rows of an image, D text width.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -89,12 +89,16 @@ class _Places:
     """… the tag of that step."""
     ahead: list[tuple[int, Piece, int, int]] = field(default_factory=list)
     """Tags whose step starts in the prefix: tag, piece, the prefix's first row, the step's start."""
+    images: list[tuple[Tensor, int, int]] = field(default_factory=list)
+    """Rows of images, and where the prefix starts and stops in which they stand."""
 
     def add(self, piece: Piece) -> None:
         prefix, begin = len(piece.packed.prefix_ids), len(self.ids)
         if piece.has_prefix:
             self.ids += piece.packed.prefix_ids
             self.positions += range(prefix)
+            if piece.packed.seen is not None:
+                self.images.append((piece.packed.seen.rows_ID, begin, begin + prefix))
         for branch in piece.branches:
             at = len(self.ids)
             for tag, (start, end) in zip(branch.tags, branch.spans(prefix), strict=True):
@@ -118,9 +122,15 @@ def read_row(text_model: Any, pieces: Sequence[Piece], device: torch.device) -> 
     places = _Places()
     for piece in pieces:
         places.add(piece)
-    with _middle(text_model.base_model) as middle:
-        output = text_model.base_model(
-            input_ids=index(places.ids)[None],
+    ids_L = index(places.ids)
+    embeddings_LD = text_model.get_input_embeddings()(ids_L)
+    for rows_ID, start, stop in places.images:
+        at_I = start + (ids_L[start:stop] == text_model.config.image_token_id).nonzero()[:, 0]
+        embeddings_LD = embeddings_LD.index_copy(0, at_I, rows_ID.to(embeddings_LD))
+    decoder = text_model.get_decoder()
+    with _middle(decoder) as middle:
+        output = decoder(
+            inputs_embeds=embeddings_LD[None],
             position_ids=index(places.positions)[None],
             attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),  # the row says who sees whom
             shared_prefix=Row([piece.block for piece in pieces], device),
@@ -150,9 +160,9 @@ def _ahead(middle_LD: Tensor, piece: Piece, begin: int, start: int) -> Tensor:
 
 
 @contextmanager
-def _middle(base: nn.Module) -> Iterator[list[Tensor]]:
+def _middle(decoder: nn.Module) -> Iterator[list[Tensor]]:
     """Catch what enters the middle layer, without keeping every layer's states."""
-    layers: Any = base.layers
+    layers: Any = decoder.layers
     caught: list[Tensor] = []
 
     def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:

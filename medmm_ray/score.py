@@ -3,12 +3,14 @@
 Enters: solutions, one row a question, joined with their questions, images and evidence (`inputs`), and a reward model's
 folder. Leaves: one row a question with the list of its `Scores` (one a solution and arm) or `States` (one a solution).
 The text of a question is read once; all arms that share it add their image part to it. A vision-language model has no
-such part: it reads a question once for each image that it is shown, and all of its answer is text log-odds. What cannot
-be scored leaves as an entry with an error, never as an exception.
+such part: it reads a question once without an image and once for each that an arm shows; what it says without is the
+text part, what the image changes of it the image part. What cannot be scored leaves as an entry with an error, never as
+an exception.
 """
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from ray.data import Dataset
 
-    from medmm_ray.engines.reward_model import ImageFeatures, RewardModel, SolutionStates
+    from medmm_ray.engines.reward_model import ImageFeatures, RewardModel, SolutionStates, StepScores
 
 Arm = Literal["multimodal", "text_only", "shuffled_image", "no_documents"]
 _LOOKING: tuple[Arm, ...] = ("multimodal", "shuffled_image")  # for a model that reads no images they would say nothing
@@ -34,6 +36,7 @@ Shown = Literal["own", "shuffled"]
 _SHOWN: dict[Arm, Shown | None] = {
     "multimodal": "own", "text_only": None, "shuffled_image": "shuffled", "no_documents": "own"
 }  # fmt: skip
+Kind = tuple[bool, Shown | None]  # what a text is read with: documents, images
 
 
 class ReadConfig(Config):
@@ -280,15 +283,20 @@ class Scorer:
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.to_pylist()
         kinds = {arm: self.kind(arm) for arm in self.config.arms}
-        read = {kind: self.read(rows, *kind) for kind in set(kinds.values())}
+        unseen: dict[Arm, Kind] = {arm: (with_documents, None) for arm, (with_documents, _) in kinds.items()}
+        read = {kind: self.read(rows, *kind) for kind in {*kinds.values(), *unseen.values()}}
         entries = [
-            [entry for arm, kind in kinds.items() for entry in self.arm_entries(row, arm, read[kind][i])]
+            [
+                entry
+                for arm, kind in kinds.items()
+                for entry in self.arm_entries(row, arm, read[kind][i], read[unseen[arm]][i])
+            ]
             for i, row in enumerate(rows)
         ]
         return _lists(rows, "scores", entries, Scores)
 
-    def kind(self, arm: Arm) -> tuple[bool, Shown | None]:
-        """What an arm's text is read with: documents, images. Arms of one kind share its states."""
+    def kind(self, arm: Arm) -> Kind:
+        """What an arm's text is read with. Arms of one kind share its states."""
         return arm != "no_documents", _SHOWN[arm] if self.model.vision else None
 
     def read(
@@ -307,16 +315,24 @@ class Scorer:
             return fault
 
     def arm_entries(
-        self, row: Mapping[str, Any], arm: Arm, read: "list[SolutionStates] | RowError"
+        self,
+        row: Mapping[str, Any],
+        arm: Arm,
+        read: "list[SolutionStates] | RowError",
+        unseen: "list[SolutionStates] | RowError",
     ) -> list[dict[str, Any]]:
-        """One entry a solution of a question, in the row's order."""
+        """One entry a solution of a question, in the row's order; `unseen` is what is read without an image."""
         solutions = row["solutions"] or []
         try:
             if isinstance(read, RowError):
                 raise read
+            if isinstance(unseen, RowError):
+                raise unseen
             found = self.model.step_scores(read, self.look(row, arm))
         except RowError as fault:
             return [self.entry(row, s, arm, [], [], str(fault)) for s in solutions]
+        if self.model.vision:
+            found = [_parted(f, u) for f, u in zip(found, self.model.step_scores(unseen, None), strict=True)]
         return [
             self.entry(row, s, arm, f.text_log_odds, f.image_log_odds, f.error)
             for s, f in zip(solutions, found, strict=True)
@@ -436,6 +452,14 @@ def read_rows(
     )
     found = model.text_states_of(requests, token_budget=config.token_budget, together=config.pack_questions)
     return [next(found) if fault is None else fault for fault in faults]
+
+
+def _parted(seen: "StepScores", unseen: "StepScores") -> "StepScores":
+    """A vision-language model's answer as what it says without the image, and what the image changes of it."""
+    if seen.error:
+        return seen
+    changes = [s - u for s, u in zip(seen.log_odds, unseen.log_odds, strict=True)]
+    return replace(seen, text_log_odds=unseen.log_odds, image_log_odds=changes)
 
 
 def _uris(row: Mapping[str, Any], shown: Shown, kind: Literal["image", "reference"]) -> list[str]:

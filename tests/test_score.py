@@ -324,14 +324,32 @@ def test_arms_of_a_vision_language_model_are_each_read_with_their_image(
         "shuffled_image": seeing.score(text, list(STEPS.values()), documents, b),
         "no_documents": seeing.score(text, list(STEPS.values()), [], a),
     }
+    unseen = expected | dict.fromkeys(("multimodal", "shuffled_image"), expected["text_only"])
+    unseen["no_documents"] = seeing.score(text, list(STEPS.values()))
     for arm, scores in expected.items():
-        for name, own in zip(("q1-s1", "q1-s2"), scores, strict=True):
+        for name, own, without in zip(("q1-s1", "q1-s2"), scores, unseen[arm], strict=True):
             entry = found[name, arm]
-            assert entry["text_log_odds"] == pytest.approx(own.text_log_odds, abs=1e-5)
-            assert entry["image_log_odds"] == [0.0] * len(own.text_log_odds)
+            assert entry["text_log_odds"] == pytest.approx(without.log_odds, abs=1e-5)
+            both = [t + i for t, i in zip(entry["text_log_odds"], entry["image_log_odds"], strict=True)]
+            assert both == pytest.approx(own.log_odds, abs=1e-5)
             assert entry["error"] is None
-    assert len({tuple(found["q1-s1", arm]["text_log_odds"]) for arm in expected}) == 4
-    assert found["q3-s1", "multimodal"]["text_log_odds"] == found["q3-s1", "text_only"]["text_log_odds"]
+    assert len({tuple(found["q1-s1", arm]["image_log_odds"]) for arm in expected}) == 4
+    for key in (("q1-s1", "text_only"), ("q3-s1", "multimodal"), ("q3-s1", "shuffled_image")):
+        assert found[key]["image_log_odds"] == [0.0, 0.0]
+
+
+def test_a_vision_language_model_reads_a_question_once_for_each_image(
+    seeing: RewardModel, batch: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, read = [], seeing.pack
+
+    def count(question: str, *args: Any, **options: Any) -> Any:
+        calls.append(options["seen"] is not None)
+        return read(question, *args, **options)
+
+    monkeypatch.setattr(seeing, "pack", count)
+    Scorer(ScoreConfig(num_references=0), seeing, "m")(batch)
+    assert sorted(calls) == [False] * (3 + 2) + [True] * 4  # two of three questions have an image
 
 
 def test_a_fault_of_an_image_is_one_of_its_arm_for_a_vision_language_model(

@@ -170,16 +170,18 @@ def test_a_turn_inside_a_step_is_an_error_of_its_solution(models: dict[str, Rewa
     assert bad.error == "tags: 2 turns of the assistant for 1 steps; expected as many"
 
 
-def test_documents_leave_room_for_the_image(tmp_path: Path) -> None:
+def test_documents_leave_room_for_the_images(tmp_path: Path, models: dict[str, RewardModel]) -> None:
     model = RewardModel.from_pretrained(tiny_vision.save_llava(tmp_path, context=400))
-    model.max_length, model.reserve = 400, 300
+    assert (model.max_length, models["internvl"].max_length) == (400 - 4, 2048 - 4 * (4 + 1))
+    model.reserve = 300
     cost = len(model.tokenizer(DOCUMENTS[0], add_special_tokens=False)["input_ids"]) + 1
-    number = 100 // cost
-    documents = DOCUMENTS * number
-    (without,) = model.score(QUESTION, [["left"]], documents)
-    (with_image,) = model.score(QUESTION, [["left"]], documents, [picture(i) for i in range(5)])  # 4 tokens each
-    assert without.num_documents == number
-    assert with_image.num_documents == (100 - 20) // cost < number
+    documents = DOCUMENTS * 20
+    numbers = [
+        model.score(QUESTION, [["left"]], documents, [picture(i) for i in range(images)])[0].num_documents
+        for images in (0, 1, 9)
+    ]
+    assert numbers == [96 // cost, 96 // cost, (100 - 9 * 4) // cost]
+    assert numbers[2] < numbers[1]
 
 
 def test_what_it_cannot_do_is_refused(folders: dict[str, Path], models: dict[str, RewardModel], tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def save_llava(folder: Path, tower: str = "clip", context: int = 4096) -> Path:
         vision_config=kind(image_size=16, patch_size=8, **EYES),
         text_config=LlamaConfig(vocab_size=len(tok) + 8, max_position_embeddings=context, **TEXT),
         image_token_index=ids_of(tok, "<image>")[0],
+        image_seq_length=4,
         vision_feature_select_strategy="default" if tower == "clip" else "full",
     )
     model = LlavaForConditionalGeneration(config)

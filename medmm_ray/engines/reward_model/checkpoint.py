@@ -99,10 +99,12 @@ def read_text(
 
 
 def _read_whole(path: str | Path, dtype: torch.dtype, family: FamilyName | None) -> tuple[Any, Any, FamilyName]:
-    _refuse_original_layout(path)
     try:
+        _refuse_original_layout(path)
         config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
+    except CheckpointError:
+        raise
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a language model that can be read: {error}") from error
     found = family or _detected(path, config.architectures or [], tokenizer)

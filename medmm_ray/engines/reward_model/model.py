@@ -127,6 +127,8 @@ class RewardModel(nn.Module):
         self.text_model, self.tokenizer, self.vision = text_model, tokenizer, vision
         self.image_tower, self.fusion = image_tower, fusion
         self.max_length, self.reserve, self.fit = max_length, reserve, fit
+        if vision is not None:  # the same documents, whether the image is shown or not
+            self.max_length = min(max_length, self.context - vision.most_rows)
         try:
             self.family = families.make(family, tokenizer, vision.pictures if vision else None)
         except ValueError as error:

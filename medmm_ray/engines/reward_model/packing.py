@@ -35,19 +35,19 @@ class Prompt:
 
     question: str
     documents: Sequence[str] = ()
-    pictures: Sequence[str] = ()
-    """What stands in the text for each image that the language model reads itself."""
+    images: Sequence[int] = ()
+    """Rows of each image that the language model reads itself."""
     training: bool = False
     """The reference's training prompt, which differs by a space."""
 
 
 @dataclass(frozen=True)
 class SeenImages:
-    """A question's images as a vision-language model reads them: each one's text, and the rows that replace the
-    embeddings of the tokens that it stands for, ``rows_ID``."""
+    """A question's images as a vision-language model reads them: the rows that replace the embeddings of their tokens,
+    ``rows_ID``, and how many each image has."""
 
-    pictures: Sequence[str]
     rows_ID: "Tensor"
+    lengths: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def pack(
     limit = context or max_length
     room = max_length if seen is None else min(max_length, limit - len(seen.rows_ID))
     kept = choose_documents(family.tokenizer, documents, room, reserve, fit)
-    pictures = seen.pictures if seen else ()
+    images = seen.lengths if seen else ()
     errors: list[str | None] = [None] * len(solutions)
     read: dict[int, Read] = {}
     for i, solution in enumerate(solutions):
@@ -205,7 +205,7 @@ def pack(
     for number in range(len(kept), -1, -1):
         if not read:
             break
-        sequences, faults = family.sequences(Prompt(question, kept[:number], pictures, training), read)
+        sequences, faults = family.sequences(Prompt(question, kept[:number], images, training), read)
         fitting = [s for s in sequences if len(s.ids) <= limit]
         if fitting:
             groups.append(_share(fitting, number, seen))

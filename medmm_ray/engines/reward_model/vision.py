@@ -1,7 +1,7 @@
 """The eyes of a vision-language model: images become rows that take the place of token embeddings.
 
-Enters: pictures. Leaves: `SeenImages`, what stands for each of them in the text and the rows. Each picture is encoded
-by itself, once a question, so that no row depends on another picture. Served are LLaVA and InternVL, whose language
+Enters: pictures. Leaves: `SeenImages`, their rows. Each picture is encoded by itself, once a question, so that no row
+depends on another picture. Served are LLaVA and InternVL, whose language
 models count positions in one dimension; InternVL's image processor cuts a picture into tiles.
 
 Legend: N rows of one image, I rows of all images, D text width.
@@ -24,7 +24,7 @@ from medmm_ray.engines.reward_model.packing import SeenImages
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# By type: options of the image processor, and what stands around an image's tokens in the text.
+# By type: options of the image processor, and what stands around an image's token in the text.
 _KNOWN: dict[str, tuple[dict[str, Any], tuple[str, str]]] = {
     "llava": ({}, ("", "")),
     "internvl": ({"crop_to_patches": True}, ("<img>", "</img>")),
@@ -57,13 +57,16 @@ def _file(path: str | Path, name: str) -> str | None:
 
 
 class Vision:
-    """A model's image processor, and how its images stand in the text."""
+    """A model's image processor, and how its images stand in the text; one has at most `most_rows` rows."""
 
     def __init__(self, model: Any, tokenizer: Any, image_processor: Any, source: str | Path) -> None:
         self.image_processor, self.source = image_processor, str(source)
-        self.options, self.around = _KNOWN[model.config.model_type]
+        self.options, (before, after) = _KNOWN[model.config.model_type]
         token_id = model.config.image_token_id
-        self.pictures = Pictures(tokenizer.convert_ids_to_tokens(token_id), token_id)
+        token = tokenizer.convert_ids_to_tokens(token_id)
+        self.pictures = Pictures(token, token_id, f"{before}{token}{after}")
+        tiles = image_processor.max_patches + 1 if "crop_to_patches" in self.options else 1  # and the whole
+        self.most_rows = int(model.config.image_seq_length) * tiles
 
     @classmethod
     def from_pretrained(cls, path: str | Path, model: Any, tokenizer: Any) -> "Vision":
@@ -85,13 +88,9 @@ class Vision:
     @torch.no_grad()
     def see(self, model: Any, images: Sequence["Image"]) -> SeenImages:
         """One question's images, in order."""
-        weight = model.get_input_embeddings().weight
-        before, after = self.around
-        pictures, rows = [], []
+        weight, rows = model.get_input_embeddings().weight, []
         for image in images:
             pixels = self.image_processor(image.convert("RGB"), return_tensors="pt", **self.options)["pixel_values"]
             found = model.get_image_features(pixel_values=pixels.to(weight))
-            rows_ND = torch.cat(list(found.pooler_output))  # one entry a tile
-            pictures.append(f"{before}{self.pictures.token * len(rows_ND)}{after}")
-            rows.append(rows_ND)
-        return SeenImages(pictures, torch.cat(rows))
+            rows.append(torch.cat(list(found.pooler_output)))  # one entry a tile
+        return SeenImages(torch.cat(rows), [len(rows_ND) for rows_ND in rows])

@@ -48,13 +48,13 @@ class MedPrmVision(MedPrm):
             system, user = prm_messages(prompt.question, own, prompt.documents, training=prompt.training)
             messages = [
                 {"role": "system", "content": [_text(system["content"])]},
-                {"role": "user", "content": [*({"type": "image"} for _ in prompt.pictures), _text(user["content"])]},
+                {"role": "user", "content": [*({"type": "image"} for _ in prompt.images), _text(user["content"])]},
             ]
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            return self.pictures.place(str(text), prompt.pictures)
+            return self.pictures.placed(str(text), len(prompt.images))
 
         made, faults = tagged(self.tokenizer, TAG, self.ids["tag"], solutions, write, steps_in_a_line)
-        return self.pictures.checked(prompt, made, faults)
+        return self.pictures.repeated(prompt, made, faults)
 
 
 def _text(content: str) -> dict[str, str]:

@@ -4,7 +4,7 @@ One pass scores all steps: every answer is written as "+", and read at the token
 out here, as the model's own code does it, not with a chat template; the steps are kept as they are, line breaks too.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from medmm_ray.engines.reward_model.families.family import (
@@ -60,7 +60,9 @@ class VisualPrm(Signs):
         self.ids: Mapping[str, int] = {"plus": plus, "minus": minus}
 
     def sequences(self, prompt: Prompt, solutions: Mapping[int, Read]) -> tuple[list[FullSequence], dict[int, str]]:
-        question = f"{_named(prompt.pictures)}{document_block(prompt.documents)}{prompt.question}"
+        question = (
+            f"{_named(self.pictures.text, len(prompt.images))}{document_block(prompt.documents)}{prompt.question}"
+        )
         head = (
             f"<|im_start|>system\n{SYSTEM}{_END}<|im_start|>user\n### Question:\n{question}\n\n### Solution Process:\n"
         )
@@ -79,14 +81,14 @@ class VisualPrm(Signs):
                 made.append(FullSequence(number, ids[: reads[-1] + 1], reads, common([head_ids, ids])))
             else:
                 faults[number] = f"tags: {len(reads)} turns of the assistant for {len(steps)} steps; expected as many"
-        return self.pictures.checked(prompt, made, faults)
+        return self.pictures.repeated(prompt, made, faults)
 
 
-def _named(pictures: Sequence[str]) -> str:
+def _named(picture: str, number: int) -> str:
     """One image stands alone, several have numbers, as InternVL is asked."""
-    if len(pictures) == 1:
-        return f"{pictures[0]}\n"
-    return "".join(f"Image-{i}: {picture}\n" for i, picture in enumerate(pictures, 1))
+    if number == 1:
+        return f"{picture}\n"
+    return "".join(f"Image-{i}: {picture}\n" for i in range(1, number + 1))
 
 
 def _found(part: list[int], ids: list[int]) -> list[int]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -34,8 +35,14 @@ _MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def is_adapter(path: str | Path) -> bool:
-    """Whether a checkpoint is an adapter alone, without weights of its own base beside it."""
-    return find_adapter_config_file(str(path)) is not None and not _has(path, "config.json")
+    """Whether a checkpoint is an adapter alone, without a model of its own beside it."""
+    model = None
+    try:
+        model = cached_file(str(path), "config.json")
+    except OSError as error:
+        if isinstance(error.__cause__, LocalEntryNotFoundError):  # the hub cannot be asked, not even for more
+            raise CheckpointError(f"{path} is not a language model that can be read: {error}") from error
+    return model is None and find_adapter_config_file(str(path)) is not None
 
 
 def task_of(path: str | Path) -> str:
@@ -59,7 +66,8 @@ def base_of(path: str | Path) -> str:
 
 def tokenizer_of(path: str | Path, base: str | Path) -> str | Path:
     """Where the tokenizer lies: with the adapter, or with its base."""
-    return path if _has(path, "tokenizer_config.json") else base
+    own = cached_file(str(path), "tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
+    return base if own is None else path
 
 
 def read(path: str | Path, base: str | Path, merge: Sequence[str | Path], dtype: torch.dtype) -> Any:
@@ -129,18 +137,14 @@ def _config(path: str | Path) -> "PeftConfig":
     return config
 
 
-def _has(path: str | Path, file: str) -> bool:
-    return cached_file(str(path), file, _raise_exceptions_for_missing_entries=False,
-                       _raise_exceptions_for_connection_errors=False) is not None  # fmt: skip
-
-
 @contextmanager
 def _without_adapter(base: str | Path) -> Iterator[str | Path]:
     """A base as transformers reads it without the adapter beside its weights, which it would put in unasked."""
     if find_adapter_config_file(str(base)) is None:
         yield base
         return
-    folder = Path(base) if Path(base).is_dir() else Path(snapshot_download(str(base)))
+    is_here = Path(base).is_dir()
+    folder = Path(base if is_here else snapshot_download(str(base), allow_patterns=["*.json", "*.safetensors"]))
     with tempfile.TemporaryDirectory() as links:
         for file in folder.iterdir():
             if not file.name.startswith("adapter_"):

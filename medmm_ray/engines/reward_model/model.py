@@ -152,11 +152,14 @@ class RewardModel(nn.Module):
         base: "str | Path | None" = None,
         merge: "Sequence[str | Path]" = (),
     ) -> "RewardModel":
-        """Read a folder of `save_pretrained`, or a published checkpoint (folder or hub id) as text-only.
+        """Read a folder of `save_pretrained`, or a published checkpoint (folder or hub id), which has no image tower.
 
         `family` is detected from the checkpoint where it is not given (`families.detect`). A causal language model with
         a chat template is read as Med-PRM's: where its tokenizer has no single " ки", one is added as Med-PRM does, its
         row the mean of all others, so that the same checkpoint gives the same model.
+
+        A vision-language model reads images itself: LLaVA in Med-PRM's format, InternVL in VisualPRM's or, with
+        ``family="medprm_vision"``, in Med-PRM's.
 
         A checkpoint that is a peft adapter is merged into `base` (default: the one that it names), after the adapters
         `merge`, in order; MedS3's reward model stands on its policy: ``merge=["…/MedSSS_Policy"]``. One that classifies

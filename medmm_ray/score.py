@@ -2,12 +2,15 @@
 
 Enters: solutions, one row a question, joined with their questions, images and evidence (`inputs`), and a reward model's
 folder. Leaves: one row a question with the list of its `Scores` (one a solution and arm) or `States` (one a solution).
-The text of a question is read once; all arms that share it add their image part to it. What cannot be scored leaves as
-an entry with an error, never as an exception.
+The text of a question is read once; all arms that share it add their image part to it. A vision-language model has no
+such part: it reads a question once without an image and once for each that an arm shows; what it says without is the
+text part, what the image changes of it the image part. What cannot be scored leaves as an entry with an error, never as
+an exception.
 """
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -25,10 +28,15 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from ray.data import Dataset
 
-    from medmm_ray.engines.reward_model import ImageFeatures, RewardModel, SolutionStates
+    from medmm_ray.engines.reward_model import ImageFeatures, RewardModel, SolutionStates, StepScores
 
 Arm = Literal["multimodal", "text_only", "shuffled_image", "no_documents"]
-_LOOKING: tuple[Arm, ...] = ("multimodal", "shuffled_image")  # without an image tower they would say nothing
+_LOOKING: tuple[Arm, ...] = ("multimodal", "shuffled_image")  # for a model that reads no images they would say nothing
+Shown = Literal["own", "shuffled"]
+_SHOWN: dict[Arm, Shown | None] = {
+    "multimodal": "own", "text_only": None, "shuffled_image": "shuffled", "no_documents": "own"
+}  # fmt: skip
+Kind = tuple[bool, Shown | None]  # what a text is read with: documents, images
 
 
 class ReadConfig(Config):
@@ -67,7 +75,7 @@ class ScoreConfig(ReadConfig):
     arms: tuple[Arm, ...] = ("multimodal", "text_only", "shuffled_image")
     """multimodal: everything; text_only: no image; shuffled_image: another question's images; no_documents: without."""
     num_references: int = Field(default=3, ge=0)
-    """Similar images that are looked at beside a question's own."""
+    """Similar images that are looked at beside a question's own; 0 for a vision-language model."""
     max_pixels: int = MAX_PIXELS
     """Largest image that is opened, width x height in pixels; a larger one is an error of its question."""
     seed: int = 0
@@ -194,14 +202,22 @@ def score(ds: "Dataset", config: ScoreConfig, model_path: str, model_id: str) ->
     """Rows of `inputs` -> ``{question_id, scores: list<Scores>}``.
 
     `model_path` is a reward model's folder or URI; `model_id` (a fingerprint or content hash) goes into each entry.
-    Raises `ConfigError` where an arm looks at images and the checkpoint has no image tower.
+    Raises `ConfigError` where an arm looks at images and the checkpoint reads none, or reads no reference images.
     """
-    _check_towers(model_path, config.arms)
+    _check_eyes(model_path, config)
     return _map(ds, Scorer, config, model_path, model_id)
 
 
 def states(ds: "Dataset", config: StatesConfig, model_path: str, model_id: str) -> "Dataset":
-    """Rows of `inputs` -> ``{question_id, states: list<States>}``."""
+    """Rows of `inputs` -> ``{question_id, states: list<States>}``.
+
+    Raises `ConfigError` for a vision-language model: its states depend on the image, so they are no constants.
+    """
+    if _eyes(model_path) == "language_model":
+        raise ConfigError(
+            f"{model_path} is a vision-language model: its states depend on the image, and no image part is trained on "
+            "them; compute states of a text-only reward model"
+        )
     return _map(ds, Reader, config, model_path, model_id)
 
 
@@ -219,15 +235,28 @@ def _map(ds: "Dataset", actor: type, config: ReadConfig, path: str, model_id: st
     )
 
 
-def _check_towers(path: str, arms: Sequence[Arm]) -> None:
-    """Before anything is loaded: a local checkpoint says in its config whether it has an image tower."""
-    looking = [arm for arm in arms if arm in _LOOKING]
-    file = Path(resolve(path)) / "reward_model.json"
-    has_tower = file.is_file() and json.loads(file.read_text())["fusion"] is not None
-    if looking and not has_tower:
+def _eyes(path: str) -> Literal["tower", "language_model"] | None:
+    """Before anything is loaded: a local checkpoint says in its configs what reads its images."""
+    folder = Path(resolve(path))
+    described, model = folder / "reward_model.json", folder / "config.json"
+    if described.is_file() and json.loads(described.read_text())["fusion"] is not None:
+        return "tower"
+    names = json.loads(model.read_text()).get("architectures") if model.is_file() else None
+    return "language_model" if any(name.endswith("ForConditionalGeneration") for name in names or []) else None
+
+
+def _check_eyes(path: str, config: ScoreConfig) -> None:
+    looking = [arm for arm in config.arms if arm in _LOOKING]
+    eyes = _eyes(path)
+    if looking and eyes is None:
         raise ConfigError(
             f"score.arms has {', '.join(looking)}, but {path} has no image tower; "
-            "name a two-tower checkpoint, or set score.arms=[text_only]"
+            "name the folder of a two-tower checkpoint or of a vision-language model, or set score.arms=[text_only]"
+        )
+    if eyes == "language_model" and config.num_references and any(_SHOWN[arm] for arm in config.arms):
+        raise ConfigError(
+            f"score.num_references is {config.num_references}, but {path} is a vision-language model, which reads a "
+            "question's own images alone; set score.num_references=0"
         )
 
 
@@ -253,44 +282,73 @@ class Scorer:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.to_pylist()
-        with_documents = {arm: arm != "no_documents" for arm in self.config.arms}
-        read = {kind: read_rows(self.model, rows, self.config, kind) for kind in set(with_documents.values())}
+        kinds = {arm: self.kind(arm) for arm in self.config.arms}
+        unseen: dict[Arm, Kind] = {arm: (with_documents, None) for arm, (with_documents, _) in kinds.items()}
+        read = {kind: self.read(rows, *kind) for kind in {*kinds.values(), *unseen.values()}}
         entries = [
-            [entry for arm, kind in with_documents.items() for entry in self.arm_entries(row, arm, read[kind][i])]
+            [
+                entry
+                for arm, kind in kinds.items()
+                for entry in self.arm_entries(row, arm, read[kind][i], read[unseen[arm]][i])
+            ]
             for i, row in enumerate(rows)
         ]
         return _lists(rows, "scores", entries, Scores)
 
+    def kind(self, arm: Arm) -> Kind:
+        """What an arm's text is read with. Arms of one kind share its states."""
+        return arm != "no_documents", _SHOWN[arm] if self.model.vision else None
+
+    def read(
+        self, rows: Sequence[Mapping[str, Any]], with_documents: bool, shown: Shown | None
+    ) -> "list[list[SolutionStates] | RowError]":
+        found = [self.pictures(row, shown) for row in rows]
+        return read_rows(self.model, rows, self.config, with_documents, found)
+
+    def pictures(self, row: Mapping[str, Any], shown: Shown | None) -> "list[Image] | RowError":
+        """The images that the language model is shown of a row that is to be read, or what is wrong with them."""
+        if shown is None or _upstream(row):
+            return []
+        try:
+            return self.open(_uris(row, shown, "image"))
+        except RowError as fault:
+            return fault
+
     def arm_entries(
-        self, row: Mapping[str, Any], arm: Arm, read: "list[SolutionStates] | RowError"
+        self,
+        row: Mapping[str, Any],
+        arm: Arm,
+        read: "list[SolutionStates] | RowError",
+        unseen: "list[SolutionStates] | RowError",
     ) -> list[dict[str, Any]]:
-        """One entry a solution of a question, in the row's order."""
+        """One entry a solution of a question, in the row's order; `unseen` is what is read without an image."""
         solutions = row["solutions"] or []
         try:
             if isinstance(read, RowError):
                 raise read
+            if isinstance(unseen, RowError):
+                raise unseen
             found = self.model.step_scores(read, self.look(row, arm))
         except RowError as fault:
             return [self.entry(row, s, arm, [], [], str(fault)) for s in solutions]
+        if self.model.vision:
+            found = [_parted(f, u) for f, u in zip(found, self.model.step_scores(unseen, None), strict=True)]
         return [
             self.entry(row, s, arm, f.text_log_odds, f.image_log_odds, f.error)
             for s, f in zip(solutions, found, strict=True)
         ]
 
     def look(self, row: Mapping[str, Any], arm: Arm) -> "ImageFeatures | None":
-        """The images of an arm; None where it has none. A fault of an image is a `RowError`."""
+        """What the image tower sees in an arm; None where it sees nothing. A fault of an image is a `RowError`."""
         from medmm_ray.engines.reward_model import ImageError
 
-        swapped = "shuffled_" if arm == "shuffled_image" else ""
-        if arm == "text_only" or self.model.fusion is None:
+        shown = _SHOWN[arm]
+        if shown is None or self.model.fusion is None:
             return None
-        if row[f"{swapped}image_error"]:
-            kind, _, message = row[f"{swapped}image_error"].partition(": ")
-            raise RowError(kind, message)
-        if not row[f"{swapped}image_uris"]:
+        uris = _uris(row, shown, "image")
+        if not uris:
             return None
-        own = self.open(row[f"{swapped}image_uris"])
-        references = self.open(row[f"{swapped}reference_uris"][: self.config.num_references])
+        own, references = self.open(uris), self.open(_uris(row, shown, "reference")[: self.config.num_references])
         try:
             return self.model.image_features(own, references)
         except ImageError as error:
@@ -365,23 +423,52 @@ class Reader:
 
 
 def read_rows(
-    model: "RewardModel", rows: Sequence[Mapping[str, Any]], config: ReadConfig, with_documents: bool = True
+    model: "RewardModel",
+    rows: Sequence[Mapping[str, Any]],
+    config: ReadConfig,
+    with_documents: bool = True,
+    images: "Sequence[list[Image] | RowError] | None" = None,
 ) -> "list[list[SolutionStates] | RowError]":
-    """What the text tower says of each question's solutions, or why it was not asked."""
+    """What the text tower says of each question's solutions, or why it was not asked.
+
+    `images` of each row, where the language model reads them itself.
+    """
     from medmm_ray.engines.reward_model import ScoreRequest
 
-    faults = [_upstream(row) for row in rows]
+    shown = images or [[] for _ in rows]
+    faults = [
+        _upstream(row) or (pictures if isinstance(pictures, RowError) else None)
+        for row, pictures in zip(rows, shown, strict=True)
+    ]
     requests = (
         ScoreRequest(
             row["question"],
             [solution["steps"] for solution in row["solutions"]],
             [document["text"] for document in _documents(row, config)] if with_documents else [],
+            None if isinstance(pictures, RowError) else pictures,
         )
-        for row, fault in zip(rows, faults, strict=True)
+        for row, fault, pictures in zip(rows, faults, shown, strict=True)
         if fault is None
     )
     found = model.text_states_of(requests, token_budget=config.token_budget, together=config.pack_questions)
     return [next(found) if fault is None else fault for fault in faults]
+
+
+def _parted(seen: "StepScores", unseen: "StepScores") -> "StepScores":
+    """A vision-language model's answer as what it says without the image, and what the image changes of it."""
+    if seen.error:
+        return seen
+    changes = [s - u for s, u in zip(seen.log_odds, unseen.log_odds, strict=True)]
+    return replace(seen, text_log_odds=unseen.log_odds, image_log_odds=changes)
+
+
+def _uris(row: Mapping[str, Any], shown: Shown, kind: Literal["image", "reference"]) -> list[str]:
+    """A row's own images or those of another question, or the references that go with them; raises their `RowError`."""
+    name = "shuffled_" if shown == "shuffled" else ""
+    if row[f"{name}image_error"]:
+        fault, _, message = row[f"{name}image_error"].partition(": ")
+        raise RowError(fault, message)
+    return list(row[f"{name}{kind}_uris"])
 
 
 def _documents(row: Mapping[str, Any], config: ReadConfig) -> list[Mapping[str, Any]]:

@@ -108,6 +108,7 @@ class ModelCard(BaseModel):
     dtype: str
     device: str
     has_image_tower: bool
+    """Whether a request may have an image: an image tower looks at it, or the language model itself."""
     max_solutions: int
     max_steps: int
     max_documents: int
@@ -284,7 +285,9 @@ class Reranker:
         async def score(cases: list[Case]) -> list[Sequence[StepLogOdds]]:
             return await asyncio.to_thread(score_cases, model, cases, config.token_budget)
 
-        self._app = api(score, config, model.image_tower is not None, token_sha256)
+        if model.vision is not None:
+            config = config.model_copy(update={"max_reference_images": 0})  # it knows a question's own images alone
+        self._app = api(score, config, model.reads_images, token_sha256)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app

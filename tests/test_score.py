@@ -27,6 +27,7 @@ from medmm_ray.records import (
 from medmm_ray.score import ReadConfig, Reader, ScoreConfig, Scorer, StatesConfig, cases, derange, shuffled
 from medmm_ray.tables import Origin, Table, write_rows
 from tests import tiny_reward_model as tiny
+from tests import tiny_vision
 from tests.clip_folders import write_native_clip
 
 STEPS = {"s1": ["the left lung shows an effusion", "the answer is (A)"], "s2": ["normal"]}
@@ -286,15 +287,100 @@ def test_an_image_of_no_finite_numbers_is_an_error_of_its_arm(
     assert found["q1-s1", "text_only"]["error"] is None
 
 
-def test_a_checkpoint_without_an_image_tower_is_refused_before_it_is_loaded(folder: Path, tmp_path: Path) -> None:
-    text_only = tiny.save(tmp_path)
-    config = ScoreConfig(arms=("text_only", "shuffled_image"))
+def test_a_checkpoint_that_reads_no_images_is_refused_before_it_is_loaded(folder: Path, tmp_path: Path) -> None:
+    text_only = str(tiny.save(tmp_path))
     with pytest.raises(ConfigError, match=r"score.arms has shuffled_image, but .* has no image tower"):
-        score._check_towers(str(text_only), config.arms)
-    score._check_towers(str(folder), config.arms)
-    score._check_towers(str(text_only), ("text_only", "no_documents"))
+        score._check_eyes(text_only, ScoreConfig(arms=("text_only", "shuffled_image")))
+    score._check_eyes(str(folder), ScoreConfig(arms=("text_only", "shuffled_image")))
+    score._check_eyes(text_only, ScoreConfig(arms=("text_only", "no_documents")))
     with pytest.raises(ConfigError, match="nowhere"):
-        score._check_towers(str(tmp_path / "nowhere"), ("text_only",))
+        score._check_eyes(str(tmp_path / "nowhere"), ScoreConfig(arms=("text_only",)))
+
+
+# A vision-language model
+
+
+@pytest.fixture(scope="module")
+def seeing_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_vision.save_llava(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture(scope="module")
+def seeing(seeing_folder: Path) -> RewardModel:
+    return RewardModel.from_pretrained(seeing_folder)
+
+
+def test_arms_of_a_vision_language_model_are_each_read_with_their_image(
+    seeing: RewardModel, batch: pa.Table, pictures: dict[str, str]
+) -> None:
+    config = ScoreConfig(arms=("multimodal", "text_only", "shuffled_image", "no_documents"), num_references=0)
+    found = entries(Scorer(config, seeing, "m1")(batch))
+    assert len(found) == 3 * 4 * 2
+    text, (a, b) = "Which lung? (A) left (B) right", (Pictures.open(pictures[name]) for name in ("a", "b"))
+    documents = ["the d1 heart", "the d2 heart"]
+    expected = {
+        "multimodal": seeing.score(text, list(STEPS.values()), documents, a),
+        "text_only": seeing.score(text, list(STEPS.values()), documents),
+        "shuffled_image": seeing.score(text, list(STEPS.values()), documents, b),
+        "no_documents": seeing.score(text, list(STEPS.values()), [], a),
+    }
+    unseen = expected | dict.fromkeys(("multimodal", "shuffled_image"), expected["text_only"])
+    unseen["no_documents"] = seeing.score(text, list(STEPS.values()))
+    for arm, scores in expected.items():
+        for name, own, without in zip(("q1-s1", "q1-s2"), scores, unseen[arm], strict=True):
+            entry = found[name, arm]
+            assert entry["text_log_odds"] == pytest.approx(without.log_odds, abs=1e-5)
+            both = [t + i for t, i in zip(entry["text_log_odds"], entry["image_log_odds"], strict=True)]
+            assert both == pytest.approx(own.log_odds, abs=1e-5)
+            assert entry["error"] is None
+    assert len({tuple(found["q1-s1", arm]["image_log_odds"]) for arm in expected}) == 4
+    for key in (("q1-s1", "text_only"), ("q3-s1", "multimodal"), ("q3-s1", "shuffled_image")):
+        assert found[key]["image_log_odds"] == [0.0, 0.0]
+
+
+def test_a_vision_language_model_reads_a_question_once_for_each_image(
+    seeing: RewardModel, batch: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, read = [], seeing.pack
+
+    def count(question: str, *args: Any, **options: Any) -> Any:
+        calls.append(options["seen"] is not None)
+        return read(question, *args, **options)
+
+    monkeypatch.setattr(seeing, "pack", count)
+    Scorer(ScoreConfig(num_references=0), seeing, "m")(batch)
+    assert sorted(calls) == [False] * (3 + 2) + [True] * 4  # two of three questions have an image
+
+
+def test_a_fault_of_an_image_is_one_of_its_arm_for_a_vision_language_model(
+    seeing: RewardModel, pictures: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "empty.png").write_bytes(b"")
+    table = joined(
+        [question("q1", ["ok"]), question("q2", ["empty"]), question("q3", ["gone"])],
+        [image("ok", pictures["a"]), image("empty", str(tmp_path / "empty.png"))],
+        [evidence("q1", []), evidence("q2", []), evidence("q3", [])],
+        [solutions("q1"), solutions("q2"), solutions("q3"), solutions("q4")],
+    )
+    found = entries(Scorer(ScoreConfig(arms=("multimodal", "text_only"), num_references=0), seeing, "m")(table))
+    errors = {key: (e["error"] or "").split(":")[0] for key, e in found.items()}
+    assert [errors[f"q{i}-s1", "multimodal"] for i in (1, 2, 3, 4)] == [
+        "", "image_empty", "image_missing", "question_missing"
+    ]  # fmt: skip
+    assert [errors[f"q{i}-s1", "text_only"] for i in (1, 2, 3, 4)] == ["", "", "", "question_missing"]
+
+
+def test_what_a_vision_language_model_is_not_for_is_refused_before_it_is_loaded(
+    seeing: RewardModel, seeing_folder: Path, tmp_path: Path
+) -> None:
+    seeing.save_pretrained(tmp_path / "saved")
+    for path in (str(seeing_folder), str(tmp_path / "saved")):
+        score._check_eyes(path, ScoreConfig(num_references=0))
+        score._check_eyes(path, ScoreConfig(arms=("text_only",)))
+        with pytest.raises(ConfigError, match=r"score.num_references is 3, but .* set score.num_references=0"):
+            score._check_eyes(path, ScoreConfig())
+        with pytest.raises(ConfigError, match="its states depend on the image"):
+            score.states(None, StatesConfig(), path, "m")  # type: ignore[arg-type]
 
 
 def test_the_configs_lengths_replace_the_checkpoints(folder: Path) -> None:

@@ -521,3 +521,31 @@ def test_real_serve_gives_the_scores_of_the_offline_function(checkpoint: Path, m
     assert "rerank: 2 solutions, 0 failed, multimodal" in written
     for words in ("angle is blunted", "shows the effusion", "blunted by fluid"):
         assert words not in written
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("ray_session")
+def test_a_vision_language_model_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from medmm_ray.engines.reward_model import RewardModel
+    from medmm_ray.serve import running
+    from tests import tiny_vision
+
+    monkeypatch.delenv("MEDMM_TOKEN", raising=False)
+    folder = tiny_vision.save_llava(tmp_path)
+    request = request_of(QUESTION, OPTIONS, [RIGHT, LEFT], image=png((40, 30), "teal"))
+    with running(ServeConfig(model=str(folder), port=0, num_cpus=0.5)) as url:
+        answer = query(url, request)
+        card = httpx.get(f"{url}/v1/model").json()
+        with pytest.raises(QueryError, match="1 reference_images; at most 0 are allowed"):
+            query(url, request_of(QUESTION, OPTIONS, [RIGHT], image=png(), reference_images=[png()]))
+    assert (card["has_image_tower"], card["max_reference_images"]) == (True, 0)
+    case = to_case(request, 10_000)
+    model = RewardModel.from_pretrained(folder)
+    for expected, unseen, solution in zip(
+        model.score(case.question, [RIGHT, LEFT], (), case.image),
+        model.score(case.question, [RIGHT, LEFT]),
+        answer.solutions,
+        strict=True,
+    ):
+        assert [s.text_log_odds for s in solution.steps] == pytest.approx(expected.log_odds, abs=1e-5)
+        assert expected.log_odds != pytest.approx(unseen.log_odds, abs=1e-3)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from medmm_ray.config import execution
+from medmm_ray.config import ConfigError, execution
 from medmm_ray.engines.checkpoints import resolve
 from medmm_ray.targets import AfterFirstError, LabelPolicy
 from medmm_ray.train.labelled import group_labels, labelled_questions, share_of_right
@@ -99,6 +99,11 @@ class TextPrmStage(Stage):
 
         self.config, self.device, self.budget = config, device, config.micro_batch_tokens
         self.model = RewardModel.from_pretrained(resolve(inputs["base"]))
+        if self.model.vision is not None:
+            raise ConfigError(
+                f"{inputs['base']} is a vision-language model, and train_text_prm trains on text alone; "
+                "name a text-only base"
+            )
         self.model.max_length = min(config.max_length, self.model.context)
         self.model.reserve = min(config.reserve, self.model.max_length)
         if config.activation_checkpointing:

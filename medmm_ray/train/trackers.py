@@ -64,7 +64,7 @@ class TensorBoard:
     """Event files in ``<folder>/tensorboard``; where that is a URI they are written here and copied there."""
 
     def __init__(self, run: str, folder: str, config: Mapping[str, Any], updates: int) -> None:  # noqa: ARG002
-        from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
+        from tensorboardX import SummaryWriter
 
         self.target, self.scratch = f"{folder}/{FOLDER}", None
         if "://" in folder:

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from medmm_ray import records
+from medmm_ray.config import ConfigError
 from medmm_ray.engines.reward_model.attention import Block
 from medmm_ray.tables import Origin, Table, write_rows
 from medmm_ray.train.engine import deepspeed_config, parameter_groups
@@ -29,6 +30,7 @@ from medmm_ray.train.policy import (
 )
 from medmm_ray.train.text_prm import TextPrmConfig, TextPrmStage, train_text_prm, validation_figures
 from medmm_ray.train.two_tower import TwoTowerConfig, TwoTowerStage, train_two_tower
+from tests import tiny_vision
 from tests.train import toy
 from tests.train.conftest import SHAPE, image_text_stage, labelled, text_column, written
 
@@ -218,6 +220,11 @@ def test_merged_and_packed_gradients_equal_those_of_solutions_one_by_one(policy:
 
     one, other = gradient(merged), gradient(single)
     assert float((one - other).norm() / other.norm()) < 1e-5
+
+
+def test_a_vision_language_model_is_not_trained_on_text_alone(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is a vision-language model, and .* name a text-only base"):
+        text_prm_stage(tmp_path, tiny_vision.save_llava(tmp_path / "llava"), labelled())
 
 
 def test_step_loss_is_the_two_class_cross_entropy_of_each_solutions_mean(policy: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def track(name: TrackerName, folder: str) -> None:
 
 def scalars(folder: Path) -> list[tuple[int, str, float]]:
     """What TensorBoard would read of its event files, in order."""
-    from tensorboardX.proto.event_pb2 import Event  # type: ignore[import-untyped]
+    from tensorboardX.proto.event_pb2 import Event
 
     found = []
     for path in sorted(folder.glob("events.out.tfevents.*")):

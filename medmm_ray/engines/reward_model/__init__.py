@@ -1,8 +1,8 @@
 """The process reward model: exact shared-prefix scoring, and an image part that is added to the text's log-odds."""
 
-from medmm_ray.engines.reward_model.checkpoint import CheckpointError
+from medmm_ray.engines.reward_model.errors import CheckpointError, ImageError
 from medmm_ray.engines.reward_model.fusion import Fusion, FusionConfig, ImageFeatures
-from medmm_ray.engines.reward_model.model import ImageError, RewardModel, ScoreRequest, SolutionStates, StepScores
+from medmm_ray.engines.reward_model.model import RewardModel, ScoreRequest, SolutionStates, StepScores
 from medmm_ray.engines.reward_model.packing import (
     Branch,
     PackedQuestion,

@@ -8,7 +8,7 @@ README.md                               the model card
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
 
-from medmm_ray.engines.reward_model import attention, families
+from medmm_ray.engines.reward_model import adapters, attention, families, vision
+from medmm_ray.engines.reward_model.errors import CheckpointError
 from medmm_ray.engines.reward_model.families import FamilyName
 from medmm_ray.engines.reward_model.fusion import Fusion, FusionConfig
 from medmm_ray.engines.reward_model.packing import Fit
@@ -32,10 +40,6 @@ FUSION = "fusion.safetensors"
 TOWER = "image_tower"
 FORMAT = 1
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is no reward model; the message says what was looked for."""
 
 
 @dataclass(frozen=True)
@@ -72,29 +76,92 @@ def read(path: str | Path) -> Saved | None:
     return Saved(saved["family"], saved["ids"], saved["max_length"], saved["reserve"], saved["fit"], fusion)
 
 
-def read_text(path: str | Path, dtype: torch.dtype, family: FamilyName | None) -> tuple[Any, Any, FamilyName]:
-    """The text tower, its tokenizer and its family (detected where it is None), ready for shared-prefix reading."""
+def read_text(
+    path: str | Path,
+    dtype: torch.dtype,
+    family: FamilyName | None,
+    base: str | Path | None = None,
+    merge: Sequence[str | Path] = (),
+) -> tuple[Any, Any, FamilyName]:
+    """The text tower, its tokenizer and its family (detected where it is None), ready for shared-prefix reading.
+
+    `base` and `merge` are those of `adapters.read`, for a checkpoint that is an adapter.
+    """
+    if adapters.is_adapter(path):
+        model, tokenizer, found = _read_adapter(path, dtype, family, base or adapters.base_of(path), merge)
+    elif base or merge:
+        raise CheckpointError(f"{path} is no adapter, so it takes no base= and no merge=; name the adapter's folder")
+    else:
+        model, tokenizer, found = _read_whole(path, dtype, family)
+    if found in ("medprm", "medprm_vision"):
+        _add_tag(model, tokenizer)
+    return model, tokenizer, found
+
+
+def _read_whole(path: str | Path, dtype: torch.dtype, family: FamilyName | None) -> tuple[Any, Any, FamilyName]:
     try:
+        _refuse_original_layout(path)
         config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
+    except CheckpointError:
+        raise
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a language model that can be read: {error}") from error
-    architectures = config.architectures or []
-    found = family or families.detect(architectures, tokenizer)
+    found = family or _detected(path, config.architectures or [], tokenizer)
+    if found in families.SEEING:
+        vision.check(path, config)
+        tokenizer.chat_template = tokenizer.chat_template or vision.chat_template(path)
+    try:
+        model = _TEXT_MODELS[found].from_pretrained(path, dtype=dtype, attn_implementation=attention.NAME)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as a reward model of the family {found}: {error}") from error
+    return model, tokenizer, found
+
+
+def _read_adapter(
+    path: str | Path, dtype: torch.dtype, family: FamilyName | None, base: str | Path, merge: Sequence[str | Path]
+) -> tuple[Any, Any, FamilyName]:
+    """An adapter that classifies tokens is MedS3's unless `family` says that it is TRL's."""
+    try:
+        check_path(base)
+    except CheckpointError as error:
+        raise CheckpointError(f"the base of the adapter {path}: {error}; say it: from_pretrained(..., base=)") from None
+    for below in merge:
+        check_path(below)
+    model = adapters.read(path, base, merge, dtype)
+    place = adapters.tokenizer_of(path, base)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{place} has no tokenizer that can be read: {error}") from error
+    if family is None and adapters.task_of(path) == "TOKEN_CLS":
+        return model, tokenizer, "meds3"
+    return model, tokenizer, family or _detected(path, [type(model).__name__], tokenizer)
+
+
+def _detected(path: str | Path, architectures: Sequence[str], tokenizer: Any) -> FamilyName:
+    found = families.detect(architectures, tokenizer)
     if found is None:
         raise CheckpointError(
             f"{path} fits no family of reward models: its architecture is {', '.join(architectures) or 'not stated'}"
             f"{'' if tokenizer.chat_template else ', its tokenizer has no chat template'}. Looked for: a causal "
             'language model with a chat template (medprm) or the token "ки" (math_shepherd), a ...ProcessRewardModel '
-            "(qwen_prm), a ...ForTokenClassification (token_classification)"
+            "(qwen_prm), a ...ForTokenClassification (token_classification), a peft adapter for token classification "
+            "(meds3), a LlavaForConditionalGeneration (medprm_vision), an InternVLForConditionalGeneration (visualprm)"
         )
-    try:
-        model = _TEXT_MODELS[found].from_pretrained(path, dtype=dtype, attn_implementation=attention.NAME)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as a reward model of the family {found}: {error}") from error
-    if found == "medprm":
-        _add_tag(model, tokenizer)
-    return model, tokenizer, found
+    return found
+
+
+def _refuse_original_layout(path: str | Path) -> None:
+    """Say what to do about InternVL's and LLaVA's own checkpoints, which come with code of their own to be run."""
+    described, _ = PreTrainedConfig.get_config_dict(path)
+    names = described.get("architectures") or []
+    if any(name.startswith(("InternVLChat", "InternVLReward", "LlavaLlama", "LlavaMistral")) for name in names):
+        raise CheckpointError(
+            f"{path} is in its authors' own layout ({', '.join(names)}), which needs code from the checkpoint; none is "
+            "ever run. Convert it to the layout of transformers (its repository has a convert_*_weights_to_hf.py for "
+            "each of InternVL and LLaVA), or take a checkpoint whose name ends in -hf"
+        )
 
 
 _TEXT_MODELS: dict[FamilyName, Any] = {
@@ -102,6 +169,9 @@ _TEXT_MODELS: dict[FamilyName, Any] = {
     "math_shepherd": AutoModelForCausalLM,
     "qwen_prm": families.QwenProcessRewardModel,
     "token_classification": AutoModelForTokenClassification,
+    "meds3": AutoModelForTokenClassification,
+    "medprm_vision": AutoModelForImageTextToText,
+    "visualprm": AutoModelForImageTextToText,
 }
 
 
@@ -133,6 +203,8 @@ def write(model: "RewardModel", folder: str | Path, figures: Mapping[str, float]
     folder.mkdir(parents=True, exist_ok=True)
     model.text_model.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
+    if model.vision is not None:
+        model.vision.save_pretrained(folder)
     if model.fusion is not None and model.image_tower is not None:
         save_file({k: v.detach().contiguous() for k, v in model.fusion.state_dict().items()}, folder / FUSION)
         model.image_tower.save_pretrained(tower_folder(folder))

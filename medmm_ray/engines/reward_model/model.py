@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from medmm_ray.engines.reward_model import checkpoint, families
-from medmm_ray.engines.reward_model.checkpoint import CheckpointError
+from medmm_ray.engines.reward_model.errors import CheckpointError, ImageError
 from medmm_ray.engines.reward_model.families import FamilyName
 from medmm_ray.engines.reward_model.fusion import Fusion, FusionConfig, ImageFeatures
 from medmm_ray.engines.reward_model.packing import (
@@ -28,9 +28,11 @@ from medmm_ray.engines.reward_model.packing import (
     Fit,
     PackedQuestion,
     Packing,
+    SeenImages,
     pack,
 )
 from medmm_ray.engines.reward_model.reading import Piece, read_row, rows
+from medmm_ray.engines.reward_model.vision import Vision
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,10 +44,6 @@ if TYPE_CHECKING:
 CPU_BUDGET = 512  # tokens of a row; more is no faster there (512 to 4,096 within 8 %) and takes more memory
 GPU_BUDGET = 4096
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class ImageError(ValueError):
-    """An image that the image tower cannot make numbers of."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +98,17 @@ class ScoreRequest:
     image: "Image | Sequence[Image] | None" = None
     reference_images: Sequence["Image"] = ()
 
+    @property
+    def images(self) -> "list[Image]":
+        if self.image is None:
+            return []
+        return list(self.image) if isinstance(self.image, Sequence) else [self.image]
+
 
 class RewardModel(nn.Module):
     """A process reward model; text-only without `image_tower` and `fusion`.
 
+    With `vision`, the text model is a vision-language model that reads the images itself; it takes no image tower.
     `max_length`, `reserve` and `fit` bound the documents (`packing.choose_documents`).
     """
 
@@ -117,13 +122,16 @@ class RewardModel(nn.Module):
         reserve: int = RESERVE,
         fit: Fit = "skip",
         family: FamilyName = "medprm",
+        vision: Vision | None = None,
     ) -> None:
         super().__init__()
-        self.text_model, self.tokenizer = text_model, tokenizer
+        self.text_model, self.tokenizer, self.vision = text_model, tokenizer, vision
         self.image_tower, self.fusion = image_tower, fusion
         self.max_length, self.reserve, self.fit = max_length, reserve, fit
+        if vision is not None:  # the same documents, whether the image is shown or not
+            self.max_length = min(max_length, self.context - vision.most_rows)
         try:
-            self.family = families.make(family, tokenizer)
+            self.family = families.make(family, tokenizer, vision.pictures if vision else None)
         except ValueError as error:
             raise CheckpointError(str(error)) from None
         rows = text_model.get_input_embeddings().num_embeddings
@@ -142,12 +150,21 @@ class RewardModel(nn.Module):
         dtype: str = "float32",
         device: str | torch.device = "cpu",
         family: FamilyName | None = None,
+        base: "str | Path | None" = None,
+        merge: "Sequence[str | Path]" = (),
     ) -> "RewardModel":
-        """Read a folder of `save_pretrained`, or a published checkpoint (folder or hub id) as text-only.
+        """Read a folder of `save_pretrained`, or a published checkpoint (folder or hub id), which has no image tower.
 
         `family` is detected from the checkpoint where it is not given (`families.detect`). A causal language model with
         a chat template is read as Med-PRM's: where its tokenizer has no single " ки", one is added as Med-PRM does, its
         row the mean of all others, so that the same checkpoint gives the same model.
+
+        A vision-language model reads images itself: LLaVA in Med-PRM's format, InternVL in VisualPRM's or, with
+        ``family="medprm_vision"``, in Med-PRM's.
+
+        A checkpoint that is a peft adapter is merged into `base` (default: the one that it names), after the adapters
+        `merge`, in order; MedS3's reward model stands on its policy: ``merge=["…/MedSSS_Policy"]``. One that classifies
+        tokens is read as MedS3's; ``family="token_classification"`` reads it as TRL's.
 
         Raises `CheckpointError` where `path` is none of these.
         """
@@ -155,11 +172,12 @@ class RewardModel(nn.Module):
             raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
         saved = checkpoint.read(path)
         text_model, tokenizer, found = checkpoint.read_text(
-            path, DTYPES[dtype], family or (saved.family if saved else None)
+            path, DTYPES[dtype], family or (saved.family if saved else None), base, merge
         )
+        vision = Vision.from_pretrained(path, text_model, tokenizer) if found in families.SEEING else None
         if saved is None:
-            return cls(text_model, tokenizer, family=found).to(device).eval()
-        model = cls(text_model, tokenizer, None, None, saved.max_length, saved.reserve, saved.fit, found)
+            return cls(text_model, tokenizer, family=found, vision=vision).to(device).eval()
+        model = cls(text_model, tokenizer, None, None, saved.max_length, saved.reserve, saved.fit, found, vision)
         if dict(model.family.ids) != saved.ids:
             raise CheckpointError(
                 f"{path}: its tokenizer gives the ids {dict(model.family.ids)}, its {checkpoint.CONFIG} has {saved.ids}"
@@ -174,6 +192,11 @@ class RewardModel(nn.Module):
 
     def add_image_tower(self, tower_path: "str | Path", fusion_config: FusionConfig | None = None) -> None:
         """Give a text-only model an image part; it changes no score until it is trained."""
+        if self.vision is not None:
+            raise CheckpointError(
+                f"a reward model of the family {self.family.name} takes no image tower: its language model reads the "
+                "images itself"
+            )
         if not self.family.additive:
             raise CheckpointError(
                 f"a reward model of the family {self.family.name} takes no image part: its log-odds are not linear in "
@@ -197,12 +220,17 @@ class RewardModel(nn.Module):
 
     @property
     def hidden_size(self) -> int:
-        return int(self.text_model.config.hidden_size)
+        return int(self.text_model.config.get_text_config().hidden_size)
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether it has an image part, or a language model that reads images itself."""
+        return self.image_tower is not None or self.vision is not None
 
     @property
     def context(self) -> int:
         """The longest sequence that the text tower can read, in tokens: within it a sliding window hides nothing."""
-        config = self.text_model.config
+        config = self.text_model.config.get_text_config()
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
         return int(min(config.max_position_embeddings, window or config.max_position_embeddings))
 
@@ -214,11 +242,12 @@ class RewardModel(nn.Module):
         solutions: Sequence[str | Sequence[str]],
         documents: Sequence[str] = (),
         training: bool = False,
+        seen: SeenImages | None = None,
     ) -> Packing:
         """`packing.pack` with this model's tokenizer and lengths."""
         return pack(
             self.family, question, solutions, documents,
-            self.max_length, self.reserve, self.context, self.fit, training,
+            self.max_length, self.reserve, self.context, self.fit, training, seen,
         )  # fmt: skip
 
     def forward(self, *packed: PackedQuestion) -> Tensor:
@@ -255,7 +284,7 @@ class RewardModel(nn.Module):
         """`text_states` of many questions, in order, in rows of at most `token_budget` tokens.
 
         Equal solutions of a question are read once. With `together`, questions share rows: faster where they are short,
-        but then the last bits of a state depend on its neighbours.
+        but then the last bits of a state depend on its neighbours. A vision-language model reads the images here.
         """
         waiting: deque[_Reading] = deque()
 
@@ -340,8 +369,10 @@ class RewardModel(nn.Module):
             question: with its options in the text (`text.question_with_options`).
             solutions: each raw text with "Step i:" marks, with or without tags, or a list of steps.
             documents: in rank order; those that fit are read.
-            image: the question's picture, or several; without one the image part is exactly 0.
-            reference_images: similar cases; looked at only together with an image.
+            image: the question's picture, or several; without one the image part is exactly 0. A vision-language
+                model reads it with the text, so that its whole answer is the text part.
+            reference_images: similar cases; looked at only together with an image, and refused (`ValueError`) by a
+                vision-language model, whose formats have no place for them.
             token_budget: the most tokens that are read at once; it bounds memory and changes no score. None: 512 on a
                 CPU, 4,096 on a GPU.
         """
@@ -362,8 +393,7 @@ class RewardModel(nn.Module):
 
         for states in self.text_states_of(noted(), token_budget=token_budget):
             request = asked.popleft()
-            image = request.image
-            images = [] if image is None else list(image) if isinstance(image, Sequence) else [image]
+            images = [] if self.vision else request.images  # else they are in the states
             try:
                 features = self.image_features(images, request.reference_images) if images else None
             except ImageError as error:
@@ -388,8 +418,18 @@ class _Reading:
         self.model = model
         self.keys = [s if isinstance(s, str) else tuple(s) for s in request.solutions]
         self.unique = list(dict.fromkeys(self.keys))
-        self.packing = model.pack(request.question, self.unique, request.documents)
+        seen = self._seen(request.images, request.reference_images) if model.vision else None
+        self.packing = model.pack(request.question, self.unique, request.documents, seen=seen)
         self.found = {i: model.no_states(error) for i, error in enumerate(self.packing.errors) if error}
+
+    def _seen(self, images: Sequence["Image"], references: Sequence["Image"]) -> SeenImages | None:
+        if references:
+            raise ValueError(
+                f"{len(references)} reference images: a reward model of the family {self.model.family.name} knows a "
+                "question's own images alone; leave reference_images empty"
+            )
+        assert self.model.vision is not None
+        return self.model.vision.see(self.model.text_model, images) if images else None
 
     @property
     def complete(self) -> bool:

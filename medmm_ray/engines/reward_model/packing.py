@@ -5,17 +5,19 @@ the family whose format they are written in. Leaves: a `Packing`, of `PackedQues
 tokenised as the family's own code does it, so its ids are exactly ``prefix_ids + branch.ids``; later tokens than the
 last tag are cut, as they cannot influence a causal score. A tag is the place at which a step is read.
 
-Legend: T tags of all branches.
+Legend: T tags of all branches, I rows of all images, D text width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from medmm_ray.text import TAG, split_steps
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from medmm_ray.engines.reward_model.families import Family
 
 Fit = Literal["skip", "break"]
@@ -24,6 +26,27 @@ RESERVE = 1024  # tokens kept free of documents, for system prompt, question and
 
 
 Read = tuple[str, list[str]]  # a solution: what stands before its first step, and the steps
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What all solutions of a question are read after."""
+
+    question: str
+    documents: Sequence[str] = ()
+    images: Sequence[int] = ()
+    """Rows of each image that the language model reads itself."""
+    training: bool = False
+    """The reference's training prompt, which differs by a space."""
+
+
+@dataclass(frozen=True)
+class SeenImages:
+    """A question's images as a vision-language model reads them: the rows that replace the embeddings of their tokens,
+    ``rows_ID``, and how many each image has."""
+
+    rows_ID: "Tensor"
+    lengths: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -66,12 +89,13 @@ class Branch:
 class PackedQuestion:
     """Solutions of a question as one row: the prefix, with `num_documents` documents, then the branches in order.
 
-    Tags are numbered over all branches in order.
+    Tags are numbered over all branches in order. `seen`: the images of the prefix, where the language model reads them.
     """
 
     prefix_ids: list[int]
     branches: list[Branch]
     num_documents: int
+    seen: SeenImages | None = field(default=None, compare=False)
 
     @cached_property
     def num_tokens(self) -> int:
@@ -148,6 +172,7 @@ def pack(
     context: int | None = None,
     fit: Fit = "skip",
     training: bool = False,
+    seen: SeenImages | None = None,
 ) -> Packing:
     """Pack one question's solutions.
 
@@ -161,9 +186,12 @@ def pack(
         max_length, reserve, fit: the documents' budget, see `choose_documents`.
         context: tokens a full sequence may have (default `max_length`).
         training: the reference's training prompt, which differs by a space.
+        seen: the images, where the language model reads them; documents leave room for them in the context.
     """
-    kept = choose_documents(family.tokenizer, documents, max_length, reserve, fit)
     limit = context or max_length
+    room = max_length if seen is None else min(max_length, limit - len(seen.rows_ID))
+    kept = choose_documents(family.tokenizer, documents, room, reserve, fit)
+    images = seen.lengths if seen else ()
     errors: list[str | None] = [None] * len(solutions)
     read: dict[int, Read] = {}
     for i, solution in enumerate(solutions):
@@ -176,10 +204,10 @@ def pack(
     for number in range(len(kept), -1, -1):
         if not read:
             break
-        sequences, faults = family.sequences(question, read, kept[:number], training)
+        sequences, faults = family.sequences(Prompt(question, kept[:number], images, training), read)
         fitting = [s for s in sequences if len(s.ids) <= limit]
         if fitting:
-            groups.append(_share(fitting, number))
+            groups.append(_share(fitting, number, seen))
         for i, fault in faults.items():
             errors[i] = fault
         for s in sequences:
@@ -189,11 +217,11 @@ def pack(
     return Packing(groups, errors)
 
 
-def _share(sequences: Sequence[FullSequence], num_documents: int) -> PackedQuestion:
+def _share(sequences: Sequence[FullSequence], num_documents: int, seen: SeenImages | None) -> PackedQuestion:
     """The longest common beginning as prefix, the rest as branches; every tag belongs to a branch."""
     prefix = min(common([s.ids for s in sequences]), *(s.tags[0] for s in sequences))
     branches = [Branch(s.solution, s.ids[prefix:], [t - prefix for t in s.tags], s.start) for s in sequences]
-    return PackedQuestion(sequences[0].ids[:prefix], branches, num_documents)
+    return PackedQuestion(sequences[0].ids[:prefix], branches, num_documents, seen)
 
 
 def single_id(tokenizer: Any, text: str) -> int:

@@ -5,7 +5,7 @@ the mean state of each step's tokens in the middle layer. Several questions shar
 budget takes several rows, and its prefix is run once (in pieces, where it is larger itself), its keys and values kept
 for the rows that follow.
 
-Legend: L row length, P prefix length, T tags, D text width.
+Legend: L row length, P prefix length, T tags, I rows of an image, D text width.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -105,11 +105,15 @@ class _Places:
     """… the tag of that step."""
     ahead: list[tuple[int, Piece, int, int]] = field(default_factory=list)
     """Tags whose step starts in the prefix: tag, piece, the prefix's first row, the step's start."""
+    images: list[tuple[Piece, int]] = field(default_factory=list)
+    """Prefixes, or parts of them, in which images stand, and their first row."""
 
     def add(self, piece: Piece) -> None:
         prefix, begin = len(piece.packed.prefix_ids), len(self.ids)
         self.ids += piece.packed.prefix_ids[piece.start : piece.stop]
         self.positions += range(piece.start, piece.stop)
+        if piece.packed.seen is not None and piece.stop > piece.start:
+            self.images.append((piece, begin))
         for branch in piece.branches:
             at = len(self.ids)
             for tag, (start, end) in zip(branch.tags, branch.spans(prefix), strict=True):
@@ -133,9 +137,19 @@ def read_row(text_model: Any, pieces: Sequence[Piece], device: torch.device) -> 
     places = _Places()
     for piece in pieces:
         places.add(piece)
-    with _middle(text_model.base_model) as middle:
-        output = text_model.base_model(
-            input_ids=index(places.ids)[None],
+    ids_L = index(places.ids)
+    embeddings_LD = text_model.get_input_embeddings()(ids_L)
+    for piece, begin in places.images:
+        assert piece.packed.seen is not None
+        token = text_model.config.image_token_id
+        at_I = begin + (ids_L[begin : begin + piece.stop - piece.start] == token).nonzero()[:, 0]
+        first = piece.packed.prefix_ids[: piece.start].count(token)  # in an earlier part of the prefix
+        rows_ID = piece.packed.seen.rows_ID[first : first + len(at_I)]
+        embeddings_LD = embeddings_LD.index_copy(0, at_I, rows_ID.to(embeddings_LD))
+    decoder = text_model.get_decoder()
+    with _middle(decoder) as middle:
+        output = decoder(
+            inputs_embeds=embeddings_LD[None],
             position_ids=index(places.positions)[None],
             attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),  # the row says who sees whom
             shared_prefix=Row([piece.block for piece in pieces], device),
@@ -163,9 +177,9 @@ def _ahead(middle_LD: Tensor, piece: Piece, begin: int, start: int) -> Tensor:
 
 
 @contextmanager
-def _middle(base: nn.Module) -> Iterator[list[Tensor]]:
+def _middle(decoder: nn.Module) -> Iterator[list[Tensor]]:
     """Catch what enters the middle layer, without keeping every layer's states."""
-    layers: Any = base.layers
+    layers: Any = decoder.layers
     caught: list[Tensor] = []
 
     def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:

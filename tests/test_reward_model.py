@@ -116,9 +116,9 @@ def test_the_prefix_is_the_longest_common_one_and_holds_no_tag() -> None:
     assert (len(alone.prefix_ids), alone.branches[0].tags[0]) == (first.index(tag), 0)
 
 
-def test_offsets_and_tags_of_a_packed_question() -> None:
+def test_length_and_tags_of_a_packed_question() -> None:
     packed = PackedQuestion([10, 11, 12], [Branch(0, [20, 9, 21, 9], [1, 3], start=2), Branch(2, [30, 9], [1], 2)], 0)
-    assert packed.offsets == [3, 7, 9]
+    assert packed.num_tokens == 9
     assert packed.tag_solutions == [0, 0, 2]
     assert packed.tag_steps == [0, 1, 0]
     assert packed.branches[0].spans(3) == [(2, 4), (5, 6)]
@@ -183,14 +183,14 @@ def test_a_solution_too_long_for_the_context_loses_documents_alone() -> None:
     short, long = ["left lung", "no"], steps(8, 1)
     everything = pack(MedPrm(tok), QUESTION, [short, long], documents)
     (group,) = everything.groups
-    room = group.offsets[0] + max(len(b.ids) for b in group.branches)
+    room = len(group.prefix_ids) + max(len(b.ids) for b in group.branches)
     packing = pack(MedPrm(tok), QUESTION, [short, long], documents, context=room - 40)
     assert packing.errors == [None, None]
     assert [(g.num_documents, [b.solution for b in g.branches]) for g in packing.groups] == [(3, [0]), (1, [1])]
     assert packing.groups[0] == packed_question(MedPrm(tok), QUESTION, [short], documents)
     alone = packed_question(MedPrm(tok), QUESTION, [long], documents[:1])
     assert packing.groups[1].prefix_ids == alone.prefix_ids
-    assert packing.num_tokens == sum(g.offsets[-1] for g in packing.groups)
+    assert packing.num_tokens == sum(g.num_tokens for g in packing.groups)
 
 
 def test_a_template_that_changes_the_solution_is_refused() -> None:
@@ -294,8 +294,8 @@ def test_a_stream_of_questions_fills_rows_to_the_budget(model: RewardModel) -> N
             for group in model.pack(f"{QUESTION} {i}", [steps(2, i), steps(3, i + 50)]).groups:
                 yield i, group
 
-    total = sum(packed.offsets[-1] for _, packed in questions())
-    largest = max(packed.offsets[-1] for _, packed in questions())
+    total = sum(packed.num_tokens for _, packed in questions())
+    largest = max(packed.num_tokens for _, packed in questions())
     budget = 3 * largest
     sizes = [sum(piece.block.length for piece in row) for row in rows(questions(), budget)]
     assert sum(sizes) == total

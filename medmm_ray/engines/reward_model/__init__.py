@@ -2,7 +2,7 @@
 
 from medmm_ray.engines.reward_model.checkpoint import CheckpointError
 from medmm_ray.engines.reward_model.fusion import Fusion, FusionConfig, ImageFeatures
-from medmm_ray.engines.reward_model.model import ImageError, RewardModel, ScoreRequest, SolutionStates, StepScores
+from medmm_ray.engines.reward_model.model import ImageError, RewardModel, SolutionStates, StepScores
 from medmm_ray.engines.reward_model.packing import (
     Branch,
     PackedQuestion,
@@ -10,6 +10,7 @@ from medmm_ray.engines.reward_model.packing import (
     choose_documents,
     pack,
 )
+from medmm_ray.engines.reward_model.request import ScoreRequest
 
 __all__ = [
     "Branch",

@@ -1,13 +1,14 @@
 """A reward model as a folder: what is written, and how it is found again. Nothing is pickled.
 
 config.json, *.safetensors, tokenizer   the text tower, as transformers and vLLM read it
-reward_model.json                       format, the ids of tag, + and −, lengths, where both towers came from
+reward_model.json                       format, the ids of tag, + and −, lengths, where both towers came from, figures
 fusion.safetensors, image_tower/        the image part, where there is one
 README.md                               the model card
 """
 
 import json
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,8 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+from transformers.utils.hub import cached_file
 
-from medmm_ray.engines.reward_model import attention, families
+from medmm_ray.engines.origin import Origin, commit_of
+from medmm_ray.engines.reward_model import attention, card, families, hub
 from medmm_ray.engines.reward_model.families import FamilyName
 from medmm_ray.engines.reward_model.fusion import Fusion, FusionConfig
 from medmm_ray.engines.reward_model.packing import Fit
@@ -48,6 +51,9 @@ class Saved:
     reserve: int
     fit: Fit
     fusion: FusionConfig | None
+    text_origin: Origin
+    image_origin: Origin | None
+    figures: dict[str, float]
 
 
 def check_path(path: str | Path) -> None:
@@ -56,9 +62,19 @@ def check_path(path: str | Path) -> None:
         raise CheckpointError(f"model path {path} does not exist; expected a checkpoint folder or a hub id (org/name)")
 
 
+def locate(path: str | Path, revision: str | None) -> str | Path:
+    """Where `path` can be read: the local copy of a hub id that `RewardModel.push_to_hub` wrote, else as it is."""
+    check_path(path)
+    if revision is not None and Path(path).is_dir():
+        raise CheckpointError(f"revision is {revision!r}, but {path} is a folder; only a hub id has revisions")
+    try:
+        return hub.fetched(path, CONFIG, revision)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be fetched from the hub: {error}") from error
+
+
 def read(path: str | Path) -> Saved | None:
     """What a folder of `write` says of itself; None for any other checkpoint."""
-    check_path(path)
     file = Path(path) / CONFIG
     if not file.is_file():
         return None
@@ -69,14 +85,39 @@ def read(path: str | Path) -> Saved | None:
             f"families {', '.join(families.NAMES)}"
         )
     fusion = FusionConfig(**saved["fusion"]) if saved["fusion"] else None
-    return Saved(saved["family"], saved["ids"], saved["max_length"], saved["reserve"], saved["fit"], fusion)
+    text, image = saved["text_tower"], saved["image_tower"]
+    return Saved(
+        saved["family"], saved["ids"], saved["max_length"], saved["reserve"], saved["fit"], fusion,
+        Origin(text["source"], text["revision"]),
+        Origin(image["source"], image["revision"]) if image else None,
+        saved["figures"],
+    )  # fmt: skip
 
 
-def read_text(path: str | Path, dtype: torch.dtype, family: FamilyName | None) -> tuple[Any, Any, FamilyName]:
-    """The text tower, its tokenizer and its family (detected where it is None), ready for shared-prefix reading."""
+@dataclass(frozen=True)
+class Text:
+    """A text tower as it was read."""
+
+    model: Any
+    tokenizer: Any
+    family: FamilyName
+    origin: Origin
+
+
+def read_text(
+    path: str | Path,
+    dtype: torch.dtype,
+    family: FamilyName | None,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+) -> Text:
+    """The text tower and its family (detected where it is None), ready for shared-prefix reading."""
+    if gguf_file is not None:
+        return _read_gguf(path, gguf_file, dtype, family, revision)
     try:
-        config = AutoConfig.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        commit = commit_of(path, "config.json", revision)  # all is of one commit, whatever is pushed meanwhile
+        config = AutoConfig.from_pretrained(path, revision=commit)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=commit)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a language model that can be read: {error}") from error
     architectures = config.architectures or []
@@ -89,12 +130,48 @@ def read_text(path: str | Path, dtype: torch.dtype, family: FamilyName | None) -
             "(qwen_prm), a ...ForTokenClassification (token_classification)"
         )
     try:
-        model = _TEXT_MODELS[found].from_pretrained(path, dtype=dtype, attn_implementation=attention.NAME)
+        model = _TEXT_MODELS[found].from_pretrained(
+            path, revision=commit, dtype=dtype, attn_implementation=attention.NAME
+        )
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as a reward model of the family {found}: {error}") from error
-    if found == "medprm":
+    return _ready(model, tokenizer, found, Origin.of(path, commit))
+
+
+def _read_gguf(
+    path: str | Path, gguf_file: str, dtype: torch.dtype, family: FamilyName | None, revision: str | None
+) -> Text:
+    from medmm_ray.engines.gguf import read_gguf
+
+    try:
+        file = str(cached_file(str(path), gguf_file, revision=revision))
+        model, tokenizer = read_gguf(file, dtype, attn_implementation=attention.NAME)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {gguf_file} is not a language model that can be read: {error}") from error
+    found = family or families.detect(["ForCausalLM"], tokenizer)
+    if found is None or _TEXT_MODELS[found] is not AutoModelForCausalLM:
+        raise CheckpointError(
+            f"{path}: {gguf_file} cannot be read as a reward model of the family {found}: a GGUF holds a language "
+            'model alone. Expected one with a chat template (medprm) or the token "ки" (math_shepherd)'
+        )
+    commit = commit_of(path, gguf_file, revision)
+    return _ready(model, tokenizer, found, Origin(str(path), commit) if commit else Origin.of(file))
+
+
+def _ready(model: Any, tokenizer: Any, family: FamilyName, origin: Origin) -> Text:
+    check_vocabulary(model, tokenizer)
+    if family == "medprm":
         _add_tag(model, tokenizer)
-    return model, tokenizer, found
+    return Text(model, tokenizer, family, origin)
+
+
+def check_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Raise where the tokenizer gives ids that the model has no row for."""
+    rows, entries = model.get_input_embeddings().num_embeddings, len(tokenizer)
+    if entries > rows:
+        raise CheckpointError(
+            f"the tokenizer has {entries} entries but the model's vocabulary {rows}; they are not of one checkpoint"
+        )
 
 
 _TEXT_MODELS: dict[FamilyName, Any] = {
@@ -127,8 +204,11 @@ def load_fusion(path: str | Path, fusion: Fusion) -> None:
     fusion.load_state_dict(load_file(Path(path) / FUSION))
 
 
-def write(model: "RewardModel", folder: str | Path, figures: Mapping[str, float]) -> None:
-    """Write `model` to `folder`; the file that makes it a reward model comes last."""
+def write(model: "RewardModel", folder: str | Path, figures: Mapping[str, float], name: str | None = None) -> None:
+    """Write `model` to `folder`; the file that makes it a reward model comes last.
+
+    `name` is what the card calls it: a hub id, by default the folder's name.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model.text_model.save_pretrained(folder)
@@ -136,13 +216,27 @@ def write(model: "RewardModel", folder: str | Path, figures: Mapping[str, float]
     if model.fusion is not None and model.image_tower is not None:
         save_file({k: v.detach().contiguous() for k, v in model.fusion.state_dict().items()}, folder / FUSION)
         model.image_tower.save_pretrained(tower_folder(folder))
-    described = _describe(model)
-    (folder / "README.md").write_text(_card(described, figures))
+    described = _describe(model, figures)
+    (folder / "README.md").write_text(card.write(name or folder.resolve().name, described, model.family))
     (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
 
 
-def _describe(model: "RewardModel") -> dict[str, Any]:
-    text_config = model.text_model.config
+def push(
+    model: "RewardModel",
+    repo_id: str,
+    figures: Mapping[str, float],
+    private: bool | None,
+    token: str | None,
+    revision: str | None,
+    commit_message: str,
+) -> str:
+    """Write `model` to a folder that lives as long as the upload; gives the commit's address."""
+    with tempfile.TemporaryDirectory(prefix="reward-model-") as folder:
+        write(model, folder, figures, repo_id)
+        return hub.upload(Path(folder), repo_id, private, token, revision, commit_message)
+
+
+def _describe(model: "RewardModel", figures: Mapping[str, float]) -> dict[str, Any]:
     tower = model.image_tower
     return {
         "format": FORMAT,
@@ -151,37 +245,8 @@ def _describe(model: "RewardModel") -> dict[str, Any]:
         "max_length": model.max_length,
         "reserve": model.reserve,
         "fit": model.fit,
-        "text_tower": {"source": text_config.name_or_path, "architecture": type(model.text_model).__name__},
-        "image_tower": tower and {"source": tower.path, "width": tower.width, "image_size": tower.image_size},
+        "text_tower": {**asdict(model.text_origin), "architecture": type(model.text_model).__name__},
+        "image_tower": tower and {**asdict(tower.origin), "width": tower.width, "image_size": tower.image_size},
         "fusion": asdict(model.fusion.config) if model.fusion else None,
+        "figures": dict(figures),
     }
-
-
-def _card(described: Mapping[str, Any], figures: Mapping[str, float]) -> str:
-    towers = "text and image" if described["fusion"] else "text"
-    lines = [
-        "---",
-        "library_name: transformers",
-        "tags: [process-reward-model, medical]",
-        "---",
-        "",
-        "# Process reward model",
-        "",
-        f"Scores each step of a solution to a medical question ({towers}), as log-odds that the step is right.",
-        "",
-        "```python",
-        "from medmm_ray.engines.reward_model import RewardModel",
-        "",
-        'model = RewardModel.from_pretrained("path/to/this/folder")',
-        'scores = model.score(question, ["Step 1: … Step 2: … the answer is (B)."], documents=[…], image=picture)',
-        "scores[0].plus_probs",
-        "```",
-        "",
-        f"Format: Med-PRM's (arXiv 2506.11474). Text tower: {described['text_tower']['architecture']}.",
-    ]
-    if described["image_tower"]:
-        lines.append(f"Image tower: {described['image_tower']['image_size']} pixels. Fusion: {described['fusion']}.")
-    if figures:
-        lines += ["", "| measured | value |", "|---|---|", *(f"| {k} | {v:.4g} |" for k, v in figures.items())]
-    lines += ["", "For research; it ranks candidate answers and is no medical device.", ""]
-    return "\n".join(lines)

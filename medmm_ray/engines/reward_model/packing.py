@@ -10,8 +10,6 @@ Legend: T tags of all branches.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
 
 from medmm_ray.text import TAG, split_steps
@@ -74,10 +72,10 @@ class PackedQuestion:
     branches: list[Branch]
     num_documents: int
 
-    @cached_property
-    def offsets(self) -> list[int]:
-        """Where each branch starts after prefix and earlier branches; one more entry, the whole length."""
-        return list(accumulate((len(b.ids) for b in self.branches), initial=len(self.prefix_ids)))
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole row."""
+        return len(self.prefix_ids) + sum(len(b.ids) for b in self.branches)
 
     @property
     def tag_solutions(self) -> list[int]:
@@ -104,7 +102,7 @@ class Packing:
     @property
     def num_tokens(self) -> int:
         """Tokens to run, prefixes counted once a group."""
-        return sum(group.offsets[-1] for group in self.groups)
+        return sum(group.num_tokens for group in self.groups)
 
 
 def choose_documents(

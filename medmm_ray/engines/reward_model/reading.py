@@ -54,7 +54,7 @@ def rows(questions: Iterable[tuple[Any, PackedQuestion]], token_budget: int) -> 
     used = 0
     for owner, packed in questions:
         branches = sorted(packed.branches, key=lambda b: -len(b.ids))
-        prefix, total = len(packed.prefix_ids), packed.offsets[-1]
+        prefix, total = len(packed.prefix_ids), packed.num_tokens
         if row and used + total > token_budget:
             yield row
             row, used = [], 0

@@ -92,7 +92,10 @@ def _linked(source: str) -> str:
 
 
 def _reading(has_image: bool) -> str:
-    text = "Needs torch and transformers. The folder is also an ordinary checkpoint of the text tower"
+    needs = "torch, transformers and open_clip" if has_image else "torch and transformers"
+    text = (
+        f"The package is `medmm-ray`; this needs {needs} of it. The folder is also a checkpoint of the text tower alone"
+    )
     if not has_image:
         return f"{text}."
     return (

@@ -8,6 +8,7 @@ README.md                               the model card
 
 import json
 import re
+import struct
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -146,7 +147,7 @@ def _read_gguf(
     try:
         file = str(cached_file(str(path), gguf_file, revision=revision))
         model, tokenizer = read_gguf(file, dtype, attn_implementation=attention.NAME)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, struct.error) as error:
         raise CheckpointError(f"{path}: {gguf_file} is not a language model that can be read: {error}") from error
     found = family or families.detect(["ForCausalLM"], tokenizer)
     if found is None or _TEXT_MODELS[found] is not AutoModelForCausalLM:

@@ -8,15 +8,16 @@ is added behind the vocabulary, and no BOS is written where llama.cpp writes one
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 _ADDED = (3, 4)  # llama.cpp's token types CONTROL and USER_DEFINED
 _BOS_UNLESS_SAID = ("llama-bpe", "llama3", "llama-v3")  # llama.cpp's tokenizers that write a BOS by default
 
 
-def read_gguf(file: str | Path, dtype: torch.dtype, **options: Any) -> tuple[Any, Any]:
+def read_gguf(file: str | Path, dtype: "torch.dtype", **options: Any) -> tuple[Any, Any]:
     """The causal language model in `file`, and its tokenizer; `options` as for transformers' ``from_pretrained``.
 
     Raises OSError, ValueError or struct.error where the file is no GGUF that transformers can read.

@@ -96,13 +96,15 @@ def requests(questions: int, solutions: int) -> "list[ScoreRequest]":
 
 @torch.no_grad()
 def round_weights(model: "RewardModel", kind: Kind) -> None:
-    """What is left of the matrices after rounding; those whose rows are no whole blocks stay, as in llama.cpp."""
+    """What is left of the matrices after rounding. As in llama.cpp's files, embeddings and head have 8 bits, and
+    matrices whose rows are no whole blocks stay."""
     from gguf import GGMLQuantizationType, quants
 
+    outer = {id(m.weight) for m in (model.text_model.get_input_embeddings(), model.text_model.get_output_embeddings())}
     for parameter in model.text_model.parameters():
         if kind == "bfloat16":
             parameter.copy_(parameter.bfloat16())
         elif parameter.ndim == 2 and parameter.shape[1] % 32 == 0:
             values = parameter.float().cpu().numpy()
-            blocks = quants.quantize(values, GGMLQuantizationType[kind])
-            parameter.copy_(torch.from_numpy(quants.dequantize(blocks, GGMLQuantizationType[kind])))
+            blocks_of = GGMLQuantizationType["Q8_0" if id(parameter) in outer else kind]
+            parameter.copy_(torch.from_numpy(quants.dequantize(quants.quantize(values, blocks_of), blocks_of)))

@@ -90,6 +90,7 @@ STEPS = (
         "train_text_prm",
         ("questions", "evidence", "solutions", *LABELS, "policy"),
         {"text_prm": None},
+        version=2,
         what="text reward model (DeepSpeed)",
     ),
     Step(

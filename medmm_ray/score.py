@@ -478,6 +478,8 @@ def _documents(row: Mapping[str, Any], config: ReadConfig) -> list[Mapping[str, 
 def _upstream(row: Mapping[str, Any]) -> RowError | None:
     if row["question"] is None:
         return RowError("question_missing", f"{row['question_id']} is not in the table questions")
+    if not row["question"].strip():
+        return RowError("question_empty", f"{row['question_id']} has no text")
     fault = next((row[column] for column in ("error", "question_error", "evidence_error") if row[column]), None)
     return RowError("upstream", fault) if fault else None
 

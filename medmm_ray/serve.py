@@ -196,7 +196,11 @@ def check_size(request: RerankRequest, config: ServeConfig) -> None:
 
 
 def _sentence(fault: Mapping[str, Any]) -> str:
-    key = ".".join(str(part) for part in fault["loc"] if part != "body") or "body"
+    if fault["type"] == "json_invalid":
+        return f"body: no JSON from character {fault['loc'][-1]} on: {fault['ctx']['error']}"
+    # Which member of a union was tried (``list[…]``) is pydantic's word, no key of the body.
+    parts = [str(part) for part in fault["loc"] if part != "body"]
+    key = ".".join(part for part in parts if part != "constrained-str" and not part.startswith("list[")) or "body"
     if fault["type"] == "extra_forbidden":
         return f"{key}: unknown name; known names: {', '.join(RerankRequest.model_fields)}"
     if fault["type"] == "missing":

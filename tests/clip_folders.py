@@ -61,7 +61,10 @@ def write_biomed_clip(folder: Path, weights_file: str = "open_clip_pytorch_model
     bert.save_pretrained(text_folder)
     config = {
         "embed_dim": 16,
-        "vision_cfg": {"timm_model_name": "test_vit", "timm_pool": "", "timm_proj": "linear", "image_size": 160},
+        "vision_cfg": {
+            "timm_model_name": "test_vit", "timm_model_pretrained": False, "timm_pool": "", "timm_proj": "linear",
+            "image_size": 160,
+        },
         "text_cfg": {
             "hf_model_name": str(text_folder), "hf_tokenizer_name": "local", "hf_proj_type": "mlp",
             "hf_pooler_type": "cls_last_hidden_state_pooler", "hf_model_pretrained": False, "context_length": 32,
@@ -70,6 +73,7 @@ def write_biomed_clip(folder: Path, weights_file: str = "open_clip_pytorch_model
     torch.manual_seed(0)
     model = open_clip.CustomTextCLIP(**config)
     word_tokenizer().save_pretrained(folder)
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    preprocess = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
     torch.save(model.state_dict(), folder / weights_file)
     return folder

@@ -9,6 +9,9 @@ from jobs import bench
 from jobs.benches import Measured, models
 from jobs.benches.models import Flops, Shape, case, reference_ids, reward_model
 from jobs.benches.vllm_scorer import vllm_scorer
+from medmm_ray.engines.reward_model import RewardModel
+from tests import tiny_reward_model as tiny
+from tests.gguf_files import write_gguf
 
 SMALL = Shape(hidden_size=32, num_layers=2, num_heads=4, num_key_value_heads=2, intermediate_size=48, vocab_size=600)
 
@@ -80,6 +83,24 @@ def test_vllm_as_a_scorer_gives_our_scores() -> None:
         assert own == pytest.approx(other, abs=1e-5)
 
 
+def test_the_drift_of_a_file_and_of_rounded_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny.save(tmp_path / "model", context=4096)
+    model = RewardModel.from_pretrained(folder)
+    file = write_gguf(tmp_path / "tiny-Q8_0.gguf", model.text_model, model.tokenizer)
+    words = [f"model={folder}", "questions=2", "solutions=3"]
+
+    def drift(*more: str) -> dict[str, float]:
+        assert bench.main(["gguf", *words, *more, f"json={tmp_path}/rows.json"]) == 0
+        return {row["name"]: row["ours"] for row in json.loads((tmp_path / "rows.json").read_text())}
+
+    of_file, rounded = drift(f"gguf=[{file}]"), drift("kinds=[Q8_0, Q4_0]")
+    name = "mean |Δ log-odds| beside their spread"
+    assert of_file[f"tiny-Q8_0.gguf, {name}"] == pytest.approx(rounded[f"Q8_0, {name}"], rel=1e-3)
+    assert 0 < rounded[f"Q8_0, {name}"] < rounded[f"Q4_0, {name}"]
+    assert rounded["Q8_0, same best of 3"] in (0.5, 1.0)
+    assert "Spearman of" in capsys.readouterr().out
+
+
 def test_targets_are_met_or_not() -> None:
     assert Measured("a", 1.0, 9.0, 9.0, "≥ 8", "x").met is True
     assert Measured("a", 1.0, 0.6, 0.6, "≤ 0.5", "x").met is False
@@ -88,4 +109,4 @@ def test_targets_are_met_or_not() -> None:
 
 def test_an_unknown_benchmark_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["scorin"]) == 2
-    assert "expected one of scoring, training, two_tower" in capsys.readouterr().err
+    assert "expected one of scoring, training, two_tower, gguf" in capsys.readouterr().err

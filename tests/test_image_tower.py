@@ -82,6 +82,63 @@ def test_biomed_clip_equals_open_clip(biomed: Path) -> None:
     assert tokens.patches_BPD.shape == (1, 100, 64)
 
 
+def test_a_timm_tower_by_hand(biomed: Path) -> None:
+    """Plain timm's model, its blocks watched: the class token after the last norm, patches before the last block."""
+    import timm
+
+    trunk: Any = timm.create_model("test_vit", pretrained=False, num_classes=0)
+    weights = torch.load(biomed / "open_clip_pytorch_model.bin", weights_only=True)
+    own = {k.removeprefix("visual.trunk."): v for k, v in weights.items() if k.startswith("visual.trunk.")}
+    trunk.load_state_dict(own)
+    seen: dict[int, torch.Tensor] = {}
+    for i, block in enumerate(trunk.blocks):
+        block.register_forward_hook(lambda _, __, out, i=i: seen.update({i: out}))
+    tower = ImageTower.from_pretrained(biomed)
+    pixels = torch.stack([tower.preprocess(picture(i)) for i in range(3)])
+    with torch.no_grad():
+        trunk.eval()(pixels)
+        pooled = trunk.norm(seen[len(trunk.blocks) - 1])[:, 0]
+        tokens = tower(pixels)
+    torch.testing.assert_close(tokens.pooled_BD, pooled, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(tokens.patches_BPD, seen[len(trunk.blocks) - 2][:, 1:], atol=1e-5, rtol=1e-5)
+
+
+def test_pixels_are_normalised_as_the_checkpoint_says(biomed: Path) -> None:
+    """BiomedCLIP's config has CLIP's own mean and deviation."""
+    pixels = ImageTower.from_pretrained(biomed).preprocess(Image.new("RGB", (90, 70), (255, 0, 51)))
+    expected = [(1 - 0.48145466) / 0.26862954, -0.4578275 / 0.26130258, (0.2 - 0.40821073) / 0.27577711]
+    assert pixels.shape == (3, 160, 160)
+    for channel, value in zip(pixels, expected, strict=True):
+        assert channel.min().item() == pytest.approx(value, abs=1e-5)
+        assert channel.max().item() == pytest.approx(value, abs=1e-5)
+
+
+def test_a_frozen_tower_stays_as_it_was(biomed: Path, tmp_path: Path) -> None:
+    tower = ImageTower.from_pretrained(biomed).requires_grad_(False)
+    before = {k: v.clone() for k, v in tower.state_dict().items()}
+    head = torch.nn.Linear(tower.width, 1)
+    optimizer = torch.optim.SGD([*tower.parameters(), *head.parameters()], lr=1.0)
+    head(tower(tower.preprocess(picture())[None]).pooled_BD).sum().backward()
+    optimizer.step()
+    assert all(torch.equal(v, before[k]) for k, v in tower.state_dict().items())
+    assert not any(p.requires_grad for p in tower.parameters())
+
+
+def test_where_a_tower_came_from(native: Path, biomed: Path, tmp_path: Path) -> None:
+    tower = ImageTower.from_pretrained(biomed)
+    assert tower.origin.source == biomed.name
+    assert str(tower.origin.revision).startswith("content:")
+    assert tower.origin == ImageTower.from_pretrained(biomed).origin
+    tower.save_pretrained(tmp_path / biomed.name)
+    with torch.no_grad():
+        next(tower.parameters()).add_(0.5)
+    tower.save_pretrained(tmp_path / "trained" / biomed.name)
+    revisions = {ImageTower.from_pretrained(f / biomed.name).origin.revision for f in (tmp_path, tmp_path / "trained")}
+    assert len(revisions) == 2
+    with pytest.raises(ValueError, match="revision is 'main', but a folder has none"):
+        ImageTower.from_pretrained(native, revision="main")
+
+
 def test_the_text_half_is_not_needed(biomed: Path, tmp_path: Path) -> None:
     """A BiomedCLIP folder loads where its BERT's own config cannot be reached."""
     config = json.loads((biomed / "open_clip_config.json").read_text())

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import logging
 import math
 import threading
@@ -22,6 +23,7 @@ from medmm_ray.config import ConfigError
 from medmm_ray.query import QueryError, post, query, request_of, show
 from medmm_ray.rerank import Case, RerankAnswer, RerankRequest, StepLogOdds, rerank, steps_of, to_case
 from medmm_ray.serve import ServeConfig, api, application, build_app, is_loopback, score_cases, sha256
+from tests.test_pixels import KINDS
 
 QUESTION = "Which side shows the effusion?"
 OPTIONS = ["none", "right", "left"]
@@ -215,6 +217,13 @@ def test_a_solution_that_cannot_be_scored_leaves_the_others(web: TestClient) -> 
         ({"solutions": [[]]}, 422, ["solutions.0", "at least 1"]),
         ({"solutions": [" "]}, 422, ["solutions.0", "' '"]),
         ({"solutions": "Step 1"}, 422, ["solutions", "valid list"]),
+        ({"solutions": [None]}, 422, ["solutions.0: None: Input should be a valid string; solutions.0: None: "]),
+        ({"solutions": [["a", 3]]}, 422, ["solutions.0.1: 3: Input should be a valid string"]),
+        ({"solutions": [["left", "\udfff"]]}, 422, ["solutions.0.1: '\\udfff': ", "unicode"]),
+        ({"question": "\ud800"}, 422, ["question: '\\ud800': ", "unicode"]),
+        ({"question": " "}, 422, ["question: ' ': "]),
+        ({"documents": "a text"}, 422, ["documents: 'a text': Input should be a valid list"]),
+        ({"documents": ["\ud800"]}, 422, ["documents.0: '\\ud800'"]),
         ({"solutions": [LEFT] * 5}, 413, ["5 solutions", "at most 4"]),
         ({"solutions": [["a step"] * 7]}, 413, ["7 steps", "at most 6"]),
         ({"documents": ["d"] * 3}, 413, ["3 documents", "at most 2"]),
@@ -236,10 +245,26 @@ def test_refusals_say_what_the_value_and_what_was_expected(
 ) -> None:
     limits: dict[str, Any] = {"max_solutions": 4, "max_steps": 6, "max_documents": 2, "max_reference_images": 2}
     web = client(FakeModel(), max_image_pixels=10_000, **limits)
-    reply = web.post("/v1/rerank", json=body(**changes))
+    sent = json.dumps(body(**changes))  # escapes what is no character, as some clients do
+    reply = web.post("/v1/rerank", content=sent, headers={"Content-Type": "application/json"})
     assert reply.status_code == status
     for word in words:
         assert word in reply.json()["detail"]
+
+
+@pytest.mark.parametrize("kind", ["cmyk", "sixteen_bit", "nan", "la", "palette", "animation", "one_pixel"])
+def test_every_kind_of_picture_is_answered(kind: str) -> None:
+    make, *_ = KINDS[kind]
+    sink = io.BytesIO()
+    make().save(sink, {"cmyk": "JPEG", "nan": "TIFF", "animation": "GIF"}.get(kind, "PNG"))
+    assert client(FakeModel()).post("/v1/rerank", json=body(image=b64(sink.getvalue()))).status_code == 200
+
+
+@pytest.mark.parametrize("solution", ["Step 1: Step 2:", "\x00\x07", "الرئة 左肺 👩‍⚕️ e\u0301", " ки"])
+def test_odd_text_is_answered(web: TestClient, solution: str) -> None:
+    reply = web.post("/v1/rerank", json=body(question=f"{solution}?", solutions=[solution, RIGHT]))
+    assert reply.status_code == 200
+    assert len(reply.json()["solutions"]) == 2
 
 
 def test_a_missing_name_a_broken_body_and_a_big_one() -> None:
@@ -247,6 +272,7 @@ def test_a_missing_name_a_broken_body_and_a_big_one() -> None:
     assert web.post("/v1/rerank", json={"question": QUESTION}).json()["detail"] == "solutions: required, but missing"
     broken = web.post("/v1/rerank", content=b"{", headers={"Content-Type": "application/json"})
     assert broken.status_code == 422
+    assert broken.json()["detail"].startswith("body: no JSON from character 1 on: ")
     big = web.post("/v1/rerank", json=body(documents=["x" * (1 << 20)]))
     assert (big.status_code, big.json()["detail"]) == (413, "the body is larger than 1 MiB")
 

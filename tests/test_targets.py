@@ -4,6 +4,7 @@ import pytest
 
 from medmm_ray.records import Labels, StepLabel
 from medmm_ray.targets import Target, labels_by_solution, targets
+from medmm_ray.train.labelled import labelled_solutions
 
 RIGHT, WRONG = StepLabel(label=1, confidence="high"), StepLabel(label=0, confidence="low")
 NEUTRAL = StepLabel(confidence="high", reason="nothing to check")
@@ -132,3 +133,9 @@ def test_plain_rows_become_records_grouped_by_solution() -> None:
     }  # fmt: skip
     expected = [row("judge", RIGHT)]
     assert labels_by_solution([plain, {**plain, "solution_id": "s2", "source": "expert"}])["s1"] == expected
+
+
+def test_labels_of_another_text_are_refused_with_their_ids_when_training_data_is_made() -> None:
+    solution = {"solution_id": "s1", "steps": ["one", "two"], "correct": True}
+    with pytest.raises(ValueError, match=r"judge labels of solution s1 \(question q1, annotator a\) are 4 for 2 steps"):
+        labelled_solutions([solution], {"s1": [JUDGE]}, "judge")

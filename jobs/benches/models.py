@@ -181,13 +181,13 @@ def packed_flops(flops: Flops, model: "RewardModel", asked: Case) -> float:
     )
 
 
-def start(config: ModelConfig) -> str:
+def start(dtype: str, device: str, threads: int) -> str:
     """Set torch up; gives what the figures hold for."""
     from transformers import __version__
 
-    torch.set_num_threads(config.threads)
-    place = torch.cuda.get_device_name() if config.device != "cpu" else f"CPU, {config.threads} threads"
-    return f"{place}, {config.dtype}, torch {torch.__version__}, transformers {__version__}"
+    torch.set_num_threads(threads)
+    place = torch.cuda.get_device_name() if device != "cpu" else f"CPU, {threads} threads"
+    return f"{place}, {dtype}, torch {torch.__version__}, transformers {__version__}"
 
 
 def no_grad_logits(model: Any, ids: Sequence[int], device: str) -> torch.Tensor:

@@ -47,7 +47,7 @@ class BenchConfig(ModelConfig):
 
 
 def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
-    console.print(start(config))
+    console.print(start(config.dtype, config.device, config.threads))
     for name in config.shapes:
         shape = SHAPES[name]
         model = reward_model(shape, config.dtype, config.device, context=8192)

@@ -50,7 +50,7 @@ TARGETS = {16: "≥ 5"}
 
 
 def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
-    console.print(start(config))
+    console.print(start(config.dtype, config.device, config.threads))
     for name in config.shapes:
         shape = SHAPES[name]
         model = reward_model(shape, config.dtype, config.device, context=8192).train()

@@ -44,7 +44,7 @@ class BenchConfig(ModelConfig):
 
 
 def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
-    console.print(start(config))
+    console.print(start(config.dtype, config.device, config.threads))
     shape = SHAPES[config.shape]
     model = reward_model(shape, config.dtype, config.device, context=8192)
     with tempfile.TemporaryDirectory() as folder:

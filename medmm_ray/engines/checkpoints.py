@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from pyarrow import fs as pafs
 
@@ -109,20 +108,14 @@ def _smollm2(package: Path) -> Path:
 
 def _convert_gguf(source: Path, folder: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    from medmm_ray.engines.gguf import read_gguf
+
+    model, tokenizer = read_gguf(source, torch.float32)
     if not tokenizer.chat_template:
         raise ConfigError(f"{source} carries no chat template; an instruction-tuned model is expected")
-    read = AutoModelForCausalLM.from_pretrained(
-        source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
-    # A model read from GGUF stays marked as quantized and refuses to be saved: hand its weights to a plain one.
-    config: Any = type(read.config)(**{k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})
-    plain: Any = type(read)(config)
-    plain.load_state_dict(read.state_dict())
-    plain.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    plain.to(torch.bfloat16).save_pretrained(folder)
+    model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

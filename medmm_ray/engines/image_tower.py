@@ -18,11 +18,14 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from medmm_ray.engines.origin import Origin, commit_of
+
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
 # open_clip's names for weights, in its order of preference; the last two are torch's zip format, read as weights only.
 _WEIGHT_FILES = (WEIGHTS, "open_clip_pytorch_model.safetensors", "model.safetensors", "open_clip_pytorch_model.bin")
 _VISUAL = "visual."
+_LONGEST = 16  # times the shorter side
 
 
 class ImageTokens(NamedTuple):
@@ -33,35 +36,44 @@ class ImageTokens(NamedTuple):
 
 
 class ImageTower(nn.Module):
-    """A pretrained vision transformer: `width` D, `embed_dim` E, `image_size` a side in pixels, `path` its origin."""
+    """A pretrained vision transformer: `width` D, `embed_dim` E, `image_size` a side in pixels, `path` where it lies,
+    `origin` what it was called and which version it is."""
 
-    def __init__(self, backbone: "_Backbone", path: str) -> None:
+    def __init__(self, backbone: "_Backbone", path: str, origin: Origin) -> None:
         super().__init__()
         self.backbone = backbone
-        self.path = path
+        self.path, self.origin = path, origin
         self.width = backbone.width
         self.embed_dim = backbone.embed_dim
         self.image_size = backbone.image_size
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path) -> "ImageTower":
+    def from_pretrained(cls, name_or_path: str | Path, revision: str | None = None) -> "ImageTower":
         """Load a tower in fp32, in evaluation mode, its parameters trainable.
 
-        `name_or_path` as in `checkpoints.resolve`; raises ValueError where it is no vision tower that can be read.
+        `name_or_path` as in `checkpoints.resolve`, `revision` a branch, tag or commit of a hub id; raises ValueError
+        where it is no vision tower that can be read.
         """
-        path = str(name_or_path)
+        name = path = str(name_or_path)
+        commit = None
         if not Path(path).is_dir():
             # Imported here: a tower in a folder, as in a reward model's, needs torch and its own library alone.
             from medmm_ray.engines.checkpoints import HUB_PREFIX, resolve
 
             path = resolve(path)
             if path.startswith(HUB_PREFIX):
-                path = _download(path.removeprefix(HUB_PREFIX))
+                path = _download(path.removeprefix(HUB_PREFIX), revision)
+                commit = Path(path).name  # of the hub's cache
+        if revision is not None and commit is None and Path(path).is_dir():
+            raise ValueError(f"image tower {name}: revision is {revision!r}, but a folder has none; only a hub id has")
         if (Path(path) / CONFIG).is_file():
-            return cls(_open_clip(Path(path)), path).eval()
-        if not Path(path).is_dir() or (Path(path) / "config.json").is_file():
-            return cls(_Transformers(path), path).eval()
-        raise ValueError(f"image tower {path}: holds neither {CONFIG} (open_clip) nor config.json (transformers)")
+            backbone: _Backbone = _open_clip(Path(path))
+        elif not Path(path).is_dir() or (Path(path) / "config.json").is_file():
+            backbone = _Transformers(path, revision)
+            commit = backbone.commit
+        else:
+            raise ValueError(f"image tower {path}: holds neither {CONFIG} (open_clip) nor config.json (transformers)")
+        return cls(backbone, path, Origin(name, commit) if commit else Origin.of(path)).eval()
 
     def preprocess(self, image: Image) -> Tensor:
         """An RGB picture as pixels_3HW, resized and normalised as the checkpoint says."""
@@ -117,9 +129,10 @@ class _OpenClip(_Backbone):
         # The vision half's own size wins over the preprocessing section's, as in open_clip.
         settings = merge_preprocess_dict(PreprocessCfg(), config.get("preprocess_cfg", {}))
         self._transform = image_transform_v2(PreprocessCfg(**{**settings, "size": self.image_size}), is_train=False)
+        self._keeps_ratio = settings["resize_mode"] != "squash"
 
     def preprocess(self, image: Image) -> Tensor:
-        pixels_3HW: Tensor = self._transform(image)
+        pixels_3HW: Tensor = self._transform(_middle(image) if self._keeps_ratio else image)
         return pixels_3HW
 
     def save(self, folder: Path) -> None:
@@ -188,14 +201,15 @@ class _TimmClip(_OpenClip):
 class _Transformers(_Backbone):
     """A vision model of transformers whose sequence is class token, registers, patches."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, revision: str | None) -> None:
         from transformers import AutoImageProcessor, AutoModel
 
         super().__init__()
         processors: Any = AutoImageProcessor
-        self.model: Any = AutoModel.from_pretrained(path, dtype=torch.float32)
-        self._processor: Any = processors.from_pretrained(path)
+        self.commit = commit_of(path, "config.json", revision)
+        self.model: Any = AutoModel.from_pretrained(path, revision=self.commit, dtype=torch.float32)
         config = self.model.config
+        self._processor: Any = processors.from_pretrained(path, revision=self.commit)
         registers = {"dinov2": 0, "vit": 0, "dinov2_with_registers": config.to_dict().get("num_register_tokens", 0)}
         if config.model_type not in registers:
             raise ValueError(
@@ -211,9 +225,9 @@ class _Transformers(_Backbone):
         # Squashed, not cropped as the checkpoint's own settings say: a finding may lie at the border. On VQA-RAD the
         # nearest picture shows the same organ for 98.4 % squashed, 97.5 % cropped, 97.5 % padded (DINOv2 ViT-S).
         side = {"height": self.image_size, "width": self.image_size}
-        pixels_13HW: Tensor = self._processor(images=[image], size=side, do_center_crop=False, return_tensors="pt")[
-            "pixel_values"
-        ]
+        pixels_13HW: Tensor = self._processor(
+            images=[image], size=side, do_center_crop=False, input_data_format="channels_first", return_tensors="pt"
+        )["pixel_values"]
         return pixels_13HW[0]
 
     def forward(self, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
@@ -273,6 +287,15 @@ def _open_clip(folder: Path) -> _OpenClip:
     return (_TimmClip if vision.timm_model_name else _NativeClip)(folder, visual, config)
 
 
+def _middle(image: Image) -> Image:
+    """The middle of a picture that is extremely long: resized as it is, one of 1 x 1,000,000 would take 150 GB."""
+    longest = _LONGEST * min(image.size)
+    if max(image.size) <= longest:
+        return image
+    left, top = (max(side - longest, 0) // 2 for side in image.size)
+    return image.crop((left, top, left + min(image.width, longest), top + min(image.height, longest)))
+
+
 def _weights(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
@@ -292,7 +315,7 @@ def _save_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
     save_file({k: v.detach().cpu().clone().contiguous() for k, v in weights.items()}, folder / WEIGHTS)
 
 
-def _download(hub_id: str) -> str:
+def _download(hub_id: str, revision: str | None) -> str:
     from huggingface_hub import snapshot_download
 
-    return snapshot_download(hub_id, allow_patterns=["*.json", "*.txt", *_WEIGHT_FILES])
+    return snapshot_download(hub_id, revision=revision, allow_patterns=["*.json", "*.txt", *_WEIGHT_FILES])

@@ -7,10 +7,10 @@ A file that cannot become one raises `RowError` of kind image_missing, image_emp
 import io
 import struct
 
-import numpy as np
 import pyarrow as pa
-from PIL import Image, ImageOps
+from PIL import Image
 
+from medmm_ray.engines.pixels import upright_rgb
 from medmm_ray.tables import RowError, TableError, filesystem
 
 # PIL's own limit: above it, a small file that claims a huge canvas could fill the memory (a decompression bomb).
@@ -54,8 +54,7 @@ def open_image(uri: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
 def decode_image(content: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The picture in the bytes of an image file; `name` is what error messages call it.
 
-    16-bit and float greyscale is scaled by its own range, transparency shows white, CMYK and palettes are converted,
-    the first frame of an animation is taken.
+    Of any kind (`pixels.upright_rgb`); of an animation the first frame.
     """
     if not content:
         raise RowError("image_empty", f"{name} has 0 bytes")
@@ -65,28 +64,10 @@ def decode_image(content: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Ima
             raise RowError(
                 "image_too_large", f"{name} is {image.width} x {image.height} pixels, more than {max_pixels}"
             )
-        image.load()
-        return _rgb(ImageOps.exif_transpose(image))
+        return upright_rgb(image)
     except RowError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise RowError("image_too_large", f"{name}: {error}") from None
     except _DECODE_FAULTS as error:
         raise RowError("image_corrupt", f"{name} is not a readable image ({len(content)} bytes): {error}") from error
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        return _from_range(np.asarray(image, dtype=np.float64))
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-def _from_range(values_HW: np.ndarray) -> Image.Image:
-    """Greyscale of more than 8 bits: lowest value black, highest white (PIL alone would clip all above 255)."""
-    finite = np.isfinite(values_HW)
-    low, high = (values_HW[finite].min(), values_HW[finite].max()) if finite.any() else (0.0, 0.0)
-    scaled = (np.where(finite, values_HW, low) - low) * (255.0 / (high - low) if high > low else 0.0)
-    return Image.fromarray(np.rint(scaled).astype(np.uint8)).convert("RGB")

@@ -2,7 +2,7 @@
 
 from medmm_ray.engines.reward_model.errors import CheckpointError, ImageError
 from medmm_ray.engines.reward_model.fusion import Fusion, FusionConfig, ImageFeatures
-from medmm_ray.engines.reward_model.model import RewardModel, ScoreRequest, SolutionStates, StepScores
+from medmm_ray.engines.reward_model.model import RewardModel, SolutionStates, StepScores
 from medmm_ray.engines.reward_model.packing import (
     Branch,
     PackedQuestion,
@@ -10,6 +10,7 @@ from medmm_ray.engines.reward_model.packing import (
     choose_documents,
     pack,
 )
+from medmm_ray.engines.reward_model.request import ScoreRequest
 
 __all__ = [
     "Branch",

@@ -28,21 +28,29 @@ from medmm_ray.engines.reward_model.errors import CheckpointError
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model"]
 _MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "TOKEN_CLS": (AutoModelForTokenClassification, {"num_labels": 2}),
     "CAUSAL_LM": (AutoModelForCausalLM, {}),
 }
 
 
-def is_adapter(path: str | Path) -> bool:
+def is_adapter(path: str | Path, revision: str | None = None) -> bool:
     """Whether a checkpoint is an adapter alone, without a model of its own beside it."""
     model = None
     try:
-        model = cached_file(str(path), "config.json")
+        model = cached_file(str(path), "config.json", revision=revision)
     except OSError as error:
         if isinstance(error.__cause__, LocalEntryNotFoundError):  # the hub cannot be asked, not even for more
             raise CheckpointError(f"{path} is not a language model that can be read: {error}") from error
-    return model is None and find_adapter_config_file(str(path)) is not None
+    return model is None and find_adapter_config_file(str(path), revision=revision) is not None
+
+
+def local(path: str | Path, revision: str | None) -> Path:
+    """The folder of an adapter, which for a hub id is a local copy."""
+    if Path(path).is_dir():
+        return Path(path)
+    return Path(snapshot_download(str(path), revision=revision, allow_patterns=_FILES))
 
 
 def task_of(path: str | Path) -> str:
@@ -144,7 +152,7 @@ def _without_adapter(base: str | Path) -> Iterator[str | Path]:
         yield base
         return
     is_here = Path(base).is_dir()
-    folder = Path(base if is_here else snapshot_download(str(base), allow_patterns=["*.json", "*.safetensors"]))
+    folder = Path(base if is_here else snapshot_download(str(base), allow_patterns=_FILES))
     with tempfile.TemporaryDirectory() as links:
         for file in folder.iterdir():
             if not file.name.startswith("adapter_"):

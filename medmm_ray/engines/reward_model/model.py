@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from medmm_ray.engines.reward_model import checkpoint, families
+from medmm_ray.engines.origin import Origin
+from medmm_ray.engines.reward_model import checkpoint, families, text_tower
 from medmm_ray.engines.reward_model.errors import CheckpointError, ImageError
 from medmm_ray.engines.reward_model.families import FamilyName
 from medmm_ray.engines.reward_model.fusion import Fusion, FusionConfig, ImageFeatures
@@ -32,6 +33,7 @@ from medmm_ray.engines.reward_model.packing import (
     pack,
 )
 from medmm_ray.engines.reward_model.reading import Piece, read_row, rows
+from medmm_ray.engines.reward_model.request import ScoreRequest
 from medmm_ray.engines.reward_model.vision import Vision
 
 if TYPE_CHECKING:
@@ -88,23 +90,6 @@ class SolutionStates:
     num_documents: int = 0
 
 
-@dataclass(frozen=True)
-class ScoreRequest:
-    """A question to score: see `RewardModel.score` for the fields."""
-
-    question: str
-    solutions: Sequence[str | Sequence[str]]
-    documents: Sequence[str] = ()
-    image: "Image | Sequence[Image] | None" = None
-    reference_images: Sequence["Image"] = ()
-
-    @property
-    def images(self) -> "list[Image]":
-        if self.image is None:
-            return []
-        return list(self.image) if isinstance(self.image, Sequence) else [self.image]
-
-
 class RewardModel(nn.Module):
     """A process reward model; text-only without `image_tower` and `fusion`.
 
@@ -134,12 +119,9 @@ class RewardModel(nn.Module):
             self.family = families.make(family, tokenizer, vision.pictures if vision else None)
         except ValueError as error:
             raise CheckpointError(str(error)) from None
-        rows = text_model.get_input_embeddings().num_embeddings
-        if len(tokenizer) > rows:
-            raise CheckpointError(
-                f"the tokenizer has {len(tokenizer)} entries but the model's vocabulary {rows}; "
-                "they are not of one checkpoint"
-            )
+        text_tower.check_vocabulary(text_model, tokenizer)
+        self.text_origin = Origin(text_model.config.name_or_path or "made in memory", None)
+        self.figures: dict[str, float] = {}
 
     # Making and keeping
 
@@ -150,10 +132,15 @@ class RewardModel(nn.Module):
         dtype: str = "float32",
         device: str | torch.device = "cpu",
         family: FamilyName | None = None,
+        revision: str | None = None,
+        gguf_file: str | None = None,
         base: "str | Path | None" = None,
         merge: "Sequence[str | Path]" = (),
     ) -> "RewardModel":
-        """Read a folder of `save_pretrained`, or a published checkpoint (folder or hub id), which has no image tower.
+        """Read what `save_pretrained` or `push_to_hub` wrote, or a published checkpoint, which has no image tower.
+
+        `path` is a folder or a hub id, `revision` a branch, tag or commit there; `gguf_file` names a GGUF file in it,
+        which is read dequantised in `dtype` (how far its scores drift: `python -m jobs.bench gguf`).
 
         `family` is detected from the checkpoint where it is not given (`families.detect`). A causal language model with
         a chat template is read as Med-PRM's: where its tokenizer has no single " ки", one is added as Med-PRM does, its
@@ -170,28 +157,39 @@ class RewardModel(nn.Module):
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+        _check_device(device)
+        path = checkpoint.locate(path, revision)
         saved = checkpoint.read(path)
-        text_model, tokenizer, found = checkpoint.read_text(
-            path, DTYPES[dtype], family or (saved.family if saved else None), base, merge
+        text = text_tower.read_text(
+            path, DTYPES[dtype], family or (saved.family if saved else None), revision, gguf_file, base, merge
         )
-        vision = Vision.from_pretrained(path, text_model, tokenizer) if found in families.SEEING else None
-        if saved is None:
-            return cls(text_model, tokenizer, family=found, vision=vision).to(device).eval()
-        model = cls(text_model, tokenizer, None, None, saved.max_length, saved.reserve, saved.fit, found, vision)
-        if dict(model.family.ids) != saved.ids:
+        model = cls(text.model, text.tokenizer, family=text.family, vision=text.vision)
+        model.text_origin = text.origin
+        if saved is not None:
+            model._restore(path, saved)
+        return model.to(device).eval()
+
+    def _restore(self, path: "str | Path", saved: checkpoint.Saved) -> None:
+        """What a folder of `save_pretrained` has besides the text tower."""
+        if dict(self.family.ids) != saved.ids:
             raise CheckpointError(
-                f"{path}: its tokenizer gives the ids {dict(model.family.ids)}, its {checkpoint.CONFIG} has {saved.ids}"
+                f"{path}: its tokenizer gives the ids {dict(self.family.ids)}, its {checkpoint.CONFIG} has {saved.ids}"
             )
+        self.max_length, self.reserve, self.fit = saved.max_length, saved.reserve, saved.fit
+        self.text_origin, self.figures = saved.text_origin, saved.figures
         if saved.fusion is not None:
             from medmm_ray.engines.image_tower import ImageTower
 
-            model.image_tower = ImageTower.from_pretrained(str(checkpoint.tower_folder(path)))
-            model.fusion = Fusion(saved.fusion, model.hidden_size, model.image_tower.width)
-            checkpoint.load_fusion(path, model.fusion)
-        return model.to(device).eval()
+            self.image_tower = ImageTower.from_pretrained(checkpoint.tower_folder(path))
+            if saved.image_origin is not None:
+                self.image_tower.origin = saved.image_origin
+            self.fusion = Fusion(saved.fusion, self.hidden_size, self.image_tower.width)
+            checkpoint.load_fusion(path, self.fusion)
 
-    def add_image_tower(self, tower_path: "str | Path", fusion_config: FusionConfig | None = None) -> None:
-        """Give a text-only model an image part; it changes no score until it is trained."""
+    def add_image_tower(
+        self, tower_path: "str | Path", fusion_config: FusionConfig | None = None, revision: str | None = None
+    ) -> None:
+        """Give a text-only model an image part (`ImageTower.from_pretrained`); it changes no score until trained."""
         if self.vision is not None:
             raise CheckpointError(
                 f"a reward model of the family {self.family.name} takes no image tower: its language model reads the "
@@ -204,7 +202,7 @@ class RewardModel(nn.Module):
             )
         from medmm_ray.engines.image_tower import ImageTower
 
-        self.image_tower = ImageTower.from_pretrained(str(tower_path)).to(self.device)
+        self.image_tower = ImageTower.from_pretrained(tower_path, revision).to(self.device)
         self.fusion = Fusion(fusion_config or FusionConfig(), self.hidden_size, self.image_tower.width).to(self.device)
 
     def save_pretrained(self, folder: "str | Path", figures: Mapping[str, float] | None = None) -> None:
@@ -213,6 +211,25 @@ class RewardModel(nn.Module):
         `figures` are measured ones for the card. The folder opens in transformers (and vLLM) as the text tower.
         """
         checkpoint.write(self, folder, figures or {})
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Process reward model",
+        figures: Mapping[str, float] | None = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes to the model repository `repo_id` (org/name); gives the commit's URL.
+
+        The repository is made where it does not exist (`private`: None is the owner's default), and so is the branch
+        `revision`. `token` defaults to the one of ``hf auth login``. `figures` for the card: by default those that the
+        model was saved with. Raises huggingface_hub's `HfHubHTTPError` where the hub refuses.
+        """
+        figures = self.figures if figures is None else figures
+        return checkpoint.push(self, repo_id, figures, private, token, revision, commit_message)
 
     @property
     def device(self) -> torch.device:
@@ -279,7 +296,7 @@ class RewardModel(nn.Module):
 
     @torch.inference_mode()
     def text_states_of(
-        self, requests: Iterable["ScoreRequest"], *, token_budget: int | None = None, together: bool = True
+        self, requests: Iterable[ScoreRequest], *, token_budget: int | None = None, together: bool = True
     ) -> Iterator[list[SolutionStates]]:
         """`text_states` of many questions, in order, in rows of at most `token_budget` tokens.
 
@@ -324,10 +341,10 @@ class RewardModel(nn.Module):
     def image_features(self, images: Sequence["Image"], references: Sequence["Image"] = ()) -> ImageFeatures:
         """One question's images and its reference images as the fusion reads them.
 
-        Raises `ImageError` where an image gives no finite numbers.
+        Raises `ImageError` where an image cannot be decoded or gives no finite numbers.
         """
         tower, fusion = self._two_towers()
-        pixels_I3HW = torch.stack([tower.preprocess(i) for i in (*images, *references)]).to(self.device)
+        pixels_I3HW = torch.stack([_pixels(tower, i) for i in (*images, *references)]).to(self.device)
         if not bool(pixels_I3HW.isfinite().all()):
             raise ImageError("image_not_finite: an image has pixels that are no finite numbers")
         tokens = tower(pixels_I3HW)
@@ -409,6 +426,31 @@ class RewardModel(nn.Module):
             StepScores(error=s.error) if s.error else StepScores(t, i, num_documents=s.num_documents)
             for s, t, i in zip(states, text, image, strict=True)
         ]
+
+
+def _pixels(tower: "ImageTower", image: "Image") -> Tensor:
+    """A picture of any kind as pixels_3HW."""
+    from PIL.Image import Image
+
+    from medmm_ray.engines.pixels import upright_rgb
+
+    if not isinstance(image, Image):
+        raise TypeError(f"an image is a {type(image).__name__}; expected a PIL image (PIL.Image.open reads one)")
+    if 0 in image.size:
+        raise ImageError(f"image_empty: an image is {image.width} x {image.height} pixels")
+    try:
+        return tower.preprocess(upright_rgb(image))
+    except OSError as error:  # PIL decodes late: a damaged file shows itself here
+        raise ImageError(f"image_corrupt: an image cannot be decoded: {error}") from error
+
+
+def _check_device(device: str | torch.device) -> None:
+    """Before anything is read: a model of 16 GB is read in vain where the device is misspelt or not there."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device is {str(device)!r}; expected cpu, cuda or cuda:N of this machine: {reason}") from None
 
 
 class _Reading:

@@ -10,7 +10,6 @@ Legend: T tags of all branches, I rows of all images, D text width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from medmm_ray.text import TAG, split_steps
@@ -97,9 +96,9 @@ class PackedQuestion:
     num_documents: int
     seen: SeenImages | None = field(default=None, compare=False)
 
-    @cached_property
+    @property
     def num_tokens(self) -> int:
-        """The row's length."""
+        """Tokens of the whole row."""
         return len(self.prefix_ids) + sum(len(b.ids) for b in self.branches)
 
     @property

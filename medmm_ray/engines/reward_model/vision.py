@@ -43,15 +43,19 @@ def check(path: str | Path, config: Any) -> None:
         )
 
 
-def chat_template(path: str | Path) -> str | None:
+def chat_template(path: str | Path, revision: str | None) -> str | None:
     """The template of a checkpoint whose processor has it, not its tokenizer, as older ones do."""
-    file = _file(path, "chat_template.json")
+    file = _file(path, "chat_template.json", revision)
     return json.loads(Path(file).read_text())["chat_template"] if file else None
 
 
-def _file(path: str | Path, name: str) -> str | None:
+def _file(path: str | Path, name: str, revision: str | None) -> str | None:
     found: str | None = cached_file(
-        str(path), name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+        str(path),
+        name,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
     )
     return found
 
@@ -59,8 +63,10 @@ def _file(path: str | Path, name: str) -> str | None:
 class Vision:
     """A model's image processor, and how its images stand in the text; one has at most `most_rows` rows."""
 
-    def __init__(self, model: Any, tokenizer: Any, image_processor: Any, source: str | Path) -> None:
-        self.image_processor, self.source = image_processor, str(source)
+    def __init__(
+        self, model: Any, tokenizer: Any, image_processor: Any, source: str | Path, revision: str | None
+    ) -> None:
+        self.image_processor, self.source, self.revision = image_processor, str(source), revision
         self.options, (before, after) = _KNOWN[model.config.model_type]
         token_id = model.config.image_token_id
         token = tokenizer.convert_ids_to_tokens(token_id)
@@ -69,19 +75,19 @@ class Vision:
         self.most_rows = int(model.config.image_seq_length) * tiles
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, model: Any, tokenizer: Any) -> "Vision":
+    def from_pretrained(cls, path: str | Path, model: Any, tokenizer: Any, revision: str | None) -> "Vision":
         """The vision of a checkpoint whose model and tokenizer are read."""
         try:
-            image_processor = AutoImageProcessor.from_pretrained(path)  # type: ignore[no-untyped-call]
+            image_processor = AutoImageProcessor.from_pretrained(path, revision=revision)  # type: ignore[no-untyped-call]
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} has no image processor that can be read: {error}") from error
-        return cls(model, tokenizer, image_processor, path)
+        return cls(model, tokenizer, image_processor, path, revision)
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the image processor, and what else the source says of its processor, for others who open the folder."""
         self.image_processor.save_pretrained(folder)
         for name in _PROCESSOR_FILES:
-            file = _file(self.source, name)
+            file = _file(self.source, name, self.revision)
             if file is not None and Path(file).parent != folder:
                 shutil.copyfile(file, folder / name)
 

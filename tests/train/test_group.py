@@ -84,6 +84,8 @@ def member(rank: int, inputs: Inputs) -> None:
     # A training of one worker goes on with two, and one of two starts that will go on with one.
     grown = POLICY.model_copy(update={"zero_stage": 2, "num_workers": 2})
     run(PolicyStage, grown, inputs.policy, Keeper(inputs.folder / "grown", rank=rank, size=2).worker())
+    divided = POLICY.model_copy(update={"zero_stage": 3, "offload": "parameters", "num_workers": 2})
+    run(PolicyStage, divided, inputs.policy, Keeper(inputs.folder / "divided", rank=rank, size=2).worker())
     try:
         shrunk = POLICY.model_copy(update={"zero_stage": 3, "num_workers": 2})
         run(PolicyStage, shrunk, inputs.policy, Keeper(inputs.folder / "shrunk", 1, rank, 2).worker())
@@ -172,8 +174,9 @@ def two(inputs: Inputs, lone_group: None) -> Path:
     """What the two processes left."""
     from torch.multiprocessing.spawn import spawn
 
-    with pytest.raises(KilledError):
-        run(PolicyStage, POLICY, inputs.policy, Keeper(inputs.folder / "grown", limit=1).worker())
+    for name in ("grown", "divided"):
+        with pytest.raises(KilledError):
+            run(PolicyStage, POLICY, inputs.policy, Keeper(inputs.folder / name, limit=1).worker())
     spawn(member, (inputs,), nprocs=2)  # type: ignore[no-untyped-call]
     return inputs.folder
 
@@ -238,7 +241,7 @@ def test_zero_and_offload_end_in_the_weights_of_plain_training(two: Path, name: 
 
 def test_a_training_goes_on_with_more_workers_or_fewer(two: Path, inputs: Inputs, whole: Path) -> None:
     run(PolicyStage, POLICY, inputs.policy, Keeper(inputs.folder / "shrunk").worker())
-    for name in ("grown", "shrunk"):
+    for name in ("grown", "divided", "shrunk"):
         assert len(curve(two / name)) == len(curve(whole)) == 6
         assert curve(two / name) == pytest.approx(curve(whole), abs=1e-4)
 

@@ -35,6 +35,8 @@ def test_policy_learns_and_leaves_a_checkpoint_that_transformers_reads(
     assert len(told["updates"]) == 12
     assert told["best_epoch"] is None
     assert loop.how_far(str(tmp_path / "out")).startswith(f"update 12 of 12, loss {told['updates'][-1]['loss']:.3f}, ")
+    assert all(row["gradient_norm"] > 0 for row in told["updates"])
+    assert all(row["tokens_per_second"] > 0 and 0.1 < row["peak_memory_gib"] < 64 for row in told["epochs"])
     losses = [epoch["loss"] for epoch in told["epochs"]]
     assert losses[2] < losses[1] < losses[0]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -43,16 +45,17 @@ def test_policy_learns_and_leaves_a_checkpoint_that_transformers_reads(
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
 
 
-@pytest.mark.parametrize("kill_after", [1, 4])
+@pytest.mark.parametrize(
+    ("kill_after", "settings"),
+    [(1, {}), (4, {}), (1, {"zero_stage": 2, "dtype": "bfloat16"}), (4, {"zero_stage": 3, "offload": "parameters"})],
+)
 def test_a_killed_training_goes_on_to_the_same_weights(
-    policy_inputs: dict[str, str],
-    tmp_path: Path,
-    kill_after: int,
+    policy_inputs: dict[str, str], tmp_path: Path, kill_after: int, settings: dict[str, Any]
 ) -> None:
     import torch
     from safetensors.torch import load_file
 
-    config = PolicyConfig(shape=SHAPE, epochs=2, batch_size=8, checkpoint_every=2, threads=1)
+    config = PolicyConfig(shape=SHAPE, epochs=2, batch_size=8, checkpoint_every=2, threads=1, **settings)
     run(PolicyStage, config, policy_inputs, Keeper(tmp_path / "whole").worker())
     # Checkpoints after 2 updates, at the end of the first epoch (3), after 4 and 6 updates, and at the end.
     with pytest.raises(KilledError):

@@ -463,3 +463,14 @@ def test_states_of_two_models_are_refused(two_tower_inputs: dict[str, str], tmp_
 
 def test_history_is_plain_json(two_tower_inputs: dict[str, str]) -> None:
     assert json.loads(json.dumps(two_tower(two_tower_inputs).validate()))["validation_steps"] > 0
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_activation_checkpointing_runs_each_block_twice(policy: Path, tmp_path: Path, recomputed: bool) -> None:
+    config = TextPrmConfig(max_length=400, reserve=200, activation_checkpointing=recomputed)
+    stage = TextPrmStage(config, {**written(tmp_path, questions=labelled()), "base": str(policy)}, "cpu")
+    stage.module.train()
+    runs: list[None] = []
+    stage.model.text_model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(None))
+    stage.loss([0, 1], 0).backward()  # type: ignore[no-untyped-call]
+    assert len(runs) == 1 + recomputed

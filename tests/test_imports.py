@@ -68,7 +68,11 @@ def test_imports_point_one_way(path: Path) -> None:
 
 
 def test_importing_any_step_loads_no_heavy_library() -> None:
-    torch_only = ("medmm_ray.engines.reward_model", "medmm_ray.engines.image_tower")  # they are torch modules
+    torch_only = (
+        "medmm_ray.engines.reward_model",
+        "medmm_ray.engines.image_tower",
+        "medmm_ray.engines.linear",
+    )  # they are torch modules
     names = [n for n in map(name_of, modules()) if not n.startswith(torch_only) and room(n) != "serve"]
     code = f"""
 import importlib, sys

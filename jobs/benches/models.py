@@ -80,6 +80,7 @@ def reward_model(shape: Shape, dtype: str, device: str, context: int) -> "Reward
     """The same shape always has the same weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from medmm_ray.engines.linear import use_onednn
     from medmm_ray.engines.reward_model import RewardModel
     from medmm_ray.engines.reward_model.attention import NAME
 
@@ -97,6 +98,7 @@ def reward_model(shape: Shape, dtype: str, device: str, context: int) -> "Reward
             model = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
         finally:
             torch.set_default_dtype(default)
+    use_onednn(model)
     return RewardModel(model, tokenizer(shape.vocab_size), max_length=context).eval()
 
 

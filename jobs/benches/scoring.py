@@ -1,7 +1,9 @@
 """Scoring N solutions of a question: shared prefix against the reference's one by one, a padded batch, and vLLM.
 
 The reference: one solution a forward pass, logits of the whole vocabulary, softmax over " +" and " -" at each tag. It
-is timed on a few solutions and scaled, as they do not depend on each other.
+is timed on a few solutions and scaled, as they do not depend on each other. On a CPU both sides have PyTorch's linear
+layers; ours with oneDNN's, as a loaded model has them, is a row of its own, and what vLLM, which has them too, is held
+against.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,6 +28,7 @@ from jobs.benches.models import (
 )
 from jobs.benches.timing import peak_bytes, timed
 from jobs.benches.vllm_scorer import installed, vllm_scorer
+from medmm_ray.engines.linear import pytorch_linear
 
 if TYPE_CHECKING:
     from medmm_ray.engines.reward_model import RewardModel
@@ -69,9 +72,10 @@ def _cell(name: str, model: "RewardModel", shape: Shape, asked: Case, config: Be
     def reference() -> list[list[float]]:
         return [reference_log_odds(model, i, config.device) for i in ids[: config.reference_solutions]]
 
-    ours(), reference_log_odds(model, ids[0], config.device)  # warm
-    seconds, found = timed(ours, config.repeats, config.device)
-    alone, expected = timed(reference, 1, config.device)
+    with pytorch_linear():  # the same kernels on both sides
+        ours(), reference_log_odds(model, ids[0], config.device)  # warm
+        seconds, found = timed(ours, config.repeats, config.device)
+        alone, expected = timed(reference, 1, config.device)
     _agree(f"{name}, reference", found, expected, config)
     theirs = len(ids) / (alone / min(len(ids), config.reference_solutions) * len(ids))
     mine = len(ids) / seconds
@@ -79,7 +83,8 @@ def _cell(name: str, model: "RewardModel", shape: Shape, asked: Case, config: Be
     yield Measured(f"share of the FLOP ideal of {ideal:.1f}, {name}", ideal, mine / theirs, mine / theirs / ideal,
                    "≥ 0.8", "times the reference")  # fmt: skip
     if len(ids) == 64:
-        padded, _ = timed(lambda: padded_batch(model, ids[:8], config.device), 1, config.device)
+        with pytorch_linear():
+            padded, _ = timed(lambda: padded_batch(model, ids[:8], config.device), 1, config.device)
         yield Measured(f"against a padded batch of 8, {name}", 8 / padded, mine, mine / (8 / padded), "", "solutions/s")
         peak = (
             peak_bytes(ours, config.device),
@@ -87,10 +92,17 @@ def _cell(name: str, model: "RewardModel", shape: Shape, asked: Case, config: Be
         )
         yield Measured(f"peak memory above the weights, {name}", peak[1] / 2**20, peak[0] / 2**20, peak[0] / peak[1],
                        "≤ 0.5", "MiB")  # fmt: skip
+        served = mine
+        if config.device == "cpu":
+            seconds, _ = timed(ours, config.repeats, config.device)
+            served = len(ids) / seconds
+            yield Measured(f"oneDNN's products against PyTorch's, {name}", mine, served, served / mine, "",
+                           "solutions/s")  # fmt: skip
         if config.vllm_solutions and installed():
             theirs = _vllm(name, model, ids[: config.vllm_solutions], found, config)
             target = "≥ 4" if asked.documents else ""
-            yield Measured(f"against vLLM token_classify, {name}", theirs, mine, mine / theirs, target, "solutions/s")
+            yield Measured(f"against vLLM token_classify, {name}", theirs, served, served / theirs, target,
+                           "solutions/s")  # fmt: skip
     if config.device != "cpu":
         rate = packed_flops(flops, model, asked) / seconds / 1e12
         yield Measured(f"model TFLOP/s of ours, {name}", 0.0, rate, rate, "", "TFLOP/s")

@@ -24,6 +24,7 @@ from jobs.benches.models import (
     start,
 )
 from jobs.benches.timing import peak_bytes, timed
+from medmm_ray.engines.linear import pytorch_linear
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,13 +77,18 @@ def _cell(name: str, model: "RewardModel", shape: Shape, asked: Case, config: Be
             model.zero_grad()
             torch.autograd.backward(_padded_loss(model, row, config))
 
-    ours()  # warm
-    seconds, _ = timed(ours, config.repeats, config.device)
-    alone, _ = timed(padded, 1, config.device)
+    with pytorch_linear():  # the same kernels on both sides
+        ours()  # warm
+        seconds, _ = timed(ours, config.repeats, config.device)
+        alone, _ = timed(padded, 1, config.device)
     mine, theirs = number / seconds, config.padded_solutions / alone
     yield Measured(f"training, {name}", theirs, mine, mine / theirs, TARGETS.get(number, ""), "solutions/s")
     yield Measured(f"share of the FLOP ideal of {ideal:.1f}, {name}", ideal, mine / theirs, mine / theirs / ideal, "",
                    "times padding")  # fmt: skip
+    if config.device == "cpu":
+        by_onednn, _ = timed(ours, config.repeats, config.device)
+        served = number / by_onednn
+        yield Measured(f"oneDNN's products against PyTorch's, {name}", mine, served, served / mine, "", "solutions/s")
     model.zero_grad()
     peak = (
         peak_bytes(ours, config.device),

@@ -18,6 +18,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from medmm_ray.engines.linear import use_onednn
 from medmm_ray.engines.origin import Origin, commit_of
 
 CONFIG = "open_clip_config.json"
@@ -46,6 +47,7 @@ class ImageTower(nn.Module):
         self.width = backbone.width
         self.embed_dim = backbone.embed_dim
         self.image_size = backbone.image_size
+        use_onednn(self)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, revision: str | None = None) -> "ImageTower":

@@ -72,6 +72,9 @@ class Engine:
         import deepspeed
         import torch
 
+        from medmm_ray.engines.linear import use_onednn
+
+        use_onednn(module)
         self.module, self.max_grad_norm = module, config.max_grad_norm
         self.stage = zero_stage(config, dtype)
         # DeepSpeed 0.19.8 cannot broadcast parameters without a dimension (a CLIP's scale, for one).

@@ -16,6 +16,8 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from medmm_ray.engines.linear import use_onednn
+
 Tokens = Literal["pooled", "patches", "both"]
 _KINDS = 4  # pooled and patch tokens of the question's images, pooled and patch tokens of references
 
@@ -114,6 +116,7 @@ class Fusion(nn.Module):
         )
         self.output = nn.Linear(width, text_width, bias=False)
         nn.init.zeros_(self.output.weight)
+        use_onednn(self)
 
     @property
     def reads_patches(self) -> bool:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from medmm_ray.engines.linear import use_onednn
 from medmm_ray.engines.origin import Origin
 from medmm_ray.engines.reward_model import checkpoint, families, text_tower
 from medmm_ray.engines.reward_model.errors import CheckpointError, ImageError
@@ -120,6 +121,7 @@ class RewardModel(nn.Module):
         except ValueError as error:
             raise CheckpointError(str(error)) from None
         text_tower.check_vocabulary(text_model, tokenizer)
+        use_onednn(self)
         self.text_origin = Origin(text_model.config.name_or_path or "made in memory", None)
         self.figures: dict[str, float] = {}
 

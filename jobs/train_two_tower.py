@@ -11,7 +11,7 @@ def run(job: Job) -> None:
     labels = [job.read(name) for name in LABELS]
     questions, images, evidence = (job.read(name) for name in ("questions", "images", "evidence"))
     text_prm, image_tower = job.run.model("text_prm"), job.run.model("image_tower")
-    solutions = job.read("solutions") if job.config.label_policy == "outcome" else None
+    solutions = job.read("solutions", ["solutions"])
     job.make_artifact(
         "two_tower",
         lambda uri: train_two_tower(
@@ -21,11 +21,11 @@ def run(job: Job) -> None:
             questions,
             images,
             evidence,
+            solutions,
             text_prm,
             image_tower,
             folder=uri,
             name=job.run_name,
-            solutions=solutions,
         ),
     )
 

@@ -23,6 +23,7 @@ from medmm_ray.config import Config, ConfigError, digest, execution, identity
 from medmm_ray.engines.images import decode_image, read_bytes
 from medmm_ray.records import Document, Image, Question, Solution, Solutions, to_arrow
 from medmm_ray.sources import Request, SourceData, SourceQuestion, load
+from medmm_ray.sources.phantom import Hardness
 from medmm_ray.tables import RowError, TableError, error_kind, filesystem, write_file
 from medmm_ray.text import LETTERS, join_steps, normalise
 
@@ -52,6 +53,8 @@ class IngestConfig(Config):
     """Phantoms: worked solutions a training question, for supervised training of the policy."""
     image_size: int = 64
     """Phantoms: side of a drawn picture in pixels."""
+    hardness: Hardness = Hardness()
+    """Phantoms: how hard the pictures are to read."""
     seed: int = 0
     """Phantoms: which cases are drawn."""
     batch_size: int = execution(64)
@@ -72,6 +75,7 @@ def read_source(config: IngestConfig) -> SourceData:
             num_test=config.num_test,
             num_extra_images=config.num_extra_images,
             num_worked=config.num_worked,
+            hardness=config.hardness,
             seed=config.seed,
         )
     )

@@ -14,6 +14,13 @@ from tests import tiny_reward_model as tiny
 from tests.gguf_files import write_gguf
 
 SMALL = Shape(hidden_size=32, num_layers=2, num_heads=4, num_key_value_heads=2, intermediate_size=48, vocab_size=600)
+ARMS = [
+    "seeds=[0]", "arms=[published plan, both + summary + references]", "epochs=1", "threads=1", "questions=16",
+    "test_questions=6", "solutions=4", "samples=4", "library=4", "references=1", "tower_images=20", "tower_epochs=1",
+    "text_epochs=1",
+    "tower={image_size: 32, width: 32, num_layers: 2, num_text_layers: 1, num_heads: 2, embed_dim: 16}",
+    "text={hidden_size: 32, num_layers: 1, num_heads: 2, intermediate_size: 32, vocab_size: 600}",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +63,7 @@ def test_flops_of_one_by_one_and_shared() -> None:
         ),
         ("training", ["solutions=[3]", "documents=100", "question=20", "solution=60", "max_length=400", "repeats=1"]),
         ("two_tower", ["solutions=3", "documents=100", "question=20", "solution=60", "repeats=1"]),
+        pytest.param("arms", ARMS, marks=pytest.mark.engine),
     ],
 )
 def test_a_benchmark_prints_its_table_and_writes_its_rows(
@@ -109,4 +117,25 @@ def test_targets_are_met_or_not() -> None:
 
 def test_an_unknown_benchmark_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["scorin"]) == 2
-    assert "expected one of scoring, training, two_tower, gguf" in capsys.readouterr().err
+    assert "expected one of scoring, training, two_tower, gguf, arms" in capsys.readouterr().err
+
+
+def test_arms_go_on_after_the_seeds_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = {"step_auroc": 0.75, "best_of_n": 0.5}
+    figures = {"one_sample": 0.25, "oracle": 1.0, "arms": {"text only": done, "pooled": done | {"step_auroc": 0.9}}}
+    for seed in (0, 1):
+        (tmp_path / f"seed-{seed}.json").write_text(json.dumps(figures))
+    chart, rows = tmp_path / "arms.png", tmp_path / "rows.json"
+    words = ["arms=[pooled]", "seeds=[0, 1]", f"folder={tmp_path}", f"figure={chart}", f"json={rows}"]
+    assert bench.main(["arms", *words]) == 0
+    first, second = json.loads(rows.read_text())
+    assert first["name"] == "arms, pooled: step AUROC (± 0.000 over 2 seeds)"
+    assert (first["baseline"], first["ours"], first["ratio"]) == (0.75, 0.9, pytest.approx(1.2))
+    assert (second["baseline"], second["ours"]) == (0.5, 0.5)
+    assert chart.stat().st_size > 10_000
+    assert "pooled" in capsys.readouterr().out
+
+
+def test_an_unknown_arm_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["arms", "arms=[poled]"]) == 1
+    assert "there is no arm 'poled'; expected some of published plan, pooled" in capsys.readouterr().err

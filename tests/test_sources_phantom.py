@@ -1,6 +1,8 @@
+import hashlib
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from medmm_ray.config import digest
 from medmm_ray.sources import Request
 from medmm_ray.sources.phantom import (
     DOCUMENTS,
+    HARD,
     Case,
     Item,
+    blind_work,
     captions,
     contact_sheet,
     corpus,
@@ -24,7 +29,7 @@ from medmm_ray.sources.phantom import (
     truth,
 )
 from medmm_ray.sources.phantom.__main__ import main
-from medmm_ray.sources.phantom.case import KINDS, LUNG_KINDS, generator
+from medmm_ray.sources.phantom.case import KINDS, LUNG_KINDS, Finding, generator
 from medmm_ray.sources.phantom.questions import TEMPLATES
 from medmm_ray.sources.phantom.truth import claims
 from medmm_ray.text import extract_answer, join_steps, split_steps
@@ -104,6 +109,107 @@ def test_the_contact_sheet_holds_every_kind_at_every_difficulty(tmp_path: Path) 
     main([str(tmp_path / "sheet.png"), "3"])
     assert (tmp_path / "sheet.png").stat().st_size > 100_000
     assert contact_sheet([EFFUSION, NORMAL, HEART], size=64, columns=2).size == (128, 156)
+
+
+# Harder pictures
+
+
+def two_findings() -> Case:
+    nodule = Finding(kind="nodule", side="left", zone="upper", extent=0.5, contrast=0.8)
+    return replace(EFFUSION, more=(nodule, Finding(kind="cardiomegaly", side="", zone="", extent=0.5, contrast=0.8)))
+
+
+def test_plain_cases_are_written_and_drawn_as_ever() -> None:
+    """The ids of pictures and questions hang on these."""
+    made = make_case(generator("question", 0), ["nodule"])
+    assert set(json.loads(made.annotation())) == {"seed", "kind", "side", "zone", "extent", "contrast", "difficulty"}
+    items = make_items(0, "train", 40, num_worked=2)
+    assert (
+        digest([(i.question, i.options, i.answer, i.case.annotation(), i.worked) for i in items]) == "3c3200995033fe55"
+    )
+    pixels = hashlib.sha256(b"".join(render(i.case).tobytes() for i in items)).hexdigest()
+    assert pixels[:16] == "243abcaed98f93aa"
+
+
+def test_a_case_of_several_findings_survives_its_annotation() -> None:
+    made = replace(two_findings(), size=0.6, noise=2.0)
+    assert Case.from_annotation(made.annotation()) == made
+    assert made.diagnosis == "cardiomegaly and left lung nodule and right pleural effusion"
+    assert [f.kind for f in made.findings] == ["effusion", "nodule", "cardiomegaly"]
+    assert NORMAL.findings == ()
+
+
+def test_hard_pictures_have_up_to_three_findings_in_places_of_their_own() -> None:
+    made = [make_case(generator("hard", i), hardness=HARD) for i in range(300)]
+    places = [[f.side for f in c.findings] for c in made]
+    assert {len(p) for p in places} == {0, 1, 2, 3}
+    assert all(len(set(p)) == len(p) for p in places)
+    assert {c.kind for c in made if not c.findings} == {"normal"}
+    assert all((c.size, c.noise) == (0.6, 2.0) and c.contrast <= 0.55 for c in made)
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "normal"])
+def test_hard_findings_change_fewer_grey_levels(kind: str) -> None:
+    plain = replace(make_case(generator("grey", kind), [kind]), noise=0.0)
+    hard = replace(plain, size=HARD.size, contrast=plain.contrast * HARD.contrast)
+    normal = replace(plain, kind="normal", side="", zone="")
+    plain_change, hard_change = (
+        np.abs(np.asarray(render(c, 128), dtype=float) - np.asarray(render(normal, 128), dtype=float)).mean()
+        for c in (plain, hard)
+    )
+    assert 0.0 < hard_change < 0.75 * plain_change
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        ("There is a right pleural effusion.", True),
+        ("A round opacity is seen in the left upper zone.", True),
+        ("The heart is enlarged.", True),
+        ("There is a right effusion and a left nodule.", True),
+        ("The left lung is clear.", False),
+        ("Both lungs are clear.", False),
+        ("Both lungs are abnormal.", True),
+        ("Both costophrenic angles are blunted.", False),
+        ("Both costophrenic angles are sharp.", False),
+        ("The heart size is normal.", False),
+        ("No pneumothorax is seen.", True),
+        ("A round opacity is seen in the right upper zone.", False),
+        ("The left costophrenic angle is sharp.", True),
+        ("Consider (A) left pneumothorax.", None),
+    ],
+)
+def test_truth_of_several_findings(step: str, expected: bool | None) -> None:
+    assert truth(step, two_findings()) is expected, claims(step)
+
+
+def test_of_several_findings_one_makes_an_option_true() -> None:
+    items = make_items(0, "train", 400, num_worked=2, hardness=HARD)
+    assert sum(len(i.case.findings) > 1 for i in items) > 100
+    for item in items:
+        template = next(t for t in TEMPLATES if tuple(o.text for o in t.options) == item.options)
+        assert [o.holds(item.case) for o in template.options] == ["ABCD"[i] == item.answer for i in range(4)]
+        assert False not in [truth(step, item.case, item) for steps in item.worked for step in steps]
+        assert [truth(c, item.case) for c in captions(item.case)] == [True] * len(captions(item.case))
+        assert len(captions(item.case)) >= 2
+
+
+def test_blind_work_is_right_by_prevalence_and_slips_where_asked() -> None:
+    items = make_items(2, "train", 400, hardness=HARD)
+    works = [blind_work(item, generator("w", i)) for i, item in enumerate(items)]
+    right = [letter == item.answer for (_, letter), item in zip(works, items, strict=True)]
+    assert 0.25 < sum(right) / len(right) < 0.40  # 2 x .38 x .38 + 2 x .12 x .12 = .32
+    assert all(extract_answer(join_steps(s), i.options) == x for (s, x), i in zip(works, items, strict=True))
+
+    def wrong_steps(slip: float) -> int:
+        """Of solutions with the right answer, those with a wrong step."""
+        made = [blind_work(item, generator("w", i), slip) for i, item in enumerate(items)]
+        return sum(
+            letter == item.answer and any(truth(step, item.case, item) is False for step in steps)
+            for (steps, letter), item in zip(made, items, strict=True)
+        )
+
+    assert wrong_steps(1.0) > wrong_steps(0.0) + 20
 
 
 # Questions

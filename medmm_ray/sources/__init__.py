@@ -9,7 +9,7 @@ import json
 import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import PIL.Image
 from pyarrow import fs as pafs
@@ -17,10 +17,16 @@ from pyarrow import fs as pafs
 from medmm_ray.config import ConfigError
 from medmm_ray.tables import TableError, filesystem
 
+if TYPE_CHECKING:
+    from medmm_ray.sources.phantom import Hardness
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked of a source. `num_train` and `num_test` count questions; None is "all that there are"."""
+    """What is asked of a source. `num_train` and `num_test` count questions; None is "all that there are".
+
+    `num_extra_images` to `seed` are for sources that make their data.
+    """
 
     path: str = ""
     documents_path: str = ""
@@ -28,6 +34,7 @@ class Request:
     num_test: int | None = None
     num_extra_images: int = 0
     num_worked: int = 1
+    hardness: "Hardness | None" = None
     seed: int = 0
 
 

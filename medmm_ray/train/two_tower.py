@@ -9,17 +9,18 @@ Legend: T tags, D text width, B images, W image width, P patches.
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from statistics import mean
+from typing import TYPE_CHECKING, Literal
 
 import pyarrow as pa
 
 from medmm_ray.config import execution
 from medmm_ray.engines.checkpoints import resolve
-from medmm_ray.records import Labels, States
+from medmm_ray.metrics import aggregate, expected_best, expected_oracle
 from medmm_ray.tables import Table
-from medmm_ray.targets import AfterFirstError, LabelPolicy, Target, targets
+from medmm_ray.targets import AfterFirstError, LabelPolicy
+from medmm_ray.train.cached import class_weights, illustrated_questions, read_states, share_of_right
 from medmm_ray.train.image_text import augment
 from medmm_ray.train.labelled import group_labels
 from medmm_ray.train.launch import fit
@@ -33,17 +34,6 @@ if TYPE_CHECKING:
 
     from medmm_ray.engines.image_tower import ImageTower
     from medmm_ray.engines.reward_model import Fusion, ImageFeatures
-
-SCHEMA = pa.schema(
-    {
-        "question_id": pa.string(),
-        "diagnosis": pa.string(),
-        "image_uris": pa.list_(pa.string()),
-        "reference_uris": pa.list_(pa.string()),
-        "solution_ids": pa.list_(pa.string()),
-        "targets": pa.list_(pa.list_(pa.float64())),
-    }
-)
 
 
 class TwoTowerConfig(TrainConfig):
@@ -80,12 +70,18 @@ class TwoTowerConfig(TrainConfig):
     swapped_share: float = 0.0
     """Share of questions shown with the image of another diagnosis: their right steps then train as wrong, and nothing
     is said of the others."""
+    class_balance: Literal["none", "balanced"] = "none"
+    """balanced: right and wrong steps weigh the same in the loss, however rare one of them is; the weights of all
+    solutions together stay as they are. none: a step weighs the same, right or wrong."""
     epochs: int = 5
     """Times that every solution is seen."""
     batch_size: int = 64
     """Solutions of one update, over all workers; a question's solutions stay together."""
     validation_fraction: float = 0.1
-    """Share of the training questions held out, to measure the step AUROC and to keep the best epoch."""
+    """Share of the training questions held out, to measure each epoch and to keep the best one."""
+    select_by: Literal["step_auroc", "best_of_n"] = "step_auroc"
+    """Which figure on the held-out questions picks the epoch that is kept: how well right steps are told from wrong
+    ones, or the share of questions whose best solution (by its worst step) answers rightly."""
     micro_batch_tokens: int = execution(65536)
     """Steps (tags) of one forward pass of a worker; one question at least."""
 
@@ -97,19 +93,17 @@ def train_two_tower(
     questions: pa.Table,
     images: pa.Table,
     evidence: pa.Table,
+    solutions: pa.Table,
     text_prm: str,
     image_tower: str,
     folder: str,
     name: str,
-    solutions: pa.Table | None = None,
 ) -> dict[str, float]:
     """Train the image part under Ray Train and leave the whole reward model in `folder`; gives `launch.figures`.
 
-    `states` is read by the workers, not by the driver. `text_prm` and `image_tower` are names for
-    `checkpoints.resolve`. `solutions` are needed by the label policy ``outcome`` alone.
+    `states` is read by the workers, not by the driver; of `solutions` only which answers are right. `text_prm` and
+    `image_tower` are names for `checkpoints.resolve`.
     """
-    if config.label_policy == "outcome" and solutions is None:
-        raise ValueError("label policy 'outcome' needs the table solutions: it says which final answers are right")
     held = states.to_arrow(["question_id", "solution_id", "num_steps", "error"])
     rows = illustrated_questions(config, held, group_labels(labels), questions, images, evidence, solutions)
     if rows.num_rows == 0:
@@ -119,71 +113,6 @@ def train_two_tower(
         )
     inputs = {"states": states.uri, "text_prm": text_prm, "image_tower": image_tower}
     return fit(TwoTowerStage, config, {"questions": rows}, inputs, folder, name)
-
-
-def illustrated_questions(
-    config: TwoTowerConfig,
-    states: pa.Table,
-    labels: Mapping[str, Sequence[Labels]],
-    questions: pa.Table,
-    images: pa.Table,
-    evidence: pa.Table,
-    solutions: pa.Table | None = None,
-) -> pa.Table:
-    """One row a training question that has an image, with the targets of its solutions (`SCHEMA`)."""
-    by_image = {i["image_id"]: i for i in images.to_pylist() if i["error"] is None}
-    references = {
-        row["question_id"]: [image["uri"] for image in row["images"][: config.num_references]]
-        for row in evidence.to_pylist()
-        if row["error"] is None
-    }
-    correct: dict[str, bool | None] = {
-        solution["solution_id"]: solution["correct"]
-        for row in (solutions.to_pylist() if solutions is not None else [])
-        for solution in row["solutions"]
-    }
-    aims: dict[str, dict[str, list[Target]]] = {}
-    for row in states.to_pylist():
-        if row["error"] is None:
-            name = row["solution_id"]
-            own = targets(
-                config.label_policy,
-                labels.get(name, []),
-                row["num_steps"],
-                config.after_first_error,
-                correct.get(name),
-            )
-            if any(aim is not None for aim in own):
-                aims.setdefault(row["question_id"], {})[name] = own
-    rows = []
-    for question in questions.to_pylist():
-        name = question["question_id"]
-        own_images = [by_image[i] for i in question["image_ids"] if i in by_image]
-        if question["split"] == "train" and question["error"] is None and own_images and name in aims:
-            ids = sorted(aims[name])
-            rows.append(
-                {
-                    "question_id": name,
-                    "diagnosis": own_images[0]["diagnosis"],
-                    "image_uris": [image["uri"] for image in own_images],
-                    "reference_uris": references.get(name, []),
-                    "solution_ids": ids,
-                    "targets": [aims[name][i] for i in ids],
-                }
-            )
-    return pa.Table.from_pylist(sorted(rows, key=lambda r: str(r["question_id"])), schema=SCHEMA)
-
-
-@dataclass(frozen=True)
-class Cached:
-    """One question's constants: states and summaries of all its tags, text log-odds, targets and weights."""
-
-    states_TD: "torch.Tensor"
-    summaries_TD: "torch.Tensor"
-    log_odds_T: "torch.Tensor"
-    targets_T: "torch.Tensor"
-    weights_T: "torch.Tensor"
-    num_solutions: int
 
 
 class TwoTowerStage(Stage):
@@ -217,9 +146,11 @@ class TwoTowerStage(Stage):
             self.head_D = self.model.head_log_odds(torch.eye(self.model.hidden_size)).to(device)
         self.held_out = held_out(self.names, config.validation_fraction, config.seed)
         self.sizes = [
-            0 if name in self.held_out else c.num_solutions for name, c in zip(self.names, self.cached, strict=True)
+            0 if name in self.held_out else len(c.lengths) for name, c in zip(self.names, self.cached, strict=True)
         ]
         self.costs = [len(c.targets_T) for c in self.cached]
+        self.right_steps = share_of_right([c for c, size in zip(self.cached, self.sizes, strict=True) if size])
+        self.class_weights = _class_weights(config, self.right_steps)
         self.uris = sorted({uri for row in rows for uri in (*row["image_uris"], *row["reference_uris"])})
         self._load_images()
         self._calibrate()
@@ -330,17 +261,20 @@ class TwoTowerStage(Stage):
         return log_odds_T.add(delta_TD.float() @ self.head_D)
 
     def loss(self, units: Sequence[int], epoch: int) -> "torch.Tensor":
-        """Sum over solutions of the mean two-class loss of their labelled steps."""
+        """Sum over solutions of the mean two-class loss of their labelled steps, each times its class's weight."""
         import torch
 
         shown, targets, weights = [], [], []
+        of_right, of_wrong = self.class_weights
         for unit in units:
             cached, other = self.cached[unit], self._swapped(unit, epoch)
             shown.append(unit if other is None else other)
             targets.append(cached.targets_T if other is None else torch.zeros_like(cached.targets_T))
             weights.append(cached.weights_T if other is None else cached.weights_T * (cached.targets_T >= 0.5))
         log_odds_T = self._log_odds(units, shown, view=epoch)
-        return weighted_loss(log_odds_T, torch.cat(targets).to(self.device), torch.cat(weights).to(self.device))
+        targets_T = torch.cat(targets)
+        weights_T = torch.cat(weights) * (of_right * targets_T + of_wrong * (1 - targets_T))
+        return weighted_loss(log_odds_T, targets_T.to(self.device), weights_T.to(self.device))
 
     def _swapped(self, unit: int, epoch: int) -> int | None:
         """The question whose image is shown instead, one of another diagnosis; None: its own."""
@@ -352,55 +286,58 @@ class TwoTowerStage(Stage):
         return rng.choice(others) if others else None
 
     def validate(self) -> dict[str, float]:
-        """Step AUROC on the held-out questions, with the images and by the text alone."""
+        """On the held-out questions: step AUROC, with the images and by the text alone, and best-of-N."""
+        import torch
+
         scores: list[float] = []
         text: list[float] = []
         right: list[bool] = []
+        reranked: list[tuple[list[float], list[bool]]] = []
         for unit, name in enumerate(self.names):
             if name in self.held_out:
                 cached = self.cached[unit]
                 labelled_T = cached.weights_T > 0
-                scores += self._log_odds([unit], [unit], view=0).cpu()[labelled_T].tolist()
+                log_odds_T = self._log_odds([unit], [unit], view=0).cpu()
+                scores += log_odds_T[labelled_T].tolist()
                 text += cached.log_odds_T[labelled_T].tolist()
                 right += (cached.targets_T[labelled_T] >= 0.5).tolist()
+                reranked.append(
+                    ([aggregate(own.tolist()) for own in torch.split(log_odds_T, cached.lengths)], cached.correct)
+                )
+        found = validation_figures(scores, right) | rerank_figures(reranked) | {"right_steps": self.right_steps}
         by_text = validation_figures(text, right)
-        more = {"validation_auroc_text_only": by_text["validation_auroc"]} if by_text else {}
-        return validation_figures(scores, right) | more
+        if by_text:
+            found["validation_auroc_text_only"] = by_text["validation_auroc"]
+        if self.config.select_by == "best_of_n" and reranked:
+            found["selection"] = found["validation_best_of_n"]
+        return found
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
 
 
-def read_states(uri: str, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Cached], str]:
-    """The states of each row's solutions, in its order, and their dtype."""
-    import torch
-
-    from medmm_ray.engines.reward_model.states import from_bytes
-
-    wanted = {name for row in rows for name in row["solution_ids"]}
-    held: dict[str, dict[str, Any]] = {}
-    dtypes = set()
-    columns = ["solution_id", "num_steps", "hidden_size", "dtype", "states", "summaries", "text_log_odds"]
-    for batch in Table(uri, States).to_arrow(columns).to_batches():
-        for row in batch.to_pylist():
-            if row["solution_id"] in wanted:
-                held[row["solution_id"]] = row
-                dtypes.add(row["dtype"])
-    if len(dtypes) != 1:
-        raise ValueError(f"{uri}: states of the dtypes {sorted(dtypes)}; expected one text tower's, of one dtype")
-    cached = []
-    for row in rows:
-        own = [held[name] for name in row["solution_ids"]]
-        aims = row["targets"]
-        labelled = [sum(aim is not None for aim in a) for a in aims]
-        cached.append(
-            Cached(
-                torch.cat([from_bytes(s["states"], s["num_steps"], s["hidden_size"], s["dtype"]) for s in own]),
-                torch.cat([from_bytes(s["summaries"], s["num_steps"], s["hidden_size"], s["dtype"]) for s in own]),
-                torch.tensor([value for s in own for value in s["text_log_odds"]]),
-                torch.tensor([0.0 if aim is None else aim for a in aims for aim in a]),
-                torch.tensor([0.0 if aim is None else 1 / n for a, n in zip(aims, labelled, strict=True) for aim in a]),
-                len(own),
-            )
+def _class_weights(config: TwoTowerConfig, share: float) -> tuple[float, float]:
+    if config.class_balance == "none":
+        return 1.0, 1.0
+    if not 0.0 < share < 1.0:
+        raise ValueError(
+            f"class_balance is 'balanced', but {share:.0%} of the training steps are right (label policy "
+            f"{config.label_policy!r}): there is one class only. Look at the labels, or take class_balance=none"
         )
-    return cached, dtypes.pop()
+    return class_weights(share)
+
+
+def rerank_figures(questions: Sequence[tuple[Sequence[float], Sequence[bool]]]) -> dict[str, float]:
+    """Of questions, each with its solutions' rewards and which of them are correct: the shares answered rightly by the
+    solution of the highest reward, by one taken at random, and by the best that there is. Nothing without questions.
+    """
+    if not questions:
+        return {}
+    import numpy as np
+
+    rows = [(np.array(rewards), np.array(correct, dtype=bool)) for rewards, correct in questions]
+    return {
+        "validation_best_of_n": mean(expected_best(rewards, correct, len(correct)) for rewards, correct in rows),
+        "validation_one_sample": mean(float(correct.mean()) for _, correct in rows),
+        "validation_oracle": mean(expected_oracle(correct, len(correct)) for _, correct in rows),
+    }

@@ -13,11 +13,12 @@ import pytest
 
 from medmm_ray import records
 from medmm_ray.tables import Origin, Table, write_rows
+from medmm_ray.train.cached import illustrated_questions
 from medmm_ray.train.image_text import ClipShape, ImageTextConfig, ImageTextStage
 from medmm_ray.train.labelled import group_labels, labelled_questions
 from medmm_ray.train.loop import Worker
 from medmm_ray.train.policy import LlamaShape, PolicyConfig, PolicyStage, vocabulary_texts, worked_questions
-from medmm_ray.train.two_tower import TwoTowerConfig, illustrated_questions
+from medmm_ray.train.two_tower import TwoTowerConfig
 from tests.train import toy
 
 SHAPE = LlamaShape(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=32, vocab_size=512)

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from medmm_ray import records
 from medmm_ray.config import ConfigError
 from medmm_ray.engines.reward_model.attention import Block
 from medmm_ray.tables import Origin, Table, write_rows
+from medmm_ray.train.cached import class_weights
 from medmm_ray.train.engine import deepspeed_config, parameter_groups
 from medmm_ray.train.image_text import ImageTextConfig, augment, train_image_tower
 from medmm_ray.train.labelled import group_labels, labelled_questions, labelled_solutions, share_of_right
@@ -29,7 +31,7 @@ from medmm_ray.train.policy import (
     worked_questions,
 )
 from medmm_ray.train.text_prm import TextPrmConfig, TextPrmStage, train_text_prm, validation_figures
-from medmm_ray.train.two_tower import TwoTowerConfig, TwoTowerStage, train_two_tower
+from medmm_ray.train.two_tower import TwoTowerConfig, TwoTowerStage, rerank_figures, train_two_tower
 from tests import tiny_vision
 from tests.train import toy
 from tests.train.conftest import SHAPE, image_text_stage, labelled, text_column, written
@@ -347,6 +349,7 @@ def test_illustrated_questions_carry_images_references_and_targets(two_tower_inp
     assert [Path(uri).stem for uri in row["reference_uris"]] == ["im03", "im04", "im05"]
     assert row["solution_ids"] == ["s07-0", "s07-2"]
     assert row["targets"] == [[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]]
+    assert row["correct"] == [False, True]
 
 
 def test_an_untrained_image_part_changes_nothing(two_tower_inputs: dict[str, str]) -> None:
@@ -411,6 +414,53 @@ def test_swapped_images_are_of_another_diagnosis_and_make_right_steps_wrong(two_
     assert two_tower(two_tower_inputs)._swapped(1, 0) is None
 
 
+def test_balanced_classes_weigh_the_same_and_all_steps_together_as_before(two_tower_inputs: dict[str, str]) -> None:
+    import torch
+
+    plain = two_tower(two_tower_inputs, validation_fraction=0.0)
+    balanced = two_tower(two_tower_inputs, validation_fraction=0.0, class_balance="balanced")
+    # Of each question's two solutions one has three right steps, the other one right and two wrong.
+    assert plain.right_steps == balanced.right_steps == pytest.approx(4 / 6)
+    assert plain.class_weights == (1.0, 1.0)
+    assert balanced.class_weights == pytest.approx((0.75, 1.5))
+    # The image part says nothing yet, so the loss is that of the text's log-odds.
+    cached = balanced.cached[1]
+    losses_T = torch.nn.functional.softplus(torch.where(cached.targets_T > 0, -cached.log_odds_T, cached.log_odds_T))
+    factors_T = torch.tensor([0.75, 1.5, 1.5, 0.75, 0.75, 0.75])
+    assert balanced.loss([1], 0).item() == pytest.approx(float((losses_T * factors_T).sum() / 3), rel=1e-5)
+    assert float(factors_T.sum() / 3) == len(cached.lengths) == 2
+    assert class_weights(0.9) == pytest.approx((0.5 / 0.9, 5.0))
+
+
+def test_validation_reranks_the_held_out_questions(two_tower_inputs: dict[str, str]) -> None:
+    import torch
+
+    stage = two_tower(two_tower_inputs, validation_fraction=0.25, select_by="best_of_n")
+    held = [unit for unit, name in enumerate(stage.names) if name in stage.held_out]
+    assert len(held) == 3
+    # Text scores that prefer the right solution of the first two: its worst step is -1, the other's -2.
+    for number, unit in enumerate(held):
+        right = stage.cached[unit].correct.index(True)
+        good, bad = torch.tensor([5.0, -1.0, 5.0]), torch.tensor([9.0, 9.0, -2.0])
+        parts = [good if (i == right) == (number < 2) else bad for i in range(2)]
+        stage.cached[unit] = replace(stage.cached[unit], log_odds_T=torch.cat(parts))
+    found = stage.validate()
+    assert found["validation_best_of_n"] == found["selection"] == pytest.approx(2 / 3)
+    assert found["validation_one_sample"] == 0.5
+    assert found["validation_oracle"] == 1.0
+    assert found["right_steps"] == pytest.approx(4 / 6)
+    by_step = two_tower(two_tower_inputs, validation_fraction=0.25).validate()
+    assert by_step["selection"] == by_step["validation_auroc"]
+
+
+def test_rerank_figures_are_exact() -> None:
+    questions = [([0.3, 0.1], [True, False]), ([0.3, 0.1], [False, True]), ([0.0, 0.0], [False, False])]
+    assert rerank_figures(questions) == {
+        "validation_best_of_n": 1 / 3, "validation_one_sample": 1 / 3, "validation_oracle": 2 / 3,
+    }  # fmt: skip
+    assert rerank_figures([]) == {}
+
+
 def test_augmented_views_start_with_the_picture_itself(two_tower_inputs: dict[str, str]) -> None:
     import torch
 
@@ -444,11 +494,20 @@ def test_two_tower_refuses_what_it_cannot_train_on(two_tower_inputs: dict[str, s
     tables = (
         [toy.table(records.Labels, [])], toy.table(records.Question, toy.questions()),
         toy.table(records.Image, toy.images(tmp_path)), toy.table(records.Evidence, []),
+        toy.table(records.Solutions, toy.solutions(each=4)),
     )  # fmt: skip
-    with pytest.raises(ValueError, match="label policy 'outcome' needs the table solutions"):
-        train_two_tower(TwoTowerConfig(label_policy="outcome"), states, *tables, "p", "t", "unused", "unused")
     with pytest.raises(ValueError, match=r"no training question has an image, states and a target \(24 states"):
         train_two_tower(TwoTowerConfig(), states, *tables, "p", "t", "unused", "unused")
+    written_inputs = {**two_tower_inputs, **written(tmp_path, questions=_all_right(two_tower_inputs))}
+    with pytest.raises(ValueError, match=r"class_balance is 'balanced', but 100% of the training steps are right"):
+        two_tower(written_inputs, class_balance="balanced")
+
+
+def _all_right(inputs: dict[str, str]) -> pa.Table:
+    """The toy's questions with every target 1."""
+    table = pq.read_table(inputs["questions"])
+    rows = [{**row, "targets": [[1.0] * len(aims) for aims in row["targets"]]} for row in table.to_pylist()]
+    return pa.Table.from_pylist(rows, schema=table.schema)
 
 
 def test_states_of_two_models_are_refused(two_tower_inputs: dict[str, str], tmp_path: Path) -> None:

@@ -10,16 +10,17 @@ import PIL.Image
 
 from medmm_ray.config import digest
 from medmm_ray.sources import Request, SourceData, SourceImage, SourceQuestion, read_documents
-from medmm_ray.sources.phantom.case import Case, captions, generator, make_case
+from medmm_ray.sources.phantom.captions import captions
+from medmm_ray.sources.phantom.case import HARD, PLAIN, Case, Hardness, generator, make_case
 from medmm_ray.sources.phantom.documents import DOCUMENTS
-from medmm_ray.sources.phantom.questions import Item, make_items
+from medmm_ray.sources.phantom.questions import Item, blind_work, make_items
 from medmm_ray.sources.phantom.render import contact_sheet, render
 from medmm_ray.sources.phantom.truth import truth
 from medmm_ray.text import join_steps, question_with_options
 
 __all__ = [
-    "DOCUMENTS", "Case", "Item", "captions", "contact_sheet", "corpus", "make_case", "make_items", "read", "render",
-    "truth",
+    "DOCUMENTS", "HARD", "PLAIN", "Case", "Hardness", "Item", "blind_work", "captions", "contact_sheet", "corpus",
+    "generator", "make_case", "make_items", "read", "render", "truth",
 ]  # fmt: skip
 
 NUM_TRAIN, NUM_TEST = 800, 250
@@ -31,13 +32,14 @@ def read(request: Request) -> SourceData:
         "train": NUM_TRAIN if request.num_train is None else request.num_train,
         "test": NUM_TEST if request.num_test is None else request.num_test,
     }
+    hardness = request.hardness or PLAIN
     images: list[SourceImage] = []
     questions: list[SourceQuestion] = []
     for split, number in wanted.items():
-        for index, item in enumerate(make_items(request.seed, split, number, request.num_worked)):
+        for index, item in enumerate(make_items(request.seed, split, number, request.num_worked, hardness)):
             images.append(_image(item.case, split))
             questions.append(_question(item, images[-1], split, f"{split}-{index}"))
-    images += [_image(case, "train") for case in _extra_cases(request.seed, request.num_extra_images)]
+    images += [_image(case, "train") for case in _extra_cases(request.seed, request.num_extra_images, hardness)]
     documents = [*DOCUMENTS, *read_documents(request.documents_path)]
     return SourceData(images=images, questions=questions, documents=documents, draw=draw)
 
@@ -57,8 +59,8 @@ def corpus(seed: int = 0, number: int = 2000) -> list[str]:
     return texts
 
 
-def _extra_cases(seed: int, number: int) -> Iterator[Case]:
-    return (make_case(generator("extra", seed, index)) for index in range(number))
+def _extra_cases(seed: int, number: int, hardness: Hardness) -> Iterator[Case]:
+    return (make_case(generator("extra", seed, index), hardness=hardness) for index in range(number))
 
 
 def _image(case: Case, split: str) -> SourceImage:

@@ -1,16 +1,33 @@
-"""A phantom case: one chest with at most one finding, drawn from a seed.
+"""A phantom case: one chest with no finding, one, or (where asked for) several, drawn from a seed.
 
 The side is the patient's: in a picture the patient's right is on the viewer's left (see the R marker).
 """
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from medmm_ray.config import digest
+from medmm_ray.config import Config, digest
+
+
+class Hardness(Config):
+    """How hard phantoms are to read; the defaults are the plain ones, on which pooled image tokens are enough."""
+
+    max_findings: int = 1
+    """Findings of a picture: one to so many (a normal chest stays normal), at most one a lung, and the heart."""
+    size: float = 1.0
+    """Factor on the size of findings: at 0.6 a nodule is some 7 % of the picture wide."""
+    contrast: float = 1.0
+    """Factor on the density of findings."""
+    noise: float = 1.0
+    """Factor on the detector's noise."""
+
+
+PLAIN = Hardness()
+HARD = Hardness(max_findings=3, size=0.6, contrast=0.5, noise=2.0)
 
 LUNG_KINDS = ("effusion", "pneumothorax", "consolidation", "nodule")
 KINDS = (*LUNG_KINDS, "cardiomegaly", "normal")
@@ -34,10 +51,29 @@ CONTRAST = {"easy": (0.95, 1.1), "medium": (0.8, 1.0), "hard": (0.7, 0.85)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
-    """`kind` is one of `KINDS`; `side` and `zone` are "" where they mean nothing (cardiomegaly, normal).
+class Finding:
+    """`kind` is one of `KINDS` but normal; `side` and `zone` are "" where they mean nothing (cardiomegaly).
 
-    `seed` decides pose, anatomy and noise; `extent` and `contrast` the finding's size and density.
+    `extent` and `contrast` are its size and density.
+    """
+
+    kind: str
+    side: str
+    zone: str
+    extent: float
+    contrast: float
+
+    @property
+    def name(self) -> str:
+        """ "right pleural effusion", "cardiomegaly"."""
+        return f"{self.side} {NAMES[self.kind]}".strip()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """`kind` (one of `KINDS`) to `contrast` describe the main finding, "normal" for none; `more` are further ones.
+
+    `seed` decides pose, anatomy and noise; `size` and `noise` are `Hardness`'s.
     """
 
     seed: int
@@ -47,18 +83,33 @@ class Case:
     extent: float
     contrast: float
     difficulty: str
+    size: float = 1.0
+    noise: float = 1.0
+    more: tuple[Finding, ...] = ()
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """All findings, the main one first; none of a normal chest."""
+        if self.kind == "normal":
+            return ()
+        own = Finding(kind=self.kind, side=self.side, zone=self.zone, extent=self.extent, contrast=self.contrast)
+        return (own, *self.more)
 
     @property
     def diagnosis(self) -> str:
-        """The main finding: "right pleural effusion", "cardiomegaly", "normal"."""
-        return f"{self.side} {NAMES[self.kind]}".strip()
+        """ "right pleural effusion", "cardiomegaly", "cardiomegaly and left lung nodule", "normal"."""
+        return " and ".join(sorted(finding.name for finding in self.findings)) or NAMES["normal"]
 
     def annotation(self) -> str:
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+        """JSON, without what is as it is in a plain case."""
+        values = dataclasses.asdict(self)
+        plain = {f.name: f.default for f in dataclasses.fields(self) if f.default is not dataclasses.MISSING}
+        return json.dumps({k: v for k, v in values.items() if k not in plain or v != plain[k]}, sort_keys=True)
 
     @classmethod
     def from_annotation(cls, annotation: str) -> "Case":
-        return cls(**json.loads(annotation))
+        values = json.loads(annotation)
+        return cls(**{**values, "more": tuple(Finding(**finding) for finding in values.get("more", ()))})
 
 
 def generator(*parts: object) -> np.random.Generator:
@@ -70,66 +121,55 @@ def pick(rng: np.random.Generator, values: Sequence[str]) -> str:
     return values[int(rng.integers(len(values)))]
 
 
-def make_case(rng: np.random.Generator, kinds: Sequence[str] = KINDS, side: str = "", zone: str = "") -> Case:
-    """A case of one of `kinds`; `side` and `zone`, where given, are kept, and kinds that cannot have them left out."""
+def make_case(
+    rng: np.random.Generator,
+    kinds: Sequence[str] = KINDS,
+    side: str = "",
+    zone: str = "",
+    hardness: Hardness = PLAIN,
+    admits: Callable[[Case], bool] = lambda case: True,  # noqa: ARG005
+) -> Case:
+    """A case whose main finding is one of `kinds`; `side` and `zone`, where given, are kept, and kinds that cannot have
+    them left out. Further findings are those that `admits` allows.
+    """
     kinds = [k for k in kinds if (not side or k in LUNG_KINDS) and (not zone or zone in ZONES.get(k, ()))]
     kind = pick(rng, kinds)
     difficulty = pick(rng, DIFFICULTIES)
-    extent, contrast = rng.uniform(*EXTENT[difficulty]), rng.uniform(*CONTRAST[difficulty])
+    extent, contrast = _extent_and_contrast(rng, difficulty, hardness)
     in_lung = kind in LUNG_KINDS
-    return Case(
+    case = Case(
         seed=int(rng.integers(2**40)),
         kind=kind,
         side=(side or pick(rng, SIDES)) if in_lung else "",
         zone=(zone or pick(rng, ZONES[kind])) if in_lung else "",
-        extent=round(float(extent), 3),
-        contrast=round(float(contrast), 3),
+        extent=extent,
+        contrast=contrast,
         difficulty=difficulty,
+        size=hardness.size,
+        noise=hardness.noise,
     )
+    number = int(rng.integers(hardness.max_findings)) if hardness.max_findings > 1 and kind != "normal" else 0
+    for _ in range(number):
+        case = _with_one_more(rng, case, hardness, admits)
+    return case
 
 
-def captions(case: Case) -> tuple[str, ...]:
-    """Ways to say what the picture shows, for contrastive training of the image tower (training cases only)."""
-    side, place = case.side, f"{case.side} {case.zone} zone"
-    match case.kind:
-        case "effusion":
-            return (
-                f"Chest radiograph with a {side} pleural effusion.",
-                f"The {side} costophrenic angle is blunted by a {side} pleural effusion.",
-                f"{side.capitalize()} pleural effusion, fluid in the {place}.",
-                f"Fluid with a meniscus at the {side} lung base. The heart size is normal.",
-            )
-        case "pneumothorax":
-            return (
-                f"Chest radiograph with a {side} pneumothorax.",
-                f"A lung edge at the {side} apex, a {side} pneumothorax.",
-                f"{side.capitalize()} pneumothorax, no lung markings in the {place}.",
-                f"Air around the {side} lung with a pleural edge. The heart size is normal.",
-            )
-        case "consolidation":
-            return (
-                f"Chest radiograph with a {side} consolidation.",
-                f"A patchy opacity in the {place}, a {side} consolidation.",
-                f"{side.capitalize()} consolidation in the {place}.",
-                f"Airspace opacity in the {place}. The heart size is normal.",
-            )
-        case "nodule":
-            return (
-                f"Chest radiograph with a {side} lung nodule.",
-                f"A round opacity in the {place}, a {side} lung nodule.",
-                f"{side.capitalize()} lung nodule in the {place}.",
-                f"A round spot in the {place}. The heart size is normal.",
-            )
-        case "cardiomegaly":
-            return (
-                "Chest radiograph with cardiomegaly.",
-                "The heart is enlarged and both lungs are clear.",
-                "Cardiomegaly, the cardiothoracic ratio is above half.",
-                "Wide cardiac silhouette, cardiomegaly.",
-            )
-    return (
-        "Normal chest radiograph.",
-        "Both lungs are clear and the heart size is normal.",
-        "Normal chest, both costophrenic angles are sharp.",
-        "No abnormality is seen in the chest.",
-    )
+def _extent_and_contrast(rng: np.random.Generator, difficulty: str, hardness: Hardness) -> tuple[float, float]:
+    extent, contrast = rng.uniform(*EXTENT[difficulty]), rng.uniform(*CONTRAST[difficulty])
+    return round(float(extent), 3), round(float(contrast) * hardness.contrast, 3)
+
+
+def _with_one_more(rng: np.random.Generator, case: Case, hardness: Hardness, admits: Callable[[Case], bool]) -> Case:
+    """The case with one more finding, in a lung that has none or of the heart; as it is where `admits` allows none."""
+    extent, contrast = _extent_and_contrast(rng, case.difficulty, hardness)
+    taken = {finding.side for finding in case.findings}  # "" is the heart
+    places = [(kind, side, zone) for kind in LUNG_KINDS for side in SIDES for zone in ZONES[kind]]
+    free = [place for place in [*places, ("cardiomegaly", "", "")] if place[1] not in taken]
+    wider = [
+        dataclasses.replace(
+            case, more=(*case.more, Finding(kind=kind, side=side, zone=zone, extent=extent, contrast=contrast))
+        )
+        for kind, side, zone in free
+    ]
+    allowed = [one for one in wider if admits(one)]
+    return allowed[int(rng.integers(len(allowed)))] if allowed else case

@@ -14,7 +14,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from medmm_ray.sources.phantom.case import KINDS, LUNG_KINDS, NAMES, Case, generator, make_case, pick
+from medmm_ray.sources.phantom.case import (
+    KINDS,
+    LUNG_KINDS,
+    NAMES,
+    PLAIN,
+    Case,
+    Finding,
+    Hardness,
+    generator,
+    make_case,
+    pick,
+)
+from medmm_ray.sources.phantom.truth import truth
 
 COMMON = 0.38  # the probability of each of the two common options; the two rare ones share the rest
 LETTERS = "ABCD"
@@ -56,6 +68,12 @@ class Option:
     kinds: tuple[str, ...]
     side: str = ""
     zone: str = ""
+
+    def holds(self, case: Case) -> bool:
+        if self.kinds == ("normal",):
+            return not case.findings
+        places = [(f.side, f.zone) for f in case.findings if f.kind in self.kinds]
+        return any(self.side in ("", side) and self.zone in ("", zone) for side, zone in places)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,21 +192,25 @@ class Item:
     worked: tuple[tuple[str, ...], ...]
 
 
-def make_items(seed: int, split: str, number: int, num_worked: int = 1) -> list[Item]:
+def make_items(seed: int, split: str, number: int, num_worked: int = 1, hardness: Hardness = PLAIN) -> list[Item]:
     """`number` questions, each about a case of its own; the same arguments give the same questions.
 
-    An item depends on its place alone, so that asking for more leaves the first ones as they are.
+    An item depends on its place alone, so that asking for more leaves the first ones as they are. Of several findings
+    in a picture one makes an option true, the others none.
     """
-    return [_make_item(seed, split, index, num_worked) for index in range(number)]
+    return [_make_item(seed, split, index, num_worked, hardness) for index in range(number)]
 
 
-def _make_item(seed: int, split: str, index: int, num_worked: int) -> Item:
+def _make_item(seed: int, split: str, index: int, num_worked: int, hardness: Hardness) -> Item:
     rng = generator("question", seed, split, index)
     template = TEMPLATES[int(rng.integers(len(TEMPLATES)))]
-    prevalence = [COMMON if letter in template.common else 0.5 - COMMON for letter in LETTERS]
-    place = int(rng.choice(4, p=prevalence))
+    place = _guess(template, rng)
     gold = template.options[place]
-    case = make_case(rng, gold.kinds, gold.side, gold.zone)
+
+    def admits(case: Case) -> bool:
+        return [option for option in template.options if option.holds(case)] == [gold]
+
+    case = make_case(rng, gold.kinds, gold.side, gold.zone, hardness, admits)
     context = pick(rng, CONTEXTS).format(pick(rng, COMPLAINTS))
     return Item(
         template=template.name,
@@ -200,16 +222,46 @@ def _make_item(seed: int, split: str, index: int, num_worked: int) -> Item:
     )
 
 
+def _guess(template: Template, rng: np.random.Generator) -> int:
+    """The place of an option, by its prevalence."""
+    prevalence = [COMMON if letter in template.common else 0.5 - COMMON for letter in LETTERS]
+    return int(rng.choice(4, p=prevalence))
+
+
+def blind_work(item: Item, rng: np.random.Generator, slip: float = 0.0) -> tuple[list[str], str]:
+    """The steps and the letter of somebody who has not seen the picture: an option by its prevalence, and a worked
+    solution of a made-up case for it. With the chance `slip` one step comes from a case for another option, so that
+    right answers have wrong steps too.
+    """
+    template = next(t for t in TEMPLATES if tuple(option.text for option in t.options) == item.options)
+    places = [_guess(template, rng), _guess(template, rng)]
+    works = []
+    for place in places:
+        option = template.options[place]
+        case = make_case(rng, option.kinds, option.side, option.zone)
+        works.append(_work(template.name, case, option.text, LETTERS[place], rng))
+    steps, other = works
+    if rng.random() < slip:
+        steps[1] = other[1]
+    return steps, LETTERS[places[0]]
+
+
 def _work(template: str, case: Case, option: str, letter: str, rng: np.random.Generator) -> list[str]:
     """Four or five steps: which option is tested, what is seen (and what is not), what it means, the letter."""
     seen = [pick(rng, _observations(case))]
     if rng.random() < 0.45:
-        seen.insert(int(rng.integers(2)), pick(rng, _negatives(case)))
+        seen.insert(int(rng.integers(2)), pick(rng, _asides(case)))
     tested, meant = pick(rng, TESTS).format(letter, option), pick(rng, _conclusions(template, case, option))
     return [tested, *seen, meant, pick(rng, FINAL).format(letter)]
 
 
-def _observations(case: Case) -> tuple[str, ...]:
+def _asides(case: Case) -> tuple[str, ...]:
+    """What else may be said: what is not seen, and what is seen of further findings."""
+    absent = tuple(text for text in _negatives(case) if truth(text, case))
+    return absent + tuple(text for finding in case.more for text in _observations(finding))
+
+
+def _observations(case: Case | Finding) -> tuple[str, ...]:
     side, zone = case.side, f"{case.side} {case.zone} zone"
     match case.kind:
         case "effusion":
@@ -251,7 +303,7 @@ def _negatives(case: Case) -> tuple[str, ...]:
 
 def _conclusions(template: str, case: Case, option: str) -> tuple[str, ...]:
     """What the observation means, in the option's own words, and in full: a side that the option leaves out is said."""
-    name = "normal chest" if case.kind == "normal" else f"{case.side} {NAMES[case.kind]}".strip()
+    name = case.findings[0].name if case.findings else "normal chest"
     match template:
         case "zone":
             return (f"The abnormality is in the {option}.", f"The {option} is abnormal.")

@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
-from medmm_ray.sources.phantom.case import Case, generator
+from medmm_ray.sources.phantom.case import Case, Finding, generator
 
 Field = NDArray[np.floating[Any]]
 
@@ -51,7 +51,7 @@ def render(case: Case, size: int = 64) -> PIL.Image.Image:
 
     picture = _chest(case, anatomy, rng, x, y, soft)
     picture = anatomy.gain * np.clip(picture, 0.0, 1.2) ** anatomy.gamma
-    picture += anatomy.noise * _grain(rng, size)
+    picture += case.noise * anatomy.noise * _grain(rng, size)
     picture = np.maximum(picture, 0.95 * _marker(grid_x, grid_y))
     return PIL.Image.fromarray((np.clip(picture, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8))
 
@@ -90,22 +90,23 @@ def _chest(case: Case, anatomy: Anatomy, rng: np.random.Generator, x: Field, y: 
     vessels = np.exp(-((hilum_distance / 0.38) ** 2)) * np.abs(np.cos(5.0 * fan + anatomy.vessel_phase)) ** 3
     air = 0.19 + 0.05 * (y + 0.5) + 0.02 * texture
     parenchyma = air + 0.16 * vessels + 0.12 * np.exp(-((hilum_distance / 0.15) ** 2))
-    side = -1.0 if case.side == "right" else 1.0
-    match case.kind:
-        case "pneumothorax":
-            parenchyma = _pneumothorax(case, parenchyma, x, y, side, anatomy, soft)
-        case "consolidation":
-            parenchyma = _consolidation(case, parenchyma, rng, x, y, side, len(x))
-        case "nodule":
-            parenchyma = _nodule(case, parenchyma, rng, x, y, side, soft)
+    for finding in case.findings:
+        match finding.kind:
+            case "pneumothorax":
+                parenchyma = _pneumothorax(finding, case.size, parenchyma, x, y, anatomy, soft)
+            case "consolidation":
+                parenchyma = _consolidation(finding, case.size, parenchyma, rng, x, y)
+            case "nodule":
+                parenchyma = _nodule(finding, case.size, parenchyma, rng, x, y, soft)
     picture = picture * (1.0 - lungs) + lungs * parenchyma
 
     picture = _mediastinum(case, picture, anatomy, x, y, soft)
     picture += 0.09 * _ribs(anatomy, ax, y) * body * _below(y, 0.75, 0.1)
     picture += _clavicles(ax, y, soft) * 0.20 * body
-    if case.kind == "effusion":
-        fluid = _fluid(case, x, y, side, anatomy, soft)
-        picture = picture * (1.0 - fluid) + fluid * (0.34 + 0.36 * case.contrast + 0.02 * texture)
+    for finding in case.findings:
+        if finding.kind == "effusion":
+            fluid = _fluid(finding, case.size, x, y, anatomy, soft)
+            picture = picture * (1.0 - fluid) + fluid * (0.34 + 0.36 * finding.contrast + 0.02 * texture)
     return np.asarray(picture, dtype=np.float32)
 
 
@@ -144,8 +145,9 @@ def _mediastinum(case: Case, picture: Field, anatomy: Anatomy, x: Field, y: Fiel
     picture = picture - 0.22 * trachea
 
     width = anatomy.heart_width
-    if case.kind == "cardiomegaly":
-        width += 0.13 + 0.13 * case.extent + 0.04 * (case.contrast - 0.65)
+    for finding in case.findings:
+        if finding.kind == "cardiomegaly":
+            width += case.size * (0.13 + 0.13 * finding.extent + 0.04 * (finding.contrast - 0.65))
     grown = width / 0.30
     heart_x, heart_y = 0.125 + 0.10 * (width - 0.30), 0.30 - 0.08 * (grown - 1.0)
     tilt_x = (x - heart_x) + 0.30 * (y - heart_y) * -1.0
@@ -168,59 +170,68 @@ def _clavicles(ax: Field, y: Field, soft: float) -> Field:
     return np.asarray(_below(line, 0.030, 2 * soft) * _below(np.abs(ax - 0.42), 0.33, 2 * soft), dtype=np.float32)
 
 
-def _fluid(case: Case, x: Field, y: Field, side: float, anatomy: Anatomy, soft: float) -> Field:
+def _side(finding: Finding) -> float:
+    return -1.0 if finding.side == "right" else 1.0
+
+
+def _fluid(finding: Finding, size: float, x: Field, y: Field, anatomy: Anatomy, soft: float) -> Field:
     """Pleural fluid: all below a meniscus, concave upwards, that climbs the side wall; it hides the diaphragm."""
+    side, extent, bottom = _side(finding), finding.extent, anatomy.diaphragm + 0.26
     lateral = np.clip((side * x - 0.12) / 0.58, 0.0, 1.0)
-    level = anatomy.diaphragm + 0.06 - 0.46 * case.extent
-    surface = level - (0.10 + 0.20 * case.extent) * lateral**4 + 0.05 * (1 - lateral) ** 2
-    surface = np.minimum(surface, anatomy.diaphragm + 0.10 - (0.30 + 0.1 * case.extent) * lateral**3)
+    level = anatomy.diaphragm + 0.06 - 0.46 * extent
+    surface = level - (0.10 + 0.20 * extent) * lateral**4 + 0.05 * (1 - lateral) ** 2
+    surface = np.minimum(surface, anatomy.diaphragm + 0.10 - (0.30 + 0.1 * extent) * lateral**3)
+    if size != 1.0:  # drawn down towards the bottom of the angle
+        surface = bottom - size * (bottom - surface)
     inside = _below(_lung_radius(x, y, side, anatomy), 1.0, 3.0 * soft) * (side * x > 0.05)
     depth = _below(y - _dome(x, side, anatomy), 0.10, 0.30)
     return np.asarray(_below(surface - y, 0.0, 2 * soft) * inside * depth, dtype=np.float32)
 
 
 def _pneumothorax(
-    case: Case, parenchyma: Field, x: Field, y: Field, side: float, anatomy: Anatomy, soft: float
+    finding: Finding, size: float, parenchyma: Field, x: Field, y: Field, anatomy: Anatomy, soft: float
 ) -> Field:
     """Air around a lung that has fallen towards its hilum: black, without vessels, up to a thin bright edge."""
-    shrink = 0.86 - 0.30 * case.extent
+    side, contrast = _side(finding), finding.contrast
+    shrink = 1.0 - size * (0.14 + 0.30 * finding.extent)
     to_hilum_x, to_hilum_y = 0.16 * side, 0.22
-    inner_x = to_hilum_x + (x - to_hilum_x) / (shrink + 0.06)
+    inner_x = to_hilum_x + (x - to_hilum_x) / (shrink + 0.06 * size)
     inner_y = to_hilum_y + (y - to_hilum_y) / shrink
     radius = _lung_radius(inner_x, inner_y, side, anatomy)
     outside = 1.0 - _below(radius, 1.0, 2 * soft)
     edge = np.exp(-(((radius - 1.0) / max(0.022, 1.6 * soft)) ** 2))
     own = (side * x > 0).astype(np.float32)
-    air = 0.015 + 0.05 * (1.1 - case.contrast)
-    collapsed = parenchyma + 0.13 * case.contrast
-    picture = outside * air + (1 - outside) * collapsed + 0.34 * case.contrast * edge
+    air = 0.015 + 0.05 * (1.1 - contrast)
+    collapsed = parenchyma + 0.13 * contrast
+    picture = outside * air + (1 - outside) * collapsed + 0.34 * contrast * edge
     return np.asarray(own * picture + (1 - own) * parenchyma, dtype=np.float32)
 
 
 def _consolidation(
-    case: Case, parenchyma: Field, rng: np.random.Generator, x: Field, y: Field, side: float, size: int
+    finding: Finding, size: float, parenchyma: Field, rng: np.random.Generator, x: Field, y: Field
 ) -> Field:
     """A patch of filled airspaces: ragged, ill-defined, with a few dark bronchi."""
-    centre_x = side * (rng.uniform(0.38, 0.46) if case.zone == "upper" else rng.uniform(0.44, 0.52))
-    centre_y = rng.uniform(-0.38, -0.28) if case.zone == "upper" else rng.uniform(0.20, 0.30)
-    reach_x, reach_y = 0.13 + 0.10 * case.extent, 0.12 + 0.11 * case.extent
-    ragged = np.clip(0.22 * _smooth_noise(rng, size, 11), -0.3, 0.3) + 0.18 * _smooth_noise(rng, size, 24)
+    side, upper = _side(finding), finding.zone == "upper"
+    centre_x = side * (rng.uniform(0.38, 0.46) if upper else rng.uniform(0.44, 0.52))
+    centre_y = rng.uniform(-0.38, -0.28) if upper else rng.uniform(0.20, 0.30)
+    reach_x, reach_y = size * (0.13 + 0.10 * finding.extent), size * (0.12 + 0.11 * finding.extent)
+    ragged = np.clip(0.22 * _smooth_noise(rng, len(x), 11), -0.3, 0.3) + 0.18 * _smooth_noise(rng, len(x), 24)
     patch = _below(np.hypot((x - centre_x) / reach_x, (y - centre_y) / reach_y) + ragged, 1.0, 0.80)
     angle = np.arctan2(y - 0.05, x - 0.10 * side)
     bronchi = np.clip(np.cos(26.0 * angle), 0.0, 1.0) ** 6 * 0.06
-    return np.asarray(parenchyma + patch * (0.50 * case.contrast - bronchi), dtype=np.float32)
+    return np.asarray(parenchyma + patch * (0.50 * finding.contrast - bronchi), dtype=np.float32)
 
 
 def _nodule(
-    case: Case, parenchyma: Field, rng: np.random.Generator, x: Field, y: Field, side: float, soft: float
+    finding: Finding, size: float, parenchyma: Field, rng: np.random.Generator, x: Field, y: Field, soft: float
 ) -> Field:
     """A round, sharp-edged opacity."""
-    radius = 0.084 + 0.052 * case.extent
-    upper = case.zone == "upper"
+    side, upper = _side(finding), finding.zone == "upper"
+    radius = size * (0.084 + 0.052 * finding.extent)
     centre_x = side * (rng.uniform(0.38, 0.50) if upper else rng.uniform(0.50, 0.58))
     centre_y = rng.uniform(-0.40, -0.22) if upper else rng.uniform(0.14, 0.30)
     disc = _below(np.hypot(x - centre_x, y - centre_y), radius, soft)
-    return np.asarray(parenchyma + disc * 0.65 * case.contrast, dtype=np.float32)
+    return np.asarray(parenchyma + disc * 0.65 * finding.contrast, dtype=np.float32)
 
 
 def _marker(x: Field, y: Field) -> Field:
@@ -255,16 +266,22 @@ def _grid(size: int) -> tuple[Field, Field]:
     return x, y
 
 
+def _caption(case: Case) -> str:
+    if case.more:
+        return "\n".join(f"{finding.name} {finding.zone}" for finding in case.findings)
+    return f"{case.diagnosis} {case.zone} ({case.difficulty})"
+
+
 def contact_sheet(cases: list[Case], size: int = 256, columns: int = 6) -> PIL.Image.Image:
     """The cases side by side, each with its diagnosis and difficulty underneath, for human eyes."""
     from PIL import ImageDraw
 
-    line = 14
+    line = 14 * max(1, *(len(case.findings) for case in cases))
     rows = -(-len(cases) // columns)
     sheet = PIL.Image.new("L", (columns * size, rows * (size + line)), 255)
     draw = ImageDraw.Draw(sheet)
     for i, case in enumerate(cases):
         left, top = (i % columns) * size, (i // columns) * (size + line)
         sheet.paste(render(case, size), (left, top))
-        draw.text((left + 3, top + size + 1), f"{case.diagnosis} {case.zone} ({case.difficulty})", fill=0)
+        draw.text((left + 3, top + size + 1), _caption(case), fill=0)
     return sheet

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
-from medmm_ray.sources.phantom.case import LUNG_KINDS, Case
+from medmm_ray.sources.phantom.case import LUNG_KINDS, SIDES, Case
 
 LUNG = frozenset(LUNG_KINDS)
 ANY = LUNG | {"cardiomegaly"}
@@ -49,12 +49,14 @@ class Claim:
 
     def holds(self, case: Case) -> bool:
         kinds = self.kinds - HEART if self.side and self.kinds != HEART else self.kinds
-        if kinds == HEART:  # the heart has neither side nor zone
-            return (case.kind in kinds) == self.present
-        located = case.kind in kinds and self.zone in ("", case.zone)
-        if self.side == "both":
-            return False if self.present else not located
-        return (located and self.side in ("", case.side)) == self.present
+        found = [f for f in case.findings if f.kind in kinds]
+        if kinds != HEART:  # the heart has neither side nor zone
+            found = [f for f in found if self.zone in ("", f.zone)]
+            if self.side == "both" and self.present:
+                return {f.side for f in found} == set(SIDES)
+            if self.side in SIDES:
+                found = [f for f in found if f.side == self.side]
+        return bool(found) == self.present
 
 
 def truth(step_text: str, case: Case, question: Asked | None = None) -> bool | None:

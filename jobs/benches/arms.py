@@ -1,0 +1,298 @@
+"""What the image part should look at: every arm of stage two_tower on hard phantoms, over several seeds.
+
+An arm is trained by the real stage on the same cached states and image tower as all others of its seed, and measured on
+test questions that nothing was trained or selected on: AUROC of the steps, and best-of-N (the solution with the highest
+minimum of its steps' log-odds). The baseline of both is the text alone.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from rich.console import Console
+from rich.table import Table as Grid
+
+from jobs.benches import Measured
+from jobs.benches.published import PublishedStage
+from jobs.benches.study import Study, StudyConfig, prepare, start_alone, train, train_tower
+from medmm_ray.metrics import aggregate, auroc, expected_best, expected_oracle
+from medmm_ray.train.cached import illustrated_questions
+from medmm_ray.train.labelled import group_labels
+from medmm_ray.train.loop import HISTORY, StageFactory
+from medmm_ray.train.two_tower import TwoTowerConfig, TwoTowerStage
+
+if TYPE_CHECKING:
+    from medmm_ray.engines.reward_model import Fusion, ImageFeatures
+
+TEXT = "text only"
+PUBLISHED = "published plan"
+# What each arm's settings have besides the common ones: without references, unless said.
+ARMS: dict[str, dict[str, Any]] = {
+    PUBLISHED: {},
+    "pooled": {"tokens": "pooled", "summary": False},
+    "patches": {"tokens": "patches", "summary": False},
+    "both": {"tokens": "both", "summary": False},
+    "pooled + summary": {"tokens": "pooled"},
+    "patches + summary": {"tokens": "patches"},
+    "both + summary": {"tokens": "both"},
+    "pooled + summary + references": {"tokens": "pooled", "num_references": 3},
+    "both + summary + references": {"tokens": "both", "num_references": 3},
+    "pooled + summary + 25 % swapped": {"tokens": "pooled", "swapped_share": 0.25},
+}
+
+
+class BenchConfig(StudyConfig):
+    """The study, and how its arms are trained."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Studies: each draws its own pictures, questions, solutions and first weights."""
+    arms: tuple[str, ...] = tuple(ARMS)
+    """Arms that are trained."""
+    epochs: int = 8
+    """Epochs of an arm."""
+    learning_rate: float = 1e-3
+    """Highest learning rate of an arm."""
+    batch_size: int = 64
+    """Solutions of an update."""
+    folder: str | None = None
+    """Where image tower and figures of each seed are kept, so that an interrupted run goes on; null: nowhere."""
+    figure: str | None = None
+    """Where a chart of the arms is drawn (.png or .svg); null: nowhere."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What an arm is worth: step AUROC, and the share of test questions that its best solution answers rightly."""
+
+    step_auroc: float
+    best_of_n: float
+
+
+def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
+    unknown = set(config.arms) - set(ARMS)
+    if unknown:
+        raise ValueError(f"there is no arm {sorted(unknown)[0]!r}; expected some of {', '.join(ARMS)}")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(config.folder or scratch)
+        found = [_figures(config, seed, folder) for seed in config.seeds]
+    arms = {arm: [Figures(**one["arms"][arm]) for one in found] for arm in (TEXT, *config.arms)}
+    one_sample, oracle = (mean(one[key] for one in found) for key in ("one_sample", "oracle"))
+    console.print(_grid(arms, config.samples))
+    console.print(f"one sample is right in {one_sample:.1%}, one of {config.samples} in {oracle:.1%}")
+    if config.figure:
+        draw(arms, one_sample, oracle, config.samples, config.figure)
+    for arm in config.arms:
+        for key, unit in (("step_auroc", "AUROC"), ("best_of_n", "share")):
+            ours, baseline = _values(arms[arm], key), _values(arms[TEXT], key)
+            yield Measured(
+                f"arms, {arm}: {_NAMES[key].format(config.samples)} (± {_spread(ours):.3f} over {len(ours)} seeds)",
+                mean(baseline), mean(ours), mean(ours) / mean(baseline), "", unit,
+            )  # fmt: skip
+
+
+_NAMES = {"step_auroc": "step AUROC", "best_of_n": "best-of-{}"}
+
+
+def _values(figures: Sequence[Figures], key: str) -> list[float]:
+    return [one.step_auroc if key == "step_auroc" else one.best_of_n for one in figures]
+
+
+def _spread(values: Sequence[float]) -> float:
+    """The standard deviation over seeds; 0 of one."""
+    return stdev(values) if len(values) > 1 else 0.0
+
+
+def _figures(config: BenchConfig, seed: int, folder: Path) -> dict[str, Any]:
+    """One seed's figures: of each arm, of one sample, and of the oracle; those that are there, or measured now."""
+    path = folder / f"seed-{seed}.json"
+    if path.is_file():
+        known: dict[str, Any] = json.loads(path.read_text())
+        if set(config.arms) <= set(known["arms"]):
+            return known
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=start_alone) as process:
+        found = process.submit(_measured, config, seed, folder / "image_tower").result()
+    path.write_text(json.dumps(found, indent=2) + "\n")
+    return found
+
+
+def _measured(config: BenchConfig, seed: int, tower: Path) -> dict[str, Any]:
+    """In a process of its own, which is a training group of one."""
+    torch.set_num_threads(config.threads)
+    say = partial(print, flush=True)
+    if not (tower / HISTORY).is_file():
+        say(f"training the image tower on {config.tower_images:,} pictures x {config.tower_epochs}")
+        train_tower(config, tower)
+    with tempfile.TemporaryDirectory() as folder:
+        return compare(config, seed, prepare(config, seed, Path(folder), tower, say), say)
+
+
+def compare(config: BenchConfig, seed: int, study: Study, say: Callable[[str], None]) -> dict[str, Any]:
+    """Train and measure the arms of one study."""
+    test = Test.of(study, config.references)
+    arms = {TEXT: test.figures(None)}
+    for number, arm in enumerate(config.arms):
+        settings = TwoTowerConfig(
+            **{
+                "seed": seed, "label_policy": "judge", "after_first_error": "keep", "epochs": config.epochs,
+                "batch_size": config.batch_size, "learning_rate": config.learning_rate, "threads": config.threads,
+                "num_references": 0, **ARMS[arm],
+            }
+        )  # fmt: skip
+        rows = illustrated_questions(
+            settings, study.states.to_arrow(["question_id", "solution_id", "num_steps", "error"]),
+            group_labels([study.labels]), study.questions, study.images, study.evidence, study.solutions,
+        )  # fmt: skip
+        inputs = {"states": study.states.uri, "text_prm": study.text_prm, "image_tower": study.image_tower}
+        inputs["questions"] = str(study.folder / f"arm-{number}.parquet")
+        pq.write_table(rows, inputs["questions"])
+        factory: StageFactory = PublishedStage if arm == PUBLISHED else TwoTowerStage
+        stage = train(factory, settings, inputs, study.folder / f"arm-{number}")
+        assert isinstance(stage, TwoTowerStage)
+        arms[arm] = test.figures(stage.fusion.eval(), settings.num_references)
+        say(f"seed {seed}, {arm}: step AUROC {arms[arm].step_auroc:.3f}, best-of-n {arms[arm].best_of_n:.1%}")
+    return {
+        "one_sample": test.one_sample, "oracle": test.oracle,
+        "arms": {arm: {"step_auroc": f.step_auroc, "best_of_n": f.best_of_n} for arm, f in arms.items()},
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A solution of a test question: the text tower's part, the truth of its steps, whether its answer is right."""
+
+    states_TD: torch.Tensor
+    summaries_TD: torch.Tensor
+    text_T: torch.Tensor
+    labels: list[int | None]
+    correct: bool
+
+
+@dataclass(frozen=True)
+class Test:
+    """The test questions: their samples, and how `k` references and their own pictures look to the image tower."""
+
+    questions: list[list[Sample]]
+    features: Callable[[int], "list[ImageFeatures]"]
+    head_D: torch.Tensor
+    one_sample: float
+    oracle: float
+
+    @classmethod
+    def of(cls, study: Study, most_references: int) -> "Test":
+        from medmm_ray.engines.reward_model import RewardModel
+
+        labels = {row["solution_id"]: [s["label"] for s in row["steps"]] for row in study.labels.to_pylist()}
+        questions = []
+        for row in study.solutions.to_pylist():
+            if row["question_id"] in study.test:
+                questions.append(
+                    [
+                        Sample(
+                            state.states_TD, state.summaries_TD, state.log_odds_T, labels[solution["solution_id"]],
+                            solution["correct"],
+                        )
+                        for solution, state in zip(row["solutions"], study.test[row["question_id"]], strict=True)
+                    ]
+                )  # fmt: skip
+        model = RewardModel.from_pretrained(study.text_prm)
+        with torch.no_grad():
+            head_D = model.head_log_odds(torch.eye(model.hidden_size))
+        correct = [np.array([sample.correct for sample in own]) for own in questions]
+        return cls(
+            questions, _features(study, most_references), head_D,
+            mean(float(c.mean()) for c in correct), mean(expected_oracle(c, len(c)) for c in correct),
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def figures(self, fusion: "Fusion | None", num_references: int = 0) -> Figures:
+        """What a trained image part, or the text alone, makes of the test questions."""
+        scores: list[float] = []
+        right: list[bool] = []
+        best: list[float] = []
+        for own, seen in zip(self.questions, self.features(num_references), strict=True):
+            log_odds_T = torch.cat([sample.text_T for sample in own])
+            if fusion is not None:
+                states_TD = torch.cat([sample.states_TD for sample in own])
+                delta_TD = fusion(states_TD, torch.cat([sample.summaries_TD for sample in own]), seen)
+                log_odds_T = log_odds_T + delta_TD @ self.head_D
+            parts = [part.tolist() for part in torch.split(log_odds_T, [len(sample.labels) for sample in own])]
+            rewards = np.array([aggregate(part) for part in parts])
+            best.append(expected_best(rewards, np.array([sample.correct for sample in own]), len(own)))
+            for sample, part in zip(own, parts, strict=True):
+                judged = [(x, label) for x, label in zip(part, sample.labels, strict=True) if label is not None]
+                scores += [x for x, _ in judged]
+                right += [label == 1 for _, label in judged]
+        value = auroc(np.array(right), np.array(scores))
+        assert value is not None, "the test questions have no right step, or no wrong one"
+        return Figures(value, mean(best))
+
+
+def _features(study: Study, most_references: int) -> "Callable[[int], list[ImageFeatures]]":
+    """The image tower's tokens of each test question's picture and its first references."""
+    from medmm_ray.engines.image_tower import ImageTower
+    from medmm_ray.engines.images import open_image
+    from medmm_ray.engines.reward_model import ImageFeatures
+
+    tower = ImageTower.from_pretrained(study.image_tower)
+    uris = {row["image_id"]: row["uri"] for row in study.images.to_pylist()}
+    own = {row["question_id"]: uris[row["image_ids"][0]] for row in study.questions.to_pylist()}
+    more = {row["question_id"]: [image["uri"] for image in row["images"]] for row in study.evidence.to_pylist()}
+    groups = [[own[name], *more[name][:most_references]] for name in study.test]
+    with torch.no_grad():
+        tokens = [tower(torch.stack([tower.preprocess(open_image(uri)) for uri in group])) for group in groups]
+
+    def features(num_references: int) -> list[ImageFeatures]:
+        number = min(num_references, most_references)
+        return [ImageFeatures.gather(t.pooled_BD, t.patches_BPD, [[0]], [list(range(1, 1 + number))]) for t in tokens]
+
+    return features
+
+
+def _grid(arms: Mapping[str, Sequence[Figures]], samples: int) -> Grid:
+    """Means and standard deviations over seeds, for a screen."""
+    grid = Grid("arm", box=None, pad_edge=False, header_style="bold")
+    for column in ("step AUROC", f"best-of-{samples}"):
+        grid.add_column(column, justify="right")
+    for arm, figures in arms.items():
+        step, best = _values(figures, "step_auroc"), _values(figures, "best_of_n")
+        grid.add_row(
+            arm, f"{mean(step):.3f} ± {_spread(step):.3f}", f"{100 * mean(best):.1f} ± {100 * _spread(best):.1f} %"
+        )
+    return grid
+
+
+def draw(arms: Mapping[str, Sequence[Figures]], one_sample: float, oracle: float, samples: int, path: str) -> None:
+    """A chart: each arm's mean, its standard deviation over seeds as a bar, each seed as a dot."""
+    from matplotlib.figure import Figure
+
+    from medmm_ray.charts import BLUE, GREY, GRID, INK, ORANGE
+
+    figure = Figure(figsize=(10, 0.42 * len(arms) + 1.4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    places = list(range(len(arms), 0, -1))
+    for panel, key, colour in ((panels[0], "step_auroc", BLUE), (panels[1], "best_of_n", ORANGE)):
+        for place, figures in zip(places, arms.values(), strict=True):
+            values = _values(figures, key)
+            panel.errorbar(mean(values), place, xerr=_spread(values), fmt="o", color=colour, capsize=4, markersize=6)
+            panel.plot(values, [place] * len(values), "|", color=INK, markersize=9, alpha=0.6)
+        panel.grid(axis="x", color=GRID)
+        panel.set_axisbelow(True)
+        for spine in ("top", "right", "left"):
+            panel.spines[spine].set_visible(False)
+        panel.tick_params(left=False)
+        panel.set_title(_NAMES[key].format(samples), color=INK)
+    for value, words in ((one_sample, "one sample"), (oracle, "oracle")):
+        panels[1].axvline(value, color=GREY, linestyle=":")
+        panels[1].annotate(words, (value, 0.35), color=GREY, ha="center", fontsize=9)
+    panels[0].set_yticks(places, list(arms))
+    figure.savefig(path, dpi=150)

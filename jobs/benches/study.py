@@ -1,0 +1,300 @@
+"""A phantom study in one process, without Ray and without sampling: what `arms` trains its arms on.
+
+Enters: its size, how hard the pictures are, a seed. Leaves: tables, a text tower and an image tower that the real
+stages have trained, and the text tower's states of every solution. Solutions are worked ones of made-up cases (a policy
+that sees no picture, `phantom.blind_work`); labels are the truth.
+
+Legend: B images, W image width, P patches.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch._C._distributed_c10d import HashStore
+
+from medmm_ray import records
+from medmm_ray.config import Config
+from medmm_ray.ingest import IngestConfig, demonstration_rows, image_table, inspect_batch, question_rows, read_source
+from medmm_ray.review import Gold, truth_labels
+from medmm_ray.sources.phantom import HARD, Case, Hardness, blind_work, captions, generator, make_items
+from medmm_ray.tables import Origin, Table, write_rows
+from medmm_ray.text import extract_answer, join_steps, question_with_options
+from medmm_ray.train.image_text import ClipShape, ImageTextConfig, ImageTextStage
+from medmm_ray.train.labelled import group_labels, labelled_questions
+from medmm_ray.train.loop import Stage, StageFactory, TrainConfig, Worker, run
+from medmm_ray.train.policy import LlamaShape, PolicyConfig, PolicyStage, vocabulary_texts, worked_questions
+from medmm_ray.train.text_prm import TextPrmConfig, TextPrmStage
+
+if TYPE_CHECKING:
+    from medmm_ray.engines.reward_model import SolutionStates
+
+POLICY = "blind"
+TOWER_SEED = 1 << 20  # no seed of a study
+
+
+class StudyConfig(Config):
+    """The study's size."""
+
+    hardness: Hardness = HARD
+    """How hard the pictures are to read."""
+    questions: int = 600
+    """Training questions."""
+    test_questions: int = 250
+    """Test questions."""
+    solutions: int = 8
+    """Solutions of a training question."""
+    samples: int = 16
+    """Solutions of a test question: the N of best-of-N."""
+    slip: float = 0.25
+    """Chance that one step of a solution comes from another one, so that right answers have wrong steps too."""
+    library: int = 1000
+    """Training images besides those of the questions, as references."""
+    references: int = 3
+    """Reference images of a question."""
+    tower: ClipShape = ClipShape(context_length=48)
+    """The image tower, one for all seeds."""
+    tower_images: int = 6000
+    """Captioned images that it is trained on; no question asks about them."""
+    tower_epochs: int = 8
+    """Epochs of its contrastive training."""
+    text: LlamaShape = LlamaShape(hidden_size=192, num_layers=2, intermediate_size=384)
+    """The text tower."""
+    text_epochs: int = 2
+    """Epochs of its training on worked solutions, before it learns to judge steps in one."""
+    threads: int = 2
+    """Torch threads."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the arms are trained and measured on; `test` holds, a question, what the text tower says of its samples."""
+
+    folder: Path
+    questions: pa.Table
+    images: pa.Table
+    solutions: pa.Table
+    labels: pa.Table
+    evidence: pa.Table
+    states: Table
+    test: "dict[str, list[SolutionStates]]"
+    text_prm: str
+    image_tower: str
+
+
+def start_alone() -> None:
+    """Make this process a training group of one. Once a process: DeepSpeed holds on to the first group that it sees."""
+    os.environ.update(LOCAL_RANK="0", DS_ACCELERATOR="cpu")
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+
+
+def train(make_stage: StageFactory, config: TrainConfig, inputs: dict[str, str], folder: Path) -> Stage:
+    """The stage, trained by the one loop in this process; its model lies in `folder`."""
+    made: list[Stage] = []
+
+    def noted(config: TrainConfig, inputs: dict[str, str], device: str) -> Stage:
+        made.append(make_stage(config, inputs, device))
+        return made[0]
+
+    work = folder / ".checkpoints"
+    worker = Worker(0, 1, folder.name, str(work), str(folder), lambda: None, lambda *_: None, list)
+    run(noted, config.model_copy(update={"trackers": ()}), inputs, worker)
+    shutil.rmtree(work, ignore_errors=True)
+    return made[0]
+
+
+def train_tower(config: StudyConfig, folder: Path) -> None:
+    """The image tower of all seeds, by the real stage, on pictures of its own."""
+    ingest = IngestConfig(
+        num_train=0, num_test=0, num_extra_images=config.tower_images, hardness=config.hardness,
+        image_size=config.tower.image_size, seed=TOWER_SEED,
+    )  # fmt: skip
+    data = read_source(ingest)
+    images = inspect_batch(image_table(data, str(folder.with_name("tower-images"))), data.draw, ingest.image_size)
+    rows = [
+        {"image_uri": row["uri"], "captions": list(captions(Case.from_annotation(row["annotation"])))}
+        for row in images.to_pylist()
+    ]
+    inputs = _written(folder, captions=pa.Table.from_pylist(rows), texts=_texts([]))
+    settings = ImageTextConfig(
+        epochs=config.tower_epochs, batch_size=32, contrast_size=32, learning_rate=7e-4, shape=config.tower,
+        threads=config.threads,
+    )  # fmt: skip
+    train(ImageTextStage, settings, inputs, folder)
+
+
+def prepare(config: StudyConfig, seed: int, folder: Path, tower: Path, say: Callable[[str], None]) -> Study:
+    """Make the study of a seed in `folder`, around an image tower."""
+    started = time.perf_counter()
+
+    def told(what: str) -> None:
+        say(f"seed {seed}: {what} after {time.perf_counter() - started:.0f} s")
+
+    ingest = IngestConfig(
+        num_train=config.questions, num_test=config.test_questions, num_extra_images=config.library, num_worked=2,
+        hardness=config.hardness, image_size=config.tower.image_size, seed=seed,
+    )  # fmt: skip
+    data = read_source(ingest)
+    images = inspect_batch(image_table(data, str(folder / "images")), data.draw, config.tower.image_size)
+    asked = question_rows(data, images, ingest, str(folder / "images"))
+    demonstrations = records.to_arrow(records.Solutions, demonstration_rows(data, asked, ingest))
+    solutions, labels = _solutions(config, seed, asked, images)
+    questions = records.to_arrow(records.Question, asked)
+    told(f"{images.num_rows:,} pictures drawn")
+
+    evidence = _references(config, asked, images, tower)
+    text_prm = folder / "text_prm"
+    figures = _train_text(config, seed, questions, demonstrations, solutions, labels, text_prm)
+    told(f"text tower trained (step AUROC {figures.get('validation_auroc', 0.5):.3f})")
+    states, test = _read(asked, solutions, text_prm, folder)
+    told("states read")
+    return Study(
+        folder, questions, images, solutions, labels, evidence, states, test, str(text_prm), str(tower)
+    )  # fmt: skip
+
+
+def _solutions(
+    config: StudyConfig, seed: int, asked: Sequence[records.Question], images: pa.Table
+) -> tuple[pa.Table, pa.Table]:
+    """The solutions of all questions and the truth of their steps."""
+    cases = {row["image_id"]: Case.from_annotation(row["annotation"]) for row in images.to_pylist()}
+    items = [
+        item
+        for split, number in (("train", config.questions), ("test", config.test_questions))
+        for item in make_items(seed, split, number, 0, config.hardness)
+    ]
+    rows: list[records.Solutions] = []
+    labels: list[records.Labels] = []
+    for question, item in zip(asked, items, strict=True):
+        own = []
+        for index in range(config.solutions if question.split == "train" else config.samples):
+            steps, letter = blind_work(item, generator("blind", seed, question.question_id, index), config.slip)
+            text = join_steps(steps)
+            assert extract_answer(text, item.options) == letter
+            own.append(
+                records.Solution(
+                    solution_id=f"{question.question_id}-{index}", index=index, text=text, steps=steps, answer=letter,
+                    correct=letter == question.answer, finish_reason="stop", seed=index, text_sha="",
+                )
+            )  # fmt: skip
+            labels.append(
+                truth_labels(
+                    question.question_id, {"solution_id": own[-1].solution_id, "steps": steps},
+                    cases[question.image_ids[0]], Gold(question.options, question.answer), "judge", "truth",
+                    range(len(steps)),
+                )
+            )  # fmt: skip
+        rows.append(
+            records.Solutions(
+                question_id=question.question_id, policy=POLICY, config_hash="", num_requested=len(own),
+                num_rejected=0, solutions=own,
+            )
+        )  # fmt: skip
+    return records.to_arrow(records.Solutions, rows), records.to_arrow(records.Labels, labels)
+
+
+def _train_text(
+    config: StudyConfig, seed: int, questions: pa.Table, demonstrations: pa.Table, solutions: pa.Table,
+    labels: pa.Table, folder: Path,
+) -> dict[str, float]:  # fmt: skip
+    """A small policy on worked solutions, then the reward model's text tower from it; gives its last figures."""
+    worked = worked_questions(questions, demonstrations)
+    base = folder.with_name("policy")
+    inputs = _written(base, worked=worked, texts=_texts(vocabulary_texts(worked, [])))
+    policy = PolicyConfig(
+        seed=seed, epochs=config.text_epochs, batch_size=16, learning_rate=2e-3, shape=config.text,
+        threads=config.threads,
+    )  # fmt: skip
+    train(PolicyStage, policy, inputs, base)
+    nothing = records.to_arrow(records.Evidence, [])
+    rows = labelled_questions(questions, nothing, solutions, group_labels([labels]), "judge", "keep")
+    settings = TextPrmConfig(
+        seed=seed, label_policy="judge", after_first_error="keep", learning_rate=5e-4, epochs=1, max_length=1024,
+        reserve=512, threads=config.threads,
+    )  # fmt: skip
+    stage = train(TextPrmStage, settings, {**_written(folder, questions=rows), "base": str(base)}, folder)
+    with torch.no_grad():
+        return stage.validate()
+
+
+def _references(config: StudyConfig, asked: Sequence[records.Question], images: pa.Table, tower: Path) -> pa.Table:
+    """The training images nearest to each question's own in the tower's embedding, never the own one."""
+    from medmm_ray.engines.image_tower import ImageTower
+    from medmm_ray.engines.images import open_image
+
+    model = ImageTower.from_pretrained(tower)
+    rows = images.to_pylist()
+    place = {row["image_id"]: i for i, row in enumerate(rows)}
+    vectors_BE = torch.cat(
+        [
+            model.embed(torch.stack([model.preprocess(open_image(row["uri"])) for row in rows[start : start + 64]]))
+            for start in range(0, len(rows), 64)
+        ]
+    ).detach()  # fmt: skip
+    eligible_B = torch.tensor([row["split"] == "train" for row in rows])
+    made = []
+    for question in asked:
+        own = place[question.image_ids[0]]
+        similarity_B = (vectors_BE @ vectors_BE[own]).masked_fill(~eligible_B, -2.0)
+        similarity_B[own] = -2.0
+        found = similarity_B.topk(config.references)
+        near = [
+            records.RetrievedImage(
+                image_id=rows[i]["image_id"], uri=rows[i]["uri"], diagnosis=rows[i]["diagnosis"], similarity=value
+            )
+            for value, i in zip(found.values.tolist(), found.indices.tolist(), strict=True)
+        ]
+        made.append(records.Evidence(question_id=question.question_id, config_hash="", documents=[], images=near))
+    return records.to_arrow(records.Evidence, made)
+
+
+def _read(
+    asked: Sequence[records.Question], solutions: pa.Table, text_prm: Path, folder: Path
+) -> "tuple[Table, dict[str, list[SolutionStates]]]":
+    """The table states of the training questions, and the states of the test questions."""
+    from medmm_ray.engines.reward_model import RewardModel, ScoreRequest
+    from medmm_ray.engines.reward_model.states import to_bytes
+
+    model = RewardModel.from_pretrained(text_prm)
+    own = {row["question_id"]: row["solutions"] for row in solutions.to_pylist()}
+    requests = [
+        ScoreRequest(question_with_options(q.question, q.options), [s["steps"] for s in own[q.question_id]])
+        for q in asked
+    ]
+    rows, test = [], {}
+    for question, found in zip(asked, model.text_states_of(requests), strict=True):
+        if question.split == "test":
+            test[question.question_id] = found
+            continue
+        for solution, state in zip(own[question.question_id], found, strict=True):
+            rows.append(
+                records.States(
+                    question_id=question.question_id, solution_id=solution["solution_id"], model="text_prm",
+                    evidence_hash="", num_steps=len(state.log_odds_T), hidden_size=model.hidden_size, dtype="float32",
+                    states=to_bytes(state.states_TD), summaries=to_bytes(state.summaries_TD),
+                    text_log_odds=state.log_odds_T.tolist(),
+                )
+            )  # fmt: skip
+    table = Table(str(folder / "states"), records.States)
+    write_rows(table, rows, Origin(name="states", fingerprint="study", config={}, upstream={}), "solution_id")
+    return table, test
+
+
+def _texts(texts: Sequence[Any]) -> pa.Table:
+    return pa.table({"text": pa.array(sorted(texts), pa.string())})
+
+
+def _written(folder: Path, **tables: pa.Table) -> dict[str, str]:
+    """Tables as files beside `folder`, where a stage reads them."""
+    inputs = folder.with_name(f"{folder.name}-inputs")
+    inputs.mkdir(parents=True)
+    for name, table in tables.items():
+        pq.write_table(table, inputs / f"{name}.parquet")
+    return {name: str(inputs / f"{name}.parquet") for name in tables}

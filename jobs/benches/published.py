@@ -6,6 +6,7 @@ copy is enough here. The LayerNorm changes the scores without an image too.
 Legend: T tags, D text width, Q questions.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -47,5 +48,5 @@ class PublishedStage(TwoTowerStage):
         self.fusion = PublishedFusion(self.model.hidden_size, self.tower.width)  # type: ignore[assignment]
         self.module = nn.ModuleDict({"image_tower": self.tower, "fusion": self.fusion})
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, figures: Mapping[str, float]) -> None:  # noqa: ARG002
         folder.mkdir(parents=True)

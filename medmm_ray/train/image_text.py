@@ -5,7 +5,7 @@ Enters: training images with captions. Leaves: a folder in open_clip's own forma
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,7 +134,7 @@ class ImageTextStage(Stage):
     def _augmented(self, pixels_3HW: "torch.Tensor", rng: random.Random) -> "torch.Tensor":
         return augment(pixels_3HW, rng, self.config.max_shift, self.config.max_brightness)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, figures: Mapping[str, float]) -> None:  # noqa: ARG002
         from medmm_ray.engines.image_tower import save_open_clip
 
         save_open_clip(folder, self.model_config, self.module.state_dict(), self.tokenizer, MEAN, STD)

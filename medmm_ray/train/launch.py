@@ -16,16 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medmm_ray.tables import filesystem, write_file
-from medmm_ray.train.loop import HISTORY, WORK, StageFactory, TrainConfig, TrainingError, Worker, run
+from medmm_ray.train.loop import HISTORY, WORK, StageFactory, TrainConfig, TrainingError, Worker, kept_figures, run
 from medmm_ray.train.trackers import check_installed
 
 
 def figures(history: dict[str, Any]) -> dict[str, float]:
     """What a stage's manifest says of its training: the last epoch's loss, the kept epoch's figures, the speed."""
-    epochs: list[dict[str, float]] = history["epochs"]
-    kept = epochs[-1 if history["best_epoch"] is None else history["best_epoch"]]
     return {
-        **{key: value for key, value in kept.items() if key not in ("epoch", "selection")},
+        **kept_figures(history["epochs"], history["best_epoch"]),
         "updates": float(len(history["updates"])),
         "samples": float(history["samples"]),
         "tokens": float(history["tokens"]),

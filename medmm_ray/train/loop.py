@@ -15,7 +15,7 @@ import random
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -129,8 +129,8 @@ class Stage(ABC):
         return 0.0
 
     @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Write the model, whole, in the form that other steps read."""
+    def save(self, folder: Path, figures: Mapping[str, float]) -> None:
+        """Write the model, whole, in the form that other steps read; `figures` are those of the epoch that is kept."""
 
 
 StageFactory = Callable[[Any, dict[str, str], str], Stage]
@@ -404,7 +404,7 @@ class Training:
                 checkpoints.copy(self._best_weights(best), f"{made}/best")
                 for name, weights in load_file(f"{made}/best").items():
                     self.engine.trained[name].data.copy_(weights)
-            self.stage.save(Path(made) / "model")
+            self.stage.save(Path(made) / "model", kept_figures(self.progress.epochs, best))
             checkpoints.copy(f"{made}/model", self.worker.folder)
         fs, path = filesystem(f"{self.worker.folder}/{HISTORY}")
         stopped = self.progress.epoch < self.config.epochs
@@ -420,6 +420,12 @@ class Training:
 
     def _best_weights(self, epoch: int) -> str:
         return f"{self.worker.work}/best-{epoch}.safetensors"
+
+
+def kept_figures(epochs: Sequence[Mapping[str, float]], best: int | None) -> dict[str, float]:
+    """What was measured in the epoch that is kept: the best one, else the last."""
+    kept = epochs[-1 if best is None else best]
+    return {key: value for key, value in kept.items() if key not in ("epoch", "selection")}
 
 
 def how_far(folder: str) -> str:

@@ -10,7 +10,7 @@ four a question that is 2.2 times fewer tokens on phantoms.
 Legend: L tokens of a packed row, N supervised tokens, D width, V vocabulary.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -210,7 +210,7 @@ class PolicyStage(Stage):
     def validate(self) -> dict[str, float]:
         return {"too_long": float(self.num_too_long)}
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, figures: Mapping[str, float]) -> None:  # noqa: ARG002
         if self.adapter:
             self.adapter.leave(folder)
         self.model.save_pretrained(folder)

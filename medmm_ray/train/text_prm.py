@@ -6,7 +6,7 @@ Enters: labelled solutions, packed by question. Leaves: a `RewardModel` folder, 
 Legend: T tags.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,10 +154,10 @@ class TextPrmStage(Stage):
         groups = [group for unit in units for group in self.packed[unit].groups]
         return self.count_flops(Block(len(g.prefix_ids), tuple(len(b.ids) for b in g.branches)) for g in groups)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, figures: Mapping[str, float]) -> None:
         if self.adapter:
             self.adapter.leave(folder)
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(folder, figures)
 
 
 def step_targets(

@@ -312,8 +312,8 @@ class TwoTowerStage(Stage):
             found["selection"] = found["validation_best_of_n"]
         return found
 
-    def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
+    def save(self, folder: Path, figures: Mapping[str, float]) -> None:
+        self.model.save_pretrained(folder, figures)
 
 
 def _class_weights(config: TwoTowerConfig, share: float) -> tuple[float, float]:

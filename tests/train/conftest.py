@@ -117,7 +117,7 @@ def policy_inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def policy(policy_inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained policy's checkpoint."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    PolicyStage(PolicyConfig(shape=SHAPE), policy_inputs, "cpu").save(folder)
+    PolicyStage(PolicyConfig(shape=SHAPE), policy_inputs, "cpu").save(folder, {})
     return folder
 
 
@@ -135,7 +135,7 @@ def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained image tower's folder."""
     folder = tmp_path_factory.mktemp("tower")
     stage = image_text_stage(folder)
-    stage.save(folder / "tower")
+    stage.save(folder / "tower", {})
     return folder / "tower"
 
 

@@ -3,7 +3,7 @@
 The two processes start once and write what they find into files, which the tests then read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,7 @@ class Opinions(Stage):
         self.seen += 1
         return {"selection": float(self.rank * self.seen)}
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, figures: Mapping[str, float]) -> None:
         folder.mkdir()
 
 

@@ -1,6 +1,6 @@
 """The loop under DeepSpeed, in this process: the stages train, a kill changes nothing, a bad loss names its batch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,7 @@ class Divergent(Stage):
         value = float("nan") if self.names[units[0]] == "bad" else 1.0
         return self.module(torch.tensor([[value]])).sum()
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, figures: Mapping[str, float]) -> None:
         raise AssertionError("nothing is to be saved")
 
 
@@ -193,7 +193,7 @@ class Graded(Divergent):
     def validate(self) -> dict[str, float]:
         return {"selection": [0.1, 0.2, 0.6, 0.5, 0.4, 0.3, 0.9][self.epoch]}
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, figures: Mapping[str, float]) -> None:
         folder.mkdir()
 
 

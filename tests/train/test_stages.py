@@ -479,7 +479,8 @@ def test_what_two_tower_saves_scores_as_it_trained(two_tower_inputs: dict[str, s
     stage = two_tower(two_tower_inputs, num_references=0)
     torch.nn.init.normal_(stage.fusion.output.weight)
     stage.rows[0]["reference_uris"] = []
-    stage.save(tmp_path)
+    stage.save(tmp_path, {"validation_auroc": 0.75})
+    assert "| validation_auroc | 0.75 |" in (tmp_path / "README.md").read_text()
     row = labelled(each=4).to_pylist()[0]
     scores = RewardModel.from_pretrained(tmp_path).score(
         row["question"], [s["steps"] for s in row["solutions"]], row["documents"],

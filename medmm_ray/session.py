@@ -61,6 +61,7 @@ def session(quiet: bool = True) -> Iterator[None]:
     joins = bool(os.environ.get("RAY_ADDRESS"))
     with _unheard() if quiet else nullcontext():
         ray.init(
+            address=None if joins else "local",  # else it joins whatever cluster started here last, or is in its way
             num_cpus=None if joins else max(LOCAL_LOGICAL_CPUS, os.cpu_count() or 1),
             object_store_memory=None if joins else LOCAL_OBJECT_STORE_BYTES,
             include_dashboard=None if joins else False,

@@ -139,3 +139,22 @@ def test_arms_go_on_after_the_seeds_that_are_there(tmp_path: Path, capsys: pytes
 def test_an_unknown_arm_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["arms", "arms=[poled]"]) == 1
     assert "there is no arm 'poled'; expected some of published plan, pooled" in capsys.readouterr().err
+
+
+def test_the_published_fusion_adds_one_vector_a_question_whatever_the_step() -> None:
+    import torch
+
+    from jobs.benches.published import PublishedFusion
+    from medmm_ray.engines.reward_model import ImageFeatures
+
+    torch.manual_seed(0)
+    fusion = PublishedFusion(8, 4)
+    states_TD, pooled_BW = torch.randn(5, 8), torch.randn(2, 4)
+    features = ImageFeatures.gather(pooled_BW, None, [[0], [1]], [[], []])
+    question_T = torch.tensor([0, 0, 0, 1, 1])
+    fused_TD = states_TD + fusion(states_TD, states_TD, features, question_T)
+    assert torch.allclose(fused_TD.mean(dim=1), torch.zeros(5), atol=1e-6)  # the LayerNorm comes last
+    fusion.norm = torch.nn.Identity()  # type: ignore[assignment]
+    added_TD = fusion(states_TD, states_TD, features, question_T)
+    expected_BD = fusion.attention.out_proj(fusion.projector(pooled_BW) @ fusion.attention.in_proj_weight[16:].T)
+    assert torch.allclose(added_TD, expected_BD[question_T], atol=1e-6)

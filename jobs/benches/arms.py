@@ -291,8 +291,9 @@ def draw(arms: Mapping[str, Sequence[Figures]], one_sample: float, oracle: float
             panel.spines[spine].set_visible(False)
         panel.tick_params(left=False)
         panel.set_title(_NAMES[key].format(samples), color=INK)
-    for value, words in ((one_sample, "one sample"), (oracle, "oracle")):
+    for value, words, side in ((one_sample, " one sample", "left"), (oracle, "oracle ", "right")):
         panels[1].axvline(value, color=GREY, linestyle=":")
-        panels[1].annotate(words, (value, 0.35), color=GREY, ha="center", fontsize=9)
+        panels[1].text(value, places[0] + 0.5, words, color=GREY, ha=side, va="center", fontsize=9)
     panels[0].set_yticks(places, list(arms))
+    panels[0].set_ylim(0.5, len(arms) + 0.8)
     figure.savefig(path, dpi=150)

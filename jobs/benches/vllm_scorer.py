@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from medmm_ray.engines.generator import GeneratorConfig, engine_arguments, environment
-
 if TYPE_CHECKING:
     from medmm_ray.engines.reward_model import RewardModel
 
@@ -26,6 +24,8 @@ def installed() -> bool:
 @contextlib.contextmanager
 def vllm_scorer(model: "RewardModel", dtype: str, threads: int, longest: int) -> Iterator["VllmScorer"]:
     """An engine on a copy of `model` (a Llama) for sequences of up to `longest` tokens; stopped at the end."""
+    from medmm_ray.engines.generator import GeneratorConfig, engine_arguments, environment
+
     config = GeneratorConfig(
         dtype=dtype, max_model_len=longest, num_threads=threads, num_gpus=float(model.device.type == "cuda"),
         gpu_memory_utilization=0.5,

@@ -353,7 +353,7 @@ def test_questions_in_a_batch_do_not_see_each_other(tokens: Any) -> None:
         torch.testing.assert_close(together[question == q], apart, atol=1e-6, rtol=1e-5)
 
 
-def test_references_together_weigh_half_of_the_image_at_the_start() -> None:
+def test_references_weigh_half_of_the_image_and_patches_as_much_as_the_pooled_token_at_the_start() -> None:
     fusion = opened(FusionConfig(tokens="both", summary=False))
     for count in (1, 3):
         own = ImageFeatures.gather(torch.randn(4, 12), torch.randn(4, 5, 12), [[0]], [list(range(1, 1 + count))])
@@ -362,6 +362,7 @@ def test_references_together_weigh_half_of_the_image_at_the_start() -> None:
         weight = bias.exp()[0]
         pooled, patches = weight[: 1 + count], weight[1 + count :].view(1 + count, 5)
         assert pooled.tolist() == pytest.approx([1.0] + [0.5 / count] * count)
+        assert patches[0].tolist() == pytest.approx([1 / 5] * 5)
         assert patches[1:].sum().item() == pytest.approx(0.5 * patches[0].sum().item())
 
 

@@ -46,8 +46,8 @@ def is_adapter(path: str | Path, revision: str | None = None) -> bool:
     return model is None and find_adapter_config_file(str(path), revision=revision) is not None
 
 
-def local(path: str | Path, revision: str | None) -> Path:
-    """The folder of an adapter, which for a hub id is a local copy."""
+def local(path: str | Path, revision: str | None = None) -> Path:
+    """A checkpoint's folder, which for a hub id is a local copy."""
     if Path(path).is_dir():
         return Path(path)
     return Path(snapshot_download(str(path), revision=revision, allow_patterns=_FILES))
@@ -151,10 +151,8 @@ def _without_adapter(base: str | Path) -> Iterator[str | Path]:
     if find_adapter_config_file(str(base)) is None:
         yield base
         return
-    is_here = Path(base).is_dir()
-    folder = Path(base if is_here else snapshot_download(str(base), allow_patterns=_FILES))
     with tempfile.TemporaryDirectory() as links:
-        for file in folder.iterdir():
+        for file in local(base).iterdir():
             if not file.name.startswith("adapter_"):
                 (Path(links) / file.name).symlink_to(file.absolute())
         yield links

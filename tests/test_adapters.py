@@ -18,7 +18,8 @@ from transformers import (
 
 from medmm_ray.engines.reward_model import CheckpointError, RewardModel
 from tests import tiny_reward_model as tiny
-from tests.test_families import DOCUMENTS, QUESTION, SHAPE, SOLUTIONS, ids_of
+from tests.test_families import SHAPE, ids_of
+from tests.tiny_reward_model import DOCUMENTS, QUESTION, SOLUTIONS
 
 ROOT = "Let's break down this problem step by step."
 

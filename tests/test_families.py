@@ -17,14 +17,8 @@ from transformers import (
 from medmm_ray.engines.reward_model import CheckpointError, RewardModel
 from medmm_ray.engines.reward_model.families import NAMES, QwenProcessRewardModel
 from tests import tiny_reward_model as tiny
+from tests.tiny_reward_model import DOCUMENTS, QUESTION, SOLUTIONS
 
-QUESTION = "Which lung shows the effusion? (A) left (B) right"
-DOCUMENTS = ["a blunted costophrenic angle shows an effusion"]
-SOLUTIONS = [
-    ["the left angle is blunted", "therefore the answer is (A)"],
-    ["the left angle is blunted", "no finding", "the answer is (B)"],
-    ["normal"],
-]
 SHAPE: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 1024, "initializer_range": 0.2,

@@ -18,15 +18,9 @@ from medmm_ray.engines.reward_model import CheckpointError, RewardModel, ScoreRe
 from medmm_ray.engines.reward_model.families.visualprm import SYSTEM
 from tests import tiny_reward_model as tiny
 from tests import tiny_vision
+from tests.tiny_reward_model import DOCUMENTS, QUESTION, SOLUTIONS
 from tests.tiny_vision import picture
 
-QUESTION = "Which lung shows the effusion? (A) left (B) right"
-DOCUMENTS = ["a blunted costophrenic angle shows an effusion"]
-SOLUTIONS = [
-    ["the left angle is blunted", "therefore the answer is (A)"],
-    ["the left angle is blunted", "no finding", "the answer is (B)"],
-    ["normal"],
-]
 Procedure = Callable[[Sequence[str], Sequence[str], Sequence[Image.Image]], list[float]]
 KINDS = ("llava", "internvl")
 

@@ -22,6 +22,13 @@ WORDS = tuple(
         "costophrenic angle blunted pneumothorax because no yes finding image question document guideline step",
     )
 )
+QUESTION = "Which lung shows the effusion? (A) left (B) right"
+DOCUMENTS = ["a blunted costophrenic angle shows an effusion"]
+SOLUTIONS = [
+    ["the left angle is blunted", "therefore the answer is (A)"],
+    ["the left angle is blunted", "no finding", "the answer is (B)"],
+    ["normal"],
+]
 
 
 def corpus() -> list[str]:

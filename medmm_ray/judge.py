@@ -19,7 +19,14 @@ from pydantic import Field
 
 from medmm_ray.config import digest, execution
 from medmm_ray.engines.gemini import PRICES, TOKENS_AN_IMAGE, Gemini, Price
-from medmm_ray.engines.generator import Generator, GeneratorConfig, MakeGenerator, Sampling, actor_options
+from medmm_ray.engines.generator import (
+    Generator,
+    GeneratorConfig,
+    MakeGenerator,
+    Prompt,
+    Sampling,
+    actor_options,
+)
 from medmm_ray.engines.images import open_image
 from medmm_ray.prompts import Message, document_block
 from medmm_ray.records import Labels, StepLabel, arrow_schema
@@ -306,7 +313,7 @@ class VllmJudge:
         while True:
             asked = f"{shared_text(replace(case, documents=documents))}\n{solution_text(steps)}\n\n{LINE_RULE}"
             messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": asked}]
-            if not documents or len(self.generator.prompt_ids(messages)) <= room:
+            if not documents or self.generator.count(Prompt(messages)) <= room:
                 return messages
             documents.pop()
 
@@ -317,7 +324,7 @@ class VllmJudge:
         line = "[01] (high|medium|low)"
         pattern = "\n".join([line] * num_steps) if self.config.constrain else None
         how = Sampling(temperature=0.0, top_k=0, max_tokens=self._max_tokens(num_steps), pattern=pattern)
-        found = await self.generator.generate(self.generator.prompt_ids(messages), 1, self.config.seed, how)
+        found = await self.generator.generate(Prompt(messages), 1, self.config.seed, how)
         return found[0].text
 
 

@@ -22,9 +22,8 @@ from tests.test_sources_solved import REAL, TREE, flat, published
 
 def curated(tmp_path: Path, source: str, path: Path, dropped: int = 0) -> Run:
     """A run until curate, made in this process; `dropped` questions are left out, as duplicates would be."""
-    run = Run(
-        load_recipe(["jobs/recipes/tiny.yaml", f"run={tmp_path}/run", f"ingest.source={source}", f"ingest.path={path}"])
-    )
+    words = [f"run={tmp_path}/run", f"ingest.source={source}", f"ingest.path={path}", "ingest.num_train=null"]
+    run = Run(load_recipe(["jobs/recipes/tiny.yaml", *words]))
     write_rows(run.table("raw_images"), [], Job(run, MAKER["raw_images"]).origin("raw_images"), "image_id")
     images = run.table("raw_images").to_arrow()
     rows = question_rows(read_source(run.recipe.ingest), images, run.recipe.ingest, "")

@@ -181,6 +181,23 @@ class ReviewItem:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuestionReview:
+    """What one reader says of a question itself. `keep` is None where the reader is not sure.
+
+    `answer_right` and `difficulty` (easy, medium, hard) are None where nothing was said of them.
+    """
+
+    key: ClassVar[tuple[str, ...]] = ("question_id", "annotator")
+    question_id: str
+    annotator: str
+    keep: bool | None
+    answer_right: bool | None
+    difficulty: str | None
+    comment: str
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class States:
     """Text-tower states at the step tags of one solution, for training on a frozen tower.
 

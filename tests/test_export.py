@@ -108,7 +108,7 @@ def run(tmp_path: Path) -> Run:
         monte_carlo_labels=[labels(first, "monte_carlo", [StepLabel(), StepLabel(label=1, value=0.25, num_correct=1,
                                    num_rollouts=4)])],
         expert_labels=[
-            labels(first, "expert", [StepLabel(label=0, reason="no"), StepLabel()], "dr a"),
+            labels(first, "expert", [StepLabel(label=0, reason="no"), StepLabel(label=0)], "dr a"),
             labels(first, "expert", [StepLabel(label=1, reason="yes"), StepLabel()], "adjudicator"),
         ],
     )  # fmt: skip
@@ -144,7 +144,7 @@ def test_the_published_fields(run: Run, tmp_path: Path) -> None:
                 "gemini_labels": [1, 0],
                 "gemini_confidence": ["high", "low"],
                 "monte_carlo_labels": [None, 1],
-                "expert_review": {"reviewed": True, "expert_label": [1, None], "feedback": ["yes", None]},
+                "expert_review": {"reviewed": True, "expert_label": [1, 0], "feedback": ["yes", None]},
             },
             {
                 "solution": "Step 1: Look.\nStep 2: So (B).",

@@ -96,11 +96,15 @@ class SourceData:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceLabels:
-    """One source's labels of one solution; with an `error` where they cannot be used, and then without steps."""
+    """One source's labels of one solution; with an `error` where they cannot be used, and then without steps.
+
+    `saw_answer`: whoever labelled was shown the gold answer.
+    """
 
     source: str
     annotator: str
     steps: Sequence[StepLabel] = ()
+    saw_answer: bool = False
     error: str | None = None
 
 

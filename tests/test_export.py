@@ -345,6 +345,7 @@ def test_the_job_writes_what_the_run_has(run: Run, tmp_path: Path, caplog: pytes
         (["to="], 2, "'to' is"),
         (["to=x", "format=csv"], 2, "'format' is 'csv': Input should be 'json' or 'hf'"),
         (["to=x", "push=me/it"], 2, "push=... needs format=hf"),
+        (["to=s3://a/b", "format=hf", "push=me/it"], 2, "push=... needs a local folder"),
         (["to=FULL"], 2, "is not empty; an export never mixes with other files"),
         (["to=x", "fromat=hf"], 2, "unknown name 'fromat'"),
         (["to=x", "sample.temperature=0.9"], 1, "solutions/"),

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from medmm_ray.sources.phantom import Hardness
 
 
+SOLVED = ("med_prm", "medmm", "meds3")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """What is asked of a source. `num_train` and `num_test` count questions; None is "all that there are".
@@ -155,10 +158,9 @@ def load(name: str) -> Source:
 
 def load_solved(name: str) -> SolvedSource:
     """The source `name`, which must bring solutions."""
-    source = load(name)
-    if not hasattr(source, "solved"):
-        raise ConfigError(f"source {name!r} brings no solutions; those that do: med_prm, medmm, meds3")
-    return cast(SolvedSource, source)
+    if name not in SOLVED:
+        raise ConfigError(f"source {name!r} brings no solutions; those that do: {', '.join(SOLVED)}")
+    return cast(SolvedSource, load(name))
 
 
 def stream_json(uri: str) -> Iterator[Any]:

@@ -54,7 +54,8 @@ _RIGHT = re.compile(
 _CLAUSE_START = re.compile(r"(?:^|[.;:,\n]\s{0,3}|\b(?:therefore|thus|so|hence|that|and)\s)$", re.IGNORECASE)
 _FIELD = re.compile(
     r"\b(?:final|correct|model|predicted)?[_ ]?(?:answer|choice|option|letter)"
-    r"(?:[_ ]?(?:choice|letter|option|idx|key))?[\"']\s*+:\s*+\[?\s*+(?:\"((?:[^\"\\\n]|\\.)*+)|'([^'\n]*+)|([^,{}\]\n]*+))",
+    r"(?:[_ ]?(?:choice|letter|option|idx|key))?[\"']"
+    r"\s*+:\s*+\[?\s*+(?:\"((?:[^\"\\\n]|\\.)*+)|'([^'\n]*+)|([^,{}\]\n]*+))",
     re.IGNORECASE,
 )
 _IF = re.compile(r"\b(?:if|whether|suppose|assuming)\s(?:\w{1,15}\s){0,4}$", re.IGNORECASE)

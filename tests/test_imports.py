@@ -22,9 +22,21 @@ HEAVY = (
 )
 
 # Lower layers first; a module imports only from layers below its own, steps never from each other.
-FOUNDATION = ("config", "records", "tables", "prompts", "text", "metrics", "targets", "session", "estimate")
+FOUNDATION = (
+    "config",
+    "records",
+    "tables",
+    "prompts",
+    "text",
+    "metrics",
+    "targets",
+    "session",
+    "estimate",
+    "columns",
+    "agreement",
+)
 INNER = ("sources", "engines")
-TOP = ("report", "rerank", "query", "serve")
+TOP = ("report", "dataset_page", "rerank", "query", "serve")
 
 
 def modules() -> list[Path]:

@@ -87,6 +87,12 @@ STEPS = (
         what="the expert's queue and verdicts",
     ),
     Step(
+        "audit",
+        ("questions", "images", "evidence", "solutions", *LABELS, "review_queue"),
+        {"dataset_report": None},
+        what="dataset report and quality gates",
+    ),
+    Step(
         "train_text_prm",
         ("questions", "evidence", "solutions", *LABELS, "policy"),
         {"text_prm": None},

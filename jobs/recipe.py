@@ -4,6 +4,7 @@ from typing import Any
 
 from pydantic import model_validator
 
+from medmm_ray.audit import AuditConfig
 from medmm_ray.config import Config, execution
 from medmm_ray.curate import CurateConfig
 from medmm_ray.embed import EmbedConfig
@@ -115,6 +116,8 @@ class Recipe(Config):
     """Rollouts."""
     review: ReviewConfig = ReviewConfig()
     """The expert's queue."""
+    audit: AuditConfig = AuditConfig()
+    """The dataset report and its gates."""
     train_text_prm: TextPrmConfig = TextPrmConfig()
     """The text reward model."""
     states: StatesConfig = StatesConfig()

@@ -59,7 +59,8 @@ def agreement(
     """One entry a pair of sources that share a step: tables of `kappa` and of `first_error`, by group of solutions.
 
     `kappa` is by position in the solution too, and each figure has `equal`, the share of equal labels. `first_error` is
-    the share of solutions with the same first wrong step (or none), where both sources settle it.
+    the share of solutions with the same first wrong step (or none), where both sources settle it: all `looked_at` by
+    both where both label whole solutions; where one labels only some steps, those it settles are no random sample.
     """
     pairs = combinations(sorted(codes, key=source_order), 2)
     found = (_pair(steps, codes, pair, groups, queue, resampling) for pair in pairs)
@@ -95,6 +96,7 @@ def _pair(
         "outside_queue": outside,
         "kappa": kappa,
         "first_error": _first_error_agreement(steps, codes, pair, groups, resampling),
+        "looked_at": int((looked_at(steps, a) & looked_at(steps, b)).sum()),
     }
 
 
@@ -114,22 +116,28 @@ def positions(steps: Steps, rows: Ints) -> Groups:
 # The first wrong step
 
 
-def first_errors(steps: Steps, codes: Codes, of_a_prefix: bool = False) -> tuple[Ints, Bools]:
+def first_errors(steps: Steps, source: str, codes: Codes) -> tuple[Ints, Bools]:
     """The index of each solution's first wrong step (-1: none), and whether the source settles it.
 
-    It is settled where every step before the first wrong one, or without one every step, is labelled or neutral. A
-    source `of_a_prefix` vouches with a right step for those before it.
+    It is settled where every step before the first wrong one, or without one every step, is labelled or neutral; of a
+    source `OF_A_PREFIX` a right step vouches for those before it. An expert, who reads steps drawn one by one, settles
+    only solutions read as a whole: of the others, those with an early error would be settled more often.
     """
-    num = len(steps.length)
     first, gap = _first(steps, codes == WRONG), _first(steps, codes == UNLABELLED)
-    if of_a_prefix:
-        last_right = np.full(num, -1)
+    if source in OF_A_PREFIX:
+        last_right = np.full(len(steps.length), -1)
         right = np.flatnonzero(codes == RIGHT)
         last_right[steps.solution[right]] = steps.index[right]
         gap = _first(steps, (codes == UNLABELLED) & (steps.index > last_right[steps.solution]))
-    looked_at = np.zeros(num, dtype=bool)
-    looked_at[steps.solution[codes >= NEUTRAL]] = True
-    return np.where(first < steps.length, first, -1), looked_at & (gap >= first)
+    settled = gap == steps.length if source == "expert" else gap >= first
+    return np.where(first < steps.length, first, -1), settled & looked_at(steps, codes)
+
+
+def looked_at(steps: Steps, codes: Codes) -> Bools:
+    """Solutions of which the source labels a step, or finds nothing to check in it."""
+    found = np.zeros(len(steps.length), dtype=bool)
+    found[steps.solution[codes >= NEUTRAL]] = True
+    return found
 
 
 def _first(steps: Steps, mask: Bools) -> Ints:
@@ -147,7 +155,7 @@ def _first_error_agreement(
     groups: Mapping[str, Groups],
     resampling: Resampling,
 ) -> Tables:
-    first, settled = zip(*(first_errors(steps, codes[s], s in OF_A_PREFIX) for s in pair), strict=True)
+    first, settled = zip(*(first_errors(steps, source, codes[source]) for source in pair), strict=True)
     both = np.flatnonzero(settled[0] & settled[1])
     same = (first[0][both] == first[1][both]).astype(np.int64)
     groupings = {name: group.of(both) for name, group in groups.items()}

@@ -2,7 +2,7 @@
 
 Enters: tables of `Solutions` and of `Labels`, whole or part by part, so that texts are read and let go. Leaves:
 `Steps`, the flat order of all steps, and for each source one int8 a step: RIGHT, WRONG, NEUTRAL (looked at, nothing
-checkable) or UNLABELLED. 640,000 solutions of 8 steps take 250 MB at the peak and 7 s.
+checkable) or UNLABELLED.
 """
 
 from dataclasses import dataclass, field

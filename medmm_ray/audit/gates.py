@@ -13,31 +13,31 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 Target = tuple[float | None, float | None]
 
+# What to do where a figure lies (below, above) its range.
+KAPPA = (
+    "Read the steps on which judge and expert differ (review_queue, expert_labels). If one kind of step or one modality "
+    "stands out, mend the judge's prompt, or show it documents and the image. If none does, take another judge, or run "
+    "Monte Carlo on whole solutions and train on policy consensus."
+)
+EASY = (
+    "Either easy questions are not easy for this policy (look at the right answers among them), or the judge calls "
+    "right steps wrong: read some wrong steps of right answers."
+)
+WEAK = "The policy is too weak for these questions, or the judge too strict: look at the judge's agreement first."
+STRONG = "The policy is too good for these questions: add harder ones, or sample hotter (sample.temperature)."
+LENGTH = "The policy's prompt and demonstrations set how long a step is; sample.min_steps and max_steps what is kept."
+SOURCES = "Add a source that has the missing ones (ingest.source), or name those that you want in audit.modalities."
+LEAKS = "Curate again with curate.leakage=resplit and retrieve anew: until then figures on the test split are void."
+COST = "Lower sample.num_samples_train, judge fewer solutions, or roll out fewer steps (monte_carlo.max_share)."
 ADVICE = {
-    "judge_expert_kappa": (
-        "Read the pairs where judge and expert differ (review_queue, expert_labels). One kind of step or one modality "
-        "stands out: mend the judge's prompt, or show it documents and the image. None does: take another judge, or "
-        "label by Monte Carlo and train on policy consensus."
-    ),
-    "positive_share": (
-        "Above: the policy is too good for these questions, add harder ones or sample hotter (sample.temperature). "
-        "Below: the policy is too weak or the judge too strict; look at kappa by answer first."
-    ),
-    "easy_positive": (
-        "Either easy questions are not easy for this policy (look at its accuracy on them), or the judge "
-        "calls right steps wrong: read some wrong steps of right answers among them."
-    ),
-    "hard_positive": (
-        "Above: the hard questions are not hard for this policy. Below: it learns little from them; use a "
-        "stronger policy or more documents in its prompt."
-    ),
-    "mean_steps": (
-        "The policy's prompt and its demonstrations set the length of a step; sample.min_steps and sample.max_steps "
-        "say what is kept, and at most 9 steps cannot average above 9."
-    ),
-    "modalities": "Add a source that has the missing ones (ingest.source), or name those you want in audit.modalities.",
-    "leakage": "Run curate again with leakage: resplit, and retrieve after it; figures on this test split are void.",
-    "cost": "Lower sample.num_samples_train, judge fewer solutions, or let Monte Carlo run on fewer steps (max_share).",
+    "judge_expert_kappa": (KAPPA, KAPPA),
+    "positive_share": (WEAK, STRONG),
+    "easy_positive": (EASY, EASY),
+    "hard_positive": (WEAK, STRONG),
+    "mean_steps": (f"{LENGTH} At most 9 steps cannot average above 9.", LENGTH),
+    "modalities": (SOURCES, SOURCES),
+    "leakage": (LEAKS, LEAKS),
+    "cost": (COST, COST),
 }
 UNKNOWN = {
     "judge_expert_kappa": "No step has both a judge's and an expert's label yet: let an expert read the review queue.",
@@ -45,6 +45,46 @@ UNKNOWN = {
     "cost": "No budget is set: audit.max_cost_usd.",
 }
 NO_LABELS = "No label of a right or a wrong step is there yet: run judge."
+
+
+class GateError(RuntimeError):
+    """Gates that are required and fail."""
+
+
+def require(report: Row) -> None:
+    """Raise `GateError`, with the figures, where a gate fails; one without a figure does not."""
+    failed = [gate for gate in report["gates"] if gate["passed"] is False]
+    if failed:
+        words = "; ".join(f"{g['title']} {spoken(g['value'], g['unit'])}, wanted {wanted(g)}" for g in failed)
+        raise GateError(
+            f"{len(failed)} of {len(report['gates'])} quality gates fail: {words}. dataset_report.html, in the run's "
+            "folder, says what to do; audit.gates=report goes on all the same"
+        )
+
+
+def spoken(value: float | None, unit: str) -> str:
+    """A gate's figure in its unit."""
+    if value is None:
+        return "–"
+    forms = {"share": f"{100 * value:.1f} %", "kappa": f"{value:.3f}", "steps": f"{value:.2f}"}
+    return forms.get(unit) or (f"${value:,.2f}" if unit == "dollars" else f"{value:,.0f}").replace("-", "−")
+
+
+def wanted(gate: Row) -> str:
+    """A gate's target in words: above, at least, at most, or a range."""
+    unit = gate["unit"]
+    low, high = (None if end is None else _short(end, unit) for end in gate["target"])
+    if low is not None and high is not None:
+        return f"{low.removesuffix(' %')}–{high}"
+    if low is not None:
+        return f"{'>' if gate['strict'] else '≥'} {low}"
+    return "–" if high is None else "none" if gate["target"][1] == 0 else f"≤ {high}"
+
+
+def _short(value: float, unit: str) -> str:
+    if unit == "share":
+        return f"{100 * value:g} %"
+    return f"${value:,.0f}" if unit == "dollars" else f"{value:g}"
 
 
 def gates(config: "AuditConfig", report: Row) -> list[Row]:
@@ -116,7 +156,7 @@ def _gate(
     """A gate. A target that is open above is "above" its lower end, strictly unless `strict` is false."""
     value, low, high = (figure[key] if figure else None for key in ("value", "low", "high"))
     strict = strict and target[1] is None
-    passed = None if value is None else _side(value, target, strict) == 0
+    side = None if value is None else _side(value, target, strict)
     sides = [None if end is None else _side(end, target, strict) for end in (low, high)]
     return {
         "name": name,
@@ -127,10 +167,10 @@ def _gate(
         "high": high,
         "target": list(target),
         "strict": strict,
-        "passed": passed,
+        "passed": None if side is None else side == 0,
         "certain": sides[0] is not None and sides[0] == sides[1],
         "detail": detail,
-        "advice": "" if passed else ADVICE[name] if passed is False else _unknown(name, figure),
+        "advice": _unknown(name, figure) if side is None else {-1: ADVICE[name][0], 0: "", 1: ADVICE[name][1]}[side],
     }
 
 

@@ -1,7 +1,7 @@
 """What each label policy would keep for training, measured with the policies themselves on a sample of solutions."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from medmm_ray.columns import Codes, Steps
+from medmm_ray.records import Labels
 from medmm_ray.targets import POLICIES, labels_by_solution, targets
 
 Row = dict[str, Any]
@@ -34,10 +35,10 @@ class Yields:
     def figures(self, correct: Codes) -> list[Row]:
         """One entry a policy; `correct` is RIGHT, WRONG or -1 for each solution of the whole table."""
         known = [None if code < 0 else bool(code) for code in correct[self.chosen].tolist()]
-        return [self._of(policy, known) for policy in POLICIES]
-
-    def _of(self, policy: str, correct: Sequence[bool | None]) -> Row:
         labels = labels_by_solution(self._rows)
+        return [self._of(policy, labels, known) for policy in POLICIES]
+
+    def _of(self, policy: str, labels: Mapping[str, Sequence[Labels]], correct: Sequence[bool | None]) -> Row:
         kept = kept_steps = refused = 0
         total, why = 0.0, ""
         for solution_id, num_steps, known in zip(self.ids, self.num_steps, correct, strict=True):

@@ -175,8 +175,8 @@ def _kappas(report: Row) -> Markup | None:
 def _details(report: Row) -> list[tuple[str, Markup]]:
     """For each pair kappa by group: the judge against expert and truth first, then the others."""
     found = []
-    order = ("expert", "phantom", "monte_carlo", "tree_search")
-    for pair in sorted(report["agreement"], key=lambda p: (p["first"] != "judge", order.index(p["second"]))):
+    truth = ("expert", "phantom")
+    for pair in sorted(report["agreement"], key=lambda p: (p["first"] != "judge", p["second"] not in truth)):
         rows: list[Whisker | str] = []
         for grouping, title in GROUPINGS.items():
             table = pair["kappa"][grouping]

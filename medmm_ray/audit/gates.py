@@ -15,7 +15,7 @@ Target = tuple[float | None, float | None]
 
 # What to do where a figure lies (below, above) its range.
 KAPPA = (
-    "Read the steps on which judge and expert differ (review_queue, expert_labels). If one kind of step or one modality "
+    "Read the steps on which judge and expert differ (review_queue, expert_labels). If one kind of step or modality "
     "stands out, mend the judge's prompt, or show it documents and the image. If none does, take another judge, or run "
     "Monte Carlo on whole solutions and train on policy consensus."
 )

@@ -102,7 +102,7 @@ def test_the_queue_weighs_an_expert_by_one_over_the_chance_to_be_asked() -> None
 
 
 def test_the_weighted_kappa_covers_the_truth_where_the_plain_one_is_biased() -> None:
-    """A queue that draws disputed steps far more often than others, 100 times; the truth is that of all 16,000 steps."""
+    """A queue that draws disputed steps far more often, 100 times; the truth is that of all 16,000 steps."""
     rng = np.random.default_rng(5)
     order = steps(*[[8] * 10 for _ in range(200)])
     num = len(order.solution)

@@ -66,8 +66,13 @@ def spoken(value: float | None, unit: str) -> str:
     """A gate's figure in its unit."""
     if value is None:
         return "–"
-    forms = {"share": f"{100 * value:.1f} %", "kappa": f"{value:.3f}", "steps": f"{value:.2f}"}
-    return forms.get(unit) or (f"${value:,.2f}" if unit == "dollars" else f"{value:,.0f}").replace("-", "−")
+    forms = {
+        "share": f"{100 * value:.1f} %",
+        "kappa": f"{value:.3f}",
+        "steps": f"{value:.2f}",
+        "count": f"{value:,.0f}",
+    }
+    return forms.get(unit, f"${value:,.2f}").replace("-", "−")
 
 
 def wanted(gate: Row) -> str:

@@ -33,6 +33,7 @@ FOUNDATION = (
     "session",
     "estimate",
     "columns",
+    "strata",
     "agreement",
 )
 INNER = ("sources", "engines")

@@ -119,8 +119,9 @@ STEPS = (
     ),
     Step(
         "evaluate",
-        ("questions", "images", "evidence", "solutions", *LABELS, "scores"),
+        ("questions", "images", "evidence", "solutions", *LABELS, "dataset_report", "scores"),
         {"report": None},
+        version=2,
         what="report.json, report.html",
     ),
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from rich.console import Console
 
 from jobs import audit as job
 from jobs import pipeline
@@ -110,6 +111,17 @@ def test_counts_by_hand() -> None:
     kappa = found["agreement"][0]["kappa"]["all"]["all"]
     assert kappa["equal"] == pytest.approx(4 / 6, abs=1e-6)  # weights 4 (equal) and 2 (not)
     assert found["source"] == "judge"
+
+
+def test_the_order_of_rows_and_parts_changes_nothing() -> None:
+    tables = [to_arrow(Solutions, [row]) for row in reversed(SOLUTIONS)]
+    labels = {
+        "judge_labels": [to_arrow(Labels, [row]) for row in reversed(JUDGE)],
+        "expert_labels": [to_arrow(Labels, EXPERT[::-1])],
+    }
+    queue = to_arrow(ReviewItem, QUEUE[::-1])
+    mixed = report(solutions=tables, labels=labels, review_queue=queue, questions=to_arrow(Question, QUESTIONS[::-1]))
+    assert mixed == report()
 
 
 def test_yield_of_the_label_policies() -> None:
@@ -318,9 +330,9 @@ def test_the_pipeline_ends_with_the_gates(tmp_path: Path, capsys: pytest.Capture
     assert job.main(words) == 0
     run = Run(load_recipe(words))
     capsys.readouterr()
-    pipeline.closing(run, [BY_NAME["audit"]], pipeline.Console(width=120), 1.0)
+    pipeline.closing(run, [BY_NAME["audit"]], Console(width=120), 1.0)
     shown = capsys.readouterr().out
-    assert "dataset: meets 3 of 8 quality gates" in shown
+    assert "dataset: meets 4 of 8 quality gates" in shown
     assert "dataset_report.html" in shown
 
 

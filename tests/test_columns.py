@@ -29,7 +29,8 @@ STEPS = steps_of(thin(TABLE))
 
 
 def codes(*rows: Labels, source: str = "judge") -> list[int]:
-    return source_labels(STEPS, thin_labels(to_arrow(Labels, list(rows))))[source].codes.tolist()
+    found = source_labels(STEPS, thin_labels(to_arrow(Labels, list(rows))))[source].codes
+    return [int(code) for code in found]
 
 
 def test_thin_solutions_hold_no_text() -> None:

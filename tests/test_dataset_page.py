@@ -90,7 +90,12 @@ def test_whiskers_stay_on_their_scale() -> None:
 
 
 def test_a_forest_writes_values_and_leaves_out_what_is_not_known() -> None:
-    rows = ["Heading", Whisker("a", 0.25, 0.2, 0.3, target=(0.2, None)), Whisker("b", None), Whisker("<c>", -0.5)]
+    rows: list[Whisker | str] = [
+        "Heading",
+        Whisker("a", 0.25, 0.2, 0.3, target=(0.2, None)),
+        Whisker("b", None),
+        Whisker("<c>", -0.5),
+    ]
     drawn = charts.forest(rows, (-1.0, 1.0), False, "x", "label")
     assert drawn.count("<circle") == 2
     assert "0.250" in drawn

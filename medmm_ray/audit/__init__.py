@@ -90,6 +90,7 @@ def audit(
     """
     made = dict(manifests or {})
     sampled = _concat([thin(part) for part in solutions], thin(arrow_schema(Solutions).empty_table()))
+    sampled = sampled.sort_by("question_id")  # resamples depend on the order
     steps, correct = steps_of(sampled), _correct(sampled)
     yields = Yields(steps, config.yield_solutions, config.after_first_error)
     parts: list[pa.Table] = []

@@ -8,7 +8,7 @@ A continuation that states no answer is not wrong: it is not counted. No prompt 
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -23,6 +23,7 @@ from medmm_ray.engines.generator import (
     Generator,
     GeneratorConfig,
     MakeGenerator,
+    Prompt,
     Sampling,
     actor_options,
     policy_prompt,
@@ -159,7 +160,7 @@ class Roller:
         found: dict[Step, StepLabel | RowError] = {
             step: known_label(bool(solutions[step.solution]["correct"]), self.config.threshold) for step in known
         }
-        prompt = self.prompt(row) if asked else None
+        prompt = self.prompt(row)
         results = await asyncio.gather(*(self.roll(row, prompt, prefix) for prefix in asked))
         for steps, result in zip(asked.values(), results, strict=True):
             found |= dict.fromkeys(steps, result)
@@ -170,16 +171,16 @@ class Roller:
             for number in sorted({step.solution for step in found})
         ]
 
-    def prompt(self, row: Mapping[str, Any]) -> list[int]:
+    def prompt(self, row: Mapping[str, Any]) -> Prompt:
         room = self.config.max_model_len - self.config.max_tokens
         return policy_prompt(self.generator, row, self.config.num_documents, room)
 
-    async def roll(self, row: Mapping[str, Any], prompt: Any, prefix: str) -> StepLabel | RowError:
+    async def roll(self, row: Mapping[str, Any], prompt: Prompt, prefix: str) -> StepLabel | RowError:
         """Continue one prefix `num_rollouts` times, as one request."""
         seed = request_seed("rollout", row["question_id"], self.annotator, prefix)
         try:
-            ids = prompt + self.generator.prefix_ids(prefix)
-            samples = await self.generator.generate(ids, self.config.num_rollouts, seed, self.config.sampling)
+            asked = replace(prompt, said=prefix)
+            samples = await self.generator.generate(asked, self.config.num_rollouts, seed, self.config.sampling)
         except RowError as fault:
             return fault
         return rollout_label(outcomes(prefix, samples, row), self.config.threshold)

@@ -1,16 +1,15 @@
 """What the tests of steps that generate text use in place of vLLM: a scripted engine, and a tiny real checkpoint."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from medmm_ray.engines.generator import Completion, GeneratorConfig, Sampling, Statistics
-from medmm_ray.prompts import Message
+from medmm_ray.engines.generator import Completion, GeneratorConfig, Prompt, Sampling, Statistics
 
 Script = Callable[[str, int], str]
 
 
 class FakeGenerator:
-    """Answers ``script(prompt text, seed)``; a prompt's ids are its characters. A text that ends in ~ is cut off."""
+    """Answers ``script(prompt text, seed)``; a prompt's tokens are its characters. A text that ends in ~ is cut off."""
 
     def __init__(self, script: Script) -> None:
         self.script = script
@@ -20,17 +19,19 @@ class FakeGenerator:
     def __call__(self, model: str, config: GeneratorConfig) -> "FakeGenerator":
         return self
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        return [ord(c) for c in messages[-1]["content"]]
+    def count(self, prompt: Prompt) -> int:
+        return len(text_of(prompt))
 
-    def prefix_ids(self, prefix: str) -> list[int]:
-        return [ord(c) for c in prefix]
+    async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:
+        asked = text_of(prompt)
+        self.requests.append((asked, n, seed))
+        texts = [self.script(asked, seed + i) for i in range(n)]
+        return [Completion(t, "length" if t.endswith("~") else "stop", seed + i, len(t)) for i, t in enumerate(texts)]
 
-    async def generate(self, prompt_ids: Sequence[int], n: int, seed: int, how: Sampling) -> list[Completion]:
-        prompt = "".join(map(chr, prompt_ids))
-        self.requests.append((prompt, n, seed))
-        texts = [self.script(prompt, seed + i) for i in range(n)]
-        return [Completion(t, "length" if t.endswith("~") else "stop", seed + i) for i, t in enumerate(texts)]
+
+def text_of(prompt: Prompt) -> str:
+    """The last message and what the assistant has said after it."""
+    return prompt.messages[-1]["content"] + prompt.said
 
 
 def make_tiny_policy(folder: Path) -> str:

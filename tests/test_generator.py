@@ -1,7 +1,9 @@
 """engines/generator.py: what can be checked without an engine, and one real engine."""
 
 import asyncio
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from medmm_ray.engines.generator import (
     Generator,
     GeneratorConfig,
     GeneratorError,
+    Prompt,
     Sampling,
     Statistics,
     check_gpu_memory,
@@ -29,7 +32,7 @@ from medmm_ray.engines.generator import (
 )
 from medmm_ray.prompts import policy_messages
 from medmm_ray.tables import RowError
-from tests.fake_generator import FakeGenerator, make_tiny_policy
+from tests.fake_generator import FakeGenerator, make_tiny_policy, text_of
 
 CONFIG = GeneratorConfig(max_model_len=256, dtype="float32")
 
@@ -116,9 +119,11 @@ def test_documents_fill_the_prompt_and_a_long_one_is_skipped() -> None:
         "answer_type": "choice",
         "documents": [{"text": "short"}, {"text": "x" * 500}, {"text": "brief"}, {"text": "unused"}],
     }
-    text = "".join(map(chr, policy_prompt(fake, row, num_documents=3, room=100)))
-    assert text == "Document 1: short\n\nDocument 2: brief\n\nQuestion: Q (A) a"
-    assert "".join(map(chr, policy_prompt(fake, row, num_documents=0, room=100))) == "Question: Q (A) a"
+    assert (
+        text_of(policy_prompt(fake, row, num_documents=3, room=100))
+        == "Document 1: short\n\nDocument 2: brief\n\nQuestion: Q (A) a"
+    )
+    assert text_of(policy_prompt(fake, row, num_documents=0, room=100)) == "Question: Q (A) a"
 
 
 def test_the_hit_rate() -> None:
@@ -134,7 +139,7 @@ def test_a_real_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_tiny_policy(tmp_path / "policy")
     engine = Generator(model, CONFIG)
     how = Sampling(temperature=1.0, top_k=0, max_tokens=24)
-    prompts = [engine.prompt_ids(policy_messages(f"What is in picture {i}?")) for i in range(3)]
+    prompts = [Prompt(policy_messages(f"What is in picture {i}?")) for i in range(3)]
 
     async def together(order: list[int]) -> dict[int, list[Completion]]:
         found = await asyncio.gather(*(engine.generate(prompts[i], 16, 4096 * i, how) for i in order))
@@ -153,14 +158,19 @@ def test_a_real_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert engine.statistics.output_tokens > 0
 
         prefix = "Step 1: The lung is clear.\nStep 2:"
-        ids = prompts[0] + engine.prefix_ids(prefix)
-        assert str(engine._tokenizer.decode(ids)).endswith(f"<|assistant|>{prefix}")
+        begun = replace(prompts[0], said=prefix)
+        assert str(engine._tokenizer.decode(engine.token_ids(begun))).endswith(f"<|assistant|>{prefix}")
         constrained = Sampling(temperature=0.0, max_tokens=8, pattern="[01] (high|low)")
-        [verdict] = await engine.generate(ids, 1, 0, constrained)
+        [verdict] = await engine.generate(begun, 1, 0, constrained)
         assert verdict.text in ("0 high", "1 high", "0 low", "1 low")
+        schema = {"type": "object", "properties": {"right": {"type": "boolean"}}, "required": ["right"]}
+        [verdict] = await engine.generate(begun, 1, 0, Sampling(temperature=0.0, max_tokens=64, schema=schema))
+        assert isinstance(json.loads(verdict.text)["right"], bool)
+        [ended_by] = await engine.generate(prompts[0], 1, 7, Sampling(temperature=1.0, max_tokens=64, stop=("e",)))
+        assert (ended_by.text[-1], ended_by.text.count("e"), ended_by.finish_reason) == ("e", 1, "stop")
 
-        with pytest.raises(RowError, match="prompt_too_long: 300 prompt tokens"):
-            await engine.generate([5] * 300, 1, 0, how)
+        with pytest.raises(RowError, match=r"prompt_too_long: \d+ prompt tokens"):
+            await engine.generate(replace(begun, said="lung " * 300), 1, 0, how)
 
         ended: list[int] = []
         monkeypatch.setattr(module, "end_process", lambda: ended.append(1))

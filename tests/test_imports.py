@@ -19,6 +19,9 @@ HEAVY = (
     "ray",
     "sentence_transformers",
     "matplotlib",
+    "openai",
+    "google.generativeai",
+    "gradio",
 )
 
 # Lower layers first; a module imports only from layers below its own, steps never from each other.
@@ -37,7 +40,7 @@ FOUNDATION = (
     "agreement",
 )
 INNER = ("sources", "engines")
-TOP = ("report", "dataset_page", "rerank", "query", "serve")
+TOP = ("report", "dataset_page", "rerank", "query", "serve", "review_page")
 
 
 def modules() -> list[Path]:

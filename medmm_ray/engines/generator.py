@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from pydantic import Field
 
@@ -21,6 +21,9 @@ from medmm_ray.engines.checkpoints import resolve
 from medmm_ray.prompts import Message, policy_messages
 from medmm_ray.tables import RowError
 from medmm_ray.text import question_with_options
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
 
 log = logging.getLogger(__name__)
 
@@ -67,22 +70,38 @@ class GeneratorConfig(Config):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw: `temperature` 0 is greedy, `top_k` 0 takes all tokens; `pattern` is a regular expression to obey."""
+    """How to draw: `temperature` 0 is greedy, `top_k` 0 takes all tokens.
+
+    `stop` are texts that end a sample (the text keeps them); `pattern` is a regular expression, or `schema` a JSON
+    schema, that the engine must obey.
+    """
 
     temperature: float = 0.7
     top_k: int = 50
     top_p: float = 1.0
     max_tokens: int = 1024
+    stop: tuple[str, ...] = ()
     pattern: str | None = None
+    schema: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What an engine continues: a chat and its opened images; `said` is what the assistant has said already."""
+
+    messages: Sequence[Message]
+    images: Sequence["Picture"] = ()
+    said: str = ""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One sample. `finish_reason` is stop (the model ended it) or length (cut at max_tokens)."""
+    """One sample. `finish_reason` is stop (the model ended it, or a text of `Sampling.stop`) or length (cut)."""
 
     text: str
     finish_reason: str
     seed: int
+    num_tokens: int = 0
 
 
 @dataclass
@@ -103,11 +122,9 @@ class TextGenerator(Protocol):
 
     statistics: Statistics
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]: ...
+    def count(self, prompt: Prompt) -> int: ...
 
-    def prefix_ids(self, prefix: str) -> list[int]: ...
-
-    async def generate(self, prompt_ids: Sequence[int], n: int, seed: int, how: Sampling) -> list[Completion]: ...
+    async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]: ...
 
 
 class MakeGenerator(Protocol):
@@ -141,29 +158,30 @@ class Generator:
         )
         self._request_ids = itertools.count()
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of the chat with the assistant's turn opened."""
-        ids = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
-        return cast(list[int], ids)
+    def count(self, prompt: Prompt) -> int:
+        """Tokens of a prompt."""
+        return len(self.token_ids(prompt))
 
-    def prefix_ids(self, prefix: str) -> list[int]:
-        """Token ids of what the assistant has said already; after `prompt_ids`, a request continues it."""
-        return cast(list[int], self._tokenizer.encode(prefix, add_special_tokens=False))
+    def token_ids(self, prompt: Prompt) -> list[int]:
+        """Token ids of the chat with the assistant's turn opened, and of what the assistant has said in it."""
+        ids = self._tokenizer.apply_chat_template(list(prompt.messages), add_generation_prompt=True, return_dict=False)
+        return cast(list[int], ids) + cast(list[int], self._tokenizer.encode(prompt.said, add_special_tokens=False))
 
-    async def generate(self, prompt_ids: Sequence[int], n: int, seed: int, how: Sampling) -> list[Completion]:
-        """`n` samples of one prompt, sample i drawn with ``seed + i``; with a prefix they continue it.
+    async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:
+        """`n` samples of one prompt, sample i drawn with ``seed + i``; they continue what is `said` in it.
 
         Raises `RowError` prompt_too_long where prompt and `max_tokens` exceed the model's length. A dead engine ends
         the process, so that Ray starts a new actor and gives it the work again.
         """
         from vllm import SamplingParams, TokensPrompt
-        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+        from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        if len(prompt_ids) + how.max_tokens > self._max_model_len:
+        ids = self.token_ids(prompt)
+        if len(ids) + how.max_tokens > self._max_model_len:
             raise RowError(
                 "prompt_too_long",
-                f"{len(prompt_ids)} prompt tokens + max_tokens {how.max_tokens} exceed max_model_len "
+                f"{len(ids)} prompt tokens + max_tokens {how.max_tokens} exceed max_model_len "
                 f"{self._max_model_len}; raise it, or put fewer documents in the prompt",
             )
         parameters = SamplingParams(
@@ -174,18 +192,24 @@ class Generator:
             top_p=how.top_p,
             max_tokens=how.max_tokens,
             output_kind=RequestOutputKind.FINAL_ONLY,  # else the last output lacks most of the n samples
-            structured_outputs=StructuredOutputsParams(regex=how.pattern) if how.pattern else None,
+            stop=list(how.stop),
+            include_stop_str_in_output=True,
+            structured_outputs=_structure(how),
         )
-        prompt = TokensPrompt(prompt_token_ids=list(prompt_ids))
         samples: list[Any] = []
         try:
-            async for output in self._engine.generate(prompt, parameters, f"request-{next(self._request_ids)}"):
+            async for output in self._engine.generate(
+                TokensPrompt(prompt_token_ids=ids), parameters, f"request-{next(self._request_ids)}"
+            ):
                 samples += output.outputs
         except EngineDeadError:
             log.error("the vLLM engine died (out of memory?); ending this process so that Ray starts it again")
             end_process()
         self.statistics.output_tokens += sum(len(s.token_ids) for s in samples)
-        return [Completion(s.text, s.finish_reason, seed + s.index) for s in sorted(samples, key=lambda s: s.index)]
+        return [
+            Completion(s.text, s.finish_reason, seed + s.index, len(s.token_ids))
+            for s in sorted(samples, key=lambda s: s.index)
+        ]
 
     def shutdown(self) -> None:
         """Stop the engine's processes (an actor's end does it too)."""
@@ -197,25 +221,22 @@ def request_seed(*parts: object) -> int:
     return int(digest(*parts)[:10], 16) >> 12 << 12
 
 
-def policy_prompt(generator: TextGenerator, question: Mapping[str, Any], num_documents: int, room: int) -> list[int]:
-    """The token ids of the policy's prompt for a question row: at most `room`, with the first documents that fit.
+def policy_prompt(generator: TextGenerator, question: Mapping[str, Any], num_documents: int, room: int) -> Prompt:
+    """The policy's prompt for a question row: at most `room` tokens, with the first documents that fit.
 
     A document that is too long is skipped, and not those after it.
     """
 
-    def ids(documents: Sequence[str]) -> list[int]:
+    def asked(documents: Sequence[str]) -> Prompt:
         text = question_with_options(question["question"], question["options"])
-        return generator.prompt_ids(policy_messages(text, documents, question["answer_type"]))
+        return Prompt(policy_messages(text, documents, question["answer_type"]))
 
     chosen: list[str] = []
-    prompt = ids(chosen)
     retrieved = question.get("documents") or []
     for document in retrieved[:num_documents]:
-        longer = ids([*chosen, document["text"]])
-        if len(longer) <= room:
+        if generator.count(asked([*chosen, document["text"]])) <= room:
             chosen.append(document["text"])
-            prompt = longer
-    return prompt
+    return asked(chosen)
 
 
 def engine_arguments(model: str, config: GeneratorConfig) -> dict[str, Any]:
@@ -227,6 +248,8 @@ def engine_arguments(model: str, config: GeneratorConfig) -> dict[str, Any]:
         "max_num_seqs": config.max_num_seqs,
         "enable_prefix_caching": True,
         "disable_log_stats": True,
+        # A small model that must write JSON can write spaces for ever where they are allowed.
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
     }
     if config.num_gpus:
         return shared | {
@@ -341,6 +364,14 @@ def _free_gpu_memory() -> list[tuple[int, int]]:
 def end_process() -> None:
     """End this process at once; in a Ray actor it is started anew, within `max_restarts`."""
     os._exit(1)
+
+
+def _structure(how: Sampling) -> Any:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    if how.pattern is None and how.schema is None:
+        return None
+    return StructuredOutputsParams(regex=how.pattern, json=None if how.schema is None else dict(how.schema))
 
 
 def _cache_counter(statistics: Statistics) -> Any:

@@ -22,7 +22,10 @@ from medmm_ray.strata import Groups, Resampling, Row, Tables, share_of_counts, t
 
 SOURCES = ("judge", "monte_carlo", "tree_search", "expert", "phantom")
 OF_A_PREFIX = ("monte_carlo", "tree_search")
-"""Sources whose verdict is about all steps up to one: a right step vouches for those before it."""
+"""Sources whose verdict is about all steps up to one: a right step vouches for those before it.
+
+Beside them judge and truth are read as verdicts of prefixes too; an expert, who reads single steps, cannot be.
+"""
 POSITIONS = ("first", "middle", "last")
 
 
@@ -76,6 +79,9 @@ def _pair(
     resampling: Resampling,
 ) -> Row:
     a, b = codes[pair[0]], codes[pair[1]]
+    of_prefixes = len({source in OF_A_PREFIX for source in pair}) == 2 and "expert" not in pair
+    if of_prefixes:
+        a, b = (codes[s] if s in OF_A_PREFIX else prefixes(steps, codes[s]) for s in pair)
     shared = np.flatnonzero((a >= WRONG) & (b >= WRONG))
     weight, outside = None, 0
     if queue is not None and "expert" in pair:
@@ -93,10 +99,11 @@ def _pair(
         "first": pair[0],
         "second": pair[1],
         "weighted": weight is not None,
+        "of": "prefix" if of_prefixes else "step",
         "outside_queue": outside,
         "kappa": kappa,
         "first_error": _first_error_agreement(steps, codes, pair, groups, resampling),
-        "looked_at": int((looked_at(steps, a) & looked_at(steps, b)).sum()),
+        "looked_at": int((looked_at(steps, codes[pair[0]]) & looked_at(steps, codes[pair[1]])).sum()),
     }
 
 
@@ -131,6 +138,16 @@ def first_errors(steps: Steps, source: str, codes: Codes) -> tuple[Ints, Bools]:
         gap = _first(steps, (codes == UNLABELLED) & (steps.index > last_right[steps.solution]))
     settled = gap == steps.length if source == "expert" else gap >= first
     return np.where(first < steps.length, first, -1), settled & looked_at(steps, codes)
+
+
+def prefixes(steps: Steps, codes: Codes) -> Codes:
+    """A source's verdicts of steps as those of the prefixes that end there: wrong from the first wrong step on.
+
+    Right before it, while no step is unlabelled; a neutral step changes nothing.
+    """
+    first, gap = _first(steps, codes == WRONG), _first(steps, codes == UNLABELLED)
+    unbroken = np.where(steps.index < gap[steps.solution], RIGHT, UNLABELLED)
+    return np.where(steps.index >= first[steps.solution], WRONG, unbroken).astype(np.int8)
 
 
 def looked_at(steps: Steps, codes: Codes) -> Bools:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from medmm_ray.agreement import Queue, agreement, first_errors, queue_of
+from medmm_ray.agreement import Queue, agreement, first_errors, prefixes, queue_of
 from medmm_ray.columns import NEUTRAL, RIGHT, UNLABELLED, WRONG, Codes, Steps, steps_of, thin
 from medmm_ray.metrics import cohen_kappa, kappa_of_counts
 from medmm_ray.records import ReviewItem, Solutions, to_arrow
@@ -74,6 +74,22 @@ def test_first_errors_that_a_source_settles() -> None:
     # An expert settles solutions that are read as a whole.
     _, settled = first_errors(order, "expert", code("+-- -?? 00+ ??+ ??- ???"))
     assert settled.tolist() == [True, False, True, False, False, False]
+
+
+def test_a_judge_beside_monte_carlo_is_read_by_prefixes() -> None:
+    order = steps([4, 3], [3])
+    judge = code("+-+0 +0+ ?+-")
+    assert prefixes(order, judge).tolist() == code("+--- +++ ??-").tolist()
+    sides = {"judge": judge, "monte_carlo": code("+-?- +?- ?+-"), "expert": code("?-+? ??? +??")}
+    found = {(p["first"], p["second"]): p for p in agreement(order, sides, {}, None, HOW)}
+    pair = found["judge", "monte_carlo"]
+    # Shared prefixes: + and -, - of the neutral step; + and its contradiction; - at the end: 5 of 6 are equal.
+    assert pair["of"] == "prefix"
+    assert (pair["kappa"]["all"]["all"]["count"], pair["kappa"]["all"]["all"]["equal"]) == (
+        6,
+        pytest.approx(5 / 6, abs=1e-6),
+    )
+    assert found["monte_carlo", "expert"]["of"] == found["judge", "expert"]["of"] == "step"
 
 
 def test_the_queue_weighs_an_expert_by_one_over_the_chance_to_be_asked() -> None:

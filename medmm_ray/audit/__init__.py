@@ -6,7 +6,7 @@ calibration by difficulty, coverage, step counts, agreement, leakage, sampling, 
 quality gates. Every share is in [0, 1]; every figure about the whole that rests on the expert's queue is weighted by
 1 / inclusion probability.
 
-Measured: 10,000 questions x 64 solutions x 8 steps with four label sources take 14 s on one core and 1.2 GB.
+Measured: 10,000 questions x 64 solutions x 8 steps with four label sources take 14 s on one core and 1.5 GB.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -95,6 +95,12 @@ STEPS = (
         what="the expert's queue and verdicts",
     ),
     Step(
+        "audit",
+        ("questions", "images", "evidence", "solutions", *LABELS, "review_queue"),
+        {"dataset_report": None},
+        what="dataset report and quality gates",
+    ),
+    Step(
         "train_text_prm",
         ("questions", "evidence", "solutions", *LABELS, "policy"),
         {"text_prm": None},
@@ -121,8 +127,9 @@ STEPS = (
     ),
     Step(
         "evaluate",
-        ("questions", "images", "evidence", "solutions", *LABELS, "scores"),
+        ("questions", "images", "evidence", "solutions", *LABELS, "dataset_report", "scores"),
         {"report": None},
+        version=2,
         what="report.json, report.html",
     ),
 )

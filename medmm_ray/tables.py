@@ -13,7 +13,7 @@ import platform
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -198,6 +198,11 @@ class Table(Artifact):
         schema = self.schema if columns is None else pa.schema([self.schema.field(c) for c in columns])
         parts = [pq.read_table(f, filesystem=self.fs, columns=columns) for f in self.files()]
         return pa.concat_tables([p.select(schema.names).cast(schema) for p in parts]) if parts else schema.empty_table()
+
+    def stream(self) -> Iterator[pa.Table]:
+        """The part files one at a time, for what is too large to be held whole."""
+        for file in self.files():
+            yield pq.read_table(file, filesystem=self.fs).select(self.schema.names).cast(self.schema)
 
     def dataset(self, columns: Sequence[str] | None = None, rows_per_block: int | None = None) -> "Dataset":
         """The table as a Ray dataset, read where it is worked on."""

@@ -22,7 +22,7 @@ HEAVY = (
 )
 
 # Lower layers first; a module imports only from layers below its own, steps never from each other.
-FOUNDATION = ("config", "records", "tables", "prompts", "text", "metrics", "targets", "session", "estimate")
+FOUNDATION = ("config", "records", "tables", "prompts", "text", "metrics", "quality", "targets", "session", "estimate")
 INNER = ("sources", "engines")
 TOP = ("report", "rerank", "query", "serve")
 

@@ -19,6 +19,8 @@ HEAVY = (
     "ray",
     "sentence_transformers",
     "matplotlib",
+    "openai",
+    "google.generativeai",
 )
 
 # Lower layers first; a module imports only from layers below its own, steps never from each other.

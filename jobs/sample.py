@@ -12,7 +12,7 @@ log = logging.getLogger("medmm_ray")
 
 def run(job: Job) -> None:
     evidence = job.read("evidence", ["question_id", "documents"]) if job.config.num_documents else None
-    images = job.read("images", ["image_id", "uri"]) if job.config.images else None
+    images = job.read("images", ["image_id", "uri"]) if job.config.num_images else None
     source = job.table("questions").dataset(rows_per_block=job.config.batch_size)
     ids = job.read("questions", ["question_id"])["question_id"].to_pylist()
     model, policy, config_hash = job.run.model("policy"), job.run.model_id("policy"), job.run.fingerprint(job.step)
@@ -21,7 +21,14 @@ def run(job: Job) -> None:
         source,
         ids,
         lambda ds: sample(
-            ds, job.config, model=model, policy=policy, config_hash=config_hash, evidence=evidence, images=images
+            ds,
+            job.config,
+            model=model,
+            policy=policy,
+            config_hash=config_hash,
+            evidence=evidence,
+            images=images,
+            folder=f"{job.run.root}/api",
         ),
         "question_id",
         figures=told,

@@ -7,17 +7,22 @@ has the seed of the question + i and `index` i, so a retry or another batch give
 """
 
 import asyncio
+import functools
 import math
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
 from medmm_ray.config import digest
+from medmm_ray.engines.api_policy import ApiPolicy
+from medmm_ray.engines.client import ApiConfig, connect
+from medmm_ray.engines.gate import Gateway, start_gate
 from medmm_ray.engines.generator import (
     MAX_DRAWS,
     Completion,
@@ -40,8 +45,11 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
 
-class SampleConfig(GeneratorConfig):
-    """How solutions are drawn; the defaults are Med-PRM's."""
+class SampleConfig(GeneratorConfig, ApiConfig):
+    """How solutions are drawn (the defaults are Med-PRM's), by the engine (vllm) or the API that draws them."""
+
+    backend: Literal["vllm", "openai", "gemini"] = "vllm"
+    """vllm: the policy is a checkpoint, in the actor; openai, gemini: it is a model behind an API of that kind."""
 
     num_samples_train: int = Field(16, ge=1, le=MAX_DRAWS)
     """Solutions a question of the training (and validation) split."""
@@ -84,20 +92,24 @@ def sample(
     config_hash: str,
     evidence: pa.Table | None = None,
     images: pa.Table | None = None,
+    folder: str | None = None,
     generator: MakeGenerator = Generator,
 ) -> "Dataset":
     """Questions -> `Solutions` rows.
 
-    `model` is the checkpoint that draws, `policy` what solution ids call it, `config_hash` the table's fingerprint.
+    `model` is the checkpoint (or the API's model) that draws, `policy` what solution ids call it, `config_hash` the
+    table's fingerprint.
     `evidence` (question_id, documents) is needed where config.num_documents > 0, `images` (image_id, uri) where
-    config.images > 0.
+    config.num_images > 0. `folder` is where the run keeps an API's answers and the ledger of their cost.
     """
-    if config.images and images is None:
-        raise ValueError(f"images={config.images} needs the table images")
+    if config.num_images and images is None:
+        raise ValueError(f"num_images={config.num_images} needs the table images")
     if config.num_documents:
         if evidence is None:
             raise ValueError(f"num_documents={config.num_documents} needs the table evidence; run retrieve first")
         ds = attach(ds, evidence, "question_id", ["documents"])
+    if config.backend != "vllm":
+        generator = _api_policy(config.backend, config, model, folder)
     return ds.map_batches(
         Sampler,
         fn_constructor_kwargs={
@@ -110,6 +122,23 @@ def sample(
         },
         **actor_options(config),
     )
+
+
+def _api_policy(
+    backend: Literal["openai", "gemini"], config: SampleConfig, model: str, folder: str | None
+) -> MakeGenerator:
+    """How an actor reaches the API; the gate of its limits and budget is started here, once for all of them."""
+    if folder is None:
+        raise ValueError(f"sample.backend={config.backend} needs a folder for its answers")
+    folder = f"{folder.rstrip('/')}/{quote(model, safe='')}"
+    gate = start_gate(folder, config.limits)
+    return functools.partial(_connected, backend=backend, api=config, gate=gate, folder=folder)
+
+
+def _connected(
+    model: str, _: GeneratorConfig, *, backend: Literal["openai", "gemini"], api: ApiConfig, gate: Gateway, folder: str
+) -> ApiPolicy:
+    return ApiPolicy(connect(backend, model, api, gate, folder))
 
 
 @dataclass
@@ -128,6 +157,7 @@ class Drawn:
             cacheable_tokens=sum(c.shareable_tokens for c in self.completions[1:]),
             cached_tokens=sum(c.cached_tokens for c in self.completions),
             output_tokens=sum(c.num_tokens for c in self.completions),
+            cost=sum(c.cost for c in self.completions),
         )
 
 
@@ -181,7 +211,7 @@ class Sampler:
         config = self.config
         seed = request_seed(question["question_id"], self.config_hash, config.seed)
         room = config.max_model_len - config.max_tokens
-        pictures = await self.look(question["image_ids"][: config.images])
+        pictures = await self.look(question["image_ids"][: config.num_images])
         prompt = policy_prompt(self.generator, question, config.num_documents, room, pictures)
         drawn = Drawn()
         for round_ in range(config.max_rounds):
@@ -244,6 +274,8 @@ def summary(table: Table) -> dict[str, float]:
     usage = [Usage(**row) for row in rows["usage"].to_pylist()]
     figures["prompt_tokens"] = float(sum(u.prompt_tokens for u in usage))
     figures["output_tokens"] = float(sum(u.output_tokens for u in usage))
+    if cost := sum(u.cost for u in usage):
+        figures["cost_usd"] = cost
     if cacheable := sum(u.cacheable_tokens for u in usage):
         figures["cache_hit_rate"] = sum(u.cached_tokens for u in usage) / cacheable
     return figures

@@ -113,7 +113,7 @@ def make_tiny_seeing_policy(folder: Path) -> str:
         image_token_id=ids["image_pad"], video_token_id=ids["video_pad"],
         vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"],
     )  # fmt: skip
-    model: Any = Qwen2VLForConditionalGeneration(config)
+    model: Any = Qwen2VLForConditionalGeneration(config)  # type: ignore[no-untyped-call]
     words_only(model.lm_head, tokenizer)
     model.save_pretrained(folder)
     size = {"shortest_edge": 64, "longest_edge": 1024}  # pixels, not edges

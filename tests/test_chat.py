@@ -27,7 +27,7 @@ def test_a_model_that_reads_text_alone(tmp_path: Path) -> None:
     assert text.startswith("<|system|>")
     assert text.endswith("Question: What is it?<|end|><|assistant|>Step 1:")
     assert chat.count(Prompt(MESSAGES, said="Step 1:")) == len(ids)
-    with pytest.raises(ChatError, match="reads text alone; set images=0, or name a model that sees"):
+    with pytest.raises(ChatError, match="reads text alone; set num_images=0, or name a model that sees"):
         chat.token_ids(Prompt(MESSAGES, [picture(0)]))
 
 

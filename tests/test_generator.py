@@ -75,7 +75,7 @@ def gpu_arguments(**settings: Any) -> dict[str, Any]:
 
 def test_images_and_further_arguments_reach_the_engine() -> None:
     assert "limit_mm_per_prompt" not in gpu_arguments()
-    assert gpu_arguments(images=2)["limit_mm_per_prompt"] == {"image": 2}
+    assert gpu_arguments(num_images=2)["limit_mm_per_prompt"] == {"image": 2}
     assert gpu_arguments(vllm={"quantization": "fp8", "dtype": "auto"})["quantization"] == "fp8"
     assert gpu_arguments(vllm={"dtype": "auto"})["dtype"] == "auto"
 
@@ -145,7 +145,12 @@ def test_documents_fill_the_prompt_and_a_long_one_is_skipped() -> None:
 def test_documents_that_all_fit_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeGenerator(lambda prompt, seed: "")
     counted: list[str] = []
-    monkeypatch.setattr(fake, "count", lambda prompt: counted.append(text_of(prompt)) or 50)
+
+    def count(prompt: Prompt) -> int:
+        counted.append(text_of(prompt))
+        return 50
+
+    monkeypatch.setattr(fake, "count", count)
     row = {"question": "Q", "options": [], "answer_type": "open", "documents": [{"text": "a"}, {"text": "b"}]}
     assert (
         text_of(policy_prompt(fake, row, num_documents=2, room=100)) == "Document 1: a\n\nDocument 2: b\n\nQuestion: Q"
@@ -192,8 +197,9 @@ def test_a_real_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert [c for [c] in alone] == first[1][:4]
 
         drawn = first[2]  # the third of its questions: what all share is there already
-        assert {(c.prompt_tokens, c.shareable_tokens) for c in drawn} == {(len(engine.token_ids(prompts[2])), 96)}
-        assert sum(c.cached_tokens for c in drawn) >= 15 * 96
+        length = len(engine.token_ids(prompts[2]))
+        assert {(c.prompt_tokens, c.shareable_tokens) for c in drawn} == {(length, length // 32 * 32)}
+        assert sum(c.cached_tokens for c in drawn) >= 15 * (length // 32 * 32)
         assert engine.statistics.hit_rate > 0.5
         assert engine.statistics.output_tokens > 0
 
@@ -229,7 +235,7 @@ def test_a_real_engine_that_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """What it says is what transformers' model says; samples of a question share text and image in the cache."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    config = GeneratorConfig(max_model_len=512, dtype="float32", images=2)
+    config = GeneratorConfig(max_model_len=512, dtype="float32", num_images=2)
     for name, value in environment(config).items():
         monkeypatch.setenv(name, value)
     folder = make_tiny_seeing_policy(tmp_path / "policy")
@@ -237,7 +243,7 @@ def test_a_real_engine_that_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     pictures = [picture(0), picture(1, 60, 20)]
     messages = policy_messages("What is in this picture?")
     prompts = [Prompt(messages, shown) for shown in ([], [pictures[0]], [pictures[1]], pictures)]
-    reference = AutoModelForImageTextToText.from_pretrained(folder)
+    reference: Any = AutoModelForImageTextToText.from_pretrained(folder)
     processor: Any = AutoProcessor
     processor = processor.from_pretrained(folder)
 

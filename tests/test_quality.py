@@ -38,6 +38,7 @@ def test_what_is_refused(text: str, reason: str | None) -> None:
 def test_what_is_cut_off_or_says_no_answer_is_refused() -> None:
     assert why(GOOD, finish_reason="length") == "cut_off"
     assert why("", finish_reason="length") == "empty"
+    assert why("", finish_reason="refused") == "refused"
     assert why(GOOD, answer=None) == "no_answer"
 
 

@@ -182,7 +182,7 @@ def test_the_policy_sees_the_first_images_of_a_question(tmp_path: Path) -> None:
     images = pa.table({"image_id": ["im2", "im1"], "uri": [str(tmp_path / f"{i}.png") for i in ("im2", "im1")]})
     asked = question(image_ids=["im1", "im2", "im3"])
     for number, colours in ((0, []), (2, [(255, 0, 0), (0, 0, 255)])):
-        config = CONFIG.model_copy(update={"images": number})
+        config = CONFIG.model_copy(update={"num_images": number})
         actor = Sampler(config, "m", "tiny", "c0", images, generator=Looking(lambda prompt, seed: GOOD))
         asyncio.run(actor.solve(to_arrow(Question, [asked]).to_pylist()[0]))
         assert [image.getpixel((1, 1)) for image in seen[-1].images] == colours
@@ -192,7 +192,7 @@ def test_the_policy_sees_the_first_images_of_a_question(tmp_path: Path) -> None:
 def test_an_image_that_cannot_be_read_is_the_rows_error(tmp_path: Path) -> None:
     (tmp_path / "im1.png").write_bytes(b"no picture")
     images = pa.table({"image_id": ["im1"], "uri": [str(tmp_path / "im1.png")]})
-    config = CONFIG.model_copy(update={"images": 1})
+    config = CONFIG.model_copy(update={"num_images": 1})
     [row], fake = run(lambda prompt, seed: GOOD, [question()], config, images)
     assert row.error is not None
     assert row.error.startswith(f"image_corrupt: {tmp_path}/im1.png is not a readable image")
@@ -267,5 +267,5 @@ class Dying(FakeGenerator):
 def test_documents_need_evidence() -> None:
     with pytest.raises(ValueError, match="num_documents=2 needs the table evidence"):
         sample(None, SampleConfig(num_documents=2), model="m", policy="p", config_hash="c")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="images=2 needs the table images"):
-        sample(None, SampleConfig(images=2), model="m", policy="p", config_hash="c")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="num_images=2 needs the table images"):
+        sample(None, SampleConfig(num_images=2), model="m", policy="p", config_hash="c")  # type: ignore[arg-type]

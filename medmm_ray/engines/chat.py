@@ -47,7 +47,7 @@ class Chat:
         """The chat with the assistant's turn opened, an image as its mark alone, then what the assistant has said."""
         if self._processor is None:
             if prompt.images:
-                raise ChatError(f"{self._model} reads text alone; set images=0, or name a model that sees")
+                raise ChatError(f"{self._model} reads text alone; set num_images=0, or name a model that sees")
             ids = self.tokenizer.apply_chat_template(
                 list(prompt.messages), add_generation_prompt=True, return_dict=False
             )

@@ -51,8 +51,8 @@ class GeneratorConfig(Config):
     """Longest prompt and completion together, tokens."""
     lora: str | None = None
     """A LoRA adapter (peft) on the model: any name that a model may have; null: none."""
-    images: int = Field(0, ge=0)
-    """Most images in a prompt; of a question, its first ones. 0: text only."""
+    num_images: int = Field(0, ge=0)
+    """Images of a question that the policy sees, its first ones; 0: text only."""
     batch_invariant: bool = False
     """On GPUs (compute capability >= 9.0), kernels whose results do not depend on the batch; slower."""
     vllm: dict[str, Any] = Field({})
@@ -109,10 +109,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completion:
-    """One sample. `finish_reason` is stop (the model ended it, or a text of `Sampling.stop`) or length (cut).
+    """One sample. `finish_reason` is stop (the model ended it, or a text of `Sampling.stop`), length (cut) or refused.
 
-    Of its prompt, `shareable_tokens` lie in whole cache blocks, so that a further sample finds them there;
-    `cached_tokens` were found: which of a request's samples found them is not told, their sum is right.
+    `cost` is in US dollars. Of its prompt, `shareable_tokens` lie in whole cache blocks, so that a further sample finds
+    them there; `cached_tokens` were found: which of a request's samples found them is not told, their sum is right.
     """
 
     text: str
@@ -122,6 +122,7 @@ class Completion:
     prompt_tokens: int = 0
     shareable_tokens: int = 0
     cached_tokens: int = field(default=0, compare=False)
+    cost: float = 0.0
 
 
 @dataclass
@@ -283,8 +284,14 @@ def engine_arguments(model: str, config: GeneratorConfig, lora: str | None = Non
     On a CPU a seeded request in a chunked prefill would kill the engine, so none is chunked.
     """
     adapter = {} if lora is None else {"enable_lora": True, "max_loras": 1, "max_lora_rank": lora_rank(lora)}
-    seeing = {"limit_mm_per_prompt": {"image": config.images}, "mm_processor_cache_gb": IMAGE_CACHE_GIB}
-    return {**_device_arguments(config), **adapter, **(seeing if config.images else {}), "model": model, **config.vllm}
+    seeing = {"limit_mm_per_prompt": {"image": config.num_images}, "mm_processor_cache_gb": IMAGE_CACHE_GIB}
+    return {
+        **_device_arguments(config),
+        **adapter,
+        **(seeing if config.num_images else {}),
+        "model": model,
+        **config.vllm,
+    }
 
 
 def _device_arguments(config: GeneratorConfig) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from medmm_ray.audit.cost import cost_figures
 from medmm_ray.audit.gates import _gate, gates
 from medmm_ray.audit.leakage import leakage
 from medmm_ray.records import (
+    Count,
     Evidence,
     Image,
     Labels,
@@ -27,6 +28,7 @@ from medmm_ray.records import (
     to_arrow,
 )
 from medmm_ray.tables import Manifest, Origin, write_rows
+from medmm_ray.targets import POLICIES
 from tests.test_columns import labelled, question, solution
 
 TINY = "jobs/recipes/tiny.yaml"
@@ -57,7 +59,8 @@ IMAGES = [picture("i1", "train"), picture("i2", "train"), picture("i3", "test")]
 SOLUTIONS = [
     question("q1", solution("s1", 2), solution("s2", 4, correct=False)),
     question("q2", solution("s3", 3, correct=None)),
-    Solutions(question_id="q3", policy="p", config_hash="c", num_requested=2, num_rejected=7, solutions=[],
+    Solutions(question_id="q3", policy="p", config_hash="c", num_requested=2,
+              rejected=[Count(kind="cut_off", count=4), Count(kind="no_answer", count=3)], solutions=[],
               error="engine: died"),
 ]  # fmt: skip
 JUDGE = [
@@ -95,7 +98,8 @@ def test_counts_by_hand() -> None:
     sampling = found["sampling"]
     assert sampling.pop("accuracy")["all"]["all"]["value"] == pytest.approx(1 / 3, abs=1e-6)
     assert sampling == {
-        "questions": 3, "requested": 5, "kept": 3, "rejected": 7, "short_questions": 1, "empty_questions": 1,
+        "questions": 3, "requested": 5, "kept": 3, "rejected": {"cut_off": 4, "no_answer": 3},
+        "short_questions": 1, "empty_questions": 1,
         "missing": 2, "without_answer": 1, "finish_reasons": {"stop": 3}, "errors": {"engine": 1},
     }  # fmt: skip
     assert found["steps"]["histogram"] == {"2": 1, "3": 1, "4": 1}
@@ -131,7 +135,9 @@ def test_yield_of_the_label_policies() -> None:
     assert (found["outcome"]["kept"], found["outcome"]["kept_steps"], found["outcome"]["mean_target"]) == (2, 2, 0.5)
     assert (found["consensus"]["kept"], found["consensus"]["refused"]) == (0, 2)
     assert "needs Monte Carlo on every step" in found["consensus"]["why"]
-    assert [row["solutions"] for row in report(CONFIG.model_copy(update={"yield_solutions": 2}))["policies"]] == [2] * 6
+    assert [row["solutions"] for row in report(CONFIG.model_copy(update={"yield_solutions": 2}))["policies"]] == [
+        2
+    ] * len(POLICIES)
 
 
 def test_leaks_are_found_by_picture_bytes_and_text() -> None:

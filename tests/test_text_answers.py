@@ -35,6 +35,7 @@ AGREED = ["yes", "no", "maybe"]
         ("The faulty statement regarding the bowel is statement A, which says so.", None),
         ("The correct answer among the options, as far as documents tell, is: (D)", "D"),
         ("Option B is the most likely answer, as it fits the trend.", "B"),
+        ("Option B, noted above, is the best choice.", "B"),
         ("Option C (ovarian torsion) seems to be the most likely answer here.", "C"),
         ("option B, Crohn's disease, seems to be the most appropriate answer.", "B"),
         ("Step 4: Option C, seen on the scan, fits and is the most suitable choice", "C"),

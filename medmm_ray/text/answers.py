@@ -51,6 +51,7 @@ _RIGHT = re.compile(
     r"(?:correct|right|best|(?:most|least)\s++(?!common)\w++|(?:final\s++)?answer|exception)\b",
     re.IGNORECASE,
 )
+_DENIAL = re.compile(r"\bnot\b|n't\b", re.IGNORECASE)
 _CLAUSE_START = re.compile(r"(?:^|[.;:,\n]\s{0,3}|\b(?:therefore|thus|so|hence|that|and)\s)$", re.IGNORECASE)
 _FIELD = re.compile(
     r"\b(?:final|correct|model|predicted)?[_ ]?(?:answer|choice|option|letter)"
@@ -187,7 +188,7 @@ def _mentions(text: str) -> Iterator[tuple[int, str]]:
     """``Option D … is correct``, ``(B) is the best answer``, ``C is right``: the letter, as a statement."""
     for m in _MENTION.finditer(text):
         verdict = _RIGHT.match(text, m.end())
-        if verdict is None or " not" in verdict[0] or not _is_statement(text, m.start(), verdict.end()):
+        if verdict is None or _DENIAL.search(verdict[0]) or not _is_statement(text, m.start(), verdict.end()):
             continue
         marked = m["noun"] or m["open"] or m["close"]
         if m["noun"] or (

@@ -19,6 +19,7 @@ from medmm_ray.records import (
     Solutions,
     States,
     Vector,
+    WrittenQuestion,
 )
 
 
@@ -42,8 +43,14 @@ STEPS = (
         what="read the source",
     ),
     Step(
-        "curate",
+        "write_questions",
         ("raw_questions", "raw_images"),
+        {"written_questions": WrittenQuestion, "new_questions": Question},
+        what="questions for images without one",
+    ),
+    Step(
+        "curate",
+        ("raw_questions", "raw_images", "new_questions"),
         {"questions": Question, "images": Image},
         what="drop duplicates and leaks, split",
     ),

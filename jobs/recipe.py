@@ -22,6 +22,7 @@ from medmm_ray.train.image_text import ImageTextConfig
 from medmm_ray.train.policy import PolicyConfig
 from medmm_ray.train.text_prm import TextPrmConfig
 from medmm_ray.train.two_tower import TwoTowerConfig
+from medmm_ray.write_questions import WriteQuestionsConfig
 
 
 class ModelsConfig(Config):
@@ -96,6 +97,8 @@ class Recipe(Config):
     """Checkpoints that are there already."""
     ingest: IngestConfig = IngestConfig()
     """Sources to questions, images, documents."""
+    write_questions: WriteQuestionsConfig = WriteQuestionsConfig()
+    """Questions for images that have none."""
     curate: CurateConfig = CurateConfig()
     """Duplicates, leaks, splits."""
     train_image_tower: ImageTextConfig = ImageTextConfig()

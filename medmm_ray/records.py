@@ -6,7 +6,7 @@ None, or ``kind: what happened`` for a row that could not be made; the kinds are
 
 import dataclasses
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 import pyarrow as pa
@@ -29,6 +29,31 @@ class Question:
     answer: str
     answer_type: str
     image_ids: list[str]
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenQuestion:
+    """A question that the model `author` wrote for an image; `num_solved` of `num_checks` answers agreed with `answer`.
+
+    `num_solved_blind` counts the same without the image. `cost` is in US dollars.
+    """
+
+    key: ClassVar[tuple[str, ...]] = ("written_id",)
+    written_id: str
+    image_id: str
+    author: str
+    split: str
+    modality: str
+    question: str = ""
+    options: list[str] = field(default_factory=list)
+    answer: str = ""
+    difficulty: str = ""
+    explanation: str = ""
+    num_checks: int = 0
+    num_solved: int = 0
+    num_solved_blind: int = 0
+    cost: float = 0.0
     error: str | None = None
 
 

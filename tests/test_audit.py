@@ -24,9 +24,11 @@ from medmm_ray.records import (
     RetrievedImage,
     ReviewItem,
     Solutions,
+    StepLabel,
     to_arrow,
 )
 from medmm_ray.tables import Manifest, Origin, write_rows
+from medmm_ray.targets import POLICIES
 from tests.test_columns import labelled, question, solution
 
 TINY = "jobs/recipes/tiny.yaml"
@@ -126,12 +128,25 @@ def test_the_order_of_rows_and_parts_changes_nothing() -> None:
 
 def test_yield_of_the_label_policies() -> None:
     found = {row["policy"]: row for row in report(CONFIG.model_copy(update={"after_first_error": "drop"}))["policies"]}
+    assert list(found) == list(POLICIES)
     assert (found["judge"]["solutions"], found["judge"]["kept"], found["judge"]["kept_steps"]) == (3, 3, 7)
     assert found["judge"]["mean_target"] == pytest.approx(5 / 7, abs=1e-6)
     assert (found["outcome"]["kept"], found["outcome"]["kept_steps"], found["outcome"]["mean_target"]) == (2, 2, 0.5)
     assert (found["consensus"]["kept"], found["consensus"]["refused"]) == (0, 2)
     assert "needs Monte Carlo on every step" in found["consensus"]["why"]
-    assert [row["solutions"] for row in report(CONFIG.model_copy(update={"yield_solutions": 2}))["policies"]] == [2] * 6
+    two = report(CONFIG.model_copy(update={"yield_solutions": 2}))["policies"]
+    assert {row["solutions"] for row in two} == {2}
+
+
+def test_an_advantage_is_measured_from_the_accuracy_of_the_question() -> None:
+    ratios = [StepLabel(label=1, value=v, num_correct=n, num_rollouts=4) for v, n in ((0.75, 3), (0.75, 3), (0.25, 1))]
+    steps = [*ratios, StepLabel(label=0, value=0.0, num_correct=0, num_rollouts=4)]
+    rolled = Labels(question_id="q", solution_id="s2", source="monte_carlo", annotator="a", steps=steps, cost=0.0)
+    found = report(labels={"monte_carlo_labels": [to_arrow(Labels, [rolled])]})["policies"]
+    advantage = next(row for row in found if row["policy"] == "advantage")
+    # q1 is right in 1 of 2: step 0 raises it to .75 (1), step 1 leaves it, steps 2 and 3 lower it (0, 0).
+    assert (advantage["kept"], advantage["kept_steps"], advantage["refused"]) == (1, 3, 0)
+    assert advantage["mean_target"] == pytest.approx(1 / 3, abs=1e-6)
 
 
 def test_leaks_are_found_by_picture_bytes_and_text() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
+from pyarrow import fs as pafs
 from rich.console import Console
 
 from jobs.graph import BY_NAME, LABELS, STEPS
@@ -58,8 +59,20 @@ def report_of(run: Run) -> dict[str, Any]:
         review_queue=there["review_queue"].to_arrow() if "review_queue" in there else None,
         evidence=parts("evidence"),
         manifests={name: output.manifest() for name, output in made.items() if output.is_complete},
+        ledgers=ledgers_of(run),
         missing=[name for name in STEP.reads if name not in there],
     )
+
+
+def ledgers_of(run: Run) -> dict[str, dict[str, Any]]:
+    """What the run's API gates have booked, by the folder of the model."""
+    fs, path = filesystem(f"{run.root}/api")
+    found = {}
+    for file in fs.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True)):
+        if file.base_name == "ledger.json":
+            with fs.open_input_stream(file.path) as stream:
+                found[file.path.split("/")[-2]] = json.loads(stream.read())
+    return found
 
 
 def write(report: dict[str, Any], *folders: str) -> None:

@@ -39,7 +39,7 @@ STEPS = (
         "ingest",
         (),
         {"raw_questions": Question, "raw_images": Image, "documents": Document, "demonstrations": Solutions},
-        version=2,
+        version=3,
         what="read the source",
     ),
     Step(
@@ -74,7 +74,13 @@ STEPS = (
         {"policy": None},
         what="supervised fine-tuning (DeepSpeed)",
     ),
-    Step("sample", ("questions", "images", "evidence", "policy"), {"solutions": Solutions}, what="solutions by vLLM"),
+    Step(
+        "sample",
+        ("questions", "images", "evidence", "policy"),
+        {"solutions": Solutions},
+        version=2,
+        what="solutions by vLLM",
+    ),
     Step(
         "judge",
         ("questions", "images", "evidence", "solutions"),

@@ -100,11 +100,13 @@ def tiles(report: Row) -> list[Row]:
 
 
 def interval(figure: Row | None, share: bool = True) -> str:
+    """The ends of a figure's interval, in percent or plain; empty where it has none."""
     if figure is None or figure["low"] is None:
         return ""
-    ends = [f"{100 * figure[end]:.1f}" if share else f"{figure[end]:.2f}" for end in ("low", "high")]
-    ends = [end.replace("-", "−") for end in ends]
-    return f"{ends[0]} to {ends[1]}" if figure["low"] < 0 else f"{ends[0]}–{ends[1]}"
+    scale, digits = (100, 1) if share else (1, 2)
+    low, high = (round(scale * figure[end], digits) + 0.0 for end in ("low", "high"))  # + 0.0: no negative zero
+    ends = [f"{end:.{digits}f}".replace("-", "−") for end in (low, high)]
+    return f"{ends[0]} to {ends[1]}" if low < 0 else f"{ends[0]}–{ends[1]}"
 
 
 # Figures

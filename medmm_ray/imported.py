@@ -58,7 +58,6 @@ def imported(question_id: str, solved: Solved, policy: str, config_hash: str) ->
             policy=policy,
             config_hash=config_hash,
             num_requested=len(solutions),
-            num_rejected=0,
             solutions=solutions,
         ),
         labels=labels,

@@ -266,7 +266,6 @@ def demonstration_rows(data: SourceData, questions: Sequence[Question], config: 
                 policy=WORKED,
                 config_hash=config_hash,
                 num_requested=len(solutions),
-                num_rejected=0,
                 solutions=solutions,
             )
         )

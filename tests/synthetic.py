@@ -113,7 +113,7 @@ def run(folder: Path, num_questions: int = 40, num_samples: int = 16, seed: int 
                                inclusion_probability=0.25)
                 )  # fmt: skip
         solutions.append(
-            Solutions(question_id=question_id, policy="p", config_hash="c", num_requested=num_samples, num_rejected=0,
+            Solutions(question_id=question_id, policy="p", config_hash="c", num_requested=num_samples,
                       solutions=made, error=None if made else "engine: died")
         )  # fmt: skip
     tables = {

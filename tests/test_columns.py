@@ -15,7 +15,7 @@ def solution(solution_id: str, num_steps: int, correct: bool | None = True) -> S
 
 def question(question_id: str, *solutions: Solution) -> Solutions:
     return Solutions(question_id=question_id, policy="p", config_hash="c", num_requested=len(solutions),
-                     num_rejected=0, solutions=list(solutions))  # fmt: skip
+                     solutions=list(solutions))  # fmt: skip
 
 
 def labelled(solution_id: str, verdicts: list[int | None], source: str = "judge", **more: Any) -> Labels:

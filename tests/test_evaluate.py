@@ -30,7 +30,7 @@ def solution(ident: str, answer: str | None, num_steps: int = 2) -> Solution:
 
 
 def solutions(question_id: str, found: list[Solution], error: str | None = None) -> Solutions:
-    return Solutions(question_id=question_id, policy="p", config_hash="c", num_requested=2, num_rejected=0,
+    return Solutions(question_id=question_id, policy="p", config_hash="c", num_requested=2,
                      solutions=found, error=error)  # fmt: skip
 
 

@@ -61,7 +61,7 @@ def solution(question_id: str, index: int, steps: Sequence[str] = ("Look.", "So 
 
 
 def solved(question_id: str, *found: Solution) -> Solutions:
-    return Solutions(question_id=question_id, policy="p", config_hash="h", num_requested=2, num_rejected=0,
+    return Solutions(question_id=question_id, policy="p", config_hash="h", num_requested=2,
                      solutions=list(found))  # fmt: skip
 
 

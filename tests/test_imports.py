@@ -32,6 +32,7 @@ FOUNDATION = (
     "prompts",
     "text",
     "metrics",
+    "quality",
     "targets",
     "session",
     "estimate",

@@ -30,7 +30,7 @@ EFFUSION = Case(seed=1, kind="effusion", side="right", zone="lower", extent=0.8,
 
 def solutions(question_id: str, *ids: str, steps: list[str] = STEPS) -> Solutions:
     return Solutions(
-        question_id=question_id, policy="p", config_hash="c", num_requested=len(ids), num_rejected=0,
+        question_id=question_id, policy="p", config_hash="c", num_requested=len(ids),
         solutions=[
             Solution(solution_id=i, index=n, text="t", steps=steps, answer="A", correct=True, finish_reason="stop",
                      seed=n, text_sha=i)

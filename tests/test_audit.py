@@ -1,7 +1,7 @@
 """audit/: the figures of a small dataset by hand, gates at their edges, and the job on tables of a run."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -331,6 +331,19 @@ def test_the_job_runs_midway_and_says_what_is_missing(tmp_path: Path, capsys: py
     assert (found["cost"]["total"], list(found["cost"]["ledgers"])) == (2.5, ["gemini"])
     assert "possibly paid for 1 calls" in (tmp_path / "dataset_report.html").read_text()
     assert "Written before the run was complete" in (tmp_path / "dataset_report.html").read_text()
+
+
+def test_labels_count_while_they_are_made(tmp_path: Path) -> None:
+    words = made(tmp_path, "questions", "images", "solutions")
+    table = Run(load_recipe(words)).table("judge_labels")
+    table.prepare()
+    nested = pa.array([[asdict(row) for row in JUDGE[:2]]], pa.list_(pa.struct(list(table.schema))))
+    table.write_part(pa.table({"question_id": ["q1"], "labels": nested}), "question_id", "labels")
+    assert job.main(words) == 0
+    found = json.loads((tmp_path / "dataset_report.json").read_text())
+    assert found["missing"][1] == "judge_labels (1 questions so far)"
+    (judge,) = found["balance"]
+    assert (judge["right"], judge["wrong"]) == (3, 2)
 
 
 def test_strict_ends_with_an_error_and_the_report_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

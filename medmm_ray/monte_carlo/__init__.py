@@ -269,7 +269,7 @@ class Roller:
                 tally.cut_off += sum(sample.finish_reason != "stop" for sample in samples)
                 tally.add(right)
                 findings.num_tokens += sum(sample.num_tokens for sample in samples)
-                if any(right):
+                if self.config.searches and any(right):
                     findings.reach(shorter[prefix])
             due = wanted(chains, findings, self.config.mode)
 

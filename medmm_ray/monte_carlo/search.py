@@ -3,8 +3,10 @@
 A *prefix* is a solution up to one of its steps; equal prefixes of several solutions are one. What is known is free:
 
 - the final step, where the solution was ended by the model and states an answer: the outcome is its value;
-- a right answer *reached* from a prefix, by a solution of the question or by a continuation of a longer prefix, shows
-  that it can be reached from this prefix too: with a threshold of 0 the label is 1 without a continuation of its own;
+- a right answer *reached* from a prefix by a solution of the question shows that it can be reached: with a threshold of
+  0 the label is 1 without a continuation. In a search a continuation of a longer prefix shows it too. In the other
+  modes it does not count: it is true, but where a wrong prefix recovers now and then, each further step that is
+  continued is a further chance to call the steps before it right (measured: 5 points of first-error accuracy);
 - the question's own solutions through a prefix are continuations of it. They are counted as such only where the prefix
   was chosen without a look at what they came to: of a solution that is continued *because* its answer is wrong (or
   because a judge who has read it to the end doubts a step), its own end would bias the ratio. What stays is the quality

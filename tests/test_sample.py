@@ -21,8 +21,8 @@ from medmm_ray.engines.generator import (
 )
 from medmm_ray.records import Count, Question, Solutions, Usage, from_dict, to_arrow
 from medmm_ray.sample import SampleConfig, Sampler, draws, sample, summary
-from medmm_ray.session import session
 from medmm_ray.tables import Origin, Table
+from tests.api_server import chat_said, serving
 from tests.fake_generator import FakeGenerator, Script, text_of
 
 GOOD = "Step 1: Look.\nStep 2: See {}.\nStep 3: So the answer is (B)."
@@ -234,6 +234,32 @@ def test_the_figures_of_a_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("ray_session")
+def test_a_policy_behind_an_api_is_asked_and_paid_once(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(
+        update={"backend": "openai", "key_variable": "PATH", "price_read": 1.0, "price_written": 10.0, "max_rounds": 1}
+    )
+    questions = to_arrow(Question, [question("q1"), question("q2")])
+    with serving() as server:
+        server.script = [chat_said(GOOD.format("it")), chat_said(None, refusal="I cannot."), chat_said(GOOD)]
+        config = config.model_copy(update={"endpoint": f"{server.address}/v1"})
+
+        def rows() -> list[Solutions]:
+            ds = ray.data.from_arrow(questions)
+            made = sample(ds, config, model="gpt-x", policy="gpt-x", config_hash="c0", folder=str(tmp_path)).take_all()
+            return [from_dict(Solutions, row) for row in sorted(made, key=lambda row: str(row["question_id"]))]
+
+        first = rows()
+        assert len(server.requests) == 8
+        assert sum(row.usage.cost for row in first) == pytest.approx(7 * (1000 * 1.0 + 100 * 10.0) / 1e6)
+        assert [count for row in first for count in row.rejected] == [Count(kind="refused", count=1)]
+        assert sum(len(row.solutions) for row in first) == 7
+        assert rows() == first
+        assert len(server.requests) == 8
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("ray_session")
 def test_an_engine_that_dies_is_started_again_and_draws_the_same(tmp_path: Path) -> None:
     questions = to_arrow(Question, [question(f"q{i}") for i in range(12)])
 
@@ -243,10 +269,9 @@ def test_an_engine_that_dies_is_started_again_and_draws_the_same(tmp_path: Path)
         made = sample(ds, config, model="m", policy="tiny", config_hash="c0", generator=generator).take_all()
         return sorted(made, key=lambda row: str(row["question_id"]))
 
-    with session():
-        whole = rows(functools.partial(Dying, died=None))
-        assert [row["question_id"] for row in whole] == sorted(f"q{i}" for i in range(12))
-        assert rows(functools.partial(Dying, died=tmp_path / "died")) == whole
+    whole = rows(functools.partial(Dying, died=None))
+    assert [row["question_id"] for row in whole] == sorted(f"q{i}" for i in range(12))
+    assert rows(functools.partial(Dying, died=tmp_path / "died")) == whole
     assert (tmp_path / "died").read_text() == "q5"
 
 
@@ -269,3 +294,5 @@ def test_documents_need_evidence() -> None:
         sample(None, SampleConfig(num_documents=2), model="m", policy="p", config_hash="c")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="num_images=2 needs the table images"):
         sample(None, SampleConfig(num_images=2), model="m", policy="p", config_hash="c")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="sample.backend=openai needs a folder for its answers"):
+        sample(None, SampleConfig(backend="openai"), model="m", policy="p", config_hash="c")  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from medmm_ray.records import (
     Solutions,
     States,
     Vector,
+    WrittenQuestion,
 )
 
 
@@ -42,8 +43,14 @@ STEPS = (
         what="read the source",
     ),
     Step(
-        "curate",
+        "write_questions",
         ("raw_questions", "raw_images"),
+        {"written_questions": WrittenQuestion, "new_questions": Question},
+        what="questions for images without one",
+    ),
+    Step(
+        "curate",
+        ("raw_questions", "raw_images", "new_questions"),
         {"questions": Question, "images": Image},
         what="drop duplicates and leaks, split",
     ),
@@ -90,7 +97,14 @@ STEPS = (
         "review",
         ("questions", "images", "solutions", "judge_labels", "monte_carlo_labels"),
         {"review_queue": ReviewItem, "expert_labels": Labels},
+        version=2,
         what="the expert's queue and verdicts",
+    ),
+    Step(
+        "audit",
+        ("questions", "images", "evidence", "solutions", *LABELS, "review_queue"),
+        {"dataset_report": None},
+        what="dataset report and quality gates",
     ),
     Step(
         "train_text_prm",
@@ -119,8 +133,9 @@ STEPS = (
     ),
     Step(
         "evaluate",
-        ("questions", "images", "evidence", "solutions", *LABELS, "scores"),
+        ("questions", "images", "evidence", "solutions", *LABELS, "dataset_report", "scores"),
         {"report": None},
+        version=2,
         what="report.json, report.html",
     ),
 )

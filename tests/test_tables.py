@@ -106,6 +106,16 @@ def test_exploded_rows_keep_their_question_as_the_unit_of_resuming(uri: str) -> 
     assert sorted(table.to_arrow()["solution_id"].to_pylist()) == ["p0", "p1"]
 
 
+def test_figures_of_rows_become_the_manifests_sums_whatever_was_written_twice(uri: str) -> None:
+    table = Table(uri, Labels)
+    table.prepare()
+    for groups, took in (((("p", 1), ("q", 2)), [3, 0]), ((("q", 2), ("r", 0)), [0, 4])):
+        figures = pa.array([{"tokens": n, "failed": 0} for n in took])
+        table.write_part(label_groups(*groups).append_column("figures", figures), "question_id", explode="labels")
+    manifest = table.finish(ORIGIN, "question_id", "pqr", seconds=0)
+    assert (manifest.rows, manifest.figures) == (3, {"tokens": 7, "failed": 0})
+
+
 def test_rows_that_do_not_fit_the_record_are_refused(tmp_path: Path) -> None:
     table = Table(str(tmp_path / "t"), Vector)
     table.prepare()

@@ -102,16 +102,13 @@ def _engines(config: BenchConfig, folder: Path, console: Console) -> Iterator[Me
     ours: list[float] = []
     for repeat in range(config.repeats):
         bare.append(bare_rate(model, config.sampling, questions))
-        notes = run_step(config.sampling, model, questions, TimedGenerator, folder / f"run-{repeat}")
+        notes, figures = run_step(config.sampling, model, questions, TimedGenerator, folder / f"run-{repeat}")
         ours.append(sum(n["output_tokens"] for n in notes) / span(notes))
         console.print(f"[dim]bare {bare[-1]:,.0f} tokens/s, through Ray Data {ours[-1]:,.0f}[/dim]")
     theirs, mine = statistics.median(bare), statistics.median(ours)
     name = f"{config.questions} questions x {config.samples}"
     yield Measured(f"sampling through Ray Data, {name}", theirs, mine, mine / theirs, "≥ 0.95", "tokens/s")
-    usage = (
-        Table(str(folder / f"run-{config.repeats - 1}/solutions"), Solutions).written(["usage"])["usage"].to_pylist()
-    )
-    cacheable, cached = (float(sum(u[f"{kind}_tokens"] for u in usage)) for kind in ("cacheable", "cached"))
+    cacheable, cached = figures["cacheable_tokens"], figures["cached_tokens"]
     yield Measured(f"prefix cache hits of the cacheable tokens, {name}", cacheable, cached, cached / cacheable,
                    "≥ 0.98", "tokens")  # fmt: skip
 
@@ -124,7 +121,7 @@ def _actors(config: BenchConfig, folder: Path) -> Measured:
         made = functools.partial(SleepingGenerator, actors=actors, pause_s=config.pause_s)
         questions = make_questions(actors * config.rounds * in_flight)
         how = config.sampling.model_copy(update={"num_samples_train": 1, "num_actors": actors, "num_gpus": 0.0})
-        rates.append(len(questions) / span(run_step(how, "", questions, made, folder / f"actors-{actors}")))
+        rates.append(len(questions) / span(run_step(how, "", questions, made, folder / f"actors-{actors}")[0]))
     ideal = config.actors * rates[0]
     name = f"1 -> {config.actors} actors with an engine that sleeps"
     return Measured(name, ideal, rates[1], rates[1] / ideal, "≥ 0.9", "questions/s")
@@ -162,17 +159,19 @@ def make_questions(number: int) -> list[Question]:
 
 def run_step(
     config: SampleConfig, model: str, questions: list[Question], generator: Callable[..., TextGenerator], folder: Path
-) -> list[dict[str, Any]]:
-    """The step as its job runs it, from table to table; what its engines noted in the folder that they are told."""
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The step as its job runs it, from table to table: what its engines noted, and the table's figures."""
     notes = folder / "notes"
     notes.mkdir(parents=True)
     noting = functools.partial(generator, notes=notes)
     source, made = Table(str(folder / "questions"), Question), Table(str(folder / "solutions"), Solutions)
-    write_rows(source, questions, Origin(name="questions", fingerprint="", config={}, upstream={}), "question_id")
+    origin = Origin(name="bench", fingerprint="", config={}, upstream={})
+    write_rows(source, questions, origin, "question_id")
     made.prepare()
     ds = source.dataset(rows_per_block=config.batch_size)
     made.write(sample(ds, config, model=model, policy="p", config_hash=HASH, generator=noting), "question_id")
-    return [json.loads(path.read_text()) for path in notes.glob("*.json")]
+    manifest = made.finish(origin, "question_id", [q.question_id for q in questions], 0.0)
+    return [json.loads(path.read_text()) for path in notes.glob("*.json")], manifest.figures
 
 
 def span(notes: list[dict[str, Any]]) -> float:

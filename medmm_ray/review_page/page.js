@@ -36,6 +36,7 @@ async function ask(call, after) {
   element.classList.add("busy");
   try {
     const answer = await call();
+    if (!answer) throw new Error("no answer"); // Gradio's client logs a failed call and gives nothing
     find("lost").hidden = true;
     render(answer);
     if (answer.refused) say(answer.refused, "refused");

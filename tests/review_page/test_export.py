@@ -175,6 +175,7 @@ def test_another_answer_makes_another_question_to_review(run: Run) -> None:
     page = run.recipe.review_page.model_copy(update={"what": "questions"})
     given = Run(run.recipe.model_copy(update={"review_page": page}))
     first = cases(given).shown["q0"]
+    assert first.answer is not None
     assert first.answer in "ABCD"
     assert (first.steps, first.step_index, first.documents, len(first.pictures)) == ([], None, [], 1)
     rows = [from_dict(Question, row) for row in run.table("questions").to_arrow().to_pylist()]

@@ -1,9 +1,9 @@
 """A recipe: the config of every step, under the step's name. ``jobs/recipes/`` holds the shipped ones."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from pydantic import model_validator
-
+from medmm_ray.audit import AuditConfig
 from medmm_ray.config import Config, execution
 from medmm_ray.curate import CurateConfig
 from medmm_ray.embed import EmbedConfig
@@ -22,6 +22,7 @@ from medmm_ray.train.image_text import ImageTextConfig
 from medmm_ray.train.policy import PolicyConfig
 from medmm_ray.train.text_prm import TextPrmConfig
 from medmm_ray.train.two_tower import TwoTowerConfig
+from medmm_ray.write_questions import WriteQuestionsConfig
 
 
 class ModelsConfig(Config):
@@ -96,6 +97,8 @@ class Recipe(Config):
     """Checkpoints that are there already."""
     ingest: IngestConfig = IngestConfig()
     """Sources to questions, images, documents."""
+    write_questions: WriteQuestionsConfig = WriteQuestionsConfig()
+    """Questions for images that have none."""
     curate: CurateConfig = CurateConfig()
     """Duplicates, leaks, splits."""
     train_image_tower: ImageTextConfig = ImageTextConfig()
@@ -118,6 +121,8 @@ class Recipe(Config):
     """The expert's queue."""
     review_page: ReviewPageConfig = ReviewPageConfig()
     """The page where experts read it."""
+    audit: AuditConfig = AuditConfig()
+    """The dataset report and its gates."""
     train_text_prm: TextPrmConfig = TextPrmConfig()
     """The text reward model."""
     states: StatesConfig = StatesConfig()
@@ -133,10 +138,10 @@ class Recipe(Config):
     plan: PlanConfig = PlanConfig()
     """Assumptions of --dry-run."""
 
-    @model_validator(mode="before")
     @classmethod
-    def _one_seed(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or "seed" not in values:
+    def completed(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The recipe's seed in every section that has one and does not set its own."""
+        if "seed" not in values:
             return values
         seeded = dict(values)
         for name, info in cls.model_fields.items():

@@ -4,12 +4,11 @@ import asyncio
 import functools
 import os
 import sys
-from collections.abc import Sequence
 
 import jobs.sample
 from jobs.graph import BY_NAME
 from jobs.step import Job, Run, guarded, load_recipe, run_step
-from medmm_ray.engines.generator import Completion, GeneratorConfig, Sampling
+from medmm_ray.engines.generator import Completion, GeneratorConfig, Prompt, Sampling
 from medmm_ray.sample import sample
 from medmm_ray.session import session
 from tests.fake_generator import FakeGenerator
@@ -21,9 +20,9 @@ def script(prompt: str, seed: int) -> str:
 
 
 class SlowGenerator(FakeGenerator):
-    async def generate(self, prompt_ids: Sequence[int], n: int, seed: int, how: Sampling) -> list[Completion]:
+    async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:
         await asyncio.sleep(float(os.environ["PAUSE_S"]))
-        return await super().generate(prompt_ids, n, seed, how)
+        return await super().generate(prompt, n, seed, how)
 
 
 def make(model: str, config: GeneratorConfig) -> SlowGenerator:

@@ -260,8 +260,10 @@ def taken(run: Run) -> None:
         ("s1-0", "anna"): [None, 1],
         ("s1-0", "ben"): [None, 1],
     }
-    reasons = {s["reason"] for r in rows for s in r["steps"]}
-    assert "not medical; not image-grounded; Other side: 1 0 z" in reasons
+    [wrong] = [s for r in rows for s in r["steps"] if s["label"] == 0]
+    assert [wrong[name] for name in ("logical", "medical", "image_grounded", "reason")] == [
+        True, False, False, "Other side: 1 0 z",
+    ]  # fmt: skip
 
 
 def test_questions_are_reviewed_by_key(browser: "Browser", tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ LabelSets = dict[str, dict[str, list[int | None]]]
 def label_sets(tables: Iterable[pa.Table]) -> LabelSets:
     """By source and solution: the label of each step.
 
-    Of several annotators it is the adjudicator's, else that of the first (by name) that labels the step. Failed rows are
-    left out. Raises ValueError where two annotators disagree on the number of steps.
+    Of several annotators it is the adjudicator's, else that of the first (by name) that labels the step. Failed rows
+    are left out. Raises ValueError where two annotators disagree on the number of steps.
     """
     found: LabelSets = {}
     for table in tables:

@@ -88,7 +88,7 @@ class Reading:
         return self.text("#steps .now span")
 
     def shows(self, place: str) -> bool:
-        return self.page.is_visible(place)
+        return bool(self.page.is_visible(place))
 
 
 def slope(reading: Reading) -> float:
@@ -181,6 +181,7 @@ def first_reader(anna: Reading, steps: list[str]) -> None:
     anna.press("l", "i", "l", "m", "f")
     page.keyboard.type("Other side: 1 0 z")
     assert anna.verdict("Enter") == "Saved: ✕ Wrong, medicine, image"
+    assert page.evaluate("document.activeElement.tagName") != "TEXTAREA"
     assert anna.step() == steps[2]
 
     page.reload()

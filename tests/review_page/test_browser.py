@@ -82,7 +82,7 @@ class Reading:
         return self.text("#said")
 
     def text(self, place: str) -> str:
-        return self.page.inner_text(place).strip()
+        return str(self.page.inner_text(place)).strip()
 
     def step(self) -> str:
         return self.text("#steps .now span")

@@ -1,8 +1,7 @@
 """A recipe: the config of every step, under the step's name. ``jobs/recipes/`` holds the shipped ones."""
 
+from collections.abc import Mapping
 from typing import Any
-
-from pydantic import model_validator
 
 from medmm_ray.config import Config, execution
 from medmm_ray.curate import CurateConfig
@@ -130,10 +129,10 @@ class Recipe(Config):
     plan: PlanConfig = PlanConfig()
     """Assumptions of --dry-run."""
 
-    @model_validator(mode="before")
     @classmethod
-    def _one_seed(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or "seed" not in values:
+    def completed(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The recipe's seed in every section that has one and does not set its own."""
+        if "seed" not in values:
             return values
         seeded = dict(values)
         for name, info in cls.model_fields.items():

@@ -84,6 +84,11 @@ def test_one_seed_reaches_every_section_that_has_one_and_sets_none() -> None:
     assert (recipe.ingest.seed, recipe.sample.seed, recipe.train_two_tower.seed, recipe.judge.seed) == (7, 7, 7, 3)
 
 
+def test_a_list_may_be_set_in_a_recipe_with_a_seed() -> None:
+    recipe = load_recipe([TINY, "seed=7", "score.arms=[text_only]", "judge.splits=[train, test]"])
+    assert (recipe.score.arms, recipe.judge.splits) == (("text_only",), ("train", "test"))
+
+
 def test_a_given_model_leaves_its_training_out() -> None:
     given = run("models.policy=org/model")
     assert given.skipped(BY_NAME["train_policy"])

@@ -84,6 +84,7 @@ STEPS = (
         "review",
         ("questions", "images", "solutions", "judge_labels", "monte_carlo_labels"),
         {"review_queue": ReviewItem, "expert_labels": Labels},
+        version=2,
         what="the expert's queue and verdicts",
     ),
     Step(

@@ -13,6 +13,7 @@ from medmm_ray.judge import JudgeConfig
 from medmm_ray.monte_carlo import MonteCarloConfig
 from medmm_ray.retrieve import RetrieveConfig
 from medmm_ray.review import ReviewConfig
+from medmm_ray.review_page import ReviewPageConfig
 from medmm_ray.sample import SampleConfig
 from medmm_ray.score import ScoreConfig, StatesConfig
 from medmm_ray.serve import ServeConfig
@@ -114,6 +115,8 @@ class Recipe(Config):
     """Rollouts."""
     review: ReviewConfig = ReviewConfig()
     """The expert's queue."""
+    review_page: ReviewPageConfig = ReviewPageConfig()
+    """The page where experts read it."""
     train_text_prm: TextPrmConfig = TextPrmConfig()
     """The text reward model."""
     states: StatesConfig = StatesConfig()

@@ -133,7 +133,8 @@ class Solutions:
 class StepLabel:
     """What one source says of one step. `label`: 1 right, 0 wrong, None not labelled or nothing checkable.
 
-    `value` is a probability (Monte Carlo: num_correct / num_rollouts); `confidence` is high, medium or low.
+    `value` is a probability (Monte Carlo: num_correct / num_rollouts); `confidence` is high, medium or low. A judge's
+    three tests: `logical` (it follows), `medical` (it agrees with what is known), `image_grounded` (with the image).
     """
 
     label: int | None = None
@@ -142,12 +143,18 @@ class StepLabel:
     num_correct: int | None = None
     num_rollouts: int | None = None
     stopped_early: bool | None = None
+    logical: bool | None = None
+    medical: bool | None = None
+    image_grounded: bool | None = None
     reason: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Labels:
-    """One source's labels of one solution, one entry a step. `cost` is in US dollars."""
+    """One source's labels of one solution, one entry a step. `cost` is in US dollars.
+
+    `saw_answer`: whoever labelled was shown the gold answer.
+    """
 
     key: ClassVar[tuple[str, ...]] = ("solution_id", "source", "annotator")
     question_id: str
@@ -156,6 +163,7 @@ class Labels:
     annotator: str
     steps: list[StepLabel]
     cost: float
+    saw_answer: bool = False
     error: str | None = None
 
 
@@ -169,6 +177,23 @@ class ReviewItem:
     step_index: int
     stratum: str
     inclusion_probability: float
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionReview:
+    """What one reader says of a question itself. `keep` is None where the reader is not sure.
+
+    `answer_right` and `difficulty` (easy, medium, hard) are None where nothing was said of them.
+    """
+
+    key: ClassVar[tuple[str, ...]] = ("question_id", "annotator")
+    question_id: str
+    annotator: str
+    keep: bool | None
+    answer_right: bool | None
+    difficulty: str | None
+    comment: str
     error: str | None = None
 
 

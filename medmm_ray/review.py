@@ -3,7 +3,7 @@
 Enters: solutions, their questions and images, the labels so far. Leaves: `ReviewItem` rows, a sample of all steps in
 strata of difficulty x modality x disagreement plus a random stratum, each with its inclusion probability; and labels of
 source "expert" for the steps of the queue (the other steps empty). On phantoms the expert is the truth, and whole
-solutions of `truth_splits` get it as source "phantom", for measuring.
+solutions of `truth_splits` get it as source "phantom", for measuring; elsewhere readers are, through the review page.
 
 The queue is drawn over the whole table at once, on columns: a million steps take 0.7 s.
 """
@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from medmm_ray.config import Config, execution
 from medmm_ray.records import Labels, ReviewItem, StepLabel, arrow_schema
@@ -41,8 +41,10 @@ class ReviewConfig(Config):
     """Steps in the queue, at most; a step that two strata draw counts twice."""
     random_share: float = Field(0.2, ge=0, le=1)
     """Share of the queue that is drawn from all steps alike."""
-    expert: Literal["phantom", "none"] = "phantom"
-    """phantom: the source's truth answers at once; none: the queue is written and waits for readers."""
+    expert: Literal["phantom", "none", "readers"] = "phantom"
+    """phantom: the source's truth answers; none: the queue waits for readers; readers: `verdicts` has their answers."""
+    verdicts: str = ""
+    """readers: the export of their verdicts to take, as python -m jobs.review_page --export names it (a hash)."""
     truth_splits: tuple[str, ...] = ("test",)
     """phantom: splits whose solutions get the truth of every step."""
     seed: int = 0
@@ -53,6 +55,15 @@ class ReviewConfig(Config):
     """Logical CPUs of an actor."""
     num_actors: int = execution(2)
     """Most actors at a time."""
+
+    @model_validator(mode="after")
+    def _readers_have_verdicts(self) -> "ReviewConfig":
+        if (self.expert == "readers") != bool(self.verdicts):
+            raise ValueError(
+                f"review.expert is {self.expert!r} and review.verdicts {self.verdicts!r}: readers need an export "
+                "(python -m jobs.review_page recipe.yaml --export names one), and only they have one"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -125,11 +136,18 @@ def steps_of(solutions: pa.Table) -> Steps:
 
 
 def disagreement_of(steps: Steps, judge_labels: pa.Table, monte_carlo_labels: pa.Table) -> Ints:
-    """SURE, UNSURE or DISAGREE for each step; one without labels is UNSURE."""
+    """SURE, UNSURE or DISAGREE for each step; one without labels is UNSURE.
+
+    The judge speaks of a step and Monte Carlo of the prefix that ends there, which the judge calls wrong from its first
+    wrong step on.
+    """
     judged, confidence = _label_columns(steps, judge_labels)
     rolled, _ = _label_columns(steps, monte_carlo_labels)
     unsure = (confidence == _CONFIDENCE["low"]) | ((judged < 0) & (confidence < 0))
-    disagree = (judged >= 0) & (rolled >= 0) & (judged != rolled)
+    wrong_so_far = np.cumsum(judged == 0)
+    wrong_before = np.where(steps.first > 0, wrong_so_far[steps.first - 1], 0) if len(judged) else wrong_so_far
+    prefix = (wrong_so_far - wrong_before[steps.solution] == 0).astype(np.int64)
+    disagree = (judged >= 0) & (rolled >= 0) & (prefix != rolled)
     return np.where(disagree, DISAGREE, np.where(unsure, UNSURE, SURE))
 
 

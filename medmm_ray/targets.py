@@ -91,12 +91,16 @@ def _value(step: StepLabel) -> Target:
 def _from(
     labels: Sequence[Labels], source: str, num_steps: int, read: Callable[[StepLabel], Target] = _verdict
 ) -> list[Target]:
-    """What one source says of each step; several annotators: the adjudicator, else the majority, a tie is no label."""
+    """What one source says of each step; several annotators: the adjudicator, else the majority, a tie is no label.
+
+    An adjudicator's word counts for the steps that it is about, the readers' for the others.
+    """
     rows = [row for row in labels if row.source == source]
-    rows = [row for row in rows if row.annotator == ADJUDICATOR] or rows
+    above = [row for row in rows if row.annotator == ADJUDICATOR]
     merged: list[Target] = []
     for i in range(num_steps):
-        votes = [vote for row in rows if (vote := read(row.steps[i])) is not None]
+        votes = [vote for row in above if (vote := read(row.steps[i])) is not None]
+        votes = votes or [vote for row in rows if (vote := read(row.steps[i])) is not None]
         mean = sum(votes) / len(votes) if votes else None
         if mean is not None and read is not _value:
             mean = None if mean == 0.5 else float(mean > 0.5)

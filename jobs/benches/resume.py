@@ -3,7 +3,8 @@
 The steps run on scripted engines (`jobs.benches.scripted`); Ray, its workers, tables and files are real. A worker, an
 actor of the step, or the machine they run on is killed under a driver that goes on; a driver that is killed,
 interrupted or loses its Ray is started again with the same command. Then no row may be missing, none be there
-twice, and each table be the undisturbed run's by its content hash.
+twice, and each table be the undisturbed run's by its content hash; and no answer of the judge, an API, that had arrived
+may be paid again.
 """
 
 import random
@@ -11,7 +12,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import Field
@@ -21,6 +22,7 @@ from rich.table import Table as Grid
 import jobs
 from jobs.benches import Measured
 from jobs.benches.blows import KINDS, Blow, Driver, Endured, Kind, Spot, endure, left_behind
+from jobs.benches.scripted_api import ScriptedApi, kept_answers, scripted_api
 from jobs.graph import BY_NAME, STEPS
 from jobs.step import Run, load_recipe
 from medmm_ray.config import Config
@@ -28,11 +30,12 @@ from medmm_ray.tables import Table
 
 TINY = Path(jobs.__file__).parent / "recipes" / "tiny.yaml"
 IMPOSSIBLE = (("actor", "ingest"), ("actor", "curate"))  # they have none
+ACTORS, IN_FLIGHT = 2, 8  # of the judge
 ATTEMPTS = 3  # rounds in which a blow that came too late is dealt again
 
 
 class BenchConfig(Config):
-    """How many blows, on what."""
+    """How many blows, at what."""
 
     blows: int = Field(20, ge=1)
     """Blows, dealt to steps and kinds in turn."""
@@ -53,8 +56,8 @@ class BenchConfig(Config):
 
 def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
     console.print(f"seed {config.seed}: {config.blows} blows at {', '.join(config.steps)}")
-    with tempfile.TemporaryDirectory() as folder:
-        trial = Trial(config, Path(folder), console)
+    with tempfile.TemporaryDirectory() as folder, scripted_api(config.pause_s) as api:
+        trial = Trial(config, Path(folder), api, console)
         results = trial.run()
         console.print(board(trial, results))
         yield from rows(trial, results)
@@ -76,15 +79,27 @@ class Result:
     equal: bool
 
 
+@dataclass
+class Money:
+    """What became of the judge's calls, in calls."""
+
+    kept: int = 0
+    paid_twice: int = 0
+    """Answers that are kept twice: the first was whole, and its request was sent again."""
+    lost: int = 0
+    """Answers that the server gave and nobody kept."""
+
+
 class Trial:
     """The undisturbed run and the rounds, one a kind of blow, each in a folder of its own."""
 
-    def __init__(self, config: BenchConfig, folder: Path, console: Console) -> None:
-        self.config, self.folder, self.console = config, folder, console
+    def __init__(self, config: BenchConfig, folder: Path, api: ScriptedApi, console: Console) -> None:
+        self.config, self.folder, self.api, self.console = config, folder, api, console
         self.rng = random.Random(config.seed)
         self.calm = Endured()
         self.rounds: dict[Kind, Endured] = {}
         self.drivers: list[Driver] = []
+        self.money = Money()
         self.models = folder / "models"
         self.last = max(config.steps, key=lambda name: STEPS.index(BY_NAME[name]))
 
@@ -109,18 +124,23 @@ class Trial:
     def round(self, kind: Kind, attempt: int, blows: list[Blow]) -> tuple[list[Result], list[Blow]]:
         """Results of one run under blows, and the blows that did not land."""
         name = f"{kind}-{attempt}"
+        before = self.api.paid
         found = endure(lambda n, spot: self.start(name, n, spot), blows, self.calm.lasted, self.rng, self.told)
         self.told(f"{name}: {len(found.landed)} of {len(blows)} blows, {found.starts} starts, {found.seconds:.1f} s")
         total = self.rounds.setdefault(kind, Endured())
         total.landed += found.landed
         total.seconds += found.seconds
         total.starts += found.starts
-        late = [blow for blow in blows if blow not in found.landed]
+        kept = kept_answers(self.folder / name)
+        self.money.kept += len(kept)
+        self.money.paid_twice += kept.total() - len(kept)
+        self.money.lost += self.api.paid - before - kept.total()
+        late = [replace(blow, share=blow.share / 2) for blow in blows if blow not in found.landed]
         return [r for step in self.config.steps for r in self.compare(kind, name, step)], late
 
     def start(self, name: str, number: int, spot: Spot | None) -> Driver:
         (self.folder / name).mkdir(exist_ok=True)
-        environment = {"PAUSE_S": str(self.config.pause_s), "UNTIL": self.last}
+        environment = {"PAUSE_S": str(self.config.pause_s), "UNTIL": self.last, "OPENAI_API_KEY": "scripted"}
         if spot:
             environment["RAY_ADDRESS"] = spot.address
         command = [sys.executable, "-m", "jobs.benches.scripted", *self.recipe(name)]
@@ -137,7 +157,9 @@ class Trial:
             f"ingest.num_train={self.config.questions - test}", f"ingest.num_test={test}", "ingest.batch_size=16",
             "embed.text_model=null", "embed.image_batch_size=16", "embed.num_cpus=0.5",
             "sample.num_actors=2", "sample.num_cpus=0.5",
-            "judge.backend=vllm", "judge.model=scripted", "judge.num_actors=2",
+            "judge.backend=openai", "judge.model=scripted", f"judge.endpoint={self.api.address}", "judge.reply=lines",
+            "judge.images=false", "judge.price_read=1", "judge.price_cached=1", "judge.price_written=1",
+            f"judge.num_actors={ACTORS}", "judge.batch_size=2", f"judge.in_flight={IN_FLIGHT}",
             "monte_carlo.num_actors=2", "monte_carlo.num_cpus=0.5", "review.review_steps=100",
             "states.num_cpus=0.5", "states.num_actors=1", "score.num_cpus=0.5", "score.num_actors=1",
             "score.arms=[text_only]", "max_error_rate=0",
@@ -208,6 +230,13 @@ def rows(trial: Trial, results: Sequence[Result]) -> Iterator[Measured]:
     yield Measured("blows that fell", trial.config.blows, landed, landed / trial.config.blows, "", "blows")
     yield Measured("rows lost", expected, lost, lost, "≤ 0", "rows")
     yield Measured("rows doubled", expected, doubled, doubled, "≤ 0", "rows")
+    if trial.money.kept:
+        cut = sum(blow.step == "judge" for found in rounds.values() for blow in found.landed)
+        most = cut * ACTORS * IN_FLIGHT
+        money = trial.money
+        yield Measured("whole answers paid twice", money.kept, money.paid_twice, money.paid_twice, "≤ 0", "calls")
+        yield Measured("calls lost on the way, most in flight", most, money.lost, money.lost / max(most, 1), "≤ 1",
+                       "calls")  # fmt: skip
     yield Measured("tables equal to the undisturbed run's", len(results), equal, equal / len(results), "≥ 1", "tables")
     for kind, found in rounds.items():
         name = f"a run under {len(found.landed)} blows ({kind}), undisturbed"

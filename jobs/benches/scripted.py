@@ -7,7 +7,6 @@ real. Runs all steps up to ``UNTIL`` in one session and says of each when it beg
 
 import asyncio
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,11 +30,10 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
 WIDTH = 16  # of a scripted vector
-_JUDGED = re.compile(r"Reasoning to review, (\d+) steps")
 
 
 class ScriptedGenerator:
-    """A policy, or a judge where the prompt asks for verdicts; a prompt's tokens are its characters."""
+    """A policy; a prompt's tokens are its characters."""
 
     def __init__(self, model: str, config: GeneratorConfig, pause_s: float) -> None:  # noqa: ARG002
         self.pause_s = pause_s
@@ -47,8 +45,7 @@ class ScriptedGenerator:
     async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:  # noqa: ARG002
         await asyncio.sleep(self.pause_s)
         asked = _asked(prompt)
-        judged = _JUDGED.search(asked)
-        texts = [verdicts(asked, int(judged[1])) if judged else solution(asked, seed + i) for i in range(n)]
+        texts = [solution(asked, seed + i) for i in range(n)]
         return [Completion(text, "stop", seed + i, len(text)) for i, text in enumerate(texts)]
 
 
@@ -79,12 +76,6 @@ def solution(asked: str, seed: int) -> str:
     )
 
 
-def verdicts(asked: str, num_steps: int) -> str:
-    """A line for each step; a third of them is unsure, so that Monte Carlo has work."""
-    numbers = [int(digest(asked, index), 16) for index in range(num_steps)]
-    return "\n".join(f"{number % 2} {('high', 'medium', 'low')[number % 3]}" for number in numbers)
-
-
 class Embedder:
     """The actor of the scripted encoder, in place of those that load a tower."""
 
@@ -112,7 +103,7 @@ def _embed(
 
 def set_the_stage(pause_s: float) -> None:
     """Give the jobs of this process scripted engines in place of their own."""
-    for name in ("sample", "judge", "monte_carlo"):
+    for name in ("sample", "monte_carlo"):
         job = import_module(f"jobs.{name}")
         setattr(job, name, partial(getattr(job, name), generator=partial(ScriptedGenerator, pause_s=pause_s)))
     encoder = ScriptedEncoder(pause_s)

@@ -125,6 +125,21 @@ def read_text(uri: str) -> str:
         raise ConfigError(f"{uri} is not UTF-8 text: {error}") from None
 
 
+def read_lines(uri: str) -> list[str]:
+    """The lines of a text file that are not empty."""
+    return [line for line in read_text(uri).split("\n") if line.strip()]
+
+
+def list_files(uri: str, ending: str) -> list[str]:
+    """The files of a folder whose names have this ending, sorted; a `ConfigError` where there is none."""
+    fs, path = filesystem(uri)
+    found = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    names = sorted(info.base_name for info in found if info.is_file and info.base_name.endswith(ending))
+    if not names:
+        raise ConfigError(f"{uri} has no *{ending} file; check `path` of the ingest section")
+    return [f"{uri.rstrip('/')}/{name}" for name in names]
+
+
 def read_documents(uri: str) -> list[SourceDocument]:
     """Documents from a JSONL file of ``{"title": …, "text": …}`` (and optionally ``"corpus"``); "" gives none."""
     if not uri:

@@ -74,7 +74,7 @@ class Driver:
                 self.lasted[name] = now - self._since
                 self._step, self._heard = "", now
         if now - self._heard > PATIENCE_S:
-            raise RuntimeError(f"the driver hangs in {self._step!r}:\n{said}")
+            raise RuntimeError(f"the driver hangs in {self._step!r}:\n{said[-3000:]}")
         return self._step, now - self._since
 
     def processes(self) -> list[psutil.Process]:
@@ -186,7 +186,7 @@ def endure(
             code = driver.process.returncode
             if code != 0 and not ended:
                 raise RuntimeError(
-                    f"the driver ended with code {code} and nothing was done to it:\n{driver.log.read_text()}"
+                    f"the driver ended with code {code} and nothing was done to it:\n{driver.log.read_text()[-3000:]}"
                 )
     finally:
         if spot:

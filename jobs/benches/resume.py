@@ -7,6 +7,7 @@ twice, and each table be the undisturbed run's by its content hash; and no answe
 may be paid again.
 """
 
+import os
 import random
 import sys
 import tempfile
@@ -31,6 +32,7 @@ from medmm_ray.tables import Table
 TINY = Path(jobs.__file__).parent / "recipes" / "tiny.yaml"
 IMPOSSIBLE = (("actor", "ingest"), ("actor", "curate"))  # they have none
 ACTORS, IN_FLIGHT = 2, 8  # of the judge
+KEY = "SCRIPTED_API_KEY"
 ATTEMPTS = 3  # rounds in which a blow that came too late is dealt again
 
 
@@ -71,7 +73,7 @@ def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
 class Result:
     """One table's fate in one round."""
 
-    kind: Kind
+    round: str
     step: str
     expected: int
     lost: int
@@ -91,56 +93,57 @@ class Money:
 
 
 class Trial:
-    """The undisturbed run and the rounds, one a kind of blow, each in a folder of its own."""
+    """The undisturbed run and the rounds, each in a folder of its own."""
 
     def __init__(self, config: BenchConfig, folder: Path, api: ScriptedApi, console: Console) -> None:
         self.config, self.folder, self.api, self.console = config, folder, api, console
         self.rng = random.Random(config.seed)
         self.calm = Endured()
-        self.rounds: dict[Kind, Endured] = {}
+        self.rounds: dict[str, Endured] = {}
         self.drivers: list[Driver] = []
         self.money = Money()
         self.models = folder / "models"
+        os.environ.setdefault(KEY, "any")  # for drivers and for the machines of a cluster
         self.last = max(config.steps, key=lambda name: STEPS.index(BY_NAME[name]))
 
     def run(self) -> list[Result]:
-        """All rounds; one `Result` a struck table."""
-        if STEPS.index(BY_NAME[self.last]) >= STEPS.index(BY_NAME["states"]):
-            _save_reward_model(self.models)
-        self.calm = endure(lambda n, spot: self.start("calm", n, spot), [], {}, self.rng, self.told)
-        steps = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.calm.lasted.items())
-        self.told(f"undisturbed: {self.calm.seconds:.1f} s ({steps})")
+        """All rounds; a blow that came too late is dealt again, earlier."""
+        self.undisturbed()
         due = plan(self.config, self.rng)
         results = []
         for kind in self.config.kinds:
             blows = [blow for blow in due if blow.kind == kind]
             for attempt in range(ATTEMPTS):
-                if not blows:
-                    break
-                results += (done := self.round(kind, attempt, blows))[0]
-                blows = done[1]
+                if blows:
+                    found, late = self.round(f"{kind}-{attempt}", blows)
+                    results += found
+                    blows = [replace(blow, share=blow.share / 2) for blow in late]
         return results
 
-    def round(self, kind: Kind, attempt: int, blows: list[Blow]) -> tuple[list[Result], list[Blow]]:
+    def undisturbed(self) -> None:
+        """The run that the others are compared with."""
+        if STEPS.index(BY_NAME[self.last]) >= STEPS.index(BY_NAME["states"]):
+            _save_reward_model(self.models)
+        self.calm = endure(lambda n, spot: self.start("calm", n, spot), [], {}, self.rng, self.told)
+        steps = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.calm.lasted.items())
+        self.told(f"undisturbed: {self.calm.seconds:.1f} s ({steps})")
+
+    def round(self, name: str, blows: list[Blow]) -> tuple[list[Result], list[Blow]]:
         """Results of one run under blows, and the blows that did not land."""
-        name = f"{kind}-{attempt}"
         before = self.api.paid
         found = endure(lambda n, spot: self.start(name, n, spot), blows, self.calm.lasted, self.rng, self.told)
         self.told(f"{name}: {len(found.landed)} of {len(blows)} blows, {found.starts} starts, {found.seconds:.1f} s")
-        total = self.rounds.setdefault(kind, Endured())
-        total.landed += found.landed
-        total.seconds += found.seconds
-        total.starts += found.starts
+        self.rounds[name] = found
         kept = kept_answers(self.folder / name)
         self.money.kept += len(kept)
         self.money.paid_twice += kept.total() - len(kept)
         self.money.lost += self.api.paid - before - kept.total()
-        late = [replace(blow, share=blow.share / 2) for blow in blows if blow not in found.landed]
-        return [r for step in self.config.steps for r in self.compare(kind, name, step)], late
+        late = [blow for blow in blows if blow not in found.landed]
+        return [r for step in self.config.steps for r in self.compare(name, step)], late
 
     def start(self, name: str, number: int, spot: Spot | None) -> Driver:
         (self.folder / name).mkdir(exist_ok=True)
-        environment = {"PAUSE_S": str(self.config.pause_s), "UNTIL": self.last, "OPENAI_API_KEY": "scripted"}
+        environment = {"PAUSE_S": str(self.config.pause_s), "UNTIL": self.last}
         if spot:
             environment["RAY_ADDRESS"] = spot.address
         command = [sys.executable, "-m", "jobs.benches.scripted", *self.recipe(name)]
@@ -158,14 +161,15 @@ class Trial:
             "embed.text_model=null", "embed.image_batch_size=16", "embed.num_cpus=0.5",
             "sample.num_actors=2", "sample.num_cpus=0.5",
             "judge.backend=openai", "judge.model=scripted", f"judge.endpoint={self.api.address}", "judge.reply=lines",
-            "judge.images=false", "judge.price_read=1", "judge.price_cached=1", "judge.price_written=1",
+            "judge.images=false", f"judge.key_variable={KEY}", "judge.price_read=1",
+            "judge.price_cached=1", "judge.price_written=1",
             f"judge.num_actors={ACTORS}", "judge.batch_size=2", f"judge.in_flight={IN_FLIGHT}",
             "monte_carlo.num_actors=2", "monte_carlo.num_cpus=0.5", "review.review_steps=100",
             "states.num_cpus=0.5", "states.num_actors=1", "score.num_cpus=0.5", "score.num_actors=1",
             "score.arms=[text_only]", "max_error_rate=0",
         ]  # fmt: skip
 
-    def compare(self, kind: Kind, name: str, step: str) -> list[Result]:
+    def compare(self, name: str, step: str) -> list[Result]:
         """Each table of a step in a round beside the undisturbed one."""
         calm, rough = (Run(load_recipe(self.recipe(run))) for run in ("calm", name))
         results = []
@@ -174,7 +178,7 @@ class Trial:
                 ours, theirs = keys(rough.table(table)), keys(calm.table(table))
                 results.append(
                     Result(
-                        kind, step, theirs.total(), (theirs - ours).total(), (ours - theirs).total(),
+                        name, step, theirs.total(), (theirs - ours).total(), (ours - theirs).total(),
                         rough.table(table).manifest().content_hash == calm.table(table).manifest().content_hash,
                     )
                 )  # fmt: skip
@@ -208,16 +212,14 @@ def _save_reward_model(folder: Path) -> None:
 
 
 def board(trial: Trial, results: Sequence[Result]) -> Grid:
-    """Step x kind: blows that fell, and whether the step's tables equal the undisturbed run's."""
-    config = trial.config
-    grid = Grid("step", *config.kinds, box=None, header_style="bold")
-    for step in config.steps:
+    """Step x kind: blows that fell, and whether the step's tables equal the undisturbed run's in their rounds."""
+    grid = Grid("step", *trial.config.kinds, box=None, header_style="bold")
+    for step in trial.config.steps:
         cells = []
-        for kind in config.kinds:
-            found = [r for r in results if (r.step, r.kind) == (step, kind)]
-            blows = sum(blow.step == step for blow in trial.rounds[kind].landed) if kind in trial.rounds else 0
-            tables = "equal" if all(r.equal for r in found) else "[bold red]not equal[/]"
-            cells.append(f"{blows} {tables}" if blows else "")
+        for kind in trial.config.kinds:
+            struck = [n for n, f in trial.rounds.items() for b in f.landed if (b.kind, b.step) == (kind, step)]
+            equal = all(r.equal for r in results if r.round in struck and r.step == step)
+            cells.append(f"{len(struck)} {'equal' if equal else '[bold red]not equal[/]'}" if struck else "")
         grid.add_row(step, *cells)
     return grid
 
@@ -238,6 +240,6 @@ def rows(trial: Trial, results: Sequence[Result]) -> Iterator[Measured]:
         yield Measured("calls lost on the way, most in flight", most, money.lost, money.lost / max(most, 1), "≤ 1",
                        "calls")  # fmt: skip
     yield Measured("tables equal to the undisturbed run's", len(results), equal, equal / len(results), "≥ 1", "tables")
-    for kind, found in rounds.items():
-        name = f"a run under {len(found.landed)} blows ({kind}), undisturbed"
+    for round_, found in rounds.items():
+        name = f"{round_}: a run under {len(found.landed)} blows, undisturbed"
         yield Measured(name, trial.calm.seconds, found.seconds, found.seconds / trial.calm.seconds, "", "s")

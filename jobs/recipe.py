@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from medmm_ray.audit import AuditConfig
 from medmm_ray.config import Config, execution
 from medmm_ray.curate import CurateConfig
 from medmm_ray.embed import EmbedConfig
@@ -21,6 +22,7 @@ from medmm_ray.train.image_text import ImageTextConfig
 from medmm_ray.train.policy import PolicyConfig
 from medmm_ray.train.text_prm import TextPrmConfig
 from medmm_ray.train.two_tower import TwoTowerConfig
+from medmm_ray.write_questions import WriteQuestionsConfig
 
 
 class ModelsConfig(Config):
@@ -95,6 +97,8 @@ class Recipe(Config):
     """Checkpoints that are there already."""
     ingest: IngestConfig = IngestConfig()
     """Sources to questions, images, documents."""
+    write_questions: WriteQuestionsConfig = WriteQuestionsConfig()
+    """Questions for images that have none."""
     curate: CurateConfig = CurateConfig()
     """Duplicates, leaks, splits."""
     train_image_tower: ImageTextConfig = ImageTextConfig()
@@ -117,6 +121,8 @@ class Recipe(Config):
     """The expert's queue."""
     review_page: ReviewPageConfig = ReviewPageConfig()
     """The page where experts read it."""
+    audit: AuditConfig = AuditConfig()
+    """The dataset report and its gates."""
     train_text_prm: TextPrmConfig = TextPrmConfig()
     """The text reward model."""
     states: StatesConfig = StatesConfig()

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from jobs.graph import MAKER
 from jobs.step import Run, guarded, parser, read_arguments
 from medmm_ray.config import ConfigError, help_text
 from medmm_ray.records import Question, QuestionReview, ReviewItem, from_dict
@@ -68,8 +69,8 @@ def verdict_log(run: Run) -> VerdictLog:
 
 def questions_table(run: Run) -> Table:
     """The questions that are reviewed: the table that the recipe names, or the run's own."""
-    given = run.recipe.review_page.questions
-    return Table(given, Question) if given else run.table("questions")
+    given = run.recipe.review_page.questions or "questions"
+    return run.table(given) if given in MAKER else Table(given, Question)
 
 
 def cases(run: Run) -> Cases:

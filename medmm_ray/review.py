@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
+from medmm_ray.columns import Ints, Steps, place, steps_of, thin
 from medmm_ray.config import Config, execution
 from medmm_ray.records import Labels, ReviewItem, StepLabel, arrow_schema
 from medmm_ray.sources.phantom import Case, truth
@@ -27,7 +28,6 @@ from medmm_ray.tables import attach
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-Ints = NDArray[np.int64]
 SURE, UNSURE, DISAGREE = 0, 1, 2
 DISAGREEMENT = ("sure", "unsure", "disagree")  # the judge is; the judge is not; Monte Carlo contradicts the judge
 RANDOM = "random"
@@ -66,20 +66,6 @@ class ReviewConfig(Config):
         return self
 
 
-@dataclass(frozen=True)
-class Steps:
-    """All steps of a table of solutions, in its order: step j of solution i is row ``first[i] + j``.
-
-    `question` is each solution's row in the table, `solution` each step's solution, `index` its place in it.
-    """
-
-    solution_ids: pa.Array
-    question: Ints
-    first: Ints
-    solution: Ints
-    index: Ints
-
-
 def queue(
     solutions: pa.Table,
     questions: pa.Table,
@@ -91,7 +77,7 @@ def queue(
 
     Needs question_id and solutions; question_id, difficulty, modality; solution_id and steps of both kinds of labels.
     """
-    steps = steps_of(solutions)
+    steps = steps_of(thin(solutions))
     disagreement = disagreement_of(steps, judge_labels, monte_carlo_labels)
     place = pc.index_in(solutions["question_id"], questions["question_id"].combine_chunks())
     groups = pc.binary_join_element_wise(
@@ -119,22 +105,6 @@ def queue(
     return sorted(items, key=lambda item: (item.question_id, item.solution_id, item.step_index))
 
 
-def steps_of(solutions: pa.Table) -> Steps:
-    """The steps of a table of `Solutions`, from its list columns."""
-    nested = solutions["solutions"].combine_chunks()
-    flat = pc.list_flatten(nested)
-    lengths = np.asarray(pc.list_value_length(pc.struct_field(flat, "steps")), dtype=np.int64)
-    first = np.cumsum(lengths) - lengths
-    solution = np.repeat(np.arange(len(lengths)), lengths)
-    return Steps(
-        solution_ids=pc.struct_field(flat, "solution_id"),
-        question=np.asarray(pc.list_parent_indices(nested), dtype=np.int64),
-        first=first,
-        solution=solution,
-        index=np.arange(len(solution)) - first[solution],
-    )
-
-
 def disagreement_of(steps: Steps, judge_labels: pa.Table, monte_carlo_labels: pa.Table) -> Ints:
     """SURE, UNSURE or DISAGREE for each step; one without labels is UNSURE.
 
@@ -158,18 +128,11 @@ def _label_columns(steps: Steps, labels: pa.Table) -> tuple[Ints, Ints]:
     """(label, confidence) of each step, -1 where there is none; rows of other solutions are left out."""
     label = np.full(len(steps.solution), -1)
     confidence = np.full(len(steps.solution), -1)
-    nested = labels["steps"].combine_chunks()
-    flat = pc.list_flatten(nested)
-    parents = np.asarray(pc.list_parent_indices(nested), dtype=np.int64)
-    starts = np.asarray(nested.offsets, dtype=np.int64)
-    within = np.arange(len(flat)) - (starts[parents] - starts[0])
-    place = pc.index_in(labels["solution_id"].combine_chunks(), steps.solution_ids)
-    owner = np.asarray(pc.fill_null(place, -1), dtype=np.int64)[parents]
-    known = owner >= 0
-    rows = steps.first[owner[known]] + within[known]
-    label[rows] = np.asarray(pc.fill_null(pc.struct_field(flat, "label"), -1))[known]
-    ranks = pc.index_in(pc.struct_field(flat, "confidence"), pa.array(list(_CONFIDENCE)))
-    confidence[rows] = np.asarray(pc.fill_null(ranks, -1))[known]
+    flat = pc.list_flatten(labels["steps"].combine_chunks())
+    found = place(steps, labels)
+    label[found.row] = np.asarray(pc.fill_null(flat.field("label"), -1))[found.entry]
+    ranks = pc.index_in(flat.field("confidence"), pa.array(list(_CONFIDENCE)))
+    confidence[found.row] = np.asarray(pc.fill_null(ranks, -1))[found.entry]
     return label, confidence
 
 

@@ -73,7 +73,8 @@ def test_what_changes_a_result_changes_its_place_and_all_below_but_nothing_else(
     base, other = run(), run("sample.temperature=0.1")
     moved = {s.name for s in STEPS if base.fingerprint(s) != other.fingerprint(s)}
     assert moved == {
-        "sample", "judge", "monte_carlo", "review", "train_text_prm", "states", "train_two_tower", "score", "evaluate",
+        "sample", "judge", "monte_carlo", "review", "audit", "train_text_prm", "states", "train_two_tower", "score",
+        "evaluate",
     }  # fmt: skip
     same = run("sample.num_actors=7", "sample.batch_size=1", "max_error_rate=0.5")
     assert all(base.fingerprint(s) == same.fingerprint(s) for s in STEPS)

@@ -22,7 +22,7 @@ class ReviewPageConfig(Config):
     what: Literal["steps", "questions"] = execution("steps")
     """steps: the run's review queue; questions: questions themselves (keep, answer, difficulty)."""
     questions: str | None = execution(None)
-    """questions: folder or URI of the table of questions to review; null: the run's own."""
+    """questions: a table of the run (new_questions: those that a model wrote) or its folder; null: the run's own."""
     readers: str | None = execution(None)
     """File of readers and their hashed passwords; null: readers.json in the run's folder."""
     second_reader_share: Annotated[float, Field(ge=0, le=1)] = execution(0.1)

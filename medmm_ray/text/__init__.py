@@ -10,6 +10,7 @@ from medmm_ray.text.steps import (
     one_line,
     question_with_options,
     split_steps,
+    step_numbers,
     tag_steps,
 )
 
@@ -25,5 +26,6 @@ __all__ = [
     "one_line",
     "question_with_options",
     "split_steps",
+    "step_numbers",
     "tag_steps",
 ]

@@ -34,6 +34,11 @@ def split_steps(text: str) -> tuple[str, list[str]]:
     return one_line(text[: marks[0].start()]), [s for s in steps if s]
 
 
+def step_numbers(text: str) -> list[int]:
+    """The numbers that the marks of the steps carry, as written."""
+    return [int(mark.group(1)) for mark in _STEP.finditer(text)]
+
+
 def join_steps(steps: Sequence[str], preamble: str = "") -> str:
     """Steps as one line of text: ``Step 1: … Step 2: …``."""
     return _join(steps, preamble, "")

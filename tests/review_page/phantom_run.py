@@ -70,7 +70,7 @@ def make_run(
                          text_sha=digest(texts))
             )  # fmt: skip
         solutions.append(
-            Solutions(question_id=question_id, policy="p", config_hash="c", num_requested=2, num_rejected=0,
+            Solutions(question_id=question_id, policy="p", config_hash="c", num_requested=2,
                       solutions=made)
         )  # fmt: skip
         queue += [

@@ -1,5 +1,9 @@
 """Jobs that are killed and interrupted, resumed: their tables equal those of an undisturbed run."""
 
+import asyncio
+import os
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -7,9 +11,12 @@ from random import Random
 import pytest
 from rich.console import Console
 
-from jobs.benches.blows import Blow
+from jobs.benches import blows as blows_module
+from jobs.benches.blows import Blow, Driver, Spot, endure, left_behind
 from jobs.benches.resume import BenchConfig, Trial, plan
-from jobs.benches.scripted_api import scripted_api
+from jobs.benches.scripted_api import kept_answers, scripted_api
+from medmm_ray.engines.answers import Answer, AnswerStore
+from medmm_ray.engines.endpoint import Choice, Reply
 
 ROOT = Path(__file__).parent.parent
 TINY = "jobs/recipes/tiny.yaml"
@@ -47,3 +54,68 @@ def test_blows_are_drawn_from_the_seed_and_dealt_to_all_steps_and_kinds_in_turn(
     pairs = {("actor", "sample"), ("driver", "sample"), ("driver", "ingest")}  # ingest has no actors
     assert {(blow.kind, blow.step) for blow in blows[:3]} == {(blow.kind, blow.step) for blow in blows[3:6]} == pairs
     assert all(0 < blow.share < 1 for blow in blows)
+
+
+STEPS = """
+import subprocess, sys, time
+from pathlib import Path
+done = Path(sys.argv[1])
+subprocess.Popen(["sleep", "60"])  # what outlives its driver
+for name in ("one", "two"):
+    if not (done / name).exists():
+        print("begin", name, flush=True)
+        time.sleep(0.5)
+        (done / name).touch()
+        print("end", name, flush=True)
+sys.exit(len(sys.argv) - 2)
+"""
+
+
+class Program:
+    """A driver of two steps of half a second, without Ray."""
+
+    def __init__(self, folder: Path, *more: str) -> None:
+        self.folder, self.more = folder, more
+        self.drivers: list[Driver] = []
+
+    def __call__(self, number: int, spot: Spot | None) -> Driver:
+        command = [sys.executable, "-c", STEPS, str(self.folder), *self.more]
+        self.drivers.append(Driver(command, {}, self.folder / f"{number}.log"))
+        return self.drivers[-1]
+
+
+def test_a_driver_is_struck_in_its_step_and_started_until_it_ends_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, told = Program(tmp_path), list[str]()
+    blows = [Blow("driver", "one", 0.2), Blow("ctrl-c", "two", 0.5), Blow("driver", "two", 2.0)]
+    found = endure(program, blows, {"one": 0.5, "two": 0.5}, Random(0), told.append)
+    assert found.landed == blows[:2]  # the third came too late
+    assert [driver.process.returncode for driver in program.drivers] == [-9, -2, 0]
+    assert found.starts == 3
+    assert 0.5 <= found.lasted["two"] < 5
+    assert [words.partition(" at ")[0] for words in told] == ["driver", "ctrl-c"]
+    monkeypatch.setattr(blows_module, "GRACE_S", 0.1)
+    assert left_behind(program.drivers) == ["sleep 60"] * 2  # an interrupt reaches the whole group, and ends the second
+    assert left_behind(program.drivers) == []
+
+
+def test_a_driver_that_fails_by_itself_is_said(tmp_path: Path) -> None:
+    program = Program(tmp_path, "fail")
+    with pytest.raises(RuntimeError, match="ended with code 1 and nothing was done to it"):
+        endure(program, [], {}, Random(0), print)
+    for driver in program.drivers:
+        os.killpg(driver.process.pid, signal.SIGKILL)
+
+
+async def _answer_twice(folder: Path) -> None:
+    answer = Answer(Reply(choices=(Choice("1 high", "stop"),), read=1, cached=0, written=1), 0.1)
+    for _ in range(2):
+        store = AnswerStore(f"{folder}/api/model/answers")
+        await store.put("q", "twice", answer)
+    await store.put("q", "once", answer)
+
+
+def test_an_answer_that_is_kept_twice_is_seen(tmp_path: Path) -> None:
+    asyncio.run(_answer_twice(tmp_path))
+    assert kept_answers(tmp_path) == {"twice": 2, "once": 1}

@@ -73,8 +73,8 @@ def test_a_call_that_the_budget_cannot_hold_ends_the_job_once_all_is_settled(tmp
             "again",
         )
         assert (await gate.lease("other", 4, [ask(0.0)])).stopped is not None
-        await gate.limit(Limits(max_cost_usd=2.0))
-        assert await gate.lease("s", 4, [ask(0.95)]) == Grant((3,))
+        larger = Gate(str(tmp_path), Limits(max_cost_usd=2.0))
+        assert await larger.lease("s", 4, [ask(0.95)]) == Grant((1,))
 
     asyncio.run(work())
 

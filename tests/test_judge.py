@@ -217,6 +217,33 @@ def test_documents_that_do_not_fit_are_left_out() -> None:
     assert len(prompt) <= 600 - 16
 
 
+@pytest.mark.engine
+def test_a_local_judge_on_a_real_engine(tmp_path: Path) -> None:
+    """Random weights: what it writes has the asked form all the same."""
+    from medmm_ray.engines.generator import Generator
+    from tests.fake_generator import make_tiny_policy
+
+    folder = make_tiny_policy(tmp_path / "policy")
+    shape = json.loads((tmp_path / "policy" / "config.json").read_text())
+    (tmp_path / "policy" / "config.json").write_text(json.dumps({**shape, "max_position_embeddings": 8192}))
+    how = {"backend": "vllm", "images": False, "dtype": "float32", "max_model_len": 8192, "max_tokens": 2048}
+    in_json, in_lines = (build(JudgeConfig, {**how, "reply": reply}, "test") for reply in ("json", "lines"))
+    engine = Generator(folder, in_json)
+    backends = [make_judge(config, folder, lambda *_: engine) for config in (in_json, in_lines)]
+
+    async def work() -> list[list[Judgement | RowError]]:
+        return [await backend.judge(case(), [[RIGHT, WRONG], [NEUTRAL]]) for backend in backends]
+
+    try:
+        found = asyncio.run(work())
+    finally:
+        engine.shutdown()
+    judgements = [[j for j in judged_ if isinstance(j, Judgement)] for judged_ in found]
+    assert [[len(j.steps) for j in part] for part in judgements] == [[2, 1], [2, 1]], found
+    assert {type(step.medical) for j in judgements[0] for step in j.steps} == {bool}
+    assert {step.confidence for part in judgements for j in part for step in j.steps} <= {"high", "medium", "low"}
+
+
 # The actor
 
 

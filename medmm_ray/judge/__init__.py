@@ -60,7 +60,7 @@ def judge(
     if config.backend in APIS:
         if model is None or folder is None:
             raise ValueError(f"judge.backend={config.backend} needs judge.model and a folder for its answers")
-        folder = f"{folder.rstrip('/')}/{quote(model, safe='')}"
+        folder = api_folder(folder, model)
         gate = start_gate(folder, config.limits)
     ds = attach(ds, questions, "question_id", ["split", "question", "options", "answer", "image_ids"])
     if evidence is not None:
@@ -77,6 +77,11 @@ def judge(
         },
         **actor_options(config),
     )
+
+
+def api_folder(folder: str, model: str) -> str:
+    """Where, under `folder`, the answers of a model and the ledger of their cost lie."""
+    return f"{folder.rstrip('/')}/{quote(model, safe='')}"
 
 
 class JudgeActor:

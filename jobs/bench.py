@@ -19,7 +19,7 @@ from jobs.benches import Measured
 from jobs.step import guarded
 from medmm_ray.config import Config, ConfigError, help_text, load
 
-BENCHES = ("scoring", "training", "two_tower", "gguf", "arms", "judge")
+BENCHES = ("scoring", "training", "two_tower", "gguf", "arms", "answers", "judge")
 
 
 def main(words: Sequence[str] | None = None) -> int:

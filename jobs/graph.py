@@ -19,6 +19,7 @@ from medmm_ray.records import (
     Solutions,
     States,
     Vector,
+    WrittenQuestion,
 )
 
 
@@ -38,12 +39,18 @@ STEPS = (
         "ingest",
         (),
         {"raw_questions": Question, "raw_images": Image, "documents": Document, "demonstrations": Solutions},
-        version=2,
+        version=3,
         what="read the source",
     ),
     Step(
-        "curate",
+        "write_questions",
         ("raw_questions", "raw_images"),
+        {"written_questions": WrittenQuestion, "new_questions": Question},
+        what="questions for images without one",
+    ),
+    Step(
+        "curate",
+        ("raw_questions", "raw_images", "new_questions"),
         {"questions": Question, "images": Image},
         what="drop duplicates and leaks, split",
     ),
@@ -67,7 +74,13 @@ STEPS = (
         {"policy": None},
         what="supervised fine-tuning (DeepSpeed)",
     ),
-    Step("sample", ("questions", "images", "evidence", "policy"), {"solutions": Solutions}, what="solutions by vLLM"),
+    Step(
+        "sample",
+        ("questions", "images", "evidence", "policy"),
+        {"solutions": Solutions},
+        version=2,
+        what="solutions by vLLM",
+    ),
     Step(
         "judge",
         ("questions", "images", "evidence", "solutions"),
@@ -84,7 +97,14 @@ STEPS = (
         "review",
         ("questions", "images", "solutions", "judge_labels", "monte_carlo_labels"),
         {"review_queue": ReviewItem, "expert_labels": Labels},
+        version=2,
         what="the expert's queue and verdicts",
+    ),
+    Step(
+        "audit",
+        ("questions", "images", "evidence", "solutions", *LABELS, "review_queue"),
+        {"dataset_report": None},
+        what="dataset report and quality gates",
     ),
     Step(
         "train_text_prm",
@@ -113,8 +133,9 @@ STEPS = (
     ),
     Step(
         "evaluate",
-        ("questions", "images", "evidence", "solutions", *LABELS, "scores"),
+        ("questions", "images", "evidence", "solutions", *LABELS, "dataset_report", "scores"),
         {"report": None},
+        version=2,
         what="report.json, report.html",
     ),
 )

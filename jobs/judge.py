@@ -4,8 +4,9 @@ import logging
 import sys
 
 from jobs.step import Job, main
+from medmm_ray.engines.client import api_folder
 from medmm_ray.engines.gate import close_ledger
-from medmm_ray.judge import APIS, api_folder, judge
+from medmm_ray.judge import APIS, judge
 
 log = logging.getLogger("medmm_ray")
 

@@ -1,9 +1,9 @@
 """A recipe: the config of every step, under the step's name. ``jobs/recipes/`` holds the shipped ones."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from pydantic import model_validator
-
+from medmm_ray.audit import AuditConfig
 from medmm_ray.config import Config, execution
 from medmm_ray.curate import CurateConfig
 from medmm_ray.embed import EmbedConfig
@@ -14,6 +14,7 @@ from medmm_ray.judge import JudgeConfig
 from medmm_ray.monte_carlo import MonteCarloConfig
 from medmm_ray.retrieve import RetrieveConfig
 from medmm_ray.review import ReviewConfig
+from medmm_ray.review_page import ReviewPageConfig
 from medmm_ray.sample import SampleConfig
 from medmm_ray.score import ScoreConfig, StatesConfig
 from medmm_ray.serve import ServeConfig
@@ -21,6 +22,7 @@ from medmm_ray.train.image_text import ImageTextConfig
 from medmm_ray.train.policy import PolicyConfig
 from medmm_ray.train.text_prm import TextPrmConfig
 from medmm_ray.train.two_tower import TwoTowerConfig
+from medmm_ray.write_questions import WriteQuestionsConfig
 
 
 class ModelsConfig(Config):
@@ -95,6 +97,8 @@ class Recipe(Config):
     """Checkpoints that are there already."""
     ingest: IngestConfig = IngestConfig()
     """Sources to questions, images, documents."""
+    write_questions: WriteQuestionsConfig = WriteQuestionsConfig()
+    """Questions for images that have none."""
     curate: CurateConfig = CurateConfig()
     """Duplicates, leaks, splits."""
     train_image_tower: ImageTextConfig = ImageTextConfig()
@@ -115,6 +119,10 @@ class Recipe(Config):
     """Rollouts."""
     review: ReviewConfig = ReviewConfig()
     """The expert's queue."""
+    review_page: ReviewPageConfig = ReviewPageConfig()
+    """The page where experts read it."""
+    audit: AuditConfig = AuditConfig()
+    """The dataset report and its gates."""
     train_text_prm: TextPrmConfig = TextPrmConfig()
     """The text reward model."""
     states: StatesConfig = StatesConfig()
@@ -130,10 +138,10 @@ class Recipe(Config):
     plan: PlanConfig = PlanConfig()
     """Assumptions of --dry-run."""
 
-    @model_validator(mode="before")
     @classmethod
-    def _one_seed(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or "seed" not in values:
+    def completed(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The recipe's seed in every section that has one and does not set its own."""
+        if "seed" not in values:
             return values
         seeded = dict(values)
         for name, info in cls.model_fields.items():

@@ -37,7 +37,7 @@ EFFUSION = Case(
 RIGHT, WRONG, NEUTRAL = "The right costophrenic angle is blunted.", "The heart is wide.", "Compare both lungs."
 
 
-LOCAL = JudgeConfig(backend="vllm", reply="lines", images=False)
+LOCAL = JudgeConfig(backend="vllm", reply="lines")
 
 
 def case(**changes: Any) -> JudgeCase:
@@ -209,7 +209,7 @@ def test_a_reply_that_does_not_fit_is_asked_once_again() -> None:
 
 def test_documents_that_do_not_fit_are_left_out() -> None:
     fake = FakeGenerator(lambda prompt, seed: "1 high")
-    config = JudgeConfig(backend="vllm", reply="lines", images=False, max_model_len=600, solution_reserve=50)
+    config = JudgeConfig(backend="vllm", reply="lines", max_model_len=600, solution_reserve=50)
     backend = make_judge(config, "m", fake)  # the fake counts characters
     judged(backend, case(documents=["First." * 5, "x" * 500, "Last."]), [[RIGHT]])
     prompt = fake.requests[0][0]
@@ -226,7 +226,7 @@ def test_a_local_judge_on_a_real_engine(tmp_path: Path) -> None:
     folder = make_tiny_policy(tmp_path / "policy")
     shape = json.loads((tmp_path / "policy" / "config.json").read_text())
     (tmp_path / "policy" / "config.json").write_text(json.dumps({**shape, "max_position_embeddings": 8192}))
-    how = {"backend": "vllm", "images": False, "dtype": "float32", "max_model_len": 8192, "max_tokens": 2048}
+    how = {"backend": "vllm", "dtype": "float32", "max_model_len": 8192, "max_tokens": 2048}
     in_json, in_lines = (build(JudgeConfig, {**how, "reply": reply}, "test") for reply in ("json", "lines"))
     engine = Generator(folder, in_json)
     backends = [make_judge(config, folder, lambda *_: engine) for config in (in_json, in_lines)]

@@ -178,7 +178,7 @@ def write_tables(path: Path, config: BenchConfig) -> None:
         solutions.append(
             Solutions(
                 question_id=f"q{name}", policy="bench", config_hash="", num_requested=config.solutions,
-                num_rejected=0, solutions=rows,
+                solutions=rows,
             )
         )  # fmt: skip
     for name, record, made in (

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Generic, Literal, TypeVar
+from urllib.parse import quote
 
 from pydantic import Field
 
@@ -196,6 +197,11 @@ def connect(
         )  # fmt: skip
     price = price_of(model, config.price_read, config.price_written, config.price_cached)
     return Client(endpoint, price, config, gate, AnswerStore(f"{folder.rstrip('/')}/answers") if folder else None)
+
+
+def api_folder(folder: str, model: str) -> str:
+    """Where, under `folder`, the answers of a model and the ledger of their cost lie."""
+    return f"{folder.rstrip('/')}/{quote(model, safe='')}"
 
 
 def likely_tokens(request: Request, price: Price) -> int:

@@ -12,11 +12,10 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import pyarrow as pa
 
-from medmm_ray.engines.client import BYTES_A_TOKEN, connect
+from medmm_ray.engines.client import BYTES_A_TOKEN, api_folder, connect
 from medmm_ray.engines.endpoint import Request
 from medmm_ray.engines.gate import Gateway, start_gate
 from medmm_ray.engines.generator import Generator, MakeGenerator, actor_options
@@ -77,11 +76,6 @@ def judge(
         },
         **actor_options(config),
     )
-
-
-def api_folder(folder: str, model: str) -> str:
-    """Where, under `folder`, the answers of a model and the ledger of their cost lie."""
-    return f"{folder.rstrip('/')}/{quote(model, safe='')}"
 
 
 class JudgeActor:

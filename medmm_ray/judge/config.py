@@ -26,14 +26,14 @@ class JudgeConfig(GeneratorConfig, ApiConfig):
     """json: the three tests, verdict, confidence and reason of each step; lines: verdict and confidence alone."""
     show_answer: bool = False
     """Show the judge the right answer; each label then says so (saw_answer)."""
-    images: bool = True
-    """Show the judge the question's and the similar cases' images; false for a model that reads text only."""
+    max_images: int = Field(16, ge=0)
+    """Most images in a request to an API, the question's first, then the similar cases' (vllm: num_images)."""
     image_px: int = Field(1024, ge=32, le=1024)
     """Longest side of an image that the judge sees, pixels."""
     num_documents: int = Field(8, ge=0)
     """Retrieved documents that the judge reads; one that does not fit is left out."""
     num_references: int = Field(3, ge=0)
-    """Similar cases that the judge sees: image and diagnosis."""
+    """Similar cases that the judge sees: diagnosis, and image where images are seen."""
     solution_reserve: int = Field(1024, ge=0)
     """Tokens of a prompt that documents leave to a solution."""
     max_prompt_tokens: int = Field(32_768, ge=16)

@@ -58,7 +58,7 @@ def plan_of(recipe: Recipe, run: Run) -> Plan:
         policy_epochs=0 if run.given("policy") else recipe.train_policy.epochs,
         text_epochs=0 if run.given("text_prm") else recipe.train_text_prm.epochs,
         fusion_epochs=0 if run.given("two_tower") else recipe.train_two_tower.epochs,
-        judged_solutions=assumed.judged_solutions,
+        judged_solutions=assumed.judged_solutions or recipe.judge.max_solutions,
         judge_parameters=assumed.judge_parameters,
         judge_solutions_per_call=recipe.judge.solutions_per_call,
         judge_by_step=recipe.judge.granularity == "step",

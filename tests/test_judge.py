@@ -281,6 +281,12 @@ def test_equal_texts_are_judged_once() -> None:
     assert len(fake.requests) == 2
 
 
+def test_the_first_solutions_of_a_question_may_be_enough() -> None:
+    config = JudgeConfig(error_rate=0, max_solutions=2)
+    labels = act(config, [solution("s1", RIGHT), solution("s2", RIGHT), solution("s3", WRONG), solution("s4", NEUTRAL)])
+    assert [label.solution_id for label in labels] == ["s1", "s2", "s3"]
+
+
 def test_what_the_judge_sees_is_bounded() -> None:
     fake = FakeGenerator(lambda prompt, seed: "1 high")
     documents = [{"text": f"Text {i}."} for i in range(3)]

@@ -21,7 +21,7 @@ from pyarrow import fs as pafs
 from medmm_ray.config import ConfigError
 from medmm_ray.engines.answers import Answer, AnswerStore
 from medmm_ray.engines.endpoint import EndpointError
-from medmm_ray.tables import filesystem, write_file
+from medmm_ray.tables import TableError, filesystem, write_file
 
 BURST_S = 10.0  # of a rate may be used at once, after a rest
 LONGEST_OPEN_S = 60.0  # between two probes of an endpoint that fails
@@ -364,8 +364,15 @@ class Gate:
     def _read(self) -> dict[str, Any]:
         if self.fs.get_file_info(self.path).type == pafs.FileType.NotFound:
             return {}
-        with self.fs.open_input_stream(self.path) as stream:
-            stored: dict[str, Any] = json.loads(stream.read())
+        with self.fs.open_input_stream(self.path, compression=None) as stream:
+            content = stream.read()
+        try:
+            stored: dict[str, Any] = json.loads(content)
+        except ValueError:
+            raise TableError(
+                f"{self.path} is damaged ({len(content)} bytes that are no JSON). Restore it from a copy, or delete "
+                "it: the answers stay, but what was spent so far no longer counts against max_cost_usd"
+            ) from None
         return stored
 
     def _content(self) -> bytes:

@@ -18,6 +18,8 @@ class JudgeConfig(GeneratorConfig, ApiConfig):
     """gemini, openai: the model's name. vllm: a checkpoint as in models, null takes the run's own policy."""
     splits: tuple[str, ...] = ("train", "validation", "test")
     """Splits whose solutions are judged."""
+    max_solutions: int | None = Field(None, ge=1)
+    """Most solutions of a question that are judged, the first ones with different texts; null: all."""
     granularity: Literal["solution", "step"] = "solution"
     """solution: all steps in one call; step: a call for each step, which sees the steps before it."""
     solutions_per_call: int = Field(1, ge=1, le=16)

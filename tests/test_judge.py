@@ -10,6 +10,8 @@ from typing import Any
 import PIL.Image
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from medmm_ray.config import ConfigError, build
 from medmm_ray.engines.endpoint import EndpointError, Reply
@@ -136,6 +138,36 @@ def test_replies_that_do_not_fit(reply: str, fault: str) -> None:
     with pytest.raises(RowError) as error:
         verdicts(reply, [[1, 2, 3]])
     assert str(error.value) == fault
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.one_of(
+        st.text(),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+            lambda inner: (
+                st.lists(inner)
+                | st.dictionaries(
+                    st.sampled_from(["steps", "solutions", "step", "verdict", "confidence", "medical"]), inner
+                )
+            ),
+        ).map(json.dumps),
+    ),
+    st.sampled_from([[[1]], [[1, 2]], [[1], [1, 2]]]),
+)
+def test_whatever_a_judge_replies_is_labels_or_a_named_fault(reply: str, numbers: list[list[int]]) -> None:
+    try:
+        found = verdicts(reply, numbers)
+    except RowError:
+        return
+    assert list(map(len, found)) == list(map(len, numbers))
+
+
+def test_a_reply_of_brackets_or_digits_alone_is_a_named_fault() -> None:
+    for reply in ("[" * 100_000, '{"steps": [' + "9" * 5000 + "]}"):
+        with pytest.raises(RowError, match="judge gave no verdicts for 1 steps"):
+            verdicts(reply, [[1]])
 
 
 # The phantom judge

@@ -78,6 +78,8 @@ def _undisturbed(path: Path, address: str, config: BenchConfig, console: Console
     yield from _rows(path, "calm", config)
     yield Measured("whole answers paid twice", found["delivered"], found["twice"], found["twice"], "≤ 0", "answers")
     yield from _money(path, "calm", found)
+    read, cached = found["tokens"]["read"], found["tokens"]["cached"]
+    yield Measured("prompt tokens that the provider had cached", read, cached, cached / read, "", "tokens")
 
 
 def _killed(path: Path, address: str, config: BenchConfig, console: Console) -> Iterator[Measured]:

@@ -27,6 +27,7 @@ BENCHES = (
     "arms",
     "answers",
     "sampling",
+    "judge",
     "monte_carlo",
     "resume",
 )

@@ -18,6 +18,8 @@ import pyarrow.compute as pc
 from jobs.graph import BY_NAME, MAKER, STEPS, Step
 from jobs.recipe import Recipe
 from medmm_ray.config import ConfigError, digest, help_text, identity, load
+from medmm_ray.engines.endpoint import EndpointError
+from medmm_ray.engines.gate import BudgetError
 from medmm_ray.tables import Artifact, Manifest, Origin, Table, TableError, chosen, pending, write_rows
 
 if TYPE_CHECKING:
@@ -269,6 +271,8 @@ def guarded(work: Callable[[], int]) -> int:
         return 1
 
 
+# Errors whose words say what happened and what to do.
+SENTENCES = (TableError.__name__, ConfigError.__name__, BudgetError.__name__, EndpointError.__name__)
 # The first "module.Error: words" of a trace: Ray keeps an error that crossed a stage only as text.
 _RAISED = re.compile(
     r"^(?P<kind>[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt)): (?P<words>.+?)(?:\n\n|\Z)", re.M | re.S
@@ -288,7 +292,7 @@ def root_cause(error: BaseException) -> str:
         raised = next((m for m in found if m["kind"].startswith("medmm_ray.")), found[0] if found else None)
     kind, words = (raised["kind"], raised["words"]) if raised else (type(error).__name__, text)
     kind = kind.rpartition(".")[2]
-    return words if kind in (TableError.__name__, ConfigError.__name__) else f"{kind}: {words}"
+    return words if kind in SENTENCES else f"{kind}: {words}"
 
 
 def _is_ours(error: BaseException) -> bool:

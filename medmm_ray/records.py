@@ -5,6 +5,7 @@ None, or ``kind: what happened`` for a row that could not be made; the kinds are
 """
 
 import dataclasses
+import functools
 import types
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_type_hints
@@ -313,9 +314,14 @@ def to_arrow(record: type, rows: list[Any]) -> pa.Table:
 
 def from_dict(record: type, row: dict[str, Any]) -> Any:
     """A plain row back as a record, nested records included."""
-    hints = get_type_hints(record)
+    hints = _hints(record)
     values = {f.name: _revive(hints[f.name], row.get(f.name)) for f in dataclasses.fields(record)}
     return record(**values)
+
+
+@functools.cache
+def _hints(record: type) -> dict[str, Any]:
+    return get_type_hints(record)
 
 
 def _revive(annotation: Any, value: Any) -> Any:

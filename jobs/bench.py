@@ -19,7 +19,17 @@ from jobs.benches import Measured
 from jobs.step import guarded
 from medmm_ray.config import Config, ConfigError, help_text, load
 
-BENCHES = ("scoring", "training", "two_tower", "gguf", "arms", "monte_carlo", "answers")
+BENCHES = (
+    "scoring",
+    "training",
+    "two_tower",
+    "gguf",
+    "arms",
+    "answers",
+    "sampling",
+    "monte_carlo",
+    "resume",
+)
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -147,21 +147,6 @@ class Count:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Usage:
-    """What the samples of a question took of their engine: prompt tokens once a sample, and generated ones.
-
-    Of the prompt tokens, `cacheable_tokens` are those that all samples but the first can find in the prefix cache
-    (whole blocks of it), `cached_tokens` those that were found. `cost` is in US dollars.
-    """
-
-    prompt_tokens: int = 0
-    cacheable_tokens: int = 0
-    cached_tokens: int = dataclasses.field(default=0, compare=False)
-    output_tokens: int = 0
-    cost: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
 class Solutions:
     """All solutions of one question by one policy.
 
@@ -177,7 +162,6 @@ class Solutions:
     num_missing: int = 0
     num_drawn: int = 0
     rejected: list[Count] = dataclasses.field(default_factory=list)
-    usage: Usage = Usage()
     solutions: list[Solution]
     error: str | None = None
 

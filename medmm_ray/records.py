@@ -173,6 +173,7 @@ class StepLabel:
 
     `value` is a probability (Monte Carlo: num_correct / num_rollouts); `confidence` is high, medium or low. A judge's
     three tests: `logical` (it follows), `medical` (it agrees with what is known), `image_grounded` (with the image).
+    `stopped_early`: Monte Carlo ended when the label was known, and num_correct / num_rollouts is too high.
     """
 
     label: int | None = None

@@ -19,7 +19,7 @@ from jobs.benches import Measured
 from jobs.step import guarded
 from medmm_ray.config import Config, ConfigError, help_text, load
 
-BENCHES = ("scoring", "training", "two_tower", "gguf", "arms", "answers", "sampling")
+BENCHES = ("scoring", "training", "two_tower", "gguf", "arms", "sampling", "monte_carlo", "answers")
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(words: Sequence[str] | None = None) -> int:
 def _main(words: list[str]) -> int:
     if not words or words[0] not in BENCHES:
         print(__doc__)
-        print("\n".join(f"  {name:<10} {str(_module(name).__doc__).splitlines()[0]}" for name in BENCHES))
+        print("\n".join(f"  {name:<11} {str(_module(name).__doc__).splitlines()[0]}" for name in BENCHES))
         if not words or words[0] in ("-h", "--help"):
             return 0
         raise ConfigError(f"there is no benchmark {words[0]!r}; expected one of {', '.join(BENCHES)}")

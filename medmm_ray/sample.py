@@ -191,6 +191,7 @@ class Sampler:
             num_missing=wanted - len(solutions),
             num_drawn=len(drawn.completions),
             rejected=[Count(kind=kind, count=count) for kind, count in sorted(drawn.faults.items())],
+            cost=sum(c.cost for c in drawn.completions),
             solutions=solutions,
             error=error,
         )
@@ -260,5 +261,5 @@ def figures_of(row: Solutions, drawn: Drawn) -> dict[str, float]:
         "cacheable_tokens": sum(c.shareable_tokens for c in drawn.completions[1:]),
         "cached_tokens": sum(c.cached_tokens for c in drawn.completions),
         "output_tokens": sum(c.num_tokens for c in drawn.completions),
-        "cost_usd": sum(c.cost for c in drawn.completions),
+        "cost_usd": row.cost,
     }

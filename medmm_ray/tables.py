@@ -200,8 +200,11 @@ class Table(Artifact):
         return pa.concat_tables([p.select(schema.names).cast(schema) for p in parts]) if parts else schema.empty_table()
 
     def stream(self) -> Iterator[pa.Table]:
-        """The part files one at a time, for what is too large to be held whole."""
-        for file in self.files():
+        """The part files one at a time, for what is too large to be held whole; of a table in the making, those so far.
+
+        Before its end a table may hold a row twice.
+        """
+        for file in self.files() if self.is_complete else self.parts():
             yield pq.read_table(file, filesystem=self.fs).select(self.schema.names).cast(self.schema)
 
     def dataset(self, columns: Sequence[str] | None = None, rows_per_block: int | None = None) -> "Dataset":

@@ -89,7 +89,7 @@ def test_error_rate_above_the_limit_fails_with_counts_and_keeps_all_rows(tmp_pat
 def label_groups(*groups: tuple[str, int]) -> pa.Table:
     def label(question: str, i: int) -> dict[str, Any]:
         return {"question_id": question, "solution_id": f"{question}{i}", "source": "judge", "annotator": "m",
-                "steps": [{"label": 1}], "cost": 0.0, "error": None}  # fmt: skip
+                "steps": [{"label": 1}], "cost": 0.0, "saw_answer": False, "error": None}  # fmt: skip
 
     rows = [{"question_id": q, "labels": [label(q, i) for i in range(n)]} for q, n in groups]
     schema = pa.schema([("question_id", pa.string()), ("labels", pa.list_(pa.struct(list(Table("x", Labels).schema))))])

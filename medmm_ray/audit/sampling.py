@@ -53,6 +53,15 @@ def coverage(questions: pa.Table, images: pa.Table, sampled: pa.Table) -> Row:
     }
 
 
+def _rejected(sampled: pa.Table) -> dict[str, int]:
+    """Samples that the quality filter refused, by reason."""
+    counts = pc.list_flatten(sampled["rejected"].combine_chunks())
+    totals: Counter[str] = Counter()
+    for kind, number in zip(counts.field("kind").to_pylist(), counts.field("count").to_pylist(), strict=True):
+        totals[kind] += number
+    return dict(sorted(totals.items()))
+
+
 def sampling(
     sampled: pa.Table, steps: Steps, correct: Codes, groups: Mapping[str, Groups], resampling: Resampling
 ) -> Row:
@@ -67,7 +76,8 @@ def sampling(
         "questions": sampled.num_rows,
         "requested": int(asked.sum()),
         "kept": int(kept.sum()),
-        "rejected": int(pc.sum(pc.list_flatten(sampled["rejected"].combine_chunks()).field("count")).as_py() or 0),
+        "drawn": int(pc.sum(sampled["num_drawn"]).as_py() or 0),
+        "rejected": _rejected(sampled),
         "short_questions": int((kept < asked).sum()),
         "empty_questions": int((kept == 0).sum()),
         "missing": int((asked - kept).clip(min=0).sum()),

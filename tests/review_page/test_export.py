@@ -14,7 +14,7 @@ from medmm_ray.review_page.cases import Cases
 from medmm_ray.review_page.export import freeze, frozen, step_label, step_labels
 from medmm_ray.review_page.verdicts import Verdict, VerdictLog
 from medmm_ray.tables import Table, TableError
-from medmm_ray.targets import hybrid
+from medmm_ray.targets import Ending, hybrid
 from tests.review_page.phantom_run import RECIPE, make_run
 
 
@@ -86,8 +86,16 @@ def test_labels_of_readers_and_adjudicator_lie_side_by_side(run: Run) -> None:
         "minutes": 1.0, "kappa_readers": 0.0,
     }  # fmt: skip
     # Of the adjudicated solution the other step keeps its readers' word; a neutral step trains as right.
-    assert hybrid([row for row in rows if row.solution_id == "s0-0"], 3 + len(rest))[:3] == [None, 1.0, 1.0]
-    assert hybrid([row for row in rows if row.solution_id == "s1-0"], len(rest_1))[:3] == [None, 1.0, None]
+    assert hybrid([row for row in rows if row.solution_id == "s0-0"], 3 + len(rest), Ending(None, None))[:3] == [
+        None,
+        1.0,
+        1.0,
+    ]
+    assert hybrid([row for row in rows if row.solution_id == "s1-0"], len(rest_1), Ending(None, None))[:3] == [
+        None,
+        1.0,
+        None,
+    ]
 
 
 def test_an_export_is_named_by_what_it_holds(run: Run) -> None:

@@ -97,9 +97,9 @@ def sample(
     """Questions -> `Solutions` rows, with figures of each.
 
     `model` is the checkpoint (or the API's model) that draws, `policy` what solution ids call it, `config_hash` the
-    table's fingerprint.
-    `evidence` (question_id, documents) is needed where config.num_documents > 0, `images` (image_id, uri) where
-    config.num_images > 0. `folder` is where the run keeps an API's answers and the ledger of their cost.
+    table's fingerprint. `evidence` (question_id, documents) is needed where config.num_documents > 0, `images`
+    (image_id, uri) where config.num_images > 0. `folder` is where the run keeps an API's answers and the ledger of
+    their cost.
     """
     if config.num_images and images is None:
         raise ValueError(f"num_images={config.num_images} needs the table images")
@@ -169,14 +169,17 @@ class Sampler:
         yield to_arrow(Solutions, [row for row, _ in done]).append_column("figures", figures)
 
     async def solve(self, question: Mapping[str, Any]) -> tuple[Solutions, Drawn]:
-        """All solutions of one question, and all that was drawn for it; a fault becomes the row's error."""
+        """All solutions of one question, and all that was drawn for it.
+
+        A fault becomes the row's error; what was drawn before it is kept.
+        """
         config = self.config
         wanted = config.num_samples_test if question["split"] == "test" else config.num_samples_train
         drawn = Drawn()
         error = None if question["error"] is None else f"upstream: {question['error']}"
         if error is None:
             try:
-                drawn = await self.draw(question, wanted)
+                await self.draw(question, wanted, drawn)
             except RowError as fault_:
                 error = str(fault_)
         solutions = drawn.kept[:wanted]
@@ -191,20 +194,19 @@ class Sampler:
             num_missing=wanted - len(solutions),
             num_drawn=len(drawn.completions),
             rejected=[Count(kind=kind, count=count) for kind, count in sorted(drawn.faults.items())],
-            cost=sum(c.cost for c in drawn.completions),
+            cost=sum((c.cost for c in drawn.completions), 0.0),
             solutions=solutions,
             error=error,
         )
         return row, drawn
 
-    async def draw(self, question: Mapping[str, Any], wanted: int) -> Drawn:
-        """Samples, round after round until `wanted` are kept or the rounds are over."""
+    async def draw(self, question: Mapping[str, Any], wanted: int, drawn: Drawn) -> None:
+        """Add samples to `drawn`, round after round until `wanted` are kept or the rounds are over."""
         config = self.config
         seed = request_seed(question["question_id"], self.config_hash, config.seed)
         room = config.max_model_len - config.max_tokens
         pictures = await self.look(question["image_ids"][: config.num_images])
         prompt = policy_prompt(self.generator, question, config.num_documents, room, pictures)
-        drawn = Drawn()
         for round_ in range(config.max_rounds):
             done = len(drawn.completions)
             num = draws(wanted - len(drawn.kept), round_, config.oversample, MAX_DRAWS - done)
@@ -218,7 +220,6 @@ class Sampler:
                 (drawn.refused if reason else drawn.kept).append(made)
                 drawn.faults.update([reason] if reason else [])
                 drawn.completions.append(completion)
-        return drawn
 
     async def look(self, image_ids: Sequence[str]) -> "list[Image]":
         """The opened pictures; one that cannot be opened is the row's error."""
@@ -251,7 +252,7 @@ def figures_of(row: Solutions, drawn: Drawn) -> dict[str, float]:
 
     Of the prompt tokens, all samples but the first can find the cacheable ones in the prefix cache.
     """
-    return {
+    figures: dict[str, float] = {
         "samples_requested": row.num_requested,
         "samples_missing": row.num_missing,
         "samples_drawn": row.num_drawn,
@@ -263,3 +264,4 @@ def figures_of(row: Solutions, drawn: Drawn) -> dict[str, float]:
         "output_tokens": sum(c.num_tokens for c in drawn.completions),
         "cost_usd": row.cost,
     }
+    return {name: float(figure) for name, figure in figures.items()}  # one type, whatever block they come in

@@ -23,7 +23,7 @@ from medmm_ray.config import digest
 from medmm_ray.engines.generator import Completion
 from medmm_ray.records import StepLabel
 from medmm_ray.tables import RowError
-from medmm_ray.text import extract_answer, is_correct
+from medmm_ray.text import extract_answer
 
 FIRST_ROUND = 2  # continuations at first; each further round has as many as all before: 2, 2, 4, 8
 
@@ -272,16 +272,14 @@ def outcome_of(solution: Mapping[str, Any]) -> bool | None:
     return correct if solution["finish_reason"] == "stop" else None
 
 
-def outcomes(prefix: str, samples: Sequence[Completion], question: Mapping[str, Any]) -> list[bool | None]:
-    """Whether each continuation is right; None for one that was cut off or states no answer."""
-    found: list[bool | None] = []
-    for sample in samples:
-        if sample.finish_reason == "stop":
-            answer = extract_answer(prefix + sample.text, question["options"], question["answer_type"])
-            found.append(is_correct(answer, question["answer"], question["answer_type"]))
-        else:
-            found.append(None)
-    return found
+def answers(prefix: str, samples: Sequence[Completion], question: Mapping[str, Any]) -> list[str | None]:
+    """The answer of each continuation; None for one that was cut off or states none."""
+    return [
+        extract_answer(prefix + sample.text, question["options"], question["answer_type"])
+        if sample.finish_reason == "stop"
+        else None
+        for sample in samples
+    ]
 
 
 def known_label(correct: bool, threshold: float) -> StepLabel:

@@ -11,7 +11,7 @@ def run(job: Job) -> None:
     labels = [job.read(name) for name in LABELS]
     questions, images, evidence = (job.read(name) for name in ("questions", "images", "evidence"))
     text_prm, image_tower = job.run.model("text_prm"), job.run.model("image_tower")
-    solutions = job.read("solutions", ["solutions"])
+    solutions = job.read("solutions", ["question_id", "solutions"])
     job.make_artifact(
         "two_tower",
         lambda uri: train_two_tower(

@@ -226,16 +226,13 @@ def test_readers_decide_what_is_curated() -> None:
 
 
 @pytest.mark.engine
-def test_written_questions_are_curated_with_the_others(
-    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_written_questions_are_curated_with_the_others(ray_session: None, tmp_path: Path) -> None:
     """Images without a question get one through Ray Data, the gate and a real server; curate takes those asked for."""
-    monkeypatch.setenv("OPENAI_API_KEY", "k")
     with serving() as server:
         server.script = [chat_said(reply())]
         settings = [
             "per_image=1", "backend=openai", "model=gpt-4o", f"endpoint={server.address}", "num_checks=0",
-            "max_images=3",
+            "max_images=3", "key_variable=PATH",  # any text that Ray's workers have too
         ]  # fmt: skip
         words = [f"write_questions.{setting}" for setting in settings]
         run = Run(load_recipe(["jobs/recipes/tiny.yaml", f"run={tmp_path}", "curate.written=checked", *words]))

@@ -161,7 +161,7 @@ class Trial:
             "embed.text_model=null", "embed.image_batch_size=16", "embed.num_cpus=0.5",
             "sample.num_actors=2", "sample.num_cpus=0.5",
             "judge.backend=openai", "judge.model=scripted", f"judge.endpoint={self.api.address}", "judge.reply=lines",
-            "judge.images=false", f"judge.key_variable={KEY}", "judge.price_read=1",
+            "judge.max_images=0", f"judge.key_variable={KEY}", "judge.price_read=1",
             "judge.price_cached=1", "judge.price_written=1",
             f"judge.num_actors={ACTORS}", "judge.batch_size=2", f"judge.in_flight={IN_FLIGHT}",
             "monte_carlo.num_actors=2", "monte_carlo.num_cpus=0.5", "review.review_steps=100",

@@ -135,7 +135,7 @@ def test_a_rate_limit_holds_over_all_senders(tmp_path: Path) -> None:
         await asyncio.gather(*(send(f"s{i}") for i in range(3)))
         return time.monotonic() - started
 
-    assert 1.05 <= asyncio.run(work()) < 2.0  # 12 calls: one at once, 11 at 10 a second
+    assert 1.05 <= asyncio.run(work()) < 5.0  # 12 calls: one at once, 11 at 10 a second
 
 
 def test_tokens_that_were_not_used_are_given_back(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_tokens_that_were_not_used_are_given_back(tmp_path: Path) -> None:
         await gate.settle("s", [answered(1, tokens=50)])
         started = time.monotonic()
         assert await waiting == Grant((2,))
-        assert time.monotonic() - started < 0.2
+        assert time.monotonic() - started < 3.0, "without them it would be 8 s"
 
     asyncio.run(work())
 

@@ -465,7 +465,7 @@ def test_the_first_call_of_a_question_goes_ahead_of_its_others(server: Server, p
     judged(gemini(server), case(**pictures), [[RIGHT, f"{i}"] for i in range(5)])
     gaps = [at - server.times[0] for at in server.times]
     assert gaps[1] >= 0.1
-    assert gaps[4] < gaps[1] + 0.09
+    assert gaps[4] - gaps[1] < 0.29, "the others go together"
 
 
 def test_faults_of_the_moment_are_tried_again(server: Server, pictures: dict[str, Any]) -> None:

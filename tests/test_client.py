@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import random
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import pytest
 
 from jobs.benches import judge as bench
 from medmm_ray.config import ConfigError
-from medmm_ray.engines.answers import AnswerStore
+from medmm_ray.engines.answers import Answer, AnswerStore
 from medmm_ray.engines.client import ApiConfig, Client, connect, pause
 from medmm_ray.engines.endpoint import (
     Choice,
@@ -203,6 +204,43 @@ def test_the_budget_ends_the_job_and_a_larger_one_goes_on(tmp_path: Path) -> Non
     assert "max_cost_usd=1.001 does not hold it: $0.9100 are spent on 91 answers" in str(over[0])
     assert not [found for found in asyncio.run(work(2.0)) if isinstance(found, Exception)]
     assert len(endpoint.sent) == 120, "none was paid twice"
+
+
+class Unreliable:
+    """Bills what it works on, also where the answer is lost on the way; at most what `Price.most` says."""
+
+    identity = "unreliable"
+
+    def __init__(self, seed: int) -> None:
+        self.chance, self.bill = random.Random(seed), 0.0
+
+    async def send(self, request: Request) -> Reply:
+        await asyncio.sleep(self.chance.uniform(0, 0.002))
+        if self.chance.random() < 0.1:
+            raise RetryableError("500")
+        written = self.chance.randint(1, request.max_tokens)
+        self.bill += written * 0.01
+        if self.chance.random() < 0.2:
+            raise RetryableError("cut", maybe_paid=True)
+        return Reply((Choice("yes", "stop"),), 10, 0, written)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_bill_is_ever_above_the_budget(tmp_path: Path, seed: int) -> None:
+    endpoint = Unreliable(seed)
+    config = ApiConfig(in_flight=5, max_cost_usd=4.0, pause_s=0.001, max_attempts=9)
+
+    async def work() -> None:
+        gate = Gate(str(tmp_path), config.limits)
+        senders = [Client(endpoint, DEAR, config, gate, AnswerStore(f"{tmp_path}/answers")) for _ in range(3)]
+        asks = [senders[i % 3].ask(asked(f"a{i}"), f"q{i % 7}") for i in range(150)]
+        found = await asyncio.gather(*asks, return_exceptions=True)
+        assert {type(f) for f in found} <= {BudgetError, Answer}
+        ledger = await gate.figures()
+        assert endpoint.bill <= ledger["spent"] + ledger["possibly_paid"] + 1e-9
+        assert 3.8 < ledger["spent"] + ledger["possibly_paid"] <= 4.0
+
+    asyncio.run(work())
 
 
 def test_a_refused_key_ends_the_job_after_what_is_under_way_is_kept(tmp_path: Path) -> None:

@@ -19,7 +19,18 @@ from jobs.benches import Measured
 from jobs.step import guarded
 from medmm_ray.config import Config, ConfigError, help_text, load
 
-BENCHES = ("scoring", "training", "two_tower", "gguf", "arms", "answers", "judge", "monte_carlo")
+BENCHES = (
+    "scoring",
+    "training",
+    "two_tower",
+    "gguf",
+    "arms",
+    "answers",
+    "sampling",
+    "judge",
+    "monte_carlo",
+    "resume",
+)
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -5,6 +5,7 @@ None, or ``kind: what happened`` for a row that could not be made; the kinds are
 """
 
 import dataclasses
+import functools
 import types
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_type_hints
@@ -126,7 +127,7 @@ class Evidence:
 class Solution:
     """One sampled chain of reasoning. `steps` are the texts without their ``Step i:`` marks.
 
-    `correct` compares `answer` with the question's; None where no answer was found.
+    `correct` compares `answer` with the question's; None where no answer was found, or it could not be graded.
     """
 
     solution_id: str
@@ -147,26 +148,11 @@ class Count:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Usage:
-    """What the samples of a question took of their engine: prompt tokens once a sample, and generated ones.
-
-    Of the prompt tokens, `cacheable_tokens` are those that all samples but the first can find in the prefix cache
-    (whole blocks of it), `cached_tokens` those that were found. `cost` is in US dollars.
-    """
-
-    prompt_tokens: int = 0
-    cacheable_tokens: int = 0
-    cached_tokens: int = dataclasses.field(default=0, compare=False)
-    output_tokens: int = 0
-    cost: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
 class Solutions:
     """All solutions of one question by one policy.
 
     Of `num_drawn` samples the quality filter refused some, counted in `rejected` by reason. A question that could not
-    be filled lacks `num_missing` of the `num_requested` solutions.
+    be filled lacks `num_missing` of the `num_requested` solutions. `cost` is in US dollars.
     """
 
     key: ClassVar[tuple[str, ...]] = ("question_id",)
@@ -177,7 +163,7 @@ class Solutions:
     num_missing: int = 0
     num_drawn: int = 0
     rejected: list[Count] = dataclasses.field(default_factory=list)
-    usage: Usage = Usage()
+    cost: float = 0.0
     solutions: list[Solution]
     error: str | None = None
 
@@ -188,6 +174,7 @@ class StepLabel:
 
     `value` is a probability (Monte Carlo: num_correct / num_rollouts); `confidence` is high, medium or low. A judge's
     three tests: `logical` (it follows), `medical` (it agrees with what is known), `image_grounded` (with the image).
+    `stopped_early`: Monte Carlo ended when the label was known, and num_correct / num_rollouts is too high.
     """
 
     label: int | None = None
@@ -329,9 +316,14 @@ def to_arrow(record: type, rows: list[Any]) -> pa.Table:
 
 def from_dict(record: type, row: dict[str, Any]) -> Any:
     """A plain row back as a record, nested records included."""
-    hints = get_type_hints(record)
+    hints = _hints(record)
     values = {f.name: _revive(hints[f.name], row.get(f.name)) for f in dataclasses.fields(record)}
     return record(**values)
+
+
+@functools.cache
+def _hints(record: type) -> dict[str, Any]:
+    return get_type_hints(record)
 
 
 def _revive(annotation: Any, value: Any) -> Any:

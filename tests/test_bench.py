@@ -25,6 +25,10 @@ ARMS = [
     "tower={image_size: 32, width: 32, num_layers: 2, num_text_layers: 1, num_heads: 2, embed_dim: 16}",
     "text={hidden_size: 32, num_layers: 1, num_heads: 2, intermediate_size: 32, vocab_size: 600}",
 ]  # fmt: skip
+SAMPLING = [
+    "questions=4", "samples=4", "max_tokens=8", "hidden_size=128", "num_layers=1", "repeats=1", "actors=2",
+    "pause_s=0.05", "rounds=2", "batch_size=2", "max_concurrency=2",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +72,7 @@ def test_flops_of_one_by_one_and_shared() -> None:
         ("training", ["solutions=[3]", "documents=100", "question=20", "solution=60", "max_length=400", "repeats=1"]),
         ("two_tower", ["solutions=3", "documents=100", "question=20", "solution=60", "repeats=1"]),
         pytest.param("arms", ARMS, marks=pytest.mark.engine),
+        pytest.param("sampling", SAMPLING, marks=pytest.mark.engine),
     ],
 )
 def test_a_benchmark_prints_its_table_and_writes_its_rows(

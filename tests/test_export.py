@@ -365,6 +365,12 @@ def test_bad_arguments_end_in_one_sentence(
     assert error.startswith("error: ")
 
 
+def test_the_job_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert job.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ExportConfig.model_fields)
+
+
 def test_an_image_that_is_gone_is_counted_not_fatal(run: Run, tmp_path: Path) -> None:
     (tmp_path / "a.png").unlink()
     counts = exported(run, tmp_path / "out", images="copy")

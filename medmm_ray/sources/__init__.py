@@ -165,7 +165,7 @@ def load_solved(name: str) -> SolvedSource:
 
 def stream_json(uri: str) -> Iterator[Any]:
     """The entries of a file with one JSON list, one by one; a `ConfigError` names the file and the fault."""
-    import ijson  # type: ignore[import-untyped]
+    import ijson
 
     fs, path = filesystem(uri)
     if fs.get_file_info(path).type != pafs.FileType.File:

@@ -246,7 +246,8 @@ class Gate:
             if not wait or self.stopped:
                 return False
             try:
-                await asyncio.wait_for(self._changed.wait(), pause_s)
+                async with asyncio.timeout(pause_s):
+                    await self._changed.wait()
             except TimeoutError:
                 await self._bury_the_silent()
         return False
@@ -312,7 +313,8 @@ class Gate:
         while self._out and time.monotonic() < until:
             self._changed.clear()
             try:
-                await asyncio.wait_for(self._changed.wait(), min(1.0, self.limits.drain_s))
+                async with asyncio.timeout(min(1.0, self.limits.drain_s)):
+                    await self._changed.wait()
             except TimeoutError:
                 await self._bury_the_silent()
 

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import random
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import pytest
 
 from jobs.benches import judge as bench
 from medmm_ray.config import ConfigError
-from medmm_ray.engines.answers import AnswerStore
+from medmm_ray.engines.answers import Answer, AnswerStore
 from medmm_ray.engines.client import ApiConfig, Client, connect, pause
 from medmm_ray.engines.endpoint import (
     Choice,
@@ -45,18 +46,11 @@ class Scripted:
     def __init__(self, delay_s: float = 0.0, **script: list[Any]) -> None:
         self.script, self.delay_s = script, delay_s
         self.sent: list[str] = []
-        self.inside = self.most = 0
-        self.busy_s = 0.0
 
     async def send(self, request: Request) -> Reply:
         text = str(request.turns[0].parts[0])
         self.sent.append(text)
-        self.inside += 1
-        self.most = max(self.most, self.inside)
-        began = time.monotonic()
         await asyncio.sleep(self.delay_s)
-        self.busy_s += time.monotonic() - began
-        self.inside -= 1
         entries = self.script.get(text.split(" ")[0], ["yes"])
         said = entries.pop(0) if len(entries) > 1 else entries[0]
         if isinstance(said, Exception):
@@ -147,22 +141,40 @@ def test_a_refused_request_is_not_sent_again_and_a_refusal_is_not_paid_again(tmp
     assert sorted(endpoint.sent) == ["bad", "bad", "no"]
 
 
+class Held:
+    """Holds every request until the test lets one go; each seventh meets a fault whose pause is long."""
+
+    identity = "held"
+
+    def __init__(self) -> None:
+        self.held: list[asyncio.Future[bool]] = []
+
+    async def send(self, request: Request) -> Reply:
+        mine = asyncio.get_running_loop().create_future()
+        self.held.append(mine)
+        if await mine:
+            raise RetryableError("busy", retry_after_s=60.0)
+        return Reply((Choice("yes", "stop"),), 10, 0, 1)
+
+
 def test_as_many_are_at_the_server_as_configured(tmp_path: Path) -> None:
-    """200 calls of 50 ms, 8 at a time, with 10 % faults whose pauses are longer than a call."""
-    script: dict[str, list[Any]] = {f"a{i}": [RetryableError("x"), "yes"] for i in range(0, 200, 10)}
-    endpoint = Scripted(0.05, **script)
-    config = ApiConfig(in_flight=8, pause_s=0.1, max_attempts=5)
-    made = client(endpoint, tmp_path, config)
+    """Whenever one ends another goes in, whoever else waits for a pause to end; never more than 8."""
+    endpoint = Held()
+    made = client(endpoint, tmp_path, ApiConfig(in_flight=8))
 
-    async def work() -> float:
-        started = time.monotonic()
-        await asyncio.gather(*(made.ask(asked(f"a{i}"), f"q{i % 5}") for i in range(200)))
-        return time.monotonic() - started
+    async def work() -> None:
+        asking = [asyncio.create_task(made.ask(asked(f"a{i}"), f"q{i % 5}")) for i in range(100)]
+        for number in range(92):
+            while len(endpoint.held) < 8:
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.001)
+            assert len(endpoint.held) == 8
+            endpoint.held.pop(0).set_result(number % 7 == 0)
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
 
-    seconds = asyncio.run(work())
-    assert len(endpoint.sent) == 220
-    assert endpoint.most == 8
-    assert endpoint.busy_s / 8 / seconds > 0.8, "above 0.95 on a quiet machine: jobs.bench judge"
+    asyncio.run(asyncio.wait_for(work(), 30))
 
 
 def test_who_came_first_is_sent_first_even_again() -> None:
@@ -192,6 +204,43 @@ def test_the_budget_ends_the_job_and_a_larger_one_goes_on(tmp_path: Path) -> Non
     assert "max_cost_usd=1.001 does not hold it: $0.9100 are spent on 91 answers" in str(over[0])
     assert not [found for found in asyncio.run(work(2.0)) if isinstance(found, Exception)]
     assert len(endpoint.sent) == 120, "none was paid twice"
+
+
+class Unreliable:
+    """Bills what it works on, also where the answer is lost on the way; at most what `Price.most` says."""
+
+    identity = "unreliable"
+
+    def __init__(self, seed: int) -> None:
+        self.chance, self.bill = random.Random(seed), 0.0
+
+    async def send(self, request: Request) -> Reply:
+        await asyncio.sleep(self.chance.uniform(0, 0.002))
+        if self.chance.random() < 0.1:
+            raise RetryableError("500")
+        written = self.chance.randint(1, request.max_tokens)
+        self.bill += written * 0.01
+        if self.chance.random() < 0.2:
+            raise RetryableError("cut", maybe_paid=True)
+        return Reply((Choice("yes", "stop"),), 10, 0, written)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_bill_is_ever_above_the_budget(tmp_path: Path, seed: int) -> None:
+    endpoint = Unreliable(seed)
+    config = ApiConfig(in_flight=5, max_cost_usd=4.0, pause_s=0.001, max_attempts=9)
+
+    async def work() -> None:
+        gate = Gate(str(tmp_path), config.limits)
+        senders = [Client(endpoint, DEAR, config, gate, AnswerStore(f"{tmp_path}/answers")) for _ in range(3)]
+        asks = [senders[i % 3].ask(asked(f"a{i}"), f"q{i % 7}") for i in range(150)]
+        found = await asyncio.gather(*asks, return_exceptions=True)
+        assert {type(f) for f in found} <= {BudgetError, Answer}
+        ledger = await gate.figures()
+        assert endpoint.bill <= ledger["spent"] + ledger["possibly_paid"] + 1e-9
+        assert 3.8 < ledger["spent"] + ledger["possibly_paid"] <= 4.0
+
+    asyncio.run(work())
 
 
 def test_a_refused_key_ends_the_job_after_what_is_under_way_is_kept(tmp_path: Path) -> None:
@@ -330,7 +379,7 @@ def test_retry_after_is_honoured(server: Server, tmp_path: Path) -> None:
     config = ApiConfig(endpoint=f"{server.address}/v1", pause_s=0.0, price_read=1.0, price_written=1.0)
     answer = asyncio.run(connect("openai", "m", config).ask(asked("a"), "q"))
     assert (answer.reply.text, answer.cost) == ("1", 1100 / 1e6)
-    assert 1.0 <= server.times[1] - server.times[0] < 1.5
+    assert server.times[1] - server.times[0] >= 1.0
 
 
 def test_a_server_that_hangs_is_a_fault_of_the_moment(server: Server) -> None:

@@ -74,8 +74,8 @@ def test_a_call_that_the_budget_cannot_hold_ends_the_job_once_all_is_settled(tmp
             "again",
         )
         assert (await gate.lease("other", 4, [ask(0.0)])).stopped is not None
-        larger = Gate(str(tmp_path), Limits(max_cost_usd=2.0))
-        assert await larger.lease("s", 4, [ask(0.95)]) == Grant((1,))
+        await gate.limit(Limits(max_cost_usd=2.0))
+        assert await gate.lease("s", 4, [ask(0.95)]) == Grant((3,))
 
     asyncio.run(work())
 
@@ -135,7 +135,7 @@ def test_a_rate_limit_holds_over_all_senders(tmp_path: Path) -> None:
         await asyncio.gather(*(send(f"s{i}") for i in range(3)))
         return time.monotonic() - started
 
-    assert 1.05 <= asyncio.run(work()) < 2.0  # 12 calls: one at once, 11 at 10 a second
+    assert 1.05 <= asyncio.run(work()) < 5.0  # 12 calls: one at once, 11 at 10 a second
 
 
 def test_tokens_that_were_not_used_are_given_back(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_tokens_that_were_not_used_are_given_back(tmp_path: Path) -> None:
         await gate.settle("s", [answered(1, tokens=50)])
         started = time.monotonic()
         assert await waiting == Grant((2,))
-        assert time.monotonic() - started < 0.2
+        assert time.monotonic() - started < 3.0, "without them it would be 8 s"
 
     asyncio.run(work())
 
@@ -205,10 +205,11 @@ def test_a_gate_that_died_is_a_clear_error(ray_session: None, tmp_path: Path) ->
     import ray
 
     gate = start_gate(str(tmp_path), Limits())
+    assert start_gate(str(tmp_path), Limits(max_cost_usd=9.0)) is gate
 
     async def work() -> None:
         assert (await gate.lease("s", 1, [ask(0.5)])).leases == (1,)
-        ray.kill(gate._handle)
+        ray.kill(gate.handle)
         with pytest.raises(EndpointError, match="the gate .* is gone .* run again"):
             await gate.lease("s", 1, [ask(0.5)])
 

@@ -20,15 +20,15 @@ SMALL = bench.BenchConfig(questions=8, solutions=6, steps=3, in_flight=4, latenc
 
 
 @pytest.fixture
-def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setenv("OPENAI_API_KEY", "none")
+def address() -> Iterator[str]:
     with bench.server(SMALL) as running:
         yield running
 
 
 def label(path: Path, address: str, **more: Any) -> list[dict[str, Any]]:
     how = {"backend": "openai", "endpoint": f"{address}/v1", "price_read": 1.0, "price_written": 1.0, "in_flight": 4}
-    config = build(JudgeConfig, {**how, "max_attempts": 8, "pause_s": 0.05, **more}, "test")
+    how |= {"key_variable": "HOME", "max_attempts": 8, "pause_s": 0.05}  # set when the session's workers started
+    config = build(JudgeConfig, {**how, **more}, "test")
     records = (("questions", Question), ("images", Image))
     tables = {name: Table(str(path / name), record).to_arrow() for name, record in records}
     source = Table(str(path / "solutions"), Solutions).dataset(rows_per_block=4)
@@ -63,7 +63,7 @@ def test_an_expired_key_ends_the_job_with_a_sentence(ray_session: None, tmp_path
     with pytest.raises(Exception) as error:  # noqa: PT011 - Ray wraps it
         label(tmp_path, f"{address}/nowhere")
     assert root_cause(error.value).startswith("bench answered 404: ")
-    assert "check OPENAI_API_KEY, the model's name and its address" in root_cause(error.value)
+    assert "check HOME, the model's name and its address" in root_cause(error.value)
 
 
 @pytest.mark.chaos

@@ -75,6 +75,8 @@ class ChatServer:
         self.books.moved(+1, new=key not in self.books.attempts and len(body["messages"]) == 2)
         try:
             return await self._answered(request, body, key)
+        except ConnectionResetError:  # who asked was killed
+            return web.Response()
         finally:
             self.books.moved(-1)
 

@@ -283,7 +283,8 @@ class _Batches(Generic[Item, Result]):
             if not self._waiting:
                 self._came.clear()
                 try:
-                    await asyncio.wait_for(self._came.wait(), self._idle_s)
+                    async with asyncio.timeout(self._idle_s):  # wait_for can swallow a cancellation
+                        await self._came.wait()
                 except TimeoutError:
                     await self._do([])
                     continue

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 from pyarrow import fs as pafs
 
@@ -227,6 +228,12 @@ class Gate:
         """The ledger: spent and possibly_paid in US dollars, answers and lost_calls in calls."""
         return asdict(self.ledger)
 
+    async def limit(self, limits: Limits) -> None:
+        """Go on with other limits; what they stopped before may be leased again."""
+        self.limits, self.stopped = limits, None
+        self._requests, self._tokens = _Bucket(limits.requests_per_minute), _Bucket(limits.tokens_per_minute)
+        self._breaker = _Breaker(limits)
+
     # Admission
 
     async def _admitted(self, ask: Ask, wait: bool) -> bool:
@@ -239,7 +246,8 @@ class Gate:
             if not wait or self.stopped:
                 return False
             try:
-                await asyncio.wait_for(self._changed.wait(), pause_s)
+                async with asyncio.timeout(pause_s):
+                    await self._changed.wait()
             except TimeoutError:
                 await self._bury_the_silent()
         return False
@@ -305,7 +313,8 @@ class Gate:
         while self._out and time.monotonic() < until:
             self._changed.clear()
             try:
-                await asyncio.wait_for(self._changed.wait(), min(1.0, self.limits.drain_s))
+                async with asyncio.timeout(min(1.0, self.limits.drain_s)):
+                    await self._changed.wait()
             except TimeoutError:
                 await self._bury_the_silent()
 
@@ -396,8 +405,12 @@ class Gate:
                 self._written = covered
 
 
+_started: "WeakValueDictionary[str, RemoteGate]" = WeakValueDictionary()  # those of this driver, while they are used
+
+
 def close_ledger(folder: str) -> Ledger:
     """What a run has spent on a model, once it is over: what is open still is of senders that died, and is booked."""
+    _started.pop(folder, None)
     return Gate(folder, Limits()).ledger
 
 
@@ -405,7 +418,7 @@ class RemoteGate:
     """The gate as a Ray actor, seen by a sender."""
 
     def __init__(self, handle: Any) -> None:
-        self._handle = handle
+        self.handle = handle
 
     async def lease(self, sender: str, most_unkept: int, asks: Sequence[Ask]) -> Grant:
         grant: Grant = await self._call("lease", sender, most_unkept, asks)
@@ -425,7 +438,7 @@ class RemoteGate:
         from ray.exceptions import RayActorError
 
         try:
-            return await getattr(self._handle, method).remote(*given)
+            return await getattr(self.handle, method).remote(*given)
         except RayActorError as error:
             raise EndpointError(
                 "the gate that keeps rate limits and budget is gone (its process or machine died); nothing more is "
@@ -436,14 +449,24 @@ class RemoteGate:
 def start_gate(folder: str, limits: Limits) -> RemoteGate:
     """The gate of `folder`, a named actor on the driver's machine; it lives as long as what is returned here.
 
-    It takes the ledger over: an older gate, e.g. of an earlier step, leases nothing more.
+    Within a driver there is one: who starts it again (a later step, or a grader that shares the policy's model) gets
+    it, with the limits given last. A gate of another driver is taken over: it leases nothing more.
     """
     import ray
+    from ray.exceptions import RayActorError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    running = _started.get(folder)
+    if running is not None:
+        try:
+            ray.get(running.handle.limit.remote(limits))
+            return running
+        except RayActorError:
+            del _started[folder]
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     name = f"gate {uuid.uuid4().hex[:8]} {folder}"
     actor = ray.remote(Gate).options(name=name, num_cpus=0, max_concurrency=10_000, scheduling_strategy=here)
-    handle: Any = actor.remote(folder, limits)
-    ray.get(handle.figures.remote())  # a ledger that cannot be read or written ends the job here
-    return RemoteGate(handle)
+    gate = RemoteGate(actor.remote(folder, limits))
+    ray.get(gate.handle.limit.remote(limits))  # a ledger that cannot be read or written ends the job here
+    _started[folder] = gate
+    return gate

@@ -44,7 +44,7 @@ class JudgeConfig(GeneratorConfig, ApiConfig):
     """Longest answer of the judge, tokens."""
     constrain: bool = True
     """Let the engine, or the API, write only answers of the asked form."""
-    warm_cache: bool = True
+    warm_cache: bool = execution(True)
     """Send the first call of a question ahead of its others: they then find the shared text in the prompt cache."""
     error_rate: float = Field(0.08, ge=0, le=0.5)
     """phantom: share of checkable steps whose verdict is flipped."""

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
+from jobs.graph import BY_NAME
 from medmm_ray.config import Config, execution
 from medmm_ray.curate import CurateConfig
 from medmm_ray.embed import EmbedConfig
@@ -21,6 +22,7 @@ from medmm_ray.train.image_text import ImageTextConfig
 from medmm_ray.train.policy import PolicyConfig
 from medmm_ray.train.text_prm import TextPrmConfig
 from medmm_ray.train.two_tower import TwoTowerConfig
+from medmm_ray.tree_search import TreeSearchConfig
 
 
 class ModelsConfig(Config):
@@ -91,6 +93,8 @@ class Recipe(Config):
     """Seed of every section that has one and does not set its own."""
     max_error_rate: float = execution(0.01)
     """Share of a table's rows that may fail before its step counts as failed."""
+    without: list[str] = ["tree_search"]
+    """Steps that are left out; the tables that they would make are read as empty."""
     models: ModelsConfig = ModelsConfig()
     """Checkpoints that are there already."""
     ingest: IngestConfig = IngestConfig()
@@ -113,6 +117,8 @@ class Recipe(Config):
     """Verdicts."""
     monte_carlo: MonteCarloConfig = MonteCarloConfig()
     """Rollouts."""
+    tree_search: TreeSearchConfig = TreeSearchConfig()
+    """Search trees."""
     review: ReviewConfig = ReviewConfig()
     """The expert's queue."""
     train_text_prm: TextPrmConfig = TextPrmConfig()
@@ -129,6 +135,13 @@ class Recipe(Config):
     """The Serve application."""
     plan: PlanConfig = PlanConfig()
     """Assumptions of --dry-run."""
+
+    @field_validator("without")
+    @classmethod
+    def _known_steps(cls, names: list[str]) -> list[str]:
+        if unknown := [name for name in names if name not in BY_NAME]:
+            raise ValueError(f"{unknown[0]!r} is no step; the steps are {', '.join(BY_NAME)}")
+        return names
 
     @model_validator(mode="before")
     @classmethod

@@ -13,7 +13,9 @@ from typing import Any, Literal
 
 from medmm_ray.records import Labels, StepLabel
 
-LabelPolicy = Literal["judge", "monte_carlo", "hybrid", "consensus", "soft", "outcome"]
+LabelPolicy = Literal[
+    "judge", "monte_carlo", "hybrid", "consensus", "soft", "outcome", "tree_search", "tree_search_soft"
+]
 AfterFirstError = Literal["collapse", "keep", "drop"]
 Target = float | None
 
@@ -161,6 +163,16 @@ def outcome(labels: Sequence[Labels], num_steps: int, correct: bool | None = Non
     return [*[None] * (num_steps - 1), None if correct is None else float(correct)][:num_steps]
 
 
+def tree_search(labels: Sequence[Labels], num_steps: int, correct: bool | None = None) -> list[Target]:  # noqa: ARG001
+    """MedS3's hard look-back labels; nothing where no tree holds the solution."""
+    return _from(labels, "tree_search", num_steps)
+
+
+def tree_search_soft(labels: Sequence[Labels], num_steps: int, correct: bool | None = None) -> list[Target]:  # noqa: ARG001
+    """What the tree holds of each prefix itself as the target (MedS3's first release)."""
+    return _from(labels, "tree_search", num_steps, _value)
+
+
 POLICIES: dict[str, Callable[[Sequence[Labels], int, bool | None], list[Target]]] = {
     "judge": judge,
     "monte_carlo": monte_carlo,
@@ -168,4 +180,6 @@ POLICIES: dict[str, Callable[[Sequence[Labels], int, bool | None], list[Target]]
     "consensus": consensus,
     "soft": soft,
     "outcome": outcome,
+    "tree_search": tree_search,
+    "tree_search_soft": tree_search_soft,
 }

@@ -240,7 +240,7 @@ def solutions_of(row: Mapping[str, Any]) -> Solutions:
         num_requested=len(solved(tree)),
         num_rejected=row["num_rejected"],
         solutions=[_solution(row, tree, leaf) for leaf in solved(tree)],
-        error=row["error"],
+        error=row["error"] and f"upstream: {row['error'].removeprefix('upstream: ')}",
     )
 
 

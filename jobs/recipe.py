@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from jobs.graph import BY_NAME
 from medmm_ray.config import Config, execution
@@ -93,7 +93,7 @@ class Recipe(Config):
     """Seed of every section that has one and does not set its own."""
     max_error_rate: float = execution(0.01)
     """Share of a table's rows that may fail before its step counts as failed."""
-    without: list[str] = ["tree_search"]
+    without: list[str] = Field(["tree_search"])
     """Steps that are left out; the tables that they would make are read as empty."""
     models: ModelsConfig = ModelsConfig()
     """Checkpoints that are there already."""

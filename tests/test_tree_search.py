@@ -17,7 +17,6 @@ from medmm_ray.tables import RowError
 from medmm_ray.tree_search import Searcher, TreeSearchConfig, labels_batch, solutions_batch, tree_search
 from medmm_ray.tree_search.tree import (
     ROOT,
-    Drawn,
     begun,
     close,
     grow,
@@ -32,6 +31,7 @@ from medmm_ray.tree_search.tree import (
     steps_to,
     ucb,
 )
+from medmm_ray.tree_search.writer import Drawn
 from tests.fake_generator import FakeGenerator
 
 CONFIG = TreeSearchConfig()

@@ -1,36 +1,23 @@
 """The search itself: one engine an actor, many trees at once on it, each grown by its own coroutine.
 
 The next steps of a node are one request, and so are the rollouts of a node; the rollouts of all new children run side
-by side, and their outcomes enter the tree in a fixed order. Seeds come from the question, the steps so far and the
-table's fingerprint: a tree is the same whatever grows beside it. No prompt carries the gold answer.
+by side, and their outcomes enter the tree in a fixed order: a tree is the same whatever grows beside it.
 """
 
 import asyncio
-import re
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from medmm_ray import records
 from medmm_ray.config import digest
-from medmm_ray.engines.generator import (
-    Completion,
-    Generator,
-    MakeGenerator,
-    TextGenerator,
-    actor_options,
-    policy_prompt,
-    request_seed,
-)
+from medmm_ray.engines.generator import Generator, MakeGenerator, actor_options
 from medmm_ray.records import Labels, Solution, Solutions, TreeNode, arrow_schema, to_arrow
 from medmm_ray.tables import RowError, attach
-from medmm_ray.text import extract_answer, is_correct, split_steps
 from medmm_ray.tree_search.tree import (
     ROOT,
-    Action,
-    Drawn,
     Tree,
     TreeSearchConfig,
     begun,
@@ -44,12 +31,10 @@ from medmm_ray.tree_search.tree import (
     step_labels,
     steps_to,
 )
+from medmm_ray.tree_search.writer import Action, Drawn, Writer, written
 
 if TYPE_CHECKING:
     from ray.data import Dataset
-
-DOUBT = " But wait,"
-_MARKUP = re.compile(r"\n\s*(?:#+|\*\*)\s*$")  # of the next step's mark, before its words
 
 
 def tree_search(
@@ -99,7 +84,8 @@ class Searcher:
 
     async def search(self, question: Mapping[str, Any]) -> records.Tree:
         """The tree of one question; a fault becomes the row's error."""
-        growth = Growth(self.config, self.generator, question, self.config_hash)
+        writer = Writer(self.config, self.generator, question, self.config_hash)
+        growth = Growth(self.config, writer)
         error = None if question["error"] is None else f"upstream: {question['error']}"
         if error is None:
             try:
@@ -111,8 +97,8 @@ class Searcher:
             policy=self.policy,
             config_hash=self.config_hash,
             nodes=list(growth.tree),
-            num_rejected=growth.num_rejected,
-            num_tokens=growth.num_tokens,
+            num_rejected=writer.num_rejected,
+            num_tokens=writer.num_tokens,
             error=error,
         )
 
@@ -120,111 +106,45 @@ class Searcher:
 class Growth:
     """One question's tree while it grows."""
 
-    def __init__(
-        self, config: TreeSearchConfig, generator: TextGenerator, question: Mapping[str, Any], config_hash: str
-    ) -> None:
-        self.config, self.generator, self.question = config, generator, question
-        self.config_hash = config_hash
+    def __init__(self, config: TreeSearchConfig, writer: Writer) -> None:
+        self.config, self.writer = config, writer
         self.tree: Tree = (ROOT,)
-        self.num_tokens = self.num_rejected = 0
 
     async def run(self) -> None:
         """Expand until the tree is full or closed; then, if it lacks right solutions, end what was begun."""
-        room = self.config.max_model_len - self.config.max_tokens
-        self.prompt = policy_prompt(self.generator, self.question, self.config.num_documents, room)
         while not self.is_full and (at := select(self.tree, self.config.exploration)) is not None:
-            await self.expand([at])
+            await self.expand({at: next_action(self.tree, at, self.config)})
         if not self.is_spent and num_right(self.tree) < self.config.max_correct:
-            await self.expand(begun(self.tree), "finish")
+            await self.expand(dict.fromkeys(begun(self.tree), "finish"))
 
     @property
     def is_spent(self) -> bool:
-        return self.config.max_tree_tokens is not None and self.num_tokens >= self.config.max_tree_tokens
+        return self.config.max_tree_tokens is not None and self.writer.num_tokens >= self.config.max_tree_tokens
 
     @property
     def is_full(self) -> bool:
         config = self.config
         return self.is_spent or len(self.tree) >= config.max_nodes or num_right(self.tree) >= config.max_correct
 
-    async def expand(self, nodes: Sequence[int], action: Action | None = None) -> None:
-        """Draw what follows each of `nodes`, roll it out, let it grow there."""
-        actions = [action or next_action(self.tree, at, self.config) for at in nodes]
-        found = await asyncio.gather(*(self.draw(at, how) for at, how in zip(nodes, actions, strict=True)))
-        rolled = await asyncio.gather(
-            *(self.roll(at, drawn) for at, all_drawn in zip(nodes, found, strict=True) for drawn in all_drawn)
-        )
-        outcomes = iter(rolled)
-        for at, how, all_drawn in zip(nodes, actions, found, strict=True):
-            for drawn in all_drawn:
-                self.tree = grow(self.tree, at, how, drawn, next(outcomes), self.config.reflect)
-            if not all_drawn:
+    async def expand(self, actions: Mapping[int, Action]) -> None:
+        """Draw what follows each node, roll it out, and let it grow there, in order."""
+        found = await asyncio.gather(*(self.draw(at, action) for at, action in actions.items()))
+        for (at, action), drawn in zip(actions.items(), found, strict=True):
+            for one, right in drawn:
+                self.tree = grow(self.tree, at, action, one, right, self.config.reflect)
+            if not drawn:
                 self.tree = close(self.tree, at)
 
-    async def draw(self, at: int, action: Action) -> list[Drawn]:
-        """What may follow node `at`, equal samples once; cut, empty and answerless ones are rejected."""
+    async def draw(self, at: int, action: Action) -> list[tuple[Drawn, list[bool]]]:
+        """What may follow node `at`, each with the outcomes of its rollouts; an ended solution needs none."""
         steps = steps_to(self.tree, at)
-        said = begin(steps) + (DOUBT if action == "reflect" else "")
-        stop = mark(len(steps) + 2) if action == "reason" else None
-        samples = await self.ask("step", said, self.config.num_children if stop else 1, stop)
-        read = [self.read(said, len(steps), sample, stop) for sample in samples]
-        self.num_rejected += read.count(None)
-        return list({drawn.steps: drawn for drawn in reversed(read) if drawn}.values())[::-1]
+        drawn = await self.writer.draw(steps, action, self.config.num_children if action == "reason" else 1)
+        outcomes = await asyncio.gather(*(self.roll([*steps, *one.steps]) for one in drawn if one.answer is None))
+        rolled = iter(outcomes)
+        return [(one, next(rolled) if one.answer is None else []) for one in drawn]
 
-    def read(self, said: str, before: int, sample: Completion, stop: str | None) -> Drawn | None:
-        """What a sample says behind `before` steps: the next one, or all to the end; None where it is no use."""
-        if sample.finish_reason != "stop":
-            return None
-        stopped = bool(stop) and sample.text.endswith(str(stop))
-        text = _MARKUP.sub("", sample.text.removesuffix(str(stop))) if stopped else sample.text
-        steps = split_steps(said[said.rindex(mark(before + 1)) :] + text)[1]
-        if stopped:
-            return Drawn((steps[0],), seed=sample.seed) if steps else None
-        answer = extract_answer(said + text, self.question["options"], self.question["answer_type"])
-        if answer is None or not steps or before + len(steps) > self.config.max_steps:
-            return None
-        correct = is_correct(answer, self.question["answer"], self.question["answer_type"])
-        return Drawn(tuple(steps), answer, correct, sample.seed)
-
-    async def roll(self, at: int, drawn: Drawn) -> list[bool]:
-        """Whether each rollout that ended with an answer is right; none are needed where the solution has ended."""
-        if drawn.answer is not None:
-            return []
-        steps = [*steps_to(self.tree, at), *drawn.steps]
-        said = begin(steps)
-        samples = await self.ask("rollout", said, rollouts_at(len(steps), self.config))
-        asked = self.question
-        right = [
-            is_correct(
-                extract_answer(said + s.text, asked["options"], asked["answer_type"]),
-                asked["answer"],
-                asked["answer_type"],
-            )
-            for s in samples
-            if s.finish_reason == "stop"
-        ]
-        return [r for r in right if r is not None]
-
-    async def ask(self, purpose: str, said: str, n: int, stop: str | None = None) -> list[Completion]:
-        """One request; none comes back where the path has outgrown the model's length."""
-        seed = request_seed("tree_search", self.config_hash, self.question["question_id"], purpose, said)
-        prompt, how = replace(self.prompt, said=said), replace(self.config.sampling, stop=(stop,) if stop else ())
-        try:
-            samples = await self.generator.generate(prompt, n, seed, how)
-        except RowError:
-            if len(self.tree) == 1:
-                raise
-            return []
-        self.num_tokens += sum(sample.num_tokens for sample in samples)
-        return samples
-
-
-def mark(number: int) -> str:
-    return f"Step {number}:"
-
-
-def begin(steps: Sequence[str]) -> str:
-    """Steps as the policy writes them, one a line, and the mark of the next, so that another must follow."""
-    return "".join(f"{mark(i)} {step}\n" for i, step in enumerate(steps, 1)) + mark(len(steps) + 1)
+    async def roll(self, steps: Sequence[str]) -> list[bool]:
+        return await self.writer.roll(steps, rollouts_at(len(steps), self.config))
 
 
 # From trees to tables
@@ -282,7 +202,7 @@ def _solution_id(row: Mapping[str, Any], leaf: int) -> str:
 
 def _solution(row: Mapping[str, Any], tree: Tree, leaf: int) -> Solution:
     steps = steps_to(tree, leaf)
-    text = "\n".join(f"{mark(i)} {step}" for i, step in enumerate(steps, 1))
+    text = written(steps)
     return Solution(
         solution_id=_solution_id(row, leaf),
         index=leaf,

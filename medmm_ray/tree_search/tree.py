@@ -6,22 +6,21 @@ A tree is a tuple of `records.TreeNode`; a function that changes it gives a new 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 from pydantic import Field
 
-from medmm_ray.engines.generator import MAX_DRAWS, GeneratorConfig, Sampling
+from medmm_ray.engines.generator import MAX_DRAWS
 from medmm_ray.records import StepLabel, TreeNode
+from medmm_ray.tree_search.writer import Action, Drawn, WriterConfig
 
 Tree = tuple[TreeNode, ...]
-Action = Literal["reason", "finish", "reflect"]
 
 ROOT = TreeNode(parent=-1, step="", action="root")
 UNVISITED = 5.0  # the UCB of a node without a visit
 
 
-class TreeSearchConfig(GeneratorConfig):
+class TreeSearchConfig(WriterConfig):
     """How trees grow; the defaults are MedS3's (its config trial5.json)."""
 
     splits: tuple[str, ...] = ("train",)
@@ -44,36 +43,8 @@ class TreeSearchConfig(GeneratorConfig):
     """A node with at least this share of right rollouts is finished in one go."""
     reflect: bool = True
     """Let the policy doubt a wrong answer, once a path ("But wait, ...")."""
-    max_steps: int = Field(9, ge=1)
-    """Most steps of a solution."""
     look_back: float = Field(1.0, ge=0)
     """Lambda of the hard labels: v'_i = v_i - lambda (v'_{i-1} - v_i), a step is right where v'_i > 0."""
-    temperature: float = Field(0.6, ge=0)
-    """Sampling temperature of steps and rollouts."""
-    top_k: int = Field(0, ge=0)
-    """Tokens to draw from, most likely first; 0 takes all."""
-    top_p: float = Field(0.9, gt=0, le=1)
-    """Probability mass to draw from."""
-    max_tokens: int = Field(1024, ge=1)
-    """Longest step or rollout, tokens; one that is cut there does not count."""
-    num_documents: int = Field(0, ge=0)
-    """Retrieved documents in the policy's prompt."""
-    seed: int = 0
-    """Start of all random numbers."""
-
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_k, self.top_p, self.max_tokens)
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Steps that a policy wrote below a node; `answer` and `correct` where it ended the solution with them."""
-
-    steps: tuple[str, ...]
-    answer: str | None = None
-    correct: bool | None = None
-    seed: int = 0
 
 
 # Reading a tree

@@ -84,6 +84,15 @@ class PlanConfig(Config):
     """US dollars a GPU-hour; null: the table's."""
 
 
+class RoundsConfig(Config):
+    """MedS3's rounds (jobs.meds3)."""
+
+    rounds: int = Field(2, ge=1)
+    """Times that a policy learns from its own trees."""
+    fine_tuning: PolicyConfig = PolicyConfig()
+    """How it learns; its base is the round's policy."""
+
+
 class Recipe(Config):
     """All settings of a run; every section is the config of the step of that name."""
 
@@ -133,6 +142,8 @@ class Recipe(Config):
     """The report."""
     serve: ServeConfig = ServeConfig()
     """The Serve application."""
+    meds3: RoundsConfig = RoundsConfig()
+    """Rounds of tree search and training."""
     plan: PlanConfig = PlanConfig()
     """Assumptions of --dry-run."""
 

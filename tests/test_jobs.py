@@ -97,7 +97,10 @@ def test_a_given_model_leaves_its_training_out() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "name a recipe file first; jobs/recipes/ has medmm.yaml, quickstart.yaml, smollm2.yaml, tiny.yaml"),
+        (
+            [],
+            "name a recipe file first; jobs/recipes/ has medmm.yaml, meds3.yaml, quickstart.yaml, smollm2.yaml, tiny.yaml",
+        ),
         (["nosuch.yaml"], "recipe nosuch.yaml does not exist"),
         ([TINY, "temprature=1"], "unknown name 'sample.temprature'; did you mean 'temperature'?"),
         ([TINY, "run="], "'run' is"),

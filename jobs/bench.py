@@ -19,7 +19,7 @@ from jobs.benches import Measured
 from jobs.step import guarded
 from medmm_ray.config import Config, ConfigError, help_text, load
 
-BENCHES = ("scoring", "training", "two_tower", "gguf", "arms", "tree_search")
+BENCHES = ("scoring", "training", "two_tower", "gguf", "arms", "answers", "tree_search")
 
 
 def main(words: Sequence[str] | None = None) -> int:

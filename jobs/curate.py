@@ -4,14 +4,18 @@ import sys
 
 import pyarrow as pa
 
-from jobs.step import Job, main
-from medmm_ray.curate import confirm, curate, propose, thumbnails
+from jobs.step import Job, Run, main
+from medmm_ray.curate import confirm, curate, propose, reviewed, thumbnails
+from medmm_ray.records import QuestionReview
+from medmm_ray.tables import Table
 
 
 def run(job: Job) -> None:
     import ray
 
-    questions, images = job.read("raw_questions"), job.read("raw_images")
+    images = job.read("raw_images")
+    reviews = review_table(job.run, job.config.reviews).to_arrow() if job.config.reviews else None
+    questions = reviewed(job.read("raw_questions"), job.read("new_questions"), reviews, job.config)
     proposed, pairs = propose(images, job.config)
     job.waiting = f"pixels of {proposed.num_rows:,} images that may be duplicates"
     agreed = []
@@ -21,6 +25,11 @@ def run(job: Job) -> None:
     final = curate(questions, images, agreed, job.config)
     job.make_rows("images", final.images, "image_id")
     job.make_rows("questions", final.questions, "question_id", final.figures)
+
+
+def review_table(run: Run, name: str) -> Table:
+    """What readers said of questions, by the name of its export."""
+    return Table(f"{run.root}/question_reviews/{name}", QuestionReview)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from typing import Any
 
 from jobs.graph import LABELS, STEPS
 from jobs.step import Job, main
@@ -25,7 +26,7 @@ def make(job: Job, uri: str) -> dict[str, float]:
         solutions=solutions.filter([i in ids for i in solutions["question_id"].to_pylist()]),
         scores=job.read("scores"),
         labels=[job.read(name) for name in LABELS],
-        review_queue=job.read("review_queue"),
+        dataset=read_report(job.run.uri("dataset_report")),
         steps=[
             {"name": step.name, "rows": sum(m.rows for m in manifests), "seconds": sum(m.seconds for m in manifests)}
             for step, manifests in made
@@ -41,6 +42,14 @@ def make(job: Job, uri: str) -> dict[str, float]:
             fs, path = filesystem(f"{place}/{name}")
             write_file(fs, path, content)
     return {kind: figure["value"] for _, kind, figure in headline(report)}
+
+
+def read_report(uri: str) -> dict[str, Any]:
+    """The dataset report in the artifact's folder."""
+    fs, path = filesystem(f"{uri}/dataset_report.json")
+    with fs.open_input_stream(path) as stream:
+        found: dict[str, Any] = json.loads(stream.read())
+    return found
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from medmm_ray.records import (
     States,
     Tree,
     Vector,
+    WrittenQuestion,
 )
 
 
@@ -39,12 +40,18 @@ STEPS = (
         "ingest",
         (),
         {"raw_questions": Question, "raw_images": Image, "documents": Document, "demonstrations": Solutions},
-        version=2,
+        version=3,
         what="read the source",
     ),
     Step(
-        "curate",
+        "write_questions",
         ("raw_questions", "raw_images"),
+        {"written_questions": WrittenQuestion, "new_questions": Question},
+        what="questions for images without one",
+    ),
+    Step(
+        "curate",
+        ("raw_questions", "raw_images", "new_questions"),
         {"questions": Question, "images": Image},
         what="drop duplicates and leaks, split",
     ),
@@ -68,7 +75,13 @@ STEPS = (
         {"policy": None},
         what="supervised fine-tuning (DeepSpeed)",
     ),
-    Step("sample", ("questions", "images", "evidence", "policy"), {"solutions": Solutions}, what="solutions by vLLM"),
+    Step(
+        "sample",
+        ("questions", "images", "evidence", "policy"),
+        {"solutions": Solutions},
+        version=2,
+        what="solutions by vLLM",
+    ),
     Step(
         "judge",
         ("questions", "images", "evidence", "solutions"),
@@ -91,7 +104,14 @@ STEPS = (
         "review",
         ("questions", "images", "solutions", "judge_labels", "monte_carlo_labels"),
         {"review_queue": ReviewItem, "expert_labels": Labels},
+        version=2,
         what="the expert's queue and verdicts",
+    ),
+    Step(
+        "audit",
+        ("questions", "images", "evidence", "solutions", *LABELS, "review_queue"),
+        {"dataset_report": None},
+        what="dataset report and quality gates",
     ),
     Step(
         "train_text_prm",
@@ -120,8 +140,9 @@ STEPS = (
     ),
     Step(
         "evaluate",
-        ("questions", "images", "evidence", "solutions", *LABELS, "scores"),
+        ("questions", "images", "evidence", "solutions", *LABELS, "dataset_report", "scores"),
         {"report": None},
+        version=2,
         what="report.json, report.html",
     ),
 )

@@ -13,8 +13,14 @@ def run(job: Job) -> None:
         model = job.run.model("policy")
     source = job.table("solutions").dataset(rows_per_block=32)
     ids = job.read("solutions", ["question_id"])["question_id"].to_pylist()
+    folder = f"{job.run.root}/api"
     job.make(
-        "judge_labels", source, ids, lambda ds: judge(ds, job.config, model=model, **tables), "question_id", "labels"
+        "judge_labels",
+        source,
+        ids,
+        lambda ds: judge(ds, job.config, model=model, folder=folder, **tables),
+        "question_id",
+        "labels",
     )
 
 

@@ -207,7 +207,7 @@ def _main(parsed: argparse.Namespace) -> int:
 
 
 def closing(run: Run, steps: Sequence[Step], console: Console, seconds: float) -> None:
-    """Where everything lies, and the report's headline."""
+    """Where everything lies, the dataset's gates, and the report's headline."""
     places = Grid(box=None, show_header=False, pad_edge=False)
     for step in steps:
         if not run.skipped(step):
@@ -221,6 +221,12 @@ def closing(run: Run, steps: Sequence[Step], console: Console, seconds: float) -
             f"\n{seconds:.0f} s now; the last working session: {used['seconds'] / 60:.1f} min, "
             f"{used['core_minutes']:.1f} core-minutes, at most {used['peak_pss_gib']:.1f} GiB (PSS)"
         )
+    if BY_NAME["audit"] in steps:
+        from medmm_ray.dataset_page import lead
+
+        dataset = json.loads((Path(run.recipe.run) / "dataset_report.json").read_text())
+        words = lead(dataset).removeprefix("The dataset ")
+        console.print(f"\ndataset: {words}\nreport: {Path(run.recipe.run) / 'dataset_report.html'}", highlight=False)
     if BY_NAME["evaluate"] in steps and not run.skipped(BY_NAME["evaluate"]):
         from medmm_ray.report import summary
 

@@ -59,7 +59,7 @@ def plan_of(recipe: Recipe, run: Run) -> Plan:
         judge_dollars_per_million_read=assumed.judge_dollars_per_million_read,
         judge_dollars_per_million_written=assumed.judge_dollars_per_million_written,
         uncertain_share=recipe.monte_carlo.max_share,
-        continuations=recipe.monte_carlo.num_rollouts,
+        continuations=recipe.monte_carlo.rollouts,
         review_steps=recipe.review.review_steps,
         dollars_per_reviewed_step=assumed.dollars_per_reviewed_step,
         gpu=assumed.gpu,

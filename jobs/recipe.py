@@ -1,10 +1,12 @@
 """A recipe: the config of every step, under the step's name. ``jobs/recipes/`` holds the shipped ones."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from jobs.graph import BY_NAME
+from medmm_ray.audit import AuditConfig
 from medmm_ray.config import Config, execution
 from medmm_ray.curate import CurateConfig
 from medmm_ray.embed import EmbedConfig
@@ -15,6 +17,7 @@ from medmm_ray.judge import JudgeConfig
 from medmm_ray.monte_carlo import MonteCarloConfig
 from medmm_ray.retrieve import RetrieveConfig
 from medmm_ray.review import ReviewConfig
+from medmm_ray.review_page import ReviewPageConfig
 from medmm_ray.sample import SampleConfig
 from medmm_ray.score import ScoreConfig, StatesConfig
 from medmm_ray.serve import ServeConfig
@@ -23,6 +26,7 @@ from medmm_ray.train.policy import PolicyConfig
 from medmm_ray.train.text_prm import TextPrmConfig
 from medmm_ray.train.two_tower import TwoTowerConfig
 from medmm_ray.tree_search import TreeSearchConfig
+from medmm_ray.write_questions import WriteQuestionsConfig
 
 
 class ModelsConfig(Config):
@@ -102,12 +106,14 @@ class Recipe(Config):
     """Seed of every section that has one and does not set its own."""
     max_error_rate: float = execution(0.01)
     """Share of a table's rows that may fail before its step counts as failed."""
-    without: list[str] = Field(["tree_search"])
+    without: tuple[str, ...] = ("tree_search",)
     """Steps that are left out; the tables that they would make are read as empty."""
     models: ModelsConfig = ModelsConfig()
     """Checkpoints that are there already."""
     ingest: IngestConfig = IngestConfig()
     """Sources to questions, images, documents."""
+    write_questions: WriteQuestionsConfig = WriteQuestionsConfig()
+    """Questions for images that have none."""
     curate: CurateConfig = CurateConfig()
     """Duplicates, leaks, splits."""
     train_image_tower: ImageTextConfig = ImageTextConfig()
@@ -130,6 +136,10 @@ class Recipe(Config):
     """Search trees."""
     review: ReviewConfig = ReviewConfig()
     """The expert's queue."""
+    review_page: ReviewPageConfig = ReviewPageConfig()
+    """The page where experts read it."""
+    audit: AuditConfig = AuditConfig()
+    """The dataset report and its gates."""
     train_text_prm: TextPrmConfig = TextPrmConfig()
     """The text reward model."""
     states: StatesConfig = StatesConfig()
@@ -149,15 +159,15 @@ class Recipe(Config):
 
     @field_validator("without")
     @classmethod
-    def _known_steps(cls, names: list[str]) -> list[str]:
+    def _known_steps(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         if unknown := [name for name in names if name not in BY_NAME]:
             raise ValueError(f"{unknown[0]!r} is no step; the steps are {', '.join(BY_NAME)}")
         return names
 
-    @model_validator(mode="before")
     @classmethod
-    def _one_seed(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or "seed" not in values:
+    def completed(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The recipe's seed in every section that has one and does not set its own."""
+        if "seed" not in values:
             return values
         seeded = dict(values)
         for name, info in cls.model_fields.items():

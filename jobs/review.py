@@ -5,6 +5,7 @@ import sys
 from jobs.step import Job, main
 from medmm_ray.records import ReviewItem, from_dict
 from medmm_ray.review import queue, review
+from medmm_ray.review_page.export import frozen, log_uri, step_labels
 
 
 def run(job: Job) -> None:
@@ -13,6 +14,11 @@ def run(job: Job) -> None:
     solutions = job.read("solutions", ["question_id", "solutions"])
     job.make_rows("review_queue", queue(solutions, questions, judged, rolled_out, job.config), "question_id")
     items = [from_dict(ReviewItem, row) for row in job.read("review_queue").to_pylist()]
+    if job.config.expert == "readers":
+        verdicts = frozen(log_uri(job.run.root, "steps"), job.config.verdicts)
+        labels, figures = step_labels(verdicts, items, questions, solutions)
+        job.make_rows("expert_labels", labels, "question_id", figures)
+        return
     source = job.table("solutions").dataset(rows_per_block=32)
     job.make(
         "expert_labels",

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from jobs.graph import BY_NAME, MAKER, STEPS, Step
 from jobs.recipe import Recipe
 from medmm_ray.config import ConfigError, digest, help_text, identity, load
-from medmm_ray.tables import Artifact, Manifest, Origin, Table, TableError, chosen, pending, write_rows
+from medmm_ray.tables import Artifact, Figures, Manifest, Origin, Table, TableError, chosen, pending, write_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -149,11 +149,11 @@ class Job:
 
     def make(
         self, name: str, source: "Dataset", ids: Iterable[str], do: "Callable[[Dataset], Dataset]", key: str,
-        explode: str | None = None, made_key: str | None = None,
+        explode: str | None = None, made_key: str | None = None, figures: Figures | None = None,
     ) -> None:  # fmt: skip
         """Make a table from `source` by `do`, one row in and one row out by `key`; resumes what was interrupted.
 
-        `made_key` is the key's name in the rows that `do` makes, where it is another.
+        `made_key` is the key's name in the rows that `do` makes, where it is another; `figures` are of all its rows.
         """
         table = self.run.table(name)
         if table.is_complete:
@@ -167,7 +167,8 @@ class Job:
         if set(expected) - done:
             table.write(do(pending(source, key, done)), made_key or key, explode)
         limit = self.recipe.max_error_rate
-        self.report(name, table.finish(self.origin(name), made_key or key, expected, self.seconds(), limit))
+        manifest = table.finish(self.origin(name), made_key or key, expected, self.seconds(), limit, figures=figures)
+        self.report(name, manifest)
 
     def make_rows(self, name: str, rows: Sequence[Any], key: str, figures: dict[str, float] | None = None) -> None:
         """Make a small table from rows in the driver."""

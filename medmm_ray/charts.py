@@ -3,7 +3,8 @@
 All text here is made of numbers and of labels written in this package; nothing from the data is drawn unescaped.
 """
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +44,8 @@ class _Frame:
         return HEIGHT - BOTTOM - (value - low) / ((high - low) or 1.0) * (HEIGHT - TOP - BOTTOM)
 
 
-def _svg(body: Iterable[str], label: str) -> Markup:
-    head = f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
+def _svg(body: Iterable[str], label: str, height: float = HEIGHT) -> Markup:
+    head = f'<svg class="chart" viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}">'
     return _markup(f"{head}{''.join(body)}</svg>")
 
 
@@ -203,4 +204,130 @@ def histogram(right: Sequence[int], wrong: Sequence[int], label: str) -> Markup:
     body.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{middle:.1f}" y2="{middle:.1f}" stroke="{INK}"/>')
     body.append(_text(LEFT + 10, TOP + 16, "right steps", "start", f'fill="{BLUE}" class="end"'))
     body.append(_text(WIDTH - RIGHT - 10, HEIGHT - BOTTOM - 12, "wrong steps", "end", f'fill="{ORANGE}" class="end"'))
+    return _svg(body, label)
+
+
+# Figures with intervals beside their targets
+
+
+@dataclass(frozen=True)
+class Whisker:
+    """One row of a `forest`: a figure with its interval (None: not known) and a target band (an end None: open)."""
+
+    name: str
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    note: str = ""
+    colour: str = BLUE
+    mark: str = "circle"
+    target: tuple[float | None, float | None] | None = None
+
+
+ROW, FOREST_RIGHT = 34, 92
+TARGET = "#dcebf5"
+
+
+def forest(
+    rows: Sequence[Whisker | str], x_range: tuple[float, float], share: bool, x_title: str, label: str
+) -> Markup:
+    """Figures as dots with their 95 % intervals, a row each, targets as pale bands; a plain text row is a heading."""
+    height = TOP + ROW * len(rows) + 58
+    bottom, right = height - 52, WIDTH - FOREST_RIGHT
+    left = 16 + 9.8 * max(12, *(len(row.name) for row in rows if isinstance(row, Whisker)))  # names at a phone's size
+    low_x, high_x = x_range
+
+    def x(value: float) -> float:
+        inside = min(max(value, low_x), high_x)
+        return left + (inside - low_x) / (high_x - low_x) * (right - left)
+
+    body = []
+    for number, row in enumerate(rows):
+        if isinstance(row, Whisker) and row.target is not None:
+            start, end = x(row.target[0] if row.target[0] is not None else low_x), x(row.target[1] or high_x)
+            top = TOP + ROW * number
+            body.append(f'<rect x="{start:.1f}" width="{end - start:.1f}" y="{top}" height="{ROW}" fill="{TARGET}"/>')
+    for tick in _ticks(low_x, high_x):
+        words = f"{100 * tick:.0f} %" if share else f"{tick:.1f}".replace("-", "−")
+        body.append(f'<line x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{TOP}" y2="{bottom:.0f}" stroke="{GRID}"/>')
+        body.append(_text(x(tick), bottom + 19, words))
+    body.append(f'<line x1="{left:.1f}" x2="{right}" y1="{bottom}" y2="{bottom}" stroke="{GREY}"/>')
+    body.append(_text((left + right) / 2, height - 6, x_title, more='class="axis"'))
+    for number, row in enumerate(rows):
+        y = TOP + ROW * (number + 0.5)
+        if isinstance(row, str):
+            body.append(_text(0, y + 6, row, "start", f'fill="{INK}" class="end"'))
+        else:
+            body += _whisker(row, left, y, x, share)
+    return _svg(body, label, height)
+
+
+def _whisker(row: Whisker, left: float, y: float, x: Callable[[float], float], share: bool) -> list[str]:
+    body = [_text(left - 12, y + 5, row.name, "end")]
+    if row.value is None:
+        return [*body, _text(WIDTH, y + 5, "–", "end")]
+    if row.low is not None and row.high is not None:
+        body.append(_span(x(row.low), x(row.high), y, row.colour))
+    body.append(mark(row.mark, x(row.value), y, row.colour, 5.5))
+    words = f"{100 * row.value:.1f} %" if share else f"{row.value:.3f}".replace("-", "−")
+    return [*body, _text(WIDTH, y + 5, row.note or words, "end", f'fill="{INK}"')]
+
+
+def _span(start: float, end: float, y: float, colour: str) -> str:
+    return (
+        f'<path d="M{start:.1f} {y:.1f}H{end:.1f}M{start:.1f} {y - 5:.1f}v10M{end:.1f} {y - 5:.1f}v10" '
+        f'stroke="{colour}" stroke-width="2" fill="none"/>'
+    )
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    step = next(s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if (high - low) / s <= 6 or s == 50)
+    return [round(step * i, 10) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def gauge(row: Whisker, x_range: tuple[float, float]) -> Markup:
+    """One figure on a bare scale, its target as a band: for a table's cell."""
+    width, height = 220, 26
+
+    def x(value: float) -> float:
+        return 6 + (min(max(value, x_range[0]), x_range[1]) - x_range[0]) / (x_range[1] - x_range[0]) * (width - 12)
+
+    target = row.target or (None, None)
+    start, end = x(x_range[0] if target[0] is None else target[0]), x(x_range[1] if target[1] is None else target[1])
+    body = [
+        f'<rect x="6" width="{width - 12}" y="10" height="6" fill="#eceef0"/>',
+        f'<rect x="{start:.1f}" width="{max(end - start, 2):.1f}" y="7" height="12" fill="#b5d5e9"/>',
+    ]
+    if row.low is not None and row.high is not None and row.high > row.low:
+        body.append(_span(x(row.low), x(row.high), 13, row.colour))
+    if row.value is not None:
+        body.append(mark(row.mark, x(row.value), 13, row.colour, 5))
+    return _markup(f'<svg class="gauge" viewBox="0 0 {width} {height}" aria-hidden="true">{"".join(body)}</svg>')
+
+
+def bars(
+    counts: Sequence[tuple[str, float, str]], band: tuple[float, float] | None, x_title: str, y_title: str, label: str
+) -> Markup:
+    """Bars of shares: (name, share, colour) in order; `band` shades a range of places, from the middle of bars."""
+    top = max((share for _, share, _ in counts), default=0.0) or 1.0
+    frame = _Frame((-0.5, max(len(counts), 1) - 0.5), (0, top * 1.08))
+    step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if 6 * s > top or s == 0.5)
+    every = max(1, math.ceil(len(counts) / 16))
+    ticks = [(float(i), name) for i, (name, _, _) in enumerate(counts) if i % every == 0]
+    y_ticks = [(i * step, f"{100 * i * step:.0f} %") for i in range(int(top * 1.08 / step) + 1)]
+    body = []
+    if band is not None:
+        start, end = frame.x(max(band[0], -0.5)), frame.x(min(band[1], len(counts) - 0.5))
+        body.append(
+            f'<rect x="{start:.1f}" width="{max(end - start, 0):.1f}" y="{TOP}" height="{HEIGHT - TOP - BOTTOM}" '
+            f'fill="{TARGET}"/>'
+        )
+    body += _axes(frame, ticks, y_ticks, x_title, y_title)
+    width = frame.x(1) - frame.x(0)
+    for place, (_, share, colour) in enumerate(counts):
+        y = frame.y(share)
+        body.append(
+            f'<rect x="{frame.x(place) - 0.4 * width:.1f}" width="{0.8 * width:.1f}" y="{y:.1f}" '
+            f'height="{HEIGHT - BOTTOM - y:.1f}" fill="{colour}"/>'
+        )
     return _svg(body, label)

@@ -32,6 +32,11 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
+    @classmethod
+    def completed(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The values as given, with what follows from them; before they are validated."""
+        return values
+
 
 def execution(default: T) -> T:
     """A field that says how a step runs, not what it makes (pool sizes, batch sizes, paths): not part of `identity`."""
@@ -124,7 +129,7 @@ def build(config: type[ConfigT], values: Mapping[str, Any], where: str) -> Confi
     """Validate `values` as a `config`; a fault is a `ConfigError` that names `where`, the key and what was expected."""
     try:
         # The JSON rules: strict, but a YAML list may become a tuple.
-        return config.model_validate_json(json.dumps(values))
+        return config.model_validate_json(json.dumps(config.completed(values)))
     except ValidationError as error:
         lines = [f"{where}: {_explain(config, fault)}" for fault in error.errors(include_url=False)]
         raise ConfigError("\n".join(lines)) from None

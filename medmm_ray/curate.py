@@ -18,11 +18,13 @@ import PIL.Image
 import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import ImageFilter
+from pydantic import model_validator
 
 from medmm_ray.config import Config, digest, execution
 from medmm_ray.engines.images import open_image
 from medmm_ray.records import Image, Question, from_dict
 from medmm_ray.tables import RowError, TableError, error_kind
+from medmm_ray.targets import ADJUDICATOR
 from medmm_ray.text import normalise
 
 if TYPE_CHECKING:
@@ -42,6 +44,10 @@ class CurateConfig(Config):
     """Largest Hamming distance of two 64-bit perceptual hashes that proposes a pair as duplicates."""
     pixel_correlation: float = 0.98
     """Smallest correlation of the detail of two 32 x 32 thumbnails that confirms a proposed pair."""
+    written: Literal["none", "checked", "reviewed"] = "none"
+    """Questions that a model wrote: none, all that passed their checks, or those that readers keep (`reviews`)."""
+    reviews: str = ""
+    """What readers said of questions: an export, as python -m jobs.review_page what=questions --export names it."""
     leakage: Literal["drop_train", "resplit"] = "drop_train"
     """Pictures in both splits: drop their training questions, or split all questions anew by picture."""
     test_fraction: float = 0.2
@@ -57,6 +63,15 @@ class CurateConfig(Config):
     num_cpus: float = execution(0.5)
     """Logical CPU cores an image worker asks for."""
 
+    @model_validator(mode="after")
+    def _reviewed_by_somebody(self) -> "CurateConfig":
+        if self.written == "reviewed" and not self.reviews:
+            raise ValueError(
+                "written is 'reviewed' and reviews is empty: read them with python -m jobs.review_page recipe.yaml "
+                "what=questions, then name what its --export prints"
+            )
+        return self
+
 
 @dataclass(frozen=True, kw_only=True)
 class Curated:
@@ -65,6 +80,54 @@ class Curated:
     questions: list[Question]
     images: list[Image]
     figures: dict[str, float]
+
+
+# Written questions, and what readers said
+
+
+def reviewed(questions: pa.Table, written: pa.Table, reviews: pa.Table | None, config: CurateConfig) -> pa.Table:
+    """Raw questions with the written ones that `config` takes; what readers reject gets an error.
+
+    Of several readers the adjudicator counts, else the majority; where they are even, a written question is rejected
+    and the source's own stays. The difficulty becomes the readers'.
+    """
+    said = _reviews_of(reviews)
+    rows = questions.to_pylist()
+    for row in written.to_pylist() if config.written != "none" else []:
+        kept = said[row["question_id"]].keep if row["question_id"] in said else None
+        unread = kept is None and config.written == "reviewed"
+        rows.append(row | {"error": "question_review: no reader has kept it"} if unread else row)
+    return pa.Table.from_pylist([_with_review(row, said.get(row["question_id"])) for row in rows], questions.schema)
+
+
+@dataclass(frozen=True)
+class _Review:
+    keep: bool | None
+    difficulty: str | None
+
+
+def _with_review(row: dict[str, Any], said: _Review | None) -> dict[str, Any]:
+    if said is None or row["error"]:
+        return row
+    error = "question_review: readers reject it" if said.keep is False else None
+    return row | {"error": error, "difficulty": said.difficulty or row["difficulty"]}
+
+
+def _reviews_of(reviews: pa.Table | None) -> dict[str, _Review]:
+    by_question: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in reviews.to_pylist() if reviews is not None else []:
+        by_question[row["question_id"]].append(row)
+    found = {}
+    for question_id, rows in by_question.items():
+        rows = [row for row in rows if row["annotator"] == ADJUDICATOR] or rows
+        votes = sum(
+            1 if row["keep"] and row["answer_right"] is not False else -1 for row in rows if row["keep"] is not None
+        )
+        difficulties = Counter(row["difficulty"] for row in rows if row["difficulty"]).most_common(1)
+        found[question_id] = _Review(
+            keep=votes > 0 if votes else None, difficulty=difficulties[0][0] if difficulties else None
+        )
+    return found
 
 
 # Near duplicates

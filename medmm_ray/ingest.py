@@ -25,7 +25,7 @@ from medmm_ray.records import Document, Image, Question, Solution, Solutions, to
 from medmm_ray.sources import Request, SourceData, SourceQuestion, load
 from medmm_ray.sources.phantom import Hardness
 from medmm_ray.tables import RowError, TableError, error_kind, filesystem, write_file
-from medmm_ray.text import LETTERS, join_steps, normalise
+from medmm_ray.text import LETTERS, answer_key, join_steps, normalise
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -67,17 +67,19 @@ def read_source(config: IngestConfig) -> SourceData:
     """All that the configured source yields; a `ConfigError` or `TableError` names the file and the field at fault."""
     if not config.source.startswith("phantom") and not config.path:
         raise ConfigError(f"ingest.path is empty: source {config.source!r} needs the folder that holds its files")
-    return load(config.source).read(
-        Request(
-            path=config.path,
-            documents_path=config.documents_path,
-            num_train=config.num_train,
-            num_test=config.num_test,
-            num_extra_images=config.num_extra_images,
-            num_worked=config.num_worked,
-            hardness=config.hardness,
-            seed=config.seed,
-        )
+    return load(config.source).read(request_of(config))
+
+
+def request_of(config: IngestConfig) -> Request:
+    return Request(
+        path=config.path,
+        documents_path=config.documents_path,
+        num_train=config.num_train,
+        num_test=config.num_test,
+        num_extra_images=config.num_extra_images,
+        num_worked=config.num_worked,
+        hardness=config.hardness,
+        seed=config.seed,
     )
 
 
@@ -172,10 +174,12 @@ def question_rows(data: SourceData, images: pa.Table, config: IngestConfig, fold
         uris = [_uri(data, folder, uri) for uri in question.images]
         found = [known.get(uri, {"image_id": f"im{digest(uri)}", "sha256": "", "error": None}) for uri in uris]
         content = [f["sha256"] or f["image_id"] for f in found]
-        parts = [config.source, question.question, list(question.options), content]
+        source = question.source or config.source
+        parts = [source, question.question, list(question.options), content]
         key = digest(*parts)
         count = occurrences[key]
         occurrences[key] += 1
+        own = question.question_id if question.name not in names else ""
         try:
             if question.name in names:
                 raise RowError("duplicate_id", f"the source has {question.name!r} more than once; each id names one")
@@ -190,8 +194,8 @@ def question_rows(data: SourceData, images: pa.Table, config: IngestConfig, fold
         names.add(question.name)
         rows.append(
             Question(
-                question_id=f"q{digest(*parts, count) if count else key}",
-                source=config.source,
+                question_id=own or f"q{digest(*parts, count) if count else key}",
+                source=source,
                 split=question.split,
                 modality=question.modality,
                 difficulty=question.difficulty,
@@ -221,14 +225,19 @@ def checked_answer(question: SourceQuestion) -> str:
         return answer.lower()
     if not 2 <= len(options) <= len(LETTERS):
         raise RowError("options_missing", f"{question.name!r} has {len(options)} options; 2 to {len(LETTERS)} are due")
-    plain = [normalise(option) or option for option in options]
+    plain = [_plain(option) for option in options]
     if len(set(plain)) < len(plain):
         raise RowError("options_repeated", f"two of the {len(options)} options of {question.name!r} are the same")
     if answer in LETTERS[: len(options)] and len(answer) == 1:
         return answer
-    if normalise(answer) in plain:
-        return LETTERS[plain.index(normalise(answer))]
+    if _plain(answer) in plain:
+        return LETTERS[plain.index(_plain(answer))]
     raise RowError("answer_not_in_options", f"the answer of {question.name!r} is none of its {len(options)} options")
+
+
+def _plain(text: str) -> str:
+    """For telling options apart: signs and Greek letters count (``> 5`` and ``< 5``), a plural does too."""
+    return f"{normalise(text)} {answer_key(text)}".strip() or text
 
 
 def document_rows(data: SourceData) -> list[Document]:
@@ -257,7 +266,6 @@ def demonstration_rows(data: SourceData, questions: Sequence[Question], config: 
                 policy=WORKED,
                 config_hash=config_hash,
                 num_requested=len(solutions),
-                num_rejected=0,
                 solutions=solutions,
             )
         )

@@ -11,7 +11,7 @@ vote. Legend of suffixes: Q questions, K figures, M samples of a question, S sub
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
@@ -250,12 +250,30 @@ def expected_vote(
 
 def bootstrap(values_QK: Floats, num_resamples: int, seed: int) -> tuple[Floats, Floats]:
     """The 95 % percentile interval of the mean of each column, over resamples of the rows (questions)."""
-    num_rows = len(values_QK)
+    return cluster_bootstrap(values_QK, lambda sums_BK: sums_BK / max(len(values_QK), 1), num_resamples, seed)
+
+
+def cluster_bootstrap(
+    sums_QK: Floats, statistic: Callable[[Floats], Floats], num_resamples: int, seed: int
+) -> tuple[Floats, Floats]:
+    """The 95 % percentile interval of figures that are functions of sums over rows, resampling whole rows (questions).
+
+    `statistic` takes sums [B, K] to figures [B, F]; a resample in which a figure is NaN does not count for it. The rows
+    carry their weights in their sums, so that a weighted figure has a weighted interval. NaN without rows.
+    """
+    num_rows = len(sums_QK)
     if num_rows == 0:
-        empty = np.full(values_QK.shape[1], np.nan)
+        empty = np.full(statistic(np.zeros((1, sums_QK.shape[1]))).shape[1], np.nan)
         return empty, empty
-    drawn = np.random.default_rng(seed).multinomial(num_rows, np.full(num_rows, 1 / num_rows), size=num_resamples)
-    low, high = np.percentile(drawn @ values_QK / num_rows, [2.5, 97.5], axis=0)
+    rng, even = np.random.default_rng(seed), np.full(num_rows, 1 / num_rows)
+    block = max(1, 2**22 // num_rows)  # resamples at a time: 32 MB of counts
+    sizes = [min(block, num_resamples - start) for start in range(0, num_resamples, block)]
+    figures_BF = np.concatenate([statistic(rng.multinomial(num_rows, even, size=size) @ sums_QK) for size in sizes])
+    low, high = np.full((2, figures_BF.shape[1]), np.nan)
+    for column, values in enumerate(figures_BF.T):
+        counted = values[~np.isnan(values)]
+        if counted.size:
+            low[column], high[column] = np.percentile(counted, [2.5, 97.5])
     return low, high
 
 
@@ -338,15 +356,30 @@ def cohen_kappa(first: ArrayLike, second: ArrayLike, weights: ArrayLike | None =
 
     With weights 1 / inclusion probability it estimates the kappa of the whole from a stratified sample.
     """
-    a, b = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
-    weight = np.ones(a.size) if weights is None else np.asarray(weights, dtype=np.float64)
-    total = weight.sum()
-    if not total:
-        return None
-    observed = weight[a == b].sum() / total
-    p_a, p_b = weight[a].sum() / total, weight[b].sum() / total
-    chance = p_a * p_b + (1 - p_a) * (1 - p_b)
-    return float((observed - chance) / (1 - chance)) if chance < 1 else None
+    cell = 2 * np.asarray(first, dtype=bool) + np.asarray(second, dtype=bool)
+    counts_4 = np.bincount(cell, None if weights is None else np.asarray(weights, dtype=np.float64), minlength=4)
+    kappa = float(kappa_of_counts(counts_4.astype(np.float64)))
+    return None if math.isnan(kappa) else kappa
+
+
+def kappa_of_counts(counts_4: Floats) -> Floats:
+    """Cohen's kappa of 2 x 2 tables [..., 4] of (weighted) counts; NaN where empty or where chance agreement is 1.
+
+    The order is (first wrong, second wrong), (wrong, right), (right, wrong), (right, right).
+    """
+    both_wrong, only_second, only_first, both_right = np.moveaxis(np.asarray(counts_4, dtype=np.float64), -1, 0)
+    total = both_wrong + only_second + only_first + both_right
+    # Of counts, not of shares: (observed - chance) / (1 - chance), both times total squared.
+    first, second = only_first + both_right, only_second + both_right
+    observed, chance = (both_wrong + both_right) * total, first * second + (total - first) * (total - second)
+    room = total * total - chance
+    return np.where(room > 1e-12 * total * total, (observed - chance) / np.where(room > 0, room, 1.0), np.nan)
+
+
+def effective_size(weights: ArrayLike) -> float:
+    """Kish's effective sample size, (sum w)^2 / sum w^2: how many equally weighted draws tell as much."""
+    w = np.asarray(weights, dtype=np.float64)
+    return float(w.sum() ** 2 / (w @ w)) if w.any() else 0.0
 
 
 # Solutions: where the first wrong step is

@@ -6,7 +6,7 @@ None, or ``kind: what happened`` for a row that could not be made; the kinds are
 
 import dataclasses
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 import pyarrow as pa
@@ -29,6 +29,31 @@ class Question:
     answer: str
     answer_type: str
     image_ids: list[str]
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenQuestion:
+    """A question that the model `author` wrote for an image; `num_solved` of `num_checks` answers agreed with `answer`.
+
+    `num_solved_blind` counts the same without the image. `cost` is in US dollars.
+    """
+
+    key: ClassVar[tuple[str, ...]] = ("written_id",)
+    written_id: str
+    image_id: str
+    author: str
+    split: str
+    modality: str
+    question: str = ""
+    options: list[str] = field(default_factory=list)
+    answer: str = ""
+    difficulty: str = ""
+    explanation: str = ""
+    num_checks: int = 0
+    num_solved: int = 0
+    num_solved_blind: int = 0
+    cost: float = 0.0
     error: str | None = None
 
 
@@ -116,15 +141,43 @@ class Solution:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Count:
+    kind: str
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """What the samples of a question took of their engine: prompt tokens once a sample, and generated ones.
+
+    Of the prompt tokens, `cacheable_tokens` are those that all samples but the first can find in the prefix cache
+    (whole blocks of it), `cached_tokens` those that were found. `cost` is in US dollars.
+    """
+
+    prompt_tokens: int = 0
+    cacheable_tokens: int = 0
+    cached_tokens: int = dataclasses.field(default=0, compare=False)
+    output_tokens: int = 0
+    cost: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Solutions:
-    """All solutions of one question by one policy; `num_rejected` counts samples that the quality filter refused."""
+    """All solutions of one question by one policy.
+
+    Of `num_drawn` samples the quality filter refused some, counted in `rejected` by reason. A question that could not
+    be filled lacks `num_missing` of the `num_requested` solutions.
+    """
 
     key: ClassVar[tuple[str, ...]] = ("question_id",)
     question_id: str
     policy: str
     config_hash: str
     num_requested: int
-    num_rejected: int
+    num_missing: int = 0
+    num_drawn: int = 0
+    rejected: list[Count] = dataclasses.field(default_factory=list)
+    usage: Usage = Usage()
     solutions: list[Solution]
     error: str | None = None
 
@@ -170,7 +223,8 @@ class StepLabel:
     """What one source says of one step. `label`: 1 right, 0 wrong, None not labelled or nothing checkable.
 
     `value` is a probability (Monte Carlo: num_correct / num_rollouts; tree search: what the tree holds of the prefix);
-    `confidence` is high, medium or low.
+    `confidence` is high, medium or low. A judge's three tests: `logical` (it follows), `medical` (it agrees with what
+    is known), `image_grounded` (with the image).
     """
 
     label: int | None = None
@@ -179,12 +233,18 @@ class StepLabel:
     num_correct: int | None = None
     num_rollouts: int | None = None
     stopped_early: bool | None = None
+    logical: bool | None = None
+    medical: bool | None = None
+    image_grounded: bool | None = None
     reason: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Labels:
-    """One source's labels of one solution, one entry a step. `cost` is in US dollars."""
+    """One source's labels of one solution, one entry a step. `cost` is in US dollars.
+
+    `saw_answer`: whoever labelled was shown the gold answer.
+    """
 
     key: ClassVar[tuple[str, ...]] = ("solution_id", "source", "annotator")
     question_id: str
@@ -193,6 +253,7 @@ class Labels:
     annotator: str
     steps: list[StepLabel]
     cost: float
+    saw_answer: bool = False
     error: str | None = None
 
 
@@ -206,6 +267,23 @@ class ReviewItem:
     step_index: int
     stratum: str
     inclusion_probability: float
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionReview:
+    """What one reader says of a question itself. `keep` is None where the reader is not sure.
+
+    `answer_right` and `difficulty` (easy, medium, hard) are None where nothing was said of them.
+    """
+
+    key: ClassVar[tuple[str, ...]] = ("question_id", "annotator")
+    question_id: str
+    annotator: str
+    keep: bool | None
+    answer_right: bool | None
+    difficulty: str | None
+    comment: str
     error: str | None = None
 
 

@@ -60,18 +60,8 @@ LOG_ODDS_SCALE = 6.0  # log-odds that fill half of a bar
 
 def render(report: Row, open_image: "Callable[[str], Image]") -> str:
     """The page. `open_image` takes a uri and gives a picture; a RowError or OSError of it is told in its place."""
-    env = Environment(loader=PackageLoader("medmm_ray", "."), autoescape=True, undefined=StrictUndefined)
-    env.filters |= {
-        "pct": percent,
-        "fixed": fixed,
-        "signed": signed,
-        "count": count,
-        "duration": duration,
-        "tint": tint,
-        "edge": edge,
-        "bar": log_odds_bar,
-        "words": lambda name: name.replace("_", " ").capitalize(),
-    }
+    env = pages()
+    env.filters |= {"tint": tint, "edge": edge, "bar": log_odds_bar}
     pictures = {
         image["image_id"]: picture(image["uri"], open_image)
         for example in report["examples"]
@@ -97,7 +87,25 @@ def render(report: Row, open_image: "Callable[[str], Image]") -> str:
     )
 
 
+def pages() -> Environment:
+    """The environment of this package's pages: everything escaped, nothing undefined, numbers as words."""
+    env = Environment(loader=PackageLoader("medmm_ray", "."), autoescape=True, undefined=StrictUndefined)
+    env.filters |= {
+        "pct": percent,
+        "fixed": fixed,
+        "signed": signed,
+        "count": count,
+        "duration": duration,
+        "words": words,
+    }
+    return env
+
+
 # Numbers as words
+
+
+def words(name: str) -> str:
+    return name.replace("_", " ").capitalize()
 
 
 def percent(share: float | None, digits: int = 1) -> str:

@@ -3,7 +3,7 @@
 Enters: solutions, their questions and images, the labels so far. Leaves: `ReviewItem` rows, a sample of all steps in
 strata of difficulty x modality x disagreement plus a random stratum, each with its inclusion probability; and labels of
 source "expert" for the steps of the queue (the other steps empty). On phantoms the expert is the truth, and whole
-solutions of `truth_splits` get it as source "phantom", for measuring.
+solutions of `truth_splits` get it as source "phantom", for measuring; elsewhere readers are, through the review page.
 
 The queue is drawn over the whole table at once, on columns: a million steps take 0.7 s.
 """
@@ -17,8 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from medmm_ray.columns import Ints, Steps, place, steps_of, thin
 from medmm_ray.config import Config, execution
 from medmm_ray.records import Labels, ReviewItem, StepLabel, arrow_schema
 from medmm_ray.sources.phantom import Case, truth
@@ -27,7 +28,6 @@ from medmm_ray.tables import attach
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-Ints = NDArray[np.int64]
 SURE, UNSURE, DISAGREE = 0, 1, 2
 DISAGREEMENT = ("sure", "unsure", "disagree")  # the judge is; the judge is not; Monte Carlo contradicts the judge
 RANDOM = "random"
@@ -41,8 +41,10 @@ class ReviewConfig(Config):
     """Steps in the queue, at most; a step that two strata draw counts twice."""
     random_share: float = Field(0.2, ge=0, le=1)
     """Share of the queue that is drawn from all steps alike."""
-    expert: Literal["phantom", "none"] = "phantom"
-    """phantom: the source's truth answers at once; none: the queue is written and waits for readers."""
+    expert: Literal["phantom", "none", "readers"] = "phantom"
+    """phantom: the source's truth answers; none: the queue waits for readers; readers: `verdicts` has their answers."""
+    verdicts: str = ""
+    """readers: the export of their verdicts to take, as python -m jobs.review_page --export names it (a hash)."""
     truth_splits: tuple[str, ...] = ("test",)
     """phantom: splits whose solutions get the truth of every step."""
     seed: int = 0
@@ -54,19 +56,14 @@ class ReviewConfig(Config):
     num_actors: int = execution(2)
     """Most actors at a time."""
 
-
-@dataclass(frozen=True)
-class Steps:
-    """All steps of a table of solutions, in its order: step j of solution i is row ``first[i] + j``.
-
-    `question` is each solution's row in the table, `solution` each step's solution, `index` its place in it.
-    """
-
-    solution_ids: pa.Array
-    question: Ints
-    first: Ints
-    solution: Ints
-    index: Ints
+    @model_validator(mode="after")
+    def _readers_have_verdicts(self) -> "ReviewConfig":
+        if (self.expert == "readers") != bool(self.verdicts):
+            raise ValueError(
+                f"review.expert is {self.expert!r} and review.verdicts {self.verdicts!r}: readers need an export "
+                "(python -m jobs.review_page recipe.yaml --export names one), and only they have one"
+            )
+        return self
 
 
 def queue(
@@ -80,7 +77,7 @@ def queue(
 
     Needs question_id and solutions; question_id, difficulty, modality; solution_id and steps of both kinds of labels.
     """
-    steps = steps_of(solutions)
+    steps = steps_of(thin(solutions))
     disagreement = disagreement_of(steps, judge_labels, monte_carlo_labels)
     place = pc.index_in(solutions["question_id"], questions["question_id"].combine_chunks())
     groups = pc.binary_join_element_wise(
@@ -109,28 +106,19 @@ def queue(
     return sorted(items, key=lambda item: (item.question_id, item.solution_id, item.step_index))
 
 
-def steps_of(solutions: pa.Table) -> Steps:
-    """The steps of a table of `Solutions`, from its list columns."""
-    nested = solutions["solutions"].combine_chunks()
-    flat = pc.list_flatten(nested)
-    lengths = np.asarray(pc.list_value_length(pc.struct_field(flat, "steps")), dtype=np.int64)
-    first = np.cumsum(lengths) - lengths
-    solution = np.repeat(np.arange(len(lengths)), lengths)
-    return Steps(
-        solution_ids=pc.struct_field(flat, "solution_id"),
-        question=np.asarray(pc.list_parent_indices(nested), dtype=np.int64),
-        first=first,
-        solution=solution,
-        index=np.arange(len(solution)) - first[solution],
-    )
-
-
 def disagreement_of(steps: Steps, judge_labels: pa.Table, monte_carlo_labels: pa.Table) -> Ints:
-    """SURE, UNSURE or DISAGREE for each step; one without labels is UNSURE."""
+    """SURE, UNSURE or DISAGREE for each step; one without labels is UNSURE.
+
+    The judge speaks of a step and Monte Carlo of the prefix that ends there, which the judge calls wrong from its first
+    wrong step on.
+    """
     judged, confidence = _label_columns(steps, judge_labels)
     rolled, _ = _label_columns(steps, monte_carlo_labels)
     unsure = (confidence == _CONFIDENCE["low"]) | ((judged < 0) & (confidence < 0))
-    disagree = (judged >= 0) & (rolled >= 0) & (judged != rolled)
+    wrong_so_far = np.cumsum(judged == 0)
+    wrong_before = np.where(steps.first > 0, wrong_so_far[steps.first - 1], 0) if len(judged) else wrong_so_far
+    prefix = (wrong_so_far - wrong_before[steps.solution] == 0).astype(np.int64)
+    disagree = (judged >= 0) & (rolled >= 0) & (prefix != rolled)
     return np.where(disagree, DISAGREE, np.where(unsure, UNSURE, SURE))
 
 
@@ -141,18 +129,11 @@ def _label_columns(steps: Steps, labels: pa.Table) -> tuple[Ints, Ints]:
     """(label, confidence) of each step, -1 where there is none; rows of other solutions are left out."""
     label = np.full(len(steps.solution), -1)
     confidence = np.full(len(steps.solution), -1)
-    nested = labels["steps"].combine_chunks()
-    flat = pc.list_flatten(nested)
-    parents = np.asarray(pc.list_parent_indices(nested), dtype=np.int64)
-    starts = np.asarray(nested.offsets, dtype=np.int64)
-    within = np.arange(len(flat)) - (starts[parents] - starts[0])
-    place = pc.index_in(labels["solution_id"].combine_chunks(), steps.solution_ids)
-    owner = np.asarray(pc.fill_null(place, -1), dtype=np.int64)[parents]
-    known = owner >= 0
-    rows = steps.first[owner[known]] + within[known]
-    label[rows] = np.asarray(pc.fill_null(pc.struct_field(flat, "label"), -1))[known]
-    ranks = pc.index_in(pc.struct_field(flat, "confidence"), pa.array(list(_CONFIDENCE)))
-    confidence[rows] = np.asarray(pc.fill_null(ranks, -1))[known]
+    flat = pc.list_flatten(labels["steps"].combine_chunks())
+    found = place(steps, labels)
+    label[found.row] = np.asarray(pc.fill_null(flat.field("label"), -1))[found.entry]
+    ranks = pc.index_in(flat.field("confidence"), pa.array(list(_CONFIDENCE)))
+    confidence[found.row] = np.asarray(pc.fill_null(ranks, -1))[found.entry]
     return label, confidence
 
 

@@ -1,22 +1,28 @@
 """Solutions of questions, drawn from a policy by vLLM.
 
-Enters: questions (and their documents, where the prompt carries some). Leaves: one `Solutions` row a question. A sample
-is kept if the model ended it, it has `min_steps` to `max_steps` steps and states an answer. Where samples are refused,
-further ones are drawn in rounds; a question that still cannot be filled keeps what it has (`num_requested` says what
-was asked). Draw i of a question has the seed of the question + i and `index` i, so a retry or another batch gives the
-same solutions.
+Enters: questions (and their documents and images, where the prompt carries some). Leaves: one `Solutions` row a
+question. `quality.fault` says which samples are kept. Where samples are refused, further ones are drawn in rounds; a
+question that still cannot be filled keeps what it has, and `num_missing` and `rejected` say so. Draw i of a question
+has the seed of the question + i and `index` i, so a retry or another batch gives the same solutions.
 """
 
 import asyncio
-import logging
+import functools
 import math
-from collections.abc import AsyncIterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import quote
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field
 
 from medmm_ray.config import digest
+from medmm_ray.engines.api_policy import ApiPolicy
+from medmm_ray.engines.client import ApiConfig, connect
+from medmm_ray.engines.gate import Gateway, start_gate
 from medmm_ray.engines.generator import (
     MAX_DRAWS,
     Completion,
@@ -28,18 +34,22 @@ from medmm_ray.engines.generator import (
     policy_prompt,
     request_seed,
 )
-from medmm_ray.records import Solution, Solutions, to_arrow
-from medmm_ray.tables import RowError, attach
+from medmm_ray.engines.images import open_image
+from medmm_ray.quality import fault
+from medmm_ray.records import Count, Solution, Solutions, Usage, to_arrow
+from medmm_ray.tables import RowError, Table, attach
 from medmm_ray.text import extract_answer, is_correct, split_steps
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from ray.data import Dataset
 
-log = logging.getLogger(__name__)
 
+class SampleConfig(GeneratorConfig, ApiConfig):
+    """How solutions are drawn (the defaults are Med-PRM's), by the engine (vllm) or the API that draws them."""
 
-class SampleConfig(GeneratorConfig):
-    """How solutions are drawn; the defaults are Med-PRM's."""
+    backend: Literal["vllm", "openai", "gemini"] = "vllm"
+    """vllm: the policy is a checkpoint, in the actor; openai, gemini: it is a model behind an API of that kind."""
 
     num_samples_train: int = Field(16, ge=1, le=MAX_DRAWS)
     """Solutions a question of the training (and validation) split."""
@@ -81,17 +91,25 @@ def sample(
     policy: str,
     config_hash: str,
     evidence: pa.Table | None = None,
+    images: pa.Table | None = None,
+    folder: str | None = None,
     generator: MakeGenerator = Generator,
 ) -> "Dataset":
     """Questions -> `Solutions` rows.
 
-    `model` is the checkpoint that draws, `policy` what solution ids call it, `config_hash` the table's fingerprint.
-    `evidence` (question_id, documents) is needed where config.num_documents > 0.
+    `model` is the checkpoint (or the API's model) that draws, `policy` what solution ids call it, `config_hash` the
+    table's fingerprint.
+    `evidence` (question_id, documents) is needed where config.num_documents > 0, `images` (image_id, uri) where
+    config.num_images > 0. `folder` is where the run keeps an API's answers and the ledger of their cost.
     """
+    if config.num_images and images is None:
+        raise ValueError(f"num_images={config.num_images} needs the table images")
     if config.num_documents:
         if evidence is None:
             raise ValueError(f"num_documents={config.num_documents} needs the table evidence; run retrieve first")
         ds = attach(ds, evidence, "question_id", ["documents"])
+    if config.backend != "vllm":
+        generator = _api_policy(config.backend, config, model, folder)
     return ds.map_batches(
         Sampler,
         fn_constructor_kwargs={
@@ -99,76 +117,121 @@ def sample(
             "model": model,
             "policy": policy,
             "config_hash": config_hash,
+            "images": images,
             "generator": generator,
         },
         **actor_options(config),
     )
 
 
+def _api_policy(
+    backend: Literal["openai", "gemini"], config: SampleConfig, model: str, folder: str | None
+) -> MakeGenerator:
+    """How an actor reaches the API; the gate of its limits and budget is started here, once for all of them."""
+    if folder is None:
+        raise ValueError(f"sample.backend={config.backend} needs a folder for its answers")
+    folder = f"{folder.rstrip('/')}/{quote(model, safe='')}"
+    gate = start_gate(folder, config.limits)
+    return functools.partial(_connected, backend=backend, api=config, gate=gate, folder=folder)
+
+
+def _connected(
+    model: str, _: GeneratorConfig, *, backend: Literal["openai", "gemini"], api: ApiConfig, gate: Gateway, folder: str
+) -> ApiPolicy:
+    return ApiPolicy(connect(backend, model, api, gate, folder))
+
+
+@dataclass
+class Drawn:
+    """What was drawn for a question: solutions kept and refused, in the order of the draws, and the reasons."""
+
+    kept: list[Solution] = field(default_factory=list)
+    refused: list[Solution] = field(default_factory=list)
+    faults: Counter[str] = field(default_factory=Counter)
+    completions: list[Completion] = field(default_factory=list)
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=sum(c.prompt_tokens for c in self.completions),
+            cacheable_tokens=sum(c.shareable_tokens for c in self.completions[1:]),
+            cached_tokens=sum(c.cached_tokens for c in self.completions),
+            output_tokens=sum(c.num_tokens for c in self.completions),
+            cost=sum(c.cost for c in self.completions),
+        )
+
+
 class Sampler:
     """The actor: one engine, all samples of a question on it."""
 
     def __init__(
-        self, config: SampleConfig, model: str, policy: str, config_hash: str, generator: MakeGenerator = Generator
-    ) -> None:
+        self, config: SampleConfig, model: str, policy: str, config_hash: str, images: pa.Table | None = None,
+        generator: MakeGenerator = Generator,
+    ) -> None:  # fmt: skip
         self.config, self.policy, self.config_hash = config, policy, config_hash
+        self.uris = (
+            {} if images is None else dict(zip(*(images[c].to_pylist() for c in ("image_id", "uri")), strict=True))
+        )
         self.generator = generator(model, config)
-        self.num_questions = 0
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         rows = await asyncio.gather(*(self.solve(question) for question in batch.to_pylist()))
-        self.num_questions += len(rows)
-        done = self.generator.statistics
-        log.info(
-            "sample: %d questions, %d tokens, prefix cache hit rate %.3f",
-            self.num_questions, done.output_tokens, done.hit_rate,
-        )  # fmt: skip
         yield to_arrow(Solutions, list(rows))
 
     async def solve(self, question: Mapping[str, Any]) -> Solutions:
         """All solutions of one question; a fault becomes the row's error."""
         config = self.config
         wanted = config.num_samples_test if question["split"] == "test" else config.num_samples_train
-        kept: list[Solution] = []
-        refused: list[Solution] = []
+        drawn = Drawn()
         error = None if question["error"] is None else f"upstream: {question['error']}"
         if error is None:
             try:
-                kept, refused = await self.draw(question, wanted)
+                drawn = await self.draw(question, wanted)
             except RowError as fault_:
                 error = str(fault_)
-        solutions = kept[:wanted]
+        solutions = drawn.kept[:wanted]
         if config.fill_up:
-            spare = [s for s in refused if s.steps][: wanted - len(solutions)]
+            spare = [s for s in drawn.refused if s.steps][: wanted - len(solutions)]
             solutions = sorted([*solutions, *spare], key=lambda s: s.index)
         return Solutions(
             question_id=question["question_id"],
             policy=self.policy,
             config_hash=self.config_hash,
             num_requested=wanted,
-            num_rejected=len(refused),
+            num_missing=wanted - len(solutions),
+            num_drawn=len(drawn.completions),
+            rejected=[Count(kind=kind, count=count) for kind, count in sorted(drawn.faults.items())],
+            usage=drawn.usage,
             solutions=solutions,
             error=error,
         )
 
-    async def draw(self, question: Mapping[str, Any], wanted: int) -> tuple[list[Solution], list[Solution]]:
-        """Kept and refused solutions, round after round until `wanted` are kept or the rounds are over."""
+    async def draw(self, question: Mapping[str, Any], wanted: int) -> Drawn:
+        """Samples, round after round until `wanted` are kept or the rounds are over."""
         config = self.config
         seed = request_seed(question["question_id"], self.config_hash, config.seed)
         room = config.max_model_len - config.max_tokens
-        prompt = policy_prompt(self.generator, question, config.num_documents, room)
-        kept: list[Solution] = []
-        refused: list[Solution] = []
+        pictures = await self.look(question["image_ids"][: config.num_images])
+        prompt = policy_prompt(self.generator, question, config.num_documents, room, pictures)
+        drawn = Drawn()
         for round_ in range(config.max_rounds):
-            drawn = len(kept) + len(refused)
-            num = draws(wanted - len(kept), round_, config.oversample, MAX_DRAWS - drawn)
+            done = len(drawn.completions)
+            num = draws(wanted - len(drawn.kept), round_, config.oversample, MAX_DRAWS - done)
             if not num:
                 break
-            for completion in await self.generator.generate(prompt, num, seed + drawn, config.sampling):
+            for completion in await self.generator.generate(prompt, num, seed + done, config.sampling):
                 made = self.solution(question, completion, completion.seed - seed)
-                good = fault(made, config.min_steps, config.max_steps) is None
-                (kept if good else refused).append(made)
-        return kept, refused
+                reason = fault(
+                    made.text, made.steps, made.answer, made.finish_reason, config.min_steps, config.max_steps
+                )
+                (drawn.refused if reason else drawn.kept).append(made)
+                drawn.faults.update([reason] if reason else [])
+                drawn.completions.append(completion)
+        return drawn
+
+    async def look(self, image_ids: Sequence[str]) -> "list[Image]":
+        """The opened pictures; one that cannot be opened is the row's error."""
+        return list(await asyncio.gather(*(asyncio.to_thread(open_image, self.uris[i]) for i in image_ids)))
 
     def solution(self, question: Mapping[str, Any], completion: Completion, index: int) -> Solution:
         answer_type = question["answer_type"]
@@ -192,10 +255,27 @@ def draws(missing: int, round_: int, oversample: float, left: int) -> int:
     return max(0, min(left, missing if round_ == 0 else math.ceil(missing * oversample)))
 
 
-def fault(solution: Solution, min_steps: int, max_steps: int) -> str | None:
-    """Why the quality filter refuses a solution: cut_off, num_steps or no_answer; None keeps it."""
-    if solution.finish_reason != "stop":
-        return "cut_off"
-    if not min_steps <= len(solution.steps) <= max_steps:
-        return "num_steps"
-    return "no_answer" if solution.answer is None else None
+SUMMARY_COLUMNS = ("num_requested", "num_missing", "num_drawn", "rejected", "usage", "error")
+
+
+def summary(table: Table) -> dict[str, float]:
+    """What the manifest says of a table of solutions: samples drawn, and refused by reason; questions not filled.
+
+    ``cache_hit_rate`` is the share of the cacheable prompt tokens that were found in the prefix cache.
+    """
+    rows = table.written(SUMMARY_COLUMNS)
+    figures = {name: float(pc.sum(rows[f"num_{name}"]).as_py() or 0) for name in ("requested", "missing", "drawn")}
+    unfilled = pc.and_(pc.greater(rows["num_missing"], 0), pc.is_null(rows["error"]))
+    figures["unfilled_questions"] = float(pc.sum(unfilled).as_py() or 0)
+    rejected: Counter[str] = Counter()
+    for counts in rows["rejected"].to_pylist():
+        rejected.update({count["kind"]: count["count"] for count in counts})
+    figures |= {f"rejected_{kind}": float(count) for kind, count in sorted(rejected.items())}
+    usage = [Usage(**row) for row in rows["usage"].to_pylist()]
+    figures["prompt_tokens"] = float(sum(u.prompt_tokens for u in usage))
+    figures["output_tokens"] = float(sum(u.output_tokens for u in usage))
+    if cost := sum(u.cost for u in usage):
+        figures["cost_usd"] = cost
+    if cacheable := sum(u.cacheable_tokens for u in usage):
+        figures["cache_hit_rate"] = sum(u.cached_tokens for u in usage) / cacheable
+    return figures

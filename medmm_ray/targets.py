@@ -6,20 +6,39 @@ Carlo's value is about the prefix that ends there.
 
 A step that nobody looked at is an empty `StepLabel` and is no target; a *neutral* step (looked at, nothing checkable in
 it: a confidence or a reason, but no label and no value) trains as right, unless it follows the first error.
+
+| policy | a step's target | `after_first_error` |
+|---|---|---|
+| judge | the judge's verdict | collapse (Med-PRM), keep or drop (Qwen) |
+| monte_carlo | VisualPRM's value label: can the right answer be reached from here? | keep (VisualPRM), or any |
+| hybrid | an expert's word, else monte_carlo where it ran, else the judge's | any |
+| consensus | the judge's, of solutions in which Monte Carlo finds the same first error | any |
+| soft | as hybrid, with Monte Carlo's ratio itself | any |
+| advantage | VisualPRM's: did this step raise (1) or lower (0) the ratio? as it was: not trained on | keep alone |
+| outcome | the last step alone, by the answer | means nothing |
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from medmm_ray.records import Labels, StepLabel
 
 LabelPolicy = Literal[
-    "judge", "monte_carlo", "hybrid", "consensus", "soft", "outcome", "tree_search", "tree_search_soft"
+    "judge", "monte_carlo", "hybrid", "consensus", "soft", "advantage", "outcome", "tree_search", "tree_search_soft"
 ]
 AfterFirstError = Literal["collapse", "keep", "drop"]
 Target = float | None
 
 ADJUDICATOR = "adjudicator"
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Whether a solution's answer is right, and what share of its question's answers is."""
+
+    correct: bool | None
+    accuracy: float | None
 
 
 def targets(
@@ -28,14 +47,17 @@ def targets(
     num_steps: int,
     after_first_error: str = "collapse",
     correct: bool | None = None,
+    accuracy: float | None = None,
 ) -> list[Target]:
     """The training targets of one solution of `num_steps` steps, each in [0, 1] or None (not trained on).
 
     `policy` is one of `POLICIES`; `after_first_error` sets the steps behind the first target of 0: ``collapse`` to 0
     (Med-PRM), ``keep`` as labelled (VisualPRM) or ``drop`` (Qwen). `correct` says whether the final answer is right,
-    for ``outcome``. Rows with an error are not labels.
+    for ``outcome``; `accuracy`, for ``advantage``, what share of the question's solutions is, of those that answer:
+    they are continuations of the empty prefix, from which the first step sets out. Rows with an error are not labels.
 
-    Raises ValueError for labels that do not match the steps in number, with the ids.
+    Raises ValueError for labels that do not match the steps in number, with the ids, and for labels or an
+    `after_first_error` that the policy cannot use.
     """
     if policy not in POLICIES:
         raise ValueError(f"label policy {policy!r} is unknown; there are {', '.join(sorted(POLICIES))}")
@@ -46,7 +68,12 @@ def targets(
                 f"{row.source} labels of solution {row.solution_id} (question {row.question_id}, annotator "
                 f"{row.annotator}) are {len(row.steps)} for {num_steps} steps; they belong to another text"
             )
-    return _after_first_error(POLICIES[policy](usable, num_steps, correct), after_first_error)
+    if policy == "advantage" and after_first_error != "keep":
+        raise ValueError(
+            f"label policy 'advantage' needs after_first_error='keep', not {after_first_error!r}: a step that lowers "
+            "the chances says nothing of the steps behind it"
+        )
+    return _after_first_error(POLICIES[policy](usable, num_steps, Ending(correct, accuracy)), after_first_error)
 
 
 def labels_by_solution(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Labels]]:
@@ -56,6 +83,12 @@ def labels_by_solution(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Labe
         record = Labels(**{**row, "steps": [StepLabel(**step) for step in row["steps"]]})
         grouped.setdefault(record.solution_id, []).append(record)
     return grouped
+
+
+def accuracy_of(solutions: Iterable[Mapping[str, Any]]) -> float | None:
+    """What share of a question's answers is right; None where there is no answer."""
+    ends = [solution["correct"] for solution in solutions if solution["correct"] is not None]
+    return sum(ends) / len(ends) if ends else None
 
 
 def _after_first_error(values: list[Target], rule: str) -> list[Target]:
@@ -93,12 +126,16 @@ def _value(step: StepLabel) -> Target:
 def _from(
     labels: Sequence[Labels], source: str, num_steps: int, read: Callable[[StepLabel], Target] = _verdict
 ) -> list[Target]:
-    """What one source says of each step; several annotators: the adjudicator, else the majority, a tie is no label."""
+    """What one source says of each step; several annotators: the adjudicator, else the majority, a tie is no label.
+
+    An adjudicator's word counts for the steps that it is about, the readers' for the others.
+    """
     rows = [row for row in labels if row.source == source]
-    rows = [row for row in rows if row.annotator == ADJUDICATOR] or rows
+    above = [row for row in rows if row.annotator == ADJUDICATOR]
     merged: list[Target] = []
     for i in range(num_steps):
-        votes = [vote for row in rows if (vote := read(row.steps[i])) is not None]
+        votes = [vote for row in above if (vote := read(row.steps[i])) is not None]
+        votes = votes or [vote for row in rows if (vote := read(row.steps[i])) is not None]
         mean = sum(votes) / len(votes) if votes else None
         if mean is not None and read is not _value:
             mean = None if mean == 0.5 else float(mean > 0.5)
@@ -111,74 +148,114 @@ def _first_of(*columns: list[Target]) -> list[Target]:
     return [next((value for value in values if value is not None), None) for values in zip(*columns, strict=True)]
 
 
-def judge(labels: Sequence[Labels], num_steps: int, correct: bool | None = None) -> list[Target]:  # noqa: ARG001
+def judge(labels: Sequence[Labels], num_steps: int, ending: Ending) -> list[Target]:  # noqa: ARG001
     """The judge's verdicts."""
     return _from(labels, "judge", num_steps)
 
 
-def monte_carlo(labels: Sequence[Labels], num_steps: int, correct: bool | None = None) -> list[Target]:  # noqa: ARG001
+def monte_carlo(labels: Sequence[Labels], num_steps: int, ending: Ending) -> list[Target]:  # noqa: ARG001
     """1 where any continuation from the step was right; None where Monte Carlo did not run."""
     return _from(labels, "monte_carlo", num_steps, _hard)
 
 
-def hybrid(labels: Sequence[Labels], num_steps: int, correct: bool | None = None) -> list[Target]:  # noqa: ARG001
+def hybrid(labels: Sequence[Labels], num_steps: int, ending: Ending) -> list[Target]:
     """An expert's word, else Monte Carlo where it ran, else the judge's."""
     return _first_of(
-        _from(labels, "expert", num_steps), monte_carlo(labels, num_steps), _from(labels, "judge", num_steps)
+        _from(labels, "expert", num_steps), monte_carlo(labels, num_steps, ending), _from(labels, "judge", num_steps)
     )
 
 
-def soft(labels: Sequence[Labels], num_steps: int, correct: bool | None = None) -> list[Target]:  # noqa: ARG001
-    """As `hybrid`, with Monte Carlo's fraction itself as the target."""
+def soft(labels: Sequence[Labels], num_steps: int, ending: Ending) -> list[Target]:  # noqa: ARG001
+    """As `hybrid`, with Monte Carlo's fraction itself as the target.
+
+    Raises ValueError where Monte Carlo stopped early: the fraction is then too high.
+    """
     return _first_of(
-        _from(labels, "expert", num_steps),
-        _from(labels, "monte_carlo", num_steps, _value),
-        _from(labels, "judge", num_steps),
+        _from(labels, "expert", num_steps), _ratios("soft", labels, num_steps), _from(labels, "judge", num_steps)
     )
 
 
-def consensus(labels: Sequence[Labels], num_steps: int, correct: bool | None = None) -> list[Target]:  # noqa: ARG001
+def advantage(labels: Sequence[Labels], num_steps: int, ending: Ending) -> list[Target]:
+    """1 where a step raised Monte Carlo's fraction over the step before, 0 where it lowered it, else None.
+
+    The first step is compared with the accuracy of the question's solutions. A step that left the fraction as it was is
+    not trained on (one that stays at 1.0 is not bad), nor is one that has no fraction, or whose predecessor has none.
+
+    Raises ValueError where Monte Carlo stopped early: the fraction is then too high.
+    """
+    values = _ratios("advantage", labels, num_steps)
+    return [
+        None if value is None or before is None or value == before else float(value > before)
+        for before, value in zip([ending.accuracy, *values[:-1]], values, strict=True)
+    ]
+
+
+def _ratios(policy: str, labels: Sequence[Labels], num_steps: int) -> list[Target]:
+    """Monte Carlo's fraction at each step; refused where a step's draws ended when its label was known."""
+    for row in labels:
+        if row.source == "monte_carlo" and any(step.stopped_early for step in row.steps):
+            raise ValueError(
+                f"label policy {policy!r} needs whole ratios, and the monte_carlo labels of solution {row.solution_id} "
+                "stopped early: a ratio that ends with its first success is too high (one by one a true .25 reads "
+                ".46). Run monte_carlo with stop_early=false, or take 'hybrid'"
+            )
+    return _from(labels, "monte_carlo", num_steps, _value)
+
+
+def consensus(labels: Sequence[Labels], num_steps: int, ending: Ending) -> list[Target]:
     """The judge's verdicts of a solution where judge and Monte Carlo agree on the first wrong step, else nothing.
 
-    Raises ValueError where Monte Carlo did not run on the whole solution: its first wrong step is then unknown.
+    They agree where Monte Carlo finds every step before the judge's first wrong one right, and that one wrong; what
+    comes behind it does not matter. Where its continuations failed, or one such step says otherwise, they do not.
+
+    Raises ValueError where Monte Carlo did not run on one of these steps: its first wrong step is then unknown.
     """
-    judged, rolled = judge(labels, num_steps), monte_carlo(labels, num_steps)
+    judged, rolled = judge(labels, num_steps, ending), monte_carlo(labels, num_steps, ending)
     if None in judged:
         return [None] * num_steps
-    if None in rolled:
+    first = next((i for i, value in enumerate(judged) if value == 0.0), num_steps)
+    expected = [*[1.0] * first, 0.0][:num_steps]
+    found = rolled[: len(expected)]
+    failed = any(
+        step.num_rollouts == 0 and step.label is None
+        for row in labels
+        if row.source == "monte_carlo"
+        for step in row.steps[: len(expected)]
+    )
+    if failed or any(value not in (None, agreed) for value, agreed in zip(found, expected, strict=True)):
+        return [None] * num_steps
+    if None in found:
         ids = sorted({row.solution_id for row in labels}) or ["?"]
         raise ValueError(
-            f"label policy 'consensus' needs Monte Carlo on every step; solution {ids[0]} has it on "
-            f"{num_steps - rolled.count(None)} of {num_steps}. Run monte_carlo on whole solutions, or take 'hybrid'."
+            f"label policy 'consensus' needs Monte Carlo on every step up to the judge's first wrong one; solution "
+            f"{ids[0]} has it on {len(found) - found.count(None)} of {len(found)}. Run monte_carlo with mode=verify, "
+            "first_error or all, or take 'hybrid'."
         )
-    return judged if _first_error(judged) == _first_error(rolled) else [None] * num_steps
+    return judged
 
 
-def _first_error(values: Sequence[Target]) -> int | None:
-    return next((i for i, value in enumerate(values) if value == 0.0), None)
-
-
-def outcome(labels: Sequence[Labels], num_steps: int, correct: bool | None = None) -> list[Target]:  # noqa: ARG001
+def outcome(labels: Sequence[Labels], num_steps: int, ending: Ending) -> list[Target]:  # noqa: ARG001
     """The last step alone, right where the final answer is; nothing where no answer was found."""
-    return [*[None] * (num_steps - 1), None if correct is None else float(correct)][:num_steps]
+    return [*[None] * (num_steps - 1), None if ending.correct is None else float(ending.correct)][:num_steps]
 
 
-def tree_search(labels: Sequence[Labels], num_steps: int, correct: bool | None = None) -> list[Target]:  # noqa: ARG001
+def tree_search(labels: Sequence[Labels], num_steps: int, ending: Ending) -> list[Target]:  # noqa: ARG001
     """MedS3's hard look-back labels; nothing where no tree holds the solution."""
     return _from(labels, "tree_search", num_steps)
 
 
-def tree_search_soft(labels: Sequence[Labels], num_steps: int, correct: bool | None = None) -> list[Target]:  # noqa: ARG001
+def tree_search_soft(labels: Sequence[Labels], num_steps: int, ending: Ending) -> list[Target]:  # noqa: ARG001
     """What the tree holds of each prefix itself as the target (MedS3's first release)."""
     return _from(labels, "tree_search", num_steps, _value)
 
 
-POLICIES: dict[str, Callable[[Sequence[Labels], int, bool | None], list[Target]]] = {
+POLICIES: dict[str, Callable[[Sequence[Labels], int, Ending], list[Target]]] = {
     "judge": judge,
     "monte_carlo": monte_carlo,
     "hybrid": hybrid,
     "consensus": consensus,
     "soft": soft,
+    "advantage": advantage,
     "outcome": outcome,
     "tree_search": tree_search,
     "tree_search_soft": tree_search_soft,

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote
+
+_KIND = re.compile(r"^/api/(models|datasets)/")
 
 
 @dataclass
@@ -51,14 +54,14 @@ class Hub:
                 for o in json.loads(body)["objects"]
             ]
             return {"transfer": "basic", "objects": objects}
-        org, name, verb, branch = path.removeprefix("/api/models/").split("/", 3)
+        org, name, verb, branch = _KIND.sub("", path).split("/", 3)
         repo, branch = f"{org}/{name}", unquote(branch)
         if verb == "branch":
             self.create(repo, branch)
             return {}
         if verb == "preupload":
             paths = [f["path"] for f in json.loads(body)["files"]]
-            modes = {p: "lfs" if p.endswith(".safetensors") else "regular" for p in paths}
+            modes = {p: "lfs" if p.endswith((".safetensors", ".parquet")) else "regular" for p in paths}
             return {"files": [{"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in modes.items()]}
         files = {}
         for line in map(json.loads, body.splitlines()):
@@ -105,7 +108,7 @@ def running() -> Iterator[Hub]:
 
         def do_GET(self) -> None:
             path = unquote(self.path.partition("?")[0])
-            org, name, *more = path.removeprefix("/api/models").strip("/").split("/")
+            org, name, *more = _KIND.sub("", path).strip("/").split("/")
             verb, revision, *rest = more or ["revision", "main"]
             sha = hub.sha_of(f"{org}/{name}", revision)
             if sha is None:

@@ -11,6 +11,7 @@ import pyarrow as pa
 from PIL import Image as Picture
 from PIL import ImageDraw
 
+from medmm_ray.audit import AuditConfig, audit
 from medmm_ray.config import digest
 from medmm_ray.records import (
     Image,
@@ -112,14 +113,19 @@ def run(folder: Path, num_questions: int = 40, num_samples: int = 16, seed: int 
                                inclusion_probability=0.25)
                 )  # fmt: skip
         solutions.append(
-            Solutions(question_id=question_id, policy="p", config_hash="c", num_requested=num_samples, num_rejected=0,
+            Solutions(question_id=question_id, policy="p", config_hash="c", num_requested=num_samples,
                       solutions=made, error=None if made else "engine: died")
         )  # fmt: skip
-    return {
+    tables = {
         "questions": to_arrow(Question, questions),
         "images": to_arrow(Image, images),
         "solutions": to_arrow(Solutions, solutions),
-        "scores": to_arrow(Scores, scores),
-        "labels": [to_arrow(Labels, judge), pa.concat_tables([to_arrow(Labels, expert), to_arrow(Labels, phantom)])],
-        "review_queue": to_arrow(ReviewItem, queue),
     }
+    labels = [to_arrow(Labels, judge), pa.concat_tables([to_arrow(Labels, expert), to_arrow(Labels, phantom)])]
+    dataset = audit(
+        AuditConfig(bootstrap_samples=50),
+        **{**tables, "solutions": [tables["solutions"]]},
+        labels={"judge_labels": labels[:1], "expert_labels": labels[1:]},
+        review_queue=to_arrow(ReviewItem, queue),
+    )
+    return {**tables, "scores": to_arrow(Scores, scores), "labels": labels, "dataset": dataset}

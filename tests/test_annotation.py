@@ -91,7 +91,7 @@ def test_the_chain(ray_session: None, tmp_path: Path) -> None:
     rolled = table("monte_carlo_labels", Labels)
     made = monte_carlo(
         solutions.dataset(),
-        MonteCarloConfig(splits=("train", "test"), max_share=0.5),
+        MonteCarloConfig(splits=("train", "test"), max_share=0.5, stop_early=False),
         questions=questions,
         judge_labels=judge_labels,
         model="m",
@@ -99,10 +99,12 @@ def test_the_chain(ray_session: None, tmp_path: Path) -> None:
         generator=fake,
     )
     rolled.write(made, "question_id", "labels")
-    rolled.finish(origin("monte_carlo_labels"), "question_id", ids, 0.0)
+    manifest = rolled.finish(origin("monte_carlo_labels"), "question_id", ids, 0.0)
     monte_carlo_labels = rolled.to_arrow()
     ran = [step for row in monte_carlo_labels.to_pylist() for step in row["steps"] if step["num_rollouts"]]
-    assert {step["value"] for step in ran} == {0.5}
+    assert {(step["value"], step["num_rollouts"], step["stopped_early"]) for step in ran} == {(0.5, 4, False)}
+    assert manifest.figures["rollouts"] >= 4 * len({row["question_id"] for row in monte_carlo_labels.to_pylist()}) / 2
+    assert manifest.figures["rollout_tokens"] > manifest.figures["rollouts"]
 
     items = queue(whole, questions, judge_labels, monte_carlo_labels, ReviewConfig(review_steps=12))
     assert 8 <= len(items) <= 12

@@ -30,7 +30,7 @@ def solution(ident: str, answer: str | None, num_steps: int = 2) -> Solution:
 
 
 def solutions(question_id: str, found: list[Solution], error: str | None = None) -> Solutions:
-    return Solutions(question_id=question_id, policy="p", config_hash="c", num_requested=2, num_rejected=0,
+    return Solutions(question_id=question_id, policy="p", config_hash="c", num_requested=2,
                      solutions=found, error=error)  # fmt: skip
 
 
@@ -136,18 +136,19 @@ def test_steps_take_their_truth_from_the_preferred_source(report: dict[str, Any]
     assert report["largest_text_difference"] == 0.0
 
 
-def test_label_counts_and_agreement(report: dict[str, Any]) -> None:
-    assert report["labels"] == {
-        "judge": {"solutions": 2, "positive": 4, "negative": 0, "null": 0, "failed": 1, "cost": 1.5},
-        "expert": {"solutions": 1, "positive": 1, "negative": 1, "null": 0, "failed": 0, "cost": 0.5},
-        "phantom": {"solutions": 2, "positive": 2, "negative": 1, "null": 1, "failed": 0, "cost": 1.0},
-    }
+def test_what_the_labels_are_worth_comes_from_the_dataset_report() -> None:
+    kappa = {"value": 0.7, "low": 0.6, "high": 0.8, "equal": 0.9, "count": 30, "questions": 9, "effective": 20.0}
+    pair = {"first": "judge", "second": "expert", "weighted": True, "kappa": {"all": {"all": kappa}},
+            "first_error": {"all": {}}}  # fmt: skip
+    report = evaluate(EvaluateConfig(), **small(), dataset={"balance": [{"source": "judge"}], "agreement": [pair]})
+    assert report["labels"] == [{"source": "judge"}]
     assert report["agreement"] == {
-        "judge_phantom": {
-            "first": "judge", "second": "phantom", "kappa": 0.0, "kappa_queue": None,
-            "agreement": pytest.approx(2 / 3), "first_error": 0.5, "steps": 3, "solutions": 2,
+        "judge_expert": {
+            "first": "judge", "second": "expert", "weighted": True, "kappa": 0.7, "low": 0.6, "high": 0.8,
+            "agreement": 0.9, "steps": 30, "first_error": None, "solutions": 0,
         }
     }  # fmt: skip
+    assert {g["name"]: g["passed"] for g in report["gates"]}["judge_expert_kappa"] is False
 
 
 def test_groups_gates_and_what_the_run_says(report: dict[str, Any]) -> None:
@@ -219,15 +220,15 @@ def test_a_made_up_run(tmp_path: Path) -> None:
     assert best["multimodal"]["low"] > best["text_only"]["high"]
     assert abs(best["shuffled_image"]["value"] - report["accuracy"]["one_sample"]["value"]) < 0.2
     assert report["step"]["multimodal"]["auroc"] > 0.9 > 0.6 > report["step"]["text_only"]["auroc"]
-    assert report["agreement"]["expert_phantom"]["kappa"] == 1.0
-    assert report["agreement"]["judge_expert"]["kappa_queue"] == pytest.approx(
-        report["agreement"]["judge_expert"]["kappa"]
-    )  # equal weights
     assert len(report["by_question"]) == 3
     assert len(report["examples"]) == 6
     assert {e["kind"] for e in report["examples"]} >= {"rescued", "agreed"}
-    shuffled = {name: t.take(list(reversed(range(t.num_rows)))) for name, t in tables.items() if name != "labels"}
-    again = evaluate(EvaluateConfig(), **shuffled, labels=list(reversed(tables["labels"])))
+    shuffled = {
+        name: t.take(list(reversed(range(t.num_rows))))
+        for name, t in tables.items()
+        if name not in ("labels", "dataset")
+    }
+    again = evaluate(EvaluateConfig(), **shuffled, labels=list(reversed(tables["labels"])), dataset=tables["dataset"])
     assert json.dumps(again, sort_keys=True, allow_nan=False) == json.dumps(report, sort_keys=True)
 
 

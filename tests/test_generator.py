@@ -2,17 +2,16 @@
 
 import asyncio
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from medmm_ray.config import ConfigError
+from medmm_ray.config import ConfigError, load
 from medmm_ray.engines import generator as module
 from medmm_ray.engines.generator import (
-    GIB,
+    CacheHits,
     Completion,
     Generator,
     GeneratorConfig,
@@ -20,19 +19,18 @@ from medmm_ray.engines.generator import (
     Prompt,
     Sampling,
     Statistics,
-    check_gpu_memory,
-    check_memory,
     check_model,
     engine_arguments,
     environment,
-    free_memory,
+    lora_rank,
     policy_prompt,
     request_seed,
-    weight_bytes,
 )
+from medmm_ray.engines.memory import GIB, EngineMemoryError
 from medmm_ray.prompts import policy_messages
 from medmm_ray.tables import RowError
-from tests.fake_generator import FakeGenerator, make_tiny_policy, text_of
+from tests.fake_generator import FakeGenerator, make_tiny_policy, make_tiny_seeing_policy, text_of
+from tests.tiny_vision import picture
 
 CONFIG = GeneratorConfig(max_model_len=256, dtype="float32")
 
@@ -49,42 +47,10 @@ def test_a_hub_name_that_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch)
         check_model("nobody/nothing")
 
 
-def test_memory_is_checked_before_an_engine_starts() -> None:
-    check_memory(free=3 * GIB, weights=GIB // 2, kv_cache_gib=1)
-    with pytest.raises(GeneratorError, match=r"needs 3.0 GiB \(weights 0.5, KV cache 1, engine 1.5\) and 2.0 GiB are"):
-        check_memory(free=2 * GIB, weights=GIB // 2, kv_cache_gib=1)
-
-
-def test_gpu_memory_is_checked_before_an_engine_starts() -> None:
-    check_gpu_memory([(76 * GIB, 80 * GIB)], 0.9)
-    with pytest.raises(GeneratorError, match=r"takes 90% of the GPU's 80.0 GiB and 10.0 GiB are free"):
-        check_gpu_memory([(76 * GIB, 80 * GIB), (10 * GIB, 80 * GIB)], 0.9)
-
-
-def test_gpus_are_asked_of_the_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text('#!/bin/sh\necho "$@" >&2\necho "100, 200"\necho "300, 400"\n')
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    assert module._free_gpu_memory() == [(100 << 20, 200 << 20), (300 << 20, 400 << 20)]
-    tool.write_text("#!/bin/sh\nexit 9\n")
-    with pytest.raises(GeneratorError, match="num_gpus is set and nvidia-smi finds no GPU here"):
-        module._free_gpu_memory()
-
-
-def test_free_memory_and_weights_are_counted_in_bytes(tmp_path: Path) -> None:
-    (tmp_path / "a.safetensors").write_bytes(b"12345")
-    (tmp_path / "b.safetensors").write_bytes(b"123")
-    (tmp_path / "config.json").write_text("{}")
-    assert weight_bytes(str(tmp_path)) == 8
-    assert GIB // 8 < free_memory() < 4096 * GIB
-
-
 def test_no_engine_starts_without_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr(module, "free_memory", lambda: GIB)
-    with pytest.raises(GeneratorError, match=r"1\.0 GiB are free"):
+    with pytest.raises(EngineMemoryError, match=r"1\.0 GiB are free"):
         Generator(str(tmp_path), CONFIG)
 
 
@@ -94,6 +60,56 @@ def test_arguments_of_a_cpu_and_a_gpu() -> None:
     gpu = engine_arguments("m", GeneratorConfig(num_gpus=2, tensor_parallel_size=2))
     assert gpu["tensor_parallel_size"] == 2
     assert "block_size" not in gpu
+
+
+def test_a_model_on_several_gpus_runs_in_processes_of_its_own() -> None:
+    assert gpu_arguments(num_gpus=4, tensor_parallel_size=4)["distributed_executor_backend"] == "mp"
+    assert gpu_arguments(num_gpus=1)["distributed_executor_backend"] is None
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size=4 needs num_gpus=4, got 1"):
+        load(GeneratorConfig, None, ["num_gpus=1.0", "tensor_parallel_size=4"])
+
+
+def gpu_arguments(**settings: Any) -> dict[str, Any]:
+    return engine_arguments("m", GeneratorConfig(**settings))
+
+
+def test_images_and_further_arguments_reach_the_engine() -> None:
+    assert "limit_mm_per_prompt" not in gpu_arguments()
+    assert gpu_arguments(num_images=2)["limit_mm_per_prompt"] == {"image": 2}
+    assert gpu_arguments(vllm={"quantization": "fp8", "dtype": "auto"})["quantization"] == "fp8"
+    assert gpu_arguments(vllm={"dtype": "auto"})["dtype"] == "auto"
+
+
+def test_kernels_that_do_not_depend_on_the_batch() -> None:
+    assert environment(GeneratorConfig(num_gpus=1, batch_invariant=True))["VLLM_BATCH_INVARIANT"] == "1"
+    assert "VLLM_BATCH_INVARIANT" not in environment(GeneratorConfig(num_gpus=1))
+    assert "VLLM_BATCH_INVARIANT" not in environment(GeneratorConfig(batch_invariant=True))  # a CPU has them
+
+
+def test_room_for_an_adapter_is_that_of_its_largest_rank(tmp_path: Path) -> None:
+    def rank(**told: Any) -> int:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(told))
+        return lora_rank(str(tmp_path))
+
+    assert (rank(r=4), rank(r=8), rank(r=9, rank_pattern={}), rank(r=16, rank_pattern={"q": 40})) == (8, 8, 16, 64)
+    assert engine_arguments("m", CONFIG, str(tmp_path))["max_lora_rank"] == 64
+    with pytest.raises(GeneratorError, match="has rank 600; vLLM takes up to 512"):
+        rank(r=600)
+    with pytest.raises(GeneratorError, match="/nowhere is not the folder of a peft adapter"):
+        lora_rank("/nowhere")
+
+
+def test_what_a_request_found_in_the_cache_is_known_when_all_its_samples_ended() -> None:
+    async def work() -> list[int]:
+        hits = CacheHits()
+        with hits.of("a", 2) as found:
+            hits.ended("a", 0)
+            hits.ended("other", 5)
+            assert not found.done()
+            hits.ended("a", 32)
+            return await found
+
+    assert asyncio.run(work()) == [0, 32]
 
 
 def test_the_environment_of_vllm_on_a_cpu() -> None:
@@ -126,18 +142,38 @@ def test_documents_fill_the_prompt_and_a_long_one_is_skipped() -> None:
     assert text_of(policy_prompt(fake, row, num_documents=0, room=100)) == "Question: Q (A) a"
 
 
+def test_documents_that_all_fit_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeGenerator(lambda prompt, seed: "")
+    counted: list[str] = []
+
+    def count(prompt: Prompt) -> int:
+        counted.append(text_of(prompt))
+        return 50
+
+    monkeypatch.setattr(fake, "count", count)
+    row = {"question": "Q", "options": [], "answer_type": "open", "documents": [{"text": "a"}, {"text": "b"}]}
+    assert (
+        text_of(policy_prompt(fake, row, num_documents=2, room=100)) == "Document 1: a\n\nDocument 2: b\n\nQuestion: Q"
+    )
+    assert len(counted) == 1
+
+
 def test_the_hit_rate() -> None:
     assert Statistics(prompt_tokens=200, cached_tokens=150).hit_rate == 0.75
     assert Statistics().hit_rate == 0.0
+    statistics = Statistics()
+    statistics.add([Completion("a", "stop", 0, 3, 100, 96, 0), Completion("b", "stop", 1, 4, 100, 96, 96)])
+    assert statistics == Statistics(prompt_tokens=200, cached_tokens=96, output_tokens=7)
 
 
 @pytest.mark.engine
 def test_a_real_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seeded samples are the same whatever the batch; prefixes are continued and shared; faults are rows'."""
+    """With an adapter. Samples are the same whatever the batch; prefixes are continued, shared; faults are rows'."""
     for name, value in environment(CONFIG).items():  # the constructor sets them; the test takes them back
         monkeypatch.setenv(name, value)
     model = make_tiny_policy(tmp_path / "policy")
-    engine = Generator(model, CONFIG)
+    merged = make_adapter(model, tmp_path / "adapter")
+    engine = Generator(model, CONFIG.model_copy(update={"lora": str(tmp_path / "adapter")}))
     how = Sampling(temperature=1.0, top_k=0, max_tokens=24)
     prompts = [Prompt(policy_messages(f"What is in picture {i}?")) for i in range(3)]
 
@@ -146,6 +182,12 @@ def test_a_real_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return dict(zip(order, found, strict=True))
 
     async def work() -> None:
+        greedy = Sampling(temperature=0.0, top_k=0, max_tokens=16)
+        [told] = await engine.generate(prompts[0], 1, 0, greedy)
+        ids = engine.token_ids(prompts[0])
+        assert told.text == most_likely(merged, ids, model)
+        assert told.text != most_likely(None, ids, model)
+
         first = await together([0, 1, 2])
         assert [c.seed for c in first[1]] == list(range(4096, 4112))
         assert len({c.text for c in first[1]}) > 1
@@ -154,12 +196,16 @@ def test_a_real_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         alone = [await engine.generate(prompts[1], 1, 4096 + i, how) for i in range(4)]
         assert [c for [c] in alone] == first[1][:4]
 
+        drawn = first[2]  # the third of its questions: what all share is there already
+        length = len(engine.token_ids(prompts[2]))
+        assert {(c.prompt_tokens, c.shareable_tokens) for c in drawn} == {(length, length // 32 * 32)}
+        assert sum(c.cached_tokens for c in drawn) >= 15 * (length // 32 * 32)
         assert engine.statistics.hit_rate > 0.5
         assert engine.statistics.output_tokens > 0
 
         prefix = "Step 1: The lung is clear.\nStep 2:"
         begun = replace(prompts[0], said=prefix)
-        assert str(engine._tokenizer.decode(engine.token_ids(begun))).endswith(f"<|assistant|>{prefix}")
+        assert str(engine._chat.tokenizer.decode(engine.token_ids(begun))).endswith(f"<|assistant|>{prefix}")
         constrained = Sampling(temperature=0.0, max_tokens=8, pattern="[01] (high|low)")
         [verdict] = await engine.generate(begun, 1, 0, constrained)
         assert verdict.text in ("0 high", "1 high", "0 low", "1 low")
@@ -172,20 +218,90 @@ def test_a_real_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(RowError, match=r"prompt_too_long: \d+ prompt tokens"):
             await engine.generate(replace(begun, said="lung " * 300), 1, 0, how)
 
-        ended: list[int] = []
-        monkeypatch.setattr(module, "end_process", lambda: ended.append(1))
+        def end() -> None:
+            raise SystemExit
+
+        monkeypatch.setattr(module, "end_process", end)
         engine.shutdown()
         monkeypatch.setattr(engine, "_engine", DeadEngine())
-        assert await engine.generate(prompts[0], 1, 0, how) == []
-        assert ended == [1]
+        with pytest.raises(SystemExit):
+            await engine.generate(prompts[0], 1, 0, how)
 
     asyncio.run(work())
+
+
+@pytest.mark.engine
+def test_a_real_engine_that_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it says is what transformers' model says; samples of a question share text and image in the cache."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    config = GeneratorConfig(max_model_len=512, dtype="float32", num_images=2)
+    for name, value in environment(config).items():
+        monkeypatch.setenv(name, value)
+    folder = make_tiny_seeing_policy(tmp_path / "policy")
+    engine = Generator(folder, config)
+    pictures = [picture(0), picture(1, 60, 20)]
+    messages = policy_messages("What is in this picture?")
+    prompts = [Prompt(messages, shown) for shown in ([], [pictures[0]], [pictures[1]], pictures)]
+    reference: Any = AutoModelForImageTextToText.from_pretrained(folder)
+    processor: Any = AutoProcessor
+    processor = processor.from_pretrained(folder)
+
+    def expected(prompt: Prompt) -> str:
+        text = engine._chat.tokenizer.decode(engine.token_ids(prompt))
+        inputs = processor(text=text, images=list(prompt.images) or None, return_tensors="pt", add_special_tokens=False)
+        assert inputs["input_ids"].shape[1] == engine.count(prompt)
+        out = reference.generate(**inputs, do_sample=False, max_new_tokens=12)[0, inputs["input_ids"].shape[1] :]
+        return str(processor.decode(out, skip_special_tokens=True))
+
+    async def work() -> None:
+        greedy = Sampling(temperature=0.0, top_k=0, max_tokens=12)
+        told = [(await engine.generate(prompt, 1, 0, greedy))[0].text for prompt in prompts]
+        assert told == [expected(prompt) for prompt in prompts]
+        assert len(set(told)) == 4
+
+        how = Sampling(temperature=1.0, top_k=0, max_tokens=12)
+        first = await asyncio.gather(*(engine.generate(p, 8, 4096 * i, how) for i, p in enumerate(prompts)))
+        again = [await engine.generate(p, 8, 4096 * i, how) for i, p in reversed(list(enumerate(prompts)))]
+        assert again[::-1] == first
+        seen = first[3][0]
+        assert seen.prompt_tokens == engine.count(prompts[3])
+        assert seen.shareable_tokens == 128 < seen.prompt_tokens  # the last block holds parts of both images
+        assert sum(c.cached_tokens for c in again[0]) == 8 * seen.shareable_tokens
+        engine.shutdown()
+
+    asyncio.run(work())
+
+
+def make_adapter(model: str, folder: Path) -> Any:
+    """A random LoRA adapter on a checkpoint, and the model with the adapter merged in."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    config: Any = LoraConfig
+    config = config(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
+    adapted.save_pretrained(str(folder))
+    return adapted.merge_and_unload()
+
+
+def most_likely(model: Any, ids: list[int], folder: str) -> str:
+    """What a model (None: the one in the folder) continues greedily, 16 tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = model or AutoModelForCausalLM.from_pretrained(folder)
+    out = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=16)[0, len(ids) :]
+    tokenizer: Any = AutoTokenizer
+    return str(tokenizer.from_pretrained(folder).decode(out, skip_special_tokens=True))
 
 
 class DeadEngine:
     """Stands for an engine whose processes were killed."""
 
-    def generate(self, *arguments: Any) -> "DeadEngine":
+    def generate(self, *arguments: Any, **named: Any) -> "DeadEngine":
         return self
 
     def __aiter__(self) -> "DeadEngine":

@@ -19,12 +19,29 @@ HEAVY = (
     "ray",
     "sentence_transformers",
     "matplotlib",
+    "openai",
+    "google.generativeai",
+    "gradio",
 )
 
 # Lower layers first; a module imports only from layers below its own, steps never from each other.
-FOUNDATION = ("config", "records", "tables", "prompts", "text", "metrics", "targets", "session", "estimate")
+FOUNDATION = (
+    "config",
+    "records",
+    "tables",
+    "prompts",
+    "text",
+    "metrics",
+    "quality",
+    "targets",
+    "session",
+    "estimate",
+    "columns",
+    "strata",
+    "agreement",
+)
 INNER = ("sources", "engines")
-TOP = ("report", "rerank", "query", "serve")
+TOP = ("report", "dataset_page", "rerank", "query", "serve", "review_page")
 
 
 def modules() -> list[Path]:

@@ -73,7 +73,8 @@ def test_what_changes_a_result_changes_its_place_and_all_below_but_nothing_else(
     base, other = run(), run("sample.temperature=0.1")
     moved = {s.name for s in STEPS if base.fingerprint(s) != other.fingerprint(s)}
     assert moved == {
-        "sample", "judge", "monte_carlo", "review", "train_text_prm", "states", "train_two_tower", "score", "evaluate",
+        "sample", "judge", "monte_carlo", "review", "audit", "train_text_prm", "states", "train_two_tower", "score",
+        "evaluate",
     }  # fmt: skip
     same = run("sample.num_actors=7", "sample.batch_size=1", "max_error_rate=0.5")
     assert all(base.fingerprint(s) == same.fingerprint(s) for s in STEPS)
@@ -82,6 +83,11 @@ def test_what_changes_a_result_changes_its_place_and_all_below_but_nothing_else(
 def test_one_seed_reaches_every_section_that_has_one_and_sets_none() -> None:
     recipe = load_recipe([TINY, "seed=7", "judge.seed=3"])
     assert (recipe.ingest.seed, recipe.sample.seed, recipe.train_two_tower.seed, recipe.judge.seed) == (7, 7, 7, 3)
+
+
+def test_a_list_may_be_set_in_a_recipe_with_a_seed() -> None:
+    recipe = load_recipe([TINY, "seed=7", "score.arms=[text_only]", "judge.splits=[train, test]"])
+    assert (recipe.score.arms, recipe.judge.splits) == (("text_only",), ("train", "test"))
 
 
 def test_a_given_model_leaves_its_training_out() -> None:
@@ -99,7 +105,7 @@ def test_a_given_model_leaves_its_training_out() -> None:
     [
         (
             [],
-            "name a recipe file first; jobs/recipes/ has medmm.yaml, meds3.yaml, quickstart.yaml, smollm2.yaml, tiny.yaml",
+            "name a recipe file first; jobs/recipes/ has medmm.yaml, meds3.yaml, quickstart.yaml",
         ),
         (["nosuch.yaml"], "recipe nosuch.yaml does not exist"),
         ([TINY, "temprature=1"], "unknown name 'sample.temprature'; did you mean 'temperature'?"),

@@ -1,13 +1,9 @@
-"""judge.py and engines/gemini.py: replies, the three backends (Gemini's real client against a local server)."""
+"""judge/: replies, prompts, the backends (a scripted engine; Gemini's real client against a local server)."""
 
 import asyncio
 import base64
-import contextlib
 import json
-import threading
-import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +11,33 @@ import PIL.Image
 import pyarrow as pa
 import pytest
 
-from medmm_ray.engines.gemini import PRICES, Gemini, GeminiError, Price, Reply, pause
+from medmm_ray.config import ConfigError, build
+from medmm_ray.engines.endpoint import EndpointError, Reply
+from medmm_ray.engines.prices import Price
 from medmm_ray.judge import (
-    SYSTEM,
-    GeminiJudge,
     JudgeActor,
     JudgeCase,
     JudgeConfig,
     Judgement,
     PhantomJudge,
     Picture,
-    VllmJudge,
-    estimate,
     make_judge,
-    price_of,
     verdicts,
 )
+from medmm_ray.judge.prompt import SYSTEM
 from medmm_ray.records import Labels, StepLabel, from_dict
 from medmm_ray.sources.phantom import Case
 from medmm_ray.tables import RowError
+from tests.api_server import Server, failed, gemini_said, serving
 from tests.fake_generator import FakeGenerator
 
 EFFUSION = Case(
     seed=1, kind="effusion", side="right", zone="lower", extent=0.8, contrast=1.0, difficulty="easy"
 ).annotation()
 RIGHT, WRONG, NEUTRAL = "The right costophrenic angle is blunted.", "The heart is wide.", "Compare both lungs."
+
+
+LOCAL = JudgeConfig(backend="vllm", reply="lines", images=False)
 
 
 def case(**changes: Any) -> JudgeCase:
@@ -76,14 +74,40 @@ def case(**changes: Any) -> JudgeCase:
     ],
 )
 def test_replies_that_fit(reply: str, labels: list[int], confidences: list[str | None]) -> None:
-    found = verdicts(reply, 3)
+    [found] = verdicts(reply, [[1, 2, 3]])
     assert [step.label for step in found] == labels
     assert [step.confidence for step in found] == confidences
 
 
+def test_the_three_tests_are_kept() -> None:
+    reply = (
+        'Here [as asked] is {it}: {"steps": [{"step": 1, "reason": "Sharp.", "logical": true, "medical": true, '
+        '"image_grounded": false, "verdict": "-", "confidence": "high"}]} Best {wishes}.'
+    )
+    assert verdicts(reply, [[1]]) == [
+        [StepLabel(label=0, confidence="high", logical=True, medical=True, image_grounded=False, reason="Sharp.")]
+    ]
+
+
+def test_several_solutions_in_a_reply() -> None:
+    def part(number: int, *labels: str) -> dict[str, Any]:
+        steps = [{"step": i, "verdict": label, "confidence": "high"} for i, label in enumerate(labels, 1)]
+        return {"solution": number, "steps": steps}
+
+    reply = json.dumps({"solutions": [part(1, "+", "-"), part(2, "-")]})
+    assert [[step.label for step in steps] for steps in verdicts(reply, [[1, 2], [1]])] == [[1, 0], [0]]
+    for solutions, fault in [
+        ([part(1, "+", "-")], "judge gave 1 solutions' verdicts for 2"),
+        ([part(1, "+"), part(2, "-")], "judge gave 1 verdicts for 2 steps"),
+        ([part(2, "+", "-"), part(1, "-")], "judge's entry 1 is about another solution"),
+    ]:
+        with pytest.raises(RowError, match=fault):
+            verdicts(json.dumps({"solutions": solutions}), [[1, 2], [1]])
+
+
 def test_reasons_are_kept() -> None:
     reply = '[{"step": 1, "label": "-", "confidence": "high", "reasoning": "The angle is sharp."}]'
-    assert verdicts(reply, 1) == [StepLabel(label=0, confidence="high", reason="The angle is sharp.")]
+    assert verdicts(reply, [[1]]) == [[StepLabel(label=0, confidence="high", reason="The angle is sharp.")]]
 
 
 @pytest.mark.parametrize(
@@ -99,6 +123,10 @@ def test_reasons_are_kept() -> None:
         ('[{"label": "?", "confidence": "low"}]', "judge_reply: judge's verdict 1 has the label '?', not '+' or '-'"),
         ('[{"label": "+", "confidence": "sure"}]', "judge_reply: judge's verdict 1 has the confidence 'sure'"),
         (
+            '{"steps": [{"step": 1, "verdict": "+", "confidence": "low", "medical": "maybe"}]}',
+            "judge_reply: judge's verdict 1 has medical 'maybe', not a truth",
+        ),
+        (
             '[{"step": 2, "label": "+", "confidence": "low"}]',
             'judge_reply: judge\'s verdict 1 is about step 2: \'[{"step": 2, "label": "+", "confidence": "low"}]\'',
         ),
@@ -106,7 +134,7 @@ def test_reasons_are_kept() -> None:
 )
 def test_replies_that_do_not_fit(reply: str, fault: str) -> None:
     with pytest.raises(RowError) as error:
-        verdicts(reply, 3)
+        verdicts(reply, [[1, 2, 3]])
     assert str(error.value) == fault
 
 
@@ -153,7 +181,7 @@ def test_a_phantom_judge_refuses_other_images() -> None:
 
 def test_a_local_judge_reads_all_steps_in_one_call() -> None:
     fake = FakeGenerator(lambda prompt, seed: "1 high\n0 low")
-    backend = make_judge(JudgeConfig(backend="vllm"), "some/model", fake)
+    backend = make_judge(LOCAL, "some/model", fake)
     [found] = judged(backend, case(), [[RIGHT, WRONG]])
     assert found == Judgement([StepLabel(label=1, confidence="high"), StepLabel(label=0, confidence="low")])
     [(prompt, n, _)] = fake.requests
@@ -167,13 +195,13 @@ def test_a_local_judge_reads_all_steps_in_one_call() -> None:
 
 
 def test_a_reply_that_does_not_fit_is_asked_once_again() -> None:
-    backend = VllmJudge(JudgeConfig(), "m", FakeGenerator(lambda prompt, seed: "1 0" if "again" in prompt else "1"))
+    backend = make_judge(LOCAL, "m", FakeGenerator(lambda prompt, seed: "1 0" if "again" in prompt else "1"))
     [found] = judged(backend, case(), [[RIGHT, WRONG]])
     assert isinstance(found, Judgement)
     assert [step.label for step in found.steps] == [1, 0]
 
     stubborn = FakeGenerator(lambda prompt, seed: "1 0")
-    [fault] = judged(VllmJudge(JudgeConfig(), "m", stubborn), case(), [[RIGHT, WRONG, NEUTRAL]])
+    [fault] = judged(make_judge(LOCAL, "m", stubborn), case(), [[RIGHT, WRONG, NEUTRAL]])
     assert str(fault) == "judge_reply: judge gave 2 verdicts for 3 steps: '1 0'"
     assert len(stubborn.requests) == 2
     assert "does not fit: judge gave 2 verdicts for 3 steps: '1 0'. Answer again." in stubborn.requests[1][0]
@@ -181,7 +209,8 @@ def test_a_reply_that_does_not_fit_is_asked_once_again() -> None:
 
 def test_documents_that_do_not_fit_are_left_out() -> None:
     fake = FakeGenerator(lambda prompt, seed: "1 high")
-    backend = VllmJudge(JudgeConfig(max_model_len=600), "m", fake)  # the fake counts characters
+    config = JudgeConfig(backend="vllm", reply="lines", images=False, max_model_len=600, solution_reserve=50)
+    backend = make_judge(config, "m", fake)  # the fake counts characters
     judged(backend, case(documents=["First." * 5, "x" * 500, "Last."]), [[RIGHT]])
     prompt = fake.requests[0][0]
     assert ("First." in prompt, "xxx" in prompt) == (True, False)
@@ -219,7 +248,7 @@ def solution(solution_id: str, *steps: str) -> dict[str, Any]:
 def test_equal_texts_are_judged_once() -> None:
     fake = FakeGenerator(lambda prompt, seed: "1 high" if RIGHT in prompt else "0 low")
     solutions = [solution("s1", RIGHT), solution("s2", WRONG), solution("s3", RIGHT)]
-    labels = act(JudgeConfig(backend="vllm"), solutions, fake)
+    labels = act(LOCAL, solutions, fake)
     assert [(label.solution_id, label.steps[0].label) for label in labels] == [("s1", 1), ("s2", 0), ("s3", 1)]
     assert {(label.source, label.error) for label in labels} == {("judge", None)}
     assert len(fake.requests) == 2
@@ -229,7 +258,7 @@ def test_what_the_judge_sees_is_bounded() -> None:
     fake = FakeGenerator(lambda prompt, seed: "1 high")
     documents = [{"text": f"Text {i}."} for i in range(3)]
     images = [{"uri": "r", "diagnosis": f"finding {i}"} for i in range(3)]
-    config = JudgeConfig(backend="vllm", num_documents=1, num_references=2)
+    config = build(JudgeConfig, {**LOCAL.model_dump(), "num_documents": 1, "num_references": 2}, "test")
     act(config, [solution("s1", RIGHT)], fake, documents=documents, images=images)
     prompt = fake.requests[0][0]
     assert ("Text 0." in prompt, "Text 1." in prompt) == (True, False)
@@ -238,7 +267,7 @@ def test_what_the_judge_sees_is_bounded() -> None:
 
 def test_a_failed_call_is_an_error_and_no_label() -> None:
     fake = FakeGenerator(lambda prompt, seed: "1 high" if RIGHT in prompt else "hm")
-    labels = act(JudgeConfig(backend="vllm"), [solution("s1", WRONG), solution("s2", RIGHT)], fake)
+    labels = act(LOCAL, [solution("s1", WRONG), solution("s2", RIGHT)], fake)
     assert [(label.steps, label.error) for label in labels] == [
         ([], "judge_reply: judge gave no verdicts for 1 steps: 'hm'"),
         ([StepLabel(label=1, confidence="high")], None),
@@ -254,64 +283,11 @@ def test_questions_without_solutions_and_other_splits_are_not_judged() -> None:
 # Gemini
 
 
-class Server(ThreadingHTTPServer):
-    """Answers each request by the next entry of `script`: (status, headers, body)."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.script: list[tuple[int, dict[str, str], Any]] = []
-        self.requests: list[dict[str, Any]] = []
-        self.times: list[float] = []
-        self.delay_s = 0.0
-        self.lock = threading.Lock()
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.requests.append(asked)
-            self.server.times.append(time.monotonic())
-            status, headers, body = self.server.script.pop(0) if len(self.server.script) > 1 else self.server.script[0]
-        time.sleep(self.server.delay_s)
-        if status == 0:  # a cut connection
-            self.connection.close()
-            return
-        content = body.encode() if isinstance(body, str) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in {"Content-Type": "application/json", **headers}.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        with contextlib.suppress(BrokenPipeError):  # the client gave up waiting
-            self.wfile.write(content)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-def said(text: str, **usage: int) -> tuple[int, dict[str, str], Any]:
-    counts = {"promptTokenCount": 1000, "candidatesTokenCount": 100, "totalTokenCount": 1100, **usage}
-    candidate = {"content": {"role": "model", "parts": [{"text": text}]}, "finishReason": "STOP"}
-    return 200, {}, {"candidates": [candidate], "usageMetadata": counts}
-
-
-def failed(status: int, message: str = "no", **headers: str) -> tuple[int, dict[str, str], Any]:
-    return status, headers, {"error": {"code": status, "message": message}}
-
-
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("GEMINI_API_KEY", "k")
-    running = Server()
-    threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
-    yield running
-    running.shutdown()
-    running.server_close()
+    with serving() as running:
+        yield running
 
 
 @pytest.fixture
@@ -324,42 +300,61 @@ def pictures(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def config(server: Server, **changes: Any) -> JudgeConfig:
-    endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-    return JudgeConfig(backend="gemini", endpoint=endpoint, pause_s=0.001, **changes)
+def gemini(server: Server, **changes: Any) -> Any:
+    config = JudgeConfig(backend="gemini", endpoint=server.address, pause_s=0.001, **changes)
+    return make_judge(config, "gemini-2.0-flash")
 
 
 def entry(step: int, label: str, confidence: str = "high") -> dict[str, Any]:
-    return {"step": step, "label": label, "confidence": confidence, "reasoning": "Because."}
+    criteria = {"logical": True, "medical": label == "+", "image_grounded": True}
+    return {"step": step, "reason": "Because.", **criteria, "verdict": label, "confidence": confidence}
 
 
-GOOD = json.dumps([entry(1, "+"), entry(2, "-", "low")])
+def steps(*entries: dict[str, Any]) -> str:
+    return json.dumps({"steps": entries})
+
+
+GOOD = steps(entry(1, "+"), entry(2, "-", "low"))
 
 
 def test_gemini_is_asked_with_images_and_its_verdicts_are_priced(server: Server, pictures: dict[str, Any]) -> None:
-    server.script = [said(GOOD, cachedContentTokenCount=400)]
-    backend = GeminiJudge(config(server), "gemini-2.0-flash")
+    server.script = [gemini_said(GOOD, cachedContentTokenCount=400)]
+    backend = gemini(server)
     [found] = judged(backend, case(**pictures), [[RIGHT, WRONG]])
     assert isinstance(found, Judgement)
-    assert [(step.label, step.confidence) for step in found.steps] == [(1, "high"), (0, "low")]
+    assert found.steps[1] == StepLabel(
+        label=0, confidence="low", logical=True, medical=False, image_grounded=True, reason="Because."
+    )
     assert found.cost == pytest.approx((600 * 0.10 + 400 * 0.025 + 100 * 0.40) / 1e6)
     [asked] = server.requests
     assert asked["systemInstruction"]["parts"][0]["text"] == SYSTEM
     assert asked["generationConfig"]["responseMimeType"] == "application/json"
     assert asked["generationConfig"]["temperature"] == 0.0
+    item = asked["generationConfig"]["responseSchema"]["properties"]["steps"]["items"]
+    assert item["properties"]["verdict"] == {"type": 1, "enum": ["+", "-"]}  # 1 is STRING
     parts = asked["contents"][0]["parts"]
     assert [next(iter(part)) for part in parts] == ["text", "text", "inlineData", "text", "inlineData", "text"]
     assert parts[0]["text"].startswith("Document 1: Fluid blunts the angle.")
     assert parts[-1]["text"].startswith(f"Reasoning to review, 2 steps:\nStep 1: {RIGHT}")
     assert base64.b64decode(parts[2]["inlineData"]["data"]) != base64.b64decode(parts[4]["inlineData"]["data"])
     assert "(A) effusion" in parts[0]["text"]
+    assert "right answer" not in parts[0]["text"]
     assert backend.annotator.startswith("gemini-2.0-flash@")
 
 
+def test_the_answer_is_shown_only_where_that_is_said(server: Server, pictures: dict[str, Any]) -> None:
+    server.script = [gemini_said(GOOD)]
+    knowing = gemini(server, show_answer=True)
+    judged(knowing, case(**pictures), [[RIGHT, WRONG]])
+    assert server.requests[0]["contents"][0]["parts"][0]["text"].endswith("\nThe right answer: A")
+    assert knowing.annotator != gemini(server).annotator
+    assert act(JudgeConfig(error_rate=0), [solution("s1", RIGHT)])[0].saw_answer is False
+    assert act(JudgeConfig(error_rate=0, show_answer=True), [solution("s1", RIGHT)])[0].saw_answer is True
+
+
 def test_gemini_is_told_what_does_not_fit_and_both_answers_are_paid(server: Server, pictures: dict[str, Any]) -> None:
-    server.script = [said(json.dumps([entry(1, "+")])), said(GOOD)]
-    backend = GeminiJudge(config(server), "gemini-2.0-flash")
-    [found] = judged(backend, case(**pictures), [[RIGHT, WRONG]])
+    server.script = [gemini_said(steps(entry(1, "+"))), gemini_said(GOOD)]
+    [found] = judged(gemini(server), case(**pictures), [[RIGHT, WRONG]])
     assert isinstance(found, Judgement)
     assert found.cost == pytest.approx(2 * (1000 * 0.10 + 100 * 0.40) / 1e6)
     roles = [content["role"] for content in server.requests[1]["contents"]]
@@ -367,46 +362,83 @@ def test_gemini_is_told_what_does_not_fit_and_both_answers_are_paid(server: Serv
     assert "judge gave 1 verdicts for 2 steps" in server.requests[1]["contents"][2]["parts"][0]["text"]
 
 
+def test_an_answer_that_is_cut_off_does_not_fit(server: Server, pictures: dict[str, Any]) -> None:
+    server.script = [gemini_said(GOOD[:40], "MAX_TOKENS")]
+    [fault] = judged(gemini(server), case(**pictures), [[RIGHT, WRONG]])
+    assert str(fault).startswith("judge_reply: judge's answer was cut off at max_tokens=4096 (40 characters)")
+    assert len(server.requests) == 2
+
+
+def test_a_step_at_a_time(server: Server, pictures: dict[str, Any]) -> None:
+    server.script = [gemini_said(steps(entry(1, "+"))), gemini_said(steps(entry(2, "-")))]
+    [found] = judged(gemini(server, granularity="step", in_flight=1), case(**pictures), [[RIGHT, WRONG]])
+    assert isinstance(found, Judgement)
+    assert [step.label for step in found.steps] == [1, 0]
+    first, second = (asked["contents"][0]["parts"][-1]["text"] for asked in server.requests)
+    assert (WRONG in first, WRONG in second) == (False, True), "a step is judged without those after it"
+    assert "Review step 2 only" in second
+
+
+def test_several_solutions_share_a_call_and_its_cost(server: Server, pictures: dict[str, Any]) -> None:
+    parts = [{"solution": 1, "steps": [entry(1, "+")]}, {"solution": 2, "steps": [entry(1, "-"), entry(2, "+")]}]
+    server.script = [gemini_said(json.dumps({"solutions": parts})), gemini_said(steps(entry(1, "-")))]
+    found = judged(gemini(server, solutions_per_call=2), case(**pictures), [[RIGHT], [WRONG, NEUTRAL], [WRONG]])
+    judgements = [f for f in found if isinstance(f, Judgement)]
+    assert [[step.label for step in j.steps] for j in judgements] == [[1], [0, 1], [0]]
+    price = (1000 * 0.10 + 100 * 0.40) / 1e6
+    assert [j.cost for j in judgements] == pytest.approx([price / 2, price / 2, price])
+    assert len(server.requests) == 2
+
+
+def test_solutions_per_call_goes_with_whole_solutions_in_json() -> None:
+    with pytest.raises(ConfigError, match="solutions_per_call > 1 needs granularity=solution and reply=json"):
+        build(JudgeConfig, {"solutions_per_call": 2, "granularity": "step"}, "test")
+
+
+def test_the_first_call_of_a_question_goes_ahead_of_its_others(server: Server, pictures: dict[str, Any]) -> None:
+    server.script, server.delay_s = [gemini_said(GOOD)], 0.1
+    judged(gemini(server), case(**pictures), [[RIGHT, f"{i}"] for i in range(5)])
+    gaps = [at - server.times[0] for at in server.times]
+    assert gaps[1] >= 0.1
+    assert gaps[4] < gaps[1] + 0.09
+
+
 def test_faults_of_the_moment_are_tried_again(server: Server, pictures: dict[str, Any]) -> None:
-    server.script = [failed(429), failed(500), (0, {}, ""), (200, {}, "{broken"), said(GOOD)]
-    [found] = judged(GeminiJudge(config(server), "gemini-2.0-flash"), case(**pictures), [[RIGHT, WRONG]])
+    server.script = [failed(429), failed(500), (0, {}, ""), (200, {}, "{broken"), gemini_said(GOOD)]
+    [found] = judged(gemini(server), case(**pictures), [[RIGHT, WRONG]])
     assert isinstance(found, Judgement)
     assert len(server.requests) == 5
 
 
-def test_retry_after_is_honoured(server: Server) -> None:
-    server.script = [failed(429, **{"Retry-After": "1"}), said("1")]
-    client = Gemini("gemini-2.0-flash", "s", endpoint=config(server).endpoint, pause_s=0.0)
-    reply = asyncio.run(client.ask([("user", ["hello"])]))
-    assert (reply.text, reply.attempts) == ("1", 2)
-    assert server.times[1] - server.times[0] >= 1.0
-
-
 def test_too_many_faults_are_the_rows_error(server: Server, pictures: dict[str, Any]) -> None:
     server.script = [failed(503, "overloaded")]
-    [fault] = judged(GeminiJudge(config(server, max_attempts=3), "gemini-2.0-flash"), case(**pictures), [[RIGHT]])
-    assert str(fault) == "judge_unavailable: gemini-2.0-flash failed 3 times, last: 503: overloaded"
+    [fault] = judged(gemini(server, max_attempts=3), case(**pictures), [[RIGHT]])
+    assert str(fault) == "unavailable: gemini:gemini-2.0-flash failed 3 times, last: 503: overloaded"
     assert len(server.requests) == 3
 
 
 def test_a_hanging_server_is_a_fault_of_the_moment(server: Server, pictures: dict[str, Any]) -> None:
-    server.script, server.delay_s = [said(GOOD)], 1.0
-    slow = config(server, max_attempts=2, timeout_s=0.2)
-    [fault] = judged(GeminiJudge(slow, "gemini-2.0-flash"), case(**pictures), [[RIGHT]])
-    assert str(fault).startswith("judge_unavailable: gemini-2.0-flash failed 2 times, last: ReadTimeout")
+    server.script, server.delay_s = [gemini_said(GOOD)], 1.0
+    [fault] = judged(gemini(server, max_attempts=2, timeout_s=0.2), case(**pictures), [[RIGHT]])
+    assert str(fault) == "unavailable: gemini:gemini-2.0-flash failed 2 times, last: no answer within 0.2 s"
 
 
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (failed(400, "image too odd"), "judge_request: gemini-2.0-flash answered 400: image too odd"),
+        (failed(400, "image too odd"), "request: gemini-2.0-flash answered 400: image too odd"),
+        (
+            failed(400, "The input token count (200000) exceeds the maximum number of tokens allowed (131072)."),
+            "prompt_too_long: gemini-2.0-flash answered 400: The input token count (200000) exceeds the maximum number "
+            "of tokens allowed (131072).",
+        ),
         (
             (200, {}, {"promptFeedback": {"blockReason": "SAFETY"}}),
-            "judge_refused: gemini-2.0-flash blocked the prompt (SAFETY)",
+            "refused: gemini-2.0-flash blocked the prompt (SAFETY)",
         ),
         (
             (200, {}, {"candidates": [{"finishReason": "SAFETY"}]}),
-            "judge_refused: gemini-2.0-flash did not answer (SAFETY)",
+            "refused: gemini-2.0-flash did not answer (SAFETY)",
         ),
     ],
 )
@@ -414,41 +446,43 @@ def test_a_refused_request_is_not_sent_again(
     server: Server, pictures: dict[str, Any], answer: Any, message: str
 ) -> None:
     server.script = [answer]
-    [fault] = judged(GeminiJudge(config(server), "gemini-2.0-flash"), case(**pictures), [[RIGHT]])
+    [fault] = judged(gemini(server), case(**pictures), [[RIGHT]])
     assert str(fault) == message
     assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize(("status", "message"), [(403, "denied"), (404, "no model"), (400, "API key not valid.")])
+@pytest.mark.parametrize(("status", "message"), [(403, "denied"), (404, "no model"), (400, "API key expired.")])
 def test_a_refused_key_or_model_ends_the_job(
     server: Server, pictures: dict[str, Any], status: int, message: str
 ) -> None:
     server.script = [failed(status, message)]
-    with pytest.raises(GeminiError, match=rf"answered {status}: {message}.*check GEMINI_API_KEY and judge.model"):
-        judged(GeminiJudge(config(server), "gemini-2.0-flash"), case(**pictures), [[RIGHT]])
+    with pytest.raises(EndpointError, match=rf"answered {status}: {message}.*check GEMINI_API_KEY and the model's"):
+        judged(gemini(server), case(**pictures), [[RIGHT]])
     assert len(server.requests) == 1
 
 
-def test_requests_run_side_by_side_up_to_the_limit(server: Server, pictures: dict[str, Any]) -> None:
-    server.script, server.delay_s = [said(GOOD)], 0.3
-    started = time.monotonic()
-    judged(GeminiJudge(config(server, in_flight=8), "gemini-2.0-flash"), case(**pictures), [[RIGHT, WRONG]] * 16)
-    seconds = time.monotonic() - started
-    assert 0.6 <= seconds < 2.0
-    assert len(server.requests) == 16
-
-
 def test_an_unreadable_image_fails_its_question(server: Server, tmp_path: Path) -> None:
-    server.script = [said(GOOD)]
-    gone = [Picture(str(tmp_path / "gone.png"), "")]
-    found = judged(GeminiJudge(config(server), "gemini-2.0-flash"), case(images=gone), [[RIGHT], [WRONG]])
-    assert [str(fault).partition(":")[0] for fault in found] == ["image_missing", "image_missing"]
+    server.script = [gemini_said(GOOD)]
+    (tmp_path / "text.png").write_text("this is no picture")
+    for name, kind in (("gone.png", "image_missing"), ("text.png", "image_corrupt")):
+        found = judged(gemini(server), case(images=[Picture(str(tmp_path / name), "")]), [[RIGHT], [WRONG]])
+        assert [fault.kind for fault in found if isinstance(fault, RowError)] == [kind, kind]
     assert server.requests == []
+
+
+def test_solutions_that_are_empty_or_endless_fail_by_name(server: Server, pictures: dict[str, Any]) -> None:
+    server.script = [gemini_said(steps(entry(1, "+")))]
+    found = judged(gemini(server), case(**pictures), [[], [RIGHT], ["word " * 100_000]])
+    assert [f.kind if isinstance(f, RowError) else f.steps[0].label for f in found] == [
+        "empty_solution", 1, "prompt_too_long",
+    ]  # fmt: skip
+    assert "raise judge.max_prompt_tokens" in str(found[2])
+    assert len(server.requests) == 1
 
 
 def test_a_missing_key_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GEMINI_API_KEY", raising=False)
-    with pytest.raises(GeminiError, match="GEMINI_API_KEY; it is not set"):
+    with pytest.raises(EndpointError, match="GEMINI_API_KEY; it is not set"):
         make_judge(JudgeConfig(backend="gemini"), "gemini-2.0-flash")
 
 
@@ -457,29 +491,8 @@ def test_a_missing_model_is_named() -> None:
         make_judge(JudgeConfig(backend="gemini"), None)
 
 
-# Money
-
-
-def test_prices() -> None:
-    assert price_of("gemini-2.0-flash") == PRICES["gemini-2.0-flash"]
-    assert price_of("gemini-2.0-flash", written=1.0) == Price(0.10, 0.025, 1.0)
-    assert price_of("new-model", 1.0, 2.0) == Price(1.0, 1.0, 2.0)
-    with pytest.raises(ValueError, match="no price is known for 'new-model'"):
-        price_of("new-model", read=1.0)
-
-
-def test_thoughts_are_paid_as_output() -> None:
-    assert Reply("", read=1000, cached=0, written=500, attempts=1).cost(Price(1.0, 0.5, 2.0)) == 0.002
-
-
-def test_the_estimate() -> None:
-    found = estimate(1000, steps=8, prefix_tokens=3000, solution_tokens=350, images=4, price=Price(0.1, 0.025, 0.4))
-    assert (found.calls, found.read, found.written) == (1000, 4_382_000, 480_000)
-    assert found.dollars == pytest.approx(0.4382 + 0.192)
-
-
-def test_pauses_grow_and_are_spread() -> None:
-    grown: Callable[[int], float] = lambda attempt: pause(attempt, 1.0, 0.5, None)  # noqa: E731
-    assert [grown(n) for n in (1, 2, 3, 10)] == [1.0, 2.0, 4.0, 60.0]
-    assert pause(1, 1.0, 0.0, None) == 0.5
-    assert pause(1, 1.0, 0.0, 7.0) == 7.0
+def test_thoughts_are_paid_as_output(server: Server, pictures: dict[str, Any]) -> None:
+    server.script = [gemini_said(GOOD, totalTokenCount=1600)]
+    [found] = judged(gemini(server, price_read=1.0, price_written=2.0), case(**pictures), [[RIGHT, WRONG]])
+    assert isinstance(found, Judgement)
+    assert found.cost == Price(1.0, 1.0, 2.0).of(Reply((), read=1000, cached=0, written=600))

@@ -1,24 +1,31 @@
-"""monte_carlo.py: which steps are continued, how often, and what their labels say; with a scripted engine."""
+"""monte_carlo: which steps are continued, how often, and what their labels say; with a scripted engine."""
 
 import asyncio
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from medmm_ray.config import digest
 from medmm_ray.engines.generator import Completion
-from medmm_ray.monte_carlo import (
-    MonteCarloConfig,
-    Roller,
-    Step,
-    choose,
+from medmm_ray.monte_carlo import MonteCarloConfig, Roller, by_question, monte_carlo
+from medmm_ray.monte_carlo.search import (
+    Chain,
+    Findings,
+    Rule,
+    Tally,
     known_label,
-    monte_carlo,
+    next_step,
     outcomes,
     prefix_text,
-    rollout_label,
-    uncertain_of,
+    prefix_texts,
     uncertain_steps,
+    within_share,
 )
 from medmm_ray.records import Labels, StepLabel, from_dict, to_arrow
 from medmm_ray.tables import RowError
@@ -26,143 +33,453 @@ from tests.fake_generator import FakeGenerator, Script
 
 STEPS = ["Look.", "The heart is wide.", "So the answer is (B)."]
 QUESTION = {"options": ["air", "fluid"], "answer": "B", "answer_type": "choice", "question": "What?", "split": "train"}
+RIGHT, WRONG = " So the answer is (B).", " So the answer is (A)."
+TEXTS = ("Look.", "Air.", "Fluid.", "Wide.")
 
 
-def solution(solution_id: str, steps: list[str] = STEPS, correct: bool | None = True) -> dict[str, Any]:
-    return {"solution_id": solution_id, "steps": steps, "correct": correct}
+def solution(
+    solution_id: str, steps: list[str] = STEPS, correct: bool | None = True, finish: str = "stop"
+) -> dict[str, Any]:
+    index = int(digest(solution_id)[:6], 16)
+    return {
+        "solution_id": solution_id, "index": index, "steps": steps, "correct": correct, "finish_reason": finish
+    }  # fmt: skip
 
 
-def judged(question_id: str, solution_id: str, confidences: str) -> Labels:
-    """h, m, l: the judge's confidence in each step."""
-    words = {"h": "high", "m": "medium", "l": "low"}
-    steps = [StepLabel(label=1, confidence=words.get(c)) for c in confidences]
-    return Labels(
-        question_id=question_id, solution_id=solution_id, source="judge", annotator="j", steps=steps, cost=0.0
-    )
+def verdicts(solution_id: str, *words: str) -> dict[str, Any]:
+    """A judge's labels row: +h is right with high confidence, -l wrong with low, ?h nothing to check."""
+    labels, confidences = {"+": 1, "-": 0, "?": None}, {"h": "high", "m": "medium", "l": "low"}
+    steps = [{"label": labels[word[0]], "confidence": confidences[word[1]]} for word in words]
+    return {"solution_id": solution_id, "steps": steps}
 
 
-def test_uncertain_steps_are_found_by_question() -> None:
-    rows = [judged("q2", "s9", "ll"), judged("q1", "s2", "hml"), judged("q3", "s5", "h-"), judged("q1", "s1", "lh")]
-    table = to_arrow(Labels, rows)
-    expected = [
-        {"question_id": "q1", "uncertain": [{"solution_id": "s1", "step": 0}, {"solution_id": "s2", "step": 2}]},
-        {"question_id": "q2", "uncertain": [{"solution_id": "s9", "step": 0}, {"solution_id": "s9", "step": 1}]},
-    ]
-    assert uncertain_steps(table).to_pylist() == expected
-    assert uncertain_steps(pa.concat_tables([table.slice(0, 2), table.slice(2)])).to_pylist() == expected
-    assert uncertain_steps(table.slice(2, 1)).to_pylist() == []
-    assert uncertain_steps(to_arrow(Labels, [])).num_rows == 0
+def question(
+    solutions: list[dict[str, Any]], judged: list[dict[str, Any]] | None = None, **more: Any
+) -> dict[str, Any]:
+    return {
+        "question_id": "q1", "policy": "tiny", **QUESTION, "solutions": solutions, "judged": judged, **more
+    }  # fmt: skip
+
+
+def run(
+    script: Script, row: dict[str, Any], **config: Any
+) -> tuple[dict[str, Labels], dict[str, int], list[tuple[str, int, int]]]:
+    """The labels by solution, the question's figures, and the requests: (prefix, n, seed)."""
+    fake = FakeGenerator(script)
+    actor = Roller(MonteCarloConfig(**config), "m", "tiny", generator=fake)
+    labels, figures = asyncio.run(actor.label(row))
+    asked = [(prompt.partition("(B) fluid")[2], n, seed) for prompt, n, seed in fake.requests]
+    return {label.solution_id: label for label in labels}, figures, asked
+
+
+def marks(label: Labels) -> str:
+    """+ for 1, 0 for 0, . for no label."""
+    return "".join({1: "+", 0: "0", None: "."}[step.label] for step in label.steps)
+
+
+# What is wanted
 
 
 def test_a_prefix_ends_with_the_next_steps_mark() -> None:
     assert prefix_text(STEPS, 1) == "Step 1: Look.\nStep 2: The heart is wide.\nStep 3:"
 
 
-def test_final_steps_are_known_and_equal_prefixes_are_continued_once() -> None:
-    solutions = [solution("s1"), solution("s2", ["Look.", "Air.", "the answer is (A)."]), solution("s3", correct=None)]
-    pairs = [("s1", 0), ("s2", 0), ("s2", 2), ("s3", 2)]
-    uncertain = uncertain_of([{"solution_id": s, "step": i} for s, i in pairs], solutions)
-    known, asked = choose(solutions, uncertain, max_share=1.0)
-    assert known == [Step(1, 2)]
-    assert asked == {
-        "Step 1: Look.\nStep 2:": [Step(0, 0), Step(1, 0)],
-        prefix_text(STEPS, 2): [Step(2, 2)],
-    }
+def test_judges_rows_are_gathered_by_question() -> None:
+    def judge(question_id: str, solution_id: str, annotator: str, *labels: int, error: str | None = None) -> Labels:
+        steps = [StepLabel(label=label, confidence="high", reason="because") for label in labels]
+        return Labels(question_id=question_id, solution_id=solution_id, source="judge", annotator=annotator,
+                      steps=steps, cost=0.0, error=error)  # fmt: skip
+
+    rows = [judge("q2", "s9", "j", 1), judge("q1", "s2", "k", 0, 1), judge("q1", "s2", "j", 1, 1),
+            judge("q3", "s5", "j", error="timeout: none")]  # fmt: skip
+
+    def steps(*labels: int) -> list[dict[str, Any]]:
+        return [{"label": label, "confidence": "high"} for label in labels]
+
+    expected = [
+        {"question_id": "q1", "judged": [{"solution_id": "s2", "steps": steps(1, 1)},
+                                         {"solution_id": "s2", "steps": steps(0, 1)}]},
+        {"question_id": "q2", "judged": [{"solution_id": "s9", "steps": steps(1)}]},
+    ]  # fmt: skip
+    table = to_arrow(Labels, rows)
+    assert by_question(table).to_pylist() == expected
+    assert by_question(pa.concat_tables([table.slice(0, 2), table.slice(2)])).to_pylist() == expected
+    assert by_question(table.slice(3)).to_pylist() == []
 
 
-def test_the_share_bounds_what_is_continued() -> None:
-    solutions = [solution(f"s{i}", [f"Step {i}.", "b", "the answer is (B)."]) for i in range(10)]
-    uncertain = [Step(i, j) for i in range(10) for j in (0, 1)]
-    for share, most in ((0.1, 3), (0.5, 15), (1.0, 20), (0.0, 0)):
-        _, asked = choose(solutions, uncertain, share)
-        assert sum(len(steps) for steps in asked.values()) == most
-    few = choose(solutions, uncertain, 0.1)[1]
-    assert few.items() <= choose(solutions, uncertain, 0.5)[1].items()
-    assert few == choose(solutions, uncertain[::-1], 0.1)[1]
+def test_steps_are_uncertain_by_low_confidence_or_disagreement() -> None:
+    one, two = verdicts("s", "+h", "-l", "+m", "?h"), verdicts("s", "+h", "-h", "-h", "?h")
+    assert uncertain_steps([one]) == (1,)
+    assert uncertain_steps([one, two]) == (1, 2)
+    assert uncertain_steps([]) == ()
+
+
+def test_the_share_bounds_what_is_continued_by_texts_alone() -> None:
+    chains = [Chain(i, prefix_texts([f"Step {i}.", "b", "the answer is (B)."]), True, None, (0, 1)) for i in range(10)]
+    findings = Findings(Rule(4, 0.0, stop_early=True), share_reached=True)
+    for room, most in ((3, 3), (15, 15), (20, 20), (0, 0)):
+        assert sum(len(chain.steps) for chain in within_share(chains, findings, room)) == most
+    few = within_share(chains, findings, 3)
+    assert few == within_share(chains[::-1], findings, 3)[::-1]
+    findings.reach(few[0].prefixes[:2])  # known, so it takes no room
+    assert [(chain.number, chain.steps) for chain in within_share(chains, findings, 0)] == [(few[0].number, (0, 1))]
+
+
+# When a label is decided
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.sampled_from([True, False, None]), min_size=16, max_size=16),
+    st.integers(1, 16),
+    st.sampled_from([0.0, 0.0625, 0.25, 0.5, 0.9]),
+)
+def test_stopping_early_never_changes_a_label(draws: list[bool | None], k: int, threshold: float) -> None:
+    whole, early = Tally(), Tally()
+    for rule, tally in ((Rule(k, threshold, False), whole), (Rule(k, threshold, True), early)):
+        while num := rule.due(tally):
+            tally.add(draws[tally.drawn : tally.drawn + num])
+            tally.drawn += num
+    assert whole.drawn == k
+    assert early.drawn <= k
+    assert Rule(k, threshold, True).label(early) == Rule(k, threshold, False).label(whole)
+
+
+def test_rounds_double() -> None:
+    rule, tally, rounds = Rule(16, 0.0, stop_early=True), Tally(), []
+    while num := rule.due(tally):
+        rounds.append(num)
+        tally.add([False] * num)
+        tally.drawn += num
+    assert rounds == [2, 2, 4, 8]
+    assert rule.label(tally) is False
+    assert Rule(16, 0.0, stop_early=False).due(Tally()) == 16
+    assert Rule(16, 0.0, stop_early=False).due(Tally(known=3, counted=3)) == 13
+
+
+def test_a_high_threshold_is_decided_when_nothing_left_can_change_it() -> None:
+    rule = Rule(8, 0.5, stop_early=True)
+    assert rule.label(Tally(drawn=4, counted=4, correct=4)) is None  # the others may all be wrong: 4 of 8
+    assert rule.label(Tally(drawn=6, counted=6, correct=5)) is True
+    assert rule.label(Tally(drawn=4, counted=4, correct=0)) is False
+
+
+def test_the_ratio_of_stopped_rows_is_too_high() -> None:
+    """The documented figures: a true .25 reads .46 where one stops at the first success, .37 in our rounds."""
+    p, k = 0.25, 16
+    one_by_one = sum(p * (1 - p) ** (n - 1) / n for n in range(1, k + 1))
+    assert one_by_one == pytest.approx(-p * math.log(p) / (1 - p), abs=1e-3)
+    assert one_by_one == pytest.approx(0.46, abs=0.005)
+    rule = Rule(k, 0.0, stop_early=True)
+
+    def mean(tally: Tally) -> float:
+        """The expected ratio from here on, over all outcomes of the next round."""
+        num = rule.due(tally)
+        if not num:
+            return tally.correct / tally.counted
+        return sum(
+            math.comb(num, right) * p**right * (1 - p) ** (num - right)
+            * mean(Tally(drawn=tally.drawn + num, counted=tally.counted + num, correct=right))
+            for right in range(num + 1)
+        )  # fmt: skip
+
+    assert mean(Tally()) == pytest.approx(0.37, abs=0.005)
+
+
+# Searching the first error
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.data())
+def test_the_search_finds_the_first_wrong_step(num_steps: int, data: st.DataObject) -> None:
+    first = data.draw(st.integers(0, num_steps))
+    guess = data.draw(st.none() | st.integers(0, num_steps))
+    ends = data.draw(st.booleans())  # whether the outcome of the solution is known
+    labels: list[bool | None] = [None] * num_steps
+    if ends:
+        labels[-1] = first == num_steps
+    if ends and first == num_steps:
+        labels = [True] * num_steps  # its own right answer is reached from all of its steps
+    tried = 0
+    while (step := next_step(labels, guess, search=True)) is not None:
+        assert labels[step] is None
+        labels[step] = step < first
+        tried += 1
+    assert all(label is (i < first) for i, label in enumerate(labels) if label is not None)
+    assert first == num_steps or labels[first] is False
+    assert first == 0 or labels[first - 1] is True
+    assert tried <= math.ceil(math.log2(num_steps)) + 1 + (0 if guess is None else 2)
+
+
+def test_verify_tries_the_two_steps_around_the_judges_first_wrong_one() -> None:
+    assert next_step([None] * 5, 2, search=False) == 1
+    assert next_step([None, True, None, None, False], 2, search=False) == 2
+    assert next_step([None, True, False, None, False], 2, search=False) is None
+    assert next_step([None, False, None, None, False], 2, search=False) is None  # the judge is refuted
+    assert next_step([None, None, None, None, None], 0, search=False) == 0
+    assert next_step([None, None, None, None, False], 5, search=False) is None  # the judge saw no error: it is refuted
+
+
+# The actor
+
+
+def reaching(prefix_steps: int) -> Script:
+    """The right answer where the prefix has at most so many steps, else a wrong one."""
+    return lambda prompt, seed: RIGHT if prompt.count("Step ") - 1 <= prefix_steps else WRONG
+
+
+def test_the_first_error_is_found_by_halving() -> None:
+    steps = [f"Step text {i}." for i in range(8)]
+    steps = [text.replace("Step", "Its") for text in steps]
+    labels, figures, asked = run(
+        reaching(3), question([solution("s1", steps, correct=False)]), mode="first_error", num_rollouts=4
+    )
+    assert marks(labels["s1"]) == "+++0...."
+    assert [prompt.count("Step ") - 1 for prompt, _, _ in asked] == [4, 4, 2, 3]  # 4 is asked twice: 2 + 2 wrong
+    assert [n for _, n, _ in asked] == [2, 2, 2, 2]
+    found = labels["s1"].steps
+    assert (found[3].value, found[3].num_rollouts, found[3].stopped_early) == (0.0, 4, False)
+    assert (found[2].value, found[2].num_rollouts, found[2].stopped_early) == (1.0, 2, True)
+    assert (found[0].value, found[0].num_rollouts, found[0].stopped_early) == (None, 0, True)
+    assert figures == {
+        "rollouts": 8, "rollout_tokens": 8 * len(RIGHT), "failed_rollouts": 0, "prefixes_continued": 3,
+        "steps_labelled": 4, "steps_known_free": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["first_error", "verify", "all"])
+def test_a_right_answer_makes_all_steps_right_without_a_continuation(mode: str) -> None:
+    labels, figures, asked = run(reaching(0), question([solution("s1")]), mode=mode)
+    assert marks(labels["s1"]) == "+++"
+    assert asked == []
+    assert figures["rollout_tokens"] == 0
+    assert [step.stopped_early for step in labels["s1"].steps] == [True, True, False]
+
+
+def test_another_policys_solutions_show_nothing_of_this_one() -> None:
+    labels, _, asked = run(reaching(0), question([solution("s1")], policy="gpt"), mode="all", num_rollouts=2)
+    assert marks(labels["s1"]) == "00+"
+    assert len(asked) == 2
+
+
+def test_a_right_sibling_shows_that_its_steps_are_right() -> None:
+    sibling = ["Look.", "The heart is small.", "the answer is (A)."]
+    row = question([solution("s1"), solution("s2", sibling, correct=False)])
+    labels, _, asked = run(reaching(0), row, mode="first_error", num_rollouts=2)
+    assert marks(labels["s2"]) == "+0."
+    assert [prompt for prompt, _, _ in asked] == [prefix_text(sibling, 1)]
+
+
+def test_a_continuation_that_succeeds_shows_that_the_steps_before_are_right() -> None:
+    row = question([solution("s1", [*TEXTS, "(A)."], correct=False)], [verdicts("s1", "+h", "+h", "+h", "-h", "+h")])
+    labels, _, asked = run(reaching(3), row, mode="verify", num_rollouts=4)
+    assert marks(labels["s1"]) == "+++0."
+    assert {prompt for prompt, _, _ in asked} == {prefix_text(TEXTS, 2), prefix_text(TEXTS, 3)}
+
+
+def test_verify_without_the_judges_word_and_where_it_is_refuted() -> None:
+    wrong = solution("s1", [*TEXTS, "(A)."], correct=False)
+    labels, _, asked = run(reaching(9), question([wrong]), mode="verify")
+    assert (marks(labels["s1"]), asked) == ("....0", [])
+    row = question([wrong], [verdicts("s1", "+h", "-h", "+h", "+h", "+h")])
+    assert marks(run(reaching(9), row, mode="verify")[0]["s1"]) == "++..0"
+    assert marks(run(reaching(0), row, mode="verify")[0]["s1"]) == "0...."
+
+
+def test_a_search_that_starts_at_the_judges_word_ends_there_where_it_is_right() -> None:
+    steps = [f"{text}{i}" for i in range(4) for text in TEXTS]
+    row = question([solution("s1", steps, correct=False)], [verdicts("s1", *["+h"] * 9, *["-h"] * 7)])
+    _, figures, _ = run(reaching(9), row, mode="first_error", search_from="judge", num_rollouts=2)
+    assert figures["prefixes_continued"] == 2
+    labels, figures, _ = run(reaching(4), row, mode="first_error", search_from="judge", num_rollouts=2)
+    assert marks(labels["s1"]) == "++++0..........."
+    assert figures["prefixes_continued"] == 1 + 3
+
+
+def test_all_counts_the_solutions_through_a_prefix_where_the_whole_ratio_is_asked_for() -> None:
+    other = ["Look.", "Air.", "the answer is (A)."]
+    row = question([solution("s1"), solution("s2", other, correct=False), solution("s3", other, correct=None)])
+    labels, _, asked = run(reaching(0), row, mode="all", num_rollouts=4, stop_early=False)
+    first = StepLabel(label=1, value=0.25, num_correct=1, num_rollouts=4, stopped_early=False)
+    assert labels["s1"].steps[0] == labels["s2"].steps[0] == first
+    assert labels["s2"].steps[1] == StepLabel(label=0, value=0.0, num_correct=0, num_rollouts=4, stopped_early=False)
+    assert labels["s2"].steps[2] == known_label(False, 0.0)
+    assert labels["s3"].steps[2].num_rollouts == 4  # no answer: its end is not known
+    assert {prompt.count("Step ") - 1: n for prompt, n, _ in asked if "heart" not in prompt} == {1: 2, 2: 3, 3: 4}
+    for alone in ({"count_solutions": False}, {"wrong_only": True}):
+        labels, _, _ = run(reaching(0), row, mode="all", num_rollouts=4, stop_early=False, **alone)
+        assert (labels["s2"].steps[0].value, labels["s2"].steps[0].num_rollouts) == (0.0, 4)
+    assert list(labels) == ["s2"]
+
+
+def test_a_cut_off_solution_has_no_known_end() -> None:
+    row = question([solution("s1", correct=True, finish="length")])
+    labels, _, asked = run(reaching(0), row, mode="all", num_rollouts=2)
+    assert marks(labels["s1"]) == "000"
+    assert len(asked) == 3
+
+
+def test_equal_prefixes_are_continued_once_and_draws_are_the_same_in_every_mode() -> None:
+    wrong = ["Look.", "Air.", "the answer is (A)."]
+    twice = question([solution("s1", wrong, correct=False), solution("s2", wrong, correct=False)])
+    labels, _, asked = run(reaching(0), twice, mode="all", num_rollouts=4, count_solutions=False, stop_early=False)
+    assert [n for _, n, _ in asked] == [4, 4]
+    assert labels["s1"].steps == labels["s2"].steps
+    _, _, stopped = run(reaching(0), twice, mode="all", num_rollouts=4, count_solutions=False)
+    seeds = {prompt: seed for prompt, _, seed in asked}
+    assert [(seed - seeds[prompt], n) for prompt, n, seed in stopped] == [(0, 2), (0, 2), (2, 2), (2, 2)]
+    assert all(seed % 4096 == 0 for seed in seeds.values())
+
+
+def test_uncertain_steps_alone_are_labelled() -> None:
+    wrong = [solution(s, ["Look.", s, "the answer is (A)."], correct=False) for s in ("s1", "s2")]
+    judged = [verdicts("s1", "+l", "+h", "+h"), verdicts("s2", "+l", "+h", "-l")]
+    labels, _, asked = run(reaching(1), question(wrong, judged), max_share=1.0)
+    assert {name: marks(label) for name, label in labels.items()} == {"s1": "+..", "s2": "+.0"}
+    assert [(prompt, n) for prompt, n, _ in asked] == [("Step 1: Look.\nStep 2:", 2)]
+    assert run(reaching(1), question(wrong, judged), max_share=0.0)[0].keys() == {"s2"}  # the known end is free
+    assert run(reaching(1), question(wrong))[0] == {}
+    assert run(reaching(1), question(wrong, judged, split="test"))[0] == {}
+
+
+def test_what_fails_is_not_wrong() -> None:
+    script = lambda prompt, seed: [RIGHT, " hm.", RIGHT + "~", WRONG][seed % 4]  # noqa: E731
+    row = question([solution("s1", correct=False)])
+    labels, figures, _ = run(script, row, mode="all", num_rollouts=4, stop_early=False, count_solutions=False)
+    half = StepLabel(label=1, value=0.5, num_correct=1, num_rollouts=2, stopped_early=False)
+    assert labels["s1"].steps[:2] == [half, half]
+    assert figures["failed_rollouts"] == 4
+    labels, _, _ = run(lambda *_: " hm.~", row, mode="all", num_rollouts=4, stop_early=False, count_solutions=False)
+    failed = StepLabel(num_correct=0, num_rollouts=0, reason="4 continuations: 4 cut off, 0 without an answer")
+    assert labels["s1"].steps == [failed, failed, known_label(False, 0.0)]
+    assert labels["s1"].error is None
+
+
+@pytest.mark.parametrize("mode", ["all", "first_error"])
+def test_a_fault_of_the_engine_is_an_error_and_no_label(mode: str) -> None:
+    def script(prompt: str, seed: int) -> str:
+        raise RowError("prompt_too_long", "9 tokens")
+
+    labels, _, _ = run(script, question([solution("s1", correct=False)]), mode=mode, count_solutions=False)
+    assert labels["s1"].error == "prompt_too_long: 9 tokens"
+    assert marks(labels["s1"]) == "..0"
 
 
 def test_a_continuation_without_an_answer_is_not_wrong() -> None:
-    samples = [
-        Completion(" so the answer is (B).", "stop", 0),
-        Completion(" so the answer is (A).", "stop", 1),
-        Completion(" so the answer is (B) and", "length", 2),
-        Completion(" nothing.", "stop", 3),
+    samples = [Completion(RIGHT, "stop", 0), Completion(WRONG, "stop", 1), Completion(RIGHT, "length", 2),
+               Completion(" nothing.", "stop", 3)]  # fmt: skip
+    assert outcomes("Step 1: x\nStep 2:", samples, QUESTION) == [True, False, None, None]
+
+
+@pytest.mark.parametrize("config", [{"mode": "first_error"}, {"mode": "verify"}, {"mode": "all"},
+                                    {"mode": "uncertain", "max_share": 1.0}])  # fmt: skip
+def test_no_gold_answer_in_a_prompt(config: dict[str, Any]) -> None:
+    gold = question(
+        [solution("s1", ["Look.", "Wide.", "Hm."], correct=False)], [verdicts("s1", "+l", "-l", "+l")],
+        answer="the secret", answer_type="open", options=[],
+    )  # fmt: skip
+    fake = FakeGenerator(lambda prompt, seed: "")
+    asyncio.run(Roller(MonteCarloConfig(**config), "m", "tiny", generator=fake).label(gold))
+    assert fake.requests
+    assert all("secret" not in prompt for prompt, _, _ in fake.requests)
+
+
+def test_settings_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValidationError, match=r"mode verify needs threshold 0, not 0\.25"):
+        MonteCarloConfig(mode="verify", threshold=0.25)
+    assert MonteCarloConfig().rollouts == 4
+    assert MonteCarloConfig(mode="all").rollouts == 16
+    assert MonteCarloConfig(mode="all", num_rollouts=8).rollouts == 8
+
+
+# Properties of whole questions
+
+
+def solutions_of(data: st.DataObject) -> list[dict[str, Any]]:
+    texts = data.draw(st.lists(st.lists(st.sampled_from(TEXTS), min_size=1, max_size=5), min_size=1, max_size=6))
+    ends = data.draw(st.lists(st.sampled_from([True, False, None]), min_size=len(texts), max_size=len(texts)))
+    return [
+        solution(f"s{i}", [*steps, f"So the answer is ({'B' if right else 'A'})."], right)
+        for i, (steps, right) in enumerate(zip(texts, ends, strict=True))
     ]
-    assert outcomes("Step 1: x\nStep 2:", samples, QUESTION) == [True, False]
 
 
-def test_labels() -> None:
-    quarter = [True, False, False, False]
-    label = StepLabel(label=1, value=0.25, num_correct=1, num_rollouts=4, stopped_early=False)
-    assert rollout_label(quarter, 0.0) == label
-    assert rollout_label(quarter, 0.25).label == 0
-    assert rollout_label([False, False], 0.0).label == 0
-    assert rollout_label([], 0.0) == StepLabel(num_correct=0, num_rollouts=0)
-    assert (known_label(True, 0.0).label, known_label(True, 0.0).value) == (1, 1.0)
-    assert (known_label(False, 0.0).label, known_label(False, 0.0).num_rollouts) == (0, 0)
+def chance(prompt: str, seed: int) -> str:
+    """Right, wrong, silent or cut off, by the prefix and the number of the continuation."""
+    return [RIGHT, WRONG, WRONG, WRONG, WRONG, " hm.", RIGHT + "~"][int(digest(prompt, seed % 4096), 16) % 7]
 
 
-def run(script: Script, row: dict[str, Any], **config: Any) -> tuple[list[Labels], FakeGenerator]:
-    fake = FakeGenerator(script)
-    actor = Roller(MonteCarloConfig(max_share=1.0, **config), "m", "tiny", generator=fake)
-    kind = pa.list_(pa.struct([("solution_id", pa.string()), ("step", pa.int64())]))
-    uncertain = pa.array([row.pop("uncertain")], kind)
-    batch = pa.Table.from_pylist([row]).append_column("uncertain", uncertain)
+def configs() -> Iterator[dict[str, Any]]:
+    for mode in ("all", "first_error", "verify", "uncertain"):
+        for stop_early in (True, False):
+            yield {"mode": mode, "stop_early": stop_early, "num_rollouts": 8, "max_share": 0.5}
+    yield {"mode": "first_error", "search_from": "judge", "num_rollouts": 8}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_nothing_depends_on_the_order_of_solutions_or_on_the_batch(data: st.DataObject) -> None:
+    solutions = solutions_of(data)
+    kinds = ["+h", "+l", "-h", "-l", "?h"]
+    judged = [
+        verdicts(s["solution_id"], *data.draw(st.lists(st.sampled_from(kinds), min_size=n, max_size=n)))
+        for s in solutions
+        if (n := len(s["steps"]))
+    ]
+    mixed, config = data.draw(st.permutations(solutions)), data.draw(st.sampled_from(list(configs())))
+    labels, figures, asked = run(chance, question(solutions, judged), **config)
+    again, same, other = run(chance, question(list(mixed), judged[::-1]), **config)
+    assert labels == again
+    assert figures == same
+    assert sorted(asked) == sorted(other)
+    ranges = [(prompt, seed + i) for prompt, n, seed in asked for i in range(n)]
+    assert len(set(ranges)) == len(ranges)  # no continuation of a prefix is drawn twice
+    drawn = {prompt: sum(n for p, n, _ in asked if p == prompt) for prompt, _, _ in asked}
+    assert all(n <= 8 for n in drawn.values())
+    for made in solutions:
+        steps = labels[made["solution_id"]].steps if made["solution_id"] in labels else []
+        for index, step in enumerate(steps):
+            if step.label is not None and step.num_rollouts and step.num_correct is not None:
+                assert step.value == step.num_correct / step.num_rollouts
+            if step.label == 0 and index < len(steps) - 1:  # decided by nothing less than all of its continuations
+                prefix = prefix_text(made["steps"], index)
+                assert config["mode"] == "all" or drawn[prefix] == 8
+            if step.label is None and step != StepLabel():
+                assert step.reason is not None
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_labels_of_the_search_are_those_of_all_steps_where_the_values_fall(data: st.DataObject) -> None:
+    """Where the chances only fall along a solution, first_error labels as VisualPRM would, + before, 0, nothing."""
+    reach = data.draw(st.integers(0, 6))
+    solutions = [s for s in solutions_of(data) if not s["correct"] or len(s["steps"]) <= reach]
+    row = question(solutions, policy="another")  # nothing but continuations
+    whole, plain, _ = run(reaching(reach), row, mode="all", num_rollouts=4, stop_early=False)
+    found, spent, _ = run(reaching(reach), row, mode="first_error", num_rollouts=4)
+    assert spent["rollout_tokens"] <= plain["rollout_tokens"]
+    for name, label in whole.items():
+        first = marks(label).partition("0")[0]
+        expected = first + ("0" if len(first) < len(label.steps) else "")
+        assert marks(found[name]).rstrip(".") == expected
+
+
+def test_the_actor_answers_batches_with_labels_and_figures() -> None:
+    fake = FakeGenerator(reaching(0))
+    actor = Roller(MonteCarloConfig(mode="all", num_rollouts=2), "m", "tiny", generator=fake)
+    rows = [question([solution("s1", correct=False)], judged=[]), question([], judged=[])]
+    batch = pa.Table.from_pylist([{**row, "question_id": f"q{i}"} for i, row in enumerate(rows)])
 
     async def work() -> list[pa.Table]:
         return [out async for out in actor(batch)]
 
     [table] = asyncio.run(work())
-    [out] = table.to_pylist()
-    assert out["question_id"] == "q1"
-    return [from_dict(Labels, label) for label in out["labels"]], fake
-
-
-def row(uncertain: list[tuple[str, int]] | None, **changes: Any) -> dict[str, Any]:
-    pairs = None if uncertain is None else [{"solution_id": s, "step": i} for s, i in uncertain]
-    solutions = [solution("s1"), solution("s2", correct=False), solution("s3")]
-    return {"question_id": "q1", **QUESTION, "solutions": solutions, "uncertain": pairs, **changes}
-
-
-def test_the_actor_labels_what_ran_and_nothing_else() -> None:
-    script = lambda prompt, seed: " so the answer is (B)." if seed % 4 < 3 else " hm."  # noqa: E731
-    labels, fake = run(script, row([("s1", 0), ("s2", 0), ("s2", 2)]))
-    assert [label.solution_id for label in labels] == ["s1", "s2"]
-    ran = StepLabel(label=1, value=1.0, num_correct=3, num_rollouts=3, stopped_early=False)
-    assert labels[0].steps == [ran, StepLabel(), StepLabel()]
-    assert labels[1].steps == [ran, StepLabel(), known_label(False, 0.0)]
-    assert {label.source for label in labels} == {"monte_carlo"}
-    assert labels[0].annotator.startswith("tiny@")
-    [(prompt, n, seed)] = fake.requests
-    assert prompt == "Question: What? (A) air (B) fluidStep 1: Look.\nStep 2:"
-    assert (n, seed % 4096) == (4, 0)
-
-
-def test_no_gold_answer_in_a_prompt() -> None:
-    gold = row([("s1", 0)], answer="the secret", answer_type="open", options=[])
-    _, fake = run(lambda prompt, seed: "", gold)
-    assert all("secret" not in prompt for prompt, _, _ in fake.requests)
-
-
-def test_nothing_uncertain_gives_an_empty_list() -> None:
-    assert run(lambda prompt, seed: "", row(None))[0] == []
-    assert run(lambda prompt, seed: "", row([]))[0] == []
-    assert run(lambda prompt, seed: "", row([("s1", 0)], split="test"))[0] == []
-
-
-def test_a_failed_continuation_is_an_error_and_no_label() -> None:
-    def script(prompt: str, seed: int) -> str:
-        if "heart" in prompt:
-            raise RowError("prompt_too_long", "9 tokens")
-        return " the answer is (A)."
-
-    labels, _ = run(script, row([("s1", 0), ("s2", 0), ("s2", 1), ("s3", 1)]))
-    assert [(label.solution_id, label.error) for label in labels] == [
-        ("s1", None),
-        ("s2", "prompt_too_long: 9 tokens"),
-        ("s3", "prompt_too_long: 9 tokens"),
-    ]
-    assert [step.label for step in labels[1].steps] == [0, None, None]
+    first, second = table.to_pylist()
+    [label] = [from_dict(Labels, label) for label in first["labels"]]
+    assert (label.source, label.question_id, marks(label)) == ("monte_carlo", "q0", "000")
+    assert label.annotator.startswith("tiny@")
+    assert (second["question_id"], second["labels"]) == ("q1", [])
+    assert (first["figures"]["rollouts"], second["figures"]["rollouts"]) == (2, 0)
 
 
 def test_documents_need_evidence(monkeypatch: pytest.MonkeyPatch) -> None:

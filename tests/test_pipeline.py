@@ -83,6 +83,10 @@ def test_report_holds_what_is_promised(report: dict[str, Any], tiny: Run) -> Non
     assert set(report["step"]["multimodal"]) >= {"auroc", "macro_f1", "ece"}
     assert "kappa" in report["agreement"]["judge_expert"]
     assert [s["name"] for s in report["steps"]] == [s.name for s in STEPS if s.name not in ("evaluate", "tree_search")]
+    dataset = json.loads((Path(tiny.root) / "dataset_report.json").read_text())
+    assert dataset["missing"] == []
+    assert dataset["steps"]["solutions"] == 48
+    assert [gate["passed"] for gate in dataset["gates"] if gate["name"] == "leakage"] == [True]
     page = (Path(tiny.root) / "report.html").read_text()
     assert "<svg" in page
     assert not re.search(r'(?:src|href)="https?://', page), "the page must be self-contained"

@@ -123,7 +123,7 @@ def test_pictures_are_scaled_to_be_seen() -> None:
 
 
 def test_a_run_without_scores_or_labels_has_a_page(tables: dict[str, Any]) -> None:
-    bare = evaluate(EvaluateConfig(), **{**tables, "scores": to_arrow(Scores, []), "labels": [], "review_queue": None})
+    bare = evaluate(EvaluateConfig(), **{**tables, "scores": to_arrow(Scores, []), "labels": [], "dataset": None})
     html = report.render(bare, open_picture)
     assert "step metrics need one" in html
     assert "No scored case to show" in html

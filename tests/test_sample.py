@@ -1,16 +1,29 @@
 """sample.py: the filter, the rounds, ids and seeds; with a scripted engine."""
 
 import asyncio
+import functools
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+import ray
+from PIL import Image
 
 from medmm_ray.config import digest
-from medmm_ray.engines.generator import request_seed
-from medmm_ray.records import Question, Solution, Solutions, from_dict, to_arrow
-from medmm_ray.sample import SampleConfig, Sampler, draws, fault, sample
-from tests.fake_generator import FakeGenerator, Script
+from medmm_ray.engines.generator import (
+    Completion,
+    GeneratorConfig,
+    Prompt,
+    Sampling,
+    end_process,
+    request_seed,
+)
+from medmm_ray.records import Count, Question, Solutions, Usage, from_dict, to_arrow
+from medmm_ray.sample import SampleConfig, Sampler, draws, sample, summary
+from medmm_ray.session import session
+from medmm_ray.tables import Origin, Table
+from tests.fake_generator import FakeGenerator, Script, text_of
 
 GOOD = "Step 1: Look.\nStep 2: See {}.\nStep 3: So the answer is (B)."
 CONFIG = SampleConfig(num_samples_train=4, num_samples_test=6, max_rounds=3, oversample=2.0)
@@ -32,9 +45,11 @@ def question(question_id: str = "q1", **changes: Any) -> Question:
     return Question(**{**values, **changes})
 
 
-def run(script: Script, questions: list[Question], config: SampleConfig = CONFIG) -> tuple[list[Solutions], Any]:
+def run(
+    script: Script, questions: list[Question], config: SampleConfig = CONFIG, images: pa.Table | None = None
+) -> tuple[list[Solutions], Any]:
     fake = FakeGenerator(script)
-    actor = Sampler(config, "m", "tiny", "c0", generator=fake)
+    actor = Sampler(config, "m", "tiny", "c0", images, generator=fake)
 
     async def work() -> list[pa.Table]:
         return [out async for out in actor(to_arrow(Question, questions))]
@@ -42,29 +57,6 @@ def run(script: Script, questions: list[Question], config: SampleConfig = CONFIG
     [table] = asyncio.run(work())
     assert table.schema == to_arrow(Solutions, []).schema
     return [from_dict(Solutions, row) for row in table.to_pylist()], fake
-
-
-def solution(**changes: Any) -> Solution:
-    values = {
-        "solution_id": "s1",
-        "index": 0,
-        "text": "t",
-        "steps": ["a", "b", "c"],
-        "answer": "A",
-        "correct": True,
-        "finish_reason": "stop",
-        "seed": 0,
-        "text_sha": "x",
-    }
-    return Solution(**{**values, **changes})
-
-
-def test_what_the_filter_refuses() -> None:
-    assert fault(solution(), 3, 9) is None
-    assert fault(solution(finish_reason="length"), 3, 9) == "cut_off"
-    assert fault(solution(steps=["a", "b"]), 3, 9) == "num_steps"
-    assert fault(solution(steps=["a"] * 10), 3, 9) == "num_steps"
-    assert fault(solution(answer=None), 3, 9) == "no_answer"
 
 
 def test_how_much_a_round_draws() -> None:
@@ -84,7 +76,7 @@ def test_a_question_gets_what_its_split_asks() -> None:
     assert (first.seed, first.index, first.answer, first.correct) == (base + 1, 1, "B", True)
     assert first.solution_id == "s" + digest("q1", "tiny", "c0", 1)
     assert first.text_sha == digest(first.text)
-    assert (rows[0].policy, rows[0].config_hash, rows[0].num_rejected) == ("tiny", "c0", 0)
+    assert (rows[0].policy, rows[0].config_hash, rows[0].num_drawn, rows[0].rejected) == ("tiny", "c0", 4, [])
 
 
 def test_refused_samples_are_drawn_again_with_further_seeds() -> None:
@@ -95,22 +87,46 @@ def test_refused_samples_are_drawn_again_with_further_seeds() -> None:
     [row], fake = run(script, [question()])
     assert [(n, seed - base) for _, n, seed in fake.requests] == [(4, 0), (6, 4)]
     assert [s.index for s in row.solutions] == [1, 4, 6, 9]
-    assert row.num_rejected == 6
-    assert row.error is None
+    assert (row.num_drawn, row.num_missing, row.error) == (10, 0, None)
+    assert row.rejected == [Count(kind="cut_off", count=6)]
 
 
 def test_surplus_is_not_rejected() -> None:
     base = request_seed("q1", "c0", 0)
     [row], _ = run(lambda prompt, seed: GOOD.format(seed) if seed > base else "no", [question()])
     assert [s.index for s in row.solutions] == [1, 2, 3, 4]
-    assert row.num_rejected == 1
+    assert (row.num_drawn, row.rejected) == (6, [Count(kind="num_steps", count=1)])
 
 
 def test_a_question_that_cannot_be_filled_keeps_what_it_has() -> None:
     base = request_seed("q1", "c0", 0)
     [row], fake = run(lambda prompt, seed: GOOD.format(seed) if seed == base else "no", [question()])
     assert [n for _, n, _ in fake.requests] == [4, 6, 6]
-    assert (row.num_requested, len(row.solutions), row.num_rejected, row.error) == (4, 1, 15, None)
+    assert (row.num_requested, len(row.solutions), row.num_missing, row.num_drawn) == (4, 1, 3, 16)
+    assert (row.rejected, row.error) == ([Count(kind="num_steps", count=15)], None)
+
+
+def test_why_samples_were_refused_is_counted() -> None:
+    base = request_seed("q1", "c0", 0)
+    texts = ["", "cut~", GOOD.format("it").replace("Step 3", "Step 2"), GOOD.format("air " * 20), "Step 1: a", GOOD]
+    [row], _ = run(lambda prompt, seed: texts[min(seed - base, 5)], [question()])
+    kinds = ["cut_off", "empty", "num_steps", "repetition", "step_numbers"]
+    assert row.rejected == [Count(kind=kind, count=1) for kind in kinds]
+    assert (row.num_drawn, len(row.solutions)) == (12, 4)
+
+
+def test_tokens_are_counted_and_what_the_cache_could_give() -> None:
+    """The fake cache has blocks of 8; the second request of the question computes the prompt again."""
+    base = request_seed("q1", "c0", 0)
+    [row], _ = run(lambda prompt, seed: GOOD.format(seed) if seed > base else "no", [question()])
+    length = len("Question: What is q1? (A) air (B) fluid")
+    used = Usage(
+        prompt_tokens=6 * length,
+        cacheable_tokens=5 * (length // 8 * 8),
+        output_tokens=2 + 5 * len(GOOD.format(base + 1)),
+    )
+    assert row.usage == used
+    assert row.usage.cached_tokens == 4 * (length // 8 * 8)
 
 
 def test_a_question_can_be_filled_up_with_what_was_refused() -> None:
@@ -124,7 +140,8 @@ def test_a_question_can_be_filled_up_with_what_was_refused() -> None:
         (3, "length", None),
         (4, "length", None),
     ]
-    assert (row.num_rejected, row.solutions[1].correct) == (12, None)
+    assert row.rejected == [Count(kind=kind, count=n) for kind, n in (("cut_off", 10), ("empty", 1), ("num_steps", 1))]
+    assert (row.num_missing, row.solutions[1].correct) == (0, None)
 
 
 def test_the_batch_does_not_matter() -> None:
@@ -152,6 +169,103 @@ def test_a_fault_of_the_engine_is_the_rows() -> None:
     assert row.solutions == []
 
 
+def test_the_policy_sees_the_first_images_of_a_question(tmp_path: Path) -> None:
+    for name, colour in (("im1", "red"), ("im2", "blue")):
+        Image.new("RGB", (4, 3), colour).save(tmp_path / f"{name}.png")
+    seen: list[Prompt] = []
+
+    class Looking(FakeGenerator):
+        async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:
+            seen.append(prompt)
+            return await super().generate(prompt, n, seed, how)
+
+    images = pa.table({"image_id": ["im2", "im1"], "uri": [str(tmp_path / f"{i}.png") for i in ("im2", "im1")]})
+    asked = question(image_ids=["im1", "im2", "im3"])
+    for number, colours in ((0, []), (2, [(255, 0, 0), (0, 0, 255)])):
+        config = CONFIG.model_copy(update={"num_images": number})
+        actor = Sampler(config, "m", "tiny", "c0", images, generator=Looking(lambda prompt, seed: GOOD))
+        asyncio.run(actor.solve(to_arrow(Question, [asked]).to_pylist()[0]))
+        assert [image.getpixel((1, 1)) for image in seen[-1].images] == colours
+        assert seen[-1].messages[-1]["content"] == "Question: What is q1? (A) air (B) fluid"
+
+
+def test_an_image_that_cannot_be_read_is_the_rows_error(tmp_path: Path) -> None:
+    (tmp_path / "im1.png").write_bytes(b"no picture")
+    images = pa.table({"image_id": ["im1"], "uri": [str(tmp_path / "im1.png")]})
+    config = CONFIG.model_copy(update={"num_images": 1})
+    [row], fake = run(lambda prompt, seed: GOOD, [question()], config, images)
+    assert row.error is not None
+    assert row.error.startswith(f"image_corrupt: {tmp_path}/im1.png is not a readable image")
+    assert (row.solutions, row.num_missing, fake.requests) == ([], 4, [])
+
+
+@pytest.mark.parametrize("answer_type", ["open", "choice"])
+def test_a_question_without_options_and_one_with_too_many(answer_type: str) -> None:
+    options = [] if answer_type == "open" else [f"finding {i}" for i in range(8)]
+    answer = "fluid" if answer_type == "open" else "G"
+    text = f"Step 1: Look.\nStep 2: See.\nStep 3: So the answer is {answer}."
+    [row], fake = run(lambda prompt, seed: text, [question(options=options, answer=answer, answer_type=answer_type)])
+    assert [(s.answer, s.correct) for s in row.solutions] == [(answer, True)] * 4
+    assert fake.requests[0][0].endswith("What is q1?" if answer_type == "open" else "(G) finding 6 (H) finding 7")
+
+
+def test_a_solution_of_a_hundred_thousand_words_is_one_row_like_another() -> None:
+    long = "Step 1: " + " ".join(f"w{i}" for i in range(100_000)) + "\nStep 2: b\nStep 3: the answer is (B)."
+    [row], _ = run(lambda prompt, seed: long, [question()], SampleConfig(num_samples_train=1))
+    assert (len(row.solutions[0].text), row.solutions[0].answer, row.num_drawn) == (len(long), "B", 1)
+
+
+def test_the_figures_of_a_table(tmp_path: Path) -> None:
+    base = request_seed("q1", "c0", 0)
+    rows, _ = run(
+        lambda prompt, seed: GOOD.format(seed) if seed == base or "q2" in prompt else "no",
+        [question(), question("q2"), question("q3", error="image_corrupt: x")],
+    )
+    table = Table(str(tmp_path / "solutions"), Solutions)
+    table.prepare()
+    table.write_part(to_arrow(Solutions, rows), "question_id")
+    origin = Origin(name="solutions", fingerprint="f", config={}, upstream={})
+    manifest = table.finish(origin, "question_id", ["q1", "q2", "q3"], 0.0, figures=summary)
+    assert manifest.figures.pop("cache_hit_rate") == pytest.approx((15 + 3 - 2) / (15 + 3))  # three requests of q1
+    assert manifest.figures == {
+        "requested": 12, "missing": 7, "drawn": 20, "unfilled_questions": 1, "rejected_num_steps": 15,
+        "prompt_tokens": 20 * 39, "output_tokens": 15 * 2 + sum(len(s.text) for row in rows for s in row.solutions),
+    }  # fmt: skip
+
+
+@pytest.mark.engine
+def test_an_engine_that_dies_is_started_again_and_draws_the_same(tmp_path: Path) -> None:
+    questions = to_arrow(Question, [question(f"q{i}") for i in range(12)])
+
+    def rows(generator: Any) -> list[dict[str, Any]]:
+        config = CONFIG.model_copy(update={"num_actors": 1, "batch_size": 2, "max_concurrency": 2})
+        ds = ray.data.from_arrow(questions)
+        made = sample(ds, config, model="m", policy="tiny", config_hash="c0", generator=generator).take_all()
+        return sorted(made, key=lambda row: str(row["question_id"]))
+
+    with session():
+        whole = rows(functools.partial(Dying, died=None))
+        assert [row["question_id"] for row in whole] == sorted(f"q{i}" for i in range(12))
+        assert rows(functools.partial(Dying, died=tmp_path / "died")) == whole
+    assert (tmp_path / "died").read_text() == "q5"
+
+
+class Dying(FakeGenerator):
+    """Ends its process at question q5, once."""
+
+    def __init__(self, model: str, config: GeneratorConfig, died: Path | None) -> None:
+        super().__init__(lambda prompt, seed: GOOD.format(f"{prompt[-5:]}{seed}") if seed % 3 else "no")
+        self.died = died
+
+    async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:
+        if self.died and "q5" in text_of(prompt) and not self.died.exists():
+            self.died.write_text("q5")
+            end_process()
+        return await super().generate(prompt, n, seed, how)
+
+
 def test_documents_need_evidence() -> None:
     with pytest.raises(ValueError, match="num_documents=2 needs the table evidence"):
         sample(None, SampleConfig(num_documents=2), model="m", policy="p", config_hash="c")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="num_images=2 needs the table images"):
+        sample(None, SampleConfig(num_images=2), model="m", policy="p", config_hash="c")  # type: ignore[arg-type]

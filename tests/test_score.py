@@ -88,9 +88,7 @@ def solutions(name: str, steps: dict[str, list[str]] | None = None, error: str |
                  finish_reason="stop", seed=0, text_sha="")
         for n, (i, s) in enumerate((STEPS if steps is None else steps).items())
     ]  # fmt: skip
-    return Solutions(
-        question_id=name, policy="p", config_hash="c", num_requested=2, num_rejected=0, solutions=made, error=error
-    )
+    return Solutions(question_id=name, policy="p", config_hash="c", num_requested=2, solutions=made, error=error)
 
 
 def joined(questions: list[Question], images: list[Image], found: list[Evidence], sampled: list[Solutions]) -> pa.Table:

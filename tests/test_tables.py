@@ -89,7 +89,7 @@ def test_error_rate_above_the_limit_fails_with_counts_and_keeps_all_rows(tmp_pat
 def label_groups(*groups: tuple[str, int]) -> pa.Table:
     def label(question: str, i: int) -> dict[str, Any]:
         return {"question_id": question, "solution_id": f"{question}{i}", "source": "judge", "annotator": "m",
-                "steps": [{"label": 1}], "cost": 0.0, "error": None}  # fmt: skip
+                "steps": [{"label": 1}], "cost": 0.0, "saw_answer": False, "error": None}  # fmt: skip
 
     rows = [{"question_id": q, "labels": [label(q, i) for i in range(n)]} for q, n in groups]
     schema = pa.schema([("question_id", pa.string()), ("labels", pa.list_(pa.struct(list(Table("x", Labels).schema))))])
@@ -104,6 +104,16 @@ def test_exploded_rows_keep_their_question_as_the_unit_of_resuming(uri: str) -> 
     assert table.done_ids() == {"p", "q", "r"}
     assert table.finish(ORIGIN, "question_id", "pqr", seconds=0).rows == 2
     assert sorted(table.to_arrow()["solution_id"].to_pylist()) == ["p0", "p1"]
+
+
+def test_figures_of_rows_become_the_manifests_sums_whatever_was_written_twice(uri: str) -> None:
+    table = Table(uri, Labels)
+    table.prepare()
+    for groups, took in (((("p", 1), ("q", 2)), [3, 0]), ((("q", 2), ("r", 0)), [0, 4])):
+        figures = pa.array([{"tokens": n, "failed": 0} for n in took])
+        table.write_part(label_groups(*groups).append_column("figures", figures), "question_id", explode="labels")
+    manifest = table.finish(ORIGIN, "question_id", "pqr", seconds=0)
+    assert (manifest.rows, manifest.figures) == (3, {"tokens": 7, "failed": 0})
 
 
 def test_rows_that_do_not_fit_the_record_are_refused(tmp_path: Path) -> None:

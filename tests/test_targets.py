@@ -3,7 +3,7 @@
 import pytest
 
 from medmm_ray.records import Labels, StepLabel
-from medmm_ray.targets import Target, labels_by_solution, targets
+from medmm_ray.targets import Target, accuracy_of, labels_by_solution, targets
 from medmm_ray.train.labelled import labelled_solutions
 
 RIGHT, WRONG = StepLabel(label=1, confidence="high"), StepLabel(label=0, confidence="low")
@@ -80,10 +80,57 @@ def test_consensus_without_an_error_is_all_right() -> None:
     assert targets("consensus", labels, 2) == [1.0, 1.0]
 
 
-def test_consensus_is_refused_where_monte_carlo_ran_on_some_steps_only() -> None:
+def test_consensus_is_refused_where_monte_carlo_did_not_run_up_to_the_judges_first_error() -> None:
     labels = [row("judge", RIGHT, WRONG), row("monte_carlo", rolled(0.5), NOBODY)]
-    with pytest.raises(ValueError, match="solution s1 has it on 1 of 2"):
+    with pytest.raises(ValueError, match=r"solution s1 has it on 1 of 2\. Run monte_carlo with mode=verify"):
         targets("consensus", labels, 2)
+
+
+YES, NO = StepLabel(label=1, stopped_early=True), StepLabel(label=0, value=0.0, num_correct=0, num_rollouts=16)
+FAILED = StepLabel(num_correct=0, num_rollouts=0, reason="16 continuations: 16 cut off, 0 without an answer")
+
+
+@pytest.mark.parametrize(
+    ("searched", "expected"),
+    [
+        ([YES, NO, NOBODY, NOBODY], [1.0, 0.0, 0.0, 0.0]),
+        ([NO, NOBODY, NOBODY, NOBODY], [None] * 4),  # the first error is earlier
+        ([YES, YES, YES, NO], [None] * 4),  # it is later
+        ([NOBODY, YES, NOBODY, NO], [None] * 4),  # it is not the judge's, wherever it is
+        ([YES, FAILED, NOBODY, NO], [None] * 4),  # nobody knows
+    ],
+)
+def test_consensus_needs_no_more_than_the_search_for_the_first_error(
+    searched: list[StepLabel], expected: list[Target]
+) -> None:
+    assert targets("consensus", [JUDGE, row("monte_carlo", *searched)], 4) == expected
+
+
+def test_advantage_is_the_sign_of_each_steps_gain_and_no_gain_is_not_trained_on() -> None:
+    labels = [row("monte_carlo", *map(rolled, (0.5, 0.75, 0.75, 0.0, 0.0, 0.25)))]
+    gains = [None, 1.0, None, 0.0, None, 1.0]
+    assert targets("advantage", labels, 6, "keep") == gains
+    assert targets("advantage", labels, 6, "keep", accuracy=0.75) == [0.0, *gains[1:]]
+    assert targets("advantage", labels, 6, "keep", accuracy=0.5) == [None, *gains[1:]]
+    gap = [row("monte_carlo", rolled(0.5), NOBODY, rolled(0.0))]
+    assert targets("advantage", gap, 3, "keep", accuracy=0.25) == [1.0, None, None]
+    with pytest.raises(ValueError, match="'advantage' needs after_first_error='keep', not 'collapse'"):
+        targets("advantage", labels, 6)
+
+
+@pytest.mark.parametrize("policy", ["soft", "advantage"])
+def test_ratios_of_draws_that_stopped_early_are_refused(policy: str) -> None:
+    early = StepLabel(label=1, value=1.0, num_correct=1, num_rollouts=1, stopped_early=True)
+    with pytest.raises(
+        ValueError, match=f"'{policy}' needs whole ratios, .* of solution s1 stopped early: .* reads .46"
+    ):
+        targets(policy, [row("monte_carlo", rolled(0.5), early)], 2, "keep")
+    assert targets("hybrid", [row("monte_carlo", rolled(0.5), early)], 2) == [1.0, 1.0]
+
+
+def test_the_accuracy_of_a_question_is_that_of_its_answers() -> None:
+    assert accuracy_of([{"correct": c} for c in (True, None, False, True, True)]) == 0.75
+    assert accuracy_of([{"correct": None}]) is None
 
 
 def test_consensus_says_nothing_where_the_judge_did_not_judge_all() -> None:

@@ -47,8 +47,11 @@ def picture(seed: int, width: int = 40, height: int = 32) -> Image.Image:
     return Image.fromarray(pixels.numpy())
 
 
-def save_llava(folder: Path, tower: str = "clip", context: int = 4096) -> Path:
-    """With CLIP in the files of older checkpoints, with SigLIP in those that transformers writes now."""
+def save_llava(folder: Path, tower: str = "clip", context: int = 4096, **text: Any) -> Path:
+    """With CLIP in the files of older checkpoints, with SigLIP in those that transformers writes now.
+
+    `text` are changes to the language model's shape.
+    """
     tok = tiny.tokenizer(tag=False)
     tok.add_tokens(["<image>"], special_tokens=True)
     tok.chat_template = TEMPLATE.replace("IMAGE", "<image>")
@@ -56,7 +59,7 @@ def save_llava(folder: Path, tower: str = "clip", context: int = 4096) -> Path:
     kind = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}[tower]
     config = LlavaConfig(
         vision_config=kind(image_size=16, patch_size=8, **EYES),
-        text_config=LlamaConfig(vocab_size=len(tok) + 8, max_position_embeddings=context, **TEXT),
+        text_config=LlamaConfig(vocab_size=len(tok) + 8, max_position_embeddings=context, **{**TEXT, **text}),
         image_token_index=ids_of(tok, "<image>")[0],
         image_seq_length=4,
         vision_feature_select_strategy="default" if tower == "clip" else "full",

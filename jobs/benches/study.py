@@ -193,8 +193,7 @@ def _solutions(
             )  # fmt: skip
         rows.append(
             records.Solutions(
-                question_id=question.question_id, policy=POLICY, config_hash="", num_requested=len(own),
-                num_rejected=0, solutions=own,
+                question_id=question.question_id, policy=POLICY, config_hash="", num_requested=len(own), solutions=own,
             )
         )  # fmt: skip
     return records.to_arrow(records.Solutions, rows), records.to_arrow(records.Labels, labels)

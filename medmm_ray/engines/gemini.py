@@ -1,162 +1,128 @@
-"""Gemini by google-generativeai: one multi-turn request with texts and images in, its text and token counts out.
+"""Gemini by google-generativeai: one attempt at one request, texts and pictures in, its text and token counts out.
 
-The client library is imported in the constructor; the key comes from ``GEMINI_API_KEY``. Requests run in threads, at
-most `in_flight` at a time (the library's REST transport is synchronous). Faults of the moment (408, 429, 5xx, cut
-connections, time-outs) are tried again with growing, jittered pauses; a key that is refused or a model that does not
-exist ends the job; any other refused request is that row's error.
+The package is imported in the constructor; the key comes from an environment variable. Its REST transport is
+synchronous, so that requests run in threads, at most `in_flight` at a time; its own retries are off.
 """
 
 import asyncio
 import os
-import random
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
-from medmm_ray.config import ConfigError
-from medmm_ray.tables import RowError
+from medmm_ray.engines.endpoint import Choice, EndpointError, Picture, Reply, Request, RetryableError, fault_of
 
-KEY_VARIABLE = "GEMINI_API_KEY"
-LONGEST_PAUSE_S = 60.0
-REFUSED = ("SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII")
-
-Turn = tuple[str, Sequence[Any]]  # a role, user or model, and its texts and PIL images
+REFUSED = ("SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "IMAGE_SAFETY", "LANGUAGE")
 
 
-class GeminiError(ConfigError):
-    """No request can succeed (key, model, missing package); the message says what to do."""
-
-
-@dataclass(frozen=True)
-class Price:
-    """US dollars per million tokens; `cached` is the rate of prompt tokens that the provider had cached."""
-
-    read: float
-    cached: float
-    written: float
-
-
-# List prices for prompts up to 200k tokens, as known in August 2025; `JudgeConfig.price_*` overrides them.
-PRICES = {
-    "gemini-2.0-flash": Price(0.10, 0.025, 0.40),
-    "gemini-2.5-flash-lite": Price(0.10, 0.025, 0.40),
-    "gemini-2.5-flash": Price(0.30, 0.075, 2.50),
-    "gemini-2.5-pro": Price(1.25, 0.31, 10.00),
-}
-TOKENS_AN_IMAGE = 258  # one tile; larger pictures are cut into several
-
-
-@dataclass(frozen=True)
-class Reply:
-    """An answer. `read` counts prompt tokens with the cached ones, `written` all generated ones."""
-
-    text: str
-    read: int
-    cached: int
-    written: int
-    attempts: int
-
-    def cost(self, price: Price) -> float:
-        """US dollars."""
-        fresh = self.read - self.cached
-        return (fresh * price.read + self.cached * price.cached + self.written * price.written) / 1e6
-
-
-class Gemini:
-    """A client of one model under one system instruction."""
+class GeminiEndpoint:
+    """One model; `address` is another one of the API, e.g. a proxy."""
 
     def __init__(
-        self, model: str, system: str, *, endpoint: str | None = None, in_flight: int = 16, timeout_s: float = 120.0,
-        max_attempts: int = 6, pause_s: float = 1.0,
+        self, model: str, *, address: str | None = None, key_variable: str = "GEMINI_API_KEY",
+        timeout_s: float = 120.0, in_flight: int = 16,
     ) -> None:  # fmt: skip
-        key = os.environ.get(KEY_VARIABLE)
+        key = os.environ.get(key_variable)
         if not key:
-            raise GeminiError(f"the judge needs a Gemini key in the environment variable {KEY_VARIABLE}; it is not set")
+            raise EndpointError(f"{model} needs a Gemini key in the environment variable {key_variable}; it is not set")
         try:
             import google.generativeai as client
         except ImportError as error:
-            raise GeminiError("the package google-generativeai is missing; pip install 'medmm-ray[gemini]'") from error
-        client.configure(api_key=key, transport="rest", client_options={"api_endpoint": endpoint} if endpoint else None)
-        self.model = model
-        self._client = client.GenerativeModel(model, system_instruction=system)
-        self._timeout_s, self._max_attempts, self._pause_s = timeout_s, max_attempts, pause_s
+            raise EndpointError(
+                "the package google-generativeai is missing; pip install 'medmm-ray[gemini]'"
+            ) from error
+        client.configure(api_key=key, transport="rest", client_options={"api_endpoint": address} if address else None)
+        self.identity = f"gemini:{model}"
+        self._library, self._model, self._timeout_s, self._key_variable = client, model, timeout_s, key_variable
+        self._models: dict[str, Any] = {}
         self._threads = ThreadPoolExecutor(in_flight, thread_name_prefix="gemini")
 
-    async def ask(self, turns: Sequence[Turn], *, schema: Any = None, max_tokens: int = 4096) -> Reply:
-        """The model's answer to `turns` (role user or model, texts and images), greedy; JSON where a schema is given.
+    async def send(self, request: Request) -> Reply:
+        """One attempt; the faults of `endpoint`."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._send, request)
 
-        Raises `RowError` of kind judge_refused (safety block), judge_request (a request it does not take) or
-        judge_unavailable (all attempts failed), and `GeminiError` where every further request would fail too.
-        """
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self._ask, turns, schema, max_tokens)
-
-    def _ask(self, turns: Sequence[Turn], schema: Any, max_tokens: int) -> Reply:
+    def _send(self, request: Request) -> Reply:
         from google.api_core import exceptions
         from google.protobuf.json_format import ParseError  # type: ignore[import-untyped]
-        from requests import RequestException
+        from requests import RequestException, Timeout
 
-        how: dict[str, Any] = {"temperature": 0.0, "max_output_tokens": max_tokens}
-        if schema is not None:
-            how |= {"response_mime_type": "application/json", "response_schema": schema}
-        contents = [{"role": role, "parts": list(parts)} for role, parts in turns]
-        for attempt in range(1, self._max_attempts + 1):
-            asked_for = None
-            try:
-                # The library's own retry is off: it would hide attempts from us and knows no Retry-After.
-                response = self._client.generate_content(
-                    contents, generation_config=how, request_options={"timeout": self._timeout_s, "retry": None}
-                )
-                return self._reply(response, attempt)
-            except exceptions.GoogleAPICallError as error:
-                self._raise_if_final(error)
-                fault, asked_for = f"{error.code}: {said(error)}", retry_after(error.response)
-            except (RequestException, ParseError) as error:
-                fault = f"{type(error).__name__}: {error}"
-            if attempt < self._max_attempts:
-                time.sleep(pause(attempt, self._pause_s, random.random(), asked_for))
-        raise RowError("judge_unavailable", f"{self.model} failed {self._max_attempts} times, last: {fault[:200]}")
+        contents = [{"role": turn.role, "parts": [_part(part) for part in turn.parts]} for turn in request.turns]
+        try:
+            response = self._under(request.system).generate_content(
+                contents,
+                generation_config=_how(request),
+                request_options={"timeout": self._timeout_s, "retry": None},
+            )
+        except exceptions.GoogleAPICallError as error:
+            retry_after = error.response.headers.get("Retry-After") if error.response is not None else None
+            check = f"{self._key_variable} and the model's name"
+            raise fault_of(self._model, int(error.code or 500), said(error), retry_after, check) from None
+        except Timeout:
+            raise RetryableError(f"no answer within {self._timeout_s:g} s", maybe_paid=True) from None
+        except (RequestException, ParseError) as error:
+            raise RetryableError(f"{type(error).__name__}: {error}"[:200], maybe_paid=True) from None
+        return self._reply(response)
 
-    def _raise_if_final(self, error: Any) -> None:
-        code = int(error.code or 500)
-        if code in (401, 403, 404) or (code == 400 and "api key" in said(error).lower()):
-            raise GeminiError(f"{self.model} answered {code}: {said(error)}; check {KEY_VARIABLE} and judge.model")
-        if 400 <= code < 500 and code not in (408, 429):
-            raise RowError("judge_request", f"{self.model} answered {code}: {said(error)[:200]}")
+    def _under(self, system: str) -> Any:
+        """The library's client for a system instruction."""
+        if system not in self._models:
+            self._models[system] = self._library.GenerativeModel(self._model, system_instruction=system or None)
+        return self._models[system]
 
-    def _reply(self, response: Any, attempts: int) -> Reply:
-        if not response.candidates:
-            reason = response.prompt_feedback.block_reason.name
-            raise RowError("judge_refused", f"{self.model} blocked the prompt ({reason})")
-        first = response.candidates[0]
-        if first.finish_reason.name in REFUSED:
-            raise RowError("judge_refused", f"{self.model} did not answer ({first.finish_reason.name})")
+    def _reply(self, response: Any) -> Reply:
         used = response.usage_metadata
+        refusal = None
+        if not response.candidates:
+            if not response.prompt_feedback.block_reason:
+                raise RetryableError("an answer without content", maybe_paid=True)
+            refusal = f"{self._model} blocked the prompt ({response.prompt_feedback.block_reason.name})"
+        for candidate in response.candidates:
+            if candidate.finish_reason.name in REFUSED:
+                refusal = f"{self._model} did not answer ({candidate.finish_reason.name})"
         return Reply(
-            text="".join(part.text for part in first.content.parts),
+            choices=tuple(_choice(candidate) for candidate in response.candidates),
             read=used.prompt_token_count,
             cached=used.cached_content_token_count,
             # Thinking models bill their thoughts as output: total less prompt.
             written=max(used.candidates_token_count, used.total_token_count - used.prompt_token_count),
-            attempts=attempts,
+            refusal=refusal,
         )
+
+
+def _part(part: str | Picture) -> str | dict[str, Any]:
+    return part if isinstance(part, str) else {"mime_type": "image/png", "data": part.png}
+
+
+def _choice(candidate: Any) -> Choice:
+    text = "".join(part.text for part in candidate.content.parts)
+    return Choice(text, "length" if candidate.finish_reason.name == "MAX_TOKENS" else "stop")
+
+
+def _how(request: Request) -> dict[str, Any]:
+    how: dict[str, Any] = {"max_output_tokens": request.max_tokens, "candidate_count": request.n}
+    if request.temperature is not None:
+        how |= {"temperature": request.temperature, "top_p": request.top_p}
+    if request.schema is not None:
+        how |= {"response_mime_type": "application/json", "response_schema": gemini_schema(request.schema)}
+    return how
+
+
+_KEPT = ("type", "enum", "required", "description", "minItems", "maxItems")
+
+
+def gemini_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON schema in the subset, and the spelling, that this API takes."""
+    names = {"minItems": "min_items", "maxItems": "max_items"}
+    made = {names.get(name, name): value for name, value in schema.items() if name in _KEPT}
+    made["type"] = str(schema["type"]).upper()
+    if "items" in schema:
+        made["items"] = gemini_schema(schema["items"])
+    if "properties" in schema:
+        made["properties"] = {name: gemini_schema(inner) for name, inner in schema["properties"].items()}
+    return made
 
 
 def said(error: Any) -> str:
     """The server's own words: the library puts ``POST address: `` before them."""
-    message = str(error.message)
-    return message.partition(": ")[2] if message.startswith("POST ") else message
-
-
-def retry_after(response: Any) -> float | None:
-    """Seconds that the server asks to wait for (a ``Retry-After`` header in seconds), if it does."""
-    value: str = response.headers.get("Retry-After", "") if response is not None else ""
-    return float(value) if value.isdigit() else None
-
-
-def pause(attempt: int, first_s: float, chance: float, asked_for: float | None) -> float:
-    """Seconds before the next attempt: doubling, spread by `chance` in [0, 1), never less than the server asks."""
-    grown = min(LONGEST_PAUSE_S, first_s * 2.0 ** (attempt - 1)) * (0.5 + chance)
-    return max(grown, asked_for or 0.0)
+    words = str(error.message)
+    return words.partition(": ")[2] if words.startswith("POST ") else words

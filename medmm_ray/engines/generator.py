@@ -1,24 +1,29 @@
 """Text generation by vLLM: one engine in the actor that asks, its prefix cache shared by all samples of a question.
 
-Enters: chat messages or prompt token ids, how many samples, a seed. Leaves: `Completion`s. The engine (and torch,
-transformers) is imported in the constructor. Sample i of a request is drawn with ``seed + i`` and, on a CPU, is the
-same whatever else is in the batch; a GPU in bfloat16 gives no such promise.
+Enters: a chat with its images, how many samples, a seed. Leaves: `Completion`s. The engine (and torch, transformers) is
+imported in the constructor. Sample i of a request is drawn with ``seed + i`` and, on a CPU, is the same whatever else
+is in the batch; a GPU gives that promise with `batch_invariant` alone.
 """
 
+import asyncio
 import itertools
+import json
 import logging
 import os
-import subprocess
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from medmm_ray.config import Config, ConfigError, digest, execution
+from medmm_ray.engines.chat import Chat
+from medmm_ray.engines.chat import Prompt as Prompt
 from medmm_ray.engines.checkpoints import resolve
-from medmm_ray.prompts import Message, policy_messages
+from medmm_ray.engines.memory import check_gpu_memory, check_memory, free_gpu_memory, free_memory, weight_bytes
+from medmm_ray.prompts import policy_messages
 from medmm_ray.tables import RowError
 from medmm_ray.text import question_with_options
 
@@ -27,10 +32,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-GIB = 1 << 30
-ENGINE_GIB = 1.5  # what vLLM's processes take besides weights and cache; measured 1.2-1.4 on a CPU
 CPU_BLOCK_TOKENS = 32  # only full blocks are shared: the CPU default of 128 gives a 120-token prompt no cache hit
 MAX_DRAWS = 4096  # a question's seed has its lowest 12 bits cleared, for its samples
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM may reserve room for
+IMAGE_CACHE_GIB = 0.25  # of processed images, in the engine and before it: more than the questions in flight need
 
 
 class GeneratorError(ConfigError):
@@ -44,6 +49,14 @@ class GeneratorConfig(Config):
     """Number format of weights and activations: bfloat16, float16 or float32."""
     max_model_len: int = Field(4096, ge=16)
     """Longest prompt and completion together, tokens."""
+    lora: str | None = None
+    """A LoRA adapter (peft) on the model: any name that a model may have; null: none."""
+    num_images: int = Field(0, ge=0)
+    """Images of a question that the policy sees, its first ones; 0: text only."""
+    batch_invariant: bool = False
+    """On GPUs (compute capability >= 9.0), kernels whose results do not depend on the batch; slower."""
+    vllm: dict[str, Any] = Field({})
+    """Further arguments of vLLM's engine, e.g. {quantization: fp8}."""
     num_actors: int = execution(1)
     """Most engines at a time; the pool grows to this as machines come."""
     num_gpus: float = execution(0.0)
@@ -67,6 +80,15 @@ class GeneratorConfig(Config):
     max_restarts: int = execution(3)
     """How often one actor is started again after its process or engine died."""
 
+    @model_validator(mode="after")
+    def _gpus(self) -> Self:
+        if self.tensor_parallel_size > 1 and self.num_gpus != self.tensor_parallel_size:
+            raise ValueError(
+                f"tensor_parallel_size={self.tensor_parallel_size} needs num_gpus={self.tensor_parallel_size}, "
+                f"got {self.num_gpus:g}"
+            )
+        return self
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -86,22 +108,21 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """What an engine continues: a chat and its opened images; `said` is what the assistant has said already."""
-
-    messages: Sequence[Message]
-    images: Sequence["Picture"] = ()
-    said: str = ""
-
-
-@dataclass(frozen=True)
 class Completion:
-    """One sample. `finish_reason` is stop (the model ended it, or a text of `Sampling.stop`) or length (cut)."""
+    """One sample. `finish_reason` is stop (the model ended it, or a text of `Sampling.stop`), length (cut) or refused.
+
+    `cost` is in US dollars. Of its prompt, `shareable_tokens` lie in whole cache blocks, so that a further sample finds
+    them there; `cached_tokens` were found: which of a request's samples found them is not told, their sum is right.
+    """
 
     text: str
     finish_reason: str
     seed: int
     num_tokens: int = 0
+    prompt_tokens: int = 0
+    shareable_tokens: int = 0
+    cached_tokens: int = field(default=0, compare=False)
+    cost: float = 0.0
 
 
 @dataclass
@@ -115,6 +136,11 @@ class Statistics:
     @property
     def hit_rate(self) -> float:
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    def add(self, samples: Sequence[Completion]) -> None:
+        self.prompt_tokens += sum(s.prompt_tokens for s in samples)
+        self.cached_tokens += sum(s.cached_tokens for s in samples)
+        self.output_tokens += sum(s.num_tokens for s in samples)
 
 
 class TextGenerator(Protocol):
@@ -140,32 +166,33 @@ class Generator:
         model = resolve(model)
         check_model(model)
         if config.num_gpus:
-            check_gpu_memory(_free_gpu_memory(), config.gpu_memory_utilization)
+            check_gpu_memory(free_gpu_memory(), config.gpu_memory_utilization)
         else:
             check_memory(free_memory(), weight_bytes(model), config.kv_cache_gib)
+        lora = None if config.lora is None else resolve(config.lora)
         os.environ.update(environment(config))
-        from transformers import AutoTokenizer
         from vllm import AsyncEngineArgs
+        from vllm.lora.request import LoRARequest
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self.statistics = Statistics()
         self._max_model_len = config.max_model_len
-        self._tokenizer = AutoTokenizer.from_pretrained(model)
-        if self._tokenizer.chat_template is None:
-            raise GeneratorError(f"the tokenizer of {model} has no chat template; a policy needs one")
+        self._chat = Chat(model)
+        self._hits = CacheHits()
         self._engine = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(**engine_arguments(model, config)), stat_loggers=[_cache_counter(self.statistics)]
+            AsyncEngineArgs(**engine_arguments(model, config, lora)), stat_loggers=[_listener(self._hits)]
         )
+        self._block_tokens: int = self._engine.vllm_config.cache_config.block_size
+        self._lora = None if lora is None else LoRARequest("policy", 1, lora)
         self._request_ids = itertools.count()
 
     def count(self, prompt: Prompt) -> int:
-        """Tokens of a prompt."""
-        return len(self.token_ids(prompt))
+        """Tokens of a prompt, those of its images among them."""
+        return self._chat.count(prompt)
 
     def token_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of the chat with the assistant's turn opened, and of what the assistant has said in it."""
-        ids = self._tokenizer.apply_chat_template(list(prompt.messages), add_generation_prompt=True, return_dict=False)
-        return cast(list[int], ids) + cast(list[int], self._tokenizer.encode(prompt.said, add_special_tokens=False))
+        return self._chat.token_ids(prompt)
 
     async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:
         """`n` samples of one prompt, sample i drawn with ``seed + i``; they continue what is `said` in it.
@@ -178,10 +205,11 @@ class Generator:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         ids = self.token_ids(prompt)
-        if len(ids) + how.max_tokens > self._max_model_len:
+        length = len(ids) + self._chat.image_tokens(prompt.images)
+        if length + how.max_tokens > self._max_model_len:
             raise RowError(
                 "prompt_too_long",
-                f"{len(ids)} prompt tokens + max_tokens {how.max_tokens} exceed max_model_len "
+                f"{length} prompt tokens + max_tokens {how.max_tokens} exceed max_model_len "
                 f"{self._max_model_len}; raise it, or put fewer documents in the prompt",
             )
         parameters = SamplingParams(
@@ -196,20 +224,26 @@ class Generator:
             include_stop_str_in_output=True,
             structured_outputs=_structure(how),
         )
+        asked = TokensPrompt(prompt_token_ids=ids)
+        if prompt.images:
+            asked["multi_modal_data"] = {"image": list(prompt.images)}
+        request_id = f"request-{next(self._request_ids)}"
         samples: list[Any] = []
-        try:
-            async for output in self._engine.generate(
-                TokensPrompt(prompt_token_ids=ids), parameters, f"request-{next(self._request_ids)}"
-            ):
-                samples += output.outputs
-        except EngineDeadError:
-            log.error("the vLLM engine died (out of memory?); ending this process so that Ray starts it again")
-            end_process()
-        self.statistics.output_tokens += sum(len(s.token_ids) for s in samples)
-        return [
-            Completion(s.text, s.finish_reason, seed + s.index, len(s.token_ids))
-            for s in sorted(samples, key=lambda s: s.index)
+        with self._hits.of(request_id, n) as hits:
+            try:
+                async for output in self._engine.generate(asked, parameters, request_id, lora_request=self._lora):
+                    samples += output.outputs
+            except EngineDeadError:
+                log.error("the vLLM engine died (out of memory?); ending this process so that Ray starts it again")
+                end_process()
+            cached = await hits
+        shareable = (length - 1) // self._block_tokens * self._block_tokens  # the last token is always computed
+        made = [
+            Completion(s.text, s.finish_reason, seed + s.index, len(s.token_ids), length, shareable, found)
+            for s, found in zip(sorted(samples, key=lambda s: s.index), cached, strict=True)
         ]
+        self.statistics.add(made)
+        return made
 
     def shutdown(self) -> None:
         """Stop the engine's processes (an actor's end does it too)."""
@@ -221,7 +255,10 @@ def request_seed(*parts: object) -> int:
     return int(digest(*parts)[:10], 16) >> 12 << 12
 
 
-def policy_prompt(generator: TextGenerator, question: Mapping[str, Any], num_documents: int, room: int) -> Prompt:
+def policy_prompt(
+    generator: TextGenerator, question: Mapping[str, Any], num_documents: int, room: int,
+    images: Sequence["Picture"] = (),
+) -> Prompt:  # fmt: skip
     """The policy's prompt for a question row: at most `room` tokens, with the first documents that fit.
 
     A document that is too long is skipped, and not those after it.
@@ -229,20 +266,36 @@ def policy_prompt(generator: TextGenerator, question: Mapping[str, Any], num_doc
 
     def asked(documents: Sequence[str]) -> Prompt:
         text = question_with_options(question["question"], question["options"])
-        return Prompt(policy_messages(text, documents, question["answer_type"]))
+        return Prompt(policy_messages(text, documents, question["answer_type"]), images)
 
+    retrieved = [document["text"] for document in (question.get("documents") or [])[:num_documents]]
+    if not retrieved or generator.count(asked(retrieved)) <= room:  # mostly all fit, and one count says so
+        return asked(retrieved)
     chosen: list[str] = []
-    retrieved = question.get("documents") or []
-    for document in retrieved[:num_documents]:
-        if generator.count(asked([*chosen, document["text"]])) <= room:
-            chosen.append(document["text"])
+    for text in retrieved:
+        if generator.count(asked([*chosen, text])) <= room:
+            chosen.append(text)
     return asked(chosen)
 
 
-def engine_arguments(model: str, config: GeneratorConfig) -> dict[str, Any]:
-    """vLLM's arguments. On a CPU a seeded request in a chunked prefill would kill the engine, so none is chunked."""
-    shared = {
+def engine_arguments(model: str, config: GeneratorConfig, lora: str | None = None) -> dict[str, Any]:
+    """vLLM's arguments; `lora` is the folder of an adapter.
+
+    On a CPU a seeded request in a chunked prefill would kill the engine, so none is chunked.
+    """
+    adapter = {} if lora is None else {"enable_lora": True, "max_loras": 1, "max_lora_rank": lora_rank(lora)}
+    seeing = {"limit_mm_per_prompt": {"image": config.num_images}, "mm_processor_cache_gb": IMAGE_CACHE_GIB}
+    return {
+        **_device_arguments(config),
+        **adapter,
+        **(seeing if config.num_images else {}),
         "model": model,
+        **config.vllm,
+    }
+
+
+def _device_arguments(config: GeneratorConfig) -> dict[str, Any]:
+    shared = {
         "dtype": config.dtype,
         "max_model_len": config.max_model_len,
         "max_num_seqs": config.max_num_seqs,
@@ -255,6 +308,8 @@ def engine_arguments(model: str, config: GeneratorConfig) -> dict[str, Any]:
         return shared | {
             "gpu_memory_utilization": config.gpu_memory_utilization,
             "tensor_parallel_size": config.tensor_parallel_size,
+            # Inside an actor vLLM would ask Ray for GPUs again, which the actor already holds.
+            "distributed_executor_backend": "mp" if config.tensor_parallel_size > 1 else None,
         }
     return shared | {
         "enforce_eager": True,
@@ -268,13 +323,27 @@ def environment(config: GeneratorConfig) -> dict[str, str]:
     """Variables that vLLM's processes read at their start."""
     shared = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")}
     if config.num_gpus:
-        return shared
+        return shared | ({"VLLM_BATCH_INVARIANT": "1"} if config.batch_invariant else {})
     return shared | {
         "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding to cores fights with the other processes of a laptop
         "OMP_NUM_THREADS": str(config.num_threads),
         "OMP_WAIT_POLICY": "PASSIVE",
     }
+
+
+def lora_rank(adapter: str) -> int:
+    """The rank that vLLM must reserve for an adapter's folder: the least it knows that holds the adapter's own."""
+    try:
+        told = json.loads((Path(adapter) / "adapter_config.json").read_text())
+    except OSError as error:
+        raise GeneratorError(f"lora {adapter} is not the folder of a peft adapter: {error}") from error
+    rank = max(told["r"], *told.get("rank_pattern", {}).values(), 1)
+    if rank > LORA_RANKS[-1]:
+        raise GeneratorError(
+            f"lora {adapter} has rank {rank}; vLLM takes up to {LORA_RANKS[-1]}: merge it into its base"
+        )
+    return next(r for r in LORA_RANKS if r >= rank)
 
 
 def actor_options(config: GeneratorConfig) -> dict[str, Any]:
@@ -310,58 +379,7 @@ def check_model(model: str) -> None:
         ) from error
 
 
-def weight_bytes(model: str) -> int:
-    """Bytes of the weight files of a checkpoint folder; 0 for a hub name, whose size is not known here."""
-    return sum(f.stat().st_size for pattern in ("*.safetensors", "*.bin") for f in Path(model).glob(pattern))
-
-
-def free_memory() -> int:
-    """Bytes that this process may still take: the machine's, or its control group's where that is less."""
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and (words := limit.read_text().strip()) != "max":
-        free = min(free, int(words) - int(used.read_text()))
-    return free
-
-
-def check_memory(free: int, weights: int, kv_cache_gib: float) -> None:
-    """Raise `GeneratorError` where an engine would not fit into `free` bytes; `weights` are the files' bytes."""
-    needed = weights + (kv_cache_gib + ENGINE_GIB) * GIB
-    if free < needed:
-        raise GeneratorError(
-            f"vLLM needs {needed / GIB:.1f} GiB (weights {weights / GIB:.1f}, KV cache {kv_cache_gib:g}, engine "
-            f"{ENGINE_GIB:g}) and {free / GIB:.1f} GiB are free; end other programs or lower kv_cache_gib"
-        )
-
-
-def check_gpu_memory(gpus: Sequence[tuple[int, int]], utilization: float) -> None:
-    """Raise `GeneratorError` where a GPU, given as (free, total) bytes, has less free than the engine will take."""
-    for free, total in gpus:
-        if free < utilization * total:
-            raise GeneratorError(
-                f"vLLM takes {utilization:.0%} of the GPU's {total / GIB:.1f} GiB and {free / GIB:.1f} GiB are free; "
-                "end what else runs on it or lower gpu_memory_utilization"
-            )
-
-
-def _free_gpu_memory() -> list[tuple[int, int]]:
-    """(free, total) bytes of each GPU of this actor, asked of the driver: a CUDA context here would cost memory."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    asked = ["nvidia-smi", "--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(
-            [*asked, *(["--id", visible] if visible else [])], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise GeneratorError(f"num_gpus is set and nvidia-smi finds no GPU here ({error}); set num_gpus=0") from error
-    return [
-        cast(tuple[int, int], tuple(int(mib) << 20 for mib in line.split(","))) for line in done.stdout.splitlines()
-    ]
-
-
-def end_process() -> None:
+def end_process() -> NoReturn:
     """End this process at once; in a Ray actor it is started anew, within `max_restarts`."""
     os._exit(1)
 
@@ -374,20 +392,44 @@ def _structure(how: Sampling) -> Any:
     return StructuredOutputsParams(regex=how.pattern, json=None if how.schema is None else dict(how.schema))
 
 
-def _cache_counter(statistics: Statistics) -> Any:
-    """A factory of a vLLM statistics listener that counts prefix-cache tokens into `statistics`."""
+class CacheHits:
+    """Prompt tokens that the samples of a request found in the prefix cache, which vLLM tells when each ends."""
+
+    def __init__(self) -> None:
+        self._awaited: dict[str, tuple[int, list[int], asyncio.Future[list[int]]]] = {}
+
+    @contextmanager
+    def of(self, request_id: str, n: int) -> Iterator[asyncio.Future[list[int]]]:
+        """What a request with `n` samples will have found, one number a sample."""
+        found: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
+        self._awaited[request_id] = (n, [], found)
+        try:
+            yield found
+        finally:
+            del self._awaited[request_id]
+
+    def ended(self, request_id: str, cached_tokens: int) -> None:
+        if request_id in self._awaited:  # not where it failed meanwhile
+            n, counts, found = self._awaited[request_id]
+            counts.append(cached_tokens)
+            if len(counts) == n:
+                found.set_result(counts)
+
+
+def _listener(hits: CacheHits) -> Any:
+    """A factory of a vLLM statistics listener that tells `hits` of each sample that ended."""
     from vllm.v1.metrics.loggers import StatLoggerBase
 
-    class CacheCounter(StatLoggerBase):  # type: ignore[misc]
+    class Listener(StatLoggerBase):  # type: ignore[misc]
         def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
             pass
 
-        def record(self, scheduler_stats: Any, *_: Any, **__: Any) -> None:
-            if scheduler_stats is not None:
-                statistics.prompt_tokens += scheduler_stats.prefix_cache_stats.queries
-                statistics.cached_tokens += scheduler_stats.prefix_cache_stats.hits
+        def record(self, _: Any, iteration_stats: Any, *more: Any, **named: Any) -> None:  # noqa: ARG002
+            if iteration_stats is not None:
+                for ended in iteration_stats.finished_requests:
+                    hits.ended(ended.request_id, ended.num_cached_tokens)
 
         def log_engine_initialized(self) -> None:
             pass
 
-    return CacheCounter
+    return Listener

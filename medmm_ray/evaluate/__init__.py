@@ -22,7 +22,7 @@ from medmm_ray.config import Config, execution, identity
 from medmm_ray.evaluate.accuracy import accuracy, by_column, by_decoder
 from medmm_ray.evaluate.cases import ARMS, Case, LogOdds, Row, make_cases, of_questions, samples, step_log_odds
 from medmm_ray.evaluate.examples import choose_examples
-from medmm_ray.evaluate.steps import LabelSets, agreement, label_counts, label_sets, step_figures
+from medmm_ray.evaluate.steps import LabelSets, agreement, label_sets, step_figures
 from medmm_ray.metrics import Aggregate
 from medmm_ray.tables import Manifest, code_revision, error_kind, package_versions
 
@@ -64,11 +64,13 @@ def evaluate(
     solutions: pa.Table,
     scores: pa.Table,
     labels: Sequence[pa.Table],
-    review_queue: pa.Table | None = None,
+    dataset: Row | None = None,
     steps: Sequence[Row] = (),
     environment: Row | None = None,
 ) -> Row:
     """The report. `labels` are label tables of any sources and splits; `steps` as `step_entries` makes them.
+
+    What the labels are worth comes from the dataset report (`medmm_ray.audit`), over all splits; without it, nothing.
 
     Raises ValueError where the split has no solution at all, or a scored solution another number of scores than steps.
     """
@@ -106,8 +108,8 @@ def evaluate(
         "accuracy": accuracy(cases, arms, ns, config.num_subsets, *resampling),
         "decoders": by_decoder(cases, arms, log_odds, *resampling),
         "step": {arm: step_figures(log_odds[arm], truth, config.threshold, config.calibration_bins) for arm in arms},
-        "labels": label_counts(labels),
-        "agreement": agreement(sets, review_queue),
+        "labels": dataset["balance"] if dataset else [],
+        "agreement": agreement(dataset["agreement"] if dataset else []),
         "largest_text_difference": _text_difference(scores),
         **groups,
         "steps": list(steps),

@@ -1,9 +1,7 @@
-"""Labels and step scores -> step metrics, label counts, agreement between sources."""
+"""Labels and step scores -> step metrics."""
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from itertools import combinations
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +13,6 @@ from medmm_ray.evaluate.cases import LogOdds, Row, list_entries
 Labels = Mapping[str, Sequence[int | None]]
 """By solution: 1, 0 or None for each step."""
 LabelSets = dict[str, dict[str, list[int | None]]]
-SOURCES = ("judge", "monte_carlo", "tree_search", "expert", "phantom")
 
 
 def label_sets(tables: Iterable[pa.Table]) -> LabelSets:
@@ -40,62 +37,22 @@ def label_sets(tables: Iterable[pa.Table]) -> LabelSets:
     return found
 
 
-def label_counts(tables: Iterable[pa.Table]) -> Row:
-    """By source: solutions, steps labelled right (`positive`), wrong and null, failed rows, cost in US dollars."""
-    names = ("solutions", "positive", "negative", "null", "failed")
-    counts: dict[str, Counter[str]] = {}
-    cost: dict[str, float] = {}
-    for table in tables:
-        columns = [table[name].to_pylist() for name in ("source", "error", "cost")]
-        for source, error, spent, entries in zip(*columns, list_entries(table, "steps", ("label",)), strict=True):
-            count = counts.setdefault(source, Counter(dict.fromkeys(names, 0)))
-            cost[source] = cost.get(source, 0.0) + spent
-            count["failed" if error else "solutions"] += 1
-            if not error:
-                count.update({1: "positive", 0: "negative", None: "null"}[entry["label"]] for entry in entries)
-    return {source: {**counts[source], "cost": round(cost[source], 6)} for source in sorted(counts, key=_source_order)}
+def agreement(pairs: Iterable[Row]) -> Row:
+    """The dataset report's pairs of sources, in short and by name (``judge_expert``, ...)."""
+    return {f"{pair['first']}_{pair['second']}": _in_short(pair) for pair in pairs}
 
 
-def agreement(sets: LabelSets, review_queue: pa.Table | None = None) -> Row:
-    """Each pair of sources (``judge_expert``, …) over the steps that both label.
-
-    kappa, share of equal labels, share of solutions with the same first error among those steps, and their numbers.
-    The expert's queue draws unsure steps more often: there `kappa` weighs each step by 1 / its inclusion probability,
-    and so speaks of all steps; `kappa_queue` is the plain one over the queue.
-    """
-    chance: dict[tuple[str, int], float] = {}
-    if review_queue is not None:
-        columns = (review_queue[name].to_pylist() for name in ("solution_id", "step_index", "inclusion_probability"))
-        chance = {(solution, step): p for solution, step, p in zip(*columns, strict=True)}
-    table = {}
-    for first, second in combinations(sorted(sets, key=_source_order), 2):
-        pairs: list[tuple[int, int, float]] = []
-        same_first_error: list[bool] = []
-        for solution in sorted(sets[first].keys() & sets[second].keys()):
-            both = enumerate(zip(sets[first][solution], sets[second][solution], strict=True))
-            shared = [
-                (a, b, 1 / chance.get((solution, step), 1.0))
-                for step, (a, b) in both
-                if a is not None and b is not None
-            ]
-            if shared:
-                a, b, _ = zip(*shared, strict=True)
-                pairs += shared
-                same_first_error.append(metrics.first_error(a) == metrics.first_error(b))
-        if pairs:
-            labels_a, labels_b, weights = (np.array(column) for column in zip(*pairs, strict=True))
-            queued = bool(chance) and "expert" in (first, second)
-            table[f"{first}_{second}"] = {
-                "first": first,
-                "second": second,
-                "kappa": metrics.cohen_kappa(labels_a, labels_b, weights if queued else None),
-                "kappa_queue": metrics.cohen_kappa(labels_a, labels_b) if queued else None,
-                "agreement": float((labels_a == labels_b).mean()),
-                "first_error": sum(same_first_error) / len(same_first_error),
-                "steps": len(pairs),
-                "solutions": len(same_first_error),
-            }
-    return table
+def _in_short(pair: Row) -> Row:
+    kappa, same = pair["kappa"]["all"]["all"], pair["first_error"]["all"].get("all")
+    return {
+        **{name: pair[name] for name in ("first", "second", "weighted")},
+        "kappa": kappa["value"],
+        **{end: kappa[end] for end in ("low", "high")},
+        "agreement": kappa["equal"],
+        "steps": kappa["count"],
+        "first_error": same and same["value"],
+        "solutions": same["count"] if same else 0,
+    }
 
 
 def step_figures(log_odds: LogOdds, truth: Labels, threshold: float, num_bins: int) -> Row:
@@ -137,7 +94,3 @@ def step_figures(log_odds: LogOdds, truth: Labels, threshold: float, num_bins: i
         "roc": {"false": false, "true": true},
         "histogram": metrics.histogram(y, p),
     }
-
-
-def _source_order(source: str) -> tuple[int, str]:
-    return (SOURCES.index(source) if source in SOURCES else len(SOURCES), source)

@@ -2,12 +2,15 @@
 
 A source knows its own files and nothing of tables: it says which images exist (or how to draw them), which questions
 refer to them, which documents and worked solutions come along. `medmm_ray.ingest` turns that into tables.
+
+A data set that brings solutions and labels of its own also has ``solved(request) -> Iterator[Solved]``, one for each of
+`SourceData.questions`, in their order, read as a stream; `medmm_ray.imported` turns those into tables.
 """
 
 import importlib
 import json
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -15,6 +18,7 @@ import PIL.Image
 from pyarrow import fs as pafs
 
 from medmm_ray.config import ConfigError
+from medmm_ray.records import RetrievedImage, StepLabel
 from medmm_ray.tables import TableError, filesystem
 
 if TYPE_CHECKING:
@@ -54,7 +58,8 @@ class SourceQuestion:
     """One question as the source has it.
 
     `name` is the source's own id, for messages and to find repeats; `images` are uris of the source's images;
-    `worked` holds worked solutions, each a list of steps. `error` is ``kind: message`` for a row that is not usable.
+    `worked` holds worked solutions, each a list of steps. `question_id` and `source` are kept where the data set is an
+    export of ours; else both are made here. `error` is ``kind: message`` for a row that is not usable.
     """
 
     name: str
@@ -67,6 +72,8 @@ class SourceQuestion:
     options: Sequence[str] = ()
     images: Sequence[str] = ()
     worked: Sequence[Sequence[str]] = ()
+    question_id: str = ""
+    source: str = ""
     error: str | None = None
 
 
@@ -87,11 +94,48 @@ class SourceData:
     draw: Callable[[str, int], PIL.Image.Image] | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class SourceLabels:
+    """One source's labels of one solution; with an `error` where they cannot be used, and then without steps."""
+
+    source: str
+    annotator: str
+    steps: Sequence[StepLabel] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSolution:
+    """A solution that a data set brings: its text, its steps, the answer it states and whether that is right."""
+
+    text: str
+    steps: Sequence[str]
+    answer: str | None
+    correct: bool | None
+    labels: Sequence[SourceLabels] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solved:
+    """What a data set brings of one question, besides the question."""
+
+    solutions: Sequence[SourceSolution] = ()
+    documents: Sequence[str] = ()
+    images: Sequence[RetrievedImage] = ()
+
+
 class Source(Protocol):
     """What a module of this package offers."""
 
     def read(self, request: Request) -> SourceData:
         """Read or make the data; a fault of the files is a `ConfigError` or `TableError` naming file and field."""
+
+
+class SolvedSource(Source, Protocol):
+    """A source that brings solutions."""
+
+    def solved(self, request: Request) -> Iterator[Solved]:
+        """One for each of ``read(request).questions``, in their order, as a stream."""
 
 
 def names() -> list[str]:
@@ -103,6 +147,34 @@ def load(name: str) -> Source:
     if name not in names():
         raise ConfigError(f"source {name!r} is unknown; known sources: {', '.join(names())}")
     return cast(Source, importlib.import_module(f"{__name__}.{name}"))
+
+
+def load_solved(name: str) -> SolvedSource:
+    """The source `name`, which must bring solutions."""
+    source = load(name)
+    if not hasattr(source, "solved"):
+        raise ConfigError(f"source {name!r} brings no solutions; those that do: med_prm, medmm, meds3")
+    return cast(SolvedSource, source)
+
+
+def stream_json(uri: str) -> Iterator[Any]:
+    """The entries of a file with one JSON list, one by one; a `ConfigError` names the file and the fault."""
+    import ijson  # type: ignore[import-untyped]
+
+    fs, path = filesystem(uri)
+    if fs.get_file_info(path).type != pafs.FileType.File:
+        raise ConfigError(f"{uri} does not exist; check `path` of the ingest section")
+    with fs.open_input_stream(path) as stream:
+        try:
+            yield from ijson.items(stream, "item", use_float=True)
+        except ijson.JSONError as error:
+            raise ConfigError(f"{uri} is not a valid JSON list: {error}") from None
+
+
+def files_at(uri: str, ending: str = ".json") -> list[str]:
+    """The file itself, or the files of a folder with this ending."""
+    fs, path = filesystem(uri)
+    return [uri] if fs.get_file_info(path).is_file else list_files(uri, ending)
 
 
 def read_json(uri: str) -> Any:
@@ -123,6 +195,21 @@ def read_text(uri: str) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{uri} is not UTF-8 text: {error}") from None
+
+
+def read_lines(uri: str) -> list[str]:
+    """The lines of a text file that are not empty."""
+    return [line for line in read_text(uri).split("\n") if line.strip()]
+
+
+def list_files(uri: str, ending: str) -> list[str]:
+    """The files of a folder whose names have this ending, sorted; a `ConfigError` where there is none."""
+    fs, path = filesystem(uri)
+    found = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    names = sorted(info.base_name for info in found if info.is_file and info.base_name.endswith(ending))
+    if not names:
+        raise ConfigError(f"{uri} has no *{ending} file; check `path` of the ingest section")
+    return [f"{uri.rstrip('/')}/{name}" for name in names]
 
 
 def read_documents(uri: str) -> list[SourceDocument]:

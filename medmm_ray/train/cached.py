@@ -53,7 +53,7 @@ def illustrated_questions(
         for row in evidence.to_pylist()
         if row["error"] is None
     }
-    correct = _correct(solutions)
+    correct, accuracy = _correct(solutions), _accuracy(solutions)
     aims: dict[str, dict[str, list[Target]]] = {}
     for row in states.to_pylist():
         if row["error"] is None:
@@ -64,6 +64,7 @@ def illustrated_questions(
                 row["num_steps"],
                 config.after_first_error,
                 correct.get(name),
+                accuracy.get(row["question_id"]),
             )
             if any(aim is not None for aim in own):
                 aims.setdefault(row["question_id"], {})[name] = own
@@ -92,6 +93,15 @@ def _correct(solutions: pa.Table) -> dict[str, bool | None]:
     flat = pc.list_flatten(solutions["solutions"].combine_chunks())
     ids, correct = (pc.struct_field(flat, name).to_pylist() for name in ("solution_id", "correct"))
     return dict(zip(ids, correct, strict=True))
+
+
+def _accuracy(solutions: pa.Table) -> dict[str, float | None]:
+    """Of each question with solutions what share of its answers is right; None where there is no answer."""
+    lists = solutions["solutions"].combine_chunks()
+    ids = solutions["question_id"].combine_chunks().take(pc.list_parent_indices(lists))
+    correct = pc.struct_field(pc.list_flatten(lists), "correct").cast(pa.float64())
+    means = pa.table({"id": ids, "correct": correct}).group_by("id").aggregate([("correct", "mean")])
+    return dict(zip(means["id"].to_pylist(), means["correct_mean"].to_pylist(), strict=True))
 
 
 @dataclass(frozen=True)

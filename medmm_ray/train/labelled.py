@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 
 from medmm_ray.records import Labels
-from medmm_ray.targets import Target, labels_by_solution, targets
+from medmm_ray.targets import Target, accuracy_of, labels_by_solution, targets
 from medmm_ray.text import question_with_options
 
 _SOLUTION = pa.struct(
@@ -64,7 +64,7 @@ def labelled_questions(
         }
         for row in solutions.to_pylist()
         if row["error"] is None and (question := by_id.get(row["question_id"]))
-        if (kept := labelled_solutions(row["solutions"][:max_solutions], labels, policy, after_first_error))
+        if (kept := labelled_solutions(row["solutions"], labels, policy, after_first_error, max_solutions))
     ]
     return pa.Table.from_pylist(sorted(rows, key=lambda r: r["question_id"]), schema=SCHEMA)
 
@@ -74,12 +74,14 @@ def labelled_solutions(
     labels: Mapping[str, Sequence[Labels]],
     policy: str,
     after_first_error: str = "collapse",
+    max_solutions: int | None = None,
 ) -> list[dict[str, Any]]:
-    """One question's solutions with their targets, equal ones merged."""
+    """One question's first `max_solutions` solutions with their targets, equal ones merged."""
+    accuracy = accuracy_of(solutions)
     merged: dict[tuple[tuple[str, ...], tuple[Target, ...]], dict[str, Any]] = {}
-    for solution in solutions:
+    for solution in solutions[:max_solutions]:
         name, steps = solution["solution_id"], solution["steps"]
-        aims = targets(policy, labels.get(name, []), len(steps), after_first_error, solution["correct"])
+        aims = targets(policy, labels.get(name, []), len(steps), after_first_error, solution["correct"], accuracy)
         if not any(aim is not None for aim in aims):
             continue
         first = merged.setdefault(

@@ -158,7 +158,7 @@ def solutions_of(row: Mapping[str, Any]) -> Solutions:
         policy=row["policy"],
         config_hash=row["config_hash"],
         num_requested=len(solved(tree)),
-        num_rejected=row["num_rejected"],
+        num_drawn=len(solved(tree)),
         solutions=[_solution(row, tree, leaf) for leaf in solved(tree)],
         error=row["error"] and f"upstream: {row['error'].removeprefix('upstream: ')}",
     )

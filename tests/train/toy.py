@@ -55,7 +55,7 @@ def solutions(number: int = 12, policy: str = "worked", each: int = 2) -> list[r
             )  # fmt: skip
         rows.append(
             records.Solutions(
-                question_id=f"q{i:02}", policy=policy, config_hash="c", num_requested=each, num_rejected=0,
+                question_id=f"q{i:02}", policy=policy, config_hash="c", num_requested=each,
                 solutions=own,
             )
         )  # fmt: skip

@@ -1,0 +1,97 @@
+"""Whatever is there of questions, solutions and labels -> dataset_report.json and dataset_report.html.
+
+As a step of the pipeline it makes the artifact `dataset_report`. Run by itself it needs the questions only, also midway
+through sampling or labelling, says which tables are missing, and writes the report to the top of the run's folder.
+``--strict`` (or audit.gates=required) ends with an error where a gate fails.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pyarrow as pa
+from rich.console import Console
+
+from jobs.graph import BY_NAME, LABELS, STEPS
+from jobs.recipe import Recipe
+from jobs.step import Job, Run, guarded, parser, read_arguments
+from medmm_ray.audit import audit, require
+from medmm_ray.config import help_text
+from medmm_ray.dataset_page import render, summary
+from medmm_ray.tables import filesystem, write_file
+
+STEP = BY_NAME["audit"]
+
+
+def run(job: Job) -> None:
+    job.make_artifact("dataset_report", lambda uri: make(job.run, uri))
+
+
+def make(run: Run, uri: str) -> dict[str, float]:
+    """The report, in the folder `uri` and at the top of the run's; its gates' figures.
+
+    With gates "required" a failed gate raises after the report is written, so that the artifact stays incomplete.
+    """
+    report = report_of(run)
+    write(report, uri, run.root)
+    if run.recipe.audit.gates == "required":
+        require(report)
+    return {gate["name"]: gate["value"] for gate in report["gates"] if gate["value"] is not None}
+
+
+def report_of(run: Run) -> dict[str, Any]:
+    """The report of the tables of `run` that are complete."""
+    there = {name: run.table(name) for name in STEP.reads if run.artifact(name).is_complete}
+    made = {name: out for step in STEPS[: STEPS.index(STEP)] for name, out in run.outputs(step).items()}
+
+    def parts(name: str) -> Iterable[pa.Table]:
+        return there[name].stream() if name in there else ()
+
+    return audit(
+        run.recipe.audit,
+        questions=run.table("questions").to_arrow(),
+        images=run.table("images").to_arrow(),
+        solutions=parts("solutions"),
+        labels={name: parts(name) for name in LABELS},
+        review_queue=there["review_queue"].to_arrow() if "review_queue" in there else None,
+        evidence=parts("evidence"),
+        manifests={name: output.manifest() for name, output in made.items() if output.is_complete},
+        missing=[name for name in STEP.reads if name not in there],
+    )
+
+
+def write(report: dict[str, Any], *folders: str) -> None:
+    files = {
+        "dataset_report.json": json.dumps(report, indent=1, allow_nan=False).encode(),
+        "dataset_report.html": render(report).encode(),
+    }
+    for name, content in files.items():
+        for folder in folders:
+            fs, path = filesystem(f"{folder}/{name}")
+            write_file(fs, path, content)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    arguments = parser(f"audit: {STEP.what}")
+    arguments.add_argument("--strict", action="store_true", help="end with an error where a gate fails")
+    parsed = arguments.parse_intermixed_args(words)
+    if parsed.help:
+        print(help_text(Recipe, "python -m jobs.audit recipe.yaml [--strict] name=value ...", section="audit"))
+        return 0
+    return guarded(lambda: _main(parsed))
+
+
+def _main(parsed: argparse.Namespace) -> int:
+    run = Run(read_arguments(parsed, "audit"))
+    report = report_of(run)
+    write(report, run.root)
+    Console().print(summary(report), f"\nreport: {run.root}/dataset_report.html")
+    if parsed.strict or run.recipe.audit.gates == "required":
+        require(report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

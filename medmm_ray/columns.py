@@ -1,0 +1,172 @@
+"""Solutions and labels as columns: the steps of a whole table in a few bytes each, without one Python object a row.
+
+Enters: tables of `Solutions` and of `Labels`, whole or part by part, so that texts are read and let go. Leaves:
+`Steps`, the flat order of all steps, and for each source one int8 a step: RIGHT, WRONG, NEUTRAL (looked at, nothing
+checkable) or UNLABELLED.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from medmm_ray.tables import error_kind
+
+Ints = NDArray[np.int64]
+Codes = NDArray[np.int8]
+RIGHT, WRONG, NEUTRAL, UNLABELLED = 1, 0, -1, -2
+ADJUDICATOR = "adjudicator"
+
+
+@dataclass(frozen=True)
+class Steps:
+    """All steps of a table of solutions, in its order: step j of solution i is row ``first[i] + j``.
+
+    `question` is each solution's row in the table and `length` its number of steps; `solution` is each step's solution
+    and `index` its place in it.
+    """
+
+    solution_ids: pa.Array
+    question: Ints
+    length: Ints
+    first: Ints
+    solution: Ints
+    index: Ints
+
+
+def thin(solutions: pa.Table) -> pa.Table:
+    """A table of `Solutions` without its texts: of each solution its id, `correct`, finish_reason and `num_steps`."""
+    nested = solutions["solutions"].combine_chunks()
+    flat = pc.list_flatten(nested)
+    kept = {name: flat.field(name) for name in ("solution_id", "correct", "finish_reason")}
+    kept["num_steps"] = pc.list_value_length(flat.field("steps"))
+    # Taken, not sliced, so that nothing keeps the part's buffers alive.
+    lists = pa.ListArray.from_arrays(_offsets(nested), pa.StructArray.from_arrays(list(kept.values()), list(kept)))
+    names = [name for name in solutions.column_names if name != "solutions"]
+    return solutions.select(names).append_column("solutions", lists)
+
+
+def steps_of(solutions: pa.Table) -> Steps:
+    """The steps of a table of thin solutions."""
+    nested = solutions["solutions"].combine_chunks()
+    flat = pc.list_flatten(nested)
+    length = np.asarray(flat.field("num_steps"), dtype=np.int64)
+    first = np.cumsum(length) - length
+    solution = np.repeat(np.arange(len(length)), length)
+    return Steps(
+        solution_ids=flat.field("solution_id"),
+        question=np.asarray(pc.list_parent_indices(nested), dtype=np.int64),
+        length=length,
+        first=first,
+        solution=solution,
+        index=np.arange(len(solution)) - first[solution],
+    )
+
+
+def _offsets(nested: pa.ListArray) -> pa.Array:
+    return pc.subtract(nested.offsets, nested.offsets[0])
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where the entries of a list column of label rows belong: entry `entry[k]` of the flat list is step `row[k]`.
+
+    `owner` is each label row's solution, -1 where there is none (`unknown`) or where the row has another number of
+    steps than the solution (`misfit`): such a row belongs to another text.
+    """
+
+    row: Ints
+    entry: Ints
+    owner: Ints
+    unknown: int
+    misfit: int
+
+
+def place(steps: Steps, labels: pa.Table) -> Placed:
+    """The steps that the entries of ``labels["steps"]`` speak about. Needs the columns solution_id and steps."""
+    nested = labels["steps"].combine_chunks()
+    found = pc.index_in(labels["solution_id"].combine_chunks(), steps.solution_ids)
+    owner = np.asarray(pc.fill_null(found, -1), dtype=np.int64)
+    starts = np.asarray(_offsets(nested), dtype=np.int64)
+    known = owner >= 0
+    fits = known & (np.diff(starts) == np.where(known, steps.length[owner], 0)) if len(steps.length) else known
+    parents = np.repeat(np.arange(len(owner)), np.diff(starts))
+    entry = np.flatnonzero(fits[parents])
+    parents = parents[entry]
+    row = steps.first[owner[parents]] + entry - starts[parents]
+    unknown = int((~known).sum())
+    return Placed(row, entry, np.where(fits, owner, -1), unknown, int((~fits).sum()) - unknown)
+
+
+def verdicts(entries: pa.StructArray) -> pa.Array:
+    """`StepLabel` entries as int8 codes: the label; without one, whether the value is above 0; else neutral or none."""
+    seen = pc.or_(pc.is_valid(entries.field("confidence")), pc.is_valid(entries.field("reason")))
+    above = pc.cast(pc.greater(entries.field("value"), 0), pa.int8())
+    nothing = pc.if_else(seen, pa.scalar(NEUTRAL, pa.int8()), pa.scalar(UNLABELLED, pa.int8()))
+    return pc.coalesce(pc.cast(entries.field("label"), pa.int8()), above, nothing)
+
+
+def thin_labels(labels: pa.Table) -> pa.Table:
+    """A table of `Labels` without its texts: `steps` a list of codes, the others as they are."""
+    nested = labels["steps"].combine_chunks()
+    lists = pa.ListArray.from_arrays(_offsets(nested), verdicts(pc.list_flatten(nested)))
+    names = [name for name in labels.column_names if name not in ("steps", "question_id")]
+    return labels.select(names).append_column("steps", lists)
+
+
+@dataclass
+class SourceLabels:
+    """What one source says of all steps of a table: `codes`, one a step, and what did not count, by reason."""
+
+    codes: Codes
+    rows: int = 0
+    cost: float = 0.0
+    unknown: int = 0
+    misfit: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
+
+
+def source_labels(steps: Steps, labels: pa.Table) -> dict[str, SourceLabels]:
+    """Thin labels of any sources by source. Rows with an error, of no solution or of another text are only counted.
+
+    Several annotators of a source: the adjudicator where he has a verdict, else the majority, a tie is no label.
+    """
+    sources = sorted(labels["source"].unique().to_pylist())
+    return {source: _of_source(steps, labels.filter(pc.equal(labels["source"], source))) for source in sources}
+
+
+def _of_source(steps: Steps, labels: pa.Table) -> SourceLabels:
+    usable = labels.filter(pc.is_null(labels["error"]))
+    last_word = pc.equal(usable["annotator"], ADJUDICATOR)
+    balance = np.zeros(len(steps.solution), dtype=np.int16)
+    voted, neutral = np.zeros(len(balance), dtype=bool), np.zeros(len(balance), dtype=bool)
+    adjudicated = np.full(len(balance), UNLABELLED, dtype=np.int8)
+    unknown = misfit = 0
+    for rows, is_last in ((usable.filter(pc.invert(last_word)), False), (usable.filter(last_word), True)):
+        found = place(steps, rows)
+        unknown, misfit = unknown + found.unknown, misfit + found.misfit
+        code = np.asarray(pc.list_flatten(rows["steps"].combine_chunks()), dtype=np.int8)[found.entry]
+        if is_last:
+            said = code != UNLABELLED
+            adjudicated[found.row[said]] = code[said]
+            continue
+        verdict = code >= WRONG
+        np.add.at(balance, found.row[verdict], np.where(code[verdict] == RIGHT, 1, -1).astype(np.int16))
+        voted[found.row[verdict]] = True
+        neutral[found.row[code == NEUTRAL]] = True
+    codes = np.where(balance > 0, RIGHT, np.where(balance < 0, WRONG, np.where(neutral & ~voted, NEUTRAL, UNLABELLED)))
+    faults = pc.value_counts(pc.drop_null(labels["error"]).combine_chunks())
+    errors: dict[str, int] = {}
+    for fault in faults.to_pylist():
+        kind = error_kind(fault["values"])
+        errors[kind] = errors.get(kind, 0) + fault["counts"]
+    return SourceLabels(
+        codes=np.where(adjudicated == UNLABELLED, codes, adjudicated).astype(np.int8),
+        rows=usable.num_rows,
+        cost=float(pc.sum(labels["cost"]).as_py() or 0.0),
+        unknown=unknown,
+        misfit=misfit,
+        errors=errors,
+    )

@@ -1,0 +1,70 @@
+"""A policy behind an API, asked like an engine: each sample is a request of its own, kept and paid for once.
+
+Enters: what enters `generator.Generator`. Leaves: `Completion`s. Sample i is the request with ``seed + i``, which is
+part of what its answer is kept under, so that a rerun finds it whether or not the API looks at seeds. An API knows no
+`top_k`.
+"""
+
+import asyncio
+from dataclasses import replace
+
+from medmm_ray.config import digest
+from medmm_ray.engines.chat import Prompt
+from medmm_ray.engines.client import BYTES_A_TOKEN, Client
+from medmm_ray.engines.endpoint import Picture, Request, Turn
+from medmm_ray.engines.generator import Completion, Sampling, Statistics
+from medmm_ray.tables import RowError
+
+
+class ApiPolicy:
+    """A `TextGenerator` over a client."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.statistics = Statistics()
+
+    def count(self, prompt: Prompt) -> int:
+        """Tokens of a prompt, as far as they can be told from here."""
+        request = request_of(prompt, Sampling())
+        return request.text_bytes // BYTES_A_TOKEN + len(prompt.images) * self.client.price.image_tokens
+
+    async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:
+        """`n` samples. One that the model refuses to give is a completion too; any other fault is the question's."""
+        request = request_of(prompt, how)
+        group = digest(request.key(self.client.endpoint.identity))
+        made = await asyncio.gather(*(self._sample(request, seed + i, group) for i in range(n)))
+        self.statistics.add(made)
+        return list(made)
+
+    async def _sample(self, request: Request, seed: int, group: str) -> Completion:
+        try:
+            answer = await self.client.ask(replace(request, seed=seed), group)
+        except RowError as fault:
+            if fault.kind != "refused":
+                raise
+            return Completion("", "refused", seed)
+        reply = answer.reply
+        finish = "length" if reply.cut_off else "stop"
+        return Completion(
+            reply.text, finish, seed, reply.written, reply.read, cached_tokens=reply.cached, cost=answer.cost
+        )
+
+
+def request_of(prompt: Prompt, how: Sampling) -> Request:
+    """A chat as a request without a seed; the images stand after the text of the user's last turn."""
+    system = "\n".join(m["content"] for m in prompt.messages if m["role"] == "system")
+    turns = [
+        Turn({"user": "user", "assistant": "model"}[m["role"]], (m["content"],))
+        for m in prompt.messages
+        if m["role"] != "system"
+    ]
+    turns[-1] = replace(turns[-1], parts=(*turns[-1].parts, *map(Picture, prompt.images)))
+    said = (Turn("model", (prompt.said,)),) if prompt.said else ()
+    return Request(
+        system=system,
+        turns=(*turns, *said),
+        schema=how.schema,
+        max_tokens=how.max_tokens,
+        temperature=how.temperature,
+        top_p=how.top_p,
+    )

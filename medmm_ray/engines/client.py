@@ -1,0 +1,296 @@
+"""How a step asks an API: each request once, whatever is killed; many at a time; within rate limits and budget.
+
+Enters: a `Request` and its group (a question's id). Leaves: an `Answer` with its cost. An answer that is kept already
+is taken from there. Otherwise the worst case is leased from the gate, ahead of time, so that `in_flight` requests
+really are at the server; faults of the moment are tried again with growing, jittered pauses, never sooner than the
+server asks; a whole answer is kept durably before it is used, and until it is, its call counts as in flight.
+"""
+
+import asyncio
+import heapq
+import itertools
+import math
+import random
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Generic, Literal, TypeVar
+
+from pydantic import Field
+
+from medmm_ray.config import Config, execution
+from medmm_ray.engines.answers import Answer, AnswerStore
+from medmm_ray.engines.endpoint import Endpoint, EndpointError, Request, RetryableError
+from medmm_ray.engines.gate import HEARTBEAT_S, Ask, BudgetError, Gateway, Grant, Limits, Settled
+from medmm_ray.engines.gemini import GeminiEndpoint
+from medmm_ray.engines.openai import OpenAIEndpoint
+from medmm_ray.engines.prices import Price, price_of
+from medmm_ray.tables import RowError
+
+LONGEST_PAUSE_S = 60.0
+AHEAD = 0.5  # leases that wait beside those at the server, as a share of in_flight
+BYTES_A_TOKEN = 4  # of English text, about: for the rate limit, which the provider estimates too
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class ApiConfig(Config):
+    """How a step reaches a model behind an API, and what it may cost. The models' own names are the step's."""
+
+    temperature: float | None = Field(0.0, ge=0)
+    """Sampling temperature; null leaves it to the model (reasoning models take no other)."""
+    form: str = Field("schema", pattern="^(schema|object|text)$")
+    """How an API is held to JSON: schema (a JSON schema), object (any JSON object) or text (by the prompt alone)."""
+    price_read: float | None = execution(None)
+    """US dollars per million prompt tokens; null takes the table's."""
+    price_cached: float | None = execution(None)
+    """US dollars per million prompt tokens that the provider had cached; null takes the table's."""
+    price_written: float | None = execution(None)
+    """US dollars per million generated tokens; null takes the table's."""
+    max_cost_usd: float | None = execution(None)
+    """Most US dollars that the run may spend on this model, worst cases included; null is no limit."""
+    requests_per_minute: float | None = execution(None)
+    """Most requests a minute of the whole cluster; null is no limit."""
+    tokens_per_minute: float | None = execution(None)
+    """Most tokens a minute of the whole cluster; null is no limit."""
+    endpoint: str | None = execution(None)
+    """Another address of the API: a proxy, a vLLM server, Gemini's OpenAI-compatible one."""
+    key_variable: str | None = execution(None)
+    """Environment variable that holds the key; null: GEMINI_API_KEY or OPENAI_API_KEY."""
+    in_flight: int = Field(16, ge=1, json_schema_extra={"identity": False})
+    """Most requests of one actor at a time."""
+    timeout_s: float = execution(120.0)
+    """Longest wait for one answer, seconds."""
+    max_attempts: int = Field(6, ge=1, json_schema_extra={"identity": False})
+    """Tries of one request before its row fails."""
+    pause_s: float = execution(1.0)
+    """Mean pause before the second try, seconds; it doubles with each further one."""
+    breaker_faults: int = execution(20)
+    """Faults in a row, over all actors, after which nothing is sent for a growing pause."""
+    breaker_limit_s: float = execution(900.0)
+    """Seconds of faults alone after which the job ends."""
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(
+            requests_per_minute=self.requests_per_minute,
+            tokens_per_minute=self.tokens_per_minute,
+            max_cost_usd=self.max_cost_usd,
+            breaker_faults=self.breaker_faults,
+            breaker_pause_s=self.pause_s,
+            breaker_limit_s=self.breaker_limit_s,
+            drain_s=self.timeout_s + 30,
+        )
+
+
+class Client:
+    """Asks one endpoint. Without a gate (a model in this process) nothing is leased, without a store nothing kept."""
+
+    def __init__(
+        self, endpoint: Endpoint, price: Price, config: ApiConfig, gate: Gateway | None = None,
+        answers: AnswerStore | None = None,
+    ) -> None:  # fmt: skip
+        self.endpoint, self.price, self.config, self.gate, self.answers = endpoint, price, config, gate, answers
+        self.sender = uuid.uuid4().hex
+        self._order = itertools.count()
+        self._slots = _Line(config.in_flight)
+        self._leases_out = _Line(config.in_flight + math.ceil(config.in_flight * AHEAD))
+        if gate is not None:
+            self._leases = _Batches(self._lease)
+            self._settlements = _Batches(self._settle, idle_s=HEARTBEAT_S)
+
+    async def ask(self, request: Request, group: str) -> Answer:
+        """The answer to `request`, kept or new.
+
+        Raises `RowError` refused, prompt_too_long, request, or unavailable (every attempt failed), and `ConfigError`
+        where the job is to end: budget, key, an endpoint that stays away.
+        """
+        key = request.key(self.endpoint.identity)
+        answer = await self.answers.find(group, key) if self.answers else None
+        if answer is None:
+            answer = await self._fetch(request, group, key)
+        if answer.reply.refusal is not None:
+            raise RowError("refused", answer.reply.refusal)
+        return answer
+
+    async def _fetch(self, request: Request, group: str, key: str) -> Answer:
+        order = next(self._order)  # who asked first goes first, in later attempts too
+        ask = Ask(group, key, likely_tokens(request, self.price), self.price.most(request))
+        fault = RetryableError("")
+        for attempt in range(1, self.config.max_attempts + 1):
+            try:
+                return await self._attempt(request, ask, order)
+            except RetryableError as error:
+                fault = error
+            except EndpointError as error:
+                await self._end(str(error))
+                raise
+            if attempt < self.config.max_attempts:
+                await asyncio.sleep(pause(attempt, self.config.pause_s, random.random(), fault.retry_after_s))
+        raise RowError(
+            "unavailable",
+            f"{self.endpoint.identity} failed {self.config.max_attempts} times, last: {str(fault)[:200]}",
+        )
+
+    async def _attempt(self, request: Request, ask: Ask, order: int) -> Answer:
+        async with self._leases_out.place(order):
+            lease = await self._leases.of(ask) if self.gate else 0
+            settled = Settled(lease, lost=True)  # where the sending is cancelled
+            try:
+                async with self._slots.place(order):
+                    reply = await self.endpoint.send(request)
+                    answer = Answer(reply, self.price.of(reply))
+                    settled = Settled(lease, reply.read + reply.written, answer.cost, answered=True)
+                    if self.answers:
+                        await self.answers.put(ask.group, ask.key, answer)
+                return answer
+            except RetryableError as error:
+                settled = Settled(lease, fault=True, lost=error.maybe_paid)
+                raise
+            except (RowError, EndpointError):
+                settled = Settled(lease)
+                raise
+            finally:
+                if self.gate:
+                    await self._settlements.of(settled)
+
+    async def _end(self, message: str) -> None:
+        """Tell the gate that no request can succeed, and wait until what is under way anywhere is kept."""
+        if self.gate:
+            await self.gate.stop(message)
+            await self.gate.lease(self.sender, self.config.in_flight, [Ask("", "", 0, 0.0)])
+
+    async def _lease(self, asks: Sequence[Ask]) -> Sequence[int]:
+        assert self.gate is not None
+        grant: Grant = await self.gate.lease(self.sender, self.config.in_flight, asks)
+        if grant.stopped is not None:
+            kind, message = grant.stopped
+            raise (BudgetError if kind == "budget" else EndpointError)(message)
+        return grant.leases
+
+    async def _settle(self, settled: Sequence[Settled]) -> Sequence[None]:
+        assert self.gate is not None
+        await self.gate.settle(self.sender, settled)
+        return [None] * len(settled)
+
+
+def connect(
+    backend: Literal["gemini", "openai"], model: str, config: ApiConfig, gate: Gateway | None = None,
+    folder: str | None = None,
+) -> Client:  # fmt: skip
+    """A client of a model behind an API; `folder` is the run's for this model, where its answers are kept."""
+    endpoint: Endpoint
+    if backend == "gemini":
+        endpoint = GeminiEndpoint(
+            model, address=config.endpoint, key_variable=config.key_variable or "GEMINI_API_KEY",
+            timeout_s=config.timeout_s, in_flight=config.in_flight,
+        )  # fmt: skip
+    else:
+        endpoint = OpenAIEndpoint(
+            model, address=config.endpoint, key_variable=config.key_variable or "OPENAI_API_KEY",
+            timeout_s=config.timeout_s, form=config.form,
+        )  # fmt: skip
+    price = price_of(model, config.price_read, config.price_written, config.price_cached)
+    return Client(endpoint, price, config, gate, AnswerStore(f"{folder.rstrip('/')}/answers") if folder else None)
+
+
+def likely_tokens(request: Request, price: Price) -> int:
+    """Tokens of a request and its answer at full length, as a rate limit counts them."""
+    read = request.text_bytes // BYTES_A_TOKEN + len(request.pictures) * price.image_tokens
+    return read + request.n * request.max_tokens
+
+
+def pause(attempt: int, mean_s: float, chance: float, asked_for_s: float | None) -> float:
+    """Seconds before the next attempt: doubling, anywhere from 0 by `chance` in [0, 1), on top of what is asked for."""
+    return chance * min(LONGEST_PAUSE_S, mean_s * 2.0**attempt) + (asked_for_s or 0.0)
+
+
+class _Line:
+    """A number of places; a free one goes to the lowest order that waits."""
+
+    def __init__(self, places: int) -> None:
+        self._free = places
+        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._ties = itertools.count()
+
+    @asynccontextmanager
+    async def place(self, order: int) -> AsyncIterator[None]:
+        await self._enter(order)
+        try:
+            yield
+        finally:
+            self._leave()
+
+    async def _enter(self, order: int) -> None:
+        if self._free:
+            self._free -= 1
+            return
+        mine = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (order, next(self._ties), mine))
+        try:
+            await mine
+        except asyncio.CancelledError:
+            if mine.done() and not mine.cancelled():  # it was given the place and then cancelled
+                self._leave()
+            raise
+
+    def _leave(self) -> None:
+        while self._waiting:
+            _, _, next_one = heapq.heappop(self._waiting)
+            if not next_one.done():
+                next_one.set_result(None)
+                return
+        self._free += 1
+
+
+class _Batches(Generic[Item, Result]):
+    """Calls `do` with all items that came while its last call ran; it gives results for some of the first of them.
+
+    With `idle_s`, also with none when nothing came for so long. Once `do` raises, every item gets that error.
+    """
+
+    def __init__(
+        self, do: Callable[[Sequence[Item]], Awaitable[Sequence[Result]]], idle_s: float | None = None
+    ) -> None:
+        self._do, self._idle_s = do, idle_s
+        self._waiting: list[tuple[Item, asyncio.Future[Result]]] = []
+        self._came = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def of(self, item: Item) -> Result:
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
+            self._task.add_done_callback(self._ended)
+        mine: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self._waiting.append((item, mine))
+        self._came.set()
+        if self._task.done():
+            self._ended(self._task)
+        return await mine
+
+    async def _run(self) -> None:
+        while True:
+            if not self._waiting:
+                self._came.clear()
+                try:
+                    await asyncio.wait_for(self._came.wait(), self._idle_s)
+                except TimeoutError:
+                    await self._do([])
+                    continue
+            results = await self._do([item for item, _ in self._waiting])
+            done, self._waiting = self._waiting[: len(results)], self._waiting[len(results) :]
+            for (_, future), result in zip(done, results, strict=True):
+                if not future.done():
+                    future.set_result(result)
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        waiting, self._waiting = self._waiting, []
+        for _, future in waiting:
+            if future.done():
+                continue
+            if task.cancelled():
+                future.cancel()
+            else:
+                error = task.exception()
+                assert error is not None, "_run ends by an error only"
+                future.set_exception(error)

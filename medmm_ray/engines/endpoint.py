@@ -1,0 +1,155 @@
+"""What an endpoint is: a model, behind an API or in this process, that makes one attempt at one request.
+
+Enters: a `Request`, texts and pictures. Leaves: a `Reply` with its token counts, or a typed fault: `RetryableError`
+(of the moment: 408, 429, 5xx, a time-out, a cut connection, a garbled body), `RowError` refused (content filter),
+prompt_too_long or request (any other 4xx: that row's error), `EndpointError` (key, model, quota, missing package: no
+request can succeed). Retries, limits and money are `client`'s.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+from PIL import Image
+
+from medmm_ray.config import ConfigError
+from medmm_ray.tables import RowError
+
+
+class EndpointError(ConfigError):
+    """No request can succeed (key, model, quota, missing package); the message says what to do."""
+
+
+class RetryableError(Exception):
+    """A fault of the moment. `maybe_paid`: the model may have worked on it, so that it may be billed."""
+
+    def __init__(self, message: str, retry_after_s: float | None = None, maybe_paid: bool = False) -> None:
+        super().__init__(message)
+        self.retry_after_s, self.maybe_paid = retry_after_s, maybe_paid
+
+
+class Picture:
+    """An opened RGB image, encoded once for all requests that carry it; its longest side at most `max_side` pixels."""
+
+    def __init__(self, image: Image.Image, max_side: int = 1024) -> None:
+        if max(image.size) > max_side:
+            image = image.copy()
+            image.thumbnail((max_side, max_side))
+        self.image = image
+        sink = io.BytesIO()
+        image.save(sink, "PNG")
+        self.png = sink.getvalue()
+        # Of the pixels: PNG bytes depend on the version of the library that wrote them.
+        self.sha = hashlib.sha256(repr((image.mode, image.size)).encode() + image.tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side says: `role` is user or model."""
+
+    role: str
+    parts: tuple[str | Picture, ...]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question to a model. `n` choices are drawn; `temperature` None leaves it to the model.
+
+    `schema` is a JSON schema; `pattern` a regular expression, which a model in this process obeys.
+    """
+
+    system: str
+    turns: tuple[Turn, ...]
+    schema: Mapping[str, Any] | None = None
+    pattern: str | None = None
+    max_tokens: int = 4096
+    temperature: float | None = 0.0
+    top_p: float = 1.0
+    n: int = 1
+    seed: int | None = None
+
+    @property
+    def pictures(self) -> list[Picture]:
+        return [part for turn in self.turns for part in turn.parts if isinstance(part, Picture)]
+
+    @cached_property
+    def text_bytes(self) -> int:
+        texts = [part for turn in self.turns for part in turn.parts if isinstance(part, str)]
+        schema = json.dumps(self.schema) if self.schema else ""
+        return sum(len(text.encode()) for text in (self.system, schema, *texts))
+
+    def key(self, endpoint: str) -> str:
+        """A content hash of the request to the endpoint of this identity; an answer is kept under it."""
+        turns = [[t.role, [p if isinstance(p, str) else {"image": p.sha} for p in t.parts]] for t in self.turns]
+        how = [self.schema, self.pattern, self.max_tokens, self.temperature, self.top_p, self.n, self.seed]
+        text = json.dumps([endpoint, self.system, turns, how], sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One answer. `finish` is stop, or length where it was cut at `max_tokens`."""
+
+    text: str
+    finish: str
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A whole answer. `read` counts prompt tokens with the cached ones, `written` all generated ones, thoughts too.
+
+    `refusal` says why a model did not answer: that is a whole answer too, and paid for.
+    """
+
+    choices: tuple[Choice, ...]
+    read: int
+    cached: int
+    written: int
+    refusal: str | None = None
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text
+
+    @property
+    def cut_off(self) -> bool:
+        return self.choices[0].finish == "length"
+
+
+class Endpoint(Protocol):
+    """`identity` names the model in the keys of its answers: not where it is reached."""
+
+    identity: str
+
+    async def send(self, request: Request) -> Reply: ...
+
+
+# What servers say of a prompt that is longer than the model's context.
+_TOO_LONG = ("context_length", "maximum context length", "exceeds the maximum number of tokens", "prompt is too long")
+
+
+def fault_of(model: str, status: int, said: str, retry_after: str | None, check: str) -> Exception:
+    """The fault that an HTTP status means; `check` names what the user should look at where no request can succeed."""
+    words = said.lower()
+    fatal = status in (401, 402, 403, 404) or "insufficient_quota" in words or (status == 400 and "api key" in words)
+    if fatal:
+        return EndpointError(f"{model} answered {status}: {said[:300]}; check {check}")
+    if status in (408, 409, 429) or status >= 500:
+        return RetryableError(f"{status}: {said[:200]}", _seconds(retry_after))
+    if "content_filter" in words or "content management policy" in words:
+        return RowError("refused", f"{model} did not answer (content filter)")
+    if any(mark in words for mark in _TOO_LONG):
+        return RowError("prompt_too_long", f"{model} answered {status}: {said[:200]}")
+    return RowError("request", f"{model} answered {status}: {said[:200]}")
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """A ``Retry-After`` header's seconds; None where it is absent, or a date."""
+    try:
+        return max(0.0, float(retry_after)) if retry_after else None
+    except ValueError:
+        return None

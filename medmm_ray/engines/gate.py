@@ -1,0 +1,440 @@
+"""The one gate that all calls of a run to a model pass, whichever machine they are sent from.
+
+Enters: `Ask`s for attempts, and what became of them (`Settled`). Leaves: leases, as rate limits (requests and tokens a
+minute), the circuit breaker and the budget allow. The worst case of a call is reserved, durably, before it may be sent,
+and settled after. The ledger is one small file, written whole; what it holds as reserved when all was killed is looked
+up among the kept answers: an answer that is there is booked at its cost, the others as possibly paid at their worst
+case, of each sender never more than it may have in flight. `Gate` is plain asyncio; `start_gate` makes it a Ray actor.
+"""
+
+import asyncio
+import itertools
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from pyarrow import fs as pafs
+
+from medmm_ray.config import ConfigError
+from medmm_ray.engines.answers import Answer, AnswerStore
+from medmm_ray.engines.endpoint import EndpointError
+from medmm_ray.tables import filesystem, write_file
+
+BURST_S = 10.0  # of a rate may be used at once, after a rest
+LONGEST_OPEN_S = 60.0  # between two probes of an endpoint that fails
+SILENCE_S = 300.0  # after which a sender counts as dead; it speaks every `HEARTBEAT_S`
+HEARTBEAT_S = 10.0
+
+
+class BudgetError(ConfigError):
+    """The next call could cost more than is left; the message has the figures."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the gate enforces; None is no limit."""
+
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+    max_cost_usd: float | None = None
+    breaker_faults: int = 20
+    """Faults of the moment in a row, over all senders, after which nothing is sent for a while."""
+    breaker_pause_s: float = 1.0
+    """The first such while; it doubles."""
+    breaker_limit_s: float = 900.0
+    """Seconds after which an endpoint that only fails ends the job."""
+    drain_s: float = 150.0
+    """Longest wait for answers under way, when the job is to end."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One attempt: what it is about, the most tokens and US dollars that it can take."""
+
+    group: str
+    key: str
+    tokens: int
+    dollars: float
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What became of a lease: an answer, a `fault` of the moment, or neither (a request that the endpoint refused).
+
+    `lost`: no whole answer came and it may be billed.
+    """
+
+    lease: int
+    tokens: int = 0
+    dollars: float = 0.0
+    answered: bool = False
+    fault: bool = False
+    lost: bool = False
+
+
+@dataclass(frozen=True)
+class Grant:
+    """Leases for the first asks, or the kind (budget, endpoint) and the words of what ended the job."""
+
+    leases: tuple[int, ...] = ()
+    stopped: tuple[str, str] | None = None
+
+
+class Gateway(Protocol):
+    """What a sender needs of the gate."""
+
+    async def lease(self, sender: str, in_flight: int, asks: Sequence[Ask]) -> Grant: ...
+
+    async def settle(self, sender: str, settled: Sequence[Settled]) -> None: ...
+
+    async def stop(self, message: str) -> None: ...
+
+
+@dataclass
+class Ledger:
+    """US dollars and calls so far; `epoch` counts the gates that kept this ledger, one after the other."""
+
+    epoch: int = 0
+    spent: float = 0.0
+    answers: int = 0
+    possibly_paid: float = 0.0
+    lost_calls: int = 0
+
+
+@dataclass(frozen=True)
+class _Out:
+    sender: str
+    in_flight: int
+    ask: Ask
+
+
+class _Bucket:
+    """Tokens that come at a steady rate; at most `BURST_S` of them are kept."""
+
+    def __init__(self, a_minute: float | None) -> None:
+        self.rate = None if a_minute is None else a_minute / 60
+        self.level = self.most = 0.0 if self.rate is None else max(1.0, self.rate * BURST_S)
+        self.at = time.monotonic()
+
+    def wait_s(self, amount: float) -> float:
+        """Seconds until `amount` may be taken; one that is larger than the bucket waits until it is full."""
+        if self.rate is None:
+            return 0.0
+        now = time.monotonic()
+        self.level, self.at = min(self.most, self.level + (now - self.at) * self.rate), now
+        return max(0.0, (min(amount, self.most) - self.level) / self.rate)
+
+    def take(self, amount: float) -> None:
+        self.level = min(self.most, self.level - amount)
+
+
+class _Breaker:
+    """Closed, or open with a growing pause after which one probe may pass."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.faults = 0
+        self.opened_at: float | None = None
+        self.until = 0.0
+        self.pause_s = 0.0
+        self.probe: int | None = None
+
+    def wait_s(self) -> float | None:
+        """Seconds until something may pass; None: not before the probe is back."""
+        if self.opened_at is None:
+            return 0.0
+        return None if self.probe is not None else max(0.0, self.until - time.monotonic())
+
+    def passed(self, lease: int) -> None:
+        if self.opened_at is not None:
+            self.probe = lease
+
+    def settled(self, lease: int, fault: bool) -> float:
+        """Note an outcome; seconds for which nothing but faults came since the breaker opened, 0 where it is closed."""
+        now, probed = time.monotonic(), lease == self.probe
+        if not fault:
+            self.faults, self.opened_at, self.probe = 0, None, None
+            return 0.0
+        self.faults += 1
+        if self.opened_at is None and self.faults >= self.limits.breaker_faults:
+            self.opened_at, self.pause_s, probed = now, self.limits.breaker_pause_s, True
+        elif probed:
+            self.pause_s = min(LONGEST_OPEN_S, self.pause_s * 2)
+        if probed:
+            self.probe, self.until = None, now + self.pause_s
+        return 0.0 if self.opened_at is None else now - self.opened_at
+
+
+class Gate:
+    """The gate itself, one a run and model; its ledger and the answers lie under `folder`."""
+
+    def __init__(self, folder: str, limits: Limits) -> None:
+        self.limits = limits
+        self.fs, path = filesystem(folder)
+        self.path = f"{path.rstrip('/')}/ledger.json"
+        self.answers = AnswerStore(f"{folder.rstrip('/')}/answers")
+        self.ledger = Ledger()
+        self.stopped: tuple[str, str] | None = None
+        self._out: dict[int, _Out] = {}
+        self._heard: dict[str, float] = {}
+        self._numbers = itertools.count(1)
+        self._requests, self._tokens = _Bucket(limits.requests_per_minute), _Bucket(limits.tokens_per_minute)
+        self._breaker = _Breaker(limits)
+        self._turn, self._writing = asyncio.Lock(), asyncio.Lock()
+        self._changed = asyncio.Event()
+        self._wanted = self._written = 0
+        self._saver: asyncio.Task[None] | None = None
+        self._open()
+
+    # What senders call
+
+    async def lease(self, sender: str, in_flight: int, asks: Sequence[Ask]) -> Grant:
+        """Leases for at least the first of `asks`, as soon as it may be sent, and for those after it that may too."""
+        self._hear(sender)
+        leases: list[int] = []
+        async with self._turn:
+            for ask in asks:
+                if not await self._admitted(ask, wait=not leases):
+                    break
+                leases.append(self._reserve(_Out(sender, in_flight, ask)))
+        if leases:
+            await self._save()
+        if self.stopped and not leases:
+            await self._drained()
+            return Grant(stopped=self.stopped)
+        return Grant(tuple(leases))
+
+    async def settle(self, sender: str, settled: Sequence[Settled]) -> None:
+        """Book what became of leases; an empty list says that the sender is alive."""
+        self._hear(sender)
+        for one in settled:
+            out = self._out.pop(one.lease, None)
+            if out is not None:
+                self._book(out.ask, one)
+        if settled:
+            self._notify()
+            if self._saver is None or self._saver.done():
+                self._saver = asyncio.create_task(self._save())
+
+    async def stop(self, message: str) -> None:
+        """Lease nothing more: no request can succeed. Those who ask are told when all answers under way are kept."""
+        self._stop("endpoint", message)
+
+    async def figures(self) -> dict[str, float]:
+        """The ledger: spent and possibly_paid in US dollars, answers and lost_calls in calls."""
+        return asdict(self.ledger)
+
+    async def limit(self, limits: Limits) -> None:
+        """Begin anew with other limits, e.g. for the next step of the run."""
+        self.limits, self.stopped = limits, None
+        self._requests, self._tokens = _Bucket(limits.requests_per_minute), _Bucket(limits.tokens_per_minute)
+        self._breaker = _Breaker(limits)
+
+    # Admission
+
+    async def _admitted(self, ask: Ask, wait: bool) -> bool:
+        """Whether `ask` may be sent; with `wait`, as soon as it may. False where the job is to end."""
+        while self.stopped is None:
+            self._changed.clear()
+            pause_s = self._pause_s(ask)
+            if pause_s == 0:
+                return True
+            if not wait or self.stopped:
+                return False
+            try:
+                await asyncio.wait_for(self._changed.wait(), pause_s)
+            except TimeoutError:
+                await self._bury_the_silent()
+        return False
+
+    def _pause_s(self, ask: Ask) -> float:
+        """Seconds until it is worth asking again; 0 where `ask` may be sent now."""
+        limit, ledger = self.limits.max_cost_usd, self.ledger
+        if limit is not None:
+            booked = ledger.spent + ledger.possibly_paid
+            if booked + ask.dollars > limit:
+                self._stop("budget", self._budget_words(ask))
+                return HEARTBEAT_S
+            if booked + sum(out.ask.dollars for out in self._out.values()) + ask.dollars > limit:
+                return HEARTBEAT_S  # what is under way will cost less than its worst case
+        broken = self._breaker.wait_s()
+        if broken is None:
+            return HEARTBEAT_S
+        return max(broken, self._requests.wait_s(1), self._tokens.wait_s(ask.tokens))
+
+    def _reserve(self, out: _Out) -> int:
+        lease = next(self._numbers)
+        self._out[lease] = out
+        self._requests.take(1)
+        self._tokens.take(out.ask.tokens)
+        self._breaker.passed(lease)
+        return lease
+
+    def _book(self, ask: Ask, settled: Settled) -> None:
+        ledger = self.ledger
+        ledger.spent += settled.dollars
+        ledger.answers += settled.answered
+        if settled.lost:
+            ledger.possibly_paid += ask.dollars
+            ledger.lost_calls += 1
+        else:
+            self._tokens.take(settled.tokens - ask.tokens)  # gives back what was not used
+        failing_s = self._breaker.settled(settled.lease, settled.fault)
+        if failing_s > self.limits.breaker_limit_s:
+            self._stop(
+                "endpoint",
+                f"for {failing_s:.0f} s the endpoint has answered with nothing but time-outs and server errors "
+                f"({self._breaker.faults} in a row). What had arrived is kept; run again when it is well, or raise "
+                "breaker_limit_s",
+            )
+
+    def _budget_words(self, ask: Ask) -> str:
+        ledger = self.ledger
+        paid = f"${ledger.spent:,.4f} are spent on {ledger.answers:,} answers"
+        if ledger.lost_calls:
+            paid += f", ${ledger.possibly_paid:,.4f} possibly paid for {ledger.lost_calls:,} calls that were cut off"
+        return (
+            f"the next call can cost ${ask.dollars:,.4f} and max_cost_usd={self.limits.max_cost_usd:g} does not hold "
+            f"it: {paid}. What has arrived is kept; raise max_cost_usd and run again"
+        )
+
+    def _stop(self, kind: str, message: str) -> None:
+        self.stopped = self.stopped or (kind, message)
+        self._notify()
+
+    async def _drained(self) -> None:
+        """Wait until no lease is out, so that what is paid has arrived and is kept."""
+        until = time.monotonic() + self.limits.drain_s
+        while self._out and time.monotonic() < until:
+            self._changed.clear()
+            try:
+                await asyncio.wait_for(self._changed.wait(), min(1.0, self.limits.drain_s))
+            except TimeoutError:
+                await self._bury_the_silent()
+
+    def _notify(self) -> None:
+        self._changed.set()
+
+    # Senders that die
+
+    def _hear(self, sender: str) -> None:
+        self._heard[sender] = time.monotonic()
+
+    async def _bury_the_silent(self) -> None:
+        silent = {s for s, at in self._heard.items() if time.monotonic() - at > SILENCE_S}
+        for sender in silent:
+            del self._heard[sender]
+            left = [self._out.pop(lease) for lease, out in list(self._out.items()) if out.sender == sender]
+            self._bury(left, await asyncio.to_thread(self._kept, left))
+        if silent:
+            if self._breaker.probe not in self._out:
+                self._breaker.probe = None
+            self._notify()
+
+    def _kept(self, left: Sequence[_Out]) -> dict[str, dict[str, Answer]]:
+        """The answers of the groups that open leases are about."""
+        return {group: self.answers.read(group) for group in {out.ask.group for out in left}}
+
+    def _bury(self, left: Sequence[_Out], kept: dict[str, dict[str, Answer]]) -> None:
+        """Book the leases of a dead sender: at its cost what is among the answers, the costliest others as lost."""
+        lost = []
+        for out in left:
+            answer = kept[out.ask.group].get(out.ask.key)
+            if answer is None:
+                lost.append(out)
+            else:
+                self.ledger.spent += answer.cost
+                self.ledger.answers += 1
+        lost.sort(key=lambda out: -out.ask.dollars)
+        for out in lost[: lost[0].in_flight] if lost else ():
+            self.ledger.possibly_paid += out.ask.dollars
+            self.ledger.lost_calls += 1
+
+    # The ledger's file
+
+    def _open(self) -> None:
+        """Take over the ledger that is there; its open leases are of senders that are dead."""
+        stored = self._read()
+        left = [_Out(o[0], o[1], Ask(o[2], o[3], 0, o[4])) for o in stored.pop("reserved", [])]
+        self.ledger = Ledger(**stored)
+        self.ledger.epoch += 1
+        for sender in {out.sender for out in left}:
+            its = [out for out in left if out.sender == sender]
+            self._bury(its, self._kept(its))
+        self.fs.create_dir(self.path.rpartition("/")[0], recursive=True)
+        self._write(self._content())
+
+    def _read(self) -> dict[str, Any]:
+        if self.fs.get_file_info(self.path).type == pafs.FileType.NotFound:
+            return {}
+        with self.fs.open_input_stream(self.path) as stream:
+            stored: dict[str, Any] = json.loads(stream.read())
+        return stored
+
+    def _content(self) -> bytes:
+        reserved = [[o.sender, o.in_flight, o.ask.group, o.ask.key, o.ask.dollars] for o in self._out.values()]
+        return json.dumps({**asdict(self.ledger), "reserved": reserved}).encode()
+
+    def _write(self, content: bytes) -> None:
+        if int(self._read().get("epoch", 0)) > self.ledger.epoch:
+            self._stop("endpoint", f"another run has taken over the ledger {self.path}; this one ends")
+            return
+        write_file(self.fs, self.path, content)
+
+    async def _save(self) -> None:
+        """Return when the ledger as it is now is on storage; callers that wait at the same time share a write."""
+        self._wanted += 1
+        mine = self._wanted
+        async with self._writing:
+            if self._written < mine:
+                covered, content = self._wanted, self._content()
+                await asyncio.to_thread(self._write, content)
+                self._written = covered
+
+
+class RemoteGate:
+    """The gate as a Ray actor, seen by a sender."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def lease(self, sender: str, in_flight: int, asks: Sequence[Ask]) -> Grant:
+        grant: Grant = await self._call("lease", sender, in_flight, asks)
+        return grant
+
+    async def settle(self, sender: str, settled: Sequence[Settled]) -> None:
+        await self._call("settle", sender, settled)
+
+    async def stop(self, message: str) -> None:
+        await self._call("stop", message)
+
+    async def figures(self) -> dict[str, float]:
+        figures: dict[str, float] = await self._call("figures")
+        return figures
+
+    async def _call(self, method: str, *given: object) -> Any:
+        from ray.exceptions import RayActorError
+
+        try:
+            return await getattr(self._handle, method).remote(*given)
+        except RayActorError as error:
+            raise EndpointError(
+                "the gate that keeps rate limits and budget is gone (its process or machine died); nothing more is "
+                "sent. What has arrived is kept: run again"
+            ) from error
+
+
+def start_gate(folder: str, limits: Limits) -> RemoteGate:
+    """The gate of `folder`, a named actor on the driver's machine; it lives as long as what is returned here."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    actor = ray.remote(Gate).options(
+        name=f"gate {folder}", get_if_exists=True, num_cpus=0, max_concurrency=10_000, scheduling_strategy=here
+    )
+    handle: Any = actor.remote(folder, limits)
+    ray.get(handle.limit.remote(limits))  # a ledger that cannot be read or written ends the job here
+    return RemoteGate(handle)

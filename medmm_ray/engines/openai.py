@@ -1,0 +1,113 @@
+"""Any OpenAI-compatible chat endpoint by the openai package: GPT, a vLLM server, Gemini's compatible address.
+
+One attempt a call (the package's own retries are off). The package is imported in the constructor, the key comes from
+an environment variable. Pictures travel as data URLs; a JSON schema as ``response_format``, or, where a server does not
+know that, as "any JSON object" or not at all (`form`).
+"""
+
+import asyncio
+import base64
+import json
+import os
+from typing import Any
+
+from medmm_ray.engines.endpoint import Choice, EndpointError, Picture, Reply, Request, RetryableError, Turn, fault_of
+
+
+class OpenAIEndpoint:
+    """One model at one address (None: OpenAI's own)."""
+
+    def __init__(
+        self, model: str, *, address: str | None = None, key_variable: str = "OPENAI_API_KEY",
+        timeout_s: float = 120.0, form: str = "schema",
+    ) -> None:  # fmt: skip
+        key = os.environ.get(key_variable)
+        if not key:
+            raise EndpointError(
+                f"{model} needs a key in the environment variable {key_variable}; it is not set (any word for a server "
+                "without keys)"
+            )
+        try:
+            import openai
+        except ImportError as error:
+            raise EndpointError("the package openai is missing; pip install 'medmm-ray[openai]'") from error
+        self.identity = f"openai:{model}"
+        self._errors = openai
+        self._client = openai.AsyncOpenAI(api_key=key, base_url=address, max_retries=0, timeout=timeout_s)
+        self._model, self._timeout_s, self._form, self._key_variable = model, timeout_s, form, key_variable
+
+    async def send(self, request: Request) -> Reply:
+        """One attempt; the faults of `endpoint`."""
+        errors = self._errors
+        try:
+            async with asyncio.timeout(self._timeout_s):  # the package's own counts from one byte to the next
+                raw = await self._client.chat.completions.with_raw_response.create(**self._body(request))
+                content = raw.content
+        except (TimeoutError, errors.APITimeoutError):
+            raise RetryableError(f"no answer within {self._timeout_s:g} s", maybe_paid=True) from None
+        except errors.APIStatusError as error:
+            retry_after = error.response.headers.get("retry-after")
+            check = f"{self._key_variable}, the model's name and its address"
+            raise fault_of(self._model, error.status_code, str(error.message), retry_after, check) from None
+        except errors.APIError as error:
+            raise RetryableError(f"{type(error).__name__}: {error.__cause__ or error}", maybe_paid=True) from None
+        try:
+            return reply_of(json.loads(content), request)
+        except (ValueError, KeyError, TypeError, IndexError):
+            raise RetryableError(f"a garbled answer of {len(content)} bytes", maybe_paid=True) from None
+
+    def _body(self, request: Request) -> dict[str, Any]:
+        system = [{"role": "system", "content": request.system}] if request.system else []
+        body: dict[str, Any] = {
+            "model": self._model,
+            "messages": [*system, *map(message, request.turns)],
+            "max_completion_tokens": request.max_tokens,
+            "n": request.n,
+        }
+        if request.temperature is not None:
+            body |= {"temperature": request.temperature, "top_p": request.top_p}
+        if request.seed is not None:
+            body["seed"] = request.seed
+        if request.schema is not None and self._form == "schema":
+            shape = {"name": "answer", "strict": True, "schema": dict(request.schema)}
+            body["response_format"] = {"type": "json_schema", "json_schema": shape}
+        elif request.schema is not None and self._form == "object":
+            body["response_format"] = {"type": "json_object"}
+        return body
+
+
+def message(turn: Turn) -> dict[str, Any]:
+    """A turn as the protocol has it; one that is text alone as plain text."""
+    role = {"user": "user", "model": "assistant"}[turn.role]
+    if all(isinstance(part, str) for part in turn.parts):
+        return {"role": role, "content": "\n".join(map(str, turn.parts))}
+    return {"role": role, "content": [_part(part) for part in turn.parts]}
+
+
+def _part(part: str | Picture) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    return {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(part.png).decode()}}
+
+
+def reply_of(body: dict[str, Any], request: Request) -> Reply:
+    """A chat completion as a `Reply`; a server that counts no tokens is taken to have used all that is possible."""
+    usage = body.get("usage") or {"prompt_tokens": request.text_bytes, "completion_tokens": request.max_tokens}
+    details = usage.get("prompt_tokens_details") or {}
+    if not body["choices"]:
+        raise ValueError("no choices")
+    choices, refusal = [], None
+    for choice in body["choices"]:
+        said = choice["message"]
+        if choice["finish_reason"] == "content_filter":
+            refusal = f"{body.get('model')} did not answer (content filter)"
+        elif said.get("refusal"):
+            refusal = f"{body.get('model')} refused: {said['refusal'][:200]}"
+        choices.append(Choice(said.get("content") or "", choice["finish_reason"] or "stop"))
+    return Reply(
+        choices=tuple(choices),
+        read=int(usage["prompt_tokens"]),
+        cached=int(details.get("cached_tokens") or 0),
+        written=int(usage["completion_tokens"]),
+        refusal=refusal,
+    )

@@ -1,0 +1,81 @@
+"""The card of an exported dataset: what the hub's page says, and the YAML by which `datasets` finds the files."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pyarrow as pa
+import yaml
+
+_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+_DTYPES = {"string": "string", "int64": "int64", "double": "float64", "float": "float32", "bool": "bool"}
+
+_WHAT = """\
+# Medical questions with step-labelled solutions
+
+Questions (with their images, where there are any), sampled step-by-step solutions, and labels of each step from the
+sources below, side by side. Made with medmm_ray.
+
+A label is 1 (right), 0 (wrong) or null (not labelled, or nothing to check); a judge's and an expert's speak of the
+step itself, Monte Carlo's and a tree's value of the solution up to it. Raw labels keep their source's meaning: which
+of them to train on, and what to do after a first error, is the reader's choice.
+"""
+
+
+def card(
+    schema: pa.Schema, license_: str, splits: Mapping[str, int], counts: Mapping[str, int], made_by: Mapping[str, Any]
+) -> str:
+    """README.md with its YAML front matter; `splits` are questions a split, `counts` what `export` counted."""
+    front = {
+        "license": license_,
+        "task_categories": ["question-answering", "visual-question-answering"],
+        "language": ["en"],
+        "tags": ["medical", "process-reward-model", "step-labels"],
+        "size_categories": [next((name for limit, name in _SIZES if sum(splits.values()) < limit), "n>1M")],
+        "configs": [
+            {
+                "config_name": "default",
+                "data_files": [{"split": split, "path": f"data/{split}-*"} for split in splits],
+            }
+        ],
+        "dataset_info": {
+            "features": [feature(f.name, f.type) for f in schema],
+            "splits": [{"name": split, "num_examples": number} for split, number in splits.items()],
+        },
+    }
+    return (
+        "\n".join(["---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", "", *_body(counts, made_by)]) + "\n"
+    )
+
+
+def feature(name: str, kind: pa.DataType) -> dict[str, Any]:
+    """One Arrow field as the hub's YAML describes it."""
+    if pa.types.is_list(kind):
+        inner = kind.value_type
+        if pa.types.is_struct(inner):
+            return {"name": name, "list": [feature(f.name, f.type) for f in inner]}
+        return {"name": name, "sequence": _DTYPES[str(inner)]}
+    if pa.types.is_struct(kind):
+        return {"name": name, "struct": [feature(f.name, f.type) for f in kind]}
+    return {"name": name, "dtype": _DTYPES[str(kind)]}
+
+
+def _body(counts: Mapping[str, int], made_by: Mapping[str, Any]) -> Iterator[str]:
+    yield _WHAT
+    yield "## Counts\n"
+    yield "| what | number |\n|---|---|"
+    yield from (f"| {name} | {number:,} |" for name, number in sorted(counts.items()))
+    yield "\n## How it was made\n"
+    yield "| step | fingerprint | config |\n|---|---|---|"
+    for step, (fingerprint, config) in made_by.items():
+        settings = ", ".join(f"{key}={_short(value)}" for key, value in config.items())
+        yield f"| {step} | `{fingerprint}` | {settings} |"
+    yield (
+        "\n## Before it is used\n\nThe licence above is a placeholder until whoever owns questions and images has "
+        "chosen one; the terms of the sources hold. Labels are made by models unless their source says `expert`; "
+        "nothing here is medical advice."
+    )
+
+
+def _short(value: Any) -> str:
+    text = str(value).replace("|", "/").replace("\n", " ")
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,167 @@
+"""A verdict for each step of each solution, by a judge: a phantom's truth with errors, a local model, or an API.
+
+Enters: solutions, their questions, images and evidence. Leaves: labels with source "judge" (`Labels`, nested by
+question). A judge sees the question, its images, documents and reference cases, the gold answer only by explicit
+config, and speaks about each step by itself: three tests, a verdict, a confidence, a reason. Right-answer solutions are
+judged like the others, equal texts of a question once; the cost stands with the first of them. A step in which nothing
+can be checked has no label but a confidence. A call that fails becomes the row's error, never a label.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import pyarrow as pa
+
+from medmm_ray.engines.client import BYTES_A_TOKEN, connect
+from medmm_ray.engines.endpoint import Request
+from medmm_ray.engines.gate import Gateway, start_gate
+from medmm_ray.engines.generator import Generator, MakeGenerator, actor_options
+from medmm_ray.engines.local import LocalEndpoint, prompt_of
+from medmm_ray.judge.backends import Judge, Judgement, ModelJudge, PhantomJudge
+from medmm_ray.judge.config import JudgeConfig
+from medmm_ray.judge.prompt import JudgeCase, Picture
+from medmm_ray.judge.verdicts import verdicts
+from medmm_ray.records import Labels, arrow_schema
+from medmm_ray.tables import RowError, attach
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+__all__ = [
+    "Judge", "JudgeActor", "JudgeCase", "JudgeConfig", "Judgement", "ModelJudge", "PhantomJudge", "Picture",
+    "judge", "make_judge", "verdicts",
+]  # fmt: skip
+
+APIS = ("gemini", "openai")
+
+
+def judge(
+    ds: "Dataset",
+    config: JudgeConfig,
+    *,
+    questions: pa.Table,
+    images: pa.Table,
+    evidence: pa.Table | None = None,
+    model: str | None = None,
+    folder: str | None = None,
+    generator: MakeGenerator = Generator,
+) -> "Dataset":
+    """`Solutions` rows -> ``{question_id, labels}``, labels a list of `Labels`.
+
+    `questions` and `images` are the run's tables, `evidence` its documents and similar images; `model` is the
+    checkpoint of a vllm judge or the name of an API's model; `folder` is where the run keeps the API's answers and the
+    ledger of their cost.
+    """
+    gate: Gateway | None = None
+    if config.backend in APIS:
+        if model is None or folder is None:
+            raise ValueError(f"judge.backend={config.backend} needs judge.model and a folder for its answers")
+        folder = f"{folder.rstrip('/')}/{quote(model, safe='')}"
+        gate = start_gate(folder, config.limits)
+    ds = attach(ds, questions, "question_id", ["split", "question", "options", "answer", "image_ids"])
+    if evidence is not None:
+        ds = attach(ds, evidence, "question_id", ["documents", "images"])
+    return ds.map_batches(
+        JudgeActor,
+        fn_constructor_kwargs={
+            "config": config,
+            "images": images.select(["image_id", "uri", "annotation"]),
+            "model": model,
+            "generator": generator,
+            "gate": gate,
+            "folder": folder,
+        },
+        **actor_options(config),
+    )
+
+
+class JudgeActor:
+    """The actor: judges the distinct texts of each question of a batch."""
+
+    def __init__(
+        self, config: JudgeConfig, images: pa.Table, model: str | None = None, generator: MakeGenerator = Generator,
+        gate: Gateway | None = None, folder: str | None = None,
+    ) -> None:  # fmt: skip
+        self.config = config
+        self.backend = make_judge(config, model, generator, gate, folder)
+        rows = images.to_pylist()
+        self.pictures = {row["image_id"]: Picture(row["uri"], row["annotation"]) for row in rows}
+
+    async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
+        labels = await asyncio.gather(*(self.label(row) for row in batch.to_pylist()))
+        nested = [[asdict(label) for label in row] for row in labels]
+        kind = pa.list_(pa.struct(list(arrow_schema(Labels))))
+        yield pa.table({"question_id": batch["question_id"], "labels": pa.array(nested, kind)})
+
+    async def label(self, row: Mapping[str, Any]) -> list[Labels]:
+        """The labels of one question's solutions; none where it has none or its split is not judged."""
+        if row["split"] not in self.config.splits or not row["solutions"]:
+            return []
+        texts = {s["text_sha"]: s["steps"] for s in row["solutions"]}
+        judged = await self.backend.judge(self.case(row), list(texts.values()))
+        by_text: dict[str, Judgement | RowError] = dict(zip(texts, judged, strict=True))
+        labels = []
+        for solution in row["solutions"]:
+            found = by_text[solution["text_sha"]]
+            failed = isinstance(found, RowError)
+            labels.append(
+                Labels(
+                    question_id=row["question_id"],
+                    solution_id=solution["solution_id"],
+                    source="judge",
+                    annotator=self.backend.annotator,
+                    steps=[] if isinstance(found, RowError) else found.steps,
+                    cost=0.0 if isinstance(found, RowError) else found.cost,
+                    saw_answer=self.config.show_answer,
+                    error=str(found) if failed else None,
+                )
+            )
+            if isinstance(found, Judgement):
+                by_text[solution["text_sha"]] = Judgement(found.steps)  # paid for once
+        return labels
+
+    def case(self, row: Mapping[str, Any]) -> JudgeCase:
+        config = self.config
+        references = (row.get("images") or [])[: config.num_references]
+        return JudgeCase(
+            question_id=row["question_id"],
+            question=row["question"],
+            options=row["options"],
+            answer=row["answer"],
+            images=[self.pictures[i] for i in row["image_ids"]],
+            documents=[d["text"] for d in (row.get("documents") or [])[: config.num_documents]],
+            references=[Picture(r["uri"], r["diagnosis"]) for r in references],
+        )
+
+
+def make_judge(
+    config: JudgeConfig, model: str | None, generator: MakeGenerator = Generator, gate: Gateway | None = None,
+    folder: str | None = None,
+) -> Judge:  # fmt: skip
+    """The backend that `config` names."""
+    if config.backend == "phantom":
+        return PhantomJudge(config.error_rate, config.seed)
+    if model is None:
+        raise ValueError(f"judge.backend={config.backend} needs judge.model")
+    if config.backend == "vllm":
+        return _local(config, model, generator)
+    client = connect(config.backend, model, config, gate, folder)
+
+    def tokens(request: Request) -> int:
+        return request.text_bytes // BYTES_A_TOKEN + len(request.pictures) * client.price.image_tokens
+
+    return ModelJudge(config, model, client, tokens, config.max_prompt_tokens, exact=False)
+
+
+def _local(config: JudgeConfig, model: str, generator: MakeGenerator) -> ModelJudge:
+    engine = generator(model, config)
+
+    def tokens(request: Request) -> int:
+        return engine.count(prompt_of(request)) + request.max_tokens
+
+    name = Path(model).name
+    return ModelJudge(config, name, LocalEndpoint(engine, name), tokens, config.max_model_len, exact=True)

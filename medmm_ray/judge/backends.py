@@ -1,0 +1,227 @@
+"""Who judges: a phantom's own truth with errors, or a model, in this process or behind an API.
+
+Enters: what a question's solutions share, and their steps. Leaves, for each solution, a `Judgement` or a `RowError`.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from medmm_ray.config import digest
+from medmm_ray.engines.answers import Answer
+from medmm_ray.engines.endpoint import Picture as Shown
+from medmm_ray.engines.endpoint import Request, Turn
+from medmm_ray.engines.images import open_image
+from medmm_ray.judge.config import JudgeConfig
+from medmm_ray.judge.prompt import (
+    AGAIN,
+    JSON_RULE,
+    LINE_RULE,
+    SEVERAL_RULE,
+    SHOWN_AGAIN,
+    SYSTEM,
+    TOKENS_A_LINE,
+    Call,
+    JudgeCase,
+    call_text,
+    line_pattern,
+    rule_of,
+    schema_of,
+    shared_text,
+)
+from medmm_ray.judge.verdicts import verdicts
+from medmm_ray.records import StepLabel
+from medmm_ray.sources.phantom import Case, truth
+from medmm_ray.tables import RowError
+
+# How a phantom judge's confidence falls: it is low, or medium, more often where its verdict is wrong.
+_UNSURE = {True: (0.6, 0.3), False: (0.05, 0.15)}
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One solution's verdicts and what they cost, US dollars."""
+
+    steps: list[StepLabel]
+    cost: float = 0.0
+
+
+class Judge(Protocol):
+    """A backend: verdicts on the solutions (lists of steps) of one case, each a `Judgement` or a fault."""
+
+    annotator: str
+
+    async def judge(self, case: JudgeCase, solutions: Sequence[Sequence[str]]) -> "list[Judgement | RowError]": ...
+
+
+class Asker(Protocol):
+    """Who answers a request: `engines.client.Client`, or a model in this process."""
+
+    async def ask(self, request: Request, group: str) -> Answer: ...
+
+
+class PhantomJudge:
+    """The truth of a phantom, with a share of the verdicts flipped; it tends to know where it is unsure."""
+
+    def __init__(self, error_rate: float, seed: int = 0) -> None:
+        self.error_rate, self.seed = error_rate, seed
+        self.annotator = f"phantom@{digest('phantom', error_rate, seed)}"
+
+    async def judge(self, case: JudgeCase, solutions: Sequence[Sequence[str]]) -> "list[Judgement | RowError]":
+        if not case.images or not case.images[0].note:
+            fault = RowError(
+                "judge_source",
+                f"question {case.question_id} has no phantom's annotation; set judge.backend to vllm, gemini or openai",
+            )
+            return [fault for _ in solutions]
+        phantom = Case.from_annotation(case.images[0].note)
+        return [
+            Judgement([self.verdict(truth(s, phantom, case), case.question_id, steps, i) for i, s in enumerate(steps)])
+            for steps in solutions
+        ]
+
+    def verdict(self, right: bool | None, question_id: str, steps: Sequence[str], index: int) -> StepLabel:
+        """What the judge says of step `index`, whose truth is `right`; None says nothing that can be checked."""
+        if right is None:
+            return StepLabel(confidence="high", reason="nothing to check")
+        bits = int(digest(self.seed, question_id, list(steps), index), 16)
+        wrong = (bits >> 32) / 2**32 < self.error_rate
+        low, medium = _UNSURE[wrong]
+        doubt = (bits & 0xFFFFFFFF) / 2**32
+        confidence = "low" if doubt < low else "medium" if doubt < low + medium else "high"
+        return StepLabel(label=int(right != wrong), confidence=confidence)
+
+
+class ModelJudge:
+    """A model that reads a case and judges `solutions_per_call` solutions, or one step, a request.
+
+    `count` gives the tokens of a request, `room` the most that one may have; `exact` says whether a schema may hold the
+    number of steps.
+    """
+
+    def __init__(
+        self, config: JudgeConfig, model: str, client: Asker, count: Callable[[Request], int], room: int, exact: bool
+    ) -> None:
+        self.config, self.client = config, client
+        self._count, self._room, self._exact = count, room, exact
+        self._lines = config.reply == "lines"
+        prompts = (SYSTEM, JSON_RULE, SEVERAL_RULE, LINE_RULE, AGAIN)
+        how = (config.reply, config.granularity, config.solutions_per_call, config.show_answer)
+        self.annotator = f"{model}@{digest(prompts, how, schema_of(Call((('',),)), False))}"
+
+    async def judge(self, case: JudgeCase, solutions: Sequence[Sequence[str]]) -> "list[Judgement | RowError]":
+        try:
+            pictures = await asyncio.to_thread(self._pictures, case)
+        except RowError as fault:
+            return [fault for _ in solutions]
+        judging = [i for i, steps in enumerate(solutions) if steps]
+        groups = self._groups(judging)
+        documents = self._documents(case, pictures)
+        results: dict[int, Judgement | RowError] = {}
+        # The first call goes ahead of the others, so that they find what they share in the provider's cache.
+        ahead = 1 if self.config.warm_cache else 0
+        for part in (groups[:ahead], groups[ahead:]):
+            asked = [self._judge_group(case, documents, pictures, [solutions[i] for i in group]) for group in part]
+            for group, found in zip(part, await asyncio.gather(*asked), strict=True):
+                results |= dict(zip(group, found, strict=True))
+        empty = RowError("empty_solution", "the solution has no steps")
+        return [results.get(i, empty) for i in range(len(solutions))]
+
+    def _groups(self, judging: Sequence[int]) -> list[Sequence[int]]:
+        size = 1 if self.config.granularity == "step" else self.config.solutions_per_call
+        return [judging[at : at + size] for at in range(0, len(judging), size)]
+
+    def _pictures(self, case: JudgeCase) -> list[str | Shown]:
+        """The query's images, then each similar case's after its number; opened and encoded once for all calls."""
+        if not self.config.images:
+            return []
+        parts: list[str | Shown] = []
+        for picture in case.images:
+            parts += ["The patient's image:", Shown(open_image(picture.uri), self.config.image_px)]
+        for i, picture in enumerate(case.references, 1):
+            parts += [f"The image of similar case {i}:", Shown(open_image(picture.uri), self.config.image_px)]
+        return parts
+
+    def _documents(self, case: JudgeCase, pictures: Sequence[str | Shown]) -> Sequence[str]:
+        """The first documents that leave room for a solution, chosen by the question alone."""
+        blank = Call((("",),))
+        room = self._room - min(self.config.solution_reserve * self.config.solutions_per_call, self._room // 2)
+        documents = case.documents
+        while documents and self._count(self._request(case, documents, pictures, blank)) > room:
+            documents = documents[:-1]
+        return documents
+
+    async def _judge_group(
+        self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | Shown],
+        solutions: Sequence[Sequence[str]],
+    ) -> "list[Judgement | RowError]":  # fmt: skip
+        """The solutions of one request, or one solution by a request a step."""
+        shown = tuple(tuple(steps) for steps in solutions)
+        try:
+            if self.config.granularity == "solution":
+                found, cost = await self._judge_call(case, documents, pictures, Call(shown))
+                return [Judgement(steps, cost / len(shown)) for steps in found]
+            calls = [Call((shown[0][:number],), number) for number in range(1, len(shown[0]) + 1)]
+            parts = await asyncio.gather(*(self._judge_call(case, documents, pictures, call) for call in calls))
+        except RowError as fault:
+            return [fault for _ in solutions]
+        return [Judgement([steps[0][0] for steps, _ in parts], sum(cost for _, cost in parts))]
+
+    async def _judge_call(
+        self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | Shown], call: Call
+    ) -> tuple[list[list[StepLabel]], float]:
+        """The labels and their cost; a reply that does not fit is asked for once again, with the fault named."""
+        request = self._fitting(case, documents, pictures, call)
+        answer = await self.client.ask(request, case.question_id)
+        try:
+            return self._labels(answer, call), answer.cost
+        except RowError as fault:
+            corrected = AGAIN.format(fault=fault.message, rule=rule_of(call, self._lines))
+            turns = (Turn("model", (answer.reply.text[:SHOWN_AGAIN],)), Turn("user", (corrected,)))
+        again = await self.client.ask(replace(request, turns=request.turns + turns), case.question_id)
+        return self._labels(again, call), answer.cost + again.cost
+
+    def _labels(self, answer: Answer, call: Call) -> list[list[StepLabel]]:
+        if answer.reply.cut_off:
+            raise RowError(
+                "judge_reply",
+                f"judge's answer was cut off at max_tokens={self.config.max_tokens} ({len(answer.reply.text)} "
+                "characters); shorter reasons are enough",
+            )
+        return verdicts(answer.reply.text, call.numbers)
+
+    def _fitting(
+        self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | Shown], call: Call
+    ) -> Request:
+        """The request; a solution that is longer than the reserve goes with fewer documents."""
+        request = self._request(case, documents, pictures, call)
+        while (tokens := self._count(request)) > self._room:
+            if not documents:
+                raise RowError(
+                    "prompt_too_long",
+                    f"about {tokens:,} prompt tokens without any document, and {self._room:,} are allowed; raise "
+                    "judge.max_prompt_tokens (an API) or judge.max_model_len (vllm), or leave such solutions out",
+                )
+            documents = documents[:-1]
+            request = self._request(case, documents, pictures, call)
+        return request
+
+    def _request(
+        self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | Shown], call: Call
+    ) -> Request:
+        shared = shared_text(case, documents, self.config.show_answer)
+        asked = Turn("user", (shared, *pictures, call_text(call, self._lines)))
+        max_tokens = self.config.max_tokens
+        if self._lines:
+            max_tokens = min(max_tokens, TOKENS_A_LINE * sum(map(len, call.numbers)))
+        constrain = self.config.constrain
+        return Request(
+            system=SYSTEM,
+            turns=(asked,),
+            schema=schema_of(call, self._exact) if constrain and not self._lines else None,
+            pattern=line_pattern(call) if constrain and self._lines else None,
+            max_tokens=max_tokens,
+            temperature=self.config.temperature,
+            seed=self.config.seed if self._exact else None,
+        )

@@ -1,0 +1,209 @@
+"""The published nested JSON of this project: what an export writes, and its reader.
+
+`path` is one file, or a folder with a file a split (``train.json``, ``test.json``, …). An entry is a question with its
+solutions; `entry` makes one and `solved_of` reads it back, exactly for what the format carries: not the split (that is
+the file's name), sampling seeds, ids of solutions, reasons and costs of a judge, Monte Carlo's counts.
+
+Of several annotators of one source the format holds one: the adjudicator, else the first by name. A source that did
+not label a solution, or failed to, is null; a step that it did not label is null in its list.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from medmm_ray.config import digest
+from medmm_ray.records import Evidence, Labels, Question, RetrievedImage, Solution, StepLabel
+from medmm_ray.sources import (
+    Request,
+    Solved,
+    SourceData,
+    SourceImage,
+    SourceLabels,
+    SourceQuestion,
+    SourceSolution,
+    files_at,
+    read_documents,
+    require,
+    stream_json,
+)
+from medmm_ray.tables import RowError
+from medmm_ray.targets import ADJUDICATOR
+from medmm_ray.text import TAG, tag_steps
+
+COLUMNS = ("question_id", "data_source", "modality", "difficulty", "question", "options", "correct_answer", "solutions")
+ANNOTATOR = "published"
+
+
+def read(request: Request) -> SourceData:
+    """All questions of the files, in their order, and the images that they name."""
+    questions: list[SourceQuestion] = []
+    images: dict[str, SourceImage] = {}
+    for folder, split, row in _entries(request):
+        question = _question(folder, split, row)
+        questions.append(question)
+        for uri in question.images:
+            images.setdefault(uri, SourceImage(uri=uri, split=split, modality=question.modality))
+    return SourceData(
+        images=list(images.values()), questions=questions, documents=read_documents(request.documents_path)
+    )
+
+
+def solved(request: Request) -> Iterator[Solved]:
+    for _, _, row in _entries(request):
+        yield solved_of(row)
+
+
+def _entries(request: Request) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for uri in files_at(request.path):
+        folder, _, file = uri.rpartition("/")
+        split = file.removesuffix(".json")
+        limit = {"train": request.num_train, "test": request.num_test}.get(split)
+        for number, row in enumerate(stream_json(uri)):
+            if number == limit:
+                break
+            require(row, COLUMNS, f"{uri} entry {number}")
+            yield folder, split, row
+
+
+def _question(folder: str, split: str, row: Mapping[str, Any]) -> SourceQuestion:
+    options, answer = row["options"], row["correct_answer"]
+    return SourceQuestion(
+        name=row["question_id"],
+        question_id=row["question_id"],
+        source=row["data_source"],
+        split=split,
+        modality=row["modality"],
+        difficulty=row["difficulty"],
+        question=row["question"],
+        options=options,
+        answer=answer,
+        answer_type="choice" if options else "yes_no" if answer in ("yes", "no") else "open",
+        images=[path if "://" in path or path.startswith("/") else f"{folder}/{path}" for path in image_paths(row)],
+    )
+
+
+def image_paths(row: Mapping[str, Any]) -> list[str]:
+    path = row.get("image_path")
+    return [] if path is None else [path] if isinstance(path, str) else path
+
+
+# An entry
+
+
+def entry(
+    question: Question,
+    solutions: Sequence[Solution],
+    labels: Mapping[str, Sequence[Labels]],
+    *,
+    image_uris: Sequence[str] = (),
+    evidence: Evidence | None = None,
+    embedding: Sequence[float] | None = None,
+) -> dict[str, Any]:
+    """One question in the published fields; `labels` are all rows of each solution, by its id.
+
+    Raises RowError steps_unreadable for a solution whose tagged form would be read back as other steps.
+    """
+    return {
+        "question_id": question.question_id,
+        "data_source": question.source,
+        "modality": question.modality,
+        "difficulty": question.difficulty,
+        "question": question.question,
+        "image_path": list(image_uris) if len(image_uris) > 1 else next(iter(image_uris), None),
+        "image_embedding": None if embedding is None else list(embedding),
+        "options": question.options,
+        "correct_answer": question.answer,
+        "related_docs": [document.text for document in evidence.documents] if evidence else [],
+        "related_images": [
+            {"image_path": image.uri, "diagnosis": image.diagnosis, "similarity": image.similarity}
+            for image in (evidence.images if evidence else [])
+        ],
+        "solutions": [_solution(solution, labels.get(solution.solution_id, ())) for solution in solutions],
+    }
+
+
+def _solution(solution: Solution, labels: Sequence[Labels]) -> dict[str, Any]:
+    processed = tag_steps(solution.steps)
+    if processed_steps(processed) != solution.steps:
+        raise RowError("steps_unreadable", f"a step of {solution.solution_id} holds white space or marks of its own")
+    judge, monte_carlo, expert = (_chosen(labels, source) for source in ("judge", "monte_carlo", "expert"))
+    return {
+        "solution": solution.text,
+        "prm_processed_solution": processed,
+        "answer": solution.answer,
+        "score": int(bool(solution.correct)),
+        "gemini_labels": judge and [step.label for step in judge],
+        "gemini_confidence": judge and [step.confidence for step in judge],
+        "monte_carlo_labels": monte_carlo and [step.label for step in monte_carlo],
+        "expert_review": {
+            "reviewed": expert is not None,
+            "expert_label": expert and [step.label for step in expert],
+            "feedback": expert and [step.reason for step in expert],
+        },
+    }
+
+
+def _chosen(labels: Sequence[Labels], source: str) -> Sequence[StepLabel] | None:
+    rows = [row for row in labels if row.source == source and row.error is None and row.steps]
+    return min(rows, key=lambda row: (row.annotator != ADJUDICATOR, row.annotator)).steps if rows else None
+
+
+def processed_steps(processed: str) -> list[str]:
+    """The steps of `tag_steps`' text, which numbers them from 1.
+
+    >>> processed_steps("Step 1: Look. ки Step 2: Think. ки")
+    ['Look.', 'Think.']
+    """
+    steps: list[str] = []
+    start = len("Step 1: ")
+    while start <= len(processed) and processed:
+        end = processed.find(following := f"{TAG} Step {len(steps) + 2}: ", start)
+        steps.append(processed[start : end if end >= 0 else len(processed) - len(TAG)])
+        if end < 0:
+            break
+        start = end + len(following)
+    return steps
+
+
+def solved_of(row: Mapping[str, Any]) -> Solved:
+    """What an entry says of a question, besides the question."""
+    return Solved(
+        solutions=[_read_solution(solution) for solution in row["solutions"]],
+        documents=row.get("related_docs") or (),
+        images=[
+            RetrievedImage(
+                image_id=f"im{digest(image['image_path'])}",
+                uri=image["image_path"],
+                diagnosis=image["diagnosis"],
+                similarity=image["similarity"],
+            )
+            for image in row.get("related_images") or ()
+        ],
+    )
+
+
+def _read_solution(row: Mapping[str, Any]) -> SourceSolution:
+    steps = processed_steps(row["prm_processed_solution"])
+    review = row["expert_review"]
+    columns = {
+        "judge": {"label": row["gemini_labels"], "confidence": row["gemini_confidence"]},
+        "monte_carlo": {"label": row["monte_carlo_labels"]},
+        "expert": {"label": review["expert_label"], "reason": review["feedback"]},
+    }
+    return SourceSolution(
+        text=row["solution"],
+        steps=steps,
+        answer=row["answer"],
+        correct=None if row["answer"] is None else bool(row["score"]),
+        labels=[_labels(source, found, len(steps)) for source, found in columns.items() if found["label"] is not None],
+    )
+
+
+def _labels(source: str, columns: Mapping[str, Sequence[Any] | None], num_steps: int) -> SourceLabels:
+    found = {name: values if values is not None else [None] * num_steps for name, values in columns.items()}
+    wrong = {name: values for name, values in found.items() if len(values) != num_steps}
+    if wrong:
+        error = RowError("label_count", f"{source} has other than {num_steps} entries for {num_steps} steps: {wrong}")
+        return SourceLabels(source=source, annotator=ANNOTATOR, error=str(error))
+    steps = [StepLabel(**dict(zip(found, values, strict=True))) for values in zip(*found.values(), strict=True)]
+    return SourceLabels(source=source, annotator=ANNOTATOR, steps=steps)

@@ -1,0 +1,384 @@
+"""Questions for images that have none, written by a model that sees them, checked, and left to a reader's review.
+
+Enters: images. Leaves: `WrittenQuestion` rows, nested by image; what is not usable keeps its place, with an `error`:
+
+- question_reply: not of the asked form, twice; question_options: not four different, plausible options;
+- question_leak: the text gives the answer away (the stem names it, the options' lengths do, or it is answered without
+  the image); question_ambiguous: the model, shown the image, does not find the answer that it gave itself;
+- question_repeated: the image has such a question already; the kinds of the API's own faults.
+
+Models like to put the right option second or third: options are dealt anew by a hash of the question.
+"""
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import quote
+
+import pyarrow as pa
+from pydantic import Field, model_validator
+
+from medmm_ray.config import digest, execution
+from medmm_ray.engines.client import ApiConfig, Client, connect
+from medmm_ray.engines.endpoint import Picture, Request, Turn
+from medmm_ray.engines.gate import Gateway, start_gate
+from medmm_ray.engines.generator import Generator, GeneratorConfig, MakeGenerator, actor_options
+from medmm_ray.engines.images import open_image
+from medmm_ray.engines.local import LocalEndpoint
+from medmm_ray.engines.prices import FREE
+from medmm_ray.records import Question, WrittenQuestion, arrow_schema
+from medmm_ray.tables import RowError
+from medmm_ray.text import LETTERS, normalise, one_line, question_with_options
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+SOURCE = "written"
+NUM_OPTIONS = 4
+LONGEST_SHARE = 2.5  # a right option longer than this times the mean of the others gives itself away
+ALIKE = 0.8  # share of words that two questions on one image may have in common
+
+SYSTEM = (
+    "You write examination questions for medical specialists. You are shown one {modality} image and write a "
+    "multiple-choice question on it that can be answered only by looking at the image. Give a realistic clinical "
+    "context (age, sex, complaint) that does not tell what the image shows. Ask for a finding, a diagnosis or the next "
+    "step. Give four options of like length and kind: one that is right, three that a colleague might think of and "
+    "that the image rules out. Never write 'all of the above' or 'none of the above'."
+)
+RULE = (
+    'Answer with one JSON object and nothing else: {"question": the context and the question, "options": a list of '
+    'four texts without letters, "correct_answer": "A", "B", "C" or "D", "difficulty": "easy", "medium" or "hard", '
+    '"explanation": what in the image shows the answer, in one or two sentences}.'
+)
+AGAIN = "Your question cannot be used: {fault}. Write it again. {rule}"
+OTHER = "These questions on the image are written already; ask about something else:\n{written}\n"
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "question": {"type": "string"},
+        "options": {"type": "array", "items": {"type": "string"}, "minItems": NUM_OPTIONS, "maxItems": NUM_OPTIONS},
+        "correct_answer": {"type": "string", "enum": list(LETTERS[:NUM_OPTIONS])},
+        "difficulty": {"type": "string", "enum": ["easy", "medium", "hard"]},
+        "explanation": {"type": "string"},
+    },
+    "required": ["question", "options", "correct_answer", "difficulty", "explanation"],
+    "additionalProperties": False,
+}
+
+SOLVE_SYSTEM = (
+    "You sit an examination for medical specialists. Answer the question with the letter of one option. Where you "
+    "cannot know, choose the option that you find most likely."
+)
+SOLVE_RULE = 'Answer with one JSON object and nothing else: {"answer": the letter}.'
+SOLVE_SCHEMA = {
+    "type": "object",
+    "properties": {"answer": {"type": "string", "enum": list(LETTERS[:NUM_OPTIONS])}},
+    "required": ["answer"],
+    "additionalProperties": False,
+}
+
+_LETTERED = re.compile(r"^\s*[(\[]?[A-Da-d][)\].:]\s+")
+_CATCH_ALL = re.compile(r"\b(all|none|both|neither)\s+of\s+(the\s+)?(above|these|them)\b", re.IGNORECASE)
+
+
+class WriteQuestionsConfig(GeneratorConfig, ApiConfig):
+    """Who writes questions, how many, and how they are tried."""
+
+    per_image: int = Field(0, ge=0)
+    """Questions for each image that has none; 0 writes none."""
+    backend: Literal["vllm", "openai", "gemini"] = "gemini"
+    """gemini or openai: an API; vllm: a local vision-language model."""
+    model: str | None = None
+    """The API's model, or a checkpoint as in models; required where per_image > 0."""
+    splits: tuple[str, ...] = ("train", "test")
+    """Splits of the images that get questions."""
+    max_images: int | None = None
+    """Images at most, chosen by a hash of their ids; null: all without a question."""
+    num_checks: int = Field(2, ge=0)
+    """Times that the model answers its question with the image, and as often without; 0 leaves both out."""
+    max_tokens: int = Field(1024, ge=1)
+    """Longest question with its options and explanation, tokens."""
+    num_cpus: float = execution(0.5)
+    """Logical CPUs an actor."""
+
+    @model_validator(mode="after")
+    def _has_a_writer(self) -> "WriteQuestionsConfig":
+        if self.per_image and not self.model:
+            raise ValueError(f"per_image is {self.per_image} and model is not set; name who writes the questions")
+        return self
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A question as a model wrote it, checked by its text; `answer` is a letter of `options`."""
+
+    question: str
+    options: list[str]
+    answer: str
+    difficulty: str
+    explanation: str
+
+
+def draft(reply: str) -> Draft:
+    """A model's reply as a question, its options dealt anew.
+
+    Raises `RowError` question_reply, question_options or question_leak, with the fault in words that the model reads.
+    """
+    entry = _entry(reply)
+    question = one_line(entry["question"])
+    options = [_LETTERED.sub("", one_line(option)) for option in entry["options"]]
+    if len(question.split()) < 4:
+        raise RowError("question_reply", f"the question {question!r} is too short to be one")
+    right = LETTERS.index(entry["correct_answer"])
+    _check_options(options, right)
+    _check_stem(question, options, right)
+    order = sorted(range(NUM_OPTIONS), key=lambda i: digest(question, options[i]))
+    return Draft(
+        question=question,
+        options=[options[i] for i in order],
+        answer=LETTERS[order.index(right)],
+        difficulty=entry["difficulty"],
+        explanation=one_line(entry["explanation"]),
+    )
+
+
+def _entry(reply: str) -> Mapping[str, Any]:
+    start, end = reply.find("{"), reply.rfind("}")
+    try:
+        entry = json.loads(reply[start : end + 1])
+    except json.JSONDecodeError:
+        entry = None
+    if not isinstance(entry, dict):
+        raise RowError("question_reply", f"the reply is no JSON object: {reply.strip()[:80]!r}")
+    for name, rule in SCHEMA["properties"].items():
+        value = entry.get(name)
+        if rule["type"] == "string" and not (isinstance(value, str) and value.strip()):
+            raise RowError("question_reply", f"{name!r} is {value!r}, not a text")
+        if "enum" in rule and value not in rule["enum"]:
+            raise RowError("question_reply", f"{name!r} is {value!r}, not one of {', '.join(rule['enum'])}")
+    options = entry.get("options")
+    if not (isinstance(options, list) and all(isinstance(option, str) for option in options)):
+        raise RowError("question_options", f"'options' is {str(options)[:80]!r}, not a list of texts")
+    return entry
+
+
+def _check_options(options: Sequence[str], right: int) -> None:
+    if len(options) != NUM_OPTIONS:
+        raise RowError("question_options", f"there are {len(options)} options, not {NUM_OPTIONS}")
+    plain = [normalise(option) for option in options]
+    if not all(plain):
+        raise RowError("question_options", f"option {LETTERS[plain.index('')]} is empty")
+    if len(set(plain)) < NUM_OPTIONS:
+        raise RowError("question_options", f"two options say the same: {'; '.join(options)}")
+    catch_all = next((option for option in options if _CATCH_ALL.search(option)), None)
+    if catch_all:
+        raise RowError("question_options", f"the option {catch_all!r} is no finding")
+    others = [len(option) for i, option in enumerate(options) if i != right]
+    if len(options[right]) > max(LONGEST_SHARE * sum(others) / len(others), max(others) + 20):
+        raise RowError("question_leak", "the right option is far longer than the others and gives itself away")
+
+
+def _check_stem(question: str, options: Sequence[str], right: int) -> None:
+    """The stem may name the answer only if it names every option."""
+    stem = f" {normalise(question)} "
+    named = [f" {normalise(option)} " in stem for option in options]
+    if named[right] and not all(named):
+        raise RowError("question_leak", f"the question names its answer: {options[right]!r}")
+
+
+def repeats(question: str, others: Sequence[str]) -> bool:
+    """Whether one of `others`, on the same image, asks the same: the same words for the most part."""
+    words = set(normalise(question).split())
+    for other in others:
+        theirs = set(normalise(other).split())
+        if len(words & theirs) >= ALIKE * len(words | theirs):
+            return True
+    return False
+
+
+def write_questions(
+    ds: "Dataset", config: WriteQuestionsConfig, *, folder: str, generator: MakeGenerator = Generator
+) -> "Dataset":
+    """Image rows (image_id, sha256, uri, split, modality) -> ``{image_id, questions}``, a list of `WrittenQuestion`.
+
+    `folder` is where the run keeps an API's answers and the ledger of their cost.
+    """
+    gate: Gateway | None = None
+    if config.backend != "vllm":
+        folder = f"{folder.rstrip('/')}/{quote(str(config.model), safe='')}"
+        gate = start_gate(folder, config.limits)
+    return ds.map_batches(
+        Writer,
+        fn_constructor_kwargs={"config": config, "folder": folder, "gate": gate, "generator": generator},
+        **actor_options(config),
+    )
+
+
+class Writer:
+    """The actor: writes and tries the questions of each image of a batch."""
+
+    def __init__(
+        self, config: WriteQuestionsConfig, folder: str, gate: Gateway | None = None,
+        generator: MakeGenerator = Generator,
+    ) -> None:  # fmt: skip
+        self.config = config
+        self.model = str(config.model)
+        self.author = f"{self.model}@{digest(SYSTEM, RULE, AGAIN, OTHER, SCHEMA, config.num_checks)}"
+        if config.backend == "vllm":
+            self.client = Client(LocalEndpoint(generator(self.model, config), self.model), FREE, config)
+        else:
+            self.client = connect(config.backend, self.model, config, gate, folder)
+
+    async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
+        written = await asyncio.gather(*(self.of_image(row) for row in batch.to_pylist()))
+        nested = [[asdict(question) for question in row] for row in written]
+        kind = pa.list_(pa.struct(list(arrow_schema(WrittenQuestion))))
+        yield pa.table({"image_id": batch["image_id"], "questions": pa.array(nested, kind)})
+
+    async def of_image(self, row: Mapping[str, Any]) -> list[WrittenQuestion]:
+        """The questions of one image, one after the other, so that each knows those before it."""
+        try:
+            picture: Picture | RowError = await asyncio.to_thread(lambda: Picture(open_image(row["uri"])))
+        except RowError as fault:
+            picture = fault
+        found: list[WrittenQuestion] = []
+        for index in range(self.config.per_image):
+            empty = WrittenQuestion(
+                written_id="w" + digest(row["sha256"], self.author, index),
+                image_id=row["image_id"],
+                author=self.author,
+                split=row["split"],
+                modality=row["modality"],
+            )
+            found.append(
+                replace(empty, error=str(picture))
+                if isinstance(picture, RowError)
+                else await Attempt(self, picture, empty, [q for q in found if q.error is None]).run()
+            )
+        return found
+
+
+class Attempt:
+    """One question in the making; `written` are those that the image has."""
+
+    def __init__(
+        self, writer: Writer, picture: Picture, empty: WrittenQuestion, written: Sequence[WrittenQuestion]
+    ) -> None:
+        self.client, self.config, self.picture = writer.client, writer.config, picture
+        self.empty, self.written, self.cost = empty, written, 0.0
+
+    async def run(self) -> WrittenQuestion:
+        """The question with its checks, or with an error; `cost` counts what failed too."""
+        try:
+            made = await self.drafted()
+            asked = replace(self.empty, **asdict(made))
+            num = self.config.num_checks
+            solved = await self.solved(asked, [self.picture])
+            blind = await self.solved(asked, [])
+            asked = replace(asked, num_checks=num, num_solved=solved, num_solved_blind=blind, cost=self.cost)
+            return replace(asked, error=doubt(asked))
+        except RowError as fault:
+            return replace(self.empty, cost=self.cost, error=str(fault))
+
+    async def drafted(self) -> Draft:
+        """What the model writes, asked once again with the fault named."""
+        said = OTHER.format(written="\n".join(q.question for q in self.written)) if self.written else ""
+        turns = (Turn("user", ("The image:", self.picture, f"{said}{RULE}")),)
+        reply = await self.ask(turns)
+        try:
+            return self.checked(reply)
+        except RowError as fault:
+            again = Turn("user", (AGAIN.format(fault=fault.message, rule=RULE),))
+            return self.checked(await self.ask((*turns, Turn("model", (reply,)), again)))
+
+    def checked(self, reply: str) -> Draft:
+        made = draft(reply)
+        if repeats(made.question, [other.question for other in self.written]):
+            raise RowError("question_repeated", f"the image has a question like {made.question[:60]!r} already")
+        return made
+
+    async def solved(self, asked: WrittenQuestion, pictures: Sequence[Picture]) -> int:
+        """How often the model gives the written answer, shown `pictures`."""
+        text = f"{question_with_options(asked.question, asked.options)}\n{SOLVE_RULE}"
+        turns = (Turn("user", (*pictures, text)),)
+        request = Request(SOLVE_SYSTEM, turns, schema=SOLVE_SCHEMA, max_tokens=64, temperature=1.0)
+        replies = await asyncio.gather(
+            *(self.send(replace(request, seed=seed)) for seed in range(self.config.num_checks))
+        )
+        return sum(_letter(reply) == asked.answer for reply in replies)
+
+    async def ask(self, turns: tuple[Turn, ...]) -> str:
+        system = SYSTEM.format(modality=self.empty.modality or "medical")
+        return await self.send(
+            Request(
+                system,
+                turns,
+                schema=SCHEMA,
+                max_tokens=self.config.max_tokens,
+                temperature=self.config.temperature,
+                seed=len(self.written),
+            )
+        )
+
+    async def send(self, request: Request) -> str:
+        answer = await self.client.ask(request, self.empty.image_id)
+        self.cost += answer.cost
+        return answer.reply.text
+
+
+def doubt(asked: WrittenQuestion) -> str | None:
+    """Why a tried question is not used: never solved with the image, or always without."""
+    num = asked.num_checks
+    if num and asked.num_solved == 0:
+        return f"question_ambiguous: with the image the model answered otherwise {num} times of {num}"
+    if num > 1 and asked.num_solved_blind == num:
+        return f"question_leak: answered {num} times of {num} without the image"
+    return None
+
+
+def without_question(images: pa.Table, questions: pa.Table, config: WriteQuestionsConfig) -> pa.Table:
+    """The rows of raw_images of the asked splits that no question shows: at most `max_images`, none if none is due."""
+    shown = {
+        image
+        for row in questions.select(["image_ids", "error"]).to_pylist()
+        if not row["error"]
+        for image in row["image_ids"]
+    }
+    columns = ["image_id", "sha256", "uri", "split", "modality", "error"]
+    rows = [
+        row
+        for row in images.select(columns).to_pylist()
+        if row["image_id"] not in shown and row["split"] in config.splits and not row["error"]
+    ]
+    rows = sorted(rows, key=lambda row: digest(row["image_id"]))[: config.max_images if config.per_image else 0]
+    return pa.Table.from_pylist(rows, schema=images.select(columns).schema)
+
+
+def usable(written: pa.Table, images: pa.Table) -> list[Question]:
+    """The written questions without a fault as questions, each once, their ids made from their content."""
+    sha256 = dict(zip(images["image_id"].to_pylist(), images["sha256"].to_pylist(), strict=True))
+    found = {}
+    for row in sorted(written.to_pylist(), key=lambda row: str(row["written_id"])):
+        if row["error"] is None:
+            question_id = f"q{digest(SOURCE, row['question'], row['options'], [sha256[row['image_id']]])}"
+            found[question_id] = Question(
+                question_id=question_id,
+                source=SOURCE,
+                split=row["split"],
+                modality=row["modality"],
+                difficulty=row["difficulty"],
+                question=row["question"],
+                options=row["options"],
+                answer=row["answer"],
+                answer_type="choice",
+                image_ids=[row["image_id"]],
+            )
+    return list(found.values())
+
+
+def _letter(reply: str) -> str | None:
+    found = re.search(r'"answer"\s*:\s*"([A-D])"', reply)
+    return found[1] if found else None

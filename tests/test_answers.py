@@ -1,0 +1,87 @@
+"""engines/answers.py: what is kept survives, whole or not at all."""
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from medmm_ray.engines.answers import Answer, AnswerStore
+from medmm_ray.engines.endpoint import Choice, Reply
+from medmm_ray.tables import TableError
+
+
+def answer(text: str, cost: float = 0.5) -> Answer:
+    return Answer(Reply((Choice(text, "stop"), Choice("b", "length")), 10, 4, 2, None), cost)
+
+
+def test_answers_are_found_by_another_process_and_share_segments(tmp_path: Path) -> None:
+    async def keep() -> None:
+        store = AnswerStore(str(tmp_path))
+        await asyncio.gather(
+            *(store.put("q/1", f"k{i}", answer(f"t{i}")) for i in range(50)), store.put("q2", "k", answer("u"))
+        )
+        assert await store.find("q/1", "k7") == answer("t7")
+
+    asyncio.run(keep())
+    assert len(list((tmp_path / "q%2F1").iterdir())) == 1
+
+    async def look() -> None:
+        store = AnswerStore(str(tmp_path))
+        assert [await store.find("q/1", f"k{i}") for i in range(50)] == [answer(f"t{i}") for i in range(50)]
+        assert await store.find("q2", "k") == answer("u")
+        assert await store.find("q2", "k7") is None
+        assert await store.find("q3", "k") is None
+
+    asyncio.run(look())
+
+
+def test_a_damaged_segment_is_named(tmp_path: Path) -> None:
+    asyncio.run(AnswerStore(str(tmp_path)).put("q", "k", answer("text")))
+    [file] = (tmp_path / "q").iterdir()
+    whole = file.read_bytes()
+    for damaged in (whole[:-3], whole.replace(b"text", b"test"), b""):
+        file.write_bytes(damaged)
+        with pytest.raises(
+            TableError, match=f"{file.name} is damaged: its checksum does not fit its {len(damaged)} bytes"
+        ):
+            asyncio.run(AnswerStore(str(tmp_path)).find("q", "k"))
+
+
+def test_an_answer_that_cannot_be_kept_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("a file where a folder should be")
+
+    async def keep() -> None:
+        await AnswerStore(str(tmp_path / "file" / "answers")).put("q", "k", answer("text"))
+
+    with pytest.raises(TableError, match="cannot write .*file/answers/q"):
+        asyncio.run(keep())
+
+
+def test_a_killed_writer_leaves_whole_segments_and_every_answer_that_it_had_kept(tmp_path: Path) -> None:
+    """Killed in the middle of writing; each line that it printed names an answer that was kept by then."""
+    code = """
+import asyncio, sys
+from medmm_ray.engines.answers import AnswerStore
+from tests.test_answers import answer
+
+async def work():
+    store = AnswerStore(sys.argv[1])
+    async def one(i):
+        await store.put(f"q{i % 3}", f"k{i}", answer("x" * 20_000))
+        print(f"q{i % 3} k{i}", flush=True)
+    for first in range(0, 10**6, 20):
+        await asyncio.gather(*map(one, range(first, first + 20)))
+
+asyncio.run(work())
+"""
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        kept = [process.stdout.readline().split() for _ in range(200)]
+        process.kill()
+        kept += [words for line in process.stdout if len(words := line.split()) == 2 and line.endswith("\n")]
+    store = AnswerStore(str(tmp_path))
+    found = {group: store.read(group) for group in ("q0", "q1", "q2")}
+    assert len(kept) >= 200
+    assert [key for group, key in kept if key not in found[group]] == []

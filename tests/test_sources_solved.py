@@ -1,0 +1,188 @@
+"""Data sets that bring solutions and labels (Med-PRM, MedS3), and MedXpertQA."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medmm_ray.config import ConfigError
+from medmm_ray.records import StepLabel
+from medmm_ray.sources import Request, load_solved, med_prm, meds3, medxpertqa
+from medmm_ray.sources.medxpertqa import bracketed
+from medmm_ray.tables import TableError
+
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def write(path: Path, rows: Any) -> Request:
+    path.write_text(json.dumps(rows))
+    return Request(path=str(path.parent))
+
+
+def published(**changes: Any) -> dict[str, Any]:
+    """A question as Med-PRM's authors publish it."""
+    return {
+        "question_id": 7, "data_source": "med_qa", "question": "Which? ", "options": ["one", "two"],
+        "correct_answer": "B", "related_docs": ["A guideline.", "Another."],
+        "solutions": [{
+            "solution": "So.\nStep 1: Look.\n\nStep 2: Think.", "answer": "B", "score": 1,
+            "prm_processed_solution": "So. Step 1: Look. ки Step 2: Think. ки", "orm_label": 1,
+            "prm_hard_label": [1, 0], "prm_soft_label": [0.125, 0.0], "prm_gemini_label": [1, 1],
+            "prm_llama_label": [0, 1],
+        }], **changes,
+    }  # fmt: skip
+
+
+def flat(**changes: Any) -> dict[str, Any]:
+    """One solution as it was passed on for review."""
+    return {
+        "question_id": 7, "question": "Which?", "options": "  A. one\n  B. two", "correct_answer": "B",
+        "model_answer": "A", "is_correct": False, "full_solution": "Step 1: Look. ки Step 2: Think. ки", "orm_label": 0,
+        "prm_hard_label": [1, 0], "prm_soft_label": [0.5, 0.0], "prm_gemini_label": [1, 0, 1], **changes,
+    }  # fmt: skip
+
+
+def test_med_prm_as_published(tmp_path: Path) -> None:
+    request = write(tmp_path / "train.json", [published()])
+    (question,) = med_prm.read(request).questions
+    assert (question.split, question.question, list(question.options), question.answer, question.answer_type) == (
+        "train", "Which?", ["one", "two"], "B", "choice",
+    )  # fmt: skip
+    assert [d.text for d in med_prm.read(request).documents] == ["A guideline.", "Another."]
+    (found,) = med_prm.solved(request)
+    (solution,) = found.solutions
+    assert list(found.documents) == ["A guideline.", "Another."]
+    assert (solution.text, solution.steps, solution.answer, solution.correct) == (
+        "So.\nStep 1: Look.\n\nStep 2: Think.", ["So. Look.", "Think."], "B", True,
+    )  # fmt: skip
+    assert {(row.source, row.annotator): row.steps for row in solution.labels} == {
+        ("judge", "gemini"): [StepLabel(label=1), StepLabel(label=1)],
+        ("judge_llama", "llama"): [StepLabel(label=0), StepLabel(label=1)],
+        ("monte_carlo", "med_prm"): [StepLabel(label=1, value=0.125), StepLabel(label=0, value=0.0)],
+    }
+
+
+def test_med_prm_flattened_and_labels_that_do_not_fit(tmp_path: Path) -> None:
+    request = write(tmp_path / "samples.json", [flat(), flat(prm_gemini_label=[1, 2]), flat(prm_gemini_label=[])])
+    solutions = [s for found in med_prm.solved(request) for s in found.solutions]
+    assert [(s.text, s.steps, s.answer, s.correct) for s in solutions] == [
+        ("Step 1: Look. Step 2: Think.", ["Look.", "Think."], "A", False)
+    ] * 3
+    assert [s.labels[0].error for s in solutions] == [
+        "label_count: prm_gemini_label has 3 labels for 2 steps: [1, 0, 1]",
+        "label_value: prm_gemini_label must hold 0 and 1, or fractions between: [1, 2]",
+        "label_count: prm_gemini_label has 0 labels for 2 steps: []",
+    ]
+    assert all(s.labels[0].steps == () and s.labels[1].error is None for s in solutions)
+    assert [list(q.options) for q in med_prm.read(request).questions] == [["one", "two"]] * 3
+
+
+def test_med_prms_test_file_has_scores_but_no_labels(tmp_path: Path) -> None:
+    plain = {"solution": "Step 1: Look.\nStep 2: Think.", "answer": "", "score": 0}
+    write(tmp_path / "train.json", [published(), published()])
+    request = write(tmp_path / "reward-test-set.json", [published(solutions=[plain], related_docs=[])])
+    assert [q.split for q in med_prm.read(request).questions] == ["test", "train", "train"]
+    first = next(med_prm.solved(request)).solutions[0]
+    assert (first.steps, first.answer, first.correct, list(first.labels)) == (["Look.", "Think."], None, None, [])
+    limited = Request(path=request.path, num_train=1, num_test=0)
+    assert [q.name for q in med_prm.read(limited).questions] == ["train.json-0"]
+    assert len(list(med_prm.solved(limited))) == 1
+
+
+def test_faults_name_file_and_field(tmp_path: Path) -> None:
+    bad = published()
+    del bad["options"]
+    with pytest.raises(TableError, match=r"train\.json entry 1: the field 'options' is missing"):
+        med_prm.read(write(tmp_path / "train.json", [published(), bad]))
+    (tmp_path / "train.json").write_text('[{"question_id": 1,')
+    with pytest.raises(ConfigError, match=r"train\.json is not a valid JSON list"):
+        med_prm.read(Request(path=str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"has no \*\.json file"):
+        med_prm.read(Request(path=str(tmp_path / "none")))
+    with pytest.raises(ConfigError, match="source 'vqa_rad' brings no solutions; those that do: med_prm, medmm, meds3"):
+        load_solved("vqa_rad")
+    assert load_solved("med_prm").solved is med_prm.solved
+
+
+TREE = {
+    "id": 1, "question": "Which?\nA. one\nB. two", "answer": "The answer is B.", "original_dataset": "MedQA",
+    "pos": [[[["Step 0: Look.", 0.5, 0.25], ["Step 1: So. The answer is B.", 1.0, 1.0]], 1.0, 1.0]],
+    "neg": [
+        [["Look away.", 0.1, 0.2], ["The answer is A.", 0, 0], 0.0, 0.0],
+        [{"step": "Guess. The answer is (A).", "value": 0.0, "rollout_value": 0.05}],
+        [[["Guess.", 1.5, 0.0]], 0.0, 0.0],
+    ],
+}  # fmt: skip
+
+
+def test_meds3s_trajectories_in_every_published_form(tmp_path: Path) -> None:
+    request = write(tmp_path / "trees.json", [TREE])
+    (question,) = meds3.read(request).questions
+    assert (question.question, list(question.options), question.answer, question.split) == (
+        "Which?", ["one", "two"], "B", "train",
+    )  # fmt: skip
+    (found,) = meds3.solved(request)
+    assert [(s.steps, s.answer, s.correct) for s in found.solutions] == [
+        (["Look.", "So. The answer is B."], "B", True),
+        (["Look away.", "The answer is A."], "A", False),
+        (["Guess. The answer is (A)."], "A", False),
+        (["Guess."], None, False),
+    ]
+    rows = [[(row.source, [step.value for step in row.steps]) for row in s.labels] for s in found.solutions]
+    assert rows[0] == [("tree_search", [0.5, 1.0]), ("monte_carlo", [0.25, 1.0])]
+    assert rows[1] == [("tree_search", [0.1, 0]), ("monte_carlo", [0.2, 0])]
+    assert rows[2] == [("tree_search", [0.0]), ("monte_carlo", [0.05])]
+    assert str(found.solutions[3].labels[0].error).startswith("label_value: values of tree_search must lie between")
+
+
+def test_meds3s_evaluation_files(tmp_path: Path) -> None:
+    def asked(text: str, answer: str) -> dict[str, Any]:
+        return {"id": 0, "conversations": [{"from": "human", "value": text}], "eval": {"answer": answer}}
+
+    request = write(
+        tmp_path / "sets.json",
+        [
+            asked("Which?\n\nA. one\nB. two,\nor more\nC. three", "C"),
+            asked("Choose.\nA. not this\nNow:\nA. yes\nB. no", "A"),
+            asked("Extract the dose.\nSentence: 5 mg of A. b.", "5 mg"),
+        ],
+    )
+    assert [(q.question, list(q.options), q.answer, q.answer_type) for q in meds3.read(request).questions] == [
+        ("Which?", ["one", "two, or more", "three"], "C", "choice"),
+        ("Choose.\nA. not this\nNow:", ["yes", "no"], "A", "choice"),
+        ("Extract the dose.\nSentence: 5 mg of A. b.", [], "5 mg", "open"),
+    ]
+    assert [list(found.solutions) for found in meds3.solved(request)] == [[], [], []]
+
+
+def test_medxpertqa(tmp_path: Path) -> None:
+    rows = [
+        {"question": "Which?\nAnswer Choices: (A) one (B) group (A) two", "label": ["B"]},
+        {"question": "Seen?\nAnswer Choices: (A) x (B) y", "label": ["A"], "images": [{"image_path": "a.jpeg"}],
+         "options": [{"letter": "A", "content": "x"}, {"letter": "B", "content": "y"}]},
+    ]  # fmt: skip
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = medxpertqa.read(Request(path=str(tmp_path)))
+    assert [(q.question, list(q.options), q.answer, list(q.images)) for q in data.questions] == [
+        ("Which?", ["one", "group (A) two"], "B", []),
+        ("Seen?", ["x", "y"], "A", [f"{tmp_path}/images/a.jpeg"]),
+    ]
+    assert [image.uri for image in data.images] == [f"{tmp_path}/images/a.jpeg"]
+    assert bracketed("") == []
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"the real data sets are not at {REAL}")
+def test_the_real_files() -> None:
+    request = Request(path=str(REAL / "med_prm"))
+    solutions = [s for found in med_prm.solved(request) for s in found.solutions]
+    counts = (len(solutions), sum(len(s.steps) for s in solutions), sum(bool(s.correct) for s in solutions))
+    assert counts == (100, 591, 71)
+    faults = [row.error for s in solutions for row in s.labels if row.error]
+    assert faults == ["label_count: prm_gemini_label has 12 labels for 5 steps: [1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 0]"]
+    assert all((step.label == 1) == (step.value > 0) for s in solutions for row in s.labels
+               if row.source == "monte_carlo" for step in row.steps if step.value is not None)  # fmt: skip
+    questions = meds3.read(Request(path=str(REAL / "medsss_eval"))).questions
+    assert Counter(q.answer_type for q in questions) == {"choice": 9366, "open": 23}
+    assert len(medxpertqa.read(Request(path=str(REAL / "medxpertqa"))).questions) == 8988

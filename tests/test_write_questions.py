@@ -1,0 +1,223 @@
+"""medmm_ray/write_questions.py: what is refused, what is asked again, and the real client against a local server."""
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pyarrow as pa
+import pytest
+
+from medmm_ray.curate import CurateConfig, reviewed
+from medmm_ray.engines.gate import Gate
+from medmm_ray.records import Image, Question, QuestionReview, WrittenQuestion, to_arrow
+from medmm_ray.tables import RowError
+from medmm_ray.write_questions import (
+    WriteQuestionsConfig,
+    Writer,
+    doubt,
+    draft,
+    repeats,
+    usable,
+    without_question,
+)
+from tests.api_server import Server, chat_said, serving
+
+GOOD: dict[str, Any] = {
+    "question": "A 60-year-old woman is short of breath. What does the film show?",
+    "options": ["Pleural effusion", "Pneumothorax", "Consolidation", "Lung nodule"],
+    "correct_answer": "B",
+    "difficulty": "medium",
+    "explanation": "No lung markings at the left apex.",
+}
+
+
+def reply(**changes: Any) -> str:
+    return json.dumps(GOOD | changes)
+
+
+def test_options_are_dealt_anew_and_the_answer_goes_with_its_text() -> None:
+    made = draft(f"Here it is:\n```json\n{reply()}\n```")
+    assert sorted(made.options) == sorted(GOOD["options"])
+    assert made.options["ABCD".index(made.answer)] == "Pneumothorax"
+    assert draft(reply()) == made
+    answers = {draft(reply(question=f"A {age}-year-old man coughs. What is seen here?")).answer for age in range(30)}
+    assert answers == set("ABCD")
+
+
+def test_letters_before_options_are_taken_off() -> None:
+    lettered = [f"({letter}) {option}" for letter, option in zip("ABCD", GOOD["options"], strict=True)]
+    assert sorted(draft(reply(options=lettered)).options) == sorted(GOOD["options"])
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "words"),
+    [
+        ("no", "question_reply", "no JSON object: 'no'"),
+        ("[1, 2]", "question_reply", "no JSON object"),
+        (reply(question="  "), "question_reply", "'question' is '  ', not a text"),
+        (reply(question="What?"), "question_reply", "too short"),
+        (reply(correct_answer="E"), "question_reply", "'correct_answer' is 'E', not one of A, B, C, D"),
+        (reply(difficulty="trivial"), "question_reply", "'difficulty' is 'trivial'"),
+        (reply(options="A, B, C, D"), "question_options", "not a list of texts"),
+        (reply(options=["a", "b", "c"]), "question_options", "3 options, not 4"),
+        (reply(options=["a lung", "the lung", "c", "d"]), "question_options", "say the same"),
+        (reply(options=["x", "y", "z", "None of the above"]), "question_options", "'None of the above' is no finding"),
+        (reply(options=["x", "...", "z", "y"]), "question_options", "option B is empty"),
+        (reply(options=["x", "y" * 90, "z", "w"]), "question_leak", "far longer"),
+        (reply(question="She has a pneumothorax. What does the film show?"), "question_leak", "names its answer"),
+    ],
+)
+def test_what_cannot_be_used_is_named(said: str, kind: str, words: str) -> None:
+    with pytest.raises(RowError, match=words) as caught:
+        draft(said)
+    assert caught.value.kind == kind
+
+
+def test_a_stem_may_name_all_options() -> None:
+    stem = "Effusion, nodule, clear or wide: which of these does the film show?"
+    assert draft(reply(question=stem, options=["Effusion", "Nodule", "Clear", "Wide"])).question == stem
+
+
+def test_the_same_question_in_other_words_repeats() -> None:
+    question = "A 60-year-old woman is short of breath. What does this film show?"
+    assert repeats(question, ["nothing alike", GOOD["question"]])
+    assert not repeats("Which side is affected in this man of 40?", [GOOD["question"]])
+
+
+def tried(solved: int, blind: int, num: int = 3) -> WrittenQuestion:
+    return WrittenQuestion(
+        written_id="w1", image_id="im1", author="m", split="train", modality="radiology",
+        num_checks=num, num_solved=solved, num_solved_blind=blind,
+    )  # fmt: skip
+
+
+def test_doubts() -> None:
+    assert doubt(tried(1, 2)) is None
+    assert doubt(tried(0, 0, num=0)) is None
+    assert str(doubt(tried(0, 0))).startswith("question_ambiguous: with the image the model answered otherwise 3")
+    assert str(doubt(tried(3, 3))).startswith("question_leak: answered 3 times of 3 without")
+    assert doubt(tried(1, 1, num=1)) is None  # one blind answer in four is right by chance
+
+
+def image(name: str, split: str = "train", uri: str = "", error: str | None = None) -> Image:
+    return Image(
+        image_id=name, uri=uri, sha256=f"sha-{name}", perceptual_hash="0" * 16, width=8, height=8, split=split,
+        modality="radiology", diagnosis="", annotation="", error=error,
+    )  # fmt: skip
+
+
+def question(name: str, images: list[str], error: str | None = None) -> Question:
+    return Question(
+        question_id=name, source="s", split="train", modality="radiology", difficulty="easy", question=name,
+        options=["a", "b"], answer="A", answer_type="choice", image_ids=images, error=error,
+    )  # fmt: skip
+
+
+def test_images_without_a_question() -> None:
+    images = to_arrow(Image, [image("a"), image("b"), image("c", "test"), image("d", error="image_empty: x")])
+    asked = to_arrow(Question, [question("q1", ["a"]), question("q2", ["b"], error="options_missing: x")])
+
+    def chosen(**settings: Any) -> list[str]:
+        config = WriteQuestionsConfig(per_image=1, model="m", **settings)
+        return [str(name) for name in without_question(images, asked, config)["image_id"].to_pylist()]
+
+    assert sorted(chosen()) == ["b", "c"]
+    assert chosen(splits=("test",)) == ["c"]
+    assert len(chosen(max_images=1)) == 1
+    assert without_question(images, asked, WriteQuestionsConfig()).num_rows == 0
+    with pytest.raises(ValueError, match="per_image is 2 and model is not set"):
+        WriteQuestionsConfig(per_image=2)
+
+
+def writer(server: Server, folder: Path, **settings: Any) -> Writer:
+    config = WriteQuestionsConfig(
+        backend="openai", model="gpt-4o", endpoint=server.address, num_checks=2, per_image=1, pause_s=0.001, **settings
+    )
+    return Writer(config, str(folder), Gate(str(folder), config.limits))
+
+
+def row(folder: Path) -> dict[str, Any]:
+    PIL.Image.new("RGB", (8, 8), (99, 99, 99)).save(folder / "a.png")
+    return {"image_id": "im1", "sha256": "abc", "uri": str(folder / "a.png"), "split": "train", "modality": "radiology"}
+
+
+def test_a_question_is_written_tried_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first reply does not fit and is asked again with the fault named; the blind answers do not see the image."""
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    right = draft(reply()).answer
+    wrong = "ABCD"[("ABCD".index(right) + 1) % 4]
+    with serving() as server:
+        server.script = [
+            chat_said(reply(options=["x", "x", "y", "z"])), chat_said(reply()),
+            chat_said(json.dumps({"answer": right})), chat_said(json.dumps({"answer": right})),
+            chat_said(json.dumps({"answer": wrong})), chat_said(json.dumps({"answer": wrong})),
+        ]  # fmt: skip
+        [made] = asyncio.run(writer(server, tmp_path, in_flight=1).of_image(row(tmp_path)))
+        sent = [json.dumps(request) for request in server.requests]
+        [again] = asyncio.run(writer(server, tmp_path).of_image(row(tmp_path)))
+        assert len(server.requests) == 6  # what was answered is not asked again
+    assert (made.error, made.num_solved, made.num_solved_blind, made.num_checks) == (None, 2, 0, 2)
+    assert made.options["ABCD".index(made.answer)] == "Pneumothorax"
+    assert made.cost == pytest.approx(6 * (1000 * 2.5 + 100 * 10) / 1e6)
+    assert again == made
+    assert "two options say the same" in sent[1]
+    assert ["image_url" in text for text in sent] == [True, True, True, True, False, False]
+
+
+def test_faults_are_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    with serving() as server:
+        server.script = [chat_said("I cannot.")]
+        [twice] = asyncio.run(writer(server, tmp_path).of_image(row(tmp_path)))
+        [gone] = asyncio.run(writer(server, tmp_path).of_image(row(tmp_path) | {"uri": str(tmp_path / "b.png")}))
+    assert str(twice.error).startswith("question_reply: the reply is no JSON object: 'I cannot.'")
+    assert twice.cost > 0
+    assert str(gone.error).startswith("image_missing")
+
+
+def test_what_is_usable_becomes_questions_once() -> None:
+    made = draft(reply())
+    good = [
+        WrittenQuestion(
+            written_id=f"w{i}", image_id="im1", author="m", split="test", modality="radiology", question=made.question,
+            options=made.options, answer=made.answer, difficulty="hard",
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    bad = WrittenQuestion(written_id="w9", image_id="im1", author="m", split="test", modality="r", error="refused: x")
+    images = pa.table({"image_id": ["im1"], "sha256": ["abc"]})
+    [found] = usable(to_arrow(WrittenQuestion, [*good, bad]), images)
+    assert (found.source, found.split, found.answer, found.image_ids) == ("written", "test", made.answer, ["im1"])
+
+
+def review(name: str, keep: bool | None, annotator: str = "anna", **more: Any) -> QuestionReview:
+    said = {"answer_right": None, "difficulty": None, "comment": "", **more}
+    return QuestionReview(question_id=name, annotator=annotator, keep=keep, **said)
+
+
+def test_readers_decide_what_is_curated() -> None:
+    raw = to_arrow(Question, [question("q1", []), question("q2", []), question("q3", [])])
+    written = to_arrow(Question, [question(f"w{i}", ["im1"]) for i in range(4)])
+    said = [
+        review("q1", keep=False), review("q2", keep=None), review("q3", keep=True, difficulty="hard"),
+        review("w0", keep=True), review("w1", keep=True), review("w1", keep=False, annotator="ben"),
+        review("w2", keep=True, annotator="anna", answer_right=False),
+        review("w1", keep=True, annotator="adjudicator"),
+    ]  # fmt: skip
+    table = to_arrow(QuestionReview, said)
+
+    def kept(config: CurateConfig, reviews: pa.Table | None = table) -> list[str]:
+        rows = reviewed(raw, written, reviews, config).to_pylist()
+        return [row["question_id"] for row in rows if row["error"] is None]
+
+    assert kept(CurateConfig(), None) == ["q1", "q2", "q3"]
+    assert kept(CurateConfig(written="checked"), None) == ["q1", "q2", "q3", "w0", "w1", "w2", "w3"]
+    assert kept(CurateConfig(written="reviewed", reviews="x")) == ["q2", "q3", "w0", "w1"]
+    assert kept(CurateConfig(written="checked", reviews="x")) == ["q2", "q3", "w0", "w1", "w3"]
+    rows = reviewed(raw, written, table, CurateConfig()).to_pylist()
+    assert [row["difficulty"] for row in rows] == ["easy", "easy", "hard"]
+    assert rows[0]["error"] == "question_review: readers reject it"
+    with pytest.raises(ValueError, match="written is 'reviewed' and reviews is empty"):
+        CurateConfig(written="reviewed")

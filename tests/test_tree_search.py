@@ -285,6 +285,11 @@ def test_solutions_and_labels_of_a_tree_belong_together() -> None:
         assert tree.question_id == own["question_id"] == row.question_id
 
 
+def test_a_policy_that_looks_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_images is 1"):
+        TreeSearchConfig(num_images=1)
+
+
 def test_documents_need_evidence() -> None:
     with pytest.raises(ValueError, match="num_documents=2 needs the table evidence"):
         tree_search(None, TreeSearchConfig(num_documents=2), model="m", policy="p", config_hash="c")  # type: ignore[arg-type]

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from medmm_ray.config import execution
 from medmm_ray.engines.generator import (
     Completion,
     GeneratorConfig,
@@ -45,6 +46,16 @@ class WriterConfig(GeneratorConfig):
     """Retrieved documents in the policy's prompt."""
     seed: int = 0
     """Start of all random numbers."""
+    max_concurrency: int = execution(16)
+    """Calls of an actor at a time; batch_size x max_concurrency questions are worked on at once."""
+
+    @model_validator(mode="after")
+    def _reads_text(self) -> "WriterConfig":
+        if self.num_images:
+            raise ValueError(
+                f"num_images is {self.num_images}, but policies that look are not searched yet; set it to 0"
+            )
+        return self
 
 
 @dataclass(frozen=True)

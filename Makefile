@@ -25,7 +25,7 @@ check: env  ## ruff (format, lint) and mypy --strict
 format: env  ## ruff's formatting and safe fixes
 	@$(PY) -m ruff format . && $(PY) -m ruff check --fix .
 
-chaos: env  ## interrupt and kill the pipeline on real engines; its tables must equal an undisturbed run's
+chaos: env  ## 20 blows at every step on scripted engines, then the pipeline on real ones: killed, its tables are the same
 	@$(PY) -m pytest -m chaos -s
 
 serve: env  ## the scorer on http://127.0.0.1:8000 (OpenAPI page at /docs)

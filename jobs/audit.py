@@ -1,7 +1,8 @@
 """Whatever is there of questions, solutions and labels -> dataset_report.json and dataset_report.html.
 
-As a step of the pipeline it makes the artifact `dataset_report`. Run by itself it needs the questions only, also midway
-through sampling or labelling, says which tables are missing, and writes the report to the top of the run's folder.
+As a step of the pipeline it makes the artifact `dataset_report`. Run by itself it needs questions and images only: in
+the midst of labelling it reads the labels so far, says which tables are missing, and writes the report to the top of
+the run's folder.
 ``--strict`` (or audit.gates=required) ends with an error where a gate fails.
 """
 
@@ -12,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
+from pyarrow import fs as pafs
 from rich.console import Console
 
 from jobs.graph import BY_NAME, LABELS, STEPS
@@ -42,8 +44,10 @@ def make(run: Run, uri: str) -> dict[str, float]:
 
 
 def report_of(run: Run) -> dict[str, Any]:
-    """The report of the tables of `run` that are complete."""
-    there = {name: run.table(name) for name in STEP.reads if run.artifact(name).is_complete}
+    """The report of the tables of `run` that are complete, and of the labels so far."""
+    tables = {name: run.table(name) for name in STEP.reads}
+    there = {name: table for name, table in tables.items() if table.is_complete}
+    begun = {name: tables[name].rows_so_far() for name in LABELS if name not in there}
     made = {name: out for step in STEPS[: STEPS.index(STEP)] for name, out in run.outputs(step).items()}
 
     def parts(name: str) -> Iterable[pa.Table]:
@@ -54,12 +58,28 @@ def report_of(run: Run) -> dict[str, Any]:
         questions=run.table("questions").to_arrow(),
         images=run.table("images").to_arrow(),
         solutions=parts("solutions"),
-        labels={name: parts(name) for name in LABELS},
+        labels={name: tables[name].stream() for name in LABELS},
         review_queue=there["review_queue"].to_arrow() if "review_queue" in there else None,
         evidence=parts("evidence"),
         manifests={name: output.manifest() for name, output in made.items() if output.is_complete},
-        missing=[name for name in STEP.reads if name not in there],
+        ledgers=ledgers_of(run),
+        missing=[
+            f"{name} ({begun[name]:,} questions so far)" if begun.get(name) else name
+            for name in STEP.reads
+            if name not in there
+        ],
     )
+
+
+def ledgers_of(run: Run) -> dict[str, dict[str, Any]]:
+    """What the run's API gates have booked, by the folder of the model."""
+    fs, path = filesystem(f"{run.root}/api")
+    found = {}
+    for file in fs.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True)):
+        if file.base_name == "ledger.json":
+            with fs.open_input_stream(file.path) as stream:
+                found[file.path.split("/")[-2]] = json.loads(stream.read())
+    return found
 
 
 def write(report: dict[str, Any], *folders: str) -> None:

@@ -19,7 +19,19 @@ from jobs.benches import Measured
 from jobs.step import guarded
 from medmm_ray.config import Config, ConfigError, help_text, load
 
-BENCHES = ("scoring", "training", "two_tower", "gguf", "arms", "answers", "tree_search")
+BENCHES = (
+    "scoring",
+    "training",
+    "two_tower",
+    "gguf",
+    "arms",
+    "answers",
+    "sampling",
+    "judge",
+    "monte_carlo",
+    "resume",
+    "tree_search",
+)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -30,7 +42,7 @@ def main(words: Sequence[str] | None = None) -> int:
 def _main(words: list[str]) -> int:
     if not words or words[0] not in BENCHES:
         print(__doc__)
-        print("\n".join(f"  {name:<10} {str(_module(name).__doc__).splitlines()[0]}" for name in BENCHES))
+        print("\n".join(f"  {name:<11} {str(_module(name).__doc__).splitlines()[0]}" for name in BENCHES))
         if not words or words[0] in ("-h", "--help"):
             return 0
         raise ConfigError(f"there is no benchmark {words[0]!r}; expected one of {', '.join(BENCHES)}")

@@ -37,6 +37,8 @@ def _main(arguments: argparse.Namespace) -> int:
     config = load(ExportConfig, None, mine)
     if config.push and config.format != "hf":
         raise ConfigError("push=... needs format=hf: the hub's folder is what is pushed")
+    if config.push and "://" in config.to:
+        raise ConfigError(f"push=... needs a local folder, to={config.to} is none")
     others = [word for word in arguments.overrides if word not in mine]
     run = Run(load_recipe([arguments.recipe, *others] if arguments.recipe else []))
     if "://" not in run.root and not Path(run.root).is_dir():

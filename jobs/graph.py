@@ -90,9 +90,9 @@ STEPS = (
     ),
     Step(
         "monte_carlo",
-        ("questions", "evidence", "solutions", "judge_labels", "policy"),
+        ("questions", "images", "evidence", "solutions", "judge_labels", "policy"),
         {"monte_carlo_labels": Labels},
-        what="roll out uncertain steps (vLLM)",
+        what="continuations of steps (vLLM)",
     ),
     Step(
         "tree_search",

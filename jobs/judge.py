@@ -1,27 +1,34 @@
 """solutions -> judge_labels: a verdict for each step, with its confidence and reason."""
 
+import logging
 import sys
 
 from jobs.step import Job, main
-from medmm_ray.judge import judge
+from medmm_ray.engines.client import api_folder
+from medmm_ray.engines.gate import close_ledger
+from medmm_ray.judge import APIS, judge
+
+log = logging.getLogger("medmm_ray")
 
 
 def run(job: Job) -> None:
     tables = {name: job.read(name) for name in ("questions", "images", "evidence")}
-    model = job.config.model
-    if model is None and job.config.backend == "vllm":
-        model = job.run.model("policy")
+    config, folder = job.config, f"{job.run.root}/api"
+    model = job.run.model("policy") if config.model is None and config.backend == "vllm" else config.model
     source = job.table("solutions").dataset(rows_per_block=32)
     ids = job.read("solutions", ["question_id"])["question_id"].to_pylist()
-    folder = f"{job.run.root}/api"
     job.make(
         "judge_labels",
         source,
         ids,
-        lambda ds: judge(ds, job.config, model=model, folder=folder, **tables),
+        lambda ds: judge(ds, config, model=model, folder=folder, **tables),
         "question_id",
         "labels",
     )
+    if config.backend in APIS:
+        paid = close_ledger(api_folder(folder, model))
+        log.info("judge: $%.4f spent on %d answers of %s, $%.4f possibly paid for %d calls that were cut off",
+                 paid.spent, paid.answers, model, paid.possibly_paid, paid.lost_calls)  # fmt: skip
 
 
 if __name__ == "__main__":

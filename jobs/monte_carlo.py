@@ -6,7 +6,7 @@ from jobs.step import Job, main
 from medmm_ray.config import ConfigError
 from medmm_ray.monte_carlo import monte_carlo
 
-DRAWS = ("temperature", "top_k", "top_p", "num_documents")
+DRAWS = ("temperature", "top_k", "top_p", "num_documents", "num_images")
 
 
 def run(job: Job) -> None:
@@ -14,6 +14,7 @@ def run(job: Job) -> None:
     questions = job.read("questions")
     labels = job.read("judge_labels", ["question_id", "solution_id", "annotator", "steps", "error"])
     evidence = job.read("evidence", ["question_id", "documents"]) if job.config.num_documents else None
+    images = job.read("images", ["image_id", "uri"]) if job.config.num_images else None
     model, policy = job.run.model("policy"), job.run.model_id("policy")
     source = job.table("solutions").dataset(rows_per_block=job.config.batch_size)
     ids = job.read("solutions", ["question_id"])["question_id"].to_pylist()
@@ -22,7 +23,14 @@ def run(job: Job) -> None:
         source,
         ids,
         lambda ds: monte_carlo(
-            ds, job.config, questions=questions, judge_labels=labels, model=model, policy=policy, evidence=evidence
+            ds,
+            job.config,
+            questions=questions,
+            judge_labels=labels,
+            model=model,
+            policy=policy,
+            evidence=evidence,
+            images=images,
         ),
         "question_id",
         "labels",

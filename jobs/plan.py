@@ -8,7 +8,11 @@ from jobs.graph import Step
 from jobs.recipe import Recipe
 from jobs.step import Run
 from medmm_ray.config import ConfigError
+from medmm_ray.engines.prices import Price, price_of
 from medmm_ray.estimate import GPUS, Plan, estimate, rendered
+from medmm_ray.judge import APIS
+
+VERDICT_TOKENS = {"json": 70, "lines": 6}  # that a judge writes a step
 
 
 def print_plan(recipe: Recipe, steps: Sequence[Step], console: Console) -> None:
@@ -35,6 +39,7 @@ def plan_of(recipe: Recipe, run: Run) -> Plan:
     assumed = recipe.plan
     if assumed.gpu not in GPUS:
         raise ConfigError(f"plan.gpu is {assumed.gpu!r}; known: {', '.join(GPUS)}")
+    price = _judge_price(recipe)
     train = _questions(assumed.train_questions, recipe.curate.max_train, recipe.ingest.num_train, "train")
     test = _questions(assumed.test_questions, recipe.curate.max_test, recipe.ingest.num_test, "test")
     return Plan(
@@ -55,11 +60,16 @@ def plan_of(recipe: Recipe, run: Run) -> Plan:
         policy_epochs=0 if run.given("policy") else recipe.train_policy.epochs,
         text_epochs=0 if run.given("text_prm") else recipe.train_text_prm.epochs,
         fusion_epochs=0 if run.given("two_tower") else recipe.train_two_tower.epochs,
-        judged_solutions=assumed.judged_solutions,
+        judged_solutions=assumed.judged_solutions or recipe.judge.max_solutions,
         judge_parameters=assumed.judge_parameters,
+        judge_solutions_per_call=recipe.judge.solutions_per_call,
+        judge_by_step=recipe.judge.granularity == "step",
+        judge_max_dollars=recipe.judge.max_cost_usd,
+        verdict_tokens=VERDICT_TOKENS[recipe.judge.reply],
         judge_dollars_per_call=assumed.judge_dollars_per_call,
-        judge_dollars_per_million_read=assumed.judge_dollars_per_million_read,
-        judge_dollars_per_million_written=assumed.judge_dollars_per_million_written,
+        judge_dollars_per_million_read=price.read,
+        judge_dollars_per_million_cached=price.cached if recipe.judge.warm_cache else None,
+        judge_dollars_per_million_written=price.written,
         uncertain_share=recipe.monte_carlo.max_share,
         continuations=recipe.monte_carlo.rollouts,
         review_steps=recipe.review.review_steps,
@@ -68,6 +78,16 @@ def plan_of(recipe: Recipe, run: Run) -> Plan:
         num_gpus=assumed.num_gpus,
         dollars_per_gpu_hour=assumed.dollars_per_gpu_hour,
     )
+
+
+def _judge_price(recipe: Recipe) -> Price:
+    """What the plan says; else, for an API that is not priced by the call, what the judge's ledger will charge."""
+    plan, config = recipe.plan, recipe.judge
+    stated = plan.judge_dollars_per_million_read or plan.judge_dollars_per_million_written
+    if stated or plan.judge_dollars_per_call or config.model is None or config.backend not in APIS:
+        read = plan.judge_dollars_per_million_read
+        return Price(read, read, plan.judge_dollars_per_million_written)
+    return price_of(config.model, config.price_read, config.price_written, config.price_cached)
 
 
 def _questions(assumed: int | None, limit: int | None, asked: int | None, split: str) -> int:

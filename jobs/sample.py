@@ -2,10 +2,11 @@
 
 import logging
 import sys
+from collections.abc import Mapping
 
 from jobs.step import Job, main
-from medmm_ray.sample import sample, summary
-from medmm_ray.tables import Table
+from medmm_ray.quality import FAULTS
+from medmm_ray.sample import sample
 
 log = logging.getLogger("medmm_ray")
 
@@ -31,15 +32,21 @@ def run(job: Job) -> None:
             folder=f"{job.run.root}/api",
         ),
         "question_id",
-        figures=told,
     )
+    log.info("sample: %s", summary(job.table("solutions").manifest().figures))
 
 
-def told(table: Table) -> dict[str, float]:
-    """The table's figures, which are logged too."""
-    figures = summary(table)
-    log.info("sample: %s", ", ".join(f"{name} {value:,.4g}" for name, value in figures.items()))
-    return figures
+def summary(figures: Mapping[str, float]) -> str:
+    """A table's figures in words."""
+    refused = {kind: int(figures.get(f"rejected_{kind}", 0)) for kind in FAULTS}
+    kinds = ", ".join(f"{kind} {number:,}" for kind, number in refused.items() if number)
+    drawn, wanted, missing, unfilled, cacheable = (
+        int(figures.get(name, 0))
+        for name in ("samples_drawn", "samples_requested", "samples_missing", "unfilled_questions", "cacheable_tokens")
+    )
+    told = f"{drawn:,} samples drawn for {wanted:,}, {sum(refused.values()):,} refused{f' ({kinds})' if kinds else ''}"
+    told += f", {missing:,} missing, {unfilled:,} questions not filled"
+    return told + (f", {figures['cached_tokens'] / cacheable:.1%} of cacheable tokens cached" if cacheable else "")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ import pyarrow.compute as pc
 from jobs.graph import BY_NAME, MAKER, STEPS, Step
 from jobs.recipe import Recipe
 from medmm_ray.config import ConfigError, digest, help_text, identity, load
-from medmm_ray.tables import Artifact, Figures, Manifest, Origin, Table, TableError, chosen, pending, write_rows
+from medmm_ray.engines.endpoint import EndpointError
+from medmm_ray.engines.gate import BudgetError
+from medmm_ray.tables import Artifact, Manifest, Origin, Table, TableError, chosen, pending, write_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -149,11 +151,11 @@ class Job:
 
     def make(
         self, name: str, source: "Dataset", ids: Iterable[str], do: "Callable[[Dataset], Dataset]", key: str,
-        explode: str | None = None, made_key: str | None = None, figures: Figures | None = None,
+        explode: str | None = None, made_key: str | None = None,
     ) -> None:  # fmt: skip
         """Make a table from `source` by `do`, one row in and one row out by `key`; resumes what was interrupted.
 
-        `made_key` is the key's name in the rows that `do` makes, where it is another; `figures` are of all its rows.
+        `made_key` is the key's name in the rows that `do` makes, where it is another.
         """
         table = self.run.table(name)
         if table.is_complete:
@@ -167,8 +169,7 @@ class Job:
         if set(expected) - done:
             table.write(do(pending(source, key, done)), made_key or key, explode)
         limit = self.recipe.max_error_rate
-        manifest = table.finish(self.origin(name), made_key or key, expected, self.seconds(), limit, figures=figures)
-        self.report(name, manifest)
+        self.report(name, table.finish(self.origin(name), made_key or key, expected, self.seconds(), limit))
 
     def make_rows(self, name: str, rows: Sequence[Any], key: str, figures: dict[str, float] | None = None) -> None:
         """Make a small table from rows in the driver."""
@@ -280,6 +281,8 @@ def guarded(work: Callable[[], int]) -> int:
         return 1
 
 
+# Errors whose words say what happened and what to do.
+SENTENCES = (TableError.__name__, ConfigError.__name__, BudgetError.__name__, EndpointError.__name__)
 # The first "module.Error: words" of a trace: Ray keeps an error that crossed a stage only as text.
 _RAISED = re.compile(
     r"^(?P<kind>[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt)): (?P<words>.+?)(?:\n\n|\Z)", re.M | re.S
@@ -299,7 +302,7 @@ def root_cause(error: BaseException) -> str:
         raised = next((m for m in found if m["kind"].startswith("medmm_ray.")), found[0] if found else None)
     kind, words = (raised["kind"], raised["words"]) if raised else (type(error).__name__, text)
     kind = kind.rpartition(".")[2]
-    return words if kind in (TableError.__name__, ConfigError.__name__) else f"{kind}: {words}"
+    return words if kind in SENTENCES else f"{kind}: {words}"
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -5,6 +5,7 @@ Enters: tables of `Solutions` and of `Labels`, whole or part by part, so that te
 checkable) or UNLABELLED.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,11 +14,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from medmm_ray.tables import error_kind
+from medmm_ray.targets import ADJUDICATOR
 
 Ints = NDArray[np.int64]
 Codes = NDArray[np.int8]
 RIGHT, WRONG, NEUTRAL, UNLABELLED = 1, 0, -1, -2
-ADJUDICATOR = "adjudicator"
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,6 @@ def thin(solutions: pa.Table) -> pa.Table:
     flat = pc.list_flatten(nested)
     kept = {name: flat.field(name) for name in ("solution_id", "correct", "finish_reason")}
     kept["num_steps"] = pc.list_value_length(flat.field("steps"))
-    # Taken, not sliced, so that nothing keeps the part's buffers alive.
     lists = pa.ListArray.from_arrays(_offsets(nested), pa.StructArray.from_arrays(list(kept.values()), list(kept)))
     names = [name for name in solutions.column_names if name != "solutions"]
     return solutions.select(names).append_column("solutions", lists)
@@ -73,13 +73,12 @@ def _offsets(nested: pa.ListArray) -> pa.Array:
 class Placed:
     """Where the entries of a list column of label rows belong: entry `entry[k]` of the flat list is step `row[k]`.
 
-    `owner` is each label row's solution, -1 where there is none (`unknown`) or where the row has another number of
-    steps than the solution (`misfit`): such a row belongs to another text.
+    Rows of no solution here (`unknown`), and of another number of steps than their solution (`misfit`: they belong to
+    another text), have no place.
     """
 
     row: Ints
     entry: Ints
-    owner: Ints
     unknown: int
     misfit: int
 
@@ -97,7 +96,7 @@ def place(steps: Steps, labels: pa.Table) -> Placed:
     parents = parents[entry]
     row = steps.first[owner[parents]] + entry - starts[parents]
     unknown = int((~known).sum())
-    return Placed(row, entry, np.where(fits, owner, -1), unknown, int((~fits).sum()) - unknown)
+    return Placed(row, entry, unknown, int((~fits).sum()) - unknown)
 
 
 def verdicts(entries: pa.StructArray) -> pa.Array:
@@ -139,34 +138,30 @@ def source_labels(steps: Steps, labels: pa.Table) -> dict[str, SourceLabels]:
 
 def _of_source(steps: Steps, labels: pa.Table) -> SourceLabels:
     usable = labels.filter(pc.is_null(labels["error"]))
-    last_word = pc.equal(usable["annotator"], ADJUDICATOR)
-    balance = np.zeros(len(steps.solution), dtype=np.int16)
-    voted, neutral = np.zeros(len(balance), dtype=bool), np.zeros(len(balance), dtype=bool)
-    adjudicated = np.full(len(balance), UNLABELLED, dtype=np.int8)
-    unknown = misfit = 0
-    for rows, is_last in ((usable.filter(pc.invert(last_word)), False), (usable.filter(last_word), True)):
-        found = place(steps, rows)
-        unknown, misfit = unknown + found.unknown, misfit + found.misfit
-        code = np.asarray(pc.list_flatten(rows["steps"].combine_chunks()), dtype=np.int8)[found.entry]
-        if is_last:
-            said = code != UNLABELLED
-            adjudicated[found.row[said]] = code[said]
-            continue
-        verdict = code >= WRONG
-        np.add.at(balance, found.row[verdict], np.where(code[verdict] == RIGHT, 1, -1).astype(np.int16))
-        voted[found.row[verdict]] = True
-        neutral[found.row[code == NEUTRAL]] = True
-    codes = np.where(balance > 0, RIGHT, np.where(balance < 0, WRONG, np.where(neutral & ~voted, NEUTRAL, UNLABELLED)))
-    faults = pc.value_counts(pc.drop_null(labels["error"]).combine_chunks())
-    errors: dict[str, int] = {}
-    for fault in faults.to_pylist():
-        kind = error_kind(fault["values"])
-        errors[kind] = errors.get(kind, 0) + fault["counts"]
+    found = place(steps, usable)
+    code = np.asarray(pc.list_flatten(usable["steps"].combine_chunks()), dtype=np.int8)[found.entry]
+    has_last_word = np.asarray(pc.equal(usable["annotator"], ADJUDICATOR), dtype=bool)
+    row_of_entry = np.repeat(np.arange(usable.num_rows), np.asarray(pc.list_value_length(usable["steps"])))[found.entry]
+    last = has_last_word[row_of_entry]
+    codes = _majority(len(steps.solution), found.row[~last], code[~last])
+    said = last & (code != UNLABELLED)
+    codes[found.row[said]] = code[said]
     return SourceLabels(
-        codes=np.where(adjudicated == UNLABELLED, codes, adjudicated).astype(np.int8),
+        codes=codes,
         rows=usable.num_rows,
         cost=float(pc.sum(labels["cost"]).as_py() or 0.0),
-        unknown=unknown,
-        misfit=misfit,
-        errors=errors,
+        unknown=found.unknown,
+        misfit=found.misfit,
+        errors=dict(Counter(error_kind(error) for error in pc.drop_null(labels["error"]).to_pylist())),
     )
+
+
+def _majority(num_steps: int, row: Ints, code: Codes) -> Codes:
+    """Of all that was said of each step: the majority of its verdicts, else NEUTRAL where somebody looked."""
+    right, wrong = (np.bincount(row[code == verdict], minlength=num_steps) for verdict in (RIGHT, WRONG))
+    codes = np.full(num_steps, UNLABELLED, dtype=np.int8)
+    codes[row[code == NEUTRAL]] = NEUTRAL
+    codes[(right > 0) & (right == wrong)] = UNLABELLED
+    codes[right > wrong] = RIGHT
+    codes[wrong > right] = WRONG
+    return codes

@@ -3,6 +3,7 @@
 Enters: the dict that `medmm_ray.audit.audit` makes. Leaves: HTML with inline styles and SVG figures; it loads nothing.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,7 +84,7 @@ def tiles(report: Row) -> list[Row]:
     pair = next((p for p in report["agreement"] if (p["first"], p["second"]) == ("judge", "expert")), None)
     kappa = pair["kappa"]["all"]["all"] if pair else None
     spoke = next((b for b in report["balance"] if b["source"] == source), None)
-    right = spoke["share"]["all"]["all"] if spoke else None
+    right = spoke["share"]["all"].get("all") if spoke else None
     accuracy = sampling["accuracy"]["all"].get("all")
     splits = ", ".join(f"{count(number)} {split}" for split, number in report["coverage"]["splits"].items())
     return [
@@ -99,11 +100,13 @@ def tiles(report: Row) -> list[Row]:
 
 
 def interval(figure: Row | None, share: bool = True) -> str:
+    """The ends of a figure's interval, in percent or plain; empty where it has none."""
     if figure is None or figure["low"] is None:
         return ""
-    ends = [f"{100 * figure[end]:.1f}" if share else f"{figure[end]:.2f}" for end in ("low", "high")]
-    ends = [end.replace("-", "−") for end in ends]
-    return f"{ends[0]} to {ends[1]}" if figure["low"] < 0 else f"{ends[0]}–{ends[1]}"
+    scale, digits = (100, 1) if share else (1, 2)
+    low, high = (round(scale * figure[end], digits) + 0.0 for end in ("low", "high"))  # + 0.0: no negative zero
+    ends = [f"{end:.{digits}f}".replace("-", "−") for end in (low, high)]
+    return f"{ends[0]} to {ends[1]}" if low < 0 else f"{ends[0]}–{ends[1]}"
 
 
 # Figures
@@ -194,9 +197,9 @@ def _short(source: str) -> str:
 
 
 def _reach(rows: Sequence[Whisker | str]) -> tuple[float, float]:
-    """From 0, or from as far below as an interval goes, to 1."""
+    """From 0, or from the tenth below the lowest interval, to 1."""
     lows = [row.low for row in rows if isinstance(row, Whisker) and row.low is not None]
-    return (min(0.0, max(-1.0, *(round(min(lows) - 0.05, 1),))) if lows else 0.0, 1.0)
+    return math.floor(10 * min([0.0, *lows])) / 10, 1.0
 
 
 # The terminal

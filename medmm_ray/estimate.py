@@ -81,7 +81,10 @@ class Plan:
     fusion_epochs: float = 5
 
     judged_solutions: float | None = None
-    """Solutions a training question that the judge reads, one call each; None: all."""
+    """Solutions a training question that the judge reads; None: all."""
+    judge_solutions_per_call: int = 1
+    judge_by_step: bool = False
+    """A call for each step, which reads the solution up to it."""
     judge_parameters: float = 0
     """Of a judge on our own GPUs; 0: an API."""
     judge_image_tokens: float = 258
@@ -90,7 +93,11 @@ class Plan:
     """Tokens that the judge writes a step."""
     judge_dollars_per_call: float = 0
     judge_dollars_per_million_read: float = 0
+    judge_dollars_per_million_cached: float | None = None
+    """Of what a question's calls after the first share; None: an API that caches nothing."""
     judge_dollars_per_million_written: float = 0
+    judge_max_dollars: float | None = None
+    """The judge's hard budget."""
 
     uncertain_share: float = 0.1
     """Share of judged steps that Monte Carlo continues."""
@@ -251,22 +258,28 @@ def _sample(plan: Plan) -> Line:
     )
 
 
-def _judge_calls(plan: Plan) -> float:
+def _judged(plan: Plan) -> float:
+    """Solutions that the judge reads."""
     return plan.train_questions * (plan.train_samples if plan.judged_solutions is None else plan.judged_solutions)
 
 
 def _judge(plan: Plan) -> Line:
-    calls = _judge_calls(plan)
-    images = (1 + plan.reference_images) * plan.judge_image_tokens
-    read = calls * (_prefix(plan) + plan.solution_tokens + images)
-    written = calls * plan.steps * plan.verdict_tokens
+    judged = _judged(plan)
+    calls = judged * plan.steps if plan.judge_by_step else judged / plan.judge_solutions_per_call
+    shared = _prefix(plan) + (1 + plan.reference_images) * plan.judge_image_tokens
+    own = judged * plan.solution_tokens * ((plan.steps + 1) / 2 if plan.judge_by_step else 1)
+    read = calls * shared + own
+    price = plan.judge_dollars_per_million_cached
+    cached = 0 if price is None else max(0, calls - plan.train_questions) * shared
+    written = judged * plan.steps * plan.verdict_tokens
     return Line(
         step="judge",
-        work=f"{calls * plan.steps:,.0f} steps in {calls:,.0f} calls",
+        work=f"{judged * plan.steps:,.0f} steps in {calls:,.0f} calls",
         calls=calls,
         tokens=read + written,
         dollars=calls * plan.judge_dollars_per_call
-        + read / 1e6 * plan.judge_dollars_per_million_read
+        + (read - cached) / 1e6 * plan.judge_dollars_per_million_read
+        + cached / 1e6 * (price or 0)
         + written / 1e6 * plan.judge_dollars_per_million_written,
         gpu_hours=reading(plan, plan.judge_parameters, read) + writing(plan, plan.judge_parameters, written),
         stored=written * BYTES_A_TOKEN,
@@ -274,7 +287,7 @@ def _judge(plan: Plan) -> Line:
 
 
 def _monte_carlo(plan: Plan) -> Line:
-    steps = _judge_calls(plan) * plan.steps * plan.uncertain_share
+    steps = _judged(plan) * plan.steps * plan.uncertain_share
     calls = steps * plan.continuations
     # A step lies halfway through its solution, in the mean.
     prompts = steps * (plan.question_tokens + plan.solution_tokens / 2)
@@ -352,7 +365,7 @@ def _score(plan: Plan) -> Line:
 
 
 def _notes(plan: Plan) -> list[str]:
-    notes, gpu, states, calls = [], gpu_of(plan), _states(plan).stored, _judge_calls(plan)
+    notes, gpu, states, calls = [], gpu_of(plan), _states(plan).stored, _judged(plan)
     largest = max(plan.policy_parameters, plan.text_parameters, plan.judge_parameters) * BF16
     if largest > 0.9 * gpu.memory * 1e9:
         notes.append(f"{size(largest)} of weights do not fit one {plan.gpu} ({gpu.memory} GB): shard the model")
@@ -362,6 +375,9 @@ def _notes(plan: Plan) -> list[str]:
         notes.append(
             f"the judge reads {calls / plan.train_questions:g} solutions a question; the published $2,500 pay for one"
         )
+    dollars = _judge(plan).dollars
+    if plan.judge_max_dollars is not None and dollars > plan.judge_max_dollars:
+        notes.append(f"the judge will stop at max_cost_usd={plan.judge_max_dollars:g}, before the end: ${dollars:,.0f}")
     return notes
 
 

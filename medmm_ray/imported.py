@@ -49,6 +49,7 @@ def imported(question_id: str, solved: Solved, policy: str, config_hash: str) ->
                     annotator=row.annotator,
                     steps=list(row.steps),
                     cost=0.0,
+                    saw_answer=row.saw_answer,
                     error=row.error,
                 )
             )

@@ -5,9 +5,8 @@ loop. What a loop is: see `repeats`.
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
-
-import numpy as np
 
 from medmm_ray.text import step_numbers
 
@@ -48,18 +47,29 @@ def repeats(text: str) -> bool:
     """Whether some passage of up to 128 words stands three times or more in a row, 16 words or more in all.
 
     The marks of steps do not count, so that a step which is stated again and again is a loop too. Linear in the text:
-    each period is one comparison of the words with themselves, shifted.
+    only those periods are looked at in which many runs of four words come again.
     """
     words = _WORD.findall(_MARK.sub("", text))
-    known: dict[str, int] = {}
-    ids_W = np.array([known.setdefault(word, len(known)) for word in words])
-    for period in range(1, min(MAX_PERIOD, len(words) // MIN_REPEATS) + 1):
-        same = ids_W[period:] == ids_W[:-period]
-        if _longest_run(same) + period >= max(MIN_REPEATS * period, MIN_LOOP_WORDS):
-            return True
-    return False
+    last: dict[tuple[str, ...], int] = {}
+    gaps: Counter[int] = Counter()
+    for at, gram in enumerate(zip(words, words[1:], words[2:], words[3:], strict=False)):
+        gaps[at - last.get(gram, at)] += 1
+        last[gram] = at
+    return any(
+        2 * count >= _loop_words(gap) - gap - 3 and _run(words, gap) >= _loop_words(gap)
+        for gap, count in gaps.items()
+        if 0 < gap <= MAX_PERIOD
+    )
 
 
-def _longest_run(flags: "np.ndarray[tuple[int], np.dtype[np.bool_]]") -> int:
-    ends = np.flatnonzero(np.concatenate(([True], ~flags, [True])))
-    return int(np.diff(ends).max()) - 1
+def _loop_words(period: int) -> int:
+    return max(MIN_REPEATS * period, MIN_LOOP_WORDS)
+
+
+def _run(words: Sequence[str], period: int) -> int:
+    """The longest stretch of words in which each equals the one a period before it."""
+    longest = run = 0
+    for earlier, later in zip(words, words[period:], strict=False):
+        run = run + 1 if earlier == later else 0
+        longest = max(longest, run)
+    return longest + period

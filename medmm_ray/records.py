@@ -5,6 +5,7 @@ None, or ``kind: what happened`` for a row that could not be made; the kinds are
 """
 
 import dataclasses
+import functools
 import types
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_type_hints
@@ -147,21 +148,6 @@ class Count:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Usage:
-    """What the samples of a question took of their engine: prompt tokens once a sample, and generated ones.
-
-    Of the prompt tokens, `cacheable_tokens` are those that all samples but the first can find in the prefix cache
-    (whole blocks of it), `cached_tokens` those that were found. `cost` is in US dollars.
-    """
-
-    prompt_tokens: int = 0
-    cacheable_tokens: int = 0
-    cached_tokens: int = dataclasses.field(default=0, compare=False)
-    output_tokens: int = 0
-    cost: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
 class Solutions:
     """All solutions of one question by one policy.
 
@@ -177,7 +163,6 @@ class Solutions:
     num_missing: int = 0
     num_drawn: int = 0
     rejected: list[Count] = dataclasses.field(default_factory=list)
-    usage: Usage = Usage()
     solutions: list[Solution]
     error: str | None = None
 
@@ -366,9 +351,14 @@ def to_arrow(record: type, rows: list[Any]) -> pa.Table:
 
 def from_dict(record: type, row: dict[str, Any]) -> Any:
     """A plain row back as a record, nested records included."""
-    hints = get_type_hints(record)
+    hints = _hints(record)
     values = {f.name: _revive(hints[f.name], row.get(f.name)) for f in dataclasses.fields(record)}
     return record(**values)
+
+
+@functools.cache
+def _hints(record: type) -> dict[str, Any]:
+    return get_type_hints(record)
 
 
 def _revive(annotation: Any, value: Any) -> Any:

@@ -82,16 +82,15 @@ def queue(
     place = pc.index_in(solutions["question_id"], questions["question_id"].combine_chunks())
     groups = pc.binary_join_element_wise(
         questions["difficulty"].take(place), questions["modality"].take(place), "/"
-    ).combine_chunks()
-    names = groups.dictionary_encode()
-    group = np.asarray(names.indices)[steps.question][steps.solution]
+    ).to_pylist()
+    texts, numbers = np.unique(np.array(groups, dtype=np.str_), return_inverse=True)  # sorted: rows come in any order
+    group = numbers[steps.question][steps.solution]
     stratum = group * len(DISAGREEMENT) + disagreement
     ids = steps.solution_ids.to_pylist()
     chance = step_chances(ids, config.seed, steps)
     num_random = round(config.random_share * config.review_steps)
     drawn, probability = draw(stratum, chance, config.review_steps - num_random, num_random)
     by_stratum = drawn == 1
-    texts = names.dictionary.to_pylist()
     question_ids = solutions["question_id"].to_pylist()
     items = [
         ReviewItem(

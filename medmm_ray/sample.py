@@ -13,15 +13,13 @@ from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import quote
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import Field
 
 from medmm_ray.config import digest
 from medmm_ray.engines.api_policy import ApiPolicy
-from medmm_ray.engines.client import ApiConfig, connect
+from medmm_ray.engines.client import ApiConfig, api_folder, connect
 from medmm_ray.engines.gate import Gateway, start_gate
 from medmm_ray.engines.generator import (
     MAX_DRAWS,
@@ -35,9 +33,9 @@ from medmm_ray.engines.generator import (
     request_seed,
 )
 from medmm_ray.engines.images import open_image
-from medmm_ray.quality import fault
-from medmm_ray.records import Count, Solution, Solutions, Usage, to_arrow
-from medmm_ray.tables import RowError, Table, attach
+from medmm_ray.quality import FAULTS, fault
+from medmm_ray.records import Count, Solution, Solutions, to_arrow
+from medmm_ray.tables import RowError, attach
 from medmm_ray.text import extract_answer, is_correct, split_steps
 
 if TYPE_CHECKING:
@@ -95,7 +93,7 @@ def sample(
     folder: str | None = None,
     generator: MakeGenerator = Generator,
 ) -> "Dataset":
-    """Questions -> `Solutions` rows.
+    """Questions -> `Solutions` rows, with figures of each.
 
     `model` is the checkpoint (or the API's model) that draws, `policy` what solution ids call it, `config_hash` the
     table's fingerprint.
@@ -130,7 +128,7 @@ def _api_policy(
     """How an actor reaches the API; the gate of its limits and budget is started here, once for all of them."""
     if folder is None:
         raise ValueError(f"sample.backend={config.backend} needs a folder for its answers")
-    folder = f"{folder.rstrip('/')}/{quote(model, safe='')}"
+    folder = api_folder(folder, model)
     gate = start_gate(folder, config.limits)
     return functools.partial(_connected, backend=backend, api=config, gate=gate, folder=folder)
 
@@ -150,16 +148,6 @@ class Drawn:
     faults: Counter[str] = field(default_factory=Counter)
     completions: list[Completion] = field(default_factory=list)
 
-    @property
-    def usage(self) -> Usage:
-        return Usage(
-            prompt_tokens=sum(c.prompt_tokens for c in self.completions),
-            cacheable_tokens=sum(c.shareable_tokens for c in self.completions[1:]),
-            cached_tokens=sum(c.cached_tokens for c in self.completions),
-            output_tokens=sum(c.num_tokens for c in self.completions),
-            cost=sum(c.cost for c in self.completions),
-        )
-
 
 class Sampler:
     """The actor: one engine, all samples of a question on it."""
@@ -175,11 +163,12 @@ class Sampler:
         self.generator = generator(model, config)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
-        rows = await asyncio.gather(*(self.solve(question) for question in batch.to_pylist()))
-        yield to_arrow(Solutions, list(rows))
+        done = await asyncio.gather(*(self.solve(question) for question in batch.to_pylist()))
+        figures = pa.array([figures_of(*of_one) for of_one in done])
+        yield to_arrow(Solutions, [row for row, _ in done]).append_column("figures", figures)
 
-    async def solve(self, question: Mapping[str, Any]) -> Solutions:
-        """All solutions of one question; a fault becomes the row's error."""
+    async def solve(self, question: Mapping[str, Any]) -> tuple[Solutions, Drawn]:
+        """All solutions of one question, and all that was drawn for it; a fault becomes the row's error."""
         config = self.config
         wanted = config.num_samples_test if question["split"] == "test" else config.num_samples_train
         drawn = Drawn()
@@ -193,7 +182,7 @@ class Sampler:
         if config.fill_up:
             spare = [s for s in drawn.refused if s.steps][: wanted - len(solutions)]
             solutions = sorted([*solutions, *spare], key=lambda s: s.index)
-        return Solutions(
+        row = Solutions(
             question_id=question["question_id"],
             policy=self.policy,
             config_hash=self.config_hash,
@@ -201,10 +190,10 @@ class Sampler:
             num_missing=wanted - len(solutions),
             num_drawn=len(drawn.completions),
             rejected=[Count(kind=kind, count=count) for kind, count in sorted(drawn.faults.items())],
-            usage=drawn.usage,
             solutions=solutions,
             error=error,
         )
+        return row, drawn
 
     async def draw(self, question: Mapping[str, Any], wanted: int) -> Drawn:
         """Samples, round after round until `wanted` are kept or the rounds are over."""
@@ -255,27 +244,20 @@ def draws(missing: int, round_: int, oversample: float, left: int) -> int:
     return max(0, min(left, missing if round_ == 0 else math.ceil(missing * oversample)))
 
 
-SUMMARY_COLUMNS = ("num_requested", "num_missing", "num_drawn", "rejected", "usage", "error")
+def figures_of(row: Solutions, drawn: Drawn) -> dict[str, float]:
+    """What a row adds to its table's figures: samples, those refused by reason, questions not filled, tokens, dollars.
 
-
-def summary(table: Table) -> dict[str, float]:
-    """What the manifest says of a table of solutions: samples drawn, and refused by reason; questions not filled.
-
-    ``cache_hit_rate`` is the share of the cacheable prompt tokens that were found in the prefix cache.
+    Of the prompt tokens, all samples but the first can find the cacheable ones in the prefix cache.
     """
-    rows = table.written(SUMMARY_COLUMNS)
-    figures = {name: float(pc.sum(rows[f"num_{name}"]).as_py() or 0) for name in ("requested", "missing", "drawn")}
-    unfilled = pc.and_(pc.greater(rows["num_missing"], 0), pc.is_null(rows["error"]))
-    figures["unfilled_questions"] = float(pc.sum(unfilled).as_py() or 0)
-    rejected: Counter[str] = Counter()
-    for counts in rows["rejected"].to_pylist():
-        rejected.update({count["kind"]: count["count"] for count in counts})
-    figures |= {f"rejected_{kind}": float(count) for kind, count in sorted(rejected.items())}
-    usage = [Usage(**row) for row in rows["usage"].to_pylist()]
-    figures["prompt_tokens"] = float(sum(u.prompt_tokens for u in usage))
-    figures["output_tokens"] = float(sum(u.output_tokens for u in usage))
-    if cost := sum(u.cost for u in usage):
-        figures["cost_usd"] = cost
-    if cacheable := sum(u.cacheable_tokens for u in usage):
-        figures["cache_hit_rate"] = sum(u.cached_tokens for u in usage) / cacheable
-    return figures
+    return {
+        "samples_requested": row.num_requested,
+        "samples_missing": row.num_missing,
+        "samples_drawn": row.num_drawn,
+        **{f"rejected_{kind}": drawn.faults[kind] for kind in FAULTS},
+        "unfilled_questions": int(row.num_missing > 0 and row.error is None),
+        "prompt_tokens": sum(c.prompt_tokens for c in drawn.completions),
+        "cacheable_tokens": sum(c.shareable_tokens for c in drawn.completions[1:]),
+        "cached_tokens": sum(c.cached_tokens for c in drawn.completions),
+        "output_tokens": sum(c.num_tokens for c in drawn.completions),
+        "cost_usd": sum(c.cost for c in drawn.completions),
+    }

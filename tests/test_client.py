@@ -3,6 +3,8 @@
 import asyncio
 import base64
 import io
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import PIL.Image
 import pytest
 
+from jobs.benches import judge as bench
 from medmm_ray.config import ConfigError
 from medmm_ray.engines.answers import AnswerStore
 from medmm_ray.engines.client import ApiConfig, Client, connect, pause
@@ -24,7 +27,7 @@ from medmm_ray.engines.endpoint import (
     Turn,
     fault_of,
 )
-from medmm_ray.engines.gate import BudgetError, Gate
+from medmm_ray.engines.gate import BudgetError, Gate, close_ledger
 from medmm_ray.engines.openai import OpenAIEndpoint
 from medmm_ray.engines.prices import FREE, PRICES, Price, price_of
 from medmm_ray.tables import RowError
@@ -358,3 +361,48 @@ def test_a_missing_key_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OTHER_KEY", raising=False)
     with pytest.raises(EndpointError, match="environment variable OTHER_KEY; it is not set"):
         connect("openai", "gpt-4o", ApiConfig(key_variable="OTHER_KEY"))
+
+
+# Killed
+
+ASK_ALL = """
+import asyncio, sys
+from medmm_ray.engines.client import ApiConfig, connect
+from medmm_ray.engines.endpoint import Request, Turn
+from medmm_ray.engines.gate import Gate
+
+address, folder = sys.argv[1:]
+how = {"in_flight": 8, "pause_s": 0.02, "max_attempts": 9, "price_read": 1.0, "price_written": 1.0}
+config = ApiConfig(endpoint=f"{address}/v1", **how)
+
+async def work():
+    client = connect("openai", "m", config, Gate(folder, config.limits), folder)
+    requests = [Request("s", (Turn("user", (f"Step 1: {i}.",)),), max_tokens=99) for i in range(160)]
+    await asyncio.gather(*(client.ask(request, f"q{i % 9}") for i, request in enumerate(requests)))
+
+asyncio.run(work())
+"""
+
+
+def test_a_kill_pays_nothing_twice_but_what_was_in_flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed three times; a fifth of the attempts meets a fault. In flight: 8 at the server and 1 being kept."""
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    config = bench.BenchConfig(latency_s=0.05, fault_rate=0.2)
+    with bench.server(config) as address:
+        for moment in (30, 80, 130):
+            with subprocess.Popen([sys.executable, "-c", ASK_ALL, address, str(tmp_path)]) as process:
+                while bench.asked(address)["arrivals"] < moment:
+                    assert process.poll() is None
+                    time.sleep(0.01)
+                process.kill()
+        subprocess.run([sys.executable, "-c", ASK_ALL, address, str(tmp_path)], check=True)
+        found = bench.asked(address)
+    assert found["requests"] == 160
+    assert found["twice"] <= 3 * 9
+    kept = {key for i in range(9) for key in AnswerStore(f"{tmp_path}/answers").read(f"q{i}")}
+    assert len(kept) == 160
+    paid = close_ledger(str(tmp_path))
+    cut = found["faults"]["cut"] + found["faults"]["garbled"]
+    assert cut <= paid.lost_calls <= cut + 3 * 9
+    bill = (found["tokens"]["read"] + found["tokens"]["written"]) / 1e6
+    assert bill <= paid.spent + paid.possibly_paid

@@ -76,6 +76,7 @@ def test_the_summary_has_a_line_a_gate_and_says_what_to_do(made: dict[str, Any])
 def test_intervals_in_words() -> None:
     assert dataset_page.interval({"low": 0.1, "high": 0.25}) == "10.0–25.0"
     assert dataset_page.interval({"low": -0.1, "high": 0.25}, share=False) == "−0.10 to 0.25"
+    assert dataset_page.interval({"low": -0.001, "high": 0.004}, share=False) == "0.00–0.00"
     assert dataset_page.interval({"low": None, "high": None}) == dataset_page.interval(None) == ""
 
 

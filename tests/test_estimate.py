@@ -97,6 +97,24 @@ def test_a_judge_of_our_own_takes_gpu_hours_and_no_dollars() -> None:
     assert ours.gpu_hours > 0
 
 
+def test_calls_that_share_solutions_or_go_step_by_step_and_what_is_cached() -> None:
+    plan = replace(
+        SMALL, steps=4, question_tokens=100, document_tokens=900, solution_tokens=200, reference_images=2,
+        judge_dollars_per_million_read=1.0, judge_dollars_per_million_written=0.0,
+    )  # fmt: skip
+    shared = 1000 + 3 * 258
+    by_four = estimate(replace(plan, judge_solutions_per_call=4, judge_dollars_per_million_cached=0.25)).line("judge")
+    assert by_four.calls == 400
+    assert by_four.dollars == pytest.approx((100 * shared + 300 * shared / 4 + 1600 * 200) / 1e6)
+    by_step = estimate(replace(plan, judge_by_step=True)).line("judge")
+    assert by_step.calls == 6400
+    assert by_step.dollars == pytest.approx((6400 * shared + 1600 * 200 * (1 + 2 + 3 + 4) / 4) / 1e6)
+    assert (
+        "the judge will stop at max_cost_usd=1, before the end: $12"
+        in estimate(replace(plan, judge_by_step=True, judge_max_dollars=1.0)).notes
+    )
+
+
 def test_measured_hours_replace_the_arithmetic() -> None:
     result = estimate(replace(SMALL, known_gpu_hours={"score": 1.25, "sample": 0.75}))
     assert (result.line("score").gpu_hours, result.line("sample").gpu_hours) == (1.25, 0.75)

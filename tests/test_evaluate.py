@@ -11,6 +11,7 @@ import pytest
 from medmm_ray.config import ConfigError, build
 from medmm_ray.evaluate import EvaluateConfig, environment, evaluate, step_entries
 from medmm_ray.evaluate.cases import list_entries
+from medmm_ray.evaluate.steps import label_sets
 from medmm_ray.records import Image, Labels, Question, Scores, Solution, Solutions, StepLabel, to_arrow
 from medmm_ray.tables import Manifest
 from tests.synthetic import run
@@ -254,3 +255,12 @@ def test_step_entries_and_environment() -> None:
 def test_config_is_strict() -> None:
     with pytest.raises(ConfigError, match="'aggregate'"):
         build(EvaluateConfig, {"aggregate": "median"}, "recipe")
+
+
+def test_the_adjudicator_has_the_last_word_on_the_steps_that_he_decided() -> None:
+    def row(annotator: str, *verdicts: int | None) -> Labels:
+        steps = [StepLabel(label=verdict) for verdict in verdicts]
+        return Labels(question_id="q", solution_id="s", source="expert", annotator=annotator, steps=steps, cost=0.0)
+
+    rows = [row("aaron", 1, 1, None), row("adjudicator", None, 0, None), row("ben", None, 0, 1)]
+    assert label_sets([to_arrow(Labels, rows)]) == {"expert": {"s": [1, 0, 1]}}

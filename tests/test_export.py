@@ -108,7 +108,7 @@ def run(tmp_path: Path) -> Run:
         monte_carlo_labels=[labels(first, "monte_carlo", [StepLabel(), StepLabel(label=1, value=0.25, num_correct=1,
                                    num_rollouts=4)])],
         expert_labels=[
-            labels(first, "expert", [StepLabel(label=0, reason="no"), StepLabel()], "dr a"),
+            labels(first, "expert", [StepLabel(label=0, reason="no"), StepLabel(label=0)], "dr a"),
             labels(first, "expert", [StepLabel(label=1, reason="yes"), StepLabel()], "adjudicator"),
         ],
     )  # fmt: skip
@@ -144,7 +144,7 @@ def test_the_published_fields(run: Run, tmp_path: Path) -> None:
                 "gemini_labels": [1, 0],
                 "gemini_confidence": ["high", "low"],
                 "monte_carlo_labels": [None, 1],
-                "expert_review": {"reviewed": True, "expert_label": [1, None], "feedback": ["yes", None]},
+                "expert_review": {"reviewed": True, "expert_label": [1, 0], "feedback": ["yes", None]},
             },
             {
                 "solution": "Step 1: Look.\nStep 2: So (B).",
@@ -345,6 +345,7 @@ def test_the_job_writes_what_the_run_has(run: Run, tmp_path: Path, caplog: pytes
         (["to="], 2, "'to' is"),
         (["to=x", "format=csv"], 2, "'format' is 'csv': Input should be 'json' or 'hf'"),
         (["to=x", "push=me/it"], 2, "push=... needs format=hf"),
+        (["to=s3://a/b", "format=hf", "push=me/it"], 2, "push=... needs a local folder"),
         (["to=FULL"], 2, "is not empty; an export never mixes with other files"),
         (["to=x", "fromat=hf"], 2, "unknown name 'fromat'"),
         (["to=x", "sample.temperature=0.9"], 1, "solutions/"),
@@ -362,6 +363,12 @@ def test_bad_arguments_end_in_one_sentence(
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("error: ")
+
+
+def test_the_job_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert job.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ExportConfig.model_fields)
 
 
 def test_an_image_that_is_gone_is_counted_not_fatal(run: Run, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from medmm_ray.engines import gate as gates
 from medmm_ray.engines.answers import Answer, AnswerStore
 from medmm_ray.engines.endpoint import Choice, EndpointError, Reply
 from medmm_ray.engines.gate import Ask, Gate, Grant, Limits, Settled, start_gate
+from medmm_ray.tables import TableError
 
 
 def ask(dollars: float = 0.0, tokens: int = 0, key: str = "k", group: str = "q") -> Ask:
@@ -73,8 +74,8 @@ def test_a_call_that_the_budget_cannot_hold_ends_the_job_once_all_is_settled(tmp
             "again",
         )
         assert (await gate.lease("other", 4, [ask(0.0)])).stopped is not None
-        await gate.limit(Limits(max_cost_usd=2.0))
-        assert await gate.lease("s", 4, [ask(0.95)]) == Grant((3,))
+        larger = Gate(str(tmp_path), Limits(max_cost_usd=2.0))
+        assert await larger.lease("s", 4, [ask(0.95)]) == Grant((1,))
 
     asyncio.run(work())
 
@@ -110,6 +111,12 @@ def test_a_gate_whose_ledger_was_taken_over_ends_its_job(tmp_path: Path) -> None
         assert len(ledger(tmp_path)["reserved"]) == 1
 
     asyncio.run(work())
+
+
+def test_a_damaged_ledger_is_named(tmp_path: Path) -> None:
+    (tmp_path / "ledger.json").write_text('{"epoch": 1, "spe')
+    with pytest.raises(TableError, match=r"ledger.json is damaged \(17 bytes that are no JSON\)"):
+        Gate(str(tmp_path), Limits())
 
 
 def test_a_rate_limit_holds_over_all_senders(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import PIL.Image
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from medmm_ray.config import ConfigError, build
 from medmm_ray.engines.endpoint import EndpointError, Reply
@@ -37,7 +39,7 @@ EFFUSION = Case(
 RIGHT, WRONG, NEUTRAL = "The right costophrenic angle is blunted.", "The heart is wide.", "Compare both lungs."
 
 
-LOCAL = JudgeConfig(backend="vllm", reply="lines", images=False)
+LOCAL = JudgeConfig(backend="vllm", reply="lines")
 
 
 def case(**changes: Any) -> JudgeCase:
@@ -138,6 +140,36 @@ def test_replies_that_do_not_fit(reply: str, fault: str) -> None:
     assert str(error.value) == fault
 
 
+@settings(max_examples=50, deadline=None)
+@given(
+    st.one_of(
+        st.text(),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+            lambda inner: (
+                st.lists(inner)
+                | st.dictionaries(
+                    st.sampled_from(["steps", "solutions", "step", "verdict", "confidence", "medical"]), inner
+                )
+            ),
+        ).map(json.dumps),
+    ),
+    st.sampled_from([[[1]], [[1, 2]], [[1], [1, 2]]]),
+)
+def test_whatever_a_judge_replies_is_labels_or_a_named_fault(reply: str, numbers: list[list[int]]) -> None:
+    try:
+        found = verdicts(reply, numbers)
+    except RowError:
+        return
+    assert list(map(len, found)) == list(map(len, numbers))
+
+
+def test_a_reply_of_brackets_or_digits_alone_is_a_named_fault() -> None:
+    for reply in ("[" * 100_000, '{"steps": [' + "9" * 5000 + "]}"):
+        with pytest.raises(RowError, match="judge gave no verdicts for 1 steps"):
+            verdicts(reply, [[1]])
+
+
 # The phantom judge
 
 
@@ -209,12 +241,39 @@ def test_a_reply_that_does_not_fit_is_asked_once_again() -> None:
 
 def test_documents_that_do_not_fit_are_left_out() -> None:
     fake = FakeGenerator(lambda prompt, seed: "1 high")
-    config = JudgeConfig(backend="vllm", reply="lines", images=False, max_model_len=600, solution_reserve=50)
+    config = JudgeConfig(backend="vllm", reply="lines", max_model_len=600, solution_reserve=50)
     backend = make_judge(config, "m", fake)  # the fake counts characters
     judged(backend, case(documents=["First." * 5, "x" * 500, "Last."]), [[RIGHT]])
     prompt = fake.requests[0][0]
     assert ("First." in prompt, "xxx" in prompt) == (True, False)
     assert len(prompt) <= 600 - 16
+
+
+@pytest.mark.engine
+def test_a_local_judge_on_a_real_engine(tmp_path: Path) -> None:
+    """Random weights: what it writes has the asked form all the same."""
+    from medmm_ray.engines.generator import Generator
+    from tests.fake_generator import make_tiny_policy
+
+    folder = make_tiny_policy(tmp_path / "policy")
+    shape = json.loads((tmp_path / "policy" / "config.json").read_text())
+    (tmp_path / "policy" / "config.json").write_text(json.dumps({**shape, "max_position_embeddings": 8192}))
+    how = {"backend": "vllm", "dtype": "float32", "max_model_len": 8192, "max_tokens": 2048}
+    in_json, in_lines = (build(JudgeConfig, {**how, "reply": reply}, "test") for reply in ("json", "lines"))
+    engine = Generator(folder, in_json)
+    backends = [make_judge(config, folder, lambda *_: engine) for config in (in_json, in_lines)]
+
+    async def work() -> list[list[Judgement | RowError]]:
+        return [await backend.judge(case(), [[RIGHT, WRONG], [NEUTRAL]]) for backend in backends]
+
+    try:
+        found = asyncio.run(work())
+    finally:
+        engine.shutdown()
+    judgements = [[j for j in judged_ if isinstance(j, Judgement)] for judged_ in found]
+    assert [[len(j.steps) for j in part] for part in judgements] == [[2, 1], [2, 1]], found
+    assert {type(step.medical) for j in judgements[0] for step in j.steps} == {bool}
+    assert {step.confidence for part in judgements for j in part for step in j.steps} <= {"high", "medium", "low"}
 
 
 # The actor
@@ -252,6 +311,12 @@ def test_equal_texts_are_judged_once() -> None:
     assert [(label.solution_id, label.steps[0].label) for label in labels] == [("s1", 1), ("s2", 0), ("s3", 1)]
     assert {(label.source, label.error) for label in labels} == {("judge", None)}
     assert len(fake.requests) == 2
+
+
+def test_the_first_solutions_of_a_question_may_be_enough() -> None:
+    config = JudgeConfig(error_rate=0, max_solutions=2)
+    labels = act(config, [solution("s1", RIGHT), solution("s2", RIGHT), solution("s3", WRONG), solution("s4", NEUTRAL)])
+    assert [label.solution_id for label in labels] == ["s1", "s2", "s3"]
 
 
 def test_what_the_judge_sees_is_bounded() -> None:

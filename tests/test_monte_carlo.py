@@ -3,17 +3,22 @@
 import asyncio
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pydantic import ValidationError
 
-from medmm_ray.config import digest
+from jobs.graph import BY_NAME
+from jobs.monte_carlo import check_draws
+from jobs.step import Job, Run, load_recipe
+from medmm_ray.config import ConfigError, digest
 from medmm_ray.engines.generator import Completion
-from medmm_ray.monte_carlo import MonteCarloConfig, Roller, by_question, monte_carlo
+from medmm_ray.monte_carlo import MonteCarloConfig, Roller, by_question, image_uris, monte_carlo
 from medmm_ray.monte_carlo.search import (
     Chain,
     Findings,
@@ -493,3 +498,35 @@ def test_documents_need_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
             model="m",
             policy="p",
         )
+
+
+def test_a_policy_that_sees_is_shown_the_questions_images(tmp_path: Path) -> None:
+    Image.new("L", (8, 6)).save(tmp_path / "a.png")
+    questions = pa.table({"question_id": ["q1", "q2"], "image_ids": [["i1", "i2"], []]})
+    images = pa.table({"image_id": ["i1", "i2"], "uri": [str(tmp_path / "a.png"), "gone.png"]})
+    uris = [r["image_uris"] for r in image_uris(questions, images, 1).to_pylist()]
+    assert uris == [[str(tmp_path / "a.png")], []]
+    row = question([solution("s1", correct=False)], image_uris=uris[0])
+    actor = Roller(MonteCarloConfig(num_images=1), "m", "tiny", generator=FakeGenerator(reaching(0)))
+    assert [picture.size for picture in asyncio.run(actor.prompt(row)).images] == [(8, 6)]
+    labels, _, asked = run(reaching(0), {**row, "image_uris": ["gone.png"]}, mode="all", num_images=1,
+                           count_solutions=False)  # fmt: skip
+    assert asked == []
+    assert (labels["s1"].error or "").startswith("image_")
+    assert marks(labels["s1"]) == "..0"
+
+
+def test_solutions_drawn_otherwise_are_not_counted(tmp_path: Path) -> None:
+    words = [f"run={tmp_path}", "monte_carlo.mode=all"]
+    for more, fits in (
+        (["monte_carlo.top_p=0.9"], False),
+        (["monte_carlo.top_p=0.9", "sample.top_p=0.9"], True),
+        (["monte_carlo.top_p=0.9", "monte_carlo.count_solutions=false"], True),
+        (["monte_carlo.top_p=0.9", "monte_carlo.mode=verify"], True),
+    ):
+        job = Job(Run(load_recipe(["jobs/recipes/quickstart.yaml", *words, *more])), BY_NAME["monte_carlo"])
+        if fits:
+            check_draws(job)
+        else:
+            with pytest.raises(ConfigError, match=r"monte_carlo\.top_p is 0\.9 and sample\.top_p 1\.0"):
+                check_draws(job)

@@ -77,6 +77,13 @@ def test_a_loop_of_a_long_passage_is_seen_and_a_longer_one_is_not() -> None:
     assert not repeats((passage + "more ") * 3)
 
 
+def test_a_loop_whose_passage_repeats_itself_is_seen() -> None:
+    clear = "the left lung is clear and "
+    passage = f"{clear}wide, {clear}long, so that {clear}dark; "
+    assert repeats(passage * 3)
+    assert not repeats(passage * 2)
+
+
 def test_a_hundred_thousand_tokens_are_judged_at_once() -> None:
     for text in (" ".join(f"word{i % 7919}" for i in range(100_000)), "A" * 500_000, "the lung is clear " * 25_000):
         started = time.process_time()

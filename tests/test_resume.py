@@ -1,74 +1,121 @@
-"""Interrupted and killed jobs, resumed: their tables equal those of an undisturbed run."""
+"""Jobs that are killed and interrupted, resumed: their tables equal those of an undisturbed run."""
 
+import asyncio
 import os
 import signal
-import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
+from rich.console import Console
 
-from jobs.step import Run, load_recipe
-from medmm_ray.tables import Table
+from jobs.benches import blows as blows_module
+from jobs.benches.blows import Blow, Driver, Spot, endure, left_behind
+from jobs.benches.resume import BenchConfig, Trial, plan
+from jobs.benches.scripted_api import kept_answers, scripted_api
+from medmm_ray.engines.answers import Answer, AnswerStore
+from medmm_ray.engines.endpoint import Choice, Reply
 
 ROOT = Path(__file__).parent.parent
 TINY = "jobs/recipes/tiny.yaml"
-MADE = ("raw_questions", "raw_images", "questions", "images", "solutions")
-pytestmark = pytest.mark.engine
 
 
-def recipe(folder: Path) -> list[str]:
-    return [TINY, f"run={folder}", "models.policy=scripted", "sample.batch_size=1", "sample.max_concurrency=1"]
+@pytest.fixture
+def trial(tmp_path: Path) -> Iterator[Trial]:
+    config = BenchConfig(blows=3, steps=("sample", "judge", "monte_carlo"), questions=16)
+    with scripted_api(config.pause_s) as api:
+        yield Trial(config, tmp_path, api, Console())
 
 
-def start(folder: Path, pause_s: float) -> "subprocess.Popen[str]":
-    environment = os.environ | {"PAUSE_S": str(pause_s)}
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.interrupted", *recipe(folder)],
-        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+@pytest.mark.engine
+def test_an_actor_killed_a_run_interrupted_and_killed_leave_the_tables_of_an_undisturbed_one(trial: Trial) -> None:
+    trial.undisturbed()
+    blows = [Blow("actor", "sample", 0.3), Blow("ctrl-c", "judge", 0.5), Blow("driver", "monte_carlo", 0.5)]
+    results, late = trial.round("rough", blows)
+    assert late == []
+    assert [driver.process.returncode for driver in trial.drivers] == [0, 130, -9, 0]
+    assert [(r.step, r.expected, r.lost, r.doubled, r.equal) for r in results] == [
+        ("sample", 16, 0, 0, True),
+        ("judge", 64, 0, 0, True),
+        ("monte_carlo", results[2].expected, 0, 0, True),
+    ]
+    assert results[2].expected > 0
+    assert trial.money.paid_twice == 0
+    assert 0 <= trial.money.lost <= 2 * 8  # of the judge's two actors, eight calls each
 
 
-def finish(folder: Path) -> None:
-    process = start(folder, 0)
-    output, _ = process.communicate(timeout=180)
-    assert process.returncode == 0, output
+def test_blows_are_drawn_from_the_seed_and_dealt_to_all_steps_and_kinds_in_turn() -> None:
+    config = BenchConfig(blows=8, kinds=("actor", "driver"), steps=("ingest", "sample"))
+    blows = plan(config, Random(7))
+    assert blows == plan(config, Random(7))
+    assert blows != plan(config, Random(8))
+    pairs = {("actor", "sample"), ("driver", "sample"), ("driver", "ingest")}  # ingest has no actors
+    assert {(blow.kind, blow.step) for blow in blows[:3]} == {(blow.kind, blow.step) for blow in blows[3:6]} == pairs
+    assert all(0 < blow.share < 1 for blow in blows)
 
 
-def hashes(folder: Path) -> dict[str, str]:
-    run = Run(load_recipe(recipe(folder)))
-    return {name: run.table(name).manifest().content_hash for name in MADE}
+STEPS = """
+import subprocess, sys, time
+from pathlib import Path
+done = Path(sys.argv[1])
+subprocess.Popen(["sleep", "60"])  # what outlives its driver
+for name in ("one", "two"):
+    if not (done / name).exists():
+        print("begin", name, flush=True)
+        time.sleep(0.5)
+        (done / name).touch()
+        print("end", name, flush=True)
+sys.exit(len(sys.argv) - 2)
+"""
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    finish(folder)
-    return hashes(folder)
+class Program:
+    """A driver of two steps of half a second, without Ray."""
+
+    def __init__(self, folder: Path, *more: str) -> None:
+        self.folder, self.more = folder, more
+        self.drivers: list[Driver] = []
+
+    def __call__(self, number: int, spot: Spot | None) -> Driver:
+        command = [sys.executable, "-c", STEPS, str(self.folder), *self.more]
+        self.drivers.append(Driver(command, {}, self.folder / f"{number}.log"))
+        return self.drivers[-1]
 
 
-@pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
-def test_a_second_run_completes_the_same_tables(
-    blow: signal.Signals, undisturbed: dict[str, str], tmp_path: Path
+def test_a_driver_is_struck_in_its_step_and_started_until_it_ends_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = start(tmp_path, 1.0)
-    table = Run(load_recipe(recipe(tmp_path))).table("solutions")
-    before = wait_for_rows(table, process, 3)
-    process.send_signal(blow)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == (130 if blow == signal.SIGINT else -signal.SIGKILL), output
-    assert not table.is_complete
-    done = table.done_ids()
-    assert before <= len(done) < 12
-    finish(tmp_path)
-    assert hashes(tmp_path) == undisturbed
+    program, told = Program(tmp_path), list[str]()
+    blows = [Blow("driver", "one", 0.2), Blow("ctrl-c", "two", 0.5), Blow("driver", "two", 100.0)]
+    found = endure(program, blows, {"one": 0.5, "two": 0.5}, Random(0), told.append)
+    assert found.landed == blows[:2]  # the third came too late
+    assert [driver.process.returncode for driver in program.drivers] == [-9, -2, 0]
+    assert found.starts == 3
+    assert found.lasted["two"] >= 0.4
+    assert [words.partition(" at ")[0] for words in told] == ["driver", "ctrl-c"]
+    monkeypatch.setattr(blows_module, "GRACE_S", 0.1)
+    assert left_behind(program.drivers) == ["sleep 60"] * 2  # an interrupt reaches the whole group, and ends the second
+    assert left_behind(program.drivers) == []
 
 
-def wait_for_rows(table: Table, process: "subprocess.Popen[str]", rows: int) -> int:
-    for _ in range(600):
-        if table.exists and len(done := table.done_ids()) >= rows:
-            return len(done)
-        assert process.poll() is None, f"ended before it could be interrupted: {process.communicate()[0]}"
-        time.sleep(0.1)
-    raise AssertionError("no rows after a minute")
+def test_a_driver_that_fails_by_itself_is_said(tmp_path: Path) -> None:
+    program = Program(tmp_path, "fail")
+    with pytest.raises(RuntimeError, match="ended with code 1 and nothing was done to it"):
+        endure(program, [], {}, Random(0), print)
+    for driver in program.drivers:
+        os.killpg(driver.process.pid, signal.SIGKILL)
+
+
+async def _answer_twice(folder: Path) -> None:
+    answer = Answer(Reply(choices=(Choice("1 high", "stop"),), read=1, cached=0, written=1), 0.1)
+    for _ in range(2):
+        store = AnswerStore(f"{folder}/api/model/answers")
+        await store.put("q", "twice", answer)
+    await store.put("q", "once", answer)
+
+
+def test_an_answer_that_is_kept_twice_is_seen(tmp_path: Path) -> None:
+    asyncio.run(_answer_twice(tmp_path))
+    assert kept_answers(tmp_path) == {"twice": 2, "once": 1}

@@ -122,6 +122,19 @@ def test_nothing_to_draw_from() -> None:
     assert (len(drawn), len(probability)) == (0, 0)
 
 
+def test_the_odd_draw_goes_to_the_same_of_equal_strata_in_any_order_of_rows() -> None:
+    rows = [solutions(f"q{n}", f"s{n}") for n in range(3)]
+    asked = pa.table(
+        {"question_id": ["q0", "q1", "q2"], "difficulty": ["easy", "hard", "medium"], "modality": ["clinical"] * 3}
+    )
+    table, nothing = to_arrow(Solutions, rows), to_arrow(Labels, [])
+    config = ReviewConfig(review_steps=4, random_share=0.0)  # three strata of four steps: one of them gives two
+    drawn = queue(table, asked, nothing, nothing, config)
+    assert len(drawn) == 4
+    for order in ([0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]):
+        assert queue(table.take(order), asked, nothing, nothing, config) == drawn
+
+
 def test_the_queue_is_the_same_in_any_order_of_rows() -> None:
     rows = [solutions(f"q{i}", *(f"s{i}-{j}" for j in range(4))) for i in range(6)]
     questions = pa.table(

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import ray
 from PIL import Image
 
+from jobs.sample import summary
 from medmm_ray.config import digest
 from medmm_ray.engines.generator import (
     Completion,
@@ -19,10 +21,9 @@ from medmm_ray.engines.generator import (
     end_process,
     request_seed,
 )
-from medmm_ray.records import Count, Question, Solutions, Usage, from_dict, to_arrow
-from medmm_ray.sample import SampleConfig, Sampler, draws, sample, summary
-from medmm_ray.session import session
-from medmm_ray.tables import Origin, Table
+from medmm_ray.records import Count, Question, Solutions, from_dict, to_arrow
+from medmm_ray.sample import SampleConfig, Sampler, draws, sample
+from tests.api_server import chat_said, serving
 from tests.fake_generator import FakeGenerator, Script, text_of
 
 GOOD = "Step 1: Look.\nStep 2: See {}.\nStep 3: So the answer is (B)."
@@ -55,7 +56,8 @@ def run(
         return [out async for out in actor(to_arrow(Question, questions))]
 
     [table] = asyncio.run(work())
-    assert table.schema == to_arrow(Solutions, []).schema
+    assert table.select(to_arrow(Solutions, []).column_names).schema == to_arrow(Solutions, []).schema
+    fake.figures = table["figures"].to_pylist()
     return [from_dict(Solutions, row) for row in table.to_pylist()], fake
 
 
@@ -118,15 +120,14 @@ def test_why_samples_were_refused_is_counted() -> None:
 def test_tokens_are_counted_and_what_the_cache_could_give() -> None:
     """The fake cache has blocks of 8; the second request of the question computes the prompt again."""
     base = request_seed("q1", "c0", 0)
-    [row], _ = run(lambda prompt, seed: GOOD.format(seed) if seed > base else "no", [question()])
+    _, fake = run(lambda prompt, seed: GOOD.format(seed) if seed > base else "no", [question()])
     length = len("Question: What is q1? (A) air (B) fluid")
-    used = Usage(
-        prompt_tokens=6 * length,
-        cacheable_tokens=5 * (length // 8 * 8),
-        output_tokens=2 + 5 * len(GOOD.format(base + 1)),
-    )
-    assert row.usage == used
-    assert row.usage.cached_tokens == 4 * (length // 8 * 8)
+    [figures] = fake.figures
+    assert (figures["samples_drawn"], figures["rejected_num_steps"], figures["rejected_cut_off"]) == (6, 1, 0)
+    assert figures["prompt_tokens"] == 6 * length
+    assert figures["cacheable_tokens"] == 5 * (length // 8 * 8)
+    assert figures["cached_tokens"] == 4 * (length // 8 * 8)
+    assert figures["output_tokens"] == 2 + 5 * len(GOOD.format(base + 1))
 
 
 def test_a_question_can_be_filled_up_with_what_was_refused() -> None:
@@ -215,25 +216,51 @@ def test_a_solution_of_a_hundred_thousand_words_is_one_row_like_another() -> Non
     assert (len(row.solutions[0].text), row.solutions[0].answer, row.num_drawn) == (len(long), "B", 1)
 
 
-def test_the_figures_of_a_table(tmp_path: Path) -> None:
+def test_the_figures_of_rows_become_the_tables() -> None:
     base = request_seed("q1", "c0", 0)
-    rows, _ = run(
+    _, fake = run(
         lambda prompt, seed: GOOD.format(seed) if seed == base or "q2" in prompt else "no",
         [question(), question("q2"), question("q3", error="image_corrupt: x")],
     )
-    table = Table(str(tmp_path / "solutions"), Solutions)
-    table.prepare()
-    table.write_part(to_arrow(Solutions, rows), "question_id")
-    origin = Origin(name="solutions", fingerprint="f", config={}, upstream={})
-    manifest = table.finish(origin, "question_id", ["q1", "q2", "q3"], 0.0, figures=summary)
-    assert manifest.figures.pop("cache_hit_rate") == pytest.approx((15 + 3 - 2) / (15 + 3))  # three requests of q1
-    assert manifest.figures == {
-        "requested": 12, "missing": 7, "drawn": 20, "unfilled_questions": 1, "rejected_num_steps": 15,
-        "prompt_tokens": 20 * 39, "output_tokens": 15 * 2 + sum(len(s.text) for row in rows for s in row.solutions),
-    }  # fmt: skip
+    total: Counter[str] = Counter()
+    for figures in fake.figures:
+        total.update(figures)
+    names = ("requested", "missing", "drawn")
+    assert [total[f"samples_{name}"] for name in names] == [12, 7, 20]
+    assert (total["unfilled_questions"], total["rejected_num_steps"]) == (1, 15)  # q3 is at fault otherwise
+    assert summary(total) == (
+        "20 samples drawn for 12, 15 refused (num_steps 15), 7 missing, 1 questions not filled, 88.9% of cacheable "
+        "tokens cached"  # q1 was asked three times: 16 of 18 samples found the prompt
+    )
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("ray_session")
+def test_a_policy_behind_an_api_is_asked_and_paid_once(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(
+        update={"backend": "openai", "key_variable": "PATH", "price_read": 1.0, "price_written": 10.0, "max_rounds": 1}
+    )
+    questions = to_arrow(Question, [question("q1"), question("q2")])
+    with serving() as server:
+        server.script = [chat_said(GOOD.format("it")), chat_said(None, refusal="I cannot."), chat_said(GOOD)]
+        config = config.model_copy(update={"endpoint": f"{server.address}/v1"})
+
+        def rows() -> list[dict[str, Any]]:
+            ds = ray.data.from_arrow(questions)
+            made = sample(ds, config, model="gpt-x", policy="gpt-x", config_hash="c0", folder=str(tmp_path)).take_all()
+            return sorted(made, key=lambda row: str(row["question_id"]))
+
+        first = rows()
+        assert len(server.requests) == 8
+        assert sum(row["figures"]["cost_usd"] for row in first) == pytest.approx(7 * (1000 * 1.0 + 100 * 10.0) / 1e6)
+        assert [count for row in first for count in row["rejected"]] == [{"kind": "refused", "count": 1}]
+        assert sum(len(row["solutions"]) for row in first) == 7
+        assert rows() == first
+        assert len(server.requests) == 8
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("ray_session")
 def test_an_engine_that_dies_is_started_again_and_draws_the_same(tmp_path: Path) -> None:
     questions = to_arrow(Question, [question(f"q{i}") for i in range(12)])
 
@@ -243,10 +270,9 @@ def test_an_engine_that_dies_is_started_again_and_draws_the_same(tmp_path: Path)
         made = sample(ds, config, model="m", policy="tiny", config_hash="c0", generator=generator).take_all()
         return sorted(made, key=lambda row: str(row["question_id"]))
 
-    with session():
-        whole = rows(functools.partial(Dying, died=None))
-        assert [row["question_id"] for row in whole] == sorted(f"q{i}" for i in range(12))
-        assert rows(functools.partial(Dying, died=tmp_path / "died")) == whole
+    whole = rows(functools.partial(Dying, died=None))
+    assert [row["question_id"] for row in whole] == sorted(f"q{i}" for i in range(12))
+    assert rows(functools.partial(Dying, died=tmp_path / "died")) == whole
     assert (tmp_path / "died").read_text() == "q5"
 
 
@@ -269,3 +295,5 @@ def test_documents_need_evidence() -> None:
         sample(None, SampleConfig(num_documents=2), model="m", policy="p", config_hash="c")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="num_images=2 needs the table images"):
         sample(None, SampleConfig(num_images=2), model="m", policy="p", config_hash="c")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="sample.backend=openai needs a folder for its answers"):
+        sample(None, SampleConfig(backend="openai"), model="m", policy="p", config_hash="c")  # type: ignore[arg-type]

@@ -58,7 +58,7 @@ def test_med_prm_as_published(tmp_path: Path) -> None:
         "So.\nStep 1: Look.\n\nStep 2: Think.", ["So. Look.", "Think."], "B", True,
     )  # fmt: skip
     assert {(row.source, row.annotator): row.steps for row in solution.labels} == {
-        ("judge", "gemini"): [StepLabel(label=1), StepLabel(label=1)],
+        ("judge", "unjudged"): [StepLabel(label=1), StepLabel(label=1)],
         ("judge_llama", "llama"): [StepLabel(label=0), StepLabel(label=1)],
         ("monte_carlo", "med_prm"): [StepLabel(label=1, value=0.125), StepLabel(label=0, value=0.0)],
     }
@@ -75,6 +75,7 @@ def test_med_prm_flattened_and_labels_that_do_not_fit(tmp_path: Path) -> None:
         "label_value: prm_gemini_label must hold 0 and 1, or fractions between: [1, 2]",
         "label_count: prm_gemini_label has 0 labels for 2 steps: []",
     ]
+    assert {(s.labels[0].annotator, s.labels[0].saw_answer) for s in solutions} == {("gemini", True)}
     assert all(s.labels[0].steps == () and s.labels[1].error is None for s in solutions)
     assert [list(q.options) for q in med_prm.read(request).questions] == [["one", "two"]] * 3
 
@@ -181,6 +182,8 @@ def test_the_real_files() -> None:
     assert counts == (100, 591, 71)
     faults = [row.error for s in solutions for row in s.labels if row.error]
     assert faults == ["label_count: prm_gemini_label has 12 labels for 5 steps: [1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 0]"]
+    judged = Counter(row.annotator for s in solutions for row in s.labels if row.source == "judge")
+    assert judged == {"unjudged": 71, "gemini": 29}
     assert all((step.label == 1) == (step.value > 0) for s in solutions for row in s.labels
                if row.source == "monte_carlo" for step in row.steps if step.value is not None)  # fmt: skip
     questions = meds3.read(Request(path=str(REAL / "medsss_eval"))).questions

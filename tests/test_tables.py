@@ -1,13 +1,29 @@
+import itertools
 import json
+import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from fsspec.implementations.local import LocalFileSystem
+from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from medmm_ray.records import Document, Labels, Vector, to_arrow
-from medmm_ray.tables import Artifact, Origin, RowError, Table, TableError, filesystem, rows_hash, write_rows
+from medmm_ray.tables import (
+    Artifact,
+    Manifest,
+    Origin,
+    RowError,
+    Table,
+    TableError,
+    filesystem,
+    rows_hash,
+    write_file,
+    write_rows,
+)
 
 ORIGIN = Origin(name="document_vectors", fingerprint="f", config={"k": 1}, upstream={"documents": "e"})
 
@@ -61,6 +77,129 @@ def test_what_a_retried_task_wrote_twice_is_kept_once(uri: str) -> None:
     second = twice.finish(ORIGIN, "item_id", "abcd", seconds=0)
     assert second.rows == 4
     assert first.content_hash == second.content_hash
+
+
+def test_a_part_within_another_is_not_lost_with_it(tmp_path: Path) -> None:
+    """Cut down to what it alone holds, a part may get the name of a part that holds just that."""
+    for a, b, c in itertools.permutations("abcd", 3):  # the parts' names, hashes of their ids, decide the order
+        table = Table(f"{tmp_path}/{a}{b}{c}", Vector)
+        table.prepare()
+        for ids in ([a, b], [b, c], [c]):
+            table.write_part(vectors(*ids), "item_id")
+        assert table.finish(ORIGIN, "item_id", [a, b, c], seconds=0).rows == 3
+        assert set(table.to_arrow()["item_id"].to_pylist()) == {a, b, c}
+
+
+@pytest.mark.parametrize("other", ["x", "y", "z"])  # the name of a part decides which one is seen first
+def test_a_retry_that_mended_some_rows_is_kept_whatever_its_parts_are_called(other: str, tmp_path: Path) -> None:
+    failed = pa.concat_tables([vectors("b", "c", error="refused: no"), vectors("a")])
+    half_mended = pa.concat_tables([vectors("b", other), vectors("c", error="refused: no")])
+    table = Table(str(tmp_path / "t"), Vector)
+    table.prepare()
+    table.write_part(failed, "item_id")
+    table.write_part(half_mended, "item_id")
+    assert table.done_ids() == {"a", "b", other}
+    assert table.finish(ORIGIN, "item_id", ["a", "b", "c", other], seconds=0).errors == {"refused": 1}
+    errors = {row["item_id"]: row["error"] for row in table.to_arrow().to_pylist()}
+    assert errors == {"a": None, "b": None, "c": "refused: no", other: None}
+
+
+class Late(Table):
+    """A worker that outlived its driver writes a part again, each time that the files have been listed."""
+
+    def parts(self) -> list[str]:
+        found = super().parts()
+        self.write_part(vectors("a", "b"), "item_id")
+        return found
+
+
+def test_a_part_that_comes_while_a_table_is_finished_is_not_in_it(tmp_path: Path) -> None:
+    table = Late(str(tmp_path / "t"), Vector)
+    table.prepare()
+    table.write_part(vectors("a"), "item_id")
+    table.write_part(vectors("b"), "item_id")
+    manifest = table.finish(ORIGIN, "item_id", "ab", seconds=0)
+    assert (manifest.rows, len(manifest.files)) == (2, 2)
+    assert sorted(table.to_arrow()["item_id"].to_pylist()) == ["a", "b"]
+
+
+def test_what_another_driver_finished_stays_as_it_is(tmp_path: Path) -> None:
+    table = Table(str(tmp_path / "t"), Vector)
+    table.prepare()
+    table.write_part(vectors("a", "b"), "item_id")
+    manifest = table.finish(ORIGIN, "item_id", "ab", seconds=1)
+    table.write_part(vectors("a"), "item_id")
+    assert table.finish(ORIGIN, "item_id", "ab", seconds=2) == manifest
+    assert table.to_arrow().num_rows == 2
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    fs, path = filesystem(str(tmp_path / "part"))
+    contents = [bytes([number]) * 100_000 for number in range(4)]
+
+    def write(content: bytes) -> None:
+        for _ in range(50):
+            write_file(fs, path, content)
+            assert Path(path).read_bytes() in contents
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, contents))
+
+
+class KilledError(Exception):
+    """The process ends here."""
+
+
+class Fatal(LocalFileSystem):  # type: ignore[misc]
+    """A disk that is reached a number of times; then its process is killed."""
+
+    def __init__(self, calls: int) -> None:
+        super().__init__()
+        self.left = calls
+
+    def _count(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise KilledError
+
+    def open(self, path: str, mode: str = "rb", **more: Any) -> Any:
+        self._count()
+        return super().open(path, mode, **more)
+
+    def mv(self, *arguments: Any, **more: Any) -> None:
+        self._count()
+        super().mv(*arguments, **more)
+
+    def rm_file(self, path: str) -> None:
+        self._count()
+        super().rm_file(path)
+
+
+def test_an_end_at_any_access_to_the_disk_leaves_what_a_second_run_completes(tmp_path: Path) -> None:
+    """Parts that overlap, half of them failed: written, cut to size and committed, ended at each access in turn."""
+
+    def work(table: Table) -> Manifest:
+        table.prepare()
+        done = table.done_ids()
+        for ids, error in ((("a", "b"), "refused: no"), (("b", "c"), None), (("c", "d", "e"), None), (("a",), None)):
+            if not set(ids) <= done:
+                table.write_part(vectors(*ids, error=error), "item_id")
+        return table.finish(ORIGIN, "item_id", "abcde", seconds=0)
+
+    expected = work(Table(f"{tmp_path}/calm", Vector)).content_hash
+    for calls in itertools.count():
+        uri = f"{tmp_path}/{calls}"
+        table = Table(uri, Vector)
+        table.fs = PyFileSystem(FSSpecHandler(Fatal(calls)))
+        try:
+            work(table)
+            break
+        except KilledError:
+            assert not Table(uri, Vector).is_complete
+        again = Table(uri, Vector)
+        assert work(again).content_hash == expected
+        assert sorted(again.to_arrow()["item_id"].to_pylist()) == list("abcde")
+    assert calls > 15
 
 
 def test_missing_and_unknown_ids_refuse_the_commit(tmp_path: Path) -> None:
@@ -133,14 +272,15 @@ def test_unwritable_places_and_unknown_schemes(tmp_path: Path) -> None:
         filesystem("nosuch://bucket/t")
 
 
-def test_a_full_disk_is_said_and_loses_nothing(tmp_path: Path) -> None:
+def test_a_full_disk_is_said_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = Table(str(tmp_path / "t"), Vector)
     table.prepare()
     table.write_part(vectors("a"), "item_id")
     table.write_part(vectors("b"), "item_id")
     (lost,) = [f for f in table.parts() if "b" in pa.parquet.read_table(f)["item_id"].to_pylist()]
     Path(lost).unlink()
-    Path(f"{lost}.tmp").symlink_to("/dev/full")
+    monkeypatch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=0))
+    Path(f"{lost}.{uuid.uuid4().hex}.tmp").symlink_to("/dev/full")
     with pytest.raises(TableError, match="No space left on device.*What is written so far is kept"):
         table.write_part(vectors("b"), "item_id")
     assert table.done_ids() == {"a"}

@@ -1,10 +1,13 @@
 """Label policies: exact targets from label rows."""
 
+import pyarrow as pa
 import pytest
 
 from medmm_ray.records import Labels, StepLabel
 from medmm_ray.targets import Target, accuracy_of, labels_by_solution, targets
+from medmm_ray.train.cached import illustrated_questions
 from medmm_ray.train.labelled import labelled_solutions
+from medmm_ray.train.two_tower import TwoTowerConfig
 
 RIGHT, WRONG = StepLabel(label=1, confidence="high"), StepLabel(label=0, confidence="low")
 NEUTRAL = StepLabel(confidence="high", reason="nothing to check")
@@ -126,6 +129,24 @@ def test_ratios_of_draws_that_stopped_early_are_refused(policy: str) -> None:
     ):
         targets(policy, [row("monte_carlo", rolled(0.5), early)], 2, "keep")
     assert targets("hybrid", [row("monte_carlo", rolled(0.5), early)], 2) == [1.0, 1.0]
+
+
+def test_the_first_steps_gain_is_over_the_accuracy_of_all_solutions() -> None:
+    solutions = [{"solution_id": s, "steps": ["one", "two"], "correct": c} for s, c in (("s1", True), ("s2", False))]
+    labels = {"s1": [row("monte_carlo", rolled(0.75), rolled(0.75))]}
+    [made] = labelled_solutions(solutions, labels, "advantage", "keep", max_solutions=1)
+    assert made["targets"] == [1.0, None]  # .75 over .5
+    tables = {
+        "states": [{"question_id": "q1", "solution_id": "s1", "num_steps": 2, "error": None}],
+        "questions": [{"question_id": "q1", "split": "train", "image_ids": ["i1"], "error": None}],
+        "images": [{"image_id": "i1", "uri": "x.png", "diagnosis": "normal", "error": None}],
+        "evidence": [],
+        "solutions": [{"question_id": "q1", "solutions": solutions}],
+    }
+    config = TwoTowerConfig(label_policy="advantage", after_first_error="keep")
+    arrow = {name: pa.Table.from_pylist(rows) for name, rows in tables.items()}
+    [illustrated] = illustrated_questions(config, labels=labels, **arrow).to_pylist()
+    assert illustrated["targets"] == [[1.0, None]]
 
 
 def test_the_accuracy_of_a_question_is_that_of_its_answers() -> None:

@@ -82,11 +82,13 @@ def audit(
     review_queue: pa.Table | None = None,
     evidence: Iterable[pa.Table] = (),
     manifests: Mapping[str, Manifest] | None = None,
+    ledgers: Mapping[str, Row] | None = None,
     missing: Sequence[str] = (),
 ) -> Row:
     """The report. `solutions`, `evidence` and each table of `labels` come in parts, held only while they are read.
 
-    `manifests` are those of the complete tables, by name; `missing` names the tables that are not there yet.
+    `manifests` are those of the complete tables, by name; `ledgers` what the gates of APIs booked, by model; `missing`
+    names the tables that are not there yet.
     """
     made = dict(manifests or {})
     sampled = _concat([thin(part) for part in solutions], thin(arrow_schema(Solutions).empty_table()))
@@ -119,7 +121,7 @@ def audit(
         ),
         "policies": yields.figures(correct),
         "leakage": leakage(questions, images, evidence),
-        "cost": cost_figures(costs, made),
+        "cost": cost_figures(costs, made, ledgers or {}),
         "errors": {name: m.errors for name, m in made.items() if m.errors},
         "tables": {
             name: {"rows": m.rows, "seconds": m.seconds, "cost": m.cost, "figures": m.figures, "created": m.created}

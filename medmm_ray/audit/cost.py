@@ -5,13 +5,27 @@ from typing import Any
 
 from medmm_ray.tables import Manifest
 
+Row = dict[str, Any]
+BY_API = ("solutions", "judge_labels")
+"""Tables whose rows may be paid to an API, through the run's ledgers."""
 
-def cost_figures(labels: Mapping[str, float], manifests: Mapping[str, Manifest]) -> dict[str, Any]:
-    """The cost by table and in all. `labels` are the sums of the label rows' own costs, by table.
 
-    A table's manifest may know of more than its rows (calls that failed or were lost): the larger of both counts.
+def cost_figures(rows: Mapping[str, float], manifests: Mapping[str, Manifest], ledgers: Mapping[str, Row]) -> Row:
+    """The cost by table and in all: `rows` are the sums of the rows' own costs, by table.
+
+    A manifest may know of more than its rows; the larger of both counts. `ledgers` (by model, as the gate of an API
+    keeps them) know every call of the run's folder, also those that were lost or belong to no table any more: what they
+    have booked beyond the tables, possibly paid calls included, is `beyond_tables`.
     """
-    booked = {name: manifest.cost for name, manifest in manifests.items()}
-    names = [*manifests, *(name for name in labels if name not in manifests)]
-    spent = {name: round(max(labels.get(name, 0.0), booked.get(name, 0.0)), 6) for name in names}
-    return {"tables": {name: cost for name, cost in spent.items() if cost}, "total": round(sum(spent.values()), 6)}
+    booked = {name: max(made.cost, made.figures.get("cost_usd", 0.0)) for name, made in manifests.items()}
+    names = [*manifests, *(name for name in rows if name not in manifests)]
+    spent = {name: round(max(rows.get(name, 0.0), booked.get(name, 0.0)), 6) for name in names}
+    calls = sum(ledger["spent"] + ledger["possibly_paid"] for ledger in ledgers.values())
+    beyond = round(max(0.0, calls - sum(spent.get(name, 0.0) for name in BY_API)), 6)
+    kept = ("spent", "answers", "possibly_paid", "lost_calls")
+    return {
+        "tables": {name: cost for name, cost in spent.items() if cost},
+        "ledgers": {name: {key: ledger[key] for key in kept} for name, ledger in ledgers.items()},
+        "beyond_tables": beyond,
+        "total": round(sum(spent.values()) + beyond, 6),
+    }

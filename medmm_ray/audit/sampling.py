@@ -76,6 +76,7 @@ def sampling(
         "questions": sampled.num_rows,
         "requested": int(asked.sum()),
         "kept": int(kept.sum()),
+        "drawn": int(pc.sum(sampled["num_drawn"]).as_py() or 0),
         "rejected": _rejected(sampled),
         "short_questions": int((kept < asked).sum()),
         "empty_questions": int((kept == 0).sum()),

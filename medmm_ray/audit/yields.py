@@ -1,14 +1,14 @@
 """What each label policy would keep for training, measured with the policies themselves on a sample of solutions."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from medmm_ray.columns import Codes, Steps
+from medmm_ray.columns import RIGHT, Codes, Steps
 from medmm_ray.records import Labels
 from medmm_ray.targets import POLICIES, labels_by_solution, targets
 
@@ -25,6 +25,7 @@ class Yields:
         self.chosen = np.array(sorted(range(len(ids)), key=chance.__getitem__)[:num_solutions], dtype=np.int64)
         self.ids = [ids[i] for i in self.chosen]
         self.num_steps = steps.length[self.chosen].tolist()
+        self.questions = steps.question
         self._wanted = pa.array(self.ids, pa.string())
         self._rows: list[Row] = []
 
@@ -35,15 +36,22 @@ class Yields:
     def figures(self, correct: Codes) -> list[Row]:
         """One entry a policy; `correct` is RIGHT, WRONG or -1 for each solution of the whole table."""
         known = [None if code < 0 else bool(code) for code in correct[self.chosen].tolist()]
+        answered, right = (np.bincount(self.questions, kind) for kind in (correct >= 0, correct == RIGHT))
+        share = [float(right[q] / answered[q]) if answered[q] else None for q in self.questions[self.chosen]]
         labels = labels_by_solution(self._rows)
-        return [self._of(policy, labels, known) for policy in POLICIES]
+        of_solution = [
+            (labels.get(solution_id, []), *rest)
+            for solution_id, *rest in zip(self.ids, self.num_steps, known, share, strict=True)
+        ]
+        return [self._of(policy, of_solution) for policy in POLICIES]
 
-    def _of(self, policy: str, labels: Mapping[str, Sequence[Labels]], correct: Sequence[bool | None]) -> Row:
+    def _of(self, policy: str, solutions: Sequence[tuple[Sequence[Labels], int, bool | None, float | None]]) -> Row:
         kept = kept_steps = refused = 0
         total, why = 0.0, ""
-        for solution_id, num_steps, known in zip(self.ids, self.num_steps, correct, strict=True):
+        rule = "keep" if policy == "advantage" else self.after_first_error  # it knows no other
+        for labels, num_steps, correct, accuracy in solutions:
             try:
-                found = targets(policy, labels.get(solution_id, []), num_steps, self.after_first_error, known)
+                found = targets(policy, labels, num_steps, rule, correct, accuracy)
             except ValueError as error:
                 refused, why = refused + 1, why or str(error)
                 continue

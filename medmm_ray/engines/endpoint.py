@@ -6,6 +6,7 @@ prompt_too_long or request (any other 4xx: that row's error), `EndpointError` (k
 request can succeed). Retries, limits and money are `client`'s.
 """
 
+import base64
 import hashlib
 import io
 import json
@@ -45,6 +46,10 @@ class Picture:
         self.png = sink.getvalue()
         # Of the pixels: PNG bytes depend on the version of the library that wrote them.
         self.sha = hashlib.sha256(repr((image.mode, image.size)).encode() + image.tobytes()).hexdigest()
+
+    @cached_property
+    def data_url(self) -> str:
+        return "data:image/png;base64," + base64.b64encode(self.png).decode()
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,15 @@
 Enters: `Ask`s for attempts, and what became of them (`Settled`). Leaves: leases, as rate limits (requests and tokens a
 minute), the circuit breaker and the budget allow. The worst case of a call is reserved, durably, before it may be sent,
 and settled after. The ledger is one small file, written whole; what it holds as reserved when all was killed is looked
-up among the kept answers: an answer that is there is booked at its cost, the others as possibly paid at their worst
-case, of each sender never more than it may have in flight. `Gate` is plain asyncio; `start_gate` makes it a Ray actor.
+up among the kept answers: one that is there is booked at its cost, the others as possibly paid at their worst case, of
+each sender never more than can have been in flight. `Gate` is plain asyncio; `start_gate` makes it a Ray actor.
 """
 
 import asyncio
 import itertools
 import json
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -20,7 +21,7 @@ from pyarrow import fs as pafs
 from medmm_ray.config import ConfigError
 from medmm_ray.engines.answers import Answer, AnswerStore
 from medmm_ray.engines.endpoint import EndpointError
-from medmm_ray.tables import filesystem, write_file
+from medmm_ray.tables import TableError, filesystem, write_file
 
 BURST_S = 10.0  # of a rate may be used at once, after a rest
 LONGEST_OPEN_S = 60.0  # between two probes of an endpoint that fails
@@ -85,7 +86,7 @@ class Grant:
 class Gateway(Protocol):
     """What a sender needs of the gate."""
 
-    async def lease(self, sender: str, in_flight: int, asks: Sequence[Ask]) -> Grant: ...
+    async def lease(self, sender: str, most_unkept: int, asks: Sequence[Ask]) -> Grant: ...
 
     async def settle(self, sender: str, settled: Sequence[Settled]) -> None: ...
 
@@ -106,7 +107,7 @@ class Ledger:
 @dataclass(frozen=True)
 class _Out:
     sender: str
-    in_flight: int
+    most_unkept: int
     ask: Ask
 
 
@@ -190,7 +191,7 @@ class Gate:
 
     # What senders call
 
-    async def lease(self, sender: str, in_flight: int, asks: Sequence[Ask]) -> Grant:
+    async def lease(self, sender: str, most_unkept: int, asks: Sequence[Ask]) -> Grant:
         """Leases for at least the first of `asks`, as soon as it may be sent, and for those after it that may too."""
         self._hear(sender)
         leases: list[int] = []
@@ -198,7 +199,7 @@ class Gate:
             for ask in asks:
                 if not await self._admitted(ask, wait=not leases):
                     break
-                leases.append(self._reserve(_Out(sender, in_flight, ask)))
+                leases.append(self._reserve(_Out(sender, most_unkept, ask)))
         if leases:
             await self._save()
         if self.stopped and not leases:
@@ -225,12 +226,6 @@ class Gate:
     async def figures(self) -> dict[str, float]:
         """The ledger: spent and possibly_paid in US dollars, answers and lost_calls in calls."""
         return asdict(self.ledger)
-
-    async def limit(self, limits: Limits) -> None:
-        """Begin anew with other limits, e.g. for the next step of the run."""
-        self.limits, self.stopped = limits, None
-        self._requests, self._tokens = _Bucket(limits.requests_per_minute), _Bucket(limits.tokens_per_minute)
-        self._breaker = _Breaker(limits)
 
     # Admission
 
@@ -348,7 +343,7 @@ class Gate:
                 self.ledger.spent += answer.cost
                 self.ledger.answers += 1
         lost.sort(key=lambda out: -out.ask.dollars)
-        for out in lost[: lost[0].in_flight] if lost else ():
+        for out in lost[: lost[0].most_unkept] if lost else ():
             self.ledger.possibly_paid += out.ask.dollars
             self.ledger.lost_calls += 1
 
@@ -369,12 +364,19 @@ class Gate:
     def _read(self) -> dict[str, Any]:
         if self.fs.get_file_info(self.path).type == pafs.FileType.NotFound:
             return {}
-        with self.fs.open_input_stream(self.path) as stream:
-            stored: dict[str, Any] = json.loads(stream.read())
+        with self.fs.open_input_stream(self.path, compression=None) as stream:
+            content = stream.read()
+        try:
+            stored: dict[str, Any] = json.loads(content)
+        except ValueError:
+            raise TableError(
+                f"{self.path} is damaged ({len(content)} bytes that are no JSON). Restore it from a copy, or delete "
+                "it: the answers stay, but what was spent so far no longer counts against max_cost_usd"
+            ) from None
         return stored
 
     def _content(self) -> bytes:
-        reserved = [[o.sender, o.in_flight, o.ask.group, o.ask.key, o.ask.dollars] for o in self._out.values()]
+        reserved = [[o.sender, o.most_unkept, o.ask.group, o.ask.key, o.ask.dollars] for o in self._out.values()]
         return json.dumps({**asdict(self.ledger), "reserved": reserved}).encode()
 
     def _write(self, content: bytes) -> None:
@@ -394,14 +396,19 @@ class Gate:
                 self._written = covered
 
 
+def close_ledger(folder: str) -> Ledger:
+    """What a run has spent on a model, once it is over: what is open still is of senders that died, and is booked."""
+    return Gate(folder, Limits()).ledger
+
+
 class RemoteGate:
     """The gate as a Ray actor, seen by a sender."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
-    async def lease(self, sender: str, in_flight: int, asks: Sequence[Ask]) -> Grant:
-        grant: Grant = await self._call("lease", sender, in_flight, asks)
+    async def lease(self, sender: str, most_unkept: int, asks: Sequence[Ask]) -> Grant:
+        grant: Grant = await self._call("lease", sender, most_unkept, asks)
         return grant
 
     async def settle(self, sender: str, settled: Sequence[Settled]) -> None:
@@ -427,14 +434,16 @@ class RemoteGate:
 
 
 def start_gate(folder: str, limits: Limits) -> RemoteGate:
-    """The gate of `folder`, a named actor on the driver's machine; it lives as long as what is returned here."""
+    """The gate of `folder`, a named actor on the driver's machine; it lives as long as what is returned here.
+
+    It takes the ledger over: an older gate, e.g. of an earlier step, leases nothing more.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    actor = ray.remote(Gate).options(
-        name=f"gate {folder}", get_if_exists=True, num_cpus=0, max_concurrency=10_000, scheduling_strategy=here
-    )
+    name = f"gate {uuid.uuid4().hex[:8]} {folder}"
+    actor = ray.remote(Gate).options(name=name, num_cpus=0, max_concurrency=10_000, scheduling_strategy=here)
     handle: Any = actor.remote(folder, limits)
-    ray.get(handle.limit.remote(limits))  # a ledger that cannot be read or written ends the job here
+    ray.get(handle.figures.remote())  # a ledger that cannot be read or written ends the job here
     return RemoteGate(handle)

@@ -354,7 +354,10 @@ def actor_options(config: GeneratorConfig) -> dict[str, Any]:
         "batch_format": "pyarrow",
         "batch_size": config.batch_size,
         "compute": ActorPoolStrategy(
-            min_size=1, max_size=config.num_actors, max_tasks_in_flight_per_actor=config.max_concurrency
+            min_size=1,
+            initial_size=config.num_actors,
+            max_size=config.num_actors,
+            max_tasks_in_flight_per_actor=config.max_concurrency,
         ),
         "max_concurrency": config.max_concurrency,
         "num_cpus": config.num_cpus,

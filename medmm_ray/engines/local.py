@@ -3,8 +3,9 @@
 from typing import Any
 
 from medmm_ray.engines.answers import Answer
+from medmm_ray.engines.chat import Prompt
 from medmm_ray.engines.endpoint import Choice, Picture, Reply, Request, Turn
-from medmm_ray.engines.generator import Prompt, Sampling, TextGenerator
+from medmm_ray.engines.generator import Sampling, TextGenerator
 
 
 class LocalEndpoint:

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 
 from medmm_ray import metrics
 from medmm_ray.evaluate.cases import LogOdds, Row, list_entries
+from medmm_ray.targets import ADJUDICATOR
 
 Labels = Mapping[str, Sequence[int | None]]
 """By solution: 1, 0 or None for each step."""
@@ -16,13 +17,16 @@ LabelSets = dict[str, dict[str, list[int | None]]]
 
 
 def label_sets(tables: Iterable[pa.Table]) -> LabelSets:
-    """By source and solution: the label of each step; of several annotators the first (by name) that labels a step.
+    """By source and solution: the label of each step.
 
-    Failed rows are left out. Raises ValueError where two annotators disagree on the number of steps.
+    Of several annotators it is the adjudicator's, else that of the first (by name) that labels the step. Failed rows
+    are left out. Raises ValueError where two annotators disagree on the number of steps.
     """
     found: LabelSets = {}
     for table in tables:
         kept = table.filter(pc.is_null(table["error"])).sort_by("annotator")
+        is_last_word = pc.equal(kept["annotator"], ADJUDICATOR)
+        kept = pa.concat_tables([kept.filter(is_last_word), kept.filter(pc.invert(is_last_word))]).combine_chunks()
         ids, sources = kept["solution_id"].to_pylist(), kept["source"].to_pylist()
         for solution, source, entries in zip(ids, sources, list_entries(kept, "steps", ("label",)), strict=True):
             own = [entry["label"] for entry in entries]

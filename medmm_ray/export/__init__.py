@@ -41,7 +41,7 @@ class ExportConfig(Config):
     """uri: images are named where they lie; copy: their files go along, into images/."""
     embeddings: bool = False
     """JSON: write the vector of each question's first image into image_embedding (else null)."""
-    questions_per_shard: int = Field(512, ge=1)
+    questions_per_shard: int = Field(256, ge=1)
     """Questions that are held in memory at a time, and rows of a Parquet shard."""
     license: str = "other"
     """Licence of the dataset, as the hub spells it; yours to choose, the sources' own terms hold too."""

@@ -67,7 +67,7 @@ def _body(counts: Mapping[str, int], made_by: Mapping[str, Any]) -> Iterator[str
     yield "\n## How it was made\n"
     yield "| step | fingerprint | config |\n|---|---|---|"
     for step, (fingerprint, config) in made_by.items():
-        settings = ", ".join(f"{key}={_short(value)}" for key, value in config.items())
+        settings = ", ".join(f"{key}={_short(value)}" for key, value in config.items() if "path" not in key)
         yield f"| {step} | `{fingerprint}` | {settings} |"
     yield (
         "\n## Before it is used\n\nThe licence above is a placeholder until whoever owns questions and images has "

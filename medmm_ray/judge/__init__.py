@@ -10,13 +10,13 @@ can be checked has no label but a confidence. A call that fails becomes the row'
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import pyarrow as pa
 
-from medmm_ray.engines.client import BYTES_A_TOKEN, connect
+from medmm_ray.engines.client import BYTES_A_TOKEN, api_folder, connect
 from medmm_ray.engines.endpoint import Request
 from medmm_ray.engines.gate import Gateway, start_gate
 from medmm_ray.engines.generator import Generator, MakeGenerator, actor_options
@@ -60,7 +60,7 @@ def judge(
     if config.backend in APIS:
         if model is None or folder is None:
             raise ValueError(f"judge.backend={config.backend} needs judge.model and a folder for its answers")
-        folder = f"{folder.rstrip('/')}/{quote(model, safe='')}"
+        folder = api_folder(folder, model)
         gate = start_gate(folder, config.limits)
     ds = attach(ds, questions, "question_id", ["split", "question", "options", "answer", "image_ids"])
     if evidence is not None:
@@ -101,11 +101,12 @@ class JudgeActor:
         """The labels of one question's solutions; none where it has none or its split is not judged."""
         if row["split"] not in self.config.splits or not row["solutions"]:
             return []
-        texts = {s["text_sha"]: s["steps"] for s in row["solutions"]}
+        distinct = {s["text_sha"]: s["steps"] for s in row["solutions"]}
+        texts = dict(islice(distinct.items(), self.config.max_solutions))
         judged = await self.backend.judge(self.case(row), list(texts.values()))
         by_text: dict[str, Judgement | RowError] = dict(zip(texts, judged, strict=True))
         labels = []
-        for solution in row["solutions"]:
+        for solution in (s for s in row["solutions"] if s["text_sha"] in texts):
             found = by_text[solution["text_sha"]]
             failed = isinstance(found, RowError)
             labels.append(

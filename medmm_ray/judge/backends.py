@@ -106,6 +106,7 @@ class ModelJudge:
         self.config, self.client = config, client
         self._count, self._room, self._exact = count, room, exact
         self._lines = config.reply == "lines"
+        self._most_pictures = config.num_images if config.backend == "vllm" else config.max_images
         prompts = (SYSTEM, JSON_RULE, SEVERAL_RULE, LINE_RULE, AGAIN)
         how = (config.reply, config.granularity, config.solutions_per_call, config.show_answer)
         self.annotator = f"{model}@{digest(prompts, how, schema_of(Call((('',),)), False))}"
@@ -134,13 +135,11 @@ class ModelJudge:
 
     def _pictures(self, case: JudgeCase) -> list[str | Shown]:
         """The query's images, then each similar case's after its number; opened and encoded once for all calls."""
-        if not self.config.images:
-            return []
+        named = [("The patient's image:", picture) for picture in case.images]
+        named += [(f"The image of similar case {i}:", picture) for i, picture in enumerate(case.references, 1)]
         parts: list[str | Shown] = []
-        for picture in case.images:
-            parts += ["The patient's image:", Shown(open_image(picture.uri), self.config.image_px)]
-        for i, picture in enumerate(case.references, 1):
-            parts += [f"The image of similar case {i}:", Shown(open_image(picture.uri), self.config.image_px)]
+        for name, picture in named[: self._most_pictures]:
+            parts += [name, Shown(open_image(picture.uri), self.config.image_px)]
         return parts
 
     def _documents(self, case: JudgeCase, pictures: Sequence[str | Shown]) -> Sequence[str]:

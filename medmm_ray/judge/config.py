@@ -18,6 +18,8 @@ class JudgeConfig(GeneratorConfig, ApiConfig):
     """gemini, openai: the model's name. vllm: a checkpoint as in models, null takes the run's own policy."""
     splits: tuple[str, ...] = ("train", "validation", "test")
     """Splits whose solutions are judged."""
+    max_solutions: int | None = Field(None, ge=1)
+    """Most solutions of a question that are judged, the first ones with different texts; null: all."""
     granularity: Literal["solution", "step"] = "solution"
     """solution: all steps in one call; step: a call for each step, which sees the steps before it."""
     solutions_per_call: int = Field(1, ge=1, le=16)
@@ -26,14 +28,14 @@ class JudgeConfig(GeneratorConfig, ApiConfig):
     """json: the three tests, verdict, confidence and reason of each step; lines: verdict and confidence alone."""
     show_answer: bool = False
     """Show the judge the right answer; each label then says so (saw_answer)."""
-    images: bool = True
-    """Show the judge the question's and the similar cases' images; false for a model that reads text only."""
+    max_images: int = Field(16, ge=0)
+    """Most images in a request to an API, the question's first, then the similar cases' (vllm: num_images)."""
     image_px: int = Field(1024, ge=32, le=1024)
     """Longest side of an image that the judge sees, pixels."""
     num_documents: int = Field(8, ge=0)
     """Retrieved documents that the judge reads; one that does not fit is left out."""
     num_references: int = Field(3, ge=0)
-    """Similar cases that the judge sees: image and diagnosis."""
+    """Similar cases that the judge sees: diagnosis, and image where images are seen."""
     solution_reserve: int = Field(1024, ge=0)
     """Tokens of a prompt that documents leave to a solution."""
     max_prompt_tokens: int = Field(32_768, ge=16)

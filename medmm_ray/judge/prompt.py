@@ -36,6 +36,7 @@ LINE_RULE = (
 ONE_STEP = "Review step {number} only; the steps before it are context."
 TOKENS_A_LINE = 16  # room for one line of LINE_RULE in any tokenizer
 AGAIN = "Your answer does not fit: {fault}. Answer again. {rule}"
+REASON_CHARACTERS = 300  # that a model in this process may write: a small one does not know when to end
 SHOWN_AGAIN = 4000  # characters of an answer that does not fit
 
 
@@ -108,9 +109,10 @@ def schema_of(call: Call, exact: bool) -> dict[str, Any]:
 
     Behind an API the schema is a part of the prompt that calls share: there it must not depend on the solution.
     """
+    one = exact and len(call.solutions) == 1
     entry = _object(
-        step={"type": "integer"},
-        reason={"type": "string"},
+        **({} if one else {"step": {"type": "integer"}}),  # their number and order are held already
+        reason={"type": "string", **({"maxLength": REASON_CHARACTERS} if exact else {})},
         logical={"type": "boolean"},
         medical={"type": "boolean"},
         image_grounded={"type": "boolean"},
@@ -122,7 +124,7 @@ def schema_of(call: Call, exact: bool) -> dict[str, Any]:
     if len(call.solutions) > 1:
         return _object(solutions={"type": "array", "items": _object(solution={"type": "integer"}, steps=steps)})
     count = len(call.numbers[0])
-    return _object(steps={**steps, "minItems": count, "maxItems": count} if exact else steps)
+    return _object(steps={**steps, "minItems": count, "maxItems": count} if one else steps)
 
 
 def _object(**properties: Any) -> dict[str, Any]:

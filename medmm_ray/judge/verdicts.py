@@ -3,10 +3,13 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from medmm_ray.records import StepLabel
 from medmm_ray.tables import RowError
+
+TRIES = 50  # places at which a reply is read as JSON
 
 _LABELS = {"+": 1, "-": 0, "1": 1, "0": 0, "correct": 1, "incorrect": 0, "right": 1, "wrong": 0}
 _CONFIDENCES = ("high", "medium", "low")
@@ -48,10 +51,10 @@ def _solution(reply: str, value: Any, numbers: Sequence[int]) -> list[StepLabel]
 def _value(reply: str) -> Any:
     """The first JSON object or list in the text that reads as an answer; None without one."""
     decoder = json.JSONDecoder()
-    for match in re.finditer(r"[{\[]", reply):
+    for match in islice(re.finditer(r"[{\[]", reply), TRIES):
         try:
             value, _ = decoder.raw_decode(reply, match.start())
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # not JSON; a number of 5,000 digits; 100,000 brackets
             continue
         if (isinstance(value, list) and value) or (isinstance(value, dict) and {"steps", "solutions"} & set(value)):
             return value

@@ -35,6 +35,7 @@ from medmm_ray.engines.generator import (
     policy_prompt,
     request_seed,
 )
+from medmm_ray.engines.images import open_image
 from medmm_ray.monte_carlo.search import (
     Chain,
     Findings,
@@ -139,12 +140,14 @@ def monte_carlo(
     model: str,
     policy: str,
     evidence: pa.Table | None = None,
+    images: pa.Table | None = None,
     generator: MakeGenerator = Generator,
 ) -> "Dataset":
     """`Solutions` rows -> ``{question_id, labels, figures}``, labels a list of `Labels`.
 
     `judge_labels` needs question_id, solution_id, annotator, steps and error; `model` is the checkpoint that continues,
-    `policy` what the annotator is called; `evidence` is needed where config.num_documents > 0.
+    `policy` what the annotator is called; `evidence` is needed where config.num_documents > 0, `images` (image_id, uri)
+    where config.num_images > 0.
     """
     ds = attach(ds, questions, "question_id", ["split", "question", "options", "answer", "answer_type"])
     ds = attach(ds, by_question(judge_labels), "question_id", ["judged"])
@@ -152,6 +155,10 @@ def monte_carlo(
         if evidence is None:
             raise ValueError(f"num_documents={config.num_documents} needs the table evidence; run retrieve first")
         ds = attach(ds, evidence, "question_id", ["documents"])
+    if config.num_images:
+        if images is None:
+            raise ValueError(f"num_images={config.num_images} needs the table images")
+        ds = attach(ds, image_uris(questions, images, config.num_images), "question_id", ["image_uris"])
     return ds.map_batches(
         Roller,
         fn_constructor_kwargs={"config": config, "model": model, "policy": policy, "generator": generator},
@@ -179,6 +186,13 @@ def by_question(labels: pa.Table) -> pa.Table:
     return pa.table({"question_id": pa.array(ids, pa.string()), "judged": pa.ListArray.from_arrays(starts, rows)})
 
 
+def image_uris(questions: pa.Table, images: pa.Table, num_images: int) -> pa.Table:
+    """One row a question with the uris of its first `num_images` images."""
+    uris = dict(zip(images["image_id"].to_pylist(), images["uri"].to_pylist(), strict=True))
+    shown = [[uris[i] for i in ids[:num_images]] for ids in questions["image_ids"].to_pylist()]
+    return pa.table({"question_id": questions["question_id"], "image_uris": pa.array(shown, pa.list_(pa.string()))})
+
+
 class Roller:
     """The actor: one engine that continues the chosen prefixes of each question of a batch."""
 
@@ -188,7 +202,7 @@ class Roller:
         self.annotator = f"{policy}@{digest(policy, identity(config))}"
         # A prefix is continued alike in all modes: the k-th continuation has the same seed.
         shape = (config.temperature, config.top_k, config.top_p, config.max_tokens)
-        self.draws = (policy, config.seed, config.num_documents, *shape)
+        self.draws = (policy, config.seed, config.num_documents, config.num_images, *shape)
         self.num_questions = 0
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
@@ -256,7 +270,11 @@ class Roller:
         """Continue prefixes, round by round, until every label is known that is wanted."""
         shorter = {chain.prefixes[i]: chain.prefixes[: i + 1] for chain in chains for i in range(len(chain.prefixes))}
         due = wanted(chains, findings, self.config.mode)
-        prompt = self.prompt(row) if due else Prompt([])
+        try:
+            prompt = await self.prompt(row) if due else Prompt([])
+        except RowError as fault:  # an image that cannot be opened
+            findings.faults |= dict.fromkeys(due, fault)
+            return
         while due:
             drawn = await asyncio.gather(*(self.roll(row, prompt, p, num, findings) for p, num in due.items()))
             for prefix, samples in zip(due, drawn, strict=True):
@@ -269,13 +287,16 @@ class Roller:
                 tally.cut_off += sum(sample.finish_reason != "stop" for sample in samples)
                 tally.add(right)
                 findings.num_tokens += sum(sample.num_tokens for sample in samples)
-                if any(right):
+                if self.config.searches and any(right):
                     findings.reach(shorter[prefix])
             due = wanted(chains, findings, self.config.mode)
 
-    def prompt(self, row: Mapping[str, Any]) -> Prompt:
+    async def prompt(self, row: Mapping[str, Any]) -> Prompt:
+        """What the policy is asked: as in sampling, with what it sees."""
+        uris = row["image_uris"] if self.config.num_images else []
+        pictures = await asyncio.gather(*(asyncio.to_thread(open_image, uri) for uri in uris))
         room = self.config.max_model_len - self.config.max_tokens
-        return policy_prompt(self.generator, row, self.config.num_documents, room)
+        return policy_prompt(self.generator, row, self.config.num_documents, room, pictures)
 
     async def roll(
         self, row: Mapping[str, Any], prompt: Prompt, prefix: str, num: int, findings: Findings

@@ -3,8 +3,10 @@
 A *prefix* is a solution up to one of its steps; equal prefixes of several solutions are one. What is known is free:
 
 - the final step, where the solution was ended by the model and states an answer: the outcome is its value;
-- a right answer *reached* from a prefix, by a solution of the question or by a continuation of a longer prefix, shows
-  that it can be reached from this prefix too: with a threshold of 0 the label is 1 without a continuation of its own;
+- a right answer *reached* from a prefix by a solution of the question shows that it can be reached: with a threshold of
+  0 the label is 1 without a continuation. In a search a continuation of a longer prefix shows it too. In the other
+  modes it does not count: it is true, but where a wrong prefix recovers now and then, each further step that is
+  continued is a further chance to call the steps before it right (measured: 5 points of first-error accuracy);
 - the question's own solutions through a prefix are continuations of it. They are counted as such only where the prefix
   was chosen without a look at what they came to: of a solution that is continued *because* its answer is wrong (or
   because a judge who has read it to the end doubts a step), its own end would bias the ratio. What stays is the quality
@@ -24,6 +26,7 @@ from medmm_ray.tables import RowError
 from medmm_ray.text import extract_answer, is_correct
 
 FIRST_ROUND = 2  # continuations at first; each further round has as many as all before: 2, 2, 4, 8
+LEANS = 4  # so many that fail, and a search goes on as if the prefix were wrong; it comes back to the one it ends at
 
 
 @dataclass
@@ -134,6 +137,15 @@ class Findings:
         found = [self.label(prefix) for prefix in chain.prefixes]
         return found if chain.outcome is None else [*found[:-1], chain.outcome]
 
+    def leaning(self, chain: Chain) -> list[bool | None]:
+        """The same, with a step that is not known yet taken as wrong where all of a few continuations failed."""
+        labels = self.labels(chain)
+        for i, label in enumerate(labels):
+            tally = self.tallies.get(chain.prefixes[i], Tally())
+            if label is None and tally.drawn >= LEANS and not tally.correct:
+                labels[i] = False
+        return labels
+
     def step_label(self, chain: Chain, index: int) -> StepLabel:
         """The record of one step that was continued or is known."""
         if index == len(chain.prefixes) - 1 and chain.outcome is not None:
@@ -184,17 +196,29 @@ def wanted(chains: Sequence[Chain], findings: Findings, mode: str) -> dict[str, 
     """
     due: dict[str, int] = {}
     for chain in chains:
-        labels = findings.labels(chain)
         if mode in ("first_error", "verify"):
-            before = labels[:-1] if chain.outcome else labels  # a right end says nothing of another policy's chances
-            step = next_step(before, chain.guess, search=mode == "first_error")
-            steps: Sequence[int] = [] if step is None else [step]
+            steps = _searched(chain, findings, mode)
         else:
+            labels = findings.labels(chain)
             steps = [i for i in chain.steps if labels[i] is None]
         for i in steps:
             if num := findings.due(chain.prefixes[i]):
                 due[chain.prefixes[i]] = num
     return due
+
+
+def _searched(chain: Chain, findings: Findings, mode: str) -> list[int]:
+    """The step that a search continues next, none at its end.
+
+    A wrong prefix costs all of its continuations, so only the one that the search ends at gets them all.
+    """
+    known, labels = findings.labels(chain), findings.leaning(chain)
+    if chain.outcome:
+        labels = labels[:-1]  # a right end says nothing of another policy's chances
+    step = next_step(labels, chain.guess, search=mode == "first_error")
+    if step is None:
+        step = next((i for i, label in enumerate(labels) if label is False), None)
+    return [] if step is None or known[step] is not None else [step]
 
 
 def labelled(chain: Chain, findings: Findings, mode: str) -> dict[int, StepLabel]:

@@ -22,6 +22,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from medmm_ray.config import ConfigError
 from medmm_ray.engines.images import open_image
 from medmm_ray.review_page.cases import Cases
 from medmm_ray.review_page.desk import Answer, Desk, Item, RefusedError
@@ -50,7 +51,10 @@ HEADERS = {
 def build_app(desk: Desk, cases: Cases, door: Door, encrypted: bool = False) -> FastAPI:
     """The application; `encrypted` says that it is reached by https."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
-    import gradio
+    try:
+        import gradio
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"the review page needs Gradio ({error}): pip install 'medmm-ray[review]'") from None
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     _add_login(app, door, encrypted)

@@ -16,12 +16,11 @@ from medmm_ray.config import digest
 from medmm_ray.metrics import cohen_kappa
 from medmm_ray.records import Labels, QuestionReview, ReviewItem, StepLabel
 from medmm_ray.review_page.cases import Row, seen_question, seen_step, step_item_id
-from medmm_ray.review_page.verdicts import UNSURE, Verdict, VerdictLog, parse, standing
+from medmm_ray.review_page.verdicts import FAULTS, UNSURE, Verdict, VerdictLog, parse, standing
 from medmm_ray.tables import TableError, filesystem, write_file
 from medmm_ray.targets import ADJUDICATOR
 
 NEUTRAL = "nothing to check"
-FAULT_WORDS = {"logical": "not logical", "medical": "not medical", "image_grounded": "not image-grounded"}
 
 
 def log_uri(run: str, what: str) -> str:
@@ -58,13 +57,22 @@ def frozen(uri: str, name: str) -> list[Verdict]:
 
 
 def step_label(verdict: Verdict) -> StepLabel:
-    """A verdict as a label: a step without anything to check is neutral; of an unsure reader's there is none."""
+    """A verdict as a label: a step without anything to check is neutral; of an unsure reader's there is none.
+
+    A right step passes the three tests; of a wrong one they are known where the reader ticked any.
+    """
     if verdict.verdict == UNSURE:
         return StepLabel()
-    words = [FAULT_WORDS[fault] for fault in verdict.faults] + ([verdict.feedback] if verdict.feedback else [])
+    reason = verdict.feedback or None
     if verdict.verdict == "neutral":
-        return StepLabel(confidence="high", reason="; ".join([NEUTRAL, *words]))
-    return StepLabel(label=int(verdict.verdict == "right"), confidence="high", reason="; ".join(words) or None)
+        return StepLabel(confidence="high", reason=NEUTRAL if reason is None else f"{NEUTRAL}; {reason}")
+    right = verdict.verdict == "right"
+    said = right or bool(verdict.faults)
+    logical, medical, image_grounded = ((test not in verdict.faults) if said else None for test in FAULTS)
+    return StepLabel(
+        label=int(right), confidence="high", logical=logical, medical=medical, image_grounded=image_grounded,
+        reason=reason,
+    )  # fmt: skip
 
 
 def step_labels(

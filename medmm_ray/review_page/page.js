@@ -36,6 +36,7 @@ async function ask(call, after) {
   element.classList.add("busy");
   try {
     const answer = await call();
+    if (!answer) throw new Error("no answer"); // Gradio's client logs a failed call and gives nothing
     find("lost").hidden = true;
     render(answer);
     if (answer.refused) say(answer.refused, "refused");
@@ -129,6 +130,9 @@ function renderSteps() {
       return step;
     }),
   );
+  showNow();
+}
+function showNow() {
   const now = find("steps").querySelector(".now");
   if (now) now.scrollIntoView({ block: "center" });
 }
@@ -270,7 +274,8 @@ function onKey(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || !view || !find("lost").hidden) return;
   if (event.key === "Escape") return leave();
   if (event.target.matches("textarea") && event.key === "Enter" && !event.shiftKey) {
-    return take(event, () => (isWrong ? submit("wrong") : event.target.blur()));
+    event.target.blur(); // else the next verdict's key would be typed into it
+    return take(event, () => isWrong && submit("wrong"));
   }
   if (event.target.matches("input[type=search], textarea")) return;
   if (event.key === "Enter" && isWrong && !event.target.matches("button, label")) return take(event, () => submit("wrong"));
@@ -296,6 +301,7 @@ function leave() {
   if (isWrong) setWrong(false);
 }
 document.addEventListener("keydown", onKey);
+new ResizeObserver(showNow).observe(find("steps"));
 find("search").oninput = search;
 find("documents-open").onclick = () => setDocuments(find("documents").hidden);
 find("documents-close").onclick = () => setDocuments(false);

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from medmm_ray.sources.phantom import Hardness
 
 
+SOLVED = ("med_prm", "medmm", "meds3")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """What is asked of a source. `num_train` and `num_test` count questions; None is "all that there are".
@@ -96,11 +99,15 @@ class SourceData:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceLabels:
-    """One source's labels of one solution; with an `error` where they cannot be used, and then without steps."""
+    """One source's labels of one solution; with an `error` where they cannot be used, and then without steps.
+
+    `saw_answer`: whoever labelled was shown the gold answer.
+    """
 
     source: str
     annotator: str
     steps: Sequence[StepLabel] = ()
+    saw_answer: bool = False
     error: str | None = None
 
 
@@ -151,15 +158,14 @@ def load(name: str) -> Source:
 
 def load_solved(name: str) -> SolvedSource:
     """The source `name`, which must bring solutions."""
-    source = load(name)
-    if not hasattr(source, "solved"):
-        raise ConfigError(f"source {name!r} brings no solutions; those that do: med_prm, medmm, meds3")
-    return cast(SolvedSource, source)
+    if name not in SOLVED:
+        raise ConfigError(f"source {name!r} brings no solutions; those that do: {', '.join(SOLVED)}")
+    return cast(SolvedSource, load(name))
 
 
 def stream_json(uri: str) -> Iterator[Any]:
     """The entries of a file with one JSON list, one by one; a `ConfigError` names the file and the fault."""
-    import ijson  # type: ignore[import-untyped]
+    import ijson
 
     fs, path = filesystem(uri)
     if fs.get_file_info(path).type != pafs.FileType.File:

@@ -5,11 +5,14 @@ with ``solutions``, as the authors published it, or one flattened solution, as r
 
 A solution's steps are what its tags (" ки") end; labels must be as many, else their row is an error ``label_count``
 that quotes them. prm_gemini_label is the judge's, prm_llama_label a second judge's (source ``judge_llama``, which no
-label policy reads), prm_hard_label and prm_soft_label are Monte Carlo's label and value.
+label policy reads), prm_hard_label and prm_soft_label are Monte Carlo's label and value. Both judges saw the right
+answer, and were asked about wrong solutions only: a right one has all steps right unseen, and its annotator is
+`UNJUDGED`.
 """
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from medmm_ray.records import StepLabel
@@ -30,6 +33,7 @@ from medmm_ray.tables import RowError
 from medmm_ray.text import TAG, one_line, split_steps
 
 JUDGES = {"prm_gemini_label": ("judge", "gemini"), "prm_llama_label": ("judge_llama", "llama")}
+UNJUDGED = "unjudged"
 HARD, SOFT = "prm_hard_label", "prm_soft_label"
 TEXTS = ("prm_processed_solution", "full_solution")
 
@@ -94,7 +98,8 @@ def _solution(row: Mapping[str, Any], gold: str) -> SourceSolution:
         right = None
     elif right is None:
         right = answer == gold
-    return SourceSolution(text=text, steps=steps, answer=answer, correct=right, labels=list(_labels(row, len(steps))))
+    labels = list(_labels(row, len(steps), right))
+    return SourceSolution(text=text, steps=steps, answer=answer, correct=right, labels=labels)
 
 
 def tagged_steps(text: str) -> list[str]:
@@ -107,10 +112,11 @@ def tagged_steps(text: str) -> list[str]:
     return [one_line(" ".join((preamble, *steps))) for preamble, steps in pieces]
 
 
-def _labels(row: Mapping[str, Any], num_steps: int) -> Iterator[SourceLabels]:
+def _labels(row: Mapping[str, Any], num_steps: int, right: bool | None) -> Iterator[SourceLabels]:
     for name, (source, annotator) in JUDGES.items():
         if row.get(name) is not None:
-            yield _row(source, annotator, num_steps, {name: row[name]})
+            made = _row(source, UNJUDGED if right and all(row[name]) else annotator, num_steps, {name: row[name]})
+            yield replace(made, saw_answer=True)
     if row.get(HARD) is not None or row.get(SOFT) is not None:
         yield _row("monte_carlo", "med_prm", num_steps, {n: row[n] for n in (HARD, SOFT) if row.get(n) is not None})
 

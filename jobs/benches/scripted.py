@@ -1,0 +1,132 @@
+"""Steps on scripted engines, to be interrupted: ``python -m jobs.benches.scripted recipe.yaml name=value ...``.
+
+What a step asks of vLLM or of an encoder is answered from a script: the same words for the same prompt and seed, after
+a pause (``PAUSE_S`` seconds in the environment) in which it can be killed. Ray, Ray Data, tables and processes are
+real. Runs all steps up to ``UNTIL`` in one session and says of each when it begins and ends: ``begin sample``.
+"""
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from jobs.graph import STEPS
+from jobs.step import Run, guarded, load_recipe, run_step
+from medmm_ray.config import digest
+from medmm_ray.embed import EmbedConfig, document_vectors, image_vectors, question_vectors
+from medmm_ray.engines.generator import Completion, GeneratorConfig, Prompt, Sampling, Statistics
+from medmm_ray.session import session
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from ray.data import Dataset
+
+WIDTH = 16  # of a scripted vector
+
+
+class ScriptedGenerator:
+    """A policy; a prompt's tokens are its characters."""
+
+    def __init__(self, model: str, config: GeneratorConfig, pause_s: float) -> None:  # noqa: ARG002
+        self.pause_s = pause_s
+        self.statistics = Statistics()
+
+    def count(self, prompt: Prompt) -> int:
+        return len(_asked(prompt))
+
+    async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:  # noqa: ARG002
+        await asyncio.sleep(self.pause_s)
+        asked = _asked(prompt)
+        texts = [solution(asked, seed + i) for i in range(n)]
+        return [Completion(text, "stop", seed + i, len(text)) for i, text in enumerate(texts)]
+
+
+class ScriptedEncoder:
+    """A direction for each text or image, by its content alone."""
+
+    def __init__(self, pause_s: float) -> None:
+        self.pause_s = pause_s
+
+    def encode(self, items: "Sequence[str | Image]") -> NDArray[np.float32]:
+        time.sleep(self.pause_s)
+        contents = [item if isinstance(item, str) else item.tobytes().hex() for item in items]
+        drawn = [np.random.default_rng(int(digest(c), 16)).standard_normal(WIDTH) for c in contents]
+        vectors_ND = np.array(drawn, np.float32).reshape(-1, WIDTH)
+        unit_ND: NDArray[np.float32] = vectors_ND / np.linalg.norm(vectors_ND, axis=1, keepdims=True)
+        return unit_ND
+
+
+def _asked(prompt: Prompt) -> str:
+    """The last message and what the assistant has said after it."""
+    return prompt.messages[-1]["content"] + prompt.said
+
+
+def solution(asked: str, seed: int) -> str:
+    number = int(digest(asked, seed), 16)
+    return (
+        f"Step 1: Look at the heart ({number % 7}).\nStep 2: It is wide.\nStep 3: The answer is ({'ABCD'[number % 4]})."
+    )
+
+
+class Embedder:
+    """The actor of the scripted encoder, in place of those that load a tower."""
+
+    def __init__(self, vectors: Callable[[pa.Table], pa.Table]) -> None:
+        self.vectors = vectors
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return self.vectors(batch)
+
+
+def _embed(
+    ds: "Dataset", config: EmbedConfig, image_tower: str, vectors: Callable[[pa.Table], pa.Table]  # noqa: ARG001
+) -> "Dataset":  # fmt: skip
+    from ray.data import ActorPoolStrategy
+
+    return ds.map_batches(
+        Embedder,
+        fn_constructor_args=(vectors,),
+        batch_size=config.image_batch_size,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(min_size=1, max_size=config.num_actors),
+        num_cpus=config.num_cpus,
+    )
+
+
+def set_the_stage(pause_s: float) -> None:
+    """Give the jobs of this process scripted engines in place of their own."""
+    for name in ("sample", "monte_carlo"):
+        job = import_module(f"jobs.{name}")
+        setattr(job, name, partial(getattr(job, name), generator=partial(ScriptedGenerator, pause_s=pause_s)))
+    encoder = ScriptedEncoder(pause_s)
+    for name, vectors in (
+        ("embed_images", partial(image_vectors, encoder=encoder, max_pixels=EmbedConfig().max_pixels)),
+        ("embed_documents", partial(document_vectors, encoder=encoder)),
+        ("embed_questions", partial(question_vectors, encoder=encoder, with_options=False)),
+    ):
+        setattr(import_module("jobs.embed"), name, partial(_embed, vectors=vectors))
+
+
+def work(words: Sequence[str]) -> int:
+    run = Run(load_recipe(words))
+    last = [step.name for step in STEPS].index(os.environ["UNTIL"])
+    set_the_stage(float(os.environ["PAUSE_S"]))
+    with session():
+        for step in STEPS[: last + 1]:
+            if not run.skipped(step) and not run.is_complete(step):
+                print(f"begin {step.name}", flush=True)
+                run_step(run, step)
+                print(f"end {step.name}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(lambda: work(sys.argv[1:])))

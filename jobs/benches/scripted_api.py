@@ -1,0 +1,82 @@
+"""An OpenAI-compatible judge on 127.0.0.1 that answers from a script and counts what it was paid for.
+
+It runs beside the drivers that ask it, so that it outlives them: an answer that it sent whole is one that a provider
+bills. Verdicts come as lines (`judge.reply=lines`), the same for the same prompt.
+"""
+
+import json
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from medmm_ray.config import digest
+from medmm_ray.engines.answers import parse_segment
+
+_JUDGED = re.compile(r"Reasoning to review, (\d+) steps")
+
+
+class ScriptedApi(ThreadingHTTPServer):
+    """`paid` counts the answers that it gave, all together."""
+
+    daemon_threads = True
+
+    def __init__(self, pause_s: float) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.pause_s = pause_s
+        self.paid = 0
+        self.lock = threading.Lock()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: ScriptedApi
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        time.sleep(self.server.pause_s)
+        text = verdicts(body["messages"][-1]["content"])
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+        usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
+        content = json.dumps({"id": "a", "object": "chat.completion", "created": 0, "model": body["model"],
+                              "choices": [choice], "usage": usage}).encode()  # fmt: skip
+        with self.server.lock:
+            self.server.paid += 1
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing: a prompt is clinical text."""
+
+
+@contextmanager
+def scripted_api(pause_s: float) -> Iterator[ScriptedApi]:
+    with ScriptedApi(pause_s) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def verdicts(asked: str) -> str:
+    """A line for each step; a third of them is unsure, so that Monte Carlo has work."""
+    found = _JUDGED.search(asked)
+    assert found, "a judge's prompt states the number of steps"
+    numbers = [int(digest(asked, index), 16) for index in range(int(found[1]))]
+    return "\n".join(f"{number % 2} {('high', 'medium', 'low')[number % 3]}" for number in numbers)
+
+
+def kept_answers(run: Path) -> Counter[str]:
+    """How often the answer to each request of a run is kept: twice where it was paid again though it was there."""
+    segments = run.glob("api/*/answers/*/*.jsonl")
+    return Counter(key for file in segments for key in parse_segment(file.read_bytes(), str(file)))

@@ -1,0 +1,105 @@
+"""Whether answers are right: a letter exactly, other text by its normal form, and open answers by a model's word too.
+
+Enters: a question row with its gold answer, and extracted answers. Leaves: True, False, or None where there is no
+answer or nobody could say. Only answers to open questions that differ in their normal form are asked about, each
+distinct one of a question once. The gold answer is shown to this model alone: no policy and no judge sees its requests.
+"""
+
+import asyncio
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from medmm_ray.engines.client import ApiConfig, Client, api_folder, connect
+from medmm_ray.engines.endpoint import Request, Turn
+from medmm_ray.engines.gate import Gateway, start_gate
+from medmm_ray.tables import RowError
+from medmm_ray.text import answer_key, is_correct
+
+SYSTEM = (
+    "You grade short answers to medical questions. Say whether the given answer means the same as the reference answer "
+    "to this question: synonyms, abbreviations and further detail that agrees are the same; another finding, side, "
+    "place, amount, or an answer that leaves it open, is not."
+)
+SCHEMA = {
+    "type": "object",
+    "properties": {"same": {"type": "boolean"}},
+    "required": ["same"],
+    "additionalProperties": False,
+}
+RULE = 'Answer with one JSON object and nothing else: {"same": true or false}.'
+_SAID = re.compile(r'"same"\s*:\s*(true|false)\b', re.IGNORECASE)
+
+
+class EquivalenceConfig(ApiConfig):
+    """The model that says whether two open answers mean the same."""
+
+    backend: Literal["none", "openai", "gemini"] = "none"
+    """none: answers are the same where their normal forms are; openai, gemini: a model is asked where they differ."""
+    model: str | None = None
+    """The API's model; required where a backend is named."""
+    max_tokens: int = Field(256, ge=1)
+    """Longest answer of the model, tokens."""
+
+    @model_validator(mode="after")
+    def _has_a_model(self) -> "EquivalenceConfig":
+        if self.backend != "none" and not self.model:
+            raise ValueError(f"equivalence.backend is {self.backend!r} and equivalence.model is not set; name a model")
+        return self
+
+
+class Grader:
+    """Grades the answers to one question at a time; without a client by their form alone."""
+
+    def __init__(self, client: Client | None = None, max_tokens: int = 256) -> None:
+        self.client, self.max_tokens = client, max_tokens
+
+    async def right(self, question: Mapping[str, Any], answers: Sequence[str | None]) -> list[bool | None]:
+        """For each of `answers` whether it is right; `question` is a row with question_id, question and answer."""
+        gold, answer_type = question["answer"], question["answer_type"]
+        plain = [is_correct(answer, gold, answer_type) for answer in answers]
+        if self.client is None or answer_type != "open":
+            return plain
+        open_ = sorted(
+            {answer_key(a): a for a, right in zip(answers, plain, strict=True) if a and right is False}.items()
+        )
+        said = await asyncio.gather(*(self._same(question, answer) for _, answer in open_))
+        known = dict(zip([key for key, _ in open_], said, strict=True))
+        return [
+            known[answer_key(answer)] if answer and right is False else right
+            for answer, right in zip(answers, plain, strict=True)
+        ]
+
+    async def _same(self, question: Mapping[str, Any], answer: str) -> bool | None:
+        """What the model says; None where it did not answer, or not in the asked form."""
+        assert self.client is not None
+        asked = f"Question: {question['question']}\nReference answer: {question['answer']}\nAnswer: {answer}\n\n{RULE}"
+        request = Request(SYSTEM, (Turn("user", (asked,)),), schema=SCHEMA, max_tokens=self.max_tokens)
+        try:
+            answered = await self.client.ask(request, question["question_id"])
+        except RowError:
+            return None
+        said = _SAID.search(answered.reply.text)
+        return said[1].lower() == "true" if said else None
+
+
+class MakeGrader:
+    """What an actor makes its grader from; the gate of the model's limits and budget is started here, by the driver."""
+
+    def __init__(self, config: EquivalenceConfig, folder: str | None) -> None:
+        self.config = config
+        self.folder: str | None = None
+        self.gate: Gateway | None = None
+        if config.backend != "none":
+            if folder is None:
+                raise ValueError(f"equivalence.backend={config.backend} needs a folder for its answers")
+            self.folder = api_folder(folder, str(config.model))
+            self.gate = start_gate(self.folder, config.limits)
+
+    def __call__(self) -> Grader:
+        if self.config.backend == "none":
+            return Grader()
+        client = connect(self.config.backend, str(self.config.model), self.config, self.gate, self.folder)
+        return Grader(client, self.config.max_tokens)

@@ -31,6 +31,8 @@ def run(job: Job) -> None:
             policy=policy,
             evidence=evidence,
             images=images,
+            equivalence=job.recipe.sample.equivalence,
+            folder=f"{job.run.root}/api",
         ),
         "question_id",
         "labels",

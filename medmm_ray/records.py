@@ -127,7 +127,7 @@ class Evidence:
 class Solution:
     """One sampled chain of reasoning. `steps` are the texts without their ``Step i:`` marks.
 
-    `correct` compares `answer` with the question's; None where no answer was found.
+    `correct` compares `answer` with the question's; None where no answer was found, or it could not be graded.
     """
 
     solution_id: str
@@ -152,7 +152,7 @@ class Solutions:
     """All solutions of one question by one policy.
 
     Of `num_drawn` samples the quality filter refused some, counted in `rejected` by reason. A question that could not
-    be filled lacks `num_missing` of the `num_requested` solutions.
+    be filled lacks `num_missing` of the `num_requested` solutions. `cost` is in US dollars.
     """
 
     key: ClassVar[tuple[str, ...]] = ("question_id",)
@@ -163,6 +163,7 @@ class Solutions:
     num_missing: int = 0
     num_drawn: int = 0
     rejected: list[Count] = dataclasses.field(default_factory=list)
+    cost: float = 0.0
     solutions: list[Solution]
     error: str | None = None
 
@@ -210,6 +211,7 @@ class StepLabel:
     `value` is a probability (Monte Carlo: num_correct / num_rollouts; tree search: what the tree holds of the prefix);
     `confidence` is high, medium or low. A judge's three tests: `logical` (it follows), `medical` (it agrees with what
     is known), `image_grounded` (with the image).
+    `stopped_early`: Monte Carlo ended when the label was known, and num_correct / num_rollouts is too high.
     """
 
     label: int | None = None

@@ -11,7 +11,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
@@ -32,11 +32,12 @@ from medmm_ray.engines.generator import (
     policy_prompt,
     request_seed,
 )
+from medmm_ray.engines.grader import EquivalenceConfig, Grader, MakeGrader
 from medmm_ray.engines.images import open_image
 from medmm_ray.quality import FAULTS, fault
 from medmm_ray.records import Count, Solution, Solutions, to_arrow
 from medmm_ray.tables import RowError, attach
-from medmm_ray.text import extract_answer, is_correct, split_steps
+from medmm_ray.text import extract_answer, split_steps
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -76,6 +77,9 @@ class SampleConfig(GeneratorConfig, ApiConfig):
     seed: int = 0
     """Start of all random numbers."""
 
+    equivalence: EquivalenceConfig = EquivalenceConfig()
+    """How open answers are graded, here and in Monte Carlo."""
+
     @property
     def sampling(self) -> Sampling:
         return Sampling(self.temperature, self.top_k, self.top_p, self.max_tokens)
@@ -96,9 +100,9 @@ def sample(
     """Questions -> `Solutions` rows, with figures of each.
 
     `model` is the checkpoint (or the API's model) that draws, `policy` what solution ids call it, `config_hash` the
-    table's fingerprint.
-    `evidence` (question_id, documents) is needed where config.num_documents > 0, `images` (image_id, uri) where
-    config.num_images > 0. `folder` is where the run keeps an API's answers and the ledger of their cost.
+    table's fingerprint. `evidence` (question_id, documents) is needed where config.num_documents > 0, `images`
+    (image_id, uri) where config.num_images > 0. `folder` is where the run keeps an API's answers and the ledger of
+    their cost.
     """
     if config.num_images and images is None:
         raise ValueError(f"num_images={config.num_images} needs the table images")
@@ -117,6 +121,7 @@ def sample(
             "config_hash": config_hash,
             "images": images,
             "generator": generator,
+            "grader": MakeGrader(config.equivalence, folder),
         },
         **actor_options(config),
     )
@@ -154,13 +159,14 @@ class Sampler:
 
     def __init__(
         self, config: SampleConfig, model: str, policy: str, config_hash: str, images: pa.Table | None = None,
-        generator: MakeGenerator = Generator,
+        generator: MakeGenerator = Generator, grader: MakeGrader | None = None,
     ) -> None:  # fmt: skip
         self.config, self.policy, self.config_hash = config, policy, config_hash
         self.uris = (
             {} if images is None else dict(zip(*(images[c].to_pylist() for c in ("image_id", "uri")), strict=True))
         )
         self.generator = generator(model, config)
+        self.grader = grader() if grader else Grader()
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         done = await asyncio.gather(*(self.solve(question) for question in batch.to_pylist()))
@@ -168,14 +174,17 @@ class Sampler:
         yield to_arrow(Solutions, [row for row, _ in done]).append_column("figures", figures)
 
     async def solve(self, question: Mapping[str, Any]) -> tuple[Solutions, Drawn]:
-        """All solutions of one question, and all that was drawn for it; a fault becomes the row's error."""
+        """All solutions of one question, and all that was drawn for it.
+
+        A fault becomes the row's error; what was drawn before it is kept.
+        """
         config = self.config
         wanted = config.num_samples_test if question["split"] == "test" else config.num_samples_train
         drawn = Drawn()
         error = None if question["error"] is None else f"upstream: {question['error']}"
         if error is None:
             try:
-                drawn = await self.draw(question, wanted)
+                await self.draw(question, wanted, drawn)
             except RowError as fault_:
                 error = str(fault_)
         solutions = drawn.kept[:wanted]
@@ -190,33 +199,35 @@ class Sampler:
             num_missing=wanted - len(solutions),
             num_drawn=len(drawn.completions),
             rejected=[Count(kind=kind, count=count) for kind, count in sorted(drawn.faults.items())],
+            cost=sum((c.cost for c in drawn.completions), 0.0),
             solutions=solutions,
             error=error,
         )
         return row, drawn
 
-    async def draw(self, question: Mapping[str, Any], wanted: int) -> Drawn:
-        """Samples, round after round until `wanted` are kept or the rounds are over."""
+    async def draw(self, question: Mapping[str, Any], wanted: int, drawn: Drawn) -> None:
+        """Add samples to `drawn`, round after round until `wanted` are kept or the rounds are over."""
         config = self.config
         seed = request_seed(question["question_id"], self.config_hash, config.seed)
         room = config.max_model_len - config.max_tokens
         pictures = await self.look(question["image_ids"][: config.num_images])
         prompt = policy_prompt(self.generator, question, config.num_documents, room, pictures)
-        drawn = Drawn()
         for round_ in range(config.max_rounds):
             done = len(drawn.completions)
             num = draws(wanted - len(drawn.kept), round_, config.oversample, MAX_DRAWS - done)
             if not num:
                 break
-            for completion in await self.generator.generate(prompt, num, seed + done, config.sampling):
-                made = self.solution(question, completion, completion.seed - seed)
+            completions = await self.generator.generate(prompt, num, seed + done, config.sampling)
+            found = [self.solution(question, completion, completion.seed - seed) for completion in completions]
+            right = await self.grader.right(question, [solution.answer for solution in found])
+            for completion, solution, correct in zip(completions, found, right, strict=True):
+                made = replace(solution, correct=correct)
                 reason = fault(
                     made.text, made.steps, made.answer, made.finish_reason, config.min_steps, config.max_steps
                 )
                 (drawn.refused if reason else drawn.kept).append(made)
                 drawn.faults.update([reason] if reason else [])
                 drawn.completions.append(completion)
-        return drawn
 
     async def look(self, image_ids: Sequence[str]) -> "list[Image]":
         """The opened pictures; one that cannot be opened is the row's error."""
@@ -232,7 +243,7 @@ class Sampler:
             text=completion.text,
             steps=steps,
             answer=answer,
-            correct=is_correct(answer, question["answer"], answer_type),
+            correct=None,
             finish_reason=completion.finish_reason,
             seed=completion.seed,
             text_sha=digest(completion.text),
@@ -249,7 +260,7 @@ def figures_of(row: Solutions, drawn: Drawn) -> dict[str, float]:
 
     Of the prompt tokens, all samples but the first can find the cacheable ones in the prefix cache.
     """
-    return {
+    figures: dict[str, float] = {
         "samples_requested": row.num_requested,
         "samples_missing": row.num_missing,
         "samples_drawn": row.num_drawn,
@@ -259,5 +270,6 @@ def figures_of(row: Solutions, drawn: Drawn) -> dict[str, float]:
         "cacheable_tokens": sum(c.shareable_tokens for c in drawn.completions[1:]),
         "cached_tokens": sum(c.cached_tokens for c in drawn.completions),
         "output_tokens": sum(c.num_tokens for c in drawn.completions),
-        "cost_usd": sum(c.cost for c in drawn.completions),
+        "cost_usd": row.cost,
     }
+    return {name: float(figure) for name, figure in figures.items()}  # one type, whatever block they come in

@@ -189,8 +189,10 @@ def test_cost_is_what_the_rows_say_or_the_books_where_they_know_of_more() -> Non
     found = cost_figures(rows, booked, ledgers)
     assert (found["tables"], found["beyond_tables"], found["total"]) == (tables, 0.5, 7.0)
     assert found["ledgers"]["gemini"] == {"spent": 4.0, "answers": 90, "possibly_paid": 0.75, "lost_calls": 3}
-    sampled = {"solutions": replace(manifest("solutions"), figures={"cost_usd": 0.5})}
-    assert cost_figures({}, sampled, {})["tables"] == {"solutions": 0.5}
+    paid = replace(SOLUTIONS[0], cost=0.5)
+    cost = report(solutions=[to_arrow(Solutions, [paid, *SOLUTIONS[1:]])])["cost"]
+    assert cost["tables"] == {"solutions": 0.5, "judge_labels": 0.75, "expert_labels": 0.5}
+    assert cost["total"] == 1.75
 
 
 @pytest.mark.parametrize(

@@ -18,15 +18,16 @@ from jobs.monte_carlo import check_draws
 from jobs.step import Job, Run, load_recipe
 from medmm_ray.config import ConfigError, digest
 from medmm_ray.engines.generator import Completion
+from medmm_ray.engines.grader import Grader
 from medmm_ray.monte_carlo import MonteCarloConfig, Roller, by_question, image_uris, monte_carlo
 from medmm_ray.monte_carlo.search import (
     Chain,
     Findings,
     Rule,
     Tally,
+    answers,
     known_label,
     next_step,
-    outcomes,
     prefix_text,
     prefix_texts,
     uncertain_steps,
@@ -373,7 +374,9 @@ def test_a_fault_of_the_engine_is_an_error_and_no_label(mode: str) -> None:
 def test_a_continuation_without_an_answer_is_not_wrong() -> None:
     samples = [Completion(RIGHT, "stop", 0), Completion(WRONG, "stop", 1), Completion(RIGHT, "length", 2),
                Completion(" nothing.", "stop", 3)]  # fmt: skip
-    assert outcomes("Step 1: x\nStep 2:", samples, QUESTION) == [True, False, None, None]
+    [right, wrong, cut, silent] = answers("Step 1: x\nStep 2:", samples, QUESTION)
+    assert (right, wrong != right, cut, silent) == (QUESTION["answer"], True, None, None)
+    assert asyncio.run(Grader().right(QUESTION, [right, wrong, cut, silent])) == [True, False, None, None]
 
 
 @pytest.mark.parametrize("config", [{"mode": "first_error"}, {"mode": "verify"}, {"mode": "all"},

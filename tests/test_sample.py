@@ -23,6 +23,7 @@ from medmm_ray.engines.generator import (
 )
 from medmm_ray.records import Count, Question, Solutions, from_dict, to_arrow
 from medmm_ray.sample import SampleConfig, Sampler, draws, sample
+from medmm_ray.tables import RowError
 from tests.api_server import chat_said, serving
 from tests.fake_generator import FakeGenerator, Script, text_of
 
@@ -160,8 +161,6 @@ def test_a_fault_upstream_is_passed_on() -> None:
 
 
 def test_a_fault_of_the_engine_is_the_rows() -> None:
-    from medmm_ray.tables import RowError
-
     def script(prompt: str, seed: int) -> str:
         raise RowError("prompt_too_long", "9 tokens")
 
@@ -252,7 +251,7 @@ def test_a_policy_behind_an_api_is_asked_and_paid_once(tmp_path: Path) -> None:
 
         first = rows()
         assert len(server.requests) == 8
-        assert sum(row["figures"]["cost_usd"] for row in first) == pytest.approx(7 * (1000 * 1.0 + 100 * 10.0) / 1e6)
+        assert sum(row["cost"] for row in first) == pytest.approx(7 * (1000 * 1.0 + 100 * 10.0) / 1e6)
         assert [count for row in first for count in row["rejected"]] == [{"kind": "refused", "count": 1}]
         assert sum(len(row["solutions"]) for row in first) == 7
         assert rows() == first
@@ -288,6 +287,19 @@ class Dying(FakeGenerator):
             self.died.write_text("q5")
             end_process()
         return await super().generate(prompt, n, seed, how)
+
+
+def test_a_fault_in_a_later_round_keeps_what_was_drawn_before() -> None:
+    base = request_seed("q1", "c0", 0)
+
+    def script(prompt: str, seed: int) -> str:
+        if seed - base > 3:
+            raise RowError("unavailable", "gone")
+        return GOOD if seed == base else "no"
+
+    [row], fake = run(script, [question()])
+    assert (row.error, row.num_drawn, row.num_missing, len(row.solutions)) == ("unavailable: gone", 4, 3, 1)
+    assert fake.figures[0]["unfilled_questions"] == 0  # an error is counted as such
 
 
 def test_documents_need_evidence() -> None:

@@ -9,6 +9,8 @@ import PIL.Image
 import pyarrow as pa
 import pytest
 
+from jobs.graph import BY_NAME
+from jobs.step import Run, load_recipe, run_step
 from medmm_ray.curate import CurateConfig, reviewed
 from medmm_ray.engines.gate import Gate
 from medmm_ray.records import Image, Question, QuestionReview, WrittenQuestion, to_arrow
@@ -221,3 +223,28 @@ def test_readers_decide_what_is_curated() -> None:
     assert rows[0]["error"] == "question_review: readers reject it"
     with pytest.raises(ValueError, match="written is 'reviewed' and reviews is empty"):
         CurateConfig(written="reviewed")
+
+
+@pytest.mark.engine
+def test_written_questions_are_curated_with_the_others(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images without a question get one through Ray Data, the gate and a real server; curate takes those asked for."""
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    with serving() as server:
+        server.script = [chat_said(reply())]
+        settings = [
+            "per_image=1", "backend=openai", "model=gpt-4o", f"endpoint={server.address}", "num_checks=0",
+            "max_images=3",
+        ]  # fmt: skip
+        words = [f"write_questions.{setting}" for setting in settings]
+        run = Run(load_recipe(["jobs/recipes/tiny.yaml", f"run={tmp_path}", "curate.written=checked", *words]))
+        for name in ("ingest", "write_questions", "curate"):
+            run_step(run, BY_NAME[name])
+        assert len(server.requests) == 3
+    written = run.table("written_questions").to_arrow().to_pylist()
+    assert [row["error"] for row in written] == [None] * 3
+    assert len({row["image_id"] for row in written}) == 3
+    curated = run.table("questions").to_arrow()
+    assert curated["source"].to_pylist().count("written") == 3
+    assert curated["source"].to_pylist().count("phantom") == 12

@@ -7,7 +7,9 @@ a solution of another case, and so wrong (`phantom.truth` decides which it is); 
 that other case, and the right answer is reached only with the chance `recovery`. The solutions are drawn from this
 engine too. So the chances of a prefix are known from the truth of its steps, and Monte Carlo can be wrong in both of
 its ways: 16 continuations of a right prefix that all slip, and one of a wrong prefix that recovers. With
-``policy=FOLDER`` vLLM draws solutions and continuations from a real checkpoint instead.
+``policy=FOLDER`` vLLM draws solutions and continuations from a real checkpoint instead: quickstart's, blind as it is,
+finds 13 % of the first errors in every mode, and as most of its prefixes are hopeless and cost all 16 continuations,
+first_error takes 54 % of the baseline's tokens, 36 % from the judge, and verify 30 % (24 questions x 8).
 
 The truth of a step is whether any step up to it is wrong; the first error is the first wrong step. Labels become
 training targets as in training (collapse: 0 behind the first 0). First-error accuracy is the share of solutions with

@@ -96,7 +96,7 @@ def audit(
     steps, correct = steps_of(sampled), _correct(sampled)
     yields = Yields(steps, config.yield_solutions, config.after_first_error)
     parts: list[pa.Table] = []
-    costs: dict[str, float] = {}
+    costs = {"solutions": pc.sum(sampled["cost"]).as_py() or 0.0}
     for table, rows in labels.items():
         for part in rows:
             costs[table] = costs.get(table, 0.0) + (pc.sum(part["cost"]).as_py() or 0.0)

@@ -17,7 +17,7 @@ def cost_figures(rows: Mapping[str, float], manifests: Mapping[str, Manifest], l
     keeps them) know every call of the run's folder, also those that were lost or belong to no table any more: what they
     have booked beyond the tables, possibly paid calls included, is `beyond_tables`.
     """
-    booked = {name: max(made.cost, made.figures.get("cost_usd", 0.0)) for name, made in manifests.items()}
+    booked = {name: manifest.cost for name, manifest in manifests.items()}
     names = [*manifests, *(name for name in rows if name not in manifests)]
     spent = {name: round(max(rows.get(name, 0.0), booked.get(name, 0.0)), 6) for name in names}
     calls = sum(ledger["spent"] + ledger["possibly_paid"] for ledger in ledgers.values())

@@ -35,16 +35,17 @@ from medmm_ray.engines.generator import (
     policy_prompt,
     request_seed,
 )
+from medmm_ray.engines.grader import EquivalenceConfig, Grader, MakeGrader
 from medmm_ray.engines.images import open_image
 from medmm_ray.monte_carlo.search import (
     Chain,
     Findings,
     Rule,
     Tally,
+    answers,
     first_wrong,
     labelled,
     outcome_of,
-    outcomes,
     prefix_texts,
     uncertain_steps,
     wanted,
@@ -141,13 +142,16 @@ def monte_carlo(
     policy: str,
     evidence: pa.Table | None = None,
     images: pa.Table | None = None,
+    equivalence: EquivalenceConfig | None = None,
+    folder: str | None = None,
     generator: MakeGenerator = Generator,
 ) -> "Dataset":
     """`Solutions` rows -> ``{question_id, labels, figures}``, labels a list of `Labels`.
 
     `judge_labels` needs question_id, solution_id, annotator, steps and error; `model` is the checkpoint that continues,
     `policy` what the annotator is called; `evidence` is needed where config.num_documents > 0, `images` (image_id, uri)
-    where config.num_images > 0.
+    where config.num_images > 0. `equivalence` grades open answers as in sampling; `folder` is where the run keeps what
+    its model said.
     """
     ds = attach(ds, questions, "question_id", ["split", "question", "options", "answer", "answer_type"])
     ds = attach(ds, by_question(judge_labels), "question_id", ["judged"])
@@ -161,7 +165,13 @@ def monte_carlo(
         ds = attach(ds, image_uris(questions, images, config.num_images), "question_id", ["image_uris"])
     return ds.map_batches(
         Roller,
-        fn_constructor_kwargs={"config": config, "model": model, "policy": policy, "generator": generator},
+        fn_constructor_kwargs={
+            "config": config,
+            "model": model,
+            "policy": policy,
+            "generator": generator,
+            "grader": MakeGrader(equivalence or EquivalenceConfig(), folder),
+        },
         **actor_options(config),
     )
 
@@ -196,8 +206,12 @@ def image_uris(questions: pa.Table, images: pa.Table, num_images: int) -> pa.Tab
 class Roller:
     """The actor: one engine that continues the chosen prefixes of each question of a batch."""
 
-    def __init__(self, config: MonteCarloConfig, model: str, policy: str, generator: MakeGenerator = Generator) -> None:
+    def __init__(
+        self, config: MonteCarloConfig, model: str, policy: str, generator: MakeGenerator = Generator,
+        grader: MakeGrader | None = None,
+    ) -> None:  # fmt: skip
         self.config, self.policy = config, policy
+        self.grader = grader() if grader else Grader()
         self.generator = generator(model, config)
         self.annotator = f"{policy}@{digest(policy, identity(config))}"
         # A prefix is continued alike in all modes: the k-th continuation has the same seed.
@@ -282,7 +296,7 @@ class Roller:
                     findings.faults[prefix] = samples
                     continue
                 tally = findings.tallies.setdefault(prefix, Tally())
-                right = outcomes(prefix, samples, row)
+                right = await self.grader.right(row, answers(prefix, samples, row))
                 tally.drawn += len(samples)
                 tally.cut_off += sum(sample.finish_reason != "stop" for sample in samples)
                 tally.add(right)

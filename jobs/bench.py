@@ -30,6 +30,7 @@ BENCHES = (
     "judge",
     "monte_carlo",
     "resume",
+    "tree_search",
 )
 
 

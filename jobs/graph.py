@@ -18,6 +18,7 @@ from medmm_ray.records import (
     Scores,
     Solutions,
     States,
+    Tree,
     Vector,
     WrittenQuestion,
 )
@@ -94,6 +95,12 @@ STEPS = (
         what="continuations of steps (vLLM)",
     ),
     Step(
+        "tree_search",
+        ("questions", "evidence", "policy"),
+        {"trees": Tree, "tree_solutions": Solutions, "tree_labels": Labels},
+        what="solutions and labels from trees (vLLM)",
+    ),
+    Step(
         "review",
         ("questions", "images", "solutions", "judge_labels", "monte_carlo_labels"),
         {"review_queue": ReviewItem, "expert_labels": Labels},
@@ -108,7 +115,7 @@ STEPS = (
     ),
     Step(
         "train_text_prm",
-        ("questions", "evidence", "solutions", *LABELS, "policy"),
+        ("questions", "evidence", "solutions", *LABELS, "tree_solutions", "tree_labels", "policy"),
         {"text_prm": None},
         version=2,
         what="text reward model (DeepSpeed)",

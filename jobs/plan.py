@@ -21,7 +21,9 @@ def print_plan(recipe: Recipe, steps: Sequence[Step], console: Console) -> None:
     console.print("[bold]Steps[/bold]")
     for step in steps:
         state = (
-            "left out: its model is given"
+            "left out"
+            if step.name in recipe.without
+            else "left out: its model is given"
             if run.skipped(step)
             else "complete"
             if "://" not in run.root and run.is_complete(step)

@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import Field, field_validator
+
+from jobs.graph import BY_NAME
 from medmm_ray.audit import AuditConfig
 from medmm_ray.config import Config, execution
 from medmm_ray.curate import CurateConfig
@@ -22,6 +25,7 @@ from medmm_ray.train.image_text import ImageTextConfig
 from medmm_ray.train.policy import PolicyConfig
 from medmm_ray.train.text_prm import TextPrmConfig
 from medmm_ray.train.two_tower import TwoTowerConfig
+from medmm_ray.tree_search import TreeSearchConfig
 from medmm_ray.write_questions import WriteQuestionsConfig
 
 
@@ -84,6 +88,15 @@ class PlanConfig(Config):
     """US dollars a GPU-hour; null: the table's."""
 
 
+class RoundsConfig(Config):
+    """MedS3's rounds (jobs.meds3)."""
+
+    rounds: int = Field(2, ge=1)
+    """Times that a policy learns from its own trees."""
+    fine_tuning: PolicyConfig = PolicyConfig()
+    """How it learns; its base is the round's policy."""
+
+
 class Recipe(Config):
     """All settings of a run; every section is the config of the step of that name."""
 
@@ -93,6 +106,8 @@ class Recipe(Config):
     """Seed of every section that has one and does not set its own."""
     max_error_rate: float = execution(0.01)
     """Share of a table's rows that may fail before its step counts as failed."""
+    without: tuple[str, ...] = ("tree_search",)
+    """Steps that are left out; the tables that they would make are read as empty."""
     models: ModelsConfig = ModelsConfig()
     """Checkpoints that are there already."""
     ingest: IngestConfig = IngestConfig()
@@ -117,6 +132,8 @@ class Recipe(Config):
     """Verdicts."""
     monte_carlo: MonteCarloConfig = MonteCarloConfig()
     """Rollouts."""
+    tree_search: TreeSearchConfig = TreeSearchConfig()
+    """Search trees."""
     review: ReviewConfig = ReviewConfig()
     """The expert's queue."""
     review_page: ReviewPageConfig = ReviewPageConfig()
@@ -135,8 +152,17 @@ class Recipe(Config):
     """The report."""
     serve: ServeConfig = ServeConfig()
     """The Serve application."""
+    meds3: RoundsConfig = RoundsConfig()
+    """Rounds of tree search and training."""
     plan: PlanConfig = PlanConfig()
     """Assumptions of --dry-run."""
+
+    @field_validator("without")
+    @classmethod
+    def _known_steps(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := [name for name in names if name not in BY_NAME]:
+            raise ValueError(f"{unknown[0]!r} is no step; the steps are {', '.join(BY_NAME)}")
+        return names
 
     @classmethod
     def completed(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:

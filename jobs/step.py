@@ -45,11 +45,17 @@ class Run:
         return models.get(name)
 
     def skipped(self, step: Step) -> bool:
-        """Whether a step is left out: all that it makes is given."""
-        return all(self.given(name) is not None for name in step.makes)
+        """Whether a step is left out: by the recipe's word, or because all that it makes is given."""
+        return step.name in self.recipe.without or all(self.given(name) is not None for name in step.makes)
+
+    def is_left_out(self, name: str) -> bool:
+        """Whether nothing makes the table or artifact `name`, nor is it given."""
+        return self.given(name) is None and MAKER[name].name in self.recipe.without
 
     def upstream(self, step: Step) -> dict[str, str]:
-        return {name: self.given(name) or self.fingerprint(MAKER[name]) for name in step.reads}
+        return {
+            name: self.given(name) or self.fingerprint(MAKER[name]) for name in step.reads if not self.is_left_out(name)
+        }
 
     def fingerprint(self, step: Step) -> str:
         """Config + upstream + the step's version; not pool sizes, batch sizes or paths."""
@@ -119,8 +125,12 @@ class Job:
         return self.run.table(name)
 
     def read(self, name: str, columns: Sequence[str] | None = None) -> "pa.Table":
-        """A table of the run, whole, in memory: for the small ones."""
-        return self.run.table(name).to_arrow(columns)
+        """A table of the run, whole, in memory: for the small ones; one without rows where its step is left out."""
+        table = self.run.table(name)
+        if self.run.is_left_out(name):
+            nothing = table.schema.empty_table()
+            return nothing if columns is None else nothing.select(list(columns))
+        return table.to_arrow(columns)
 
     @property
     def run_name(self) -> str:

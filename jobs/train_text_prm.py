@@ -2,14 +2,17 @@
 
 import sys
 
+import pyarrow as pa
+
 from jobs.graph import LABELS
 from jobs.step import Job, main
 from medmm_ray.train.text_prm import train_text_prm
 
 
 def run(job: Job) -> None:
-    questions, evidence, solutions = (job.read(name) for name in ("questions", "evidence", "solutions"))
-    labels = [job.read(name) for name in LABELS]
+    questions, evidence = job.read("questions"), job.read("evidence")
+    solutions = pa.concat_tables(job.read(name) for name in ("solutions", "tree_solutions"))
+    labels = [job.read(name) for name in (*LABELS, "tree_labels")]
     base = job.run.model("policy")
     job.make_artifact(
         "text_prm",

@@ -65,7 +65,7 @@ class IngestConfig(Config):
 
 def read_source(config: IngestConfig) -> SourceData:
     """All that the configured source yields; a `ConfigError` or `TableError` names the file and the field at fault."""
-    if config.source != "phantom" and not config.path:
+    if not config.source.startswith("phantom") and not config.path:
         raise ConfigError(f"ingest.path is empty: source {config.source!r} needs the folder that holds its files")
     return load(config.source).read(request_of(config))
 

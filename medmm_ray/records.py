@@ -169,11 +169,48 @@ class Solutions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TreeNode:
+    """One step in a search tree; its place in the list of nodes is its name, 0 the root (no step, `parent` -1).
+
+    `action` says how it was drawn (reason, finish, reflect); `value` is what the search holds of it, `num_correct` of
+    `num_rollouts` its own rollouts (None: not rolled out). `answer` is stated where a solution ends in it; a `closed`
+    node is not searched any further.
+    """
+
+    parent: int
+    step: str
+    action: str
+    value: float = 0.0
+    visits: int = 0
+    num_correct: int | None = None
+    num_rollouts: int | None = None
+    answer: str | None = None
+    correct: bool | None = None
+    closed: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tree:
+    """The search tree of one question by one policy; `num_rejected` counts samples that could not become nodes."""
+
+    key: ClassVar[tuple[str, ...]] = ("question_id",)
+    question_id: str
+    policy: str
+    config_hash: str
+    nodes: list[TreeNode]
+    num_rejected: int
+    num_tokens: int
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepLabel:
     """What one source says of one step. `label`: 1 right, 0 wrong, None not labelled or nothing checkable.
 
-    `value` is a probability (Monte Carlo: num_correct / num_rollouts); `confidence` is high, medium or low. A judge's
-    three tests: `logical` (it follows), `medical` (it agrees with what is known), `image_grounded` (with the image).
+    `value` is a probability (Monte Carlo: num_correct / num_rollouts; tree search: what the tree holds of the prefix);
+    `confidence` is high, medium or low. A judge's three tests: `logical` (it follows), `medical` (it agrees with what
+    is known), `image_grounded` (with the image).
     `stopped_early`: Monte Carlo ended when the label was known, and num_correct / num_rollouts is too high.
     """
 

@@ -24,7 +24,9 @@ from typing import Any, Literal
 
 from medmm_ray.records import Labels, StepLabel
 
-LabelPolicy = Literal["judge", "monte_carlo", "hybrid", "consensus", "soft", "advantage", "outcome"]
+LabelPolicy = Literal[
+    "judge", "monte_carlo", "hybrid", "consensus", "soft", "advantage", "outcome", "tree_search", "tree_search_soft"
+]
 AfterFirstError = Literal["collapse", "keep", "drop"]
 Target = float | None
 
@@ -237,6 +239,16 @@ def outcome(labels: Sequence[Labels], num_steps: int, ending: Ending) -> list[Ta
     return [*[None] * (num_steps - 1), None if ending.correct is None else float(ending.correct)][:num_steps]
 
 
+def tree_search(labels: Sequence[Labels], num_steps: int, ending: Ending) -> list[Target]:  # noqa: ARG001
+    """MedS3's hard look-back labels; nothing where no tree holds the solution."""
+    return _from(labels, "tree_search", num_steps)
+
+
+def tree_search_soft(labels: Sequence[Labels], num_steps: int, ending: Ending) -> list[Target]:  # noqa: ARG001
+    """What the tree holds of each prefix itself as the target (MedS3's first release)."""
+    return _from(labels, "tree_search", num_steps, _value)
+
+
 POLICIES: dict[str, Callable[[Sequence[Labels], int, Ending], list[Target]]] = {
     "judge": judge,
     "monte_carlo": monte_carlo,
@@ -245,4 +257,6 @@ POLICIES: dict[str, Callable[[Sequence[Labels], int, Ending], list[Target]]] = {
     "soft": soft,
     "advantage": advantage,
     "outcome": outcome,
+    "tree_search": tree_search,
+    "tree_search_soft": tree_search_soft,
 }

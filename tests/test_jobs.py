@@ -9,7 +9,7 @@ import pytest
 from jobs import pipeline, plan, query, serve
 from jobs.graph import BY_NAME, MAKER, STEPS
 from jobs.resources import ResourceSampler
-from jobs.step import Run, guarded, load_recipe, main, root_cause, run_step
+from jobs.step import Job, Run, guarded, load_recipe, main, root_cause, run_step
 from medmm_ray.config import ConfigError
 from medmm_ray.tables import TableError
 
@@ -103,7 +103,10 @@ def test_a_given_model_leaves_its_training_out() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "name a recipe file first; jobs/recipes/ has medmm.yaml, quickstart.yaml, smollm2.yaml, tiny.yaml"),
+        (
+            [],
+            "name a recipe file first; jobs/recipes/ has medmm.yaml, meds3.yaml, quickstart.yaml",
+        ),
         (["nosuch.yaml"], "recipe nosuch.yaml does not exist"),
         ([TINY, "temprature=1"], "unknown name 'sample.temprature'; did you mean 'temperature'?"),
         ([TINY, "run="], "'run' is"),
@@ -167,3 +170,15 @@ def test_resource_sampler_counts_this_process() -> None:
         sum(i * i for i in range(200_000))
     assert 0.01 < resources.peak_gib < 64
     assert resources.core_minutes > 0
+
+
+def test_a_step_without_which_a_recipe_runs_changes_nothing_and_reads_as_empty() -> None:
+    base, other = run(), run("tree_search.max_nodes=9")
+    assert base.skipped(BY_NAME["tree_search"])
+    assert [s.name for s in STEPS if base.fingerprint(s) != other.fingerprint(s)] == ["tree_search"]
+    assert Job(base, BY_NAME["train_text_prm"]).read("tree_labels", ["solution_id"]).num_rows == 0
+    asked = run("without=[]")
+    moved = {s.name for s in STEPS if base.fingerprint(s) != asked.fingerprint(s)}
+    assert moved == {"train_text_prm", "states", "train_two_tower", "score", "evaluate"}
+    with pytest.raises(ConfigError, match="'jugde' is no step; the steps are ingest, "):
+        run("without=[jugde]")

@@ -207,3 +207,11 @@ def test_labels_of_another_text_are_refused_with_their_ids_when_training_data_is
     solution = {"solution_id": "s1", "steps": ["one", "two"], "correct": True}
     with pytest.raises(ValueError, match=r"judge labels of solution s1 \(question q1, annotator a\) are 4 for 2 steps"):
         labelled_solutions([solution], {"s1": [JUDGE]}, "judge")
+
+
+def test_a_trees_labels_hard_and_soft() -> None:
+    steps = [StepLabel(label=1, value=0.5), StepLabel(label=0, value=0.25), StepLabel(label=1, value=1.0)]
+    row = Labels(question_id="q", solution_id="s", source="tree_search", annotator="p@c", steps=steps, cost=0.0)
+    assert targets("tree_search", [row], 3, "keep") == [1.0, 0.0, 1.0]
+    assert targets("tree_search_soft", [row], 3, "keep") == [0.5, 0.25, 1.0]
+    assert targets("tree_search", [], 3) == targets("judge", [row], 3) == [None, None, None]

@@ -34,7 +34,11 @@ def _as_in_a_terminal() -> None:
 def hashes(folder: Path) -> dict[str, str]:
     run = Run(load_recipe([TINY, f"run={folder}"]))
     return {
-        name: run.table(name).manifest().content_hash for step in STEPS for name, kind in step.makes.items() if kind
+        name: run.table(name).manifest().content_hash
+        for step in STEPS
+        if not run.skipped(step)
+        for name, kind in step.makes.items()
+        if kind
     }
 
 

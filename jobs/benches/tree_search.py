@@ -1,0 +1,106 @@
+"""Tree search: many trees at once on one vLLM engine, against MedS3's own order on it, one request after another.
+
+The policy is a small Llama that a minute of training taught the form of phantom solutions. All sides must grow the same
+trees.
+"""
+
+import asyncio
+import itertools
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from jobs.benches import Measured
+from jobs.benches.policy import phantom_questions, train_toy_policy
+from medmm_ray import records
+from medmm_ray.config import Config
+from medmm_ray.engines.generator import Completion, Generator, Prompt, Sampling, TextGenerator
+from medmm_ray.train.policy import LlamaShape
+from medmm_ray.tree_search import Searcher, TreeSearchConfig
+
+
+class BenchConfig(Config):
+    """How many trees, of which policy."""
+
+    questions: int = 64
+    """Trees that grow at once."""
+    alone: int = 4
+    """Of them, the first so many are also grown one at a time."""
+    updates: int = 250
+    """Updates of the policy's training."""
+    shape: LlamaShape = LlamaShape(hidden_size=128, num_layers=2, vocab_size=512)
+    """The policy."""
+    threads: int = 2
+    """OpenMP threads of the engine."""
+    seed: int = 0
+    """Of the questions, the policy and the trees."""
+
+
+class OneRequest:
+    """An engine that is asked for one thing at a time: a node's next steps, then each child's rollouts."""
+
+    def __init__(self, generator: TextGenerator) -> None:
+        self.generator, self.statistics = generator, generator.statistics
+        self.turn = asyncio.Semaphore(1)
+
+    def count(self, prompt: Prompt) -> int:
+        return self.generator.count(prompt)
+
+    async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:
+        async with self.turn:
+            return await self.generator.generate(prompt, n, seed, how)
+
+
+def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
+    """Trees per second of each side, and what the trees hold."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        policy = train_toy_policy(Path(folder) / "policy", config.shape, config.updates, config.seed)
+        console.print(f"[dim]policy trained in {time.perf_counter() - started:.0f} s[/dim]")
+        trees, seconds = asyncio.run(_sides(config, policy))
+    ours, one_tree, one_request = len(trees) / seconds[0], config.alone / seconds[1], config.alone / seconds[2]
+    yield Measured("trees at once against one tree, one request at a time", one_request, ours, ours / one_request,
+                   "≥ 5", "trees/s")  # fmt: skip
+    yield Measured("trees at once against one tree, its rollouts side by side", one_tree, ours, ours / one_tree, "",
+                   "trees/s")  # fmt: skip
+    tokens = [tree.num_tokens / seconds[0] for tree in trees]
+    alone = sum(tokens[: config.alone]) * seconds[0] / seconds[2]
+    yield Measured("tokens drawn", alone, sum(tokens), sum(tokens) / alone, "", "tokens/s")
+    nodes = sum(len(tree.nodes) for tree in trees) / len(trees)
+    yield Measured("nodes a tree", nodes, nodes, 1.0, "", "nodes")
+
+
+async def _sides(config: BenchConfig, policy: str) -> tuple[list[records.Tree], list[float]]:
+    """The trees, and the seconds of ours, of one tree and of one request at a time, on one engine.
+
+    Ours comes first: the others find their prompts cached.
+    """
+    settings = TreeSearchConfig(
+        dtype="float32", max_model_len=512, max_tokens=96, temperature=1.0, top_p=1.0, reflect=False,
+        num_threads=config.threads, seed=config.seed,
+    )  # fmt: skip
+    engine = Generator(policy, settings)
+    many, one = (Searcher(settings, policy, "toy", "bench", lambda *_, g=g: g) for g in (engine, OneRequest(engine)))
+    rows = [asdict(question) for question in phantom_questions(config.questions, config.seed)]
+    try:
+        await many.search(rows[0] | {"question_id": "warm"})
+        marks = [time.perf_counter()]
+        trees = await asyncio.gather(*(many.search(row) for row in rows))
+        marks.append(time.perf_counter())
+        for actor in (many, one):
+            alone = [await actor.search(row) for row in rows[: config.alone]]
+            marks.append(time.perf_counter())
+            _same(alone, trees)
+    finally:
+        engine.shutdown()
+    return trees, [after - before for before, after in itertools.pairwise(marks)]
+
+
+def _same(alone: Sequence[records.Tree], trees: Sequence[records.Tree]) -> None:
+    for one, other in zip(alone, trees, strict=False):
+        if one != other:
+            raise AssertionError(f"the tree of {one.question_id} is another when it grows alone")

@@ -1,0 +1,133 @@
+"""MedS3's rounds: ``python -m jobs.meds3 jobs/recipes/meds3.yaml [name=value]``, in one Ray session, resumable.
+
+A round is the recipe's pipeline with the round's policy: it grows trees, trains a reward model on their labels, and
+samples the test questions. The next round's policy is this one, trained further on the right solutions of its own
+trees. All rounds lie in one run folder: what a policy made has a fingerprint of its own, and what does not depend on it
+is made once. Leaves ``meds3.json``: for each round what one sample, the majority and the reward model's choice reach.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+from rich.console import Console
+from rich.table import Table as Grid
+
+from jobs.graph import BY_NAME, STEPS
+from jobs.pipeline import run_pipeline
+from jobs.recipe import Recipe
+from jobs.step import Run, guarded, parser, read_arguments
+from medmm_ray import metrics
+from medmm_ray.config import digest, help_text, identity
+from medmm_ray.tables import Artifact, Origin, filesystem, write_file
+from medmm_ray.text import question_with_options
+from medmm_ray.train.policy import train_policy
+
+FIGURES = ("one sample", "majority", "prm-max", "prm-vote-sum")
+
+
+def rounds(recipe: Recipe, console: Console) -> list[dict[str, float]]:
+    """Run all rounds; gives the figures of the first policy and of each round's."""
+    figures: list[dict[str, float]] = []
+    policy, reward_model = recipe.models.policy, ""
+    for number in range(recipe.meds3.rounds + 1):
+        console.print(f"\n[bold]Round {number}[/bold]")
+        is_last = number == recipe.meds3.rounds
+        run = run_pipeline(of_round(recipe, policy, is_last), STEPS, console)
+        reward_model = reward_model if is_last else run.uri("text_prm")
+        figures.append(measure(run, reward_model))
+        console.print("  ".join(f"{name} {figures[-1][name]:.3f}" for name in FIGURES))
+        if not is_last:
+            policy = next_policy(run)
+    return figures
+
+
+def of_round(recipe: Recipe, policy: str | None, is_last: bool) -> Recipe:
+    """The recipe with the round's policy; the last round only samples."""
+    models = recipe.models.model_copy(update={"policy": policy})
+    without = [*recipe.without, *(("tree_search", "train_text_prm") if is_last else ())]
+    return recipe.model_copy(update={"models": models, "without": without})
+
+
+def next_policy(run: Run) -> str:
+    """The run's policy, trained further on the right solutions of its own trees: the folder of its checkpoint."""
+    config = run.recipe.meds3.fine_tuning.model_copy(update={"base": run.model("policy")})
+    made_from = {"tree_solutions": run.fingerprint(BY_NAME["tree_search"])}
+    fingerprint = digest("next_policy", identity(config), made_from)
+    origin = Origin(name="next_policy", fingerprint=fingerprint, config=identity(config), upstream=made_from)
+    artifact = Artifact(f"{run.root}/next_policy/{fingerprint}")
+    if not artifact.is_complete:
+        artifact.prepare()
+        started = time.monotonic()
+        questions, documents = (run.table(name).to_arrow() for name in ("questions", "documents"))
+        right = right_solutions(run.table("tree_solutions").to_arrow())
+        name = f"next_policy-{fingerprint}"
+        figures = train_policy(config, questions, right, documents, artifact.uri, name)
+        artifact.commit(origin, time.monotonic() - started, figures)
+    return artifact.uri
+
+
+def right_solutions(solutions: pa.Table) -> pa.Table:
+    """`Solutions` rows with their right solutions alone."""
+    rows = solutions.to_pylist()
+    kept = [{**row, "solutions": [s for s in row["solutions"] if s["correct"]]} for row in rows]
+    return pa.Table.from_pylist(kept, schema=solutions.schema)
+
+
+def measure(run: Run, reward_model: str) -> dict[str, float]:
+    """The accuracy, over test questions, of one sample and of each decoder with this reward model."""
+    from medmm_ray.engines.reward_model import RewardModel
+
+    model = RewardModel.from_pretrained(reward_model)
+    questions = {q["question_id"]: q for q in run.table("questions").to_arrow().to_pylist() if q["split"] == "test"}
+    sampled = [row for row in run.table("solutions").to_arrow().to_pylist() if row["question_id"] in questions]
+    per_question = [
+        accuracies(row["solutions"], log_odds(model, questions[row["question_id"]], row["solutions"]))
+        for row in sampled
+    ]
+    return {name: sum(one[name] for one in per_question) / len(per_question) for name in FIGURES}
+
+
+def log_odds(model: Any, question: Mapping[str, Any], solutions: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    asked = question_with_options(question["question"], question["options"])
+    return [list(score.text_log_odds) for score in model.score(asked, [s["steps"] for s in solutions])]
+
+
+def accuracies(solutions: Sequence[Mapping[str, Any]], scores: Sequence[Sequence[float]]) -> dict[str, float]:
+    """One question's figures: the share of right samples, and whether each decoder picks a right one."""
+    right = [solution["correct"] is True for solution in solutions]
+    picked = {
+        name: metrics.decode(name, [solution["answer"] for solution in solutions], scores) for name in FIGURES[1:]
+    }
+    found = {name: float(at is not None and right[at]) for name, at in picked.items()}
+    return {"one sample": sum(right) / max(len(right), 1), **found}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parsed = parser("Rounds of tree search, reward model and policy, resumable.").parse_intermixed_args(words)
+    if parsed.help:
+        print(help_text(Recipe, "python -m jobs.meds3 recipe.yaml name=value ...", section="meds3"))
+        return 0
+    return guarded(lambda: _main(read_arguments(parsed, section=None)))
+
+
+def _main(recipe: Recipe) -> int:
+    from medmm_ray.session import session
+
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    with session():
+        figures = rounds(recipe, console)
+    grid = Grid("round", *FIGURES, box=None)
+    for number, row in enumerate(figures):
+        grid.add_row(str(number), *(f"{row[name]:.3f}" for name in FIGURES))
+    console.print(grid)
+    fs, path = filesystem(f"{recipe.run}/meds3.json")
+    write_file(fs, path, json.dumps(figures, indent=2).encode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

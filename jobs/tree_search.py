@@ -1,0 +1,43 @@
+"""questions, evidence -> trees, and from them tree_solutions and tree_labels: a search tree a question, by vLLM."""
+
+import sys
+from functools import partial
+
+import pyarrow as pa
+
+from jobs.step import Job, main
+from medmm_ray.tables import chosen
+from medmm_ray.tree_search import labels_batch, solutions_batch, tree_search
+
+
+def run(job: Job) -> None:
+    config = job.config
+    questions = job.read("questions", ["question_id", "split"])
+    rows = [row for row in questions.to_pylist() if row["split"] in config.splits]
+    ids = [row["question_id"] for row in rows]
+    evidence = job.read("evidence", ["question_id", "documents"]) if config.num_documents else None
+    model, policy, config_hash = job.run.model("policy"), job.run.model_id("policy"), job.run.fingerprint(job.step)
+    asked = job.table("questions").dataset(rows_per_block=config.batch_size)
+    job.make(
+        "trees",
+        chosen(asked, "question_id", pa.array(ids, pa.string())),
+        ids,
+        lambda ds: tree_search(ds, config, model=model, policy=policy, config_hash=config_hash, evidence=evidence),
+        "question_id",
+    )
+    trees = job.table("trees").dataset()
+    job.make(
+        "tree_solutions", trees, ids, lambda ds: ds.map_batches(solutions_batch, batch_format="pyarrow"), "question_id"
+    )
+    job.make(
+        "tree_labels",
+        trees,
+        ids,
+        lambda ds: ds.map_batches(partial(labels_batch, strength=config.look_back), batch_format="pyarrow"),
+        "question_id",
+        "labels",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main("tree_search"))

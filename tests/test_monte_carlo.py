@@ -520,7 +520,7 @@ def test_a_policy_that_sees_is_shown_the_questions_images(tmp_path: Path) -> Non
 
 
 def test_solutions_drawn_otherwise_are_not_counted(tmp_path: Path) -> None:
-    words = [f"run={tmp_path}", "monte_carlo.mode=all"]
+    words = [f"run={tmp_path}", "monte_carlo.mode=all", "monte_carlo.wrong_only=false"]
     for more, fits in (
         (["monte_carlo.top_p=0.9"], False),
         (["monte_carlo.top_p=0.9", "sample.top_p=0.9"], True),

@@ -7,6 +7,7 @@ None, or ``kind: what happened`` for a row that could not be made; the kinds are
 import dataclasses
 import functools
 import types
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
@@ -162,7 +163,7 @@ class Solutions:
     num_requested: int
     num_missing: int = 0
     num_drawn: int = 0
-    rejected: list[Count] = dataclasses.field(default_factory=list)
+    rejected: list[Count] = field(default_factory=list)
     cost: float = 0.0
     solutions: list[Solution]
     error: str | None = None
@@ -347,8 +348,17 @@ def arrow_schema(record: type) -> pa.Schema:
 
 def to_arrow(record: type, rows: list[Any]) -> pa.Table:
     """Rows (records of one type, or dicts of their fields) as an Arrow table of the record's schema."""
-    plain = [row if isinstance(row, dict) else dataclasses.asdict(row) for row in rows]
-    return pa.Table.from_pylist(plain, schema=arrow_schema(record))
+    return pa.Table.from_pylist(_plain(rows), schema=arrow_schema(record))
+
+
+def to_arrow_lists(record: type, lists: Iterable[Sequence[Any]]) -> pa.Array:
+    """Lists of rows (as in `to_arrow`) as a column of lists: what a step gives that makes several rows for one."""
+    kind = pa.list_(pa.struct(list(arrow_schema(record))))
+    return pa.array([_plain(rows) for rows in lists], kind)
+
+
+def _plain(rows: Sequence[Any]) -> list[dict[str, Any]]:
+    return [row if isinstance(row, dict) else dataclasses.asdict(row) for row in rows]
 
 
 def from_dict(record: type, row: dict[str, Any]) -> Any:

@@ -10,7 +10,7 @@ The queue is drawn over the whole table at once, on columns: a million steps tak
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 
 from medmm_ray.columns import Ints, Steps, place, steps_of, thin
 from medmm_ray.config import Config, execution
-from medmm_ray.records import Labels, ReviewItem, StepLabel, arrow_schema
+from medmm_ray.records import Labels, ReviewItem, StepLabel, to_arrow_lists
 from medmm_ray.sources.phantom import Case, truth
 from medmm_ray.tables import attach
 
@@ -237,9 +237,8 @@ class Expert:
         self.annotations = dict(zip(images["image_id"].to_pylist(), images["annotation"].to_pylist(), strict=True))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        nested = [[asdict(label) for label in self.label(row)] for row in batch.to_pylist()]
-        kind = pa.list_(pa.struct(list(arrow_schema(Labels))))
-        return pa.table({"question_id": batch["question_id"], "labels": pa.array(nested, kind)})
+        labels = to_arrow_lists(Labels, [self.label(row) for row in batch.to_pylist()])
+        return pa.table({"question_id": batch["question_id"], "labels": labels})
 
     def label(self, row: Mapping[str, Any]) -> list[Labels]:
         """The labels of one question's solutions."""

@@ -20,7 +20,7 @@ from pydantic import Field
 from medmm_ray.config import Config, ConfigError, digest
 from medmm_ray.engines.checkpoints import resolve
 from medmm_ray.engines.images import MAX_PIXELS, open_image
-from medmm_ray.records import Scores, States, arrow_schema
+from medmm_ray.records import Scores, States, to_arrow_lists
 from medmm_ray.tables import RowError, attach
 from medmm_ray.text import question_with_options
 
@@ -487,6 +487,5 @@ def _upstream(row: Mapping[str, Any]) -> RowError | None:
 def _lists(
     rows: Sequence[Mapping[str, Any]], column: str, entries: Sequence[list[dict[str, Any]]], record: type
 ) -> pa.Table:
-    kind = pa.list_(pa.struct(list(arrow_schema(record))))
     ids = pa.array([row["question_id"] for row in rows], pa.string())
-    return pa.table({"question_id": ids, column: pa.array(entries, kind)})
+    return pa.table({"question_id": ids, column: to_arrow_lists(record, entries)})

@@ -28,7 +28,7 @@ from medmm_ray.engines.generator import Generator, GeneratorConfig, MakeGenerato
 from medmm_ray.engines.images import open_image
 from medmm_ray.engines.local import LocalEndpoint
 from medmm_ray.engines.prices import FREE
-from medmm_ray.records import Question, WrittenQuestion, arrow_schema
+from medmm_ray.records import Question, WrittenQuestion, to_arrow_lists
 from medmm_ray.tables import RowError
 from medmm_ray.text import LETTERS, normalise, one_line, question_with_options
 
@@ -191,11 +191,8 @@ def _check_stem(question: str, options: Sequence[str], right: int) -> None:
 def repeats(question: str, others: Sequence[str]) -> bool:
     """Whether one of `others`, on the same image, asks the same: the same words for the most part."""
     words = set(normalise(question).split())
-    for other in others:
-        theirs = set(normalise(other).split())
-        if len(words & theirs) >= ALIKE * len(words | theirs):
-            return True
-    return False
+    each = [set(normalise(other).split()) for other in others]
+    return any(len(words & theirs) >= ALIKE * len(words | theirs) for theirs in each)
 
 
 def write_questions(
@@ -233,9 +230,7 @@ class Writer:
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         written = await asyncio.gather(*(self.of_image(row) for row in batch.to_pylist()))
-        nested = [[asdict(question) for question in row] for row in written]
-        kind = pa.list_(pa.struct(list(arrow_schema(WrittenQuestion))))
-        yield pa.table({"image_id": batch["image_id"], "questions": pa.array(nested, kind)})
+        yield pa.table({"image_id": batch["image_id"], "questions": to_arrow_lists(WrittenQuestion, written)})
 
     async def of_image(self, row: Mapping[str, Any]) -> list[WrittenQuestion]:
         """The questions of one image, one after the other, so that each knows those before it."""

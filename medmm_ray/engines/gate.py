@@ -87,7 +87,7 @@ class Grant:
 class Gateway(Protocol):
     """What a sender needs of the gate."""
 
-    async def lease(self, sender: str, most_unkept: int, asks: Sequence[Ask]) -> Grant: ...
+    async def lease(self, sender: str, in_flight: int, asks: Sequence[Ask]) -> Grant: ...
 
     async def settle(self, sender: str, settled: Sequence[Settled]) -> None: ...
 
@@ -108,7 +108,7 @@ class Ledger:
 @dataclass(frozen=True)
 class _Out:
     sender: str
-    most_unkept: int
+    in_flight: int
     ask: Ask
 
 
@@ -192,7 +192,7 @@ class Gate:
 
     # What senders call
 
-    async def lease(self, sender: str, most_unkept: int, asks: Sequence[Ask]) -> Grant:
+    async def lease(self, sender: str, in_flight: int, asks: Sequence[Ask]) -> Grant:
         """Leases for at least the first of `asks`, as soon as it may be sent, and for those after it that may too."""
         self._hear(sender)
         leases: list[int] = []
@@ -200,7 +200,7 @@ class Gate:
             for ask in asks:
                 if not await self._admitted(ask, wait=not leases):
                     break
-                leases.append(self._reserve(_Out(sender, most_unkept, ask)))
+                leases.append(self._reserve(_Out(sender, in_flight, ask)))
         if leases:
             await self._save()
         if self.stopped and not leases:
@@ -352,7 +352,7 @@ class Gate:
                 self.ledger.spent += answer.cost
                 self.ledger.answers += 1
         lost.sort(key=lambda out: -out.ask.dollars)
-        for out in lost[: lost[0].most_unkept] if lost else ():
+        for out in lost[: lost[0].in_flight] if lost else ():
             self.ledger.possibly_paid += out.ask.dollars
             self.ledger.lost_calls += 1
 
@@ -385,7 +385,7 @@ class Gate:
         return stored
 
     def _content(self) -> bytes:
-        reserved = [[o.sender, o.most_unkept, o.ask.group, o.ask.key, o.ask.dollars] for o in self._out.values()]
+        reserved = [[o.sender, o.in_flight, o.ask.group, o.ask.key, o.ask.dollars] for o in self._out.values()]
         return json.dumps({**asdict(self.ledger), "reserved": reserved}).encode()
 
     def _write(self, content: bytes) -> None:
@@ -420,8 +420,8 @@ class RemoteGate:
     def __init__(self, handle: Any) -> None:
         self.handle = handle
 
-    async def lease(self, sender: str, most_unkept: int, asks: Sequence[Ask]) -> Grant:
-        grant: Grant = await self._call("lease", sender, most_unkept, asks)
+    async def lease(self, sender: str, in_flight: int, asks: Sequence[Ask]) -> Grant:
+        grant: Grant = await self._call("lease", sender, in_flight, asks)
         return grant
 
     async def settle(self, sender: str, settled: Sequence[Settled]) -> None:

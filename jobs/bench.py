@@ -28,6 +28,7 @@ BENCHES = (
     "answers",
     "sampling",
     "judge",
+    "sharing",
     "monte_carlo",
     "resume",
     "tree_search",

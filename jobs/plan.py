@@ -31,7 +31,8 @@ def print_plan(recipe: Recipe, steps: Sequence[Step], console: Console) -> None:
         )
         console.print(f"  {step.name:<18}{step.what:<40}{state}", highlight=False)
     console.print()
-    console.print(rendered(estimate(plan_of(recipe, run))))
+    left_out = [step.name for step in steps if step.name in recipe.without]
+    console.print(rendered(estimate(plan_of(recipe, run), left_out)))
 
 
 def plan_of(recipe: Recipe, run: Run) -> Plan:
@@ -39,7 +40,11 @@ def plan_of(recipe: Recipe, run: Run) -> Plan:
     assumed = recipe.plan
     if assumed.gpu not in GPUS:
         raise ConfigError(f"plan.gpu is {assumed.gpu!r}; known: {', '.join(GPUS)}")
-    price = _judge_price(recipe)
+    price, policy = _judge_price(recipe), _policy_price(recipe)
+    tree = recipe.tree_search
+    rollouts = [
+        max(tree.min_rollouts, tree.num_rollouts // (depth + 1)) for depth in range(1, round(assumed.steps) + 1)
+    ]
     train = _questions(assumed.train_questions, recipe.curate.max_train, recipe.ingest.num_train, "train")
     test = _questions(assumed.test_questions, recipe.curate.max_test, recipe.ingest.num_test, "test")
     return Plan(
@@ -53,7 +58,9 @@ def plan_of(recipe: Recipe, run: Run) -> Plan:
         question_tokens=assumed.question_tokens,
         solution_tokens=assumed.solution_tokens,
         document_tokens=assumed.document_tokens,
-        policy_parameters=assumed.policy_parameters,
+        policy_parameters=0 if policy else assumed.policy_parameters,
+        policy_dollars_per_million_read=policy.read if policy else 0,
+        policy_dollars_per_million_written=policy.written if policy else 0,
         text_parameters=assumed.text_parameters,
         image_parameters=assumed.image_parameters,
         hidden_size=assumed.hidden_size,
@@ -72,6 +79,10 @@ def plan_of(recipe: Recipe, run: Run) -> Plan:
         judge_dollars_per_million_written=price.written,
         uncertain_share=recipe.monte_carlo.max_share,
         continuations=recipe.monte_carlo.rollouts,
+        trees=train if "train" in tree.splits else 0,
+        tree_nodes=tree.max_nodes,
+        node_rollouts=sum(rollouts) / len(rollouts),
+        tree_tokens=tree.max_tree_tokens,
         review_steps=recipe.review.review_steps,
         dollars_per_reviewed_step=assumed.dollars_per_reviewed_step,
         gpu=assumed.gpu,
@@ -88,6 +99,14 @@ def _judge_price(recipe: Recipe) -> Price:
         read = plan.judge_dollars_per_million_read
         return Price(read, read, plan.judge_dollars_per_million_written)
     return price_of(config.model, config.price_read, config.price_written, config.price_cached)
+
+
+def _policy_price(recipe: Recipe) -> Price | None:
+    """Of a policy behind an API; None where it is a checkpoint."""
+    config, model = recipe.sample, recipe.models.policy
+    if config.backend not in APIS or model is None:
+        return None
+    return price_of(model, config.price_read, config.price_written, config.price_cached)
 
 
 def _questions(assumed: int | None, limit: int | None, asked: int | None, split: str) -> int:

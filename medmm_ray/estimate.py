@@ -13,7 +13,7 @@ shares (`utilisation`):
 They are rough: expect a factor of two. Where a step was measured, put its hours into `Plan.known_gpu_hours`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from rich.console import Group
@@ -70,6 +70,9 @@ class Plan:
     """Samples drawn for each one kept (Med-PRM's, for its filter of 3 to 9 steps)."""
 
     policy_parameters: float = 8.03e9
+    """0: the policy is behind an API, and its prices count."""
+    policy_dollars_per_million_read: float = 0
+    policy_dollars_per_million_written: float = 0
     text_parameters: float = 8.03e9
     image_parameters: float = 86e6
     fusion_parameters: float = 30e6
@@ -104,6 +107,15 @@ class Plan:
     continuations: int = 4
     dollars_per_continuation: float = 0
     """Of a policy behind an API; 0: the policy on our own GPUs."""
+
+    trees: int = 0
+    """Questions that are searched by a tree."""
+    tree_nodes: int = 60
+    """Nodes of a tree, at most."""
+    node_rollouts: float = 6
+    """Mean rollouts of a node."""
+    tree_tokens: float | None = None
+    """Most tokens drawn for one tree."""
 
     review_steps: int = 1000
     dollars_per_reviewed_step: float = 0.5
@@ -205,17 +217,20 @@ def training(plan: Plan, parameters: float, tokens: float) -> float:
     return _hours(plan, 6 * parameters * tokens, TRAINING)
 
 
-def estimate(plan: Plan) -> Estimate:
-    """The costs of all steps of `plan`. Raises ValueError for a GPU or a step that does not exist."""
+def estimate(plan: Plan, without: Collection[str] = ()) -> Estimate:
+    """The costs of the steps of `plan`, those in `without` left out.
+
+    Raises ValueError for a GPU or a step that does not exist.
+    """
     lines = [
-        _embed(plan), _train_policy(plan), _sample(plan), _judge(plan), _monte_carlo(plan), _review(plan),
-        _train_text(plan), _states(plan), _train_two_tower(plan), _score(plan),
+        _embed(plan), _train_policy(plan), _tree_search(plan), _sample(plan), _judge(plan), _monte_carlo(plan),
+        _review(plan), _train_text(plan), _states(plan), _train_two_tower(plan), _score(plan),
     ]  # fmt: skip
     unknown = set(plan.known_gpu_hours) - {line.step for line in lines}
     if unknown:
         raise ValueError(f"known_gpu_hours names {sorted(unknown)}; the steps are {[line.step for line in lines]}")
     known = [replace(line, gpu_hours=plan.known_gpu_hours.get(line.step, line.gpu_hours)) for line in lines]
-    return Estimate(plan, tuple(known), tuple(_notes(plan)))
+    return Estimate(plan, tuple(line for line in known if line.step not in without), tuple(_notes(plan, without)))
 
 
 def _prefix(plan: Plan) -> float:
@@ -244,15 +259,37 @@ def _train_policy(plan: Plan) -> Line:
     )
 
 
+def _tree_search(plan: Plan) -> Line:
+    nodes = plan.trees * plan.tree_nodes
+    # A node lies halfway through its solution, in the mean; what it continues is read from the prefix cache.
+    prompts = plan.trees * _prefix(plan)
+    written = nodes * (plan.solution_tokens / plan.steps + plan.node_rollouts * plan.solution_tokens / 2)
+    if plan.tree_tokens is not None:
+        written = min(written, plan.trees * plan.tree_tokens)
+    return Line(
+        step="tree_search",
+        work=f"{nodes:,} nodes at most",
+        calls=nodes,
+        tokens=prompts + written,
+        gpu_hours=reading(plan, plan.policy_parameters, prompts) + writing(plan, plan.policy_parameters, written),
+        stored=nodes * plan.solution_tokens / plan.steps * BYTES_A_TOKEN,
+    )
+
+
 def _sample(plan: Plan) -> Line:
     kept = plan.train_questions * plan.train_samples + plan.test_questions * plan.test_samples
-    # The prefix cache reads a question once for all of its samples.
-    prompts = (plan.train_questions + plan.test_questions) * _prefix(plan)
-    written = kept * plan.oversampling * plan.solution_tokens
+    drawn = kept * plan.oversampling
+    # The prefix cache of an engine reads a question once for all of its samples; an API reads it for each.
+    api = plan.policy_parameters == 0
+    prompts = (drawn if api else plan.train_questions + plan.test_questions) * _prefix(plan)
+    written = drawn * plan.solution_tokens
     return Line(
         step="sample",
-        work=f"{kept:,} solutions kept of {kept * plan.oversampling:,.0f}",
+        work=f"{kept:,} solutions kept of {drawn:,.0f}",
+        calls=drawn if api else 0,
         tokens=prompts + written,
+        dollars=(prompts * plan.policy_dollars_per_million_read + written * plan.policy_dollars_per_million_written)
+        / 1e6,
         gpu_hours=reading(plan, plan.policy_parameters, prompts) + writing(plan, plan.policy_parameters, written),
         stored=kept * plan.solution_tokens * BYTES_A_TOKEN,
     )
@@ -364,8 +401,10 @@ def _score(plan: Plan) -> Line:
     )
 
 
-def _notes(plan: Plan) -> list[str]:
-    notes, gpu, states, calls = [], gpu_of(plan), _states(plan).stored, _judged(plan)
+def _notes(plan: Plan, without: Collection[str]) -> list[str]:
+    notes, gpu = [], gpu_of(plan)
+    states = 0 if "states" in without else _states(plan).stored
+    calls, dollars = (0.0, 0.0) if "judge" in without else (_judged(plan), _judge(plan).dollars)
     largest = max(plan.policy_parameters, plan.text_parameters, plan.judge_parameters) * BF16
     if largest > 0.9 * gpu.memory * 1e9:
         notes.append(f"{size(largest)} of weights do not fit one {plan.gpu} ({gpu.memory} GB): shard the model")
@@ -375,7 +414,6 @@ def _notes(plan: Plan) -> list[str]:
         notes.append(
             f"the judge reads {calls / plan.train_questions:g} solutions a question; the published $2,500 pay for one"
         )
-    dollars = _judge(plan).dollars
     if plan.judge_max_dollars is not None and dollars > plan.judge_max_dollars:
         notes.append(f"the judge will stop at max_cost_usd={plan.judge_max_dollars:g}, before the end: ${dollars:,.0f}")
     return notes

@@ -154,7 +154,7 @@ def test_the_table_shows_each_step_the_totals_and_the_assumptions() -> None:
     shown = console.export_text()
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
     assert [row[0] for row in rows] == [
-        "embed", "train_policy", "sample", "judge", "monte_carlo", "review", "train_text_prm", "states",
+        "embed", "train_policy", "tree_search", "sample", "judge", "monte_carlo", "review", "train_text_prm", "states",
         "train_two_tower", "score", "total",
     ]  # fmt: skip
     assert rows[3][1:5] == ["100,000 steps in 10,000 calls", "10,000", "48.9M", "2,500.00"]
@@ -163,3 +163,25 @@ def test_the_table_shows_each_step_the_totals_and_the_assumptions() -> None:
     assert rows[-1][4] == "3,400.00"
     assert "4 x A100-80G at $2.50 an hour each" in shown
     assert "expect a factor of two either way" in shown
+
+
+def test_a_policy_behind_an_api_is_paid_by_the_token_and_reads_each_prompt() -> None:
+    api = replace(
+        SMALL, policy_parameters=0, policy_dollars_per_million_read=2, policy_dollars_per_million_written=8,
+        question_tokens=100, document_tokens=900, solution_tokens=200,
+    )  # fmt: skip
+    sample, drawn = estimate(api).line("sample"), (100 * 16 + 50 * 64) * 1.25
+    assert (sample.calls, sample.gpu_hours) == (drawn, 0)
+    assert sample.dollars == pytest.approx((drawn * 1000 * 2 + drawn * 200 * 8) / 1e6)
+
+
+def test_trees_are_counted_and_what_is_left_out_is_not() -> None:
+    plan = replace(SMALL, trees=100, tree_nodes=60, node_rollouts=5, solution_tokens=200, steps=4, document_tokens=0)
+    search = estimate(plan).line("tree_search")
+    assert search.calls == 6000
+    assert search.tokens == 100 * plan.question_tokens + 6000 * (50 + 5 * 100)
+    bounded = estimate(replace(plan, tree_tokens=1000)).line("tree_search")
+    assert bounded.tokens == 100 * (plan.question_tokens + 1000)
+    left = estimate(replace(plan, judge_max_dollars=0.0), without=("tree_search", "judge", "states"))
+    assert not {"tree_search", "judge", "states"} & {line.step for line in left.lines}
+    assert left.notes == ()

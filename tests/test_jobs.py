@@ -51,6 +51,17 @@ def test_medmm_costs_what_the_published_budget_says() -> None:
     assert planned.judge_dollars_per_call * planned.train_questions == 2500
 
 
+def test_a_policy_behind_an_api_is_priced_and_steps_left_out_are_not(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["jobs/recipes/medmm.yaml", "run=s3://bucket/run", "models.policy=gpt-4o", "sample.backend=openai"]
+    planned = plan.plan_of(recipe := load_recipe(words), Run(recipe))
+    assert (planned.policy_parameters, planned.policy_dollars_per_million_written) == (0, 10.0)
+    assert pipeline.main([*words, "--dry-run"]) == 0
+    estimate = capsys.readouterr().out.partition("Estimate")[2]
+    assert "tree_search" not in estimate
+    assert pipeline.main([*words[:2], "without=[]", "--dry-run"]) == 0
+    assert "600,000 nodes at most" in " ".join(capsys.readouterr().out.split())
+
+
 def test_plan_asks_for_numbers_that_it_cannot_know() -> None:
     recipe = load_recipe(["jobs/recipes/smollm2.yaml", "curate.max_test=null"])
     with pytest.raises(ConfigError, match=r"say plan.test_questions=N"):

@@ -79,12 +79,29 @@ class Driver:
 
     def processes(self) -> list[psutil.Process]:
         """All processes of its session but itself."""
-        found = []
-        for process in psutil.process_iter():
-            with suppress(psutil.NoSuchProcess, ProcessLookupError):
-                if os.getsid(process.pid) == self.process.pid and process.pid != self.process.pid:
-                    found.append(process)
-        return [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        return followers(self.process.pid)
+
+
+def followers(leader: int) -> list[psutil.Process]:
+    """The processes of the session that `leader` leads or led, without it."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if os.getsid(process.pid) == leader != process.pid and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def await_workers_end(leader: int) -> None:
+    """Wait until no Ray worker is left of the session of `leader`, which is dead: until then its actors go on asking.
+
+    Raises RuntimeError after a grace.
+    """
+    deadline = time.monotonic() + GRACE_S
+    while found := victims("worker", followers(leader)) + victims("actor", followers(leader)):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{found} outlive their driver, {leader}, by more than {GRACE_S:g} s")
+        time.sleep(0.05)
 
 
 def left_behind(drivers: Sequence[Driver]) -> list[str]:

@@ -1,12 +1,14 @@
 """The judge against a local server with 200 ms latency and 5 % faults: concurrency, lost rows, answers paid twice.
 
 The server is a process of its own (`chat_server`) and counts what reaches it; the judge is the real step in a Ray Data
-job. Its mean in-flight is taken from the first new request to the last one, while there is something to send. For the
-kill, the driver with all its workers gets SIGKILL at a random moment and is started again: what the server had handed
-over whole may be asked again only where it was in flight at that moment. Faults: 429 with Retry-After, 500, cut
-connections, garbled bodies, and answers that do not fit.
+job. Its mean in-flight is taken from the first new request to the last one, while there is something to send; beside it
+stands what loops reach on this machine that do nothing but ask. For the kill, the driver with all its workers gets
+SIGKILL at a random moment and is started again when they are gone: what the server had handed over whole may be asked
+again only where it was in flight at that moment. Faults: 429 with Retry-After, 500, cut connections, garbled bodies,
+and answers that do not fit.
 """
 
+import asyncio
 import json
 import os
 import random
@@ -17,14 +19,16 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 from pydantic import Field
 from rich.console import Console
 
 from jobs.benches import Measured
+from jobs.benches.blows import await_workers_end
 from jobs.benches.chat_server import verdict
 from medmm_ray.config import Config, build, execution
 from medmm_ray.engines.gate import close_ledger
@@ -38,7 +42,7 @@ MODEL = "bench"
 class BenchConfig(Config):
     """How much is judged, by what."""
 
-    questions: int = 60
+    questions: int = 100
     """Questions, each with an image."""
     solutions: int = 24
     """Solutions a question."""
@@ -62,9 +66,31 @@ def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
     with tempfile.TemporaryDirectory() as folder, server(config) as address:
         path = Path(folder)
         write_tables(path, config)
+        asyncio.run(bare_callers(address, config))
+        bare = asked(address)["in_flight"]
+        yield Measured(
+            "mean in-flight of as many bare callers / configured", config.in_flight, bare, bare / config.in_flight, "",
+            "requests",
+        )  # fmt: skip
+        asked(address, reset=True)
         yield from _undisturbed(path, address, config, console)
         yield from _killed(path, address, config, console)
         yield from _shared_calls(path, address, config, console)
+
+
+async def bare_callers(address: str, config: BenchConfig, calls: int = 800) -> None:
+    """What this machine and this server allow: `in_flight` loops that do nothing but ask, with about as much text."""
+    numbers = iter(range(calls))
+
+    async def ask(session: aiohttp.ClientSession) -> None:
+        for number in numbers:
+            turns = [{"role": role, "content": f"{number} " * 2000} for role in ("system", "user")]
+            with suppress(aiohttp.ClientError):  # a fault that is meant
+                async with session.post(f"{address}/v1/chat/completions", json={"model": "", "messages": turns}) as got:
+                    await got.read()
+
+    async with aiohttp.ClientSession() as session:
+        await asyncio.gather(*(ask(session) for _ in range(config.in_flight)))
 
 
 def _undisturbed(path: Path, address: str, config: BenchConfig, console: Console) -> Iterator[Measured]:
@@ -93,7 +119,7 @@ def _killed(path: Path, address: str, config: BenchConfig, console: Console) -> 
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        time.sleep(1.0)  # workers of a dead session end within a second
+        await_workers_end(process.pid)
     start(path, "rough", address, config).wait()
     found = asked(address)
     console.print(f"killed {config.kills} times: {found}")

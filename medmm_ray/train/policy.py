@@ -187,22 +187,7 @@ class PolicyStage(Stage):
         self.num_too_long = sum(len(encoded.solutions) for encoded in whole) - sum(self.sizes)
 
     def loss(self, units: Sequence[int], epoch: int) -> "torch.Tensor":  # noqa: ARG002
-        """Sum over solutions of the mean cross-entropy of their tokens; the head runs on those alone."""
-        import torch
-
-        from medmm_ray.engines.reward_model.attention import Row
-
-        row = collate([self.encoded[u] for u in units])
-        hidden_1LD = self.model.base_model(
-            input_ids=row.ids_L[None].to(self.device),
-            position_ids=row.positions_L[None].to(self.device),
-            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),  # the row says who sees whom
-            shared_prefix=Row(row.blocks, self.device),
-            use_cache=False,
-        ).last_hidden_state
-        logits_NV = self.model.lm_head(hidden_1LD[0, row.source_N]).float()
-        losses_N = torch.nn.functional.cross_entropy(logits_NV, row.target_N.to(self.device), reduction="none")
-        return (losses_N * row.weight_N.to(self.device)).sum()
+        return cross_entropy(self.model, [self.encoded[u] for u in units], self.device)
 
     def flops(self, units: Sequence[int]) -> float:
         return self.count_flops(self.encoded[u].block for u in units)
@@ -302,6 +287,28 @@ def collate(questions: Sequence[Encoded]) -> PackedRow:
         torch.tensor(targets),
         torch.tensor(weights),
     )
+
+
+def cross_entropy(model: Any, questions: "Sequence[Encoded]", device: str) -> "torch.Tensor":
+    """Sum over solutions of the mean cross-entropy of their tokens; the head runs on those alone.
+
+    `model` reads packed rows: its attention is `engines.reward_model.attention`'s.
+    """
+    import torch
+
+    from medmm_ray.engines.reward_model.attention import Row
+
+    row = collate(questions)
+    hidden_1LD = model.base_model(
+        input_ids=row.ids_L[None].to(device),
+        position_ids=row.positions_L[None].to(device),
+        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),  # the row says who sees whom
+        shared_prefix=Row(row.blocks, device),
+        use_cache=False,
+    ).last_hidden_state
+    logits_NV = model.lm_head(hidden_1LD[0, row.source_N]).float()
+    losses_N = torch.nn.functional.cross_entropy(logits_NV, row.target_N.to(device), reduction="none")
+    return (losses_N * row.weight_N.to(device)).sum()
 
 
 def new_llama(shape: LlamaShape, texts: Sequence[str], seed: int) -> tuple[Any, Any]:

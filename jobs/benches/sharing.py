@@ -1,0 +1,241 @@
+"""What `solutions_per_call` does to a judge's verdicts: Cohen's κ with the truth, call size against call size.
+
+The judge is a real one behind the real prompts, schemas and readers of `medmm_ray.judge`: by default a small Llama that
+this benchmark trains (about NN minutes on two cores) and vLLM runs; ``backend=gemini model=... `` (or openai, or a vllm
+checkpoint) asks another. What it judges are phantoms told in words, so that a model without eyes can know, and
+solutions of which a part of the steps is wrong; `phantom.truth` decides which. The small judge is taught calls of all
+measured sizes, equally many of each, and other questions than it is asked.
+
+κ is over the steps with something to check, of the solutions that both call sizes have verdicts on; the 95 % interval
+of the difference is a paired bootstrap over questions. Unread are solutions whose verdicts did not fit twice.
+"""
+
+import asyncio
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from jobs.benches import Measured
+from medmm_ray.config import Config, execution
+from medmm_ray.engines.endpoint import Request, Turn
+from medmm_ray.engines.generator import Generator
+from medmm_ray.engines.linear import use_onednn
+from medmm_ray.engines.local import prompt_of
+from medmm_ray.engines.reward_model.attention import NAME
+from medmm_ray.judge import JudgeCase, JudgeConfig, Judgement, ModelJudge, make_judge
+from medmm_ray.judge.prompt import SYSTEM, Call, call_text, schema_of, shared_text
+from medmm_ray.metrics import kappa_of_counts
+from medmm_ray.sources.phantom import Item, blind_work, captions, generator, make_items, truth
+from medmm_ray.train.policy import Encoded, LlamaShape, cross_entropy, new_llama
+
+Floats = npt.NDArray[np.float64]
+Solutions = list[list[str]]
+REASON = {True: "This agrees with the report.", False: "The report says something else."}
+
+
+class BenchConfig(Config):
+    """Who judges how much."""
+
+    backend: Literal["vllm", "gemini", "openai"] = "vllm"
+    """Who judges: vllm runs a checkpoint here, gemini and openai ask an API."""
+    model: str | None = None
+    """The checkpoint, or the API's model; null trains the small judge."""
+    endpoint: str | None = None
+    """Another address of the API."""
+    per_call: tuple[int, ...] = (1, 2, 4)
+    """Values of solutions_per_call; the first is what the others are held against."""
+    questions: int = 100
+    """Questions that are judged."""
+    solutions: int = 8
+    """Solutions of a question."""
+    train_questions: int = 4000
+    """Questions that the small judge learns from."""
+    updates: int = 1500
+    """Updates of the small judge."""
+    batch_size: int = 16
+    """Calls of an update."""
+    learning_rate: float = 2e-3
+    """Highest learning rate."""
+    shape: LlamaShape = LlamaShape(hidden_size=128, num_layers=3, intermediate_size=256, max_length=4096)
+    """The small judge."""
+    bootstrap_samples: int = 2000
+    """Resamples of the questions, for the intervals."""
+    seed: int = execution(0)
+    """Start of all random numbers."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """A phantom as the judge meets it, and solutions of it."""
+
+    item: Item
+    case: JudgeCase
+    solutions: Solutions
+
+    def truths(self, solution: int) -> list[bool | None]:
+        return [truth(step, self.item.case, self.item) for step in self.solutions[solution]]
+
+
+def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
+    with tempfile.TemporaryDirectory() as folder:
+        model = config.model or train_judge(config, Path(folder) / "judge", console)
+        asked = tell(config, "test", config.questions, config.solutions)
+        base: Floats | None = None
+        for per_call in config.per_call:
+            counts_QSK = asyncio.run(judged(config, model, per_call, asked))
+            base = counts_QSK if base is None else base
+            yield from rows(config, per_call, base, counts_QSK, console)
+
+
+def tell(config: BenchConfig, split: str, number: int, num_solutions: int) -> list[Told]:
+    """Phantoms with a report, and as many solutions by one who saw the picture, by one who did not, and in between."""
+    told = []
+    for index, item in enumerate(make_items(config.seed, split, number, num_worked=num_solutions)):
+        rng = generator("sharing", config.seed, split, index)
+        reports = captions(item.case)
+        report = reports[int(rng.integers(len(reports)))]
+        case = JudgeCase(
+            question_id=f"{split}-{index}", question=f"Report: {report} {item.question}", options=item.options,
+            answer=item.answer, images=[], documents=[], references=[],
+        )  # fmt: skip
+        blind = [blind_work(item, rng, slip=0.3)[0] for _ in range(num_solutions)]
+        seen = rng.random(num_solutions) < 0.4
+        solutions = [list(item.worked[i]) if seen[i] else blind[i] for i in range(num_solutions)]
+        told.append(Told(item, case, solutions))
+    return told
+
+
+# The small judge
+
+
+def train_judge(config: BenchConfig, folder: Path, console: Console) -> str:
+    """A small Llama that has learnt to judge calls of every measured size; gives its checkpoint's folder."""
+    most = max(config.per_call)
+    lessons = [
+        lesson(one, per_call)
+        for index, one in enumerate(tell(config, "train", config.train_questions, most))
+        for per_call in (config.per_call[index % len(config.per_call)],)
+    ]
+    texts = [part for request, reply in lessons[:2000] for part in (SYSTEM, *map(str, request.turns[0].parts), reply)]
+    model, tokenizer = new_llama(config.shape, texts, config.seed)
+    encoded = [encode(tokenizer, request, reply) for request, reply in lessons]
+    console.print(f"small judge: {np.mean([e.num_tokens for e in encoded]):.0f} tokens a call")
+    model.set_attn_implementation(NAME)
+    use_onednn(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.1)
+    warm = max(1, config.updates // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda u: min((u + 1) / warm, (config.updates - u) / (config.updates - warm + 1))
+    )
+    rng, loss = generator("lessons", config.seed), torch.zeros(())
+    for update in track(range(config.updates), "the small judge learns", console=console):
+        batch = [encoded[int(i)] for i in rng.integers(len(encoded), size=config.batch_size)]
+        loss = cross_entropy(model, batch, "cpu") / len(batch)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if update % 100 == 0:
+            console.print(f"update {update}: loss {loss.item():.4f}")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def lesson(told: Told, per_call: int) -> tuple[Request, str]:
+    """A call about the first solutions, and the right reply; a step with nothing to check is right."""
+    call = Call(tuple(tuple(steps) for steps in told.solutions[:per_call]))
+    blocks = [
+        [entry(right is not False, number if per_call > 1 else None) for number, right in enumerate(told.truths(i), 1)]
+        for i in range(per_call)
+    ]
+    found: dict[str, Any] = {"steps": blocks[0]}
+    if per_call > 1:
+        found = {"solutions": [{"solution": i, "steps": steps} for i, steps in enumerate(blocks, 1)]}
+    parts = (shared_text(told.case, (), False), call_text(call, lines=False))
+    return Request(SYSTEM, (Turn("user", parts),), schema_of(call, exact=True)), json.dumps(found)
+
+
+def entry(right: bool, number: int | None) -> dict[str, Any]:
+    return {
+        **({} if number is None else {"step": number}),
+        "reason": REASON[right],
+        "logical": right,
+        "medical": True,
+        "image_grounded": right,
+        "verdict": "+" if right else "-",
+        "confidence": "high",
+    }
+
+
+def encode(tokenizer: Any, request: Request, reply: str) -> Encoded:
+    messages = prompt_of(request).messages
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return Encoded(
+        tokenizer(prompt, add_special_tokens=False)["input_ids"],
+        [tokenizer(reply + tokenizer.eos_token, add_special_tokens=False)["input_ids"]],
+    )
+
+
+# Its verdicts
+
+
+async def judged(config: BenchConfig, model: str, per_call: int, asked: Sequence[Told]) -> Floats:
+    """Counts of each question's solutions: truth x verdict (wrong-wrong, wrong-right, right-wrong, right-right).
+
+    NaN where a solution has no verdicts.
+    """
+    how = JudgeConfig(
+        backend=config.backend, model=model, endpoint=config.endpoint, solutions_per_call=per_call,
+        max_model_len=config.shape.max_length, max_tokens=200 + 400 * per_call, max_images=0, dtype="float32",
+    )  # fmt: skip
+    engines: list[Generator] = []
+
+    def start(name: str, given: Any) -> Generator:
+        engines.append(Generator(name, given))
+        return engines[0]
+
+    judge = make_judge(how, model, start)
+    assert isinstance(judge, ModelJudge)
+    found = await asyncio.gather(*(judge.judge(one.case, one.solutions) for one in asked))
+    for engine in engines:
+        engine.shutdown()
+    counts_QSK = np.full((len(asked), config.solutions, 4), np.nan)
+    for question, (one, verdicts) in enumerate(zip(asked, found, strict=True)):
+        for solution, verdict in enumerate(verdicts):
+            if isinstance(verdict, Judgement):
+                counts_QSK[question, solution] = confusion(one.truths(solution), [s.label for s in verdict.steps])
+    return counts_QSK
+
+
+def confusion(truths: Sequence[bool | None], labels: Sequence[int | None]) -> Floats:
+    places = [2 * int(right) + label for right, label in zip(truths, labels, strict=True)
+              if right is not None and label is not None]  # fmt: skip
+    return np.bincount(places, minlength=4).astype(np.float64)
+
+
+def rows(config: BenchConfig, per_call: int, base_QSK: Floats, own_QSK: Floats, console: Console) -> Iterator[Measured]:
+    """κ beside the first call size's on the same solutions, and the solutions without verdicts."""
+    name = f"solutions_per_call={per_call}"
+    unread = [float(np.isnan(counts[..., 0]).mean()) for counts in (base_QSK, own_QSK)]
+    both_QS1 = ~np.isnan(base_QSK[..., :1] + own_QSK[..., :1])
+    base_QK, own_QK = (np.where(both_QS1, counts, 0.0).sum(axis=1) for counts in (base_QSK, own_QSK))
+    before, after = float(kappa_of_counts(base_QK.sum(axis=0))), float(kappa_of_counts(own_QK.sum(axis=0)))
+    console.print(f"{name}: truth x verdict, wrong-wrong, wrong-right, right-wrong, right-right: {own_QK.sum(axis=0)}")
+    rng, num = np.random.default_rng(config.seed), len(own_QK)
+    draws_MQ = rng.multinomial(num, np.full(num, 1 / num), config.bootstrap_samples)
+    low, high = np.nanpercentile(kappa_of_counts(draws_MQ @ own_QK) - kappa_of_counts(draws_MQ @ base_QK), [2.5, 97.5])
+    yield Measured(
+        f"{name}: kappa with the truth, gain [{low:+.3f}, {high:+.3f}]", before, after, after - before, "", "kappa"
+    )
+    yield Measured(f"{name}: solutions without verdicts", unread[0], unread[1], unread[1] - unread[0], "", "share")

@@ -1,0 +1,59 @@
+"""jobs.bench sharing: what the small judge is taught, and how its verdicts are counted."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from jobs.benches import sharing as bench
+from medmm_ray.judge import verdicts
+from medmm_ray.judge.prompt import Call
+from medmm_ray.train.policy import LlamaShape
+
+CONFIG = bench.BenchConfig(
+    per_call=(1, 3), questions=3, solutions=3, train_questions=12, updates=2, batch_size=2, bootstrap_samples=20,
+    shape=LlamaShape(hidden_size=32, num_layers=1, intermediate_size=64, max_length=4096),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("per_call", [1, 3])
+def test_the_judges_own_reader_reads_the_truth_out_of_a_lesson(per_call: int) -> None:
+    for told in bench.tell(CONFIG, "train", 20, per_call):
+        _, reply = bench.lesson(told, per_call)
+        call = Call(tuple(tuple(steps) for steps in told.solutions[:per_call]))
+        read = [[step.label for step in steps] for steps in verdicts(reply, call.numbers)]
+        assert read == [[int(right is not False) for right in told.truths(i)] for i in range(per_call)]
+        assert json.loads(reply)
+
+
+def test_solutions_have_right_steps_and_wrong_ones() -> None:
+    told = bench.tell(CONFIG, "test", 50, 4)
+    found = [right for one in told for i in range(4) for right in one.truths(i) if right is not None]
+    assert 0.5 < np.mean(found) < 0.8
+    assert all("Report: " in one.case.question and one.case.images == [] for one in told)
+
+
+def test_verdicts_are_counted_by_the_truth() -> None:
+    truths, labels = [True, None, False, False, True, True], [1, 0, 0, 1, 0, None]
+    assert bench.confusion(truths, labels).tolist() == [1, 1, 1, 1]
+
+
+def test_two_call_sizes_are_held_against_each_other_where_both_have_verdicts() -> None:
+    perfect = np.tile([5.0, 0.0, 0.0, 5.0], (2, 3, 1))
+    worse = perfect.copy()
+    worse[:, 0] = [0.0, 5.0, 5.0, 0.0]  # all wrong in one of three solutions
+    worse[0, 0] = np.nan  # and that one unread in the first question
+    kappa, unread = bench.rows(CONFIG, 3, perfect, worse, Console(quiet=True))
+    assert kappa.baseline == 1.0
+    assert unread.ours == pytest.approx(1 / 6)
+    assert kappa.ours == pytest.approx(1 - 2 * 10 / 50)
+
+
+@pytest.mark.engine
+def test_a_small_judge_is_taught_and_asked_through_vllm(tmp_path: Path) -> None:
+    model = bench.train_judge(CONFIG, tmp_path / "judge", Console(quiet=True))
+    rows = list(bench.measure(CONFIG.model_copy(update={"model": model}), Console(quiet=True)))
+    assert [row.name.partition(":")[0] for row in rows] == ["solutions_per_call=1"] * 2 + ["solutions_per_call=3"] * 2
+    assert all(0 <= row.ours <= 1 for row in rows if row.unit == "share")

@@ -157,8 +157,8 @@ def test_the_table_shows_each_step_the_totals_and_the_assumptions() -> None:
         "embed", "train_policy", "tree_search", "sample", "judge", "monte_carlo", "review", "train_text_prm", "states",
         "train_two_tower", "score", "total",
     ]  # fmt: skip
-    assert rows[3][1:5] == ["100,000 steps in 10,000 calls", "10,000", "48.9M", "2,500.00"]
-    assert rows[8][5:7] == ["192.00", "480.00"]
+    assert rows[4][1:5] == ["100,000 steps in 10,000 calls", "10,000", "48.9M", "2,500.00"]
+    assert rows[9][5:7] == ["192.00", "480.00"]
     assert rows[0][5] == "< 0.01"
     assert rows[-1][4] == "3,400.00"
     assert "4 x A100-80G at $2.50 an hour each" in shown

@@ -14,7 +14,7 @@ from medmm_ray.train.policy import LlamaShape
 
 CONFIG = bench.BenchConfig(
     per_call=(1, 3), questions=3, solutions=3, train_questions=12, updates=2, batch_size=2, bootstrap_samples=20,
-    shape=LlamaShape(hidden_size=32, num_layers=1, intermediate_size=64, max_length=4096),
+    shape=LlamaShape(hidden_size=32, num_layers=1, num_heads=1, intermediate_size=64, max_length=4096),
 )  # fmt: skip
 
 

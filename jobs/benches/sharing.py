@@ -27,11 +27,11 @@ from rich.progress import track
 from jobs.benches import Measured
 from medmm_ray.config import Config, execution
 from medmm_ray.engines.endpoint import Request, Turn
-from medmm_ray.engines.generator import Generator
+from medmm_ray.engines.generator import Generator, GeneratorConfig, TextGenerator
 from medmm_ray.engines.linear import use_onednn
 from medmm_ray.engines.local import prompt_of
 from medmm_ray.engines.reward_model.attention import NAME
-from medmm_ray.judge import JudgeCase, JudgeConfig, Judgement, ModelJudge, make_judge
+from medmm_ray.judge import Judge, JudgeCase, JudgeConfig, Judgement, make_judge
 from medmm_ray.judge.prompt import SYSTEM, Call, call_text, schema_of, shared_text
 from medmm_ray.metrics import kappa_of_counts
 from medmm_ray.sources.phantom import Item, blind_work, captions, generator, make_items, truth
@@ -89,11 +89,19 @@ def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
     with tempfile.TemporaryDirectory() as folder:
         model = config.model or train_judge(config, Path(folder) / "judge", console)
         asked = tell(config, "test", config.questions, config.solutions)
-        base: Floats | None = None
-        for per_call in config.per_call:
-            counts_QSK = asyncio.run(judged(config, model, per_call, asked))
-            base = counts_QSK if base is None else base
-            yield from rows(config, per_call, base, counts_QSK, console)
+        calls = [call_of(config, per_call) for per_call in config.per_call]
+        engine = Generator(model, calls[0]) if config.backend == "vllm" else None
+
+        def shared(model: str, config: GeneratorConfig) -> TextGenerator:  # noqa: ARG001
+            assert engine is not None, "an API needs none"
+            return engine
+
+        judges = [make_judge(call, model, shared) for call in calls]
+        counts = asyncio.run(all_judged(judges, config, asked))
+        if engine:
+            engine.shutdown()
+        for per_call, counts_QSK in zip(config.per_call, counts, strict=True):
+            yield from rows(config, per_call, counts[0], counts_QSK, console)
 
 
 def tell(config: BenchConfig, split: str, number: int, num_solutions: int) -> list[Told]:
@@ -190,26 +198,25 @@ def encode(tokenizer: Any, request: Request, reply: str) -> Encoded:
 # Its verdicts
 
 
-async def judged(config: BenchConfig, model: str, per_call: int, asked: Sequence[Told]) -> Floats:
+def call_of(config: BenchConfig, per_call: int) -> JudgeConfig:
+    """A judge of so many solutions a call."""
+    return JudgeConfig(
+        backend=config.backend, model=config.model, endpoint=config.endpoint, solutions_per_call=per_call,
+        max_model_len=config.shape.max_length, max_tokens=200 + 400 * per_call, max_images=0, dtype="float32",
+    )  # fmt: skip
+
+
+async def all_judged(judges: Sequence[Judge], config: BenchConfig, asked: Sequence[Told]) -> list[Floats]:
+    """`judged` by one after another, in one event loop: it is the engine's."""
+    return [await judged(judge, config, asked) for judge in judges]
+
+
+async def judged(judge: Judge, config: BenchConfig, asked: Sequence[Told]) -> Floats:
     """Counts of each question's solutions: truth x verdict (wrong-wrong, wrong-right, right-wrong, right-right).
 
     NaN where a solution has no verdicts.
     """
-    how = JudgeConfig(
-        backend=config.backend, model=model, endpoint=config.endpoint, solutions_per_call=per_call,
-        max_model_len=config.shape.max_length, max_tokens=200 + 400 * per_call, max_images=0, dtype="float32",
-    )  # fmt: skip
-    engines: list[Generator] = []
-
-    def start(name: str, given: Any) -> Generator:
-        engines.append(Generator(name, given))
-        return engines[0]
-
-    judge = make_judge(how, model, start)
-    assert isinstance(judge, ModelJudge)
     found = await asyncio.gather(*(judge.judge(one.case, one.solutions) for one in asked))
-    for engine in engines:
-        engine.shutdown()
     counts_QSK = np.full((len(asked), config.solutions, 4), np.nan)
     for question, (one, verdicts) in enumerate(zip(asked, found, strict=True)):
         for solution, verdict in enumerate(verdicts):

@@ -3,8 +3,8 @@
 The judge is a real one behind the real prompts, schemas and readers of `medmm_ray.judge`: by default a small Llama that
 this benchmark trains (about NN minutes on two cores) and vLLM runs; ``backend=gemini model=... `` (or openai, or a vllm
 checkpoint) asks another. What it judges are phantoms told in words, so that a model without eyes can know, and
-solutions of which a part of the steps is wrong; `phantom.truth` decides which. The small judge is taught calls of all
-measured sizes, equally many of each, and other questions than it is asked.
+solutions of which a part of the steps is wrong; `phantom.truth` decides which. The small judge is taught on other
+questions: first calls of the first size, then of all sizes, equally many of each.
 
 κ is over the steps with something to check, of the solutions that both call sizes have verdicts on; the 95 % interval
 of the difference is a paired bootstrap over questions. Unread are solutions whose verdicts did not fit twice.
@@ -34,12 +34,11 @@ from medmm_ray.engines.reward_model.attention import NAME
 from medmm_ray.judge import Judge, JudgeCase, JudgeConfig, Judgement, make_judge
 from medmm_ray.judge.prompt import SYSTEM, Call, call_text, schema_of, shared_text
 from medmm_ray.metrics import kappa_of_counts
-from medmm_ray.sources.phantom import Item, blind_work, captions, generator, make_items, truth
+from medmm_ray.sources.phantom import Item, blind_work, generator, make_items, truth
 from medmm_ray.train.policy import Encoded, LlamaShape, cross_entropy, new_llama
 
 Floats = npt.NDArray[np.float64]
 Solutions = list[list[str]]
-REASON = {True: "This agrees with the report.", False: "The report says something else."}
 
 
 class BenchConfig(Config):
@@ -59,11 +58,11 @@ class BenchConfig(Config):
     """Solutions of a question."""
     train_questions: int = 4000
     """Questions that the small judge learns from."""
-    updates: int = 1500
-    """Updates of the small judge."""
-    batch_size: int = 16
+    updates: int = 2400
+    """Updates of the small judge, the first two thirds of them on calls of the first size."""
+    batch_size: int = 8
     """Calls of an update."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     """Highest learning rate."""
     shape: LlamaShape = LlamaShape(hidden_size=128, num_layers=3, intermediate_size=256, max_length=4096)
     """The small judge."""
@@ -78,6 +77,7 @@ class Told:
     """A phantom as the judge meets it, and solutions of it."""
 
     item: Item
+    report: str
     case: JudgeCase
     solutions: Solutions
 
@@ -105,12 +105,11 @@ def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
 
 
 def tell(config: BenchConfig, split: str, number: int, num_solutions: int) -> list[Told]:
-    """Phantoms with a report, and as many solutions by one who saw the picture, by one who did not, and in between."""
+    """Phantoms with a report, and solutions by somebody who saw the picture or by one who did not."""
     told = []
     for index, item in enumerate(make_items(config.seed, split, number, num_worked=num_solutions)):
         rng = generator("sharing", config.seed, split, index)
-        reports = captions(item.case)
-        report = reports[int(rng.integers(len(reports)))]
+        report = report_of(item)
         case = JudgeCase(
             question_id=f"{split}-{index}", question=f"Report: {report} {item.question}", options=item.options,
             answer=item.answer, images=[], documents=[], references=[],
@@ -118,8 +117,14 @@ def tell(config: BenchConfig, split: str, number: int, num_solutions: int) -> li
         blind = [blind_work(item, rng, slip=0.3)[0] for _ in range(num_solutions)]
         seen = rng.random(num_solutions) < 0.4
         solutions = [list(item.worked[i]) if seen[i] else blind[i] for i in range(num_solutions)]
-        told.append(Told(item, case, solutions))
+        told.append(Told(item, report, case, solutions))
     return told
+
+
+def report_of(item: Item) -> str:
+    """All that the picture shows, always in the same words."""
+    places = [f"{f.name}, {f.side} {f.zone} zone" if f.zone else f.name for f in item.case.findings]
+    return f"{'; '.join(places) or 'normal chest'}."
 
 
 # The small judge
@@ -127,13 +132,13 @@ def tell(config: BenchConfig, split: str, number: int, num_solutions: int) -> li
 
 def train_judge(config: BenchConfig, folder: Path, console: Console) -> str:
     """A small Llama that has learnt to judge calls of every measured size; gives its checkpoint's folder."""
-    most = max(config.per_call)
-    lessons = [
-        lesson(one, per_call)
-        for index, one in enumerate(tell(config, "train", config.train_questions, most))
-        for per_call in (config.per_call[index % len(config.per_call)],)
+    told = tell(config, "train", config.train_questions, max(config.per_call))
+    lessons = [lesson(one, per_call) for per_call in config.per_call for one in told]
+    texts = [
+        part
+        for request, reply in lessons[:: len(lessons) // 1500 + 1]
+        for part in (SYSTEM, *map(str, request.turns[0].parts), reply)
     ]
-    texts = [part for request, reply in lessons[:2000] for part in (SYSTEM, *map(str, request.turns[0].parts), reply)]
     model, tokenizer = new_llama(config.shape, texts, config.seed)
     encoded = [encode(tokenizer, request, reply) for request, reply in lessons]
     console.print(f"small judge: {np.mean([e.num_tokens for e in encoded]):.0f} tokens a call")
@@ -146,7 +151,8 @@ def train_judge(config: BenchConfig, folder: Path, console: Console) -> str:
     )
     rng, loss = generator("lessons", config.seed), torch.zeros(())
     for update in track(range(config.updates), "the small judge learns", console=console):
-        batch = [encoded[int(i)] for i in rng.integers(len(encoded), size=config.batch_size)]
+        known = len(told) if 3 * update < 2 * config.updates else len(encoded)
+        batch = [encoded[int(i)] for i in rng.integers(known, size=config.batch_size)]
         loss = cross_entropy(model, batch, "cpu") / len(batch)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -164,7 +170,10 @@ def lesson(told: Told, per_call: int) -> tuple[Request, str]:
     """A call about the first solutions, and the right reply; a step with nothing to check is right."""
     call = Call(tuple(tuple(steps) for steps in told.solutions[:per_call]))
     blocks = [
-        [entry(right is not False, number if per_call > 1 else None) for number, right in enumerate(told.truths(i), 1)]
+        [
+            entry(right is not False, told.report, number if per_call > 1 else None)
+            for number, right in enumerate(told.truths(i), 1)
+        ]
         for i in range(per_call)
     ]
     found: dict[str, Any] = {"steps": blocks[0]}
@@ -174,10 +183,11 @@ def lesson(told: Told, per_call: int) -> tuple[Request, str]:
     return Request(SYSTEM, (Turn("user", parts),), schema_of(call, exact=True)), json.dumps(found)
 
 
-def entry(right: bool, number: int | None) -> dict[str, Any]:
+def entry(right: bool, reason: str, number: int | None) -> dict[str, Any]:
+    """A step's entry. The reason repeats the report: whoever copies it before each verdict has learnt to look there."""
     return {
         **({} if number is None else {"step": number}),
-        "reason": REASON[right],
+        "reason": reason,
         "logical": right,
         "medical": True,
         "image_grounded": right,

@@ -8,6 +8,8 @@ import pytest
 from rich.console import Console
 
 from jobs.benches import sharing as bench
+from jobs.benches.judge import BenchConfig as JudgeBench
+from jobs.benches.judge import server as judge_server
 from medmm_ray.judge import verdicts
 from medmm_ray.judge.prompt import Call
 from medmm_ray.train.policy import LlamaShape
@@ -49,6 +51,18 @@ def test_two_call_sizes_are_held_against_each_other_where_both_have_verdicts() -
     assert kappa.baseline == 1.0
     assert unread.ours == pytest.approx(1 / 6)
     assert kappa.ours == pytest.approx(1 - 2 * 10 / 50)
+
+
+def test_a_judge_behind_an_api_is_measured_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bench's own server: its verdicts depend on the step alone, so sharing a call changes nothing."""
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    server = JudgeBench(latency_s=0.01, fault_rate=0.0)
+    with judge_server(server) as address:
+        how = {"backend": "openai", "model": "bench", "endpoint": f"{address}/v1", "questions": 12}
+        rows = list(bench.measure(CONFIG.model_copy(update=how), Console(quiet=True)))
+    kappas = {row.baseline for row in rows if row.unit == "kappa"} | {row.ours for row in rows if row.unit == "kappa"}
+    assert len(kappas) == 1
+    assert [row.ours for row in rows if row.unit == "share"] == [0, 0]
 
 
 @pytest.mark.engine

@@ -1,10 +1,11 @@
 """What `solutions_per_call` does to a judge's verdicts: Cohen's κ with the truth, call size against call size.
 
-The judge is a real one behind the real prompts, schemas and readers of `medmm_ray.judge`: by default a small Llama that
-this benchmark trains (about NN minutes on two cores) and vLLM runs; ``backend=gemini model=... `` (or openai, or a vllm
-checkpoint) asks another. What it judges are phantoms told in words, so that a model without eyes can know, and
-solutions of which a part of the steps is wrong; `phantom.truth` decides which. The small judge is taught on other
-questions: first calls of the first size, then of all sizes, equally many of each.
+The judge is a real one behind the real prompts, schemas and readers of `medmm_ray.judge`: ``backend=gemini model=...``
+(or openai, or a vllm checkpoint); without a model, a small Llama that is trained here (about 12 minutes on two cores)
+and run by vLLM. What it judges are phantoms told in words, so that a model without eyes can know, and solutions of
+which a part of the steps is wrong; `phantom.truth` decides which. The small judge is taught on other questions: first
+calls of the first size, then of all sizes, equally many of each. So far it learns to read a report hardly at all (κ
+.07): its figures show that the measurement runs, and say nothing of judges that can read.
 
 κ is over the steps with something to check, of the solutions that both call sizes have verdicts on; the 95 % interval
 of the difference is a paired bootstrap over questions. Unread are solutions whose verdicts did not fit twice.
@@ -213,6 +214,7 @@ def call_of(config: BenchConfig, per_call: int) -> JudgeConfig:
     return JudgeConfig(
         backend=config.backend, model=config.model, endpoint=config.endpoint, solutions_per_call=per_call,
         max_model_len=config.shape.max_length, max_tokens=200 + 400 * per_call, max_images=0, dtype="float32",
+        price_read=0.0, price_written=0.0,  # nothing is booked here
     )  # fmt: skip
 
 

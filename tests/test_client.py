@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gc
 import io
 import random
 import subprocess
@@ -398,6 +399,18 @@ def test_what_a_model_does_not_answer(server: Server) -> None:
     replies = [asyncio.run(openai(server).send(asked("a"))) for _ in range(3)]
     assert [reply.refusal for reply in replies] == ["m refused: I cannot", "m did not answer (content filter)", None]
     assert replies[2].cut_off
+
+
+def test_connections_end_with_their_event_loop_and_the_next_has_its_own(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.script = [chat_said("1")]
+    endpoint = openai(server)
+    replies = [asyncio.run(endpoint.send(asked("a"))).text for _ in range(2)]
+    del endpoint
+    gc.collect()
+    assert replies == ["1", "1"]
+    assert "Unclosed" not in caplog.text
 
 
 @pytest.mark.parametrize("address", ["localhost:8000/v1", "http://", "ftp://host/v1"])

@@ -8,6 +8,7 @@ them; it also reads a cut connection as a time-out.
 
 import json
 import os
+from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
@@ -34,13 +35,15 @@ class OpenAIEndpoint:
         self._url = f"{(address or ADDRESS).rstrip('/')}/chat/completions"
         self._headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
         self._session: aiohttp.ClientSession | None = None
+        self._opened: AsyncIterator[aiohttp.ClientSession] | None = None
         self._model, self._timeout_s, self._form, self._key_variable = model, timeout_s, form, key_variable
 
     async def send(self, request: Request) -> Reply:
         """One attempt; the faults of `endpoint`."""
         body = json.dumps(self._body(request)).encode()
         try:
-            async with self._connected().post(self._url, data=body, headers=self._headers) as answer:
+            session = await self._connected()
+            async with session.post(self._url, data=body, headers=self._headers) as answer:
                 content = await answer.read()
         except TimeoutError:
             raise RetryableError(f"no answer within {self._timeout_s:g} s", maybe_paid=True) from None
@@ -59,15 +62,19 @@ class OpenAIEndpoint:
         except (ValueError, KeyError, TypeError, IndexError):
             raise RetryableError(f"a garbled answer of {len(content)} bytes", maybe_paid=True) from None
 
-    def _connected(self) -> aiohttp.ClientSession:
-        """The connections of this endpoint, kept open between calls; made in the event loop that uses them."""
+    async def _connected(self) -> aiohttp.ClientSession:
+        """The connections of this endpoint, kept open between calls in one event loop."""
         if self._session is None or self._session.closed:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0),  # how many there are is the client's business
-                timeout=aiohttp.ClientTimeout(total=self._timeout_s),
-                trust_env=True,  # proxies
-            )
+            self._opened = self._open()
+            self._session = await anext(self._opened)
         return self._session
+
+    async def _open(self) -> AsyncIterator[aiohttp.ClientSession]:
+        """A session that ends with its event loop, which closes asynchronous generators."""
+        connector = aiohttp.TCPConnector(limit=0)  # how many there are is the client's business
+        timeout = aiohttp.ClientTimeout(total=self._timeout_s)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=True) as session:  # proxies
+            yield session
 
     def _body(self, request: Request) -> dict[str, Any]:
         system = [{"role": "system", "content": request.system}] if request.system else []

@@ -53,6 +53,11 @@ def test_two_call_sizes_are_held_against_each_other_where_both_have_verdicts() -
     assert kappa.ours == pytest.approx(1 - 2 * 10 / 50)
 
 
+def test_an_api_without_a_models_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="backend is 'gemini' and model is not set"):
+        bench.BenchConfig(backend="gemini")
+
+
 def test_a_judge_behind_an_api_is_measured_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bench's own server: its verdicts depend on the step alone, so sharing a call changes nothing."""
     monkeypatch.setenv("OPENAI_API_KEY", "none")

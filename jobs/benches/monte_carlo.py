@@ -44,6 +44,7 @@ from medmm_ray.engines.generator import (
     request_seed,
 )
 from medmm_ray.judge import PhantomJudge
+from medmm_ray.metrics import cluster_bootstrap
 from medmm_ray.monte_carlo import MonteCarloConfig, Roller
 from medmm_ray.records import Labels, StepLabel
 from medmm_ray.sources.phantom import truth
@@ -220,8 +221,6 @@ def rows(name: str, found: Mapping[str, Figures], config: BenchConfig, console: 
     base = found[BASELINE.name]
     num_questions, num_solutions = len(base.counts_QK), base.counts_QK[:, 1].sum()
     console.print(f"{name}: {num_questions} questions, {num_solutions:.0f} solutions")
-    rng = np.random.default_rng(config.seed)
-    draws_MQ = rng.multinomial(num_questions, np.full(num_questions, 1 / num_questions), config.bootstrap_samples)
     for mode in MODES:
         own = found[mode.name]
         yield Measured(
@@ -232,8 +231,12 @@ def rows(name: str, found: Mapping[str, Figures], config: BenchConfig, console: 
             kept = own.counts_QK[:, 1].sum() / num_solutions
             yield Measured(f"{name}, {mode.name}: solutions kept", 1.0, kept, kept, "", "share")
         before, after = shares(base.counts_QK.sum(axis=0)), shares(own.counts_QK.sum(axis=0))
-        losses_M2 = shares(draws_MQ @ base.counts_QK) - shares(draws_MQ @ own.counts_QK)
-        low, high = np.percentile(losses_M2, [2.5, 97.5], axis=0)
+        low, high = cluster_bootstrap(
+            np.concatenate([base.counts_QK, own.counts_QK], axis=1),
+            lambda sums_BK: shares(sums_BK[:, :6]) - shares(sums_BK[:, 6:]),
+            config.bootstrap_samples,
+            config.seed,
+        )
         for i, figure in enumerate(("first-error accuracy", "balanced step accuracy")):
             yield Measured(
                 f"{name}, {mode.name}: {figure}, loss [{low[i]:+.2f}, {high[i]:+.2f}]", before[i], after[i],

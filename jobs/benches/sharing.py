@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import model_validator
 from rich.console import Console
 from rich.progress import track
 
@@ -34,7 +35,7 @@ from medmm_ray.engines.local import prompt_of
 from medmm_ray.engines.reward_model.attention import NAME
 from medmm_ray.judge import Judge, JudgeCase, JudgeConfig, Judgement, make_judge
 from medmm_ray.judge.prompt import SYSTEM, Call, call_text, schema_of, shared_text
-from medmm_ray.metrics import kappa_of_counts
+from medmm_ray.metrics import cluster_bootstrap, kappa_of_counts
 from medmm_ray.sources.phantom import Item, blind_work, generator, make_items, truth
 from medmm_ray.train.policy import Encoded, LlamaShape, cross_entropy, new_llama
 
@@ -72,13 +73,18 @@ class BenchConfig(Config):
     seed: int = execution(0)
     """Start of all random numbers."""
 
+    @model_validator(mode="after")
+    def _an_api_has_a_name(self) -> "BenchConfig":
+        if self.backend != "vllm" and self.model is None:
+            raise ValueError(f"backend is {self.backend!r} and model is not set; name the API's model")
+        return self
+
 
 @dataclass(frozen=True)
 class Told:
     """A phantom as the judge meets it, and solutions of it."""
 
     item: Item
-    report: str
     case: JudgeCase
     solutions: Solutions
 
@@ -110,15 +116,14 @@ def tell(config: BenchConfig, split: str, number: int, num_solutions: int) -> li
     told = []
     for index, item in enumerate(make_items(config.seed, split, number, num_worked=num_solutions)):
         rng = generator("sharing", config.seed, split, index)
-        report = report_of(item)
         case = JudgeCase(
-            question_id=f"{split}-{index}", question=f"Report: {report} {item.question}", options=item.options,
+            question_id=f"{split}-{index}", question=f"Report: {report_of(item)} {item.question}", options=item.options,
             answer=item.answer, images=[], documents=[], references=[],
         )  # fmt: skip
         blind = [blind_work(item, rng, slip=0.3)[0] for _ in range(num_solutions)]
         seen = rng.random(num_solutions) < 0.4
         solutions = [list(item.worked[i]) if seen[i] else blind[i] for i in range(num_solutions)]
-        told.append(Told(item, report, case, solutions))
+        told.append(Told(item, case, solutions))
     return told
 
 
@@ -172,7 +177,7 @@ def lesson(told: Told, per_call: int) -> tuple[Request, str]:
     call = Call(tuple(tuple(steps) for steps in told.solutions[:per_call]))
     blocks = [
         [
-            entry(right is not False, told.report, number if per_call > 1 else None)
+            entry(right is not False, report_of(told.item), number if per_call > 1 else None)
             for number, right in enumerate(told.truths(i), 1)
         ]
         for i in range(per_call)
@@ -251,10 +256,18 @@ def rows(config: BenchConfig, per_call: int, base_QSK: Floats, own_QSK: Floats, 
     base_QK, own_QK = (np.where(both_QS1, counts, 0.0).sum(axis=1) for counts in (base_QSK, own_QSK))
     before, after = float(kappa_of_counts(base_QK.sum(axis=0))), float(kappa_of_counts(own_QK.sum(axis=0)))
     console.print(f"{name}: truth x verdict, wrong-wrong, wrong-right, right-wrong, right-right: {own_QK.sum(axis=0)}")
-    rng, num = np.random.default_rng(config.seed), len(own_QK)
-    draws_MQ = rng.multinomial(num, np.full(num, 1 / num), config.bootstrap_samples)
-    low, high = np.nanpercentile(kappa_of_counts(draws_MQ @ own_QK) - kappa_of_counts(draws_MQ @ base_QK), [2.5, 97.5])
+    low, high = cluster_bootstrap(
+        np.concatenate([base_QK, own_QK], axis=1),
+        lambda sums_B8: (kappa_of_counts(sums_B8[:, 4:]) - kappa_of_counts(sums_B8[:, :4]))[:, None],
+        config.bootstrap_samples,
+        config.seed,
+    )
     yield Measured(
-        f"{name}: kappa with the truth, gain [{low:+.3f}, {high:+.3f}]", before, after, after - before, "", "kappa"
+        f"{name}: kappa with the truth, gain [{low[0]:+.3f}, {high[0]:+.3f}]",
+        before,
+        after,
+        after - before,
+        "",
+        "kappa",
     )
     yield Measured(f"{name}: solutions without verdicts", unread[0], unread[1], unread[1] - unread[0], "", "share")

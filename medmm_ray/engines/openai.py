@@ -2,8 +2,7 @@
 
 One attempt a call; the key comes from an environment variable. Pictures travel as data URLs; a JSON schema as
 ``response_format``, or, where a server does not know that, as "any JSON object" or not at all (`form`). The openai
-package takes two to three times the processor time of a call, and with hundreds of calls a second that is what bounds
-them; it also reads a cut connection as a time-out.
+package was tried: it took 1.05 ms of processor time a call where this takes .6.
 """
 
 import json

@@ -289,7 +289,7 @@ def collate(questions: Sequence[Encoded]) -> PackedRow:
     )
 
 
-def cross_entropy(model: Any, questions: "Sequence[Encoded]", device: str) -> "torch.Tensor":
+def cross_entropy(model: Any, questions: Sequence[Encoded], device: str) -> "torch.Tensor":
     """Sum over solutions of the mean cross-entropy of their tokens; the head runs on those alone.
 
     `model` reads packed rows: its attention is `engines.reward_model.attention`'s.

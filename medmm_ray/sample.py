@@ -19,8 +19,7 @@ from pydantic import Field
 
 from medmm_ray.config import digest
 from medmm_ray.engines.api_policy import ApiPolicy
-from medmm_ray.engines.client import ApiConfig, api_folder, connect
-from medmm_ray.engines.gate import Gateway, start_gate
+from medmm_ray.engines.client import Access, ApiConfig, open_access
 from medmm_ray.engines.generator import (
     MAX_DRAWS,
     Completion,
@@ -111,7 +110,9 @@ def sample(
             raise ValueError(f"num_documents={config.num_documents} needs the table evidence; run retrieve first")
         ds = attach(ds, evidence, "question_id", ["documents"])
     if config.backend != "vllm":
-        generator = _api_policy(config.backend, config, model, folder)
+        if folder is None:
+            raise ValueError(f"sample.backend={config.backend} needs a folder for its answers")
+        generator = functools.partial(_api_policy, access=open_access(config.backend, model, config, folder))
     return ds.map_batches(
         Sampler,
         fn_constructor_kwargs={
@@ -127,21 +128,9 @@ def sample(
     )
 
 
-def _api_policy(
-    backend: Literal["openai", "gemini"], config: SampleConfig, model: str, folder: str | None
-) -> MakeGenerator:
-    """How an actor reaches the API; the gate of its limits and budget is started here, once for all of them."""
-    if folder is None:
-        raise ValueError(f"sample.backend={config.backend} needs a folder for its answers")
-    folder = api_folder(folder, model)
-    gate = start_gate(folder, config.limits)
-    return functools.partial(_connected, backend=backend, api=config, gate=gate, folder=folder)
-
-
-def _connected(
-    model: str, _: GeneratorConfig, *, backend: Literal["openai", "gemini"], api: ApiConfig, gate: Gateway, folder: str
-) -> ApiPolicy:
-    return ApiPolicy(connect(backend, model, api, gate, folder))
+def _api_policy(model: str, config: GeneratorConfig, *, access: Access) -> ApiPolicy:  # noqa: ARG001
+    """What a `MakeGenerator` makes: the access knows its model."""
+    return ApiPolicy(access.connect())
 
 
 @dataclass

@@ -21,9 +21,8 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from medmm_ray.config import digest, execution
-from medmm_ray.engines.client import ApiConfig, Client, api_folder, connect
+from medmm_ray.engines.client import Access, ApiConfig, Client, open_access
 from medmm_ray.engines.endpoint import Picture, Request, Turn
-from medmm_ray.engines.gate import Gateway, start_gate
 from medmm_ray.engines.generator import Generator, GeneratorConfig, MakeGenerator, actor_options
 from medmm_ray.engines.images import open_image
 from medmm_ray.engines.local import LocalEndpoint
@@ -202,13 +201,10 @@ def write_questions(
 
     `folder` is where the run keeps an API's answers and the ledger of their cost.
     """
-    gate: Gateway | None = None
-    if config.backend != "vllm":
-        folder = api_folder(folder, str(config.model))
-        gate = start_gate(folder, config.limits)
+    access = None if config.backend == "vllm" else open_access(config.backend, str(config.model), config, folder)
     return ds.map_batches(
         Writer,
-        fn_constructor_kwargs={"config": config, "folder": folder, "gate": gate, "generator": generator},
+        fn_constructor_kwargs={"config": config, "access": access, "generator": generator},
         **actor_options(config),
     )
 
@@ -217,16 +213,16 @@ class Writer:
     """The actor: writes and tries the questions of each image of a batch."""
 
     def __init__(
-        self, config: WriteQuestionsConfig, folder: str, gate: Gateway | None = None,
-        generator: MakeGenerator = Generator,
-    ) -> None:  # fmt: skip
+        self, config: WriteQuestionsConfig, access: Access | None = None, generator: MakeGenerator = Generator
+    ) -> None:
         self.config = config
         self.model = str(config.model)
         self.author = f"{self.model}@{digest(SYSTEM, RULE, AGAIN, OTHER, SCHEMA, config.num_checks)}"
-        if config.backend == "vllm":
-            self.client = Client(LocalEndpoint(generator(self.model, config), self.model), FREE, config)
-        else:
-            self.client = connect(config.backend, self.model, config, gate, folder)
+        self.client = (
+            access.connect()
+            if access
+            else Client(LocalEndpoint(generator(self.model, config), self.model), FREE, config)
+        )
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         written = await asyncio.gather(*(self.of_image(row) for row in batch.to_pylist()))

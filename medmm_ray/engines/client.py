@@ -15,6 +15,7 @@ import random
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 from urllib.parse import quote
 
@@ -23,7 +24,7 @@ from pydantic import Field
 from medmm_ray.config import Config, execution
 from medmm_ray.engines.answers import Answer, AnswerStore
 from medmm_ray.engines.endpoint import Endpoint, EndpointError, Request, RetryableError
-from medmm_ray.engines.gate import HEARTBEAT_S, Ask, BudgetError, Gateway, Grant, Limits, Settled
+from medmm_ray.engines.gate import HEARTBEAT_S, Ask, BudgetError, Gateway, Grant, Limits, Settled, start_gate
 from medmm_ray.engines.gemini import GeminiEndpoint
 from medmm_ray.engines.openai import OpenAIEndpoint
 from medmm_ray.engines.prices import Price, price_of
@@ -32,6 +33,7 @@ from medmm_ray.tables import RowError
 LONGEST_PAUSE_S = 60.0
 AHEAD = 0.5  # leases that wait beside those at the server, as a share of in_flight
 BYTES_A_TOKEN = 4  # of English text, about: for the rate limit, which the provider estimates too
+Backend = Literal["gemini", "openai"]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -176,10 +178,33 @@ class Client:
         return [None] * len(settled)
 
 
+@dataclass(frozen=True)
+class Access:
+    """How every actor of a step reaches the model: through one gate, to the same kept answers in `folder`."""
+
+    backend: Backend
+    model: str
+    config: ApiConfig
+    gate: Gateway
+    folder: str
+
+    def connect(self) -> Client:
+        """Called in the actor."""
+        return connect(self.backend, self.model, self.config, self.gate, self.folder)
+
+
+def open_access(backend: Backend, model: str, config: ApiConfig, folder: str) -> Access:
+    """Called in the driver, in a Ray session: starts the gate of the model's limits and budget, once for all actors.
+
+    `folder` is where the run keeps what it asked of APIs.
+    """
+    folder = api_folder(folder, model)
+    return Access(backend, model, config, start_gate(folder, config.limits), folder)
+
+
 def connect(
-    backend: Literal["gemini", "openai"], model: str, config: ApiConfig, gate: Gateway | None = None,
-    folder: str | None = None,
-) -> Client:  # fmt: skip
+    backend: Backend, model: str, config: ApiConfig, gate: Gateway | None = None, folder: str | None = None
+) -> Client:
     """A client of a model behind an API; `folder` is the run's for this model, where its answers are kept."""
     endpoint: Endpoint
     if backend == "gemini":

@@ -12,9 +12,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from medmm_ray.engines.client import ApiConfig, Client, api_folder, connect
+from medmm_ray.engines.client import Access, ApiConfig, Client, open_access
 from medmm_ray.engines.endpoint import Request, Turn
-from medmm_ray.engines.gate import Gateway, start_gate
 from medmm_ray.tables import RowError
 from medmm_ray.text import answer_key, is_correct
 
@@ -90,16 +89,11 @@ class MakeGrader:
 
     def __init__(self, config: EquivalenceConfig, folder: str | None) -> None:
         self.config = config
-        self.folder: str | None = None
-        self.gate: Gateway | None = None
+        self.access: Access | None = None
         if config.backend != "none":
             if folder is None:
                 raise ValueError(f"equivalence.backend={config.backend} needs a folder for its answers")
-            self.folder = api_folder(folder, str(config.model))
-            self.gate = start_gate(self.folder, config.limits)
+            self.access = open_access(config.backend, str(config.model), config, folder)
 
     def __call__(self) -> Grader:
-        if self.config.backend == "none":
-            return Grader()
-        client = connect(self.config.backend, str(self.config.model), self.config, self.gate, self.folder)
-        return Grader(client, self.config.max_tokens)
+        return Grader(self.access.connect() if self.access else None, self.config.max_tokens)

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from medmm_ray.engines.client import BYTES_A_TOKEN, api_folder, connect
+from medmm_ray.engines.client import BYTES_A_TOKEN, Access, connect, open_access
 from medmm_ray.engines.endpoint import Request
-from medmm_ray.engines.gate import Gateway, start_gate
 from medmm_ray.engines.generator import Generator, MakeGenerator, actor_options
 from medmm_ray.engines.local import LocalEndpoint, prompt_of
 from medmm_ray.judge.backends import Judge, Judgement, ModelJudge, PhantomJudge
@@ -55,12 +54,11 @@ def judge(
     checkpoint of a vllm judge or the name of an API's model; `folder` is where the run keeps the API's answers and the
     ledger of their cost.
     """
-    gate: Gateway | None = None
-    if config.backend in APIS:
+    access: Access | None = None
+    if config.backend == "gemini" or config.backend == "openai":
         if model is None or folder is None:
             raise ValueError(f"judge.backend={config.backend} needs judge.model and a folder for its answers")
-        folder = api_folder(folder, model)
-        gate = start_gate(folder, config.limits)
+        access = open_access(config.backend, model, config, folder)
     ds = attach(ds, questions, "question_id", ["split", "question", "options", "answer", "image_ids"])
     if evidence is not None:
         ds = attach(ds, evidence, "question_id", ["documents", "images"])
@@ -71,8 +69,7 @@ def judge(
             "images": images.select(["image_id", "uri", "annotation"]),
             "model": model,
             "generator": generator,
-            "gate": gate,
-            "folder": folder,
+            "access": access,
         },
         **actor_options(config),
     )
@@ -83,10 +80,10 @@ class JudgeActor:
 
     def __init__(
         self, config: JudgeConfig, images: pa.Table, model: str | None = None, generator: MakeGenerator = Generator,
-        gate: Gateway | None = None, folder: str | None = None,
+        access: Access | None = None,
     ) -> None:  # fmt: skip
         self.config = config
-        self.backend = make_judge(config, model, generator, gate, folder)
+        self.backend = make_judge(config, model, generator, access)
         rows = images.to_pylist()
         self.pictures = {row["image_id"]: Picture(row["uri"], row["annotation"]) for row in rows}
 
@@ -137,17 +134,16 @@ class JudgeActor:
 
 
 def make_judge(
-    config: JudgeConfig, model: str | None, generator: MakeGenerator = Generator, gate: Gateway | None = None,
-    folder: str | None = None,
-) -> Judge:  # fmt: skip
-    """The backend that `config` names."""
+    config: JudgeConfig, model: str | None, generator: MakeGenerator = Generator, access: Access | None = None
+) -> Judge:
+    """The backend that `config` names; an API without `access` has no gate, and its answers are not kept."""
     if config.backend == "phantom":
         return PhantomJudge(config.error_rate, config.seed)
     if model is None:
         raise ValueError(f"judge.backend={config.backend} needs judge.model")
     if config.backend == "vllm":
         return _local(config, model, generator)
-    client = connect(config.backend, model, config, gate, folder)
+    client = access.connect() if access else connect(config.backend, model, config)
 
     def tokens(request: Request) -> int:
         return request.text_bytes // BYTES_A_TOKEN + len(request.pictures) * client.price.image_tokens

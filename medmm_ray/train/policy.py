@@ -180,11 +180,15 @@ class PolicyStage(Stage):
         self.module = self.model
         rows = read_parquet(inputs["worked"]).to_pylist()
         self.names = [row["question_id"] for row in rows]
-        whole = [encode(self.tokenizer, row["question"], row["answer_type"], row["solutions"]) for row in rows]
+        whole = [self.read(row) for row in rows]
         self.encoded = [encoded.within(config.max_length) for encoded in whole]
         self.sizes = [len(encoded.solutions) for encoded in self.encoded]
         self.costs = [encoded.num_tokens for encoded in self.encoded]
         self.num_too_long = sum(len(encoded.solutions) for encoded in whole) - sum(self.sizes)
+
+    def read(self, row: Mapping[str, Any]) -> "Encoded":
+        """A row of the input `worked` as ids."""
+        return encode(self.tokenizer, row["question"], row["answer_type"], row["solutions"])
 
     def loss(self, units: Sequence[int], epoch: int) -> "torch.Tensor":  # noqa: ARG002
         return cross_entropy(self.model, [self.encoded[u] for u in units], self.device)
@@ -249,13 +253,16 @@ def read_parquet(uri: str) -> pa.Table:
 
 def encode(tokenizer: Any, question: str, answer_type: str, solutions: Sequence[Sequence[str]]) -> Encoded:
     """A question and its worked solutions as the ids that generation would meet."""
-    prompt = tokenizer.apply_chat_template(
-        policy_messages(question, answer_type=answer_type), tokenize=False, add_generation_prompt=True
-    )
-    texts = [assistant_turn(steps) + tokenizer.eos_token for steps in solutions]
+    messages = policy_messages(question, answer_type=answer_type)
+    return encode_chat(tokenizer, messages, [assistant_turn(steps) for steps in solutions])
+
+
+def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], replies: Sequence[str]) -> Encoded:
+    """A chat and the replies to it, each with the token that ends a turn."""
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return Encoded(
         tokenizer(prompt, add_special_tokens=False)["input_ids"],
-        [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts],
+        [tokenizer(reply + tokenizer.eos_token, add_special_tokens=False)["input_ids"] for reply in replies],
     )
 
 

@@ -226,6 +226,9 @@ def test_a_real_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "end_process", end)
         engine.shutdown()
         monkeypatch.setattr(engine, "_engine", DeadEngine())
+        with pytest.raises(module.GeneratorError, match="the vLLM engine died"):
+            await engine.generate(prompts[0], 1, 0, how)
+        monkeypatch.setattr(module, "in_actor", lambda: True)
         with pytest.raises(SystemExit):
             await engine.generate(prompts[0], 1, 0, how)
 

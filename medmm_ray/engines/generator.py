@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -197,8 +198,8 @@ class Generator:
     async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:
         """`n` samples of one prompt, sample i drawn with ``seed + i``; they continue what is `said` in it.
 
-        Raises `RowError` prompt_too_long where prompt and `max_tokens` exceed the model's length. A dead engine ends
-        the process, so that Ray starts a new actor and gives it the work again.
+        Raises `RowError` prompt_too_long where prompt and `max_tokens` exceed the model's length. A dead engine ends an
+        actor's process, so that Ray starts a new one and gives it the work again; elsewhere it is a `GeneratorError`.
         """
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
@@ -233,9 +234,13 @@ class Generator:
             try:
                 async for output in self._engine.generate(asked, parameters, request_id, lora_request=self._lora):
                     samples += output.outputs
-            except EngineDeadError:
-                log.error("the vLLM engine died (out of memory?); ending this process so that Ray starts it again")
-                end_process()
+            except EngineDeadError as error:
+                if in_actor():
+                    log.error("the vLLM engine died (out of memory?); ending this process so that Ray starts it again")
+                    end_process()
+                raise GeneratorError(
+                    "the vLLM engine died (out of memory?); set VLLM_LOGGING_LEVEL=INFO to see its last words"
+                ) from error
             cached = await hits
         shareable = (length - 1) // self._block_tokens * self._block_tokens  # the last token is always computed
         made = [
@@ -380,6 +385,12 @@ def check_model(model: str) -> None:
         raise GeneratorError(
             f"model {model!r} is neither a folder here nor a hub model that can be had: {str(error).splitlines()[0]}"
         ) from error
+
+
+def in_actor() -> bool:
+    """Whether this process is an actor of Ray's."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
 
 
 def end_process() -> NoReturn:

@@ -12,15 +12,16 @@ it: a confidence or a reason, but no label and no value) trains as right, unless
 | judge | the judge's verdict | collapse (Med-PRM), keep or drop (Qwen) |
 | monte_carlo | VisualPRM's value label: can the right answer be reached from here? | keep (VisualPRM), or any |
 | hybrid | an expert's word, else monte_carlo where it ran, else the judge's | any |
-| consensus | the judge's, of solutions in which Monte Carlo finds the same first error | any |
+| consensus | the judge's, of solutions in which Monte Carlo sees the same first error (a right answer: none) | any |
 | soft | as hybrid, with Monte Carlo's ratio itself | any |
 | advantage | VisualPRM's: did this step raise (1) or lower (0) the ratio? as it was: not trained on | keep alone |
 | outcome | the last step alone, by the answer | means nothing |
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from medmm_ray.records import Labels, StepLabel
 
@@ -29,6 +30,7 @@ LabelPolicy = Literal[
 ]
 AfterFirstError = Literal["collapse", "keep", "drop"]
 Target = float | None
+Settlement = Literal["agreed", "differed", "not_judged", "not_continued", "failed"]
 
 ADJUDICATOR = "adjudicator"
 
@@ -203,35 +205,67 @@ def _ratios(policy: str, labels: Sequence[Labels], num_steps: int) -> list[Targe
 
 
 def consensus(labels: Sequence[Labels], num_steps: int, ending: Ending) -> list[Target]:
-    """The judge's verdicts of a solution where judge and Monte Carlo agree on the first wrong step, else nothing.
+    """The judge's verdicts of a solution where judge and Monte Carlo agree on the first wrong step, else nothing."""
+    agreed = settlement(labels, num_steps, ending.correct) == "agreed"
+    return judge(labels, num_steps, ending) if agreed else [None] * num_steps
+
+
+def settlement(labels: Sequence[Labels], num_steps: int, correct: bool | None) -> Settlement:
+    """Whether judge and Monte Carlo agree on a solution's first wrong step, or that there is none; else why not.
 
     They agree where Monte Carlo finds every step before the judge's first wrong one right, and that one wrong; what
-    comes behind it does not matter. Where its continuations failed, or one such step says otherwise, they do not.
-
-    Raises ValueError where Monte Carlo did not run on one of these steps: its first wrong step is then unknown.
+    comes behind it does not matter. A right answer is itself a continuation of each of its prefixes that came out
+    right: where Monte Carlo says nothing of a step, it says that no step is wrong yet. Without a right answer nobody
+    knows where Monte Carlo did not run on one of these steps (`not_continued`), or where its row or its continuations
+    failed there (`failed`); and nowhere without the judge's verdict on each step (`not_judged`).
     """
-    judged, rolled = judge(labels, num_steps, ending), monte_carlo(labels, num_steps, ending)
+    usable = [row for row in labels if row.error is None]
+    judged, rolled = _from(usable, "judge", num_steps), _from(usable, "monte_carlo", num_steps, _hard)
     if None in judged:
-        return [None] * num_steps
+        return "not_judged"
     first = next((i for i, value in enumerate(judged) if value == 0.0), num_steps)
     expected = [*[1.0] * first, 0.0][:num_steps]
-    found = rolled[: len(expected)]
+    found = [1.0 if value is None and correct else value for value in rolled[: len(expected)]]
+    if any(value not in (None, agreed) for value, agreed in zip(found, expected, strict=True)):
+        return "differed"
+    if None not in found:
+        return "agreed"
     failed = any(
-        step.num_rollouts == 0 and step.label is None
+        row.error is not None or any(s.num_rollouts == 0 and s.label is None for s in row.steps[: len(expected)])
         for row in labels
         if row.source == "monte_carlo"
-        for step in row.steps[: len(expected)]
     )
-    if failed or any(value not in (None, agreed) for value, agreed in zip(found, expected, strict=True)):
-        return [None] * num_steps
-    if None in found:
-        ids = sorted({row.solution_id for row in labels}) or ["?"]
+    return "failed" if failed else "not_continued"
+
+
+def consensus_figures(solutions: Iterable[tuple[Sequence[Labels], int, bool | None]]) -> dict[str, float]:
+    """How many of `solutions` (labels, number of steps, whether the answer is right) there are of each `Settlement`.
+
+    Raises ValueError where Monte Carlo ran in such a way that it settles none of those without a right answer: what is
+    left then holds no wrong step.
+    """
+    counts: Counter[str] = Counter()
+    of_others: Counter[str] = Counter()
+    for labels, num_steps, correct in solutions:
+        found = settlement(labels, num_steps, correct)
+        counts[found] += 1
+        of_others[found] += not correct
+    if of_others["not_continued"] and not of_others["agreed"] + of_others["differed"]:
         raise ValueError(
-            f"label policy 'consensus' needs Monte Carlo on every step up to the judge's first wrong one; solution "
-            f"{ids[0]} has it on {len(found) - found.count(None)} of {len(found)}. Run monte_carlo with mode=verify, "
-            "first_error or all, or take 'hybrid'."
+            f"label policy 'consensus' needs Monte Carlo on every step up to the judge's first wrong one; of "
+            f"{of_others['not_continued']:,} judged solutions without a right answer it has that on none. Run "
+            "monte_carlo with mode=verify, first_error or all, or take 'hybrid'."
         )
-    return judged
+    return {f"consensus_{name}": float(counts[name]) for name in get_args(Settlement)}
+
+
+def consensus_words(figures: Mapping[str, float]) -> str:
+    """`consensus_figures` in a sentence."""
+    agreed, differed, *others = (int(figures[f"consensus_{name}"]) for name in get_args(Settlement))
+    reasons = ("not judged", "without Monte Carlo on every step that it needs", "with failed continuations")
+    why = ", ".join(f"{number:,} {reason}" for number, reason in zip(others, reasons, strict=True) if number)
+    told = f"judge and Monte Carlo agree on {agreed:,} solutions and differ on {differed:,}"
+    return f"{told}; {sum(others):,} cannot be settled ({why})" if why else told
 
 
 def outcome(labels: Sequence[Labels], num_steps: int, ending: Ending) -> list[Target]:  # noqa: ARG001

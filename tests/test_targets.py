@@ -1,12 +1,22 @@
 """Label policies: exact targets from label rows."""
 
+from typing import Any
+
 import pyarrow as pa
 import pytest
 
 from medmm_ray.records import Labels, StepLabel
-from medmm_ray.targets import Target, accuracy_of, labels_by_solution, targets
-from medmm_ray.train.cached import illustrated_questions
-from medmm_ray.train.labelled import labelled_solutions
+from medmm_ray.targets import (
+    Target,
+    accuracy_of,
+    consensus_figures,
+    consensus_words,
+    labels_by_solution,
+    settlement,
+    targets,
+)
+from medmm_ray.train.cached import illustrated_questions, of_states
+from medmm_ray.train.labelled import labelled_solutions, trained_on
 from medmm_ray.train.two_tower import TwoTowerConfig
 
 RIGHT, WRONG = StepLabel(label=1, confidence="high"), StepLabel(label=0, confidence="low")
@@ -83,10 +93,84 @@ def test_consensus_without_an_error_is_all_right() -> None:
     assert targets("consensus", labels, 2) == [1.0, 1.0]
 
 
-def test_consensus_is_refused_where_monte_carlo_did_not_run_up_to_the_judges_first_error() -> None:
-    labels = [row("judge", RIGHT, WRONG), row("monte_carlo", rolled(0.5), NOBODY)]
-    with pytest.raises(ValueError, match=r"solution s1 has it on 1 of 2\. Run monte_carlo with mode=verify"):
-        targets("consensus", labels, 2)
+def test_consensus_says_nothing_of_a_solution_that_monte_carlo_did_not_reach() -> None:
+    judged = row("judge", RIGHT, WRONG)
+    assert targets("consensus", [judged, row("monte_carlo", rolled(0.5), NOBODY)], 2) == [None, None]
+    failed = row("monte_carlo", error="prompt_too_long: 9 tokens")
+    assert targets("consensus", [judged, failed], 2, correct=False) == [None, None]
+    assert targets("consensus", [judged], 2, correct=False) == [None, None]
+
+
+def test_a_right_answer_shows_consensus_that_no_prefix_is_lost() -> None:
+    assert targets("consensus", [row("judge", RIGHT, NEUTRAL)], 2, correct=True) == [1.0, 1.0]
+    assert targets("consensus", [row("judge", RIGHT, WRONG)], 2, correct=True) == [None, None]
+    lost = [row("judge", RIGHT, RIGHT), row("monte_carlo", rolled(0.0), NOBODY)]  # another policy never gets there
+    assert targets("consensus", lost, 2, correct=True) == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("labels", "correct", "expected"),
+    [
+        ([row("judge", RIGHT, WRONG), row("monte_carlo", rolled(0.5), rolled(0.0))], False, "agreed"),
+        ([row("judge", RIGHT, WRONG), row("monte_carlo", NOBODY, rolled(0.5))], False, "differed"),
+        ([row("judge", RIGHT, WRONG), row("monte_carlo", rolled(0.5), NOBODY)], None, "not_continued"),
+        ([row("judge", RIGHT, WRONG), row("monte_carlo", error="prompt_too_long: 9")], False, "failed"),
+        ([row("judge", RIGHT, WRONG), row("monte_carlo", StepLabel(num_rollouts=0), NOBODY)], False, "failed"),
+        ([row("judge", RIGHT, NOBODY), row("monte_carlo", rolled(0.5), rolled(0.0))], False, "not_judged"),
+        ([row("judge", error="refused: no")], True, "not_judged"),
+        ([row("judge", RIGHT, RIGHT)], True, "agreed"),
+    ],
+)
+def test_what_consensus_knows_of_a_solution(labels: list[Labels], correct: bool | None, expected: str) -> None:
+    assert settlement(labels, 2, correct) == expected
+
+
+def test_one_failed_row_does_not_end_a_training_by_consensus() -> None:
+    agreed = [row("judge", RIGHT, WRONG), row("monte_carlo", rolled(0.5), rolled(0.0))]
+    failed = [row("judge", RIGHT, WRONG), row("monte_carlo", error="prompt_too_long: 9 tokens")]
+    figures = consensus_figures(
+        [(agreed, 2, False), (failed, 2, False), ([row("judge", RIGHT)], 1, True), ([], 1, None)]
+    )
+    assert figures == {
+        "consensus_agreed": 2, "consensus_differed": 0, "consensus_not_judged": 1, "consensus_not_continued": 0,
+        "consensus_failed": 1,
+    }  # fmt: skip
+    assert consensus_words(figures) == (
+        "judge and Monte Carlo agree on 2 solutions and differ on 0; 2 cannot be settled (1 not judged, 1 with failed "
+        "continuations)"
+    )
+    assert consensus_words({**figures, "consensus_failed": 0.0, "consensus_not_judged": 0.0}).endswith("differ on 0")
+
+
+def test_consensus_is_refused_where_monte_carlo_settles_nothing() -> None:
+    wrong = ([row("judge", RIGHT, WRONG), row("monte_carlo", rolled(0.5), NOBODY)], 2, False)
+    with pytest.raises(
+        ValueError, match=r"of 2 judged solutions without a right answer it has that on none\. Run monte"
+    ):
+        consensus_figures([wrong, wrong, ([row("judge", RIGHT)], 1, True)])
+
+
+def test_the_solutions_that_consensus_counts_are_those_of_the_training() -> None:
+    def one(name: str, correct: bool) -> dict[str, Any]:
+        return {"solution_id": name, "steps": ["one"], "correct": correct}
+
+    labels = {name: [row("judge", RIGHT)] for name in ("s1", "s2", "s3", "s4")}
+    questions = pa.table({"question_id": ["q1", "q2", "q3"], "split": ["train", "test", "train"],
+                          "error": pa.array([None, None, "no_answer: x"], pa.string())})  # fmt: skip
+    solutions = pa.Table.from_pylist(
+        [
+            {"question_id": "q1", "solutions": [one("s1", True), one("s2", False)], "error": None},
+            {"question_id": "q2", "solutions": [one("s3", True)], "error": None},
+            {"question_id": "q3", "solutions": [one("s4", True)], "error": None},
+        ],
+        pa.schema({"question_id": pa.string(), "error": pa.string(), "solutions": pa.list_(pa.struct(
+            {"solution_id": pa.string(), "steps": pa.list_(pa.string()), "correct": pa.bool_()}))}),
+    )  # fmt: skip
+    assert list(trained_on(questions, solutions, labels)) == [(labels["s1"], 1, True), (labels["s2"], 1, False)]
+    assert list(trained_on(questions, solutions, labels, max_solutions=1)) == [(labels["s1"], 1, True)]
+    states = pa.table({"solution_id": ["s2", "s9", "s1"], "num_steps": [1, 3, 1],
+                       "error": pa.array([None, None, "too_long: x"], pa.string())})  # fmt: skip
+    assert list(of_states(states, labels, solutions)) == [(labels["s2"], 1, False), ([], 3, None)]
 
 
 YES, NO = StepLabel(label=1, stopped_early=True), StepLabel(label=0, value=0.0, num_correct=0, num_rollouts=16)

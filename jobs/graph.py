@@ -104,7 +104,7 @@ STEPS = (
         "review",
         ("questions", "images", "solutions", "judge_labels", "monte_carlo_labels"),
         {"review_queue": ReviewItem, "expert_labels": Labels},
-        version=2,
+        version=3,
         what="the expert's queue and verdicts",
     ),
     Step(
@@ -142,9 +142,9 @@ STEPS = (
     ),
     Step(
         "evaluate",
-        ("questions", "images", "evidence", "solutions", *LABELS, "dataset_report", "scores"),
+        ("questions", "images", "evidence", "solutions", *LABELS, "review_queue", "dataset_report", "scores"),
         {"report": None},
-        version=2,
+        version=3,
         what="report.json, report.html",
     ),
 )

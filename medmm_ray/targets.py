@@ -121,28 +121,33 @@ def _hard(step: StepLabel) -> Target:
     return None if step.value is None else float(step.value > 0)
 
 
-def _value(step: StepLabel) -> Target:
-    return step.value
+def merged(rows: Sequence[Labels], num_steps: int) -> list[StepLabel]:
+    """What the annotators of one source say of each step together, one entry a step.
+
+    The adjudicator's word where he looked; else the majority of those who call the step right or wrong, of which the
+    first by name gives the entry; a tie is no label. Where nobody calls it either, it is neutral if somebody found it
+    so. `columns.source_labels` is the same rule on whole tables.
+    """
+    ordered = sorted(rows, key=lambda row: row.annotator)
+    last_word = [row for row in ordered if row.annotator == ADJUDICATOR]
+    return [_merged_step([row.steps[i] for row in last_word], [row.steps[i] for row in ordered])
+            for i in range(num_steps)]  # fmt: skip
+
+
+def _merged_step(last_word: Sequence[StepLabel], everyone: Sequence[StepLabel]) -> StepLabel:
+    said = [step for step in last_word if _hard(step) is not None or _is_neutral(step)]
+    entries = said or everyone
+    right, wrong = ([step for step in entries if _hard(step) == verdict] for verdict in (1.0, 0.0))
+    if right or wrong:
+        return StepLabel() if len(right) == len(wrong) else max(right, wrong, key=len)[0]
+    return next((step for step in entries if _is_neutral(step)), StepLabel())
 
 
 def _from(
     labels: Sequence[Labels], source: str, num_steps: int, read: Callable[[StepLabel], Target] = _verdict
 ) -> list[Target]:
-    """What one source says of each step; several annotators: the adjudicator, else the majority, a tie is no label.
-
-    An adjudicator's word counts for the steps that it is about, the readers' for the others.
-    """
-    rows = [row for row in labels if row.source == source]
-    above = [row for row in rows if row.annotator == ADJUDICATOR]
-    merged: list[Target] = []
-    for i in range(num_steps):
-        votes = [vote for row in above if (vote := read(row.steps[i])) is not None]
-        votes = votes or [vote for row in rows if (vote := read(row.steps[i])) is not None]
-        mean = sum(votes) / len(votes) if votes else None
-        if mean is not None and read is not _value:
-            mean = None if mean == 0.5 else float(mean > 0.5)
-        merged.append(mean)
-    return merged
+    """What one source says of each step, its annotators `merged`."""
+    return [read(step) for step in merged([row for row in labels if row.source == source], num_steps)]
 
 
 def _first_of(*columns: list[Target]) -> list[Target]:
@@ -201,7 +206,14 @@ def _ratios(policy: str, labels: Sequence[Labels], num_steps: int) -> list[Targe
                 "stopped early: a ratio that ends with its first success is too high (one by one a true .25 reads "
                 ".46). Run monte_carlo with stop_early=false, or take 'hybrid'"
             )
-    return _from(labels, "monte_carlo", num_steps, _value)
+    return _values(labels, "monte_carlo", num_steps)
+
+
+def _values(labels: Sequence[Labels], source: str, num_steps: int) -> list[Target]:
+    """The mean of one source's values at each step."""
+    columns = zip(*(row.steps for row in labels if row.source == source), strict=True)
+    known = [[step.value for step in column if step.value is not None] for column in columns] or [[]] * num_steps
+    return [sum(values) / len(values) if values else None for values in known]
 
 
 def consensus(labels: Sequence[Labels], num_steps: int, ending: Ending) -> list[Target]:
@@ -280,7 +292,7 @@ def tree_search(labels: Sequence[Labels], num_steps: int, ending: Ending) -> lis
 
 def tree_search_soft(labels: Sequence[Labels], num_steps: int, ending: Ending) -> list[Target]:  # noqa: ARG001
     """What the tree holds of each prefix itself as the target (MedS3's first release)."""
-    return _from(labels, "tree_search", num_steps, _value)
+    return _values(labels, "tree_search", num_steps)
 
 
 POLICIES: dict[str, Callable[[Sequence[Labels], int, Ending], list[Target]]] = {

@@ -4,14 +4,21 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from medmm_ray.records import Labels, StepLabel
+from medmm_ray.columns import NEUTRAL as NEUTRAL_CODE
+from medmm_ray.columns import RIGHT as RIGHT_CODE
+from medmm_ray.columns import UNLABELLED, source_labels, steps_of, thin_labels
+from medmm_ray.columns import WRONG as WRONG_CODE
+from medmm_ray.records import Labels, StepLabel, to_arrow
 from medmm_ray.targets import (
     Target,
     accuracy_of,
     consensus_figures,
     consensus_words,
     labels_by_solution,
+    merged,
     settlement,
     targets,
 )
@@ -254,6 +261,33 @@ def test_experts_vote_and_the_adjudicator_decides() -> None:
     two = [row("expert", RIGHT, RIGHT, annotator="a"), row("expert", RIGHT, WRONG, annotator="b")]
     assert targets("hybrid", two, 2) == [1.0, None]
     assert targets("hybrid", [*two, row("expert", RIGHT, WRONG, annotator="adjudicator")], 2) == [1.0, 0.0]
+
+
+def test_annotators_together_say_what_most_say_and_whole_tables_agree() -> None:
+    a = row("judge", WRONG, RIGHT, NEUTRAL, NEUTRAL, NOBODY, RIGHT, annotator="a")
+    b = row("judge", RIGHT, WRONG, WRONG, NOBODY, NOBODY, RIGHT, annotator="b")
+    c = row("judge", RIGHT, NEUTRAL, NOBODY, NOBODY, NOBODY, WRONG, annotator="c")
+    first, second = StepLabel(label=1, reason="b's"), StepLabel(label=1, reason="c's")
+    assert merged([c, b, a], 6) == [RIGHT, NOBODY, WRONG, NEUTRAL, NOBODY, RIGHT]
+    assert merged([row("judge", second, annotator="c"), row("judge", first, annotator="b")], 1) == [first]
+    last = row("judge", NOBODY, NEUTRAL, RIGHT, WRONG, NOBODY, WRONG, annotator="adjudicator")
+    assert merged([a, b, c, last], 6) == [RIGHT, NEUTRAL, RIGHT, WRONG, NOBODY, WRONG]
+    assert targets("judge", [a, b, c], 6, "keep") == [1.0, None, 0.0, 1.0, None, 1.0]
+
+
+@given(st.lists(st.lists(st.sampled_from("+-0?"), min_size=3, max_size=3), max_size=5), st.booleans())
+def test_one_rule_for_annotators_in_rows_and_in_columns(said: list[list[str]], adjudicated: bool) -> None:
+    entries = {"+": RIGHT, "-": WRONG, "0": NEUTRAL, "?": NOBODY}
+    names = ["adjudicator" if adjudicated and not n else f"reader {n}" for n in range(len(said))]
+    rows = [row("judge", *(entries[s] for s in own), annotator=name) for own, name in zip(said, names, strict=True)]
+    solution = {"solution_id": "s1", "correct": True, "finish_reason": "stop", "num_steps": 3}
+    steps = steps_of(pa.Table.from_pylist([{"question_id": "q1", "solutions": [solution]}]))
+    found = source_labels(steps, thin_labels(to_arrow(Labels, rows)))
+    codes = found["judge"].codes.tolist() if rows else [UNLABELLED] * 3
+    meant = {RIGHT_CODE: 1, WRONG_CODE: 0, NEUTRAL_CODE: None, UNLABELLED: None}
+    together = merged(rows, 3)
+    assert [step.label for step in together] == [meant[code] for code in codes]
+    assert [step.confidence is not None for step in together] == [code != UNLABELLED for code in codes]
 
 
 def test_two_monte_carlo_runs_average_softly() -> None:

@@ -106,7 +106,7 @@ def audit(
             yields.keep(part)
             parts.append(thin_labels(part))
     by_source = source_labels(steps, _concat(parts, thin_labels(arrow_schema(Labels).empty_table())))
-    queue = None if review_queue is None else queue_of(steps, review_queue)
+    queue = queue_of(steps, review_queue) if review_queue is not None and review_queue.num_rows else None
     groups = _groups(questions, sampled, steps, correct)
     resampling = Resampling(config.bootstrap_samples, config.seed)
     speaking = (s for s in config.sources if s in by_source and (by_source[s].codes >= 0).any())

@@ -26,6 +26,7 @@ def make(job: Job, uri: str) -> dict[str, float]:
         solutions=solutions.filter([i in ids for i in solutions["question_id"].to_pylist()]),
         scores=job.read("scores"),
         labels=[job.read(name) for name in LABELS],
+        review_queue=job.read("review_queue"),
         dataset=read_report(job.run.uri("dataset_report")),
         steps=[
             {"name": step.name, "rows": sum(m.rows for m in manifests), "seconds": sum(m.seconds for m in manifests)}

@@ -104,20 +104,21 @@ STEPS = (
         "review",
         ("questions", "images", "solutions", "judge_labels", "monte_carlo_labels"),
         {"review_queue": ReviewItem, "expert_labels": Labels},
-        version=2,
+        version=3,
         what="the expert's queue and verdicts",
     ),
     Step(
         "audit",
         ("questions", "images", "evidence", "solutions", *LABELS, "review_queue"),
         {"dataset_report": None},
+        version=2,
         what="dataset report and quality gates",
     ),
     Step(
         "train_text_prm",
         ("questions", "evidence", "solutions", *LABELS, "tree_solutions", "tree_labels", "policy"),
         {"text_prm": None},
-        version=2,
+        version=3,
         what="text reward model (DeepSpeed)",
     ),
     Step(
@@ -130,6 +131,7 @@ STEPS = (
         "train_two_tower",
         ("questions", "images", "evidence", "solutions", *LABELS, "states", "text_prm", "image_tower"),
         {"two_tower": None},
+        version=2,
         what="image fusion on cached states",
     ),
     Step(
@@ -140,9 +142,9 @@ STEPS = (
     ),
     Step(
         "evaluate",
-        ("questions", "images", "evidence", "solutions", *LABELS, "dataset_report", "scores"),
+        ("questions", "images", "evidence", "solutions", *LABELS, "review_queue", "dataset_report", "scores"),
         {"report": None},
-        version=2,
+        version=3,
         what="report.json, report.html",
     ),
 )

@@ -1,14 +1,11 @@
 """solutions -> judge_labels: a verdict for each step, with its confidence and reason."""
 
-import logging
 import sys
 
 from jobs.step import Job, main
 from medmm_ray.engines.client import api_folder
 from medmm_ray.engines.gate import close_ledger
 from medmm_ray.judge import APIS, judge
-
-log = logging.getLogger("medmm_ray")
 
 
 def run(job: Job) -> None:
@@ -27,8 +24,10 @@ def run(job: Job) -> None:
     )
     if config.backend in APIS:
         paid = close_ledger(api_folder(folder, model))
-        log.info("judge: $%.4f spent on %d answers of %s, $%.4f possibly paid for %d calls that were cut off",
-                 paid.spent, paid.answers, model, paid.possibly_paid, paid.lost_calls)  # fmt: skip
+        job.tell(
+            f"${paid.spent:.4f} spent on {paid.answers:,} answers of {model}, ${paid.possibly_paid:.4f} possibly paid "
+            f"for {paid.lost_calls:,} calls that were cut off"
+        )
 
 
 if __name__ == "__main__":

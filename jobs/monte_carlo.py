@@ -1,6 +1,7 @@
 """solutions + judge_labels -> monte_carlo_labels: continuations of steps, by the mode that the recipe names."""
 
 import sys
+from collections.abc import Mapping
 
 from jobs.step import Job, main
 from medmm_ray.config import ConfigError
@@ -37,6 +38,20 @@ def run(job: Job) -> None:
         "question_id",
         "labels",
     )
+    if figures := job.table("monte_carlo_labels").manifest().figures:
+        job.tell(summary(figures))
+
+
+def summary(figures: Mapping[str, float]) -> str:
+    """A table's figures in words."""
+    rollouts, prefixes, tokens, failed, labelled, free, asked = (
+        int(figures.get(name, 0))
+        for name in ("rollouts", "prefixes_continued", "rollout_tokens", "failed_rollouts", "steps_labelled",
+                     "steps_known_free", "prompt_tokens")
+    )  # fmt: skip
+    told = f"{labelled:,} steps labelled, {free:,} of them free; {rollouts:,} continuations of {prefixes:,} prefixes"
+    told += f", {tokens:,} tokens, {failed:,} failed"
+    return told + (f", {figures['cached_tokens'] / asked:.1%} of prompt tokens cached" if asked else "")
 
 
 def check_draws(job: Job) -> None:

@@ -70,8 +70,11 @@ class Board:
         row.rows = sum(m.rows for m in manifests) or None
         row.seconds = sum(m.seconds for m in manifests)
         row.note = ", ".join(f"{kind}: {n} failed" for m in manifests for kind, n in m.errors.items())
+        told = self.job.told if self.job else []
         self.job = None
         self._change(step, state)
+        for line in told:
+            self.console.print(f"  {step.name}: {line}", style=None, markup=False, highlight=False, soft_wrap=True)
 
     def skip(self, step: Step) -> None:
         self._change(step, "left out")

@@ -84,7 +84,7 @@ def plan_of(recipe: Recipe, run: Run) -> Plan:
         node_rollouts=sum(rollouts) / len(rollouts),
         tree_tokens=tree.max_tree_tokens,
         review_steps=recipe.review.review_steps,
-        dollars_per_reviewed_step=assumed.dollars_per_reviewed_step,
+        dollars_per_reviewed_step=recipe.audit.dollars_per_reviewed_step,
         gpu=assumed.gpu,
         num_gpus=assumed.num_gpus,
         dollars_per_gpu_hour=assumed.dollars_per_gpu_hour,

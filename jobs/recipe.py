@@ -78,8 +78,6 @@ class PlanConfig(Config):
     """US dollars per million tokens that the judge reads."""
     judge_dollars_per_million_written: float = execution(0.0)
     """US dollars per million tokens that the judge writes."""
-    dollars_per_reviewed_step: float = execution(0.5)
-    """US dollars a step that an expert reads."""
     gpu: str = execution("A100-80G")
     """Kind of GPU."""
     num_gpus: int = execution(4)

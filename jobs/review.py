@@ -10,7 +10,7 @@ from medmm_ray.review_page.export import frozen, log_uri, step_labels
 
 def run(job: Job) -> None:
     questions, images = job.read("questions"), job.read("images")
-    judged, rolled_out = (job.read(name, ["solution_id", "steps"]) for name in ("judge_labels", "monte_carlo_labels"))
+    judged, rolled_out = job.read("judge_labels"), job.read("monte_carlo_labels")
     solutions = job.read("solutions", ["question_id", "solutions"])
     job.make_rows("review_queue", queue(solutions, questions, judged, rolled_out, job.config), "question_id")
     items = [from_dict(ReviewItem, row) for row in job.read("review_queue").to_pylist()]

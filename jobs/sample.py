@@ -1,14 +1,11 @@
 """questions, evidence -> solutions: 16 a training question, 64 a test question, by vLLM."""
 
-import logging
 import sys
 from collections.abc import Mapping
 
 from jobs.step import Job, main
 from medmm_ray.quality import FAULTS
 from medmm_ray.sample import sample
-
-log = logging.getLogger("medmm_ray")
 
 
 def run(job: Job) -> None:
@@ -33,7 +30,7 @@ def run(job: Job) -> None:
         ),
         "question_id",
     )
-    log.info("sample: %s", summary(job.table("solutions").manifest().figures))
+    job.tell(summary(job.table("solutions").manifest().figures))
 
 
 def summary(figures: Mapping[str, float]) -> str:

@@ -110,6 +110,7 @@ class Job:
         self.config = run.section(step)
         self.waiting = "starting"
         self.expected = 0
+        self.told: list[str] = []
         self._folder: str | None = None  # of the artifact that is being made
         self._since = time.monotonic()
 
@@ -192,6 +193,11 @@ class Job:
         failed = ", ".join(f"{kind} {n}" for kind, n in manifest.errors.items())
         log.info("%s: %s rows%s", name, f"{manifest.rows:,}", f", {sum(manifest.errors.values())} failed ({failed})"
                  if failed else "")  # fmt: skip
+
+    def tell(self, line: str) -> None:
+        """Say in one line what the step found or took; a pipeline shows it when the step is done."""
+        log.info("%s: %s", self.step.name, line)
+        self.told.append(line)
 
     def awaited(self) -> str:
         """What is being waited for, and how far it is: rows of a table, or updates of a training."""

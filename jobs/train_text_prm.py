@@ -6,6 +6,7 @@ import pyarrow as pa
 
 from jobs.graph import LABELS
 from jobs.step import Job, main
+from medmm_ray.targets import consensus_words
 from medmm_ray.train.text_prm import train_text_prm
 
 
@@ -20,6 +21,9 @@ def run(job: Job) -> None:
             job.config, questions, evidence, solutions, labels, base, folder=uri, name=job.run_name
         ),
     )
+    figures = job.run.artifact("text_prm").manifest().figures
+    if job.config.label_policy == "consensus":
+        job.tell(consensus_words(figures))
 
 
 if __name__ == "__main__":

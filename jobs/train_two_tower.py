@@ -4,6 +4,7 @@ import sys
 
 from jobs.graph import LABELS
 from jobs.step import Job, main
+from medmm_ray.targets import consensus_words
 from medmm_ray.train.two_tower import train_two_tower
 
 
@@ -28,6 +29,9 @@ def run(job: Job) -> None:
             name=job.run_name,
         ),
     )
+    figures = job.run.artifact("two_tower").manifest().figures
+    if job.config.label_policy == "consensus":
+        job.tell(consensus_words(figures))
 
 
 if __name__ == "__main__":

@@ -277,27 +277,35 @@ def cluster_bootstrap(
     return low, high
 
 
-# Steps: `labels` are booleans (right), `log_odds` the model's; both pooled over solutions, nulls already left out
+# Steps: `labels` are booleans (right), `log_odds` the model's; both pooled over solutions, nulls already left out.
+# `weights` count each step (1 without): with 1 / inclusion probability a figure of a sample speaks of the whole.
 
 
-def auroc(labels: Bools, log_odds: Floats) -> float | None:
+def _ones(labels: Bools, weights: Floats | None) -> Floats:
+    return np.ones(labels.size) if weights is None else weights
+
+
+def auroc(labels: Bools, log_odds: Floats, weights: Floats | None = None) -> float | None:
     """The chance that a right step scores above a wrong one, ties half; None where one class is missing."""
-    num_right, num_wrong = int(labels.sum()), int((~labels).sum())
-    if not num_right or not num_wrong:
+    weight = _ones(labels, weights)
+    _, place = np.unique(log_odds, return_inverse=True)
+    right, wrong = np.bincount(place, weight * labels), np.bincount(place, weight * ~labels)
+    if not labels.any() or labels.all():
         return None
-    _, place, counts = np.unique(log_odds, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(counts) - (counts - 1) / 2)[place]
-    return float((rank[labels].sum() - num_right * (num_right + 1) / 2) / (num_right * num_wrong))
+    return float(right @ (np.cumsum(wrong) - wrong / 2) / (right.sum() * wrong.sum()))
 
 
-def roc_curve(labels: Bools, log_odds: Floats, num_points: int = 101) -> tuple[list[float], list[float]]:
+def roc_curve(
+    labels: Bools, log_odds: Floats, num_points: int = 101, weights: Floats | None = None
+) -> tuple[list[float], list[float]]:
     """False and true positive rates from (0, 0) to (1, 1), thinned to about `num_points`; empty with one class only."""
     if labels.all() or not labels.any():
         return [], []
     order = np.argsort(-log_odds, kind="stable")
     ends = np.append(np.flatnonzero(np.diff(log_odds[order])), labels.size - 1)
-    true = np.append(0.0, np.cumsum(labels[order])[ends] / labels.sum())
-    false = np.append(0.0, np.cumsum(~labels[order])[ends] / (~labels).sum())
+    weight = _ones(labels, weights)[order]
+    right, wrong = np.cumsum(weight * labels[order]), np.cumsum(weight * ~labels[order])
+    true, false = np.append(0.0, right[ends] / right[-1]), np.append(0.0, wrong[ends] / wrong[-1])
     # Even steps along the curve's length, so that its steep part keeps its shape.
     length = true + false
     kept = np.unique(np.searchsorted(length, np.linspace(0, 2, num_points)).clip(max=length.size - 1))
@@ -309,45 +317,49 @@ def predicted_right(log_odds: ArrayLike, threshold: float = 0.5) -> Bools:
     return np.asarray(log_odds, dtype=np.float64) >= math.log(threshold / (1 - threshold))
 
 
-def macro_f1(labels: Bools, predicted: Bools) -> float | None:
+def macro_f1(labels: Bools, predicted: Bools, weights: Floats | None = None) -> float | None:
     """The mean of the F1 of the right and of the wrong steps, pooled; a class nobody names has F1 0."""
     if not labels.size:
         return None
-    scores = []
+    scores, weight = [], _ones(labels, weights)
     for truth, guess in ((labels, predicted), (~labels, ~predicted)):
-        named = int(truth.sum() + guess.sum())
-        scores.append(2 * int((truth & guess).sum()) / named if named else 0.0)
+        named = float(weight @ truth + weight @ guess)
+        scores.append(2 * float(weight @ (truth & guess)) / named if named else 0.0)
     return sum(scores) / 2
 
 
 @dataclass(frozen=True)
 class CalibrationBin:
-    """Steps whose probability lies in [low, high): their count, mean probability and share of right ones."""
+    """Steps whose probability lies in [low, high): count, weight, mean probability and share of right ones."""
 
     low: float
     high: float
     count: int
+    weight: float
     mean_probability: float | None
     share_right: float | None
 
 
-def calibration(labels: Bools, probabilities: Floats, num_bins: int = 10) -> list[CalibrationBin]:
+def calibration(
+    labels: Bools, probabilities: Floats, num_bins: int = 10, weights: Floats | None = None
+) -> list[CalibrationBin]:
     """The reliability curve: bins of equal width over [0, 1], the last one closed."""
     place = np.minimum((probabilities * num_bins).astype(np.int64), num_bins - 1)
     bins = []
     for index in range(num_bins):
         inside = place == index
-        count = int(inside.sum())
-        mean = float(probabilities[inside].mean()) if count else None
-        right = float(labels[inside].mean()) if count else None
-        bins.append(CalibrationBin(index / num_bins, (index + 1) / num_bins, count, mean, right))
+        count, weight = int(inside.sum()), _ones(labels, weights)[inside]
+        mean = float(np.average(probabilities[inside], weights=weight)) if count else None
+        right = float(np.average(labels[inside], weights=weight)) if count else None
+        edges = (index / num_bins, (index + 1) / num_bins)
+        bins.append(CalibrationBin(*edges, count, float(weight.sum()), mean, right))
     return bins
 
 
 def expected_calibration_error(bins: Sequence[CalibrationBin]) -> float | None:
-    """The mean of |mean probability - share right| over the bins, weighted by their counts."""
-    total = sum(b.count for b in bins)
-    gaps = (b.count * abs(b.mean_probability - b.share_right) for b in bins if b.count)  # type: ignore[operator]
+    """The mean of |mean probability - share right| over the bins, weighted by the steps in them."""
+    total = sum(b.weight for b in bins)
+    gaps = (b.weight * abs(b.mean_probability - b.share_right) for b in bins if b.count)  # type: ignore[operator]
     return sum(gaps) / total if total else None
 
 

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from medmm_ray import charts
 from medmm_ray.charts import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, Series
+from medmm_ray.evaluate.steps import TRUTHS
 from medmm_ray.tables import RowError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ SOURCE_NAMES = {
 }
 GATE_NAMES = {
     "judge_expert_kappa": "Judge agrees with the expert (κ)",
-    "model_reference_kappa": "Model agrees with the truth, step by step (κ)",
+    "model_reference_kappa": "Model agrees with truth or expert, step by step (κ)",
     "ece": "Expected calibration error, multimodal",
     "multimodal_gain": "Gain of the image at best-of-N (fraction)",
     "text_unchanged_without_image": "Text part against text-only scores (largest difference)",
@@ -301,7 +302,8 @@ def summary(report: Row) -> RenderableType:
             words = (
                 f"AUROC {fixed(figures['auroc'])}  macro-F1 {fixed(figures['macro_f1'])}  ECE {fixed(figures['ece'])}"
             )
-            lines.append(Text(f"steps, {_arm_name(arm).lower()}: {words}"))
+            against = "" if report["reference"] in TRUTHS else f" (against {report['reference']})"
+            lines.append(Text(f"steps, {_arm_name(arm).lower()}{against}: {words}"))
     kappa = report["agreement"].get("judge_expert", {}).get("kappa")
     lines.append(Text(f"judge and expert: κ {fixed(kappa)}"))
     failed = {name: sum(kinds.values()) for name, kinds in counts["errors"].items() if kinds}

@@ -19,7 +19,19 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from medmm_ray.columns import Ints, Steps, place, steps_of, thin
+from medmm_ray.columns import (
+    RIGHT,
+    UNLABELLED,
+    WRONG,
+    Codes,
+    Ints,
+    Steps,
+    place,
+    source_labels,
+    steps_of,
+    thin,
+    thin_labels,
+)
 from medmm_ray.config import Config, execution
 from medmm_ray.records import Labels, ReviewItem, StepLabel, to_arrow_lists
 from medmm_ray.sources.phantom import Case, truth
@@ -29,7 +41,7 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
 SURE, UNSURE, DISAGREE = 0, 1, 2
-DISAGREEMENT = ("sure", "unsure", "disagree")  # the judge is; the judge is not; Monte Carlo contradicts the judge
+DISAGREEMENT = ("sure", "unsure", "disagree")  # the judge is; it is not; judges differ, or Monte Carlo contradicts
 RANDOM = "random"
 EXPERT, TRUTH = "phantom-expert", "phantom-truth"
 
@@ -75,7 +87,7 @@ def queue(
 ) -> list[ReviewItem]:
     """The steps that an expert should read; sorted, the same for the same tables in any order of rows.
 
-    Needs question_id and solutions; question_id, difficulty, modality; solution_id and steps of both kinds of labels.
+    Needs question_id and solutions; question_id, difficulty, modality; and the labels tables whole.
     """
     steps = steps_of(thin(solutions))
     disagreement = disagreement_of(steps, judge_labels, monte_carlo_labels)
@@ -106,34 +118,45 @@ def queue(
 
 
 def disagreement_of(steps: Steps, judge_labels: pa.Table, monte_carlo_labels: pa.Table) -> Ints:
-    """SURE, UNSURE or DISAGREE for each step; one without labels is UNSURE.
+    """SURE, UNSURE or DISAGREE for each step; one without labels is UNSURE, as is one where any judge is.
 
-    The judge speaks of a step and Monte Carlo of the prefix that ends there, which the judge calls wrong from its first
-    wrong step on.
+    Judges disagree where one calls a step right and another wrong. The judge (several: their majority) speaks of a step
+    and Monte Carlo of the prefix that ends there, which the judge calls wrong from its first wrong step on.
     """
-    judged, confidence = _label_columns(steps, judge_labels)
-    rolled, _ = _label_columns(steps, monte_carlo_labels)
-    unsure = (confidence == _CONFIDENCE["low"]) | ((judged < 0) & (confidence < 0))
-    wrong_so_far = np.cumsum(judged == 0)
+    right, wrong, low, looked = _said_of_steps(steps, judge_labels)
+    judged, rolled = _codes(steps, judge_labels, "judge"), _codes(steps, monte_carlo_labels, "monte_carlo")
+    wrong_so_far = np.cumsum(judged == WRONG)
     wrong_before = np.where(steps.first > 0, wrong_so_far[steps.first - 1], 0) if len(judged) else wrong_so_far
-    prefix = (wrong_so_far - wrong_before[steps.solution] == 0).astype(np.int64)
-    disagree = (judged >= 0) & (rolled >= 0) & (prefix != rolled)
-    return np.where(disagree, DISAGREE, np.where(unsure, UNSURE, SURE))
+    prefix = np.where(wrong_so_far - wrong_before[steps.solution] == 0, RIGHT, WRONG)
+    disagree = (right & wrong) | ((judged >= WRONG) & (rolled >= WRONG) & (prefix != rolled))
+    return np.where(disagree, DISAGREE, np.where(low | ~looked, UNSURE, SURE))
 
 
-_CONFIDENCE = {"low": 0, "medium": 1, "high": 2}
+def _codes(steps: Steps, labels: pa.Table, source: str) -> Codes:
+    """What the annotators of `source` say of each step together."""
+    own = thin_labels(labels.filter(pc.equal(labels["source"], source)).combine_chunks())
+    found = source_labels(steps, own)
+    return found[source].codes if source in found else np.full(len(steps.solution), UNLABELLED, dtype=np.int8)
 
 
-def _label_columns(steps: Steps, labels: pa.Table) -> tuple[Ints, Ints]:
-    """(label, confidence) of each step, -1 where there is none; rows of other solutions are left out."""
-    label = np.full(len(steps.solution), -1)
-    confidence = np.full(len(steps.solution), -1)
-    flat = pc.list_flatten(labels["steps"].combine_chunks())
-    found = place(steps, labels)
-    label[found.row] = np.asarray(pc.fill_null(flat.field("label"), -1))[found.entry]
-    ranks = pc.index_in(flat.field("confidence"), pa.array(list(_CONFIDENCE)))
-    confidence[found.row] = np.asarray(pc.fill_null(ranks, -1))[found.entry]
-    return label, confidence
+def _said_of_steps(steps: Steps, labels: pa.Table) -> list[NDArray[np.bool_]]:
+    """Whether any judge calls each step right, wrong, says so with low confidence, and looked at it at all."""
+    own = labels.filter(pc.and_(pc.equal(labels["source"], "judge"), pc.is_null(labels["error"]))).combine_chunks()
+    flat = pc.list_flatten(own["steps"].combine_chunks())
+    label, confidence = flat.field("label"), flat.field("confidence")
+    masks = (
+        pc.equal(label, RIGHT),
+        pc.equal(label, WRONG),
+        pc.equal(confidence, "low"),
+        pc.or_(pc.is_valid(label), pc.is_valid(confidence)),
+    )
+    found = place(steps, own)
+    said = []
+    for mask in masks:
+        any_ = np.zeros(len(steps.solution), dtype=bool)
+        any_[found.row[np.asarray(pc.fill_null(mask, False), dtype=bool)[found.entry]]] = True
+        said.append(any_)
+    return said
 
 
 def step_chances(solution_ids: Sequence[str], seed: int, steps: Steps) -> NDArray[np.float64]:

@@ -12,15 +12,16 @@ it: a confidence or a reason, but no label and no value) trains as right, unless
 | judge | the judge's verdict | collapse (Med-PRM), keep or drop (Qwen) |
 | monte_carlo | VisualPRM's value label: can the right answer be reached from here? | keep (VisualPRM), or any |
 | hybrid | an expert's word, else monte_carlo where it ran, else the judge's | any |
-| consensus | the judge's, of solutions in which Monte Carlo finds the same first error | any |
+| consensus | the judge's, of solutions in which Monte Carlo sees the same first error (a right answer: none) | any |
 | soft | as hybrid, with Monte Carlo's ratio itself | any |
 | advantage | VisualPRM's: did this step raise (1) or lower (0) the ratio? as it was: not trained on | keep alone |
 | outcome | the last step alone, by the answer | means nothing |
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from medmm_ray.records import Labels, StepLabel
 
@@ -29,6 +30,7 @@ LabelPolicy = Literal[
 ]
 AfterFirstError = Literal["collapse", "keep", "drop"]
 Target = float | None
+Settlement = Literal["agreed", "differed", "not_judged", "not_continued", "failed"]
 
 ADJUDICATOR = "adjudicator"
 
@@ -119,28 +121,33 @@ def _hard(step: StepLabel) -> Target:
     return None if step.value is None else float(step.value > 0)
 
 
-def _value(step: StepLabel) -> Target:
-    return step.value
+def merged(rows: Sequence[Labels], num_steps: int) -> list[StepLabel]:
+    """What the annotators of one source say of each step together, one entry a step.
+
+    The adjudicator's word where he looked; else the majority of those who call the step right or wrong, of which the
+    first by name gives the entry; a tie is no label. Where nobody calls it either, it is neutral if somebody found it
+    so. `columns.source_labels` is the same rule on whole tables.
+    """
+    ordered = sorted(rows, key=lambda row: row.annotator)
+    last_word = [row for row in ordered if row.annotator == ADJUDICATOR]
+    return [_merged_step([row.steps[i] for row in last_word], [row.steps[i] for row in ordered])
+            for i in range(num_steps)]  # fmt: skip
+
+
+def _merged_step(last_word: Sequence[StepLabel], everyone: Sequence[StepLabel]) -> StepLabel:
+    said = [step for step in last_word if _hard(step) is not None or _is_neutral(step)]
+    entries = said or everyone
+    right, wrong = ([step for step in entries if _hard(step) == verdict] for verdict in (1.0, 0.0))
+    if right or wrong:
+        return StepLabel() if len(right) == len(wrong) else max(right, wrong, key=len)[0]
+    return next((step for step in entries if _is_neutral(step)), StepLabel())
 
 
 def _from(
     labels: Sequence[Labels], source: str, num_steps: int, read: Callable[[StepLabel], Target] = _verdict
 ) -> list[Target]:
-    """What one source says of each step; several annotators: the adjudicator, else the majority, a tie is no label.
-
-    An adjudicator's word counts for the steps that it is about, the readers' for the others.
-    """
-    rows = [row for row in labels if row.source == source]
-    above = [row for row in rows if row.annotator == ADJUDICATOR]
-    merged: list[Target] = []
-    for i in range(num_steps):
-        votes = [vote for row in above if (vote := read(row.steps[i])) is not None]
-        votes = votes or [vote for row in rows if (vote := read(row.steps[i])) is not None]
-        mean = sum(votes) / len(votes) if votes else None
-        if mean is not None and read is not _value:
-            mean = None if mean == 0.5 else float(mean > 0.5)
-        merged.append(mean)
-    return merged
+    """What one source says of each step, its annotators `merged`."""
+    return [read(step) for step in merged([row for row in labels if row.source == source], num_steps)]
 
 
 def _first_of(*columns: list[Target]) -> list[Target]:
@@ -199,39 +206,78 @@ def _ratios(policy: str, labels: Sequence[Labels], num_steps: int) -> list[Targe
                 "stopped early: a ratio that ends with its first success is too high (one by one a true .25 reads "
                 ".46). Run monte_carlo with stop_early=false, or take 'hybrid'"
             )
-    return _from(labels, "monte_carlo", num_steps, _value)
+    return _values(labels, "monte_carlo", num_steps)
+
+
+def _values(labels: Sequence[Labels], source: str, num_steps: int) -> list[Target]:
+    """The mean of one source's values at each step."""
+    columns = zip(*(row.steps for row in labels if row.source == source), strict=True)
+    known = [[step.value for step in column if step.value is not None] for column in columns] or [[]] * num_steps
+    return [sum(values) / len(values) if values else None for values in known]
 
 
 def consensus(labels: Sequence[Labels], num_steps: int, ending: Ending) -> list[Target]:
-    """The judge's verdicts of a solution where judge and Monte Carlo agree on the first wrong step, else nothing.
+    """The judge's verdicts of a solution where judge and Monte Carlo agree on the first wrong step, else nothing."""
+    agreed = settlement(labels, num_steps, ending.correct) == "agreed"
+    return judge(labels, num_steps, ending) if agreed else [None] * num_steps
+
+
+def settlement(labels: Sequence[Labels], num_steps: int, correct: bool | None) -> Settlement:
+    """Whether judge and Monte Carlo agree on a solution's first wrong step, or that there is none; else why not.
 
     They agree where Monte Carlo finds every step before the judge's first wrong one right, and that one wrong; what
-    comes behind it does not matter. Where its continuations failed, or one such step says otherwise, they do not.
-
-    Raises ValueError where Monte Carlo did not run on one of these steps: its first wrong step is then unknown.
+    comes behind it does not matter. A right answer is itself a continuation of each of its prefixes that came out
+    right: where Monte Carlo says nothing of a step, it says that no step is wrong yet. Without a right answer nobody
+    knows where Monte Carlo did not run on one of these steps (`not_continued`), or where its row or its continuations
+    failed there (`failed`); and nowhere without the judge's verdict on each step (`not_judged`).
     """
-    judged, rolled = judge(labels, num_steps, ending), monte_carlo(labels, num_steps, ending)
+    usable = [row for row in labels if row.error is None]
+    judged, rolled = _from(usable, "judge", num_steps), _from(usable, "monte_carlo", num_steps, _hard)
     if None in judged:
-        return [None] * num_steps
+        return "not_judged"
     first = next((i for i, value in enumerate(judged) if value == 0.0), num_steps)
     expected = [*[1.0] * first, 0.0][:num_steps]
-    found = rolled[: len(expected)]
+    found = [1.0 if value is None and correct else value for value in rolled[: len(expected)]]
+    if any(value not in (None, agreed) for value, agreed in zip(found, expected, strict=True)):
+        return "differed"
+    if None not in found:
+        return "agreed"
     failed = any(
-        step.num_rollouts == 0 and step.label is None
+        row.error is not None or any(s.num_rollouts == 0 and s.label is None for s in row.steps[: len(expected)])
         for row in labels
         if row.source == "monte_carlo"
-        for step in row.steps[: len(expected)]
     )
-    if failed or any(value not in (None, agreed) for value, agreed in zip(found, expected, strict=True)):
-        return [None] * num_steps
-    if None in found:
-        ids = sorted({row.solution_id for row in labels}) or ["?"]
+    return "failed" if failed else "not_continued"
+
+
+def consensus_figures(solutions: Iterable[tuple[Sequence[Labels], int, bool | None]]) -> dict[str, float]:
+    """How many of `solutions` (labels, number of steps, whether the answer is right) there are of each `Settlement`.
+
+    Raises ValueError where Monte Carlo ran in such a way that it settles none of those without a right answer: what is
+    left then holds no wrong step.
+    """
+    counts: Counter[str] = Counter()
+    of_others: Counter[str] = Counter()
+    for labels, num_steps, correct in solutions:
+        found = settlement(labels, num_steps, correct)
+        counts[found] += 1
+        of_others[found] += not correct
+    if of_others["not_continued"] and not of_others["agreed"] + of_others["differed"]:
         raise ValueError(
-            f"label policy 'consensus' needs Monte Carlo on every step up to the judge's first wrong one; solution "
-            f"{ids[0]} has it on {len(found) - found.count(None)} of {len(found)}. Run monte_carlo with mode=verify, "
-            "first_error or all, or take 'hybrid'."
+            f"label policy 'consensus' needs Monte Carlo on every step up to the judge's first wrong one; of "
+            f"{of_others['not_continued']:,} judged solutions without a right answer it has that on none. Run "
+            "monte_carlo with mode=verify, first_error or all, or take 'hybrid'."
         )
-    return judged
+    return {f"consensus_{name}": float(counts[name]) for name in get_args(Settlement)}
+
+
+def consensus_words(figures: Mapping[str, float]) -> str:
+    """`consensus_figures` in a sentence."""
+    agreed, differed, *others = (int(figures[f"consensus_{name}"]) for name in get_args(Settlement))
+    reasons = ("not judged", "without Monte Carlo on every step that it needs", "with failed continuations")
+    why = ", ".join(f"{number:,} {reason}" for number, reason in zip(others, reasons, strict=True) if number)
+    told = f"judge and Monte Carlo agree on {agreed:,} solutions and differ on {differed:,}"
+    return f"{told}; {sum(others):,} cannot be settled ({why})" if why else told
 
 
 def outcome(labels: Sequence[Labels], num_steps: int, ending: Ending) -> list[Target]:  # noqa: ARG001
@@ -246,7 +292,7 @@ def tree_search(labels: Sequence[Labels], num_steps: int, ending: Ending) -> lis
 
 def tree_search_soft(labels: Sequence[Labels], num_steps: int, ending: Ending) -> list[Target]:  # noqa: ARG001
     """What the tree holds of each prefix itself as the target (MedS3's first release)."""
-    return _from(labels, "tree_search", num_steps, _value)
+    return _values(labels, "tree_search", num_steps)
 
 
 POLICIES: dict[str, Callable[[Sequence[Labels], int, Ending], list[Target]]] = {

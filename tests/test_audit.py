@@ -136,8 +136,18 @@ def test_yield_of_the_label_policies() -> None:
     assert (found["judge"]["solutions"], found["judge"]["kept"], found["judge"]["kept_steps"]) == (3, 3, 7)
     assert found["judge"]["mean_target"] == pytest.approx(5 / 7, abs=1e-6)
     assert (found["outcome"]["kept"], found["outcome"]["kept_steps"], found["outcome"]["mean_target"]) == (2, 2, 0.5)
-    assert (found["consensus"]["kept"], found["consensus"]["refused"]) == (0, 2)
+    assert (found["consensus"]["kept"], found["consensus"]["refused"]) == (0, 3)
     assert "needs Monte Carlo on every step" in found["consensus"]["why"]
+    lost = labelled("s3", [1, 1, 0], "monte_carlo")
+    with_it = report(labels={"all": [to_arrow(Labels, [*JUDGE, lost])]})["policies"]
+    consensus = next(row for row in with_it if row["policy"] == "consensus")
+    assert (consensus["kept"], consensus["refused"], consensus["why"]) == (2, 0, "")  # s1 by its right answer
+    failed = replace(lost, solution_id="s2", steps=[], error="prompt_too_long: 9 tokens")
+    judged = [JUDGE[0], labelled("s2", [1, 0, 0, 1]), JUDGE[2]]
+    with_it = report(labels={"all": [to_arrow(Labels, [*judged, lost, failed])]})["policies"]
+    consensus = next(row for row in with_it if row["policy"] == "consensus")
+    assert (consensus["kept"], consensus["refused"]) == (2, 1)
+    assert consensus["why"].endswith("differ on 0; 1 cannot be settled (1 with failed continuations).")
     two = report(CONFIG.model_copy(update={"yield_solutions": 2}))["policies"]
     assert {row["solutions"] for row in two} == {2}
 
@@ -181,7 +191,7 @@ def test_cost_is_what_the_rows_say_or_the_books_where_they_know_of_more() -> Non
     rows = {"judge_labels": 3.0, "expert_labels": 2.0, "other": 0.0}
     found = cost_figures(rows, booked, {})
     tables = {"judge_labels": 3.5, "solutions": 1.0, "expert_labels": 2.0}
-    assert found == {"tables": tables, "ledgers": {}, "beyond_tables": 0.0, "total": 6.5}
+    assert found == {"tables": tables, "ledgers": {}, "beyond_tables": 0.0, "readers": 0.0, "total": 6.5}
     ledgers = {
         "gemini": {"epoch": 2, "spent": 4.0, "answers": 90, "possibly_paid": 0.75, "lost_calls": 3, "reserved": []},
         "gpt": {"epoch": 1, "spent": 0.25, "answers": 5, "possibly_paid": 0.0, "lost_calls": 0, "reserved": []},
@@ -189,6 +199,9 @@ def test_cost_is_what_the_rows_say_or_the_books_where_they_know_of_more() -> Non
     found = cost_figures(rows, booked, ledgers)
     assert (found["tables"], found["beyond_tables"], found["total"]) == (tables, 0.5, 7.0)
     assert found["ledgers"]["gemini"] == {"spent": 4.0, "answers": 90, "possibly_paid": 0.75, "lost_calls": 3}
+    read = {**booked, "expert_labels": manifest("expert_labels", figures={"verdicts": 1200.0})}
+    found = cost_figures(rows, read, {}, dollars_per_verdict=0.5)
+    assert (found["tables"], found["readers"], found["total"]) == (tables, 600.0, 606.5)
     paid = replace(SOLUTIONS[0], cost=0.5)
     cost = report(solutions=[to_arrow(Solutions, [paid, *SOLUTIONS[1:]])])["cost"]
     assert cost["tables"] == {"solutions": 0.5, "judge_labels": 0.75, "expert_labels": 0.5}
@@ -256,7 +269,7 @@ def test_all_gates_of_a_small_dataset() -> None:
     changed = {gate["name"]: gate for gate in aimed["gates"]}
     assert [changed[name]["passed"] for name in ("mean_steps", "modalities", "cost")] == [False, True, False]
     assert "At most 9" not in changed["mean_steps"]["advice"]
-    assert "num_samples_train" in changed["cost"]["advice"]
+    assert "judge.max_solutions" in changed["cost"]["advice"]
 
 
 def test_figures_and_targets_in_words() -> None:
@@ -269,7 +282,7 @@ def test_figures_and_targets_in_words() -> None:
         "mean_steps": ("3.00", "8–12"),
         "modalities": ("2", "≥ 3"),
         "leakage": ("0", "none"),
-        "cost": ("$1.25", "≤ $3,900"),
+        "cost": ("$1.25", "≤ $3,000"),
     }
     assert spoken(-0.25, "kappa") == "−0.250"
     assert spoken(None, "kappa") == "–"

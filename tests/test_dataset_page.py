@@ -9,7 +9,7 @@ from rich.console import Console
 
 from medmm_ray import charts, dataset_page
 from medmm_ray.charts import Whisker
-from tests.test_audit import report
+from tests.test_audit import manifest, report
 from tests.test_report import Balanced
 
 
@@ -36,6 +36,44 @@ def test_the_page_is_well_formed_and_loads_nothing(made: dict[str, Any]) -> None
     assert page.count('class="state failed"') == 5
     assert "<b>62.5 %</b>" in page
     assert "Judge – Expert *" in page
+
+
+def words_of(page: str) -> str:
+    return " ".join(re.sub(r"<[^>]+>", " ", page.partition("<main>")[2]).split())
+
+
+def test_what_sampling_monte_carlo_and_readers_took_is_shown() -> None:
+    figures = {
+        "solutions": {"cacheable_tokens": 800.0, "cached_tokens": 780.0},
+        "monte_carlo_labels": {
+            "rollouts": 4000.0, "prefixes_continued": 500.0, "rollout_tokens": 90000.0, "failed_rollouts": 30.0,
+            "steps_labelled": 700.0, "steps_known_free": 200.0, "prompt_tokens": 1000.0, "cached_tokens": 900.0,
+        },
+        "expert_labels": {
+            "queue": 100.0, "read": 90.0, "read_twice": 20.0, "adjudicated": 3.0, "unsure": 2.0, "left_out": 1.0,
+            "readers": 2.0, "verdicts": 113.0, "minutes": 56.5, "kappa_readers": 0.75, "kappa_readers_low": 0.5,
+            "kappa_readers_high": 0.9, "kappa_readers_steps": 19.0,
+        },
+    }  # fmt: skip
+    page = words_of(dataset_page.render(report(manifests={n: manifest(n, figures=f) for n, f in figures.items()})))
+    for words in (
+        "Prefix cache 97.5 % of the cacheable prompt tokens found",
+        "Monte Carlo Steps 700 labelled, 200 of them without a continuation",
+        "4 000 of 500 prefixes, 90 000 tokens written Failed 30 were cut off",
+        "Prefix cache 90.0 % of the prompt tokens found",
+        "Readers Queue 90 of 100 steps read by 2 readers, 20 by two; 3 adjudicated",
+        "κ 0.750 0.50–0.90 , over 19 steps",
+        "Time 0.50 minutes a verdict, 56.5 in all Without a verdict 2 unsure; 1 on another text",
+        "Readers $56.50",
+    ):
+        assert words in page, words
+    figures["expert_labels"] = {k: v for k, v in figures["expert_labels"].items() if not k.startswith("kappa")}
+    page = words_of(dataset_page.render(report(manifests={n: manifest(n, figures=f) for n, f in figures.items()})))
+    assert "– (no step that two readers call right or wrong, or all alike)" in page
+    page = words_of(dataset_page.render(report()))
+    assert not [words for words in ("Prefix cache", "Queue", "Continuations") if words in page]
+    assert "No paid call is booked" not in page  # the rows' own costs
+    assert "Time on own GPUs" in page
 
 
 def test_a_dataset_without_labels_or_solutions_has_a_page() -> None:

@@ -1,19 +1,22 @@
 """The report's figures on a run of three questions worked out by hand, and on a larger made-up run."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from medmm_ray.config import ConfigError, build
 from medmm_ray.evaluate import EvaluateConfig, environment, evaluate, step_entries
 from medmm_ray.evaluate.cases import list_entries
-from medmm_ray.evaluate.steps import label_sets
-from medmm_ray.records import Image, Labels, Question, Scores, Solution, Solutions, StepLabel, to_arrow
+from medmm_ray.evaluate.steps import Truth, step_figures, truth_of
+from medmm_ray.records import Image, Labels, Question, ReviewItem, Scores, Solution, Solutions, StepLabel, to_arrow
 from medmm_ray.tables import Manifest
+from medmm_ray.targets import targets
 from tests.synthetic import run
 
 QUESTION = Question(
@@ -192,14 +195,69 @@ def test_a_score_of_another_number_of_steps_is_refused() -> None:
 
 def test_two_annotators_fill_each_other_and_must_agree_on_the_steps() -> None:
     tables = small()
-    readers = [labels("s1a", "expert", [None, 1], "reader b"), labels("s1a", "expert", [0, 0], "reader c"),
+    readers = [labels("s1a", "expert", [None, 1], "reader b"), labels("s1a", "expert", [0, None], "reader c"),
                labels("s1a", "expert", [None, None], "reader a")]  # fmt: skip
     report = evaluate(EvaluateConfig(), **{**tables, "labels": [to_arrow(Labels, readers)]})
     assert report["reference"] == "expert"
     assert (report["step"]["text_only"]["right"], report["step"]["text_only"]["wrong"]) == (1, 1)
     readers.append(labels("s1a", "expert", [1], "reader d"))
-    with pytest.raises(ValueError, match="expert labels of 2 and of 1 steps"):
+    with pytest.raises(ValueError, match="1 expert label rows are of another number of steps than their solution"):
         evaluate(EvaluateConfig(), **{**tables, "labels": [to_arrow(Labels, readers)]})
+
+
+def test_readers_are_heard_by_majority_and_a_tie_is_no_truth() -> None:
+    rows = [labels("s1a", "expert", [0, 0], "a"), labels("s1a", "expert", [1, 1], "b"),
+            labels("s1a", "expert", [1, None], "c")]  # fmt: skip
+    found = truth_of(("expert",), small()["solutions"], [to_arrow(Labels, rows)])
+    assert found == Truth("expert", {"s1a": [1, None]})
+    assert targets("hybrid", rows, 2, "keep") == [1.0, None]
+
+
+def queue(*steps: tuple[str, int, float]) -> pa.Table:
+    return to_arrow(ReviewItem, [ReviewItem(question_id="q1", solution_id=s, step_index=i, stratum="x",
+                                            inclusion_probability=p) for s, i, p in steps])  # fmt: skip
+
+
+def test_an_experts_steps_weigh_what_their_chance_in_the_queue_was() -> None:
+    rows = to_arrow(Labels, [labels("s1a", "expert", [1, 1]), labels("s1b", "expert", [0, 0])])
+    drawn = queue(("s1a", 0, 0.5), ("s1a", 1, 0.1), ("s1b", 1, 1.0))
+    found = truth_of(("phantom", "expert"), small()["solutions"], [rows], drawn)
+    assert found == Truth("expert", {"s1a": [1, 1], "s1b": [None, 0]}, {"s1a": [2.0, 10.0], "s1b": [0.0, 1.0]})
+    report = evaluate(EvaluateConfig(), **{**small(), "labels": [rows]}, review_queue=drawn)
+    step = report["step"]["text_only"]  # log-odds 1, -1 and 1: of right, right and wrong, with weights 2, 10 and 1
+    assert (step["steps"], step["right"], step["wrong"], step["weighted"]) == (3, 2, 1, True)
+    assert step["effective"] == round(13**2 / (4 + 100 + 1), 1)
+    chance = (3 * 12 + 10 * 1) / 13**2
+    assert step["kappa"] == pytest.approx((2 / 13 - chance) / (1 - chance))
+    assert step["auroc"] == pytest.approx(1 / 12)  # half of the tie of weight 2
+    p = 1 / (1 + math.exp(-1))
+    assert step["ece"] == pytest.approx((3 * abs(p - 2 / 3) + 10 * abs(1 - p - 1)) / 13)
+    assert step["macro_f1"] == pytest.approx((2 * 2 / (12 + 3) + 0) / 2)
+    assert step["first_error"] == 0.0  # of s1a, which alone was read whole
+    gates = {gate["name"]: gate for gate in report["gates"]}
+    assert gates["ece"]["detail"] == "3 steps labelled by source 'expert', weighted; worth 2 equal ones"
+    whole = evaluate(EvaluateConfig(), **{**small(), "labels": [rows]}, review_queue=queue())  # imported: no queue
+    assert (whole["step"]["text_only"]["steps"], whole["step"]["text_only"]["weighted"]) == (4, False)
+
+
+def test_a_model_is_not_held_to_the_judge() -> None:
+    report = evaluate(EvaluateConfig(), **{**small(), "labels": small()["labels"][:1]})
+    assert (report["reference"], report["step"]["multimodal"]["steps"]) == ("judge", 4)
+    assert report["step"]["multimodal"]["ece"] is not None
+    gates = {gate["name"]: gate for gate in report["gates"]}
+    for name in ("model_reference_kappa", "ece"):
+        assert (gates[name]["value"], gates[name]["passed"]) == (None, None)
+        assert gates[name]["detail"] == "not measured: no expert's label and no known truth in this split"
+    known = {gate["name"]: gate for gate in evaluate(EvaluateConfig(), **small())["gates"]}
+    assert (known["ece"]["passed"], known["model_reference_kappa"]["passed"]) == (False, True)
+
+
+def test_weights_of_one_change_no_figure() -> None:
+    odds = {"s": np.array([2.0, -1.0, 0.5, -1.0])}
+    plain, even = Truth("phantom", {"s": [1, 1, 0, 0]}), Truth("expert", {"s": [1, 1, 0, 0]}, {"s": [4.0] * 4})
+    found = [step_figures(odds, truth, 0.5, 10) for truth in (plain, even)]
+    for name in ("auroc", "macro_f1", "ece", "kappa", "first_error", "roc"):
+        assert found[0][name] == found[1][name], name
 
 
 def test_without_scores_or_labels_there_is_still_a_report() -> None:
@@ -258,9 +316,6 @@ def test_config_is_strict() -> None:
 
 
 def test_the_adjudicator_has_the_last_word_on_the_steps_that_he_decided() -> None:
-    def row(annotator: str, *verdicts: int | None) -> Labels:
-        steps = [StepLabel(label=verdict) for verdict in verdicts]
-        return Labels(question_id="q", solution_id="s", source="expert", annotator=annotator, steps=steps, cost=0.0)
-
-    rows = [row("aaron", 1, 1, None), row("adjudicator", None, 0, None), row("ben", None, 0, 1)]
-    assert label_sets([to_arrow(Labels, rows)]) == {"expert": {"s": [1, 0, 1]}}
+    rows = [labels("s1a", "expert", [1, 0], "aaron"), labels("s1a", "expert", [None, 1], "adjudicator"),
+            labels("s1a", "expert", [None, 0], "ben")]  # fmt: skip
+    assert truth_of(("expert",), small()["solutions"], [to_arrow(Labels, rows)]).labels == {"s1a": [1, 1]}

@@ -118,6 +118,15 @@ def exported(run: Run, to: Path, **config: Any) -> dict[str, int]:
     return export(job.tables_of(run), ExportConfig(to=str(to), **config), {"sample": ("f", {"temperature": 0.7})})
 
 
+def test_several_readers_are_one_column_by_majority(tmp_path: Path) -> None:
+    only = solution("q1", 0)
+    right, wrong = StepLabel(label=1, reason="yes"), StepLabel(label=0, reason="no")
+    readers = [labels(only, "expert", steps, name) for name, steps in (
+        ("anna", [wrong, wrong]), ("ben", [right, right]), ("cora", [right, StepLabel()]))]  # fmt: skip
+    written = medmm.entry(question(1), [only], {only.solution_id: readers})["solutions"][0]["expert_review"]
+    assert written == {"reviewed": True, "expert_label": [1, None], "feedback": ["yes", None]}
+
+
 def test_the_published_fields(run: Run, tmp_path: Path) -> None:
     counts = exported(run, tmp_path / "out", embeddings=True)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"train.json", "test.json"}

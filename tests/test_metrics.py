@@ -184,6 +184,11 @@ def test_step_metrics_equal_those_of_sklearn(steps: tuple[metrics.Bools, metrics
     weights = np.linspace(1, 4, 500)
     weighted = sk.cohen_kappa_score(labels, called, sample_weight=weights)
     assert metrics.cohen_kappa(labels, called, weights) == pytest.approx(weighted, abs=1e-12)
+    weighted = sk.roc_auc_score(labels, log_odds, sample_weight=weights)
+    assert metrics.auroc(labels, log_odds, weights) == pytest.approx(weighted, abs=1e-12)
+    assert sk.auc(*metrics.roc_curve(labels, log_odds, 10_000, weights)) == pytest.approx(weighted, abs=1e-12)
+    weighted = sk.f1_score(labels, called, average="macro", sample_weight=weights)
+    assert metrics.macro_f1(labels, called, weights) == pytest.approx(weighted, abs=1e-12)
     false, true = metrics.roc_curve(labels, log_odds, num_points=10_000)
     assert sk.auc(false, true) == pytest.approx(sk.roc_auc_score(labels, log_odds), abs=1e-12)
     thin_false, thin_true = metrics.roc_curve(labels, log_odds, num_points=21)
@@ -222,6 +227,12 @@ def test_calibration_error_weights_bins_by_count() -> None:
     assert bins[9].mean_probability == pytest.approx(0.95)
     assert bins[9].share_right == 0.75
     assert metrics.expected_calibration_error(bins) == pytest.approx(0.8 * 0.2 + 0.2 * 0.15)
+    weighted = metrics.calibration(labels, p, weights=np.array([1.0, 5.0, 1.0, 1.0, 2.0]))
+    assert ([b.count for b in weighted[1::8]], [b.weight for b in weighted[1::8]]) == ([1, 4], [2.0, 8.0])
+    assert weighted[9].share_right == 3 / 8
+    assert weighted[9].mean_probability == pytest.approx(0.95)
+    gaps = 8 * (0.95 - 3 / 8) + 2 * 0.15
+    assert metrics.expected_calibration_error(weighted) == pytest.approx(gaps / 10)
 
 
 def test_first_errors() -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from jobs.graph import BY_NAME
-from jobs.monte_carlo import check_draws
+from jobs.monte_carlo import check_draws, summary
 from jobs.step import Job, Run, load_recipe
 from medmm_ray.config import ConfigError, digest
 from medmm_ray.engines.generator import Completion
@@ -250,7 +250,12 @@ def test_the_first_error_is_found_by_halving() -> None:
     assert figures == {
         "rollouts": 8, "rollout_tokens": 8 * len(RIGHT), "failed_rollouts": 0, "prefixes_continued": 3,
         "steps_labelled": 4, "steps_known_free": 1,
+        "prompt_tokens": 840, "cached_tokens": 416,
     }  # fmt: skip
+    assert summary({**figures, "prompt_tokens": 1000, "cached_tokens": 875}) == (
+        "4 steps labelled, 1 of them free; 8 continuations of 3 prefixes, "
+        f"{8 * len(RIGHT)} tokens, 0 failed, 87.5% of prompt tokens cached"
+    )
 
 
 @pytest.mark.parametrize("mode", ["first_error", "verify", "all"])

@@ -10,8 +10,9 @@ from rich.console import Console
 
 from jobs import pipeline, query
 from jobs.graph import BY_NAME, MAKER, STEPS
-from jobs.step import Run, load_recipe
+from jobs.step import Job, Run, load_recipe
 from medmm_ray.config import ConfigError
+from tests.review_page.phantom_run import make_run
 from tests.test_resume import TINY
 
 END_TO_END = pytest.mark.engine
@@ -149,3 +150,18 @@ def test_board_shows_steps_on_a_screen_and_lines_elsewhere(tmp_path: Path) -> No
     board = pipeline.Board(run, STEPS[:2], log)
     board.skip(STEPS[0])
     assert "left out" in log.export_text()
+
+
+def test_board_shows_what_a_step_told_when_it_is_done_and_nothing_of_one_that_was_there(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    step, log = BY_NAME["sample"], Console(width=120, record=True, force_terminal=False)
+    board = pipeline.Board(run, [step], log)
+    job = Job(run, step)
+    board.start(step, job)
+    job.tell("8 samples drawn for 8 [none refused], 97.5% of cacheable tokens cached")
+    board.finish(step, "done")
+    board.finish(step, "complete")
+    shown = log.export_text().splitlines()
+    assert [line.split()[:2] for line in shown] == [["sample", "running"], ["sample", "done"], ["sample:", "8"],
+                                                    ["sample", "complete"]]  # fmt: skip
+    assert shown[2] == "  sample: 8 samples drawn for 8 [none refused], 97.5% of cacheable tokens cached"

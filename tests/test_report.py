@@ -170,6 +170,17 @@ def test_summary_is_short(made: dict[str, Any]) -> None:
     assert "failed rows: solutions 1, scores 3" in stream.getvalue()
 
 
+def test_figures_against_a_judge_are_shown_by_its_name_and_no_gate_is_held_to_them(tables: dict[str, Any]) -> None:
+    judged = evaluate(EvaluateConfig(), **{**tables, "labels": tables["labels"][:1]})
+    page = report.render(judged, open_picture)
+    assert "steps measured against: Judge" in page
+    assert "measured against “Judge”, which is no truth" in page
+    assert page.count("not measured: no expert") == 2
+    stream = io.StringIO()
+    Console(file=stream, width=110).print(report.summary(judged))
+    assert "steps, multimodal (against judge): AUROC" in stream.getvalue()
+
+
 def test_end_labels_do_not_overlap() -> None:
     placed = charts._spread([50, 52, 10, 51], 19, 0, 100)
     assert placed[2] == 10

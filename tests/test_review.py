@@ -1,5 +1,6 @@
 """review.py: the drawing of the queue, its probabilities, and the phantom expert."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,25 @@ def test_disagreement_comes_from_both_sources() -> None:
     assert disagreement_of(steps_of(thin(TABLE)), sliced, to_arrow(Labels, rolled)).tolist() == found.tolist()
     nothing = to_arrow(Labels, [])
     assert disagreement_of(steps_of(thin(TABLE)), nothing, nothing).tolist() == [UNSURE] * 9
+
+
+def test_judges_that_differ_disagree_and_failed_or_foreign_rows_say_nothing() -> None:
+    own = steps_of(thin(TABLE))
+    first = labels("s1", "judge", [1, 1, None, 1], "high")
+    second = replace(labels("s1", "judge", [1, 0, 1, None], "medium"), annotator="b")
+    unsure = replace(labels("s1", "judge", [1, 0, 1, 1], "low"), annotator="b")
+    failed = replace(labels("s2", "judge", [0, 0, 0, 0], "high"), error="refused: no")
+    foreign = labels("s3", "expert", [0], "high")
+    nothing = to_arrow(Labels, [])
+    found = disagreement_of(own, to_arrow(Labels, [first, second, failed, foreign]), nothing)
+    assert found.tolist() == [SURE, DISAGREE, SURE, SURE] + [UNSURE] * 5
+    found = disagreement_of(own, to_arrow(Labels, [first, unsure]), nothing)
+    assert found.tolist() == [UNSURE, DISAGREE, UNSURE, UNSURE] + [UNSURE] * 5
+    # Where judges tie there is no verdict that Monte Carlo could contradict, before it and behind it there is one.
+    rolled = [labels("s1", "monte_carlo", [0, None, 1, 1]), labels("s1", "tree_search", [0] * 4),
+              replace(labels("s2", "monte_carlo", [0] * 4), error="engine: died")]  # fmt: skip
+    found = disagreement_of(own, to_arrow(Labels, [first, second]), to_arrow(Labels, rolled))
+    assert found.tolist() == [DISAGREE, DISAGREE, SURE, SURE] + [UNSURE] * 5
 
 
 def test_draws_are_dealt_evenly_and_small_strata_give_theirs_away() -> None:

@@ -1,12 +1,29 @@
 """Label policies: exact targets from label rows."""
 
+from typing import Any
+
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from medmm_ray.records import Labels, StepLabel
-from medmm_ray.targets import Target, accuracy_of, labels_by_solution, targets
-from medmm_ray.train.cached import illustrated_questions
-from medmm_ray.train.labelled import labelled_solutions
+from medmm_ray.columns import NEUTRAL as NEUTRAL_CODE
+from medmm_ray.columns import RIGHT as RIGHT_CODE
+from medmm_ray.columns import UNLABELLED, source_labels, steps_of, thin_labels
+from medmm_ray.columns import WRONG as WRONG_CODE
+from medmm_ray.records import Labels, StepLabel, to_arrow
+from medmm_ray.targets import (
+    Target,
+    accuracy_of,
+    consensus_figures,
+    consensus_words,
+    labels_by_solution,
+    merged,
+    settlement,
+    targets,
+)
+from medmm_ray.train.cached import illustrated_questions, of_states
+from medmm_ray.train.labelled import labelled_solutions, trained_on
 from medmm_ray.train.two_tower import TwoTowerConfig
 
 RIGHT, WRONG = StepLabel(label=1, confidence="high"), StepLabel(label=0, confidence="low")
@@ -83,10 +100,84 @@ def test_consensus_without_an_error_is_all_right() -> None:
     assert targets("consensus", labels, 2) == [1.0, 1.0]
 
 
-def test_consensus_is_refused_where_monte_carlo_did_not_run_up_to_the_judges_first_error() -> None:
-    labels = [row("judge", RIGHT, WRONG), row("monte_carlo", rolled(0.5), NOBODY)]
-    with pytest.raises(ValueError, match=r"solution s1 has it on 1 of 2\. Run monte_carlo with mode=verify"):
-        targets("consensus", labels, 2)
+def test_consensus_says_nothing_of_a_solution_that_monte_carlo_did_not_reach() -> None:
+    judged = row("judge", RIGHT, WRONG)
+    assert targets("consensus", [judged, row("monte_carlo", rolled(0.5), NOBODY)], 2) == [None, None]
+    failed = row("monte_carlo", error="prompt_too_long: 9 tokens")
+    assert targets("consensus", [judged, failed], 2, correct=False) == [None, None]
+    assert targets("consensus", [judged], 2, correct=False) == [None, None]
+
+
+def test_a_right_answer_shows_consensus_that_no_prefix_is_lost() -> None:
+    assert targets("consensus", [row("judge", RIGHT, NEUTRAL)], 2, correct=True) == [1.0, 1.0]
+    assert targets("consensus", [row("judge", RIGHT, WRONG)], 2, correct=True) == [None, None]
+    lost = [row("judge", RIGHT, RIGHT), row("monte_carlo", rolled(0.0), NOBODY)]  # another policy never gets there
+    assert targets("consensus", lost, 2, correct=True) == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("labels", "correct", "expected"),
+    [
+        ([row("judge", RIGHT, WRONG), row("monte_carlo", rolled(0.5), rolled(0.0))], False, "agreed"),
+        ([row("judge", RIGHT, WRONG), row("monte_carlo", NOBODY, rolled(0.5))], False, "differed"),
+        ([row("judge", RIGHT, WRONG), row("monte_carlo", rolled(0.5), NOBODY)], None, "not_continued"),
+        ([row("judge", RIGHT, WRONG), row("monte_carlo", error="prompt_too_long: 9")], False, "failed"),
+        ([row("judge", RIGHT, WRONG), row("monte_carlo", StepLabel(num_rollouts=0), NOBODY)], False, "failed"),
+        ([row("judge", RIGHT, NOBODY), row("monte_carlo", rolled(0.5), rolled(0.0))], False, "not_judged"),
+        ([row("judge", error="refused: no")], True, "not_judged"),
+        ([row("judge", RIGHT, RIGHT)], True, "agreed"),
+    ],
+)
+def test_what_consensus_knows_of_a_solution(labels: list[Labels], correct: bool | None, expected: str) -> None:
+    assert settlement(labels, 2, correct) == expected
+
+
+def test_one_failed_row_does_not_end_a_training_by_consensus() -> None:
+    agreed = [row("judge", RIGHT, WRONG), row("monte_carlo", rolled(0.5), rolled(0.0))]
+    failed = [row("judge", RIGHT, WRONG), row("monte_carlo", error="prompt_too_long: 9 tokens")]
+    figures = consensus_figures(
+        [(agreed, 2, False), (failed, 2, False), ([row("judge", RIGHT)], 1, True), ([], 1, None)]
+    )
+    assert figures == {
+        "consensus_agreed": 2, "consensus_differed": 0, "consensus_not_judged": 1, "consensus_not_continued": 0,
+        "consensus_failed": 1,
+    }  # fmt: skip
+    assert consensus_words(figures) == (
+        "judge and Monte Carlo agree on 2 solutions and differ on 0; 2 cannot be settled (1 not judged, 1 with failed "
+        "continuations)"
+    )
+    assert consensus_words({**figures, "consensus_failed": 0.0, "consensus_not_judged": 0.0}).endswith("differ on 0")
+
+
+def test_consensus_is_refused_where_monte_carlo_settles_nothing() -> None:
+    wrong = ([row("judge", RIGHT, WRONG), row("monte_carlo", rolled(0.5), NOBODY)], 2, False)
+    with pytest.raises(
+        ValueError, match=r"of 2 judged solutions without a right answer it has that on none\. Run monte"
+    ):
+        consensus_figures([wrong, wrong, ([row("judge", RIGHT)], 1, True)])
+
+
+def test_the_solutions_that_consensus_counts_are_those_of_the_training() -> None:
+    def one(name: str, correct: bool) -> dict[str, Any]:
+        return {"solution_id": name, "steps": ["one"], "correct": correct}
+
+    labels = {name: [row("judge", RIGHT)] for name in ("s1", "s2", "s3", "s4")}
+    questions = pa.table({"question_id": ["q1", "q2", "q3"], "split": ["train", "test", "train"],
+                          "error": pa.array([None, None, "no_answer: x"], pa.string())})  # fmt: skip
+    solutions = pa.Table.from_pylist(
+        [
+            {"question_id": "q1", "solutions": [one("s1", True), one("s2", False)], "error": None},
+            {"question_id": "q2", "solutions": [one("s3", True)], "error": None},
+            {"question_id": "q3", "solutions": [one("s4", True)], "error": None},
+        ],
+        pa.schema({"question_id": pa.string(), "error": pa.string(), "solutions": pa.list_(pa.struct(
+            {"solution_id": pa.string(), "steps": pa.list_(pa.string()), "correct": pa.bool_()}))}),
+    )  # fmt: skip
+    assert list(trained_on(questions, solutions, labels)) == [(labels["s1"], 1, True), (labels["s2"], 1, False)]
+    assert list(trained_on(questions, solutions, labels, max_solutions=1)) == [(labels["s1"], 1, True)]
+    states = pa.table({"solution_id": ["s2", "s9", "s1"], "num_steps": [1, 3, 1],
+                       "error": pa.array([None, None, "too_long: x"], pa.string())})  # fmt: skip
+    assert list(of_states(states, labels, solutions)) == [(labels["s2"], 1, False), ([], 3, None)]
 
 
 YES, NO = StepLabel(label=1, stopped_early=True), StepLabel(label=0, value=0.0, num_correct=0, num_rollouts=16)
@@ -170,6 +261,33 @@ def test_experts_vote_and_the_adjudicator_decides() -> None:
     two = [row("expert", RIGHT, RIGHT, annotator="a"), row("expert", RIGHT, WRONG, annotator="b")]
     assert targets("hybrid", two, 2) == [1.0, None]
     assert targets("hybrid", [*two, row("expert", RIGHT, WRONG, annotator="adjudicator")], 2) == [1.0, 0.0]
+
+
+def test_annotators_together_say_what_most_say_and_whole_tables_agree() -> None:
+    a = row("judge", WRONG, RIGHT, NEUTRAL, NEUTRAL, NOBODY, RIGHT, annotator="a")
+    b = row("judge", RIGHT, WRONG, WRONG, NOBODY, NOBODY, RIGHT, annotator="b")
+    c = row("judge", RIGHT, NEUTRAL, NOBODY, NOBODY, NOBODY, WRONG, annotator="c")
+    first, second = StepLabel(label=1, reason="b's"), StepLabel(label=1, reason="c's")
+    assert merged([c, b, a], 6) == [RIGHT, NOBODY, WRONG, NEUTRAL, NOBODY, RIGHT]
+    assert merged([row("judge", second, annotator="c"), row("judge", first, annotator="b")], 1) == [first]
+    last = row("judge", NOBODY, NEUTRAL, RIGHT, WRONG, NOBODY, WRONG, annotator="adjudicator")
+    assert merged([a, b, c, last], 6) == [RIGHT, NEUTRAL, RIGHT, WRONG, NOBODY, WRONG]
+    assert targets("judge", [a, b, c], 6, "keep") == [1.0, None, 0.0, 1.0, None, 1.0]
+
+
+@given(st.lists(st.lists(st.sampled_from("+-0?"), min_size=3, max_size=3), max_size=5), st.booleans())
+def test_one_rule_for_annotators_in_rows_and_in_columns(said: list[list[str]], adjudicated: bool) -> None:
+    entries = {"+": RIGHT, "-": WRONG, "0": NEUTRAL, "?": NOBODY}
+    names = ["adjudicator" if adjudicated and not n else f"reader {n}" for n in range(len(said))]
+    rows = [row("judge", *(entries[s] for s in own), annotator=name) for own, name in zip(said, names, strict=True)]
+    solution = {"solution_id": "s1", "correct": True, "finish_reason": "stop", "num_steps": 3}
+    steps = steps_of(pa.Table.from_pylist([{"question_id": "q1", "solutions": [solution]}]))
+    found = source_labels(steps, thin_labels(to_arrow(Labels, rows)))
+    codes = found["judge"].codes.tolist() if rows else [UNLABELLED] * 3
+    meant = {RIGHT_CODE: 1, WRONG_CODE: 0, NEUTRAL_CODE: None, UNLABELLED: None}
+    together = merged(rows, 3)
+    assert [step.label for step in together] == [meant[code] for code in codes]
+    assert [step.confidence is not None for step in together] == [code != UNLABELLED for code in codes]
 
 
 def test_two_monte_carlo_runs_average_softly() -> None:

@@ -28,7 +28,7 @@ STRONG = "The policy is too good for these questions: add harder ones, or sample
 LENGTH = "The policy's prompt and demonstrations set how long a step is; sample.min_steps and max_steps what is kept."
 SOURCES = "Add a source that has the missing ones (ingest.source), or name those that you want in audit.modalities."
 LEAKS = "Curate again with curate.leakage=resplit and retrieve anew: until then figures on the test split are void."
-COST = "Lower sample.num_samples_train, judge fewer solutions, or roll out fewer steps (monte_carlo.max_share)."
+COST = "Judge fewer solutions (judge.max_solutions), lower sample.num_samples_train, or read fewer steps."
 ADVICE = {
     "judge_expert_kappa": (KAPPA, KAPPA),
     "positive_share": (WEAK, STRONG),
@@ -115,8 +115,9 @@ def gates(config: "AuditConfig", report: Row) -> list[Row]:
               strict=False, detail=f"missing: {', '.join(absent)}" if absent else ", ".join(modalities)),
         _gate("leakage", "Shared between splits", "count", _exact(sum(check["count"] for check in leaks)), (None, 0),
               detail=", ".join(f"{check['name'].replace('_', ' ')} {check['count']}" for check in leaks)),
-        _gate("cost", "Cost", "dollars", _exact(report["cost"]["total"]) if config.max_cost_usd is not None else None,
-              (None, config.max_cost_usd)),
+        _gate("cost", "Paid to APIs and readers", "dollars",
+              _exact(report["cost"]["total"]) if config.max_cost_usd is not None else None,
+              (None, config.max_cost_usd), detail="time on own GPUs is not in it"),
     ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from medmm_ray.columns import RIGHT, Codes, Steps
 from medmm_ray.records import Labels
-from medmm_ray.targets import POLICIES, labels_by_solution, targets
+from medmm_ray.targets import POLICIES, consensus_figures, consensus_words, labels_by_solution, targets
 
 Row = dict[str, Any]
 
@@ -59,6 +59,14 @@ class Yields:
             kept += bool(trained)
             kept_steps += len(trained)
             total += sum(trained)
+        if policy == "consensus":
+            try:
+                settled = consensus_figures(solution[:3] for solution in solutions)
+            except ValueError as error:
+                kept, kept_steps, refused, why = 0, 0, len(solutions), str(error)
+            else:
+                refused = int(settled["consensus_not_continued"] + settled["consensus_failed"])
+                why = f"{consensus_words(settled)}." if refused else ""
         return {
             "policy": policy,
             "solutions": len(self.ids),

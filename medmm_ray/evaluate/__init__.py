@@ -5,7 +5,8 @@ Enter: questions, images, solutions, scores, labels and what the run says of its
 What counts: the questions of one split whose own row has no error (the others are counted under `counts.excluded`). A
 question without solutions, or without one scored solution, counts as wrong and is counted; a solution without an answer
 or without a score keeps its place among the N (`medmm_ray.metrics` says what that means). Step metrics take their truth
-from one source for the whole report, the first of `reference` that has labels in the split; nulls stay out.
+from one source for the whole report, the first of `reference` that has labels in the split; nulls stay out. An expert's
+steps weigh 1 / their chance to enter the review queue. Gates are held against truth alone, a phantom's or an expert's.
 """
 
 import os
@@ -22,7 +23,7 @@ from medmm_ray.config import Config, execution, identity
 from medmm_ray.evaluate.accuracy import accuracy, by_column, by_decoder
 from medmm_ray.evaluate.cases import ARMS, Case, LogOdds, Row, make_cases, of_questions, samples, step_log_odds
 from medmm_ray.evaluate.examples import choose_examples
-from medmm_ray.evaluate.steps import LabelSets, agreement, label_sets, step_figures
+from medmm_ray.evaluate.steps import TRUTHS, agreement, step_figures, truth_of
 from medmm_ray.metrics import Aggregate
 from medmm_ray.tables import Manifest, code_revision, error_kind, package_versions
 
@@ -37,7 +38,8 @@ class EvaluateConfig(Config):
     aggregate: Aggregate = "min"
     """What makes a solution's reward of its steps: min (Med-PRM), last, mean (VisualPRM), product, gmean."""
     reference: tuple[str, ...] = ("phantom", "expert", "judge")
-    """Label sources that may serve as the truth of step metrics; the first that has labels in the split does."""
+    """Label sources that step metrics may be measured against; the first that has labels in the split is. Against a
+    judge the figures are shown, but no gate is held to them."""
     threshold: float = 0.5
     """Probability from which a step is called right, in macro-F1, kappa and first errors."""
     calibration_bins: int = 10
@@ -64,11 +66,13 @@ def evaluate(
     solutions: pa.Table,
     scores: pa.Table,
     labels: Sequence[pa.Table],
+    review_queue: pa.Table | None = None,
     dataset: Row | None = None,
     steps: Sequence[Row] = (),
     environment: Row | None = None,
 ) -> Row:
-    """The report. `labels` are label tables of any sources and splits; `steps` as `step_entries` makes them.
+    """The report. `labels` are label tables of any sources and splits; `review_queue` has the steps that an expert was
+    asked about, with their inclusion probabilities; `steps` as `step_entries` makes them.
 
     What the labels are worth comes from the dataset report (`medmm_ray.audit`), over all splits; without it, nothing.
 
@@ -83,8 +87,7 @@ def evaluate(
     arms = [arm for arm in ARMS if arm in log_odds] + sorted(set(log_odds) - set(ARMS))
     ns = _ns(config, solutions, sampled)
     cases = make_cases(asked, sampled, log_odds, arms, config.aggregate, config.seed)
-    sets = label_sets(labels)
-    reference, truth = _truth(config, sets, {i for case in cases for i in case.solution_ids})
+    truth = truth_of(config.reference, solutions, labels, review_queue)
     resampling = (config.bootstrap_samples, config.seed)
     groups = {
         f"by_{column}": by_column(cases, arms, ns[-1], column, config.num_subsets, *resampling)
@@ -98,7 +101,7 @@ def evaluate(
         "n": ns[-1],
         "ns": ns,
         "arms": arms,
-        "reference": reference,
+        "reference": truth.source,
         "counts": {
             "split": config.split,
             "excluded": dict(excluded),
@@ -115,7 +118,7 @@ def evaluate(
         "steps": list(steps),
         "environment": dict(environment or {}),
         "examples": choose_examples(
-            cases, arms, solutions, images, scores, truth, num_examples=config.num_examples, seed=config.seed
+            cases, arms, solutions, images, scores, truth.labels, num_examples=config.num_examples, seed=config.seed
         ),
     }
     return {**report, "gates": _gates(report)}
@@ -130,15 +133,6 @@ def _ns(config: EvaluateConfig, solutions: pa.Table, sampled: Mapping[str, Seque
         )
     requested = max(solutions["num_requested"].to_pylist())
     return sorted({n for n in config.ns if n < requested} | {min(requested, max(config.ns))})
-
-
-def _truth(config: EvaluateConfig, sets: LabelSets, in_split: set[str]) -> tuple[str, dict[str, list[int | None]]]:
-    """The source of truth and its labels in the split; empty where no source of `reference` has any there."""
-    for source in config.reference:
-        found = {i: labels for i, labels in sets.get(source, {}).items() if i in in_split}
-        if any(label is not None for labels in found.values() for label in labels):
-            return source, found
-    return "", {}
 
 
 def _counts(cases: Sequence[Case], arms: Sequence[str], n: int) -> Row:
@@ -182,15 +176,19 @@ def _text_difference(scores: pa.Table) -> float | None:
 
 
 def _gates(report: Row) -> list[Row]:
-    """The MedMM framework's quality gates that this run can be held to; `passed` is None where there is no figure."""
+    """The MedMM framework's quality gates that this run can be held to; `passed` is None where there is no figure.
+
+    What a model is worth is measured against truth or an expert: without them it is not, whatever the judge says.
+    """
     main = report["step"].get("multimodal") or {}
+    measured = main if report["reference"] in TRUTHS else {}
     gain = report["accuracy"].get("gain", {}).get("best_of_n", {}).get(str(report["n"]), {})
     gates = [
-        ("judge_expert_kappa", report["agreement"].get("judge_expert", {}).get("kappa"), "above", 0.8),
-        ("model_reference_kappa", main.get("kappa"), "above", 0.8),
-        ("ece", main.get("ece"), "below", 0.05),
-        ("multimodal_gain", gain.get("value"), "above", 0.05),
-        ("text_unchanged_without_image", report["largest_text_difference"], "below", 1e-6),
+        ("judge_expert_kappa", report["agreement"].get("judge_expert", {}).get("kappa"), "above", 0.8, ""),
+        ("model_reference_kappa", measured.get("kappa"), "above", 0.8, _measured_on(report["reference"], main)),
+        ("ece", measured.get("ece"), "below", 0.05, _measured_on(report["reference"], main)),
+        ("multimodal_gain", gain.get("value"), "above", 0.05, ""),
+        ("text_unchanged_without_image", report["largest_text_difference"], "below", 1e-6, ""),
     ]
     return [
         {
@@ -199,9 +197,18 @@ def _gates(report: Row) -> list[Row]:
             "wanted": wanted,
             "limit": limit,
             "passed": None if value is None else value > limit if wanted == "above" else value < limit,
+            "detail": detail,
         }
-        for name, value, wanted, limit in gates
+        for name, value, wanted, limit, detail in gates
     ]
+
+
+def _measured_on(reference: str, figures: Row) -> str:
+    """What a gate on step metrics rests on, or why it has no figure."""
+    if reference not in TRUTHS:
+        return "not measured: no expert's label and no known truth in this split"
+    weighted = f", weighted; worth {figures['effective']:.0f} equal ones" if figures.get("weighted") else ""
+    return f"{figures['steps']:,} steps labelled by source {reference!r}{weighted}" if figures else ""
 
 
 # What the run says of itself

@@ -1,44 +1,70 @@
 """Labels and step scores -> step metrics."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from medmm_ray import metrics
-from medmm_ray.evaluate.cases import LogOdds, Row, list_entries
-from medmm_ray.targets import ADJUDICATOR
+from medmm_ray.agreement import queue_of
+from medmm_ray.columns import UNLABELLED, WRONG, source_labels, steps_of, thin, thin_labels
+from medmm_ray.evaluate.cases import LogOdds, Row
+from medmm_ray.records import Labels as LabelRow
+from medmm_ray.records import arrow_schema
 
 Labels = Mapping[str, Sequence[int | None]]
 """By solution: 1, 0 or None for each step."""
-LabelSets = dict[str, dict[str, list[int | None]]]
+TRUTHS = ("phantom", "expert")
+"""Sources that a model may be held to: what a judge says is itself to be measured."""
 
 
-def label_sets(tables: Iterable[pa.Table]) -> LabelSets:
-    """By source and solution: the label of each step.
+@dataclass(frozen=True)
+class Truth:
+    """What the scores are measured against: one source's labels, of the solutions of which it has any.
 
-    Of several annotators it is the adjudicator's, else that of the first (by name) that labels the step. Failed rows
-    are left out. Raises ValueError where two annotators disagree on the number of steps.
+    `weights` has 1 / inclusion probability of each step where the labels are those of the expert's queue, else None.
     """
-    found: LabelSets = {}
-    for table in tables:
-        kept = table.filter(pc.is_null(table["error"])).sort_by("annotator")
-        is_last_word = pc.equal(kept["annotator"], ADJUDICATOR)
-        kept = pa.concat_tables([kept.filter(is_last_word), kept.filter(pc.invert(is_last_word))]).combine_chunks()
-        ids, sources = kept["solution_id"].to_pylist(), kept["source"].to_pylist()
-        for solution, source, entries in zip(ids, sources, list_entries(kept, "steps", ("label",)), strict=True):
-            own = [entry["label"] for entry in entries]
-            of_source = found.setdefault(source, {})
-            before = of_source.setdefault(solution, own)
-            if len(before) != len(own):
-                raise ValueError(
-                    f"solution {solution}: {source} labels of {len(before)} and of {len(own)} steps; expected one "
-                    "entry a step from every annotator. Label it again."
-                )
-            of_source[solution] = [new if old is None else old for old, new in zip(before, own, strict=True)]
-    return found
+
+    source: str = ""
+    labels: Labels = field(default_factory=dict)
+    weights: Mapping[str, Sequence[float]] | None = None
+
+
+def truth_of(
+    reference: Sequence[str], solutions: pa.Table, labels: Iterable[pa.Table], review_queue: pa.Table | None = None
+) -> Truth:
+    """The first source of `reference` that labels a step of `solutions`; an empty `Truth` where none does.
+
+    Several annotators count together, as in training. An expert's labels count within the queue that drew their steps,
+    where there is one. Raises ValueError where the source's labels are of another number of steps.
+    """
+    steps = steps_of(thin(solutions))
+    empty = thin_labels(arrow_schema(LabelRow).empty_table())
+    by_source = source_labels(steps, pa.concat_tables([empty, *map(thin_labels, labels)]).combine_chunks())
+    for source in (name for name in reference if name in by_source):
+        found = by_source[source]
+        codes, weight_N = found.codes, None
+        if source == "expert" and review_queue is not None and review_queue.num_rows:
+            queue, weight_N = queue_of(steps, review_queue), np.zeros(len(codes))
+            weight_N[queue.row] = 1.0 / queue.probability
+            codes = np.where(weight_N > 0, codes, np.int8(UNLABELLED))
+        if not (codes >= WRONG).any() and not found.misfit:
+            continue
+        if found.misfit:
+            raise ValueError(
+                f"{found.misfit} {source} label rows are of another number of steps than their solution; they belong "
+                "to another text. Label these solutions again."
+            )
+        said = np.unique(steps.solution[codes != UNLABELLED]).tolist()
+        ids, first, last = steps.solution_ids.to_pylist(), steps.first, steps.first + steps.length
+        values = [None if code < WRONG else int(code) for code in codes.tolist()]
+        return Truth(
+            source,
+            {ids[i]: values[first[i] : last[i]] for i in said},
+            None if weight_N is None else {ids[i]: weight_N[first[i] : last[i]].tolist() for i in said},
+        )
+    return Truth()
 
 
 def agreement(pairs: Iterable[Row]) -> Row:
@@ -59,38 +85,48 @@ def _in_short(pair: Row) -> Row:
     }
 
 
-def step_figures(log_odds: LogOdds, truth: Labels, threshold: float, num_bins: int) -> Row:
-    """One arm's step metrics, pooled over the labelled steps of scored solutions.
+def step_figures(log_odds: LogOdds, truth: Truth, threshold: float, num_bins: int) -> Row:
+    """One arm's step metrics, pooled over the labelled steps of scored solutions, each step with its weight.
 
-    First errors are sought among the labelled steps. Figures without data, or that need both classes, are None.
+    First errors are sought among the labelled steps; where these are drawn one by one (weighted), in solutions alone of
+    which every step is labelled. Figures without data, or that need both classes, are None.
     """
     labels: list[int] = []
     scores: list[float] = []
+    weights: list[float] = []
     first_true: list[int] = []
     first_called: list[int] = []
-    for solution in sorted(truth.keys() & log_odds.keys()):
-        shared = [(y, x) for y, x in zip(truth[solution], log_odds[solution], strict=True) if y is not None]
+    shared_solutions = 0
+    for solution in sorted(truth.labels.keys() & log_odds.keys()):
+        own = truth.labels[solution]
+        weight = truth.weights[solution] if truth.weights else [1.0] * len(own)
+        shared = [(y, x, w) for y, x, w in zip(own, log_odds[solution], weight, strict=True) if y is not None]
         if shared:
-            own_labels, own_scores = zip(*shared, strict=True)
+            own_labels, own_scores, own_weights = zip(*shared, strict=True)
             labels += own_labels
             scores += own_scores
-            first_true.append(metrics.first_error(own_labels))
-            first_called.append(metrics.first_error(metrics.predicted_right(own_scores, threshold).tolist()))
-    y, x = np.array(labels, dtype=bool), np.array(scores, dtype=np.float64)
+            weights += own_weights
+            shared_solutions += 1
+            if truth.weights is None or None not in own:
+                first_true.append(metrics.first_error(own_labels))
+                first_called.append(metrics.first_error(metrics.predicted_right(own_scores, threshold).tolist()))
+    y, x, w = np.array(labels, dtype=bool), np.array(scores, dtype=np.float64), np.array(weights, dtype=np.float64)
     p, called = metrics.probability(x), metrics.predicted_right(x, threshold)
-    bins = metrics.calibration(y, p, num_bins)
-    false, true = metrics.roc_curve(y, x)
+    bins = metrics.calibration(y, p, num_bins, w)
+    false, true = metrics.roc_curve(y, x, weights=w)
     same = [a == b for a, b in zip(first_true, first_called, strict=True)]
     return {
-        "solutions": len(first_true),
+        "solutions": shared_solutions,
         "steps": int(y.size),
         "right": int(y.sum()),
         "wrong": int((~y).sum()),
+        "weighted": truth.weights is not None,
+        "effective": round(metrics.effective_size(w), 1),
         "threshold": threshold,
-        "auroc": metrics.auroc(y, x),
-        "macro_f1": metrics.macro_f1(y, called),
+        "auroc": metrics.auroc(y, x, w),
+        "macro_f1": metrics.macro_f1(y, called, w),
         "ece": metrics.expected_calibration_error(bins),
-        "kappa": metrics.cohen_kappa(y, called),
+        "kappa": metrics.cohen_kappa(y, called, w),
         "first_error": sum(same) / len(same) if same else None,
         "processbench": metrics.processbench_f1(first_true, first_called),
         "minimum_on_last_step": metrics.minimum_on_last_step([x.tolist() for x in log_odds.values()]),

@@ -299,6 +299,8 @@ class Roller:
                 tally.cut_off += sum(sample.finish_reason != "stop" for sample in samples)
                 tally.add(right)
                 findings.num_tokens += sum(sample.num_tokens for sample in samples)
+                findings.prompt_tokens += sum(sample.prompt_tokens for sample in samples)
+                findings.cached_tokens += sum(sample.cached_tokens for sample in samples)
                 if self.config.searches and any(right):
                     findings.reach(shorter[prefix])
             due = wanted(chains, findings, self.config.mode)
@@ -343,6 +345,8 @@ def figures(findings: Findings, steps: Sequence[StepLabel]) -> dict[str, int]:
     return {
         "rollouts": sum(tally.drawn for tally in tallies),
         "rollout_tokens": findings.num_tokens,
+        "prompt_tokens": findings.prompt_tokens,
+        "cached_tokens": findings.cached_tokens,
         "failed_rollouts": sum(tally.drawn + tally.known - tally.counted for tally in tallies),
         "prefixes_continued": sum(tally.drawn > 0 for tally in tallies),
         "steps_labelled": sum(step.label is not None for step in steps),

@@ -106,6 +106,8 @@ class Findings:
     reached: set[str] = field(default_factory=set)
     faults: dict[str, RowError] = field(default_factory=dict)
     num_tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
 
     def count_solutions(self, solutions: Iterable[tuple[Sequence[str], bool | None]]) -> None:
         """Take the question's solutions (prefixes, outcome) as continuations of each of their prefixes but the last."""

@@ -9,18 +9,21 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
+import numpy as np
 import pyarrow as pa
 from pyarrow import fs as pafs
 
 from medmm_ray.config import digest
-from medmm_ray.metrics import cohen_kappa
+from medmm_ray.metrics import kappa_of_counts
 from medmm_ray.records import Labels, QuestionReview, ReviewItem, StepLabel
 from medmm_ray.review_page.cases import Row, seen_question, seen_step, step_item_id
 from medmm_ray.review_page.verdicts import FAULTS, UNSURE, Verdict, VerdictLog, parse, standing
+from medmm_ray.strata import Resampling, tabulate
 from medmm_ray.tables import TableError, filesystem, write_file
 from medmm_ray.targets import ADJUDICATOR
 
 NEUTRAL = "nothing to check"
+RESAMPLING = Resampling(1000, 0)  # of the questions, for the interval of the readers' kappa
 
 
 def log_uri(run: str, what: str) -> str:
@@ -107,18 +110,16 @@ def step_labels(
         )
         for (solution_id, annotator), labels in sorted(found.items())
     ]  # fmt: skip
-    return rows, _figures(by_item, of_queue)
+    items = {step_item_id(item.solution_id, item.step_index): item for item in queue}
+    return rows, _figures(by_item, of_queue) | _kappa_readers(of_queue, items)
 
 
 def _figures(
     by_item: Mapping[str, Mapping[str, Verdict]], of_queue: Mapping[str, Mapping[str, Verdict]]
 ) -> dict[str, float]:
     kept = [verdict for of_item in of_queue.values() for verdict in of_item.values()]
-    readings = [[v for _, v in sorted(of_item.items()) if not v.adjudicates] for of_item in of_queue.values()]
-    sure = [[v.verdict == "right" for v in of_item if v.verdict in ("right", "wrong")] for of_item in readings]
-    pairs = [both for both in sure if len(both) == 2]
-    kappa = cohen_kappa(*zip(*pairs, strict=True)) if pairs else None
-    figures = {
+    readings = [[v for v in of_item.values() if not v.adjudicates] for of_item in of_queue.values()]
+    return {
         "queue": len(of_queue),
         "read": sum(map(bool, readings)),
         "read_twice": sum(len(of_item) > 1 for of_item in readings),
@@ -126,9 +127,32 @@ def _figures(
         "unsure": sum(v.verdict == UNSURE for v in kept),
         "left_out": sum(map(len, by_item.values())) - len(kept),
         "readers": len({v.reader for of_item in readings for v in of_item}),
+        "verdicts": len(kept),
         "minutes": round(sum(v.seconds for v in kept) / 60, 1),
     }
-    return {**figures, **({} if kappa is None else {"kappa_readers": kappa})}
+
+
+def _kappa_readers(of_queue: Mapping[str, Mapping[str, Verdict]], items: Mapping[str, ReviewItem]) -> dict[str, float]:
+    """Cohen's kappa of two readers of a step, weighted by 1 / inclusion probability, with an interval by question.
+
+    Over the steps that both call right or wrong; nothing where it is not defined.
+    """
+    cells: list[int] = []
+    read: list[ReviewItem] = []
+    for item_id, of_item in of_queue.items():
+        words = [verdict.verdict for _, verdict in sorted(of_item.items()) if not verdict.adjudicates]
+        sure = [word == "right" for word in words if word in ("right", "wrong")]
+        if len(sure) == 2:
+            cells.append(2 * sure[0] + sure[1])
+            read.append(items[item_id])
+    _, question = np.unique([item.question_id for item in read], return_inverse=True)
+    weight = np.array([1 / item.inclusion_probability for item in read])
+    tables = tabulate({}, question, np.array(cells, dtype=np.int64), 4, kappa_of_counts, RESAMPLING, weight)
+    figure = tables["all"].get("all", {"value": None})
+    if figure["value"] is None:
+        return {}
+    ends = {f"kappa_readers_{end}": figure[end] for end in ("low", "high") if figure[end] is not None}
+    return {"kappa_readers": figure["value"], "kappa_readers_steps": figure["count"], **ends}
 
 
 def question_reviews(verdicts: Sequence[Verdict], questions: Sequence[Row]) -> list[QuestionReview]:

@@ -4,8 +4,9 @@
 solutions; `entry` makes one and `solved_of` reads it back, exactly for what the format carries: not the split (that is
 the file's name), sampling seeds, ids of solutions, reasons and costs of a judge, Monte Carlo's counts.
 
-Of several annotators of one source the format holds, a step, the adjudicator's label, else the first by name. A source
-that did not label a solution, or failed to, is null; a step that it did not label is null in its list.
+Of several annotators of one source the format holds what they say together (`targets.merged`: adjudicator, else
+majority). A source that did not label a solution, or failed to, is null; a step that it did not label is null in its
+list.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from medmm_ray.sources import (
     stream_json,
 )
 from medmm_ray.tables import RowError
-from medmm_ray.targets import ADJUDICATOR
+from medmm_ray.targets import merged
 from medmm_ray.text import TAG, tag_steps
 
 COLUMNS = ("question_id", "data_source", "modality", "difficulty", "question", "options", "correct_answer", "solutions")
@@ -144,11 +145,8 @@ def _solution(solution: Solution, labels: Sequence[Labels]) -> dict[str, Any]:
 
 
 def _chosen(labels: Sequence[Labels], source: str) -> Sequence[StepLabel] | None:
-    rows = [row.steps for row in sorted(labels, key=lambda row: (row.annotator != ADJUDICATOR, row.annotator))
-            if row.source == source and row.error is None and row.steps]  # fmt: skip
-    if not rows:
-        return None
-    return [next((step for step in steps if step.label is not None), steps[0]) for steps in zip(*rows, strict=True)]
+    rows = [row for row in labels if row.source == source and row.error is None and row.steps]
+    return merged(rows, len(rows[0].steps)) if rows else None
 
 
 def processed_steps(processed: str) -> list[str]:

@@ -5,7 +5,7 @@ Enters: tables. Leaves: one row a question (`SCHEMA`), and, in the worker, a `Ca
 Legend: T tags, D text width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +86,16 @@ def illustrated_questions(
                 }
             )
     return pa.Table.from_pylist(sorted(rows, key=lambda r: str(r["question_id"])), schema=SCHEMA)
+
+
+def of_states(
+    states: pa.Table, labels: Mapping[str, Sequence[Labels]], solutions: pa.Table
+) -> Iterator[tuple[Sequence[Labels], int, bool | None]]:
+    """Of each solution that has states: its labels, its number of steps, whether its answer is right."""
+    correct = _correct(solutions)
+    held = states.filter(pc.is_null(states["error"]))
+    for name, num_steps in zip(held["solution_id"].to_pylist(), held["num_steps"].to_pylist(), strict=True):
+        yield labels.get(name, []), num_steps, correct.get(name)
 
 
 def _correct(solutions: pa.Table) -> dict[str, bool | None]:

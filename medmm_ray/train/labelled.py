@@ -1,9 +1,10 @@
 """From tables to what a reward model is trained on: questions with their labelled solutions, pure."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from medmm_ray.records import Labels
 from medmm_ray.targets import Target, accuracy_of, labels_by_solution, targets
@@ -89,6 +90,22 @@ def labelled_solutions(
         )
         first["weight"] += 1
     return list(merged.values())
+
+
+def trained_on(
+    questions: pa.Table,
+    solutions: pa.Table,
+    labels: Mapping[str, Sequence[Labels]],
+    max_solutions: int | None = None,
+    split: str = "train",
+) -> Iterator[tuple[Sequence[Labels], int, bool | None]]:
+    """Of each solution that `labelled_questions` looks at: its labels, its number of steps, whether its answer is
+    right."""
+    usable = questions.filter(pc.and_(pc.equal(questions["split"], split), pc.is_null(questions["error"])))
+    asked = pc.is_in(solutions["question_id"], usable["question_id"].combine_chunks())
+    for row in solutions.filter(pc.and_(asked, pc.is_null(solutions["error"])))["solutions"].to_pylist():
+        for solution in row[:max_solutions]:
+            yield labels.get(solution["solution_id"], []), len(solution["steps"]), solution["correct"]
 
 
 def share_of_right(rows: pa.Table) -> float:

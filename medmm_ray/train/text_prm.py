@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from medmm_ray.config import ConfigError, execution
 from medmm_ray.engines.checkpoints import resolve
-from medmm_ray.targets import AfterFirstError, LabelPolicy
-from medmm_ray.train.labelled import group_labels, labelled_questions, share_of_right
+from medmm_ray.targets import AfterFirstError, LabelPolicy, consensus_figures
+from medmm_ray.train.labelled import group_labels, labelled_questions, share_of_right, trained_on
 from medmm_ray.train.launch import fit
 from medmm_ray.train.loop import Stage, TrainConfig
 from medmm_ray.train.lora import Adapter, LoraConfig
@@ -76,6 +76,9 @@ def train_text_prm(
     name that `checkpoints.resolve` knows).
     """
     grouped = group_labels(labels)
+    settled: dict[str, float] = {}
+    if config.label_policy == "consensus":
+        settled = consensus_figures(trained_on(questions, solutions, grouped, config.max_solutions))
     rows = labelled_questions(
         questions, evidence, solutions, grouped, config.label_policy, config.after_first_error,
         config.max_solutions, config.num_documents,
@@ -86,7 +89,7 @@ def train_text_prm(
             f"({solutions.num_rows} questions sampled, {len(grouped)} solutions labelled). Look at the labels tables."
         )
     trained = fit(TextPrmStage, config, {"questions": rows}, {"base": base}, folder, name)
-    return trained | {"right_steps": round(share_of_right(rows), 4)}
+    return trained | settled | {"right_steps": round(share_of_right(rows), 4)}
 
 
 class TextPrmStage(Stage):

@@ -19,8 +19,8 @@ from medmm_ray.config import execution
 from medmm_ray.engines.checkpoints import resolve
 from medmm_ray.metrics import aggregate, expected_best, expected_oracle
 from medmm_ray.tables import Table
-from medmm_ray.targets import AfterFirstError, LabelPolicy
-from medmm_ray.train.cached import class_weights, illustrated_questions, read_states, share_of_right
+from medmm_ray.targets import AfterFirstError, LabelPolicy, consensus_figures
+from medmm_ray.train.cached import class_weights, illustrated_questions, of_states, read_states, share_of_right
 from medmm_ray.train.image_text import augment
 from medmm_ray.train.labelled import group_labels
 from medmm_ray.train.launch import fit
@@ -107,14 +107,18 @@ def train_two_tower(
     `image_tower` are names for `checkpoints.resolve`.
     """
     held = states.to_arrow(["question_id", "solution_id", "num_steps", "error"])
-    rows = illustrated_questions(config, held, group_labels(labels), questions, images, evidence, solutions)
+    grouped = group_labels(labels)
+    settled: dict[str, float] = {}
+    if config.label_policy == "consensus":
+        settled = consensus_figures(of_states(held, grouped, solutions))
+    rows = illustrated_questions(config, held, grouped, questions, images, evidence, solutions)
     if rows.num_rows == 0:
         raise ValueError(
             f"train_two_tower: no training question has an image, states and a target ({held.num_rows} states, label "
             f"policy {config.label_policy!r}). Look at the tables states and labels."
         )
     inputs = {"states": states.uri, "text_prm": text_prm, "image_tower": image_tower}
-    return fit(TwoTowerStage, config, {"questions": rows}, inputs, folder, name)
+    return fit(TwoTowerStage, config, {"questions": rows}, inputs, folder, name) | settled
 
 
 class TwoTowerStage(Stage):

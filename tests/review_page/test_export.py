@@ -84,7 +84,7 @@ def test_labels_of_readers_and_adjudicator_lie_side_by_side(run: Run) -> None:
     }
     assert figures == {
         "queue": 6, "read": 4, "read_twice": 2, "adjudicated": 1, "unsure": 1, "left_out": 1, "readers": 2,
-        "minutes": 1.0, "kappa_readers": 0.0,
+        "verdicts": 7, "minutes": 1.0, "kappa_readers": 0.0, "kappa_readers_steps": 2,
     }  # fmt: skip
     # Of the adjudicated solution the other step keeps its readers' word; a neutral step trains as right.
     assert hybrid([row for row in rows if row.solution_id == "s0-0"], 3 + len(rest), Ending(None, None))[:3] == [
@@ -97,6 +97,29 @@ def test_labels_of_readers_and_adjudicator_lie_side_by_side(run: Run) -> None:
         1.0,
         None,
     ]
+
+
+def test_the_agreement_of_readers_is_weighted_and_has_an_interval_by_question(run: Run) -> None:
+    shown = cases(run).shown
+    says = {"s0-0/1": ("right", "right"), "s0-0/2": ("wrong", "right"), "s1-0/1": ("wrong", "wrong"),
+            "s1-0/2": ("right", "right"), "s2-0/1": ("wrong", "wrong"), "s2-0/2": ("unsure", "right")}  # fmt: skip
+    verdicts = [
+        Verdict(reader=reader, number=number, item_id=item_id, seen=shown[item_id].item.seen, verdict=word)
+        for number, (item_id, words) in enumerate(says.items(), 1)
+        for reader, word in zip(("anna", "ben"), words, strict=True)
+    ]
+    queue = [from_dict(ReviewItem, row) for row in run.table("review_queue").to_arrow().to_pylist()]
+    seldom = [replace(item, inclusion_probability=0.1 if item.step_index == 2 else 1.0) for item in queue]
+    tables = run.table("questions").to_arrow(), run.table("solutions").to_arrow()
+    plain, weighted = (step_labels(verdicts, items, *tables)[1] for items in (queue, seldom))
+    # Weights 1, 10, 1, 10, 1: both right 11, both wrong 2, differ 10; anna calls 11 right, ben 21.
+    chance = (11 * 21 + 12 * 2) / 23**2
+    assert weighted["kappa_readers"] == pytest.approx((13 / 23 - chance) / (1 - chance), abs=1e-6)
+    assert plain["kappa_readers"] == pytest.approx((4 / 5 - 12 / 25) / (1 - 12 / 25), abs=1e-6)
+    assert weighted["kappa_readers_steps"] == 5
+    assert weighted["kappa_readers_low"] < weighted["kappa_readers"] < weighted["kappa_readers_high"] == 1.0
+    alike = [replace(verdict, verdict="right") for verdict in verdicts]
+    assert not [name for name in step_labels(alike, queue, *tables)[1] if name.startswith("kappa")]
 
 
 def test_an_export_is_named_by_what_it_holds(run: Run) -> None:

@@ -47,6 +47,7 @@ STEPS = (
         "write_questions",
         ("raw_questions", "raw_images"),
         {"written_questions": WrittenQuestion, "new_questions": Question},
+        version=2,
         what="questions for images without one",
     ),
     Step(

@@ -1,6 +1,7 @@
 """--dry-run: what a recipe would do and cost, by arithmetic; nothing is read and no engine is started."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -8,11 +9,13 @@ from jobs.graph import Step
 from jobs.recipe import Recipe
 from jobs.step import Run
 from medmm_ray.config import ConfigError
+from medmm_ray.engines.client import ApiConfig
 from medmm_ray.engines.prices import Price, price_of
 from medmm_ray.estimate import GPUS, Plan, estimate, rendered
 from medmm_ray.judge import APIS
 
 VERDICT_TOKENS = {"json": 70, "lines": 6}  # that a judge writes a step
+READ_DOCUMENTS = ("tree_search", "sample", "judge", "monte_carlo", "train_text_prm", "states", "score")
 
 
 def print_plan(recipe: Recipe, steps: Sequence[Step], console: Console) -> None:
@@ -32,7 +35,8 @@ def print_plan(recipe: Recipe, steps: Sequence[Step], console: Console) -> None:
         console.print(f"  {step.name:<18}{step.what:<40}{state}", highlight=False)
     console.print()
     left_out = [step.name for step in steps if step.name in recipe.without]
-    console.print(rendered(estimate(plan_of(recipe, run), left_out)))
+    result = estimate(plan_of(recipe, run), left_out)
+    console.print(rendered(replace(result, notes=(*replaced(recipe), *result.notes))))
 
 
 def plan_of(recipe: Recipe, run: Run) -> Plan:
@@ -40,8 +44,14 @@ def plan_of(recipe: Recipe, run: Run) -> Plan:
     assumed = recipe.plan
     if assumed.gpu not in GPUS:
         raise ConfigError(f"plan.gpu is {assumed.gpu!r}; known: {', '.join(GPUS)}")
-    price, policy = _judge_price(recipe), _policy_price(recipe)
-    tree = recipe.tree_search
+    judge, rolls, tree, writer = recipe.judge, recipe.monte_carlo, recipe.tree_search, recipe.write_questions
+    grader = recipe.sample.equivalence
+    policy = _price(recipe.sample.backend, recipe.models.policy, recipe.sample, "models.policy")
+    judging = _price(judge.backend, judge.model, judge, "judge.model")
+    writing = _price(writer.backend, writer.model, writer, "write_questions.model") if writer.per_image else None
+    grading = _price(grader.backend, grader.model, grader, "sample.equivalence.model")
+    reached = not rolls.threshold and (rolls.stop_early or rolls.searches)  # from a prefix of a right solution
+    budgets = {"sample": recipe.sample, "equivalence": grader, "judge": judge, "write_questions": writer}
     rollouts = [
         max(tree.min_rollouts, tree.num_rollouts // (depth + 1)) for depth in range(1, round(assumed.steps) + 1)
     ]
@@ -52,12 +62,14 @@ def plan_of(recipe: Recipe, run: Run) -> Plan:
         test_questions=test,
         train_samples=recipe.sample.num_samples_train,
         test_samples=recipe.sample.num_samples_test,
-        images=train + test,
-        reference_images=recipe.judge.num_references,
+        images=train + test + recipe.ingest.num_extra_images,
+        reference_images=recipe.train_two_tower.num_references,
         steps=assumed.steps,
         question_tokens=assumed.question_tokens,
         solution_tokens=assumed.solution_tokens,
         document_tokens=assumed.document_tokens,
+        with_documents=tuple(name for name in READ_DOCUMENTS if getattr(recipe, name).num_documents),
+        wrong_share=assumed.wrong_share,
         policy_parameters=0 if policy else assumed.policy_parameters,
         policy_dollars_per_million_read=policy.read if policy else 0,
         policy_dollars_per_million_written=policy.written if policy else 0,
@@ -66,19 +78,36 @@ def plan_of(recipe: Recipe, run: Run) -> Plan:
         hidden_size=assumed.hidden_size,
         policy_epochs=0 if run.given("policy") else recipe.train_policy.epochs,
         text_epochs=0 if run.given("text_prm") else recipe.train_text_prm.epochs,
+        text_solutions=recipe.train_text_prm.max_solutions,
         fusion_epochs=0 if run.given("two_tower") else recipe.train_two_tower.epochs,
-        judged_solutions=assumed.judged_solutions or recipe.judge.max_solutions,
-        judge_parameters=assumed.judge_parameters,
-        judge_solutions_per_call=recipe.judge.solutions_per_call,
-        judge_by_step=recipe.judge.granularity == "step",
-        judge_max_dollars=recipe.judge.max_cost_usd,
-        verdict_tokens=VERDICT_TOKENS[recipe.judge.reply],
-        judge_dollars_per_call=assumed.judge_dollars_per_call,
-        judge_dollars_per_million_read=price.read,
-        judge_dollars_per_million_cached=price.cached if recipe.judge.warm_cache else None,
-        judge_dollars_per_million_written=price.written,
-        uncertain_share=recipe.monte_carlo.max_share,
-        continuations=recipe.monte_carlo.rollouts,
+        written_images=_written_images(recipe),
+        questions_per_image=writer.per_image,
+        question_checks=writer.num_checks,
+        writer_parameters=0 if writing else assumed.policy_parameters,
+        writer_dollars_per_million_read=writing.read if writing else 0,
+        writer_dollars_per_million_written=writing.written if writing else 0,
+        graded_answers=assumed.graded_answers if grading else 0,
+        grader_dollars_per_million_read=grading.read if grading else 0,
+        grader_dollars_per_million_written=grading.written if grading else 0,
+        judge_calls=judge.backend != "phantom",
+        judge_splits=judge.splits,
+        judged_solutions=judge.max_solutions,
+        judge_parameters=_judge_parameters(recipe),
+        judge_images=min(1 + judge.num_references, judge.num_images if judge.backend == "vllm" else judge.max_images),
+        judge_solutions_per_call=judge.solutions_per_call,
+        judge_by_step=judge.granularity == "step",
+        verdict_tokens=VERDICT_TOKENS[judge.reply],
+        judge_dollars_per_million_read=judging.read if judging else 0,
+        judge_dollars_per_million_cached=judging.cached if judging and judge.warm_cache else None,
+        judge_dollars_per_million_written=judging.written if judging else 0,
+        max_dollars={name: c.max_cost_usd for name, c in budgets.items() if c.max_cost_usd is not None},
+        rollout_mode=rolls.mode,
+        rollout_splits=rolls.splits,
+        rollout_solutions=rolls.max_solutions,
+        right_is_free=rolls.wrong_only or reached,
+        uncertain_share=assumed.uncertain_share,
+        max_share=rolls.max_share,
+        continuations=rolls.rollouts,
         trees=train if "train" in tree.splits else 0,
         tree_nodes=tree.max_nodes,
         node_rollouts=sum(rollouts) / len(rollouts),
@@ -91,22 +120,55 @@ def plan_of(recipe: Recipe, run: Run) -> Plan:
     )
 
 
-def _judge_price(recipe: Recipe) -> Price:
-    """What the plan says; else, for an API that is not priced by the call, what the judge's ledger will charge."""
-    plan, config = recipe.plan, recipe.judge
-    stated = plan.judge_dollars_per_million_read or plan.judge_dollars_per_million_written
-    if stated or plan.judge_dollars_per_call or config.model is None or config.backend not in APIS:
-        read = plan.judge_dollars_per_million_read
-        return Price(read, read, plan.judge_dollars_per_million_written)
-    return price_of(config.model, config.price_read, config.price_written, config.price_cached)
-
-
-def _policy_price(recipe: Recipe) -> Price | None:
-    """Of a policy behind an API; None where it is a checkpoint."""
-    config, model = recipe.sample, recipe.models.policy
-    if config.backend not in APIS or model is None:
+def _price(backend: str, model: str | None, config: ApiConfig, key: str) -> Price | None:
+    """What the ledger of a model behind an API will charge; None where it is none."""
+    if backend not in APIS:
         return None
+    if model is None:
+        raise ConfigError(f"the backend is {backend!r} and {key} is not set; name the API's model")
     return price_of(model, config.price_read, config.price_written, config.price_cached)
+
+
+def _judge_parameters(recipe: Recipe) -> float:
+    """Of a judge on own GPUs: as the plan says, else as many as the policy has."""
+    if recipe.judge.backend != "vllm":
+        return 0
+    said = recipe.plan.judge_parameters
+    return recipe.plan.policy_parameters if said is None else said
+
+
+def _written_images(recipe: Recipe) -> int:
+    """Images for which questions are written."""
+    if not recipe.write_questions.per_image:
+        return 0
+    known = [n for n in (recipe.plan.written_images, recipe.write_questions.max_images) if n is not None]
+    if not known:
+        raise ConfigError(
+            "the number of images without a question is not known before the source is read; say plan.written_images=N "
+            "or write_questions.max_images=N"
+        )
+    return min(known)
+
+
+def replaced(recipe: Recipe) -> list[str]:
+    """Where the plan's word stands in place of what the recipe says, or of a model whose size nobody named."""
+    plan, notes = recipe.plan, []
+    limits = {"train": (recipe.curate.max_train, recipe.ingest.num_train)}
+    limits |= {"test": (recipe.curate.max_test, recipe.ingest.num_test)}
+    for split, said in (("train", plan.train_questions), ("test", plan.test_questions)):
+        limit = next((number for number in limits[split] if number is not None), said)
+        if said != limit and said is not None:
+            notes.append(
+                f"plan.{split}_questions={said:,} stands in place of the {limit:,} to which the recipe limits it"
+            )
+    judge, writer = recipe.judge, recipe.write_questions
+    local = {"judge": judge.model} if judge.backend == "vllm" and plan.judge_parameters is None else {}
+    local |= {"write_questions": writer.model} if writer.backend == "vllm" and writer.per_image else {}
+    for step, model in local.items():
+        if model not in (None, recipe.models.policy):
+            size = f"{plan.policy_parameters / 1e9:g}B parameters"
+            notes.append(f"{step}: the size of {model} is not known; it is taken to be the policy's, {size}")
+    return notes
 
 
 def _questions(assumed: int | None, limit: int | None, asked: int | None, split: str) -> int:

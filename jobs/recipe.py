@@ -68,16 +68,16 @@ class PlanConfig(Config):
     """Parameters of the image tower."""
     hidden_size: int = execution(4096)
     """Width of the text tower; it sets the size of the stored states."""
-    judged_solutions: int | None = execution(None)
-    """Solutions a training question that the judge reads; null: all."""
-    judge_parameters: float = execution(0.0)
-    """Parameters of a judge on own GPUs; 0: an API."""
-    judge_dollars_per_call: float = execution(0.0)
-    """US dollars a judge's call, where tokens are not priced."""
-    judge_dollars_per_million_read: float = execution(0.0)
-    """US dollars per million tokens that the judge reads."""
-    judge_dollars_per_million_written: float = execution(0.0)
-    """US dollars per million tokens that the judge writes."""
+    judge_parameters: float | None = execution(None)
+    """Parameters of a judge on own GPUs; null: those of the policy."""
+    wrong_share: float = execution(0.5)
+    """Share of the solutions whose answer is wrong: a right one costs Monte Carlo mostly nothing."""
+    uncertain_share: float = execution(0.1)
+    """Share of the judged steps of which the judge is unsure (MedMM)."""
+    graded_answers: float = execution(2.0)
+    """Distinct answers a question that sample.equivalence is asked about, in the mean over all questions."""
+    written_images: int | None = execution(None)
+    """Images for which questions are written; null: as write_questions.max_images limits them."""
     gpu: str = execution("A100-80G")
     """Kind of GPU."""
     num_gpus: int = execution(4)

@@ -13,6 +13,7 @@ shares (`utilisation`):
 They are rough: expect a factor of two. Where a step was measured, put its hours into `Plan.known_gpu_hours`.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -26,6 +27,9 @@ BYTES_A_TOKEN = 4.5  # of English text, about
 BF16 = 2  # bytes
 EMBEDDING_BYTES = 512 * 4  # of one image, as float32
 SCORE_BYTES = 3 * 2 * 4  # of one step: three arms, text and image part, as float32
+# Tokens around a question: of the prompts, and of the JSON that answers them. Thoughts are left out.
+WRITE_PROMPT, WRITE_REPLY = 250, 180
+CHECK_PROMPT, GRADE_PROMPT, SHORT_REPLY = 70, 120, 10
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,16 @@ class Plan:
     test_samples: int
     images: int
     reference_images: int = 3
-    """Retrieved images a question, which judge and fusion see."""
+    """Retrieved images a question, which the image part sees."""
     steps: float = 8
     """Mean steps a solution."""
     question_tokens: float = 185
     solution_tokens: float = 350
     document_tokens: float = 3072
+    with_documents: Collection[str] = ("tree_search", "sample", "judge", "train_text_prm", "states", "score")
+    """Steps whose prompts have the documents."""
+    wrong_share: float = 0.5
+    """Share of the solutions whose answer is wrong."""
     oversampling: float = 1.25
     """Samples drawn for each one kept (Med-PRM's, for its filter of 3 to 9 steps)."""
 
@@ -81,17 +89,38 @@ class Plan:
     policy_epochs: float = 0
     text_epochs: float = 0
     """0 where a published reward model is the text tower."""
+    text_solutions: int | None = None
+    """Most solutions of a question that the text tower is trained on."""
     fusion_epochs: float = 5
 
-    judged_solutions: float | None = None
-    """Solutions a training question that the judge reads; None: all."""
+    written_images: int = 0
+    """Images for which a model writes questions."""
+    questions_per_image: int = 1
+    question_checks: int = 2
+    """Times that a written question is answered with the image, and as often without."""
+    writer_parameters: float = 0
+    """Of a writer on our own GPUs; 0: an API."""
+    writer_dollars_per_million_read: float = 0
+    writer_dollars_per_million_written: float = 0
+    graded_answers: float = 0
+    """Distinct answers a question about which a model behind an API is asked whether they are right."""
+    grader_dollars_per_million_read: float = 0
+    grader_dollars_per_million_written: float = 0
+
+    judge_calls: bool = True
+    """False: the source's own truth judges, which costs nothing."""
+    judge_splits: Collection[str] = ("train", "validation", "test")
+    judged_solutions: int | None = None
+    """Most solutions of a question that the judge reads; None: all."""
     judge_solutions_per_call: int = 1
     judge_by_step: bool = False
     """A call for each step, which reads the solution up to it."""
     judge_parameters: float = 0
     """Of a judge on our own GPUs; 0: an API."""
-    judge_image_tokens: float = 258
-    """Tokens that the judge counts for one image."""
+    judge_images: float = 4
+    """Images that the judge sees with a question."""
+    image_tokens: float = 258
+    """Tokens that an API counts for one image."""
     verdict_tokens: float = 25
     """Tokens that the judge writes a step."""
     judge_dollars_per_call: float = 0
@@ -99,11 +128,20 @@ class Plan:
     judge_dollars_per_million_cached: float | None = None
     """Of what a question's calls after the first share; None: an API that caches nothing."""
     judge_dollars_per_million_written: float = 0
-    judge_max_dollars: float | None = None
-    """The judge's hard budget."""
+    max_dollars: Mapping[str, float] = field(default_factory=dict)
+    """Hard budgets by step."""
 
+    rollout_mode: str = "uncertain"
+    """uncertain, all, first_error or verify: which prefixes Monte Carlo continues."""
+    rollout_splits: Collection[str] = ("train",)
+    rollout_solutions: int | None = None
+    """Most solutions of a question that Monte Carlo looks at; None: all."""
+    right_is_free: bool = False
+    """Solutions with the right answer are left out, or show without a continuation that it can be reached."""
     uncertain_share: float = 0.1
-    """Share of judged steps that Monte Carlo continues."""
+    """Share of judged steps of which the judge is unsure."""
+    max_share: float = 1.0
+    """Most steps of a question that mode uncertain continues, as a share of all its steps."""
     continuations: int = 4
     dollars_per_continuation: float = 0
     """Of a policy behind an API; 0: the policy on our own GPUs."""
@@ -223,18 +261,64 @@ def estimate(plan: Plan, without: Collection[str] = ()) -> Estimate:
     Raises ValueError for a GPU or a step that does not exist.
     """
     lines = [
-        _embed(plan), _train_policy(plan), _tree_search(plan), _sample(plan), _judge(plan), _monte_carlo(plan),
-        _review(plan), _train_text(plan), _states(plan), _train_two_tower(plan), _score(plan),
+        _write_questions(plan), _embed(plan), _train_policy(plan), _tree_search(plan), _sample(plan),
+        _equivalence(plan), _judge(plan), _monte_carlo(plan), _review(plan), _train_text(plan), _states(plan),
+        _train_two_tower(plan), _score(plan),
     ]  # fmt: skip
     unknown = set(plan.known_gpu_hours) - {line.step for line in lines}
     if unknown:
         raise ValueError(f"known_gpu_hours names {sorted(unknown)}; the steps are {[line.step for line in lines]}")
+    left_out = {*without, *(["equivalence"] if "sample" in without or not plan.graded_answers else [])}
+    left_out |= set() if plan.written_images else {"write_questions"}
     known = [replace(line, gpu_hours=plan.known_gpu_hours.get(line.step, line.gpu_hours)) for line in lines]
-    return Estimate(plan, tuple(line for line in known if line.step not in without), tuple(_notes(plan, without)))
+    kept = tuple(line for line in known if line.step not in left_out)
+    return Estimate(plan, kept, tuple(_notes(plan, kept)))
 
 
-def _prefix(plan: Plan) -> float:
-    return plan.question_tokens + plan.document_tokens
+def _prefix(plan: Plan, step: str) -> float:
+    """Tokens of a question with the documents that a step reads with it."""
+    return plan.question_tokens + (plan.document_tokens if step in plan.with_documents else 0)
+
+
+def _by_question(plan: Plan, splits: Collection[str]) -> list[tuple[int, int]]:
+    """Questions and samples of each, by split; a validation split is part of the training questions."""
+    sizes = {
+        "train": (plan.train_questions, plan.train_samples),
+        "test": (plan.test_questions, plan.test_samples),
+    }
+    return [size for split, size in sizes.items() if split in splits]
+
+
+def _at_most(number: int, *limits: int | None) -> int:
+    return min([number, *(limit for limit in limits if limit is not None)])
+
+
+def _write_questions(plan: Plan) -> Line:
+    written = plan.written_images * plan.questions_per_image
+    checks = 2 * plan.question_checks  # half of them with the image
+    asked = checks * (CHECK_PROMPT + plan.question_tokens) + plan.question_checks * plan.image_tokens
+    read = written * (WRITE_PROMPT + plan.image_tokens + asked)
+    replies = written * (WRITE_REPLY + checks * SHORT_REPLY)
+    return Line(
+        step="write_questions",
+        work=f"{written:,} questions, each tried {checks} times",
+        calls=written * (1 + checks),
+        tokens=read + replies,
+        dollars=(read * plan.writer_dollars_per_million_read + replies * plan.writer_dollars_per_million_written) / 1e6,
+        gpu_hours=reading(plan, plan.writer_parameters, read) + writing(plan, plan.writer_parameters, replies),
+    )
+
+
+def _equivalence(plan: Plan) -> Line:
+    calls = (plan.train_questions + plan.test_questions) * plan.graded_answers
+    read, written = calls * (GRADE_PROMPT + plan.question_tokens), calls * SHORT_REPLY
+    return Line(
+        step="equivalence",
+        work=f"{plan.graded_answers:g} answers a question",
+        calls=calls,
+        tokens=read + written,
+        dollars=(read * plan.grader_dollars_per_million_read + written * plan.grader_dollars_per_million_written) / 1e6,
+    )
 
 
 def _embed(plan: Plan) -> Line:
@@ -262,7 +346,7 @@ def _train_policy(plan: Plan) -> Line:
 def _tree_search(plan: Plan) -> Line:
     nodes = plan.trees * plan.tree_nodes
     # A node lies halfway through its solution, in the mean; what it continues is read from the prefix cache.
-    prompts = plan.trees * _prefix(plan)
+    prompts = plan.trees * _prefix(plan, "tree_search")
     written = nodes * (plan.solution_tokens / plan.steps + plan.node_rollouts * plan.solution_tokens / 2)
     if plan.tree_tokens is not None:
         written = min(written, plan.trees * plan.tree_tokens)
@@ -281,7 +365,7 @@ def _sample(plan: Plan) -> Line:
     drawn = kept * plan.oversampling
     # The prefix cache of an engine reads a question once for all of its samples; an API reads it for each.
     api = plan.policy_parameters == 0
-    prompts = (drawn if api else plan.train_questions + plan.test_questions) * _prefix(plan)
+    prompts = (drawn if api else plan.train_questions + plan.test_questions) * _prefix(plan, "sample")
     written = drawn * plan.solution_tokens
     return Line(
         step="sample",
@@ -295,19 +379,17 @@ def _sample(plan: Plan) -> Line:
     )
 
 
-def _judged(plan: Plan) -> float:
-    """Solutions that the judge reads."""
-    return plan.train_questions * (plan.train_samples if plan.judged_solutions is None else plan.judged_solutions)
-
-
 def _judge(plan: Plan) -> Line:
-    judged = _judged(plan)
+    split = _by_question(plan, plan.judge_splits)
+    judged = sum(questions * _at_most(samples, plan.judged_solutions) for questions, samples in split)
+    if not plan.judge_calls:
+        return Line(step="judge", work=f"{judged * plan.steps:,.0f} steps by the source's truth")
     calls = judged * plan.steps if plan.judge_by_step else judged / plan.judge_solutions_per_call
-    shared = _prefix(plan) + (1 + plan.reference_images) * plan.judge_image_tokens
+    shared = _prefix(plan, "judge") + plan.judge_images * plan.image_tokens
     own = judged * plan.solution_tokens * ((plan.steps + 1) / 2 if plan.judge_by_step else 1)
     read = calls * shared + own
     price = plan.judge_dollars_per_million_cached
-    cached = 0 if price is None else max(0, calls - plan.train_questions) * shared
+    cached = 0 if price is None else max(0, calls - sum(questions for questions, _ in split)) * shared
     written = judged * plan.steps * plan.verdict_tokens
     return Line(
         step="judge",
@@ -324,20 +406,36 @@ def _judge(plan: Plan) -> Line:
 
 
 def _monte_carlo(plan: Plan) -> Line:
-    steps = _judged(plan) * plan.steps * plan.uncertain_share
-    calls = steps * plan.continuations
+    prefixes = sum(
+        questions * _prefixes(plan, samples) for questions, samples in _by_question(plan, plan.rollout_splits)
+    )
+    calls = prefixes * plan.continuations
     # A step lies halfway through its solution, in the mean.
-    prompts = steps * (plan.question_tokens + plan.solution_tokens / 2)
+    prompts = prefixes * (_prefix(plan, "monte_carlo") + plan.solution_tokens / 2)
     written = calls * plan.solution_tokens / 2
     ours = reading(plan, plan.policy_parameters, prompts) + writing(plan, plan.policy_parameters, written)
     return Line(
         step="monte_carlo",
-        work=f"{steps:,.0f} steps x {plan.continuations}",
+        work=f"{plan.rollout_mode}: {prefixes:,.0f} steps x {plan.continuations}",
         calls=calls,
         tokens=prompts + written,
         dollars=calls * plan.dollars_per_continuation,
         gpu_hours=0 if plan.dollars_per_continuation else ours,
     )
+
+
+def _prefixes(plan: Plan, samples: int) -> float:
+    """Prefixes of one question's solutions that Monte Carlo continues; a wrong solution's last step is known."""
+    looked = _at_most(samples, plan.rollout_solutions)
+    share = plan.wrong_share if plan.right_is_free else 1.0
+    judged = _at_most(looked, plan.judged_solutions) * share
+    if plan.rollout_mode == "uncertain":
+        return min(judged * plan.steps * plan.uncertain_share, samples * plan.steps * plan.max_share)
+    if plan.rollout_mode == "verify":
+        return judged * min(2, plan.steps - 1)
+    if plan.rollout_mode == "first_error":
+        return looked * share * math.log2(plan.steps)
+    return looked * share * (plan.steps - 1)
 
 
 def _review(plan: Plan) -> Line:
@@ -349,13 +447,14 @@ def _review(plan: Plan) -> Line:
     )
 
 
-def _packed(plan: Plan) -> float:
-    """Tokens of the training split with each question's prefix once."""
-    return plan.train_questions * (_prefix(plan) + plan.train_samples * plan.solution_tokens)
+def _packed(plan: Plan, step: str, most: int | None = None) -> float:
+    """Tokens of the training split with each question's prefix once and at most `most` of its solutions."""
+    solutions = _at_most(plan.train_samples, most)
+    return plan.train_questions * (_prefix(plan, step) + solutions * plan.solution_tokens)
 
 
 def _train_text(plan: Plan) -> Line:
-    tokens = _packed(plan) * plan.text_epochs
+    tokens = _packed(plan, "train_text_prm", plan.text_solutions) * plan.text_epochs
     return Line(
         step="train_text_prm",
         work=f"{plan.text_epochs:g} epochs, packed",
@@ -367,12 +466,13 @@ def _train_text(plan: Plan) -> Line:
 
 def _states(plan: Plan) -> Line:
     steps = plan.train_questions * plan.train_samples * plan.steps
+    tokens = _packed(plan, "states")
     bytes_a_step = 2 * plan.hidden_size * BF16  # the state at the tag and the step's summary
     return Line(
         step="states",
         work=f"{steps:,.0f} steps at {bytes_a_step / 1024:g} KiB",
-        tokens=_packed(plan),
-        gpu_hours=reading(plan, plan.text_parameters, _packed(plan)),
+        tokens=tokens,
+        gpu_hours=reading(plan, plan.text_parameters, tokens),
         stored=steps * bytes_a_step,
     )
 
@@ -391,7 +491,7 @@ def _train_two_tower(plan: Plan) -> Line:
 
 def _score(plan: Plan) -> Line:
     solutions = plan.test_questions * plan.test_samples
-    tokens = plan.test_questions * _prefix(plan) + solutions * plan.solution_tokens
+    tokens = plan.test_questions * _prefix(plan, "score") + solutions * plan.solution_tokens
     return Line(
         step="score",
         work=f"{solutions:,} solutions, prefix shared",
@@ -401,21 +501,29 @@ def _score(plan: Plan) -> Line:
     )
 
 
-def _notes(plan: Plan, without: Collection[str]) -> list[str]:
-    notes, gpu = [], gpu_of(plan)
-    states = 0 if "states" in without else _states(plan).stored
-    calls, dollars = (0.0, 0.0) if "judge" in without else (_judged(plan), _judge(plan).dollars)
+def _notes(plan: Plan, lines: Collection[Line]) -> list[str]:
+    notes, gpu, by_step = [], gpu_of(plan), {line.step: line for line in lines}
+    states = by_step["states"].stored if "states" in by_step else 0
     largest = max(plan.policy_parameters, plan.text_parameters, plan.judge_parameters) * BF16
     if largest > 0.9 * gpu.memory * 1e9:
         notes.append(f"{size(largest)} of weights do not fit one {plan.gpu} ({gpu.memory} GB): shard the model")
     if states > 10e9:
         notes.append(f"states take {size(states)}: keep the training split only, on shared storage")
-    if calls > plan.train_questions:
-        notes.append(
-            f"the judge reads {calls / plan.train_questions:g} solutions a question; the published $2,500 pay for one"
+    uncached = _judge(replace(plan, judge_dollars_per_million_cached=None)).dollars
+    if "judge" in by_step and uncached > by_step["judge"].dollars:
+        notes.append(f"judge counts on the provider's prompt cache; without it: ${uncached:,.0f}")
+    if "monte_carlo" in by_step:
+        assumed = [f"{plan.wrong_share:.0%} of the answers are wrong"] if plan.right_is_free else []
+        assumed += (
+            [f"{plan.uncertain_share:.0%} of the steps are uncertain"] if plan.rollout_mode == "uncertain" else []
         )
-    if plan.judge_max_dollars is not None and dollars > plan.judge_max_dollars:
-        notes.append(f"the judge will stop at max_cost_usd={plan.judge_max_dollars:g}, before the end: ${dollars:,.0f}")
+        if assumed:
+            notes.append(f"monte_carlo assumes that {' and that '.join(assumed)}")
+    if "equivalence" in by_step:
+        notes.append(f"equivalence assumes {plan.graded_answers:g} distinct answers a question to ask about")
+    for step, most in plan.max_dollars.items():
+        if step in by_step and by_step[step].dollars > most:
+            notes.append(f"{step} will stop at max_cost_usd={most:g}, before the end: ${by_step[step].dollars:,.0f}")
     return notes
 
 
@@ -461,8 +569,11 @@ def rendered(result: Estimate) -> Group:
         size(result.stored),
         style="bold",
     )
+    policy = f"a policy of {_count(plan.policy_parameters)}" if plan.policy_parameters else "a policy behind an API"
     basis = (
-        f"Assumed: reading at {READING:.0%}, training at {TRAINING:.0%}, writing at {WRITING:.0%} of "
+        f"Assumed: {plan.steps:g} steps and {plan.solution_tokens:g} tokens a solution, {plan.question_tokens:g} a "
+        f"question, {plan.document_tokens:,g} of documents; {policy}, a text tower of {_count(plan.text_parameters)} "
+        f"parameters; reading at {READING:.0%}, training at {TRAINING:.0%}, writing at {WRITING:.0%} of "
         f"{gpu_of(plan).peak:g} TFLOP/s: expect a factor of two either way. Idle and start-up time is left out."
     )
     return Group(table, *(Text(f"Note: {note}.") for note in result.notes), Text(basis, style="dim"))

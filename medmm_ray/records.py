@@ -38,7 +38,8 @@ class Question:
 class WrittenQuestion:
     """A question that the model `author` wrote for an image; `num_solved` of `num_checks` answers agreed with `answer`.
 
-    `num_solved_blind` counts the same without the image. `cost` is in US dollars.
+    `num_solved_blind` counts the same without the image. `refused` says why a question is not good enough, as
+    ``kind: reason``; `error` what went wrong. `cost` is in US dollars.
     """
 
     key: ClassVar[tuple[str, ...]] = ("written_id",)
@@ -55,6 +56,7 @@ class WrittenQuestion:
     num_checks: int = 0
     num_solved: int = 0
     num_solved_blind: int = 0
+    refused: str | None = None
     cost: float = 0.0
     error: str | None = None
 

@@ -1,11 +1,14 @@
 """Questions for images that have none, written by a model that sees them, checked, and left to a reader's review.
 
-Enters: images. Leaves: `WrittenQuestion` rows, nested by image; what is not usable keeps its place, with an `error`:
+Enters: images. Leaves: `WrittenQuestion` rows, nested by image. One that is not good enough is to be expected; it keeps
+its place, with the reason in `refused` (`REFUSALS`):
 
-- question_reply: not of the asked form, twice; question_options: not four different, plausible options;
+- question_options: not four different, plausible options; question_repeated: the image has such a question already;
 - question_leak: the text gives the answer away (the stem names it, the options' lengths do, or it is answered without
-  the image); question_ambiguous: the model, shown the image, does not find the answer that it gave itself;
-- question_repeated: the image has such a question already; the kinds of the API's own faults.
+  the image); question_ambiguous: the model, shown the image, does not find the answer that it gave itself.
+
+`error` is for what went wrong: question_reply and check_reply (not of the asked form, twice), cut_off, an image that
+cannot be opened, the API's own faults.
 
 Models like to put the right option second or third: options are dealt anew by a hash of the question.
 """
@@ -13,9 +16,9 @@ Models like to put the right option second or third: options are dealt anew by a
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import pyarrow as pa
 from pydantic import Field, model_validator
@@ -28,13 +31,15 @@ from medmm_ray.engines.images import open_image
 from medmm_ray.engines.local import LocalEndpoint
 from medmm_ray.engines.prices import FREE
 from medmm_ray.records import Question, WrittenQuestion, to_arrow_lists
-from medmm_ray.tables import RowError
-from medmm_ray.text import LETTERS, normalise, one_line, question_with_options
+from medmm_ray.tables import RowError, error_kind
+from medmm_ray.text import LETTERS, extract_answer, normalise, one_line, question_with_options
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
+Read = TypeVar("Read")
 SOURCE = "written"
+REFUSALS = ("question_options", "question_leak", "question_ambiguous", "question_repeated")
 NUM_OPTIONS = 4
 LONGEST_SHARE = 2.5  # a right option longer than this times the mean of the others gives itself away
 ALIKE = 0.8  # share of words that two questions on one image may have in common
@@ -71,6 +76,7 @@ SOLVE_SYSTEM = (
     "cannot know, choose the option that you find most likely."
 )
 SOLVE_RULE = 'Answer with one JSON object and nothing else: {"answer": the letter}.'
+SOLVE_AGAIN = "Your answer cannot be read: {fault}. {rule}"
 SOLVE_SCHEMA = {
     "type": "object",
     "properties": {"answer": {"type": "string", "enum": list(LETTERS[:NUM_OPTIONS])}},
@@ -96,9 +102,14 @@ class WriteQuestionsConfig(GeneratorConfig, ApiConfig):
     max_images: int | None = None
     """Images at most, chosen by a hash of their ids; null: all without a question."""
     num_checks: int = Field(2, ge=0)
-    """Times that the model answers its question with the image, and as often without; 0 leaves both out."""
-    max_tokens: int = Field(1024, ge=1)
-    """Longest question with its options and explanation, tokens."""
+    """Times that the model answers its question with the image, and as often without, at temperature 1 (null: as the
+    model has it); 0 leaves both out. At least 2: one blind answer in four is right by chance."""
+    max_tokens: int = Field(4096, ge=1)
+    """Longest reply, a question or an answer to one, tokens; thoughts count."""
+    max_model_len: int = Field(8192, ge=16)
+    """vllm: longest prompt and reply together, tokens."""
+    num_images: int = Field(1, ge=1, le=1)
+    """vllm: images in a prompt; a question is written for one."""
     num_cpus: float = execution(0.5)
     """Logical CPUs an actor."""
 
@@ -106,6 +117,15 @@ class WriteQuestionsConfig(GeneratorConfig, ApiConfig):
     def _has_a_writer(self) -> "WriteQuestionsConfig":
         if self.per_image and not self.model:
             raise ValueError(f"per_image is {self.per_image} and model is not set; name who writes the questions")
+        return self
+
+    @model_validator(mode="after")
+    def _checks_can_tell(self) -> "WriteQuestionsConfig":
+        if self.num_checks == 1:
+            raise ValueError(
+                "num_checks is 1, and one answer without the image is right by chance once in four: it cannot tell a "
+                "leak; take 2 or more, or 0 for no checks"
+            )
         return self
 
 
@@ -159,7 +179,7 @@ def _entry(reply: str) -> Mapping[str, Any]:
             raise RowError("question_reply", f"{name!r} is {value!r}, not one of {', '.join(rule['enum'])}")
     options = entry.get("options")
     if not (isinstance(options, list) and all(isinstance(option, str) for option in options)):
-        raise RowError("question_options", f"'options' is {str(options)[:80]!r}, not a list of texts")
+        raise RowError("question_reply", f"'options' is {str(options)[:80]!r}, not a list of texts")
     return entry
 
 
@@ -197,9 +217,10 @@ def repeats(question: str, others: Sequence[str]) -> bool:
 def write_questions(
     ds: "Dataset", config: WriteQuestionsConfig, *, folder: str, generator: MakeGenerator = Generator
 ) -> "Dataset":
-    """Image rows (image_id, sha256, uri, split, modality) -> ``{image_id, questions}``, a list of `WrittenQuestion`.
+    """Image rows (image_id, sha256, uri, split, modality) -> ``{image_id, questions, figures}``.
 
-    `folder` is where the run keeps an API's answers and the ledger of their cost.
+    `questions` is a list of `WrittenQuestion`, `figures` counts them by outcome. `folder` is where the run keeps an
+    API's answers and the ledger of their cost.
     """
     access = None if config.backend == "vllm" else open_access(config.backend, str(config.model), config, folder)
     return ds.map_batches(
@@ -226,7 +247,13 @@ class Writer:
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         written = await asyncio.gather(*(self.of_image(row) for row in batch.to_pylist()))
-        yield pa.table({"image_id": batch["image_id"], "questions": to_arrow_lists(WrittenQuestion, written)})
+        yield pa.table(
+            {
+                "image_id": batch["image_id"],
+                "questions": to_arrow_lists(WrittenQuestion, written),
+                "figures": pa.array([figures(questions) for questions in written]),
+            }
+        )
 
     async def of_image(self, row: Mapping[str, Any]) -> list[WrittenQuestion]:
         """The questions of one image, one after the other, so that each knows those before it."""
@@ -246,22 +273,23 @@ class Writer:
             found.append(
                 replace(empty, error=str(picture))
                 if isinstance(picture, RowError)
-                else await Attempt(self, picture, empty, [q for q in found if q.error is None]).run()
+                else await Attempt(self, picture, empty, found).run()
             )
         return found
 
 
 class Attempt:
-    """One question in the making; `written` are those that the image has."""
+    """One question in the making; `earlier` are the attempts before it on the same image."""
 
     def __init__(
-        self, writer: Writer, picture: Picture, empty: WrittenQuestion, written: Sequence[WrittenQuestion]
+        self, writer: Writer, picture: Picture, empty: WrittenQuestion, earlier: Sequence[WrittenQuestion]
     ) -> None:
         self.client, self.config, self.picture = writer.client, writer.config, picture
-        self.empty, self.written, self.cost = empty, written, 0.0
+        self.empty, self.number, self.cost = empty, len(earlier), 0.0
+        self.written = [other.question for other in earlier if other.question]  # refused ones need no second attempt
 
     async def run(self) -> WrittenQuestion:
-        """The question with its checks, or with an error; `cost` counts what failed too."""
+        """The question with its checks, or why there is none; `cost` counts what failed too."""
         try:
             made = await self.drafted()
             asked = replace(self.empty, **asdict(made))
@@ -269,54 +297,74 @@ class Attempt:
             solved = await self.solved(asked, [self.picture])
             blind = await self.solved(asked, [])
             asked = replace(asked, num_checks=num, num_solved=solved, num_solved_blind=blind, cost=self.cost)
-            return replace(asked, error=doubt(asked))
+            return replace(asked, refused=doubt(asked))
         except RowError as fault:
+            if fault.kind in REFUSALS:
+                return replace(self.empty, cost=self.cost, refused=str(fault))
             return replace(self.empty, cost=self.cost, error=str(fault))
 
     async def drafted(self) -> Draft:
-        """What the model writes, asked once again with the fault named."""
-        said = OTHER.format(written="\n".join(q.question for q in self.written)) if self.written else ""
-        turns = (Turn("user", ("The image:", self.picture, f"{said}{RULE}")),)
-        reply = await self.ask(turns)
-        try:
-            return self.checked(reply)
-        except RowError as fault:
-            again = Turn("user", (AGAIN.format(fault=fault.message, rule=RULE),))
-            return self.checked(await self.ask((*turns, Turn("model", (reply,)), again)))
+        """What the model writes."""
+        said = OTHER.format(written="\n".join(self.written)) if self.written else ""
+        request = Request(
+            SYSTEM.format(modality=self.empty.modality or "medical"),
+            (Turn("user", ("The image:", self.picture, f"{said}{RULE}")),),
+            schema=SCHEMA,
+            max_tokens=self.config.max_tokens,
+            temperature=self.config.temperature,
+            seed=self.number,
+        )
+        return await self.ask(request, self.checked, AGAIN, RULE)
 
     def checked(self, reply: str) -> Draft:
         made = draft(reply)
-        if repeats(made.question, [other.question for other in self.written]):
+        if repeats(made.question, self.written):
             raise RowError("question_repeated", f"the image has a question like {made.question[:60]!r} already")
         return made
 
     async def solved(self, asked: WrittenQuestion, pictures: Sequence[Picture]) -> int:
         """How often the model gives the written answer, shown `pictures`."""
         text = f"{question_with_options(asked.question, asked.options)}\n{SOLVE_RULE}"
-        turns = (Turn("user", (*pictures, text)),)
-        request = Request(SOLVE_SYSTEM, turns, schema=SOLVE_SCHEMA, max_tokens=64, temperature=1.0)
-        replies = await asyncio.gather(
-            *(self.send(replace(request, seed=seed)) for seed in range(self.config.num_checks))
+        request = Request(
+            SOLVE_SYSTEM,
+            (Turn("user", (*pictures, text)),),
+            schema=SOLVE_SCHEMA,
+            max_tokens=self.config.max_tokens,
+            temperature=None if self.config.temperature is None else 1.0,
         )
-        return sum(_letter(reply) == asked.answer for reply in replies)
+        requests = [replace(request, seed=seed) for seed in range(self.config.num_checks)]
+        letters = await asyncio.gather(
+            *(self.ask(each, lambda reply: letter(reply, asked.options), SOLVE_AGAIN, SOLVE_RULE) for each in requests)
+        )
+        return letters.count(asked.answer)
 
-    async def ask(self, turns: tuple[Turn, ...]) -> str:
-        system = SYSTEM.format(modality=self.empty.modality or "medical")
-        return await self.send(
-            Request(
-                system,
-                turns,
-                schema=SCHEMA,
-                max_tokens=self.config.max_tokens,
-                temperature=self.config.temperature,
-                seed=len(self.written),
-            )
-        )
+    async def ask(self, request: Request, read: Callable[[str], Read], again: str, rule: str) -> Read:
+        """What `read` makes of the reply; one that it refuses is asked for once again, with the fault named."""
+        reply = await self.send(request)
+        try:
+            return read(reply)
+        except RowError as fault:
+            corrected = Turn("user", (again.format(fault=fault.message, rule=rule),))
+        return read(await self.send(replace(request, turns=(*request.turns, Turn("model", (reply,)), corrected))))
 
     async def send(self, request: Request) -> str:
         answer = await self.client.ask(request, self.empty.image_id)
         self.cost += answer.cost
+        if answer.reply.cut_off:
+            raise RowError(
+                "cut_off",
+                f"the model's reply was cut off at max_tokens={request.max_tokens}, thoughts included; raise "
+                "write_questions.max_tokens",
+            )
         return answer.reply.text
+
+
+def letter(reply: str, options: Sequence[str]) -> str:
+    """The letter of the option that a reply chooses; `RowError` check_reply where it chooses none."""
+    found = extract_answer(reply, options)
+    if found is None:
+        raise RowError("check_reply", f"no option can be read in {reply.strip()[:80]!r}")
+    return found
 
 
 def doubt(asked: WrittenQuestion) -> str | None:
@@ -324,9 +372,17 @@ def doubt(asked: WrittenQuestion) -> str | None:
     num = asked.num_checks
     if num and asked.num_solved == 0:
         return f"question_ambiguous: with the image the model answered otherwise {num} times of {num}"
-    if num > 1 and asked.num_solved_blind == num:
+    if num and asked.num_solved_blind == num:
         return f"question_leak: answered {num} times of {num} without the image"
     return None
+
+
+def figures(written: Sequence[WrittenQuestion]) -> dict[str, int]:
+    """What became of the attempts: how many are usable, refused by reason, and failed."""
+    refused = [error_kind(asked.refused) for asked in written if asked.refused]
+    failed = sum(asked.error is not None for asked in written)
+    counts = {f"refused_{kind}": refused.count(kind) for kind in REFUSALS}
+    return {"written": len(written) - len(refused) - failed, **counts, "failed": failed}
 
 
 def without_question(images: pa.Table, questions: pa.Table, config: WriteQuestionsConfig) -> pa.Table:
@@ -348,11 +404,11 @@ def without_question(images: pa.Table, questions: pa.Table, config: WriteQuestio
 
 
 def usable(written: pa.Table, images: pa.Table) -> list[Question]:
-    """The written questions without a fault as questions, each once, their ids made from their content."""
+    """The written questions that are neither refused nor failed, each once, their ids made from their content."""
     sha256 = dict(zip(images["image_id"].to_pylist(), images["sha256"].to_pylist(), strict=True))
     found = {}
     for row in sorted(written.to_pylist(), key=lambda row: str(row["written_id"])):
-        if row["error"] is None:
+        if row["refused"] is None and row["error"] is None:
             question_id = f"q{digest(SOURCE, row['question'], row['options'], [sha256[row['image_id']]])}"
             found[question_id] = Question(
                 question_id=question_id,
@@ -367,8 +423,3 @@ def usable(written: pa.Table, images: pa.Table) -> list[Question]:
                 image_ids=[row["image_id"]],
             )
     return list(found.values())
-
-
-def _letter(reply: str) -> str | None:
-    found = re.search(r'"answer"\s*:\s*"([A-D])"', reply)
-    return found[1] if found else None

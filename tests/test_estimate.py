@@ -2,13 +2,17 @@
 
 import io
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from medmm_ray.estimate import PUBLISHED, Plan, estimate, rendered, size
 
-SMALL = Plan(train_questions=100, test_questions=50, train_samples=16, test_samples=64, images=150, num_gpus=2)
+SMALL = Plan(
+    train_questions=100, test_questions=50, train_samples=16, test_samples=64, images=150, num_gpus=2,
+    judge_splits=("train",),
+)  # fmt: skip
 
 
 def test_the_published_budget() -> None:
@@ -25,7 +29,10 @@ def test_the_published_budget() -> None:
     free = result.line("sample").gpu_hours + result.line("states").gpu_hours + result.line("embed").gpu_hours
     assert result.dollars == pytest.approx(3880 + free * 2.5)
     assert 30 < free < 60
-    assert result.notes == ("states take 105 GB: keep the training split only, on shared storage",)
+    assert result.notes == (
+        "states take 105 GB: keep the training split only, on shared storage",
+        "monte_carlo assumes that 10% of the steps are uncertain",
+    )
 
 
 def test_med_prm_scores_at_its_published_speed() -> None:
@@ -57,7 +64,7 @@ def test_each_step_by_hand() -> None:
         question_tokens=100,
         document_tokens=900,
         solution_tokens=200,
-        reference_images=2,
+        judge_images=3,
         policy_parameters=1e9,
         text_parameters=2e9,
         policy_epochs=2,
@@ -99,7 +106,7 @@ def test_a_judge_of_our_own_takes_gpu_hours_and_no_dollars() -> None:
 
 def test_calls_that_share_solutions_or_go_step_by_step_and_what_is_cached() -> None:
     plan = replace(
-        SMALL, steps=4, question_tokens=100, document_tokens=900, solution_tokens=200, reference_images=2,
+        SMALL, steps=4, question_tokens=100, document_tokens=900, solution_tokens=200, judge_images=3,
         judge_dollars_per_million_read=1.0, judge_dollars_per_million_written=0.0,
     )  # fmt: skip
     shared = 1000 + 3 * 258
@@ -110,15 +117,89 @@ def test_calls_that_share_solutions_or_go_step_by_step_and_what_is_cached() -> N
     assert by_step.calls == 6400
     assert by_step.dollars == pytest.approx((6400 * shared + 1600 * 200 * (1 + 2 + 3 + 4) / 4) / 1e6)
     assert (
-        "the judge will stop at max_cost_usd=1, before the end: $12"
-        in estimate(replace(plan, judge_by_step=True, judge_max_dollars=1.0)).notes
+        "judge will stop at max_cost_usd=1, before the end: $12"
+        in estimate(replace(plan, judge_by_step=True, max_dollars={"judge": 1.0})).notes
     )
+    cached = estimate(replace(plan, judge_dollars_per_million_cached=0.25))
+    assert cached.line("judge").dollars == pytest.approx((100 * shared + 1500 * shared / 4 + 1600 * 200) / 1e6)
+    assert "judge counts on the provider's prompt cache; without it: $3" in cached.notes
+
+
+def test_the_judge_reads_the_splits_and_solutions_that_it_is_asked_for() -> None:
+    """100 training questions with 16 samples, 50 test questions with 64."""
+    everything = replace(SMALL, judge_splits=("train", "validation", "test"))
+    assert estimate(everything).line("judge").calls == 100 * 16 + 50 * 64
+    assert estimate(replace(everything, judged_solutions=20)).line("judge").calls == 100 * 16 + 50 * 20
+    assert estimate(replace(everything, judge_splits=("test",))).line("judge").calls == 50 * 64
+    free = estimate(replace(everything, judge_calls=False, steps=4)).line("judge")
+    assert (free.calls, free.tokens, free.dollars, free.gpu_hours) == (0, 0, 0, 0)
+    assert free.work == "19,200 steps by the source's truth"
+
+
+@pytest.mark.parametrize(
+    ("changes", "prefixes"),
+    [
+        ({}, 1600 * 8 * 0.1),
+        ({"right_is_free": True}, 1600 * 0.5 * 8 * 0.1),
+        ({"max_share": 0.02}, 1600 * 8 * 0.02),
+        ({"judged_solutions": 4}, 400 * 8 * 0.1),
+        ({"rollout_mode": "all"}, 1600 * 7),
+        ({"rollout_mode": "all", "right_is_free": True, "wrong_share": 0.25}, 400 * 7),
+        ({"rollout_mode": "all", "rollout_splits": ("train", "test")}, (1600 + 3200) * 7),
+        ({"rollout_mode": "first_error"}, 1600 * 3),
+        ({"rollout_mode": "first_error", "rollout_solutions": 8}, 800 * 3),
+        ({"rollout_mode": "verify"}, 1600 * 2),
+        ({"rollout_mode": "verify", "judged_solutions": 4}, 400 * 2),
+        ({"rollout_mode": "verify", "steps": 2}, 1600),
+        ({"rollout_mode": "all", "rollout_splits": ("test",), "test_questions": 0}, 0),
+    ],
+)
+def test_monte_carlo_continues_what_its_mode_asks_for(changes: dict[str, Any], prefixes: float) -> None:
+    """1,600 solutions of 8 steps; the last step of each is known."""
+    line = estimate(replace(SMALL, continuations=4, **changes)).line("monte_carlo")
+    assert line.calls == pytest.approx(4 * prefixes)
+    assert line.work == f"{changes.get('rollout_mode', 'uncertain')}: {prefixes:,.0f} steps x 4"
+
+
+def test_written_questions_and_graded_answers_by_hand() -> None:
+    plan = replace(
+        SMALL, question_tokens=100, written_images=10, questions_per_image=2, question_checks=3,
+        writer_dollars_per_million_read=1.0, writer_dollars_per_million_written=4.0, graded_answers=2.5,
+        grader_dollars_per_million_read=500, grader_dollars_per_million_written=2000,
+        max_dollars={"equivalence": 10.0, "write_questions": 9.0},
+    )  # fmt: skip
+    result = estimate(plan)
+    written, graded = result.line("write_questions"), result.line("equivalence")
+    read, replies = 20 * (250 + 258 + 6 * (70 + 100) + 3 * 258), 20 * (180 + 6 * 10)
+    assert (written.calls, written.tokens, written.gpu_hours) == (20 * 7, read + replies, 0)
+    assert written.dollars == pytest.approx((read + replies * 4) / 1e6)
+    assert graded.calls == 150 * 2.5
+    assert graded.dollars == pytest.approx(375 * (220 * 500 + 10 * 2000) / 1e6)
+    assert result.notes[-2:] == (
+        "equivalence assumes 2.5 distinct answers a question to ask about",
+        "equivalence will stop at max_cost_usd=10, before the end: $49",
+    )
+    assert estimate(replace(plan, writer_parameters=8e9)).line("write_questions").gpu_hours > 0
+    shown = {line.step for line in estimate(plan, without=("sample",)).lines}
+    assert "write_questions" in shown
+    assert "equivalence" not in shown
+
+
+def test_documents_are_read_by_the_steps_that_ask_for_them() -> None:
+    plan = replace(SMALL, question_tokens=100, document_tokens=900, with_documents=("monte_carlo", "score"))
+    with_, without = estimate(plan), estimate(replace(plan, with_documents=()))
+    more = {line.step: line.tokens - without.line(line.step).tokens for line in with_.lines}
+    assert more.pop("score") == 50 * 900
+    assert more.pop("monte_carlo") == pytest.approx(1600 * 8 * 0.1 * 900)
+    assert set(more.values()) == {0}
 
 
 def test_measured_hours_replace_the_arithmetic() -> None:
     result = estimate(replace(SMALL, known_gpu_hours={"score": 1.25, "sample": 0.75}))
     assert (result.line("score").gpu_hours, result.line("sample").gpu_hours) == (1.25, 0.75)
-    with pytest.raises(ValueError, match=r"known_gpu_hours names \['scoring'\]; the steps are \['embed'"):
+    with pytest.raises(
+        ValueError, match=r"known_gpu_hours names \['scoring'\]; the steps are \['write_questions', 'embed'"
+    ):
         estimate(replace(SMALL, known_gpu_hours={"scoring": 1}))
 
 
@@ -131,13 +212,13 @@ def test_prices_and_gpus() -> None:
 
 
 def test_notes_say_what_a_reader_would_ask() -> None:
-    notes = estimate(replace(SMALL, gpu="L4", text_parameters=70e9, train_questions=10_000)).notes
+    notes = estimate(replace(SMALL, gpu="L4", text_parameters=70e9, train_questions=10_000, right_is_free=True)).notes
     assert notes == (
         "140 GB of weights do not fit one L4 (24 GB): shard the model",
         "states take 21 GB: keep the training split only, on shared storage",
-        "the judge reads 16 solutions a question; the published $2,500 pay for one",
+        "monte_carlo assumes that 50% of the answers are wrong and that 10% of the steps are uncertain",
     )
-    assert estimate(replace(SMALL, judged_solutions=1)).notes == ()
+    assert estimate(replace(SMALL, rollout_mode="all")).notes == ()
 
 
 @pytest.mark.parametrize(
@@ -182,6 +263,8 @@ def test_trees_are_counted_and_what_is_left_out_is_not() -> None:
     assert search.tokens == 100 * plan.question_tokens + 6000 * (50 + 5 * 100)
     bounded = estimate(replace(plan, tree_tokens=1000)).line("tree_search")
     assert bounded.tokens == 100 * (plan.question_tokens + 1000)
-    left = estimate(replace(plan, judge_max_dollars=0.0), without=("tree_search", "judge", "states"))
-    assert not {"tree_search", "judge", "states"} & {line.step for line in left.lines}
+    left = estimate(
+        replace(plan, max_dollars={"judge": 0.0}), without=("tree_search", "judge", "states", "monte_carlo")
+    )
+    assert not {"tree_search", "judge", "states", "monte_carlo"} & {line.step for line in left.lines}
     assert left.notes == ()

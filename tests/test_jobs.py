@@ -11,10 +11,12 @@ from jobs.graph import BY_NAME, MAKER, STEPS
 from jobs.resources import ResourceSampler
 from jobs.step import Job, Run, guarded, load_recipe, main, root_cause, run_step
 from medmm_ray.config import ConfigError
+from medmm_ray.estimate import Estimate, estimate
 from medmm_ray.tables import TableError
 
 RECIPES = sorted(Path("jobs/recipes").glob("*.yaml"))
 TINY = "jobs/recipes/tiny.yaml"
+MODES = ("uncertain", "all", "first_error", "verify")
 
 
 def run(*overrides: str) -> Run:
@@ -44,11 +46,58 @@ def test_shipped_recipes_plan(recipe: Path, capsys: pytest.CaptureFixture[str]) 
     assert "train_two_tower" in shown
 
 
-def test_medmm_costs_what_the_published_budget_says() -> None:
-    recipe = load_recipe(["jobs/recipes/medmm.yaml"])
-    planned = plan.plan_of(recipe, Run(recipe))
+def estimated(*words: str) -> Estimate:
+    recipe = load_recipe(["jobs/recipes/medmm.yaml", "run=s3://bucket/run", *words])
+    return estimate(plan.plan_of(recipe, Run(recipe)), recipe.without)
+
+
+def test_medmm_stays_within_the_published_budget() -> None:
+    """$2,500 for the judge and $3,900 in all; the judge reads all 64 solutions of 11,000 questions, at token prices."""
+    result = estimated()
+    judge, planned = result.line("judge"), result.plan
     assert (planned.train_questions, planned.train_samples, planned.review_steps) == (10_000, 64, 1000)
-    assert planned.judge_dollars_per_call * planned.train_questions == 2500
+    assert judge.calls == 11_000 * 64
+    assert judge.dollars < planned.max_dollars["judge"] == 2500
+    assert not any("will stop" in note for note in result.notes)
+    assert result.dollars < 3900
+    assert estimated("judge.max_solutions=2").line("judge").calls == 22_000
+    assert estimated("judge.splits=[train]").line("judge").calls == 640_000
+    assert "judge will stop at max_cost_usd=100, before the end: $261" in estimated("judge.max_cost_usd=100").notes
+
+
+def test_the_plan_follows_the_modes_and_models_of_the_recipe() -> None:
+    """640,000 solutions, half of them assumed to be wrong: only those are continued, but not their last steps."""
+    rolls = {mode: estimated(f"monte_carlo.mode={mode}").line("monte_carlo").work for mode in MODES}
+    assert rolls == {
+        "uncertain": "uncertain: 256,000 steps x 4", "all": "all: 2,240,000 steps x 4",
+        "first_error": "first_error: 960,000 steps x 4", "verify": "verify: 640,000 steps x 4",
+    }  # fmt: skip
+    assert "320,000" in estimated("monte_carlo.mode=verify", "monte_carlo.max_solutions=32").line("monte_carlo").work
+    every = estimated("monte_carlo.mode=all", "monte_carlo.wrong_only=false", "monte_carlo.stop_early=false")
+    assert every.line("monte_carlo").work == "all: 4,480,000 steps x 4"
+    ours = estimated("judge.backend=vllm", "judge.model=null", "plan.policy_parameters=1e9").line("judge")
+    assert (ours.dollars, ours.gpu_hours > 0) == (0, True)
+    smaller = estimated("judge.backend=vllm", "judge.model=some/vlm", "plan.judge_parameters=1e9").line("judge")
+    assert smaller.gpu_hours == pytest.approx(ours.gpu_hours)
+    asked = estimated(
+        "sample.equivalence.backend=gemini", "sample.equivalence.model=gemini-2.5-flash", "write_questions.per_image=1",
+        "write_questions.model=gpt-4o", "write_questions.max_images=100", "write_questions.num_checks=0",
+    )  # fmt: skip
+    assert asked.line("equivalence").calls == 22_000
+    assert asked.line("equivalence").dollars == pytest.approx(22_000 * (305 * 0.3 + 10 * 2.5) / 1e6)
+    assert asked.line("write_questions").dollars == pytest.approx(100 * (508 * 2.5 + 180 * 10) / 1e6)
+
+
+def test_the_plan_says_where_its_word_replaces_the_recipes() -> None:
+    words = ["plan.train_questions=500", "plan.test_questions=1000", "judge.backend=vllm", "judge.model=some/vlm"]
+    words += ["write_questions.per_image=1", "write_questions.backend=vllm", "write_questions.model=a/vlm"]
+    recipe = load_recipe(["jobs/recipes/medmm.yaml", *words])
+    assert plan.replaced(recipe) == [
+        "plan.train_questions=500 stands in place of the 10,000 to which the recipe limits it",
+        "judge: the size of some/vlm is not known; it is taken to be the policy's, 8.03B parameters",
+        "write_questions: the size of a/vlm is not known; it is taken to be the policy's, 8.03B parameters",
+    ]
+    assert plan.replaced(load_recipe(["jobs/recipes/medmm.yaml"])) == []
 
 
 def test_a_policy_behind_an_api_is_priced_and_steps_left_out_are_not(capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,6 +114,12 @@ def test_a_policy_behind_an_api_is_priced_and_steps_left_out_are_not(capsys: pyt
 def test_plan_asks_for_numbers_that_it_cannot_know() -> None:
     recipe = load_recipe(["jobs/recipes/smollm2.yaml", "curate.max_test=null"])
     with pytest.raises(ConfigError, match=r"say plan.test_questions=N"):
+        plan.plan_of(recipe, Run(recipe))
+    recipe = load_recipe([TINY, "write_questions.per_image=1", "write_questions.model=gpt-4o"])
+    with pytest.raises(ConfigError, match=r"say plan.written_images=N or write_questions.max_images=N"):
+        plan.plan_of(recipe, Run(recipe))
+    recipe = load_recipe([TINY, "judge.backend=openai"])
+    with pytest.raises(ConfigError, match=r"the backend is 'openai' and judge.model is not set; name the API's model"):
         plan.plan_of(recipe, Run(recipe))
     recipe = load_recipe([TINY, "plan.gpu=A1000"])
     with pytest.raises(ConfigError, match=r"plan\.gpu is 'A1000'; known: A100-80G"):

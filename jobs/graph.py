@@ -79,7 +79,7 @@ STEPS = (
         "sample",
         ("questions", "images", "evidence", "policy"),
         {"solutions": Solutions},
-        version=2,
+        version=3,
         what="solutions by vLLM",
     ),
     Step(

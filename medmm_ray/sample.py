@@ -3,7 +3,8 @@
 Enters: questions (and their documents and images, where the prompt carries some). Leaves: one `Solutions` row a
 question. `quality.fault` says which samples are kept. Where samples are refused, further ones are drawn in rounds; a
 question that still cannot be filled keeps what it has, and `num_missing` and `rejected` say so. Draw i of a question
-has the seed of the question + i and `index` i, so a retry or another batch gives the same solutions.
+has the seed of the question + i and `index` i, so a retry or another batch gives the same solutions. Samples that an
+API did not give are refused ones; only a question whose first round brought none has their fault as its error.
 """
 
 import asyncio
@@ -150,7 +151,7 @@ class Sampler:
         self, config: SampleConfig, model: str, policy: str, config_hash: str, images: pa.Table | None = None,
         generator: MakeGenerator = Generator, grader: MakeGrader | None = None,
     ) -> None:  # fmt: skip
-        self.config, self.policy, self.config_hash = config, policy, config_hash
+        self.config, self.model, self.policy, self.config_hash = config, model, policy, config_hash
         self.uris = (
             {} if images is None else dict(zip(*(images[c].to_pylist() for c in ("image_id", "uri")), strict=True))
         )
@@ -197,7 +198,7 @@ class Sampler:
     async def draw(self, question: Mapping[str, Any], wanted: int, drawn: Drawn) -> None:
         """Add samples to `drawn`, round after round until `wanted` are kept or the rounds are over."""
         config = self.config
-        seed = request_seed(question["question_id"], self.config_hash, config.seed)
+        seed = self.seed(question["question_id"])
         room = config.max_model_len - config.max_tokens
         pictures = await self.look(question["image_ids"][: config.num_images])
         prompt = policy_prompt(self.generator, question, config.num_documents, room, pictures)
@@ -207,6 +208,8 @@ class Sampler:
             if not num:
                 break
             completions = await self.generator.generate(prompt, num, seed + done, config.sampling)
+            if not done and completions[0].fault and all(completion.fault for completion in completions):
+                raise completions[0].fault
             found = [self.solution(question, completion, completion.seed - seed) for completion in completions]
             right = await self.grader.right(question, [solution.answer for solution in found])
             for completion, solution, correct in zip(completions, found, right, strict=True):
@@ -217,6 +220,15 @@ class Sampler:
                 (drawn.refused if reason else drawn.kept).append(made)
                 drawn.faults.update([reason] if reason else [])
                 drawn.completions.append(completion)
+
+    def seed(self, question_id: str) -> int:
+        """Of a question's first draw.
+
+        An API's answers are kept under their seeds, beside all that shapes the request: so the seed is that of the
+        question alone, and a change of what is asked for or kept, which the fingerprint tells, pays no answer again.
+        """
+        drawn_by = self.config_hash if self.config.backend == "vllm" else self.model
+        return request_seed(question_id, drawn_by, self.config.seed)
 
     async def look(self, image_ids: Sequence[str]) -> "list[Image]":
         """The opened pictures; one that cannot be opened is the row's error."""

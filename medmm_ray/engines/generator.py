@@ -111,8 +111,9 @@ class Sampling:
 class Completion:
     """One sample. `finish_reason` is stop (the model ended it, or a text of `Sampling.stop`), length (cut) or refused.
 
-    `cost` is in US dollars. Of its prompt, `shareable_tokens` lie in whole cache blocks, so that a further sample finds
-    them there; `cached_tokens` were found: which of a request's samples found them is not told, their sum is right.
+    One that could not be had has its `fault`, whose kind is its `finish_reason`. `cost` is in US dollars. Of its
+    prompt, `shareable_tokens` lie in whole cache blocks, so that a further sample finds them there; `cached_tokens`
+    were found: which of a request's samples found them is not told, their sum is right.
     """
 
     text: str
@@ -123,6 +124,7 @@ class Completion:
     shareable_tokens: int = 0
     cached_tokens: int = field(default=0, compare=False)
     cost: float = 0.0
+    fault: RowError | None = field(default=None, compare=False)
 
 
 @dataclass

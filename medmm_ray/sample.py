@@ -9,6 +9,7 @@ API did not give are refused ones; only a question whose first round brought non
 
 import asyncio
 import functools
+import json
 import math
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from medmm_ray.config import digest
 from medmm_ray.engines.api_policy import ApiPolicy
@@ -44,6 +45,10 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
 
+# Settings that no API has, and the values that ask for nothing.
+ENGINE_ALONE: dict[str, Any] = {"lora": None, "top_k": 0, "batch_invariant": False, "vllm": {}, "num_gpus": 0}
+
+
 class SampleConfig(GeneratorConfig, ApiConfig):
     """How solutions are drawn (the defaults are Med-PRM's), by the engine (vllm) or the API that draws them."""
 
@@ -57,7 +62,7 @@ class SampleConfig(GeneratorConfig, ApiConfig):
     temperature: float = Field(0.7, ge=0)
     """Sampling temperature."""
     top_k: int = Field(50, ge=0)
-    """Tokens to draw from, most likely first; 0 takes all."""
+    """Tokens to draw from, most likely first; 0 takes all, as every API does."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Probability mass to draw from."""
     max_tokens: int = Field(1024, ge=1)
@@ -79,6 +84,23 @@ class SampleConfig(GeneratorConfig, ApiConfig):
 
     equivalence: EquivalenceConfig = EquivalenceConfig()
     """How open answers are graded, here and in Monte Carlo."""
+
+    @model_validator(mode="after")
+    def _keeps_something(self) -> "SampleConfig":
+        if self.min_steps > self.max_steps:
+            raise ValueError(f"min_steps is {self.min_steps} and max_steps {self.max_steps}: no solution can be kept")
+        return self
+
+    @model_validator(mode="after")
+    def _asks_an_api_for_what_it_has(self) -> "SampleConfig":
+        if self.backend == "vllm":
+            return self
+        set_ = {name: value for name, value in dict(self).items() if name in self.model_fields_set}
+        if others := [name for name, none in ENGINE_ALONE.items() if set_.get(name, none) != none]:
+            told = ", ".join(f"{name}={set_[name]}" for name in others)
+            unset = ", ".join(f"{name}={json.dumps(ENGINE_ALONE[name])}" for name in others)
+            raise ValueError(f"backend is {self.backend!r}, and {told} is for an engine alone; set {unset}")
+        return self
 
     @property
     def sampling(self) -> Sampling:

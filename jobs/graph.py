@@ -92,6 +92,7 @@ STEPS = (
         "monte_carlo",
         ("questions", "images", "evidence", "solutions", "judge_labels", "policy"),
         {"monte_carlo_labels": Labels},
+        version=2,
         what="continuations of steps (vLLM)",
     ),
     Step(

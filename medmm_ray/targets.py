@@ -206,7 +206,8 @@ def consensus(labels: Sequence[Labels], num_steps: int, ending: Ending) -> list[
     """The judge's verdicts of a solution where judge and Monte Carlo agree on the first wrong step, else nothing.
 
     They agree where Monte Carlo finds every step before the judge's first wrong one right, and that one wrong; what
-    comes behind it does not matter. Where its continuations failed, or one such step says otherwise, they do not.
+    comes behind it does not matter. Where one such step says otherwise they do not, nor where one says nothing because
+    continuations failed, its own or those of a step at which the search ended.
 
     Raises ValueError where Monte Carlo did not run on one of these steps: its first wrong step is then unknown.
     """
@@ -217,12 +218,13 @@ def consensus(labels: Sequence[Labels], num_steps: int, ending: Ending) -> list[
     expected = [*[1.0] * first, 0.0][:num_steps]
     found = rolled[: len(expected)]
     failed = any(
-        step.num_rollouts == 0 and step.label is None
+        step.num_rollouts is not None and step.label is None and step.value is None
         for row in labels
         if row.source == "monte_carlo"
-        for step in row.steps[: len(expected)]
+        for step in row.steps
     )
-    if failed or any(value not in (None, agreed) for value, agreed in zip(found, expected, strict=True)):
+    differs = any(value not in (None, agreed) for value, agreed in zip(found, expected, strict=True))
+    if differs or (failed and None in found):
         return [None] * num_steps
     if None in found:
         ids = sorted({row.solution_id for row in labels}) or ["?"]

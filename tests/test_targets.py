@@ -154,6 +154,14 @@ def test_the_accuracy_of_a_question_is_that_of_its_answers() -> None:
     assert accuracy_of([{"correct": None}]) is None
 
 
+def test_consensus_says_nothing_where_a_search_ended_at_a_fault() -> None:
+    failed = StepLabel(num_correct=0, num_rollouts=0, reason="prompt_too_long: 9 tokens")
+    for steps in ([NOBODY, NOBODY, failed, WRONG], [rolled(0.5), failed, NOBODY, WRONG]):
+        assert targets("consensus", [JUDGE, row("monte_carlo", *steps)], 4) == [None] * 4
+    found = row("monte_carlo", rolled(0.5), rolled(0.0), failed, WRONG)  # all that is needed is there
+    assert targets("consensus", [JUDGE, found], 4) == [1.0, 0.0, 0.0, 0.0]
+
+
 def test_consensus_says_nothing_where_the_judge_did_not_judge_all() -> None:
     assert targets("consensus", [row("judge", RIGHT, NOBODY)], 2) == [None, None]
 

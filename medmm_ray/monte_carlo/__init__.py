@@ -4,7 +4,8 @@ Enters: solutions, their questions, the judge's labels. Leaves: labels with sour
 question) for the steps that are known, the other steps empty; a question without such steps has an empty list. The
 value of a step is about the prefix that ends there: num_correct / num_rollouts, and the label is 1 where it exceeds
 `threshold`. A continuation that is cut off or states no answer is not wrong: it is not counted, and a prefix of which
-none counts has a reason and no label. No prompt carries the gold answer. `search` says what is continued and why.
+none counts has a reason and no label. So has one that could not be continued; only where no step of a solution has a
+label is that its row's error. No prompt carries the gold answer. `search` says what is continued and why.
 
 With `stop_early` (the default) a prefix is continued 2, 2, 4, 8 ... times and only until its label is decided. The
 label is the same, at a fraction of the tokens, but num_correct / num_rollouts is then too high (a true .25 reads .37,
@@ -326,6 +327,7 @@ class Roller:
     ) -> Labels:
         solution = row["solutions"][chain.number]
         faults = [findings.faults[prefix] for prefix in chain.prefixes if prefix in findings.faults]
+        is_labelled = any(step.label is not None for step in steps.values())
         return Labels(
             question_id=row["question_id"],
             solution_id=solution["solution_id"],
@@ -333,12 +335,13 @@ class Roller:
             annotator=self.annotator,
             steps=[steps.get(index, StepLabel()) for index in range(len(solution["steps"]))],
             cost=0.0,
-            error=str(faults[0]) if faults else None,
+            error=str(faults[0]) if faults and not is_labelled else None,
         )
 
 
 def figures(findings: Findings, steps: Sequence[StepLabel]) -> dict[str, int]:
-    """What a question took, for the manifest: continuations, their tokens, those that do not count, and the labels."""
+    """What a question took, for the manifest: continuations, their tokens, those that do not count, prefixes that could
+    not be continued, the labels, and answers that a model was asked to grade and those that it did not."""
     tallies = findings.tallies.values()
     return {
         "rollouts": sum(tally.drawn for tally in tallies),
@@ -346,5 +349,6 @@ def figures(findings: Findings, steps: Sequence[StepLabel]) -> dict[str, int]:
         "failed_rollouts": sum(tally.drawn + tally.known - tally.counted for tally in tallies),
         "prefixes_continued": sum(tally.drawn > 0 for tally in tallies),
         "steps_labelled": sum(step.label is not None for step in steps),
+        "prefixes_failed": len(findings.faults),
         "steps_known_free": sum(step.label is not None and not step.num_rollouts for step in steps),
     }

@@ -1,12 +1,17 @@
 """solutions + judge_labels -> monte_carlo_labels: continuations of steps, by the mode that the recipe names."""
 
+import logging
 import sys
+from collections.abc import Mapping
 
+from jobs.sample import graded
 from jobs.step import Job, main
 from medmm_ray.config import ConfigError
 from medmm_ray.monte_carlo import monte_carlo
 
-DRAWS = ("temperature", "top_k", "top_p", "num_documents", "num_images")
+log = logging.getLogger("medmm_ray")
+
+DRAWS = ("temperature", "top_k", "top_p", "num_documents", "num_images", "lora", "dtype", "vllm")
 
 
 def run(job: Job) -> None:
@@ -15,7 +20,7 @@ def run(job: Job) -> None:
     labels = job.read("judge_labels", ["question_id", "solution_id", "annotator", "steps", "error"])
     evidence = job.read("evidence", ["question_id", "documents"]) if job.config.num_documents else None
     images = job.read("images", ["image_id", "uri"]) if job.config.num_images else None
-    model, policy = job.run.model("policy"), job.run.model_id("policy")
+    model, policy = job.run.model("policy"), job.run.policy_id(job.step)
     source = job.table("solutions").dataset(rows_per_block=job.config.batch_size)
     ids = job.read("solutions", ["question_id"])["question_id"].to_pylist()
     job.make(
@@ -36,6 +41,21 @@ def run(job: Job) -> None:
         ),
         "question_id",
         "labels",
+    )
+    log.info("monte_carlo: %s", summary(job.table("monte_carlo_labels").manifest().figures))
+
+
+def summary(figures: Mapping[str, float]) -> str:
+    """A table's figures in words."""
+    rollouts, failed, prefixes, broken, labelled, free = (
+        int(figures.get(name, 0))
+        for name in (
+            "rollouts", "failed_rollouts", "prefixes_continued", "prefixes_failed", "steps_labelled", "steps_known_free"
+        )
+    )  # fmt: skip
+    return (
+        f"{labelled:,} steps labelled, {free:,} of them for free, by {rollouts:,} continuations of {prefixes:,} "
+        f"prefixes; {failed:,} continuations do not count, {broken:,} prefixes could not be continued{graded(figures)}"
     )
 
 

@@ -33,7 +33,7 @@ from medmm_ray.engines.generator import (
     policy_prompt,
     request_seed,
 )
-from medmm_ray.engines.grader import EquivalenceConfig, Grader, MakeGrader
+from medmm_ray.engines.grader import EquivalenceConfig, Grader, Grades, MakeGrader
 from medmm_ray.engines.images import open_image
 from medmm_ray.quality import FAULTS, fault
 from medmm_ray.records import Count, Solution, Solutions, to_arrow
@@ -164,6 +164,7 @@ class Drawn:
     refused: list[Solution] = field(default_factory=list)
     faults: Counter[str] = field(default_factory=Counter)
     completions: list[Completion] = field(default_factory=list)
+    grades: list[Grades] = field(default_factory=list)  # one a round
 
 
 class Sampler:
@@ -233,8 +234,9 @@ class Sampler:
             if not done and completions[0].fault and all(completion.fault for completion in completions):
                 raise completions[0].fault
             found = [self.solution(question, completion, completion.seed - seed) for completion in completions]
-            right = await self.grader.right(question, [solution.answer for solution in found])
-            for completion, solution, correct in zip(completions, found, right, strict=True):
+            grades = await self.grader.grade(question, [solution.answer for solution in found])
+            drawn.grades.append(grades)
+            for completion, solution, correct in zip(completions, found, grades.right, strict=True):
                 made = replace(solution, correct=correct)
                 reason = fault(
                     made.text, made.steps, made.answer, made.finish_reason, config.min_steps, config.max_steps
@@ -279,7 +281,8 @@ def draws(missing: int, round_: int, oversample: float, left: int) -> int:
 
 
 def figures_of(row: Solutions, drawn: Drawn) -> dict[str, float]:
-    """What a row adds to its table's figures: samples, those refused by reason, questions not filled, tokens, dollars.
+    """What a row adds to its table's figures: samples, those refused by reason, questions not filled, tokens, dollars,
+    answers that a model was asked to grade and those that it did not.
 
     Of the prompt tokens, all samples but the first can find the cacheable ones in the prefix cache.
     """
@@ -294,5 +297,7 @@ def figures_of(row: Solutions, drawn: Drawn) -> dict[str, float]:
         "cached_tokens": sum(c.cached_tokens for c in drawn.completions),
         "output_tokens": sum(c.num_tokens for c in drawn.completions),
         "cost_usd": row.cost,
+        "answers_asked": sum(grades.asked for grades in drawn.grades),
+        "answers_unanswered": sum(grades.unanswered for grades in drawn.grades),
     }
     return {name: float(figure) for name, figure in figures.items()}  # one type, whatever block they come in

@@ -3,6 +3,7 @@
 import asyncio
 import functools
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pytest
 import ray
 from PIL import Image
+from pydantic import ValidationError
 
 from jobs.sample import summary
 from medmm_ray.config import digest
@@ -22,6 +24,7 @@ from medmm_ray.engines.generator import (
     end_process,
     request_seed,
 )
+from medmm_ray.engines.grader import Grader, Grades
 from medmm_ray.records import Count, Question, Solutions, from_dict, to_arrow
 from medmm_ray.sample import SampleConfig, Sampler, draws, figures_of, sample
 from medmm_ray.tables import RowError
@@ -317,6 +320,33 @@ def test_what_an_api_is_asked_depends_on_nothing_that_is_done_with_its_answers()
         assert asked("c1", **changes) == [first]
     assert asked("c1", num_samples_train=8) == [(first[0], 8, first[2])]
     assert asked("c0", seed=1) == [(*first[:2], request_seed("q1", "m", 1))]
+
+
+def test_settings_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValidationError, match="min_steps is 5 and max_steps 4: no solution can be kept"):
+        SampleConfig(min_steps=5, max_steps=4)
+    changes: dict[str, Any] = {"lora": "adapter", "batch_invariant": True, "vllm": {"quantization": "fp8"}}
+    for name, value in {**changes, "top_k": 50, "num_gpus": 1.0}.items():
+        with pytest.raises(
+            ValidationError, match=f"backend is 'gemini', and {name}=.* is for an engine alone; set {name}="
+        ):
+            SampleConfig(backend="gemini", **{name: value})
+    assert SampleConfig(backend="openai").top_k == SampleConfig(**changes).top_k == 50  # that nobody asked for
+    assert SampleConfig(backend="openai", top_k=0, lora=None, vllm={}).backend == "openai"
+
+
+def test_answers_that_nobody_graded_are_counted_and_said() -> None:
+    class Silent(Grader):
+        async def grade(self, question: Mapping[str, Any], answers: Sequence[str | None]) -> Grades:
+            return Grades([None] * len(answers), asked=1, unanswered=1)
+
+    actor = Sampler(CONFIG, "m", "tiny", "c0", generator=FakeGenerator(lambda prompt, seed: GOOD))
+    actor.grader = Silent()
+    row, drawn = asyncio.run(actor.solve(to_arrow(Question, [question()]).to_pylist()[0]))
+    figures = figures_of(row, drawn)
+    assert ([s.correct for s in row.solutions], row.error) == ([None] * 4, None)
+    assert (figures["answers_asked"], figures["answers_unanswered"]) == (1, 1)
+    assert summary(figures).endswith(" cached, 1 answers put to a model, 1 of them without a verdict")
 
 
 @pytest.mark.engine

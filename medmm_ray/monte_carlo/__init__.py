@@ -295,12 +295,13 @@ class Roller:
                     findings.faults[prefix] = samples
                     continue
                 tally = findings.tallies.setdefault(prefix, Tally())
-                right = await self.grader.right(row, answers(prefix, samples, row))
+                grades = await self.grader.grade(row, answers(prefix, samples, row))
+                findings.grades.append(grades)
                 tally.drawn += len(samples)
                 tally.cut_off += sum(sample.finish_reason != "stop" for sample in samples)
-                tally.add(right)
+                tally.add(grades.right)
                 findings.num_tokens += sum(sample.num_tokens for sample in samples)
-                if self.config.searches and any(right):
+                if self.config.searches and any(grades.right):
                     findings.reach(shorter[prefix])
             due = wanted(chains, findings, self.config.mode)
 
@@ -326,8 +327,8 @@ class Roller:
         self, row: Mapping[str, Any], chain: Chain, steps: Mapping[int, StepLabel], findings: Findings
     ) -> Labels:
         solution = row["solutions"][chain.number]
-        faults = [findings.faults[prefix] for prefix in chain.prefixes if prefix in findings.faults]
         is_labelled = any(step.label is not None for step in steps.values())
+        faults = [findings.faults[prefix] for prefix in chain.prefixes if prefix in findings.faults]
         return Labels(
             question_id=row["question_id"],
             solution_id=solution["solution_id"],
@@ -348,7 +349,9 @@ def figures(findings: Findings, steps: Sequence[StepLabel]) -> dict[str, int]:
         "rollout_tokens": findings.num_tokens,
         "failed_rollouts": sum(tally.drawn + tally.known - tally.counted for tally in tallies),
         "prefixes_continued": sum(tally.drawn > 0 for tally in tallies),
-        "steps_labelled": sum(step.label is not None for step in steps),
         "prefixes_failed": len(findings.faults),
+        "steps_labelled": sum(step.label is not None for step in steps),
         "steps_known_free": sum(step.label is not None and not step.num_rollouts for step in steps),
+        "answers_asked": sum(grades.asked for grades in findings.grades),
+        "answers_unanswered": sum(grades.unanswered for grades in findings.grades),
     }

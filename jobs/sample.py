@@ -40,13 +40,17 @@ def summary(figures: Mapping[str, float]) -> str:
     """A table's figures in words."""
     refused = {kind: int(figures.get(f"rejected_{kind}", 0)) for kind in FAULTS}
     kinds = ", ".join(f"{kind} {number:,}" for kind, number in refused.items() if number)
-    drawn, wanted, missing, unfilled, cacheable = (
+    drawn, wanted, missing, unfilled, cacheable, shown, left_out = (
         int(figures.get(name, 0))
-        for name in ("samples_drawn", "samples_requested", "samples_missing", "unfilled_questions", "cacheable_tokens")
-    )
+        for name in (
+            "samples_drawn", "samples_requested", "samples_missing", "unfilled_questions", "cacheable_tokens",
+            "documents_shown", "documents_left_out",
+        )
+    )  # fmt: skip
     told = f"{drawn:,} samples drawn for {wanted:,}, {sum(refused.values()):,} refused{f' ({kinds})' if kinds else ''}"
     told += f", {missing:,} missing, {unfilled:,} questions not filled"
     told += f", {figures['cached_tokens'] / cacheable:.1%} of cacheable tokens cached" if cacheable else ""
+    told += f", {left_out:,} of {shown + left_out:,} documents left out for want of room" if left_out else ""
     return told + graded(figures)
 
 

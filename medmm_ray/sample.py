@@ -30,6 +30,7 @@ from medmm_ray.engines.generator import (
     MakeGenerator,
     Sampling,
     actor_options,
+    offered,
     policy_prompt,
     request_seed,
 )
@@ -72,7 +73,10 @@ class SampleConfig(GeneratorConfig, ApiConfig):
     max_steps: int = Field(9, ge=1)
     """Most steps of a solution that is kept."""
     num_documents: int = Field(0, ge=0)
-    """Retrieved documents in the policy's prompt; one that does not fit max_model_len is left out."""
+    """Retrieved documents in the policy's prompt; one that does not fit max_model_len (an API: max_prompt_tokens) is
+    left out, and the figures say how many were."""
+    max_prompt_tokens: int = Field(100_000, ge=16)
+    """Room for documents in an API's prompt, tokens (estimated, a picture as it is billed: 36,835 by gpt-4o-mini)."""
     max_rounds: int = Field(3, ge=1)
     """Rounds of drawing: the first draws what is asked, the others replace what was refused."""
     oversample: float = Field(3.0, ge=1)
@@ -101,6 +105,11 @@ class SampleConfig(GeneratorConfig, ApiConfig):
             unset = ", ".join(f"{name}={json.dumps(ENGINE_ALONE[name])}" for name in others)
             raise ValueError(f"backend is {self.backend!r}, and {told} is for an engine alone; set {unset}")
         return self
+
+    @property
+    def room(self) -> int:
+        """Tokens of a prompt with documents, at most."""
+        return self.max_model_len - self.max_tokens if self.backend == "vllm" else self.max_prompt_tokens
 
     @property
     def sampling(self) -> Sampling:
@@ -165,6 +174,8 @@ class Drawn:
     faults: Counter[str] = field(default_factory=Counter)
     completions: list[Completion] = field(default_factory=list)
     grades: list[Grades] = field(default_factory=list)  # one a round
+    documents_shown: int = 0
+    documents_left_out: int = 0
 
 
 class Sampler:
@@ -222,9 +233,10 @@ class Sampler:
         """Add samples to `drawn`, round after round until `wanted` are kept or the rounds are over."""
         config = self.config
         seed = self.seed(question["question_id"])
-        room = config.max_model_len - config.max_tokens
         pictures = await self.look(question["image_ids"][: config.num_images])
-        prompt = policy_prompt(self.generator, question, config.num_documents, room, pictures)
+        prompt = policy_prompt(self.generator, question, config.num_documents, config.room, pictures)
+        drawn.documents_shown = prompt.num_documents
+        drawn.documents_left_out = len(offered(question, config.num_documents)) - prompt.num_documents
         for round_ in range(config.max_rounds):
             done = len(drawn.completions)
             num = draws(wanted - len(drawn.kept), round_, config.oversample, MAX_DRAWS - done)
@@ -282,7 +294,8 @@ def draws(missing: int, round_: int, oversample: float, left: int) -> int:
 
 def figures_of(row: Solutions, drawn: Drawn) -> dict[str, float]:
     """What a row adds to its table's figures: samples, those refused by reason, questions not filled, tokens, dollars,
-    answers that a model was asked to grade and those that it did not.
+    answers that a model was asked to grade and those that it did not, documents that the prompt holds and those that it
+    had no room for.
 
     Of the prompt tokens, all samples but the first can find the cacheable ones in the prefix cache.
     """
@@ -299,5 +312,7 @@ def figures_of(row: Solutions, drawn: Drawn) -> dict[str, float]:
         "cost_usd": row.cost,
         "answers_asked": sum(grades.asked for grades in drawn.grades),
         "answers_unanswered": sum(grades.unanswered for grades in drawn.grades),
+        "documents_shown": drawn.documents_shown,
+        "documents_left_out": drawn.documents_left_out,
     }
     return {name: float(figure) for name, figure in figures.items()}  # one type, whatever block they come in

@@ -335,6 +335,29 @@ def test_settings_that_do_not_fit_are_refused() -> None:
     assert SampleConfig(backend="openai", top_k=0, lora=None, vllm={}).backend == "openai"
 
 
+@pytest.mark.parametrize(
+    ("config", "shown"),
+    [
+        ({"max_model_len": 1200, "max_tokens": 1000}, 2),
+        ({"max_model_len": 1150, "max_tokens": 1000}, 1),
+        ({"max_model_len": 1100, "max_tokens": 1000}, 0),
+        ({"max_model_len": 16, "max_tokens": 1000, "backend": "openai", "max_prompt_tokens": 150}, 1),
+        ({"max_model_len": 16, "max_tokens": 1000, "backend": "openai"}, 2),
+    ],
+)
+def test_documents_that_have_no_room_are_counted_and_said(config: dict[str, Any], shown: int) -> None:
+    """A token of the fake is a character; an API has a room of its own."""
+    fake = FakeGenerator(lambda prompt, seed: GOOD)
+    actor = Sampler(SampleConfig(num_documents=2, **config), "m", "tiny", "c0", generator=fake)
+    [asked] = to_arrow(Question, [question()]).to_pylist()
+    documents = [{"text": letter * 50} for letter in "xyz"]
+    figures = figures_of(*asyncio.run(actor.solve({**asked, "documents": documents})))
+    assert (figures["documents_shown"], figures["documents_left_out"]) == (shown, 2 - shown)
+    assert fake.requests[0][0].count("Document ") == shown
+    told = f", {2 - shown} of 2 documents left out for want of room"
+    assert (told in summary(figures)) is (shown < 2)
+
+
 def test_answers_that_nobody_graded_are_counted_and_said() -> None:
     class Silent(Grader):
         async def grade(self, question: Mapping[str, Any], answers: Sequence[str | None]) -> Grades:

@@ -268,9 +268,10 @@ def policy_prompt(
 
     def asked(documents: Sequence[str]) -> Prompt:
         text = question_with_options(question["question"], question["options"])
-        return Prompt(policy_messages(text, documents, question["answer_type"]), images)
+        messages = policy_messages(text, documents, question["answer_type"])
+        return Prompt(messages, images, num_documents=len(documents))
 
-    retrieved = [document["text"] for document in (question.get("documents") or [])[:num_documents]]
+    retrieved = [document["text"] for document in offered(question, num_documents)]
     if not retrieved or generator.count(asked(retrieved)) <= room:  # mostly all fit, and one count says so
         return asked(retrieved)
     chosen: list[str] = []
@@ -278,6 +279,11 @@ def policy_prompt(
         if generator.count(asked([*chosen, text])) <= room:
             chosen.append(text)
     return asked(chosen)
+
+
+def offered(question: Mapping[str, Any], num_documents: int) -> Sequence[Mapping[str, Any]]:
+    """The retrieved documents of a question row that its prompt should hold, best first."""
+    return (question.get("documents") or [])[:num_documents]
 
 
 def engine_arguments(model: str, config: GeneratorConfig, lora: str | None = None) -> dict[str, Any]:

@@ -80,7 +80,7 @@ STEPS = (
         "sample",
         ("questions", "images", "evidence", "policy"),
         {"solutions": Solutions},
-        version=2,
+        version=3,
         what="solutions by vLLM",
     ),
     Step(
@@ -93,6 +93,7 @@ STEPS = (
         "monte_carlo",
         ("questions", "images", "evidence", "solutions", "judge_labels", "policy"),
         {"monte_carlo_labels": Labels},
+        version=2,
         what="continuations of steps (vLLM)",
     ),
     Step(

@@ -3,11 +3,12 @@
 import sys
 from collections.abc import Mapping
 
+from jobs.sample import graded
 from jobs.step import Job, main
 from medmm_ray.config import ConfigError
 from medmm_ray.monte_carlo import monte_carlo
 
-DRAWS = ("temperature", "top_k", "top_p", "num_documents", "num_images")
+DRAWS = ("temperature", "top_k", "top_p", "num_documents", "num_images", "lora", "dtype", "vllm")
 
 
 def run(job: Job) -> None:
@@ -16,7 +17,7 @@ def run(job: Job) -> None:
     labels = job.read("judge_labels", ["question_id", "solution_id", "annotator", "steps", "error"])
     evidence = job.read("evidence", ["question_id", "documents"]) if job.config.num_documents else None
     images = job.read("images", ["image_id", "uri"]) if job.config.num_images else None
-    model, policy = job.run.model("policy"), job.run.model_id("policy")
+    model, policy = job.run.model("policy"), job.run.policy_id(job.step)
     source = job.table("solutions").dataset(rows_per_block=job.config.batch_size)
     ids = job.read("solutions", ["question_id"])["question_id"].to_pylist()
     job.make(
@@ -44,14 +45,15 @@ def run(job: Job) -> None:
 
 def summary(figures: Mapping[str, float]) -> str:
     """A table's figures in words."""
-    rollouts, prefixes, tokens, failed, labelled, free, asked = (
+    rollouts, prefixes, tokens, failed, broken, labelled, free, asked = (
         int(figures.get(name, 0))
-        for name in ("rollouts", "prefixes_continued", "rollout_tokens", "failed_rollouts", "steps_labelled",
-                     "steps_known_free", "prompt_tokens")
+        for name in ("rollouts", "prefixes_continued", "rollout_tokens", "failed_rollouts", "prefixes_failed",
+                     "steps_labelled", "steps_known_free", "prompt_tokens")
     )  # fmt: skip
     told = f"{labelled:,} steps labelled, {free:,} of them free; {rollouts:,} continuations of {prefixes:,} prefixes"
-    told += f", {tokens:,} tokens, {failed:,} failed"
-    return told + (f", {figures['cached_tokens'] / asked:.1%} of prompt tokens cached" if asked else "")
+    told += f", {tokens:,} tokens, {failed:,} failed, {broken:,} prefixes could not be continued"
+    told += f", {figures['cached_tokens'] / asked:.1%} of prompt tokens cached" if asked else ""
+    return told + graded(figures)
 
 
 def check_draws(job: Job) -> None:

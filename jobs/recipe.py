@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from jobs.graph import BY_NAME
 from medmm_ray.audit import AuditConfig
@@ -38,9 +38,9 @@ class ModelsConfig(Config):
     image_tower: str | None = None
     """Image tower (open_clip, or a transformers vision model); null: train_image_tower makes it."""
     policy: str | None = None
-    """The model that writes solutions; null: train_policy makes it."""
+    """The model that writes solutions, an API's name where sample.backend is one; null: train_policy makes it."""
     text_prm: str | None = None
-    """Text reward model; null: train_text_prm makes it, from the policy."""
+    """Text reward model; null: train_text_prm makes it, from train_text_prm.base or the policy."""
     two_tower: str | None = None
     """Two-tower reward model; null: train_two_tower makes it."""
 
@@ -162,6 +162,12 @@ class Recipe(Config):
             raise ValueError(f"{unknown[0]!r} is no step; the steps are {', '.join(BY_NAME)}")
         return names
 
+    @model_validator(mode="after")
+    def _uses_an_api_for_whole_solutions(self) -> "Recipe":
+        if faults := api_policy_faults(self):
+            raise ValueError("; ".join(faults))
+        return self
+
     @classmethod
     def completed(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
         """The recipe's seed in every section that has one and does not set its own."""
@@ -174,3 +180,36 @@ class Recipe(Config):
                 own = values.get(name) or {}
                 seeded[name] = {"seed": values["seed"], **own} if isinstance(own, dict) else own
         return seeded
+
+
+def api_policy_faults(recipe: Recipe) -> list[str]:
+    """What a recipe asks of a policy that is behind an API and can only write whole solutions; each with what to do.
+
+    Such a policy is no checkpoint, so nothing can be trained from it or judge by it, and a chat's answer cannot begin
+    inside a step, so that nothing can be rolled out or searched.
+    """
+    backend, policy = recipe.sample.backend, recipe.models.policy
+    if backend == "vllm" or "sample" in recipe.without:
+        return []
+    if policy is None:
+        return [
+            f"sample.backend is {backend!r} and models.policy is not set; name the API's model: models.policy=<name>"
+        ]
+    faults = []
+    if steps := [name for name in ("monte_carlo", "tree_search") if name not in recipe.without]:
+        without = ", ".join([*recipe.without, *steps])
+        faults.append(
+            f"{' and '.join(steps)} would continue solutions from inside a step, which models.policy={policy} behind "
+            f"an API (sample.backend={backend}) cannot; leave out what cannot be done: without=[{without}]"
+        )
+    if "train_text_prm" not in recipe.without and not (recipe.models.text_prm or recipe.train_text_prm.base):
+        faults.append(
+            f"train_text_prm would start from models.policy={policy}, which is behind an API and no checkpoint; name "
+            "one as train_text_prm.base, or a reward model as models.text_prm"
+        )
+    if recipe.judge.backend == "vllm" and recipe.judge.model is None and "judge" not in recipe.without:
+        faults.append(
+            f"judge.backend is 'vllm' and would take models.policy={policy}, which is behind an API and no checkpoint; "
+            "name one as judge.model"
+        )
+    return faults

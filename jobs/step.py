@@ -82,6 +82,14 @@ class Run:
         """What tables call a model: its given name, or the run's own with its fingerprint."""
         return self.given(name) or f"{name}@{self.fingerprint(MAKER[name])}"
 
+    def policy_id(self, step: Step) -> str:
+        """What tables call the policy of a step that draws from it: the model, and the adapter that the step puts on.
+
+        What another policy wrote shows nothing of this one, so solutions and continuations are compared by it.
+        """
+        adapter = self.section(step).lora
+        return self.model_id("policy") if adapter is None else f"{self.model_id('policy')}+{adapter}"
+
     def table(self, name: str) -> Table:
         record = MAKER[name].makes[name]
         assert record is not None, f"{name} is not a table"

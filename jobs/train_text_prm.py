@@ -1,4 +1,4 @@
-"""solutions + labels of all sources -> text_prm: the text reward model, from the policy's weights."""
+"""solutions + labels of all sources -> text_prm: the text reward model, from the policy's weights or another's."""
 
 import sys
 
@@ -14,7 +14,7 @@ def run(job: Job) -> None:
     questions, evidence = job.read("questions"), job.read("evidence")
     solutions = pa.concat_tables(job.read(name) for name in ("solutions", "tree_solutions"))
     labels = [job.read(name) for name in (*LABELS, "tree_labels")]
-    base = job.run.model("policy")
+    base = job.config.base or job.run.model("policy")
     job.make_artifact(
         "text_prm",
         lambda uri: train_text_prm(

@@ -16,7 +16,7 @@ def run(job: Job) -> None:
     rows = [row for row in questions.to_pylist() if row["split"] in config.splits]
     ids = [row["question_id"] for row in rows]
     evidence = job.read("evidence", ["question_id", "documents"]) if config.num_documents else None
-    model, policy, config_hash = job.run.model("policy"), job.run.model_id("policy"), job.run.fingerprint(job.step)
+    model, policy, config_hash = job.run.model("policy"), job.run.policy_id(job.step), job.run.fingerprint(job.step)
     asked = job.table("questions").dataset(rows_per_block=config.batch_size)
     job.make(
         "trees",

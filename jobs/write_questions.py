@@ -1,13 +1,10 @@
 """raw_images without a question -> written_questions: by a model that sees them, checked; new_questions to review."""
 
-import logging
 import sys
 from collections.abc import Mapping
 
 from jobs.step import Job, main
 from medmm_ray.write_questions import REFUSALS, usable, without_question, write_questions
-
-log = logging.getLogger("medmm_ray")
 
 
 def run(job: Job) -> None:
@@ -22,7 +19,7 @@ def run(job: Job) -> None:
             "written_questions", source, ids, lambda ds: write_questions(ds, job.config, folder=folder), "image_id",
             "questions",
         )  # fmt: skip
-        log.info("write_questions: %s", summary(job.table("written_questions").manifest().figures))
+        job.tell(summary(job.table("written_questions").manifest().figures))
     else:
         job.make_rows("written_questions", [], "written_id")
     job.make_rows("new_questions", usable(job.read("written_questions"), images), "question_id")

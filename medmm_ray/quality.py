@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from medmm_ray.text import step_numbers
 
-FAULTS = ("refused", "empty", "cut_off", "num_steps", "step_numbers", "repetition", "no_answer")
+NOT_HAD = ("unavailable", "request")  # a sample that no attempt brought, or whose request the API would not have
+FAULTS = ("refused", *NOT_HAD, "empty", "cut_off", "num_steps", "step_numbers", "repetition", "no_answer")
 
 MAX_PERIOD = 128  # words; a longer passage that stands there three times takes a solution of 400 words
 MIN_REPEATS = 3
@@ -23,8 +24,8 @@ def fault(
     text: str, steps: Sequence[str], answer: str | None, finish_reason: str, min_steps: int, max_steps: int
 ) -> str | None:
     """Why a sample is refused, one of `FAULTS`; None keeps it."""
-    if finish_reason == "refused":
-        return "refused"
+    if finish_reason in ("refused", *NOT_HAD):
+        return finish_reason
     if not text.strip():
         return "empty"
     if finish_reason != "stop":

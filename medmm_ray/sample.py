@@ -3,11 +3,13 @@
 Enters: questions (and their documents and images, where the prompt carries some). Leaves: one `Solutions` row a
 question. `quality.fault` says which samples are kept. Where samples are refused, further ones are drawn in rounds; a
 question that still cannot be filled keeps what it has, and `num_missing` and `rejected` say so. Draw i of a question
-has the seed of the question + i and `index` i, so a retry or another batch gives the same solutions.
+has the seed of the question + i and `index` i, so a retry or another batch gives the same solutions. Samples that an
+API did not give are refused ones; only a question whose first round brought none has their fault as its error.
 """
 
 import asyncio
 import functools
+import json
 import math
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -15,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from medmm_ray.config import digest
 from medmm_ray.engines.api_policy import ApiPolicy
@@ -28,10 +30,11 @@ from medmm_ray.engines.generator import (
     MakeGenerator,
     Sampling,
     actor_options,
+    offered,
     policy_prompt,
     request_seed,
 )
-from medmm_ray.engines.grader import EquivalenceConfig, Grader, MakeGrader
+from medmm_ray.engines.grader import EquivalenceConfig, Grader, Grades, MakeGrader
 from medmm_ray.engines.images import open_image
 from medmm_ray.quality import FAULTS, fault
 from medmm_ray.records import Count, Solution, Solutions, to_arrow
@@ -41,6 +44,10 @@ from medmm_ray.text import extract_answer, split_steps
 if TYPE_CHECKING:
     from PIL.Image import Image
     from ray.data import Dataset
+
+
+# Settings that no API has, and the values that ask for nothing.
+ENGINE_ALONE: dict[str, Any] = {"lora": None, "top_k": 0, "batch_invariant": False, "vllm": {}, "num_gpus": 0}
 
 
 class SampleConfig(GeneratorConfig, ApiConfig):
@@ -56,7 +63,7 @@ class SampleConfig(GeneratorConfig, ApiConfig):
     temperature: float = Field(0.7, ge=0)
     """Sampling temperature."""
     top_k: int = Field(50, ge=0)
-    """Tokens to draw from, most likely first; 0 takes all."""
+    """Tokens to draw from, most likely first; 0 takes all, as every API does."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Probability mass to draw from."""
     max_tokens: int = Field(1024, ge=1)
@@ -66,7 +73,10 @@ class SampleConfig(GeneratorConfig, ApiConfig):
     max_steps: int = Field(9, ge=1)
     """Most steps of a solution that is kept."""
     num_documents: int = Field(0, ge=0)
-    """Retrieved documents in the policy's prompt; one that does not fit max_model_len is left out."""
+    """Retrieved documents in the policy's prompt; one that does not fit max_model_len (an API: max_prompt_tokens) is
+    left out, and the figures say how many were."""
+    max_prompt_tokens: int = Field(100_000, ge=16)
+    """Room for documents in an API's prompt, tokens (estimated, a picture as it is billed: 36,835 by gpt-4o-mini)."""
     max_rounds: int = Field(3, ge=1)
     """Rounds of drawing: the first draws what is asked, the others replace what was refused."""
     oversample: float = Field(3.0, ge=1)
@@ -78,6 +88,28 @@ class SampleConfig(GeneratorConfig, ApiConfig):
 
     equivalence: EquivalenceConfig = EquivalenceConfig()
     """How open answers are graded, here and in Monte Carlo."""
+
+    @model_validator(mode="after")
+    def _keeps_something(self) -> "SampleConfig":
+        if self.min_steps > self.max_steps:
+            raise ValueError(f"min_steps is {self.min_steps} and max_steps {self.max_steps}: no solution can be kept")
+        return self
+
+    @model_validator(mode="after")
+    def _asks_an_api_for_what_it_has(self) -> "SampleConfig":
+        if self.backend == "vllm":
+            return self
+        set_ = {name: value for name, value in dict(self).items() if name in self.model_fields_set}
+        if others := [name for name, none in ENGINE_ALONE.items() if set_.get(name, none) != none]:
+            told = ", ".join(f"{name}={set_[name]}" for name in others)
+            unset = ", ".join(f"{name}={json.dumps(ENGINE_ALONE[name])}" for name in others)
+            raise ValueError(f"backend is {self.backend!r}, and {told} is for an engine alone; set {unset}")
+        return self
+
+    @property
+    def room(self) -> int:
+        """Tokens of a prompt with documents, at most."""
+        return self.max_model_len - self.max_tokens if self.backend == "vllm" else self.max_prompt_tokens
 
     @property
     def sampling(self) -> Sampling:
@@ -141,6 +173,9 @@ class Drawn:
     refused: list[Solution] = field(default_factory=list)
     faults: Counter[str] = field(default_factory=Counter)
     completions: list[Completion] = field(default_factory=list)
+    grades: list[Grades] = field(default_factory=list)  # one a round
+    documents_shown: int = 0
+    documents_left_out: int = 0
 
 
 class Sampler:
@@ -150,7 +185,7 @@ class Sampler:
         self, config: SampleConfig, model: str, policy: str, config_hash: str, images: pa.Table | None = None,
         generator: MakeGenerator = Generator, grader: MakeGrader | None = None,
     ) -> None:  # fmt: skip
-        self.config, self.policy, self.config_hash = config, policy, config_hash
+        self.config, self.model, self.policy, self.config_hash = config, model, policy, config_hash
         self.uris = (
             {} if images is None else dict(zip(*(images[c].to_pylist() for c in ("image_id", "uri")), strict=True))
         )
@@ -197,19 +232,23 @@ class Sampler:
     async def draw(self, question: Mapping[str, Any], wanted: int, drawn: Drawn) -> None:
         """Add samples to `drawn`, round after round until `wanted` are kept or the rounds are over."""
         config = self.config
-        seed = request_seed(question["question_id"], self.config_hash, config.seed)
-        room = config.max_model_len - config.max_tokens
+        seed = self.seed(question["question_id"])
         pictures = await self.look(question["image_ids"][: config.num_images])
-        prompt = policy_prompt(self.generator, question, config.num_documents, room, pictures)
+        prompt = policy_prompt(self.generator, question, config.num_documents, config.room, pictures)
+        drawn.documents_shown = prompt.num_documents
+        drawn.documents_left_out = len(offered(question, config.num_documents)) - prompt.num_documents
         for round_ in range(config.max_rounds):
             done = len(drawn.completions)
             num = draws(wanted - len(drawn.kept), round_, config.oversample, MAX_DRAWS - done)
             if not num:
                 break
             completions = await self.generator.generate(prompt, num, seed + done, config.sampling)
+            if not done and completions[0].fault and all(completion.fault for completion in completions):
+                raise completions[0].fault
             found = [self.solution(question, completion, completion.seed - seed) for completion in completions]
-            right = await self.grader.right(question, [solution.answer for solution in found])
-            for completion, solution, correct in zip(completions, found, right, strict=True):
+            grades = await self.grader.grade(question, [solution.answer for solution in found])
+            drawn.grades.append(grades)
+            for completion, solution, correct in zip(completions, found, grades.right, strict=True):
                 made = replace(solution, correct=correct)
                 reason = fault(
                     made.text, made.steps, made.answer, made.finish_reason, config.min_steps, config.max_steps
@@ -217,6 +256,15 @@ class Sampler:
                 (drawn.refused if reason else drawn.kept).append(made)
                 drawn.faults.update([reason] if reason else [])
                 drawn.completions.append(completion)
+
+    def seed(self, question_id: str) -> int:
+        """Of a question's first draw.
+
+        An API's answers are kept under their seeds, beside all that shapes the request: so the seed is that of the
+        question alone, and a change of what is asked for or kept, which the fingerprint tells, pays no answer again.
+        """
+        drawn_by = self.config_hash if self.config.backend == "vllm" else self.model
+        return request_seed(question_id, drawn_by, self.config.seed)
 
     async def look(self, image_ids: Sequence[str]) -> "list[Image]":
         """The opened pictures; one that cannot be opened is the row's error."""
@@ -245,7 +293,9 @@ def draws(missing: int, round_: int, oversample: float, left: int) -> int:
 
 
 def figures_of(row: Solutions, drawn: Drawn) -> dict[str, float]:
-    """What a row adds to its table's figures: samples, those refused by reason, questions not filled, tokens, dollars.
+    """What a row adds to its table's figures: samples, those refused by reason, questions not filled, tokens, dollars,
+    answers that a model was asked to grade and those that it did not, documents that the prompt holds and those that it
+    had no room for.
 
     Of the prompt tokens, all samples but the first can find the cacheable ones in the prefix cache.
     """
@@ -260,5 +310,9 @@ def figures_of(row: Solutions, drawn: Drawn) -> dict[str, float]:
         "cached_tokens": sum(c.cached_tokens for c in drawn.completions),
         "output_tokens": sum(c.num_tokens for c in drawn.completions),
         "cost_usd": row.cost,
+        "answers_asked": sum(grades.asked for grades in drawn.grades),
+        "answers_unanswered": sum(grades.unanswered for grades in drawn.grades),
+        "documents_shown": drawn.documents_shown,
+        "documents_left_out": drawn.documents_left_out,
     }
     return {name: float(figure) for name, figure in figures.items()}  # one type, whatever block they come in

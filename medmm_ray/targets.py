@@ -243,7 +243,8 @@ def settlement(labels: Sequence[Labels], num_steps: int, correct: bool | None) -
     if None not in found:
         return "agreed"
     failed = any(
-        row.error is not None or any(s.num_rollouts == 0 and s.label is None for s in row.steps[: len(expected)])
+        row.error is not None
+        or any(s.num_rollouts is not None and s.label is None and s.value is None for s in row.steps)
         for row in labels
         if row.source == "monte_carlo"
     )

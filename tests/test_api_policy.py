@@ -11,7 +11,7 @@ from medmm_ray.engines.answers import AnswerStore
 from medmm_ray.engines.api_policy import ApiPolicy, request_of
 from medmm_ray.engines.chat import Prompt
 from medmm_ray.engines.client import ApiConfig, Client, connect
-from medmm_ray.engines.endpoint import Choice, Picture, Reply, Request
+from medmm_ray.engines.endpoint import Choice, EndpointError, Picture, Reply, Request, RetryableError
 from medmm_ray.engines.gate import Gate
 from medmm_ray.engines.generator import Sampling
 from medmm_ray.engines.prices import Price
@@ -26,15 +26,22 @@ HOW = Sampling(temperature=0.7, max_tokens=50)
 
 
 class Model:
-    """Says its seed; refuses seed 2, cuts seed 3 off, fails at seed 9."""
+    """Says its seed; refuses seed 2, cuts seed 3 off; seed 7 is a bad request, 8 is away, 9 too long."""
 
     identity = "model"
 
     def __init__(self) -> None:
         self.seeds: list[int | None] = []
+        self.ended: list[int | None] = []
 
     async def send(self, request: Request) -> Reply:
         self.seeds.append(request.seed)
+        await asyncio.sleep(0.001)
+        self.ended.append(request.seed)
+        if request.seed == 7:
+            raise RowError("request", "answered 422")
+        if request.seed == 8:
+            raise RetryableError("503")
         if request.seed == 9:
             raise RowError("prompt_too_long", "9 tokens")
         choice = Choice(f"seed {request.seed}", "length" if request.seed == 3 else "stop")
@@ -65,9 +72,42 @@ def test_samples_have_a_seed_each_and_a_price_and_are_asked_once(tmp_path: Path)
     assert again.seeds == [4]
 
 
-def test_other_faults_are_the_questions(tmp_path: Path) -> None:
+def test_a_sample_that_could_not_be_had_leaves_the_others_whole(tmp_path: Path) -> None:
+    made = asyncio.run(policy(Model(), tmp_path).generate(PROMPT, 4, 5, HOW))
+    assert [(c.text, c.finish_reason, c.seed, c.cost > 0) for c in made] == [
+        ("seed 5", "stop", 5, True),
+        ("seed 6", "stop", 6, True),
+        ("", "request", 7, False),
+        ("", "unavailable", 8, False),
+    ]
+    assert [str(c.fault) for c in made] == [
+        "None", "None", "request: answered 422", "unavailable: model failed 2 times, last: 503"
+    ]  # fmt: skip
+
+
+def test_a_prompt_that_is_too_long_is_the_questions_fault(tmp_path: Path) -> None:
     with pytest.raises(RowError, match="prompt_too_long: 9 tokens"):
         asyncio.run(policy(Model(), tmp_path).generate(PROMPT, 2, 8, HOW))
+
+
+def test_the_first_sample_goes_ahead_so_that_the_others_find_their_prompt_cached(tmp_path: Path) -> None:
+    class Watched(Model):
+        async def send(self, request: Request) -> Reply:
+            assert request.seed == 10 or 10 in self.ended
+            return await super().send(request)
+
+    model = Watched()
+    asyncio.run(policy(model, tmp_path).generate(PROMPT, 5, 10, HOW))
+    assert sorted(s for s in model.seeds if s is not None) == [10, 11, 12, 13, 14]
+
+
+def test_a_key_that_is_refused_ends_the_job(tmp_path: Path) -> None:
+    class Locked(Model):
+        async def send(self, request: Request) -> Reply:
+            raise EndpointError("model answered 401: no key; check K")
+
+    with pytest.raises(EndpointError, match="answered 401"):
+        asyncio.run(policy(Locked(), tmp_path).generate(PROMPT, 3, 0, HOW))
 
 
 def test_a_prompt_as_a_request() -> None:

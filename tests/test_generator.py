@@ -140,6 +140,7 @@ def test_documents_fill_the_prompt_and_a_long_one_is_skipped() -> None:
         == "Document 1: short\n\nDocument 2: brief\n\nQuestion: Q (A) a"
     )
     assert text_of(policy_prompt(fake, row, num_documents=0, room=100)) == "Question: Q (A) a"
+    assert [policy_prompt(fake, row, num, 100).num_documents for num in (0, 1, 3)] == [0, 1, 2]
 
 
 def test_documents_that_all_fit_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:

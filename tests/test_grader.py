@@ -16,7 +16,7 @@ CHOICE = {"question_id": "q2", "question": "Which?", "answer": "B", "answer_type
 
 
 def graded(grader: Grader, question: dict[str, str], *answers: str | None) -> list[bool | None]:
-    return asyncio.run(grader.right(question, answers))
+    return asyncio.run(grader.grade(question, answers)).right
 
 
 def test_by_form_alone() -> None:
@@ -47,7 +47,9 @@ def test_a_model_is_asked_where_the_forms_differ_and_once(tmp_path: Path, monkey
         assert len(server.requests) == 2
 
         server.script = [chat_said("I think so"), failed(500)]
-        assert graded(grader(), OPEN, "something", "water") == [None, None]  # failed is not wrong
+        grades = asyncio.run(grader().grade(OPEN, ["something", "water", "Water", "pleural effusion", None]))
+        assert grades.right == [None, None, None, True, None]  # failed is not wrong
+        assert (grades.asked, grades.unanswered) == (2, 2)
 
 
 def test_a_backend_needs_a_model_and_a_folder() -> None:

@@ -17,6 +17,10 @@ from medmm_ray.tables import TableError
 RECIPES = sorted(Path("jobs/recipes").glob("*.yaml"))
 TINY = "jobs/recipes/tiny.yaml"
 MODES = ("uncertain", "all", "first_error", "verify")
+API = (
+    "models.policy=gpt-4o", "sample.backend=openai", "without=[monte_carlo, tree_search]",
+    "train_text_prm.base=org/model",
+)  # fmt: skip
 
 
 def run(*overrides: str) -> Run:
@@ -101,7 +105,7 @@ def test_the_plan_says_where_its_word_replaces_the_recipes() -> None:
 
 
 def test_a_policy_behind_an_api_is_priced_and_steps_left_out_are_not(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["jobs/recipes/medmm.yaml", "run=s3://bucket/run", "models.policy=gpt-4o", "sample.backend=openai"]
+    words = ["jobs/recipes/medmm.yaml", "run=s3://bucket/run", *API, "sample.top_k=0", "sample.num_gpus=0"]
     planned = plan.plan_of(recipe := load_recipe(words), Run(recipe))
     assert (planned.policy_parameters, planned.policy_dollars_per_million_written) == (0, 10.0)
     assert pipeline.main([*words, "--dry-run"]) == 0
@@ -109,6 +113,40 @@ def test_a_policy_behind_an_api_is_priced_and_steps_left_out_are_not(capsys: pyt
     assert "tree_search" not in estimate
     assert pipeline.main([*words[:2], "without=[]", "--dry-run"]) == 0
     assert "600,000 nodes at most" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["models.policy=null"], "sample.backend is 'openai' and models.policy is not set; name the API's model"),
+        (
+            ["without=[]"],
+            "monte_carlo and tree_search would continue solutions from inside a step, which models.policy=gpt-4o "
+            "behind an API (sample.backend=openai) cannot; leave out what cannot be done: "
+            "without=[monte_carlo, tree_search]",
+        ),
+        (["without=[tree_search]"], "without=[tree_search, monte_carlo]"),
+        (["train_text_prm.base=null"], "train_text_prm would start from models.policy=gpt-4o, which is behind an API"),
+        (["judge.backend=vllm"], "judge.backend is 'vllm' and would take models.policy=gpt-4o"),
+        (["sample.top_k=50"], "sample: backend is 'openai', and top_k=50 is for an engine alone; set top_k=0"),
+    ],
+)
+def test_a_policy_behind_an_api_is_asked_for_whole_solutions_alone(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        run(*API, *words)
+    assert str(refused.value).startswith(f"{TINY}: ")
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert "'ingest'" not in str(refused.value)  # the sentence, not the whole recipe
+
+
+def test_a_policy_behind_an_api_with_what_else_is_needed() -> None:
+    given = run(*API, "train_text_prm.base=null", "models.text_prm=org/prm")
+    assert [step.name for step in STEPS if given.skipped(step)] == [
+        "train_policy", "monte_carlo", "tree_search", "train_text_prm"
+    ]  # fmt: skip
+    assert run(*API, "judge.backend=vllm", "judge.model=org/judge").given("policy") == "gpt-4o"
+    assert run("sample.backend=openai", "without=[sample]").recipe.models.policy is None
 
 
 def test_plan_asks_for_numbers_that_it_cannot_know() -> None:

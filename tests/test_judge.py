@@ -248,8 +248,8 @@ def pictures(tmp_path: Path) -> dict[str, Any]:
 
 
 def gemini(server: Server, **changes: Any) -> Any:
-    config = JudgeConfig(backend="gemini", endpoint=server.address, pause_s=0.001, **changes)
-    return make_judge(config, "gemini-2.0-flash")
+    config = JudgeConfig(backend="gemini", model="gemini-2.0-flash", endpoint=server.address, pause_s=0.001, **changes)
+    return make_judge(config, config.model)
 
 
 def entry(step: int, label: str, confidence: str = "high") -> dict[str, Any]:
@@ -430,12 +430,14 @@ def test_solutions_that_are_empty_or_endless_fail_by_name(server: Server, pictur
 def test_a_missing_key_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GEMINI_API_KEY", raising=False)
     with pytest.raises(EndpointError, match="GEMINI_API_KEY; it is not set"):
-        make_judge(JudgeConfig(backend="gemini"), "gemini-2.0-flash")
+        make_judge(JudgeConfig(backend="gemini", model="gemini-2.0-flash"), "gemini-2.0-flash")
 
 
 def test_a_missing_model_is_named() -> None:
-    with pytest.raises(ValueError, match=r"judge.backend=gemini needs judge.model"):
-        make_judge(JudgeConfig(backend="gemini"), None)
+    with pytest.raises(ConfigError, match=r"test: judge\.backend is 'openai' and judge\.model is not set"):
+        build(JudgeConfig, {"backend": "openai"}, "test")
+    with pytest.raises(ValueError, match=r"judge\.backend=vllm needs judge\.model"):
+        make_judge(JudgeConfig(backend="vllm"), None)
 
 
 def test_thoughts_are_paid_as_output(server: Server, pictures: dict[str, Any]) -> None:

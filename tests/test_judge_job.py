@@ -26,7 +26,14 @@ def address() -> Iterator[str]:
 
 
 def label(path: Path, address: str, **more: Any) -> list[dict[str, Any]]:
-    how = {"backend": "openai", "endpoint": f"{address}/v1", "price_read": 1.0, "price_written": 1.0, "in_flight": 4}
+    how = {
+        "backend": "openai",
+        "model": "bench",
+        "endpoint": f"{address}/v1",
+        "price_read": 1.0,
+        "price_written": 1.0,
+        "in_flight": 4,
+    }
     how |= {"key_variable": "HOME", "max_attempts": 8, "pause_s": 0.05}  # set when the session's workers started
     config = build(JudgeConfig, {**how, **more}, "test")
     records = (("questions", Question), ("images", Image))

@@ -2,7 +2,8 @@
 
 import asyncio
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from jobs.monte_carlo import check_draws, summary
 from jobs.step import Job, Run, load_recipe
 from medmm_ray.config import ConfigError, digest
 from medmm_ray.engines.generator import Completion
-from medmm_ray.engines.grader import Grader
+from medmm_ray.engines.grader import Grader, Grades
 from medmm_ray.monte_carlo import MonteCarloConfig, Roller, by_question, image_uris, monte_carlo
 from medmm_ray.monte_carlo.search import (
     Chain,
@@ -249,12 +250,12 @@ def test_the_first_error_is_found_by_halving() -> None:
     assert (found[0].value, found[0].num_rollouts, found[0].stopped_early) == (None, 0, True)
     assert figures == {
         "rollouts": 8, "rollout_tokens": 8 * len(RIGHT), "failed_rollouts": 0, "prefixes_continued": 3,
-        "steps_labelled": 4, "steps_known_free": 1,
+        "prefixes_failed": 0, "steps_labelled": 4, "steps_known_free": 1, "answers_asked": 0, "answers_unanswered": 0,
         "prompt_tokens": 840, "cached_tokens": 416,
     }  # fmt: skip
     assert summary({**figures, "prompt_tokens": 1000, "cached_tokens": 875}) == (
         "4 steps labelled, 1 of them free; 8 continuations of 3 prefixes, "
-        f"{8 * len(RIGHT)} tokens, 0 failed, 87.5% of prompt tokens cached"
+        f"{8 * len(RIGHT)} tokens, 0 failed, 0 prefixes could not be continued, 87.5% of prompt tokens cached"
     )
 
 
@@ -366,14 +367,31 @@ def test_what_fails_is_not_wrong() -> None:
     assert labels["s1"].error is None
 
 
-@pytest.mark.parametrize("mode", ["all", "first_error"])
-def test_a_fault_of_the_engine_is_an_error_and_no_label(mode: str) -> None:
-    def script(prompt: str, seed: int) -> str:
-        raise RowError("prompt_too_long", "9 tokens")
+def broken(prompt: str, seed: int) -> str:
+    raise RowError("prompt_too_long", "9 tokens")
 
-    labels, _, _ = run(script, question([solution("s1", correct=False)]), mode=mode, count_solutions=False)
-    assert labels["s1"].error == "prompt_too_long: 9 tokens"
-    assert marks(labels["s1"]) == "..0"
+
+@pytest.mark.parametrize(("mode", "failed"), [("all", [0, 1]), ("first_error", [0])])
+def test_a_fault_of_the_engine_stays_with_its_step(mode: str, failed: list[int]) -> None:
+    labels, figures, _ = run(broken, question([solution("s1", correct=False)]), mode=mode, count_solutions=False)
+    assert (marks(labels["s1"]), labels["s1"].error) == ("..0", None)
+    fault = StepLabel(num_correct=0, num_rollouts=0, reason="prompt_too_long: 9 tokens")
+    assert [i for i, step in enumerate(labels["s1"].steps) if step == fault] == failed
+    assert (figures["prefixes_failed"], figures["steps_labelled"]) == (len(failed), 1)
+
+
+def test_a_fault_on_one_prefix_leaves_the_labels_of_the_others() -> None:
+    script = lambda prompt, seed: broken(prompt, seed) if "wide" in prompt else RIGHT  # noqa: E731
+    labels, figures, _ = run(script, question([solution("s1", correct=False)]), mode="all", num_rollouts=2,
+                             count_solutions=False)  # fmt: skip
+    assert (marks(labels["s1"]), labels["s1"].error, figures["prefixes_failed"]) == ("+.0", None, 1)
+    assert labels["s1"].steps[1].reason == "prompt_too_long: 9 tokens"
+
+
+def test_a_row_in_which_nothing_is_labelled_has_the_fault_as_its_error() -> None:
+    labels, figures, _ = run(broken, question([solution("s1", correct=None)]), mode="all", count_solutions=False)
+    assert (marks(labels["s1"]), labels["s1"].error) == ("...", "prompt_too_long: 9 tokens")
+    assert (figures["prefixes_failed"], figures["steps_labelled"]) == (3, 0)
 
 
 def test_a_continuation_without_an_answer_is_not_wrong() -> None:
@@ -381,7 +399,7 @@ def test_a_continuation_without_an_answer_is_not_wrong() -> None:
                Completion(" nothing.", "stop", 3)]  # fmt: skip
     [right, wrong, cut, silent] = answers("Step 1: x\nStep 2:", samples, QUESTION)
     assert (right, wrong != right, cut, silent) == (QUESTION["answer"], True, None, None)
-    assert asyncio.run(Grader().right(QUESTION, [right, wrong, cut, silent])) == [True, False, None, None]
+    assert asyncio.run(Grader().grade(QUESTION, [right, wrong, cut, silent])).right == [True, False, None, None]
 
 
 @pytest.mark.parametrize("config", [{"mode": "first_error"}, {"mode": "verify"}, {"mode": "all"},
@@ -508,6 +526,25 @@ def test_documents_need_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
+class Half(Grader):
+    """Like a grader whose model answers every other time."""
+
+    async def grade(self, question: Mapping[str, Any], answers: Sequence[str | None]) -> Grades:
+        return Grades([None if i % 2 else False for i in range(len(answers))], len(answers), len(answers) // 2)
+
+
+def test_answers_that_nobody_graded_are_counted_and_said() -> None:
+    config = MonteCarloConfig(mode="all", num_rollouts=4, stop_early=False, count_solutions=False)
+    actor = Roller(config, "m", "tiny", generator=FakeGenerator(reaching(0)))
+    actor.grader = Half()
+    _, figures = asyncio.run(actor.label(question([solution("s1", correct=False)])))
+    assert (figures["answers_asked"], figures["answers_unanswered"], figures["failed_rollouts"]) == (8, 4, 4)
+    assert summary(figures) == (
+        "3 steps labelled, 1 of them for free, by 8 continuations of 2 prefixes; 4 continuations do not count, 0 "
+        "prefixes could not be continued, 8 answers put to a model, 4 of them without a verdict"
+    )
+
+
 def test_a_policy_that_sees_is_shown_the_questions_images(tmp_path: Path) -> None:
     Image.new("L", (8, 6)).save(tmp_path / "a.png")
     questions = pa.table({"question_id": ["q1", "q2"], "image_ids": [["i1", "i2"], []]})
@@ -520,7 +557,7 @@ def test_a_policy_that_sees_is_shown_the_questions_images(tmp_path: Path) -> Non
     labels, _, asked = run(reaching(0), {**row, "image_uris": ["gone.png"]}, mode="all", num_images=1,
                            count_solutions=False)  # fmt: skip
     assert asked == []
-    assert (labels["s1"].error or "").startswith("image_")
+    assert [(step.reason or "")[:6] for step in labels["s1"].steps] == ["image_", "image_", ""]
     assert marks(labels["s1"]) == "..0"
 
 
@@ -538,3 +575,34 @@ def test_solutions_drawn_otherwise_are_not_counted(tmp_path: Path) -> None:
         else:
             with pytest.raises(ConfigError, match=r"monte_carlo\.top_p is 0\.9 and sample\.top_p 1\.0"):
                 check_draws(job)
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("sample.lora=adapter", "monte_carlo.lora is None and sample.lora adapter"),
+        ("monte_carlo.dtype=bfloat16", "monte_carlo.dtype is bfloat16 and sample.dtype float32"),
+        ("sample.vllm={quantization: fp8}", "monte_carlo.vllm is {} and sample.vllm {'quantization': 'fp8'}"),
+    ],
+)
+def test_solutions_of_another_engine_or_adapter_are_not_counted(tmp_path: Path, word: str, told: str) -> None:
+    words = [f"run={tmp_path}", "monte_carlo.mode=all", "monte_carlo.wrong_only=false", word]
+    job = Job(Run(load_recipe(["jobs/recipes/quickstart.yaml", *words])), BY_NAME["monte_carlo"])
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        check_draws(job)
+
+
+def test_the_adapter_is_part_of_the_policy_so_that_only_its_own_solutions_are_free_knowledge(tmp_path: Path) -> None:
+    words = ["jobs/recipes/quickstart.yaml", f"run={tmp_path}", "models.policy=org/model", "sample.lora=adapter"]
+    base, same = Run(load_recipe(words)), Run(load_recipe([*words, "monte_carlo.lora=adapter"]))
+    assert [base.policy_id(BY_NAME[n]) for n in ("sample", "monte_carlo", "tree_search")] == [
+        "org/model+adapter", "org/model", "org/model",
+    ]  # fmt: skip
+    assert same.policy_id(BY_NAME["monte_carlo"]) == "org/model+adapter"
+    row = question([solution("s1")], policy=base.policy_id(BY_NAME["sample"]))
+    for made, asked in ((base, 2), (same, 0)):
+        fake = FakeGenerator(reaching(9))
+        config = MonteCarloConfig(mode="first_error", num_rollouts=2)
+        actor = Roller(config, "m", made.policy_id(BY_NAME["monte_carlo"]), generator=fake)
+        asyncio.run(actor.label(row))
+        assert len(fake.requests) == asked

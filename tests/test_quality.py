@@ -38,7 +38,8 @@ def test_what_is_refused(text: str, reason: str | None) -> None:
 def test_what_is_cut_off_or_says_no_answer_is_refused() -> None:
     assert why(GOOD, finish_reason="length") == "cut_off"
     assert why("", finish_reason="length") == "empty"
-    assert why("", finish_reason="refused") == "refused"
+    for kind in ("refused", "unavailable", "request"):
+        assert why("", finish_reason=kind) == kind
     assert why(GOOD, answer=None) == "no_answer"
 
 

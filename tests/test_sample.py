@@ -3,6 +3,8 @@
 import asyncio
 import functools
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pyarrow as pa
 import pytest
 import ray
 from PIL import Image
+from pydantic import ValidationError
 
 from jobs.sample import summary
 from medmm_ray.config import digest
@@ -21,8 +24,9 @@ from medmm_ray.engines.generator import (
     end_process,
     request_seed,
 )
+from medmm_ray.engines.grader import Grader, Grades
 from medmm_ray.records import Count, Question, Solutions, from_dict, to_arrow
-from medmm_ray.sample import SampleConfig, Sampler, draws, sample
+from medmm_ray.sample import SampleConfig, Sampler, draws, figures_of, sample
 from medmm_ray.tables import RowError
 from tests.api_server import chat_said, serving
 from tests.fake_generator import FakeGenerator, Script, text_of
@@ -256,6 +260,116 @@ def test_a_policy_behind_an_api_is_asked_and_paid_once(tmp_path: Path) -> None:
         assert sum(len(row["solutions"]) for row in first) == 7
         assert rows() == first
         assert len(server.requests) == 8
+
+
+class Failing(FakeGenerator):
+    """Like an API: samples whose number is in `lost` could not be had."""
+
+    def __init__(self, lost: set[int]) -> None:
+        super().__init__(lambda prompt, seed: GOOD.format(seed))
+        self.lost = lost
+
+    async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:
+        base = request_seed("q1", "m", 0)
+        made = await super().generate(prompt, n, seed, how)
+        return [
+            Completion("", "unavailable", c.seed, fault=RowError("unavailable", f"sample {c.seed - base}"))
+            if c.seed - base in self.lost
+            else replace(c, cost=0.5)
+            for c in made
+        ]
+
+
+API = SampleConfig(backend="openai", num_samples_train=4, max_rounds=2, oversample=1.0)
+
+
+def solve(fake: FakeGenerator, config: SampleConfig, config_hash: str = "c0") -> Solutions:
+    actor = Sampler(config, "m", "tiny", config_hash, generator=fake)
+    row, drawn = asyncio.run(actor.solve(to_arrow(Question, [question()]).to_pylist()[0]))
+    fake.figures = [figures_of(row, drawn)]
+    return row
+
+
+def test_samples_that_an_api_did_not_give_are_drawn_again_and_the_others_kept() -> None:
+    fake = Failing({0, 2})
+    row = solve(fake, API)
+    assert [s.index for s in row.solutions] == [1, 3, 4, 5]
+    assert (row.num_drawn, row.num_missing, row.cost, row.error) == (6, 0, 2.0, None)
+    assert row.rejected == [Count(kind="unavailable", count=2)]
+    assert fake.figures[0]["rejected_unavailable"] == 2
+    row = solve(Failing({0, 1, 2, 4, 5, 6}), API)  # a round that brings nothing more
+    assert ([s.index for s in row.solutions], row.num_missing, row.cost, row.error) == ([3], 3, 0.5, None)
+
+
+def test_a_question_whose_first_round_brought_no_sample_has_their_fault() -> None:
+    fake = Failing({0, 1, 2, 3})
+    row = solve(fake, API)
+    assert (row.error, row.num_drawn, row.num_missing) == ("unavailable: sample 0", 0, 4)
+    assert len(fake.requests) == 1
+
+
+def test_what_an_api_is_asked_depends_on_nothing_that_is_done_with_its_answers() -> None:
+    def asked(config_hash: str, **changes: Any) -> list[tuple[str, int, int]]:
+        fake = Failing(set())
+        solve(fake, API.model_copy(update={"max_rounds": 1, **changes}), config_hash)
+        return fake.requests
+
+    [first] = asked("c0")
+    assert first[1:] == (4, request_seed("q1", "m", 0))
+    for changes in ({"min_steps": 4}, {"max_steps": 3}, {"oversample": 9.0}, {"fill_up": True}):
+        assert asked("c1", **changes) == [first]
+    assert asked("c1", num_samples_train=8) == [(first[0], 8, first[2])]
+    assert asked("c0", seed=1) == [(*first[:2], request_seed("q1", "m", 1))]
+
+
+def test_settings_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValidationError, match="min_steps is 5 and max_steps 4: no solution can be kept"):
+        SampleConfig(min_steps=5, max_steps=4)
+    changes: dict[str, Any] = {"lora": "adapter", "batch_invariant": True, "vllm": {"quantization": "fp8"}}
+    for name, value in {**changes, "top_k": 50, "num_gpus": 1.0}.items():
+        with pytest.raises(
+            ValidationError, match=f"backend is 'gemini', and {name}=.* is for an engine alone; set {name}="
+        ):
+            SampleConfig(backend="gemini", **{name: value})
+    assert SampleConfig(backend="openai").top_k == SampleConfig(**changes).top_k == 50  # that nobody asked for
+    assert SampleConfig(backend="openai", top_k=0, lora=None, vllm={}).backend == "openai"
+
+
+@pytest.mark.parametrize(
+    ("config", "shown"),
+    [
+        ({"max_model_len": 1200, "max_tokens": 1000}, 2),
+        ({"max_model_len": 1150, "max_tokens": 1000}, 1),
+        ({"max_model_len": 1100, "max_tokens": 1000}, 0),
+        ({"max_model_len": 16, "max_tokens": 1000, "backend": "openai", "max_prompt_tokens": 150}, 1),
+        ({"max_model_len": 16, "max_tokens": 1000, "backend": "openai"}, 2),
+    ],
+)
+def test_documents_that_have_no_room_are_counted_and_said(config: dict[str, Any], shown: int) -> None:
+    """A token of the fake is a character; an API has a room of its own."""
+    fake = FakeGenerator(lambda prompt, seed: GOOD)
+    actor = Sampler(SampleConfig(num_documents=2, **config), "m", "tiny", "c0", generator=fake)
+    [asked] = to_arrow(Question, [question()]).to_pylist()
+    documents = [{"text": letter * 50} for letter in "xyz"]
+    figures = figures_of(*asyncio.run(actor.solve({**asked, "documents": documents})))
+    assert (figures["documents_shown"], figures["documents_left_out"]) == (shown, 2 - shown)
+    assert fake.requests[0][0].count("Document ") == shown
+    told = f", {2 - shown} of 2 documents left out for want of room"
+    assert (told in summary(figures)) is (shown < 2)
+
+
+def test_answers_that_nobody_graded_are_counted_and_said() -> None:
+    class Silent(Grader):
+        async def grade(self, question: Mapping[str, Any], answers: Sequence[str | None]) -> Grades:
+            return Grades([None] * len(answers), asked=1, unanswered=1)
+
+    actor = Sampler(CONFIG, "m", "tiny", "c0", generator=FakeGenerator(lambda prompt, seed: GOOD))
+    actor.grader = Silent()
+    row, drawn = asyncio.run(actor.solve(to_arrow(Question, [question()]).to_pylist()[0]))
+    figures = figures_of(row, drawn)
+    assert ([s.correct for s in row.solutions], row.error) == ([None] * 4, None)
+    assert (figures["answers_asked"], figures["answers_unanswered"]) == (1, 1)
+    assert summary(figures).endswith(" cached, 1 answers put to a model, 1 of them without a verdict")
 
 
 @pytest.mark.engine

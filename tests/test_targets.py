@@ -4,7 +4,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medmm_ray.columns import NEUTRAL as NEUTRAL_CODE
@@ -245,6 +245,14 @@ def test_the_accuracy_of_a_question_is_that_of_its_answers() -> None:
     assert accuracy_of([{"correct": None}]) is None
 
 
+def test_consensus_says_nothing_where_a_search_ended_at_a_fault() -> None:
+    failed = StepLabel(num_correct=0, num_rollouts=0, reason="prompt_too_long: 9 tokens")
+    for steps in ([NOBODY, NOBODY, failed, WRONG], [rolled(0.5), failed, NOBODY, WRONG]):
+        assert targets("consensus", [JUDGE, row("monte_carlo", *steps)], 4) == [None] * 4
+    found = row("monte_carlo", rolled(0.5), rolled(0.0), failed, WRONG)  # all that is needed is there
+    assert targets("consensus", [JUDGE, found], 4) == [1.0, 0.0, 0.0, 0.0]
+
+
 def test_consensus_says_nothing_where_the_judge_did_not_judge_all() -> None:
     assert targets("consensus", [row("judge", RIGHT, NOBODY)], 2) == [None, None]
 
@@ -275,6 +283,7 @@ def test_annotators_together_say_what_most_say_and_whole_tables_agree() -> None:
     assert targets("judge", [a, b, c], 6, "keep") == [1.0, None, 0.0, 1.0, None, 1.0]
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.sampled_from("+-0?"), min_size=3, max_size=3), max_size=5), st.booleans())
 def test_one_rule_for_annotators_in_rows_and_in_columns(said: list[list[str]], adjudicated: bool) -> None:
     entries = {"+": RIGHT, "-": WRONG, "0": NEUTRAL, "?": NOBODY}

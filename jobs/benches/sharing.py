@@ -31,7 +31,7 @@ from medmm_ray.engines.client import open_access
 from medmm_ray.engines.endpoint import Request, Turn
 from medmm_ray.engines.generator import Generator
 from medmm_ray.engines.local import prompt_of
-from medmm_ray.judge import APIS, Judge, JudgeCase, JudgeConfig, Judgement, make_judge
+from medmm_ray.judge import Judge, JudgeCase, JudgeConfig, Judgement, make_judge
 from medmm_ray.judge.prompt import SYSTEM, Call, call_text, schema_of, shared_text
 from medmm_ray.metrics import cluster_bootstrap, kappa_of_counts
 from medmm_ray.session import session
@@ -83,8 +83,6 @@ class BenchConfig(Config):
     def _there_is_somebody(self) -> "BenchConfig":
         if self.judge.backend == "phantom":
             raise ValueError("a phantom judge's verdicts do not depend on its calls; name vllm, gemini or openai")
-        if self.judge.backend in APIS and self.judge.model is None:
-            raise ValueError(f"judge.backend is {self.judge.backend!r} and judge.model is not set; name the model")
         return self
 
 

@@ -1,8 +1,8 @@
 """A policy behind an API, asked like an engine: each sample is a request of its own, kept and paid for once.
 
 Enters: what enters `generator.Generator`. Leaves: `Completion`s. Sample i is the request with ``seed + i``, which is
-part of what its answer is kept under, so that a rerun finds it whether or not the API looks at seeds. An API knows no
-`top_k`.
+part of what its answer is kept under, so that a rerun finds it whether or not the API looks at seeds. The first goes
+ahead of the others, so that they find their prompt in the provider's cache. An API knows no `top_k`.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ from medmm_ray.engines.chat import Prompt
 from medmm_ray.engines.client import BYTES_A_TOKEN, Client
 from medmm_ray.engines.endpoint import Picture, Request, Turn
 from medmm_ray.engines.generator import Completion, Sampling, Statistics
+from medmm_ray.quality import NOT_HAD
 from medmm_ray.tables import RowError
 
 
@@ -29,20 +30,26 @@ class ApiPolicy:
         return request.text_bytes // BYTES_A_TOKEN + len(prompt.images) * self.client.price.image_tokens
 
     async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:
-        """`n` samples. One that the model refuses to give is a completion too; any other fault is the question's."""
+        """`n` samples. One that is refused, or could not be had, is a completion too: the others are paid for.
+
+        Raises `RowError` where the prompt itself is at fault (prompt_too_long).
+        """
         request = request_of(prompt, how)
         group = digest(request.key(self.client.endpoint.identity))
-        made = await asyncio.gather(*(self._sample(request, seed + i, group) for i in range(n)))
+        made = [await self._sample(request, seed, group)]
+        made += await asyncio.gather(*(self._sample(request, seed + i, group) for i in range(1, n)))
         self.statistics.add(made)
-        return list(made)
+        return made
 
     async def _sample(self, request: Request, seed: int, group: str) -> Completion:
         try:
             answer = await self.client.ask(replace(request, seed=seed), group)
         except RowError as fault:
-            if fault.kind != "refused":
-                raise
-            return Completion("", "refused", seed)
+            if fault.kind == "refused":
+                return Completion("", "refused", seed)
+            if fault.kind in NOT_HAD:
+                return Completion("", fault.kind, seed, fault=fault)
+            raise
         reply = answer.reply
         finish = "length" if reply.cut_off else "stop"
         return Completion(

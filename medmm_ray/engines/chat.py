@@ -21,11 +21,15 @@ class ChatError(ConfigError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """What an engine continues: a chat and its opened images; `said` is what the assistant has said already."""
+    """What an engine continues: a chat and its opened images; `said` is what the assistant has said already.
+
+    `num_documents` stand in the chat, of those that were retrieved.
+    """
 
     messages: Sequence[Message]
     images: Sequence[Image.Image] = ()
     said: str = ""
+    num_documents: int = 0
 
 
 class Chat:

@@ -112,8 +112,9 @@ class Sampling:
 class Completion:
     """One sample. `finish_reason` is stop (the model ended it, or a text of `Sampling.stop`), length (cut) or refused.
 
-    `cost` is in US dollars. Of its prompt, `shareable_tokens` lie in whole cache blocks, so that a further sample finds
-    them there; `cached_tokens` were found: which of a request's samples found them is not told, their sum is right.
+    One that could not be had has its `fault`, whose kind is its `finish_reason`. `cost` is in US dollars. Of its
+    prompt, `shareable_tokens` lie in whole cache blocks, so that a further sample finds them there; `cached_tokens`
+    were found: which of a request's samples found them is not told, their sum is right.
     """
 
     text: str
@@ -124,6 +125,7 @@ class Completion:
     shareable_tokens: int = 0
     cached_tokens: int = field(default=0, compare=False)
     cost: float = 0.0
+    fault: RowError | None = field(default=None, compare=False)
 
 
 @dataclass
@@ -271,9 +273,10 @@ def policy_prompt(
 
     def asked(documents: Sequence[str]) -> Prompt:
         text = question_with_options(question["question"], question["options"])
-        return Prompt(policy_messages(text, documents, question["answer_type"]), images)
+        messages = policy_messages(text, documents, question["answer_type"])
+        return Prompt(messages, images, num_documents=len(documents))
 
-    retrieved = [document["text"] for document in (question.get("documents") or [])[:num_documents]]
+    retrieved = [document["text"] for document in offered(question, num_documents)]
     if not retrieved or generator.count(asked(retrieved)) <= room:  # mostly all fit, and one count says so
         return asked(retrieved)
     chosen: list[str] = []
@@ -281,6 +284,11 @@ def policy_prompt(
         if generator.count(asked([*chosen, text])) <= room:
             chosen.append(text)
     return asked(chosen)
+
+
+def offered(question: Mapping[str, Any], num_documents: int) -> Sequence[Mapping[str, Any]]:
+    """The retrieved documents of a question row that its prompt should hold, best first."""
+    return (question.get("documents") or [])[:num_documents]
 
 
 def engine_arguments(model: str, config: GeneratorConfig, lora: str | None = None) -> dict[str, Any]:

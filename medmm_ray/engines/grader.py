@@ -2,12 +2,14 @@
 
 Enters: a question row with its gold answer, and extracted answers. Leaves: True, False, or None where there is no
 answer or nobody could say. Only answers to open questions that differ in their normal form are asked about, each
-distinct one of a question once. The gold answer is shown to this model alone: no policy and no judge sees its requests.
+distinct one of a question once; those on which it gave no verdict are counted. The gold answer is shown to this model
+alone: no policy and no judge sees its requests.
 """
 
 import asyncio
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -49,27 +51,40 @@ class EquivalenceConfig(ApiConfig):
         return self
 
 
+@dataclass(frozen=True)
+class Grades:
+    """For each answer whether it is `right`; None where there is no answer, or nobody could say.
+
+    The model was `asked` about so many of them, and of those left so many `unanswered`.
+    """
+
+    right: list[bool | None]
+    asked: int = 0
+    unanswered: int = 0
+
+
 class Grader:
     """Grades the answers to one question at a time; without a client by their form alone."""
 
     def __init__(self, client: Client | None = None, max_tokens: int = 256) -> None:
         self.client, self.max_tokens = client, max_tokens
 
-    async def right(self, question: Mapping[str, Any], answers: Sequence[str | None]) -> list[bool | None]:
-        """For each of `answers` whether it is right; `question` is a row with question_id, question and answer."""
+    async def grade(self, question: Mapping[str, Any], answers: Sequence[str | None]) -> Grades:
+        """The grades of `answers`; `question` is a row with question_id, question and answer."""
         gold, answer_type = question["answer"], question["answer_type"]
         plain = [is_correct(answer, gold, answer_type) for answer in answers]
         if self.client is None or answer_type != "open":
-            return plain
+            return Grades(plain)
         open_ = sorted(
             {answer_key(a): a for a, right in zip(answers, plain, strict=True) if a and right is False}.items()
         )
         said = await asyncio.gather(*(self._same(question, answer) for _, answer in open_))
         known = dict(zip([key for key, _ in open_], said, strict=True))
-        return [
+        right = [
             known[answer_key(answer)] if answer and right is False else right
             for answer, right in zip(answers, plain, strict=True)
         ]
+        return Grades(right, asked=len(said), unanswered=said.count(None))
 
     async def _same(self, question: Mapping[str, Any], answer: str) -> bool | None:
         """What the model says; None where it did not answer, or not in the asked form."""

@@ -58,3 +58,9 @@ class JudgeConfig(GeneratorConfig, ApiConfig):
         if self.solutions_per_call > 1 and (self.granularity == "step" or self.reply == "lines"):
             raise ValueError("solutions_per_call > 1 needs granularity=solution and reply=json")
         return self
+
+    @model_validator(mode="after")
+    def _has_a_model(self) -> "JudgeConfig":
+        if self.backend not in ("phantom", "vllm") and not self.model:
+            raise ValueError(f"judge.backend is {self.backend!r} and judge.model is not set; name the model")
+        return self

@@ -4,7 +4,8 @@ Enters: solutions, their questions, the judge's labels. Leaves: labels with sour
 question) for the steps that are known, the other steps empty; a question without such steps has an empty list. The
 value of a step is about the prefix that ends there: num_correct / num_rollouts, and the label is 1 where it exceeds
 `threshold`. A continuation that is cut off or states no answer is not wrong: it is not counted, and a prefix of which
-none counts has a reason and no label. No prompt carries the gold answer. `search` says what is continued and why.
+none counts has a reason and no label. So has one that could not be continued; only where no step of a solution has a
+label is that its row's error. No prompt carries the gold answer. `search` says what is continued and why.
 
 With `stop_early` (the default) a prefix is continued 2, 2, 4, 8 ... times and only until its label is decided. The
 label is the same, at a fraction of the tokens, but num_correct / num_rollouts is then too high (a true .25 reads .37,
@@ -294,14 +295,15 @@ class Roller:
                     findings.faults[prefix] = samples
                     continue
                 tally = findings.tallies.setdefault(prefix, Tally())
-                right = await self.grader.right(row, answers(prefix, samples, row))
+                grades = await self.grader.grade(row, answers(prefix, samples, row))
+                findings.grades.append(grades)
                 tally.drawn += len(samples)
                 tally.cut_off += sum(sample.finish_reason != "stop" for sample in samples)
-                tally.add(right)
+                tally.add(grades.right)
                 findings.num_tokens += sum(sample.num_tokens for sample in samples)
                 findings.prompt_tokens += sum(sample.prompt_tokens for sample in samples)
                 findings.cached_tokens += sum(sample.cached_tokens for sample in samples)
-                if self.config.searches and any(right):
+                if self.config.searches and any(grades.right):
                     findings.reach(shorter[prefix])
             due = wanted(chains, findings, self.config.mode)
 
@@ -327,6 +329,7 @@ class Roller:
         self, row: Mapping[str, Any], chain: Chain, steps: Mapping[int, StepLabel], findings: Findings
     ) -> Labels:
         solution = row["solutions"][chain.number]
+        is_labelled = any(step.label is not None for step in steps.values())
         faults = [findings.faults[prefix] for prefix in chain.prefixes if prefix in findings.faults]
         return Labels(
             question_id=row["question_id"],
@@ -335,12 +338,13 @@ class Roller:
             annotator=self.annotator,
             steps=[steps.get(index, StepLabel()) for index in range(len(solution["steps"]))],
             cost=0.0,
-            error=str(faults[0]) if faults else None,
+            error=str(faults[0]) if faults and not is_labelled else None,
         )
 
 
 def figures(findings: Findings, steps: Sequence[StepLabel]) -> dict[str, int]:
-    """What a question took, for the manifest: continuations, their tokens, those that do not count, and the labels."""
+    """What a question took, for the manifest: continuations, their tokens, those that do not count, prefixes that could
+    not be continued, the labels, and answers that a model was asked to grade and those that it did not."""
     tallies = findings.tallies.values()
     return {
         "rollouts": sum(tally.drawn for tally in tallies),
@@ -349,6 +353,9 @@ def figures(findings: Findings, steps: Sequence[StepLabel]) -> dict[str, int]:
         "cached_tokens": findings.cached_tokens,
         "failed_rollouts": sum(tally.drawn + tally.known - tally.counted for tally in tallies),
         "prefixes_continued": sum(tally.drawn > 0 for tally in tallies),
+        "prefixes_failed": len(findings.faults),
         "steps_labelled": sum(step.label is not None for step in steps),
         "steps_known_free": sum(step.label is not None and not step.num_rollouts for step in steps),
+        "answers_asked": sum(grades.asked for grades in findings.grades),
+        "answers_unanswered": sum(grades.unanswered for grades in findings.grades),
     }

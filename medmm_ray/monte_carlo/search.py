@@ -21,6 +21,7 @@ from typing import Any
 
 from medmm_ray.config import digest
 from medmm_ray.engines.generator import Completion
+from medmm_ray.engines.grader import Grades
 from medmm_ray.records import StepLabel
 from medmm_ray.tables import RowError
 from medmm_ray.text import extract_answer
@@ -108,6 +109,7 @@ class Findings:
     num_tokens: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    grades: list[Grades] = field(default_factory=list)
 
     def count_solutions(self, solutions: Iterable[tuple[Sequence[str], bool | None]]) -> None:
         """Take the question's solutions (prefixes, outcome) as continuations of each of their prefixes but the last."""

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 class TextPrmConfig(TrainConfig):
     """Training of the text tower."""
 
+    base: str | None = None
+    """The checkpoint to start from: a folder, a URI, a hub id or package:<name>. null: the policy."""
     label_policy: LabelPolicy = "hybrid"
     """How label rows become targets, see targets.py."""
     after_first_error: AfterFirstError = "collapse"

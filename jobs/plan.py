@@ -46,10 +46,10 @@ def plan_of(recipe: Recipe, run: Run) -> Plan:
         raise ConfigError(f"plan.gpu is {assumed.gpu!r}; known: {', '.join(GPUS)}")
     judge, rolls, tree, writer = recipe.judge, recipe.monte_carlo, recipe.tree_search, recipe.write_questions
     grader = recipe.sample.equivalence
-    policy = _price(recipe.sample.backend, recipe.models.policy, recipe.sample, "models.policy")
-    judging = _price(judge.backend, judge.model, judge, "judge.model")
-    writing = _price(writer.backend, writer.model, writer, "write_questions.model") if writer.per_image else None
-    grading = _price(grader.backend, grader.model, grader, "sample.equivalence.model")
+    policy = _price(recipe.sample.backend, recipe.models.policy, recipe.sample)
+    judging = _price(judge.backend, judge.model, judge)
+    writing = _price(writer.backend, writer.model, writer) if writer.per_image else None
+    grading = _price(grader.backend, grader.model, grader)
     reached = not rolls.threshold and (rolls.stop_early or rolls.searches)  # from a prefix of a right solution
     budgets = {"sample": recipe.sample, "equivalence": grader, "judge": judge, "write_questions": writer}
     rollouts = [
@@ -120,12 +120,11 @@ def plan_of(recipe: Recipe, run: Run) -> Plan:
     )
 
 
-def _price(backend: str, model: str | None, config: ApiConfig, key: str) -> Price | None:
+def _price(backend: str, model: str | None, config: ApiConfig) -> Price | None:
     """What the ledger of a model behind an API will charge; None where it is none."""
     if backend not in APIS:
         return None
-    if model is None:
-        raise ConfigError(f"the backend is {backend!r} and {key} is not set; name the API's model")
+    assert model is not None, "its config asks for one"
     return price_of(model, config.price_read, config.price_written, config.price_cached)
 
 

@@ -540,8 +540,9 @@ def test_answers_that_nobody_graded_are_counted_and_said() -> None:
     _, figures = asyncio.run(actor.label(question([solution("s1", correct=False)])))
     assert (figures["answers_asked"], figures["answers_unanswered"], figures["failed_rollouts"]) == (8, 4, 4)
     assert summary(figures) == (
-        "3 steps labelled, 1 of them for free, by 8 continuations of 2 prefixes; 4 continuations do not count, 0 "
-        "prefixes could not be continued, 8 answers put to a model, 4 of them without a verdict"
+        f"3 steps labelled, 1 of them free; 8 continuations of 2 prefixes, {figures['rollout_tokens']} tokens, 4 failed, "
+        f"0 prefixes could not be continued, {figures['cached_tokens'] / figures['prompt_tokens']:.1%} of prompt tokens "
+        "cached, 8 answers put to a model, 4 of them without a verdict"
     )
 
 

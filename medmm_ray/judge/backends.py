@@ -188,7 +188,7 @@ class ModelJudge:
                 f"judge's answer was cut off at max_tokens={self.config.max_tokens} ({len(answer.reply.text)} "
                 "characters); shorter reasons are enough",
             )
-        return verdicts(answer.reply.text, call.numbers)
+        return verdicts(answer.reply.text, call.numbers, self._lines)
 
     def _fitting(
         self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | Shown], call: Call

@@ -149,6 +149,8 @@ def load(
 def _explain(config: type[BaseModel], fault: Any) -> str:
     path = [str(part) for part in fault["loc"]]
     key = ".".join(path)
+    if not path:  # a fault between sections, which names their keys itself
+        return str(fault["msg"]).removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
         names = _names_at(config, path[:-1])
         near = difflib.get_close_matches(path[-1], names, n=1)

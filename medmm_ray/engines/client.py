@@ -52,11 +52,11 @@ class ApiConfig(Config):
     price_written: float | None = execution(None)
     """US dollars per million generated tokens; null takes the table's."""
     max_cost_usd: float | None = execution(None)
-    """Most US dollars that the run may spend on this model, worst cases included; null is no limit."""
+    """Most US dollars that the run may spend on this model, worst cases included; null: no limit of this section's."""
     requests_per_minute: float | None = execution(None)
-    """Most requests a minute of the whole cluster; null is no limit."""
+    """Most requests a minute of the whole cluster to this model; null: no limit of this section's."""
     tokens_per_minute: float | None = execution(None)
-    """Most tokens a minute of the whole cluster; null is no limit."""
+    """Most tokens a minute of the whole cluster to this model; null: no limit of this section's."""
     endpoint: str | None = execution(None)
     """Another address of the API: a proxy, a vLLM server, Gemini's OpenAI-compatible one."""
     key_variable: str | None = execution(None)

@@ -142,6 +142,59 @@ def test_a_refused_request_is_not_sent_again_and_a_refusal_is_not_paid_again(tmp
     assert sorted(endpoint.sent) == ["bad", "bad", "no"]
 
 
+async def together(made: Client, number: int, text: str = "a") -> list[Any]:
+    asks = (made.ask(asked(text), "q") for _ in range(number))
+    return await asyncio.gather(*asks, return_exceptions=True)
+
+
+def test_what_is_asked_at_the_same_time_is_sent_and_paid_once(tmp_path: Path) -> None:
+    endpoint = Scripted(0.02)
+    made = client(endpoint, tmp_path, price=DEAR)
+    assert [found.cost for found in asyncio.run(together(made, 3))] == [0.01, 0.0, 0.0]
+    assert endpoint.sent == ["a"]
+    assert (figures(made)["spent"], figures(made)["answers"]) == (0.01, 1)
+    again = client(endpoint, tmp_path, price=DEAR)
+    assert [found.cost for found in asyncio.run(together(again, 3))] == [0.01, 0.0, 0.0], "kept, the cost is the same"
+    assert endpoint.sent == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("said", "fault", "costs", "sent"),
+    [
+        (RowError("request", "400"), "request: 400", [0.0, 0.0], 1),
+        (RetryableError("500"), "unavailable: scripted failed 3 times, last: 500", [0.0, 0.0], 3),
+        (Reply((), 10, 0, 1, refusal="no"), "refused: no", [0.01, 0.0], 1),
+        (EndpointError("401: expired"), "401: expired", None, 1),
+    ],
+)
+def test_a_fault_is_of_all_who_ask_the_same(said: Any, fault: str, costs: list[float] | None, sent: int) -> None:
+    endpoint = Scripted(0.01, a=[said])
+    found = asyncio.run(together(client(endpoint, price=DEAR), 2))
+    assert [str(one) for one in found] == [fault, fault]
+    assert costs is None or [one.cost for one in found] == costs
+    assert len(endpoint.sent) == sent
+
+
+def test_where_who_asked_first_is_cancelled_another_takes_over() -> None:
+    endpoint = Scripted(0.05)
+
+    async def work() -> list[Any]:
+        made = client(endpoint, price=DEAR)
+        asking = [asyncio.create_task(made.ask(asked("a"), "q")) for _ in range(4)]
+        await asyncio.sleep(0.02)
+        asking[0].cancel()
+        asking[1].cancel()
+        found = await asyncio.gather(*asking, return_exceptions=True)
+        assert made._asked == {}
+        return found
+
+    first, second, *others = asyncio.run(work())
+    assert isinstance(first, asyncio.CancelledError)
+    assert isinstance(second, asyncio.CancelledError)
+    assert [answer.cost for answer in others] == [0.01, 0.0]
+    assert endpoint.sent == ["a", "a"]
+
+
 class Held:
     """Holds every request until the test lets one go; each seventh meets a fault whose pause is long."""
 

@@ -4,11 +4,14 @@ import asyncio
 import base64
 import gc
 import io
+import json
 import random
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from medmm_ray.engines.endpoint import (
     Request,
     RetryableError,
     Turn,
+    asked_wait_s,
     fault_of,
 )
 from medmm_ray.engines.gate import BudgetError, Gate, close_ledger
@@ -325,6 +329,7 @@ def test_a_refused_key_ends_the_job_after_what_is_under_way_is_kept(tmp_path: Pa
         (429, "You exceeded your quota: insufficient_quota", "EndpointError"),
         (429, "slow down", "RetryableError"),
         (408, "late", "RetryableError"),
+        (409, "aborted", "RetryableError"),
         (503, "overloaded", "RetryableError"),
         (400, "content_filter triggered", "refused"),
         (400, "This model's maximum context length is 8192 tokens", "prompt_too_long"),
@@ -332,10 +337,40 @@ def test_a_refused_key_ends_the_job_after_what_is_under_way_is_kept(tmp_path: Pa
     ],
 )
 def test_what_a_status_means(status: int, said: str, expected: str) -> None:
-    fault = fault_of("m", status, said, "2.5", "KEY")
+    fault = fault_of("m", status, said, 2.5, "KEY")
     assert (fault.kind if isinstance(fault, RowError) else type(fault).__name__) == expected
     if isinstance(fault, RetryableError):
         assert fault.retry_after_s == 2.5
+
+
+INFO = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "7.25s"}
+LIMITED = {"error": {"code": 429, "message": "slow", "details": [{"@type": "x"}, INFO]}}
+
+
+@pytest.mark.parametrize(
+    ("header", "body", "seconds"),
+    [
+        (None, "slow down", None),
+        ("2.5", "", 2.5),
+        ("-1", "", 0.0),
+        ("soon", "", None),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", "", 0.0),
+        ("Wed, 21 Oct 99999 07:28:00 GMT", "", None),
+        (None, json.dumps(LIMITED), 7.25),
+        (None, json.dumps([LIMITED], indent=2), 7.25),
+        ("2", json.dumps(LIMITED), 7.25),
+        ("9", json.dumps(LIMITED), 9.0),
+        (None, '{"retryDelay": "a while"}', None),
+    ],
+)
+def test_how_long_a_server_asks_to_wait(header: str | None, body: str, seconds: float | None) -> None:
+    assert asked_wait_s(header, body) == seconds
+
+
+def test_a_server_may_ask_to_wait_until_a_date() -> None:
+    asked_s = asked_wait_s(format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True), "")
+    assert asked_s is not None
+    assert 98 < asked_s <= 100
 
 
 def test_prices() -> None:
@@ -434,6 +469,14 @@ def test_retry_after_is_honoured(server: Server, tmp_path: Path) -> None:
     answer = asyncio.run(connect("openai", "m", config).ask(asked("a"), "q"))
     assert (answer.reply.text, answer.cost) == ("1", 1100 / 1e6)
     assert server.times[1] - server.times[0] >= 1.0
+
+
+def test_the_pause_of_a_retry_info_is_honoured(server: Server) -> None:
+    """As Gemini's OpenAI-compatible address states it."""
+    server.script = [(429, {}, [LIMITED])]
+    with pytest.raises(RetryableError, match="429: ") as error:
+        asyncio.run(openai(server).send(asked("a")))
+    assert error.value.retry_after_s == 7.25
 
 
 def test_a_server_that_hangs_is_a_fault_of_the_moment(server: Server) -> None:

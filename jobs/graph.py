@@ -87,6 +87,7 @@ STEPS = (
         "judge",
         ("questions", "images", "evidence", "solutions"),
         {"judge_labels": Labels},
+        version=2,
         what="a verdict for each step",
     ),
     Step(

@@ -10,10 +10,11 @@ from medmm_ray.audit import AuditConfig
 from medmm_ray.config import Config, execution
 from medmm_ray.curate import CurateConfig
 from medmm_ray.embed import EmbedConfig
+from medmm_ray.engines.client import ApiConfig
 from medmm_ray.engines.index import IndexConfig
 from medmm_ray.evaluate import EvaluateConfig
 from medmm_ray.ingest import IngestConfig
-from medmm_ray.judge import JudgeConfig
+from medmm_ray.judge import APIS, JudgeConfig
 from medmm_ray.monte_carlo import MonteCarloConfig
 from medmm_ray.retrieve import RetrieveConfig
 from medmm_ray.review import ReviewConfig
@@ -168,6 +169,18 @@ class Recipe(Config):
             raise ValueError("; ".join(faults))
         return self
 
+    @model_validator(mode="after")
+    def _limits_agree(self) -> "Recipe":
+        for (model, limit), given in limits_of(self).items():
+            (first, value), *others = given.items()
+            for other, another in others:
+                if another != value:
+                    raise ValueError(
+                        f"{first} is {value:g} and {other} is {another:g}, but the run asks {model} through one gate "
+                        f"with one {limit}; make them equal, or set one of them"
+                    )
+        return self
+
     @classmethod
     def completed(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
         """The recipe's seed in every section that has one and does not set its own."""
@@ -213,3 +226,48 @@ def api_policy_faults(recipe: Recipe) -> list[str]:
             "name one as judge.model"
         )
     return faults
+
+
+LIMITS = ("max_cost_usd", "requests_per_minute", "tokens_per_minute")
+
+
+def asking(recipe: Recipe) -> dict[str, tuple[str, ApiConfig]]:
+    """The sections that ask a model behind an API, with the model's name."""
+    written = recipe.write_questions
+    sections: dict[str, tuple[str, str | None, ApiConfig]] = {
+        "write_questions": (written.backend, written.model if written.per_image else None, written),
+        "sample": (recipe.sample.backend, recipe.models.policy, recipe.sample),
+        "sample.equivalence": (
+            recipe.sample.equivalence.backend,
+            recipe.sample.equivalence.model,
+            recipe.sample.equivalence,
+        ),
+        "judge": (recipe.judge.backend, recipe.judge.model, recipe.judge),
+    }
+    return {name: (model, config) for name, (backend, model, config) in sections.items() if backend in APIS and model}
+
+
+def limits_of(recipe: Recipe) -> dict[tuple[str, str], dict[str, float]]:
+    """Of each model and limit the settings that give one: ``{("gpt-4o", "max_cost_usd"): {"judge.max_cost_usd": 5}}``.
+
+    A model has one gate in a run, whichever backend or address it is reached by.
+    """
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for name, (model, config) in asking(recipe).items():
+        for limit in LIMITS:
+            value: float | None = getattr(config, limit)
+            if value is not None:
+                found.setdefault((model, limit), {})[f"{name}.{limit}"] = value
+    return found
+
+
+def with_shared_limits(recipe: Recipe) -> Recipe:
+    """The recipe, a model's limits in every section that asks it: a step that sets none would lift the run's."""
+    given = {key: next(iter(settings.values())) for key, settings in limits_of(recipe).items()}
+    limited: dict[str, Any] = {
+        name: config.model_copy(update={limit: given[model, limit] for limit in LIMITS if (model, limit) in given})
+        for name, (model, config) in asking(recipe).items()
+    }
+    if equivalence := limited.pop("sample.equivalence", None):
+        limited["sample"] = limited.get("sample", recipe.sample).model_copy(update={"equivalence": equivalence})
+    return recipe.model_copy(update=limited)

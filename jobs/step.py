@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.compute as pc
 
 from jobs.graph import BY_NAME, MAKER, STEPS, Step
-from jobs.recipe import Recipe
+from jobs.recipe import Recipe, with_shared_limits
 from medmm_ray.config import ConfigError, digest, help_text, identity, load
 from medmm_ray.engines.endpoint import EndpointError
 from medmm_ray.engines.gate import BudgetError
@@ -35,7 +35,7 @@ class Run:
     def __init__(self, recipe: Recipe) -> None:
         if not recipe.run:
             raise ConfigError("'run' is required: the output folder, e.g. run=runs/mine")
-        self.recipe = recipe
+        self.recipe = with_shared_limits(recipe)
         self.root = recipe.run.rstrip("/") if "://" in recipe.run else str(Path(recipe.run).absolute())
         self._fingerprints: dict[str, str] = {}
 

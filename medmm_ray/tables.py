@@ -42,11 +42,14 @@ class TableError(RuntimeError):
 
 
 class RowError(ValueError):
-    """One row that cannot be made; it goes to the row's `error` as ``kind: message`` and never ends the job."""
+    """One row that cannot be made; it goes to the row's `error` as ``kind: message`` and never ends the job.
 
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(kind, message)
-        self.kind, self.message = kind, message
+    `cost` is what was paid for it all the same, US dollars.
+    """
+
+    def __init__(self, kind: str, message: str, cost: float = 0.0) -> None:
+        super().__init__(kind, message, cost)
+        self.kind, self.message, self.cost = kind, message, cost
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.message}"

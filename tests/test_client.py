@@ -4,11 +4,14 @@ import asyncio
 import base64
 import gc
 import io
+import json
 import random
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from medmm_ray.engines.endpoint import (
     Request,
     RetryableError,
     Turn,
+    asked_wait_s,
     fault_of,
 )
 from medmm_ray.engines.gate import BudgetError, Gate, close_ledger
@@ -140,6 +144,59 @@ def test_a_refused_request_is_not_sent_again_and_a_refusal_is_not_paid_again(tmp
     expected = ["request: 400", "refused: it would rather not"]
     assert (asyncio.run(work()), asyncio.run(work())) == (expected, expected)
     assert sorted(endpoint.sent) == ["bad", "bad", "no"]
+
+
+async def together(made: Client, number: int, text: str = "a") -> list[Any]:
+    asks = (made.ask(asked(text), "q") for _ in range(number))
+    return await asyncio.gather(*asks, return_exceptions=True)
+
+
+def test_what_is_asked_at_the_same_time_is_sent_and_paid_once(tmp_path: Path) -> None:
+    endpoint = Scripted(0.02)
+    made = client(endpoint, tmp_path, price=DEAR)
+    assert [found.cost for found in asyncio.run(together(made, 3))] == [0.01, 0.0, 0.0]
+    assert endpoint.sent == ["a"]
+    assert (figures(made)["spent"], figures(made)["answers"]) == (0.01, 1)
+    again = client(endpoint, tmp_path, price=DEAR)
+    assert [found.cost for found in asyncio.run(together(again, 3))] == [0.01, 0.0, 0.0], "kept, the cost is the same"
+    assert endpoint.sent == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("said", "fault", "costs", "sent"),
+    [
+        (RowError("request", "400"), "request: 400", [0.0, 0.0], 1),
+        (RetryableError("500"), "unavailable: scripted failed 3 times, last: 500", [0.0, 0.0], 3),
+        (Reply((), 10, 0, 1, refusal="no"), "refused: no", [0.01, 0.0], 1),
+        (EndpointError("401: expired"), "401: expired", None, 1),
+    ],
+)
+def test_a_fault_is_of_all_who_ask_the_same(said: Any, fault: str, costs: list[float] | None, sent: int) -> None:
+    endpoint = Scripted(0.01, a=[said])
+    found = asyncio.run(together(client(endpoint, price=DEAR), 2))
+    assert [str(one) for one in found] == [fault, fault]
+    assert costs is None or [one.cost for one in found] == costs
+    assert len(endpoint.sent) == sent
+
+
+def test_where_who_asked_first_is_cancelled_another_takes_over() -> None:
+    endpoint = Scripted(0.05)
+
+    async def work() -> list[Any]:
+        made = client(endpoint, price=DEAR)
+        asking = [asyncio.create_task(made.ask(asked("a"), "q")) for _ in range(4)]
+        await asyncio.sleep(0.02)
+        asking[0].cancel()
+        asking[1].cancel()
+        found = await asyncio.gather(*asking, return_exceptions=True)
+        assert made._asked == {}
+        return found
+
+    first, second, *others = asyncio.run(work())
+    assert isinstance(first, asyncio.CancelledError)
+    assert isinstance(second, asyncio.CancelledError)
+    assert [answer.cost for answer in others] == [0.01, 0.0]
+    assert endpoint.sent == ["a", "a"]
 
 
 class Held:
@@ -272,6 +329,7 @@ def test_a_refused_key_ends_the_job_after_what_is_under_way_is_kept(tmp_path: Pa
         (429, "You exceeded your quota: insufficient_quota", "EndpointError"),
         (429, "slow down", "RetryableError"),
         (408, "late", "RetryableError"),
+        (409, "aborted", "RetryableError"),
         (503, "overloaded", "RetryableError"),
         (400, "content_filter triggered", "refused"),
         (400, "This model's maximum context length is 8192 tokens", "prompt_too_long"),
@@ -279,10 +337,40 @@ def test_a_refused_key_ends_the_job_after_what_is_under_way_is_kept(tmp_path: Pa
     ],
 )
 def test_what_a_status_means(status: int, said: str, expected: str) -> None:
-    fault = fault_of("m", status, said, "2.5", "KEY")
+    fault = fault_of("m", status, said, 2.5, "KEY")
     assert (fault.kind if isinstance(fault, RowError) else type(fault).__name__) == expected
     if isinstance(fault, RetryableError):
         assert fault.retry_after_s == 2.5
+
+
+INFO = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "7.25s"}
+LIMITED = {"error": {"code": 429, "message": "slow", "details": [{"@type": "x"}, INFO]}}
+
+
+@pytest.mark.parametrize(
+    ("header", "body", "seconds"),
+    [
+        (None, "slow down", None),
+        ("2.5", "", 2.5),
+        ("-1", "", 0.0),
+        ("soon", "", None),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", "", 0.0),
+        ("Wed, 21 Oct 99999 07:28:00 GMT", "", None),
+        (None, json.dumps(LIMITED), 7.25),
+        (None, json.dumps([LIMITED], indent=2), 7.25),
+        ("2", json.dumps(LIMITED), 7.25),
+        ("9", json.dumps(LIMITED), 9.0),
+        (None, '{"retryDelay": "a while"}', None),
+    ],
+)
+def test_how_long_a_server_asks_to_wait(header: str | None, body: str, seconds: float | None) -> None:
+    assert asked_wait_s(header, body) == seconds
+
+
+def test_a_server_may_ask_to_wait_until_a_date() -> None:
+    asked_s = asked_wait_s(format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True), "")
+    assert asked_s is not None
+    assert 98 < asked_s <= 100
 
 
 def test_prices() -> None:
@@ -381,6 +469,14 @@ def test_retry_after_is_honoured(server: Server, tmp_path: Path) -> None:
     answer = asyncio.run(connect("openai", "m", config).ask(asked("a"), "q"))
     assert (answer.reply.text, answer.cost) == ("1", 1100 / 1e6)
     assert server.times[1] - server.times[0] >= 1.0
+
+
+def test_the_pause_of_a_retry_info_is_honoured(server: Server) -> None:
+    """As Gemini's OpenAI-compatible address states it."""
+    server.script = [(429, {}, [LIMITED])]
+    with pytest.raises(RetryableError, match="429: ") as error:
+        asyncio.run(openai(server).send(asked("a")))
+    assert error.value.retry_after_s == 7.25
 
 
 def test_a_server_that_hangs_is_a_fault_of_the_moment(server: Server) -> None:

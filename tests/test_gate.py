@@ -80,6 +80,23 @@ def test_a_call_that_the_budget_cannot_hold_ends_the_job_once_all_is_settled(tmp
     asyncio.run(work())
 
 
+def test_a_limit_that_is_not_set_lifts_none_and_one_that_is_wins(tmp_path: Path) -> None:
+    """A grader without a budget shares the policy's gate; a rerun in the same driver raises the budget."""
+
+    async def work() -> None:
+        gate = Gate(str(tmp_path), Limits(max_cost_usd=1.0, requests_per_minute=60, drain_s=0.05))
+        await gate.limit(Limits(tokens_per_minute=1000, breaker_faults=3, drain_s=0.05))
+        assert gate.limits == Limits(60, 1000, 1.0, breaker_faults=3, drain_s=0.05)
+        assert (gate._requests.rate, gate._tokens.rate) == (1.0, 1000 / 60)
+        stopped = (await gate.lease("s", 4, [ask(1.5)])).stopped
+        assert stopped is not None
+        assert stopped[0] == "budget"
+        await gate.limit(Limits(max_cost_usd=2.0))
+        assert await gate.lease("s", 4, [ask(1.5)]) == Grant((1,))
+
+    asyncio.run(work())
+
+
 def test_what_was_reserved_when_all_was_killed_is_found_or_booked_as_possibly_paid(tmp_path: Path) -> None:
     """In flight at most 2 of 4 leases; one answer had arrived."""
     reply = Reply((Choice("yes", "stop"),), 1, 0, 1)

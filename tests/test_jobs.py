@@ -191,6 +191,51 @@ def test_a_list_may_be_set_in_a_recipe_with_a_seed() -> None:
     assert (recipe.score.arms, recipe.judge.splits) == (("text_only",), ("train", "test"))
 
 
+GRADED = ("sample.equivalence.backend=openai", "sample.equivalence.model=gpt-4o")
+JUDGED = ("judge.backend=openai", "judge.model=gpt-4o")
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (
+            (*GRADED, *JUDGED, "sample.equivalence.max_cost_usd=5.0", "judge.max_cost_usd=7.5"),
+            "sample.equivalence.max_cost_usd is 5 and judge.max_cost_usd is 7.5, but the run asks gpt-4o through one "
+            "gate with one max_cost_usd; make them equal, or set one of them",
+        ),
+        (
+            (*API, *JUDGED, "sample.requests_per_minute=10.0", "judge.requests_per_minute=20.0"),
+            "sample.requests_per_minute is 10 and judge.requests_per_minute is 20",
+        ),
+        (
+            ("write_questions.per_image=1", "write_questions.backend=gemini", "write_questions.model=gpt-4o", *JUDGED,
+             "write_questions.tokens_per_minute=10.0", "judge.tokens_per_minute=20.0"),
+            "write_questions.tokens_per_minute is 10 and judge.tokens_per_minute is 20",
+        ),
+    ],
+)  # fmt: skip
+def test_two_limits_of_one_model_are_a_contradiction(words: tuple[str, ...], fault: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        run(*words)
+    assert str(error.value).startswith(f"{TINY}: {fault}")
+
+
+def test_a_models_limits_hold_in_every_section_that_asks_it() -> None:
+    limited = run(*GRADED, *JUDGED, "judge.max_cost_usd=5.0", "sample.equivalence.tokens_per_minute=10.0").recipe
+    for config in (limited.judge, limited.sample.equivalence):
+        assert (config.max_cost_usd, config.requests_per_minute, config.tokens_per_minute) == (5.0, None, 10.0)
+    assert limited.sample.max_cost_usd is None
+    same = run(*GRADED, *JUDGED, "judge.max_cost_usd=5.0", "sample.equivalence.max_cost_usd=5.0")
+    assert same.recipe.judge.max_cost_usd == 5.0
+
+
+def test_limits_of_other_models_and_of_what_is_not_asked_may_differ() -> None:
+    other = run(*GRADED, *JUDGED, "judge.model=gpt-4o-mini", "judge.max_cost_usd=5.0",
+                "sample.equivalence.max_cost_usd=7.0", "write_questions.model=gpt-4o",
+                "write_questions.max_cost_usd=9.0").recipe  # fmt: skip
+    assert (other.judge.max_cost_usd, other.sample.equivalence.max_cost_usd) == (5.0, 7.0)
+
+
 def test_a_given_model_leaves_its_training_out() -> None:
     given = run("models.policy=org/model")
     assert given.skipped(BY_NAME["train_policy"])

@@ -4,6 +4,8 @@ import asyncio
 import base64
 import json
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from medmm_ray.judge import (
     Picture,
     make_judge,
 )
-from medmm_ray.judge.prompt import SYSTEM
+from medmm_ray.judge.prompt import SYSTEM, Call
 from medmm_ray.records import Labels, StepLabel, from_dict
 from medmm_ray.sources.phantom import Case
 from medmm_ray.tables import RowError
@@ -195,6 +197,15 @@ def test_equal_texts_are_judged_once() -> None:
     assert len(fake.requests) == 2
 
 
+def test_texts_with_the_same_steps_are_judged_once() -> None:
+    """They differ in their markdown, which no request shows."""
+    fake = FakeGenerator(lambda prompt, seed: "1 high")
+    solutions = [{**solution("s1", RIGHT), "text_sha": "plain"}, {**solution("s2", RIGHT), "text_sha": "bold"}]
+    labels = act(LOCAL, solutions, fake)
+    assert [(label.solution_id, label.steps[0].label) for label in labels] == [("s1", 1), ("s2", 1)]
+    assert len(fake.requests) == 1
+
+
 def test_the_first_solutions_of_a_question_may_be_enough() -> None:
     config = JudgeConfig(error_rate=0, max_solutions=2)
     labels = act(config, [solution("s1", RIGHT), solution("s2", RIGHT), solution("s3", WRONG), solution("s4", NEUTRAL)])
@@ -337,6 +348,88 @@ def test_several_solutions_share_a_call_and_its_cost(server: Server, pictures: d
     assert len(server.requests) == 2
 
 
+PRICE = (1000 * 0.10 + 100 * 0.40) / 1e6
+
+
+def labels_and_costs(found: list[Judgement | RowError]) -> list[tuple[Any, float]]:
+    """Of each solution its labels, or the kind of its fault, and its cost in calls."""
+    said = [f.kind if isinstance(f, RowError) else [step.label for step in f.steps] for f in found]
+    return list(zip(said, [round(f.cost / PRICE, 6) for f in found], strict=True))
+
+
+def test_solutions_that_do_not_fit_together_go_in_smaller_calls(server: Server, pictures: dict[str, Any]) -> None:
+    """One of 950 tokens has no room for a second one of 100 beside it; one of 2,000 has no room at all."""
+    two = json.dumps({"solutions": [{"solution": i, "steps": [entry(1, "-")]} for i in (1, 2)]})
+    alone = gemini_said(steps(entry(1, "+")))
+    server.script = [alone, alone, gemini_said(two)]
+    backend = gemini(server, solutions_per_call=2, in_flight=1, solution_reserve=0)
+    blank = backend._request(
+        case(**pictures), case().documents, backend._pictures(case(**pictures)), Call((("",), ("",)))
+    )
+    backend._room = backend._count(blank) + 1000
+    solutions = [["long " * 760], ["a " * 200], ["word " * 1600], ["b " * 200], ["c " * 200]]
+    found = judged(backend, case(**pictures), solutions)
+    assert labels_and_costs(found) == [([1], 1.0), ([1], 1.0), ("prompt_too_long", 0.0), ([0], 0.5), ([0], 0.5)]
+    shown = [asked["contents"][0]["parts"][-1]["text"] for asked in server.requests]
+    assert [text.partition(":")[0] for text in shown] == [
+        "Reasoning to review, 1 steps", "Reasoning to review, 1 steps", "2 solutions to review",
+    ]  # fmt: skip
+    assert all(asked["contents"][0]["parts"][0]["text"].startswith("Document 1:") for asked in server.requests)
+
+
+def test_solutions_whose_shared_replies_do_not_fit_are_asked_about_alone(
+    server: Server, pictures: dict[str, Any]
+) -> None:
+    misfit, one, other = gemini_said("hm"), gemini_said(steps(entry(1, "+"))), gemini_said(steps(entry(1, "-")))
+    server.script = [misfit, misfit, one, other]
+    found = judged(gemini(server, solutions_per_call=2, in_flight=1), case(**pictures), [[RIGHT], [WRONG]])
+    assert labels_and_costs(found) == [([1], 2.0), ([0], 2.0)], "each bears half of the shared two and its own"
+    last = [asked["contents"][0]["parts"][-1]["text"] for asked in server.requests[2:]]
+    assert [text.startswith("Reasoning to review, 1 steps:") for text in last] == [True, True]
+
+    server.script = [misfit, misfit, one, misfit]
+    found = judged(gemini(server, solutions_per_call=2, in_flight=1), case(**pictures), [[RIGHT], [WRONG]])
+    assert labels_and_costs(found) == [([1], 2.0), ("judge_reply", 3.0)]
+
+
+def test_a_server_that_finds_a_shared_call_too_long_is_asked_about_each_alone(
+    server: Server, pictures: dict[str, Any]
+) -> None:
+    too_long = failed(400, "The input token count exceeds the maximum number of tokens allowed (9).")
+    server.script = [too_long, gemini_said(steps(entry(1, "+")))]
+    found = judged(gemini(server, solutions_per_call=2), case(**pictures), [[RIGHT], [WRONG]])
+    assert labels_and_costs(found) == [([1], 1.0), ([1], 1.0)]
+
+
+def test_a_shared_call_that_is_refused_is_a_fault_of_each_and_its_cost_too(
+    server: Server, pictures: dict[str, Any]
+) -> None:
+    blocked = {"candidates": [{"finishReason": "SAFETY"}], "usageMetadata": gemini_said("")[2]["usageMetadata"]}
+    server.script = [(200, {}, blocked)]
+    found = judged(gemini(server, solutions_per_call=2), case(**pictures), [[RIGHT], [WRONG]])
+    assert labels_and_costs(found) == [("refused", 0.5), ("refused", 0.5)]
+    assert len(server.requests) == 1
+
+
+def test_what_was_paid_for_an_error_is_in_its_row(server: Server, pictures: dict[str, Any]) -> None:
+    server.script = [gemini_said("hm")]
+    assert labels_and_costs(judged(gemini(server), case(**pictures), [[RIGHT]])) == [("judge_reply", 2.0)]
+    server.script = [failed(400, "odd")]
+    assert labels_and_costs(judged(gemini(server), case(**pictures), [[RIGHT]])) == [("request", 0.0)]
+    server.script = [gemini_said(steps(entry(1, "+"))), gemini_said("hm"), gemini_said("hm")]
+    found = judged(gemini(server, granularity="step", in_flight=1), case(**pictures), [[RIGHT, WRONG]])
+    assert labels_and_costs(found) == [("judge_reply", 3.0)]
+
+
+def test_steps_that_solutions_share_are_judged_and_paid_once(server: Server, pictures: dict[str, Any]) -> None:
+    server.script = [gemini_said(steps(entry(1, "+"))), gemini_said(steps(entry(2, "-"))),
+                     gemini_said(steps(entry(2, "+")))]  # fmt: skip
+    solutions = [[RIGHT, WRONG], [RIGHT, NEUTRAL], [RIGHT]]
+    found = judged(gemini(server, granularity="step", in_flight=1), case(**pictures), solutions)
+    assert labels_and_costs(found) == [([1, 0], 2.0), ([1, 1], 1.0), ([1], 0.0)]
+    assert len(server.requests) == 3
+
+
 def test_solutions_per_call_goes_with_whole_solutions_in_json() -> None:
     with pytest.raises(ConfigError, match="solutions_per_call > 1 needs granularity=solution and reply=json"):
         build(JudgeConfig, {"solutions_per_call": 2, "granularity": "step"}, "test")
@@ -355,6 +448,17 @@ def test_faults_of_the_moment_are_tried_again(server: Server, pictures: dict[str
     [found] = judged(gemini(server), case(**pictures), [[RIGHT, WRONG]])
     assert isinstance(found, Judgement)
     assert len(server.requests) == 5
+
+
+def test_gemini_is_asked_again_no_sooner_than_it_says(server: Server, pictures: dict[str, Any]) -> None:
+    info = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "0.75s"}
+    limited: Any = (429, {}, {"error": {"code": 429, "message": "slow", "details": [info]}})
+    dated = failed(503, **{"Retry-After": format_datetime(datetime.now(UTC) + timedelta(seconds=3), usegmt=True)})
+    server.script = [limited, dated, gemini_said(GOOD)]
+    [found] = judged(gemini(server), case(**pictures), [[RIGHT, WRONG]])
+    assert isinstance(found, Judgement)
+    assert server.times[1] - server.times[0] >= 0.75
+    assert server.times[2] - server.times[1] >= 0.5
 
 
 def test_too_many_faults_are_the_rows_error(server: Server, pictures: dict[str, Any]) -> None:

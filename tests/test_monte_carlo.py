@@ -538,11 +538,11 @@ def test_answers_that_nobody_graded_are_counted_and_said() -> None:
     actor = Roller(config, "m", "tiny", generator=FakeGenerator(reaching(0)))
     actor.grader = Half()
     _, figures = asyncio.run(actor.label(question([solution("s1", correct=False)])))
+    tokens, cached = figures["rollout_tokens"], figures["cached_tokens"] / figures["prompt_tokens"]
     assert (figures["answers_asked"], figures["answers_unanswered"], figures["failed_rollouts"]) == (8, 4, 4)
     assert summary(figures) == (
-        f"3 steps labelled, 1 of them free; 8 continuations of 2 prefixes, {figures['rollout_tokens']} tokens, 4 failed, "
-        f"0 prefixes could not be continued, {figures['cached_tokens'] / figures['prompt_tokens']:.1%} of prompt tokens "
-        "cached, 8 answers put to a model, 4 of them without a verdict"
+        f"3 steps labelled, 1 of them free; 8 continuations of 2 prefixes, {tokens} tokens, 4 failed, 0 prefixes could "
+        f"not be continued, {cached:.1%} of prompt tokens cached, 8 answers put to a model, 4 of them without a verdict"
     )
 
 

@@ -6,7 +6,8 @@ measured sizes, equally many of each, and run by vLLM. What it judges are phanto
 without eyes can know, and solutions of which a part of the steps is wrong; `phantom.truth` decides which.
 
 κ is over the steps with something to check, of the solutions that both call sizes have verdicts on; the 95 % interval
-of the difference is a paired bootstrap over questions. Unread are solutions whose verdicts did not fit twice.
+of the difference is a paired bootstrap over questions. Unread are solutions whose verdicts did not fit, with others
+and alone.
 """
 
 import asyncio

@@ -1,10 +1,10 @@
 """How a step asks an API: each request once, whatever is killed; many at a time; within rate limits and budget.
 
 Enters: a `Request` and its group (a question's id). Leaves: an `Answer` with its cost. An answer that is kept already
-is taken from there. Otherwise the worst case is leased from the gate, ahead of time, so that `in_flight` requests
-really are at the server; faults of the moment are tried again with growing, jittered pauses, never sooner than the
-server asks; a whole answer is kept durably before it is used, and until then it counts as in flight: a kill loses no
-more than `in_flight` answers, and no more are booked as possibly paid.
+is taken from there, one that is under way is waited for. Otherwise the worst case is leased from the gate, ahead of
+time, so that `in_flight` requests really are at the server; faults of the moment are tried again with growing, jittered
+pauses, never sooner than the server asks; a whole answer is kept durably before it is used, and until then it counts as
+in flight: a kill loses no more than `in_flight` answers, and no more are booked as possibly paid.
 """
 
 import asyncio
@@ -15,13 +15,13 @@ import random
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Literal, TypeVar
 from urllib.parse import quote
 
 from pydantic import Field
 
-from medmm_ray.config import Config, execution
+from medmm_ray.config import Config, ConfigError, execution
 from medmm_ray.engines.answers import Answer, AnswerStore
 from medmm_ray.engines.endpoint import Endpoint, EndpointError, Request, RetryableError
 from medmm_ray.engines.gate import HEARTBEAT_S, Ask, BudgetError, Gateway, Grant, Limits, Settled, start_gate
@@ -52,11 +52,11 @@ class ApiConfig(Config):
     price_written: float | None = execution(None)
     """US dollars per million generated tokens; null takes the table's."""
     max_cost_usd: float | None = execution(None)
-    """Most US dollars that the run may spend on this model, worst cases included; null is no limit."""
+    """Most US dollars that the run may spend on this model, worst cases included; null: no limit of this section's."""
     requests_per_minute: float | None = execution(None)
-    """Most requests a minute of the whole cluster; null is no limit."""
+    """Most requests a minute of the whole cluster to this model; null: no limit of this section's."""
     tokens_per_minute: float | None = execution(None)
-    """Most tokens a minute of the whole cluster; null is no limit."""
+    """Most tokens a minute of the whole cluster to this model; null: no limit of this section's."""
     endpoint: str | None = execution(None)
     """Another address of the API: a proxy, a vLLM server, Gemini's OpenAI-compatible one."""
     key_variable: str | None = execution(None)
@@ -96,6 +96,7 @@ class Client:
     ) -> None:  # fmt: skip
         self.endpoint, self.price, self.config, self.gate, self.answers = endpoint, price, config, gate, answers
         self.sender = uuid.uuid4().hex
+        self._asked: dict[tuple[str, str], asyncio.Future[Answer | RowError | ConfigError | None]] = {}
         self._order = itertools.count()
         self._slots = _Line(config.in_flight)
         self._leases_out = _Line(config.in_flight + math.ceil(config.in_flight * AHEAD))
@@ -104,18 +105,39 @@ class Client:
             self._settlements = _Batches(self._settle, idle_s=HEARTBEAT_S)
 
     async def ask(self, request: Request, group: str) -> Answer:
-        """The answer to `request`, kept or new.
+        """The answer to `request`, kept or new; who asks the same while it is under way gets it at no cost.
 
         Raises `RowError` refused, prompt_too_long, request, or unavailable (every attempt failed), and `ConfigError`
         where the job is to end: budget, key, an endpoint that stays away.
         """
-        key = request.key(self.endpoint.identity)
-        answer = await self.answers.find(group, key) if self.answers else None
-        if answer is None:
-            answer = await self._fetch(request, group, key)
+        answer = await self._once(request, group, request.key(self.endpoint.identity))
         if answer.reply.refusal is not None:
-            raise RowError("refused", answer.reply.refusal)
+            raise RowError("refused", answer.reply.refusal, answer.cost)
         return answer
+
+    async def _once(self, request: Request, group: str, key: str) -> Answer:
+        """The answer or fault of who asks the same already; where there is nobody, or they were cancelled, our own."""
+        while (leader := self._asked.get((group, key))) is not None:
+            outcome = await asyncio.shield(leader)
+            if isinstance(outcome, Answer):
+                return replace(outcome, cost=0.0)
+            if outcome is not None:
+                raise outcome
+        outcome = None
+        mine = self._asked[group, key] = asyncio.get_running_loop().create_future()
+        try:
+            outcome = await self._found_or_fetched(request, group, key)
+            return outcome
+        except (RowError, ConfigError) as fault:
+            outcome = fault
+            raise
+        finally:
+            del self._asked[group, key]
+            mine.set_result(outcome)
+
+    async def _found_or_fetched(self, request: Request, group: str, key: str) -> Answer:
+        found = await self.answers.find(group, key) if self.answers else None
+        return found or await self._fetch(request, group, key)
 
     async def _fetch(self, request: Request, group: str, key: str) -> Answer:
         order = next(self._order)  # who asked first goes first, in later attempts too

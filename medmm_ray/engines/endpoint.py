@@ -1,7 +1,7 @@
 """What an endpoint is: a model, behind an API or in this process, that makes one attempt at one request.
 
 Enters: a `Request`, texts and pictures. Leaves: a `Reply` with its token counts, or a typed fault: `RetryableError`
-(of the moment: 408, 429, 5xx, a time-out, a cut connection, a garbled body), `RowError` refused (content filter),
+(of the moment: 408, 409, 429, 5xx, a time-out, a cut connection, a garbled body), `RowError` refused (content filter),
 prompt_too_long or request (any other 4xx: that row's error), `EndpointError` (key, model, quota, missing package: no
 request can succeed). Retries, limits and money are `client`'s.
 """
@@ -10,8 +10,11 @@ import base64
 import hashlib
 import io
 import json
+import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -137,14 +140,18 @@ class Endpoint(Protocol):
 _TOO_LONG = ("context_length", "maximum context length", "exceeds the maximum number of tokens", "prompt is too long")
 
 
-def fault_of(model: str, status: int, said: str, retry_after: str | None, check: str) -> Exception:
-    """The fault that an HTTP status means; `check` names what the user should look at where no request can succeed."""
+def fault_of(model: str, status: int, said: str, wait_s: float | None, check: str) -> Exception:
+    """The fault that an HTTP status means.
+
+    `wait_s` are the seconds that the server asks to wait (`asked_wait_s`); `check` names what the user should look at
+    where no request can succeed.
+    """
     words = said.lower()
     fatal = status in (401, 402, 403, 404) or "insufficient_quota" in words or (status == 400 and "api key" in words)
     if fatal:
         return EndpointError(f"{model} answered {status}: {said[:300]}; check {check}")
-    if status in (408, 409, 429) or status >= 500:
-        return RetryableError(f"{status}: {said[:200]}", _seconds(retry_after))
+    if status in (408, 409, 429) or status >= 500:  # 409: OpenAI's documentation says to, Google's ABORTED is one too
+        return RetryableError(f"{status}: {said[:200]}", wait_s)
     if "content_filter" in words or "content management policy" in words:
         return RowError("refused", f"{model} did not answer (content filter)")
     if any(mark in words for mark in _TOO_LONG):
@@ -152,9 +159,26 @@ def fault_of(model: str, status: int, said: str, retry_after: str | None, check:
     return RowError("request", f"{model} answered {status}: {said[:200]}")
 
 
+# google.rpc.RetryInfo in the JSON of an error.
+_RETRY_INFO = re.compile(r'"retryDelay"\s*:\s*"(\d{1,9}(?:\.\d+)?)s"')
+
+
+def asked_wait_s(retry_after: str | None, body: str) -> float | None:
+    """Seconds that a server asks to wait, by its ``Retry-After`` header or Google's RetryInfo; None by neither."""
+    info = _RETRY_INFO.search(body)
+    asked = [s for s in (_seconds(retry_after), float(info[1]) if info else None) if s is not None]
+    return max(asked, default=None)
+
+
 def _seconds(retry_after: str | None) -> float | None:
-    """A ``Retry-After`` header's seconds; None where it is absent, or a date."""
+    """A ``Retry-After`` header, seconds or a date, as seconds from now; None where it is absent, or neither."""
+    if not retry_after:
+        return None
     try:
-        return max(0.0, float(retry_after)) if retry_after else None
+        return max(0.0, float(retry_after))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
     except ValueError:
         return None

@@ -13,7 +13,7 @@ import json
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
@@ -49,6 +49,11 @@ class Limits:
     """Seconds after which an endpoint that only fails ends the job."""
     drain_s: float = 150.0
     """Longest wait for answers under way, when the job is to end."""
+
+    def over(self, before: "Limits") -> "Limits":
+        """These limits, with those of `before` where they say nothing."""
+        said = asdict(self)
+        return replace(self, **{name: limit for name, limit in asdict(before).items() if said[name] is None})
 
 
 @dataclass(frozen=True)
@@ -229,10 +234,11 @@ class Gate:
         return asdict(self.ledger)
 
     async def limit(self, limits: Limits) -> None:
-        """Go on with other limits; what they stopped before may be leased again."""
-        self.limits, self.stopped = limits, None
-        self._requests, self._tokens = _Bucket(limits.requests_per_minute), _Bucket(limits.tokens_per_minute)
-        self._breaker = _Breaker(limits)
+        """Go on with other limits, unset ones as they were; what they stopped before may be leased again."""
+        self.limits, self.stopped = limits.over(self.limits), None
+        self._requests = _Bucket(self.limits.requests_per_minute)
+        self._tokens = _Bucket(self.limits.tokens_per_minute)
+        self._breaker = _Breaker(self.limits)
 
     # Admission
 
@@ -450,7 +456,8 @@ def start_gate(folder: str, limits: Limits) -> RemoteGate:
     """The gate of `folder`, a named actor on the driver's machine; it lives as long as what is returned here.
 
     Within a driver there is one: who starts it again (a later step, or a grader that shares the policy's model) gets
-    it, with the limits given last. A gate of another driver is taken over: it leases nothing more.
+    it, with the limits given last; one that is not set lifts none. A gate of another driver is taken over: it leases
+    nothing more.
     """
     import ray
     from ray.exceptions import RayActorError

@@ -10,7 +10,16 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from medmm_ray.engines.endpoint import Choice, EndpointError, Picture, Reply, Request, RetryableError, fault_of
+from medmm_ray.engines.endpoint import (
+    Choice,
+    EndpointError,
+    Picture,
+    Reply,
+    Request,
+    RetryableError,
+    asked_wait_s,
+    fault_of,
+)
 
 REFUSED = ("SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "IMAGE_SAFETY", "LANGUAGE")
 
@@ -54,9 +63,10 @@ class GeminiEndpoint:
                 request_options={"timeout": self._timeout_s, "retry": None},
             )
         except exceptions.GoogleAPICallError as error:
-            retry_after = error.response.headers.get("Retry-After") if error.response is not None else None
+            answer = error.response
+            wait_s = None if answer is None else asked_wait_s(answer.headers.get("Retry-After"), answer.text)
             check = f"{self._key_variable} and the model's name"
-            raise fault_of(self._model, int(error.code or 500), said(error), retry_after, check) from None
+            raise fault_of(self._model, int(error.code or 500), said(error), wait_s, check) from None
         except Timeout:
             raise RetryableError(f"no answer within {self._timeout_s:g} s", maybe_paid=True) from None
         except (RequestException, ParseError) as error:

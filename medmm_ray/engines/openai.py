@@ -12,7 +12,17 @@ from typing import Any
 
 import aiohttp
 
-from medmm_ray.engines.endpoint import Choice, EndpointError, Picture, Reply, Request, RetryableError, Turn, fault_of
+from medmm_ray.engines.endpoint import (
+    Choice,
+    EndpointError,
+    Picture,
+    Reply,
+    Request,
+    RetryableError,
+    Turn,
+    asked_wait_s,
+    fault_of,
+)
 
 ADDRESS = "https://api.openai.com/v1"
 
@@ -55,7 +65,8 @@ class OpenAIEndpoint:
         if answer.status >= 400:
             check = f"{self._key_variable}, the model's name and its address"
             said = " ".join(content.decode(errors="replace").split())
-            raise fault_of(self._model, answer.status, said, answer.headers.get("Retry-After"), check)
+            wait_s = asked_wait_s(answer.headers.get("Retry-After"), said)
+            raise fault_of(self._model, answer.status, said, wait_s, check)
         try:
             return reply_of(json.loads(content), request)
         except (ValueError, KeyError, TypeError, IndexError):

@@ -3,8 +3,9 @@
 Enters: solutions, their questions, images and evidence. Leaves: labels with source "judge" (`Labels`, nested by
 question). A judge sees the question, its images, documents and reference cases, the gold answer only by explicit
 config, and speaks about each step by itself: three tests, a verdict, a confidence, a reason. Right-answer solutions are
-judged like the others, equal texts of a question once; the cost stands with the first of them. A step in which nothing
-can be checked has no label but a confidence. A call that fails becomes the row's error, never a label.
+judged like the others, equal steps of a question once; the cost stands with the first of them. A step in which nothing
+can be checked has no label but a confidence. A call that fails becomes the row's error, never a label; what was paid
+for it is the row's cost.
 """
 
 import asyncio
@@ -19,7 +20,7 @@ from medmm_ray.engines.client import BYTES_A_TOKEN, Access, connect, open_access
 from medmm_ray.engines.endpoint import Request
 from medmm_ray.engines.generator import Generator, MakeGenerator, actor_options
 from medmm_ray.engines.local import LocalEndpoint, prompt_of
-from medmm_ray.judge.backends import Judge, Judgement, ModelJudge, PhantomJudge
+from medmm_ray.judge.backends import Judge, Judgement, ModelJudge, PhantomJudge, at_cost
 from medmm_ray.judge.config import JudgeConfig
 from medmm_ray.judge.prompt import JudgeCase, Picture
 from medmm_ray.judge.verdicts import verdicts
@@ -76,7 +77,7 @@ def judge(
 
 
 class JudgeActor:
-    """The actor: judges the distinct texts of each question of a batch."""
+    """The actor: judges the distinct solutions of each question of a batch."""
 
     def __init__(
         self, config: JudgeConfig, images: pa.Table, model: str | None = None, generator: MakeGenerator = Generator,
@@ -95,14 +96,14 @@ class JudgeActor:
         """The labels of one question's solutions; none where it has none or its split is not judged."""
         if row["split"] not in self.config.splits or not row["solutions"]:
             return []
-        distinct = {s["text_sha"]: s["steps"] for s in row["solutions"]}
-        texts = dict(islice(distinct.items(), self.config.max_solutions))
-        judged = await self.backend.judge(self.case(row), list(texts.values()))
-        by_text: dict[str, Judgement | RowError] = dict(zip(texts, judged, strict=True))
+        read = [tuple(solution["steps"]) for solution in row["solutions"]]  # all of a text that a judge reads
+        distinct = list(islice(dict.fromkeys(read), self.config.max_solutions))
+        judged = dict(zip(distinct, await self.backend.judge(self.case(row), distinct), strict=True))
         labels = []
-        for solution in (s for s in row["solutions"] if s["text_sha"] in texts):
-            found = by_text[solution["text_sha"]]
-            failed = isinstance(found, RowError)
+        for solution, steps in zip(row["solutions"], read, strict=True):
+            found = judged.get(steps)
+            if found is None:  # beyond max_solutions
+                continue
             labels.append(
                 Labels(
                     question_id=row["question_id"],
@@ -110,13 +111,12 @@ class JudgeActor:
                     source="judge",
                     annotator=self.backend.annotator,
                     steps=[] if isinstance(found, RowError) else found.steps,
-                    cost=0.0 if isinstance(found, RowError) else found.cost,
+                    cost=found.cost,
                     saw_answer=self.config.show_answer,
-                    error=str(found) if failed else None,
+                    error=str(found) if isinstance(found, RowError) else None,
                 )
             )
-            if isinstance(found, Judgement):
-                by_text[solution["text_sha"]] = Judgement(found.steps)  # paid for once
+            judged[steps] = at_cost(found, 0.0)  # paid for once
         return labels
 
     def case(self, row: Mapping[str, Any]) -> JudgeCase:

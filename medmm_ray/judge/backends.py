@@ -35,6 +35,8 @@ from medmm_ray.records import StepLabel
 from medmm_ray.sources.phantom import Case, truth
 from medmm_ray.tables import RowError
 
+_SPOILT = ("judge_reply", "prompt_too_long")  # faults that one solution of a call can bring upon the others
+
 # How a phantom judge's confidence falls: it is low, or medium, more often where its verdict is wrong.
 _UNSURE = {True: (0.6, 0.3), False: (0.05, 0.15)}
 
@@ -45,6 +47,11 @@ class Judgement:
 
     steps: list[StepLabel]
     cost: float = 0.0
+
+
+def at_cost(found: "Judgement | RowError", cost: float) -> "Judgement | RowError":
+    """A judgement or fault that cost so much, US dollars."""
+    return replace(found, cost=cost) if isinstance(found, Judgement) else RowError(found.kind, found.message, cost)
 
 
 class Judge(Protocol):
@@ -116,22 +123,46 @@ class ModelJudge:
             pictures = await asyncio.to_thread(self._pictures, case)
         except RowError as fault:
             return [fault for _ in solutions]
-        judging = [i for i, steps in enumerate(solutions) if steps]
-        groups = self._groups(judging)
         documents = self._documents(case, pictures)
-        results: dict[int, Judgement | RowError] = {}
+        groups = self._groups(case, documents, pictures, solutions)
+        calls = [self._calls([solutions[i] for i in group]) for group in groups]
+        distinct = list(dict.fromkeys(call for part in calls for call in part))
         # The first call goes ahead of the others, so that they find what they share in the provider's cache.
-        ahead = 1 if self.config.warm_cache else 0
-        for part in (groups[:ahead], groups[ahead:]):
-            asked = [self._judge_group(case, documents, pictures, [solutions[i] for i in group]) for group in part]
-            for group, found in zip(part, await asyncio.gather(*asked), strict=True):
-                results |= dict(zip(group, found, strict=True))
+        ahead = len(calls[0]) if calls and self.config.warm_cache else 0
+        outcomes: dict[Call, list[Judgement | RowError]] = {}
+        for part in (distinct[:ahead], distinct[ahead:]):
+            asked = [self._judge_call(case, documents, pictures, call) for call in part]
+            outcomes |= dict(zip(part, await asyncio.gather(*asked), strict=True))
+        results: dict[int, Judgement | RowError] = {}
+        for group, part in zip(groups, calls, strict=True):
+            found = [outcomes[call] for call in part]
+            results |= dict(zip(group, found[0] if len(found) == 1 else [_joined(found)], strict=True))
+            outcomes |= {call: [at_cost(one, 0.0) for one in outcomes[call]] for call in part}  # paid for once
         empty = RowError("empty_solution", "the solution has no steps")
         return [results.get(i, empty) for i in range(len(solutions))]
 
-    def _groups(self, judging: Sequence[int]) -> list[Sequence[int]]:
+    def _groups(
+        self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | Shown],
+        solutions: Sequence[Sequence[str]],
+    ) -> list[list[int]]:  # fmt: skip
+        """The solutions with steps, by place, in calls: as many together as may be and fit beside the documents."""
         size = 1 if self.config.granularity == "step" else self.config.solutions_per_call
-        return [judging[at : at + size] for at in range(0, len(judging), size)]
+        groups: list[list[int]] = []
+        for place in (i for i, steps in enumerate(solutions) if steps):
+            if groups and len(groups[-1]) < size:
+                [together] = self._calls([solutions[i] for i in (*groups[-1], place)])
+                if self._count(self._request(case, documents, pictures, together)) <= self._room:
+                    groups[-1].append(place)
+                    continue
+            groups.append([place])
+        return groups
+
+    def _calls(self, solutions: Sequence[Sequence[str]]) -> list[Call]:
+        """One call about the solutions, or one about each step of the only one."""
+        shown = tuple(tuple(steps) for steps in solutions)
+        if self.config.granularity == "solution":
+            return [Call(shown)]
+        return [Call((shown[0][:number],), number) for number in range(1, len(shown[0]) + 1)]
 
     def _pictures(self, case: JudgeCase) -> list[str | Shown]:
         """The query's images, then each similar case's after its number; opened and encoded once for all calls."""
@@ -151,35 +182,38 @@ class ModelJudge:
             documents = documents[:-1]
         return documents
 
-    async def _judge_group(
-        self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | Shown],
-        solutions: Sequence[Sequence[str]],
-    ) -> "list[Judgement | RowError]":  # fmt: skip
-        """The solutions of one request, or one solution by a request a step."""
-        shown = tuple(tuple(steps) for steps in solutions)
-        try:
-            if self.config.granularity == "solution":
-                found, cost = await self._judge_call(case, documents, pictures, Call(shown))
-                return [Judgement(steps, cost / len(shown)) for steps in found]
-            calls = [Call((shown[0][:number],), number) for number in range(1, len(shown[0]) + 1)]
-            parts = await asyncio.gather(*(self._judge_call(case, documents, pictures, call) for call in calls))
-        except RowError as fault:
-            return [fault for _ in solutions]
-        return [Judgement([steps[0][0] for steps, _ in parts], sum(cost for _, cost in parts))]
-
     async def _judge_call(
+        self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | Shown], call: Call
+    ) -> "list[Judgement | RowError]":
+        """What is said of each solution of a call; where they spoil it together, each is asked about alone."""
+        try:
+            found, cost = await self._ask(case, documents, pictures, call)
+            return [Judgement(steps, cost / len(found)) for steps in found]
+        except RowError as fault:
+            share = fault.cost / len(call.solutions)
+            if len(call.solutions) == 1 or fault.kind not in _SPOILT:
+                return [at_cost(fault, share) for _ in call.solutions]
+        alone = (self._judge_call(case, documents, pictures, Call((steps,))) for steps in call.solutions)
+        return [at_cost(one, one.cost + share) for [one] in await asyncio.gather(*alone)]
+
+    async def _ask(
         self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | Shown], call: Call
     ) -> tuple[list[list[StepLabel]], float]:
         """The labels and their cost; a reply that does not fit is asked for once again, with the fault named."""
         request = self._fitting(case, documents, pictures, call)
         answer = await self.client.ask(request, case.question_id)
+        paid = answer.cost
         try:
-            return self._labels(answer, call), answer.cost
+            return self._labels(answer, call), paid
         except RowError as fault:
             corrected = AGAIN.format(fault=fault.message, rule=rule_of(call, self._lines))
             turns = (Turn("model", (answer.reply.text[:SHOWN_AGAIN],)), Turn("user", (corrected,)))
-        again = await self.client.ask(replace(request, turns=request.turns + turns), case.question_id)
-        return self._labels(again, call), answer.cost + again.cost
+        try:
+            again = await self.client.ask(replace(request, turns=request.turns + turns), case.question_id)
+            paid += again.cost
+            return self._labels(again, call), paid
+        except RowError as fault:
+            raise RowError(fault.kind, fault.message, fault.cost + paid) from None
 
     def _labels(self, answer: Answer, call: Call) -> list[list[StepLabel]]:
         if answer.reply.cut_off:
@@ -188,7 +222,7 @@ class ModelJudge:
                 f"judge's answer was cut off at max_tokens={self.config.max_tokens} ({len(answer.reply.text)} "
                 "characters); shorter reasons are enough",
             )
-        return verdicts(answer.reply.text, call.numbers)
+        return verdicts(answer.reply.text, call.numbers, self._lines)
 
     def _fitting(
         self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | Shown], call: Call
@@ -224,3 +258,12 @@ class ModelJudge:
             temperature=self.config.temperature,
             seed=self.config.seed if self._exact else None,
         )
+
+
+def _joined(parts: "Sequence[Sequence[Judgement | RowError]]") -> "Judgement | RowError":
+    """A solution's judgement from those of its steps, each of them alone; the first fault where there is one."""
+    cost = sum(one.cost for [one] in parts)
+    for [one] in parts:
+        if isinstance(one, RowError):
+            return at_cost(one, cost)
+    return Judgement([one.steps[0] for [one] in parts if isinstance(one, Judgement)], cost)

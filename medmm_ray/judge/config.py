@@ -19,11 +19,12 @@ class JudgeConfig(GeneratorConfig, ApiConfig):
     splits: tuple[str, ...] = ("train", "validation", "test")
     """Splits whose solutions are judged."""
     max_solutions: int | None = Field(None, ge=1)
-    """Most solutions of a question that are judged, the first ones with different texts; null: all."""
+    """Most solutions of a question that are judged, the first ones with different steps; null: all."""
     granularity: Literal["solution", "step"] = "solution"
     """solution: all steps in one call; step: a call for each step, which sees the steps before it."""
     solutions_per_call: int = Field(1, ge=1, le=16)
-    """Solutions of a question that share one call (granularity solution)."""
+    """Solutions of a question that share one call (granularity solution): fewer where they do not fit, each alone where
+    their replies do not."""
     reply: Literal["json", "lines"] = "json"
     """json: the three tests, verdict, confidence and reason of each step; lines: verdict and confidence alone."""
     show_answer: bool = False

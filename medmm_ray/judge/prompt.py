@@ -107,24 +107,37 @@ def _steps(steps: Sequence[str]) -> str:
 def schema_of(call: Call, exact: bool) -> dict[str, Any]:
     """The JSON schema of the answer; an `exact` one of a single solution holds the number of its steps.
 
-    Behind an API the schema is a part of the prompt that calls share: there it must not depend on the solution.
+    An exact one also holds each verdict to its three tests, which not every API takes. Behind an API the schema is a
+    part of the prompt that calls share: there it must not depend on the solution.
     """
     one = exact and len(call.solutions) == 1
-    entry = _object(
-        **({} if one else {"step": {"type": "integer"}}),  # their number and order are held already
-        reason={"type": "string", **({"maxLength": REASON_CHARACTERS} if exact else {})},
-        logical={"type": "boolean"},
-        medical={"type": "boolean"},
-        image_grounded={"type": "boolean"},
-        verdict={"type": "string", "enum": ["+", "-"]},
-        confidence={"type": "string", "enum": ["high", "medium", "low"]},
-    )
-
+    entry = _entry((None, None, None), "+-", exact, numbered=not one)
+    if exact:
+        right = _entry((True, True, True), "+", exact, numbered=not one)
+        wrong = [_entry(tests, "-", exact, numbered=not one) for tests in _FAILED]
+        entry = {"anyOf": [right, *wrong]}
     steps = {"type": "array", "items": entry}
     if len(call.solutions) > 1:
         return _object(solutions={"type": "array", "items": _object(solution={"type": "integer"}, steps=steps)})
     count = len(call.numbers[0])
     return _object(steps={**steps, "minItems": count, "maxItems": count} if one else steps)
+
+
+_FAILED = ((False, None, None), (True, False, None), (True, True, False))  # all ways to fail a test; None is either
+
+
+def _entry(tests: Sequence[bool | None], verdicts: str, exact: bool, numbered: bool) -> dict[str, Any]:
+    """A step's entry whose `tests` (logical, medical, image_grounded; None is either) go with one of `verdicts`."""
+    logical, medical, grounded = ({"type": "boolean"} | ({} if t is None else {"const": t}) for t in tests)
+    return _object(
+        **({"step": {"type": "integer"}} if numbered else {}),  # else their number and order are held already
+        reason={"type": "string", **({"maxLength": REASON_CHARACTERS} if exact else {})},
+        logical=logical,
+        medical=medical,
+        image_grounded=grounded,
+        verdict={"type": "string", "enum": list(verdicts)},
+        confidence={"type": "string", "enum": ["high", "medium", "low"]},
+    )
 
 
 def _object(**properties: Any) -> dict[str, Any]:

@@ -488,7 +488,9 @@ def test_states_of_trees_lie_beside_those_of_samples(ray_session: None, tmp_path
     without, beside = run(), run("without=[]")
     counts = [[r.table(n).manifest().rows for n in ("states", "tree_states")] for r in (without, beside)]
     assert counts == [[2, 0], [2, 1]]
-    own, trees = (beside.table(name).to_arrow(["question_id", "solution_id", "states"]).to_pylist()
-                  for name in ("states", "tree_states"))  # fmt: skip
-    assert trees == [row for row in own if row["solution_id"] == trees[0]["solution_id"]]
-    assert trees[0]["question_id"] == "q2"
+    own, trees = (
+        {r["solution_id"]: r for r in beside.table(name).to_arrow().to_pylist()} for name in ("states", "tree_states")
+    )
+    assert list(trees) == ["q2-s1"]
+    read, alone = (from_bytes(rows["q2-s1"]["states"], 2, 32, "float32") for rows in (own, trees))
+    assert torch.allclose(read, alone, atol=1e-5)

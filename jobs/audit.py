@@ -45,10 +45,12 @@ def make(run: Run, uri: str) -> dict[str, float]:
 
 def report_of(run: Run) -> dict[str, Any]:
     """The report of the tables of `run` that are complete, and of the labels so far."""
-    tables = {name: run.table(name) for name in STEP.reads}
+    tables = {name: run.table(name) for name in STEP.reads if not run.is_left_out(name)}
+    labels = [name for name in (*LABELS, "tree_labels") if name in tables]
     there = {name: table for name, table in tables.items() if table.is_complete}
-    begun = {name: tables[name].rows_so_far() for name in LABELS if name not in there}
-    made = {name: out for step in STEPS[: STEPS.index(STEP)] for name, out in run.outputs(step).items()}
+    begun = {name: tables[name].rows_so_far() for name in labels if name not in there}
+    earlier = [step for step in STEPS[: STEPS.index(STEP)] if step.name not in run.recipe.without]
+    made = {name: out for step in earlier for name, out in run.outputs(step).items()}
 
     def parts(name: str) -> Iterable[pa.Table]:
         return there[name].stream() if name in there else ()
@@ -58,14 +60,15 @@ def report_of(run: Run) -> dict[str, Any]:
         questions=run.table("questions").to_arrow(),
         images=run.table("images").to_arrow(),
         solutions=parts("solutions"),
-        labels={name: tables[name].stream() for name in LABELS},
+        labels={name: tables[name].stream() for name in labels},
+        tree_solutions=parts("tree_solutions"),
         review_queue=there["review_queue"].to_arrow() if "review_queue" in there else None,
         evidence=parts("evidence"),
         manifests={name: output.manifest() for name, output in made.items() if output.is_complete},
         ledgers=ledgers_of(run),
         missing=[
             f"{name} ({begun[name]:,} questions so far)" if begun.get(name) else name
-            for name in STEP.reads
+            for name in tables
             if name not in there
         ],
     )

@@ -2,7 +2,7 @@
 
 ``format=json`` writes the published nested JSON, ``format=hf`` a folder for the Hugging Face hub, pushed with
 ``push=org/name``. What the run has is taken as it is: the tables questions and solutions must be complete, images,
-evidence and labels go along if they are.
+evidence, labels, and the trees' solutions and labels go along if they are.
 """
 
 import argparse
@@ -11,13 +11,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.graph import LABELS, MAKER
+from jobs.graph import LABELS, MAKER, TREES
 from jobs.step import Run, guarded, load_recipe, parser
 from medmm_ray.config import ConfigError, help_text, load
 from medmm_ray.export import ExportConfig, Tables, export, push
 from medmm_ray.tables import Table
 
-OPTIONAL = ("images", "evidence", "image_vectors", *LABELS)
+OPTIONAL = ("images", "evidence", "image_vectors", *LABELS, *TREES)
 log = logging.getLogger("medmm_ray")
 
 
@@ -61,7 +61,7 @@ def tables_of(run: Run) -> Tables:
     for name in OPTIONAL:
         if name not in found:
             log.info("%s: not complete in this run (step %s), exported without it", name, MAKER[name].name)
-    labels = {name: found.pop(name) for name in LABELS if name in found}
+    labels = {name: found.pop(name) for name in (*LABELS, "tree_labels") if name in found}
     return Tables(questions=run.table("questions"), solutions=run.table("solutions"), labels=labels, **found)
 
 

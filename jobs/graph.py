@@ -34,6 +34,7 @@ class Step:
 
 
 LABELS = ("judge_labels", "monte_carlo_labels", "expert_labels")
+TREES = ("tree_solutions", "tree_labels")
 
 STEPS = (
     Step(
@@ -112,27 +113,38 @@ STEPS = (
     ),
     Step(
         "audit",
-        ("questions", "images", "evidence", "solutions", *LABELS, "review_queue"),
+        ("questions", "images", "evidence", "solutions", *LABELS, *TREES, "review_queue"),
         {"dataset_report": None},
         version=2,
         what="dataset report and quality gates",
     ),
     Step(
         "train_text_prm",
-        ("questions", "evidence", "solutions", *LABELS, "tree_solutions", "tree_labels", "policy"),
+        ("questions", "evidence", "solutions", *LABELS, *TREES, "policy"),
         {"text_prm": None},
         version=3,
         what="text reward model (DeepSpeed)",
     ),
     Step(
         "states",
-        ("questions", "evidence", "solutions", "text_prm"),
-        {"states": States},
+        ("questions", "evidence", "solutions", "tree_solutions", "text_prm"),
+        {"states": States, "tree_states": States},
         what="text states of the training split",
     ),
     Step(
         "train_two_tower",
-        ("questions", "images", "evidence", "solutions", *LABELS, "states", "text_prm", "image_tower"),
+        (
+            "questions",
+            "images",
+            "evidence",
+            "solutions",
+            *LABELS,
+            *TREES,
+            "states",
+            "tree_states",
+            "text_prm",
+            "image_tower",
+        ),
         {"two_tower": None},
         version=2,
         what="image fusion on cached states",

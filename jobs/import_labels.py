@@ -1,9 +1,10 @@
 """The source's own solutions and labels as the run's tables: ``python -m jobs.import_labels recipe.yaml run=…``.
 
 For a data set that brings them (ingest.source med_prm, meds3, medmm): run the pipeline ``--until curate`` first. The
-tables solutions, judge_labels, monte_carlo_labels, expert_labels and evidence are written in the places of the steps
-that would have made them, as far as the data set has something for them, so that the next run of the pipeline goes on
-from there. Their manifests say that they were imported; a table that the pipeline made is never replaced.
+tables solutions, judge_labels, monte_carlo_labels, expert_labels, tree_solutions, tree_labels and evidence are written
+in the places of the steps that would have made them, as far as the data set has something for them, so that the next
+run of the pipeline goes on from there (with trees, where it is not ``without`` tree_search). Their manifests say that
+they were imported; a table that the pipeline made is never replaced.
 """
 
 import argparse
@@ -16,15 +17,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from jobs.graph import BY_NAME, MAKER
+from jobs.graph import BY_NAME, LABELS, MAKER, TREES
 from jobs.step import Job, Run, guarded, parser, read_arguments
 from medmm_ray.imported import Imported, imported, policy_of
 from medmm_ray.ingest import question_rows, read_source, request_of
-from medmm_ray.records import Evidence, ReviewItem, Solutions, to_arrow
+from medmm_ray.records import Evidence, ReviewItem, Solutions, Tree, to_arrow
 from medmm_ray.sources import Solved, load_solved
 from medmm_ray.tables import Table, TableError, write_rows
 
-TABLES = ("solutions", "judge_labels", "monte_carlo_labels", "expert_labels", "evidence")
+TABLES = ("solutions", *LABELS, *TREES, "evidence")
 QUESTIONS_A_PART = 64
 log = logging.getLogger("medmm_ray")
 
@@ -70,6 +71,9 @@ def import_labels(run: Run) -> dict[str, int]:
     if "expert_labels" in made:
         job = Job(run, BY_NAME["review"])
         write_rows(Table(run.uri("review_queue"), ReviewItem), [], job.origin("review_queue"), "question_id")
+    if "tree_solutions" in made:
+        job = Job(run, BY_NAME["tree_search"])
+        write_rows(Table(run.uri("trees"), Tree), [], job.origin("trees"), "question_id")
     return made
 
 
@@ -86,9 +90,9 @@ def _rows(run: Run, solved: Iterator[Solved]) -> Iterator[tuple[str, Imported]]:
     data = read_source(config)
     folder = f"{run.uri('raw_images')}/files"
     ids = [row.question_id for row in question_rows(data, run.table("raw_images").to_arrow(), config, folder)]
-    config_hash, policy = run.fingerprint(BY_NAME["sample"]), policy_of(config.source)
+    config_hash, tree_hash = (run.fingerprint(BY_NAME[name]) for name in ("sample", "tree_search"))
     for question_id, found in zip(ids, solved, strict=True):
-        yield question_id, imported(question_id, found, policy, config_hash)
+        yield question_id, imported(question_id, found, policy_of(config.source), config_hash, tree_hash)
 
 
 def _write(tables: dict[str, Table], rows: dict[str, Imported]) -> set[str]:
@@ -98,6 +102,9 @@ def _write(tables: dict[str, Table], rows: dict[str, Imported]) -> set[str]:
         if name == "solutions":
             table.write_part(to_arrow(Solutions, [row.solutions for row in rows.values()]), "question_id")
             something = any(row.solutions.solutions for row in rows.values())
+        elif name == "tree_solutions":
+            table.write_part(to_arrow(Solutions, [row.tree_solutions for row in rows.values()]), "question_id")
+            something = any(row.tree_solutions.solutions for row in rows.values())
         elif name == "evidence":
             evidence = [row.evidence or _no_evidence(key) for key, row in rows.items()]
             table.write_part(to_arrow(Evidence, evidence), "question_id")
@@ -107,7 +114,7 @@ def _write(tables: dict[str, Table], rows: dict[str, Imported]) -> set[str]:
             table.write_part(_exploded(found, table.schema), "question_id", "labels")
             something = any(found.values())
         used |= {name} if something else set()
-    return used
+    return used | ({"tree_labels"} if "tree_solutions" in used else set())  # one step makes both
 
 
 def _exploded(found: dict[str, list[dict[str, Any]]], schema: pa.Schema) -> pa.Table:

@@ -1,4 +1,5 @@
-"""solutions of the training split -> states: what the frozen text tower says at each step, once."""
+"""solutions and tree_solutions of the training split -> states and tree_states: what the frozen text tower says at each
+step, once."""
 
 import sys
 
@@ -8,16 +9,20 @@ from medmm_ray.score import inputs, states
 
 def run(job: Job) -> None:
     model, model_id = job.run.model("text_prm"), job.run.model_id("text_prm")
-    source, ids = job.solutions_of("train")
     questions, images, evidence = (job.read(name) for name in ("questions", "images", "evidence"))
-    job.make(
-        "states",
-        source,
-        ids,
-        lambda ds: states(inputs(ds, questions, images, evidence), job.config, model, model_id),
-        "question_id",
-        "states",
-    )
+    for made, read in (("states", "solutions"), ("tree_states", "tree_solutions")):
+        if job.run.is_left_out(read):
+            job.make_rows(made, [], "question_id")
+            continue
+        source, ids = job.solutions_of("train", read)
+        job.make(
+            made,
+            source,
+            ids,
+            lambda ds: states(inputs(ds, questions, images, evidence), job.config, model, model_id),
+            "question_id",
+            "states",
+        )
 
 
 if __name__ == "__main__":

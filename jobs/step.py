@@ -146,11 +146,12 @@ class Job:
         """What Ray Train calls this training: the same name continues it, so the fingerprint is part of it."""
         return f"{self.step.name}-{self.run.fingerprint(self.step)}"
 
-    def solutions_of(self, split: str) -> "tuple[Dataset, list[str]]":
-        """The solutions of a split's questions, as a dataset, and the ids of those questions."""
+    def solutions_of(self, split: str, table: str = "solutions") -> "tuple[Dataset, list[str]]":
+        """The rows of a table of solutions about a split's questions, as a dataset, and the ids of those questions."""
         questions = self.read("questions", ["question_id", "split"])
         ids = questions.filter(pc.equal(questions["split"], split))["question_id"]
-        return chosen(self.table("solutions").dataset(rows_per_block=8), "question_id", ids), ids.to_pylist()
+        ids = ids.filter(pc.is_in(ids, self.read(table, ["question_id"])["question_id"]))
+        return chosen(self.table(table).dataset(rows_per_block=8), "question_id", ids), ids.to_pylist()
 
     def seconds(self) -> float:
         """Seconds since the step began or since its last output was committed."""

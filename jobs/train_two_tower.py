@@ -1,6 +1,8 @@
-"""states + labels + images -> two_tower: the multimodal reward model, whole."""
+"""states + labels of all sources + images -> two_tower: the multimodal reward model, whole."""
 
 import sys
+
+import pyarrow as pa
 
 from jobs.graph import LABELS
 from jobs.step import Job, main
@@ -9,15 +11,16 @@ from medmm_ray.train.two_tower import train_two_tower
 
 
 def run(job: Job) -> None:
-    labels = [job.read(name) for name in LABELS]
+    labels = [job.read(name) for name in (*LABELS, "tree_labels")]
     questions, images, evidence = (job.read(name) for name in ("questions", "images", "evidence"))
     text_prm, image_tower = job.run.model("text_prm"), job.run.model("image_tower")
-    solutions = job.read("solutions", ["question_id", "solutions"])
+    solved = (job.read(name, ["question_id", "solutions"]) for name in ("solutions", "tree_solutions"))
+    solutions = pa.concat_tables(solved)
     job.make_artifact(
         "two_tower",
         lambda uri: train_two_tower(
             job.config,
-            job.table("states"),
+            [job.table(name) for name in ("states", "tree_states")],
             labels,
             questions,
             images,

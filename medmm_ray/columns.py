@@ -25,11 +25,13 @@ RIGHT, WRONG, NEUTRAL, UNLABELLED = 1, 0, -1, -2
 class Steps:
     """All steps of a table of solutions, in its order: step j of solution i is row ``first[i] + j``.
 
-    `question` is each solution's row in the table and `length` its number of steps; `solution` is each step's solution
-    and `index` its place in it.
+    `row` is each solution's row in the table, `question` the number of its question, in the order of the table: rows
+    about one question, of several sources of solutions, share it. `length` is a solution's number of steps; `solution`
+    is each step's solution and `index` its place in it.
     """
 
     solution_ids: pa.Array
+    row: Ints
     question: Ints
     length: Ints
     first: Ints
@@ -55,9 +57,12 @@ def steps_of(solutions: pa.Table) -> Steps:
     length = np.asarray(flat.field("num_steps"), dtype=np.int64)
     first = np.cumsum(length) - length
     solution = np.repeat(np.arange(len(length)), length)
+    row = np.asarray(pc.list_parent_indices(nested), dtype=np.int64)
+    question_ids = solutions["question_id"].combine_chunks()
     return Steps(
         solution_ids=flat.field("solution_id"),
-        question=np.asarray(pc.list_parent_indices(nested), dtype=np.int64),
+        row=row,
+        question=np.asarray(pc.index_in(question_ids, question_ids.unique()), dtype=np.int64)[row],
         length=length,
         first=first,
         solution=solution,

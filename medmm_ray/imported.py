@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from medmm_ray.config import digest
 from medmm_ray.records import Evidence, Labels, RetrievedDocument, Solution, Solutions
-from medmm_ray.sources import Solved, SourceSolution
+from medmm_ray.sources import Solved, SourceLabels, SourceSolution
 
 TABLE_OF: Mapping[str, str] = {
     "judge": "judge_labels",
@@ -19,7 +19,7 @@ TABLE_OF: Mapping[str, str] = {
     "tree_search": "monte_carlo_labels",
     "expert": "expert_labels",
 }
-"""The table that holds each source's labels."""
+"""The table that holds each source's labels of `solutions`; labels of `tree_solutions` are in tree_labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,7 @@ class Imported:
     """One question's rows; `labels` by the name of their table, `evidence` None where the data set has none."""
 
     solutions: Solutions
+    tree_solutions: Solutions
     labels: Mapping[str, Sequence[Labels]] = field(default_factory=dict)
     evidence: Evidence | None = None
 
@@ -35,34 +36,45 @@ def policy_of(source: str) -> str:
     return f"imported:{source}"
 
 
-def imported(question_id: str, solved: Solved, policy: str, config_hash: str) -> Imported:
-    """The rows of one question."""
-    solutions = [_solution(question_id, s, policy, config_hash, index) for index, s in enumerate(solved.solutions)]
+def imported(question_id: str, solved: Solved, policy: str, config_hash: str, tree_hash: str) -> Imported:
+    """The rows of one question; `tree_hash` is the config_hash of its tree_solutions."""
+    solutions = _solutions(question_id, solved.solutions, policy, config_hash)
+    grown = _solutions(question_id, solved.tree_solutions, policy, tree_hash)
     labels: dict[str, list[Labels]] = {}
-    for solution, source in zip(solutions, solved.solutions, strict=True):
+    for solution, source in zip(solutions.solutions, solved.solutions, strict=True):
         for row in source.labels:
-            labels.setdefault(TABLE_OF[row.source], []).append(
-                Labels(
-                    question_id=question_id,
-                    solution_id=solution.solution_id,
-                    source=row.source,
-                    annotator=row.annotator,
-                    steps=list(row.steps),
-                    cost=0.0,
-                    saw_answer=row.saw_answer,
-                    error=row.error,
-                )
-            )
+            labels.setdefault(TABLE_OF[row.source], []).append(_labels(question_id, solution, row))
+    for solution, source in zip(grown.solutions, solved.tree_solutions, strict=True):
+        labels.setdefault("tree_labels", []).extend(_labels(question_id, solution, row) for row in source.labels)
     return Imported(
-        solutions=Solutions(
-            question_id=question_id,
-            policy=policy,
-            config_hash=config_hash,
-            num_requested=len(solutions),
-            solutions=solutions,
-        ),
+        solutions=solutions,
+        tree_solutions=grown,
         labels=labels,
         evidence=_evidence(question_id, solved, config_hash) if solved.documents or solved.images else None,
+    )
+
+
+def _solutions(question_id: str, found: Sequence[SourceSolution], policy: str, config_hash: str) -> Solutions:
+    solutions = [_solution(question_id, s, policy, config_hash, index) for index, s in enumerate(found)]
+    return Solutions(
+        question_id=question_id,
+        policy=policy,
+        config_hash=config_hash,
+        num_requested=len(solutions),
+        solutions=solutions,
+    )
+
+
+def _labels(question_id: str, solution: Solution, row: SourceLabels) -> Labels:
+    return Labels(
+        question_id=question_id,
+        solution_id=solution.solution_id,
+        source=row.source,
+        annotator=row.annotator,
+        steps=list(row.steps),
+        cost=0.0,
+        saw_answer=row.saw_answer,
+        error=row.error,
     )
 
 

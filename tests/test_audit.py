@@ -17,6 +17,7 @@ from medmm_ray.audit import AuditConfig, GateError, audit, require, spoken, want
 from medmm_ray.audit.cost import cost_figures
 from medmm_ray.audit.gates import _gate, gates
 from medmm_ray.audit.leakage import leakage
+from medmm_ray.dataset_page import render
 from medmm_ray.records import (
     Count,
     Evidence,
@@ -117,6 +118,52 @@ def test_counts_by_hand() -> None:
     kappa = found["agreement"][0]["kappa"]["all"]["all"]
     assert kappa["equal"] == pytest.approx(4 / 6, abs=1e-6)  # weights 4 (equal) and 2 (not)
     assert found["source"] == "judge"
+
+
+GROWN = [question("q1", solution("t1", 2), solution("t2", 3, correct=False)), question("q2")]
+BY_TREE = [
+    Labels(question_id="q1", solution_id=name, source="tree_search", annotator="p@c", cost=0.0,
+           steps=[StepLabel(label=label, value=value) for label, value in steps])
+    for name, steps in (("t1", [(1, 0.5), (1, 1.0)]), ("t2", [(1, 0.5), (0, 0.25), (0, 0.0)]))
+]  # fmt: skip
+
+
+def test_trees_are_a_source_of_solutions_and_of_labels() -> None:
+    judged = labelled("t2", [1, 1, 0])
+    labels = {"judge_labels": [to_arrow(Labels, [*JUDGE, judged])], "tree_labels": [to_arrow(Labels, BY_TREE)]}
+    alone, found = report(), report(labels=labels, tree_solutions=[to_arrow(Solutions, [row]) for row in GROWN])
+    assert alone["trees"] == {"questions": 0, "solutions": 0, "right": 0}
+    assert found["trees"] == {"questions": 1, "solutions": 2, "right": 1}
+    assert found["sampling"] == alone["sampling"]
+    assert found["coverage"]["modalities"]["radiology"]["solutions"] == 4
+    mean = found["steps"]["mean"]
+    assert (mean["value"], mean["count"], mean["questions"]) == (2.8, 5, 2)  # q1's samples and trees are one question's
+    judge, tree = found["balance"]
+    assert (tree["source"], tree["solutions"], tree["right"], tree["wrong"]) == ("tree_search", 2, 3, 2)
+    assert tree["share"]["answer"]["right"]["value"] == 1.0
+    assert tree["share"]["answer"]["wrong"]["value"] == pytest.approx(1 / 3, abs=1e-6)
+    assert (judge["right"], judge["wrong"]) == (7, 4)
+    (pair,) = found["agreement"]
+    assert (pair["first"], pair["second"], pair["of"], pair["looked_at"]) == ("judge", "tree_search", "prefix", 1)
+    assert pair["kappa"]["all"]["all"]["count"] == 3
+    assert pair["kappa"]["all"]["all"]["equal"] == pytest.approx(2 / 3, abs=1e-6)
+    policies = {row["policy"]: row for row in found["policies"]}
+    assert (policies["judge"]["solutions"], policies["tree_search"]["kept"]) == (5, 2)
+    assert (policies["tree_search"]["kept_steps"], policies["tree_search"]["mean_target"]) == (5, 0.6)
+    assert policies["tree_search_soft"]["mean_target"] == pytest.approx(0.45, abs=1e-6)
+    assert "2 solutions more, of 1 questions; 50.0" in render(found)
+    assert "Tree search" not in render(alone)
+
+
+def test_an_advantage_is_measured_from_the_samples_alone() -> None:
+    steps = [StepLabel(label=1, value=0.6, num_correct=3, num_rollouts=5), *[StepLabel()] * 3]
+    rolled = Labels(question_id="q", solution_id="s2", source="monte_carlo", annotator="a", steps=steps, cost=0.0)
+    grown = [question("q1", solution("t1", 2), solution("t2", 2))]
+    found = report(
+        labels={"monte_carlo_labels": [to_arrow(Labels, [rolled])]}, tree_solutions=[to_arrow(Solutions, grown)]
+    )
+    advantage = next(row for row in found["policies"] if row["policy"] == "advantage")
+    assert (advantage["kept_steps"], advantage["mean_target"]) == (1, 1.0)  # .6 over .5, not below 3/4
 
 
 def test_the_order_of_rows_and_parts_changes_nothing() -> None:
@@ -343,6 +390,23 @@ def test_the_job_runs_midway_and_says_what_is_missing(tmp_path: Path, capsys: py
     assert (found["cost"]["total"], list(found["cost"]["ledgers"])) == (2.5, ["gemini"])
     assert "possibly paid for 1 calls" in (tmp_path / "dataset_report.html").read_text()
     assert "Written before the run was complete" in (tmp_path / "dataset_report.html").read_text()
+
+
+def test_trees_are_read_where_the_recipe_has_them(tmp_path: Path) -> None:
+    words = made(tmp_path)
+    assert job.main([*words, "without=[]"]) == 0
+    found = json.loads((tmp_path / "dataset_report.json").read_text())
+    assert found["missing"] == ["tree_solutions", "tree_labels"]
+    run = Run(load_recipe([*words, "without=[]"]))
+    for name, rows in (("trees", []), ("tree_solutions", GROWN), ("tree_labels", BY_TREE)):
+        origin = Origin(name=name, fingerprint=run.fingerprint(MAKER[name]), config={}, upstream={})
+        write_rows(run.table(name), rows, origin, "question_id")
+    for extra, sources in (((), ["judge", "expert"]), (("without=[]",), ["judge", "tree_search", "expert"])):
+        assert job.main([*words, *extra]) == 0
+        found = json.loads((tmp_path / "dataset_report.json").read_text())
+        assert found["missing"] == []
+        assert [row["source"] for row in found["balance"]] == sources
+        assert ("tree_labels" in found["tables"]) == bool(extra)
 
 
 def test_labels_count_while_they_are_made(tmp_path: Path) -> None:

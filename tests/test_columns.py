@@ -44,6 +44,13 @@ def test_thin_solutions_hold_no_text() -> None:
     assert thin(TABLE).nbytes < TABLE.nbytes / 5
 
 
+def test_rows_about_one_question_share_its_number() -> None:
+    more = to_arrow(Solutions, [question("q2", solution("t1", 1)), question("q0", solution("t2", 2))])
+    steps = steps_of(pa.concat_tables([thin(TABLE), thin(more)]))
+    assert steps.row.tolist() == [0, 0, 1, 2, 3]
+    assert steps.question.tolist() == [0, 0, 1, 1, 2]
+
+
 def test_a_verdict_is_the_label_else_the_value_else_neutral_or_nothing() -> None:
     steps = [StepLabel(label=0, value=0.9), StepLabel(value=0.25), StepLabel(confidence="high")]
     row = Labels(question_id="q", solution_id="s1", source="judge", annotator="a", steps=steps, cost=0.0)

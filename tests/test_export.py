@@ -40,7 +40,8 @@ from tests.local_hub import running
 
 TINY = "jobs/recipes/tiny.yaml"
 RECORDS: dict[str, type] = {"questions": Question, "solutions": Solutions, "evidence": Evidence, "images": Image,
-                            "judge_labels": Labels, "monte_carlo_labels": Labels, "expert_labels": Labels}  # fmt: skip
+                            "judge_labels": Labels, "monte_carlo_labels": Labels, "expert_labels": Labels,
+                            "tree_solutions": Solutions, "tree_labels": Labels}  # fmt: skip
 
 
 def question(number: int, **changes: Any) -> Question:
@@ -185,6 +186,7 @@ STEP = WORDS.map(one_line).filter(bool)
 LABEL = st.sampled_from([0, 1, None])
 OPTIONS: st.SearchStrategy[list[str]] = st.just([]) | st.lists(WORDS, min_size=2, max_size=10)
 YES = st.booleans()
+VALUE = st.none() | st.floats(0, 1)
 CONFIDENCE = st.sampled_from(["high", "medium", "low", None])
 
 
@@ -215,6 +217,13 @@ def runs(draw: st.DrawFn) -> dict[str, list[Any]]:
                     entries = [StepLabel(label=draw(LABEL), confidence=draw(sure), reason=draw(why)) for _ in steps]
                     rows[f"{source}_labels"].append(labels(made, source, entries))
         rows["solutions"].append(solved(f"q{number}", *found))
+        grown = [solution(f"q{number}", 9 + i, draw(st.lists(STEP, min_size=1, max_size=4)), text=draw(WORDS))
+                 for i in range(draw(st.integers(0, 2)))]  # fmt: skip
+        rows["tree_solutions"].append(solved(f"q{number}", *grown))
+        rows["tree_labels"] += [
+            labels(made, "tree_search", [StepLabel(label=draw(LABEL), value=draw(VALUE)) for _ in made.steps])
+            for made in grown
+        ]
     return rows
 
 
@@ -234,19 +243,20 @@ def test_what_is_exported_comes_back_exactly(rows: dict[str, list[Any]], tmp_pat
         assert (source.source, source.split, source.modality, source.difficulty, source.question, list(source.options),
                 source.answer, source.answer_type) == (own.source, own.split, own.modality, own.difficulty,
                 own.question, own.options, own.answer, own.answer_type)  # fmt: skip
-        made = next(s.solutions for s in rows["solutions"] if s.question_id == own.question_id)
-        assert [(s.text, s.steps, s.answer, s.correct) for s in one.solutions] == [
-            (s.text, s.steps, s.answer, s.correct) for s in made
-        ]
-        for ours, theirs in zip(made, one.solutions, strict=True):
-            mine = {
-                row.source: row.steps
-                for name in ("judge_labels", "monte_carlo_labels", "expert_labels")
-                for row in rows[name]
-                if row.solution_id == ours.solution_id
-            }
-            assert {row.source: row.steps for row in theirs.labels} == mine
-            assert all(row.error is None for row in theirs.labels)
+        for table, read in (("solutions", one.solutions), ("tree_solutions", one.tree_solutions)):
+            made = next(s.solutions for s in rows[table] if s.question_id == own.question_id)
+            assert [(s.text, s.steps, s.answer, s.correct) for s in read] == [
+                (s.text, s.steps, s.answer, s.correct) for s in made
+            ]
+            for ours, theirs in zip(made, read, strict=True):
+                mine = {
+                    row.source: row.steps
+                    for name in ("judge_labels", "monte_carlo_labels", "expert_labels", "tree_labels")
+                    for row in rows[name]
+                    if row.solution_id == ours.solution_id
+                }
+                assert {row.source: row.steps for row in theirs.labels} == mine
+                assert all(row.error is None for row in theirs.labels)
 
 
 def test_a_solution_that_would_be_read_otherwise_is_left_out_and_counted(tmp_path: Path) -> None:
@@ -285,6 +295,7 @@ def test_the_hub_folder_has_shards_with_every_label_row(run: Run, tmp_path: Path
     kept = rows[0]["solutions"]
     first = [from_dict(Labels, {**row, "question_id": "q1", "solution_id": "q1-s0"}) for row in kept[0]["labels"]]
     bundle = next(iter(bundles(job.tables_of(run), ["q1"], ExportConfig())))
+    assert rows[0]["tree_solutions"] == []
     assert first == bundle.labels["q1-s0"]
     assert len(first) == 4
     assert kept[1]["labels"][0]["error"] == "refused: safety"

@@ -13,7 +13,7 @@ from jobs.step import Job, Run, load_recipe
 from medmm_ray.export import ExportConfig, export
 from medmm_ray.imported import imported
 from medmm_ray.ingest import question_rows, read_source
-from medmm_ray.records import Image
+from medmm_ray.records import Image, Labels, Solution, Solutions, StepLabel
 from medmm_ray.sources import Solved, SourceLabels, SourceSolution
 from medmm_ray.tables import TableError, write_rows
 from medmm_ray.targets import labels_by_solution, targets
@@ -115,11 +115,53 @@ def test_expert_labels_complete_the_review(tmp_path: Path) -> None:
     assert documents[0] == documents[1]
 
 
+def test_trees_go_out_and_come_back(tmp_path: Path) -> None:
+    run = curated(tmp_path, "med_prm", saved(tmp_path / "in" / "train.json", [published(), published(question="Who?")]))
+    job.import_labels(run)
+    first, second = sorted(run.table("questions").to_arrow()["question_id"].to_pylist())
+    found = [
+        Solution(solution_id=f"t{i}", index=i, text=f"Step 1: Look.\nStep 2: So ({a}).", steps=["Look.", f"So ({a})."],
+                 answer=a, correct=a == "A", finish_reason="stop", seed=7, text_sha="x")
+        for i, a in enumerate("AB")
+    ]  # fmt: skip
+    values = {"t0": [(1, 0.1), (1, 1.0)], "t1": [(1, 1 / 3), (0, 0.0)]}
+    labels = [
+        Labels(question_id=first, solution_id=name, source="tree_search", annotator="p@c", cost=0.0,
+               steps=[StepLabel(label=label, value=value) for label, value in steps])
+        for name, steps in values.items()
+    ]  # fmt: skip
+    grown = [
+        Solutions(question_id=q, policy="p", config_hash="c", num_requested=2, solutions=found if q == first else [])
+        for q in (first, second)
+    ]
+    for name, rows in (("tree_solutions", grown), ("tree_labels", labels)):
+        write_rows(run.table(name), rows, Job(run, MAKER[name]).origin(name), "question_id")
+    counts = export(export_job.tables_of(run), ExportConfig(to=str(tmp_path / "out")), {})
+    assert (counts["solutions of trees"], counts["tree_search labelled"]) == (2, 2)
+
+    again = curated(tmp_path / "again", "medmm", tmp_path / "out")
+    made = job.import_labels(again)
+    assert (made["tree_solutions"], made["tree_labels"], again.is_complete(BY_NAME["tree_search"])) == (2, 2, True)
+    back = {row["question_id"]: row["solutions"] for row in again.table("tree_solutions").to_arrow().to_pylist()}
+    assert [(s["text"], s["steps"], s["answer"], s["correct"]) for s in back[first]] == [
+        (s.text, s.steps, s.answer, s.correct) for s in found
+    ]
+    assert back[second] == []
+    rows = {row["solution_id"]: row for row in again.table("tree_labels").to_arrow().to_pylist()}
+    assert {row["source"] for row in rows.values()} == {"tree_search"}
+    assert [[(s["label"], s["value"]) for s in rows[s["solution_id"]]["steps"]] for s in back[first]] == list(
+        values.values()
+    )
+    samples = {s["solution_id"] for row in again.table("solutions").to_arrow().to_pylist() for s in row["solutions"]}
+    assert not samples & set(rows)
+    assert not run.is_complete(BY_NAME["tree_search"])  # its own has no trees
+
+
 def test_an_unknown_source_of_labels_is_a_fault_of_the_reader() -> None:
     row = SourceLabels(source="gossip", annotator="x")
     solution = SourceSolution(text="", steps=[], answer=None, correct=None, labels=[row])
     with pytest.raises(KeyError, match="gossip"):
-        imported("q1", Solved(solutions=[solution]), "p", "h")
+        imported("q1", Solved(solutions=[solution]), "p", "h", "t")
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"Med-PRM's records are not at {REAL}")

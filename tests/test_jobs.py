@@ -325,6 +325,6 @@ def test_a_step_without_which_a_recipe_runs_changes_nothing_and_reads_as_empty()
     assert Job(base, BY_NAME["train_text_prm"]).read("tree_labels", ["solution_id"]).num_rows == 0
     asked = run("without=[]")
     moved = {s.name for s in STEPS if base.fingerprint(s) != asked.fingerprint(s)}
-    assert moved == {"train_text_prm", "states", "train_two_tower", "score", "evaluate"}
+    assert moved == {"audit", "train_text_prm", "states", "train_two_tower", "score", "evaluate"}
     with pytest.raises(ConfigError, match="'jugde' is no step; the steps are ingest, "):
         run("without=[jugde]")

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as Pictures
 
+from jobs.graph import BY_NAME, MAKER
+from jobs.step import Job, Run, load_recipe, run_step
 from medmm_ray import score
 from medmm_ray.config import ConfigError
 from medmm_ray.engines.reward_model import FusionConfig, RewardModel
@@ -460,3 +463,34 @@ def test_tables_of_scores_and_states(
     kept.prepare()
     kept.write(score.states(ds, StatesConfig(), str(folder), "m1"), key="question_id", explode="states")
     assert kept.finish(ORIGIN, "question_id", ["q1", "q2", "q3"], 1.0).rows == 6
+
+
+@pytest.mark.engine
+def test_states_of_trees_lie_beside_those_of_samples(ray_session: None, tmp_path: Path) -> None:
+    given = f"models.text_prm={tiny.save(tmp_path / 'prm')}"
+
+    def run(*words: str) -> Run:
+        made = Run(load_recipe(["jobs/recipes/tiny.yaml", f"run={tmp_path}", given, *words]))
+        rows: dict[str, list[Any]] = {
+            "questions": [question("q1", []), replace(question("q2", []), split="train")],
+            "images": [],
+            "evidence": [evidence("q1", []), evidence("q2", [])],
+            "solutions": [solutions("q1"), solutions("q2")],
+            "tree_solutions": [replace(solutions("q2"), solutions=solutions("q2").solutions[:1])],
+        }
+        for name, own in rows.items():
+            if not made.table(name).is_complete:
+                key = "image_id" if name == "images" else "question_id"
+                write_rows(made.table(name), own, Job(made, MAKER[name]).origin(name), key)
+        run_step(made, BY_NAME["states"])
+        return made
+
+    without, beside = run(), run("without=[]")
+    counts = [[r.table(n).manifest().rows for n in ("states", "tree_states")] for r in (without, beside)]
+    assert counts == [[2, 0], [2, 1]]
+    own, trees = (
+        {r["solution_id"]: r for r in beside.table(name).to_arrow().to_pylist()} for name in ("states", "tree_states")
+    )
+    assert list(trees) == ["q2-s1"]
+    read, alone = (from_bytes(rows["q2-s1"]["states"], 2, 32, "float32") for rows in (own, trees))
+    assert torch.allclose(read, alone, atol=1e-5)

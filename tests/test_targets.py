@@ -240,6 +240,22 @@ def test_the_first_steps_gain_is_over_the_accuracy_of_all_solutions() -> None:
     assert illustrated["targets"] == [[1.0, None]]
 
 
+def test_what_a_tree_found_is_no_part_of_the_accuracy_of_the_samples() -> None:
+    found = [{"solution_id": s, "steps": ["one"], "correct": c} for s, c in (("s1", True), ("s2", False), ("t1", True))]
+    tables = {
+        "states": [{"question_id": "q1", "solution_id": "s1", "num_steps": 1, "error": None}],
+        "questions": [{"question_id": "q1", "split": "train", "image_ids": ["i1"], "error": None}],
+        "images": [{"image_id": "i1", "uri": "x.png", "diagnosis": "normal", "error": None}],
+        "evidence": [],
+        "solutions": [{"question_id": "q1", "solutions": found[:2]}, {"question_id": "q1", "solutions": found[2:]}],
+    }
+    config = TwoTowerConfig(label_policy="advantage", after_first_error="keep")
+    arrow = {name: pa.Table.from_pylist(rows) for name, rows in tables.items()}
+    labels = {"s1": [row("monte_carlo", rolled(0.6))]}
+    [illustrated] = illustrated_questions(config, labels=labels, **arrow).to_pylist()
+    assert illustrated["targets"] == [[1.0]]  # .6 over .5, not below 2/3
+
+
 def test_the_accuracy_of_a_question_is_that_of_its_answers() -> None:
     assert accuracy_of([{"correct": c} for c in (True, None, False, True, True)]) == 0.75
     assert accuracy_of([{"correct": None}]) is None

@@ -10,6 +10,7 @@ Measured: 10,000 questions x 64 solutions x 8 steps with four label sources take
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +23,7 @@ from medmm_ray.audit.cost import cost_figures
 from medmm_ray.audit.gates import GateError, gates, require, spoken, wanted
 from medmm_ray.audit.labels import balance
 from medmm_ray.audit.leakage import leakage
-from medmm_ray.audit.sampling import coverage, easy_first, sampling, step_counts
+from medmm_ray.audit.sampling import coverage, easy_first, sampling, step_counts, trees
 from medmm_ray.audit.yields import Yields
 from medmm_ray.columns import Codes, Steps, source_labels, steps_of, thin, thin_labels
 from medmm_ray.config import Config, execution, identity
@@ -82,21 +83,24 @@ def audit(
     images: pa.Table,
     solutions: Iterable[pa.Table],
     labels: Mapping[str, Iterable[pa.Table]],
+    tree_solutions: Iterable[pa.Table] = (),
     review_queue: pa.Table | None = None,
     evidence: Iterable[pa.Table] = (),
     manifests: Mapping[str, Manifest] | None = None,
     ledgers: Mapping[str, Row] | None = None,
     missing: Sequence[str] = (),
 ) -> Row:
-    """The report. `solutions`, `evidence` and each table of `labels` come in parts, held only while they are read.
+    """The report. `solutions`, `tree_solutions`, `evidence` and each table of `labels` come in parts, held only while
+    they are read. What the policy was asked for and how often it is right is told of `solutions` alone, all else of
+    both.
 
     `manifests` are those of the complete tables, by name; `ledgers` what the gates of APIs booked, by model; `missing`
     names the tables that are not there yet.
     """
     made = dict(manifests or {})
-    sampled = _concat([thin(part) for part in solutions], thin(arrow_schema(Solutions).empty_table()))
-    sampled = sampled.sort_by("question_id")  # resamples depend on the order
-    steps, correct = steps_of(sampled), _correct(sampled)
+    sampled, grown = _thin(solutions), _thin(tree_solutions)
+    drawn, found = _found(questions, sampled), _found(questions, pa.concat_tables([sampled, grown]))
+    steps, correct, groups = found.steps, found.correct, found.groups
     yields = Yields(steps, config.yield_solutions, config.after_first_error)
     parts: list[pa.Table] = []
     costs = {"solutions": pc.sum(sampled["cost"]).as_py() or 0.0}
@@ -107,7 +111,6 @@ def audit(
             parts.append(thin_labels(part))
     by_source = source_labels(steps, _concat(parts, thin_labels(arrow_schema(Labels).empty_table())))
     queue = queue_of(steps, review_queue) if review_queue is not None and review_queue.num_rows else None
-    groups = _groups(questions, sampled, steps, correct)
     resampling = Resampling(config.bootstrap_samples, config.seed)
     speaking = (s for s in config.sources if s in by_source and (by_source[s].codes >= 0).any())
     report = {
@@ -115,12 +118,13 @@ def audit(
         "config": identity(config),
         "missing": list(missing),
         "source": next(speaking, None),
-        "coverage": coverage(questions, images, sampled),
-        "sampling": sampling(sampled, steps, correct, groups, resampling),
+        "coverage": coverage(questions, images, found.table),
+        "sampling": sampling(drawn.table, drawn.steps, drawn.correct, drawn.groups, resampling),
+        "trees": trees(grown),
         "steps": step_counts(steps, config.usual_steps, resampling),
         "balance": balance(steps, by_source, groups, queue, resampling),
         "agreement": agreement(
-            steps, {source: found.codes for source, found in by_source.items()}, groups, queue, resampling
+            steps, {source: own.codes for source, own in by_source.items()}, groups, queue, resampling
         ),
         "policies": yields.figures(correct),
         "leakage": leakage(questions, images, evidence),
@@ -132,6 +136,26 @@ def audit(
         },
     }
     return {**report, "gates": gates(config, report)}
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Thin solutions with their steps, whether each is right, and the groups that it belongs to."""
+
+    table: pa.Table
+    steps: Steps
+    correct: Codes
+    groups: dict[str, Groups]
+
+
+def _found(questions: pa.Table, table: pa.Table) -> _Found:
+    table = table.combine_chunks().sort_by("question_id")  # resamples depend on the order
+    steps, correct = steps_of(table), _correct(table)
+    return _Found(table, steps, correct, _groups(questions, table, steps, correct))
+
+
+def _thin(parts: Iterable[pa.Table]) -> pa.Table:
+    return _concat([thin(part) for part in parts], thin(arrow_schema(Solutions).empty_table()))
 
 
 def _concat(parts: Sequence[pa.Table], empty: pa.Table) -> pa.Table:
@@ -152,5 +176,5 @@ def _groups(questions: pa.Table, sampled: pa.Table, steps: Steps, correct: Codes
         values = pc.fill_null(questions[column].combine_chunks().take(place), "unknown")
         names = sorted(values.unique().to_pylist(), key=easy_first)
         member = np.asarray(pc.index_in(values, pa.array(names, pa.string())), dtype=np.int64)
-        found[column] = Groups(names, member[steps.question])
+        found[column] = Groups(names, member[steps.row])
     return found

@@ -20,16 +20,16 @@ def easy_first(name: str) -> tuple[int, str]:
     return (DIFFICULTIES.index(name) if name in DIFFICULTIES else len(DIFFICULTIES), name)
 
 
-def coverage(questions: pa.Table, images: pa.Table, sampled: pa.Table) -> Row:
-    """Questions by split, and by modality: questions by difficulty, those with an image, images, solutions."""
+def coverage(questions: pa.Table, images: pa.Table, found: pa.Table) -> Row:
+    """Questions by split, and by modality: questions by difficulty, those with an image, images, solutions of all
+    sources.
+    """
     usable = questions.filter(pc.is_null(questions["error"]))
-    solutions = dict(
-        zip(
-            sampled["question_id"].to_pylist(),
-            pc.list_value_length(sampled["solutions"]).to_pylist(),
-            strict=True,
-        )
-    )
+    solutions: Counter[str] = Counter()
+    for question_id, number in zip(
+        found["question_id"].to_pylist(), pc.list_value_length(found["solutions"]).to_pylist(), strict=True
+    ):
+        solutions[question_id] += number
     seen = Counter(images["modality"].to_pylist())
     modalities: dict[str, Row] = {}
     columns = (usable[name].to_pylist() for name in ("question_id", "modality", "difficulty", "image_ids"))
@@ -40,7 +40,7 @@ def coverage(questions: pa.Table, images: pa.Table, sampled: pa.Table) -> Row:
         )
         row["questions"] += 1
         row["with_image"] += bool(image_ids)
-        row["solutions"] += solutions.get(question_id, 0)
+        row["solutions"] += solutions[question_id]
         row["by_difficulty"][difficulty] += 1
     return {
         "questions": usable.num_rows,
@@ -85,6 +85,16 @@ def sampling(
         "finish_reasons": _counted(flat.field("finish_reason")),
         "errors": dict(Counter(faults)),
         "accuracy": tabulate(groupings, steps.question, right, 2, share_of_counts, resampling),
+    }
+
+
+def trees(grown: pa.Table) -> Row:
+    """What the trees found, where there are any: questions with a solution, solutions, and right ones."""
+    flat = pc.list_flatten(grown["solutions"].combine_chunks())
+    return {
+        "questions": int((np.asarray(pc.list_value_length(grown["solutions"])) > 0).sum()),
+        "solutions": len(flat),
+        "right": pc.sum(flat.field("correct")).as_py() or 0,
     }
 
 

@@ -25,7 +25,7 @@ class Yields:
         self.chosen = np.array(sorted(range(len(ids)), key=chance.__getitem__)[:num_solutions], dtype=np.int64)
         self.ids = [ids[i] for i in self.chosen]
         self.num_steps = steps.length[self.chosen].tolist()
-        self.questions = steps.question
+        self.row = steps.row
         self._wanted = pa.array(self.ids, pa.string())
         self._rows: list[Row] = []
 
@@ -36,8 +36,8 @@ class Yields:
     def figures(self, correct: Codes) -> list[Row]:
         """One entry a policy; `correct` is RIGHT, WRONG or -1 for each solution of the whole table."""
         known = [None if code < 0 else bool(code) for code in correct[self.chosen].tolist()]
-        answered, right = (np.bincount(self.questions, kind) for kind in (correct >= 0, correct == RIGHT))
-        share = [float(right[q] / answered[q]) if answered[q] else None for q in self.questions[self.chosen]]
+        answered, right = (np.bincount(self.row, kind) for kind in (correct >= 0, correct == RIGHT))
+        share = [float(right[r] / answered[r]) if answered[r] else None for r in self.row[self.chosen]]
         labels = labels_by_solution(self._rows)
         of_solution = [
             (labels.get(solution_id, []), *rest)

@@ -57,6 +57,7 @@ class Tables:
 
     questions: Table
     solutions: Table
+    tree_solutions: Table | None = None
     images: Table | None = None
     evidence: Table | None = None
     image_vectors: Table | None = None
@@ -69,6 +70,7 @@ class Bundle:
 
     question: Question
     solutions: Sequence[Solution]
+    tree_solutions: Sequence[Solution]
     labels: Mapping[str, Sequence[Labels]]
     images: Sequence[Image]
     evidence: Evidence | None
@@ -120,7 +122,10 @@ def _splits(tables: Tables) -> dict[str, list[str]]:
 def bundles(tables: Tables, ids: Sequence[str], config: ExportConfig) -> Iterator[Bundle]:
     """What the run has of each of these questions, in their order."""
     questions = {q["question_id"]: from_dict(Question, q) for q in _rows(tables.questions, "question_id", ids)}
-    solutions = {s["question_id"]: s for s in _rows(tables.solutions, "question_id", ids)}
+    solutions, grown = (
+        {s["question_id"]: s["solutions"] for s in _rows(table, "question_id", ids)}
+        for table in (tables.solutions, tables.tree_solutions)
+    )
     evidence = {e["question_id"]: from_dict(Evidence, e) for e in _rows(tables.evidence, "question_id", ids)}
     labels: dict[str, dict[str, list[Labels]]] = {}
     for table in tables.labels.values():
@@ -135,7 +140,8 @@ def bundles(tables: Tables, ids: Sequence[str], config: ExportConfig) -> Iterato
         question = questions[question_id]
         yield Bundle(
             question=question,
-            solutions=[from_dict(Solution, s) for s in solutions.get(question_id, {}).get("solutions", ())],
+            solutions=[from_dict(Solution, s) for s in solutions.get(question_id, ())],
+            tree_solutions=[from_dict(Solution, s) for s in grown.get(question_id, ())],
             labels=labels.get(question_id, {}),
             images=[images[i] for i in question.image_ids if i in images],
             evidence=evidence.get(question_id),
@@ -182,7 +188,9 @@ def _count(bundle: Bundle, counts: Counter[str]) -> None:
     counts["questions"] += 1
     counts[f"questions {bundle.question.split}"] += 1
     counts["solutions"] += len(bundle.solutions)
-    counts["steps"] += sum(len(s.steps) for s in bundle.solutions)
+    if bundle.tree_solutions:
+        counts["solutions of trees"] += len(bundle.tree_solutions)
+    counts["steps"] += sum(len(s.steps) for s in (*bundle.solutions, *bundle.tree_solutions))
     for row in (row for rows in bundle.labels.values() for row in rows):
         counts[f"{row.source} {'failed' if row.error else 'labelled'}"] += 1
 
@@ -202,7 +210,7 @@ def _write_json(
             try:
                 row = entry(
                     bundle.question, bundle.solutions, bundle.labels, image_uris=[i.uri for i in bundle.images],
-                    evidence=bundle.evidence, embedding=bundle.embedding,
+                    evidence=bundle.evidence, embedding=bundle.embedding, tree_solutions=bundle.tree_solutions,
                 )  # fmt: skip
             except RowError as error:
                 log.warning("question %s is left out: %s", bundle.question.question_id, error)
@@ -216,7 +224,7 @@ def _write_json(
 
 
 def shard_schema() -> pa.Schema:
-    """A shard's columns: the question's, then its images, evidence, and solutions with every label row."""
+    """A shard's columns: the question's, then its images, evidence, and all solutions with every label row."""
     labels = [f for f in arrow_schema(Labels) if f.name not in ("question_id", "solution_id")]
     solution = [*arrow_schema(Solution), pa.field("labels", pa.list_(pa.struct(labels)))]
     image = [f for f in arrow_schema(Image) if f.name in ("image_id", "uri", "sha256", "modality", "diagnosis")]
@@ -228,6 +236,7 @@ def shard_schema() -> pa.Schema:
             pa.field("related_documents", evidence.field("documents").type),
             pa.field("related_images", evidence.field("images").type),
             pa.field("solutions", pa.list_(pa.struct(solution))),
+            pa.field("tree_solutions", pa.list_(pa.struct(solution))),
         ]
     )
 
@@ -240,10 +249,10 @@ def shard_row(bundle: Bundle) -> dict[str, Any]:
         "images": [asdict(image) for image in bundle.images],
         "related_documents": [asdict(d) for d in evidence.documents] if evidence else [],
         "related_images": [asdict(i) for i in evidence.images] if evidence else [],
-        "solutions": [
-            {**asdict(s), "labels": [asdict(row) for row in bundle.labels.get(s.solution_id, ())]}
-            for s in bundle.solutions
-        ],
+        **{
+            name: [{**asdict(s), "labels": [asdict(row) for row in bundle.labels.get(s.solution_id, ())]} for s in own]
+            for name, own in (("solutions", bundle.solutions), ("tree_solutions", bundle.tree_solutions))
+        },
     }
 
 

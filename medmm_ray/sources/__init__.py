@@ -124,9 +124,13 @@ class SourceSolution:
 
 @dataclass(frozen=True, kw_only=True)
 class Solved:
-    """What a data set brings of one question, besides the question."""
+    """What a data set brings of one question, besides the question.
+
+    `tree_solutions` are those that lay in a table of their own, beside the samples.
+    """
 
     solutions: Sequence[SourceSolution] = ()
+    tree_solutions: Sequence[SourceSolution] = ()
     documents: Sequence[str] = ()
     images: Sequence[RetrievedImage] = ()
 

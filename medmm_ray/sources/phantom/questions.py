@@ -201,6 +201,14 @@ def make_items(seed: int, split: str, number: int, num_worked: int = 1, hardness
     return [_make_item(seed, split, index, num_worked, hardness) for index in range(number)]
 
 
+def report(case: Case) -> str:
+    """A case's picture told in words: all that the steps of its worked solutions may say of it, and the diagnosis."""
+    seen = [text for finding in case.findings or (case,) for text in _observations(finding)]
+    absent = [text for text in _negatives(case) if truth(text, case)]
+    impression = ", ".join(f"{f.name} ({f.side} {f.zone} zone)" if f.zone else f.name for f in case.findings)
+    return " ".join([*seen, *absent, f"Impression: {impression or 'normal chest'}."])
+
+
 def _make_item(seed: int, split: str, index: int, num_worked: int, hardness: Hardness) -> Item:
     rng = generator("question", seed, split, index)
     template = TEMPLATES[int(rng.integers(len(TEMPLATES)))]

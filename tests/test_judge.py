@@ -25,7 +25,7 @@ from medmm_ray.judge import (
     Picture,
     make_judge,
 )
-from medmm_ray.judge.prompt import SYSTEM, Call
+from medmm_ray.judge.prompt import SYSTEM, Call, schema_of
 from medmm_ray.records import Labels, StepLabel, from_dict
 from medmm_ray.sources.phantom import Case
 from medmm_ray.tables import RowError
@@ -121,6 +121,18 @@ def test_a_reply_that_does_not_fit_is_asked_once_again() -> None:
     assert str(fault) == "judge_reply: judge gave 2 verdicts for 3 steps: '1 0'"
     assert len(stubborn.requests) == 2
     assert "does not fit: judge gave 2 verdicts for 3 steps: '1 0'. Answer again." in stubborn.requests[1][0]
+
+
+def test_a_local_judges_schema_holds_each_verdict_to_its_tests() -> None:
+    entries = schema_of(Call((("a", "b"),)), exact=True)["properties"]["steps"]["items"]["anyOf"]
+    forms = [entry["properties"] for entry in entries]
+    held = [
+        (*(form[name].get("const") for name in ("logical", "medical", "image_grounded")), *form["verdict"]["enum"])
+        for form in forms
+    ]
+    assert held == [
+        (True, True, True, "+"), (False, None, None, "-"), (True, False, None, "-"), (True, True, False, "-"),
+    ]  # fmt: skip
 
 
 def test_documents_that_do_not_fit_are_left_out() -> None:

@@ -116,8 +116,8 @@ def tell(config: BenchConfig, split: str, number: int, num_solutions: int) -> li
     for index, item in enumerate(make_items(config.seed, split, number, num_worked=num_solutions)):
         rng = generator("sharing", config.seed, split, index)
         case = JudgeCase(
-            question_id=f"{split}-{index}", question=f"Report: {report(item.case)} {item.question}", options=item.options,
-            answer=item.answer, images=[], documents=[], references=[],
+            question_id=f"{split}-{index}", question=f"Report: {report(item.case)} {item.question}",
+            options=item.options, answer=item.answer, images=[], documents=[], references=[],
         )  # fmt: skip
         blind = [blind_work(item, rng, slip=0.3)[0] for _ in range(num_solutions)]
         seen = rng.random(num_solutions) < 0.4

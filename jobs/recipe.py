@@ -60,7 +60,7 @@ class PlanConfig(Config):
     solution_tokens: float = execution(350.0)
     """Mean tokens of a solution."""
     document_tokens: float = execution(3072.0)
-    """Tokens of documents that the reward model reads with a question."""
+    """Tokens of documents that a step with num_documents reads with a question."""
     policy_parameters: float = execution(8.03e9)
     """Parameters of the policy."""
     text_parameters: float = execution(8.03e9)

@@ -102,6 +102,7 @@ STEPS = (
         "tree_search",
         ("questions", "evidence", "policy"),
         {"trees": Tree, "tree_solutions": Solutions, "tree_labels": Labels},
+        version=2,
         what="solutions and labels from trees (vLLM)",
     ),
     Step(

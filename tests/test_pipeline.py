@@ -12,6 +12,7 @@ from jobs import pipeline, query
 from jobs.graph import BY_NAME, MAKER, STEPS
 from jobs.step import Job, Run, load_recipe
 from medmm_ray.config import ConfigError
+from tests.api_server import chat_said, serving
 from tests.review_page.phantom_run import make_run
 from tests.test_resume import TINY
 
@@ -128,6 +129,27 @@ def test_trees_stand_beside_the_samples_where_the_recipe_asks(tiny: Run) -> None
     assert {label["solution_id"]: len(label["steps"]) for label in labels.to_pylist()} == made
     assert run.fingerprint(BY_NAME["sample"]) == tiny.fingerprint(BY_NAME["sample"])
     assert run.fingerprint(BY_NAME["train_text_prm"]) != tiny.fingerprint(BY_NAME["train_text_prm"])
+
+
+@END_TO_END
+def test_a_policy_behind_an_api_leads_to_a_reward_model_from_another_checkpoint(tiny: Run) -> None:
+    texts = [f"Step 1: Look.\nStep 2: It is dark.\nStep 3: So the answer is ({letter})." for letter in "AB" * 24]
+    with serving() as server:
+        server.script = [chat_said(text) for text in texts]
+        words = [
+            TINY, f"run={tiny.root}", "models.policy=gpt-4o", "sample.backend=openai", "sample.key_variable=PATH",
+            f"sample.endpoint={server.address}/v1", "sample.num_documents=1", "without=[monte_carlo, tree_search]",
+            f"train_text_prm.base={tiny.uri('policy')}",
+        ]  # fmt: skip
+        assert pipeline.main([*words, "--from", "sample", "--until", "train_text_prm"]) == 0
+        assert len(server.requests) == 12 * 4
+    run = Run(load_recipe(words))
+    figures = run.table("solutions").manifest().figures
+    assert (figures["samples_drawn"], figures["documents_shown"]) == (48, 12)
+    assert figures["cost_usd"] == pytest.approx(48 * (1000 * 2.5 + 100 * 10.0) / 1e6)
+    rows = run.table("solutions").to_arrow().to_pylist()
+    assert {row["policy"] for row in rows} == {"gpt-4o"}
+    assert run.artifact("text_prm").manifest().upstream["policy"] == "gpt-4o"
 
 
 def test_range_of_steps() -> None:

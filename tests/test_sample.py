@@ -248,9 +248,11 @@ def test_a_policy_behind_an_api_is_asked_and_paid_once(tmp_path: Path) -> None:
         server.script = [chat_said(GOOD.format("it")), chat_said(None, refusal="I cannot."), chat_said(GOOD)]
         config = config.model_copy(update={"endpoint": f"{server.address}/v1"})
 
-        def rows() -> list[dict[str, Any]]:
+        def rows(config_hash: str = "c0") -> list[dict[str, Any]]:
             ds = ray.data.from_arrow(questions)
-            made = sample(ds, config, model="gpt-x", policy="gpt-x", config_hash="c0", folder=str(tmp_path)).take_all()
+            made = sample(
+                ds, config, model="gpt-x", policy="gpt-x", config_hash=config_hash, folder=str(tmp_path)
+            ).take_all()
             return sorted(made, key=lambda row: str(row["question_id"]))
 
         first = rows()
@@ -259,6 +261,10 @@ def test_a_policy_behind_an_api_is_asked_and_paid_once(tmp_path: Path) -> None:
         assert [count for row in first for count in row["rejected"]] == [{"kind": "refused", "count": 1}]
         assert sum(len(row["solutions"]) for row in first) == 7
         assert rows() == first
+        filtered = rows("c1")  # as where a filter was changed
+        assert [s["text"] for row in filtered for s in row["solutions"]] == [
+            s["text"] for row in first for s in row["solutions"]
+        ]
         assert len(server.requests) == 8
 
 

@@ -9,6 +9,8 @@ from medmm_ray.text.markup import plain_text
 
 OPTIONS = ["appendicitis", "Crohn's disease", "ovarian torsion", "normal study"]
 MANY = [f"finding {i}" for i in range(1, 11)]
+DOZEN = [f"finding {i}" for i in range(1, 13)]
+ALPHABET = [f"finding {i}" for i in range(1, 27)]
 BLOOD = ["A", "B", "AB", "O"]
 PAIRS = ["a", "c", "bc", "ad"]
 CODED = ["D cells", "E. coli", "A and B", "None of the above"]
@@ -197,6 +199,32 @@ def test_real_forms_of_a_choice(text: str, letter: str | None) -> None:
         ("The answer is H, I think.", MANY, "H"),
         ("I cannot say.", MANY, None),
         ("The answer is (K).", MANY, None),
+        ("Answer K", DOZEN, "K"),
+        ("Answer (L)", DOZEN, "L"),
+        ("Option L is correct.", DOZEN, "L"),
+        ("(K) is the best answer.", DOZEN, "K"),
+        ("Hence K is the answer.", DOZEN, "K"),
+        ("Thus L is the correct option", DOZEN, "L"),
+        ("Therefore, (K).", DOZEN, "K"),
+        ("Therefore, K.", DOZEN, "K"),
+        ("I think it's L.", DOZEN, "L"),
+        ("The answer is not A but K.", DOZEN, "K"),
+        ("Option A is incorrect, so the answer is L.", DOZEN, "L"),
+        ("Therefore I would choose option K.", DOZEN, "K"),
+        ("Therefore I am sure. Option L is the best choice.", DOZEN, "L"),
+        ("Option Z is the right one.", ALPHABET, "Z"),
+        ("Therefore, (M).", DOZEN, None),
+        ("Option M is correct.", DOZEN, None),
+        ("Answer M", DOZEN, None),
+        ("Answer K", MANY, None),
+        ("In my answer I explain why.", ALPHABET, None),
+        ("Which answer I would choose is not clear.", ALPHABET, None),
+        ("Vitamin K is the most likely cause", ALPHABET, None),
+        ("So K is low.", ALPHABET, None),
+        ("Thus T waves are flat.", ALPHABET, None),
+        ("It is S. aureus.", ALPHABET, None),
+        ("Therefore, S. aureus is the cause.", ALPHABET, None),
+        ("The answer is T cells.", ALPHABET, None),
         ("The answer is B.", BLOOD, "B"),
         ("The answer is AB.", BLOOD, "C"),
         ("the answer is C. bc.", PAIRS, "C"),
@@ -319,7 +347,7 @@ def test_markup_is_taken_off() -> None:
 FRAGMENTS = (
     "answer ", "the answer is A or ", "answer: ", r"\boxed{", r"\boxed{{", r"\text{", "<answer>", "<", "**", "_A_",
     "((A", "A/", "not A but ", "most likely ", "option A is ", '"answer": "', '"answer": "\\', "if the ", "\n", " ",
-    "# ", "1,000", "'answer is ", "correct is ", "`", "é", "-", "Step 1",
+    "# ", "1,000", "'answer is ", "correct is ", "`", "é", "-", "Step 1", "so K ", "it is S. ", "so (K",
 )  # fmt: skip
 
 
@@ -329,6 +357,7 @@ def test_very_long_hostile_texts_are_read_to_their_end(fragment: str) -> None:
     text = (fragment * 100_000)[:100_000] + "\nThe answer is not A. The answer is (C).\n"
     assert extract_answer(text.replace(r"\boxed{", "").replace('"answer": "', "x"), OPTIONS) == "C"
     extract_answer(text, OPTIONS)
+    extract_answer(text, ALPHABET)
     assert extract_answer(text.replace('"answer":', "x") + "The answer is no.", [], "yes_no") == "no"
 
 

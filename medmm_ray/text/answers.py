@@ -17,7 +17,7 @@ Every pattern is linear in the text (what repeats is bounded or possessive), so 
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Protocol
 
 from medmm_ray.text.markup import plain_text
@@ -29,23 +29,59 @@ REACH = 300  # characters behind a lead in which its statement is read
 # Where statements begin
 
 _IS = r"(?:is|was|(?:would|should|must|will|(?:seems|appears|has)\s++to)\s++be|remains|becomes)\b(?!n't)"
-_STRONG = re.compile(
-    rf"\banswer\b(?!\s++(?:choices|options)\b)(?:[^.\n:;?!=]{{0,80}}?(?:\b{_IS}|'s\b|[:=]|-+>|→)|\s++(?=[(\[]|[A-J]\s*+(?:$|\.)))"
-    r"|\bans\s?[.:]",
-    re.IGNORECASE,
-)
-_WEAK = re.compile(
-    rf"\b(?:correct|right|best|true|false|incorrect|wrong|final|(?:most|least)\s++\w++)\b[^.\n:;?!]{{0,90}}?(?:\b{_IS}|:)"
-    r"|\b(?:choose|chose|select|selected|pick|picked|(?:go|went|going)\s++with|opt(?:ed)?\s++for)\b"
-    r"|\b(?:therefore|thus|hence|so|conclude\s++that|conclusion)[,:]?\s++(?=\(?[A-J][).,:\s])(?:it\s++is\s++)?"
-    r"|\b(?:it|which|this|that)(?:\s++is|'s)\s++(?=[(\[][A-J][)\]]|(?:option|choice)\s|[A-J](?:[.,;]|\s*+$))"
-    r"|^(?:option|choice)\s?:",
-    re.IGNORECASE | re.MULTILINE,
-)
-_MENTION = re.compile(
-    r"(?:\b(?P<noun>(?i:option|choice|answer|statement|alternative))\s++)?(?<![\w'+-])(?P<open>[(\[]?)(?P<letter>[A-J])"
-    r"(?P<close>[)\].]?)(?![\w'+-])"
-)
+
+
+@dataclass(frozen=True)
+class _Leads:
+    """What stands before a statement, `strong` or `weak`; a `mention` of a letter; what stands between ``not A``, and
+    the letter that is right `instead`."""
+
+    strong: re.Pattern[str]
+    weak: re.Pattern[str]
+    mention: re.Pattern[str]
+    instead: re.Pattern[str]
+
+
+@cache
+def _leads(num_options: int) -> _Leads:
+    """The leads of a question with so many options.
+
+    They know the letters up to J whether or not an option has them, since one that no option has states nothing; of the
+    others only those of options, and neither ``so K is low`` nor ``it is S. aureus`` is a lead.
+    """
+    last = max("J", LETTERS[:num_options][-1:])
+    letter = f"[A-{last}]"
+    far = rf"|\(?[K-{last}](?!\.\s++(?-i:[a-z]))(?:[).,:;]|\s*+$)" if last > "J" else ""
+    return _Leads(
+        strong=re.compile(
+            rf"\banswer\b(?!\s++(?:choices|options)\b)(?:[^.\n:;?!=]{{0,80}}?(?:\b{_IS}|'s\b|[:=]|-+>|→)"
+            rf"|\s++(?=[(\[]|{letter}\s*+(?:$|\.)))"
+            r"|\bans\s?[.:]",
+            re.IGNORECASE,
+        ),
+        weak=re.compile(
+            r"\b(?:correct|right|best|true|false|incorrect|wrong|final|(?:most|least)\s++\w++)\b[^.\n:;?!]{0,90}?"
+            rf"(?:\b{_IS}|:)"
+            r"|\b(?:choose|chose|select|selected|pick|picked|(?:go|went|going)\s++with|opt(?:ed)?\s++for)\b"
+            r"|\b(?:therefore|thus|hence|so|conclude\s++that|conclusion)[,:]?\s++"
+            rf"(?=\(?[A-J][).,:\s]{far})(?:it\s++is\s++)?"
+            rf"|\b(?:it|which|this|that)(?:\s++is|'s)\s++(?=[(\[]{letter}[)\]]|(?:option|choice)\s"
+            rf"|[A-J](?:[.,;]|\s*+$){far})"
+            r"|^(?:option|choice)\s?:",
+            re.IGNORECASE | re.MULTILINE,
+        ),
+        mention=re.compile(
+            r"(?:\b(?P<noun>(?i:option|choice|answer|statement|alternative))\s++)?(?<![\w'+-])(?P<open>[(\[]?)"
+            rf"(?P<letter>{letter})(?P<close>[)\].]?)(?![\w'+-])"
+        ),
+        instead=re.compile(
+            r"[^.\n]{0,80}?\b(?:but|rather|instead|it\s++is|it's|is)\b[\s,]*+(?:rather\s++|instead\s++|in\s++fact\s++)?"
+            rf"(?:(?:option|choice)\s++)?(?=[(\[]?{letter}\b)",
+            re.IGNORECASE,
+        ),
+    )
+
+
 _RIGHT = re.compile(
     rf"(?P<gap>[^.;:?!\n]{{0,120}}?)\b{_IS}\s++(?:(?:therefore|thus|clearly|likely|also|indeed)\s++)?(?:the\s++)?(?:only\s++)?"
     r"(?:correct|right|best|(?:most|least)\s++(?!common)\w++|(?:final\s++)?answer|exception)\b",
@@ -70,11 +106,6 @@ _FILLER = re.compile(
     re.IGNORECASE,
 )
 _NOT = re.compile(r"(?:not|neither|never)\b\s*+(?:option\s++|choice\s++|the\s++|necessarily\s++)*+", re.IGNORECASE)
-_BUT = re.compile(
-    r"[^.\n]{0,80}?\b(?:but|rather|instead|it\s++is|it's|is)\b[\s,]*+(?:rather\s++|instead\s++|in\s++fact\s++)?"
-    r"(?:(?:option|choice)\s++)?(?=[(\[]?[A-J]\b)",
-    re.IGNORECASE,
-)
 _BRACKETED = re.compile(r"[(\[{\"']++\s?([A-Za-z])\s?[)\]}\"']")
 _LONE = re.compile(r"([A-Z])(?:[ \t]*+(?:\n|$)|[.:,;)\]}\"'!]++(?:[ \t]*+(?:\n|$)|\s++(?![a-z])))")
 _LOWER = re.compile(r"([a-z])(?:\.?[ \t]*+(?:\n|$)|\))")
@@ -116,6 +147,8 @@ _NOTHING = _Reading()
 
 class _Reader(Protocol):
     """How one kind of question reads a statement, and which last lines are statements without a lead."""
+
+    leads: _Leads
 
     def read(self, statement: str) -> _Reading: ...
 
@@ -171,12 +204,16 @@ def _last(statements: Sequence[str], reader: "_Reader") -> str | None:
 
 def _statements(text: str, reader: "_Reader", strong: bool) -> list[str]:
     """What stands behind each lead of one kind, in the order of the text."""
-    leads = (_STRONG if strong else _WEAK).finditer(text)
-    found = [(m.start(), text[m.end() : m.end() + REACH]) for m in leads if _is_statement(text, m.start(), m.end())]
+    lead = reader.leads.strong if strong else reader.leads.weak
+    found = [
+        (m.start(), text[m.end() : m.end() + REACH])
+        for m in lead.finditer(text)
+        if _is_statement(text, m.start(), m.end())
+    ]
     if strong:
         found += [(len(text), line) for line in reader.last_line(text)]
     elif isinstance(reader, _Choice):
-        found += _mentions(text)
+        found += _mentions(text, reader.leads.mention)
     return [rest for _, rest in sorted(found, key=lambda pair: pair[0])]
 
 
@@ -184,9 +221,9 @@ def _is_statement(text: str, start: int, end: int) -> bool:
     return not _ASKED.match(text, end) and not _IF.search(text[max(0, start - 60) : start])
 
 
-def _mentions(text: str) -> Iterator[tuple[int, str]]:
+def _mentions(text: str, mention: re.Pattern[str]) -> Iterator[tuple[int, str]]:
     """``Option D … is correct``, ``(B) is the best answer``, ``C is right``: the letter, as a statement."""
-    for m in _MENTION.finditer(text):
+    for m in mention.finditer(text):
         verdict = _RIGHT.match(text, m.end())
         if verdict is None or _DENIAL.search(verdict[0]) or not _is_statement(text, m.start(), verdict.end()):
             continue
@@ -216,6 +253,7 @@ def _keys(options: tuple[str, ...]) -> dict[str, str]:
 
 class _Choice:
     def __init__(self, options: tuple[str, ...]) -> None:
+        self.leads = _leads(len(options))
         self.letters = LETTERS[: len(options)]
         self.keys = _keys(options)
         self.longest = max(len(key.split()) for key in ("", *self.keys))
@@ -247,7 +285,7 @@ class _Choice:
         letter = rest[end:].lstrip("([\"'")[:1]
         if letter not in self.letters or not letter:
             letter = self._option_text(rest[end:]) or ""
-        instead = _BUT.match(rest, end)
+        instead = self.leads.instead.match(rest, end)
         stated = self.read(rest[instead.end() :]).answer if instead else None
         return _Reading(answer=stated, rejected=letter or None)
 
@@ -287,6 +325,7 @@ class _YesNo:
     _WHOLE = re.compile(r"\W*+(yes|no)\b(?:[.,;:!)]|\s*+$)", re.IGNORECASE)
 
     def __init__(self, options: tuple[str, ...]) -> None:
+        self.leads = _leads(len(options))
         self.choice = _Choice(options) if options else None
         self.options = options
 
@@ -310,6 +349,8 @@ class _YesNo:
 
 
 class _Open:
+    leads = _leads(0)
+
     def read(self, statement: str) -> _Reading:
         rest = statement[_FILLER.match(statement).end() :]  # type: ignore[union-attr]
         if _ABSTAINS.match(rest) and not rest.lower().startswith("none"):

@@ -1,6 +1,7 @@
 """--dry-run: what a recipe would do and cost, by arithmetic; nothing is read and no engine is started."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -9,7 +10,7 @@ from jobs.recipe import Recipe
 from jobs.step import Run
 from medmm_ray.config import ConfigError
 from medmm_ray.engines.prices import Price, price_of
-from medmm_ray.estimate import GPUS, Plan, estimate, rendered
+from medmm_ray.estimate import GPUS, Estimate, Plan, estimate, rendered
 from medmm_ray.judge import APIS
 
 VERDICT_TOKENS = {"json": 70, "lines": 6}  # that a judge writes a step
@@ -32,7 +33,16 @@ def print_plan(recipe: Recipe, steps: Sequence[Step], console: Console) -> None:
         console.print(f"  {step.name:<18}{step.what:<40}{state}", highlight=False)
     console.print()
     left_out = [step.name for step in steps if step.name in recipe.without]
-    console.print(rendered(estimate(plan_of(recipe, run), left_out)))
+    console.print(rendered(_with_second_judge(recipe, run, estimate(plan_of(recipe, run), left_out))))
+
+
+def _with_second_judge(recipe: Recipe, run: Run, found: Estimate) -> Estimate:
+    """The estimate with a line for the second judge, where there is one."""
+    if recipe.second_judge is None or "judge" in recipe.without:
+        return found
+    alone = plan_of(recipe.model_copy(update={"judge": recipe.second_judge}), run)
+    second = replace(estimate(alone).line("judge"), step="second_judge")
+    return replace(found, lines=(*found.lines, second))
 
 
 def plan_of(recipe: Recipe, run: Run) -> Plan:

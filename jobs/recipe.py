@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from jobs.graph import BY_NAME
 from medmm_ray.audit import AuditConfig
@@ -86,6 +86,11 @@ class PlanConfig(Config):
     """US dollars a GPU-hour; null: the table's."""
 
 
+def judge_name(config: JudgeConfig) -> str:
+    """What tells one judge from another."""
+    return f"phantom, seed {config.seed}" if config.backend == "phantom" else f"{config.backend} {config.model}"
+
+
 class RoundsConfig(Config):
     """MedS3's rounds (jobs.meds3)."""
 
@@ -128,6 +133,8 @@ class Recipe(Config):
     """Solutions."""
     judge: JudgeConfig = JudgeConfig()
     """Verdicts."""
+    second_judge: JudgeConfig | None = None
+    """Another judge of the same solutions, whose labels lie beside the first one's in judge_labels; null: none."""
     monte_carlo: MonteCarloConfig = MonteCarloConfig()
     """Rollouts."""
     tree_search: TreeSearchConfig = TreeSearchConfig()
@@ -161,6 +168,15 @@ class Recipe(Config):
         if unknown := [name for name in names if name not in BY_NAME]:
             raise ValueError(f"{unknown[0]!r} is no step; the steps are {', '.join(BY_NAME)}")
         return names
+
+    @model_validator(mode="after")
+    def _two_judges(self) -> "Recipe":
+        if self.second_judge and judge_name(self.judge) == judge_name(self.second_judge):
+            raise ValueError(
+                f"second_judge is the judge itself ({judge_name(self.judge)}), and would only repeat it: name another "
+                "second_judge.model or backend; for two phantoms another second_judge.seed"
+            )
+        return self
 
     @classmethod
     def completed(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from jobs.step import Run
 from medmm_ray.config import ConfigError
 from medmm_ray.engines.client import ApiConfig
 from medmm_ray.engines.prices import Price, price_of
-from medmm_ray.estimate import GPUS, Plan, estimate, rendered
+from medmm_ray.estimate import GPUS, Estimate, Plan, estimate, rendered
 from medmm_ray.judge import APIS
 
 VERDICT_TOKENS = {"json": 70, "lines": 6}  # that a judge writes a step
@@ -35,8 +35,17 @@ def print_plan(recipe: Recipe, steps: Sequence[Step], console: Console) -> None:
         console.print(f"  {step.name:<18}{step.what:<40}{state}", highlight=False)
     console.print()
     left_out = [step.name for step in steps if step.name in recipe.without]
-    result = estimate(plan_of(recipe, run), left_out)
+    result = _with_second_judge(recipe, run, estimate(plan_of(recipe, run), left_out))
     console.print(rendered(replace(result, notes=(*replaced(recipe), *result.notes))))
+
+
+def _with_second_judge(recipe: Recipe, run: Run, found: Estimate) -> Estimate:
+    """The estimate with a line for the second judge, where there is one."""
+    if recipe.second_judge is None or "judge" in recipe.without:
+        return found
+    alone = plan_of(recipe.model_copy(update={"judge": recipe.second_judge}), run)
+    second = replace(estimate(alone).line("judge"), step="second_judge")
+    return replace(found, lines=(*found.lines, second))
 
 
 def plan_of(recipe: Recipe, run: Run) -> Plan:

@@ -87,6 +87,11 @@ class PlanConfig(Config):
     """US dollars a GPU-hour; null: the table's."""
 
 
+def judge_name(config: JudgeConfig) -> str:
+    """What tells one judge from another."""
+    return f"phantom, seed {config.seed}" if config.backend == "phantom" else f"{config.backend} {config.model}"
+
+
 class RoundsConfig(Config):
     """MedS3's rounds (jobs.meds3)."""
 
@@ -129,6 +134,8 @@ class Recipe(Config):
     """Solutions."""
     judge: JudgeConfig = JudgeConfig()
     """Verdicts."""
+    second_judge: JudgeConfig | None = None
+    """Another judge of the same solutions, whose labels lie beside the first one's in judge_labels; null: none."""
     monte_carlo: MonteCarloConfig = MonteCarloConfig()
     """Rollouts."""
     tree_search: TreeSearchConfig = TreeSearchConfig()
@@ -181,6 +188,15 @@ class Recipe(Config):
                     )
         return self
 
+    @model_validator(mode="after")
+    def _two_judges(self) -> "Recipe":
+        if self.second_judge and judge_name(self.judge) == judge_name(self.second_judge):
+            raise ValueError(
+                f"second_judge is the judge itself ({judge_name(self.judge)}), and would only repeat it: name another "
+                "second_judge.model or backend; for two phantoms another second_judge.seed"
+            )
+        return self
+
     @classmethod
     def completed(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
         """The recipe's seed in every section that has one and does not set its own."""
@@ -220,11 +236,12 @@ def api_policy_faults(recipe: Recipe) -> list[str]:
             f"train_text_prm would start from models.policy={policy}, which is behind an API and no checkpoint; name "
             "one as train_text_prm.base, or a reward model as models.text_prm"
         )
-    if recipe.judge.backend == "vllm" and recipe.judge.model is None and "judge" not in recipe.without:
-        faults.append(
-            f"judge.backend is 'vllm' and would take models.policy={policy}, which is behind an API and no checkpoint; "
-            "name one as judge.model"
-        )
+    for name, judge in (("judge", recipe.judge), ("second_judge", recipe.second_judge)):
+        if judge and judge.backend == "vllm" and judge.model is None and "judge" not in recipe.without:
+            faults.append(
+                f"{name}.backend is 'vllm' and would take models.policy={policy}, which is behind an API and no "
+                f"checkpoint; name one as {name}.model"
+            )
     return faults
 
 
@@ -244,6 +261,8 @@ def asking(recipe: Recipe) -> dict[str, tuple[str, ApiConfig]]:
         ),
         "judge": (recipe.judge.backend, recipe.judge.model, recipe.judge),
     }
+    if second := recipe.second_judge:
+        sections["second_judge"] = (second.backend, second.model, second)
     return {name: (model, config) for name, (backend, model, config) in sections.items() if backend in APIS and model}
 
 

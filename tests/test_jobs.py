@@ -149,6 +149,22 @@ def test_a_policy_behind_an_api_with_what_else_is_needed() -> None:
     assert run("sample.backend=openai", "without=[sample]").recipe.models.policy is None
 
 
+def test_a_second_judge_is_part_of_the_labels_and_of_the_estimate(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["jobs/recipes/medmm.yaml", "run=s3://bucket/run"]
+    alone = Run(load_recipe(words))
+    both = Run(load_recipe([*words, "second_judge.backend=openai", "second_judge.model=gpt-4o"]))
+    judge = BY_NAME["judge"]
+    assert both.fingerprint(judge) != alone.fingerprint(judge)
+    assert both.fingerprint(BY_NAME["sample"]) == alone.fingerprint(BY_NAME["sample"])
+    assert "second_judge" not in Job(alone, judge).origin("judge_labels").config
+    assert Job(both, judge).origin("judge_labels").config["second_judge"]["model"] == "gpt-4o"
+    assert pipeline.main([*words, "second_judge.backend=openai", "second_judge.model=gpt-4o", "--dry-run"]) == 0
+    assert "second_judge" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"second_judge is the judge itself \(phantom, seed 0\)"):
+        load_recipe([TINY, "second_judge.error_rate=0.2"])
+    load_recipe([TINY, "second_judge.seed=1"])
+
+
 def test_plan_asks_for_numbers_that_it_cannot_know() -> None:
     recipe = load_recipe(["jobs/recipes/smollm2.yaml", "curate.max_test=null"])
     with pytest.raises(ConfigError, match=r"say plan.test_questions=N"):

@@ -26,9 +26,12 @@ from medmm_ray.judge import (
     make_judge,
 )
 from medmm_ray.judge.prompt import SYSTEM, Call, schema_of
-from medmm_ray.records import Labels, StepLabel, from_dict
+from medmm_ray.monte_carlo import by_question
+from medmm_ray.monte_carlo.search import uncertain_steps
+from medmm_ray.records import Labels, StepLabel, from_dict, to_arrow
 from medmm_ray.sources.phantom import Case
 from medmm_ray.tables import RowError
+from medmm_ray.targets import targets
 from tests.api_server import Server, failed, gemini_said, serving
 from tests.fake_generator import FakeGenerator
 
@@ -216,6 +219,33 @@ def test_texts_with_the_same_steps_are_judged_once() -> None:
     labels = act(LOCAL, solutions, fake)
     assert [(label.solution_id, label.steps[0].label) for label in labels] == [("s1", 1), ("s2", 1)]
     assert len(fake.requests) == 1
+
+
+def test_a_second_judge_adds_its_labels_to_the_first_ones() -> None:
+    images = pa.table({"image_id": ["im1"], "uri": ["x.png"], "annotation": [EFFUSION]})
+    row = {"question_id": "q1", "split": "train", "question": "What is seen?", "options": ["effusion", "normal chest"],
+           "answer": "A", "image_ids": ["im1"], "solutions": [solution("s1", RIGHT, WRONG)]}  # fmt: skip
+    judges = [JudgeActor(JudgeConfig(error_rate=0), images, is_last=False),
+              JudgeActor(JudgeConfig(backend="vllm", reply="lines"), images, "other",
+                         FakeGenerator(lambda prompt, seed: "0 low\n1 high"))]  # fmt: skip
+
+    async def work(actor: JudgeActor, batch: pa.Table) -> list[pa.Table]:
+        return [out async for out in actor(batch)]
+
+    table = pa.Table.from_pylist([row, {**row, "question_id": "q2", "solutions": []}])
+    for actor in judges:
+        [table] = asyncio.run(work(actor, table))
+    assert table.column_names == ["question_id", "labels"]
+    first, second = table.to_pylist()
+    found = [from_dict(Labels, label) for label in first["labels"]]
+    assert [(row.solution_id, row.source, [step.label for step in row.steps]) for row in found] == [
+        ("s1", "judge", [1, 0]), ("s1", "judge", [0, 1]),
+    ]  # fmt: skip
+    assert [row.annotator.partition("@")[0] for row in found] == ["phantom", "other"]
+    assert second["labels"] == []
+    [disputed] = by_question(to_arrow(Labels, found)).to_pylist()
+    assert uncertain_steps(disputed["judged"]) == (0, 1)  # what Monte Carlo continues
+    assert targets("judge", found, 2, "keep") == [None, None]
 
 
 def test_the_first_solutions_of_a_question_may_be_enough() -> None:

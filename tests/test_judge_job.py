@@ -8,12 +8,14 @@ import pytest
 from rich.console import Console
 
 from jobs.benches import judge as bench
-from jobs.step import root_cause
+from jobs.graph import BY_NAME, MAKER
+from jobs.step import Job, Run, load_recipe, root_cause, run_step
 from medmm_ray.config import build
 from medmm_ray.engines.gate import close_ledger
 from medmm_ray.judge import JudgeConfig, judge
-from medmm_ray.records import Image, Labels, Question, Solutions
+from medmm_ray.records import Image, Labels, Question, Solutions, from_dict
 from medmm_ray.tables import Table
+from tests.review_page.phantom_run import RECIPE, make_run
 
 pytestmark = pytest.mark.engine
 SMALL = bench.BenchConfig(questions=8, solutions=6, steps=3, in_flight=4, latency_s=0.1, per_call=())
@@ -81,3 +83,22 @@ def test_a_killed_job_loses_no_row_and_pays_nothing_twice_but_what_was_in_flight
     assert [row.name for row in measured.values() if row.met is False] == []
     assert measured["killed -9: rows labelled or named"].ours == 48
     assert len(Table(str(tmp_path / "rough"), Labels).to_arrow()) == 48
+
+
+def test_two_judges_label_every_solution_side_by_side(ray_session: None, tmp_path: Path) -> None:
+    made = make_run(tmp_path / "made")
+    run = Run(load_recipe([RECIPE, f"run={tmp_path / 'run'}", "second_judge.seed=1", "second_judge.error_rate=0.4"]))
+    for name in ("questions", "images", "evidence", "solutions"):
+        table = made.table(name)
+        rows = [from_dict(table.record, row) for row in table.to_arrow().to_pylist()]
+        Job(run, MAKER[name]).make_rows(name, rows, "question_id" if name != "images" else "image_id")
+    run_step(run, BY_NAME["judge"])
+    labels = run.table("judge_labels").to_arrow().to_pylist()
+    solutions = [s["solution_id"] for row in run.table("solutions").to_arrow().to_pylist() for s in row["solutions"]]
+    of_solution: dict[str, set[str]] = {}
+    for row in labels:
+        of_solution.setdefault(row["solution_id"], set()).add(row["annotator"])
+    assert sorted(of_solution) == sorted(solutions)
+    assert len(labels) == 2 * len(solutions)
+    assert {len(annotators) for annotators in of_solution.values()} == {2}
+    assert run.table("judge_labels").manifest().config["second_judge"]["error_rate"] == 0.4

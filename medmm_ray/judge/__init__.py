@@ -48,49 +48,64 @@ def judge(
     model: str | None = None,
     folder: str | None = None,
     generator: MakeGenerator = Generator,
+    second: tuple[JudgeConfig, str | None] | None = None,
 ) -> "Dataset":
     """`Solutions` rows -> ``{question_id, labels}``, labels a list of `Labels`.
 
     `questions` and `images` are the run's tables, `evidence` its documents and similar images; `model` is the
     checkpoint of a vllm judge or the name of an API's model; `folder` is where the run keeps the API's answers and the
-    ledger of their cost.
+    ledger of their cost. A `second` judge (its config and model) reads the same and adds its labels to each list.
     """
-    access: Access | None = None
-    if config.backend == "gemini" or config.backend == "openai":
-        if model is None or folder is None:
-            raise ValueError(f"judge.backend={config.backend} needs judge.model and a folder for its answers")
-        access = open_access(config.backend, model, config, folder)
     ds = attach(ds, questions, "question_id", ["split", "question", "options", "answer", "image_ids"])
     if evidence is not None:
         ds = attach(ds, evidence, "question_id", ["documents", "images"])
-    return ds.map_batches(
-        JudgeActor,
-        fn_constructor_kwargs={
-            "config": config,
-            "images": images.select(["image_id", "uri", "annotation"]),
-            "model": model,
-            "generator": generator,
-            "access": access,
-        },
-        **actor_options(config),
-    )
+    judges = [(config, model), *([second] if second else [])]
+    for number, (own, name) in enumerate(judges, 1):
+        ds = ds.map_batches(
+            JudgeActor,
+            fn_constructor_kwargs={
+                "config": own,
+                "images": images.select(["image_id", "uri", "annotation"]),
+                "model": name,
+                "generator": generator,
+                "access": _access(own, name, folder),
+                "is_last": number == len(judges),
+            },
+            **actor_options(own),
+        )
+    return ds
+
+
+def _access(config: JudgeConfig, model: str | None, folder: str | None) -> Access | None:
+    """How actors reach the judge's API; None where it has none."""
+    if config.backend != "gemini" and config.backend != "openai":
+        return None
+    if model is None or folder is None:
+        raise ValueError(f"judge.backend={config.backend} needs judge.model and a folder for its answers")
+    return open_access(config.backend, model, config, folder)
 
 
 class JudgeActor:
-    """The actor: judges the distinct solutions of each question of a batch."""
+    """The actor: judges the distinct solutions of each question of a batch; its labels come behind another judge's.
+
+    What another judge is to read goes on with the labels, unless this one `is_last`.
+    """
 
     def __init__(
         self, config: JudgeConfig, images: pa.Table, model: str | None = None, generator: MakeGenerator = Generator,
-        access: Access | None = None,
+        access: Access | None = None, is_last: bool = True,
     ) -> None:  # fmt: skip
-        self.config = config
+        self.config, self.is_last = config, is_last
         self.backend = make_judge(config, model, generator, access)
         rows = images.to_pylist()
         self.pictures = {row["image_id"]: Picture(row["uri"], row["annotation"]) for row in rows}
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
-        labels = await asyncio.gather(*(self.label(row) for row in batch.to_pylist()))
-        yield pa.table({"question_id": batch["question_id"], "labels": to_arrow_lists(Labels, labels)})
+        rows = batch.to_pylist()
+        labels = await asyncio.gather(*(self.label(row) for row in rows))
+        both = [[*row.get("labels", ()), *own] for row, own in zip(rows, labels, strict=True)]
+        kept = batch.select(["question_id"]) if self.is_last else batch
+        yield kept.append_column("labels", to_arrow_lists(Labels, both))
 
     async def label(self, row: Mapping[str, Any]) -> list[Labels]:
         """The labels of one question's solutions; none where it has none or its split is not judged."""

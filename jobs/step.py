@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import operator
 import os
 import re
 import sys
@@ -60,10 +61,13 @@ class Run:
     def fingerprint(self, step: Step) -> str:
         """Config + upstream + the step's version; not pool sizes, batch sizes or paths."""
         if step.name not in self._fingerprints:
-            self._fingerprints[step.name] = digest(
-                step.name, step.version, identity(self.section(step)), self.upstream(step)
-            )
+            self._fingerprints[step.name] = digest(step.name, step.version, self.settings(step), self.upstream(step))
         return self._fingerprints[step.name]
+
+    def settings(self, step: Step) -> dict[str, Any]:
+        """What of the recipe decides what a step makes: its section, and what it shares with other steps."""
+        shared = {name: identity(operator.attrgetter(name)(self.recipe)) for name in step.shares}
+        return identity(self.section(step)) | shared
 
     def section(self, step: Step) -> Any:
         return getattr(self.recipe, step.name)
@@ -117,7 +121,7 @@ class Job:
         return Origin(
             name=name,
             fingerprint=self.run.fingerprint(self.step),
-            config=identity(self.config),
+            config=self.run.settings(self.step),
             upstream=self.run.upstream(self.step),
         )
 

@@ -77,7 +77,7 @@ class SampleConfig(GeneratorConfig, ApiConfig):
     """Start of all random numbers."""
 
     equivalence: EquivalenceConfig = EquivalenceConfig()
-    """How open answers are graded, here and in Monte Carlo."""
+    """How open answers are graded, here, in Monte Carlo and in tree search."""
 
     @property
     def sampling(self) -> Sampling:

@@ -147,13 +147,13 @@ def test_trees_go_out_and_come_back(tmp_path: Path) -> None:
         (s.text, s.steps, s.answer, s.correct) for s in found
     ]
     assert back[second] == []
-    rows = {row["solution_id"]: row for row in again.table("tree_labels").to_arrow().to_pylist()}
-    assert {row["source"] for row in rows.values()} == {"tree_search"}
-    assert [[(s["label"], s["value"]) for s in rows[s["solution_id"]]["steps"]] for s in back[first]] == list(
+    kept = {row["solution_id"]: row for row in again.table("tree_labels").to_arrow().to_pylist()}
+    assert {row["source"] for row in kept.values()} == {"tree_search"}
+    assert [[(s["label"], s["value"]) for s in kept[s["solution_id"]]["steps"]] for s in back[first]] == list(
         values.values()
     )
     samples = {s["solution_id"] for row in again.table("solutions").to_arrow().to_pylist() for s in row["solutions"]}
-    assert not samples & set(rows)
+    assert not samples & set(kept)
     assert not run.is_complete(BY_NAME["tree_search"])  # its own has no trees
 
 

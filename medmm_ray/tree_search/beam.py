@@ -13,6 +13,7 @@ from pydantic import Field
 
 from medmm_ray import metrics
 from medmm_ray.engines.generator import TextGenerator
+from medmm_ray.engines.grader import Grader
 from medmm_ray.tables import RowError
 from medmm_ray.text import question_with_options
 from medmm_ray.tree_search.writer import Writer, WriterConfig
@@ -78,12 +79,13 @@ async def beam_search(
     question: Mapping[str, Any],
     scorer: StepScorer,
     config_hash: str,
+    grader: Grader | None = None,
 ) -> list[Beam]:
     """At most `num_beams` finished solutions of a question row, best first.
 
     Raises `RowError` where the prompt is too long or a solution cannot be scored.
     """
-    writer = Writer(config, generator, question, config_hash)
+    writer = Writer(config, generator, question, config_hash, grader or Grader())
     beams = [Beam()]
     while any(beam.answer is None for beam in beams):
         open_ = [beam for beam in beams if beam.answer is None]

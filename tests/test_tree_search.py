@@ -96,7 +96,7 @@ def test_failed_is_not_wrong() -> None:
     tree = grow(tree, 1, "reason", stated(WRONG, correct=False))
     tree = grow(tree, 1, "finish", stated("x", RIGHT, correct=True))  # x begins with a's value of 0
     assert [(n.value, n.visits) for n in tree[2:]] == [(0.5, 1), (0.0, 1), (0.5, 2), (1.0, 1)]
-    assert (tree[1].value, tree[1].visits) == (pytest.approx(1 / 6), 3)  # 0 at first, then (0 + (0 + .5 x 2) / 3) / 2
+    assert (tree[1].value, tree[1].visits) == pytest.approx((1 / 6, 3))  # 0 at first, then (0 + (0 + .5 x 2) / 3) / 2
     assert [(label.value, label.num_rollouts) for label in step_labels(tree, 5)[1:]] == [(0.5, None), (1.0, 0)]
 
 

@@ -179,7 +179,7 @@ def made(root: Path) -> Run:
     ]  # fmt: skip
     solved = [Solutions(question_id=q.question_id, policy="p", config_hash="c", num_requested=2, solutions=own)
               for q in asked_]  # fmt: skip
-    tables = {"questions": asked_, "images": pictures, "evidence": evidence, "solutions": solved}
+    tables: dict[str, list[Any]] = {"questions": asked_, "images": pictures, "evidence": evidence, "solutions": solved}
     for name, rows in tables.items():
         key = "image_id" if name == "images" else "question_id"
         write_rows(run.table(name), rows, Job(run, MAKER[name]).origin(name), key)

@@ -2,7 +2,8 @@
 
 A name is a table (with its record) or an artifact (None: a folder, such as an index or a checkpoint). Each step's code
 is ``jobs.<name>.run``, its config the recipe's section of the same name. Raise `version` when a step's code makes
-something else from the same config: what was made before is then made again.
+something else from the same config: what was made before is then made again. `shares` names settings of other steps
+that decide what this one makes, where it does not read their tables.
 """
 
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ class Step:
     reads: tuple[str, ...]
     makes: Mapping[str, type | None]
     version: int = 1
+    shares: tuple[str, ...] = ()
     what: str = field(default="", compare=False)
 
 
@@ -89,6 +91,7 @@ STEPS = (
         ("questions", "images", "evidence", "solutions"),
         {"judge_labels": Labels},
         version=2,
+        shares=("second_judge",),
         what="a verdict for each step",
     ),
     Step(
@@ -103,6 +106,7 @@ STEPS = (
         ("questions", "evidence", "policy"),
         {"trees": Tree, "tree_solutions": Solutions, "tree_labels": Labels},
         version=2,
+        shares=("sample.equivalence",),
         what="solutions and labels from trees (vLLM)",
     ),
     Step(

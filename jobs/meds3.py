@@ -1,4 +1,4 @@
-"""MedS3's rounds: ``python -m jobs.meds3 jobs/recipes/meds3.yaml [name=value]``, in one Ray session, resumable.
+"""MedS3's rounds: ``python -m jobs.meds3 recipe.yaml [--dry-run] [name=value]``, in one Ray session, resumable.
 
 A round is the recipe's pipeline with the round's policy: it grows trees, trains a reward model on their labels, and
 samples the test questions. The next round's policy is this one, trained further on the right solutions of its own
@@ -6,10 +6,12 @@ trees. All rounds lie in one run folder: what a policy made has a fingerprint of
 is made once. Leaves ``meds3.json``: for each round what one sample, the majority and the reward model's choice reach.
 """
 
+import argparse
 import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -18,10 +20,12 @@ from rich.table import Table as Grid
 
 from jobs.graph import BY_NAME, STEPS
 from jobs.pipeline import run_pipeline
+from jobs.plan import plan_of
 from jobs.recipe import Recipe
 from jobs.step import Run, guarded, parser, read_arguments
 from medmm_ray import metrics
 from medmm_ray.config import digest, help_text, identity
+from medmm_ray.estimate import Estimate, Line, estimate, rendered
 from medmm_ray.tables import Artifact, Origin, filesystem, write_file
 from medmm_ray.text import question_with_options
 from medmm_ray.train.policy import train_policy
@@ -43,6 +47,39 @@ def rounds(recipe: Recipe, console: Console) -> list[dict[str, float]]:
         if not is_last:
             policy = next_policy(run)
     return figures
+
+
+def planned(recipe: Recipe) -> Estimate:
+    """What the rounds cost, a line each; what a round makes that an earlier one has made is free."""
+    lines: list[Line] = []
+    notes: list[str] = []
+    made: set[str] = set()
+    policy = recipe.models.policy
+    for number in range(recipe.meds3.rounds + 1):
+        is_last = number == recipe.meds3.rounds
+        own = of_round(recipe, policy, is_last)
+        run, learning = Run(own), 0 if is_last else recipe.meds3.fine_tuning.epochs
+        plan = plan_of(own, run)
+        left_out = {*own.without, *(step.name for step in STEPS if run.fingerprint(step) in made)}
+        if learning:  # the next policy is trained as the first one was
+            plan = replace(plan, policy_epochs=plan.policy_epochs + learning)
+            left_out.discard("train_policy")
+        found = estimate(plan, left_out)
+        lines.append(
+            Line(
+                step=f"round {number}",
+                work=", ".join(line.step for line in found.lines if line.tokens or line.calls),
+                calls=sum(line.calls for line in found.lines),
+                tokens=sum(line.tokens for line in found.lines),
+                dollars=sum(line.dollars for line in found.lines),
+                gpu_hours=sum(line.gpu_hours for line in found.lines),
+                stored=found.stored,
+            )
+        )
+        notes += [note for note in found.notes if note not in notes]
+        made |= {run.fingerprint(step) for step in STEPS}
+        policy = f"the policy of round {number + 1}"
+    return Estimate(plan, tuple(lines), tuple(notes))
 
 
 def of_round(recipe: Recipe, policy: str | None, is_last: bool) -> Recipe:
@@ -107,17 +144,23 @@ def accuracies(solutions: Sequence[Mapping[str, Any]], scores: Sequence[Sequence
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    parsed = parser("Rounds of tree search, reward model and policy, resumable.").parse_intermixed_args(words)
+    arguments = parser("Rounds of tree search, reward model and policy, resumable.")
+    arguments.add_argument("--dry-run", action="store_true", help="estimate cost and GPU-hours, a line a round")
+    parsed = arguments.parse_intermixed_args(words)
     if parsed.help:
         print(help_text(Recipe, "python -m jobs.meds3 recipe.yaml name=value ...", section="meds3"))
         return 0
-    return guarded(lambda: _main(read_arguments(parsed, section=None)))
+    return guarded(lambda: _main(parsed))
 
 
-def _main(recipe: Recipe) -> int:
+def _main(arguments: argparse.Namespace) -> int:
     from medmm_ray.session import session
 
+    recipe = read_arguments(arguments, section=None)
     console = Console() if sys.stdout.isatty() else Console(width=120)
+    if arguments.dry_run:
+        console.print(rendered(planned(recipe)))
+        return 0
     with session():
         figures = rounds(recipe, console)
     grid = Grid("round", *FIGURES, box=None)

@@ -27,6 +27,7 @@ from medmm_ray.train.policy import PolicyConfig
 from medmm_ray.train.text_prm import TextPrmConfig
 from medmm_ray.train.two_tower import TwoTowerConfig
 from medmm_ray.tree_search import TreeSearchConfig
+from medmm_ray.tree_search.beam import BeamSearchConfig
 from medmm_ray.write_questions import WriteQuestionsConfig
 
 
@@ -158,6 +159,8 @@ class Recipe(Config):
     """The report."""
     serve: ServeConfig = ServeConfig()
     """The Serve application."""
+    beam_search: BeamSearchConfig = BeamSearchConfig()
+    """Beam search on a finished run (jobs.beam_search)."""
     meds3: RoundsConfig = RoundsConfig()
     """Rounds of tree search and training."""
     plan: PlanConfig = PlanConfig()

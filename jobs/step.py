@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import operator
 import os
 import re
 import sys
@@ -60,16 +61,16 @@ class Run:
     def fingerprint(self, step: Step) -> str:
         """Config + upstream + the step's version; not pool sizes, batch sizes or paths."""
         if step.name not in self._fingerprints:
-            self._fingerprints[step.name] = digest(step.name, step.version, self.identity(step), self.upstream(step))
+            self._fingerprints[step.name] = digest(step.name, step.version, self.settings(step), self.upstream(step))
         return self._fingerprints[step.name]
+
+    def settings(self, step: Step) -> dict[str, Any]:
+        """What of the recipe decides what a step makes: its section, and what it shares with other steps."""
+        shared = {name: operator.attrgetter(name)(self.recipe) for name in step.shares}
+        return identity(self.section(step)) | {name: identity(c) for name, c in shared.items() if c is not None}
 
     def section(self, step: Step) -> Any:
         return getattr(self.recipe, step.name)
-
-    def identity(self, step: Step) -> dict[str, Any]:
-        """The settings that decide what a step makes: its section's, and a second judge's where there is one."""
-        own, second = identity(self.section(step)), self.recipe.second_judge
-        return own | {"second_judge": identity(second)} if step.name == "judge" and second else own
 
     def uri(self, name: str) -> str:
         return f"{self.root}/{name}/{self.fingerprint(MAKER[name])}"
@@ -129,7 +130,7 @@ class Job:
         return Origin(
             name=name,
             fingerprint=self.run.fingerprint(self.step),
-            config=self.run.identity(self.step),
+            config=self.run.settings(self.step),
             upstream=self.run.upstream(self.step),
         )
 

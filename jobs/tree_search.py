@@ -22,7 +22,16 @@ def run(job: Job) -> None:
         "trees",
         chosen(asked, "question_id", pa.array(ids, pa.string())),
         ids,
-        lambda ds: tree_search(ds, config, model=model, policy=policy, config_hash=config_hash, evidence=evidence),
+        lambda ds: tree_search(
+            ds,
+            config,
+            model=model,
+            policy=policy,
+            config_hash=config_hash,
+            evidence=evidence,
+            equivalence=job.recipe.sample.equivalence,
+            folder=f"{job.run.root}/api",
+        ),
         "question_id",
     )
     trees = job.table("trees").dataset()

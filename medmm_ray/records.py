@@ -175,15 +175,15 @@ class Solutions:
 class TreeNode:
     """One step in a search tree; its place in the list of nodes is its name, 0 the root (no step, `parent` -1).
 
-    `action` says how it was drawn (reason, finish, reflect); `value` is what the search holds of it, `num_correct` of
-    `num_rollouts` its own rollouts (None: not rolled out). `answer` is stated where a solution ends in it; a `closed`
-    node is not searched any further.
+    `action` says how it was drawn (reason, finish, reflect); `value` is what the search holds of it (None: neither it
+    nor a node below it came to an answer that could be graded), `num_correct` of `num_rollouts` its own rollouts (None:
+    not rolled out). `answer` is stated where a solution ends in it; a `closed` node is not searched any further.
     """
 
     parent: int
     step: str
     action: str
-    value: float = 0.0
+    value: float | None = 0.0
     visits: int = 0
     num_correct: int | None = None
     num_rollouts: int | None = None

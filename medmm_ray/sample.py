@@ -87,7 +87,7 @@ class SampleConfig(GeneratorConfig, ApiConfig):
     """Start of all random numbers."""
 
     equivalence: EquivalenceConfig = EquivalenceConfig()
-    """How open answers are graded, here and in Monte Carlo."""
+    """How open answers are graded, here, in Monte Carlo and in tree search."""
 
     @model_validator(mode="after")
     def _keeps_something(self) -> "SampleConfig":

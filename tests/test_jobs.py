@@ -342,5 +342,10 @@ def test_a_step_without_which_a_recipe_runs_changes_nothing_and_reads_as_empty()
     asked = run("without=[]")
     moved = {s.name for s in STEPS if base.fingerprint(s) != asked.fingerprint(s)}
     assert moved == {"audit", "train_text_prm", "states", "train_two_tower", "score", "evaluate"}
+    graded = run("without=[]", "sample.equivalence.backend=openai", "sample.equivalence.model=m")
+    own = BY_NAME["tree_search"]  # it reads no solutions, and grades answers as they are graded
+    assert asked.fingerprint(own) == run("without=[]", "sample.temperature=0.1").fingerprint(own)
+    assert asked.fingerprint(own) != graded.fingerprint(own)
+    assert graded.settings(own)["sample.equivalence"]["model"] == "m"
     with pytest.raises(ConfigError, match="'jugde' is no step; the steps are ingest, "):
         run("without=[jugde]")

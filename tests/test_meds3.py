@@ -1,16 +1,24 @@
 """jobs/meds3.py: what a round is made of; and the phantoms told in words that its recipe learns from."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from rich.console import Console
 
 from jobs import meds3
-from jobs.graph import BY_NAME
-from jobs.step import Run, load_recipe
+from jobs.graph import BY_NAME, MAKER, Step
+from jobs.recipe import Recipe
+from jobs.step import Job, Run, load_recipe
 from medmm_ray.ingest import IngestConfig, read_source
-from medmm_ray.records import Solutions, to_arrow
+from medmm_ray.records import Question, Solutions, to_arrow
 from medmm_ray.sources.phantom import Case, captions, make_items
+from medmm_ray.tables import write_rows
 from medmm_ray.text import extract_answer, join_steps
+from medmm_ray.train.policy import PolicyConfig
+from tests import tiny_reward_model as tiny
 
 MEDS3 = "jobs/recipes/meds3.yaml"
 
@@ -50,6 +58,84 @@ def test_figures_of_a_question() -> None:
         "one sample": 0.5, "majority": 0.0, "prm-max": 0.0, "prm-vote-sum": 1.0,
     }  # fmt: skip
     assert meds3.accuracies([solution(0, None, None)], [[1.0]]) == dict.fromkeys(meds3.FIGURES, 0.0)
+
+
+def asked(split: str) -> Question:
+    return Question(
+        question_id=f"q-{split}", source="s", split=split, modality="radiology", difficulty="easy", question="Which?",
+        options=["air", "fluid"], answer="B", answer_type="choice", image_ids=[],
+    )  # fmt: skip
+
+
+def test_each_round_trains_the_next_policy_on_its_own_trees_and_the_last_one_only_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rounds with a pipeline that writes its tables at once, real reward models, and a training that is noted."""
+    runs: list[tuple[str | None, list[str]]] = []
+    trained: list[tuple[str | None, list[str]]] = []
+
+    def pipeline(recipe: Recipe, steps: Sequence[Step], console: Console) -> Run:
+        run = Run(recipe)
+        runs.append((run.given("policy"), [s.name for s in steps if not run.skipped(s)][-2:]))
+        good = bool(run.given("policy"))
+        found = [solution(0, "B", True), solution(1, "AB"[good], good), solution(2, "A", False)]
+        row = {"policy": "p", "config_hash": "c", "num_requested": 3, "num_missing": 0, "num_drawn": 3,
+               "rejected": [], "cost": 0.0, "solutions": found, "error": None}  # fmt: skip
+        tables: dict[str, list[Any]] = {
+            "questions": [asked("train"), asked("test")],
+            "documents": [],
+            "solutions": [{**row, "question_id": "q-test"}],
+            "tree_solutions": [{**row, "question_id": "q-train"}],
+        }
+        for name, rows in tables.items():
+            if not run.table(name).is_complete:
+                key = "document_id" if name == "documents" else "question_id"
+                write_rows(run.table(name), rows, Job(run, MAKER[name]).origin(name), key)
+        for name in ("policy", "text_prm"):
+            if not run.skipped(MAKER[name]) and not run.artifact(name).is_complete:
+                run.artifact(name).prepare()
+                tiny.save(Path(run.uri(name)), seed=len(runs))
+                run.artifact(name).commit(Job(run, MAKER[name]).origin(name), 0.0, {})
+        return run
+
+    def train(
+        config: PolicyConfig, questions: pa.Table, worked: pa.Table, documents: pa.Table, folder: str, name: str
+    ) -> dict[str, float]:
+        assert folder.endswith(name.removeprefix("next_policy-"))
+        trained.append((config.base, [s["solution_id"] for row in worked.to_pylist() for s in row["solutions"]]))
+        return {}
+
+    monkeypatch.setattr(meds3, "run_pipeline", pipeline)
+    monkeypatch.setattr(meds3, "train_policy", train)
+    recipe = load_recipe([MEDS3, f"run={tmp_path}"])
+    figures = meds3.rounds(recipe, Console(quiet=True))
+    first, second, third = (policy for policy, _ in runs)
+    assert first is None
+    assert second != third
+    assert Path(str(second)).parent == Path(str(third)).parent == tmp_path / "next_policy"
+    assert [steps for _, steps in runs] == [["tree_search", "train_text_prm"]] * 2 + [["curate", "sample"]]
+    own = Run(meds3.of_round(recipe, None, False)).uri("policy")
+    assert trained == [(own, ["s0"]), (second, ["s0", "s1"])]
+    assert [row["one sample"] for row in figures] == pytest.approx([1 / 3, 2 / 3, 2 / 3])
+    assert [row["majority"] for row in figures] == [0.0, 1.0, 1.0]
+    assert meds3.rounds(recipe, Console(quiet=True)) == figures
+    assert len(trained) == 2  # a second run trains nothing again
+
+
+def test_a_dry_run_has_a_line_a_round(capsys: pytest.CaptureFixture[str]) -> None:
+    found = meds3.planned(load_recipe([MEDS3]))
+    assert [(line.step, line.work) for line in found.lines] == [
+        ("round 0", "train_policy, tree_search, sample, train_text_prm"),
+        ("round 1", "train_policy, tree_search, sample, train_text_prm"),
+        ("round 2", "sample"),
+    ]
+    first, second, last = (line.tokens for line in found.lines)
+    assert first - second == 500 * (185 + 350) * 4  # the first policy is trained on worked solutions, 4 epochs
+    assert 0 < last < second
+    assert meds3.main([MEDS3, "--dry-run", "run=s3://bucket/run"]) == 0
+    shown = capsys.readouterr().out
+    assert "round 2" in shown
+    assert "total" in shown
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

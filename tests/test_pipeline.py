@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from jobs import pipeline, query
+from jobs import beam_search, pipeline, query
 from jobs.graph import BY_NAME, MAKER, STEPS
 from jobs.step import Job, Run, load_recipe
 from medmm_ray.config import ConfigError
@@ -115,6 +115,18 @@ def test_a_served_query_answers_and_is_kept(tiny: Run, capsys: pytest.CaptureFix
     assert stored["answer"]["arm"] == "multimodal"
     assert query.main(words) == 0
     assert first.endswith(capsys.readouterr().out), "the stored answer reads like the fresh one"
+
+
+@END_TO_END
+def test_a_beam_search_stands_beside_the_samples(tiny: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert beam_search.main([TINY, f"run={tiny.root}", "num_questions=3", "num_beams=2", "num_expansions=2"]) == 0
+    assert "best of N, equal tokens" in capsys.readouterr().out
+    report = json.loads((Path(tiny.root) / "beam_search.json").read_text())
+    assert (report["questions"], report["failed"], report["guide"]) == (3, {}, tiny.model_id("two_tower"))
+    search, drawn = report["figures"]["beam search"], report["figures"]["majority, all samples"]
+    assert 0 <= search["low"] <= search["value"] <= search["high"] <= 1
+    assert search["tokens"] > 0
+    assert (drawn["samples"], drawn["tokens"] > 0) == (4, True)
 
 
 @END_TO_END

@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import pyarrow as pa
 import pytest
 
 from jobs import bench
+from medmm_ray.engines.client import connect
+from medmm_ray.engines.gate import Gate
 from medmm_ray.engines.generator import Completion, Prompt, Sampling
+from medmm_ray.engines.grader import EquivalenceConfig, Grader
 from medmm_ray.records import Labels, Question, Solutions, Tree, from_dict, to_arrow
 from medmm_ray.tables import RowError
 from medmm_ray.tree_search import Searcher, TreeSearchConfig, labels_batch, solutions_batch, tree_search
@@ -32,6 +36,7 @@ from medmm_ray.tree_search.tree import (
     ucb,
 )
 from medmm_ray.tree_search.writer import Drawn
+from tests.api_server import chat_said, failed, serving
 from tests.fake_generator import FakeGenerator
 
 CONFIG = TreeSearchConfig()
@@ -79,6 +84,30 @@ def test_values_visits_and_choices_of_a_small_tree_by_hand() -> None:
     assert [(label.num_correct, label.num_rollouts) for label in labels] == [(1, 2), (0, 0), (None, None), (0, 0)]
 
 
+def test_failed_is_not_wrong() -> None:
+    tree = grow((ROOT,), 0, "reason", Drawn(("a",)))
+    assert (tree[1].value, tree[1].visits, tree[1].num_correct, tree[1].num_rollouts) == (None, 1, 0, 0)
+    assert (tree[0].value, tree[0].visits) == (0.0, 1)
+    tree = grow(tree, 0, "reason", Drawn(("b",)), [True, False])
+    assert (tree[0].value, tree[0].visits) == (0.25, 2)  # (0 + .5) / 2: a is no part of the mean
+    assert select(tree, exploration=0.0) == 2
+    assert (next_action(tree, 1, CONFIG), begun(tree)) == ("reason", [2, 1])
+
+    tree = grow(tree, 1, "reason", stated(WRONG, correct=False))
+    tree = grow(tree, 1, "finish", stated("x", RIGHT, correct=True))  # x begins with a's value of 0
+    assert [(n.value, n.visits) for n in tree[2:]] == [(0.5, 1), (0.0, 1), (0.5, 2), (1.0, 1)]
+    assert (tree[1].value, tree[1].visits) == pytest.approx((1 / 6, 3))  # 0 at first, then (0 + (0 + .5 x 2) / 3) / 2
+    assert [(label.value, label.num_rollouts) for label in step_labels(tree, 5)[1:]] == [(0.5, None), (1.0, 0)]
+
+
+def test_an_answer_that_nobody_could_grade_ends_its_path_and_is_worth_nothing() -> None:
+    tree = grow((ROOT,), 0, "reason", Drawn(("the answer is hydrothorax.",), "hydrothorax"))
+    assert (tree[1].value, tree[1].correct, tree[1].closed) == (None, None, True)
+    assert (tree[0].value, tree[0].closed, num_right(tree), solved(tree)) == (0.0, True, 0, [1])
+    [label] = step_labels(tree, 1)
+    assert (label.label, label.value, label.num_correct, label.num_rollouts) == (None, None, 0, 0)
+
+
 def test_a_wrong_answer_is_doubted_once_a_path() -> None:
     tree = grow((ROOT,), 0, "reason", stated(WRONG, correct=False))
     assert not tree[1].closed
@@ -89,8 +118,10 @@ def test_a_wrong_answer_is_doubted_once_a_path() -> None:
 
 def test_ucb_by_hand() -> None:
     tree = grow((ROOT,), 0, "reason", Drawn(("a",)), [True, False])
-    assert ucb(tree[1], 3, 2.0) == pytest.approx(0.5 + 2 * math.sqrt(math.log(3)))
-    assert ucb(ROOT, 3, 2.0) == 5.0
+    parent = replace(ROOT, value=0.75, visits=3)
+    assert ucb(tree[1], parent, 2.0) == pytest.approx(0.5 + 2 * math.sqrt(math.log(3)))
+    assert ucb(replace(tree[1], value=None), parent, 2.0) == pytest.approx(0.75 + 2 * math.sqrt(math.log(3)))
+    assert ucb(ROOT, parent, 2.0) == 5.0
 
 
 def test_exploration_prefers_the_rarely_visited() -> None:
@@ -126,6 +157,7 @@ def test_look_back_labels_by_hand() -> None:
     assert look_back([0.25, 0.75, 0.5], strength=0.0) == [1, 1, 1]
     assert look_back([0.0, 0.25], strength=1.0) == [0, 1]
     assert look_back([]) == []
+    assert look_back([None, 0.5, None, 0.25, None]) == [None, 1, None, 0, None]  # .25 - (.5 - .25) = 0
 
 
 # The search, with a scripted engine
@@ -170,9 +202,9 @@ def guess(prompt: str, seed: int) -> str:
     return f"{text} So the answer is ({letter})."
 
 
-def run(script: Any, questions: list[Question], **config: Any) -> tuple[list[Tree], Scripted]:
+def run(script: Any, questions: list[Question], grader: Any = None, **config: Any) -> tuple[list[Tree], Scripted]:
     fake = Scripted(script)
-    actor = Searcher(TreeSearchConfig(**config), "m", "tiny", "c0", generator=fake)
+    actor = Searcher(TreeSearchConfig(**config), "m", "tiny", "c0", generator=fake, grader=grader)
 
     async def work() -> list[pa.Table]:
         return [out async for out in actor(to_arrow(Question, questions))]
@@ -223,7 +255,7 @@ def test_cut_empty_and_answerless_samples_are_rejected_and_do_not_count() -> Non
     assert tree.num_rejected == 2
 
     [tree], _ = run(lambda prompt, seed: " Look.\nStep 2: Nothing.", [question()])
-    assert [(n.step, n.value, n.num_rollouts, n.closed) for n in tree.nodes[1:]] == [("Look.", 0.0, 0, True)]
+    assert [(n.step, n.value, n.num_rollouts, n.closed) for n in tree.nodes[1:]] == [("Look.", None, 0, True)]
     assert solutions_batch(to_arrow(Tree, [tree])).to_pylist()[0]["solutions"] == []
 
 
@@ -265,6 +297,41 @@ def test_no_gold_answer_in_a_prompt() -> None:
     _, fake = run(lambda p, s: " Look.\nStep 2: the answer is x.", [question(answer="the secret", answer_type="open")])
     assert len(fake.requests) > 3
     assert all("secret" not in prompt for prompt, _, _ in fake.requests)
+
+
+def test_open_answers_are_graded_by_the_model_that_the_recipe_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step, then an answer that only a model can grade; a model that does not answer leaves it ungraded."""
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    asked = question(options=[], answer="Pleural effusion", answer_type="open")
+
+    def script(prompt: str, seed: int) -> str:
+        return " Look.\nStep 2: the answer is hydrothorax."
+
+    def grown(*said: Any, name: str) -> Tree:
+        with serving() as server:
+            config = EquivalenceConfig(
+                backend="openai", model="gpt-4o", endpoint=server.address, in_flight=1, max_attempts=1
+            )
+            server.script = list(said)
+            folder = str(tmp_path / name)
+
+            def grader() -> Grader:
+                return Grader(connect("openai", "gpt-4o", config, Gate(folder, config.limits), folder))
+
+            [tree], _ = run(script, [asked], grader, max_nodes=2)
+            return tree
+
+    by_form = run(script, [asked], max_nodes=2, reflect=False)[0][0]
+    assert [(n.value, n.num_rollouts, n.correct) for n in by_form.nodes[1:2]] == [(0.0, 10, None)]
+    assert by_form.nodes[-1].correct is False
+    same = grown(*[chat_said('{"same": true}')] * 9, name="same")
+    assert [(n.value, n.num_correct, n.num_rollouts) for n in same.nodes[1:2]] == [(1.0, 10, 10)]
+    assert (same.nodes[-1].answer, same.nodes[-1].correct) == ("hydrothorax", True)
+    failing = grown(*[failed(500)] * 9, name="failing")
+    assert [(n.value, n.num_correct, n.num_rollouts) for n in failing.nodes[1:2]] == [(None, 0, 0)]
+    assert (failing.nodes[-1].answer, failing.nodes[-1].correct) == ("hydrothorax", None)
 
 
 def test_solutions_and_labels_of_a_tree_belong_together() -> None:

@@ -1,29 +1,36 @@
 """Beam search that a process reward model guides, on the same engine: solutions grow step by step, the best are kept.
 
-Enters: a question, a policy's engine, a scorer of steps. Leaves: finished solutions with their steps' log-odds, best
+Enters: a policy's writer on a question, a scorer of steps. Leaves: finished solutions with their steps' log-odds, best
 first.
 """
 
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import Field
 
 from medmm_ray import metrics
-from medmm_ray.engines.generator import TextGenerator
 from medmm_ray.tables import RowError
 from medmm_ray.text import question_with_options
 from medmm_ray.tree_search.writer import Writer, WriterConfig
 
 if TYPE_CHECKING:
-    from medmm_ray.engines.reward_model import RewardModel
+    from PIL.Image import Image
+
+    from medmm_ray.engines.reward_model import RewardModel, StepScores
 
 
 class BeamSearchConfig(WriterConfig):
-    """How wide the search is."""
+    """What is searched, and how wide."""
 
+    split: str = "test"
+    """Split whose questions are searched."""
+    num_questions: int | None = Field(None, ge=1)
+    """Questions of the split that are searched, the first by id; null: all."""
+    guide: Literal["two_tower", "text_prm"] = "two_tower"
+    """Which reward model of the run guides the search."""
     num_beams: int = Field(4, ge=1)
     """Solutions that are kept after each step."""
     num_expansions: int = Field(4, ge=1)
@@ -52,44 +59,47 @@ class StepScorer(Protocol):
 
 
 class RewardModelScorer:
-    """A reward model as a scorer, in a thread of its own so that the engine goes on meanwhile."""
+    """A reward model as a scorer of one question, in a thread of its own so that the engine goes on meanwhile.
 
-    def __init__(self, model: "RewardModel", documents: Sequence[str] = ()) -> None:
-        self.model, self.documents = model, documents
-        self.turn = asyncio.Lock()
+    `images` are the question's own and `references` the similar cases', for a model that reads images. The scorers of
+    several questions on one model share its `turn`.
+    """
+
+    def __init__(
+        self, model: "RewardModel", documents: Sequence[str] = (), images: Sequence["Image"] = (),
+        references: Sequence["Image"] = (), turn: asyncio.Lock | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.documents, self.images, self.references = model, documents, images, references
+        self.turn = turn or asyncio.Lock()
+
+    async def scores(self, question: Mapping[str, Any], solutions: Sequence[Sequence[str]]) -> "list[StepScores]":
+        """Of each solution its scores, or why it has none."""
+        asked = question_with_options(question["question"], question["options"])
+        async with self.turn:
+            return await asyncio.to_thread(
+                self.model.score, asked, solutions, self.documents, self.images, self.references
+            )
 
     async def __call__(
         self, question: Mapping[str, Any], solutions: Sequence[Sequence[str]]
     ) -> Sequence[Sequence[float]]:
-        asked = question_with_options(question["question"], question["options"])
-        async with self.turn:
-            scores = await asyncio.to_thread(self.model.score, asked, solutions, self.documents)
+        scores = await self.scores(question, solutions)
         if faults := [score.error for score in scores if score.error is not None]:
             raise RowError("not_scored", faults[0])
-        return [
-            [text + image for text, image in zip(score.text_log_odds, score.image_log_odds, strict=True)]
-            for score in scores
-        ]
+        return [score.log_odds for score in scores]
 
 
-async def beam_search(
-    config: BeamSearchConfig,
-    generator: TextGenerator,
-    question: Mapping[str, Any],
-    scorer: StepScorer,
-    config_hash: str,
-) -> list[Beam]:
-    """At most `num_beams` finished solutions of a question row, best first.
+async def beam_search(config: BeamSearchConfig, writer: Writer, scorer: StepScorer) -> list[Beam]:
+    """At most `num_beams` finished solutions of the writer's question, best first.
 
     Raises `RowError` where the prompt is too long or a solution cannot be scored.
     """
-    writer = Writer(config, generator, question, config_hash)
     beams = [Beam()]
     while any(beam.answer is None for beam in beams):
         open_ = [beam for beam in beams if beam.answer is None]
         grown = await asyncio.gather(*(expand(writer, beam, config.num_expansions) for beam in open_))
         fresh = [beam for below in grown for beam in below]
-        scores = await scorer(question, [beam.steps for beam in fresh]) if fresh else []
+        scores = await scorer(writer.question, [beam.steps for beam in fresh]) if fresh else []
         scored = [
             Beam(b.steps, b.answer, b.correct, tuple(odds), metrics.aggregate(list(odds), config.aggregate))
             for b, odds in zip(fresh, scores, strict=True)

@@ -13,6 +13,7 @@ import pyarrow as pa
 from medmm_ray import records
 from medmm_ray.config import digest
 from medmm_ray.engines.generator import Generator, MakeGenerator, actor_options
+from medmm_ray.engines.grader import EquivalenceConfig, Grader, MakeGrader
 from medmm_ray.records import Labels, Solution, Solutions, TreeNode, to_arrow, to_arrow_lists
 from medmm_ray.tables import RowError, attach
 from medmm_ray.tree_search.tree import (
@@ -44,12 +45,15 @@ def tree_search(
     policy: str,
     config_hash: str,
     evidence: pa.Table | None = None,
+    equivalence: EquivalenceConfig | None = None,
+    folder: str | None = None,
     generator: MakeGenerator = Generator,
 ) -> "Dataset":
     """Questions -> `records.Tree` rows.
 
     `model` is the checkpoint that is searched, `policy` what the tables call it, `config_hash` the table's fingerprint.
-    `evidence` (question_id, documents) is needed where config.num_documents > 0.
+    `evidence` (question_id, documents) is needed where config.num_documents > 0. `equivalence` grades open answers as
+    in sampling; `folder` is where the run keeps what its model said.
     """
     if config.num_documents:
         if evidence is None:
@@ -63,6 +67,7 @@ def tree_search(
             "policy": policy,
             "config_hash": config_hash,
             "generator": generator,
+            "grader": MakeGrader(equivalence or EquivalenceConfig(), folder),
         },
         **actor_options(config),
     )
@@ -72,10 +77,12 @@ class Searcher:
     """The actor: one engine, and on it `batch_size` x `max_concurrency` trees at a time."""
 
     def __init__(
-        self, config: TreeSearchConfig, model: str, policy: str, config_hash: str, generator: MakeGenerator = Generator
-    ) -> None:
+        self, config: TreeSearchConfig, model: str, policy: str, config_hash: str,
+        generator: MakeGenerator = Generator, grader: MakeGrader | None = None,
+    ) -> None:  # fmt: skip
         self.config, self.policy, self.config_hash = config, policy, config_hash
         self.generator = generator(model, config)
+        self.grader = grader() if grader else Grader()
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         rows = await asyncio.gather(*(self.search(question) for question in batch.to_pylist()))
@@ -83,7 +90,7 @@ class Searcher:
 
     async def search(self, question: Mapping[str, Any]) -> records.Tree:
         """The tree of one question; a fault becomes the row's error."""
-        writer = Writer(self.config, self.generator, question, self.config_hash)
+        writer = Writer(self.config, self.generator, question, self.config_hash, self.grader)
         growth = Growth(self.config, writer)
         error = None if question["error"] is None else f"upstream: {question['error']}"
         if error is None:

@@ -80,7 +80,8 @@ def solved(tree: Tree) -> list[int]:
 def begun(tree: Tree) -> list[int]:
     """The leaves whose solution goes on, the most promising first."""
     return sorted(
-        (i for i in leaves(tree) if tree[i].answer is None and not tree[i].closed), key=lambda i: -tree[i].value
+        (i for i in leaves(tree) if tree[i].answer is None and not tree[i].closed),
+        key=lambda i: -(tree[i].value or 0.0),
     )
 
 
@@ -91,11 +92,12 @@ def num_right(tree: Tree) -> int:
 # Growing a tree
 
 
-def ucb(node: TreeNode, parent_visits: int, exploration: float) -> float:
-    """V + c sqrt(ln N_parent / n)."""
+def ucb(node: TreeNode, parent: TreeNode, exploration: float) -> float:
+    """V + c sqrt(ln N_parent / n); a node without a value counts as much as its parent."""
     if not node.visits:
         return UNVISITED
-    return node.value + exploration * math.sqrt(math.log(parent_visits) / node.visits)
+    value = parent.value if node.value is None else node.value
+    return (value or 0.0) + exploration * math.sqrt(math.log(parent.visits) / node.visits)
 
 
 def select(tree: Tree, exploration: float) -> int | None:
@@ -106,8 +108,8 @@ def select(tree: Tree, exploration: float) -> int | None:
         return None
     at = 0
     while below := children(tree, at):
-        visits = tree[at].visits
-        at = max((i for i in below if not tree[i].closed), key=lambda i: ucb(tree[i], visits, exploration))
+        parent = tree[at]
+        at = max((i for i in below if not tree[i].closed), key=lambda i: ucb(tree[i], parent, exploration))
     return at
 
 
@@ -127,26 +129,27 @@ def rollouts_at(depth: int, config: TreeSearchConfig) -> int:
 def grow(tree: Tree, at: int, action: Action, drawn: Drawn, right: Sequence[bool] = (), reflect: bool = True) -> Tree:
     """The tree with the steps of `drawn` below `at`, and what its last one is worth carried up to the root.
 
-    The last step is worth its outcome where it ends the solution, else the share of `right` rollouts; steps before it
-    are not rolled out and begin with the value of `at`. With `reflect` a wrong answer stays open for one doubt.
+    The last step is worth its outcome where it ends the solution, else the share of `right` rollouts: nothing is known
+    of it (None) where the answer could not be graded, or no rollout came to one. Steps before it are not rolled out and
+    begin with the value of `at`. With `reflect` a wrong answer stays open for one doubt.
     """
     for step in drawn.steps[:-1]:
         between = TreeNode(parent=at, step=step, action=action, value=tree[at].value, visits=1, seed=drawn.seed)
         tree, at = (*tree, between), len(tree)
     ended = drawn.answer is not None
     doubted = action == "reflect" or any(tree[i].action == "reflect" for i in path(tree, at))
-    value = float(drawn.correct is True) if ended else sum(right) / len(right) if right else 0.0
+    outcomes = right if not ended else [] if drawn.correct is None else [drawn.correct]
     leaf = TreeNode(
         parent=at,
         step=drawn.steps[-1],
         action=action,
-        value=value,
+        value=sum(outcomes) / len(outcomes) if outcomes else None,
         visits=1,
         num_correct=sum(right),
         num_rollouts=len(right),
         answer=drawn.answer,
         correct=drawn.correct,
-        closed=ended and (drawn.correct is True or doubted or not reflect),
+        closed=ended and (drawn.correct is not False or doubted or not reflect),
         seed=drawn.seed,
     )
     return backpropagate((*tree, leaf), len(tree))
@@ -155,15 +158,19 @@ def grow(tree: Tree, at: int, action: Action, drawn: Drawn, right: Sequence[bool
 def backpropagate(tree: Tree, leaf: int) -> Tree:
     """One visit more for every node above `leaf`: V = (V + sum of v_c n_c / sum of n_c) / 2 over its children.
 
-    A node is closed once all its children are.
+    Children without a value have no part in it; a node that had none takes the mean itself. A node is closed once all
+    its children are.
     """
     nodes = list(tree)
     at = nodes[leaf].parent
     while at >= 0:
         node, below = nodes[at], [nodes[i] for i in children(tree, at)]
-        mean = sum(c.value * c.visits for c in below) / sum(c.visits for c in below)
-        closed = all(c.closed for c in below)
-        nodes[at] = replace(node, value=(node.value + mean) / 2, visits=node.visits + 1, closed=closed)
+        known = [(c.value, c.visits) for c in below if c.value is not None]
+        value = node.value
+        if known:
+            mean = sum(v * n for v, n in known) / sum(n for _, n in known)
+            value = mean if value is None else (value + mean) / 2
+        nodes[at] = replace(node, value=value, visits=node.visits + 1, closed=all(c.closed for c in below))
         at = node.parent
     return tuple(nodes)
 
@@ -180,11 +187,17 @@ def close(tree: Tree, at: int) -> Tree:
 # What a tree says
 
 
-def look_back(values: Sequence[float], strength: float = 1.0) -> list[int]:
-    """MedS3's hard labels of a path: v'_i = v_i - strength (v'_{i-1} - v_i), 1 where v'_i > 0; v'_1 = v_1."""
-    labels: list[int] = []
+def look_back(values: Sequence[float | None], strength: float = 1.0) -> list[int | None]:
+    """MedS3's hard labels of a path: v'_i = v_i - strength (v'_{i-1} - v_i), 1 where v'_i > 0; v'_1 = v_1.
+
+    A node without a value has no label, and is passed over.
+    """
+    labels: list[int | None] = []
     before: float | None = None
     for value in values:
+        if value is None:
+            labels.append(None)
+            continue
         before = value if before is None else value - strength * (before - value)
         labels.append(int(before > 0))
     return labels

@@ -20,8 +20,9 @@ from medmm_ray.engines.generator import (
     policy_prompt,
     request_seed,
 )
+from medmm_ray.engines.grader import Grader
 from medmm_ray.tables import RowError
-from medmm_ray.text import extract_answer, is_correct, split_steps
+from medmm_ray.text import extract_answer, split_steps
 
 Action = Literal["reason", "finish", "reflect"]
 
@@ -60,7 +61,10 @@ class WriterConfig(GeneratorConfig):
 
 @dataclass(frozen=True)
 class Drawn:
-    """Steps that a policy wrote behind others; `answer` and `correct` where it ended the solution with them."""
+    """Steps that a policy wrote behind others; `answer` where it ended the solution with them.
+
+    `correct` says of the answer whether it is right; None where it could not be graded.
+    """
 
     steps: tuple[str, ...]
     answer: str | None = None
@@ -75,9 +79,10 @@ class Writer:
     """
 
     def __init__(
-        self, config: WriterConfig, generator: TextGenerator, question: Mapping[str, Any], config_hash: str
-    ) -> None:
-        self.config, self.generator, self.question = config, generator, question
+        self, config: WriterConfig, generator: TextGenerator, question: Mapping[str, Any], config_hash: str,
+        grader: Grader,
+    ) -> None:  # fmt: skip
+        self.config, self.generator, self.question, self.grader = config, generator, question, grader
         self.key = (config_hash, question["question_id"])
         self.num_tokens = self.num_rejected = 0
         self.prompt = policy_prompt(generator, question, config.num_documents, config.max_model_len - config.max_tokens)
@@ -96,7 +101,8 @@ class Writer:
         for drawn in read:
             if drawn:
                 once.setdefault(drawn.steps, drawn)
-        return list(once.values())
+        right = await self.grader.right(self.question, [drawn.answer for drawn in once.values()])
+        return [replace(drawn, correct=verdict) for drawn, verdict in zip(once.values(), right, strict=True)]
 
     def _read(self, said: str, before: int, sample: Completion, stop: str | None) -> Drawn | None:
         if sample.finish_reason != "stop":
@@ -109,10 +115,12 @@ class Writer:
         answer = extract_answer(said + text, self.question["options"], self.question["answer_type"])
         if answer is None or not steps or before + len(steps) > self.config.max_steps:
             return None
-        return Drawn(tuple(steps), answer, self._is_right(answer), sample.seed)
+        return Drawn(tuple(steps), answer, seed=sample.seed)
 
     async def roll(self, steps: Sequence[str], n: int) -> list[bool]:
-        """Whether each of `n` continuations that ended with an answer is right; the others do not count."""
+        """Whether each of `n` continuations that ended with an answer is right; the others do not count, nor do answers
+        that could not be graded.
+        """
         said = begin(steps)
         samples = await self._ask("rollout", steps, said, n)
         asked = self.question
@@ -121,10 +129,7 @@ class Writer:
             for sample in samples
             if sample.finish_reason == "stop"
         ]
-        return [self._is_right(answer) for answer in answers if answer is not None]
-
-    def _is_right(self, answer: str) -> bool:
-        return is_correct(answer, self.question["answer"], self.question["answer_type"]) is True
+        return [verdict for verdict in await self.grader.right(asked, answers) if verdict is not None]
 
     async def _ask(
         self, purpose: str, steps: Sequence[str], said: str, n: int, stop: str | None = None

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -495,12 +496,13 @@ def test_faults_of_the_moment_are_tried_again(server: Server, pictures: dict[str
 def test_gemini_is_asked_again_no_sooner_than_it_says(server: Server, pictures: dict[str, Any]) -> None:
     info = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "0.75s"}
     limited: Any = (429, {}, {"error": {"code": 429, "message": "slow", "details": [info]}})
-    dated = failed(503, **{"Retry-After": format_datetime(datetime.now(UTC) + timedelta(seconds=3), usegmt=True)})
+    began, then = time.monotonic(), datetime.now(UTC) + timedelta(seconds=3)
+    dated = failed(503, **{"Retry-After": format_datetime(then, usegmt=True)})
     server.script = [limited, dated, gemini_said(GOOD)]
     [found] = judged(gemini(server), case(**pictures), [[RIGHT, WRONG]])
     assert isinstance(found, Judgement)
     assert server.times[1] - server.times[0] >= 0.75
-    assert server.times[2] - server.times[1] >= 0.5
+    assert server.times[2] - began >= 2  # the header has whole seconds
 
 
 def test_too_many_faults_are_the_rows_error(server: Server, pictures: dict[str, Any]) -> None:

@@ -101,8 +101,8 @@ class Writer:
         for drawn in read:
             if drawn:
                 once.setdefault(drawn.steps, drawn)
-        right = await self.grader.right(self.question, [drawn.answer for drawn in once.values()])
-        return [replace(drawn, correct=verdict) for drawn, verdict in zip(once.values(), right, strict=True)]
+        grades = await self.grader.grade(self.question, [drawn.answer for drawn in once.values()])
+        return [replace(drawn, correct=verdict) for drawn, verdict in zip(once.values(), grades.right, strict=True)]
 
     def _read(self, said: str, before: int, sample: Completion, stop: str | None) -> Drawn | None:
         if sample.finish_reason != "stop":
@@ -129,7 +129,7 @@ class Writer:
             for sample in samples
             if sample.finish_reason == "stop"
         ]
-        return [verdict for verdict in await self.grader.right(asked, answers) if verdict is not None]
+        return [verdict for verdict in (await self.grader.grade(asked, answers)).right if verdict is not None]
 
     async def _ask(
         self, purpose: str, steps: Sequence[str], said: str, n: int, stop: str | None = None

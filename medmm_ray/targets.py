@@ -257,23 +257,25 @@ def consensus_figures(solutions: Iterable[tuple[Sequence[Labels], int, bool | No
     Raises ValueError where Monte Carlo ran in such a way that it settles none of those without a right answer: what is
     left then holds no wrong step.
     """
-    counts: Counter[str] = Counter()
-    of_others: Counter[str] = Counter()
-    for labels, num_steps, correct in solutions:
-        found = settlement(labels, num_steps, correct)
-        counts[found] += 1
-        of_others[found] += not correct
+    found = [(settlement(labels, num_steps, correct), correct) for labels, num_steps, correct in solutions]
+    of_others = Counter(settled for settled, correct in found if not correct)
     if of_others["not_continued"] and not of_others["agreed"] + of_others["differed"]:
         raise ValueError(
             f"label policy 'consensus' needs Monte Carlo on every step up to the judge's first wrong one; of "
             f"{of_others['not_continued']:,} judged solutions without a right answer it has that on none. Run "
             "monte_carlo with mode=verify, first_error or all, or take 'hybrid'."
         )
+    return settlement_figures(settled for settled, _ in found)
+
+
+def settlement_figures(found: Iterable[Settlement]) -> dict[str, float]:
+    """How many there are of each."""
+    counts = Counter(found)
     return {f"consensus_{name}": float(counts[name]) for name in get_args(Settlement)}
 
 
 def consensus_words(figures: Mapping[str, float]) -> str:
-    """`consensus_figures` in a sentence."""
+    """`settlement_figures` in a sentence."""
     agreed, differed, *others = (int(figures[f"consensus_{name}"]) for name in get_args(Settlement))
     reasons = ("not judged", "without Monte Carlo on every step that it needs", "with failed continuations")
     why = ", ".join(f"{number:,} {reason}" for number, reason in zip(others, reasons, strict=True) if number)

@@ -57,7 +57,7 @@ def test_what_sampling_monte_carlo_and_readers_took_is_shown() -> None:
     }  # fmt: skip
     page = words_of(dataset_page.render(report(manifests={n: manifest(n, figures=f) for n, f in figures.items()})))
     for words in (
-        "Prefix cache 97.5 % of the cacheable prompt tokens found",
+        "Prefix cache 97.5 % of the prompt tokens that a question’s further samples share were found Questions",
         "Monte Carlo Steps 700 labelled, 200 of them without a continuation",
         "4 000 of 500 prefixes, 90 000 tokens written Failed 30 were cut off",
         "Prefix cache 90.0 % of the prompt tokens found",

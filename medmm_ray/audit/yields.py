@@ -10,7 +10,14 @@ import pyarrow.compute as pc
 
 from medmm_ray.columns import RIGHT, Codes, Steps
 from medmm_ray.records import Labels
-from medmm_ray.targets import POLICIES, consensus_figures, consensus_words, labels_by_solution, targets
+from medmm_ray.targets import (
+    POLICIES,
+    consensus_words,
+    labels_by_solution,
+    settlement,
+    settlement_figures,
+    targets,
+)
 
 Row = dict[str, Any]
 
@@ -60,13 +67,9 @@ class Yields:
             kept_steps += len(trained)
             total += sum(trained)
         if policy == "consensus":
-            try:
-                settled = consensus_figures(solution[:3] for solution in solutions)
-            except ValueError as error:
-                kept, kept_steps, refused, why = 0, 0, len(solutions), str(error)
-            else:
-                refused = int(settled["consensus_not_continued"] + settled["consensus_failed"])
-                why = f"{consensus_words(settled)}." if refused else ""
+            settled = settlement_figures(settlement(*solution[:3]) for solution in solutions)
+            refused = int(settled["consensus_not_continued"] + settled["consensus_failed"])
+            why = f"{consensus_words(settled)}." if refused else ""
         return {
             "policy": policy,
             "solutions": len(self.ids),

@@ -32,7 +32,7 @@ from medmm_ray.engines.local import LocalEndpoint
 from medmm_ray.engines.prices import FREE
 from medmm_ray.records import Question, WrittenQuestion, to_arrow_lists
 from medmm_ray.tables import RowError, error_kind
-from medmm_ray.text import LETTERS, extract_answer, normalise, one_line, question_with_options
+from medmm_ray.text import LETTERS, extract_answer, normalise, one_line, question_with_options, well_formed
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -146,8 +146,10 @@ def draft(reply: str) -> Draft:
     Raises `RowError` question_reply, question_options or question_leak, with the fault in words that the model reads.
     """
     entry = _entry(reply)
-    question = one_line(entry["question"])
-    options = [_LETTERED.sub("", one_line(option)) for option in entry["options"]]
+    question, explanation, *options = (
+        one_line(well_formed(text)) for text in (entry["question"], entry["explanation"], *entry["options"])
+    )
+    options = [_LETTERED.sub("", option) for option in options]
     if len(question.split()) < 4:
         raise RowError("question_reply", f"the question {question!r} is too short to be one")
     right = LETTERS.index(entry["correct_answer"])
@@ -159,7 +161,7 @@ def draft(reply: str) -> Draft:
         options=[options[i] for i in order],
         answer=LETTERS[order.index(right)],
         difficulty=entry["difficulty"],
-        explanation=one_line(entry["explanation"]),
+        explanation=explanation,
     )
 
 
@@ -167,7 +169,7 @@ def _entry(reply: str) -> Mapping[str, Any]:
     start, end = reply.find("{"), reply.rfind("}")
     try:
         entry = json.loads(reply[start : end + 1])
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         entry = None
     if not isinstance(entry, dict):
         raise RowError("question_reply", f"the reply is no JSON object: {reply.strip()[:80]!r}")

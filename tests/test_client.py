@@ -450,9 +450,15 @@ def test_a_server_without_schemas_is_asked_for_less(server: Server, form: str, e
         (failed(500), "500: ", False),
         ((0, {}, ""), "the connection broke: ServerDisconnectedError", True),
         ((200, {}, "{broken"), "a garbled answer of 7 bytes", True),
-        ((200, {}, {"choices": []}), "a garbled answer", True),
-        ((200, {}, {"choices": [{"message": None}]}), "a garbled answer", True),
-        ((200, {}, "<html>"), "a garbled answer of 6 bytes", True),
+        ((200, {}, {"choices": []}), "it has no choices", True),
+        ((200, {}, {"choices": [None]}), "a choice is no JSON object", True),
+        ((200, {}, {"choices": [{"message": None}]}), "a message is no JSON object", True),
+        ((200, {}, {"choices": [{"message": {"content": 5}}]}), "a message's content is no text", True),
+        ((200, {}, []), "the body is no JSON object", True),
+        ((200, {}, "null"), "the body is no JSON object", True),
+        ((200, {}, '"x"'), "the body is no JSON object", True),
+        ((200, {}, "[" * 100_000), "a garbled answer of 100000 bytes", True),
+        ((200, {"Content-Type": "text/html"}, "<html>"), r"a garbled answer of 6 bytes \(text/html\): Expecting", True),
     ],
 )
 def test_faults_of_the_moment(server: Server, answer: Any, fault: str, maybe_paid: bool) -> None:
@@ -461,6 +467,44 @@ def test_faults_of_the_moment(server: Server, answer: Any, fault: str, maybe_pai
         asyncio.run(openai(server).send(asked("a")))
     assert error.value.maybe_paid is maybe_paid
     assert len(server.requests) == 1, "the endpoint does not try again by itself"
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ({"choices": [{"message": {"content": "yes"}}]}, "yes"),
+        (
+            {"choices": [{"message": {"content": [{"type": "text", "text": "y"}, {"text": "es"}, {"type": "x"}]}}]},
+            "yes",
+        ),
+        ('{"choices": [{"message": {"content": "bad \\ud800 half"}}]}', "bad \ufffd half"),
+    ],
+)
+def test_odd_forms_of_an_answer_are_read(server: Server, body: Any, text: str) -> None:
+    server.script = [(200, {}, body)]
+    assert asyncio.run(openai(server).send(asked("a"))).choices == (Choice(text, "stop"),)
+
+
+@pytest.mark.parametrize(
+    ("usage", "tokens"),
+    [
+        ({"prompt_tokens": 7, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 9}}, (7, 7, 3)),
+        ({"prompt_tokens": 7, "completion_tokens": 3, "prompt_tokens_details": [1]}, (7, 0, 3)),
+        ({"prompt_tokens": 7, "completion_tokens": -3}, (7, 0, 20)),
+        ({"prompt_tokens": -7, "completion_tokens": None}, (2, 0, 20)),
+        ({"prompt_tokens": float("inf"), "completion_tokens": 10**400}, (2, 0, 20)),
+        ({"prompt_tokens": float("nan"), "completion_tokens": "3"}, (2, 0, 20)),
+        ("none", (2, 0, 20)),
+        (None, (2, 0, 20)),
+    ],
+)
+def test_tokens_that_a_server_does_not_count_are_all_that_are_possible(
+    server: Server, usage: Any, tokens: tuple[int, int, int]
+) -> None:
+    """Of "s" and "a", and of 2 answers of at most 10 tokens."""
+    server.script = [(200, {}, {"choices": [{"message": {"content": "yes"}}], "usage": usage})]
+    reply = asyncio.run(openai(server).send(asked("a", n=2)))
+    assert (reply.read, reply.cached, reply.written) == tokens
 
 
 def test_retry_after_is_honoured(server: Server, tmp_path: Path) -> None:

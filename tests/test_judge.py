@@ -556,6 +556,16 @@ def test_a_missing_model_is_named() -> None:
         make_judge(JudgeConfig(backend="vllm"), None)
 
 
+@pytest.mark.parametrize("usage", [{}, {"usageMetadata": {"promptTokenCount": -5, "candidatesTokenCount": -3}}])
+def test_tokens_that_are_not_counted_are_all_that_are_possible(
+    server: Server, pictures: dict[str, Any], usage: dict[str, Any]
+) -> None:
+    server.script = [(200, {}, {"candidates": [{"content": {"parts": [{"text": GOOD}]}, "finishReason": 77}], **usage})]
+    [found] = judged(gemini(server, price_read=0.0, price_written=1e6), case(**pictures), [[RIGHT, WRONG]])
+    assert isinstance(found, Judgement)
+    assert found.cost == 4096
+
+
 def test_thoughts_are_paid_as_output(server: Server, pictures: dict[str, Any]) -> None:
     server.script = [gemini_said(GOOD, totalTokenCount=1600)]
     [found] = judged(gemini(server, price_read=1.0, price_written=2.0), case(**pictures), [[RIGHT, WRONG]])

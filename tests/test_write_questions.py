@@ -63,6 +63,7 @@ def test_letters_before_options_are_taken_off() -> None:
     [
         ("no", "question_reply", "no JSON object: 'no'"),
         ("[1, 2]", "question_reply", "no JSON object"),
+        ('{"question": ' + "9" * 5000 + "}", "question_reply", "no JSON object"),
         (reply(question="  "), "question_reply", "'question' is '  ', not a text"),
         (reply(question="What?"), "question_reply", "too short"),
         (reply(correct_answer="E"), "question_reply", "'correct_answer' is 'E', not one of A, B, C, D"),
@@ -80,6 +81,11 @@ def test_what_cannot_be_used_is_named(said: str, kind: str, words: str) -> None:
     with pytest.raises(RowError, match=words) as caught:
         draft(said)
     assert caught.value.kind == kind
+
+
+def test_half_of_a_surrogate_pair_is_replaced() -> None:
+    made = draft(reply(explanation="\ud800 seen", options=["Pleural effusion", "Pneumothorax", "\udc00 x", "Nodule"]))
+    assert (made.explanation, "\ufffd x" in made.options) == ("\ufffd seen", True)
 
 
 def test_a_stem_may_name_all_options() -> None:

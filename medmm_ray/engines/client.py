@@ -171,7 +171,7 @@ class Client:
                         await self.answers.put(ask.group, ask.key, answer)
                 return answer
             except RetryableError as error:
-                settled = Settled(lease, fault=True, lost=error.maybe_paid)
+                settled = Settled(lease, fault=str(error), lost=error.maybe_paid)
                 raise
             except (RowError, EndpointError):
                 settled = Settled(lease)

@@ -19,7 +19,7 @@ import PIL.Image
 import pytest
 
 from jobs.benches import judge as bench
-from medmm_ray.config import ConfigError
+from medmm_ray.config import ConfigError, build
 from medmm_ray.engines.answers import Answer, AnswerStore
 from medmm_ray.engines.client import ApiConfig, Client, connect, pause
 from medmm_ray.engines.endpoint import (
@@ -75,6 +75,20 @@ def client(endpoint: Any, folder: Path | None = None, config: ApiConfig = FAST, 
 def figures(made: Client) -> dict[str, float]:
     assert isinstance(made.gate, Gate)
     return asyncio.run(made.gate.figures())
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"max_cost_usd": -1.0}, {"max_cost_usd": float("nan")}, {"price_read": -1.0}, {"price_cached": -1.0},
+        {"price_written": -1.0}, {"requests_per_minute": 0.0}, {"tokens_per_minute": 0.0}, {"timeout_s": 0.0},
+        {"pause_s": -1.0}, {"pause_s": float("inf")}, {"breaker_faults": 0}, {"breaker_limit_s": -1.0},
+    ],
+)  # fmt: skip
+def test_a_limit_that_limits_nothing_is_refused(fault: dict[str, float]) -> None:
+    [name] = fault
+    with pytest.raises(ConfigError, match=f"'{name}' is .*: Input should be "):
+        build(ApiConfig, fault, "test")
 
 
 def test_an_answer_is_paid_once_and_kept(tmp_path: Path) -> None:

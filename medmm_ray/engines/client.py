@@ -45,17 +45,17 @@ class ApiConfig(Config):
     """Sampling temperature; null leaves it to the model (reasoning models take no other)."""
     form: str = Field("schema", pattern="^(schema|object|text)$")
     """How an API is held to JSON: schema (a JSON schema), object (any JSON object) or text (by the prompt alone)."""
-    price_read: float | None = execution(None)
+    price_read: float | None = execution(None, ge=0)
     """US dollars per million prompt tokens; null takes the table's."""
-    price_cached: float | None = execution(None)
+    price_cached: float | None = execution(None, ge=0)
     """US dollars per million prompt tokens that the provider had cached; null takes the table's."""
-    price_written: float | None = execution(None)
+    price_written: float | None = execution(None, ge=0)
     """US dollars per million generated tokens; null takes the table's."""
-    max_cost_usd: float | None = execution(None)
+    max_cost_usd: float | None = execution(None, ge=0)
     """Most US dollars that the run may spend on this model, worst cases included; null: no limit of this section's."""
-    requests_per_minute: float | None = execution(None)
+    requests_per_minute: float | None = execution(None, gt=0)
     """Most requests a minute of the whole cluster to this model; null: no limit of this section's."""
-    tokens_per_minute: float | None = execution(None)
+    tokens_per_minute: float | None = execution(None, gt=0)
     """Most tokens a minute of the whole cluster to this model; null: no limit of this section's."""
     endpoint: str | None = execution(None)
     """Another address of the API: a proxy, a vLLM server, Gemini's OpenAI-compatible one."""
@@ -63,15 +63,15 @@ class ApiConfig(Config):
     """Environment variable that holds the key; null: GEMINI_API_KEY or OPENAI_API_KEY."""
     in_flight: int = Field(16, ge=1, json_schema_extra={"identity": False})
     """Most requests of one actor at a time."""
-    timeout_s: float = execution(120.0)
+    timeout_s: float = execution(120.0, gt=0)
     """Longest wait for one answer, seconds."""
     max_attempts: int = Field(6, ge=1, json_schema_extra={"identity": False})
     """Tries of one request before its row fails."""
-    pause_s: float = execution(1.0)
+    pause_s: float = execution(1.0, ge=0)
     """Mean pause before the second try, seconds; it doubles with each further one."""
-    breaker_faults: int = execution(20)
+    breaker_faults: int = execution(20, ge=1)
     """Faults in a row, over all actors, after which nothing is sent for a growing pause."""
-    breaker_limit_s: float = execution(900.0)
+    breaker_limit_s: float = execution(900.0, ge=0)
     """Seconds of faults alone after which the job ends."""
 
     @property

@@ -104,6 +104,9 @@ class WriteQuestionsConfig(GeneratorConfig, ApiConfig):
     num_checks: int = Field(2, ge=0)
     """Times that the model answers its question with the image, and as often without, at temperature 1 (null: as the
     model has it); 0 leaves both out. At least 2: one blind answer in four is right by chance."""
+    tries: int = execution(2, ge=1)
+    """Times that a reply is asked for, each but the first with the fault of the one before named. An API's replies are
+    kept: to ask anew where they did not fit (question_reply, check_reply), run again with one more."""
     max_tokens: int = Field(4096, ge=1)
     """Longest reply, a question or an answer to one, tokens; thoughts count."""
     max_model_len: int = Field(8192, ge=16)
@@ -336,21 +339,31 @@ class Attempt:
         )
         requests = [replace(request, seed=seed) for seed in range(self.config.num_checks)]
         letters = await asyncio.gather(
-            *(self.ask(each, lambda reply: letter(reply, asked.options), SOLVE_AGAIN, SOLVE_RULE) for each in requests)
+            *(self.ask(each, lambda reply: letter(reply, asked.options), SOLVE_AGAIN, SOLVE_RULE) for each in requests),
+            return_exceptions=True,  # so that all of them are paid before the row is made
         )
+        for fault in letters:
+            if isinstance(fault, BaseException):
+                raise fault
         return letters.count(asked.answer)
 
     async def ask(self, request: Request, read: Callable[[str], Read], again: str, rule: str) -> Read:
-        """What `read` makes of the reply; one that it refuses is asked for once again, with the fault named."""
-        reply = await self.send(request)
-        try:
-            return read(reply)
-        except RowError as fault:
-            corrected = Turn("user", (again.format(fault=fault.message, rule=rule),))
-        return read(await self.send(replace(request, turns=(*request.turns, Turn("model", (reply,)), corrected))))
+        """What `read` makes of the reply; one that it refuses is asked for again, with the fault named."""
+        for _ in range(self.config.tries - 1):
+            reply = await self.send(request)
+            try:
+                return read(reply)
+            except RowError as fault:
+                corrected = Turn("user", (again.format(fault=fault.message, rule=rule),))
+                request = replace(request, turns=(*request.turns, Turn("model", (reply,)), corrected))
+        return read(await self.send(request))
 
     async def send(self, request: Request) -> str:
-        answer = await self.client.ask(request, self.empty.image_id)
+        try:
+            answer = await self.client.ask(request, self.empty.image_id)
+        except RowError as fault:
+            self.cost += fault.cost
+            raise
         self.cost += answer.cost
         if answer.reply.cut_off:
             raise RowError(

@@ -20,8 +20,9 @@ import pytest
 
 from jobs.benches import judge as bench
 from medmm_ray.config import ConfigError, build
+from medmm_ray.engines import client as clients
 from medmm_ray.engines.answers import Answer, AnswerStore
-from medmm_ray.engines.client import ApiConfig, Client, connect, pause
+from medmm_ray.engines.client import ApiConfig, Client, connect, open_access, pause
 from medmm_ray.engines.endpoint import (
     Choice,
     EndpointError,
@@ -144,6 +145,17 @@ def test_a_pause_is_at_least_what_the_server_asks_for() -> None:
     assert [pause(n, 1.0, 0.5, None) for n in (1, 2, 3, 10)] == [1.0, 2.0, 4.0, 30.0]
     assert pause(3, 1.0, 0.0, None) == 0.0
     assert pause(1, 1.0, 0.25, 7.0) == 7.5
+
+
+@pytest.mark.parametrize(("asked_s", "said"), [(86_400.0, "86,400"), (float("inf"), "inf")])
+def test_a_server_that_asks_for_too_long_a_pause_is_not_waited_for(asked_s: float, said: str) -> None:
+    endpoint = Scripted(a=[RetryableError("429: come back tomorrow", retry_after_s=asked_s)])
+    with pytest.raises(RowError) as fault:
+        asyncio.run(client(endpoint).ask(asked("a"), "q"))
+    assert str(fault.value) == (
+        f"unavailable: scripted asks to wait {said} s, and longest_wait_s is 600: 429: come back tomorrow"
+    )
+    assert endpoint.sent == ["a"]
 
 
 def test_a_refused_request_is_not_sent_again_and_a_refusal_is_not_paid_again(tmp_path: Path) -> None:
@@ -589,6 +601,24 @@ def test_a_missing_key_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OTHER_KEY", raising=False)
     with pytest.raises(EndpointError, match="environment variable OTHER_KEY; it is not set"):
         connect("openai", "gpt-4o", ApiConfig(key_variable="OTHER_KEY"))
+
+
+def test_a_missing_key_is_said_before_any_actor_starts_but_for_a_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cluster's workers may have a key that its driver has not."""
+    monkeypatch.setattr(clients, "start_gate", Gate)
+    monkeypatch.delenv("OTHER_KEY", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = ApiConfig(key_variable="OTHER_KEY")
+    with pytest.raises(EndpointError, match="environment variable OTHER_KEY; it is not set"):
+        open_access("openai", "gpt-4o", config, str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert open_access("openai", "gpt-4o", config, str(tmp_path)).folder == f"{tmp_path}/gpt-4o"
+    monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.setenv("OTHER_KEY", "k")
+    assert open_access("openai", "gpt-4o", config, str(tmp_path)).model == "gpt-4o"
 
 
 # Killed

@@ -11,6 +11,7 @@ import asyncio
 import heapq
 import itertools
 import math
+import os
 import random
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -69,6 +70,8 @@ class ApiConfig(Config):
     """Tries of one request before its row fails."""
     pause_s: float = execution(1.0, ge=0)
     """Mean pause before the second try, seconds; it doubles with each further one."""
+    longest_wait_s: float = execution(600.0, ge=0)
+    """Longest pause that a server may ask for, seconds; where it asks for more, the row fails (unavailable)."""
     breaker_faults: int = execution(20, ge=1)
     """Faults in a row, over all actors, after which nothing is sent for a growing pause."""
     breaker_limit_s: float = execution(900.0, ge=0)
@@ -151,6 +154,12 @@ class Client:
             except EndpointError as error:
                 await self._end(str(error))
                 raise
+            if (fault.retry_after_s or 0.0) > self.config.longest_wait_s:
+                raise RowError(
+                    "unavailable",
+                    f"{self.endpoint.identity} asks to wait {fault.retry_after_s:,.0f} s, and longest_wait_s is "
+                    f"{self.config.longest_wait_s:g}: {str(fault)[:200]}",
+                )
             if attempt < self.config.max_attempts:
                 await asyncio.sleep(pause(attempt, self.config.pause_s, random.random(), fault.retry_after_s))
         raise RowError(
@@ -218,8 +227,11 @@ class Access:
 def open_access(backend: Backend, model: str, config: ApiConfig, folder: str) -> Access:
     """Called in the driver, in a Ray session: starts the gate of the model's limits and budget, once for all actors.
 
-    `folder` is where the run keeps what it asked of APIs.
+    `folder` is where the run keeps what it asked of APIs. Raises `EndpointError` for a key that is not set, where the
+    actors have this process's environment; on a cluster they may have one that is not set here.
     """
+    if not os.environ.get("RAY_ADDRESS"):
+        connect(backend, model, config)
     folder = api_folder(folder, model)
     return Access(backend, model, config, start_gate(folder, config.limits), folder)
 

@@ -196,6 +196,20 @@ def test_faults_in_a_row_open_the_breaker_and_one_probe_closes_it(tmp_path: Path
     asyncio.run(work())
 
 
+def test_an_endpoint_that_failed_is_not_probed_sooner_than_it_asked(tmp_path: Path) -> None:
+    async def work() -> None:
+        gate = Gate(str(tmp_path), Limits(breaker_faults=2, breaker_pause_s=0.01))
+        await gate.lease("s", 9, [ask()] * 2)
+        await gate.settle("s", [Settled(1, fault="429", wait_s=9.0)])
+        assert (await gate.lease("s", 9, [ask()])).leases == (3,), "one that is to wait holds no other back"
+        started = time.monotonic()
+        await gate.settle("s", [Settled(2, fault="429", wait_s=0.2)])
+        assert (await gate.lease("s", 9, [ask()])).leases == (4,)
+        assert time.monotonic() - started >= 0.2
+
+    asyncio.run(work())
+
+
 def test_an_endpoint_that_only_fails_ends_the_job(tmp_path: Path) -> None:
     async def work() -> None:
         gate = Gate(str(tmp_path), Limits(breaker_faults=1, breaker_pause_s=0.02, breaker_limit_s=0.1))

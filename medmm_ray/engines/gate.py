@@ -71,7 +71,7 @@ class Ask:
 class Settled:
     """What became of a lease: an answer, a `fault` of the moment in words, or neither (the endpoint refused it).
 
-    `lost`: no whole answer came and it may be billed.
+    `lost`: no whole answer came and it may be billed. `wait_s`: seconds that the endpoint asked to wait.
     """
 
     lease: int
@@ -80,6 +80,7 @@ class Settled:
     answered: bool = False
     fault: str | None = None
     lost: bool = False
+    wait_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class _Bucket:
 
 
 class _Breaker:
-    """Closed, or open with a growing pause after which one probe may pass."""
+    """Closed, or open with a pause, growing and no shorter than was asked for, after which one probe may pass."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -159,7 +160,7 @@ class _Breaker:
         if self.opened_at is not None:
             self.probe = lease
 
-    def settled(self, lease: int, fault: bool) -> float:
+    def settled(self, lease: int, fault: bool, wait_s: float) -> float:
         """Note an outcome; seconds for which nothing but faults came since the breaker opened, 0 where it is closed."""
         now, probed = time.monotonic(), lease == self.probe
         if not fault:
@@ -171,7 +172,7 @@ class _Breaker:
         elif probed:
             self.pause_s = min(LONGEST_OPEN_S, self.pause_s * 2)
         if probed:
-            self.probe, self.until = None, now + self.pause_s
+            self.probe, self.until = None, now + max(self.pause_s, wait_s)
         return 0.0 if self.opened_at is None else now - self.opened_at
 
 
@@ -293,7 +294,7 @@ class Gate:
             ledger.lost_calls += 1
         else:
             self._tokens.take(settled.tokens - ask.tokens)  # gives back what was not used
-        failing_s = self._breaker.settled(settled.lease, settled.fault is not None)
+        failing_s = self._breaker.settled(settled.lease, settled.fault is not None, settled.wait_s)
         if failing_s > self.limits.breaker_limit_s:
             self._stop(
                 "endpoint",

@@ -180,7 +180,8 @@ class Client:
                         await self.answers.put(ask.group, ask.key, answer)
                 return answer
             except RetryableError as error:
-                wait_s = min(error.retry_after_s or 0.0, self.config.longest_wait_s)
+                asked_s = error.retry_after_s or 0.0
+                wait_s = asked_s if asked_s <= self.config.longest_wait_s else 0.0
                 settled = Settled(lease, fault=str(error), lost=error.maybe_paid, wait_s=wait_s)
                 raise
             except (RowError, EndpointError):

@@ -109,7 +109,7 @@ class Recipe(Config):
     """Output folder or URI; on a cluster one that every node reaches. Required."""
     seed: int = 0
     """Seed of every section that has one and does not set its own."""
-    max_error_rate: float = execution(0.01)
+    max_error_rate: float = execution(0.01, ge=0, le=1)
     """Share of a table's rows that may fail before its step counts as failed."""
     without: tuple[str, ...] = ("tree_search",)
     """Steps that are left out; the tables that they would make are read as empty."""

@@ -28,9 +28,11 @@ class ConfigError(ValueError):
 
 
 class Config(BaseModel):
-    """Base of every config: unknown names and wrong types are errors, instances are immutable."""
+    """Base of every config: unknown names, wrong types, infinity and NaN are errors, instances immutable."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     @classmethod
     def completed(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -38,9 +40,9 @@ class Config(BaseModel):
         return values
 
 
-def execution(default: T) -> T:
+def execution(default: T, *, ge: float | None = None, gt: float | None = None, le: float | None = None) -> T:
     """A field that says how a step runs, not what it makes (pool sizes, batch sizes, paths): not part of `identity`."""
-    field: T = Field(default, json_schema_extra={"identity": False})
+    field: T = Field(default, ge=ge, gt=gt, le=le, json_schema_extra={"identity": False})
     return field
 
 

@@ -58,7 +58,7 @@ class CurateConfig(Config):
     """Test questions kept at most, likewise."""
     seed: int = 0
     """Decides the new split and what the limits keep."""
-    batch_size: int = execution(64)
+    batch_size: int = execution(64, ge=1)
     """Images a worker opens at a time."""
     num_cpus: float = execution(0.5)
     """Logical CPU cores an image worker asks for."""

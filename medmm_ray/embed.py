@@ -34,9 +34,9 @@ class EmbedConfig(Config):
     """Whether a question's options are part of its query."""
     max_pixels: int = MAX_PIXELS
     """Largest image that is opened, width x height in pixels; a larger one becomes an error of its row."""
-    image_batch_size: int = execution(32)
+    image_batch_size: int = execution(32, ge=1)
     """Images that go through the tower at once."""
-    text_batch_size: int = execution(64)
+    text_batch_size: int = execution(64, ge=1)
     """Texts that go through the encoder at once."""
     num_actors: int = execution(1)
     """Most model copies that work at the same time."""

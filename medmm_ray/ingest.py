@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 import pyarrow as pa
+from pydantic import Field
 
 from medmm_ray.config import Config, ConfigError, digest, execution, identity
 from medmm_ray.engines.images import decode_image, read_bytes
@@ -43,23 +44,23 @@ class IngestConfig(Config):
     """Folder or URI of the data set's files; empty for phantoms, which are drawn."""
     documents_path: str = ""
     """A JSONL file of documents {"title", "text"} to retrieve from, besides those of the source."""
-    num_train: int | None = None
+    num_train: int | None = Field(None, ge=0)
     """Training questions to make (phantom; default 800) or to take at most (others; default all)."""
-    num_test: int | None = None
+    num_test: int | None = Field(None, ge=0)
     """Test questions to make (phantom; default 250) or to take at most (others; default all)."""
-    num_extra_images: int = 0
+    num_extra_images: int = Field(0, ge=0)
     """Phantoms: training images without a question, for the image tower and as reference images."""
-    num_worked: int = 1
+    num_worked: int = Field(1, ge=0)
     """Phantoms: worked solutions a training question, for supervised training of the policy."""
-    image_size: int = 64
+    image_size: int = Field(64, ge=1)
     """Phantoms: side of a drawn picture in pixels."""
     hardness: Hardness = Hardness()
     """Phantoms: how hard the pictures are to read."""
     seed: int = 0
     """Phantoms: which cases are drawn."""
-    batch_size: int = execution(64)
+    batch_size: int = execution(64, ge=1)
     """Images a worker opens at a time."""
-    num_cpus: float = execution(0.5)
+    num_cpus: float = execution(0.5, ge=0)
     """Logical CPU cores an image worker asks for."""
 
 

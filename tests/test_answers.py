@@ -1,13 +1,14 @@
 """engines/answers.py: what is kept survives, whole or not at all."""
 
 import asyncio
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from medmm_ray.engines.answers import Answer, AnswerStore
+from medmm_ray.engines.answers import Answer, AnswerStore, parse_segment, segment
 from medmm_ray.engines.endpoint import Choice, Reply
 from medmm_ray.tables import TableError
 
@@ -35,6 +36,15 @@ def test_answers_are_found_by_another_process_and_share_segments(tmp_path: Path)
         assert await store.find("q3", "k") is None
 
     asyncio.run(look())
+
+
+def test_a_kept_half_of_a_surrogate_pair_is_replaced() -> None:
+    """As answers were kept before they were made well-formed."""
+    kept = (
+        segment({"k": answer("x")}).partition(b"\n")[2].replace(b'"x"', b'"bad \\ud800"').replace(b"null", b'"\\udc00"')
+    )
+    found = parse_segment(hashlib.sha256(kept).hexdigest().encode() + b"\n" + kept, "file")["k"].reply
+    assert (found.text, found.refusal) == ("bad \ufffd", "\ufffd")
 
 
 def test_a_damaged_segment_is_named(tmp_path: Path) -> None:

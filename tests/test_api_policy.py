@@ -67,6 +67,7 @@ def test_samples_have_a_seed_each_and_a_price_and_are_asked_once(tmp_path: Path)
     ]
     assert (made[0].prompt_tokens, made[0].cached_tokens, made[0].num_tokens) == (1000, 200, 10)
     assert made[0].cost == pytest.approx((800 * 1.0 + 200 * 0.5 + 10 * 100.0) / 1e6)
+    assert [c.cost for c in made] == [made[0].cost] * 4, "a refusal is paid too"
     again = Model()
     assert asyncio.run(draw(again, 5))[:4] == made
     assert again.seeds == [4]

@@ -19,9 +19,10 @@ import PIL.Image
 import pytest
 
 from jobs.benches import judge as bench
-from medmm_ray.config import ConfigError
+from medmm_ray.config import ConfigError, build
+from medmm_ray.engines import client as clients
 from medmm_ray.engines.answers import Answer, AnswerStore
-from medmm_ray.engines.client import ApiConfig, Client, connect, pause
+from medmm_ray.engines.client import ApiConfig, Client, connect, open_access, pause
 from medmm_ray.engines.endpoint import (
     Choice,
     EndpointError,
@@ -77,6 +78,20 @@ def figures(made: Client) -> dict[str, float]:
     return asyncio.run(made.gate.figures())
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"max_cost_usd": -1.0}, {"max_cost_usd": float("nan")}, {"price_read": -1.0}, {"price_cached": -1.0},
+        {"price_written": -1.0}, {"requests_per_minute": 0.0}, {"tokens_per_minute": 0.0}, {"timeout_s": 0.0},
+        {"pause_s": -1.0}, {"pause_s": float("inf")}, {"breaker_faults": 0}, {"breaker_limit_s": -1.0},
+    ],
+)  # fmt: skip
+def test_a_limit_that_limits_nothing_is_refused(fault: dict[str, float]) -> None:
+    [name] = fault
+    with pytest.raises(ConfigError, match=f"'{name}' is .*: Input should be "):
+        build(ApiConfig, fault, "test")
+
+
 def test_an_answer_is_paid_once_and_kept(tmp_path: Path) -> None:
     endpoint = Scripted()
 
@@ -130,6 +145,17 @@ def test_a_pause_is_at_least_what_the_server_asks_for() -> None:
     assert [pause(n, 1.0, 0.5, None) for n in (1, 2, 3, 10)] == [1.0, 2.0, 4.0, 30.0]
     assert pause(3, 1.0, 0.0, None) == 0.0
     assert pause(1, 1.0, 0.25, 7.0) == 7.5
+
+
+@pytest.mark.parametrize(("asked_s", "said"), [(86_400.0, "86,400"), (float("inf"), "inf")])
+def test_a_server_that_asks_for_too_long_a_pause_is_not_waited_for(asked_s: float, said: str) -> None:
+    endpoint = Scripted(a=[RetryableError("429: come back tomorrow", retry_after_s=asked_s)])
+    with pytest.raises(RowError) as fault:
+        asyncio.run(client(endpoint).ask(asked("a"), "q"))
+    assert str(fault.value) == (
+        f"unavailable: scripted asks to wait {said} s, and longest_wait_s is 600: 429: come back tomorrow"
+    )
+    assert endpoint.sent == ["a"]
 
 
 def test_a_refused_request_is_not_sent_again_and_a_refusal_is_not_paid_again(tmp_path: Path) -> None:
@@ -450,9 +476,15 @@ def test_a_server_without_schemas_is_asked_for_less(server: Server, form: str, e
         (failed(500), "500: ", False),
         ((0, {}, ""), "the connection broke: ServerDisconnectedError", True),
         ((200, {}, "{broken"), "a garbled answer of 7 bytes", True),
-        ((200, {}, {"choices": []}), "a garbled answer", True),
-        ((200, {}, {"choices": [{"message": None}]}), "a garbled answer", True),
-        ((200, {}, "<html>"), "a garbled answer of 6 bytes", True),
+        ((200, {}, {"choices": []}), "it has no choices", True),
+        ((200, {}, {"choices": [None]}), "a choice is no JSON object", True),
+        ((200, {}, {"choices": [{"message": None}]}), "a message is no JSON object", True),
+        ((200, {}, {"choices": [{"message": {"content": 5}}]}), "a message's content is no text", True),
+        ((200, {}, []), "the body is no JSON object", True),
+        ((200, {}, "null"), "the body is no JSON object", True),
+        ((200, {}, '"x"'), "the body is no JSON object", True),
+        ((200, {}, "[" * 100_000), "a garbled answer of 100000 bytes", True),
+        ((200, {"Content-Type": "text/html"}, "<html>"), r"a garbled answer of 6 bytes \(text/html\): Expecting", True),
     ],
 )
 def test_faults_of_the_moment(server: Server, answer: Any, fault: str, maybe_paid: bool) -> None:
@@ -461,6 +493,44 @@ def test_faults_of_the_moment(server: Server, answer: Any, fault: str, maybe_pai
         asyncio.run(openai(server).send(asked("a")))
     assert error.value.maybe_paid is maybe_paid
     assert len(server.requests) == 1, "the endpoint does not try again by itself"
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ({"choices": [{"message": {"content": "yes"}}]}, "yes"),
+        (
+            {"choices": [{"message": {"content": [{"type": "text", "text": "y"}, {"text": "es"}, {"type": "x"}]}}]},
+            "yes",
+        ),
+        ('{"choices": [{"message": {"content": "bad \\ud800 half"}}]}', "bad \ufffd half"),
+    ],
+)
+def test_odd_forms_of_an_answer_are_read(server: Server, body: Any, text: str) -> None:
+    server.script = [(200, {}, body)]
+    assert asyncio.run(openai(server).send(asked("a"))).choices == (Choice(text, "stop"),)
+
+
+@pytest.mark.parametrize(
+    ("usage", "tokens"),
+    [
+        ({"prompt_tokens": 7, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 9}}, (7, 7, 3)),
+        ({"prompt_tokens": 7, "completion_tokens": 3, "prompt_tokens_details": [1]}, (7, 0, 3)),
+        ({"prompt_tokens": 7, "completion_tokens": -3}, (7, 0, 20)),
+        ({"prompt_tokens": -7, "completion_tokens": None}, (2, 0, 20)),
+        ({"prompt_tokens": float("inf"), "completion_tokens": 10**400}, (2, 0, 20)),
+        ({"prompt_tokens": float("nan"), "completion_tokens": "3"}, (2, 0, 20)),
+        ("none", (2, 0, 20)),
+        (None, (2, 0, 20)),
+    ],
+)
+def test_tokens_that_a_server_does_not_count_are_all_that_are_possible(
+    server: Server, usage: Any, tokens: tuple[int, int, int]
+) -> None:
+    """Of "s" and "a", and of 2 answers of at most 10 tokens."""
+    server.script = [(200, {}, {"choices": [{"message": {"content": "yes"}}], "usage": usage})]
+    reply = asyncio.run(openai(server).send(asked("a", n=2)))
+    assert (reply.read, reply.cached, reply.written) == tokens
 
 
 def test_retry_after_is_honoured(server: Server, tmp_path: Path) -> None:
@@ -531,6 +601,24 @@ def test_a_missing_key_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OTHER_KEY", raising=False)
     with pytest.raises(EndpointError, match="environment variable OTHER_KEY; it is not set"):
         connect("openai", "gpt-4o", ApiConfig(key_variable="OTHER_KEY"))
+
+
+def test_a_missing_key_is_said_before_any_actor_starts_but_for_a_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cluster's workers may have a key that its driver has not."""
+    monkeypatch.setattr(clients, "start_gate", Gate)
+    monkeypatch.delenv("OTHER_KEY", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = ApiConfig(key_variable="OTHER_KEY")
+    with pytest.raises(EndpointError, match="environment variable OTHER_KEY; it is not set"):
+        open_access("openai", "gpt-4o", config, str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert open_access("openai", "gpt-4o", config, str(tmp_path)).folder == f"{tmp_path}/gpt-4o"
+    monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.setenv("OTHER_KEY", "k")
+    assert open_access("openai", "gpt-4o", config, str(tmp_path)).model == "gpt-4o"
 
 
 # Killed

@@ -68,6 +68,12 @@ def test_faults_name_the_key_and_what_was_expected(values: dict[str, object], me
     assert str(caught.value).startswith("r.yaml: ")
 
 
+@pytest.mark.parametrize("word", [".nan", ".inf", "-.inf"])
+def test_a_number_is_finite(word: str) -> None:
+    with pytest.raises(ConfigError, match=r"'sample.temperature' is (nan|-?inf): Input should be a finite number"):
+        load(Recipe, None, ["run=x", f"sample.temperature={word}"])
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [("a: [1", "not valid YAML"), ("just text", "must hold 'section: {name: value}'"), (None, "does not exist")],

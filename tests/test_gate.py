@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def test_a_call_that_the_budget_cannot_hold_ends_the_job_once_all_is_settled(tmp
     async def work() -> None:
         gate = Gate(str(tmp_path), Limits(max_cost_usd=1.0))
         await gate.lease("s", 4, [ask(0.1), ask(0.1)])
-        await gate.settle("s", [Settled(1, fault=True, lost=True)])
+        await gate.settle("s", [Settled(1, fault="503: busy", lost=True)])
         over = asyncio.create_task(gate.lease("s", 4, [ask(0.95)]))
         await asyncio.sleep(0.02)
         assert not over.done(), "an answer under way is waited for"
@@ -120,10 +121,11 @@ def test_what_was_reserved_when_all_was_killed_is_found_or_booked_as_possibly_pa
 def test_a_gate_whose_ledger_was_taken_over_ends_its_job(tmp_path: Path) -> None:
     async def work() -> None:
         old, new = Gate(str(tmp_path), Limits(drain_s=0.05)), Gate(str(tmp_path), Limits())
-        await old.lease("s", 4, [ask(0.5)])
-        stopped = (await old.lease("s", 4, [ask(0.5)])).stopped
-        assert stopped is not None
-        assert "another run has taken over the ledger" in stopped[1]
+        for _ in range(2):
+            grant = await old.lease("s", 4, [ask(0.5), ask(0.5)])
+            assert grant.leases == (), "nothing is leased that the ledger does not know"
+            assert grant.stopped is not None
+            assert "another run has taken over the ledger" in grant.stopped[1]
         assert await new.lease("s", 4, [ask(0.5)]) == Grant((1,))
         assert len(ledger(tmp_path)["reserved"]) == 1
 
@@ -174,14 +176,17 @@ def test_faults_in_a_row_open_the_breaker_and_one_probe_closes_it(tmp_path: Path
     async def work() -> None:
         gate = Gate(str(tmp_path), Limits(breaker_faults=3, breaker_pause_s=0.1))
         grant = await gate.lease("s", 9, [ask()] * 5)
-        await gate.settle("s", [Settled(1, fault=True), answered(2), Settled(3, fault=True), Settled(4, fault=True)])
+        await gate.settle(
+            "s",
+            [Settled(1, fault="503: busy"), answered(2), Settled(3, fault="503: busy"), Settled(4, fault="503: busy")],
+        )
         assert len((await gate.lease("s", 9, [ask()])).leases) == 1, "two in a row are not three"
         started = time.monotonic()
-        await gate.settle("s", [Settled(5, fault=True)])
+        await gate.settle("s", [Settled(5, fault="503: busy")])
         probe = await gate.lease("s", 9, [ask()] * 3)
         assert len(probe.leases) == 1
         assert time.monotonic() - started >= 0.1
-        await gate.settle("s", [Settled(probe.leases[0], fault=True)])
+        await gate.settle("s", [Settled(probe.leases[0], fault="503: busy")])
         probe = await gate.lease("s", 9, [ask()] * 3)
         assert time.monotonic() - started >= 0.3, "the pause doubles"
         await gate.settle("s", [answered(probe.leases[0])])
@@ -191,14 +196,32 @@ def test_faults_in_a_row_open_the_breaker_and_one_probe_closes_it(tmp_path: Path
     asyncio.run(work())
 
 
+def test_an_endpoint_that_failed_is_not_probed_sooner_than_it_asked(tmp_path: Path) -> None:
+    async def work() -> None:
+        gate = Gate(str(tmp_path), Limits(breaker_faults=2, breaker_pause_s=0.01))
+        await gate.lease("s", 9, [ask()] * 2)
+        await gate.settle("s", [Settled(1, fault="429", wait_s=9.0)])
+        assert (await gate.lease("s", 9, [ask()])).leases == (3,), "one that is to wait holds no other back"
+        started = time.monotonic()
+        await gate.settle("s", [Settled(2, fault="429", wait_s=0.2)])
+        assert (await gate.lease("s", 9, [ask()])).leases == (4,)
+        assert time.monotonic() - started >= 0.2
+
+    asyncio.run(work())
+
+
 def test_an_endpoint_that_only_fails_ends_the_job(tmp_path: Path) -> None:
     async def work() -> None:
         gate = Gate(str(tmp_path), Limits(breaker_faults=1, breaker_pause_s=0.02, breaker_limit_s=0.1))
         while (grant := await gate.lease("s", 9, [ask()])).leases:
-            await gate.settle("s", [Settled(grant.leases[0], fault=True)])
+            await gate.settle("s", [Settled(grant.leases[0], fault="503: busy")])
         assert grant.stopped is not None
         assert grant.stopped[0] == "endpoint"
-        assert "nothing but time-outs and server errors" in grant.stopped[1]
+        assert re.fullmatch(
+            r"for \d s there has been nothing but faults of the endpoint \(\d+ in a row\), the last one: 503: busy\. "
+            r"What had arrived is kept; run again when the endpoint is well, or raise breaker_limit_s",
+            grant.stopped[1],
+        )
 
     asyncio.run(work())
 

@@ -207,6 +207,21 @@ def test_a_list_may_be_set_in_a_recipe_with_a_seed() -> None:
     assert (recipe.score.arms, recipe.judge.splits) == (("text_only",), ("train", "test"))
 
 
+@pytest.mark.parametrize(
+    "word",
+    [
+        "max_error_rate=1.1", "max_error_rate=-0.1", "ingest.num_train=-1", "ingest.num_test=-1",
+        "ingest.num_extra_images=-1", "ingest.num_worked=-1", "ingest.image_size=0", "ingest.batch_size=0",
+        "sample.batch_size=0", "sample.num_actors=0", "train_policy.batch_size=0", "train_text_prm.batch_size=0",
+        "train_two_tower.batch_size=0", "train_image_tower.batch_size=0", "embed.text_batch_size=0",
+        "judge.temperature=.inf", "judge.max_cost_usd=.nan",
+    ],
+)  # fmt: skip
+def test_a_number_that_can_mean_nothing_is_refused(word: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{word.partition('=')[0]}' is .*: Input should be "):
+        load_recipe([TINY, word])
+
+
 GRADED = ("sample.equivalence.backend=openai", "sample.equivalence.model=gpt-4o")
 JUDGED = ("judge.backend=openai", "judge.model=gpt-4o")
 

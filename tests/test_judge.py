@@ -15,7 +15,9 @@ import pyarrow as pa
 import pytest
 
 from medmm_ray.config import ConfigError, build
+from medmm_ray.engines.client import Access
 from medmm_ray.engines.endpoint import EndpointError, Reply
+from medmm_ray.engines.gate import Gate
 from medmm_ray.engines.prices import Price
 from medmm_ray.judge import (
     JudgeActor,
@@ -91,7 +93,8 @@ def test_a_phantom_judge_errs_as_often_as_told_and_knows_when_it_is_unsure() -> 
 
 
 def test_a_phantom_judge_refuses_other_images() -> None:
-    for images in ([], [Picture("x.png", "")]):
+    notes = ("", "free text", "{}", "null", "[]", '{"image_organ": "CHEST"}', EFFUSION.replace("}", ', "more": 5}'))
+    for images in ([], *([Picture("x.png", note)] for note in notes)):
         [fault] = judged(PhantomJudge(0.0), case(images=images), [[RIGHT]])
         assert str(fault).startswith("judge_source: question q1 has no phantom's annotation")
 
@@ -464,6 +467,29 @@ def test_what_was_paid_for_an_error_is_in_its_row(server: Server, pictures: dict
     assert labels_and_costs(found) == [("judge_reply", 3.0)]
 
 
+def test_one_more_try_asks_anew_only_where_kept_replies_do_not_fit(
+    server: Server, pictures: dict[str, Any], tmp_path: Path
+) -> None:
+    def judge(**changes: Any) -> list[Judgement | RowError]:
+        config = JudgeConfig(
+            backend="gemini", model="gemini-2.0-flash", endpoint=server.address, in_flight=1, **changes
+        )
+        folder = str(tmp_path / "api")
+        access = Access("gemini", "gemini-2.0-flash", config, Gate(folder, config.limits), folder)
+        backend = make_judge(config, config.model, access=access)
+        return asyncio.run(backend.judge(case(**pictures), [[RIGHT], [WRONG]]))
+
+    server.script = [gemini_said(steps(entry(1, "-"))), gemini_said("hm"), gemini_said("ah")]
+    for _ in range(2):
+        assert labels_and_costs(judge()) == [([0], 1.0), ("judge_reply", 2.0)]
+        assert len(server.requests) == 3
+    server.script = [gemini_said(steps(entry(1, "+")))]
+    assert labels_and_costs(judge(tries=3)) == [([0], 1.0), ([1], 3.0)]
+    assert len(server.requests) == 4
+    said = [content["parts"][-1]["text"] for content in server.requests[3]["contents"]]
+    assert [said[1], said[3]] == ["hm", "ah"]
+
+
 def test_steps_that_solutions_share_are_judged_and_paid_once(server: Server, pictures: dict[str, Any]) -> None:
     server.script = [gemini_said(steps(entry(1, "+"))), gemini_said(steps(entry(2, "-"))),
                      gemini_said(steps(entry(2, "+")))]  # fmt: skip
@@ -586,6 +612,16 @@ def test_a_missing_model_is_named() -> None:
         build(JudgeConfig, {"backend": "openai"}, "test")
     with pytest.raises(ValueError, match=r"judge\.backend=vllm needs judge\.model"):
         make_judge(JudgeConfig(backend="vllm"), None)
+
+
+@pytest.mark.parametrize("usage", [{}, {"usageMetadata": {"promptTokenCount": -5, "candidatesTokenCount": -3}}])
+def test_tokens_that_are_not_counted_are_all_that_are_possible(
+    server: Server, pictures: dict[str, Any], usage: dict[str, Any]
+) -> None:
+    server.script = [(200, {}, {"candidates": [{"content": {"parts": [{"text": GOOD}]}, "finishReason": 77}], **usage})]
+    [found] = judged(gemini(server, price_read=0.0, price_written=1e6), case(**pictures), [[RIGHT, WRONG]])
+    assert isinstance(found, Judgement)
+    assert found.cost == 4096
 
 
 def test_thoughts_are_paid_as_output(server: Server, pictures: dict[str, Any]) -> None:

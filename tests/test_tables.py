@@ -54,6 +54,22 @@ def test_a_table_is_complete_when_its_manifest_exists(uri: str) -> None:
     assert sorted(table.to_arrow(["item_id"])["item_id"].to_pylist()) == ["a", "b", "c"]
 
 
+def test_too_many_failed_rows_are_told_with_an_example_and_what_helps(uri: str) -> None:
+    table = Table(uri, Vector)
+    table.prepare()
+    table.write_part(vectors("a"), "item_id")
+    table.write_part(vectors("b", "c", error="judge_reply: judge gave no verdicts: 'the heart is wide'"), "item_id")
+    table.write_part(vectors("d", error="request: m answered 400: no such field"), "item_id")
+    with pytest.raises(TableError) as error:
+        table.finish(ORIGIN, "item_id", "abcd", seconds=0, max_error_rate=0.5)
+    assert str(error.value) == (
+        f"{uri}: 3 of 4 rows failed (judge_reply 2, request 1), more than max_error_rate=0.5; one says 'request: m "
+        "answered 400: no such field'. All rows are kept in the part files there (column 'error'); mend the cause and "
+        "run again to retry only those, or raise max_error_rate to accept them. Replies that do not fit (judge_reply) "
+        "are kept: to ask anew, run again with one more of the step's `tries`."
+    )
+
+
 def test_resume_knows_what_is_done_and_retries_what_failed(uri: str) -> None:
     table = Table(uri, Vector)
     table.prepare()

@@ -7,6 +7,7 @@ from medmm_ray.text import (
     question_with_options,
     split_steps,
     tag_steps,
+    well_formed,
 )
 
 
@@ -38,6 +39,19 @@ def test_a_very_long_solution_keeps_all_its_words() -> None:
     assert split_steps(f"Step 1: {long}Step 2: Think.") == ("", [long.strip(), "Think."])
     assert len(split_steps("Step 1: a. " * 10_000)[1]) == 10_000
     assert split_steps("Step 1" * 20_000)[1] == ["Step 1" * 20_000]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("ä \U0001f642", "ä \U0001f642"),
+        ("\ud83d half", "\ufffd half"),
+        ("\ud83d\ude42", "\U0001f642"),
+        ("\ude42", "\ufffd"),
+    ],
+)
+def test_halves_of_surrogate_pairs_are_joined_or_replaced(text: str, expected: str) -> None:
+    assert well_formed(text) == expected
 
 
 def test_join_and_tag() -> None:

@@ -190,6 +190,12 @@ def test_whatever_a_judge_replies_is_labels_or_a_named_fault(reply: str, asked: 
     assert list(map(len, found)) == list(map(len, numbers))
 
 
+def test_half_of_a_surrogate_pair_in_a_reason_is_replaced() -> None:
+    reply = json.dumps({"steps": [entry(1, "+", reason="bad \ud800 half")]})
+    assert "\\ud800" in reply, "the reply itself is well-formed"
+    assert verdicts(reply, [[1]])[0][0].reason == "bad \ufffd half"
+
+
 def test_a_reply_of_brackets_or_digits_alone_is_a_named_fault() -> None:
     for reply in ("[" * 100_000, "[" * 50_000 + "]" * 50_000, '{"steps": [' + "9" * 5000 + "]}"):
         for lines in (False, True):

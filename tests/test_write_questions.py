@@ -63,6 +63,7 @@ def test_letters_before_options_are_taken_off() -> None:
     [
         ("no", "question_reply", "no JSON object: 'no'"),
         ("[1, 2]", "question_reply", "no JSON object"),
+        ('{"question": ' + "9" * 5000 + "}", "question_reply", "no JSON object"),
         (reply(question="  "), "question_reply", "'question' is '  ', not a text"),
         (reply(question="What?"), "question_reply", "too short"),
         (reply(correct_answer="E"), "question_reply", "'correct_answer' is 'E', not one of A, B, C, D"),
@@ -80,6 +81,11 @@ def test_what_cannot_be_used_is_named(said: str, kind: str, words: str) -> None:
     with pytest.raises(RowError, match=words) as caught:
         draft(said)
     assert caught.value.kind == kind
+
+
+def test_half_of_a_surrogate_pair_is_replaced() -> None:
+    made = draft(reply(explanation="\ud800 seen", options=["Pleural effusion", "Pneumothorax", "\udc00 x", "Nodule"]))
+    assert (made.explanation, "\ufffd x" in made.options) == ("\ufffd seen", True)
 
 
 def test_a_stem_may_name_all_options() -> None:
@@ -146,9 +152,8 @@ def writer(server: Server, folder: Path, **settings: Any) -> Writer:
         backend="openai",
         model="gpt-4o",
         endpoint=server.address,
-        num_checks=2,
         pause_s=0.001,
-        **{"per_image": 1, **settings},
+        **{"per_image": 1, "num_checks": 2, **settings},
     )
     return Writer(config, Access("openai", "gpt-4o", config, Gate(str(folder), config.limits), str(folder)))
 
@@ -215,6 +220,7 @@ def test_an_answer_that_cannot_be_read_is_a_fault_and_no_doubt_about_the_questio
             chat_said("Who knows?"), chat_said(chosen("A" if right != "A" else "B")),
         ]  # fmt: skip
         [read] = asyncio.run(writer(server, tmp_path / "3", in_flight=1).of_image(row(tmp_path)))
+    assert cut.cost == pytest.approx(3 * 0.0035), "both answers, whichever is read first"
     assert cut.refused is unread.refused is read.refused is read.error is None
     assert cut.error == (
         "cut_off: the model's reply was cut off at max_tokens=4096, thoughts included; raise write_questions.max_tokens"
@@ -297,6 +303,28 @@ def test_faults_are_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert str(twice.error).startswith("question_reply: the reply is no JSON object: 'I cannot.'")
     assert twice.cost > 0
     assert str(gone.error).startswith("image_missing")
+
+
+def test_a_refusal_is_paid_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    with serving() as server:
+        server.script = [chat_said("Hm."), chat_said(None, refusal="I cannot")]
+        [made] = asyncio.run(writer(server, tmp_path).of_image(row(tmp_path)))
+    assert (made.error, made.cost) == ("refused: m refused: I cannot", 2 * 0.0035)
+
+
+def test_one_more_try_asks_anew_only_where_kept_replies_do_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    with serving() as server:
+        server.script = [chat_said("Hm."), chat_said("Ah.")]
+        [failed] = asyncio.run(writer(server, tmp_path, num_checks=0).of_image(row(tmp_path)))
+        server.script = [chat_said(reply())]
+        [made] = asyncio.run(writer(server, tmp_path, num_checks=0, tries=3).of_image(row(tmp_path)))
+    assert failed.error == "question_reply: the reply is no JSON object: 'Ah.'"
+    assert (made.error, made.written_id, len(server.requests)) == (None, failed.written_id, 3)
+    assert [m["content"] for m in server.requests[2]["messages"] if m["role"] == "assistant"] == ["Hm.", "Ah."]
 
 
 def test_what_is_usable_becomes_questions_once() -> None:

@@ -46,9 +46,9 @@ class ApiPolicy:
             answer = await self.client.ask(replace(request, seed=seed), group)
         except RowError as fault:
             if fault.kind == "refused":
-                return Completion("", "refused", seed)
+                return Completion("", "refused", seed, cost=fault.cost)
             if fault.kind in NOT_HAD:
-                return Completion("", fault.kind, seed, fault=fault)
+                return Completion("", fault.kind, seed, cost=fault.cost, fault=fault)
             raise
         reply = answer.reply
         finish = "length" if reply.cut_off else "stop"

@@ -11,6 +11,7 @@ import asyncio
 import heapq
 import itertools
 import math
+import os
 import random
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -45,17 +46,17 @@ class ApiConfig(Config):
     """Sampling temperature; null leaves it to the model (reasoning models take no other)."""
     form: str = Field("schema", pattern="^(schema|object|text)$")
     """How an API is held to JSON: schema (a JSON schema), object (any JSON object) or text (by the prompt alone)."""
-    price_read: float | None = execution(None)
+    price_read: float | None = execution(None, ge=0)
     """US dollars per million prompt tokens; null takes the table's."""
-    price_cached: float | None = execution(None)
+    price_cached: float | None = execution(None, ge=0)
     """US dollars per million prompt tokens that the provider had cached; null takes the table's."""
-    price_written: float | None = execution(None)
+    price_written: float | None = execution(None, ge=0)
     """US dollars per million generated tokens; null takes the table's."""
-    max_cost_usd: float | None = execution(None)
+    max_cost_usd: float | None = execution(None, ge=0)
     """Most US dollars that the run may spend on this model, worst cases included; null: no limit of this section's."""
-    requests_per_minute: float | None = execution(None)
+    requests_per_minute: float | None = execution(None, gt=0)
     """Most requests a minute of the whole cluster to this model; null: no limit of this section's."""
-    tokens_per_minute: float | None = execution(None)
+    tokens_per_minute: float | None = execution(None, gt=0)
     """Most tokens a minute of the whole cluster to this model; null: no limit of this section's."""
     endpoint: str | None = execution(None)
     """Another address of the API: a proxy, a vLLM server, Gemini's OpenAI-compatible one."""
@@ -63,15 +64,17 @@ class ApiConfig(Config):
     """Environment variable that holds the key; null: GEMINI_API_KEY or OPENAI_API_KEY."""
     in_flight: int = Field(16, ge=1, json_schema_extra={"identity": False})
     """Most requests of one actor at a time."""
-    timeout_s: float = execution(120.0)
+    timeout_s: float = execution(120.0, gt=0)
     """Longest wait for one answer, seconds."""
     max_attempts: int = Field(6, ge=1, json_schema_extra={"identity": False})
     """Tries of one request before its row fails."""
-    pause_s: float = execution(1.0)
+    pause_s: float = execution(1.0, ge=0)
     """Mean pause before the second try, seconds; it doubles with each further one."""
-    breaker_faults: int = execution(20)
+    longest_wait_s: float = execution(600.0, ge=0)
+    """Longest pause that a server may ask for, seconds; where it asks for more, the row fails (unavailable)."""
+    breaker_faults: int = execution(20, ge=1)
     """Faults in a row, over all actors, after which nothing is sent for a growing pause."""
-    breaker_limit_s: float = execution(900.0)
+    breaker_limit_s: float = execution(900.0, ge=0)
     """Seconds of faults alone after which the job ends."""
 
     @property
@@ -151,6 +154,12 @@ class Client:
             except EndpointError as error:
                 await self._end(str(error))
                 raise
+            if (fault.retry_after_s or 0.0) > self.config.longest_wait_s:
+                raise RowError(
+                    "unavailable",
+                    f"{self.endpoint.identity} asks to wait {fault.retry_after_s:,.0f} s, and longest_wait_s is "
+                    f"{self.config.longest_wait_s:g}: {str(fault)[:200]}",
+                )
             if attempt < self.config.max_attempts:
                 await asyncio.sleep(pause(attempt, self.config.pause_s, random.random(), fault.retry_after_s))
         raise RowError(
@@ -171,7 +180,9 @@ class Client:
                         await self.answers.put(ask.group, ask.key, answer)
                 return answer
             except RetryableError as error:
-                settled = Settled(lease, fault=True, lost=error.maybe_paid)
+                asked_s = error.retry_after_s or 0.0
+                wait_s = asked_s if asked_s <= self.config.longest_wait_s else 0.0
+                settled = Settled(lease, fault=str(error), lost=error.maybe_paid, wait_s=wait_s)
                 raise
             except (RowError, EndpointError):
                 settled = Settled(lease)
@@ -218,8 +229,11 @@ class Access:
 def open_access(backend: Backend, model: str, config: ApiConfig, folder: str) -> Access:
     """Called in the driver, in a Ray session: starts the gate of the model's limits and budget, once for all actors.
 
-    `folder` is where the run keeps what it asked of APIs.
+    `folder` is where the run keeps what it asked of APIs. Raises `EndpointError` for a key that is not set, where the
+    actors have this process's environment; on a cluster they may have one that is not set here.
     """
+    if not os.environ.get("RAY_ADDRESS"):
+        connect(backend, model, config)
     folder = api_folder(folder, model)
     return Access(backend, model, config, start_gate(folder, config.limits), folder)
 

@@ -22,6 +22,9 @@ from PIL import Image
 
 from medmm_ray.config import ConfigError
 from medmm_ray.tables import RowError
+from medmm_ray.text import well_formed
+
+MOST_TOKENS = 10**9  # that a server can have counted in one answer
 
 
 class EndpointError(ConfigError):
@@ -100,17 +103,20 @@ class Request:
 
 @dataclass(frozen=True)
 class Choice:
-    """One answer. `finish` is stop, or length where it was cut at `max_tokens`."""
+    """One answer. `finish` is stop, or length where it was cut at `max_tokens`. Its text is `well_formed`."""
 
     text: str
     finish: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", well_formed(self.text))
 
 
 @dataclass(frozen=True)
 class Reply:
     """A whole answer. `read` counts prompt tokens with the cached ones, `written` all generated ones, thoughts too.
 
-    `refusal` says why a model did not answer: that is a whole answer too, and paid for.
+    `refusal` says why a model did not answer, `well_formed`: that is a whole answer too, and paid for.
     """
 
     choices: tuple[Choice, ...]
@@ -118,6 +124,10 @@ class Reply:
     cached: int
     written: int
     refusal: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.refusal is not None:
+            object.__setattr__(self, "refusal", well_formed(self.refusal))
 
     @property
     def text(self) -> str:
@@ -134,6 +144,11 @@ class Endpoint(Protocol):
     identity: str
 
     async def send(self, request: Request) -> Reply: ...
+
+
+def counted(stated: object, most: int) -> int:
+    """Tokens as a server counted them; `most`, all that were possible, where it states no such number."""
+    return int(stated) if isinstance(stated, int | float) and 0 <= stated <= MOST_TOKENS else most
 
 
 # What servers say of a prompt that is longer than the model's context.

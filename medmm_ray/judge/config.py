@@ -41,6 +41,9 @@ class JudgeConfig(GeneratorConfig, ApiConfig):
     """Tokens of a prompt that documents leave to a solution."""
     max_prompt_tokens: int = Field(32_768, ge=16)
     """Longest prompt for an API, tokens (estimated); a solution that needs more fails by name."""
+    tries: int = execution(2, ge=1)
+    """Times that a reply is asked for, each but the first with the fault of the one before named. An API's replies are
+    kept: to ask anew where they did not fit (judge_reply), run again with one more."""
     max_tokens: int = Field(4096, ge=1)
     """Longest answer of the judge, tokens."""
     constrain: bool = True

@@ -8,6 +8,7 @@ from typing import Any
 
 from medmm_ray.records import StepLabel
 from medmm_ray.tables import RowError
+from medmm_ray.text import well_formed
 
 TRIES = 50  # places at which a reply is read as JSON
 
@@ -105,8 +106,8 @@ def _entry(entry: Any, number: int, reply: str) -> StepLabel:
     if _LABELS[label] == bool(failed):
         said = f"{' and '.join(failed)} false" if failed else "all three tests true"
         raise RowError("judge_reply", f"judge's verdict {number} is {label!r} with {said}")
-    reason = entry.get("reason")
-    return StepLabel(label=_LABELS[label], confidence=confidence, reason=str(reason) if reason else None, **tests)
+    reason = well_formed(str(entry.get("reason") or ""))  # JSON in the reply may hold what the reply does not
+    return StepLabel(label=_LABELS[label], confidence=confidence, reason=reason or None, **tests)
 
 
 def _from_lines(reply: str, numbers: Sequence[int]) -> list[StepLabel]:

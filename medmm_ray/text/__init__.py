@@ -12,6 +12,7 @@ from medmm_ray.text.steps import (
     split_steps,
     step_numbers,
     tag_steps,
+    well_formed,
 )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "split_steps",
     "step_numbers",
     "tag_steps",
+    "well_formed",
 ]

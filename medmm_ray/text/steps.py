@@ -16,6 +16,11 @@ def one_line(text: str) -> str:
     return _SPACES.sub(" ", text).strip()
 
 
+def well_formed(text: str) -> str:
+    """`text` with U+FFFD for each half of a surrogate pair, which JSON can hold and no file, table or hash can."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def split_steps(text: str) -> tuple[str, list[str]]:
     """What stands before the first mark, and the steps without their marks; a text without marks is one step.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+from pydantic import Field
 
 from medmm_ray.config import Config
 from medmm_ray.engines.tokenizer import build_tokenizer
@@ -26,7 +27,7 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 class ClipShape(Config):
     """A small CLIP. 64 pixels, patches of 8 and 128 x 4 train at 330 images/s on two cores; 96 pixels at 140."""
 
-    image_size: int = 64
+    image_size: int = Field(64, ge=1)
     """Side of the picture, in pixels."""
     patch_size: int = 8
     """Side of a patch, in pixels."""
@@ -55,7 +56,7 @@ class ImageTextConfig(TrainConfig):
     """Highest learning rate."""
     epochs: int = 20
     """Times that every image is seen, each time with one of its captions."""
-    batch_size: int = 128
+    batch_size: int = Field(128, ge=1)
     """Images of one update, over all workers."""
     contrast_size: int = 128
     """Images that are told apart from each other. An update of more holds several such groups."""

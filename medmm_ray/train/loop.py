@@ -51,7 +51,7 @@ class TrainConfig(Config):
     """Of initial weights, data order and augmentation."""
     epochs: int = 3
     """Times that every sample is seen."""
-    batch_size: int = 64
+    batch_size: int = Field(64, ge=1)
     """Samples of one update, over all workers."""
     learning_rate: float = 1e-4
     """Highest learning rate, reached after the warm-up."""

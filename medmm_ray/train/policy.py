@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from medmm_ray.config import Config, execution
 from medmm_ray.engines.checkpoints import resolve
@@ -66,7 +66,7 @@ class PolicyConfig(TrainConfig):
     """Highest learning rate. 1e-3 suits a small model from scratch, 1e-5 a pretrained one."""
     epochs: int = 3
     """Times that every worked solution is seen."""
-    batch_size: int = 32
+    batch_size: int = Field(32, ge=1)
     """Worked solutions of one update, over all workers; a question's solutions stay together."""
     share_prompts: bool = True
     """A question's worked solutions share one pass over its prompt: cheaper, but they also share an update, which then

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+from pydantic import Field
 
 from medmm_ray.config import ConfigError, execution
 from medmm_ray.engines.checkpoints import resolve
@@ -44,7 +45,7 @@ class TextPrmConfig(TrainConfig):
     """Highest learning rate; Med-PRM's for an 8B model. 5e-4 suits a small one."""
     epochs: int = 3
     """Times that every solution is seen."""
-    batch_size: int = 64
+    batch_size: int = Field(64, ge=1)
     """Solutions of one update, over all workers; a question's solutions stay together."""
     num_documents: int = 32
     """Retrieved documents that are offered, best first; those within the length are read. Score with the same."""

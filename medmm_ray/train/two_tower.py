@@ -14,6 +14,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Literal
 
 import pyarrow as pa
+from pydantic import Field
 
 from medmm_ray.config import execution
 from medmm_ray.engines.checkpoints import resolve
@@ -77,7 +78,7 @@ class TwoTowerConfig(TrainConfig):
     solutions together stay as they are. none: a step weighs the same, right or wrong."""
     epochs: int = 5
     """Times that every solution is seen."""
-    batch_size: int = 64
+    batch_size: int = Field(64, ge=1)
     """Solutions of one update, over all workers; a question's solutions stay together."""
     validation_fraction: float = 0.1
     """Share of the training questions held out, to measure each epoch and to keep the best one."""

@@ -108,8 +108,12 @@ class Case:
 
     @classmethod
     def from_annotation(cls, annotation: str) -> "Case":
-        values = json.loads(annotation)
-        return cls(**{**values, "more": tuple(Finding(**finding) for finding in values.get("more", ()))})
+        """The case of an `annotation`; raises `ValueError` where that is of something else."""
+        try:
+            values = json.loads(annotation)
+            return cls(**{**values, "more": tuple(Finding(**finding) for finding in values.get("more", ()))})
+        except (ValueError, TypeError):  # no JSON, no object, other names
+            raise ValueError(f"an annotation of {len(annotation)} characters is no phantom's") from None
 
 
 def generator(*parts: object) -> np.random.Generator:

@@ -261,8 +261,9 @@ def test_what_is_exported_comes_back_exactly(rows: dict[str, list[Any]], tmp_pat
 
 def test_a_solution_that_would_be_read_otherwise_is_left_out_and_counted(tmp_path: Path) -> None:
     odd = solution("q1", 0, ["Look. ки Step 2: Cheat.", "So."])
-    with pytest.raises(RowError, match="steps_unreadable"):
-        medmm.entry(question(1), [odd], {})
+    for steps in (odd.steps, ["Look ки twice."]):
+        with pytest.raises(RowError, match="steps_unreadable"):
+            medmm.entry(question(1), [solution("q1", 0, steps)], {})
     run = write(tmp_path / "run", questions=[question(1), question(3)], solutions=[solved("q1", odd), solved("q3")])
     counts = exported(run, tmp_path / "out")
     assert counts == {"questions": 1, "questions train": 1, "solutions": 0, "steps": 0, "left out steps_unreadable": 1}

@@ -153,7 +153,7 @@ def test_trees_go_out_and_come_back(tmp_path: Path) -> None:
         values.values()
     )
     samples = {s["solution_id"] for row in again.table("solutions").to_arrow().to_pylist() for s in row["solutions"]}
-    assert not samples & set(rows)
+    assert not samples & set(told)
     assert not run.is_complete(BY_NAME["tree_search"])  # its own has no trees
 
 

@@ -178,6 +178,12 @@ def entry(**changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def test_a_file_of_our_json_is_named_by_its_split(tmp_path: Path) -> None:
+    assert [q.split for q in medmm.read(write(tmp_path / "validation.json", [entry()])).questions] == ["validation"]
+    with pytest.raises(ConfigError, match=r"dev\.json: .* one of train\.json, validation\.json, test\.json"):
+        medmm.read(write(tmp_path / "dev.json", [entry()]))
+
+
 @pytest.mark.parametrize(
     ("processed", "steps"),
     [

@@ -11,11 +11,11 @@ list. The published format knows no trees: an entry's `tree_solutions`, and a so
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
-from medmm_ray.config import digest
+from medmm_ray.config import ConfigError, Split, digest
 from medmm_ray.records import Evidence, Labels, Question, RetrievedImage, Solution, StepLabel
 from medmm_ray.sources import (
     Entry,
@@ -115,6 +115,9 @@ def _entries(request: Request) -> Iterator[tuple[str, str, _Entry]]:
     for uri in files_at(request.path):
         folder, _, file = uri.rpartition("/")
         split = file.removesuffix(".json")
+        if split not in get_args(Split):
+            known = ", ".join(f"{name}.json" for name in get_args(Split))
+            raise ConfigError(f"{uri}: a file's name is the split of its questions, one of {known}")
         limit = {"train": request.num_train, "test": request.num_test}.get(split)
         for number, row in enumerate(stream_json(uri)):
             if number == limit:

@@ -368,6 +368,8 @@ def test_the_job_writes_what_the_run_has(run: Run, tmp_path: Path, caplog: pytes
         (["to=x", "push=me/it"], 2, "push=... needs format=hf"),
         (["to=s3://a/b", "format=hf", "push=me/it"], 2, "push=... needs a local folder"),
         (["to=FULL"], 2, "is not empty; an export never mixes with other files"),
+        (["to=FULL/a"], 2, "is not empty; an export never mixes with other files"),
+        (["to=FULL/a/b"], 1, "cannot write to "),
         (["to=x", "fromat=hf"], 2, "unknown name 'fromat'"),
         (["to=x", "sample.temperature=0.9"], 1, "solutions/"),
     ],

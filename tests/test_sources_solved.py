@@ -227,8 +227,9 @@ def test_labels_of_our_json_are_checked(tmp_path: Path, changes: dict[str, Any],
         (entry(expert_review=None), "solutions[0].expert_review must be an object, not null"),
         ({**entry(), "question_id": 5}, "question_id must be text, not 5"),
         ({**entry(), "related_images": [{"image_path": "a.png"}]},
-         "the field 'related_images[0].diagnosis' is missing"),
-        ({**entry(), "solutions": [{"solution": "x"}]}, "the field 'solutions[0].prm_processed_solution' is missing"),
+         "the field 'related_images[0].diagnosis' is missing; it has ['image_path']"),
+        ({**entry(), "solutions": [{"solution": "x"}]},
+         "the field 'solutions[0].prm_processed_solution' is missing; it has ['solution']"),
     ],
 )  # fmt: skip
 def test_a_broken_entry_of_our_json_is_named(tmp_path: Path, row: dict[str, Any], words: str) -> None:
@@ -277,7 +278,7 @@ NODE = "must be a node [step, value, rollout value], or an object of these names
         ({"pos": [[["Look."]]]}, f"pos[0][0] {NODE} a list"),
         ({"neg": [[[]]]}, f"neg[0][0] {NODE} a list"),
         ({"pos": [["Look.", "Think."]]}, f"pos[0][0] {NODE} 'Look.'"),
-        ({"pos": [[{"value": 1}]]}, "the field 'pos[0][0].step' is missing"),
+        ({"pos": [[{"value": 1}]]}, "the field 'pos[0][0].step' is missing; it has ['value']"),
         ({"pos": ["Look."]}, "pos[0] must be a list, not 'Look.'"),
         ({"pos": [[]]}, "pos[0] must be a list of nodes [step, value, rollout value], not a list"),
         ({"pos": 5}, "pos must be a list, not 5"),
@@ -336,6 +337,9 @@ def test_medxpertqa(tmp_path: Path) -> None:
     ]
     assert [image.uri for image in data.images] == [f"{tmp_path}/images/a.jpeg"]
     assert bracketed("") == []
+    (tmp_path / "in.jsonl").write_text('{"question": "Which?", "label": ["B"]}\n\n{"question": null, "label": ["B"]}\n')
+    with pytest.raises(TableError, match=r"in\.jsonl line 3: question must be text, not null"):
+        medxpertqa.read(Request(path=str(tmp_path)))
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"the real data sets are not at {REAL}")

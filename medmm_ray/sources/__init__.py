@@ -240,28 +240,10 @@ def read_documents(uri: str) -> list[SourceDocument]:
     if not uri:
         return []
     corpus = uri.rstrip("/").rsplit("/", 1)[-1].partition(".")[0]
-    documents = []
-    for number, line in enumerate(read_text(uri).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise TableError(f"{uri} line {number} is not valid JSON: {error}") from None
-        require(row, ("title", "text"), f"{uri} line {number}")
-        documents.append(
-            SourceDocument(corpus=str(row.get("corpus", corpus)), title=str(row["title"]), text=str(row["text"]))
-        )
-    return documents
-
-
-def require(row: Any, columns: Sequence[str], where: str) -> None:
-    """Raise a `TableError` that names `where` and the columns that `row` lacks."""
-    if not isinstance(row, dict):
-        raise TableError(f"{where}: expected an object with the fields {list(columns)}, got {type(row).__name__}")
-    missing = [name for name in columns if name not in row]
-    if missing:
-        raise TableError(f"{where}: the field {missing[0]!r} is missing; it has {sorted(row)}")
+    return [
+        SourceDocument(corpus=corpus if row.corpus is None else row.corpus, title=row.title or "", text=row.text)
+        for row in read_jsonl(_Document, uri)
+    ]
 
 
 # Entries, checked
@@ -292,9 +274,27 @@ def checked(entry: type[EntryT], row: Any, where: str) -> EntryT:
         fault = error.errors(include_url=False)[0]
         field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"]).lstrip(".")
         if fault["type"] == "missing":
-            raise TableError(f"{where}: the field {field!r} is missing") from None
-        due = _DUE.get(fault["type"]) or fault["msg"].removeprefix("Value error, ")
+            raise TableError(f"{where}: the field {field!r} is missing; it has {sorted(fault['input'])}") from None
+        due = _DUE.get(fault["type"]) or fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         raise TableError(f"{where}: {field or 'it'} must be {due}, not {_shown(fault['input'])}") from None
+
+
+def read_jsonl(entry: type[EntryT], uri: str) -> Iterator[EntryT]:
+    """The lines of a JSONL file that are not empty, each as an `entry`; a `TableError` names the line at fault."""
+    for number, line in enumerate(read_text(uri).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise TableError(f"{uri} line {number} is not valid JSON: {error}") from None
+        yield checked(entry, row, f"{uri} line {number}")
+
+
+class _Document(Entry):
+    title: str | None
+    text: str
+    corpus: str | None = None
 
 
 def _shown(value: Any) -> str:

@@ -1,7 +1,8 @@
 """Med-PRM's own training and test files: questions with solutions and step labels of every kind (Yun et al. 2025).
 
 `path` is a JSON list, or a folder of them; a file with "test" in its name holds test questions. An entry is a question
-with ``solutions``, as the authors published it, or one flattened solution, as reviewers of the set pass it on.
+with ``solutions``, as the authors published it, or one flattened solution, as reviewers of the set pass it on. Options
+are a list, an object by their letters (MedQA's files), or lettered lines.
 
 A solution's steps are what its tags (" ки") end; labels must be as many, else their row is an error ``label_count``
 that quotes them. prm_gemini_label is the judge's, prm_llama_label a second judge's (source ``judge_llama``, which no

@@ -9,7 +9,6 @@ behind or around them, or dicts of the same names. The value after back-propagat
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
@@ -90,13 +89,13 @@ class _Evaluation(Entry):
 
 def read(request: Request) -> SourceData:
     """All questions of the files, in their order."""
-    questions = [_question(name, row) for name, row in _entries(request)]
+    questions = [_question(name, split, row) for name, split, row in _entries(request)]
     return SourceData(questions=questions, documents=read_documents(request.documents_path))
 
 
 def solved(request: Request) -> Iterator[Solved]:
     """The trajectories of each question; an evaluation question has none."""
-    for _, row in _entries(request):
+    for _, _, row in _entries(request):
         if isinstance(row, _Evaluation):
             yield Solved()
             continue
@@ -108,28 +107,31 @@ def solved(request: Request) -> Iterator[Solved]:
         yield Solved(solutions=[*right, *wrong])
 
 
-def _entries(request: Request) -> Iterator[tuple[str, _Tree | _Evaluation]]:
-    limits = {_Tree: request.num_train, _Evaluation: request.num_test}
-    seen = Counter[type]()
+def _entries(request: Request) -> Iterator[tuple[str, str, _Tree | _Evaluation]]:
+    limits = {"train": request.num_train, "test": request.num_test}
+    seen = {"train": 0, "test": 0}
     for uri in files_at(request.path):
         file = uri.rstrip("/").rpartition("/")[2]
         for number, found in enumerate(stream_json(uri)):
-            kind = _Evaluation if isinstance(found, dict) and "conversations" in found else _Tree
-            row = checked(kind, found, f"{uri} entry {number}")
-            limit = limits[kind]
-            if limit is None or seen[kind] < limit:
-                seen[kind] += 1
-                yield f"{file}-{number}", row
+            where = f"{uri} entry {number}"
+            split = "test" if isinstance(found, dict) and "conversations" in found else "train"
+            row = checked(_Evaluation, found, where) if split == "test" else checked(_Tree, found, where)
+            limit = limits[split]
+            if limit is None or seen[split] < limit:
+                seen[split] += 1
+                yield f"{file}-{number}", split, row
 
 
-def _question(name: str, row: _Tree | _Evaluation) -> SourceQuestion:
-    is_test = isinstance(row, _Evaluation)
-    question, options = lettered(row.conversations[0].value if is_test else row.question)
-    answer = (row.eval.answer if is_test else row.answer).strip()
+def _question(name: str, split: str, row: _Tree | _Evaluation) -> SourceQuestion:
+    asked, answer = (
+        (row.conversations[0].value, row.eval.answer) if isinstance(row, _Evaluation) else (row.question, row.answer)
+    )
+    question, options = lettered(asked)
+    answer = answer.strip()
     stated = _STATED.match(answer)  # the trees' files say "The answer is B."
     return SourceQuestion(
         name=name,
-        split="test" if is_test else "train",
+        split=split,
         modality="clinical",
         question=question,
         options=options,

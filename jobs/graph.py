@@ -43,7 +43,7 @@ STEPS = (
         "ingest",
         (),
         {"raw_questions": Question, "raw_images": Image, "documents": Document, "demonstrations": Solutions},
-        version=3,
+        version=4,
         what="read the source",
     ),
     Step(

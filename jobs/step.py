@@ -19,8 +19,6 @@ import pyarrow.compute as pc
 from jobs.graph import BY_NAME, MAKER, STEPS, Step
 from jobs.recipe import Recipe, with_shared_limits
 from medmm_ray.config import ConfigError, digest, help_text, identity, load
-from medmm_ray.engines.endpoint import EndpointError
-from medmm_ray.engines.gate import BudgetError
 from medmm_ray.tables import Artifact, Manifest, Origin, Table, TableError, chosen, pending, write_rows
 
 if TYPE_CHECKING:
@@ -300,8 +298,7 @@ def guarded(work: Callable[[], int]) -> int:
         return 1
 
 
-# Errors whose words say what happened and what to do.
-SENTENCES = (TableError.__name__, ConfigError.__name__, BudgetError.__name__, EndpointError.__name__)
+OURS = "medmm_ray."
 # The first "module.Error: words" of a trace: Ray keeps an error that crossed a stage only as text.
 _RAISED = re.compile(
     r"^(?P<kind>[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt)): (?P<words>.+?)(?:\n\n|\Z)", re.M | re.S
@@ -309,7 +306,10 @@ _RAISED = re.compile(
 
 
 def root_cause(error: BaseException) -> str:
-    """The words of the outermost error of ours in the chain, else of the innermost; Ray's wrapping is taken off."""
+    """The words of the outermost error of ours in the chain, else of the innermost; Ray's wrapping is taken off.
+
+    An error of ours says what happened and what to do; of others the name of their class says part of it.
+    """
     while (inner := error.__cause__) is not None and not _is_ours(error) and not _is_a_mark(inner):
         error = inner
     text = str(error)
@@ -318,14 +318,17 @@ def root_cause(error: BaseException) -> str:
         raised = _RAISED.match(text)
     else:
         found = list(_RAISED.finditer(text)) if "Ray" in type(error).__name__ else []
-        raised = next((m for m in found if m["kind"].startswith("medmm_ray.")), found[0] if found else None)
-    kind, words = (raised["kind"], raised["words"]) if raised else (type(error).__name__, text)
-    kind = kind.rpartition(".")[2]
-    return words if kind in SENTENCES else f"{kind}: {words}"
+        raised = next((m for m in found if m["kind"].startswith(OURS)), found[0] if found else None)
+    kind, words = (raised["kind"], raised["words"]) if raised else (_kind(error), text)
+    return words if kind.startswith(OURS) else f"{kind.rpartition('.')[2]}: {words}"
+
+
+def _kind(error: BaseException) -> str:
+    return f"{type(error).__module__}.{type(error).__name__}"
 
 
 def _is_ours(error: BaseException) -> bool:
-    return type(error).__module__.startswith("medmm_ray.")
+    return _kind(error).startswith(OURS)
 
 
 def _is_a_mark(error: BaseException) -> bool:

@@ -11,13 +11,24 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.table import Table
+
+Split = Literal["train", "validation", "test"]
+
+
+def _some(splits: tuple[Split, ...]) -> tuple[Split, ...]:
+    if not splits:
+        raise ValueError("name one split or more, or leave the step out (without)")
+    return splits
+
+
+Splits = Annotated[tuple[Split, ...], AfterValidator(_some)]
 
 ConfigT = TypeVar("ConfigT", bound="Config")
 T = TypeVar("T")
@@ -68,7 +79,17 @@ def digest(*parts: object) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with 1.2 floats: PyYAML alone reads ``1e-4`` as text."""
+    """YAML with 1.2 floats and each name once: PyYAML alone reads ``1e-4`` as text, and of two values drops one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in names:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value!r} stands there twice; write it once", key.start_mark
+                )
+            names.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -84,17 +105,31 @@ def _parse(text: str) -> Any:
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """The recipe's raw values, the recipes it ``extends:`` (paths beside it) merged underneath."""
-    path = Path(path)
+    return _read_recipe(Path(path), ())
+
+
+def _read_recipe(path: Path, above: Sequence[Path]) -> dict[str, Any]:
     try:
         raw = _parse(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"recipe {path} does not exist; the shipped ones are in jobs/recipes/") from None
+    except OSError as error:
+        raise ConfigError(f"recipe {path} cannot be read: {error.strerror}; name a YAML file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"recipe {path} is no text; name a YAML file") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"recipe {path} is not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"recipe {path} must hold 'section: {{name: value}}' entries, got {type(raw).__name__}")
     parent = raw.pop("extends", None)
-    return _merge(read_recipe(path.parent / parent), raw) if parent else raw
+    if parent is None:
+        return raw
+    if not isinstance(parent, str):
+        raise ConfigError(f"recipe {path}: 'extends' is {parent!r}; it names one recipe, by its path beside this one")
+    above = [*above, path.resolve()]
+    if (path.parent / parent).resolve() in above:
+        raise ConfigError(f"recipe {path} extends {parent}, which extends it in turn; a recipe cannot be its own base")
+    return _merge(_read_recipe(path.parent / parent, above), raw)
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,7 +195,7 @@ def _explain(config: type[BaseModel], fault: Any) -> str:
         return f"unknown name {key!r}; {hint}"
     if fault["type"] == "missing":
         return f"{key!r} is required; set it in the recipe or as {key}=..."
-    return f"{key!r} is {fault['input']!r}: {fault['msg']}"
+    return f"{key!r} is {fault['input']!r}: {fault['msg'].removeprefix('Value error, ')}"
 
 
 def _names_at(config: type[BaseModel], path: Sequence[str]) -> list[str]:

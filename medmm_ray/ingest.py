@@ -226,6 +226,8 @@ def checked_answer(question: SourceQuestion) -> str:
         return answer.lower()
     if not 2 <= len(options) <= len(LETTERS):
         raise RowError("options_missing", f"{question.name!r} has {len(options)} options; 2 to {len(LETTERS)} are due")
+    if not all(option.strip() for option in options):
+        raise RowError("options_missing", f"one of the {len(options)} options of {question.name!r} has no text")
     plain = [_plain(option) for option in options]
     if len(set(plain)) < len(plain):
         raise RowError("options_repeated", f"two of the {len(options)} options of {question.name!r} are the same")

@@ -32,7 +32,7 @@ from medmm_ray.columns import (
     thin,
     thin_labels,
 )
-from medmm_ray.config import Config, execution
+from medmm_ray.config import Config, Splits, execution
 from medmm_ray.records import Labels, ReviewItem, StepLabel, to_arrow_lists
 from medmm_ray.sources.phantom import Case, truth
 from medmm_ray.tables import attach
@@ -57,7 +57,7 @@ class ReviewConfig(Config):
     """phantom: the source's truth answers; none: the queue waits for readers; readers: `verdicts` has their answers."""
     verdicts: str = ""
     """readers: the export of their verdicts to take, as python -m jobs.review_page --export names it (a hash)."""
-    truth_splits: tuple[str, ...] = ("test",)
+    truth_splits: Splits = ("test",)
     """phantom: splits whose solutions get the truth of every step."""
     seed: int = 0
     """Start of the drawing."""

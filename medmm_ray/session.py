@@ -59,6 +59,18 @@ def session(quiet: bool = True) -> Iterator[None]:
         yield
         return
     joins = bool(os.environ.get("RAY_ADDRESS"))
+    try:
+        _start(joins, quiet)
+        yield
+    finally:  # also after a start that failed: Ray leaves the processes that it had started
+        started = [] if joins else _processes()
+        ray.shutdown()
+        _end(started)
+
+
+def _start(joins: bool, quiet: bool) -> None:
+    import ray
+
     with _unheard() if quiet else nullcontext():
         ray.init(
             address=None if joins else "local",  # else it joins whatever cluster started here last, or is in its way
@@ -80,12 +92,6 @@ def session(quiet: bool = True) -> Iterator[None]:
     for name in ("ray.data", "ray.train", "ray.tune"):
         # Quiet: an error ends the job, which says it once, in its own words; Ray's logs keep the trace.
         logging.getLogger(name).setLevel(logging.CRITICAL if quiet else logging.INFO)
-    try:
-        yield
-    finally:
-        started = [] if joins else _processes()
-        ray.shutdown()
-        _end(started)
 
 
 def _processes() -> "list[psutil.Process]":

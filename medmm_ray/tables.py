@@ -128,7 +128,14 @@ class Artifact:
                 "Run the step that makes it again: it resumes where it stopped."
             )
         with self.fs.open_input_stream(f"{self.path}/{MANIFEST}") as stream:
-            return Manifest(**json.loads(stream.read()))
+            content = stream.read()
+        try:
+            return Manifest(**json.loads(content))
+        except (ValueError, TypeError) as error:
+            raise TableError(
+                f"{self.uri}/{MANIFEST} is no manifest ({error}). Restore it from a copy, or delete it and run the "
+                "step that makes this again"
+            ) from None
 
     @property
     def exists(self) -> bool:
@@ -145,7 +152,7 @@ class Artifact:
         except OSError as error:
             raise TableError(
                 f"cannot write to {self.uri}: {error}. Free space or permission is missing there, "
-                "or name another output folder (run=...)"
+                "or name another output folder (run=..., to=... of an export)"
             ) from error
 
     def commit(self, origin: Origin, seconds: float, figures: dict[str, float] | None = None, **more: Any) -> Manifest:
@@ -180,6 +187,8 @@ def write_file(fs: pafs.FileSystem, path: str, content: bytes) -> None:
         if local:
             fs.move(target, path)
     except OSError as error:
+        if local:
+            Path(target).unlink(missing_ok=True)
         raise TableError(
             f"cannot write {path}: {error}. What is written so far is kept: free space there, or name another output "
             "folder (run=...), and run again"

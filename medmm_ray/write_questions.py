@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from medmm_ray.config import digest, execution
+from medmm_ray.config import Splits, digest, execution
 from medmm_ray.engines.client import Access, ApiConfig, Client, open_access
 from medmm_ray.engines.endpoint import Picture, Request, Turn
 from medmm_ray.engines.generator import Generator, GeneratorConfig, MakeGenerator, actor_options
@@ -97,7 +97,7 @@ class WriteQuestionsConfig(GeneratorConfig, ApiConfig):
     """gemini or openai: an API; vllm: a local vision-language model."""
     model: str | None = None
     """The API's model, or a checkpoint as in models; required where per_image > 0."""
-    splits: tuple[str, ...] = ("train", "test")
+    splits: Splits = ("train", "test")
     """Splits of the images that get questions."""
     max_images: int | None = None
     """Images at most, chosen by a hash of their ids; null: all without a question."""

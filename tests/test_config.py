@@ -3,7 +3,18 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from medmm_ray.config import Config, ConfigError, build, digest, execution, help_text, identity, load, parse_overrides
+from medmm_ray.config import (
+    Config,
+    ConfigError,
+    build,
+    digest,
+    execution,
+    help_text,
+    identity,
+    load,
+    parse_overrides,
+    read_recipe,
+)
 
 
 class Sampling(Config):
@@ -76,7 +87,15 @@ def test_a_number_is_finite(word: str) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("a: [1", "not valid YAML"), ("just text", "must hold 'section: {name: value}'"), (None, "does not exist")],
+    [
+        ("a: [1", "not valid YAML"),
+        ("just text", "must hold 'section: {name: value}'"),
+        (None, "does not exist"),
+        ("[a]: 1", "not valid YAML"),
+        ("extends: r.yaml", "r.yaml extends r.yaml, which extends it in turn"),
+        ("extends: [a, b]", r"'extends' is \['a', 'b'\]; it names one recipe"),
+        ("extends: 5", "'extends' is 5; it names one recipe"),
+    ],
 )
 def test_unreadable_recipes(tmp_path: Path, content: str | None, message: str) -> None:
     path = tmp_path / "r.yaml"
@@ -84,6 +103,33 @@ def test_unreadable_recipes(tmp_path: Path, content: str | None, message: str) -
         path.write_text(content)
     with pytest.raises(ConfigError, match=message):
         load(Recipe, path)
+
+
+def test_recipes_that_are_no_text(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory; name a YAML file"):
+        load(Recipe, tmp_path)
+    (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"r\.yaml is no text"):
+        load(Recipe, tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "line"),
+    [
+        ("judge: {max_cost_usd: 5}\nrun: x\njudge: {model: m}\n", "judge", 3),
+        ("judge:\n  model: a\n  model: a\n", "model", 3),
+        ("judge: [{a: 1}, {b: 1, b: 2}]\n", "b", 1),
+    ],
+)
+def test_a_name_that_stands_twice_is_refused_with_its_line(tmp_path: Path, content: str, name: str, line: int) -> None:
+    (tmp_path / "r.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=rf"'{name}' stands there twice; write it once(.|\n)* line {line},"):
+        read_recipe(tmp_path / "r.yaml")
+
+
+def test_what_a_merge_brings_may_be_written_over(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("a: &a {x: 1, y: 2}\nb: &b {<<: *a, x: 3}\nc: {<<: *b, x: 4}\n")
+    assert read_recipe(tmp_path / "r.yaml") == {"a": {"x": 1, "y": 2}, "b": {"x": 3, "y": 2}, "c": {"x": 4, "y": 2}}
 
 
 @pytest.mark.parametrize("word", ["--lr=3", "lr", "=3", "a=[1"])

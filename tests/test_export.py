@@ -261,8 +261,9 @@ def test_what_is_exported_comes_back_exactly(rows: dict[str, list[Any]], tmp_pat
 
 def test_a_solution_that_would_be_read_otherwise_is_left_out_and_counted(tmp_path: Path) -> None:
     odd = solution("q1", 0, ["Look. ки Step 2: Cheat.", "So."])
-    with pytest.raises(RowError, match="steps_unreadable"):
-        medmm.entry(question(1), [odd], {})
+    for steps in (odd.steps, ["Look ки twice."]):
+        with pytest.raises(RowError, match="steps_unreadable"):
+            medmm.entry(question(1), [solution("q1", 0, steps)], {})
     run = write(tmp_path / "run", questions=[question(1), question(3)], solutions=[solved("q1", odd), solved("q3")])
     counts = exported(run, tmp_path / "out")
     assert counts == {"questions": 1, "questions train": 1, "solutions": 0, "steps": 0, "left out steps_unreadable": 1}
@@ -367,6 +368,8 @@ def test_the_job_writes_what_the_run_has(run: Run, tmp_path: Path, caplog: pytes
         (["to=x", "push=me/it"], 2, "push=... needs format=hf"),
         (["to=s3://a/b", "format=hf", "push=me/it"], 2, "push=... needs a local folder"),
         (["to=FULL"], 2, "is not empty; an export never mixes with other files"),
+        (["to=FULL/a"], 2, "is not empty; an export never mixes with other files"),
+        (["to=FULL/a/b"], 1, "cannot write to "),
         (["to=x", "fromat=hf"], 2, "unknown name 'fromat'"),
         (["to=x", "sample.temperature=0.9"], 1, "solutions/"),
     ],

@@ -132,10 +132,25 @@ def test_a_gate_whose_ledger_was_taken_over_ends_its_job(tmp_path: Path) -> None
     asyncio.run(work())
 
 
-def test_a_damaged_ledger_is_named(tmp_path: Path) -> None:
-    (tmp_path / "ledger.json").write_text('{"epoch": 1, "spe')
-    with pytest.raises(TableError, match=r"ledger.json is damaged \(17 bytes that are no JSON\)"):
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ('{"epoch": 1, "spe', "17 bytes that are no JSON"),
+        ("", "0 bytes that are no JSON"),
+        ("[]", "Input should be an object"),
+        ("null", "Input should be an object"),
+        ('{"spent": "x"}', "spent: Input should be a valid number"),
+        ('{"spent": NaN}', "spent: Input should be a finite number"),
+        ('{"possibly_paid": -5}', "possibly_paid: Input should be greater than or equal to 0"),
+        ('{"paid": 1}', "paid: Unexpected keyword argument"),
+        ('{"reserved": [["s", 4, "g", "k"]]}', "reserved.0.4: Field required"),
+    ],
+)
+def test_a_damaged_ledger_is_named(content: str, fault: str, tmp_path: Path) -> None:
+    (tmp_path / "ledger.json").write_text(content)
+    with pytest.raises(TableError) as caught:
         Gate(str(tmp_path), Limits())
+    assert str(caught.value).startswith(f"{tmp_path}/ledger.json is damaged ({fault}). Restore it from a copy")
 
 
 def test_a_rate_limit_holds_over_all_senders(tmp_path: Path) -> None:

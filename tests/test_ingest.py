@@ -169,6 +169,8 @@ def test_answers_take_their_final_form(changes: dict[str, Any], expected: str) -
         ({"answer": "a fracture"}, "answer_not_in_options"),
         ({"answer": ""}, "answer_not_in_options"),
         ({"options": ("only",)}, "options_missing"),
+        ({"options": tuple(f"finding {i}" for i in range(27))}, "options_missing"),
+        ({"options": ("A mass", " ")}, "options_missing"),
         ({"options": ("A mass", "a mass.")}, "options_repeated"),
         ({"question": " "}, "question_empty"),
         ({"answer_type": "yes_no", "answer": "maybe"}, "answer_not_yes_no"),

@@ -10,6 +10,7 @@ from jobs import pipeline, plan, query, serve
 from jobs.graph import BY_NAME, MAKER, STEPS
 from jobs.resources import ResourceSampler
 from jobs.step import Job, Run, guarded, load_recipe, main, root_cause, run_step
+from medmm_ray.audit.gates import GateError
 from medmm_ray.config import ConfigError
 from medmm_ray.estimate import Estimate, estimate
 from medmm_ray.tables import TableError
@@ -287,6 +288,13 @@ def test_a_given_model_leaves_its_training_out() -> None:
         (["nosuch.yaml"], "recipe nosuch.yaml does not exist"),
         ([TINY, "temprature=1"], "unknown name 'sample.temprature'; did you mean 'temperature'?"),
         ([TINY, "run="], "'run' is"),
+        (
+            [TINY, "judge.splits=[trian]"],
+            "'judge.splits.0' is 'trian': Input should be 'train', 'validation' or 'test'",
+        ),
+        ([TINY, "evaluate.split=tset"], "'evaluate.split' is 'tset': Input should be 'train', 'validation' or 'test'"),
+        ([TINY, "monte_carlo.splits=[]"], "'monte_carlo.splits' is []: name one split or more, or leave the step out"),
+        ([TINY, "seed=abc"], f"error: {TINY}: 'seed' is 'abc': Input should be a valid integer\n"),
     ],
 )
 def test_bad_arguments_end_in_one_sentence(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,6 +302,7 @@ def test_bad_arguments_end_in_one_sentence(words: list[str], message: str, capsy
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("error: ")
+    assert error.count("\n") == 1
     assert "Traceback" not in error
 
 
@@ -327,6 +336,7 @@ def test_root_cause_of_an_actor_that_could_not_start() -> None:
 
 
 def test_an_error_of_ours_is_said_and_not_what_it_came_from() -> None:
+    assert root_cause(GateError("1 gate of 9 fails")) == "1 gate of 9 fails"
     ours = TableError("cannot write to runs/x: free space is missing there")
     ours.__cause__ = OSError(28, "No space left on device")
     assert root_cause(ours) == "cannot write to runs/x: free space is missing there"

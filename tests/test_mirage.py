@@ -9,9 +9,31 @@ from jobs import bench
 from jobs.benches.answers import SETS, WITHIN, table
 from medmm_ray.config import ConfigError
 from medmm_ray.sources import Request, list_files, mirage
+from medmm_ray.tables import TableError
 from medmm_ray.text import mirage_answer
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "mirage"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fault"),
+    [
+        ("medmcqa/data/dev.json",
+         '{"id": "7", "question": "What?", "opa": "w", "opb": "x", "opc": "y", "opd": "z", "cop": 0}',
+         "line 1: cop must be greater than or equal to 1, not 0"),
+        ("medmcqa/data/dev.json", "{oops", "line 1 is not valid JSON"),
+        ("pubmedqa/data/test_set.json", '{"9": {"QUESTION": "So?", "final_decision": "perhaps"}}',
+         "entry 9: final_decision must be 'yes', 'no' or 'maybe', not 'perhaps'"),
+        ("pubmedqa/data/test_set.json", '{"9": {"QUESTION": null, "final_decision": "no"}}',
+         "entry 9: QUESTION must be text, not null"),
+    ],
+)  # fmt: skip
+def test_a_broken_entry_is_named(name: str, content: str, fault: str, tmp_path: Path) -> None:
+    path = folder(tmp_path)
+    (path / "rawdata" / name).write_text(content)
+    with pytest.raises(TableError) as caught:
+        mirage.read(Request(path=str(path)))
+    assert f"{name} {fault}" in str(caught.value)
 
 
 @pytest.mark.parametrize(

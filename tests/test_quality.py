@@ -27,6 +27,7 @@ def why(text: str, answer: str | None = "B", finish_reason: str = "stop") -> str
         (GOOD.replace("Step 2", "Step 3"), "step_numbers"),  # 1 3 3
         (GOOD.replace("Step 3", "Step 2"), "step_numbers"),  # 1 2 2
         (GOOD.replace("Step 1", "Step 0"), "step_numbers"),
+        (GOOD.replace("Step 1", f"Step {'7' * 5000}"), "step_numbers"),  # Python reads no int of so many digits
         (GOOD.replace("rim", "rim " + "of air in the left " * 4), "repetition"),
     ],
 )

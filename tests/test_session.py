@@ -50,4 +50,4 @@ def test_a_row_error_raised_in_a_worker_reaches_the_driver_as_itself() -> None:
 
     with pytest.raises(ray.exceptions.RayTaskError) as caught:
         ray.data.from_arrow(pa.table({"k": ["a"]})).map_batches(fail, batch_format="pyarrow").materialize()
-    assert root_cause(caught.value) == "RowError: image_empty: x"
+    assert root_cause(caught.value) == "image_empty: x"

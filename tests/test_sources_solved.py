@@ -9,7 +9,7 @@ import pytest
 
 from medmm_ray.config import ConfigError
 from medmm_ray.records import StepLabel
-from medmm_ray.sources import Request, load_solved, med_prm, meds3, medxpertqa
+from medmm_ray.sources import Request, load_solved, med_prm, medmm, meds3, medxpertqa
 from medmm_ray.sources.medxpertqa import bracketed
 from medmm_ray.tables import TableError
 
@@ -107,6 +107,137 @@ def test_faults_name_file_and_field(tmp_path: Path) -> None:
     assert load_solved("med_prm").solved is med_prm.solved
 
 
+def test_med_prms_options_come_in_the_order_of_their_letters(tmp_path: Path) -> None:
+    rows = [
+        published(options={"B": "two", "A": "one"}),
+        published(options="B. two"),
+        published(related_docs="One. Two."),
+    ]
+    with pytest.raises(TableError, match=r"entry 1: options must be .* by their letters from A on; it has \['B'\]"):
+        med_prm.read(write(tmp_path / "train.json", rows))
+    request = write(tmp_path / "train.json", [rows[0], rows[2]])
+    assert [list(q.options) for q in med_prm.read(request).questions] == [["one", "two"]] * 2
+    assert [d.text for d in med_prm.read(request).documents] == ["A guideline.", "Another.", "One. Two."]
+    assert [list(found.documents) for found in med_prm.solved(request)] == [["A guideline.", "Another."], ["One. Two."]]
+
+
+@pytest.mark.parametrize(("said", "right"), [(0, False), ("0", False), (False, False), (1, True), ("1", True)])
+def test_what_a_file_says_of_an_answer_is_read_exactly(tmp_path: Path, said: Any, right: bool) -> None:
+    (found,) = med_prm.solved(write(tmp_path / "train.json", [flat(orm_label=said)]))
+    assert found.solutions[0].correct is right
+    (found,) = medmm.solved(write(tmp_path / "train.json", [entry(score=said)]))
+    assert found.solutions[0].correct is right
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"question": None}, "question must be text, not null"),
+        ({"correct_answer": None}, "correct_answer must be text, not null"),
+        ({"options": None}, "options must be a list, not null"),
+        ({"options": ["one", None]}, "options[1] must be text, not null"),
+        ({"solutions": None}, "solutions must be a list, not null"),
+        ({"solutions": ["x"]}, "solutions[0] must be an object, not 'x'"),
+        ({"solutions": [{"answer": 5}]}, "solutions[0].answer must be text, not 5"),
+        ({"solutions": [{"score": "false"}]}, "solutions[0].score must be 0 or 1, true or false, not 'false'"),
+        ({"related_docs": [{"text": "A."}]}, "related_docs[0] must be text, not a dict"),
+    ],
+)
+def test_a_broken_entry_of_med_prm_is_named(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(TableError) as fault:
+        med_prm.read(write(tmp_path / "train.json", [published(), published(**changes)]))
+    assert str(fault.value) == f"{tmp_path}/train.json entry 1: {words}"
+
+
+@pytest.mark.parametrize("labels", ["10", 1, [1, None], ["1", "0"]])
+def test_labels_of_another_type_are_an_error_of_their_row(tmp_path: Path, labels: Any) -> None:
+    (found,) = med_prm.solved(write(tmp_path / "train.json", [flat(prm_gemini_label=labels)]))
+    judged, rolled = found.solutions[0].labels
+    assert judged.error == f"label_value: prm_gemini_label must be a list of numbers from 0 to 1, not {labels!r}"
+    assert rolled.error is None
+
+
+@pytest.mark.parametrize("content", ["[]", '{"data": [{"question": "Which?"}]}', '{"question": "Which?"}\n'])
+@pytest.mark.parametrize("source", [med_prm, medmm, meds3])
+def test_a_file_from_which_nothing_is_read_is_a_fault(tmp_path: Path, source: Any, content: str) -> None:
+    (tmp_path / "train.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"train\.json has no entry: expected one JSON list of objects"):
+        source.read(Request(path=str(tmp_path)))
+
+
+def entry(**changes: Any) -> dict[str, Any]:
+    """A question in our published JSON with one solution, which `changes`."""
+    solution = {
+        "solution": "Step 1: Look. Step 2: Think.", "prm_processed_solution": "Step 1: Look. ки Step 2: Think. ки",
+        "answer": "B", "score": 1, "gemini_labels": [1, 0], "gemini_confidence": ["high", None],
+        "monte_carlo_labels": None, "expert_review": {"reviewed": False, "expert_label": None, "feedback": None},
+    }  # fmt: skip
+    return {
+        "question_id": "q1", "data_source": "own", "modality": "radiology", "difficulty": "easy", "question": "Which?",
+        "options": ["one", "two"], "correct_answer": "B", "solutions": [{**solution, **changes}],
+    }  # fmt: skip
+
+
+def test_a_file_of_our_json_is_named_by_its_split(tmp_path: Path) -> None:
+    assert [q.split for q in medmm.read(write(tmp_path / "validation.json", [entry()])).questions] == ["validation"]
+    with pytest.raises(ConfigError, match=r"dev\.json: .* one of train\.json, validation\.json, test\.json"):
+        medmm.read(write(tmp_path / "dev.json", [entry()]))
+
+
+@pytest.mark.parametrize(
+    ("processed", "steps"),
+    [
+        ("Step 1: Look. ки Step 2: Think. ки", ["Look.", "Think."]),
+        ("Step 1: Look. ки\nStep 2:  Think. ки\n", ["Look.", "Think."]),
+        ("", []),
+        ("1. Look. ки 2. Think. ки", None),
+        ("Look and think.", None),
+        ("Step 1: Look. ки Step 3: Think. ки", None),
+        ("Step 1: Look. Step 2: Think.", None),
+    ],
+)
+def test_steps_of_our_json_are_read_whole_or_refused(tmp_path: Path, processed: str, steps: list[str] | None) -> None:
+    request = write(tmp_path / "train.json", [entry(prm_processed_solution=processed)])
+    if steps is None:
+        with pytest.raises(TableError, match=r"entry 0: solutions\[0\]\.prm_processed_solution must be 'Step 1: "):
+            medmm.read(request)
+    else:
+        (found,) = medmm.solved(request)
+        assert found.solutions[0].steps == steps
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"gemini_labels": [7, 1]}, "label_value: each label of judge must be one of 1, 0 and null: [7, 1]"),
+        ({"gemini_labels": "11"}, "label_value: each label of judge must be one of 1, 0 and null: '11'"),
+        ({"gemini_confidence": ["very", None]},
+         "label_value: each confidence of judge must be one of high, medium, low and null: ['very', None]"),
+        ({"gemini_labels": [1]}, "label_count: judge has other than 2 entries for 2 steps: [1]"),
+    ],
+)  # fmt: skip
+def test_labels_of_our_json_are_checked(tmp_path: Path, changes: dict[str, Any], error: str) -> None:
+    (found,) = medmm.solved(write(tmp_path / "train.json", [entry(**changes)]))
+    assert [(row.source, row.steps, row.error) for row in found.solutions[0].labels] == [("judge", (), error)]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (entry(expert_review=None), "solutions[0].expert_review must be an object, not null"),
+        ({**entry(), "question_id": 5}, "question_id must be text, not 5"),
+        ({**entry(), "related_images": [{"image_path": "a.png"}]},
+         "the field 'related_images[0].diagnosis' is missing; it has ['image_path']"),
+        ({**entry(), "solutions": [{"solution": "x"}]},
+         "the field 'solutions[0].prm_processed_solution' is missing; it has ['solution']"),
+    ],
+)  # fmt: skip
+def test_a_broken_entry_of_our_json_is_named(tmp_path: Path, row: dict[str, Any], words: str) -> None:
+    with pytest.raises(TableError) as fault:
+        medmm.read(write(tmp_path / "train.json", [row]))
+    assert str(fault.value) == f"{tmp_path}/train.json entry 0: {words}"
+
+
 TREE = {
     "id": 1, "question": "Which?\nA. one\nB. two", "answer": "The answer is B.", "original_dataset": "MedQA",
     "pos": [[[["Step 0: Look.", 0.5, 0.25], ["Step 1: So. The answer is B.", 1.0, 1.0]], 1.0, 1.0]],
@@ -136,6 +267,40 @@ def test_meds3s_trajectories_in_every_published_form(tmp_path: Path) -> None:
     assert rows[1] == [("tree_search", [0.1, 0]), ("monte_carlo", [0.2, 0])]
     assert rows[2] == [("tree_search", [0.0]), ("monte_carlo", [0.05])]
     assert str(found.solutions[3].labels[0].error).startswith("label_value: values of tree_search must lie between")
+
+
+NODE = "must be a node [step, value, rollout value], or an object of these names, not"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"pos": [[["Look."]]]}, f"pos[0][0] {NODE} a list"),
+        ({"neg": [[[]]]}, f"neg[0][0] {NODE} a list"),
+        ({"pos": [["Look.", "Think."]]}, f"pos[0][0] {NODE} 'Look.'"),
+        ({"pos": [[{"value": 1}]]}, "the field 'pos[0][0].step' is missing; it has ['value']"),
+        ({"pos": ["Look."]}, "pos[0] must be a list, not 'Look.'"),
+        ({"pos": [[]]}, "pos[0] must be a list of nodes [step, value, rollout value], not a list"),
+        ({"pos": 5}, "pos must be a list, not 5"),
+        (
+            {"conversations": [], "eval": {"answer": "A"}},
+            "conversations must be a list with something in it, not a list",
+        ),
+        ({"conversations": [{"value": "Which?"}], "eval": "A"}, "eval must be an object, not 'A'"),
+    ],
+)
+def test_a_broken_entry_of_meds3_is_named(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(TableError) as fault:
+        meds3.read(write(tmp_path / "trees.json", [TREE, {**TREE, **changes}]))
+    assert str(fault.value) == f"{tmp_path}/trees.json entry 1: {words}"
+
+
+def test_a_nodes_value_as_text_is_an_error_of_its_row(tmp_path: Path) -> None:
+    (found,) = meds3.solved(write(tmp_path / "trees.json", [{**TREE, "pos": [[["Look.", "0.5", 1]]], "neg": []}]))
+    assert [(row.source, row.error) for row in found.solutions[0].labels] == [
+        ("tree_search", "label_value: values of tree_search must lie between 0 and 1: ['0.5']"),
+        ("monte_carlo", None),
+    ]
 
 
 def test_meds3s_evaluation_files(tmp_path: Path) -> None:
@@ -172,6 +337,9 @@ def test_medxpertqa(tmp_path: Path) -> None:
     ]
     assert [image.uri for image in data.images] == [f"{tmp_path}/images/a.jpeg"]
     assert bracketed("") == []
+    (tmp_path / "in.jsonl").write_text('{"question": "Which?", "label": ["B"]}\n\n{"question": null, "label": ["B"]}\n')
+    with pytest.raises(TableError, match=r"in\.jsonl line 3: question must be text, not null"):
+        medxpertqa.read(Request(path=str(tmp_path)))
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"the real data sets are not at {REAL}")

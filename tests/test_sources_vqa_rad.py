@@ -59,8 +59,10 @@ def test_faults_name_file_and_field(tmp_path: Path) -> None:
     del bad["answer"]
     with pytest.raises(TableError, match=r"testset\.json entry 1: the field 'answer' is missing"):
         read(folder(tmp_path, [entry()], [entry(), bad]))
-    with pytest.raises(TableError, match="entry 0: expected an object with the fields"):
+    with pytest.raises(TableError, match="entry 0: it must be an object, not 'text'"):
         read(folder(tmp_path, ["text"], []))
+    with pytest.raises(TableError, match="entry 0: question must be text, not null"):
+        read(folder(tmp_path, [entry(question=None)], []))
     with pytest.raises(TableError, match="must hold a list of questions, got dict"):
         read(folder(tmp_path, {}, []))
     (tmp_path / "trainset.json").write_text('[{"qid": 1,')
@@ -82,6 +84,11 @@ def test_documents_come_from_a_jsonl_file(tmp_path: Path) -> None:
     path.write_text('{"title": "A", "text": "one"}\n{"title": "A"}\n')
     with pytest.raises(TableError, match=r"guides\.jsonl line 2: the field 'text' is missing; it has \['title'\]"):
         read_documents(str(path))
+    path.write_text('{"title": null, "text": "one\u2028two"}\n{"title": "A", "text": null}\n')
+    with pytest.raises(TableError, match=r"guides\.jsonl line 2: text must be text, not null"):
+        read_documents(str(path))
+    path.write_text('{"title": null, "text": "one\u2028two"}\n')
+    assert read_documents(str(path)) == [SourceDocument(corpus="guides", title="", text="one\u2028two")]
     path.write_text("{oops\n")
     with pytest.raises(TableError, match=r"guides\.jsonl line 1 is not valid JSON"):
         read_documents(str(path))

@@ -300,6 +300,25 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(TableError, match="No space left on device.*What is written so far is kept"):
         table.write_part(vectors("b"), "item_id")
     assert table.done_ids() == {"a"}
+    assert not list(Path(table.path).glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ("", "Expecting value: line 1 column 1 (char 0)"),
+        ("[]", "medmm_ray.tables.Manifest() argument after ** must be a mapping, not list"),
+        (
+            '{"name": "v"}',
+            "Manifest.__init__() missing 3 required keyword-only arguments: 'fingerprint', 'config', and",
+        ),
+    ],
+)
+def test_a_manifest_that_is_none_is_named(tmp_path: Path, content: str, fault: str) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(TableError) as caught:
+        Table(str(tmp_path), Vector).manifest()
+    assert str(caught.value).startswith(f"{tmp_path}/manifest.json is no manifest ({fault}")
 
 
 def test_foreign_parquet_in_the_folder_is_named(tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ import json
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Any, Protocol
 from weakref import WeakValueDictionary
 
 from pyarrow import fs as pafs
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from medmm_ray.config import ConfigError
 from medmm_ray.engines.answers import Answer, AnswerStore
@@ -101,15 +102,30 @@ class Gateway(Protocol):
     async def stop(self, message: str) -> None: ...
 
 
+Dollars = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 @dataclass
 class Ledger:
     """US dollars and calls so far; `epoch` counts the gates that kept this ledger, one after the other."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
     epoch: int = 0
-    spent: float = 0.0
+    spent: Dollars = 0.0
     answers: int = 0
-    possibly_paid: float = 0.0
+    possibly_paid: Dollars = 0.0
     lost_calls: int = 0
+
+
+@dataclass
+class _Stored(Ledger):
+    """The ledger's file: beside the ledger sender, calls in flight, group, key and dollars of each open lease."""
+
+    reserved: list[tuple[str, int, str, str, Dollars]] = field(default_factory=list)
+
+
+_STORED = TypeAdapter(_Stored)
 
 
 @dataclass(frozen=True)
@@ -386,13 +402,17 @@ class Gate:
         with self.fs.open_input_stream(self.path, compression=None) as stream:
             content = stream.read()
         try:
-            stored: dict[str, Any] = json.loads(content)
-        except ValueError:
-            raise TableError(
-                f"{self.path} is damaged ({len(content)} bytes that are no JSON). Restore it from a copy, or delete "
-                "it: the answers stay, but what was spent so far no longer counts against max_cost_usd"
-            ) from None
-        return stored
+            return asdict(_STORED.validate_json(content))
+        except ValidationError as error:
+            fault = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in fault["loc"])
+        what = f"{where}: {fault['msg']}" if where else fault["msg"]
+        if fault["type"] == "json_invalid":
+            what = f"{len(content)} bytes that are no JSON"
+        raise TableError(
+            f"{self.path} is damaged ({what}). Restore it from a copy, or delete it: the answers stay, but "
+            "what was spent so far no longer counts against max_cost_usd"
+        )
 
     def _content(self) -> bytes:
         reserved = [[o.sender, o.in_flight, o.ask.group, o.ask.key, o.ask.dollars] for o in self._out.values()]

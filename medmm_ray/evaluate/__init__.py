@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from medmm_ray.config import Config, execution, identity
+from medmm_ray.config import Config, Split, execution, identity
 from medmm_ray.evaluate.accuracy import accuracy, by_column, by_decoder
 from medmm_ray.evaluate.cases import ARMS, Case, LogOdds, Row, make_cases, of_questions, samples, step_log_odds
 from medmm_ray.evaluate.examples import choose_examples
@@ -31,7 +31,7 @@ __all__ = ["EvaluateConfig", "environment", "evaluate", "step_entries"]
 
 
 class EvaluateConfig(Config):
-    split: str = "test"
+    split: Split = "test"
     """The split that is measured."""
     ns: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     """Numbers of samples N; those above what was sampled fall away."""

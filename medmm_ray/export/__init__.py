@@ -25,7 +25,7 @@ from medmm_ray.engines.images import read_bytes
 from medmm_ray.export.card import card
 from medmm_ray.records import Evidence, Image, Labels, Question, Solution, arrow_schema, from_dict
 from medmm_ray.sources.medmm import entry
-from medmm_ray.tables import RowError, Table, filesystem, write_file
+from medmm_ray.tables import Artifact, RowError, Table, filesystem, write_file
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class Bundle:
 def export(tables: Tables, config: ExportConfig, made_by: Mapping[str, Any]) -> dict[str, int]:
     """Write the dataset; gives counts. `made_by` (step -> its manifest's figures) goes into the card.
 
-    Raises ConfigError for a folder that is not empty or a name missing.
+    Raises ConfigError for a folder that is not empty or a name missing, TableError for one that cannot be written.
     """
     folder = _empty_folder(config.to)
     counts: Counter[str] = Counter()
@@ -100,9 +100,9 @@ def _empty_folder(to: str) -> str:
     if not to:
         raise ConfigError("'to' is required: the folder to write to, e.g. to=exports/mine")
     fs, path = filesystem(to)
-    if fs.get_file_info(pafs.FileSelector(path, allow_not_found=True)):
+    if fs.get_file_info(path).is_file or fs.get_file_info(pafs.FileSelector(path, allow_not_found=True)):
         raise ConfigError(f"{to} is not empty; an export never mixes with other files. Name a new folder (to=...)")
-    fs.create_dir(path, recursive=True)
+    Artifact(to).prepare()
     return to.rstrip("/")
 
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from medmm_ray.config import execution
+from medmm_ray.config import Splits, execution
 from medmm_ray.engines.client import ApiConfig
 from medmm_ray.engines.generator import GeneratorConfig
 
@@ -16,7 +16,7 @@ class JudgeConfig(GeneratorConfig, ApiConfig):
     """phantom: the source's truth with errors; vllm: a model in the actor; gemini, openai: an API of that kind."""
     model: str | None = None
     """gemini, openai: the model's name. vllm: a checkpoint as in models, null takes the run's own policy."""
-    splits: tuple[str, ...] = ("train", "validation", "test")
+    splits: Splits = ("train", "validation", "test")
     """Splits whose solutions are judged."""
     max_solutions: int | None = Field(None, ge=1)
     """Most solutions of a question that are judged, the first ones with different steps; null: all."""

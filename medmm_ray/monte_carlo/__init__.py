@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
-from medmm_ray.config import digest, identity
+from medmm_ray.config import Splits, digest, identity
 from medmm_ray.engines.generator import (
     MAX_DRAWS,
     Completion,
@@ -68,7 +68,7 @@ class MonteCarloConfig(GeneratorConfig):
     """uncertain: the steps in which the judge's confidence is low, or two judges differ; all: every step (VisualPRM);
     first_error: a binary search for the first wrong step (OmegaPRM); verify: the two steps around the judge's first
     wrong one."""
-    splits: tuple[str, ...] = ("train",)
+    splits: Splits = ("train",)
     """Splits whose solutions are continued."""
     max_solutions: int | None = Field(None, ge=1)
     """Most solutions of a question that are looked at, the first by index; null takes all."""

@@ -53,7 +53,7 @@ def frozen(uri: str, name: str) -> list[Verdict]:
     if fs.get_file_info(path).type != pafs.FileType.File:
         raise TableError(f"{path} does not exist: python -m jobs.review_page recipe.yaml --export writes an export")
     with fs.open_input_stream(path) as stream:
-        verdicts = parse(stream.read())
+        verdicts = parse(stream.read(), path)
     if digest([asdict(verdict) for verdict in verdicts]) != name:
         raise TableError(f"{path} is not what was exported: its content has another hash. Export again")
     return verdicts

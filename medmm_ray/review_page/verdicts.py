@@ -2,7 +2,8 @@
 
 On a local disk a reader's verdicts are lines of one file, each flushed to the disk before `append` returns; on an
 object store each is an object of its own. A kill loses nothing that was acknowledged: at most the line that was being
-written is torn, and a torn line is no JSON and is skipped.
+written is torn; it is no JSON and is skipped, and the next verdict takes its number. A line that is no JSON and whose
+number is missing was acknowledged and is damaged: that is a fault, as is a line that is no verdict.
 """
 
 import fcntl
@@ -11,8 +12,10 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 from pyarrow import fs as pafs
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
 from medmm_ray.tables import TableError, filesystem, write_file
 
@@ -24,6 +27,15 @@ DIFFICULTIES = ("easy", "medium", "hard")
 LOCK = ".lock"
 
 
+def _one_of(*words: str) -> AfterValidator:
+    def check(word: str) -> str:
+        if word not in words:
+            raise ValueError(f"must be one of {', '.join(words)}")
+        return word
+
+    return AfterValidator(check)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
     """One reader's word on one item. `number` counts the reader's verdicts from 1, `seen` hashes what was read.
@@ -32,18 +44,23 @@ class Verdict:
     `faults` belong to a wrong step; `answer_right` and `difficulty` to a question.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
     reader: str
     number: int
     item_id: str
     seen: str
-    verdict: str
+    verdict: Annotated[str, _one_of(*dict.fromkeys((*STEP_VERDICTS, *QUESTION_VERDICTS, WITHDRAWN)))]
     adjudicates: bool = False
-    faults: list[str] = field(default_factory=list)
+    faults: list[Annotated[str, _one_of(*FAULTS)]] = field(default_factory=list)
     answer_right: bool | None = None
-    difficulty: str | None = None
+    difficulty: Annotated[str, _one_of(*DIFFICULTIES)] | None = None
     feedback: str = ""
     seconds: float = 0.0
     at: str = ""
+
+
+_LINE = TypeAdapter(Verdict)
 
 
 class VerdictLog:
@@ -84,25 +101,47 @@ class VerdictLog:
             write_file(self.fs, f"{self.path}/{verdict.reader}/{verdict.number:08d}.json", line)
 
     def read(self) -> list[Verdict]:
-        """All verdicts, by reader and number."""
+        """All verdicts, by reader and number; a `TableError` names the file and the line that is none."""
         selector = pafs.FileSelector(self.path, recursive=not self.is_local, allow_not_found=True)
         found = []
         for info in self.fs.get_file_info(selector):
-            if info.type == pafs.FileType.File and info.extension in ("json", "jsonl"):
+            if info.type == pafs.FileType.File and info.extension == ("jsonl" if self.is_local else "json"):
                 with self.fs.open_input_stream(info.path) as stream:
-                    found += parse(stream.read())
+                    found += parse(stream.read(), info.path)
         return sorted(found, key=lambda verdict: (verdict.reader, verdict.number))
 
 
-def parse(content: bytes) -> list[Verdict]:
-    """The verdicts in the lines of a file; a line that a kill tore is no verdict."""
-    found = []
-    for line in content.split(b"\n"):
-        try:
-            found.append(Verdict(**json.loads(line)))
-        except (json.JSONDecodeError, UnicodeDecodeError):
+def parse(content: bytes, where: str) -> list[Verdict]:
+    """The verdicts in the lines of the file `where`, without what a kill tore; a `TableError` names a line at fault."""
+    found: list[Verdict] = []
+    torn = 0
+    for number, line in enumerate(content.split(b"\n"), 1):
+        verdict = _verdict(line, f"{where} line {number}") if line else None
+        if verdict is None:
+            torn = torn or (number if line else 0)
             continue
+        before = found[-1].number if found and found[-1].reader == verdict.reader else 0
+        if torn and verdict.number > before + 1:
+            raise TableError(
+                f"{where} line {torn} is no JSON, and {verdict.reader}'s verdict {before + 1} is missing: the line is "
+                "damaged. Restore the file from a copy, or write that verdict's line anew"
+            )
+        torn = 0
+        found.append(verdict)
     return found
+
+
+def _verdict(line: bytes, where: str) -> Verdict | None:
+    """A line's verdict; None for what is no JSON."""
+    try:
+        return _LINE.validate_json(line)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+    if fault["type"] == "json_invalid":
+        return None
+    field = ".".join(str(part) for part in fault["loc"])
+    due = fault["msg"].removeprefix("Value error, ")
+    raise TableError(f"{where} is no verdict: {f'{field!r}: ' if field else ''}{due}. Mend the line, or delete it")
 
 
 def _append_line(path: Path, line: bytes) -> None:

@@ -12,14 +12,16 @@ import json
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar, cast
 
 import PIL.Image
 from pyarrow import fs as pafs
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from medmm_ray.config import ConfigError
 from medmm_ray.records import RetrievedImage, StepLabel
 from medmm_ray.tables import TableError, filesystem
+from medmm_ray.text import LETTERS
 
 if TYPE_CHECKING:
     from medmm_ray.sources.phantom import Hardness
@@ -168,17 +170,28 @@ def load_solved(name: str) -> SolvedSource:
 
 
 def stream_json(uri: str) -> Iterator[Any]:
-    """The entries of a file with one JSON list, one by one; a `ConfigError` names the file and the fault."""
+    """The entries of a file with one JSON list, one by one; a `ConfigError` names the file and the fault.
+
+    A list of nothing is a fault too: what holds no list (an object, JSON lines) reads like one.
+    """
     import ijson
 
     fs, path = filesystem(uri)
     if fs.get_file_info(path).type != pafs.FileType.File:
         raise ConfigError(f"{uri} does not exist; check `path` of the ingest section")
+    found = False
     with fs.open_input_stream(path) as stream:
         try:
-            yield from ijson.items(stream, "item", use_float=True)
+            for entry in ijson.items(stream, "item", use_float=True):
+                found = True
+                yield entry
         except ijson.JSONError as error:
             raise ConfigError(f"{uri} is not a valid JSON list: {error}") from None
+    if not found:
+        raise ConfigError(
+            f"{uri} has no entry: expected one JSON list of objects, [{{...}}, {{...}}], and neither an object around "
+            "it nor an object a line"
+        )
 
 
 def files_at(uri: str, ending: str = ".json") -> list[str]:
@@ -227,25 +240,92 @@ def read_documents(uri: str) -> list[SourceDocument]:
     if not uri:
         return []
     corpus = uri.rstrip("/").rsplit("/", 1)[-1].partition(".")[0]
-    documents = []
-    for number, line in enumerate(read_text(uri).splitlines(), 1):
+    return [
+        SourceDocument(corpus=corpus if row.corpus is None else row.corpus, title=row.title or "", text=row.text)
+        for row in read_jsonl(_Document, uri)
+    ]
+
+
+# Entries, checked
+
+
+class Entry(BaseModel):
+    """What a source reads of a record in its files, with types; fields without a name here are passed over."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+
+EntryT = TypeVar("EntryT", bound=Entry)
+# What pydantic calls a wrong type, in the words of a JSON file.
+_DUE = {
+    "string_type": "text",
+    "list_type": "a list",
+    "too_short": "a list with something in it",
+    "model_type": "an object",
+    "float_type": "a number",
+}
+
+
+def checked(entry: type[EntryT], row: Any, where: str) -> EntryT:
+    """`row` as an `entry`; a `TableError` names `where`, the first field at fault, and what was expected in it."""
+    try:
+        return entry.model_validate(row)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"]).lstrip(".")
+        if fault["type"] == "missing":
+            raise TableError(f"{where}: the field {field!r} is missing; it has {sorted(fault['input'])}") from None
+        due = _DUE.get(fault["type"]) or fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        raise TableError(f"{where}: {field or 'it'} must be {due}, not {_shown(fault['input'])}") from None
+
+
+def read_jsonl(entry: type[EntryT], uri: str) -> Iterator[EntryT]:
+    """The lines of a JSONL file that are not empty, each as an `entry`; a `TableError` names the line at fault."""
+    for number, line in enumerate(read_text(uri).split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise TableError(f"{uri} line {number} is not valid JSON: {error}") from None
-        require(row, ("title", "text"), f"{uri} line {number}")
-        documents.append(
-            SourceDocument(corpus=str(row.get("corpus", corpus)), title=str(row["title"]), text=str(row["text"]))
-        )
-    return documents
+        yield checked(entry, row, f"{uri} line {number}")
 
 
-def require(row: Any, columns: Sequence[str], where: str) -> None:
-    """Raise a `TableError` that names `where` and the columns that `row` lacks."""
-    if not isinstance(row, dict):
-        raise TableError(f"{where}: expected an object with the fields {list(columns)}, got {type(row).__name__}")
-    missing = [name for name in columns if name not in row]
-    if missing:
-        raise TableError(f"{where}: the field {missing[0]!r} is missing; it has {sorted(row)}")
+class _Document(Entry):
+    title: str | None
+    text: str
+    corpus: str | None = None
+
+
+def _shown(value: Any) -> str:
+    """A wrong value, without what a patient's text could be in."""
+    if value is None:
+        return "null"
+    if isinstance(value, str) and len(value) > 20:
+        return f"a text of {len(value)} characters"
+    return f"a {type(value).__name__}" if isinstance(value, (dict, list)) else repr(value)
+
+
+def _truth(value: Any) -> bool:
+    if value not in (0, 1, "0", "1"):
+        raise ValueError("0 or 1, true or false")
+    return value in (1, "1")
+
+
+def _texts(value: Any) -> Any:
+    return [] if value is None else [value] if isinstance(value, str) else value
+
+
+def _options(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if sorted(value) != list(LETTERS[: len(value)]):
+        raise ValueError(f"a list, or texts by their letters from A on; it has {sorted(value)}")
+    return [value[letter] for letter in sorted(value)]
+
+
+Truth = Annotated[bool, BeforeValidator(_truth)]
+Texts = Annotated[list[str], BeforeValidator(_texts)]
+"""A list of texts; one text is a list of one, null an empty one."""
+Options = Annotated[list[str], BeforeValidator(_options)]
+"""A list of texts, or an object {"A": text, "B": text, …}."""

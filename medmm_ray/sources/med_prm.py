@@ -1,7 +1,8 @@
 """Med-PRM's own training and test files: questions with solutions and step labels of every kind (Yun et al. 2025).
 
 `path` is a JSON list, or a folder of them; a file with "test" in its name holds test questions. An entry is a question
-with ``solutions``, as the authors published it, or one flattened solution, as reviewers of the set pass it on.
+with ``solutions``, as the authors published it, or one flattened solution, as reviewers of the set pass it on. Options
+are a list, an object by their letters (MedQA's files), or lettered lines.
 
 A solution's steps are what its tags (" ки") end; labels must be as many, else their row is an error ``label_count``
 that quotes them. prm_gemini_label is the judge's, prm_llama_label a second judge's (source ``judge_llama``, which no
@@ -13,10 +14,14 @@ answer, and were asked about wrong solutions only: a right one has all steps rig
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
 
 from medmm_ray.records import StepLabel
 from medmm_ray.sources import (
+    Entry,
+    Options,
     Request,
     Solved,
     SourceData,
@@ -24,9 +29,11 @@ from medmm_ray.sources import (
     SourceLabels,
     SourceQuestion,
     SourceSolution,
+    Texts,
+    Truth,
+    checked,
     files_at,
     read_documents,
-    require,
     stream_json,
 )
 from medmm_ray.tables import RowError
@@ -35,10 +42,41 @@ from medmm_ray.text import TAG, one_line, split_steps
 JUDGES = {"prm_gemini_label": ("judge", "gemini"), "prm_llama_label": ("judge_llama", "llama")}
 UNJUDGED = "unjudged"
 HARD, SOFT = "prm_hard_label", "prm_soft_label"
-TEXTS = ("prm_processed_solution", "full_solution")
 
-_OPTION = re.compile(r"^\s*\(?[A-Z][.)]\s*(.*)$", re.MULTILINE)
+_OPTION = re.compile(r"^\s*\(?([A-Z])[.)]\s*(.*)$", re.MULTILINE)
 _TAG = re.compile(rf"\s*{TAG.strip()}(?!\w)\s*")
+
+
+def _lettered(value: Any) -> Any:
+    return dict(_OPTION.findall(value)) if isinstance(value, str) else value
+
+
+class _Solution(Entry):
+    solution: str | None = None
+    prm_processed_solution: str | None = None
+    full_solution: str | None = None
+    answer: str | None = None
+    model_answer: str | None = None
+    score: Truth | None = None
+    orm_label: Truth | None = None
+    is_correct: Truth | None = None
+    prm_gemini_label: Any = None  # labels at fault are an error of their row, not of the file
+    prm_llama_label: Any = None
+    prm_hard_label: Any = None
+    prm_soft_label: Any = None
+
+
+class _Question(_Solution):
+    question_id: Any
+    question: str
+    options: Annotated[Options, BeforeValidator(_lettered)]
+    correct_answer: str
+    related_docs: Texts = Field(default_factory=list)
+    solutions: list[_Solution] = Field(default_factory=list)
+
+    @property
+    def solved(self) -> Sequence[_Solution]:
+        return self.solutions if "solutions" in self.model_fields_set else [self]
 
 
 def read(request: Request) -> SourceData:
@@ -46,7 +84,7 @@ def read(request: Request) -> SourceData:
     questions, documents = [], {}
     for name, split, row in _entries(request):
         questions.append(_question(name, split, row))
-        documents.update(dict.fromkeys(row.get("related_docs") or ()))
+        documents.update(dict.fromkeys(row.related_docs))
     own = [SourceDocument(corpus="med_prm", title="", text=text) for text in documents]
     return SourceData(questions=questions, documents=[*own, *read_documents(request.documents_path)])
 
@@ -54,51 +92,47 @@ def read(request: Request) -> SourceData:
 def solved(request: Request) -> Iterator[Solved]:
     """Each question's solutions with their labels, and its documents in the order of the file."""
     for _, _, row in _entries(request):
-        gold = str(row["correct_answer"]).strip()
-        solutions = row.get("solutions", [row])
-        yield Solved(solutions=[_solution(s, gold) for s in solutions], documents=row.get("related_docs") or ())
+        gold = row.correct_answer.strip()
+        yield Solved(solutions=[_solution(s, gold) for s in row.solved], documents=row.related_docs)
 
 
-def _entries(request: Request) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _entries(request: Request) -> Iterator[tuple[str, str, _Question]]:
     limits = {"train": request.num_train, "test": request.num_test}
     seen = {"train": 0, "test": 0}
     for uri in files_at(request.path):
         file = uri.rstrip("/").rpartition("/")[2]
         split = "test" if "test" in file else "train"
-        for number, row in enumerate(stream_json(uri)):
-            require(row, ("question_id", "question", "options", "correct_answer"), f"{uri} entry {number}")
+        for number, found in enumerate(stream_json(uri)):
+            row = checked(_Question, found, f"{uri} entry {number}")
             limit = limits[split]
             if limit is None or seen[split] < limit:
                 seen[split] += 1
                 yield f"{file}-{number}", split, row
 
 
-def _question(name: str, split: str, row: Mapping[str, Any]) -> SourceQuestion:
-    options = row["options"]
-    if isinstance(options, str):
-        options = _OPTION.findall(options)
+def _question(name: str, split: str, row: _Question) -> SourceQuestion:
     return SourceQuestion(
         name=name,
         split=split,
         modality="clinical",
-        question=str(row["question"]).strip(),
-        options=[str(option).strip() for option in options],
-        answer=str(row["correct_answer"]),
-        answer_type="choice" if options else "open",
+        question=row.question.strip(),
+        options=[option.strip() for option in row.options],
+        answer=row.correct_answer,
+        answer_type="choice" if row.options else "open",
     )
 
 
-def _solution(row: Mapping[str, Any], gold: str) -> SourceSolution:
-    processed = next((str(row[name]) for name in TEXTS if row.get(name)), "")
-    text = str(row.get("solution") or _TAG.sub(" ", processed).strip())
+def _solution(row: _Solution, gold: str) -> SourceSolution:
+    processed = row.prm_processed_solution or row.full_solution or ""
+    text = row.solution or _TAG.sub(" ", processed).strip()
     steps = tagged_steps(processed) if processed else split_steps(text)[1]
-    answer = row.get("answer", row.get("model_answer")) or None
-    right = next((bool(row[name]) for name in ("score", "orm_label", "is_correct") if row.get(name) is not None), None)
+    answer = (row.answer if "answer" in row.model_fields_set else row.model_answer) or None
+    right = next((said for said in (row.score, row.orm_label, row.is_correct) if said is not None), None)
     if answer is None:
         right = None
     elif right is None:
         right = answer == gold
-    labels = list(_labels(row, len(steps), right))
+    labels = list(_labels(row.model_dump(include={*JUDGES, HARD, SOFT}), len(steps), right))
     return SourceSolution(text=text, steps=steps, answer=answer, correct=right, labels=labels)
 
 
@@ -115,15 +149,18 @@ def tagged_steps(text: str) -> list[str]:
 def _labels(row: Mapping[str, Any], num_steps: int, right: bool | None) -> Iterator[SourceLabels]:
     for name, (source, annotator) in JUDGES.items():
         if row.get(name) is not None:
-            made = _row(source, UNJUDGED if right and all(row[name]) else annotator, num_steps, {name: row[name]})
+            unseen = right and row[name] == [1] * num_steps
+            made = _row(source, UNJUDGED if unseen else annotator, num_steps, {name: row[name]})
             yield replace(made, saw_answer=True)
     if row.get(HARD) is not None or row.get(SOFT) is not None:
         yield _row("monte_carlo", "med_prm", num_steps, {n: row[n] for n in (HARD, SOFT) if row.get(n) is not None})
 
 
-def _row(source: str, annotator: str, num_steps: int, found: Mapping[str, Sequence[float]]) -> SourceLabels:
+def _row(source: str, annotator: str, num_steps: int, found: Mapping[str, Any]) -> SourceLabels:
     try:
         for name, values in found.items():
+            if not isinstance(values, list) or not all(isinstance(value, (int, float)) for value in values):
+                raise RowError("label_value", f"{name} must be a list of numbers from 0 to 1, not {values!r}")
             if len(values) != num_steps:
                 raise RowError("label_count", f"{name} has {len(values)} labels for {num_steps} steps: {values}")
             if not all(0 <= value <= 1 and (name == SOFT or value in (0, 1)) for value in values):

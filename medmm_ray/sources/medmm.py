@@ -11,11 +11,15 @@ list. The published format knows no trees: an entry's `tree_solutions`, and a so
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
-from medmm_ray.config import digest
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+
+from medmm_ray.config import ConfigError, Split, digest
 from medmm_ray.records import Evidence, Labels, Question, RetrievedImage, Solution, StepLabel
 from medmm_ray.sources import (
+    Entry,
+    Options,
     Request,
     Solved,
     SourceData,
@@ -23,17 +27,69 @@ from medmm_ray.sources import (
     SourceLabels,
     SourceQuestion,
     SourceSolution,
+    Texts,
+    Truth,
+    checked,
     files_at,
     read_documents,
-    require,
     stream_json,
 )
 from medmm_ray.tables import RowError
 from medmm_ray.targets import merged
-from medmm_ray.text import TAG, tag_steps
+from medmm_ray.text import TAG, one_line, tag_steps
 
-COLUMNS = ("question_id", "data_source", "modality", "difficulty", "question", "options", "correct_answer", "solutions")
 ANNOTATOR = "published"
+
+
+def _numbered(processed: str) -> str:
+    processed = one_line(processed)
+    steps = processed_steps(processed)
+    if tag_steps(steps) != processed or _has_tag(steps):
+        raise ValueError(f"'Step 1: ...{TAG} Step 2: ...{TAG}', each step once and in turn")
+    return processed
+
+
+def _has_tag(steps: Sequence[str]) -> bool:
+    return any(TAG.strip() in step.split() for step in steps)
+
+
+class _Review(Entry):
+    expert_label: Any
+    feedback: Any
+
+
+class _Solution(Entry):
+    solution: str
+    prm_processed_solution: Annotated[str, AfterValidator(_numbered)]
+    answer: str | None
+    score: Truth
+    gemini_labels: Any  # labels at fault are an error of their row, not of the file
+    gemini_confidence: Any
+    monte_carlo_labels: Any
+    expert_review: _Review
+    tree_search_labels: Any = None
+    tree_search_values: Any = None
+
+
+class _Reference(Entry):
+    image_path: str
+    diagnosis: str
+    similarity: float
+
+
+class _Entry(Entry):
+    question_id: str
+    data_source: str
+    modality: str
+    difficulty: str
+    question: str
+    image_path: Texts = Field(default_factory=list)
+    options: Options
+    correct_answer: str
+    related_docs: Texts = Field(default_factory=list)
+    related_images: list[_Reference] | None = None
+    solutions: list[_Solution]
+    tree_solutions: list[_Solution] = Field(default_factory=list)
 
 
 def read(request: Request) -> SourceData:
@@ -52,41 +108,38 @@ def read(request: Request) -> SourceData:
 
 def solved(request: Request) -> Iterator[Solved]:
     for _, _, row in _entries(request):
-        yield solved_of(row)
+        yield _solved(row)
 
 
-def _entries(request: Request) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _entries(request: Request) -> Iterator[tuple[str, str, _Entry]]:
     for uri in files_at(request.path):
         folder, _, file = uri.rpartition("/")
         split = file.removesuffix(".json")
+        if split not in get_args(Split):
+            known = ", ".join(f"{name}.json" for name in get_args(Split))
+            raise ConfigError(f"{uri}: a file's name is the split of its questions, one of {known}")
         limit = {"train": request.num_train, "test": request.num_test}.get(split)
         for number, row in enumerate(stream_json(uri)):
             if number == limit:
                 break
-            require(row, COLUMNS, f"{uri} entry {number}")
-            yield folder, split, row
+            yield folder, split, checked(_Entry, row, f"{uri} entry {number}")
 
 
-def _question(folder: str, split: str, row: Mapping[str, Any]) -> SourceQuestion:
-    options, answer = row["options"], row["correct_answer"]
+def _question(folder: str, split: str, row: _Entry) -> SourceQuestion:
+    answer = row.correct_answer
     return SourceQuestion(
-        name=row["question_id"],
-        question_id=row["question_id"],
-        source=row["data_source"],
+        name=row.question_id,
+        question_id=row.question_id,
+        source=row.data_source,
         split=split,
-        modality=row["modality"],
-        difficulty=row["difficulty"],
-        question=row["question"],
-        options=options,
+        modality=row.modality,
+        difficulty=row.difficulty,
+        question=row.question,
+        options=row.options,
         answer=answer,
-        answer_type="choice" if options else "yes_no" if answer in ("yes", "no") else "open",
-        images=[path if "://" in path or path.startswith("/") else f"{folder}/{path}" for path in image_paths(row)],
+        answer_type="choice" if row.options else "yes_no" if answer in ("yes", "no") else "open",
+        images=[path if "://" in path or path.startswith("/") else f"{folder}/{path}" for path in row.image_path],
     )
-
-
-def image_paths(row: Mapping[str, Any]) -> list[str]:
-    path = row.get("image_path")
-    return [] if path is None else [path] if isinstance(path, str) else path
 
 
 # An entry
@@ -131,7 +184,7 @@ def entry(
 
 def _solution(solution: Solution, labels: Sequence[Labels]) -> dict[str, Any]:
     processed = tag_steps(solution.steps)
-    if processed_steps(processed) != solution.steps:
+    if processed_steps(processed) != solution.steps or _has_tag(solution.steps):
         raise RowError("steps_unreadable", f"a step of {solution.solution_id} holds white space or marks of its own")
     judge, monte_carlo, expert, tree = (
         _chosen(labels, source) for source in ("judge", "monte_carlo", "expert", "tree_search")
@@ -181,45 +234,68 @@ def processed_steps(processed: str) -> list[str]:
 
 def solved_of(row: Mapping[str, Any]) -> Solved:
     """What an entry says of a question, besides the question."""
+    return _solved(checked(_Entry, row, "the entry"))
+
+
+def _solved(row: _Entry) -> Solved:
     return Solved(
-        solutions=[_read_solution(solution) for solution in row["solutions"]],
-        tree_solutions=[_read_solution(solution) for solution in row.get("tree_solutions", ())],
-        documents=row.get("related_docs") or (),
+        solutions=[_read_solution(solution) for solution in row.solutions],
+        tree_solutions=[_read_solution(solution) for solution in row.tree_solutions],
+        documents=row.related_docs,
         images=[
             RetrievedImage(
-                image_id=f"im{digest(image['image_path'])}",
-                uri=image["image_path"],
-                diagnosis=image["diagnosis"],
-                similarity=image["similarity"],
+                image_id=f"im{digest(image.image_path)}",
+                uri=image.image_path,
+                diagnosis=image.diagnosis,
+                similarity=image.similarity,
             )
-            for image in row.get("related_images") or ()
+            for image in row.related_images or ()
         ],
     )
 
 
-def _read_solution(row: Mapping[str, Any]) -> SourceSolution:
-    steps = processed_steps(row["prm_processed_solution"])
-    review = row["expert_review"]
+def _read_solution(row: _Solution) -> SourceSolution:
+    steps = processed_steps(row.prm_processed_solution)
     columns = {
-        "judge": {"label": row["gemini_labels"], "confidence": row["gemini_confidence"]},
-        "monte_carlo": {"label": row["monte_carlo_labels"]},
-        "expert": {"label": review["expert_label"], "reason": review["feedback"]},
-        "tree_search": {"label": row.get("tree_search_labels"), "value": row.get("tree_search_values")},
+        "judge": {"label": row.gemini_labels, "confidence": row.gemini_confidence},
+        "monte_carlo": {"label": row.monte_carlo_labels},
+        "expert": {"label": row.expert_review.expert_label, "reason": row.expert_review.feedback},
+        "tree_search": {"label": row.tree_search_labels, "value": row.tree_search_values},
     }
     return SourceSolution(
-        text=row["solution"],
+        text=row.solution,
         steps=steps,
-        answer=row["answer"],
-        correct=None if row["answer"] is None else bool(row["score"]),
+        answer=row.answer,
+        correct=None if row.answer is None else row.score,
         labels=[_labels(source, found, len(steps)) for source, found in columns.items() if found["label"] is not None],
     )
 
 
-def _labels(source: str, columns: Mapping[str, Sequence[Any] | None], num_steps: int) -> SourceLabels:
-    found = {name: values if values is not None else [None] * num_steps for name, values in columns.items()}
-    wrong = {name: values for name, values in found.items() if len(values) != num_steps}
-    if wrong:
-        error = RowError("label_count", f"{source} has other than {num_steps} entries for {num_steps} steps: {wrong}")
+_COLUMN: Mapping[str, tuple[str, TypeAdapter[list[Any]]]] = {
+    "label": ("1, 0 and null", TypeAdapter(list[Literal[1, 0] | None])),
+    "confidence": ("high, medium, low and null", TypeAdapter(list[Literal["high", "medium", "low"] | None])),
+    "value": ("numbers from 0 to 1 and null", TypeAdapter(list[Annotated[float, Field(ge=0, le=1)] | None])),
+    "reason": ("texts and null", TypeAdapter(list[str | None])),
+}
+
+
+def _labels(source: str, columns: Mapping[str, Any], num_steps: int) -> SourceLabels:
+    try:
+        found = {name: _column(source, name, values, num_steps) for name, values in columns.items()}
+    except RowError as error:
         return SourceLabels(source=source, annotator=ANNOTATOR, error=str(error))
     steps = [StepLabel(**dict(zip(found, values, strict=True))) for values in zip(*found.values(), strict=True)]
     return SourceLabels(source=source, annotator=ANNOTATOR, steps=steps)
+
+
+def _column(source: str, name: str, values: Any, num_steps: int) -> list[Any]:
+    if values is None:
+        return [None] * num_steps
+    holds, column = _COLUMN[name]
+    try:
+        found = column.validate_python(values, strict=True)
+    except ValidationError:
+        raise RowError("label_value", f"each {name} of {source} must be one of {holds}: {values!r}") from None
+    if len(found) != num_steps:
+        raise RowError("label_count", f"{source} has other than {num_steps} entries for {num_steps} steps: {values}")
+    return found

@@ -9,20 +9,23 @@ behind or around them, or dicts of the same names. The value after back-propagat
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, model_validator
 
 from medmm_ray.records import StepLabel
 from medmm_ray.sources import (
+    Entry,
     Request,
     Solved,
     SourceData,
     SourceLabels,
     SourceQuestion,
     SourceSolution,
+    checked,
     files_at,
     read_documents,
-    require,
     stream_json,
 )
 from medmm_ray.tables import RowError
@@ -31,6 +34,57 @@ from medmm_ray.text import LETTERS, extract_answer, join_steps, one_line
 _OPTION = re.compile(r"^\s*\(?([A-Z])[.)]\s+(.*)$")
 _MARK = re.compile(r"^\s*Step\s+\d+\s*:\s*")
 _STATED = re.compile(r"^The answer is (.+?)\.?$", re.IGNORECASE | re.DOTALL)
+
+
+class _Node(Entry):
+    step: str
+    value: Any = None  # values at fault are an error of their row, not of the file
+    rollout_value: Any = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, node: Any) -> Any:
+        if isinstance(node, list) and len(node) >= len(cls.model_fields):
+            return dict(zip(cls.model_fields, node, strict=False))
+        if not isinstance(node, dict):
+            raise ValueError("a node [step, value, rollout value], or an object of these names")
+        return node
+
+
+def _nodes(trajectory: Any) -> Any:
+    """The nodes of a trajectory in any of the three published forms, without the figures of the whole."""
+    if not isinstance(trajectory, list):
+        return trajectory
+    inner = trajectory[0] if trajectory and isinstance(trajectory[0], list) else trajectory
+    if inner and isinstance(inner[0], (list, dict)):
+        trajectory = inner
+    found = [node for node in trajectory if node is not None and not isinstance(node, (int, float))]
+    if not found:
+        raise ValueError("a list of nodes [step, value, rollout value]")
+    return found
+
+
+Trajectories = list[Annotated[list[_Node], BeforeValidator(_nodes)]]
+
+
+class _Tree(Entry):
+    question: str
+    answer: str
+    pos: Trajectories | None
+    neg: Trajectories | None
+
+
+class _Turn(Entry):
+    value: str
+
+
+class _Key(Entry):
+    answer: str
+
+
+class _Evaluation(Entry):
+    conversations: Annotated[list[_Turn], Field(min_length=1)]
+    eval: _Key
 
 
 def read(request: Request) -> SourceData:
@@ -42,33 +96,38 @@ def read(request: Request) -> SourceData:
 def solved(request: Request) -> Iterator[Solved]:
     """The trajectories of each question; an evaluation question has none."""
     for _, _, row in _entries(request):
-        _, options = lettered(_asked(row))
-        found = [(kind, trajectory) for kind in ("pos", "neg") for trajectory in row.get(kind) or ()]
-        yield Solved(solutions=[_solution(nodes(t), options, kind == "pos") for kind, t in found])
+        if isinstance(row, _Evaluation):
+            yield Solved()
+            continue
+        _, options = lettered(row.question)
+        right, wrong = (
+            [_solution(nodes, options, ends_right) for nodes in trajectories or ()]
+            for trajectories, ends_right in ((row.pos, True), (row.neg, False))
+        )
+        yield Solved(solutions=[*right, *wrong])
 
 
-def _entries(request: Request) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _entries(request: Request) -> Iterator[tuple[str, str, _Tree | _Evaluation]]:
     limits = {"train": request.num_train, "test": request.num_test}
     seen = {"train": 0, "test": 0}
     for uri in files_at(request.path):
         file = uri.rstrip("/").rpartition("/")[2]
-        for number, row in enumerate(stream_json(uri)):
+        for number, found in enumerate(stream_json(uri)):
             where = f"{uri} entry {number}"
-            split = "test" if "conversations" in row else "train"
-            require(row, ("conversations", "eval") if split == "test" else ("question", "answer", "pos", "neg"), where)
+            split = "test" if isinstance(found, dict) and "conversations" in found else "train"
+            row = checked(_Evaluation, found, where) if split == "test" else checked(_Tree, found, where)
             limit = limits[split]
             if limit is None or seen[split] < limit:
                 seen[split] += 1
                 yield f"{file}-{number}", split, row
 
 
-def _asked(row: Mapping[str, Any]) -> str:
-    return str(row["conversations"][0]["value"] if "conversations" in row else row["question"])
-
-
-def _question(name: str, split: str, row: Mapping[str, Any]) -> SourceQuestion:
-    question, options = lettered(_asked(row))
-    answer = str(row["eval"]["answer"] if split == "test" else row["answer"]).strip()
+def _question(name: str, split: str, row: _Tree | _Evaluation) -> SourceQuestion:
+    asked, answer = (
+        (row.conversations[0].value, row.eval.answer) if isinstance(row, _Evaluation) else (row.question, row.answer)
+    )
+    question, options = lettered(asked)
+    answer = answer.strip()
     stated = _STATED.match(answer)  # the trees' files say "The answer is B."
     return SourceQuestion(
         name=name,
@@ -103,37 +162,24 @@ def lettered(text: str) -> tuple[str, list[str]]:
     return text.strip(), []
 
 
-def nodes(trajectory: Sequence[Any]) -> list[tuple[str, float | None, float | None]]:
-    """A trajectory's steps, each with its value and its rollout value, in any of the three published forms."""
-    inner = trajectory[0] if trajectory and isinstance(trajectory[0], list) else trajectory
-    if inner and isinstance(inner[0], (list, dict)):
-        trajectory = inner
-    found = [step for step in trajectory if isinstance(step, (list, dict))]
-    return [
-        (step["step"], step.get("value"), step.get("rollout_value"))
-        if isinstance(step, dict)
-        else (step[0], *step[1:3])
-        for step in found
-    ]
-
-
-def _solution(
-    found: Sequence[tuple[str, float | None, float | None]], options: Sequence[str], right: bool
-) -> SourceSolution:
-    steps = [one_line(_MARK.sub("", text)) for text, _, _ in found]
+def _solution(nodes: Sequence[_Node], options: Sequence[str], right: bool) -> SourceSolution:
+    steps = [one_line(_MARK.sub("", node.step)) for node in nodes]
     text = join_steps(steps)
     return SourceSolution(
         text=text,
         steps=steps,
         answer=extract_answer(text, options),
         correct=right,
-        labels=[_labels("tree_search", [v for _, v, _ in found]), _labels("monte_carlo", [r for *_, r in found])],
+        labels=[
+            _labels("tree_search", [node.value for node in nodes]),
+            _labels("monte_carlo", [node.rollout_value for node in nodes]),
+        ],
     )
 
 
-def _labels(source: str, values: Sequence[float | None]) -> SourceLabels:
+def _labels(source: str, values: Sequence[Any]) -> SourceLabels:
     try:
-        if not all(value is None or 0 <= value <= 1 for value in values):
+        if not all(value is None or (isinstance(value, (int, float)) and 0 <= value <= 1) for value in values):
             raise RowError("label_value", f"values of {source} must lie between 0 and 1: {list(values)}")
     except RowError as error:
         return SourceLabels(source=source, annotator="meds3", error=str(error))

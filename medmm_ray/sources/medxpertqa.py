@@ -4,25 +4,42 @@
 ``Answer Choices:``; pictures lie in the folder's images/.
 """
 
-import json
 import re
-from collections.abc import Mapping
-from typing import Any
+from itertools import islice
+from typing import Annotated
+
+from pydantic import Field
 
 from medmm_ray.sources import (
+    Entry,
     Request,
     SourceData,
     SourceImage,
     SourceQuestion,
+    Texts,
     files_at,
     read_documents,
-    read_lines,
-    require,
+    read_jsonl,
 )
 from medmm_ray.text import LETTERS
 
 CHOICES = "\nAnswer Choices:"
 _OPTION = re.compile(r"\s*\(([A-Z])\) ")
+
+
+class _Option(Entry):
+    content: str
+
+
+class _Image(Entry):
+    image_path: str
+
+
+class _Row(Entry):
+    question: str
+    label: Annotated[Texts, Field(min_length=1)]
+    options: list[_Option] | None = None
+    images: list[_Image] | None = None
 
 
 def read(request: Request) -> SourceData:
@@ -31,10 +48,8 @@ def read(request: Request) -> SourceData:
     images: dict[str, SourceImage] = {}
     for uri in files_at(request.path, ".jsonl"):
         folder, _, file = uri.rpartition("/")
-        for number, line in enumerate(read_lines(uri)[: request.num_test], 1):
-            row = json.loads(line)
-            require(row, ("question", "label"), f"{uri} line {number}")
-            uris = [f"{folder}/images/{image['image_path']}" for image in row.get("images", ())]
+        for number, row in enumerate(islice(read_jsonl(_Row, uri), request.num_test), 1):
+            uris = [f"{folder}/images/{image.image_path}" for image in row.images or ()]
             questions.append(_question(f"{file}-{number}", row, uris))
             for image in uris:
                 images.setdefault(image, SourceImage(uri=image, split="test", modality="radiology"))
@@ -43,16 +58,15 @@ def read(request: Request) -> SourceData:
     )
 
 
-def _question(name: str, row: Mapping[str, Any], images: list[str]) -> SourceQuestion:
-    question, _, choices = str(row["question"]).partition(CHOICES)
-    given = row.get("options")
+def _question(name: str, row: _Row, images: list[str]) -> SourceQuestion:
+    question, _, choices = row.question.partition(CHOICES)
     return SourceQuestion(
         name=name,
         split="test",
         modality="radiology" if images else "clinical",
         question=question.strip(),
-        options=[str(option["content"]) for option in given] if given else bracketed(choices),
-        answer=str(row["label"][0]),
+        options=[option.content for option in row.options] if row.options else bracketed(choices),
+        answer=row.label[0],
         answer_type="choice",
         images=images,
     )

@@ -7,20 +7,23 @@ choices; a name is ``<set>/<id>``, as in the leaderboard's files of predictions.
 
 import csv
 import io
-import json
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
 
 from medmm_ray.sources import (
+    Entry,
+    Options,
     Request,
     SourceData,
     SourceQuestion,
+    checked,
     list_files,
     read_documents,
     read_json,
-    read_lines,
+    read_jsonl,
     read_text,
-    require,
 )
 from medmm_ray.text import LETTERS
 
@@ -35,6 +38,44 @@ MMLU = (
 JUDGED = ("yes", "no", "maybe")
 BIOASQ = ("Task7BGoldenEnriched", "Task8BGoldenEnriched", "Task9BGoldenEnriched", "Task10BGoldenEnriched",
           "Task11BGoldenEnriched")  # fmt: skip
+
+
+def _plain(judged: Any) -> Any:
+    return judged.strip().lower() if isinstance(judged, str) else judged
+
+
+Judged = Annotated[Literal["yes", "no", "maybe"], BeforeValidator(_plain)]
+
+
+class _MedQA(Entry):
+    question: str
+    options: Options
+    answer_idx: str
+
+
+class _MedMCQA(Entry):
+    id: str
+    question: str
+    opa: str
+    opb: str
+    opc: str
+    opd: str
+    cop: Annotated[int, Field(ge=1, le=4)]
+
+
+class _PubMedQA(Entry):
+    question: Annotated[str, Field(alias="QUESTION")]
+    final_decision: Judged
+
+
+class _Asked(Entry):
+    type: str
+
+
+class _YesNo(Entry):
+    id: str
+    body: str
+    exact_answer: Judged
 
 
 def read(request: Request) -> SourceData:
@@ -53,29 +94,31 @@ def _mmlu(folder: str) -> Iterator[SourceQuestion]:
 
 def _medqa(folder: str) -> Iterator[SourceQuestion]:
     uri = f"{folder}/medqa/data_clean/questions/US/4_options/phrases_no_exclude_test.jsonl"
-    for number, row in enumerate(_rows(uri, ("question", "options", "answer_idx"))):
-        yield _question(f"medqa/{number:04d}", row["question"], list(row["options"].values()), row["answer_idx"])
+    for number, row in enumerate(read_jsonl(_MedQA, uri)):
+        yield _question(f"medqa/{number:04d}", row.question, row.options, row.answer_idx)
 
 
 def _medmcqa(folder: str) -> Iterator[SourceQuestion]:
-    for row in _rows(f"{folder}/medmcqa/data/dev.json", ("id", "question", "opa", "opb", "opc", "opd", "cop")):
-        options = [row[f"op{letter}"] for letter in "abcd"]
-        yield _question(f"medmcqa/dev_{row['id']}", row["question"], options, LETTERS[row["cop"] - 1])
+    for row in read_jsonl(_MedMCQA, f"{folder}/medmcqa/data/dev.json"):
+        options = [row.opa, row.opb, row.opc, row.opd]
+        yield _question(f"medmcqa/dev_{row.id}", row.question, options, LETTERS[row.cop - 1])
 
 
 def _pubmedqa(folder: str) -> Iterator[SourceQuestion]:
     uri = f"{folder}/pubmedqa/data/test_set.json"
-    for name, row in read_json(uri).items():
-        require(row, ("QUESTION", "final_decision"), f"{uri} entry {name}")
-        yield _question(f"pubmedqa/{name}", row["QUESTION"], JUDGED, _letter(row["final_decision"]))
+    for name, found in read_json(uri).items():
+        row = checked(_PubMedQA, found, f"{uri} entry {name}")
+        yield _question(f"pubmedqa/{name}", row.question, JUDGED, LETTERS[JUDGED.index(row.final_decision)])
 
 
 def _bioasq(folder: str) -> Iterator[SourceQuestion]:
     for task in BIOASQ:
         for uri in list_files(f"{folder}/bioasq/{task}", ".json"):
-            for row in read_json(uri)["questions"]:
-                if row["type"] == "yesno":
-                    yield _question(f"bioasq/{row['id']}", row["body"], JUDGED[:2], _letter(row["exact_answer"]))
+            for number, found in enumerate(read_json(uri)["questions"]):
+                where = f"{uri} entry {number}"
+                if checked(_Asked, found, where).type == "yesno":
+                    row = checked(_YesNo, found, where)
+                    yield _question(f"bioasq/{row.id}", row.body, JUDGED[:2], LETTERS[JUDGED.index(row.exact_answer)])
 
 
 SETS: dict[str, Callable[[str], Iterator[SourceQuestion]]] = {
@@ -85,17 +128,6 @@ SETS: dict[str, Callable[[str], Iterator[SourceQuestion]]] = {
     "pubmedqa": _pubmedqa,
     "bioasq": _bioasq,
 }
-
-
-def _rows(uri: str, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(read_lines(uri), 1):
-        row = json.loads(line)
-        require(row, columns, f"{uri} line {number}")
-        yield row
-
-
-def _letter(judged: str) -> str:
-    return LETTERS[JUDGED.index(judged.strip().lower())]
 
 
 def _question(name: str, question: str, options: Any, answer: str) -> SourceQuestion:

@@ -5,14 +5,37 @@ file also occurs in its train file: curate with ``leakage: resplit`` or ``drop_t
 """
 
 import json
-from typing import Any
+from typing import Annotated, Any
 
-from medmm_ray.sources import Request, SourceData, SourceImage, SourceQuestion, read_documents, read_json, require
+from pydantic import BeforeValidator
+
+from medmm_ray.sources import (
+    Entry,
+    Request,
+    SourceData,
+    SourceImage,
+    SourceQuestion,
+    checked,
+    read_documents,
+    read_json,
+)
 from medmm_ray.tables import TableError
 
 FILES = {"train": "trainset.json", "test": "testset.json"}
-COLUMNS = ("qid", "image_name", "image_organ", "answer", "answer_type", "question")
 BODY_PARTS = {"CHEST": "chest", "ABD": "abdomen", "HEAD": "head"}
+
+
+def _number_in_words(answer: Any) -> Any:
+    return str(answer) if isinstance(answer, int) else answer
+
+
+class _Row(Entry):
+    qid: Any
+    image_name: str
+    image_organ: str
+    answer: Annotated[str, BeforeValidator(_number_in_words)]  # ten of the published ones are numbers
+    answer_type: str
+    question: str
 
 
 def read(request: Request) -> SourceData:
@@ -23,7 +46,7 @@ def read(request: Request) -> SourceData:
     questions: list[SourceQuestion] = []
     for split, name in FILES.items():
         for row in _rows(f"{folder}/{name}")[: limits[split]]:
-            uri = f"{folder}/images/{row['image_name']}"
+            uri = f"{folder}/images/{row.image_name}"
             questions.append(_question(row, split, uri))
             images.setdefault(uri, _image(row, split, uri))
     return SourceData(
@@ -31,34 +54,32 @@ def read(request: Request) -> SourceData:
     )
 
 
-def _rows(uri: str) -> list[dict[str, Any]]:
+def _rows(uri: str) -> list[_Row]:
     rows = read_json(uri)
     if not isinstance(rows, list):
         raise TableError(f"{uri} must hold a list of questions, got {type(rows).__name__}")
-    for number, row in enumerate(rows):
-        require(row, COLUMNS, f"{uri} entry {number}")
-    return rows
+    return [checked(_Row, row, f"{uri} entry {number}") for number, row in enumerate(rows)]
 
 
-def _image(row: dict[str, Any], split: str, uri: str) -> SourceImage:
-    organ = str(row["image_organ"]).strip().upper()
+def _image(row: _Row, split: str, uri: str) -> SourceImage:
+    organ = row.image_organ.strip().upper()
     return SourceImage(
         uri=uri,
         split=split,
         modality="radiology",
         diagnosis=BODY_PARTS.get(organ, organ.lower()),
-        annotation=json.dumps({"image_name": row["image_name"], "image_organ": organ}),
+        annotation=json.dumps({"image_name": row.image_name, "image_organ": organ}),
     )
 
 
-def _question(row: dict[str, Any], split: str, uri: str) -> SourceQuestion:
-    answer = str(row["answer"]).strip()
-    closed = str(row["answer_type"]).strip().upper() == "CLOSED" and answer.lower() in ("yes", "no")
+def _question(row: _Row, split: str, uri: str) -> SourceQuestion:
+    answer = row.answer.strip()
+    closed = row.answer_type.strip().upper() == "CLOSED" and answer.lower() in ("yes", "no")
     return SourceQuestion(
-        name=f"{split}-{row['qid']}",
+        name=f"{split}-{row.qid}",
         split=split,
         modality="radiology",
-        question=str(row["question"]).strip(),
+        question=row.question.strip(),
         answer=answer.lower() if closed else answer,
         answer_type="yes_no" if closed else "open",
         images=(uri,),

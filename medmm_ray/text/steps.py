@@ -40,8 +40,8 @@ def split_steps(text: str) -> tuple[str, list[str]]:
 
 
 def step_numbers(text: str) -> list[int]:
-    """The numbers that the marks of the steps carry, as written."""
-    return [int(mark.group(1)) for mark in _STEP.finditer(text)]
+    """The numbers that the marks of the steps carry, of longer ones than a step can have the first nine digits."""
+    return [int(mark.group(1)[:9]) for mark in _STEP.finditer(text)]
 
 
 def join_steps(steps: Sequence[str], preamble: str = "") -> str:

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from pydantic import Field
 
+from medmm_ray.config import Splits
 from medmm_ray.engines.generator import MAX_DRAWS
 from medmm_ray.records import StepLabel, TreeNode
 from medmm_ray.tree_search.writer import Action, Drawn, WriterConfig
@@ -23,7 +24,7 @@ UNVISITED = 5.0  # the UCB of a node without a visit
 class TreeSearchConfig(WriterConfig):
     """How trees grow; the defaults are MedS3's (its config trial5.json)."""
 
-    splits: tuple[str, ...] = ("train",)
+    splits: Splits = ("train",)
     """Splits whose questions are searched."""
     max_nodes: int = Field(60, ge=1)
     """A tree of so many nodes is not expanded any further; solutions that were begun are still finished."""

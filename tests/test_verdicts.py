@@ -41,7 +41,13 @@ def test_lines_that_fit(reply: str, labels: list[int], confidences: list[str | N
 
 
 @pytest.mark.parametrize(
-    "prose", ["{}", "Sure, as guideline [1] says, {{so}}: {} Best [2, 0] {{wishes}}.", "```\n{}\n```"]
+    "prose",
+    [
+        "{}",
+        "Sure, as guideline [1] says, {{so}}: {} Best [2, 0] {{wishes}}.",
+        "```\n{}\n```",
+        '<think>{{"steps": [1]}}, no</think>{}\n{{"steps": []}}',
+    ],
 )
 def test_json_that_fits(prose: str) -> None:
     [found] = verdicts(prose.format(json.dumps({"steps": THREE})), [[1, 2, 3]])

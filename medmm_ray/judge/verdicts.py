@@ -58,8 +58,12 @@ def _counted(reply: str, found: Any, numbers: Sequence[int]) -> list[Any]:
 
 
 def _listed(reply: str, name: str) -> list[Any] | None:
-    """The list `name` of the first JSON object in the text that has one; None without."""
+    """The list `name` of the last JSON object in the text that has one with entries: a draft stands before the answer.
+
+    None without one.
+    """
     decoder, end = json.JSONDecoder(), 0
+    found: list[Any] | None = None
     for match in islice(re.finditer(r"{", reply), TRIES):
         if match.start() < end:
             continue  # within an object that is no answer
@@ -67,10 +71,9 @@ def _listed(reply: str, name: str) -> list[Any] | None:
             value, end = decoder.raw_decode(reply, match.start())
         except (ValueError, RecursionError):  # not JSON; a number of 5,000 digits; 100,000 brackets
             continue
-        if isinstance(value.get(name), list):
-            found: list[Any] = value[name]
-            return found
-    return None
+        if isinstance(value.get(name), list) and value[name]:
+            found = value[name]
+    return found
 
 
 def _list(reply: str) -> Any:

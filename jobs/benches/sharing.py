@@ -14,9 +14,10 @@ import asyncio
 import json
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import model_validator
 from rich.console import Console
+from rich.progress import Progress
 
 from jobs.benches import Measured
 from medmm_ray.config import Config, digest, execution
@@ -37,6 +39,7 @@ from medmm_ray.judge.prompt import SYSTEM, Call, call_text, schema_of, shared_te
 from medmm_ray.metrics import cluster_bootstrap, kappa_of_counts
 from medmm_ray.session import session
 from medmm_ray.sources.phantom import Item, blind_work, generator, make_items, report, truth
+from medmm_ray.tables import RowError
 from medmm_ray.train.launch import fit
 from medmm_ray.train.loop import HISTORY, how_far
 from medmm_ray.train.policy import Encoded, PolicyConfig, PolicyStage, encode_chat
@@ -105,7 +108,7 @@ def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
         model = config.judge.model or taught_judge(config, f"{folder}/judge", console)
         asked = tell(config, "test", config.questions, config.solutions)
         with judges_of(config, model, folder) as judges:
-            counts = asyncio.run(all_judged(judges, config, asked))
+            counts = asyncio.run(all_judged(judges, config, asked, console))
         for per_call, counts_QSK in zip(config.per_call, counts, strict=True):
             yield from rows(config, per_call, counts[0], counts_QSK, console)
 
@@ -230,17 +233,30 @@ def judges_of(config: BenchConfig, model: str, folder: str) -> Iterator[list[Jud
         engine.shutdown()
 
 
-async def all_judged(judges: Sequence[Judge], config: BenchConfig, asked: Sequence[Told]) -> list[Floats]:
+async def all_judged(
+    judges: Sequence[Judge], config: BenchConfig, asked: Sequence[Told], console: Console
+) -> list[Floats]:
     """`judged` by one after another, in one event loop: it is the engine's."""
-    return [await judged(judge, config, asked) for judge in judges]
+    found = []
+    for per_call, judge in zip(config.per_call, judges, strict=True):
+        with Progress(console=console) as progress:
+            task = progress.add_task(f"solutions_per_call={per_call}, questions judged", total=len(asked))
+            found.append(await judged(judge, config, asked, partial(progress.advance, task)))
+    return found
 
 
-async def judged(judge: Judge, config: BenchConfig, asked: Sequence[Told]) -> Floats:
+async def judged(judge: Judge, config: BenchConfig, asked: Sequence[Told], done: Callable[[], object]) -> Floats:
     """Counts of each question's solutions: truth x verdict (wrong-wrong, wrong-right, right-wrong, right-right).
 
-    NaN where a solution has no verdicts.
+    NaN where a solution has no verdicts. `done` is called after each question.
     """
-    found = await asyncio.gather(*(judge.judge(one.case, one.solutions) for one in asked))
+
+    async def of(one: Told) -> list[Judgement | RowError]:
+        verdicts = await judge.judge(one.case, one.solutions)
+        done()
+        return verdicts
+
+    found = await asyncio.gather(*map(of, asked))
     counts_QSK = np.full((len(asked), config.solutions, 4), np.nan)
     for question, (one, verdicts) in enumerate(zip(asked, found, strict=True)):
         for solution, verdict in enumerate(verdicts):

@@ -63,7 +63,7 @@ def error_kind(error: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a complete table or artifact says of itself. `seconds` and `cost` (US dollars) are the last run's."""
+    """What a complete table or artifact says of itself. `seconds` are the last run's, `cost` (US dollars) its rows'."""
 
     name: str
     fingerprint: str
@@ -284,6 +284,7 @@ class Table(Artifact):
             "errors": Counter(kind for _, kind in own),
             "inherited": len(faults) - len(own),
             "figures": figures or {},
+            "cost": (pc.sum(rows.column("cost")).as_py() or 0.0) if "cost" in rows.column_names else 0.0,
             "hash": rows_hash(rows),
         }
         sink = pa.BufferOutputStream()
@@ -298,7 +299,7 @@ class Table(Artifact):
 
     def finish(
         self, origin: Origin, key: str, expected: Iterable[str], seconds: float, max_error_rate: float = 1.0,
-        cost: float = 0.0, figures: dict[str, float] | None = None,
+        figures: dict[str, float] | None = None,
     ) -> Manifest:  # fmt: skip
         """Check that each expected id left exactly once, then commit.
 
@@ -339,7 +340,7 @@ class Table(Artifact):
             schema_hash=digest([f"{f.name}:{f.type}:{f.nullable}" for f in self.schema]),
             content_hash=f"{sum(int(f['hash'], 16) for f in footers) % 2**128:032x}",
             errors=dict(errors),
-            cost=cost,
+            cost=sum(f["cost"] for f in footers),
         )
 
     def _example(self, parts: Mapping[str, Mapping[str, Any]], errors: Counter[str]) -> str:

@@ -244,7 +244,7 @@ def test_error_rate_above_the_limit_fails_with_counts_and_keeps_all_rows(tmp_pat
 def label_groups(*groups: tuple[str, int]) -> pa.Table:
     def label(question: str, i: int) -> dict[str, Any]:
         return {"question_id": question, "solution_id": f"{question}{i}", "source": "judge", "annotator": "m",
-                "steps": [{"label": 1}], "cost": 0.0, "saw_answer": False, "error": None}  # fmt: skip
+                "steps": [{"label": 1}], "cost": 0.25, "saw_answer": False, "error": None}  # fmt: skip
 
     rows = [{"question_id": q, "labels": [label(q, i) for i in range(n)]} for q, n in groups]
     schema = pa.schema([("question_id", pa.string()), ("labels", pa.list_(pa.struct(list(Table("x", Labels).schema))))])
@@ -257,7 +257,8 @@ def test_exploded_rows_keep_their_question_as_the_unit_of_resuming(uri: str) -> 
     table.write_part(label_groups(("p", 2), ("q", 0)), "question_id", explode="labels")
     table.write_part(label_groups(("r", 0)), "question_id", explode="labels")
     assert table.done_ids() == {"p", "q", "r"}
-    assert table.finish(ORIGIN, "question_id", "pqr", seconds=0).rows == 2
+    made = table.finish(ORIGIN, "question_id", "pqr", seconds=0)
+    assert (made.rows, made.cost) == (2, 0.5)
     assert sorted(table.to_arrow()["solution_id"].to_pylist()) == ["p0", "p1"]
 
 

@@ -203,6 +203,7 @@ class Recipe(Config):
     @classmethod
     def completed(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
         """The recipe's seed in every section that has one and does not set its own."""
+        values = super().completed(values)
         if not isinstance(values.get("seed"), int):  # not given, or a fault that is told once
             return values
         seeded = dict(values)

@@ -47,8 +47,15 @@ class Config(BaseModel):
 
     @classmethod
     def completed(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The values as given, with what follows from them; before they are validated."""
-        return values
+        """The values as given, over what the defaults of their sections set; before they are validated.
+
+        Of a section with the default ``Training(rate=1.0)`` that is given as ``{epochs: 2}``, the rate stays 1.0.
+        """
+        defaults = {name: info.default for name, info in cls.model_fields.items() if name in values}
+        sections = {
+            name: one.model_dump(exclude_unset=True) for name, one in defaults.items() if isinstance(one, Config)
+        }
+        return _merge(sections, values)
 
 
 def execution(default: T, *, ge: float | None = None, gt: float | None = None, le: float | None = None) -> T:

@@ -54,6 +54,18 @@ def test_recipe_extends_and_overrides(tmp_path: Path) -> None:
     assert recipe == Recipe(run="runs/small", sample=Sampling(temperature=1e-4, batch_size=2, steps=(2, 5)))
 
 
+def test_a_section_states_only_how_it_differs_from_its_own_default() -> None:
+    class Bench(Config):
+        sample: Sampling = Sampling(temperature=0.2, steps=(1, 4))
+        other: Sampling | None = None
+
+    made = load(Bench, None, ["sample.batch_size=2", "other.batch_size=3"])
+    assert made.sample == Sampling(temperature=0.2, steps=(1, 4), batch_size=2)
+    assert made.other == Sampling(batch_size=3)
+    with pytest.raises(ConfigError, match="'sample' is 5"):
+        load(Bench, None, ["sample=5"])
+
+
 def test_a_known_top_level_name_is_not_taken_for_the_sections() -> None:
     assert parse_overrides(["run=x", "k=1"], "sample", known=("run",)) == {"run": "x", "sample": {"k": 1}}
 

@@ -257,7 +257,8 @@ def test_a_policy_behind_an_api_is_asked_and_paid_once(tmp_path: Path) -> None:
 
         first = rows()
         assert len(server.requests) == 8
-        assert sum(row["cost"] for row in first) == pytest.approx(7 * (1000 * 1.0 + 100 * 10.0) / 1e6)
+        refused_too = 8 * (1000 * 1.0 + 100 * 10.0) / 1e6
+        assert sum(row["cost"] for row in first) == pytest.approx(refused_too)
         assert [count for row in first for count in row["rejected"]] == [{"kind": "refused", "count": 1}]
         assert sum(len(row["solutions"]) for row in first) == 7
         assert rows() == first

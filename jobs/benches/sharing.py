@@ -2,8 +2,9 @@
 
 The judge is a real one behind the real prompts, schemas and readers of `medmm_ray.judge`: ``judge.backend=gemini
 judge.model=...`` (or openai, or a vllm checkpoint); without a model, SmolLM2-135M, fine-tuned here on calls of all the
-measured sizes, equally many of each, and run by vLLM. What it judges are phantoms told in words, so that a model
-without eyes can know, and solutions of which a part of the steps is wrong; `phantom.truth` decides which.
+measured sizes, equally many of each (an hour on two busy cores), and run by vLLM. What it judges are phantoms told in
+words, so that a model without eyes can know, and solutions of which a part of the steps is wrong; `phantom.truth`
+decides which.
 
 κ is over the steps with something to check, of the solutions that both call sizes have verdicts on; the 95 % interval
 of the difference is a paired bootstrap over questions. Unread are solutions whose verdicts did not fit, with others

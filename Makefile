@@ -16,7 +16,7 @@ quickstart: env  ## the whole pipeline on phantoms, the report, one served query
 test: env  ## all tests, real engines included, with line coverage
 	@$(PY) -m pytest -m "not chaos and not gpu" --cov --cov-report=term
 
-test-fast: env  ## the tests without engines (under 90 s)
+test-fast: env  ## the tests without engines (2-3 minutes)
 	@$(PY) -m pytest -m "not engine and not chaos and not gpu"
 
 check: env  ## ruff (format, lint) and mypy --strict

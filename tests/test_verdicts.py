@@ -55,6 +55,12 @@ def test_json_that_fits(prose: str) -> None:
     assert [step.confidence for step in found] == ["high", "low", "medium"]
 
 
+def test_an_answer_behind_a_long_draft_is_found() -> None:
+    draft = json.dumps({"steps": [entry(i, "-") for i in range(1, 61)]})
+    [found] = verdicts(f"{draft} No: {json.dumps({'steps': THREE})}", [[1, 2, 3]])
+    assert [step.label for step in found] == [1, 0, 1]
+
+
 def test_a_bare_list_is_an_answer_only_where_nothing_stands_around_it() -> None:
     bare = json.dumps(THREE)
     for reply in (bare, f"```json\n{bare}\n```\n"):

@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Sequence
-from itertools import islice
 from typing import Any
 
 from medmm_ray.records import StepLabel
@@ -62,17 +61,19 @@ def _listed(reply: str, name: str) -> list[Any] | None:
 
     None without one.
     """
-    decoder, end = json.JSONDecoder(), 0
+    decoder, at = json.JSONDecoder(), reply.find("{")
     found: list[Any] | None = None
-    for match in islice(re.finditer(r"{", reply), TRIES):
-        if match.start() < end:
-            continue  # within an object that is no answer
+    for _ in range(TRIES):
+        if at < 0:
+            break
         try:
-            value, end = decoder.raw_decode(reply, match.start())
+            value, end = decoder.raw_decode(reply, at)
         except (ValueError, RecursionError):  # not JSON; a number of 5,000 digits; 100,000 brackets
-            continue
-        if isinstance(value.get(name), list) and value[name]:
-            found = value[name]
+            end = at + 1
+        else:
+            if isinstance(value.get(name), list) and value[name]:
+                found = value[name]
+        at = reply.find("{", end)  # what stands within an object is no answer
     return found
 
 

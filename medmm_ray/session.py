@@ -47,6 +47,8 @@ def session(quiet: bool = True) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     # Keeps the local servers of a session on 127.0.0.1: on Linux, Ray turns that into the machine's outer address.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # Of 15, Ray's default, a worker that is starting (at 0) starves those at work: a second of a judge's calls.
+    os.environ.setdefault("RAY_worker_niceness", "5")
     if quiet:
         # Every Ray Data actor that may restart makes the driver's C++ side print an error line; real ones reach Python.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")

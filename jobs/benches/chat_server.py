@@ -17,6 +17,7 @@ from typing import Any
 from aiohttp import web
 
 FAULTS = ("429", "500", "cut", "garbled", "misfit")
+START_S = 5.0  # in which a job is taken to start: Ray still has workers to launch
 BLOCK = 512  # characters of a prompt that are cached together
 CHARACTERS_A_TOKEN = 4
 _STEP = re.compile(r"^Step (\d+): (.*)$", re.MULTILINE)
@@ -40,6 +41,7 @@ class Books:
         self.busy_s = 0.0
         self.first = self.last = self.at = 0.0
         self.busy_then_s = 0.0  # at the last arrival of a new request
+        self.started = self.busy_started_s = 0.0  # at the first arrival after `START_S`
         self.cached: set[bytes] = set()
 
     def moved(self, by: int) -> None:
@@ -51,11 +53,17 @@ class Books:
         """What arrived last is a request that was not seen before."""
         self.moved(0)
         self.first, self.last, self.busy_then_s = self.first or self.at, self.at, self.busy_s
+        if not self.started and self.at - self.first >= START_S:
+            self.started, self.busy_started_s = self.at, self.busy_s
 
     def report(self) -> dict[str, Any]:
-        """`in_flight` is the mean from the first new request to the last one: while there was something to send."""
+        """`in_flight` is the mean from the first new request to the last one: while there was something to send.
+
+        `in_flight_later` is that without the first `START_S` seconds.
+        """
         return {
             "in_flight": self.busy_then_s / max(self.last - self.first, 1e-9),
+            "in_flight_later": (self.busy_then_s - self.busy_started_s) / max(self.last - self.started, 1e-9),
             "inside": self.inside,
             "arrivals": self.attempts.total(),
             "requests": len(self.attempts),

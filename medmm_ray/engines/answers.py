@@ -40,6 +40,7 @@ class AnswerStore:
         self._held: OrderedDict[str, asyncio.Future[dict[str, Answer]]] = OrderedDict()
         self._pending: dict[str, list[tuple[str, Answer, asyncio.Future[None]]]] = {}
         self._writers: set[asyncio.Task[None]] = set()
+        self._made: set[str] = set()  # folders; on an object store making one again is a request of its own
         self._threads = ThreadPoolExecutor(8, thread_name_prefix="answers")  # not shared with slow readers of images
 
     async def find(self, group: str, key: str) -> Answer | None:
@@ -78,7 +79,9 @@ class AnswerStore:
     def _write_segment(self, group: str, content: bytes) -> None:
         folder = f"{self.path}/{quote(group, safe='')}"
         try:
-            self.fs.create_dir(folder, recursive=True)
+            if group not in self._made:
+                self.fs.create_dir(folder, recursive=True)
+                self._made.add(group)
         except OSError as error:
             raise TableError(f"cannot write {folder}: {error}. What is kept so far stays; run again") from error
         write_file(self.fs, f"{folder}/{uuid.uuid4().hex}.jsonl", content)

@@ -4,9 +4,11 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -14,9 +16,13 @@ from rich.console import Console
 from jobs.benches import blows as blows_module
 from jobs.benches.blows import Blow, Driver, Spot, endure, left_behind
 from jobs.benches.resume import BenchConfig, Trial, plan
-from jobs.benches.scripted_api import kept_answers, scripted_api
+from jobs.benches.scripted import ScriptedGenerator
+from jobs.benches.scripted_api import answer, kept_answers, scripted_api
 from medmm_ray.engines.answers import Answer, AnswerStore
 from medmm_ray.engines.endpoint import Choice, Reply
+from medmm_ray.engines.generator import GeneratorConfig, Prompt, Sampling
+from medmm_ray.text import extract_answer, split_steps
+from medmm_ray.write_questions import SCHEMA, SOLVE_SCHEMA, draft, letter, repeats
 
 ROOT = Path(__file__).parent.parent
 TINY = "jobs/recipes/tiny.yaml"
@@ -44,6 +50,34 @@ def test_an_actor_killed_a_run_interrupted_and_killed_leave_the_tables_of_an_und
     assert results[2].expected > 0
     assert trial.money.paid_twice == 0
     assert 0 <= trial.money.lost <= 2 * 8  # of the judge's two actors, eight calls each
+
+
+def test_a_scripted_policy_goes_on_where_a_search_has_begun() -> None:
+    policy = ScriptedGenerator("", GeneratorConfig(), 0.0)
+    prompt = Prompt(({"role": "user", "content": "What is wide?"},))
+
+    def written(said: str, *stop: str) -> list[str]:
+        asked = replace(prompt, said=said)
+        return [c.text for c in asyncio.run(policy.generate(asked, 4, 0, Sampling(1.0, 0, 1.0, 99, stop)))]
+
+    first = written("Step 1:", "Step 2:")
+    assert len(set(first)) > 1
+    assert all(text.startswith(" Look at the heart") and text.endswith(".\nStep 2:") for text in first)
+    rest = written("Step 1: Look.\nStep 2:")
+    assert all(len(split_steps("Step 2:" + text)[1]) == 2 for text in rest)
+    assert all(extract_answer(text, list("abcd")) for text in rest)
+    assert written("Step 1: Look.\nStep 2: Wide.\nStep 3: So?\nStep 4:")[0].startswith(" The answer is (")
+    assert all(len(split_steps(text)[1]) == 3 for text in written(""))
+
+
+def test_the_scripted_api_writes_questions_that_differ_and_solves_them() -> None:
+    def body(schema: Mapping[str, Any], seed: int) -> dict[str, Any]:
+        shape = {"type": "json_schema", "json_schema": {"schema": schema}}
+        return {"messages": [{"content": [{"text": "The image:"}]}], "response_format": shape, "seed": seed}
+
+    one, two = (draft(answer(body(SCHEMA, seed))) for seed in (0, 1))
+    assert not repeats(one.question, [two.question])
+    assert {letter(answer(body(SOLVE_SCHEMA, seed)), one.options) for seed in range(40)} == set("ABCD")
 
 
 def test_blows_are_drawn_from_the_seed_and_dealt_to_all_steps_and_kinds_in_turn() -> None:

@@ -3,8 +3,8 @@
 The steps run on scripted engines (`jobs.benches.scripted`); Ray, its workers, tables and files are real. A worker, an
 actor of the step, or the machine they run on is killed under a driver that goes on; a driver that is killed,
 interrupted or loses its Ray is started again with the same command. Then no row may be missing, none be there
-twice, and each table be the undisturbed run's by its content hash; and no answer of the judge, an API, that had arrived
-may be paid again.
+twice, and each table be the undisturbed run's by its content hash; and no answer of the API that judges and writes
+questions that had arrived may be paid again.
 """
 
 import os
@@ -31,7 +31,8 @@ from medmm_ray.tables import Table
 
 TINY = Path(jobs.__file__).parent / "recipes" / "tiny.yaml"
 IMPOSSIBLE = (("actor", "ingest"), ("actor", "curate"))  # they have none
-ACTORS, IN_FLIGHT = 2, 8  # of the judge
+ASKING = ("judge", "write_questions")  # steps that ask the API
+ACTORS, IN_FLIGHT = 2, 8  # of each of these
 KEY = "SCRIPTED_API_KEY"
 ATTEMPTS = 3  # rounds in which a blow that came too late is dealt again
 
@@ -47,9 +48,10 @@ class BenchConfig(Config):
     """What is killed. worker, actor: a process of Ray's (the others of a step, those of its actors); driver: the
     program; raylet: Ray under it; node: a machine of a cluster. ctrl-c is an interrupt."""
     steps: tuple[str, ...] = (
-        "ingest", "curate", "embed", "retrieve", "sample", "judge", "monte_carlo", "review", "states", "score"
+        "ingest", "write_questions", "curate", "embed", "retrieve", "sample", "judge", "monte_carlo", "tree_search",
+        "review", "states", "score",
     )  # fmt: skip
-    """Steps that are struck; those before the last of them run too."""
+    """Steps that are struck; those before the last of them run too, write_questions and tree_search only by name."""
     questions: int = 96
     """Questions; a quarter of them is of the test split."""
     pause_s: float = 0.25
@@ -83,7 +85,7 @@ class Result:
 
 @dataclass
 class Money:
-    """What became of the judge's calls, in calls."""
+    """What became of the API's calls, in calls."""
 
     kept: int = 0
     paid_twice: int = 0
@@ -154,16 +156,22 @@ class Trial:
     def recipe(self, name: str) -> list[str]:
         """Words of the tiny recipe, with more questions and scripted models."""
         test = self.config.questions // 4
+        api = {
+            "backend": "openai", "model": "scripted", "endpoint": self.api.address, "key_variable": KEY,
+            "price_read": 1, "price_cached": 1, "price_written": 1,
+            "num_actors": ACTORS, "batch_size": 2, "in_flight": IN_FLIGHT,
+        }  # fmt: skip
         return [
             str(TINY), f"run={self.folder / name}", "models.policy=scripted", "models.image_tower=scripted",
             f"models.text_prm={self.models}", f"models.two_tower={self.models}",
             f"ingest.num_train={self.config.questions - test}", f"ingest.num_test={test}", "ingest.batch_size=16",
             "embed.text_model=null", "embed.image_batch_size=16", "embed.num_cpus=0.5",
             "sample.num_actors=2", "sample.num_cpus=0.5",
-            "judge.backend=openai", "judge.model=scripted", f"judge.endpoint={self.api.address}", "judge.reply=lines",
-            "judge.max_images=0", f"judge.key_variable={KEY}", "judge.price_read=1",
-            "judge.price_cached=1", "judge.price_written=1",
-            f"judge.num_actors={ACTORS}", "judge.batch_size=2", f"judge.in_flight={IN_FLIGHT}",
+            *(f"{step}.{name}={value}" for step in ASKING for name, value in api.items()),
+            "judge.reply=lines", "judge.max_images=0",
+            f"write_questions.per_image={2 if 'write_questions' in self.config.steps else 0}",
+            f"without={[] if 'tree_search' in self.config.steps else ['tree_search']}",
+            "tree_search.num_actors=2", "tree_search.num_cpus=0.5",
             "monte_carlo.num_actors=2", "monte_carlo.num_cpus=0.5", "review.review_steps=100",
             "states.num_cpus=0.5", "states.num_actors=1", "score.num_cpus=0.5", "score.num_actors=1",
             "score.arms=[text_only]", "max_error_rate=0",
@@ -233,7 +241,7 @@ def rows(trial: Trial, results: Sequence[Result]) -> Iterator[Measured]:
     yield Measured("rows lost", expected, lost, lost, "≤ 0", "rows")
     yield Measured("rows doubled", expected, doubled, doubled, "≤ 0", "rows")
     if trial.money.kept:
-        cut = sum(blow.step == "judge" for found in rounds.values() for blow in found.landed)
+        cut = sum(blow.step in ASKING for found in rounds.values() for blow in found.landed)
         most = cut * ACTORS * IN_FLIGHT
         money = trial.money
         yield Measured("whole answers paid twice", money.kept, money.paid_twice, money.paid_twice, "≤ 0", "calls")

@@ -42,10 +42,10 @@ class ScriptedGenerator:
     def count(self, prompt: Prompt) -> int:
         return len(_asked(prompt))
 
-    async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:  # noqa: ARG002
+    async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:
         await asyncio.sleep(self.pause_s)
-        asked = _asked(prompt)
-        texts = [solution(asked, seed + i) for i in range(n)]
+        asked, begun = _asked(prompt), prompt.said.count("Step ")
+        texts = [cut(solution(asked, begun, seed + i), how.stop) for i in range(n)]
         return [Completion(text, "stop", seed + i, len(text)) for i, text in enumerate(texts)]
 
 
@@ -69,11 +69,23 @@ def _asked(prompt: Prompt) -> str:
     return prompt.messages[-1]["content"] + prompt.said
 
 
-def solution(asked: str, seed: int) -> str:
+def solution(asked: str, begun: int, seed: int) -> str:
+    """A solution of three steps, or what follows the mark of its step `begun`; it ends with an answer."""
     number = int(digest(asked, seed), 16)
-    return (
-        f"Step 1: Look at the heart ({number % 7}).\nStep 2: It is wide.\nStep 3: The answer is ({'ABCD'[number % 4]})."
-    )
+    steps = [
+        f"Look at the heart ({number % 7}).",
+        f"It is wide ({number % 5}).",
+        f"The answer is ({'ABCD'[number % 4]}).",
+    ]
+    first = min(max(begun, 1), len(steps))
+    text = "\n".join(f"Step {i}: {step}" for i, step in enumerate(steps[first - 1 :], max(begun, 1)))
+    return text.removeprefix(f"Step {begun}:")
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    """`text` as far as the first of the stops, which stays."""
+    ends = [text.index(stop) + len(stop) for stop in stops if stop in text]
+    return text[: min(ends, default=len(text))]
 
 
 class Embedder:
@@ -103,7 +115,7 @@ def _embed(
 
 def set_the_stage(pause_s: float) -> None:
     """Give the jobs of this process scripted engines in place of their own."""
-    for name in ("sample", "monte_carlo"):
+    for name in ("sample", "monte_carlo", "tree_search"):
         job = import_module(f"jobs.{name}")
         setattr(job, name, partial(getattr(job, name), generator=partial(ScriptedGenerator, pause_s=pause_s)))
     encoder = ScriptedEncoder(pause_s)

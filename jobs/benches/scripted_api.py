@@ -1,7 +1,7 @@
-"""An OpenAI-compatible judge on 127.0.0.1 that answers from a script and counts what it was paid for.
+"""An OpenAI-compatible model on 127.0.0.1 that answers from a script and counts what it was paid for.
 
 It runs beside the drivers that ask it, so that it outlives them: an answer that it sent whole is one that a provider
-bills. Verdicts come as lines (`judge.reply=lines`), the same for the same prompt.
+bills. It judges in lines (`judge.reply=lines`), writes questions and answers them: the same for the same request.
 """
 
 import json
@@ -10,9 +10,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from medmm_ray.config import digest
 from medmm_ray.engines.answers import parse_segment
@@ -43,18 +44,19 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         time.sleep(self.server.pause_s)
-        text = verdicts(body["messages"][-1]["content"])
+        text = answer(body)
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
         usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
         content = json.dumps({"id": "a", "object": "chat.completion", "created": 0, "model": body["model"],
                               "choices": [choice], "usage": usage}).encode()  # fmt: skip
         with self.server.lock:
             self.server.paid += 1
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
+        with suppress(ConnectionError):  # who asked was killed
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing: a prompt is clinical text."""
@@ -66,6 +68,21 @@ def scripted_api(pause_s: float) -> Iterator[ScriptedApi]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
+
+
+def answer(body: dict[str, Any]) -> str:
+    """The reply to a request: what its schema asks for, verdicts where it has none."""
+    asked = body["messages"][-1]["content"]
+    shape = body.get("response_format", {}).get("json_schema", {}).get("schema", {}).get("properties", {})
+    if not shape:
+        return verdicts(asked)
+    drawn = digest(asked, body.get("seed"))
+    letter = "ABCD"[int(drawn, 16) % 4]
+    if "question" not in shape:
+        return json.dumps({"answer": letter})
+    words = " ".join(drawn[at : at + 2] for at in range(0, len(drawn), 2))
+    written = {"question": f"What is shown by {words}?", "options": [f"Finding {number}" for number in range(4)]}
+    return json.dumps({**written, "correct_answer": letter, "difficulty": "easy", "explanation": "It is seen."})
 
 
 def verdicts(asked: str) -> str:

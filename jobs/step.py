@@ -119,8 +119,8 @@ class Job:
         self.recipe = run.recipe
         self.config = run.section(step)
         self.waiting = "starting"
-        self.expected = 0
         self.told: list[str] = []
+        self._made: tuple[Table, int] | None = None  # the table that is being made, and its rows when it is whole
         self._folder: str | None = None  # of the artifact that is being made
         self._since = time.monotonic()
 
@@ -174,7 +174,7 @@ class Job:
             return
         table.prepare()
         expected = list(ids)
-        self.expected, self.waiting = len(expected), f"rows of {name}"
+        self.waiting, self._made = f"rows of {name}", (table, len(expected))
         done = table.done_ids()
         if done:
             log.info("%s: %d of %d rows are there, resuming", name, len(done), len(expected))
@@ -196,7 +196,7 @@ class Job:
         if artifact.is_complete:
             return
         artifact.prepare()
-        self.waiting, self._folder = name, artifact.uri
+        self.waiting, self._made, self._folder = name, None, artifact.uri
         figures = do(artifact.uri)
         self.report(name, artifact.commit(self.origin(name), self.seconds(), figures))
 
@@ -212,10 +212,9 @@ class Job:
 
     def awaited(self) -> str:
         """What is being waited for, and how far it is: rows of a table, or updates of a training."""
-        if self.expected:
-            tables = [o for o in self.run.outputs(self.step).values() if isinstance(o, Table)]
-            written = sum(t.rows_so_far() for t in tables if t.exists)
-            return f"{self.waiting}: {written:,} of {self.expected:,}"
+        if self._made:
+            table, expected = self._made
+            return f"{self.waiting}: {table.rows_so_far():,} of {expected:,}"
         from medmm_ray.train.loop import how_far
 
         told = how_far(self._folder) if self._folder else ""

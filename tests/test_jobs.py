@@ -13,7 +13,8 @@ from jobs.step import Job, Run, guarded, load_recipe, main, root_cause, run_step
 from medmm_ray.audit.gates import GateError
 from medmm_ray.config import ConfigError
 from medmm_ray.estimate import Estimate, estimate
-from medmm_ray.tables import TableError
+from medmm_ray.records import Vector, to_arrow
+from medmm_ray.tables import Table, TableError, write_rows
 
 RECIPES = sorted(Path("jobs/recipes").glob("*.yaml"))
 TINY = "jobs/recipes/tiny.yaml"
@@ -374,3 +375,22 @@ def test_a_step_without_which_a_recipe_runs_changes_nothing_and_reads_as_empty()
     assert graded.settings(own)["sample.equivalence"]["model"] == "m"
     with pytest.raises(ConfigError, match="'jugde' is no step; the steps are ingest, "):
         run("without=[jugde]")
+
+
+def test_progress_counts_the_rows_of_the_table_that_is_being_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(load_recipe(["jobs/recipes/tiny.yaml", f"run={tmp_path}"]))
+    job, said = Job(run, BY_NAME["embed"]), []
+    three = [Vector(item_id=name, vector=[1.0]) for name in "abc"]
+    write_rows(run.table("image_vectors"), three, job.origin("image_vectors"), "item_id")
+
+    def write(table: Table, _: object, key: str, explode: str | None) -> None:
+        assert explode is None
+        for rows in (three[:2], three[2:]):
+            table.write_part(to_arrow(Vector, rows), key)
+            said.append(job.awaited())
+
+    monkeypatch.setattr(Table, "write", write)
+    job.make("query_vectors", object(), "abc", lambda ds: ds, "question_id", made_key="item_id")  # type: ignore[arg-type]
+    assert said == ["rows of query_vectors: 2 of 3", "rows of query_vectors: 3 of 3"]

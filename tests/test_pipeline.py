@@ -130,9 +130,9 @@ def test_a_beam_search_stands_beside_the_samples(tiny: Run, capsys: pytest.Captu
 
 
 @END_TO_END
-def test_trees_stand_beside_the_samples_where_the_recipe_asks(tiny: Run) -> None:
-    words = [TINY, f"run={tiny.root}", "without=[]"]
-    assert pipeline.main([*words, "--from", "tree_search", "--until", "tree_search"]) == 0
+def test_trees_stand_beside_the_samples_and_train_a_reward_model_where_the_recipe_asks(tiny: Run) -> None:
+    words = [TINY, f"run={tiny.root}", "without=[]", "train_text_prm.label_policy=tree_search"]
+    assert pipeline.main([*words, "--from", "tree_search", "--until", "train_text_prm"]) == 0
     run = Run(load_recipe(words))
     trees, solutions, labels = (run.table(n).to_arrow() for n in ("trees", "tree_solutions", "tree_labels"))
     train = {q["question_id"] for q in run.table("questions").to_arrow().to_pylist() if q["split"] == "train"}
@@ -140,7 +140,9 @@ def test_trees_stand_beside_the_samples_where_the_recipe_asks(tiny: Run) -> None
     made = {s["solution_id"]: len(s["steps"]) for row in solutions.to_pylist() for s in row["solutions"]}
     assert {label["solution_id"]: len(label["steps"]) for label in labels.to_pylist()} == made
     assert run.fingerprint(BY_NAME["sample"]) == tiny.fingerprint(BY_NAME["sample"])
-    assert run.fingerprint(BY_NAME["train_text_prm"]) != tiny.fingerprint(BY_NAME["train_text_prm"])
+    assert run.artifact("text_prm").manifest().upstream["tree_labels"] == run.fingerprint(BY_NAME["tree_search"])
+    weights, other = (Path(r.uri("text_prm"), "model.safetensors").read_bytes() for r in (run, tiny))
+    assert weights != other
 
 
 @END_TO_END

@@ -364,7 +364,7 @@ def test_documents_need_evidence() -> None:
 
 @pytest.mark.engine
 def test_the_benchmark_grows_the_same_trees_together_and_alone(tmp_path: Path) -> None:
-    words = ["questions=6", "alone=2", "policy.epochs=4", f"json={tmp_path / 'rows.json'}"]
+    words = ["questions=3", "alone=1", "policy.epochs=4", f"json={tmp_path / 'rows.json'}"]
     assert bench.main(["tree_search", *words]) == 0
     [row, *_] = json.loads((tmp_path / "rows.json").read_text())
     assert row["ours"] > row["baseline"] > 0

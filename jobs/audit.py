@@ -18,7 +18,7 @@ from rich.console import Console
 
 from jobs.graph import BY_NAME, LABELS, STEPS
 from jobs.recipe import Recipe
-from jobs.step import Job, Run, guarded, parser, read_arguments
+from jobs.step import Job, Run, launch, parser, read_arguments
 from medmm_ray.audit import audit, require
 from medmm_ray.config import help_text
 from medmm_ray.dataset_page import render, summary
@@ -97,13 +97,9 @@ def write(report: dict[str, Any], *folders: str) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    arguments = parser(f"audit: {STEP.what}")
+    arguments = parser("audit", STEP.what)
     arguments.add_argument("--strict", action="store_true", help="end with an error where a gate fails")
-    parsed = arguments.parse_intermixed_args(words)
-    if parsed.help:
-        print(help_text(Recipe, "python -m jobs.audit recipe.yaml [--strict] name=value ...", section="audit"))
-        return 0
-    return guarded(lambda: _main(parsed))
+    return launch(arguments, words, _main, lambda: help_text(Recipe, "settings", section="audit"))
 
 
 def _main(parsed: argparse.Namespace) -> int:

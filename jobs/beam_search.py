@@ -23,7 +23,7 @@ from rich.table import Table as Grid
 
 from jobs.graph import BY_NAME
 from jobs.recipe import Recipe
-from jobs.step import Job, Run, guarded, parser, read_arguments
+from jobs.step import Job, Run, launch, parser, read_arguments
 from medmm_ray import metrics
 from medmm_ray.config import ConfigError, digest, help_text, identity
 from medmm_ray.engines.generator import Generator, TextGenerator
@@ -190,12 +190,8 @@ async def search(run: Run, rows: Sequence[Mapping[str, Any]], grader: Grader) ->
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    arguments = parser("Beam search by the run's policy and reward model, beside the run's samples.")
-    parsed = arguments.parse_intermixed_args(words)
-    if parsed.help:
-        print(help_text(Recipe, "python -m jobs.beam_search recipe.yaml name=value ...", section="beam_search"))
-        return 0
-    return guarded(lambda: _main(parsed))
+    arguments = parser("beam_search", "Beam search by the run's policy and reward model, beside the run's samples.")
+    return launch(arguments, words, _main, lambda: help_text(Recipe, "settings", section="beam_search"))
 
 
 def _main(arguments: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jobs.graph import LABELS, MAKER, TREES
-from jobs.step import Run, guarded, load_recipe, parser
+from jobs.step import Run, launch, load_recipe, parser
 from medmm_ray.config import ConfigError, help_text, load
 from medmm_ray.export import ExportConfig, Tables, export, push
 from medmm_ray.tables import Table
@@ -22,13 +22,8 @@ log = logging.getLogger("medmm_ray")
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    arguments = parser(str(__doc__))
-    parsed = arguments.parse_intermixed_args(words)
-    if parsed.help:
-        print(arguments.format_help())
-        print(help_text(ExportConfig, "python -m jobs.export recipe.yaml name=value ..."))
-        return 0
-    return guarded(lambda: _main(parsed))
+    arguments = parser("export", str(__doc__))
+    return launch(arguments, words, _main, lambda: help_text(ExportConfig, "settings"))
 
 
 def _main(arguments: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from jobs.graph import BY_NAME, LABELS, MAKER, TREES
-from jobs.step import Job, Run, guarded, parser, read_arguments
+from jobs.step import Job, Run, launch, parser, read_arguments
 from medmm_ray.imported import Imported, imported, policy_of
 from medmm_ray.ingest import question_rows, read_source, request_of
 from medmm_ray.records import Evidence, ReviewItem, Solutions, Tree, to_arrow
@@ -31,12 +31,8 @@ log = logging.getLogger("medmm_ray")
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    arguments = parser(str(__doc__).splitlines()[0])
-    parsed = arguments.parse_intermixed_args(words)
-    if parsed.help:
-        print(arguments.format_help())
-        return 0
-    return guarded(lambda: _main(parsed))
+    arguments = parser("import_labels", str(__doc__).splitlines()[0])
+    return launch(arguments, words, _main)
 
 
 def _main(arguments: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ from jobs.graph import BY_NAME, STEPS
 from jobs.pipeline import run_pipeline
 from jobs.plan import plan_of
 from jobs.recipe import Recipe
-from jobs.step import Run, guarded, parser, read_arguments
+from jobs.step import Run, launch, parser, read_arguments
 from medmm_ray import metrics
 from medmm_ray.config import digest, help_text, identity
 from medmm_ray.estimate import Estimate, Line, estimate, rendered
@@ -144,13 +144,9 @@ def accuracies(solutions: Sequence[Mapping[str, Any]], scores: Sequence[Sequence
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    arguments = parser("Rounds of tree search, reward model and policy, resumable.")
+    arguments = parser("meds3", "Rounds of tree search, reward model and policy, resumable.")
     arguments.add_argument("--dry-run", action="store_true", help="estimate cost and GPU-hours, a line a round")
-    parsed = arguments.parse_intermixed_args(words)
-    if parsed.help:
-        print(help_text(Recipe, "python -m jobs.meds3 recipe.yaml name=value ...", section="meds3"))
-        return 0
-    return guarded(lambda: _main(parsed))
+    return launch(arguments, words, _main, lambda: help_text(Recipe, "settings", section="meds3"))
 
 
 def _main(arguments: argparse.Namespace) -> int:

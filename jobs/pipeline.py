@@ -24,7 +24,7 @@ from rich.text import Text
 from jobs.graph import BY_NAME, STEPS, Step
 from jobs.recipe import Recipe
 from jobs.resources import ResourceSampler
-from jobs.step import Job, Run, guarded, parser, read_arguments, run_step
+from jobs.step import Job, Run, launch, parser, read_arguments, run_step
 from medmm_ray.config import ConfigError, help_text
 from medmm_ray.tables import filesystem, write_file
 
@@ -181,16 +181,11 @@ def _keep_usage(run: Run, last: Step, resources: ResourceSampler, seconds: float
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    arguments = parser("All steps of a recipe, resumable.")
+    arguments = parser("pipeline", "All steps of a recipe, resumable.")
     arguments.add_argument("--from", dest="first", metavar="STEP", help=f"first step: {', '.join(BY_NAME)}")
     arguments.add_argument("--until", dest="last", metavar="STEP", help="last step")
     arguments.add_argument("--dry-run", action="store_true", help="validate, plan, and estimate cost and GPU-hours")
-    parsed = arguments.parse_intermixed_args(words)
-    if parsed.help:
-        print(arguments.format_help())
-        print(help_text(Recipe, "settings"))
-        return 0
-    return guarded(lambda: _main(parsed))
+    return launch(arguments, words, _main, lambda: help_text(Recipe, "settings"))
 
 
 def _main(parsed: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from jobs.serve import serve_config
-from jobs.step import Run, guarded, parser, read_arguments
+from jobs.step import Run, launch, parser, read_arguments
 from medmm_ray.config import ConfigError
 from medmm_ray.engines.images import read_bytes
 from medmm_ray.query import query, request_of, show
@@ -22,12 +22,8 @@ from medmm_ray.tables import filesystem, write_file
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    arguments = parser("Serve the run's model, send it one held-out question and print the answer.")
-    parsed = arguments.parse_intermixed_args(words)
-    if parsed.help:
-        print(arguments.format_help())
-        return 0
-    return guarded(lambda: _main(parsed))
+    arguments = parser("query", "Serve the run's model, send it one held-out question and print the answer.")
+    return launch(arguments, words, _main)
 
 
 def _main(arguments: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jobs.graph import MAKER
-from jobs.step import Run, guarded, parser, read_arguments
+from jobs.step import Run, launch, parser, read_arguments
 from medmm_ray.config import ConfigError, help_text
 from medmm_ray.records import Question, QuestionReview, ReviewItem, from_dict
 from medmm_ray.review_page import ReviewPageConfig
@@ -28,16 +28,11 @@ log = logging.getLogger("medmm_ray")
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    arguments = parser("Experts read the run's queue in a page on 127.0.0.1.")
+    arguments = parser("review_page", "Experts read the run's queue in a page on 127.0.0.1.")
     arguments.add_argument("--add-reader", metavar="NAME", help="add a reader (the password is asked for) and end")
     arguments.add_argument("--role", default="reader", help="with --add-reader: reader or adjudicator")
     arguments.add_argument("--export", action="store_true", help="export the verdicts so far and end")
-    parsed = arguments.parse_intermixed_args(words)
-    if parsed.help:
-        print(arguments.format_help())
-        print(help_text(ReviewPageConfig, "python -m jobs.review_page recipe.yaml name=value ..."))
-        return 0
-    return guarded(lambda: _main(parsed))
+    return launch(arguments, words, _main, lambda: help_text(ReviewPageConfig, "settings"))
 
 
 def _main(arguments: argparse.Namespace) -> int:

@@ -5,17 +5,14 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from jobs.step import Run, guarded, parser, read_arguments
+from jobs.step import Run, launch, parser, read_arguments
 from medmm_ray.config import help_text
 from medmm_ray.serve import ServeConfig
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    arguments = parser("Serve the run's reward model: POST /v1/rerank.").parse_intermixed_args(words)
-    if arguments.help:
-        print(help_text(ServeConfig, "python -m jobs.serve recipe.yaml name=value ..."))
-        return 0
-    return guarded(lambda: _main(arguments))
+    arguments = parser("serve", "Serve the run's reward model: POST /v1/rerank.")
+    return launch(arguments, words, _main, lambda: help_text(ServeConfig, "settings"))
 
 
 def _main(arguments: argparse.Namespace) -> int:

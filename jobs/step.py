@@ -235,8 +235,11 @@ def run_step(run: Run, step: Step, started: Callable[[Job], None] = lambda _: No
     import_module(f"jobs.{step.name}").run(job)
 
 
-def parser(what: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=what, add_help=False, formatter_class=argparse.RawTextHelpFormatter)
+def parser(name: str, what: str) -> argparse.ArgumentParser:
+    """The arguments of ``python -m jobs.<name>``."""
+    parser = argparse.ArgumentParser(
+        f"python -m jobs.{name}", description=what, add_help=False, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("recipe", nargs="?", help="a recipe, e.g. jobs/recipes/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="a setting that the recipe does not have")
     parser.add_argument("-h", "--help", action="store_true", help="every setting, its unit and default")
@@ -258,11 +261,8 @@ def read_arguments(arguments: argparse.Namespace, section: str | None) -> Recipe
 def main(name: str, words: Sequence[str] | None = None) -> int:
     """``python -m jobs.<name> recipe.yaml name=value``: run one step in a Ray session of its own."""
     step = BY_NAME[name]
-    arguments = parser(f"{name}: {step.what}").parse_intermixed_args(words)
-    if arguments.help:
-        print(help_text(Recipe, f"python -m jobs.{name} recipe.yaml name=value ...   ({step.what})", section=name))
-        return 0
-    return guarded(lambda: _main(step, arguments))
+    arguments = parser(name, step.what)
+    return launch(arguments, words, lambda parsed: _main(step, parsed), lambda: help_text(Recipe, "settings", name))
 
 
 def _main(step: Step, arguments: argparse.Namespace) -> int:
@@ -278,6 +278,18 @@ def _main(step: Step, arguments: argparse.Namespace) -> int:
     for output in run.outputs(step):
         log.info("%s: %s", output, run.uri(output))
     return 0
+
+
+def launch(
+    arguments: argparse.ArgumentParser, words: Sequence[str] | None, work: Callable[[argparse.Namespace], int],
+    settings: Callable[[], str] = lambda: "",
+) -> int:  # fmt: skip
+    """An entry point: ``--help`` prints its arguments and `settings`; otherwise the `work` is done, `guarded`."""
+    parsed = arguments.parse_intermixed_args(words)
+    if parsed.help:
+        print(f"{arguments.format_help()}\n{settings()}".rstrip())
+        return 0
+    return guarded(lambda: work(parsed))
 
 
 def guarded(work: Callable[[], int]) -> int:

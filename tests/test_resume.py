@@ -88,6 +88,9 @@ def test_blows_are_drawn_from_the_seed_and_dealt_to_all_steps_and_kinds_in_turn(
     pairs = {("actor", "sample"), ("driver", "sample"), ("driver", "ingest")}  # ingest has no actors
     assert {(blow.kind, blow.step) for blow in blows[:3]} == {(blow.kind, blow.step) for blow in blows[3:6]} == pairs
     assert all(0 < blow.share < 1 for blow in blows)
+    twenty = plan(BenchConfig(), Random(0))
+    assert {blow.step for blow in twenty} == set(BenchConfig().steps)
+    assert {blow.kind for blow in twenty} == set(BenchConfig().kinds)
 
 
 STEPS = """

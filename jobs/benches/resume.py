@@ -197,11 +197,17 @@ class Trial:
 
 
 def plan(config: BenchConfig, rng: random.Random) -> list[Blow]:
-    """The blows: every pair of a kind and a step in a drawn order, again and again until there are enough."""
+    """The blows: every pair of a kind and a step in a drawn order, those struck least first, again and again."""
     pairs = [(kind, step) for kind in config.kinds for step in config.steps if (kind, step) not in IMPOSSIBLE]
     drawn: list[tuple[Kind, str]] = []
+    struck: Counter[str] = Counter()
     while len(drawn) < config.blows:
-        drawn += rng.sample(pairs, len(pairs))
+        left = rng.sample(pairs, len(pairs))
+        while left:
+            pair = min(left, key=lambda pair: (struck[pair[1]], struck[pair[0]]))
+            left.remove(pair)
+            drawn.append(pair)
+            struck.update(pair)
     return [Blow(kind, step, rng.uniform(0.05, 0.95)) for kind, step in drawn[: config.blows]]
 
 

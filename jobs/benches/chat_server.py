@@ -59,11 +59,12 @@ class Books:
     def report(self) -> dict[str, Any]:
         """`in_flight` is the mean from the first new request to the last one: while there was something to send.
 
-        `in_flight_later` is that without the first `START_S` seconds.
+        `in_flight_later` is that without the first `START_S` seconds, where there were more.
         """
+        since = self.started or self.first
         return {
             "in_flight": self.busy_then_s / max(self.last - self.first, 1e-9),
-            "in_flight_later": (self.busy_then_s - self.busy_started_s) / max(self.last - self.started, 1e-9),
+            "in_flight_later": (self.busy_then_s - self.busy_started_s) / max(self.last - since, 1e-9),
             "inside": self.inside,
             "arrivals": self.attempts.total(),
             "requests": len(self.attempts),

@@ -20,7 +20,6 @@ from jobs.graph import BY_NAME, LABELS, STEPS
 from jobs.recipe import Recipe
 from jobs.step import Job, Run, launch, parser, read_arguments
 from medmm_ray.audit import audit, require
-from medmm_ray.config import help_text
 from medmm_ray.dataset_page import render, summary
 from medmm_ray.tables import filesystem, write_file
 
@@ -99,7 +98,7 @@ def write(report: dict[str, Any], *folders: str) -> None:
 def main(words: Sequence[str] | None = None) -> int:
     arguments = parser("audit", STEP.what)
     arguments.add_argument("--strict", action="store_true", help="end with an error where a gate fails")
-    return launch(arguments, words, _main, lambda: help_text(Recipe, "settings", section="audit"))
+    return launch(arguments, words, _main, Recipe, "audit")
 
 
 def _main(parsed: argparse.Namespace) -> int:

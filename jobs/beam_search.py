@@ -25,7 +25,7 @@ from jobs.graph import BY_NAME
 from jobs.recipe import Recipe
 from jobs.step import Job, Run, launch, parser, read_arguments
 from medmm_ray import metrics
-from medmm_ray.config import ConfigError, digest, help_text, identity
+from medmm_ray.config import ConfigError, digest, identity
 from medmm_ray.engines.generator import Generator, TextGenerator
 from medmm_ray.engines.grader import Grader, MakeGrader
 from medmm_ray.engines.images import open_image
@@ -191,7 +191,7 @@ async def search(run: Run, rows: Sequence[Mapping[str, Any]], grader: Grader) ->
 
 def main(words: Sequence[str] | None = None) -> int:
     arguments = parser("beam_search", "Beam search by the run's policy and reward model, beside the run's samples.")
-    return launch(arguments, words, _main, lambda: help_text(Recipe, "settings", section="beam_search"))
+    return launch(arguments, words, _main, Recipe, "beam_search")
 
 
 def _main(arguments: argparse.Namespace) -> int:

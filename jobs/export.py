@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jobs.graph import LABELS, MAKER, TREES
 from jobs.step import Run, launch, load_recipe, parser
-from medmm_ray.config import ConfigError, help_text, load
+from medmm_ray.config import ConfigError, load
 from medmm_ray.export import ExportConfig, Tables, export, push
 from medmm_ray.tables import Table
 
@@ -23,7 +23,7 @@ log = logging.getLogger("medmm_ray")
 
 def main(words: Sequence[str] | None = None) -> int:
     arguments = parser("export", str(__doc__))
-    return launch(arguments, words, _main, lambda: help_text(ExportConfig, "settings"))
+    return launch(arguments, words, _main, ExportConfig)
 
 
 def _main(arguments: argparse.Namespace) -> int:

@@ -24,7 +24,7 @@ from jobs.plan import plan_of
 from jobs.recipe import Recipe
 from jobs.step import Run, launch, parser, read_arguments
 from medmm_ray import metrics
-from medmm_ray.config import digest, help_text, identity
+from medmm_ray.config import digest, identity
 from medmm_ray.estimate import Estimate, Line, estimate, rendered
 from medmm_ray.tables import Artifact, Origin, filesystem, write_file
 from medmm_ray.text import question_with_options
@@ -146,7 +146,7 @@ def accuracies(solutions: Sequence[Mapping[str, Any]], scores: Sequence[Sequence
 def main(words: Sequence[str] | None = None) -> int:
     arguments = parser("meds3", "Rounds of tree search, reward model and policy, resumable.")
     arguments.add_argument("--dry-run", action="store_true", help="estimate cost and GPU-hours, a line a round")
-    return launch(arguments, words, _main, lambda: help_text(Recipe, "settings", section="meds3"))
+    return launch(arguments, words, _main, Recipe, "meds3")
 
 
 def _main(arguments: argparse.Namespace) -> int:

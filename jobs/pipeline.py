@@ -25,7 +25,7 @@ from jobs.graph import BY_NAME, STEPS, Step
 from jobs.recipe import Recipe
 from jobs.resources import ResourceSampler
 from jobs.step import Job, Run, launch, parser, read_arguments, run_step
-from medmm_ray.config import ConfigError, help_text
+from medmm_ray.config import ConfigError
 from medmm_ray.tables import filesystem, write_file
 
 HEARTBEAT_S = 30
@@ -185,7 +185,7 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments.add_argument("--from", dest="first", metavar="STEP", help=f"first step: {', '.join(BY_NAME)}")
     arguments.add_argument("--until", dest="last", metavar="STEP", help="last step")
     arguments.add_argument("--dry-run", action="store_true", help="validate, plan, and estimate cost and GPU-hours")
-    return launch(arguments, words, _main, lambda: help_text(Recipe, "settings"))
+    return launch(arguments, words, _main, Recipe)
 
 
 def _main(parsed: argparse.Namespace) -> int:

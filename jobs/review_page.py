@@ -14,7 +14,7 @@ from pathlib import Path
 
 from jobs.graph import MAKER
 from jobs.step import Run, launch, parser, read_arguments
-from medmm_ray.config import ConfigError, help_text
+from medmm_ray.config import ConfigError
 from medmm_ray.records import Question, QuestionReview, ReviewItem, from_dict
 from medmm_ray.review_page import ReviewPageConfig
 from medmm_ray.review_page.cases import Background, Cases, Row, question_cases, rows_of, step_cases
@@ -32,7 +32,7 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments.add_argument("--add-reader", metavar="NAME", help="add a reader (the password is asked for) and end")
     arguments.add_argument("--role", default="reader", help="with --add-reader: reader or adjudicator")
     arguments.add_argument("--export", action="store_true", help="export the verdicts so far and end")
-    return launch(arguments, words, _main, lambda: help_text(ReviewPageConfig, "settings"))
+    return launch(arguments, words, _main, ReviewPageConfig)
 
 
 def _main(arguments: argparse.Namespace) -> int:

@@ -6,13 +6,12 @@ import sys
 from collections.abc import Sequence
 
 from jobs.step import Run, launch, parser, read_arguments
-from medmm_ray.config import help_text
 from medmm_ray.serve import ServeConfig
 
 
 def main(words: Sequence[str] | None = None) -> int:
     arguments = parser("serve", "Serve the run's reward model: POST /v1/rerank.")
-    return launch(arguments, words, _main, lambda: help_text(ServeConfig, "settings"))
+    return launch(arguments, words, _main, ServeConfig)
 
 
 def _main(arguments: argparse.Namespace) -> int:

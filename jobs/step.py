@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from jobs.graph import BY_NAME, MAKER, STEPS, Step
 from jobs.recipe import Recipe, with_shared_limits
-from medmm_ray.config import ConfigError, digest, help_text, identity, load
+from medmm_ray.config import Config, ConfigError, digest, help_text, identity, load
 from medmm_ray.tables import Artifact, Manifest, Origin, Table, TableError, chosen, pending, write_rows
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ def main(name: str, words: Sequence[str] | None = None) -> int:
     """``python -m jobs.<name> recipe.yaml name=value``: run one step in a Ray session of its own."""
     step = BY_NAME[name]
     arguments = parser(name, step.what)
-    return launch(arguments, words, lambda parsed: _main(step, parsed), lambda: help_text(Recipe, "settings", name))
+    return launch(arguments, words, lambda parsed: _main(step, parsed), Recipe, name)
 
 
 def _main(step: Step, arguments: argparse.Namespace) -> int:
@@ -282,12 +282,13 @@ def _main(step: Step, arguments: argparse.Namespace) -> int:
 
 def launch(
     arguments: argparse.ArgumentParser, words: Sequence[str] | None, work: Callable[[argparse.Namespace], int],
-    settings: Callable[[], str] = lambda: "",
+    config: type[Config] | None = None, section: str | None = None,
 ) -> int:  # fmt: skip
-    """An entry point: ``--help`` prints its arguments and `settings`; otherwise the `work` is done, `guarded`."""
+    """An entry point: ``--help`` prints its arguments and `config`'s settings; otherwise `work` is done, `guarded`."""
     parsed = arguments.parse_intermixed_args(words)
     if parsed.help:
-        print(f"{arguments.format_help()}\n{settings()}".rstrip())
+        settings = help_text(config, "settings", section) if config else ""
+        print(f"{arguments.format_help()}\n{settings}".rstrip())
         return 0
     return guarded(lambda: work(parsed))
 

@@ -47,7 +47,7 @@ def session(quiet: bool = True) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     # Keeps the local servers of a session on 127.0.0.1: on Linux, Ray turns that into the machine's outer address.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    # Of 15, Ray's default, a worker that is starting (at 0) starves those at work: a second of a judge's calls.
+    # At Ray's default of 15 those at work are starved by those that start, which have 0: for a second, on two cores.
     os.environ.setdefault("RAY_worker_niceness", "5")
     if quiet:
         # Every Ray Data actor that may restart makes the driver's C++ side print an error line; real ones reach Python.

@@ -380,10 +380,9 @@ def test_a_step_without_which_a_recipe_runs_changes_nothing_and_reads_as_empty()
 def test_progress_counts_the_rows_of_the_table_that_is_being_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Run(load_recipe(["jobs/recipes/tiny.yaml", f"run={tmp_path}"]))
-    job, said = Job(run, BY_NAME["embed"]), []
+    job, said = Job(run(f"run={tmp_path}"), BY_NAME["embed"]), []
     three = [Vector(item_id=name, vector=[1.0]) for name in "abc"]
-    write_rows(run.table("image_vectors"), three, job.origin("image_vectors"), "item_id")
+    write_rows(job.table("image_vectors"), three, job.origin("image_vectors"), "item_id")
 
     def write(table: Table, _: object, key: str, explode: str | None) -> None:
         assert explode is None

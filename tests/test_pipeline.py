@@ -140,6 +140,7 @@ def test_trees_stand_beside_the_samples_and_train_a_reward_model_where_the_recip
     made = {s["solution_id"]: len(s["steps"]) for row in solutions.to_pylist() for s in row["solutions"]}
     assert {label["solution_id"]: len(label["steps"]) for label in labels.to_pylist()} == made
     assert run.fingerprint(BY_NAME["sample"]) == tiny.fingerprint(BY_NAME["sample"])
+    assert run.fingerprint(BY_NAME["train_text_prm"]) != tiny.fingerprint(BY_NAME["train_text_prm"])
     assert run.artifact("text_prm").manifest().upstream["tree_labels"] == run.fingerprint(BY_NAME["tree_search"])
     weights, other = (Path(r.uri("text_prm"), "model.safetensors").read_bytes() for r in (run, tiny))
     assert weights != other

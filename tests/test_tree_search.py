@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 from jobs import bench
+from jobs.benches.scripted import cut
 from medmm_ray.engines.client import connect
 from medmm_ray.engines.gate import Gate
 from medmm_ray.engines.generator import Completion, Prompt, Sampling
@@ -169,14 +170,7 @@ class Scripted(FakeGenerator):
     async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:
         found = await super().generate(prompt, n, seed, how)
         await asyncio.sleep(seed % 7 / 1e4)  # requests end in another order than they began
-        for stop in how.stop:
-            found = [Completion(_cut(c.text, stop), c.finish_reason, c.seed, c.num_tokens) for c in found]
-        return found
-
-
-def _cut(text: str, stop: str) -> str:
-    at = text.find(stop)
-    return text if at < 0 else text[: at + len(stop)]
+        return [replace(completion, text=cut(completion.text, how.stop)) for completion in found]
 
 
 def question(question_id: str = "q1", **changes: Any) -> Question:
@@ -364,7 +358,7 @@ def test_documents_need_evidence() -> None:
 
 @pytest.mark.engine
 def test_the_benchmark_grows_the_same_trees_together_and_alone(tmp_path: Path) -> None:
-    words = ["questions=3", "alone=1", "policy.epochs=4", f"json={tmp_path / 'rows.json'}"]
+    words = ["questions=6", "alone=2", "policy.epochs=4", f"json={tmp_path / 'rows.json'}"]
     assert bench.main(["tree_search", *words]) == 0
     [row, *_] = json.loads((tmp_path / "rows.json").read_text())
     assert row["ours"] > row["baseline"] > 0

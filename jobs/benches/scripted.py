@@ -77,8 +77,9 @@ def solution(asked: str, begun: int, seed: int) -> str:
         f"It is wide ({number % 5}).",
         f"The answer is ({'ABCD'[number % 4]}).",
     ]
-    first = min(max(begun, 1), len(steps))
-    text = "\n".join(f"Step {i}: {step}" for i, step in enumerate(steps[first - 1 :], max(begun, 1)))
+    first = max(begun, 1)
+    left = steps[min(first, len(steps)) - 1 :]
+    text = "\n".join(f"Step {i}: {step}" for i, step in enumerate(left, first))
     return text.removeprefix(f"Step {begun}:")
 
 

@@ -76,7 +76,8 @@ def test_wandb_needs_no_network_offline(tmp_path: Path, monkeypatch: pytest.Monk
     track("wandb", str(tmp_path), restart=wandb.teardown)  # else both runs share W&B's process, which no restart does
     wandb.teardown()  # it writes until it ends
     # A folder a run, with a number behind its name where both began in the same second.
-    first, second = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+    files = tmp_path.glob(f"wandb/offline-run-*-{RUN}*/run-{RUN}.wandb")
+    first, second = sorted(files, key=lambda path: path.stat().st_mtime_ns)
     assert b"train/gradient_norm" in first.read_bytes()
     assert b"0.25" in second.read_bytes()
 

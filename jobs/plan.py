@@ -6,11 +6,11 @@ from dataclasses import replace
 from rich.console import Console
 
 from jobs.graph import Step
-from jobs.recipe import Recipe
+from jobs.recipe import Recipe, asking
 from jobs.step import Run
 from medmm_ray.config import ConfigError
-from medmm_ray.engines.client import ApiConfig
-from medmm_ray.engines.prices import Price, price_of
+from medmm_ray.engines.client import ApiConfig, check_tier, price_by
+from medmm_ray.engines.prices import Price, dated
 from medmm_ray.estimate import GPUS, Estimate, Plan, estimate, rendered
 from medmm_ray.judge import APIS
 
@@ -36,7 +36,8 @@ def print_plan(recipe: Recipe, steps: Sequence[Step], console: Console) -> None:
     console.print()
     left_out = [step.name for step in steps if step.name in recipe.without]
     result = _with_second_judge(recipe, run, estimate(plan_of(recipe, run), left_out))
-    console.print(rendered(replace(result, notes=(*replaced(recipe), *result.notes))))
+    notes = (*price_notes(recipe), *replaced(recipe), *result.notes)
+    console.print(rendered(replace(result, notes=notes)))
 
 
 def _with_second_judge(recipe: Recipe, run: Run, found: Estimate) -> Estimate:
@@ -93,6 +94,7 @@ def plan_of(recipe: Recipe, run: Run) -> Plan:
         questions_per_image=writer.per_image,
         question_checks=writer.num_checks,
         writer_parameters=0 if writing else assumed.policy_parameters,
+        writer_image_tokens=writing.usual_image_tokens if writing else Plan.writer_image_tokens,
         writer_dollars_per_million_read=writing.read if writing else 0,
         writer_dollars_per_million_written=writing.written if writing else 0,
         graded_answers=assumed.graded_answers if grading else 0,
@@ -106,6 +108,7 @@ def plan_of(recipe: Recipe, run: Run) -> Plan:
         judge_solutions_per_call=judge.solutions_per_call,
         judge_by_step=judge.granularity == "step",
         verdict_tokens=VERDICT_TOKENS[judge.reply],
+        image_tokens=judging.usual_image_tokens if judging else Plan.image_tokens,
         judge_dollars_per_million_read=judging.read if judging else 0,
         judge_dollars_per_million_cached=judging.cached if judging and judge.warm_cache else None,
         judge_dollars_per_million_written=judging.written if judging else 0,
@@ -130,11 +133,26 @@ def plan_of(recipe: Recipe, run: Run) -> Plan:
 
 
 def _price(backend: str, model: str | None, config: ApiConfig) -> Price | None:
-    """What the ledger of a model behind an API will charge; None where it is none."""
+    """What the ledger of a model behind an API will charge at the section's tier; None where it is none."""
     if backend not in APIS:
         return None
     assert model is not None, "its config asks for one"
-    return price_of(model, config.price_read, config.price_written, config.price_cached)
+    check_tier(backend, config)
+    return price_by(model, config).at(config.tier)
+
+
+def price_notes(recipe: Recipe) -> list[str]:
+    """What is to be told of the prices of the models that a recipe asks: their age, a model's end, a tier."""
+    notes = []
+    for section, (model, config) in asking(recipe).items():
+        notes += [f"{section}: {told}" for told in dated(model, config.price_read, config.price_written)]
+        if config.tier:
+            share = price_by(model, config).flex
+            notes.append(
+                f"{section} is priced at the flex tier, {share:.0%} of the list price; what is served at the standard "
+                "one costs the whole, and the budget reserves that"
+            )
+    return notes
 
 
 def _judge_parameters(recipe: Recipe) -> float:

@@ -102,6 +102,8 @@ class Plan:
     """Of a writer on our own GPUs; 0: an API."""
     writer_dollars_per_million_read: float = 0
     writer_dollars_per_million_written: float = 0
+    writer_image_tokens: float = 258
+    """Tokens that the writer's API counts for one image."""
     graded_answers: float = 0
     """Distinct answers a question about which a model behind an API is asked whether they are right."""
     grader_dollars_per_million_read: float = 0
@@ -120,7 +122,7 @@ class Plan:
     judge_images: float = 4
     """Images that the judge sees with a question."""
     image_tokens: float = 258
-    """Tokens that an API counts for one image."""
+    """Tokens that the judge's API counts for one image."""
     verdict_tokens: float = 25
     """Tokens that the judge writes a step."""
     judge_dollars_per_call: float = 0
@@ -296,8 +298,8 @@ def _at_most(number: int, *limits: int | None) -> int:
 def _write_questions(plan: Plan) -> Line:
     written = plan.written_images * plan.questions_per_image
     checks = 2 * plan.question_checks  # half of them with the image
-    asked = checks * (CHECK_PROMPT + plan.question_tokens) + plan.question_checks * plan.image_tokens
-    read = written * (WRITE_PROMPT + plan.image_tokens + asked)
+    asked = checks * (CHECK_PROMPT + plan.question_tokens) + plan.question_checks * plan.writer_image_tokens
+    read = written * (WRITE_PROMPT + plan.writer_image_tokens + asked)
     replies = written * (WRITE_REPLY + checks * SHORT_REPLY)
     return Line(
         step="write_questions",

@@ -39,7 +39,7 @@ class WrittenQuestion:
     """A question that the model `author` wrote for an image; `num_solved` of `num_checks` answers agreed with `answer`.
 
     `num_solved_blind` counts the same without the image. `refused` says why a question is not good enough, as
-    ``kind: reason``; `error` what went wrong. `cost` is in US dollars.
+    ``kind: reason``; `error` what went wrong. `cost` is in US dollars. `answered_by` as in `Labels`.
     """
 
     key: ClassVar[tuple[str, ...]] = ("written_id",)
@@ -58,6 +58,7 @@ class WrittenQuestion:
     num_solved_blind: int = 0
     refused: str | None = None
     cost: float = 0.0
+    answered_by: str | None = None
     error: str | None = None
 
 
@@ -155,7 +156,8 @@ class Solutions:
     """All solutions of one question by one policy.
 
     Of `num_drawn` samples the quality filter refused some, counted in `rejected` by reason. A question that could not
-    be filled lacks `num_missing` of the `num_requested` solutions. `cost` is in US dollars.
+    be filled lacks `num_missing` of the `num_requested` solutions. `cost` is in US dollars; `answered_by` as in
+    `Labels`.
     """
 
     key: ClassVar[tuple[str, ...]] = ("question_id",)
@@ -168,6 +170,7 @@ class Solutions:
     rejected: list[Count] = field(default_factory=list)
     cost: float = 0.0
     solutions: list[Solution]
+    answered_by: str | None = None
     error: str | None = None
 
 
@@ -233,7 +236,8 @@ class StepLabel:
 class Labels:
     """One source's labels of one solution, one entry a step. `cost` is in US dollars.
 
-    `saw_answer`: whoever labelled was shown the gold answer.
+    `saw_answer`: whoever labelled was shown the gold answer. `annotator` names who was asked, and how;
+    `answered_by` the model that answered, as its API states it (several are joined by commas; None without an API).
     """
 
     key: ClassVar[tuple[str, ...]] = ("solution_id", "source", "annotator")
@@ -244,6 +248,7 @@ class Labels:
     steps: list[StepLabel]
     cost: float
     saw_answer: bool = False
+    answered_by: str | None = None
     error: str | None = None
 
 

@@ -36,6 +36,7 @@ from medmm_ray.engines.generator import (
 )
 from medmm_ray.engines.grader import EquivalenceConfig, Grader, Grades, MakeGrader
 from medmm_ray.engines.images import open_image
+from medmm_ray.engines.served import joined_names
 from medmm_ray.quality import FAULTS, fault
 from medmm_ray.records import Count, Solution, Solutions, to_arrow
 from medmm_ray.tables import RowError, attach
@@ -225,6 +226,7 @@ class Sampler:
             rejected=[Count(kind=kind, count=count) for kind, count in sorted(drawn.faults.items())],
             cost=sum((c.cost for c in drawn.completions), 0.0),
             solutions=solutions,
+            answered_by=joined_names(completion.model for completion in drawn.completions),
             error=error,
         )
         return row, drawn

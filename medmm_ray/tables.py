@@ -195,6 +195,14 @@ def write_file(fs: pafs.FileSystem, path: str, content: bytes) -> None:
         ) from error
 
 
+def fitted(rows: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The rows with the columns of `schema`; a nullable one that a file of an earlier version lacks is null."""
+    for field_ in schema:
+        if field_.nullable and field_.name not in rows.column_names:
+            rows = rows.append_column(field_, pa.nulls(rows.num_rows, field_.type))
+    return rows.select(schema.names).cast(schema)
+
+
 class Table(Artifact):
     """A folder of Parquet part files of one record type."""
 
@@ -214,8 +222,8 @@ class Table(Artifact):
         if missing:
             raise TableError(f"{self.uri} has no column {sorted(missing)}; it has {self.schema.names}")
         schema = self.schema if columns is None else pa.schema([self.schema.field(c) for c in columns])
-        parts = [pq.read_table(f, filesystem=self.fs, columns=columns) for f in self.files()]
-        return pa.concat_tables([p.select(schema.names).cast(schema) for p in parts]) if parts else schema.empty_table()
+        parts = [fitted(pq.read_table(f, filesystem=self.fs, columns=columns), schema) for f in self.files()]
+        return pa.concat_tables(parts) if parts else schema.empty_table()
 
     def stream(self) -> Iterator[pa.Table]:
         """The part files one at a time, for what is too large to be held whole; of a table in the making, those so far.
@@ -223,7 +231,7 @@ class Table(Artifact):
         Before its end a table may hold a row twice.
         """
         for file in self.files() if self.is_complete else self.parts():
-            yield pq.read_table(file, filesystem=self.fs).select(self.schema.names).cast(self.schema)
+            yield fitted(pq.read_table(file, filesystem=self.fs), self.schema)
 
     def dataset(self, columns: Sequence[str] | None = None, rows_per_block: int | None = None) -> "Dataset":
         """The table as a Ray dataset, read where it is worked on."""

@@ -30,6 +30,7 @@ from medmm_ray.engines.generator import Generator, GeneratorConfig, MakeGenerato
 from medmm_ray.engines.images import open_image
 from medmm_ray.engines.local import LocalEndpoint
 from medmm_ray.engines.prices import FREE
+from medmm_ray.engines.served import joined_names
 from medmm_ray.records import Question, WrittenQuestion, to_arrow_lists
 from medmm_ray.tables import RowError, error_kind
 from medmm_ray.text import LETTERS, extract_answer, normalise, one_line, question_with_options, well_formed
@@ -291,22 +292,25 @@ class Attempt:
     ) -> None:
         self.client, self.config, self.picture = writer.client, writer.config, picture
         self.empty, self.number, self.cost = empty, len(earlier), 0.0
+        self.models: set[str | None] = set()  # that answered
         self.written = [other.question for other in earlier if other.question]  # refused ones need no second attempt
 
     async def run(self) -> WrittenQuestion:
         """The question with its checks, or why there is none; `cost` counts what failed too."""
         try:
-            made = await self.drafted()
-            asked = replace(self.empty, **asdict(made))
-            num = self.config.num_checks
-            solved = await self.solved(asked, [self.picture])
-            blind = await self.solved(asked, [])
-            asked = replace(asked, num_checks=num, num_solved=solved, num_solved_blind=blind, cost=self.cost)
-            return replace(asked, refused=doubt(asked))
+            made = await self.tried()
         except RowError as fault:
-            if fault.kind in REFUSALS:
-                return replace(self.empty, cost=self.cost, refused=str(fault))
-            return replace(self.empty, cost=self.cost, error=str(fault))
+            refused, error = (str(fault), None) if fault.kind in REFUSALS else (None, str(fault))
+            made = replace(self.empty, refused=refused, error=error)
+        return replace(made, cost=self.cost, answered_by=joined_names(self.models))
+
+    async def tried(self) -> WrittenQuestion:
+        """The question with its checks; `RowError` where there is none."""
+        asked = replace(self.empty, **asdict(await self.drafted()))
+        solved = await self.solved(asked, [self.picture])
+        blind = await self.solved(asked, [])
+        asked = replace(asked, num_checks=self.config.num_checks, num_solved=solved, num_solved_blind=blind)
+        return replace(asked, refused=doubt(asked))
 
     async def drafted(self) -> Draft:
         """What the model writes."""
@@ -365,6 +369,7 @@ class Attempt:
             self.cost += fault.cost
             raise
         self.cost += answer.cost
+        self.models.add(answer.reply.model)
         if answer.reply.cut_off:
             raise RowError(
                 "cut_off",

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+AS_ASKED = "(as asked)"  # of an answer's model: the one that the request names
 Scripted = tuple[int, dict[str, str], Any]  # status (0 cuts the connection), headers, body
 
 
@@ -39,6 +40,8 @@ class Handler(BaseHTTPRequestHandler):
             self.server.requests.append(asked)
             self.server.times.append(time.monotonic())
             status, headers, body = self.server.script.pop(0) if len(self.server.script) > 1 else self.server.script[0]
+        if isinstance(body, dict) and body.get("model") == AS_ASKED:
+            body = {**body, "model": asked["model"]}
         time.sleep(self.server.delay_s)
         self.close_connection = True
         if status == 0:
@@ -67,19 +70,25 @@ def serving() -> Iterator[Server]:
         running.server_close()
 
 
-def gemini_said(text: str, finish: str = "STOP", **usage: int) -> Scripted:
-    """An answer of Gemini's."""
+def gemini_said(text: str, finish: str = "STOP", model: str | None = None, **usage: int) -> Scripted:
+    """An answer of Gemini's; `model` is the version that answered, where it is stated."""
     counts = {"promptTokenCount": 1000, "candidatesTokenCount": 100, "totalTokenCount": 1100, **usage}
     candidate = {"content": {"role": "model", "parts": [{"text": text}]}, "finishReason": finish}
-    return 200, {}, {"candidates": [candidate], "usageMetadata": counts}
+    version = {} if model is None else {"modelVersion": model}
+    return 200, {}, {"candidates": [candidate], "usageMetadata": counts, **version}
 
 
-def chat_said(text: str | None, finish: str = "stop", cached: int = 0, **message: Any) -> Scripted:
-    """An answer of the chat protocol's."""
+def chat_said(
+    text: str | None, finish: str = "stop", cached: int = 0, model: str | None = AS_ASKED, tier: str | None = None,
+    **message: Any,
+) -> Scripted:  # fmt: skip
+    """An answer of the chat protocol's, by `model`, at the service `tier`."""
     said = {"role": "assistant", "content": text, **message}
     usage = {"prompt_tokens": 1000, "completion_tokens": 100, "total_tokens": 1100}
     usage |= {"prompt_tokens_details": {"cached_tokens": cached}}  # type: ignore[dict-item]
-    return 200, {}, {"model": "m", "choices": [{"index": 0, "message": said, "finish_reason": finish}], "usage": usage}
+    choices = [{"index": 0, "message": said, "finish_reason": finish}]
+    served = {} if tier is None else {"service_tier": tier}
+    return 200, {}, {"model": model, "choices": choices, "usage": usage, **served}
 
 
 def failed(status: int, message: str = "no", **headers: str) -> Scripted:

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,14 @@ def test_a_kept_half_of_a_surrogate_pair_is_replaced() -> None:
     )
     found = parse_segment(hashlib.sha256(kept).hexdigest().encode() + b"\n" + kept, "file")["k"].reply
     assert (found.text, found.refusal) == ("bad \ufffd", "\ufffd")
+
+
+def test_an_answer_that_was_kept_before_models_were_named_is_read() -> None:
+    line = {"key": "k", "reply": {"choices": [{"text": "x", "finish": "stop"}], "read": 5, "cached": 0, "written": 1,
+            "refusal": None}, "cost": 0.25}  # fmt: skip
+    kept = json.dumps(line).encode() + b"\n"
+    found = parse_segment(hashlib.sha256(kept).hexdigest().encode() + b"\n" + kept, "file")["k"]
+    assert (found.reply.text, found.reply.model, found.reply.tier, found.cost) == ("x", None, None, 0.25)
 
 
 def test_a_damaged_segment_is_named(tmp_path: Path) -> None:

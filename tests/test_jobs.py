@@ -1,6 +1,7 @@
 """What every entry point has in common: help, recipes, errors in one sentence; and the identity of results."""
 
 from collections.abc import Callable
+from datetime import date
 from importlib import import_module
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from jobs.resources import ResourceSampler
 from jobs.step import Job, Run, guarded, load_recipe, main, root_cause, run_step
 from medmm_ray.audit.gates import GateError
 from medmm_ray.config import ConfigError
+from medmm_ray.engines import prices
 from medmm_ray.estimate import Estimate, estimate
 from medmm_ray.records import Vector, to_arrow
 from medmm_ray.tables import Table, TableError, write_rows
@@ -68,7 +70,28 @@ def test_medmm_stays_within_the_published_budget() -> None:
     assert result.dollars < 3900
     assert estimated("judge.max_solutions=2").line("judge").calls == 22_000
     assert estimated("judge.splits=[train]").line("judge").calls == 640_000
-    assert "judge will stop at max_cost_usd=100, before the end: $261" in estimated("judge.max_cost_usd=100").notes
+    assert "judge will stop at max_cost_usd=100, before the end: $1,246" in estimated("judge.max_cost_usd=100").notes
+
+
+FLEX = ("judge.backend=openai", "judge.tier=flex")
+
+
+def test_the_flex_tier_is_half_the_price_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prices, "today", lambda: date(2026, 11, 30))
+    whole, half = (estimated(*words).line("judge").dollars for words in ((), FLEX))
+    assert half == pytest.approx(whole / 2)
+    [told] = plan.price_notes(load_recipe(["jobs/recipes/medmm.yaml", *FLEX]))
+    assert told.startswith("judge is priced at the flex tier, 50% of the list price; ")
+    with pytest.raises(ConfigError, match="tier=flex goes with backend=openai: google-generativeai has no field"):
+        estimated("judge.tier=flex")
+
+
+def test_the_plan_tells_of_old_prices_and_of_models_that_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prices, "today", lambda: date(2026, 11, 30))
+    recipe = load_recipe(["jobs/recipes/medmm.yaml", "second_judge.backend=openai", "second_judge.model=gpt-4o"])
+    old, ending = plan.price_notes(recipe)
+    assert old.startswith("second_judge: the price of gpt-4o was read on 2026-05-15, 199 days ago")
+    assert ending.startswith("second_judge: gpt-4o is to be shut down on 2027-01-14")
 
 
 def test_the_plan_follows_the_modes_and_models_of_the_recipe() -> None:
@@ -91,7 +114,7 @@ def test_the_plan_follows_the_modes_and_models_of_the_recipe() -> None:
     )  # fmt: skip
     assert asked.line("equivalence").calls == 22_000
     assert asked.line("equivalence").dollars == pytest.approx(22_000 * (305 * 0.3 + 10 * 2.5) / 1e6)
-    assert asked.line("write_questions").dollars == pytest.approx(100 * (508 * 2.5 + 180 * 10) / 1e6)
+    assert asked.line("write_questions").dollars == pytest.approx(100 * (1015 * 2.5 + 180 * 10) / 1e6)
 
 
 def test_the_plan_says_where_its_word_replaces_the_recipes() -> None:

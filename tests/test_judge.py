@@ -346,6 +346,24 @@ def test_gemini_is_asked_with_images_and_its_verdicts_are_priced(server: Server,
     assert backend.annotator.startswith("gemini-2.0-flash@")
 
 
+def test_each_label_names_the_model_that_answered(server: Server, tmp_path: Path) -> None:
+    PIL.Image.new("L", (8, 8)).save(tmp_path / "x.png")
+    images = pa.table({"image_id": ["im1"], "uri": [str(tmp_path / "x.png")], "annotation": [""]})
+    config = JudgeConfig(backend="gemini", model="gemini-2.0-flash", endpoint=server.address, granularity="step",
+                         in_flight=1, on_other_model="warn", tries=1)  # fmt: skip
+    one, other = (gemini_said(steps(entry(i, "+")), model=f"gemini-2.0-flash-00{i}") for i in (1, 2))
+    successor = gemini_said(steps(entry(1, "+")), model="gemini-3.5-flash-lite")
+    server.script = [one, other, successor, gemini_said("hm", model="gemini-2.0-flash")]
+    row = {"question_id": "q1", "split": "train", "question": "?", "options": [], "answer": "A", "image_ids": ["im1"]}
+    solutions = [solution("s1", RIGHT, WRONG), solution("s2", NEUTRAL), solution("s3", "Odd.")]
+    labels = asyncio.run(JudgeActor(config, images, config.model).label({**row, "solutions": solutions}))
+    answered_by = {label.solution_id: label.answered_by for label in labels}
+    assert answered_by == {
+        "s1": "gemini-2.0-flash-001, gemini-2.0-flash-002", "s2": "gemini-3.5-flash-lite", "s3": None
+    }  # fmt: skip
+    assert {label.annotator.partition("@")[0] for label in labels} == {"gemini-2.0-flash"}
+
+
 def test_the_answer_is_shown_only_where_that_is_said(server: Server, pictures: dict[str, Any]) -> None:
     server.script = [gemini_said(GOOD)]
     knowing = gemini(server, show_answer=True)

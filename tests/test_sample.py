@@ -259,6 +259,7 @@ def test_a_policy_behind_an_api_is_asked_and_paid_once(tmp_path: Path) -> None:
         assert len(server.requests) == 8
         refused_too = 8 * (1000 * 1.0 + 100 * 10.0) / 1e6
         assert sum(row["cost"] for row in first) == pytest.approx(refused_too)
+        assert {row["answered_by"] for row in first} == {"gpt-x"}
         assert [count for row in first for count in row["rejected"]] == [{"kind": "refused", "count": 1}]
         assert sum(len(row["solutions"]) for row in first) == 7
         assert rows() == first

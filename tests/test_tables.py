@@ -262,6 +262,21 @@ def test_exploded_rows_keep_their_question_as_the_unit_of_resuming(uri: str) -> 
     assert sorted(table.to_arrow()["solution_id"].to_pylist()) == ["p0", "p1"]
 
 
+def test_a_table_of_an_earlier_version_is_read_with_what_it_did_not_have_empty(tmp_path: Path) -> None:
+    table = Table(str(tmp_path / "t"), Labels)
+    table.prepare()
+    table.write_part(label_groups(("p", 1)), "question_id", explode="labels")
+    table.finish(ORIGIN, "question_id", "p", seconds=0)
+    [file] = table.files()
+    rows = pyarrow.parquet.read_table(file)
+    pyarrow.parquet.write_table(rows.drop_columns(["answered_by"]), file)
+    for read in (table.to_arrow(), *table.stream()):
+        assert (read.schema.names, read["answered_by"].to_pylist()) == (table.schema.names, [None])
+    pyarrow.parquet.write_table(rows.drop_columns(["annotator"]), file)
+    with pytest.raises(KeyError, match="annotator"):  # one that no row can do without
+        table.to_arrow()
+
+
 def test_figures_of_rows_become_the_manifests_sums_whatever_was_written_twice(uri: str) -> None:
     table = Table(uri, Labels)
     table.prepare()

@@ -174,7 +174,7 @@ def test_a_question_is_written_tried_and_kept(tmp_path: Path, monkeypatch: pytes
     wrong = "ABCD"[("ABCD".index(right) + 1) % 4]
     with serving() as server:
         server.script = [
-            chat_said(reply(options=["x", "x", "y", "z"])), chat_said(reply()),
+            chat_said(reply(options=["x", "x", "y", "z"])), chat_said(reply(), model="gpt-4o-2024-08-06"),
             chat_said(json.dumps({"answer": right})), chat_said(json.dumps({"answer": right})),
             chat_said(json.dumps({"answer": wrong})), chat_said(json.dumps({"answer": wrong})),
         ]  # fmt: skip
@@ -185,6 +185,7 @@ def test_a_question_is_written_tried_and_kept(tmp_path: Path, monkeypatch: pytes
     assert (made.error, made.refused, made.num_solved, made.num_solved_blind, made.num_checks) == (None, None, 2, 0, 2)
     assert made.options["ABCD".index(made.answer)] == "Pneumothorax"
     assert made.cost == pytest.approx(6 * (1000 * 2.5 + 100 * 10) / 1e6)
+    assert made.answered_by == "gpt-4o, gpt-4o-2024-08-06"
     assert again == made
     assert "two options say the same" in sent[1]
     assert ["image_url" in text for text in sent] == [True, True, True, True, False, False]
@@ -310,7 +311,7 @@ def test_a_refusal_is_paid_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with serving() as server:
         server.script = [chat_said("Hm."), chat_said(None, refusal="I cannot")]
         [made] = asyncio.run(writer(server, tmp_path).of_image(row(tmp_path)))
-    assert (made.error, made.cost) == ("refused: m refused: I cannot", 2 * 0.0035)
+    assert (made.error, made.cost) == ("refused: gpt-4o refused: I cannot", 2 * 0.0035)
 
 
 def test_one_more_try_asks_anew_only_where_kept_replies_do_not_fit(

@@ -53,8 +53,9 @@ class ApiPolicy:
         reply = answer.reply
         finish = "length" if reply.cut_off else "stop"
         return Completion(
-            reply.text, finish, seed, reply.written, reply.read, cached_tokens=reply.cached, cost=answer.cost
-        )
+            reply.text, finish, seed, reply.written, reply.read, cached_tokens=reply.cached, cost=answer.cost,
+            model=reply.model,
+        )  # fmt: skip
 
 
 def request_of(prompt: Prompt, how: Sampling) -> Request:

@@ -10,6 +10,7 @@ in flight: a kill loses no more than `in_flight` answers, and no more are booked
 import asyncio
 import heapq
 import itertools
+import logging
 import math
 import os
 import random
@@ -24,13 +25,17 @@ from pydantic import Field
 
 from medmm_ray.config import Config, ConfigError, execution
 from medmm_ray.engines.answers import Answer, AnswerStore
-from medmm_ray.engines.endpoint import Endpoint, EndpointError, Request, RetryableError
+from medmm_ray.engines.endpoint import Endpoint, EndpointError, Reply, Request, RetryableError
 from medmm_ray.engines.gate import HEARTBEAT_S, Ask, BudgetError, Gateway, Grant, Limits, Settled, start_gate
 from medmm_ray.engines.gemini import GeminiEndpoint
 from medmm_ray.engines.openai import OpenAIEndpoint
 from medmm_ray.engines.prices import Price, price_of
+from medmm_ray.engines.served import OtherModelError, is_asked, other_model
 from medmm_ray.tables import RowError
 
+log = logging.getLogger("medmm_ray")
+
+GEMINI_ADDRESS = "https://generativelanguage.googleapis.com/v1beta/openai"  # of its OpenAI-compatible API
 LONGEST_PAUSE_S = 60.0
 AHEAD = 0.5  # leases that wait beside those at the server, as a share of in_flight
 BYTES_A_TOKEN = 4  # of English text, about: for the rate limit, which the provider estimates too
@@ -52,6 +57,17 @@ class ApiConfig(Config):
     """US dollars per million prompt tokens that the provider had cached; null takes the table's."""
     price_written: float | None = execution(None, ge=0)
     """US dollars per million generated tokens; null takes the table's."""
+    price_flex: float | None = execution(None, ge=0)
+    """Share of these prices that the flex tier costs; null takes the table's (a half for Google's and OpenAI's models,
+    1 for those that it does not have)."""
+    tier: Literal["flex"] | None = execution(None)
+    """Service tier: flex is slower, may be refused for want of capacity, and costs a half at Google and OpenAI; null:
+    the standard one. An answer is booked at the tier that really served it."""
+    on_other_model: Literal["stop", "warn"] = execution("stop")
+    """What happens where another model answers than the one that was asked (a retired one may be routed to its
+    successor): stop ends the job, warn goes on. A dated snapshot counts as the asked model."""
+    answers_as: str | None = execution(None)
+    """Name under which the model answers, where its address calls it otherwise: an Azure deployment, an alias."""
     max_cost_usd: float | None = execution(None, ge=0)
     """Most US dollars that the run may spend on this model, worst cases included; null: no limit of this section's."""
     requests_per_minute: float | None = execution(None, gt=0)
@@ -64,8 +80,8 @@ class ApiConfig(Config):
     """Environment variable that holds the key; null: GEMINI_API_KEY or OPENAI_API_KEY."""
     in_flight: int = Field(16, ge=1, json_schema_extra={"identity": False})
     """Most requests of one actor at a time."""
-    timeout_s: float = execution(120.0, gt=0)
-    """Longest wait for one answer, seconds."""
+    timeout_s: float | None = execution(None, gt=0)
+    """Longest wait for one answer, seconds; null: 120, and 900 at the flex tier, as its vendors advise."""
     max_attempts: int = Field(6, ge=1, json_schema_extra={"identity": False})
     """Tries of one request before its row fails."""
     pause_s: float = execution(1.0, ge=0)
@@ -78,6 +94,11 @@ class ApiConfig(Config):
     """Seconds of faults alone after which the job ends."""
 
     @property
+    def longest_s(self) -> float:
+        """Longest wait for one answer, seconds."""
+        return self.timeout_s or (900.0 if self.tier else 120.0)
+
+    @property
     def limits(self) -> Limits:
         return Limits(
             requests_per_minute=self.requests_per_minute,
@@ -86,18 +107,23 @@ class ApiConfig(Config):
             breaker_faults=self.breaker_faults,
             breaker_pause_s=self.pause_s,
             breaker_limit_s=self.breaker_limit_s,
-            drain_s=self.timeout_s + 30,
+            drain_s=self.longest_s + 30,
         )
 
 
 class Client:
-    """Asks one endpoint. Without a gate (a model in this process) nothing is leased, without a store nothing kept."""
+    """Asks one endpoint. Without a gate (a model in this process) nothing is leased, without a store nothing kept.
+
+    `model` is the name under which the asked model answers; None: whoever answers is taken.
+    """
 
     def __init__(
         self, endpoint: Endpoint, price: Price, config: ApiConfig, gate: Gateway | None = None,
-        answers: AnswerStore | None = None,
+        answers: AnswerStore | None = None, model: str | None = None,
     ) -> None:  # fmt: skip
         self.endpoint, self.price, self.config, self.gate, self.answers = endpoint, price, config, gate, answers
+        self.model = model
+        self._told: set[str] = set()
         self.sender = uuid.uuid4().hex
         self._asked: dict[tuple[str, str], asyncio.Future[Answer | RowError | ConfigError | None]] = {}
         self._order = itertools.count()
@@ -111,9 +137,10 @@ class Client:
         """The answer to `request`, kept or new; who asks the same while it is under way gets it at no cost.
 
         Raises `RowError` refused, prompt_too_long, request, or unavailable (every attempt failed), and `ConfigError`
-        where the job is to end: budget, key, an endpoint that stays away.
+        where the job is to end: budget, key, an endpoint that stays away, another model than the one that was asked.
         """
         answer = await self._once(request, group, request.key(self.endpoint.identity))
+        await self._check_model(answer.reply)
         if answer.reply.refusal is not None:
             raise RowError("refused", answer.reply.refusal, answer.cost)
         return answer
@@ -138,12 +165,30 @@ class Client:
             del self._asked[group, key]
             mine.set_result(outcome)
 
+    async def _check_model(self, reply: Reply) -> None:
+        """End the job, or warn, where another model answered; its answer is kept by now."""
+        answered = reply.model
+        if answered is None or self.model is None or is_asked(self.model, answered):
+            return
+        message = other_model(self.endpoint.identity, answered)
+        if self.config.on_other_model == "stop":
+            await self._end(message)
+            raise OtherModelError(message)
+        self._warn(message)
+
+    def _warn(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            log.warning("%s", message)
+
     async def _found_or_fetched(self, request: Request, group: str, key: str) -> Answer:
         found = await self.answers.find(group, key) if self.answers else None
         return found or await self._fetch(request, group, key)
 
     async def _fetch(self, request: Request, group: str, key: str) -> Answer:
         order = next(self._order)  # who asked first goes first, in later attempts too
+        if self.config.tier:
+            request = replace(request, tier=self.config.tier)
         ask = Ask(group, key, likely_tokens(request, self.price), self.price.most(request))
         fault = RetryableError("")
         for attempt in range(1, self.config.max_attempts + 1):
@@ -175,6 +220,11 @@ class Client:
                 async with self._slots.place(order):
                     reply = await self.endpoint.send(request)
                     answer = Answer(reply, self.price.of(reply))
+                    if self.config.tier and (reply.tier or "").lower() != self.config.tier:
+                        self._warn(
+                            f"{self.endpoint.identity} was asked at the tier {self.config.tier} and answered at "
+                            f"{reply.tier or 'one that it does not state'}: booked at the list price"
+                        )
                     settled = Settled(lease, reply.read + reply.written, answer.cost, answered=True)
                     if self.answers:
                         await self.answers.put(ask.group, ask.key, answer)
@@ -243,18 +293,34 @@ def connect(
 ) -> Client:
     """A client of a model behind an API; `folder` is the run's for this model, where its answers are kept."""
     endpoint: Endpoint
+    check_tier(backend, config)
     if backend == "gemini":
         endpoint = GeminiEndpoint(
             model, address=config.endpoint, key_variable=config.key_variable or "GEMINI_API_KEY",
-            timeout_s=config.timeout_s, in_flight=config.in_flight,
+            timeout_s=config.longest_s, in_flight=config.in_flight,
         )  # fmt: skip
     else:
         endpoint = OpenAIEndpoint(
             model, address=config.endpoint, key_variable=config.key_variable or "OPENAI_API_KEY",
-            timeout_s=config.timeout_s, form=config.form,
+            timeout_s=config.longest_s, form=config.form,
         )  # fmt: skip
-    price = price_of(model, config.price_read, config.price_written, config.price_cached)
-    return Client(endpoint, price, config, gate, AnswerStore(f"{folder.rstrip('/')}/answers") if folder else None)
+    store = AnswerStore(f"{folder.rstrip('/')}/answers") if folder else None
+    return Client(endpoint, price_by(model, config), config, gate, store, config.answers_as or model)
+
+
+def price_by(model: str, config: ApiConfig) -> Price:
+    """What a model costs today, at the standard tier: the table's price with the config's own in its place."""
+    return price_of(model, config.price_read, config.price_written, config.price_cached, config.price_flex)
+
+
+def check_tier(backend: str, config: ApiConfig) -> None:
+    """Raise `ConfigError` where a tier is asked for that the backend has no field for."""
+    if config.tier and backend == "gemini":
+        raise ConfigError(
+            f"tier={config.tier} goes with backend=openai: google-generativeai has no field for service tiers. The "
+            f"same models answer at their OpenAI-compatible address: backend=openai endpoint={GEMINI_ADDRESS} "
+            "key_variable=GEMINI_API_KEY"
+        )
 
 
 def api_folder(folder: str, model: str) -> str:

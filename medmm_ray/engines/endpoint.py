@@ -70,7 +70,8 @@ class Turn:
 class Request:
     """One question to a model. `n` choices are drawn; `temperature` None leaves it to the model.
 
-    `schema` is a JSON schema; `pattern` a regular expression, which a model in this process obeys.
+    `schema` is a JSON schema; `pattern` a regular expression, which a model in this process obeys. `tier` says how an
+    API serves it and at what price, not what is asked: an answer is kept under the same key at any tier.
     """
 
     system: str
@@ -82,6 +83,7 @@ class Request:
     top_p: float = 1.0
     n: int = 1
     seed: int | None = None
+    tier: str | None = None
 
     @property
     def pictures(self) -> list[Picture]:
@@ -116,7 +118,9 @@ class Choice:
 class Reply:
     """A whole answer. `read` counts prompt tokens with the cached ones, `written` all generated ones, thoughts too.
 
-    `refusal` says why a model did not answer, `well_formed`: that is a whole answer too, and paid for.
+    `refusal` says why a model did not answer: that is a whole answer too, and paid for. `model` is who
+    answered and `tier` the service tier that served it, as the API states them; None where it does not. All texts are
+    `well_formed`.
     """
 
     choices: tuple[Choice, ...]
@@ -124,10 +128,14 @@ class Reply:
     cached: int
     written: int
     refusal: str | None = None
+    model: str | None = None
+    tier: str | None = None
 
     def __post_init__(self) -> None:
-        if self.refusal is not None:
-            object.__setattr__(self, "refusal", well_formed(self.refusal))
+        for name in ("refusal", "model", "tier"):
+            text = getattr(self, name)
+            if text is not None:
+                object.__setattr__(self, name, well_formed(text))
 
     @property
     def text(self) -> str:
@@ -146,9 +154,14 @@ class Endpoint(Protocol):
     async def send(self, request: Request) -> Reply: ...
 
 
-def counted(stated: object, most: int) -> int:
+def counted(number: object, most: int) -> int:
     """Tokens as a server counted them; `most`, all that were possible, where it states no such number."""
-    return int(stated) if isinstance(stated, int | float) and 0 <= stated <= MOST_TOKENS else most
+    return int(number) if isinstance(number, int | float) and 0 <= number <= MOST_TOKENS else most
+
+
+def stated(name: object) -> str | None:
+    """A name (of a model, of a service tier) as a server states it; None where it states none."""
+    return name.strip() or None if isinstance(name, str) else None
 
 
 # What servers say of a prompt that is longer than the model's context.

@@ -21,6 +21,7 @@ from medmm_ray.engines.endpoint import (
     asked_wait_s,
     counted,
     fault_of,
+    stated,
 )
 
 REFUSED = ("SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "IMAGE_SAFETY", "LANGUAGE")
@@ -102,6 +103,7 @@ class GeminiEndpoint:
             cached=min(read, counted(used.cached_content_token_count, 0)),
             written=counted(written if counts else None, request.n * request.max_tokens),
             refusal=refusal,
+            model=stated(response.model_version),
         )
 
 

@@ -114,7 +114,8 @@ class Completion:
 
     One that could not be had has its `fault`, whose kind is its `finish_reason`. `cost` is in US dollars. Of its
     prompt, `shareable_tokens` lie in whole cache blocks, so that a further sample finds them there; `cached_tokens`
-    were found: which of a request's samples found them is not told, their sum is right.
+    were found: which of a request's samples found them is not told, their sum is right. `model` is the one that
+    answered, as its API names it.
     """
 
     text: str
@@ -125,6 +126,7 @@ class Completion:
     shareable_tokens: int = 0
     cached_tokens: int = field(default=0, compare=False)
     cost: float = 0.0
+    model: str | None = None
     fault: RowError | None = field(default=None, compare=False)
 
 

@@ -8,6 +8,7 @@ package was tried: it took 1.05 ms of processor time a call where this takes .6.
 import json
 import os
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -23,9 +24,11 @@ from medmm_ray.engines.endpoint import (
     asked_wait_s,
     counted,
     fault_of,
+    stated,
 )
 
 ADDRESS = "https://api.openai.com/v1"
+GEMINI_TIER = "x-gemini-service-tier"  # the header by which Google's addresses, the compatible one too, state it
 
 
 class OpenAIEndpoint:
@@ -69,7 +72,8 @@ class OpenAIEndpoint:
             wait_s = asked_wait_s(answer.headers.get("Retry-After"), said)
             raise fault_of(self._model, answer.status, said, wait_s, check)
         try:
-            return reply_of(json.loads(content), request)
+            reply = reply_of(json.loads(content), request)
+            return replace(reply, tier=reply.tier or stated(answer.headers.get(GEMINI_TIER)))
         except (ValueError, RecursionError) as error:  # of json too: 5,000 digits, 100,000 brackets
             raise RetryableError(
                 f"a garbled answer of {len(content)} bytes ({answer.content_type}): {error}", maybe_paid=True
@@ -101,6 +105,8 @@ class OpenAIEndpoint:
             body |= {"temperature": request.temperature, "top_p": request.top_p}
         if request.seed is not None:
             body["seed"] = request.seed
+        if request.tier is not None:
+            body["service_tier"] = request.tier
         if request.schema is not None and self._form == "schema":
             shape = {"name": "answer", "strict": True, "schema": dict(request.schema)}
             body["response_format"] = {"type": "json_schema", "json_schema": shape}
@@ -150,6 +156,8 @@ def reply_of(body: Any, request: Request) -> Reply:
         cached=min(read, counted(_or_empty(usage.get("prompt_tokens_details")).get("cached_tokens"), 0)),
         written=counted(usage.get("completion_tokens"), request.n * request.max_tokens),
         refusal=refusal,
+        model=stated(answered.get("model")),
+        tier=stated(answered.get("service_tier")),
     )
 
 

@@ -128,6 +128,7 @@ class JudgeActor:
                     steps=[] if isinstance(found, RowError) else found.steps,
                     cost=found.cost,
                     saw_answer=self.config.show_answer,
+                    answered_by=None if isinstance(found, RowError) else found.answered_by,
                     error=str(found) if isinstance(found, RowError) else None,
                 )
             )

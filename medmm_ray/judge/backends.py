@@ -13,6 +13,7 @@ from medmm_ray.engines.answers import Answer
 from medmm_ray.engines.endpoint import Picture as Shown
 from medmm_ray.engines.endpoint import Request, Turn
 from medmm_ray.engines.images import open_image
+from medmm_ray.engines.served import joined_names
 from medmm_ray.judge.config import JudgeConfig
 from medmm_ray.judge.prompt import (
     AGAIN,
@@ -43,10 +44,11 @@ _UNSURE = {True: (0.6, 0.3), False: (0.05, 0.15)}
 
 @dataclass(frozen=True)
 class Judgement:
-    """One solution's verdicts and what they cost, US dollars."""
+    """One solution's verdicts, what they cost, US dollars, and the model that gave them, as its API names it."""
 
     steps: list[StepLabel]
     cost: float = 0.0
+    answered_by: str | None = None
 
 
 def at_cost(found: "Judgement | RowError", cost: float) -> "Judgement | RowError":
@@ -188,8 +190,8 @@ class ModelJudge:
     ) -> "list[Judgement | RowError]":
         """What is said of each solution of a call; where they spoil it together, each is asked about alone."""
         try:
-            found, cost = await self._ask(case, documents, pictures, call)
-            return [Judgement(steps, cost / len(found)) for steps in found]
+            found, cost, answered_by = await self._ask(case, documents, pictures, call)
+            return [Judgement(steps, cost / len(found), answered_by) for steps in found]
         except RowError as fault:
             share = fault.cost / len(call.solutions)
             if len(call.solutions) == 1 or fault.kind not in _SPOILT:
@@ -199,8 +201,9 @@ class ModelJudge:
 
     async def _ask(
         self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | Shown], call: Call
-    ) -> tuple[list[list[StepLabel]], float]:
-        """The labels and their cost; a reply that does not fit is asked for again, with the fault named."""
+    ) -> tuple[list[list[StepLabel]], float, str | None]:
+        """The labels, their cost and the model that gave them; a reply that does not fit is asked for again, with the
+        fault named."""
         request, paid = self._fitting(case, documents, pictures, call), 0.0
         for left in reversed(range(self.config.tries)):
             try:
@@ -209,7 +212,7 @@ class ModelJudge:
                 raise RowError(fault.kind, fault.message, fault.cost + paid) from None
             paid += answer.cost
             try:
-                return self._labels(answer, call), paid
+                return self._labels(answer, call), paid, answer.reply.model
             except RowError as fault:
                 misfit = fault
             if left:
@@ -269,4 +272,5 @@ def _joined(parts: "Sequence[Sequence[Judgement | RowError]]") -> "Judgement | R
     for [one] in parts:
         if isinstance(one, RowError):
             return at_cost(one, cost)
-    return Judgement([one.steps[0] for [one] in parts if isinstance(one, Judgement)], cost)
+    found = [one for [one] in parts if isinstance(one, Judgement)]
+    return Judgement([one.steps[0] for one in found], cost, joined_names(one.answered_by for one in found))

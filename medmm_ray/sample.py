@@ -61,12 +61,12 @@ class SampleConfig(GeneratorConfig, ApiConfig):
     """Solutions a question of the training (and validation) split."""
     num_samples_test: int = Field(64, ge=1, le=MAX_DRAWS)
     """Solutions a question of the test split."""
-    temperature: float = Field(0.7, ge=0)
-    """Sampling temperature."""
+    temperature: float | None = Field(0.7, ge=0)
+    """Sampling temperature; null leaves it to an API's model (reasoning models take no other)."""
     top_k: int = Field(50, ge=0)
     """Tokens to draw from, most likely first; 0 takes all, as every API does."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    """Probability mass to draw from."""
+    top_p: float | None = Field(1.0, gt=0, le=1)
+    """Probability mass to draw from; null leaves it to an API's model."""
     max_tokens: int = Field(1024, ge=1)
     """Longest solution, tokens; one that is cut there is refused."""
     min_steps: int = Field(3, ge=1)
@@ -99,6 +99,8 @@ class SampleConfig(GeneratorConfig, ApiConfig):
     @model_validator(mode="after")
     def _asks_an_api_for_what_it_has(self) -> "SampleConfig":
         if self.backend == "vllm":
+            if self.temperature is None or self.top_p is None:
+                raise ValueError("temperature and top_p may be null for an API alone; backend is 'vllm', set numbers")
             return self
         set_ = {name: value for name, value in dict(self).items() if name in self.model_fields_set}
         if others := [name for name, none in ENGINE_ALONE.items() if set_.get(name, none) != none]:

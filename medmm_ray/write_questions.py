@@ -25,7 +25,7 @@ from pydantic import Field, model_validator
 
 from medmm_ray.config import Splits, digest, execution
 from medmm_ray.engines.client import Access, ApiConfig, Client, open_access
-from medmm_ray.engines.endpoint import Picture, Request, Turn
+from medmm_ray.engines.endpoint import Picture, Request, Turn, corrected
 from medmm_ray.engines.generator import Generator, GeneratorConfig, MakeGenerator, actor_options
 from medmm_ray.engines.images import open_image
 from medmm_ray.engines.local import LocalEndpoint
@@ -358,8 +358,7 @@ class Attempt:
             try:
                 return read(reply)
             except RowError as fault:
-                corrected = Turn("user", (again.format(fault=fault.message, rule=rule),))
-                request = replace(request, turns=(*request.turns, Turn("model", (reply,)), corrected))
+                request = corrected(request, reply, again.format(fault=fault.message, rule=rule))
         return read(await self.send(request))
 
     async def send(self, request: Request) -> str:

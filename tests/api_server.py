@@ -23,6 +23,7 @@ class Server(ThreadingHTTPServer):
         self.requests: list[dict[str, Any]] = []
         self.times: list[float] = []
         self.delay_s = 0.0
+        self.gemini_client: Any = None  # by which of them the tests of Gemini ask
         self.lock = threading.Lock()
 
     @property

@@ -31,9 +31,8 @@ from medmm_ray.engines.endpoint import (
     Request,
     RetryableError,
     Turn,
-    asked_wait_s,
-    fault_of,
 )
+from medmm_ray.engines.faults import ServerError, asked_wait_s, fault_of
 from medmm_ray.engines.gate import BudgetError, Gate, close_ledger
 from medmm_ray.engines.openai import OpenAIEndpoint
 from medmm_ray.engines.prices import FREE, Price
@@ -363,7 +362,7 @@ def test_a_refused_key_ends_the_job_after_what_is_under_way_is_kept(tmp_path: Pa
     ],
 )
 def test_what_a_status_means(status: int, said: str, expected: str) -> None:
-    fault = fault_of("m", status, said, 2.5, "KEY")
+    fault = fault_of("m", ServerError(status, said, said), 2.5, "KEY")
     assert (fault.kind if isinstance(fault, RowError) else type(fault).__name__) == expected
     if isinstance(fault, RetryableError):
         assert fault.retry_after_s == 2.5

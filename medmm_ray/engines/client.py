@@ -27,7 +27,7 @@ from medmm_ray.config import Config, ConfigError, execution
 from medmm_ray.engines.answers import Answer, AnswerStore
 from medmm_ray.engines.endpoint import Endpoint, EndpointError, Reply, Request, RetryableError
 from medmm_ray.engines.gate import HEARTBEAT_S, Ask, BudgetError, Gateway, Grant, Limits, Settled, start_gate
-from medmm_ray.engines.gemini import GeminiEndpoint
+from medmm_ray.engines.gemini import gemini_endpoint
 from medmm_ray.engines.openai import OpenAIEndpoint
 from medmm_ray.engines.prices import Price, price_of
 from medmm_ray.engines.served import OtherModelError, is_asked, other_model
@@ -76,6 +76,11 @@ class ApiConfig(Config):
     """Most tokens a minute of the whole cluster to this model; null: no limit of this section's."""
     endpoint: str | None = execution(None)
     """Another address of the API: a proxy, a vLLM server, Gemini's OpenAI-compatible one."""
+    length_field: Literal["max_completion_tokens", "max_tokens"] | None = execution(None)
+    """openai: the name under which the server takes the longest answer; null: the first, and the second from when the
+    server refuses that. Name it where a server ignores the first, as Ollama does."""
+    gemini_client: Literal["rest", "sdk"] | None = execution(None)
+    """gemini: rest (nothing to install) or sdk (google-generativeai); null: sdk where that is installed."""
     key_variable: str | None = execution(None)
     """Environment variable that holds the key; null: GEMINI_API_KEY or OPENAI_API_KEY."""
     in_flight: int = Field(16, ge=1, json_schema_extra={"identity": False})
@@ -190,12 +195,13 @@ class Client:
         if self.config.tier:
             request = replace(request, tier=self.config.tier)
         ask = Ask(group, key, likely_tokens(request, self.price), self.price.most(request))
-        fault = RetryableError("")
+        fault, paid = RetryableError(""), 0.0
         for attempt in range(1, self.config.max_attempts + 1):
             try:
                 return await self._attempt(request, ask, order)
             except RetryableError as error:
                 fault = error
+                paid += self._cost(fault)
             except EndpointError as error:
                 await self._end(str(error))
                 raise
@@ -204,13 +210,19 @@ class Client:
                     "unavailable",
                     f"{self.endpoint.identity} asks to wait {fault.retry_after_s:,.0f} s, and longest_wait_s is "
                     f"{self.config.longest_wait_s:g}: {str(fault)[:200]}",
+                    paid,
                 )
             if attempt < self.config.max_attempts:
                 await asyncio.sleep(pause(attempt, self.config.pause_s, random.random(), fault.retry_after_s))
         raise RowError(
             "unavailable",
             f"{self.endpoint.identity} failed {self.config.max_attempts} times, last: {str(fault)[:200]}",
+            paid,
         )
+
+    def _cost(self, fault: RetryableError) -> float:
+        """US dollars of the tokens that a server counted for a fault."""
+        return self.price.of(fault.used) if fault.used else 0.0
 
     async def _attempt(self, request: Request, ask: Ask, order: int) -> Answer:
         async with self._leases_out.place(order):
@@ -232,7 +244,10 @@ class Client:
             except RetryableError as error:
                 asked_s = error.retry_after_s or 0.0
                 wait_s = asked_s if asked_s <= self.config.longest_wait_s else 0.0
-                settled = Settled(lease, fault=str(error), lost=error.maybe_paid, wait_s=wait_s)
+                tokens = error.used.read + error.used.written if error.used else 0
+                settled = Settled(
+                    lease, tokens, self._cost(error), fault=str(error), lost=error.maybe_paid, wait_s=wait_s
+                )
                 raise
             except (RowError, EndpointError):
                 settled = Settled(lease)
@@ -295,14 +310,14 @@ def connect(
     endpoint: Endpoint
     check_tier(backend, config)
     if backend == "gemini":
-        endpoint = GeminiEndpoint(
-            model, address=config.endpoint, key_variable=config.key_variable or "GEMINI_API_KEY",
+        endpoint = gemini_endpoint(
+            model, config.gemini_client, address=config.endpoint, key_variable=config.key_variable or "GEMINI_API_KEY",
             timeout_s=config.longest_s, in_flight=config.in_flight,
         )  # fmt: skip
     else:
         endpoint = OpenAIEndpoint(
             model, address=config.endpoint, key_variable=config.key_variable or "OPENAI_API_KEY",
-            timeout_s=config.longest_s, form=config.form,
+            timeout_s=config.longest_s, form=config.form, length_field=config.length_field,
         )  # fmt: skip
     store = AnswerStore(f"{folder.rstrip('/')}/answers") if folder else None
     return Client(endpoint, price_by(model, config), config, gate, store, config.answers_as or model)

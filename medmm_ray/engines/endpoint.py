@@ -1,27 +1,23 @@
 """What an endpoint is: a model, behind an API or in this process, that makes one attempt at one request.
 
 Enters: a `Request`, texts and pictures. Leaves: a `Reply` with its token counts, or a typed fault: `RetryableError`
-(of the moment: 408, 409, 429, 5xx, a time-out, a cut connection, a garbled body), `RowError` refused (content filter),
-prompt_too_long or request (any other 4xx: that row's error), `EndpointError` (key, model, quota, missing package: no
-request can succeed). Retries, limits and money are `client`'s.
+(of the moment: a time-out, a cut connection, a garbled body), `RowError` (that row's error), `EndpointError` (key,
+model, quota, missing package: no request can succeed); `faults` says which of them a server's error is. Retries, limits
+and money are `client`'s.
 """
 
 import base64
 import hashlib
 import io
 import json
-import re
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
 from PIL import Image
 
 from medmm_ray.config import ConfigError
-from medmm_ray.tables import RowError
 from medmm_ray.text import well_formed
 
 MOST_TOKENS = 10**9  # that a server can have counted in one answer
@@ -32,11 +28,17 @@ class EndpointError(ConfigError):
 
 
 class RetryableError(Exception):
-    """A fault of the moment. `maybe_paid`: the model may have worked on it, so that it may be billed."""
+    """A fault of the moment.
 
-    def __init__(self, message: str, retry_after_s: float | None = None, maybe_paid: bool = False) -> None:
+    `used` are the tokens that the server counted for it, which are billed. `maybe_paid`: it counted none, and the model
+    may have worked on it, so that it may be billed at any cost.
+    """
+
+    def __init__(
+        self, message: str, retry_after_s: float | None = None, maybe_paid: bool = False, used: "Reply | None" = None
+    ) -> None:
         super().__init__(message)
-        self.retry_after_s, self.maybe_paid = retry_after_s, maybe_paid
+        self.retry_after_s, self.maybe_paid, self.used = retry_after_s, maybe_paid, used
 
 
 class Picture:
@@ -68,7 +70,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Request:
-    """One question to a model. `n` choices are drawn; `temperature` None leaves it to the model.
+    """One question to a model. `n` choices are drawn; `temperature` or `top_p` None leaves it to the model.
 
     `schema` is a JSON schema; `pattern` a regular expression, which a model in this process obeys. `tier` says how an
     API serves it and at what price, not what is asked: an answer is kept under the same key at any tier.
@@ -80,7 +82,7 @@ class Request:
     pattern: str | None = None
     max_tokens: int = 4096
     temperature: float | None = 0.0
-    top_p: float = 1.0
+    top_p: float | None = 1.0
     n: int = 1
     seed: int | None = None
     tier: str | None = None
@@ -105,10 +107,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Choice:
-    """One answer. `finish` is stop, or length where it was cut at `max_tokens`. Its text is `well_formed`."""
+    """One answer. `finish` is stop, or length where it was cut at `max_tokens`. Its text is `well_formed`.
+
+    `thoughts` are the characters of thoughts that a server gave beside the text, in a field of their own.
+    """
 
     text: str
     finish: str
+    thoughts: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "text", well_formed(self.text))
@@ -146,6 +152,17 @@ class Reply:
         return self.choices[0].finish == "length"
 
 
+def corrected(request: Request, reply: str, words: str) -> Request:
+    """`request` with a reply that did not fit, and `words` of what to do.
+
+    No API takes an empty turn: after an empty reply the words join what was asked.
+    """
+    if reply.strip():
+        return replace(request, turns=(*request.turns, Turn("model", (reply,)), Turn("user", (words,))))
+    *before, last = request.turns
+    return replace(request, turns=(*before, replace(last, parts=(*last.parts, words))))
+
+
 class Endpoint(Protocol):
     """`identity` names the model in the keys of its answers: not where it is reached."""
 
@@ -162,51 +179,3 @@ def counted(number: object, most: int) -> int:
 def stated(name: object) -> str | None:
     """A name (of a model, of a service tier) as a server states it; None where it states none."""
     return name.strip() or None if isinstance(name, str) else None
-
-
-# What servers say of a prompt that is longer than the model's context.
-_TOO_LONG = ("context_length", "maximum context length", "exceeds the maximum number of tokens", "prompt is too long")
-
-
-def fault_of(model: str, status: int, said: str, wait_s: float | None, check: str) -> Exception:
-    """The fault that an HTTP status means.
-
-    `wait_s` are the seconds that the server asks to wait (`asked_wait_s`); `check` names what the user should look at
-    where no request can succeed.
-    """
-    words = said.lower()
-    fatal = status in (401, 402, 403, 404) or "insufficient_quota" in words or (status == 400 and "api key" in words)
-    if fatal:
-        return EndpointError(f"{model} answered {status}: {said[:300]}; check {check}")
-    if status in (408, 409, 429) or status >= 500:  # 409: OpenAI's documentation says to, Google's ABORTED is one too
-        return RetryableError(f"{status}: {said[:200]}", wait_s)
-    if "content_filter" in words or "content management policy" in words:
-        return RowError("refused", f"{model} did not answer (content filter)")
-    if any(mark in words for mark in _TOO_LONG):
-        return RowError("prompt_too_long", f"{model} answered {status}: {said[:200]}")
-    return RowError("request", f"{model} answered {status}: {said[:200]}")
-
-
-# google.rpc.RetryInfo in the JSON of an error.
-_RETRY_INFO = re.compile(r'"retryDelay"\s*:\s*"(\d{1,9}(?:\.\d+)?)s"')
-
-
-def asked_wait_s(retry_after: str | None, body: str) -> float | None:
-    """Seconds that a server asks to wait, by its ``Retry-After`` header or Google's RetryInfo; None by neither."""
-    info = _RETRY_INFO.search(body)
-    asked = [s for s in (_seconds(retry_after), float(info[1]) if info else None) if s is not None]
-    return max(asked, default=None)
-
-
-def _seconds(retry_after: str | None) -> float | None:
-    """A ``Retry-After`` header, seconds or a date, as seconds from now; None where it is absent, or neither."""
-    if not retry_after:
-        return None
-    try:
-        return max(0.0, float(retry_after))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except ValueError:
-        return None

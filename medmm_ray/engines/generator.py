@@ -93,15 +93,15 @@ class GeneratorConfig(Config):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw: `temperature` 0 is greedy, `top_k` 0 takes all tokens.
+    """How to draw: `temperature` 0 is greedy, `top_k` 0 takes all tokens; an API's model may have its own (None).
 
     `stop` are texts that end a sample (the text keeps them); `pattern` is a regular expression, or `schema` a JSON
     schema, that the engine must obey.
     """
 
-    temperature: float = 0.7
+    temperature: float | None = 0.7
     top_k: int = 50
-    top_p: float = 1.0
+    top_p: float | None = 1.0
     max_tokens: int = 1024
     stop: tuple[str, ...] = ()
     pattern: str | None = None

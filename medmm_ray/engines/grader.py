@@ -7,6 +7,7 @@ alone: no policy and no judge sees its requests.
 """
 
 import asyncio
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from medmm_ray.engines.client import Access, ApiConfig, Client, open_access
 from medmm_ray.engines.endpoint import Request, Turn
 from medmm_ray.tables import RowError
 from medmm_ray.text import answer_key, is_correct
+
+log = logging.getLogger(__name__)
 
 SYSTEM = (
     "You grade short answers to medical questions. Say whether the given answer means the same as the reference answer "
@@ -42,7 +45,7 @@ class EquivalenceConfig(ApiConfig):
     model: str | None = None
     """The API's model; required where a backend is named."""
     max_tokens: int = Field(256, ge=1)
-    """Longest answer of the model, tokens."""
+    """Longest answer of the model, tokens; thoughts count."""
 
     @model_validator(mode="after")
     def _has_a_model(self) -> "EquivalenceConfig":
@@ -68,6 +71,7 @@ class Grader:
 
     def __init__(self, client: Client | None = None, max_tokens: int = 256) -> None:
         self.client, self.max_tokens = client, max_tokens
+        self._said_cut = False
 
     async def grade(self, question: Mapping[str, Any], answers: Sequence[str | None]) -> Grades:
         """The grades of `answers`; `question` is a row with question_id, question and answer."""
@@ -90,11 +94,23 @@ class Grader:
         """What the model says; None where it did not answer, or not in the asked form."""
         assert self.client is not None
         asked = f"Question: {question['question']}\nReference answer: {question['answer']}\nAnswer: {answer}\n\n{RULE}"
-        request = Request(SYSTEM, (Turn("user", (asked,)),), schema=SCHEMA, max_tokens=self.max_tokens)
+        request = Request(
+            SYSTEM,
+            (Turn("user", (asked,)),),
+            schema=SCHEMA,
+            max_tokens=self.max_tokens,
+            temperature=self.client.config.temperature,
+        )
         try:
             answered = await self.client.ask(request, question["question_id"])
         except RowError:
             return None
+        if answered.reply.cut_off and not self._said_cut:
+            self._said_cut = True
+            log.warning(
+                "the grading model was cut off at equivalence.max_tokens=%d, thoughts included; raise it",
+                self.max_tokens,
+            )
         said = _SAID.search(answered.reply.text)
         return said[1].lower() == "true" if said else None
 

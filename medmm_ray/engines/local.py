@@ -20,7 +20,7 @@ class LocalEndpoint:
         how = Sampling(
             temperature=0.0 if request.temperature is None else request.temperature,
             top_k=0,
-            top_p=request.top_p,
+            top_p=1.0 if request.top_p is None else request.top_p,
             max_tokens=request.max_tokens,
             pattern=request.pattern,
             schema=request.schema,

@@ -11,7 +11,7 @@ from typing import Protocol
 from medmm_ray.config import digest
 from medmm_ray.engines.answers import Answer
 from medmm_ray.engines.endpoint import Picture as Shown
-from medmm_ray.engines.endpoint import Request, Turn
+from medmm_ray.engines.endpoint import Reply, Request, Turn, corrected
 from medmm_ray.engines.images import open_image
 from medmm_ray.engines.served import joined_names
 from medmm_ray.judge.config import JudgeConfig
@@ -212,23 +212,34 @@ class ModelJudge:
                 raise RowError(fault.kind, fault.message, fault.cost + paid) from None
             paid += answer.cost
             try:
-                return self._labels(answer, call), paid, answer.reply.model
+                return self._labels(answer, call, request.max_tokens), paid, answer.reply.model
             except RowError as fault:
                 misfit = fault
             if left:
-                corrected = AGAIN.format(fault=misfit.message, rule=rule_of(call, self._lines))
-                turns = (Turn("model", (answer.reply.text[:SHOWN_AGAIN],)), Turn("user", (corrected,)))
-                request = replace(request, turns=request.turns + turns)
+                words = AGAIN.format(fault=misfit.message, rule=rule_of(call, self._lines))
+                request = corrected(request, answer.reply.text[:SHOWN_AGAIN], words)
         raise RowError(misfit.kind, misfit.message, paid)
 
-    def _labels(self, answer: Answer, call: Call) -> list[list[StepLabel]]:
-        if answer.reply.cut_off:
+    def _labels(self, answer: Answer, call: Call, max_tokens: int) -> list[list[StepLabel]]:
+        reply = answer.reply
+        if reply.cut_off:
+            raise RowError("judge_reply", f"judge's answer was cut off at max_tokens={max_tokens} {self._cut(reply)}")
+        if not reply.text.strip():
+            thoughts = reply.choices[0].thoughts
+            beside = f"; {thoughts} characters of reasoning beside it are not of the asked form" if thoughts else ""
             raise RowError(
-                "judge_reply",
-                f"judge's answer was cut off at max_tokens={self.config.max_tokens} ({len(answer.reply.text)} "
-                "characters); shorter reasons are enough",
+                "judge_reply", f"judge's answer is empty ({reply.written} tokens, thoughts among them){beside}"
             )
-        return verdicts(answer.reply.text, call.numbers, self._lines)
+        return verdicts(reply.text, call.numbers, self._lines)
+
+    def _cut(self, reply: Reply) -> str:
+        """How far an answer came that was cut off, and what to do."""
+        if reply.text.strip():
+            return f"({len(reply.text)} characters); shorter reasons are enough, or a larger judge.max_tokens"
+        more = "take reply=json, which leaves room to think" if self._lines else "raise judge.max_tokens"
+        return (
+            f"before it began: all tokens went into thoughts (reasoning); {more}, or lower the model's reasoning effort"
+        )
 
     def _fitting(
         self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | Shown], call: Call

@@ -51,7 +51,7 @@ class ReadConfig(Config):
     reserve: int | None = Field(default=None, ge=0)
     """Tokens of max_length that documents leave free; null: the checkpoint's own (Med-PRM: 1024)."""
     token_budget: int | None = Field(default=None, ge=1, json_schema_extra={"identity": False})
-    """Most tokens in one forward pass; bounds memory, changes no score. null: 512 on a CPU, 4096 on a GPU."""
+    """Most tokens in one forward pass; bounds memory, changes no score. null: 1024 on a CPU, 4096 on a GPU."""
     pack_questions: bool = False
     """Let short questions share a forward pass. Faster, but the last bits of a score then depend on its neighbours: an
     interrupted run equals an undisturbed one to 1e-5, not bit by bit."""

@@ -138,3 +138,26 @@ def test_branches_of_like_length_go_together() -> None:
     assert isinstance(together, _Batch)
     assert together.rows_BS.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 8]]
     assert alone == [_Span(11, 51), _Span(51, 55)]
+
+
+@pytest.mark.usefixtures("kernel")
+def test_a_row_that_ends_at_some_tokens_gives_those_as_a_dense_mask_does() -> None:
+    row, seen = Row(BLOCKS), mask(BLOCKS)
+    q, k, v = tensors(row.length)
+    ends = [5, 10, 12, 16, 24, 43]  # of branches of the first, second and last block, one of them alone in its batch
+    row.end_at(ends)
+    assert row.last is not None
+    ours, theirs = shared(q, k, v, row.last), dense(q, k, v, seen)
+    assert torch.allclose(ours[:, :, ends], theirs[:, :, ends], atol=1e-12)
+
+
+def test_a_row_that_ends_at_some_tokens_still_keeps_its_prefix() -> None:
+    held = Held()
+    row = Row([Block(4, (2, 3), held)])
+    q, k, v = tensors(9)
+    row.end_at([8])
+    assert row.last is not None
+    shared(q, k, v, row.last)
+    keys, values = held.layers[0]
+    assert torch.equal(keys, k[:, :, :4])
+    assert torch.equal(values, v[:, :, :4])

@@ -11,6 +11,7 @@ from jobs.benches import Measured, models, monte_carlo
 from jobs.benches.models import Flops, Shape, case, reference_ids, reward_model
 from jobs.benches.vllm_scorer import vllm_scorer
 from medmm_ray.engines.reward_model import RewardModel
+from medmm_ray.engines.reward_model.packing import common
 from medmm_ray.sources.phantom import truth
 from medmm_ray.sources.phantom.questions import Item, make_items
 from medmm_ray.text import extract_answer
@@ -54,6 +55,15 @@ def test_flops_of_one_by_one_and_shared() -> None:
     assert flops.shared(2, [1, 1], 3) == flops.linear(4) + 4 * (3 + 3 + 3) * 4 + 2 * 3 * 2 * 4
 
 
+def test_flops_that_scores_do_not_need_in_the_last_layer() -> None:
+    """One layer, prefix 2, two branches of one token, both tags: 848 in all; needed are both tags' own 352, keys and
+    values of the prefix, 2 x 64, and the tags' pairs with the prefix and half of themselves, 80."""
+    flops = Flops(
+        Shape(hidden_size=4, num_layers=1, num_heads=1, num_key_value_heads=1, intermediate_size=2, vocab_size=10)
+    )
+    assert flops.beyond_tags(2, [1, 1], 2) == 848 - 352 - 128 - 80
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -95,9 +105,14 @@ def test_vllm_as_a_scorer_gives_our_scores() -> None:
     asked = case(shape.vocab_size, 20, 100, 3, 50)
     ours = [s.log_odds for s in model.score(asked.question, asked.solutions, asked.documents)]
     with vllm_scorer(model, "float32", threads=1, longest=512) as scorer:
-        theirs = scorer.log_odds(reference_ids(model, asked))
-    for own, other in zip(ours, theirs, strict=True):
-        assert own == pytest.approx(other, abs=1e-5)
+        rows = reference_ids(model, asked)
+        theirs = scorer.log_odds(rows)
+        prefix = rows[0][: common(rows)]
+        cached = [scorer.log_odds_cached(rows, prefix) for _ in range(2)]  # the cache is emptied in between
+    for own, *others in zip(ours, theirs, *cached, strict=True):
+        assert own == pytest.approx(others[0], abs=1e-5)
+        assert own == pytest.approx(others[1], abs=1e-5)
+        assert own == pytest.approx(others[2], abs=1e-5)
 
 
 def test_the_drift_of_a_file_and_of_rounded_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,11 +2,15 @@
 
 The reference: one solution a forward pass, logits of the whole vocabulary, softmax over " +" and " -" at each tag. It
 is timed on a few solutions and scaled, as they do not depend on each other. On a CPU both sides have PyTorch's linear
-layers; ours with oneDNN's, as a loaded model has them, is a row of its own, and what vLLM, which has them too, is held
-against.
+layers; ours with oneDNN's, as a loaded model has them, is a row of its own.
+
+vLLM (`token_classify`) has oneDNN's too and is held against that. It is measured with its prefix cache, all solutions
+after a request for their prefix, the cache emptied before, and without it, on a few solutions. Sides take turns, and
+both read sequences that end with the last tag.
 """
 
-from collections.abc import Iterator, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -27,8 +31,9 @@ from jobs.benches.models import (
     start,
 )
 from jobs.benches.timing import peak_bytes, timed
-from jobs.benches.vllm_scorer import installed, vllm_scorer
+from jobs.benches.vllm_scorer import VllmScorer, installed, vllm_scorer
 from medmm_ray.engines.linear import pytorch_linear
+from medmm_ray.engines.reward_model.packing import common
 
 if TYPE_CHECKING:
     from medmm_ray.engines.reward_model import RewardModel
@@ -44,7 +49,7 @@ class BenchConfig(ModelConfig):
     token_budget: int | None = None
     """Most tokens of a forward pass of ours; null: the device's default."""
     vllm_solutions: int = 8
-    """Solutions on which vLLM is timed, where it is installed; 0: not at all."""
+    """Solutions on which vLLM without its cache is timed, where it is installed; 0: vLLM not at all."""
     cells: tuple[tuple[int, int], ...] = ((64, 3072), (16, 3072), (8, 3072), (64, 1024), (64, 0))
     """Pairs of solutions and tokens of documents."""
 
@@ -54,9 +59,16 @@ def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
     for name in config.shapes:
         shape = SHAPES[name]
         model = reward_model(shape, config.dtype, config.device, context=8192)
-        for solutions, documents in config.cells:
-            asked = case(shape.vocab_size, config.question, documents, solutions, config.solution)
-            yield from _cell(f"{name}, N = {solutions}, documents {documents:,}", model, shape, asked, config)
+        cells = {
+            f"{name}, N = {number}, documents {documents:,}": case(
+                shape.vocab_size, config.question, documents, number, config.solution
+            )
+            for number, documents in config.cells
+        }
+        for label, asked in cells.items():
+            yield from _cell(label, model, shape, asked, config)
+        if config.vllm_solutions and installed():
+            yield from _vllm_cells(cells, model, shape, config)
         del model
 
 
@@ -66,61 +78,105 @@ def _cell(name: str, model: "RewardModel", shape: Shape, asked: Case, config: Be
     ideal = flops.one_by_one([len(i) for i in ids]) / packed_flops(flops, model, asked)
 
     def ours() -> list[list[float]]:
-        scores = model.score(asked.question, asked.solutions, asked.documents, token_budget=config.token_budget)
-        return [s.log_odds for s in scores]
+        return _score(model, asked, config)
 
     def reference() -> list[list[float]]:
         return [reference_log_odds(model, i, config.device) for i in ids[: config.reference_solutions]]
 
     with pytorch_linear():  # the same kernels on both sides
         ours(), reference_log_odds(model, ids[0], config.device)  # warm
-        seconds, found = timed(ours, config.repeats, config.device)
-        alone, expected = timed(reference, 1, config.device)
-    _agree(f"{name}, reference", found, expected, config)
-    theirs = len(ids) / (alone / min(len(ids), config.reference_solutions) * len(ids))
-    mine = len(ids) / seconds
-    yield Measured(f"scoring, {name}", theirs, mine, mine / theirs, _target(ideal, asked), "solutions/s")
-    yield Measured(f"share of the FLOP ideal of {ideal:.1f}, {name}", ideal, mine / theirs, mine / theirs / ideal,
-                   "≥ 0.8", "times the reference")  # fmt: skip
+        seconds, scores = timed(ours, config.repeats, config.device)
+        seconds_reference, expected = timed(reference, 1, config.device)
+    _agree(f"{name}, reference", scores, expected, config)
+    rate_reference = min(len(ids), config.reference_solutions) / seconds_reference
+    rate = len(ids) / seconds
+    gain = rate / rate_reference
+    yield Measured(f"scoring, {name}", rate_reference, rate, gain, _target(ideal, asked), "solutions/s")
+    label = f"share of the FLOP ideal of {ideal:.1f}, {name}"
+    yield Measured(label, ideal, gain, gain / ideal, "≥ 0.8", "times the reference")
     if len(ids) == 64:
         with pytorch_linear():
-            padded, _ = timed(lambda: padded_batch(model, ids[:8], config.device), 1, config.device)
-        yield Measured(f"against a padded batch of 8, {name}", 8 / padded, mine, mine / (8 / padded), "", "solutions/s")
-        peak = (
-            peak_bytes(ours, config.device),
-            peak_bytes(lambda: reference_log_odds(model, ids[0], config.device), config.device),
-        )
-        yield Measured(f"peak memory above the weights, {name}", peak[1] / 2**20, peak[0] / 2**20, peak[0] / peak[1],
-                       "≤ 0.5", "MiB")  # fmt: skip
-        served = mine
+            seconds_padded, _ = timed(lambda: padded_batch(model, ids[:8], config.device), 1, config.device)
+        rate_padded = 8 / seconds_padded
+        label = f"against a padded batch of 8, {name}"
+        yield Measured(label, rate_padded, rate, rate / rate_padded, "", "solutions/s")
+        peak = peak_bytes(ours, config.device)
+        peak_reference = peak_bytes(lambda: reference_log_odds(model, ids[0], config.device), config.device)
+        label = f"peak memory above the weights, {name}"
+        yield Measured(label, peak_reference / 2**20, peak / 2**20, peak / peak_reference, "≤ 0.5", "MiB")
         if config.device == "cpu":
-            seconds, _ = timed(ours, config.repeats, config.device)
-            served = len(ids) / seconds
-            yield Measured(f"oneDNN's products against PyTorch's, {name}", mine, served, served / mine, "",
-                           "solutions/s")  # fmt: skip
-        if config.vllm_solutions and installed():
-            theirs = _vllm(name, model, ids[: config.vllm_solutions], found, config)
-            ideal = flops.one_by_one([len(i) for i in ids], rows=0) / packed_flops(flops, model, asked)
-            yield Measured(f"against vLLM token_classify (FLOP ideal {ideal:.1f}), {name}", theirs, served,
-                           served / theirs, "≥ 4" if ideal > 4 else "", "solutions/s")  # fmt: skip
+            seconds_onednn, _ = timed(ours, config.repeats, config.device)
+            rate_onednn = len(ids) / seconds_onednn
+            label = f"oneDNN's products against PyTorch's, {name}"
+            yield Measured(label, rate, rate_onednn, rate_onednn / rate, "", "solutions/s")
     if config.device != "cpu":
-        rate = packed_flops(flops, model, asked) / seconds / 1e12
-        yield Measured(f"model TFLOP/s of ours, {name}", 0.0, rate, rate, "", "TFLOP/s")
+        teraflops = packed_flops(flops, model, asked) / seconds / 1e12
+        yield Measured(f"model TFLOP/s of ours, {name}", 0.0, teraflops, teraflops, "", "TFLOP/s")
 
 
-def _vllm(
-    name: str, model: "RewardModel", ids: list[list[int]], found: list[list[float]], config: BenchConfig
-) -> float:
-    """Solutions per second of vLLM, once its scores are seen to be ours."""
-    with vllm_scorer(model, config.dtype, config.threads, max(len(i) for i in ids) + 1) as scorer:
-        scorer.log_odds(ids[:1])  # warm
-        seconds, theirs = timed(lambda: scorer.log_odds(ids), 1, config.device)
-    _agree(f"{name}, vLLM", found, theirs, config)
-    return len(ids) / seconds
+def _vllm_cells(cells: dict[str, Case], model: "RewardModel", shape: Shape, config: BenchConfig) -> Iterator[Measured]:
+    """All cells against vLLM with and without its prefix cache, on one engine."""
+    rows = {name: [_up_to_last_tag(model, ids) for ids in reference_ids(model, asked)] for name, asked in cells.items()}
+    longest = max(len(row) for group in rows.values() for row in group)
+    with vllm_scorer(model, config.dtype, config.threads, longest + 1) as scorer:
+        for name, asked in cells.items():
+            yield from _vllm_cell(name, scorer, model, shape, asked, rows[name], config)
 
 
-def _agree(name: str, found: list[list[float]], expected: list[list[float]], config: BenchConfig) -> None:
-    apart = max(abs(a - b) for f, e in zip(found, expected, strict=False) for a, b in zip(f, e, strict=True))
+def _vllm_cell(
+    name: str,
+    scorer: VllmScorer,
+    model: "RewardModel",
+    shape: Shape,
+    asked: Case,
+    rows: list[list[int]],
+    config: BenchConfig,
+) -> Iterator[Measured]:
+    prefix = rows[0][: common(rows)]
+    few = rows[: config.vllm_solutions]
+    flops = Flops(shape)
+
+    def ours() -> list[list[float]]:
+        return _score(model, asked, config)
+
+    def cached() -> list[list[float]]:
+        return scorer.log_odds_cached(rows, prefix)
+
+    scores = ours()
+    _agree(f"{name}, vLLM with its cache", scores, cached(), config)  # both are warm then
+    _agree(f"{name}, vLLM without its cache", scores, scorer.log_odds(few), config)
+    seconds, seconds_cached = _in_turn(ours, cached, config)
+    seconds_alone, _ = timed(lambda: scorer.log_odds(few), 1, config.device)
+    rate, rate_cached, rate_alone = len(rows) / seconds, len(rows) / seconds_cached, len(few) / seconds_alone
+    with_documents = bool(asked.documents) and config.device == "cpu" and config.dtype == "float32"
+    label = f"against vLLM with its prefix cache, {name}"
+    yield Measured(label, rate_cached, rate, rate / rate_cached, "≥ 1" if with_documents else "", "solutions/s")
+    ideal = flops.one_by_one([len(row) for row in rows], rows=0) / packed_flops(flops, model, asked)
+    label = f"against vLLM without its cache (FLOP ideal {ideal:.1f}), {name}"
+    yield Measured(label, rate_alone, rate, rate / rate_alone, "", "solutions/s")
+
+
+def _in_turn(ours: Callable[[], object], theirs: Callable[[], object], config: BenchConfig) -> tuple[float, float]:
+    """Median seconds of both, measured one after the other `repeats` times: what runs beside them disturbs both."""
+    pairs = [(timed(ours, 1, config.device)[0], timed(theirs, 1, config.device)[0]) for _ in range(config.repeats)]
+    ours_s, theirs_s = zip(*pairs, strict=True)
+    return statistics.median(ours_s), statistics.median(theirs_s)
+
+
+def _score(model: "RewardModel", asked: Case, config: BenchConfig) -> list[list[float]]:
+    scores = model.score(asked.question, asked.solutions, asked.documents, token_budget=config.token_budget)
+    return [solution.log_odds for solution in scores]
+
+
+def _up_to_last_tag(model: "RewardModel", ids: list[int]) -> list[int]:
+    """Later tokens cannot influence a causal score; ours does not read them either."""
+    return ids[: len(ids) - ids[::-1].index(model.family.ids["tag"])]
+
+
+def _agree(name: str, scores: list[list[float]], expected: list[list[float]], config: BenchConfig) -> None:
+    """Raise where the log-odds of the solutions that `expected` has (the first ones) are others."""
+    steps = [pair for pairs in map(zip, scores, expected) for pair in pairs]
+    apart = max(abs(a - b) for a, b in steps)
     if apart > (1e-3 if config.dtype == "float32" else 0.5):
         raise AssertionError(f"{name}: its log-odds differ from ours by {apart}")
 

@@ -1,7 +1,8 @@
 """vLLM as a scorer: the two rows of the head as a sequence classifier, pooled at every token (`token_classify`).
 
-Its own step pooling cuts hidden dimensions before the head, and pooling does not use its prefix cache; so each solution
-is a whole sequence, and the tags are picked from what comes back.
+Its own step pooling cuts hidden dimensions before the head and cannot read the prefix cache; `token_classify` can where
+it is asked to (``skip_reading_prefix_cache=False``; by default it does not). What comes back then are the tokens that
+were not in the cache, from which the tags are picked.
 """
 
 import contextlib
@@ -37,7 +38,7 @@ def vllm_scorer(model: "RewardModel", dtype: str, threads: int, longest: int) ->
     with tempfile.TemporaryDirectory() as folder:
         classifier(model).save_pretrained(folder)
         model.tokenizer.save_pretrained(folder)
-        arguments = engine_arguments(folder, config) | {"enable_prefix_caching": False}
+        arguments = engine_arguments(folder, config)
         engine = LLM(runner="pooling", pooler_config=PoolerConfig(task="token_classify"), **arguments)
         try:
             yield VllmScorer(engine, model.family.ids["tag"])
@@ -67,15 +68,31 @@ class VllmScorer:
         self.engine, self.tag = engine, tag
 
     def log_odds(self, rows: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Every sequence is computed from its first token."""
+        return [self._at_tags(row, output) for row, output in zip(rows, self._encode(rows, cached=False), strict=True)]
+
+    def log_odds_cached(self, rows: Sequence[Sequence[int]], prefix: Sequence[int]) -> list[list[float]]:
+        """`prefix`, with which all `rows` start and which holds no tag, is computed once, in a request of its own."""
+        self.engine.reset_prefix_cache()
+        self._encode([prefix], cached=True)
+        return [self._at_tags(row, output) for row, output in zip(rows, self._encode(rows, cached=True), strict=True)]
+
+    def _encode(self, rows: Sequence[Sequence[int]], cached: bool) -> list[Any]:
         from vllm import PoolingParams, TokensPrompt
 
         prompts = [TokensPrompt(prompt_token_ids=list(row)) for row in rows]
-        outputs = self.engine.encode(
-            prompts, pooling_task="token_classify", pooling_params=PoolingParams(use_activation=False), use_tqdm=False
+        parameters = PoolingParams(use_activation=False, skip_reading_prefix_cache=not cached)
+        outputs: list[Any] = self.engine.encode(
+            prompts, pooling_task="token_classify", pooling_params=parameters, use_tqdm=False
         )
-        found = []
-        for row, output in zip(rows, outputs, strict=True):
-            at = [i for i, token in enumerate(row) if token == self.tag]
-            pair_T2 = output.outputs.data[at].float()
-            found.append((pair_T2[:, 1] - pair_T2[:, 0]).tolist())
-        return found
+        return outputs
+
+    def _at_tags(self, row: Sequence[int], output: Any) -> list[float]:
+        logits_L2 = output.outputs.data
+        offset = len(row) - len(logits_L2)  # tokens that were read from the cache have no row
+        tags = [i - offset for i, token in enumerate(row) if token == self.tag]
+        if min(tags) < 0:
+            raise AssertionError(f"a tag at {min(tags) + offset} lies in the {offset} cached tokens")
+        pair_T2 = logits_L2[tags].float()
+        log_odds: list[float] = (pair_T2[:, 1] - pair_T2[:, 0]).tolist()
+        return log_odds

@@ -10,6 +10,7 @@ It enters a transformers model as the attention implementation `NAME`; calls wit
 Legend: B batch (1 for a row), H heads, G heads of keys and values, L row length, E head width.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,17 +107,39 @@ class _Batch:
         return values.transpose(0, 1)[:, self.real_BS]
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of [1, H, L, E] (or [1, H, L]) by number."""
+
+    rows_T: Tensor
+
+    def of(self, tensor: Tensor) -> Tensor:
+        return tensor[:, :, self.rows_T]
+
+    def put(self, tensor: Tensor, values: Tensor) -> None:
+        tensor.index_copy_(2, self.rows_T, values.to(tensor.dtype))
+
+    def add(self, tensor: Tensor, values: Tensor) -> None:
+        tensor.index_add_(2, self.rows_T, values)
+
+
+_Part = _Span | _Batch | _Rows
+
+
 class Row:
     """What attends to what in a packed row of `blocks`."""
 
     def __init__(self, blocks: Sequence[Block], device: torch.device | str = "cpu") -> None:
         self.length = sum(block.length for block in blocks)
+        self.device = device
         self.kept: list[tuple[Held, _Span]] = []
         """Prefixes whose keys and values are wanted later."""
         self.own: list[_Span | _Batch] = []
         """What attends to itself, causally."""
-        self.shared: list[tuple[_Span, _Span | Held]] = []
+        self.shared: list[tuple[_Span | _Rows, _Span | Held]] = []
         """Tokens, and what all of them see before themselves."""
+        self.last: Row | None = None
+        """What is left of this in the last layer, where that is less."""
         start = 0
         for block in blocks:
             prefix, branches = _Span(start, start + block.prefix), _Span(start + block.prefix, start + block.length)
@@ -131,6 +154,26 @@ class Row:
                 self.own += _branch_parts(branches.start, block.branches, device)
                 if block.prefix:
                     self.shared.append((branches, prefix))
+
+    def end_at(self, rows: Sequence[int]) -> None:
+        """Say that of the last layer's outputs only those of `rows` (ascending, all in branches) are wanted.
+
+        There the prefix is not a query any more, and of the branches only `rows` look at it; all keys and values stay.
+        """
+        last = Row([], self.device)
+        last.length, last.kept = self.length, self.kept
+        last.own = [part for part in self.own if isinstance(part, _Batch) or _between(rows, part)]
+        for span, before in self.shared:
+            assert isinstance(span, _Span)
+            wanted = _between(rows, span)
+            if wanted:
+                last.shared.append((_Rows(torch.tensor(wanted, device=self.device)), before))
+        self.last = last
+
+
+def _between(rows: Sequence[int], span: _Span) -> Sequence[int]:
+    """Those of the ascending `rows` that lie in `span`."""
+    return rows[bisect_left(rows, span.start) : bisect_left(rows, span.stop)]
 
 
 def _branch_parts(start: int, lengths: Sequence[int], device: torch.device | str) -> list[_Span | _Batch]:
@@ -174,6 +217,8 @@ def attend(
         )
         return out_BLHE, None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if shared_prefix.last is not None and module.layer_idx == module.config.num_hidden_layers - 1:
+        shared_prefix = shared_prefix.last
     out_1HLE: Tensor = _SharedPrefix.apply(  # type: ignore[no-untyped-call]
         query, key, value, shared_prefix, scale, module.layer_idx
     )
@@ -189,8 +234,8 @@ class _SharedPrefix(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, row: Row, scale: float, layer: int) -> Tensor:
-        # [L, H, E] in memory, which is how the model wants it back.
-        out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3]).transpose(1, 2)
+        # [L, H, E] in memory, which is how the model wants it back; zeros, as a last layer does not fill every row.
+        out = query.new_zeros(1, query.shape[2], query.shape[1], query.shape[3]).transpose(1, 2)
         lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
         for part in row.own:
             part_out, part_lse = _attention(part.of(query), part.of(key), part.of(value), causal=True, scale=scale)
@@ -217,7 +262,7 @@ class _SharedPrefix(torch.autograd.Function):
         query, key, value, out, lse = ctx.saved_tensors
         grads = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
 
-        def add(queries: _Span | _Batch, keys: _Span | _Batch, causal: bool) -> None:
+        def add(queries: _Part, keys: _Part, causal: bool) -> None:
             grad, part_lse = queries.of(grad_out), queries.of(lse)
             if isinstance(queries, _Batch):
                 grad, part_lse = queries.silent(grad, part_lse)

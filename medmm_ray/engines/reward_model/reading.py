@@ -147,15 +147,17 @@ def read_row(text_model: Any, pieces: Sequence[Piece], device: torch.device) -> 
         rows_ID = piece.packed.seen.rows_ID[first : first + len(at_I)]
         embeddings_LD = embeddings_LD.index_copy(0, at_I, rows_ID.to(embeddings_LD))
     decoder = text_model.get_decoder()
-    with _middle(decoder) as middle:
+    tags_T = index(places.tags)
+    row = Row([piece.block for piece in pieces], device)
+    with _middle(decoder) as middle, _last_layer_at(decoder, row, places.tags, tags_T):
         output = decoder(
             inputs_embeds=embeddings_LD[None],
             position_ids=index(places.positions)[None],
             attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),  # the row says who sees whom
-            shared_prefix=Row([piece.block for piece in pieces], device),
+            shared_prefix=row,
             use_cache=False,
         )
-    states_TD, middle_LD = output.last_hidden_state[0, index(places.tags)], middle[0][0]
+    states_TD, middle_LD = output.last_hidden_state[0, tags_T], middle[0][0]
     sums_TD = torch.zeros_like(states_TD, dtype=torch.float32)
     sums_TD = sums_TD.index_add(0, index(places.owners), middle_LD[index(places.rows)].float())
     for piece in pieces:
@@ -190,3 +192,32 @@ def _middle(decoder: nn.Module) -> Iterator[list[Tensor]]:
         yield caught
     finally:
         handle.remove()
+
+
+@contextmanager
+def _last_layer_at(decoder: nn.Module, row: Row, tags: Sequence[int], tags_T: Tensor) -> Iterator[None]:
+    """Compute of the last layer only what reaches the states at the tags: their queries and their MLP, all keys and
+    values. Its other rows come out wrong, and nothing reads them.
+
+    One layer's worth of work in `num_layers`, nearly whole. Not with a gradient: activation checkpointing would run the
+    layer once more, without this.
+    """
+    if torch.is_grad_enabled():
+        yield
+        return
+    row.end_at(tags)
+    layers: Any = decoder.layers
+
+    def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][:, tags_T], *args[1:])
+
+    def scatter(_: nn.Module, __: tuple[Tensor, ...], output_1TD: Tensor) -> Tensor:
+        output_1LD = output_1TD.new_zeros(1, row.length, output_1TD.shape[-1])
+        return output_1LD.index_copy_(1, tags_T, output_1TD)
+
+    handles = [layers[-1].mlp.register_forward_pre_hook(gather), layers[-1].mlp.register_forward_hook(scatter)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

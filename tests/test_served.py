@@ -113,6 +113,19 @@ def test_another_model_stops_the_job_and_what_it_answered_is_kept_and_paid_once(
     assert spent(tmp_path) == pytest.approx((1000 * 1.0 + 100 * 2.0) / 1e6)
 
 
+@pytest.mark.parametrize(("label", "stops"), [("default", False), ("m", False), ("gpt-5", True), ("o3", True)])
+def test_a_label_of_the_address_is_told_and_names_no_other_model(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture, label: str, stops: bool
+) -> None:
+    server.script = [chat_said("yes", model=label)]
+    if stops:
+        with pytest.raises(OtherModelError, match=f"'{label}' answered"):
+            ask(server, tmp_path)
+    else:
+        assert ask(server, tmp_path).reply.model == label
+        assert sum(f"'{label}' answered" in record.message for record in caplog.records) == 1
+
+
 def test_gemini_states_its_version(server: Server, tmp_path: Path) -> None:
     server.script = [gemini_said("yes", model="gemini-2.5-flash-preview-09-2025")]
     answer = ask(server, tmp_path / "a", model="gemini-2.5-flash", backend="gemini")

@@ -30,7 +30,7 @@ from medmm_ray.engines.gate import HEARTBEAT_S, Ask, BudgetError, Gateway, Grant
 from medmm_ray.engines.gemini import gemini_endpoint
 from medmm_ray.engines.openai import OpenAIEndpoint
 from medmm_ray.engines.prices import Price, price_of
-from medmm_ray.engines.served import OtherModelError, is_asked, other_model
+from medmm_ray.engines.served import OtherModelError, is_asked, names_a_model, other_model
 from medmm_ray.tables import RowError
 
 log = logging.getLogger("medmm_ray")
@@ -65,7 +65,8 @@ class ApiConfig(Config):
     the standard one. An answer is booked at the tier that really served it."""
     on_other_model: Literal["stop", "warn"] = execution("stop")
     """What happens where another model answers than the one that was asked (a retired one may be routed to its
-    successor): stop ends the job, warn goes on. A dated snapshot counts as the asked model."""
+    successor): stop ends the job, warn goes on. A dated snapshot counts as the asked model; a bare word (default) names
+    none, and is told alone."""
     answers_as: str | None = execution(None)
     """Name under which the model answers, where its address calls it otherwise: an Azure deployment, an alias."""
     max_cost_usd: float | None = execution(None, ge=0)
@@ -176,7 +177,7 @@ class Client:
         if answered is None or self.model is None or is_asked(self.model, answered):
             return
         message = other_model(self.endpoint.identity, answered)
-        if self.config.on_other_model == "stop":
+        if self.config.on_other_model == "stop" and names_a_model(answered):
             await self._end(message)
             raise OtherModelError(message)
         self._warn(message)

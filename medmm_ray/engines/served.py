@@ -53,6 +53,14 @@ def _is_snapshot(model: str, name: str) -> bool:
     return bool(_SNAPSHOT.fullmatch(rest) or _PREVIEW_OF_A_DAY.fullmatch(rest))
 
 
+def names_a_model(name: str) -> bool:
+    """Whether a name can be that of a model, which has a size or a version; a bare word is a label of the address.
+
+    Servers of one model say ``default`` or ``local`` whatever was asked.
+    """
+    return not re.fullmatch(r"[a-z]+", name.strip(), re.IGNORECASE)
+
+
 def other_model(identity: str, answered: str) -> str:
     """What to tell where another model answered."""
     return (

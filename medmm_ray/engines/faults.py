@@ -161,9 +161,9 @@ _REFUSALS = [
         r"unsupported (?:parameter|value)s?:?Q(\w+)",  # OpenAI
         r"unknown (?:name|field|parameter|argument)s?:?Q(?:parameterQ)?(\w+)",  # Google, OpenAI
         r"unrecognized (?:request )?arguments?(?: supplied)?:?Q(\w+)",  # Azure
-        r"(?:does not|doesn't|do not|don't) support (?:the )?(?:parameters?:?)?Q(\w+)",  # LiteLLM, Bedrock
-        r"\bQ(\w+)[\\'\"`]* (?:is|are) (?:not supported|not permitted|deprecated|unsupported|unavailable)",
-        r"Q(\w+)[\\'\"`]* does not support",
+        r"(?:does not|do not|don't) support (?:parameters?:?)Q(\w+)",  # LiteLLM
+        r"(?:doesn't|don't) support (?:the )?(\w+)(?:=| field)",  # LiteLLM, Bedrock
+        r"[\\'\"`](\w+)[\\'\"`]+ is (?:not supported|not permitted|deprecated)",  # Claude
         r"temperature\W+and\W+(top_p)\W+cannot both",  # Claude
         r"this (response_format) type is unavailable",  # DeepSeek
     )
@@ -176,7 +176,7 @@ def refused_field(error: ServerError, sent: Collection[str]) -> str | None:
         return None
     for pattern in _REFUSALS:
         for match in pattern.finditer(error.sent[:10_000]):
-            if match[1] in sent:
+            if match[1] in sent and match[1] not in ("model", "messages"):
                 return match[1]
     return None
 

@@ -74,6 +74,7 @@ class OpenAIEndpoint:
         if length_field:
             self._names["max_tokens"] = (length_field,)
         self._takes_top_p_1 = self._keeps_length = True
+        self._taken: set[str] = set()  # fields of what was answered
 
     async def send(self, request: Request) -> Reply:
         """One attempt; the faults of `endpoint`."""
@@ -83,8 +84,9 @@ class OpenAIEndpoint:
             error = http_error(answer.status, answer.content) if answer.status >= 400 else None
             reply = self._reply(answer, request) if error is None else error
             if isinstance(reply, Reply):
+                self._taken |= body.keys()
                 return reply
-            field = refused_field(reply, body)
+            field = refused_field(reply, body.keys() - self._taken)  # else it is this request that is at fault
             if field is None or not self._renamed(field, request, reply):
                 raise fault_of(self._model, reply, answer.wait_s, self._check)
 

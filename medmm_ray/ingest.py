@@ -3,7 +3,7 @@
 Images are drawn (phantoms), opened, hashed and measured in Ray workers; a question's id contains the hashes of its
 images, so questions are made after them. A row that is not usable keeps its place, with an `error`:
 
-- image_missing, image_empty, image_corrupt, image_too_large: the file cannot become a picture;
+- image_missing, image_empty, image_format, image_corrupt, image_too_large: the file cannot become a picture;
 - answer_not_in_options, answer_not_yes_no, answer_empty, question_empty, options_missing, options_repeated,
   duplicate_id, image_unknown: the question cannot be used; ``upstream: …`` repeats the fault of its image.
 """

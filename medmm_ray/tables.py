@@ -10,6 +10,7 @@ checkpoint) is an `Artifact`, complete by the same rule.
 import hashlib
 import json
 import platform
+import re
 import subprocess
 import time
 import uuid
@@ -43,13 +44,23 @@ class TableError(RuntimeError):
     """A table that cannot be read or written; the message says which, where and what to do."""
 
 
+_VOLATILE_WORDS = re.compile(
+    r"(?<= at )0x[0-9a-fA-F]+"
+    r"|(?<=/)tmp[a-z0-9_]{8}(?![\w-])"  # as Python's tempfile names them
+    r"|(?<=/)session_\d{4}-\d\d-\d\d_[\w-]+"  # Ray's
+    r"|\b\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d+)?(?:Z|[+-]\d\d:?\d\d)?"
+)
+
+
 class RowError(ValueError):
     """One row that cannot be made; it goes to the row's `error` as ``kind: message`` and never ends the job.
 
-    `cost` is what was paid for it all the same, US dollars.
+    `cost` is what was paid for it all the same, US dollars. Of `message`, what another run would say otherwise is left
+    out: memory addresses, names of temporary files, moments of time. So equal runs make equal tables.
     """
 
     def __init__(self, kind: str, message: str, cost: float = 0.0) -> None:
+        message = _VOLATILE_WORDS.sub("…", message)
         super().__init__(kind, message, cost)
         self.kind, self.message, self.cost = kind, message, cost
 

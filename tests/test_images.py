@@ -53,6 +53,26 @@ def test_sixteen_bit_greyscale_is_scaled_not_clipped(saved: Callable[[bytes], st
         assert pixels(image) == [(0, 0, 0), (128, 128, 128), (255, 255, 255)]
 
 
+def test_a_burnt_in_marker_does_not_darken_a_sixteen_bit_radiograph() -> None:
+    """A film of 0 to 4,095 in 100 x 100 pixels, with a marker of 8 x 8 at the type's maximum, 0.64 % of them."""
+    film = np.tile(np.linspace(0, 4095, 100).astype(np.uint16), (100, 1))
+    marked = film.copy()
+    marked[:8, :8] = 65535
+    plain, shown = (
+        np.asarray(decode_image(encoded(Image.fromarray(values), "PNG"), "x"))[20:, :, 0].astype(int)
+        for values in (film, marked)
+    )
+    assert plain[0, 50] == 129  # 2,068 between the percentiles 41 and 4,054: 0.505 of 255
+    assert np.abs(shown - plain).max() <= 3
+
+
+def test_a_small_bright_object_on_a_flat_ground_is_seen() -> None:
+    values = np.full((100, 100), 900, np.uint16)
+    values[50, 50] = 1000
+    image = decode_image(encoded(Image.fromarray(values), "PNG"), "x")
+    assert (image.getpixel((50, 50)), image.getpixel((0, 0))) == ((255, 255, 255), (0, 0, 0))
+
+
 def test_flat_sixteen_bit_greyscale_is_black() -> None:
     assert (
         pixels(decode_image(encoded(Image.fromarray(np.full((1, 2), 900, np.uint16)), "PNG"), "x")) == [(0, 0, 0)] * 2
@@ -93,6 +113,77 @@ def test_exif_orientation_turns_the_picture_upright() -> None:
     assert upright.size == (8, 16)
     assert upright.getpixel((4, 2)) == (255, 255, 255)
     assert upright.getpixel((4, 13)) == (0, 0, 0)
+
+
+def jpeg_with_exif(entries: list[bytes], data: bytes = b"") -> bytes:
+    """A JPEG of 16 x 8 pixels, white on its left, whose EXIF block has these raw directory entries and this tail."""
+    image = Image.new("RGB", (16, 8), "black")
+    image.paste((255, 255, 255), (0, 0, 8, 8))
+    plain = encoded(image, "JPEG", quality=100)
+    directory = struct.pack("<H", len(entries)) + b"".join(entries) + struct.pack("<I", 0)
+    body = b"Exif\0\0II*\0" + struct.pack("<I", 8) + directory + data
+    return plain[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + plain[2:]
+
+
+def short(tag: int, value: int) -> bytes:
+    return struct.pack("<HHIHH", tag, 3, 1, value, 0)
+
+
+TURNED = short(0x0112, 6)
+RATIONAL_AT_38 = struct.pack("<HHII", 0x9204, 10, 1, 38)  # an exposure bias, behind the directory
+
+
+@pytest.mark.parametrize(
+    ("content", "upright"),
+    [
+        (jpeg_with_exif([TURNED, RATIONAL_AT_38], struct.pack("<ii", -1, 0)), True),
+        (jpeg_with_exif([TURNED, struct.pack("<HHII", 0x9204, 10, 1, 60_000)]), True),
+        (jpeg_with_exif([TURNED, struct.pack("<HHI4s", 0x010E, 2, 4, b"\xff\xfe\xfd\0")]), True),
+        (jpeg_with_exif([short(0x0112, 0)]), False),
+        (jpeg_with_exif([short(0x0112, 9)]), False),
+        (jpeg_with_exif([struct.pack("<HHI4s", 0x0112, 2, 4, b"six\0")]), False),
+        (jpeg_with_exif([struct.pack("<HHIHH", 0x0112, 3, 2, 6, 6)]), True),
+    ],
+    ids=["rational over 0", "value beyond the block", "text that is none", "0", "9", "text", "two values"],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PIL tells of each odd tag
+def test_odd_exif_entries_leave_a_sound_picture(content: bytes, upright: bool) -> None:
+    image = decode_image(content, "photo.jpg")
+    assert image.size == ((8, 16) if upright else (16, 8))
+    assert image.getpixel((3, 3)) == (255, 255, 255)
+    assert image.getpixel((7, 15) if upright else (15, 7)) == (0, 0, 0)
+
+
+OTHER_FORMATS = {
+    "a DICOM file": b"\0" * 128 + b"DICM\2\0\0\0UL\4\0",
+    "a HEIC picture": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
+    "an AVIF picture": b"\0\0\0\x20ftypavif\0\0\0\0avifmif1",
+    "a video": b"\0\0\0\x18ftypisom\0\0\2\0isomiso2",
+    "a NIfTI volume": b"\x5c\1\0\0" + b"\0" * 340 + b"n+1\0",
+    "a JPEG XL picture": b"\xff\x0a\xfa\x1f",
+    "a Photoshop file": b"8BPS\0\1\0\0",
+    "a PDF file": b"%PDF-1.7\n",
+    "a gzip archive": b"\x1f\x8b\x08\0",
+    "a zip archive": b"PK\3\4\x14\0",
+    "a web page": b"<!DOCTYPE html><html><body>Not found</body></html>",
+    "an SVG drawing": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "a git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FORMATS)
+def test_files_of_other_formats_are_named(name: str) -> None:
+    with pytest.raises(RowError, match=f"image_format: scan is {name}, which is not read as a picture: ") as fault:
+        decode_image(OTHER_FORMATS[name], "scan")
+    assert str(fault.value).partition("a picture: ")[2].strip()
+
+
+def test_what_is_no_picture_is_said_in_words_that_do_not_change() -> None:
+    with pytest.raises(RowError) as fault:
+        decode_image(b"not an image", "x")
+    assert str(fault.value) == (
+        "image_corrupt: x is not a readable image (12 bytes): none of PNG, JPEG, TIFF, BMP, GIF, WEBP, PPM, JPEG2000"
+    )
 
 
 def test_other_filesystems(saved: Callable[[bytes], str]) -> None:

@@ -1,6 +1,7 @@
 """Pictures of any kind, given to the reward model as PIL has them, look as they do in a file."""
 
 import io
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,6 +46,16 @@ def turned() -> Image.Image:
     return Image.open(sink)
 
 
+def odd_exif() -> Image.Image:
+    """Turned, and with an exposure bias of -1/0, which PIL reads and cannot write."""
+    sink = io.BytesIO()
+    Image.linear_gradient("L").resize((8, 4)).convert("RGB").save(sink, "JPEG", quality=100)
+    plain = sink.getvalue()
+    entries = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHII", 0x9204, 10, 1, 38)
+    body = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + struct.pack("<Iii", 0, -1, 0)
+    return Image.open(io.BytesIO(plain[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + plain[2:]))
+
+
 def with_nan() -> Image.Image:
     return Image.fromarray(np.array([[np.nan, 0.0], [1.0, np.inf]], np.float32))
 
@@ -62,6 +73,7 @@ KINDS: dict[str, tuple[Callable[[], Image.Image], tuple[int, int], tuple[int, in
     "one_pixel": (lambda: Image.new("RGB", (1, 1), (7, 8, 9)), (1, 1), (7, 8, 9)),
     "animation": (animation, (4, 4), (254, 0, 0)),
     "turned": (turned, (4, 8), (33, 33, 33)),
+    "odd_exif": (odd_exif, (4, 8), (33, 33, 33)),
 }
 
 

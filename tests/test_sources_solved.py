@@ -9,7 +9,7 @@ import pytest
 
 from medmm_ray.config import ConfigError
 from medmm_ray.records import StepLabel
-from medmm_ray.sources import Request, load_solved, med_prm, medmm, meds3, medxpertqa
+from medmm_ray.sources import Request, load_solved, med_prm, medmm, meds3, medxpertqa, stream_json
 from medmm_ray.sources.medxpertqa import bracketed
 from medmm_ray.tables import TableError
 
@@ -340,6 +340,58 @@ def test_medxpertqa(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"question": "Which?", "label": ["B"]}\n\n{"question": null, "label": ["B"]}\n')
     with pytest.raises(TableError, match=r"in\.jsonl line 3: question must be text, not null"):
         medxpertqa.read(Request(path=str(tmp_path)))
+
+
+def test_medxpertqa_as_on_the_hub(tmp_path: Path) -> None:
+    """Options by their letters, one label, pictures by their names in the archive beside the folder."""
+    (tmp_path / "MM").mkdir()
+    (tmp_path / "images").mkdir()
+    row = {
+        "id": "MM-1",
+        "question": "Seen?\nAnswer Choices: (A) x (B) y",
+        "options": {"B": "y", "A": "x"},
+        "label": "B",
+        "images": ["MM-1-a.jpeg", "MM-1-b.jpeg"],
+        "medical_task": "Diagnosis",
+    }
+    (tmp_path / "MM" / "test.jsonl").write_text(json.dumps(row))
+    (question,) = medxpertqa.read(Request(path=str(tmp_path / "MM"))).questions
+    assert (question.question, list(question.options), question.answer) == ("Seen?", ["x", "y"], "B")
+    assert list(question.images) == [f"{tmp_path}/images/MM-1-a.jpeg", f"{tmp_path}/images/MM-1-b.jpeg"]
+    (tmp_path / "MM" / "test.jsonl").write_text(json.dumps({**row, "options": {"A": "x", "C": "y"}}))
+    with pytest.raises(TableError, match=r"line 1: options must be .* by their letters from A on; it has \['A', 'C'\]"):
+        medxpertqa.read(Request(path=str(tmp_path / "MM")))
+
+
+def test_json_as_other_programs_save_it(tmp_path: Path) -> None:
+    path = tmp_path / "train.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps([published()]).encode())
+    assert len(med_prm.read(Request(path=str(path))).questions) == 1
+    path.write_bytes(json.dumps([published()]).encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"train\.json is UTF-16 text; save it as UTF-8"):
+        med_prm.read(Request(path=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (
+            '{"question": "A patient"}\n{"question": "Another"}\n',
+            "an object a line (JSON lines), make it a list: jq -s",
+        ),
+        ('[{"question": "A patient", "x": [NaN]}]', "NaN stands where JSON has numbers and null alone; write null"),
+        ('[{"question": "A patient", "x": -Infinity}]', "-Infinity stands where JSON has numbers and null alone"),
+        ('[{"question": "A patient"} {"question": "Another"}]', "(after 1 entries)"),
+    ],
+)
+def test_faults_of_json_are_one_line_without_the_text(tmp_path: Path, content: str, fault: str) -> None:
+    path = tmp_path / "train.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError) as error:
+        list(stream_json(str(path)))
+    assert fault in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "patient" not in str(error.value)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"the real data sets are not at {REAL}")

@@ -383,3 +383,17 @@ def test_artifact(tmp_path: Path) -> None:
 def test_row_errors_carry_their_kind() -> None:
     error = RowError("image_empty", "x.png has 0 bytes")
     assert (error.kind, str(error)) == ("image_empty", "image_empty: x.png has 0 bytes")
+
+
+@pytest.mark.parametrize(
+    ("message", "stable"),
+    [
+        ("no image in <_io.BytesIO object at 0x7f8483cfe8e0>", "no image in <_io.BytesIO object at …>"),
+        ("cannot open /tmp/tmpab12_xyz/a.png", "cannot open /tmp/…/a.png"),
+        ("see /tmp/ray/session_2026-11-30_07-29-04_123456_789/logs", "see /tmp/ray/…/logs"),
+        ("try again at 2026-11-30T07:29:04.125Z, or later", "try again at …, or later"),
+        ("12 of 36 at 0.5 in /data/tmp/scan-2026-11-30.png", "12 of 36 at 0.5 in /data/tmp/scan-2026-11-30.png"),
+    ],
+)
+def test_a_row_error_says_what_an_equal_run_would_say(message: str, stable: str) -> None:
+    assert str(RowError("image_corrupt", message)) == f"image_corrupt: {stable}"

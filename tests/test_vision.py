@@ -1,9 +1,11 @@
 """Language models that read the images themselves, against transformers' own full forward of one conversation."""
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -210,3 +212,25 @@ def test_bfloat16_stays_near(folders: dict[str, Path], models: dict[str, RewardM
         assert half.text_model.dtype == torch.bfloat16
         found, exact = (m.score(QUESTION, SOLUTIONS, (), picture(1)) for m in (half, models[name]))
         assert found[1].plus_probs == pytest.approx(exact[1].plus_probs, abs=0.1)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_picture_of_more_than_eight_bits_is_read_as_its_window(name: str, models: dict[str, RewardModel]) -> None:
+    """A ramp of 0 to 40,000; PIL's own conversion would make all above 255 white."""
+    ramp = np.linspace(0, 40_000, 32 * 32).reshape(32, 32)
+    low, high = np.percentile(ramp.astype(np.uint16), (1, 99))
+    window = np.rint((ramp.astype(np.uint16).clip(low, high) - low) * (255 / (high - low))).astype(np.uint8)
+    deep, shown = Image.fromarray(ramp.astype(np.uint16)), Image.fromarray(window).convert("RGB")
+    scores = [models[name].score(QUESTION, SOLUTIONS, image=image)[0].text_log_odds for image in (deep, shown)]
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_damaged_picture_is_an_error_of_its_question_alone(name: str, models: dict[str, RewardModel]) -> None:
+    sink = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(sink, "JPEG")
+    cut = Image.open(io.BytesIO(sink.getvalue()[:700]))
+    requests = [ScoreRequest(QUESTION, SOLUTIONS, image=image) for image in (cut, picture(0))]
+    damaged, sound = models[name].score_many(requests)
+    assert [str(s.error).partition(":")[0] for s in damaged] == ["image_corrupt"] * len(SOLUTIONS)
+    assert [s.error for s in sound] == [None] * len(SOLUTIONS)

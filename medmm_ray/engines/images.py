@@ -1,34 +1,59 @@
 """Image files as RGB pictures (PIL only).
 
 Enters: a path or URI on any pyarrow filesystem, or the bytes of a file. Leaves: an upright 8-bit RGB `PIL.Image`.
-A file that cannot become one raises `RowError` of kind image_missing, image_empty, image_corrupt or image_too_large.
+A file that cannot become one raises `RowError` of kind image_missing, image_empty, image_format (a format that is not
+read here), image_corrupt or image_too_large.
 """
 
 import io
-import struct
+from dataclasses import dataclass
 
 import pyarrow as pa
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from medmm_ray.engines.pixels import upright_rgb
+from medmm_ray.engines.pixels import DECODE_FAULTS, upright_rgb
 from medmm_ray.tables import RowError, TableError, filesystem
 
 # PIL's own limit: above it, a small file that claims a huge canvas could fill the memory (a decompression bomb).
 MAX_PIXELS = 89_478_485
 # Raster formats only: PIL would hand EPS to Ghostscript, and some rare decoders are little tested.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
-# What PIL's decoders raise on damaged files (UnidentifiedImageError is an OSError).
-_DECODE_FAULTS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    EOFError,
-    IndexError,
-    KeyError,
-    OverflowError,
-    struct.error,
+
+
+@dataclass(frozen=True)
+class _OtherFormat:
+    """A format that comes among pictures and is none of `FORMATS`: how it is recognised, and what to do about it."""
+
+    name: str
+    start: int
+    signatures: tuple[bytes, ...]
+    remedy: str
+
+
+_TO_PNG = "convert it to PNG first"
+_DOWNLOAD = "get the file itself"
+_OTHER_FORMATS = (
+    _OtherFormat("a DICOM file", 128, (b"DICM",), "write its pixels as a 16-bit PNG first (pydicom reads them)"),
+    _OtherFormat("a HEIC picture", 4, (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1"), _TO_PNG),
+    _OtherFormat("an AVIF picture", 4, (b"ftypavif", b"ftypavis"), _TO_PNG),
+    _OtherFormat("a video", 4, (b"ftypisom", b"ftypmp42", b"ftypqt  "), "take the frame that the question is about"),
+    _OtherFormat("a NIfTI volume", 344, (b"n+1\0", b"ni1\0"), "write the slice that the question is about as a PNG"),
+    _OtherFormat("a JPEG XL picture", 0, (b"\xff\x0a", b"\0\0\0\x0cJXL "), _TO_PNG),
+    _OtherFormat("a Photoshop file", 0, (b"8BPS",), _TO_PNG),
+    _OtherFormat("a PDF file", 0, (b"%PDF",), "take the picture out of it"),
+    _OtherFormat("a gzip archive", 0, (b"\x1f\x8b",), "unpack it"),
+    _OtherFormat("a zip archive", 0, (b"PK\3\4",), "unpack it"),
+    _OtherFormat("a web page", 0, (b"<!doctype html", b"<!DOCTYPE html", b"<html", b"<HTML"), _DOWNLOAD),
+    _OtherFormat("an SVG drawing", 0, (b"<svg", b"<?xml"), _TO_PNG),
+    _OtherFormat("a git-lfs pointer", 0, (b"version https://git-lfs",), f"{_DOWNLOAD}: git lfs pull"),
 )
+
+
+def _other_format(content: bytes) -> _OtherFormat | None:
+    for other in _OTHER_FORMATS:
+        if content.startswith(other.signatures, other.start):
+            return other
+    return None
 
 
 def read_bytes(uri: str) -> bytes:
@@ -58,6 +83,9 @@ def decode_image(content: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Ima
     """
     if not content:
         raise RowError("image_empty", f"{name} has 0 bytes")
+    other = _other_format(content)
+    if other is not None:
+        raise RowError("image_format", f"{name} is {other.name}, which is not read as a picture: {other.remedy}")
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
         if image.width * image.height > max_pixels:
@@ -69,5 +97,10 @@ def decode_image(content: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Ima
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise RowError("image_too_large", f"{name}: {error}") from None
-    except _DECODE_FAULTS as error:
+    except UnidentifiedImageError:
+        known = ", ".join(FORMATS)
+        raise RowError(
+            "image_corrupt", f"{name} is not a readable image ({len(content)} bytes): none of {known}"
+        ) from None
+    except DECODE_FAULTS as error:
         raise RowError("image_corrupt", f"{name} is not a readable image ({len(content)} bytes): {error}") from error

@@ -7,9 +7,11 @@ A data set that brings solutions and labels of its own also has ``solved(request
 `SourceData.questions`, in their order, read as a stream; `medmm_ray.imported` turns those into tables.
 """
 
+import codecs
 import importlib
 import json
 import pkgutil
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar, cast
@@ -172,26 +174,51 @@ def load_solved(name: str) -> SolvedSource:
 def stream_json(uri: str) -> Iterator[Any]:
     """The entries of a file with one JSON list, one by one; a `ConfigError` names the file and the fault.
 
-    A list of nothing is a fault too: what holds no list (an object, JSON lines) reads like one.
+    A byte order mark is passed over. A list of nothing is a fault too. No text of the file enters a message.
     """
     import ijson
 
     fs, path = filesystem(uri)
     if fs.get_file_info(path).type != pafs.FileType.File:
         raise ConfigError(f"{uri} does not exist; check `path` of the ingest section")
-    found = False
     with fs.open_input_stream(path) as stream:
+        start = stream.read(_HEAD_BYTES)
+    if start.startswith(_UTF16_MARKS):
+        raise ConfigError(f"{uri} is UTF-16 text; save it as UTF-8")
+    mark = len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0
+    if start[mark:].lstrip().startswith(b"{"):
+        raise ConfigError(
+            f"{uri} has no entry: expected one JSON list of objects, [{{...}}, {{...}}], and it begins with an object. "
+            "If it has an object a line (JSON lines), make it a list: jq -s . lines.jsonl > list.json. If an object "
+            "stands around the list, take the list out of it"
+        )
+    count = 0
+    with fs.open_input_stream(path) as stream:
+        stream.read(mark)
         try:
             for entry in ijson.items(stream, "item", use_float=True):
-                found = True
+                count += 1
                 yield entry
         except ijson.JSONError as error:
-            raise ConfigError(f"{uri} is not a valid JSON list: {error}") from None
-    if not found:
-        raise ConfigError(
-            f"{uri} has no entry: expected one JSON list of objects, [{{...}}, {{...}}], and neither an object around "
-            "it nor an object a line"
+            raise ConfigError(f"{uri} is not a valid JSON list: {_json_fault(error)} (after {count} entries)") from None
+    if not count:
+        raise ConfigError(f"{uri} has no entry: expected one JSON list of objects, [{{...}}, {{...}}]")
+
+
+_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_HEAD_BYTES = 64  # white space before the first bracket and more
+
+
+def _json_fault(error: Exception) -> str:
+    """What is wrong with JSON in one line, without the text that stands there."""
+    words, _, excerpt = str(error).strip().partition("\n")
+    constant = re.search(r"-?\b(?:NaN|Infinity)\b", excerpt)
+    if constant:
+        return (
+            f"{constant[0]} stands where JSON has numbers and null alone; write null for a value that is missing "
+            "(json.dump(..., allow_nan=False) finds such values when the file is made)"
         )
+    return words.rstrip(".")
 
 
 def files_at(uri: str, ending: str = ".json") -> list[str]:
@@ -217,7 +244,7 @@ def read_text(uri: str) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{uri} is not UTF-8 text: {error}") from None
+        raise ConfigError(f"{uri} is not UTF-8 text: {error}; save it as UTF-8") from None
 
 
 def read_lines(uri: str) -> list[str]:

@@ -33,6 +33,7 @@ from medmm_ray.engines.reward_model.packing import (
     SeenImages,
     pack,
 )
+from medmm_ray.engines.reward_model.pictures import rgb_of
 from medmm_ray.engines.reward_model.reading import Piece, read_row, rows
 from medmm_ray.engines.reward_model.request import ScoreRequest
 from medmm_ray.engines.reward_model.vision import Vision
@@ -348,7 +349,7 @@ class RewardModel(nn.Module):
         Raises `ImageError` where an image cannot be decoded or gives no finite numbers.
         """
         tower, fusion = self._two_towers()
-        pixels_I3HW = torch.stack([_pixels(tower, i) for i in (*images, *references)]).to(self.device)
+        pixels_I3HW = torch.stack([tower.preprocess(rgb_of(i)) for i in (*images, *references)]).to(self.device)
         if not bool(pixels_I3HW.isfinite().all()):
             raise ImageError("image_not_finite: an image has pixels that are no finite numbers")
         tokens = tower(pixels_I3HW)
@@ -432,22 +433,6 @@ class RewardModel(nn.Module):
         ]
 
 
-def _pixels(tower: "ImageTower", image: "Image") -> Tensor:
-    """A picture of any kind as pixels_3HW."""
-    from PIL.Image import Image
-
-    from medmm_ray.engines.pixels import upright_rgb
-
-    if not isinstance(image, Image):
-        raise TypeError(f"an image is a {type(image).__name__}; expected a PIL image (PIL.Image.open reads one)")
-    if 0 in image.size:
-        raise ImageError(f"image_empty: an image is {image.width} x {image.height} pixels")
-    try:
-        return tower.preprocess(upright_rgb(image))
-    except OSError as error:  # PIL decodes late: a damaged file shows itself here
-        raise ImageError(f"image_corrupt: an image cannot be decoded: {error}") from error
-
-
 def _check_device(device: str | torch.device) -> None:
     """Before anything is read: a model of 16 GB is read in vain where the device is misspelt or not there."""
     try:
@@ -464,8 +449,12 @@ class _Reading:
         self.model = model
         self.keys = [s if isinstance(s, str) else tuple(s) for s in request.solutions]
         self.unique = list(dict.fromkeys(self.keys))
-        seen = self._seen(request.images, request.reference_images) if model.vision else None
-        self.packing = model.pack(request.question, self.unique, request.documents, seen=seen)
+        try:
+            seen = self._seen(request.images, request.reference_images) if model.vision else None
+        except ImageError as error:
+            self.packing = Packing([], [str(error)] * len(self.unique))
+        else:
+            self.packing = model.pack(request.question, self.unique, request.documents, seen=seen)
         self.found = {i: model.no_states(error) for i, error in enumerate(self.packing.errors) if error}
 
     def _seen(self, images: Sequence["Image"], references: Sequence["Image"]) -> SeenImages | None:

@@ -20,6 +20,7 @@ from transformers.utils.hub import cached_file
 from medmm_ray.engines.reward_model.errors import CheckpointError
 from medmm_ray.engines.reward_model.families import Pictures
 from medmm_ray.engines.reward_model.packing import SeenImages
+from medmm_ray.engines.reward_model.pictures import rgb_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -93,10 +94,10 @@ class Vision:
 
     @torch.no_grad()
     def see(self, model: Any, images: Sequence["Image"]) -> SeenImages:
-        """One question's images, in order."""
+        """One question's images, in order; raises `ImageError` where one cannot be decoded."""
         weight, rows = model.get_input_embeddings().weight, []
         for image in images:
-            pixels = self.image_processor(image.convert("RGB"), return_tensors="pt", **self.options)["pixel_values"]
+            pixels = self.image_processor(rgb_of(image), return_tensors="pt", **self.options)["pixel_values"]
             found = model.get_image_features(pixel_values=pixels.to(weight))
             rows.append(torch.cat(list(found.pooler_output)))  # one entry a tile
         return SeenImages(torch.cat(rows), [len(rows_ND) for rows_ND in rows])

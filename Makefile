@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-fast check format chaos serve cluster-up cluster-down clean
+.PHONY: help env quickstart test test-fast check locks format chaos serve cluster-up cluster-down clean
 PY := .venv/bin/python
 RUN ?= runs/quickstart
 
@@ -19,8 +19,11 @@ test: env  ## all tests, real engines included, with line coverage
 test-fast: env  ## the tests without engines (2-3 minutes)
 	@$(PY) -m pytest -m "not engine and not chaos and not gpu"
 
-check: env  ## ruff (format, lint) and mypy --strict
-	@$(PY) -m ruff format --check . && $(PY) -m ruff check . && $(PY) -m mypy
+check: env  ## ruff (format, lint), mypy --strict, and whether the locks of both kinds are right (asks the package index)
+	@$(PY) -m ruff format --check . && $(PY) -m ruff check . && $(PY) -m mypy && $(PY) cluster/local/locks.py
+
+locks: env  ## write the locks of both kinds anew after a change of pyproject.toml's packages
+	@$(PY) cluster/local/locks.py --update
 
 format: env  ## ruff's formatting and safe fixes
 	@$(PY) -m ruff format . && $(PY) -m ruff check --fix .

@@ -53,14 +53,14 @@ class Compared:
 
 def compared(
     beam_right: bool, beam_tokens: int, solutions: Sequence[Mapping[str, Any]], rewards: Sequence[float],
-    sample_tokens: Sequence[int], num_subsets: int, seed: int,
+    sample_tokens: Sequence[int], num_subsets: int, seed: int, answer_type: str = "choice",
 ) -> Compared:  # fmt: skip
     """A question's search beside its samples; the reward of one that could not be scored is NaN.
 
     The samples at equal tokens are as many as take at most the tokens of the search, in the mean; one at least.
     """
     correct = np.array([solution["correct"] is True for solution in solutions], dtype=bool)
-    codes = metrics.answer_codes([solution["answer"] for solution in solutions])
+    codes = metrics.answer_codes([s["answer"] for s in solutions], correct if answer_type == "open" else None)
     known, number = np.array(rewards, dtype=np.float64), len(solutions)
     each = sum(sample_tokens) / number if number else 0.0
     equal = max(1, min(number, int(beam_tokens // each))) if each else number
@@ -137,7 +137,8 @@ class Searching:
             error = str(fault)
         right = bool(beams) and beams[0].correct is True
         subsets = self.run.recipe.evaluate.num_subsets
-        return replace(compared(right, spent, solutions, rewards, tokens, subsets, self.config.seed), error=error)
+        found = compared(right, spent, solutions, rewards, tokens, subsets, self.config.seed, row["answer_type"])
+        return replace(found, error=error)
 
     def scorer(self, row: Mapping[str, Any]) -> RewardModelScorer:
         """The reward model on one question, with what it reads in `score`."""
@@ -213,7 +214,7 @@ def _main(arguments: argparse.Namespace) -> int:
     }
     show(report, Console())
     fs, path = filesystem(f"{run.root}/beam_search.json")
-    write_file(fs, path, json.dumps(report, indent=1).encode())
+    write_file(fs, path, json.dumps(report, indent=1, allow_nan=False).encode())
     return 0
 
 

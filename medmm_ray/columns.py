@@ -113,11 +113,24 @@ def verdicts(entries: pa.StructArray) -> pa.Array:
 
 
 def thin_labels(labels: pa.Table) -> pa.Table:
-    """A table of `Labels` without its texts: `steps` a list of codes, the others as they are."""
+    """A table of `Labels` without its texts: `steps` a list of codes, the others as they are.
+
+    A row with a value that is no number from 0 to 1 (NaN) has the error ``label_value``: it says nothing.
+    """
     nested = labels["steps"].combine_chunks()
-    lists = pa.ListArray.from_arrays(_offsets(nested), verdicts(pc.list_flatten(nested)))
-    names = [name for name in labels.column_names if name not in ("steps", "question_id")]
-    return labels.select(names).append_column("steps", lists)
+    entries = pc.list_flatten(nested)
+    lists = pa.ListArray.from_arrays(_offsets(nested), verdicts(entries))
+    names = [name for name in labels.column_names if name not in ("steps", "question_id", "error")]
+    errors = _with_label_faults(labels["error"].combine_chunks(), nested, entries.field("value"))
+    return labels.select(names).append_column("error", errors).append_column("steps", lists)
+
+
+def _with_label_faults(errors: pa.Array, nested: pa.ListArray, value: pa.Array) -> pa.Array:
+    sound = pc.fill_null(pc.and_(pc.greater_equal(value, 0), pc.less_equal(value, 1)), True)
+    broken = np.zeros(len(errors), dtype=bool)
+    broken[np.asarray(pc.list_parent_indices(nested), dtype=np.int64)[~np.asarray(sound, dtype=bool)]] = True
+    fault = pa.scalar("label_value: a step's value is no number from 0 to 1; label the solution again")
+    return pc.if_else(pc.and_(pa.array(broken), pc.is_null(errors)), fault, errors)
 
 
 @dataclass

@@ -1,11 +1,12 @@
 """Images, documents and questions become vectors of unit length.
 
 Enters: the tables images, documents, questions. Leaves: one `Vector` row for each of their rows, in a table each. An
-image that cannot be opened leaves with an empty vector and its error.
+image that cannot be opened, and whatever has no finite vector or one of length 0, leaves with an empty vector and its
+error.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -112,9 +113,22 @@ def _text_vectors(rows: pa.Table, key: str, texts: Sequence[str], encoder: TextE
     return _rows(ids, vectors, faults)
 
 
-def _rows(ids: Sequence[str], vectors: dict[str, Any], faults: dict[str, str]) -> pa.Table:
-    rows = [{"item_id": i, "vector": vectors.get(i, []), "error": faults.get(i)} for i in ids]
+def _rows(ids: Sequence[str], vectors: dict[str, Vectors], faults: dict[str, str]) -> pa.Table:
+    faults = faults | {i: fault for i, vector in vectors.items() if (fault := _fault(vector))}
+    rows = [{"item_id": i, "vector": [] if i in faults else vectors[i], "error": faults.get(i)} for i in ids]
     return to_arrow(Vector, rows) if rows else arrow_schema(Vector).empty_table()
+
+
+def _fault(vector_D: Vectors) -> str | None:
+    """Why a vector has no direction that could be compared with others'."""
+    missing = vector_D.size - int(np.isfinite(vector_D).sum())
+    if missing:
+        return (
+            f"not_finite: {missing} of the vector's {vector_D.size} values are no finite numbers; look at the encoder"
+        )
+    return (
+        None if vector_D.any() else "zero_vector: the encoder gives a vector of length 0, which is similar to nothing"
+    )
 
 
 class _ImageActor:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from medmm_ray.rerank import Aggregate, AnswerType, RerankAnswer, RerankRequest, ScoredSolution
-from medmm_ray.text import LETTERS
+from medmm_ray.text import LETTERS, equal_key
 
 
 class QueryError(RuntimeError):
@@ -146,7 +146,7 @@ def _marked(answer: str | None, gold: str | None) -> Text:
         return Text("none", style="yellow")
     if gold is None:
         return Text(answer, style="bold")
-    right = answer.casefold() == gold.casefold()
+    right = equal_key(answer) == equal_key(gold)
     return Text(f"{answer} ✓" if right else f"{answer} ✗", style="bold green" if right else "bold red")
 
 

@@ -185,14 +185,18 @@ def from_base64(name: str, value: str) -> bytes:
 
 
 def rerank(request: RerankRequest, scores: Sequence[StepLogOdds], model: str) -> RerankAnswer:
-    """The answer to `request` from the log-odds of its solutions, in its order."""
-    totals = [_total(score) for score in scores]
+    """The answer to `request` from the log-odds of its solutions, in its order.
+
+    A solution with a score that is not finite has an error in place of a rank, and changes nothing for the others.
+    """
+    errors = [_error(score) for score in scores]
+    totals = [[] if error else _total(score) for score, error in zip(scores, errors, strict=True)]
     rewards = [metrics.aggregate(t, request.aggregate) if t else math.nan for t in totals]  # as log-odds, exact near 1
     ranking = sorted((i for i, t in enumerate(totals) if t), key=lambda i: -rewards[i])
     rank = {i: place for place, i in enumerate(ranking, 1)}
     solutions = [
-        _scored(request, i, score, total, rank.get(i))
-        for i, (score, total) in enumerate(zip(scores, totals, strict=True))
+        _scored(request, i, score, total, rank.get(i), error)
+        for i, (score, total, error) in enumerate(zip(scores, totals, errors, strict=True))
     ]
     answers = [s.answer for s in solutions]
     best = metrics.best_of_n(rewards)
@@ -213,14 +217,26 @@ def rerank(request: RerankRequest, scores: Sequence[StepLogOdds], model: str) ->
 
 
 def _total(score: StepLogOdds) -> list[float]:
-    """Log-odds of each step; empty for a solution that could not be scored."""
-    if score.error is not None:
-        return []
+    """Log-odds of each step."""
     return [t + v for t, v in zip(score.text_log_odds, score.image_log_odds, strict=True)]
 
 
+def _error(score: StepLogOdds) -> str | None:
+    """Why a solution has no score; its own error, or scores that are no numbers."""
+    if score.error is not None:
+        return score.error
+    total = _total(score)
+    missing = sum(not math.isfinite(x) for x in total)
+    if not missing:
+        return None
+    return (
+        f"not_finite: {missing} of {len(total)} step scores are no finite numbers; serve the model in bfloat16 or "
+        "float32 (dtype)"
+    )
+
+
 def _scored(
-    request: RerankRequest, index: int, score: StepLogOdds, total: list[float], rank: int | None
+    request: RerankRequest, index: int, score: StepLogOdds, total: list[float], rank: int | None, error: str | None
 ) -> ScoredSolution:
     solution = request.solutions[index]
     steps = steps_of(solution)
@@ -238,12 +254,15 @@ def _scored(
         ]
         if total
         else [],
-        error=score.error,
+        error=error,
     )
 
 
 def _vote(answers: Sequence[str | None], ranking: Sequence[int], rewards: Sequence[float] | None) -> Choice:
-    """The winning answer, its best solution and its share of the votes; without `rewards` each solution counts one."""
+    """The winning answer, its best solution and its share of the votes; without `rewards` each solution counts one.
+
+    Answers are one where grading finds them equal (`text.equal_key`); the first of them gives the words.
+    """
     winner = metrics.vote(answers, rewards)
     if winner is None:
         return Choice(answer=None, solution=None, support=0.0)

@@ -456,8 +456,8 @@ def read_rows(
 
 def _parted(seen: "StepScores", unseen: "StepScores") -> "StepScores":
     """A vision-language model's answer as what it says without the image, and what the image changes of it."""
-    if seen.error:
-        return seen
+    if seen.error or unseen.error:
+        return seen if seen.error else unseen
     changes = [s - u for s, u in zip(seen.log_odds, unseen.log_odds, strict=True)]
     return replace(seen, text_log_odds=unseen.log_odds, image_log_odds=changes)
 

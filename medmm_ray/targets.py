@@ -58,8 +58,8 @@ def targets(
     for ``outcome``; `accuracy`, for ``advantage``, what share of the question's solutions is, of those that answer:
     they are continuations of the empty prefix, from which the first step sets out. Rows with an error are not labels.
 
-    Raises ValueError for labels that do not match the steps in number, with the ids, and for labels or an
-    `after_first_error` that the policy cannot use.
+    Raises ValueError for labels that do not match the steps in number or whose value is no number from 0 to 1 (NaN),
+    with the ids, and for labels or an `after_first_error` that the policy cannot use.
     """
     if policy not in POLICIES:
         raise ValueError(f"label policy {policy!r} is unknown; there are {', '.join(sorted(POLICIES))}")
@@ -69,6 +69,13 @@ def targets(
             raise ValueError(
                 f"{row.source} labels of solution {row.solution_id} (question {row.question_id}, annotator "
                 f"{row.annotator}) are {len(row.steps)} for {num_steps} steps; they belong to another text"
+            )
+        values = [step.value for step in row.steps if step.value is not None]
+        strange = [value for value in values if not 0 <= value <= 1]
+        if strange:
+            raise ValueError(
+                f"{row.source} labels of solution {row.solution_id} (question {row.question_id}, annotator "
+                f"{row.annotator}) have the value {strange[0]}; expected numbers from 0 to 1: label the solution again"
             )
     if policy == "advantage" and after_first_error != "keep":
         raise ValueError(

@@ -19,6 +19,7 @@ from medmm_ray.engines.reward_model import (
     ImageFeatures,
     PackedQuestion,
     RewardModel,
+    ScoreRequest,
     choose_documents,
     pack,
 )
@@ -217,6 +218,70 @@ def test_errors_are_data(model: RewardModel) -> None:
     assert str(long.error).startswith("too_long")
     assert "the limit is 2048" in str(long.error)
     assert model.score(QUESTION, []) == []
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "near", "advice"),
+    [
+        ("float16", 1e5, 5e-2, "float16 holds nothing above 65,504: load the model with dtype=bfloat16 or float32"),
+        ("float32", math.nan, 1e-5, "look for NaN among the checkpoint's weights"),
+    ],
+)
+@pytest.mark.parametrize("token_budget", [None, 40])
+def test_a_solution_of_no_finite_scores_is_an_error_and_its_neighbours_keep_theirs(
+    folder: Path, dtype: str, value: float, near: float, advice: str, token_budget: int | None
+) -> None:
+    good = [["left angle", "yes"], ["right angle", "no"], ["normal heart", "clear", "the answer is left"]]
+    bad = ["left angle", "an image because of pneumothorax"]
+    sound = RewardModel.from_pretrained(folder, dtype=dtype)
+    expected = [sound.score(QUESTION, [solution])[0].log_odds for solution in good]
+    broken = RewardModel.from_pretrained(folder, dtype=dtype)
+    (word,) = broken.tokenizer(" pneumothorax", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        broken.text_model.get_input_embeddings().weight[word] = value  # 1e5 is infinite in float16
+    found = broken.score(QUESTION, [good[0], bad, *good[1:]], token_budget=token_budget)
+    assert found[1].error is not None
+    assert found[1].error.startswith("not_finite: 2 of 2 steps have no finite score in")
+    assert advice in found[1].error
+    assert (found[1].log_odds, found[1].plus_probs, found[1].min_plus_prob) == ([], [], None)
+    for own, wanted in zip([found[0], *found[2:]], expected, strict=True):
+        assert own.error is None
+        assert own.log_odds == pytest.approx(wanted, abs=near)
+    requests = [ScoreRequest(QUESTION, [bad]), ScoreRequest(QUESTION, good)]  # two questions in a row
+    (alone,), beside = broken.score_many(requests, token_budget=token_budget)
+    assert str(alone.error).startswith("not_finite")
+    assert [own.log_odds for own in beside] == [pytest.approx(wanted, abs=near) for wanted in expected]
+    states = broken.text_states(QUESTION, [bad])[0]
+    assert (len(states.states_TD), len(states.log_odds_T), states.error) == (0, 0, alone.error)
+
+
+def test_an_image_part_that_is_not_finite_is_an_error(two_tower: RewardModel) -> None:
+    assert two_tower.fusion is not None
+    weights = {name: value.clone() for name, value in two_tower.fusion.state_dict().items()}
+    try:
+        with torch.no_grad():
+            two_tower.fusion.output.weight[0, 0] = math.nan
+        (seen,) = two_tower.score(QUESTION, [["left", "no"]], image=picture(200))
+        (unseen,) = two_tower.score(QUESTION, [["left", "no"]])
+    finally:
+        two_tower.fusion.load_state_dict(weights)
+    assert seen.error == (
+        "not_finite: the image part of 2 of 2 steps is not finite; look for NaN among the fusion's weights"
+    )
+    assert seen.log_odds == []
+    assert unseen.error is None
+
+
+def test_an_image_tower_of_no_finite_numbers_is_an_error_entry(
+    two_tower: RewardModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert two_tower.image_tower is not None
+    with torch.no_grad():
+        tokens = two_tower.image_tower(torch.zeros(1, 3, 32, 32))
+    broken = type(tokens)(tokens.pooled_BD * math.inf, tokens.patches_BPD)
+    monkeypatch.setattr(two_tower.image_tower, "forward", lambda pixels: broken)
+    (scores,) = two_tower.score(QUESTION, [["left"]], image=picture(1))
+    assert str(scores.error).startswith("image_not_finite: the image tower makes no finite numbers")
 
 
 def test_a_stream_of_questions_fills_rows_to_the_budget(model: RewardModel) -> None:

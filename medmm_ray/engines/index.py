@@ -40,13 +40,15 @@ class Index:
 
     @classmethod
     def build(cls, ids: Sequence[str], vectors_ND: Vectors, config: IndexConfig | None = None) -> "Index":
-        """An index of `vectors_ND`; raises ValueError where ids and rows do not match or an id repeats."""
+        """An index of `vectors_ND`; raises ValueError where ids and rows do not match, an id repeats, or a vector is
+        not finite or of length 0."""
         import faiss
 
         config = config or IndexConfig()
         vectors_ND = np.ascontiguousarray(vectors_ND, np.float32)
         if len(ids) != len(vectors_ND) or len(set(ids)) != len(ids):
             raise ValueError(f"index: {len(ids)} ids ({len(set(ids))} distinct) for {len(vectors_ND)} vectors")
+        _check("vectors", vectors_ND)
         # Rows in the order of their ids: the index is the same whatever the order that they arrive in.
         order = np.argsort(np.array(ids, dtype=np.str_), kind="stable")
         vectors_ND = vectors_ND[order]
@@ -69,7 +71,11 @@ class Index:
         return len(self.ids)
 
     def search(self, queries_QD: Vectors, k: int) -> tuple[list[list[str]], list[list[float]]]:
-        """Ids and similarities of the up to `k` nearest vectors of each query, best first."""
+        """Ids and similarities of the up to `k` nearest vectors of each query, best first.
+
+        Raises ValueError where a query is of another width, not finite, or of length 0: it would be near to nothing, or
+        to everything.
+        """
         queries_QD = np.ascontiguousarray(queries_QD, np.float32)
         if not self.ids:
             return [[] for _ in queries_QD], [[] for _ in queries_QD]
@@ -78,6 +84,7 @@ class Index:
                 f"index holds vectors of width {self.width}, the queries have shape {queries_QD.shape}; "
                 "embed both with the same model"
             )
+        _check("queries", queries_QD)
         wanted = min(k, len(self.ids))
         # One more than wanted shows whether the last place is tied; then all that tie must be known to choose by id.
         fetch = min(wanted + 1, len(self.ids))
@@ -115,3 +122,12 @@ class Index:
         if index.ntotal != len(ids):
             raise ConfigError(f"index {stem}: {index.ntotal} vectors but {len(ids)} ids; run the index step again")
         return cls(ids, index)
+
+
+def _check(name: str, vectors_ND: Vectors) -> None:
+    broken = int((~np.isfinite(vectors_ND).all(axis=1)).sum())
+    if broken:
+        raise ValueError(f"index: {broken} of {len(vectors_ND)} {name} hold NaN or infinity; leave these rows out")
+    empty = int((~vectors_ND.any(axis=1)).sum())
+    if empty:
+        raise ValueError(f"index: {empty} of {len(vectors_ND)} {name} have length 0; leave these rows out")

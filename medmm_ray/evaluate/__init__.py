@@ -4,7 +4,8 @@ Enter: questions, images, solutions, scores, labels and what the run says of its
 
 What counts: the questions of one split whose own row has no error (the others are counted under `counts.excluded`). A
 question without solutions, or without one scored solution, counts as wrong and is counted; a solution without an answer
-or without a score keeps its place among the N (`medmm_ray.metrics` says what that means). Step metrics take their truth
+or without a score keeps its place among the N (`medmm_ray.metrics` says what that means). A row of scores that are not
+finite is a failed row of the kind `not_finite`, under `counts.errors`. Step metrics take their truth
 from one source for the whole report, the first of `reference` that has labels in the split; nulls stay out. An expert's
 steps weigh 1 / their chance to enter the review queue. Gates are held against truth alone, a phantom's or an expert's.
 """
@@ -13,15 +14,26 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Field
 
 from medmm_ray.config import Config, Split, execution, identity
 from medmm_ray.evaluate.accuracy import accuracy, by_column, by_decoder
-from medmm_ray.evaluate.cases import ARMS, Case, LogOdds, Row, make_cases, of_questions, samples, step_log_odds
+from medmm_ray.evaluate.cases import (
+    ARMS,
+    Case,
+    LogOdds,
+    Row,
+    make_cases,
+    of_questions,
+    samples,
+    step_log_odds,
+    without_not_finite,
+)
 from medmm_ray.evaluate.examples import choose_examples
 from medmm_ray.evaluate.steps import TRUTHS, agreement, step_figures, truth_of
 from medmm_ray.metrics import Aggregate
@@ -33,24 +45,24 @@ __all__ = ["EvaluateConfig", "environment", "evaluate", "step_entries"]
 class EvaluateConfig(Config):
     split: Split = "test"
     """The split that is measured."""
-    ns: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    ns: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 2, 4, 8, 16, 32, 64), min_length=1)
     """Numbers of samples N; those above what was sampled fall away."""
     aggregate: Aggregate = "min"
     """What makes a solution's reward of its steps: min (Med-PRM), last, mean (VisualPRM), product, gmean."""
     reference: tuple[str, ...] = ("phantom", "expert", "judge")
     """Label sources that step metrics may be measured against; the first that has labels in the split is. Against a
     judge the figures are shown, but no gate is held to them."""
-    threshold: float = 0.5
+    threshold: float = Field(0.5, gt=0, lt=1)
     """Probability from which a step is called right, in macro-F1, kappa and first errors."""
-    calibration_bins: int = 10
+    calibration_bins: int = Field(10, ge=1)
     """Bins of equal width of the calibration curve and of the ECE (weighted by count)."""
-    bootstrap_samples: int = 2000
+    bootstrap_samples: int = Field(2000, ge=1)
     """Resamples of the questions for the 95 % intervals."""
-    num_subsets: int = 128
+    num_subsets: int = Field(128, ge=1)
     """Random subsets a question and N over which votes are averaged; all subsets where there are no more."""
-    max_groups: int = 12
+    max_groups: int = Field(12, ge=0)
     """A table by question text is made where there are at most this many different texts."""
-    num_examples: int = 6
+    num_examples: int = Field(6, ge=0)
     """Example cases."""
     seed: int = 0
     """Seed of subsets, bootstrap and choice of examples."""
@@ -81,7 +93,7 @@ def evaluate(
     asked = questions.filter(pc.equal(questions["split"], config.split)).sort_by("question_id")
     excluded = Counter(error_kind(e) for e in asked["error"].to_pylist() if e)
     asked = asked.filter(pc.is_null(asked["error"]))
-    solutions, scores = of_questions(solutions, asked), of_questions(scores, asked)
+    solutions, scores = of_questions(solutions, asked), without_not_finite(of_questions(scores, asked))
     sampled = samples(solutions)
     log_odds = step_log_odds(scores, sampled)
     arms = [arm for arm in ARMS if arm in log_odds] + sorted(set(log_odds) - set(ARMS))

@@ -53,6 +53,23 @@ def samples(solutions: pa.Table) -> dict[str, list[Row]]:
     return {question: [{**entry, "num_steps": next(lengths)} for entry in found] for question, found in rows}
 
 
+def without_not_finite(scores: pa.Table) -> pa.Table:
+    """Score rows of which those with NaN or infinity among their log-odds have the error ``not_finite``: they are no
+    scores, and are counted with the other failed rows."""
+    broken = np.zeros(scores.num_rows, dtype=bool)
+    for name in ("text_log_odds", "image_log_odds"):
+        lists = scores[name].combine_chunks()
+        values = pc.list_flatten(lists).to_numpy(zero_copy_only=False).astype(np.float64)
+        owners = np.asarray(pc.list_parent_indices(lists), dtype=np.int64)
+        broken[owners[~np.isfinite(values)]] = True
+    broken &= np.asarray(pc.is_null(scores["error"]), dtype=bool)
+    if not broken.any():
+        return scores
+    fault = "not_finite: the row has scores that are no finite numbers; score the solution again"
+    errors = pc.if_else(pa.array(broken), pa.scalar(fault), scores["error"])
+    return scores.set_column(scores.schema.get_field_index("error"), "error", errors)
+
+
 def step_log_odds(scores: pa.Table, sampled: Mapping[str, Sequence[Row]]) -> dict[str, LogOdds]:
     """By arm: text part + image part of each step, of the score rows without an error.
 
@@ -92,7 +109,8 @@ def make_cases(
     for row in asked.to_pylist():
         found = sampled.get(row["question_id"], [])
         ids = [entry["solution_id"] for entry in found]
-        codes = metrics.answer_codes([entry["answer"] for entry in found])
+        graded = [entry["correct"] for entry in found] if row["answer_type"] == "open" else None
+        codes = metrics.answer_codes([entry["answer"] for entry in found], graded)
         case = Case(
             row=row,
             solution_ids=ids,

@@ -212,15 +212,24 @@ def _write_json(
                     bundle.question, bundle.solutions, bundle.labels, image_uris=[i.uri for i in bundle.images],
                     evidence=bundle.evidence, embedding=bundle.embedding, tree_solutions=bundle.tree_solutions,
                 )  # fmt: skip
+                written = _json(row)
             except RowError as error:
                 log.warning("question %s is left out: %s", bundle.question.question_id, error)
                 counts[f"left out {error.kind}"] += 1
                 continue
-            stream.write((separator + json.dumps(row, ensure_ascii=False)).encode())
+            stream.write((separator + written).encode())
             separator = ",\n"
             _count(bundle, counts)
         stream.write(b"\n]\n" if separator == ",\n" else b"[]\n")
     fs.move(f"{path}.part", path)
+
+
+def _json(row: Mapping[str, Any]) -> str:
+    """JSON has no NaN and no infinity; Python writes them all the same, unless told not to."""
+    try:
+        return json.dumps(row, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise RowError("not_finite", f"a number of it is NaN or infinite ({error})") from None
 
 
 def shard_schema() -> pa.Schema:

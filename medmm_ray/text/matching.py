@@ -110,13 +110,18 @@ def _singular(word: str) -> str:
     return word
 
 
+def equal_key(answer: str) -> str:
+    """What equal answers have in common: the one equality of grading, of voting and of the rerank service.
+
+    `answer_key`, or, of an answer without a word or number, itself; of a letter the letter, in lower case. Empty for an
+    empty answer alone.
+    """
+    return answer_key(answer) or answer.strip()
+
+
 def is_correct(answer: str | None, gold: str, answer_type: str) -> bool | None:
-    """Whether an extracted answer equals the gold one: the letter of a choice, else by `answer_key`; None where there
+    """Whether an extracted answer equals the gold one: the letter of a choice, else by `equal_key`; None where there
     is no answer."""
     if answer is None:
         return None
-    return answer == gold if answer_type == "choice" else _key(answer) == _key(gold)
-
-
-def _key(text: str) -> str:
-    return answer_key(text) or text.strip()
+    return answer == gold if answer_type == "choice" else equal_key(answer) == equal_key(gold)

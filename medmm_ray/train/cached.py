@@ -138,7 +138,10 @@ class Cached:
 
 
 def read_states(uris: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> tuple[list[Cached], str]:
-    """The states of each row's solutions, in its order, out of several tables, and their dtype."""
+    """The states of each row's solutions, in its order, out of several tables, and their dtype.
+
+    Raises ValueError for tables of several dtypes, and for states that are not finite.
+    """
     import torch
 
     from medmm_ray.engines.reward_model.states import from_bytes
@@ -173,7 +176,21 @@ def read_states(uris: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> tuple
                 row["correct"],
             )
         )
+    _check_finite(rows, cached)
     return cached, dtypes.pop()
+
+
+def _check_finite(rows: Sequence[Mapping[str, Any]], cached: Sequence[Cached]) -> None:
+    broken = [
+        row["question_id"]
+        for row, own in zip(rows, cached, strict=True)
+        if not all(bool(part.isfinite().all()) for part in (own.states_TD, own.summaries_TD, own.log_odds_T))
+    ]
+    if broken:
+        raise ValueError(
+            f"the states of {len(broken)} of {len(rows)} questions hold NaN or infinity: {broken[:10]}; compute the "
+            "states again (in float32 or bfloat16)"
+        )
 
 
 def share_of_right(cached: Sequence[Cached]) -> float:

@@ -22,10 +22,15 @@ def calibrate(
 ) -> None:
     """Rescale the untrained linear layers of `fusion`, in place, by what goes in and comes out of them on this data.
 
-    The output projection stays zero: the image part still changes nothing until it is trained.
+    The output projection stays zero: the image part still changes nothing until it is trained. Raises ValueError for
+    data that is not finite.
     """
     import torch
 
+    for name, rows in (("states", states_TD), ("summaries", summaries_TD), ("image tokens", tokens_NW)):
+        broken = int((~rows.isfinite().all(dim=-1)).sum())
+        if broken:
+            raise ValueError(f"{broken} of {len(rows)} {name} hold NaN or infinity; a fusion cannot be fitted to them")
     with torch.no_grad():
         inputs_TQ = fusion.state_norm(states_TD)
         if fusion.summary_norm is not None:
@@ -47,16 +52,24 @@ def calibrate(
 
 def centre_inputs(layer: "torch.nn.Linear", inputs_NI: "torch.Tensor") -> None:
     """Fold the standardisation of its inputs into a layer."""
-    spread_I = inputs_NI.std(dim=0)
-    layer.weight.div_(spread_I.clamp(min=FLOOR * float(spread_I.mean())))
+    layer.weight.div_(spread(inputs_NI))
     layer.bias.sub_(layer.weight @ inputs_NI.mean(dim=0))
 
 
 def scale_outputs(layer: "torch.nn.Linear", inputs_NI: "torch.Tensor") -> None:
     """Give a layer's outputs unit spread and, where it has a bias, mean 0."""
     outputs_NO = layer(inputs_NI)
-    spread_O = outputs_NO.std(dim=0)
-    spread_O = spread_O.clamp(min=FLOOR * float(spread_O.mean()))
+    spread_O = spread(outputs_NO)
     layer.weight.div_(spread_O[:, None])
     if layer.bias is not None:
         layer.bias.sub_(outputs_NO.mean(dim=0)).div_(spread_O)
+
+
+def spread(values_NI: "torch.Tensor") -> "torch.Tensor":
+    """The standard deviation [I] of each column, none below `FLOOR` of their mean; 1 where none varies (one row)."""
+    import torch
+
+    if len(values_NI) < 2 or bool((values_NI == values_NI[0]).all()):
+        return torch.ones_like(values_NI[0])
+    spread_I = values_NI.std(dim=0)
+    return spread_I.clamp(min=FLOOR * float(spread_I.mean()))

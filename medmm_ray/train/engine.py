@@ -5,6 +5,7 @@ DeepSpeed divides optimizer states, gradients and weights among the workers (ZeR
 number of workers or the ZeRO stage that made it.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -111,9 +112,15 @@ class Engine:
         return float(self.adam.param_groups[0]["lr"])
 
     def step(self) -> float:
-        """One update of all weights, the gradients cleared; gives the norm that they had over the whole group."""
+        """One update of all weights, the gradients cleared; gives the norm that they had over the whole group.
+
+        A norm that is not finite is given as it is, and the weights are then spoilt: the caller stops.
+        """
         self.engine.step()
-        return self._norm if self.stage == 0 else float(self.engine.get_global_grad_norm())
+        if self.stage == 0:
+            return self._norm
+        norm = float(self.engine.get_global_grad_norm())
+        return norm if norm >= 0 else math.nan  # DeepSpeed's ZeRO writes -1 for NaN and infinity, and goes on
 
     def _clip(self, *_: Any) -> None:
         """What DeepSpeed does without ZeRO, but it does not tell the norm."""

@@ -10,6 +10,7 @@ worker, but not for another `micro_batch_tokens`, which makes other passes, nor 
 """
 
 import json
+import math
 import os
 import random
 import tempfile
@@ -182,7 +183,8 @@ class Worker:
 def run(make_stage: StageFactory, config: TrainConfig, inputs: dict[str, str], worker: Worker) -> None:
     """Train in this process, one of the group; torch.distributed is initialised already.
 
-    Raises `TrainingError` where a loss is not finite or memory runs out, with the ids of the batch.
+    Raises `TrainingError` where a loss, a gradient or a validation figure is not finite, or memory runs out, with the
+    ids of the batch.
     """
     if config.gpus_per_worker == 0:
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
@@ -269,6 +271,12 @@ class Training:
             figures = self.stage.validate()
         found: list[Any] = [None] * self.worker.size
         torch.distributed.all_gather_object(found, (figures, meters.peak_memory(self.engine.device)))
+        broken = {name: value for name, value in found[0][0].items() if not math.isfinite(value)}
+        if broken:
+            raise TrainingError(
+                f"validation gives {broken} after {len(self.progress.updates)} updates; expected finite numbers. Lower "
+                "learning_rate or train in float32."
+            )
         return {**found[0][0], "peak_memory_gib": max(peak for _, peak in found)}
 
     def _update(self, epoch: int, units: Sequence[int]) -> None:
@@ -312,23 +320,26 @@ class Training:
         torch.distributed.all_reduce(total)
         if not torch.isfinite(total):
             bad = [stage.names[u] for group, value in losses if not torch.isfinite(value) for u in group]
-            self._refuse(float(total), epoch, bad)
+            self._refuse("loss", float(total), epoch, bad)
         with self._within_memory(epoch, units):
-            return float(total), self.engine.step()
+            norm = self.engine.step()
+        if not math.isfinite(norm):  # no checkpoint has these weights yet, and none will
+            self._refuse("gradient's norm", norm, epoch, [stage.names[u] for group, _ in losses for u in group])
+        return float(total), norm
 
     def _seed(self, epoch: int, group: Sequence[int]) -> int:
         """Of the random numbers of one forward pass."""
         names = sorted(self.stage.names[u] for u in group)
         return random.Random(f"{self.config.seed}/{epoch}/{names}").getrandbits(62)
 
-    def _refuse(self, loss: float, epoch: int, bad: list[str]) -> None:
-        """Stop on all workers, each with the ids of all samples in whose passes the loss was not finite."""
+    def _refuse(self, figure: str, value: float, epoch: int, bad: list[str]) -> None:
+        """Stop on all workers, each with the ids of all samples in whose passes a figure was not finite."""
         import torch
 
         found: list[Any] = [None] * self.worker.size
         torch.distributed.all_gather_object(found, bad)
         raise TrainingError(
-            f"the loss is {loss} in epoch {epoch + 1}, after {len(self.progress.updates)} updates, on "
+            f"the {figure} is {value} in epoch {epoch + 1}, after {len(self.progress.updates)} updates, on "
             f"{sorted(name for names in found for name in names)}. Look at these samples; if they are sound, lower "
             "learning_rate or train in float32."
         )
@@ -409,7 +420,7 @@ class Training:
         fs, path = filesystem(f"{self.worker.folder}/{HISTORY}")
         stopped = self.progress.epoch < self.config.epochs
         history = asdict(self.progress) | {"best_epoch": best, "stopped_early": stopped}
-        write_file(fs, path, json.dumps(history).encode())
+        write_file(fs, path, json.dumps(history, allow_nan=False).encode())
 
     def _keep_best(self, epoch: int) -> None:
         """Set the trained weights of an epoch aside (not the frozen ones: a text tower may have 16 GB of them)."""

@@ -161,6 +161,44 @@ def test_a_loss_that_is_no_number_stops_with_the_batchs_ids(tmp_path: Path) -> N
         run(Divergent, TrainConfig(epochs=1, batch_size=2), {"some": ""}, Keeper(tmp_path / "out").worker())
 
 
+class Steep(Divergent):
+    """Its loss is 0 and its gradient no number: that of a square root at 0."""
+
+    def loss(self, units: Sequence[int], epoch: int) -> Any:
+        zero = (self.module.weight * 0).sum() + self.module.bias.sum() * 0
+        return zero.sqrt()
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"zero_stage": 1}, {"zero_stage": 2, "dtype": "bfloat16"}, {"zero_stage": 3}]
+)
+def test_a_gradient_that_is_no_number_stops_before_a_checkpoint_is_kept(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    config = TrainConfig(epochs=1, batch_size=2, checkpoint_every=1, **settings)
+    keeper = Keeper(tmp_path / "out")
+    with pytest.raises(
+        TrainingError, match=r"the gradient's norm is nan in epoch 1, after 0 updates, on \['\w+', '\w+'\]"
+    ):
+        run(Steep, config, {"some": ""}, keeper.worker())
+    assert keeper.latest() is None
+
+
+class Unvalidated(Divergent):
+    """Its loss is 1, its validation figure no number."""
+
+    def loss(self, units: Sequence[int], epoch: int) -> Any:
+        return self.module.bias.sum()
+
+    def validate(self) -> dict[str, float]:
+        return {"selection": float("nan"), "validation_steps": 3.0}
+
+
+def test_a_validation_figure_that_is_no_number_stops(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"validation gives \{'selection': nan\} after 2 updates"):
+        run(Unvalidated, TrainConfig(epochs=1, batch_size=2), {"some": ""}, Keeper(tmp_path / "out").worker())
+
+
 class Exhausted(Divergent):
     """It asks for more memory than any machine has."""
 

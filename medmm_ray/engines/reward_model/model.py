@@ -10,6 +10,7 @@ Needs torch and transformers; the image tower's library is loaded with the tower
 Legend: T tags, D text width, I images.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -322,6 +323,8 @@ class RewardModel(nn.Module):
         for row in rows(packed(), budget) if together else alone:
             states_TD, summaries_TD = read_row(self.text_model, row, self.device)
             log_odds_T = self.head_log_odds(states_TD)
+            finite_T = log_odds_T.isfinite() & states_TD.isfinite().all(dim=1) & summaries_TD.isfinite().all(dim=1)
+            is_finite = finite_T.tolist()
             at = 0
             for piece in row:
                 for branch in piece.branches:
@@ -330,7 +333,10 @@ class RewardModel(nn.Module):
                     found = SolutionStates(
                         states_TD[own], summaries_TD[own], log_odds_T[own], num_documents=piece.packed.num_documents
                     )
-                    piece.owner.found[branch.solution] = found
+                    missing = is_finite[own].count(False)
+                    piece.owner.found[branch.solution] = (
+                        self._not_finite(missing, len(branch.tags)) if missing else found
+                    )
             while waiting and waiting[0].complete:
                 yield waiting.popleft().states()
         while waiting:
@@ -340,6 +346,17 @@ class RewardModel(nn.Module):
         """What stands for a solution that could not be read."""
         empty_0D = torch.zeros(0, self.hidden_size, dtype=self.text_model.dtype, device=self.device)
         return SolutionStates(empty_0D, empty_0D, torch.zeros(0, device=self.device), error)
+
+    def _not_finite(self, missing: int, num_steps: int) -> SolutionStates:
+        """What stands for a solution that the text tower makes no numbers of. Its neighbours in a row keep theirs:
+        branches never see each other."""
+        advice = (
+            "float16 holds nothing above 65,504: load the model with dtype=bfloat16 or float32"
+            if self.text_model.dtype == torch.float16
+            else "look for NaN among the checkpoint's weights, or load the model with dtype=float32"
+        )
+        name = str(self.text_model.dtype).removeprefix("torch.")
+        return self.no_states(f"not_finite: {missing} of {num_steps} steps have no finite score in {name}; {advice}")
 
     # Reading images
 
@@ -353,6 +370,11 @@ class RewardModel(nn.Module):
         if not bool(pixels_I3HW.isfinite().all()):
             raise ImageError("image_not_finite: an image has pixels that are no finite numbers")
         tokens = tower(pixels_I3HW)
+        read = [tokens.pooled_BD, *([tokens.patches_BPD] if fusion.reads_patches else [])]
+        if not all(bool(part.isfinite().all()) for part in read):
+            raise ImageError(
+                "image_not_finite: the image tower makes no finite numbers of an image; look at its weights"
+            )
         own, more = range(len(images)), range(len(images), len(images) + len(references))
         return ImageFeatures.gather(
             tokens.pooled_BD, tokens.patches_BPD if fusion.reads_patches else None, [own], [more]
@@ -385,7 +407,8 @@ class RewardModel(nn.Module):
         *,
         token_budget: int | None = None,
     ) -> list[StepScores]:
-        """Scores of each solution, in order; none depends on the others, their order or the budget.
+        """Scores of each solution, in order; none depends on the others, their order or the budget. One whose scores
+        are not finite (float16 overflows) has an error in their place, ``not_finite: …``.
 
         Args:
             question: with its options in the text (`text.question_with_options`).
@@ -424,13 +447,23 @@ class RewardModel(nn.Module):
                 yield self.step_scores(states, features)
 
     def step_scores(self, states: Sequence[SolutionStates], features: ImageFeatures | None) -> list[StepScores]:
-        """The scores of solutions that were read, with one question's images or without."""
+        """The scores of solutions that were read, with one question's images or without; an error, not a score, where
+        the image part of one is not finite."""
         text = [s.log_odds_T.tolist() for s in states]
         image = self.image_log_odds(states, features) if features and states else [[0.0] * len(t) for t in text]
-        return [
-            StepScores(error=s.error) if s.error else StepScores(t, i, num_documents=s.num_documents)
-            for s, t, i in zip(states, text, image, strict=True)
-        ]
+        return [_scores(s.error, t, i, s.num_documents) for s, t, i in zip(states, text, image, strict=True)]
+
+
+def _scores(
+    error: str | None, text_log_odds: list[float], image_log_odds: list[float], num_documents: int
+) -> StepScores:
+    missing = sum(not math.isfinite(x) for x in image_log_odds)
+    if missing and error is None:
+        error = (
+            f"not_finite: the image part of {missing} of {len(image_log_odds)} steps is not finite; look for NaN among "
+            "the fusion's weights"
+        )
+    return StepScores(error=error) if error else StepScores(text_log_odds, image_log_odds, num_documents=num_documents)
 
 
 def _check_device(device: str | torch.device) -> None:

@@ -9,7 +9,9 @@ correct``, ``the most likely diagnosis is …``, ``I choose …``; they count on
 - An option's text counts in place of its letter if all of the statement is that text by `answer_key`, never a part.
 - ``not A but B`` states B; ``not A`` takes back an earlier A; ``A or B``, ``none of the above`` and a letter that no
   option has take back whatever came before: they say that there is no one answer.
-- A question (``is the answer B?``) and a supposition (``if the answer is B``) state nothing.
+- A question (``is the answer B?``) and a supposition (``if the answer is B``) state nothing. What would be the answer
+  under another condition (``if she were pregnant, the answer would be C``) counts only where nothing else is stated,
+  wherever it stands.
 
 Every pattern is linear in the text (what repeats is bounded or possessive), so a text of any length is safe.
 """
@@ -18,7 +20,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from medmm_ray.text.markup import plain_text
 from medmm_ray.text.matching import NO, YES, answer_key, joined, key_words
@@ -29,6 +31,9 @@ REACH = 300  # characters behind a lead in which its statement is read
 # Where statements begin
 
 _IS = r"(?:is|was|(?:would|should|must|will|(?:seems|appears|has)\s++to)\s++be|remains|becomes)\b(?!n't)"
+_BEST = (
+    r"(?:correct|right|best|(?:most|least)\s++(?!common)\w++|(?:final\s++)?(?:answer|choice(?!\s++of\b))|exception)\b"
+)
 
 
 @dataclass(frozen=True)
@@ -51,28 +56,36 @@ def _leads(num_options: int) -> _Leads:
     """
     last = max("J", LETTERS[:num_options][-1:])
     letter = f"[A-{last}]"
+    named = rf"(?:option|choice)\s++[(\[\"']?{letter}[)\]\"']?"
     far = rf"|\(?[K-{last}](?!\.\s++(?-i:[a-z]))(?:[).,:;]|\s*+$)" if last > "J" else ""
     return _Leads(
         strong=re.compile(
-            rf"\banswer\b(?!\s++(?:choices|options)\b)(?:[^.\n:;?!=]{{0,80}}?(?:\b{_IS}|'s\b|[:=]|-+>|→)"
-            rf"|\s++(?=[(\[]|{letter}\s*+(?:$|\.)))"
+            rf"\banswer\b(?!\s++(?:choices|options)\b)(?:[^.\n:;?!=]{{0,80}}?(?:\b{_IS}|'s\b|=>|[:=]|-+>|[→⇒]"
+            rf"|\b(?:corresponds\s++to|matches|remains)\s++(?={named}))"
+            rf"|\s++(?=[(\[]|{letter}\s*+(?:$|\.))|\s*+[-–—]++\s*+(?=[(\[]|{named}))"
+            # ``Answer - B`` may as well head a list of options; what calls itself the final answer does not.
+            rf"|\b(?:final|correct|best|right|my)\s++answer\s*+[-–—]++\s*+(?=(?-i:{letter})(?![\w'’-]))"
             r"|\bans\s?[.:]",
             re.IGNORECASE,
         ),
         weak=re.compile(
             r"\b(?:correct|right|best|true|false|incorrect|wrong|final|(?:most|least)\s++\w++)\b[^.\n:;?!]{0,90}?"
             rf"(?:\b{_IS}|:)"
-            r"|\b(?:choose|chose|select|selected|pick|picked|(?:go|went|going)\s++with|opt(?:ed)?\s++for)\b"
+            r"|\b(?:choose|chose|select|selected|pick|picked|(?:go|went|going)\s++(?:with|for)|opt(?:ed)?\s++for)\b"
             r"|\b(?:therefore|thus|hence|so|conclude\s++that|conclusion)[,:]?\s++"
-            rf"(?=\(?[A-J][).,:\s]{far})(?:it\s++is\s++)?"
+            rf"(?=\(?[A-J][).,:\s]{far}|{named}\s*+(?:[.;]|$))(?:it\s++is\s++)?"
+            rf"|\b(?:it|which|this|that)\s++(?:corresponds\s++to|matches|points\s++to)\s++(?={named}\s*+(?:[.,;]|$))"
+            rf"|\b(?:makes|making|leaves|leaving)\s++(?={named}\s++(?:as\s++)?(?:the\s++)?{_BEST})"
+            rf"|\b(?:makes|making|leaves|leaving)\s++(?=[(\[]?(?-i:{letter})[)\]]?\s++(?:as\s++)?the\s++{_BEST})"
             rf"|\b(?:it|which|this|that)(?:\s++is|'s)\s++(?=[(\[]{letter}[)\]]|(?:option|choice)\s"
             rf"|[A-J](?:[.,;]|\s*+$){far})"
             r"|^(?:option|choice)\s?:",
             re.IGNORECASE | re.MULTILINE,
         ),
         mention=re.compile(
-            r"(?:\b(?P<noun>(?i:option|choice|answer|statement|alternative))\s++)?(?<![\w'+-])(?P<open>[(\[]?)"
-            rf"(?P<letter>{letter})(?P<close>[)\].]?)(?![\w'+-])"
+            r"(?:\b(?P<noun>(?i:option|choice|answer|statement|alternative))\s++)?(?<![\w'+-])(?P<open>[(\[{\"']?)"
+            rf"(?P<letter>{letter}|[a-{last.lower()}](?=\s++(?i:is|would|must|best)\b|[)\]}}\"']))"
+            r"(?P<close>[)\].}\"']?)(?![\w'+-])"
         ),
         instead=re.compile(
             r"[^.\n]{0,80}?\b(?:but|rather|instead|it\s++is|it's|is)\b[\s,]*+(?:rather\s++|instead\s++|in\s++fact\s++)?"
@@ -83,11 +96,13 @@ def _leads(num_options: int) -> _Leads:
 
 
 _RIGHT = re.compile(
-    rf"(?P<gap>[^.;:?!\n]{{0,120}}?)\b{_IS}\s++(?:(?:therefore|thus|clearly|likely|also|indeed)\s++)?(?:the\s++)?(?:only\s++)?"
-    r"(?:correct|right|best|(?:most|least)\s++(?!common)\w++|(?:final\s++)?answer|exception)\b",
+    rf"(?P<gap>[^.;:?!\n]{{0,120}}?)\b(?:{_IS}\s++(?:(?:therefore|thus|clearly|likely|also|indeed)\s++)?"
+    rf"(?:(?:the|my|our)\s++)?(?:only\s++)?{_BEST}"
+    r"|best\s++(?:fits|explains|matches|describes|answers|represents)\b|(?:fits|explains|matches|answers)\s++(?:it\s++)?best\b)",
     re.IGNORECASE,
 )
-_DENIAL = re.compile(r"\bnot\b|n't\b", re.IGNORECASE)
+_DENIAL = re.compile(r"\bnot\b|n't\b|\bnever\b|\bneither\b", re.IGNORECASE)
+_NEITHER = re.compile(r"\b(?:neither|nor|not|no)\s++(?:the\s++)?$", re.IGNORECASE)
 _CLAUSE_START = re.compile(r"(?:^|[.;:,\n]\s{0,3}|\b(?:therefore|thus|so|hence|that|and)\s)$", re.IGNORECASE)
 _FIELD = re.compile(
     r"\b(?:final|correct|model|predicted)?[_ ]?(?:answer|choice|option|letter)"
@@ -98,6 +113,28 @@ _FIELD = re.compile(
 _IF = re.compile(r"\b(?:if|whether|suppose|assuming)\s(?:\w{1,15}\s){0,4}$", re.IGNORECASE)
 _ASKED = re.compile(r"[^.!\n]{0,200}?\?")
 
+# When a statement holds under another condition only
+
+_SENTENCE_START = re.compile(r"[.!?]\s|[;\n]")
+_CONDITIONAL = re.compile(r"\b(?:would|might|could|may)\b|'d\b", re.IGNORECASE)
+_CONDITION = re.compile(
+    r"\b(?:if|unless|suppos(?:e|ed|ing)|assuming|imagin(?:e|ing)|otherwise|provided|in\s++case)\b"
+    r"|^\W*+(?:(?:but|and|however|conversely|by\s++contrast|in\s++contrast|instead)\b\W*+)?"
+    r"(?:had|were|should|without|(?:in|for)\s++(?:an?|another|other|the\s++absence)\s)",
+    re.IGNORECASE,
+)
+_SUPPOSED = re.compile(r"\b(?:if|unless|suppos(?:e|ing)|imagine)\b|^\W*+(?=(?:had|were)\b)", re.IGNORECASE)
+_CONTRARY = re.compile(r"\b(?:were|had|weren't|hadn't|did|didn't)\b", re.IGNORECASE)
+_LATER_CONDITION = re.compile(
+    r"(?:(?!\b(?:because|since|as|due|given)\b)[^.;?!\n]){0,120}?\b(?:if|unless|had|assuming|otherwise|in\s++case)\b",
+    re.IGNORECASE,
+)
+_OTHERS = re.compile(
+    r"\b(?:some(?:one|body)?|one|many|others|you|people)\s++(?:\w++\s++)?(?:might|may|could|would|will)\s++(?:\w++\s++){0,3}"
+    r"(?:say|think|argue|believe|suspect|assume|answer)\s++(?:that\s++)?(?:the\s++)?(?:\w++\s++)?$",
+    re.IGNORECASE,
+)
+
 # How a statement reads
 
 _FILLER = re.compile(
@@ -105,13 +142,17 @@ _FILLER = re.compile(
     r"still|option|choice|letter|answer|statement|number|that|it|is|would\s++be|to\s++be)(?![\w'])[\s,:]*+)*+",
     re.IGNORECASE,
 )
-_NOT = re.compile(r"(?:not|neither|never)\b\s*+(?:option\s++|choice\s++|the\s++|necessarily\s++)*+", re.IGNORECASE)
+_NOT = re.compile(
+    r"(?:not|neither|never|no\s++longer|hardly|unlikely\s++to\s++be|anything\s++(?:but|except)|other\s++than)\b\s*+"
+    r"(?:option\s++|choice\s++|the\s++|necessarily\s++)*+",
+    re.IGNORECASE,
+)
 _BRACKETED = re.compile(r"[(\[{\"']++\s?([A-Za-z])\s?[)\]}\"']")
 _LONE = re.compile(r"([A-Z])(?:[ \t]*+(?:\n|$)|[.:,;)\]}\"'!]++(?:[ \t]*+(?:\n|$)|\s++(?![a-z])))")
 _LOWER = re.compile(r"([a-z])(?:\.?[ \t]*+(?:\n|$)|\))")
 _RUN_ON = re.compile(
     r"([A-Z])(?:[.:,;)\]}\"!]|'(?!\w)|\s++(?:[-–—(\n]|because|as|since|due|given|based|for|which|with|rather|instead|(?:and\s)?not|"
-    r"if|in|is|here|so|too)(?!\w))"
+    r"if|unless|in|is|here|so|too|(?:the\s)?(?:correct|right|best))(?!\w))"
 )
 _SEVERAL = re.compile(
     r"(?:either\s++|both\s++|between\s++)?[(\[]?([A-Z])[)\]]?\s?(?:,|/|&|and\b|or\b|and/or\b)\s?(?:or\s|and\s)?"
@@ -176,9 +217,9 @@ def _extract(text: str, reader: "_Reader") -> str | None:
     if fields:
         value = _value(fields[-1])
         read = reader.read(value)
-        return read.answer if read != _NOTHING else _last(_statements(value, reader, strong=True), reader) or None
-    for strong in (True, False):
-        found = _last(_statements(text, reader, strong), reader)
+        return read.answer if read != _NOTHING else _last(next(_by_weight(value, reader)), reader) or None
+    for statements in _by_weight(text, reader):
+        found = _last(statements, reader)
         if found is not None:
             return found or None
     return None
@@ -202,36 +243,70 @@ def _last(statements: Sequence[str], reader: "_Reader") -> str | None:
     return "" if denied else None
 
 
-def _statements(text: str, reader: "_Reader", strong: bool) -> list[str]:
+def _by_weight(text: str, reader: "_Reader") -> Iterator[list[str]]:
+    """The statements, those that weigh most first: strong ones, weak ones, then those under another condition."""
+    strong = _statements(text, reader, strong=True)
+    yield [statement.words for statement in strong if not statement.hypothetical]
+    weak = _statements(text, reader, strong=False)
+    yield [statement.words for statement in weak if not statement.hypothetical]
+    yield [statement.words for statement in strong if statement.hypothetical]
+    yield [statement.words for statement in weak if statement.hypothetical]
+
+
+class _Statement(NamedTuple):
+    """What stands behind a lead, and whether it holds in another case than the question's, or in another's view."""
+
+    start: int
+    words: str
+    hypothetical: bool
+
+
+def _statements(text: str, reader: "_Reader", strong: bool) -> list[_Statement]:
     """What stands behind each lead of one kind, in the order of the text."""
     lead = reader.leads.strong if strong else reader.leads.weak
     found = [
-        (m.start(), text[m.end() : m.end() + REACH])
+        _Statement(m.start(), text[m.end() : m.end() + REACH], _is_hypothetical(text, m.start(), m.end()))
         for m in lead.finditer(text)
         if _is_statement(text, m.start(), m.end())
     ]
     if strong:
-        found += [(len(text), line) for line in reader.last_line(text)]
+        found += [_Statement(len(text), line, hypothetical=False) for line in reader.last_line(text)]
     elif isinstance(reader, _Choice):
         found += _mentions(text, reader.leads.mention)
-    return [rest for _, rest in sorted(found, key=lambda pair: pair[0])]
+    return sorted(found, key=lambda statement: statement.start)
 
 
 def _is_statement(text: str, start: int, end: int) -> bool:
     return not _ASKED.match(text, end) and not _IF.search(text[max(0, start - 60) : start])
 
 
-def _mentions(text: str, mention: re.Pattern[str]) -> Iterator[tuple[int, str]]:
+def _is_hypothetical(text: str, start: int, end: int) -> bool:
+    """Whether the sentence of a lead (or of a mention with its verdict) speaks of another case or another's view."""
+    before = text[max(0, start - 200) : start]
+    ends = [m.end() for m in _SENTENCE_START.finditer(before)]
+    before = before[ends[-1] :] if ends else before
+    supposed = _SUPPOSED.search(before)
+    if _OTHERS.search(before) or (supposed and _CONTRARY.search(before, supposed.end())):
+        return True
+    if not _CONDITIONAL.search(text, start, end):
+        return False
+    return bool(_CONDITION.search(before) or _CONDITION.search(text[start:end]) or _LATER_CONDITION.match(text, end))
+
+
+def _mentions(text: str, mention: re.Pattern[str]) -> Iterator[_Statement]:
     """``Option D … is correct``, ``(B) is the best answer``, ``C is right``: the letter, as a statement."""
     for m in mention.finditer(text):
         verdict = _RIGHT.match(text, m.end())
         if verdict is None or _DENIAL.search(verdict[0]) or not _is_statement(text, m.start(), verdict.end()):
             continue
-        marked = m["noun"] or m["open"] or m["close"]
-        if m["noun"] or (
-            _CLAUSE_START.search(text[max(0, m.start() - 12) : m.start()]) and (marked or not verdict["gap"].strip())
-        ):
-            yield m.start(), m["letter"]
+        marked = bool(m["noun"] or m["open"] or m["close"])
+        direct = not verdict["gap"].strip()
+        if m["letter"].islower() and not (marked and direct):
+            continue
+        ahead = text[max(0, m.start() - 12) : m.start()]
+        if (m["noun"] and not _NEITHER.search(ahead)) or (_CLAUSE_START.search(ahead) and (marked or direct)):
+            hypothetical = _is_hypothetical(text, m.start(), verdict.end())
+            yield _Statement(m.start(), m["letter"].upper(), hypothetical)
 
 
 def _lines(text: str) -> list[str]:

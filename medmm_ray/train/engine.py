@@ -114,7 +114,8 @@ class Engine:
     def step(self) -> float:
         """One update of all weights, the gradients cleared; gives the norm that they had over the whole group.
 
-        A norm that is not finite is given as it is, and the weights are then spoilt: the caller stops.
+        A norm that is not finite is given as it is. The weights are then spoilt, or the update was left out (which of
+        both, depends on the ZeRO stage): the caller stops.
         """
         self.engine.step()
         if self.stage == 0:

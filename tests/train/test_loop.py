@@ -169,16 +169,14 @@ class Steep(Divergent):
         return zero.sqrt()
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"zero_stage": 1}, {"zero_stage": 2, "dtype": "bfloat16"}, {"zero_stage": 3}]
-)
+@pytest.mark.parametrize("settings", [{}, {"zero_stage": 1}, {"zero_stage": 2, "dtype": "bfloat16"}, {"zero_stage": 3}])
 def test_a_gradient_that_is_no_number_stops_before_a_checkpoint_is_kept(
     tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     config = TrainConfig(epochs=1, batch_size=2, checkpoint_every=1, **settings)
     keeper = Keeper(tmp_path / "out")
     with pytest.raises(
-        TrainingError, match=r"the gradient's norm is nan in epoch 1, after 0 updates, on \['\w+', '\w+'\]"
+        TrainingError, match=r"the gradient's norm is (nan|inf) in epoch 1, after 0 updates, on \['\w+', '\w+'\]"
     ):
         run(Steep, config, {"some": ""}, keeper.worker())
     assert keeper.latest() is None

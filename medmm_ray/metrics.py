@@ -146,7 +146,8 @@ def answer_codes(answers: Sequence[str | None], graded_right: Sequence[bool | No
 def best_of_n(rewards: Sequence[float] | Floats) -> int | None:
     """The index of the highest reward, the first of equals, NaN left out; None where no sample has one."""
     known = np.asarray(rewards, dtype=np.float64)
-    return None if np.isnan(known).all() else int(np.nanargmax(known))
+    scored = np.flatnonzero(~np.isnan(known))
+    return int(scored[known[scored].argmax()]) if scored.size else None
 
 
 def vote(

@@ -86,6 +86,17 @@ def test_sources_lie_side_by_side_and_what_does_not_count_is_counted() -> None:
     assert (judge.rows, judge.unknown, judge.misfit, judge.errors, judge.cost) == (3, 1, 1, {"refused": 2}, 1.25)
 
 
+def test_a_value_that_is_no_probability_is_a_fault_of_its_row_and_no_verdict() -> None:
+    steps = [[StepLabel(value=float("nan"))], [StepLabel(value=0.5), StepLabel(value=-1.0)]]
+    rows = [Labels(question_id="q", solution_id=name, source="monte_carlo", annotator="a", steps=own, cost=0.0)
+            for name, own in zip(("s3", "s2"), steps, strict=True)]  # fmt: skip
+    good = Labels(question_id="q", solution_id="s1", source="monte_carlo", annotator="a", cost=0.0,
+                  steps=[StepLabel(value=0.25), StepLabel(value=0.0), StepLabel()])  # fmt: skip
+    found = source_labels(STEPS, thin_labels(to_arrow(Labels, [*rows, good])))["monte_carlo"]
+    assert found.codes.tolist() == [RIGHT, WRONG, UNLABELLED, UNLABELLED, UNLABELLED, UNLABELLED]
+    assert (found.rows, found.errors) == (1, {"label_value": 2})
+
+
 def test_entries_are_placed_in_slices_too() -> None:
     labels = thin_labels(to_arrow(Labels, [labelled("s2", [1, 0]), labelled("s3", [0]), labelled("s1", [1, 1, 0])]))
     assert place(STEPS, labels).row.tolist() == [3, 4, 5, 0, 1, 2]

@@ -118,6 +118,24 @@ def test_questions_with_and_without_options() -> None:
     assert rows["error"].to_pylist() == [None, "upstream: bad: row"]
 
 
+class Broken:
+    """Gives NaN, infinity, nothing but zeros, and one vector."""
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        return np.array([[np.nan, 1.0], [1.0, np.inf], [0.0, 0.0], [0.0, 1.0]], np.float32)
+
+
+def test_a_vector_without_a_direction_is_an_error_of_its_row() -> None:
+    rows = document_vectors(to_arrow(Document, [document(f"d{i}", "") for i in range(4)]), Broken())
+    assert rows["vector"].to_pylist() == [[], [], [], [0.0, 1.0]]
+    assert [str(e).partition(":")[0] for e in rows["error"].to_pylist()] == [
+        "not_finite", "not_finite", "zero_vector", "None"
+    ]  # fmt: skip
+    assert rows["error"][0].as_py() == (
+        "not_finite: 1 of the vector's 2 values are no finite numbers; look at the encoder"
+    )
+
+
 def test_an_empty_batch() -> None:
     empty = to_arrow(Document, [])
     assert document_vectors(empty, Recorder()).schema == arrow_schema(Vector)

@@ -252,12 +252,18 @@ def test_a_model_is_not_held_to_the_judge() -> None:
     assert (known["ece"]["passed"], known["model_reference_kappa"]["passed"]) == (False, True)
 
 
+def p(log_odds: float) -> float:
+    return 1 / (1 + math.exp(-log_odds))
+
+
 def test_weights_of_one_change_no_figure() -> None:
     odds = {"s": np.array([2.0, -1.0, 0.5, -1.0])}
     plain, even = Truth("phantom", {"s": [1, 1, 0, 0]}), Truth("expert", {"s": [1, 1, 0, 0]}, {"s": [4.0] * 4})
     found = [step_figures(odds, truth, 0.5, 10) for truth in (plain, even)]
-    for name in ("auroc", "macro_f1", "ece", "kappa", "first_error", "roc"):
-        assert found[0][name] == found[1][name], name
+    for own in found:  # of the pairs of a right and a wrong step 2 in order, 1 tied, 1 not; 2 of 4 called rightly
+        assert (own["auroc"], own["macro_f1"], own["kappa"], own["first_error"]) == (0.625, 0.5, 0.0, 0.0)
+        assert own["ece"] == pytest.approx((abs(p(2.0) - 1) + abs(p(0.5) - 0) + 2 * abs(p(-1.0) - 0.5)) / 4)
+        assert own["roc"] == {"false": [0.0, 0.0, 0.5, 1.0], "true": [0.0, 0.5, 0.5, 1.0]}
 
 
 def test_without_scores_or_labels_there_is_still_a_report() -> None:
@@ -310,9 +316,50 @@ def test_step_entries_and_environment() -> None:
     assert environment()["packages"]["python"].startswith("3.")
 
 
+@pytest.mark.parametrize("part", ["text_log_odds", "image_log_odds"])
+def test_scores_that_are_no_numbers_are_failed_rows_and_change_nothing_else(part: str) -> None:
+    tables = small()
+    rows = tables["scores"].to_pylist()
+    broken = {**rows[3], part: [1.0, math.nan]}  # the multimodal arm's scores of s1b
+    report = evaluate(
+        EvaluateConfig(ns=(1, 2)), **{**tables, "scores": to_arrow(Scores, [*rows[:3], broken, *rows[4:]])}
+    )
+    assert report["counts"]["errors"]["scores"] == {"image_empty": 4, "not_finite": 1}
+    assert report["counts"]["scored"] == {"text_only": 2, "multimodal": 1}
+    assert report["counts"]["unscored"] == {"text_only": 2, "multimodal": 3}
+    best = report["accuracy"]["best_of_n"]
+    assert best["multimodal"]["2"]["value"] == pytest.approx(1 / 3, abs=1e-6)  # s1a, alone with a score
+    assert best["multimodal"]["1"]["value"] == pytest.approx(0.5 / 3, abs=1e-6)
+    assert (report["step"]["multimodal"]["steps"], report["step"]["text_only"]["steps"]) == (1, 3)
+    assert report["largest_text_difference"] == 0.0
+    json.dumps(report, allow_nan=False)
+
+
+def test_votes_over_open_answers_are_those_of_grading() -> None:
+    tables = small()
+    question = replace(QUESTION, options=[], answer="pleural effusion", answer_type="open")
+    answers = ["pneumonia", "the pleural effusion", "pneumonia", "Pleural effusions", "a pleural effusion"]
+    made = [
+        replace(solution(f"s1{i}", None), answer=a, correct="effusion" in a)
+        for i, a in zip("abcde", answers, strict=True)
+    ]
+    report = evaluate(
+        EvaluateConfig(ns=(5,)),
+        **{**tables, "questions": to_arrow(Question, [question]), "labels": [], "scores": to_arrow(Scores, []),
+           "solutions": to_arrow(Solutions, [replace(solutions("q1", made), num_requested=5)])},
+    )  # fmt: skip
+    assert report["accuracy"]["majority"]["5"]["value"] == 1.0
+
+
 def test_config_is_strict() -> None:
     with pytest.raises(ConfigError, match="'aggregate'"):
         build(EvaluateConfig, {"aggregate": "median"}, "recipe")
+    bounds: dict[str, Any] = {
+        "threshold": 1.0, "ns": [0], "bootstrap_samples": 0, "calibration_bins": 0, "num_subsets": 0,
+    }  # fmt: skip
+    for name, value in [*bounds.items(), ("threshold", 0.0), ("ns", [])]:
+        with pytest.raises(ConfigError, match=f"'{name}"):
+            build(EvaluateConfig, {name: value}, "recipe")
 
 
 def test_the_adjudicator_has_the_last_word_on_the_steps_that_he_decided() -> None:

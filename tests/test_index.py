@@ -81,6 +81,15 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         Index.build(["a", "a"], unit(2))
     with pytest.raises(ValueError, match="width 16, the queries have shape \\(2, 8\\)"):
         Index.build(["a"], unit(1)).search(unit(2, width=8), 1)
+    broken = np.array([[np.nan, 1.0], [1.0, np.inf], [1.0, 0.0]], np.float32)
+    for vectors_ND, words in (
+        (broken, "2 of 3 {} hold NaN"),
+        (np.eye(3, 2, dtype=np.float32), "1 of 3 {} have length 0"),
+    ):
+        with pytest.raises(ValueError, match=words.format("vectors")):
+            Index.build(["a", "b", "c"], vectors_ND)
+        with pytest.raises(ValueError, match=words.format("queries")):
+            Index.build(["a"], unit(1, width=2)).search(vectors_ND, 1)
     with pytest.raises(ConfigError, match="no index can be read at"):
         Index.load(tmp_path / "none")
     Index.build(["a", "b"], unit(2)).save(tmp_path / "cut")

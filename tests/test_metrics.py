@@ -1,7 +1,10 @@
-"""Figures by hand, and against scikit-learn where it has them."""
+"""Figures by hand, against scikit-learn where it has them, and against plain counting over all subsets."""
 
 import itertools
 import math
+from collections.abc import Callable, Sequence
+from decimal import Decimal, localcontext
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,12 +58,41 @@ def test_product_that_rounds_to_one_is_infinitely_sure() -> None:
 
 def test_answer_codes_follow_first_appearance() -> None:
     assert metrics.answer_codes(["B", None, " b ", "", "A"]).tolist() == [0, -1, 0, -1, 1]
+    assert metrics.answer_codes(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ")).tolist() == list(range(26))
+
+
+def test_answers_are_one_where_grading_calls_them_the_same() -> None:
+    open_answers = [
+        "pneumonia",
+        "the pleural effusion",
+        "Pleural effusions.",
+        "pneumonia",
+        "a pleural effusion",
+        "?",
+        "!",
+    ]
+    assert metrics.answer_codes(open_answers).tolist() == [0, 1, 1, 0, 1, 2, 3]
+    assert metrics.vote(open_answers) == 1  # three against two
+    assert metrics.answer_codes(["true", "Yes", "no", "25mg", "25 milligrams"]).tolist() == [0, 0, 1, 2, 2]
+
+
+def test_what_a_model_grades_as_the_reference_is_one_answer() -> None:
+    answers = ["pneumonia", "fluid in the pleura", "pneumonia", "Fluid in the pleura", "hydrothorax", None]
+    right = [False, True, False, True, True, None]
+    assert metrics.answer_codes(answers, right).tolist() == [0, 1, 0, 1, 1, -1]
+    assert metrics.answer_codes(answers).tolist() == [0, 1, 0, 1, 2, -1]
+    correct = np.array([bool(x) for x in right])
+    everything = np.ones((1, 6), dtype=bool)
+    assert metrics.expected_vote(metrics.answer_codes(answers, right), correct, everything) == 1.0
+    assert metrics.expected_vote(metrics.answer_codes(answers), correct, everything) == 0.0  # a tie: the first
 
 
 def test_best_of_n_takes_the_first_of_equals_and_skips_the_unscored() -> None:
     assert metrics.best_of_n([NAN, 0.5, 2.0, 2.0]) == 2
     assert metrics.best_of_n([NAN, NAN]) is None
     assert metrics.best_of_n([]) is None
+    assert metrics.best_of_n([NAN, -math.inf]) == 1
+    assert metrics.best_of_n([1.0, math.inf, math.inf]) == 1  # sure beyond what a float can say
 
 
 def test_votes() -> None:
@@ -83,6 +115,44 @@ def test_a_vote_of_saturated_rewards_is_no_tie() -> None:
     assert metrics.vote(["A", "B"], [41.0, 40.0]) == 0
 
 
+def exact_vote(answers: Sequence[str | None], rewards: Sequence[float], rule: str) -> int | None:
+    """The vote in decimals of 60 digits: no sum of it is rounded where a double would be."""
+    with localcontext() as context:
+        context.prec = 60
+        totals: dict[str, list[Decimal]] = {}
+        for answer, reward in zip(answers, rewards, strict=True):
+            if answer and not math.isnan(reward):
+                totals.setdefault(answer, []).append(1 / (1 + (-Decimal(reward)).exp()))
+        values = {a: sum(own) / (len(own) if rule == "mean" else 1) for a, own in totals.items()}
+        best = max(values.values(), default=Decimal(0))
+        # Decimals are rounded at the 60th digit.
+        leaders = [a for a, value in values.items() if best - value < Decimal("1e-50")]
+    scored = [a if a and not math.isnan(r) else None for a, r in zip(answers, rewards, strict=True)]
+    return scored.index(leaders[0]) if leaders else None
+
+
+@pytest.mark.parametrize("rule", ["sum", "mean"])
+def test_equal_sums_of_rewards_are_a_tie_whatever_their_order(rule: Any) -> None:
+    """A float sum of the same numbers in another order differs in its last bit, in a quarter of these cases."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        rewards = np.round(rng.uniform(-3, 3, size=5), 1)
+        other = rng.permutation(rewards)
+        answers, both = ["A", "B"] * 5, np.stack([rewards, other], axis=1).ravel()
+        assert metrics.vote(answers, both, rule) == exact_vote(answers, both.tolist(), rule) == 0
+        both[-1] += 1e-12  # no tie any more
+        assert metrics.vote(answers, both, rule) == exact_vote(answers, both.tolist(), rule) == 1
+
+
+def test_sums_near_whole_numbers_are_compared_exactly() -> None:
+    assert metrics.vote(["A", "B", "B"], [40.0, 0.0, 0.0]) == 1
+    assert metrics.vote(["B", "B", "A"], [0.0, 0.0, 40.0]) == 0
+    assert metrics.vote(["B", "B", "A", "A"], [0.0, 0.0, 40.0, -40.0]) == 0  # 1 and exactly 1
+    assert metrics.vote(["B", "B", "A", "A"], [0.0, 0.0, 40.0, -39.9]) == 2
+    assert metrics.vote(["B", "B", "A"], [0.0, 0.0, 40.0], "mean") == 2
+    assert metrics.vote(["A", "B", "B", "B"], [0.3, 0.3, 0.3, 0.3], "mean") == 0
+
+
 def test_named_decoders() -> None:
     answers = ["A", "B", "B", "C"]
     steps = [[2.0, 2.0, 2.0], [-2.0, 1.5, 1.0], [3.0, 0.0, 1.0], []]
@@ -99,11 +169,15 @@ def test_named_decoders() -> None:
 
 
 def brute(rewards: list[float], correct: list[bool], n: int) -> float:
-    hits = [
-        (lambda i: i is not None and correct[s[i]])(metrics.best_of_n([rewards[j] for j in s]))
-        for s in itertools.combinations(range(len(correct)), n)
-    ]
-    return sum(hits) / len(hits)
+    """The share of all subsets whose best scored sample, the first of equals, is right."""
+    subsets = list(itertools.combinations(range(len(correct)), n))
+    hits = 0
+    for subset in subsets:
+        scored = [i for i in subset if not math.isnan(rewards[i])]
+        if scored:
+            highest = max(rewards[i] for i in scored)
+            hits += correct[next(i for i in scored if rewards[i] == highest)]
+    return hits / len(subsets)
 
 
 def test_expected_best_is_the_mean_over_all_subsets() -> None:
@@ -114,7 +188,7 @@ def test_expected_best_is_the_mean_over_all_subsets() -> None:
     for n in range(1, 9):
         expected = brute(rewards.tolist(), correct.tolist(), n)
         assert metrics.expected_best(rewards, correct, n) == pytest.approx(expected, abs=1e-12)
-    assert metrics.expected_best(rewards, correct, 99) == metrics.expected_best(rewards, correct, 8)
+    assert metrics.expected_best(rewards, correct, 99) == float(correct[int(np.nanargmax(rewards))])
     assert metrics.expected_best(np.empty(0), np.empty(0, bool), 4) == 0.0
 
 
@@ -128,16 +202,21 @@ def test_expected_vote_is_the_mean_over_all_subsets_where_they_are_few() -> None
     answers = ["A", "B", "B", None, "A", "C", "B"]
     correct = np.array([a == "B" for a in answers])
     rewards = np.array([0.3, -1.0, 0.2, 2.0, -0.4, NAN, 0.9])
-    codes = metrics.answer_codes(answers)
+    codes = np.array([0, 1, 1, -1, 0, 2, 1])
     for n in range(1, 8):
         drawn = metrics.subsets(7, n, 128, seed=5)
         assert len(drawn) == math.comb(7, n)
         for given in (None, rewards):
-            hits = []
-            for s in itertools.combinations(range(7), n):
-                i = metrics.vote([answers[j] for j in s], None if given is None else given[list(s)])
-                hits.append(i is not None and answers[s[i]] == "B")
-            assert metrics.expected_vote(codes, correct, drawn, given) == pytest.approx(sum(hits) / len(hits))
+            hits = 0
+            for subset in itertools.combinations(range(7), n):
+                ballots: dict[str, float] = {}
+                for i in subset:
+                    weight = 1.0 if given is None else 1 / (1 + math.exp(-given[i]))
+                    if answers[i] and not math.isnan(weight):
+                        ballots[str(answers[i])] = ballots.get(str(answers[i]), 0.0) + weight
+                hits += bool(ballots) and max(ballots, key=ballots.__getitem__) == "B"  # the first of equals
+            share = hits / math.comb(7, n)
+            assert metrics.expected_vote(codes, correct, drawn, given) == pytest.approx(share)
 
 
 def test_random_subsets_are_seeded_distinct_in_themselves_and_unbiased() -> None:
@@ -176,8 +255,9 @@ def steps() -> tuple[metrics.Bools, metrics.Floats]:
 
 def test_step_metrics_equal_those_of_sklearn(steps: tuple[metrics.Bools, metrics.Floats]) -> None:
     labels, log_odds = steps
-    called = metrics.predicted_right(log_odds)
-    other = metrics.predicted_right(log_odds, 0.8)
+    called, other = log_odds >= 0.0, log_odds >= math.log(4)
+    assert metrics.predicted_right(log_odds).tolist() == called.tolist()
+    assert metrics.predicted_right(log_odds, 0.8).tolist() == other.tolist()
     assert metrics.auroc(labels, log_odds) == pytest.approx(sk.roc_auc_score(labels, log_odds), abs=1e-12)
     assert metrics.macro_f1(labels, called) == pytest.approx(sk.f1_score(labels, called, average="macro"), abs=1e-12)
     assert metrics.cohen_kappa(labels, other) == pytest.approx(sk.cohen_kappa_score(labels, other), abs=1e-12)
@@ -233,6 +313,64 @@ def test_calibration_error_weights_bins_by_count() -> None:
     assert weighted[9].mean_probability == pytest.approx(0.95)
     gaps = 8 * (0.95 - 3 / 8) + 2 * 0.15
     assert metrics.expected_calibration_error(weighted) == pytest.approx(gaps / 10)
+
+
+LABELS = np.array([True, True, False, False])
+NOT_FINITE = np.array([2.0, NAN, 0.0, math.inf])
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        lambda: metrics.aggregate(NOT_FINITE.tolist()),
+        lambda: metrics.decode("sc_rm", ["A"], [NOT_FINITE.tolist()]),
+        lambda: metrics.auroc(LABELS, NOT_FINITE),
+        lambda: metrics.auroc(LABELS, np.zeros(4), NOT_FINITE),
+        lambda: metrics.roc_curve(LABELS, NOT_FINITE),
+        lambda: metrics.predicted_right(NOT_FINITE),
+        lambda: metrics.macro_f1(LABELS, LABELS, NOT_FINITE),
+        lambda: metrics.calibration(LABELS, NOT_FINITE),
+        lambda: metrics.calibration(LABELS, np.zeros(4), weights=NOT_FINITE),
+        lambda: metrics.cohen_kappa(LABELS, LABELS, NOT_FINITE),
+        lambda: metrics.effective_size(NOT_FINITE),
+        lambda: metrics.minimum_on_last_step([[1.0, 2.0], NOT_FINITE.tolist()]),
+        lambda: metrics.histogram(LABELS, NOT_FINITE),
+        lambda: metrics.bootstrap(NOT_FINITE[:, None], 10, 0),
+    ],
+)
+def test_what_is_not_finite_is_refused_with_its_number(figure: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match=r"^2 of 4 [a-z ]+ are not finite numbers \(NaN or infinite\)"):
+        figure()
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        lambda: metrics.cohen_kappa([1, NAN, 0], [1, 1, 0]),
+        lambda: metrics.cohen_kappa([1, 1, 0], [1, None, 0]),
+        lambda: metrics.auroc(np.array([1, NAN, 0]), np.zeros(3)),
+        lambda: metrics.macro_f1(np.array([1, 2, 0]), np.zeros(3, dtype=bool)),
+        lambda: metrics.first_error([1, NAN, 0]),
+    ],
+)
+def test_a_label_that_is_neither_true_nor_false_is_refused(figure: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match=r"^1 of 3 [a-z]+ are neither true nor false"):
+        figure()
+
+
+@pytest.mark.parametrize(
+    ("figure", "words"),
+    [
+        (lambda: metrics.predicted_right([0.0], 1.0), r"threshold is 1\.0; expected a probability above 0 and below 1"),
+        (lambda: metrics.predicted_right([0.0], 0.0), r"threshold is 0\.0"),
+        (lambda: metrics.calibration(LABELS, np.zeros(4), 0), "num_bins is 0; expected at least 1"),
+        (lambda: metrics.bootstrap(np.zeros((3, 1)), 0, 0), "num_resamples is 0; expected at least 1"),
+        (lambda: metrics.subsets(4, 0, 9, 0), "n is 0 and num_subsets 9; expected at least 1 of each"),
+    ],
+)
+def test_settings_out_of_bounds_are_refused(figure: Callable[[], object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        figure()
 
 
 def test_first_errors() -> None:

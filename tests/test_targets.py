@@ -56,6 +56,15 @@ def test_a_neutral_step_is_right_before_the_first_error_and_an_unlabelled_one_is
     assert targets("judge", [row("judge", NEUTRAL, NOBODY, RIGHT)], 3) == [1.0, None, 1.0]
 
 
+@pytest.mark.parametrize("policy", ["monte_carlo", "hybrid", "soft", "judge"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.25, 1.5])
+def test_a_value_that_is_no_probability_is_refused(policy: str, value: float) -> None:
+    labels = [row("monte_carlo", StepLabel(value=0.5), StepLabel(value=value))]
+    words = rf"monte_carlo labels of solution s1 \(question q1, annotator a\) have the value {value}; expected numbers"
+    with pytest.raises(ValueError, match=words):
+        targets(policy, labels, 2)
+
+
 def test_monte_carlo_is_right_while_one_continuation_is() -> None:
     labels = [row("monte_carlo", rolled(0.25), NOBODY, rolled(0.0), rolled(1.0))]
     assert targets("monte_carlo", labels, 4, "keep") == [1.0, None, 0.0, 1.0]

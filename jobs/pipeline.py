@@ -22,6 +22,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from jobs.graph import BY_NAME, STEPS, Step
+from jobs.preflight import require
 from jobs.recipe import Recipe
 from jobs.resources import ResourceSampler
 from jobs.step import Job, Run, launch, parser, read_arguments, run_step
@@ -143,9 +144,14 @@ def run_pipeline(recipe: Recipe, steps: Sequence[Step], console: Console) -> Run
             else:
                 todo.append(step)
         if todo:
+            require(run, todo, lambda note: _tell(console, note))
             _run_steps(run, todo, board)
     board.close()
     return run
+
+
+def _tell(console: Console, note: str) -> None:
+    console.print(f"note: {note}", style=None, markup=False, highlight=False, soft_wrap=True)
 
 
 def _run_steps(run: Run, steps: Sequence[Step], board: Board) -> None:
@@ -185,6 +191,9 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments.add_argument("--from", dest="first", metavar="STEP", help=f"first step: {', '.join(BY_NAME)}")
     arguments.add_argument("--until", dest="last", metavar="STEP", help="last step")
     arguments.add_argument("--dry-run", action="store_true", help="validate, plan, and estimate cost and GPU-hours")
+    arguments.add_argument(
+        "--check", action="store_true", help="with --dry-run: ask each API once, and look at each checkpoint"
+    )
     return launch(arguments, words, _main, Recipe)
 
 
@@ -197,7 +206,12 @@ def _main(parsed: argparse.Namespace) -> int:
         from jobs.plan import print_plan
 
         print_plan(recipe, steps, console)
+        if parsed.check:
+            require(Run(recipe), steps, lambda note: _tell(console, note))
+            console.print("checked: every API answers, and every checkpoint is there", highlight=False)
         return 0
+    if parsed.check:
+        raise ConfigError("--check goes with --dry-run; a run checks before it starts anyway")
     started = time.monotonic()
     run = run_pipeline(recipe, steps, console)
     closing(run, steps, console, time.monotonic() - started)

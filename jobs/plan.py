@@ -1,6 +1,6 @@
 """--dry-run: what a recipe would do and cost, by arithmetic; nothing is read and no engine is started."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from rich.console import Console
@@ -11,6 +11,7 @@ from jobs.step import Run
 from medmm_ray.config import ConfigError
 from medmm_ray.engines.client import ApiConfig, check_tier, price_by
 from medmm_ray.engines.prices import Price, dated
+from medmm_ray.engines.probe import ApiModel
 from medmm_ray.estimate import GPUS, Estimate, Plan, estimate, rendered
 from medmm_ray.judge import APIS
 
@@ -36,7 +37,7 @@ def print_plan(recipe: Recipe, steps: Sequence[Step], console: Console) -> None:
     console.print()
     left_out = [step.name for step in steps if step.name in recipe.without]
     result = _with_second_judge(recipe, run, estimate(plan_of(recipe, run), left_out))
-    notes = (*price_notes(recipe), *replaced(recipe), *result.notes)
+    notes = (*price_notes(asking(recipe)), *replaced(recipe), *result.notes)
     console.print(rendered(replace(result, notes=notes)))
 
 
@@ -141,13 +142,14 @@ def _price(backend: str, model: str | None, config: ApiConfig) -> Price | None:
     return price_by(model, config).at(config.tier)
 
 
-def price_notes(recipe: Recipe) -> list[str]:
-    """What is to be told of the prices of the models that a recipe asks: their age, a model's end, a tier."""
+def price_notes(sections: Mapping[str, ApiModel]) -> list[str]:
+    """What is to be told of the prices of the models that sections ask: their age, a model's end, a tier."""
     notes = []
-    for section, (model, config) in asking(recipe).items():
-        notes += [f"{section}: {told}" for told in dated(model, config.price_read, config.price_written)]
+    for section, asked in sections.items():
+        config = asked.config
+        notes += [f"{section}: {told}" for told in dated(asked.model, config.price_read, config.price_written)]
         if config.tier:
-            share = price_by(model, config).flex
+            share = price_by(asked.model, config).flex
             notes.append(
                 f"{section} is priced at the flex tier, {share:.0%} of the list price; what is served at the standard "
                 "one costs the whole, and the budget reserves that"

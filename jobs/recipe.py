@@ -10,11 +10,11 @@ from medmm_ray.audit import AuditConfig
 from medmm_ray.config import Config, execution
 from medmm_ray.curate import CurateConfig
 from medmm_ray.embed import EmbedConfig
-from medmm_ray.engines.client import ApiConfig
 from medmm_ray.engines.index import IndexConfig
+from medmm_ray.engines.probe import ApiModel
 from medmm_ray.evaluate import EvaluateConfig
 from medmm_ray.ingest import IngestConfig
-from medmm_ray.judge import APIS, JudgeConfig
+from medmm_ray.judge import JudgeConfig
 from medmm_ray.monte_carlo import MonteCarloConfig
 from medmm_ray.retrieve import RetrieveConfig
 from medmm_ray.review import ReviewConfig
@@ -252,22 +252,22 @@ def api_policy_faults(recipe: Recipe) -> list[str]:
 LIMITS = ("max_cost_usd", "requests_per_minute", "tokens_per_minute")
 
 
-def asking(recipe: Recipe) -> dict[str, tuple[str, ApiConfig]]:
-    """The sections that ask a model behind an API, with the model's name."""
-    written = recipe.write_questions
-    sections: dict[str, tuple[str, str | None, ApiConfig]] = {
-        "write_questions": (written.backend, written.model if written.per_image else None, written),
-        "sample": (recipe.sample.backend, recipe.models.policy, recipe.sample),
-        "sample.equivalence": (
-            recipe.sample.equivalence.backend,
-            recipe.sample.equivalence.model,
-            recipe.sample.equivalence,
-        ),
-        "judge": (recipe.judge.backend, recipe.judge.model, recipe.judge),
-    }
-    if second := recipe.second_judge:
-        sections["second_judge"] = (second.backend, second.model, second)
-    return {name: (model, config) for name, (backend, model, config) in sections.items() if backend in APIS and model}
+def asking(recipe: Recipe) -> dict[str, ApiModel]:
+    """The sections of a recipe that ask a model behind an API."""
+    written, sampled, graded = recipe.write_questions, recipe.sample, recipe.sample.equivalence
+    found: dict[str, ApiModel] = {}
+    if written.backend != "vllm" and written.per_image and written.model:
+        found["write_questions"] = ApiModel(written.backend, written.model, written, sees=True)
+    if sampled.backend != "vllm" and recipe.models.policy:
+        sees = sampled.num_images > 0
+        found["sample"] = ApiModel(sampled.backend, recipe.models.policy, sampled, sees, writes_json=False)
+    if graded.backend != "none" and graded.model:
+        found["sample.equivalence"] = ApiModel(graded.backend, graded.model, graded)
+    for name, judge in (("judge", recipe.judge), ("second_judge", recipe.second_judge)):
+        if judge and judge.backend != "phantom" and judge.backend != "vllm" and judge.model:
+            writes_json = judge.reply == "json" and judge.constrain
+            found[name] = ApiModel(judge.backend, judge.model, judge, judge.max_images > 0, writes_json)
+    return found
 
 
 def limits_of(recipe: Recipe) -> dict[tuple[str, str], dict[str, float]]:
@@ -276,21 +276,21 @@ def limits_of(recipe: Recipe) -> dict[tuple[str, str], dict[str, float]]:
     A model has one gate in a run, whichever backend or address it is reached by.
     """
     found: dict[tuple[str, str], dict[str, float]] = {}
-    for name, (model, config) in asking(recipe).items():
+    for name, asked in asking(recipe).items():
         for limit in LIMITS:
-            value: float | None = getattr(config, limit)
+            value: float | None = getattr(asked.config, limit)
             if value is not None:
-                found.setdefault((model, limit), {})[f"{name}.{limit}"] = value
+                found.setdefault((asked.model, limit), {})[f"{name}.{limit}"] = value
     return found
 
 
 def with_shared_limits(recipe: Recipe) -> Recipe:
     """The recipe, a model's limits in every section that asks it: a step that sets none would lift the run's."""
     given = {key: next(iter(settings.values())) for key, settings in limits_of(recipe).items()}
-    limited: dict[str, Any] = {
-        name: config.model_copy(update={limit: given[model, limit] for limit in LIMITS if (model, limit) in given})
-        for name, (model, config) in asking(recipe).items()
-    }
+    limited: dict[str, Any] = {}
+    for name, asked in asking(recipe).items():
+        limits = {limit: given[asked.model, limit] for limit in LIMITS if (asked.model, limit) in given}
+        limited[name] = asked.config.model_copy(update=limits)
     if equivalence := limited.pop("sample.equivalence", None):
         limited["sample"] = limited.get("sample", recipe.sample).model_copy(update={"equivalence": equivalence})
     return recipe.model_copy(update=limited)

@@ -273,6 +273,9 @@ def _main(step: Step, arguments: argparse.Namespace) -> int:
     if run.is_complete(step):
         log.info("%s: complete already", step.name)
     else:
+        from jobs.preflight import require  # which knows of runs
+
+        require(run, [step], lambda note: log.info("note: %s", note))
         with session():
             run_step(run, step)
     for output in run.outputs(step):

@@ -33,6 +33,7 @@ class Server(ThreadingHTTPServer):
         self.times: list[float] = []
         self.delay_s = 0.0
         self.gemini_client: Any = None  # by which of them the tests of Gemini ask
+        self.models: list[dict[str, Any]] | None = None  # that the API lists; None: it has no such list
         self.lock = threading.Lock()
 
     @property
@@ -66,6 +67,18 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
+
+    def do_GET(self) -> None:
+        if self.server.models is None:
+            self.send_error(404)
+            return
+        is_gemini = self.path.startswith("/v1beta/models")
+        content = json.dumps({"models" if is_gemini else "data": self.server.models}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
 
     def log_message(self, *_: Any) -> None:
         pass

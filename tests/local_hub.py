@@ -25,6 +25,7 @@ class Hub:
     private: dict[str, bool] = field(default_factory=dict)
     tokens: set[str] = field(default_factory=set)
     lfs_paths: list[str] = field(default_factory=list)
+    gated: set[str] = field(default_factory=set)  # repositories whose files are refused
     endpoint: str = ""
 
     def commit(self, repo: str, branch: str, files: dict[str, bytes]) -> str:
@@ -120,6 +121,8 @@ def running() -> Iterator[Hub]:
                 info = {"id": f"{org}/{name}", "sha": sha, "siblings": [{"rfilename": f} for f in files]}
                 found = json.dumps(info if verb == "revision" else listed)
                 self.answer(found.encode(), Content_Type="application/json")
+            elif f"{org}/{name}" in hub.gated:
+                self.answer(b"", 403, X_Error_Code="GatedRepo")
             elif (file := "/".join(rest)) not in hub.commits[sha]:
                 self.answer(b"", 404, X_Error_Code="EntryNotFound", X_Repo_Commit=sha)
             else:

@@ -9,6 +9,7 @@ import pytest
 
 from jobs import pipeline, plan, query, serve
 from jobs.graph import BY_NAME, MAKER, STEPS
+from jobs.recipe import asking
 from jobs.resources import ResourceSampler
 from jobs.step import Job, Run, guarded, load_recipe, main, root_cause, run_step
 from medmm_ray.audit.gates import GateError
@@ -80,7 +81,7 @@ def test_the_flex_tier_is_half_the_price_and_told(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(prices, "today", lambda: date(2026, 11, 30))
     whole, half = (estimated(*words).line("judge").dollars for words in ((), FLEX))
     assert half == pytest.approx(whole / 2)
-    [told] = plan.price_notes(load_recipe(["jobs/recipes/medmm.yaml", *FLEX]))
+    [told] = plan.price_notes(asking(load_recipe(["jobs/recipes/medmm.yaml", *FLEX])))
     assert told.startswith("judge is priced at the flex tier, 50% of the list price; ")
     with pytest.raises(ConfigError, match="tier=flex goes with backend=openai: google-generativeai has no field"):
         estimated("judge.tier=flex")
@@ -89,7 +90,7 @@ def test_the_flex_tier_is_half_the_price_and_told(monkeypatch: pytest.MonkeyPatc
 def test_the_plan_tells_of_old_prices_and_of_models_that_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prices, "today", lambda: date(2026, 11, 30))
     recipe = load_recipe(["jobs/recipes/medmm.yaml", "second_judge.backend=openai", "second_judge.model=gpt-4o"])
-    old, ending = plan.price_notes(recipe)
+    old, ending = plan.price_notes(asking(recipe))
     assert old.startswith("second_judge: the price of gpt-4o was read on 2026-05-15, 199 days ago")
     assert ending.startswith("second_judge: gpt-4o is to be shut down on 2027-01-14")
 

@@ -40,7 +40,7 @@ def resolve(name: str) -> str:
         return str(local_folder(name))
     if Path(name).expanduser().is_dir():
         return str(Path(name).expanduser().absolute())
-    if _HUB_ID.match(name):
+    if is_hub_id(name):
         return name
     raise ConfigError(
         f"model {name!r} is not a folder (looked for {Path(name).expanduser().absolute()}); expected a folder, a hub "
@@ -84,13 +84,23 @@ def local_folder(uri: str) -> Path:
     return _kept(cache_folder() / f"copy-{version}", copy)
 
 
-def _packaged(module: str) -> Path:
+def is_hub_id(name: str) -> bool:
+    """Whether `name` has the form of a hub id, org/name."""
+    return bool(_HUB_ID.match(name))
+
+
+def check_package(module: str) -> Path:
+    """The folder of an installed package that carries weights; raises `ConfigError` where it is not there."""
     if module not in _PACKAGES:
         raise ConfigError(f"package:{module} is not known; known: {', '.join(sorted(_PACKAGES))}")
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise ConfigError(f"package:{module} is not installed; install it with: pip install {module.replace('_', '-')}")
-    return _PACKAGES[module](Path(spec.origin).parent)
+    return Path(spec.origin).parent
+
+
+def _packaged(module: str) -> Path:
+    return _PACKAGES[module](check_package(module))
 
 
 def _minilm(package: Path) -> Path:

@@ -83,8 +83,9 @@ def test_the_flex_tier_is_half_the_price_and_told(monkeypatch: pytest.MonkeyPatc
     assert half == pytest.approx(whole / 2)
     [told] = plan.price_notes(asking(load_recipe(["jobs/recipes/medmm.yaml", *FLEX])))
     assert told.startswith("judge is priced at the flex tier, 50% of the list price; ")
-    with pytest.raises(ConfigError, match="tier=flex goes with backend=openai: google-generativeai has no field"):
-        estimated("judge.tier=flex")
+    assert estimated("judge.tier=flex").line("judge").dollars == half
+    with pytest.raises(ConfigError, match="tier=flex does not go with gemini_client=sdk"):
+        estimated("judge.tier=flex", "judge.gemini_client=sdk")
 
 
 def test_the_plan_tells_of_old_prices_and_of_models_that_end(monkeypatch: pytest.MonkeyPatch) -> None:

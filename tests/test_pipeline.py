@@ -150,14 +150,14 @@ def test_trees_stand_beside_the_samples_and_train_a_reward_model_where_the_recip
 def test_a_policy_behind_an_api_leads_to_a_reward_model_from_another_checkpoint(tiny: Run) -> None:
     texts = [f"Step 1: Look.\nStep 2: It is dark.\nStep 3: So the answer is ({letter})." for letter in "AB" * 24]
     with serving() as server:
-        server.script = [chat_said(text) for text in texts]
+        server.script = [chat_said(text) for text in ("reached", *texts)]
         words = [
             TINY, f"run={tiny.root}", "models.policy=gpt-4o", "sample.backend=openai", "sample.key_variable=PATH",
             f"sample.endpoint={server.address}/v1", "sample.num_documents=1", "without=[monte_carlo, tree_search]",
             f"train_text_prm.base={tiny.uri('policy')}",
         ]  # fmt: skip
         assert pipeline.main([*words, "--from", "sample", "--until", "train_text_prm"]) == 0
-        assert len(server.requests) == 12 * 4
+        assert len(server.requests) == 1 + 12 * 4, "the preflight's, and one a sample"
     run = Run(load_recipe(words))
     figures = run.table("solutions").manifest().figures
     assert (figures["samples_drawn"], figures["documents_shown"]) == (48, 12)

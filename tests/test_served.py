@@ -126,13 +126,19 @@ def test_a_label_of_the_address_is_told_and_names_no_other_model(
         assert sum(f"'{label}' answered" in record.message for record in caplog.records) == 1
 
 
-def test_gemini_states_its_version(server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("gemini_client", ["rest", "sdk"])
+def test_gemini_states_its_version(server: Server, tmp_path: Path, gemini_client: str) -> None:
     server.script = [gemini_said("yes", model="gemini-2.5-flash-preview-09-2025")]
-    answer = ask(server, tmp_path / "a", model="gemini-2.5-flash", backend="gemini")
+    how = {"model": "gemini-2.5-flash", "backend": "gemini", "gemini_client": gemini_client}
+    answer = ask(server, tmp_path / "a", **how)
     assert answer.reply.model == "gemini-2.5-flash-preview-09-2025"
     server.script = [gemini_said("yes", model="gemini-3.5-flash-lite")]
     with pytest.raises(OtherModelError, match="gemini:gemini-2.5-flash was asked and 'gemini-3.5-flash-lite' answered"):
-        ask(server, tmp_path / "b", model="gemini-2.5-flash", backend="gemini")
+        ask(server, tmp_path / "b", **how)
+    blocked = {"promptFeedback": {"blockReason": "SAFETY"}, "modelVersion": "gemini-3.5-flash-lite"}
+    server.script = [(200, {}, blocked)]
+    with pytest.raises(OtherModelError):
+        ask(server, tmp_path / "c", **how)
 
 
 def test_who_does_not_say_its_name_is_believed_and_a_refusal_of_another_model_stops_too(
@@ -183,9 +189,20 @@ def test_without_a_tier_none_is_sent_and_a_header_states_it_too(server: Server, 
     assert (answer.reply.tier, answer.cost) == ("flex", pytest.approx(600 / 1e6))
 
 
-def test_a_tier_needs_a_backend_that_has_it(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="tier=flex goes with backend=openai: google-generativeai has no field"):
-        client(server, tmp_path, model="gemini-3.5-flash-lite", backend="gemini", tier="flex")
+@pytest.mark.parametrize("headers", [{}, {"x-gemini-service-tier": "flex"}])
+def test_gemini_takes_a_tier_by_rest_and_the_sdk_refuses_it(
+    server: Server, tmp_path: Path, headers: dict[str, str]
+) -> None:
+    status, _, body = gemini_said("yes")
+    if not headers:
+        body["usageMetadata"]["serviceTier"] = "flex"
+    server.script = [(status, headers, body)]
+    how: dict[str, Any] = {"model": "gemini-3.5-flash-lite", "backend": "gemini", "tier": "flex"}
+    answer = ask(server, tmp_path, **how)
+    assert server.requests[0]["service_tier"] == "flex"
+    assert (answer.reply.tier, answer.cost) == ("flex", pytest.approx(600 / 1e6))
+    with pytest.raises(ConfigError, match="tier=flex does not go with gemini_client=sdk: google-generativeai has no"):
+        client(server, tmp_path, gemini_client="sdk", **how)
 
 
 def test_flex_is_waited_for_longer() -> None:

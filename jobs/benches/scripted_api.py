@@ -72,17 +72,24 @@ def scripted_api(pause_s: float) -> Iterator[ScriptedApi]:
 
 def answer(body: dict[str, Any]) -> str:
     """The reply to a request: what its schema asks for, verdicts where it has none."""
-    asked = body["messages"][-1]["content"]
+    content = body["messages"][-1]["content"]
+    asked = text_of(content)
     shape = body.get("response_format", {}).get("json_schema", {}).get("schema", {}).get("properties", {})
     if not shape:
-        return verdicts(asked)
-    drawn = digest(asked, body.get("seed"))
+        return verdicts(asked) if _JUDGED.search(asked) else "yes"  # it was asked whether it can be reached
+    drawn = digest(content, body.get("seed"))
     letter = "ABCD"[int(drawn, 16) % 4]
     if "question" not in shape:
         return json.dumps({"answer": letter})
     words = " ".join(drawn[at : at + 2] for at in range(0, len(drawn), 2))
     written = {"question": f"What is shown by {words}?", "options": [f"Finding {number}" for number in range(4)]}
     return json.dumps({**written, "correct_answer": letter, "difficulty": "easy", "explanation": "It is seen."})
+
+
+def text_of(content: Any) -> str:
+    """What a message says, without its pictures."""
+    parts = content if isinstance(content, list) else [{"text": content}]
+    return "\n".join(part["text"] for part in parts if "text" in part)
 
 
 def verdicts(asked: str) -> str:

@@ -100,7 +100,8 @@ def check_package(module: str) -> Path:
 
 
 def _packaged(module: str) -> Path:
-    return _PACKAGES[module](check_package(module))
+    folder = check_package(module)
+    return _PACKAGES[module](folder)
 
 
 def _minilm(package: Path) -> Path:

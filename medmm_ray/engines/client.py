@@ -81,7 +81,8 @@ class ApiConfig(Config):
     """openai: the name under which the server takes the longest answer; null: the first, and the second from when the
     server refuses that. Name it where a server ignores the first, as Ollama does."""
     gemini_client: Literal["rest", "sdk"] | None = execution(None)
-    """gemini: rest (nothing to install) or sdk (google-generativeai); null: sdk where that is installed."""
+    """gemini: rest (nothing to install) or sdk (google-generativeai); null: sdk where that is installed, rest at the
+    flex tier, which the sdk has no field for."""
     key_variable: str | None = execution(None)
     """Environment variable that holds the key; null: GEMINI_API_KEY or OPENAI_API_KEY."""
     in_flight: int = Field(16, ge=1, json_schema_extra={"identity": False})
@@ -312,9 +313,13 @@ def connect(
     check_tier(backend, config)
     if backend == "gemini":
         endpoint = gemini_endpoint(
-            model, config.gemini_client, address=config.endpoint, key_variable=config.key_variable or "GEMINI_API_KEY",
-            timeout_s=config.longest_s, in_flight=config.in_flight,
-        )  # fmt: skip
+            model,
+            "rest" if config.tier else config.gemini_client,
+            address=config.endpoint,
+            key_variable=config.key_variable or "GEMINI_API_KEY",
+            timeout_s=config.longest_s,
+            in_flight=config.in_flight,
+        )
     else:
         endpoint = OpenAIEndpoint(
             model, address=config.endpoint, key_variable=config.key_variable or "OPENAI_API_KEY",
@@ -330,12 +335,12 @@ def price_by(model: str, config: ApiConfig) -> Price:
 
 
 def check_tier(backend: str, config: ApiConfig) -> None:
-    """Raise `ConfigError` where a tier is asked for that the backend has no field for."""
-    if config.tier and backend == "gemini":
+    """Raise `ConfigError` where a tier is asked for by a client that has no field for it."""
+    if config.tier and backend == "gemini" and config.gemini_client == "sdk":
         raise ConfigError(
-            f"tier={config.tier} goes with backend=openai: google-generativeai has no field for service tiers. The "
-            f"same models answer at their OpenAI-compatible address: backend=openai endpoint={GEMINI_ADDRESS} "
-            "key_variable=GEMINI_API_KEY"
+            f"tier={config.tier} does not go with gemini_client=sdk: google-generativeai has no field for service "
+            "tiers. Set gemini_client=rest, or backend=openai with the compatible address of the same models: "
+            f"endpoint={GEMINI_ADDRESS} key_variable=GEMINI_API_KEY"
         )
 
 

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from medmm_ray.engines.endpoint import (
@@ -37,6 +38,7 @@ from medmm_ray.engines.faults import (
 from medmm_ray.engines.http import HttpClient, entry, or_empty
 
 ADDRESS = "https://generativelanguage.googleapis.com"
+TIER = "x-gemini-service-tier"  # the header by which all of Google's addresses state it
 
 
 def gemini_endpoint(
@@ -81,7 +83,8 @@ class GeminiEndpoint:
             body = json.loads(answer.content)
             error_in_200 = error_inside(body, answers="candidates")
             if error_in_200 is None:
-                return reply_of(body, request, self._model)
+                reply = reply_of(body, request, self._model)
+                return replace(reply, tier=reply.tier or stated(answer.headers.get(TIER)))
         except (ValueError, RecursionError) as wrong:
             what = f"a garbled answer of {len(answer.content)} bytes ({answer.content_type}): {wrong}"
             raise RetryableError(what, maybe_paid=True) from None
@@ -202,6 +205,8 @@ def body_of(request: Request) -> dict[str, Any]:
     }
     if request.system:
         body["systemInstruction"] = {"parts": [{"text": request.system}]}
+    if request.tier is not None:
+        body["service_tier"] = request.tier
     return body
 
 
@@ -263,7 +268,8 @@ def reply_of(body: Any, request: Request, model: str) -> Reply:
         if not reason:
             used = Reply((), read, 0, 0) if read else None
             raise RetryableError("an answer without content", maybe_paid=used is None, used=used)
-        return Reply((), read, 0, 0, refusal=f"{model} blocked the prompt ({reason})")  # nothing was written
+        blocked = f"{model} blocked the prompt ({reason})"
+        return Reply((), read, 0, 0, blocked, stated(answered.get("modelVersion")))  # nothing was written
     choices, refusal = [], None
     for candidate in (entry(one, "a candidate") for one in candidates):
         reason = str(candidate.get("finishReason"))
@@ -277,6 +283,7 @@ def reply_of(body: Any, request: Request, model: str) -> Reply:
         written=_written(usage, read) if read else request.n * request.max_tokens,
         refusal=refusal,
         model=stated(answered.get("modelVersion")),
+        tier=stated(usage.get("serviceTier")),
     )
 
 

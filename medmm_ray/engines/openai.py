@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 from urllib.parse import parse_qs, urlsplit, urlunsplit
 
+from medmm_ray.engines import gemini
 from medmm_ray.engines.endpoint import (
     Choice,
     EndpointError,
@@ -40,7 +41,6 @@ from medmm_ray.tables import RowError
 log = logging.getLogger(__name__)
 
 ADDRESS = "https://api.openai.com/v1"
-GEMINI_TIER = "x-gemini-service-tier"  # the header by which Google's addresses, the compatible one too, state it
 
 # What servers call a field, in the order in which it is tried; None leaves it out.
 NAMES: Mapping[str, tuple[str | None, ...]] = {
@@ -99,7 +99,7 @@ class OpenAIEndpoint:
             error = error_in(body)
             if error is None:
                 reply = self._kept_to_length(reply_of(body, request), request)
-                return replace(reply, tier=reply.tier or stated(answer.headers.get(GEMINI_TIER)))
+                return replace(reply, tier=reply.tier or stated(answer.headers.get(gemini.TIER)))
         except (ValueError, RecursionError) as wrong:  # of json too: 5,000 digits, 100,000 brackets
             what = f"a garbled answer of {len(answer.content)} bytes ({answer.content_type}): {wrong}"
             raise RetryableError(what, maybe_paid=used is None, used=used) from None

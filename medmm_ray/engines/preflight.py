@@ -44,8 +44,9 @@ class Files:
         return any(fnmatch(file, pattern) for file in self.sizes for pattern in patterns)
 
     def json(self, file: str) -> dict[str, Any]:
+        text = self.read(file)
         try:
-            content = json.loads(self.read(file))
+            content = json.loads(text)
         except ValueError as error:
             raise ConfigError(f"{self.name}: {file} is no JSON ({error}); download it again") from None
         if not isinstance(content, dict):

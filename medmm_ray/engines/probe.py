@@ -13,22 +13,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import aiohttp
 from PIL import Image
 
 from medmm_ray.config import ConfigError
+from medmm_ray.engines import gemini, openai
 from medmm_ray.engines.client import ApiConfig, Backend, Client, api_folder, connect
 from medmm_ray.engines.endpoint import EndpointError, Picture, Request, Turn
 from medmm_ray.engines.gate import Gate
-from medmm_ray.engines.openai import ADDRESS
 from medmm_ray.engines.prices import ENDING_DAYS
 from medmm_ray.engines.served import OtherModelError
 from medmm_ray.tables import RowError, TableError
 
 Fault = ConfigError | TableError
 
-GEMINI = "https://generativelanguage.googleapis.com"
 KEYS: Mapping[Backend, str] = {"gemini": "GEMINI_API_KEY", "openai": "OPENAI_API_KEY"}
 NAMED = 8  # models of a list that a message names
 LIST_S = 30.0  # for a list of models, seconds
@@ -57,9 +57,22 @@ class ApiModel:
         return self.config.key_variable or KEYS[self.backend]
 
     @property
+    def list_url(self) -> str:
+        """Where the API lists its models."""
+        if self.backend == "gemini":
+            return f"{(self.config.endpoint or gemini.ADDRESS).rstrip('/')}/v1beta/models?pageSize=1000"
+        chats = urlsplit(openai.chat_url(self.config.endpoint or openai.ADDRESS))
+        return urlunsplit(chats._replace(path=chats.path.removesuffix("/chat/completions") + "/models"))
+
+    @property
+    def headers(self) -> dict[str, str]:
+        key = os.environ.get(self.key_variable, "")
+        return {"x-goog-api-key": key} if self.backend == "gemini" else openai.key_header(self.list_url, key)
+
+    @property
     def address(self) -> str:
-        """Of the API; the list of its models lies below it."""
-        return (self.config.endpoint or (ADDRESS if self.backend == "openai" else GEMINI)).rstrip("/")
+        """The API's, for people: without a query, in which a key may stand."""
+        return urlunsplit(urlsplit(self.list_url)._replace(query="")).removesuffix("/models")
 
 
 def request_of(asked: ApiModel) -> Request:
@@ -142,15 +155,10 @@ async def listed_models(asked: ApiModel) -> dict[str, date | None]:
 
     Raises aiohttp.ClientError or TimeoutError where there is no answer, ValueError where it is no list.
     """
-    key = os.environ.get(asked.key_variable, "")
-    if asked.backend == "gemini":
-        url, headers = f"{asked.address}/v1beta/models?pageSize=1000", {"x-goog-api-key": key}
-    else:
-        url, headers = f"{asked.address}/models", {"Authorization": f"Bearer {key}"}
     timeout = aiohttp.ClientTimeout(total=LIST_S)
     async with (
         aiohttp.ClientSession(timeout=timeout, trust_env=True) as session,
-        session.get(url, headers=headers, raise_for_status=True) as answer,
+        session.get(asked.list_url, headers=asked.headers, raise_for_status=True) as answer,
     ):
         body = await answer.json(content_type=None)
     entries = body.get("data", body.get("models")) if isinstance(body, dict) else None

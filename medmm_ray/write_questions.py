@@ -373,7 +373,7 @@ class Attempt:
             raise RowError(
                 "cut_off",
                 f"the model's reply was cut off at max_tokens={request.max_tokens}, thoughts included; raise "
-                "write_questions.max_tokens",
+                "write_questions.max_tokens, or lower write_questions.reasoning_effort",
             )
         return answer.reply.text
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -142,7 +143,7 @@ class Dialect:
         """What a config calls the endpoint."""
         return server.address + self.path
 
-    def refusal(self, path: str, headers: Mapping[str, str], body: Mapping[str, Any]) -> Scripted | None:
+    def refusal(self, path: str, headers: "Message[str, str]", body: Mapping[str, Any]) -> Scripted | None:
         """The error by which it answers a request; None where it takes it."""
         place, _, query = self.path.partition("?")
         expected = f"{place}/chat/completions{query and '?' + query}"

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from medmm_ray.config import ConfigError
 from medmm_ray.engines.api_policy import ApiPolicy
 from medmm_ray.engines.chat import Prompt
 from medmm_ray.engines.client import Access, ApiConfig, Client, connect
@@ -609,6 +610,41 @@ def test_what_gemini_is_asked_by_rest(server: Server) -> None:
             },
         }
     ]
+
+
+@pytest.mark.parametrize(
+    ("model", "effort", "config"),
+    [
+        ("gemini-2.5-flash", "none", {"thinkingBudget": 0}),
+        ("gemini-2.5-flash", "medium", {"thinkingBudget": 8192}),
+        ("gemini-3.5-flash-lite", "low", {"thinkingLevel": "low"}),
+        ("gemini-3.5-flash-lite", "none", {"thinkingLevel": "minimal"}),
+    ],
+)
+def test_how_much_gemini_may_think(server: Server, model: str, effort: Any, config: dict[str, Any]) -> None:
+    """The package has no field for it."""
+    server.script = [google("STOP", {"text": "yes"})]
+    free = ApiConfig(endpoint=server.address, price_read=0.0, price_written=0.0, reasoning_effort=effort)
+    asyncio.run(connect("gemini", model, free).ask(QUESTION, "q"))
+    assert server.requests[0]["generationConfig"]["thinkingConfig"] == config
+    with pytest.raises(ConfigError, match=f"reasoning_effort={effort} does not go with gemini_client=sdk"):
+        connect("gemini", model, free.model_copy(update={"gemini_client": "sdk"}))
+
+
+def test_how_much_a_model_of_a_chat_may_think_is_part_of_what_was_asked(server: Server, tmp_path: Path) -> None:
+    server.script = [chat("yes"), chat("no")]
+    for effort in (None, "low", "low"):
+        asyncio.run(client(server, tmp_path, reasoning_effort=effort).ask(QUESTION, "q"))
+    assert [body.get("reasoning_effort") for body in server.requests] == [None, "low"]
+    refused = openai_error("Unsupported value: 'reasoning_effort' does not support 'none'.", "reasoning_effort", None)
+    server.script = [refused]
+    with pytest.raises(EndpointError, match="m takes no reasoning_effort=none; set another, or null"):
+        asyncio.run(client(server, reasoning_effort="none").ask(QUESTION, "q"))
+
+
+def test_keys_of_kept_answers_stay() -> None:
+    """Answers were paid for under them."""
+    assert question("a").key("openai:m") == "4983e2b5d8804808df41ff3457e3d5f6"
 
 
 def test_without_its_package_gemini_is_asked_by_rest(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:

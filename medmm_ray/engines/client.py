@@ -49,6 +49,8 @@ class ApiConfig(Config):
 
     temperature: float | None = Field(0.0, ge=0)
     """Sampling temperature; null leaves it to the model (reasoning models take no other)."""
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = Field(None)
+    """How long a model that thinks may do so; null leaves it to the model."""
     form: str = Field("schema", pattern="^(schema|object|text)$")
     """How an API is held to JSON: schema (a JSON schema), object (any JSON object) or text (by the prompt alone)."""
     price_read: float | None = execution(None, ge=0)
@@ -81,8 +83,8 @@ class ApiConfig(Config):
     """openai: the name under which the server takes the longest answer; null: the first, and the second from when the
     server refuses that. Name it where a server ignores the first, as Ollama does."""
     gemini_client: Literal["rest", "sdk"] | None = execution(None)
-    """gemini: rest (nothing to install) or sdk (google-generativeai); null: sdk where that is installed, rest at the
-    flex tier, which the sdk has no field for."""
+    """gemini: rest (nothing to install) or sdk (google-generativeai); null: sdk where that is installed, rest for tier
+    and reasoning_effort, which the sdk has no fields for."""
     key_variable: str | None = execution(None)
     """Environment variable that holds the key; null: GEMINI_API_KEY or OPENAI_API_KEY."""
     in_flight: int = Field(16, ge=1, json_schema_extra={"identity": False})
@@ -146,6 +148,8 @@ class Client:
         Raises `RowError` refused, prompt_too_long, request, or unavailable (every attempt failed), and `ConfigError`
         where the job is to end: budget, key, an endpoint that stays away, another model than the one that was asked.
         """
+        if self.config.reasoning_effort:
+            request = replace(request, reasoning_effort=self.config.reasoning_effort)
         answer = await self._once(request, group, request.key(self.endpoint.identity))
         await self._check_model(answer.reply)
         if answer.reply.refusal is not None:
@@ -313,13 +317,10 @@ def connect(
     check_tier(backend, config)
     if backend == "gemini":
         endpoint = gemini_endpoint(
-            model,
-            "rest" if config.tier else config.gemini_client,
-            address=config.endpoint,
-            key_variable=config.key_variable or "GEMINI_API_KEY",
-            timeout_s=config.longest_s,
+            model, "rest" if config.tier or config.reasoning_effort else config.gemini_client, address=config.endpoint,
+            key_variable=config.key_variable or "GEMINI_API_KEY", timeout_s=config.longest_s,
             in_flight=config.in_flight,
-        )
+        )  # fmt: skip
     else:
         endpoint = OpenAIEndpoint(
             model, address=config.endpoint, key_variable=config.key_variable or "OPENAI_API_KEY",
@@ -335,11 +336,13 @@ def price_by(model: str, config: ApiConfig) -> Price:
 
 
 def check_tier(backend: str, config: ApiConfig) -> None:
-    """Raise `ConfigError` where a tier is asked for by a client that has no field for it."""
-    if config.tier and backend == "gemini" and config.gemini_client == "sdk":
+    """Raise `ConfigError` where a tier, or an effort, is asked for by a client that has no field for it."""
+    asked = {"tier": config.tier, "reasoning_effort": config.reasoning_effort}
+    if backend == "gemini" and config.gemini_client == "sdk" and any(asked.values()):
+        told = " and ".join(f"{name}={value}" for name, value in asked.items() if value)
         raise ConfigError(
-            f"tier={config.tier} does not go with gemini_client=sdk: google-generativeai has no field for service "
-            "tiers. Set gemini_client=rest, or backend=openai with the compatible address of the same models: "
+            f"{told} does not go with gemini_client=sdk: google-generativeai has no field for it. Set "
+            "gemini_client=rest, or backend=openai with the compatible address of the same models: "
             f"endpoint={GEMINI_ADDRESS} key_variable=GEMINI_API_KEY"
         )
 

@@ -70,7 +70,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Request:
-    """One question to a model. `n` choices are drawn; `temperature` or `top_p` None leaves it to the model.
+    """One question to a model. `n` choices are drawn; None is the model's own temperature, top_p or effort.
 
     `schema` is a JSON schema; `pattern` a regular expression, which a model in this process obeys. `tier` says how an
     API serves it and at what price, not what is asked: an answer is kept under the same key at any tier.
@@ -85,6 +85,7 @@ class Request:
     top_p: float | None = 1.0
     n: int = 1
     seed: int | None = None
+    reasoning_effort: str | None = None
     tier: str | None = None
 
     @property
@@ -101,6 +102,8 @@ class Request:
         """A content hash of the request to the endpoint of this identity; an answer is kept under it."""
         turns = [[t.role, [p if isinstance(p, str) else {"image": p.sha} for p in t.parts]] for t in self.turns]
         how = [self.schema, self.pattern, self.max_tokens, self.temperature, self.top_p, self.n, self.seed]
+        if self.reasoning_effort is not None:  # answers that were kept before it could be set stay found
+            how.append(self.reasoning_effort)
         text = json.dumps([endpoint, self.system, turns, how], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -75,7 +75,7 @@ class GeminiEndpoint:
 
     async def send(self, request: Request) -> Reply:
         """One attempt; the faults of `endpoint`."""
-        answer = await self._http.post(self._url, json.dumps(body_of(request)).encode(), self._headers)
+        answer = await self._http.post(self._url, json.dumps(body_of(request, self._model)).encode(), self._headers)
         if answer.status >= 400:
             error = http_error(answer.status, answer.content)
             raise gemini_fault(self._model, error, request, answer.wait_s, self._check)
@@ -191,7 +191,7 @@ def parts_of(turn: Turn) -> list[str | Picture]:
     return [part for part in turn.parts if not isinstance(part, str) or part.strip()]
 
 
-def body_of(request: Request) -> dict[str, Any]:
+def body_of(request: Request, model: str) -> dict[str, Any]:
     """A request in the API's JSON."""
     how: dict[str, Any] = {"maxOutputTokens": request.max_tokens}
     how |= {"temperature": request.temperature, "topP": top_p_of(request)}
@@ -199,6 +199,8 @@ def body_of(request: Request) -> dict[str, Any]:
         how["candidateCount"] = request.n
     if request.schema is not None:
         how |= {"responseMimeType": "application/json", "responseSchema": gemini_schema(request.schema)}
+    if request.reasoning_effort is not None:
+        how["thinkingConfig"] = thinking(request.reasoning_effort, model)
     body: dict[str, Any] = {
         "contents": [{"role": role, "parts": [_part(part) for part in parts]} for role, parts in turns_of(request)],
         "generationConfig": {name: value for name, value in how.items() if value is not None},
@@ -208,6 +210,17 @@ def body_of(request: Request) -> dict[str, Any]:
     if request.tier is not None:
         body["service_tier"] = request.tier
     return body
+
+
+# Tokens of thoughts, as Google's OpenAI-compatible address maps the same words for the models before Gemini 3.
+_BUDGETS = {"none": 0, "minimal": 1_024, "low": 1_024, "medium": 8_192, "high": 24_576}
+
+
+def thinking(effort: str, model: str) -> dict[str, Any]:
+    """How much a model may think: Gemini 2.5 takes a budget of tokens, those after it a level, of which none is off."""
+    if model.rpartition("/")[2].startswith("gemini-2"):
+        return {"thinkingBudget": _BUDGETS[effort]}
+    return {"thinkingLevel": "minimal" if effort == "none" else effort}
 
 
 def top_p_of(request: Request) -> float | None:

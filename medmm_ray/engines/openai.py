@@ -155,6 +155,8 @@ class OpenAIEndpoint:
             body["n"] = request.n
         if request.tier is not None:
             body["service_tier"] = request.tier
+        if request.reasoning_effort is not None:
+            body["reasoning_effort"] = request.reasoning_effort
         if request.temperature is not None:
             body["temperature"] = request.temperature
         by_default = request.top_p == 1.0 and (request.temperature is None or not self._takes_top_p_1)
@@ -172,6 +174,7 @@ class OpenAIEndpoint:
 _SETTINGS = {
     "temperature": "takes no temperature={value}; set temperature to null (the model's own)",
     "top_p": "takes no top_p={value}; set top_p to null (the model's own)",
+    "reasoning_effort": "takes no reasoning_effort={value}; set another, or null (the model's own)",
     "service_tier": "takes no tier; set tier to null",
     "max_completion_tokens": "takes no such field; set length_field to null or max_tokens",
     "max_tokens": "takes no such field; set length_field to null or max_completion_tokens",

@@ -237,9 +237,7 @@ class ModelJudge:
         if reply.text.strip():
             return f"({len(reply.text)} characters); shorter reasons are enough, or a larger judge.max_tokens"
         more = "take reply=json, which leaves room to think" if self._lines else "raise judge.max_tokens"
-        return (
-            f"before it began: all tokens went into thoughts (reasoning); {more}, or lower the model's reasoning effort"
-        )
+        return f"before it began: all tokens went into thoughts (reasoning); {more}, or lower judge.reasoning_effort"
 
     def _fitting(
         self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | Shown], call: Call

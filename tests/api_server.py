@@ -197,7 +197,9 @@ def _turns_alternate(body: Mapping[str, Any]) -> Scripted | None:
     return 400, {}, {"error": {"message": message, "type": "BadRequestError", "param": None, "code": 400}}
 
 
-def _both(body: Mapping[str, Any]) -> Scripted | None:
+def _claude(body: Mapping[str, Any]) -> Scripted | None:
+    if not all(message["content"] for message in body["messages"]):
+        return openai_error("messages: text content blocks must be non-empty", None, None)
     if "temperature" in body and "top_p" in body:
         return openai_error("`temperature` and `top_p` cannot both be specified for this model.", None, None)
     return None
@@ -241,7 +243,7 @@ DIALECTS = {
     ),
     "openrouter": Dialect("/api/v1"),
     "mistral": Dialect(takes_no={name: _mistral(name) for name in ("max_completion_tokens", "seed", "service_tier")}),
-    "claude": Dialect(reads=_both),
+    "claude": Dialect(reads=_claude),
     "deepseek": Dialect(
         takes_no={
             "response_format": (

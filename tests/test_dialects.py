@@ -161,6 +161,9 @@ ROWS = {
     "an empty answer is asked again where turns must alternate": Row(
         "vllm", [chat(""), chat(GOOD)], [1, 0], 2, 2040
     ),
+    "an empty answer is asked again where no turn may be empty": Row(
+        "claude", [chat(""), chat(GOOD)], [1, 0], 3, 2040
+    ),
     "gemini: STOP without a part": Row(
         "gemini", [google(total=900), google("STOP", {"text": GOOD})], [1, 0], 2, 900 + 1020
     ),
@@ -580,6 +583,8 @@ def test_gemini_by_rest_and_by_its_package_are_the_same(server: Server, answer: 
     rest = outcome(GeminiEndpoint("m", address=server.address))
     assert rest == outcome(GeminiSdkEndpoint("m", address=server.address))
     sent, by_package = server.requests
+    texts = [("user", "a")] if request_.system else [("user", "a"), ("user", "b")]
+    assert sent["contents"] == [{"role": role, "parts": [{"text": text}]} for role, text in texts]
     assert sent["contents"] == by_package["contents"]
     assert sent.get("systemInstruction", {}).get("parts") == by_package.get("systemInstruction", {}).get("parts")
 

@@ -224,7 +224,8 @@ def test_an_answer_that_cannot_be_read_is_a_fault_and_no_doubt_about_the_questio
     assert cut.cost == pytest.approx(3 * 0.0035), "both answers, whichever is read first"
     assert cut.refused is unread.refused is read.refused is read.error is None
     assert cut.error == (
-        "cut_off: the model's reply was cut off at max_tokens=4096, thoughts included; raise write_questions.max_tokens"
+        "cut_off: the model's reply was cut off at max_tokens=4096, thoughts included; raise "
+        "write_questions.max_tokens, or lower write_questions.reasoning_effort"
     )
     assert unread.error == "check_reply: no option can be read in 'I see nothing.'"
     assert (read.num_solved, read.num_solved_blind) == (2, 0)

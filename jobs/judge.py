@@ -1,6 +1,8 @@
 """solutions -> judge_labels: a verdict for each step, with its confidence and reason."""
 
 import sys
+from collections import Counter
+from collections.abc import Sequence
 
 from jobs.step import Job, main
 from medmm_ray.engines.client import api_folder
@@ -23,12 +25,21 @@ def run(job: Job) -> None:
         "question_id",
         "labels",
     )
+    if told := answered_by(job.read("judge_labels", ["answered_by"])["answered_by"].to_pylist()):
+        job.tell(told)
     for model in dict.fromkeys(model for own, model in judges if own.backend in APIS and model):
         paid = close_ledger(api_folder(folder, model))
         job.tell(
             f"${paid.spent:.4f} spent on {paid.answers:,} answers of {model}, ${paid.possibly_paid:.4f} possibly paid "
             f"for {paid.lost_calls:,} calls that were cut off"
         )
+
+
+def answered_by(models: Sequence[str | None]) -> str:
+    """Of labels, by the models that answered, in words; nothing where no API named one."""
+    counts = Counter(model for model in models if model)
+    named = "; ".join(f"{model} {number:,}" for model, number in counts.most_common())
+    return f"labels by the model that answered: {named}" if named else ""
 
 
 def model_of(job: Job, config: JudgeConfig) -> str | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs import judge as judge_job
 from jobs import pipeline, plan, query, serve
 from jobs.graph import BY_NAME, MAKER, STEPS
 from jobs.recipe import asking
@@ -72,6 +73,12 @@ def test_medmm_stays_within_the_published_budget() -> None:
     assert estimated("judge.max_solutions=2").line("judge").calls == 22_000
     assert estimated("judge.splits=[train]").line("judge").calls == 640_000
     assert "judge will stop at max_cost_usd=100, before the end: $1,246" in estimated("judge.max_cost_usd=100").notes
+
+
+def test_the_models_that_answered_are_told_with_their_labels() -> None:
+    told = judge_job.answered_by(["a", None, "b", "a", "a, b"])
+    assert told == "labels by the model that answered: a 2; b 1; a, b 1"
+    assert judge_job.answered_by([None]) == ""
 
 
 FLEX = ("judge.backend=openai", "judge.tier=flex")

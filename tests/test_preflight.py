@@ -143,7 +143,7 @@ def test_a_checkpoint_at_a_uri_is_looked_at_and_not_copied(
     assert fault(uri) is None
     assert fault(f"file://{copy(language_model, tmp_path / 'bare', 'tokenizer.json')}") == (
         f"file://{tmp_path / 'bare'}: holds no tokenizer (tokenizer.json, tokenizer.model, vocab.json, vocab.txt, "
-        "spiece.model, sentencepiece.bpe.model); copy it beside the weights"
+        "spiece.model, sentencepiece.bpe.model, tekken.json, *.tiktoken); copy it beside the weights"
     )
     assert "no files are there" in str(fault(f"file://{tmp_path / 'none'}"))
     assert not (tmp_path / "cache").exists()

@@ -23,7 +23,10 @@ Kind = Literal["policy", "reward_model", "image_tower", "text_encoder", "adapter
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+    "tekken.json", "*.tiktoken",
+)  # fmt: skip
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 OPEN_CLIP = "open_clip_config.json"
 VISION = ("dinov2", "dinov2_with_registers", "vit")  # those of transformers that an image tower can be
@@ -301,7 +304,7 @@ def _are_whole(files: Files, names: Collection[str]) -> None:
 
 
 def _has_tokenizer(files: Files) -> None:
-    found = [file for file in TOKENIZERS if files.have(file)]
+    found = [file for file in files.sizes if any(fnmatch(file, pattern) for pattern in TOKENIZERS)]
     if not found:
         raise ConfigError(f"{files.name}: holds no tokenizer ({', '.join(TOKENIZERS)}); copy it beside the weights")
     _are_whole(files, found)

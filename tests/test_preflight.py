@@ -238,10 +238,11 @@ def test_a_model_is_asked_once_a_day_like_the_run_asks_it_and_paid_in_its_ledger
 
 def test_an_answer_of_today_leaves_the_ledger_of_a_run_that_is_under_way_alone(server: Server, tmp_path: Path) -> None:
     server.script = [chat_said("yes")]
-    probed(api(server), tmp_path)
+    probed(api(server, reasoning_effort="low"), tmp_path)
     before = (tmp_path / "gpt-4o/ledger.json").read_bytes()
-    probed(api(server), tmp_path)
+    probed(api(server, reasoning_effort="low"), tmp_path)
     assert (tmp_path / "gpt-4o/ledger.json").read_bytes() == before
+    assert server.requests[0]["reasoning_effort"] == "low"
 
 
 @pytest.mark.parametrize(

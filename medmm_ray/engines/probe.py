@@ -2,8 +2,8 @@
 
 Enters: how a section reaches the model. Leaves: notes, or `ConfigError` with the words of the fault, which names the
 models that the API lists where the asked one is not among them. The call is like those of the run: its temperature,
-form, tier and, where the run sends pictures, a picture; it is reserved in the run's budget, kept among the run's
-answers, and paid once a day.
+form, thoughts and tier and, where the run sends pictures, a picture; it is reserved in the run's budget, kept among the
+run's answers, and paid once a day.
 """
 
 import asyncio
@@ -84,6 +84,7 @@ def request_of(asked: ApiModel) -> Request:
         schema=SCHEMA if asked.writes_json else None,
         max_tokens=MAX_TOKENS,
         temperature=asked.config.temperature,
+        reasoning_effort=asked.config.reasoning_effort,
     )
 
 

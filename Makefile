@@ -34,7 +34,7 @@ chaos: env  ## 20 blows at every step on scripted engines, then the pipeline on 
 serve: env  ## the scorer on http://127.0.0.1:8000 (OpenAPI page at /docs)
 	@$(PY) -m jobs.serve jobs/recipes/quickstart.yaml run=$(RUN)
 
-cluster-up: env  ## a local Ray cluster for `ray job submit`, on 127.0.0.1 only
+cluster-up: env  ## a local Ray cluster for `ray job submit`, on 127.0.0.1; prints how a shell shows it its token
 	@cluster/local/up.sh
 
 cluster-down:  ## stop that cluster, and nothing else

@@ -1,13 +1,15 @@
 """The reward model as a Ray Serve application.
 
-    serve run medmm_ray.serve:build_app model=runs/quickstart/two_tower num_gpus=1
+    RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(openssl rand -hex 32) \\
+        serve run medmm_ray.serve:build_app model=runs/quickstart/two_tower num_gpus=1
 
 Enters: a checkpoint folder. Leaves: `POST /v1/rerank`, `GET /v1/model`, `GET /health`, and the OpenAPI page at `/docs`.
 Scores come from `RewardModel.score`, the function that the `score` step uses, so that online and offline agree.
 
 Without a token the application answers only requests that arrive at this machine's loopback address; with one (the
 environment variable that `token_env` names) every request for data must carry ``Authorization: Bearer <token>``. Ray's
-own token mode does not protect the Serve port. Logs hold counts and seconds, never text.
+own token mode does not protect the Serve port, but the replicas' other ports, of which one listens on every address and
+unpickles what arrives: nothing is served in a Ray without it. Logs hold counts and seconds, never text.
 """
 
 import asyncio
@@ -34,6 +36,7 @@ from medmm_ray.config import Config, ConfigError, build, execution, parse_overri
 from medmm_ray.engines.checkpoints import resolve
 from medmm_ray.engines.images import MAX_PIXELS
 from medmm_ray.rerank import Case, RerankAnswer, RerankRequest, StepLogOdds, rerank, steps_of, to_case
+from medmm_ray.session import has_token_mode
 from medmm_ray.tables import RowError
 
 if TYPE_CHECKING:
@@ -279,6 +282,7 @@ class Reranker:
     """One replica: loads the model, collects requests into batches, scores them on one thread."""
 
     def __init__(self, config: ServeConfig, token_sha256: str | None) -> None:
+        _refuse_without_token_mode()  # a cluster's mode may differ from the driver's; this process opens the port
         from ray import serve
 
         from medmm_ray.engines.reward_model import RewardModel
@@ -330,7 +334,11 @@ def build_app(args: Mapping[str, Any]) -> "serve.Application":
 
 
 def application(config: ServeConfig) -> "serve.Application":
-    """The deployment of `config`. Raises `ConfigError` where it cannot be served, or would be open to anyone."""
+    """The deployment of `config`.
+
+    Raises `ConfigError` where it cannot be served, or would be open to anyone: without a bearer token on another host
+    than loopback, or in a Ray without token mode.
+    """
     from ray import serve
 
     if config.model is None:
@@ -348,6 +356,7 @@ def application(config: ServeConfig) -> "serve.Application":
             f"host={config.host} is open to other machines, and {config.token_env} holds no token; "
             f"set {config.token_env} (e.g. to the output of 'openssl rand -hex 32') or listen on 127.0.0.1"
         )
+    _refuse_without_token_mode()
     deployment = serve.deployment(
         name="Reranker",
         num_replicas=config.num_replicas,
@@ -357,6 +366,16 @@ def application(config: ServeConfig) -> "serve.Application":
     )(serve.ingress()(Reranker))
     # The replicas get the token's hash: a deployment's arguments are readable in the dashboard.
     return deployment.bind(config.model_copy(update={"model": name}), sha256(token) if token else None)
+
+
+def _refuse_without_token_mode() -> None:
+    if not has_token_mode():
+        raise ConfigError(
+            "nothing is served in a Ray without token mode (RAY_AUTH_MODE is not 'token'): each replica opens a port "
+            "on all addresses of its machine, where anyone could run code. For jobs.serve and jobs.query unset "
+            "RAY_AUTH_MODE: they make a token. For 'serve run' and clusters set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN "
+            "(e.g. to the output of 'openssl rand -hex 32') or RAY_AUTH_TOKEN_PATH before Ray starts, on every node"
+        )
 
 
 @contextmanager

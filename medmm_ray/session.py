@@ -1,22 +1,37 @@
-"""The one Ray session of a driver: a cluster that is there (``RAY_ADDRESS``), or this machine."""
+"""The one Ray session of a driver: a cluster that is there (``RAY_ADDRESS``), or this machine.
+
+Ray's servers run what they are sent, so they ask for a token (Ray's token mode): a session of its own makes one that
+nobody else knows, one that joins a cluster shows that cluster's.
+"""
 
 import logging
 import os
+import secrets
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from medmm_ray.config import ConfigError
 
 if TYPE_CHECKING:
     import psutil
+
+log = logging.getLogger(__name__)
 
 LOCAL_LOGICAL_CPUS = 8  # actor stages of one pipeline at one CPU each would deadlock on two cores
 LOCAL_OBJECT_STORE_BYTES = 1 << 30
 # At the end of Serve and of training an actor is killed; small stages have more processes than a laptop has cores.
 HARMLESS = ("killed by `ray.kill`", "PYTHON worker processes have been started")
 GRACE_S = 10.0  # for Ray's processes to end by themselves
+# What to do where a cluster's token is missing.
+HAND_OVER = (
+    "export RAY_AUTH_TOKEN_PATH=<file with the cluster's token> (cluster/local/up.sh prints the line for its cluster) "
+    "or RAY_AUTH_TOKEN"
+)
 
 
 def worker_environment() -> dict[str, str]:
@@ -38,10 +53,10 @@ def worker_environment() -> dict[str, str]:
 def session(quiet: bool = True) -> Iterator[None]:
     """Start Ray, or join the cluster that ``RAY_ADDRESS`` names; shut this driver's session down at the end.
 
-    Inside a session that is open already, it is that one, and stays open.
+    Inside a session that is open already, it is that one, and stays open. Raises `ConfigError` where the token of the
+    cluster to join is missing.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else a local start writes a token into the home folder
     os.environ.setdefault("RAY_DATA_USE_DATASOURCE_V2", "0")  # the new file reader makes one block of many files
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
@@ -61,28 +76,132 @@ def session(quiet: bool = True) -> Iterator[None]:
         yield
         return
     joins = bool(os.environ.get("RAY_ADDRESS"))
-    try:
-        _start(joins, quiet)
+    with _token_of_cluster() if joins else _token_of_session():
+        try:
+            _start(joins, quiet)
+            yield
+        finally:  # also after a start that failed: Ray leaves the processes that it had started
+            started = [] if joins else _processes()
+            ray.shutdown()
+            _end(started)
+
+
+# Ray's token
+
+
+def has_token_mode() -> bool:
+    """Whether Ray's servers in this process answer nobody without the cluster's token."""
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+    return is_token_auth_enabled()
+
+
+@contextmanager
+def fresh_token() -> Iterator[None]:
+    """Token mode with a new random token, for a Ray that this process starts in the block.
+
+    The token is in the environment alone: the processes of that Ray inherit it, other users cannot read it, and a token
+    of the user's own (``~/.ray/auth_token``, another cluster's) is neither shown to it nor changed.
+    """
+    with _environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32)):
         yield
-    finally:  # also after a start that failed: Ray leaves the processes that it had started
-        started = [] if joins else _processes()
-        ray.shutdown()
-        _end(started)
+
+
+@contextmanager
+def _token_of_session() -> Iterator[None]:
+    if _mode() == "disabled":
+        log.warning(
+            "RAY_AUTH_MODE=disabled: every user of this machine can run code in this session through Ray's ports, "
+            "and nothing can be served; unset RAY_AUTH_MODE, and the session makes a token of its own"
+        )
+        yield
+        return
+    with fresh_token():
+        yield
+
+
+@contextmanager
+def _token_of_cluster() -> Iterator[None]:
+    """Token mode where a token is at hand; a cluster that asks for none passes over it."""
+    mode, path = _mode(), os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if mode == "disabled":
+        yield
+        return
+    if path and not os.environ.get("RAY_AUTH_TOKEN") and not _holds_token(Path(path)):
+        raise ConfigError(
+            f"RAY_AUTH_TOKEN_PATH={path} is no file with a token (a local cluster's goes with it); "
+            f"for the cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']}, {HAND_OVER}"
+        )
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+
+    if AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
+        with _environment(RAY_AUTH_MODE="token"):
+            yield
+    elif mode == "token":
+        raise ConfigError(
+            f"RAY_AUTH_MODE=token, and no token for the cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']}; {HAND_OVER}"
+        )
+    else:
+        yield
+
+
+def _mode() -> str:
+    return os.environ.get("RAY_AUTH_MODE", "").lower()
+
+
+def _holds_token(path: Path) -> bool:
+    return path.is_file() and bool(path.read_text().strip())
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Set `variables` in the block; Ray reads mode and token once, so it is told to read them again."""
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    def reread() -> None:
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    reread()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        reread()
+
+
+# The session
 
 
 def _start(joins: bool, quiet: bool) -> None:
     import ray
 
-    with _unheard() if quiet else nullcontext():
-        ray.init(
-            address=None if joins else "local",  # else it joins whatever cluster started here last, or is in its way
-            num_cpus=None if joins else max(LOCAL_LOGICAL_CPUS, os.cpu_count() or 1),
-            object_store_memory=None if joins else LOCAL_OBJECT_STORE_BYTES,
-            include_dashboard=None if joins else False,
-            runtime_env={"env_vars": worker_environment()},
-            log_to_driver=not quiet,
-            logging_level=logging.WARNING,
-        )
+    try:
+        with _unheard() if quiet else nullcontext():
+            ray.init(
+                address=None
+                if joins
+                else "local",  # else it joins whatever cluster started here last, or is in its way
+                num_cpus=None if joins else max(LOCAL_LOGICAL_CPUS, os.cpu_count() or 1),
+                object_store_memory=None if joins else LOCAL_OBJECT_STORE_BYTES,
+                include_dashboard=None if joins else False,
+                runtime_env={"env_vars": worker_environment()},
+                log_to_driver=not quiet,
+                logging_level=logging.WARNING,
+            )
+    except ConnectionError as error:
+        if not joins:
+            raise
+        raise ConfigError(
+            f"the cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']} cannot be joined: nothing answers there, or it "
+            f"refuses this driver's token (InvalidAuthToken); {HAND_OVER}"
+        ) from error
     if quiet:
         _hush()
     context = ray.data.DataContext.get_current()

@@ -5,9 +5,13 @@ import io
 import json
 import logging
 import math
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -23,6 +27,7 @@ from medmm_ray.config import ConfigError
 from medmm_ray.query import QueryError, post, query, request_of, show
 from medmm_ray.rerank import Case, RerankAnswer, RerankRequest, StepLogOdds, rerank, steps_of, to_case
 from medmm_ray.serve import ServeConfig, api, application, build_app, is_loopback, score_cases, sha256
+from medmm_ray.session import fresh_token, has_token_mode
 from tests.test_pixels import KINDS
 
 QUESTION = "Which side shows the effusion?"
@@ -381,6 +386,14 @@ def deployed(app: Any) -> Any:
     return app._bound_deployment
 
 
+@pytest.fixture
+def token_mode() -> Iterator[None]:
+    """Ray's, as in a session: that of the tests' own session where it is up."""
+    with nullcontext() if has_token_mode() else fresh_token():
+        yield
+
+
+@pytest.mark.usefixtures("token_mode")
 def test_an_open_host_without_a_token_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MEDMM_TOKEN", raising=False)
     with pytest.raises(ConfigError, match=r"host=0\.0\.0\.0 is open .* MEDMM_TOKEN holds no token"):
@@ -390,6 +403,7 @@ def test_an_open_host_without_a_token_is_refused(monkeypatch: pytest.MonkeyPatch
     assert bound.init_args[1] == sha256("s3cret")
 
 
+@pytest.mark.usefixtures("token_mode")
 def test_build_app_reads_words_and_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MEDMM_TOKEN", raising=False)
     bound = deployed(build_app({"model": str(tmp_path), "num_replicas": "2", "num_gpus": 0.5, "device": "cuda"}))
@@ -418,6 +432,30 @@ def test_build_app_reads_words_and_values(tmp_path: Path, monkeypatch: pytest.Mo
 def test_build_app_refuses(args: dict[str, str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         build_app(args)
+
+
+OPEN_RAY = """
+from medmm_ray.serve import Reranker, ServeConfig, build_app
+for start in (lambda: build_app({"model": "org/m"}), lambda: Reranker(ServeConfig(model="org/m"), None)):
+    try:
+        start()
+    except ValueError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("mode", [None, "disabled"])
+def test_nothing_is_served_in_a_ray_without_token_mode(mode: str | None) -> None:
+    """Neither by what a driver, `serve run` and a cluster's build of a config call, nor by the replica."""
+    unset = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    env = unset | ({"RAY_AUTH_MODE": mode} if mode else {})
+    words = [sys.executable, "-c", OPEN_RAY]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=True, timeout=120)
+    refusals = done.stdout.splitlines()
+    assert len(refusals) == 2
+    for refusal in refusals:
+        assert "nothing is served in a Ray without token mode (RAY_AUTH_MODE is not 'token')" in refusal
+        assert "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" in refusal
 
 
 # The client

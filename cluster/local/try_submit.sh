@@ -10,7 +10,6 @@ shift || true
 run=${MEDMM_RUN:-$root/runs/$(basename "$recipe" .yaml)-submitted}
 
 cd "$root"
-export RAY_AUTH_MODE=disabled
 "$venv/bin/ray" job submit --address "$address" --working-dir . -- \
   python -m jobs.pipeline "$recipe" "run=$run" "$@"
 echo "the tables of the run:"

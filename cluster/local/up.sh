@@ -1,11 +1,17 @@
 #!/usr/bin/env bash
 # Start a Ray head on this machine for `ray job submit`: dashboard and Jobs API on 127.0.0.1:${MEDMM_PORT:-8265}.
-# Everything listens on loopback only, which is why it needs no token. Jobs run with the project's own python.
+# Everything listens on loopback, and Ray asks for a token there too: other users of the machine reach loopback, and a
+# replica of Serve listens on every address. Jobs run with the project's own python, and find the token by themselves.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/cluster.env"
 
+how_to_submit() {
+  echo "a shell that submits jobs needs: export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token"
+}
+
 if pid=$(head_pid); then
   echo "already up: $address (process $pid)"
+  how_to_submit
   exit 0
 fi
 [ -x "$venv/bin/ray" ] || { echo "no Ray in $venv: run 'make setup' first, or name another environment in MEDMM_VENV" >&2; exit 1; }
@@ -14,9 +20,10 @@ if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
   exit 1
 fi
 
-mkdir -p -m 700 "$state"
+rm -rf "$state" # what a head that was killed left
+mkdir -m 700 "$state"
+(umask 077 && head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' >"$token")
 export PATH="$venv/bin:$PATH"            # a job's `python` is looked up here
-export RAY_AUTH_MODE=disabled            # said aloud: Ray would otherwise write a token into the home folder
 export RAY_USAGE_STATS_ENABLED=0
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=PASSIVE
 export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0  # badly named: it makes Ray keep to 127.0.0.1 on Linux too
@@ -29,8 +36,11 @@ setsid nohup ray start --head --block --node-ip-address=127.0.0.1 --num-cpus="${
 echo $! >"$state/pid"
 
 for _ in $(seq 120); do
-  if curl -fsS --noproxy '*' -o /dev/null "$address/api/jobs/" 2>/dev/null; then
+  # The header comes from standard input: a command line can be read by every user.
+  if printf 'header = "Authorization: Bearer %s"' "$(<"$token")" |
+    curl --config - -fsS --noproxy '*' -o /dev/null "$address/api/jobs/" 2>/dev/null; then
     echo "up: $address"
+    how_to_submit
     exit 0
   fi
   head_pid >/dev/null || sleep 1 # it may not have set its command line yet

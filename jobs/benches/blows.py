@@ -10,12 +10,14 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
 import psutil
+
+from medmm_ray.session import fresh_token
 
 Kind = Literal["worker", "actor", "driver", "ctrl-c", "raylet", "node"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -141,7 +143,8 @@ class Spot:
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        self._token = ExitStack()
+        self._token.enter_context(fresh_token())  # the drivers inherit it
         fast = {
             "health_check_initial_delay_ms": 1000,
             "health_check_period_ms": 500,
@@ -161,6 +164,7 @@ class Spot:
 
     def close(self) -> None:
         self.cluster.shutdown()  # type: ignore[no-untyped-call]
+        self._token.close()
 
 
 def strike(kind: Kind, driver: Driver, spot: Spot | None, rng: random.Random) -> bool:

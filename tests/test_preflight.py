@@ -289,6 +289,22 @@ def test_a_request_that_the_model_does_not_take_is_told_and_a_refusal_is_an_answ
         probed(api(server, max_cost_usd=0.0001), tmp_path / "c")
 
 
+def test_a_setting_that_the_model_does_not_take_is_no_matter_of_its_name(server: Server, tmp_path: Path) -> None:
+    server.script, server.models = [failed(400, "Unsupported parameter: 'temperature'")], [{"id": "gpt-4o"}]
+    with pytest.raises(ConfigError, match="set temperature to null") as told:
+        probed(api(server), tmp_path)
+    assert "The API" not in str(told.value)
+
+
+def test_want_of_room_at_the_flex_tier_is_told_and_stops_nothing(server: Server, tmp_path: Path) -> None:
+    server.script = [failed(503, "no room")]
+    [told] = probed(api(server, tier="flex"), tmp_path / "a")
+    assert told.startswith("gpt-4o did not answer at the tier flex, which is served where there is room: unavailable: ")
+    assert len(server.requests) == 3
+    with pytest.raises(ConfigError, match="gpt-4o could not answer a small request: unavailable: .*503: no room"):
+        probed(api(server), tmp_path / "b")
+
+
 def test_another_model_and_an_announced_end_are_told(server: Server, tmp_path: Path) -> None:
     server.script = [chat_said("yes", model="gpt-6-luna")]
     with pytest.raises(ConfigError, match="openai:gpt-4o was asked and 'gpt-6-luna' answered"):

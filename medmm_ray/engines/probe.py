@@ -9,6 +9,7 @@ run's answers, and paid once a day.
 import asyncio
 import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -32,6 +33,9 @@ Fault = ConfigError | TableError
 KEYS: Mapping[Backend, str] = {"gemini": "GEMINI_API_KEY", "openai": "OPENAI_API_KEY"}
 NAMED = 8  # models of a list that a message names
 LIST_S = 30.0  # for a list of models, seconds
+LONGEST_S = 120.0  # for the answer, at any tier
+FLEX_ATTEMPTS = 3
+_OF_THE_NAME = re.compile(r"answered (401|403|404)\b")  # faults of the key, the model's name or the address
 MAX_TOKENS = 1024  # thoughts count, and a model that thinks may refuse to answer in fewer
 SCHEMA = {
     "type": "object",
@@ -94,7 +98,10 @@ async def probe(asked: ApiModel, folder: str, day: date) -> list[str]:
     Raises `ConfigError` with the fault and what to do.
     """
     folder = api_folder(folder, asked.model)
-    client = connect(asked.backend, asked.model, asked.config, folder=folder)
+    patience: dict[str, float] = {"timeout_s": min(asked.config.longest_s, LONGEST_S)}
+    if asked.config.tier:  # it may have no room for hours, which is no fault
+        patience["max_attempts"] = min(asked.config.max_attempts, FLEX_ATTEMPTS)
+    client = connect(asked.backend, asked.model, asked.config.model_copy(update=patience), folder=folder)
     assert client.answers is not None
     request, group = request_of(asked), f"preflight {day}"
     # The gate is opened where there is something to pay alone: it takes the ledger over from a run that is under way.
@@ -108,11 +115,15 @@ async def probe(asked: ApiModel, folder: str, day: date) -> list[str]:
     except OtherModelError:
         raise
     except EndpointError as error:
-        raise ConfigError(await _explained(asked, str(error))) from None
+        explained = await _explained(asked, str(error)) if _OF_THE_NAME.search(str(error)) else str(error)
+        raise ConfigError(explained) from None
     except RowError as fault:
-        if fault.kind != "refused":  # who refuses has been reached
-            raise ConfigError(f"{asked.model} could not answer a small request: {fault}") from None
-        return []
+        if fault.kind == "refused":  # who refuses has been reached
+            return []
+        if fault.kind == "unavailable" and asked.config.tier:
+            tier = asked.config.tier
+            return [f"{asked.model} did not answer at the tier {tier}, which is served where there is room: {fault}"]
+        raise ConfigError(f"{asked.model} could not answer a small request: {fault}") from None
     if answer.reply.model is None:
         return [f"{asked.model}: {asked.address} does not say which model answers; a change would not be noticed"]
     return await _ending(asked, day)

@@ -104,6 +104,7 @@ def _of_hub(name: str, repo: str, revision: str | None) -> Files:
         GatedRepoError,
         HfHubHTTPError,
         HTTPError,
+        IncompleteSnapshotError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -127,6 +128,8 @@ def _of_hub(name: str, repo: str, revision: str | None) -> Files:
     except (HfHubHTTPError, HTTPError, OSError) as error:
         try:
             folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        except IncompleteSnapshotError as incomplete:  # what is needed may be there all the same
+            folder = Path(incomplete.snapshot_path)
         except LocalEntryNotFoundError:
             raise ConfigError(
                 f"{repo} is not on this machine, and {hub} cannot be reached ({type(error).__name__}); check the "

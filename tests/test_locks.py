@@ -78,10 +78,12 @@ def project(tmp_path: Path) -> Path:
 
 
 def locks(project: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    index = {"UV_DEFAULT_INDEX": (project.parent / "index").as_uri(), "UV_NO_CONFIG": "1", "UV_HTTP_RETRIES": "0"}
+    machine = {name: value for name, value in os.environ.items() if not name.startswith("UV_")}
+    machine |= {"UV_NO_CONFIG": "1", "UV_HTTP_RETRIES": "0"}
+    index = {"UV_DEFAULT_INDEX": (project.parent / "index").as_uri()}
     return subprocess.run(
         [sys.executable, str(LOCKS), "--project", str(project), *words],
-        env=os.environ | index | environment,
+        env=machine | (environment or index),
         capture_output=True,
         text=True,
         check=False,
@@ -171,3 +173,9 @@ def test_an_index_that_cannot_be_reached_is_no_conflict(project: Path) -> None:
     assert checked.returncode == 1
     assert "error: uv could not look (is the package index reachable?)" in checked.stderr
     assert "does not resolve" not in checked.stderr
+
+
+def test_uv_asks_the_index_that_pip_is_set_to(project: Path) -> None:
+    checked = locks(project, PIP_INDEX_URL="http://127.0.0.1:9/of-pip")
+    assert checked.returncode == 1
+    assert "http://127.0.0.1:9/of-pip/" in checked.stderr

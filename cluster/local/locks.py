@@ -89,7 +89,10 @@ class Project:
 
 def index_of_pip() -> dict[str, str]:
     """The environment for uv, which reads none of pip's settings: with the index and the certificates that pip uses."""
-    listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
+    # An environment without pip has no settings of it.
+    listed = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False
+    )
     settings = dict(re.findall(r"^(?:global|install|:env:)\.([\w-]+)='(.*)'$", listed.stdout, re.MULTILINE))
     passed = {"UV_DEFAULT_INDEX": settings.get("index-url"), "SSL_CERT_FILE": settings.get("cert")}
     return {name: value for name, value in passed.items() if value} | dict(os.environ)
@@ -115,7 +118,8 @@ def compile_pins(
         else:
             overrides.touch()
         command = [UV, "pip", "compile", "pyproject.toml", "--quiet", "--no-header", "--no-annotate"]
-        command += ["--python-version", "3.11", "--python-platform", "x86_64-unknown-linux-gnu"]
+        command += ["--python", sys.executable, "--python-version", "3.11"]
+        command += ["--python-platform", "x86_64-unknown-linux-gnu"]
         command += ["--overrides", str(overrides), "--output-file", str(output)]
         command += [word for extra in extras for word in ("--extra", extra)]
         done = subprocess.run(

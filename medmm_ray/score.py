@@ -9,16 +9,18 @@ an exception.
 """
 
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from medmm_ray.config import Config, ConfigError, digest
 from medmm_ray.engines.checkpoints import resolve
+from medmm_ray.engines.generator import EngineConfig, GeneratorConfig
 from medmm_ray.engines.images import MAX_PIXELS, open_image
 from medmm_ray.records import Scores, States, to_arrow_lists
 from medmm_ray.tables import RowError, attach
@@ -69,9 +71,13 @@ class StatesConfig(ReadConfig):
     """How text states are computed; they are kept in `dtype`."""
 
 
-class ScoreConfig(ReadConfig):
-    """What is scored."""
+class ScoreConfig(ReadConfig, EngineConfig):
+    """What is scored, and what runs the text tower. The settings of `EngineConfig` are vLLM's alone."""
 
+    engine: Literal["torch", "vllm"] = "torch"
+    """What runs the text tower. vllm gives torch's scores to rounding (1e-5 in float32), with tensor parallelism and
+    quantised weights, for text-only arms of the families medprm, math_shepherd, qwen_prm, token_classification, meds3;
+    pass its arguments as score.vllm={...}, max_model_len (default: the checkpoint's context) among them."""
     arms: tuple[Arm, ...] = ("multimodal", "text_only", "shuffled_image")
     """multimodal: everything; text_only: no image; shuffled_image: another question's images; no_documents: without."""
     num_references: int = Field(default=3, ge=0)
@@ -80,6 +86,13 @@ class ScoreConfig(ReadConfig):
     """Largest image that is opened, width x height in pixels; a larger one is an error of its question."""
     seed: int = 0
     """Seed of the shuffle of images."""
+
+    @model_validator(mode="after")
+    def _engine(self) -> Self:
+        if self.engine == "torch" and (self.vllm or self.batch_invariant or self.tensor_parallel_size > 1):
+            name = "vllm" if self.vllm else "batch_invariant" if self.batch_invariant else "tensor_parallel_size"
+            raise ValueError(f"{name}={getattr(self, name)!r} is a setting of engine=vllm, and engine is 'torch'")
+        return self
 
 
 # What a question needs
@@ -202,10 +215,13 @@ def score(ds: "Dataset", config: ScoreConfig, model_path: str, model_id: str) ->
     """Rows of `inputs` -> ``{question_id, scores: list<Scores>}``.
 
     `model_path` is a reward model's folder or URI; `model_id` (a fingerprint or content hash) goes into each entry.
-    Raises `ConfigError` where an arm looks at images and the checkpoint reads none, or reads no reference images.
+    Raises `ConfigError` where an arm looks at images and the checkpoint reads none, or reads no reference images, or
+    `config.engine` cannot look at them.
     """
     _check_eyes(model_path, config)
-    return _map(ds, Scorer, config, model_path, model_id)
+    _check_engine(model_path, config)
+    restarts = {"max_restarts": config.max_restarts} if config.engine == "vllm" else {}
+    return _map(ds, Scorer, config, model_path, model_id, **restarts)
 
 
 def states(ds: "Dataset", config: StatesConfig, model_path: str, model_id: str) -> "Dataset":
@@ -221,7 +237,7 @@ def states(ds: "Dataset", config: StatesConfig, model_path: str, model_id: str) 
     return _map(ds, Reader, config, model_path, model_id)
 
 
-def _map(ds: "Dataset", actor: type, config: ReadConfig, path: str, model_id: str) -> "Dataset":
+def _map(ds: "Dataset", actor: type, config: ReadConfig, path: str, model_id: str, **options: Any) -> "Dataset":
     from ray.data import ActorPoolStrategy
 
     return ds.map_batches(
@@ -232,6 +248,7 @@ def _map(ds: "Dataset", actor: type, config: ReadConfig, path: str, model_id: st
         compute=ActorPoolStrategy(min_size=1, max_size=config.num_actors),
         num_cpus=config.num_cpus,
         num_gpus=config.num_gpus,
+        **options,
     )
 
 
@@ -260,17 +277,48 @@ def _check_eyes(path: str, config: ScoreConfig) -> None:
         )
 
 
+def _check_engine(path: str, config: ScoreConfig) -> None:
+    if config.engine == "torch":
+        return
+    eyes = _eyes(path)
+    if eyes == "language_model":
+        raise ConfigError(
+            f"score.engine=vllm reads texts alone, and {path} is a vision-language model; take engine=torch"
+        )
+    looking = [arm for arm in config.arms if eyes == "tower" and _SHOWN[arm]]
+    if looking:
+        raise ConfigError(
+            f"score.engine=vllm gives no states for the image part of {path} to look with, and score.arms has "
+            f"{', '.join(looking)}; set score.arms=[text_only], or take engine=torch"
+        )
+
+
 def load(model: str, config: ReadConfig) -> "RewardModel":
-    """The reward model of a config, on a GPU where the config asks for one."""
+    """The reward model of a config: on its engine, on a GPU where the config asks for one."""
     from medmm_ray.engines.reward_model import RewardModel
 
-    device = "cuda" if config.num_gpus else "cpu"
-    loaded = RewardModel.from_pretrained(resolve(model), dtype=config.dtype, device=device)
+    loaded: RewardModel
+    if isinstance(config, ScoreConfig) and config.engine == "vllm":
+        from medmm_ray.engines.reward_model.pooled import PooledRewardModel
+
+        _check_engine(model, config)
+        loaded = PooledRewardModel.open(resolve(model), generator_config(config))
+    else:
+        device = "cuda" if config.num_gpus else "cpu"
+        loaded = RewardModel.from_pretrained(resolve(model), dtype=config.dtype, device=device)
     if config.max_length is not None:
         loaded.max_length = config.max_length
     if config.reserve is not None:
         loaded.reserve = config.reserve
     return loaded
+
+
+def generator_config(config: ScoreConfig) -> GeneratorConfig:
+    """What of a score step's settings its vLLM engine takes; where they set no length, any that the checkpoint reads."""
+    settings = {name: getattr(config, name) for name in EngineConfig.model_fields}
+    arguments = dict(config.vllm)
+    longest = arguments.pop("max_model_len", sys.maxsize)
+    return GeneratorConfig(**settings | {"dtype": config.dtype, "max_model_len": longest, "vllm": arguments})
 
 
 class Scorer:

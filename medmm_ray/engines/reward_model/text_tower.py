@@ -206,3 +206,34 @@ def _add_tag(text_model: Any, tokenizer: Any) -> None:
     with torch.no_grad():
         for part in (text_model.get_input_embeddings(), text_model.get_output_embeddings()):
             part.weight[rows:] = part.weight[:rows].float().mean(dim=0).to(part.weight.dtype)
+
+
+def read_outline(path: str | Path, family: FamilyName | None) -> Text:
+    """A text tower without its weights (they are on the meta device), for an engine that has them.
+
+    Refuses what such an engine cannot read from `path`: adapters, images, a tag that would have to be added.
+    """
+    if adapters.is_adapter(path):
+        raise CheckpointError(f"{path} is an adapter, and vLLM reads whole checkpoints; {_SAVE_IT}")
+    try:
+        commit = commit_of(path, "config.json", None)
+        _refuse_original_layout(path, commit)
+        config = AutoConfig.from_pretrained(path, revision=commit)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=commit)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a language model that can be read: {error}") from error
+    found = family or _detected(path, config.architectures or [], tokenizer)
+    if found in families.SEEING:
+        raise CheckpointError(
+            f"{path} is a vision-language model (family {found}); vLLM scores texts alone: take engine=torch"
+        )
+    if found == "medprm" and len(tokenizer(TAG, add_special_tokens=False)["input_ids"]) != 1:
+        raise CheckpointError(f"{path}: its tokenizer has no token {TAG!r}, and vLLM cannot add one; {_SAVE_IT}")
+    maker = _MODELS[found]
+    with torch.device("meta"):
+        model = maker(config) if found == "qwen_prm" else maker.from_config(config)
+    check_vocabulary(model, tokenizer)
+    return Text(model, tokenizer, found, Origin.of(path, commit))
+
+
+_SAVE_IT = "write one with RewardModel.from_pretrained(...).save_pretrained(folder) and name that folder"

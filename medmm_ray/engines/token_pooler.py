@@ -1,0 +1,170 @@
+"""What vLLM says at single tokens of whole sequences (its token-wise pooling), with its prefix cache in use.
+
+Enters: token ids of sequences and the positions that are asked for. Leaves: for each sequence the pooled values at
+those positions. A sequence that begins as another of the same call did is computed from there on: vLLM then returns the
+computed tokens alone, and what is asked of its beginning is taken from the sequence that computed it.
+
+Legend: L computed tokens, T positions asked for, W values a token.
+"""
+
+import itertools
+import logging
+import os
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from medmm_ray.engines.generator import (
+    GeneratorConfig,
+    GeneratorError,
+    check_model,
+    check_room,
+    engine_arguments,
+    engine_died,
+    environment,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+CPU_STEP_TOKENS = 4096  # of one engine step on a CPU, where no seeds forbid to chunk a longer prompt
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """What the engine gives of a token: a classifier's logits, or hidden states. `arguments` are vLLM's."""
+
+    task: Literal["token_classify", "token_embed"]
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def classifier(cls, **arguments: Any) -> "Pooling":
+        """The logits of a checkpoint's own head `score`, or of the one that ``hf_overrides`` make of its `lm_head`."""
+        return cls("token_classify", {"convert": "classify", **arguments})
+
+    @classmethod
+    def difference(cls, plus: str, minus: str) -> "Pooling":
+        """logit(`plus`) − logit(`minus`) of a causal language model, both tokens as they stand in its vocabulary.
+
+        vLLM takes the difference of the two rows of `lm_head` in float32 at load, so that no classifier is written.
+        """
+        head = {"classifier_from_token": [minus, plus], "method": "from_2_way_softmax"}
+        return cls.classifier(hf_overrides=head)
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """A sequence's token ids, and the positions in it whose values are asked for."""
+
+    ids: Sequence[int]
+    positions: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What came back of one sequence: the values of its last tokens, from the position `start` on."""
+
+    values_LW: "Tensor"
+    start: int
+
+
+class TokenPooler:
+    """A vLLM engine over one checkpoint that pools at tokens."""
+
+    def __init__(self, model: str, config: GeneratorConfig, pooling: Pooling) -> None:
+        check_model(model)
+        check_room(model, config)
+        os.environ.update(environment(config))
+        from vllm import LLM
+        from vllm.config import PoolerConfig
+
+        self.pooling = pooling
+        self._salts = itertools.count()
+        pooler = PoolerConfig(task=pooling.task, tok_pooling_type="ALL")
+        arguments = pooler_arguments(model, config) | pooling.arguments
+        try:
+            self._engine = LLM(runner="pooling", pooler_config=pooler, **arguments)
+        except RuntimeError as error:  # of the engine's process, whose log has the reason
+            raise GeneratorError(
+                f"vLLM cannot start on {model} with max_model_len {config.max_model_len}: {error}; its log above says "
+                "why. Where the key-value cache is too small for one sequence of that length, lower "
+                "vllm={max_model_len: ...}, or raise gpu_memory_utilization (on a CPU kv_cache_gib)"
+            ) from error
+
+    def values(self, sequences: Sequence[TokenSequence]) -> "list[Tensor]":
+        """For each sequence its values at its positions, in order [T, W].
+
+        Raises `GeneratorError` where the engine is dead (an actor's process ends), or leaves tokens out.
+        """
+        # A salt of their own: what an earlier call has cached is not in this one's answers.
+        computed = self._encode([s.ids for s in sequences], f"call-{next(self._salts)}")
+        picked = pick(sequences, computed)
+        again = [i for i, values_TW in enumerate(picked) if values_TW is None]
+        if again:
+            log.warning("vLLM left out tokens of %d of %d sequences; they are read anew", len(again), len(sequences))
+            alone = [sequences[i] for i in again]
+            for i, values_TW in zip(again, pick(alone, self._encode([s.ids for s in alone], None)), strict=True):
+                picked[i] = values_TW
+        if any(values_TW is None for values_TW in picked):
+            raise GeneratorError("vLLM returned fewer tokens than it was given, without its prefix cache too")
+        return cast("list[Tensor]", picked)
+
+    def _encode(self, rows: Sequence[Sequence[int]], salt: str | None) -> list[Computed | None]:
+        """What is computed of each row; None where its size is not what vLLM says. No `salt`: nothing is cached."""
+        from vllm import PoolingParams, TokensPrompt
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        parameters = PoolingParams(use_activation=False, skip_reading_prefix_cache=salt is None)
+        prompts = [TokensPrompt(prompt_token_ids=list(row)) for row in rows]
+        if salt is not None:
+            for prompt in prompts:
+                prompt["cache_salt"] = salt
+        try:
+            outputs = self._engine.encode(
+                prompts, pooling_params=parameters, pooling_task=self.pooling.task, use_tqdm=False
+            )
+        except EngineDeadError as error:
+            engine_died(error)
+        computed: list[Computed | None] = []
+        for row, output in zip(rows, outputs, strict=True):
+            values_LW, start = output.outputs.data, output.num_cached_tokens
+            computed.append(Computed(values_LW, start) if start + len(values_LW) == len(row) else None)
+        return computed
+
+    def shutdown(self) -> None:
+        """Stop the engine's processes (an actor's end does it too)."""
+        self._engine.llm_engine.engine_core.shutdown()
+
+
+def pooler_arguments(model: str, config: GeneratorConfig) -> dict[str, Any]:
+    """vLLM's arguments: those of generation, but prompts may be chunked, as nothing is drawn with a seed."""
+    chunked = {} if config.num_gpus else {"enable_chunked_prefill": True, "max_num_batched_tokens": CPU_STEP_TOKENS}
+    return engine_arguments(model, config) | chunked | config.vllm
+
+
+def pick(sequences: Sequence[TokenSequence], computed: Sequence[Computed | None]) -> "list[Tensor | None]":
+    """Each sequence's values at its positions [T, W], from its own computed tokens or from an equal beginning's.
+
+    A state depends on the tokens up to its own alone, so any sequence with the same ones has it. None where no sequence
+    has computed one of the positions.
+    """
+    import torch
+
+    texts = [array("q", s.ids).tobytes() for s in sequences]
+
+    def source(i: int, position: int) -> Computed | None:
+        beginning = texts[i][: (position + 1) * 8]
+        for text, other in zip(texts, computed, strict=True):
+            if other is not None and other.start <= position and text.startswith(beginning):
+                return other
+        return None
+
+    picked: list[torch.Tensor | None] = []
+    for i, (sequence, own) in enumerate(zip(sequences, computed, strict=True)):
+        holders = [own if own is None or own.start <= p else source(i, p) for p in sequence.positions]
+        rows_W = [h.values_LW[p - h.start] for h, p in zip(holders, sequence.positions, strict=True) if h is not None]
+        picked.append(torch.stack(rows_W) if len(rows_W) == len(holders) else None)
+    return picked

@@ -314,7 +314,7 @@ def load(model: str, config: ReadConfig) -> "RewardModel":
 
 
 def generator_config(config: ScoreConfig) -> GeneratorConfig:
-    """What of a score step's settings its vLLM engine takes; where they set no length, any that the checkpoint reads."""
+    """What of a score step's settings its vLLM engine takes; without a length, any that the checkpoint reads."""
     settings = {name: getattr(config, name) for name in EngineConfig.model_fields}
     arguments = dict(config.vllm)
     longest = arguments.pop("max_model_len", sys.maxsize)

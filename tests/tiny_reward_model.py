@@ -65,17 +65,25 @@ def tag_id(tok: PreTrainedTokenizerFast) -> int:
 
 
 def save(
-    folder: Path, tag: bool = True, own_bos: bool = False, seed: int = 0, context: int = 2048, spread: float = 0.2
+    folder: Path,
+    tag: bool = True,
+    own_bos: bool = False,
+    seed: int = 0,
+    context: int = 2048,
+    spread: float = 0.2,
+    head_size: int = 8,
 ) -> Path:
     """A checkpoint folder of a random model: 3 layers, width 32, grouped keys, tied embeddings.
 
     `spread` is the weights' standard deviation: the larger, the further apart the scores, and rounding errors too.
+    `head_size` is that of an attention head; vLLM's kernels for a CPU want a multiple of 32.
     """
     fast = tokenizer(tag, own_bos)
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(fast), hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=context, initializer_range=spread, tie_word_embeddings=True,
+        head_dim=head_size,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)  # type: ignore[no-untyped-call]
     fast.save_pretrained(folder)

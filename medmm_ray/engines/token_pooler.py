@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from medmm_ray.engines.generator import (
     GeneratorConfig,
     GeneratorError,
+    Statistics,
     check_model,
     check_room,
     engine_arguments,
@@ -81,7 +82,7 @@ class TokenPooler:
         from vllm import LLM
         from vllm.config import PoolerConfig
 
-        self.pooling = pooling
+        self.pooling, self.statistics = pooling, Statistics()
         self._salts = itertools.count()
         pooler = PoolerConfig(task=pooling.task, tok_pooling_type="ALL")
         arguments = pooler_arguments(model, config) | pooling.arguments
@@ -131,6 +132,8 @@ class TokenPooler:
         computed: list[Computed | None] = []
         for row, output in zip(rows, outputs, strict=True):
             values_LW, start = output.outputs.data, output.num_cached_tokens
+            self.statistics.prompt_tokens += len(row)
+            self.statistics.cached_tokens += start
             computed.append(Computed(values_LW, start) if start + len(values_LW) == len(row) else None)
         return computed
 

@@ -85,8 +85,8 @@ class PooledRewardModel(RewardModel):
                 _check_shard(self.text_model.config.vocab_size, signs, config.tensor_parallel_size)
                 plus, minus = self.tokenizer.convert_ids_to_tokens(signs)
                 return Pooling.difference(plus, minus)
-            case "qwen_prm":  # vLLM has its class, MLP and all
-                return Pooling.classifier()
+            case "qwen_prm":  # vLLM has its class, by the name of the published checkpoint's
+                return Pooling.classifier(hf_overrides={"architectures": ["Qwen2ForProcessRewardModel"]})
             case "token_classification" | "meds3":
                 return Pooling.classifier()
         raise CheckpointError(

@@ -1,0 +1,195 @@
+"""engines/reward_model/pooled.py: a text tower run by vLLM; with a plain engine, and with vLLM itself."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from medmm_ray.config import ConfigError, build
+from medmm_ray.engines.generator import GeneratorConfig
+from medmm_ray.engines.reward_model import CheckpointError, RewardModel, StepScores
+from medmm_ray.engines.reward_model.pooled import PooledRewardModel
+from medmm_ray.engines.token_pooler import Pooling, TokenPooler, TokenSequence
+from medmm_ray.score import ScoreConfig, Scorer, _check_engine, generator_config
+from tests import test_score as rows
+from tests import tiny_reward_model as tiny
+from tests import tiny_vision
+from tests.tiny_reward_model import DOCUMENTS, QUESTION, SOLUTIONS
+
+CONFIG = GeneratorConfig(dtype="float32", max_model_len=1 << 30, num_threads=1)
+
+
+class PlainPooler:
+    """Each sequence alone through the checkpoint in transformers, all logits: no cache, no packing."""
+
+    def __init__(self, model: str, config: GeneratorConfig, pooling: Pooling) -> None:
+        self.model: Any = AutoModelForCausalLM.from_pretrained(model)
+        self.longest = config.max_model_len
+        vocabulary = {token: i for i, token in enumerate(tiny.tokenizer().convert_ids_to_tokens(range(1000))) if token}
+        self.minus, self.plus = (vocabulary[t] for t in pooling.arguments["hf_overrides"]["classifier_from_token"])
+        self.lengths: list[int] = []
+
+    @torch.no_grad()
+    def values(self, sequences: Sequence[TokenSequence]) -> list[torch.Tensor]:
+        found = []
+        for sequence in sequences:
+            self.lengths.append(len(sequence.ids))
+            logits_TV = self.model(torch.tensor([list(sequence.ids)])).logits[0, list(sequence.positions)]
+            found.append((logits_TV[:, self.plus] - logits_TV[:, self.minus])[:, None])
+        return found
+
+    def shutdown(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("prm"), context=1024, spread=0.1, head_size=32)
+
+
+def same(found: Sequence[StepScores], expected: Sequence[StepScores]) -> None:
+    assert [(s.error, s.num_documents) for s in found] == [(s.error, s.num_documents) for s in expected]
+    for ours, other in zip(found, expected, strict=True):
+        assert ours.text_log_odds == pytest.approx(other.text_log_odds, abs=1e-5)
+        assert ours.image_log_odds == other.image_log_odds
+
+
+def test_documents_lengths_and_errors_are_those_of_torch(folder: Path) -> None:
+    documents = [f"{DOCUMENTS[0]} {i} " * 20 for i in range(5)]
+    solutions: list[str | list[str]] = [
+        *SOLUTIONS,
+        [],
+        "Step 1: normal Step 2: clear",
+        ["the heart is normal " * 60, "so (A)"],  # loses documents
+        ["the heart is normal " * 400],  # too long without any
+        SOLUTIONS[0],
+    ]
+    pooled = PooledRewardModel.open(folder, CONFIG, PlainPooler)
+    found = pooled.score(QUESTION, solutions, documents)
+    same(found, RewardModel.from_pretrained(folder).score(QUESTION, solutions, documents))
+    assert found[6].error is not None
+    assert found[6].error.startswith("too_long: ")
+    assert found[3].error is not None
+    assert found[3].error.startswith("no_steps: ")
+    assert 0 < found[5].num_documents < found[0].num_documents
+    assert found[7] == found[0]
+    assert isinstance(pooled.pooler, PlainPooler)
+    assert len(pooled.pooler.lengths) == 5  # the equal one is read once
+    assert pooled.pooler.longest == 1024 >= max(pooled.pooler.lengths)
+
+
+def test_a_shorter_context_of_the_engine_bounds_what_is_read(folder: Path) -> None:
+    documents = [f"{DOCUMENTS[0]} {i} " * 10 for i in range(9)]
+    settings = CONFIG.model_copy(update={"max_model_len": 400})
+    pooled = PooledRewardModel.open(folder, settings, PlainPooler)
+    (found,) = pooled.score(QUESTION, SOLUTIONS[:1], documents)
+    assert isinstance(pooled.pooler, PlainPooler)
+    assert (pooled.context, pooled.pooler.longest) == (400, 400)
+    assert max(pooled.pooler.lengths) <= 400
+    assert 0 < found.num_documents < 9
+
+
+def test_what_the_engine_makes_no_number_of_is_an_error(folder: Path) -> None:
+    class Overflowing(PlainPooler):
+        def values(self, sequences: Sequence[TokenSequence]) -> list[torch.Tensor]:
+            found = super().values(sequences)
+            found[1][0] = float("nan")
+            return found
+
+    first, second, _ = PooledRewardModel.open(folder, CONFIG, Overflowing).score(QUESTION, SOLUTIONS)
+    assert first.error is None
+    assert second.error is not None
+    assert second.error.startswith("not_finite: 1 of 3 steps")
+    assert second.log_odds == []
+
+
+def test_a_checkpoint_that_vllm_cannot_read_is_refused_before_an_engine_starts(folder: Path, tmp_path: Path) -> None:
+    def never(*_: Any) -> Any:
+        raise AssertionError("an engine was started")
+
+    def refused(path: Path, match: str, config: GeneratorConfig = CONFIG) -> None:
+        with pytest.raises(CheckpointError, match=match):
+            PooledRewardModel.open(path, config, never)
+
+    refused(tiny.save(tmp_path / "untagged", tag=False), "its tokenizer has no token ' ки'.*save_pretrained")
+    refused(tiny_vision.save_llava(tmp_path / "llava"), "is a vision-language model")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    refused(tmp_path / "adapter", "is an adapter")
+    gpus = CONFIG.model_copy(update={"tensor_parallel_size": 8})
+    refused(folder, "gives the first GPU 64 rows of the head, and the signs' tokens are", gpus)
+
+
+# The step
+
+
+def test_settings_of_vllm_go_with_its_engine_alone() -> None:
+    for name, value in {"vllm": {"block_size": 64}, "batch_invariant": True}.items():
+        with pytest.raises(ConfigError, match=rf"{name}=.* is a setting of engine=vllm, and engine is 'torch'"):
+            build(ScoreConfig, {name: value}, "here")
+    config = ScoreConfig(engine="vllm", vllm={"max_model_len": 2048, "block_size": 64}, num_threads=1, kv_cache_gib=3)
+    settings = generator_config(config)
+    assert (settings.dtype, settings.max_model_len, settings.vllm) == ("float32", 2048, {"block_size": 64})
+    assert (settings.num_threads, settings.kv_cache_gib) == (1, 3)
+
+
+def test_arms_that_look_at_images_are_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "two_tower")
+    (tmp_path / "two_tower" / "reward_model.json").write_text('{"fusion": {}}')
+    config = ScoreConfig(engine="vllm", arms=("text_only", "no_documents"))
+    with pytest.raises(ConfigError, match=r"score.arms has no_documents; set score.arms=\[text_only\]"):
+        _check_engine(str(tmp_path / "two_tower"), config)
+    _check_engine(str(folder), config)
+    _check_engine(str(tmp_path / "two_tower"), ScoreConfig(engine="vllm", arms=("text_only",)))
+
+
+# vLLM itself
+
+BEGINNING = [f"the {side} lung shows a {name} opacity because the heart is {name}" for side in ("left", "right")
+             for name in ("clear", "blunted", "enlarged")]  # fmt: skip
+STEPS: dict[str, list[str]] = {
+    "plain": BEGINNING,
+    "equal": BEGINNING,
+    "on": [*BEGINNING, "therefore the answer is (A)"],  # all tags but the last may lie in blocks of another one
+    "off": [*BEGINNING[:5], "no finding", "therefore the answer is (B)"],
+    "half": BEGINNING[:4],
+    "other": ["normal"],
+    "fewer": ["the heart is normal " * 60, "so (A)"],
+    "long": ["the heart is normal " * 400],
+    "none": [],
+}
+
+
+@pytest.mark.engine
+def test_the_step_scores_as_torch_does(folder: Path) -> None:
+    """Documents, equal solutions, common beginnings past tags, one question twice: in one call and in another."""
+    sampled = [rows.solutions(q, STEPS) for q in ("q1", "q2", "q3")]
+    questions = [rows.question(q, []) for q in ("q1", "q2", "q3")]
+    found = [rows.evidence(q, []) for q in ("q1", "q2", "q3")]
+    for one in found:
+        one.documents[0].text = " ".join(f"the {i} heart is clear" for i in range(60))
+    batch = rows.joined(questions, [], found, sampled)
+    settings: dict[str, Any] = {"arms": ("text_only", "no_documents"), "num_references": 0}
+    expected = rows.entries(Scorer(ScoreConfig(**settings), str(folder), "m")(batch))
+    scorer = Scorer(ScoreConfig(engine="vllm", num_threads=1, **settings), str(folder), "m")
+    assert isinstance(scorer.model, PooledRewardModel)
+    try:
+        ours = rows.entries(scorer(batch.slice(0, 2))) | rows.entries(scorer(batch.slice(2)))
+        assert isinstance(scorer.model.pooler, TokenPooler)
+        statistics = scorer.model.pooler.statistics
+    finally:
+        scorer.model.shutdown()
+    assert list(ours) == list(expected)
+    for key, entry in ours.items():
+        assert entry["error"] == expected[key]["error"]
+        assert entry["text_log_odds"] == pytest.approx(expected[key]["text_log_odds"], abs=1e-5)
+    errors = {name: ours[f"q1-{name}", "text_only"]["error"] or "" for name in STEPS}
+    assert {name: error.partition(":")[0] for name, error in errors.items() if error} == {
+        "long": "too_long", "none": "no_steps",
+    }  # fmt: skip
+    assert ours["q1-plain", "text_only"]["text_log_odds"] == ours["q1-equal", "text_only"]["text_log_odds"]
+    assert statistics.hit_rate > 0.5

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from medmm_ray.config import Config, ConfigError, digest
+from medmm_ray.config import ConfigError, digest
 from medmm_ray.engines.checkpoints import resolve
 from medmm_ray.engines.generator import EngineConfig, GeneratorConfig
 from medmm_ray.engines.images import MAX_PIXELS, open_image
@@ -41,9 +41,13 @@ _SHOWN: dict[Arm, Shown | None] = {
 Kind = tuple[bool, Shown | None]  # what a text is read with: documents, images
 
 
-class ReadConfig(Config):
-    """How a reward model reads solutions."""
+class ReadConfig(EngineConfig):
+    """How a reward model reads solutions, and what runs its text tower. The settings of `EngineConfig` are vLLM's."""
 
+    engine: Literal["torch", "vllm"] = "torch"
+    """What runs the text tower. vllm gives what torch does, to rounding (1e-5 in float32; the last bits depend on what
+    it reads together), with tensor parallelism and quantised weights. It reads no images itself. Its further arguments
+    go into `vllm`, max_model_len among them (default: the checkpoint's context)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the text tower."""
     num_documents: int = Field(default=32, ge=0)
@@ -66,18 +70,21 @@ class ReadConfig(Config):
     num_gpus: float = Field(default=0.0, ge=0, json_schema_extra={"identity": False})
     """GPUs a copy; above 0 the model runs there."""
 
+    @model_validator(mode="after")
+    def _engine(self) -> Self:
+        if self.engine == "torch" and (self.vllm or self.batch_invariant or self.tensor_parallel_size > 1):
+            name = "vllm" if self.vllm else "batch_invariant" if self.batch_invariant else "tensor_parallel_size"
+            raise ValueError(f"{name}={getattr(self, name)!r} is a setting of engine=vllm, and engine is 'torch'")
+        return self
+
 
 class StatesConfig(ReadConfig):
     """How text states are computed; they are kept in `dtype`."""
 
 
-class ScoreConfig(ReadConfig, EngineConfig):
-    """What is scored, and what runs the text tower. The settings of `EngineConfig` are vLLM's alone."""
+class ScoreConfig(ReadConfig):
+    """What is scored."""
 
-    engine: Literal["torch", "vllm"] = "torch"
-    """What runs the text tower. vllm gives torch's scores to rounding (1e-5 in float32), with tensor parallelism and
-    quantised weights, for text-only arms of the families medprm, math_shepherd, qwen_prm, token_classification, meds3;
-    pass its arguments as score.vllm={...}, max_model_len (default: the checkpoint's context) among them."""
     arms: tuple[Arm, ...] = ("multimodal", "text_only", "shuffled_image")
     """multimodal: everything; text_only: no image; shuffled_image: another question's images; no_documents: without."""
     num_references: int = Field(default=3, ge=0)
@@ -86,13 +93,6 @@ class ScoreConfig(ReadConfig, EngineConfig):
     """Largest image that is opened, width x height in pixels; a larger one is an error of its question."""
     seed: int = 0
     """Seed of the shuffle of images."""
-
-    @model_validator(mode="after")
-    def _engine(self) -> Self:
-        if self.engine == "torch" and (self.vllm or self.batch_invariant or self.tensor_parallel_size > 1):
-            name = "vllm" if self.vllm else "batch_invariant" if self.batch_invariant else "tensor_parallel_size"
-            raise ValueError(f"{name}={getattr(self, name)!r} is a setting of engine=vllm, and engine is 'torch'")
-        return self
 
 
 # What a question needs
@@ -215,13 +215,10 @@ def score(ds: "Dataset", config: ScoreConfig, model_path: str, model_id: str) ->
     """Rows of `inputs` -> ``{question_id, scores: list<Scores>}``.
 
     `model_path` is a reward model's folder or URI; `model_id` (a fingerprint or content hash) goes into each entry.
-    Raises `ConfigError` where an arm looks at images and the checkpoint reads none, or reads no reference images, or
-    `config.engine` cannot look at them.
+    Raises `ConfigError` where an arm looks at images and the checkpoint reads none, or reads no reference images.
     """
     _check_eyes(model_path, config)
-    _check_engine(model_path, config)
-    restarts = {"max_restarts": config.max_restarts} if config.engine == "vllm" else {}
-    return _map(ds, Scorer, config, model_path, model_id, **restarts)
+    return _map(ds, Scorer, config, model_path, model_id)
 
 
 def states(ds: "Dataset", config: StatesConfig, model_path: str, model_id: str) -> "Dataset":
@@ -237,9 +234,12 @@ def states(ds: "Dataset", config: StatesConfig, model_path: str, model_id: str) 
     return _map(ds, Reader, config, model_path, model_id)
 
 
-def _map(ds: "Dataset", actor: type, config: ReadConfig, path: str, model_id: str, **options: Any) -> "Dataset":
+def _map(ds: "Dataset", actor: type, config: ReadConfig, path: str, model_id: str) -> "Dataset":
     from ray.data import ActorPoolStrategy
 
+    if config.engine == "vllm" and _eyes(path) == "language_model":
+        raise ConfigError(f"engine=vllm reads texts alone, and {path} is a vision-language model; take engine=torch")
+    restarts: dict[str, Any] = {"max_restarts": config.max_restarts} if config.engine == "vllm" else {}
     return ds.map_batches(
         actor,
         fn_constructor_kwargs={"config": config, "model": path, "model_id": model_id},
@@ -248,7 +248,7 @@ def _map(ds: "Dataset", actor: type, config: ReadConfig, path: str, model_id: st
         compute=ActorPoolStrategy(min_size=1, max_size=config.num_actors),
         num_cpus=config.num_cpus,
         num_gpus=config.num_gpus,
-        **options,
+        **restarts,
     )
 
 
@@ -277,32 +277,19 @@ def _check_eyes(path: str, config: ScoreConfig) -> None:
         )
 
 
-def _check_engine(path: str, config: ScoreConfig) -> None:
-    if config.engine == "torch":
-        return
-    eyes = _eyes(path)
-    if eyes == "language_model":
-        raise ConfigError(
-            f"score.engine=vllm reads texts alone, and {path} is a vision-language model; take engine=torch"
-        )
-    looking = [arm for arm in config.arms if eyes == "tower" and _SHOWN[arm]]
-    if looking:
-        raise ConfigError(
-            f"score.engine=vllm gives no states for the image part of {path} to look with, and score.arms has "
-            f"{', '.join(looking)}; set score.arms=[text_only], or take engine=torch"
-        )
+def load(model: str, config: ReadConfig, images: bool = True) -> "RewardModel":
+    """The reward model of a config: on its engine, on a GPU where the config asks for one.
 
-
-def load(model: str, config: ReadConfig) -> "RewardModel":
-    """The reward model of a config: on its engine, on a GPU where the config asks for one."""
+    Without `images` a vLLM engine is spared the states for the image part, which is then left out.
+    """
     from medmm_ray.engines.reward_model import RewardModel
 
     loaded: RewardModel
-    if isinstance(config, ScoreConfig) and config.engine == "vllm":
+    if config.engine == "vllm":
         from medmm_ray.engines.reward_model.pooled import PooledRewardModel
 
-        _check_engine(model, config)
-        loaded = PooledRewardModel.open(resolve(model), generator_config(config))
+        states = isinstance(config, StatesConfig) or (images and _eyes(model) == "tower")
+        loaded = PooledRewardModel.open(resolve(model), generator_config(config), states=states)
     else:
         device = "cuda" if config.num_gpus else "cpu"
         loaded = RewardModel.from_pretrained(resolve(model), dtype=config.dtype, device=device)
@@ -313,8 +300,8 @@ def load(model: str, config: ReadConfig) -> "RewardModel":
     return loaded
 
 
-def generator_config(config: ScoreConfig) -> GeneratorConfig:
-    """What of a score step's settings its vLLM engine takes; without a length, any that the checkpoint reads."""
+def generator_config(config: ReadConfig) -> GeneratorConfig:
+    """What of a step's settings its vLLM engine takes; without a length, any that the checkpoint reads."""
     settings = {name: getattr(config, name) for name in EngineConfig.model_fields}
     arguments = dict(config.vllm)
     longest = arguments.pop("max_model_len", sys.maxsize)
@@ -326,7 +313,8 @@ class Scorer:
 
     def __init__(self, config: ScoreConfig, model: "str | RewardModel", model_id: str) -> None:
         self.config, self.model_id = config, model_id
-        self.model = load(model, config) if isinstance(model, str) else model
+        images = any(_SHOWN[arm] for arm in config.arms)
+        self.model = load(model, config, images) if isinstance(model, str) else model
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.to_pylist()

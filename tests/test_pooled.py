@@ -1,7 +1,7 @@
 """engines/reward_model/pooled.py: a text tower run by vLLM; with a plain engine, and with vLLM itself."""
 
-import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,36 +11,43 @@ from transformers import AutoModelForCausalLM
 
 from medmm_ray.config import ConfigError, build
 from medmm_ray.engines.generator import GeneratorConfig
-from medmm_ray.engines.reward_model import CheckpointError, RewardModel, StepScores
+from medmm_ray.engines.reward_model import CheckpointError, FusionConfig, RewardModel, StepScores
 from medmm_ray.engines.reward_model.pooled import PooledRewardModel
 from medmm_ray.engines.token_pooler import Pooling, TokenPooler, TokenSequence
-from medmm_ray.score import ScoreConfig, Scorer, _check_engine, generator_config
+from medmm_ray.score import ScoreConfig, Scorer, generator_config
+from tests import test_families as families
 from tests import test_score as rows
 from tests import tiny_reward_model as tiny
 from tests import tiny_vision
+from tests.clip_folders import write_native_clip
 from tests.tiny_reward_model import DOCUMENTS, QUESTION, SOLUTIONS
 
 CONFIG = GeneratorConfig(dtype="float32", max_model_len=1 << 30, num_threads=1)
 
 
 class PlainPooler:
-    """Each sequence alone through the checkpoint in transformers, all logits: no cache, no packing."""
+    """Each sequence alone through the checkpoint in transformers, all logits and layers: no cache, no packing."""
 
     def __init__(self, model: str, config: GeneratorConfig, pooling: Pooling) -> None:
         self.model: Any = AutoModelForCausalLM.from_pretrained(model)
-        self.longest = config.max_model_len
-        vocabulary = {token: i for i, token in enumerate(tiny.tokenizer().convert_ids_to_tokens(range(1000))) if token}
-        self.minus, self.plus = (vocabulary[t] for t in pooling.arguments["hf_overrides"]["classifier_from_token"])
+        self.longest, self.task = config.max_model_len, pooling.task
+        signs = pooling.arguments["hf_overrides"].get("classifier_from_token", [])
+        self.signs = [tiny.tokenizer().convert_tokens_to_ids(sign) for sign in signs]
         self.lengths: list[int] = []
 
-    @torch.no_grad()
     def values(self, sequences: Sequence[TokenSequence]) -> list[torch.Tensor]:
-        found = []
-        for sequence in sequences:
-            self.lengths.append(len(sequence.ids))
-            logits_TV = self.model(torch.tensor([list(sequence.ids)])).logits[0, list(sequence.positions)]
-            found.append((logits_TV[:, self.plus] - logits_TV[:, self.minus])[:, None])
-        return found
+        return [self.one(list(sequence.ids))[list(sequence.positions)] for sequence in sequences]
+
+    @torch.no_grad()
+    def one(self, ids: list[int]) -> torch.Tensor:
+        self.lengths.append(len(ids))
+        output = self.model(torch.tensor([ids]), output_hidden_states=True)
+        if self.task == "token_embed":
+            layers = output.hidden_states  # of 3 layers: embeddings, after the first, after the second, after the norm
+            return torch.cat([layers[3][0], layers[1][0]], dim=-1)
+        minus, plus = self.signs
+        difference_L1: torch.Tensor = output.logits[0, :, plus, None] - output.logits[0, :, minus, None]
+        return difference_L1
 
     def shutdown(self) -> None:
         pass
@@ -55,7 +62,7 @@ def same(found: Sequence[StepScores], expected: Sequence[StepScores]) -> None:
     assert [(s.error, s.num_documents) for s in found] == [(s.error, s.num_documents) for s in expected]
     for ours, other in zip(found, expected, strict=True):
         assert ours.text_log_odds == pytest.approx(other.text_log_odds, abs=1e-5)
-        assert ours.image_log_odds == other.image_log_odds
+        assert ours.image_log_odds == pytest.approx(other.image_log_odds, abs=1e-5)
 
 
 def test_documents_lengths_and_errors_are_those_of_torch(folder: Path) -> None:
@@ -68,7 +75,7 @@ def test_documents_lengths_and_errors_are_those_of_torch(folder: Path) -> None:
         ["the heart is normal " * 400],  # too long without any
         SOLUTIONS[0],
     ]
-    pooled = PooledRewardModel.open(folder, CONFIG, PlainPooler)
+    pooled = PooledRewardModel.open(folder, CONFIG, start=PlainPooler)
     found = pooled.score(QUESTION, solutions, documents)
     same(found, RewardModel.from_pretrained(folder).score(QUESTION, solutions, documents))
     assert found[6].error is not None
@@ -85,7 +92,7 @@ def test_documents_lengths_and_errors_are_those_of_torch(folder: Path) -> None:
 def test_a_shorter_context_of_the_engine_bounds_what_is_read(folder: Path) -> None:
     documents = [f"{DOCUMENTS[0]} {i} " * 10 for i in range(9)]
     settings = CONFIG.model_copy(update={"max_model_len": 400})
-    pooled = PooledRewardModel.open(folder, settings, PlainPooler)
+    pooled = PooledRewardModel.open(folder, settings, start=PlainPooler)
     (found,) = pooled.score(QUESTION, SOLUTIONS[:1], documents)
     assert isinstance(pooled.pooler, PlainPooler)
     assert (pooled.context, pooled.pooler.longest) == (400, 400)
@@ -100,10 +107,10 @@ def test_what_the_engine_makes_no_number_of_is_an_error(folder: Path) -> None:
             found[1][0] = float("nan")
             return found
 
-    first, second, _ = PooledRewardModel.open(folder, CONFIG, Overflowing).score(QUESTION, SOLUTIONS)
+    first, second, _ = PooledRewardModel.open(folder, CONFIG, start=Overflowing).score(QUESTION, SOLUTIONS)
     assert first.error is None
     assert second.error is not None
-    assert second.error.startswith("not_finite: 1 of 3 steps")
+    assert second.error.startswith("not_finite: ")
     assert second.log_odds == []
 
 
@@ -111,9 +118,9 @@ def test_a_checkpoint_that_vllm_cannot_read_is_refused_before_an_engine_starts(f
     def never(*_: Any) -> Any:
         raise AssertionError("an engine was started")
 
-    def refused(path: Path, match: str, config: GeneratorConfig = CONFIG) -> None:
+    def refused(path: Path, match: str, config: GeneratorConfig = CONFIG, states: bool = False) -> None:
         with pytest.raises(CheckpointError, match=match):
-            PooledRewardModel.open(path, config, never)
+            PooledRewardModel.open(path, config, states=states, start=never)
 
     refused(tiny.save(tmp_path / "untagged", tag=False), "its tokenizer has no token ' ки'.*save_pretrained")
     refused(tiny_vision.save_llava(tmp_path / "llava"), "is a vision-language model")
@@ -122,6 +129,53 @@ def test_a_checkpoint_that_vllm_cannot_read_is_refused_before_an_engine_starts(f
     refused(tmp_path / "adapter", "is an adapter")
     gpus = CONFIG.model_copy(update={"tensor_parallel_size": 8})
     refused(folder, "gives the first GPU 64 rows of the head, and the signs' tokens are", gpus)
+    classes = families.token_classification(tmp_path / "classes")
+    refused(classes, "this is a LlamaForTokenClassification of the family token_classification", states=True)
+
+
+@pytest.fixture(scope="module")
+def two_tower(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same text tower with an image part that is not zero and reads summaries."""
+    torch.manual_seed(0)
+    model = RewardModel.from_pretrained(folder)
+    model.add_image_tower(write_native_clip(tmp_path_factory.mktemp("clip")), FusionConfig(width=16))
+    assert model.fusion is not None
+    torch.nn.init.normal_(model.fusion.output.weight, std=0.1)
+    made = tmp_path_factory.mktemp("two_tower") / "model"
+    model.save_pretrained(made)
+    return made
+
+
+def test_states_and_the_image_part_are_those_of_torch(two_tower: Path) -> None:
+    model, pooled = (
+        RewardModel.from_pretrained(two_tower),
+        PooledRewardModel.open(two_tower, CONFIG, states=True, start=PlainPooler),
+    )
+    solutions = [*SOLUTIONS, []]
+    for ours, other in zip(
+        pooled.text_states(QUESTION, solutions, DOCUMENTS),
+        model.text_states(QUESTION, solutions, DOCUMENTS),
+        strict=True,
+    ):
+        assert ours.error == other.error
+        torch.testing.assert_close(ours.states_TD, other.states_TD, atol=1e-5, rtol=0)
+        torch.testing.assert_close(ours.summaries_TD, other.summaries_TD, atol=1e-5, rtol=0)
+        torch.testing.assert_close(ours.log_odds_T, other.log_odds_T, atol=1e-5, rtol=0)
+    picture = tiny_vision.picture(0)
+    found, expected = (m.score(QUESTION, solutions, DOCUMENTS, picture) for m in (pooled, model))
+    same(found, expected)
+    assert max(abs(x) for s in found for x in s.image_log_odds) > 1e-3
+
+
+def test_without_states_the_image_part_is_left_out(two_tower: Path) -> None:
+    pooled = PooledRewardModel.open(two_tower, CONFIG, start=PlainPooler)
+    assert (pooled.reads_images, pooled.fusion) == (False, None)
+    same(
+        pooled.score(QUESTION, SOLUTIONS, DOCUMENTS),
+        RewardModel.from_pretrained(two_tower).score(QUESTION, SOLUTIONS, DOCUMENTS),
+    )
+    with pytest.raises(ValueError, match="was opened without states"):
+        pooled.head_log_odds(torch.zeros(1, 32))
 
 
 # The step
@@ -135,16 +189,6 @@ def test_settings_of_vllm_go_with_its_engine_alone() -> None:
     settings = generator_config(config)
     assert (settings.dtype, settings.max_model_len, settings.vllm) == ("float32", 2048, {"block_size": 64})
     assert (settings.num_threads, settings.kv_cache_gib) == (1, 3)
-
-
-def test_arms_that_look_at_images_are_refused(folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder, tmp_path / "two_tower")
-    (tmp_path / "two_tower" / "reward_model.json").write_text('{"fusion": {}}')
-    config = ScoreConfig(engine="vllm", arms=("text_only", "no_documents"))
-    with pytest.raises(ConfigError, match=r"score.arms has no_documents; set score.arms=\[text_only\]"):
-        _check_engine(str(tmp_path / "two_tower"), config)
-    _check_engine(str(folder), config)
-    _check_engine(str(tmp_path / "two_tower"), ScoreConfig(engine="vllm", arms=("text_only",)))
 
 
 # vLLM itself
@@ -170,8 +214,8 @@ def test_the_step_scores_as_torch_does(folder: Path) -> None:
     sampled = [rows.solutions(q, STEPS) for q in ("q1", "q2", "q3")]
     questions = [rows.question(q, []) for q in ("q1", "q2", "q3")]
     found = [rows.evidence(q, []) for q in ("q1", "q2", "q3")]
-    for one in found:
-        one.documents[0].text = " ".join(f"the {i} heart is clear" for i in range(60))
+    text = " ".join(f"the {i} heart is clear" for i in range(60))
+    found = [replace(one, documents=[replace(one.documents[0], text=text), *one.documents]) for one in found]
     batch = rows.joined(questions, [], found, sampled)
     settings: dict[str, Any] = {"arms": ("text_only", "no_documents"), "num_references": 0}
     expected = rows.entries(Scorer(ScoreConfig(**settings), str(folder), "m")(batch))

@@ -11,7 +11,7 @@ import itertools
 import logging
 import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -54,6 +54,12 @@ class Pooling:
         """
         head = {"classifier_from_token": [minus, plus], "method": "from_2_way_softmax"}
         return cls.classifier(hf_overrides=head)
+
+    @classmethod
+    def states(cls, classes: Mapping[str, str]) -> "Pooling":
+        """Hidden states, in the model's own number format; `classes` stand in for the checkpoint's architectures."""
+        arguments = {"convert": "embed", "hf_overrides": {"head_dtype": "model"}, "model_class_overrides": {**classes}}
+        return cls("token_embed", arguments)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
 """A reward model whose text tower is run by vLLM: the checkpoint's own format, documents and errors, vLLM's numbers.
 
 Enters: a checkpoint and an engine's settings. Leaves: a `PooledRewardModel`, which scores as `RewardModel` does, to
-rounding: what is read, and what is refused, is decided by the same code.
+rounding: what is read, and what is refused, is decided by the same code. For the image part, or where states are kept,
+the engine gives two states a token instead of log-odds (`middle_states`), and head and fusion work on them here.
 
 Legend: T tags, D text width, W values a token.
 """
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +25,10 @@ from medmm_ray.engines.reward_model.packing import Branch, PackedQuestion
 from medmm_ray.engines.reward_model.request import ScoreRequest
 from medmm_ray.engines.token_pooler import Pooling, TokenPooler, TokenSequence
 
-QUESTIONS = 32  # that are handed to the engine in one call
+QUESTIONS = 32  # that are handed to the engine in one call …
+STATES_QUESTIONS = 2  # … and where it gives states: 16 KB a token of an 8B model in bfloat16
+MIDDLE_STATES = "medmm_ray.engines.reward_model.middle_states"
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 VOCABULARY_PADDING = 64  # rows; vLLM rounds a vocabulary up to a multiple of it before it is dealt to GPUs
 
 
@@ -39,59 +44,80 @@ StartPooler = Callable[[str, GeneratorConfig, Pooling], Pooler]
 
 
 class PooledRewardModel(RewardModel):
-    """A reward model of texts whose text tower's weights are an engine's alone: here it is on the meta device.
+    """A reward model whose text tower's weights are an engine's alone: here it is on the meta device.
 
-    It gives log-odds, no states, so it has no image part; it can be neither trained nor saved.
+    It can be neither trained nor saved. Without `gives_states` it has log-odds alone, and no image part.
     """
 
-    def __init__(self, text: text_tower.Text, longest: int) -> None:
-        """`longest`: tokens of the longest sequence that the engine takes."""
+    def __init__(self, text: text_tower.Text, config: GeneratorConfig, gives_states: bool) -> None:
         super().__init__(text.model, text.tokenizer, family=text.family)
         self.text_origin = text.origin
-        self.longest = longest
+        self.config, self.gives_states = config, gives_states
+        self.head_D: Tensor | None = None  # the head's row of + less that of −, float32
         self.pooler: Pooler | None = None
 
     @classmethod
-    def open(cls, path: "str | Path", config: GeneratorConfig, start: StartPooler = TokenPooler) -> "PooledRewardModel":
+    def open(
+        cls, path: "str | Path", config: GeneratorConfig, *, states: bool = False, start: StartPooler = TokenPooler
+    ) -> "PooledRewardModel":
         """The reward model of `path`, a folder or a hub id, with an engine of its own; `shutdown` ends that.
 
-        Sequences are as long as the checkpoint's context, or ``max_model_len`` of `config` where that is less. Raises
-        `CheckpointError` where vLLM cannot read such a checkpoint, `GeneratorError` where its engine cannot start.
+        Sequences are as long as the checkpoint's context, or ``max_model_len`` of `config` where that is less. With
+        `states`, states and summaries come too, and the image part, where there is one. Raises `CheckpointError` where
+        vLLM cannot read such a checkpoint, `GeneratorError` where its engine cannot start.
         """
         path = checkpoint.locate(path, None)
         saved = checkpoint.read(path)
-        model = cls(text_tower.read_outline(path, saved.family if saved else None), config.max_model_len)
-        if saved is not None:
-            model.max_length, model.reserve, model.fit = saved.max_length, saved.reserve, saved.fit
-        pooling = model.pooling(config)
+        text = text_tower.read_outline(path, saved.family if saved else None, config.dtype)
+        model = cls(text, config, states)
+        pooling = model.pooling()
+        if states:
+            signs = [model.family.ids["plus"], model.family.ids["minus"]]
+            plus_D, minus_D = text_tower.read_head(path, text.model, signs).float()
+            model.head_D = plus_D - minus_D
         settings = config.model_copy(update={"max_model_len": model.context})
         with tempfile.TemporaryDirectory(prefix="text-tower-") as scratch:
             model.pooler = start(_text_tower_alone(path, Path(scratch)), settings, pooling)
+        if saved is not None:
+            model._restore(path, saved if states else replace(saved, fusion=None))
+        if model.image_tower is not None and model.fusion is not None:
+            model.image_tower.to(model.device)
+            model.fusion.to(model.device)
         return model.eval()
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cpu")
+        """Where the image part works."""
+        return torch.device("cuda" if self.config.num_gpus else "cpu")
 
     @property
     def context(self) -> int:
-        return min(super().context, self.longest)
+        return min(super().context, self.config.max_model_len)
 
-    def pooling(self, config: GeneratorConfig) -> Pooling:
-        """How vLLM reads the family's head."""
-        match self.family.name:
-            case "medprm" | "math_shepherd":
-                signs = [self.family.ids["plus"], self.family.ids["minus"]]
-                _check_shard(self.text_model.config.vocab_size, signs, config.tensor_parallel_size)
-                plus, minus = self.tokenizer.convert_ids_to_tokens(signs)
-                return Pooling.difference(plus, minus)
-            case "qwen_prm":  # vLLM has its class, by the name of the published checkpoint's
-                return Pooling.classifier(hf_overrides={"architectures": ["Qwen2ForProcessRewardModel"]})
-            case "token_classification" | "meds3":
-                return Pooling.classifier()
-        raise CheckpointError(
-            f"vLLM reads no reward model of the family {self.family.name} here; take engine=torch, which does"
-        )
+    def pooling(self) -> Pooling:
+        """How vLLM reads the checkpoint."""
+        name, model = self.family.name, self.text_model.config
+        if self.gives_states:
+            (architecture,) = model.architectures
+            if not self.family.additive or architecture not in ARCHITECTURES:
+                raise CheckpointError(
+                    f"vLLM gives the states of the families medprm and math_shepherd on {', '.join(ARCHITECTURES)}; "
+                    f"this is a {architecture} of the family {name}: take engine=torch"
+                )
+            return Pooling.states({architecture: f"{MIDDLE_STATES}:{architecture}"})
+        if name == "qwen_prm":  # vLLM has its class, by the name of the published checkpoint's
+            return Pooling.classifier(hf_overrides={"architectures": ["Qwen2ForProcessRewardModel"]})
+        if not self.family.additive:  # a head `score` in the checkpoint
+            return Pooling.classifier()
+        signs = [self.family.ids["plus"], self.family.ids["minus"]]
+        _check_shard(model.vocab_size, signs, self.config.tensor_parallel_size)
+        plus, minus = self.tokenizer.convert_ids_to_tokens(signs)
+        return Pooling.difference(plus, minus)
+
+    def head_log_odds(self, states_TD: Tensor) -> Tensor:
+        if self.head_D is None:
+            raise ValueError("this reward model was opened without states; open it with states=True")
+        return states_TD.float() @ self.head_D.to(states_TD.device)
 
     def text_states_of(
         self,
@@ -100,29 +126,54 @@ class PooledRewardModel(RewardModel):
         token_budget: int | None = None,  # noqa: ARG002 - the engine's own scheduler decides
         together: bool = True,  # noqa: ARG002
     ) -> Iterator[list[SolutionStates]]:
-        """The log-odds of many questions' solutions, in order, without states.
+        """What the engine says of many questions' solutions, in order.
 
-        What the engine reads together is its own choice, and the last bits of a log-odds depend on it.
+        What it reads together is its own choice, and the last bits of a log-odds depend on it.
         """
         waiting = iter(requests)
-        while batch := list(islice(waiting, QUESTIONS)):
+        while batch := list(islice(waiting, STATES_QUESTIONS if self.gives_states else QUESTIONS)):
             readings = [_Reading(self, request) for request in batch]
             branches = [(r, group, b) for r in readings for group in r.packing.groups for b in group.branches]
-            for (reading, group, branch), log_odds_T in zip(branches, self._log_odds(branches), strict=True):
-                reading.found[branch.solution] = self._found(group, log_odds_T)
+            for (reading, _, branch), states in zip(branches, self._read(branches), strict=True):
+                reading.found[branch.solution] = states
             yield from (reading.states() for reading in readings)
 
-    def _log_odds(self, branches: Sequence[tuple[Any, PackedQuestion, Branch]]) -> list[Tensor]:
+    def _read(self, branches: Sequence[tuple[Any, PackedQuestion, Branch]]) -> list[SolutionStates]:
         assert self.pooler is not None
-        sequences = [_sequence(group, branch) for _, group, branch in branches]
-        return [_difference(values_TW.float()) for values_TW in self.pooler.values(sequences)]
+        sequences = [self._sequence(group, branch) for _, group, branch in branches]
+        return [
+            self._states(group, branch, values_LW)
+            for (_, group, branch), values_LW in zip(branches, self.pooler.values(sequences), strict=True)
+        ]
 
-    def _found(self, group: PackedQuestion, log_odds_T: Tensor) -> SolutionStates:
-        missing = int((~log_odds_T.isfinite()).sum())
-        if missing:
-            return self.no_states(f"not_finite: {missing} of {len(log_odds_T)} steps have no finite score")
-        empty_0D = torch.zeros(0, self.hidden_size)
-        return SolutionStates(empty_0D, empty_0D, log_odds_T, num_documents=group.num_documents)
+    def _sequence(self, group: PackedQuestion, branch: Branch) -> TokenSequence:
+        """A branch with its prefix; asked for are its tags, or for states all tokens of its steps."""
+        prefix = len(group.prefix_ids)
+        ids = [*group.prefix_ids, *branch.ids]
+        if self.gives_states:
+            return TokenSequence(ids, range(_first(group, branch), len(ids)))
+        return TokenSequence(ids, [prefix + tag for tag in branch.tags])
+
+    def _states(self, group: PackedQuestion, branch: Branch, values_LW: Tensor) -> SolutionStates:
+        if self.gives_states:
+            prefix, first, width = len(group.prefix_ids), _first(group, branch), self.hidden_size
+            states_TD = values_LW[[prefix + tag - first for tag in branch.tags], :width]
+            middle_LD = values_LW[:, width:].float()
+            means = [middle_LD[start - first : end - first].mean(dim=0) for start, end in branch.spans(prefix)]
+            states_TD, summaries_TD = (
+                x.to(self.device, self.text_model.dtype) for x in (states_TD, torch.stack(means))
+            )
+            log_odds_T = self.head_log_odds(states_TD)
+        else:
+            states_TD = summaries_TD = torch.zeros(0, self.hidden_size)
+            log_odds_T = _difference(values_LW.float())
+        finite = all(bool(x.isfinite().all()) for x in (states_TD, summaries_TD, log_odds_T))
+        if not finite:
+            return self.no_states(
+                f"not_finite: vLLM has no finite numbers in {self.config.dtype} for one of {len(branch.tags)} steps; "
+                "take bfloat16 or float32, or look for NaN among the checkpoint's weights"
+            )
+        return SolutionStates(states_TD, summaries_TD, log_odds_T, num_documents=group.num_documents)
 
     def shutdown(self) -> None:
         """Stop the engine."""
@@ -130,9 +181,9 @@ class PooledRewardModel(RewardModel):
             self.pooler.shutdown()
 
 
-def _sequence(group: PackedQuestion, branch: Branch) -> TokenSequence:
-    prefix = len(group.prefix_ids)
-    return TokenSequence([*group.prefix_ids, *branch.ids], [prefix + tag for tag in branch.tags])
+def _first(group: PackedQuestion, branch: Branch) -> int:
+    """The first token of a branch's first step, counted in the full sequence."""
+    return branch.spans(len(group.prefix_ids))[0][0]
 
 
 def _difference(values_TW: Tensor) -> Tensor:

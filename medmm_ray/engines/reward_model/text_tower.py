@@ -3,6 +3,7 @@
 Enters: a folder or hub id. Leaves: `Text`, the model with shared-prefix attention, its tokenizer, its family.
 """
 
+import json
 import re
 import struct
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from tokenizers import AddedToken
 from transformers import (
     AutoConfig,
@@ -208,8 +210,8 @@ def _add_tag(text_model: Any, tokenizer: Any) -> None:
             part.weight[rows:] = part.weight[:rows].float().mean(dim=0).to(part.weight.dtype)
 
 
-def read_outline(path: str | Path, family: FamilyName | None) -> Text:
-    """A text tower without its weights (they are on the meta device), for an engine that has them.
+def read_outline(path: str | Path, family: FamilyName | None, dtype: str) -> Text:
+    """A text tower without its weights (they are on the meta device, in `dtype`), for an engine that has them.
 
     Refuses what such an engine cannot read from `path`: adapters, images, a tag that would have to be added.
     """
@@ -232,8 +234,22 @@ def read_outline(path: str | Path, family: FamilyName | None) -> Text:
     maker = _MODELS[found]
     with torch.device("meta"):
         model = maker(config) if found == "qwen_prm" else maker.from_config(config)
+        model.to(getattr(torch, dtype))
     check_vocabulary(model, tokenizer)
     return Text(model, tokenizer, found, Origin.of(path, commit))
+
+
+def read_head(path: str | Path, model: Any, rows: Sequence[int]) -> torch.Tensor:
+    """Some rows of a causal language model's head, of its files alone, in the model's number format [rows, width]."""
+    name = "model.embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"
+    index = cached_file(str(path), "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+    file = json.loads(Path(index).read_text())["weight_map"].get(name) if index else "model.safetensors"
+    try:
+        with safe_open(cached_file(str(path), file), framework="pt") as weights:
+            head_VD = weights.get_slice(name)
+            return torch.stack([head_VD[row] for row in rows]).to(model.dtype)
+    except (OSError, SafetensorError, TypeError) as error:
+        raise CheckpointError(f"{path}: its head {name} cannot be read from safetensors files: {error}") from error
 
 
 _SAVE_IT = "write one with RewardModel.from_pretrained(...).save_pretrained(folder) and name that folder"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from medmm_ray.engines.generator import GeneratorConfig
 from medmm_ray.engines.reward_model import CheckpointError, FusionConfig, RewardModel, StepScores
 from medmm_ray.engines.reward_model.pooled import PooledRewardModel
 from medmm_ray.engines.token_pooler import Pooling, TokenPooler, TokenSequence
-from medmm_ray.score import ScoreConfig, Scorer, generator_config
+from medmm_ray.score import ScoreConfig, Scorer, generator_config, score
 from tests import test_families as families
 from tests import test_score as rows
 from tests import tiny_reward_model as tiny
@@ -146,25 +146,22 @@ def two_tower(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def test_states_and_the_image_part_are_those_of_torch(two_tower: Path) -> None:
-    model, pooled = (
-        RewardModel.from_pretrained(two_tower),
-        PooledRewardModel.open(two_tower, CONFIG, states=True, start=PlainPooler),
-    )
-    solutions = [*SOLUTIONS, []]
-    for ours, other in zip(
-        pooled.text_states(QUESTION, solutions, DOCUMENTS),
-        model.text_states(QUESTION, solutions, DOCUMENTS),
-        strict=True,
-    ):
+def states_are_those_of_torch(pooled: PooledRewardModel, folder: Path, solutions: Sequence[list[str]]) -> None:
+    model, documents = RewardModel.from_pretrained(folder), [*DOCUMENTS, " ".join(DOCUMENTS * 9)]
+    expected = model.text_states(QUESTION, solutions, documents)
+    for ours, other in zip(pooled.text_states(QUESTION, solutions, documents), expected, strict=True):
         assert ours.error == other.error
         torch.testing.assert_close(ours.states_TD, other.states_TD, atol=1e-5, rtol=0)
         torch.testing.assert_close(ours.summaries_TD, other.summaries_TD, atol=1e-5, rtol=0)
         torch.testing.assert_close(ours.log_odds_T, other.log_odds_T, atol=1e-5, rtol=0)
-    picture = tiny_vision.picture(0)
-    found, expected = (m.score(QUESTION, solutions, DOCUMENTS, picture) for m in (pooled, model))
-    same(found, expected)
+    found, scores = (m.score(QUESTION, solutions, documents, tiny_vision.picture(0)) for m in (pooled, model))
+    same(found, scores)
     assert max(abs(x) for s in found for x in s.image_log_odds) > 1e-3
+
+
+def test_states_and_the_image_part_are_those_of_torch(two_tower: Path) -> None:
+    pooled = PooledRewardModel.open(two_tower, CONFIG, states=True, start=PlainPooler)
+    states_are_those_of_torch(pooled, two_tower, [*SOLUTIONS, []])
 
 
 def test_without_states_the_image_part_is_left_out(two_tower: Path) -> None:
@@ -189,6 +186,13 @@ def test_settings_of_vllm_go_with_its_engine_alone() -> None:
     settings = generator_config(config)
     assert (settings.dtype, settings.max_model_len, settings.vllm) == ("float32", 2048, {"block_size": 64})
     assert (settings.num_threads, settings.kv_cache_gib) == (1, 3)
+
+
+def test_a_vision_language_model_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    config = ScoreConfig(engine="vllm", num_references=0)
+    path = str(tiny_vision.save_llava(tmp_path / "llava"))
+    with pytest.raises(ConfigError, match="engine=vllm reads texts alone, and .* is a vision-language model"):
+        score(cast(Any, None), config, path, "m")
 
 
 # vLLM itself
@@ -237,3 +241,15 @@ def test_the_step_scores_as_torch_does(folder: Path) -> None:
     }  # fmt: skip
     assert ours["q1-plain", "text_only"]["text_log_odds"] == ours["q1-equal", "text_only"]["text_log_odds"]
     assert statistics.hit_rate > 0.5
+
+
+@pytest.mark.engine
+def test_states_of_vllm_are_those_of_torch(two_tower: Path) -> None:
+    """Step summaries too, where a step's first tokens lie in another solution's cache."""
+    pooled = PooledRewardModel.open(two_tower, CONFIG, states=True)
+    try:
+        states_are_those_of_torch(pooled, two_tower, list(STEPS.values()))
+        assert isinstance(pooled.pooler, TokenPooler)
+        assert pooled.pooler.statistics.hit_rate > 0.5
+    finally:
+        pooled.shutdown()

@@ -101,13 +101,14 @@ class TokenPooler:
                 "vllm={max_model_len: ...}, or raise gpu_memory_utilization (on a CPU kv_cache_gib)"
             ) from error
 
-    def values(self, sequences: Sequence[TokenSequence]) -> "list[Tensor]":
-        """For each sequence its values at its positions, in order [T, W].
+    def values(self, sequences: Sequence[TokenSequence], cached: bool = True) -> "list[Tensor]":
+        """For each sequence its values at its positions, in order [T, W]. Not `cached`: each is computed as a whole.
 
         Raises `GeneratorError` where the engine is dead (an actor's process ends), or leaves tokens out.
         """
         # A salt of their own: what an earlier call has cached is not in this one's answers.
-        computed = self._encode([s.ids for s in sequences], f"call-{next(self._salts)}")
+        salt = f"call-{next(self._salts)}" if cached else None
+        computed = self._encode([s.ids for s in sequences], salt)
         picked = pick(sequences, computed)
         again = [i for i, values_TW in enumerate(picked) if values_TW is None]
         if again:

@@ -45,9 +45,10 @@ class ReadConfig(EngineConfig):
     """How a reward model reads solutions, and what runs its text tower. The settings of `EngineConfig` are vLLM's."""
 
     engine: Literal["torch", "vllm"] = "torch"
-    """What runs the text tower. vllm gives what torch does, to rounding (1e-5 in float32; the last bits depend on what
-    it reads together), with tensor parallelism and quantised weights. It reads no images itself. Its further arguments
-    go into `vllm`, max_model_len among them (default: the checkpoint's context)."""
+    """What runs the text tower. vllm gives what torch does to rounding (1e-5 in float32), with tensor parallelism and
+    quantised weights; the last bits also depend on what it computes together, so the engine is part of what identifies
+    a table. It reads no images itself. Its further arguments go into `vllm`, max_model_len (default: the checkpoint's
+    context) among them."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the text tower."""
     num_documents: int = Field(default=32, ge=0)

@@ -106,6 +106,8 @@ class TokenPooler:
 
         Raises `GeneratorError` where the engine is dead (an actor's process ends), or leaves tokens out.
         """
+        if not sequences:
+            return []
         # A salt of their own: what an earlier call has cached is not in this one's answers.
         salt = f"call-{next(self._salts)}" if cached else None
         computed = self._encode([s.ids for s in sequences], salt)
@@ -163,10 +165,10 @@ def pick(sequences: Sequence[TokenSequence], computed: Sequence[Computed | None]
     """
     import torch
 
-    texts = [array("q", s.ids).tobytes() for s in sequences]
+    texts = [array("i", s.ids).tobytes() for s in sequences]
 
     def source(i: int, position: int) -> Computed | None:
-        beginning = texts[i][: (position + 1) * 8]
+        beginning = texts[i][: (position + 1) * array("i").itemsize]
         for text, other in zip(texts, computed, strict=True):
             if other is not None and other.start <= position and text.startswith(beginning):
                 return other
@@ -174,6 +176,9 @@ def pick(sequences: Sequence[TokenSequence], computed: Sequence[Computed | None]
 
     picked: list[torch.Tensor | None] = []
     for i, (sequence, own) in enumerate(zip(sequences, computed, strict=True)):
+        if own is not None and own.start <= min(sequence.positions):
+            picked.append(own.values_LW[[p - own.start for p in sequence.positions]])
+            continue
         holders = [own if own is None or own.start <= p else source(i, p) for p in sequence.positions]
         rows_W = [h.values_LW[p - h.start] for h, p in zip(holders, sequence.positions, strict=True) if h is not None]
         picked.append(torch.stack(rows_W) if len(rows_W) == len(holders) else None)

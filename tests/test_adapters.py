@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import AddedToken
 from transformers import (
     AutoModelForTokenClassification,
     LlamaConfig,
@@ -19,6 +20,7 @@ from transformers import (
 from medmm_ray.engines.reward_model import CheckpointError, RewardModel
 from tests import tiny_reward_model as tiny
 from tests.test_families import SHAPE, ids_of
+from tests.test_weights import POINTER, change_weights, without
 from tests.tiny_reward_model import DOCUMENTS, QUESTION, SOLUTIONS
 
 ROOT = "Let's break down this problem step by step."
@@ -193,7 +195,7 @@ def test_what_does_not_fit_says_what_to_do(parts: dict[str, Path], tmp_path: Pat
     assert "does not fit its base" in fault(parts["prm"], base=tmp_path / "wide")
     low = LlamaForCausalLM(LlamaConfig(vocab_size=500, **(SHAPE | {"num_hidden_layers": 2})))  # type: ignore[no-untyped-call]
     low.save_pretrained(tmp_path / "low")
-    assert "weights are on one side only" in fault(parts["prm"], base=tmp_path / "low")
+    assert "of no use to it are" in fault(parts["prm"], base=tmp_path / "low")
 
     headless = tmp_path / "headless"
     shutil.copytree(parts["policy"], headless)
@@ -202,3 +204,130 @@ def test_what_does_not_fit_says_what_to_do(parts: dict[str, Path], tmp_path: Pat
     assert "brings no weights for score.bias, score.weight" in fault(headless, base=parts["base"])
     (headless / "adapter_config.json").write_text(json.dumps(config | {"task_type": "SEQ_CLS"}))
     assert "an adapter for the task SEQ_CLS" in fault(headless, base=parts["base"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda w: {k: v for k, v in w.items() if "score.bias" not in k},
+            "missing are 1: base_model.model.score.bias",
+        ),
+        (lambda w: {k: v for k, v in w.items() if "layers.1.mlp" not in k}, r"missing are 2: .*layers.1.mlp.down_proj"),
+        (
+            lambda w: {k.replace("base_model.model.", "base_model.model._orig_mod."): v for k, v in w.items()},
+            "The names hold '_orig_mod.', which torch.compile",
+        ),
+        (lambda w: w | {"base_model.model.v_head.summary.weight": torch.ones(1, 32)}, "A value head"),
+    ],
+)
+def test_an_adapter_without_some_of_its_weights_is_refused(
+    change: Any, words: str, parts: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(parts["prm"], tmp_path / "adapter")
+    change_weights(tmp_path / "adapter", change, "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=words):
+        RewardModel.from_pretrained(tmp_path / "adapter", base=parts["base"])
+
+
+def test_an_adapter_or_a_base_that_is_not_whole_is_refused(parts: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("prm", "base", "policy"):
+        shutil.copytree(parts[name], tmp_path / name)
+    options: dict[str, Any] = {"base": tmp_path / "base", "merge": [tmp_path / "policy"]}
+    RewardModel.from_pretrained(tmp_path / "prm", **options)
+    for file, words in (
+        ("prm/adapter_model.safetensors", "adapter_model.safetensors is"),
+        ("prm/adapter_config.json", "adapter_config.json is"),
+        ("policy/adapter_model.safetensors", "policy/adapter_model.safetensors is"),
+        ("base/model.safetensors", "base/model.safetensors is"),
+    ):
+        whole = (tmp_path / file).read_bytes()
+        for content, fault in ((POINTER.encode(), "a git-lfs pointer"), (whole[:-100], "not whole")):
+            (tmp_path / file).write_bytes(content)
+            with pytest.raises(CheckpointError, match=f"{words} {fault}"):
+                RewardModel.from_pretrained(tmp_path / "prm", **options)
+        (tmp_path / file).write_bytes(whole)
+    change_weights(tmp_path / "base", without("model.layers.0.mlp.up_proj.weight"))
+    with pytest.raises(
+        CheckpointError, match=r"the base .*base of .* missing are 1: model.layers.0.mlp.up_proj.weight"
+    ):
+        RewardModel.from_pretrained(tmp_path / "prm", **options)
+
+
+def test_an_adapter_beside_full_weights_is_merged_in_and_they_are_checked(
+    parts: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(parts["base"], folder)
+    for file in parts["policy"].glob("adapter_*"):
+        shutil.copy(file, folder)
+    ours = RewardModel.from_pretrained(folder)
+    assert ours.score(QUESTION, SOLUTIONS) == RewardModel.from_pretrained(parts["policy"], base=parts["base"]).score(
+        QUESTION, SOLUTIONS
+    )
+    ours.save_pretrained(tmp_path / "saved")
+    back = RewardModel.from_pretrained(tmp_path / "saved")
+    assert back.score(QUESTION, SOLUTIONS) == ours.score(QUESTION, SOLUTIONS)
+    change_weights(folder, without("model.norm.weight"))
+    with pytest.raises(CheckpointError, match=f"^{folder} does not hold .* missing are 1: model.norm.weight"):
+        RewardModel.from_pretrained(folder)
+
+
+def with_tag(folder: Path, rows: int, tied: bool, **lora: Any) -> tuple[Path, Any, PreTrainedTokenizerFast]:
+    """A base of `rows` rows without the tag; an adapter that was trained after the tag was added and the embeddings
+    resized to the tokenizer; the trained model as one, and its tokenizer."""
+    tok = tiny.tokenizer(tag=False)
+    torch.manual_seed(0)
+    shape = LlamaConfig(vocab_size=rows, tie_word_embeddings=tied, **SHAPE)
+    model: Any = LlamaForCausalLM(shape)  # type: ignore[no-untyped-call]
+    model.save_pretrained(folder / "base")
+    tok.save_pretrained(folder / "base")
+    tok.add_tokens([AddedToken(tiny.TAG, special=True, normalized=False)], special_tokens=True)
+    model.resize_token_embeddings(len(tok), mean_resizing=False)
+    lora = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, **lora}
+    adapted = get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM", **lora))
+    adapted.peft_config["default"].base_model_name_or_path = str(folder / "base")
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "trainable_tokens_delta" in name or "modules_to_save" in name:
+                weight.normal_(0, 0.5)
+    adapted.save_pretrained(str(folder / "adapter"))
+    tok.save_pretrained(folder / "adapter")
+    return folder / "adapter", adapted.merge_and_unload().eval(), tok
+
+
+@pytest.mark.parametrize(
+    ("rows", "tied", "lora"),
+    [
+        (500, False, {}),
+        (500, True, {}),
+        (512, False, {}),  # a base that is padded; resizing to the tokenizer made it smaller
+        (500, False, {"modules_to_save": ["embed_tokens", "lm_head"]}),
+        (500, True, {"trainable_token_indices": [500]}),
+    ],
+)
+def test_the_base_gets_the_vocabulary_that_the_adapter_was_trained_with(
+    rows: int, tied: bool, lora: dict[str, Any], tmp_path: Path
+) -> None:
+    adapter, trained, tok = with_tag(tmp_path, rows, tied, **lora)
+    assert len(tok) == 501
+    ours = RewardModel.from_pretrained(adapter)
+    found = ours.score(QUESTION, SOLUTIONS[:1])[0].plus_probs
+    assert found == pytest.approx(tiny.reference_probs(trained, tok, QUESTION, SOLUTIONS[0], []), abs=1e-5)
+    assert ours.text_model.config.vocab_size == 501
+    ours.save_pretrained(tmp_path / "saved")
+    assert RewardModel.from_pretrained(tmp_path / "saved").score(QUESTION, SOLUTIONS[:1])[0].plus_probs == found
+
+
+def test_added_tokens_whose_rows_the_adapter_does_not_bring_are_refused(tmp_path: Path) -> None:
+    adapter, *_ = with_tag(tmp_path, 500, False)
+    change_weights(adapter, without("base_model.model.lm_head.weight"), "adapter_model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"500 rows, the adapter brings .*501.*expected all of lm_head, model.embed"
+    ):
+        RewardModel.from_pretrained(adapter)
+    change_weights(adapter, without("base_model.model.model.embed_tokens.weight"), "adapter_model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"501 entries but the model's vocabulary 500.*save_embedding_layers=True"
+    ):
+        RewardModel.from_pretrained(adapter)

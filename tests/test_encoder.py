@@ -11,7 +11,8 @@ from PIL import Image
 from medmm_ray.config import ConfigError
 from medmm_ray.engines.encoder import ImageEncoder, TextEncoder
 from medmm_ray.engines.images import open_image
-from tests.clip_folders import write_biomed_clip, write_native_clip
+from tests.clip_folders import word_tokenizer, write_biomed_clip, write_native_clip
+from tests.test_weights import POINTER, change_weights, without
 
 DATA = os.environ.get("MEDMM_TEST_DATA")
 needs_data = pytest.mark.skipif(DATA is None, reason="MEDMM_TEST_DATA does not name a folder of test data")
@@ -103,3 +104,48 @@ def test_dinov2_finds_the_same_organ_in_vqa_rad() -> None:
     right = np.mean([organ[names[j]] == organ[names[i]] for i, j in enumerate(similarity.argmax(1))])
     print(f"VQA-RAD, same organ at rank 1: {right:.3f} of {len(names)} images")
     assert right >= 0.98
+
+
+def write_sentence_encoder(folder: Path) -> Path:
+    """A tiny BERT under mean pooling, its parts in folders of their own; without the pooler, as some are published."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Pooling, Transformer
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=14, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder / "bert")  # type: ignore[no-untyped-call]
+    word_tokenizer().save_pretrained(folder / "bert")
+    bert = Transformer(str(folder / "bert"))
+    SentenceTransformer(modules=[bert, Pooling(16)], device="cpu").save(str(folder / "encoder"))
+    return folder / "encoder"
+
+
+def test_a_sentence_encoder_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    encoder = write_sentence_encoder(tmp_path)
+    (weights_file,) = encoder.rglob("model.safetensors")
+    change_weights(weights_file.parent, lambda w: {k: v for k, v in w.items() if not k.startswith("pooler.")})
+    assert TextEncoder(str(encoder)).encode(TEXTS).shape == (3, 16)
+    whole = weights_file.read_bytes()
+    for content, words in (
+        (POINTER.encode(), "model.safetensors is a git-lfs pointer"),
+        (whole[:-100], "model.safetensors is not whole"),
+    ):
+        weights_file.write_bytes(content)
+        with pytest.raises(ConfigError, match=words):
+            TextEncoder(str(encoder))
+    weights_file.write_bytes(whole)
+    change_weights(weights_file.parent, without("encoder.layer.1.output.dense.weight"))
+    with pytest.raises(ConfigError, match=r"missing are 1: encoder.layer.1.output.dense.weight"):
+        TextEncoder(str(encoder))
+
+
+def test_the_text_half_of_a_clip_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    folder = write_native_clip(tmp_path)
+    change_weights(folder, without("ln_final.weight"), "open_clip_model.safetensors")
+    with pytest.raises(ConfigError, match=r"(?s)cannot be read: .*ln_final.weight"):
+        TextEncoder(str(folder))
+    (folder / "open_clip_model.safetensors").write_text(POINTER)
+    with pytest.raises(ConfigError, match=r"open_clip_model.safetensors is a git-lfs pointer"):
+        TextEncoder(str(folder))

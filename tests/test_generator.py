@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from medmm_ray.config import ConfigError, load
 from medmm_ray.engines import generator as module
@@ -30,8 +31,10 @@ from medmm_ray.engines.memory import GIB, EngineMemoryError
 from medmm_ray.prompts import policy_messages
 from medmm_ray.tables import RowError
 from tests.fake_generator import FakeGenerator, make_tiny_policy, make_tiny_seeing_policy, text_of
+from tests.test_weights import POINTER, change_weights, cut
 from tests.tiny_vision import picture
 
+EMBED = "base_model.model.model.embed_tokens.weight"
 CONFIG = GeneratorConfig(max_model_len=256, dtype="float32")
 
 
@@ -165,6 +168,53 @@ def test_the_hit_rate() -> None:
     statistics = Statistics()
     statistics.add([Completion("a", "stop", 0, 3, 100, 96, 0), Completion("b", "stop", 1, 4, 100, 96, 96)])
     assert statistics == Statistics(prompt_tokens=200, cached_tokens=96, output_tokens=7)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: w, None),
+        (
+            lambda w: {k.replace("base_model.model.", "base_model.model._orig_mod."): v for k, v in w.items()},
+            "'_orig_mod.'",
+        ),
+        (lambda w: {k: v for k, v in w.items() if "layers.1.self_attn.q_proj.lora_B" not in k}, "missing are 1: "),
+        (
+            lambda w: w | {EMBED: torch.ones(513, 128)},
+            "whole weights of another shape than its base.s .*embed_tokens.weight",
+        ),
+    ],
+)
+def test_an_adapter_that_vllm_would_not_use_whole_is_refused(change: Any, words: str | None, tmp_path: Path) -> None:
+    model = make_tiny_policy(tmp_path / "policy")
+    make_adapter(model, tmp_path / "adapter")
+    change_weights(tmp_path / "adapter", change, "adapter_model.safetensors")
+    if words is None:
+        module.check_weights(model, {}, str(tmp_path / "adapter"))
+        return
+    with pytest.raises(GeneratorError, match=words):
+        module.check_weights(model, {}, str(tmp_path / "adapter"))
+
+
+def test_an_adapter_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    model = make_tiny_policy(tmp_path / "policy")
+    make_adapter(model, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    cut(file)
+    with pytest.raises(GeneratorError, match=r"adapter_model.safetensors is not whole"):
+        module.check_weights(model, {}, str(tmp_path / "adapter"))
+    file.write_text(POINTER)
+    with pytest.raises(GeneratorError, match=r"adapter_model.safetensors is a git-lfs pointer"):
+        module.check_weights(model, {}, str(tmp_path / "adapter"))
+
+
+def test_a_policy_that_sees_is_checked_as_what_it_is(tmp_path: Path) -> None:
+    model = make_tiny_seeing_policy(tmp_path)
+    module.check_weights(model, {})
+    change_weights(tmp_path, lambda w: {k: v for k, v in w.items() if "layers.1.mlp.down_proj" not in k})
+    with pytest.raises(GeneratorError, match=r"missing are 1: .*layers.1.mlp.down_proj.weight"):
+        module.check_weights(model, {})
+    module.check_weights(model, {"load_format": "dummy"})  # random weights are asked for
 
 
 @pytest.mark.engine

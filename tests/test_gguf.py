@@ -9,6 +9,7 @@ from medmm_ray.engines.reward_model import CheckpointError, RewardModel, ScoreRe
 from medmm_ray.engines.reward_model.drift import drift, spearman
 from tests import tiny_reward_model as tiny
 from tests.gguf_files import write_gguf
+from tests.test_weights import POINTER
 
 QUESTION = "Which lung shows the effusion? (A) left (B) right"
 REQUESTS = [
@@ -99,7 +100,7 @@ def test_what_is_no_gguf_of_a_reward_model_is_refused(folder: Path, original: Re
     with pytest.raises(CheckpointError, match="none.gguf is not a language model that can be read"):
         RewardModel.from_pretrained(folder, gguf_file="none.gguf")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
-    with pytest.raises(CheckpointError, match="broken.gguf is not a language model that can be read"):
+    with pytest.raises(CheckpointError, match="broken.gguf is not whole"):
         RewardModel.from_pretrained(tmp_path, gguf_file="broken.gguf")
     with pytest.raises(CheckpointError, match="family qwen_prm: a GGUF holds a language model alone"):
         RewardModel.from_pretrained(folder, gguf_file="F32.gguf", family="qwen_prm")
@@ -117,3 +118,23 @@ def test_spearman_by_hand() -> None:
     assert spearman(torch.tensor([1.0, 2, 3]), torch.tensor([10.0, 20, 5])) == pytest.approx(-0.5)
     assert spearman(torch.tensor([1.0, 2, 2, 3]), torch.tensor([1.0, 3, 3, 9])) == pytest.approx(1.0)
     assert spearman(torch.tensor([1.0]), torch.tensor([4.0])) == 1.0
+
+
+def test_a_gguf_that_is_not_whole_is_refused(folder: Path, original: RewardModel, tmp_path: Path) -> None:
+    def fault(content: bytes) -> str:
+        (tmp_path / "x.gguf").write_bytes(content)
+        with pytest.raises(CheckpointError) as caught:
+            RewardModel.from_pretrained(tmp_path, gguf_file="x.gguf")
+        return str(caught.value)
+
+    whole = (folder / "F32.gguf").read_bytes()
+    assert "x.gguf is a git-lfs pointer of 133 bytes" in fault(POINTER.encode())
+    assert "x.gguf is no GGUF file: it begins with b'<!do'" in fault(b"<!doctype html>")
+    for length in (len(whole) - 1000, len(whole) // 2, 5000, 30):
+        assert "x.gguf is not whole" in fault(whole[:length])
+
+    layer = original.text_model.model.layers[1]
+    norm, layer.input_layernorm = layer.input_layernorm, torch.nn.Identity()  # so that no such tensor is written
+    write_gguf(tmp_path / "written.gguf", original.text_model, original.tokenizer, "F32")
+    layer.input_layernorm = norm
+    assert "missing are 1: model.layers.1.input_layernorm.weight." in fault((tmp_path / "written.gguf").read_bytes())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
 from medmm_ray.engines.image_tower import ImageTower, save_open_clip
 from tests.clip_folders import native_config, write_biomed_clip, write_native_clip
+from tests.test_weights import POINTER
 
 DATA = os.environ.get("MEDMM_TEST_DATA")
 
@@ -229,7 +232,7 @@ VISION = native_config()["vision_cfg"]
     [
         ({"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}, "ResNet has no patch tokens"),
         ({**VISION, "image_size": [32, 64]}, "not square"),
-        ({**VISION, "width": 36}, "do not fit"),
+        ({**VISION, "width": 36}, "Config and weights are not of one checkpoint"),
     ],
 )
 def test_configs_that_do_not_fit_are_refused(tmp_path: Path, vision: dict[str, object], says: str) -> None:
@@ -279,3 +282,67 @@ def test_a_real_dinov2() -> None:
     with torch.no_grad():
         tokens = tower(tower.preprocess(picture())[None])
     assert (tower.image_size, tokens.pooled_BD.shape, tokens.patches_BPD.shape) == (224, (1, 384), (1, 256, 384))
+
+
+@pytest.mark.parametrize("kind", ["native", "biomed", "dinov2"])
+def test_a_tower_that_is_not_whole_is_refused(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    source: Path = request.getfixturevalue(kind)
+    (file_name,) = (file.name for file in source.iterdir() if file.suffix in (".safetensors", ".bin"))
+    read = torch.load if file_name.endswith(".bin") else load_file
+    weights: dict[str, torch.Tensor] = dict(read(source / file_name))  # type: ignore[operator]
+    name = {
+        "native": "visual.transformer.resblocks.1.ln_1.weight",
+        "biomed": "visual.trunk.blocks.1.norm1.weight",
+        "dinov2": "encoder.layer.1.norm1.weight",
+    }[kind]
+
+    def fault(change: Any) -> str:
+        folder = tmp_path / "tower"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(source, folder)
+        if isinstance(change, bytes):
+            (folder / file_name).write_bytes(change)
+        else:
+            write = torch.save if file_name.endswith(".bin") else save_file
+            write({k: v.clone() for k, v in change.items()}, folder / file_name)
+        with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is looked at
+            ImageTower.from_pretrained(folder)
+        return str(caught.value)
+
+    assert f"missing are 1: {name}." in fault({k: v for k, v in weights.items() if k != name})
+    width = len(weights[name])
+    assert f"of another shape are 1: {name} is [{width - 1}], not [{width}]" in fault(
+        weights | {name: weights[name][1:]}
+    )
+    assert "The names hold 'module.'" in fault({f"module.{k}": v for k, v in weights.items()})
+    assert f"{file_name} is a git-lfs pointer of 133 bytes" in fault(POINTER.encode())
+    assert f"{file_name} is not whole" in fault((source / file_name).read_bytes()[:-1000])
+
+
+def test_heads_and_a_pooler_that_a_tower_does_not_read_may_be_there_or_not(tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, ViTModel
+
+    torch.manual_seed(0)
+    config = ViTConfig(hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, image_size=32,
+                       patch_size=8)  # fmt: skip
+    classifier: Any = ViTForImageClassification(config)
+    classifier.save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    tower = ImageTower.from_pretrained(tmp_path)
+    plain: Any = ViTModel.from_pretrained(tmp_path, add_pooling_layer=False)
+    pixels = torch.stack([tower.preprocess(picture())])
+    with torch.no_grad():
+        assert torch.equal(tower(pixels).pooled_BD, plain.eval()(pixels).last_hidden_state[:, 0])
+
+
+def test_a_tower_is_read_in_the_format_and_onto_the_device_that_is_named(native: Path, dinov2: Path) -> None:
+    half = ImageTower.from_pretrained(dinov2, dtype="auto", device_map="auto")  # the folder is in float16
+    assert {p.dtype for p in half.parameters()} == {torch.float16}
+    assert {p.dtype for p in ImageTower.from_pretrained(native, dtype="auto").parameters()} == {torch.float32}
+    exact, rough = ImageTower.from_pretrained(native), ImageTower.from_pretrained(native, torch_dtype=torch.bfloat16)
+    pixels = torch.stack([exact.preprocess(picture())])
+    with torch.no_grad():
+        assert rough(pixels).patches_BPD.dtype == torch.bfloat16
+        assert torch.allclose(exact.embed(pixels), rough.embed(pixels).float(), atol=0.02)
+    with pytest.raises(ValueError, match=r"device_map is 'balanced'; expected cpu, cuda"):
+        ImageTower.from_pretrained(native, device_map="balanced")

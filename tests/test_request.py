@@ -1,9 +1,12 @@
 """What a caller may get wrong: each a sentence that says where, or the right scores."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from medmm_ray.engines.reward_model import CheckpointError, RewardModel, ScoreRequest
 from tests import tiny_reward_model as tiny
@@ -111,8 +114,55 @@ def test_a_request_is_checked_once_and_keeps_what_it_was_given() -> None:
 
 @pytest.mark.parametrize("device", ["cdua", "gpu", "cpu:x", "cuda:99"])
 def test_a_device_that_is_not_there_is_said_before_anything_is_read(device: str) -> None:
-    with pytest.raises(ValueError, match=f"device is '{device}'; expected cpu, cuda or cuda:N of this machine: "):
+    with pytest.raises(
+        ValueError, match=f"device is '{device}'; expected cpu, cuda, cuda:N of this machine, or auto: "
+    ):
         RewardModel.from_pretrained("runs/none", device=device)
+
+
+def test_formats_and_devices_are_named_as_in_transformers(tmp_path: Path) -> None:
+    folder = tiny.save(tmp_path)
+    weights = {key: weight.bfloat16() for key, weight in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+
+    def dtype(**options: Any) -> torch.dtype:
+        found: torch.dtype = RewardModel.from_pretrained(folder, **options).text_model.dtype
+        return found
+
+    assert dtype() == torch.float32
+    assert {dtype(dtype=d) for d in ("bfloat16", torch.bfloat16, "auto")} == {torch.bfloat16}
+    assert dtype(torch_dtype="float16") == dtype(dtype="float16", torch_dtype=torch.float16) == torch.float16
+    with pytest.raises(ValueError, match=r"dtype is 'float16' and torch_dtype torch.bfloat16; give one"):
+        dtype(dtype="float16", torch_dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"torch_dtype is torch.int8; expected one of float32, bfloat16, float16"):
+        dtype(torch_dtype=torch.int8)
+
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    for options in ({"device_map": "auto"}, {"device": "auto"}, {"device": there, "device_map": "auto"}):
+        assert RewardModel.from_pretrained(folder, **options).device.type == there
+    assert RewardModel.from_pretrained(folder, device_map=torch.device("cpu")).device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"device_map": {"": 0}}, r"device_map is {'': 0}; a model here lies on one device: name it"),
+        (
+            {"device_map": "balanced"},
+            r"device_map is 'balanced'; expected cpu, cuda, cuda:N of this machine",
+        ),
+        ({"device": "cpu", "device_map": "meta"}, r"device is 'cpu' and device_map 'meta'; give one"),
+        (
+            {"dtype": "half"},
+            r"dtype is 'half'; expected one of float32, bfloat16, float16, torch's own",
+        ),
+    ],
+)
+def test_what_is_not_supported_is_said_before_anything_is_read(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        RewardModel.from_pretrained("runs/none", **options)
 
 
 def test_a_tokenizer_of_another_checkpoint_is_refused_not_grown_into(tmp_path: Path) -> None:

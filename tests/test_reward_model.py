@@ -1,6 +1,7 @@
 import json
 import math
 import random
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from medmm_ray.engines.pretrained import save
 from medmm_ray.engines.reward_model import (
     CheckpointError,
     Fusion,
@@ -28,8 +30,10 @@ from medmm_ray.engines.reward_model.packing import Branch
 from medmm_ray.engines.reward_model.reading import rows
 from medmm_ray.prompts import prm_messages
 from medmm_ray.text import tag_steps
+from medmm_ray.train.policy import pretrained
 from tests import tiny_reward_model as tiny
 from tests.clip_folders import write_native_clip
+from tests.test_weights import POINTER, change_weights, cut, renamed, shard, without
 
 QUESTION = "Which lung shows the effusion? (A) left (B) right"
 DOCUMENTS = ["a blunted costophrenic angle shows an effusion", "the heart is normal"]
@@ -606,3 +610,94 @@ def test_a_saved_folder_that_was_altered_is_refused(folder: Path, tmp_path: Path
     file.write_text(json.dumps({**saved, "family": "other"}))
     with pytest.raises(CheckpointError, match="family 'other'; this version reads format 2 and the families medprm"):
         RewardModel.from_pretrained(tmp_path)
+
+
+def test_a_fusion_that_is_not_whole_is_refused(two_tower: RewardModel, tmp_path: Path) -> None:
+    two_tower.save_pretrained(tmp_path / "whole")
+
+    def fault(change: Any) -> str:
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", tmp_path / "model")
+        change(tmp_path / "model")
+        with pytest.raises(CheckpointError) as caught:
+            RewardModel.from_pretrained(tmp_path / "model")
+        return str(caught.value)
+
+    def weights(change: Any) -> Any:
+        return lambda folder: change_weights(folder, change, "fusion.safetensors")
+
+    assert "missing are 1: attend_query.weight." in fault(weights(without("attend_query.weight")))
+    narrow = weights(lambda w: w | {"query.bias": torch.ones(1)})
+    assert "of another shape are 1: query.bias is [1], not [16]" in fault(narrow)
+    assert "The names hold 'module.'" in fault(weights(renamed("module.{}")))
+    assert "tells of a fusion, and fusion.safetensors is not" in fault(lambda f: (f / "fusion.safetensors").unlink())
+    assert "fusion.safetensors is a git-lfs pointer" in fault(lambda f: (f / "fusion.safetensors").write_text(POINTER))
+    assert "fusion.safetensors is not whole" in fault(lambda f: cut(f / "fusion.safetensors"))
+    assert "reward_model.json is a git-lfs pointer" in fault(lambda f: (f / "reward_model.json").write_text(POINTER))
+    assert "reward_model.json is not whole" in fault(lambda f: cut(f / "reward_model.json", 10))
+    tower = "image_tower/open_clip_model.safetensors"
+    assert f"{tower} is a git-lfs pointer" in fault(lambda f: (f / tower).write_text(POINTER))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+ODD = {"bos_token_id": 1, "eos_token_id": 2, "do_sample": False, "temperature": 0.9, "top_p": 0.6}
+
+
+def test_a_generation_config_is_written_back_as_it_was_read(tmp_path: Path) -> None:
+    """Llama 2 chat's and LLaVA's kind, which transformers reads and refuses to write."""
+    made = tiny.save(tmp_path / "made")
+    (made / "generation_config.json").write_text(json.dumps(ODD))
+    model = RewardModel.from_pretrained(made)
+    model.save_pretrained(tmp_path / "saved")
+    written = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    written.pop("transformers_version")
+    assert written == ODD
+    assert model.text_model.generation_config.temperature == 0.9
+    back = RewardModel.from_pretrained(tmp_path / "saved")
+    assert back.score(QUESTION, [["left"]]) == model.score(QUESTION, [["left"]])
+    policy, _ = pretrained(str(made))
+    save(policy, tmp_path / "policy")
+    assert json.loads((tmp_path / "policy" / "generation_config.json").read_text())["temperature"] == 0.9
+
+
+def test_a_save_that_fails_leaves_nothing_new(
+    two_tower: RewardModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_tower.save_pretrained(tmp_path / "old")
+    before = files_of(tmp_path / "old")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    assert two_tower.image_tower is not None
+    monkeypatch.setattr(two_tower.image_tower, "save_pretrained", full)
+    for folder in ("new", "old"):
+        with pytest.raises(OSError, match="No space left"):
+            two_tower.save_pretrained(tmp_path / folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old"]
+    assert files_of(tmp_path / "old") == before
+
+
+def test_a_save_over_another_leaves_none_of_its_parts(two_tower: RewardModel, folder: Path, tmp_path: Path) -> None:
+    two_tower.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "notes.txt").write_text("mine")
+    shard(tmp_path / "model")
+    RewardModel.from_pretrained(folder).save_pretrained(tmp_path / "model")
+    RewardModel.from_pretrained(folder).save_pretrained(tmp_path / "fresh")
+    names = {name for name in files_of(tmp_path / "model") if name != "notes.txt"}
+    assert names == set(files_of(tmp_path / "fresh"))
+    assert (tmp_path / "model" / "notes.txt").read_text() == "mine"
+
+
+def test_a_model_is_saved_over_the_folder_that_it_was_read_from(two_tower: RewardModel, tmp_path: Path) -> None:
+    two_tower.save_pretrained(tmp_path / "model")
+    before = files_of(tmp_path / "model")
+    RewardModel.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "model")
+    after = files_of(tmp_path / "model")
+    assert set(after) == set(before)
+    weights = [name for name in before if name.endswith(".safetensors")]
+    assert len(weights) == 3
+    assert {name: after[name] for name in weights} == {name: before[name] for name in weights}

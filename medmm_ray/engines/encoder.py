@@ -3,8 +3,10 @@
 Both load their model in the constructor and take a list a call; the caller chooses how many at a time.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +14,8 @@ from numpy.typing import NDArray
 
 from medmm_ray.config import ConfigError
 from medmm_ray.engines.checkpoints import HUB_PREFIX, resolve
+from medmm_ray.engines.pretrained import check_weights
+from medmm_ray.engines.weights import OPEN_CLIP_FILES, check_file, check_files
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,7 +30,7 @@ class ImageEncoder:
         from medmm_ray.engines.image_tower import ImageTower
 
         self.device = device
-        self.tower = ImageTower.from_pretrained(path).to(device).requires_grad_(False)
+        self.tower = ImageTower.from_pretrained(path, device=device).requires_grad_(False)
         self.width = self.tower.embed_dim
 
     def encode(self, images: Sequence["Image"]) -> Vectors:
@@ -59,16 +63,42 @@ class TextEncoder:
         return _unit(self._model.encode(list(texts)))
 
 
+# What a sentence encoder does not read of BERT and its kin: the pooler, and the heads that fill in masked words.
+_UNREAD = ("pooler.", "cls.", "lm_head.", "vocab_transform.", "vocab_layer_norm.", "vocab_projector.")
+
+
+def _part_folders(folder: Path) -> list[Path]:
+    """Where the modules of a sentence-transformers model lie, in order."""
+    check_file(folder / "modules.json")
+    return [folder / module["path"] for module in json.loads((folder / "modules.json").read_text())]
+
+
 class _Sentences:
     def __init__(self, folder: str, device: str) -> None:
+        from safetensors import SafetensorError
         from sentence_transformers import SentenceTransformer
+        from transformers.utils.hub import cached_file
 
         if Path(folder).is_dir() and not (Path(folder) / "modules.json").is_file():
             raise ConfigError(
                 f"text encoder {folder}: holds neither modules.json (sentence-transformers) nor open_clip_config.json"
             )
-        self._model: Any = SentenceTransformer(folder, device=device)
+        try:
+            if Path(folder).is_dir():
+                for part in _part_folders(Path(folder)):
+                    check_files(part)
+            self._model: Any = SentenceTransformer(folder, device=device)
+            self._check_transformer(Path(str(cached_file(folder, "modules.json"))).parent)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ConfigError(f"text encoder {folder} cannot be read: {error}") from error
         self.width = int(self._model.get_embedding_dimension())
+
+    def _check_transformer(self, folder: Path) -> None:
+        """The library is strict with its own modules' weights, but not with those of transformers' model."""
+        first = self._model[0]
+        if hasattr(first, "auto_model"):
+            model = first.auto_model
+            check_weights(type(model), model.config, _part_folders(folder)[0], missing=_UNREAD, unexpected=_UNREAD)
 
     def encode(self, texts: list[str]) -> Vectors:
         vectors_ND: Vectors = self._model.encode(texts, batch_size=len(texts), show_progress_bar=False)
@@ -78,10 +108,17 @@ class _Sentences:
 class _ClipText:
     def __init__(self, folder: str, device: str) -> None:
         import open_clip
+        from safetensors import SafetensorError
 
         name = folder if folder.startswith(HUB_PREFIX) else f"local-dir:{folder}"
-        self._model: Any = open_clip.create_model(name, device=device, require_pretrained=True).eval()
-        self._tokenize: Any = open_clip.get_tokenizer(name)
+        try:
+            if not folder.startswith(HUB_PREFIX):
+                check_files(Path(folder), OPEN_CLIP_FILES)
+            # Strict: it raises where weights are missing, or of no use to the model.
+            self._model: Any = open_clip.create_model(name, device=device, require_pretrained=True).eval()
+            self._tokenize: Any = open_clip.get_tokenizer(name)
+        except (OSError, ValueError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
+            raise ConfigError(f"text encoder {folder} cannot be read: {error}") from error
         self._device = device
         self.width = int(open_clip.get_model_config(name)["embed_dim"])
 

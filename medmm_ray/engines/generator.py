@@ -177,6 +177,7 @@ class Generator:
         check_model(model)
         check_room(model, config)
         lora = None if config.lora is None else resolve(config.lora)
+        check_weights(model, config.vllm, lora)
         os.environ.update(environment(config))
         from vllm import AsyncEngineArgs
         from vllm.lora.request import LoRARequest
@@ -410,6 +411,36 @@ def engine_died(error: Exception) -> NoReturn:
     raise GeneratorError(
         "the vLLM engine died (out of memory?); set VLLM_LOGGING_LEVEL=INFO to see its last words"
     ) from error
+
+
+def check_weights(model: str, vllm: Mapping[str, Any], lora: str | None = None) -> None:
+    """Raise `GeneratorError` where files are not whole, or lack weights of the model or of its adapter `lora`.
+
+    vLLM 0.29 tracks norms alone: a linear layer that the files lack computes with whatever lies in memory, and an
+    adapter whose names fit nothing changes nothing. Files alone are checked where the weights have other names than
+    transformers': quantised, or read as `vllm` (further arguments of the engine) says.
+    """
+    import transformers
+
+    from medmm_ray.engines import pretrained
+    from medmm_ray.engines.weights import ADAPTER_FILES, WeightsError, check_files
+
+    if "load_format" in vllm or "hf_overrides" in vllm:
+        return
+    try:
+        folder = pretrained.folder_of(model, vllm.get("revision"))
+        check_files(folder)
+        if lora is not None:
+            check_files(Path(lora), ADAPTER_FILES)
+        described = transformers.AutoConfig.from_pretrained(folder)
+        kind = getattr(transformers, (described.architectures or [""])[0], None)
+        if kind is None or hasattr(described, "quantization_config"):
+            return
+        empty = pretrained.check_weights(kind, described, folder)
+        if lora is not None:
+            pretrained.check_adapter(empty, Path(lora))
+    except (WeightsError, OSError) as error:
+        raise GeneratorError(str(error)) from error
 
 
 def in_actor() -> bool:

@@ -8,39 +8,57 @@ is added behind the vocabulary, and no BOS is written where llama.cpp writes one
 import json
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+from medmm_ray.engines.placement import Dtype
+from medmm_ray.engines.pretrained import load
+from medmm_ray.engines.weights import WeightsError, check_file
 
 _ADDED = (3, 4)  # llama.cpp's token types CONTROL and USER_DEFINED
 _BOS_UNLESS_SAID = ("llama-bpe", "llama3", "llama-v3")  # llama.cpp's tokenizers that write a BOS by default
 
 
-def read_gguf(file: str | Path, dtype: "torch.dtype", **options: Any) -> tuple[Any, Any]:
+def read_gguf(file: str | Path, dtype: Dtype, **options: Any) -> tuple[Any, Any]:
     """The causal language model in `file`, and its tokenizer; `options` as for transformers' ``from_pretrained``.
 
-    Raises OSError, ValueError or struct.error where the file is no GGUF that transformers can read.
+    Raises `WeightsError` (a ValueError) where the file is not whole or lacks weights of its model, OSError, ValueError
+    or struct.error where it is no GGUF that transformers can read.
     """
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    tokenizer = _tokenizer(Path(file))
-    model = AutoModelForCausalLM.from_pretrained(
-        Path(file).parent, gguf_file=Path(file).name, quantization_config=GgufConfig(dequantize=True), dtype=dtype,
-        **options,
+    file = Path(file)
+    tokenizer = _tokenizer(file, _fields(file))
+    model = load(
+        AutoModelForCausalLM, file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True),
+        dtype=dtype, **options,
     )  # fmt: skip
     return model, tokenizer
 
 
-def _tokenizer(file: Path) -> Any:
+def _fields(file: Path) -> Any:
+    """What the file says besides its tensors, all of which must be there."""
     from gguf import GGUFReader
+
+    check_file(file)
+    with file.open("rb") as stream:
+        magic = stream.read(4)
+    if magic != b"GGUF":
+        raise WeightsError(f"{file} is no GGUF file: it begins with {magic!r}")
+    try:
+        return GGUFReader(file).fields  # lays out every tensor, so that a missing end shows itself
+    except (ValueError, IndexError, OverflowError) as error:
+        raise WeightsError(
+            f"{file} is not whole ({error}); its download was cut off or is still under way: get it again"
+        ) from error
+
+
+def _tokenizer(file: Path, fields: Any) -> Any:
     from tokenizers import Tokenizer
     from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
     with tempfile.TemporaryDirectory() as folder:  # away from other tokenizer files that may lie beside it
         (Path(folder) / file.name).symlink_to(file.resolve())
         read = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
-    fields = GGUFReader(file).fields
 
     def said(key: str) -> Any:
         return fields[f"tokenizer.ggml.{key}"].contents() if f"tokenizer.ggml.{key}" in fields else None

@@ -8,6 +8,7 @@ Shapes: B images, H and W pixels, P patches, D the tower's width, E its embeddin
 """
 
 import json
+import pickle
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,12 +21,17 @@ from torch.nn.functional import normalize
 
 from medmm_ray.engines.linear import use_onednn
 from medmm_ray.engines.origin import Origin, commit_of
+from medmm_ray.engines.placement import device_of, dtype_of
+from medmm_ray.engines.pretrained import load
+from medmm_ray.engines.weights import OPEN_CLIP_FILES, Unmatched, WeightsError, check_files, weight_files
 
 CONFIG = "open_clip_config.json"
-WEIGHTS = "open_clip_model.safetensors"
-# open_clip's names for weights, in its order of preference; the last two are torch's zip format, read as weights only.
-_WEIGHT_FILES = (WEIGHTS, "open_clip_pytorch_model.safetensors", "model.safetensors", "open_clip_pytorch_model.bin")
+WEIGHTS = OPEN_CLIP_FILES[0]
 _VISUAL = "visual."
+# Of a transformers folder: a plain ViT's pooler, which few checkpoints train and which is not read here, and the heads
+# of models that were trained to classify, or to fill in masked patches.
+_UNREAD_POOLER = ("pooler.",)
+_UNREAD_HEADS = ("classifier.", "decoder.")
 _LONGEST = 16  # times the shorter side
 
 
@@ -50,12 +56,23 @@ class ImageTower(nn.Module):
         use_onednn(self)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, revision: str | None = None) -> "ImageTower":
-        """Load a tower in fp32, in evaluation mode, its parameters trainable.
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        revision: str | None = None,
+        *,
+        dtype: "str | torch.dtype | None" = None,
+        torch_dtype: "str | torch.dtype | None" = None,
+        device: "str | int | torch.device | None" = None,
+        device_map: "str | int | torch.device | None" = None,
+    ) -> "ImageTower":
+        """Load a tower, by default in float32 on the CPU, in evaluation mode, its parameters trainable.
 
-        `name_or_path` as in `checkpoints.resolve`, `revision` a branch, tag or commit of a hub id; raises ValueError
-        where it is no vision tower that can be read.
+        `name_or_path` as in `checkpoints.resolve`, `revision` a branch, tag or commit of a hub id; `dtype` and `device`
+        (or `torch_dtype`, `device_map`) as in `RewardModel.from_pretrained`. Raises ValueError where it is no vision
+        tower that can be read, where a file is not whole, and where the files do not hold exactly its weights.
         """
+        number_format, place = dtype_of(dtype, torch_dtype), device_of(device, device_map)
         name = path = str(name_or_path)
         commit = None
         if not Path(path).is_dir():
@@ -75,19 +92,25 @@ class ImageTower(nn.Module):
             commit = backbone.commit
         else:
             raise ValueError(f"image tower {path}: holds neither {CONFIG} (open_clip) nor config.json (transformers)")
-        return cls(backbone, path, Origin(name, commit) if commit else Origin.of(path)).eval()
+        tower = cls(backbone, path, Origin(name, commit) if commit else Origin.of(path)).eval()
+        return tower.to(place, backbone.stored_dtype if number_format == "auto" else number_format)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights; pixels are taken in any."""
+        return next(self.parameters()).dtype
 
     def preprocess(self, image: Image) -> Tensor:
         """An RGB picture as pixels_3HW, resized and normalised as the checkpoint says."""
         return self.backbone.preprocess(image)
 
     def forward(self, pixels_B3HW: Tensor) -> ImageTokens:
-        pooled_BD, patches_BPD = self.backbone(pixels_B3HW)
+        pooled_BD, patches_BPD = self.backbone(pixels_B3HW.to(self.dtype))
         return ImageTokens(pooled_BD, patches_BPD)
 
     def embed(self, pixels_B3HW: Tensor) -> Tensor:
         """One vector_BE of unit length a picture: the CLIP embedding; the class token where there is no CLIP head."""
-        pooled_BD, _ = self.backbone(pixels_B3HW)
+        pooled_BD, _ = self(pixels_B3HW)
         return normalize(self.backbone.project(pooled_BD), dim=-1)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -102,6 +125,7 @@ class _Backbone(nn.Module):
     width: int
     embed_dim: int
     image_size: int
+    stored_dtype: torch.dtype  # of the weights in the checkpoint
 
     def preprocess(self, image: Image) -> Tensor:
         raise NotImplementedError
@@ -142,7 +166,7 @@ class _OpenClip(_Backbone):
         trained = {f"{_VISUAL}{k}": v for k, v in self.visual.state_dict().items()}
         if folder.resolve() != self.source.resolve():
             for file in self.source.iterdir():
-                if file.is_file() and file.name not in (*_WEIGHT_FILES, "manifest.json"):
+                if file.is_file() and file.name not in (*OPEN_CLIP_FILES, "manifest.json"):
                     shutil.copyfile(file, folder / file.name)
         _save_weights({**others, **trained}, folder)
 
@@ -209,7 +233,11 @@ class _Transformers(_Backbone):
         super().__init__()
         processors: Any = AutoImageProcessor
         self.commit = commit_of(path, "config.json", revision)
-        self.model: Any = AutoModel.from_pretrained(path, revision=self.commit, dtype=torch.float32)
+        stored: Any = load(
+            AutoModel, path, missing=_UNREAD_POOLER, unexpected=_UNREAD_HEADS, revision=self.commit, dtype="auto"
+        )  # fmt: skip
+        self.stored_dtype = stored.dtype
+        self.model: Any = stored.float()
         config = self.model.config
         self._processor: Any = processors.from_pretrained(path, revision=self.commit)
         registers = {"dinov2": 0, "vit": 0, "dinov2_with_registers": config.to_dict().get("num_register_tokens", 0)}
@@ -281,12 +309,13 @@ def _open_clip(folder: Path) -> _OpenClip:
     if not isinstance(vision.image_size, int):
         raise ValueError(f"image tower {folder}: image_size {vision.image_size} is not square")
     visual = _build_vision_tower(model_config["embed_dim"], vision, model_config.get("quick_gelu", False))
-    own = {k.removeprefix(_VISUAL): v for k, v in _weights(folder).items() if k.startswith(_VISUAL)}
-    try:
-        visual.load_state_dict(own)
-    except RuntimeError as error:
-        raise ValueError(f"image tower {folder}: its weights do not fit its {CONFIG}: {error}") from error
-    return (_TimmClip if vision.timm_model_name else _NativeClip)(folder, visual, config)
+    wanted = {f"{_VISUAL}{name}": weight for name, weight in visual.state_dict().items()}
+    image_half = {name: weight for name, weight in _weights(folder).items() if _VISUAL in name}
+    Unmatched.between(wanted, image_half).check(f"image tower {folder}")
+    visual.load_state_dict({name.removeprefix(_VISUAL): weight for name, weight in image_half.items()})
+    tower = (_TimmClip if vision.timm_model_name else _NativeClip)(folder, visual, config)
+    tower.stored_dtype = next(iter(image_half.values())).dtype
+    return tower
 
 
 def _middle(image: Image) -> Image:
@@ -301,12 +330,19 @@ def _middle(image: Image) -> Image:
 def _weights(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
-    file = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
-    if file is None:
-        raise ValueError(f"image tower {folder}: has {CONFIG} but none of the weight files {', '.join(_WEIGHT_FILES)}")
+    check_files(folder, OPEN_CLIP_FILES)
+    files = weight_files(folder, OPEN_CLIP_FILES)
+    if not files:
+        raise ValueError(
+            f"image tower {folder}: has {CONFIG} but none of the weight files {', '.join(OPEN_CLIP_FILES)}"
+        )
+    (file,) = files
     if file.suffix == ".safetensors":
         return load_file(file)
-    weights: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        weights: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise WeightsError(f"image tower {folder}: {file.name} cannot be read: {error}") from error
     return weights
 
 
@@ -320,4 +356,4 @@ def _save_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
 def _download(hub_id: str, revision: str | None) -> str:
     from huggingface_hub import snapshot_download
 
-    return snapshot_download(hub_id, revision=revision, allow_patterns=["*.json", "*.txt", *_WEIGHT_FILES])
+    return snapshot_download(hub_id, revision=revision, allow_patterns=["*.json", "*.txt", *OPEN_CLIP_FILES])

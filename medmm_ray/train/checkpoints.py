@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyarrow import fs as pafs
 
+from medmm_ray.engines.weights import Unmatched, check_file
 from medmm_ray.tables import filesystem
 from medmm_ray.train.engine import MOMENTS, Engine
 
@@ -44,20 +45,29 @@ def save(engine: Engine, progress: Mapping[str, Any], folder: Path, rank: int, s
 
 
 def load(engine: Engine, folder: Path, updates: int) -> None:
-    """Set weights and moments to those in `folder`, of `updates` updates; all workers call it together."""
+    """Set weights and moments to those in `folder`, of `updates` updates; all workers call it together.
+
+    Raises `WeightsError` where a file is not whole, or where they are not those of the weights that are trained.
+    """
     from safetensors import safe_open
     from safetensors.torch import load_file
 
-    engine.start_from(updates)
-    files: list[Any] = [safe_open(path, "pt") for path in sorted(folder.glob("weights-*.safetensors"))]
+    paths = sorted(folder.glob("weights-*.safetensors"))
+    for path in (*paths, folder / BUFFERS):
+        check_file(path)
+    files: list[Any] = [safe_open(path, "pt") for path in paths]
     file_of = {key: file for file in files for key in file.keys()}  # noqa: SIM118 - it is no dict
+    wanted = frozenset(_key(name, moment) for name in engine.trained for moment in (None, *MOMENTS))
+    Unmatched(wanted - file_of.keys(), frozenset(file_of.keys() - wanted)).check("the training's checkpoint")
+    engine.start_from(updates)
     for name in engine.trained:
         weight, *moments = (file_of[_key(name, m)].get_tensor(_key(name, m)) for m in (None, *MOMENTS))
         engine.set_master(name, weight.to(engine.device), {
             moment: value.to(engine.device) for moment, value in zip(MOMENTS, moments, strict=True)
         })  # fmt: skip
-    saved = load_file(folder / BUFFERS)
-    for name, buffer in _buffers(engine):
+    saved, buffers = load_file(folder / BUFFERS), dict(_buffers(engine))
+    Unmatched.between(buffers, saved).check("the training's checkpoint")
+    for name, buffer in buffers.items():
         buffer.copy_(saved[name])
 
 

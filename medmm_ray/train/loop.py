@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from medmm_ray.config import Config, execution
+from medmm_ray.engines.weights import Unmatched
 from medmm_ray.tables import filesystem, write_file
 from medmm_ray.train import checkpoints, meters
 from medmm_ray.train.engine import Engine
@@ -413,7 +414,9 @@ class Training:
                 return
             if best is not None:
                 checkpoints.copy(self._best_weights(best), f"{made}/best")
-                for name, weights in load_file(f"{made}/best").items():
+                weights_of = load_file(f"{made}/best")
+                Unmatched.between(self.engine.trained, weights_of).check(f"what epoch {best} left")
+                for name, weights in weights_of.items():
                     self.engine.trained[name].data.copy_(weights)
             self.stage.save(Path(made) / "model", kept_figures(self.progress.epochs, best))
             checkpoints.copy(f"{made}/model", self.worker.folder)

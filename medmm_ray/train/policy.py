@@ -200,9 +200,11 @@ class PolicyStage(Stage):
         return {"too_long": float(self.num_too_long)}
 
     def save(self, folder: Path, figures: Mapping[str, float]) -> None:  # noqa: ARG002
+        from medmm_ray.engines.pretrained import save
+
         if self.adapter:
             self.adapter.leave(folder)
-        self.model.save_pretrained(folder)
+        save(self.model, folder)
         self.tokenizer.save_pretrained(folder)
 
 
@@ -344,12 +346,17 @@ def new_llama(shape: LlamaShape, texts: Sequence[str], seed: int) -> tuple[Any, 
 
 
 def pretrained(name: str) -> tuple[Any, Any]:
-    """A causal language model in float32 and its tokenizer; raises `ConfigError` for a path that does not exist."""
+    """A causal language model in float32 and its tokenizer.
+
+    Raises `ConfigError` for a path that does not exist, `WeightsError` for files that are not whole or lack weights.
+    """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    from medmm_ray.engines.pretrained import load, load_tokenizer
 
     path = resolve(name)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = load_tokenizer(path)
     if not tokenizer.chat_template:
         raise ValueError(f"the tokenizer of {name} has no chat template; take an instruction-tuned checkpoint")
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), tokenizer
+    return load(AutoModelForCausalLM, path, dtype=torch.float32), tokenizer

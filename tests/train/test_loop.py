@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from medmm_ray.engines.weights import WeightsError
 from medmm_ray.train import checkpoints, loop
 from medmm_ray.train.image_text import ImageTextConfig, ImageTextStage
 from medmm_ray.train.loop import Stage, TrainConfig, TrainingError, run
@@ -13,6 +14,7 @@ from medmm_ray.train.lora import LoraConfig
 from medmm_ray.train.policy import PolicyConfig, PolicyStage
 from medmm_ray.train.text_prm import TextPrmConfig, TextPrmStage
 from medmm_ray.train.two_tower import TwoTowerConfig, TwoTowerStage
+from tests.test_weights import change_weights, cut, without
 from tests.train.conftest import CLIP, SHAPE, Keeper, KilledError, history, image_text_stage, labelled, written
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("lone_group")]
@@ -78,6 +80,20 @@ def test_a_finished_training_that_starts_again_only_leaves_its_model(
     (tmp_path / "out" / "history.json").unlink()
     run(PolicyStage, config, policy_inputs, Keeper(tmp_path / "out").worker())
     assert history(tmp_path / "out") == first
+
+
+def test_a_checkpoint_that_is_not_whole_is_refused(policy_inputs: dict[str, str], tmp_path: Path) -> None:
+    config = PolicyConfig(shape=SHAPE, epochs=1, batch_size=8, checkpoint_every=1, threads=1)
+    with pytest.raises(KilledError):
+        run(PolicyStage, config, policy_inputs, Keeper(tmp_path / "out", limit=1).worker())
+    keeper = Keeper(tmp_path / "out")
+    (file,) = keeper.kept[-1].glob("weights-*.safetensors")
+    change_weights(file.parent, without("exp_avg:model.norm.weight"), file.name)
+    with pytest.raises(WeightsError, match=r"^the training's checkpoint .* missing are 1: exp_avg:model.norm.weight"):
+        run(PolicyStage, config, policy_inputs, keeper.worker())
+    cut(file)
+    with pytest.raises(WeightsError, match=r"weights-0-0.safetensors is not whole"):
+        run(PolicyStage, config, policy_inputs, keeper.worker())
 
 
 def test_text_prm_keeps_its_best_epoch(policy: Path, tmp_path: Path) -> None:

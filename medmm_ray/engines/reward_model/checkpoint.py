@@ -13,14 +13,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from medmm_ray.engines import pretrained
 from medmm_ray.engines.origin import Origin
 from medmm_ray.engines.reward_model import card, families, hub, text_tower
 from medmm_ray.engines.reward_model.errors import CheckpointError
 from medmm_ray.engines.reward_model.families import FamilyName
 from medmm_ray.engines.reward_model.fusion import Fusion, FusionConfig
 from medmm_ray.engines.reward_model.packing import Fit
+from medmm_ray.engines.weights import Unmatched, WeightsError, check_file
 
 if TYPE_CHECKING:
     from medmm_ray.engines.reward_model.model import RewardModel
@@ -29,6 +32,8 @@ CONFIG = "reward_model.json"
 FUSION = "fusion.safetensors"
 TOWER = "image_tower"
 FORMAT = 2
+# What an earlier save left in a folder: a reader would find it beside the new files.
+_OWNED = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors", FUSION, TOWER)
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,11 @@ def read(path: str | Path) -> Saved | None:
     file = Path(path) / CONFIG
     if not file.is_file():
         return None
-    saved = json.loads(file.read_text())
+    try:
+        check_file(file)
+        saved = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no reward model that can be read: {error}") from error
     if saved["format"] != FORMAT or saved["family"] not in families.NAMES:
         raise CheckpointError(
             f"{file}: format {saved['format']}, family {saved['family']!r}; this version reads format {FORMAT} and the "
@@ -83,26 +92,37 @@ def tower_folder(path: str | Path) -> Path:
 
 
 def load_fusion(path: str | Path, fusion: Fusion) -> None:
-    fusion.load_state_dict(load_file(Path(path) / FUSION))
+    """Read the fusion's weights; raises `CheckpointError` where they are not there, not whole or not the fusion's."""
+    file = Path(path) / FUSION
+    if not file.is_file():
+        raise CheckpointError(
+            f"{path}: its {CONFIG} tells of a fusion, and {FUSION} is not there; get the folder again"
+        )
+    try:
+        check_file(file)
+        weights = load_file(file)
+        Unmatched.between(fusion.state_dict(), weights).check(file)
+    except (WeightsError, SafetensorError) as error:
+        raise CheckpointError(str(error)) from error
+    fusion.load_state_dict(weights)
 
 
 def write(model: "RewardModel", folder: str | Path, figures: Mapping[str, float], name: str | None = None) -> None:
-    """Write `model` to `folder`; the file that makes it a reward model comes last.
+    """Write `model` to `folder`, whole or not at all; the file that makes it a reward model comes last.
 
     `name` is what the card calls it: a hub id, by default the folder's name.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    model.text_model.save_pretrained(folder)
-    model.tokenizer.save_pretrained(folder)
-    if model.vision is not None:
-        model.vision.save_pretrained(folder)
-    if model.fusion is not None and model.image_tower is not None:
-        save_file({k: v.detach().contiguous() for k, v in model.fusion.state_dict().items()}, folder / FUSION)
-        model.image_tower.save_pretrained(tower_folder(folder))
     described = _describe(model, figures)
-    (folder / "README.md").write_text(card.write(name or folder.resolve().name, described, model.family))
-    (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
+    with pretrained.written_whole(Path(folder), last=CONFIG, owned=_OWNED) as made:
+        pretrained.save(model.text_model, made)
+        model.tokenizer.save_pretrained(made)
+        if model.vision is not None:
+            model.vision.save_pretrained(made)
+        if model.fusion is not None and model.image_tower is not None:
+            save_file({k: v.detach().contiguous() for k, v in model.fusion.state_dict().items()}, made / FUSION)
+            model.image_tower.save_pretrained(tower_folder(made))
+        (made / "README.md").write_text(card.write(name or Path(folder).resolve().name, described, model.family))
+        (made / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
 
 
 def push(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from medmm_ray.engines.linear import use_onednn
 from medmm_ray.engines.origin import Origin
+from medmm_ray.engines.placement import DTYPE_NAMES, device_of, dtype_of
 from medmm_ray.engines.reward_model import checkpoint, families, text_tower
 from medmm_ray.engines.reward_model.errors import CheckpointError, ImageError
 from medmm_ray.engines.reward_model.families import FamilyName
@@ -50,7 +51,6 @@ CPU_BUDGET = (
     1024  # tokens of a row: the attention kernel is at its fastest from 768 queries on, and more only take memory
 )
 GPU_BUDGET = 4096
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -135,18 +135,26 @@ class RewardModel(nn.Module):
     def from_pretrained(
         cls,
         path: "str | Path",
-        dtype: str = "float32",
-        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype | None = None,
+        device: str | int | torch.device | None = None,
         family: FamilyName | None = None,
         revision: str | None = None,
         gguf_file: str | None = None,
         base: "str | Path | None" = None,
         merge: "Sequence[str | Path]" = (),
+        *,
+        torch_dtype: str | torch.dtype | None = None,
+        device_map: str | int | torch.device | None = None,
     ) -> "RewardModel":
         """Read what `save_pretrained` or `push_to_hub` wrote, or a published checkpoint, which has no image tower.
 
         `path` is a folder or a hub id, `revision` a branch, tag or commit there; `gguf_file` names a GGUF file in it,
         which is read dequantised in `dtype` (how far its scores drift: `python -m jobs.bench gguf`).
+
+        `dtype` is the text tower's number format: "float32" (the default), "bfloat16", "float16", torch's own of these,
+        or "auto" for the checkpoint's own; the image part is in float32. `device` is "cpu" (the default), "cuda",
+        "cuda:N", or "auto": the GPU, where there is one. `torch_dtype` and `device_map` are other names of the two; a
+        map over several devices is refused.
 
         `family` is detected from the checkpoint where it is not given (`families.detect`). A causal language model with
         a chat template is read as Med-PRM's: where its tokenizer has no single " ки", one is added as Med-PRM does, its
@@ -159,21 +167,22 @@ class RewardModel(nn.Module):
         `merge`, in order; MedS3's reward model stands on its policy: ``merge=["…/MedSSS_Policy"]``. One that classifies
         tokens is read as MedS3's; ``family="token_classification"`` reads it as TRL's.
 
-        Raises `CheckpointError` where `path` is none of these.
+        Raises `CheckpointError` where `path` is none of these, where a file is not whole, and where the files do not
+        hold exactly the model's weights; `ValueError` for a dtype or a device that is not there.
         """
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
-        _check_device(device)
+        number_format, place = dtype_of(dtype, torch_dtype), device_of(device, device_map)
         path = checkpoint.locate(path, revision)
         saved = checkpoint.read(path)
         text = text_tower.read_text(
-            path, DTYPES[dtype], family or (saved.family if saved else None), revision, gguf_file, base, merge
+            path, number_format, family or (saved.family if saved else None), revision, gguf_file, base, merge
         )
+        if text.model.dtype not in (getattr(torch, name) for name in DTYPE_NAMES):  # "auto" takes what is there
+            raise CheckpointError(f"{path} is in {text.model.dtype}; name the format to read it in: dtype='bfloat16'")
         model = cls(text.model, text.tokenizer, family=text.family, vision=text.vision)
         model.text_origin = text.origin
         if saved is not None:
             model._restore(path, saved)
-        return model.to(device).eval()
+        return model.to(place).eval()
 
     def _restore(self, path: "str | Path", saved: checkpoint.Saved) -> None:
         """What a folder of `save_pretrained` has besides the text tower."""
@@ -186,7 +195,10 @@ class RewardModel(nn.Module):
         if saved.fusion is not None:
             from medmm_ray.engines.image_tower import ImageTower
 
-            self.image_tower = ImageTower.from_pretrained(checkpoint.tower_folder(path))
+            try:
+                self.image_tower = ImageTower.from_pretrained(checkpoint.tower_folder(path))
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{path}: {error}") from error
             if saved.image_origin is not None:
                 self.image_tower.origin = saved.image_origin
             self.fusion = Fusion(saved.fusion, self.hidden_size, self.image_tower.width)
@@ -464,15 +476,6 @@ def _scores(
             "the fusion's weights"
         )
     return StepScores(error=error) if error else StepScores(text_log_odds, image_log_odds, num_documents=num_documents)
-
-
-def _check_device(device: str | torch.device) -> None:
-    """Before anything is read: a model of 16 GB is read in vain where the device is misspelt or not there."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device is {str(device)!r}; expected cpu, cuda or cuda:N of this machine: {reason}") from None
 
 
 class _Reading:

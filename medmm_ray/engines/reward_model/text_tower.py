@@ -19,16 +19,18 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForTokenClassification,
-    AutoTokenizer,
     PreTrainedConfig,
 )
 from transformers.utils.hub import cached_file
 
+from medmm_ray.engines import pretrained
 from medmm_ray.engines.origin import Origin, commit_of
+from medmm_ray.engines.placement import Dtype
 from medmm_ray.engines.reward_model import adapters, attention, families, vision
 from medmm_ray.engines.reward_model.errors import CheckpointError
 from medmm_ray.engines.reward_model.families import FamilyName
 from medmm_ray.engines.reward_model.vision import Vision
+from medmm_ray.engines.weights import WeightsError, check_files
 from medmm_ray.text import TAG
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -53,7 +55,7 @@ class Text:
 
 def read_text(
     path: str | Path,
-    dtype: torch.dtype,
+    dtype: Dtype,
     family: FamilyName | None,
     revision: str | None = None,
     gguf_file: str | None = None,
@@ -84,35 +86,58 @@ def check_vocabulary(model: Any, tokenizer: Any) -> None:
     rows, entries = model.get_input_embeddings().num_embeddings, len(tokenizer)
     if entries > rows:
         raise CheckpointError(
-            f"the tokenizer has {entries} entries but the model's vocabulary {rows}; they are not of one checkpoint"
+            f"the tokenizer has {entries} entries but the model's vocabulary {rows}; they are not of one checkpoint. "
+            "(An adapter trained with added tokens must bring their rows: save it with save_embedding_layers=True.)"
         )
 
 
-def _read_whole(path: str | Path, dtype: torch.dtype, family: FamilyName | None, revision: str | None) -> Text:
+def _read_whole(path: str | Path, dtype: Dtype, family: FamilyName | None, revision: str | None) -> Text:
     try:
+        if Path(path).is_dir():
+            check_files(Path(path))
         commit = commit_of(path, "config.json", revision)  # all is of one commit, whatever is pushed meanwhile
         _refuse_original_layout(path, commit)
         config = AutoConfig.from_pretrained(path, revision=commit)
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=commit)
+        tokenizer = pretrained.load_tokenizer(path, revision=commit)
     except CheckpointError:
         raise
+    except WeightsError as error:
+        raise CheckpointError(str(error)) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a language model that can be read: {error}") from error
     found = family or _detected(path, config.architectures or [], tokenizer)
     if found in families.SEEING:
         vision.check(path, config)
         tokenizer.chat_template = tokenizer.chat_template or vision.chat_template(path, commit)
-    try:
-        model = _MODELS[found].from_pretrained(path, revision=commit, dtype=dtype, attn_implementation=attention.NAME)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as a reward model of the family {found}: {error}") from error
+    model = _load(path, found, dtype, commit)
     eyes = Vision.from_pretrained(path, model, tokenizer, commit) if found in families.SEEING else None
     return Text(model, tokenizer, found, Origin.of(path, commit), eyes)
 
 
+def _load(path: str | Path, family: FamilyName, dtype: Dtype, commit: str | None) -> Any:
+    """The model of a family, the adapter that may lie beside its weights merged in, as transformers would use it."""
+    with adapters.without_adapter(path, commit) as folder:
+        try:
+            model = pretrained.load(
+                _MODELS[family],
+                folder,
+                unexpected=_UNUSED.get(family, ()),
+                revision=commit,
+                dtype=dtype,
+                attn_implementation=attention.NAME,
+            )
+        except WeightsError as error:
+            message = str(error).replace(str(folder), str(path))
+            raise CheckpointError(f"{message} (read as the family {family})") from error
+    if folder != path:
+        model, _ = adapters.merged(model, adapters.local(path, commit))
+        model.config.name_or_path = str(path)
+    return model
+
+
 def _read_adapter(
     path: str | Path,
-    dtype: torch.dtype,
+    dtype: Dtype,
     family: FamilyName | None,
     revision: str | None,
     base: str | Path | None,
@@ -121,6 +146,7 @@ def _read_adapter(
     """An adapter that classifies tokens is MedS3's unless `family` says that it is TRL's."""
     commit = commit_of(path, "adapter_config.json", revision)
     adapter = adapters.local(path, commit)
+    adapters.check(adapter)
     base = base or adapters.base_of(adapter)
     try:
         check_path(base)
@@ -131,9 +157,9 @@ def _read_adapter(
     model = adapters.read(adapter, base, merge, dtype)
     place = adapters.tokenizer_of(adapter, base)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{place} has no tokenizer that can be read: {error}") from error
+        tokenizer = pretrained.load_tokenizer(place)
+    except WeightsError as error:
+        raise CheckpointError(f"the adapter {path}: {error}") from error
     if family is None and adapters.task_of(adapter) == "TOKEN_CLS":
         family = "meds3"
     found = family or _detected(path, [type(model).__name__], tokenizer)
@@ -165,9 +191,7 @@ def _refuse_original_layout(path: str | Path, commit: str | None) -> None:
         )
 
 
-def _read_gguf(
-    path: str | Path, gguf_file: str, dtype: torch.dtype, family: FamilyName | None, revision: str | None
-) -> Text:
+def _read_gguf(path: str | Path, gguf_file: str, dtype: Dtype, family: FamilyName | None, revision: str | None) -> Text:
     from medmm_ray.engines.gguf import read_gguf
 
     try:
@@ -195,19 +219,21 @@ _MODELS: dict[FamilyName, Any] = {
     "visualprm": AutoModelForImageTextToText,
 }
 
+# A classifier of tokens that was made of a language model may keep that one's head, which it never reads.
+_UNUSED: dict[FamilyName, tuple[str, ...]] = {
+    "qwen_prm": ("lm_head.",),
+    "token_classification": ("lm_head.",),
+    "meds3": ("lm_head.",),
+}
+
 
 def _add_tag(text_model: Any, tokenizer: Any) -> None:
     """Make `TAG` one token, its embedding (and head row) the mean of the others."""
     if len(tokenizer(TAG, add_special_tokens=False)["input_ids"]) == 1:
         return
     tokenizer.add_tokens([AddedToken(TAG, special=True, normalized=False)], special_tokens=True)
-    rows = text_model.get_input_embeddings().num_embeddings
-    if len(tokenizer) <= rows:
-        return
-    text_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    with torch.no_grad():
-        for part in (text_model.get_input_embeddings(), text_model.get_output_embeddings()):
-            part.weight[rows:] = part.weight[:rows].float().mean(dim=0).to(part.weight.dtype)
+    if len(tokenizer) > text_model.get_input_embeddings().num_embeddings:
+        pretrained.resize_vocabulary(text_model, len(tokenizer))
 
 
 def read_outline(path: str | Path, family: FamilyName | None, dtype: str) -> Text:
@@ -218,10 +244,16 @@ def read_outline(path: str | Path, family: FamilyName | None, dtype: str) -> Tex
     if adapters.is_adapter(path):
         raise CheckpointError(f"{path} is an adapter, and vLLM reads whole checkpoints; {_SAVE_IT}")
     try:
+        if Path(path).is_dir():
+            check_files(Path(path))
         commit = commit_of(path, "config.json", None)
         _refuse_original_layout(path, commit)
         config = AutoConfig.from_pretrained(path, revision=commit)
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=commit)
+        tokenizer = pretrained.load_tokenizer(path, revision=commit)
+    except CheckpointError:
+        raise
+    except WeightsError as error:
+        raise CheckpointError(str(error)) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a language model that can be read: {error}") from error
     found = family or _detected(path, config.architectures or [], tokenizer)
@@ -236,6 +268,12 @@ def read_outline(path: str | Path, family: FamilyName | None, dtype: str) -> Tex
         model = maker(config) if found == "qwen_prm" else maker.from_config(config)
         model.to(getattr(torch, dtype))
     check_vocabulary(model, tokenizer)
+    if not hasattr(config, "quantization_config"):  # else the files have an engine's own names
+        try:
+            folder = pretrained.folder_of(path, commit)
+            pretrained.check_weights(type(model), config, folder, unexpected=_UNUSED.get(found, ()))
+        except WeightsError as error:
+            raise CheckpointError(f"{error} (read as the family {found})") from error
     return Text(model, tokenizer, found, Origin.of(path, commit))
 
 

@@ -1,0 +1,76 @@
+"""Number formats and devices as users of transformers name them: ``dtype="auto"``, ``device_map="cuda:0"``."""
+
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    import torch
+
+Dtype: TypeAlias = "torch.dtype | Literal['auto']"
+DTYPE_NAMES = ("float32", "bfloat16", "float16")
+
+
+def dtype_of(dtype: "str | torch.dtype | None", torch_dtype: "str | torch.dtype | None" = None) -> Dtype:
+    """What `dtype` names: one of `DTYPE_NAMES` or torch's own; "auto" is the checkpoint's. None is float32.
+
+    `torch_dtype` is its older name. Raises ValueError for another format, and where the two differ.
+    """
+    import torch
+
+    known = {name: getattr(torch, name) for name in DTYPE_NAMES}
+
+    def read(name: str, value: Any) -> Dtype:
+        if value == "auto":
+            return "auto"
+        found = known.get(value) if isinstance(value, str) else value
+        if found not in known.values():
+            expected = ", ".join(DTYPE_NAMES)
+            raise ValueError(f"{name} is {value!r}; expected one of {expected}, torch's own of these, or 'auto'")
+        return found
+
+    given = {
+        name: read(name, value)
+        for name, value in (("dtype", dtype), ("torch_dtype", torch_dtype))
+        if value is not None
+    }  # fmt: skip
+    if len(set(given.values())) > 1:
+        raise ValueError(
+            f"dtype is {dtype!r} and torch_dtype {torch_dtype!r}; give one (torch_dtype is the older name)"
+        )
+    return next(iter(given.values()), torch.float32)
+
+
+def device_of(device: "str | int | torch.device | None", device_map: Any = None) -> "torch.device":
+    """The one device that `device` or `device_map` names: cpu, cuda, cuda:N, N, or "auto": the GPU, where there is one.
+
+    None is the CPU. Raises ValueError for a device that is not there, and for a map over several devices: a model here
+    lies on one.
+    """
+    import torch
+
+    if device_map is not None and not isinstance(device_map, str | int | torch.device):
+        raise ValueError(
+            f"device_map is {device_map!r}; a model here lies on one device: name it (cpu, cuda, cuda:N) or give 'auto'"
+        )
+    places = {}
+    for name, value in (("device", device), ("device_map", device_map)):
+        if value is not None:
+            places[name] = _place(name, value)
+    if len(set(places.values())) > 1:
+        raise ValueError(f"device is {device!r} and device_map {device_map!r}; give one")
+    return next(iter(places.values()), torch.device("cpu"))
+
+
+def _place(name: str, value: "str | int | torch.device") -> "torch.device":
+    import torch
+
+    if value == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(value)
+        torch.empty(0, device=place)  # before 16 GB are read in vain
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{name} is {str(value)!r}; expected cpu, cuda, cuda:N of this machine, or auto: {reason}"
+        ) from None
+    return place

@@ -63,8 +63,8 @@ class TextEncoder:
         return _unit(self._model.encode(list(texts)))
 
 
-# What a sentence encoder does not read of BERT and its kin: the pooler, and the heads that fill in masked words.
-_UNREAD = ("pooler.", "cls.", "lm_head.", "vocab_transform.", "vocab_layer_norm.", "vocab_projector.")
+# What a sentence encoder does not read: BERT's pooler, the heads that fill in masked words, T5's decoder.
+_UNREAD = ("pooler.", "cls.", "lm_head.", "vocab_transform.", "vocab_layer_norm.", "vocab_projector.", "decoder.")
 
 
 def _part_folders(folder: Path) -> list[Path]:
@@ -95,10 +95,10 @@ class _Sentences:
 
     def _check_transformer(self, folder: Path) -> None:
         """The library is strict with its own modules' weights, but not with those of transformers' model."""
-        first = self._model[0]
-        if hasattr(first, "auto_model"):
+        first, part = self._model[0], _part_folders(folder)[0]
+        if hasattr(first, "auto_model") and not (part / "adapter_config.json").is_file():  # peft reads its own
             model = first.auto_model
-            check_weights(type(model), model.config, _part_folders(folder)[0], missing=_UNREAD, unexpected=_UNREAD)
+            check_weights(type(model), model.config, part, missing=_UNREAD, unexpected=_UNREAD)
 
     def encode(self, texts: list[str]) -> Vectors:
         vectors_ND: Vectors = self._model.encode(texts, batch_size=len(texts), show_progress_bar=False)

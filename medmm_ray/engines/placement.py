@@ -16,16 +16,16 @@ def dtype_of(dtype: "str | torch.dtype | None", torch_dtype: "str | torch.dtype 
     """
     import torch
 
-    known = {name: getattr(torch, name) for name in DTYPE_NAMES}
+    known: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
     def read(name: str, value: Any) -> Dtype:
         if value == "auto":
             return "auto"
-        found = known.get(value) if isinstance(value, str) else value
-        if found not in known.values():
-            expected = ", ".join(DTYPE_NAMES)
-            raise ValueError(f"{name} is {value!r}; expected one of {expected}, torch's own of these, or 'auto'")
-        return found
+        for known_name, known_dtype in known.items():
+            if value in (known_name, known_dtype):
+                return known_dtype
+        expected = ", ".join(DTYPE_NAMES)
+        raise ValueError(f"{name} is {value!r}; expected one of {expected}, torch's own of these, or 'auto'")
 
     given = {
         name: read(name, value)

@@ -145,9 +145,9 @@ def merged(model: Any, path: str | Path) -> tuple[Any, set[str]]:
         wanted = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
         try:
             loaded = wrapped.load_adapter(str(folder), "default")
-        except KeyError:  # a weight outside of LoRA, which peft looks up unasked
+        except KeyError as error:  # a weight outside of LoRA, which peft looks up unasked
             Unmatched.between(wanted, weights).without(unexpected=copies).check("its file")
-            raise
+            raise WeightsError(f"its file has no weight {error}") from error
         unmatched = Unmatched(frozenset(loaded.missing_keys), frozenset(loaded.unexpected_keys))
         unmatched.without(unexpected=copies).check("its file")
     except WeightsError as error:

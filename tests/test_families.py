@@ -136,8 +136,12 @@ def test_what_is_saved_comes_back(name: str, tmp_path: Path) -> None:
 def test_the_family_can_be_said_and_must_fit(tmp_path: Path) -> None:
     folder = tiny.save(tmp_path / "medprm")
     assert RewardModel.from_pretrained(folder, family="medprm").family.name == "medprm"
-    with pytest.raises(CheckpointError, match="'<extra_0>' as"):
+    with pytest.raises(CheckpointError, match=r"missing are 13: .*and 8 more.*family qwen_prm"):
         RewardModel.from_pretrained(folder, family="qwen_prm")
+    other = qwen_prm(tmp_path / "qwen")
+    tiny.tokenizer(tag=False).save_pretrained(other)
+    with pytest.raises(CheckpointError, match="'<extra_0>' as"):
+        RewardModel.from_pretrained(other)
 
 
 def test_a_checkpoint_that_fits_no_family_says_what_was_looked_for(tmp_path: Path) -> None:

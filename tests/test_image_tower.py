@@ -289,7 +289,7 @@ def test_a_tower_that_is_not_whole_is_refused(kind: str, request: pytest.Fixture
     source: Path = request.getfixturevalue(kind)
     (file_name,) = (file.name for file in source.iterdir() if file.suffix in (".safetensors", ".bin"))
     read = torch.load if file_name.endswith(".bin") else load_file
-    weights: dict[str, torch.Tensor] = dict(read(source / file_name))  # type: ignore[operator]
+    weights: dict[str, torch.Tensor] = dict(read(source / file_name))
     name = {
         "native": "visual.transformer.resblocks.1.ln_1.weight",
         "biomed": "visual.trunk.blocks.1.norm1.weight",

@@ -67,9 +67,11 @@ def lose_a_shards_place(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def as_torch_file(folder: Path, change: Callable[[Weights], Weights]) -> None:
-    torch.save(change(load_file(folder / "model.safetensors")), folder / "pytorch_model.bin")
+def as_torch_file(folder: Path, change: Callable[[Weights], Weights]) -> Path:
+    file = folder / "pytorch_model.bin"
+    torch.save(change(load_file(folder / "model.safetensors")), file)
     (folder / "model.safetensors").unlink()
+    return file
 
 
 def cut(file: Path, lost: int = 1000) -> None:
@@ -144,11 +146,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "torch's format, one missing": (lambda f: as_torch_file(f, without(DOWN)), [f"missing are 1: {DOWN}."]),
     "torch's format, cut off": (
-        lambda f: (as_torch_file(f, dict), cut(f / "pytorch_model.bin")),
+        lambda f: cut(as_torch_file(f, dict)),
         ["pytorch_model.bin is not whole: it has ", "its table of contents is not among them"],
     ),
     "torch's format, a pointer": (
-        lambda f: (as_torch_file(f, dict), (f / "pytorch_model.bin").write_text(POINTER)),
+        lambda f: as_torch_file(f, dict).write_text(POINTER),
         ["pytorch_model.bin is a git-lfs pointer"],
     ),
     "a tokenizer's pointer": (
@@ -242,7 +244,8 @@ def test_both_sides_are_compared_by_name_and_shape() -> None:
     model = {"a": torch.zeros(2, 3), "b": torch.zeros(1), "c": torch.zeros(4)}
     files = {"a": torch.zeros(3, 2), "b": torch.zeros(1), "d": torch.zeros(1)}
     found = Unmatched.between(model, files)
-    assert (found.missing, found.unexpected, found.misshapen) == ({"c"}, {"d"}, (("a", (3, 2), (2, 3)),))
+    assert (found.missing, found.unexpected) == (frozenset("c"), frozenset("d"))
+    assert found.misshapen == (("a", (3, 2), (2, 3)),)
     Unmatched.between(model, model).check("nothing is wrong")
     assert found.without(missing=("c",), unexpected=("d",)).misshapen == found.misshapen
     with pytest.raises(WeightsError, match=r"^here does not hold its model's weights: missing are 1: c; of another"):

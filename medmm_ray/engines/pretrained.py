@@ -66,7 +66,7 @@ def folder_of(name: str | Path, revision: str | None = None) -> Path:
         if file is None:
             continue
         if file_name.endswith(".json"):
-            get_checkpoint_shard_files(str(name), file, revision=revision)
+            get_checkpoint_shard_files(str(name), file, revision=revision)  # type: ignore[no-untyped-call]
         return Path(file).parent
     raise WeightsError(f"{name} has none of the weight files {', '.join(TRANSFORMERS_FILES)}")
 
@@ -145,7 +145,7 @@ def save(model: Any, folder: Path) -> None:
         model.save_pretrained(folder)
         return
     as_read = model.generation_config
-    model.generation_config = GenerationConfig()
+    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     try:
         model.save_pretrained(folder)
     finally:

@@ -191,7 +191,8 @@ def test_a_language_model_that_is_not_whole_is_refused(fault: str, loader: str, 
 def test_what_is_whole_is_read(loader: str, whole: Path, tmp_path: Path) -> None:
     load, _ = LOADERS[loader]
     load(whole)
-    for name, lay_out in {"shards": shard, "torch": lambda f: as_torch_file(f, dict)}.items():
+    layouts: dict[str, Callable[[Path], object]] = {"shards": shard, "torch": lambda f: as_torch_file(f, dict)}
+    for name, lay_out in layouts.items():
         shutil.copytree(whole, tmp_path / name)
         lay_out(tmp_path / name)
         load(tmp_path / name)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from medmm_ray.engines import generator
-from medmm_ray.engines.reward_model import CheckpointError, RewardModel
+from medmm_ray.engines.reward_model import CheckpointError, RewardModel, text_tower
 from medmm_ray.engines.weights import Unmatched, WeightsError, check_files
 from medmm_ray.train.policy import pretrained
 from tests import tiny_reward_model as tiny
@@ -164,8 +164,9 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 # loader -> its error
 LOADERS: dict[str, tuple[Callable[[Path], object], type[Exception]]] = {
     "reward model": (RewardModel.from_pretrained, CheckpointError),
+    "reward model of vLLM": (lambda folder: text_tower.read_outline(folder, None, "float32"), CheckpointError),
     "policy": (lambda folder: pretrained(str(folder)), WeightsError),
-    "before vLLM": (lambda folder: generator.check_weights(str(folder), {}), generator.GeneratorError),
+    "policy of vLLM": (lambda folder: generator.check_weights(str(folder), {}), generator.GeneratorError),
 }
 
 

@@ -1,5 +1,6 @@
 """Every prompt that a policy or a reward model reads. They are part of the models: a changed byte changes a score."""
 
+import re
 from collections.abc import Sequence
 
 Message = dict[str, str]
@@ -27,9 +28,17 @@ _PRM_RULE = (
 )
 
 
+_DOCUMENT = re.compile(r"Document \d+: ")
+
+
 def document_block(documents: Sequence[str]) -> str:
-    """``Document 1: …\\n\\nDocument 2: …\\n\\n``, empty without documents."""
-    return "".join(f"Document {i}: {text}\n\n" for i, text in enumerate(documents, 1))
+    """``Document 1: …\\n\\nDocument 2: …\\n\\n``, empty without documents.
+
+    Documents that all bring their label along, as in the example of Med-PRM's model card, keep it and get no other.
+    """
+    if not all(_DOCUMENT.match(text) for text in documents):
+        documents = [f"Document {i}: {text}" for i, text in enumerate(documents, 1)]
+    return "".join(f"{text}\n\n" for text in documents)
 
 
 def policy_messages(question: str, documents: Sequence[str] = (), answer_type: str = "choice") -> list[Message]:
@@ -42,16 +51,21 @@ def policy_messages(question: str, documents: Sequence[str] = (), answer_type: s
 
 
 def prm_messages(
-    question: str, tagged_solution: str, documents: Sequence[str] = (), training: bool = False
+    question: str,
+    tagged_solution: str,
+    documents: Sequence[str] = (),
+    training: bool = False,
+    system: str | None = None,
 ) -> list[Message]:
     """Med-PRM's input: `question` carries its options, `tagged_solution` its tags (`text.tag_steps`).
 
     With documents the system prompt ends in a space when scoring and in none when training, as in the reference.
+    `system`: another one in its place.
     """
     middle = _PRM_WITH_DOCUMENTS if documents else _PRM_WITHOUT_DOCUMENTS
     ending = " " if documents and not training else ""
     return [
-        {"role": "system", "content": _PRM_TASK + middle + _PRM_RULE + ending},
+        {"role": "system", "content": _PRM_TASK + middle + _PRM_RULE + ending if system is None else system},
         {
             "role": "user",
             "content": f"{document_block(documents)}Question: {question}\n\nExplanation: {tagged_solution}",

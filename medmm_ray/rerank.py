@@ -66,7 +66,8 @@ class RerankRequest(_Message):
     question: Words
     """The question, without its options."""
     solutions: list[Words | Annotated[list[Words], Field(min_length=1)]] = Field(min_length=1)
-    """Candidate solutions: a text with `Step 1:` … marks (a text without marks is one step), or a list of steps."""
+    """Candidate solutions: a text with `Step 1:` … marks, cut at those alone, as Med-PRM's own code cuts it (a text
+    without them is one step), or a list of steps. Neither is edited: send a list where marks are of another kind."""
     options: list[Words] = Field(default=[], max_length=len(text.LETTERS))
     """Answer options in the order of their letters (A, B, …); empty for yes/no and open questions."""
     answer_type: AnswerType = "choice"
@@ -169,7 +170,8 @@ def to_case(request: RerankRequest, max_image_pixels: int) -> Case:
 
 
 def steps_of(solution: str | list[str]) -> list[str]:
-    return text.split_steps(solution)[1] if isinstance(solution, str) else solution
+    """The steps as a reward model scores them, for reading: raw text is cut where the reference cuts it."""
+    return [text.without_mark(step) for step in text.cut_steps(solution)] if isinstance(solution, str) else solution
 
 
 def from_base64(name: str, value: str) -> bytes:

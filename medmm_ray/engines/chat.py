@@ -11,6 +11,7 @@ from typing import Any, cast
 from PIL import Image
 
 from medmm_ray.config import ConfigError
+from medmm_ray.engines.template import ChatTemplate
 from medmm_ray.prompts import Message
 from medmm_ray.tables import RowError
 
@@ -33,7 +34,11 @@ class Prompt:
 
 
 class Chat:
-    """The chat template, tokenizer and image processor of a checkpoint."""
+    """The chat template, tokenizer and image processor of a checkpoint.
+
+    `template.use` says how the template is used: with a fixed date where it would write the day's, with the instruction
+    in the user's turn where it has no system role. Raises `ChatError` where it cannot be used.
+    """
 
     def __init__(self, model: str) -> None:
         from transformers import AutoProcessor, ProcessorMixin
@@ -42,8 +47,13 @@ class Chat:
         found = auto.from_pretrained(model)  # of a model that reads text alone: its tokenizer
         self._processor = found if isinstance(found, ProcessorMixin) else None
         self.tokenizer: Any = found if self._processor is None else found.tokenizer
-        if (self._processor or self.tokenizer).chat_template is None:
+        talks = self._processor or self.tokenizer
+        if talks.chat_template is None:
             raise ChatError(f"the tokenizer of {model} has no chat template; a policy needs one")
+        try:
+            self.template = ChatTemplate(talks.apply_chat_template, talks.chat_template, self._processor is not None)
+        except ValueError as error:
+            raise ChatError(f"{model} cannot be asked as a policy: {error}") from None
         self._model = model
         self._image_tokens: dict[tuple[tuple[int, int], ...], int] = {}
 
@@ -52,11 +62,9 @@ class Chat:
         if self._processor is None:
             if prompt.images:
                 raise ChatError(f"{self._model} reads text alone; set num_images=0, or name a model that sees")
-            ids = self.tokenizer.apply_chat_template(
-                list(prompt.messages), add_generation_prompt=True, return_dict=False
-            )
+            ids = self.tokenizer.encode(self.template.render(prompt.messages), add_special_tokens=False)
         else:
-            ids = self._ids(self._text(_with_images(prompt)))
+            ids = self._ids(self.template.render(_with_images(prompt)))
         said = self.tokenizer.encode(prompt.said, add_special_tokens=False) if prompt.said else []
         return [*ids, *said]
 
@@ -68,7 +76,7 @@ class Chat:
         """Tokens that images take besides their marks; `RowError` where the model cannot look at one."""
         sizes = tuple(image.size for image in images)
         if sizes and sizes not in self._image_tokens:
-            text = self._text([{"role": "user", "content": [{"type": "image"} for _ in sizes]}])
+            text = self.template.render([{"role": "user", "content": [{"type": "image"} for _ in sizes]}])
             blank = [Image.new("RGB", size) for size in sizes]
             try:
                 seen = cast(Any, self._processor)(text=text, images=blank)["input_ids"][0]
@@ -76,9 +84,6 @@ class Chat:
                 raise RowError("image_size", f"the model's image processor refuses {list(sizes)}: {error}") from error
             self._image_tokens[sizes] = len(seen) - len(self.tokenizer(text)["input_ids"])
         return self._image_tokens[sizes] if sizes else 0
-
-    def _text(self, messages: list[dict[str, Any]]) -> str:
-        return str(cast(Any, self._processor).apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
     def _ids(self, text: str) -> list[int]:
         begun = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)

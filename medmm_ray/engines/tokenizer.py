@@ -10,7 +10,8 @@ way the text was made (`apply_chat_template` or text tokenised with special toke
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from medmm_ray.text import TAG
 
@@ -68,3 +69,19 @@ def build_tokenizer(
         if len(ids) != 1:
             raise ValueError(f"{token!r} became {len(ids)} tokens, but a reward model reads it as one")
     return tokenizer
+
+
+def read_tokenizer(path: str | Path, revision: str | None = None) -> Any:
+    """A checkpoint's tokenizer, as its files have it.
+
+    `AutoTokenizer` gives some types of models (Qwen2's among them) their usual splitting of words, whatever
+    ``tokenizer.json`` says; a checkpoint that names no class of its own is read from that file alone. Raises OSError or
+    ValueError where there is none that can be read.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    named = get_tokenizer_config(path, revision=revision).get("tokenizer_class")
+    if named in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+        return PreTrainedTokenizerFast.from_pretrained(path, revision=revision)
+    return AutoTokenizer.from_pretrained(path, revision=revision)

@@ -1,13 +1,20 @@
-"""A solution's steps in text, and the form in which a reward model reads them."""
+"""A solution's steps in text, and the form in which a reward model reads them.
+
+Two readers of raw text meet here. `split_steps` is ours: it reads what a policy wrote, knows the many ways in which
+models mark steps, and normalises white space. `cut_steps` is the reference's: it cuts a solution that is to be scored
+where Med-PRM's own code cuts it, at ``Step 1:`` alone, and edits nothing. So text is normalised once, where it is
+sampled, and what is stored then is what is scored. To score raw text that marks its steps in another way, split it
+first and give the list of steps.
+"""
 
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from re import Match
 
 TAG = " ки"
 LETTERS = string.ascii_uppercase
 
-_STEP = re.compile(r"(?:^|(?<=\s))(?:#+\s*|\*\*\s*)?Step\s+(\d+)\s*[:.)]\s*(?:\*\*)?\s*", re.IGNORECASE)
 _SPACES = re.compile(r"\s+")
 
 
@@ -21,42 +28,211 @@ def well_formed(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
+# What a policy wrote. A mark begins a line, or stands inside one, where clinical text has steps of its own: "GINA
+# step 3", "USMLE Step 1". Linear in the text: what repeats is possessive.
+
+_MARK = re.compile(
+    r"""
+    (?: (?P<line> ^ [ \t]*+ (?: (?:[>•+*-] | \d++[.)]) [ \t]++ )?+ ) | (?<![^\s。！？；]) )
+    (?P<styled> (?: \#{1,6} [ \t]*+ )?+ (?: (?P<bold> \*{1,3} | _{1,3} ) [ \t]*+ )?+ )
+    (?: (?P<word>step) [ \t]*+ \#?+ (?P<number>\d++) (?: [ \t]*+ (?:/|of) [ \t]*+ \d++ )?+
+      | 步[骤驟] [ \t]*+ (?P<chinese>\d++) | 第 [ \t]*+ (?P<ordinal>\d++) [ \t]*+ 步 )
+    (?P<closed> [*_]{1,3} )?+
+    (?: [ \t]*+ (?: (?P<colon>[:：]) | (?P<stop>[.)．]) )
+      | [ \t]*+ (?: [-–—] (?=\s) | (?=[(（]) ) | [ \t]*+ $ )
+    (?P<closed_behind> [ \t]*+ [*_]{1,3} (?=\s|$) )?+
+    """,
+    re.IGNORECASE | re.MULTILINE | re.VERBOSE,
+)
+_SENTENCE_END = re.compile(rf"(?:[.!?:;…。！？：；][\"'”’»)\]*_`]*|{TAG})\s*\Z")
+_OTHER_STEPS = re.compile(
+    r"\b(?:USMLE|COMLEX|NBME|GINA|NAEPP|EPR-?\d|WHO|BTS|SIGN|GOLD|ladder)(?:['’]s)?(?:\s+\d{4})?\s+\Z", re.IGNORECASE
+)
+_CONTEXT = 32  # characters before a mark that tell whether it begins a step
+
+
 def split_steps(text: str) -> tuple[str, list[str]]:
     """What stands before the first mark, and the steps without their marks; a text without marks is one step.
 
-    A mark is ``Step``, a number and one of ``: . )``. The number itself is not read: steps that are numbered wrongly
-    or twice stay as many steps, in the order of the text, and `join_steps` numbers them anew. A mark with nothing
-    behind it is no step, an empty text has none.
+    Marks are those of `step_marks`. Steps that are numbered wrongly or twice stay as many steps, in the order of the
+    text, and `join_steps` numbers them anew. A mark with nothing behind it is no step, an empty text has none. White
+    space is normalised: this is how a policy's solution enters the tables.
 
-    >>> split_steps("So: Step 1: Look. Step 2: Think.")
-    ('So:', ['Look.', 'Think.'])
+    >>> split_steps("So: Step 1: Look. **Step 2:** Think of GINA step 3.")
+    ('So:', ['Look.', 'Think of GINA step 3.'])
     """
-    marks = list(_STEP.finditer(text))
+    marks = step_marks(text)
     if not marks:
         return "", [one_line(text)] if text.strip() else []
     ends = [m.start() for m in marks[1:]] + [len(text)]
-    steps = [one_line(text[m.end() : end]) for m, end in zip(marks, ends, strict=True)]
-    return one_line(text[: marks[0].start()]), [s for s in steps if s]
+    steps = [_behind(mark, text[mark.end() : end]) for mark, end in zip(marks, ends, strict=True)]
+    return one_line(text[: marks[0].start()]), [step for step in steps if step]
 
 
 def step_numbers(text: str) -> list[int]:
     """The numbers that the marks of the steps carry, of longer ones than a step can have the first nine digits."""
-    return [int(mark.group(1)[:9]) for mark in _STEP.finditer(text)]
+    return [_number(mark) for mark in step_marks(text)]
+
+
+def step_marks(text: str) -> list[Match[str]]:
+    """The marks that begin steps: ``Step 1:``, ``**Step 1:**``, ``### Step 1``, ``Step 1 -``, ``步骤1：`` and the like.
+
+    A capital mark with a colon, or with other signs of a heading, at the beginning of a line or behind the end of a
+    sentence is one whatever its number. A weaker one (inside a sentence, in small letters, without a colon) must carry
+    the next number, and no clear mark with that number may follow; else it is what the text speaks of: "calls for step
+    3: low-dose ICS". So are the steps of examinations and guidelines ("USMLE Step 1", "the WHO ladder Step 2").
+    """
+    candidates = list(_MARK.finditer(text))
+    clear = [_is_clear(mark, text) for mark in candidates]
+    following: list[int | None] = []  # the number of the next clear mark behind each candidate
+    number: int | None = None
+    for mark, is_clear in zip(reversed(candidates), reversed(clear), strict=True):
+        following.append(number)
+        number = _number(mark) if is_clear else number
+    marks: list[Match[str]] = []
+    for mark, is_clear, later in zip(candidates, clear, reversed(following), strict=True):
+        expected = (_number(marks[-1]) + 1,) if marks else (0, 1)
+        if is_clear or (_may_mark(mark, text) and _number(mark) in expected and _number(mark) != later):
+            marks.append(mark)
+    return marks
+
+
+def _is_clear(mark: Match[str], text: str) -> bool:
+    capital = mark["word"] is None or mark["word"][0] == "S"
+    if mark["line"] is not None:
+        return bool(mark["styled"].strip()) or (capital and bool(mark["colon"] or mark["stop"]))
+    before = text[max(0, mark.start() - _CONTEXT) : mark.start()]
+    if _OTHER_STEPS.search(before):
+        return False
+    return capital and mark["colon"] is not None and bool(mark["styled"].strip() or _SENTENCE_END.search(before))
+
+
+def _may_mark(mark: Match[str], text: str) -> bool:
+    """Whether a mark that is not clear could begin a step, where its number fits."""
+    if mark["line"] is not None:
+        return True
+    before = text[max(0, mark.start() - _CONTEXT) : mark.start()]
+    if _OTHER_STEPS.search(before):
+        return False
+    capital = mark["word"] is None or mark["word"][0] == "S"
+    return (capital and mark["colon"] is not None) or bool(_SENTENCE_END.search(before))
+
+
+def _number(mark: Match[str]) -> int:
+    digits: str = mark["number"] or mark["chinese"] or mark["ordinal"]
+    return int(digits[:9])
+
+
+def _behind(mark: Match[str], text: str) -> str:
+    """A step's text, without the emphasis that its mark opened: "**Step 1: Look.** Left" is "Look. Left"."""
+    if mark["bold"] and not (mark["closed"] or mark["closed_behind"]):
+        text = text.replace(mark["bold"], "", 1)
+    return one_line(text)
+
+
+# What a reward model reads
+
+# Med-PRM's own (`STEP_PATTERN` of its sampling code), which looks for it where line breaks have become spaces.
+_REFERENCE_MARK = re.compile(r"(?:##[ \n])?Step[ \n]\d+:")
+_TAGS = re.compile(r"[ \n]ки(?!\w)|<extra_0>")  # Med-PRM's and Math-Shepherd's, Qwen's
+
+
+def cut_steps(text: str) -> list[str]:
+    """A solution that is to be scored, cut into its steps as Med-PRM's own code cuts it; nothing is edited.
+
+    Where the text has step tags, the steps are what they end, and what stands behind the last; else each begins at its
+    mark ``Step 1:`` (which it keeps), the first with what stands before. A text without either is one step, one without
+    words has none. But for the tags, the steps joined are the text.
+
+    >>> cut_steps("So. Step 1:  Look.\\nStep 2: Think.")
+    ['So. Step 1:  Look.\\n', 'Step 2: Think.']
+    >>> cut_steps("Step 1:  Look. ки Step 2: Think. ки")
+    ['Step 1:  Look.', ' Step 2: Think.']
+    """
+    if is_tagged(text):
+        *steps, rest = _TAGS.split(text)
+        steps += [rest] if rest.strip() else []
+    else:
+        starts = [mark.start() for mark in _REFERENCE_MARK.finditer(text)][1:]
+        steps = [text[start:end] for start, end in zip([0, *starts], [*starts, len(text)], strict=True)]
+    return steps if any(step.strip() for step in steps) else []
+
+
+def is_tagged(text: str) -> bool:
+    """Whether `text` has step tags; the letters inside a word ("левая кисть") are none."""
+    return _TAGS.search(text) is not None
+
+
+def have_marks(steps: Sequence[str]) -> bool:
+    """Whether each of the steps carries its mark ``Step 1:``; before the first's there may be other text."""
+    found = [_REFERENCE_MARK.match(step.lstrip()) for step in steps]
+    if len(steps) > 1 and found[0] is None:
+        found[0] = _REFERENCE_MARK.search(steps[0])
+    return bool(steps) and None not in found
+
+
+def without_tags(steps: Sequence[str]) -> list[str]:
+    """The steps without the tag behind each; as they are where not all have one."""
+    return [step.removesuffix(TAG) for step in steps] if all(step.endswith(TAG) for step in steps) else list(steps)
+
+
+def without_mark(step: str) -> str:
+    """A step of `cut_steps` as one line without its mark, for reading.
+
+    >>> without_mark("So. Step 1:  Look.\\n")
+    'So. Look.'
+    """
+    return one_line(_REFERENCE_MARK.sub("", step, count=1))
+
+
+def reference_steps(solution: str | Sequence[str], preamble: str = "") -> list[str]:
+    """A solution's steps as Med-PRM writes them, each up to its tag: with the tags they are its processed text.
+
+    Line breaks become single spaces and the ends of steps are stripped, as in the reference (`prm_process_solution` of
+    its sampling code); all else stays, double spaces and tabs too. Raw text is cut by `cut_steps`; tagged text keeps
+    its tags where they are. A list is numbered anew, unless each step carries a mark of its own.
+
+    >>> reference_steps("So.\\nStep 1:  Look.\\n\\nStep 2: Think.")
+    ['So. Step 1:  Look.', ' Step 2: Think.']
+    >>> reference_steps([" Look.", "Think\\ntwice."])
+    ['Step 1:  Look.', ' Step 2: Think twice.']
+    """
+    if isinstance(solution, str):
+        line = solution.replace("\n", " ")
+        return cut_steps(line) if is_tagged(line) else _spaced(_marked(line))
+    steps = without_tags([step.replace("\n", " ") for step in solution])
+    if have_marks(steps):
+        steps = [step.strip().removeprefix("## ") for step in steps]
+    else:
+        steps = [f"Step {i}: {step}".rstrip() for i, step in enumerate(steps, 1)]
+    head = preamble.replace("\n", " ").strip()
+    return _spaced([f"{head} {steps[0]}", *steps[1:]] if head and steps else steps)
+
+
+def _marked(line: str) -> Iterator[str]:
+    """The steps of a line by their marks, which lose their "## "; a line without marks is one step."""
+    for number, step in enumerate(cut_steps(line)):
+        mark = _REFERENCE_MARK.search(step)
+        if mark is None:
+            yield step.strip()
+            continue
+        head, own = step[: mark.start()].strip(), step[mark.start() :].strip().replace("## ", "")
+        yield f"{head} {own}" if number == 0 and head else own
+
+
+def _spaced(steps: Iterator[str] | Sequence[str]) -> list[str]:
+    """Steps with the space that parts each from the tag before it."""
+    return [f" {step}" if number else step for number, step in enumerate(steps)]
 
 
 def join_steps(steps: Sequence[str], preamble: str = "") -> str:
     """Steps as one line of text: ``Step 1: … Step 2: …``."""
-    return _join(steps, preamble, "")
+    return "".join(reference_steps(steps, preamble))
 
 
 def tag_steps(steps: Sequence[str], preamble: str = "", tag: str = TAG) -> str:
     """Steps as a process reward model reads them, the tag after each: ``Step 1: … ки Step 2: … ки``."""
-    return _join(steps, preamble, tag)
-
-
-def _join(steps: Sequence[str], preamble: str, tag: str) -> str:
-    marked = [f"Step {i}: {one_line(step)}{tag}" for i, step in enumerate(steps, 1)]
-    return " ".join([one_line(preamble), *marked] if preamble.strip() else marked)
+    return "".join(f"{step}{tag}" for step in reference_steps(steps, preamble))
 
 
 def question_with_options(question: str, options: Sequence[str]) -> str:

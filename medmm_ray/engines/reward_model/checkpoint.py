@@ -1,7 +1,8 @@
 """A reward model as a folder: what is written, and how it is found again. Nothing is pickled.
 
 config.json, *.safetensors, tokenizer   the text tower, as transformers and vLLM read it
-reward_model.json                       format, the ids of tag, + and −, lengths, where both towers came from, figures
+reward_model.json                       format, the ids of tag, + and −, lengths, how the chat template is used, where
+                                        both towers came from, figures
 fusion.safetensors, image_tower/        the image part, where there is one
 README.md                               the model card
 """
@@ -23,6 +24,7 @@ from medmm_ray.engines.reward_model.errors import CheckpointError
 from medmm_ray.engines.reward_model.families import FamilyName
 from medmm_ray.engines.reward_model.fusion import Fusion, FusionConfig
 from medmm_ray.engines.reward_model.packing import Fit
+from medmm_ray.engines.template import ChatTemplate, TemplateUse
 from medmm_ray.engines.weights import Unmatched, WeightsError, check_file
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ class Saved:
     text_origin: Origin
     image_origin: Origin | None
     figures: dict[str, float]
+    template: TemplateUse | None
+    system_prompt: str | None
 
 
 def locate(path: str | Path, revision: str | None) -> str | Path:
@@ -84,7 +88,25 @@ def read(path: str | Path) -> Saved | None:
         Origin(text["source"], text["revision"]),
         Origin(image["source"], image["revision"]) if image else None,
         saved["figures"],
+        _template_use(saved.get("template")),
+        saved.get("system_prompt"),
     )  # fmt: skip
+
+
+def _template_use(saved: Mapping[str, Any] | None) -> TemplateUse | None:
+    """None where the checkpoint was written before the use of its template was."""
+    return TemplateUse(saved["date"], saved["folds_system"], tuple(saved["alters"])) if saved else None
+
+
+def restore_template(path: str | Path, template: ChatTemplate, saved: TemplateUse) -> None:
+    """Use `template` as it was used when the checkpoint was written; raises where it is not the same any more."""
+    found = template.use
+    if (found.folds_system, found.alters, found.date is None) != (saved.folds_system, saved.alters, saved.date is None):
+        raise CheckpointError(
+            f"{path}: its chat template is now used as {found}, its {CONFIG} says {saved}; restore the template with "
+            "which it was written, or save the model anew from its source"
+        )
+    template.use = saved
 
 
 def tower_folder(path: str | Path) -> Path:
@@ -141,7 +163,7 @@ def push(
 
 
 def _describe(model: "RewardModel", figures: Mapping[str, float]) -> dict[str, Any]:
-    tower = model.image_tower
+    tower, template = model.image_tower, model.family.template
     return {
         "format": FORMAT,
         "family": model.family.name,
@@ -149,6 +171,8 @@ def _describe(model: "RewardModel", figures: Mapping[str, float]) -> dict[str, A
         "max_length": model.max_length,
         "reserve": model.reserve,
         "fit": model.fit,
+        "template": template and asdict(template.use),
+        "system_prompt": model.system_prompt,
         "text_tower": {**asdict(model.text_origin), "architecture": type(model.text_model).__name__},
         "image_tower": tower and {**asdict(tower.origin), "width": tower.width, "image_size": tower.image_size},
         "fusion": asdict(model.fusion.config) if model.fusion else None,

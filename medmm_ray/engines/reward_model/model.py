@@ -125,6 +125,7 @@ class RewardModel(nn.Module):
         except ValueError as error:
             raise CheckpointError(str(error)) from None
         text_tower.check_vocabulary(text_model, tokenizer)
+        self._system_prompt: str | None = None
         use_onednn(self)
         self.text_origin = Origin(text_model.config.name_or_path or "made in memory", None)
         self.figures: dict[str, float] = {}
@@ -191,6 +192,9 @@ class RewardModel(nn.Module):
                 f"{path}: its tokenizer gives the ids {dict(self.family.ids)}, its {checkpoint.CONFIG} has {saved.ids}"
             )
         self.max_length, self.reserve, self.fit = saved.max_length, saved.reserve, saved.fit
+        self.system_prompt = saved.system_prompt
+        if self.family.template is not None and saved.template is not None:
+            checkpoint.restore_template(path, self.family.template, saved.template)
         self.text_origin, self.figures = saved.text_origin, saved.figures
         if saved.fusion is not None:
             from medmm_ray.engines.image_tower import ImageTower
@@ -250,6 +254,24 @@ class RewardModel(nn.Module):
         return checkpoint.push(self, repo_id, figures, private, token, revision, commit_message)
 
     @property
+    def system_prompt(self) -> str | None:
+        """The instruction in the place of the family's own (None), for checkpoints that are asked with another, like
+        the one on Med-PRM's model card. `save_pretrained` keeps it.
+
+        Setting one raises `CheckpointError` for a family whose format has no system prompt, or a fixed one.
+        """
+        return self._system_prompt
+
+    @system_prompt.setter
+    def system_prompt(self, text: str | None) -> None:
+        if text is not None and self.family.name not in families.INSTRUCTED:
+            raise CheckpointError(
+                f"a reward model of the family {self.family.name} takes no other system prompt; those that do: "
+                f"{', '.join(families.INSTRUCTED)}"
+            )
+        self._system_prompt = text
+
+    @property
     def device(self) -> torch.device:
         return cast(torch.device, self.text_model.get_input_embeddings().weight.device)
 
@@ -282,7 +304,7 @@ class RewardModel(nn.Module):
         """`packing.pack` with this model's tokenizer and lengths."""
         return pack(
             self.family, question, solutions, documents,
-            self.max_length, self.reserve, self.context, self.fit, training, seen,
+            self.max_length, self.reserve, self.context, self.fit, training, seen, self.system_prompt,
         )  # fmt: skip
 
     def forward(self, *packed: PackedQuestion) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from medmm_ray.text import TAG, split_steps
+from medmm_ray.text import cut_steps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ MAX_LENGTH = 4096  # tokens; Med-PRM's
 RESERVE = 1024  # tokens kept free of documents, for system prompt, question and solution; Med-PRM's
 
 
-Read = tuple[str, list[str]]  # a solution: what stands before its first step, and the steps
+Solution = str | Sequence[str]  # raw text, which a family cuts into steps, or a list of steps
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Prompt:
     """Rows of each image that the language model reads itself."""
     training: bool = False
     """The reference's training prompt, which differs by a space."""
+    system: str | None = None
+    """A system prompt in the place of the family's own."""
 
 
 @dataclass(frozen=True)
@@ -152,19 +154,15 @@ def choose_documents(
     return kept
 
 
-def read_solution(solution: str | Sequence[str]) -> Read:
-    """A solution as (preamble, steps): raw text is split at its "Step i:" marks, tags that it has already are taken
-    off; a list is taken as it is."""
-    if not isinstance(solution, str):
-        return "", list(solution)
-    preamble, steps = split_steps(solution)
-    return preamble, [step.removesuffix(TAG) for step in steps]
+def has_steps(solution: Solution) -> bool:
+    """Whether there is a step with text in it."""
+    return any(step.strip() for step in (cut_steps(solution) if isinstance(solution, str) else solution))
 
 
 def pack(
     family: "Family",
     question: str,
-    solutions: Sequence[str | Sequence[str]],
+    solutions: Sequence[Solution],
     documents: Sequence[str] = (),
     max_length: int = MAX_LENGTH,
     reserve: int = RESERVE,
@@ -172,6 +170,7 @@ def pack(
     fit: Fit = "skip",
     training: bool = False,
     seen: SeenImages | None = None,
+    system: str | None = None,
 ) -> Packing:
     """Pack one question's solutions.
 
@@ -181,10 +180,12 @@ def pack(
     Args:
         family: how solutions are written and read.
         question: with its options, as `text.question_with_options` writes it.
-        solutions: each a list of steps, or raw text.
+        solutions: each a list of steps, or raw text (`text.cut_steps` says where it is cut). Neither is edited but as
+            the family's own code does it.
         max_length, reserve, fit: the documents' budget, see `choose_documents`.
         context: tokens a full sequence may have (default `max_length`).
         training: the reference's training prompt, which differs by a space.
+        system: a system prompt in the place of the family's own.
         seen: the images, where the language model reads them; documents leave room for them in the context.
     """
     limit = context or max_length
@@ -192,18 +193,17 @@ def pack(
     kept = choose_documents(family.tokenizer, documents, room, reserve, fit)
     images = seen.lengths if seen else ()
     errors: list[str | None] = [None] * len(solutions)
-    read: dict[int, Read] = {}
+    read: dict[int, Solution] = {}
     for i, solution in enumerate(solutions):
-        preamble, steps = read_solution(solution)
-        if any(step.strip() for step in steps):
-            read[i] = preamble, steps
+        if has_steps(solution):
+            read[i] = solution
         else:
             errors[i] = "no_steps: the solution is empty; expected at least one step of text"
     groups = []
     for number in range(len(kept), -1, -1):
         if not read:
             break
-        sequences, faults = family.sequences(Prompt(question, kept[:number], images, training), read)
+        sequences, faults = family.sequences(Prompt(question, kept[:number], images, training, system), read)
         fitting = [s for s in sequences if len(s.ids) <= limit]
         if fitting:
             groups.append(_share(fitting, number, seen))

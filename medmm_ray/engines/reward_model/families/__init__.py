@@ -21,11 +21,24 @@ from medmm_ray.engines.reward_model.families.qwen_prm import QwenPrm, QwenProces
 from medmm_ray.engines.reward_model.families.token_classification import MedS3, TokenClassification
 from medmm_ray.engines.reward_model.families.visualprm import VisualPrm
 
-__all__ = ["NAMES", "SEEING", "Family", "FamilyName", "MedPrm", "Pictures", "QwenProcessRewardModel", "detect", "make"]
+__all__ = [
+    "INSTRUCTED",
+    "NAMES",
+    "SEEING",
+    "Family",
+    "FamilyName",
+    "MedPrm",
+    "Pictures",
+    "QwenProcessRewardModel",
+    "detect",
+    "make",
+]
 
 NAMES: tuple[FamilyName, ...] = get_args(FamilyName)
 SEEING: tuple[FamilyName, ...] = ("medprm_vision", "visualprm")
 """Those whose language model reads the images itself."""
+INSTRUCTED: tuple[FamilyName, ...] = ("medprm", "medprm_vision", "qwen_prm")
+"""Those whose format has a system message, which may be another than their own."""
 
 
 def make(name: FamilyName, tokenizer: Any, pictures: Pictures | None = None) -> Family:

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from medmm_ray.engines.reward_model.packing import FullSequence, Prompt, Read, common
-from medmm_ray.text import one_line, tag_steps
+from medmm_ray.engines.reward_model.packing import FullSequence, Prompt, Solution, common
+from medmm_ray.engines.template import ChatTemplate
+from medmm_ray.text import cut_steps, is_tagged, without_tags
 
 FamilyName = Literal[
     "medprm", "math_shepherd", "qwen_prm", "token_classification", "meds3", "medprm_vision", "visualprm"
@@ -24,7 +26,11 @@ class Family(Protocol):
     additive: bool
     """Whether the log-odds are linear in the state, without a constant: what an image part needs."""
 
-    def sequences(self, prompt: Prompt, solutions: Mapping[int, Read]) -> tuple[list[FullSequence], dict[int, str]]:
+    @property
+    def template(self) -> ChatTemplate | None:
+        """The chat template, where the format has one."""
+
+    def sequences(self, prompt: Prompt, solutions: Mapping[int, Solution]) -> tuple[list[FullSequence], dict[int, str]]:
         """Full sequences of solutions, by their numbers, and the errors of those that cannot be written."""
 
     def log_odds(self, text_model: Any, states_TD: Tensor) -> Tensor:
@@ -57,7 +63,7 @@ class TwoClasses:
         return difference_T
 
 
-# How a solution is written: its steps with what stands before them
+# How a solution is written
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:
@@ -65,54 +71,76 @@ def ids_of(tokenizer: Any, text: str) -> list[int]:
     return found
 
 
-def with_preamble(preamble: str, steps: Sequence[str]) -> list[str]:
-    """The steps, for a format that knows nothing before the first: the preamble becomes that one's beginning."""
-    return [f"{preamble} {steps[0]}" if preamble else steps[0], *steps[1:]]
+def steps_of(solution: Solution) -> list[str]:
+    """The steps as they are, without tags: a list's, or those that raw text is cut into, with their marks, stripped."""
+    if isinstance(solution, str):
+        return [step.strip() for step in cut_steps(solution)]
+    return without_tags(solution)
 
 
-def steps_in_a_line(steps: Sequence[str], preamble: str, tag: str) -> str:
-    return tag_steps(steps, preamble, tag)
-
-
-def steps_in_lines(steps: Sequence[str], preamble: str, tag: str) -> str:
-    lines = [f"Step {i}: {one_line(step)}{tag}" for i, step in enumerate(steps, 1)]
-    return "\n".join([one_line(preamble), *lines] if preamble.strip() else lines)
-
-
-def steps_joined(steps: Sequence[str], preamble: str, tag: str) -> str:
-    return "".join(f"{one_line(step)}{tag}" for step in ([preamble] if preamble.strip() else []) + list(steps))
+def joined(solution: Solution, steps: Sequence[str], separator: str) -> list[str]:
+    """Steps with the `separator` that parts each from the one before; a text with tags keeps its own."""
+    if isinstance(solution, str) and is_tagged(solution):
+        return cut_steps(solution)
+    return [f"{separator}{step}" if number else step for number, step in enumerate(steps)]
 
 
 def tagged(
-    tokenizer: Any,
-    tag: str,
-    tag_id: int,
-    solutions: Mapping[int, Read],
-    write: Callable[[str], str],
-    join: Callable[[Sequence[str], str, str], str],
+    tokenizer: Any, tag: str, tag_id: int, solutions: Mapping[int, Sequence[str]], write: Callable[[str], str]
 ) -> tuple[list[FullSequence], dict[int, str]]:
     """Whole texts, tokenised as one, whose steps are read at the tags that end them.
 
-    Tags are found by id and counted in the text: one in the question, in a document, or inside a step ends no step.
+    `solutions` are lists of steps that stand one behind the other, each followed by its tag. Tags are found by id and
+    counted in the text: one in the question, in a document, or inside a step ends no step.
     """
-    own_texts = [join(steps, preamble, tag) for preamble, steps in solutions.values()]
-    texts = [write(text) for text in own_texts]
-    cuts = [text.rfind(own) for text, own in zip(texts, own_texts, strict=True)]
-    if min(cuts) < 0:
-        raise ValueError("the tokenizer's chat template alters the solution's text; expected it to be kept as it is")
-    rows: list[list[int]] = tokenizer([texts[0][: cuts[0]], *texts], add_special_tokens=True)["input_ids"]
+    own_texts = ["".join(f"{step}{tag}" for step in steps) for steps in solutions.values()]
+    texts = [write(own) for own in own_texts]
+    head_text = _before(texts[0], own_texts[0], write)
+    rows: list[list[int]] = tokenizer([head_text, *texts], add_special_tokens=True)["input_ids"]
     head, *rows = rows
     made: list[FullSequence] = []
     faults: dict[int, str] = {}
-    for (number, (preamble, steps)), text, own, ids in zip(solutions.items(), texts, own_texts, rows, strict=True):
-        at = [p for p, token in enumerate(ids) if token == tag_id]
-        if len(at) != text.count(tag):
-            faults[number] = f"tags: {len(at)} tag tokens for {text.count(tag)} tags in the text; expected as many"
+    for (number, steps), text, ids in zip(solutions.items(), texts, rows, strict=True):
+        tags = [place for place, token in enumerate(ids) if token == tag_id]
+        if len(tags) != text.count(tag):
+            faults[number] = f"tags: {len(tags)} tag tokens for {text.count(tag)} tags in the text; expected as many"
             continue
-        at = at[len(at) - own.count(tag) :]
-        ends = [at[join(steps[:n], preamble, tag).count(tag) - 1] for n in range(1, len(steps) + 1)]
+        up_to = list(accumulate(f"{step}{tag}".count(tag) for step in steps))  # tags up to the end of each step
+        own_tags = tags[len(tags) - up_to[-1] :]
+        ends = [own_tags[count - 1] for count in up_to]
         made.append(FullSequence(number, ids[: ends[-1] + 1], ends, common([head, ids])))
     return made, faults
+
+
+def _before(text: str, own: str, write: Callable[[str], str]) -> str:
+    """What stands before the solution's `own` text; where the chat template alters that, what both texts begin with."""
+    start = text.rfind(own)
+    if start >= 0:
+        return text[:start]
+    without = write("")
+    length = next((i for i, (a, b) in enumerate(zip(text, without, strict=False)) if a != b), len(without))
+    return text[:length]
+
+
+def chat_template(tokenizer: Any, in_parts: bool = False) -> ChatTemplate:
+    """The tokenizer's, probed; raises `ValueError` where it has none, or one that writes no text."""
+    if not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template; a reward model's input is written with one")
+    return ChatTemplate(tokenizer.apply_chat_template, tokenizer.chat_template, in_parts)
+
+
+def check_tags(tag: str, write: Callable[[str], str]) -> None:
+    """Raise `ValueError` where the chat template leaves steps unreadable: their tags altered, lost, or out of place."""
+    words = ("xqone", "xqtwo", "xqthree")
+    written = write("".join(f"{f' {word} kwj' * 100}{tag}" for word in words))
+    pieces = written.split(tag)[-len(words) - 1 :]  # before them there may be tags in the prompt
+    read = [word in piece.casefold() for word, piece in zip(words, pieces, strict=False)]
+    if written.count(tag) - write("").count(tag) != len(words) or not all(read):
+        raise ValueError(
+            f"the tokenizer's chat template alters the solution's text: of {len(words)} steps, each ended by {tag!r}, "
+            f"{written.count(tag)} tags are left in it, and the steps cannot be read. Expected a template that keeps "
+            "the tags; set tokenizer.chat_template to one, or take another checkpoint"
+        )
 
 
 # Images in the text

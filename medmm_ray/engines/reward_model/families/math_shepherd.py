@@ -3,16 +3,18 @@
 from collections.abc import Mapping
 from typing import Any
 
-from medmm_ray.engines.reward_model.families.family import FamilyName, Signs, steps_in_lines, tagged
-from medmm_ray.engines.reward_model.packing import FullSequence, Prompt, Read, single_id
+from medmm_ray.engines.reward_model.families.family import FamilyName, Signs, joined, steps_of, tagged
+from medmm_ray.engines.reward_model.packing import FullSequence, Prompt, Solution, single_id
+from medmm_ray.engines.template import ChatTemplate
 from medmm_ray.prompts import document_block
-from medmm_ray.text import TAG
+from medmm_ray.text import TAG, have_marks
 
 
 class MathShepherd(Signs):
-    """Question, a space, "Step 1: … ки" a line a step. Documents stand before the question."""
+    """Question, a space, "Step 1: … ки" a line a step, each as it is. Documents stand before the question."""
 
     name: FamilyName = "math_shepherd"
+    template: ChatTemplate | None = None
 
     def __init__(self, tokenizer: Any) -> None:
         # Its own code takes the last token of " ки" and of " +", " -": a sentencepiece vocabulary has one for each.
@@ -21,8 +23,16 @@ class MathShepherd(Signs):
             name: single_id(tokenizer, sign) for name, sign in (("tag", "ки"), ("plus", "+"), ("minus", "-"))
         }
 
-    def sequences(self, prompt: Prompt, solutions: Mapping[int, Read]) -> tuple[list[FullSequence], dict[int, str]]:
+    def sequences(self, prompt: Prompt, solutions: Mapping[int, Solution]) -> tuple[list[FullSequence], dict[int, str]]:
         def write(own: str) -> str:
             return f"{document_block(prompt.documents)}{prompt.question} {own}"
 
-        return tagged(self.tokenizer, TAG, self.ids["tag"], solutions, write, steps_in_lines)
+        lines = {number: _lines(solution) for number, solution in solutions.items()}
+        return tagged(self.tokenizer, TAG, self.ids["tag"], lines, write)
+
+
+def _lines(solution: Solution) -> list[str]:
+    steps = steps_of(solution)
+    if not isinstance(solution, str) and not have_marks(steps):
+        steps = [f"Step {i}: {step}" for i, step in enumerate(steps, 1)]
+    return joined(solution, steps, "\n")

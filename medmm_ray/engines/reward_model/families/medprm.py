@@ -6,54 +6,64 @@ trained. All solutions share what stands before them anyway, the images too.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-from medmm_ray.engines.reward_model.families.family import FamilyName, Pictures, Signs, steps_in_a_line, tagged
-from medmm_ray.engines.reward_model.packing import FullSequence, Prompt, Read, single_id
+from medmm_ray.engines.reward_model.families.family import (
+    FamilyName,
+    Pictures,
+    Signs,
+    chat_template,
+    check_tags,
+    tagged,
+)
+from medmm_ray.engines.reward_model.packing import FullSequence, Prompt, Solution, single_id
 from medmm_ray.prompts import prm_messages
-from medmm_ray.text import TAG
+from medmm_ray.text import TAG, reference_steps
 
 
 class MedPrm(Signs):
     """Med-PRM's format; " ки", " +" and " -" must each be one token."""
 
     name: FamilyName = "medprm"
+    in_parts: ClassVar[bool] = False
 
     def __init__(self, tokenizer: Any) -> None:
-        if not tokenizer.chat_template:
-            raise ValueError("the tokenizer has no chat template; a reward model's input is written with one")
         self.tokenizer = tokenizer
+        self.template = chat_template(tokenizer, self.in_parts)
         self.ids: Mapping[str, int] = {"tag": single_id(tokenizer, TAG), "plus": single_id(tokenizer, " +"),
                     "minus": single_id(tokenizer, " -")}  # fmt: skip
+        check_tags(TAG, lambda own: self.written(Prompt("Which?"), own))
 
-    def sequences(self, prompt: Prompt, solutions: Mapping[int, Read]) -> tuple[list[FullSequence], dict[int, str]]:
-        def write(own: str) -> str:
-            messages = prm_messages(prompt.question, own, prompt.documents, training=prompt.training)
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    def written(self, prompt: Prompt, own: str) -> str:
+        """The whole text around a solution's `own`."""
+        messages = prm_messages(prompt.question, own, prompt.documents, prompt.training, prompt.system)
+        return self.template.render(messages)
 
-        return tagged(self.tokenizer, TAG, self.ids["tag"], solutions, write, steps_in_a_line)
+    def sequences(self, prompt: Prompt, solutions: Mapping[int, Solution]) -> tuple[list[FullSequence], dict[int, str]]:
+        steps = {number: reference_steps(solution) for number, solution in solutions.items()}
+        return tagged(self.tokenizer, TAG, self.ids["tag"], steps, lambda own: self.written(prompt, own))
 
 
 class MedPrmVision(MedPrm):
     """Med-PRM's format for a language model that reads the images itself."""
 
     name: FamilyName = "medprm_vision"
+    in_parts: ClassVar[bool] = True
 
     def __init__(self, tokenizer: Any, pictures: Pictures) -> None:
-        super().__init__(tokenizer)
         self.pictures = pictures
+        super().__init__(tokenizer)
 
-    def sequences(self, prompt: Prompt, solutions: Mapping[int, Read]) -> tuple[list[FullSequence], dict[int, str]]:
-        def write(own: str) -> str:
-            system, user = prm_messages(prompt.question, own, prompt.documents, training=prompt.training)
-            messages = [
-                {"role": "system", "content": [_text(system["content"])]},
-                {"role": "user", "content": [*({"type": "image"} for _ in prompt.images), _text(user["content"])]},
-            ]
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            return self.pictures.placed(str(text), len(prompt.images))
+    def written(self, prompt: Prompt, own: str) -> str:
+        system, user = prm_messages(prompt.question, own, prompt.documents, prompt.training, prompt.system)
+        messages = [
+            {"role": "system", "content": [_text(system["content"])]},
+            {"role": "user", "content": [*({"type": "image"} for _ in prompt.images), _text(user["content"])]},
+        ]
+        return self.pictures.placed(self.template.render(messages), len(prompt.images))
 
-        made, faults = tagged(self.tokenizer, TAG, self.ids["tag"], solutions, write, steps_in_a_line)
+    def sequences(self, prompt: Prompt, solutions: Mapping[int, Solution]) -> tuple[list[FullSequence], dict[int, str]]:
+        made, faults = super().sequences(prompt, solutions)
         return self.pictures.repeated(prompt, made, faults)
 
 

@@ -6,34 +6,45 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import PreTrainedModel, Qwen2Config, Qwen2Model
 
-from medmm_ray.engines.reward_model.families.family import FamilyName, TwoClasses, steps_joined, tagged
-from medmm_ray.engines.reward_model.packing import FullSequence, Prompt, Read, single_id
+from medmm_ray.engines.reward_model.families.family import (
+    FamilyName,
+    TwoClasses,
+    chat_template,
+    check_tags,
+    joined,
+    steps_of,
+    tagged,
+)
+from medmm_ray.engines.reward_model.packing import FullSequence, Prompt, Solution, single_id
 from medmm_ray.prompts import document_block
 
 
 class QwenPrm(TwoClasses):
-    """The steps in the assistant's turn, each followed by "<extra_0>". Documents stand before the question."""
+    """The steps in the assistant's turn as they are, each followed by "<extra_0>". Documents stand before the
+    question."""
 
     name: FamilyName = "qwen_prm"
     tag: ClassVar[str] = "<extra_0>"
     system: ClassVar[str] = "Please reason step by step, and put your final answer within \\boxed{}."
 
     def __init__(self, tokenizer: Any) -> None:
-        if not tokenizer.chat_template:
-            raise ValueError("the tokenizer has no chat template; Qwen's reward model is asked with one")
         self.tokenizer = tokenizer
+        self.template = chat_template(tokenizer)
         self.ids: Mapping[str, int] = {"tag": single_id(tokenizer, self.tag)}
+        check_tags(self.tag, lambda own: self.written(Prompt("Which?"), own))
 
-    def sequences(self, prompt: Prompt, solutions: Mapping[int, Read]) -> tuple[list[FullSequence], dict[int, str]]:
-        def write(own: str) -> str:
-            messages = [
-                {"role": "system", "content": self.system},
-                {"role": "user", "content": f"{document_block(prompt.documents)}{prompt.question}"},
-                {"role": "assistant", "content": own},
-            ]
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
+    def written(self, prompt: Prompt, own: str) -> str:
+        """The whole text around a solution's `own`."""
+        messages = [
+            {"role": "system", "content": self.system if prompt.system is None else prompt.system},
+            {"role": "user", "content": f"{document_block(prompt.documents)}{prompt.question}"},
+            {"role": "assistant", "content": own},
+        ]
+        return self.template.render(messages, add_generation_prompt=False)
 
-        return tagged(self.tokenizer, self.tag, self.ids["tag"], solutions, write, steps_joined)
+    def sequences(self, prompt: Prompt, solutions: Mapping[int, Solution]) -> tuple[list[FullSequence], dict[int, str]]:
+        steps = {number: joined(solution, steps_of(solution), "") for number, solution in solutions.items()}
+        return tagged(self.tokenizer, self.tag, self.ids["tag"], steps, lambda own: self.written(prompt, own))
 
 
 class QwenProcessRewardModel(PreTrainedModel):

@@ -3,39 +3,41 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from medmm_ray.engines.reward_model.families.family import FamilyName, TwoClasses, ids_of, with_preamble
-from medmm_ray.engines.reward_model.packing import FullSequence, Prompt, Read
+from medmm_ray.engines.reward_model.families.family import FamilyName, TwoClasses, chat_template, ids_of, steps_of
+from medmm_ray.engines.reward_model.packing import FullSequence, Prompt, Solution
+from medmm_ray.engines.template import ChatTemplate
 from medmm_ray.prompts import document_block
-from medmm_ray.text import one_line
+from medmm_ray.text import have_marks
 
 
 class TokenClassification(TwoClasses):
-    """TRL's: prompt, then each step and a line break, each tokenised by itself."""
+    """TRL's: prompt, then each step as it is and a line break, each tokenised by itself."""
 
     name: FamilyName = "token_classification"
+    template: ChatTemplate | None = None
     separator: ClassVar[str] = "\n"
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.ids: Mapping[str, int] = {}
 
-    def sequences(self, prompt: Prompt, solutions: Mapping[int, Read]) -> tuple[list[FullSequence], dict[int, str]]:
+    def sequences(self, prompt: Prompt, solutions: Mapping[int, Solution]) -> tuple[list[FullSequence], dict[int, str]]:
         begin = self.tokenizer.bos_token_id
         text = f"{document_block(prompt.documents)}{prompt.question}"
         head = [*([] if begin is None else [begin]), *ids_of(self.tokenizer, text)]
         separator = ids_of(self.tokenizer, self.separator)
         made = []
-        for number, (preamble, steps) in solutions.items():
+        for number, solution in solutions.items():
             ids, ends = list(head), []
-            for step in with_preamble(preamble, steps):
-                ids += ids_of(self.tokenizer, one_line(step)) + separator
+            for step in steps_of(solution):
+                ids += ids_of(self.tokenizer, step) + separator
                 ends.append(len(ids) - 1)
             made.append(FullSequence(number, ids, ends, len(head)))
         return made, {}
 
 
 class MedS3(TwoClasses):
-    """MedS3's: the user's turn, then "Step 0: …", "Step 1: …", each with an empty line and tokenised by itself.
+    """MedS3's: the user's turn, then "Step 0: …", "Step 1: …", each as it is with an empty line, tokenised by itself.
 
     Step 0 is the root of MedS3's search trees and the same in each solution; it has no score unless the solution
     brings it along. Documents stand before the question.
@@ -46,23 +48,24 @@ class MedS3(TwoClasses):
     root: ClassVar[str] = "Let's break down this problem step by step."
 
     def __init__(self, tokenizer: Any) -> None:
-        if not tokenizer.chat_template:
-            raise ValueError("the tokenizer has no chat template; MedS3's reward model is asked with one")
         self.tokenizer = tokenizer
+        self.template = chat_template(tokenizer)
         self.ids: Mapping[str, int] = {}
 
-    def sequences(self, prompt: Prompt, solutions: Mapping[int, Read]) -> tuple[list[FullSequence], dict[int, str]]:
+    def sequences(self, prompt: Prompt, solutions: Mapping[int, Solution]) -> tuple[list[FullSequence], dict[int, str]]:
         messages = [{"role": "user", "content": f"{document_block(prompt.documents)}{prompt.question}"}]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        head = ids_of(self.tokenizer, str(text))
+        head = ids_of(self.tokenizer, self.template.render(messages))
         made = []
-        for number, (preamble, own) in solutions.items():
-            steps = with_preamble(preamble, own)
-            if steps[0].strip() != self.root:
-                steps = [self.root, *steps]
+        root = f"Step 0: {self.root}"
+        for number, solution in solutions.items():
+            own = steps_of(solution)
+            if not have_marks(own):
+                first = 0 if own[0].strip() == self.root else 1
+                own = [f"Step {i}: {step}" for i, step in enumerate(own, first)]
+            steps = own if own[0].strip() == root else [root, *own]
             ids, ends = list(head), []
-            for i, step in enumerate(steps):
-                ids += ids_of(self.tokenizer, f"Step {i}: {step.strip()}{self.separator}")
+            for step in steps:
+                ids += ids_of(self.tokenizer, f"{step}{self.separator}")
                 ends.append(len(ids) - 1)
             start = len(head) if len(steps) == len(own) else ends[0] + 1
             made.append(FullSequence(number, ids, ends[-len(own) :], start))

@@ -12,9 +12,10 @@ from medmm_ray.engines.reward_model.families.family import (
     Pictures,
     Signs,
     ids_of,
-    with_preamble,
+    steps_of,
 )
-from medmm_ray.engines.reward_model.packing import FullSequence, Prompt, Read, common, single_id
+from medmm_ray.engines.reward_model.packing import FullSequence, Prompt, Solution, common, single_id
+from medmm_ray.engines.template import ChatTemplate
 from medmm_ray.prompts import document_block
 
 # The text with which VisualPRM's training data is made (`PRM_SYSTEM_PROMPT` of InternVL's reasoning data pipeline).
@@ -43,6 +44,7 @@ class VisualPrm(Signs):
     """Images and documents stand at the beginning of the question, in the first turn."""
 
     name: FamilyName = "visualprm"
+    template: ChatTemplate | None = None
     answer: ClassVar[str] = "+"
 
     def __init__(self, tokenizer: Any, pictures: Pictures) -> None:
@@ -59,7 +61,7 @@ class VisualPrm(Signs):
             )
         self.ids: Mapping[str, int] = {"plus": plus, "minus": minus}
 
-    def sequences(self, prompt: Prompt, solutions: Mapping[int, Read]) -> tuple[list[FullSequence], dict[int, str]]:
+    def sequences(self, prompt: Prompt, solutions: Mapping[int, Solution]) -> tuple[list[FullSequence], dict[int, str]]:
         question = (
             f"{_named(self.pictures.text, len(prompt.images))}{document_block(prompt.documents)}{prompt.question}"
         )
@@ -67,15 +69,13 @@ class VisualPrm(Signs):
             f"<|im_start|>system\n{SYSTEM}{_END}<|im_start|>user\n### Question:\n{question}\n\n### Solution Process:\n"
         )
         answered = f"{_END}{_ASSISTANT}{self.answer}{_END}"
-        texts = [
-            head + f"{answered}<|im_start|>user\n".join(with_preamble(preamble, steps)) + answered
-            for preamble, steps in solutions.values()
-        ]
+        turns = {number: steps_of(solution) for number, solution in solutions.items()}
+        texts = [head + f"{answered}<|im_start|>user\n".join(steps) + answered for steps in turns.values()]
         rows: list[list[int]] = self.tokenizer([head, *texts])["input_ids"]
         head_ids, *rows = rows
         made: list[FullSequence] = []
         faults: dict[int, str] = {}
-        for (number, (_, steps)), ids in zip(solutions.items(), rows, strict=True):
+        for (number, steps), ids in zip(turns.items(), rows, strict=True):
             reads = [at + len(self._ahead) - 1 for at in _found(self._turn, ids)]
             if len(reads) == len(steps):
                 made.append(FullSequence(number, ids[: reads[-1] + 1], reads, common([head_ids, ids])))

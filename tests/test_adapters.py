@@ -95,7 +95,8 @@ def test_scores_are_those_of_meds3s_own_procedure(
     assert ours.family.name == "meds3"
     theirs = plain(parts, *merge, "prm")
     prompt = "".join(f"Document {i}: {text}\n\n" for i, text in enumerate(documents, 1)) + QUESTION
-    for steps, scores in zip(SOLUTIONS, ours.score(QUESTION, SOLUTIONS, documents), strict=True):
+    solutions = [*SOLUTIONS, ["Two findings:\n- blunt  angle", "So:\tthe answer is (A). "], [" left lung"]]
+    for steps, scores in zip(solutions, ours.score(QUESTION, solutions, documents), strict=True):
         expected = meds3_probs(theirs, ours.tokenizer, prompt, steps)
         assert scores.plus_probs == pytest.approx(expected[1:], abs=1e-5)
     assert len({round(p, 3) for p in ours.score(QUESTION, SOLUTIONS)[1].plus_probs}) == 3

@@ -71,8 +71,14 @@ def ids_of(tok: PreTrainedTokenizerFast, text: str, special: bool = False) -> li
 
 
 @torch.no_grad()
-def math_shepherd_probs(model: Any, tok: PreTrainedTokenizerFast, steps: Sequence[str], head: str) -> list[float]:
-    text = f"{head}{QUESTION} " + "\n".join(f"Step {i}: {s} ки" for i, s in enumerate(steps, 1))
+def math_shepherd_probs(model: Any, tok: PreTrainedTokenizerFast, solution: Sequence[str], head: str) -> list[float]:
+    """Its data have "Step 1: … ки" a line a step."""
+    text = f"{head}{QUESTION} " + "\n".join(f"Step {i}: {s} ки" for i, s in enumerate(solution, 1))
+    return math_shepherd_text_probs(model, tok, text)
+
+
+@torch.no_grad()
+def math_shepherd_text_probs(model: Any, tok: PreTrainedTokenizerFast, text: str) -> list[float]:
     ids = ids_of(tok, text, special=True)
     plus, minus, tag = (ids_of(tok, sign)[-1] for sign in ("+", "-", "ки"))
     probs = model(torch.tensor([ids])).logits[0][:, [plus, minus]].softmax(dim=-1)[:, 0]
@@ -81,6 +87,7 @@ def math_shepherd_probs(model: Any, tok: PreTrainedTokenizerFast, steps: Sequenc
 
 @torch.no_grad()
 def qwen_probs(model: Any, tok: PreTrainedTokenizerFast, steps: Sequence[str], head: str) -> list[float]:
+    """Its card joins the steps as they are, the mark behind each."""
     messages = [
         {"role": "system", "content": "Please reason step by step, and put your final answer within \\boxed{}."},
         {"role": "user", "content": head + QUESTION},
@@ -95,6 +102,7 @@ def qwen_probs(model: Any, tok: PreTrainedTokenizerFast, steps: Sequence[str], h
 
 @torch.no_grad()
 def token_probs(model: Any, tok: PreTrainedTokenizerFast, steps: Sequence[str], head: str) -> list[float]:
+    """TRL's trainer tokenises each completion as it is and puts the separator behind."""
     ids, ends = [int(tok.bos_token_id), *ids_of(tok, head + QUESTION)], []
     for step in steps:
         ids += ids_of(tok, step) + ids_of(tok, "\n")
@@ -103,25 +111,79 @@ def token_probs(model: Any, tok: PreTrainedTokenizerFast, steps: Sequence[str], 
     return [float(probs[end]) for end in ends]
 
 
+# The tokenizers are those of the checkpoints as they were made, not as they were read.
 CASES = {
-    "math_shepherd": (math_shepherd, LlamaForCausalLM, math_shepherd_probs),
-    "qwen_prm": (qwen_prm, QwenProcessRewardModel, qwen_probs),
-    "token_classification": (token_classification, LlamaForTokenClassification, token_probs),
+    "math_shepherd": (math_shepherd, LlamaForCausalLM, math_shepherd_probs, tokenizer("ки", template=False)),
+    "qwen_prm": (qwen_prm, QwenProcessRewardModel, qwen_probs, tokenizer("<extra_0>")),
+    "token_classification": (token_classification, LlamaForTokenClassification, token_probs, tokenizer()),
 }
+AS_WRITTEN = [
+    ["Two findings:\n- blunt angle\n- no  air", "So:\n\nthe answer is (A)."],
+    [" left\tlung ", "", "normal\r\n"],
+    ["heart.\n"],
+    ["Step 1:  Look.", "Step 2: no"],
+]
 
 
 @pytest.mark.parametrize("documents", [[], DOCUMENTS])
 @pytest.mark.parametrize("name", CASES)
 def test_scores_are_those_of_the_familys_own_procedure(name: str, documents: list[str], tmp_path: Path) -> None:
-    make, plain_class, procedure = CASES[name]
+    make, plain_class, procedure, tok = CASES[name]
     folder = make(tmp_path / "made")
     ours = RewardModel.from_pretrained(folder)
     assert ours.family.name == name
     plain: Any = plain_class.from_pretrained(folder).eval()  # type: ignore[no-untyped-call]
     head = "".join(f"Document {i}: {text}\n\n" for i, text in enumerate(documents, 1))
-    for steps, scores in zip(SOLUTIONS, ours.score(QUESTION, SOLUTIONS, documents), strict=True):
-        assert scores.plus_probs == pytest.approx(procedure(plain, ours.tokenizer, steps, head), abs=1e-5)
+    solutions = [*SOLUTIONS, *(AS_WRITTEN if name != "math_shepherd" else AS_WRITTEN[:-1])]
+    for steps, scores in zip(solutions, ours.score(QUESTION, solutions, documents), strict=True):
+        assert scores.plus_probs == pytest.approx(procedure(plain, tok, steps, head), abs=1e-5)
     assert len({round(p, 4) for p in ours.score(QUESTION, SOLUTIONS)[1].plus_probs}) > 1
+
+
+RAW = "So.\nStep 1:  Look.\n- blunt\n\nStep 2: the answer is (A).\n"
+CUT = ["So.\nStep 1:  Look.\n- blunt", "Step 2: the answer is (A)."]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "steps"),
+    [
+        ("qwen_prm", RAW, CUT),
+        ("qwen_prm", "Look.\n\n<extra_0>So:  (A).<extra_0>", ["Look.\n\n", "So:  (A)."]),
+        ("token_classification", RAW, CUT),
+        ("token_classification", "Look.\nThink.", ["Look.\nThink."]),
+    ],
+)
+def test_raw_text_is_cut_and_kept(name: str, text: str, steps: list[str], tmp_path: Path) -> None:
+    make, plain_class, procedure, tok = CASES[name]
+    folder = make(tmp_path / "made")
+    plain: Any = plain_class.from_pretrained(folder).eval()  # type: ignore[no-untyped-call]
+    (scores,) = RewardModel.from_pretrained(folder).score(QUESTION, [text])
+    assert scores.plus_probs == pytest.approx(procedure(plain, tok, steps, ""), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("solution", "written"),
+    [
+        ("Step 1:  Look. ки\nStep 2: no\tair ки", "Step 1:  Look. ки\nStep 2: no\tair ки"),
+        ("Step 1:  Look. ки Step 2: no ки\n", "Step 1:  Look. ки Step 2: no ки"),
+        (["Step 1:  Look. ки", "Step 2: no ки"], "Step 1:  Look. ки\nStep 2: no ки"),
+        (RAW, "So.\nStep 1:  Look.\n- blunt ки\nStep 2: the answer is (A). ки"),
+        ("no air", "no air ки"),
+    ],
+)
+def test_math_shepherds_text_is_kept(solution: str | list[str], written: str, tmp_path: Path) -> None:
+    folder = math_shepherd(tmp_path / "made")
+    plain: Any = LlamaForCausalLM.from_pretrained(folder).eval()  # type: ignore[no-untyped-call]
+    expected = math_shepherd_text_probs(plain, CASES["math_shepherd"][-1], f"{QUESTION} {written}")
+    (scores,) = RewardModel.from_pretrained(folder).score(QUESTION, [solution])
+    assert scores.plus_probs == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_tokenizer_is_read_as_its_file_has_it(tmp_path: Path) -> None:
+    """transformers gives Qwen's models Qwen's splitting of words, whatever the file says."""
+    found = RewardModel.from_pretrained(qwen_prm(tmp_path / "made")).tokenizer
+    for text in ("So:\n\nthe answer", "12 345 mg", "a  b\t\tc"):
+        assert found(text)["input_ids"] == tokenizer("<extra_0>")(text)["input_ids"]
 
 
 @pytest.mark.parametrize("name", CASES)

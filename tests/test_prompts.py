@@ -1,4 +1,4 @@
-from medmm_ray.prompts import policy_messages, prm_messages
+from medmm_ray.prompts import document_block, policy_messages, prm_messages
 
 
 def test_prm_messages_are_byte_exact() -> None:
@@ -25,3 +25,13 @@ def test_policy_messages() -> None:
     assert system["role"] == "system"
     assert user["content"] == "Document 1: one\n\nQuestion: Q (A) x"
     assert policy_messages("Q", answer_type="open")[0]["content"] != system["content"]
+
+
+def test_documents_that_bring_their_label_keep_it() -> None:
+    assert document_block(["Document 1: a", "Document 4: b"]) == "Document 1: a\n\nDocument 4: b\n\n"
+    assert document_block(["Document 1: a", "b"]) == "Document 1: Document 1: a\n\nDocument 2: b\n\n"
+    assert document_block([]) == ""
+
+
+def test_another_system_prompt_stands_in_its_place() -> None:
+    assert prm_messages("q", "s", ["d"], system="Judge.")[0] == {"role": "system", "content": "Judge."}

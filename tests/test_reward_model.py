@@ -28,9 +28,8 @@ from medmm_ray.engines.reward_model import (
 from medmm_ray.engines.reward_model.families import MedPrm
 from medmm_ray.engines.reward_model.packing import Branch
 from medmm_ray.engines.reward_model.reading import rows
-from medmm_ray.prompts import prm_messages
-from medmm_ray.text import tag_steps
 from medmm_ray.train.policy import pretrained
+from tests import medprm_reference
 from tests import tiny_reward_model as tiny
 from tests.clip_folders import write_native_clip
 from tests.test_weights import POINTER, change_weights, cut, renamed, shard, without
@@ -84,9 +83,8 @@ def picture(shade: int) -> Image.Image:
 
 
 def whole_ids(tok: Any, solution: Sequence[str], documents: Sequence[str] = ()) -> list[int]:
-    messages = prm_messages(QUESTION, tag_steps(solution), documents)
-    text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return list(tok(text)["input_ids"])
+    tagged = medprm_reference.processed(medprm_reference.numbered(solution))
+    return medprm_reference.prompt_ids(tok, QUESTION, tagged, documents)
 
 
 @pytest.mark.parametrize("own_bos", [False, True])
@@ -159,7 +157,7 @@ def test_documents_are_chosen_by_rank_within_the_budget() -> None:
     assert choose_documents(tok, offered, max_length=500) == []
 
 
-def test_raw_text_is_split_and_its_own_tags_are_taken_off() -> None:
+def test_raw_text_is_cut_and_keeps_its_own_tags() -> None:
     tok = tiny.tokenizer()
     listed = pack(MedPrm(tok), QUESTION, [["left lung", "the answer is (A)."]])
     for raw in ("Step 1: left lung\nStep 2: the answer is (A).", "Step 1: left lung ки Step 2: the answer is (A). ки"):
@@ -326,10 +324,7 @@ def test_packed_states_and_gradients_are_those_of_single_sequences(model: Reward
     apart = torch.zeros_like(together)
     start = 0
     for solution in solutions:
-        row = model.tokenizer.apply_chat_template(
-            prm_messages(QUESTION, tag_steps(solution), DOCUMENTS), tokenize=False, add_generation_prompt=True
-        )
-        ids = model.tokenizer(row, return_tensors="pt")["input_ids"]
+        ids = torch.tensor([whole_ids(model.tokenizer, solution, DOCUMENTS)])
         logits = model.text_model(ids).logits[0, (ids[0] == model.family.ids["tag"]).nonzero()[:, 0]]
         odds = logits[:, model.family.ids["plus"]] - logits[:, model.family.ids["minus"]]
         apart += gradients((odds * weights_T[start : start + len(solution)]).sum())

@@ -12,6 +12,7 @@ from medmm_ray.records import StepLabel
 from medmm_ray.sources import Request, load_solved, med_prm, medmm, meds3, medxpertqa, stream_json
 from medmm_ray.sources.medxpertqa import bracketed
 from medmm_ray.tables import TableError
+from medmm_ray.text import tag_steps
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -55,13 +56,28 @@ def test_med_prm_as_published(tmp_path: Path) -> None:
     (solution,) = found.solutions
     assert list(found.documents) == ["A guideline.", "Another."]
     assert (solution.text, solution.steps, solution.answer, solution.correct) == (
-        "So.\nStep 1: Look.\n\nStep 2: Think.", ["So. Look.", "Think."], "B", True,
+        "So.\nStep 1: Look.\n\nStep 2: Think.", ["So. Step 1: Look.", "Step 2: Think."], "B", True,
     )  # fmt: skip
     assert {(row.source, row.annotator): row.steps for row in solution.labels} == {
         ("judge", "unjudged"): [StepLabel(label=1), StepLabel(label=1)],
         ("judge_llama", "llama"): [StepLabel(label=0), StepLabel(label=1)],
         ("monte_carlo", "med_prm"): [StepLabel(label=1, value=0.125), StepLabel(label=0, value=0.0)],
     }
+
+
+@pytest.mark.parametrize(
+    ("processed", "steps"),
+    [
+        ("Step 1:  Look.\tTwice. ки Step 2: Think.  So. ки", [" Look.\tTwice.", "Think.  So."]),
+        ("Step 1: Look. ки Step 3: Think. ки", ["Step 1: Look.", "Step 3: Think."]),
+        ("So. Step 1: Look. ки", ["So. Step 1: Look."]),
+        ("Step 1: Step 1: Look. ки", ["Step 1: Step 1: Look."]),
+    ],
+)
+def test_a_processed_solution_is_kept_byte_for_byte(tmp_path: Path, processed: str, steps: list[str]) -> None:
+    (found,) = med_prm.solved(write(tmp_path / "train.json", [flat(full_solution=processed)]))
+    assert found.solutions[0].steps == steps
+    assert tag_steps(steps) == processed
 
 
 def test_med_prm_flattened_and_labels_that_do_not_fit(tmp_path: Path) -> None:
@@ -188,7 +204,8 @@ def test_a_file_of_our_json_is_named_by_its_split(tmp_path: Path) -> None:
     ("processed", "steps"),
     [
         ("Step 1: Look. ки Step 2: Think. ки", ["Look.", "Think."]),
-        ("Step 1: Look. ки\nStep 2:  Think. ки\n", ["Look.", "Think."]),
+        ("Step 1: Look. ки\nStep 2:  Think. ки\n", ["Look.", " Think."]),
+        ("So. Step 1: Look. ки Step 2: Think. ки", ["So. Step 1: Look.", "Step 2: Think."]),
         ("", []),
         ("1. Look. ки 2. Think. ки", None),
         ("Look and think.", None),
@@ -400,6 +417,8 @@ def test_the_real_files() -> None:
     solutions = [s for found in med_prm.solved(request) for s in found.solutions]
     counts = (len(solutions), sum(len(s.steps) for s in solutions), sum(bool(s.correct) for s in solutions))
     assert counts == (100, 591, 71)
+    texts = [row["full_solution"] for row in json.loads((REAL / "med_prm" / "medprm_train_samples.json").read_text())]
+    assert [tag_steps(s.steps) for s in solutions] == texts
     faults = [row.error for s in solutions for row in s.labels if row.error]
     assert faults == ["label_count: prm_gemini_label has 12 labels for 5 steps: [1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 0]"]
     judged = Counter(row.annotator for s in solutions for row in s.labels if row.source == "judge")

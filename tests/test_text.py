@@ -1,4 +1,6 @@
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from medmm_ray.text import (
     is_correct,
@@ -6,6 +8,7 @@ from medmm_ray.text import (
     normalise,
     question_with_options,
     split_steps,
+    step_numbers,
     tag_steps,
     well_formed,
 )
@@ -28,6 +31,38 @@ from medmm_ray.text import (
         ("Look.\nThink.", ("", ["Look. Think."])),
         ("Step 1:", ("", [])),
         ("", ("", [])),
+        ("**Step 1**: Look.\n**Step 2**: Think.", ("", ["Look.", "Think."])),
+        ("### Step 1\nLook.\n\n### Step 2\nThink.", ("", ["Look.", "Think."])),
+        ("### **Step 1:** Look. ### **Step 2:** Think.", ("", ["Look.", "Think."])),
+        ("**Step 1: The angle.** It is blunt.\n**Step 2: So.**", ("", ["The angle. It is blunt.", "So."])),
+        ("Step 1 - Look.\nStep 2 – Think.", ("", ["Look.", "Think."])),
+        ("- Step 1: Look.\n- Step 2: Think.", ("", ["Look.", "Think."])),
+        ("1. Step 1: Look.\n2. Step 2: Think.", ("", ["Look.", "Think."])),
+        ("Step 1/2: Look. Step 2/2: Think.", ("", ["Look.", "Think."])),
+        ("Step #1: Look. Step #2: Think.", ("", ["Look.", "Think."])),
+        ("Step 1 (angle): Look.\nStep 2 (sum): Think.", ("", ["(angle): Look.", "(sum): Think."])),
+        ("step 1: look. step 2: think.", ("", ["look.", "think."])),
+        ("STEP 1: Look.\nSTEP 2: Think.", ("", ["Look.", "Think."])),
+        ("Step 1. Look. Step 2. Think.", ("", ["Look.", "Think."])),
+        ("Step 1：Look。Step 2：Think.", ("", ["Look。", "Think."])),
+        ("步骤1：左侧。步骤 2：所以。", ("", ["左侧。", "所以。"])),
+        ("第1步：左侧。\n第2步：所以。", ("", ["左侧。", "所以。"])),
+        ("Step 1: Look. ки Step 2: Think. ки", ("", ["Look. ки", "Think. ки"])),
+        # steps of which the text speaks
+        (
+            "Step 1: GINA step 2. Step 2: Now step 3: ICS. Step 3: So.",
+            ("", ["GINA step 2.", "Now step 3: ICS.", "So."]),
+        ),
+        ("Step 1: He sat USMLE Step 1. Step 2: So.", ("", ["He sat USMLE Step 1.", "So."])),
+        ("Step 1: He sat USMLE Step 2: good. Step 2: So.", ("", ["He sat USMLE Step 2: good.", "So."])),
+        (
+            "Step 1: On the WHO ladder's Step 2: codeine. Step 2: So.",
+            ("", ["On the WHO ladder's Step 2: codeine.", "So."]),
+        ),
+        ("Step 1: She is at Step 2: codeine. Step 2: So.", ("", ["She is at Step 2: codeine.", "So."])),
+        ("He sat USMLE Step 1: good.", ("", ["He sat USMLE Step 1: good."])),
+        ("Step 1: Up to\nstep 3: low-dose ICS.\nStep 2: So.", ("", ["Up to step 3: low-dose ICS.", "So."])),
+        ("Step 1: Look.\nStep 3 of the ladder helps.\nStep 2: So.", ("", ["Look. Step 3 of the ladder helps.", "So."])),
     ],
 )
 def test_split_steps(text: str, expected: tuple[str, list[str]]) -> None:
@@ -54,7 +89,40 @@ def test_halves_of_surrogate_pairs_are_joined_or_replaced(text: str, expected: s
     assert well_formed(text) == expected
 
 
+WORDS = st.lists(
+    st.sampled_from(["The angle is blunt.", "GINA step 3", "in step 2:", "USMLE Step 1", "(B)", "0.5 mg", "so"]),
+    min_size=1,
+).map(lambda words: " ".join([*words, "and fluid."]))
+FORMS = [
+    "Step {}: {}",
+    "**Step {}:** {}",
+    "**Step {}**: {}",
+    "## Step {}: {}",
+    "### Step {}\n{}",
+    "### **Step {}:** {}",
+    "Step {} - {}",
+    "Step {}：{}",
+    "步骤{}：{}",
+    "Step {}. {}",
+]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(FORMS), st.lists(WORDS, min_size=1, max_size=9), st.sampled_from(["\n", "\n\n"]))
+def test_steps_come_back_from_every_form_of_mark(form: str, steps: list[str], between: str) -> None:
+    text = between.join(form.format(number, step) for number, step in enumerate(steps, 1))
+    assert split_steps(text) == ("", steps)
+    assert step_numbers(text) == list(range(1, len(steps) + 1))
+
+
+def test_marks_are_found_in_time_that_is_linear_in_the_text() -> None:
+    for part in (" \t", "# ", "**", "\n ", "Step 1 ", "- ", "step 1: ", "第"):
+        assert len(split_steps(part * 50_000)[1]) <= 50_000  # quadratic, each would take minutes
+
+
 def test_join_and_tag() -> None:
+    assert tag_steps([" a  b", "c\td\n"]) == "Step 1:  a  b ки Step 2: c\td ки"
+    assert tag_steps(["So. Step 1: a", "Step 2: b"]) == "So. Step 1: a ки Step 2: b ки"
     assert join_steps(["a\nb", "c"]) == "Step 1: a b Step 2: c"
     assert tag_steps(["a", "c"], "So:") == "So: Step 1: a ки Step 2: c ки"
     assert split_steps(join_steps(["a", "b c"], "p")) == ("p", ["a", "b c"])

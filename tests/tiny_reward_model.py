@@ -1,4 +1,4 @@
-"""A tiny random Llama with a small BPE tokenizer, and the reference's own scoring procedure written out plainly."""
+"""A tiny random Llama with a small BPE tokenizer, and Med-PRM's own procedure on it (`medprm_reference`)."""
 
 import re
 from collections.abc import Sequence
@@ -9,10 +9,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from medmm_ray.prompts import prm_messages
-from medmm_ray.text import tag_steps
+from tests import medprm_reference
 
-TAG, PLUS, MINUS = " ки", " +", " -"
+TAG = " ки"
 SPECIAL = {"bos_token": "<|bos|>", "eos_token": "<|end|>"}
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}<|assistant|>\n"
 WORDS = tuple(
@@ -34,11 +33,13 @@ SOLUTIONS = [
 def corpus() -> list[str]:
     """Some text for the BPE: words in many orders, with the prompt's own."""
     lines = [" ".join(WORDS[(i * 7 + j * 3) % len(WORDS)] for j in range(12)) for i in range(60)]
-    prompt = prm_messages("Which? (A) a (B) b", tag_steps(["one", "two"], tag=""), ["text"])
+    prompt = medprm_reference.messages("Which? (A) a (B) b", "Step 1: one Step 2: two", ["text"])
     return [*lines, *(m["content"] for m in prompt), "a + b - c + d - e", "Step 1: 2: 3: 4: 5: 6: 7: 8: 9: 10:"] * 3
 
 
-def tokenizer(tag: bool = True, own_bos: bool = False, more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+def tokenizer(
+    tag: bool = True, own_bos: bool = False, more: Sequence[str] = (), vocab_size: int = 500
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE that writes a BOS; with `own_bos` the chat template writes one too (two in all, as in Llama 3).
 
     `more`: text that it learns to encode well besides.
@@ -49,7 +50,8 @@ def tokenizer(tag: bool = True, own_bos: bool = False, more: Sequence[str] = ())
     special = ["<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
-        [*corpus(), *more], trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=alphabet)
+        [*corpus(), *more],
+        trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet),
     )
     bpe.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)])
     fast = PreTrainedTokenizerFast(tokenizer_object=bpe, **SPECIAL)  # type: ignore[no-untyped-call]
@@ -72,13 +74,15 @@ def save(
     context: int = 2048,
     spread: float = 0.2,
     head_size: int = 8,
+    fast: PreTrainedTokenizerFast | None = None,
 ) -> Path:
     """A checkpoint folder of a random model: 3 layers, width 32, grouped keys, tied embeddings.
 
     `spread` is the weights' standard deviation: the larger, the further apart the scores, and rounding errors too.
     `head_size` is that of an attention head; vLLM's kernels for a CPU want a multiple of 32.
+    `fast`: its tokenizer, by default `tokenizer(tag, own_bos)`.
     """
-    fast = tokenizer(tag, own_bos)
+    fast = fast or tokenizer(tag, own_bos)
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(fast), hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
@@ -90,14 +94,7 @@ def save(
     return folder
 
 
-@torch.no_grad()
 def reference_probs(model: Any, tok: Any, question: str, steps: Sequence[str], documents: Sequence[str]) -> list[float]:
-    """P(+) a step as Med-PRM computes it: one solution, all logits, softmax over the two signs at each tag."""
-    messages = prm_messages(question, tag_steps(steps), documents)
-    text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    ids = tok(text, return_tensors="pt", add_special_tokens=True)["input_ids"]
-    (tag,), (plus,), (minus,) = (tok(t, add_special_tokens=False)["input_ids"] for t in (TAG, PLUS, MINUS))
-    logits = model(ids).logits[0]
-    at = (ids[0] == tag).nonzero()[:, 0]
-    probs: list[float] = torch.softmax(logits[at][:, [plus, minus]], dim=-1)[:, 0].tolist()
-    return probs
+    """P(+) a step as Med-PRM computes it for the raw solution that `steps` stand for."""
+    tagged = medprm_reference.processed(medprm_reference.numbered(steps))
+    return medprm_reference.probs(model, tok, question, tagged, documents)

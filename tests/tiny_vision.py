@@ -23,8 +23,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from medmm_ray.prompts import prm_messages
-from medmm_ray.text import tag_steps
+from tests import medprm_reference
 from tests import tiny_reward_model as tiny
 
 TEXT: dict[str, Any] = {
@@ -124,7 +123,8 @@ def llava_probs(
     images: Sequence[Image.Image],
 ) -> list[float]:  # fmt: skip
     """P(+) a step, read at its tag, of the whole conversation with `LlavaProcessor`'s own image tokens."""
-    system, user = prm_messages(question, tag_steps(steps), documents)
+    tagged = medprm_reference.processed(medprm_reference.numbered(steps))
+    system, user = medprm_reference.messages(question, tagged, documents)
     messages = [
         {"role": "system", "content": [{"type": "text", "text": system["content"]}]},
         {"role": "user", "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": user["content"]}]},

@@ -126,17 +126,28 @@ def case(vocab_size: int, question: int, documents: int, solutions: int, tokens:
     return Case(words(question), [words(n) for n in pieces], made)
 
 
+# Med-PRM's prompt as its own scoring code writes it, apart from the product's: what the product is measured against.
+_REFERENCE_SYSTEM = (
+    "You are an evaluator assessing the logicality and validity of the reasoning in each step of the given "
+    "explanation. In order to support the evaluation, the {given}. If the reasoning contains errors, output - after "
+    "that step. If the reasoning in a step is logical and valid, output + after that step."
+)
+
+
 def reference_ids(model: "RewardModel", asked: Case) -> list[list[int]]:
     """The full sequence of each solution, as the reference tokenises it (up to the end of the chat template)."""
-    from medmm_ray.prompts import prm_messages
-    from medmm_ray.text import tag_steps
-
-    texts = [
-        model.tokenizer.apply_chat_template(
-            prm_messages(asked.question, tag_steps(steps), asked.documents), tokenize=False, add_generation_prompt=True
-        )
-        for steps in asked.solutions
-    ]
+    given = "question and the explanation are provided"
+    if asked.documents:
+        given = "relevant documents, the question, and the explanation are provided sequentially"
+    system = _REFERENCE_SYSTEM.format(given=given) + (" " if asked.documents else "")
+    documents = "".join(f"Document {number}: {text}\n\n" for number, text in enumerate(asked.documents, 1))
+    texts: list[str] = []
+    for steps in asked.solutions:
+        tagged = " ".join(f"Step {number}: {step} ки" for number, step in enumerate(steps, 1))
+        user = f"{documents}Question: {asked.question}\n\nExplanation: {tagged}"
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        text = model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        texts.append(str(text))
     ids: list[list[int]] = model.tokenizer(texts, add_special_tokens=True)["input_ids"]
     return ids
 

@@ -9,6 +9,7 @@ checkpoint keeps.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 FIXED_DATE = "2024-07-26"  # what Llama 3.1's own template writes where it is told no date
@@ -60,19 +61,18 @@ class ChatTemplate:
         return self._rendered(messages, add_generation_prompt, self.use.date)
 
     def _rendered(self, messages: Messages, add_generation_prompt: bool, date: str | None) -> str:
-        dated = {} if date is None else self._dated(date)
+        clock: dict[str, Any] = {} if date is None else self._clock(date)
         return str(
             self._apply(
                 [dict(message) for message in messages],
-                tokenize=False, add_generation_prompt=add_generation_prompt, **dated,
+                tokenize=False, add_generation_prompt=add_generation_prompt, **clock,
             )
         )  # fmt: skip
 
-    def _dated(self, date: str) -> dict[str, Any]:
-        """The variables that give a template its date, those of them that it reads."""
-        day = datetime.fromisoformat(date)
-        variables: dict[str, Any] = {"strftime_now": day.strftime, "date_string": day.strftime("%d %b %Y")}
-        return {name: value for name, value in variables.items() if name in self._source}
+    def _clock(self, date: str) -> dict[str, Any]:
+        """The clock of transformers' templates, stopped, for one that looks at it. A `date_string` stays the template's
+        own default, as it is for everybody else."""
+        return {"strftime_now": datetime.fromisoformat(date).strftime} if "strftime_now" in self._source else {}
 
     def _probed(self) -> TemplateUse:
         errors = _template_errors()
@@ -105,6 +105,16 @@ class ChatTemplate:
 
     def _message(self, role: str, text: str) -> dict[str, Any]:
         return {"role": role, "content": [{"type": "text", "text": text}] if self._in_parts else text}
+
+
+def template_of(tokenizer: Any) -> ChatTemplate:
+    """The chat template of a tokenizer, probed once; raises `ValueError` as `ChatTemplate` does."""
+    return _template(tokenizer, str(tokenizer.chat_template))
+
+
+@lru_cache(maxsize=8)
+def _template(tokenizer: Any, source: str) -> ChatTemplate:
+    return ChatTemplate(tokenizer.apply_chat_template, source)
 
 
 def folded(messages: Messages) -> list[dict[str, Any]]:

@@ -4,11 +4,11 @@
 with ``solutions``, as the authors published it, or one flattened solution, as reviewers of the set pass it on. Options
 are a list, an object by their letters (MedQA's files), or lettered lines.
 
-A solution's steps are what its tags (" ки") end; labels must be as many, else their row is an error ``label_count``
-that quotes them. prm_gemini_label is the judge's, prm_llama_label a second judge's (source ``judge_llama``, which no
-label policy reads), prm_hard_label and prm_soft_label are Monte Carlo's label and value. Both judges saw the right
-answer, and were asked about wrong solutions only: a right one has all steps right unseen, and its annotator is
-`UNJUDGED`.
+A solution's steps are what its tags (" ки") end, byte for byte: `text.tag_steps` gives the processed text back. Labels
+must be as many, else their row is an error ``label_count`` that quotes them. prm_gemini_label is the judge's,
+prm_llama_label a second judge's (source ``judge_llama``, which no label policy reads), prm_hard_label and
+prm_soft_label are Monte Carlo's label and value. Both judges saw the right answer, and were asked about wrong solutions
+only: a right one has all steps right unseen, and its annotator is `UNJUDGED`.
 """
 
 import re
@@ -37,14 +37,14 @@ from medmm_ray.sources import (
     stream_json,
 )
 from medmm_ray.tables import RowError
-from medmm_ray.text import TAG, one_line, split_steps
+from medmm_ray.text import have_marks, reference_steps
 
 JUDGES = {"prm_gemini_label": ("judge", "gemini"), "prm_llama_label": ("judge_llama", "llama")}
 UNJUDGED = "unjudged"
 HARD, SOFT = "prm_hard_label", "prm_soft_label"
 
 _OPTION = re.compile(r"^\s*\(?([A-Z])[.)]\s*(.*)$", re.MULTILINE)
-_TAG = re.compile(rf"\s*{TAG.strip()}(?!\w)\s*")
+_TAG = re.compile(r"\s*ки(?!\w)\s*")
 
 
 def _lettered(value: Any) -> Any:
@@ -125,7 +125,7 @@ def _question(name: str, split: str, row: _Question) -> SourceQuestion:
 def _solution(row: _Solution, gold: str) -> SourceSolution:
     processed = row.prm_processed_solution or row.full_solution or ""
     text = row.solution or _TAG.sub(" ", processed).strip()
-    steps = tagged_steps(processed) if processed else split_steps(text)[1]
+    steps = stored_steps(processed or text)
     answer = (row.answer if "answer" in row.model_fields_set else row.model_answer) or None
     right = next((said for said in (row.score, row.orm_label, row.is_correct) if said is not None), None)
     if answer is None:
@@ -136,14 +136,20 @@ def _solution(row: _Solution, gold: str) -> SourceSolution:
     return SourceSolution(text=text, steps=steps, answer=answer, correct=right, labels=labels)
 
 
-def tagged_steps(text: str) -> list[str]:
-    """The steps that tags end, without their marks.
+def stored_steps(solution: str) -> list[str]:
+    """The steps of a processed or raw solution, as they are scored again: without their marks where these count from 1,
+    as `text.tag_steps` writes them anew; with them where they do not, or where text stands before the first.
 
-    >>> tagged_steps("Step 1: Look. ки Step 2: Think. ки")
-    ['Look.', 'Think.']
+    >>> stored_steps("Step 1:  Look. ки Step 2: Think. ки")
+    [' Look.', 'Think.']
+    >>> stored_steps("So. Step 1: Look. ки Step 2: Think. ки")
+    ['So. Step 1: Look.', 'Step 2: Think.']
     """
-    pieces = [split_steps(piece) for piece in _TAG.split(text) if piece.strip()]
-    return [one_line(" ".join((preamble, *steps))) for preamble, steps in pieces]
+    steps = [step.strip() for step in reference_steps(solution)]
+    marks = [f"Step {number}: " for number in range(1, len(steps) + 1)]
+    plain = [step.removeprefix(mark) for step, mark in zip(steps, marks, strict=True)]
+    counted = all(step.startswith(mark) for step, mark in zip(steps, marks, strict=True))
+    return plain if counted and not have_marks(plain) else steps
 
 
 def _labels(row: Mapping[str, Any], num_steps: int, right: bool | None) -> Iterator[SourceLabels]:

@@ -36,13 +36,13 @@ from medmm_ray.sources import (
 )
 from medmm_ray.tables import RowError
 from medmm_ray.targets import merged
-from medmm_ray.text import TAG, one_line, tag_steps
+from medmm_ray.text import TAG, tag_steps
 
 ANNOTATOR = "published"
 
 
 def _numbered(processed: str) -> str:
-    processed = one_line(processed)
+    processed = processed.replace("\n", " ").strip()
     steps = processed_steps(processed)
     if tag_steps(steps) != processed or _has_tag(steps):
         raise ValueError(f"'Step 1: ...{TAG} Step 2: ...{TAG}', each step once and in turn")
@@ -216,20 +216,20 @@ def _chosen(labels: Sequence[Labels], source: str) -> Sequence[StepLabel] | None
 
 
 def processed_steps(processed: str) -> list[str]:
-    """The steps of `tag_steps`' text, which numbers them from 1.
+    """The steps of `tag_steps`' text, which numbers them from 1; where text stands before, they keep their marks.
 
-    >>> processed_steps("Step 1: Look. ки Step 2: Think. ки")
-    ['Look.', 'Think.']
+    >>> processed_steps("Step 1:  Look. ки Step 2: Think. ки")
+    [' Look.', 'Think.']
+    >>> processed_steps("So. Step 1: Look. ки Step 2: Think. ки")
+    ['So. Step 1: Look.', 'Step 2: Think.']
     """
     steps: list[str] = []
-    start = len("Step 1: ")
-    while start <= len(processed) and processed:
-        end = processed.find(following := f"{TAG} Step {len(steps) + 2}: ", start)
-        steps.append(processed[start : end if end >= 0 else len(processed) - len(TAG)])
-        if end < 0:
-            break
-        start = end + len(following)
-    return steps
+    head, mark, rest = processed.partition("Step 1: ")
+    while mark:
+        step, following, rest = rest.partition(f"{TAG} Step {len(steps) + 2}: ")
+        steps.append(step if following else step.removesuffix(TAG))
+        mark = following
+    return [f"{head if i == 1 else ''}Step {i}: {step}" for i, step in enumerate(steps, 1)] if head else steps
 
 
 def solved_of(row: Mapping[str, Any]) -> Solved:

@@ -32,7 +32,7 @@ from medmm_ray.tables import RowError
 from medmm_ray.text import LETTERS, extract_answer, join_steps, one_line
 
 _OPTION = re.compile(r"^\s*\(?([A-Z])[.)]\s+(.*)$")
-_MARK = re.compile(r"^\s*Step\s+\d+\s*:\s*")
+_MARK = re.compile(r"^\s*Step\s+\d+\s*: ?")
 _STATED = re.compile(r"^The answer is (.+?)\.?$", re.IGNORECASE | re.DOTALL)
 
 
@@ -163,7 +163,7 @@ def lettered(text: str) -> tuple[str, list[str]]:
 
 
 def _solution(nodes: Sequence[_Node], options: Sequence[str], right: bool) -> SourceSolution:
-    steps = [one_line(_MARK.sub("", node.step)) for node in nodes]
+    steps = [_MARK.sub("", node.step) for node in nodes]
     text = join_steps(steps)
     return SourceSolution(
         text=text,

@@ -165,10 +165,8 @@ def is_tagged(text: str) -> bool:
 
 def have_marks(steps: Sequence[str]) -> bool:
     """Whether each of the steps carries its mark ``Step 1:``; before the first's there may be other text."""
-    found = [_REFERENCE_MARK.match(step.lstrip()) for step in steps]
-    if len(steps) > 1 and found[0] is None:
-        found[0] = _REFERENCE_MARK.search(steps[0])
-    return bool(steps) and None not in found
+    first, others = steps[:1], steps[1:]
+    return any(map(_REFERENCE_MARK.search, first)) and all(_REFERENCE_MARK.match(step.lstrip()) for step in others)
 
 
 def without_tags(steps: Sequence[str]) -> list[str]:

@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 
 from medmm_ray.config import Config, execution
 from medmm_ray.engines.checkpoints import resolve
+from medmm_ray.engines.template import template_of
 from medmm_ray.engines.tokenizer import build_tokenizer
 from medmm_ray.prompts import POLICY_SYSTEM, document_block, policy_messages, prm_messages
 from medmm_ray.tables import filesystem
@@ -261,7 +262,7 @@ def encode(tokenizer: Any, question: str, answer_type: str, solutions: Sequence[
 
 def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], replies: Sequence[str]) -> Encoded:
     """A chat and the replies to it, each with the token that ends a turn."""
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    prompt = template_of(tokenizer).render(messages)
     return Encoded(
         tokenizer(prompt, add_special_tokens=False)["input_ids"],
         [tokenizer(reply + tokenizer.eos_token, add_special_tokens=False)["input_ids"] for reply in replies],

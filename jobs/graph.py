@@ -83,7 +83,7 @@ STEPS = (
         "sample",
         ("questions", "images", "evidence", "policy"),
         {"solutions": Solutions},
-        version=3,
+        version=4,
         what="solutions by vLLM",
     ),
     Step(
@@ -105,7 +105,7 @@ STEPS = (
         "tree_search",
         ("questions", "evidence", "policy"),
         {"trees": Tree, "tree_solutions": Solutions, "tree_labels": Labels},
-        version=2,
+        version=3,
         shares=("sample.equivalence",),
         what="solutions and labels from trees (vLLM)",
     ),
@@ -127,13 +127,14 @@ STEPS = (
         "train_text_prm",
         ("questions", "evidence", "solutions", *LABELS, *TREES, "policy"),
         {"text_prm": None},
-        version=3,
+        version=4,
         what="text reward model (DeepSpeed)",
     ),
     Step(
         "states",
         ("questions", "evidence", "solutions", "tree_solutions", "text_prm"),
         {"states": States, "tree_states": States},
+        version=2,
         what="text states of the training split",
     ),
     Step(
@@ -158,6 +159,7 @@ STEPS = (
         "score",
         ("questions", "images", "evidence", "solutions", "two_tower"),
         {"scores": Scores},
+        version=2,
         what="step scores of the test split",
     ),
     Step(

@@ -67,11 +67,11 @@ def prompt_ids(
 
 
 @torch.no_grad()
-def probs_at_tags(model: Any, tok: Any, ids: Sequence[int], number: int) -> list[float]:
-    """P(+) at the last `number` tags of one sequence."""
+def probs_at_tags(model: Any, tok: Any, ids: Sequence[int]) -> list[float]:
+    """P(+) at every tag of one sequence, wherever it stands: with all logits, by the tag's id."""
     (tag,), (plus,), (minus,) = (tok(text, add_special_tokens=False)["input_ids"] for text in (TAG, PLUS, MINUS))
     logits = model(torch.tensor([list(ids)])).logits[0]
-    places = [place for place, token in enumerate(ids) if token == tag][-number:]
+    places = [place for place, token in enumerate(ids) if token == tag]
     probs: list[float] = torch.softmax(logits[places][:, [plus, minus]], dim=-1)[:, 0].tolist()
     return probs
 
@@ -79,6 +79,5 @@ def probs_at_tags(model: Any, tok: Any, ids: Sequence[int], number: int) -> list
 def probs(
     model: Any, tok: Any, question: str, tagged: str, documents: Sequence[str] = (), system: str | None = None
 ) -> list[float]:
-    """P(+) of each step of a solution with its tags, one solution at a time with all logits."""
-    ids = prompt_ids(tok, question, tagged, documents, system)
-    return probs_at_tags(model, tok, ids, tagged.count(TAG))
+    """P(+) at every tag of the prompt around a solution with its tags."""
+    return probs_at_tags(model, tok, prompt_ids(tok, question, tagged, documents, system))

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from medmm_ray.engines.reward_model import CheckpointError, RewardModel, ScoreRequest
+from tests import medprm_reference
 from tests import tiny_reward_model as tiny
 
 QUESTION = "Which lung shows the effusion? (A) left (B) right"
@@ -85,9 +86,11 @@ def test_any_script_scores_as_in_the_reference(model: RewardModel, text: str) ->
     assert scores.plus_probs == pytest.approx([everywhere[end] for end in ends], abs=1e-5)
 
 
-def test_white_space_that_is_not_a_space_is_one_space(model: RewardModel) -> None:
-    odd, plain = model.score(QUESTION, [["left\u2028lung\x1fis\u00a0normal\r\n"], ["left lung is normal"]])
-    assert odd.plus_probs == pytest.approx(plain.plus_probs, abs=1e-6)
+def test_only_line_breaks_become_spaces(model: RewardModel) -> None:
+    (odd,) = model.score(QUESTION, [["left\u2028lung\x1fis\u00a0normal\r\n", "a\nb"]])
+    tagged = "Step 1: left\u2028lung\x1fis\u00a0normal ки Step 2: a b ки"
+    expected = medprm_reference.probs(model.text_model, model.tokenizer, QUESTION, tagged)
+    assert odd.plus_probs == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_tag_in_question_document_or_step_is_not_read_as_a_step(model: RewardModel) -> None:

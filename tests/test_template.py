@@ -26,7 +26,8 @@ LLAMA_3_1 = (
 )
 LLAMA_3_2 = (
     "{% if not date_string is defined %}{% if strftime_now is defined %}"
-    "{% set date_string = strftime_now('%d %b %Y') %}{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}"
+    "{% set date_string = strftime_now('%d %b %Y') %}{% else %}"
+    "{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}"
     "Today: {{ date_string }}\n"
 )
 STEPS = ["Left  lung.", "The answer is (A)."]
@@ -108,7 +109,7 @@ def test_an_instruction_without_a_place_begins_the_users_turn(
     )
     assert text_of(model, STEPS) == f"<|bos|><|user|>\n{user}"
     expected = medprm_reference.probs_at_tags(
-        model.text_model, model.tokenizer, model.tokenizer(f"<|user|>\n{user}")["input_ids"], 2
+        model.text_model, model.tokenizer, model.tokenizer(f"<|user|>\n{user}")["input_ids"]
     )
     model.save_pretrained(tmp_path / "saved")
     for one in (model, RewardModel.from_pretrained(tmp_path / "saved")):

@@ -82,6 +82,6 @@ def read_tokenizer(path: str | Path, revision: str | None = None) -> Any:
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     named = get_tokenizer_config(path, revision=revision).get("tokenizer_class")
-    if named in ("TokenizersBackend", "PreTrainedTokenizerFast"):
-        return PreTrainedTokenizerFast.from_pretrained(path, revision=revision)
-    return AutoTokenizer.from_pretrained(path, revision=revision)
+    as_filed = named in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    reader: Any = PreTrainedTokenizerFast if as_filed else AutoTokenizer
+    return reader.from_pretrained(path, revision=revision)

@@ -129,8 +129,8 @@ class Evidence:
 
 @dataclass(frozen=True, kw_only=True)
 class Solution:
-    """One sampled chain of reasoning. `steps` are the texts without their ``Step i:`` marks, byte for byte what is scored;
-    an imported solution whose marks do not count from 1, or that begins with other text, keeps them in its steps.
+    """One sampled chain of reasoning. `steps` are the texts without their ``Step i:`` marks, byte for byte what is
+    scored; an imported solution whose marks do not count from 1, or that begins with other text, has them in its steps.
 
     `correct` compares `answer` with the question's; None where no answer was found, or it could not be graded.
     """

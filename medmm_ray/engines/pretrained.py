@@ -122,13 +122,22 @@ def _unmatched(report: dict[str, Any]) -> Unmatched:
 
 
 def load_tokenizer(name: str | Path, **options: Any) -> Any:
-    """The tokenizer of a checkpoint; raises `WeightsError` where its files are not whole or cannot be read."""
-    from transformers import AutoTokenizer
+    """The tokenizer of a checkpoint, as its files have it; raises `WeightsError` where these are not whole, or cannot be
+    read.
+
+    `AutoTokenizer` gives some types of models (Qwen2's among them) their usual splitting of words, whatever
+    ``tokenizer.json`` says; a checkpoint that names no class of its own is read from that file alone.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     if Path(name).is_dir():
         check_files(Path(name), names=())
     try:
-        return AutoTokenizer.from_pretrained(name, **options)
+        named = get_tokenizer_config(name, **options).get("tokenizer_class")
+        as_filed = named in ("TokenizersBackend", "PreTrainedTokenizerFast")
+        reader: Any = PreTrainedTokenizerFast if as_filed else AutoTokenizer
+        return reader.from_pretrained(name, **options)
     except Exception as error:  # the tokenizers library raises no other kind
         raise WeightsError(f"{name} has no tokenizer that can be read: {error}") from error
 

@@ -122,8 +122,7 @@ def _unmatched(report: dict[str, Any]) -> Unmatched:
 
 
 def load_tokenizer(name: str | Path, **options: Any) -> Any:
-    """The tokenizer of a checkpoint, as its files have it; raises `WeightsError` where these are not whole, or cannot be
-    read.
+    """The tokenizer of a checkpoint, as its files have it; `WeightsError` where they are not whole or not readable.
 
     `AutoTokenizer` gives some types of models (Qwen2's among them) their usual splitting of words, whatever
     ``tokenizer.json`` says; a checkpoint that names no class of its own is read from that file alone.

@@ -90,7 +90,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "one too many": (
         lambda f: change_weights(f, lambda w: w | {"model.layers.3.input_layernorm.weight": torch.ones(32)}),
-        ["of no use to it are 1: model.layers.3.input_layernorm.weight."],
+        ["of no use to it are 1: model.layers.3.input_layernorm.weight. They would be ignored"],
     ),
     "torch.compile": (
         lambda f: change_weights(f, renamed("_orig_mod.{}")),

@@ -43,6 +43,8 @@ class _Wrapper:
     mark: str
     program: str
     unwrap: str
+    adds_nothing: bool = True
+    """Whether the names are all that it changed."""
 
 
 _WRAPPERS = (
@@ -50,7 +52,7 @@ _WRAPPERS = (
     _Wrapper("_fsdp_wrapped_module.", "FSDP", "FSDP's full state dict"),
     _Wrapper("_checkpoint_wrapped_module.", "activation checkpointing", "the model inside"),
     _Wrapper("module.", "DistributedDataParallel or DeepSpeed", "model.module"),
-    _Wrapper("base_model.model.", "peft, the adapter not merged", "model.merge_and_unload()"),
+    _Wrapper("base_model.model.", "peft, the adapter not merged", "model.merge_and_unload()", adds_nothing=False),
     _Wrapper("pretrained_model.", "TRL's value-head wrapper", "model.pretrained_model"),
 )
 _MARKS = re.compile("|".join(rf"(?<![^.]){re.escape(wrapper.mark)}" for wrapper in _WRAPPERS) + r"|(?<=\.)base_layer\.")
@@ -99,12 +101,13 @@ class Unmatched:
     def _advice(self) -> str:
         wrapper = self._wrapper()
         if wrapper is not None:
-            return (
+            saved = (
                 f"The names hold {wrapper.mark!r}, which {wrapper.program} leaves there when the wrapped model is "
-                f"saved. Save {wrapper.unwrap} (accelerate's unwrap_model gives it); or rename the weights in each "
-                f"file: save_file({{k.replace({wrapper.mark!r}, ''): v for k, v in load_file(f).items()}}, f, "
-                "{'format': 'pt'})"
+                f"saved. Save {wrapper.unwrap}"
             )
+            renamed = f"{{k.replace({wrapper.mark!r}, ''): v for k, v in load_file(f).items()}}"
+            rename = f", or rename the weights in each file f: save_file({renamed}, f, {{'format': 'pt'}})"
+            return saved + (rename if wrapper.adds_nothing else "")
         if any(_VALUE_HEAD.search(name) for name in self.unexpected):
             return (
                 "A value head (TRL's AutoModelForCausalLMWithValueHead) would be ignored: steps are read from the "
@@ -118,6 +121,8 @@ class Unmatched:
             )
         if self.misshapen:
             return "Config and weights are not of one checkpoint: download, or save, both again"
+        if not self.missing:
+            return "They would be ignored: take the config of the same checkpoint, or save without them"
         return "What is missing would be random: save the checkpoint whole, or download it again"
 
     def _wrapper(self) -> _Wrapper | None:

@@ -50,7 +50,7 @@ STEPS = (
         "write_questions",
         ("raw_questions", "raw_images"),
         {"written_questions": WrittenQuestion, "new_questions": Question},
-        version=2,
+        version=3,
         what="questions for images without one",
     ),
     Step(
@@ -98,7 +98,7 @@ STEPS = (
         "monte_carlo",
         ("questions", "images", "evidence", "solutions", "judge_labels", "policy"),
         {"monte_carlo_labels": Labels},
-        version=2,
+        version=3,
         what="continuations of steps (vLLM)",
     ),
     Step(
@@ -166,7 +166,7 @@ STEPS = (
         "evaluate",
         ("questions", "images", "evidence", "solutions", *LABELS, "review_queue", "dataset_report", "scores"),
         {"report": None},
-        version=3,
+        version=4,
         what="report.json, report.html",
     ),
 )

@@ -123,7 +123,7 @@ def exact_vote(answers: Sequence[str | None], rewards: Sequence[float], rule: st
         for answer, reward in zip(answers, rewards, strict=True):
             if answer and not math.isnan(reward):
                 totals.setdefault(answer, []).append(1 / (1 + (-Decimal(reward)).exp()))
-        values = {a: sum(own) / (len(own) if rule == "mean" else 1) for a, own in totals.items()}
+        values = {a: sum(own, Decimal(0)) / (len(own) if rule == "mean" else 1) for a, own in totals.items()}
         best = max(values.values(), default=Decimal(0))
         # Decimals are rounded at the 60th digit.
         leaders = [a for a, value in values.items() if best - value < Decimal("1e-50")]
@@ -347,10 +347,10 @@ def test_what_is_not_finite_is_refused_with_its_number(figure: Callable[[], obje
     "figure",
     [
         lambda: metrics.cohen_kappa([1, NAN, 0], [1, 1, 0]),
-        lambda: metrics.cohen_kappa([1, 1, 0], [1, None, 0]),
+        lambda: metrics.cohen_kappa([1, 1, 0], np.array([1, None, 0])),
         lambda: metrics.auroc(np.array([1, NAN, 0]), np.zeros(3)),
         lambda: metrics.macro_f1(np.array([1, 2, 0]), np.zeros(3, dtype=bool)),
-        lambda: metrics.first_error([1, NAN, 0]),
+        lambda: metrics.first_error([1, NAN, 0]),  # type: ignore[list-item]
     ],
 )
 def test_a_label_that_is_neither_true_nor_false_is_refused(figure: Callable[[], object]) -> None:

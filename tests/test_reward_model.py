@@ -467,14 +467,16 @@ def test_the_log_odds_are_exactly_text_plus_image(two_tower: RewardModel) -> Non
     solutions = [steps(3, 1), steps(5, 2)]
     text = two_tower.score(QUESTION, solutions, DOCUMENTS)
     both = two_tower.score(QUESTION, solutions, DOCUMENTS, picture(200), [picture(10), picture(90)])
-    fusion = two_tower.fusion
+    fusion, tok = two_tower.fusion, two_tower.tokenizer
     assert fusion is not None
+    plus, minus = (tok(sign, add_special_tokens=False)["input_ids"][0] for sign in (" +", " -"))
+    head_D = two_tower.text_model.lm_head.weight[plus] - two_tower.text_model.lm_head.weight[minus]
     states = two_tower.text_states(QUESTION, solutions, DOCUMENTS)
     with torch.no_grad():
         image = two_tower.image_features([picture(200)], [picture(10), picture(90)])
         for i, s in enumerate(states):
             changed = s.states_TD + fusion(s.states_TD, s.summaries_TD, image)
-            assert both[i].log_odds == pytest.approx(two_tower.head_log_odds(changed).tolist(), abs=1e-4)
+            assert both[i].log_odds == pytest.approx((changed @ head_D).tolist(), abs=1e-4)
             assert both[i].text_log_odds == text[i].text_log_odds
             assert text[i].image_log_odds == [0.0] * len(solutions[i])
             assert min(map(abs, both[i].image_log_odds)) > 0
@@ -545,7 +547,9 @@ def test_a_text_only_model_is_saved_and_read(folder: Path, tmp_path: Path) -> No
     model.save_pretrained(tmp_path)
     assert not (tmp_path / "fusion.safetensors").exists()
     saved = json.loads((tmp_path / "reward_model.json").read_text())
-    assert saved["ids"] == model.family.ids
+    ids = {name: model.tokenizer(text, add_special_tokens=False)["input_ids"] for name, text in
+           (("tag", " ки"), ("plus", " +"), ("minus", " -"))}  # fmt: skip
+    assert {name: [token] for name, token in saved["ids"].items()} == ids
     back = RewardModel.from_pretrained(str(tmp_path))
     assert back.fusion is None
     assert back.score(QUESTION, [["left"]]) == model.score(QUESTION, [["left"]])

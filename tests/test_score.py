@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,15 @@ def test_images_that_are_not_there_are_said() -> None:
 # Scoring
 
 
+def by_transformers(model: RewardModel, text: str, steps: list[str], documents: list[str]) -> list[float]:
+    """P(+) of each step by a plain forward pass of the text tower over the whole sequence."""
+    return tiny.reference_probs(model.text_model, model.tokenizer, text, steps, documents)
+
+
+def probabilities(log_odds: list[float]) -> list[float]:
+    return [1 / (1 + math.exp(-x)) for x in log_odds]
+
+
 def test_arms_are_those_of_the_model_scored_directly(
     model: RewardModel, batch: pa.Table, pictures: dict[str, str]
 ) -> None:
@@ -215,9 +225,10 @@ def test_arms_are_those_of_the_model_scored_directly(
         "no_documents": model.score(text, list(STEPS.values()), [], a, [ref]),
     }
     for arm, scores in expected.items():
-        for name, own in zip(("q1-s1", "q1-s2"), scores, strict=True):
+        for name, steps, own in zip(("q1-s1", "q1-s2"), STEPS.values(), scores, strict=True):
             entry = found[name, arm]
-            assert entry["text_log_odds"] == pytest.approx(own.text_log_odds, abs=1e-6)
+            plain = by_transformers(model, text, steps, [] if arm == "no_documents" else documents)
+            assert probabilities(entry["text_log_odds"]) == pytest.approx(plain, abs=1e-6)
             assert entry["image_log_odds"] == pytest.approx(own.image_log_odds, abs=1e-5)
             assert (entry["question_id"], entry["model"], entry["error"]) == ("q1", "m1", None)
     assert found["q1-s1", "text_only"]["image_log_odds"] == [0.0, 0.0]
@@ -247,8 +258,10 @@ def test_documents_and_references_are_limited_by_the_config(
 ) -> None:
     found = entries(Scorer(ScoreConfig(num_documents=1, num_references=0, arms=("multimodal",)), model, "m")(batch))
     picture = Pictures.open(pictures["a"])
-    (first, _) = model.score("Which lung? (A) left (B) right", list(STEPS.values()), ["the d1 heart"], picture)
-    assert found["q1-s1", "multimodal"]["text_log_odds"] == pytest.approx(first.text_log_odds, abs=1e-6)
+    text = "Which lung? (A) left (B) right"
+    (first, _) = model.score(text, list(STEPS.values()), ["the d1 heart"], picture)
+    plain = by_transformers(model, text, STEPS["s1"], ["the d1 heart"])
+    assert probabilities(found["q1-s1", "multimodal"]["text_log_odds"]) == pytest.approx(plain, abs=1e-6)
     assert found["q1-s1", "multimodal"]["image_log_odds"] == pytest.approx(first.image_log_odds, abs=1e-5)
 
 
@@ -410,6 +423,15 @@ def test_states_are_those_that_are_scored(folder: Path, batch: pa.Table, dtype: 
     assert found["q1-s2", ""]["text_log_odds"] == second.log_odds_T.tolist()
     shared = entries(Reader(StatesConfig(dtype=dtype, pack_questions=True), reader.model, "m1")(batch), "states")
     near = 1e-5 if dtype == "float32" else 2e-2
+    # What is stored is what the reference reads: its head on the states gives the reference's probabilities.
+    tok, head_VD = reader.model.tokenizer, reader.model.text_model.lm_head.weight.detach().float()
+    plus, minus = (tok(sign, add_special_tokens=False)["input_ids"][0] for sign in (" +", " -"))
+    log_odds = from_bytes(entry["states"], 2, 32, dtype).float() @ (head_VD[plus] - head_VD[minus])
+    plain = by_transformers(
+        RewardModel.from_pretrained(folder), "Which lung? (A) left (B) right", STEPS["s1"],
+        ["the d1 heart", "the d2 heart"],
+    )  # fmt: skip
+    assert probabilities(log_odds.tolist()) == pytest.approx(plain, abs=near)
     states_TD = from_bytes(shared["q1-s1", ""]["states"], 2, 32, dtype)
     torch.testing.assert_close(states_TD, first.states_TD, atol=near, rtol=near)
     assert entry["evidence_hash"] == found["q2-s1", ""]["evidence_hash"]

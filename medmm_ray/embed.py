@@ -115,7 +115,9 @@ def _text_vectors(rows: pa.Table, key: str, texts: Sequence[str], encoder: TextE
 
 def _rows(ids: Sequence[str], vectors: dict[str, Vectors], faults: dict[str, str]) -> pa.Table:
     faults = faults | {i: fault for i, vector in vectors.items() if (fault := _fault(vector))}
-    rows = [{"item_id": i, "vector": [] if i in faults else vectors[i], "error": faults.get(i)} for i in ids]
+    rows: list[dict[str, object]] = [
+        {"item_id": i, "vector": [] if i in faults else vectors[i], "error": faults.get(i)} for i in ids
+    ]
     return to_arrow(Vector, rows) if rows else arrow_schema(Vector).empty_table()
 
 

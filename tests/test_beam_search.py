@@ -131,6 +131,16 @@ def test_a_search_beside_as_many_samples_as_its_tokens_pay_for_by_hand() -> None
     assert set(none.right.values()) == {0.0}
 
 
+def test_the_samples_of_an_open_question_vote_as_they_are_graded() -> None:
+    solutions = sampled(("pneumonia", False), ("pleural fluid", True), ("pneumonia", False), ("hydrothorax", True),
+                        ("Pleural fluids", True))  # fmt: skip
+    how: dict[str, Any] = {"num_subsets": 9, "seed": 0}
+    open_ = job.compared(False, 0, solutions, [0.0] * 5, [1] * 5, answer_type="open", **how)
+    choice = job.compared(False, 0, solutions, [0.0] * 5, [1] * 5, answer_type="choice", **how)
+    assert open_.right["majority, all samples"] == 1.0
+    assert choice.right["majority, all samples"] == 0.0  # a tie of two and two: the first
+
+
 def test_figures_have_intervals_over_questions_and_a_paired_gain() -> None:
     found = [
         job.compared(right, 10, sampled(("A", False)), [0.0], [10], num_subsets=9, seed=0)

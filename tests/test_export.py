@@ -270,6 +270,16 @@ def test_a_solution_that_would_be_read_otherwise_is_left_out_and_counted(tmp_pat
     assert [row["question_id"] for row in json.loads((tmp_path / "out" / "train.json").read_text())] == ["q3"]
 
 
+def test_a_question_with_a_number_that_json_does_not_have_is_left_out_and_counted(tmp_path: Path) -> None:
+    odd = solution("q1", 0)
+    grown = labels(odd, "tree_search", [StepLabel(label=1, value=0.5), StepLabel(label=0, value=float("nan"))])
+    run = write(tmp_path / "run", questions=[question(1), question(3)], solutions=[solved("q1", odd), solved("q3")],
+                monte_carlo_labels=[grown])  # fmt: skip
+    counts = exported(run, tmp_path / "out")
+    assert counts == {"questions": 1, "questions train": 1, "solutions": 0, "steps": 0, "left out not_finite": 1}
+    assert "NaN" not in (tmp_path / "out" / "train.json").read_text()
+
+
 def test_labels_that_do_not_fit_are_errors_that_quote_them() -> None:
     row = medmm.entry(question(1), [solution("q1", 0)], {})
     row["solutions"][0]["gemini_labels"] = [1, 0, 1]

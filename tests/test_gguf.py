@@ -110,6 +110,8 @@ def test_drift_of_a_model_from_itself_and_of_nothing(original: RewardModel) -> N
     same = drift(original, original, REQUESTS[:2])
     assert (same.mean_log_odds, same.max_prob, same.same_best) == (0.0, 0.0, 1.0)
     assert same.rank == pytest.approx(1.0)
+    assert same.num_unscored == 0
+    assert drift(original, original, [ScoreRequest(QUESTION, [["left"], [], ["no"]])]).num_unscored == 1
     with pytest.raises(ValueError, match="none of the 1 questions"):
         drift(original, original, [ScoreRequest(QUESTION, [[]])])
 

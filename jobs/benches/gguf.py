@@ -61,7 +61,7 @@ def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
                        found.mean_prob / max(found.max_prob, 1e-12), "", "probability")  # fmt: skip
         yield Measured(f"{name}, Spearman of {found.num_steps} steps", 1.0, found.rank, found.rank, "", "correlation")
         yield Measured(f"{name}, same best of {config.solutions}", 1.0, found.same_best, found.same_best, "",
-                       f"share of {found.num_questions} questions")  # fmt: skip
+                       f"share of {found.num_questions} questions; {found.num_unscored} unscored")  # fmt: skip
 
     original = RewardModel.from_pretrained(path, config.dtype, config.device)
     for file in config.gguf:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from medmm_ray.config import Config, ConfigError
 
@@ -22,9 +23,9 @@ TIE_DIGITS = 5
 class IndexConfig(Config):
     """How vectors are searched."""
 
-    exact_up_to: int = 200_000
+    exact_up_to: int = Field(200_000, ge=0)
     """Number of vectors up to which search is exact; above it, inverted lists are searched (IVF, approximate)."""
-    num_probes: int = 32
+    num_probes: int = Field(32, ge=1)
     """Inverted lists that are searched for a query; more finds more of the true neighbours and takes longer."""
 
 

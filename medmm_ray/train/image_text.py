@@ -52,17 +52,17 @@ class ImageTextConfig(TrainConfig):
 
     shape: ClipShape = ClipShape()
     """The model."""
-    learning_rate: float = 1e-3
+    learning_rate: float = Field(1e-3, gt=0)
     """Highest learning rate."""
-    epochs: int = 20
+    epochs: int = Field(20, ge=1)
     """Times that every image is seen, each time with one of its captions."""
     batch_size: int = Field(128, ge=1)
     """Images of one update, over all workers."""
-    contrast_size: int = 128
+    contrast_size: int = Field(128, ge=1)
     """Images that are told apart from each other. An update of more holds several such groups."""
-    max_shift: int = 3
+    max_shift: int = Field(3, ge=0)
     """Augmentation: pictures move by up to so many pixels. They are never mirrored: left and right are findings."""
-    max_brightness: float = 0.1
+    max_brightness: float = Field(0.1, ge=0, le=1)
     """Augmentation: brightness changes by up to this share of the full range."""
 
 

@@ -51,17 +51,17 @@ class TrainConfig(Config):
 
     seed: int = 0
     """Of initial weights, data order and augmentation."""
-    epochs: int = 3
+    epochs: int = Field(3, ge=1)
     """Times that every sample is seen."""
     batch_size: int = Field(64, ge=1)
     """Samples of one update, over all workers."""
-    learning_rate: float = 1e-4
+    learning_rate: float = Field(1e-4, gt=0)
     """Highest learning rate, reached after the warm-up."""
-    weight_decay: float = 0.01
+    weight_decay: float = Field(0.01, ge=0)
     """AdamW's, on matrices; not on biases and norms."""
-    warmup: float = 0.05
+    warmup: float = Field(0.05, ge=0, le=1)
     """Share of all updates in which the learning rate rises."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = Field(1.0, gt=0)
     """Gradients above this norm are scaled down to it."""
     patience: int | None = Field(None, ge=1)
     """Epochs without a better validation figure after which training ends; null: never before the last epoch."""

@@ -63,9 +63,9 @@ class PolicyConfig(TrainConfig):
     """The checkpoint to start from: a folder, a URI, a hub id or package:<name>. null: a small Llama from scratch."""
     shape: LlamaShape = LlamaShape()
     """The small Llama, where there is no base."""
-    learning_rate: float = 1e-3
+    learning_rate: float = Field(1e-3, gt=0)
     """Highest learning rate. 1e-3 suits a small model from scratch, 1e-5 a pretrained one."""
-    epochs: int = 3
+    epochs: int = Field(3, ge=1)
     """Times that every worked solution is seen."""
     batch_size: int = Field(32, ge=1)
     """Worked solutions of one update, over all workers; a question's solutions stay together."""

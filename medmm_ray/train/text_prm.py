@@ -41,9 +41,9 @@ class TextPrmConfig(TrainConfig):
     """What a step behind the first wrong one trains as: wrong, as labelled, or not at all."""
     max_solutions: int | None = None
     """Solutions of a question that are trained on, the first ones; null: all."""
-    learning_rate: float = 2e-6
+    learning_rate: float = Field(2e-6, gt=0)
     """Highest learning rate; Med-PRM's for an 8B model. 5e-4 suits a small one."""
-    epochs: int = 3
+    epochs: int = Field(3, ge=1)
     """Times that every solution is seen."""
     batch_size: int = Field(64, ge=1)
     """Solutions of one update, over all workers; a question's solutions stay together."""
@@ -53,7 +53,7 @@ class TextPrmConfig(TrainConfig):
     """Tokens of documents, question and solution together; documents are chosen to fit."""
     reserve: int = 1024
     """Tokens of max_length that documents leave free."""
-    validation_fraction: float = 0.1
+    validation_fraction: float = Field(0.1, ge=0, lt=1)
     """Share of the training questions held out, to measure the step AUROC and to keep the best epoch."""
     reference_prompt: bool = False
     """Train on Med-PRM's training prompt, which lacks the last space of its scoring prompt, not on the latter."""

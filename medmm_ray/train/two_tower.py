@@ -56,31 +56,31 @@ class TwoTowerConfig(TrainConfig):
     num_references: int = 3
     """Reference images (similar training cases) that are looked at beside the question's own; 0: none. On hard phantoms
     they made no difference (.765 ± .010 with three). Score with as many."""
-    learning_rate: float = 1e-4
+    learning_rate: float = Field(1e-4, gt=0)
     """Highest learning rate of the fusion. Short runs take 1e-3: at 1e-4, 240 updates are far from enough."""
-    image_learning_rate: float = 1e-5
+    image_learning_rate: float = Field(1e-5, ge=0)
     """Highest learning rate of the image tower, where it is not frozen."""
     freeze_image_tower: bool = True
     """Keep the image tower as it is: its tokens are computed once."""
     augment: bool = False
     """Show the pictures moved and brighter or darker. A frozen tower caches `augmented_views` of each."""
-    augmented_views: int = 4
+    augmented_views: int = Field(4, ge=1)
     """Views of each picture that a frozen tower caches, where `augment`."""
-    max_shift: int = 3
+    max_shift: int = Field(3, ge=0)
     """Augmentation: pictures move by up to so many pixels."""
-    max_brightness: float = 0.1
+    max_brightness: float = Field(0.1, ge=0, le=1)
     """Augmentation: brightness changes by up to this share of the full range."""
-    swapped_share: float = 0.0
+    swapped_share: float = Field(0.0, ge=0, le=1)
     """Share of questions shown with the image of another diagnosis: their right steps then train as wrong, and nothing
     is said of the others. On hard phantoms a quarter of them costs .043 ± .019: two diagnoses may share a finding."""
     class_balance: Literal["none", "balanced"] = "none"
     """balanced: right and wrong steps weigh the same in the loss, however rare one of them is; the weights of all
     solutions together stay as they are. none: a step weighs the same, right or wrong."""
-    epochs: int = 5
+    epochs: int = Field(5, ge=1)
     """Times that every solution is seen."""
     batch_size: int = Field(64, ge=1)
     """Solutions of one update, over all workers; a question's solutions stay together."""
-    validation_fraction: float = 0.1
+    validation_fraction: float = Field(0.1, ge=0, lt=1)
     """Share of the training questions held out, to measure each epoch and to keep the best one."""
     select_by: Literal["step_auroc", "best_of_n"] = "step_auroc"
     """Which figure on the held-out questions picks the epoch that is kept: how well right steps are told from wrong

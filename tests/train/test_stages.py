@@ -425,6 +425,41 @@ def test_what_the_fusion_reads_is_centred_and_of_unit_spread(two_tower_inputs: d
         assert values.std(dim=0).mean().item() == pytest.approx(1.0, abs=0.05)
 
 
+def test_one_picture_or_one_step_is_no_spread_to_divide_by() -> None:
+    import torch
+
+    from medmm_ray.engines.reward_model import Fusion, FusionConfig
+    from medmm_ray.train.calibrate import calibrate, spread
+
+    torch.manual_seed(0)
+    for num_tags, num_tokens in ((1, 5), (5, 1), (1, 1)):
+        fusion = Fusion(FusionConfig(width=8), 6, 4)
+        calibrate(fusion, torch.randn(num_tags, 6), torch.randn(num_tags, 6), torch.randn(num_tokens, 4))
+        assert all(bool(weight.isfinite().all()) for weight in fusion.parameters())
+    assert spread(torch.tensor([[1.0, 2.0], [3.0, 2.0]])).tolist() == pytest.approx([2**0.5, 0.01 * 2**0.5 / 2])
+    assert spread(torch.tensor([[1.0, 2.0], [1.0, 2.0]])).tolist() == [1.0, 1.0]
+    broken = torch.randn(3, 6)
+    broken[1, 2] = float("nan")
+    with pytest.raises(ValueError, match="1 of 3 summaries hold NaN or infinity; a fusion cannot be fitted to them"):
+        calibrate(Fusion(FusionConfig(width=8), 6, 4), torch.randn(3, 6), broken, torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("column", ["states", "summaries", "text_log_odds"])
+def test_states_that_are_no_numbers_are_refused_with_their_question(
+    two_tower_inputs: dict[str, str], tmp_path: Path, column: str
+) -> None:
+    import numpy as np
+
+    rows = Table(two_tower_inputs["states"], records.States).to_arrow().sort_by("solution_id").to_pylist()
+    nothing = [float("nan")] * len(rows[0]["text_log_odds"])
+    width = len(rows[0]["states"]) // 4
+    rows[0][column] = nothing if column == "text_log_odds" else np.full(width, np.inf, np.float32).tobytes()
+    table = Table(str(tmp_path / "states"), records.States)
+    write_rows(table, rows, Origin(name="s", fingerprint="f", config={}, upstream={}), "solution_id")
+    with pytest.raises(ValueError, match=r"the states of 1 of 12 questions hold NaN or infinity: \['q00'\]; compute"):
+        two_tower({**two_tower_inputs, "states": table.uri})
+
+
 @pytest.mark.parametrize("tokens", ["pooled", "both"])
 def test_cached_and_live_towers_give_the_same_loss(two_tower_inputs: dict[str, str], tokens: str) -> None:
     import torch

@@ -14,7 +14,8 @@ from medmm_ray.engines.reward_model.request import ScoreRequest
 class Drift:
     """Over all steps: absolute differences of log-odds and of probabilities, mean and largest; `spread`, the standard
     deviation of the original's log-odds, beside which they are to be seen; `rank`, Spearman's correlation of the
-    log-odds. Over all questions: `same_best`, the share whose best solution (by its smallest step) is the same."""
+    log-odds. Over all questions: `same_best`, the share whose best solution (by its smallest step) is the same.
+    `num_unscored` solutions are left out: one of the models has an error in place of their scores."""
 
     num_steps: int
     num_questions: int
@@ -25,6 +26,7 @@ class Drift:
     spread: float
     rank: float
     same_best: float
+    num_unscored: int
 
 
 def drift(original: RewardModel, other: RewardModel, requests: Iterable[ScoreRequest]) -> Drift:
@@ -35,6 +37,7 @@ def drift(original: RewardModel, other: RewardModel, requests: Iterable[ScoreReq
     asked = list(requests)
     pairs = list(zip(original.score_many(asked), other.score_many(asked), strict=True))
     both = [[(a, b) for a, b in zip(*pair, strict=True) if a.error is None and b.error is None] for pair in pairs]
+    num_unscored = sum(len(pair[0]) for pair in pairs) - sum(map(len, both))
     both = [scores for scores in both if scores]
     if not both:
         raise ValueError(f"none of the {len(asked)} questions has a solution that both models could score")
@@ -47,6 +50,7 @@ def drift(original: RewardModel, other: RewardModel, requests: Iterable[ScoreReq
     return Drift(
         len(apart_T), len(both), float(apart_T.mean()), float(apart_T.max()), float(probs_T.mean()),
         float(probs_T.max()), float(ours_T.std(correction=0)), spearman(ours_T, theirs_T), sum(best) / len(best),
+        num_unscored,
     )  # fmt: skip
 
 

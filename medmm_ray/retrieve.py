@@ -198,4 +198,6 @@ class _Vectors:
         if error:
             raise RowError("upstream", f"no vector of {item_id}: {error}")
         vector_D: Vectors = self._vectors[self._row[item_id]].values.to_numpy()
+        if not (np.isfinite(vector_D).all() and vector_D.any()):
+            raise RowError("not_finite", f"the vector of {item_id} holds NaN or infinity, or is 0; embed it again")
         return vector_D

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,16 @@ def test_an_image_without_a_vector_leaves_documents_and_an_error(index: str) -> 
         "vector_missing: unknown has no row among the vectors; embed it first",
         None,
     ]
+
+
+def test_a_query_without_a_direction_is_an_error_of_its_question_alone(index: str) -> None:
+    rows = [Vector(item_id="q1", vector=at(40.0)), Vector(item_id="q2", vector=[float("nan"), 1.0]),
+            Vector(item_id="q3", vector=[0.0, 0.0])]  # fmt: skip
+    library = replace(LIBRARY, query_vectors=to_arrow(Vector, rows))
+    asked = to_arrow(Question, [question(f"q{i}", []) for i in (1, 2, 3)])
+    found = Retriever(RetrieveConfig(), library, index).evidence(asked).to_pylist()
+    assert [names(row) for row in found] == [(["d30", "d60", "d0"], []), ([], []), ([], [])]
+    assert [str(row["error"]).partition(":")[0] for row in found] == ["None", "not_finite", "not_finite"]
 
 
 def test_other_faults(index: str) -> None:

@@ -183,7 +183,8 @@ class Steep(Divergent):
     def loss(self, units: Sequence[int], epoch: int) -> Any:
         import torch
 
-        return (self.module(torch.ones(1, 1)) * 0).sum().sqrt()
+        dtype = next(self.module.parameters()).dtype
+        return (self.module(torch.ones(1, 1, dtype=dtype)) * 0).sum().sqrt()
 
 
 @pytest.mark.parametrize("settings", [{}, {"zero_stage": 1}, {"zero_stage": 2, "dtype": "bfloat16"}, {"zero_stage": 3}])

@@ -14,7 +14,7 @@ from jobs.graph import BY_NAME, MAKER
 from jobs.step import Job, Run, load_recipe, run_step
 from medmm_ray import score
 from medmm_ray.config import ConfigError
-from medmm_ray.engines.reward_model import FusionConfig, RewardModel
+from medmm_ray.engines.reward_model import FusionConfig, RewardModel, StepScores
 from medmm_ray.engines.reward_model.states import from_bytes, to_bytes
 from medmm_ray.records import (
     Evidence,
@@ -299,6 +299,25 @@ def test_an_image_of_no_finite_numbers_is_an_error_of_its_arm(
     found = entries(Scorer(ScoreConfig(), model, "m")(batch))
     assert found["q1-s1", "multimodal"]["error"].startswith("image_not_finite: ")
     assert found["q1-s1", "text_only"]["error"] is None
+
+
+def test_a_solution_of_no_finite_numbers_is_an_error_of_its_entries_alone(folder: Path, batch: pa.Table) -> None:
+    broken = RewardModel.from_pretrained(folder)
+    (word,) = broken.tokenizer(" normal", add_special_tokens=False)["input_ids"]  # s2's only word
+    with torch.no_grad():
+        broken.text_model.get_input_embeddings().weight[word] = math.nan
+    scored = entries(Scorer(ScoreConfig(), broken, "m")(batch))
+    assert {str(e["error"]).partition(":")[0] for key, e in scored.items() if "s2" in key[0]} == {"not_finite"}
+    assert {e["error"] for key, e in scored.items() if "s1" in key[0]} == {None}
+    assert all(e["text_log_odds"] == e["image_log_odds"] == [] for e in scored.values() if e["error"])
+    read = entries(Reader(StatesConfig(), broken, "m")(batch), "states")
+    assert (read["q1-s2", ""]["states"], read["q1-s2", ""]["num_steps"]) == (b"", 0)
+    assert [str(read[f"q1-s{i}", ""]["error"]).partition(":")[0] for i in (1, 2)] == ["None", "not_finite"]
+
+
+def test_an_answer_without_the_image_that_is_missing_is_no_difference() -> None:
+    seen, unseen = StepScores([1.0], [0.0]), StepScores(error="not_finite: x")
+    assert score._parted(seen, unseen).error == score._parted(unseen, seen).error == "not_finite: x"
 
 
 def test_a_checkpoint_that_reads_no_images_is_refused_before_it_is_loaded(folder: Path, tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ STEPS: dict[str, list[str]] = {
 
 
 @pytest.mark.engine
-def test_the_step_scores_as_torch_does(folder: Path) -> None:
+def test_the_step_scores_as_torch_does(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Documents, equal solutions, common beginnings past tags, one question twice: in one call and in another."""
     sampled = [rows.solutions(q, STEPS) for q in ("q1", "q2", "q3")]
     questions = [rows.question(q, []) for q in ("q1", "q2", "q3")]
@@ -241,15 +241,17 @@ def test_the_step_scores_as_torch_does(folder: Path) -> None:
     }  # fmt: skip
     assert ours["q1-plain", "text_only"]["text_log_odds"] == ours["q1-equal", "text_only"]["text_log_odds"]
     assert statistics.hit_rate > 0.5
+    assert "read anew" not in caplog.text  # what is in the cache is in this call's answers
 
 
 @pytest.mark.engine
-def test_states_of_vllm_are_those_of_torch(two_tower: Path) -> None:
+def test_states_of_vllm_are_those_of_torch(two_tower: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Step summaries too, where a step's first tokens lie in another solution's cache."""
     pooled = PooledRewardModel.open(two_tower, CONFIG, states=True)
     try:
         states_are_those_of_torch(pooled, two_tower, list(STEPS.values()))
         assert isinstance(pooled.pooler, TokenPooler)
         assert pooled.pooler.statistics.hit_rate > 0.5
+        assert "read anew" not in caplog.text
     finally:
         pooled.shutdown()

@@ -110,7 +110,7 @@ def test_what_the_engine_makes_no_number_of_is_an_error(folder: Path) -> None:
     first, second, _ = PooledRewardModel.open(folder, CONFIG, start=Overflowing).score(QUESTION, SOLUTIONS)
     assert first.error is None
     assert second.error is not None
-    assert second.error.startswith("not_finite: ")
+    assert second.error.startswith("not_finite: 1 of 3 steps")
     assert second.log_odds == []
 
 

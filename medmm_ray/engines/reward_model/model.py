@@ -343,11 +343,11 @@ class RewardModel(nn.Module):
         Equal solutions of a question are read once. With `together`, questions share rows: faster where they are short,
         but then the last bits of a state depend on its neighbours. A vision-language model reads the images here.
         """
-        waiting: deque[_Reading] = deque()
+        waiting: deque[Reading] = deque()
 
-        def packed() -> Iterator[tuple[_Reading, PackedQuestion]]:
+        def packed() -> Iterator[tuple[Reading, PackedQuestion]]:
             for request in requests:
-                reading = _Reading(self, request)
+                reading = Reading(self, request)
                 waiting.append(reading)
                 for group in reading.packing.groups:
                     yield reading, group
@@ -369,7 +369,7 @@ class RewardModel(nn.Module):
                     )
                     missing = is_finite[own].count(False)
                     piece.owner.found[branch.solution] = (
-                        self._not_finite(missing, len(branch.tags)) if missing else found
+                        self.not_finite(missing, len(branch.tags)) if missing else found
                     )
             while waiting and waiting[0].complete:
                 yield waiting.popleft().states()
@@ -381,7 +381,7 @@ class RewardModel(nn.Module):
         empty_0D = torch.zeros(0, self.hidden_size, dtype=self.text_model.dtype, device=self.device)
         return SolutionStates(empty_0D, empty_0D, torch.zeros(0, device=self.device), error)
 
-    def _not_finite(self, missing: int, num_steps: int) -> SolutionStates:
+    def not_finite(self, missing: int, num_steps: int) -> SolutionStates:
         """What stands for a solution that the text tower makes no numbers of. Its neighbours in a row keep theirs:
         branches never see each other."""
         advice = (
@@ -500,7 +500,7 @@ def _scores(
     return StepScores(error=error) if error else StepScores(text_log_odds, image_log_odds, num_documents=num_documents)
 
 
-class _Reading:
+class Reading:
     """A request while it is read: what is found of each of its different solutions."""
 
     def __init__(self, model: RewardModel, request: ScoreRequest) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from medmm_ray.engines.generator import GeneratorConfig
 from medmm_ray.engines.reward_model import checkpoint, text_tower
 from medmm_ray.engines.reward_model.errors import CheckpointError
-from medmm_ray.engines.reward_model.model import RewardModel, SolutionStates, _Reading
+from medmm_ray.engines.reward_model.model import Reading, RewardModel, SolutionStates
 from medmm_ray.engines.reward_model.packing import Branch, PackedQuestion
 from medmm_ray.engines.reward_model.request import ScoreRequest
 from medmm_ray.engines.token_pooler import Pooling, TokenPooler, TokenSequence
@@ -132,7 +132,7 @@ class PooledRewardModel(RewardModel):
         """
         waiting = iter(requests)
         while batch := list(islice(waiting, STATES_QUESTIONS if self.gives_states else QUESTIONS)):
-            readings = [_Reading(self, request) for request in batch]
+            readings = [Reading(self, request) for request in batch]
             branches = [(r, group, b) for r in readings for group in r.packing.groups for b in group.branches]
             for (reading, _, branch), states in zip(branches, self._read(branches), strict=True):
                 reading.found[branch.solution] = states
@@ -167,12 +167,12 @@ class PooledRewardModel(RewardModel):
         else:
             states_TD = summaries_TD = torch.zeros(0, self.hidden_size)
             log_odds_T = _difference(values_LW.float())
-        finite = all(bool(x.isfinite().all()) for x in (states_TD, summaries_TD, log_odds_T))
-        if not finite:
-            return self.no_states(
-                f"not_finite: vLLM has no finite numbers in {self.config.dtype} for one of {len(branch.tags)} steps; "
-                "take bfloat16 or float32, or look for NaN among the checkpoint's weights"
-            )
+        finite_T = log_odds_T.isfinite()
+        if self.gives_states:
+            finite_T = finite_T & states_TD.isfinite().all(dim=1) & summaries_TD.isfinite().all(dim=1)
+        missing = int((~finite_T).sum())
+        if missing:
+            return self.not_finite(missing, len(branch.tags))
         return SolutionStates(states_TD, summaries_TD, log_odds_T, num_documents=group.num_documents)
 
     def shutdown(self) -> None:

@@ -31,6 +31,8 @@ from tests.test_resume import TINY
 MEDMM = "jobs/recipes/medmm.yaml"
 DAY = date(2026, 11, 30)
 NEXT_DAY = date(2026, 12, 1)
+NO_WEIGHTS = (2).to_bytes(8, "little") + b"{}"  # a safetensors file
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
 
 # Checkpoints
@@ -82,16 +84,21 @@ def test_a_whole_checkpoint_has_no_fault(language_model: Path, tmp_path: Path) -
             "does not know its model type 'chatglm'; it comes with code of its own, and none is ever run",
         ),
         ("model.safetensors", {}, "policy", "holds no weights"),
-        (None, {"model__safetensors": ""}, "policy", "model.safetensors is empty"),
+        (None, {"model__safetensors": ""}, "policy", "model.safetensors is not whole"),
+        (None, {"model__safetensors": b"\x08" + bytes(40)}, "policy", "model.safetensors is not whole"),
+        (None, {"tokenizer__json": '{"model": {'}, "policy", "tokenizer.json is not whole"),
         (
             None,
-            {"model__safetensors": "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"},
+            {"model__safetensors": POINTER},
             "policy",
             "model.safetensors is a git-lfs pointer of 63 bytes",
         ),
         (
-            None,
-            {"model__safetensors__index__json": '{"weight_map": {"a": "model.safetensors", "b": "m-2.safetensors"}}'},
+            "model.safetensors",
+            {
+                "m-1__safetensors": NO_WEIGHTS,
+                "model__safetensors__index__json": '{"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}',
+            },
             "policy",
             "1 of the 2 weight files in model.safetensors.index.json are missing (m-2.safetensors)",
         ),
@@ -116,18 +123,24 @@ def test_a_whole_checkpoint_has_no_fault(language_model: Path, tmp_path: Path) -
         (None, {"adapter_config__json": "{}"}, "adapter", "holds no adapter_model.safetensors"),
         (
             "config.json",
-            {"adapter_config__json": '{"base_model_name_or_path": "/no"}', "adapter_model__safetensors": "x" * 2000},
+            {"adapter_config__json": '{"base_model_name_or_path": "/no"}', "adapter_model__safetensors": NO_WEIGHTS},
             "reward_model",
             "the base of the adapter",
         ),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_folder_is_told(
-    language_model: Path, tmp_path: Path, without: str | None, texts: dict[str, str], kind: Kind, words: str
+    language_model: Path, tmp_path: Path, without: str | None, texts: dict[str, Any], kind: Kind, words: str
 ) -> None:
     said = fault(copy(language_model, tmp_path / "broken", without, **texts), kind)
     assert said is not None
     assert words in said
+
+
+def test_files_that_no_loader_reads_may_be_pointers(language_model: Path, tmp_path: Path) -> None:
+    """Of a clone people fetch what they need."""
+    more = {"pytorch_model__bin": POINTER, "training_args__bin": POINTER}
+    assert fault(copy(language_model, tmp_path / "clone", **more)) is None
 
 
 def test_a_name_that_is_nothing_is_told() -> None:
@@ -145,6 +158,10 @@ def test_a_checkpoint_at_a_uri_is_looked_at_and_not_copied(
         f"file://{tmp_path / 'bare'}: holds no tokenizer (tokenizer.json, tokenizer.model, vocab.json, vocab.txt, "
         "spiece.model, sentencepiece.bpe.model, tekken.json, *.tiktoken); copy it beside the weights"
     )
+    pointed = copy(language_model, tmp_path / "pointer", model__safetensors=POINTER)
+    assert "model.safetensors is a git-lfs pointer of 63 bytes" in str(fault(f"file://{pointed}"))
+    emptied = copy(language_model, tmp_path / "empty", model__safetensors="")
+    assert str(fault(f"file://{emptied}")).endswith("model.safetensors is empty; download it again")
     assert "no files are there" in str(fault(f"file://{tmp_path / 'none'}"))
     assert not (tmp_path / "cache").exists()
 

@@ -7,7 +7,7 @@ weights are downloaded, copied or read. The loaders themselves read on, and may 
 
 import json
 import posixpath
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -17,12 +17,18 @@ from pyarrow import fs as pafs
 
 from medmm_ray.config import ConfigError
 from medmm_ray.engines.checkpoints import HUB_PREFIX, PACKAGE_PREFIX, check_package, is_hub_id, resolve
+from medmm_ray.engines.weights import (
+    ADAPTER_FILES,
+    OPEN_CLIP_FILES,
+    POINTER,
+    TRANSFORMERS_FILES,
+    WeightsError,
+    check_file,
+)
 from medmm_ray.tables import filesystem
 
 Kind = Literal["policy", "reward_model", "image_tower", "text_encoder", "adapter"]
 
-WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 TOKENIZERS = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
     "tekken.json", "*.tiktoken",
@@ -30,7 +36,6 @@ TOKENIZERS = (
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 OPEN_CLIP = "open_clip_config.json"
 VISION = ("dinov2", "dinov2_with_registers", "vit")  # those of transformers that an image tower can be
-_POINTER = b"version https://git-lfs"
 _POINTER_BYTES = 1024  # that a pointer of git-lfs never reaches
 
 
@@ -42,6 +47,7 @@ class Files:
     sizes: Mapping[str, int | None]
     read: Callable[[str], bytes]
     is_hub: bool = False
+    folder: Path | None = None  # where they lie on this machine
 
     def have(self, *patterns: str) -> bool:
         return any(fnmatch(file, pattern) for file in self.sizes for pattern in patterns)
@@ -80,7 +86,7 @@ def _files(name: str, revision: str | None) -> Files:
 
 def _of_folder(name: str, folder: Path) -> Files:
     files = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
-    return Files(name, files, lambda file: (folder / file).read_bytes())
+    return Files(name, files, lambda file: (folder / file).read_bytes(), folder=folder)
 
 
 def _of_uri(uri: str) -> Files:
@@ -224,7 +230,7 @@ def _image_tower(files: Files) -> None:
                 f"image tower {files.name}: model type {model_type!r} is not supported; expected {', '.join(VISION)} "
                 "or an open_clip checkpoint"
             )
-    _has_weights(files)
+    _has_weights(files, OPEN_CLIP_FILES if files.have(OPEN_CLIP) else TRANSFORMERS_FILES)
 
 
 def _text_encoder(files: Files) -> None:
@@ -236,16 +242,17 @@ def _text_encoder(files: Files) -> None:
             )
         _known_architecture(files)
         _has_tokenizer(files)
-    _has_weights(files)
+    _has_weights(files, OPEN_CLIP_FILES if files.have(OPEN_CLIP) else TRANSFORMERS_FILES)
 
 
 def _adapter(files: Files) -> None:
     """A peft adapter."""
     if not files.have("adapter_config.json"):
         raise ConfigError(f"{files.name}: holds no adapter_config.json: it is no peft adapter")
-    if not files.have("adapter_model.safetensors", "adapter_model.bin"):
-        raise ConfigError(f"{files.name}: holds no adapter_model.safetensors; download it whole")
-    _are_whole(files, [file for file in files.sizes if fnmatch(file, "adapter_model.*")])
+    weights = [file for file in ADAPTER_FILES if files.have(file)]
+    if not weights:
+        raise ConfigError(f"{files.name}: holds no {ADAPTER_FILES[0]}; download it whole")
+    _are_whole(files, weights[:1])
 
 
 _CHECKS: dict[Kind, Callable[[Files], None]] = {
@@ -274,36 +281,44 @@ def _known_architecture(files: Files) -> dict[str, Any]:
     return config
 
 
-def _has_weights(files: Files) -> None:
-    index = next((file for file in INDEXES if files.have(file)), None)
-    if index is not None:
-        shards = sorted({str(shard) for shard in dict(files.json(index).get("weight_map") or {}).values()})
-        missing = [shard for shard in shards if shard not in files.sizes]
-        if missing or not shards:
-            raise ConfigError(
-                f"{files.name}: {len(missing)} of the {len(shards)} weight files in {index} are missing "
-                f"({', '.join(missing[:3])}); download it whole"
-            )
-        _are_whole(files, shards)
+def _has_weights(files: Files, names: Sequence[str] = TRANSFORMERS_FILES) -> None:
+    """The files that a loader reads, by its order of `names`, are there whole; of others nothing is asked."""
+    first = next((file for file in names if files.have(file)), None)
+    if first is None:
+        weights = [file for file in files.sizes if fnmatch(file, "*.safetensors") and "/" not in file]  # as vLLM reads
+        if not weights:
+            raise ConfigError(f"{files.name}: holds no weights ({', '.join(names)}); download it whole")
+        _are_whole(files, weights)
         return
-    weights = [file for file in files.sizes if any(fnmatch(file, pattern) for pattern in WEIGHTS)]
-    if not weights:
-        raise ConfigError(f"{files.name}: holds no weights ({', '.join(WEIGHTS)}); download it whole")
-    _are_whole(files, weights)
+    if not first.endswith(".json"):
+        _are_whole(files, [first])
+        return
+    shards = sorted({str(shard) for shard in dict(files.json(first).get("weight_map") or {}).values()})
+    missing = [shard for shard in shards if shard not in files.sizes]
+    if missing or not shards:
+        raise ConfigError(
+            f"{files.name}: {len(missing)} of the {len(shards)} weight files in {first} are missing "
+            f"({', '.join(missing[:3])}); download it whole"
+        )
+    _are_whole(files, shards)
 
 
 def _are_whole(files: Files, names: Collection[str]) -> None:
-    """No name stands for a pointer of git-lfs or an empty file."""
+    """No name stands for a pointer of git-lfs, an empty file or, on this machine, one that was cut off."""
     for file in names:
         size = files.sizes[file]
-        if size is not None and size < _POINTER_BYTES:
-            if files.read(file).startswith(_POINTER):
-                raise ConfigError(
-                    f"{files.name}: {file} is a git-lfs pointer of {size} bytes, not the file itself; run git lfs pull "
-                    "in its folder, or download it with hf download"
-                )
-            if not size:
-                raise ConfigError(f"{files.name}: {file} is empty; download it again")
+        if files.folder is not None:
+            try:
+                check_file(files.folder / file)
+            except WeightsError as error:
+                raise ConfigError(str(error)) from None
+        elif size == 0:
+            raise ConfigError(f"{files.name}: {file} is empty; download it again")
+        elif size is not None and size < _POINTER_BYTES and files.read(file).startswith(POINTER):
+            raise ConfigError(
+                f"{files.name}: {file} is a git-lfs pointer of {size} bytes, not the file itself; download it with hf "
+                "download, and copy it there"
+            )
 
 
 def _has_tokenizer(files: Files) -> None:

@@ -27,7 +27,7 @@ OPEN_CLIP_FILES = (
 """open_clip's; the last is torch's zip format, read as weights only."""
 
 _TEXTS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")  # configs and tokenizers
-_POINTER = b"version https://git-lfs.github.com/spec/v1"
+POINTER = b"version https://git-lfs.github.com/spec/v1"
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 _NAMED = 5  # weights that a message names
 
@@ -180,8 +180,8 @@ def check_file(file: Path) -> None:
     """Raise `WeightsError` where a file is a git-lfs pointer or was cut off."""
     size = file.stat().st_size
     with file.open("rb") as stream:
-        first = stream.read(len(_POINTER))
-    if first == _POINTER:
+        first = stream.read(len(POINTER))
+    if first == POINTER:
         raise WeightsError(
             f"{file} is a git-lfs pointer of {size} bytes, not the file itself; run `git lfs install && git lfs pull` "
             "in its folder, or download it with `hf download`"

@@ -141,8 +141,8 @@ def cut_steps(text: str) -> list[str]:
     """A solution that is to be scored, cut into its steps as Med-PRM's own code cuts it; nothing is edited.
 
     Where the text has step tags, the steps are what they end, and what stands behind the last; else each begins at its
-    mark ``Step 1:`` (which it keeps), the first with what stands before. A text without either is one step, one that
-    is marks and tags alone has none. But for the tags, the steps joined are the text.
+    mark ``Step 1:`` (which it keeps), the first with what stands before. A text without either is one step, an
+    empty one has none. But for the tags, the steps joined are the text.
 
     >>> cut_steps("So. Step 1:  Look.\\nStep 2: Think.")
     ['So. Step 1:  Look.\\n', 'Step 2: Think.']
@@ -155,7 +155,7 @@ def cut_steps(text: str) -> list[str]:
     else:
         starts = [mark.start() for mark in _REFERENCE_MARK.finditer(text)][1:]
         steps = [text[start:end] for start, end in zip([0, *starts], [*starts, len(text)], strict=True)]
-    return steps if any(map(without_mark, steps)) else []
+    return steps if any(step.strip() for step in steps) else []
 
 
 def is_tagged(text: str) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from medmm_ray.text import cut_steps
+from medmm_ray.text import cut_steps, without_mark
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -155,8 +155,10 @@ def choose_documents(
 
 
 def has_steps(solution: Solution) -> bool:
-    """Whether there is a step with text in it."""
-    return any(step.strip() for step in (cut_steps(solution) if isinstance(solution, str) else solution))
+    """Whether there is a step with text in it, besides its mark."""
+    if isinstance(solution, str):
+        return any(without_mark(step) for step in cut_steps(solution))
+    return any(step.strip() for step in solution)
 
 
 def pack(

@@ -9,9 +9,7 @@ import pytest
 from jobs import bench
 from jobs.benches import Measured, models, monte_carlo
 from jobs.benches.models import Flops, Shape, case, reference_ids, reward_model
-from jobs.benches.vllm_scorer import vllm_scorer
 from medmm_ray.engines.reward_model import RewardModel
-from medmm_ray.engines.reward_model.packing import common
 from medmm_ray.sources.phantom import truth
 from medmm_ray.sources.phantom.questions import Item, make_items
 from medmm_ray.text import extract_answer
@@ -32,9 +30,17 @@ SAMPLING = [
 ]  # fmt: skip
 
 
+VLLM = [
+    "shapes=[wide]", "cells=[[3, 100]]", "question=20", "solution=60", "repeats=1", "reference_solutions=1",
+    "vllm_solutions=2", "threads=1",
+]  # fmt: skip
+
+
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(models.SHAPES, "smollm2", SMALL)
+    for_vllm = SMALL.model_copy(update={"hidden_size": 64, "num_heads": 2, "num_key_value_heads": 1})  # 32 a head
+    monkeypatch.setitem(models.SHAPES, "wide", for_vllm)
 
 
 def test_texts_have_the_lengths_that_were_asked_for() -> None:
@@ -79,6 +85,7 @@ def test_flops_that_scores_do_not_need_in_the_last_layer() -> None:
                 "vllm_solutions=0",
             ],
         ),
+        pytest.param("scoring", VLLM, marks=pytest.mark.engine),
         ("training", ["solutions=[3]", "documents=100", "question=20", "solution=60", "max_length=400", "repeats=1"]),
         ("two_tower", ["solutions=3", "documents=100", "question=20", "solution=60", "repeats=1"]),
         pytest.param("arms", ARMS, marks=pytest.mark.engine),
@@ -95,24 +102,6 @@ def test_a_benchmark_prints_its_table_and_writes_its_rows(
     assert set(rows[0]) == {"name", "baseline", "ours", "ratio", "target", "unit"}
     assert all(row["ratio"] > 0 for row in rows)
     assert rows[0]["name"].partition(",")[0] in capsys.readouterr().out
-
-
-@pytest.mark.engine
-def test_vllm_as_a_scorer_gives_our_scores() -> None:
-    shape = Shape(hidden_size=64, num_layers=2, num_heads=2, num_key_value_heads=1, intermediate_size=64,
-                  vocab_size=600)  # fmt: skip
-    model = reward_model(shape, "float32", "cpu", 2048)
-    asked = case(shape.vocab_size, 20, 100, 3, 50)
-    ours = [s.log_odds for s in model.score(asked.question, asked.solutions, asked.documents)]
-    with vllm_scorer(model, "float32", threads=1, longest=512) as scorer:
-        rows = reference_ids(model, asked)
-        theirs = scorer.log_odds(rows)
-        prefix = rows[0][: common(rows)]
-        cached = [scorer.log_odds_cached(rows, prefix) for _ in range(2)]  # the cache is emptied in between
-    for own, *others in zip(ours, theirs, *cached, strict=True):
-        assert own == pytest.approx(others[0], abs=1e-5)
-        assert own == pytest.approx(others[1], abs=1e-5)
-        assert own == pytest.approx(others[2], abs=1e-5)
 
 
 def test_the_drift_of_a_file_and_of_rounded_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,13 +4,16 @@ The reference: one solution a forward pass, logits of the whole vocabulary, soft
 is timed on a few solutions and scaled, as they do not depend on each other. On a CPU both sides have PyTorch's linear
 layers; ours with oneDNN's, as a loaded model has them, is a row of its own.
 
-vLLM (`token_classify`) has oneDNN's too and is held against that. It is measured with its prefix cache, all solutions
-after a request for their prefix, the cache emptied before, and without it, on a few solutions. Sides take turns, and
-both read sequences that end with the last tag.
+vLLM (`engines.token_pooler`, what ``score.engine=vllm`` uses) has oneDNN's too and is held against that. It is measured
+with its prefix cache, all solutions in one call that finds nothing of earlier ones there, and without it, on a few
+solutions. Sides take turns, and both read sequences that end with the last tag.
 """
 
 import statistics
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -31,9 +34,8 @@ from jobs.benches.models import (
     start,
 )
 from jobs.benches.timing import peak_bytes, timed
-from jobs.benches.vllm_scorer import VllmScorer, installed, vllm_scorer
 from medmm_ray.engines.linear import pytorch_linear
-from medmm_ray.engines.reward_model.packing import common
+from medmm_ray.engines.token_pooler import Pooling, TokenPooler, TokenSequence
 
 if TYPE_CHECKING:
     from medmm_ray.engines.reward_model import RewardModel
@@ -67,7 +69,7 @@ def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
         }
         for label, asked in cells.items():
             yield from _cell(label, model, shape, asked, config)
-        if config.vllm_solutions and installed():
+        if config.vllm_solutions and find_spec("vllm") is not None:
             yield from _vllm_cells(cells, model, shape, config)
         del model
 
@@ -116,42 +118,69 @@ def _cell(name: str, model: "RewardModel", shape: Shape, asked: Case, config: Be
 
 def _vllm_cells(cells: dict[str, Case], model: "RewardModel", shape: Shape, config: BenchConfig) -> Iterator[Measured]:
     """All cells against vLLM with and without its prefix cache, on one engine."""
-    rows = {name: [_up_to_last_tag(model, ids) for ids in reference_ids(model, asked)] for name, asked in cells.items()}
-    longest = max(len(row) for group in rows.values() for row in group)
-    with vllm_scorer(model, config.dtype, config.threads, longest + 1) as scorer:
+    sequences = {
+        name: [_up_to_last_tag(model, ids) for ids in reference_ids(model, asked)] for name, asked in cells.items()
+    }
+    longest = max(len(sequence.ids) for group in sequences.values() for sequence in group)
+    with _pooler(model, config, longest + 1) as pooler:
         for name, asked in cells.items():
-            yield from _vllm_cell(name, scorer, model, shape, asked, rows[name], config)
+            yield from _vllm_cell(name, pooler, model, shape, asked, sequences[name], config)
+
+
+@contextmanager
+def _pooler(model: "RewardModel", config: BenchConfig, max_model_len: int) -> Iterator[TokenPooler]:
+    """vLLM on a copy of the text tower; stopped at the end."""
+    from medmm_ray.engines.generator import GeneratorConfig
+
+    on_gpu = config.device != "cpu"
+    settings = GeneratorConfig(
+        dtype=config.dtype,
+        max_model_len=max_model_len,
+        num_threads=config.threads,
+        num_gpus=float(on_gpu),
+        gpu_memory_utilization=0.5,
+    )
+    signs = [model.family.ids["plus"], model.family.ids["minus"]]
+    plus, minus = model.tokenizer.convert_ids_to_tokens(signs)
+    with tempfile.TemporaryDirectory() as folder:
+        model.text_model.save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
+        pooler = TokenPooler(folder, settings, Pooling.difference(plus=plus, minus=minus))
+        try:
+            yield pooler
+        finally:
+            pooler.shutdown()
 
 
 def _vllm_cell(
     name: str,
-    scorer: VllmScorer,
+    pooler: TokenPooler,
     model: "RewardModel",
     shape: Shape,
     asked: Case,
-    rows: list[list[int]],
+    sequences: list[TokenSequence],
     config: BenchConfig,
 ) -> Iterator[Measured]:
-    prefix = rows[0][: common(rows)]
-    few = rows[: config.vllm_solutions]
+    few = sequences[: config.vllm_solutions]
     flops = Flops(shape)
 
     def ours() -> list[list[float]]:
         return _score(model, asked, config)
 
-    def cached() -> list[list[float]]:
-        return scorer.log_odds_cached(rows, prefix)
+    def theirs(some: list[TokenSequence], cached: bool) -> list[list[float]]:
+        return [values_T1[:, 0].tolist() for values_T1 in pooler.values(some, cached)]
 
     scores = ours()
-    _agree(f"{name}, vLLM with its cache", scores, cached(), config)  # both are warm then
-    _agree(f"{name}, vLLM without its cache", scores, scorer.log_odds(few), config)
-    seconds, seconds_cached = _in_turn(ours, cached, config)
-    seconds_alone, _ = timed(lambda: scorer.log_odds(few), 1, config.device)
-    rate, rate_cached, rate_alone = len(rows) / seconds, len(rows) / seconds_cached, len(few) / seconds_alone
+    _agree(f"{name}, vLLM with its cache", scores, theirs(sequences, cached=True), config)  # both are warm then
+    _agree(f"{name}, vLLM without its cache", scores, theirs(few, cached=False), config)
+    seconds, seconds_cached = _in_turn(ours, lambda: theirs(sequences, cached=True), config)
+    seconds_alone, _ = timed(lambda: theirs(few, cached=False), 1, config.device)
+    rate, rate_cached, rate_alone = len(sequences) / seconds, len(sequences) / seconds_cached, len(few) / seconds_alone
     with_documents = bool(asked.documents) and config.device == "cpu" and config.dtype == "float32"
     label = f"against vLLM with its prefix cache, {name}"
     yield Measured(label, rate_cached, rate, rate / rate_cached, "≥ 1" if with_documents else "", "solutions/s")
-    ideal = flops.one_by_one([len(row) for row in rows], rows=0) / packed_flops(flops, model, asked)
+    lengths = [len(sequence.ids) for sequence in sequences]
+    ideal = flops.one_by_one(lengths, rows=0) / packed_flops(flops, model, asked)
     label = f"against vLLM without its cache (FLOP ideal {ideal:.1f}), {name}"
     yield Measured(label, rate_alone, rate, rate / rate_alone, "", "solutions/s")
 
@@ -168,9 +197,10 @@ def _score(model: "RewardModel", asked: Case, config: BenchConfig) -> list[list[
     return [solution.log_odds for solution in scores]
 
 
-def _up_to_last_tag(model: "RewardModel", ids: list[int]) -> list[int]:
+def _up_to_last_tag(model: "RewardModel", ids: list[int]) -> TokenSequence:
     """Later tokens cannot influence a causal score; ours does not read them either."""
-    return ids[: len(ids) - ids[::-1].index(model.family.ids["tag"])]
+    tags = [i for i, token in enumerate(ids) if token == model.family.ids["tag"]]
+    return TokenSequence(ids[: tags[-1] + 1], tags)
 
 
 def _agree(name: str, scores: list[list[float]], expected: list[list[float]], config: BenchConfig) -> None:

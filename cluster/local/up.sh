@@ -14,7 +14,7 @@ if pid=$(head_pid); then
   how_to_submit
   exit 0
 fi
-[ -x "$venv/bin/ray" ] || { echo "no Ray in $venv: run 'make setup' first, or name another environment in MEDMM_VENV" >&2; exit 1; }
+[ -x "$venv/bin/ray" ] || { echo "no Ray in $venv: run 'make env' first, or name another environment in MEDMM_VENV" >&2; exit 1; }
 if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
   echo "port $port is taken by another program: choose a free one, MEDMM_PORT=8365 $0" >&2
   exit 1

@@ -230,7 +230,7 @@ class RewardModel(nn.Module):
     def save_pretrained(self, folder: "str | Path", figures: Mapping[str, float] | None = None) -> None:
         """Write one folder: weights as safetensors, configs, tokenizer, ``image_tower/`` and a model card.
 
-        `figures` are measured ones for the card. The folder opens in transformers (and vLLM) as the text tower.
+        `figures` are measured ones for the card. The folder opens in transformers as the text tower.
         """
         checkpoint.write(self, folder, figures or {})
 

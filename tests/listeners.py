@@ -19,8 +19,8 @@ import psutil
 
 # What a replica's gRPC server unpickles: field 1 of the request is the metadata.
 REPLICA_METHOD = "/ray.serve.ASGIService/HandleRequest"
-# Without a Python stub. `ray.rpc.syncer.RaySyncer` has none either and is left out: after an empty call to it the GCS and
-# the raylet of one session answered no more.
+# Without a Python stub. `ray.rpc.syncer.RaySyncer` has none either and is left out: after an empty call to it the GCS
+# and the raylet of one session answered no more.
 OBJECT_MANAGER = ("/ray.rpc.ObjectManagerService/Push", "/ray.rpc.ObjectManagerService/Pull")
 
 Guard = Literal["token over gRPC", "token over HTTP", "none: metrics", "none"]

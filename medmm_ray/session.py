@@ -181,6 +181,10 @@ def _environment(**variables: str) -> Iterator[None]:
 
 def _start(joins: bool, quiet: bool) -> None:
     import ray
+    from ray._private import ray_constants
+
+    # Read from the environment when Ray is imported, which may have been before this session set it.
+    ray_constants.ENABLE_RAY_CLUSTER = os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] != "0"
 
     try:
         with _unheard() if quiet else nullcontext():

@@ -91,7 +91,8 @@ def check_vocabulary(model: Any, tokenizer: Any) -> None:
         )
 
 
-def _read_whole(path: str | Path, dtype: Dtype, family: FamilyName | None, revision: str | None) -> Text:
+def _config_and_tokenizer(path: str | Path, revision: str | None) -> tuple[str | None, Any, Any]:
+    """The commit, the config and the tokenizer of a whole checkpoint whose files are checked."""
     try:
         if Path(path).is_dir():
             check_files(Path(path))
@@ -105,6 +106,11 @@ def _read_whole(path: str | Path, dtype: Dtype, family: FamilyName | None, revis
         raise CheckpointError(str(error)) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a language model that can be read: {error}") from error
+    return commit, config, tokenizer
+
+
+def _read_whole(path: str | Path, dtype: Dtype, family: FamilyName | None, revision: str | None) -> Text:
+    commit, config, tokenizer = _config_and_tokenizer(path, revision)
     found = family or _detected(path, config.architectures or [], tokenizer)
     if found in families.SEEING:
         vision.check(path, config)
@@ -243,19 +249,7 @@ def read_outline(path: str | Path, family: FamilyName | None, dtype: str) -> Tex
     """
     if adapters.is_adapter(path):
         raise CheckpointError(f"{path} is an adapter, and vLLM reads whole checkpoints; {_SAVE_IT}")
-    try:
-        if Path(path).is_dir():
-            check_files(Path(path))
-        commit = commit_of(path, "config.json", None)
-        _refuse_original_layout(path, commit)
-        config = AutoConfig.from_pretrained(path, revision=commit)
-        tokenizer = pretrained.load_tokenizer(path, revision=commit)
-    except CheckpointError:
-        raise
-    except WeightsError as error:
-        raise CheckpointError(str(error)) from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a language model that can be read: {error}") from error
+    commit, config, tokenizer = _config_and_tokenizer(path, None)
     found = family or _detected(path, config.architectures or [], tokenizer)
     if found in families.SEEING:
         raise CheckpointError(

@@ -255,3 +255,7 @@ def test_states_of_vllm_are_those_of_torch(two_tower: Path, caplog: pytest.LogCa
         assert "read anew" not in caplog.text
     finally:
         pooled.shutdown()
+    from vllm import ModelRegistry
+
+    usual = ModelRegistry.models["LlamaForCausalLM"]  # what a later engine of this process loads
+    assert usual.module_name == "vllm.model_executor.models.llama"

@@ -11,7 +11,7 @@ import itertools
 import logging
 import os
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -56,10 +56,15 @@ class Pooling:
         return cls.classifier(hf_overrides=head)
 
     @classmethod
-    def states(cls, classes: Mapping[str, str]) -> "Pooling":
-        """Hidden states, in the model's own number format; `classes` stand in for the checkpoint's architectures."""
-        arguments = {"convert": "embed", "hf_overrides": {"head_dtype": "model"}, "model_class_overrides": {**classes}}
-        return cls("token_embed", arguments)
+    def states(cls, architecture: str, module: str) -> "Pooling":
+        """Hidden states, in the model's own number format, by the class `architecture` of `module`.
+
+        `architecture` stands in for the checkpoint's own. vLLM registers it for the whole process, so it must not be
+        the name of an architecture that other engines load.
+        """
+        overrides = {"head_dtype": "model", "architectures": [architecture]}
+        classes = {architecture: f"{module}:{architecture}"}
+        return cls("token_embed", {"convert": "embed", "hf_overrides": overrides, "model_class_overrides": classes})
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """vLLM's language models as their processes load them to give two states a token: after the final norm, and entering
 the middle layer, side by side.
 
-What enters: `model_class_overrides` of vLLM's engine name these classes for the checkpoint's own. Each is vLLM's class
-with the middle layer as an auxiliary output, which vLLM has for speculative decoding.
+What enters: the checkpoint's `architectures`, overridden by a name of this module (vLLM's registry is one for a whole
+process: a class under an architecture's usual name would be every later engine's too). Each is vLLM's class with the
+middle layer as an auxiliary output, which vLLM has for speculative decoding.
 
 Legend: L tokens of an engine step, D text width.
 """
@@ -34,17 +35,17 @@ class _MiddleBeside:
         return torch.cat([states_LD, middle_LD], dim=-1)
 
 
-class LlamaForCausalLM(_MiddleBeside, as_embedding_model(VllmLlama)):  # type: ignore[misc]
+class LlamaMiddleStates(_MiddleBeside, as_embedding_model(VllmLlama)):  # type: ignore[misc]
     pass
 
 
-class MistralForCausalLM(_MiddleBeside, as_embedding_model(VllmMistral)):  # type: ignore[misc]
+class MistralMiddleStates(_MiddleBeside, as_embedding_model(VllmMistral)):  # type: ignore[misc]
     pass
 
 
-class Qwen2ForCausalLM(_MiddleBeside, as_embedding_model(VllmQwen2)):  # type: ignore[misc]
+class Qwen2MiddleStates(_MiddleBeside, as_embedding_model(VllmQwen2)):  # type: ignore[misc]
     pass
 
 
-class Qwen3ForCausalLM(_MiddleBeside, as_embedding_model(VllmQwen3)):  # type: ignore[misc]
+class Qwen3MiddleStates(_MiddleBeside, as_embedding_model(VllmQwen3)):  # type: ignore[misc]
     pass

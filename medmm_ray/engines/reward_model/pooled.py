@@ -104,7 +104,7 @@ class PooledRewardModel(RewardModel):
                     f"vLLM gives the states of the families medprm and math_shepherd on {', '.join(ARCHITECTURES)}; "
                     f"this is a {architecture} of the family {name}: take engine=torch"
                 )
-            return Pooling.states({architecture: f"{MIDDLE_STATES}:{architecture}"})
+            return Pooling.states(architecture.replace("ForCausalLM", "MiddleStates"), MIDDLE_STATES)
         if name == "qwen_prm":  # vLLM has its class, by the name of the published checkpoint's
             return Pooling.classifier(hf_overrides={"architectures": ["Qwen2ForProcessRewardModel"]})
         if not self.family.additive:  # a head `score` in the checkpoint

@@ -19,9 +19,9 @@ from rich.console import Console
 from jobs.graph import BY_NAME, LABELS, STEPS
 from jobs.recipe import Recipe
 from jobs.step import Job, Run, launch, parser, read_arguments
-from medmm_ray.audit import audit, require
-from medmm_ray.dataset_page import render, summary
-from medmm_ray.tables import filesystem, write_file
+from medmm_ray.data.tables import filesystem, write_file
+from medmm_ray.pages.dataset_page import render, summary
+from medmm_ray.steps.audit import audit, require
 
 STEP = BY_NAME["audit"]
 

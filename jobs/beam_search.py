@@ -24,18 +24,18 @@ from rich.table import Table as Grid
 from jobs.graph import BY_NAME
 from jobs.recipe import Recipe
 from jobs.step import Job, Run, launch, parser, read_arguments
-from medmm_ray import metrics
 from medmm_ray.config import ConfigError, digest, identity
+from medmm_ray.data.tables import RowError, error_kind, filesystem, write_file
 from medmm_ray.engines.generator import Generator, TextGenerator
 from medmm_ray.engines.grader import Grader, MakeGrader
 from medmm_ray.engines.images import open_image
-from medmm_ray.score import cases, load
-from medmm_ray.tables import RowError, error_kind, filesystem, write_file
-from medmm_ray.tree_search.beam import RewardModelScorer, beam_search
-from medmm_ray.tree_search.writer import Writer
+from medmm_ray.stats import metrics
+from medmm_ray.steps.score import cases, load
+from medmm_ray.steps.tree_search.beam import RewardModelScorer, beam_search
+from medmm_ray.steps.tree_search.writer import Writer
 
 if TYPE_CHECKING:
-    from medmm_ray.engines.reward_model import RewardModel
+    from medmm_ray.reward_model import RewardModel
 
 SEARCH = "beam search"
 GAIN = "beam search over best of N at equal tokens"

@@ -5,9 +5,9 @@ import sys
 import pyarrow as pa
 
 from jobs.step import Job, Run, main
-from medmm_ray.curate import confirm, curate, propose, reviewed, thumbnails
-from medmm_ray.records import QuestionReview
-from medmm_ray.tables import Table
+from medmm_ray.data.records import QuestionReview
+from medmm_ray.data.tables import Table
+from medmm_ray.steps.curate import confirm, curate, propose, reviewed, thumbnails
 
 
 def run(job: Job) -> None:

@@ -4,7 +4,7 @@ import sys
 from functools import partial
 
 from jobs.step import Job, main
-from medmm_ray.embed import embed_documents, embed_images, embed_questions
+from medmm_ray.steps.embed import embed_documents, embed_images, embed_questions
 
 
 def run(job: Job) -> None:

@@ -6,10 +6,10 @@ from typing import Any
 
 from jobs.graph import LABELS, STEPS
 from jobs.step import Job, main
+from medmm_ray.data.tables import filesystem, write_file
 from medmm_ray.engines.images import open_image
-from medmm_ray.evaluate import environment, evaluate
-from medmm_ray.report import headline, render
-from medmm_ray.tables import filesystem, write_file
+from medmm_ray.pages.report import headline, render
+from medmm_ray.steps.evaluate import environment, evaluate
 
 
 def run(job: Job) -> None:

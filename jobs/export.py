@@ -14,8 +14,8 @@ from pathlib import Path
 from jobs.graph import LABELS, MAKER, TREES
 from jobs.step import Run, launch, load_recipe, parser
 from medmm_ray.config import ConfigError, load
-from medmm_ray.export import ExportConfig, Tables, export, push
-from medmm_ray.tables import Table
+from medmm_ray.data.tables import Table
+from medmm_ray.steps.export import ExportConfig, Tables, export, push
 
 OPTIONAL = ("images", "evidence", "image_vectors", *LABELS, *TREES)
 log = logging.getLogger("medmm_ray")

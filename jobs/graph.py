@@ -9,7 +9,7 @@ that decide what this one makes, where it does not read their tables.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from medmm_ray.records import (
+from medmm_ray.data.records import (
     Document,
     Evidence,
     Image,

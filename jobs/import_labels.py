@@ -19,11 +19,11 @@ import pyarrow as pa
 
 from jobs.graph import BY_NAME, LABELS, MAKER, TREES
 from jobs.step import Job, Run, launch, parser, read_arguments
-from medmm_ray.imported import Imported, imported, policy_of
-from medmm_ray.ingest import question_rows, read_source, request_of
-from medmm_ray.records import Evidence, ReviewItem, Solutions, Tree, to_arrow
-from medmm_ray.sources import Solved, load_solved
-from medmm_ray.tables import Table, TableError, write_rows
+from medmm_ray.data.imported import Imported, imported, policy_of
+from medmm_ray.data.records import Evidence, ReviewItem, Solutions, Tree, to_arrow
+from medmm_ray.data.sources import Solved, load_solved
+from medmm_ray.data.tables import Table, TableError, write_rows
+from medmm_ray.steps.ingest import question_rows, read_source, request_of
 
 TABLES = ("solutions", *LABELS, *TREES, "evidence")
 QUESTIONS_A_PART = 64

@@ -3,8 +3,8 @@
 import sys
 
 from jobs.step import Job, main
-from medmm_ray.indexing import build_index
-from medmm_ray.tables import Artifact
+from medmm_ray.data.tables import Artifact
+from medmm_ray.steps.index import build_index
 
 
 def run(job: Job) -> None:

@@ -3,7 +3,14 @@
 import sys
 
 from jobs.step import Job, main
-from medmm_ray.ingest import demonstration_rows, document_rows, image_table, inspect_images, question_rows, read_source
+from medmm_ray.steps.ingest import (
+    demonstration_rows,
+    document_rows,
+    image_table,
+    inspect_images,
+    question_rows,
+    read_source,
+)
 
 
 def run(job: Job) -> None:

@@ -5,9 +5,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from jobs.step import Job, main
-from medmm_ray.engines.client import api_folder
-from medmm_ray.engines.gate import close_ledger
-from medmm_ray.judge import APIS, JudgeConfig, judge
+from medmm_ray.engines.llm.budget import close_ledger
+from medmm_ray.engines.llm.client import api_folder
+from medmm_ray.steps.judge import APIS, JudgeConfig, judge
 
 
 def run(job: Job) -> None:

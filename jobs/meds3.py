@@ -23,10 +23,10 @@ from jobs.pipeline import run_pipeline
 from jobs.plan import plan_of
 from jobs.recipe import Recipe
 from jobs.step import Run, launch, parser, read_arguments
-from medmm_ray import metrics
 from medmm_ray.config import digest, identity
+from medmm_ray.data.tables import Artifact, Origin, filesystem, write_file
 from medmm_ray.estimate import Estimate, Line, estimate, rendered
-from medmm_ray.tables import Artifact, Origin, filesystem, write_file
+from medmm_ray.stats import metrics
 from medmm_ray.text import question_with_options
 from medmm_ray.train.policy import train_policy
 
@@ -116,7 +116,7 @@ def right_solutions(solutions: pa.Table) -> pa.Table:
 
 def measure(run: Run, reward_model: str) -> dict[str, float]:
     """The accuracy, over test questions, of one sample and of each decoder with this reward model."""
-    from medmm_ray.engines.reward_model import RewardModel
+    from medmm_ray.reward_model import RewardModel
 
     model = RewardModel.from_pretrained(reward_model)
     questions = {q["question_id"]: q for q in run.table("questions").to_arrow().to_pylist() if q["split"] == "test"}

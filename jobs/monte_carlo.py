@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from jobs.sample import graded
 from jobs.step import Job, main
 from medmm_ray.config import ConfigError
-from medmm_ray.monte_carlo import monte_carlo
+from medmm_ray.steps.monte_carlo import monte_carlo
 
 DRAWS = ("temperature", "top_k", "top_p", "num_documents", "num_images", "lora", "dtype", "vllm")
 

@@ -27,7 +27,7 @@ from jobs.recipe import Recipe
 from jobs.resources import ResourceSampler
 from jobs.step import Job, Run, launch, parser, read_arguments, run_step
 from medmm_ray.config import ConfigError
-from medmm_ray.tables import filesystem, write_file
+from medmm_ray.data.tables import filesystem, write_file
 
 HEARTBEAT_S = 30
 log = logging.getLogger("medmm_ray")
@@ -234,13 +234,13 @@ def closing(run: Run, steps: Sequence[Step], console: Console, seconds: float) -
             f"{used['core_minutes']:.1f} core-minutes, at most {used['peak_pss_gib']:.1f} GiB (PSS)"
         )
     if BY_NAME["audit"] in steps:
-        from medmm_ray.dataset_page import lead
+        from medmm_ray.pages.dataset_page import lead
 
         dataset = json.loads((Path(run.recipe.run) / "dataset_report.json").read_text())
         words = lead(dataset).removeprefix("The dataset ")
         console.print(f"\ndataset: {words}\nreport: {Path(run.recipe.run) / 'dataset_report.html'}", highlight=False)
     if BY_NAME["evaluate"] in steps and not run.skipped(BY_NAME["evaluate"]):
-        from medmm_ray.report import summary
+        from medmm_ray.pages.report import summary
 
         report = json.loads((Path(run.recipe.run) / "report.json").read_text())
         console.print("", summary(report), f"\nreport: {Path(run.recipe.run) / 'report.html'}")

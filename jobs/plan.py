@@ -9,11 +9,11 @@ from jobs.graph import Step
 from jobs.recipe import Recipe, asking
 from jobs.step import Run
 from medmm_ray.config import ConfigError
-from medmm_ray.engines.client import ApiConfig, check_tier, price_by
-from medmm_ray.engines.prices import Price, dated
-from medmm_ray.engines.probe import ApiModel
+from medmm_ray.engines.llm.client import ApiConfig, check_tier, price_by
+from medmm_ray.engines.llm.prices import Price, dated
+from medmm_ray.engines.llm.probe import ApiModel
 from medmm_ray.estimate import GPUS, Estimate, Plan, estimate, rendered
-from medmm_ray.judge import APIS
+from medmm_ray.steps.judge import APIS
 
 VERDICT_TOKENS = {"json": 70, "lines": 6}  # that a judge writes a step
 READ_DOCUMENTS = ("tree_search", "sample", "judge", "monte_carlo", "train_text_prm", "states", "score")

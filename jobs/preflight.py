@@ -15,9 +15,9 @@ from jobs.recipe import asking
 from jobs.step import Run
 from medmm_ray.config import ConfigError
 from medmm_ray.engines.generator import GeneratorConfig
-from medmm_ray.engines.preflight import Kind, check_checkpoint
-from medmm_ray.engines.prices import today
-from medmm_ray.engines.probe import ApiModel, probe_all
+from medmm_ray.engines.llm.prices import today
+from medmm_ray.engines.llm.probe import ApiModel, probe_all
+from medmm_ray.reward_model.preflight import Kind, check_checkpoint
 
 # The steps in which each section asks its model, and what the artifacts are that `models` can name.
 ASKED_IN = {

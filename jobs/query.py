@@ -15,10 +15,10 @@ import pyarrow.compute as pc
 from jobs.serve import serve_config
 from jobs.step import Run, launch, parser, read_arguments
 from medmm_ray.config import ConfigError
+from medmm_ray.data.tables import filesystem, write_file
 from medmm_ray.engines.images import read_bytes
-from medmm_ray.query import query, request_of, show
-from medmm_ray.rerank import RerankAnswer, RerankRequest
-from medmm_ray.tables import filesystem, write_file
+from medmm_ray.service.client import query, request_of, show
+from medmm_ray.service.rerank import RerankAnswer, RerankRequest
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -55,7 +55,7 @@ def _stored(path: Path, model: str) -> dict[str, Any] | None:
 
 def asked(run: Run, request: RerankRequest) -> dict[str, Any]:
     """The service's answer; the service runs for this one request."""
-    from medmm_ray.serve import running
+    from medmm_ray.service.app import running
     from medmm_ray.session import session
 
     with session(), running(serve_config(run)) as url:

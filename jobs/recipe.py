@@ -6,29 +6,29 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from jobs.graph import BY_NAME
-from medmm_ray.audit import AuditConfig
 from medmm_ray.config import Config, execution
-from medmm_ray.curate import CurateConfig
-from medmm_ray.embed import EmbedConfig
 from medmm_ray.engines.index import IndexConfig
-from medmm_ray.engines.probe import ApiModel
-from medmm_ray.evaluate import EvaluateConfig
-from medmm_ray.ingest import IngestConfig
-from medmm_ray.judge import JudgeConfig
-from medmm_ray.monte_carlo import MonteCarloConfig
-from medmm_ray.retrieve import RetrieveConfig
-from medmm_ray.review import ReviewConfig
-from medmm_ray.review_page import ReviewPageConfig
-from medmm_ray.sample import SampleConfig
-from medmm_ray.score import ScoreConfig, StatesConfig
-from medmm_ray.serve import ServeConfig
+from medmm_ray.engines.llm.probe import ApiModel
+from medmm_ray.pages.review_page import ReviewPageConfig
+from medmm_ray.service.app import ServeConfig
+from medmm_ray.steps.audit import AuditConfig
+from medmm_ray.steps.curate import CurateConfig
+from medmm_ray.steps.embed import EmbedConfig
+from medmm_ray.steps.evaluate import EvaluateConfig
+from medmm_ray.steps.ingest import IngestConfig
+from medmm_ray.steps.judge import JudgeConfig
+from medmm_ray.steps.monte_carlo import MonteCarloConfig
+from medmm_ray.steps.retrieve import RetrieveConfig
+from medmm_ray.steps.review import ReviewConfig
+from medmm_ray.steps.sample import SampleConfig
+from medmm_ray.steps.score import ScoreConfig, StatesConfig
+from medmm_ray.steps.tree_search import TreeSearchConfig
+from medmm_ray.steps.tree_search.beam import BeamSearchConfig
+from medmm_ray.steps.write_questions import WriteQuestionsConfig
 from medmm_ray.train.image_text import ImageTextConfig
 from medmm_ray.train.policy import PolicyConfig
 from medmm_ray.train.text_prm import TextPrmConfig
 from medmm_ray.train.two_tower import TwoTowerConfig
-from medmm_ray.tree_search import TreeSearchConfig
-from medmm_ray.tree_search.beam import BeamSearchConfig
-from medmm_ray.write_questions import WriteQuestionsConfig
 
 
 class ModelsConfig(Config):

@@ -3,7 +3,7 @@
 import sys
 
 from jobs.step import Job, main
-from medmm_ray.retrieve import IMAGE_COLUMNS, Library, retrieve
+from medmm_ray.steps.retrieve import IMAGE_COLUMNS, Library, retrieve
 
 
 def run(job: Job) -> None:

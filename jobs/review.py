@@ -3,9 +3,9 @@
 import sys
 
 from jobs.step import Job, main
-from medmm_ray.records import ReviewItem, from_dict
-from medmm_ray.review import queue, review
-from medmm_ray.review_page.export import frozen, log_uri, step_labels
+from medmm_ray.data.records import ReviewItem, from_dict
+from medmm_ray.pages.review_page.export import frozen, log_uri, step_labels
+from medmm_ray.steps.review import queue, review
 
 
 def run(job: Job) -> None:

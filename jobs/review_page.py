@@ -15,14 +15,14 @@ from pathlib import Path
 from jobs.graph import MAKER
 from jobs.step import Run, launch, parser, read_arguments
 from medmm_ray.config import ConfigError
-from medmm_ray.records import Question, QuestionReview, ReviewItem, from_dict
-from medmm_ray.review_page import ReviewPageConfig
-from medmm_ray.review_page.cases import Background, Cases, Row, question_cases, rows_of, step_cases
-from medmm_ray.review_page.desk import Desk
-from medmm_ray.review_page.export import freeze, frozen, log_uri, question_reviews
-from medmm_ray.review_page.readers import Door, Reader, add_reader, read_readers
-from medmm_ray.review_page.verdicts import VerdictLog
-from medmm_ray.tables import Origin, Table, write_rows
+from medmm_ray.data.records import Question, QuestionReview, ReviewItem, from_dict
+from medmm_ray.data.tables import Origin, Table, write_rows
+from medmm_ray.pages.review_page import ReviewPageConfig
+from medmm_ray.pages.review_page.cases import Background, Cases, Row, question_cases, rows_of, step_cases
+from medmm_ray.pages.review_page.desk import Desk
+from medmm_ray.pages.review_page.export import freeze, frozen, log_uri, question_reviews
+from medmm_ray.pages.review_page.readers import Door, Reader, add_reader, read_readers
+from medmm_ray.pages.review_page.verdicts import VerdictLog
 
 log = logging.getLogger("medmm_ray")
 
@@ -115,7 +115,7 @@ def serve(run: Run) -> None:
 def _listen(config: ReviewPageConfig, desk: Desk, shown: Cases, readers: Mapping[str, Reader]) -> None:
     import uvicorn
 
-    from medmm_ray.review_page.app import build_app
+    from medmm_ray.pages.review_page.app import build_app
 
     encrypted = config.certificate is not None
     app = build_app(desk, shown, Door(readers, config.session_hours), encrypted)

@@ -4,8 +4,8 @@ import sys
 from collections.abc import Mapping
 
 from jobs.step import Job, main
-from medmm_ray.quality import FAULTS
-from medmm_ray.sample import sample
+from medmm_ray.steps.sample import sample
+from medmm_ray.text.quality import FAULTS
 
 
 def run(job: Job) -> None:

@@ -3,7 +3,7 @@
 import sys
 
 from jobs.step import Job, main
-from medmm_ray.score import inputs, score
+from medmm_ray.steps.score import inputs, score
 
 
 def run(job: Job) -> None:

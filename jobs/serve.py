@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from jobs.step import Run, launch, parser, read_arguments
-from medmm_ray.serve import ServeConfig
+from medmm_ray.service.app import ServeConfig
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -15,7 +15,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: argparse.Namespace) -> int:
-    from medmm_ray.serve import running
+    from medmm_ray.service.app import running
     from medmm_ray.session import session
 
     config = serve_config(Run(read_arguments(arguments, "serve")))

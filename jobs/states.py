@@ -4,7 +4,7 @@ step, once."""
 import sys
 
 from jobs.step import Job, main
-from medmm_ray.score import inputs, states
+from medmm_ray.steps.score import inputs, states
 
 
 def run(job: Job) -> None:

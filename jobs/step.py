@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from jobs.graph import BY_NAME, MAKER, STEPS, Step
 from jobs.recipe import Recipe, with_shared_limits
 from medmm_ray.config import Config, ConfigError, digest, help_text, identity, load
-from medmm_ray.tables import Artifact, Manifest, Origin, Table, TableError, chosen, pending, write_rows
+from medmm_ray.data.tables import Artifact, Manifest, Origin, Table, TableError, chosen, pending, write_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa

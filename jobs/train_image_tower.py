@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from jobs.step import Job, main
-from medmm_ray.sources import phantom
+from medmm_ray.data.sources import phantom
 from medmm_ray.train.image_text import train_image_tower
 
 

@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from jobs.graph import LABELS
 from jobs.step import Job, main
-from medmm_ray.targets import consensus_words
+from medmm_ray.stats.targets import consensus_words
 from medmm_ray.train.text_prm import train_text_prm
 
 

@@ -6,8 +6,8 @@ from functools import partial
 import pyarrow as pa
 
 from jobs.step import Job, main
-from medmm_ray.tables import chosen
-from medmm_ray.tree_search import labels_batch, solutions_batch, tree_search
+from medmm_ray.data.tables import chosen
+from medmm_ray.steps.tree_search import labels_batch, solutions_batch, tree_search
 
 
 def run(job: Job) -> None:

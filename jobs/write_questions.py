@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping
 
 from jobs.step import Job, main
-from medmm_ray.write_questions import REFUSALS, usable, without_question, write_questions
+from medmm_ray.steps.write_questions import REFUSALS, usable, without_question, write_questions
 
 
 def run(job: Job) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.paths import ROOT
+
 PACKAGE = ROOT / "medmm_ray"
 HEAVY = (
     "torch",
@@ -24,24 +25,17 @@ HEAVY = (
     "gradio",
 )
 
-# Lower layers first; a module imports only from layers below its own, steps never from each other.
-FOUNDATION = (
-    "config",
-    "records",
-    "tables",
-    "prompts",
-    "text",
-    "metrics",
-    "quality",
-    "targets",
-    "session",
-    "estimate",
-    "columns",
-    "strata",
-    "agreement",
+# Lower layers first; a module imports from its own layer and from those below.
+LAYERS = (
+    ("config", "session", "prompts", "text"),
+    ("data", "stats", "estimate"),
+    ("engines",),
+    ("reward_model",),
+    ("steps", "train"),
+    ("pages", "service"),
+    ("serve",),
 )
-INNER = ("sources", "engines")
-TOP = ("report", "dataset_page", "rerank", "query", "serve", "review_page")
+LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 
 
 def modules() -> list[Path]:
@@ -58,10 +52,10 @@ def room(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
-def layer(module: str) -> int:
-    if room(module) in ("", *FOUNDATION):
-        return 0
-    return 1 if room(module) in INNER else 3 if room(module) in TOP else 2
+def step_of(module: str) -> str:
+    """The step or the training that a module belongs to: medmm_ray.steps.judge.prompt -> judge; else nothing."""
+    parts = module.split(".")
+    return {"steps": parts[2] if len(parts) > 2 else "", "train": "train"}.get(room(module), "")
 
 
 def imports(path: Path) -> set[str]:
@@ -79,18 +73,23 @@ def test_imports_point_one_way(path: Path) -> None:
     me = name_of(path)
     for other in imports(path):
         assert not other.startswith("jobs"), f"{me} imports {other}: the library never imports the jobs"
-        if room(other) != room(me):
-            assert layer(other) <= layer(me), f"{me} imports {other}, which lies above it"
-            assert not (layer(other) == layer(me) == 2), f"{me} imports {other}: steps meet in tables only"
+        if room(me) and room(other):  # the package's own name is everybody's
+            assert LAYER_OF[room(other)] <= LAYER_OF[room(me)], f"{me} imports {other}, which lies above it"
+        if step_of(me) and step_of(other):
+            assert step_of(me) == step_of(other), f"{me} imports {other}: steps meet in tables only"
 
 
 def test_importing_any_step_loads_no_heavy_library() -> None:
     torch_only = (
-        "medmm_ray.engines.reward_model",
+        "medmm_ray.reward_model",
         "medmm_ray.engines.image_tower",
         "medmm_ray.engines.linear",
     )  # they are torch modules
-    names = [n for n in map(name_of, modules()) if not n.startswith(torch_only) and room(n) != "serve"]
+    names = [
+        n
+        for n in map(name_of, modules())
+        if not n.startswith(torch_only) and not n.startswith(("medmm_ray.serve", "medmm_ray.service.app"))
+    ]
     code = f"""
 import importlib, sys
 for name in {names!r}:
@@ -107,7 +106,7 @@ def test_the_reward_model_needs_torch_and_transformers_only() -> None:
 import sys
 for absent in ("ray", "pydantic", "pyarrow", "vllm", "deepspeed", "faiss"):
     sys.modules[absent] = None
-import medmm_ray.engines.reward_model
+import medmm_ray.reward_model
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr

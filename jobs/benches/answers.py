@@ -16,7 +16,7 @@ from rich.console import Console
 
 from jobs.benches import Measured
 from medmm_ray.config import Config, ConfigError
-from medmm_ray.sources import Request, list_files, mirage, read_lines
+from medmm_ray.data.sources import Request, list_files, mirage, read_lines
 from medmm_ray.text import extract_answer, mirage_answer
 
 SETS = ("mmlu", "medqa", "medmcqa", "pubmedqa", "bioasq")

@@ -25,14 +25,14 @@ from rich.table import Table as Grid
 from jobs.benches import Measured
 from jobs.benches.published import PublishedStage
 from jobs.benches.study import Study, StudyConfig, prepare, start_alone, train, train_tower
-from medmm_ray.metrics import aggregate, auroc, expected_best, expected_oracle
+from medmm_ray.stats.metrics import aggregate, auroc, expected_best, expected_oracle
 from medmm_ray.train.cached import illustrated_questions
 from medmm_ray.train.labelled import group_labels
 from medmm_ray.train.loop import HISTORY, StageFactory
 from medmm_ray.train.two_tower import TwoTowerConfig, TwoTowerStage
 
 if TYPE_CHECKING:
-    from medmm_ray.engines.reward_model import Fusion, ImageFeatures
+    from medmm_ray.reward_model import Fusion, ImageFeatures
 
 TEXT = "text only"
 PUBLISHED = "published plan"
@@ -189,7 +189,7 @@ class Test:
 
     @classmethod
     def of(cls, study: Study, most_references: int) -> "Test":
-        from medmm_ray.engines.reward_model import RewardModel
+        from medmm_ray.reward_model import RewardModel
 
         labels = {row["solution_id"]: [s["label"] for s in row["steps"]] for row in study.labels.to_pylist()}
         questions = []
@@ -241,7 +241,7 @@ def _features(study: Study, most_references: int) -> "Callable[[int], list[Image
     """The image tower's tokens of each test question's picture and its first references."""
     from medmm_ray.engines.image_tower import ImageTower
     from medmm_ray.engines.images import open_image
-    from medmm_ray.engines.reward_model import ImageFeatures
+    from medmm_ray.reward_model import ImageFeatures
 
     tower = ImageTower.from_pretrained(study.image_tower)
     uris = {row["image_id"]: row["uri"] for row in study.images.to_pylist()}
@@ -275,7 +275,7 @@ def draw(arms: Mapping[str, Sequence[Figures]], one_sample: float, oracle: float
     """A chart: each arm's mean, its standard deviation over seeds as a bar, each seed as a dot."""
     from matplotlib.figure import Figure
 
-    from medmm_ray.charts import BLUE, GREY, GRID, INK, ORANGE
+    from medmm_ray.pages.charts import BLUE, GREY, GRID, INK, ORANGE
 
     figure = Figure(figsize=(10, 0.42 * len(arms) + 1.4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)

@@ -16,7 +16,7 @@ from jobs.benches.models import start
 from medmm_ray.config import Config
 
 if TYPE_CHECKING:
-    from medmm_ray.engines.reward_model import RewardModel, ScoreRequest
+    from medmm_ray.reward_model import RewardModel, ScoreRequest
 
 Kind = Literal["bfloat16", "Q8_0", "Q5_0", "Q4_0"]
 
@@ -44,8 +44,8 @@ class BenchConfig(Config):
 
 def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
     from medmm_ray.engines.checkpoints import resolve
-    from medmm_ray.engines.reward_model import RewardModel
-    from medmm_ray.engines.reward_model.drift import Drift, drift
+    from medmm_ray.reward_model import RewardModel
+    from medmm_ray.reward_model.score_agreement import Drift, drift
 
     console.print(start(config.dtype, config.device, config.threads))
     asked = requests(config.questions, config.solutions)
@@ -76,9 +76,9 @@ def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
 
 def requests(questions: int, solutions: int) -> "list[ScoreRequest]":
     """The phantoms' questions with their documents; of each one's solutions every second belongs to another case."""
-    from medmm_ray.engines.reward_model import ScoreRequest
-    from medmm_ray.sources.phantom.documents import CHEST
-    from medmm_ray.sources.phantom.questions import make_items
+    from medmm_ray.data.sources.phantom.documents import CHEST
+    from medmm_ray.data.sources.phantom.questions import make_items
+    from medmm_ray.reward_model import ScoreRequest
     from medmm_ray.text import question_with_options
 
     items = make_items(0, "test", questions, num_worked=solutions)

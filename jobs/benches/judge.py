@@ -31,10 +31,10 @@ from jobs.benches import Measured
 from jobs.benches.blows import await_workers_end
 from jobs.benches.chat_server import verdict
 from medmm_ray.config import Config, build, execution
-from medmm_ray.engines.gate import close_ledger
-from medmm_ray.judge import JudgeConfig, judge
-from medmm_ray.records import Image, Labels, Question, Solution, Solutions, to_arrow
-from medmm_ray.tables import Origin, Table, pending
+from medmm_ray.data.records import Image, Labels, Question, Solution, Solutions, to_arrow
+from medmm_ray.data.tables import Origin, Table, pending
+from medmm_ray.engines.llm.budget import close_ledger
+from medmm_ray.steps.judge import JudgeConfig, judge
 
 MODEL = "bench"
 
@@ -188,8 +188,8 @@ def _money(path: Path, name: str, found: dict[str, Any], prefix: str = "") -> It
 
 def write_tables(path: Path, config: BenchConfig) -> None:
     """Phantoms with solutions whose steps are all different."""
-    from medmm_ray.sources.phantom.questions import make_items
-    from medmm_ray.sources.phantom.render import render
+    from medmm_ray.data.sources.phantom.questions import make_items
+    from medmm_ray.data.sources.phantom.render import render
 
     questions, images, solutions = [], [], []
     for number, item in enumerate(make_items(config.seed, "train", config.questions)):

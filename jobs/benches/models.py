@@ -13,7 +13,7 @@ from medmm_ray.text import TAG
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from medmm_ray.engines.reward_model import RewardModel
+    from medmm_ray.reward_model import RewardModel
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end>{% endfor %}"
 
@@ -81,8 +81,8 @@ def reward_model(shape: Shape, dtype: str, device: str, context: int) -> "Reward
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from medmm_ray.engines.linear import use_onednn
-    from medmm_ray.engines.reward_model import RewardModel
-    from medmm_ray.engines.reward_model.attention import NAME
+    from medmm_ray.reward_model import RewardModel
+    from medmm_ray.reward_model.attention import NAME
 
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -32,6 +32,10 @@ from rich.console import Console
 
 from jobs.benches import Measured
 from medmm_ray.config import Config
+from medmm_ray.data.records import Labels, StepLabel
+from medmm_ray.data.sources.phantom import truth
+from medmm_ray.data.sources.phantom.case import generator
+from medmm_ray.data.sources.phantom.questions import Item, blind_work, make_items
 from medmm_ray.engines.generator import (
     Completion,
     Generator,
@@ -43,14 +47,10 @@ from medmm_ray.engines.generator import (
     policy_prompt,
     request_seed,
 )
-from medmm_ray.judge import PhantomJudge
-from medmm_ray.metrics import cluster_bootstrap
-from medmm_ray.monte_carlo import MonteCarloConfig, Roller
-from medmm_ray.records import Labels, StepLabel
-from medmm_ray.sources.phantom import truth
-from medmm_ray.sources.phantom.case import generator
-from medmm_ray.sources.phantom.questions import Item, blind_work, make_items
-from medmm_ray.targets import Target, targets
+from medmm_ray.stats.metrics import cluster_bootstrap
+from medmm_ray.stats.targets import Target, targets
+from medmm_ray.steps.judge import PhantomJudge
+from medmm_ray.steps.monte_carlo import MonteCarloConfig, Roller
 from medmm_ray.text import extract_answer, is_correct, split_steps
 
 NUM_WORKS = 8  # solutions of a case, and of other cases, whose steps the scripted policy takes

@@ -2,9 +2,9 @@
 
 import pyarrow as pa
 
-from medmm_ray.records import Question
+from medmm_ray.data.records import Question
+from medmm_ray.data.sources.phantom import make_items
 from medmm_ray.session import session
-from medmm_ray.sources.phantom import make_items
 from medmm_ray.text import question_with_options
 from medmm_ray.train.launch import fit
 from medmm_ray.train.policy import SCHEMA, PolicyConfig, PolicyStage, vocabulary_texts

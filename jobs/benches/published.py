@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from medmm_ray.engines.reward_model import ImageFeatures
+from medmm_ray.reward_model import ImageFeatures
 from medmm_ray.train.two_tower import TwoTowerConfig, TwoTowerStage
 
 

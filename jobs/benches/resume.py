@@ -27,7 +27,7 @@ from jobs.benches.scripted_api import ScriptedApi, kept_answers, scripted_api
 from jobs.graph import BY_NAME, STEPS
 from jobs.step import Run, load_recipe
 from medmm_ray.config import Config
-from medmm_ray.tables import Table
+from medmm_ray.data.tables import Table
 
 TINY = Path(jobs.__file__).parent / "recipes" / "tiny.yaml"
 IMPOSSIBLE = (("actor", "ingest"), ("actor", "curate"))  # they have none

@@ -22,6 +22,9 @@ from rich.console import Console
 
 from jobs.benches import Measured
 from medmm_ray.config import Config
+from medmm_ray.data.records import Question, Solutions
+from medmm_ray.data.sources.phantom import corpus, make_items
+from medmm_ray.data.tables import Origin, Table, write_rows
 from medmm_ray.engines.chat import Chat, Prompt
 from medmm_ray.engines.generator import (
     Completion,
@@ -35,11 +38,8 @@ from medmm_ray.engines.generator import (
     request_seed,
 )
 from medmm_ray.prompts import policy_messages
-from medmm_ray.records import Question, Solutions
-from medmm_ray.sample import SampleConfig, sample
 from medmm_ray.session import session
-from medmm_ray.sources.phantom import corpus, make_items
-from medmm_ray.tables import Origin, Table, write_rows
+from medmm_ray.steps.sample import SampleConfig, sample
 from medmm_ray.text import question_with_options
 
 HASH = "bench"

@@ -38,7 +38,7 @@ from medmm_ray.engines.linear import pytorch_linear
 from medmm_ray.engines.token_pooler import Pooling, TokenPooler, TokenSequence
 
 if TYPE_CHECKING:
-    from medmm_ray.engines.reward_model import RewardModel
+    from medmm_ray.reward_model import RewardModel
 
 
 class BenchConfig(ModelConfig):

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from jobs.graph import STEPS
 from jobs.step import Run, guarded, load_recipe, run_step
 from medmm_ray.config import digest
-from medmm_ray.embed import EmbedConfig, document_vectors, image_vectors, question_vectors
 from medmm_ray.engines.generator import Completion, GeneratorConfig, Prompt, Sampling, Statistics
 from medmm_ray.session import session
+from medmm_ray.steps.embed import EmbedConfig, document_vectors, image_vectors, question_vectors
 
 if TYPE_CHECKING:
     from PIL.Image import Image

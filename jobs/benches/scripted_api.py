@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from medmm_ray.config import digest
-from medmm_ray.engines.answers import parse_segment
+from medmm_ray.engines.llm.store import parse_segment
 
 _JUDGED = re.compile(r"Reasoning to review, (\d+) steps")
 

@@ -1,6 +1,6 @@
 """What `solutions_per_call` does to a judge's verdicts: Cohen's κ with the truth, call size against call size.
 
-The judge is a real one behind the real prompts, schemas and readers of `medmm_ray.judge`: ``judge.backend=gemini
+The judge is a real one behind the real prompts, schemas and readers of `medmm_ray.steps.judge`: ``judge.backend=gemini
 judge.model=...`` (or openai, or a vllm checkpoint); without a model, SmolLM2-135M, fine-tuned here on calls of all the
 measured sizes, equally many of each (an hour on two busy cores), and run by vLLM. What it judges are phantoms told in
 words, so that a model without eyes can know, and solutions of which a part of the steps is wrong; `phantom.truth`
@@ -31,16 +31,16 @@ from rich.progress import Progress
 
 from jobs.benches import Measured
 from medmm_ray.config import Config, digest, execution
-from medmm_ray.engines.client import open_access
-from medmm_ray.engines.endpoint import Request, Turn
+from medmm_ray.data.sources.phantom import Item, blind_work, generator, make_items, report, truth
+from medmm_ray.data.tables import RowError
 from medmm_ray.engines.generator import Generator
-from medmm_ray.engines.local import prompt_of
-from medmm_ray.judge import Judge, JudgeCase, JudgeConfig, Judgement, make_judge
-from medmm_ray.judge.prompt import SYSTEM, Call, call_text, schema_of, shared_text
-from medmm_ray.metrics import cluster_bootstrap, kappa_of_counts
+from medmm_ray.engines.llm.client import open_access
+from medmm_ray.engines.llm.endpoint import Request, Turn
+from medmm_ray.engines.llm.local import prompt_of
 from medmm_ray.session import session
-from medmm_ray.sources.phantom import Item, blind_work, generator, make_items, report, truth
-from medmm_ray.tables import RowError
+from medmm_ray.stats.metrics import cluster_bootstrap, kappa_of_counts
+from medmm_ray.steps.judge import Judge, JudgeCase, JudgeConfig, Judgement, make_judge
+from medmm_ray.steps.judge.prompt import SYSTEM, Call, call_text, schema_of, shared_text
 from medmm_ray.train.launch import fit
 from medmm_ray.train.loop import HISTORY, how_far
 from medmm_ray.train.policy import Encoded, PolicyConfig, PolicyStage, encode_chat

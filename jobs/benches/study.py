@@ -20,12 +20,19 @@ import pyarrow.parquet as pq
 import torch
 from torch._C._distributed_c10d import HashStore
 
-from medmm_ray import records
 from medmm_ray.config import Config
-from medmm_ray.ingest import IngestConfig, demonstration_rows, image_table, inspect_batch, question_rows, read_source
-from medmm_ray.review import Gold, truth_labels
-from medmm_ray.sources.phantom import HARD, Case, Hardness, blind_work, captions, generator, make_items
-from medmm_ray.tables import Origin, Table, write_rows
+from medmm_ray.data import records
+from medmm_ray.data.sources.phantom import HARD, Case, Hardness, blind_work, captions, generator, make_items
+from medmm_ray.data.tables import Origin, Table, write_rows
+from medmm_ray.steps.ingest import (
+    IngestConfig,
+    demonstration_rows,
+    image_table,
+    inspect_batch,
+    question_rows,
+    read_source,
+)
+from medmm_ray.steps.review import Gold, truth_labels
 from medmm_ray.text import extract_answer, join_steps, question_with_options
 from medmm_ray.train.image_text import ClipShape, ImageTextConfig, ImageTextStage
 from medmm_ray.train.labelled import group_labels, labelled_questions
@@ -34,7 +41,7 @@ from medmm_ray.train.policy import LlamaShape, PolicyConfig, PolicyStage, vocabu
 from medmm_ray.train.text_prm import TextPrmConfig, TextPrmStage
 
 if TYPE_CHECKING:
-    from medmm_ray.engines.reward_model import SolutionStates
+    from medmm_ray.reward_model import SolutionStates
 
 POLICY = "blind"
 TOWER_SEED = 1 << 20  # no seed of a study
@@ -258,8 +265,8 @@ def _read(
     asked: Sequence[records.Question], solutions: pa.Table, text_prm: Path, folder: Path
 ) -> "tuple[Table, dict[str, list[SolutionStates]]]":
     """The table states of the training questions, and the states of the test questions."""
-    from medmm_ray.engines.reward_model import RewardModel, ScoreRequest
-    from medmm_ray.engines.reward_model.states import to_bytes
+    from medmm_ray.reward_model import RewardModel, ScoreRequest
+    from medmm_ray.reward_model.states import to_bytes
 
     model = RewardModel.from_pretrained(text_prm)
     own = {row["question_id"]: row["solutions"] for row in solutions.to_pylist()}

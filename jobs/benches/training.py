@@ -32,7 +32,7 @@ from medmm_ray.engines.linear import pytorch_linear
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from medmm_ray.engines.reward_model import PackedQuestion, RewardModel
+    from medmm_ray.reward_model import PackedQuestion, RewardModel
 
 
 class BenchConfig(ModelConfig):

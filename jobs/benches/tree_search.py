@@ -15,11 +15,11 @@ from rich.console import Console
 
 from jobs.benches import Measured
 from jobs.benches.policy import phantom_questions, train_toy_policy
-from medmm_ray import records
 from medmm_ray.config import Config
+from medmm_ray.data import records
 from medmm_ray.engines.generator import Completion, Generator, Prompt, Sampling, TextGenerator
+from medmm_ray.steps.tree_search import Searcher, TreeSearchConfig
 from medmm_ray.train.policy import LlamaShape, PolicyConfig
-from medmm_ray.tree_search import Searcher, TreeSearchConfig
 
 
 class BenchConfig(Config):

@@ -21,7 +21,7 @@ from jobs.benches.timing import timed
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from medmm_ray.engines.reward_model import RewardModel, SolutionStates
+    from medmm_ray.reward_model import RewardModel, SolutionStates
 
 
 class BenchConfig(ModelConfig):
@@ -107,7 +107,7 @@ def read(model: "RewardModel", asked: Case) -> "list[SolutionStates]":
 
 def write(stored: "list[list[SolutionStates]]") -> int:
     """The states' bytes as the table keeps them, on the disk."""
-    from medmm_ray.engines.reward_model.states import to_bytes
+    from medmm_ray.reward_model.states import to_bytes
 
     size = 0
     with tempfile.TemporaryFile() as sink:

@@ -11,9 +11,9 @@ from typing import Any, cast
 from PIL import Image
 
 from medmm_ray.config import ConfigError
-from medmm_ray.engines.template import ChatTemplate
+from medmm_ray.data.tables import RowError
+from medmm_ray.engines.chat_template import ChatTemplate
 from medmm_ray.prompts import Message
-from medmm_ray.tables import RowError
 
 
 class ChatError(ConfigError):

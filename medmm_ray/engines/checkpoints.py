@@ -17,7 +17,7 @@ from pathlib import Path
 from pyarrow import fs as pafs
 
 from medmm_ray.config import ConfigError, digest
-from medmm_ray.tables import filesystem
+from medmm_ray.data.tables import filesystem
 
 HUB_PREFIX = "hf-hub:"
 PACKAGE_PREFIX = "package:"

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self
 from pydantic import Field, model_validator
 
 from medmm_ray.config import Config, ConfigError, digest, execution
+from medmm_ray.data.tables import RowError
 from medmm_ray.engines.chat import Chat
 from medmm_ray.engines.chat import Prompt as Prompt
 from medmm_ray.engines.checkpoints import resolve
 from medmm_ray.engines.memory import check_gpu_memory, check_memory, free_gpu_memory, free_memory, weight_bytes
 from medmm_ray.prompts import policy_messages
-from medmm_ray.tables import RowError
 from medmm_ray.text import question_with_options
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from medmm_ray.engines.client import Access, ApiConfig, Client, open_access
-from medmm_ray.engines.endpoint import Request, Turn
-from medmm_ray.tables import RowError
+from medmm_ray.data.tables import RowError
+from medmm_ray.engines.llm.client import Access, ApiConfig, Client, open_access
+from medmm_ray.engines.llm.endpoint import Request, Turn
 from medmm_ray.text import answer_key, is_correct
 
 log = logging.getLogger(__name__)

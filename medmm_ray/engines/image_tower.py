@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from medmm_ray.engines.linear import use_onednn
-from medmm_ray.engines.origin import Origin, commit_of
 from medmm_ray.engines.placement import device_of, dtype_of
 from medmm_ray.engines.pretrained import load
+from medmm_ray.engines.provenance import Origin, commit_of
 from medmm_ray.engines.weights import OPEN_CLIP_FILES, Unmatched, WeightsError, check_files, weight_files
 
 CONFIG = "open_clip_config.json"

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
+from medmm_ray.data.tables import RowError, TableError, filesystem
 from medmm_ray.engines.pixels import DECODE_FAULTS, upright_rgb
-from medmm_ray.tables import RowError, TableError, filesystem
 
 # PIL's own limit: above it, a small file that claims a huge canvas could fill the memory (a decompression bomb).
 MAX_PIXELS = 89_478_485

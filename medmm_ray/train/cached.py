@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from medmm_ray.records import Labels, States
-from medmm_ray.tables import Table
-from medmm_ray.targets import Target, targets
+from medmm_ray.data.records import Labels, States
+from medmm_ray.data.tables import Table
+from medmm_ray.stats.targets import Target, targets
 
 if TYPE_CHECKING:
     import torch
@@ -144,7 +144,7 @@ def read_states(uris: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> tuple
     """
     import torch
 
-    from medmm_ray.engines.reward_model.states import from_bytes
+    from medmm_ray.reward_model.states import from_bytes
 
     wanted = {name for row in rows for name in row["solution_ids"]}
     held: dict[str, dict[str, Any]] = {}

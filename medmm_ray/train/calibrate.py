@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from medmm_ray.engines.reward_model import Fusion
+    from medmm_ray.reward_model import Fusion
 
 FLOOR = 0.01  # of the mean spread: an input that hardly changes is not blown up
 

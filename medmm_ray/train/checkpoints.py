@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from pyarrow import fs as pafs
 
+from medmm_ray.data.tables import filesystem
 from medmm_ray.engines.weights import Unmatched, check_file
-from medmm_ray.tables import filesystem
 from medmm_ray.train.engine import MOMENTS, Engine
 
 if TYPE_CHECKING:

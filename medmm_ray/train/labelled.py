@@ -6,8 +6,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from medmm_ray.records import Labels
-from medmm_ray.targets import Target, accuracy_of, labels_by_solution, targets
+from medmm_ray.data.records import Labels
+from medmm_ray.stats.targets import Target, accuracy_of, labels_by_solution, targets
 from medmm_ray.text import question_with_options
 
 _SOLUTION = pa.struct(

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from medmm_ray.tables import filesystem, write_file
+from medmm_ray.data.tables import filesystem, write_file
 from medmm_ray.train.loop import HISTORY, WORK, StageFactory, TrainConfig, TrainingError, Worker, kept_figures, run
 from medmm_ray.train.trackers import check_installed
 

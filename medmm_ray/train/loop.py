@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from medmm_ray.config import Config, execution
+from medmm_ray.data.tables import filesystem, write_file
 from medmm_ray.engines.weights import Unmatched
-from medmm_ray.tables import filesystem, write_file
 from medmm_ray.train import checkpoints, meters
 from medmm_ray.train.engine import Engine
 from medmm_ray.train.schedule import epoch_batches, learning_rate_factor, micro_batches

@@ -13,7 +13,7 @@ from medmm_ray.estimate import GPUS
 if TYPE_CHECKING:
     import torch
 
-    from medmm_ray.engines.reward_model.attention import Block
+    from medmm_ray.reward_model.attention import Block
 
 GIB = 1 << 30
 

@@ -20,11 +20,11 @@ import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
 from medmm_ray.config import Config, execution
+from medmm_ray.data.tables import filesystem
+from medmm_ray.engines.chat_template import template_of
 from medmm_ray.engines.checkpoints import resolve
-from medmm_ray.engines.template import template_of
 from medmm_ray.engines.tokenizer import build_tokenizer
 from medmm_ray.prompts import POLICY_SYSTEM, document_block, policy_messages, prm_messages
-from medmm_ray.tables import filesystem
 from medmm_ray.text import one_line, question_with_options
 from medmm_ray.train.launch import fit
 from medmm_ray.train.loop import Stage, TrainConfig
@@ -34,7 +34,7 @@ from medmm_ray.train.meters import Flops
 if TYPE_CHECKING:
     import torch
 
-    from medmm_ray.engines.reward_model.attention import Block
+    from medmm_ray.reward_model.attention import Block
 
 
 class LlamaShape(Config):
@@ -165,7 +165,7 @@ class PolicyStage(Stage):
     padded = False
 
     def __init__(self, config: PolicyConfig, inputs: dict[str, str], device: str) -> None:
-        from medmm_ray.engines.reward_model.attention import NAME
+        from medmm_ray.reward_model.attention import NAME
 
         self.device = device
         self.budget = config.micro_batch_tokens
@@ -223,7 +223,7 @@ class Encoded:
     @property
     def block(self) -> "Block":
         """How it stands in a row; a lone solution continues its prompt."""
-        from medmm_ray.engines.reward_model.attention import Block
+        from medmm_ray.reward_model.attention import Block
 
         if len(self.solutions) == 1:
             return Block(0, (self.num_tokens,))
@@ -306,7 +306,7 @@ def cross_entropy(model: Any, questions: Sequence[Encoded], device: str) -> "tor
     """
     import torch
 
-    from medmm_ray.engines.reward_model.attention import Row
+    from medmm_ray.reward_model.attention import Row
 
     row = collate(questions)
     hidden_1LD = model.base_model(

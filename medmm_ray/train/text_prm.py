@@ -15,7 +15,7 @@ from pydantic import Field
 
 from medmm_ray.config import ConfigError, execution
 from medmm_ray.engines.checkpoints import resolve
-from medmm_ray.targets import AfterFirstError, LabelPolicy, consensus_figures
+from medmm_ray.stats.targets import AfterFirstError, LabelPolicy, consensus_figures
 from medmm_ray.train.labelled import group_labels, labelled_questions, share_of_right, trained_on
 from medmm_ray.train.launch import fit
 from medmm_ray.train.loop import Stage, TrainConfig
@@ -27,7 +27,7 @@ from medmm_ray.train.schedule import held_out
 if TYPE_CHECKING:
     import torch
 
-    from medmm_ray.engines.reward_model import PackedQuestion, Packing
+    from medmm_ray.reward_model import PackedQuestion, Packing
 
 
 class TextPrmConfig(TrainConfig):
@@ -101,7 +101,7 @@ class TextPrmStage(Stage):
     padded = False
 
     def __init__(self, config: TextPrmConfig, inputs: dict[str, str], device: str) -> None:
-        from medmm_ray.engines.reward_model import RewardModel
+        from medmm_ray.reward_model import RewardModel
 
         self.config, self.device, self.budget = config, device, config.micro_batch_tokens
         self.model = RewardModel.from_pretrained(resolve(inputs["base"]))
@@ -155,7 +155,7 @@ class TextPrmStage(Stage):
         return validation_figures(scores, right) | {"not_packed": float(self.num_not_packed)}
 
     def flops(self, units: Sequence[int]) -> float:
-        from medmm_ray.engines.reward_model.attention import Block
+        from medmm_ray.reward_model.attention import Block
 
         groups = [group for unit in units for group in self.packed[unit].groups]
         return self.count_flops(Block(len(g.prefix_ids), tuple(len(b.ids) for b in g.branches)) for g in groups)
@@ -195,7 +195,7 @@ def validation_figures(scores: Sequence[float], right: Sequence[bool]) -> dict[s
     """Step AUROC, which also selects the epoch; nothing where one of the two classes is missing."""
     import numpy as np
 
-    from medmm_ray.metrics import auroc
+    from medmm_ray.stats.metrics import auroc
 
     value = auroc(np.array(right, dtype=bool), np.array(scores, dtype=np.float64))
     if value is None:

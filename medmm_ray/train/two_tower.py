@@ -17,10 +17,10 @@ import pyarrow as pa
 from pydantic import Field
 
 from medmm_ray.config import execution
+from medmm_ray.data.tables import Table
 from medmm_ray.engines.checkpoints import resolve
-from medmm_ray.metrics import aggregate, expected_best, expected_oracle
-from medmm_ray.tables import Table
-from medmm_ray.targets import AfterFirstError, LabelPolicy, consensus_figures
+from medmm_ray.stats.metrics import aggregate, expected_best, expected_oracle
+from medmm_ray.stats.targets import AfterFirstError, LabelPolicy, consensus_figures
 from medmm_ray.train.cached import class_weights, illustrated_questions, of_states, read_states, share_of_right
 from medmm_ray.train.image_text import augment
 from medmm_ray.train.labelled import group_labels
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from medmm_ray.engines.image_tower import ImageTower
-    from medmm_ray.engines.reward_model import Fusion, ImageFeatures
+    from medmm_ray.reward_model import Fusion, ImageFeatures
 
 
 class TwoTowerConfig(TrainConfig):
@@ -131,7 +131,7 @@ class TwoTowerStage(Stage):
     def __init__(self, config: TwoTowerConfig, inputs: dict[str, str], device: str) -> None:
         import torch
 
-        from medmm_ray.engines.reward_model import FusionConfig, RewardModel
+        from medmm_ray.reward_model import FusionConfig, RewardModel
 
         self.config, self.device, self.budget = config, device, config.micro_batch_tokens
         rows = read_parquet(inputs["questions"]).to_pylist()
@@ -233,7 +233,7 @@ class TwoTowerStage(Stage):
         """
         import torch
 
-        from medmm_ray.engines.reward_model import ImageFeatures
+        from medmm_ray.reward_model import ImageFeatures
 
         own = [self.rows[q]["image_uris"] for q in shown]
         more = [self.rows[q]["reference_uris"] for q in owners]

@@ -14,7 +14,8 @@ import pytest
 from jobs import bench
 from jobs.graph import STEPS
 from jobs.step import Run, load_recipe
-from tests.test_resume import ROOT, TINY
+from tests.jobs.test_resume import TINY
+from tests.paths import ROOT
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(3600)]
 BLOWS = (signal.SIGINT, signal.SIGKILL)

@@ -2,7 +2,7 @@
 
 import sys
 
-from medmm_ray.serve import ServeConfig, running
+from medmm_ray.service.app import ServeConfig, running
 from medmm_ray.session import session
 
 if __name__ == "__main__":

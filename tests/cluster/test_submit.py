@@ -15,10 +15,10 @@ import httpx
 import psutil
 import pytest
 
-from tests import tiny_reward_model
-from tests.listeners import attack, guard, is_reachable, listeners, outer_addresses
+from tests.doubles import tiny_reward_model
+from tests.doubles.listeners import attack, guard, is_reachable, listeners, outer_addresses
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 LOCAL = ROOT / "cluster" / "local"
 pytestmark = pytest.mark.engine
 

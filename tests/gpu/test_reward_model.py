@@ -8,8 +8,8 @@ import torch
 
 from jobs.benches.models import Shape, case, reference_ids, reward_model
 from jobs.benches.scoring import reference_log_odds
-from medmm_ray.engines.reward_model import attention
-from medmm_ray.engines.reward_model.attention import Block, Row
+from medmm_ray.reward_model import attention
+from medmm_ray.reward_model.attention import Block, Row
 
 pytestmark = [
     pytest.mark.gpu,

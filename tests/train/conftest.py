@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from medmm_ray import records
-from medmm_ray.tables import Origin, Table, write_rows
+from medmm_ray.data import records
+from medmm_ray.data.tables import Origin, Table, write_rows
 from medmm_ray.train.cached import illustrated_questions
 from medmm_ray.train.image_text import ClipShape, ImageTextConfig, ImageTextStage
 from medmm_ray.train.labelled import group_labels, labelled_questions
@@ -150,7 +150,7 @@ def image_text_stage(folder: Path, **settings: Any) -> ImageTextStage:
 
 def states_table(folder: Path, prm: Path) -> Table:
     """States of the toy's solutions by the text tower in `prm`."""
-    from medmm_ray.engines.reward_model import RewardModel
+    from medmm_ray.reward_model import RewardModel
 
     model = RewardModel.from_pretrained(prm)
     rows = []

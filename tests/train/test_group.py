@@ -185,7 +185,7 @@ def unpacked(inputs: Inputs, config: TextPrmConfig) -> dict[str, Any]:
     """The loss and its gradient in one process without a packed row, solution by solution; by parameter."""
     import torch
 
-    from medmm_ray.engines.reward_model import RewardModel
+    from medmm_ray.reward_model import RewardModel
 
     torch.manual_seed(0)
     model = RewardModel.from_pretrained(inputs.prm["base"])

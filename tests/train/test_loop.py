@@ -14,7 +14,7 @@ from medmm_ray.train.lora import LoraConfig
 from medmm_ray.train.policy import PolicyConfig, PolicyStage
 from medmm_ray.train.text_prm import TextPrmConfig, TextPrmStage
 from medmm_ray.train.two_tower import TwoTowerConfig, TwoTowerStage
-from tests.test_weights import change_weights, cut, without
+from tests.engines.test_weights import change_weights, cut, without
 from tests.train.conftest import CLIP, SHAPE, Keeper, KilledError, history, image_text_stage, labelled, written
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("lone_group")]
@@ -97,7 +97,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused(policy_inputs: dict[str, str]
 
 
 def test_text_prm_keeps_its_best_epoch(policy: Path, tmp_path: Path) -> None:
-    from medmm_ray.engines.reward_model import RewardModel
+    from medmm_ray.reward_model import RewardModel
 
     config = TextPrmConfig(
         epochs=3, learning_rate=3e-3, batch_size=8, max_length=400, reserve=200, validation_fraction=0.25, threads=1
@@ -134,7 +134,7 @@ def test_two_tower_learns_what_the_text_cannot_know(
     tmp_path: Path,
     frozen: bool,
 ) -> None:
-    from medmm_ray.engines.reward_model import RewardModel
+    from medmm_ray.reward_model import RewardModel
 
     config = TwoTowerConfig(
         label_policy="judge", epochs=30, learning_rate=3e-3, batch_size=8, freeze_image_tower=frozen,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from medmm_ray.engines.reward_model.attention import Block
+from medmm_ray.reward_model.attention import Block
 from medmm_ray.train.meters import Flops, Speed, peak_flops, seen_pairs
 
 

@@ -17,11 +17,11 @@ import pytest
 from medmm_ray.train.launch import fit
 from medmm_ray.train.loop import TrainingError
 from medmm_ray.train.policy import PolicyConfig, PolicyStage, read_parquet
+from tests.paths import ROOT
 from tests.train.conftest import SHAPE, curve
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("ray_session")]
 
-ROOT = Path(__file__).parents[2]
 CONFIG = PolicyConfig(shape=SHAPE, epochs=2, batch_size=8, threads=1, cpus_per_worker=1.0, max_failures=1)
 
 

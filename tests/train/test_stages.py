@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from medmm_ray import records
 from medmm_ray.config import ConfigError
-from medmm_ray.engines.reward_model.attention import Block
-from medmm_ray.tables import Origin, Table, write_rows
+from medmm_ray.data import records
+from medmm_ray.data.tables import Origin, Table, write_rows
+from medmm_ray.reward_model.attention import Block
 from medmm_ray.train.cached import class_weights, illustrated_questions
 from medmm_ray.train.engine import deepspeed_config, parameter_groups
 from medmm_ray.train.image_text import ImageTextConfig, augment, train_image_tower
@@ -32,7 +32,7 @@ from medmm_ray.train.policy import (
 )
 from medmm_ray.train.text_prm import TextPrmConfig, TextPrmStage, train_text_prm, validation_figures
 from medmm_ray.train.two_tower import TwoTowerConfig, TwoTowerStage, rerank_figures, train_two_tower
-from tests import tiny_vision
+from tests.doubles import tiny_vision
 from tests.train import toy
 from tests.train.conftest import SHAPE, image_text_stage, labelled, text_column, written
 
@@ -428,7 +428,7 @@ def test_what_the_fusion_reads_is_centred_and_of_unit_spread(two_tower_inputs: d
 def test_one_picture_or_one_step_is_no_spread_to_divide_by() -> None:
     import torch
 
-    from medmm_ray.engines.reward_model import Fusion, FusionConfig
+    from medmm_ray.reward_model import Fusion, FusionConfig
     from medmm_ray.train.calibrate import calibrate, spread
 
     torch.manual_seed(0)
@@ -552,7 +552,7 @@ def test_what_two_tower_saves_scores_as_it_trained(two_tower_inputs: dict[str, s
     import torch
 
     from medmm_ray.engines.images import open_image
-    from medmm_ray.engines.reward_model import RewardModel
+    from medmm_ray.reward_model import RewardModel
 
     stage = two_tower(two_tower_inputs, num_references=0)
     torch.nn.init.normal_(stage.fusion.output.weight)

@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 from PIL import Image as Picture
 
-from medmm_ray import records
+from medmm_ray.data import records
 
 FINDINGS = ("dark", "bright")
 

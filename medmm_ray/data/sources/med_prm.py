@@ -1,0 +1,179 @@
+"""Med-PRM's own training and test files: questions with solutions and step labels of every kind (Yun et al. 2025).
+
+`path` is a JSON list, or a folder of them; a file with "test" in its name holds test questions. An entry is a question
+with ``solutions``, as the authors published it, or one flattened solution, as reviewers of the set pass it on. Options
+are a list, an object by their letters (MedQA's files), or lettered lines.
+
+A solution's steps are what its tags (" ки") end, byte for byte: `text.tag_steps` gives the processed text back. Labels
+must be as many, else their row is an error ``label_count`` that quotes them. prm_gemini_label is the judge's,
+prm_llama_label a second judge's (source ``judge_llama``, which no label policy reads), prm_hard_label and
+prm_soft_label are Monte Carlo's label and value. Both judges saw the right answer, and were asked about wrong solutions
+only: a right one has all steps right unseen, and its annotator is `UNJUDGED`.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from medmm_ray.data.records import StepLabel
+from medmm_ray.data.sources import (
+    Entry,
+    Options,
+    Request,
+    Solved,
+    SourceData,
+    SourceDocument,
+    SourceLabels,
+    SourceQuestion,
+    SourceSolution,
+    Texts,
+    Truth,
+    checked,
+    files_at,
+    read_documents,
+    stream_json,
+)
+from medmm_ray.data.tables import RowError
+from medmm_ray.text import have_marks, reference_steps
+
+JUDGES = {"prm_gemini_label": ("judge", "gemini"), "prm_llama_label": ("judge_llama", "llama")}
+UNJUDGED = "unjudged"
+HARD, SOFT = "prm_hard_label", "prm_soft_label"
+
+_OPTION = re.compile(r"^\s*\(?([A-Z])[.)]\s*(.*)$", re.MULTILINE)
+_TAG = re.compile(r"\s*ки(?!\w)\s*")
+
+
+def _lettered(value: Any) -> Any:
+    return dict(_OPTION.findall(value)) if isinstance(value, str) else value
+
+
+class _Solution(Entry):
+    solution: str | None = None
+    prm_processed_solution: str | None = None
+    full_solution: str | None = None
+    answer: str | None = None
+    model_answer: str | None = None
+    score: Truth | None = None
+    orm_label: Truth | None = None
+    is_correct: Truth | None = None
+    prm_gemini_label: Any = None  # labels at fault are an error of their row, not of the file
+    prm_llama_label: Any = None
+    prm_hard_label: Any = None
+    prm_soft_label: Any = None
+
+
+class _Question(_Solution):
+    question_id: Any
+    question: str
+    options: Annotated[Options, BeforeValidator(_lettered)]
+    correct_answer: str
+    related_docs: Texts = Field(default_factory=list)
+    solutions: list[_Solution] = Field(default_factory=list)
+
+    @property
+    def solved(self) -> Sequence[_Solution]:
+        return self.solutions if "solutions" in self.model_fields_set else [self]
+
+
+def read(request: Request) -> SourceData:
+    """All questions, and the documents that come with them."""
+    questions, documents = [], {}
+    for name, split, row in _entries(request):
+        questions.append(_question(name, split, row))
+        documents.update(dict.fromkeys(row.related_docs))
+    own = [SourceDocument(corpus="med_prm", title="", text=text) for text in documents]
+    return SourceData(questions=questions, documents=[*own, *read_documents(request.documents_path)])
+
+
+def solved(request: Request) -> Iterator[Solved]:
+    """Each question's solutions with their labels, and its documents in the order of the file."""
+    for _, _, row in _entries(request):
+        gold = row.correct_answer.strip()
+        yield Solved(solutions=[_solution(s, gold) for s in row.solved], documents=row.related_docs)
+
+
+def _entries(request: Request) -> Iterator[tuple[str, str, _Question]]:
+    limits = {"train": request.num_train, "test": request.num_test}
+    seen = {"train": 0, "test": 0}
+    for uri in files_at(request.path):
+        file = uri.rstrip("/").rpartition("/")[2]
+        split = "test" if "test" in file else "train"
+        for number, found in enumerate(stream_json(uri)):
+            row = checked(_Question, found, f"{uri} entry {number}")
+            limit = limits[split]
+            if limit is None or seen[split] < limit:
+                seen[split] += 1
+                yield f"{file}-{number}", split, row
+
+
+def _question(name: str, split: str, row: _Question) -> SourceQuestion:
+    return SourceQuestion(
+        name=name,
+        split=split,
+        modality="clinical",
+        question=row.question.strip(),
+        options=[option.strip() for option in row.options],
+        answer=row.correct_answer,
+        answer_type="choice" if row.options else "open",
+    )
+
+
+def _solution(row: _Solution, gold: str) -> SourceSolution:
+    processed = row.prm_processed_solution or row.full_solution or ""
+    text = row.solution or _TAG.sub(" ", processed).strip()
+    steps = stored_steps(processed or text)
+    answer = (row.answer if "answer" in row.model_fields_set else row.model_answer) or None
+    right = next((said for said in (row.score, row.orm_label, row.is_correct) if said is not None), None)
+    if answer is None:
+        right = None
+    elif right is None:
+        right = answer == gold
+    labels = list(_labels(row.model_dump(include={*JUDGES, HARD, SOFT}), len(steps), right))
+    return SourceSolution(text=text, steps=steps, answer=answer, correct=right, labels=labels)
+
+
+def stored_steps(solution: str) -> list[str]:
+    """The steps of a processed or raw solution, as they are scored again: without their marks where these count from 1,
+    as `text.tag_steps` writes them anew; with them where they do not, or where text stands before the first.
+
+    >>> stored_steps("Step 1:  Look. ки Step 2: Think. ки")
+    [' Look.', 'Think.']
+    >>> stored_steps("So. Step 1: Look. ки Step 2: Think. ки")
+    ['So. Step 1: Look.', 'Step 2: Think.']
+    """
+    steps = [step.strip() for step in reference_steps(solution)]
+    marks = [f"Step {number}: " for number in range(1, len(steps) + 1)]
+    plain = [step.removeprefix(mark) for step, mark in zip(steps, marks, strict=True)]
+    counted = all(step.startswith(mark) for step, mark in zip(steps, marks, strict=True))
+    return plain if counted and not have_marks(plain) else steps
+
+
+def _labels(row: Mapping[str, Any], num_steps: int, right: bool | None) -> Iterator[SourceLabels]:
+    for name, (source, annotator) in JUDGES.items():
+        if row.get(name) is not None:
+            unseen = right and row[name] == [1] * num_steps
+            made = _row(source, UNJUDGED if unseen else annotator, num_steps, {name: row[name]})
+            yield replace(made, saw_answer=True)
+    if row.get(HARD) is not None or row.get(SOFT) is not None:
+        yield _row("monte_carlo", "med_prm", num_steps, {n: row[n] for n in (HARD, SOFT) if row.get(n) is not None})
+
+
+def _row(source: str, annotator: str, num_steps: int, found: Mapping[str, Any]) -> SourceLabels:
+    try:
+        for name, values in found.items():
+            if not isinstance(values, list) or not all(isinstance(value, (int, float)) for value in values):
+                raise RowError("label_value", f"{name} must be a list of numbers from 0 to 1, not {values!r}")
+            if len(values) != num_steps:
+                raise RowError("label_count", f"{name} has {len(values)} labels for {num_steps} steps: {values}")
+            if not all(0 <= value <= 1 and (name == SOFT or value in (0, 1)) for value in values):
+                raise RowError("label_value", f"{name} must hold 0 and 1, or fractions between: {values}")
+    except RowError as error:
+        return SourceLabels(source=source, annotator=annotator, error=str(error))
+    hard = next((values for name, values in found.items() if name != SOFT), [None] * num_steps)
+    soft = found.get(SOFT, [None] * num_steps)
+    steps = [StepLabel(label=None if h is None else int(h), value=s) for h, s in zip(hard, soft, strict=True)]
+    return SourceLabels(source=source, annotator=annotator, steps=steps)

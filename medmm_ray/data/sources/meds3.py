@@ -1,0 +1,186 @@
+"""MedS3's files: its evaluation sets, and the trajectories of its trees (Jiang et al. 2025).
+
+`path` is a JSON list, or a folder of them. An evaluation entry is a conversation with the key in ``eval``; options are
+the lettered lines at the end of its question, and a question without them is open (DrugDose). These are test questions.
+
+A training entry has ``pos`` and ``neg``: trajectories [[step, value, rollout value], …], with two figures of the whole
+behind or around them, or dicts of the same names. The value after back-propagation becomes a row of source
+``tree_search``, the node's own rollouts one of source ``monte_carlo``; trajectories under ``pos`` end right.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from medmm_ray.data.records import StepLabel
+from medmm_ray.data.sources import (
+    Entry,
+    Request,
+    Solved,
+    SourceData,
+    SourceLabels,
+    SourceQuestion,
+    SourceSolution,
+    checked,
+    files_at,
+    read_documents,
+    stream_json,
+)
+from medmm_ray.data.tables import RowError
+from medmm_ray.text import LETTERS, extract_answer, join_steps, one_line
+
+_OPTION = re.compile(r"^\s*\(?([A-Z])[.)]\s+(.*)$")
+_MARK = re.compile(r"^\s*Step\s+\d+\s*: ?")
+_STATED = re.compile(r"^The answer is (.+?)\.?$", re.IGNORECASE | re.DOTALL)
+
+
+class _Node(Entry):
+    step: str
+    value: Any = None  # values at fault are an error of their row, not of the file
+    rollout_value: Any = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, node: Any) -> Any:
+        if isinstance(node, list) and len(node) >= len(cls.model_fields):
+            return dict(zip(cls.model_fields, node, strict=False))
+        if not isinstance(node, dict):
+            raise ValueError("a node [step, value, rollout value], or an object of these names")
+        return node
+
+
+def _nodes(trajectory: Any) -> Any:
+    """The nodes of a trajectory in any of the three published forms, without the figures of the whole."""
+    if not isinstance(trajectory, list):
+        return trajectory
+    inner = trajectory[0] if trajectory and isinstance(trajectory[0], list) else trajectory
+    if inner and isinstance(inner[0], (list, dict)):
+        trajectory = inner
+    found = [node for node in trajectory if node is not None and not isinstance(node, (int, float))]
+    if not found:
+        raise ValueError("a list of nodes [step, value, rollout value]")
+    return found
+
+
+Trajectories = list[Annotated[list[_Node], BeforeValidator(_nodes)]]
+
+
+class _Tree(Entry):
+    question: str
+    answer: str
+    pos: Trajectories | None
+    neg: Trajectories | None
+
+
+class _Turn(Entry):
+    value: str
+
+
+class _Key(Entry):
+    answer: str
+
+
+class _Evaluation(Entry):
+    conversations: Annotated[list[_Turn], Field(min_length=1)]
+    eval: _Key
+
+
+def read(request: Request) -> SourceData:
+    """All questions of the files, in their order."""
+    questions = [_question(name, split, row) for name, split, row in _entries(request)]
+    return SourceData(questions=questions, documents=read_documents(request.documents_path))
+
+
+def solved(request: Request) -> Iterator[Solved]:
+    """The trajectories of each question; an evaluation question has none."""
+    for _, _, row in _entries(request):
+        if isinstance(row, _Evaluation):
+            yield Solved()
+            continue
+        _, options = lettered(row.question)
+        right, wrong = (
+            [_solution(nodes, options, ends_right) for nodes in trajectories or ()]
+            for trajectories, ends_right in ((row.pos, True), (row.neg, False))
+        )
+        yield Solved(solutions=[*right, *wrong])
+
+
+def _entries(request: Request) -> Iterator[tuple[str, str, _Tree | _Evaluation]]:
+    limits = {"train": request.num_train, "test": request.num_test}
+    seen = {"train": 0, "test": 0}
+    for uri in files_at(request.path):
+        file = uri.rstrip("/").rpartition("/")[2]
+        for number, found in enumerate(stream_json(uri)):
+            where = f"{uri} entry {number}"
+            split = "test" if isinstance(found, dict) and "conversations" in found else "train"
+            row = checked(_Evaluation, found, where) if split == "test" else checked(_Tree, found, where)
+            limit = limits[split]
+            if limit is None or seen[split] < limit:
+                seen[split] += 1
+                yield f"{file}-{number}", split, row
+
+
+def _question(name: str, split: str, row: _Tree | _Evaluation) -> SourceQuestion:
+    asked, answer = (
+        (row.conversations[0].value, row.eval.answer) if isinstance(row, _Evaluation) else (row.question, row.answer)
+    )
+    question, options = lettered(asked)
+    answer = answer.strip()
+    stated = _STATED.match(answer)  # the trees' files say "The answer is B."
+    return SourceQuestion(
+        name=name,
+        split=split,
+        modality="clinical",
+        question=question,
+        options=options,
+        answer=stated[1] if stated else answer,
+        answer_type="choice" if options else "open",
+    )
+
+
+def lettered(text: str) -> tuple[str, list[str]]:
+    """A question and its options: the lettered lines at the end of the text, from A on without a gap.
+
+    A line between them that bears no letter, or one out of turn, belongs to the option above it.
+
+    >>> lettered("Which?\\nA. one\\nB. two,\\nor more")
+    ('Which?', ['one', 'two, or more'])
+    """
+    lines = text.rstrip().split("\n")
+    marked = [_OPTION.match(line) for line in lines]
+    for start in (i for i in reversed(range(len(lines))) if (mark := marked[i]) and mark[1] == "A"):
+        options: list[str] = []
+        for line, mark in zip(lines[start:], marked[start:], strict=True):
+            if mark and mark[1] == LETTERS[len(options) : len(options) + 1]:
+                options.append(mark[2])
+            else:
+                options[-1] += f" {line}"
+        if len(options) > 1:
+            return "\n".join(lines[:start]).strip(), [one_line(option) for option in options]
+    return text.strip(), []
+
+
+def _solution(nodes: Sequence[_Node], options: Sequence[str], right: bool) -> SourceSolution:
+    steps = [_MARK.sub("", node.step) for node in nodes]
+    text = join_steps(steps)
+    return SourceSolution(
+        text=text,
+        steps=steps,
+        answer=extract_answer(text, options),
+        correct=right,
+        labels=[
+            _labels("tree_search", [node.value for node in nodes]),
+            _labels("monte_carlo", [node.rollout_value for node in nodes]),
+        ],
+    )
+
+
+def _labels(source: str, values: Sequence[Any]) -> SourceLabels:
+    try:
+        if not all(value is None or (isinstance(value, (int, float)) and 0 <= value <= 1) for value in values):
+            raise RowError("label_value", f"values of {source} must lie between 0 and 1: {list(values)}")
+    except RowError as error:
+        return SourceLabels(source=source, annotator="meds3", error=str(error))
+    return SourceLabels(source=source, annotator="meds3", steps=[StepLabel(value=value) for value in values])

@@ -1,0 +1,142 @@
+"""MIRAGE: 7,663 medical questions of five sets, in the numbering of its leaderboard (Xiong et al. 2024).
+
+`path` is the folder with ``rawdata/``: MMLU's six medical sets, MedQA-US (4 options), MedMCQA's development set,
+PubMedQA's test set without its abstracts, BioASQ's yes/no questions of 2019 to 2023. All are test questions and
+choices; a name is ``<set>/<id>``, as in the leaderboard's files of predictions.
+"""
+
+import csv
+import io
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from medmm_ray.data.sources import (
+    Entry,
+    Options,
+    Request,
+    SourceData,
+    SourceQuestion,
+    checked,
+    list_files,
+    read_documents,
+    read_json,
+    read_jsonl,
+    read_text,
+)
+from medmm_ray.text import LETTERS
+
+MMLU = (
+    "anatomy",
+    "clinical_knowledge",
+    "college_biology",
+    "college_medicine",
+    "medical_genetics",
+    "professional_medicine",
+)
+JUDGED = ("yes", "no", "maybe")
+BIOASQ = ("Task7BGoldenEnriched", "Task8BGoldenEnriched", "Task9BGoldenEnriched", "Task10BGoldenEnriched",
+          "Task11BGoldenEnriched")  # fmt: skip
+
+
+def _plain(judged: Any) -> Any:
+    return judged.strip().lower() if isinstance(judged, str) else judged
+
+
+Judged = Annotated[Literal["yes", "no", "maybe"], BeforeValidator(_plain)]
+
+
+class _MedQA(Entry):
+    question: str
+    options: Options
+    answer_idx: str
+
+
+class _MedMCQA(Entry):
+    id: str
+    question: str
+    opa: str
+    opb: str
+    opc: str
+    opd: str
+    cop: Annotated[int, Field(ge=1, le=4)]
+
+
+class _PubMedQA(Entry):
+    question: Annotated[str, Field(alias="QUESTION")]
+    final_decision: Judged
+
+
+class _Asked(Entry):
+    type: str
+
+
+class _YesNo(Entry):
+    id: str
+    body: str
+    exact_answer: Judged
+
+
+def read(request: Request) -> SourceData:
+    """The questions of all five sets; `num_test` limits each of them."""
+    folder = f"{request.path.rstrip('/')}/rawdata"
+    questions = [q for rows in SETS.values() for q in list(rows(folder))[: request.num_test]]
+    return SourceData(questions=questions, documents=read_documents(request.documents_path))
+
+
+def _mmlu(folder: str) -> Iterator[SourceQuestion]:
+    for subject in MMLU:
+        uri = f"{folder}/mmlu/data/test/{subject}_test.csv"
+        for number, row in enumerate(csv.reader(io.StringIO(read_text(uri)))):
+            yield _question(f"mmlu/{subject}-{number:03d}", row[0], row[1:-1], row[-1])
+
+
+def _medqa(folder: str) -> Iterator[SourceQuestion]:
+    uri = f"{folder}/medqa/data_clean/questions/US/4_options/phrases_no_exclude_test.jsonl"
+    for number, row in enumerate(read_jsonl(_MedQA, uri)):
+        yield _question(f"medqa/{number:04d}", row.question, row.options, row.answer_idx)
+
+
+def _medmcqa(folder: str) -> Iterator[SourceQuestion]:
+    for row in read_jsonl(_MedMCQA, f"{folder}/medmcqa/data/dev.json"):
+        options = [row.opa, row.opb, row.opc, row.opd]
+        yield _question(f"medmcqa/dev_{row.id}", row.question, options, LETTERS[row.cop - 1])
+
+
+def _pubmedqa(folder: str) -> Iterator[SourceQuestion]:
+    uri = f"{folder}/pubmedqa/data/test_set.json"
+    for name, found in read_json(uri).items():
+        row = checked(_PubMedQA, found, f"{uri} entry {name}")
+        yield _question(f"pubmedqa/{name}", row.question, JUDGED, LETTERS[JUDGED.index(row.final_decision)])
+
+
+def _bioasq(folder: str) -> Iterator[SourceQuestion]:
+    for task in BIOASQ:
+        for uri in list_files(f"{folder}/bioasq/{task}", ".json"):
+            for number, found in enumerate(read_json(uri)["questions"]):
+                where = f"{uri} entry {number}"
+                if checked(_Asked, found, where).type == "yesno":
+                    row = checked(_YesNo, found, where)
+                    yield _question(f"bioasq/{row.id}", row.body, JUDGED[:2], LETTERS[JUDGED.index(row.exact_answer)])
+
+
+SETS: dict[str, Callable[[str], Iterator[SourceQuestion]]] = {
+    "mmlu": _mmlu,
+    "medqa": _medqa,
+    "medmcqa": _medmcqa,
+    "pubmedqa": _pubmedqa,
+    "bioasq": _bioasq,
+}
+
+
+def _question(name: str, question: str, options: Any, answer: str) -> SourceQuestion:
+    return SourceQuestion(
+        name=name,
+        split="test",
+        modality="clinical",
+        question=question.strip(),
+        options=list(options),
+        answer=answer,
+        answer_type="choice",
+    )

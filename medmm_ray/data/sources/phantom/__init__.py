@@ -1,0 +1,89 @@
+"""The phantom source: chest radiographs that are drawn, so that the truth of every possible step is known.
+
+Enters: numbers and a seed. Leaves: cases with pictures to be drawn, questions whose answer only the picture tells,
+worked solutions, guideline documents. ``python -m medmm_ray.data.sources.phantom sheet.png`` draws a contact sheet.
+"""
+
+from collections.abc import Iterator
+
+import PIL.Image
+
+from medmm_ray.config import digest
+from medmm_ray.data.sources import Request, SourceData, SourceImage, SourceQuestion, read_documents
+from medmm_ray.data.sources.phantom.captions import captions
+from medmm_ray.data.sources.phantom.case import HARD, PLAIN, Case, Hardness, generator, make_case
+from medmm_ray.data.sources.phantom.documents import DOCUMENTS
+from medmm_ray.data.sources.phantom.questions import Item, blind_work, make_items, report
+from medmm_ray.data.sources.phantom.render import contact_sheet, render
+from medmm_ray.data.sources.phantom.truth import truth
+from medmm_ray.text import join_steps, question_with_options
+
+__all__ = [
+    "DOCUMENTS", "HARD", "PLAIN", "Case", "Hardness", "Item", "blind_work", "captions", "contact_sheet", "corpus",
+    "generator", "make_case", "make_items", "read", "render", "report", "truth",
+]  # fmt: skip
+
+NUM_TRAIN, NUM_TEST = 800, 250
+
+
+def read(request: Request) -> SourceData:
+    """Cases, questions and documents; `request.num_extra_images` more training cases come without a question."""
+    wanted = {
+        "train": NUM_TRAIN if request.num_train is None else request.num_train,
+        "test": NUM_TEST if request.num_test is None else request.num_test,
+    }
+    hardness = request.hardness or PLAIN
+    images: list[SourceImage] = []
+    questions: list[SourceQuestion] = []
+    for split, number in wanted.items():
+        for index, item in enumerate(make_items(request.seed, split, number, request.num_worked, hardness)):
+            images.append(_image(item.case, split))
+            questions.append(_question(item, images[-1], split, f"{split}-{index}"))
+    images += [_image(case, "train") for case in _extra_cases(request.seed, request.num_extra_images, hardness)]
+    documents = [*DOCUMENTS, *read_documents(request.documents_path)]
+    return SourceData(images=images, questions=questions, documents=documents, draw=draw)
+
+
+def draw(annotation: str, size: int) -> PIL.Image.Image:
+    """The picture of the case that `annotation` describes."""
+    return render(Case.from_annotation(annotation), size)
+
+
+def corpus(seed: int = 0, number: int = 2000) -> list[str]:
+    """Texts of this world to train a tokenizer on: questions, solutions, captions, documents."""
+    texts = [f"{document.title}. {document.text}" for document in DOCUMENTS]
+    for item in make_items(seed, "corpus", number):
+        texts.append(question_with_options(item.question, item.options))
+        texts.append(join_steps(item.worked[0]))
+        texts += captions(item.case)
+    return texts
+
+
+def _extra_cases(seed: int, number: int, hardness: Hardness) -> Iterator[Case]:
+    return (make_case(generator("extra", seed, index), hardness=hardness) for index in range(number))
+
+
+def _image(case: Case, split: str) -> SourceImage:
+    annotation = case.annotation()
+    return SourceImage(
+        uri=f"{split}/{digest('phantom', annotation)}.png",
+        split=split,
+        modality="radiology",
+        diagnosis=case.diagnosis,
+        annotation=annotation,
+    )
+
+
+def _question(item: Item, image: SourceImage, split: str, name: str) -> SourceQuestion:
+    return SourceQuestion(
+        name=name,
+        split=split,
+        modality="radiology",
+        difficulty=item.case.difficulty,
+        question=item.question,
+        options=item.options,
+        answer=item.answer,
+        answer_type="choice",
+        images=(image.uri,),
+        worked=item.worked if split == "train" else (),
+    )

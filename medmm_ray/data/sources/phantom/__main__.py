@@ -1,0 +1,23 @@
+"""Draws a contact sheet: ``python -m medmm_ray.data.sources.phantom [sheet.png] [seed] [hard]``."""
+
+import sys
+
+from medmm_ray.data.sources.phantom import HARD, PLAIN, Hardness, contact_sheet, make_case
+from medmm_ray.data.sources.phantom.case import DIFFICULTIES, KINDS, Case, generator
+
+
+def sheet_cases(seed: int, hardness: Hardness = PLAIN) -> list[Case]:
+    """One case of each kind (columns) at each difficulty (rows)."""
+    rng = generator("sheet", seed)
+    drawn = {(case.kind, case.difficulty): case for case in (make_case(rng, hardness=hardness) for _ in range(2000))}
+    return [drawn[kind, difficulty] for difficulty in DIFFICULTIES for kind in KINDS]
+
+
+def main(arguments: list[str]) -> None:
+    path = arguments[0] if arguments else "phantoms.png"
+    seed = int(arguments[1]) if len(arguments) > 1 else 0
+    contact_sheet(sheet_cases(seed, HARD if "hard" in arguments[2:] else PLAIN)).save(path)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Language models behind an API: the client and its budget, the store of answers, one module for each kind of API."""

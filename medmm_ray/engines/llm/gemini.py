@@ -1,0 +1,325 @@
+"""Gemini: one attempt at one request, texts and pictures in, its text and token counts out.
+
+By plain REST, or by the package google-generativeai, which is imported in the constructor: the same requests, and the
+same replies. The key comes from an environment variable and travels in a header. The package's REST transport is
+synchronous, so that its requests run in threads, at most `in_flight` at a time; its own retries are off.
+"""
+
+import asyncio
+import importlib.util
+import json
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+from medmm_ray.engines.llm.endpoint import (
+    Choice,
+    Endpoint,
+    EndpointError,
+    Picture,
+    Reply,
+    Request,
+    RetryableError,
+    Turn,
+    counted,
+    stated,
+)
+from medmm_ray.engines.llm.faults import (
+    REFUSED,
+    ServerError,
+    asked_wait_s,
+    error_inside,
+    fault_of,
+    http_error,
+    refused_field,
+)
+from medmm_ray.engines.llm.http import HttpClient, entry, or_empty
+
+ADDRESS = "https://generativelanguage.googleapis.com"
+TIER = "x-gemini-service-tier"  # the header by which all of Google's addresses state it
+
+
+def gemini_endpoint(
+    model: str, client: str | None = None, *, address: str | None = None, key_variable: str = "GEMINI_API_KEY",
+    timeout_s: float = 120.0, in_flight: int = 16,
+) -> Endpoint:  # fmt: skip
+    """One model by `client`, rest or sdk; None: sdk where its package is installed."""
+    if client == "sdk" or (client is None and sdk_is_installed()):
+        return GeminiSdkEndpoint(
+            model, address=address, key_variable=key_variable, timeout_s=timeout_s, in_flight=in_flight
+        )
+    return GeminiEndpoint(model, address=address, key_variable=key_variable, timeout_s=timeout_s)
+
+
+def sdk_is_installed() -> bool:
+    try:
+        return importlib.util.find_spec("google.generativeai") is not None
+    except ModuleNotFoundError:  # not even the namespace google
+        return False
+
+
+class GeminiEndpoint:
+    """One model by REST; `address` is another one of the API, e.g. a proxy."""
+
+    def __init__(
+        self, model: str, *, address: str | None = None, key_variable: str = "GEMINI_API_KEY", timeout_s: float = 120.0
+    ) -> None:
+        self.identity = f"gemini:{model}"
+        self._model, self._check = model, f"{key_variable} and the model's name"
+        path = model if "/" in model else f"models/{model}"
+        self._url = f"{(address or ADDRESS).rstrip('/')}/v1beta/{path}:generateContent"
+        self._headers = {"x-goog-api-key": key_of(model, key_variable), "Content-Type": "application/json"}
+        self._http = HttpClient(timeout_s)
+
+    async def send(self, request: Request) -> Reply:
+        """One attempt; the faults of `endpoint`."""
+        answer = await self._http.post(self._url, json.dumps(body_of(request, self._model)).encode(), self._headers)
+        if answer.status >= 400:
+            error = http_error(answer.status, answer.content)
+            raise gemini_fault(self._model, error, request, answer.wait_s, self._check)
+        try:
+            body = json.loads(answer.content)
+            error_in_200 = error_inside(body, answers="candidates")
+            if error_in_200 is None:
+                reply = reply_of(body, request, self._model)
+                return replace(reply, tier=reply.tier or stated(answer.headers.get(TIER)))
+        except (ValueError, RecursionError) as wrong:
+            what = f"a garbled answer of {len(answer.content)} bytes ({answer.content_type}): {wrong}"
+            raise RetryableError(what, maybe_paid=True) from None
+        raise gemini_fault(self._model, error_in_200, request, answer.wait_s, self._check)
+
+
+class GeminiSdkEndpoint:
+    """One model by google-generativeai; `address` is another one of the API, e.g. a proxy."""
+
+    def __init__(
+        self, model: str, *, address: str | None = None, key_variable: str = "GEMINI_API_KEY",
+        timeout_s: float = 120.0, in_flight: int = 16,
+    ) -> None:  # fmt: skip
+        key = key_of(model, key_variable)
+        try:
+            import google.generativeai as client
+        except ImportError as error:
+            raise EndpointError(
+                "gemini_client=sdk needs the package google-generativeai, which is missing; pip install "
+                "'medmm-ray[gemini]', or set gemini_client=rest, which needs nothing"
+            ) from error
+        client.configure(api_key=key, transport="rest", client_options={"api_endpoint": address} if address else None)
+        self.identity = f"gemini:{model}"
+        self._library, self._model, self._timeout_s = client, model, timeout_s
+        self._check = f"{key_variable} and the model's name"
+        self._models: dict[str, Any] = {}
+        self._threads = ThreadPoolExecutor(in_flight, thread_name_prefix="gemini")
+
+    async def send(self, request: Request) -> Reply:
+        """One attempt; the faults of `endpoint`."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._send, request)
+
+    def _send(self, request: Request) -> Reply:
+        from google.api_core import exceptions
+        from google.protobuf.json_format import ParseError  # type: ignore[import-untyped]
+        from requests import RequestException, Timeout
+
+        try:
+            response = self._under(request.system).generate_content(
+                [{"role": role, "parts": [_sdk_part(part) for part in parts]} for role, parts in turns_of(request)],
+                generation_config=_sdk_config(request),
+                request_options={"timeout": self._timeout_s, "retry": None},
+            )
+        except exceptions.GoogleAPICallError as error:
+            raise self._fault(error, request) from None
+        except Timeout:
+            raise RetryableError(f"no answer within {self._timeout_s:g} s", maybe_paid=True) from None
+        except (RequestException, ParseError) as error:
+            raise RetryableError(f"{type(error).__name__}: {error}"[:200], maybe_paid=True) from None
+        sent = response._result  # the message itself: its own to_dict names things otherwise than the API
+        body = type(sent).to_dict(
+            sent, use_integers_for_enums=False, preserving_proto_field_name=False, including_default_value_fields=False
+        )
+        try:
+            return reply_of(body, request, self._model)
+        except ValueError as error:
+            raise RetryableError(f"a garbled answer: {error}", maybe_paid=True) from None
+
+    def _fault(self, error: Any, request: Request) -> Exception:
+        answer, status = error.response, int(error.code or 500)
+        content = b"" if answer is None else answer.content
+        wait_s = None if answer is None else asked_wait_s(answer.headers.get("Retry-After"), answer.text)
+        answered = http_error(status, content or str(error.message).encode())
+        return gemini_fault(self._model, answered, request, wait_s, self._check)
+
+    def _under(self, system: str) -> Any:
+        """The library's client for a system instruction."""
+        if system not in self._models:
+            self._models[system] = self._library.GenerativeModel(self._model, system_instruction=system or None)
+        return self._models[system]
+
+
+def key_of(model: str, variable: str) -> str:
+    key = os.environ.get(variable)
+    if not key:
+        raise EndpointError(f"{model} needs a Gemini key in the environment variable {variable}; it is not set")
+    return key
+
+
+def gemini_fault(model: str, error: ServerError, request: Request, wait_s: float | None, check: str) -> Exception:
+    """The fault that an error means; `EndpointError` where the model takes no such sampling as is set."""
+    field = refused_field(error, ("temperature", "topP"))
+    if field is None:
+        return fault_of(model, error, wait_s, check)
+    setting, value = ("temperature", request.temperature) if field == "temperature" else ("top_p", request.top_p)
+    return EndpointError(
+        f"{model} takes no {setting}={value}; set {setting} to null (the model's own) in the section that names it. It "
+        f"says: {error.words[:200]}"
+    )
+
+
+# Requests
+
+
+def turns_of(request: Request) -> Iterator[tuple[str, list[str | Picture]]]:
+    """Roles and parts without empty texts, which the API does not take, and without turns that have no other part."""
+    for turn in request.turns:
+        parts = parts_of(turn)
+        if parts:
+            yield turn.role, parts
+
+
+def parts_of(turn: Turn) -> list[str | Picture]:
+    return [part for part in turn.parts if not isinstance(part, str) or part.strip()]
+
+
+def body_of(request: Request, model: str) -> dict[str, Any]:
+    """A request in the API's JSON."""
+    how: dict[str, Any] = {"maxOutputTokens": request.max_tokens}
+    how |= {"temperature": request.temperature, "topP": top_p_of(request)}
+    if request.n > 1:
+        how["candidateCount"] = request.n
+    if request.schema is not None:
+        how |= {"responseMimeType": "application/json", "responseSchema": gemini_schema(request.schema)}
+    if request.reasoning_effort is not None:
+        how["thinkingConfig"] = thinking(request.reasoning_effort, model)
+    body: dict[str, Any] = {
+        "contents": [{"role": role, "parts": [_part(part) for part in parts]} for role, parts in turns_of(request)],
+        "generationConfig": {name: value for name, value in how.items() if value is not None},
+    }
+    if request.system:
+        body["systemInstruction"] = {"parts": [{"text": request.system}]}
+    if request.tier is not None:
+        body["service_tier"] = request.tier
+    return body
+
+
+# Tokens of thoughts, as Google's OpenAI-compatible address maps the same words for the models before Gemini 3.
+_BUDGETS = {"none": 0, "minimal": 1_024, "low": 1_024, "medium": 8_192, "high": 24_576}
+
+
+def thinking(effort: str, model: str) -> dict[str, Any]:
+    """How much a model may think: Gemini 2.5 takes a budget of tokens, those after it a level, of which none is off."""
+    if model.rpartition("/")[2].startswith("gemini-2"):
+        return {"thinkingBudget": _BUDGETS[effort]}
+    return {"thinkingLevel": "minimal" if effort == "none" else effort}
+
+
+def top_p_of(request: Request) -> float | None:
+    """None: to be left out, as the model's own is to be taken."""
+    return None if request.temperature is None and request.top_p == 1.0 else request.top_p
+
+
+def _part(part: str | Picture) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"text": part}
+    return {"inlineData": {"mimeType": "image/png", "data": part.data_url.partition(",")[2]}}
+
+
+def _sdk_part(part: str | Picture) -> str | dict[str, Any]:
+    return part if isinstance(part, str) else {"mime_type": "image/png", "data": part.png}
+
+
+def _sdk_config(request: Request) -> dict[str, Any]:
+    how: dict[str, Any] = {"max_output_tokens": request.max_tokens, "candidate_count": request.n}
+    how |= {"temperature": request.temperature, "top_p": top_p_of(request)}
+    if request.schema is not None:
+        schema = gemini_schema(request.schema, _SDK_NAMES)
+        how |= {"response_mime_type": "application/json", "response_schema": schema}
+    return {name: value for name, value in how.items() if value is not None}
+
+
+_KEPT = ("type", "enum", "required", "description", "minItems", "maxItems")
+_SDK_NAMES = {"minItems": "min_items", "maxItems": "max_items"}
+
+
+def gemini_schema(schema: Mapping[str, Any], names: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """A JSON schema in the subset that this API takes, with other `names` for its words where there are such."""
+    made = {(names or {}).get(name, name): value for name, value in schema.items() if name in _KEPT}
+    made["type"] = str(schema["type"]).upper()
+    if "items" in schema:
+        made["items"] = gemini_schema(schema["items"], names)
+    if "properties" in schema:
+        made["properties"] = {name: gemini_schema(inner, names) for name, inner in schema["properties"].items()}
+    return made
+
+
+# Answers
+
+
+def reply_of(body: Any, request: Request, model: str) -> Reply:
+    """The API's JSON as a `Reply`; where no prompt's tokens are counted, all that is possible counts as used.
+
+    Raises `ValueError` where it is no answer, `RetryableError` where it is one without content.
+    """
+    answered = entry(body, "the body")
+    usage = or_empty(answered.get("usageMetadata"))
+    read = counted(usage.get("promptTokenCount"), 0)
+    candidates = answered.get("candidates") or []
+    if not isinstance(candidates, list):
+        raise ValueError("candidates is no list")
+    if not candidates:
+        reason = or_empty(answered.get("promptFeedback")).get("blockReason")
+        if not reason:
+            used = Reply((), read, 0, 0) if read else None
+            raise RetryableError("an answer without content", maybe_paid=used is None, used=used)
+        blocked = f"{model} blocked the prompt ({reason})"
+        return Reply((), read, 0, 0, blocked, stated(answered.get("modelVersion")))  # nothing was written
+    choices, refusal = [], None
+    for candidate in (entry(one, "a candidate") for one in candidates):
+        reason = str(candidate.get("finishReason"))
+        if reason in REFUSED:
+            refusal = f"{model} did not answer ({reason})"
+        choices.append(_choice(candidate, reason))
+    return Reply(
+        choices=tuple(choices),
+        read=read or request.text_bytes,
+        cached=min(read, counted(usage.get("cachedContentTokenCount"), 0)),
+        written=_written(usage, read) if read else request.n * request.max_tokens,
+        refusal=refusal,
+        model=stated(answered.get("modelVersion")),
+        tier=stated(usage.get("serviceTier")),
+    )
+
+
+def _written(usage: dict[str, Any], read: int) -> int:
+    """Tokens that are billed as output: thoughts are, and `total` has them where they are not counted apart."""
+    answer, thoughts, total = (
+        counted(usage.get(name), 0) for name in ("candidatesTokenCount", "thoughtsTokenCount", "totalTokenCount")
+    )
+    return max(answer + thoughts, total - read)
+
+
+def _choice(candidate: dict[str, Any], reason: str) -> Choice:
+    """A candidate's text; one that spent all on thoughts, or said nothing, has no part, or no content."""
+    parts = or_empty(candidate.get("content")).get("parts") or []
+    if not isinstance(parts, list):
+        raise ValueError("a candidate's parts are no list")
+    texts, thoughts = [], 0
+    for part in (entry(one, "a part") for one in parts):
+        text = part.get("text", "")
+        if not isinstance(text, str):
+            raise ValueError("a part's text is no text")
+        if part.get("thought"):
+            thoughts += len(text)
+        else:
+            texts.append(text)
+    return Choice("".join(texts), "length" if reason == "MAX_TOKENS" else "stop", thoughts)

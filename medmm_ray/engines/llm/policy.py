@@ -1,0 +1,78 @@
+"""A policy behind an API, asked like an engine: each sample is a request of its own, kept and paid for once.
+
+Enters: what enters `generator.Generator`. Leaves: `Completion`s. Sample i is the request with ``seed + i``, which is
+part of what its answer is kept under, so that a rerun finds it whether or not the API looks at seeds. The first goes
+ahead of the others, so that they find their prompt in the provider's cache. An API knows no `top_k`.
+"""
+
+import asyncio
+from dataclasses import replace
+
+from medmm_ray.config import digest
+from medmm_ray.data.tables import RowError
+from medmm_ray.engines.chat import Prompt
+from medmm_ray.engines.generator import Completion, Sampling, Statistics
+from medmm_ray.engines.llm.client import BYTES_A_TOKEN, Client
+from medmm_ray.engines.llm.endpoint import Picture, Request, Turn
+from medmm_ray.text.quality import NOT_HAD
+
+
+class ApiPolicy:
+    """A `TextGenerator` over a client."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.statistics = Statistics()
+
+    def count(self, prompt: Prompt) -> int:
+        """Tokens of a prompt, as far as they can be told from here."""
+        request = request_of(prompt, Sampling())
+        return request.text_bytes // BYTES_A_TOKEN + len(prompt.images) * self.client.price.image_tokens
+
+    async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:
+        """`n` samples. One that is refused, or could not be had, is a completion too: the others are paid for.
+
+        Raises `RowError` where the prompt itself is at fault (prompt_too_long).
+        """
+        request = request_of(prompt, how)
+        group = digest(request.key(self.client.endpoint.identity))
+        made = [await self._sample(request, seed, group)]
+        made += await asyncio.gather(*(self._sample(request, seed + i, group) for i in range(1, n)))
+        self.statistics.add(made)
+        return made
+
+    async def _sample(self, request: Request, seed: int, group: str) -> Completion:
+        try:
+            answer = await self.client.ask(replace(request, seed=seed), group)
+        except RowError as fault:
+            if fault.kind == "refused":
+                return Completion("", "refused", seed, cost=fault.cost)
+            if fault.kind in NOT_HAD:
+                return Completion("", fault.kind, seed, cost=fault.cost, fault=fault)
+            raise
+        reply = answer.reply
+        finish = "length" if reply.cut_off else "stop"
+        return Completion(
+            reply.text, finish, seed, reply.written, reply.read, cached_tokens=reply.cached, cost=answer.cost,
+            model=reply.model,
+        )  # fmt: skip
+
+
+def request_of(prompt: Prompt, how: Sampling) -> Request:
+    """A chat as a request without a seed; the images stand after the text of the user's last turn."""
+    system = "\n".join(m["content"] for m in prompt.messages if m["role"] == "system")
+    turns = [
+        Turn({"user": "user", "assistant": "model"}[m["role"]], (m["content"],))
+        for m in prompt.messages
+        if m["role"] != "system"
+    ]
+    turns[-1] = replace(turns[-1], parts=(*turns[-1].parts, *map(Picture, prompt.images)))
+    said = (Turn("model", (prompt.said,)),) if prompt.said else ()
+    return Request(
+        system=system,
+        turns=(*turns, *said),
+        schema=how.schema,
+        max_tokens=how.max_tokens,
+        temperature=how.temperature,
+        top_p=how.top_p,
+    )

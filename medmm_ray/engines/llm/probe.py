@@ -1,0 +1,207 @@
+"""One small call to a model behind an API, before a run: whether it is there, who answers, and what to do where not.
+
+Enters: how a section reaches the model. Leaves: notes, or `ConfigError` with the words of the fault, which names the
+models that the API lists where the asked one is not among them. The call is like those of the run: its temperature,
+form, thoughts and tier and, where the run sends pictures, a picture; it is reserved in the run's budget, kept among the
+run's answers, and paid once a day.
+"""
+
+import asyncio
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import aiohttp
+from PIL import Image
+
+from medmm_ray.config import ConfigError
+from medmm_ray.data.tables import RowError, TableError
+from medmm_ray.engines.llm import gemini, openai
+from medmm_ray.engines.llm.budget import Gate
+from medmm_ray.engines.llm.client import ApiConfig, Backend, Client, api_folder, connect
+from medmm_ray.engines.llm.endpoint import EndpointError, Picture, Request, Turn
+from medmm_ray.engines.llm.prices import ENDING_DAYS
+from medmm_ray.engines.llm.served import OtherModelError
+
+Fault = ConfigError | TableError
+
+KEYS: Mapping[Backend, str] = {"gemini": "GEMINI_API_KEY", "openai": "OPENAI_API_KEY"}
+NAMED = 8  # models of a list that a message names
+LIST_S = 30.0  # for a list of models, seconds
+LONGEST_S = 120.0  # for the answer, at any tier
+FLEX_ATTEMPTS = 3
+_OF_THE_NAME = re.compile(r"answered (401|403|404)\b")  # faults of the key, the model's name or the address
+MAX_TOKENS = 1024  # thoughts count, and a model that thinks may refuse to answer in fewer
+SCHEMA = {
+    "type": "object",
+    "properties": {"answer": {"type": "string", "enum": ["yes", "no"]}},
+    "required": ["answer"],
+    "additionalProperties": False,
+}
+ASKED = 'Can you be reached? Answer with one JSON object and nothing else: {"answer": "yes"}.'
+
+
+@dataclass(frozen=True)
+class ApiModel:
+    """A model behind an API as a section asks it: with pictures or not (`sees`), for JSON or not (`writes_json`)."""
+
+    backend: Backend
+    model: str
+    config: ApiConfig
+    sees: bool = False
+    writes_json: bool = True
+
+    @property
+    def key_variable(self) -> str:
+        return self.config.key_variable or KEYS[self.backend]
+
+    @property
+    def list_url(self) -> str:
+        """Where the API lists its models."""
+        if self.backend == "gemini":
+            return f"{(self.config.endpoint or gemini.ADDRESS).rstrip('/')}/v1beta/models?pageSize=1000"
+        chats = urlsplit(openai.chat_url(self.config.endpoint or openai.ADDRESS))
+        return urlunsplit(chats._replace(path=chats.path.removesuffix("/chat/completions") + "/models"))
+
+    @property
+    def headers(self) -> dict[str, str]:
+        key = os.environ.get(self.key_variable, "")
+        return {"x-goog-api-key": key} if self.backend == "gemini" else openai.key_header(self.list_url, key)
+
+    @property
+    def address(self) -> str:
+        """The API's, for people: without a query, in which a key may stand."""
+        return urlunsplit(urlsplit(self.list_url)._replace(query="")).removesuffix("/models")
+
+
+def request_of(asked: ApiModel) -> Request:
+    """The small request."""
+    picture = (Picture(Image.new("RGB", (64, 64), (128, 128, 128))),) if asked.sees else ()
+    return Request(
+        system="",
+        turns=(Turn("user", (*picture, ASKED)),),
+        schema=SCHEMA if asked.writes_json else None,
+        max_tokens=MAX_TOKENS,
+        temperature=asked.config.temperature,
+        reasoning_effort=asked.config.reasoning_effort,
+    )
+
+
+async def probe(asked: ApiModel, folder: str, day: date) -> list[str]:
+    """Ask a model once a `day`; `folder` is where the run keeps its APIs' answers. Gives what is to be told of it.
+
+    Raises `ConfigError` with the fault and what to do.
+    """
+    folder = api_folder(folder, asked.model)
+    patience: dict[str, float] = {"timeout_s": min(asked.config.longest_s, LONGEST_S)}
+    if asked.config.tier:  # it may have no room for hours, which is no fault
+        patience["max_attempts"] = min(asked.config.max_attempts, FLEX_ATTEMPTS)
+    client = connect(asked.backend, asked.model, asked.config.model_copy(update=patience), folder=folder)
+    assert client.answers is not None
+    request, group = request_of(asked), f"preflight {day}"
+    # The gate is opened where there is something to pay alone: it takes the ledger over from a run that is under way.
+    if await client.answers.find(group, request.key(client.endpoint.identity)) is None:
+        client = Client(
+            client.endpoint, client.price, client.config, Gate(folder, client.config.limits), client.answers,
+            client.model,
+        )  # fmt: skip
+    try:
+        answer = await client.ask(request, group)
+    except OtherModelError:
+        raise
+    except EndpointError as error:
+        explained = await _explained(asked, str(error)) if _OF_THE_NAME.search(str(error)) else str(error)
+        raise ConfigError(explained) from None
+    except RowError as fault:
+        if fault.kind == "refused":  # who refuses has been reached
+            return []
+        if fault.kind == "unavailable" and asked.config.tier:
+            tier = asked.config.tier
+            return [f"{asked.model} did not answer at the tier {tier}, which is served where there is room: {fault}"]
+        raise ConfigError(f"{asked.model} could not answer a small request: {fault}") from None
+    if answer.reply.model is None:
+        return [f"{asked.model}: {asked.address} does not say which model answers; a change would not be noticed"]
+    return await _ending(asked, day)
+
+
+async def _explained(asked: ApiModel, fault: str) -> str:
+    """A fault with what the API's list of models tells about it."""
+    try:
+        listed = await listed_models(asked)
+    except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+        what = f"{type(error).__name__} {error}".strip()
+        return (
+            f"{fault}. The list of its models cannot be had at {asked.address} either ({what[:120]}): check the key "
+            f"({asked.key_variable}) and the address (endpoint; OpenAI-compatible ones mostly end with /v1)"
+        )
+    if asked.model in listed:
+        return f"{fault}. The API lists the model, so that the key ({asked.key_variable}) has no access to it"
+    return f"{fault}. The API does not list it; it lists {nearest(asked.model, listed)}"
+
+
+def nearest(model: str, listed: Mapping[str, Any]) -> str:
+    """The names that are most like a model's, in words."""
+    like = difflib.get_close_matches(model, listed, n=NAMED, cutoff=0.0)
+    more = len(listed) - len(like)
+    return (", ".join(like) or "no model") + (f" and {more} more" if more > 0 else "")
+
+
+async def _ending(asked: ApiModel, day: date) -> list[str]:
+    """What the API's list says of the model's end, as OpenAI's does; nothing where there is no such list."""
+    try:
+        ends = (await listed_models(asked)).get(asked.model)
+    except (aiohttp.ClientError, TimeoutError, ValueError):
+        return []
+    if ends is None or (ends - day).days > ENDING_DAYS:
+        return []
+    return [f"{asked.model}: {asked.address} is to shut it down on {ends}"]
+
+
+async def listed_models(asked: ApiModel) -> dict[str, date | None]:
+    """The models that an API lists, each with the day of its end where one is stated.
+
+    Raises aiohttp.ClientError or TimeoutError where there is no answer, ValueError where it is no list.
+    """
+    timeout = aiohttp.ClientTimeout(total=LIST_S)
+    async with (
+        aiohttp.ClientSession(timeout=timeout, trust_env=True) as session,
+        session.get(asked.list_url, headers=asked.headers, raise_for_status=True) as answer,
+    ):
+        body = await answer.json(content_type=None)
+    entries = body.get("data", body.get("models")) if isinstance(body, dict) else None
+    if not isinstance(entries, list):
+        raise ValueError("it is no list of models")
+    models = {}
+    for entry in entries:
+        name = (entry.get("id") or entry.get("name")) if isinstance(entry, dict) else None
+        if isinstance(name, str):
+            models[name.removeprefix("models/")] = _day(entry.get("shutdown_date"))
+    return models
+
+
+def _day(stated: Any) -> date | None:
+    try:
+        return date.fromisoformat(stated) if isinstance(stated, str) else None
+    except ValueError:
+        return None
+
+
+async def probe_all(models: Sequence[ApiModel], folder: str, day: date) -> list[list[str] | Fault]:
+    """What is to be told of each, or its fault; models are asked at a time, one that is reached in two ways in turn."""
+    outcomes: list[list[str] | Fault] = [[] for _ in models]
+
+    async def in_turn(name: str) -> None:  # a model has one ledger, and one gate may hold it
+        for place, model in enumerate(models):
+            if model.model == name:
+                try:
+                    outcomes[place] = await probe(model, folder, day)
+                except (ConfigError, TableError) as fault:
+                    outcomes[place] = fault
+
+    await asyncio.gather(*(in_turn(name) for name in {model.model for model in models}))
+    return outcomes

@@ -1,0 +1,1 @@
+"""What people look at: the two reports, the review page, their charts and templates."""

@@ -1,0 +1,176 @@
+"""What readers said: one `Verdict` a key press, appended and never changed; the last of a reader on an item counts.
+
+On a local disk a reader's verdicts are lines of one file, each flushed to the disk before `append` returns; on an
+object store each is an object of its own. A kill loses nothing that was acknowledged: at most the line that was being
+written is torn; it is no JSON and is skipped, and the next verdict takes its number. A line that is no JSON and whose
+number is missing was acknowledged and is damaged: that is a fault, as is a line that is no verdict.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from pyarrow import fs as pafs
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
+
+from medmm_ray.data.tables import TableError, filesystem, write_file
+
+STEP_VERDICTS = ("right", "wrong", "neutral", "unsure")
+QUESTION_VERDICTS = ("keep", "drop", "unsure")
+UNSURE, WITHDRAWN = "unsure", "withdrawn"
+FAULTS = ("logical", "medical", "image_grounded")  # the tests that a wrong step fails
+DIFFICULTIES = ("easy", "medium", "hard")
+LOCK = ".lock"
+
+
+def _one_of(*words: str) -> AfterValidator:
+    def check(word: str) -> str:
+        if word not in words:
+            raise ValueError(f"must be one of {', '.join(words)}")
+        return word
+
+    return AfterValidator(check)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """One reader's word on one item. `number` counts the reader's verdicts from 1, `seen` hashes what was read.
+
+    `verdict` is one of `STEP_VERDICTS` or `QUESTION_VERDICTS`, or `WITHDRAWN`, which takes the one before back.
+    `faults` belong to a wrong step; `answer_right` and `difficulty` to a question.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+    reader: str
+    number: int
+    item_id: str
+    seen: str
+    verdict: Annotated[str, _one_of(*dict.fromkeys((*STEP_VERDICTS, *QUESTION_VERDICTS, WITHDRAWN)))]
+    adjudicates: bool = False
+    faults: list[Annotated[str, _one_of(*FAULTS)]] = field(default_factory=list)
+    answer_right: bool | None = None
+    difficulty: Annotated[str, _one_of(*DIFFICULTIES)] | None = None
+    feedback: str = ""
+    seconds: float = 0.0
+    at: str = ""
+
+
+_LINE = TypeAdapter(Verdict)
+
+
+class VerdictLog:
+    """The verdicts below a folder or URI."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri.rstrip("/")
+        self.fs, self.path = filesystem(self.uri)
+        self.is_local = isinstance(self.fs, pafs.LocalFileSystem)
+        self._lock: int | None = None
+
+    def claim(self) -> None:
+        """Make the folder and keep other pages on this machine away from it while this process lives."""
+        self.fs.create_dir(self.path, recursive=True)
+        if not self.is_local:
+            return
+        self._lock = os.open(Path(self.path) / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise TableError(
+                f"another review page writes to {self.uri}; two would deal an item twice. Use that one, or stop it"
+            ) from None
+
+    def release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def append(self, verdict: Verdict) -> None:
+        """Keep a verdict; when this returns, it is on the disk (or in the object store)."""
+        line = json.dumps(asdict(verdict), ensure_ascii=False).encode()
+        if self.is_local:
+            _append_line(Path(self.path) / f"{verdict.reader}.jsonl", line)
+        else:
+            self.fs.create_dir(f"{self.path}/{verdict.reader}", recursive=True)
+            write_file(self.fs, f"{self.path}/{verdict.reader}/{verdict.number:08d}.json", line)
+
+    def read(self) -> list[Verdict]:
+        """All verdicts, by reader and number; a `TableError` names the file and the line that is none."""
+        selector = pafs.FileSelector(self.path, recursive=not self.is_local, allow_not_found=True)
+        found = []
+        for info in self.fs.get_file_info(selector):
+            if info.type == pafs.FileType.File and info.extension == ("jsonl" if self.is_local else "json"):
+                with self.fs.open_input_stream(info.path) as stream:
+                    found += parse(stream.read(), info.path)
+        return sorted(found, key=lambda verdict: (verdict.reader, verdict.number))
+
+
+def parse(content: bytes, where: str) -> list[Verdict]:
+    """The verdicts in the lines of the file `where`, without what a kill tore; a `TableError` names a line at fault."""
+    found: list[Verdict] = []
+    torn = 0
+    for number, line in enumerate(content.split(b"\n"), 1):
+        verdict = _verdict(line, f"{where} line {number}") if line else None
+        if verdict is None:
+            torn = torn or (number if line else 0)
+            continue
+        before = found[-1].number if found and found[-1].reader == verdict.reader else 0
+        if torn and verdict.number > before + 1:
+            raise TableError(
+                f"{where} line {torn} is no JSON, and {verdict.reader}'s verdict {before + 1} is missing: the line is "
+                "damaged. Restore the file from a copy, or write that verdict's line anew"
+            )
+        torn = 0
+        found.append(verdict)
+    return found
+
+
+def _verdict(line: bytes, where: str) -> Verdict | None:
+    """A line's verdict; None for what is no JSON."""
+    try:
+        return _LINE.validate_json(line)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+    if fault["type"] == "json_invalid":
+        return None
+    field = ".".join(str(part) for part in fault["loc"])
+    due = fault["msg"].removeprefix("Value error, ")
+    raise TableError(f"{where} is no verdict: {f'{field!r}: ' if field else ''}{due}. Mend the line, or delete it")
+
+
+def _append_line(path: Path, line: bytes) -> None:
+    is_new = not path.exists()
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        size = os.fstat(descriptor).st_size
+        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        content = (b"\n" if torn else b"") + line + b"\n"
+        written = os.write(descriptor, content)
+        if written != len(content):
+            raise TableError(f"cannot write {path}: {written} of {len(content)} bytes fit. Free space there")
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    if is_new:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def standing(verdicts: Iterable[Verdict]) -> dict[str, dict[str, Verdict]]:
+    """By item and reader the verdict that counts: the last one, unless it was withdrawn."""
+    found: dict[str, dict[str, Verdict]] = {}
+    for verdict in sorted(verdicts, key=lambda v: (v.reader, v.number)):
+        of_item = found.setdefault(verdict.item_id, {})
+        of_item.pop(verdict.reader, None)
+        if verdict.verdict != WITHDRAWN:
+            of_item[verdict.reader] = verdict
+    return found

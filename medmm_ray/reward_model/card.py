@@ -1,0 +1,120 @@
+"""The model card: what a reader of the folder, or of its page on the hub, has to know."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from medmm_ray.reward_model.families import Family
+
+CODE = """```python
+from medmm_ray.reward_model import RewardModel
+
+model = RewardModel.from_pretrained("{name}")
+scores = model.score(
+    "Which side shows the effusion? (A) left (B) right",
+    ["Step 1: The left costophrenic angle is blunted. Step 2: So the answer is (A).", ["No blunting.", "So (B)."]],
+    documents=["A pleural effusion blunts the costophrenic angle on its side."],{image}
+)
+scores[0].plus_probs  # a probability for each step
+scores[0].log_odds  # rank by these: probabilities saturate and tie
+```"""
+
+
+UNKNOWN = "No figures were given when this model was saved. Measure it on data of your own before you rely on it."
+LICENCE = (
+    "The weights are derived from the models named above and stand under their licences, all of them; see their pages. "
+    "The code that reads them is under Apache-2.0."
+)
+
+
+def write(name: str, described: Mapping[str, Any], family: "Family") -> str:
+    """The card of a model called `name` (a hub id, or a folder's name), from what `checkpoint` says of it."""
+    text, image, figures = described["text_tower"], described["image_tower"], described["figures"]
+    rows = [("text tower", text["architecture"], _linked(text["source"]), f"`{text['revision']}`")]
+    if image:
+        what = f"{image['image_size']} pixels, width {image['width']}"
+        rows.append(("image tower", what, _linked(image["source"]), f"`{image['revision']}`"))
+    facts = [
+        f"Input: the family `{described['family']}`. {str(type(family).__doc__).splitlines()[0]}",
+        f"At most {described['max_length']:,} tokens, {described['reserve']:,} of them kept free of documents.",
+    ]
+    if described["fusion"]:
+        facts.append("Image part: " + ", ".join(f"{key} {value}" for key, value in described["fusion"].items()) + ".")
+    parts = [
+        _front_matter([tower["source"] for tower in (text, image) if tower]),
+        f"# {name.rpartition('/')[2]}",
+        "A process reward model for medicine: it reads a question, documents"
+        f"{', images' if image else ''} and a step-by-step solution, and says of every step how likely it is right, as"
+        " log-odds. It serves to rank several solutions of one question (best-of-N).",
+        "## How to use it",
+        CODE.format(name=name, image="\n    image=picture,  # a PIL image" if image else ""),
+        _reading(image is not None),
+        "## What it is made of",
+        _table(("part", "", "started from", "revision"), rows),
+        "A revision is the hub's commit or, of a model that came from a folder, a hash of its weights.",
+        "\n".join(f"- {fact}" for fact in facts),
+        "## Measured",
+        _table(("figure", "value"), [(key, f"{value:.4g}") for key, value in figures.items()]) if figures else UNKNOWN,
+        "## Limits",
+        _limits(image is not None),
+        "## Licence",
+        LICENCE,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(sources: list[str]) -> str:
+    on_hub = [name for name in map(hub_id, sources) if name]
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "tags:",
+            "- process-reward-model",
+            "- medical",
+            *(["base_model:", *(f"- {name}" for name in on_hub)] if on_hub else []),
+            "license: other",
+            "license_name: that-of-the-base-models",
+            "---",
+        ]
+    )
+
+
+def hub_id(source: str) -> str | None:
+    """``org/name`` of a source on the hub, None for a local one."""
+    name = source.removeprefix("hf-hub:")
+    return name if name.count("/") == 1 else None
+
+
+def _linked(source: str) -> str:
+    name = hub_id(source)
+    return f"[{name}](https://huggingface.co/{name})" if name else f"`{source}`"
+
+
+def _reading(has_image: bool) -> str:
+    needs = "torch, transformers and open_clip" if has_image else "torch and transformers"
+    text = (
+        f"The package is `medmm-ray`; this needs {needs} of it. The folder is also a checkpoint of the text tower alone"
+    )
+    if not has_image:
+        return f"{text}."
+    return (
+        f"{text}; the image tower lies in `image_tower/`. `text_log_odds + image_log_odds` are the scores, exactly:"
+        " each step says how much the picture spoke for it, and without a picture the image's part is 0."
+    )
+
+
+def _limits(has_image: bool) -> str:
+    lines = [
+        "For research. No medical device: it must not decide about a patient.",
+        "A high score says that a step reads like the right steps it was trained on, not that it is true.",
+        "Probabilities are only as calibrated as the figures above say; ranks within one question mean the most.",
+        "Compare scores of one question and the same documents, not of different questions.",
+    ]
+    if has_image:
+        lines.append("Images of other kinds than it was trained on get numbers too, without a warning.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ("---",) * len(head), *rows])

@@ -1,0 +1,180 @@
+"""A reward model as a folder: what is written, and how it is found again. Nothing is pickled.
+
+config.json, *.safetensors, tokenizer   the text tower, as transformers and vLLM read it
+reward_model.json                       format, the ids of tag, + and −, lengths, how the chat template is used, where
+                                        both towers came from, figures
+fusion.safetensors, image_tower/        the image part, where there is one
+README.md                               the model card
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from medmm_ray.engines import pretrained
+from medmm_ray.engines.chat_template import ChatTemplate, TemplateUse
+from medmm_ray.engines.provenance import Origin
+from medmm_ray.engines.weights import Unmatched, WeightsError, check_file
+from medmm_ray.reward_model import card, families, hub, text_tower
+from medmm_ray.reward_model.errors import CheckpointError
+from medmm_ray.reward_model.families import FamilyName
+from medmm_ray.reward_model.fusion import Fusion, FusionConfig
+from medmm_ray.reward_model.packing import Fit
+
+if TYPE_CHECKING:
+    from medmm_ray.reward_model.model import RewardModel
+
+CONFIG = "reward_model.json"
+FUSION = "fusion.safetensors"
+TOWER = "image_tower"
+FORMAT = 2
+# What an earlier save left in a folder: a reader would find it beside the new files.
+_OWNED = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors", FUSION, TOWER)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What ``reward_model.json`` says."""
+
+    family: FamilyName
+    ids: dict[str, int]
+    max_length: int
+    reserve: int
+    fit: Fit
+    fusion: FusionConfig | None
+    text_origin: Origin
+    image_origin: Origin | None
+    figures: dict[str, float]
+    template: TemplateUse | None
+    system_prompt: str | None
+
+
+def locate(path: str | Path, revision: str | None) -> str | Path:
+    """Where `path` can be read: the local copy of a hub id that `RewardModel.push_to_hub` wrote, else as it is."""
+    text_tower.check_path(path)
+    if revision is not None and Path(path).is_dir():
+        raise CheckpointError(f"revision is {revision!r}, but {path} is a folder; only a hub id has revisions")
+    try:
+        return hub.fetched(path, CONFIG, revision)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be fetched from the hub: {error}") from error
+
+
+def read(path: str | Path) -> Saved | None:
+    """What a folder of `write` says of itself; None for any other checkpoint."""
+    file = Path(path) / CONFIG
+    if not file.is_file():
+        return None
+    try:
+        check_file(file)
+        saved = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no reward model that can be read: {error}") from error
+    if saved["format"] != FORMAT or saved["family"] not in families.NAMES:
+        raise CheckpointError(
+            f"{file}: format {saved['format']}, family {saved['family']!r}; this version reads format {FORMAT} and the "
+            f"families {', '.join(families.NAMES)}"
+        )
+    fusion = FusionConfig(**saved["fusion"]) if saved["fusion"] else None
+    text, image = saved["text_tower"], saved["image_tower"]
+    return Saved(
+        saved["family"], saved["ids"], saved["max_length"], saved["reserve"], saved["fit"], fusion,
+        Origin(text["source"], text["revision"]),
+        Origin(image["source"], image["revision"]) if image else None,
+        saved["figures"],
+        _template_use(saved.get("template")),
+        saved.get("system_prompt"),
+    )  # fmt: skip
+
+
+def _template_use(saved: Mapping[str, Any] | None) -> TemplateUse | None:
+    """None where the checkpoint was written before the use of its template was."""
+    return TemplateUse(saved["date"], saved["folds_system"], tuple(saved["alters"])) if saved else None
+
+
+def restore_template(path: str | Path, template: ChatTemplate, saved: TemplateUse) -> None:
+    """Use `template` as it was used when the checkpoint was written; raises where it is not the same any more."""
+    found = template.use
+    if (found.folds_system, found.alters, found.date is None) != (saved.folds_system, saved.alters, saved.date is None):
+        raise CheckpointError(
+            f"{path}: its chat template is now used as {found}, its {CONFIG} says {saved}; restore the template with "
+            "which it was written, or save the model anew from its source"
+        )
+    template.use = saved
+
+
+def tower_folder(path: str | Path) -> Path:
+    return Path(path) / TOWER
+
+
+def load_fusion(path: str | Path, fusion: Fusion) -> None:
+    """Read the fusion's weights; raises `CheckpointError` where they are not there, not whole or not the fusion's."""
+    file = Path(path) / FUSION
+    if not file.is_file():
+        raise CheckpointError(
+            f"{path}: its {CONFIG} tells of a fusion, and {FUSION} is not there; get the folder again"
+        )
+    try:
+        check_file(file)
+        weights = load_file(file)
+        Unmatched.between(fusion.state_dict(), weights).check(file)
+    except (WeightsError, SafetensorError) as error:
+        raise CheckpointError(str(error)) from error
+    fusion.load_state_dict(weights)
+
+
+def write(model: "RewardModel", folder: str | Path, figures: Mapping[str, float], name: str | None = None) -> None:
+    """Write `model` to `folder`, whole or not at all; the file that makes it a reward model comes last.
+
+    `name` is what the card calls it: a hub id, by default the folder's name.
+    """
+    described = _describe(model, figures)
+    with pretrained.written_whole(Path(folder), last=CONFIG, owned=_OWNED) as made:
+        pretrained.save(model.text_model, made)
+        model.tokenizer.save_pretrained(made)
+        if model.vision is not None:
+            model.vision.save_pretrained(made)
+        if model.fusion is not None and model.image_tower is not None:
+            save_file({k: v.detach().contiguous() for k, v in model.fusion.state_dict().items()}, made / FUSION)
+            model.image_tower.save_pretrained(tower_folder(made))
+        (made / "README.md").write_text(card.write(name or Path(folder).resolve().name, described, model.family))
+        (made / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
+
+
+def push(
+    model: "RewardModel",
+    repo_id: str,
+    figures: Mapping[str, float],
+    private: bool | None,
+    token: str | None,
+    revision: str | None,
+    commit_message: str,
+) -> str:
+    """Write `model` to a folder that lives as long as the upload; gives the commit's address."""
+    with tempfile.TemporaryDirectory(prefix="reward-model-") as folder:
+        write(model, folder, figures, repo_id)
+        return hub.upload(Path(folder), repo_id, private, token, revision, commit_message)
+
+
+def _describe(model: "RewardModel", figures: Mapping[str, float]) -> dict[str, Any]:
+    tower, template = model.image_tower, model.family.template
+    return {
+        "format": FORMAT,
+        "family": model.family.name,
+        "ids": dict(model.family.ids),
+        "max_length": model.max_length,
+        "reserve": model.reserve,
+        "fit": model.fit,
+        "template": template and asdict(template.use),
+        "system_prompt": model.system_prompt,
+        "text_tower": {**asdict(model.text_origin), "architecture": type(model.text_model).__name__},
+        "image_tower": tower and {**asdict(tower.origin), "width": tower.width, "image_size": tower.image_size},
+        "fusion": asdict(model.fusion.config) if model.fusion else None,
+        "figures": dict(figures),
+    }

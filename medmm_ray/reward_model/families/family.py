@@ -1,0 +1,191 @@
+"""What a family of process reward models is, and what the families share."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from medmm_ray.engines.chat_template import ChatTemplate
+from medmm_ray.reward_model.packing import FullSequence, Prompt, Solution, common
+from medmm_ray.text import cut_steps, is_tagged, without_tags
+
+FamilyName = Literal[
+    "medprm", "math_shepherd", "qwen_prm", "token_classification", "meds3", "medprm_vision", "visualprm"
+]
+
+
+class Family(Protocol):
+    """What `RewardModel` needs of a format."""
+
+    name: FamilyName
+    tokenizer: Any
+    ids: Mapping[str, int]
+    """The token ids that the format rests on."""
+    additive: bool
+    """Whether the log-odds are linear in the state, without a constant: what an image part needs."""
+
+    @property
+    def template(self) -> ChatTemplate | None:
+        """The chat template, where the format has one."""
+
+    def sequences(self, prompt: Prompt, solutions: Mapping[int, Solution]) -> tuple[list[FullSequence], dict[int, str]]:
+        """Full sequences of solutions, by their numbers, and the errors of those that cannot be written."""
+
+    def log_odds(self, text_model: Any, states_TD: Tensor) -> Tensor:
+        """Log-odds [T, fp32] of right against wrong from the states after the final norm."""
+
+
+# How a state is read
+
+
+class Signs:
+    """Reads one token of a language model's head against another."""
+
+    additive = True
+    ids: Mapping[str, int]
+
+    def log_odds(self, text_model: Any, states_TD: Tensor) -> Tensor:
+        """logit(+) − logit(-): linear, so that of a sum of states it is the sum of theirs."""
+        head_VD: Tensor = text_model.get_output_embeddings().weight
+        return states_TD.float() @ (head_VD[self.ids["plus"]].float() - head_VD[self.ids["minus"]].float())
+
+
+class TwoClasses:
+    """Reads the second class of a head `score` against the first."""
+
+    additive = False
+
+    def log_odds(self, text_model: Any, states_TD: Tensor) -> Tensor:
+        logits_T2 = text_model.score(states_TD.to(next(text_model.score.parameters()).dtype))
+        difference_T: Tensor = logits_T2[:, 1].float() - logits_T2[:, 0].float()
+        return difference_T
+
+
+# How a solution is written
+
+
+def ids_of(tokenizer: Any, text: str) -> list[int]:
+    found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return found
+
+
+def steps_of(solution: Solution) -> list[str]:
+    """The steps as they are, without tags: a list's, or those that raw text is cut into, with their marks, stripped."""
+    if isinstance(solution, str):
+        return [step.strip() for step in cut_steps(solution)]
+    return without_tags(solution)
+
+
+def joined(solution: Solution, steps: Sequence[str], separator: str) -> list[str]:
+    """Steps with the `separator` that parts each from the one before; a text with tags keeps its own."""
+    if isinstance(solution, str) and is_tagged(solution):
+        return cut_steps(solution)
+    return [f"{separator}{step}" if number else step for number, step in enumerate(steps)]
+
+
+def tagged(
+    tokenizer: Any, tag: str, tag_id: int, solutions: Mapping[int, Sequence[str]], write: Callable[[str], str]
+) -> tuple[list[FullSequence], dict[int, str]]:
+    """Whole texts, tokenised as one, whose steps are read at the tags that end them.
+
+    `solutions` are lists of steps that stand one behind the other, each followed by its tag. Tags are found by id and
+    counted in the text: one in the question, in a document, or inside a step ends no step.
+    """
+    own_texts = ["".join(f"{step}{tag}" for step in steps) for steps in solutions.values()]
+    texts = [write(own) for own in own_texts]
+    head_text = _before(texts[0], own_texts[0], write)
+    rows: list[list[int]] = tokenizer([head_text, *texts], add_special_tokens=True)["input_ids"]
+    head, *rows = rows
+    made: list[FullSequence] = []
+    faults: dict[int, str] = {}
+    for (number, steps), text, ids in zip(solutions.items(), texts, rows, strict=True):
+        tags = [place for place, token in enumerate(ids) if token == tag_id]
+        if len(tags) != text.count(tag):
+            faults[number] = f"tags: {len(tags)} tag tokens for {text.count(tag)} tags in the text; expected as many"
+            continue
+        up_to = list(accumulate(f"{step}{tag}".count(tag) for step in steps))  # tags up to the end of each step
+        own_tags = tags[len(tags) - up_to[-1] :]
+        ends = [own_tags[count - 1] for count in up_to]
+        made.append(FullSequence(number, ids[: ends[-1] + 1], ends, common([head, ids])))
+    return made, faults
+
+
+def _before(text: str, own: str, write: Callable[[str], str]) -> str:
+    """What stands before the solution's `own` text; where the chat template alters that, what both texts begin with."""
+    start = text.rfind(own)
+    if start >= 0:
+        return text[:start]
+    without = write("")
+    length = next((i for i, (a, b) in enumerate(zip(text, without, strict=False)) if a != b), len(without))
+    return text[:length]
+
+
+def chat_template(tokenizer: Any, in_parts: bool = False) -> ChatTemplate:
+    """The tokenizer's, probed; raises `ValueError` where it has none, or one that writes no text."""
+    if not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template; a reward model's input is written with one")
+    return ChatTemplate(tokenizer.apply_chat_template, tokenizer.chat_template, in_parts)
+
+
+def check_tags(tag: str, write: Callable[[str], str]) -> None:
+    """Raise `ValueError` where the chat template leaves steps unreadable: their tags altered, lost, or out of place."""
+    words = ("xqone", "xqtwo", "xqthree")
+    written = write("".join(f"{f' {word} kwj' * 100}{tag}" for word in words))
+    pieces = written.split(tag)[-len(words) - 1 :]  # before them there may be tags in the prompt
+    read = [word in piece.casefold() for word, piece in zip(words, pieces, strict=False)]
+    if written.count(tag) - write("").count(tag) != len(words) or not all(read):
+        raise ValueError(
+            f"the tokenizer's chat template alters the solution's text: of {len(words)} steps, each ended by {tag!r}, "
+            f"{written.count(tag)} tags are left in it, and the steps cannot be read. Expected a template that keeps "
+            "the tags; set tokenizer.chat_template to one, or take another checkpoint"
+        )
+
+
+# Images in the text
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """How images stand in the text of a vision-language model: each as `text`, which holds `token` once.
+
+    The token is repeated among the ids, once for each of the image's rows: quicker than in the text.
+    """
+
+    token: str
+    token_id: int
+    text: str
+
+    def placed(self, text: str, number: int) -> str:
+        """`text` with the pictures' own text for the marks that the chat template made of them, the first `number`."""
+        pieces = text.split(self.token, number)
+        if len(pieces) != number + 1:
+            raise ValueError(
+                f"the tokenizer's chat template writes {len(pieces) - 1} {self.token!r} for {number} images; "
+                "expected one each: a template that takes contents as lists of text and images"
+            )
+        return self.text.join(pieces)
+
+    def repeated(
+        self, prompt: Prompt, sequences: Sequence[FullSequence], faults: dict[int, str]
+    ) -> tuple[list[FullSequence], dict[int, str]]:
+        """The sequences with as many tokens as images have rows; an error for a text that itself holds the token, where
+        the model would look for an image."""
+        made, faults = list[FullSequence](), dict(faults)
+        for sequence in sequences:
+            if sequence.ids.count(self.token_id) == len(prompt.images):
+                made.append(self._repeat(sequence, prompt.images))
+            else:
+                faults[sequence.solution] = (
+                    f"image_marks: the text itself holds {self.token!r}, which stands for an image; take it out"
+                )
+        return made, faults
+
+    def _repeat(self, sequence: FullSequence, rows: Sequence[int]) -> FullSequence:
+        """All images stand before the solution's own text."""
+        left, ids = iter(rows), list[int]()
+        for token in sequence.ids:
+            ids += [token] * (next(left) if token == self.token_id else 1)
+        more = len(ids) - len(sequence.ids)
+        return FullSequence(sequence.solution, ids, [tag + more for tag in sequence.tags], sequence.start + more)

@@ -1,0 +1,38 @@
+"""Math-Shepherd's format (arXiv 2312.08935): plain text, "ки" after each step, "+" against "-" there."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from medmm_ray.engines.chat_template import ChatTemplate
+from medmm_ray.prompts import document_block
+from medmm_ray.reward_model.families.family import FamilyName, Signs, joined, steps_of, tagged
+from medmm_ray.reward_model.packing import FullSequence, Prompt, Solution, single_id
+from medmm_ray.text import TAG, have_marks
+
+
+class MathShepherd(Signs):
+    """Question, a space, "Step 1: … ки" a line a step, each as it is. Documents stand before the question."""
+
+    name: FamilyName = "math_shepherd"
+    template: ChatTemplate | None = None
+
+    def __init__(self, tokenizer: Any) -> None:
+        # Its own code takes the last token of " ки" and of " +", " -": a sentencepiece vocabulary has one for each.
+        self.tokenizer = tokenizer
+        self.ids: Mapping[str, int] = {
+            name: single_id(tokenizer, sign) for name, sign in (("tag", "ки"), ("plus", "+"), ("minus", "-"))
+        }
+
+    def sequences(self, prompt: Prompt, solutions: Mapping[int, Solution]) -> tuple[list[FullSequence], dict[int, str]]:
+        def write(own: str) -> str:
+            return f"{document_block(prompt.documents)}{prompt.question} {own}"
+
+        lines = {number: _lines(solution) for number, solution in solutions.items()}
+        return tagged(self.tokenizer, TAG, self.ids["tag"], lines, write)
+
+
+def _lines(solution: Solution) -> list[str]:
+    steps = steps_of(solution)
+    if not isinstance(solution, str) and not have_marks(steps):
+        steps = [f"Step {i}: {step}" for i, step in enumerate(steps, 1)]
+    return joined(solution, steps, "\n")

@@ -1,0 +1,239 @@
+"""Exact shared-prefix packing: many solutions of one question as one prefix and its branches.
+
+Enters: a question (its options in the text), solutions as lists of steps (or raw text), documents in rank order, and
+the family whose format they are written in. Leaves: a `Packing`, of `PackedQuestion` groups. Every full sequence is
+tokenised as the family's own code does it, so its ids are exactly ``prefix_ids + branch.ids``; later tokens than the
+last tag are cut, as they cannot influence a causal score. A tag is the place at which a step is read.
+
+Legend: T tags of all branches, I rows of all images, D text width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from medmm_ray.text import cut_steps, without_mark
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from medmm_ray.reward_model.families import Family
+
+Fit = Literal["skip", "break"]
+MAX_LENGTH = 4096  # tokens; Med-PRM's
+RESERVE = 1024  # tokens kept free of documents, for system prompt, question and solution; Med-PRM's
+
+
+Solution = str | Sequence[str]  # raw text, which a family cuts into steps, or a list of steps
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What all solutions of a question are read after."""
+
+    question: str
+    documents: Sequence[str] = ()
+    images: Sequence[int] = ()
+    """Rows of each image that the language model reads itself."""
+    training: bool = False
+    """The reference's training prompt, which differs by a space."""
+    system: str | None = None
+    """A system prompt in the place of the family's own."""
+
+
+@dataclass(frozen=True)
+class SeenImages:
+    """A question's images as a vision-language model reads them: the rows that replace the embeddings of their tokens,
+    ``rows_ID``, and how many each image has."""
+
+    rows_ID: "Tensor"
+    lengths: Sequence[int]
+
+
+@dataclass(frozen=True)
+class FullSequence:
+    """One solution written out up to the token at which its last step is read.
+
+    `tags` are the places at which its steps are read; `start` is where its own text starts.
+    """
+
+    solution: int
+    ids: list[int]
+    tags: list[int]
+    start: int
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One solution after the shared prefix.
+
+    `solution` is its index in the list that was packed, `ids` end with the last step's tag. `tags` are the indices of
+    the steps' tags in `ids`; `start` is where the solution's own text starts, counted from the start of the full
+    sequence: it does not depend on how much is shared.
+    """
+
+    solution: int
+    ids: list[int]
+    tags: list[int]
+    start: int
+
+    def spans(self, prefix: int) -> list[tuple[int, int]]:
+        """Each step's tokens, its tag left out, as [start, end) counted in the full sequence, `prefix` tokens ahead."""
+        spans, start = [], self.start
+        for tag in self.tags:
+            spans.append((min(start, prefix + tag - 1), prefix + tag))
+            start = prefix + tag + 1
+        return spans
+
+
+@dataclass(frozen=True)
+class PackedQuestion:
+    """Solutions of a question as one row: the prefix, with `num_documents` documents, then the branches in order.
+
+    Tags are numbered over all branches in order. `seen`: the images of the prefix, where the language model reads them.
+    """
+
+    prefix_ids: list[int]
+    branches: list[Branch]
+    num_documents: int
+    seen: SeenImages | None = field(default=None, compare=False)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole row."""
+        return len(self.prefix_ids) + sum(len(b.ids) for b in self.branches)
+
+    @property
+    def tag_solutions(self) -> list[int]:
+        """The solution of each tag [T]."""
+        return [b.solution for b in self.branches for _ in b.tags]
+
+    @property
+    def tag_steps(self) -> list[int]:
+        """The step, from 0, of each tag [T]."""
+        return [step for b in self.branches for step in range(len(b.tags))]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A question's solutions, packed.
+
+    `groups` differ in how many documents they read: nearly always there is one; a solution too long for the context
+    reads fewer, alone. `errors` has one entry a solution: None, or ``kind: message`` for one that is in no group.
+    """
+
+    groups: list[PackedQuestion]
+    errors: list[str | None]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to run, prefixes counted once a group."""
+        return sum(group.num_tokens for group in self.groups)
+
+
+def choose_documents(
+    tokenizer: Any,
+    documents: Sequence[str],
+    max_length: int = MAX_LENGTH,
+    reserve: int = RESERVE,
+    fit: Fit = "skip",
+) -> list[str]:
+    """Whole documents, in rank order, within ``max_length - reserve`` tokens.
+
+    The choice depends on the question's documents alone, never on a solution. A document that does not fit is left
+    out; with ``fit="break"`` (the reference's rule) it also ends the choice.
+    """
+    kept, free = [], max_length - reserve
+    for document in documents:
+        cost = len(tokenizer(document, add_special_tokens=False)["input_ids"]) + 1
+        if cost <= free:
+            kept.append(document)
+            free -= cost
+        elif fit == "break":
+            break
+    return kept
+
+
+def has_steps(solution: Solution) -> bool:
+    """Whether there is a step with text in it, besides its mark."""
+    if isinstance(solution, str):
+        return any(without_mark(step) for step in cut_steps(solution))
+    return any(step.strip() for step in solution)
+
+
+def pack(
+    family: "Family",
+    question: str,
+    solutions: Sequence[Solution],
+    documents: Sequence[str] = (),
+    max_length: int = MAX_LENGTH,
+    reserve: int = RESERVE,
+    context: int | None = None,
+    fit: Fit = "skip",
+    training: bool = False,
+    seen: SeenImages | None = None,
+    system: str | None = None,
+) -> Packing:
+    """Pack one question's solutions.
+
+    A solution that does not fit the context with the question's documents loses the last of them, as many as it must;
+    no other solution is touched, and one that does not fit without any gets an error.
+
+    Args:
+        family: how solutions are written and read.
+        question: with its options, as `text.question_with_options` writes it.
+        solutions: each a list of steps, or raw text (`text.cut_steps` says where it is cut). Neither is edited but as
+            the family's own code does it.
+        max_length, reserve, fit: the documents' budget, see `choose_documents`.
+        context: tokens a full sequence may have (default `max_length`).
+        training: the reference's training prompt, which differs by a space.
+        system: a system prompt in the place of the family's own.
+        seen: the images, where the language model reads them; documents leave room for them in the context.
+    """
+    limit = context or max_length
+    room = max_length if seen is None else min(max_length, limit - len(seen.rows_ID))
+    kept = choose_documents(family.tokenizer, documents, room, reserve, fit)
+    images = seen.lengths if seen else ()
+    errors: list[str | None] = [None] * len(solutions)
+    read: dict[int, Solution] = {}
+    for i, solution in enumerate(solutions):
+        if has_steps(solution):
+            read[i] = solution
+        else:
+            errors[i] = "no_steps: the solution is empty; expected at least one step of text"
+    groups = []
+    for number in range(len(kept), -1, -1):
+        if not read:
+            break
+        sequences, faults = family.sequences(Prompt(question, kept[:number], images, training, system), read)
+        fitting = [s for s in sequences if len(s.ids) <= limit]
+        if fitting:
+            groups.append(_share(fitting, number, seen))
+        for i, fault in faults.items():
+            errors[i] = fault
+        for s in sequences:
+            if len(s.ids) > limit and number == 0:
+                errors[s.solution] = f"too_long: {len(s.ids)} tokens without a document; the limit is {limit}"
+        read = {s.solution: read[s.solution] for s in sequences if len(s.ids) > limit}
+    return Packing(groups, errors)
+
+
+def _share(sequences: Sequence[FullSequence], num_documents: int, seen: SeenImages | None) -> PackedQuestion:
+    """The longest common beginning as prefix, the rest as branches; every tag belongs to a branch."""
+    prefix = min(common([s.ids for s in sequences]), *(s.tags[0] for s in sequences))
+    branches = [Branch(s.solution, s.ids[prefix:], [t - prefix for t in s.tags], s.start) for s in sequences]
+    return PackedQuestion(sequences[0].ids[:prefix], branches, num_documents, seen)
+
+
+def single_id(tokenizer: Any, text: str) -> int:
+    """The id of a text that must be one token; a `ValueError` says where it is not."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise ValueError(f"the tokenizer encodes {text!r} as {len(ids)} tokens {ids}; a reward model needs one id")
+    return int(ids[0])
+
+
+def common(rows: Sequence[list[int]]) -> int:
+    """Length of the longest common beginning."""
+    low, high = min(rows), max(rows)  # the first and last in order differ the earliest
+    return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))

@@ -1,0 +1,213 @@
+"""A reward model whose text tower is run by vLLM: the checkpoint's own format, documents and errors, vLLM's numbers.
+
+Enters: a checkpoint and an engine's settings. Leaves: a `PooledRewardModel`, which scores as `RewardModel` does, to
+rounding: what is read, and what is refused, is decided by the same code. For the image part, or where states are kept,
+the engine gives two states a token instead of log-odds (`middle_states`), and head and fusion work on them here.
+
+Legend: T tags, D text width, W values a token.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from medmm_ray.engines.generator import GeneratorConfig
+from medmm_ray.engines.token_pooler import Pooling, TokenPooler, TokenSequence
+from medmm_ray.reward_model import checkpoint, text_tower
+from medmm_ray.reward_model.errors import CheckpointError
+from medmm_ray.reward_model.model import Reading, RewardModel, SolutionStates
+from medmm_ray.reward_model.packing import Branch, PackedQuestion
+from medmm_ray.reward_model.request import ScoreRequest
+
+QUESTIONS = 32  # that are handed to the engine in one call …
+STATES_QUESTIONS = 2  # … and where it gives states: 16 KB a token of an 8B model in bfloat16
+MIDDLE_STATES = "medmm_ray.reward_model.middle_states"
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+VOCABULARY_PADDING = 64  # rows; vLLM rounds a vocabulary up to a multiple of it before it is dealt to GPUs
+
+
+class Pooler(Protocol):
+    """What a `PooledRewardModel` needs of an engine; a fake of it makes a unit test whole."""
+
+    def values(self, sequences: Sequence[TokenSequence]) -> list[Tensor]: ...
+
+    def shutdown(self) -> None: ...
+
+
+StartPooler = Callable[[str, GeneratorConfig, Pooling], Pooler]
+
+
+class PooledRewardModel(RewardModel):
+    """A reward model whose text tower's weights are an engine's alone: here it is on the meta device.
+
+    It can be neither trained nor saved. Without `gives_states` it has log-odds alone, and no image part.
+    """
+
+    def __init__(self, text: text_tower.Text, config: GeneratorConfig, gives_states: bool) -> None:
+        super().__init__(text.model, text.tokenizer, family=text.family)
+        self.text_origin = text.origin
+        self.config, self.gives_states = config, gives_states
+        self.head_D: Tensor | None = None  # the head's row of + less that of −, float32
+        self.pooler: Pooler | None = None
+
+    @classmethod
+    def open(
+        cls, path: "str | Path", config: GeneratorConfig, *, states: bool = False, start: StartPooler = TokenPooler
+    ) -> "PooledRewardModel":
+        """The reward model of `path`, a folder or a hub id, with an engine of its own; `shutdown` ends that.
+
+        Sequences are as long as the checkpoint's context, or ``max_model_len`` of `config` where that is less. With
+        `states`, states and summaries come too, and the image part, where there is one. Raises `CheckpointError` where
+        vLLM cannot read such a checkpoint, `GeneratorError` where its engine cannot start.
+        """
+        path = checkpoint.locate(path, None)
+        saved = checkpoint.read(path)
+        text = text_tower.read_outline(path, saved.family if saved else None, config.dtype)
+        model = cls(text, config, states)
+        pooling = model.pooling()
+        if states:
+            signs = [model.family.ids["plus"], model.family.ids["minus"]]
+            plus_D, minus_D = text_tower.read_head(path, text.model, signs).float()
+            model.head_D = plus_D - minus_D
+        settings = config.model_copy(update={"max_model_len": model.context})
+        with tempfile.TemporaryDirectory(prefix="text-tower-") as scratch:
+            model.pooler = start(_text_tower_alone(path, Path(scratch)), settings, pooling)
+        if saved is not None:
+            model._restore(path, saved if states else replace(saved, fusion=None))
+        if model.image_tower is not None and model.fusion is not None:
+            model.image_tower.to(model.device)
+            model.fusion.to(model.device)
+        return model.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the image part works."""
+        return torch.device("cuda" if self.config.num_gpus else "cpu")
+
+    @property
+    def context(self) -> int:
+        return min(super().context, self.config.max_model_len)
+
+    def pooling(self) -> Pooling:
+        """How vLLM reads the checkpoint."""
+        name, model = self.family.name, self.text_model.config
+        if self.gives_states:
+            (architecture,) = model.architectures
+            if not self.family.additive or architecture not in ARCHITECTURES:
+                raise CheckpointError(
+                    f"vLLM gives the states of the families medprm and math_shepherd on {', '.join(ARCHITECTURES)}; "
+                    f"this is a {architecture} of the family {name}: take engine=torch"
+                )
+            return Pooling.states(architecture.replace("ForCausalLM", "MiddleStates"), MIDDLE_STATES)
+        if name == "qwen_prm":  # vLLM has its class, by the name of the published checkpoint's
+            return Pooling.classifier(hf_overrides={"architectures": ["Qwen2ForProcessRewardModel"]})
+        if not self.family.additive:  # a head `score` in the checkpoint
+            return Pooling.classifier()
+        signs = [self.family.ids["plus"], self.family.ids["minus"]]
+        _check_shard(model.vocab_size, signs, self.config.tensor_parallel_size)
+        plus, minus = self.tokenizer.convert_ids_to_tokens(signs)
+        return Pooling.difference(plus, minus)
+
+    def head_log_odds(self, states_TD: Tensor) -> Tensor:
+        if self.head_D is None:
+            raise ValueError("this reward model was opened without states; open it with states=True")
+        return states_TD.float() @ self.head_D.to(states_TD.device)
+
+    def text_states_of(
+        self,
+        requests: Iterable[ScoreRequest],
+        *,
+        token_budget: int | None = None,  # noqa: ARG002 - the engine's own scheduler decides
+        together: bool = True,  # noqa: ARG002
+    ) -> Iterator[list[SolutionStates]]:
+        """What the engine says of many questions' solutions, in order.
+
+        What it reads together is its own choice, and the last bits of a log-odds depend on it.
+        """
+        waiting = iter(requests)
+        while batch := list(islice(waiting, STATES_QUESTIONS if self.gives_states else QUESTIONS)):
+            readings = [Reading(self, request) for request in batch]
+            branches = [(r, group, b) for r in readings for group in r.packing.groups for b in group.branches]
+            for (reading, _, branch), states in zip(branches, self._read(branches), strict=True):
+                reading.found[branch.solution] = states
+            yield from (reading.states() for reading in readings)
+
+    def _read(self, branches: Sequence[tuple[Any, PackedQuestion, Branch]]) -> list[SolutionStates]:
+        assert self.pooler is not None
+        sequences = [self._sequence(group, branch) for _, group, branch in branches]
+        return [
+            self._states(group, branch, values_LW)
+            for (_, group, branch), values_LW in zip(branches, self.pooler.values(sequences), strict=True)
+        ]
+
+    def _sequence(self, group: PackedQuestion, branch: Branch) -> TokenSequence:
+        """A branch with its prefix; asked for are its tags, or for states all tokens of its steps."""
+        prefix = len(group.prefix_ids)
+        ids = [*group.prefix_ids, *branch.ids]
+        if self.gives_states:
+            return TokenSequence(ids, range(_first(group, branch), len(ids)))
+        return TokenSequence(ids, [prefix + tag for tag in branch.tags])
+
+    def _states(self, group: PackedQuestion, branch: Branch, values_LW: Tensor) -> SolutionStates:
+        if self.gives_states:
+            prefix, first, width = len(group.prefix_ids), _first(group, branch), self.hidden_size
+            states_TD = values_LW[[prefix + tag - first for tag in branch.tags], :width]
+            middle_LD = values_LW[:, width:].float()
+            means = [middle_LD[start - first : end - first].mean(dim=0) for start, end in branch.spans(prefix)]
+            states_TD, summaries_TD = (
+                x.to(self.device, self.text_model.dtype) for x in (states_TD, torch.stack(means))
+            )
+            log_odds_T = self.head_log_odds(states_TD)
+        else:
+            states_TD = summaries_TD = torch.zeros(0, self.hidden_size)
+            log_odds_T = _difference(values_LW.float())
+        finite_T = log_odds_T.isfinite()
+        if self.gives_states:
+            finite_T = finite_T & states_TD.isfinite().all(dim=1) & summaries_TD.isfinite().all(dim=1)
+        missing = int((~finite_T).sum())
+        if missing:
+            return self.not_finite(missing, len(branch.tags))
+        return SolutionStates(states_TD, summaries_TD, log_odds_T, num_documents=group.num_documents)
+
+    def shutdown(self) -> None:
+        """Stop the engine."""
+        if self.pooler is not None:
+            self.pooler.shutdown()
+
+
+def _first(group: PackedQuestion, branch: Branch) -> int:
+    """The first token of a branch's first step, counted in the full sequence."""
+    return branch.spans(len(group.prefix_ids))[0][0]
+
+
+def _difference(values_TW: Tensor) -> Tensor:
+    """Log-odds [T] from two classes' logits, or as they are."""
+    return values_TW[:, 0] if values_TW.shape[1] == 1 else values_TW[:, 1] - values_TW[:, 0]
+
+
+def _check_shard(vocabulary: int, signs: Sequence[int], gpus: int) -> None:
+    """Raise where a sign's row of the head is not on the first GPU, which is where vLLM takes both from."""
+    rows = -(-vocabulary // VOCABULARY_PADDING) * VOCABULARY_PADDING // gpus
+    if max(signs) >= rows:
+        raise CheckpointError(
+            f"tensor_parallel_size={gpus} gives the first GPU {rows} rows of the head, and the signs' tokens are "
+            f"{list(signs)}; vLLM makes the classifier of that GPU's rows: take fewer GPUs an engine"
+        )
+
+
+def _text_tower_alone(path: "str | Path", scratch: Path) -> str:
+    """`path`, or where the image part's weights lie beside the text tower's, which vLLM would load too, links to the
+    rest."""
+    folder = Path(path)
+    if not (folder / checkpoint.FUSION).is_file():
+        return str(path)
+    for file in folder.iterdir():
+        if file.is_file() and file.name != checkpoint.FUSION:
+            (scratch / file.name).symlink_to(file.resolve())
+    return str(scratch)

@@ -1,0 +1,407 @@
+"""The reward model as a Ray Serve application.
+
+    RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(openssl rand -hex 32) \\
+        serve run medmm_ray.serve:build_app model=runs/quickstart/two_tower num_gpus=1
+
+Enters: a checkpoint folder. Leaves: `POST /v1/rerank`, `GET /v1/model`, `GET /health`, and the OpenAPI page at `/docs`.
+Scores come from `RewardModel.score`, the function that the `score` step uses, so that online and offline agree.
+
+Without a token the application answers only requests that arrive at this machine's loopback address; with one (the
+environment variable that `token_env` names) every request for data must carry ``Authorization: Bearer <token>``. Ray's
+own token mode does not protect the Serve port, but the replicas' other ports, of which one listens on every address and
+unpickles what arrives: nothing is served in a Ray without it. Logs hold counts and seconds, never text.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import ipaddress
+import logging
+import os
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.security import HTTPBearer
+from pydantic import BaseModel, Field
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from medmm_ray import __version__
+from medmm_ray.config import Config, ConfigError, build, execution, parse_overrides
+from medmm_ray.data.tables import RowError
+from medmm_ray.engines.checkpoints import resolve
+from medmm_ray.engines.images import MAX_PIXELS
+from medmm_ray.service.rerank import Case, RerankAnswer, RerankRequest, StepLogOdds, rerank, steps_of, to_case
+from medmm_ray.session import has_token_mode
+
+if TYPE_CHECKING:
+    from ray import serve
+
+    from medmm_ray.reward_model import RewardModel
+
+logger = logging.getLogger("ray.serve")  # the one that a replica writes to its log file
+
+# Faults of a request by kind; every other kind is 422.
+STATUS = {"image_too_large": 413}
+WITHOUT_TOKEN = ("/health", "/docs", "/openapi.json")  # they hold no data
+
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class ServeConfig(Config):
+    """The served reward model: which one, how many replicas, and what one request may hold."""
+
+    model: str | None = execution(None)
+    """Checkpoint folder that `RewardModel.from_pretrained` reads; required (in a recipe: the run's own by default)."""
+    dtype: Literal["float32", "bfloat16", "float16"] = execution("float32")
+    """Number format of the weights; bfloat16 on GPUs."""
+    device: str = execution("cpu")
+    """Torch device of each replica: cpu or cuda."""
+    num_replicas: Count = execution(1)
+    """Copies of the model, each in a process of its own."""
+    num_gpus: Annotated[float, Field(ge=0)] = execution(0.0)
+    """GPUs a replica."""
+    num_cpus: Annotated[float, Field(ge=0)] = execution(1.0)
+    """CPUs a replica; Ray gives it as many OpenMP threads."""
+    max_batch_size: Count = execution(8)
+    """Most requests that a replica scores in one go: those about one case are packed into one pass over its prefix."""
+    batch_wait_timeout_s: Annotated[float, Field(ge=0)] = execution(0.005)
+    """Seconds that a replica waits for more requests before it scores."""
+    max_ongoing_requests: Count = execution(32)
+    """Requests that a replica holds at once, waiting ones included; at least `max_batch_size`."""
+    max_queued_requests: Annotated[int, Field(ge=-1)] = execution(256)
+    """Requests that a proxy holds for busy replicas before it answers 503; -1: no bound."""
+    token_budget: Annotated[int, Field(ge=256)] | None = execution(None)
+    """Tokens of solutions that one forward pass packs behind the shared prefix."""
+    max_solutions: Count = execution(256)
+    """Solutions in a request; more are answered with 413."""
+    max_steps: Count = execution(64)
+    """Steps in a solution; more are answered with 413."""
+    max_documents: Annotated[int, Field(ge=0)] = execution(64)
+    """Documents in a request; more are answered with 413."""
+    max_reference_images: Annotated[int, Field(ge=0)] = execution(8)
+    """Reference images in a request; more are answered with 413."""
+    max_image_pixels: Count = execution(MAX_PIXELS)
+    """Width x height of an image; more is answered with 413 before it is decoded."""
+    max_body_mb: Count = execution(64)
+    """Size of a request in MiB; more is answered with 413."""
+    host: str = execution("127.0.0.1")
+    """Address to listen on; any other than loopback needs a token."""
+    port: Annotated[int, Field(ge=0, le=65535)] = execution(8000)
+    """TCP port to listen on; 0 takes a free one."""
+    token_env: str = execution("MEDMM_TOKEN")
+    """Name of the environment variable that holds the bearer token; unset or empty: loopback only, no token."""
+
+
+class Health(BaseModel):
+    status: Literal["ok"] = "ok"
+
+
+class ModelCard(BaseModel):
+    """What is served, and what one request may hold."""
+
+    model: str
+    version: str
+    dtype: str
+    device: str
+    has_image_tower: bool
+    """Whether a request may have an image: an image tower looks at it, or the language model itself."""
+    max_solutions: int
+    max_steps: int
+    max_documents: int
+    max_reference_images: int
+    max_image_pixels: int
+    max_body_mb: int
+
+
+class Problem(BaseModel):
+    """An error: what is wrong, the value, what was expected."""
+
+    detail: str
+
+
+Scorer = Callable[[Case], Awaitable[Sequence[StepLogOdds]]]
+
+
+# The application
+
+
+def api(score: Scorer, config: ServeConfig, has_image_tower: bool, token_sha256: str | None) -> FastAPI:
+    """The web application around `score`, a coroutine from one case to the log-odds of its solutions' steps."""
+    app = FastAPI(
+        title="medmm_ray",
+        version=__version__,
+        summary="Scores each step of candidate solutions of a medical question, and puts the solutions in order.",
+        responses={code: {"model": Problem} for code in (401, 403)},
+    )
+    app.add_middleware(_Guard, config=config, token_sha256=token_sha256)
+    # The guard checks the token; this writes it into the OpenAPI page.
+    bearer = Depends(HTTPBearer(auto_error=False, description=f"Demanded where {config.token_env} is set."))
+    card = ModelCard(version=__version__, has_image_tower=has_image_tower, **config.model_dump(include=_CARD_FIELDS))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        return JSONResponse({"detail": "; ".join(_sentence(fault) for fault in error.errors())}, 422)
+
+    @app.get("/health", summary="Is the server up? Needs no token.")
+    async def health() -> Health:
+        return Health()
+
+    @app.get("/v1/model", dependencies=[bearer], summary="The served model and the limits of a request")
+    async def model() -> ModelCard:
+        return card
+
+    @app.post(
+        "/v1/rerank",
+        dependencies=[bearer],
+        summary="Score every step of every solution and rank the solutions",
+        responses={code: {"model": Problem} for code in (413, 422)},
+    )
+    async def rerank_solutions(request: RerankRequest) -> RerankAnswer:
+        started = time.perf_counter()
+        check_size(request, config)
+        if request.image is not None and not has_image_tower:
+            raise HTTPException(422, f"image: the model {card.model} has no image tower; leave the image out")
+        try:
+            case = await asyncio.to_thread(to_case, request, config.max_image_pixels)
+        except RowError as error:
+            raise HTTPException(STATUS.get(error.kind, 422), str(error)) from error
+        scores = await score(case)
+        answer = rerank(request, scores, card.model)
+        failed = len(answer.solutions) - len(answer.ranking)
+        seconds = time.perf_counter() - started
+        logger.info("rerank: %d solutions, %d failed, %s, %.3f s", len(scores), failed, answer.arm, seconds)
+        return answer
+
+    return app
+
+
+_CARD_FIELDS = set(ModelCard.model_fields) & set(ServeConfig.model_fields)
+
+
+def check_size(request: RerankRequest, config: ServeConfig) -> None:
+    """Refuse with 413, before any work, what is more than one request may hold."""
+    longest = max(len(steps_of(s)) for s in request.solutions[: config.max_solutions])
+    for name, number, most in (
+        ("solutions", len(request.solutions), config.max_solutions),
+        ("steps of a solution", longest, config.max_steps),
+        ("documents", len(request.documents), config.max_documents),
+        ("reference_images", len(request.reference_images), config.max_reference_images),
+    ):
+        if number > most:
+            raise HTTPException(413, f"{number} {name}; at most {most} are allowed: send fewer, or several requests")
+
+
+def _sentence(fault: Mapping[str, Any]) -> str:
+    if fault["type"] == "json_invalid":
+        return f"body: no JSON from character {fault['loc'][-1]} on: {fault['ctx']['error']}"
+    # Which member of a union was tried (``list[…]``) is pydantic's word, no key of the body.
+    parts = [str(part) for part in fault["loc"] if part != "body"]
+    key = ".".join(part for part in parts if part != "constrained-str" and not part.startswith("list[")) or "body"
+    if fault["type"] == "extra_forbidden":
+        return f"{key}: unknown name; known names: {', '.join(RerankRequest.model_fields)}"
+    if fault["type"] == "missing":
+        return f"{key}: required, but missing"
+    value = repr(fault["input"])
+    return f"{key}: {value if len(value) <= 60 else value[:60] + '…'}: {fault['msg']}"
+
+
+class _Guard:
+    """Before a body is read: 401 without the token, or 403 to what did not arrive at loopback where there is no token;
+    while it is read: 413 where it is too large."""
+
+    def __init__(self, app: ASGIApp, config: ServeConfig, token_sha256: str | None) -> None:
+        self.app, self.token_env, self.token_sha256 = app, config.token_env, token_sha256
+        self.max_bytes = config.max_body_mb << 20
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        refusal = self._forged(scope, headers) if self.token_sha256 is None else self._unauthorised(scope, headers)
+        if refusal:
+            await refusal(scope, receive, send)
+            return
+        size = 0
+
+        async def bounded() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self.max_bytes:
+                raise HTTPException(413, f"the body is larger than {self.max_bytes >> 20} MiB")
+            return message
+
+        await self.app(scope, bounded, send)
+
+    def _unauthorised(self, scope: Scope, headers: Mapping[bytes, bytes]) -> JSONResponse | None:
+        if scope["path"].removeprefix(scope.get("root_path", "")) in WITHOUT_TOKEN:
+            return None
+        scheme, _, token = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+        is_bearer = scheme.lower() == "bearer"
+        if is_bearer and hmac.compare_digest(sha256(token), self.token_sha256 or ""):
+            return None
+        problem = "the bearer token is wrong" if is_bearer else "a bearer token is missing"
+        detail = f"{problem}; send 'Authorization: Bearer <token>' with the server's {self.token_env}"
+        return JSONResponse({"detail": detail}, 401, headers={"WWW-Authenticate": "Bearer"})
+
+    def _forged(self, scope: Scope, headers: Mapping[bytes, bytes]) -> JSONResponse | None:
+        """The socket's own address and the name that the client used: a web page may rebind a name to 127.0.0.1."""
+        named = headers.get(b"host", b"localhost").decode("latin-1")
+        name = named.rpartition(":")[0] if named.rpartition(":")[2].isdigit() else named
+        if is_loopback((scope.get("server") or ("", None))[0]) and is_loopback(name.strip("[]")):
+            return None
+        detail = f"no token is set, so only loopback addresses are answered; set {self.token_env} to open the server"
+        return JSONResponse({"detail": detail}, 403)
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def sha256(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+# The deployment
+
+
+class Reranker:
+    """One replica: loads the model, collects requests into batches, scores them on one thread."""
+
+    def __init__(self, config: ServeConfig, token_sha256: str | None) -> None:
+        _refuse_without_token_mode()  # a cluster's mode may differ from the driver's; this process opens the port
+        from ray import serve
+
+        from medmm_ray.reward_model import RewardModel
+
+        model = RewardModel.from_pretrained(resolve(str(config.model)), dtype=config.dtype, device=config.device)
+
+        @serve.batch(max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_timeout_s)
+        async def score(cases: list[Case]) -> list[Sequence[StepLogOdds]]:
+            return await asyncio.to_thread(score_cases, model, cases, config.token_budget)
+
+        if model.vision is not None:
+            config = config.model_copy(update={"max_reference_images": 0})  # it knows a question's own images alone
+        self._app = api(score, config, model.reads_images, token_sha256)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self._app
+
+
+def score_cases(model: "RewardModel", cases: Sequence[Case], token_budget: int | None) -> list[Sequence[StepLogOdds]]:
+    """Score several requests: those about the same case (question, documents, images) share one pass over its prefix.
+
+    One list of scores a request, in order.
+    """
+    groups: dict[str, list[int]] = {}
+    for i, case in enumerate(cases):
+        groups.setdefault(case.context, []).append(i)
+    scores: dict[int, Sequence[StepLogOdds]] = {}
+    for members in groups.values():
+        first = cases[members[0]]
+        solutions = [solution for i in members for solution in cases[i].solutions]
+        found = iter(
+            model.score(
+                first.question,
+                solutions,
+                first.documents,
+                first.image,
+                first.reference_images,
+                token_budget=token_budget,
+            )
+        )
+        scores |= {i: [next(found) for _ in cases[i].solutions] for i in members}
+    return [scores[i] for i in range(len(cases))]
+
+
+def build_app(args: Mapping[str, Any]) -> "serve.Application":
+    """The Serve application; `args`: fields of `ServeConfig`, as text (``serve run``) or values (a config file)."""
+    values = parse_overrides(f"{name}={value}" for name, value in args.items() if isinstance(value, str))
+    return application(build(ServeConfig, {**args, **values}, "medmm_ray.service.app"))
+
+
+def application(config: ServeConfig) -> "serve.Application":
+    """The deployment of `config`.
+
+    Raises `ConfigError` where it cannot be served, or would be open to anyone: without a bearer token on another host
+    than loopback, or in a Ray without token mode.
+    """
+    from ray import serve
+
+    if config.model is None:
+        raise ConfigError("model is not set; name a checkpoint folder: model=runs/quickstart/two_tower")
+    # A replica may start in another folder; a URI is copied where it is read, so it stays as it is.
+    name = config.model if "://" in config.model else resolve(config.model)
+    if config.max_ongoing_requests < config.max_batch_size:
+        raise ConfigError(
+            f"max_ongoing_requests={config.max_ongoing_requests} is below max_batch_size={config.max_batch_size}, "
+            "so batches would never fill; raise the one or lower the other"
+        )
+    token = os.environ.get(config.token_env, "")
+    if not token and not is_loopback(config.host):
+        raise ConfigError(
+            f"host={config.host} is open to other machines, and {config.token_env} holds no token; "
+            f"set {config.token_env} (e.g. to the output of 'openssl rand -hex 32') or listen on 127.0.0.1"
+        )
+    _refuse_without_token_mode()
+    deployment = serve.deployment(
+        name="Reranker",
+        num_replicas=config.num_replicas,
+        max_ongoing_requests=config.max_ongoing_requests,
+        max_queued_requests=config.max_queued_requests,
+        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
+    )(serve.ingress()(Reranker))
+    # The replicas get the token's hash: a deployment's arguments are readable in the dashboard.
+    return deployment.bind(config.model_copy(update={"model": name}), sha256(token) if token else None)
+
+
+def _refuse_without_token_mode() -> None:
+    if not has_token_mode():
+        raise ConfigError(
+            "nothing is served in a Ray without token mode (RAY_AUTH_MODE is not 'token'): each replica opens a port "
+            "on all addresses of its machine, where anyone could run code. For jobs.serve and jobs.query unset "
+            "RAY_AUTH_MODE: they make a token. For 'serve run' and clusters set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN "
+            "(e.g. to the output of 'openssl rand -hex 32') or RAY_AUTH_TOKEN_PATH before Ray starts, on every node"
+        )
+
+
+@contextmanager
+def running(config: ServeConfig) -> Iterator[str]:
+    """Serve `config` in this driver's Ray session while the block runs; yields the address to send requests to.
+
+    Raises `ConfigError` where the cluster serves something already: that is not ours to stop.
+    """
+    from ray import serve
+
+    app = application(config)
+    others = serve.status().applications
+    if others:
+        raise ConfigError(f"this Ray cluster already serves {', '.join(others)}; send requests there, or stop it first")
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # of this driver; the replicas have their own
+    port = config.port or _free_port(config.host)
+    serve.start(http_options={"host": config.host, "port": port})
+    try:
+        serve.run(app, name="medmm", route_prefix="/")
+        yield f"http://{config.host}:{port}"
+    finally:
+        serve.shutdown()  # type: ignore[no-untyped-call]
+        logger.setLevel(level)
+
+
+def _free_port(host: str) -> int:
+    with socket.create_server((host, 0)) as probe:
+        return int(probe.getsockname()[1])

@@ -1,0 +1,131 @@
+"""Figures by group with 95 % intervals, from counts by question: kappa, shares, ratios.
+
+A figure is ``{value, low, high, count, questions, effective}``: `count` entries (steps or solutions) of so many
+questions; `effective` is the number of equally weighted entries that would tell as much. Intervals resample questions,
+for what one question's solutions say is not independent; the weights stay with their entries, so that a weighted figure
+has a weighted interval. `value` is None where it is not defined, the interval also where there is a single question.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medmm_ray.stats.metrics import Floats, cluster_bootstrap, effective_size
+
+Row = dict[str, Any]
+Ints = NDArray[np.int64]
+Tables = dict[str, dict[str, Row]]
+"""By grouping and name: a figure."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """A way to group entries: the names, and for each entry the number of its name."""
+
+    names: Sequence[str]
+    member: Ints
+
+    def of(self, entries: Ints) -> "Groups":
+        return Groups(self.names, self.member[entries])
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """How intervals are drawn."""
+
+    num: int
+    seed: int
+
+
+def share_of_counts(counts_2: Floats) -> Floats:
+    """Hits / all of counts [..., 2] of (misses, hits); NaN where there are none."""
+    total = counts_2.sum(axis=-1)
+    return np.where(total > 0, counts_2[..., 1] / np.where(total > 0, total, 1.0), np.nan)
+
+
+def tabulate(
+    groupings: Mapping[str, Groups],
+    question: Ints,
+    cell: Ints,
+    num_cells: int,
+    statistic: Callable[[Floats], Floats],
+    resampling: Resampling,
+    weight: Floats | None = None,
+) -> Tables:
+    """A figure for each name of each grouping, and for ``all``.
+
+    Entry n counts `weight[n]` (1 without) in `cell[n]` of its groups' tables; `statistic` takes tables
+    [..., num_cells] to figures. All figures share the resamples of the questions. Names without entries are left out.
+    """
+    _, cluster = np.unique(question, return_inverse=True)
+    num_questions = int(cluster.max(initial=-1)) + 1
+    whole = Groups(["all"], np.zeros(len(cell), dtype=np.int64))
+    everything = {"all": whole, **groupings}
+    counts_QGC = np.concatenate(
+        [_counts(group, cluster, num_questions, cell, num_cells, weight) for group in everything.values()], axis=1
+    )
+    num_groups = counts_QGC.shape[1]
+    low, high = cluster_bootstrap(
+        counts_QGC.reshape(num_questions, num_groups * num_cells),
+        lambda sums_BK: statistic(sums_BK.reshape(len(sums_BK), num_groups, num_cells)),
+        resampling.num,
+        resampling.seed,
+    )
+    totals_GC = counts_QGC.sum(axis=0)
+    value, clusters = statistic(totals_GC), (counts_QGC.sum(axis=2) > 0).sum(axis=0)
+    tables: Tables = {}
+    number = 0
+    for grouping, group in everything.items():
+        table = tables[grouping] = {}
+        sizes = np.bincount(group.member, minlength=len(group.names))
+        for place, name in enumerate(group.names):
+            if sizes[place]:
+                mine = None if weight is None else weight[group.member == place]
+                table[name] = {
+                    **_figure(value[number], low[number], high[number], int(sizes[place]), int(clusters[number])),
+                    "effective": float(sizes[place]) if mine is None else round(effective_size(mine), 1),
+                    "cells": totals_GC[number].tolist(),
+                }
+            number += 1
+    return tables
+
+
+def _counts(
+    group: Groups, cluster: Ints, num_questions: int, cell: Ints, num_cells: int, weight: Floats | None
+) -> Floats:
+    """Counts [Q, G, C]."""
+    shape = (num_questions, len(group.names), num_cells)
+    flat = np.bincount((cluster * shape[1] + group.member) * num_cells + cell, weight, minlength=int(np.prod(shape)))
+    return flat.astype(np.float64).reshape(shape)
+
+
+def ratio(above_Q: Floats, below_Q: Floats, resampling: Resampling) -> Row:
+    """A ratio of two sums over questions, such as steps a solution; `count` is the lower sum."""
+
+    def quotient(sums_B2: Floats) -> Floats:
+        below = sums_B2[:, 1:]
+        return np.where(below > 0, sums_B2[:, :1] / np.where(below > 0, below, 1.0), np.nan)
+
+    present = below_Q > 0
+    sums_Q2 = np.stack([above_Q[present], below_Q[present]], axis=1).astype(np.float64)
+    value = quotient(sums_Q2.sum(axis=0, keepdims=True))[0, 0]
+    low, high = cluster_bootstrap(sums_Q2, quotient, resampling.num, resampling.seed)
+    return _figure(value, low[0], high[0], int(below_Q.sum()), len(sums_Q2))
+
+
+def _figure(value: float, low: float, high: float, count: int, questions: int) -> Row:
+    several = questions > 1  # the resamples of a single question are all alike
+    return {
+        "value": _number(value),
+        "low": _number(low) if several else None,
+        "high": _number(high) if several else None,
+        "count": count,
+        "questions": questions,
+    }
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else round(float(value), 6)

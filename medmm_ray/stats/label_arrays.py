@@ -1,0 +1,185 @@
+"""Solutions and labels as columns: the steps of a whole table in a few bytes each, without one Python object a row.
+
+Enters: tables of `Solutions` and of `Labels`, whole or part by part, so that texts are read and let go. Leaves:
+`Steps`, the flat order of all steps, and for each source one int8 a step: RIGHT, WRONG, NEUTRAL (looked at, nothing
+checkable) or UNLABELLED.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from medmm_ray.data.tables import error_kind
+from medmm_ray.stats.targets import ADJUDICATOR
+
+Ints = NDArray[np.int64]
+Codes = NDArray[np.int8]
+RIGHT, WRONG, NEUTRAL, UNLABELLED = 1, 0, -1, -2
+
+
+@dataclass(frozen=True)
+class Steps:
+    """All steps of a table of solutions, in its order: step j of solution i is row ``first[i] + j``.
+
+    `row` is each solution's row in the table, `question` the number of its question, in the order of the table: rows
+    about one question, of several sources of solutions, share it. `length` is a solution's number of steps; `solution`
+    is each step's solution and `index` its place in it.
+    """
+
+    solution_ids: pa.Array
+    row: Ints
+    question: Ints
+    length: Ints
+    first: Ints
+    solution: Ints
+    index: Ints
+
+
+def thin(solutions: pa.Table) -> pa.Table:
+    """A table of `Solutions` without its texts: of each solution its id, `correct`, finish_reason and `num_steps`."""
+    nested = solutions["solutions"].combine_chunks()
+    flat = pc.list_flatten(nested)
+    kept = {name: flat.field(name) for name in ("solution_id", "correct", "finish_reason")}
+    kept["num_steps"] = pc.list_value_length(flat.field("steps"))
+    lists = pa.ListArray.from_arrays(_offsets(nested), pa.StructArray.from_arrays(list(kept.values()), list(kept)))
+    names = [name for name in solutions.column_names if name != "solutions"]
+    return solutions.select(names).append_column("solutions", lists)
+
+
+def steps_of(solutions: pa.Table) -> Steps:
+    """The steps of a table of thin solutions."""
+    nested = solutions["solutions"].combine_chunks()
+    flat = pc.list_flatten(nested)
+    length = np.asarray(flat.field("num_steps"), dtype=np.int64)
+    first = np.cumsum(length) - length
+    solution = np.repeat(np.arange(len(length)), length)
+    row = np.asarray(pc.list_parent_indices(nested), dtype=np.int64)
+    question_ids = solutions["question_id"].combine_chunks()
+    return Steps(
+        solution_ids=flat.field("solution_id"),
+        row=row,
+        question=np.asarray(pc.index_in(question_ids, question_ids.unique()), dtype=np.int64)[row],
+        length=length,
+        first=first,
+        solution=solution,
+        index=np.arange(len(solution)) - first[solution],
+    )
+
+
+def _offsets(nested: pa.ListArray) -> pa.Array:
+    return pc.subtract(nested.offsets, nested.offsets[0])
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where the entries of a list column of label rows belong: entry `entry[k]` of the flat list is step `row[k]`.
+
+    Rows of no solution here (`unknown`), and of another number of steps than their solution (`misfit`: they belong to
+    another text), have no place.
+    """
+
+    row: Ints
+    entry: Ints
+    unknown: int
+    misfit: int
+
+
+def place(steps: Steps, labels: pa.Table) -> Placed:
+    """The steps that the entries of ``labels["steps"]`` speak about. Needs the columns solution_id and steps."""
+    nested = labels["steps"].combine_chunks()
+    found = pc.index_in(labels["solution_id"].combine_chunks(), steps.solution_ids)
+    owner = np.asarray(pc.fill_null(found, -1), dtype=np.int64)
+    starts = np.asarray(_offsets(nested), dtype=np.int64)
+    known = owner >= 0
+    fits = known & (np.diff(starts) == np.where(known, steps.length[owner], 0)) if len(steps.length) else known
+    parents = np.repeat(np.arange(len(owner)), np.diff(starts))
+    entry = np.flatnonzero(fits[parents])
+    parents = parents[entry]
+    row = steps.first[owner[parents]] + entry - starts[parents]
+    unknown = int((~known).sum())
+    return Placed(row, entry, unknown, int((~fits).sum()) - unknown)
+
+
+def verdicts(entries: pa.StructArray) -> pa.Array:
+    """`StepLabel` entries as int8 codes: the label; without one, whether the value is above 0; else neutral or none."""
+    seen = pc.or_(pc.is_valid(entries.field("confidence")), pc.is_valid(entries.field("reason")))
+    above = pc.cast(pc.greater(entries.field("value"), 0), pa.int8())
+    nothing = pc.if_else(seen, pa.scalar(NEUTRAL, pa.int8()), pa.scalar(UNLABELLED, pa.int8()))
+    return pc.coalesce(pc.cast(entries.field("label"), pa.int8()), above, nothing)
+
+
+def thin_labels(labels: pa.Table) -> pa.Table:
+    """A table of `Labels` without its texts: `steps` a list of codes, the others as they are.
+
+    A row with a value that is no number from 0 to 1 (NaN) has the error ``label_value``: it says nothing.
+    """
+    nested = labels["steps"].combine_chunks()
+    entries = pc.list_flatten(nested)
+    lists = pa.ListArray.from_arrays(_offsets(nested), verdicts(entries))
+    names = [name for name in labels.column_names if name not in ("steps", "question_id", "error")]
+    errors = _with_label_faults(labels["error"].combine_chunks(), nested, entries.field("value"))
+    return labels.select(names).append_column("error", errors).append_column("steps", lists)
+
+
+def _with_label_faults(errors: pa.Array, nested: pa.ListArray, value: pa.Array) -> pa.Array:
+    sound = pc.fill_null(pc.and_(pc.greater_equal(value, 0), pc.less_equal(value, 1)), True)
+    broken = np.zeros(len(errors), dtype=bool)
+    broken[np.asarray(pc.list_parent_indices(nested), dtype=np.int64)[~np.asarray(sound, dtype=bool)]] = True
+    fault = pa.scalar("label_value: a step's value is no number from 0 to 1; label the solution again")
+    return pc.if_else(pc.and_(pa.array(broken), pc.is_null(errors)), fault, errors)
+
+
+@dataclass
+class SourceLabels:
+    """What one source says of all steps of a table: `codes`, one a step, and what did not count, by reason."""
+
+    codes: Codes
+    rows: int = 0
+    cost: float = 0.0
+    unknown: int = 0
+    misfit: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
+
+
+def source_labels(steps: Steps, labels: pa.Table) -> dict[str, SourceLabels]:
+    """Thin labels of any sources by source. Rows with an error, of no solution or of another text are only counted.
+
+    Several annotators of a source: the adjudicator where he has a verdict, else the majority, a tie is no label.
+    """
+    sources = sorted(labels["source"].unique().to_pylist())
+    return {source: _of_source(steps, labels.filter(pc.equal(labels["source"], source))) for source in sources}
+
+
+def _of_source(steps: Steps, labels: pa.Table) -> SourceLabels:
+    usable = labels.filter(pc.is_null(labels["error"]))
+    found = place(steps, usable)
+    code = np.asarray(pc.list_flatten(usable["steps"].combine_chunks()), dtype=np.int8)[found.entry]
+    has_last_word = np.asarray(pc.equal(usable["annotator"], ADJUDICATOR), dtype=bool)
+    row_of_entry = np.repeat(np.arange(usable.num_rows), np.asarray(pc.list_value_length(usable["steps"])))[found.entry]
+    last = has_last_word[row_of_entry]
+    codes = _majority(len(steps.solution), found.row[~last], code[~last])
+    said = last & (code != UNLABELLED)
+    codes[found.row[said]] = code[said]
+    return SourceLabels(
+        codes=codes,
+        rows=usable.num_rows,
+        cost=float(pc.sum(labels["cost"]).as_py() or 0.0),
+        unknown=found.unknown,
+        misfit=found.misfit,
+        errors=dict(Counter(error_kind(error) for error in pc.drop_null(labels["error"]).to_pylist())),
+    )
+
+
+def _majority(num_steps: int, row: Ints, code: Codes) -> Codes:
+    """Of all that was said of each step: the majority of its verdicts, else NEUTRAL where somebody looked."""
+    right, wrong = (np.bincount(row[code == verdict], minlength=num_steps) for verdict in (RIGHT, WRONG))
+    codes = np.full(num_steps, UNLABELLED, dtype=np.int8)
+    codes[row[code == NEUTRAL]] = NEUTRAL
+    codes[(right > 0) & (right == wrong)] = UNLABELLED
+    codes[right > wrong] = RIGHT
+    codes[wrong > right] = WRONG
+    return codes

@@ -1,0 +1,180 @@
+"""Tables -> the dataset report: what the labels are worth before anything is trained on them, as one plain dict.
+
+Enters: questions, images, solutions, labels of any sources, the expert's queue, what the run says of itself; any of
+them may still be missing, and its figures then are. Leaves: `audit`'s report (``dataset_report.json``): balance,
+calibration by difficulty, coverage, step counts, agreement, leakage, sampling, label policies, cost, errors, and the
+quality gates. Every share is in [0, 1]; every figure about the whole that rests on the expert's queue is weighted by
+1 / inclusion probability.
+
+Measured: 10,000 questions x 64 solutions x 8 steps with four label sources take 14 s on one core and 1.5 GB.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field
+
+from medmm_ray.config import Config, execution, identity
+from medmm_ray.data.records import Labels, Solutions, arrow_schema
+from medmm_ray.data.tables import Manifest
+from medmm_ray.stats.agreement import agreement, queue_of
+from medmm_ray.stats.grouped_stats import Groups, Resampling
+from medmm_ray.stats.label_arrays import Codes, Steps, source_labels, steps_of, thin, thin_labels
+from medmm_ray.stats.targets import AfterFirstError
+from medmm_ray.steps.audit.cost import cost_figures
+from medmm_ray.steps.audit.gates import GateError, gates, require, spoken, wanted
+from medmm_ray.steps.audit.labels import balance
+from medmm_ray.steps.audit.leakage import leakage
+from medmm_ray.steps.audit.sampling import coverage, easy_first, sampling, step_counts, trees
+from medmm_ray.steps.audit.yields import Yields
+
+__all__ = ["AuditConfig", "GateError", "audit", "require", "spoken", "wanted"]
+
+Row = dict[str, Any]
+Range = tuple[float, float]
+
+
+class AuditConfig(Config):
+    """What the dataset is held to; the targets are the MedMM framework's."""
+
+    gates: Literal["report", "required"] = "report"
+    """required: a gate that fails ends the step with an error, so that nothing is trained; the report is written."""
+    sources: tuple[str, ...] = ("judge", "monte_carlo", "tree_search", "expert", "phantom")
+    """Label sources that may speak for the dataset in balance and calibration; the first that has labels does."""
+    min_kappa: float = 0.8
+    """Agreement of judge and expert (Cohen's kappa) must lie above it."""
+    positive_share: Range = (0.7, 0.8)
+    """Range of the share of right steps among the labelled ones."""
+    min_easy_positive: float = 0.9
+    """Share of right steps in easy questions must lie above it."""
+    hard_positive: Range = (0.6, 0.7)
+    """Range of the share of right steps in hard questions."""
+    mean_steps: Range = (8.0, 12.0)
+    """Range of the mean number of steps of a solution."""
+    usual_steps: tuple[int, int] = (5, 15)
+    """Fewest and most steps of a solution that is not flagged."""
+    modalities: tuple[str, ...] = ("radiology", "pathology", "clinical")
+    """Modalities that must all be there."""
+    max_cost_usd: float | None = 3000.0
+    """Budget of what APIs and readers are paid, US dollars: judge 2,500, expert 500; null: none. Of the framework's
+    3,900 the rest (Monte Carlo 400, GPUs 480) is GPU time, which no table books: --dry-run estimates it."""
+    dollars_per_reviewed_step: float = Field(0.5, ge=0)
+    """US dollars a verdict of a reader."""
+    after_first_error: AfterFirstError = "collapse"
+    """How the label policies treat the steps after the first wrong one, where their yield is told."""
+    yield_solutions: int = Field(5000, ge=1)
+    """Solutions, drawn by their ids, on which the yield of the label policies is measured."""
+    bootstrap_samples: int = Field(1000, ge=1)
+    """Resamples of the questions for the 95 % intervals."""
+    seed: int = 0
+    """Seed of the resamples."""
+    title: str = execution("Dataset report")
+    """Title of the report."""
+
+
+def audit(
+    config: AuditConfig,
+    *,
+    questions: pa.Table,
+    images: pa.Table,
+    solutions: Iterable[pa.Table],
+    labels: Mapping[str, Iterable[pa.Table]],
+    tree_solutions: Iterable[pa.Table] = (),
+    review_queue: pa.Table | None = None,
+    evidence: Iterable[pa.Table] = (),
+    manifests: Mapping[str, Manifest] | None = None,
+    ledgers: Mapping[str, Row] | None = None,
+    missing: Sequence[str] = (),
+) -> Row:
+    """The report. `solutions`, `tree_solutions`, `evidence` and each table of `labels` come in parts, held only while
+    they are read. What the policy was asked for and how often it is right is told of `solutions` alone, all else of
+    both.
+
+    `manifests` are those of the complete tables, by name; `ledgers` what the gates of APIs booked, by model; `missing`
+    names the tables that are not there yet.
+    """
+    made = dict(manifests or {})
+    sampled, grown = _thin(solutions), _thin(tree_solutions)
+    drawn, found = _found(questions, sampled), _found(questions, pa.concat_tables([sampled, grown]))
+    steps, correct, groups = found.steps, found.correct, found.groups
+    yields = Yields(steps, config.yield_solutions, config.after_first_error)
+    parts: list[pa.Table] = []
+    costs = {"solutions": pc.sum(sampled["cost"]).as_py() or 0.0}
+    for table, rows in labels.items():
+        for part in rows:
+            costs[table] = costs.get(table, 0.0) + (pc.sum(part["cost"]).as_py() or 0.0)
+            yields.keep(part)
+            parts.append(thin_labels(part))
+    by_source = source_labels(steps, _concat(parts, thin_labels(arrow_schema(Labels).empty_table())))
+    queue = queue_of(steps, review_queue) if review_queue is not None and review_queue.num_rows else None
+    resampling = Resampling(config.bootstrap_samples, config.seed)
+    speaking = (s for s in config.sources if s in by_source and (by_source[s].codes >= 0).any())
+    report = {
+        "title": config.title,
+        "config": identity(config),
+        "missing": list(missing),
+        "source": next(speaking, None),
+        "coverage": coverage(questions, images, found.table),
+        "sampling": sampling(drawn.table, drawn.steps, drawn.correct, drawn.groups, resampling),
+        "trees": trees(grown),
+        "steps": step_counts(steps, config.usual_steps, resampling),
+        "balance": balance(steps, by_source, groups, queue, resampling),
+        "agreement": agreement(
+            steps, {source: own.codes for source, own in by_source.items()}, groups, queue, resampling
+        ),
+        "policies": yields.figures(correct),
+        "leakage": leakage(questions, images, evidence),
+        "cost": cost_figures(costs, made, ledgers or {}, config.dollars_per_reviewed_step),
+        "errors": {name: m.errors for name, m in made.items() if m.errors},
+        "tables": {
+            name: {"rows": m.rows, "seconds": m.seconds, "cost": m.cost, "figures": m.figures, "created": m.created}
+            for name, m in made.items()
+        },
+    }
+    return {**report, "gates": gates(config, report)}
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Thin solutions with their steps, whether each is right, and the groups that it belongs to."""
+
+    table: pa.Table
+    steps: Steps
+    correct: Codes
+    groups: dict[str, Groups]
+
+
+def _found(questions: pa.Table, table: pa.Table) -> _Found:
+    table = table.combine_chunks().sort_by("question_id")  # resamples depend on the order
+    steps, correct = steps_of(table), _correct(table)
+    return _Found(table, steps, correct, _groups(questions, table, steps, correct))
+
+
+def _thin(parts: Iterable[pa.Table]) -> pa.Table:
+    return _concat([thin(part) for part in parts], thin(arrow_schema(Solutions).empty_table()))
+
+
+def _concat(parts: Sequence[pa.Table], empty: pa.Table) -> pa.Table:
+    return pa.concat_tables(parts).combine_chunks() if parts else empty
+
+
+def _correct(sampled: pa.Table) -> Codes:
+    """Whether each solution's answer is right: RIGHT, WRONG, or -1 where no answer was found."""
+    flags = pc.list_flatten(sampled["solutions"].combine_chunks()).field("correct")
+    return np.asarray(pc.fill_null(pc.cast(flags, pa.int8()), -1), dtype=np.int8)
+
+
+def _groups(questions: pa.Table, sampled: pa.Table, steps: Steps, correct: Codes) -> dict[str, Groups]:
+    """The solutions by answer, difficulty and modality."""
+    place = pc.index_in(sampled["question_id"].combine_chunks(), questions["question_id"].combine_chunks())
+    found = {"answer": Groups(("no answer", "wrong", "right"), correct.astype(np.int64) + 1)}
+    for column in ("difficulty", "modality"):
+        values = pc.fill_null(questions[column].combine_chunks().take(place), "unknown")
+        names = sorted(values.unique().to_pylist(), key=easy_first)
+        member = np.asarray(pc.index_in(values, pa.array(names, pa.string())), dtype=np.int64)
+        found[column] = Groups(names, member[steps.row])
+    return found

@@ -1,0 +1,358 @@
+"""Curate: raw questions and images become clean ones, each once, with splits that share no picture.
+
+In order: rows with errors leave; images with the same bytes become one; near duplicates are *proposed* by perceptual
+hash and *confirmed* by pixels, then become one too; a question that occurs twice stays once; pictures that training and
+test share are dealt with (`leakage`); limits are applied. Everything that leaves is counted by its reason.
+
+Why confirm: phantoms look alike. Of 499,500 pairs of 1,000 cases, 2,214 are within hash distance 4; the correlation of
+their detail is at most 0.953. Copies after JPEG (quality 60), scaling to 60 % or a change of brightness: 0.993 or more.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+from numpy.typing import NDArray
+from PIL import ImageFilter
+from pydantic import model_validator
+
+from medmm_ray.config import Config, digest, execution
+from medmm_ray.data.records import Image, Question, from_dict
+from medmm_ray.data.tables import RowError, TableError, error_kind
+from medmm_ray.engines.images import open_image
+from medmm_ray.stats.targets import ADJUDICATOR
+from medmm_ray.text import normalise
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+THUMBNAIL = 32  # pixels a side
+_BLUR = 2  # pixels: what is smoother than this is not detail
+_BLOCK = 2048  # hashes compared at a time: 2048 x 2048 distances are 4 MB
+
+
+class CurateConfig(Config):
+    """How duplicates are found, and how questions are split."""
+
+    near_duplicates: bool = True
+    """Merge images that are the same picture in other bytes (recompressed, scaled); false: only equal bytes."""
+    hash_distance: int = 4
+    """Largest Hamming distance of two 64-bit perceptual hashes that proposes a pair as duplicates."""
+    pixel_correlation: float = 0.98
+    """Smallest correlation of the detail of two 32 x 32 thumbnails that confirms a proposed pair."""
+    written: Literal["none", "checked", "reviewed"] = "none"
+    """Questions that a model wrote: none, all that passed their checks, or those that readers keep (`reviews`)."""
+    reviews: str = ""
+    """What readers said of questions: an export, as python -m jobs.review_page what=questions --export names it."""
+    leakage: Literal["drop_train", "resplit"] = "drop_train"
+    """Pictures in both splits: drop their training questions, or split all questions anew by picture."""
+    test_fraction: float = 0.2
+    """Share of the pictures that `leakage: resplit` gives to the test split."""
+    max_train: int | None = None
+    """Training questions kept at most, chosen by a hash of their ids; none: all."""
+    max_test: int | None = None
+    """Test questions kept at most, likewise."""
+    seed: int = 0
+    """Decides the new split and what the limits keep."""
+    batch_size: int = execution(64, ge=1)
+    """Images a worker opens at a time."""
+    num_cpus: float = execution(0.5)
+    """Logical CPU cores an image worker asks for."""
+
+    @model_validator(mode="after")
+    def _reviewed_by_somebody(self) -> "CurateConfig":
+        if self.written == "reviewed" and not self.reviews:
+            raise ValueError(
+                "written is 'reviewed' and reviews is empty: read them with python -m jobs.review_page recipe.yaml "
+                "what=questions, then name what its --export prints"
+            )
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curated:
+    """The final rows, and `figures`: what was kept, and what left by reason."""
+
+    questions: list[Question]
+    images: list[Image]
+    figures: dict[str, float]
+
+
+# Written questions, and what readers said
+
+
+def reviewed(questions: pa.Table, written: pa.Table, reviews: pa.Table | None, config: CurateConfig) -> pa.Table:
+    """Raw questions with the written ones that `config` takes; what readers reject gets an error.
+
+    Of several readers the adjudicator counts, else the majority; where they are even, a written question is rejected
+    and the source's own stays. The difficulty becomes the readers'.
+    """
+    said = _reviews_of(reviews)
+    rows = questions.to_pylist()
+    for row in written.to_pylist() if config.written != "none" else []:
+        kept = said[row["question_id"]].keep if row["question_id"] in said else None
+        unread = kept is None and config.written == "reviewed"
+        rows.append(row | {"error": "question_review: no reader has kept it"} if unread else row)
+    return pa.Table.from_pylist([_with_review(row, said.get(row["question_id"])) for row in rows], questions.schema)
+
+
+@dataclass(frozen=True)
+class _Review:
+    keep: bool | None
+    difficulty: str | None
+
+
+def _with_review(row: dict[str, Any], said: _Review | None) -> dict[str, Any]:
+    if said is None or row["error"]:
+        return row
+    error = "question_review: readers reject it" if said.keep is False else None
+    return row | {"error": error, "difficulty": said.difficulty or row["difficulty"]}
+
+
+def _reviews_of(reviews: pa.Table | None) -> dict[str, _Review]:
+    by_question: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in reviews.to_pylist() if reviews is not None else []:
+        by_question[row["question_id"]].append(row)
+    found = {}
+    for question_id, rows in by_question.items():
+        rows = [row for row in rows if row["annotator"] == ADJUDICATOR] or rows
+        votes = sum(
+            1 if row["keep"] and row["answer_right"] is not False else -1 for row in rows if row["keep"] is not None
+        )
+        difficulties = Counter(row["difficulty"] for row in rows if row["difficulty"]).most_common(1)
+        found[question_id] = _Review(
+            keep=votes > 0 if votes else None, difficulty=difficulties[0][0] if difficulties else None
+        )
+    return found
+
+
+# Near duplicates
+
+
+def propose(images: pa.Table, config: CurateConfig) -> tuple[pa.Table, NDArray[np.int64]]:
+    """Which images may be the same picture: the rows in question (`image_id`, `uri`) and pairs of their indices [P, 2].
+
+    `images` are raw_images rows; those with an error, and repeats of the same bytes, take no part.
+    """
+    rows = {r["image_id"]: r for r in _by_uri(images) if not r["error"]}
+    hashes = [row["perceptual_hash"] for row in rows.values()]
+    pairs = near_pairs(hashes, config.hash_distance) if config.near_duplicates else np.empty((0, 2), np.int64)
+    asked, flat = np.unique(pairs, return_inverse=True)
+    ids, uris = list(rows), [row["uri"] for row in rows.values()]
+    schema = pa.schema([("image_id", pa.string()), ("uri", pa.string())])
+    table = pa.Table.from_pylist([{"image_id": ids[i], "uri": uris[i]} for i in asked], schema=schema)
+    return table, flat.reshape(pairs.shape).astype(np.int64)
+
+
+def near_pairs(hashes: Sequence[str], distance: int) -> NDArray[np.int64]:
+    """All pairs i < j [P, 2] of 64-bit hashes (hexadecimal) that differ in at most `distance` bits.
+
+    Compared in blocks with packed bits: 10,000 hashes take about a second, 100,000 about a minute.
+    """
+    packed = np.array([int(text, 16) for text in hashes], dtype=np.uint64)
+    found = [np.empty((0, 2), np.int64)]
+    for top in range(0, len(packed), _BLOCK):
+        rows = packed[top : top + _BLOCK, None]
+        for left in range(top, len(packed), _BLOCK):
+            near = np.bitwise_count(rows ^ packed[None, left : left + _BLOCK]) <= distance
+            i, j = np.nonzero(near)
+            pairs = np.stack([i + top, j + left], axis=1)
+            found.append(pairs[pairs[:, 0] < pairs[:, 1]])
+    return np.concatenate(found)
+
+
+def thumbnails(ds: "Dataset", config: CurateConfig) -> "Dataset":
+    """Rows with `image_id` and `uri` to rows with `image_id`, `detail` (float32 bytes) and `error`; one in, one out."""
+    return ds.map_batches(
+        thumbnail_batch, batch_format="pyarrow", batch_size=config.batch_size, num_cpus=config.num_cpus
+    )
+
+
+def thumbnail_batch(batch: pa.Table) -> pa.Table:
+    rows: list[dict[str, Any]] = []
+    for row in batch.to_pylist():
+        try:
+            rows.append({"image_id": row["image_id"], "detail": detail(open_image(row["uri"])).tobytes()})
+        except RowError as error:
+            rows.append({"image_id": row["image_id"], "error": str(error)})
+    schema = pa.schema([("image_id", pa.string()), ("detail", pa.binary()), ("error", pa.string())])
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+def detail(picture: PIL.Image.Image) -> NDArray[np.float32]:
+    """The fine structure of a picture: a 32 x 32 greyscale less its blurred self, mean 0, length 1 (or all 0), flat.
+
+    Anatomy that all pictures of a kind share is smooth; what tells two of them apart is not.
+    """
+    small = picture.convert("L").resize((THUMBNAIL, THUMBNAIL), PIL.Image.Resampling.BILINEAR)
+    blurred = small.filter(ImageFilter.BoxBlur(_BLUR))
+    fine = np.asarray(small, dtype=np.float32) - np.asarray(blurred, dtype=np.float32)
+    fine = np.asarray(fine - fine.mean(), dtype=np.float32).ravel()
+    length = float(np.linalg.norm(fine))
+    return np.asarray(fine / length if length > 0 else fine, dtype=np.float32)
+
+
+def confirm(
+    proposed: pa.Table, pairs: NDArray[np.int64], details: pa.Table, config: CurateConfig
+) -> list[tuple[str, str]]:
+    """The proposed pairs of image ids whose thumbnails (rows of `thumbnails`, in any order) agree."""
+    stored = {r["image_id"]: r["detail"] for r in details.to_pylist()}
+    ids = proposed["image_id"].to_pylist()
+    missing = [i for i in ids if i not in stored]
+    if missing:
+        raise TableError(f"{len(missing)} of {len(ids)} thumbnails are missing, e.g. {missing[0]}; run curate again")
+    blank = np.zeros(THUMBNAIL * THUMBNAIL, np.float32).tobytes()
+    matrix = np.frombuffer(b"".join(stored[i] or blank for i in ids), np.float32).reshape(len(ids), THUMBNAIL**2)
+    agreed: list[tuple[str, str]] = []
+    for chunk in np.array_split(pairs, max(1, len(pairs) // _BLOCK)):
+        alike = np.einsum("pd,pd->p", matrix[chunk[:, 0]], matrix[chunk[:, 1]]) >= config.pixel_correlation
+        agreed += [(ids[i], ids[j]) for i, j in chunk[alike].tolist()]
+    return agreed
+
+
+# Cleaning
+
+
+def curate(
+    questions: pa.Table, images: pa.Table, duplicates: Sequence[tuple[str, str]], config: CurateConfig
+) -> Curated:
+    """Raw questions and images to final ones; `duplicates` are confirmed pairs of image ids."""
+    figures: Counter[str] = Counter()
+    kept_images, merged = _merge_images(images, duplicates, figures)
+    kept = _merge_questions(_usable(questions, figures), merged, figures)
+    groups = picture_groups(kept)
+    resplit = config.leakage == "resplit"
+    kept = _resplit(kept, groups, config) if resplit else _drop_leaks(kept, groups, figures)
+    kept = _limit(kept, config, figures)
+    final_images = _placed(kept, kept_images, figures)
+    for split in ("train", "test"):
+        figures[f"{split}_questions"] = sum(q.split == split for q in kept)
+        figures[f"{split}_images"] = sum(i.split == split for i in final_images)
+    if not kept:
+        reasons = ", ".join(f"{name} {number}" for name, number in sorted(figures.items()) if number)
+        raise TableError(f"curate leaves none of {questions.num_rows} questions ({reasons}); see raw_questions.error")
+    return Curated(questions=kept, images=final_images, figures={k: float(v) for k, v in sorted(figures.items())})
+
+
+def _usable(questions: pa.Table, figures: Counter[str]) -> list[Question]:
+    usable = []
+    for row in questions.to_pylist():
+        if row["error"]:
+            figures[f"questions_error_{error_kind(row['error'])}"] += 1
+        else:
+            usable.append(from_dict(Question, row))
+    return usable
+
+
+def _by_uri(images: pa.Table) -> list[dict[str, Any]]:
+    return sorted(images.to_pylist(), key=lambda row: str(row["uri"]))
+
+
+def _merge_images(
+    images: pa.Table, duplicates: Sequence[tuple[str, str]], figures: Counter[str]
+) -> tuple[dict[str, Image], dict[str, str]]:
+    """Images by id, each picture once; and for every raw image id the id that stands for it.
+
+    Of near duplicates the one with most pixels stays.
+    """
+    unique: dict[str, Image] = {}
+    for row in _by_uri(images):
+        if row["error"]:
+            figures[f"images_error_{error_kind(row['error'])}"] += 1
+        elif row["image_id"] in unique:
+            figures["images_same_bytes"] += 1
+        else:
+            unique[row["image_id"]] = from_dict(Image, row)
+    merged: dict[str, str] = {}
+    for group in components(unique, duplicates):
+        best = min(group, key=lambda i: (-unique[i].width * unique[i].height, i))
+        merged |= dict.fromkeys(group, best)
+    figures["images_near_duplicate"] = len(unique) - len(set(merged.values()))
+    return {i: unique[i] for i in sorted(set(merged.values()))}, merged
+
+
+def _merge_questions(questions: Sequence[Question], merged: Mapping[str, str], figures: Counter[str]) -> list[Question]:
+    """Questions about merged images, each once: of repeats a test question, else the lowest id, stays."""
+    unique: dict[str, Question] = {}
+    for question in sorted(questions, key=lambda q: (q.split != "test", q.question_id)):
+        about = replace(question, image_ids=[merged[i] for i in question.image_ids])
+        key = digest(normalise(about.question), [normalise(o) for o in about.options], about.image_ids)
+        first = unique.setdefault(key, about)
+        if first is not about:
+            same = normalise(first.answer) == normalise(about.answer)
+            figures["questions_repeated" if same else "questions_repeated_other_answer"] += 1
+    return sorted(unique.values(), key=lambda q: q.question_id)
+
+
+# Splits
+
+
+def picture_groups(questions: Sequence[Question]) -> dict[str, str]:
+    """For each question the name of its group: questions that share a picture, directly or through others, share it.
+
+    The name is the group's lowest image id; a question without a picture is a group of its own.
+    """
+    edges = [(q.image_ids[0], other) for q in questions for other in q.image_ids[1:]]
+    leader = {i: min(group) for group in components({i for q in questions for i in q.image_ids}, edges) for i in group}
+    return {q.question_id: leader[q.image_ids[0]] if q.image_ids else q.question_id for q in questions}
+
+
+def _resplit(questions: Sequence[Question], groups: Mapping[str, str], config: CurateConfig) -> list[Question]:
+    def split(group: str) -> str:
+        share = int(digest("split", config.seed, group), 16) / 16**16
+        return "test" if share < config.test_fraction else "train"
+
+    return [replace(q, split=split(groups[q.question_id])) for q in questions]
+
+
+def _drop_leaks(questions: Sequence[Question], groups: Mapping[str, str], figures: Counter[str]) -> list[Question]:
+    """The questions less those of training whose group has a test question."""
+    tested = {groups[q.question_id] for q in questions if q.split == "test"}
+    kept = [q for q in questions if q.split == "test" or groups[q.question_id] not in tested]
+    figures["questions_leaked"] = len(questions) - len(kept)
+    return kept
+
+
+def _limit(questions: Sequence[Question], config: CurateConfig, figures: Counter[str]) -> list[Question]:
+    by_split: defaultdict[str, list[Question]] = defaultdict(list)
+    for question in questions:
+        by_split[question.split].append(question)
+    kept: list[Question] = []
+    for split, members in by_split.items():
+        limit = {"train": config.max_train, "test": config.max_test}.get(split)
+        chosen = sorted(members, key=lambda q: digest("limit", config.seed, q.question_id))[:limit]
+        figures[f"questions_over_limit_{split}"] = len(members) - len(chosen)
+        kept += chosen
+    return sorted(kept, key=lambda q: q.question_id)
+
+
+def _placed(questions: Sequence[Question], images: Mapping[str, Image], figures: Counter[str]) -> list[Image]:
+    """The images with the split of their questions; one without a question stays if its source calls it training's."""
+    splits = {i: q.split for q in questions for i in q.image_ids}
+    placed = [replace(image, split=splits.get(i, image.split)) for i, image in images.items()]
+    kept = [image for image in placed if image.image_id in splits or image.split == "train"]
+    figures["images_without_question"] = len(placed) - len(kept)
+    return kept
+
+
+def components(nodes: Iterable[str], edges: Iterable[tuple[str, str]]) -> list[list[str]]:
+    """The connected components of an undirected graph, each sorted, in the order of their first members."""
+    parent = {node: node for node in nodes}
+
+    def root(node: str) -> str:
+        while parent[node] != node:
+            parent[node] = parent[parent[node]]
+            node = parent[node]
+        return node
+
+    for one, other in edges:
+        low, high = sorted((root(one), root(other)))
+        parent[high] = low
+    members: defaultdict[str, list[str]] = defaultdict(list)
+    for node in sorted(parent):
+        members[root(node)].append(node)
+    return [members[first] for first in sorted(members)]

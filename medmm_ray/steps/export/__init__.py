@@ -1,0 +1,304 @@
+"""A finished run as a dataset for others: the published nested JSON, or a folder for the Hugging Face hub.
+
+Enters: the tables questions and solutions, and what there is of images, evidence, labels and vectors. Leaves: files in
+an empty folder. Questions go a chunk at a time, by id, so that memory holds one chunk however large the run. JSON has
+the published fields and one label row a source (`sources.medmm`); the Parquet shards have every label row as it is.
+"""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+from pyarrow import fs as pafs
+from pydantic import Field
+
+from medmm_ray.config import Config, ConfigError
+from medmm_ray.data.records import Evidence, Image, Labels, Question, Solution, arrow_schema, from_dict
+from medmm_ray.data.sources.medmm import entry
+from medmm_ray.data.tables import Artifact, RowError, Table, filesystem, write_file
+from medmm_ray.engines.images import read_bytes
+from medmm_ray.steps.export.card import card
+
+log = logging.getLogger(__name__)
+
+
+class ExportConfig(Config):
+    """What is written, and where."""
+
+    to: str = ""
+    """Folder or URI to write to; it must be empty. Required."""
+    format: Literal["json", "hf"] = "json"
+    """json: the published nested JSON, a file a split; hf: Parquet shards a split and a card, as `datasets` reads."""
+    images: Literal["uri", "copy"] = "uri"
+    """uri: images are named where they lie; copy: their files go along, into images/."""
+    embeddings: bool = False
+    """JSON: write the vector of each question's first image into image_embedding (else null)."""
+    questions_per_shard: int = Field(256, ge=1)
+    """Questions that are held in memory at a time, and rows of a Parquet shard."""
+    license: str = "other"
+    """Licence of the dataset, as the hub spells it; yours to choose, the sources' own terms hold too."""
+    push: str = ""
+    """hf: hub id (org/name) of the dataset repository to push the folder to; empty: none."""
+    private: bool = True
+    """Whether a repository that is made is private."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tables:
+    """The run's tables; those that the run does not have are None."""
+
+    questions: Table
+    solutions: Table
+    tree_solutions: Table | None = None
+    images: Table | None = None
+    evidence: Table | None = None
+    image_vectors: Table | None = None
+    labels: Mapping[str, Table] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """All that the run has of one question."""
+
+    question: Question
+    solutions: Sequence[Solution]
+    tree_solutions: Sequence[Solution]
+    labels: Mapping[str, Sequence[Labels]]
+    images: Sequence[Image]
+    evidence: Evidence | None
+    embedding: Sequence[float] | None = None
+
+
+def export(tables: Tables, config: ExportConfig, made_by: Mapping[str, Any]) -> dict[str, int]:
+    """Write the dataset; gives counts. `made_by` (step -> its manifest's figures) goes into the card.
+
+    Raises ConfigError for a folder that is not empty or a name missing, TableError for one that cannot be written.
+    """
+    folder = _empty_folder(config.to)
+    counts: Counter[str] = Counter()
+    splits = _splits(tables)
+    writer = _write_json if config.format == "json" else _write_shards
+    for split, ids in splits.items():
+        chunks = [ids[i : i + config.questions_per_shard] for i in range(0, len(ids), config.questions_per_shard)]
+        writer(folder, split, (_copied(b, folder, config, counts) for c in chunks for b in bundles(tables, c, config)),
+               len(chunks), config, counts)  # fmt: skip
+    if config.format == "hf":
+        text = card(shard_schema(), config.license, {s: counts[f"questions {s}"] for s in splits}, counts, made_by)
+        _put(folder, "README.md", text.encode())
+    return dict(counts)
+
+
+def _empty_folder(to: str) -> str:
+    if not to:
+        raise ConfigError("'to' is required: the folder to write to, e.g. to=exports/mine")
+    fs, path = filesystem(to)
+    if fs.get_file_info(path).is_file or fs.get_file_info(pafs.FileSelector(path, allow_not_found=True)):
+        raise ConfigError(f"{to} is not empty; an export never mixes with other files. Name a new folder (to=...)")
+    Artifact(to).prepare()
+    return to.rstrip("/")
+
+
+def _splits(tables: Tables) -> dict[str, list[str]]:
+    """The ids of each split's questions, sorted; those with an error stay behind."""
+    rows = tables.questions.to_arrow(["question_id", "split", "error"])
+    usable = rows.filter(pc.is_null(rows["error"])).sort_by([("split", "ascending"), ("question_id", "ascending")])
+    found: dict[str, list[str]] = {}
+    for question_id, split in zip(usable["question_id"].to_pylist(), usable["split"].to_pylist(), strict=True):
+        found.setdefault(split, []).append(question_id)
+    return found
+
+
+# Reading a chunk
+
+
+def bundles(tables: Tables, ids: Sequence[str], config: ExportConfig) -> Iterator[Bundle]:
+    """What the run has of each of these questions, in their order."""
+    questions = {q["question_id"]: from_dict(Question, q) for q in _rows(tables.questions, "question_id", ids)}
+    solutions, grown = (
+        {s["question_id"]: s["solutions"] for s in _rows(table, "question_id", ids)}
+        for table in (tables.solutions, tables.tree_solutions)
+    )
+    evidence = {e["question_id"]: from_dict(Evidence, e) for e in _rows(tables.evidence, "question_id", ids)}
+    labels: dict[str, dict[str, list[Labels]]] = {}
+    for table in tables.labels.values():
+        for row in _rows(table, "question_id", ids):
+            own = labels.setdefault(row["question_id"], {}).setdefault(row["solution_id"], [])
+            own.append(from_dict(Labels, row))
+    image_ids = sorted({i for q in questions.values() for i in q.image_ids})
+    images = {i["image_id"]: from_dict(Image, i) for i in _rows(tables.images, "image_id", image_ids)}
+    vectors = _rows(tables.image_vectors, "item_id", image_ids) if config.embeddings else []
+    embeddings = {v["item_id"]: v["vector"] for v in vectors}
+    for question_id in ids:
+        question = questions[question_id]
+        yield Bundle(
+            question=question,
+            solutions=[from_dict(Solution, s) for s in solutions.get(question_id, ())],
+            tree_solutions=[from_dict(Solution, s) for s in grown.get(question_id, ())],
+            labels=labels.get(question_id, {}),
+            images=[images[i] for i in question.image_ids if i in images],
+            evidence=evidence.get(question_id),
+            embedding=embeddings.get(question.image_ids[0]) if question.image_ids else None,
+        )
+
+
+def _rows(table: Table | None, key: str, ids: Sequence[str]) -> list[dict[str, Any]]:
+    """The table's rows of these ids, read from its files alone."""
+    if table is None or not ids or not (files := table.files()):
+        return []
+    found = pads.dataset(files, schema=table.schema, format="parquet", filesystem=table.fs)
+    rows: list[dict[str, Any]] = found.to_table(filter=pc.field(key).isin(ids)).to_pylist()
+    return rows
+
+
+def _copied(bundle: Bundle, folder: str, config: ExportConfig, counts: Counter[str]) -> Bundle:
+    """The bundle with its images' uris as the dataset names them; with images=copy their files lie there."""
+    if config.images == "uri":
+        return bundle
+    images = []
+    for image in bundle.images:
+        name = f"images/{image.image_id}{PurePosixPath(image.uri).suffix}"
+        try:
+            fs, path = filesystem(f"{folder}/{name}")
+            if not fs.get_file_info(path).is_file:
+                _put(folder, name, read_bytes(image.uri))
+                counts["images copied"] += 1
+        except RowError as error:
+            log.warning("image %s is left out: %s", image.image_id, error.kind)
+            counts[f"images {error.kind}"] += 1
+            continue
+        images.append(Image(**{**vars(image), "uri": name}))
+    return Bundle(**{**vars(bundle), "images": images})
+
+
+def _put(folder: str, name: str, content: bytes) -> None:
+    fs, path = filesystem(f"{folder}/{name}")
+    fs.create_dir(path.rpartition("/")[0], recursive=True)
+    write_file(fs, path, content)
+
+
+def _count(bundle: Bundle, counts: Counter[str]) -> None:
+    counts["questions"] += 1
+    counts[f"questions {bundle.question.split}"] += 1
+    counts["solutions"] += len(bundle.solutions)
+    if bundle.tree_solutions:
+        counts["solutions of trees"] += len(bundle.tree_solutions)
+    counts["steps"] += sum(len(s.steps) for s in (*bundle.solutions, *bundle.tree_solutions))
+    for row in (row for rows in bundle.labels.values() for row in rows):
+        counts[f"{row.source} {'failed' if row.error else 'labelled'}"] += 1
+
+
+# Writing
+
+
+def _write_json(
+    folder: str, split: str, found: Iterator[Bundle], num_chunks: int, config: ExportConfig, counts: Counter[str]
+) -> None:  # fmt: skip
+    """``<split>.json``: one list, written entry by entry under another name, then put in its place."""
+    del num_chunks, config
+    fs, path = filesystem(f"{folder}/{split}.json")
+    with fs.open_output_stream(f"{path}.part") as stream:
+        separator = "[\n"
+        for bundle in found:
+            try:
+                row = entry(
+                    bundle.question, bundle.solutions, bundle.labels, image_uris=[i.uri for i in bundle.images],
+                    evidence=bundle.evidence, embedding=bundle.embedding, tree_solutions=bundle.tree_solutions,
+                )  # fmt: skip
+                written = _json(row)
+            except RowError as error:
+                log.warning("question %s is left out: %s", bundle.question.question_id, error)
+                counts[f"left out {error.kind}"] += 1
+                continue
+            stream.write((separator + written).encode())
+            separator = ",\n"
+            _count(bundle, counts)
+        stream.write(b"\n]\n" if separator == ",\n" else b"[]\n")
+    fs.move(f"{path}.part", path)
+
+
+def _json(row: Mapping[str, Any]) -> str:
+    """JSON has no NaN and no infinity; Python writes them all the same, unless told not to."""
+    try:
+        return json.dumps(row, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise RowError("not_finite", f"a number of it is NaN or infinite ({error})") from None
+
+
+def shard_schema() -> pa.Schema:
+    """A shard's columns: the question's, then its images, evidence, and all solutions with every label row."""
+    labels = [f for f in arrow_schema(Labels) if f.name not in ("question_id", "solution_id")]
+    solution = [*arrow_schema(Solution), pa.field("labels", pa.list_(pa.struct(labels)))]
+    image = [f for f in arrow_schema(Image) if f.name in ("image_id", "uri", "sha256", "modality", "diagnosis")]
+    evidence = arrow_schema(Evidence)
+    return pa.schema(
+        [
+            *(f for f in arrow_schema(Question) if f.name not in ("error", "split", "image_ids")),
+            pa.field("images", pa.list_(pa.struct(image))),
+            pa.field("related_documents", evidence.field("documents").type),
+            pa.field("related_images", evidence.field("images").type),
+            pa.field("solutions", pa.list_(pa.struct(solution))),
+            pa.field("tree_solutions", pa.list_(pa.struct(solution))),
+        ]
+    )
+
+
+def shard_row(bundle: Bundle) -> dict[str, Any]:
+    """One row of `shard_schema`."""
+    evidence = bundle.evidence
+    return {
+        **asdict(bundle.question),
+        "images": [asdict(image) for image in bundle.images],
+        "related_documents": [asdict(d) for d in evidence.documents] if evidence else [],
+        "related_images": [asdict(i) for i in evidence.images] if evidence else [],
+        **{
+            name: [{**asdict(s), "labels": [asdict(row) for row in bundle.labels.get(s.solution_id, ())]} for s in own]
+            for name, own in (("solutions", bundle.solutions), ("tree_solutions", bundle.tree_solutions))
+        },
+    }
+
+
+def _write_shards(
+    folder: str, split: str, found: Iterator[Bundle], num_chunks: int, config: ExportConfig, counts: Counter[str]
+) -> None:  # fmt: skip
+    """``data/<split>-00000-of-00003.parquet``, a chunk of questions each."""
+    rows: list[dict[str, Any]] = []
+    number = 0
+
+    def flush() -> None:
+        nonlocal number
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(rows, schema=shard_schema()), sink)
+        _put(folder, f"data/{split}-{number:05d}-of-{num_chunks:05d}.parquet", sink.getvalue().to_pybytes())
+        rows.clear()
+        number += 1
+
+    for bundle in found:
+        rows.append(shard_row(bundle))
+        _count(bundle, counts)
+        if len(rows) == config.questions_per_shard:
+            flush()
+    if rows:
+        flush()
+
+
+def push(folder: str, repo_id: str, private: bool) -> str:
+    """Put the folder into a dataset repository of the hub, made where it does not exist; gives the commit's address.
+
+    `HF_ENDPOINT` names another hub, `HF_TOKEN` who is asking, as everywhere in huggingface_hub.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=repo_id, repo_type="dataset", folder_path=folder, commit_message="Export of a medmm_ray run"
+    )
+    return str(commit.commit_url)

@@ -1,0 +1,290 @@
+"""Ingest: what a source yields, as the tables raw_questions, raw_images, documents and demonstrations.
+
+Images are drawn (phantoms), opened, hashed and measured in Ray workers; a question's id contains the hashes of its
+images, so questions are made after them. A row that is not usable keeps its place, with an `error`:
+
+- image_missing, image_empty, image_format, image_corrupt, image_too_large: the file cannot become a picture;
+- answer_not_in_options, answer_not_yes_no, answer_empty, question_empty, options_missing, options_repeated,
+  duplicate_id, image_unknown: the question cannot be used; ``upstream: …`` repeats the fault of its image.
+"""
+
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import PIL.Image
+import pyarrow as pa
+from pydantic import Field
+
+from medmm_ray.config import Config, ConfigError, digest, execution, identity
+from medmm_ray.data.records import Document, Image, Question, Solution, Solutions, to_arrow
+from medmm_ray.data.sources import Request, SourceData, SourceQuestion, load
+from medmm_ray.data.sources.phantom import Hardness
+from medmm_ray.data.tables import RowError, TableError, error_kind, filesystem, write_file
+from medmm_ray.engines.images import decode_image, read_bytes
+from medmm_ray.text import LETTERS, answer_key, join_steps, normalise
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+Draw = Callable[[str, int], PIL.Image.Image]
+WORKED = "worked"
+
+
+class IngestConfig(Config):
+    """What to read. `path` and `documents_path` name the input itself, so they count as part of the result."""
+
+    source: str = "phantom"
+    """The data set: a module of medmm_ray.data.sources (phantom, vqa_rad, ...)."""
+    path: str = ""
+    """Folder or URI of the data set's files; empty for phantoms, which are drawn."""
+    documents_path: str = ""
+    """A JSONL file of documents {"title", "text"} to retrieve from, besides those of the source."""
+    num_train: int | None = Field(None, ge=0)
+    """Training questions to make (phantom; default 800) or to take at most (others; default all)."""
+    num_test: int | None = Field(None, ge=0)
+    """Test questions to make (phantom; default 250) or to take at most (others; default all)."""
+    num_extra_images: int = Field(0, ge=0)
+    """Phantoms: training images without a question, for the image tower and as reference images."""
+    num_worked: int = Field(1, ge=0)
+    """Phantoms: worked solutions a training question, for supervised training of the policy."""
+    image_size: int = Field(64, ge=1)
+    """Phantoms: side of a drawn picture in pixels."""
+    hardness: Hardness = Hardness()
+    """Phantoms: how hard the pictures are to read."""
+    seed: int = 0
+    """Phantoms: which cases are drawn."""
+    batch_size: int = execution(64, ge=1)
+    """Images a worker opens at a time."""
+    num_cpus: float = execution(0.5, ge=0)
+    """Logical CPU cores an image worker asks for."""
+
+
+def read_source(config: IngestConfig) -> SourceData:
+    """All that the configured source yields; a `ConfigError` or `TableError` names the file and the field at fault."""
+    if not config.source.startswith("phantom") and not config.path:
+        raise ConfigError(f"ingest.path is empty: source {config.source!r} needs the folder that holds its files")
+    return load(config.source).read(request_of(config))
+
+
+def request_of(config: IngestConfig) -> Request:
+    return Request(
+        path=config.path,
+        documents_path=config.documents_path,
+        num_train=config.num_train,
+        num_test=config.num_test,
+        num_extra_images=config.num_extra_images,
+        num_worked=config.num_worked,
+        hardness=config.hardness,
+        seed=config.seed,
+    )
+
+
+# Images
+
+
+def image_table(data: SourceData, folder: str) -> pa.Table:
+    """The images to inspect, one row each, keyed by `uri`; drawn ones will lie below `folder`."""
+    rows = [{**asdict(image), "uri": _uri(data, folder, image.uri)} for image in data.images]
+    uris = [row["uri"] for row in rows]
+    if len(set(uris)) < len(uris):
+        repeated = next(uri for uri in uris if uris.count(uri) > 1)
+        raise TableError(f"the source lists the image {repeated} more than once; each file may be listed once")
+    names = ("uri", "split", "modality", "diagnosis", "annotation")
+    return pa.Table.from_pylist(rows, schema=pa.schema([(name, pa.string()) for name in names]))
+
+
+def inspect_images(ds: "Dataset", config: IngestConfig, draw: Draw | None = None) -> "Dataset":
+    """Rows of `image_table` to rows of the record Image (`image_id`, hashes, size, or an `error`), keyed by `uri`.
+
+    With `draw`, each picture is drawn from its annotation and written to its uri first.
+    """
+    return ds.map_batches(
+        partial(inspect_batch, draw=draw, size=config.image_size),
+        batch_format="pyarrow",
+        batch_size=config.batch_size,
+        num_cpus=config.num_cpus,
+    )
+
+
+def inspect_batch(batch: pa.Table, draw: Draw | None = None, size: int = 64) -> pa.Table:
+    return to_arrow(Image, [inspect_image(row, draw, size) for row in batch.to_pylist()])
+
+
+def inspect_image(row: dict[str, Any], draw: Draw | None = None, size: int = 64) -> Image:
+    """One row of `image_table` as an Image; a file that cannot become a picture gives one with an `error`."""
+    import imagehash
+
+    uri = row["uri"]
+    known = {name: row[name] for name in ("uri", "split", "modality", "diagnosis", "annotation")}
+    try:
+        content = _draw(draw, row, size) if draw else read_bytes(uri)
+        picture = decode_image(content, uri)
+    except RowError as error:
+        return Image(
+            image_id=f"im{digest(uri)}",
+            sha256="",
+            perceptual_hash="",
+            width=0,
+            height=0,
+            **known,
+            error=str(error),
+        )
+    sha256 = hashlib.sha256(content).hexdigest()
+    return Image(
+        image_id=f"im{sha256[:16]}",
+        sha256=sha256,
+        perceptual_hash=str(imagehash.phash(picture)),
+        width=picture.width,
+        height=picture.height,
+        **known,
+    )
+
+
+def _draw(draw: Draw, row: dict[str, Any], size: int) -> bytes:
+    stream = io.BytesIO()
+    draw(row["annotation"], size).save(stream, "PNG")
+    content = stream.getvalue()
+    fs, path = filesystem(row["uri"])
+    fs.create_dir(path.rpartition("/")[0], recursive=True)
+    write_file(fs, path, content)
+    return content
+
+
+def _uri(data: SourceData, folder: str, uri: str) -> str:
+    return f"{folder.rstrip('/')}/{uri}" if data.draw else uri
+
+
+# Questions and what comes with them
+
+
+def question_rows(data: SourceData, images: pa.Table, config: IngestConfig, folder: str) -> list[Question]:
+    """One Question for each of `data.questions`, in their order; `images` is the finished raw_images.
+
+    A question that occurs again (same text, options, images) gets an id of its own; `curate` decides which one stays.
+    """
+    known = {row["uri"]: row for row in images.select(["uri", "image_id", "sha256", "error"]).to_pylist()}
+    names: set[str] = set()
+    occurrences: Counter[str] = Counter()
+    rows = []
+    for question in data.questions:
+        uris = [_uri(data, folder, uri) for uri in question.images]
+        found = [known.get(uri, {"image_id": f"im{digest(uri)}", "sha256": "", "error": None}) for uri in uris]
+        content = [f["sha256"] or f["image_id"] for f in found]
+        source = question.source or config.source
+        parts = [source, question.question, list(question.options), content]
+        key = digest(*parts)
+        count = occurrences[key]
+        occurrences[key] += 1
+        own = question.question_id if question.name not in names else ""
+        try:
+            if question.name in names:
+                raise RowError("duplicate_id", f"the source has {question.name!r} more than once; each id names one")
+            answer, error = checked_answer(question), question.error
+            for uri, image in zip(uris, found, strict=True):
+                if uri not in known:
+                    raise RowError("image_unknown", f"{uri} is none of the source's images")
+                if image["error"]:
+                    error = f"upstream: {error_kind(image['error'])} in {uri}"
+        except RowError as fault:
+            answer, error = question.answer, str(fault)
+        names.add(question.name)
+        rows.append(
+            Question(
+                question_id=own or f"q{digest(*parts, count) if count else key}",
+                source=source,
+                split=question.split,
+                modality=question.modality,
+                difficulty=question.difficulty,
+                question=question.question,
+                options=list(question.options),
+                answer=answer,
+                answer_type=question.answer_type,
+                image_ids=[f["image_id"] for f in found],
+                error=error,
+            )
+        )
+    return rows
+
+
+def checked_answer(question: SourceQuestion) -> str:
+    """The answer as `Question.answer` holds it; raises `RowError` where question, options and answer do not fit."""
+    answer, options = question.answer.strip(), list(question.options)
+    if not question.question.strip():
+        raise RowError("question_empty", f"question {question.name!r} has no text")
+    if question.answer_type == "open":
+        if not answer:
+            raise RowError("answer_empty", f"question {question.name!r} has no answer")
+        return answer
+    if question.answer_type == "yes_no":
+        if answer.lower() not in ("yes", "no"):
+            raise RowError("answer_not_yes_no", f"the answer of {question.name!r} is neither yes nor no")
+        return answer.lower()
+    if not 2 <= len(options) <= len(LETTERS):
+        raise RowError("options_missing", f"{question.name!r} has {len(options)} options; 2 to {len(LETTERS)} are due")
+    if not all(option.strip() for option in options):
+        raise RowError("options_missing", f"one of the {len(options)} options of {question.name!r} has no text")
+    plain = [_plain(option) for option in options]
+    if len(set(plain)) < len(plain):
+        raise RowError("options_repeated", f"two of the {len(options)} options of {question.name!r} are the same")
+    if answer in LETTERS[: len(options)] and len(answer) == 1:
+        return answer
+    if _plain(answer) in plain:
+        return LETTERS[plain.index(_plain(answer))]
+    raise RowError("answer_not_in_options", f"the answer of {question.name!r} is none of its {len(options)} options")
+
+
+def _plain(text: str) -> str:
+    """For telling options apart: signs and Greek letters count (``> 5`` and ``< 5``), a plural does too."""
+    return f"{normalise(text)} {answer_key(text)}".strip() or text
+
+
+def document_rows(data: SourceData) -> list[Document]:
+    """The documents, each content once."""
+    rows = [
+        Document(document_id=f"d{digest(d.corpus, d.title, d.text)}", corpus=d.corpus, title=d.title, text=d.text)
+        for d in data.documents
+    ]
+    return list({row.document_id: row for row in rows}.values())
+
+
+def demonstration_rows(data: SourceData, questions: Sequence[Question], config: IngestConfig) -> list[Solutions]:
+    """Worked solutions of the training questions, as the solutions of the policy "worked"; maybe none.
+
+    `questions` are the rows that `question_rows` made of the same data.
+    """
+    config_hash = digest(identity(config))
+    rows = []
+    for source, question in zip(data.questions, questions, strict=True):
+        if not source.worked or question.split != "train" or question.error:
+            continue
+        solutions = [_worked(question, config_hash, index, list(steps)) for index, steps in enumerate(source.worked)]
+        rows.append(
+            Solutions(
+                question_id=question.question_id,
+                policy=WORKED,
+                config_hash=config_hash,
+                num_requested=len(solutions),
+                solutions=solutions,
+            )
+        )
+    return rows
+
+
+def _worked(question: Question, config_hash: str, index: int, steps: list[str]) -> Solution:
+    text = join_steps(steps)
+    return Solution(
+        solution_id=f"s{digest(question.question_id, WORKED, config_hash, index)}",
+        index=index,
+        text=text,
+        steps=steps,
+        answer=question.answer,
+        correct=True,
+        finish_reason="stop",
+        seed=0,
+        text_sha=digest(text),
+    )

@@ -1,0 +1,177 @@
+"""A verdict for each step of each solution, by a judge: a phantom's truth with errors, a local model, or an API.
+
+Enters: solutions, their questions, images and evidence. Leaves: labels with source "judge" (`Labels`, nested by
+question). A judge sees the question, its images, documents and reference cases, the gold answer only by explicit
+config, and speaks about each step by itself: three tests, a verdict, a confidence, a reason. Right-answer solutions are
+judged like the others, equal steps of a question once; the cost stands with the first of them. A step in which nothing
+can be checked has no label but a confidence. A call that fails becomes the row's error, never a label; what was paid
+for it is the row's cost.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from medmm_ray.data.records import Labels, to_arrow_lists
+from medmm_ray.data.tables import RowError, attach
+from medmm_ray.engines.generator import Generator, MakeGenerator, actor_options
+from medmm_ray.engines.llm.client import BYTES_A_TOKEN, Access, connect, open_access
+from medmm_ray.engines.llm.endpoint import Request
+from medmm_ray.engines.llm.local import LocalEndpoint, prompt_of
+from medmm_ray.steps.judge.backends import Judge, Judgement, ModelJudge, PhantomJudge, at_cost
+from medmm_ray.steps.judge.config import JudgeConfig
+from medmm_ray.steps.judge.prompt import JudgeCase, Picture
+from medmm_ray.steps.judge.verdicts import verdicts
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+__all__ = [
+    "Judge", "JudgeActor", "JudgeCase", "JudgeConfig", "Judgement", "ModelJudge", "PhantomJudge", "Picture",
+    "judge", "make_judge", "verdicts",
+]  # fmt: skip
+
+APIS = ("gemini", "openai")
+
+
+def judge(
+    ds: "Dataset",
+    config: JudgeConfig,
+    *,
+    questions: pa.Table,
+    images: pa.Table,
+    evidence: pa.Table | None = None,
+    model: str | None = None,
+    folder: str | None = None,
+    generator: MakeGenerator = Generator,
+    second: tuple[JudgeConfig, str | None] | None = None,
+) -> "Dataset":
+    """`Solutions` rows -> ``{question_id, labels}``, labels a list of `Labels`.
+
+    `questions` and `images` are the run's tables, `evidence` its documents and similar images; `model` is the
+    checkpoint of a vllm judge or the name of an API's model; `folder` is where the run keeps the API's answers and the
+    ledger of their cost. A `second` judge (its config and model) reads the same and adds its labels to each list.
+    """
+    ds = attach(ds, questions, "question_id", ["split", "question", "options", "answer", "image_ids"])
+    if evidence is not None:
+        ds = attach(ds, evidence, "question_id", ["documents", "images"])
+    judges = [(config, model), *([second] if second else [])]
+    for number, (own, name) in enumerate(judges, 1):
+        ds = ds.map_batches(
+            JudgeActor,
+            fn_constructor_kwargs={
+                "config": own,
+                "images": images.select(["image_id", "uri", "annotation"]),
+                "model": name,
+                "generator": generator,
+                "access": _access(own, name, folder),
+                "is_last": number == len(judges),
+            },
+            **actor_options(own),
+        )
+    return ds
+
+
+def _access(config: JudgeConfig, model: str | None, folder: str | None) -> Access | None:
+    """How actors reach the judge's API; None where it has none."""
+    if config.backend != "gemini" and config.backend != "openai":
+        return None
+    if model is None or folder is None:
+        raise ValueError(f"judge.backend={config.backend} needs judge.model and a folder for its answers")
+    return open_access(config.backend, model, config, folder)
+
+
+class JudgeActor:
+    """The actor: judges the distinct solutions of each question of a batch; its labels come behind another judge's.
+
+    What another judge is to read goes on with the labels, unless this one `is_last`.
+    """
+
+    def __init__(
+        self, config: JudgeConfig, images: pa.Table, model: str | None = None, generator: MakeGenerator = Generator,
+        access: Access | None = None, is_last: bool = True,
+    ) -> None:  # fmt: skip
+        self.config, self.is_last = config, is_last
+        self.backend = make_judge(config, model, generator, access)
+        rows = images.to_pylist()
+        self.pictures = {row["image_id"]: Picture(row["uri"], row["annotation"]) for row in rows}
+
+    async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
+        rows = batch.to_pylist()
+        labels = await asyncio.gather(*(self.label(row) for row in rows))
+        both = [[*row.get("labels", ()), *own] for row, own in zip(rows, labels, strict=True)]
+        kept = batch.select(["question_id"]) if self.is_last else batch
+        yield kept.append_column("labels", to_arrow_lists(Labels, both))
+
+    async def label(self, row: Mapping[str, Any]) -> list[Labels]:
+        """The labels of one question's solutions; none where it has none or its split is not judged."""
+        if row["split"] not in self.config.splits or not row["solutions"]:
+            return []
+        read = [tuple(solution["steps"]) for solution in row["solutions"]]  # all of a text that a judge reads
+        distinct = list(islice(dict.fromkeys(read), self.config.max_solutions))
+        judged = dict(zip(distinct, await self.backend.judge(self.case(row), distinct), strict=True))
+        labels = []
+        for solution, steps in zip(row["solutions"], read, strict=True):
+            found = judged.get(steps)
+            if found is None:  # beyond max_solutions
+                continue
+            labels.append(
+                Labels(
+                    question_id=row["question_id"],
+                    solution_id=solution["solution_id"],
+                    source="judge",
+                    annotator=self.backend.annotator,
+                    steps=[] if isinstance(found, RowError) else found.steps,
+                    cost=found.cost,
+                    saw_answer=self.config.show_answer,
+                    answered_by=None if isinstance(found, RowError) else found.answered_by,
+                    error=str(found) if isinstance(found, RowError) else None,
+                )
+            )
+            judged[steps] = at_cost(found, 0.0)  # paid for once
+        return labels
+
+    def case(self, row: Mapping[str, Any]) -> JudgeCase:
+        config = self.config
+        references = (row.get("images") or [])[: config.num_references]
+        return JudgeCase(
+            question_id=row["question_id"],
+            question=row["question"],
+            options=row["options"],
+            answer=row["answer"],
+            images=[self.pictures[i] for i in row["image_ids"]],
+            documents=[d["text"] for d in (row.get("documents") or [])[: config.num_documents]],
+            references=[Picture(r["uri"], r["diagnosis"]) for r in references],
+        )
+
+
+def make_judge(
+    config: JudgeConfig, model: str | None, generator: MakeGenerator = Generator, access: Access | None = None
+) -> Judge:
+    """The backend that `config` names; an API without `access` has no gate, and its answers are not kept."""
+    if config.backend == "phantom":
+        return PhantomJudge(config.error_rate, config.seed)
+    if model is None:
+        raise ValueError(f"judge.backend={config.backend} needs judge.model")
+    if config.backend == "vllm":
+        return _local(config, model, generator)
+    client = access.connect() if access else connect(config.backend, model, config)
+
+    def tokens(request: Request) -> int:
+        return request.text_bytes // BYTES_A_TOKEN + len(request.pictures) * client.price.image_tokens
+
+    return ModelJudge(config, model, client, tokens, config.max_prompt_tokens, exact=False)
+
+
+def _local(config: JudgeConfig, model: str, generator: MakeGenerator) -> ModelJudge:
+    engine = generator(model, config)
+
+    def tokens(request: Request) -> int:
+        return engine.count(prompt_of(request)) + request.max_tokens
+
+    name = Path(model).name
+    return ModelJudge(config, name, LocalEndpoint(engine, name), tokens, config.max_model_len, exact=True)

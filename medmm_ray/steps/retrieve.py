@@ -1,0 +1,203 @@
+"""Evidence for each question: documents near its text, and similar training images with their diagnoses.
+
+Enters: the table questions, the vectors and the index of earlier steps. Leaves: one `Evidence` row a question, best
+first. Reference images come from the training split only, and are never the question's own image or a duplicate of it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from medmm_ray.config import Config, digest, execution, identity
+from medmm_ray.data.records import Evidence, RetrievedDocument, RetrievedImage, to_arrow
+from medmm_ray.data.tables import RowError
+from medmm_ray.engines.index import Index, Vectors
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.data import Dataset
+
+TRAIN = "train"  # the only split that reference images come from
+IMAGE_COLUMNS = ["image_id", "uri", "sha256", "diagnosis", "split"]
+
+
+class RetrieveConfig(Config):
+    """How much evidence a question gets."""
+
+    num_documents: int = 5
+    """Documents a question, most similar first; 0 for none."""
+    num_images: int = 3
+    """Reference images a question (3 to 5 are the published numbers); 0 for none."""
+    duplicate_similarity: float = 0.9999
+    """Cosine similarity from which a reference image counts as a duplicate of the question's own and is passed over."""
+    batch_size: int = execution(256, ge=1)
+    """Questions that are looked up at once."""
+    num_actors: int = execution(1)
+    """Most copies of the index that work at the same time."""
+    num_cpus: float = execution(0.5)
+    """CPUs that one copy holds."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """What retrieval looks things up in, as Arrow tables.
+
+    `documents`: document_id, text. `images`: image_id, uri, sha256, diagnosis, split of *all* images. `query_vectors`
+    and `image_vectors`: Vector rows.
+    """
+
+    documents: pa.Table
+    images: pa.Table
+    query_vectors: pa.Table
+    image_vectors: pa.Table
+
+
+def retrieve(ds: "Dataset", config: RetrieveConfig, library: Library, index_folder: str) -> "Dataset":
+    """Question rows -> Evidence rows; the library is shared through the object store, once a node."""
+    import ray
+    from ray.data import ActorPoolStrategy
+
+    tables = (library.documents, library.images, library.query_vectors, library.image_vectors)
+    return ds.map_batches(
+        _RetrieveActor,
+        fn_constructor_args=(config, [ray.put(table) for table in tables], index_folder),
+        batch_size=config.batch_size,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(min_size=1, max_size=config.num_actors),
+        num_cpus=config.num_cpus,
+    )
+
+
+class _RetrieveActor:
+    def __init__(self, config: RetrieveConfig, tables: "Sequence[ObjectRef[pa.Table]]", index_folder: str) -> None:
+        import ray
+
+        self.retriever = Retriever(config, Library(*ray.get(list(tables))), index_folder)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return self.retriever.evidence(batch)
+
+
+class Retriever:
+    """Both indexes and the library, ready to look up batches of questions.
+
+    Documents come from dense vectors alone; a lexical ranking would be fused with theirs in `evidence`, before the cut.
+    """
+
+    def __init__(self, config: RetrieveConfig, library: Library, index_folder: str) -> None:
+        from medmm_ray.engines.checkpoints import local_folder
+
+        folder = local_folder(index_folder)
+        self.config = config
+        self.config_hash = digest(identity(config))
+        self.document_index = Index.load(folder / "documents")
+        self.image_index = Index.load(folder / "images")
+        self.texts = dict(zip(library.documents["document_id"].to_pylist(), library.documents["text"], strict=True))
+        self.images = {row["image_id"]: row for row in library.images.select(IMAGE_COLUMNS).to_pylist()}
+        self.query_vectors = _Vectors(library.query_vectors)
+        self.image_vectors = _Vectors(library.image_vectors)
+
+    def evidence(self, questions: pa.Table) -> pa.Table:
+        """Evidence rows of Question rows. An image without a vector leaves its question with documents and an error."""
+        rows = questions.select(["question_id", "image_ids", "error"]).to_pylist()
+        faults = {i: f"upstream: {row['error']}" for i, row in enumerate(rows) if row["error"]}
+        texts: dict[int, Vectors] = {}
+        pictures: dict[int, Vectors] = {}
+        for i, row in enumerate(rows):
+            if i in faults:
+                continue
+            try:
+                if self.config.num_documents:
+                    texts[i] = self.query_vectors.get(row["question_id"])
+                if self.config.num_images and row["image_ids"]:
+                    pictures[i] = self.image_vectors.get(row["image_ids"][0])
+            except RowError as fault:
+                faults[i] = str(fault)
+        documents = nearest(self.document_index, texts, self.config.num_documents)
+        eligible = {i: self._eligible(rows[i]["image_ids"]) for i in pictures}
+        references = nearest(self.image_index, pictures, self.config.num_images, eligible)
+        found = [
+            Evidence(
+                question_id=row["question_id"],
+                config_hash=self.config_hash,
+                documents=[self._document(*found) for found in documents.get(i, [])],
+                images=[self._image(*found) for found in references.get(i, [])],
+                error=faults.get(i),
+            )
+            for i, row in enumerate(rows)
+        ]
+        return to_arrow(Evidence, found)
+
+    def _eligible(self, own_ids: Sequence[str]) -> Callable[[str], bool]:
+        """Which images may be references of a question whose own images are `own_ids`."""
+        own_hashes = {self.images[i]["sha256"] for i in own_ids if i in self.images}
+        own_ND = np.stack([self.image_vectors.get(i) for i in own_ids if i in self.image_vectors])
+
+        def eligible(image_id: str) -> bool:
+            image = self.images.get(image_id)
+            if image is None or image["split"] != TRAIN or image_id in own_ids or image["sha256"] in own_hashes:
+                return False
+            return float((own_ND @ self.image_vectors.get(image_id)).max()) < self.config.duplicate_similarity
+
+        return eligible
+
+    def _document(self, document_id: str, score: float) -> RetrievedDocument:
+        return RetrievedDocument(document_id=document_id, text=self.texts[document_id].as_py(), score=score)
+
+    def _image(self, image_id: str, similarity: float) -> RetrievedImage:
+        image = self.images[image_id]
+        return RetrievedImage(image_id=image_id, uri=image["uri"], diagnosis=image["diagnosis"], similarity=similarity)
+
+
+def nearest(
+    index: Index,
+    queries: Mapping[int, Vectors],
+    k: int,
+    eligible: Mapping[int, Callable[[str], bool]] | None = None,
+) -> dict[int, list[tuple[str, float]]]:
+    """The `k` nearest (id, similarity) of each query that its `eligible` lets pass, best first.
+
+    Fewer than `k` only where the index holds no more: a search that lost too many to `eligible` is widened.
+    """
+    found: dict[int, list[tuple[str, float]]] = {i: [] for i in queries}
+    pending = sorted(queries)
+    fetch = k + 4
+    while pending:
+        ids, similarities = index.search(np.stack([queries[i] for i in pending]), fetch)
+        for i, names, values in zip(pending, ids, similarities, strict=True):
+            passed = eligible[i] if eligible else _anything
+            found[i] = [(name, value) for name, value in zip(names, values, strict=True) if passed(name)][:k]
+        pending = [i for i in pending if len(found[i]) < k and fetch < len(index)]
+        fetch *= 4
+    return found
+
+
+def _anything(_: str) -> bool:
+    return True
+
+
+class _Vectors:
+    """Vector rows by id."""
+
+    def __init__(self, rows: pa.Table) -> None:
+        self._row = {item_id: n for n, item_id in enumerate(rows["item_id"].to_pylist())}
+        self._errors = rows["error"].to_pylist()
+        self._vectors = rows["vector"].combine_chunks()
+
+    def __contains__(self, item_id: str) -> bool:
+        return item_id in self._row and not self._errors[self._row[item_id]]
+
+    def get(self, item_id: str) -> Vectors:
+        """The vector of an id; raises `RowError` where it has none."""
+        if item_id not in self._row:
+            raise RowError("vector_missing", f"{item_id} has no row among the vectors; embed it first")
+        error = self._errors[self._row[item_id]]
+        if error:
+            raise RowError("upstream", f"no vector of {item_id}: {error}")
+        vector_D: Vectors = self._vectors[self._row[item_id]].values.to_numpy()
+        if not (np.isfinite(vector_D).all() and vector_D.any()):
+            raise RowError("not_finite", f"the vector of {item_id} holds NaN or infinity, or is 0; embed it again")
+        return vector_D

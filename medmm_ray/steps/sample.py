@@ -1,0 +1,322 @@
+"""Solutions of questions, drawn from a policy by vLLM.
+
+Enters: questions (and their documents and images, where the prompt carries some). Leaves: one `Solutions` row a
+question. `quality.fault` says which samples are kept. Where samples are refused, further ones are drawn in rounds; a
+question that still cannot be filled keeps what it has, and `num_missing` and `rejected` say so. Draw i of a question
+has the seed of the question + i and `index` i, so a retry or another batch gives the same solutions. Samples that an
+API did not give are refused ones; only a question whose first round brought none has their fault as its error.
+"""
+
+import asyncio
+import functools
+import json
+import math
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import pyarrow as pa
+from pydantic import Field, model_validator
+
+from medmm_ray.config import digest
+from medmm_ray.data.records import Count, Solution, Solutions, to_arrow
+from medmm_ray.data.tables import RowError, attach
+from medmm_ray.engines.generator import (
+    MAX_DRAWS,
+    Completion,
+    Generator,
+    GeneratorConfig,
+    MakeGenerator,
+    Sampling,
+    actor_options,
+    offered,
+    policy_prompt,
+    request_seed,
+)
+from medmm_ray.engines.grader import EquivalenceConfig, Grader, Grades, MakeGrader
+from medmm_ray.engines.images import open_image
+from medmm_ray.engines.llm.client import Access, ApiConfig, open_access
+from medmm_ray.engines.llm.policy import ApiPolicy
+from medmm_ray.engines.llm.served import joined_names
+from medmm_ray.text import extract_answer, split_steps
+from medmm_ray.text.quality import FAULTS, fault
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from ray.data import Dataset
+
+
+# Settings that no API has, and the values that ask for nothing.
+ENGINE_ALONE: dict[str, Any] = {"lora": None, "top_k": 0, "batch_invariant": False, "vllm": {}, "num_gpus": 0}
+
+
+class SampleConfig(GeneratorConfig, ApiConfig):
+    """How solutions are drawn (the defaults are Med-PRM's), by the engine (vllm) or the API that draws them."""
+
+    backend: Literal["vllm", "openai", "gemini"] = "vllm"
+    """vllm: the policy is a checkpoint, in the actor; openai, gemini: it is a model behind an API of that kind."""
+
+    num_samples_train: int = Field(16, ge=1, le=MAX_DRAWS)
+    """Solutions a question of the training (and validation) split."""
+    num_samples_test: int = Field(64, ge=1, le=MAX_DRAWS)
+    """Solutions a question of the test split."""
+    temperature: float | None = Field(0.7, ge=0)
+    """Sampling temperature; null leaves it to an API's model (reasoning models take no other)."""
+    top_k: int = Field(50, ge=0)
+    """Tokens to draw from, most likely first; 0 takes all, as every API does."""
+    top_p: float | None = Field(1.0, gt=0, le=1)
+    """Probability mass to draw from; null leaves it to an API's model."""
+    max_tokens: int = Field(1024, ge=1)
+    """Longest solution, tokens; one that is cut there is refused."""
+    min_steps: int = Field(3, ge=1)
+    """Fewest steps of a solution that is kept."""
+    max_steps: int = Field(9, ge=1)
+    """Most steps of a solution that is kept."""
+    num_documents: int = Field(0, ge=0)
+    """Retrieved documents in the policy's prompt; one that does not fit max_model_len (an API: max_prompt_tokens) is
+    left out, and the figures say how many were."""
+    max_prompt_tokens: int = Field(100_000, ge=16)
+    """Room for documents in an API's prompt, tokens (estimated, a picture as it is billed: 36,835 by gpt-4o-mini)."""
+    max_rounds: int = Field(3, ge=1)
+    """Rounds of drawing: the first draws what is asked, the others replace what was refused."""
+    oversample: float = Field(3.0, ge=1)
+    """Draws a missing solution, in the rounds after the first."""
+    fill_up: bool = False
+    """Fill a question up with refused solutions where too few are good: every question then has what it asked for."""
+    seed: int = 0
+    """Start of all random numbers."""
+
+    equivalence: EquivalenceConfig = EquivalenceConfig()
+    """How open answers are graded, here, in Monte Carlo and in tree search."""
+
+    @model_validator(mode="after")
+    def _keeps_something(self) -> "SampleConfig":
+        if self.min_steps > self.max_steps:
+            raise ValueError(f"min_steps is {self.min_steps} and max_steps {self.max_steps}: no solution can be kept")
+        return self
+
+    @model_validator(mode="after")
+    def _asks_an_api_for_what_it_has(self) -> "SampleConfig":
+        if self.backend == "vllm":
+            if self.temperature is None or self.top_p is None:
+                raise ValueError("temperature and top_p may be null for an API alone; backend is 'vllm', set numbers")
+            return self
+        set_ = {name: value for name, value in dict(self).items() if name in self.model_fields_set}
+        if others := [name for name, none in ENGINE_ALONE.items() if set_.get(name, none) != none]:
+            told = ", ".join(f"{name}={set_[name]}" for name in others)
+            unset = ", ".join(f"{name}={json.dumps(ENGINE_ALONE[name])}" for name in others)
+            raise ValueError(f"backend is {self.backend!r}, and {told} is for an engine alone; set {unset}")
+        return self
+
+    @property
+    def room(self) -> int:
+        """Tokens of a prompt with documents, at most."""
+        return self.max_model_len - self.max_tokens if self.backend == "vllm" else self.max_prompt_tokens
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p, self.max_tokens)
+
+
+def sample(
+    ds: "Dataset",
+    config: SampleConfig,
+    *,
+    model: str,
+    policy: str,
+    config_hash: str,
+    evidence: pa.Table | None = None,
+    images: pa.Table | None = None,
+    folder: str | None = None,
+    generator: MakeGenerator = Generator,
+) -> "Dataset":
+    """Questions -> `Solutions` rows, with figures of each.
+
+    `model` is the checkpoint (or the API's model) that draws, `policy` what solution ids call it, `config_hash` the
+    table's fingerprint. `evidence` (question_id, documents) is needed where config.num_documents > 0, `images`
+    (image_id, uri) where config.num_images > 0. `folder` is where the run keeps an API's answers and the ledger of
+    their cost.
+    """
+    if config.num_images and images is None:
+        raise ValueError(f"num_images={config.num_images} needs the table images")
+    if config.num_documents:
+        if evidence is None:
+            raise ValueError(f"num_documents={config.num_documents} needs the table evidence; run retrieve first")
+        ds = attach(ds, evidence, "question_id", ["documents"])
+    if config.backend != "vllm":
+        if folder is None:
+            raise ValueError(f"sample.backend={config.backend} needs a folder for its answers")
+        generator = functools.partial(_api_policy, access=open_access(config.backend, model, config, folder))
+    return ds.map_batches(
+        Sampler,
+        fn_constructor_kwargs={
+            "config": config,
+            "model": model,
+            "policy": policy,
+            "config_hash": config_hash,
+            "images": images,
+            "generator": generator,
+            "grader": MakeGrader(config.equivalence, folder),
+        },
+        **actor_options(config),
+    )
+
+
+def _api_policy(model: str, config: GeneratorConfig, *, access: Access) -> ApiPolicy:  # noqa: ARG001
+    """What a `MakeGenerator` makes: the access knows its model."""
+    return ApiPolicy(access.connect())
+
+
+@dataclass
+class Drawn:
+    """What was drawn for a question: solutions kept and refused, in the order of the draws, and the reasons."""
+
+    kept: list[Solution] = field(default_factory=list)
+    refused: list[Solution] = field(default_factory=list)
+    faults: Counter[str] = field(default_factory=Counter)
+    completions: list[Completion] = field(default_factory=list)
+    grades: list[Grades] = field(default_factory=list)  # one a round
+    documents_shown: int = 0
+    documents_left_out: int = 0
+
+
+class Sampler:
+    """The actor: one engine, all samples of a question on it."""
+
+    def __init__(
+        self, config: SampleConfig, model: str, policy: str, config_hash: str, images: pa.Table | None = None,
+        generator: MakeGenerator = Generator, grader: MakeGrader | None = None,
+    ) -> None:  # fmt: skip
+        self.config, self.model, self.policy, self.config_hash = config, model, policy, config_hash
+        self.uris = (
+            {} if images is None else dict(zip(*(images[c].to_pylist() for c in ("image_id", "uri")), strict=True))
+        )
+        self.generator = generator(model, config)
+        self.grader = grader() if grader else Grader()
+
+    async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
+        done = await asyncio.gather(*(self.solve(question) for question in batch.to_pylist()))
+        figures = pa.array([figures_of(*of_one) for of_one in done])
+        yield to_arrow(Solutions, [row for row, _ in done]).append_column("figures", figures)
+
+    async def solve(self, question: Mapping[str, Any]) -> tuple[Solutions, Drawn]:
+        """All solutions of one question, and all that was drawn for it.
+
+        A fault becomes the row's error; what was drawn before it is kept.
+        """
+        config = self.config
+        wanted = config.num_samples_test if question["split"] == "test" else config.num_samples_train
+        drawn = Drawn()
+        error = None if question["error"] is None else f"upstream: {question['error']}"
+        if error is None:
+            try:
+                await self.draw(question, wanted, drawn)
+            except RowError as fault_:
+                error = str(fault_)
+        solutions = drawn.kept[:wanted]
+        if config.fill_up:
+            spare = [s for s in drawn.refused if s.steps][: wanted - len(solutions)]
+            solutions = sorted([*solutions, *spare], key=lambda s: s.index)
+        row = Solutions(
+            question_id=question["question_id"],
+            policy=self.policy,
+            config_hash=self.config_hash,
+            num_requested=wanted,
+            num_missing=wanted - len(solutions),
+            num_drawn=len(drawn.completions),
+            rejected=[Count(kind=kind, count=count) for kind, count in sorted(drawn.faults.items())],
+            cost=sum((c.cost for c in drawn.completions), 0.0),
+            solutions=solutions,
+            answered_by=joined_names(completion.model for completion in drawn.completions),
+            error=error,
+        )
+        return row, drawn
+
+    async def draw(self, question: Mapping[str, Any], wanted: int, drawn: Drawn) -> None:
+        """Add samples to `drawn`, round after round until `wanted` are kept or the rounds are over."""
+        config = self.config
+        seed = self.seed(question["question_id"])
+        pictures = await self.look(question["image_ids"][: config.num_images])
+        prompt = policy_prompt(self.generator, question, config.num_documents, config.room, pictures)
+        drawn.documents_shown = prompt.num_documents
+        drawn.documents_left_out = len(offered(question, config.num_documents)) - prompt.num_documents
+        for round_ in range(config.max_rounds):
+            done = len(drawn.completions)
+            num = draws(wanted - len(drawn.kept), round_, config.oversample, MAX_DRAWS - done)
+            if not num:
+                break
+            completions = await self.generator.generate(prompt, num, seed + done, config.sampling)
+            if not done and completions[0].fault and all(completion.fault for completion in completions):
+                raise completions[0].fault
+            found = [self.solution(question, completion, completion.seed - seed) for completion in completions]
+            grades = await self.grader.grade(question, [solution.answer for solution in found])
+            drawn.grades.append(grades)
+            for completion, solution, correct in zip(completions, found, grades.right, strict=True):
+                made = replace(solution, correct=correct)
+                reason = fault(
+                    made.text, made.steps, made.answer, made.finish_reason, config.min_steps, config.max_steps
+                )
+                (drawn.refused if reason else drawn.kept).append(made)
+                drawn.faults.update([reason] if reason else [])
+                drawn.completions.append(completion)
+
+    def seed(self, question_id: str) -> int:
+        """Of a question's first draw.
+
+        An API's answers are kept under their seeds, beside all that shapes the request: so the seed is that of the
+        question alone, and a change of what is asked for or kept, which the fingerprint tells, pays no answer again.
+        """
+        drawn_by = self.config_hash if self.config.backend == "vllm" else self.model
+        return request_seed(question_id, drawn_by, self.config.seed)
+
+    async def look(self, image_ids: Sequence[str]) -> "list[Image]":
+        """The opened pictures; one that cannot be opened is the row's error."""
+        return list(await asyncio.gather(*(asyncio.to_thread(open_image, self.uris[i]) for i in image_ids)))
+
+    def solution(self, question: Mapping[str, Any], completion: Completion, index: int) -> Solution:
+        answer_type = question["answer_type"]
+        _, steps = split_steps(completion.text)
+        answer = extract_answer(completion.text, question["options"], answer_type)
+        return Solution(
+            solution_id="s" + digest(question["question_id"], self.policy, self.config_hash, index),
+            index=index,
+            text=completion.text,
+            steps=steps,
+            answer=answer,
+            correct=None,
+            finish_reason=completion.finish_reason,
+            seed=completion.seed,
+            text_sha=digest(completion.text),
+        )
+
+
+def draws(missing: int, round_: int, oversample: float, left: int) -> int:
+    """How many samples a round draws for `missing` solutions, of `left` that may be drawn at all."""
+    return max(0, min(left, missing if round_ == 0 else math.ceil(missing * oversample)))
+
+
+def figures_of(row: Solutions, drawn: Drawn) -> dict[str, float]:
+    """What a row adds to its table's figures: samples, those refused by reason, questions not filled, tokens, dollars,
+    answers that a model was asked to grade and those that it did not, documents that the prompt holds and those that it
+    had no room for.
+
+    Of the prompt tokens, all samples but the first can find the cacheable ones in the prefix cache.
+    """
+    figures: dict[str, float] = {
+        "samples_requested": row.num_requested,
+        "samples_missing": row.num_missing,
+        "samples_drawn": row.num_drawn,
+        **{f"rejected_{kind}": drawn.faults[kind] for kind in FAULTS},
+        "unfilled_questions": int(row.num_missing > 0 and row.error is None),
+        "prompt_tokens": sum(c.prompt_tokens for c in drawn.completions),
+        "cacheable_tokens": sum(c.shareable_tokens for c in drawn.completions[1:]),
+        "cached_tokens": sum(c.cached_tokens for c in drawn.completions),
+        "output_tokens": sum(c.num_tokens for c in drawn.completions),
+        "cost_usd": row.cost,
+        "answers_asked": sum(grades.asked for grades in drawn.grades),
+        "answers_unanswered": sum(grades.unanswered for grades in drawn.grades),
+        "documents_shown": drawn.documents_shown,
+        "documents_left_out": drawn.documents_left_out,
+    }
+    return {name: float(figure) for name, figure in figures.items()}  # one type, whatever block they come in

@@ -1,0 +1,120 @@
+"""Beam search that a process reward model guides, on the same engine: solutions grow step by step, the best are kept.
+
+Enters: a policy's writer on a question, a scorer of steps. Leaves: finished solutions with their steps' log-odds, best
+first.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from pydantic import Field
+
+from medmm_ray.data.tables import RowError
+from medmm_ray.stats import metrics
+from medmm_ray.steps.tree_search.writer import Writer, WriterConfig
+from medmm_ray.text import question_with_options
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from medmm_ray.reward_model import RewardModel, StepScores
+
+
+class BeamSearchConfig(WriterConfig):
+    """What is searched, and how wide."""
+
+    split: str = "test"
+    """Split whose questions are searched."""
+    num_questions: int | None = Field(None, ge=1)
+    """Questions of the split that are searched, the first by id; null: all."""
+    guide: Literal["two_tower", "text_prm"] = "two_tower"
+    """Which reward model of the run guides the search."""
+    num_beams: int = Field(4, ge=1)
+    """Solutions that are kept after each step."""
+    num_expansions: int = Field(4, ge=1)
+    """Next steps that are drawn for each of them; equal ones count once."""
+    aggregate: metrics.Aggregate = "min"
+    """What the log-odds of a solution's steps become to compare it with others."""
+
+
+@dataclass(frozen=True)
+class Beam:
+    """A solution, or the beginning of one (`answer` is None), with its steps' log-odds and their aggregate."""
+
+    steps: tuple[str, ...] = ()
+    answer: str | None = None
+    correct: bool | None = None
+    log_odds: tuple[float, ...] = ()
+    reward: float = 0.0
+
+
+class StepScorer(Protocol):
+    """The log-odds of every step of each solution of one question."""
+
+    async def __call__(
+        self, question: Mapping[str, Any], solutions: Sequence[Sequence[str]]
+    ) -> Sequence[Sequence[float]]: ...
+
+
+class RewardModelScorer:
+    """A reward model as a scorer of one question, in a thread of its own so that the engine goes on meanwhile.
+
+    `images` are the question's own and `references` the similar cases', for a model that reads images. The scorers of
+    several questions on one model share its `turn`.
+    """
+
+    def __init__(
+        self, model: "RewardModel", documents: Sequence[str] = (), images: Sequence["Image"] = (),
+        references: Sequence["Image"] = (), turn: asyncio.Lock | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.documents, self.images, self.references = model, documents, images, references
+        self.turn = turn or asyncio.Lock()
+
+    async def scores(self, question: Mapping[str, Any], solutions: Sequence[Sequence[str]]) -> "list[StepScores]":
+        """Of each solution its scores, or why it has none."""
+        asked = question_with_options(question["question"], question["options"])
+        async with self.turn:
+            return await asyncio.to_thread(
+                self.model.score, asked, solutions, self.documents, self.images, self.references
+            )
+
+    async def __call__(
+        self, question: Mapping[str, Any], solutions: Sequence[Sequence[str]]
+    ) -> Sequence[Sequence[float]]:
+        scores = await self.scores(question, solutions)
+        if faults := [score.error for score in scores if score.error is not None]:
+            raise RowError("not_scored", faults[0])
+        return [score.log_odds for score in scores]
+
+
+async def beam_search(config: BeamSearchConfig, writer: Writer, scorer: StepScorer) -> list[Beam]:
+    """At most `num_beams` finished solutions of the writer's question, best first.
+
+    Raises `RowError` where the prompt is too long or a solution cannot be scored.
+    """
+    beams = [Beam()]
+    while any(beam.answer is None for beam in beams):
+        open_ = [beam for beam in beams if beam.answer is None]
+        grown = await asyncio.gather(*(expand(writer, beam, config.num_expansions) for beam in open_))
+        fresh = [beam for below in grown for beam in below]
+        scores = await scorer(writer.question, [beam.steps for beam in fresh]) if fresh else []
+        scored = [
+            Beam(b.steps, b.answer, b.correct, tuple(odds), metrics.aggregate(list(odds), config.aggregate))
+            for b, odds in zip(fresh, scores, strict=True)
+        ]
+        beams = best([beam for beam in beams if beam.answer is not None] + scored, config.num_beams)
+    return beams
+
+
+async def expand(writer: Writer, beam: Beam, width: int) -> list[Beam]:
+    """The beam with each step that may follow; with all to its end where only one step is left."""
+    is_last = len(beam.steps) + 1 >= writer.config.max_steps
+    found = await writer.draw(beam.steps, "finish" if is_last else "reason", width)
+    return [Beam((*beam.steps, *drawn.steps), drawn.answer, drawn.correct) for drawn in found]
+
+
+def best(beams: Sequence[Beam], number: int) -> list[Beam]:
+    """The `number` of highest reward, the first of equals."""
+    return sorted(beams, key=lambda beam: -beam.reward)[:number]

@@ -1,0 +1,221 @@
+"""The search itself: one engine an actor, many trees at once on it, each grown by its own coroutine.
+
+The next steps of a node are one request, and so are the rollouts of a node; the rollouts of all new children run side
+by side, and their outcomes enter the tree in a fixed order: a tree is the same whatever grows beside it.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from medmm_ray.config import digest
+from medmm_ray.data import records
+from medmm_ray.data.records import Labels, Solution, Solutions, TreeNode, to_arrow, to_arrow_lists
+from medmm_ray.data.tables import RowError, attach
+from medmm_ray.engines.generator import Generator, MakeGenerator, actor_options
+from medmm_ray.engines.grader import EquivalenceConfig, Grader, MakeGrader
+from medmm_ray.steps.tree_search.tree import (
+    ROOT,
+    Tree,
+    TreeSearchConfig,
+    begun,
+    close,
+    grow,
+    next_action,
+    num_right,
+    rollouts_at,
+    select,
+    solved,
+    step_labels,
+    steps_to,
+)
+from medmm_ray.steps.tree_search.writer import Action, Drawn, Writer, written
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+
+def tree_search(
+    ds: "Dataset",
+    config: TreeSearchConfig,
+    *,
+    model: str,
+    policy: str,
+    config_hash: str,
+    evidence: pa.Table | None = None,
+    equivalence: EquivalenceConfig | None = None,
+    folder: str | None = None,
+    generator: MakeGenerator = Generator,
+) -> "Dataset":
+    """Questions -> `records.Tree` rows.
+
+    `model` is the checkpoint that is searched, `policy` what the tables call it, `config_hash` the table's fingerprint.
+    `evidence` (question_id, documents) is needed where config.num_documents > 0. `equivalence` grades open answers as
+    in sampling; `folder` is where the run keeps what its model said.
+    """
+    if config.num_documents:
+        if evidence is None:
+            raise ValueError(f"num_documents={config.num_documents} needs the table evidence; run retrieve first")
+        ds = attach(ds, evidence, "question_id", ["documents"])
+    return ds.map_batches(
+        Searcher,
+        fn_constructor_kwargs={
+            "config": config,
+            "model": model,
+            "policy": policy,
+            "config_hash": config_hash,
+            "generator": generator,
+            "grader": MakeGrader(equivalence or EquivalenceConfig(), folder),
+        },
+        **actor_options(config),
+    )
+
+
+class Searcher:
+    """The actor: one engine, and on it `batch_size` x `max_concurrency` trees at a time."""
+
+    def __init__(
+        self, config: TreeSearchConfig, model: str, policy: str, config_hash: str,
+        generator: MakeGenerator = Generator, grader: MakeGrader | None = None,
+    ) -> None:  # fmt: skip
+        self.config, self.policy, self.config_hash = config, policy, config_hash
+        self.generator = generator(model, config)
+        self.grader = grader() if grader else Grader()
+
+    async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
+        rows = await asyncio.gather(*(self.search(question) for question in batch.to_pylist()))
+        yield to_arrow(records.Tree, list(rows))
+
+    async def search(self, question: Mapping[str, Any]) -> records.Tree:
+        """The tree of one question; a fault becomes the row's error."""
+        writer = Writer(self.config, self.generator, question, self.config_hash, self.grader)
+        growth = Growth(self.config, writer)
+        error = None if question["error"] is None else f"upstream: {question['error']}"
+        if error is None:
+            try:
+                await growth.run()
+            except RowError as fault:
+                error = str(fault)
+        return records.Tree(
+            question_id=question["question_id"],
+            policy=self.policy,
+            config_hash=self.config_hash,
+            nodes=list(growth.tree),
+            num_rejected=writer.num_rejected,
+            num_tokens=writer.num_tokens,
+            error=error,
+        )
+
+
+class Growth:
+    """One question's tree while it grows."""
+
+    def __init__(self, config: TreeSearchConfig, writer: Writer) -> None:
+        self.config, self.writer = config, writer
+        self.tree: Tree = (ROOT,)
+
+    async def run(self) -> None:
+        """Expand until the tree is full or closed; then, if it lacks right solutions, end what was begun."""
+        while not self.is_full and (at := select(self.tree, self.config.exploration)) is not None:
+            await self.expand({at: next_action(self.tree, at, self.config)})
+        if not self.is_spent and num_right(self.tree) < self.config.max_correct:
+            await self.expand(dict.fromkeys(begun(self.tree), "finish"))
+
+    @property
+    def is_spent(self) -> bool:
+        return self.config.max_tree_tokens is not None and self.writer.num_tokens >= self.config.max_tree_tokens
+
+    @property
+    def is_full(self) -> bool:
+        config = self.config
+        return self.is_spent or len(self.tree) >= config.max_nodes or num_right(self.tree) >= config.max_correct
+
+    async def expand(self, actions: Mapping[int, Action]) -> None:
+        """Draw what follows each node, roll it out, and let it grow there, in order."""
+        found = await asyncio.gather(*(self.draw(at, action) for at, action in actions.items()))
+        for (at, action), drawn in zip(actions.items(), found, strict=True):
+            for one, right in drawn:
+                self.tree = grow(self.tree, at, action, one, right, self.config.reflect)
+            if not drawn:
+                self.tree = close(self.tree, at)
+
+    async def draw(self, at: int, action: Action) -> list[tuple[Drawn, list[bool]]]:
+        """What may follow node `at`, each with the outcomes of its rollouts; an ended solution needs none."""
+        steps = steps_to(self.tree, at)
+        drawn = await self.writer.draw(steps, action, self.config.num_children if action == "reason" else 1)
+        outcomes = await asyncio.gather(*(self.roll([*steps, *one.steps]) for one in drawn if one.answer is None))
+        rolled = iter(outcomes)
+        return [(one, next(rolled) if one.answer is None else []) for one in drawn]
+
+    async def roll(self, steps: Sequence[str]) -> list[bool]:
+        return await self.writer.roll(steps, rollouts_at(len(steps), self.config))
+
+
+# From trees to tables
+
+
+def solutions_of(row: Mapping[str, Any]) -> Solutions:
+    """The solutions that end in a tree row (a plain one), in the order in which they were found."""
+    tree = nodes_of(row)
+    return Solutions(
+        question_id=row["question_id"],
+        policy=row["policy"],
+        config_hash=row["config_hash"],
+        num_requested=len(solved(tree)),
+        num_drawn=len(solved(tree)),
+        solutions=[_solution(row, tree, leaf) for leaf in solved(tree)],
+        error=row["error"] and f"upstream: {row['error'].removeprefix('upstream: ')}",
+    )
+
+
+def labels_of(row: Mapping[str, Any], strength: float) -> list[Labels]:
+    """The labels of those solutions, with source tree_search."""
+    tree = nodes_of(row)
+    return [
+        Labels(
+            question_id=row["question_id"],
+            solution_id=_solution_id(row, leaf),
+            source="tree_search",
+            annotator=f"{row['policy']}@{row['config_hash']}",
+            steps=step_labels(tree, leaf, strength),
+            cost=0.0,
+        )
+        for leaf in solved(tree)
+    ]
+
+
+def nodes_of(row: Mapping[str, Any]) -> Tree:
+    return tuple(TreeNode(**node) for node in row["nodes"])
+
+
+def solutions_batch(batch: pa.Table) -> pa.Table:
+    """`records.Tree` rows -> `Solutions` rows."""
+    return to_arrow(Solutions, [solutions_of(row) for row in batch.to_pylist()])
+
+
+def labels_batch(batch: pa.Table, strength: float) -> pa.Table:
+    """`records.Tree` rows -> ``{question_id, labels}``."""
+    labels = to_arrow_lists(Labels, [labels_of(row, strength) for row in batch.to_pylist()])
+    return pa.table({"question_id": batch["question_id"], "labels": labels})
+
+
+def _solution_id(row: Mapping[str, Any], leaf: int) -> str:
+    return "s" + digest(row["question_id"], row["policy"], row["config_hash"], leaf)
+
+
+def _solution(row: Mapping[str, Any], tree: Tree, leaf: int) -> Solution:
+    steps = steps_to(tree, leaf)
+    text = written(steps)
+    return Solution(
+        solution_id=_solution_id(row, leaf),
+        index=leaf,
+        text=text,
+        steps=steps,
+        answer=tree[leaf].answer,
+        correct=tree[leaf].correct,
+        finish_reason="stop",
+        seed=tree[leaf].seed,
+        text_sha=digest(text),
+    )

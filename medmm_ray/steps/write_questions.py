@@ -1,0 +1,444 @@
+"""Questions for images that have none, written by a model that sees them, checked, and left to a reader's review.
+
+Enters: images. Leaves: `WrittenQuestion` rows, nested by image. One that is not good enough is to be expected; it keeps
+its place, with the reason in `refused` (`REFUSALS`):
+
+- question_options: not four different, plausible options; question_repeated: the image has such a question already;
+- question_leak: the text gives the answer away (the stem names it, the options' lengths do, or it is answered without
+  the image); question_ambiguous: the model, shown the image, does not find the answer that it gave itself.
+
+`error` is for what went wrong: question_reply and check_reply (not of the asked form, twice), cut_off, an image that
+cannot be opened, the API's own faults.
+
+Models like to put the right option second or third: options are dealt anew by a hash of the question.
+"""
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import pyarrow as pa
+from pydantic import Field, model_validator
+
+from medmm_ray.config import Splits, digest, execution
+from medmm_ray.data.records import Question, WrittenQuestion, to_arrow_lists
+from medmm_ray.data.tables import RowError, error_kind
+from medmm_ray.engines.generator import Generator, GeneratorConfig, MakeGenerator, actor_options
+from medmm_ray.engines.images import open_image
+from medmm_ray.engines.llm.client import Access, ApiConfig, Client, open_access
+from medmm_ray.engines.llm.endpoint import Picture, Request, Turn, corrected
+from medmm_ray.engines.llm.local import LocalEndpoint
+from medmm_ray.engines.llm.prices import FREE
+from medmm_ray.engines.llm.served import joined_names
+from medmm_ray.text import LETTERS, extract_answer, normalise, one_line, question_with_options, well_formed
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+Read = TypeVar("Read")
+SOURCE = "written"
+REFUSALS = ("question_options", "question_leak", "question_ambiguous", "question_repeated")
+NUM_OPTIONS = 4
+LONGEST_SHARE = 2.5  # a right option longer than this times the mean of the others gives itself away
+ALIKE = 0.8  # share of words that two questions on one image may have in common
+
+SYSTEM = (
+    "You write examination questions for medical specialists. You are shown one {modality} image and write a "
+    "multiple-choice question on it that can be answered only by looking at the image. Give a realistic clinical "
+    "context (age, sex, complaint) that does not tell what the image shows. Ask for a finding, a diagnosis or the next "
+    "step. Give four options of like length and kind: one that is right, three that a colleague might think of and "
+    "that the image rules out. Never write 'all of the above' or 'none of the above'."
+)
+RULE = (
+    'Answer with one JSON object and nothing else: {"question": the context and the question, "options": a list of '
+    'four texts without letters, "correct_answer": "A", "B", "C" or "D", "difficulty": "easy", "medium" or "hard", '
+    '"explanation": what in the image shows the answer, in one or two sentences}.'
+)
+AGAIN = "Your question cannot be used: {fault}. Write it again. {rule}"
+OTHER = "These questions on the image are written already; ask about something else:\n{written}\n"
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "question": {"type": "string"},
+        "options": {"type": "array", "items": {"type": "string"}, "minItems": NUM_OPTIONS, "maxItems": NUM_OPTIONS},
+        "correct_answer": {"type": "string", "enum": list(LETTERS[:NUM_OPTIONS])},
+        "difficulty": {"type": "string", "enum": ["easy", "medium", "hard"]},
+        "explanation": {"type": "string"},
+    },
+    "required": ["question", "options", "correct_answer", "difficulty", "explanation"],
+    "additionalProperties": False,
+}
+
+SOLVE_SYSTEM = (
+    "You sit an examination for medical specialists. Answer the question with the letter of one option. Where you "
+    "cannot know, choose the option that you find most likely."
+)
+SOLVE_RULE = 'Answer with one JSON object and nothing else: {"answer": the letter}.'
+SOLVE_AGAIN = "Your answer cannot be read: {fault}. {rule}"
+SOLVE_SCHEMA = {
+    "type": "object",
+    "properties": {"answer": {"type": "string", "enum": list(LETTERS[:NUM_OPTIONS])}},
+    "required": ["answer"],
+    "additionalProperties": False,
+}
+
+_LETTERED = re.compile(r"^\s*[(\[]?[A-Da-d][)\].:]\s+")
+_CATCH_ALL = re.compile(r"\b(all|none|both|neither)\s+of\s+(the\s+)?(above|these|them)\b", re.IGNORECASE)
+
+
+class WriteQuestionsConfig(GeneratorConfig, ApiConfig):
+    """Who writes questions, how many, and how they are tried."""
+
+    per_image: int = Field(0, ge=0)
+    """Questions for each image that has none; 0 writes none."""
+    backend: Literal["vllm", "openai", "gemini"] = "gemini"
+    """gemini or openai: an API; vllm: a local vision-language model."""
+    model: str | None = None
+    """The API's model, or a checkpoint as in models; required where per_image > 0."""
+    splits: Splits = ("train", "test")
+    """Splits of the images that get questions."""
+    max_images: int | None = None
+    """Images at most, chosen by a hash of their ids; null: all without a question."""
+    num_checks: int = Field(2, ge=0)
+    """Times that the model answers its question with the image, and as often without, at temperature 1 (null: as the
+    model has it); 0 leaves both out. At least 2: one blind answer in four is right by chance."""
+    tries: int = execution(2, ge=1)
+    """Times that a reply is asked for, each but the first with the fault of the one before named. An API's replies are
+    kept: to ask anew where they did not fit (question_reply, check_reply), run again with one more."""
+    max_tokens: int = Field(4096, ge=1)
+    """Longest reply, a question or an answer to one, tokens; thoughts count."""
+    max_model_len: int = Field(8192, ge=16)
+    """vllm: longest prompt and reply together, tokens."""
+    num_images: int = Field(1, ge=1, le=1)
+    """vllm: images in a prompt; a question is written for one."""
+    num_cpus: float = execution(0.5)
+    """Logical CPUs an actor."""
+
+    @model_validator(mode="after")
+    def _has_a_writer(self) -> "WriteQuestionsConfig":
+        if self.per_image and not self.model:
+            raise ValueError(f"per_image is {self.per_image} and model is not set; name who writes the questions")
+        return self
+
+    @model_validator(mode="after")
+    def _checks_can_tell(self) -> "WriteQuestionsConfig":
+        if self.num_checks == 1:
+            raise ValueError(
+                "num_checks is 1, and one answer without the image is right by chance once in four: it cannot tell a "
+                "leak; take 2 or more, or 0 for no checks"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A question as a model wrote it, checked by its text; `answer` is a letter of `options`."""
+
+    question: str
+    options: list[str]
+    answer: str
+    difficulty: str
+    explanation: str
+
+
+def draft(reply: str) -> Draft:
+    """A model's reply as a question, its options dealt anew.
+
+    Raises `RowError` question_reply, question_options or question_leak, with the fault in words that the model reads.
+    """
+    entry = _entry(reply)
+    question, explanation, *options = (
+        one_line(well_formed(text)) for text in (entry["question"], entry["explanation"], *entry["options"])
+    )
+    options = [_LETTERED.sub("", option) for option in options]
+    if len(question.split()) < 4:
+        raise RowError("question_reply", f"the question {question!r} is too short to be one")
+    right = LETTERS.index(entry["correct_answer"])
+    _check_options(options, right)
+    _check_stem(question, options, right)
+    order = sorted(range(NUM_OPTIONS), key=lambda i: digest(question, options[i]))
+    return Draft(
+        question=question,
+        options=[options[i] for i in order],
+        answer=LETTERS[order.index(right)],
+        difficulty=entry["difficulty"],
+        explanation=explanation,
+    )
+
+
+def _entry(reply: str) -> Mapping[str, Any]:
+    start, end = reply.find("{"), reply.rfind("}")
+    try:
+        entry = json.loads(reply[start : end + 1])
+    except (ValueError, RecursionError):
+        entry = None
+    if not isinstance(entry, dict):
+        raise RowError("question_reply", f"the reply is no JSON object: {reply.strip()[:80]!r}")
+    for name, rule in SCHEMA["properties"].items():
+        value = entry.get(name)
+        if rule["type"] == "string" and not (isinstance(value, str) and value.strip()):
+            raise RowError("question_reply", f"{name!r} is {value!r}, not a text")
+        if "enum" in rule and value not in rule["enum"]:
+            raise RowError("question_reply", f"{name!r} is {value!r}, not one of {', '.join(rule['enum'])}")
+    options = entry.get("options")
+    if not (isinstance(options, list) and all(isinstance(option, str) for option in options)):
+        raise RowError("question_reply", f"'options' is {str(options)[:80]!r}, not a list of texts")
+    return entry
+
+
+def _check_options(options: Sequence[str], right: int) -> None:
+    if len(options) != NUM_OPTIONS:
+        raise RowError("question_options", f"there are {len(options)} options, not {NUM_OPTIONS}")
+    plain = [normalise(option) for option in options]
+    if not all(plain):
+        raise RowError("question_options", f"option {LETTERS[plain.index('')]} is empty")
+    if len(set(plain)) < NUM_OPTIONS:
+        raise RowError("question_options", f"two options say the same: {'; '.join(options)}")
+    catch_all = next((option for option in options if _CATCH_ALL.search(option)), None)
+    if catch_all:
+        raise RowError("question_options", f"the option {catch_all!r} is no finding")
+    others = [len(option) for i, option in enumerate(options) if i != right]
+    if len(options[right]) > max(LONGEST_SHARE * sum(others) / len(others), max(others) + 20):
+        raise RowError("question_leak", "the right option is far longer than the others and gives itself away")
+
+
+def _check_stem(question: str, options: Sequence[str], right: int) -> None:
+    """The stem may name the answer only if it names every option."""
+    stem = f" {normalise(question)} "
+    named = [f" {normalise(option)} " in stem for option in options]
+    if named[right] and not all(named):
+        raise RowError("question_leak", f"the question names its answer: {options[right]!r}")
+
+
+def repeats(question: str, others: Sequence[str]) -> bool:
+    """Whether one of `others`, on the same image, asks the same: the same words for the most part."""
+    words = set(normalise(question).split())
+    each = [set(normalise(other).split()) for other in others]
+    return any(len(words & theirs) >= ALIKE * len(words | theirs) for theirs in each)
+
+
+def write_questions(
+    ds: "Dataset", config: WriteQuestionsConfig, *, folder: str, generator: MakeGenerator = Generator
+) -> "Dataset":
+    """Image rows (image_id, sha256, uri, split, modality) -> ``{image_id, questions, figures}``.
+
+    `questions` is a list of `WrittenQuestion`, `figures` counts them by outcome. `folder` is where the run keeps an
+    API's answers and the ledger of their cost.
+    """
+    access = None if config.backend == "vllm" else open_access(config.backend, str(config.model), config, folder)
+    return ds.map_batches(
+        Writer,
+        fn_constructor_kwargs={"config": config, "access": access, "generator": generator},
+        **actor_options(config),
+    )
+
+
+class Writer:
+    """The actor: writes and tries the questions of each image of a batch."""
+
+    def __init__(
+        self, config: WriteQuestionsConfig, access: Access | None = None, generator: MakeGenerator = Generator
+    ) -> None:
+        self.config = config
+        self.model = str(config.model)
+        self.author = f"{self.model}@{digest(SYSTEM, RULE, AGAIN, OTHER, SCHEMA, config.num_checks)}"
+        self.client = (
+            access.connect()
+            if access
+            else Client(LocalEndpoint(generator(self.model, config), self.model), FREE, config)
+        )
+
+    async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
+        written = await asyncio.gather(*(self.of_image(row) for row in batch.to_pylist()))
+        yield pa.table(
+            {
+                "image_id": batch["image_id"],
+                "questions": to_arrow_lists(WrittenQuestion, written),
+                "figures": pa.array([figures(questions) for questions in written]),
+            }
+        )
+
+    async def of_image(self, row: Mapping[str, Any]) -> list[WrittenQuestion]:
+        """The questions of one image, one after the other, so that each knows those before it."""
+        try:
+            picture: Picture | RowError = await asyncio.to_thread(lambda: Picture(open_image(row["uri"])))
+        except RowError as fault:
+            picture = fault
+        found: list[WrittenQuestion] = []
+        for index in range(self.config.per_image):
+            empty = WrittenQuestion(
+                written_id="w" + digest(row["sha256"], self.author, index),
+                image_id=row["image_id"],
+                author=self.author,
+                split=row["split"],
+                modality=row["modality"],
+            )
+            found.append(
+                replace(empty, error=str(picture))
+                if isinstance(picture, RowError)
+                else await Attempt(self, picture, empty, found).run()
+            )
+        return found
+
+
+class Attempt:
+    """One question in the making; `earlier` are the attempts before it on the same image."""
+
+    def __init__(
+        self, writer: Writer, picture: Picture, empty: WrittenQuestion, earlier: Sequence[WrittenQuestion]
+    ) -> None:
+        self.client, self.config, self.picture = writer.client, writer.config, picture
+        self.empty, self.number, self.cost = empty, len(earlier), 0.0
+        self.models: set[str | None] = set()  # that answered
+        self.written = [other.question for other in earlier if other.question]  # refused ones need no second attempt
+
+    async def run(self) -> WrittenQuestion:
+        """The question with its checks, or why there is none; `cost` counts what failed too."""
+        try:
+            made = await self.tried()
+        except RowError as fault:
+            refused, error = (str(fault), None) if fault.kind in REFUSALS else (None, str(fault))
+            made = replace(self.empty, refused=refused, error=error)
+        return replace(made, cost=self.cost, answered_by=joined_names(self.models))
+
+    async def tried(self) -> WrittenQuestion:
+        """The question with its checks; `RowError` where there is none."""
+        asked = replace(self.empty, **asdict(await self.drafted()))
+        solved = await self.solved(asked, [self.picture])
+        blind = await self.solved(asked, [])
+        asked = replace(asked, num_checks=self.config.num_checks, num_solved=solved, num_solved_blind=blind)
+        return replace(asked, refused=doubt(asked))
+
+    async def drafted(self) -> Draft:
+        """What the model writes."""
+        said = OTHER.format(written="\n".join(self.written)) if self.written else ""
+        request = Request(
+            SYSTEM.format(modality=self.empty.modality or "medical"),
+            (Turn("user", ("The image:", self.picture, f"{said}{RULE}")),),
+            schema=SCHEMA,
+            max_tokens=self.config.max_tokens,
+            temperature=self.config.temperature,
+            seed=self.number,
+        )
+        return await self.ask(request, self.checked, AGAIN, RULE)
+
+    def checked(self, reply: str) -> Draft:
+        made = draft(reply)
+        if repeats(made.question, self.written):
+            raise RowError("question_repeated", f"the image has a question like {made.question[:60]!r} already")
+        return made
+
+    async def solved(self, asked: WrittenQuestion, pictures: Sequence[Picture]) -> int:
+        """How often the model gives the written answer, shown `pictures`."""
+        text = f"{question_with_options(asked.question, asked.options)}\n{SOLVE_RULE}"
+        request = Request(
+            SOLVE_SYSTEM,
+            (Turn("user", (*pictures, text)),),
+            schema=SOLVE_SCHEMA,
+            max_tokens=self.config.max_tokens,
+            temperature=None if self.config.temperature is None else 1.0,
+        )
+        requests = [replace(request, seed=seed) for seed in range(self.config.num_checks)]
+        letters = await asyncio.gather(
+            *(self.ask(each, lambda reply: letter(reply, asked.options), SOLVE_AGAIN, SOLVE_RULE) for each in requests),
+            return_exceptions=True,  # so that all of them are paid before the row is made
+        )
+        for fault in letters:
+            if isinstance(fault, BaseException):
+                raise fault
+        return letters.count(asked.answer)
+
+    async def ask(self, request: Request, read: Callable[[str], Read], again: str, rule: str) -> Read:
+        """What `read` makes of the reply; one that it refuses is asked for again, with the fault named."""
+        for _ in range(self.config.tries - 1):
+            reply = await self.send(request)
+            try:
+                return read(reply)
+            except RowError as fault:
+                request = corrected(request, reply, again.format(fault=fault.message, rule=rule))
+        return read(await self.send(request))
+
+    async def send(self, request: Request) -> str:
+        try:
+            answer = await self.client.ask(request, self.empty.image_id)
+        except RowError as fault:
+            self.cost += fault.cost
+            raise
+        self.cost += answer.cost
+        self.models.add(answer.reply.model)
+        if answer.reply.cut_off:
+            raise RowError(
+                "cut_off",
+                f"the model's reply was cut off at max_tokens={request.max_tokens}, thoughts included; raise "
+                "write_questions.max_tokens, or lower write_questions.reasoning_effort",
+            )
+        return answer.reply.text
+
+
+def letter(reply: str, options: Sequence[str]) -> str:
+    """The letter of the option that a reply chooses; `RowError` check_reply where it chooses none."""
+    found = extract_answer(reply, options)
+    if found is None:
+        raise RowError("check_reply", f"no option can be read in {reply.strip()[:80]!r}")
+    return found
+
+
+def doubt(asked: WrittenQuestion) -> str | None:
+    """Why a tried question is not used: never solved with the image, or always without."""
+    num = asked.num_checks
+    if num and asked.num_solved == 0:
+        return f"question_ambiguous: with the image the model answered otherwise {num} times of {num}"
+    if num and asked.num_solved_blind == num:
+        return f"question_leak: answered {num} times of {num} without the image"
+    return None
+
+
+def figures(written: Sequence[WrittenQuestion]) -> dict[str, int]:
+    """What became of the attempts: how many are usable, refused by reason, and failed."""
+    refused = [error_kind(asked.refused) for asked in written if asked.refused]
+    failed = sum(asked.error is not None for asked in written)
+    counts = {f"refused_{kind}": refused.count(kind) for kind in REFUSALS}
+    return {"written": len(written) - len(refused) - failed, **counts, "failed": failed}
+
+
+def without_question(images: pa.Table, questions: pa.Table, config: WriteQuestionsConfig) -> pa.Table:
+    """The rows of raw_images of the asked splits that no question shows: at most `max_images`, none if none is due."""
+    shown = {
+        image
+        for row in questions.select(["image_ids", "error"]).to_pylist()
+        if not row["error"]
+        for image in row["image_ids"]
+    }
+    columns = ["image_id", "sha256", "uri", "split", "modality", "error"]
+    rows = [
+        row
+        for row in images.select(columns).to_pylist()
+        if row["image_id"] not in shown and row["split"] in config.splits and not row["error"]
+    ]
+    rows = sorted(rows, key=lambda row: digest(row["image_id"]))[: config.max_images if config.per_image else 0]
+    return pa.Table.from_pylist(rows, schema=images.select(columns).schema)
+
+
+def usable(written: pa.Table, images: pa.Table) -> list[Question]:
+    """The written questions that are neither refused nor failed, each once, their ids made from their content."""
+    sha256 = dict(zip(images["image_id"].to_pylist(), images["sha256"].to_pylist(), strict=True))
+    found = {}
+    for row in sorted(written.to_pylist(), key=lambda row: str(row["written_id"])):
+        if row["refused"] is None and row["error"] is None:
+            question_id = f"q{digest(SOURCE, row['question'], row['options'], [sha256[row['image_id']]])}"
+            found[question_id] = Question(
+                question_id=question_id,
+                source=SOURCE,
+                split=row["split"],
+                modality=row["modality"],
+                difficulty=row["difficulty"],
+                question=row["question"],
+                options=row["options"],
+                answer=row["answer"],
+                answer_type="choice",
+                image_ids=[row["image_id"]],
+            )
+    return list(found.values())

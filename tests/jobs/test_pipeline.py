@@ -1,0 +1,204 @@
+"""The whole pipeline on every real engine, once, on the tiny recipe; all end-to-end tests look at that run."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from jobs import beam_search, pipeline, query
+from jobs.graph import BY_NAME, MAKER, STEPS
+from jobs.step import Job, Run, load_recipe
+from medmm_ray.config import ConfigError
+from tests.doubles.api_server import chat_said, serving
+from tests.jobs.test_resume import TINY
+from tests.pages.review_page.phantom_run import make_run
+
+END_TO_END = pytest.mark.engine
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Run:
+    words = [TINY, f"run={tmp_path_factory.mktemp('tiny')}"]
+    assert pipeline.main(words) == 0
+    return Run(load_recipe(words))
+
+
+@pytest.fixture(scope="session")
+def report(tiny: Run) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((Path(tiny.root) / "report.json").read_text())
+    return loaded
+
+
+@END_TO_END
+def test_every_step_leaves_complete_outputs_that_name_their_upstream(tiny: Run) -> None:
+    for step in STEPS:
+        if tiny.skipped(step):
+            continue
+        for name, output in tiny.outputs(step).items():
+            manifest = output.manifest()
+            assert manifest.fingerprint == tiny.fingerprint(step), name
+            read = [r for r in step.reads if not tiny.is_left_out(r)]
+            assert manifest.upstream == {r: tiny.fingerprint(MAKER[r]) for r in read}, name
+
+
+@END_TO_END
+def test_rows_add_up(tiny: Run) -> None:
+    questions = tiny.table("questions").to_arrow().to_pylist()
+    solutions = tiny.table("solutions").to_arrow().to_pylist()
+    scores = tiny.table("scores").to_arrow().to_pylist()
+    test = {q["question_id"] for q in questions if q["split"] == "test"}
+    assert len(questions) == len(solutions) == 12
+    scored = [s["solution_id"] for row in solutions if row["question_id"] in test for s in row["solutions"]]
+    assert len(scored) == 16
+    for arm in ("multimodal", "text_only", "shuffled_image"):
+        assert sorted(s["solution_id"] for s in scores if s["arm"] == arm) == sorted(scored)
+    steps = {s["solution_id"]: len(s["steps"]) for row in solutions for s in row["solutions"]}
+    assert all(len(s["text_log_odds"]) == steps[s["solution_id"]] for s in scores)
+
+
+@END_TO_END
+def test_without_an_image_the_two_towers_score_like_the_text_prm(tiny: Run) -> None:
+    from medmm_ray.reward_model import RewardModel
+
+    text, both = (RewardModel.from_pretrained(tiny.uri(name)) for name in ("text_prm", "two_tower"))
+    row = tiny.table("solutions").to_arrow().to_pylist()[0]
+    steps = [s["steps"] for s in row["solutions"]]
+    for one, other in zip(text.score("Which?", steps), both.score("Which?", steps), strict=True):
+        assert one.plus_probs == pytest.approx(other.plus_probs, abs=1e-6)
+        assert other.image_log_odds == [0.0] * len(other.image_log_odds)
+
+
+@END_TO_END
+def test_report_holds_what_is_promised(report: dict[str, Any], tiny: Run) -> None:
+    for figure in (
+        report["accuracy"]["one_sample"],
+        report["accuracy"]["majority"]["4"],
+        report["accuracy"]["oracle"]["4"],
+    ):
+        assert 0 <= figure["low"] <= figure["value"] <= figure["high"] <= 1
+    for rule in ("best_of_n", "sc_rm"):
+        assert set(report["accuracy"][rule]) >= {"text_only", "multimodal", "shuffled_image"}
+        assert set(report["accuracy"][rule]["multimodal"]) == {"1", "2", "4"}
+    assert set(report["step"]["multimodal"]) >= {"auroc", "macro_f1", "ece"}
+    assert "kappa" in report["agreement"]["judge_expert"]
+    assert [s["name"] for s in report["steps"]] == [s.name for s in STEPS if s.name not in ("evaluate", "tree_search")]
+    dataset = json.loads((Path(tiny.root) / "dataset_report.json").read_text())
+    assert dataset["missing"] == []
+    assert dataset["steps"]["solutions"] == 48
+    assert [gate["passed"] for gate in dataset["gates"] if gate["name"] == "leakage"] == [True]
+    page = (Path(tiny.root) / "report.html").read_text()
+    assert "<svg" in page
+    assert not re.search(r'(?:src|href)="https?://', page), "the page must be self-contained"
+
+
+@END_TO_END
+def test_a_second_run_skips_everything(tiny: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {p: p.stat().st_mtime_ns for p in Path(tiny.root).rglob("*.parquet")}
+    assert pipeline.main([TINY, f"run={tiny.root}"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("complete") >= len(STEPS) - 1
+    assert "running" not in shown
+    assert before == {p: p.stat().st_mtime_ns for p in Path(tiny.root).rglob("*.parquet")}
+
+
+@END_TO_END
+def test_a_served_query_answers_and_is_kept(tiny: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [TINY, f"run={tiny.root}"]
+    assert query.main(words) == 0
+    first = capsys.readouterr().out
+    assert "best of N" in first
+    assert "majority vote" in first
+    stored = json.loads((Path(tiny.root) / "answer.json").read_text())
+    assert stored["answer"]["arm"] == "multimodal"
+    assert query.main(words) == 0
+    assert first.endswith(capsys.readouterr().out), "the stored answer reads like the fresh one"
+
+
+@END_TO_END
+def test_a_beam_search_stands_beside_the_samples(tiny: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert beam_search.main([TINY, f"run={tiny.root}", "num_questions=3", "num_beams=2", "num_expansions=2"]) == 0
+    assert "best of N, equal tokens" in capsys.readouterr().out
+    report = json.loads((Path(tiny.root) / "beam_search.json").read_text())
+    assert (report["questions"], report["failed"], report["guide"]) == (3, {}, tiny.model_id("two_tower"))
+    search, drawn = report["figures"]["beam search"], report["figures"]["majority, all samples"]
+    assert 0 <= search["low"] <= search["value"] <= search["high"] <= 1
+    assert search["tokens"] > 0
+    assert (drawn["samples"], drawn["tokens"] > 0) == (4, True)
+
+
+@END_TO_END
+def test_trees_stand_beside_the_samples_and_train_a_reward_model_where_the_recipe_asks(tiny: Run) -> None:
+    words = [TINY, f"run={tiny.root}", "without=[]", "train_text_prm.label_policy=tree_search"]
+    assert pipeline.main([*words, "--from", "tree_search", "--until", "train_text_prm"]) == 0
+    run = Run(load_recipe(words))
+    trees, solutions, labels = (run.table(n).to_arrow() for n in ("trees", "tree_solutions", "tree_labels"))
+    train = {q["question_id"] for q in run.table("questions").to_arrow().to_pylist() if q["split"] == "train"}
+    assert set(trees["question_id"].to_pylist()) == set(solutions["question_id"].to_pylist()) == train
+    made = {s["solution_id"]: len(s["steps"]) for row in solutions.to_pylist() for s in row["solutions"]}
+    assert {label["solution_id"]: len(label["steps"]) for label in labels.to_pylist()} == made
+    assert run.fingerprint(BY_NAME["sample"]) == tiny.fingerprint(BY_NAME["sample"])
+    assert run.fingerprint(BY_NAME["train_text_prm"]) != tiny.fingerprint(BY_NAME["train_text_prm"])
+    assert run.artifact("text_prm").manifest().upstream["tree_labels"] == run.fingerprint(BY_NAME["tree_search"])
+    weights, other = (Path(r.uri("text_prm"), "model.safetensors").read_bytes() for r in (run, tiny))
+    assert weights != other
+
+
+@END_TO_END
+def test_a_policy_behind_an_api_leads_to_a_reward_model_from_another_checkpoint(tiny: Run) -> None:
+    texts = [f"Step 1: Look.\nStep 2: It is dark.\nStep 3: So the answer is ({letter})." for letter in "AB" * 24]
+    with serving() as server:
+        server.script = [chat_said(text) for text in ("reached", *texts)]
+        words = [
+            TINY, f"run={tiny.root}", "models.policy=gpt-4o", "sample.backend=openai", "sample.key_variable=PATH",
+            f"sample.endpoint={server.address}/v1", "sample.num_documents=1", "without=[monte_carlo, tree_search]",
+            f"train_text_prm.base={tiny.uri('policy')}",
+        ]  # fmt: skip
+        assert pipeline.main([*words, "--from", "sample", "--until", "train_text_prm"]) == 0
+        assert len(server.requests) == 1 + 12 * 4, "the preflight's, and one a sample"
+    run = Run(load_recipe(words))
+    figures = run.table("solutions").manifest().figures
+    assert (figures["samples_drawn"], figures["documents_shown"]) == (48, 12)
+    assert figures["cost_usd"] == pytest.approx(48 * (1000 * 2.5 + 100 * 10.0) / 1e6)
+    rows = run.table("solutions").to_arrow().to_pylist()
+    assert {row["policy"] for row in rows} == {"gpt-4o"}
+    assert run.artifact("text_prm").manifest().upstream["policy"] == "gpt-4o"
+
+
+def test_range_of_steps() -> None:
+    assert [s.name for s in pipeline.chosen("sample", "monte_carlo")] == ["sample", "judge", "monte_carlo"]
+    assert pipeline.chosen(None, None) == list(STEPS)
+    with pytest.raises(ConfigError, match="unknown step 'smaple'; the steps are ingest, "):
+        pipeline.chosen("smaple", None)
+    with pytest.raises(ConfigError, match="--from score comes after --until sample"):
+        pipeline.chosen("score", "sample")
+
+
+def test_board_shows_steps_on_a_screen_and_lines_elsewhere(tmp_path: Path) -> None:
+    run = Run(load_recipe([TINY, f"run={tmp_path}"]))
+    screen = Console(force_terminal=True, width=140, record=True)
+    board = pipeline.Board(run, STEPS[:2], screen)
+    board.fail(STEPS[1], "failed")
+    screen.print(board.render())
+    assert re.search(r"ingest +read the source +waiting", screen.export_text())
+    log = Console(width=120, record=True, force_terminal=False)
+    board = pipeline.Board(run, STEPS[:2], log)
+    board.skip(STEPS[0])
+    assert "left out" in log.export_text()
+
+
+def test_board_shows_what_a_step_told_when_it_is_done_and_nothing_of_one_that_was_there(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    step, log = BY_NAME["sample"], Console(width=120, record=True, force_terminal=False)
+    board = pipeline.Board(run, [step], log)
+    job = Job(run, step)
+    board.start(step, job)
+    job.tell("8 samples drawn for 8 [none refused], 97.5% of cacheable tokens cached")
+    board.finish(step, "done")
+    board.finish(step, "complete")
+    shown = log.export_text().splitlines()
+    assert [line.split()[:2] for line in shown] == [["sample", "running"], ["sample", "done"], ["sample:", "8"],
+                                                    ["sample", "complete"]]  # fmt: skip
+    assert shown[2] == "  sample: 8 samples drawn for 8 [none refused], 97.5% of cacheable tokens cached"

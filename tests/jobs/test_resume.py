@@ -1,0 +1,157 @@
+"""Jobs that are killed and interrupted, resumed: their tables equal those of an undisturbed run."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from jobs.benches import blows as blows_module
+from jobs.benches.blows import Blow, Driver, Spot, endure, left_behind
+from jobs.benches.resume import BenchConfig, Trial, plan
+from jobs.benches.scripted import ScriptedGenerator
+from jobs.benches.scripted_api import answer, kept_answers, scripted_api
+from medmm_ray.engines.generator import GeneratorConfig, Prompt, Sampling
+from medmm_ray.engines.llm.endpoint import Choice, Reply
+from medmm_ray.engines.llm.store import Answer, AnswerStore
+from medmm_ray.steps.write_questions import SCHEMA, SOLVE_SCHEMA, draft, letter, repeats
+from medmm_ray.text import extract_answer, split_steps
+
+TINY = "jobs/recipes/tiny.yaml"
+
+
+@pytest.fixture
+def trial(tmp_path: Path) -> Iterator[Trial]:
+    config = BenchConfig(blows=3, steps=("sample", "judge", "monte_carlo"), questions=16)
+    with scripted_api(config.pause_s) as api:
+        yield Trial(config, tmp_path, api, Console())
+
+
+@pytest.mark.engine
+def test_an_actor_killed_a_run_interrupted_and_killed_leave_the_tables_of_an_undisturbed_one(trial: Trial) -> None:
+    trial.undisturbed()
+    blows = [Blow("actor", "sample", 0.3), Blow("ctrl-c", "judge", 0.5), Blow("driver", "monte_carlo", 0.5)]
+    results, late = trial.round("rough", blows)
+    assert late == []
+    assert [driver.process.returncode for driver in trial.drivers] == [0, 130, -9, 0]
+    assert [(r.step, r.expected, r.lost, r.doubled, r.equal) for r in results] == [
+        ("sample", 16, 0, 0, True),
+        ("judge", 64, 0, 0, True),
+        ("monte_carlo", results[2].expected, 0, 0, True),
+    ]
+    assert results[2].expected > 0
+    assert trial.money.paid_twice == 0
+    assert 0 <= trial.money.lost <= 2 * 8  # of the judge's two actors, eight calls each
+
+
+def test_a_scripted_policy_goes_on_where_a_search_has_begun() -> None:
+    policy = ScriptedGenerator("", GeneratorConfig(), 0.0)
+    prompt = Prompt(({"role": "user", "content": "What is wide?"},))
+
+    def written(said: str, *stop: str) -> list[str]:
+        asked = replace(prompt, said=said)
+        return [c.text for c in asyncio.run(policy.generate(asked, 4, 0, Sampling(1.0, 0, 1.0, 99, stop)))]
+
+    first = written("Step 1:", "Step 2:")
+    assert len(set(first)) > 1
+    assert all(text.startswith(" Look at the heart") and text.endswith(".\nStep 2:") for text in first)
+    rest = written("Step 1: Look.\nStep 2:")
+    assert all(len(split_steps("Step 2:" + text)[1]) == 2 for text in rest)
+    assert all(extract_answer(text, list("abcd")) for text in rest)
+    assert written("Step 1: Look.\nStep 2: Wide.\nStep 3: So?\nStep 4:")[0].startswith(" The answer is (")
+    assert all(len(split_steps(text)[1]) == 3 for text in written(""))
+
+
+def test_the_scripted_api_writes_questions_that_differ_and_solves_them() -> None:
+    def body(schema: Mapping[str, Any], seed: int) -> dict[str, Any]:
+        shape = {"type": "json_schema", "json_schema": {"schema": schema}}
+        return {"messages": [{"content": [{"text": "The image:"}]}], "response_format": shape, "seed": seed}
+
+    one, two = (draft(answer(body(SCHEMA, seed))) for seed in (0, 1))
+    assert not repeats(one.question, [two.question])
+    assert {letter(answer(body(SOLVE_SCHEMA, seed)), one.options) for seed in range(40)} == set("ABCD")
+
+
+def test_blows_are_drawn_from_the_seed_and_dealt_to_all_steps_and_kinds_in_turn() -> None:
+    config = BenchConfig(blows=8, kinds=("actor", "driver"), steps=("ingest", "sample"))
+    blows = plan(config, Random(7))
+    assert blows == plan(config, Random(7))
+    assert blows != plan(config, Random(8))
+    pairs = {("actor", "sample"), ("driver", "sample"), ("driver", "ingest")}  # ingest has no actors
+    assert {(blow.kind, blow.step) for blow in blows[:3]} == {(blow.kind, blow.step) for blow in blows[3:6]} == pairs
+    assert all(0 < blow.share < 1 for blow in blows)
+    twenty = plan(BenchConfig(), Random(0))
+    assert {blow.step for blow in twenty} == set(BenchConfig().steps)
+    assert {blow.kind for blow in twenty} == set(BenchConfig().kinds)
+
+
+STEPS = """
+import subprocess, sys, time
+from pathlib import Path
+done = Path(sys.argv[1])
+subprocess.Popen(["sleep", "60"])  # what outlives its driver
+for name in ("one", "two"):
+    if not (done / name).exists():
+        print("begin", name, flush=True)
+        time.sleep(0.5)
+        (done / name).touch()
+        print("end", name, flush=True)
+sys.exit(len(sys.argv) - 2)
+"""
+
+
+class Program:
+    """A driver of two steps of half a second, without Ray."""
+
+    def __init__(self, folder: Path, *more: str) -> None:
+        self.folder, self.more = folder, more
+        self.drivers: list[Driver] = []
+
+    def __call__(self, number: int, spot: Spot | None) -> Driver:
+        command = [sys.executable, "-c", STEPS, str(self.folder), *self.more]
+        self.drivers.append(Driver(command, {}, self.folder / f"{number}.log"))
+        return self.drivers[-1]
+
+
+def test_a_driver_is_struck_in_its_step_and_started_until_it_ends_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, told = Program(tmp_path), list[str]()
+    blows = [Blow("driver", "one", 0.2), Blow("ctrl-c", "two", 0.5), Blow("driver", "two", 100.0)]
+    found = endure(program, blows, {"one": 0.5, "two": 0.5}, Random(0), told.append)
+    assert found.landed == blows[:2]  # the third came too late
+    assert [driver.process.returncode for driver in program.drivers] == [-9, -2, 0]
+    assert found.starts == 3
+    assert found.lasted["two"] >= 0.4
+    assert [words.partition(" at ")[0] for words in told] == ["driver", "ctrl-c"]
+    monkeypatch.setattr(blows_module, "GRACE_S", 0.1)
+    assert left_behind(program.drivers) == ["sleep 60"] * 2  # an interrupt reaches the whole group, and ends the second
+    assert left_behind(program.drivers) == []
+
+
+def test_a_driver_that_fails_by_itself_is_said(tmp_path: Path) -> None:
+    program = Program(tmp_path, "fail")
+    with pytest.raises(RuntimeError, match="ended with code 1 and nothing was done to it"):
+        endure(program, [], {}, Random(0), print)
+    for driver in program.drivers:
+        os.killpg(driver.process.pid, signal.SIGKILL)
+
+
+async def _answer_twice(folder: Path) -> None:
+    answer = Answer(Reply(choices=(Choice("1 high", "stop"),), read=1, cached=0, written=1), 0.1)
+    for _ in range(2):
+        store = AnswerStore(f"{folder}/api/model/answers")
+        await store.put("q", "twice", answer)
+    await store.put("q", "once", answer)
+
+
+def test_an_answer_that_is_kept_twice_is_seen(tmp_path: Path) -> None:
+    asyncio.run(_answer_twice(tmp_path))
+    assert kept_answers(tmp_path) == {"twice": 2, "once": 1}

@@ -1,0 +1,298 @@
+import io
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pytest
+
+from medmm_ray.data.records import Image, Question, to_arrow
+from medmm_ray.data.sources.phantom import make_case, render
+from medmm_ray.data.sources.phantom.case import generator
+from medmm_ray.data.tables import TableError
+from medmm_ray.steps.curate import (
+    CurateConfig,
+    components,
+    confirm,
+    curate,
+    detail,
+    near_pairs,
+    picture_groups,
+    propose,
+    thumbnail_batch,
+    thumbnails,
+)
+from medmm_ray.steps.ingest import IngestConfig, image_table, inspect_batch, question_rows, read_source
+from tests.paths import REAL_DATA
+
+REAL = REAL_DATA / "vqa_rad"
+CONFIG = CurateConfig()
+
+
+def image(name: str, split: str = "train", **changes: object) -> Image:
+    values: dict[str, object] = {
+        "image_id": f"im-{name}", "uri": f"/{name}.png", "sha256": name, "perceptual_hash": "0" * 16, "width": 8,
+        "height": 8, "split": split, "modality": "radiology", "diagnosis": "", "annotation": "", **changes,
+    }  # fmt: skip
+    return Image(**values)  # type: ignore[arg-type]
+
+
+def question(name: str, images: list[str], split: str = "train", text: str = "", **changes: object) -> Question:
+    values: dict[str, object] = {
+        "question_id": f"q-{name}", "source": "s", "split": split, "modality": "radiology", "difficulty": "",
+        "question": text or name, "options": [], "answer": "yes", "answer_type": "yes_no",
+        "image_ids": [f"im-{i}" for i in images], **changes,
+    }  # fmt: skip
+    return Question(**values)  # type: ignore[arg-type]
+
+
+def clean(
+    questions: list[Question],
+    images: list[Image],
+    duplicates: list[tuple[str, str]] | None = None,
+    config: CurateConfig = CONFIG,
+) -> tuple[dict[str, str], dict[str, str], dict[str, float]]:
+    """Splits of questions and images by id, and the figures that are not 0."""
+    done = curate(to_arrow(Question, questions), to_arrow(Image, images), duplicates or [], config)
+    splits = {q.question_id: q.split for q in done.questions}
+    return splits, {i.image_id: i.split for i in done.images}, {k: v for k, v in done.figures.items() if v}
+
+
+# Near duplicates
+
+
+def test_near_pairs_are_those_of_a_plain_double_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medmm_ray.steps.curate._BLOCK", 16)
+    rng = np.random.default_rng(0)
+    base = [int(v) for v in rng.integers(0, 2**63, 30)]
+    values = base + [v ^ (1 << int(rng.integers(64))) ^ (1 << int(rng.integers(64))) for v in base]
+    hashes = [f"{v:016x}" for v in values]
+    expected = {(i, j) for i in range(60) for j in range(i + 1, 60) if (values[i] ^ values[j]).bit_count() <= 3}
+    found = near_pairs(hashes, 3)
+    assert {(int(i), int(j)) for i, j in found} == expected
+    assert len(found) == len(expected) >= 30
+    assert near_pairs([], 3).shape == (0, 2)
+
+
+def test_ten_thousand_hashes_are_compared_in_seconds() -> None:
+    hashes = [f"{int(v):016x}" for v in np.random.default_rng(1).integers(0, 2**63, 10_000)]
+    hashes[7_000] = hashes[3]
+    assert near_pairs(hashes, 2).tolist() == [[3, 7000]]
+
+
+def copies(picture: PIL.Image.Image) -> list[PIL.Image.Image]:
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=60)
+    small = picture.resize((int(picture.width * 0.6), int(picture.height * 0.6)))
+    return [PIL.Image.open(stream), small, picture.point([min(255, int(v * 0.8 + 20)) for v in range(256)])]
+
+
+def test_detail_tells_copies_from_other_phantoms() -> None:
+    pictures = [render(make_case(generator("d", i)), 64) for i in range(120)]
+    details = np.stack([detail(p) for p in pictures])
+    alike = details @ details.T - np.eye(120)
+    assert alike.max() < CONFIG.pixel_correlation
+    for picture, own in zip(pictures[:20], details[:20], strict=True):
+        assert min(float(own @ detail(c)) for c in copies(picture)) > CONFIG.pixel_correlation
+
+
+def test_a_blank_picture_has_no_detail_and_is_like_none() -> None:
+    assert not detail(PIL.Image.new("L", (40, 40), 7)).any()
+
+
+def files(folder: Path) -> pa.Table:
+    """Two phantoms, the first also as a JPEG, and a copy of its very bytes."""
+    first, second = (render(make_case(generator("f", i), ["normal"]), 96) for i in range(2))
+    first.save(folder / "a.png")
+    first.save(folder / "b.jpg", quality=70)
+    second.save(folder / "c.png")
+    (folder / "d.png").write_bytes((folder / "a.png").read_bytes())
+    rows = [
+        {"uri": str(folder / name), "split": "train", "modality": "", "diagnosis": "", "annotation": ""}
+        for name in ("a.png", "b.jpg", "c.png", "d.png")
+    ]
+    return inspect_batch(pa.Table.from_pylist(rows))
+
+
+def test_hashes_propose_and_pixels_confirm(tmp_path: Path) -> None:
+    images = files(tmp_path)
+    a, b, c, d = images["image_id"].to_pylist()
+    assert a == d
+    config = CurateConfig(hash_distance=64)  # proposes every pair
+    proposed, pairs = propose(images, config)
+    assert set(proposed["image_id"].to_pylist()) == {a, b, c}
+    assert len(pairs) == 3
+    assert [set(p) for p in confirm(proposed, pairs, thumbnail_batch(proposed), config)] == [{a, b}]
+
+
+def test_without_near_duplicates_nothing_is_proposed(tmp_path: Path) -> None:
+    proposed, pairs = propose(files(tmp_path), CurateConfig(near_duplicates=False))
+    assert (proposed.num_rows, len(pairs)) == (0, 0)
+    assert confirm(proposed, pairs, thumbnail_batch(proposed), CONFIG) == []
+
+
+def test_a_thumbnail_that_cannot_be_made_confirms_nothing(tmp_path: Path) -> None:
+    images = files(tmp_path)
+    proposed, pairs = propose(images, CurateConfig(hash_distance=64))
+    (tmp_path / "b.jpg").unlink()
+    details = thumbnail_batch(proposed)
+    assert [e.partition(":")[0] for e in details["error"].to_pylist() if e] == ["image_missing"]
+    assert confirm(proposed, pairs, details, CONFIG) == []
+    with pytest.raises(TableError, match="2 of 3 thumbnails are missing"):
+        confirm(proposed, pairs, details.slice(0, 1), CONFIG)
+
+
+# Cleaning
+
+
+def test_rows_with_errors_leave_and_are_counted() -> None:
+    questions, images, figures = clean(
+        [
+            question("1", ["a"]),
+            question("2", ["a"], error="answer_empty: x"),
+            question("3", ["b"], error="upstream: y"),
+        ],
+        [image("a"), image("b", error="image_corrupt: z")],
+    )
+    assert (questions, images) == ({"q-1": "train"}, {"im-a": "train"})
+    assert figures == {
+        "questions_error_answer_empty": 1, "questions_error_upstream": 1, "images_error_image_corrupt": 1,
+        "train_questions": 1, "train_images": 1,
+    }  # fmt: skip
+
+
+def test_equal_bytes_are_one_image_and_near_duplicates_the_largest() -> None:
+    done = curate(
+        to_arrow(Question, [question("1", ["a"]), question("2", ["b"])]),
+        to_arrow(Image, [image("a"), image("a", uri="/z.png"), image("b", width=80, height=80), image("c")]),
+        [("im-a", "im-b")],
+        CONFIG,
+    )
+    assert [(i.image_id, i.uri) for i in done.images] == [("im-b", "/b.png"), ("im-c", "/c.png")]
+    assert [q.image_ids for q in done.questions] == [["im-b"], ["im-b"]]
+    assert (done.figures["images_same_bytes"], done.figures["images_near_duplicate"]) == (1, 1)
+
+
+def test_a_repeated_question_stays_once_and_the_test_one_wins() -> None:
+    questions, _, figures = clean(
+        [
+            question("1", ["a"], text="Is it clear?"),
+            question("2", ["b"], "test", "is it clear"),
+            question("3", ["b"], text="Is it clear?", answer="no"),
+            question("4", ["c"], text="Is it clear?"),
+        ],
+        [image("a"), image("b"), image("c")],
+        [("im-a", "im-b")],
+    )
+    assert questions == {"q-2": "test", "q-4": "train"}
+    assert (figures["questions_repeated"], figures["questions_repeated_other_answer"]) == (1, 1)
+
+
+# Splits
+
+
+LEAK = (
+    [
+        question("1", ["a"], "test"), question("2", ["a"]), question("3", ["b"]), question("4", ["b", "c"]),
+        question("5", ["c"], "test"), question("6", ["d"]), question("7", []), question("8", [], "test"),
+    ],
+    [image(n) for n in "abcde"],
+)  # fmt: skip
+
+
+def test_groups_reach_through_questions_with_several_images() -> None:
+    assert picture_groups(LEAK[0]) == {
+        "q-1": "im-a", "q-2": "im-a", "q-3": "im-b", "q-4": "im-b", "q-5": "im-b", "q-6": "im-d", "q-7": "q-7",
+        "q-8": "q-8",
+    }  # fmt: skip
+
+
+def test_drop_train_drops_what_training_shares_with_the_test() -> None:
+    questions, images, figures = clean(*LEAK)
+    assert questions == {"q-1": "test", "q-5": "test", "q-6": "train", "q-7": "train", "q-8": "test"}
+    assert images == {"im-a": "test", "im-b": "train", "im-c": "test", "im-d": "train", "im-e": "train"}
+    assert figures["questions_leaked"] == 3
+
+
+def test_resplit_keeps_every_question_and_shares_no_picture() -> None:
+    questions = [question(str(i), [str(i // 3)], "test" if i % 2 else "train") for i in range(300)]
+    images = [image(str(i)) for i in range(100)]
+    config = CurateConfig(leakage="resplit", test_fraction=0.3)
+    done = curate(to_arrow(Question, questions), to_arrow(Image, images), [], config)
+    assert len(done.questions) == 300
+    by_image = {(q.image_ids[0], q.split) for q in done.questions}
+    assert len(by_image) == 100
+    assert 20 <= sum(split == "test" for _, split in by_image) <= 40
+    assert {i.image_id: i.split for i in done.images} == dict(by_image)
+    again = curate(to_arrow(Question, questions[::-1]), to_arrow(Image, images[::-1]), [], config)
+    assert (again.questions, again.images) == (done.questions, done.images)
+    other = curate(to_arrow(Question, questions), to_arrow(Image, images), [], config.model_copy(update={"seed": 1}))
+    assert {q.question_id: q.split for q in other.questions} != {q.question_id: q.split for q in done.questions}
+
+
+def test_limits_keep_the_same_questions_whatever_the_order() -> None:
+    questions = [question(str(i), [str(i)], "test" if i < 20 else "train") for i in range(60)]
+    images = [image(str(i), "test" if i < 20 else "train") for i in range(60)]
+    config = CurateConfig(max_train=10, max_test=5)
+    splits, kept_images, figures = clean(questions, images, config=config)
+    assert Counter(splits.values()) == {"train": 10, "test": 5}
+    assert Counter(kept_images.values()) == {"train": 40, "test": 5}  # training's others may serve as references
+    assert (figures["questions_over_limit_train"], figures["questions_over_limit_test"]) == (30, 15)
+    assert figures["images_without_question"] == 15
+    assert clean(questions[::-1], images, config=config)[0] == splits
+
+
+def test_nothing_left_is_an_error_that_says_why() -> None:
+    with pytest.raises(TableError, match=r"leaves none of 1 questions \(questions_error_answer_empty 1\)"):
+        clean([question("1", [], error="answer_empty: x")], [])
+
+
+def test_components() -> None:
+    assert components("dcbae", [("a", "c"), ("c", "d"), ("d", "a")]) == [["a", "c", "d"], ["b"], ["e"]]
+
+
+def real_tables(config: IngestConfig, folder: str) -> tuple[pa.Table, pa.Table]:
+    data = read_source(config)
+    images = inspect_batch(image_table(data, folder), data.draw, config.image_size)
+    return to_arrow(Question, question_rows(data, images, config, folder)), images
+
+
+def test_phantoms_lose_nothing(tmp_path: Path) -> None:
+    """They look alike: hashes propose some pairs, pixels refuse them all."""
+    questions, images = real_tables(IngestConfig(num_train=250, num_test=50), str(tmp_path))
+    proposed, pairs = propose(images, CONFIG)
+    assert len(pairs) > 20
+    assert confirm(proposed, pairs, thumbnail_batch(proposed), CONFIG) == []
+    done = curate(questions, images, [], CONFIG)
+    assert {k: v for k, v in done.figures.items() if v} == {
+        "train_questions": 250, "test_questions": 50, "train_images": 250, "test_images": 50,
+    }  # fmt: skip
+
+
+@pytest.mark.engine
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"VQA-RAD is not at {REAL}")
+def test_every_test_image_of_vqa_rad_also_occurs_in_train(tmp_path: Path) -> None:
+    questions, images = real_tables(IngestConfig(source="vqa_rad", path=str(REAL)), "")
+    proposed, pairs = propose(images, CONFIG)
+    duplicates = confirm(proposed, pairs, thumbnail_batch(proposed), CONFIG)
+    dropped = curate(questions, images, duplicates, CONFIG)
+    resplit = curate(questions, images, duplicates, CurateConfig(leakage="resplit"))
+    for done in (dropped, resplit):
+        by_split = {
+            split: {i for q in done.questions if q.split == split for i in q.image_ids} for split in ("train", "test")
+        }
+        assert not by_split["train"] & by_split["test"]
+    assert dropped.figures["questions_leaked"] > 1000
+    assert resplit.figures["train_questions"] + resplit.figures["test_questions"] > 2900
+
+
+@pytest.mark.engine
+def test_ray_workers_make_the_same_thumbnails(tmp_path: Path, ray_session: None) -> None:
+    import ray
+
+    proposed, _ = propose(files(tmp_path), CurateConfig(hash_distance=64))
+    rows = thumbnails(ray.data.from_arrow(proposed), CONFIG).take_all()
+    assert {r["image_id"]: r["detail"] for r in rows} == {
+        r["image_id"]: r["detail"] for r in thumbnail_batch(proposed).to_pylist()
+    }

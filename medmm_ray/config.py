@@ -215,6 +215,11 @@ def _names_at(config: type[BaseModel], path: Sequence[str]) -> list[str]:
     return list(config.model_fields)
 
 
+def inner_configs(annotation: Any) -> list[type[Config]]:
+    """The sections that a setting of this annotation may hold: one for `JudgeConfig | None`, none for `int`."""
+    return [t for t in _types(annotation) if issubclass(t, Config)]
+
+
 def _types(annotation: Any) -> list[type]:
     args = getattr(annotation, "__args__", ())
     return [t for t in (annotation, *args) if isinstance(t, type)]

@@ -50,7 +50,9 @@ class EquivalenceConfig(ApiConfig):
     @model_validator(mode="after")
     def _has_a_model(self) -> "EquivalenceConfig":
         if self.backend != "none" and not self.model:
-            raise ValueError(f"equivalence.backend is {self.backend!r} and equivalence.model is not set; name a model")
+            raise ValueError(
+                f"sample.equivalence.backend is {self.backend!r} and sample.equivalence.model is not set; name a model"
+            )
         return self
 
 
@@ -108,7 +110,7 @@ class Grader:
         if answered.reply.cut_off and not self._said_cut:
             self._said_cut = True
             log.warning(
-                "the grading model was cut off at equivalence.max_tokens=%d, thoughts included; raise it",
+                "the grading model was cut off at sample.equivalence.max_tokens=%d, thoughts included; raise it",
                 self.max_tokens,
             )
         said = _SAID.search(answered.reply.text)
@@ -123,7 +125,7 @@ class MakeGrader:
         self.access: Access | None = None
         if config.backend != "none":
             if folder is None:
-                raise ValueError(f"equivalence.backend={config.backend} needs a folder for its answers")
+                raise ValueError(f"sample.equivalence.backend={config.backend} needs a folder for its answers")
             self.access = open_access(config.backend, str(config.model), config, folder)
 
     def __call__(self) -> Grader:

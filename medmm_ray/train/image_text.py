@@ -77,7 +77,7 @@ def train_image_tower(
     if captions.num_rows == 0:
         raise ValueError(
             "train_image_tower: no training image has a caption. Choose a source that has captions, or name a "
-            "pretrained tower (image_tower.model=...)."
+            "pretrained tower (models.image_tower=...)."
         )
     captions = captions.select(["image_uri", "captions"]).sort_by("image_uri")
     tables = {"captions": captions, "texts": pa.table({"text": pa.array(sorted(set(texts)), pa.string())})}

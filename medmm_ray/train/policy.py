@@ -152,7 +152,7 @@ def train_policy(
     if worked.num_rows == 0:
         raise ValueError(
             "train_policy: no question of the split 'train' has a worked solution in the table demonstrations. Choose "
-            "a source that has them, or take a pretrained policy (sample.model=...) and leave this step out."
+            "a source that has them, or take a pretrained policy (models.policy=...), which leaves this step out."
         )
     texts = vocabulary_texts(worked, documents["text"].to_pylist()) if config.base is None else []
     tables = {"worked": worked, "texts": pa.table({"text": pa.array(sorted(texts), pa.string())})}

@@ -53,7 +53,7 @@ def test_a_model_is_asked_where_the_forms_differ_and_once(tmp_path: Path, monkey
 
 
 def test_a_backend_needs_a_model_and_a_folder() -> None:
-    with pytest.raises(ValueError, match="equivalence.backend is 'openai' and equivalence.model is not set"):
+    with pytest.raises(ValueError, match="equivalence.backend is 'openai' and sample.equivalence.model is not set"):
         EquivalenceConfig(backend="openai")
     settings: dict[str, Any] = {"backend": "openai", "model": "m"}
     with pytest.raises(ValueError, match="needs a folder"):

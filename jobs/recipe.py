@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from jobs.graph import BY_NAME
+from jobs.shared_settings import GenerationConfig, LabelsConfig, with_shared_settings
 from medmm_ray.config import Config, execution
 from medmm_ray.engines.index import IndexConfig
 from medmm_ray.engines.llm.probe import ApiModel
@@ -115,6 +116,10 @@ class Recipe(Config):
     """Steps that are left out; the tables that they would make are read as empty."""
     models: ModelsConfig = ModelsConfig()
     """Checkpoints that are there already."""
+    generation: GenerationConfig = GenerationConfig()
+    """How the policy generates, in every step that asks it."""
+    labels: LabelsConfig = LabelsConfig()
+    """How labels become training targets, in both trainings and the dataset report."""
     ingest: IngestConfig = IngestConfig()
     """Sources to questions, images, documents."""
     write_questions: WriteQuestionsConfig = WriteQuestionsConfig()
@@ -202,17 +207,23 @@ class Recipe(Config):
 
     @classmethod
     def completed(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The recipe's seed in every section that has one and does not set its own."""
-        values = super().completed(values)
-        if not isinstance(values.get("seed"), int):  # not given, or a fault that is told once
-            return values
-        seeded = dict(values)
-        for name, info in cls.model_fields.items():
-            section = info.annotation
-            if isinstance(section, type) and issubclass(section, Config) and "seed" in section.model_fields:
-                own = values.get(name) or {}
-                seeded[name] = {"seed": values["seed"], **own} if isinstance(own, dict) else own
-        return seeded
+        """What several sections share, in each of them that has it and does not set its own: the recipe's seed, and
+        the sections of `jobs.shared_settings`."""
+        annotations = {name: info.annotation for name, info in cls.model_fields.items()}
+        sections = {
+            name: annotation
+            for name, annotation in annotations.items()
+            if isinstance(annotation, type) and issubclass(annotation, Config)
+        }
+        completed = with_shared_settings(super().completed(values), sections)
+        seed = completed.get("seed")
+        if not isinstance(seed, int):  # not set, or a fault that is reported once
+            return completed
+        for name, section_type in sections.items():
+            section = completed.get(name) or {}
+            if "seed" in section_type.model_fields and isinstance(section, dict):
+                completed[name] = {"seed": seed, **section}
+        return completed
 
 
 def api_policy_faults(recipe: Recipe) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from jobs.step import Job, main
-from medmm_ray.data.sources import phantom
+from medmm_ray.data.sources import WITH_TRUTH, load_with_truth
 from medmm_ray.train.image_text import train_image_tower
 
 
@@ -20,9 +20,9 @@ def run(job: Job) -> None:
 
 
 def captions(source: str, image: Mapping[str, Any]) -> Sequence[str]:
-    """What a picture shows, in words: a phantom's case says it in several ways, other sources by the diagnosis."""
-    if source == "phantom":
-        return phantom.captions(phantom.Case.from_annotation(image["annotation"]))
+    """What a picture shows, in words: a source that draws it says it in several ways, others by the diagnosis."""
+    if source in WITH_TRUTH:
+        return load_with_truth(source).drawn_picture(image["annotation"]).captions()
     return [image["diagnosis"]] if image["diagnosis"] else []
 
 

@@ -49,7 +49,7 @@ from medmm_ray.engines.generator import (
 )
 from medmm_ray.stats.metrics import cluster_bootstrap
 from medmm_ray.stats.targets import Target, targets
-from medmm_ray.steps.judge import PhantomJudge
+from medmm_ray.steps.judge import TruthJudge
 from medmm_ray.steps.monte_carlo import MonteCarloConfig, Roller
 from medmm_ray.text import extract_answer, is_correct, split_steps
 
@@ -254,7 +254,7 @@ async def question_row(
     }  # fmt: skip
     prompt, how = policy_prompt(engine, row, 0, 0), MonteCarloConfig(**SHAPE).sampling
     solutions, judged = [], []
-    judge = PhantomJudge(config.judge_errors, config.seed)
+    judge = TruthJudge("phantom", config.judge_errors, config.seed)
     seed = request_seed("bench", number, config.seed)
     for index, done in enumerate(await engine.generate(prompt, config.solutions, seed, how)):
         _, steps = split_steps(done.text)

@@ -22,7 +22,7 @@ from torch._C._distributed_c10d import HashStore
 
 from medmm_ray.config import Config
 from medmm_ray.data import records
-from medmm_ray.data.sources.phantom import HARD, Case, Hardness, blind_work, captions, generator, make_items
+from medmm_ray.data.sources.phantom import HARD, Hardness, blind_work, drawn_picture, generator, make_items
 from medmm_ray.data.tables import Origin, Table, write_rows
 from medmm_ray.steps.ingest import (
     IngestConfig,
@@ -32,7 +32,7 @@ from medmm_ray.steps.ingest import (
     question_rows,
     read_source,
 )
-from medmm_ray.steps.review import Gold, truth_labels
+from medmm_ray.steps.review import GoldAnswer, truth_labels
 from medmm_ray.text import extract_answer, join_steps, question_with_options
 from medmm_ray.train.image_text import ClipShape, ImageTextConfig, ImageTextStage
 from medmm_ray.train.labelled import group_labels, labelled_questions
@@ -126,7 +126,7 @@ def train_tower(config: StudyConfig, folder: Path) -> None:
     data = read_source(ingest)
     images = inspect_batch(image_table(data, str(folder.with_name("tower-images"))), data.draw, ingest.image_size)
     rows = [
-        {"image_uri": row["uri"], "captions": list(captions(Case.from_annotation(row["annotation"])))}
+        {"image_uri": row["uri"], "captions": list(drawn_picture(row["annotation"]).captions())}
         for row in images.to_pylist()
     ]
     inputs = _written(folder, captions=pa.Table.from_pylist(rows), texts=_texts([]))
@@ -171,7 +171,7 @@ def _solutions(
     config: StudyConfig, seed: int, asked: Sequence[records.Question], images: pa.Table
 ) -> tuple[pa.Table, pa.Table]:
     """The solutions of all questions and the truth of their steps."""
-    cases = {row["image_id"]: Case.from_annotation(row["annotation"]) for row in images.to_pylist()}
+    pictures = {row["image_id"]: drawn_picture(row["annotation"]) for row in images.to_pylist()}
     items = [
         item
         for split, number in (("train", config.questions), ("test", config.test_questions))
@@ -194,7 +194,7 @@ def _solutions(
             labels.append(
                 truth_labels(
                     question.question_id, {"solution_id": own[-1].solution_id, "steps": steps},
-                    cases[question.image_ids[0]], Gold(question.options, question.answer), "judge", "truth",
+                    pictures[question.image_ids[0]], GoldAnswer(question.options, question.answer), "judge", "truth",
                     range(len(steps)),
                 )
             )  # fmt: skip

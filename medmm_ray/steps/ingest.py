@@ -1,7 +1,7 @@
 """Ingest: what a source yields, as the tables raw_questions, raw_images, documents and demonstrations.
 
-Images are drawn (phantoms), opened, hashed and measured in Ray workers; a question's id contains the hashes of its
-images, so questions are made after them. A row that is not usable keeps its place, with an `error`:
+Images are drawn (where the source has no files), opened, hashed and measured in Ray workers; a question's id contains
+the hashes of its images, so questions are made after them. A row that is not usable keeps its place, with an `error`:
 
 - image_missing, image_empty, image_format, image_corrupt, image_too_large: the file cannot become a picture;
 - answer_not_in_options, answer_not_yes_no, answer_empty, question_empty, options_missing, options_repeated,
@@ -22,8 +22,7 @@ from pydantic import Field
 
 from medmm_ray.config import Config, ConfigError, digest, execution, identity
 from medmm_ray.data.records import Document, Image, Question, Solution, Solutions, to_arrow
-from medmm_ray.data.sources import Request, SourceData, SourceQuestion, load
-from medmm_ray.data.sources.phantom import Hardness
+from medmm_ray.data.sources import WITHOUT_FILES, Hardness, Request, SourceData, SourceQuestion, load
 from medmm_ray.data.tables import RowError, TableError, error_kind, filesystem, write_file
 from medmm_ray.engines.images import decode_image, read_bytes
 from medmm_ray.text import LETTERS, answer_key, join_steps, normalise
@@ -41,7 +40,7 @@ class IngestConfig(Config):
     source: str = "phantom"
     """The data set: a module of medmm_ray.data.sources (phantom, vqa_rad, ...)."""
     path: str = ""
-    """Folder or URI of the data set's files; empty for phantoms, which are drawn."""
+    """Folder or URI of the data set's files; empty for a source that makes its data (phantom)."""
     documents_path: str = ""
     """A JSONL file of documents {"title", "text"} to retrieve from, besides those of the source."""
     num_train: int | None = Field(None, ge=0)
@@ -49,15 +48,15 @@ class IngestConfig(Config):
     num_test: int | None = Field(None, ge=0)
     """Test questions to make (phantom; default 250) or to take at most (others; default all)."""
     num_extra_images: int = Field(0, ge=0)
-    """Phantoms: training images without a question, for the image tower and as reference images."""
+    """phantom: training images without a question, for the image tower and as reference images."""
     num_worked: int = Field(1, ge=0)
-    """Phantoms: worked solutions a training question, for supervised training of the policy."""
+    """phantom: worked solutions a training question, for supervised training of the policy."""
     image_size: int = Field(64, ge=1)
-    """Phantoms: side of a drawn picture in pixels."""
+    """phantom: side of a drawn picture in pixels."""
     hardness: Hardness = Hardness()
-    """Phantoms: how hard the pictures are to read."""
+    """phantom: how hard the pictures are to read."""
     seed: int = 0
-    """Phantoms: which cases are drawn."""
+    """phantom: which cases are drawn."""
     batch_size: int = execution(64, ge=1)
     """Images a worker opens at a time."""
     num_cpus: float = execution(0.5, ge=0)
@@ -66,7 +65,7 @@ class IngestConfig(Config):
 
 def read_source(config: IngestConfig) -> SourceData:
     """All that the configured source yields; a `ConfigError` or `TableError` names the file and the field at fault."""
-    if not config.source.startswith("phantom") and not config.path:
+    if config.source not in WITHOUT_FILES and not config.path:
         raise ConfigError(f"ingest.path is empty: source {config.source!r} needs the folder that holds its files")
     return load(config.source).read(request_of(config))
 

@@ -2,8 +2,8 @@
 
 Enters: solutions, their questions and images, the labels so far. Leaves: `ReviewItem` rows, a sample of all steps in
 strata of difficulty x modality x disagreement plus a random stratum, each with its inclusion probability; and labels of
-source "expert" for the steps of the queue (the other steps empty). On phantoms the expert is the truth, and whole
-solutions of `truth_splits` get it as source "phantom", for measuring; elsewhere readers are, through the review page.
+source "expert" for the steps of the queue (the other steps empty). Where the source knows its pictures the expert is
+the truth, and whole solutions of `truth_splits` get it for measuring; elsewhere readers are, through the review page.
 
 The queue is drawn over the whole table at once, on columns: a million steps take 0.7 s.
 """
@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 
 from medmm_ray.config import Config, Splits, execution
 from medmm_ray.data.records import Labels, ReviewItem, StepLabel, to_arrow_lists
-from medmm_ray.data.sources.phantom import Case, truth
+from medmm_ray.data.sources import WITH_TRUTH, DrawnPicture, load_with_truth
 from medmm_ray.data.tables import attach
 from medmm_ray.stats.label_arrays import (
     RIGHT,
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 SURE, UNSURE, DISAGREE = 0, 1, 2
 DISAGREEMENT = ("sure", "unsure", "disagree")  # the judge is; it is not; judges differ, or Monte Carlo contradicts
 RANDOM = "random"
+# The label source and the annotators of a truth that the source of the pictures knows.
+TRUTH_SOURCE = "phantom"
 EXPERT, TRUTH = "phantom-expert", "phantom-truth"
 
 
@@ -220,9 +222,9 @@ def review(
     questions: pa.Table,
     images: pa.Table,
 ) -> "Dataset":
-    """`Solutions` rows -> ``{question_id, labels}``: the phantom expert's labels of the queue `items`, and the truth.
+    """`Solutions` rows -> ``{question_id, labels}``: the expert's labels of the queue `items`, and the truth.
 
-    With expert="none", or for questions that are no phantoms, the lists are empty.
+    With another expert than the truth, or for questions whose source does not know it, the lists are empty.
     """
     from ray.data import ActorPoolStrategy
 
@@ -242,15 +244,15 @@ def review(
 
 
 @dataclass(frozen=True)
-class Gold:
-    """What `truth` needs of a question."""
+class GoldAnswer:
+    """What a statement of the answer is compared with: the options, and the letter of the right one."""
 
     options: Sequence[str]
     answer: str
 
 
 class Expert:
-    """The actor: knows every phantom."""
+    """The actor: knows the truth of the pictures that a source drew."""
 
     def __init__(self, config: ReviewConfig, items: Iterable[tuple[str, int]], images: pa.Table) -> None:
         self.config = config
@@ -265,26 +267,29 @@ class Expert:
 
     def label(self, row: Mapping[str, Any]) -> list[Labels]:
         """The labels of one question's solutions."""
-        if self.config.expert != "phantom" or row["source"] != "phantom" or not row["solutions"]:
+        if self.config.expert != TRUTH_SOURCE or row["source"] not in WITH_TRUTH or not row["solutions"]:
             return []
-        case = Case.from_annotation(self.annotations[row["image_ids"][0]])
-        gold = Gold(row["options"], row["answer"])
+        source = load_with_truth(row["source"])
+        picture = source.drawn_picture(self.annotations[row["image_ids"][0]])
+        gold = GoldAnswer(row["options"], row["answer"])
         labels = []
         for solution in row["solutions"]:
             asked = self.queue.get(solution["solution_id"])
             if asked:
-                labels.append(truth_labels(row["question_id"], solution, case, gold, "expert", EXPERT, asked))
+                labels.append(truth_labels(row["question_id"], solution, picture, gold, "expert", EXPERT, asked))
             if row["split"] in self.config.truth_splits:
                 everything = range(len(solution["steps"]))
-                labels.append(truth_labels(row["question_id"], solution, case, gold, "phantom", TRUTH, everything))
+                labels.append(
+                    truth_labels(row["question_id"], solution, picture, gold, TRUTH_SOURCE, TRUTH, everything)
+                )
         return labels
 
 
 def truth_labels(
     question_id: str,
     solution: Mapping[str, Any],
-    case: Case,
-    gold: Gold,
+    picture: DrawnPicture,
+    gold: GoldAnswer,
     source: str,
     annotator: str,
     asked: Iterable[int],
@@ -297,7 +302,7 @@ def truth_labels(
         source=source,
         annotator=annotator,
         steps=[
-            truth_label(truth(step, case, gold)) if index in wanted else StepLabel()
+            truth_label(picture.truth(step, gold)) if index in wanted else StepLabel()
             for index, step in enumerate(solution["steps"])
         ],
         cost=0.0,

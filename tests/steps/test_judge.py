@@ -28,8 +28,8 @@ from medmm_ray.steps.judge import (
     JudgeCase,
     JudgeConfig,
     Judgement,
-    PhantomJudge,
     Picture,
+    TruthJudge,
     make_judge,
 )
 from medmm_ray.steps.judge.prompt import SYSTEM, Call, schema_of
@@ -69,14 +69,14 @@ def judged(backend: Any, shared: JudgeCase, solutions: list[list[str]]) -> list[
 
 def test_a_phantom_judge_without_errors_tells_the_truth() -> None:
     steps = [NEUTRAL, RIGHT, WRONG, "So the answer is (A).", "So the answer is (B)."]
-    [found] = judged(PhantomJudge(error_rate=0.0), case(), [steps])
+    [found] = judged(TruthJudge("phantom", error_rate=0.0), case(), [steps])
     assert isinstance(found, Judgement)
     assert [step.label for step in found.steps] == [None, 1, 0, 1, 0]
     assert found.steps[0] == StepLabel(confidence="high", reason="nothing to check")
 
 
 def test_a_phantom_judge_errs_as_often_as_told_and_knows_when_it_is_unsure() -> None:
-    backend = PhantomJudge(error_rate=0.1)
+    backend = TruthJudge("phantom", error_rate=0.1)
     solutions = [[RIGHT, WRONG, f"It is number {i}."] for i in range(4000)]
     found = [f for f in judged(backend, case(), solutions) if isinstance(f, Judgement)]
     flips = [(step.label == 0, step.confidence) for f in found for step in f.steps[:1]]
@@ -89,13 +89,13 @@ def test_a_phantom_judge_errs_as_often_as_told_and_knows_when_it_is_unsure() -> 
     assert sum(low) / len(low) > 0.45
     assert sum(high) / len(high) < 0.03
     assert judged(backend, case(), solutions[:50]) == found[:50]
-    assert judged(PhantomJudge(error_rate=0.1, seed=1), case(), solutions[:50]) != found[:50]
+    assert judged(TruthJudge("phantom", error_rate=0.1, seed=1), case(), solutions[:50]) != found[:50]
 
 
 def test_a_phantom_judge_refuses_other_images() -> None:
     notes = ("", "free text", "{}", "null", "[]", '{"image_organ": "CHEST"}', EFFUSION.replace("}", ', "more": 5}'))
     for images in ([], *([Picture("x.png", note)] for note in notes)):
-        [fault] = judged(PhantomJudge(0.0), case(images=images), [[RIGHT]])
+        [fault] = judged(TruthJudge("phantom", 0.0), case(images=images), [[RIGHT]])
         assert str(fault).startswith("judge_source: question q1 has no phantom's annotation")
 
 

@@ -5,6 +5,9 @@ refer to them, which documents and worked solutions come along. `medmm_ray.steps
 
 A data set that brings solutions and labels of its own also has ``solved(request) -> Iterator[Solved]``, one for each of
 `SourceData.questions`, in their order, read as a stream; `medmm_ray.data.imported` turns those into tables.
+
+A source that draws its pictures knows everything of them: ``drawn_picture(annotation) -> DrawnPicture`` says whether a
+step is right about one, and what it shows, in words.
 """
 
 import codecs
@@ -14,22 +17,36 @@ import pkgutil
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar, cast
+from typing import Annotated, Any, Protocol, TypeVar, cast
 
 import PIL.Image
 from pyarrow import fs as pafs
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-from medmm_ray.config import ConfigError
+from medmm_ray.config import Config, ConfigError
 from medmm_ray.data.records import RetrievedImage, StepLabel
 from medmm_ray.data.tables import TableError, filesystem
 from medmm_ray.text import LETTERS
 
-if TYPE_CHECKING:
-    from medmm_ray.data.sources.phantom import Hardness
-
-
 SOLVED = ("med_prm", "medmm", "meds3")
+"""Sources that bring solutions."""
+WITHOUT_FILES = ("phantom", "phantom_reports")
+"""Sources that make their data: they read no folder."""
+WITH_TRUTH = ("phantom",)
+"""Sources whose questions come with `drawn_picture`, so that the truth of every step is known."""
+
+
+class Hardness(Config):
+    """How hard drawn pictures are to read; with the defaults pooled image tokens are enough."""
+
+    max_findings: int = 1
+    """Findings of a picture: one to so many (a normal chest stays normal), at most one a lung, and the heart."""
+    size: float = 1.0
+    """Factor on the size of findings: at 0.6 a nodule is some 7 % of the picture wide."""
+    contrast: float = 1.0
+    """Factor on the density of findings."""
+    noise: float = 1.0
+    """Factor on the detector's noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +62,7 @@ class Request:
     num_test: int | None = None
     num_extra_images: int = 0
     num_worked: int = 1
-    hardness: "Hardness | None" = None
+    hardness: Hardness | None = None
     seed: int = 0
 
 
@@ -153,6 +170,35 @@ class SolvedSource(Source, Protocol):
         """One for each of ``read(request).questions``, in their order, as a stream."""
 
 
+class AnsweredQuestion(Protocol):
+    """What a statement of the answer is compared with: the options, and the right one's letter."""
+
+    @property
+    def options(self) -> Sequence[str]:
+        """The texts of the options, in their order."""
+
+    @property
+    def answer(self) -> str:
+        """The letter of the right option."""
+
+
+class DrawnPicture(Protocol):
+    """A picture of which everything is known."""
+
+    def truth(self, step: str, question: AnsweredQuestion | None = None) -> bool | None:
+        """Whether a step is right about the picture and the question's answer; None: nothing in it can be checked."""
+
+    def captions(self) -> Sequence[str]:
+        """Ways to say what the picture shows."""
+
+
+class SourceWithTruth(Source, Protocol):
+    """A source that draws its pictures."""
+
+    def drawn_picture(self, annotation: str) -> DrawnPicture:
+        """The picture that `annotation` describes; raises `ValueError` where that is of something else."""
+
+
 def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
@@ -169,6 +215,13 @@ def load_solved(name: str) -> SolvedSource:
     if name not in SOLVED:
         raise ConfigError(f"source {name!r} brings no solutions; those that do: {', '.join(SOLVED)}")
     return cast(SolvedSource, load(name))
+
+
+def load_with_truth(name: str) -> SourceWithTruth:
+    """The source `name`, which must know the truth of its pictures."""
+    if name not in WITH_TRUTH:
+        raise ConfigError(f"source {name!r} does not know its pictures; those that do: {', '.join(WITH_TRUTH)}")
+    return cast(SourceWithTruth, load(name))
 
 
 def stream_json(uri: str) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""A verdict for each step of each solution, by a judge: a phantom's truth with errors, a local model, or an API.
+"""A verdict for each step of each solution, by a judge: a source's own truth with errors, a local model, or an API.
 
 Enters: solutions, their questions, images and evidence. Leaves: labels with source "judge" (`Labels`, nested by
 question). A judge sees the question, its images, documents and reference cases, the gold answer only by explicit
@@ -22,7 +22,7 @@ from medmm_ray.engines.generator import Generator, MakeGenerator, actor_options
 from medmm_ray.engines.llm.client import BYTES_A_TOKEN, Access, connect, open_access
 from medmm_ray.engines.llm.endpoint import Request
 from medmm_ray.engines.llm.local import LocalEndpoint, prompt_of
-from medmm_ray.steps.judge.backends import Judge, Judgement, ModelJudge, PhantomJudge, at_cost
+from medmm_ray.steps.judge.backends import Judge, Judgement, ModelJudge, TruthJudge, at_cost
 from medmm_ray.steps.judge.config import JudgeConfig
 from medmm_ray.steps.judge.prompt import JudgeCase, Picture
 from medmm_ray.steps.judge.verdicts import verdicts
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
 __all__ = [
-    "Judge", "JudgeActor", "JudgeCase", "JudgeConfig", "Judgement", "ModelJudge", "PhantomJudge", "Picture",
-    "judge", "make_judge", "verdicts",
+    "Judge", "JudgeActor", "JudgeCase", "JudgeConfig", "Judgement", "ModelJudge", "Picture",
+    "TruthJudge", "judge", "make_judge", "verdicts",
 ]  # fmt: skip
 
 APIS = ("gemini", "openai")
@@ -154,7 +154,7 @@ def make_judge(
 ) -> Judge:
     """The backend that `config` names; an API without `access` has no gate, and its answers are not kept."""
     if config.backend == "phantom":
-        return PhantomJudge(config.error_rate, config.seed)
+        return TruthJudge(config.backend, config.error_rate, config.seed)
     if model is None:
         raise ValueError(f"judge.backend={config.backend} needs judge.model")
     if config.backend == "vllm":

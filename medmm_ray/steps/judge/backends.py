@@ -1,4 +1,4 @@
-"""Who judges: a phantom's own truth with errors, or a model, in this process or behind an API.
+"""Who judges: a source's own truth with errors, or a model, in this process or behind an API.
 
 Enters: what a question's solutions share, and their steps. Leaves, for each solution, a `Judgement` or a `RowError`.
 """
@@ -10,7 +10,7 @@ from typing import Protocol
 
 from medmm_ray.config import digest
 from medmm_ray.data.records import StepLabel
-from medmm_ray.data.sources.phantom import Case, truth
+from medmm_ray.data.sources import load_with_truth
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.images import open_image
 from medmm_ray.engines.llm.endpoint import Picture as Shown
@@ -38,7 +38,7 @@ from medmm_ray.steps.judge.verdicts import verdicts
 
 _SPOILT = ("judge_reply", "prompt_too_long")  # faults that one solution of a call can bring upon the others
 
-# How a phantom judge's confidence falls: it is low, or medium, more often where its verdict is wrong.
+# How the confidence of a judge by truth falls: it is low, or medium, more often where its verdict is wrong.
 _UNSURE = {True: (0.6, 0.3), False: (0.05, 0.15)}
 
 
@@ -70,26 +70,34 @@ class Asker(Protocol):
     async def ask(self, request: Request, group: str) -> Answer: ...
 
 
-class PhantomJudge:
-    """The truth of a phantom, with a share of the verdicts flipped; it tends to know where it is unsure."""
+class TruthJudge:
+    """The truth of a source's pictures, with a share of the verdicts flipped; it tends to know where it is unsure.
 
-    def __init__(self, error_rate: float, seed: int = 0) -> None:
+    `source` is one of `data.sources.WITH_TRUTH`; `error_rate` the share of checkable steps whose verdict is flipped.
+    """
+
+    def __init__(self, source: str, error_rate: float, seed: int = 0) -> None:
+        self.source = source
         self.error_rate, self.seed = error_rate, seed
-        self.annotator = f"phantom@{digest('phantom', error_rate, seed)}"
+        self.annotator = f"{source}@{digest(source, error_rate, seed)}"
+        self._picture_of = load_with_truth(source).drawn_picture
 
     async def judge(self, case: JudgeCase, solutions: Sequence[Sequence[str]]) -> "list[Judgement | RowError]":
         try:
-            phantom = Case.from_annotation(case.images[0].note if case.images else "")
+            picture = self._picture_of(case.images[0].note if case.images else "")
         except ValueError:
             fault = RowError(
                 "judge_source",
-                f"question {case.question_id} has no phantom's annotation; set judge.backend to vllm, gemini or openai",
+                f"question {case.question_id} has no {self.source}'s annotation; "
+                "set judge.backend to vllm, gemini or openai",
             )
             return [fault for _ in solutions]
-        return [
-            Judgement([self.verdict(truth(s, phantom, case), case.question_id, steps, i) for i, s in enumerate(steps)])
-            for steps in solutions
-        ]
+        judgements: list[Judgement | RowError] = []
+        for steps in solutions:
+            truths = [picture.truth(step, case) for step in steps]
+            labels = [self.verdict(right, case.question_id, steps, index) for index, right in enumerate(truths)]
+            judgements.append(Judgement(labels))
+        return judgements
 
     def verdict(self, right: bool | None, question_id: str, steps: Sequence[str], index: int) -> StepLabel:
         """What the judge says of step `index`, whose truth is `right`; None says nothing that can be checked."""

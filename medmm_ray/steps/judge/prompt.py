@@ -56,7 +56,7 @@ class JudgeCase:
     question: str
     options: Sequence[str]
     answer: str
-    """The gold one: a judge reads it only where the config shows it, or as a phantom's own truth."""
+    """The gold one: a judge reads it only where the config shows it, or to the source's own truth."""
     images: Sequence[Picture]
     documents: Sequence[str]
     references: Sequence[Picture]

@@ -5,13 +5,22 @@ worked solutions, guideline documents. ``python -m medmm_ray.data.sources.phanto
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import PIL.Image
 
 from medmm_ray.config import digest
-from medmm_ray.data.sources import Request, SourceData, SourceImage, SourceQuestion, read_documents
+from medmm_ray.data.sources import (
+    AnsweredQuestion,
+    Hardness,
+    Request,
+    SourceData,
+    SourceImage,
+    SourceQuestion,
+    read_documents,
+)
 from medmm_ray.data.sources.phantom.captions import captions
-from medmm_ray.data.sources.phantom.case import HARD, PLAIN, Case, Hardness, generator, make_case
+from medmm_ray.data.sources.phantom.case import HARD, PLAIN, Case, generator, make_case
 from medmm_ray.data.sources.phantom.documents import DOCUMENTS
 from medmm_ray.data.sources.phantom.questions import Item, blind_work, make_items, report
 from medmm_ray.data.sources.phantom.render import contact_sheet, render
@@ -20,7 +29,7 @@ from medmm_ray.text import join_steps, question_with_options
 
 __all__ = [
     "DOCUMENTS", "HARD", "PLAIN", "Case", "Hardness", "Item", "blind_work", "captions", "contact_sheet", "corpus",
-    "generator", "make_case", "make_items", "read", "render", "report", "truth",
+    "drawn_picture", "generator", "make_case", "make_items", "read", "render", "report", "truth",
 ]  # fmt: skip
 
 NUM_TRAIN, NUM_TEST = 800, 250
@@ -47,6 +56,26 @@ def read(request: Request) -> SourceData:
 def draw(annotation: str, size: int) -> PIL.Image.Image:
     """The picture of the case that `annotation` describes."""
     return render(Case.from_annotation(annotation), size)
+
+
+@dataclass(frozen=True)
+class PhantomPicture:
+    """A drawn picture of a case: what steps say of it is checked, and what it shows is told."""
+
+    case: Case
+
+    def truth(self, step: str, question: AnsweredQuestion | None = None) -> bool | None:
+        """Whether a step is right about the case; None where it says nothing that can be checked."""
+        return truth(step, self.case, question)
+
+    def captions(self) -> tuple[str, ...]:
+        """Ways to say what the picture shows."""
+        return captions(self.case)
+
+
+def drawn_picture(annotation: str) -> PhantomPicture:
+    """The picture of the case that `annotation` describes; raises `ValueError` where that is of something else."""
+    return PhantomPicture(Case.from_annotation(annotation))
 
 
 def corpus(seed: int = 0, number: int = 2000) -> list[str]:

@@ -10,21 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from medmm_ray.config import Config, digest
-
-
-class Hardness(Config):
-    """How hard phantoms are to read; the defaults are the plain ones, on which pooled image tokens are enough."""
-
-    max_findings: int = 1
-    """Findings of a picture: one to so many (a normal chest stays normal), at most one a lung, and the heart."""
-    size: float = 1.0
-    """Factor on the size of findings: at 0.6 a nodule is some 7 % of the picture wide."""
-    contrast: float = 1.0
-    """Factor on the density of findings."""
-    noise: float = 1.0
-    """Factor on the detector's noise."""
-
+from medmm_ray.config import digest
+from medmm_ray.data.sources import Hardness
 
 PLAIN = Hardness()
 HARD = Hardness(max_findings=3, size=0.6, contrast=0.5, noise=2.0)

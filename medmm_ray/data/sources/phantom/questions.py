@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from medmm_ray.data.sources import Hardness
 from medmm_ray.data.sources.phantom.case import (
     KINDS,
     LUNG_KINDS,
@@ -21,7 +22,6 @@ from medmm_ray.data.sources.phantom.case import (
     PLAIN,
     Case,
     Finding,
-    Hardness,
     generator,
     make_case,
     pick,

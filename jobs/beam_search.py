@@ -32,7 +32,7 @@ from medmm_ray.engines.images import open_image
 from medmm_ray.stats import metrics
 from medmm_ray.steps.score import cases, load
 from medmm_ray.steps.tree_search.beam import RewardModelScorer, beam_search
-from medmm_ray.steps.tree_search.writer import Writer
+from medmm_ray.steps.tree_search.writer import StepWriter
 
 if TYPE_CHECKING:
     from medmm_ray.reward_model import RewardModel
@@ -123,14 +123,14 @@ class Searching:
             if row["fault"]:
                 raise RowError("upstream", row["fault"])
             scorer = self.scorer(row)
-            writer = Writer(self.config, self.generator, row, self.config_hash, self.grader)
+            writer = StepWriter(self.config, self.generator, row, self.config_hash, self.grader)
             scores = await scorer.scores(row, [solution["steps"] for solution in solutions]) if solutions else []
             rewards = [
                 math.nan if s.error or not s.log_odds else metrics.aggregate(s.log_odds, self.config.aggregate)
                 for s in scores
             ]
             plain = self.generator.count(writer.prompt)
-            tokens = [self.generator.count(replace(writer.prompt, said=s["text"])) - plain for s in solutions]
+            tokens = [self.generator.count(replace(writer.prompt, prefix=s["text"])) - plain for s in solutions]
             beams = await beam_search(self.config, writer, scorer)
             spent = writer.num_tokens
         except RowError as fault:

@@ -36,11 +36,11 @@ from medmm_ray.data.records import Labels, StepLabel
 from medmm_ray.data.sources.phantom import truth
 from medmm_ray.data.sources.phantom.case import generator
 from medmm_ray.data.sources.phantom.questions import Item, blind_work, make_items
+from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import (
     Completion,
     Generator,
     GeneratorConfig,
-    Prompt,
     Sampling,
     Statistics,
     TextGenerator,
@@ -50,7 +50,7 @@ from medmm_ray.engines.generator import (
 from medmm_ray.stats.metrics import cluster_bootstrap
 from medmm_ray.stats.targets import Target, targets
 from medmm_ray.steps.judge import TruthJudge
-from medmm_ray.steps.monte_carlo import MonteCarloConfig, Roller
+from medmm_ray.steps.monte_carlo import MonteCarloConfig, RolloutActor
 from medmm_ray.text import extract_answer, is_correct, split_steps
 
 NUM_WORKS = 8  # solutions of a case, and of other cases, whose steps the scripted policy takes
@@ -120,13 +120,13 @@ class ScriptedPolicy:
         self.slips = [float(generator("slips", seed, i).uniform(*slips)) for i in range(len(items))]
         self.others = [others(item, generator("others", seed, i)) for i, item in enumerate(items)]
 
-    def count(self, prompt: Prompt) -> int:
-        return num_tokens(prompt.messages[-1]["content"] + prompt.said)
+    def count(self, prompt: ChatPrompt) -> int:
+        return num_tokens(prompt.messages[-1]["content"] + prompt.prefix)
 
-    async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:  # noqa: ARG002
+    async def generate(self, prompt: ChatPrompt, n: int, seed: int, sampling: Sampling) -> list[Completion]:  # noqa: ARG002
         asked = re.search(r"Case (\d+):", prompt.messages[-1]["content"])
         assert asked is not None
-        return [self.complete(int(asked[1]), prompt.said, seed + i) for i in range(n)]
+        return [self.complete(int(asked[1]), prompt.prefix, seed + i) for i in range(n)]
 
     def complete(self, number: int, said: str, seed: int) -> Completion:
         """The rest of a solution, of which the steps in `said` are there."""
@@ -172,13 +172,13 @@ class Remembered:
     def __call__(self, model: str, config: GeneratorConfig) -> "Remembered":  # noqa: ARG002
         return self
 
-    def count(self, prompt: Prompt) -> int:
+    def count(self, prompt: ChatPrompt) -> int:
         return self.engine.count(prompt)
 
-    async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:
-        keys = [(prompt.messages[-1]["content"], prompt.said, seed + i) for i in range(n)]
+    async def generate(self, prompt: ChatPrompt, n: int, seed: int, sampling: Sampling) -> list[Completion]:
+        keys = [(prompt.messages[-1]["content"], prompt.prefix, seed + i) for i in range(n)]
         if any(key not in self.kept for key in keys):
-            self.kept |= zip(keys, await self.engine.generate(prompt, n, seed, how), strict=True)
+            self.kept |= zip(keys, await self.engine.generate(prompt, n, seed, sampling), strict=True)
         return [self.kept[key] for key in keys]
 
 
@@ -210,7 +210,7 @@ async def figures(engine: TextGenerator, items: Sequence[Item], config: BenchCon
     remembered, found = Remembered(engine), {}
     for mode in (BASELINE, *MODES):
         settings = {"num_rollouts": config.rollouts, "seed": config.seed, **SHAPE, **mode.settings}
-        roller = Roller(MonteCarloConfig(**settings), POLICY, POLICY, generator=remembered)
+        roller = RolloutActor(MonteCarloConfig(**settings), POLICY, POLICY, generator=remembered)
         done = await asyncio.gather(*(roller.label(row) for row in asked))
         counts_QK = np.array([counted(mode, *one) for one in zip(items, asked, (d[0] for d in done), strict=True)])
         found[mode.name] = Figures(sum(spent["rollout_tokens"] for _, spent in done), counts_QK)
@@ -247,16 +247,16 @@ def rows(name: str, found: Mapping[str, Figures], config: BenchConfig, console: 
 async def question_row(
     engine: TextGenerator, number: int, item: Item, config: BenchConfig, scripted: bool
 ) -> dict[str, Any]:
-    """A question with its solutions and the judge's word on them, as `Roller` reads it."""
+    """A question with its solutions and the judge's word on them, as `RolloutActor` reads it."""
     row: dict[str, Any] = {
         "question_id": str(number), "policy": POLICY, "split": "train", "options": item.options, "answer": item.answer,
         "question": f"Case {number}: {item.question}" if scripted else item.question, "answer_type": "choice",
     }  # fmt: skip
-    prompt, how = policy_prompt(engine, row, 0, 0), MonteCarloConfig(**SHAPE).sampling
+    prompt, sampling = policy_prompt(engine, row, 0, 0), MonteCarloConfig(**SHAPE).sampling
     solutions, judged = [], []
     judge = TruthJudge("phantom", config.judge_errors, config.seed)
     seed = request_seed("bench", number, config.seed)
-    for index, done in enumerate(await engine.generate(prompt, config.solutions, seed, how)):
+    for index, done in enumerate(await engine.generate(prompt, config.solutions, seed, sampling)):
         _, steps = split_steps(done.text)
         if config.distinct and scripted:  # texts of a large model seldom begin alike
             steps[0] = f"{steps[0]} Attempt {index}."

@@ -25,7 +25,7 @@ from medmm_ray.config import Config
 from medmm_ray.data.records import Question, Solutions
 from medmm_ray.data.sources.phantom import corpus, make_items
 from medmm_ray.data.tables import Origin, Table, write_rows
-from medmm_ray.engines.chat import Chat, Prompt
+from medmm_ray.engines.chat import Chat, ChatPrompt
 from medmm_ray.engines.generator import (
     Completion,
     Generator,
@@ -201,9 +201,9 @@ class TimedGenerator(Generator):
         super().__init__(model, config)
         self.notes = Notes(notes)
 
-    async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:
+    async def generate(self, prompt: ChatPrompt, n: int, seed: int, sampling: Sampling) -> list[Completion]:
         self.notes.begun()
-        made = await super().generate(prompt, n, seed, how)
+        made = await super().generate(prompt, n, seed, sampling)
         self.notes.ended(self.statistics)
         return made
 
@@ -221,10 +221,10 @@ class SleepingGenerator:
                 raise TimeoutError(f"not all of {actors} actors have started within {START_S:g} s")
             time.sleep(0.05)
 
-    def count(self, prompt: Prompt) -> int:
+    def count(self, prompt: ChatPrompt) -> int:
         return sum(len(message["content"]) for message in prompt.messages)
 
-    async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:  # noqa: ARG002
+    async def generate(self, prompt: ChatPrompt, n: int, seed: int, sampling: Sampling) -> list[Completion]:  # noqa: ARG002
         self.notes.begun()
         await asyncio.sleep(self.pause_s)
         self.notes.ended(self.statistics)
@@ -256,7 +256,7 @@ class BareEngine:
 
     async def rate(self, questions: list[Question]) -> float:
         asked = [policy_messages(question_with_options(q.question, q.options), (), q.answer_type) for q in questions]
-        prompts = [self.chat.token_ids(Prompt(messages)) for messages in asked]
+        prompts = [self.chat.token_ids(ChatPrompt(messages)) for messages in asked]
         seeds = [request_seed(q.question_id, HASH, self.config.seed) for q in questions]
         started = time.monotonic()
         tokens = await asyncio.gather(*map(self.sample, prompts, seeds))

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from jobs.graph import STEPS
 from jobs.step import Run, guarded, load_recipe, run_step
 from medmm_ray.config import digest
-from medmm_ray.engines.generator import Completion, GeneratorConfig, Prompt, Sampling, Statistics
+from medmm_ray.engines.chat import ChatPrompt
+from medmm_ray.engines.generator import Completion, GeneratorConfig, Sampling, Statistics
 from medmm_ray.session import session
 from medmm_ray.steps.embed import EmbedConfig, document_vectors, image_vectors, question_vectors
 
@@ -39,13 +40,13 @@ class ScriptedGenerator:
         self.pause_s = pause_s
         self.statistics = Statistics()
 
-    def count(self, prompt: Prompt) -> int:
+    def count(self, prompt: ChatPrompt) -> int:
         return len(_asked(prompt))
 
-    async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:
+    async def generate(self, prompt: ChatPrompt, n: int, seed: int, sampling: Sampling) -> list[Completion]:
         await asyncio.sleep(self.pause_s)
-        asked, begun = _asked(prompt), prompt.said.count("Step ")
-        texts = [cut(solution(asked, begun, seed + i), how.stop) for i in range(n)]
+        asked, begun = _asked(prompt), prompt.prefix.count("Step ")
+        texts = [cut(solution(asked, begun, seed + i), sampling.stop) for i in range(n)]
         return [Completion(text, "stop", seed + i, len(text)) for i, text in enumerate(texts)]
 
 
@@ -64,9 +65,9 @@ class ScriptedEncoder:
         return unit_ND
 
 
-def _asked(prompt: Prompt) -> str:
+def _asked(prompt: ChatPrompt) -> str:
     """The last message and what the assistant has said after it."""
-    return prompt.messages[-1]["content"] + prompt.said
+    return prompt.messages[-1]["content"] + prompt.prefix
 
 
 def solution(asked: str, begun: int, seed: int) -> str:

@@ -40,7 +40,7 @@ from medmm_ray.engines.llm.local import prompt_of
 from medmm_ray.session import session
 from medmm_ray.stats.metrics import cluster_bootstrap, kappa_of_counts
 from medmm_ray.steps.judge import Judge, JudgeCase, JudgeConfig, Judgement, make_judge
-from medmm_ray.steps.judge.prompt import SYSTEM, Call, call_text, schema_of, shared_text
+from medmm_ray.steps.judge.prompt import SYSTEM, JudgeCall, call_text, schema_of, shared_text
 from medmm_ray.train.launch import fit
 from medmm_ray.train.loop import HISTORY, how_far
 from medmm_ray.train.policy import Encoded, PolicyConfig, PolicyStage, encode_chat
@@ -180,7 +180,7 @@ def _said_how_far(folder: str, console: Console) -> Iterator[None]:
 
 def lesson(told: Told, per_call: int) -> tuple[Request, str]:
     """A call about the first solutions, and the right reply; a step with nothing to check is right."""
-    call = Call(tuple(tuple(steps) for steps in told.solutions[:per_call]))
+    call = JudgeCall(tuple(tuple(steps) for steps in told.solutions[:per_call]))
     blocks = [
         [
             entry(step, right is not False, number if per_call > 1 else None)

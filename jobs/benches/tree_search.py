@@ -17,8 +17,9 @@ from jobs.benches import Measured
 from jobs.benches.policy import phantom_questions, train_toy_policy
 from medmm_ray.config import Config
 from medmm_ray.data import records
-from medmm_ray.engines.generator import Completion, Generator, Prompt, Sampling, TextGenerator
-from medmm_ray.steps.tree_search import Searcher, TreeSearchConfig
+from medmm_ray.engines.chat import ChatPrompt
+from medmm_ray.engines.generator import Completion, Generator, Sampling, TextGenerator
+from medmm_ray.steps.tree_search import TreeSearchActor, TreeSearchConfig
 from medmm_ray.train.policy import LlamaShape, PolicyConfig
 
 
@@ -47,12 +48,12 @@ class OneRequest:
         self.generator, self.statistics = generator, generator.statistics
         self.turn = asyncio.Semaphore(1)
 
-    def count(self, prompt: Prompt) -> int:
+    def count(self, prompt: ChatPrompt) -> int:
         return self.generator.count(prompt)
 
-    async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:
+    async def generate(self, prompt: ChatPrompt, n: int, seed: int, sampling: Sampling) -> list[Completion]:
         async with self.turn:
-            return await self.generator.generate(prompt, n, seed, how)
+            return await self.generator.generate(prompt, n, seed, sampling)
 
 
 def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
@@ -84,7 +85,9 @@ async def _sides(config: BenchConfig, policy: str) -> tuple[list[records.Tree], 
         num_threads=config.threads, seed=config.seed,
     )  # fmt: skip
     engine = Generator(policy, settings)
-    many, one = (Searcher(settings, policy, "toy", "bench", lambda *_, g=g: g) for g in (engine, OneRequest(engine)))
+    many, one = (
+        TreeSearchActor(settings, policy, "toy", "bench", lambda *_, g=g: g) for g in (engine, OneRequest(engine))
+    )
     rows = [asdict(question) for question in phantom_questions(config.questions, config.seed)]
     try:
         await many.search(rows[0] | {"question_id": "warm"})

@@ -21,8 +21,7 @@ from pydantic import Field, model_validator
 
 from medmm_ray.config import Config, ConfigError, digest, execution
 from medmm_ray.data.tables import RowError
-from medmm_ray.engines.chat import Chat
-from medmm_ray.engines.chat import Prompt as Prompt
+from medmm_ray.engines.chat import Chat, ChatPrompt
 from medmm_ray.engines.checkpoints import resolve
 from medmm_ray.engines.memory import check_gpu_memory, check_memory, free_gpu_memory, free_memory, weight_bytes
 from medmm_ray.prompts import policy_messages
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CPU_BLOCK_TOKENS = 32  # only full blocks are shared: the CPU default of 128 gives a 120-token prompt no cache hit
-MAX_DRAWS = 4096  # a question's seed has its lowest 12 bits cleared, for its samples
+MAX_SAMPLES = 4096  # a question's seed has its lowest 12 bits cleared, for its samples
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM may reserve room for
 IMAGE_CACHE_GIB = 0.25  # of processed images, in the engine and before it: more than the questions in flight need
 
@@ -158,9 +157,9 @@ class TextGenerator(Protocol):
 
     statistics: Statistics
 
-    def count(self, prompt: Prompt) -> int: ...
+    def count(self, prompt: ChatPrompt) -> int: ...
 
-    async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]: ...
+    async def generate(self, prompt: ChatPrompt, n: int, seed: int, sampling: Sampling) -> list[Completion]: ...
 
 
 class MakeGenerator(Protocol):
@@ -194,15 +193,15 @@ class Generator:
         self._lora = None if lora is None else LoRARequest("policy", 1, lora)
         self._request_ids = itertools.count()
 
-    def count(self, prompt: Prompt) -> int:
+    def count(self, prompt: ChatPrompt) -> int:
         """Tokens of a prompt, those of its images among them."""
         return self._chat.count(prompt)
 
-    def token_ids(self, prompt: Prompt) -> list[int]:
+    def token_ids(self, prompt: ChatPrompt) -> list[int]:
         """Token ids of the chat with the assistant's turn opened, and of what the assistant has said in it."""
         return self._chat.token_ids(prompt)
 
-    async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:
+    async def generate(self, prompt: ChatPrompt, n: int, seed: int, sampling: Sampling) -> list[Completion]:
         """`n` samples of one prompt, sample i drawn with ``seed + i``; they continue what is `said` in it.
 
         Raises `RowError` prompt_too_long where prompt and `max_tokens` exceed the model's length. A dead engine ends an
@@ -214,23 +213,23 @@ class Generator:
 
         ids = self.token_ids(prompt)
         length = len(ids) + self._chat.image_tokens(prompt.images)
-        if length + how.max_tokens > self._max_model_len:
+        if length + sampling.max_tokens > self._max_model_len:
             raise RowError(
                 "prompt_too_long",
-                f"{length} prompt tokens + max_tokens {how.max_tokens} exceed max_model_len "
+                f"{length} prompt tokens + max_tokens {sampling.max_tokens} exceed max_model_len "
                 f"{self._max_model_len}; raise it, or put fewer documents in the prompt",
             )
         parameters = SamplingParams(
             n=n,
             seed=seed,
-            temperature=how.temperature,
-            top_k=how.top_k,
-            top_p=how.top_p,
-            max_tokens=how.max_tokens,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_tokens,
             output_kind=RequestOutputKind.FINAL_ONLY,  # else the last output lacks most of the n samples
-            stop=list(how.stop),
+            stop=list(sampling.stop),
             include_stop_str_in_output=True,
-            structured_outputs=_structure(how),
+            structured_outputs=_structure(sampling),
         )
         asked = TokensPrompt(prompt_token_ids=ids)
         if prompt.images:
@@ -258,25 +257,25 @@ class Generator:
 
 
 def request_seed(*parts: object) -> int:
-    """40 bits of a hash of `parts`, the lowest 12 cleared for the samples of the request (`MAX_DRAWS`)."""
+    """40 bits of a hash of `parts`, the lowest 12 cleared for the samples of the request (`MAX_SAMPLES`)."""
     return int(digest(*parts)[:10], 16) >> 12 << 12
 
 
 def policy_prompt(
     generator: TextGenerator, question: Mapping[str, Any], num_documents: int, room: int,
     images: Sequence["Picture"] = (),
-) -> Prompt:  # fmt: skip
+) -> ChatPrompt:  # fmt: skip
     """The policy's prompt for a question row: at most `room` tokens, with the first documents that fit.
 
     A document that is too long is skipped, and not those after it.
     """
 
-    def asked(documents: Sequence[str]) -> Prompt:
+    def asked(documents: Sequence[str]) -> ChatPrompt:
         text = question_with_options(question["question"], question["options"])
         messages = policy_messages(text, documents, question["answer_type"])
-        return Prompt(messages, images, num_documents=len(documents))
+        return ChatPrompt(messages, images, num_documents=len(documents))
 
-    retrieved = [document["text"] for document in offered(question, num_documents)]
+    retrieved = [document["text"] for document in candidate_documents(question, num_documents)]
     if not retrieved or generator.count(asked(retrieved)) <= room:  # mostly all fit, and one count says so
         return asked(retrieved)
     chosen: list[str] = []
@@ -286,7 +285,7 @@ def policy_prompt(
     return asked(chosen)
 
 
-def offered(question: Mapping[str, Any], num_documents: int) -> Sequence[Mapping[str, Any]]:
+def candidate_documents(question: Mapping[str, Any], num_documents: int) -> Sequence[Mapping[str, Any]]:
     """The retrieved documents of a question row that its prompt should hold, best first."""
     return (question.get("documents") or [])[:num_documents]
 
@@ -454,12 +453,14 @@ def end_process() -> NoReturn:
     os._exit(1)
 
 
-def _structure(how: Sampling) -> Any:
+def _structure(sampling: Sampling) -> Any:
     from vllm.sampling_params import StructuredOutputsParams
 
-    if how.pattern is None and how.schema is None:
+    if sampling.pattern is None and sampling.schema is None:
         return None
-    return StructuredOutputsParams(regex=how.pattern, json=None if how.schema is None else dict(how.schema))
+    return StructuredOutputsParams(
+        regex=sampling.pattern, json=None if sampling.schema is None else dict(sampling.schema)
+    )
 
 
 class CacheHits:

@@ -23,14 +23,14 @@ from medmm_ray.config import digest
 from medmm_ray.data.records import Count, Solution, Solutions, to_arrow
 from medmm_ray.data.tables import RowError, attach
 from medmm_ray.engines.generator import (
-    MAX_DRAWS,
+    MAX_SAMPLES,
     Completion,
     Generator,
     GeneratorConfig,
     MakeGenerator,
     Sampling,
     actor_options,
-    offered,
+    candidate_documents,
     policy_prompt,
     request_seed,
 )
@@ -57,9 +57,9 @@ class SampleConfig(GeneratorConfig, ApiConfig):
     backend: Literal["vllm", "openai", "gemini"] = "vllm"
     """vllm: the policy is a checkpoint, in the actor; openai, gemini: it is a model behind an API of that kind."""
 
-    num_samples_train: int = Field(16, ge=1, le=MAX_DRAWS)
+    num_samples_train: int = Field(16, ge=1, le=MAX_SAMPLES)
     """Solutions a question of the training (and validation) split."""
-    num_samples_test: int = Field(64, ge=1, le=MAX_DRAWS)
+    num_samples_test: int = Field(64, ge=1, le=MAX_SAMPLES)
     """Solutions a question of the test split."""
     temperature: float | None = Field(0.7, ge=0)
     """Sampling temperature; null leaves it to an API's model (reasoning models take no other)."""
@@ -149,7 +149,7 @@ def sample(
             raise ValueError(f"sample.backend={config.backend} needs a folder for its answers")
         generator = functools.partial(_api_policy, access=open_access(config.backend, model, config, folder))
     return ds.map_batches(
-        Sampler,
+        SamplingActor,
         fn_constructor_kwargs={
             "config": config,
             "model": model,
@@ -169,7 +169,7 @@ def _api_policy(model: str, config: GeneratorConfig, *, access: Access) -> ApiPo
 
 
 @dataclass
-class Drawn:
+class QuestionSamples:
     """What was drawn for a question: solutions kept and refused, in the order of the draws, and the reasons."""
 
     kept: list[Solution] = field(default_factory=list)
@@ -181,7 +181,7 @@ class Drawn:
     documents_left_out: int = 0
 
 
-class Sampler:
+class SamplingActor:
     """The actor: one engine, all samples of a question on it."""
 
     def __init__(
@@ -200,14 +200,14 @@ class Sampler:
         figures = pa.array([figures_of(*of_one) for of_one in done])
         yield to_arrow(Solutions, [row for row, _ in done]).append_column("figures", figures)
 
-    async def solve(self, question: Mapping[str, Any]) -> tuple[Solutions, Drawn]:
+    async def solve(self, question: Mapping[str, Any]) -> tuple[Solutions, QuestionSamples]:
         """All solutions of one question, and all that was drawn for it.
 
         A fault becomes the row's error; what was drawn before it is kept.
         """
         config = self.config
         wanted = config.num_samples_test if question["split"] == "test" else config.num_samples_train
-        drawn = Drawn()
+        drawn = QuestionSamples()
         error = None if question["error"] is None else f"upstream: {question['error']}"
         if error is None:
             try:
@@ -233,17 +233,17 @@ class Sampler:
         )
         return row, drawn
 
-    async def draw(self, question: Mapping[str, Any], wanted: int, drawn: Drawn) -> None:
+    async def draw(self, question: Mapping[str, Any], wanted: int, drawn: QuestionSamples) -> None:
         """Add samples to `drawn`, round after round until `wanted` are kept or the rounds are over."""
         config = self.config
         seed = self.seed(question["question_id"])
         pictures = await self.look(question["image_ids"][: config.num_images])
         prompt = policy_prompt(self.generator, question, config.num_documents, config.room, pictures)
         drawn.documents_shown = prompt.num_documents
-        drawn.documents_left_out = len(offered(question, config.num_documents)) - prompt.num_documents
+        drawn.documents_left_out = len(candidate_documents(question, config.num_documents)) - prompt.num_documents
         for round_ in range(config.max_rounds):
             done = len(drawn.completions)
-            num = draws(wanted - len(drawn.kept), round_, config.oversample, MAX_DRAWS - done)
+            num = draws(wanted - len(drawn.kept), round_, config.oversample, MAX_SAMPLES - done)
             if not num:
                 break
             completions = await self.generator.generate(prompt, num, seed + done, config.sampling)
@@ -296,7 +296,7 @@ def draws(missing: int, round_: int, oversample: float, left: int) -> int:
     return max(0, min(left, missing if round_ == 0 else math.ceil(missing * oversample)))
 
 
-def figures_of(row: Solutions, drawn: Drawn) -> dict[str, float]:
+def figures_of(row: Solutions, drawn: QuestionSamples) -> dict[str, float]:
     """What a row adds to its table's figures: samples, those refused by reason, questions not filled, tokens, dollars,
     answers that a model was asked to grade and those that it did not, documents that the prompt holds and those that it
     had no room for.

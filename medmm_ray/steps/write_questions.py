@@ -230,13 +230,13 @@ def write_questions(
     """
     access = None if config.backend == "vllm" else open_access(config.backend, str(config.model), config, folder)
     return ds.map_batches(
-        Writer,
+        QuestionWriter,
         fn_constructor_kwargs={"config": config, "access": access, "generator": generator},
         **actor_options(config),
     )
 
 
-class Writer:
+class QuestionWriter:
     """The actor: writes and tries the questions of each image of a batch."""
 
     def __init__(
@@ -279,16 +279,16 @@ class Writer:
             found.append(
                 replace(empty, error=str(picture))
                 if isinstance(picture, RowError)
-                else await Attempt(self, picture, empty, found).run()
+                else await QuestionAttempt(self, picture, empty, found).run()
             )
         return found
 
 
-class Attempt:
+class QuestionAttempt:
     """One question in the making; `earlier` are the attempts before it on the same image."""
 
     def __init__(
-        self, writer: Writer, picture: Picture, empty: WrittenQuestion, earlier: Sequence[WrittenQuestion]
+        self, writer: QuestionWriter, picture: Picture, empty: WrittenQuestion, earlier: Sequence[WrittenQuestion]
     ) -> None:
         self.client, self.config, self.picture = writer.client, writer.config, picture
         self.empty, self.number, self.cost = empty, len(earlier), 0.0

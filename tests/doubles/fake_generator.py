@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from medmm_ray.engines.generator import Completion, GeneratorConfig, Prompt, Sampling, Statistics
+from medmm_ray.engines.chat import ChatPrompt
+from medmm_ray.engines.generator import Completion, GeneratorConfig, Sampling, Statistics
 
 Script = Callable[[str, int], str]
 
@@ -24,10 +25,10 @@ class FakeGenerator:
     def __call__(self, model: str, config: GeneratorConfig) -> "FakeGenerator":
         return self
 
-    def count(self, prompt: Prompt) -> int:
+    def count(self, prompt: ChatPrompt) -> int:
         return len(text_of(prompt))
 
-    async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:
+    async def generate(self, prompt: ChatPrompt, n: int, seed: int, sampling: Sampling) -> list[Completion]:
         asked = text_of(prompt)
         self.requests.append((asked, n, seed))
         texts = [self.script(asked, seed + i) for i in range(n)]
@@ -41,9 +42,9 @@ class FakeGenerator:
         ]  # fmt: skip
 
 
-def text_of(prompt: Prompt) -> str:
+def text_of(prompt: ChatPrompt) -> str:
     """The last message and what the assistant has said after it."""
-    return prompt.messages[-1]["content"] + prompt.said
+    return prompt.messages[-1]["content"] + prompt.prefix
 
 
 def make_tiny_policy(folder: Path) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from medmm_ray.engines.chat import Chat, ChatError, Prompt
+from medmm_ray.engines.chat import Chat, ChatError, ChatPrompt
 from medmm_ray.engines.chat_template import ChatTemplate, TemplateUse, folded
 from medmm_ray.reward_model import CheckpointError, RewardModel
 from tests.doubles import tiny_reward_model as tiny
@@ -73,7 +73,7 @@ def test_a_template_that_writes_the_date_scores_the_same_tomorrow(
     scores = first.score(QUESTION, [STEPS])
     first.save_pretrained(tmp_path / "saved")
     assert text_of(first, STEPS).removeprefix("<|bos|>").startswith("Today: 26 Jul 2024\n")
-    prompt = Prompt([{"role": "system", "content": "Be brief."}, {"role": "user", "content": QUESTION}])
+    prompt = ChatPrompt([{"role": "system", "content": "Be brief."}, {"role": "user", "content": QUESTION}])
     asked = Chat(str(folder)).token_ids(prompt)
     monkeypatch.setattr(clock, "today_is", datetime.datetime(2031, 12, 24))
     assert first.score(QUESTION, [STEPS]) == scores
@@ -187,7 +187,9 @@ def test_a_checkpoint_from_before_templates_were_recorded_is_read(tmp_path: Path
 
 def test_a_policy_is_asked_without_a_system_role_or_refused(tmp_path: Path) -> None:
     chat = Chat(str(folder_with(tmp_path / "gemma", GEMMA)))
-    ids = chat.token_ids(Prompt([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which?"}]))
+    ids = chat.token_ids(
+        ChatPrompt([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which?"}])
+    )
     assert chat.tokenizer.decode(ids) == "<|user|>\nBe brief.\n\nWhich?<|end|>\n<|assistant|>"
     with pytest.raises(ChatError, match=r"cannot be asked as a policy: .*leaves the user's text out"):
         Chat(str(folder_with(tmp_path / "lost", "<|user|>")))

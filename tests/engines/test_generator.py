@@ -12,13 +12,13 @@ import torch
 from medmm_ray.config import ConfigError, load
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines import generator as module
+from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import (
     CacheHits,
     Completion,
     Generator,
     GeneratorConfig,
     GeneratorError,
-    Prompt,
     Sampling,
     Statistics,
     check_model,
@@ -150,7 +150,7 @@ def test_documents_that_all_fit_are_counted_once(monkeypatch: pytest.MonkeyPatch
     fake = FakeGenerator(lambda prompt, seed: "")
     counted: list[str] = []
 
-    def count(prompt: Prompt) -> int:
+    def count(prompt: ChatPrompt) -> int:
         counted.append(text_of(prompt))
         return 50
 
@@ -225,11 +225,11 @@ def test_a_real_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_tiny_policy(tmp_path / "policy")
     merged = make_adapter(model, tmp_path / "adapter")
     engine = Generator(model, CONFIG.model_copy(update={"lora": str(tmp_path / "adapter")}))
-    how = Sampling(temperature=1.0, top_k=0, max_tokens=24)
-    prompts = [Prompt(policy_messages(f"What is in picture {i}?")) for i in range(3)]
+    sampling = Sampling(temperature=1.0, top_k=0, max_tokens=24)
+    prompts = [ChatPrompt(policy_messages(f"What is in picture {i}?")) for i in range(3)]
 
     async def together(order: list[int]) -> dict[int, list[Completion]]:
-        found = await asyncio.gather(*(engine.generate(prompts[i], 16, 4096 * i, how) for i in order))
+        found = await asyncio.gather(*(engine.generate(prompts[i], 16, 4096 * i, sampling) for i in order))
         return dict(zip(order, found, strict=True))
 
     async def work() -> None:
@@ -244,7 +244,7 @@ def test_a_real_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert len({c.text for c in first[1]}) > 1
         assert {c.finish_reason for c in first[1]} <= {"stop", "length"}
         assert await together([2, 1, 0]) == first
-        alone = [await engine.generate(prompts[1], 1, 4096 + i, how) for i in range(4)]
+        alone = [await engine.generate(prompts[1], 1, 4096 + i, sampling) for i in range(4)]
         assert [c for [c] in alone] == first[1][:4]
 
         drawn = first[2]  # the third of its questions: what all share is there already
@@ -255,7 +255,7 @@ def test_a_real_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert engine.statistics.output_tokens > 0
 
         prefix = "Step 1: The lung is clear.\nStep 2:"
-        begun = replace(prompts[0], said=prefix)
+        begun = replace(prompts[0], prefix=prefix)
         assert str(engine._chat.tokenizer.decode(engine.token_ids(begun))).endswith(f"<|assistant|>{prefix}")
         constrained = Sampling(temperature=0.0, max_tokens=8, pattern="[01] (high|low)")
         [verdict] = await engine.generate(begun, 1, 0, constrained)
@@ -269,7 +269,7 @@ def test_a_real_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert [letter for letter in ended_by.text if letter in vowels] == [ended_by.text[-1]]
 
         with pytest.raises(RowError, match=r"prompt_too_long: \d+ prompt tokens"):
-            await engine.generate(replace(begun, said="lung " * 300), 1, 0, how)
+            await engine.generate(replace(begun, prefix="lung " * 300), 1, 0, sampling)
 
         def end() -> None:
             raise SystemExit
@@ -278,10 +278,10 @@ def test_a_real_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         engine.shutdown()
         monkeypatch.setattr(engine, "_engine", DeadEngine())
         with pytest.raises(module.GeneratorError, match="the vLLM engine died"):
-            await engine.generate(prompts[0], 1, 0, how)
+            await engine.generate(prompts[0], 1, 0, sampling)
         monkeypatch.setattr(module, "in_actor", lambda: True)
         with pytest.raises(SystemExit):
-            await engine.generate(prompts[0], 1, 0, how)
+            await engine.generate(prompts[0], 1, 0, sampling)
 
     asyncio.run(work())
 
@@ -298,12 +298,12 @@ def test_a_real_engine_that_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     engine = Generator(folder, config)
     pictures = [picture(0), picture(1, 60, 20)]
     messages = policy_messages("What is in this picture?")
-    prompts = [Prompt(messages, shown) for shown in ([], [pictures[0]], [pictures[1]], pictures)]
+    prompts = [ChatPrompt(messages, shown) for shown in ([], [pictures[0]], [pictures[1]], pictures)]
     reference: Any = AutoModelForImageTextToText.from_pretrained(folder)
     processor: Any = AutoProcessor
     processor = processor.from_pretrained(folder)
 
-    def expected(prompt: Prompt) -> str:
+    def expected(prompt: ChatPrompt) -> str:
         text = engine._chat.tokenizer.decode(engine.token_ids(prompt))
         inputs = processor(text=text, images=list(prompt.images) or None, return_tensors="pt", add_special_tokens=False)
         assert inputs["input_ids"].shape[1] == engine.count(prompt)
@@ -316,9 +316,9 @@ def test_a_real_engine_that_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert told == [expected(prompt) for prompt in prompts]
         assert len(set(told)) == 4
 
-        how = Sampling(temperature=1.0, top_k=0, max_tokens=12)
-        first = await asyncio.gather(*(engine.generate(p, 8, 4096 * i, how) for i, p in enumerate(prompts)))
-        again = [await engine.generate(p, 8, 4096 * i, how) for i, p in reversed(list(enumerate(prompts)))]
+        sampling = Sampling(temperature=1.0, top_k=0, max_tokens=12)
+        first = await asyncio.gather(*(engine.generate(p, 8, 4096 * i, sampling) for i, p in enumerate(prompts)))
+        again = [await engine.generate(p, 8, 4096 * i, sampling) for i, p in reversed(list(enumerate(prompts)))]
         assert again[::-1] == first
         seen = first[3][0]
         assert seen.prompt_tokens == engine.count(prompts[3])

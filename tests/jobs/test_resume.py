@@ -18,7 +18,8 @@ from jobs.benches.blows import Blow, Driver, Spot, endure, left_behind
 from jobs.benches.resume import BenchConfig, Trial, plan
 from jobs.benches.scripted import ScriptedGenerator
 from jobs.benches.scripted_api import answer, kept_answers, scripted_api
-from medmm_ray.engines.generator import GeneratorConfig, Prompt, Sampling
+from medmm_ray.engines.chat import ChatPrompt
+from medmm_ray.engines.generator import GeneratorConfig, Sampling
 from medmm_ray.engines.llm.endpoint import Choice, Reply
 from medmm_ray.engines.llm.store import Answer, AnswerStore
 from medmm_ray.steps.write_questions import SCHEMA, SOLVE_SCHEMA, draft, letter, repeats
@@ -53,10 +54,10 @@ def test_an_actor_killed_a_run_interrupted_and_killed_leave_the_tables_of_an_und
 
 def test_a_scripted_policy_goes_on_where_a_search_has_begun() -> None:
     policy = ScriptedGenerator("", GeneratorConfig(), 0.0)
-    prompt = Prompt(({"role": "user", "content": "What is wide?"},))
+    prompt = ChatPrompt(({"role": "user", "content": "What is wide?"},))
 
     def written(said: str, *stop: str) -> list[str]:
-        asked = replace(prompt, said=said)
+        asked = replace(prompt, prefix=said)
         return [c.text for c in asyncio.run(policy.generate(asked, 4, 0, Sampling(1.0, 0, 1.0, 99, stop)))]
 
     first = written("Step 1:", "Step 2:")

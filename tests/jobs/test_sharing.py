@@ -12,7 +12,7 @@ from jobs.benches.judge import BenchConfig as JudgeBench
 from jobs.benches.judge import asked
 from jobs.benches.judge import server as judge_server
 from medmm_ray.steps.judge import JudgeConfig, verdicts
-from medmm_ray.steps.judge.prompt import SYSTEM, Call
+from medmm_ray.steps.judge.prompt import SYSTEM, JudgeCall
 from medmm_ray.train.policy import LlamaShape, new_llama
 
 CONFIG = bench.BenchConfig(per_call=(1, 3), questions=3, solutions=3, train_questions=4, bootstrap_samples=20)
@@ -22,7 +22,7 @@ CONFIG = bench.BenchConfig(per_call=(1, 3), questions=3, solutions=3, train_ques
 def test_the_judges_own_reader_reads_the_truth_out_of_a_lesson(per_call: int) -> None:
     for told in bench.tell(CONFIG, "train", 20, per_call):
         _, reply = bench.lesson(told, per_call)
-        call = Call(tuple(tuple(steps) for steps in told.solutions[:per_call]))
+        call = JudgeCall(tuple(tuple(steps) for steps in told.solutions[:per_call]))
         read = [[step.label for step in steps] for steps in verdicts(reply, call.numbers)]
         assert read == [[int(right is not False) for right in told.truths(i)] for i in range(per_call)]
         assert json.loads(reply)

@@ -18,7 +18,7 @@ from medmm_ray.data.tables import RowError, write_rows
 from medmm_ray.engines.grader import Grader
 from medmm_ray.reward_model import RewardModel, StepScores
 from medmm_ray.steps.tree_search.beam import Beam, BeamSearchConfig, RewardModelScorer, beam_search, best
-from medmm_ray.steps.tree_search.writer import Writer
+from medmm_ray.steps.tree_search.writer import StepWriter
 from medmm_ray.text import question_with_options
 from tests.doubles import tiny_reward_model as tiny
 from tests.steps.test_tree_search import Scripted, question
@@ -52,7 +52,7 @@ class Likes:
 
 
 def run(scorer: Any, config: BeamSearchConfig = CONFIG) -> list[Beam]:
-    return asyncio.run(beam_search(config, Writer(config, Scripted(script), ASKED, "c0", Grader()), scorer))
+    return asyncio.run(beam_search(config, StepWriter(config, Scripted(script), ASKED, "c0", Grader()), scorer))
 
 
 def test_the_scorer_decides_which_beginnings_go_on() -> None:

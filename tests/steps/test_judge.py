@@ -27,12 +27,12 @@ from medmm_ray.steps.judge import (
     JudgeActor,
     JudgeCase,
     JudgeConfig,
+    JudgeImage,
     Judgement,
-    Picture,
     TruthJudge,
     make_judge,
 )
-from medmm_ray.steps.judge.prompt import SYSTEM, Call, schema_of
+from medmm_ray.steps.judge.prompt import SYSTEM, JudgeCall, schema_of
 from medmm_ray.steps.monte_carlo import by_question
 from medmm_ray.steps.monte_carlo.search import uncertain_steps
 from tests.doubles.api_server import Server, failed, gemini_said, serving
@@ -53,9 +53,9 @@ def case(**changes: Any) -> JudgeCase:
         "question": "What is seen?",
         "options": ["effusion", "normal chest"],
         "answer": "A",
-        "images": [Picture("x.png", EFFUSION)],
+        "images": [JudgeImage("x.png", EFFUSION)],
         "documents": ["Fluid blunts the angle."],
-        "references": [Picture("r.png", "left pleural effusion")],
+        "references": [JudgeImage("r.png", "left pleural effusion")],
     }
     return JudgeCase(**{**values, **changes})
 
@@ -94,7 +94,7 @@ def test_a_phantom_judge_errs_as_often_as_told_and_knows_when_it_is_unsure() -> 
 
 def test_a_phantom_judge_refuses_other_images() -> None:
     notes = ("", "free text", "{}", "null", "[]", '{"image_organ": "CHEST"}', EFFUSION.replace("}", ', "more": 5}'))
-    for images in ([], *([Picture("x.png", note)] for note in notes)):
+    for images in ([], *([JudgeImage("x.png", note)] for note in notes)):
         [fault] = judged(TruthJudge("phantom", 0.0), case(images=images), [[RIGHT]])
         assert str(fault).startswith("judge_source: question q1 has no phantom's annotation")
 
@@ -131,7 +131,7 @@ def test_a_reply_that_does_not_fit_is_asked_once_again() -> None:
 
 
 def test_a_local_judges_schema_holds_each_verdict_to_its_tests() -> None:
-    entries = schema_of(Call((("a", "b"),)), exact=True)["properties"]["steps"]["items"]["anyOf"]
+    entries = schema_of(JudgeCall((("a", "b"),)), exact=True)["properties"]["steps"]["items"]["anyOf"]
     forms = [entry["properties"] for entry in entries]
     held = [
         (*(form[name].get("const") for name in ("logical", "medical", "image_grounded")), *form["verdict"]["enum"])
@@ -303,8 +303,8 @@ def pictures(tmp_path: Path) -> dict[str, Any]:
     for name, colour in (("x.png", 10), ("r.png", 200)):
         PIL.Image.new("L", (8, 8), colour).save(tmp_path / name)
     return {
-        "images": [Picture(str(tmp_path / "x.png"), "")],
-        "references": [Picture(str(tmp_path / "r.png"), "left pleural effusion")],
+        "images": [JudgeImage(str(tmp_path / "x.png"), "")],
+        "references": [JudgeImage(str(tmp_path / "r.png"), "left pleural effusion")],
     }
 
 
@@ -433,7 +433,7 @@ def test_solutions_that_do_not_fit_together_go_in_smaller_calls(server: Server, 
     server.script = [alone, alone, gemini_said(two)]
     backend = gemini(server, solutions_per_call=2, in_flight=1, solution_reserve=0)
     blank = backend._request(
-        case(**pictures), case().documents, backend._pictures(case(**pictures)), Call((("",), ("",)))
+        case(**pictures), case().documents, backend._pictures(case(**pictures)), JudgeCall((("",), ("",)))
     )
     backend._room = backend._count(blank) + 1000
     solutions = [["long " * 760], ["a " * 200], ["word " * 1600], ["b " * 200], ["c " * 200]]
@@ -610,7 +610,7 @@ def test_an_unreadable_image_fails_its_question(server: Server, tmp_path: Path) 
     server.script = [gemini_said(GOOD)]
     (tmp_path / "text.png").write_text("this is no picture")
     for name, kind in (("gone.png", "image_missing"), ("text.png", "image_corrupt")):
-        found = judged(gemini(server), case(images=[Picture(str(tmp_path / name), "")]), [[RIGHT], [WRONG]])
+        found = judged(gemini(server), case(images=[JudgeImage(str(tmp_path / name), "")]), [[RIGHT], [WRONG]])
         assert [fault.kind for fault in found if isinstance(fault, RowError)] == [kind, kind]
     assert server.requests == []
 

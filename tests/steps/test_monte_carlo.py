@@ -22,12 +22,12 @@ from medmm_ray.data.records import Labels, StepLabel, from_dict, to_arrow
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.generator import Completion
 from medmm_ray.engines.grader import Grader, Grades
-from medmm_ray.steps.monte_carlo import MonteCarloConfig, Roller, by_question, image_uris, monte_carlo
+from medmm_ray.steps.monte_carlo import MonteCarloConfig, RolloutActor, by_question, image_uris, monte_carlo
 from medmm_ray.steps.monte_carlo.search import (
-    Chain,
-    Findings,
-    Rule,
-    Tally,
+    LabelRule,
+    QuestionRollouts,
+    RolloutCounts,
+    SolutionPrefixes,
     answers,
     known_label,
     next_step,
@@ -73,7 +73,7 @@ def run(
 ) -> tuple[dict[str, Labels], dict[str, int], list[tuple[str, int, int]]]:
     """The labels by solution, the question's figures, and the requests: (prefix, n, seed)."""
     fake = FakeGenerator(script)
-    actor = Roller(MonteCarloConfig(**config), "m", "tiny", generator=fake)
+    actor = RolloutActor(MonteCarloConfig(**config), "m", "tiny", generator=fake)
     labels, figures = asyncio.run(actor.label(row))
     asked = [(prompt.partition("(B) fluid")[2], n, seed) for prompt, n, seed in fake.requests]
     return {label.solution_id: label for label in labels}, figures, asked
@@ -122,8 +122,11 @@ def test_steps_are_uncertain_by_low_confidence_or_disagreement() -> None:
 
 
 def test_the_share_bounds_what_is_continued_by_texts_alone() -> None:
-    chains = [Chain(i, prefix_texts([f"Step {i}.", "b", "the answer is (B)."]), True, None, (0, 1)) for i in range(10)]
-    findings = Findings(Rule(4, 0.0, stop_early=True), share_reached=True)
+    chains = [
+        SolutionPrefixes(i, prefix_texts([f"Step {i}.", "b", "the answer is (B)."]), True, None, (0, 1))
+        for i in range(10)
+    ]
+    findings = QuestionRollouts(LabelRule(4, 0.0, stop_early=True), share_reached=True)
     for room, most in ((3, 3), (15, 15), (20, 20), (0, 0)):
         assert sum(len(chain.steps) for chain in within_share(chains, findings, room)) == most
     few = within_share(chains, findings, 3)
@@ -142,33 +145,33 @@ def test_the_share_bounds_what_is_continued_by_texts_alone() -> None:
     st.sampled_from([0.0, 0.0625, 0.25, 0.5, 0.9]),
 )
 def test_stopping_early_never_changes_a_label(draws: list[bool | None], k: int, threshold: float) -> None:
-    whole, early = Tally(), Tally()
-    for rule, tally in ((Rule(k, threshold, False), whole), (Rule(k, threshold, True), early)):
+    whole, early = RolloutCounts(), RolloutCounts()
+    for rule, tally in ((LabelRule(k, threshold, False), whole), (LabelRule(k, threshold, True), early)):
         while num := rule.due(tally):
             tally.add(draws[tally.drawn : tally.drawn + num])
             tally.drawn += num
     assert whole.drawn == k
     assert early.drawn <= k
-    assert Rule(k, threshold, True).label(early) == Rule(k, threshold, False).label(whole)
+    assert LabelRule(k, threshold, True).label(early) == LabelRule(k, threshold, False).label(whole)
 
 
 def test_rounds_double() -> None:
-    rule, tally, rounds = Rule(16, 0.0, stop_early=True), Tally(), []
+    rule, tally, rounds = LabelRule(16, 0.0, stop_early=True), RolloutCounts(), []
     while num := rule.due(tally):
         rounds.append(num)
         tally.add([False] * num)
         tally.drawn += num
     assert rounds == [2, 2, 4, 8]
     assert rule.label(tally) is False
-    assert Rule(16, 0.0, stop_early=False).due(Tally()) == 16
-    assert Rule(16, 0.0, stop_early=False).due(Tally(known=3, counted=3)) == 13
+    assert LabelRule(16, 0.0, stop_early=False).due(RolloutCounts()) == 16
+    assert LabelRule(16, 0.0, stop_early=False).due(RolloutCounts(known=3, counted=3)) == 13
 
 
 def test_a_high_threshold_is_decided_when_nothing_left_can_change_it() -> None:
-    rule = Rule(8, 0.5, stop_early=True)
-    assert rule.label(Tally(drawn=4, counted=4, correct=4)) is None  # the others may all be wrong: 4 of 8
-    assert rule.label(Tally(drawn=6, counted=6, correct=5)) is True
-    assert rule.label(Tally(drawn=4, counted=4, correct=0)) is False
+    rule = LabelRule(8, 0.5, stop_early=True)
+    assert rule.label(RolloutCounts(drawn=4, counted=4, correct=4)) is None  # the others may all be wrong: 4 of 8
+    assert rule.label(RolloutCounts(drawn=6, counted=6, correct=5)) is True
+    assert rule.label(RolloutCounts(drawn=4, counted=4, correct=0)) is False
 
 
 def test_the_ratio_of_stopped_rows_is_too_high() -> None:
@@ -177,20 +180,20 @@ def test_the_ratio_of_stopped_rows_is_too_high() -> None:
     one_by_one = sum(p * (1 - p) ** (n - 1) / n for n in range(1, k + 1))
     assert one_by_one == pytest.approx(-p * math.log(p) / (1 - p), abs=1e-3)
     assert one_by_one == pytest.approx(0.46, abs=0.005)
-    rule = Rule(k, 0.0, stop_early=True)
+    rule = LabelRule(k, 0.0, stop_early=True)
 
-    def mean(tally: Tally) -> float:
+    def mean(tally: RolloutCounts) -> float:
         """The expected ratio from here on, over all outcomes of the next round."""
         num = rule.due(tally)
         if not num:
             return tally.correct / tally.counted
         return sum(
             math.comb(num, right) * p**right * (1 - p) ** (num - right)
-            * mean(Tally(drawn=tally.drawn + num, counted=tally.counted + num, correct=right))
+            * mean(RolloutCounts(drawn=tally.drawn + num, counted=tally.counted + num, correct=right))
             for right in range(num + 1)
         )  # fmt: skip
 
-    assert mean(Tally()) == pytest.approx(0.37, abs=0.005)
+    assert mean(RolloutCounts()) == pytest.approx(0.37, abs=0.005)
 
 
 # Searching the first error
@@ -410,7 +413,7 @@ def test_no_gold_answer_in_a_prompt(config: dict[str, Any]) -> None:
         answer="the secret", answer_type="open", options=[],
     )  # fmt: skip
     fake = FakeGenerator(lambda prompt, seed: "")
-    asyncio.run(Roller(MonteCarloConfig(**config), "m", "tiny", generator=fake).label(gold))
+    asyncio.run(RolloutActor(MonteCarloConfig(**config), "m", "tiny", generator=fake).label(gold))
     assert fake.requests
     assert all("secret" not in prompt for prompt, _, _ in fake.requests)
 
@@ -497,7 +500,7 @@ def test_labels_of_the_search_are_those_of_all_steps_where_the_values_fall(data:
 
 def test_the_actor_answers_batches_with_labels_and_figures() -> None:
     fake = FakeGenerator(reaching(0))
-    actor = Roller(MonteCarloConfig(mode="all", num_rollouts=2), "m", "tiny", generator=fake)
+    actor = RolloutActor(MonteCarloConfig(mode="all", num_rollouts=2), "m", "tiny", generator=fake)
     rows = [question([solution("s1", correct=False)], judged=[]), question([], judged=[])]
     batch = pa.Table.from_pylist([{**row, "question_id": f"q{i}"} for i, row in enumerate(rows)])
 
@@ -535,7 +538,7 @@ class Half(Grader):
 
 def test_answers_that_nobody_graded_are_counted_and_said() -> None:
     config = MonteCarloConfig(mode="all", num_rollouts=4, stop_early=False, count_solutions=False)
-    actor = Roller(config, "m", "tiny", generator=FakeGenerator(reaching(0)))
+    actor = RolloutActor(config, "m", "tiny", generator=FakeGenerator(reaching(0)))
     actor.grader = Half()
     _, figures = asyncio.run(actor.label(question([solution("s1", correct=False)])))
     tokens, cached = figures["rollout_tokens"], figures["cached_tokens"] / figures["prompt_tokens"]
@@ -553,7 +556,7 @@ def test_a_policy_that_sees_is_shown_the_questions_images(tmp_path: Path) -> Non
     uris = [r["image_uris"] for r in image_uris(questions, images, 1).to_pylist()]
     assert uris == [[str(tmp_path / "a.png")], []]
     row = question([solution("s1", correct=False)], image_uris=uris[0])
-    actor = Roller(MonteCarloConfig(num_images=1), "m", "tiny", generator=FakeGenerator(reaching(0)))
+    actor = RolloutActor(MonteCarloConfig(num_images=1), "m", "tiny", generator=FakeGenerator(reaching(0)))
     assert [picture.size for picture in asyncio.run(actor.prompt(row)).images] == [(8, 6)]
     labels, _, asked = run(reaching(0), {**row, "image_uris": ["gone.png"]}, mode="all", num_images=1,
                            count_solutions=False)  # fmt: skip
@@ -604,6 +607,6 @@ def test_the_adapter_is_part_of_the_policy_so_that_only_its_own_solutions_are_fr
     for made, asked in ((base, 2), (same, 0)):
         fake = FakeGenerator(reaching(9))
         config = MonteCarloConfig(mode="first_error", num_rollouts=2)
-        actor = Roller(config, "m", made.policy_id(BY_NAME["monte_carlo"]), generator=fake)
+        actor = RolloutActor(config, "m", made.policy_id(BY_NAME["monte_carlo"]), generator=fake)
         asyncio.run(actor.label(row))
         assert len(fake.requests) == asked

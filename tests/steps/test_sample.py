@@ -18,16 +18,16 @@ from jobs.sample import summary
 from medmm_ray.config import digest
 from medmm_ray.data.records import Count, Question, Solutions, from_dict, to_arrow
 from medmm_ray.data.tables import RowError
+from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import (
     Completion,
     GeneratorConfig,
-    Prompt,
     Sampling,
     end_process,
     request_seed,
 )
 from medmm_ray.engines.grader import Grader, Grades
-from medmm_ray.steps.sample import SampleConfig, Sampler, draws, figures_of, sample
+from medmm_ray.steps.sample import SampleConfig, SamplingActor, draws, figures_of, sample
 from tests.doubles.api_server import chat_said, serving
 from tests.doubles.fake_generator import FakeGenerator, Script, text_of
 
@@ -55,7 +55,7 @@ def run(
     script: Script, questions: list[Question], config: SampleConfig = CONFIG, images: pa.Table | None = None
 ) -> tuple[list[Solutions], Any]:
     fake = FakeGenerator(script)
-    actor = Sampler(config, "m", "tiny", "c0", images, generator=fake)
+    actor = SamplingActor(config, "m", "tiny", "c0", images, generator=fake)
 
     async def work() -> list[pa.Table]:
         return [out async for out in actor(to_arrow(Question, questions))]
@@ -176,18 +176,18 @@ def test_a_fault_of_the_engine_is_the_rows() -> None:
 def test_the_policy_sees_the_first_images_of_a_question(tmp_path: Path) -> None:
     for name, colour in (("im1", "red"), ("im2", "blue")):
         Image.new("RGB", (4, 3), colour).save(tmp_path / f"{name}.png")
-    seen: list[Prompt] = []
+    seen: list[ChatPrompt] = []
 
     class Looking(FakeGenerator):
-        async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:
+        async def generate(self, prompt: ChatPrompt, n: int, seed: int, sampling: Sampling) -> list[Completion]:
             seen.append(prompt)
-            return await super().generate(prompt, n, seed, how)
+            return await super().generate(prompt, n, seed, sampling)
 
     images = pa.table({"image_id": ["im2", "im1"], "uri": [str(tmp_path / f"{i}.png") for i in ("im2", "im1")]})
     asked = question(image_ids=["im1", "im2", "im3"])
     for number, colours in ((0, []), (2, [(255, 0, 0), (0, 0, 255)])):
         config = CONFIG.model_copy(update={"num_images": number})
-        actor = Sampler(config, "m", "tiny", "c0", images, generator=Looking(lambda prompt, seed: GOOD))
+        actor = SamplingActor(config, "m", "tiny", "c0", images, generator=Looking(lambda prompt, seed: GOOD))
         asyncio.run(actor.solve(to_arrow(Question, [asked]).to_pylist()[0]))
         assert [image.getpixel((1, 1)) for image in seen[-1].images] == colours
         assert seen[-1].messages[-1]["content"] == "Question: What is q1? (A) air (B) fluid"
@@ -277,9 +277,9 @@ class Failing(FakeGenerator):
         super().__init__(lambda prompt, seed: GOOD.format(seed))
         self.lost = lost
 
-    async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:
+    async def generate(self, prompt: ChatPrompt, n: int, seed: int, sampling: Sampling) -> list[Completion]:
         base = request_seed("q1", "m", 0)
-        made = await super().generate(prompt, n, seed, how)
+        made = await super().generate(prompt, n, seed, sampling)
         return [
             Completion("", "unavailable", c.seed, fault=RowError("unavailable", f"sample {c.seed - base}"))
             if c.seed - base in self.lost
@@ -292,7 +292,7 @@ API = SampleConfig(backend="openai", num_samples_train=4, max_rounds=2, oversamp
 
 
 def solve(fake: FakeGenerator, config: SampleConfig, config_hash: str = "c0") -> Solutions:
-    actor = Sampler(config, "m", "tiny", config_hash, generator=fake)
+    actor = SamplingActor(config, "m", "tiny", config_hash, generator=fake)
     row, drawn = asyncio.run(actor.solve(to_arrow(Question, [question()]).to_pylist()[0]))
     fake.figures = [figures_of(row, drawn)]
     return row
@@ -356,7 +356,7 @@ def test_settings_that_do_not_fit_are_refused() -> None:
 def test_documents_that_have_no_room_are_counted_and_said(config: dict[str, Any], shown: int) -> None:
     """A token of the fake is a character; an API has a room of its own."""
     fake = FakeGenerator(lambda prompt, seed: GOOD)
-    actor = Sampler(SampleConfig(num_documents=2, **config), "m", "tiny", "c0", generator=fake)
+    actor = SamplingActor(SampleConfig(num_documents=2, **config), "m", "tiny", "c0", generator=fake)
     [asked] = to_arrow(Question, [question()]).to_pylist()
     documents = [{"text": letter * 50} for letter in "xyz"]
     figures = figures_of(*asyncio.run(actor.solve({**asked, "documents": documents})))
@@ -371,7 +371,7 @@ def test_answers_that_nobody_graded_are_counted_and_said() -> None:
         async def grade(self, question: Mapping[str, Any], answers: Sequence[str | None]) -> Grades:
             return Grades([None] * len(answers), asked=1, unanswered=1)
 
-    actor = Sampler(CONFIG, "m", "tiny", "c0", generator=FakeGenerator(lambda prompt, seed: GOOD))
+    actor = SamplingActor(CONFIG, "m", "tiny", "c0", generator=FakeGenerator(lambda prompt, seed: GOOD))
     actor.grader = Silent()
     row, drawn = asyncio.run(actor.solve(to_arrow(Question, [question()]).to_pylist()[0]))
     figures = figures_of(row, drawn)
@@ -404,11 +404,11 @@ class Dying(FakeGenerator):
         super().__init__(lambda prompt, seed: GOOD.format(f"{prompt[-5:]}{seed}") if seed % 3 else "no")
         self.died = died
 
-    async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:
+    async def generate(self, prompt: ChatPrompt, n: int, seed: int, sampling: Sampling) -> list[Completion]:
         if self.died and "q5" in text_of(prompt) and not self.died.exists():
             self.died.write_text("q5")
             end_process()
-        return await super().generate(prompt, n, seed, how)
+        return await super().generate(prompt, n, seed, sampling)
 
 
 def test_a_fault_in_a_later_round_keeps_what_was_drawn_before() -> None:

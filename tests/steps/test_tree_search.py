@@ -15,11 +15,12 @@ from jobs import bench
 from jobs.benches.scripted import cut
 from medmm_ray.data.records import Labels, Question, Solutions, Tree, from_dict, to_arrow
 from medmm_ray.data.tables import RowError
-from medmm_ray.engines.generator import Completion, Prompt, Sampling
+from medmm_ray.engines.chat import ChatPrompt
+from medmm_ray.engines.generator import Completion, Sampling
 from medmm_ray.engines.grader import EquivalenceConfig, Grader
 from medmm_ray.engines.llm.budget import Gate
 from medmm_ray.engines.llm.client import connect
-from medmm_ray.steps.tree_search import Searcher, TreeSearchConfig, labels_batch, solutions_batch, tree_search
+from medmm_ray.steps.tree_search import TreeSearchActor, TreeSearchConfig, labels_batch, solutions_batch, tree_search
 from medmm_ray.steps.tree_search.tree import (
     ROOT,
     begun,
@@ -36,7 +37,7 @@ from medmm_ray.steps.tree_search.tree import (
     steps_to,
     ucb,
 )
-from medmm_ray.steps.tree_search.writer import Drawn
+from medmm_ray.steps.tree_search.writer import Continuation
 from tests.doubles.api_server import chat_said, failed, serving
 from tests.doubles.fake_generator import FakeGenerator
 
@@ -44,18 +45,18 @@ CONFIG = TreeSearchConfig()
 RIGHT, WRONG = "the answer is (B).", "the answer is (A)."
 
 
-def stated(*steps: str, correct: bool) -> Drawn:
-    return Drawn(steps, "B" if correct else "A", correct)
+def stated(*steps: str, correct: bool) -> Continuation:
+    return Continuation(steps, "B" if correct else "A", correct)
 
 
 # The tree, by hand
 
 
 def test_values_visits_and_choices_of_a_small_tree_by_hand() -> None:
-    tree = grow((ROOT,), 0, "reason", Drawn(("a",)), [True, False])
+    tree = grow((ROOT,), 0, "reason", Continuation(("a",)), [True, False])
     assert (tree[1].value, tree[1].visits, tree[1].num_correct, tree[1].num_rollouts) == (0.5, 1, 1, 2)
     assert (tree[0].value, tree[0].visits) == (0.25, 1)
-    tree = grow(tree, 0, "reason", Drawn(("b",)), [True, True])
+    tree = grow(tree, 0, "reason", Continuation(("b",)), [True, True])
     assert (tree[0].value, tree[0].visits) == (0.5, 2)  # (.25 + (.5 + 1) / 2) / 2
 
     assert select(tree, exploration=2.0) == 2
@@ -86,10 +87,10 @@ def test_values_visits_and_choices_of_a_small_tree_by_hand() -> None:
 
 
 def test_failed_is_not_wrong() -> None:
-    tree = grow((ROOT,), 0, "reason", Drawn(("a",)))
+    tree = grow((ROOT,), 0, "reason", Continuation(("a",)))
     assert (tree[1].value, tree[1].visits, tree[1].num_correct, tree[1].num_rollouts) == (None, 1, 0, 0)
     assert (tree[0].value, tree[0].visits) == (0.0, 1)
-    tree = grow(tree, 0, "reason", Drawn(("b",)), [True, False])
+    tree = grow(tree, 0, "reason", Continuation(("b",)), [True, False])
     assert (tree[0].value, tree[0].visits) == (0.25, 2)  # (0 + .5) / 2: a is no part of the mean
     assert select(tree, exploration=0.0) == 2
     assert (next_action(tree, 1, CONFIG), begun(tree)) == ("reason", [2, 1])
@@ -102,7 +103,7 @@ def test_failed_is_not_wrong() -> None:
 
 
 def test_an_answer_that_nobody_could_grade_ends_its_path_and_is_worth_nothing() -> None:
-    tree = grow((ROOT,), 0, "reason", Drawn(("the answer is hydrothorax.",), "hydrothorax"))
+    tree = grow((ROOT,), 0, "reason", Continuation(("the answer is hydrothorax.",), "hydrothorax"))
     assert (tree[1].value, tree[1].correct, tree[1].closed) == (None, None, True)
     assert (tree[0].value, tree[0].closed, num_right(tree), solved(tree)) == (0.0, True, 0, [1])
     [label] = step_labels(tree, 1)
@@ -118,7 +119,7 @@ def test_a_wrong_answer_is_doubted_once_a_path() -> None:
 
 
 def test_ucb_by_hand() -> None:
-    tree = grow((ROOT,), 0, "reason", Drawn(("a",)), [True, False])
+    tree = grow((ROOT,), 0, "reason", Continuation(("a",)), [True, False])
     parent = replace(ROOT, value=0.75, visits=3)
     assert ucb(tree[1], parent, 2.0) == pytest.approx(0.5 + 2 * math.sqrt(math.log(3)))
     assert ucb(replace(tree[1], value=None), parent, 2.0) == pytest.approx(0.75 + 2 * math.sqrt(math.log(3)))
@@ -126,17 +127,17 @@ def test_ucb_by_hand() -> None:
 
 
 def test_exploration_prefers_the_rarely_visited() -> None:
-    tree = grow((ROOT,), 0, "reason", Drawn(("a",)), [True, True, False])
-    tree = grow(tree, 0, "reason", Drawn(("b",)), [False])
-    tree = grow(tree, 1, "reason", Drawn(("c",)), [True, False])
+    tree = grow((ROOT,), 0, "reason", Continuation(("a",)), [True, True, False])
+    tree = grow(tree, 0, "reason", Continuation(("b",)), [False])
+    tree = grow(tree, 1, "reason", Continuation(("c",)), [True, False])
     assert select(tree, exploration=0.0) == 3
     assert select(tree, exploration=2.0) == 2  # 7/12 + 2 sqrt(ln 3 / 2) = 2.07 < 2 sqrt(ln 3 / 1) = 2.10
 
 
 def test_a_dead_end_closes_what_it_leaves_hopeless() -> None:
-    tree = grow((ROOT,), 0, "reason", Drawn(("a",)), [True])
-    tree = grow(tree, 0, "reason", Drawn(("b",)), [True])
-    tree = grow(tree, 1, "reason", Drawn(("c",)), [False])
+    tree = grow((ROOT,), 0, "reason", Continuation(("a",)), [True])
+    tree = grow(tree, 0, "reason", Continuation(("b",)), [True])
+    tree = grow(tree, 1, "reason", Continuation(("c",)), [False])
     tree = close(tree, 3)
     assert [node.closed for node in tree] == [False, True, False, True]
     assert select(tree, 2.0) == 2
@@ -147,7 +148,7 @@ def test_a_dead_end_closes_what_it_leaves_hopeless() -> None:
 
 def test_rollouts_by_depth_and_the_last_step_that_is_allowed() -> None:
     assert [rollouts_at(depth, CONFIG) for depth in range(6)] == [20, 10, 6, 5, 5, 5]
-    tree = grow((ROOT,), 0, "reason", Drawn(("a",)), [False])
+    tree = grow((ROOT,), 0, "reason", Continuation(("a",)), [False])
     assert next_action(tree, 1, TreeSearchConfig(max_steps=2)) == "finish"
     assert next_action(tree, 1, TreeSearchConfig(max_steps=3)) == "reason"
 
@@ -167,10 +168,10 @@ def test_look_back_labels_by_hand() -> None:
 class Scripted(FakeGenerator):
     """A fake that stops at the texts of `Sampling.stop`, as the engine does."""
 
-    async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:
-        found = await super().generate(prompt, n, seed, how)
+    async def generate(self, prompt: ChatPrompt, n: int, seed: int, sampling: Sampling) -> list[Completion]:
+        found = await super().generate(prompt, n, seed, sampling)
         await asyncio.sleep(seed % 7 / 1e4)  # requests end in another order than they began
-        return [replace(completion, text=cut(completion.text, how.stop)) for completion in found]
+        return [replace(completion, text=cut(completion.text, sampling.stop)) for completion in found]
 
 
 def question(question_id: str = "q1", **changes: Any) -> Question:
@@ -198,7 +199,7 @@ def guess(prompt: str, seed: int) -> str:
 
 def run(script: Any, questions: list[Question], grader: Any = None, **config: Any) -> tuple[list[Tree], Scripted]:
     fake = Scripted(script)
-    actor = Searcher(TreeSearchConfig(**config), "m", "tiny", "c0", generator=fake, grader=grader)
+    actor = TreeSearchActor(TreeSearchConfig(**config), "m", "tiny", "c0", generator=fake, grader=grader)
 
     async def work() -> list[pa.Table]:
         return [out async for out in actor(to_arrow(Question, questions))]

@@ -14,13 +14,14 @@ from jobs.graph import BY_NAME
 from jobs.step import Run, load_recipe, run_step
 from medmm_ray.data.records import Image, Question, QuestionReview, WrittenQuestion, to_arrow
 from medmm_ray.data.tables import RowError
-from medmm_ray.engines.generator import Completion, Prompt, Sampling, engine_arguments
+from medmm_ray.engines.chat import ChatPrompt
+from medmm_ray.engines.generator import Completion, Sampling, engine_arguments
 from medmm_ray.engines.llm.budget import Gate
 from medmm_ray.engines.llm.client import Access
 from medmm_ray.steps.curate import CurateConfig, reviewed
 from medmm_ray.steps.write_questions import (
+    QuestionWriter,
     WriteQuestionsConfig,
-    Writer,
     doubt,
     draft,
     figures,
@@ -147,7 +148,7 @@ def test_images_without_a_question() -> None:
         WriteQuestionsConfig(num_checks=1)
 
 
-def writer(server: Server, folder: Path, **settings: Any) -> Writer:
+def writer(server: Server, folder: Path, **settings: Any) -> QuestionWriter:
     config = WriteQuestionsConfig(
         backend="openai",
         model="gpt-4o",
@@ -155,7 +156,7 @@ def writer(server: Server, folder: Path, **settings: Any) -> Writer:
         pause_s=0.001,
         **{"per_image": 1, "num_checks": 2, **settings},
     )
-    return Writer(config, Access("openai", "gpt-4o", config, Gate(str(folder), config.limits), str(folder)))
+    return QuestionWriter(config, Access("openai", "gpt-4o", config, Gate(str(folder), config.limits), str(folder)))
 
 
 def chosen(answer: str) -> str:
@@ -264,9 +265,9 @@ def test_a_model_in_this_process_writes_and_is_tried(tmp_path: Path) -> None:
     shown: list[tuple[int, str, int, Sampling]] = []
 
     class Seeing(FakeGenerator):
-        async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:
-            shown.append((len(prompt.images), text_of(prompt).split(" (A)")[0].splitlines()[0], seed, how))
-            return await super().generate(prompt, n, seed, how)
+        async def generate(self, prompt: ChatPrompt, n: int, seed: int, sampling: Sampling) -> list[Completion]:
+            shown.append((len(prompt.images), text_of(prompt).split(" (A)")[0].splitlines()[0], seed, sampling))
+            return await super().generate(prompt, n, seed, sampling)
 
     def said(prompt: str, seed: int) -> str:
         if not prompt.startswith(GOOD["question"]):
@@ -274,7 +275,7 @@ def test_a_model_in_this_process_writes_and_is_tried(tmp_path: Path) -> None:
         return chosen(right if seed else "ABCD"[("ABCD".index(right) + 1) % 4])
 
     config = WriteQuestionsConfig(per_image=1, backend="vllm", model="a-model", max_tokens=500)
-    actor = Writer(config, None, Seeing(said))
+    actor = QuestionWriter(config, None, Seeing(said))
     batch = pa.Table.from_pylist([row(tmp_path)])
 
     async def written() -> list[pa.Table]:
@@ -291,8 +292,10 @@ def test_a_model_in_this_process_writes_and_is_tried(tmp_path: Path) -> None:
     assert [(images, first, seed) for images, first, seed, _ in shown] == [
         (1, "The image:", 0), (1, asked, 0), (1, asked, 1), (0, asked, 0), (0, asked, 1),
     ]  # fmt: skip
-    assert [(how.temperature, how.max_tokens) for *_, how in shown] == [(0.0, 500)] + [(1.0, 500)] * 4
-    assert [list((how.schema or {})["properties"])[-1] for *_, how in shown] == ["explanation"] + ["answer"] * 4
+    assert [(sampling.temperature, sampling.max_tokens) for *_, sampling in shown] == [(0.0, 500)] + [(1.0, 500)] * 4
+    assert [list((sampling.schema or {})["properties"])[-1] for *_, sampling in shown] == ["explanation"] + [
+        "answer"
+    ] * 4
     assert engine_arguments("a-model", config)["limit_mm_per_prompt"] == {"image": 1}
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from medmm_ray.engines.chat import Prompt
+from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import Sampling, TextGenerator
 from medmm_ray.engines.llm.endpoint import Choice, Picture, Reply, Request, Turn
 from medmm_ray.engines.llm.store import Answer
@@ -17,7 +17,7 @@ class LocalEndpoint:
     async def send(self, request: Request) -> Reply:
         """Raises `RowError` prompt_too_long; a dead engine ends the process (`Generator.generate`)."""
         prompt = prompt_of(request)
-        how = Sampling(
+        sampling = Sampling(
             temperature=0.0 if request.temperature is None else request.temperature,
             top_k=0,
             top_p=1.0 if request.top_p is None else request.top_p,
@@ -25,7 +25,7 @@ class LocalEndpoint:
             pattern=request.pattern,
             schema=request.schema,
         )
-        samples = await self.generator.generate(prompt, request.n, request.seed or 0, how)
+        samples = await self.generator.generate(prompt, request.n, request.seed or 0, sampling)
         return Reply(
             choices=tuple(Choice(sample.text, sample.finish_reason) for sample in samples),
             read=self.generator.count(prompt),
@@ -38,11 +38,11 @@ class LocalEndpoint:
         return Answer(await self.send(request), 0.0)
 
 
-def prompt_of(request: Request) -> Prompt:
+def prompt_of(request: Request) -> ChatPrompt:
     """A request as a chat; its pictures apart, in their order."""
     system = [{"role": "system", "content": request.system}] if request.system else []
     messages = [{"role": _role(turn), "content": _text(turn.parts)} for turn in request.turns]
-    return Prompt([*system, *messages], [picture.image for picture in request.pictures])
+    return ChatPrompt([*system, *messages], [picture.image for picture in request.pictures])
 
 
 def _role(turn: Turn) -> str:

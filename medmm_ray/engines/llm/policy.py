@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from medmm_ray.config import digest
 from medmm_ray.data.tables import RowError
-from medmm_ray.engines.chat import Prompt
+from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import Completion, Sampling, Statistics
 from medmm_ray.engines.llm.client import BYTES_A_TOKEN, Client
 from medmm_ray.engines.llm.endpoint import Picture, Request, Turn
@@ -24,17 +24,17 @@ class ApiPolicy:
         self.client = client
         self.statistics = Statistics()
 
-    def count(self, prompt: Prompt) -> int:
+    def count(self, prompt: ChatPrompt) -> int:
         """Tokens of a prompt, as far as they can be told from here."""
         request = request_of(prompt, Sampling())
         return request.text_bytes // BYTES_A_TOKEN + len(prompt.images) * self.client.price.image_tokens
 
-    async def generate(self, prompt: Prompt, n: int, seed: int, how: Sampling) -> list[Completion]:
+    async def generate(self, prompt: ChatPrompt, n: int, seed: int, sampling: Sampling) -> list[Completion]:
         """`n` samples. One that is refused, or could not be had, is a completion too: the others are paid for.
 
         Raises `RowError` where the prompt itself is at fault (prompt_too_long).
         """
-        request = request_of(prompt, how)
+        request = request_of(prompt, sampling)
         group = digest(request.key(self.client.endpoint.identity))
         made = [await self._sample(request, seed, group)]
         made += await asyncio.gather(*(self._sample(request, seed + i, group) for i in range(1, n)))
@@ -58,7 +58,7 @@ class ApiPolicy:
         )  # fmt: skip
 
 
-def request_of(prompt: Prompt, how: Sampling) -> Request:
+def request_of(prompt: ChatPrompt, sampling: Sampling) -> Request:
     """A chat as a request without a seed; the images stand after the text of the user's last turn."""
     system = "\n".join(m["content"] for m in prompt.messages if m["role"] == "system")
     turns = [
@@ -67,12 +67,12 @@ def request_of(prompt: Prompt, how: Sampling) -> Request:
         if m["role"] != "system"
     ]
     turns[-1] = replace(turns[-1], parts=(*turns[-1].parts, *map(Picture, prompt.images)))
-    said = (Turn("model", (prompt.said,)),) if prompt.said else ()
+    prefix = (Turn("model", (prompt.prefix,)),) if prompt.prefix else ()
     return Request(
         system=system,
-        turns=(*turns, *said),
-        schema=how.schema,
-        max_tokens=how.max_tokens,
-        temperature=how.temperature,
-        top_p=how.top_p,
+        turns=(*turns, *prefix),
+        schema=sampling.schema,
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
     )

@@ -24,16 +24,25 @@ from medmm_ray.engines.llm.endpoint import Request
 from medmm_ray.engines.llm.local import LocalEndpoint, prompt_of
 from medmm_ray.steps.judge.backends import Judge, Judgement, ModelJudge, TruthJudge, at_cost
 from medmm_ray.steps.judge.config import JudgeConfig
-from medmm_ray.steps.judge.prompt import JudgeCase, Picture
+from medmm_ray.steps.judge.prompt import JudgeCase, JudgeImage
 from medmm_ray.steps.judge.verdicts import verdicts
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
 __all__ = [
-    "Judge", "JudgeActor", "JudgeCase", "JudgeConfig", "Judgement", "ModelJudge", "Picture",
-    "TruthJudge", "judge", "make_judge", "verdicts",
-]  # fmt: skip
+    "Judge",
+    "JudgeActor",
+    "JudgeCase",
+    "JudgeConfig",
+    "JudgeImage",
+    "Judgement",
+    "ModelJudge",
+    "TruthJudge",
+    "judge",
+    "make_judge",
+    "verdicts",
+]
 
 APIS = ("gemini", "openai")
 
@@ -98,7 +107,7 @@ class JudgeActor:
         self.config, self.is_last = config, is_last
         self.backend = make_judge(config, model, generator, access)
         rows = images.to_pylist()
-        self.pictures = {row["image_id"]: Picture(row["uri"], row["annotation"]) for row in rows}
+        self.pictures = {row["image_id"]: JudgeImage(row["uri"], row["annotation"]) for row in rows}
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         rows = batch.to_pylist()
@@ -145,7 +154,7 @@ class JudgeActor:
             answer=row["answer"],
             images=[self.pictures[i] for i in row["image_ids"]],
             documents=[d["text"] for d in (row.get("documents") or [])[: config.num_documents]],
-            references=[Picture(r["uri"], r["diagnosis"]) for r in references],
+            references=[JudgeImage(r["uri"], r["diagnosis"]) for r in references],
         )
 
 

@@ -26,7 +26,7 @@ from medmm_ray.steps.judge.prompt import (
     SHOWN_AGAIN,
     SYSTEM,
     TOKENS_A_LINE,
-    Call,
+    JudgeCall,
     JudgeCase,
     call_text,
     line_pattern,
@@ -64,7 +64,7 @@ class Judge(Protocol):
     async def judge(self, case: JudgeCase, solutions: Sequence[Sequence[str]]) -> "list[Judgement | RowError]": ...
 
 
-class Asker(Protocol):
+class RequestClient(Protocol):
     """Who answers a request: `engines.client.Client`, or a model in this process."""
 
     async def ask(self, request: Request, group: str) -> Answer: ...
@@ -119,7 +119,13 @@ class ModelJudge:
     """
 
     def __init__(
-        self, config: JudgeConfig, model: str, client: Asker, count: Callable[[Request], int], room: int, exact: bool
+        self,
+        config: JudgeConfig,
+        model: str,
+        client: RequestClient,
+        count: Callable[[Request], int],
+        room: int,
+        exact: bool,
     ) -> None:
         self.config, self.client = config, client
         self._count, self._room, self._exact = count, room, exact
@@ -127,7 +133,7 @@ class ModelJudge:
         self._most_pictures = config.num_images if config.backend == "vllm" else config.max_images
         prompts = (SYSTEM, JSON_RULE, SEVERAL_RULE, LINE_RULE, AGAIN)
         how = (config.reply, config.granularity, config.solutions_per_call, config.show_answer)
-        self.annotator = f"{model}@{digest(prompts, how, schema_of(Call((('',),)), False))}"
+        self.annotator = f"{model}@{digest(prompts, how, schema_of(JudgeCall((('',),)), False))}"
 
     async def judge(self, case: JudgeCase, solutions: Sequence[Sequence[str]]) -> "list[Judgement | RowError]":
         try:
@@ -140,7 +146,7 @@ class ModelJudge:
         distinct = list(dict.fromkeys(call for part in calls for call in part))
         # The first call goes ahead of the others, so that they find what they share in the provider's cache.
         ahead = len(calls[0]) if calls and self.config.warm_cache else 0
-        outcomes: dict[Call, list[Judgement | RowError]] = {}
+        outcomes: dict[JudgeCall, list[Judgement | RowError]] = {}
         for part in (distinct[:ahead], distinct[ahead:]):
             asked = [self._judge_call(case, documents, pictures, call) for call in part]
             outcomes |= dict(zip(part, await asyncio.gather(*asked), strict=True))
@@ -168,12 +174,12 @@ class ModelJudge:
             groups.append([place])
         return groups
 
-    def _calls(self, solutions: Sequence[Sequence[str]]) -> list[Call]:
+    def _calls(self, solutions: Sequence[Sequence[str]]) -> list[JudgeCall]:
         """One call about the solutions, or one about each step of the only one."""
         shown = tuple(tuple(steps) for steps in solutions)
         if self.config.granularity == "solution":
-            return [Call(shown)]
-        return [Call((shown[0][:number],), number) for number in range(1, len(shown[0]) + 1)]
+            return [JudgeCall(shown)]
+        return [JudgeCall((shown[0][:number],), number) for number in range(1, len(shown[0]) + 1)]
 
     def _pictures(self, case: JudgeCase) -> list[str | Shown]:
         """The query's images, then each similar case's after its number; opened and encoded once for all calls."""
@@ -186,7 +192,7 @@ class ModelJudge:
 
     def _documents(self, case: JudgeCase, pictures: Sequence[str | Shown]) -> Sequence[str]:
         """The first documents that leave room for a solution, chosen by the question alone."""
-        blank = Call((("",),))
+        blank = JudgeCall((("",),))
         room = self._room - min(self.config.solution_reserve * self.config.solutions_per_call, self._room // 2)
         documents = case.documents
         while documents and self._count(self._request(case, documents, pictures, blank)) > room:
@@ -194,7 +200,7 @@ class ModelJudge:
         return documents
 
     async def _judge_call(
-        self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | Shown], call: Call
+        self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | Shown], call: JudgeCall
     ) -> "list[Judgement | RowError]":
         """What is said of each solution of a call; where they spoil it together, each is asked about alone."""
         try:
@@ -204,11 +210,11 @@ class ModelJudge:
             share = fault.cost / len(call.solutions)
             if len(call.solutions) == 1 or fault.kind not in _SPOILT:
                 return [at_cost(fault, share) for _ in call.solutions]
-        alone = (self._judge_call(case, documents, pictures, Call((steps,))) for steps in call.solutions)
+        alone = (self._judge_call(case, documents, pictures, JudgeCall((steps,))) for steps in call.solutions)
         return [at_cost(one, one.cost + share) for [one] in await asyncio.gather(*alone)]
 
     async def _ask(
-        self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | Shown], call: Call
+        self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | Shown], call: JudgeCall
     ) -> tuple[list[list[StepLabel]], float, str | None]:
         """The labels, their cost and the model that gave them; a reply that does not fit is asked for again, with the
         fault named."""
@@ -228,7 +234,7 @@ class ModelJudge:
                 request = corrected(request, answer.reply.text[:SHOWN_AGAIN], words)
         raise RowError(misfit.kind, misfit.message, paid)
 
-    def _labels(self, answer: Answer, call: Call, max_tokens: int) -> list[list[StepLabel]]:
+    def _labels(self, answer: Answer, call: JudgeCall, max_tokens: int) -> list[list[StepLabel]]:
         reply = answer.reply
         if reply.cut_off:
             raise RowError("judge_reply", f"judge's answer was cut off at max_tokens={max_tokens} {self._cut(reply)}")
@@ -248,7 +254,7 @@ class ModelJudge:
         return f"before it began: all tokens went into thoughts (reasoning); {more}, or lower judge.reasoning_effort"
 
     def _fitting(
-        self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | Shown], call: Call
+        self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | Shown], call: JudgeCall
     ) -> Request:
         """The request; a solution that is longer than the reserve goes with fewer documents."""
         request = self._request(case, documents, pictures, call)
@@ -264,7 +270,7 @@ class ModelJudge:
         return request
 
     def _request(
-        self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | Shown], call: Call
+        self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | Shown], call: JudgeCall
     ) -> Request:
         shared = shared_text(case, documents, self.config.show_answer)
         asked = Turn("user", (shared, *pictures, call_text(call, self._lines)))

@@ -41,7 +41,7 @@ SHOWN_AGAIN = 4000  # characters of an answer that does not fit
 
 
 @dataclass(frozen=True)
-class Picture:
+class JudgeImage:
     """An image as the tables know it; `note` is its diagnosis (references) or its source's annotation (the query)."""
 
     uri: str
@@ -57,13 +57,13 @@ class JudgeCase:
     options: Sequence[str]
     answer: str
     """The gold one: a judge reads it only where the config shows it, or to the source's own truth."""
-    images: Sequence[Picture]
+    images: Sequence[JudgeImage]
     documents: Sequence[str]
-    references: Sequence[Picture]
+    references: Sequence[JudgeImage]
 
 
 @dataclass(frozen=True)
-class Call:
+class JudgeCall:
     """One request: the solutions that it shows, as lists of steps, and the only step that it is about, if it is one."""
 
     solutions: tuple[tuple[str, ...], ...]
@@ -86,7 +86,7 @@ def shared_text(case: JudgeCase, documents: Sequence[str], show_answer: bool) ->
     return f"{document_block(documents)}{references}Question: {question}{gold}"
 
 
-def call_text(call: Call, lines: bool) -> str:
+def call_text(call: JudgeCall, lines: bool) -> str:
     """The solutions to review and the form of the answer."""
     if len(call.solutions) == 1:
         [steps] = call.solutions
@@ -96,7 +96,7 @@ def call_text(call: Call, lines: bool) -> str:
     return f"{len(call.solutions)} solutions to review:\n\n" + "\n\n".join(blocks) + f"\n\n{rule_of(call, lines)}"
 
 
-def rule_of(call: Call, lines: bool) -> str:
+def rule_of(call: JudgeCall, lines: bool) -> str:
     return LINE_RULE if lines else JSON_RULE if len(call.solutions) == 1 else SEVERAL_RULE
 
 
@@ -104,7 +104,7 @@ def _steps(steps: Sequence[str]) -> str:
     return "\n".join(f"Step {i}: {step}" for i, step in enumerate(steps, 1))
 
 
-def schema_of(call: Call, exact: bool) -> dict[str, Any]:
+def schema_of(call: JudgeCall, exact: bool) -> dict[str, Any]:
     """The JSON schema of the answer; an `exact` one of a single solution holds the number of its steps.
 
     An exact one also holds each verdict to its three tests, which not every API takes. Behind an API the schema is a
@@ -144,6 +144,6 @@ def _object(**properties: Any) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
 
 
-def line_pattern(call: Call) -> str:
+def line_pattern(call: JudgeCall) -> str:
     """The regular expression of an answer in lines."""
     return "\n".join(["[01] (high|medium|low)"] * len(call.numbers[0]))

@@ -26,13 +26,13 @@ from pydantic import Field, model_validator
 from medmm_ray.config import Splits, digest, identity
 from medmm_ray.data.records import Labels, StepLabel, to_arrow_lists
 from medmm_ray.data.tables import RowError, attach
+from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import (
-    MAX_DRAWS,
+    MAX_SAMPLES,
     Completion,
     Generator,
     GeneratorConfig,
     MakeGenerator,
-    Prompt,
     Sampling,
     actor_options,
     policy_prompt,
@@ -41,10 +41,10 @@ from medmm_ray.engines.generator import (
 from medmm_ray.engines.grader import EquivalenceConfig, Grader, MakeGrader
 from medmm_ray.engines.images import open_image
 from medmm_ray.steps.monte_carlo.search import (
-    Chain,
-    Findings,
-    Rule,
-    Tally,
+    LabelRule,
+    QuestionRollouts,
+    RolloutCounts,
+    SolutionPrefixes,
     answers,
     first_wrong,
     labelled,
@@ -76,7 +76,7 @@ class MonteCarloConfig(GeneratorConfig):
     """Look only at solutions whose answer is wrong."""
     max_share: float = Field(0.1, ge=0, le=1)
     """uncertain: most steps of a question that are continued, as a share of all its steps."""
-    num_rollouts: int | None = Field(None, ge=1, le=MAX_DRAWS)
+    num_rollouts: int | None = Field(None, ge=1, le=MAX_SAMPLES)
     """Continuations of each prefix; null: 4 in mode uncertain (MedMM), else 16 (VisualPRM)."""
     threshold: float = Field(0.0, ge=0, lt=1)
     """A prefix is right where num_correct / num_rollouts exceeds this (0 beat all higher ones in VisualPRM)."""
@@ -165,7 +165,7 @@ def monte_carlo(
             raise ValueError(f"num_images={config.num_images} needs the table images")
         ds = attach(ds, image_uris(questions, images, config.num_images), "question_id", ["image_uris"])
     return ds.map_batches(
-        Roller,
+        RolloutActor,
         fn_constructor_kwargs={
             "config": config,
             "model": model,
@@ -204,7 +204,7 @@ def image_uris(questions: pa.Table, images: pa.Table, num_images: int) -> pa.Tab
     return pa.table({"question_id": questions["question_id"], "image_uris": pa.array(shown, pa.list_(pa.string()))})
 
 
-class Roller:
+class RolloutActor:
     """The actor: one engine that continues the chosen prefixes of each question of a batch."""
 
     def __init__(
@@ -239,8 +239,8 @@ class Roller:
     async def label(self, row: Mapping[str, Any]) -> tuple[list[Labels], dict[str, int]]:
         """The labels of one question's chosen solutions, and what they took."""
         config = self.config
-        rule = Rule(config.rollouts, config.threshold, config.stop_early)
-        findings = Findings(rule, share_reached=not config.threshold and (config.stop_early or config.searches))
+        rule = LabelRule(config.rollouts, config.threshold, config.stop_early)
+        findings = QuestionRollouts(rule, share_reached=not config.threshold and (config.stop_early or config.searches))
         chains = self.chains(row) if row["split"] in config.splits else []
         if chains and row["policy"] == self.policy:
             self.use_solutions(row["solutions"], findings)
@@ -252,7 +252,7 @@ class Roller:
         labels = [self.labels(row, chain, steps, findings) for chain, steps in found if steps]
         return labels, figures(findings, [step for _, steps in found for step in steps.values()])
 
-    def chains(self, row: Mapping[str, Any]) -> list[Chain]:
+    def chains(self, row: Mapping[str, Any]) -> list[SolutionPrefixes]:
         """The solutions that are looked at, with the judge's word on them."""
         config = self.config
         judged: dict[str, list[Mapping[str, Any]]] = {}
@@ -267,10 +267,10 @@ class Roller:
             guess = first_wrong(verdicts[0]["steps"]) if config.asks_judge and verdicts else None
             steps = uncertain_steps(verdicts) if config.mode == "uncertain" else tuple(range(len(solution["steps"])))
             if steps:
-                chains.append(Chain(number, prefix_texts(solution["steps"]), outcome, guess, steps))
+                chains.append(SolutionPrefixes(number, prefix_texts(solution["steps"]), outcome, guess, steps))
         return chains
 
-    def use_solutions(self, solutions: Sequence[Mapping[str, Any]], findings: Findings) -> None:
+    def use_solutions(self, solutions: Sequence[Mapping[str, Any]], findings: QuestionRollouts) -> None:
         """Take what the solutions of this policy show of their own prefixes."""
         ends = [(prefix_texts(solution["steps"]), outcome_of(solution)) for solution in solutions]
         if self.config.counts_solutions:
@@ -279,12 +279,14 @@ class Roller:
             if outcome:
                 findings.reach(prefixes[:-1])
 
-    async def explore(self, row: Mapping[str, Any], chains: Sequence[Chain], findings: Findings) -> None:
+    async def explore(
+        self, row: Mapping[str, Any], chains: Sequence[SolutionPrefixes], findings: QuestionRollouts
+    ) -> None:
         """Continue prefixes, round by round, until every label is known that is wanted."""
         shorter = {chain.prefixes[i]: chain.prefixes[: i + 1] for chain in chains for i in range(len(chain.prefixes))}
         due = wanted(chains, findings, self.config.mode)
         try:
-            prompt = await self.prompt(row) if due else Prompt([])
+            prompt = await self.prompt(row) if due else ChatPrompt([])
         except RowError as fault:  # an image that cannot be opened
             findings.faults |= dict.fromkeys(due, fault)
             return
@@ -294,7 +296,7 @@ class Roller:
                 if isinstance(samples, RowError):
                     findings.faults[prefix] = samples
                     continue
-                tally = findings.tallies.setdefault(prefix, Tally())
+                tally = findings.tallies.setdefault(prefix, RolloutCounts())
                 grades = await self.grader.grade(row, answers(prefix, samples, row))
                 findings.grades.append(grades)
                 tally.drawn += len(samples)
@@ -307,7 +309,7 @@ class Roller:
                     findings.reach(shorter[prefix])
             due = wanted(chains, findings, self.config.mode)
 
-    async def prompt(self, row: Mapping[str, Any]) -> Prompt:
+    async def prompt(self, row: Mapping[str, Any]) -> ChatPrompt:
         """What the policy is asked: as in sampling, with what it sees."""
         uris = row["image_uris"] if self.config.num_images else []
         pictures = await asyncio.gather(*(asyncio.to_thread(open_image, uri) for uri in uris))
@@ -315,18 +317,24 @@ class Roller:
         return policy_prompt(self.generator, row, self.config.num_documents, room, pictures)
 
     async def roll(
-        self, row: Mapping[str, Any], prompt: Prompt, prefix: str, num: int, findings: Findings
+        self, row: Mapping[str, Any], prompt: ChatPrompt, prefix: str, num: int, findings: QuestionRollouts
     ) -> list[Completion] | RowError:
         """Continue one prefix `num` times more, as one request."""
         seed = request_seed("rollout", row["question_id"], self.draws, prefix)
         drawn = findings.tallies[prefix].drawn if prefix in findings.tallies else 0
         try:
-            return await self.generator.generate(replace(prompt, said=prefix), num, seed + drawn, self.config.sampling)
+            return await self.generator.generate(
+                replace(prompt, prefix=prefix), num, seed + drawn, self.config.sampling
+            )
         except RowError as fault:
             return fault
 
     def labels(
-        self, row: Mapping[str, Any], chain: Chain, steps: Mapping[int, StepLabel], findings: Findings
+        self,
+        row: Mapping[str, Any],
+        chain: SolutionPrefixes,
+        steps: Mapping[int, StepLabel],
+        findings: QuestionRollouts,
     ) -> Labels:
         solution = row["solutions"][chain.number]
         is_labelled = any(step.label is not None for step in steps.values())
@@ -342,7 +350,7 @@ class Roller:
         )
 
 
-def figures(findings: Findings, steps: Sequence[StepLabel]) -> dict[str, int]:
+def figures(findings: QuestionRollouts, steps: Sequence[StepLabel]) -> dict[str, int]:
     """What a question took, for the manifest: continuations, their tokens, those that do not count, prefixes that could
     not be continued, the labels, and answers that a model was asked to grade and those that it did not."""
     tallies = findings.tallies.values()

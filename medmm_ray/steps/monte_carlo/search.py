@@ -30,7 +30,7 @@ FIRST_ROUND = 2  # continuations at first; each further round has as many as all
 
 
 @dataclass
-class Tally:
+class RolloutCounts:
     """Continuations of one prefix so far: `known` are the question's own solutions, `drawn` those asked for.
 
     `counted` of both ended with an answer, `correct` with the right one; `cut_off` were longer than allowed.
@@ -50,18 +50,18 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Rule:
+class LabelRule:
     """A prefix is right where more than `threshold` of its counted continuations are, of `num_rollouts` in all."""
 
     num_rollouts: int
     threshold: float
     stop_early: bool
 
-    def left(self, tally: Tally) -> int:
+    def left(self, tally: RolloutCounts) -> int:
         """How many continuations are still to be drawn."""
         return max(0, self.num_rollouts - tally.known - tally.drawn)
 
-    def label(self, tally: Tally) -> bool | None:
+    def label(self, tally: RolloutCounts) -> bool | None:
         """The label, once nothing is left or, with `stop_early`, nothing that is left could change it; else None.
 
         The same with `stop_early` as without, whether or not some of what is left would fail.
@@ -73,7 +73,7 @@ class Rule:
             return True
         return False if (tally.correct + left) / (tally.counted + left) <= self.threshold else None
 
-    def due(self, tally: Tally) -> int:
+    def due(self, tally: RolloutCounts) -> int:
         """How many continuations to draw next."""
         left = self.left(tally)
         if self.label(tally) is not None:
@@ -82,7 +82,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Chain:
+class SolutionPrefixes:
     """One chosen solution.
 
     `prefixes` has the text up to each step; `outcome` says whether its answer is right, None where it has none; `guess`
@@ -98,12 +98,12 @@ class Chain:
 
 
 @dataclass
-class Findings:
+class QuestionRollouts:
     """What is known of one question's prefixes. `reached`: the right answer has been reached from there."""
 
-    rule: Rule
+    rule: LabelRule
     share_reached: bool
-    tallies: dict[str, Tally] = field(default_factory=dict)
+    tallies: dict[str, RolloutCounts] = field(default_factory=dict)
     reached: set[str] = field(default_factory=set)
     faults: dict[str, RowError] = field(default_factory=dict)
     num_tokens: int = 0
@@ -116,7 +116,7 @@ class Findings:
         for prefixes, outcome in solutions:
             if outcome is not None:
                 for prefix in prefixes[:-1]:
-                    tally = self.tallies.setdefault(prefix, Tally())
+                    tally = self.tallies.setdefault(prefix, RolloutCounts())
                     tally.known += 1
                     tally.add([outcome])
 
@@ -133,19 +133,19 @@ class Findings:
         """How many continuations of a prefix to draw next; 0 where its label is known or cannot be had."""
         if prefix in self.reached or prefix in self.faults:
             return 0
-        return self.rule.due(self.tallies.get(prefix, Tally()))
+        return self.rule.due(self.tallies.get(prefix, RolloutCounts()))
 
-    def labels(self, chain: Chain) -> list[bool | None]:
+    def labels(self, chain: SolutionPrefixes) -> list[bool | None]:
         """What is known of each step of a solution, the final one by its outcome."""
         found = [self.label(prefix) for prefix in chain.prefixes]
         return found if chain.outcome is None else [*found[:-1], chain.outcome]
 
-    def step_label(self, chain: Chain, index: int) -> StepLabel:
+    def step_label(self, chain: SolutionPrefixes, index: int) -> StepLabel:
         """The record of one step that was continued or is known."""
         if index == len(chain.prefixes) - 1 and chain.outcome is not None:
             return known_label(chain.outcome, self.rule.threshold)
         prefix = chain.prefixes[index]
-        label, tally = self.label(prefix), self.tallies.get(prefix, Tally())
+        label, tally = self.label(prefix), self.tallies.get(prefix, RolloutCounts())
         if label is None:
             return StepLabel(num_correct=tally.correct, num_rollouts=tally.counted, reason=self.fault(prefix, tally))
         by_others = label != self.rule.label(tally)
@@ -158,7 +158,7 @@ class Findings:
             reason="the right answer was reached from here by another way" if by_others else None,
         )
 
-    def fault(self, prefix: str, tally: Tally) -> str:
+    def fault(self, prefix: str, tally: RolloutCounts) -> str:
         """Why a prefix that was continued has no label."""
         if prefix in self.faults:
             return str(self.faults[prefix])
@@ -183,7 +183,7 @@ def next_step(labels: Sequence[bool | None], guess: int | None, search: bool) ->
     return (right + wrong) // 2 if search else None
 
 
-def wanted(chains: Sequence[Chain], findings: Findings, mode: str) -> dict[str, int]:
+def wanted(chains: Sequence[SolutionPrefixes], findings: QuestionRollouts, mode: str) -> dict[str, int]:
     """The prefixes to continue next, each with how many times; empty when all is done.
 
     All solutions of a question move on together, round by round, so nothing depends on their order.
@@ -203,7 +203,7 @@ def wanted(chains: Sequence[Chain], findings: Findings, mode: str) -> dict[str, 
     return due
 
 
-def labelled(chain: Chain, findings: Findings, mode: str) -> dict[int, StepLabel]:
+def labelled(chain: SolutionPrefixes, findings: QuestionRollouts, mode: str) -> dict[int, StepLabel]:
     """The labels of a solution: of the steps that were wanted, or what a search for the first wrong step gives.
 
     A search labels 1 all steps from which the right answer was reached, 0 the first one known to be wrong, and nothing
@@ -218,12 +218,12 @@ def labelled(chain: Chain, findings: Findings, mode: str) -> dict[int, StepLabel
     return {i: findings.step_label(chain, i) for i in steps}
 
 
-def _tried(prefix: str, findings: Findings) -> bool:
+def _tried(prefix: str, findings: QuestionRollouts) -> bool:
     """Whether a prefix without a label was continued as often as it may be."""
     return prefix in findings.faults or (prefix in findings.tallies and not findings.due(prefix))
 
 
-def within_share(chains: Sequence[Chain], findings: Findings, room: int) -> list[Chain]:
+def within_share(chains: Sequence[SolutionPrefixes], findings: QuestionRollouts, room: int) -> list[SolutionPrefixes]:
     """The solutions with at most `room` wanted steps that need continuations, chosen by their texts alone."""
     groups: dict[str, list[tuple[int, int]]] = {}
     for number, chain in enumerate(chains):
@@ -239,7 +239,7 @@ def within_share(chains: Sequence[Chain], findings: Findings, room: int) -> list
             dropped |= set(groups[prefix])
     kept = [tuple(i for i in chain.steps if (number, i) not in dropped) for number, chain in enumerate(chains)]
     return [
-        Chain(chain.number, chain.prefixes, chain.outcome, chain.guess, steps)
+        SolutionPrefixes(chain.number, chain.prefixes, chain.outcome, chain.guess, steps)
         for chain, steps in zip(chains, kept, strict=True)
         if steps
     ]

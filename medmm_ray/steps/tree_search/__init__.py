@@ -5,7 +5,7 @@ from it, by pure functions, its solutions and their labels with source "tree_sea
 """
 
 from medmm_ray.steps.tree_search.search import (
-    Searcher,
+    TreeSearchActor,
     labels_batch,
     labels_of,
     solutions_batch,
@@ -15,5 +15,11 @@ from medmm_ray.steps.tree_search.search import (
 from medmm_ray.steps.tree_search.tree import TreeSearchConfig
 
 __all__ = [
-    "Searcher", "TreeSearchConfig", "labels_batch", "labels_of", "solutions_batch", "solutions_of", "tree_search",
-]  # fmt: skip
+    "TreeSearchActor",
+    "TreeSearchConfig",
+    "labels_batch",
+    "labels_of",
+    "solutions_batch",
+    "solutions_of",
+    "tree_search",
+]

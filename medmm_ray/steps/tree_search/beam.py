@@ -13,7 +13,7 @@ from pydantic import Field
 
 from medmm_ray.data.tables import RowError
 from medmm_ray.stats import metrics
-from medmm_ray.steps.tree_search.writer import Writer, WriterConfig
+from medmm_ray.steps.tree_search.writer import StepWriter, StepWriterConfig
 from medmm_ray.text import question_with_options
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from medmm_ray.reward_model import RewardModel, StepScores
 
 
-class BeamSearchConfig(WriterConfig):
+class BeamSearchConfig(StepWriterConfig):
     """What is searched, and how wide."""
 
     split: str = "test"
@@ -89,7 +89,7 @@ class RewardModelScorer:
         return [score.log_odds for score in scores]
 
 
-async def beam_search(config: BeamSearchConfig, writer: Writer, scorer: StepScorer) -> list[Beam]:
+async def beam_search(config: BeamSearchConfig, writer: StepWriter, scorer: StepScorer) -> list[Beam]:
     """At most `num_beams` finished solutions of the writer's question, best first.
 
     Raises `RowError` where the prompt is too long or a solution cannot be scored.
@@ -108,7 +108,7 @@ async def beam_search(config: BeamSearchConfig, writer: Writer, scorer: StepScor
     return beams
 
 
-async def expand(writer: Writer, beam: Beam, width: int) -> list[Beam]:
+async def expand(writer: StepWriter, beam: Beam, width: int) -> list[Beam]:
     """The beam with each step that may follow; with all to its end where only one step is left."""
     is_last = len(beam.steps) + 1 >= writer.config.max_steps
     found = await writer.draw(beam.steps, "finish" if is_last else "reason", width)

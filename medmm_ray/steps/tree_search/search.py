@@ -31,7 +31,7 @@ from medmm_ray.steps.tree_search.tree import (
     step_labels,
     steps_to,
 )
-from medmm_ray.steps.tree_search.writer import Action, Drawn, Writer, written
+from medmm_ray.steps.tree_search.writer import Action, Continuation, StepWriter, written
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -60,7 +60,7 @@ def tree_search(
             raise ValueError(f"num_documents={config.num_documents} needs the table evidence; run retrieve first")
         ds = attach(ds, evidence, "question_id", ["documents"])
     return ds.map_batches(
-        Searcher,
+        TreeSearchActor,
         fn_constructor_kwargs={
             "config": config,
             "model": model,
@@ -73,7 +73,7 @@ def tree_search(
     )
 
 
-class Searcher:
+class TreeSearchActor:
     """The actor: one engine, and on it `batch_size` x `max_concurrency` trees at a time."""
 
     def __init__(
@@ -90,8 +90,8 @@ class Searcher:
 
     async def search(self, question: Mapping[str, Any]) -> records.Tree:
         """The tree of one question; a fault becomes the row's error."""
-        writer = Writer(self.config, self.generator, question, self.config_hash, self.grader)
-        growth = Growth(self.config, writer)
+        writer = StepWriter(self.config, self.generator, question, self.config_hash, self.grader)
+        growth = TreeBuilder(self.config, writer)
         error = None if question["error"] is None else f"upstream: {question['error']}"
         if error is None:
             try:
@@ -109,10 +109,10 @@ class Searcher:
         )
 
 
-class Growth:
+class TreeBuilder:
     """One question's tree while it grows."""
 
-    def __init__(self, config: TreeSearchConfig, writer: Writer) -> None:
+    def __init__(self, config: TreeSearchConfig, writer: StepWriter) -> None:
         self.config, self.writer = config, writer
         self.tree: Tree = (ROOT,)
 
@@ -141,7 +141,7 @@ class Growth:
             if not drawn:
                 self.tree = close(self.tree, at)
 
-    async def draw(self, at: int, action: Action) -> list[tuple[Drawn, list[bool]]]:
+    async def draw(self, at: int, action: Action) -> list[tuple[Continuation, list[bool]]]:
         """What may follow node `at`, each with the outcomes of its rollouts; an ended solution needs none."""
         steps = steps_to(self.tree, at)
         drawn = await self.writer.draw(steps, action, self.config.num_children if action == "reason" else 1)

@@ -12,8 +12,8 @@ from pydantic import Field
 
 from medmm_ray.config import Splits
 from medmm_ray.data.records import StepLabel, TreeNode
-from medmm_ray.engines.generator import MAX_DRAWS
-from medmm_ray.steps.tree_search.writer import Action, Drawn, WriterConfig
+from medmm_ray.engines.generator import MAX_SAMPLES
+from medmm_ray.steps.tree_search.writer import Action, Continuation, StepWriterConfig
 
 Tree = tuple[TreeNode, ...]
 
@@ -21,7 +21,7 @@ ROOT = TreeNode(parent=-1, step="", action="root")
 UNVISITED = 5.0  # the UCB of a node without a visit
 
 
-class TreeSearchConfig(WriterConfig):
+class TreeSearchConfig(StepWriterConfig):
     """How trees grow; the defaults are MedS3's (its config trial5.json)."""
 
     splits: Splits = ("train",)
@@ -34,9 +34,9 @@ class TreeSearchConfig(WriterConfig):
     """Right solutions at which a tree stops."""
     num_children: int = Field(3, ge=1)
     """Next steps that are drawn at a node; equal ones become one child."""
-    num_rollouts: int = Field(20, ge=1, le=MAX_DRAWS)
+    num_rollouts: int = Field(20, ge=1, le=MAX_SAMPLES)
     """Rollouts of a node at depth d: num_rollouts // (d + 1), at least min_rollouts."""
-    min_rollouts: int = Field(5, ge=1, le=MAX_DRAWS)
+    min_rollouts: int = Field(5, ge=1, le=MAX_SAMPLES)
     """Fewest rollouts of a node."""
     exploration: float = Field(2.0, ge=0)
     """Weight of the exploration term of the UCB."""
@@ -127,7 +127,9 @@ def rollouts_at(depth: int, config: TreeSearchConfig) -> int:
     return max(config.num_rollouts // (depth + 1), config.min_rollouts)
 
 
-def grow(tree: Tree, at: int, action: Action, drawn: Drawn, right: Sequence[bool] = (), reflect: bool = True) -> Tree:
+def grow(
+    tree: Tree, at: int, action: Action, drawn: Continuation, right: Sequence[bool] = (), reflect: bool = True
+) -> Tree:
     """The tree with the steps of `drawn` below `at`, and what its last one is worth carried up to the root.
 
     The last step is worth its outcome where it ends the solution, else the share of `right` rollouts: nothing is known

@@ -30,7 +30,7 @@ DOUBT = " But wait,"
 _MARKUP = re.compile(r"\n\s*(?:#+|\*\*)\s*$")  # of the next step's mark, before its words
 
 
-class WriterConfig(GeneratorConfig):
+class StepWriterConfig(GeneratorConfig):
     """How a policy writes, step by step."""
 
     temperature: float = Field(0.6, ge=0)
@@ -51,7 +51,7 @@ class WriterConfig(GeneratorConfig):
     """Calls of an actor at a time; batch_size x max_concurrency questions are worked on at once."""
 
     @model_validator(mode="after")
-    def _reads_text(self) -> "WriterConfig":
+    def _reads_text(self) -> "StepWriterConfig":
         if self.num_images:
             raise ValueError(
                 f"num_images is {self.num_images}, but policies that look are not searched yet; set it to 0"
@@ -60,7 +60,7 @@ class WriterConfig(GeneratorConfig):
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Continuation:
     """Steps that a policy wrote behind others; `answer` where it ended the solution with them.
 
     `correct` says of the answer whether it is right; None where it could not be graded.
@@ -72,14 +72,14 @@ class Drawn:
     seed: int = 0
 
 
-class Writer:
+class StepWriter:
     """The policy on one question; it counts the tokens it drew and the samples that were no use.
 
     Raises `RowError` where the prompt itself is too long.
     """
 
     def __init__(
-        self, config: WriterConfig, generator: TextGenerator, question: Mapping[str, Any], config_hash: str,
+        self, config: StepWriterConfig, generator: TextGenerator, question: Mapping[str, Any], config_hash: str,
         grader: Grader,
     ) -> None:  # fmt: skip
         self.config, self.generator, self.question, self.grader = config, generator, question, grader
@@ -87,7 +87,7 @@ class Writer:
         self.num_tokens = self.num_rejected = 0
         self.prompt = policy_prompt(generator, question, config.num_documents, config.max_model_len - config.max_tokens)
 
-    async def draw(self, steps: Sequence[str], action: Action, n: int) -> list[Drawn]:
+    async def draw(self, steps: Sequence[str], action: Action, n: int) -> list[Continuation]:
         """What may follow `steps`: the next step (reason), or all to the end, perhaps with a doubt before it (reflect).
 
         Equal samples come once; cut, empty and answerless ones, and those of too many steps, are rejected.
@@ -97,25 +97,25 @@ class Writer:
         samples = await self._ask("step", steps, said, n, stop)
         read = [self._read(said, len(steps), sample, stop) for sample in samples]
         self.num_rejected += read.count(None)
-        once: dict[tuple[str, ...], Drawn] = {}
+        once: dict[tuple[str, ...], Continuation] = {}
         for drawn in read:
             if drawn:
                 once.setdefault(drawn.steps, drawn)
         grades = await self.grader.grade(self.question, [drawn.answer for drawn in once.values()])
         return [replace(drawn, correct=verdict) for drawn, verdict in zip(once.values(), grades.right, strict=True)]
 
-    def _read(self, said: str, before: int, sample: Completion, stop: str | None) -> Drawn | None:
+    def _read(self, said: str, before: int, sample: Completion, stop: str | None) -> Continuation | None:
         if sample.finish_reason != "stop":
             return None
         stopped = bool(stop) and sample.text.endswith(str(stop))
         text = _MARKUP.sub("", sample.text.removesuffix(str(stop))) if stopped else sample.text
         steps = split_steps(said[said.rindex(mark(before + 1)) :] + text)[1]
         if stopped:
-            return Drawn((steps[0],), seed=sample.seed) if steps else None
+            return Continuation((steps[0],), seed=sample.seed) if steps else None
         answer = extract_answer(said + text, self.question["options"], self.question["answer_type"])
         if answer is None or not steps or before + len(steps) > self.config.max_steps:
             return None
-        return Drawn(tuple(steps), answer, seed=sample.seed)
+        return Continuation(tuple(steps), answer, seed=sample.seed)
 
     async def roll(self, steps: Sequence[str], n: int) -> list[bool]:
         """Whether each of `n` continuations that ended with an answer is right; the others do not count, nor do answers
@@ -137,9 +137,9 @@ class Writer:
         """One request; nothing comes back where the steps have outgrown the model's length."""
         config = self.config
         seed = request_seed("writer", config.seed, *self.key, purpose, said)
-        how = Sampling(config.temperature, config.top_k, config.top_p, config.max_tokens, (stop,) if stop else ())
+        sampling = Sampling(config.temperature, config.top_k, config.top_p, config.max_tokens, (stop,) if stop else ())
         try:
-            samples = await self.generator.generate(replace(self.prompt, said=said), n, seed, how)
+            samples = await self.generator.generate(replace(self.prompt, prefix=said), n, seed, sampling)
         except RowError:
             if not steps:
                 raise

@@ -15,7 +15,7 @@ import pytest
 
 from medmm_ray.config import ConfigError
 from medmm_ray.data.tables import RowError
-from medmm_ray.engines.chat import Prompt
+from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import Sampling
 from medmm_ray.engines.llm.budget import Gate
 from medmm_ray.engines.llm.client import Access, ApiConfig, Client, connect
@@ -371,7 +371,7 @@ def test_a_name_that_is_refused_is_remembered_and_said_once(server: Server, capl
 )
 def test_samples_have_the_seed_that_a_server_knows(server: Server, dialect: str, expected: dict[str, int]) -> None:
     server.script = [chat("Step 1: Look.")]
-    prompt = Prompt([{"role": "user", "content": "What is it?"}])
+    prompt = ChatPrompt([{"role": "user", "content": "What is it?"}])
     made = asyncio.run(ApiPolicy(client(server, dialect=dialect)).generate(prompt, 1, 7, Sampling(max_tokens=50)))
     assert [sample.text for sample in made] == ["Step 1: Look."]
     fields = {"seed", "random_seed", "max_tokens", "max_completion_tokens"}
@@ -380,7 +380,7 @@ def test_samples_have_the_seed_that_a_server_knows(server: Server, dialect: str,
 
 def test_a_policy_of_an_api_may_have_its_own_temperature(server: Server) -> None:
     server.script = [chat("Step 1: Look.")]
-    prompt = Prompt([{"role": "user", "content": "What is it?"}])
+    prompt = ChatPrompt([{"role": "user", "content": "What is it?"}])
     policy = ApiPolicy(client(server, dialect="openai, a model that thinks"))
     asyncio.run(policy.generate(prompt, 1, 7, Sampling(temperature=None, top_p=None, max_tokens=50)))
     asyncio.run(policy.generate(prompt, 1, 8, Sampling(temperature=None, top_p=1.0, max_tokens=50)))

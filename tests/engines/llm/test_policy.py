@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from medmm_ray.data.tables import RowError
-from medmm_ray.engines.chat import Prompt
+from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import Sampling
 from medmm_ray.engines.llm.budget import Gate
 from medmm_ray.engines.llm.client import ApiConfig, Client, connect
@@ -21,7 +21,7 @@ from tests.doubles.api_server import chat_said, serving
 
 FAST = ApiConfig(in_flight=4, pause_s=0.001, max_attempts=2)
 PRICE = Price(read=1.0, cached=0.5, written=100.0)
-PROMPT = Prompt(policy_messages("What is it?"))
+PROMPT = ChatPrompt(policy_messages("What is it?"))
 HOW = Sampling(temperature=0.7, max_tokens=50)
 
 
@@ -113,7 +113,7 @@ def test_a_key_that_is_refused_ends_the_job(tmp_path: Path) -> None:
 
 def test_a_prompt_as_a_request() -> None:
     picture = Image.new("RGB", (4, 4), "red")
-    request = request_of(Prompt(PROMPT.messages, [picture], said="Step 1:"), HOW)
+    request = request_of(ChatPrompt(PROMPT.messages, [picture], prefix="Step 1:"), HOW)
     assert request.system == PROMPT.messages[0]["content"]
     asked, said = request.turns
     assert (asked.role, asked.parts[0], len(asked.parts)) == ("user", "Question: What is it?", 2)

@@ -26,10 +26,10 @@ def run(job: Job) -> None:
         "labels",
     )
     if told := answered_by(job.read("judge_labels", ["answered_by"])["answered_by"].to_pylist()):
-        job.tell(told)
+        job.note(told)
     for model in dict.fromkeys(model for own, model in judges if own.backend in APIS and model):
         paid = close_ledger(api_folder(folder, model))
-        job.tell(
+        job.note(
             f"${paid.spent:.4f} spent on {paid.answers:,} answers of {model}, ${paid.possibly_paid:.4f} possibly paid "
             f"for {paid.lost_calls:,} calls that were cut off"
         )

@@ -40,7 +40,7 @@ def run(job: Job) -> None:
         "labels",
     )
     if figures := job.table("monte_carlo_labels").manifest().figures:
-        job.tell(summary(figures))
+        job.note(summary(figures))
 
 
 def summary(figures: Mapping[str, float]) -> str:

@@ -34,7 +34,7 @@ log = logging.getLogger("medmm_ray")
 
 
 @dataclass
-class Row:
+class StepStatus:
     """One line of the live table."""
 
     step: Step
@@ -49,7 +49,7 @@ class Board:
 
     def __init__(self, run: Run, steps: Sequence[Step], console: Console) -> None:
         self.run = run
-        self.rows = {step.name: Row(step) for step in steps}
+        self.rows = {step.name: StepStatus(step) for step in steps}
         self.console = console
         self.job: Job | None = None
         self._started = time.monotonic()
@@ -71,10 +71,10 @@ class Board:
         row.rows = sum(m.rows for m in manifests) or None
         row.seconds = sum(m.seconds for m in manifests)
         row.note = ", ".join(f"{kind}: {n} failed" for m in manifests for kind, n in m.errors.items())
-        told = self.job.told if self.job else []
+        notes = self.job.notes if self.job else []
         self.job = None
         self._change(step, state)
-        for line in told:
+        for line in notes:
             self.console.print(f"  {step.name}: {line}", style=None, markup=False, highlight=False, soft_wrap=True)
 
     def skip(self, step: Step) -> None:
@@ -96,7 +96,7 @@ class Board:
         while not self._done.wait(HEARTBEAT_S):
             if self.job is not None:
                 elapsed = time.monotonic() - self._started
-                self.console.print(f"{self.job.step.name:<18}{elapsed:8.0f} s  {self.job.awaited()}")
+                self.console.print(f"{self.job.step.name:<18}{elapsed:8.0f} s  {self.job.progress()}")
 
     def close(self) -> None:
         self._done.set()
@@ -110,7 +110,7 @@ class Board:
         for row in self.rows.values():
             note, seconds = row.note, row.seconds
             if self.job is not None and row.step.name == self.job.step.name:
-                note, seconds = self.job.awaited(), time.monotonic() - self._started
+                note, seconds = self.job.progress(), time.monotonic() - self._started
             grid.add_row(
                 row.step.name, row.step.what, Text(row.state, styles.get(row.state, "")),
                 f"{row.rows:,}" if row.rows else "", f"{seconds:.1f}" if seconds is not None else "", note,

@@ -30,7 +30,7 @@ def run(job: Job) -> None:
         ),
         "question_id",
     )
-    job.tell(summary(job.table("solutions").manifest().figures))
+    job.note(summary(job.table("solutions").manifest().figures))
 
 
 def summary(figures: Mapping[str, float]) -> str:

@@ -119,7 +119,7 @@ class Job:
         self.recipe = run.recipe
         self.config = run.section(step)
         self.waiting = "starting"
-        self.told: list[str] = []
+        self.notes: list[str] = []
         self._made: tuple[Table, int] | None = None  # the table that is being made, and its rows when it is whole
         self._folder: str | None = None  # of the artifact that is being made
         self._since = time.monotonic()
@@ -205,12 +205,12 @@ class Job:
         log.info("%s: %s rows%s", name, f"{manifest.rows:,}", f", {sum(manifest.errors.values())} failed ({failed})"
                  if failed else "")  # fmt: skip
 
-    def tell(self, line: str) -> None:
-        """Say in one line what the step found or took; a pipeline shows it when the step is done."""
+    def note(self, line: str) -> None:
+        """Note in one line what the step did or took; a pipeline shows it when the step is done."""
         log.info("%s: %s", self.step.name, line)
-        self.told.append(line)
+        self.notes.append(line)
 
-    def awaited(self) -> str:
+    def progress(self) -> str:
         """What is being waited for, and how far it is: rows of a table, or updates of a training."""
         if self._made:
             table, expected = self._made

@@ -23,7 +23,7 @@ def run(job: Job) -> None:
     )
     figures = job.run.artifact("text_prm").manifest().figures
     if job.config.label_policy == "consensus":
-        job.tell(consensus_words(figures))
+        job.note(consensus_words(figures))
 
 
 if __name__ == "__main__":

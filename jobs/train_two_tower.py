@@ -34,7 +34,7 @@ def run(job: Job) -> None:
     )
     figures = job.run.artifact("two_tower").manifest().figures
     if job.config.label_policy == "consensus":
-        job.tell(consensus_words(figures))
+        job.note(consensus_words(figures))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def run(job: Job) -> None:
             "written_questions", source, ids, lambda ds: write_questions(ds, job.config, folder=folder), "image_id",
             "questions",
         )  # fmt: skip
-        job.tell(summary(job.table("written_questions").manifest().figures))
+        job.note(summary(job.table("written_questions").manifest().figures))
     else:
         job.make_rows("written_questions", [], "written_id")
     job.make_rows("new_questions", usable(job.read("written_questions"), images), "question_id")

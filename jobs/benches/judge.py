@@ -28,8 +28,8 @@ from pydantic import Field
 from rich.console import Console
 
 from jobs.benches import Measured
-from jobs.benches.blows import await_workers_end
 from jobs.benches.chat_server import verdict
+from jobs.benches.fault_injection import await_workers_end
 from medmm_ray.config import Config, build, execution
 from medmm_ray.data.records import Image, Labels, Question, Solution, Solutions, to_arrow
 from medmm_ray.data.tables import Origin, Table, pending

@@ -100,7 +100,7 @@ def verdicts(asked: str) -> str:
     return "\n".join(f"{number % 2} {('high', 'medium', 'low')[number % 3]}" for number in numbers)
 
 
-def kept_answers(run: Path) -> Counter[str]:
-    """How often the answer to each request of a run is kept: twice where it was paid again though it was there."""
+def stored_answers(run: Path) -> Counter[str]:
+    """How often the answer to each request of a run is stored: twice where it was paid again though it was there."""
     segments = run.glob("api/*/answers/*/*.jsonl")
     return Counter(key for file in segments for key in parse_segment(file.read_bytes(), str(file)))

@@ -1,4 +1,4 @@
-"""Blows again and again, on real engines and on scripted ones: the tables equal an undisturbed run's."""
+"""Faults injected again and again, on real engines and on scripted ones: the tables equal an undisturbed run's."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ from tests.jobs.test_resume import TINY
 from tests.paths import ROOT
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(3600)]
-BLOWS = (signal.SIGINT, signal.SIGKILL)
+SIGNALS = (signal.SIGINT, signal.SIGKILL)
 
 
 def start(folder: Path) -> "subprocess.Popen[bytes]":
@@ -43,11 +43,11 @@ def hashes(folder: Path) -> dict[str, str]:
     }
 
 
-def test_twenty_blows_at_all_steps_on_scripted_engines(tmp_path: Path) -> None:
+def test_twenty_faults_injected_into_all_steps_on_scripted_engines(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     assert bench.main(["resume", f"json={path}"]) == 0
     rows = {row["name"]: row for row in json.loads(path.read_text())}
-    assert rows["blows that fell"]["ours"] >= 18  # a step of a fifth of a second may be over before the blow
+    assert rows["faults injected"]["ours"] >= 18  # a step of a fifth of a second may be over before its fault
     for name in ("rows lost", "rows doubled", "whole answers paid twice", "processes left behind"):
         assert rows[name]["ours"] == 0
     assert rows["tables equal to the undisturbed run's"]["ratio"] == 1
@@ -57,14 +57,14 @@ def test_whatever_is_killed_the_tables_are_the_same(tmp_path: Path) -> None:
     assert start(tmp_path / "calm").wait() == 0
     rng = random.Random(0)
     for attempt in itertools.count():
-        assert attempt < 60, "no progress between blows"
+        assert attempt < 60, "no progress between faults"
         process = start(tmp_path / "rough")
         try:
             code = process.wait(timeout=rng.uniform(10, 90))
         except subprocess.TimeoutExpired:
-            blow = BLOWS[attempt % 2]
-            print(f"attempt {attempt}: {blow.name}", flush=True)
-            os.killpg(process.pid, blow)
+            number = SIGNALS[attempt % 2]
+            print(f"attempt {attempt}: {number.name}", flush=True)
+            os.killpg(process.pid, number)
             process.wait(timeout=60)
             continue
         assert code == 0

@@ -420,7 +420,7 @@ def test_progress_counts_the_rows_of_the_table_that_is_being_made(
         assert explode is None
         for rows in (three[:2], three[2:]):
             table.write_part(to_arrow(Vector, rows), key)
-            said.append(job.awaited())
+            said.append(job.progress())
 
     monkeypatch.setattr(Table, "write", write)
     job.make("query_vectors", object(), "abc", lambda ds: ds, "question_id", made_key="item_id")  # type: ignore[arg-type]

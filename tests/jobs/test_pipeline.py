@@ -189,13 +189,13 @@ def test_board_shows_steps_on_a_screen_and_lines_elsewhere(tmp_path: Path) -> No
     assert "left out" in log.export_text()
 
 
-def test_board_shows_what_a_step_told_when_it_is_done_and_nothing_of_one_that_was_there(tmp_path: Path) -> None:
+def test_board_shows_the_notes_of_a_step_when_it_is_done_and_nothing_of_one_that_was_there(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     step, log = BY_NAME["sample"], Console(width=120, record=True, force_terminal=False)
     board = pipeline.Board(run, [step], log)
     job = Job(run, step)
     board.start(step, job)
-    job.tell("8 samples drawn for 8 [none refused], 97.5% of cacheable tokens cached")
+    job.note("8 samples drawn for 8 [none refused], 97.5% of cacheable tokens cached")
     board.finish(step, "done")
     board.finish(step, "complete")
     shown = log.export_text().splitlines()

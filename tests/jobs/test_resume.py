@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from jobs.benches import blows as blows_module
-from jobs.benches.blows import Blow, Driver, Spot, endure, left_behind
-from jobs.benches.resume import BenchConfig, Trial, plan
+from jobs.benches import fault_injection
+from jobs.benches.fault_injection import Driver, Fault, FaultInjector, PreemptibleCluster, kill_survivors
+from jobs.benches.resume import BenchConfig, ResumeExperiment, plan
 from jobs.benches.scripted import ScriptedGenerator
-from jobs.benches.scripted_api import answer, kept_answers, scripted_api
+from jobs.benches.scripted_api import answer, scripted_api, stored_answers
 from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import GeneratorConfig, Sampling
 from medmm_ray.engines.llm.endpoint import Choice, Reply
@@ -29,27 +29,29 @@ TINY = "jobs/recipes/tiny.yaml"
 
 
 @pytest.fixture
-def trial(tmp_path: Path) -> Iterator[Trial]:
-    config = BenchConfig(blows=3, steps=("sample", "judge", "monte_carlo"), questions=16)
+def experiment(tmp_path: Path) -> Iterator[ResumeExperiment]:
+    config = BenchConfig(faults=3, steps=("sample", "judge", "monte_carlo"), questions=16)
     with scripted_api(config.pause_s) as api:
-        yield Trial(config, tmp_path, api, Console())
+        yield ResumeExperiment(config, tmp_path, api, Console())
 
 
 @pytest.mark.engine
-def test_an_actor_killed_a_run_interrupted_and_killed_leave_the_tables_of_an_undisturbed_one(trial: Trial) -> None:
-    trial.undisturbed()
-    blows = [Blow("actor", "sample", 0.3), Blow("ctrl-c", "judge", 0.5), Blow("driver", "monte_carlo", 0.5)]
-    results, late = trial.round("rough", blows)
+def test_an_actor_killed_a_run_interrupted_and_killed_leave_the_tables_of_an_undisturbed_one(
+    experiment: ResumeExperiment,
+) -> None:
+    experiment.run_undisturbed()
+    faults = [Fault("actor", "sample", 0.3), Fault("ctrl-c", "judge", 0.5), Fault("driver", "monte_carlo", 0.5)]
+    results, late = experiment.run_round("rough", faults)
     assert late == []
-    assert [driver.process.returncode for driver in trial.drivers] == [0, 130, -9, 0]
+    assert [driver.process.returncode for driver in experiment.drivers] == [0, 130, -9, 0]
     assert [(r.step, r.expected, r.lost, r.doubled, r.equal) for r in results] == [
         ("sample", 16, 0, 0, True),
         ("judge", 64, 0, 0, True),
         ("monte_carlo", results[2].expected, 0, 0, True),
     ]
     assert results[2].expected > 0
-    assert trial.money.paid_twice == 0
-    assert 0 <= trial.money.lost <= 2 * 8  # of the judge's two actors, eight calls each
+    assert experiment.answers.paid_twice == 0
+    assert 0 <= experiment.answers.lost <= 2 * 8  # of the judge's two actors, eight calls each
 
 
 def test_a_scripted_policy_goes_on_where_a_search_has_begun() -> None:
@@ -80,17 +82,21 @@ def test_the_scripted_api_writes_questions_that_differ_and_solves_them() -> None
     assert {letter(answer(body(SOLVE_SCHEMA, seed)), one.options) for seed in range(40)} == set("ABCD")
 
 
-def test_blows_are_drawn_from_the_seed_and_dealt_to_all_steps_and_kinds_in_turn() -> None:
-    config = BenchConfig(blows=8, kinds=("actor", "driver"), steps=("ingest", "sample"))
-    blows = plan(config, Random(7))
-    assert blows == plan(config, Random(7))
-    assert blows != plan(config, Random(8))
+def test_faults_are_drawn_from_the_seed_and_spread_over_all_steps_and_kinds_in_turn() -> None:
+    config = BenchConfig(faults=8, kinds=("actor", "driver"), steps=("ingest", "sample"))
+    faults = plan(config, Random(7))
+    assert faults == plan(config, Random(7))
+    assert faults != plan(config, Random(8))
     pairs = {("actor", "sample"), ("driver", "sample"), ("driver", "ingest")}  # ingest has no actors
-    assert {(blow.kind, blow.step) for blow in blows[:3]} == {(blow.kind, blow.step) for blow in blows[3:6]} == pairs
-    assert all(0 < blow.share < 1 for blow in blows)
+    assert (
+        {(fault.kind, fault.step) for fault in faults[:3]}
+        == {(fault.kind, fault.step) for fault in faults[3:6]}
+        == pairs
+    )
+    assert all(0 < fault.share < 1 for fault in faults)
     twenty = plan(BenchConfig(), Random(0))
-    assert {blow.step for blow in twenty} == set(BenchConfig().steps)
-    assert {blow.kind for blow in twenty} == set(BenchConfig().kinds)
+    assert {fault.step for fault in twenty} == set(BenchConfig().steps)
+    assert {fault.kind for fault in twenty} == set(BenchConfig().kinds)
 
 
 STEPS = """
@@ -115,32 +121,33 @@ class Program:
         self.folder, self.more = folder, more
         self.drivers: list[Driver] = []
 
-    def __call__(self, number: int, spot: Spot | None) -> Driver:
+    def __call__(self, number: int, cluster: PreemptibleCluster | None) -> Driver:
         command = [sys.executable, "-c", STEPS, str(self.folder), *self.more]
         self.drivers.append(Driver(command, {}, self.folder / f"{number}.log"))
         return self.drivers[-1]
 
 
-def test_a_driver_is_struck_in_its_step_and_started_until_it_ends_well(
+def test_faults_hit_a_driver_in_their_step_and_it_is_started_until_it_ends_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program, told = Program(tmp_path), list[str]()
-    blows = [Blow("driver", "one", 0.2), Blow("ctrl-c", "two", 0.5), Blow("driver", "two", 100.0)]
-    found = endure(program, blows, {"one": 0.5, "two": 0.5}, Random(0), told.append)
-    assert found.landed == blows[:2]  # the third came too late
+    program, lines = Program(tmp_path), list[str]()
+    faults = [Fault("driver", "one", 0.2), Fault("ctrl-c", "two", 0.5), Fault("driver", "two", 100.0)]
+    outcome = FaultInjector(faults, {"one": 0.5, "two": 0.5}, Random(0), lines.append).run(program)
+    assert outcome.injected == faults[:2]  # the third came too late
     assert [driver.process.returncode for driver in program.drivers] == [-9, -2, 0]
-    assert found.starts == 3
-    assert found.lasted["two"] >= 0.4
-    assert [words.partition(" at ")[0] for words in told] == ["driver", "ctrl-c"]
-    monkeypatch.setattr(blows_module, "GRACE_S", 0.1)
-    assert left_behind(program.drivers) == ["sleep 60"] * 2  # an interrupt reaches the whole group, and ends the second
-    assert left_behind(program.drivers) == []
+    assert outcome.starts == 3
+    assert outcome.step_seconds["two"] >= 0.4
+    assert [words.partition(" at ")[0] for words in lines] == ["driver", "ctrl-c"]
+    monkeypatch.setattr(fault_injection, "GRACE_S", 0.1)
+    # An interrupt reaches the whole group, and ends the second.
+    assert kill_survivors(program.drivers) == ["sleep 60"] * 2
+    assert kill_survivors(program.drivers) == []
 
 
 def test_a_driver_that_fails_by_itself_is_said(tmp_path: Path) -> None:
     program = Program(tmp_path, "fail")
-    with pytest.raises(RuntimeError, match="ended with code 1 and nothing was done to it"):
-        endure(program, [], {}, Random(0), print)
+    with pytest.raises(RuntimeError, match="ended with code 1 and no fault was injected"):
+        FaultInjector([], {}, Random(0), print).run(program)
     for driver in program.drivers:
         os.killpg(driver.process.pid, signal.SIGKILL)
 
@@ -155,4 +162,4 @@ async def _answer_twice(folder: Path) -> None:
 
 def test_an_answer_that_is_kept_twice_is_seen(tmp_path: Path) -> None:
     asyncio.run(_answer_twice(tmp_path))
-    assert kept_answers(tmp_path) == {"twice": 2, "once": 1}
+    assert stored_answers(tmp_path) == {"twice": 2, "once": 1}

@@ -1,0 +1,280 @@
+"""Fault injection: a driver under watch, the processes of its Ray, and what is done to them in the middle of a step.
+
+A driver is started in a session of its own (setsid), which all of its processes keep whoever their parent is: so a
+worker to kill is found, and so is what outlives its driver.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+import psutil
+
+from medmm_ray.session import fresh_token
+
+Kind = Literal["worker", "actor", "driver", "ctrl-c", "raylet", "node"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+FATAL: tuple[Kind, ...] = ("driver", "ctrl-c", "raylet")  # the driver ends too: the one it is connected to is gone
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # not workers: a raylet ends with them
+GRACE_S = 90.0  # for what a driver leaves behind to end by itself: Ray's agents take up to a minute to miss theirs
+STALL_S = 240.0  # a driver that prints nothing new for so long hangs
+POLL_S = 0.02  # between two looks at a driver; the shortest step takes a fifth of a second
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault of a `kind`, injected into `step` after a `share` of the seconds that the step takes undisturbed."""
+
+    kind: Kind
+    step: str
+    share: float
+
+
+@dataclass
+class Outcome:
+    """What became of a run into which faults were injected."""
+
+    injected: list[Fault] = field(default_factory=list)
+    seconds: float = 0.0
+    starts: int = 0
+    step_seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds from each step's last beginning to its end."""
+
+
+class Driver:
+    """A process that runs steps and prints when each begins (``begin NAME``) and ends (``end NAME``)."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        self.log = log
+        self.step_seconds: dict[str, float] = {}
+        self._read_chars = 0
+        self._step = ""
+        self._step_start = self._last_line = time.monotonic()
+        with log.open("wb") as sink:
+            self.process = subprocess.Popen(
+                command,
+                env=os.environ | environment,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_as_in_a_terminal,
+            )
+
+    def step(self) -> tuple[str, float]:
+        """The step in progress, empty between two, and the seconds since it began.
+
+        Raises RuntimeError where the driver hangs.
+        """
+        now = time.monotonic()
+        output = self.log.read_text(errors="replace")
+        new_lines = output[self._read_chars : output.rfind("\n") + 1]
+        self._read_chars += len(new_lines)
+        for line in new_lines.splitlines():
+            word, _, name = line.partition(" ")
+            if word == "begin":
+                self._step, self._step_start, self._last_line = name, now, now
+            elif word == "end" and name == self._step:
+                self.step_seconds[name] = now - self._step_start
+                self._step, self._last_line = "", now
+        if now - self._last_line > STALL_S:
+            raise RuntimeError(f"the driver hangs in {self._step!r}:\n{output[-3000:]}")
+        return self._step, now - self._step_start
+
+    def processes(self) -> list[psutil.Process]:
+        """All processes of its session but itself."""
+        return session_processes(self.process.pid)
+
+
+def _as_in_a_terminal() -> None:
+    """A shell script's background jobs ignore Ctrl-C, and so does what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def session_processes(leader: int) -> list[psutil.Process]:
+    """The processes of the session that `leader` leads or led, without it."""
+    members = []
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if os.getsid(process.pid) == leader != process.pid and process.status() != psutil.STATUS_ZOMBIE:
+                members.append(process)
+    return members
+
+
+def targets(kind: Kind, processes: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """Processes of a driver's Ray: those that run an actor of its step, its other workers, or its raylet."""
+    matching = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            title = " ".join(process.cmdline()).strip()
+            is_actor = title.startswith("ray::MapWorker")
+            is_worker = title.startswith("ray::") and title not in AGENTS and not is_actor
+            is_kind = {"actor": is_actor, "worker": is_worker, "raylet": process.name() == "raylet"}
+            if is_kind[kind]:
+                matching.append(process)
+    return sorted(matching, key=lambda process: process.pid)
+
+
+def await_workers_end(leader: int) -> None:
+    """Wait until no Ray worker is left of the session of `leader`, which is dead: until then its actors go on asking.
+
+    Raises RuntimeError after a grace.
+    """
+    deadline = time.monotonic() + GRACE_S
+    while True:
+        processes = session_processes(leader)
+        workers = targets("worker", processes) + targets("actor", processes)
+        if not workers:
+            return
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{workers} outlive their driver, {leader}, by more than {GRACE_S:g} s")
+        time.sleep(0.05)
+
+
+def kill_survivors(drivers: Sequence[Driver]) -> list[str]:
+    """Kill the processes that outlive their driver by more than a grace; returns their command lines."""
+    deadline = time.monotonic() + GRACE_S
+    while (survivors := _all_processes(drivers)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    names = []
+    for process in survivors:
+        with suppress(psutil.NoSuchProcess):
+            names.append(" ".join(process.cmdline())[:80].strip())
+            process.kill()
+    return names
+
+
+def _all_processes(drivers: Sequence[Driver]) -> list[psutil.Process]:
+    processes = []
+    for driver in drivers:
+        processes += driver.processes()
+    return processes
+
+
+class PreemptibleCluster:
+    """A Ray cluster of a small head and one machine that does the work, which can be taken away and replaced."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._token = ExitStack()
+        self._token.enter_context(fresh_token())  # the drivers inherit it
+        # Ray's own defaults take half a minute to miss a machine, longer than a step of the bench.
+        fast_health_checks = {
+            "health_check_initial_delay_ms": 1000,
+            "health_check_period_ms": 500,
+            "health_check_failure_threshold": 3,
+        }
+        self.cluster = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": fast_health_checks},
+        )
+        self.address: str = self.cluster.address
+        self._machine = self.cluster.add_node(num_cpus=8)
+
+    def preempt(self) -> None:
+        """Take the machine away from one moment to the next; a new one comes."""
+        self.cluster.remove_node(self._machine, allow_graceful=False)
+        self._machine = self.cluster.add_node(num_cpus=8)
+
+    def close(self) -> None:
+        """Stop the cluster."""
+        self.cluster.shutdown()  # type: ignore[no-untyped-call]
+        self._token.close()
+
+
+def inject(kind: Kind, driver: Driver, cluster: PreemptibleCluster | None, rng: random.Random) -> bool:
+    """Inject a fault now; False where there is no process yet that it could hit."""
+    if kind == "driver":
+        driver.process.kill()
+    elif kind == "ctrl-c":
+        os.killpg(driver.process.pid, signal.SIGINT)
+    elif kind == "node":
+        assert cluster is not None
+        cluster.preempt()
+    else:
+        processes = targets(kind, driver.processes())
+        if not processes:
+            return False
+        rng.choice(processes).kill()
+    return True
+
+
+class FaultInjector:
+    """Runs a driver again and again until it ends well, and injects faults on the way.
+
+    A fault whose step is over too soon is not injected. `undisturbed` gives the seconds that each step takes.
+    """
+
+    def __init__(
+        self,
+        faults: Sequence[Fault],
+        undisturbed: Mapping[str, float],
+        rng: random.Random,
+        log: Callable[[str], None],
+    ) -> None:
+        self.pending = list(faults)
+        self.undisturbed = undisturbed
+        self.rng = rng
+        self.log = log
+        self.cluster: PreemptibleCluster | None = None
+
+    def run(self, start: Callable[[int, PreemptibleCluster | None], Driver]) -> Outcome:
+        """Run what ``start(number of starts before, cluster)`` starts; a cluster there is for faults of kind node.
+
+        Raises RuntimeError where the driver fails and no fault explains it.
+        """
+        if any(fault.kind == "node" for fault in self.pending):
+            self.cluster = PreemptibleCluster()
+        try:
+            return self._run_until_done(start)
+        finally:
+            if self.cluster:
+                self.cluster.close()
+
+    def _run_until_done(self, start: Callable[[int, PreemptibleCluster | None], Driver]) -> Outcome:
+        outcome = Outcome()
+        code = -1
+        while code != 0:
+            start_time = time.monotonic()
+            driver = start(outcome.starts, self.cluster)
+            is_killed = self._watch(driver, outcome)
+            outcome.seconds += time.monotonic() - start_time
+            outcome.starts += 1
+            outcome.step_seconds |= driver.step_seconds
+            code = driver.process.returncode
+            if code != 0 and not is_killed:
+                output = driver.log.read_text()[-3000:]
+                raise RuntimeError(f"the driver ended with code {code} and no fault was injected:\n{output}")
+        return outcome
+
+    def _watch(self, driver: Driver, outcome: Outcome) -> bool:
+        """Wait for the driver's end and inject what is due; whether the last fault was meant to end it."""
+        is_killed = False
+        while driver.process.poll() is None:
+            fault = self._inject_due(driver)
+            if fault is not None:
+                outcome.injected.append(fault)
+                self.pending.remove(fault)
+                is_killed = fault.kind in FATAL
+                if is_killed:
+                    driver.process.wait(timeout=60)
+            time.sleep(POLL_S)
+        driver.step()  # its last lines
+        return is_killed
+
+    def _inject_due(self, driver: Driver) -> Fault | None:
+        """Inject the first fault whose moment in the present step has come."""
+        step, seconds = driver.step()
+        for fault in self.pending:
+            is_due = fault.step == step and seconds >= fault.share * self.undisturbed[step]
+            if is_due and inject(fault.kind, driver, self.cluster, self.rng):
+                self.log(f"{fault.kind} at {seconds:.2f} s of {step}")
+                return fault
+        return None

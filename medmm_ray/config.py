@@ -19,6 +19,9 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.table import Table
 
+JsonObject = dict[str, Any]
+"""An object of JSON: what reports are made of."""
+
 Split = Literal["train", "validation", "test"]
 
 

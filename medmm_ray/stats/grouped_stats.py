@@ -20,6 +20,13 @@ Ints = NDArray[np.int64]
 Tables = dict[str, dict[str, Row]]
 """By grouping and name: a figure."""
 
+DIFFICULTIES = ("easy", "medium", "hard")
+
+
+def easy_first(name: str) -> tuple[int, str]:
+    """Sort key of names of groups: difficulties from easy to hard, then all others by name."""
+    return (DIFFICULTIES.index(name) if name in DIFFICULTIES else len(DIFFICULTIES), name)
+
 
 @dataclass(frozen=True)
 class Groups:

@@ -12,11 +12,10 @@ import pytest
 
 from medmm_ray.config import ConfigError, build
 from medmm_ray.data.records import Image, Labels, Question, ReviewItem, Scores, Solution, Solutions, StepLabel, to_arrow
-from medmm_ray.data.tables import Manifest
 from medmm_ray.stats.targets import targets
-from medmm_ray.steps.evaluate import EvaluateConfig, environment, evaluate, step_entries
-from medmm_ray.steps.evaluate.cases import list_entries
-from medmm_ray.steps.evaluate.steps import Truth, step_figures, truth_of
+from medmm_ray.steps.evaluate import EvaluateConfig, environment, evaluate
+from medmm_ray.steps.evaluate.scored_questions import Sample, samples_by_question
+from medmm_ray.steps.evaluate.steps import ReferenceLabels, reference_labels, step_figures
 from tests.doubles.synthetic import run
 
 QUESTION = Question(
@@ -208,8 +207,8 @@ def test_two_annotators_fill_each_other_and_must_agree_on_the_steps() -> None:
 def test_readers_are_heard_by_majority_and_a_tie_is_no_truth() -> None:
     rows = [labels("s1a", "expert", [0, 0], "a"), labels("s1a", "expert", [1, 1], "b"),
             labels("s1a", "expert", [1, None], "c")]  # fmt: skip
-    found = truth_of(("expert",), small()["solutions"], [to_arrow(Labels, rows)])
-    assert found == Truth("expert", {"s1a": [1, None]})
+    found = reference_labels(("expert",), small()["solutions"], [to_arrow(Labels, rows)])
+    assert found == ReferenceLabels("expert", {"s1a": [1, None]})
     assert targets("hybrid", rows, 2, "keep") == [1.0, None]
 
 
@@ -221,8 +220,10 @@ def queue(*steps: tuple[str, int, float]) -> pa.Table:
 def test_an_experts_steps_weigh_what_their_chance_in_the_queue_was() -> None:
     rows = to_arrow(Labels, [labels("s1a", "expert", [1, 1]), labels("s1b", "expert", [0, 0])])
     drawn = queue(("s1a", 0, 0.5), ("s1a", 1, 0.1), ("s1b", 1, 1.0))
-    found = truth_of(("phantom", "expert"), small()["solutions"], [rows], drawn)
-    assert found == Truth("expert", {"s1a": [1, 1], "s1b": [None, 0]}, {"s1a": [2.0, 10.0], "s1b": [0.0, 1.0]})
+    found = reference_labels(("phantom", "expert"), small()["solutions"], [rows], drawn)
+    assert found == ReferenceLabels(
+        "expert", {"s1a": [1, 1], "s1b": [None, 0]}, {"s1a": [2.0, 10.0], "s1b": [0.0, 1.0]}
+    )
     report = evaluate(EvaluateConfig(), **{**small(), "labels": [rows]}, review_queue=drawn)
     step = report["step"]["text_only"]  # log-odds 1, -1 and 1: of right, right and wrong, with weights 2, 10 and 1
     assert (step["steps"], step["right"], step["wrong"], step["weighted"]) == (3, 2, 1, True)
@@ -258,7 +259,10 @@ def p(log_odds: float) -> float:
 
 def test_weights_of_one_change_no_figure() -> None:
     odds = {"s": np.array([2.0, -1.0, 0.5, -1.0])}
-    plain, even = Truth("phantom", {"s": [1, 1, 0, 0]}), Truth("expert", {"s": [1, 1, 0, 0]}, {"s": [4.0] * 4})
+    plain, even = (
+        ReferenceLabels("phantom", {"s": [1, 1, 0, 0]}),
+        ReferenceLabels("expert", {"s": [1, 1, 0, 0]}, {"s": [4.0] * 4}),
+    )
     found = [step_figures(odds, truth, 0.5, 10) for truth in (plain, even)]
     for own in found:  # of the pairs of a right and a wrong step 2 in order, 1 tied, 1 not; 2 of 4 called rightly
         assert (own["auroc"], own["macro_f1"], own["kappa"], own["first_error"]) == (0.625, 0.5, 0.0, 0.0)
@@ -297,22 +301,18 @@ def test_a_made_up_run(tmp_path: Path) -> None:
     assert json.dumps(again, sort_keys=True, allow_nan=False) == json.dumps(report, sort_keys=True)
 
 
-def test_list_entries_of_a_sliced_and_of_an_empty_table() -> None:
+def test_samples_of_a_sliced_and_of_an_empty_table() -> None:
     table = small()["solutions"]
-    assert list_entries(table.slice(1, 2), "solutions", ("solution_id",)) == [
-        [{"solution_id": "s2a"}, {"solution_id": "s2b"}],
-        [],
-    ]
-    assert list_entries(table.slice(0, 0), "solutions", ("solution_id",)) == []
+    assert samples_by_question(table.slice(1, 2)) == {
+        "q2": [Sample("s2a", "A", True, 2), Sample("s2b", None, None, 2)],
+        "q3": [],
+    }
+    assert samples_by_question(table.slice(0, 0)) == {}
     chunked = pa.concat_tables([table.slice(0, 1), table.slice(3, 1)])
-    assert [len(found) for found in list_entries(chunked, "solutions", ("answer",))] == [2, 1]
+    assert [len(samples) for samples in samples_by_question(chunked).values()] == [2, 1]
 
 
-def test_step_entries_and_environment() -> None:
-    manifest = Manifest(name="sample", fingerprint="f", config={}, upstream={}, rows=3, seconds=2.5, errors={"e": 1})
-    assert step_entries({"sample": manifest}) == [
-        {"name": "sample", "rows": 3, "seconds": 2.5, "cost": 0.0, "errors": {"e": 1}}
-    ]
+def test_the_environment_names_its_packages() -> None:
     assert environment()["packages"]["python"].startswith("3.")
 
 
@@ -365,4 +365,4 @@ def test_config_is_strict() -> None:
 def test_the_adjudicator_has_the_last_word_on_the_steps_that_he_decided() -> None:
     rows = [labels("s1a", "expert", [1, 0], "aaron"), labels("s1a", "expert", [None, 1], "adjudicator"),
             labels("s1a", "expert", [None, 0], "ben")]  # fmt: skip
-    assert truth_of(("expert",), small()["solutions"], [to_arrow(Labels, rows)]).labels == {"s1a": [1, 1]}
+    assert reference_labels(("expert",), small()["solutions"], [to_arrow(Labels, rows)]).labels == {"s1a": [1, 1]}

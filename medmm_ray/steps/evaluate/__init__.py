@@ -14,35 +14,39 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from dataclasses import asdict, dataclass
+from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from medmm_ray.config import Config, Split, execution, identity
-from medmm_ray.data.tables import Manifest, code_revision, error_kind, package_versions
+from medmm_ray.config import Config, JsonObject, Split, execution, identity
+from medmm_ray.data.tables import code_revision, error_kind, package_versions
+from medmm_ray.stats.grouped_stats import Resampling
 from medmm_ray.stats.metrics import Aggregate
-from medmm_ray.steps.evaluate.accuracy import accuracy, by_column, by_decoder
-from medmm_ray.steps.evaluate.cases import (
+from medmm_ray.steps.evaluate.accuracy import accuracy, accuracy_by_column, accuracy_by_decoder
+from medmm_ray.steps.evaluate.examples import choose_examples
+from medmm_ray.steps.evaluate.scored_questions import (
     ARMS,
-    Case,
     LogOdds,
-    Row,
-    make_cases,
+    Sample,
+    ScoredQuestion,
     of_questions,
-    samples,
+    samples_by_question,
+    scored_questions,
     step_log_odds,
     without_not_finite,
 )
-from medmm_ray.steps.evaluate.examples import choose_examples
-from medmm_ray.steps.evaluate.steps import TRUTHS, agreement, step_figures, truth_of
+from medmm_ray.steps.evaluate.steps import TRUTHS, agreement, reference_labels, step_figures
 
-__all__ = ["EvaluateConfig", "environment", "evaluate", "step_entries"]
+__all__ = ["EvaluateConfig", "environment", "evaluate"]
 
 
 class EvaluateConfig(Config):
+    """What is measured, against which labels, and how finely."""
+
     split: Split = "test"
     """The split that is measured."""
     ns: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 2, 4, 8, 16, 32, 64), min_length=1)
@@ -63,7 +67,7 @@ class EvaluateConfig(Config):
     max_groups: int = Field(12, ge=0)
     """A table by question text is made where there are at most this many different texts."""
     num_examples: int = Field(6, ge=0)
-    """Example cases."""
+    """Example questions that are shown with their solutions."""
     seed: int = 0
     """Seed of subsets, bootstrap and choice of examples."""
     title: str = execution("Multimodal process reward model: report")
@@ -79,95 +83,118 @@ def evaluate(
     scores: pa.Table,
     labels: Sequence[pa.Table],
     review_queue: pa.Table | None = None,
-    dataset: Row | None = None,
-    steps: Sequence[Row] = (),
-    environment: Row | None = None,
-) -> Row:
+    dataset: JsonObject | None = None,
+    steps: Sequence[JsonObject] = (),
+    environment: JsonObject | None = None,
+) -> JsonObject:
     """The report. `labels` are label tables of any sources and splits; `review_queue` has the steps that an expert was
-    asked about, with their inclusion probabilities; `steps` as `step_entries` makes them.
+    asked about, with their inclusion probabilities; `steps` are {name, rows, seconds} of the run's steps.
 
     What the labels are worth comes from the dataset report (`steps.audit`), over all splits; without it, nothing.
 
     Raises ValueError where the split has no solution at all, or a scored solution another number of scores than steps.
     """
-    asked = questions.filter(pc.equal(questions["split"], config.split)).sort_by("question_id")
-    excluded = Counter(error_kind(e) for e in asked["error"].to_pylist() if e)
-    asked = asked.filter(pc.is_null(asked["error"]))
-    solutions, scores = of_questions(solutions, asked), without_not_finite(of_questions(scores, asked))
-    sampled = samples(solutions)
-    log_odds = step_log_odds(scores, sampled)
+    of_split = questions.filter(pc.equal(questions["split"], config.split)).sort_by("question_id")
+    excluded = Counter(error_kind(error) for error in of_split["error"].to_pylist() if error)
+    usable = of_split.filter(pc.is_null(of_split["error"]))
+    solutions = of_questions(solutions, usable)
+    scores = without_not_finite(of_questions(scores, usable))
+    samples = samples_by_question(solutions)
+    log_odds = step_log_odds(scores, samples)
     arms = [arm for arm in ARMS if arm in log_odds] + sorted(set(log_odds) - set(ARMS))
-    ns = _ns(config, solutions, sampled)
-    cases = make_cases(asked, sampled, log_odds, arms, config.aggregate, config.seed)
-    truth = truth_of(config.reference, solutions, labels, review_queue)
-    resampling = (config.bootstrap_samples, config.seed)
-    groups = {
-        f"by_{column}": by_column(cases, arms, ns[-1], column, config.num_subsets, *resampling)
-        for column in ("difficulty", "modality", "question")
+    ns = _ns(config, solutions, samples)
+    scored = scored_questions(usable, samples, log_odds, arms, config.aggregate, config.seed)
+    reference = reference_labels(config.reference, solutions, labels, review_queue)
+    resampling = Resampling(config.bootstrap_samples, config.seed)
+    counts = {
+        "split": config.split,
+        "excluded": dict(excluded),
+        **_counts(scored, arms, ns[-1]),
+        "errors": _errors({"solutions": solutions, "scores": scores}, labels),
     }
-    if not 1 < len(groups["by_question"]) <= config.max_groups:
-        groups["by_question"] = {}
     report = {
         "title": config.title,
         "config": identity(config),
         "n": ns[-1],
         "ns": ns,
         "arms": arms,
-        "reference": truth.source,
-        "counts": {
-            "split": config.split,
-            "excluded": dict(excluded),
-            **_counts(cases, arms, ns[-1]),
-            "errors": _errors({"solutions": solutions, "scores": scores}, labels),
+        "reference": reference.source,
+        "counts": counts,
+        "accuracy": accuracy(scored, arms, ns, config.num_subsets, resampling),
+        "decoders": accuracy_by_decoder(scored, arms, log_odds, resampling),
+        "step": {
+            arm: step_figures(log_odds[arm], reference, config.threshold, config.calibration_bins) for arm in arms
         },
-        "accuracy": accuracy(cases, arms, ns, config.num_subsets, *resampling),
-        "decoders": by_decoder(cases, arms, log_odds, *resampling),
-        "step": {arm: step_figures(log_odds[arm], truth, config.threshold, config.calibration_bins) for arm in arms},
         "labels": dataset["balance"] if dataset else [],
         "agreement": agreement(dataset["agreement"] if dataset else []),
-        "largest_text_difference": _text_difference(scores),
-        **groups,
+        "largest_text_difference": _largest_text_difference(scores),
+        **_accuracy_by_group(config, scored, arms, ns[-1], resampling),
         "steps": list(steps),
         "environment": dict(environment or {}),
         "examples": choose_examples(
-            cases, arms, solutions, images, scores, truth.labels, num_examples=config.num_examples, seed=config.seed
+            scored,
+            arms,
+            solutions,
+            images,
+            scores,
+            reference.labels,
+            num_examples=config.num_examples,
+            seed=config.seed,
         ),
     }
-    return {**report, "gates": _gates(report)}
+    return {**report, "gates": [asdict(gate) for gate in _gates(report)]}
 
 
-def _ns(config: EvaluateConfig, solutions: pa.Table, sampled: Mapping[str, Sequence[Row]]) -> list[int]:
+def _accuracy_by_group(
+    config: EvaluateConfig, scored: Sequence[ScoredQuestion], arms: Sequence[str], n: int, resampling: Resampling
+) -> dict[str, JsonObject]:
+    """The accuracy at N by difficulty, modality and, where the texts are few, by question text."""
+    tables = {}
+    for column in ("difficulty", "modality", "question"):
+        tables[f"by_{column}"] = accuracy_by_column(scored, arms, n, column, config.num_subsets, resampling)
+    if not 1 < len(tables["by_question"]) <= config.max_groups:
+        tables["by_question"] = {}
+    return tables
+
+
+def _ns(config: EvaluateConfig, solutions: pa.Table, samples: Mapping[str, Sequence[Sample]]) -> list[int]:
     """The N of the config up to the number of samples that was asked for, and that number where it is smaller."""
-    if not any(sampled.values()):
+    if not any(samples.values()):
         raise ValueError(
             f"no question of split {config.split!r} has a solution ({solutions.num_rows} rows of solutions): nothing "
             "to evaluate. Look at the error column of the solutions, or name another split (evaluate.split=...)."
         )
     requested = max(solutions["num_requested"].to_pylist())
-    return sorted({n for n in config.ns if n < requested} | {min(requested, max(config.ns))})
+    smaller = {n for n in config.ns if n < requested}
+    return sorted(smaller | {min(requested, max(config.ns))})
 
 
-def _counts(cases: Sequence[Case], arms: Sequence[str], n: int) -> Row:
+def _counts(scored: Sequence[ScoredQuestion], arms: Sequence[str], n: int) -> JsonObject:
     """What went in and what is missing; nothing leaves the figures without a number here."""
-    total = sum(len(case.solution_ids) for case in cases)
-    scored = {arm: sum(int((~np.isnan(case.rewards[arm])).sum()) for case in cases) for arm in arms}
+    num_samples = sum(question.num_samples for question in scored)
+    num_scored: dict[str, int] = {}
+    questions_without_scores: dict[str, int] = {}
+    for arm in arms:
+        unscored = [np.isnan(question.rewards[arm]) for question in scored]
+        num_scored[arm] = num_samples - sum(int(mask.sum()) for mask in unscored)
+        questions_without_scores[arm] = sum(bool(mask.all()) for mask in unscored)
     return {
-        "questions": len(cases),
-        "solutions": total,
-        "without_answer": sum(int((case.codes < 0).sum()) for case in cases),
-        "questions_without_solutions": sum(not case.solution_ids for case in cases),
-        "questions_with_fewer_than_n": sum(len(case.solution_ids) < n for case in cases),
-        "scored": scored,
-        "unscored": {arm: total - scored[arm] for arm in arms},
-        "questions_without_scores": {
-            arm: sum(bool(np.isnan(case.rewards[arm]).all()) for case in cases) for arm in arms
-        },
+        "questions": len(scored),
+        "solutions": num_samples,
+        "without_answer": sum(int((question.codes < 0).sum()) for question in scored),
+        "questions_without_solutions": sum(question.num_samples == 0 for question in scored),
+        "questions_with_fewer_than_n": sum(question.num_samples < n for question in scored),
+        "scored": num_scored,
+        "unscored": {arm: num_samples - num_scored[arm] for arm in arms},
+        "questions_without_scores": questions_without_scores,
     }
 
 
 def _errors(tables: Mapping[str, pa.Table], labels: Sequence[pa.Table]) -> dict[str, dict[str, int]]:
     """Failed rows by table and kind; label rows by source."""
-    counts = {name: Counter(error_kind(e) for e in table["error"].to_pylist() if e) for name, table in tables.items()}
+    counts: dict[str, Counter[str]] = {}
+    for name, table in tables.items():
+        counts[name] = Counter(error_kind(error) for error in table["error"].to_pylist() if error)
     for table in labels:
         for source, error in zip(table["source"].to_pylist(), table["error"].to_pylist(), strict=True):
             kinds = counts.setdefault(f"{source}_labels", Counter())
@@ -176,65 +203,74 @@ def _errors(tables: Mapping[str, pa.Table], labels: Sequence[pa.Table]) -> dict[
     return {name: dict(kinds) for name, kinds in counts.items()}
 
 
-def _text_difference(scores: pa.Table) -> float | None:
+def _largest_text_difference(scores: pa.Table) -> float | None:
     """The largest difference between the multimodal arm's text part and the text-only scores; None without both."""
-    by_arm: list[LogOdds] = []
-    for arm in ("text_only", "multimodal"):
-        rows = scores.filter(pc.and_(pc.equal(scores["arm"], arm), pc.is_null(scores["error"])))
-        pairs = zip(rows["solution_id"].to_pylist(), rows["text_log_odds"].to_pylist(), strict=True)
-        by_arm.append({i: np.asarray(x, dtype=np.float64) for i, x in pairs})
-    shared = by_arm[0].keys() & by_arm[1].keys()
-    return max((float(np.abs(by_arm[0][i] - by_arm[1][i]).max()) for i in shared), default=None)
+    text_only, multimodal = (_text_log_odds(scores, arm) for arm in ("text_only", "multimodal"))
+    shared_ids = text_only.keys() & multimodal.keys()
+    differences = (float(np.abs(text_only[i] - multimodal[i]).max()) for i in shared_ids)
+    return max(differences, default=None)
 
 
-def _gates(report: Row) -> list[Row]:
-    """The MedMM framework's quality gates that this run can be held to; `passed` is None where there is no figure.
+def _text_log_odds(scores: pa.Table, arm: str) -> LogOdds:
+    """The text part of each step's log-odds, of one arm's rows without an error."""
+    rows = scores.filter(pc.and_(pc.equal(scores["arm"], arm), pc.is_null(scores["error"])))
+    parts = zip(rows["solution_id"].to_pylist(), rows["text_log_odds"].to_pylist(), strict=True)
+    return {solution_id: np.asarray(text, dtype=np.float64) for solution_id, text in parts}
+
+
+# Gates
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A figure beside the limit that it must lie above or below; `passed` is None where there is no figure."""
+
+    name: str
+    value: float | None
+    wanted: Literal["above", "below"]
+    limit: float
+    passed: bool | None
+    detail: str
+
+
+def _gate(name: str, value: float | None, wanted: Literal["above", "below"], limit: float, detail: str = "") -> Gate:
+    passed = None
+    if value is not None:
+        passed = value > limit if wanted == "above" else value < limit
+    return Gate(name, value, wanted, limit, passed, detail)
+
+
+def _gates(report: JsonObject) -> list[Gate]:
+    """The MedMM framework's quality gates that this run can be held to.
 
     What a model is worth is measured against truth or an expert: without them it is not, whatever the judge says.
     """
-    main = report["step"].get("multimodal") or {}
-    measured = main if report["reference"] in TRUTHS else {}
+    reference = report["reference"]
+    step_metrics = report["step"].get("multimodal") or {}
+    measured = step_metrics if reference in TRUTHS else {}
+    basis = _measured_on(reference, step_metrics)
+    judge_expert = report["agreement"].get("judge_expert", {})
     gain = report["accuracy"].get("gain", {}).get("best_of_n", {}).get(str(report["n"]), {})
-    gates = [
-        ("judge_expert_kappa", report["agreement"].get("judge_expert", {}).get("kappa"), "above", 0.8, ""),
-        ("model_reference_kappa", measured.get("kappa"), "above", 0.8, _measured_on(report["reference"], main)),
-        ("ece", measured.get("ece"), "below", 0.05, _measured_on(report["reference"], main)),
-        ("multimodal_gain", gain.get("value"), "above", 0.05, ""),
-        ("text_unchanged_without_image", report["largest_text_difference"], "below", 1e-6, ""),
-    ]
     return [
-        {
-            "name": name,
-            "value": value,
-            "wanted": wanted,
-            "limit": limit,
-            "passed": None if value is None else value > limit if wanted == "above" else value < limit,
-            "detail": detail,
-        }
-        for name, value, wanted, limit, detail in gates
+        _gate("judge_expert_kappa", judge_expert.get("kappa"), "above", 0.8),
+        _gate("model_reference_kappa", measured.get("kappa"), "above", 0.8, basis),
+        _gate("ece", measured.get("ece"), "below", 0.05, basis),
+        _gate("multimodal_gain", gain.get("value"), "above", 0.05),
+        _gate("text_unchanged_without_image", report["largest_text_difference"], "below", 1e-6),
     ]
 
 
-def _measured_on(reference: str, figures: Row) -> str:
+def _measured_on(reference: str, figures: JsonObject) -> str:
     """What a gate on step metrics rests on, or why it has no figure."""
     if reference not in TRUTHS:
         return "not measured: no expert's label and no known truth in this split"
-    weighted = f", weighted; worth {figures['effective']:.0f} equal ones" if figures.get("weighted") else ""
-    return f"{figures['steps']:,} steps labelled by source {reference!r}{weighted}" if figures else ""
+    if not figures:
+        return ""
+    weighted = f", weighted; worth {figures['effective']:.0f} equal ones" if figures["weighted"] else ""
+    return f"{figures['steps']:,} steps labelled by source {reference!r}{weighted}"
 
 
-# What the run says of itself
-
-
-def step_entries(manifests: Mapping[str, Manifest]) -> list[dict[str, Any]]:
-    """One entry a table or artifact, in the order given, from the manifests."""
-    return [
-        {"name": name, "rows": m.rows, "seconds": m.seconds, "cost": m.cost, "errors": m.errors}
-        for name, m in manifests.items()
-    ]
-
-
-def environment() -> Row:
+def environment() -> JsonObject:
     """Machine, packages and code revision of this process."""
     return {
         "platform": platform.platform(),

@@ -1,107 +1,129 @@
-"""Cases -> accuracy over N, by decoder and by group, each figure ``{value, low, high}`` (95 %, over questions)."""
+"""Scored questions -> accuracy over N, by decoder and by group, each figure ``{value, low, high}``.
+
+The interval is the 95 % one of resampled questions.
+"""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from medmm_ray.config import JsonObject
 from medmm_ray.stats import metrics
-from medmm_ray.stats.metrics import Floats
-from medmm_ray.steps.evaluate.cases import Case, LogOdds, Row, rewards_of
+from medmm_ray.stats.grouped_stats import Resampling, easy_first
+from medmm_ray.stats.metrics import Decoder, Floats
+from medmm_ray.steps.evaluate.scored_questions import LogOdds, ScoredQuestion, rewards_of
 
-Figures = dict[tuple[str, ...], Floats]
-"""By path, e.g. ("best_of_n", "multimodal", "64"): one value a question, its chance to be answered rightly."""
+FigurePath = tuple[str, ...]
+
+
+@dataclass
+class _Chances:
+    """Chances of the questions to be answered rightly, by the figure's path, e.g. ("best_of_n", "multimodal", "64")."""
+
+    by_path: dict[FigurePath, list[float]] = field(default_factory=dict)
+
+    def add(self, chance: float, *path: str) -> None:
+        """Append the next question's chance."""
+        self.by_path.setdefault(path, []).append(chance)
+
+    def arrays(self) -> dict[FigurePath, Floats]:
+        """One value a question."""
+        return {path: np.array(chances) for path, chances in self.by_path.items()}
 
 
 def accuracy(
-    cases: Sequence[Case], arms: Sequence[str], ns: Sequence[int], num_subsets: int, num_resamples: int, seed: int
-) -> Row:
+    questions: Sequence[ScoredQuestion],
+    arms: Sequence[str],
+    ns: Sequence[int],
+    num_subsets: int,
+    resampling: Resampling,
+) -> JsonObject:
     """one_sample, oracle.N, majority.N, best_of_n.ARM.N, sc_rm.ARM.N and gain.{best_of_n, sc_rm}.N.
 
     A gain is the multimodal arm's accuracy minus the text-only arm's, its interval that of the paired differences.
     """
-    return _nest(_figures(cases, arms, ns, num_subsets), num_resamples, seed)
+    return _nested_figures(_chances(questions, arms, ns, num_subsets), resampling)
 
 
-def by_column(
-    cases: Sequence[Case],
+def accuracy_by_column(
+    questions: Sequence[ScoredQuestion],
     arms: Sequence[str],
     n: int,
     column: str,
     num_subsets: int,
-    num_resamples: int,
-    seed: int,
-) -> Row:
-    """The same at one N for each value of a question's column, without the N in the path, and `questions`."""
-    groups: dict[str, list[Case]] = {}
-    for case in cases:
-        groups.setdefault(case.row[column], []).append(case)
+    resampling: Resampling,
+) -> JsonObject:
+    """The accuracy at one N for each value of a question's column, without the N in the path, and `questions`."""
+    groups: dict[str, list[ScoredQuestion]] = {}
+    for scored in questions:
+        groups.setdefault(getattr(scored.question, column), []).append(scored)
     table = {}
-    for name in sorted(groups, key=_easy_first):
-        figures = _figures(groups[name], arms, [n], num_subsets)
-        short = {path[:-1] if len(path) > 1 else path: values for path, values in figures.items()}
-        table[name] = {"questions": len(groups[name]), **_nest(short, num_resamples, seed)}
+    for name in sorted(groups, key=easy_first):
+        chances = _chances(groups[name], arms, [n], num_subsets)
+        # The last word of a path is the N, but of the one that has a single word.
+        without_n = {path[:-1] if len(path) > 1 else path: values for path, values in chances.items()}
+        table[name] = {"questions": len(groups[name]), **_nested_figures(without_n, resampling)}
     return table
 
 
-def by_decoder(
-    cases: Sequence[Case], arms: Sequence[str], log_odds: Mapping[str, LogOdds], num_resamples: int, seed: int
-) -> Row:
-    """Every named decoder over all samples of each question: ARM.DECODER."""
-    figures: dict[tuple[str, ...], list[float]] = {}
-    for case in cases:
-        everything = np.ones((1, len(case.solution_ids)), dtype=bool)
+def accuracy_by_decoder(
+    questions: Sequence[ScoredQuestion], arms: Sequence[str], log_odds: Mapping[str, LogOdds], resampling: Resampling
+) -> JsonObject:
+    """The accuracy of every named decoder over all samples of each question: ARM.DECODER."""
+    chances = _Chances()
+    for scored in questions:
         for arm in arms:
             for name, decoder in metrics.DECODERS.items():
-                rewards = decoder.aggregate and rewards_of(case.solution_ids, log_odds[arm], decoder.aggregate)
-                if decoder.rule == "best":
-                    assert isinstance(rewards, np.ndarray)
-                    right = metrics.expected_best(rewards, case.correct, max(len(case.solution_ids), 1))
-                else:
-                    right = metrics.expected_vote(case.codes, case.correct, everything, rewards, decoder.rule)
-                figures.setdefault((arm, name), []).append(right)
-    return _nest({path: np.array(values) for path, values in figures.items()}, num_resamples, seed)
+                chances.add(_decoded(scored, decoder, log_odds[arm]), arm, name)
+    return _nested_figures(chances.arrays(), resampling)
 
 
-def _figures(cases: Sequence[Case], arms: Sequence[str], ns: Sequence[int], num_subsets: int) -> Figures:
-    figures: dict[tuple[str, ...], list[float]] = {}
+def _decoded(scored: ScoredQuestion, decoder: Decoder, log_odds: LogOdds) -> float:
+    """The chance that a decoder over all samples of a question picks a right one: below 1 where several lead."""
+    rewards = rewards_of(scored.solution_ids, log_odds, decoder.aggregate) if decoder.aggregate else None
+    if decoder.rule == "best":
+        assert rewards is not None
+        return metrics.expected_best(rewards, scored.correct, max(scored.num_samples, 1))
+    all_samples = np.ones((1, scored.num_samples), dtype=bool)
+    return metrics.expected_vote(scored.codes, scored.correct, all_samples, rewards, decoder.rule)
 
-    def add(value: float, *path: str) -> None:
-        figures.setdefault(path, []).append(value)
 
-    for case in cases:
-        add(float(case.correct.mean()) if case.correct.size else 0.0, "one_sample")
+def _chances(
+    questions: Sequence[ScoredQuestion], arms: Sequence[str], ns: Sequence[int], num_subsets: int
+) -> dict[FigurePath, Floats]:
+    chances = _Chances()
+    for scored in questions:
+        correct = scored.correct
+        chances.add(float(correct.mean()) if correct.size else 0.0, "one_sample")
         for n in ns:
-            at = str(n)
-            drawn = metrics.subsets(max(case.codes.size, 1), n, num_subsets, case.seed)
-            add(metrics.expected_oracle(case.correct, n), "oracle", at)
-            add(metrics.expected_vote(case.codes, case.correct, drawn), "majority", at)
+            subsets = metrics.subsets(max(scored.codes.size, 1), n, num_subsets, scored.seed)
+            chances.add(metrics.expected_oracle(correct, n), "oracle", str(n))
+            chances.add(metrics.expected_vote(scored.codes, correct, subsets), "majority", str(n))
             for arm in arms:
-                rewards = case.rewards[arm]
-                add(metrics.expected_best(rewards, case.correct, n), "best_of_n", arm, at)
-                add(metrics.expected_vote(case.codes, case.correct, drawn, rewards), "sc_rm", arm, at)
-    columns = {path: np.array(values) for path, values in figures.items()}
+                rewards = scored.rewards[arm]
+                chances.add(metrics.expected_best(rewards, correct, n), "best_of_n", arm, str(n))
+                chances.add(metrics.expected_vote(scored.codes, correct, subsets, rewards), "sc_rm", arm, str(n))
+    arrays = chances.arrays()
     if {"multimodal", "text_only"} <= set(arms):
-        for how in ("best_of_n", "sc_rm"):
-            for at in map(str, ns):
-                columns["gain", how, at] = columns[how, "multimodal", at] - columns[how, "text_only", at]
-    return columns
+        for decoder in ("best_of_n", "sc_rm"):
+            for n in ns:
+                multimodal, text_only = (arrays[decoder, arm, str(n)] for arm in ("multimodal", "text_only"))
+                arrays["gain", decoder, str(n)] = multimodal - text_only
+    return arrays
 
 
-def _nest(figures: Figures, num_resamples: int, seed: int) -> Row:
+def _nested_figures(chances: Mapping[FigurePath, Floats], resampling: Resampling) -> JsonObject:
     """{value, low, high} of each figure, nested by its path. All share the resamples of the questions."""
-    if not figures:
+    if not chances:
         return {}
-    values_QK = np.stack(list(figures.values()), axis=1)
-    low, high = metrics.bootstrap(values_QK, num_resamples, seed)
-    nested: Row = {}
-    for path, *triple in zip(figures, values_QK.mean(axis=0), low, high, strict=True):
+    values_QK = np.stack(list(chances.values()), axis=1)
+    low, high = metrics.bootstrap(values_QK, resampling.num, resampling.seed)
+    nested: JsonObject = {}
+    for path, *triple in zip(chances, values_QK.mean(axis=0), low, high, strict=True):
         node = nested
         for key in path[:-1]:
             node = node.setdefault(key, {})
-        node[path[-1]] = {name: round(float(x), 6) for name, x in zip(("value", "low", "high"), triple, strict=True)}
+        rounded = (round(float(number), 6) for number in triple)
+        node[path[-1]] = dict(zip(("value", "low", "high"), rounded, strict=True))
     return nested
-
-
-def _easy_first(name: str) -> tuple[int, str]:
-    known = ("easy", "medium", "hard")
-    return (known.index(name) if name in known else len(known), name)

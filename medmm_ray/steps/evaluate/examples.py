@@ -1,109 +1,155 @@
-"""Cases worth a look: a question, its images, and the solutions that the scorers chose, step by step."""
+"""Questions worth a look, with their images and the solutions that the scorers chose, step by step."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from medmm_ray.config import digest
+from medmm_ray.config import JsonObject, digest
 from medmm_ray.stats import metrics
-from medmm_ray.steps.evaluate.cases import Case, Row
-from medmm_ray.steps.evaluate.steps import Labels
+from medmm_ray.steps.evaluate.scored_questions import ScoredQuestion
+from medmm_ray.steps.evaluate.steps import StepLabels
 
-Parts = Mapping[str, tuple[list[float], list[float]]]
+KINDS = ("rescued", "missed", "agreed")
+StepParts = Mapping[str, tuple[list[float], list[float]]]
 """By solution: the text and the image part of each step's log-odds."""
 
 
+@dataclass(frozen=True)
+class _Sources:
+    """What the examples' texts and numbers are looked up in: by question, by image, by solution."""
+
+    solutions: Mapping[str, Sequence[JsonObject]]
+    images: Mapping[str, JsonObject]
+    step_parts: StepParts
+    labels: StepLabels
+
+
 def choose_examples(
-    cases: Sequence[Case],
+    questions: Sequence[ScoredQuestion],
     arms: Sequence[str],
     solutions: pa.Table,
     images: pa.Table,
     scores: pa.Table,
-    truth: Labels,
+    labels: StepLabels,
     *,
     num_examples: int,
     seed: int,
-) -> list[Row]:
-    """`num_examples` cases, in turn of three kinds, within a kind by the hash of their id.
+) -> list[JsonObject]:
+    """`num_examples` questions, in turn of three kinds, within a kind by the hash of their id.
 
     rescued: the scorer's choice is right, the text-only one's wrong; missed: its choice is wrong although a right
     answer was there; agreed: both are right. The scorer is the multimodal arm, or the first one where there is none.
     """
     if not arms:
         return []
-    main = "multimodal" if "multimodal" in arms else arms[0]
-    kinds: dict[str, list[Case]] = {"rescued": [], "missed": [], "agreed": []}
-    for case in sorted(cases, key=lambda case: digest(seed, "example", case.row["question_id"])):
-        kind = _kind(case, main)
+    main_arm = "multimodal" if "multimodal" in arms else arms[0]
+    by_kind: dict[str, list[ScoredQuestion]] = {kind: [] for kind in KINDS}
+    for scored in sorted(questions, key=lambda q: digest(seed, "example", q.question.question_id)):
+        kind = _kind(scored, main_arm)
         if kind:
-            kinds[kind].append(case)
-    turns = [(kind, of[i]) for i in range(len(cases)) for kind, of in kinds.items() if i < len(of)][:num_examples]
-    ids = pa.array([case.row["question_id"] for _, case in turns], pa.string())
-    texts = solutions.filter(pc.is_in(solutions["question_id"], ids)).to_pylist()
-    by_question = {row["question_id"]: row["solutions"] for row in texts}
-    mine = pc.and_(pc.is_in(scores["question_id"], ids), pc.equal(scores["arm"], main))
-    scored = scores.filter(mine).to_pylist()
-    parts = {row["solution_id"]: (row["text_log_odds"], row["image_log_odds"]) for row in scored}
-    pictures = {row["image_id"]: row for row in images.select(["image_id", "uri", "diagnosis"]).to_pylist()}
-    keep = ("question_id", "question", "options", "answer", "answer_type", "difficulty", "modality")
-    return [
-        {
-            "kind": kind,
-            **{name: case.row[name] for name in keep},
-            "images": [pictures[i] for i in case.row["image_ids"] if i in pictures],
-            "share_right": round(float(case.correct.mean()), 6),
-            "solutions": [
-                _solution(by_question[case.row["question_id"]][i], roles, float(case.rewards[main][i]), parts, truth)
-                for i, roles in _shown(case, main).items()
-            ],
-        }
-        for kind, case in turns
-    ]
+            by_kind[kind].append(scored)
+    chosen = list(_in_turn(by_kind))[:num_examples]
+    ids = pa.array([scored.question.question_id for _, scored in chosen], pa.string())
+    sources = _sources(ids, main_arm, solutions, images, scores, labels)
+    return [_example(kind, scored, main_arm, sources) for kind, scored in chosen]
 
 
-def _kind(case: Case, main: str) -> str | None:
-    chosen = metrics.best_of_n(case.rewards[main])
-    if chosen is None:
-        return None
-    if not case.correct[chosen]:
-        return "missed" if case.correct.any() else None
-    by_text = metrics.best_of_n(case.rewards["text_only"]) if "text_only" in case.rewards else None
-    return "rescued" if by_text is not None and not case.correct[by_text] else "agreed"
+def _in_turn(by_kind: Mapping[str, Sequence[ScoredQuestion]]) -> Iterator[tuple[str, ScoredQuestion]]:
+    """The first question of each kind, then the second of each, and so on."""
+    for place in range(max(map(len, by_kind.values()))):
+        for kind, questions in by_kind.items():
+            if place < len(questions):
+                yield kind, questions[place]
 
 
-def _shown(case: Case, main: str) -> dict[int, list[str]]:
-    """At most three samples with their roles: each scorer's choice, and the best one of the other truth."""
-    shown: dict[int, list[str]] = {}
-    for arm in dict.fromkeys((main, "text_only")):
-        chosen = metrics.best_of_n(case.rewards[arm]) if arm in case.rewards else None
-        if chosen is not None:
-            shown.setdefault(chosen, []).append(f"chosen_{arm}")
-    first = next(iter(shown))
-    others = np.where(case.correct == case.correct[first], math.nan, case.rewards[main])
-    contrast = metrics.best_of_n(others)
-    if contrast is not None:
-        shown.setdefault(contrast, []).append("best_wrong" if case.correct[first] else "best_right")
-    return {i: roles for i, roles in shown.items() if not math.isnan(case.rewards[main][i])}
+def _sources(
+    question_ids: pa.Array, arm: str, solutions: pa.Table, images: pa.Table, scores: pa.Table, labels: StepLabels
+) -> _Sources:
+    solution_rows = solutions.filter(pc.is_in(solutions["question_id"], question_ids)).to_pylist()
+    of_examples = pc.and_(pc.is_in(scores["question_id"], question_ids), pc.equal(scores["arm"], arm))
+    score_rows = scores.filter(of_examples).to_pylist()
+    image_rows = images.select(["image_id", "uri", "diagnosis"]).to_pylist()
+    return _Sources(
+        solutions={row["question_id"]: row["solutions"] for row in solution_rows},
+        images={row["image_id"]: row for row in image_rows},
+        step_parts={row["solution_id"]: (row["text_log_odds"], row["image_log_odds"]) for row in score_rows},
+        labels=labels,
+    )
 
 
-def _solution(solution: Row, roles: Sequence[str], reward: float, parts: Parts, truth: Labels) -> Row:
-    ident = solution["solution_id"]
-    labels = truth.get(ident) or [None] * len(solution["steps"])
-    steps = [
-        {
-            "text": text,
-            "probability": round(float(metrics.probability(by_text + by_image)), 6),
-            "text_log_odds": round(by_text, 4),
-            "image_log_odds": round(by_image, 4),
-            "truth": label,
-        }
-        for text, by_text, by_image, label in zip(solution["steps"], *parts[ident], labels, strict=True)
-    ]
+def _example(kind: str, scored: ScoredQuestion, main_arm: str, sources: _Sources) -> JsonObject:
+    """One entry of the report."""
+    question = scored.question
+    solutions = sources.solutions[question.question_id]
+    entries = []
+    for place, roles in _roles(scored, main_arm).items():
+        reward = float(scored.rewards[main_arm][place])
+        entries.append(_solution_entry(solutions[place], roles, reward, sources))
     return {
-        "solution_id": ident,
+        "kind": kind,
+        "question_id": question.question_id,
+        "question": question.question,
+        "options": question.options,
+        "answer": question.answer,
+        "answer_type": question.answer_type,
+        "difficulty": question.difficulty,
+        "modality": question.modality,
+        "images": [sources.images[image_id] for image_id in question.image_ids if image_id in sources.images],
+        "share_right": round(float(scored.correct.mean()), 6),
+        "solutions": entries,
+    }
+
+
+def _kind(scored: ScoredQuestion, main_arm: str) -> str | None:
+    choice = metrics.best_of_n(scored.rewards[main_arm])
+    if choice is None:
+        return None
+    if not scored.correct[choice]:
+        return "missed" if scored.correct.any() else None
+    if "text_only" not in scored.rewards:
+        return "agreed"
+    choice_of_text = metrics.best_of_n(scored.rewards["text_only"])
+    return "rescued" if choice_of_text is not None and not scored.correct[choice_of_text] else "agreed"
+
+
+def _roles(scored: ScoredQuestion, main_arm: str) -> dict[int, list[str]]:
+    """At most three samples, by place, with their roles: each scorer's choice, and a contrast to the first.
+
+    The contrast is the best sample that is wrong where the first is right, or right where it is wrong.
+    """
+    roles: dict[int, list[str]] = {}
+    for arm in dict.fromkeys((main_arm, "text_only")):
+        choice = metrics.best_of_n(scored.rewards[arm]) if arm in scored.rewards else None
+        if choice is not None:
+            roles.setdefault(choice, []).append(f"chosen_{arm}")
+    first = next(iter(roles))
+    main_rewards = scored.rewards[main_arm]
+    contrast = metrics.best_of_n(np.where(scored.correct == scored.correct[first], math.nan, main_rewards))
+    if contrast is not None:
+        roles.setdefault(contrast, []).append("best_wrong" if scored.correct[first] else "best_right")
+    return {place: names for place, names in roles.items() if not math.isnan(main_rewards[place])}
+
+
+def _solution_entry(solution: JsonObject, roles: Sequence[str], reward: float, sources: _Sources) -> JsonObject:
+    solution_id, texts = solution["solution_id"], solution["steps"]
+    labels = sources.labels.get(solution_id) or [None] * len(texts)
+    steps = []
+    for text, by_text, by_image, label in zip(texts, *sources.step_parts[solution_id], labels, strict=True):
+        steps.append(
+            {
+                "text": text,
+                "probability": round(float(metrics.probability(by_text + by_image)), 6),
+                "text_log_odds": round(by_text, 4),
+                "image_log_odds": round(by_image, 4),
+                "truth": label,
+            }
+        )
+    return {
+        "solution_id": solution_id,
         "roles": list(roles),
         "answer": solution["answer"],
         "correct": bool(solution["correct"]),

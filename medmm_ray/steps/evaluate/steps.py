@@ -6,131 +6,175 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from medmm_ray.data.records import Labels as LabelRow
-from medmm_ray.data.records import arrow_schema
+from medmm_ray.config import JsonObject
+from medmm_ray.data.records import Labels, arrow_schema
 from medmm_ray.stats import metrics
 from medmm_ray.stats.agreement import queue_of
-from medmm_ray.stats.label_arrays import UNLABELLED, WRONG, source_labels, steps_of, thin, thin_labels
-from medmm_ray.steps.evaluate.cases import LogOdds, Row
+from medmm_ray.stats.label_arrays import UNLABELLED, WRONG, Codes, Steps, source_labels, steps_of, thin, thin_labels
+from medmm_ray.stats.metrics import Floats
+from medmm_ray.steps.evaluate.scored_questions import LogOdds
 
-Labels = Mapping[str, Sequence[int | None]]
+StepLabels = Mapping[str, Sequence[int | None]]
 """By solution: 1, 0 or None for each step."""
 TRUTHS = ("phantom", "expert")
 """Sources that a model may be held to: what a judge says is itself to be measured."""
 
 
 @dataclass(frozen=True)
-class Truth:
+class ReferenceLabels:
     """What the scores are measured against: one source's labels, of the solutions of which it has any.
 
     `weights` has 1 / inclusion probability of each step where the labels are those of the expert's queue, else None.
     """
 
     source: str = ""
-    labels: Labels = field(default_factory=dict)
+    labels: StepLabels = field(default_factory=dict)
     weights: Mapping[str, Sequence[float]] | None = None
 
 
-def truth_of(
-    reference: Sequence[str], solutions: pa.Table, labels: Iterable[pa.Table], review_queue: pa.Table | None = None
-) -> Truth:
-    """The first source of `reference` that labels a step of `solutions`; an empty `Truth` where none does.
+def reference_labels(
+    sources: Sequence[str], solutions: pa.Table, labels: Iterable[pa.Table], review_queue: pa.Table | None = None
+) -> ReferenceLabels:
+    """The labels of the first of `sources` that labels a step of `solutions`; empty ones where none does.
 
     Several annotators count together, as in training. An expert's labels count within the queue that drew their steps,
     where there is one. Raises ValueError where the source's labels are of another number of steps.
     """
     steps = steps_of(thin(solutions))
-    empty = thin_labels(arrow_schema(LabelRow).empty_table())
+    empty = thin_labels(arrow_schema(Labels).empty_table())
     by_source = source_labels(steps, pa.concat_tables([empty, *map(thin_labels, labels)]).combine_chunks())
-    for source in (name for name in reference if name in by_source):
-        found = by_source[source]
-        codes, weight_N = found.codes, None
-        if source == "expert" and review_queue is not None and review_queue.num_rows:
-            queue, weight_N = queue_of(steps, review_queue), np.zeros(len(codes))
-            weight_N[queue.row] = 1.0 / queue.probability
-            codes = np.where(weight_N > 0, codes, np.int8(UNLABELLED))
-        if not (codes >= WRONG).any() and not found.misfit:
+    for source in sources:
+        if source not in by_source:
             continue
-        if found.misfit:
+        codes, misfit = by_source[source].codes, by_source[source].misfit
+        weight_N = None
+        if source == "expert" and review_queue is not None and review_queue.num_rows:
+            weight_N = _queue_weights(steps, review_queue)
+            codes = np.where(weight_N > 0, codes, np.int8(UNLABELLED))
+        if misfit:
             raise ValueError(
-                f"{found.misfit} {source} label rows are of another number of steps than their solution; they belong "
+                f"{misfit} {source} label rows are of another number of steps than their solution; they belong "
                 "to another text. Label these solutions again."
             )
-        said = np.unique(steps.solution[codes != UNLABELLED]).tolist()
-        ids, first, last = steps.solution_ids.to_pylist(), steps.first, steps.first + steps.length
-        values = [None if code < WRONG else int(code) for code in codes.tolist()]
-        return Truth(
-            source,
-            {ids[i]: values[first[i] : last[i]] for i in said},
-            None if weight_N is None else {ids[i]: weight_N[first[i] : last[i]].tolist() for i in said},
-        )
-    return Truth()
+        if (codes >= WRONG).any():
+            return _of_source(source, steps, codes, weight_N)
+    return ReferenceLabels()
 
 
-def agreement(pairs: Iterable[Row]) -> Row:
+def _queue_weights(steps: Steps, review_queue: pa.Table) -> Floats:
+    """1 / inclusion probability of each step, 0 of one that is not in the queue."""
+    queue = queue_of(steps, review_queue)
+    weight_N = np.zeros(len(steps.solution))
+    weight_N[queue.row] = 1.0 / queue.probability
+    return weight_N
+
+
+def _of_source(source: str, steps: Steps, codes: Codes, weight_N: Floats | None) -> ReferenceLabels:
+    """Codes and weights of all steps, by solution."""
+    solution_ids = steps.solution_ids.to_pylist()
+    values = [None if code < WRONG else int(code) for code in codes.tolist()]
+    labels: dict[str, Sequence[int | None]] = {}
+    weights: dict[str, Sequence[float]] = {}
+    for place in np.unique(steps.solution[codes != UNLABELLED]).tolist():
+        start = steps.first[place]
+        end = start + steps.length[place]
+        labels[solution_ids[place]] = values[start:end]
+        if weight_N is not None:
+            weights[solution_ids[place]] = weight_N[start:end].tolist()
+    return ReferenceLabels(source, labels, None if weight_N is None else weights)
+
+
+def agreement(pairs: Iterable[JsonObject]) -> JsonObject:
     """The dataset report's pairs of sources, in short and by name (``judge_expert``, ...)."""
     return {f"{pair['first']}_{pair['second']}": _in_short(pair) for pair in pairs}
 
 
-def _in_short(pair: Row) -> Row:
-    kappa, same = pair["kappa"]["all"]["all"], pair["first_error"]["all"].get("all")
+def _in_short(pair: JsonObject) -> JsonObject:
+    kappa = pair["kappa"]["all"]["all"]
+    same_first_error = pair["first_error"]["all"].get("all")
     return {
-        **{name: pair[name] for name in ("first", "second", "weighted")},
+        "first": pair["first"],
+        "second": pair["second"],
+        "weighted": pair["weighted"],
         "kappa": kappa["value"],
-        **{end: kappa[end] for end in ("low", "high")},
+        "low": kappa["low"],
+        "high": kappa["high"],
         "agreement": kappa["equal"],
         "steps": kappa["count"],
-        "first_error": same and same["value"],
-        "solutions": same["count"] if same else 0,
+        "first_error": same_first_error and same_first_error["value"],
+        "solutions": same_first_error["count"] if same_first_error else 0,
     }
 
 
-def step_figures(log_odds: LogOdds, truth: Truth, threshold: float, num_bins: int) -> Row:
+@dataclass
+class _LabelledSteps:
+    """The labelled steps of scored solutions, pooled; and each solution's first error by label and by score."""
+
+    labels: list[int] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    num_solutions: int = 0
+    first_labelled: list[int] = field(default_factory=list)
+    first_scored: list[int] = field(default_factory=list)
+
+
+def _labelled_steps(log_odds: LogOdds, reference: ReferenceLabels, threshold: float) -> _LabelledSteps:
+    """First errors are sought in every solution; of the queue's (weighted) in those alone that are labelled whole."""
+    pooled = _LabelledSteps()
+    for solution_id in sorted(reference.labels.keys() & log_odds.keys()):
+        labels = reference.labels[solution_id]
+        weights = reference.weights[solution_id] if reference.weights else [1.0] * len(labels)
+        shared_labels: list[int] = []
+        shared_scores: list[float] = []
+        for label, score, weight in zip(labels, log_odds[solution_id], weights, strict=True):
+            if label is not None:
+                shared_labels.append(label)
+                shared_scores.append(score)
+                pooled.weights.append(weight)
+        if not shared_labels:
+            continue
+        pooled.num_solutions += 1
+        pooled.labels += shared_labels
+        pooled.scores += shared_scores
+        if reference.weights is None or len(shared_labels) == len(labels):
+            right = metrics.predicted_right(shared_scores, threshold).tolist()
+            pooled.first_labelled.append(metrics.first_error(shared_labels))
+            pooled.first_scored.append(metrics.first_error(right))
+    return pooled
+
+
+def step_figures(log_odds: LogOdds, reference: ReferenceLabels, threshold: float, num_bins: int) -> JsonObject:
     """One arm's step metrics, pooled over the labelled steps of scored solutions, each step with its weight.
 
     First errors are sought among the labelled steps; where these are drawn one by one (weighted), in solutions alone of
     which every step is labelled. Figures without data, or that need both classes, are None.
     """
-    labels: list[int] = []
-    scores: list[float] = []
-    weights: list[float] = []
-    first_true: list[int] = []
-    first_called: list[int] = []
-    shared_solutions = 0
-    for solution in sorted(truth.labels.keys() & log_odds.keys()):
-        own = truth.labels[solution]
-        weight = truth.weights[solution] if truth.weights else [1.0] * len(own)
-        shared = [(y, x, w) for y, x, w in zip(own, log_odds[solution], weight, strict=True) if y is not None]
-        if shared:
-            own_labels, own_scores, own_weights = zip(*shared, strict=True)
-            labels += own_labels
-            scores += own_scores
-            weights += own_weights
-            shared_solutions += 1
-            if truth.weights is None or None not in own:
-                first_true.append(metrics.first_error(own_labels))
-                first_called.append(metrics.first_error(metrics.predicted_right(own_scores, threshold).tolist()))
-    y, x, w = np.array(labels, dtype=bool), np.array(scores, dtype=np.float64), np.array(weights, dtype=np.float64)
-    p, called = metrics.probability(x), metrics.predicted_right(x, threshold)
-    bins = metrics.calibration(y, p, num_bins, w)
-    false, true = metrics.roc_curve(y, x, weights=w)
-    same = [a == b for a, b in zip(first_true, first_called, strict=True)]
+    pooled = _labelled_steps(log_odds, reference, threshold)
+    labels = np.array(pooled.labels, dtype=bool)
+    scores = np.array(pooled.scores, dtype=np.float64)
+    weights = np.array(pooled.weights, dtype=np.float64)
+    probabilities = metrics.probability(scores)
+    predicted = metrics.predicted_right(scores, threshold)
+    bins = metrics.calibration(labels, probabilities, num_bins, weights)
+    false_rate, true_rate = metrics.roc_curve(labels, scores, weights=weights)
+    pairs = zip(pooled.first_labelled, pooled.first_scored, strict=True)
+    same_first_error = [labelled == scored for labelled, scored in pairs]
     return {
-        "solutions": shared_solutions,
-        "steps": int(y.size),
-        "right": int(y.sum()),
-        "wrong": int((~y).sum()),
-        "weighted": truth.weights is not None,
-        "effective": round(metrics.effective_size(w), 1),
+        "solutions": pooled.num_solutions,
+        "steps": int(labels.size),
+        "right": int(labels.sum()),
+        "wrong": int((~labels).sum()),
+        "weighted": reference.weights is not None,
+        "effective": round(metrics.effective_size(weights), 1),
         "threshold": threshold,
-        "auroc": metrics.auroc(y, x, w),
-        "macro_f1": metrics.macro_f1(y, called, w),
+        "auroc": metrics.auroc(labels, scores, weights),
+        "macro_f1": metrics.macro_f1(labels, predicted, weights),
         "ece": metrics.expected_calibration_error(bins),
-        "kappa": metrics.cohen_kappa(y, called, w),
-        "first_error": sum(same) / len(same) if same else None,
-        "processbench": metrics.processbench_f1(first_true, first_called),
-        "minimum_on_last_step": metrics.minimum_on_last_step([x.tolist() for x in log_odds.values()]),
-        "calibration": [asdict(b) for b in bins],
-        "roc": {"false": false, "true": true},
-        "histogram": metrics.histogram(y, p),
+        "kappa": metrics.cohen_kappa(labels, predicted, weights),
+        "first_error": sum(same_first_error) / len(same_first_error) if same_first_error else None,
+        "processbench": metrics.processbench_f1(pooled.first_labelled, pooled.first_scored),
+        "minimum_on_last_step": metrics.minimum_on_last_step([scores_.tolist() for scores_ in log_odds.values()]),
+        "calibration": [asdict(bin_) for bin_ in bins],
+        "roc": {"false": false_rate, "true": true_rate},
+        "histogram": metrics.histogram(labels, probabilities),
     }

@@ -1,0 +1,156 @@
+"""Tables -> scored questions: one question with its samples as arrays, ready for `metrics`. Texts stay in Arrow."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from medmm_ray.config import digest
+from medmm_ray.data.records import Question, from_dict
+from medmm_ray.stats import metrics
+from medmm_ray.stats.metrics import Aggregate, Bools, Floats, Ints
+
+LogOdds = dict[str, Floats]
+"""By solution: the log-odds of each step."""
+ARMS = ("text_only", "multimodal", "shuffled_image")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One solution of a question, without its text."""
+
+    solution_id: str
+    answer: str | None
+    correct: bool | None
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class ScoredQuestion:
+    """One question of the split; arrays over its M samples, rewards by arm (NaN: not scored)."""
+
+    question: Question
+    solution_ids: list[str]
+    codes: Ints
+    """The number of each sample's answer among the answers of the question; negative without an answer."""
+    correct: Bools
+    rewards: dict[str, Floats]
+    seed: int
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the question, scored or not."""
+        return len(self.solution_ids)
+
+
+def of_questions(table: pa.Table, questions: pa.Table) -> pa.Table:
+    """The rows of `table` that belong to one of `questions`."""
+    return table.filter(pc.is_in(table["question_id"], questions["question_id"].combine_chunks()))
+
+
+def samples_by_question(solutions: pa.Table) -> dict[str, list[Sample]]:
+    """By question: its solutions without their texts, in the order of the table of `Solutions`."""
+    lists = solutions["solutions"].combine_chunks()
+    flat = lists.flatten()
+    samples = [
+        Sample(*values)
+        for values in zip(
+            flat.field("solution_id").to_pylist(),
+            flat.field("answer").to_pylist(),
+            flat.field("correct").to_pylist(),
+            pc.list_value_length(flat.field("steps")).to_pylist(),
+            strict=True,
+        )
+    ]
+    ends = np.cumsum(pc.list_value_length(lists).to_pylist(), dtype=np.int64)
+    bounds = pairwise([0, *ends.tolist()])
+    by_question = {}
+    for question_id, (start, end) in zip(solutions["question_id"].to_pylist(), bounds, strict=True):
+        by_question[question_id] = samples[start:end]
+    return by_question
+
+
+def without_not_finite(scores: pa.Table) -> pa.Table:
+    """Score rows of which those with NaN or infinity among their log-odds have the error ``not_finite``.
+
+    They are no scores, and are counted with the other failed rows.
+    """
+    broken = np.zeros(scores.num_rows, dtype=bool)
+    for name in ("text_log_odds", "image_log_odds"):
+        lists = scores[name].combine_chunks()
+        values = pc.list_flatten(lists).to_numpy(zero_copy_only=False).astype(np.float64)
+        row_of_value = np.asarray(pc.list_parent_indices(lists), dtype=np.int64)
+        broken[row_of_value[~np.isfinite(values)]] = True
+    # A row that failed before keeps its own error.
+    broken &= np.asarray(pc.is_null(scores["error"]), dtype=bool)
+    if not broken.any():
+        return scores
+    fault = "not_finite: the row has scores that are no finite numbers; score the solution again"
+    errors = pc.if_else(pa.array(broken), pa.scalar(fault), scores["error"])
+    return scores.set_column(scores.schema.get_field_index("error"), "error", errors)
+
+
+def step_log_odds(scores: pa.Table, samples: Mapping[str, Sequence[Sample]]) -> dict[str, LogOdds]:
+    """By arm: text part + image part of each step, of the score rows without an error.
+
+    Raises ValueError where a solution has another number of scores than steps.
+    """
+    num_steps: dict[str, int] = {}
+    for of_question in samples.values():
+        num_steps |= {sample.solution_id: sample.num_steps for sample in of_question}
+    by_arm: dict[str, LogOdds] = {arm: {} for arm in scores["arm"].unique().to_pylist()}
+    columns = [scores[name].to_pylist() for name in ("solution_id", "arm", "text_log_odds", "image_log_odds", "error")]
+    for solution_id, arm, text, image, error in zip(*columns, strict=True):
+        if error or solution_id not in num_steps:
+            continue
+        if not len(text) == len(image) == num_steps[solution_id]:
+            raise ValueError(
+                f"solution {solution_id}, arm {arm}: {len(text)} text and {len(image)} image scores for "
+                f"{num_steps[solution_id]} steps; expected one each a step. Score the solutions again."
+            )
+        by_arm[arm][solution_id] = np.asarray(text, dtype=np.float64) + np.asarray(image, dtype=np.float64)
+    return by_arm
+
+
+def rewards_of(solution_ids: Sequence[str], log_odds: Mapping[str, Floats], how: Aggregate) -> Floats:
+    """The reward of each solution [M], NaN where it has no score."""
+    rewards_M = np.full(len(solution_ids), math.nan)
+    for place, solution_id in enumerate(solution_ids):
+        if solution_id in log_odds:
+            rewards_M[place] = metrics.aggregate(log_odds[solution_id], how)
+    return rewards_M
+
+
+def scored_questions(
+    questions: pa.Table,
+    samples: Mapping[str, Sequence[Sample]],
+    log_odds: Mapping[str, LogOdds],
+    arms: Sequence[str],
+    how: Aggregate,
+    seed: int,
+) -> list[ScoredQuestion]:
+    """Each of `questions` with its samples and their rewards, in their order; without samples its arrays are empty."""
+    scored = []
+    for row in questions.to_pylist():
+        question: Question = from_dict(Question, row)
+        of_question = samples.get(question.question_id, [])
+        ids = [sample.solution_id for sample in of_question]
+        answers = [sample.answer for sample in of_question]
+        grades = [sample.correct for sample in of_question]
+        # The wordings of an open answer differ: all that were graded right are one answer.
+        codes = metrics.answer_codes(answers, grades if question.answer_type == "open" else None)
+        scored.append(
+            ScoredQuestion(
+                question=question,
+                solution_ids=ids,
+                codes=codes,
+                correct=np.array([bool(grade) for grade in grades], dtype=bool) & (codes >= 0),
+                rewards={arm: rewards_of(ids, log_odds[arm], how) for arm in arms},
+                seed=int(digest(seed, question.question_id), 16) % 2**40,
+            )
+        )
+    return scored

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from jobs.benches import Measured
+from jobs.settings_help import all_settings
 from jobs.step import guarded
-from medmm_ray.config import Config, ConfigError, help_text, load
+from medmm_ray.config import Config, ConfigError, load
 
 BENCHES = (
     "scoring",
@@ -50,7 +51,7 @@ def _main(words: list[str]) -> int:
     bench = _module(words[0])
     config_type: type[Config] = bench.BenchConfig
     if {"-h", "--help"} & set(words):
-        print(help_text(config_type, f"python -m jobs.bench {words[0]} name=value ... json=PATH"))
+        print(f"usage: python -m jobs.bench {words[0]} [name=value ...] [json=PATH]\n\n{all_settings(config_type)}")
         return 0
     paths = [word.removeprefix("json=") for word in words[1:] if word.startswith("json=")]
     config = load(config_type, None, [word for word in words[1:] if not word.startswith("json=")])

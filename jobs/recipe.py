@@ -121,47 +121,47 @@ class Recipe(Config):
     labels: LabelsConfig = LabelsConfig()
     """How labels become training targets, in both trainings and the dataset report."""
     ingest: IngestConfig = IngestConfig()
-    """Sources to questions, images, documents."""
+    """Where questions, images and documents come from, and how many are taken."""
     write_questions: WriteQuestionsConfig = WriteQuestionsConfig()
-    """Questions for images that have none."""
+    """Writing questions for images that have none."""
     curate: CurateConfig = CurateConfig()
-    """Duplicates, leaks, splits."""
+    """What counts as a duplicate or a leak, and how the splits are made."""
     train_image_tower: ImageTextConfig = ImageTextConfig()
     """Contrastive training of the image tower."""
     embed: EmbedConfig = EmbedConfig()
-    """Vectors."""
+    """Encoders that turn images, documents and questions into vectors."""
     index: IndexConfig = IndexConfig()
-    """FAISS."""
+    """The FAISS indexes of images and documents."""
     retrieve: RetrieveConfig = RetrieveConfig()
-    """Evidence."""
+    """How many documents and similar images each question gets."""
     train_policy: PolicyConfig = PolicyConfig()
     """Supervised fine-tuning of the policy."""
     sample: SampleConfig = SampleConfig()
-    """Solutions."""
+    """Sampling of solutions from the policy."""
     judge: JudgeConfig = JudgeConfig()
-    """Verdicts."""
+    """Who judges the steps, and what the judge sees."""
     second_judge: JudgeConfig | None = None
     """Another judge of the same solutions, whose labels lie beside the first one's in judge_labels; null: none."""
     monte_carlo: MonteCarloConfig = MonteCarloConfig()
-    """Rollouts."""
+    """Monte Carlo labels by rollouts."""
     tree_search: TreeSearchConfig = TreeSearchConfig()
-    """Search trees."""
+    """Tree search for solutions and labels."""
     review: ReviewConfig = ReviewConfig()
-    """The expert's queue."""
+    """Which steps experts are asked about."""
     review_page: ReviewPageConfig = ReviewPageConfig()
-    """The page where experts read it."""
+    """The page where experts read their queue."""
     audit: AuditConfig = AuditConfig()
-    """The dataset report and its gates."""
+    """Targets of the quality gates in the dataset report."""
     train_text_prm: TextPrmConfig = TextPrmConfig()
-    """The text reward model."""
+    """Training of the text reward model."""
     states: StatesConfig = StatesConfig()
-    """Text states for training the image part."""
+    """Precomputed text states for training the image part."""
     train_two_tower: TwoTowerConfig = TwoTowerConfig()
-    """The image part."""
+    """Training of the image part on those states."""
     score: ScoreConfig = ScoreConfig()
-    """Scores of the test split."""
+    """Scoring of the solutions that are evaluated."""
     evaluate: EvaluateConfig = EvaluateConfig()
-    """The report."""
+    """What the report measures."""
     serve: ServeConfig = ServeConfig()
     """The Serve application."""
     beam_search: BeamSearchConfig = BeamSearchConfig()

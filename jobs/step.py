@@ -18,7 +18,8 @@ import pyarrow.compute as pc
 
 from jobs.graph import BY_NAME, MAKER, STEPS, Step
 from jobs.recipe import Recipe, with_shared_limits
-from medmm_ray.config import Config, ConfigError, digest, help_text, identity, load
+from jobs.settings_help import all_settings, overview
+from medmm_ray.config import Config, ConfigError, digest, identity, load
 from medmm_ray.data.tables import Artifact, Manifest, Origin, Table, TableError, chosen, pending, write_rows
 
 if TYPE_CHECKING:
@@ -242,7 +243,8 @@ def parser(name: str, what: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("recipe", nargs="?", help="a recipe, e.g. jobs/recipes/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="a setting that the recipe does not have")
-    parser.add_argument("-h", "--help", action="store_true", help="every setting, its unit and default")
+    parser.add_argument("-h", "--help", action="store_true", help="the settings that most runs change")
+    parser.add_argument("--help-all", action="store_true", help="every setting, its type and default")
     return parser
 
 
@@ -287,10 +289,14 @@ def launch(
     arguments: argparse.ArgumentParser, words: Sequence[str] | None, work: Callable[[argparse.Namespace], int],
     config: type[Config] | None = None, section: str | None = None,
 ) -> int:  # fmt: skip
-    """An entry point: ``--help`` prints its arguments and `config`'s settings; otherwise `work` is done, `guarded`."""
+    """An entry point: ``--help`` prints its arguments and `config`'s settings; otherwise `work` is done, `guarded`.
+
+    ``--help`` is one screen, ``--help-all`` has every setting.
+    """
     parsed = arguments.parse_intermixed_args(words)
-    if parsed.help:
-        settings = help_text(config, "settings", section) if config else ""
+    if parsed.help or parsed.help_all:
+        describe = all_settings if parsed.help_all else overview
+        settings = describe(config, section) if config else ""
         print(f"{arguments.format_help()}\n{settings}".rstrip())
         return 0
     return guarded(lambda: work(parsed))

@@ -6,7 +6,6 @@ identify a result (`identity`), and the help text. A field's docstring is its de
 
 import difflib
 import hashlib
-import io
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,8 +15,6 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
-from rich.console import Console
-from rich.table import Table
 
 JsonObject = dict[str, Any]
 """An object of JSON: what reports are made of."""
@@ -226,28 +223,3 @@ def inner_configs(annotation: Any) -> list[type[Config]]:
 def _types(annotation: Any) -> list[type]:
     args = getattr(annotation, "__args__", ())
     return [t for t in (annotation, *args) if isinstance(t, type)]
-
-
-def help_text(config: type[Config], title: str, section: str | None = None, width: int = 120) -> str:
-    """Every field of `config` with its type, default and description, nested configs as ``section.name``."""
-    console = Console(width=width, record=True, file=io.StringIO())
-    table = Table(
-        "name", "type", "default", "what it means", title=title, title_justify="left", box=None, pad_edge=False
-    )
-    for name, info in _fields(config, ""):
-        if section is None or "." not in name or name.startswith(f"{section}."):
-            kind = getattr(info.annotation, "__name__", None) or str(info.annotation).replace("typing.", "")
-            kind = str(info.annotation) if "[" in str(info.annotation) or "|" in str(info.annotation) else kind
-            default = "(required)" if info.is_required() else json.dumps(info.default, default=str)
-            table.add_row(name, kind, default, info.description or "")
-    console.print(table)
-    return console.export_text()
-
-
-def _fields(config: type[BaseModel], prefix: str) -> Iterable[tuple[str, FieldInfo]]:
-    for name, info in config.model_fields.items():
-        inner = next((t for t in _types(info.annotation) if issubclass(t, Config)), None)
-        if inner:
-            yield from _fields(inner, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", info

@@ -9,7 +9,6 @@ from medmm_ray.config import (
     build,
     digest,
     execution,
-    help_text,
     identity,
     load,
     parse_overrides,
@@ -148,12 +147,3 @@ def test_what_a_merge_brings_may_be_written_over(tmp_path: Path) -> None:
 def test_malformed_overrides(word: str) -> None:
     with pytest.raises(ConfigError):
         load(Recipe, None, ["run=x", word])
-
-
-def test_help_shows_every_field_with_default_and_description() -> None:
-    text = help_text(Recipe, "title")
-    assert "sample.temperature" in text
-    assert "Softmax temperature." in text
-    assert "0.7" in text
-    assert "(required)" in text
-    assert "sample." not in help_text(Recipe, "title", section="judge")

@@ -1,0 +1,65 @@
+"""What ``--help`` and ``--help-all`` print of settings."""
+
+from typing import Literal
+
+import pytest
+
+from jobs.graph import BY_NAME
+from jobs.recipe import Recipe
+from jobs.settings_help import all_settings, overview
+from medmm_ray.config import Config, execution
+
+
+class Generation(Config):
+    """A section of the recipe below."""
+
+    temperature: float = 0.7
+    """Softmax temperature."""
+    kind: Literal["vllm", "openai"] | None = None
+    """Who answers."""
+    retries: int = execution(3)
+    """How often a call is made again."""
+    num_gpus: int = execution(0)
+    """GPUs an engine."""
+
+
+class Whole(Config):
+    """A recipe."""
+
+    run: str
+    """Output folder."""
+    sample: Generation = Generation()
+    """How solutions are sampled."""
+    judge: Generation = Generation()
+    """Who judges."""
+
+
+def lines(text: str) -> dict[str, list[str]]:
+    """The words of each line that describes a setting, by its name."""
+    rows = [line.split() for line in text.splitlines()]
+    return {row[0]: row[1:] for row in rows if row}
+
+
+def test_all_settings_have_their_type_default_and_description() -> None:
+    text = lines(all_settings(Whole))
+    assert text["sample.temperature"] == ["number", "0.7", "Softmax", "temperature."]
+    assert text["sample.kind"] == ["vllm", "|", "openai", "|", "null", "null", "Who", "answers."]
+    assert text["run"] == ["text", "(required)", "Output", "folder."]
+    assert "sample.retries" in text
+    assert not [name for name in lines(all_settings(Whole, "judge")) if name.startswith("sample.")]
+
+
+def test_the_overview_has_what_decides_the_result_and_what_most_runs_set() -> None:
+    section = lines(overview(Whole, "sample"))
+    assert section["sample.temperature"] == ["0.7", "Softmax", "temperature."]
+    assert "sample.num_gpus" in section
+    assert "sample.retries" not in section
+    assert section["3"] == ["of", "4", "settings;", "--help-all", "shows", "every", "one,", "with", "its", "type."]
+    assert {"run", "sample.*", "judge.*"} < set(lines(overview(Whole)))
+
+
+@pytest.mark.parametrize("name", [*BY_NAME, "serve", "beam_search", None])
+def test_the_overview_is_one_screen(name: str | None) -> None:
+    text = overview(Recipe, name)
+    assert len(text.splitlines()) <= 45
+    assert max(map(len, text.splitlines())) <= 120

@@ -4,7 +4,7 @@ import sys
 
 from jobs.step import Job, main
 from medmm_ray.data.records import ReviewItem, from_dict
-from medmm_ray.pages.review_page.export import frozen, log_uri, step_labels
+from medmm_ray.pages.review_page.export import log_uri, read_export, step_labels
 from medmm_ray.steps.review import queue, review
 
 
@@ -15,7 +15,7 @@ def run(job: Job) -> None:
     job.make_rows("review_queue", queue(solutions, questions, judged, rolled_out, job.config), "question_id")
     items = [from_dict(ReviewItem, row) for row in job.read("review_queue").to_pylist()]
     if job.config.expert == "readers":
-        verdicts = frozen(log_uri(job.run.root, "steps"), job.config.verdicts)
+        verdicts = read_export(log_uri(job.run.root, "steps"), job.config.verdicts)
         labels, figures = step_labels(verdicts, items, questions, solutions)
         job.make_rows("expert_labels", labels, "question_id", figures)
         return

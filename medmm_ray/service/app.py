@@ -36,7 +36,15 @@ from medmm_ray.config import Config, ConfigError, build, execution, parse_overri
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.checkpoints import resolve
 from medmm_ray.engines.images import MAX_PIXELS
-from medmm_ray.service.rerank import Case, RerankAnswer, RerankRequest, StepLogOdds, rerank, steps_of, to_case
+from medmm_ray.service.rerank import (
+    ModelInput,
+    RerankAnswer,
+    RerankRequest,
+    StepLogOdds,
+    rerank,
+    steps_of,
+    to_model_input,
+)
 from medmm_ray.session import has_token_mode
 
 if TYPE_CHECKING:
@@ -126,7 +134,7 @@ class Problem(BaseModel):
     detail: str
 
 
-Scorer = Callable[[Case], Awaitable[Sequence[StepLogOdds]]]
+Scorer = Callable[[ModelInput], Awaitable[Sequence[StepLogOdds]]]
 
 
 # The application
@@ -169,7 +177,7 @@ def api(score: Scorer, config: ServeConfig, has_image_tower: bool, token_sha256:
         if request.image is not None and not has_image_tower:
             raise HTTPException(422, f"image: the model {card.model} has no image tower; leave the image out")
         try:
-            case = await asyncio.to_thread(to_case, request, config.max_image_pixels)
+            case = await asyncio.to_thread(to_model_input, request, config.max_image_pixels)
         except RowError as error:
             raise HTTPException(STATUS.get(error.kind, 422), str(error)) from error
         scores = await score(case)
@@ -290,8 +298,8 @@ class Reranker:
         model = RewardModel.from_pretrained(resolve(str(config.model)), dtype=config.dtype, device=config.device)
 
         @serve.batch(max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_timeout_s)
-        async def score(cases: list[Case]) -> list[Sequence[StepLogOdds]]:
-            return await asyncio.to_thread(score_cases, model, cases, config.token_budget)
+        async def score(cases: list[ModelInput]) -> list[Sequence[StepLogOdds]]:
+            return await asyncio.to_thread(score_inputs, model, cases, config.token_budget)
 
         if model.vision is not None:
             config = config.model_copy(update={"max_reference_images": 0})  # it knows a question's own images alone
@@ -301,14 +309,16 @@ class Reranker:
         return self._app
 
 
-def score_cases(model: "RewardModel", cases: Sequence[Case], token_budget: int | None) -> list[Sequence[StepLogOdds]]:
+def score_inputs(
+    model: "RewardModel", cases: Sequence[ModelInput], token_budget: int | None
+) -> list[Sequence[StepLogOdds]]:
     """Score several requests: those about the same case (question, documents, images) share one pass over its prefix.
 
     One list of scores a request, in order.
     """
     groups: dict[str, list[int]] = {}
     for i, case in enumerate(cases):
-        groups.setdefault(case.context, []).append(i)
+        groups.setdefault(case.context_key, []).append(i)
     scores: dict[int, Sequence[StepLogOdds]] = {}
     for members in groups.values():
         first = cases[members[0]]

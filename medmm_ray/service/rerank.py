@@ -110,7 +110,7 @@ class ScoredSolution(_Message):
     """Why the solution could not be scored."""
 
 
-class Choice(_Message):
+class ChosenAnswer(_Message):
     answer: str | None
     """The chosen answer; null where no scored solution states one."""
     solution: int | None
@@ -126,28 +126,28 @@ class RerankAnswer(_Message):
     aggregate: Aggregate
     ranking: list[int]
     """Indices of the scored solutions, best first; ties keep the order of the request."""
-    best_of_n: Choice
+    best_of_n: ChosenAnswer
     """The answer of the solution with the highest reward."""
-    sc_rm: Choice
+    sc_rm: ChosenAnswer
     """The answer with the largest sum of rewards over its solutions."""
-    majority: Choice
+    majority: ChosenAnswer
     """The answer that most solutions give, for comparison: no reward takes part."""
     solutions: list[ScoredSolution]
 
 
 @dataclass(frozen=True)
-class Case:
-    """What the reward model gets: all solutions of one question. `context` names everything but the solutions."""
+class ModelInput:
+    """What the reward model gets: all solutions of one question. `context_key` names everything but the solutions."""
 
     question: str
     solutions: tuple[str | tuple[str, ...], ...]
     documents: tuple[str, ...]
     image: "Image | None" = field(repr=False)
     reference_images: "tuple[Image, ...]" = field(repr=False)
-    context: str
+    context_key: str
 
 
-def to_case(request: RerankRequest, max_image_pixels: int) -> Case:
+def to_model_input(request: RerankRequest, max_image_pixels: int) -> ModelInput:
     """Steps split, images decoded. Raises `RowError` (image_encoding, image_corrupt, image_too_large, …)."""
     if request.reference_images and request.image is None:
         raise RowError("image_missing", f"{len(request.reference_images)} reference_images were sent without an image")
@@ -160,13 +160,13 @@ def to_case(request: RerankRequest, max_image_pixels: int) -> Case:
         shared.update(hashlib.sha256(part.encode()).digest())
     for _, content in contents:
         shared.update(hashlib.sha256(content).digest())
-    return Case(
+    return ModelInput(
         question=text.question_with_options(request.question, request.options),
         solutions=tuple(s if isinstance(s, str) else tuple(s) for s in request.solutions),
         documents=tuple(request.documents),
         image=pictures[0] if pictures else None,
         reference_images=tuple(pictures[1:]),
-        context=shared.hexdigest(),
+        context_key=shared.hexdigest(),
     )
 
 
@@ -208,7 +208,7 @@ def rerank(request: RerankRequest, scores: Sequence[StepLogOdds], model: str) ->
         arm="text_only" if request.image is None else "multimodal",
         aggregate=request.aggregate,
         ranking=ranking,
-        best_of_n=Choice(
+        best_of_n=ChosenAnswer(
             answer=None if best is None else answers[best],
             solution=best,
             support=0.0 if best is None else float(metrics.probability(rewards[best])),
@@ -261,17 +261,17 @@ def _scored(
     )
 
 
-def _vote(answers: Sequence[str | None], ranking: Sequence[int], rewards: Sequence[float] | None) -> Choice:
+def _vote(answers: Sequence[str | None], ranking: Sequence[int], rewards: Sequence[float] | None) -> ChosenAnswer:
     """The winning answer, its best solution and its share of the votes; without `rewards` each solution counts one.
 
     Answers are one where grading finds them equal (`text.equal_key`); the first of them gives the words.
     """
     winner = metrics.vote(answers, rewards)
     if winner is None:
-        return Choice(answer=None, solution=None, support=0.0)
+        return ChosenAnswer(answer=None, solution=None, support=0.0)
     codes = metrics.answer_codes(answers)
     weights = np.ones(len(answers)) if rewards is None else np.nan_to_num(metrics.probability(rewards))
     mine = codes == codes[winner]
     best = next((i for i in ranking if mine[i]), winner)
     support = float(weights[mine].sum() / weights[codes >= 0].sum())
-    return Choice(answer=answers[winner], solution=best, support=support)
+    return ChosenAnswer(answer=answers[winner], solution=best, support=support)

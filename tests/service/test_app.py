@@ -24,9 +24,17 @@ from PIL import Image
 from rich.console import Console
 
 from medmm_ray.config import ConfigError
-from medmm_ray.service.app import ServeConfig, api, application, build_app, is_loopback, score_cases, sha256
+from medmm_ray.service.app import ServeConfig, api, application, build_app, is_loopback, score_inputs, sha256
 from medmm_ray.service.client import QueryError, post, query, request_of, show
-from medmm_ray.service.rerank import Case, RerankAnswer, RerankRequest, StepLogOdds, rerank, steps_of, to_case
+from medmm_ray.service.rerank import (
+    ModelInput,
+    RerankAnswer,
+    RerankRequest,
+    StepLogOdds,
+    rerank,
+    steps_of,
+    to_model_input,
+)
 from medmm_ray.session import fresh_token, has_token_mode
 from tests.engines.test_pixels import KINDS
 
@@ -77,8 +85,8 @@ class FakeModel:
 
 
 def client(model: FakeModel, token: str = "", tower: bool = True, **fields: Any) -> TestClient:
-    async def score(case: Case) -> Sequence[StepLogOdds]:
-        return score_cases(model, [case], 4096)[0]  # type: ignore[arg-type]
+    async def score(case: ModelInput) -> Sequence[StepLogOdds]:
+        return score_inputs(model, [case], 4096)[0]  # type: ignore[arg-type]
 
     config = ServeConfig(model="runs/x/two_tower", **fields)
     app = api(score, config, tower, sha256(token) if token else None)
@@ -178,7 +186,7 @@ def test_nothing_scored_is_an_answer_too() -> None:
 
 def test_a_case_is_named_by_everything_but_its_solutions() -> None:
     def context(**changes: Any) -> str:
-        return to_case(RerankRequest(**body(**changes)), 10_000).context
+        return to_model_input(RerankRequest(**body(**changes)), 10_000).context_key
 
     base = context()
     assert base == context(solutions=[LEFT])
@@ -197,14 +205,14 @@ def test_a_case_is_named_by_everything_but_its_solutions() -> None:
 def test_requests_about_one_case_share_one_pass_and_do_not_change_each_other() -> None:
     model = FakeModel()
     cases = [
-        to_case(RerankRequest(**body(**changes)), 10_000)
+        to_model_input(RerankRequest(**body(**changes)), 10_000)
         for changes in ({}, {"question": "What?"}, {"solutions": [LEFT]}, {"documents": ["A text."]})
     ]
-    together = score_cases(model, cases, 4096)  # type: ignore[arg-type]
+    together = score_inputs(model, cases, 4096)  # type: ignore[arg-type]
     question = "Which side shows the effusion? (A) none (B) right (C) left"
     asked = "What? (A) none (B) right (C) left"
     assert model.calls == [(question, 3, 0, False), (asked, 2, 0, False), (question, 2, 1, False)]
-    alone = [score_cases(FakeModel(), [case], 4096)[0] for case in cases]  # type: ignore[arg-type]
+    alone = [score_inputs(FakeModel(), [case], 4096)[0] for case in cases]  # type: ignore[arg-type]
     assert together == alone
 
 
@@ -593,7 +601,7 @@ def test_real_serve_gives_the_scores_of_the_offline_function(checkpoint: Path, m
             pass
 
     model = RewardModel.from_pretrained(checkpoint)
-    asked, image = to_case(requests[0], 10_000).question, to_case(requests[0], 10_000).image
+    asked, image = to_model_input(requests[0], 10_000).question, to_model_input(requests[0], 10_000).image
     for chunk, answer in zip(chunks, answers, strict=True):
         offline = model.score(asked, chunk, documents, image)
         for expected, solution in zip(offline, answer.solutions, strict=True):
@@ -626,7 +634,7 @@ def test_a_vision_language_model_is_served(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(QueryError, match="1 reference_images; at most 0 are allowed"):
             query(url, request_of(QUESTION, OPTIONS, [RIGHT], image=png(), reference_images=[png()]))
     assert (card["has_image_tower"], card["max_reference_images"]) == (True, 0)
-    case = to_case(request, 10_000)
+    case = to_model_input(request, 10_000)
     model = RewardModel.from_pretrained(folder)
     for expected, unseen, solution in zip(
         model.score(case.question, [RIGHT, LEFT], (), case.image),

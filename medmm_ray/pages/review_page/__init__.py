@@ -1,10 +1,11 @@
-"""The page where experts read the queue: what it is told, and the names of its parts.
+"""The page where experts read the queue: its settings, and the names of its parts.
 
 Enters: the run's review queue (or a table of questions), with what belongs to it. Leaves: verdicts, appended durably
 below ``<run>/reader_verdicts/``, and their export: labels of source "expert", or `QuestionReview` rows.
 
-`verdicts` keeps what readers said, `desk` deals items to readers and knows what is decided, `readers` who may come in,
-`cases` what is shown, `export` turns verdicts into records, `app` is the page itself. Only `app` loads Gradio.
+`verdicts` is the log of verdicts, `assigner` assigns items to readers and knows what is decided, `accounts` is the file
+of readers, `sessions` and `login` let them in, `item_views` is what is shown of an item, `export` turns verdicts into
+records, `app` is the page itself. Only `app` loads Gradio.
 """
 
 from typing import Annotated, Literal

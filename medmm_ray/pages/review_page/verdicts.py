@@ -1,4 +1,4 @@
-"""What readers said: one `Verdict` a key press, appended and never changed; the last of a reader on an item counts.
+"""The readers' verdicts: one `Verdict` a key press, appended and never changed; a reader's last one on an item counts.
 
 On a local disk a reader's verdicts are lines of one file, each flushed to the disk before `append` returns; on an
 object store each is an object of its own. A kill loses nothing that was acknowledged: at most the line that was being
@@ -28,6 +28,8 @@ LOCK = ".lock"
 
 
 def _one_of(*words: str) -> AfterValidator:
+    """A pydantic check that a string is one of `words`."""
+
     def check(word: str) -> str:
         if word not in words:
             raise ValueError(f"must be one of {', '.join(words)}")
@@ -40,6 +42,7 @@ def _one_of(*words: str) -> AfterValidator:
 class Verdict:
     """One reader's word on one item. `number` counts the reader's verdicts from 1, `seen` hashes what was read.
 
+    `seconds` is how long the item was on the reader's screen, `at` the time of the verdict (UTC, ISO 8601).
     `verdict` is one of `STEP_VERDICTS` or `QUESTION_VERDICTS`, or `WITHDRAWN`, which takes the one before back.
     `faults` belong to a wrong step; `answer_right` and `difficulty` to a question.
     """
@@ -64,7 +67,7 @@ _LINE = TypeAdapter(Verdict)
 
 
 class VerdictLog:
-    """The verdicts below a folder or URI."""
+    """The verdicts below a folder or URI: `append` adds one, `read` gives all."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri.rstrip("/")
@@ -87,6 +90,7 @@ class VerdictLog:
             ) from None
 
     def release(self) -> None:
+        """Let another page have the folder."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -103,36 +107,45 @@ class VerdictLog:
     def read(self) -> list[Verdict]:
         """All verdicts, by reader and number; a `TableError` names the file and the line that is none."""
         selector = pafs.FileSelector(self.path, recursive=not self.is_local, allow_not_found=True)
-        found = []
+        extension = "jsonl" if self.is_local else "json"
+        verdicts: list[Verdict] = []
         for info in self.fs.get_file_info(selector):
-            if info.type == pafs.FileType.File and info.extension == ("jsonl" if self.is_local else "json"):
+            if info.type == pafs.FileType.File and info.extension == extension:
                 with self.fs.open_input_stream(info.path) as stream:
-                    found += parse(stream.read(), info.path)
-        return sorted(found, key=lambda verdict: (verdict.reader, verdict.number))
+                    verdicts += parse(stream.read(), info.path)
+        return sorted(verdicts, key=_order)
+
+
+def _order(verdict: Verdict) -> tuple[str, int]:
+    return verdict.reader, verdict.number
 
 
 def parse(content: bytes, where: str) -> list[Verdict]:
     """The verdicts in the lines of the file `where`, without what a kill tore; a `TableError` names a line at fault."""
-    found: list[Verdict] = []
-    torn = 0
-    for number, line in enumerate(content.split(b"\n"), 1):
-        verdict = _verdict(line, f"{where} line {number}") if line else None
-        if verdict is None:
-            torn = torn or (number if line else 0)
+    verdicts: list[Verdict] = []
+    torn_line = 0  # number of the first line that is no JSON since the last verdict; 0: none
+    for line_number, line in enumerate(content.split(b"\n"), 1):
+        if not line:
             continue
-        before = found[-1].number if found and found[-1].reader == verdict.reader else 0
-        if torn and verdict.number > before + 1:
+        verdict = _verdict(line, f"{where} line {line_number}")
+        if verdict is None:
+            torn_line = torn_line or line_number
+            continue
+        is_first = not verdicts or verdicts[-1].reader != verdict.reader
+        previous = 0 if is_first else verdicts[-1].number
+        # A verdict that was being written at a kill was never acknowledged: the next one takes its number.
+        if torn_line and verdict.number > previous + 1:
             raise TableError(
-                f"{where} line {torn} is no JSON, and {verdict.reader}'s verdict {before + 1} is missing: the line is "
-                "damaged. Restore the file from a copy, or write that verdict's line anew"
+                f"{where} line {torn_line} is no JSON, and {verdict.reader}'s verdict {previous + 1} is missing: the "
+                "line is damaged. Restore the file from a copy, or write that verdict's line anew"
             )
-        torn = 0
-        found.append(verdict)
-    return found
+        torn_line = 0
+        verdicts.append(verdict)
+    return verdicts
 
 
 def _verdict(line: bytes, where: str) -> Verdict | None:
-    """A line's verdict; None for what is no JSON."""
+    """The verdict in a line; None for what is no JSON."""
     try:
         return _LINE.validate_json(line)
     except ValidationError as error:
@@ -140,17 +153,20 @@ def _verdict(line: bytes, where: str) -> Verdict | None:
     if fault["type"] == "json_invalid":
         return None
     field = ".".join(str(part) for part in fault["loc"])
-    due = fault["msg"].removeprefix("Value error, ")
-    raise TableError(f"{where} is no verdict: {f'{field!r}: ' if field else ''}{due}. Mend the line, or delete it")
+    label = f"{field!r}: " if field else ""
+    problem = fault["msg"].removeprefix("Value error, ")
+    raise TableError(f"{where} is no verdict: {label}{problem}. Mend the line, or delete it")
 
 
 def _append_line(path: Path, line: bytes) -> None:
+    """Append a line to the file, whole and on the disk."""
     is_new = not path.exists()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
     try:
         size = os.fstat(descriptor).st_size
-        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-        content = (b"\n" if torn else b"") + line + b"\n"
+        # What a kill tore stays a line of its own, which `parse` skips.
+        is_torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        content = (b"\n" if is_torn else b"") + line + b"\n"
         written = os.write(descriptor, content)
         if written != len(content):
             raise TableError(f"cannot write {path}: {written} of {len(content)} bytes fit. Free space there")
@@ -158,19 +174,24 @@ def _append_line(path: Path, line: bytes) -> None:
     finally:
         os.close(descriptor)
     if is_new:
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _sync_folder(path.parent)
 
 
-def standing(verdicts: Iterable[Verdict]) -> dict[str, dict[str, Verdict]]:
+def _sync_folder(folder: Path) -> None:
+    """Bring the folder's entries to the disk: a new file is lost with its entry, whatever was synced of its content."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def latest_verdicts(verdicts: Iterable[Verdict]) -> dict[str, dict[str, Verdict]]:
     """By item and reader the verdict that counts: the last one, unless it was withdrawn."""
-    found: dict[str, dict[str, Verdict]] = {}
-    for verdict in sorted(verdicts, key=lambda v: (v.reader, v.number)):
-        of_item = found.setdefault(verdict.item_id, {})
-        of_item.pop(verdict.reader, None)
+    by_item: dict[str, dict[str, Verdict]] = {}
+    for verdict in sorted(verdicts, key=_order):
+        by_reader = by_item.setdefault(verdict.item_id, {})
+        by_reader.pop(verdict.reader, None)
         if verdict.verdict != WITHDRAWN:
-            of_item[verdict.reader] = verdict
-    return found
+            by_reader[verdict.reader] = verdict
+    return by_item

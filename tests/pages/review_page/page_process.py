@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from medmm_ray.pages.review_page.readers import add_reader
+from medmm_ray.pages.review_page.accounts import add_reader
 from tests.pages.review_page.phantom_run import RECIPE
 
 PASSWORD = "correct horse battery"  # noqa: S105

@@ -11,11 +11,13 @@ import pytest
 from fastapi.testclient import TestClient
 
 from jobs import review_page as job
-from jobs.review_page import cases
+from jobs.review_page import item_views
 from jobs.step import Run
-from medmm_ray.pages.review_page.app import COOKIE, build_app
-from medmm_ray.pages.review_page.desk import Desk
-from medmm_ray.pages.review_page.readers import Door, read_readers
+from medmm_ray.pages.review_page.accounts import read_readers
+from medmm_ray.pages.review_page.app import build_app
+from medmm_ray.pages.review_page.assigner import Assigner
+from medmm_ray.pages.review_page.login import COOKIE
+from medmm_ray.pages.review_page.sessions import Sessions
 from medmm_ray.pages.review_page.verdicts import VerdictLog
 from tests.pages.review_page.page_process import PASSWORD, Client, hire, serving
 from tests.pages.review_page.phantom_run import RECIPE, make_run
@@ -30,17 +32,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def client(run: Run) -> Iterator[TestClient]:
-    shown = cases(run)
+    views = item_views(run)
     readers = read_readers(job.readers_file(run))
     log = VerdictLog(f"{run.root}/log")
     log.claim()
-    desk = Desk(
-        [case.item for case in shown.shown.values()],
+    assigner = Assigner(
+        [view.item for view in views.by_id.values()],
         log,
         {name: reader.role for name, reader in readers.items()},
         run.recipe.review_page,
     )
-    with TestClient(build_app(desk, shown, Door(readers, 1.0)), follow_redirects=False) as client:
+    with TestClient(build_app(assigner, views, Sessions(readers, 1.0)), follow_redirects=False) as client:
         yield client
 
 
@@ -84,7 +86,7 @@ def test_passwords_are_asked_for_by_the_job(
     assert job.main([RECIPE, f"run={tmp_path}", "--add-reader", "dora", "--role", "adjudicator"]) == 0
     told = capsys.readouterr().out
     assert told == f"dora (adjudicator) is in {tmp_path}/readers.json\n"
-    assert Door(read_readers(tmp_path / "readers.json"), 1.0).enter("dora", PASSWORD, "") is not None
+    assert Sessions(read_readers(tmp_path / "readers.json"), 1.0).log_in("dora", PASSWORD, "") is not None
     assert job.main([RECIPE, "run=memory://x", "--add-reader", "dora"]) == 2
     assert "name a local file of readers" in capsys.readouterr().err
     assert job.main([RECIPE, f"run={tmp_path / 'none'}"]) == 2
@@ -98,7 +100,7 @@ def test_readers_at_once_are_blind_and_a_kill_loses_nothing(tmp_path: Path) -> N
     """Two readers work as fast as they can while the server is killed three times, at any moment."""
     hire(str(tmp_path))
     run = make_run(tmp_path, num_questions=30, size=32, steps=(0, 1, 2, 3))
-    everything = set(cases(run).shown)
+    everything = set(item_views(run).by_id)
     acknowledged: list[tuple[str, str]] = []
     rng = random.Random(0)
     for kill in range(4):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from jobs.graph import BY_NAME
-from jobs.review_page import cases, export
+from jobs.review_page import export, item_views
 from jobs.step import Run, load_recipe, run_step
 from medmm_ray.pages.review_page.verdicts import VerdictLog
 from tests.pages.review_page.page_process import PASSWORD, hire, serving
@@ -150,7 +150,7 @@ def look_into_the_documents(reading: Reading) -> None:
 def test_two_readers_an_adjudicator_and_an_export(browser: "Browser", tmp_path: Path) -> None:
     hire(str(tmp_path))
     run = make_run(tmp_path, num_questions=2, size=128)
-    steps = [case.steps[case.step_index] for case in cases(run).shown.values() if case.step_index is not None]
+    steps = [case.steps[case.step_index] for case in item_views(run).by_id.values() if case.step_index is not None]
     with serving(str(tmp_path), "second_reader_share=1") as page:
         anna = Reading(browser, page.url, "anna")
         first_reader(anna, steps)

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from jobs.graph import BY_NAME
-from jobs.review_page import cases, export
+from jobs.review_page import export, item_views
 from jobs.step import Run, load_recipe, run_step
 from medmm_ray.data.records import Labels, Question, QuestionReview, ReviewItem, StepLabel, from_dict
 from medmm_ray.data.tables import Table, TableError
-from medmm_ray.pages.review_page.cases import Cases
-from medmm_ray.pages.review_page.export import freeze, frozen, step_label, step_labels
+from medmm_ray.pages.review_page.export import export_verdicts, read_export, step_label, step_labels
+from medmm_ray.pages.review_page.item_views import ItemViews
 from medmm_ray.pages.review_page.verdicts import Verdict, VerdictLog
 from medmm_ray.stats.targets import Ending, hybrid
 from tests.pages.review_page.phantom_run import RECIPE, make_run
@@ -25,14 +25,14 @@ def run(tmp_path: Path) -> Run:
 
 def say(run: Run, what: str = "steps") -> VerdictLog:
     """Two readers' and an adjudicator's verdicts on the queue's items, in the log."""
-    shown = cases(run).shown
+    shown = item_views(run).by_id
     log = VerdictLog(f"{run.root}/reader_verdicts/{what}")
     log.claim()
     numbers: dict[str, int] = {}
 
     def append(reader: str, item_id: str, verdict: str, **more: Any) -> None:
         numbers[reader] = numbers.get(reader, 0) + 1
-        seen = more.pop("seen", shown[item_id].item.seen)
+        seen = more.pop("seen", shown[item_id].item.content_hash)
         log.append(
             Verdict(reader=reader, number=numbers[reader], item_id=item_id, seen=seen, verdict=verdict, **more)
         )  # fmt: skip
@@ -100,11 +100,11 @@ def test_labels_of_readers_and_adjudicator_lie_side_by_side(run: Run) -> None:
 
 
 def test_the_agreement_of_readers_is_weighted_and_has_an_interval_by_question(run: Run) -> None:
-    shown = cases(run).shown
+    shown = item_views(run).by_id
     says = {"s0-0/1": ("right", "right"), "s0-0/2": ("wrong", "right"), "s1-0/1": ("wrong", "wrong"),
             "s1-0/2": ("right", "right"), "s2-0/1": ("wrong", "wrong"), "s2-0/2": ("unsure", "right")}  # fmt: skip
     verdicts = [
-        Verdict(reader=reader, number=number, item_id=item_id, seen=shown[item_id].item.seen, verdict=word)
+        Verdict(reader=reader, number=number, item_id=item_id, seen=shown[item_id].item.content_hash, verdict=word)
         for number, (item_id, words) in enumerate(says.items(), 1)
         for reader, word in zip(("anna", "ben"), words, strict=True)
     ]
@@ -124,25 +124,25 @@ def test_the_agreement_of_readers_is_weighted_and_has_an_interval_by_question(ru
 
 def test_an_export_is_named_by_what_it_holds(run: Run) -> None:
     log = say(run)
-    name, number = freeze(log)
-    assert (freeze(log), number) == ((name, 8), 8)
-    assert frozen(log.uri, name) == log.read()
+    name, number = export_verdicts(log)
+    assert (export_verdicts(log), number) == ((name, 8), 8)
+    assert read_export(log.uri, name) == log.read()
     log.append(Verdict(reader="ben", number=3, item_id="s2-0/1", seen="x", verdict="right"))
-    later, number = freeze(log)
+    later, number = export_verdicts(log)
     assert (later != name, number) == (True, 9)
-    assert len(frozen(log.uri, name)) == 8
+    assert len(read_export(log.uri, name)) == 8
     path = Path(log.path) / "exports" / f"{name}.jsonl"
     path.write_text(path.read_text().replace('"unsure"', '"right"'))
     with pytest.raises(TableError, match="is not what was exported"):
-        frozen(log.uri, name)
+        read_export(log.uri, name)
     with pytest.raises(TableError, match="--export writes an export"):
-        frozen(log.uri, "0123")
+        read_export(log.uri, "0123")
 
 
 def test_the_review_step_takes_an_export_and_its_fingerprint_says_which(run: Run) -> None:
     say(run)
     told = export(run)
-    name = freeze(VerdictLog(f"{run.root}/reader_verdicts/steps"))[0]
+    name = export_verdicts(VerdictLog(f"{run.root}/reader_verdicts/steps"))[0]
     assert f"review.verdicts={name}" in told
     words = [f"run={run.recipe.run}", "review.expert=readers", f"review.verdicts={name}", "review.review_steps=1000"]
     taken = Run(load_recipe([RECIPE, *words]))  # so many steps that the queue, which is drawn anew, has all
@@ -172,7 +172,7 @@ def test_questions_go_in_and_their_reviews_come_out(run: Run) -> None:
         update={"what": "questions", "questions": run.uri("questions")})}))  # fmt: skip
     log = say(given, "questions")
     told = export(given)
-    name = freeze(log)[0]
+    name = export_verdicts(log)[0]
     assert told.startswith(f"4 verdicts are in the export {name}, 4 reviews in ")
     table = Table(f"{run.root}/question_reviews/{name}", QuestionReview)
     found = {(r["question_id"], r["annotator"]): r for r in table.to_arrow().to_pylist()}
@@ -186,9 +186,9 @@ def test_questions_go_in_and_their_reviews_come_out(run: Run) -> None:
 
 
 def test_a_case_has_what_the_judge_had_and_nothing_of_what_was_said(run: Run) -> None:
-    shown: Cases = cases(run)
-    assert list(shown.shown) == ["s0-0/1", "s0-0/2", "s1-0/1", "s1-0/2", "s2-0/1", "s2-0/2"]
-    case = shown.shown["s1-0/2"]
+    views: ItemViews = item_views(run)
+    assert list(views.by_id) == ["s0-0/1", "s0-0/2", "s1-0/1", "s1-0/2", "s2-0/1", "s2-0/2"]
+    case = views.by_id["s1-0/2"]
     [question] = [r for r in run.table("questions").to_arrow().to_pylist() if r["question_id"] == "q1"]
     assert (case.question, case.options, case.step_index) == (question["question"], question["options"], 2)
     references = run.recipe.judge.num_references
@@ -196,21 +196,21 @@ def test_a_case_has_what_the_judge_had_and_nothing_of_what_was_said(run: Run) ->
     assert [p.role for p in case.pictures] == ["query", *["reference"] * references]
     assert len(case.documents) == min(4, run.recipe.judge.num_documents)
     assert (case.answer, case.difficulty) == (None, None)
-    assert set(shown.uris) == {p.image_id for s in shown.shown.values() for p in s.pictures}
-    assert shown.after["s0-0/1"] is shown.shown["s0-0/2"]
-    assert "s2-0/2" not in shown.after
-    before, after = shown.shown["s0-0/1"].item, shown.shown["s0-0/2"].item
-    assert before.seen != after.seen
+    assert set(views.image_uris) == {p.image_id for s in views.by_id.values() for p in s.pictures}
+    assert views.following["s0-0/1"] is views.by_id["s0-0/2"]
+    assert "s2-0/2" not in views.following
+    before, after = views.by_id["s0-0/1"].item, views.by_id["s0-0/2"].item
+    assert before.content_hash != after.content_hash
 
 
 def test_another_answer_makes_another_question_to_review(run: Run) -> None:
     page = run.recipe.review_page.model_copy(update={"what": "questions"})
     given = Run(run.recipe.model_copy(update={"review_page": page}))
-    first = cases(given).shown["q0"]
+    first = item_views(given).by_id["q0"]
     assert first.answer in [*"ABCD"]
     assert (first.steps, first.step_index, first.documents, len(first.pictures)) == ([], None, [], 1)
     rows = [from_dict(Question, row) for row in run.table("questions").to_arrow().to_pylist()]
     other = [replace(row, answer="ABCD"[("ABCD".index(row.answer) + 1) % 4]) for row in rows]
     changed = make_run(Path(run.root) / "other", num_questions=3, questions=other)
     changed = Run(changed.recipe.model_copy(update={"review_page": page}))
-    assert cases(changed).shown["q0"].item.seen != first.item.seen
+    assert item_views(changed).by_id["q0"].item.content_hash != first.item.content_hash

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from medmm_ray.data.tables import TableError
-from medmm_ray.pages.review_page.export import freeze
-from medmm_ray.pages.review_page.verdicts import Verdict, VerdictLog, parse, standing
+from medmm_ray.pages.review_page.export import export_verdicts
+from medmm_ray.pages.review_page.verdicts import Verdict, VerdictLog, latest_verdicts, parse
 
 
 def verdict(reader: str, number: int, item_id: str = "s/0", said: str = "right", **more: object) -> Verdict:
@@ -96,7 +96,7 @@ def test_a_line_that_is_no_verdict_is_named(changes: dict[str, Any] | None, word
 def test_exports_of_a_log_on_an_object_store_are_not_read_as_verdicts(tmp_path: Path) -> None:
     log = VerdictLog(f"memory://{tmp_path}")
     log.append(verdict("anna", 1))
-    assert freeze(log) == freeze(log)
+    assert export_verdicts(log) == export_verdicts(log)
     assert log.read() == [verdict("anna", 1)]
 
 
@@ -119,5 +119,5 @@ def test_the_last_word_of_a_reader_stands() -> None:
         verdict("ben", 1, "a", "neutral"),
         verdict("ben", 2, "c", "withdrawn"),
     ]
-    found = {item: {r: v.verdict for r, v in of.items()} for item, of in standing(reversed(said)).items()}
+    found = {item: {r: v.verdict for r, v in of.items()} for item, of in latest_verdicts(reversed(said)).items()}
     assert found == {"a": {"anna": "wrong", "ben": "neutral"}, "b": {}, "c": {}}

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from medmm_ray.pages.review_page import ReviewPageConfig
-from medmm_ray.pages.review_page.desk import Answer, Desk, Item, RefusedError, status
-from medmm_ray.pages.review_page.readers import Role
+from medmm_ray.pages.review_page.accounts import Role
+from medmm_ray.pages.review_page.assigner import Assigner, QueueItem, RefusedError, Submission, status
 from medmm_ray.pages.review_page.verdicts import Verdict, VerdictLog
 
-ITEMS = [Item(f"s{group}/{step}", f"q{group}", f"seen{group}{step}") for group in range(3) for step in range(2)]
+ITEMS = [QueueItem(f"s{group}/{step}", f"q{group}", f"seen{group}{step}") for group in range(3) for step in range(2)]
 ROLES: dict[str, Role] = {"anna": "reader", "ben": "reader", "cora": "adjudicator"}
 
 
@@ -24,9 +24,9 @@ class Clock:
 CLOCK = Clock()
 
 
-def desk(folder: Path, items: list[Item] = ITEMS, **settings: Any) -> Desk:
+def assigner_of(folder: Path, items: list[QueueItem] = ITEMS, **settings: Any) -> Assigner:
     config = ReviewPageConfig(**{"second_reader_share": 0.0, **settings})
-    return Desk(items, VerdictLog(str(folder)), ROLES, config, CLOCK)
+    return Assigner(items, VerdictLog(str(folder)), ROLES, config, CLOCK)
 
 
 @pytest.fixture
@@ -35,24 +35,24 @@ def log(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def now(review: Desk, reader: str) -> str | None:
+def now(review: Assigner, reader: str) -> str | None:
     item = review.current(reader)
     return item.item_id if item else None
 
 
-def read(review: Desk, reader: str, *said: str) -> list[str]:
+def read(review: Assigner, reader: str, *said: str) -> list[str]:
     """Let a reader say these of what comes; gives the items."""
     items = []
     for word in said:
         item = review.current(reader)
         assert item
-        review.submit(reader, item.item_id, Answer(word))
+        review.submit(reader, item.item_id, Submission(word))
         items.append(item.item_id)
     return items
 
 
 def test_a_question_has_one_reader_at_a_time(log: Path) -> None:
-    review = desk(log)
+    review = assigner_of(log)
     assert (now(review, "anna"), now(review, "ben"), now(review, "anna")) == ("s0/0", "s1/0", "s0/0")
     assert read(review, "anna", "right", "wrong", "right", "right") == ["s0/0", "s0/1", "s2/0", "s2/1"]
     assert now(review, "anna") is None
@@ -62,39 +62,39 @@ def test_a_question_has_one_reader_at_a_time(log: Path) -> None:
 
 
 def test_what_a_silent_reader_holds_goes_to_others(log: Path) -> None:
-    review = desk(log, lease_minutes=10.0)
+    review = assigner_of(log, lease_minutes=10.0)
     assert read(review, "anna", "right") == ["s0/0"]
     CLOCK.now += 599
     assert now(review, "ben") == "s1/0"
     CLOCK.now += 2
-    review.submit("ben", "s1/0", Answer("right"))
+    review.submit("ben", "s1/0", Submission("right"))
     assert read(review, "ben", "right", "right") == ["s1/1", "s0/1"]
     with pytest.raises(RefusedError, match="went to another reader"):
-        review.submit("anna", "s0/1", Answer("right"))
+        review.submit("anna", "s0/1", Submission("right"))
     assert now(review, "anna") == "s2/0"
 
 
 def test_changing_an_old_verdict_gives_nothing_out_of_hand(log: Path) -> None:
-    review = desk(log)
+    review = assigner_of(log)
     read(review, "anna", "right", "right")
     assert now(review, "anna") == "s1/0"
-    review.submit("anna", "s0/0", Answer("wrong"))
+    review.submit("anna", "s0/0", Submission("wrong"))
     assert (now(review, "ben"), now(review, "anna")) == ("s2/0", "s1/0")
 
 
 def test_a_silent_reader_may_go_on_where_nobody_took_over(log: Path) -> None:
-    review = desk(log, lease_minutes=10.0)
+    review = assigner_of(log, lease_minutes=10.0)
     assert now(review, "anna") == "s0/0"
     CLOCK.now += 3600
-    review.submit("anna", "s0/0", Answer("right"))
+    review.submit("anna", "s0/0", Submission("right"))
     assert now(review, "anna") == "s0/1"
 
 
 def test_a_reader_resumes_in_a_new_process(log: Path) -> None:
-    review = desk(log)
+    review = assigner_of(log)
     read(review, "ben", "right", "right")
     assert read(review, "anna", "right") == ["s1/0"]
-    again = desk(log)
+    again = assigner_of(log)
     assert (now(again, "anna"), now(again, "ben")) == ("s1/1", "s2/0")
     assert again.progress("ben").done == 2
     read(again, "anna", "wrong")
@@ -104,11 +104,16 @@ def test_a_reader_resumes_in_a_new_process(log: Path) -> None:
 
 
 def test_second_readers_are_drawn_by_question_and_blind(log: Path) -> None:
-    many = [Item(f"s{n}/0", f"q{n}", "x") for n in range(2000)]
-    drawn = [group for group, needed in desk(log, many, second_reader_share=0.25).needed.items() if needed == 2]
+    many = [QueueItem(f"s{n}/0", f"q{n}", "x") for n in range(2000)]
+
+    def read_twice(items: list[QueueItem]) -> list[str]:
+        needed = assigner_of(log, items, second_reader_share=0.25).readers_needed
+        return [question_id for question_id, number in needed.items() if number == 2]
+
+    drawn = read_twice(many)
     assert 440 < len(drawn) < 560
-    assert drawn == [g for g, n in desk(log, many[::-1], second_reader_share=0.25).needed.items() if n == 2][::-1]
-    review = desk(log, second_reader_share=1.0)
+    assert drawn == read_twice(many[::-1])[::-1]
+    review = assigner_of(log, second_reader_share=1.0)
     assert read(review, "anna", *["right"] * 6) == [item.item_id for item in ITEMS]
     assert review.progress("anna").decided == 0
     assert read(review, "ben", *["right"] * 6) == [item.item_id for item in ITEMS]
@@ -116,27 +121,29 @@ def test_second_readers_are_drawn_by_question_and_blind(log: Path) -> None:
 
 
 def test_contradictions_go_to_the_adjudicator_alone(log: Path) -> None:
-    review = desk(log, second_reader_share=1.0)
+    review = assigner_of(log, second_reader_share=1.0)
     read(review, "anna", "right", "right", "wrong")
     assert now(review, "cora") is None
     read(review, "ben", "right", "wrong")
     assert review.progress("cora").disputed == 1
     assert now(review, "cora") == "s0/1"
     assert [(v.reader, v.verdict) for v in review.readings("s0/1")] == [("anna", "right"), ("ben", "wrong")]
-    review.submit("anna", "s0/1", Answer("wrong"))  # the first reader changes the verdict: no contradiction any more
+    review.submit(
+        "anna", "s0/1", Submission("wrong")
+    )  # the first reader changes the verdict: no contradiction any more
     assert now(review, "cora") is None
-    review.submit("anna", "s0/1", Answer("neutral"))
+    review.submit("anna", "s0/1", Submission("neutral"))
     assert read(review, "cora", "right") == ["s0/1"]
     assert review.progress("cora").decided == 2
     for reader in ("anna", "ben"):
         with pytest.raises(RefusedError, match="An adjudicator has decided"):
-            review.submit(reader, "s0/1", Answer("right"))
+            review.submit(reader, "s0/1", Submission("right"))
     assert review.undo("cora") == ITEMS[1]
     assert now(review, "cora") == "s0/1"
 
 
 def test_who_is_unsure_asks_for_a_second_reader(log: Path) -> None:
-    review = desk(log, ITEMS[:2])
+    review = assigner_of(log, ITEMS[:2])
     read(review, "anna", "unsure", "unsure")
     assert now(review, "anna") is None
     read(review, "ben", "wrong", "unsure")
@@ -166,7 +173,7 @@ def test_status(said: list[str], needed: int, expected: str) -> None:
 
 
 def test_taking_back_and_moving(log: Path) -> None:
-    review = desk(log)
+    review = assigner_of(log)
     assert review.undo("anna") is None
     read(review, "anna", "right", "wrong", "right")
     assert [i.item_id for i in (review.move("anna", "s1/1", -1), review.move("anna", "s0/0", -1)) if i] == [
@@ -175,23 +182,23 @@ def test_taking_back_and_moving(log: Path) -> None:
     forward = [review.move("anna", item, 1) for item in ("s0/0", "s1/0", "s1/1", "unknown")]
     assert [i.item_id for i in forward if i] == ["s0/1", "s1/1", "s1/1", "s1/1"]
     assert review.undo("anna") == ITEMS[2]
-    assert (review.own("anna", "s1/0"), now(review, "anna")) == (None, "s1/0")
+    assert (review.verdict_of("anna", "s1/0"), now(review, "anna")) == (None, "s1/0")
     assert review.undo("anna") == ITEMS[1]
     assert now(review, "anna") == "s0/1"
-    review.submit("anna", "s0/0", Answer("wrong", faults=["medical", "logical"]))
-    changed = desk(log).own("anna", "s0/0")
+    review.submit("anna", "s0/0", Submission("wrong", faults=["medical", "logical"]))
+    changed = assigner_of(log).verdict_of("anna", "s0/0")
     assert changed
     assert (changed.verdict, changed.faults, changed.number) == ("wrong", ["logical", "medical"], 6)
 
 
 def test_progress_and_pace(log: Path) -> None:
-    review = desk(log)
+    review = assigner_of(log)
     assert review.progress("anna").minutes_left is None
     for seconds in (10, 30, 5000):  # the last one was away
         item = review.current("anna")
         assert item
         CLOCK.now += seconds
-        review.submit("anna", item.item_id, Answer("right"))
+        review.submit("anna", item.item_id, Submission("right"))
     found = review.progress("anna")
     assert (found.done, found.left, found.decided, found.disputed, found.total) == (3, 3, 3, 0, 6)
     assert found.minutes_left == 30 * 3 / 60
@@ -200,29 +207,29 @@ def test_progress_and_pace(log: Path) -> None:
 
 
 def test_verdicts_on_another_text_do_not_count(log: Path) -> None:
-    read(desk(log), "anna", "right", "right")
-    changed = [Item(i.item_id, i.group, "other" if i.item_id == "s0/1" else i.seen) for i in ITEMS]
-    assert now(desk(log, changed), "anna") == "s0/1"
+    read(assigner_of(log), "anna", "right", "right")
+    changed = [QueueItem(i.item_id, i.question_id, "other" if i.item_id == "s0/1" else i.content_hash) for i in ITEMS]
+    assert now(assigner_of(log, changed), "anna") == "s0/1"
 
 
 @pytest.mark.parametrize(
     ("what", "answer", "message"),
     [
-        ("steps", Answer("keep"), "'keep' is unknown here"),
-        ("questions", Answer("right"), "'right' is unknown here"),
-        ("steps", Answer("withdrawn"), "is unknown here"),
-        ("steps", Answer("right", faults=["logical"]), "Only a wrong step has faults"),
-        ("steps", Answer("wrong", faults=["spelling"]), "Only a wrong step has faults"),
-        ("questions", Answer("keep", difficulty="odd"), "'odd' is unknown"),
+        ("steps", Submission("keep"), "'keep' is unknown here"),
+        ("questions", Submission("right"), "'right' is unknown here"),
+        ("steps", Submission("withdrawn"), "is unknown here"),
+        ("steps", Submission("right", faults=["logical"]), "Only a wrong step has faults"),
+        ("steps", Submission("wrong", faults=["spelling"]), "Only a wrong step has faults"),
+        ("questions", Submission("keep", difficulty="odd"), "'odd' is unknown"),
     ],
 )
-def test_what_cannot_be_said_is_refused_and_not_kept(what: str, answer: Answer, message: str, log: Path) -> None:
-    review = desk(log, what=what)
+def test_what_cannot_be_said_is_refused_and_not_kept(what: str, answer: Submission, message: str, log: Path) -> None:
+    review = assigner_of(log, what=what)
     assert now(review, "anna") == "s0/0"
     with pytest.raises(RefusedError, match=message):
         review.submit("anna", "s0/0", answer)
     with pytest.raises(RefusedError, match="not in the review any more"):
-        review.submit("anna", "gone", Answer("right" if what == "steps" else "keep"))
+        review.submit("anna", "gone", Submission("right" if what == "steps" else "keep"))
     assert VerdictLog(str(log)).read() == []
 
 
@@ -230,13 +237,13 @@ def test_many_threads_read_each_item_once(log: Path) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     roles: dict[str, Role] = {f"r{n}": "reader" for n in range(8)}
-    items = [Item(f"s{n}/0", f"q{n // 2}", "x") for n in range(80)]
-    review = Desk(items, VerdictLog(str(log)), roles, ReviewPageConfig(second_reader_share=0.0), CLOCK)
+    items = [QueueItem(f"s{n}/0", f"q{n // 2}", "x") for n in range(80)]
+    review = Assigner(items, VerdictLog(str(log)), roles, ReviewPageConfig(second_reader_share=0.0), CLOCK)
 
     def work(reader: str) -> list[str]:
         done = []
         while item := review.current(reader):
-            review.submit(reader, item.item_id, Answer("right"))
+            review.submit(reader, item.item_id, Submission("right"))
             done.append(item.item_id)
         return done
 

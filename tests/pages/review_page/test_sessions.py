@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from medmm_ray.config import ConfigError
-from medmm_ray.pages.review_page.readers import Door, TooManyTriesError, add_reader, read_readers
+from medmm_ray.pages.review_page.accounts import add_reader, read_readers
+from medmm_ray.pages.review_page.sessions import Sessions, TooManyTriesError
 
 GOOD, BAD = "correct horse battery", "wrong horse battery"
 
@@ -19,15 +20,15 @@ class Clock:
 
 
 @pytest.fixture
-def door(tmp_path: Path) -> Door:
+def sessions(tmp_path: Path) -> Sessions:
     add_reader(tmp_path / "readers.json", "anna", GOOD)
     add_reader(tmp_path / "readers.json", "cora", GOOD, "adjudicator")
-    return Door(read_readers(tmp_path / "readers.json"), 2.0, Clock())
+    return Sessions(read_readers(tmp_path / "readers.json"), 2.0, Clock())
 
 
-def tick(door: Door, seconds: float) -> None:
-    assert isinstance(door.clock, Clock)
-    door.clock.now += seconds
+def tick(sessions: Sessions, seconds: float) -> None:
+    assert isinstance(sessions.clock, Clock)
+    sessions.clock.now += seconds
 
 
 def test_the_file_holds_no_password_and_is_the_owners_alone(tmp_path: Path) -> None:
@@ -41,8 +42,8 @@ def test_the_file_holds_no_password_and_is_the_owners_alone(tmp_path: Path) -> N
     add_reader(path, "anna", BAD, "adjudicator")
     again = read_readers(path)
     assert (again["anna"].role, again["ben"]) == ("adjudicator", first["ben"])
-    assert Door(again, 1.0).enter("anna", GOOD, "") is None
-    assert Door(again, 1.0).enter("anna", BAD, "") is not None
+    assert Sessions(again, 1.0).log_in("anna", GOOD, "") is None
+    assert Sessions(again, 1.0).log_in("anna", BAD, "") is not None
 
 
 @pytest.mark.parametrize(
@@ -68,35 +69,34 @@ def test_a_file_that_is_none_says_so(content: str | None, tmp_path: Path) -> Non
         read_readers(path)
 
 
-def test_a_session_ends_by_leaving_and_by_time(door: Door) -> None:
-    first, second = door.enter("anna", GOOD, "1.2.3.4"), door.enter("anna", GOOD, "1.2.3.4")
+def test_a_session_ends_by_leaving_and_by_time(sessions: Sessions) -> None:
+    first, second = sessions.log_in("anna", GOOD, "1.2.3.4"), sessions.log_in("anna", GOOD, "1.2.3.4")
     assert first != second
-    assert (door.reader(first), door.reader(second), door.reader("made up"), door.reader(None)) == (
-        "anna", "anna", None, None,
-    )  # fmt: skip
-    door.leave(first)
-    assert (door.reader(first), door.reader(second)) == (None, "anna")
-    tick(door, 7199)
-    assert door.reader(second) == "anna"
-    tick(door, 1)
-    assert door.reader(second) is None
+    tokens = (first, second, "made up", None)
+    assert [sessions.reader_of(token) for token in tokens] == ["anna", "anna", None, None]
+    sessions.log_out(first)
+    assert (sessions.reader_of(first), sessions.reader_of(second)) == (None, "anna")
+    tick(sessions, 7199)
+    assert sessions.reader_of(second) == "anna"
+    tick(sessions, 1)
+    assert sessions.reader_of(second) is None
 
 
-def test_guessing_is_stopped_for_a_name(door: Door) -> None:
+def test_guessing_is_stopped_for_a_name(sessions: Sessions) -> None:
     for _ in range(5):
-        assert door.enter("anna", BAD, "1.1.1.1") is None
-        tick(door, 10)
+        assert sessions.log_in("anna", BAD, "1.1.1.1") is None
+        tick(sessions, 10)
     with pytest.raises(TooManyTriesError, match="Try again in 4 min") as barred:
-        door.enter("anna", GOOD, "2.2.2.2")
+        sessions.log_in("anna", GOOD, "2.2.2.2")
     assert barred.value.seconds == 250
-    assert door.enter("cora", GOOD, "1.1.1.1") is not None
-    tick(door, 250)
-    assert door.enter("anna", GOOD, "2.2.2.2") is not None
+    assert sessions.log_in("cora", GOOD, "1.1.1.1") is not None
+    tick(sessions, 250)
+    assert sessions.log_in("anna", GOOD, "2.2.2.2") is not None
 
 
-def test_guessing_names_is_stopped_for_an_address(door: Door) -> None:
+def test_guessing_names_is_stopped_for_an_address(sessions: Sessions) -> None:
     for number in range(20):
-        assert door.enter(f"name{number}", BAD, "1.1.1.1") is None
+        assert sessions.log_in(f"name{number}", BAD, "1.1.1.1") is None
     with pytest.raises(TooManyTriesError):
-        door.enter("anna", GOOD, "1.1.1.1")
-    assert door.enter("anna", GOOD, "2.2.2.2") is not None
+        sessions.log_in("anna", GOOD, "1.1.1.1")
+    assert sessions.log_in("anna", GOOD, "2.2.2.2") is not None

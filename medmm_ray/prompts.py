@@ -3,11 +3,13 @@
 import re
 from collections.abc import Sequence
 
+from medmm_ray.text.steps import STEP_MARK
+
 Message = dict[str, str]
 
 _POLICY = (
     "You are a medical expert. Reason step by step from the image and the clinical context. Start each step with "
-    '"Step {number}:". '
+    f'"{STEP_MARK}". '
 )
 POLICY_SYSTEM = _POLICY + 'End with "the answer is (option letter)."'
 POLICY_SYSTEM_OPEN = _POLICY + 'End with "the answer is (short answer)."'

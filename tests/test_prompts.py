@@ -23,6 +23,10 @@ def test_the_trailing_space_is_there_only_when_scoring_with_documents() -> None:
 def test_policy_messages() -> None:
     system, user = policy_messages("Q (A) x", ["one"])
     assert system["role"] == "system"
+    assert system["content"] == (
+        "You are a medical expert. Reason step by step from the image and the clinical context. Start each step with "
+        '"Step {number}:". End with "the answer is (option letter)."'
+    )
     assert user["content"] == "Document 1: one\n\nQuestion: Q (A) x"
     assert policy_messages("Q", answer_type="open")[0]["content"] != system["content"]
 

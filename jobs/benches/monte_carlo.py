@@ -51,7 +51,7 @@ from medmm_ray.stats.metrics import cluster_bootstrap
 from medmm_ray.stats.targets import Target, targets
 from medmm_ray.steps.judge import TruthJudge
 from medmm_ray.steps.monte_carlo import MonteCarloConfig, RolloutActor
-from medmm_ray.text import extract_answer, is_correct, split_steps
+from medmm_ray.text import extract_answer, is_correct, numbered_steps, split_steps
 
 NUM_WORKS = 8  # solutions of a case, and of other cases, whose steps the scripted policy takes
 POLICY = "scripted"
@@ -143,7 +143,7 @@ class ScriptedPolicy:
             made.append(step)
         reached = rng.random() < (self.recovery if failed else 1 - self.slips[number])
         made.append((right if reached else wrong)[-1])
-        text = "\n".join(f"Step {i}: {step}" for i, step in enumerate(made, len(steps) + 1))
+        text = "\n".join(numbered_steps(made, len(steps) + 1))
         text = text.partition(":")[2] if said else text
         return Completion(text, "stop", seed, num_tokens(text))
 

@@ -25,6 +25,7 @@ from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import Completion, GeneratorConfig, Sampling, Statistics
 from medmm_ray.session import session
 from medmm_ray.steps.embed import EmbedConfig, document_vectors, image_vectors, question_vectors
+from medmm_ray.text import numbered_steps, step_mark
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -80,8 +81,8 @@ def solution(asked: str, begun: int, seed: int) -> str:
     ]
     first = max(begun, 1)
     left = steps[min(first, len(steps)) - 1 :]
-    text = "\n".join(f"Step {i}: {step}" for i, step in enumerate(left, first))
-    return text.removeprefix(f"Step {begun}:")
+    text = "\n".join(numbered_steps(left, first))
+    return text.removeprefix(step_mark(begun))
 
 
 def cut(text: str, stops: Sequence[str]) -> str:

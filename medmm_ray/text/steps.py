@@ -14,6 +14,7 @@ from re import Match
 
 TAG = " ки"
 LETTERS = string.ascii_uppercase
+STEP_MARK = "Step {number}:"  # what the policy's prompt asks for, and every solution is written with
 
 _SPACES = re.compile(r"\s+")
 
@@ -26,6 +27,39 @@ def one_line(text: str) -> str:
 def well_formed(text: str) -> str:
     """`text` with U+FFFD for each half of a surrogate pair, which JSON can hold and no file, table or hash can."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+# How a policy writes a solution. Its prompt asks for this form, its training shows it, and Monte Carlo and tree search
+# continue it: all of them must agree to the byte.
+
+
+def step_mark(number: int) -> str:
+    """``Step 3:``, the mark of step `number` (from 1)."""
+    return STEP_MARK.format(number=number)
+
+
+def numbered_steps(steps: Sequence[str], first: int = 1) -> list[str]:
+    """Each step behind its mark, numbered from `first`: ``Step 1: …``."""
+    return [f"{step_mark(number)} {step}" for number, step in enumerate(steps, first)]
+
+
+def solution_text(steps: Sequence[str]) -> str:
+    """Steps as the policy writes them, one a line, without a line break at the end.
+
+    >>> solution_text(["Look.", "Think."])
+    'Step 1: Look.\\nStep 2: Think.'
+    """
+    return "\n".join(numbered_steps(steps))
+
+
+def solution_prefix(steps: Sequence[str]) -> str:
+    """The beginning of a solution: `steps` and the mark of the next one, so that another step must follow.
+
+    >>> solution_prefix(["Look."])
+    'Step 1: Look.\\nStep 2:'
+    """
+    lines = [f"{step}\n" for step in numbered_steps(steps)]
+    return "".join(lines) + step_mark(len(steps) + 1)
 
 
 # What a policy wrote. A mark begins a line, or stands inside one, where clinical text has steps of its own: "GINA
@@ -202,7 +236,7 @@ def reference_steps(solution: str | Sequence[str], preamble: str = "") -> list[s
     if have_marks(steps):
         steps = [step.strip().removeprefix("## ") for step in steps]
     else:
-        steps = [f"Step {i}: {step}".rstrip() for i, step in enumerate(steps, 1)]
+        steps = [step.rstrip() for step in numbered_steps(steps)]
     head = preamble.replace("\n", " ").strip()
     return _spaced([f"{head} {steps[0]}", *steps[1:]] if head and steps else steps)
 

@@ -25,7 +25,7 @@ from medmm_ray.engines.chat_template import template_of
 from medmm_ray.engines.checkpoints import resolve
 from medmm_ray.engines.tokenizer import build_tokenizer
 from medmm_ray.prompts import POLICY_SYSTEM, document_block, policy_messages, prm_messages
-from medmm_ray.text import one_line, question_with_options
+from medmm_ray.text import one_line, question_with_options, solution_text
 from medmm_ray.train.launch import fit
 from medmm_ray.train.loop import Stage, TrainConfig
 from medmm_ray.train.lora import Adapter, LoraConfig
@@ -88,7 +88,7 @@ class PolicyConfig(TrainConfig):
 
 def assistant_turn(steps: Sequence[str]) -> str:
     """Steps as the policy writes them, one a line."""
-    return "\n".join(f"Step {i}: {one_line(step)}" for i, step in enumerate(steps, 1))
+    return solution_text([one_line(step) for step in steps])
 
 
 SCHEMA = pa.schema(

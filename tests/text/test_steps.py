@@ -6,7 +6,10 @@ from medmm_ray.text import (
     is_correct,
     join_steps,
     normalise,
+    numbered_steps,
     question_with_options,
+    solution_prefix,
+    solution_text,
     split_steps,
     step_numbers,
     tag_steps,
@@ -139,3 +142,10 @@ def test_is_correct() -> None:
     assert is_correct(None, "B", "choice") is None
     assert is_correct("The Left lung", "left lung.", "open") is True
     assert normalise("  Café, the  X-ray! ") == "cafe x ray"
+
+
+def test_a_policys_solution_and_its_beginning() -> None:
+    assert solution_text(["Look.", "So (A)."]) == "Step 1: Look.\nStep 2: So (A)."
+    assert solution_prefix(["Look.", "So (A)."]) == "Step 1: Look.\nStep 2: So (A).\nStep 3:"
+    assert (solution_text([]), solution_prefix([])) == ("", "Step 1:")
+    assert numbered_steps(["a", "b"], first=9) == ["Step 9: a", "Step 10: b"]

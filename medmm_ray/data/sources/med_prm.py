@@ -37,7 +37,7 @@ from medmm_ray.data.sources import (
     stream_json,
 )
 from medmm_ray.data.tables import RowError
-from medmm_ray.text import have_marks, reference_steps
+from medmm_ray.text import have_marks, reference_steps, step_mark
 
 JUDGES = {"prm_gemini_label": ("judge", "gemini"), "prm_llama_label": ("judge_llama", "llama")}
 UNJUDGED = "unjudged"
@@ -146,7 +146,7 @@ def stored_steps(solution: str) -> list[str]:
     ['So. Step 1: Look.', 'Step 2: Think.']
     """
     steps = [step.strip() for step in reference_steps(solution)]
-    marks = [f"Step {number}: " for number in range(1, len(steps) + 1)]
+    marks = [f"{step_mark(number)} " for number in range(1, len(steps) + 1)]
     plain = [step.removeprefix(mark) for step, mark in zip(steps, marks, strict=True)]
     counted = all(step.startswith(mark) for step, mark in zip(steps, marks, strict=True))
     return plain if counted and not have_marks(plain) else steps

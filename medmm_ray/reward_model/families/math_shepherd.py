@@ -7,7 +7,7 @@ from medmm_ray.engines.chat_template import ChatTemplate
 from medmm_ray.prompts import document_block
 from medmm_ray.reward_model.families.family import FamilyName, Signs, joined, steps_of, tagged
 from medmm_ray.reward_model.packing import FullSequence, Prompt, Solution, single_id
-from medmm_ray.text import TAG, have_marks
+from medmm_ray.text import TAG, have_marks, numbered_steps
 
 
 class MathShepherd(Signs):
@@ -34,5 +34,5 @@ class MathShepherd(Signs):
 def _lines(solution: Solution) -> list[str]:
     steps = steps_of(solution)
     if not isinstance(solution, str) and not have_marks(steps):
-        steps = [f"Step {i}: {step}" for i, step in enumerate(steps, 1)]
+        steps = numbered_steps(steps)
     return joined(solution, steps, "\n")

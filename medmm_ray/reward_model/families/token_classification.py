@@ -7,7 +7,7 @@ from medmm_ray.engines.chat_template import ChatTemplate
 from medmm_ray.prompts import document_block
 from medmm_ray.reward_model.families.family import FamilyName, TwoClasses, chat_template, ids_of, steps_of
 from medmm_ray.reward_model.packing import FullSequence, Prompt, Solution
-from medmm_ray.text import have_marks
+from medmm_ray.text import have_marks, numbered_steps
 
 
 class TokenClassification(TwoClasses):
@@ -61,7 +61,7 @@ class MedS3(TwoClasses):
             own = steps_of(solution)
             if not have_marks(own):
                 first = 0 if own[0].strip() == self.root else 1
-                own = [f"Step {i}: {step}" for i, step in enumerate(own, first)]
+                own = numbered_steps(own, first)
             steps = own if own[0].strip() == root else [root, *own]
             ids, ends = list(head), []
             for step in steps:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from medmm_ray.prompts import document_block
-from medmm_ray.text import question_with_options
+from medmm_ray.text import question_with_options, solution_text
 
 SYSTEM = (
     "You are a senior physician who reviews a colleague's reasoning step by step. You get guideline texts, similar "
@@ -91,17 +91,13 @@ def call_text(call: JudgeCall, lines: bool) -> str:
     if len(call.solutions) == 1:
         [steps] = call.solutions
         only = f"\n\n{ONE_STEP.format(number=call.step)}" if call.step is not None else ""
-        return f"Reasoning to review, {len(steps)} steps:\n{_steps(steps)}{only}\n\n{rule_of(call, lines)}"
-    blocks = (f"Solution {i}, {len(steps)} steps:\n{_steps(steps)}" for i, steps in enumerate(call.solutions, 1))
+        return f"Reasoning to review, {len(steps)} steps:\n{solution_text(steps)}{only}\n\n{rule_of(call, lines)}"
+    blocks = (f"Solution {i}, {len(steps)} steps:\n{solution_text(steps)}" for i, steps in enumerate(call.solutions, 1))
     return f"{len(call.solutions)} solutions to review:\n\n" + "\n\n".join(blocks) + f"\n\n{rule_of(call, lines)}"
 
 
 def rule_of(call: JudgeCall, lines: bool) -> str:
     return LINE_RULE if lines else JSON_RULE if len(call.solutions) == 1 else SEVERAL_RULE
-
-
-def _steps(steps: Sequence[str]) -> str:
-    return "\n".join(f"Step {i}: {step}" for i, step in enumerate(steps, 1))
 
 
 def schema_of(call: JudgeCall, exact: bool) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from medmm_ray.data.records import StepLabel
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.generator import Completion
 from medmm_ray.engines.grader import Grades
-from medmm_ray.text import extract_answer
+from medmm_ray.text import extract_answer, solution_prefix
 
 FIRST_ROUND = 2  # continuations at first; each further round has as many as all before: 2, 2, 4, 8
 
@@ -262,8 +262,7 @@ def first_wrong(steps: Sequence[Mapping[str, Any]]) -> int:
 
 def prefix_text(steps: Sequence[str], index: int) -> str:
     """The solution up to step `index` (from 0), with the next step's mark, so that another step must follow."""
-    marked = [f"Step {number}: {step}\n" for number, step in enumerate(steps[: index + 1], 1)]
-    return "".join(marked) + f"Step {index + 2}:"
+    return solution_prefix(steps[: index + 1])
 
 
 def prefix_texts(steps: Sequence[str]) -> tuple[str, ...]:

@@ -31,7 +31,8 @@ from medmm_ray.steps.tree_search.tree import (
     step_labels,
     steps_to,
 )
-from medmm_ray.steps.tree_search.writer import Action, Continuation, StepWriter, written
+from medmm_ray.steps.tree_search.writer import Action, Continuation, StepWriter
+from medmm_ray.text import solution_text
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -207,7 +208,7 @@ def _solution_id(row: Mapping[str, Any], leaf: int) -> str:
 
 def _solution(row: Mapping[str, Any], tree: Tree, leaf: int) -> Solution:
     steps = steps_to(tree, leaf)
-    text = written(steps)
+    text = solution_text(steps)
     return Solution(
         solution_id=_solution_id(row, leaf),
         index=leaf,

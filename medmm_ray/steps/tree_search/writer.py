@@ -22,7 +22,7 @@ from medmm_ray.engines.generator import (
     request_seed,
 )
 from medmm_ray.engines.grader import Grader
-from medmm_ray.text import extract_answer, split_steps
+from medmm_ray.text import extract_answer, solution_prefix, split_steps, step_mark
 
 Action = Literal["reason", "finish", "reflect"]
 
@@ -92,8 +92,8 @@ class StepWriter:
 
         Equal samples come once; cut, empty and answerless ones, and those of too many steps, are rejected.
         """
-        said = begin(steps) + (DOUBT if action == "reflect" else "")
-        stop = mark(len(steps) + 2) if action == "reason" else None
+        said = solution_prefix(steps) + (DOUBT if action == "reflect" else "")
+        stop = step_mark(len(steps) + 2) if action == "reason" else None
         samples = await self._ask("step", steps, said, n, stop)
         read = [self._read(said, len(steps), sample, stop) for sample in samples]
         self.num_rejected += read.count(None)
@@ -109,7 +109,7 @@ class StepWriter:
             return None
         stopped = bool(stop) and sample.text.endswith(str(stop))
         text = _MARKUP.sub("", sample.text.removesuffix(str(stop))) if stopped else sample.text
-        steps = split_steps(said[said.rindex(mark(before + 1)) :] + text)[1]
+        steps = split_steps(said[said.rindex(step_mark(before + 1)) :] + text)[1]
         if stopped:
             return Continuation((steps[0],), seed=sample.seed) if steps else None
         answer = extract_answer(said + text, self.question["options"], self.question["answer_type"])
@@ -121,7 +121,7 @@ class StepWriter:
         """Whether each of `n` continuations that ended with an answer is right; the others do not count, nor do answers
         that could not be graded.
         """
-        said = begin(steps)
+        said = solution_prefix(steps)
         samples = await self._ask("rollout", steps, said, n)
         asked = self.question
         answers = [
@@ -146,17 +146,3 @@ class StepWriter:
             return []
         self.num_tokens += sum(sample.num_tokens for sample in samples)
         return samples
-
-
-def mark(number: int) -> str:
-    return f"Step {number}:"
-
-
-def written(steps: Sequence[str]) -> str:
-    """Steps as the policy writes them, one a line."""
-    return "\n".join(f"{mark(i)} {step}" for i, step in enumerate(steps, 1))
-
-
-def begin(steps: Sequence[str]) -> str:
-    """The steps and the mark of the next, so that another must follow."""
-    return "".join(f"{line}\n" for line in written(steps).splitlines()) + mark(len(steps) + 1)

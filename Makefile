@@ -2,6 +2,7 @@
 .PHONY: help env quickstart test test-fast check locks format chaos serve cluster-up cluster-down clean
 PY := .venv/bin/python
 RUN ?= runs/quickstart
+PARALLEL ?= -n 2 --dist loadfile
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -14,13 +15,13 @@ quickstart: env  ## the whole pipeline on phantoms, the report, one served query
 	@$(PY) -m jobs.query jobs/recipes/quickstart.yaml run=$(RUN)
 
 test: env  ## all tests, real engines included, with line coverage
-	@$(PY) -m pytest -m "not chaos and not gpu" --cov --cov-report=term
+	@$(PY) -m pytest $(PARALLEL) -m "not chaos and not gpu" --cov --cov-report=term
 
 test-fast: env  ## the tests without engines (2-3 minutes)
-	@$(PY) -m pytest -m "not engine and not chaos and not gpu"
+	@$(PY) -m pytest $(PARALLEL) -m "not engine and not chaos and not gpu"
 
-check: env  ## ruff (format, lint), mypy --strict, and whether the locks of both kinds are right (asks the package index)
-	@$(PY) -m ruff format --check . && $(PY) -m ruff check . && $(PY) -m mypy && $(PY) cluster/local/locks.py
+check: env  ## ruff (format, lint), mypy --strict, how dense the code is, and whether the locks of both kinds are right (asks the package index)
+	@$(PY) -m ruff format --check . && $(PY) -m ruff check . && $(PY) -m mypy && $(PY) .ci/density.py && $(PY) cluster/local/locks.py
 
 locks: env  ## write the locks of both kinds anew after a change of pyproject.toml's packages
 	@$(PY) cluster/local/locks.py --update

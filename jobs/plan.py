@@ -9,8 +9,8 @@ from jobs.graph import Step
 from jobs.recipe import Recipe, asking
 from jobs.step import Run
 from medmm_ray.config import ConfigError
-from medmm_ray.engines.llm.client import ApiConfig, check_tier, price_by
-from medmm_ray.engines.llm.prices import Price, dated
+from medmm_ray.engines.llm.client import ApiConfig, check_tier, configured_price
+from medmm_ray.engines.llm.prices import Price, price_warnings
 from medmm_ray.engines.llm.probe import ApiModel
 from medmm_ray.estimate import GPUS, Estimate, Plan, estimate, rendered
 from medmm_ray.steps.judge import APIS
@@ -82,8 +82,8 @@ def plan_of(recipe: Recipe, run: Run) -> Plan:
         with_documents=tuple(name for name in READ_DOCUMENTS if getattr(recipe, name).num_documents),
         wrong_share=assumed.wrong_share,
         policy_parameters=0 if policy else assumed.policy_parameters,
-        policy_dollars_per_million_read=policy.read if policy else 0,
-        policy_dollars_per_million_written=policy.written if policy else 0,
+        policy_input_price=policy.input_price if policy else 0,
+        policy_output_price=policy.output_price if policy else 0,
         text_parameters=assumed.text_parameters,
         image_parameters=assumed.image_parameters,
         hidden_size=assumed.hidden_size,
@@ -96,11 +96,11 @@ def plan_of(recipe: Recipe, run: Run) -> Plan:
         question_checks=writer.num_checks,
         writer_parameters=0 if writing else assumed.policy_parameters,
         writer_image_tokens=writing.usual_image_tokens if writing else Plan.writer_image_tokens,
-        writer_dollars_per_million_read=writing.read if writing else 0,
-        writer_dollars_per_million_written=writing.written if writing else 0,
+        writer_input_price=writing.input_price if writing else 0,
+        writer_output_price=writing.output_price if writing else 0,
         graded_answers=assumed.graded_answers if grading else 0,
-        grader_dollars_per_million_read=grading.read if grading else 0,
-        grader_dollars_per_million_written=grading.written if grading else 0,
+        grader_input_price=grading.input_price if grading else 0,
+        grader_output_price=grading.output_price if grading else 0,
         judge_calls=judge.backend != "phantom",
         judge_splits=judge.splits,
         judged_solutions=judge.max_solutions,
@@ -110,9 +110,9 @@ def plan_of(recipe: Recipe, run: Run) -> Plan:
         judge_by_step=judge.granularity == "step",
         verdict_tokens=VERDICT_TOKENS[judge.reply],
         image_tokens=judging.usual_image_tokens if judging else Plan.image_tokens,
-        judge_dollars_per_million_read=judging.read if judging else 0,
-        judge_dollars_per_million_cached=judging.cached if judging and judge.warm_cache else None,
-        judge_dollars_per_million_written=judging.written if judging else 0,
+        judge_input_price=judging.input_price if judging else 0,
+        judge_cached_input_price=judging.cached_input_price if judging and judge.warm_cache else None,
+        judge_output_price=judging.output_price if judging else 0,
         max_dollars={name: c.max_cost_usd for name, c in budgets.items() if c.max_cost_usd is not None},
         rollout_mode=rolls.mode,
         rollout_splits=rolls.splits,
@@ -139,7 +139,7 @@ def _price(backend: str, model: str | None, config: ApiConfig) -> Price | None:
         return None
     assert model is not None, "its config asks for one"
     check_tier(backend, config)
-    return price_by(model, config).at(config.tier)
+    return configured_price(model, config).at_tier(config.tier)
 
 
 def price_notes(sections: Mapping[str, ApiModel]) -> list[str]:
@@ -147,9 +147,9 @@ def price_notes(sections: Mapping[str, ApiModel]) -> list[str]:
     notes = []
     for section, asked in sections.items():
         config = asked.config
-        notes += [f"{section}: {told}" for told in dated(asked.model, config.price_read, config.price_written)]
+        notes += [f"{section}: {told}" for told in price_warnings(asked.model, config.input_price, config.output_price)]
         if config.tier:
-            share = price_by(asked.model, config).flex
+            share = configured_price(asked.model, config).flex
             notes.append(
                 f"{section} is priced at the flex tier, {share:.0%} of the list price; what is served at the standard "
                 "one costs the whole, and the budget reserves that"

@@ -79,9 +79,9 @@ def _probe(run: Run, asked: Mapping[str, ApiModel], findings: Findings) -> None:
                 f"{name}: {model.key_variable} is not set here, so {model.model} was not asked; the workers need it"
             )
             continue
-        sees = any(asked[section].sees for section in sections)
-        writes_json = any(asked[section].writes_json for section in sections)
-        models[name] = replace(model, sees=sees, writes_json=writes_json)
+        sends_images = any(asked[section].sends_images for section in sections)
+        wants_json = any(asked[section].wants_json for section in sections)
+        models[name] = replace(model, sends_images=sends_images, wants_json=wants_json)
     outcomes = asyncio.run(probe_all(list(models.values()), f"{run.root}/api", today()))
     for name, outcome in zip(models, outcomes, strict=True):
         if isinstance(outcome, list):

@@ -268,16 +268,16 @@ def asking(recipe: Recipe) -> dict[str, ApiModel]:
     written, sampled, graded = recipe.write_questions, recipe.sample, recipe.sample.equivalence
     found: dict[str, ApiModel] = {}
     if written.backend != "vllm" and written.per_image and written.model:
-        found["write_questions"] = ApiModel(written.backend, written.model, written, sees=True)
+        found["write_questions"] = ApiModel(written.backend, written.model, written, sends_images=True)
     if sampled.backend != "vllm" and recipe.models.policy:
-        sees = sampled.num_images > 0
-        found["sample"] = ApiModel(sampled.backend, recipe.models.policy, sampled, sees, writes_json=False)
+        sends_images = sampled.num_images > 0
+        found["sample"] = ApiModel(sampled.backend, recipe.models.policy, sampled, sends_images, wants_json=False)
     if graded.backend != "none" and graded.model:
         found["sample.equivalence"] = ApiModel(graded.backend, graded.model, graded)
     for name, judge in (("judge", recipe.judge), ("second_judge", recipe.second_judge)):
         if judge and judge.backend != "phantom" and judge.backend != "vllm" and judge.model:
-            writes_json = judge.reply == "json" and judge.constrain
-            found[name] = ApiModel(judge.backend, judge.model, judge, judge.max_images > 0, writes_json)
+            wants_json = judge.reply == "json" and judge.constrain
+            found[name] = ApiModel(judge.backend, judge.model, judge, judge.max_images > 0, wants_json)
     return found
 
 

@@ -79,8 +79,8 @@ class Plan:
 
     policy_parameters: float = 8.03e9
     """0: the policy is behind an API, and its prices count."""
-    policy_dollars_per_million_read: float = 0
-    policy_dollars_per_million_written: float = 0
+    policy_input_price: float = 0
+    policy_output_price: float = 0
     text_parameters: float = 8.03e9
     image_parameters: float = 86e6
     fusion_parameters: float = 30e6
@@ -100,14 +100,14 @@ class Plan:
     """Times that a written question is answered with the image, and as often without."""
     writer_parameters: float = 0
     """Of a writer on our own GPUs; 0: an API."""
-    writer_dollars_per_million_read: float = 0
-    writer_dollars_per_million_written: float = 0
+    writer_input_price: float = 0
+    writer_output_price: float = 0
     writer_image_tokens: float = 258
     """Tokens that the writer's API counts for one image."""
     graded_answers: float = 0
     """Distinct answers a question about which a model behind an API is asked whether they are right."""
-    grader_dollars_per_million_read: float = 0
-    grader_dollars_per_million_written: float = 0
+    grader_input_price: float = 0
+    grader_output_price: float = 0
 
     judge_calls: bool = True
     """False: the source's own truth judges, which costs nothing."""
@@ -126,10 +126,10 @@ class Plan:
     verdict_tokens: float = 25
     """Tokens that the judge writes a step."""
     judge_dollars_per_call: float = 0
-    judge_dollars_per_million_read: float = 0
-    judge_dollars_per_million_cached: float | None = None
+    judge_input_price: float = 0
+    judge_cached_input_price: float | None = None
     """Of what a question's calls after the first share; None: an API that caches nothing."""
-    judge_dollars_per_million_written: float = 0
+    judge_output_price: float = 0
     max_dollars: Mapping[str, float] = field(default_factory=dict)
     """Hard budgets by step."""
 
@@ -306,7 +306,7 @@ def _write_questions(plan: Plan) -> Line:
         work=f"{written:,} questions, each tried {checks} times",
         calls=written * (1 + checks),
         tokens=read + replies,
-        dollars=(read * plan.writer_dollars_per_million_read + replies * plan.writer_dollars_per_million_written) / 1e6,
+        dollars=(read * plan.writer_input_price + replies * plan.writer_output_price) / 1e6,
         gpu_hours=reading(plan, plan.writer_parameters, read) + writing(plan, plan.writer_parameters, replies),
     )
 
@@ -319,7 +319,7 @@ def _equivalence(plan: Plan) -> Line:
         work=f"{plan.graded_answers:g} answers a question",
         calls=calls,
         tokens=read + written,
-        dollars=(read * plan.grader_dollars_per_million_read + written * plan.grader_dollars_per_million_written) / 1e6,
+        dollars=(read * plan.grader_input_price + written * plan.grader_output_price) / 1e6,
     )
 
 
@@ -374,8 +374,7 @@ def _sample(plan: Plan) -> Line:
         work=f"{kept:,} solutions kept of {drawn:,.0f}",
         calls=drawn if api else 0,
         tokens=prompts + written,
-        dollars=(prompts * plan.policy_dollars_per_million_read + written * plan.policy_dollars_per_million_written)
-        / 1e6,
+        dollars=(prompts * plan.policy_input_price + written * plan.policy_output_price) / 1e6,
         gpu_hours=reading(plan, plan.policy_parameters, prompts) + writing(plan, plan.policy_parameters, written),
         stored=kept * plan.solution_tokens * BYTES_A_TOKEN,
     )
@@ -390,7 +389,7 @@ def _judge(plan: Plan) -> Line:
     shared = _prefix(plan, "judge") + plan.judge_images * plan.image_tokens
     own = judged * plan.solution_tokens * ((plan.steps + 1) / 2 if plan.judge_by_step else 1)
     read = calls * shared + own
-    price = plan.judge_dollars_per_million_cached
+    price = plan.judge_cached_input_price
     cached = 0 if price is None else max(0, calls - sum(questions for questions, _ in split)) * shared
     written = judged * plan.steps * plan.verdict_tokens
     return Line(
@@ -399,9 +398,9 @@ def _judge(plan: Plan) -> Line:
         calls=calls,
         tokens=read + written,
         dollars=calls * plan.judge_dollars_per_call
-        + (read - cached) / 1e6 * plan.judge_dollars_per_million_read
+        + (read - cached) / 1e6 * plan.judge_input_price
         + cached / 1e6 * (price or 0)
-        + written / 1e6 * plan.judge_dollars_per_million_written,
+        + written / 1e6 * plan.judge_output_price,
         gpu_hours=reading(plan, plan.judge_parameters, read) + writing(plan, plan.judge_parameters, written),
         stored=written * BYTES_A_TOKEN,
     )
@@ -511,7 +510,7 @@ def _notes(plan: Plan, lines: Collection[Line]) -> list[str]:
         notes.append(f"{size(largest)} of weights do not fit one {plan.gpu} ({gpu.memory} GB): shard the model")
     if states > 10e9:
         notes.append(f"states take {size(states)}: keep the training split only, on shared storage")
-    uncached = _judge(replace(plan, judge_dollars_per_million_cached=None)).dollars
+    uncached = _judge(replace(plan, judge_cached_input_price=None)).dollars
     if "judge" in by_step and uncached > by_step["judge"].dollars:
         notes.append(f"judge counts on the provider's prompt cache; without it: ${uncached:,.0f}")
     if "monte_carlo" in by_step:

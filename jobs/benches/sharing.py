@@ -35,7 +35,7 @@ from medmm_ray.data.sources.phantom import Item, blind_work, generator, make_ite
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.generator import Generator
 from medmm_ray.engines.llm.client import open_access
-from medmm_ray.engines.llm.endpoint import Request, Turn
+from medmm_ray.engines.llm.endpoint import ChatRequest, Turn
 from medmm_ray.engines.llm.local import prompt_of
 from medmm_ray.session import session
 from medmm_ray.stats.metrics import cluster_bootstrap, kappa_of_counts
@@ -178,7 +178,7 @@ def _said_how_far(folder: str, console: Console) -> Iterator[None]:
         speaker.join()
 
 
-def lesson(told: Told, per_call: int) -> tuple[Request, str]:
+def lesson(told: Told, per_call: int) -> tuple[ChatRequest, str]:
     """A call about the first solutions, and the right reply; a step with nothing to check is right."""
     call = JudgeCall(tuple(tuple(steps) for steps in told.solutions[:per_call]))
     blocks = [
@@ -192,7 +192,7 @@ def lesson(told: Told, per_call: int) -> tuple[Request, str]:
     if per_call > 1:
         found = {"solutions": [{"solution": i, "steps": steps} for i, steps in enumerate(blocks, 1)]}
     parts = (shared_text(told.case, (), False), call_text(call, lines=False))
-    return Request(SYSTEM, (Turn("user", parts),), schema_of(call, exact=True)), json.dumps(found)
+    return ChatRequest(SYSTEM, (Turn("user", parts),), schema_of(call, exact=True)), json.dumps(found)
 
 
 def entry(step: str, right: bool, number: int | None) -> dict[str, Any]:

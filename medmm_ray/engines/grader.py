@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.llm.client import Access, ApiConfig, Client, open_access
-from medmm_ray.engines.llm.endpoint import Request, Turn
+from medmm_ray.engines.llm.endpoint import ChatRequest, Turn
 from medmm_ray.text import answer_key, is_correct
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class Grader:
         """What the model says; None where it did not answer, or not in the asked form."""
         assert self.client is not None
         asked = f"Question: {question['question']}\nReference answer: {question['answer']}\nAnswer: {answer}\n\n{RULE}"
-        request = Request(
+        request = ChatRequest(
             SYSTEM,
             (Turn("user", (asked,)),),
             schema=SCHEMA,

@@ -29,7 +29,7 @@ from medmm_ray.data.tables import RowError, error_kind
 from medmm_ray.engines.generator import Generator, GeneratorConfig, MakeGenerator, actor_options
 from medmm_ray.engines.images import open_image
 from medmm_ray.engines.llm.client import Access, ApiConfig, Client, open_access
-from medmm_ray.engines.llm.endpoint import Picture, Request, Turn, corrected
+from medmm_ray.engines.llm.endpoint import ChatImage, ChatRequest, Turn, corrected
 from medmm_ray.engines.llm.local import LocalEndpoint
 from medmm_ray.engines.llm.prices import FREE
 from medmm_ray.engines.llm.served import joined_names
@@ -264,7 +264,7 @@ class QuestionWriter:
     async def of_image(self, row: Mapping[str, Any]) -> list[WrittenQuestion]:
         """The questions of one image, one after the other, so that each knows those before it."""
         try:
-            picture: Picture | RowError = await asyncio.to_thread(lambda: Picture(open_image(row["uri"])))
+            picture: ChatImage | RowError = await asyncio.to_thread(lambda: ChatImage(open_image(row["uri"])))
         except RowError as fault:
             picture = fault
         found: list[WrittenQuestion] = []
@@ -288,7 +288,7 @@ class QuestionAttempt:
     """One question in the making; `earlier` are the attempts before it on the same image."""
 
     def __init__(
-        self, writer: QuestionWriter, picture: Picture, empty: WrittenQuestion, earlier: Sequence[WrittenQuestion]
+        self, writer: QuestionWriter, picture: ChatImage, empty: WrittenQuestion, earlier: Sequence[WrittenQuestion]
     ) -> None:
         self.client, self.config, self.picture = writer.client, writer.config, picture
         self.empty, self.number, self.cost = empty, len(earlier), 0.0
@@ -315,7 +315,7 @@ class QuestionAttempt:
     async def drafted(self) -> Draft:
         """What the model writes."""
         said = OTHER.format(written="\n".join(self.written)) if self.written else ""
-        request = Request(
+        request = ChatRequest(
             SYSTEM.format(modality=self.empty.modality or "medical"),
             (Turn("user", ("The image:", self.picture, f"{said}{RULE}")),),
             schema=SCHEMA,
@@ -331,10 +331,10 @@ class QuestionAttempt:
             raise RowError("question_repeated", f"the image has a question like {made.question[:60]!r} already")
         return made
 
-    async def solved(self, asked: WrittenQuestion, pictures: Sequence[Picture]) -> int:
+    async def solved(self, asked: WrittenQuestion, pictures: Sequence[ChatImage]) -> int:
         """How often the model gives the written answer, shown `pictures`."""
         text = f"{question_with_options(asked.question, asked.options)}\n{SOLVE_RULE}"
-        request = Request(
+        request = ChatRequest(
             SOLVE_SYSTEM,
             (Turn("user", (*pictures, text)),),
             schema=SOLVE_SCHEMA,
@@ -351,7 +351,7 @@ class QuestionAttempt:
                 raise fault
         return letters.count(asked.answer)
 
-    async def ask(self, request: Request, read: Callable[[str], Read], again: str, rule: str) -> Read:
+    async def ask(self, request: ChatRequest, read: Callable[[str], Read], again: str, rule: str) -> Read:
         """What `read` makes of the reply; one that it refuses is asked for again, with the fault named."""
         for _ in range(self.config.tries - 1):
             reply = await self.send(request)
@@ -361,7 +361,7 @@ class QuestionAttempt:
                 request = corrected(request, reply, again.format(fault=fault.message, rule=rule))
         return read(await self.send(request))
 
-    async def send(self, request: Request) -> str:
+    async def send(self, request: ChatRequest) -> str:
         try:
             answer = await self.client.ask(request, self.empty.image_id)
         except RowError as fault:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from medmm_ray.engines.grader import EquivalenceConfig, Grader, MakeGrader
-from medmm_ray.engines.llm.budget import Gate
+from medmm_ray.engines.llm.budget import ApiBudget
 from medmm_ray.engines.llm.client import connect
 from tests.doubles.api_server import chat_said, failed, serving
 
@@ -33,7 +33,7 @@ def test_a_model_is_asked_where_the_forms_differ_and_once(tmp_path: Path, monkey
         )
 
         def grader() -> Grader:
-            return Grader(connect("openai", "gpt-4o", config, Gate(str(tmp_path), config.limits), str(tmp_path)))
+            return Grader(connect("openai", "gpt-4o", config, ApiBudget(str(tmp_path), config.limits), str(tmp_path)))
 
         server.script = [chat_said('{"same": true}'), chat_said('{"same": false}')]
         answers = ("hydrothorax", "pneumothorax", "Hydrothorax.", "pleural effusion", None)

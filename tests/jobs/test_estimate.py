@@ -69,8 +69,8 @@ def test_each_step_by_hand() -> None:
         text_parameters=2e9,
         policy_epochs=2,
         text_epochs=3,
-        judge_dollars_per_million_read=0.1,
-        judge_dollars_per_million_written=0.4,
+        judge_input_price=0.1,
+        judge_output_price=0.4,
     )
     result = estimate(plan)
     sample = result.line("sample")
@@ -107,10 +107,10 @@ def test_a_judge_of_our_own_takes_gpu_hours_and_no_dollars() -> None:
 def test_calls_that_share_solutions_or_go_step_by_step_and_what_is_cached() -> None:
     plan = replace(
         SMALL, steps=4, question_tokens=100, document_tokens=900, solution_tokens=200, judge_images=3,
-        judge_dollars_per_million_read=1.0, judge_dollars_per_million_written=0.0,
+        judge_input_price=1.0, judge_output_price=0.0,
     )  # fmt: skip
     shared = 1000 + 3 * 258
-    by_four = estimate(replace(plan, judge_solutions_per_call=4, judge_dollars_per_million_cached=0.25)).line("judge")
+    by_four = estimate(replace(plan, judge_solutions_per_call=4, judge_cached_input_price=0.25)).line("judge")
     assert by_four.calls == 400
     assert by_four.dollars == pytest.approx((100 * shared + 300 * shared / 4 + 1600 * 200) / 1e6)
     by_step = estimate(replace(plan, judge_by_step=True)).line("judge")
@@ -120,7 +120,7 @@ def test_calls_that_share_solutions_or_go_step_by_step_and_what_is_cached() -> N
         "judge will stop at max_cost_usd=1, before the end: $12"
         in estimate(replace(plan, judge_by_step=True, max_dollars={"judge": 1.0})).notes
     )
-    cached = estimate(replace(plan, judge_dollars_per_million_cached=0.25))
+    cached = estimate(replace(plan, judge_cached_input_price=0.25))
     assert cached.line("judge").dollars == pytest.approx((100 * shared + 1500 * shared / 4 + 1600 * 200) / 1e6)
     assert "judge counts on the provider's prompt cache; without it: $3" in cached.notes
 
@@ -164,8 +164,8 @@ def test_monte_carlo_continues_what_its_mode_asks_for(changes: dict[str, Any], p
 def test_written_questions_and_graded_answers_by_hand() -> None:
     plan = replace(
         SMALL, question_tokens=100, written_images=10, questions_per_image=2, question_checks=3,
-        writer_dollars_per_million_read=1.0, writer_dollars_per_million_written=4.0, graded_answers=2.5,
-        grader_dollars_per_million_read=500, grader_dollars_per_million_written=2000,
+        writer_input_price=1.0, writer_output_price=4.0, graded_answers=2.5,
+        grader_input_price=500, grader_output_price=2000,
         max_dollars={"equivalence": 10.0, "write_questions": 9.0},
     )  # fmt: skip
     result = estimate(plan)
@@ -248,7 +248,7 @@ def test_the_table_shows_each_step_the_totals_and_the_assumptions() -> None:
 
 def test_a_policy_behind_an_api_is_paid_by_the_token_and_reads_each_prompt() -> None:
     api = replace(
-        SMALL, policy_parameters=0, policy_dollars_per_million_read=2, policy_dollars_per_million_written=8,
+        SMALL, policy_parameters=0, policy_input_price=2, policy_output_price=8,
         question_tokens=100, document_tokens=900, solution_tokens=200,
     )  # fmt: skip
     sample, drawn = estimate(api).line("sample"), (100 * 16 + 50 * 64) * 1.25

@@ -141,7 +141,7 @@ def test_the_plan_says_where_its_word_replaces_the_recipes() -> None:
 def test_a_policy_behind_an_api_is_priced_and_steps_left_out_are_not(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["jobs/recipes/medmm.yaml", "run=s3://bucket/run", *API, "sample.top_k=0", "sample.num_gpus=0"]
     planned = plan.plan_of(recipe := load_recipe(words), Run(recipe))
-    assert (planned.policy_parameters, planned.policy_dollars_per_million_written) == (0, 10.0)
+    assert (planned.policy_parameters, planned.policy_output_price) == (0, 10.0)
     assert pipeline.main([*words, "--dry-run"]) == 0
     estimate = capsys.readouterr().out.partition("Estimate")[2]
     assert "tree_search" not in estimate

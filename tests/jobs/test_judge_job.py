@@ -32,8 +32,8 @@ def label(path: Path, address: str, **more: Any) -> list[dict[str, Any]]:
         "backend": "openai",
         "model": "bench",
         "endpoint": f"{address}/v1",
-        "price_read": 1.0,
-        "price_written": 1.0,
+        "input_price": 1.0,
+        "output_price": 1.0,
         "in_flight": 4,
     }
     how |= {"key_variable": "HOME", "max_attempts": 8, "pause_s": 0.05}  # set when the session's workers started

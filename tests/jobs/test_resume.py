@@ -20,8 +20,8 @@ from jobs.benches.scripted import ScriptedGenerator
 from jobs.benches.scripted_api import answer, scripted_api, stored_answers
 from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import GeneratorConfig, Sampling
-from medmm_ray.engines.llm.endpoint import Choice, Reply
-from medmm_ray.engines.llm.store import Answer, AnswerStore
+from medmm_ray.engines.llm.endpoint import ChatChoice, ChatReply
+from medmm_ray.engines.llm.store import AnswerStore, PricedAnswer
 from medmm_ray.steps.write_questions import SCHEMA, SOLVE_SCHEMA, draft, letter, repeats
 from medmm_ray.text import extract_answer, split_steps
 
@@ -153,7 +153,9 @@ def test_a_driver_that_fails_by_itself_is_said(tmp_path: Path) -> None:
 
 
 async def _answer_twice(folder: Path) -> None:
-    answer = Answer(Reply(choices=(Choice("1 high", "stop"),), read=1, cached=0, written=1), 0.1)
+    answer = PricedAnswer(
+        ChatReply(choices=(ChatChoice("1 high", "stop"),), prompt_tokens=1, cached_tokens=0, completion_tokens=1), 0.1
+    )
     for _ in range(2):
         store = AnswerStore(f"{folder}/api/model/answers")
         await store.put("q", "twice", answer)

@@ -69,7 +69,7 @@ def test_a_judge_behind_an_api_is_measured_and_paid_once(
     server = JudgeBench(latency_s=0.01, fault_rate=0.0)
     with judge_server(server) as address:
         judge = JudgeConfig(
-            backend="openai", model="bench", endpoint=f"{address}/v1", price_read=1.0, price_written=1.0
+            backend="openai", model="bench", endpoint=f"{address}/v1", input_price=1.0, output_price=1.0
         )
         config = CONFIG.model_copy(update={"questions": 12, "judge": judge, "folder": str(tmp_path)})
         rows = list(bench.measure(config, Console(quiet=True)))

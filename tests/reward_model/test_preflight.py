@@ -226,7 +226,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def api(server: Server, model: str = "gpt-4o", **settings: Any) -> ApiModel:
-    how = {"endpoint": f"{server.address}/v1", "pause_s": 0.001, "price_read": 1.0, "price_written": 2.0}
+    how = {"endpoint": f"{server.address}/v1", "pause_s": 0.001, "input_price": 1.0, "output_price": 2.0}
     return ApiModel("openai", model, ApiConfig(**{**how, **settings}))
 
 
@@ -239,7 +239,7 @@ def test_a_model_is_asked_once_a_day_like_the_run_asks_it_and_paid_in_its_ledger
 ) -> None:
     server.script = [chat_said('{"answer": "yes"}')]
     config = api(server, temperature=0.5, tier="flex").config
-    model = ApiModel("openai", "gpt-4o", config, sees=True)
+    model = ApiModel("openai", "gpt-4o", config, sends_images=True)
     for day in (DAY, DAY, NEXT_DAY):
         assert probed(model, tmp_path, day) == []
     first, _ = server.requests
@@ -452,6 +452,6 @@ def test_sections_ask_with_pictures_and_for_json_as_they_are_set() -> None:
     words = [TINY, "judge.backend=gemini", "judge.model=g", "judge.max_images=0", "judge.reply=lines",
              "write_questions.per_image=1", "write_questions.model=w"]  # fmt: skip
     asked = asking(load_recipe(words))
-    assert {name: (one.model, one.sees, one.writes_json) for name, one in asked.items()} == {
+    assert {name: (one.model, one.sends_images, one.wants_json) for name, one in asked.items()} == {
         "write_questions": ("w", True, True), "judge": ("g", False, False),
     }  # fmt: skip

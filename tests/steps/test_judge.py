@@ -18,9 +18,9 @@ from medmm_ray.config import ConfigError, build
 from medmm_ray.data.records import Labels, StepLabel, from_dict, to_arrow
 from medmm_ray.data.sources.phantom import Case
 from medmm_ray.data.tables import RowError
-from medmm_ray.engines.llm.budget import Gate
+from medmm_ray.engines.llm.budget import ApiBudget
 from medmm_ray.engines.llm.client import Access
-from medmm_ray.engines.llm.endpoint import EndpointError, Reply
+from medmm_ray.engines.llm.endpoint import ChatReply, EndpointError
 from medmm_ray.engines.llm.prices import Price
 from medmm_ray.stats.targets import targets
 from medmm_ray.steps.judge import (
@@ -499,7 +499,7 @@ def test_one_more_try_asks_anew_only_where_kept_replies_do_not_fit(
             gemini_client=server.gemini_client, **changes,
         )  # fmt: skip
         folder = str(tmp_path / "api")
-        access = Access("gemini", "gemini-2.0-flash", config, Gate(folder, config.limits), folder)
+        access = Access("gemini", "gemini-2.0-flash", config, ApiBudget(folder, config.limits), folder)
         backend = make_judge(config, config.model, access=access)
         return asyncio.run(backend.judge(case(**pictures), [[RIGHT], [WRONG]]))
 
@@ -643,13 +643,15 @@ def test_tokens_that_are_not_counted_are_all_that_are_possible(
     server: Server, pictures: dict[str, Any], usage: dict[str, Any]
 ) -> None:
     server.script = [(200, {}, {"candidates": [{"content": {"parts": [{"text": GOOD}]}, "finishReason": 77}], **usage})]
-    [found] = judged(gemini(server, price_read=0.0, price_written=1e6), case(**pictures), [[RIGHT, WRONG]])
+    [found] = judged(gemini(server, input_price=0.0, output_price=1e6), case(**pictures), [[RIGHT, WRONG]])
     assert isinstance(found, Judgement)
     assert found.cost == 4096
 
 
 def test_thoughts_are_paid_as_output(server: Server, pictures: dict[str, Any]) -> None:
     server.script = [gemini_said(GOOD, totalTokenCount=1600)]
-    [found] = judged(gemini(server, price_read=1.0, price_written=2.0), case(**pictures), [[RIGHT, WRONG]])
+    [found] = judged(gemini(server, input_price=1.0, output_price=2.0), case(**pictures), [[RIGHT, WRONG]])
     assert isinstance(found, Judgement)
-    assert found.cost == Price(1.0, 1.0, 2.0).of(Reply((), read=1000, cached=0, written=600))
+    assert found.cost == Price(1.0, 1.0, 2.0).cost(
+        ChatReply((), prompt_tokens=1000, cached_tokens=0, completion_tokens=600)
+    )

@@ -241,7 +241,7 @@ def test_the_figures_of_rows_become_the_tables() -> None:
 @pytest.mark.usefixtures("ray_session")
 def test_a_policy_behind_an_api_is_asked_and_paid_once(tmp_path: Path) -> None:
     config = CONFIG.model_copy(
-        update={"backend": "openai", "key_variable": "PATH", "price_read": 1.0, "price_written": 10.0, "max_rounds": 1}
+        update={"backend": "openai", "key_variable": "PATH", "input_price": 1.0, "output_price": 10.0, "max_rounds": 1}
     )
     questions = to_arrow(Question, [question("q1"), question("q2")])
     with serving() as server:

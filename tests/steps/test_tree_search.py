@@ -18,7 +18,7 @@ from medmm_ray.data.tables import RowError
 from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import Completion, Sampling
 from medmm_ray.engines.grader import EquivalenceConfig, Grader
-from medmm_ray.engines.llm.budget import Gate
+from medmm_ray.engines.llm.budget import ApiBudget
 from medmm_ray.engines.llm.client import connect
 from medmm_ray.steps.tree_search import TreeSearchActor, TreeSearchConfig, labels_batch, solutions_batch, tree_search
 from medmm_ray.steps.tree_search.tree import (
@@ -313,7 +313,7 @@ def test_open_answers_are_graded_by_the_model_that_the_recipe_names(
             folder = str(tmp_path / name)
 
             def grader() -> Grader:
-                return Grader(connect("openai", "gpt-4o", config, Gate(folder, config.limits), folder))
+                return Grader(connect("openai", "gpt-4o", config, ApiBudget(folder, config.limits), folder))
 
             [tree], _ = run(script, [asked], grader, max_nodes=2)
             return tree

@@ -16,7 +16,7 @@ from medmm_ray.data.records import Image, Question, QuestionReview, WrittenQuest
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import Completion, Sampling, engine_arguments
-from medmm_ray.engines.llm.budget import Gate
+from medmm_ray.engines.llm.budget import ApiBudget
 from medmm_ray.engines.llm.client import Access
 from medmm_ray.steps.curate import CurateConfig, reviewed
 from medmm_ray.steps.write_questions import (
@@ -156,7 +156,9 @@ def writer(server: Server, folder: Path, **settings: Any) -> QuestionWriter:
         pause_s=0.001,
         **{"per_image": 1, "num_checks": 2, **settings},
     )
-    return QuestionWriter(config, Access("openai", "gpt-4o", config, Gate(str(folder), config.limits), str(folder)))
+    return QuestionWriter(
+        config, Access("openai", "gpt-4o", config, ApiBudget(str(folder), config.limits), str(folder))
+    )
 
 
 def chosen(answer: str) -> str:

@@ -1,10 +1,11 @@
-"""The one gate that all calls of a run to a model pass, whichever machine they are sent from.
+"""The one budget that all calls of a run to a model go through, whichever machine they are sent from.
 
-Enters: `Ask`s for attempts, and what became of them (`Settled`). Leaves: leases, as rate limits (requests and tokens a
-minute), the circuit breaker and the budget allow. The worst case of a call is reserved, durably, before it may be sent,
-and settled after. The ledger is one small file, written whole; what it holds as reserved when all was killed is looked
-up among the kept answers: one that is there is booked at its cost, the others as possibly paid at their worst case, of
-each sender never more than can have been in flight. `Gate` is plain asyncio; `start_gate` makes it a Ray actor.
+Enters: `PlannedCall`s for attempts, and what became of them (`Settlement`). Leaves: reservations, as rate limits
+(requests and tokens a minute), the circuit breaker and the budget allow. The worst case of a call is reserved, durably,
+before it may be sent, and settled after. The ledger is one small file, written whole; what it holds as reserved when
+all was killed is looked up among the stored answers: one that is there is booked at its cost, the others as possibly
+paid at their worst case, of each client never more than can have been in flight. `ApiBudget` is plain asyncio;
+`start_budget` makes it a Ray actor.
 """
 
 import asyncio
@@ -23,7 +24,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from medmm_ray.config import ConfigError
 from medmm_ray.data.tables import TableError, filesystem, write_file
 from medmm_ray.engines.llm.endpoint import EndpointError
-from medmm_ray.engines.llm.store import Answer, AnswerStore
+from medmm_ray.engines.llm.store import AnswerStore, PricedAnswer
 
 BURST_S = 10.0  # of a rate may be used at once, after a rest
 LONGEST_OPEN_S = 60.0  # between two probes of an endpoint that fails
@@ -59,7 +60,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Ask:
+class PlannedCall:
     """One attempt: what it is about, the most tokens and US dollars that it can take."""
 
     group: str
@@ -69,13 +70,13 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Settled:
+class Settlement:
     """What became of a lease: an answer, a `fault` of the moment in words, or neither (the endpoint refused it).
 
     `lost`: no whole answer came and it may be billed. `wait_s`: seconds that the endpoint asked to wait.
     """
 
-    lease: int
+    reservation_id: int
     tokens: int = 0
     dollars: float = 0.0
     answered: bool = False
@@ -85,19 +86,19 @@ class Settled:
 
 
 @dataclass(frozen=True)
-class Grant:
+class ReserveResult:
     """Leases for the first asks, or the kind (budget, endpoint) and the words of what ended the job."""
 
-    leases: tuple[int, ...] = ()
+    reservation_ids: tuple[int, ...] = ()
     stopped: tuple[str, str] | None = None
 
 
-class Gateway(Protocol):
+class Budget(Protocol):
     """What a sender needs of the gate."""
 
-    async def lease(self, sender: str, in_flight: int, asks: Sequence[Ask]) -> Grant: ...
+    async def reserve(self, sender: str, in_flight: int, asks: Sequence[PlannedCall]) -> ReserveResult: ...
 
-    async def settle(self, sender: str, settled: Sequence[Settled]) -> None: ...
+    async def settle(self, sender: str, settled: Sequence[Settlement]) -> None: ...
 
     async def stop(self, message: str) -> None: ...
 
@@ -129,10 +130,10 @@ _STORED = TypeAdapter(_Stored)
 
 
 @dataclass(frozen=True)
-class _Out:
+class Reservation:
     sender: str
     in_flight: int
-    ask: Ask
+    ask: PlannedCall
 
 
 class _Bucket:
@@ -192,7 +193,7 @@ class _Breaker:
         return 0.0 if self.opened_at is None else now - self.opened_at
 
 
-class Gate:
+class ApiBudget:
     """The gate itself, one a run and model; its ledger and the answers lie under `folder`."""
 
     def __init__(self, folder: str, limits: Limits) -> None:
@@ -202,7 +203,7 @@ class Gate:
         self.answers = AnswerStore(f"{folder.rstrip('/')}/answers")
         self.ledger = Ledger()
         self.stopped: tuple[str, str] | None = None
-        self._out: dict[int, _Out] = {}
+        self._out: dict[int, Reservation] = {}
         self._heard: dict[str, float] = {}
         self._numbers = itertools.count(1)
         self._requests, self._tokens = _Bucket(limits.requests_per_minute), _Bucket(limits.tokens_per_minute)
@@ -215,7 +216,7 @@ class Gate:
 
     # What senders call
 
-    async def lease(self, sender: str, in_flight: int, asks: Sequence[Ask]) -> Grant:
+    async def reserve(self, sender: str, in_flight: int, asks: Sequence[PlannedCall]) -> ReserveResult:
         """Leases for at least the first of `asks`, as soon as it may be sent, and for those after it that may too."""
         self._hear(sender)
         leases: list[int] = []
@@ -223,21 +224,21 @@ class Gate:
             for ask in asks:
                 if not await self._admitted(ask, wait=not leases):
                     break
-                leases.append(self._reserve(_Out(sender, in_flight, ask)))
+                leases.append(self._reserve(Reservation(sender, in_flight, ask)))
         if leases and not await self._save():  # nothing may be sent that the ledger does not know
             for lease in leases:
                 del self._out[lease]
             leases = []
         if self.stopped and not leases:
             await self._drained()
-            return Grant(stopped=self.stopped)
-        return Grant(tuple(leases))
+            return ReserveResult(stopped=self.stopped)
+        return ReserveResult(tuple(leases))
 
-    async def settle(self, sender: str, settled: Sequence[Settled]) -> None:
+    async def settle(self, sender: str, settled: Sequence[Settlement]) -> None:
         """Book what became of leases; an empty list says that the sender is alive."""
         self._hear(sender)
         for one in settled:
-            out = self._out.pop(one.lease, None)
+            out = self._out.pop(one.reservation_id, None)
             if out is not None:
                 self._book(out.ask, one)
         if settled:
@@ -262,7 +263,7 @@ class Gate:
 
     # Admission
 
-    async def _admitted(self, ask: Ask, wait: bool) -> bool:
+    async def _admitted(self, ask: PlannedCall, wait: bool) -> bool:
         """Whether `ask` may be sent; with `wait`, as soon as it may. False where the job is to end."""
         while self.stopped is None:
             self._changed.clear()
@@ -278,7 +279,7 @@ class Gate:
                 await self._bury_the_silent()
         return False
 
-    def _pause_s(self, ask: Ask) -> float:
+    def _pause_s(self, ask: PlannedCall) -> float:
         """Seconds until it is worth asking again; 0 where `ask` may be sent now."""
         limit, ledger = self.limits.max_cost_usd, self.ledger
         if limit is not None:
@@ -293,7 +294,7 @@ class Gate:
             return HEARTBEAT_S
         return max(broken, self._requests.wait_s(1), self._tokens.wait_s(ask.tokens))
 
-    def _reserve(self, out: _Out) -> int:
+    def _reserve(self, out: Reservation) -> int:
         lease = next(self._numbers)
         self._out[lease] = out
         self._requests.take(1)
@@ -301,7 +302,7 @@ class Gate:
         self._breaker.passed(lease)
         return lease
 
-    def _book(self, ask: Ask, settled: Settled) -> None:
+    def _book(self, ask: PlannedCall, settled: Settlement) -> None:
         ledger = self.ledger
         ledger.spent += settled.dollars
         ledger.answers += settled.answered
@@ -310,7 +311,7 @@ class Gate:
             ledger.lost_calls += 1
         else:
             self._tokens.take(settled.tokens - ask.tokens)  # gives back what was not used
-        failing_s = self._breaker.settled(settled.lease, settled.fault is not None, settled.wait_s)
+        failing_s = self._breaker.settled(settled.reservation_id, settled.fault is not None, settled.wait_s)
         if failing_s > self.limits.breaker_limit_s:
             self._stop(
                 "endpoint",
@@ -319,7 +320,7 @@ class Gate:
                 "endpoint is well, or raise breaker_limit_s",
             )
 
-    def _budget_words(self, ask: Ask) -> str:
+    def _budget_words(self, ask: PlannedCall) -> str:
         ledger = self.ledger
         paid = f"${ledger.spent:,.4f} are spent on {ledger.answers:,} answers"
         if ledger.lost_calls:
@@ -363,11 +364,11 @@ class Gate:
                 self._breaker.probe = None
             self._notify()
 
-    def _kept(self, left: Sequence[_Out]) -> dict[str, dict[str, Answer]]:
+    def _kept(self, left: Sequence[Reservation]) -> dict[str, dict[str, PricedAnswer]]:
         """The answers of the groups that open leases are about."""
         return {group: self.answers.read(group) for group in {out.ask.group for out in left}}
 
-    def _bury(self, left: Sequence[_Out], kept: dict[str, dict[str, Answer]]) -> None:
+    def _bury(self, left: Sequence[Reservation], kept: dict[str, dict[str, PricedAnswer]]) -> None:
         """Book the leases of a dead sender: at its cost what is among the answers, the costliest others as lost."""
         lost = []
         for out in left:
@@ -387,7 +388,7 @@ class Gate:
     def _open(self) -> None:
         """Take over the ledger that is there; its open leases are of senders that are dead."""
         stored = self._read()
-        left = [_Out(o[0], o[1], Ask(o[2], o[3], 0, o[4])) for o in stored.pop("reserved", [])]
+        left = [Reservation(o[0], o[1], PlannedCall(o[2], o[3], 0, o[4])) for o in stored.pop("reserved", [])]
         self.ledger = Ledger(**stored)
         self.ledger.epoch += 1
         for sender in {out.sender for out in left}:
@@ -439,26 +440,26 @@ class Gate:
         return True
 
 
-_started: "WeakValueDictionary[str, RemoteGate]" = WeakValueDictionary()  # those of this driver, while they are used
+_started: "WeakValueDictionary[str, RemoteBudget]" = WeakValueDictionary()  # those of this driver, while they are used
 
 
 def close_ledger(folder: str) -> Ledger:
     """What a run has spent on a model, once it is over: what is open still is of senders that died, and is booked."""
     _started.pop(folder, None)
-    return Gate(folder, Limits()).ledger
+    return ApiBudget(folder, Limits()).ledger
 
 
-class RemoteGate:
+class RemoteBudget:
     """The gate as a Ray actor, seen by a sender."""
 
     def __init__(self, handle: Any) -> None:
         self.handle = handle
 
-    async def lease(self, sender: str, in_flight: int, asks: Sequence[Ask]) -> Grant:
-        grant: Grant = await self._call("lease", sender, in_flight, asks)
+    async def reserve(self, sender: str, in_flight: int, asks: Sequence[PlannedCall]) -> ReserveResult:
+        grant: ReserveResult = await self._call("reserve", sender, in_flight, asks)
         return grant
 
-    async def settle(self, sender: str, settled: Sequence[Settled]) -> None:
+    async def settle(self, sender: str, settled: Sequence[Settlement]) -> None:
         await self._call("settle", sender, settled)
 
     async def stop(self, message: str) -> None:
@@ -475,12 +476,12 @@ class RemoteGate:
             return await getattr(self.handle, method).remote(*given)
         except RayActorError as error:
             raise EndpointError(
-                "the gate that keeps rate limits and budget is gone (its process or machine died); nothing more is "
-                "sent. What has arrived is kept: run again"
+                "the budget actor is gone, which keeps rate limits and money spent (its process or machine died); "
+                "nothing more is sent. What has arrived is kept: run again"
             ) from error
 
 
-def start_gate(folder: str, limits: Limits) -> RemoteGate:
+def start_budget(folder: str, limits: Limits) -> RemoteBudget:
     """The gate of `folder`, a named actor on the driver's machine; it lives as long as what is returned here.
 
     Within a driver there is one: who starts it again (a later step, or a grader that shares the policy's model) gets
@@ -500,8 +501,8 @@ def start_gate(folder: str, limits: Limits) -> RemoteGate:
             del _started[folder]
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     name = f"gate {uuid.uuid4().hex[:8]} {folder}"
-    actor = ray.remote(Gate).options(name=name, num_cpus=0, max_concurrency=10_000, scheduling_strategy=here)
-    gate = RemoteGate(actor.remote(folder, limits))
+    actor = ray.remote(ApiBudget).options(name=name, num_cpus=0, max_concurrency=10_000, scheduling_strategy=here)
+    gate = RemoteBudget(actor.remote(folder, limits))
     ray.get(gate.handle.limit.remote(limits))  # a ledger that cannot be read or written ends the job here
     _started[folder] = gate
     return gate

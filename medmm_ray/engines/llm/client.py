@@ -1,10 +1,10 @@
 """How a step asks an API: each request once, whatever is killed; many at a time; within rate limits and budget.
 
-Enters: a `Request` and its group (a question's id). Leaves: an `Answer` with its cost. An answer that is kept already
-is taken from there, one that is under way is waited for. Otherwise the worst case is leased from the gate, ahead of
-time, so that `in_flight` requests really are at the server; faults of the moment are tried again with growing, jittered
-pauses, never sooner than the server asks; a whole answer is kept durably before it is used, and until then it counts as
-in flight: a kill loses no more than `in_flight` answers, and no more are booked as possibly paid.
+Enters: a `ChatRequest` and its group (a question's id). Leaves: a `PricedAnswer` with its cost. An answer that is kept
+already is taken from there, one that is under way is waited for. Otherwise the worst case is reserved in the budget,
+ahead of time, so that `in_flight` requests really are at the server; faults of the moment are tried again with growing,
+jittered pauses, never sooner than the server asks; a whole answer is kept durably before it is used, and until then it
+counts as in flight: a kill loses no more than `in_flight` answers, and no more are booked as possibly paid.
 """
 
 import asyncio
@@ -25,13 +25,22 @@ from pydantic import Field
 
 from medmm_ray.config import Config, ConfigError, execution
 from medmm_ray.data.tables import RowError
-from medmm_ray.engines.llm.budget import HEARTBEAT_S, Ask, BudgetError, Gateway, Grant, Limits, Settled, start_gate
-from medmm_ray.engines.llm.endpoint import Endpoint, EndpointError, Reply, Request, RetryableError
+from medmm_ray.engines.llm.budget import (
+    HEARTBEAT_S,
+    Budget,
+    BudgetError,
+    Limits,
+    PlannedCall,
+    ReserveResult,
+    Settlement,
+    start_budget,
+)
+from medmm_ray.engines.llm.endpoint import ChatReply, ChatRequest, Endpoint, EndpointError, RetryableError
 from medmm_ray.engines.llm.gemini import gemini_endpoint
 from medmm_ray.engines.llm.openai import OpenAIEndpoint
 from medmm_ray.engines.llm.prices import Price, price_of
-from medmm_ray.engines.llm.served import OtherModelError, is_asked, names_a_model, other_model
-from medmm_ray.engines.llm.store import Answer, AnswerStore
+from medmm_ray.engines.llm.served import OtherModelError, is_same_model, names_a_model, other_model_message
+from medmm_ray.engines.llm.store import AnswerStore, PricedAnswer
 
 log = logging.getLogger("medmm_ray")
 
@@ -53,13 +62,13 @@ class ApiConfig(Config):
     """How long a model that thinks may do so; null leaves it to the model."""
     form: str = Field("schema", pattern="^(schema|object|text)$")
     """How an API is held to JSON: schema (a JSON schema), object (any JSON object) or text (by the prompt alone)."""
-    price_read: float | None = execution(None, ge=0)
+    input_price: float | None = execution(None, ge=0)
     """US dollars per million prompt tokens; null takes the table's."""
-    price_cached: float | None = execution(None, ge=0)
+    cached_input_price: float | None = execution(None, ge=0)
     """US dollars per million prompt tokens that the provider had cached; null takes the table's."""
-    price_written: float | None = execution(None, ge=0)
+    output_price: float | None = execution(None, ge=0)
     """US dollars per million generated tokens; null takes the table's."""
-    price_flex: float | None = execution(None, ge=0)
+    flex_price_share: float | None = execution(None, ge=0)
     """Share of these prices that the flex tier costs; null takes the table's (a half for Google's and OpenAI's models,
     1 for those that it does not have)."""
     tier: Literal["flex"] | None = execution(None)
@@ -127,22 +136,22 @@ class Client:
     """
 
     def __init__(
-        self, endpoint: Endpoint, price: Price, config: ApiConfig, gate: Gateway | None = None,
+        self, endpoint: Endpoint, price: Price, config: ApiConfig, budget: Budget | None = None,
         answers: AnswerStore | None = None, model: str | None = None,
     ) -> None:  # fmt: skip
-        self.endpoint, self.price, self.config, self.gate, self.answers = endpoint, price, config, gate, answers
+        self.endpoint, self.price, self.config, self.budget, self.answers = endpoint, price, config, budget, answers
         self.model = model
         self._told: set[str] = set()
-        self.sender = uuid.uuid4().hex
-        self._asked: dict[tuple[str, str], asyncio.Future[Answer | RowError | ConfigError | None]] = {}
+        self.client_id = uuid.uuid4().hex
+        self._asked: dict[tuple[str, str], asyncio.Future[PricedAnswer | RowError | ConfigError | None]] = {}
         self._order = itertools.count()
-        self._slots = _Line(config.in_flight)
-        self._leases_out = _Line(config.in_flight + math.ceil(config.in_flight * AHEAD))
-        if gate is not None:
-            self._leases = _Batches(self._lease)
-            self._settlements = _Batches(self._settle, idle_s=HEARTBEAT_S)
+        self._slots = PrioritySemaphore(config.in_flight)
+        self._reserved_ahead = PrioritySemaphore(config.in_flight + math.ceil(config.in_flight * AHEAD))
+        if budget is not None:
+            self._reservations = Batcher(self._reserve)
+            self._settlements = Batcher(self._settle, idle_s=HEARTBEAT_S)
 
-    async def ask(self, request: Request, group: str) -> Answer:
+    async def ask(self, request: ChatRequest, group: str) -> PricedAnswer:
         """The answer to `request`, kept or new; who asks the same while it is under way gets it at no cost.
 
         Raises `RowError` refused, prompt_too_long, request, or unavailable (every attempt failed), and `ConfigError`
@@ -156,11 +165,11 @@ class Client:
             raise RowError("refused", answer.reply.refusal, answer.cost)
         return answer
 
-    async def _once(self, request: Request, group: str, key: str) -> Answer:
+    async def _once(self, request: ChatRequest, group: str, key: str) -> PricedAnswer:
         """The answer or fault of who asks the same already; where there is nobody, or they were cancelled, our own."""
         while (leader := self._asked.get((group, key))) is not None:
             outcome = await asyncio.shield(leader)
-            if isinstance(outcome, Answer):
+            if isinstance(outcome, PricedAnswer):
                 return replace(outcome, cost=0.0)
             if outcome is not None:
                 raise outcome
@@ -176,12 +185,12 @@ class Client:
             del self._asked[group, key]
             mine.set_result(outcome)
 
-    async def _check_model(self, reply: Reply) -> None:
+    async def _check_model(self, reply: ChatReply) -> None:
         """End the job, or warn, where another model answered; its answer is kept by now."""
         answered = reply.model
-        if answered is None or self.model is None or is_asked(self.model, answered):
+        if answered is None or self.model is None or is_same_model(self.model, answered):
             return
-        message = other_model(self.endpoint.identity, answered)
+        message = other_model_message(self.endpoint.identity, answered)
         if self.config.on_other_model == "stop" and names_a_model(answered):
             await self._end(message)
             raise OtherModelError(message)
@@ -192,15 +201,15 @@ class Client:
             self._told.add(message)
             log.warning("%s", message)
 
-    async def _found_or_fetched(self, request: Request, group: str, key: str) -> Answer:
+    async def _found_or_fetched(self, request: ChatRequest, group: str, key: str) -> PricedAnswer:
         found = await self.answers.find(group, key) if self.answers else None
         return found or await self._fetch(request, group, key)
 
-    async def _fetch(self, request: Request, group: str, key: str) -> Answer:
+    async def _fetch(self, request: ChatRequest, group: str, key: str) -> PricedAnswer:
         order = next(self._order)  # who asked first goes first, in later attempts too
         if self.config.tier:
             request = replace(request, tier=self.config.tier)
-        ask = Ask(group, key, likely_tokens(request, self.price), self.price.most(request))
+        ask = PlannedCall(group, key, estimated_tokens(request, self.price), self.price.max_cost(request))
         fault, paid = RetryableError(""), 0.0
         for attempt in range(1, self.config.max_attempts + 1):
             try:
@@ -219,7 +228,7 @@ class Client:
                     paid,
                 )
             if attempt < self.config.max_attempts:
-                await asyncio.sleep(pause(attempt, self.config.pause_s, random.random(), fault.retry_after_s))
+                await asyncio.sleep(retry_pause_s(attempt, self.config.pause_s, random.random(), fault.retry_after_s))
         raise RowError(
             "unavailable",
             f"{self.endpoint.identity} failed {self.config.max_attempts} times, last: {str(fault)[:200]}",
@@ -228,57 +237,59 @@ class Client:
 
     def _cost(self, fault: RetryableError) -> float:
         """US dollars of the tokens that a server counted for a fault."""
-        return self.price.of(fault.used) if fault.used else 0.0
+        return self.price.cost(fault.billed) if fault.billed else 0.0
 
-    async def _attempt(self, request: Request, ask: Ask, order: int) -> Answer:
-        async with self._leases_out.place(order):
-            lease = await self._leases.of(ask) if self.gate else 0
-            settled = Settled(lease, lost=True)  # where the sending is cancelled
+    async def _attempt(self, request: ChatRequest, ask: PlannedCall, order: int) -> PricedAnswer:
+        async with self._reserved_ahead.place(order):
+            lease = await self._reservations.of(ask) if self.budget else 0
+            settled = Settlement(lease, lost=True)  # where the sending is cancelled
             try:
                 async with self._slots.place(order):
                     reply = await self.endpoint.send(request)
-                    answer = Answer(reply, self.price.of(reply))
+                    answer = PricedAnswer(reply, self.price.cost(reply))
                     if self.config.tier and (reply.tier or "").lower() != self.config.tier:
                         self._warn(
                             f"{self.endpoint.identity} was asked at the tier {self.config.tier} and answered at "
                             f"{reply.tier or 'one that it does not state'}: booked at the list price"
                         )
-                    settled = Settled(lease, reply.read + reply.written, answer.cost, answered=True)
+                    settled = Settlement(
+                        lease, reply.prompt_tokens + reply.completion_tokens, answer.cost, answered=True
+                    )
                     if self.answers:
                         await self.answers.put(ask.group, ask.key, answer)
                 return answer
             except RetryableError as error:
                 asked_s = error.retry_after_s or 0.0
                 wait_s = asked_s if asked_s <= self.config.longest_wait_s else 0.0
-                tokens = error.used.read + error.used.written if error.used else 0
-                settled = Settled(
+                tokens = error.billed.prompt_tokens + error.billed.completion_tokens if error.billed else 0
+                settled = Settlement(
                     lease, tokens, self._cost(error), fault=str(error), lost=error.maybe_paid, wait_s=wait_s
                 )
                 raise
             except (RowError, EndpointError):
-                settled = Settled(lease)
+                settled = Settlement(lease)
                 raise
             finally:
-                if self.gate:
+                if self.budget:
                     await self._settlements.of(settled)
 
     async def _end(self, message: str) -> None:
         """Tell the gate that no request can succeed, and wait until what is under way anywhere is kept."""
-        if self.gate:
-            await self.gate.stop(message)
-            await self.gate.lease(self.sender, self.config.in_flight, [Ask("", "", 0, 0.0)])
+        if self.budget:
+            await self.budget.stop(message)
+            await self.budget.reserve(self.client_id, self.config.in_flight, [PlannedCall("", "", 0, 0.0)])
 
-    async def _lease(self, asks: Sequence[Ask]) -> Sequence[int]:
-        assert self.gate is not None
-        grant: Grant = await self.gate.lease(self.sender, self.config.in_flight, asks)
+    async def _reserve(self, asks: Sequence[PlannedCall]) -> Sequence[int]:
+        assert self.budget is not None
+        grant: ReserveResult = await self.budget.reserve(self.client_id, self.config.in_flight, asks)
         if grant.stopped is not None:
             kind, message = grant.stopped
             raise (BudgetError if kind == "budget" else EndpointError)(message)
-        return grant.leases
+        return grant.reservation_ids
 
-    async def _settle(self, settled: Sequence[Settled]) -> Sequence[None]:
-        assert self.gate is not None
-        await self.gate.settle(self.sender, settled)
+    async def _settle(self, settled: Sequence[Settlement]) -> Sequence[None]:
+        assert self.budget is not None
+        await self.budget.settle(self.client_id, settled)
         return [None] * len(settled)
 
 
@@ -289,12 +300,12 @@ class Access:
     backend: Backend
     model: str
     config: ApiConfig
-    gate: Gateway
+    budget: Budget
     folder: str
 
     def connect(self) -> Client:
         """Called in the actor."""
-        return connect(self.backend, self.model, self.config, self.gate, self.folder)
+        return connect(self.backend, self.model, self.config, self.budget, self.folder)
 
 
 def open_access(backend: Backend, model: str, config: ApiConfig, folder: str) -> Access:
@@ -306,11 +317,11 @@ def open_access(backend: Backend, model: str, config: ApiConfig, folder: str) ->
     if not os.environ.get("RAY_ADDRESS"):
         connect(backend, model, config)
     folder = api_folder(folder, model)
-    return Access(backend, model, config, start_gate(folder, config.limits), folder)
+    return Access(backend, model, config, start_budget(folder, config.limits), folder)
 
 
 def connect(
-    backend: Backend, model: str, config: ApiConfig, gate: Gateway | None = None, folder: str | None = None
+    backend: Backend, model: str, config: ApiConfig, budget: Budget | None = None, folder: str | None = None
 ) -> Client:
     """A client of a model behind an API; `folder` is the run's for this model, where its answers are kept."""
     endpoint: Endpoint
@@ -327,12 +338,12 @@ def connect(
             timeout_s=config.longest_s, form=config.form, length_field=config.length_field,
         )  # fmt: skip
     store = AnswerStore(f"{folder.rstrip('/')}/answers") if folder else None
-    return Client(endpoint, price_by(model, config), config, gate, store, config.answers_as or model)
+    return Client(endpoint, configured_price(model, config), config, budget, store, config.answers_as or model)
 
 
-def price_by(model: str, config: ApiConfig) -> Price:
+def configured_price(model: str, config: ApiConfig) -> Price:
     """What a model costs today, at the standard tier: the table's price with the config's own in its place."""
-    return price_of(model, config.price_read, config.price_written, config.price_cached, config.price_flex)
+    return price_of(model, config.input_price, config.output_price, config.cached_input_price, config.flex_price_share)
 
 
 def check_tier(backend: str, config: ApiConfig) -> None:
@@ -352,18 +363,18 @@ def api_folder(folder: str, model: str) -> str:
     return f"{folder.rstrip('/')}/{quote(model, safe='')}"
 
 
-def likely_tokens(request: Request, price: Price) -> int:
+def estimated_tokens(request: ChatRequest, price: Price) -> int:
     """Tokens of a request and its answer at full length, as a rate limit counts them."""
-    read = request.text_bytes // BYTES_A_TOKEN + len(request.pictures) * price.image_tokens
+    read = request.text_bytes // BYTES_A_TOKEN + len(request.images) * price.image_tokens
     return read + request.n * request.max_tokens
 
 
-def pause(attempt: int, mean_s: float, chance: float, asked_for_s: float | None) -> float:
+def retry_pause_s(attempt: int, mean_s: float, chance: float, asked_for_s: float | None) -> float:
     """Seconds before the next attempt: doubling, anywhere from 0 by `chance` in [0, 1), on top of what is asked for."""
     return chance * min(LONGEST_PAUSE_S, mean_s * 2.0**attempt) + (asked_for_s or 0.0)
 
 
-class _Line:
+class PrioritySemaphore:
     """A number of places; a free one goes to the lowest order that waits."""
 
     def __init__(self, places: int) -> None:
@@ -401,7 +412,7 @@ class _Line:
         self._free += 1
 
 
-class _Batches(Generic[Item, Result]):
+class Batcher(Generic[Item, Result]):
     """Calls `do` with all items that came while its last call ran; it gives results for some of the first of them.
 
     With `idle_s`, also with none when nothing came for so long. Once `do` raises, every item gets that error.

@@ -1,9 +1,9 @@
 """What an endpoint is: a model, behind an API or in this process, that makes one attempt at one request.
 
-Enters: a `Request`, texts and pictures. Leaves: a `Reply` with its token counts, or a typed fault: `RetryableError`
-(of the moment: a time-out, a cut connection, a garbled body), `RowError` (that row's error), `EndpointError` (key,
-model, quota, missing package: no request can succeed); `faults` says which of them a server's error is. Retries, limits
-and money are `client`'s.
+Enters: a `ChatRequest`, texts and images. Leaves: a `ChatReply` with its token counts, or a typed fault:
+`RetryableError` (of the moment: a time-out, a cut connection, a garbled body), `RowError` (that row's error),
+`EndpointError` (key, model, quota, missing package: no request can succeed); `faults` says which of them a server's
+error is. Retries, limits and money are `client`'s.
 """
 
 import base64
@@ -30,18 +30,22 @@ class EndpointError(ConfigError):
 class RetryableError(Exception):
     """A fault of the moment.
 
-    `used` are the tokens that the server counted for it, which are billed. `maybe_paid`: it counted none, and the model
-    may have worked on it, so that it may be billed at any cost.
+    `billed` has the tokens that the server counted for it. `maybe_paid`: it counted none, and the model may have worked
+    on it, so that it may be billed at any cost.
     """
 
     def __init__(
-        self, message: str, retry_after_s: float | None = None, maybe_paid: bool = False, used: "Reply | None" = None
+        self,
+        message: str,
+        retry_after_s: float | None = None,
+        maybe_paid: bool = False,
+        billed: "ChatReply | None" = None,
     ) -> None:
         super().__init__(message)
-        self.retry_after_s, self.maybe_paid, self.used = retry_after_s, maybe_paid, used
+        self.retry_after_s, self.maybe_paid, self.billed = retry_after_s, maybe_paid, billed
 
 
-class Picture:
+class ChatImage:
     """An opened RGB image, encoded once for all requests that carry it; its longest side at most `max_side` pixels."""
 
     def __init__(self, image: Image.Image, max_side: int = 1024) -> None:
@@ -65,11 +69,11 @@ class Turn:
     """What one side says: `role` is user or model."""
 
     role: str
-    parts: tuple[str | Picture, ...]
+    parts: tuple[str | ChatImage, ...]
 
 
 @dataclass(frozen=True)
-class Request:
+class ChatRequest:
     """One question to a model. `n` choices are drawn; None is the model's own temperature, top_p or effort.
 
     `schema` is a JSON schema; `pattern` a regular expression, which a model in this process obeys. `tier` says how an
@@ -89,8 +93,8 @@ class Request:
     tier: str | None = None
 
     @property
-    def pictures(self) -> list[Picture]:
-        return [part for turn in self.turns for part in turn.parts if isinstance(part, Picture)]
+    def images(self) -> list[ChatImage]:
+        return [part for turn in self.turns for part in turn.parts if isinstance(part, ChatImage)]
 
     @cached_property
     def text_bytes(self) -> int:
@@ -109,7 +113,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChatChoice:
     """One answer. `finish` is stop, or length where it was cut at `max_tokens`. Its text is `well_formed`.
 
     `thoughts` are the characters of thoughts that a server gave beside the text, in a field of their own.
@@ -124,7 +128,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Reply:
+class ChatReply:
     """A whole answer. `read` counts prompt tokens with the cached ones, `written` all generated ones, thoughts too.
 
     `refusal` says why a model did not answer: that is a whole answer too, and paid for. `model` is who
@@ -132,10 +136,10 @@ class Reply:
     `well_formed`.
     """
 
-    choices: tuple[Choice, ...]
-    read: int
-    cached: int
-    written: int
+    choices: tuple[ChatChoice, ...]
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
     refusal: str | None = None
     model: str | None = None
     tier: str | None = None
@@ -155,7 +159,7 @@ class Reply:
         return self.choices[0].finish == "length"
 
 
-def corrected(request: Request, reply: str, words: str) -> Request:
+def corrected(request: ChatRequest, reply: str, words: str) -> ChatRequest:
     """`request` with a reply that did not fit, and `words` of what to do.
 
     No API takes an empty turn: after an empty reply the words join what was asked.
@@ -171,10 +175,10 @@ class Endpoint(Protocol):
 
     identity: str
 
-    async def send(self, request: Request) -> Reply: ...
+    async def send(self, request: ChatRequest) -> ChatReply: ...
 
 
-def counted(number: object, most: int) -> int:
+def token_count(number: object, most: int) -> int:
     """Tokens as a server counted them; `most`, all that were possible, where it states no such number."""
     return int(number) if isinstance(number, int | float) and 0 <= number <= MOST_TOKENS else most
 

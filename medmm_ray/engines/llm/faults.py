@@ -134,8 +134,8 @@ def status_of(error: Any) -> int:
 def fault_of(model: str, error: ServerError, wait_s: float | None, check: str) -> Exception:
     """The fault that an error means.
 
-    `wait_s` are the seconds that the server asks to wait (`asked_wait_s`); `check` names what the user should look at
-    where no request can succeed. Inside a 200 the key was good: a 403 is that text's alone.
+    `wait_s` are the seconds that the server asks to wait (`retry_after_seconds`); `check` names what the user should
+    look at where no request can succeed. Inside a 200 the key was good: a 403 is that text's alone.
     """
     status, words = error.status, error.words[:WORDS_SHOWN]
     everything = error.sent.lower()
@@ -185,7 +185,7 @@ def refused_field(error: ServerError, sent: Collection[str]) -> str | None:
 _RETRY_INFO = re.compile(r'"retryDelay"\s*:\s*"(\d{1,9}(?:\.\d+)?)s"')
 
 
-def asked_wait_s(retry_after: str | None, body: str) -> float | None:
+def retry_after_seconds(retry_after: str | None, body: str) -> float | None:
     """Seconds that a server asks to wait, by its ``Retry-After`` header or Google's RetryInfo; None by neither."""
     info = _RETRY_INFO.search(body)
     asked = [s for s in (_seconds(retry_after), float(info[1]) if info else None) if s is not None]

@@ -15,25 +15,25 @@ from dataclasses import replace
 from typing import Any
 
 from medmm_ray.engines.llm.endpoint import (
-    Choice,
+    ChatChoice,
+    ChatImage,
+    ChatReply,
+    ChatRequest,
     Endpoint,
     EndpointError,
-    Picture,
-    Reply,
-    Request,
     RetryableError,
     Turn,
-    counted,
     stated,
+    token_count,
 )
 from medmm_ray.engines.llm.faults import (
     REFUSED,
     ServerError,
-    asked_wait_s,
     error_inside,
     fault_of,
     http_error,
     refused_field,
+    retry_after_seconds,
 )
 from medmm_ray.engines.llm.http import HttpClient, entry, or_empty
 
@@ -73,7 +73,7 @@ class GeminiEndpoint:
         self._headers = {"x-goog-api-key": key_of(model, key_variable), "Content-Type": "application/json"}
         self._http = HttpClient(timeout_s)
 
-    async def send(self, request: Request) -> Reply:
+    async def send(self, request: ChatRequest) -> ChatReply:
         """One attempt; the faults of `endpoint`."""
         answer = await self._http.post(self._url, json.dumps(body_of(request, self._model)).encode(), self._headers)
         if answer.status >= 400:
@@ -113,11 +113,11 @@ class GeminiSdkEndpoint:
         self._models: dict[str, Any] = {}
         self._threads = ThreadPoolExecutor(in_flight, thread_name_prefix="gemini")
 
-    async def send(self, request: Request) -> Reply:
+    async def send(self, request: ChatRequest) -> ChatReply:
         """One attempt; the faults of `endpoint`."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._send, request)
 
-    def _send(self, request: Request) -> Reply:
+    def _send(self, request: ChatRequest) -> ChatReply:
         from google.api_core import exceptions
         from google.protobuf.json_format import ParseError  # type: ignore[import-untyped]
         from requests import RequestException, Timeout
@@ -143,10 +143,10 @@ class GeminiSdkEndpoint:
         except ValueError as error:
             raise RetryableError(f"a garbled answer: {error}", maybe_paid=True) from None
 
-    def _fault(self, error: Any, request: Request) -> Exception:
+    def _fault(self, error: Any, request: ChatRequest) -> Exception:
         answer, status = error.response, int(error.code or 500)
         content = b"" if answer is None else answer.content
-        wait_s = None if answer is None else asked_wait_s(answer.headers.get("Retry-After"), answer.text)
+        wait_s = None if answer is None else retry_after_seconds(answer.headers.get("Retry-After"), answer.text)
         answered = http_error(status, content or str(error.message).encode())
         return gemini_fault(self._model, answered, request, wait_s, self._check)
 
@@ -164,7 +164,7 @@ def key_of(model: str, variable: str) -> str:
     return key
 
 
-def gemini_fault(model: str, error: ServerError, request: Request, wait_s: float | None, check: str) -> Exception:
+def gemini_fault(model: str, error: ServerError, request: ChatRequest, wait_s: float | None, check: str) -> Exception:
     """The fault that an error means; `EndpointError` where the model takes no such sampling as is set."""
     field = refused_field(error, ("temperature", "topP"))
     if field is None:
@@ -179,7 +179,7 @@ def gemini_fault(model: str, error: ServerError, request: Request, wait_s: float
 # Requests
 
 
-def turns_of(request: Request) -> Iterator[tuple[str, list[str | Picture]]]:
+def turns_of(request: ChatRequest) -> Iterator[tuple[str, list[str | ChatImage]]]:
     """Roles and parts without empty texts, which the API does not take, and without turns that have no other part."""
     for turn in request.turns:
         parts = parts_of(turn)
@@ -187,11 +187,11 @@ def turns_of(request: Request) -> Iterator[tuple[str, list[str | Picture]]]:
             yield turn.role, parts
 
 
-def parts_of(turn: Turn) -> list[str | Picture]:
+def parts_of(turn: Turn) -> list[str | ChatImage]:
     return [part for part in turn.parts if not isinstance(part, str) or part.strip()]
 
 
-def body_of(request: Request, model: str) -> dict[str, Any]:
+def body_of(request: ChatRequest, model: str) -> dict[str, Any]:
     """A request in the API's JSON."""
     how: dict[str, Any] = {"maxOutputTokens": request.max_tokens}
     how |= {"temperature": request.temperature, "topP": top_p_of(request)}
@@ -200,7 +200,7 @@ def body_of(request: Request, model: str) -> dict[str, Any]:
     if request.schema is not None:
         how |= {"responseMimeType": "application/json", "responseSchema": gemini_schema(request.schema)}
     if request.reasoning_effort is not None:
-        how["thinkingConfig"] = thinking(request.reasoning_effort, model)
+        how["thinkingConfig"] = thinking_config(request.reasoning_effort, model)
     body: dict[str, Any] = {
         "contents": [{"role": role, "parts": [_part(part) for part in parts]} for role, parts in turns_of(request)],
         "generationConfig": {name: value for name, value in how.items() if value is not None},
@@ -216,29 +216,29 @@ def body_of(request: Request, model: str) -> dict[str, Any]:
 _BUDGETS = {"none": 0, "minimal": 1_024, "low": 1_024, "medium": 8_192, "high": 24_576}
 
 
-def thinking(effort: str, model: str) -> dict[str, Any]:
+def thinking_config(effort: str, model: str) -> dict[str, Any]:
     """How much a model may think: Gemini 2.5 takes a budget of tokens, those after it a level, of which none is off."""
     if model.rpartition("/")[2].startswith("gemini-2"):
         return {"thinkingBudget": _BUDGETS[effort]}
     return {"thinkingLevel": "minimal" if effort == "none" else effort}
 
 
-def top_p_of(request: Request) -> float | None:
+def top_p_of(request: ChatRequest) -> float | None:
     """None: to be left out, as the model's own is to be taken."""
     return None if request.temperature is None and request.top_p == 1.0 else request.top_p
 
 
-def _part(part: str | Picture) -> dict[str, Any]:
+def _part(part: str | ChatImage) -> dict[str, Any]:
     if isinstance(part, str):
         return {"text": part}
     return {"inlineData": {"mimeType": "image/png", "data": part.data_url.partition(",")[2]}}
 
 
-def _sdk_part(part: str | Picture) -> str | dict[str, Any]:
+def _sdk_part(part: str | ChatImage) -> str | dict[str, Any]:
     return part if isinstance(part, str) else {"mime_type": "image/png", "data": part.png}
 
 
-def _sdk_config(request: Request) -> dict[str, Any]:
+def _sdk_config(request: ChatRequest) -> dict[str, Any]:
     how: dict[str, Any] = {"max_output_tokens": request.max_tokens, "candidate_count": request.n}
     how |= {"temperature": request.temperature, "top_p": top_p_of(request)}
     if request.schema is not None:
@@ -265,35 +265,35 @@ def gemini_schema(schema: Mapping[str, Any], names: Mapping[str, str] | None = N
 # Answers
 
 
-def reply_of(body: Any, request: Request, model: str) -> Reply:
-    """The API's JSON as a `Reply`; where no prompt's tokens are counted, all that is possible counts as used.
+def reply_of(body: Any, request: ChatRequest, model: str) -> ChatReply:
+    """The API's JSON as a `ChatReply`; where no prompt's tokens are counted, all that is possible counts as used.
 
     Raises `ValueError` where it is no answer, `RetryableError` where it is one without content.
     """
     answered = entry(body, "the body")
     usage = or_empty(answered.get("usageMetadata"))
-    read = counted(usage.get("promptTokenCount"), 0)
+    read = token_count(usage.get("promptTokenCount"), 0)
     candidates = answered.get("candidates") or []
     if not isinstance(candidates, list):
         raise ValueError("candidates is no list")
     if not candidates:
         reason = or_empty(answered.get("promptFeedback")).get("blockReason")
         if not reason:
-            used = Reply((), read, 0, 0) if read else None
-            raise RetryableError("an answer without content", maybe_paid=used is None, used=used)
+            billed = ChatReply((), read, 0, 0) if read else None
+            raise RetryableError("an answer without content", maybe_paid=billed is None, billed=billed)
         blocked = f"{model} blocked the prompt ({reason})"
-        return Reply((), read, 0, 0, blocked, stated(answered.get("modelVersion")))  # nothing was written
+        return ChatReply((), read, 0, 0, blocked, stated(answered.get("modelVersion")))  # nothing was written
     choices, refusal = [], None
     for candidate in (entry(one, "a candidate") for one in candidates):
         reason = str(candidate.get("finishReason"))
         if reason in REFUSED:
             refusal = f"{model} did not answer ({reason})"
         choices.append(_choice(candidate, reason))
-    return Reply(
+    return ChatReply(
         choices=tuple(choices),
-        read=read or request.text_bytes,
-        cached=min(read, counted(usage.get("cachedContentTokenCount"), 0)),
-        written=_written(usage, read) if read else request.n * request.max_tokens,
+        prompt_tokens=read or request.text_bytes,
+        cached_tokens=min(read, token_count(usage.get("cachedContentTokenCount"), 0)),
+        completion_tokens=_written(usage, read) if read else request.n * request.max_tokens,
         refusal=refusal,
         model=stated(answered.get("modelVersion")),
         tier=stated(usage.get("serviceTier")),
@@ -303,12 +303,12 @@ def reply_of(body: Any, request: Request, model: str) -> Reply:
 def _written(usage: dict[str, Any], read: int) -> int:
     """Tokens that are billed as output: thoughts are, and `total` has them where they are not counted apart."""
     answer, thoughts, total = (
-        counted(usage.get(name), 0) for name in ("candidatesTokenCount", "thoughtsTokenCount", "totalTokenCount")
+        token_count(usage.get(name), 0) for name in ("candidatesTokenCount", "thoughtsTokenCount", "totalTokenCount")
     )
     return max(answer + thoughts, total - read)
 
 
-def _choice(candidate: dict[str, Any], reason: str) -> Choice:
+def _choice(candidate: dict[str, Any], reason: str) -> ChatChoice:
     """A candidate's text; one that spent all on thoughts, or said nothing, has no part, or no content."""
     parts = or_empty(candidate.get("content")).get("parts") or []
     if not isinstance(parts, list):
@@ -322,4 +322,4 @@ def _choice(candidate: dict[str, Any], reason: str) -> Choice:
             thoughts += len(text)
         else:
             texts.append(text)
-    return Choice("".join(texts), "length" if reason == "MAX_TOKENS" else "stop", thoughts)
+    return ChatChoice("".join(texts), "length" if reason == "MAX_TOKENS" else "stop", thoughts)

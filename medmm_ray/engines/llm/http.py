@@ -7,7 +7,7 @@ from typing import Any
 import aiohttp
 
 from medmm_ray.engines.llm.endpoint import EndpointError, RetryableError
-from medmm_ray.engines.llm.faults import asked_wait_s
+from medmm_ray.engines.llm.faults import retry_after_seconds
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class HttpAnswer:
     @property
     def wait_s(self) -> float | None:
         """Seconds that the server asks to wait."""
-        return asked_wait_s(self.headers.get("Retry-After"), self.content.decode(errors="replace"))
+        return retry_after_seconds(self.headers.get("Retry-After"), self.content.decode(errors="replace"))
 
 
 class HttpClient:

@@ -17,15 +17,15 @@ from urllib.parse import parse_qs, urlsplit, urlunsplit
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.llm import gemini
 from medmm_ray.engines.llm.endpoint import (
-    Choice,
+    ChatChoice,
+    ChatImage,
+    ChatReply,
+    ChatRequest,
     EndpointError,
-    Picture,
-    Reply,
-    Request,
     RetryableError,
     Turn,
-    counted,
     stated,
+    token_count,
 )
 from medmm_ray.engines.llm.faults import (
     REFUSED,
@@ -76,43 +76,43 @@ class OpenAIEndpoint:
         self._takes_top_p_1 = self._keeps_length = True
         self._taken: set[str] = set()  # fields of what was answered
 
-    async def send(self, request: Request) -> Reply:
+    async def send(self, request: ChatRequest) -> ChatReply:
         """One attempt; the faults of `endpoint`."""
         while True:
             body = self._body(request)
             answer = await self._http.post(self._url, json.dumps(body).encode(), self._headers)
             error = http_error(answer.status, answer.content) if answer.status >= 400 else None
             reply = self._reply(answer, request) if error is None else error
-            if isinstance(reply, Reply):
+            if isinstance(reply, ChatReply):
                 self._taken |= body.keys()
                 return reply
             field = refused_field(reply, body.keys() - self._taken)  # else it is this request that is at fault
             if field is None or not self._renamed(field, request, reply):
                 raise fault_of(self._model, reply, answer.wait_s, self._check)
 
-    def _reply(self, answer: HttpAnswer, request: Request) -> Reply | ServerError:
+    def _reply(self, answer: HttpAnswer, request: ChatRequest) -> ChatReply | ServerError:
         """What a 200 holds; a `ServerError` where that is an error that costs nothing."""
-        used: Reply | None = None
+        billed: ChatReply | None = None
         try:
             body = json.loads(answer.content)
-            used = used_by_fault(body)
+            billed = billed_by_fault(body)
             error = error_in(body)
             if error is None:
                 reply = self._kept_to_length(reply_of(body, request), request)
                 return replace(reply, tier=reply.tier or stated(answer.headers.get(gemini.TIER)))
         except (ValueError, RecursionError) as wrong:  # of json too: 5,000 digits, 100,000 brackets
             what = f"a garbled answer of {len(answer.content)} bytes ({answer.content_type}): {wrong}"
-            raise RetryableError(what, maybe_paid=used is None, used=used) from None
-        if used is None:
+            raise RetryableError(what, maybe_paid=billed is None, billed=billed) from None
+        if billed is None:
             return error
         fault = fault_of(self._model, error, answer.wait_s, self._check)
         if isinstance(fault, RetryableError):
-            fault.used = used
+            fault.billed = billed
         elif isinstance(fault, RowError) and fault.kind == "refused":
-            return replace(used, refusal=fault.message)
+            return replace(billed, refusal=fault.message)
         raise fault
 
-    def _renamed(self, field: str, request: Request, error: ServerError) -> bool:
+    def _renamed(self, field: str, request: ChatRequest, error: ServerError) -> bool:
         """Whether the next body goes without the `field` that the server does not take, or has another name for it.
 
         Raises `EndpointError` where a setting would have to change, which nothing here may do for the user.
@@ -133,17 +133,17 @@ class OpenAIEndpoint:
             raise EndpointError(f"{self._model} {setting} in the section that names it. It says: {error.words[:200]}")
         return False
 
-    def _kept_to_length(self, reply: Reply, request: Request) -> Reply:
-        if reply.written > request.n * request.max_tokens and self._keeps_length:
+    def _kept_to_length(self, reply: ChatReply, request: ChatRequest) -> ChatReply:
+        if reply.completion_tokens > request.n * request.max_tokens and self._keeps_length:
             self._keeps_length = False
             log.warning(
                 "%s wrote %s tokens where %s=%d allows %d: its server ignores that name; set length_field",
-                self._model, reply.written, self._names["max_tokens"][0], request.max_tokens,
+                self._model, reply.completion_tokens, self._names["max_tokens"][0], request.max_tokens,
                 request.n * request.max_tokens,
             )  # fmt: skip
         return reply
 
-    def _body(self, request: Request) -> dict[str, Any]:
+    def _body(self, request: ChatRequest) -> dict[str, Any]:
         system = [{"role": "system", "content": request.system}] if request.system else []
         body: dict[str, Any] = {"model": self._model, "messages": [*system, *map(message, request.turns)]}
         named = {"max_tokens": request.max_tokens, "seed": request.seed}
@@ -207,7 +207,7 @@ def message(turn: Turn) -> dict[str, Any]:
     return {"role": role, "content": [_part(part) for part in turn.parts]}
 
 
-def _part(part: str | Picture) -> dict[str, Any]:
+def _part(part: str | ChatImage) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
     return {"type": "image_url", "image_url": {"url": part.data_url}}
@@ -224,15 +224,15 @@ def error_in(body: Any) -> ServerError | None:
     return None
 
 
-def used_by_fault(body: Any) -> Reply | None:
+def billed_by_fault(body: Any) -> ChatReply | None:
     """The tokens that a server counted although it gave no answer; None where it counted none."""
     usage = or_empty(or_empty(body).get("usage"))
-    read, written = (counted(usage.get(name), 0) for name in ("prompt_tokens", "completion_tokens"))
-    return Reply((), read, min(read, _cached(usage)), written) if read or written else None
+    read, written = (token_count(usage.get(name), 0) for name in ("prompt_tokens", "completion_tokens"))
+    return ChatReply((), read, min(read, _cached(usage)), written) if read or written else None
 
 
-def reply_of(body: Any, request: Request) -> Reply:
-    """A chat completion as a `Reply`; a server that counts no tokens is taken to have used all that is possible.
+def reply_of(body: Any, request: ChatRequest) -> ChatReply:
+    """A chat completion as a `ChatReply`; a server that counts no tokens is taken to have used all that is possible.
 
     Raises `ValueError` where it is no chat completion.
     """
@@ -250,20 +250,22 @@ def reply_of(body: Any, request: Request) -> Reply:
             refusal = f"{answered.get('model')} refused: {str(said['refusal'])[:200]}"
         choices.append(_choice(said, reason, request))
     usage = or_empty(answered.get("usage"))
-    read = counted(usage.get("prompt_tokens"), request.text_bytes)
-    written = counted(usage.get("completion_tokens"), request.n * request.max_tokens)
-    return Reply(
+    read = token_count(usage.get("prompt_tokens"), request.text_bytes)
+    written = token_count(usage.get("completion_tokens"), request.n * request.max_tokens)
+    return ChatReply(
         choices=tuple(choices),
-        read=read,
-        cached=min(read, _cached(usage)),
-        written=max(written, counted(usage.get("total_tokens"), 0) - read),  # Gemini leaves its thoughts out
+        prompt_tokens=read,
+        cached_tokens=min(read, _cached(usage)),
+        completion_tokens=max(
+            written, token_count(usage.get("total_tokens"), 0) - read
+        ),  # Gemini leaves its thoughts out
         refusal=refusal,
         model=stated(answered.get("model")),
         tier=stated(answered.get("service_tier")),
     )
 
 
-def _choice(said: dict[str, Any], reason: str, request: Request) -> Choice:
+def _choice(said: dict[str, Any], reason: str, request: ChatRequest) -> ChatChoice:
     """A message's answer, without the thoughts beside or before it.
 
     A server that looks for the end of the thoughts, where the model thought none, calls its whole answer thoughts. That
@@ -280,7 +282,7 @@ def _choice(said: dict[str, Any], reason: str, request: Request) -> Choice:
     finish = "length" if reason.lower() in _CUT else "stop"
     if not text.strip() and finish == "stop" and request.schema is not None and _is_json(thoughts):
         text, thoughts = thoughts, ""
-    return Choice(text, finish, len(thoughts))
+    return ChatChoice(text, finish, len(thoughts))
 
 
 def _is_json(text: str) -> bool:
@@ -291,7 +293,7 @@ def _is_json(text: str) -> bool:
 
 
 def _cached(usage: dict[str, Any]) -> int:
-    return counted(or_empty(usage.get("prompt_tokens_details")).get("cached_tokens"), 0)
+    return token_count(or_empty(usage.get("prompt_tokens_details")).get("cached_tokens"), 0)
 
 
 def _text(content: Any) -> str:

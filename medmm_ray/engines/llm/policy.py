@@ -13,7 +13,7 @@ from medmm_ray.data.tables import RowError
 from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import Completion, Sampling, Statistics
 from medmm_ray.engines.llm.client import BYTES_A_TOKEN, Client
-from medmm_ray.engines.llm.endpoint import Picture, Request, Turn
+from medmm_ray.engines.llm.endpoint import ChatImage, ChatRequest, Turn
 from medmm_ray.text.quality import NOT_HAD
 
 
@@ -41,7 +41,7 @@ class ApiPolicy:
         self.statistics.add(made)
         return made
 
-    async def _sample(self, request: Request, seed: int, group: str) -> Completion:
+    async def _sample(self, request: ChatRequest, seed: int, group: str) -> Completion:
         try:
             answer = await self.client.ask(replace(request, seed=seed), group)
         except RowError as fault:
@@ -53,12 +53,18 @@ class ApiPolicy:
         reply = answer.reply
         finish = "length" if reply.cut_off else "stop"
         return Completion(
-            reply.text, finish, seed, reply.written, reply.read, cached_tokens=reply.cached, cost=answer.cost,
+            reply.text,
+            finish,
+            seed,
+            reply.completion_tokens,
+            reply.prompt_tokens,
+            cached_tokens=reply.cached_tokens,
+            cost=answer.cost,
             model=reply.model,
-        )  # fmt: skip
+        )
 
 
-def request_of(prompt: ChatPrompt, sampling: Sampling) -> Request:
+def request_of(prompt: ChatPrompt, sampling: Sampling) -> ChatRequest:
     """A chat as a request without a seed; the images stand after the text of the user's last turn."""
     system = "\n".join(m["content"] for m in prompt.messages if m["role"] == "system")
     turns = [
@@ -66,9 +72,9 @@ def request_of(prompt: ChatPrompt, sampling: Sampling) -> Request:
         for m in prompt.messages
         if m["role"] != "system"
     ]
-    turns[-1] = replace(turns[-1], parts=(*turns[-1].parts, *map(Picture, prompt.images)))
+    turns[-1] = replace(turns[-1], parts=(*turns[-1].parts, *map(ChatImage, prompt.images)))
     prefix = (Turn("model", (prompt.prefix,)),) if prompt.prefix else ()
-    return Request(
+    return ChatRequest(
         system=system,
         turns=(*turns, *prefix),
         schema=sampling.schema,

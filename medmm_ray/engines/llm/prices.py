@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 
 from medmm_ray.config import ConfigError
-from medmm_ray.engines.llm.endpoint import Reply, Request
+from medmm_ray.engines.llm.endpoint import ChatReply, ChatRequest
 
 TEMPLATE_TOKENS = 64  # what a chat template adds to the texts
 OLD_DAYS = 90  # a price that was read longer ago is told at the start of a run
@@ -18,47 +18,56 @@ PRIORITY = 2.0  # times the list price, at most, by both vendors' pages; only a 
 
 @dataclass(frozen=True)
 class Price:
-    """US dollars per million tokens; `cached` is the rate of prompt tokens that the provider had cached.
+    """US dollars per million tokens; `cached_input_price` is that of prompt tokens that the provider had cached.
 
     `image_tokens` is the most that a picture counts for whose longest side is at most 1024 pixels,
     `usual_image_tokens` what most count for. `flex` is the share of the list price that the flex tier costs; 1 where
     none is known.
     """
 
-    read: float
-    cached: float
-    written: float
+    input_price: float
+    cached_input_price: float
+    output_price: float
     image_tokens: int = 2064
     usual_image_tokens: int = 258
     flex: float = 1.0
 
-    def at(self, tier: str | None) -> "Price":
+    def at_tier(self, tier: str | None) -> "Price":
         """The price at the tier that served a request; an unknown one, or None, is the list price."""
         share = {"flex": self.flex, "batch": self.flex, "priority": PRIORITY}.get((tier or "").lower(), 1.0)
         if share == 1.0:
             return self
-        return replace(self, read=self.read * share, cached=self.cached * share, written=self.written * share)
+        return replace(
+            self,
+            input_price=self.input_price * share,
+            cached_input_price=self.cached_input_price * share,
+            output_price=self.output_price * share,
+        )
 
-    def of(self, reply: Reply) -> float:
-        """US dollars of an answer, at the tier that served it; thoughts are among the tokens written."""
-        price = self.at(reply.tier)
-        fresh = reply.read - reply.cached
-        return (fresh * price.read + reply.cached * price.cached + reply.written * price.written) / 1e6
+    def cost(self, reply: ChatReply) -> float:
+        """US dollars of an answer, at the tier that served it; reasoning tokens are among the completion tokens."""
+        price = self.at_tier(reply.tier)
+        fresh = reply.prompt_tokens - reply.cached_tokens
+        return (
+            fresh * price.input_price
+            + reply.cached_tokens * price.cached_input_price
+            + reply.completion_tokens * price.output_price
+        ) / 1e6
 
-    def most(self, request: Request) -> float:
+    def max_cost(self, request: ChatRequest) -> float:
         """US dollars that an answer cannot exceed: no token is shorter than a byte, none of them was cached.
 
         A request for the flex tier may be served, and billed, at the standard one.
         """
-        read = request.text_bytes + TEMPLATE_TOKENS + len(request.pictures) * self.image_tokens
-        return (read * self.read + request.n * request.max_tokens * self.written) / 1e6
+        read = request.text_bytes + TEMPLATE_TOKENS + len(request.images) * self.image_tokens
+        return (read * self.input_price + request.n * request.max_tokens * self.output_price) / 1e6
 
 
 FREE = Price(0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
-class Listed:
+class PriceEntry:
     """A row of the table: the `price` as its source had it on the day `read_on`, and from which day on it is `later`.
 
     `ends`: the day on which the vendor shuts the model down; `successor`: what the vendor names in its place.
@@ -78,17 +87,21 @@ GEMINI_PAGE = "https://ai.google.dev/gemini-api/docs/pricing"
 OPENAI_PAGE = "https://developers.openai.com/api/docs/pricing"
 
 
-def _gemini(read: float, cached: float, written: float, usual_image_tokens: int = 1120) -> Price:
+def _gemini(
+    input_price: float, cached_input_price: float, output_price: float, usual_image_tokens: int = 1120
+) -> Price:
     """Google bills the flex and batch tiers at a half (ai.google.dev/gemini-api/docs/flex-inference).
 
     Gemini 3 reads a picture as 1,120 tokens by default (its model pages), Gemini 2 in tiles of 258.
     """
-    return Price(read, cached, written, usual_image_tokens=usual_image_tokens, flex=0.5)
+    return Price(input_price, cached_input_price, output_price, usual_image_tokens=usual_image_tokens, flex=0.5)
 
 
-def _gpt(read: float, cached: float, written: float, image_tokens: int = 2064) -> Price:
+def _gpt(input_price: float, cached_input_price: float, output_price: float, image_tokens: int = 2064) -> Price:
     """OpenAI bills the flex tier at the rates of its batch API, a half (its guide to flex processing)."""
-    return Price(read, cached, written, image_tokens=image_tokens, usual_image_tokens=765, flex=0.5)
+    return Price(
+        input_price, cached_input_price, output_price, image_tokens=image_tokens, usual_image_tokens=765, flex=0.5
+    )
 
 
 # List prices, prompts up to 200k tokens (Gemini) and 272k (GPT-6). Gemini: Google's price page as transcribed on
@@ -100,28 +113,32 @@ def _gpt(read: float, cached: float, written: float, image_tokens: int = 2064) -
 _G3, _MAY = date(2026, 10, 7), date(2026, 5, 15)
 _END_25, _END_GPT5, _END_GPT4 = date(2026, 12, 1), date(2026, 12, 11), date(2027, 1, 14)
 PRICES = {
-    "gemini-3.8-flash": Listed(_gemini(0.75, 0.075, 3.75), _G3, later=(date(2027, 1, 1), _gemini(1.50, 0.15, 7.50))),
-    "gemini-3.5-flash": Listed(_gemini(1.50, 0.15, 9.00), _G3),
-    "gemini-3.5-flash-lite": Listed(_gemini(0.30, 0.03, 2.50), _G3),
-    "gemini-3.1-flash-lite": Listed(_gemini(0.25, 0.025, 1.50), date(2026, 7, 31), ends=date(2027, 5, 7)),
-    "gemini-2.5-flash-lite": Listed(_gemini(0.10, 0.025, 0.40, 258), _G3),
-    "gemini-2.5-flash": Listed(_gemini(0.30, 0.075, 2.50, 258), _G3, ends=_END_25, successor="gemini-3.5-flash-lite"),
-    "gemini-2.5-pro": Listed(_gemini(1.25, 0.31, 10.00, 258), _G3, ends=_END_25, successor="gemini-3.8-flash"),
-    "gemini-2.0-flash": Listed(_gemini(0.10, 0.025, 0.40, 258), date(2025, 8, 31), ends=date(2026, 6, 1)),
-    "gpt-6-luna": Listed(_gpt(0.125, 0.01, 0.50, 3_779), date(2026, 10, 14)),
-    "gpt-6-sol": Listed(_gpt(2.50, 0.20, 10.00), date(2026, 9, 23)),
-    "gpt-6.1-terra": Listed(_gpt(1.25, 0.05, 5.00, 2_489), date(2026, 10, 27)),
-    "gpt-6.1-sol": Listed(_gpt(2.50, 0.10, 10.00), date(2026, 9, 30)),
-    "gpt-4o": Listed(_gpt(2.50, 1.25, 10.00), _MAY, ends=_END_GPT4, successor="gpt-6-luna"),
-    "gpt-4o-mini": Listed(  # it counts a picture 33 times
+    "gemini-3.8-flash": PriceEntry(
+        _gemini(0.75, 0.075, 3.75), _G3, later=(date(2027, 1, 1), _gemini(1.50, 0.15, 7.50))
+    ),
+    "gemini-3.5-flash": PriceEntry(_gemini(1.50, 0.15, 9.00), _G3),
+    "gemini-3.5-flash-lite": PriceEntry(_gemini(0.30, 0.03, 2.50), _G3),
+    "gemini-3.1-flash-lite": PriceEntry(_gemini(0.25, 0.025, 1.50), date(2026, 7, 31), ends=date(2027, 5, 7)),
+    "gemini-2.5-flash-lite": PriceEntry(_gemini(0.10, 0.025, 0.40, 258), _G3),
+    "gemini-2.5-flash": PriceEntry(
+        _gemini(0.30, 0.075, 2.50, 258), _G3, ends=_END_25, successor="gemini-3.5-flash-lite"
+    ),
+    "gemini-2.5-pro": PriceEntry(_gemini(1.25, 0.31, 10.00, 258), _G3, ends=_END_25, successor="gemini-3.8-flash"),
+    "gemini-2.0-flash": PriceEntry(_gemini(0.10, 0.025, 0.40, 258), date(2025, 8, 31), ends=date(2026, 6, 1)),
+    "gpt-6-luna": PriceEntry(_gpt(0.125, 0.01, 0.50, 3_779), date(2026, 10, 14)),
+    "gpt-6-sol": PriceEntry(_gpt(2.50, 0.20, 10.00), date(2026, 9, 23)),
+    "gpt-6.1-terra": PriceEntry(_gpt(1.25, 0.05, 5.00, 2_489), date(2026, 10, 27)),
+    "gpt-6.1-sol": PriceEntry(_gpt(2.50, 0.10, 10.00), date(2026, 9, 30)),
+    "gpt-4o": PriceEntry(_gpt(2.50, 1.25, 10.00), _MAY, ends=_END_GPT4, successor="gpt-6-luna"),
+    "gpt-4o-mini": PriceEntry(  # it counts a picture 33 times
         _gpt(0.15, 0.075, 0.60, 36_835), _MAY, ends=_END_GPT4, successor="gpt-6-luna"
     ),
-    "gpt-4.1": Listed(_gpt(2.00, 0.50, 8.00), _MAY, ends=_END_GPT4, successor="gpt-6-luna"),
-    "gpt-4.1-mini": Listed(_gpt(0.40, 0.10, 1.60, 2_489), _MAY, ends=_END_GPT4, successor="gpt-6-luna"),
-    "gpt-4.1-nano": Listed(_gpt(0.10, 0.025, 0.40, 3_779), _MAY, ends=date(2026, 10, 23)),
-    "gpt-5": Listed(_gpt(1.25, 0.125, 10.00), _MAY, ends=_END_GPT5, successor="gpt-6.1-sol"),
-    "gpt-5-mini": Listed(_gpt(0.25, 0.025, 2.00, 2_489), _MAY, ends=_END_GPT5, successor="gpt-6.1-terra"),
-    "gpt-5-nano": Listed(_gpt(0.05, 0.005, 0.40, 3_779), _MAY, ends=_END_GPT5),
+    "gpt-4.1": PriceEntry(_gpt(2.00, 0.50, 8.00), _MAY, ends=_END_GPT4, successor="gpt-6-luna"),
+    "gpt-4.1-mini": PriceEntry(_gpt(0.40, 0.10, 1.60, 2_489), _MAY, ends=_END_GPT4, successor="gpt-6-luna"),
+    "gpt-4.1-nano": PriceEntry(_gpt(0.10, 0.025, 0.40, 3_779), _MAY, ends=date(2026, 10, 23)),
+    "gpt-5": PriceEntry(_gpt(1.25, 0.125, 10.00), _MAY, ends=_END_GPT5, successor="gpt-6.1-sol"),
+    "gpt-5-mini": PriceEntry(_gpt(0.25, 0.025, 2.00, 2_489), _MAY, ends=_END_GPT5, successor="gpt-6.1-terra"),
+    "gpt-5-nano": PriceEntry(_gpt(0.05, 0.005, 0.40, 3_779), _MAY, ends=_END_GPT5),
 }
 
 
@@ -130,47 +147,53 @@ def today() -> date:
 
 
 def price_of(
-    model: str, read: float | None = None, written: float | None = None, cached: float | None = None,
-    flex: float | None = None, day: date | None = None,
-) -> Price:  # fmt: skip
+    model: str,
+    input_price: float | None = None,
+    output_price: float | None = None,
+    cached_input_price: float | None = None,
+    flex: float | None = None,
+    day: date | None = None,
+) -> Price:
     """A model's price on a day (None: today): the table's, with what is given in its place.
 
-    A `read` without `cached` prices cached tokens like the others; `flex` is the share of the price that the flex tier
-    costs. Raises `ConfigError` where neither the table nor what is given knows a rate.
+    An `input_price` without `cached_input_price` prices cached tokens like the others; `flex` is the share of the price
+    that the flex tier costs. Raises `ConfigError` where neither the table nor what is given knows a rate.
     """
     listed = PRICES.get(model)
-    if listed is None and (read is None or written is None):
+    if listed is None and (input_price is None or output_price is None):
         raise ConfigError(
-            f"no price is known for {model!r} (known: {', '.join(PRICES)}); set price_read and price_written, US "
+            f"no price is known for {model!r} (known: {', '.join(PRICES)}); set input_price and output_price, US "
             "dollars per million tokens (0 for a server of your own)"
         )
     known = listed.on(day or today()) if listed else FREE
-    if cached is None:
-        cached = known.cached if read is None else read
+    if cached_input_price is None:
+        cached_input_price = known.cached_input_price if input_price is None else input_price
     return replace(
         known,
-        read=known.read if read is None else read,
-        cached=cached,
-        written=known.written if written is None else written,
+        input_price=known.input_price if input_price is None else input_price,
+        cached_input_price=cached_input_price,
+        output_price=known.output_price if output_price is None else output_price,
         flex=known.flex if flex is None else flex,
     )
 
 
-def dated(model: str, read: float | None = None, written: float | None = None, day: date | None = None) -> list[str]:
+def price_warnings(
+    model: str, input_price: float | None = None, output_price: float | None = None, day: date | None = None
+) -> list[str]:
     """What is to be told, before a run, of a model's row in the table: an old price, an end that is near or past.
 
-    A price that a config gives (`read` and `written`) does not age.
+    A price that a config gives (`input_price` and `output_price`) does not age.
     """
     listed, now = PRICES.get(model), day or today()
     if listed is None:
         return []
     notes = []
     age = (now - listed.read_on).days
-    if age > OLD_DAYS and (read is None or written is None):
+    if age > OLD_DAYS and (input_price is None or output_price is None):
         page = GEMINI_PAGE if model.startswith("gemini") else OPENAI_PAGE
         notes.append(
             f"the price of {model} was read on {listed.read_on}, {age} days ago: compare it with {page} and set "
-            "price_read, price_cached and price_written where it changed"
+            "input_price, cached_input_price and output_price where it changed"
         )
     if listed.ends and (listed.ends - now).days <= ENDING_DAYS:
         past = "was" if now >= listed.ends else "is to be"

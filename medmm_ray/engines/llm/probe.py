@@ -22,9 +22,9 @@ from PIL import Image
 from medmm_ray.config import ConfigError
 from medmm_ray.data.tables import RowError, TableError
 from medmm_ray.engines.llm import gemini, openai
-from medmm_ray.engines.llm.budget import Gate
+from medmm_ray.engines.llm.budget import ApiBudget
 from medmm_ray.engines.llm.client import ApiConfig, Backend, Client, api_folder, connect
-from medmm_ray.engines.llm.endpoint import EndpointError, Picture, Request, Turn
+from medmm_ray.engines.llm.endpoint import ChatImage, ChatRequest, EndpointError, Turn
 from medmm_ray.engines.llm.prices import ENDING_DAYS
 from medmm_ray.engines.llm.served import OtherModelError
 
@@ -48,13 +48,13 @@ ASKED = 'Can you be reached? Answer with one JSON object and nothing else: {"ans
 
 @dataclass(frozen=True)
 class ApiModel:
-    """A model behind an API as a section asks it: with pictures or not (`sees`), for JSON or not (`writes_json`)."""
+    """A model behind an API as a section asks it: with images (`sends_images`), for JSON (`wants_json`), or not."""
 
     backend: Backend
     model: str
     config: ApiConfig
-    sees: bool = False
-    writes_json: bool = True
+    sends_images: bool = False
+    wants_json: bool = True
 
     @property
     def key_variable(self) -> str:
@@ -79,13 +79,13 @@ class ApiModel:
         return urlunsplit(urlsplit(self.list_url)._replace(query="")).removesuffix("/models")
 
 
-def request_of(asked: ApiModel) -> Request:
+def request_of(asked: ApiModel) -> ChatRequest:
     """The small request."""
-    picture = (Picture(Image.new("RGB", (64, 64), (128, 128, 128))),) if asked.sees else ()
-    return Request(
+    picture = (ChatImage(Image.new("RGB", (64, 64), (128, 128, 128))),) if asked.sends_images else ()
+    return ChatRequest(
         system="",
         turns=(Turn("user", (*picture, ASKED)),),
-        schema=SCHEMA if asked.writes_json else None,
+        schema=SCHEMA if asked.wants_json else None,
         max_tokens=MAX_TOKENS,
         temperature=asked.config.temperature,
         reasoning_effort=asked.config.reasoning_effort,
@@ -107,7 +107,7 @@ async def probe(asked: ApiModel, folder: str, day: date) -> list[str]:
     # The gate is opened where there is something to pay alone: it takes the ledger over from a run that is under way.
     if await client.answers.find(group, request.key(client.endpoint.identity)) is None:
         client = Client(
-            client.endpoint, client.price, client.config, Gate(folder, client.config.limits), client.answers,
+            client.endpoint, client.price, client.config, ApiBudget(folder, client.config.limits), client.answers,
             client.model,
         )  # fmt: skip
     try:

@@ -23,7 +23,7 @@ class OtherModelError(EndpointError):
     """Another model answered than the one that was asked; the message names both and what to do."""
 
 
-def is_asked(asked: str, answered: str) -> bool:
+def is_same_model(asked: str, answered: str) -> bool:
     """Whether `answered` names the model `asked`, or a snapshot of it.
 
     ``gpt-4o`` is answered by ``gpt-4o-2024-08-06`` and ``google/gemini-3.5-flash-lite`` by
@@ -61,7 +61,7 @@ def names_a_model(name: str) -> bool:
     return not re.fullmatch(r"[a-z]+", name.strip(), re.IGNORECASE)
 
 
-def other_model(identity: str, answered: str) -> str:
+def other_model_message(identity: str, answered: str) -> str:
     """What to tell where another model answered."""
     return (
         f"{identity} was asked and {answered!r} answered: the model is retired, or routed to another. Its answers are "

@@ -18,16 +18,16 @@ from urllib.parse import quote
 from pyarrow import fs as pafs
 
 from medmm_ray.data.tables import TableError, filesystem, write_file
-from medmm_ray.engines.llm.endpoint import Choice, Reply
+from medmm_ray.engines.llm.endpoint import ChatChoice, ChatReply
 
 GROUPS_HELD = 1024  # in memory; a question's answers are a few kilobytes
 
 
 @dataclass(frozen=True)
-class Answer:
+class PricedAnswer:
     """A whole answer and what it cost when it was paid, US dollars."""
 
-    reply: Reply
+    reply: ChatReply
     cost: float
 
 
@@ -37,17 +37,17 @@ class AnswerStore:
     def __init__(self, uri: str) -> None:
         self.uri = uri.rstrip("/")
         self.fs, self.path = filesystem(self.uri)
-        self._held: OrderedDict[str, asyncio.Future[dict[str, Answer]]] = OrderedDict()
-        self._pending: dict[str, list[tuple[str, Answer, asyncio.Future[None]]]] = {}
+        self._held: OrderedDict[str, asyncio.Future[dict[str, PricedAnswer]]] = OrderedDict()
+        self._pending: dict[str, list[tuple[str, PricedAnswer, asyncio.Future[None]]]] = {}
         self._writers: set[asyncio.Task[None]] = set()
         self._made: set[str] = set()  # folders; on an object store making one again is a request of its own
         self._threads = ThreadPoolExecutor(8, thread_name_prefix="answers")  # not shared with slow readers of images
 
-    async def find(self, group: str, key: str) -> Answer | None:
+    async def find(self, group: str, key: str) -> PricedAnswer | None:
         """The answer to a request, None where none arrived. Raises `TableError` for a damaged segment."""
         return (await self._group(group)).get(key)
 
-    async def put(self, group: str, key: str, answer: Answer) -> None:
+    async def put(self, group: str, key: str, answer: PricedAnswer) -> None:
         """Keep an answer; it is on storage when this returns."""
         answers = await self._group(group)
         done = asyncio.get_running_loop().create_future()
@@ -86,7 +86,7 @@ class AnswerStore:
             raise TableError(f"cannot write {folder}: {error}. What is kept so far stays; run again") from error
         write_file(self.fs, f"{folder}/{uuid.uuid4().hex}.jsonl", content)
 
-    async def _group(self, group: str) -> dict[str, Answer]:
+    async def _group(self, group: str) -> dict[str, PricedAnswer]:
         held = self._held.get(group)
         if held is None:
             loop = asyncio.get_running_loop()
@@ -97,10 +97,10 @@ class AnswerStore:
         self._held.move_to_end(group)
         return await asyncio.shield(held)
 
-    def read(self, group: str) -> dict[str, Answer]:
+    def read(self, group: str) -> dict[str, PricedAnswer]:
         """All answers of a group by the keys of their requests."""
         selector = pafs.FileSelector(f"{self.path}/{quote(group, safe='')}", allow_not_found=True)
-        found: dict[str, Answer] = {}
+        found: dict[str, PricedAnswer] = {}
         for info in self.fs.get_file_info(selector):
             if info.path.endswith(".jsonl"):
                 with self.fs.open_input_stream(info.path, compression=None) as stream:
@@ -108,13 +108,16 @@ class AnswerStore:
         return found
 
 
-def segment(answers: dict[str, Answer]) -> bytes:
+def segment(answers: dict[str, PricedAnswer]) -> bytes:
     """Answers as lines of JSON under the SHA-256 of those lines."""
-    body = "".join(json.dumps({"key": key, **asdict(answer)}) + "\n" for key, answer in answers.items()).encode()
+    lines = [
+        json.dumps({"key": key, "reply": _stored(answer.reply), "cost": answer.cost}) for key, answer in answers.items()
+    ]
+    body = "".join(f"{line}\n" for line in lines).encode()
     return hashlib.sha256(body).hexdigest().encode() + b"\n" + body
 
 
-def parse_segment(content: bytes, name: str) -> dict[str, Answer]:
+def parse_segment(content: bytes, name: str) -> dict[str, PricedAnswer]:
     """The answers of a segment file; raises `TableError` that names the file where it is damaged."""
     checksum, _, body = content.partition(b"\n")
     if hashlib.sha256(body).hexdigest().encode() != checksum:
@@ -123,8 +126,20 @@ def parse_segment(content: bytes, name: str) -> dict[str, Answer]:
             "it: the answers in it are then asked, and paid, again"
         )
     rows = [json.loads(line) for line in body.splitlines()]
-    return {row["key"]: Answer(_reply(row["reply"]), row["cost"]) for row in rows}
+    return {row["key"]: PricedAnswer(_reply(row["reply"]), row["cost"]) for row in rows}
 
 
-def _reply(row: dict[str, Any]) -> Reply:
-    return Reply(**{**row, "choices": tuple(Choice(**choice) for choice in row["choices"])})
+# The token counts of a reply, and their names in files.
+_TOKEN_FIELDS = {"prompt_tokens": "read", "cached_tokens": "cached", "completion_tokens": "written"}
+
+
+def _stored(reply: ChatReply) -> dict[str, Any]:
+    """A reply as its segment holds it."""
+    return {_TOKEN_FIELDS.get(name, name): value for name, value in asdict(reply).items()}
+
+
+def _reply(row: dict[str, Any]) -> ChatReply:
+    """The reply of a segment's line."""
+    fields = {name: row.pop(stored) for name, stored in _TOKEN_FIELDS.items()}
+    choices = tuple(ChatChoice(**choice) for choice in row.pop("choices"))
+    return ChatReply(choices=choices, **fields, **row)

@@ -20,7 +20,7 @@ from medmm_ray.data.records import Labels, to_arrow_lists
 from medmm_ray.data.tables import RowError, attach
 from medmm_ray.engines.generator import Generator, MakeGenerator, actor_options
 from medmm_ray.engines.llm.client import BYTES_A_TOKEN, Access, connect, open_access
-from medmm_ray.engines.llm.endpoint import Request
+from medmm_ray.engines.llm.endpoint import ChatRequest
 from medmm_ray.engines.llm.local import LocalEndpoint, prompt_of
 from medmm_ray.steps.judge.backends import Judge, Judgement, ModelJudge, TruthJudge, at_cost
 from medmm_ray.steps.judge.config import JudgeConfig
@@ -170,8 +170,8 @@ def make_judge(
         return _local(config, model, generator)
     client = access.connect() if access else connect(config.backend, model, config)
 
-    def tokens(request: Request) -> int:
-        return request.text_bytes // BYTES_A_TOKEN + len(request.pictures) * client.price.image_tokens
+    def tokens(request: ChatRequest) -> int:
+        return request.text_bytes // BYTES_A_TOKEN + len(request.images) * client.price.image_tokens
 
     return ModelJudge(config, model, client, tokens, config.max_prompt_tokens, exact=False)
 
@@ -179,7 +179,7 @@ def make_judge(
 def _local(config: JudgeConfig, model: str, generator: MakeGenerator) -> ModelJudge:
     engine = generator(model, config)
 
-    def tokens(request: Request) -> int:
+    def tokens(request: ChatRequest) -> int:
         return engine.count(prompt_of(request)) + request.max_tokens
 
     name = Path(model).name

@@ -13,10 +13,9 @@ from medmm_ray.data.records import StepLabel
 from medmm_ray.data.sources import load_with_truth
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.images import open_image
-from medmm_ray.engines.llm.endpoint import Picture as Shown
-from medmm_ray.engines.llm.endpoint import Reply, Request, Turn, corrected
+from medmm_ray.engines.llm.endpoint import ChatImage, ChatReply, ChatRequest, Turn, corrected
 from medmm_ray.engines.llm.served import joined_names
-from medmm_ray.engines.llm.store import Answer
+from medmm_ray.engines.llm.store import PricedAnswer
 from medmm_ray.steps.judge.config import JudgeConfig
 from medmm_ray.steps.judge.prompt import (
     AGAIN,
@@ -67,7 +66,7 @@ class Judge(Protocol):
 class RequestClient(Protocol):
     """Who answers a request: `engines.client.Client`, or a model in this process."""
 
-    async def ask(self, request: Request, group: str) -> Answer: ...
+    async def ask(self, request: ChatRequest, group: str) -> PricedAnswer: ...
 
 
 class TruthJudge:
@@ -123,7 +122,7 @@ class ModelJudge:
         config: JudgeConfig,
         model: str,
         client: RequestClient,
-        count: Callable[[Request], int],
+        count: Callable[[ChatRequest], int],
         room: int,
         exact: bool,
     ) -> None:
@@ -159,7 +158,7 @@ class ModelJudge:
         return [results.get(i, empty) for i in range(len(solutions))]
 
     def _groups(
-        self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | Shown],
+        self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | ChatImage],
         solutions: Sequence[Sequence[str]],
     ) -> list[list[int]]:  # fmt: skip
         """The solutions with steps, by place, in calls: as many together as may be and fit beside the documents."""
@@ -181,16 +180,16 @@ class ModelJudge:
             return [JudgeCall(shown)]
         return [JudgeCall((shown[0][:number],), number) for number in range(1, len(shown[0]) + 1)]
 
-    def _pictures(self, case: JudgeCase) -> list[str | Shown]:
+    def _pictures(self, case: JudgeCase) -> list[str | ChatImage]:
         """The query's images, then each similar case's after its number; opened and encoded once for all calls."""
         named = [("The patient's image:", picture) for picture in case.images]
         named += [(f"The image of similar case {i}:", picture) for i, picture in enumerate(case.references, 1)]
-        parts: list[str | Shown] = []
+        parts: list[str | ChatImage] = []
         for name, picture in named[: self._most_pictures]:
-            parts += [name, Shown(open_image(picture.uri), self.config.image_px)]
+            parts += [name, ChatImage(open_image(picture.uri), self.config.image_px)]
         return parts
 
-    def _documents(self, case: JudgeCase, pictures: Sequence[str | Shown]) -> Sequence[str]:
+    def _documents(self, case: JudgeCase, pictures: Sequence[str | ChatImage]) -> Sequence[str]:
         """The first documents that leave room for a solution, chosen by the question alone."""
         blank = JudgeCall((("",),))
         room = self._room - min(self.config.solution_reserve * self.config.solutions_per_call, self._room // 2)
@@ -200,7 +199,7 @@ class ModelJudge:
         return documents
 
     async def _judge_call(
-        self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | Shown], call: JudgeCall
+        self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | ChatImage], call: JudgeCall
     ) -> "list[Judgement | RowError]":
         """What is said of each solution of a call; where they spoil it together, each is asked about alone."""
         try:
@@ -214,7 +213,7 @@ class ModelJudge:
         return [at_cost(one, one.cost + share) for [one] in await asyncio.gather(*alone)]
 
     async def _ask(
-        self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | Shown], call: JudgeCall
+        self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | ChatImage], call: JudgeCall
     ) -> tuple[list[list[StepLabel]], float, str | None]:
         """The labels, their cost and the model that gave them; a reply that does not fit is asked for again, with the
         fault named."""
@@ -234,7 +233,7 @@ class ModelJudge:
                 request = corrected(request, answer.reply.text[:SHOWN_AGAIN], words)
         raise RowError(misfit.kind, misfit.message, paid)
 
-    def _labels(self, answer: Answer, call: JudgeCall, max_tokens: int) -> list[list[StepLabel]]:
+    def _labels(self, answer: PricedAnswer, call: JudgeCall, max_tokens: int) -> list[list[StepLabel]]:
         reply = answer.reply
         if reply.cut_off:
             raise RowError("judge_reply", f"judge's answer was cut off at max_tokens={max_tokens} {self._cut(reply)}")
@@ -242,11 +241,12 @@ class ModelJudge:
             thoughts = reply.choices[0].thoughts
             beside = f"; {thoughts} characters of reasoning beside it are not of the asked form" if thoughts else ""
             raise RowError(
-                "judge_reply", f"judge's answer is empty ({reply.written} tokens, thoughts among them){beside}"
+                "judge_reply",
+                f"judge's answer is empty ({reply.completion_tokens} tokens, thoughts among them){beside}",
             )
         return verdicts(reply.text, call.numbers, self._lines)
 
-    def _cut(self, reply: Reply) -> str:
+    def _cut(self, reply: ChatReply) -> str:
         """How far an answer came that was cut off, and what to do."""
         if reply.text.strip():
             return f"({len(reply.text)} characters); shorter reasons are enough, or a larger judge.max_tokens"
@@ -254,8 +254,8 @@ class ModelJudge:
         return f"before it began: all tokens went into thoughts (reasoning); {more}, or lower judge.reasoning_effort"
 
     def _fitting(
-        self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | Shown], call: JudgeCall
-    ) -> Request:
+        self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | ChatImage], call: JudgeCall
+    ) -> ChatRequest:
         """The request; a solution that is longer than the reserve goes with fewer documents."""
         request = self._request(case, documents, pictures, call)
         while (tokens := self._count(request)) > self._room:
@@ -270,15 +270,15 @@ class ModelJudge:
         return request
 
     def _request(
-        self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | Shown], call: JudgeCall
-    ) -> Request:
+        self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | ChatImage], call: JudgeCall
+    ) -> ChatRequest:
         shared = shared_text(case, documents, self.config.show_answer)
         asked = Turn("user", (shared, *pictures, call_text(call, self._lines)))
         max_tokens = self.config.max_tokens
         if self._lines:
             max_tokens = min(max_tokens, TOKENS_A_LINE * sum(map(len, call.numbers)))
         constrain = self.config.constrain
-        return Request(
+        return ChatRequest(
             system=SYSTEM,
             turns=(asked,),
             schema=schema_of(call, self._exact) if constrain and not self._lines else None,

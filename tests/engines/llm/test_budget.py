@@ -1,4 +1,4 @@
-"""engines/gate.py: rates, budget, breaker, and a ledger that survives."""
+"""engines/budget.py: rates, budget, breaker, and a ledger that survives."""
 
 import asyncio
 import json
@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 
 from medmm_ray.data.tables import TableError
-from medmm_ray.engines.llm import budget as gates
-from medmm_ray.engines.llm.budget import Ask, Gate, Grant, Limits, Settled, start_gate
-from medmm_ray.engines.llm.endpoint import Choice, EndpointError, Reply
-from medmm_ray.engines.llm.store import Answer, AnswerStore
+from medmm_ray.engines.llm import budget as budgets
+from medmm_ray.engines.llm.budget import ApiBudget, Limits, PlannedCall, ReserveResult, Settlement, start_budget
+from medmm_ray.engines.llm.endpoint import ChatChoice, ChatReply, EndpointError
+from medmm_ray.engines.llm.store import AnswerStore, PricedAnswer
 
 
-def ask(dollars: float = 0.0, tokens: int = 0, key: str = "k", group: str = "q") -> Ask:
-    return Ask(group, key, tokens, dollars)
+def ask(dollars: float = 0.0, tokens: int = 0, key: str = "k", group: str = "q") -> PlannedCall:
+    return PlannedCall(group, key, tokens, dollars)
 
 
-def answered(lease: int, dollars: float = 0.0, tokens: int = 0) -> Settled:
-    return Settled(lease, tokens, dollars, answered=True)
+def answered(lease: int, dollars: float = 0.0, tokens: int = 0) -> Settlement:
+    return Settlement(lease, tokens, dollars, answered=True)
 
 
 def ledger(folder: Path) -> dict[str, Any]:
@@ -31,16 +31,16 @@ def ledger(folder: Path) -> dict[str, Any]:
 
 def test_what_may_cost_is_reserved_durably_before_it_is_sent(tmp_path: Path) -> None:
     async def work() -> None:
-        gate = Gate(str(tmp_path), Limits(max_cost_usd=1.0))
-        grant = await gate.lease("s", 4, [ask(0.3, key="a"), ask(0.4, key="b")])
-        assert grant == Grant((1, 2))
+        budget = ApiBudget(str(tmp_path), Limits(max_cost_usd=1.0))
+        grant = await budget.reserve("s", 4, [ask(0.3, key="a"), ask(0.4, key="b")])
+        assert grant == ReserveResult((1, 2))
         assert ledger(tmp_path)["reserved"] == [["s", 4, "q", "a", 0.3], ["s", 4, "q", "b", 0.4]]
-        await gate.settle("s", [answered(1, 0.1)])
-        assert await gate.figures() == {
+        await budget.settle("s", [answered(1, 0.1)])
+        assert await budget.figures() == {
             "epoch": 1, "spent": 0.1, "answers": 1, "possibly_paid": 0.0, "lost_calls": 0,
         }  # fmt: skip
-        assert gate._saver is not None
-        await gate._saver
+        assert budget._saver is not None
+        await budget._saver
         assert ledger(tmp_path)["reserved"] == [["s", 4, "q", "b", 0.4]]
 
     asyncio.run(work())
@@ -48,85 +48,85 @@ def test_what_may_cost_is_reserved_durably_before_it_is_sent(tmp_path: Path) -> 
 
 def test_worst_cases_under_way_hold_the_next_call_back_until_they_are_settled(tmp_path: Path) -> None:
     async def work() -> None:
-        gate = Gate(str(tmp_path), Limits(max_cost_usd=1.0))
-        assert await gate.lease("s", 4, [ask(0.6), ask(0.6)]) == Grant((1,))
-        waiting = asyncio.create_task(gate.lease("s", 4, [ask(0.6)]))
+        budget = ApiBudget(str(tmp_path), Limits(max_cost_usd=1.0))
+        assert await budget.reserve("s", 4, [ask(0.6), ask(0.6)]) == ReserveResult((1,))
+        waiting = asyncio.create_task(budget.reserve("s", 4, [ask(0.6)]))
         await asyncio.sleep(0.02)
         assert not waiting.done()
-        await gate.settle("s", [answered(1, 0.4)])
-        assert await waiting == Grant((2,))
+        await budget.settle("s", [answered(1, 0.4)])
+        assert await waiting == ReserveResult((2,))
 
     asyncio.run(work())
 
 
 def test_a_call_that_the_budget_cannot_hold_ends_the_job_once_all_is_settled(tmp_path: Path) -> None:
     async def work() -> None:
-        gate = Gate(str(tmp_path), Limits(max_cost_usd=1.0))
-        await gate.lease("s", 4, [ask(0.1), ask(0.1)])
-        await gate.settle("s", [Settled(1, fault="503: busy", lost=True)])
-        over = asyncio.create_task(gate.lease("s", 4, [ask(0.95)]))
+        budget = ApiBudget(str(tmp_path), Limits(max_cost_usd=1.0))
+        await budget.reserve("s", 4, [ask(0.1), ask(0.1)])
+        await budget.settle("s", [Settlement(1, fault="503: busy", lost=True)])
+        over = asyncio.create_task(budget.reserve("s", 4, [ask(0.95)]))
         await asyncio.sleep(0.02)
         assert not over.done(), "an answer under way is waited for"
-        await gate.settle("s", [answered(2, 0.05)])
+        await budget.settle("s", [answered(2, 0.05)])
         assert (await over).stopped == (
             "budget",
             "the next call can cost $0.9500 and max_cost_usd=1 does not hold it: $0.0000 are spent on 0 answers, "
             "$0.1000 possibly paid for 1 calls that were cut off. What has arrived is kept; raise max_cost_usd and run "
             "again",
         )
-        assert (await gate.lease("other", 4, [ask(0.0)])).stopped is not None
-        await gate.limit(Limits(max_cost_usd=2.0))
-        assert await gate.lease("s", 4, [ask(0.95)]) == Grant((3,))
+        assert (await budget.reserve("other", 4, [ask(0.0)])).stopped is not None
+        await budget.limit(Limits(max_cost_usd=2.0))
+        assert await budget.reserve("s", 4, [ask(0.95)]) == ReserveResult((3,))
 
     asyncio.run(work())
 
 
 def test_a_limit_that_is_not_set_lifts_none_and_one_that_is_wins(tmp_path: Path) -> None:
-    """A grader without a budget shares the policy's gate; a rerun in the same driver raises the budget."""
+    """A grader without a budget shares the policy's budget; a rerun in the same driver raises the budget."""
 
     async def work() -> None:
-        gate = Gate(str(tmp_path), Limits(max_cost_usd=1.0, requests_per_minute=60, drain_s=0.05))
-        await gate.limit(Limits(tokens_per_minute=1000, breaker_faults=3, drain_s=0.05))
-        assert gate.limits == Limits(60, 1000, 1.0, breaker_faults=3, drain_s=0.05)
-        assert (gate._requests.rate, gate._tokens.rate) == (1.0, 1000 / 60)
-        stopped = (await gate.lease("s", 4, [ask(1.5)])).stopped
+        budget = ApiBudget(str(tmp_path), Limits(max_cost_usd=1.0, requests_per_minute=60, drain_s=0.05))
+        await budget.limit(Limits(tokens_per_minute=1000, breaker_faults=3, drain_s=0.05))
+        assert budget.limits == Limits(60, 1000, 1.0, breaker_faults=3, drain_s=0.05)
+        assert (budget._requests.rate, budget._tokens.rate) == (1.0, 1000 / 60)
+        stopped = (await budget.reserve("s", 4, [ask(1.5)])).stopped
         assert stopped is not None
         assert stopped[0] == "budget"
-        await gate.limit(Limits(max_cost_usd=2.0))
-        assert await gate.lease("s", 4, [ask(1.5)]) == Grant((1,))
+        await budget.limit(Limits(max_cost_usd=2.0))
+        assert await budget.reserve("s", 4, [ask(1.5)]) == ReserveResult((1,))
 
     asyncio.run(work())
 
 
 def test_what_was_reserved_when_all_was_killed_is_found_or_booked_as_possibly_paid(tmp_path: Path) -> None:
     """In flight at most 2 of 4 leases; one answer had arrived."""
-    reply = Reply((Choice("yes", "stop"),), 1, 0, 1)
+    reply = ChatReply((ChatChoice("yes", "stop"),), 1, 0, 1)
 
     async def killed() -> None:
-        gate = Gate(str(tmp_path), Limits())
+        budget = ApiBudget(str(tmp_path), Limits())
         leased = [("a", 0.1, "q1"), ("b", 0.2, "q1"), ("c", 0.3, "q2"), ("d", 0.4, "q2")]
-        await gate.lease("s", 2, [ask(dollars, key=key, group=group) for key, dollars, group in leased])
-        await AnswerStore(f"{tmp_path}/answers").put("q2", "d", Answer(reply, 0.05))
+        await budget.reserve("s", 2, [ask(dollars, key=key, group=group) for key, dollars, group in leased])
+        await AnswerStore(f"{tmp_path}/answers").put("q2", "d", PricedAnswer(reply, 0.05))
 
     asyncio.run(killed())
 
     async def again() -> None:
-        found = await Gate(str(tmp_path), Limits()).figures()
+        found = await ApiBudget(str(tmp_path), Limits()).figures()
         assert found == {"epoch": 2, "spent": 0.05, "answers": 1, "possibly_paid": 0.5, "lost_calls": 2}
-        assert await Gate(str(tmp_path), Limits()).figures() == {**found, "epoch": 3}, "booked once"
+        assert await ApiBudget(str(tmp_path), Limits()).figures() == {**found, "epoch": 3}, "booked once"
 
     asyncio.run(again())
 
 
 def test_a_gate_whose_ledger_was_taken_over_ends_its_job(tmp_path: Path) -> None:
     async def work() -> None:
-        old, new = Gate(str(tmp_path), Limits(drain_s=0.05)), Gate(str(tmp_path), Limits())
+        old, new = ApiBudget(str(tmp_path), Limits(drain_s=0.05)), ApiBudget(str(tmp_path), Limits())
         for _ in range(2):
-            grant = await old.lease("s", 4, [ask(0.5), ask(0.5)])
-            assert grant.leases == (), "nothing is leased that the ledger does not know"
+            grant = await old.reserve("s", 4, [ask(0.5), ask(0.5)])
+            assert grant.reservation_ids == (), "nothing is leased that the ledger does not know"
             assert grant.stopped is not None
             assert "another run has taken over the ledger" in grant.stopped[1]
-        assert await new.lease("s", 4, [ask(0.5)]) == Grant((1,))
+        assert await new.reserve("s", 4, [ask(0.5)]) == ReserveResult((1,))
         assert len(ledger(tmp_path)["reserved"]) == 1
 
     asyncio.run(work())
@@ -149,7 +149,7 @@ def test_a_gate_whose_ledger_was_taken_over_ends_its_job(tmp_path: Path) -> None
 def test_a_damaged_ledger_is_named(content: str, fault: str, tmp_path: Path) -> None:
     (tmp_path / "ledger.json").write_text(content)
     with pytest.raises(TableError) as caught:
-        Gate(str(tmp_path), Limits())
+        ApiBudget(str(tmp_path), Limits())
     assert str(caught.value).startswith(f"{tmp_path}/ledger.json is damaged ({fault}). Restore it from a copy")
 
 
@@ -157,14 +157,14 @@ def test_a_rate_limit_holds_over_all_senders(tmp_path: Path) -> None:
     """600 a minute: the first 100 (10 s of them) at once, then 10 a second; 30 more take 3 s."""
 
     async def work() -> float:
-        gate = Gate(str(tmp_path), Limits(requests_per_minute=600))
-        gate._requests.level = 1.0
+        budget = ApiBudget(str(tmp_path), Limits(requests_per_minute=600))
+        budget._requests.level = 1.0
         started = time.monotonic()
 
         async def send(sender: str) -> None:
             left = 4
             while left:
-                left -= len((await gate.lease(sender, 4, [ask()] * left)).leases)
+                left -= len((await budget.reserve(sender, 4, [ask()] * left)).reservation_ids)
 
         await asyncio.gather(*(send(f"s{i}") for i in range(3)))
         return time.monotonic() - started
@@ -174,14 +174,14 @@ def test_a_rate_limit_holds_over_all_senders(tmp_path: Path) -> None:
 
 def test_tokens_that_were_not_used_are_given_back(tmp_path: Path) -> None:
     async def work() -> None:
-        gate = Gate(str(tmp_path), Limits(tokens_per_minute=6000))  # 1,000 at once, 100 a second
-        assert await gate.lease("s", 4, [ask(tokens=900), ask(tokens=900)]) == Grant((1,))
-        waiting = asyncio.create_task(gate.lease("s", 4, [ask(tokens=900)]))
+        budget = ApiBudget(str(tmp_path), Limits(tokens_per_minute=6000))  # 1,000 at once, 100 a second
+        assert await budget.reserve("s", 4, [ask(tokens=900), ask(tokens=900)]) == ReserveResult((1,))
+        waiting = asyncio.create_task(budget.reserve("s", 4, [ask(tokens=900)]))
         await asyncio.sleep(0.02)
         assert not waiting.done()
-        await gate.settle("s", [answered(1, tokens=50)])
+        await budget.settle("s", [answered(1, tokens=50)])
         started = time.monotonic()
-        assert await waiting == Grant((2,))
+        assert await waiting == ReserveResult((2,))
         assert time.monotonic() - started < 3.0, "without them it would be 8 s"
 
     asyncio.run(work())
@@ -189,37 +189,44 @@ def test_tokens_that_were_not_used_are_given_back(tmp_path: Path) -> None:
 
 def test_faults_in_a_row_open_the_breaker_and_one_probe_closes_it(tmp_path: Path) -> None:
     async def work() -> None:
-        gate = Gate(str(tmp_path), Limits(breaker_faults=3, breaker_pause_s=0.1))
-        grant = await gate.lease("s", 9, [ask()] * 5)
-        await gate.settle(
+        budget = ApiBudget(str(tmp_path), Limits(breaker_faults=3, breaker_pause_s=0.1))
+        grant = await budget.reserve("s", 9, [ask()] * 5)
+        await budget.settle(
             "s",
-            [Settled(1, fault="503: busy"), answered(2), Settled(3, fault="503: busy"), Settled(4, fault="503: busy")],
+            [
+                Settlement(1, fault="503: busy"),
+                answered(2),
+                Settlement(3, fault="503: busy"),
+                Settlement(4, fault="503: busy"),
+            ],
         )
-        assert len((await gate.lease("s", 9, [ask()])).leases) == 1, "two in a row are not three"
+        assert len((await budget.reserve("s", 9, [ask()])).reservation_ids) == 1, "two in a row are not three"
         started = time.monotonic()
-        await gate.settle("s", [Settled(5, fault="503: busy")])
-        probe = await gate.lease("s", 9, [ask()] * 3)
-        assert len(probe.leases) == 1
+        await budget.settle("s", [Settlement(5, fault="503: busy")])
+        probe = await budget.reserve("s", 9, [ask()] * 3)
+        assert len(probe.reservation_ids) == 1
         assert time.monotonic() - started >= 0.1
-        await gate.settle("s", [Settled(probe.leases[0], fault="503: busy")])
-        probe = await gate.lease("s", 9, [ask()] * 3)
+        await budget.settle("s", [Settlement(probe.reservation_ids[0], fault="503: busy")])
+        probe = await budget.reserve("s", 9, [ask()] * 3)
         assert time.monotonic() - started >= 0.3, "the pause doubles"
-        await gate.settle("s", [answered(probe.leases[0])])
-        assert len((await gate.lease("s", 9, [ask()] * 3)).leases) == 3
-        assert grant.leases == (1, 2, 3, 4, 5)
+        await budget.settle("s", [answered(probe.reservation_ids[0])])
+        assert len((await budget.reserve("s", 9, [ask()] * 3)).reservation_ids) == 3
+        assert grant.reservation_ids == (1, 2, 3, 4, 5)
 
     asyncio.run(work())
 
 
 def test_an_endpoint_that_failed_is_not_probed_sooner_than_it_asked(tmp_path: Path) -> None:
     async def work() -> None:
-        gate = Gate(str(tmp_path), Limits(breaker_faults=2, breaker_pause_s=0.01))
-        await gate.lease("s", 9, [ask()] * 2)
-        await gate.settle("s", [Settled(1, fault="429", wait_s=9.0)])
-        assert (await gate.lease("s", 9, [ask()])).leases == (3,), "one that is to wait holds no other back"
+        budget = ApiBudget(str(tmp_path), Limits(breaker_faults=2, breaker_pause_s=0.01))
+        await budget.reserve("s", 9, [ask()] * 2)
+        await budget.settle("s", [Settlement(1, fault="429", wait_s=9.0)])
+        assert (await budget.reserve("s", 9, [ask()])).reservation_ids == (3,), (
+            "one that is to wait holds no other back"
+        )
         started = time.monotonic()
-        await gate.settle("s", [Settled(2, fault="429", wait_s=0.2)])
-        assert (await gate.lease("s", 9, [ask()])).leases == (4,)
+        await budget.settle("s", [Settlement(2, fault="429", wait_s=0.2)])
+        assert (await budget.reserve("s", 9, [ask()])).reservation_ids == (4,)
         assert time.monotonic() - started >= 0.2
 
     asyncio.run(work())
@@ -227,9 +234,9 @@ def test_an_endpoint_that_failed_is_not_probed_sooner_than_it_asked(tmp_path: Pa
 
 def test_an_endpoint_that_only_fails_ends_the_job(tmp_path: Path) -> None:
     async def work() -> None:
-        gate = Gate(str(tmp_path), Limits(breaker_faults=1, breaker_pause_s=0.02, breaker_limit_s=0.1))
-        while (grant := await gate.lease("s", 9, [ask()])).leases:
-            await gate.settle("s", [Settled(grant.leases[0], fault="503: busy")])
+        budget = ApiBudget(str(tmp_path), Limits(breaker_faults=1, breaker_pause_s=0.02, breaker_limit_s=0.1))
+        while (grant := await budget.reserve("s", 9, [ask()])).reservation_ids:
+            await budget.settle("s", [Settlement(grant.reservation_ids[0], fault="503: busy")])
         assert grant.stopped is not None
         assert grant.stopped[0] == "endpoint"
         assert re.fullmatch(
@@ -242,14 +249,14 @@ def test_an_endpoint_that_only_fails_ends_the_job(tmp_path: Path) -> None:
 
 
 def test_leases_of_a_sender_that_fell_silent_are_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gates, "SILENCE_S", 0.05)
-    monkeypatch.setattr(gates, "HEARTBEAT_S", 0.03)
+    monkeypatch.setattr(budgets, "SILENCE_S", 0.05)
+    monkeypatch.setattr(budgets, "HEARTBEAT_S", 0.03)
 
     async def work() -> None:
-        gate = Gate(str(tmp_path), Limits(max_cost_usd=1.0))
-        await gate.lease("dead", 1, [ask(0.2, key="a"), ask(0.4, key="b")])
-        assert len((await gate.lease("alive", 1, [ask(0.5)])).leases) == 1
-        found = await gate.figures()
+        budget = ApiBudget(str(tmp_path), Limits(max_cost_usd=1.0))
+        await budget.reserve("dead", 1, [ask(0.2, key="a"), ask(0.4, key="b")])
+        assert len((await budget.reserve("alive", 1, [ask(0.5)])).reservation_ids) == 1
+        found = await budget.figures()
         assert (found["possibly_paid"], found["lost_calls"]) == (0.4, 1)
 
     asyncio.run(work())
@@ -259,16 +266,16 @@ def test_leases_of_a_sender_that_fell_silent_are_freed(tmp_path: Path, monkeypat
 def test_a_gate_that_died_is_a_clear_error(ray_session: None, tmp_path: Path) -> None:
     import ray
 
-    gate = start_gate(str(tmp_path), Limits())
-    assert start_gate(str(tmp_path), Limits(max_cost_usd=9.0)) is gate
+    budget = start_budget(str(tmp_path), Limits())
+    assert start_budget(str(tmp_path), Limits(max_cost_usd=9.0)) is budget
 
     async def work() -> None:
-        assert (await gate.lease("s", 1, [ask(0.5)])).leases == (1,)
-        ray.kill(gate.handle)
-        with pytest.raises(EndpointError, match="the gate .* is gone .* run again"):
-            await gate.lease("s", 1, [ask(0.5)])
+        assert (await budget.reserve("s", 1, [ask(0.5)])).reservation_ids == (1,)
+        ray.kill(budget.handle)
+        with pytest.raises(EndpointError, match="the budget actor is gone .* run again"):
+            await budget.reserve("s", 1, [ask(0.5)])
 
     asyncio.run(work())
-    reopened = start_gate(str(tmp_path), Limits())
+    reopened = start_budget(str(tmp_path), Limits())
     figures = asyncio.run(reopened.figures())
     assert (figures["possibly_paid"], figures["lost_calls"]) == (0.5, 1)

@@ -22,25 +22,25 @@ from jobs.benches import judge as bench
 from medmm_ray.config import ConfigError, build
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.llm import client as clients
-from medmm_ray.engines.llm.budget import BudgetError, Gate, close_ledger
-from medmm_ray.engines.llm.client import ApiConfig, Client, connect, open_access, pause
+from medmm_ray.engines.llm.budget import ApiBudget, BudgetError, close_ledger
+from medmm_ray.engines.llm.client import ApiConfig, Client, connect, open_access, retry_pause_s
 from medmm_ray.engines.llm.endpoint import (
-    Choice,
+    ChatChoice,
+    ChatImage,
+    ChatReply,
+    ChatRequest,
     EndpointError,
-    Picture,
-    Reply,
-    Request,
     RetryableError,
     Turn,
 )
-from medmm_ray.engines.llm.faults import ServerError, asked_wait_s, fault_of
+from medmm_ray.engines.llm.faults import ServerError, fault_of, retry_after_seconds
 from medmm_ray.engines.llm.openai import OpenAIEndpoint
 from medmm_ray.engines.llm.prices import FREE, Price
-from medmm_ray.engines.llm.store import Answer, AnswerStore
+from medmm_ray.engines.llm.store import AnswerStore, PricedAnswer
 from tests.doubles.api_server import Server, chat_said, failed, serving
 
 FAST = ApiConfig(in_flight=4, pause_s=0.001, max_attempts=3)
-DEAR = Price(read=0.0, cached=0.0, written=1e6 / 100)  # 0.01 dollars a token written
+DEAR = Price(input_price=0.0, cached_input_price=0.0, output_price=1e6 / 100)  # 0.01 dollars a token written
 
 
 class Scripted:
@@ -52,7 +52,7 @@ class Scripted:
         self.script, self.delay_s = script, delay_s
         self.sent: list[str] = []
 
-    async def send(self, request: Request) -> Reply:
+    async def send(self, request: ChatRequest) -> ChatReply:
         text = str(request.turns[0].parts[0])
         self.sent.append(text)
         await asyncio.sleep(self.delay_s)
@@ -60,28 +60,28 @@ class Scripted:
         said = entries.pop(0) if len(entries) > 1 else entries[0]
         if isinstance(said, Exception):
             raise said
-        return said if isinstance(said, Reply) else Reply((Choice(said, "stop"),), 10, 0, 1)
+        return said if isinstance(said, ChatReply) else ChatReply((ChatChoice(said, "stop"),), 10, 0, 1)
 
 
-def asked(text: str, **how: Any) -> Request:
-    return Request("s", (Turn("user", (text,)),), **{"max_tokens": 10, **how})
+def asked(text: str, **how: Any) -> ChatRequest:
+    return ChatRequest("s", (Turn("user", (text,)),), **{"max_tokens": 10, **how})
 
 
 def client(endpoint: Any, folder: Path | None = None, config: ApiConfig = FAST, price: Price = FREE) -> Client:
-    gate = Gate(str(folder), config.limits) if folder else None
-    return Client(endpoint, price, config, gate, AnswerStore(f"{folder}/answers") if folder else None)
+    budget = ApiBudget(str(folder), config.limits) if folder else None
+    return Client(endpoint, price, config, budget, AnswerStore(f"{folder}/answers") if folder else None)
 
 
 def figures(made: Client) -> dict[str, float]:
-    assert isinstance(made.gate, Gate)
-    return asyncio.run(made.gate.figures())
+    assert isinstance(made.budget, ApiBudget)
+    return asyncio.run(made.budget.figures())
 
 
 @pytest.mark.parametrize(
     "fault",
     [
-        {"max_cost_usd": -1.0}, {"max_cost_usd": float("nan")}, {"price_read": -1.0}, {"price_cached": -1.0},
-        {"price_written": -1.0}, {"requests_per_minute": 0.0}, {"tokens_per_minute": 0.0}, {"timeout_s": 0.0},
+        {"max_cost_usd": -1.0}, {"max_cost_usd": float("nan")}, {"input_price": -1.0}, {"cached_input_price": -1.0},
+        {"output_price": -1.0}, {"requests_per_minute": 0.0}, {"tokens_per_minute": 0.0}, {"timeout_s": 0.0},
         {"pause_s": -1.0}, {"pause_s": float("inf")}, {"breaker_faults": 0}, {"breaker_limit_s": -1.0},
     ],
 )  # fmt: skip
@@ -106,21 +106,21 @@ def test_an_answer_is_paid_once_and_kept(tmp_path: Path) -> None:
 
 
 def test_what_decides_an_answer_is_in_its_key() -> None:
-    white, grey = (Picture(PIL.Image.new("RGB", (4, 4), (c, c, c))) for c in (255, 127))
-    base = Request("s", (Turn("user", ("a", white)),))
+    white, grey = (ChatImage(PIL.Image.new("RGB", (4, 4), (c, c, c))) for c in (255, 127))
+    base = ChatRequest("s", (Turn("user", ("a", white)),))
     others = [
-        Request("t", (Turn("user", ("a", white)),)),
-        Request("s", (Turn("model", ("a", white)),)),
-        Request("s", (Turn("user", ("a", grey)),)),
-        Request("s", (Turn("user", (white, "a")),)),
-        Request("s", (Turn("user", ("a", white)),), schema={"type": "array"}),
-        Request("s", (Turn("user", ("a", white)),), max_tokens=5),
-        Request("s", (Turn("user", ("a", white)),), temperature=0.5),
-        Request("s", (Turn("user", ("a", white)),), n=2),
-        Request("s", (Turn("user", ("a", white)),), seed=1),
+        ChatRequest("t", (Turn("user", ("a", white)),)),
+        ChatRequest("s", (Turn("model", ("a", white)),)),
+        ChatRequest("s", (Turn("user", ("a", grey)),)),
+        ChatRequest("s", (Turn("user", (white, "a")),)),
+        ChatRequest("s", (Turn("user", ("a", white)),), schema={"type": "array"}),
+        ChatRequest("s", (Turn("user", ("a", white)),), max_tokens=5),
+        ChatRequest("s", (Turn("user", ("a", white)),), temperature=0.5),
+        ChatRequest("s", (Turn("user", ("a", white)),), n=2),
+        ChatRequest("s", (Turn("user", ("a", white)),), seed=1),
     ]
     assert len({base.key("m"), base.key("n"), *(other.key("m") for other in others)}) == 11
-    same = Request("s", (Turn("user", ("a", Picture(PIL.Image.new("RGB", (4, 4), (255, 255, 255))))),))
+    same = ChatRequest("s", (Turn("user", ("a", ChatImage(PIL.Image.new("RGB", (4, 4), (255, 255, 255))))),))
     assert same.key("m") == base.key("m")
 
 
@@ -141,9 +141,9 @@ def test_an_endpoint_that_fails_every_time_is_the_rows_error(tmp_path: Path) -> 
 
 
 def test_a_pause_is_at_least_what_the_server_asks_for() -> None:
-    assert [pause(n, 1.0, 0.5, None) for n in (1, 2, 3, 10)] == [1.0, 2.0, 4.0, 30.0]
-    assert pause(3, 1.0, 0.0, None) == 0.0
-    assert pause(1, 1.0, 0.25, 7.0) == 7.5
+    assert [retry_pause_s(n, 1.0, 0.5, None) for n in (1, 2, 3, 10)] == [1.0, 2.0, 4.0, 30.0]
+    assert retry_pause_s(3, 1.0, 0.0, None) == 0.0
+    assert retry_pause_s(1, 1.0, 0.25, 7.0) == 7.5
 
 
 @pytest.mark.parametrize(("asked_s", "said"), [(86_400.0, "86,400"), (float("inf"), "inf")])
@@ -158,7 +158,7 @@ def test_a_server_that_asks_for_too_long_a_pause_is_not_waited_for(asked_s: floa
 
 
 def test_a_refused_request_is_not_sent_again_and_a_refusal_is_not_paid_again(tmp_path: Path) -> None:
-    refused = Reply((), 10, 0, 0, refusal="it would rather not")
+    refused = ChatReply((), 10, 0, 0, refusal="it would rather not")
     endpoint = Scripted(bad=[RowError("request", "400")], no=[refused])
 
     async def work() -> list[str]:
@@ -192,7 +192,7 @@ def test_what_is_asked_at_the_same_time_is_sent_and_paid_once(tmp_path: Path) ->
     [
         (RowError("request", "400"), "request: 400", [0.0, 0.0], 1),
         (RetryableError("500"), "unavailable: scripted failed 3 times, last: 500", [0.0, 0.0], 3),
-        (Reply((), 10, 0, 1, refusal="no"), "refused: no", [0.01, 0.0], 1),
+        (ChatReply((), 10, 0, 1, refusal="no"), "refused: no", [0.01, 0.0], 1),
         (EndpointError("401: expired"), "401: expired", None, 1),
     ],
 )
@@ -225,23 +225,23 @@ def test_where_who_asked_first_is_cancelled_another_takes_over() -> None:
 
 
 class Held:
-    """Holds every request until the test lets one go; each seventh meets a fault whose pause is long."""
+    """Holds every request until the test lets one go; each seventh meets a fault whose retry_pause_s is long."""
 
     identity = "held"
 
     def __init__(self) -> None:
         self.held: list[asyncio.Future[bool]] = []
 
-    async def send(self, request: Request) -> Reply:
+    async def send(self, request: ChatRequest) -> ChatReply:
         mine = asyncio.get_running_loop().create_future()
         self.held.append(mine)
         if await mine:
             raise RetryableError("busy", retry_after_s=60.0)
-        return Reply((Choice("yes", "stop"),), 10, 0, 1)
+        return ChatReply((ChatChoice("yes", "stop"),), 10, 0, 1)
 
 
 def test_as_many_are_at_the_server_as_configured(tmp_path: Path) -> None:
-    """Whenever one ends another goes in, whoever else waits for a pause to end; never more than 8."""
+    """Whenever one ends another goes in, whoever else waits for a retry_pause_s to end; never more than 8."""
     endpoint = Held()
     made = client(endpoint, tmp_path, ApiConfig(in_flight=8))
 
@@ -290,14 +290,14 @@ def test_the_budget_ends_the_job_and_a_larger_one_goes_on(tmp_path: Path) -> Non
 
 
 class Unreliable:
-    """Bills what it works on, also where the answer is lost on the way; at most what `Price.most` says."""
+    """Bills what it works on, also where the answer is lost on the way; at most `Price.max_cost`."""
 
     identity = "unreliable"
 
     def __init__(self, seed: int) -> None:
         self.chance, self.bill = random.Random(seed), 0.0
 
-    async def send(self, request: Request) -> Reply:
+    async def send(self, request: ChatRequest) -> ChatReply:
         await asyncio.sleep(self.chance.uniform(0, 0.002))
         if self.chance.random() < 0.1:
             raise RetryableError("500")
@@ -305,7 +305,7 @@ class Unreliable:
         self.bill += written * 0.01
         if self.chance.random() < 0.2:
             raise RetryableError("cut", maybe_paid=True)
-        return Reply((Choice("yes", "stop"),), 10, 0, written)
+        return ChatReply((ChatChoice("yes", "stop"),), 10, 0, written)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -314,14 +314,14 @@ def test_no_bill_is_ever_above_the_budget(tmp_path: Path, seed: int) -> None:
     config = ApiConfig(in_flight=5, max_cost_usd=4.0, pause_s=0.001, max_attempts=9)
 
     async def work() -> None:
-        gate = Gate(str(tmp_path), config.limits)
-        senders = [Client(endpoint, DEAR, config, gate, AnswerStore(f"{tmp_path}/answers")) for _ in range(3)]
+        budget = ApiBudget(str(tmp_path), config.limits)
+        senders = [Client(endpoint, DEAR, config, budget, AnswerStore(f"{tmp_path}/answers")) for _ in range(3)]
         asks = [senders[i % 3].ask(asked(f"a{i}"), f"q{i % 7}") for i in range(150)]
         found = await asyncio.gather(*asks, return_exceptions=True)
-        assert {type(f) for f in found} <= {BudgetError, Answer}
-        ledger = await gate.figures()
+        assert {type(f) for f in found} <= {BudgetError, PricedAnswer}
+        ledger = await budget.figures()
         assert endpoint.bill <= ledger["spent"] + ledger["possibly_paid"] + 1e-9
-        assert 3.8 < ledger["spent"] + ledger["possibly_paid"] <= 4.0
+        assert 3.8 < ledger["spent"] + ledger["possibly_paid"] <= 4.0 + 1e-9
 
     asyncio.run(work())
 
@@ -389,11 +389,11 @@ LIMITED = {"error": {"code": 429, "message": "slow", "details": [{"@type": "x"},
     ],
 )
 def test_how_long_a_server_asks_to_wait(header: str | None, body: str, seconds: float | None) -> None:
-    assert asked_wait_s(header, body) == seconds
+    assert retry_after_seconds(header, body) == seconds
 
 
 def test_a_server_may_ask_to_wait_until_a_date() -> None:
-    asked_s = asked_wait_s(format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True), "")
+    asked_s = retry_after_seconds(format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True), "")
     assert asked_s is not None
     assert 98 < asked_s <= 100
 
@@ -414,11 +414,13 @@ def openai(server: Server, **more: Any) -> OpenAIEndpoint:
 
 def test_openai_is_asked_with_texts_pictures_and_a_schema(server: Server) -> None:
     server.script = [chat_said("[1]", cached=400)]
-    picture = Picture(PIL.Image.new("RGB", (40, 20), (255, 0, 0)), max_side=10)
+    picture = ChatImage(PIL.Image.new("RGB", (40, 20), (255, 0, 0)), max_side=10)
     turns = (Turn("user", ("look", picture)), Turn("model", ("hm",)), Turn("user", ("again", "please")))
-    request = Request("be kind", turns, {"type": "array"}, max_tokens=7, temperature=0.5, n=2, seed=3)
+    request = ChatRequest("be kind", turns, {"type": "array"}, max_tokens=7, temperature=0.5, n=2, seed=3)
     reply = asyncio.run(openai(server).send(request))
-    assert reply == Reply((Choice("[1]", "stop"),), read=1000, cached=400, written=100, model="m")
+    assert reply == ChatReply(
+        (ChatChoice("[1]", "stop"),), prompt_tokens=1000, cached_tokens=400, completion_tokens=100, model="m"
+    )
     [body] = server.requests
     url = body["messages"][1]["content"].pop()["image_url"]["url"]
     sent = PIL.Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
@@ -446,7 +448,7 @@ def test_openai_is_asked_with_texts_pictures_and_a_schema(server: Server) -> Non
 @pytest.mark.parametrize(("form", "expected"), [("object", {"type": "json_object"}), ("text", None)])
 def test_a_server_without_schemas_is_asked_for_less(server: Server, form: str, expected: Any) -> None:
     server.script = [chat_said("[1]")]
-    asyncio.run(openai(server, form=form).send(Request("s", (), {"type": "array"}, temperature=None)))
+    asyncio.run(openai(server, form=form).send(ChatRequest("s", (), {"type": "array"}, temperature=None)))
     [body] = server.requests
     assert body.get("response_format") == expected
     assert "temperature" not in body
@@ -491,7 +493,7 @@ def test_faults_of_the_moment(server: Server, answer: Any, fault: str, maybe_pai
 )
 def test_odd_forms_of_an_answer_are_read(server: Server, body: Any, text: str) -> None:
     server.script = [(200, {}, body)]
-    assert asyncio.run(openai(server).send(asked("a"))).choices == (Choice(text, "stop"),)
+    assert asyncio.run(openai(server).send(asked("a"))).choices == (ChatChoice(text, "stop"),)
 
 
 @pytest.mark.parametrize(
@@ -513,12 +515,12 @@ def test_tokens_that_a_server_does_not_count_are_all_that_are_possible(
     """Of "s" and "a", and of 2 answers of at most 10 tokens."""
     server.script = [(200, {}, {"choices": [{"message": {"content": "yes"}}], "usage": usage})]
     reply = asyncio.run(openai(server).send(asked("a", n=2)))
-    assert (reply.read, reply.cached, reply.written) == tokens
+    assert (reply.prompt_tokens, reply.cached_tokens, reply.completion_tokens) == tokens
 
 
 def test_retry_after_is_honoured(server: Server, tmp_path: Path) -> None:
     server.script = [failed(429, **{"Retry-After": "1"}), chat_said("1")]
-    config = ApiConfig(endpoint=f"{server.address}/v1", pause_s=0.0, price_read=1.0, price_written=1.0)
+    config = ApiConfig(endpoint=f"{server.address}/v1", pause_s=0.0, input_price=1.0, output_price=1.0)
     answer = asyncio.run(connect("openai", "m", config).ask(asked("a"), "q"))
     assert (answer.reply.text, answer.cost) == ("1", 1100 / 1e6)
     assert server.times[1] - server.times[0] >= 1.0
@@ -590,7 +592,7 @@ def test_a_missing_key_is_said_before_any_actor_starts_but_for_a_cluster(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cluster's workers may have a key that its driver has not."""
-    monkeypatch.setattr(clients, "start_gate", Gate)
+    monkeypatch.setattr(clients, "start_budget", ApiBudget)
     monkeypatch.delenv("OTHER_KEY", raising=False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     config = ApiConfig(key_variable="OTHER_KEY")
@@ -609,16 +611,16 @@ def test_a_missing_key_is_said_before_any_actor_starts_but_for_a_cluster(
 ASK_ALL = """
 import asyncio, sys
 from medmm_ray.engines.llm.client import ApiConfig, connect
-from medmm_ray.engines.llm.endpoint import Request, Turn
-from medmm_ray.engines.llm.budget import Gate
+from medmm_ray.engines.llm.endpoint import ChatRequest, Turn
+from medmm_ray.engines.llm.budget import ApiBudget
 
 address, folder = sys.argv[1:]
-how = {"in_flight": 8, "pause_s": 0.02, "max_attempts": 9, "price_read": 1.0, "price_written": 1.0}
+how = {"in_flight": 8, "pause_s": 0.02, "max_attempts": 9, "input_price": 1.0, "output_price": 1.0}
 config = ApiConfig(endpoint=f"{address}/v1", **how)
 
 async def work():
-    client = connect("openai", "m", config, Gate(folder, config.limits), folder)
-    requests = [Request("s", (Turn("user", (f"Step 1: {i}.",)),), max_tokens=99) for i in range(160)]
+    client = connect("openai", "m", config, ApiBudget(folder, config.limits), folder)
+    requests = [ChatRequest("s", (Turn("user", (f"Step 1: {i}.",)),), max_tokens=99) for i in range(160)]
     await asyncio.gather(*(client.ask(request, f"q{i % 9}") for i, request in enumerate(requests)))
 
 asyncio.run(work())

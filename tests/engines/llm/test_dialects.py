@@ -17,9 +17,9 @@ from medmm_ray.config import ConfigError
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import Sampling
-from medmm_ray.engines.llm.budget import Gate
+from medmm_ray.engines.llm.budget import ApiBudget
 from medmm_ray.engines.llm.client import Access, ApiConfig, Client, connect
-from medmm_ray.engines.llm.endpoint import Choice, EndpointError, Reply, Request, RetryableError, Turn
+from medmm_ray.engines.llm.endpoint import ChatChoice, ChatReply, ChatRequest, EndpointError, RetryableError, Turn
 from medmm_ray.engines.llm.faults import ServerError, fault_of, http_error, refused_field
 from medmm_ray.engines.llm.gemini import GeminiEndpoint, GeminiSdkEndpoint, sdk_is_installed
 from medmm_ray.engines.llm.openai import OpenAIEndpoint, chat_url, key_header
@@ -279,10 +279,10 @@ def test_a_server_is_spoken_to_in_its_dialect(server: Server, tmp_path: Path, na
     server.dialect, server.script = dialect, list(row.script)
     settings = {"backend": dialect.backend, "endpoint": dialect.address(server), "gemini_client": client}
     config = JudgeConfig(
-        model="m", price_read=1.0, price_written=1.0, pause_s=0.001, max_attempts=3, **{**settings, **row.settings}
+        model="m", input_price=1.0, output_price=1.0, pause_s=0.001, max_attempts=3, **{**settings, **row.settings}
     )
-    gate = Gate(str(tmp_path), config.limits)
-    judge = make_judge(config, "m", access=Access(dialect.backend, "m", config, gate, str(tmp_path)))  # type: ignore[arg-type]
+    budget = ApiBudget(str(tmp_path), config.limits)
+    judge = make_judge(config, "m", access=Access(dialect.backend, "m", config, budget, str(tmp_path)))  # type: ignore[arg-type]
     [found] = asyncio.run(judge.judge(CASE, [STEPS]))
     labels = [step.label for step in found.steps] if isinstance(found, Judgement) else str(found)
     if isinstance(row.expected, str):
@@ -290,9 +290,9 @@ def test_a_server_is_spoken_to_in_its_dialect(server: Server, tmp_path: Path, na
     else:
         assert labels == row.expected
     assert len(server.requests) == row.calls
-    assert gate.ledger.spent * 1e6 == pytest.approx(row.tokens)
-    assert gate.ledger.lost_calls == row.lost
-    assert (gate.ledger.possibly_paid > 0) == (row.lost > 0)
+    assert budget.ledger.spent * 1e6 == pytest.approx(row.tokens)
+    assert budget.ledger.lost_calls == row.lost
+    assert (budget.ledger.possibly_paid > 0) == (row.lost > 0)
 
 
 def test_every_dialect_is_spoken() -> None:
@@ -325,11 +325,11 @@ def test_one_flagged_text_never_ends_a_job(server: Server, tmp_path: Path) -> No
 
 # Fields that a server does not take
 
-QUESTION = Request("s", (Turn("user", ("a",)),), max_tokens=4096)
+QUESTION = ChatRequest("s", (Turn("user", ("a",)),), max_tokens=4096)
 
 
-def question(text: str, **how: Any) -> Request:
-    return Request("s", (Turn("user", (text,)),), **{"max_tokens": 4096, **how})
+def question(text: str, **how: Any) -> ChatRequest:
+    return ChatRequest("s", (Turn("user", (text,)),), **{"max_tokens": 4096, **how})
 
 
 def client(server: Server, folder: Path | None = None, dialect: str | None = None, **settings: Any) -> Client:
@@ -337,10 +337,10 @@ def client(server: Server, folder: Path | None = None, dialect: str | None = Non
         server.dialect = DIALECTS[dialect]
     address = server.dialect.address(server) if server.dialect else f"{server.address}/v1"
     config = ApiConfig(
-        endpoint=address, pause_s=0.001, max_attempts=3, price_read=1.0, price_written=1.0, **settings
+        endpoint=address, pause_s=0.001, max_attempts=3, input_price=1.0, output_price=1.0, **settings
     )  # fmt: skip
-    gate = Gate(str(folder), config.limits) if folder else None
-    return connect("openai", "m", config, gate, str(folder) if folder else None)
+    budget = ApiBudget(str(folder), config.limits) if folder else None
+    return connect("openai", "m", config, budget, str(folder) if folder else None)
 
 
 def test_a_name_that_is_refused_is_remembered_and_said_once(server: Server, caplog: pytest.LogCaptureFixture) -> None:
@@ -414,8 +414,8 @@ def test_what_a_setting_must_say_ends_the_job_before_anything_is_paid(
     with pytest.raises(EndpointError, match=message):
         asyncio.run(asker.ask(question("a", **how), "q"))
     assert len(server.requests) == 1
-    assert isinstance(asker.gate, Gate)
-    assert (asker.gate.ledger.spent, asker.gate.ledger.possibly_paid) == (0.0, 0.0)
+    assert isinstance(asker.budget, ApiBudget)
+    assert (asker.budget.ledger.spent, asker.budget.ledger.possibly_paid) == (0.0, 0.0)
 
 
 def test_a_field_that_was_taken_once_is_not_the_fault(server: Server) -> None:
@@ -564,11 +564,13 @@ GEMINI_ANSWERS: list[Scripted] = [
     "request_",
     [
         question("a", schema={"type": "object", "properties": {"x": {"type": "array", "items": {"type": "string"}}}}),
-        Request("", (Turn("user", ("a", "")), Turn("model", ("",)), Turn("user", ("b",))), temperature=None, n=2),
+        ChatRequest("", (Turn("user", ("a", "")), Turn("model", ("",)), Turn("user", ("b",))), temperature=None, n=2),
     ],
     ids=["schema", "bare"],
 )
-def test_gemini_by_rest_and_by_its_package_are_the_same(server: Server, answer: Scripted, request_: Request) -> None:
+def test_gemini_by_rest_and_by_its_package_are_the_same(
+    server: Server, answer: Scripted, request_: ChatRequest
+) -> None:
     pytest.importorskip("google.generativeai")
     server.dialect, server.script = DIALECTS["gemini"], [answer]
 
@@ -576,7 +578,7 @@ def test_gemini_by_rest_and_by_its_package_are_the_same(server: Server, answer: 
         try:
             return asyncio.run(endpoint.send(request_))
         except RetryableError as fault:
-            return str(fault), fault.retry_after_s, fault.maybe_paid, fault.used
+            return str(fault), fault.retry_after_s, fault.maybe_paid, fault.billed
         except (RowError, EndpointError) as fault:
             return type(fault), str(fault)
 
@@ -597,7 +599,7 @@ def test_what_gemini_is_asked_by_rest(server: Server) -> None:
     items = {"type": "array", "minItems": 1, "items": {"type": "string", "maxLength": 5}, "additionalProperties": False}
     how = {"schema": {"type": "object", "properties": {"x": items}, "required": ["x"]}, "max_tokens": 7}
     reply = asyncio.run(GeminiEndpoint("m", address=server.address).send(question("a", temperature=0.5, **how)))
-    assert reply == Reply((Choice("yes", "stop", thoughts=2),), 900, 0, 120)
+    assert reply == ChatReply((ChatChoice("yes", "stop", thoughts=2),), 900, 0, 120)
     assert server.requests == [
         {
             "contents": [{"role": "user", "parts": [{"text": "a"}]}],
@@ -629,7 +631,7 @@ def test_what_gemini_is_asked_by_rest(server: Server) -> None:
 def test_how_much_gemini_may_think(server: Server, model: str, effort: Any, config: dict[str, Any]) -> None:
     """The package has no field for it."""
     server.script = [google("STOP", {"text": "yes"})]
-    free = ApiConfig(endpoint=server.address, price_read=0.0, price_written=0.0, reasoning_effort=effort)
+    free = ApiConfig(endpoint=server.address, input_price=0.0, output_price=0.0, reasoning_effort=effort)
     asyncio.run(connect("gemini", model, free).ask(QUESTION, "q"))
     assert server.requests[0]["generationConfig"]["thinkingConfig"] == config
     with pytest.raises(ConfigError, match=f"reasoning_effort={effort} does not go with gemini_client=sdk"):
@@ -654,7 +656,7 @@ def test_keys_of_kept_answers_stay() -> None:
 
 def test_without_its_package_gemini_is_asked_by_rest(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
     monkeypatch.setattr("medmm_ray.engines.llm.gemini.sdk_is_installed", lambda: False)
-    free = ApiConfig(price_read=0.0, price_written=0.0)
+    free = ApiConfig(input_price=0.0, output_price=0.0)
     assert isinstance(connect("gemini", "m", free).endpoint, GeminiEndpoint)
     monkeypatch.setitem(__import__("sys").modules, "google.generativeai", None)
     with pytest.raises(EndpointError, match="gemini_client=sdk needs the package .* or set gemini_client=rest"):

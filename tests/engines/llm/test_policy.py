@@ -10,9 +10,9 @@ from PIL import Image
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import Sampling
-from medmm_ray.engines.llm.budget import Gate
+from medmm_ray.engines.llm.budget import ApiBudget
 from medmm_ray.engines.llm.client import ApiConfig, Client, connect
-from medmm_ray.engines.llm.endpoint import Choice, EndpointError, Picture, Reply, Request, RetryableError
+from medmm_ray.engines.llm.endpoint import ChatChoice, ChatImage, ChatReply, ChatRequest, EndpointError, RetryableError
 from medmm_ray.engines.llm.policy import ApiPolicy, request_of
 from medmm_ray.engines.llm.prices import Price
 from medmm_ray.engines.llm.store import AnswerStore
@@ -20,7 +20,7 @@ from medmm_ray.prompts import policy_messages
 from tests.doubles.api_server import chat_said, serving
 
 FAST = ApiConfig(in_flight=4, pause_s=0.001, max_attempts=2)
-PRICE = Price(read=1.0, cached=0.5, written=100.0)
+PRICE = Price(input_price=1.0, cached_input_price=0.5, output_price=100.0)
 PROMPT = ChatPrompt(policy_messages("What is it?"))
 HOW = Sampling(temperature=0.7, max_tokens=50)
 
@@ -34,7 +34,7 @@ class Model:
         self.seeds: list[int | None] = []
         self.ended: list[int | None] = []
 
-    async def send(self, request: Request) -> Reply:
+    async def send(self, request: ChatRequest) -> ChatReply:
         self.seeds.append(request.seed)
         await asyncio.sleep(0.001)
         self.ended.append(request.seed)
@@ -44,12 +44,18 @@ class Model:
             raise RetryableError("503")
         if request.seed == 9:
             raise RowError("prompt_too_long", "9 tokens")
-        choice = Choice(f"seed {request.seed}", "length" if request.seed == 3 else "stop")
-        return Reply((choice,), read=1000, cached=200, written=10, refusal="no" if request.seed == 2 else None)
+        choice = ChatChoice(f"seed {request.seed}", "length" if request.seed == 3 else "stop")
+        return ChatReply(
+            (choice,),
+            prompt_tokens=1000,
+            cached_tokens=200,
+            completion_tokens=10,
+            refusal="no" if request.seed == 2 else None,
+        )
 
 
 def policy(model: Any, folder: Path) -> ApiPolicy:
-    return ApiPolicy(Client(model, PRICE, FAST, Gate(str(folder), FAST.limits), AnswerStore(f"{folder}/answers")))
+    return ApiPolicy(Client(model, PRICE, FAST, ApiBudget(str(folder), FAST.limits), AnswerStore(f"{folder}/answers")))
 
 
 def test_samples_have_a_seed_each_and_a_price_and_are_asked_once(tmp_path: Path) -> None:
@@ -93,7 +99,7 @@ def test_a_prompt_that_is_too_long_is_the_questions_fault(tmp_path: Path) -> Non
 
 def test_the_first_sample_goes_ahead_so_that_the_others_find_their_prompt_cached(tmp_path: Path) -> None:
     class Watched(Model):
-        async def send(self, request: Request) -> Reply:
+        async def send(self, request: ChatRequest) -> ChatReply:
             assert request.seed == 10 or 10 in self.ended
             return await super().send(request)
 
@@ -104,7 +110,7 @@ def test_the_first_sample_goes_ahead_so_that_the_others_find_their_prompt_cached
 
 def test_a_key_that_is_refused_ends_the_job(tmp_path: Path) -> None:
     class Locked(Model):
-        async def send(self, request: Request) -> Reply:
+        async def send(self, request: ChatRequest) -> ChatReply:
             raise EndpointError("model answered 401: no key; check K")
 
     with pytest.raises(EndpointError, match="answered 401"):
@@ -117,7 +123,7 @@ def test_a_prompt_as_a_request() -> None:
     assert request.system == PROMPT.messages[0]["content"]
     asked, said = request.turns
     assert (asked.role, asked.parts[0], len(asked.parts)) == ("user", "Question: What is it?", 2)
-    assert isinstance(asked.parts[1], Picture)
+    assert isinstance(asked.parts[1], ChatImage)
     assert (said.role, said.parts) == ("model", ("Step 1:",))
     assert (request.temperature, request.max_tokens, request.seed) == (0.7, 50, None)
 
@@ -126,11 +132,11 @@ def test_a_real_client_passes_the_seeds(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("OPENAI_API_KEY", "any")
     with serving() as server:
         server.script = [chat_said("Step 1: Look.")]
-        config = ApiConfig(endpoint=f"{server.address}/v1", price_read=1.0, price_written=2.0)
+        config = ApiConfig(endpoint=f"{server.address}/v1", input_price=1.0, output_price=2.0)
 
         async def draw() -> Any:
-            gate = Gate(str(tmp_path), config.limits)
-            return await ApiPolicy(connect("openai", "gpt-x", config, gate, str(tmp_path))).generate(
+            budget = ApiBudget(str(tmp_path), config.limits)
+            return await ApiPolicy(connect("openai", "gpt-x", config, budget, str(tmp_path))).generate(
                 PROMPT, 3, 4096, HOW
             )
 

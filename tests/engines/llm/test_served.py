@@ -8,14 +8,14 @@ import pytest
 
 from medmm_ray.config import ConfigError
 from medmm_ray.data.tables import RowError
-from medmm_ray.engines.llm.budget import Gate
+from medmm_ray.engines.llm.budget import ApiBudget
 from medmm_ray.engines.llm.client import ApiConfig, Client, connect
-from medmm_ray.engines.llm.endpoint import EndpointError, Request, Turn
-from medmm_ray.engines.llm.served import OtherModelError, is_asked, joined_names
+from medmm_ray.engines.llm.endpoint import ChatRequest, EndpointError, Turn
+from medmm_ray.engines.llm.served import OtherModelError, is_same_model, joined_names
 from medmm_ray.engines.llm.store import AnswerStore
 from tests.doubles.api_server import AS_ASKED, Server, chat_said, gemini_said, serving
 
-QUESTION = Request("s", (Turn("user", ("a",)),), max_tokens=10)
+QUESTION = ChatRequest("s", (Turn("user", ("a",)),), max_tokens=10)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ QUESTION = Request("s", (Turn("user", ("a",)),), max_tokens=10)
     ],
 )
 def test_snapshots_aliases_and_providers_prefixes_are_the_asked_model(asked: str, answered: str) -> None:
-    assert is_asked(asked, answered)
+    assert is_same_model(asked, answered)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_snapshots_aliases_and_providers_prefixes_are_the_asked_model(asked: str
     ],
 )
 def test_another_model_is_another_model(asked: str, answered: str) -> None:
-    assert not is_asked(asked, answered)
+    assert not is_same_model(asked, answered)
 
 
 def test_names_of_several_models_are_joined() -> None:
@@ -83,8 +83,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def client(server: Server, folder: Path, model: str = "gpt-4o", backend: Any = "openai", **settings: Any) -> Client:
     address = server.address if backend == "gemini" else f"{server.address}/v1"
-    config = ApiConfig(endpoint=address, pause_s=0.001, price_read=1.0, price_written=2.0, **settings)
-    return connect(backend, model, config, Gate(str(folder), config.limits), str(folder))
+    config = ApiConfig(endpoint=address, pause_s=0.001, input_price=1.0, output_price=2.0, **settings)
+    return connect(backend, model, config, ApiBudget(str(folder), config.limits), str(folder))
 
 
 def ask(server: Server, folder: Path, **how: Any) -> Any:
@@ -92,7 +92,7 @@ def ask(server: Server, folder: Path, **how: Any) -> Any:
 
 
 def spent(folder: Path) -> float:
-    return Gate(str(folder), ApiConfig().limits).ledger.spent
+    return ApiBudget(str(folder), ApiConfig().limits).ledger.spent
 
 
 def test_another_model_stops_the_job_and_what_it_answered_is_kept_and_paid_once(
@@ -159,7 +159,7 @@ def test_all_who_ask_are_told_of_another_model_after_what_is_under_way_is_kept(s
     made = client(server, tmp_path, in_flight=3)
 
     async def work() -> list[Any]:
-        asks = (made.ask(Request("s", (Turn("user", (f"a{i}",)),), max_tokens=10), "q") for i in range(9))
+        asks = (made.ask(ChatRequest("s", (Turn("user", (f"a{i}",)),), max_tokens=10), "q") for i in range(9))
         return await asyncio.gather(*asks, return_exceptions=True)
 
     found = asyncio.run(work())
@@ -172,7 +172,7 @@ def test_flex_is_asked_for_and_booked_as_it_was_served(
     server: Server, tmp_path: Path, served: str | None, share: float, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.script = [chat_said("yes", tier=served)]
-    answer = ask(server, tmp_path, tier="flex", price_flex=0.5)
+    answer = ask(server, tmp_path, tier="flex", flex_price_share=0.5)
     assert server.requests[0]["service_tier"] == "flex"
     assert answer.reply.tier == served
     assert answer.cost == spent(tmp_path) == pytest.approx(share * 1200 / 1e6)
@@ -184,7 +184,7 @@ def test_flex_is_asked_for_and_booked_as_it_was_served(
 def test_without_a_tier_none_is_sent_and_a_header_states_it_too(server: Server, tmp_path: Path) -> None:
     status, _, body = chat_said("yes")
     server.script = [(status, {"x-gemini-service-tier": "flex"}, body)]
-    answer = ask(server, tmp_path, price_flex=0.5)
+    answer = ask(server, tmp_path, flex_price_share=0.5)
     assert "service_tier" not in server.requests[0]
     assert (answer.reply.tier, answer.cost) == ("flex", pytest.approx(600 / 1e6))
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from medmm_ray.data.tables import TableError
-from medmm_ray.engines.llm.endpoint import Choice, Reply
-from medmm_ray.engines.llm.store import Answer, AnswerStore, parse_segment, segment
+from medmm_ray.engines.llm.endpoint import ChatChoice, ChatReply
+from medmm_ray.engines.llm.store import AnswerStore, PricedAnswer, parse_segment, segment
 
 
-def answer(text: str, cost: float = 0.5) -> Answer:
-    return Answer(Reply((Choice(text, "stop"), Choice("b", "length")), 10, 4, 2, None), cost)
+def answer(text: str, cost: float = 0.5) -> PricedAnswer:
+    return PricedAnswer(ChatReply((ChatChoice(text, "stop"), ChatChoice("b", "length")), 10, 4, 2, None), cost)
 
 
 def test_answers_are_found_by_another_process_and_share_segments(tmp_path: Path) -> None:

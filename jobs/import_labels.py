@@ -19,9 +19,9 @@ import pyarrow as pa
 
 from jobs.graph import BY_NAME, LABELS, MAKER, TREES
 from jobs.step import Job, Run, launch, parser, read_arguments
-from medmm_ray.data.imported import Imported, imported, policy_of
+from medmm_ray.data.imported import ImportedRows, imported_policy, imported_rows
 from medmm_ray.data.records import Evidence, ReviewItem, Solutions, Tree, to_arrow
-from medmm_ray.data.sources import Solved, load_solved
+from medmm_ray.data.sources import SolvedQuestion, load_solved
 from medmm_ray.data.tables import Table, TableError, write_rows
 from medmm_ray.steps.ingest import question_rows, read_source, request_of
 
@@ -80,7 +80,7 @@ def _clear(tables: Iterable[Table]) -> None:
             table.fs.delete_file(stale)
 
 
-def _rows(run: Run, solved: Iterator[Solved]) -> Iterator[tuple[str, Imported]]:
+def _rows(run: Run, solved: Iterator[SolvedQuestion]) -> Iterator[tuple[str, ImportedRows]]:
     """Each question's id and rows, in the order of the source."""
     config = run.recipe.ingest
     data = read_source(config)
@@ -88,10 +88,10 @@ def _rows(run: Run, solved: Iterator[Solved]) -> Iterator[tuple[str, Imported]]:
     ids = [row.question_id for row in question_rows(data, run.table("raw_images").to_arrow(), config, folder)]
     config_hash, tree_hash = (run.fingerprint(BY_NAME[name]) for name in ("sample", "tree_search"))
     for question_id, found in zip(ids, solved, strict=True):
-        yield question_id, imported(question_id, found, policy_of(config.source), config_hash, tree_hash)
+        yield question_id, imported_rows(question_id, found, imported_policy(config.source), config_hash, tree_hash)
 
 
-def _write(tables: dict[str, Table], rows: dict[str, Imported]) -> set[str]:
+def _write(tables: dict[str, Table], rows: dict[str, ImportedRows]) -> set[str]:
     """One part of each table; gives the names of those that the data set has something for."""
     used = set()
     for name, table in tables.items():

@@ -24,7 +24,7 @@ from jobs.plan import plan_of
 from jobs.recipe import Recipe
 from jobs.step import Run, launch, parser, read_arguments
 from medmm_ray.config import digest, identity
-from medmm_ray.data.tables import Artifact, Origin, filesystem, write_file
+from medmm_ray.data.tables import Artifact, Provenance, filesystem, write_file
 from medmm_ray.estimate import Estimate, Line, estimate, rendered
 from medmm_ray.stats import metrics
 from medmm_ray.text import question_with_options
@@ -94,7 +94,7 @@ def next_policy(run: Run) -> str:
     config = run.recipe.meds3.fine_tuning.model_copy(update={"base": run.model("policy")})
     made_from = {"tree_solutions": run.fingerprint(BY_NAME["tree_search"])}
     fingerprint = digest("next_policy", identity(config), made_from)
-    origin = Origin(name="next_policy", fingerprint=fingerprint, config=identity(config), upstream=made_from)
+    origin = Provenance(name="next_policy", fingerprint=fingerprint, config=identity(config), upstream=made_from)
     artifact = Artifact(f"{run.root}/next_policy/{fingerprint}")
     if not artifact.is_complete:
         artifact.prepare()

@@ -16,7 +16,7 @@ from jobs.graph import MAKER
 from jobs.step import Run, launch, parser, read_arguments
 from medmm_ray.config import ConfigError
 from medmm_ray.data.records import Question, QuestionReview, ReviewItem, from_dict
-from medmm_ray.data.tables import Origin, Table, write_rows
+from medmm_ray.data.tables import Provenance, Table, write_rows
 from medmm_ray.pages.review_page import ReviewPageConfig
 from medmm_ray.pages.review_page.accounts import ReaderAccount, add_reader, read_readers
 from medmm_ray.pages.review_page.assigner import Assigner
@@ -167,7 +167,7 @@ def export(run: Run) -> str:
     table = Table(f"{run.root}/question_reviews/{name}", QuestionReview)
     if not table.is_complete:
         rows = question_reviews(read_export(verdicts.uri, name), questions.to_arrow().to_pylist())
-        origin = Origin(
+        origin = Provenance(
             name="question_reviews",
             fingerprint=name,
             config={},

@@ -20,7 +20,7 @@ from jobs.graph import BY_NAME, MAKER, STEPS, Step
 from jobs.recipe import Recipe, with_shared_limits
 from jobs.settings_help import all_settings, overview
 from medmm_ray.config import Config, ConfigError, digest, identity, load
-from medmm_ray.data.tables import Artifact, Manifest, Origin, Table, TableError, chosen, pending, write_rows
+from medmm_ray.data.tables import Artifact, Manifest, Provenance, Table, TableError, chosen, pending, write_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -125,8 +125,8 @@ class Job:
         self._folder: str | None = None  # of the artifact that is being made
         self._since = time.monotonic()
 
-    def origin(self, name: str) -> Origin:
-        return Origin(
+    def origin(self, name: str) -> Provenance:
+        return Provenance(
             name=name,
             fingerprint=self.run.fingerprint(self.step),
             config=self.run.settings(self.step),

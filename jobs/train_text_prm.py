@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from jobs.graph import LABELS
 from jobs.step import Job, main
-from medmm_ray.stats.targets import consensus_words
+from medmm_ray.stats.targets import describe_consensus
 from medmm_ray.train.text_prm import train_text_prm
 
 
@@ -23,7 +23,7 @@ def run(job: Job) -> None:
     )
     figures = job.run.artifact("text_prm").manifest().figures
     if job.config.label_policy == "consensus":
-        job.note(consensus_words(figures))
+        job.note(describe_consensus(figures))
 
 
 if __name__ == "__main__":

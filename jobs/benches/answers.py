@@ -16,7 +16,7 @@ from rich.console import Console
 
 from jobs.benches import Measured
 from medmm_ray.config import Config, ConfigError
-from medmm_ray.data.sources import Request, list_files, mirage, read_lines
+from medmm_ray.data.sources import SourceRequest, list_files, mirage, read_lines
 from medmm_ray.text import extract_answer, mirage_answer
 
 SETS = ("mmlu", "medqa", "medmcqa", "pubmedqa", "bioasq")
@@ -57,7 +57,7 @@ def table(path: str) -> dict[tuple[str, str], Cell]:
     """All cells, and the mean of each setting over the sets, from MIRAGE's folder."""
     if not path:
         raise ConfigError("'path' is required: MIRAGE's folder with rawdata/ and predictions*.jsonl")
-    questions = {question.name: question for question in mirage.read(Request(path=path)).questions}
+    questions = {question.name: question for question in mirage.read(SourceRequest(path=path)).questions}
     replies: dict[tuple[str, str], list[tuple[bool, bool, bool]]] = defaultdict(list)
     for uri in list_files(path, ".jsonl"):
         for row in map(json.loads, read_lines(uri)):

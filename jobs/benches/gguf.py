@@ -77,11 +77,11 @@ def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
 def requests(questions: int, solutions: int) -> "list[ScoreRequest]":
     """The phantoms' questions with their documents; of each one's solutions every second belongs to another case."""
     from medmm_ray.data.sources.phantom.documents import CHEST
-    from medmm_ray.data.sources.phantom.questions import make_items
+    from medmm_ray.data.sources.phantom.questions import make_questions
     from medmm_ray.reward_model import ScoreRequest
     from medmm_ray.text import question_with_options
 
-    items = make_items(0, "test", questions, num_worked=solutions)
+    items = make_questions(0, "test", questions, num_worked=solutions)
     documents = list(CHEST.values())[:3]
 
     def mixed(i: int) -> Sequence[Sequence[str]]:

@@ -32,7 +32,7 @@ from jobs.benches.chat_server import verdict
 from jobs.benches.fault_injection import await_workers_end
 from medmm_ray.config import Config, build, execution
 from medmm_ray.data.records import Image, Labels, Question, Solution, Solutions, to_arrow
-from medmm_ray.data.tables import Origin, Table, pending
+from medmm_ray.data.tables import Provenance, Table, pending
 from medmm_ray.engines.llm.budget import close_ledger
 from medmm_ray.steps.judge import JudgeConfig, judge
 
@@ -188,11 +188,11 @@ def _money(path: Path, name: str, found: dict[str, Any], prefix: str = "") -> It
 
 def write_tables(path: Path, config: BenchConfig) -> None:
     """Phantoms with solutions whose steps are all different."""
-    from medmm_ray.data.sources.phantom.questions import make_items
+    from medmm_ray.data.sources.phantom.questions import make_questions
     from medmm_ray.data.sources.phantom.render import render
 
     questions, images, solutions = [], [], []
-    for number, item in enumerate(make_items(config.seed, "train", config.questions)):
+    for number, item in enumerate(make_questions(config.seed, "train", config.questions)):
         name = f"{number:05d}"
         render(item.case, 128).save(path / f"{name}.png")
         images.append(
@@ -240,8 +240,8 @@ def _write(path: Path, record: type, rows: list[Any]) -> None:
     table.finish(_origin(path.name), key, [row.__dict__[key] for row in rows], 0.0)
 
 
-def _origin(name: str) -> Origin:
-    return Origin(name=name, fingerprint=name, config={}, upstream={})
+def _origin(name: str) -> Provenance:
+    return Provenance(name=name, fingerprint=name, config={}, upstream={})
 
 
 def _solutions(path: Path) -> list[dict[str, Any]]:

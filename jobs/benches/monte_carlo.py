@@ -35,7 +35,7 @@ from medmm_ray.config import Config
 from medmm_ray.data.records import Labels, StepLabel
 from medmm_ray.data.sources.phantom import truth
 from medmm_ray.data.sources.phantom.case import generator
-from medmm_ray.data.sources.phantom.questions import Item, blind_work, make_items
+from medmm_ray.data.sources.phantom.questions import PhantomQuestion, blind_solution, make_questions
 from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import (
     Completion,
@@ -114,7 +114,9 @@ class ScriptedPolicy:
     It knows which case a prompt is about by the number in its question ("Case 12: ...").
     """
 
-    def __init__(self, items: Sequence[Item], slips: tuple[float, float], recovery: float, seed: int) -> None:
+    def __init__(
+        self, items: Sequence[PhantomQuestion], slips: tuple[float, float], recovery: float, seed: int
+    ) -> None:
         self.items, self.recovery, self.seed = items, recovery, seed
         self.statistics = Statistics()
         self.slips = [float(generator("slips", seed, i).uniform(*slips)) for i in range(len(items))]
@@ -148,11 +150,11 @@ class ScriptedPolicy:
         return Completion(text, "stop", seed, num_tokens(text))
 
 
-def others(item: Item, rng: np.random.Generator) -> list[list[str]]:
+def others(item: PhantomQuestion, rng: np.random.Generator) -> list[list[str]]:
     """Solutions of other cases, with another answer."""
     found: list[list[str]] = []
     while len(found) < NUM_WORKS:
-        steps, letter = blind_work(item, rng)
+        steps, letter = blind_solution(item, rng)
         found += [steps] if letter != item.answer else []
     return found
 
@@ -183,7 +185,7 @@ class Remembered:
 
 
 def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
-    items = make_items(config.seed, "train", config.questions, num_worked=NUM_WORKS)
+    items = make_questions(config.seed, "train", config.questions, num_worked=NUM_WORKS)
     if config.policy is None:
         for recovery in config.recovery:
             engine = ScriptedPolicy(items, config.slips, recovery, config.seed)
@@ -203,7 +205,7 @@ class Figures:
     counts_QK: Floats
 
 
-async def figures(engine: TextGenerator, items: Sequence[Item], config: BenchConfig) -> dict[str, Figures]:
+async def figures(engine: TextGenerator, items: Sequence[PhantomQuestion], config: BenchConfig) -> dict[str, Figures]:
     """All modes on the same solutions, the baseline first."""
     scripted = config.policy is None
     asked = [await question_row(engine, i, item, config, scripted) for i, item in enumerate(items)]
@@ -245,7 +247,7 @@ def rows(name: str, found: Mapping[str, Figures], config: BenchConfig, console: 
 
 
 async def question_row(
-    engine: TextGenerator, number: int, item: Item, config: BenchConfig, scripted: bool
+    engine: TextGenerator, number: int, item: PhantomQuestion, config: BenchConfig, scripted: bool
 ) -> dict[str, Any]:
     """A question with its solutions and the judge's word on them, as `RolloutActor` reads it."""
     row: dict[str, Any] = {
@@ -270,7 +272,7 @@ async def question_row(
     return {**row, "solutions": solutions, "judged": judged}
 
 
-def counted(mode: Mode, item: Item, row: Mapping[str, Any], labels: Sequence[Labels]) -> Floats:
+def counted(mode: Mode, item: PhantomQuestion, row: Mapping[str, Any], labels: Sequence[Labels]) -> Floats:
     """A question's sums of `counts`; of a consensus those of the solutions that it keeps."""
     by_id, sums_K = {label.solution_id: label for label in labels}, np.zeros(6)
     for solution, verdicts in zip(row["solutions"], row["judged"], strict=True):
@@ -282,7 +284,7 @@ def counted(mode: Mode, item: Item, row: Mapping[str, Any], labels: Sequence[Lab
     return sums_K
 
 
-def first_error(item: Item, steps: Sequence[str]) -> int | None:
+def first_error(item: PhantomQuestion, steps: Sequence[str]) -> int | None:
     return next((i for i, step in enumerate(steps) if truth(step, item.case, item) is False), None)
 
 

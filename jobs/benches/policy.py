@@ -3,7 +3,7 @@
 import pyarrow as pa
 
 from medmm_ray.data.records import Question
-from medmm_ray.data.sources.phantom import make_items
+from medmm_ray.data.sources.phantom import make_questions
 from medmm_ray.session import session
 from medmm_ray.text import question_with_options
 from medmm_ray.train.launch import fit
@@ -18,7 +18,7 @@ def phantom_questions(number: int, seed: int, split: str = "test") -> list[Quest
             difficulty=item.case.difficulty, question=item.question, options=list(item.options), answer=item.answer,
             answer_type="choice", image_ids=[],
         )
-        for index, item in enumerate(make_items(seed, split, number))
+        for index, item in enumerate(make_questions(seed, split, number))
     ]  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def train_toy_policy(folder: str, config: PolicyConfig, questions: int = 256) ->
             "answer_type": "choice",
             "solutions": [list(item.worked[0])],
         }
-        for index, item in enumerate(make_items(config.seed, "train", questions))
+        for index, item in enumerate(make_questions(config.seed, "train", questions))
     ]
     worked = pa.Table.from_pylist(rows, schema=SCHEMA)
     texts = pa.table({"text": pa.array(sorted(vocabulary_texts(worked, [])))})

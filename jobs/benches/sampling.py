@@ -23,8 +23,8 @@ from rich.console import Console
 from jobs.benches import Measured
 from medmm_ray.config import Config
 from medmm_ray.data.records import Question, Solutions
-from medmm_ray.data.sources.phantom import corpus, make_items
-from medmm_ray.data.tables import Origin, Table, write_rows
+from medmm_ray.data.sources.phantom import corpus, make_questions
+from medmm_ray.data.tables import Provenance, Table, write_rows
 from medmm_ray.engines.chat import Chat, ChatPrompt
 from medmm_ray.engines.generator import (
     Completion,
@@ -97,7 +97,7 @@ def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
 
 def _engines(config: BenchConfig, folder: Path, console: Console) -> Iterator[Measured]:
     model = make_model(config, folder / "model")
-    questions = make_questions(config.questions)
+    questions = bench_questions(config.questions)
     bare: list[float] = []
     ours: list[float] = []
     for repeat in range(config.repeats):
@@ -119,7 +119,7 @@ def _actors(config: BenchConfig, folder: Path) -> Measured:
     rates = []
     for actors in (1, config.actors):
         made = functools.partial(SleepingGenerator, actors=actors, pause_s=config.pause_s)
-        questions = make_questions(actors * config.rounds * in_flight)
+        questions = bench_questions(actors * config.rounds * in_flight)
         how = config.sampling.model_copy(update={"num_samples_train": 1, "num_actors": actors, "num_gpus": 0.0})
         rates.append(len(questions) / span(run_step(how, "", questions, made, folder / f"actors-{actors}")[0]))
     ideal = config.actors * rates[0]
@@ -147,13 +147,13 @@ def make_model(config: BenchConfig, folder: Path) -> str:
     return str(folder)
 
 
-def make_questions(number: int) -> list[Question]:
+def bench_questions(number: int) -> list[Question]:
     return [
         Question(
             question_id=f"q{index}", source="phantom", split="train", modality="radiology", difficulty="easy",
             question=item.question, options=list(item.options), answer="A", answer_type="choice", image_ids=[],
         )
-        for index, item in enumerate(make_items(0, "bench", number))
+        for index, item in enumerate(make_questions(0, "bench", number))
     ]  # fmt: skip
 
 
@@ -165,7 +165,7 @@ def run_step(
     notes.mkdir(parents=True)
     noting = functools.partial(generator, notes=notes)
     source, made = Table(str(folder / "questions"), Question), Table(str(folder / "solutions"), Solutions)
-    origin = Origin(name="bench", fingerprint="", config={}, upstream={})
+    origin = Provenance(name="bench", fingerprint="", config={}, upstream={})
     write_rows(source, questions, origin, "question_id")
     made.prepare()
     ds = source.dataset(rows_per_block=config.batch_size)

@@ -31,7 +31,7 @@ from rich.progress import Progress
 
 from jobs.benches import Measured
 from medmm_ray.config import Config, digest, execution
-from medmm_ray.data.sources.phantom import Item, blind_work, generator, make_items, report, truth
+from medmm_ray.data.sources.phantom import PhantomQuestion, blind_solution, generator, make_questions, report, truth
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.generator import Generator
 from medmm_ray.engines.llm.client import open_access
@@ -95,7 +95,7 @@ class BenchConfig(Config):
 class Told:
     """A phantom as the judge meets it, and solutions of it."""
 
-    item: Item
+    item: PhantomQuestion
     case: JudgeCase
     solutions: Solutions
 
@@ -117,13 +117,13 @@ def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
 def tell(config: BenchConfig, split: str, number: int, num_solutions: int) -> list[Told]:
     """Phantoms with a report, and solutions by somebody who saw the picture or by one who did not."""
     told = []
-    for index, item in enumerate(make_items(config.seed, split, number, num_worked=num_solutions)):
+    for index, item in enumerate(make_questions(config.seed, split, number, num_worked=num_solutions)):
         rng = generator("sharing", config.seed, split, index)
         case = JudgeCase(
             question_id=f"{split}-{index}", question=f"Report: {report(item.case)} {item.question}",
             options=item.options, answer=item.answer, images=[], documents=[], references=[],
         )  # fmt: skip
-        blind = [blind_work(item, rng, slip=0.3)[0] for _ in range(num_solutions)]
+        blind = [blind_solution(item, rng, slip=0.3)[0] for _ in range(num_solutions)]
         seen = rng.random(num_solutions) < 0.4
         solutions = [list(item.worked[i]) if seen[i] else blind[i] for i in range(num_solutions)]
         told.append(Told(item, case, solutions))

@@ -2,7 +2,7 @@
 
 Enters: its size, how hard the pictures are, a seed. Leaves: tables, a text tower and an image tower that the real
 stages have trained, and the text tower's states of every solution. Solutions are worked ones of made-up cases (a policy
-that sees no picture, `phantom.blind_work`); labels are the truth.
+that sees no picture, `phantom.blind_solution`); labels are the truth.
 
 Legend: B images, W image width, P patches.
 """
@@ -22,8 +22,8 @@ from torch._C._distributed_c10d import HashStore
 
 from medmm_ray.config import Config
 from medmm_ray.data import records
-from medmm_ray.data.sources.phantom import HARD, Hardness, blind_work, drawn_picture, generator, make_items
-from medmm_ray.data.tables import Origin, Table, write_rows
+from medmm_ray.data.sources.phantom import HARD, Hardness, blind_solution, drawn_picture, generator, make_questions
+from medmm_ray.data.tables import Provenance, Table, write_rows
 from medmm_ray.steps.ingest import (
     IngestConfig,
     demonstration_rows,
@@ -175,14 +175,14 @@ def _solutions(
     items = [
         item
         for split, number in (("train", config.questions), ("test", config.test_questions))
-        for item in make_items(seed, split, number, 0, config.hardness)
+        for item in make_questions(seed, split, number, 0, config.hardness)
     ]
     rows: list[records.Solutions] = []
     labels: list[records.Labels] = []
     for question, item in zip(asked, items, strict=True):
         own = []
         for index in range(config.solutions if question.split == "train" else config.samples):
-            steps, letter = blind_work(item, generator("blind", seed, question.question_id, index), config.slip)
+            steps, letter = blind_solution(item, generator("blind", seed, question.question_id, index), config.slip)
             text = join_steps(steps)
             assert extract_answer(text, item.options) == letter
             own.append(
@@ -289,7 +289,7 @@ def _read(
                 )
             )  # fmt: skip
     table = Table(str(folder / "states"), records.States)
-    write_rows(table, rows, Origin(name="states", fingerprint="study", config={}, upstream={}), "solution_id")
+    write_rows(table, rows, Provenance(name="states", fingerprint="study", config={}, upstream={}), "solution_id")
     return table, test
 
 

@@ -1,7 +1,7 @@
 """Solutions, labels and evidence that a data set brings, as the rows that the pipeline would have made itself.
 
-Enters: a question's id and what its source says of it (`Solved`). Leaves: its `Solutions`, `Labels` by table, and
-`Evidence`. Ids are made as the pipeline makes them: a solution's from its question, the policy
+Enters: a question's id and what its source says of it (`SolvedQuestion`). Leaves: its `Solutions`, `Labels` by table,
+and `Evidence`. Ids are made as the pipeline makes them: a solution's from its question, the policy
 ``imported:<source>`` and its index.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from medmm_ray.config import digest
 from medmm_ray.data.records import Evidence, Labels, RetrievedDocument, Solution, Solutions
-from medmm_ray.data.sources import Solved, SourceLabels, SourceSolution
+from medmm_ray.data.sources import SolvedQuestion, SourceLabels, SourceSolution
 
 TABLE_OF: Mapping[str, str] = {
     "judge": "judge_labels",
@@ -23,7 +23,7 @@ TABLE_OF: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Imported:
+class ImportedRows:
     """One question's rows; `labels` by the name of their table, `evidence` None where the data set has none."""
 
     solutions: Solutions
@@ -32,11 +32,13 @@ class Imported:
     evidence: Evidence | None = None
 
 
-def policy_of(source: str) -> str:
+def imported_policy(source: str) -> str:
     return f"imported:{source}"
 
 
-def imported(question_id: str, solved: Solved, policy: str, config_hash: str, tree_hash: str) -> Imported:
+def imported_rows(
+    question_id: str, solved: SolvedQuestion, policy: str, config_hash: str, tree_hash: str
+) -> ImportedRows:
     """The rows of one question; `tree_hash` is the config_hash of its tree_solutions."""
     solutions = _solutions(question_id, solved.solutions, policy, config_hash)
     grown = _solutions(question_id, solved.tree_solutions, policy, tree_hash)
@@ -46,7 +48,7 @@ def imported(question_id: str, solved: Solved, policy: str, config_hash: str, tr
             labels.setdefault(TABLE_OF[row.source], []).append(_labels(question_id, solution, row))
     for solution, source in zip(grown.solutions, solved.tree_solutions, strict=True):
         labels.setdefault("tree_labels", []).extend(_labels(question_id, solution, row) for row in source.labels)
-    return Imported(
+    return ImportedRows(
         solutions=solutions,
         tree_solutions=grown,
         labels=labels,
@@ -92,7 +94,7 @@ def _solution(question_id: str, source: SourceSolution, policy: str, config_hash
     )
 
 
-def _evidence(question_id: str, solved: Solved, config_hash: str) -> Evidence:
+def _evidence(question_id: str, solved: SolvedQuestion, config_hash: str) -> Evidence:
     """The documents in the data set's order; their scores are not known, so they fall by rank from 1."""
     return Evidence(
         question_id=question_id,

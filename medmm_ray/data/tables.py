@@ -94,7 +94,7 @@ class Manifest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Origin:
+class Provenance:
     """What identifies a result: the config's identity and the fingerprints of what it was made from."""
 
     name: str
@@ -166,7 +166,9 @@ class Artifact:
                 "or name another output folder (run=..., to=... of an export)"
             ) from error
 
-    def commit(self, origin: Origin, seconds: float, figures: dict[str, float] | None = None, **more: Any) -> Manifest:
+    def commit(
+        self, origin: Provenance, seconds: float, figures: dict[str, float] | None = None, **more: Any
+    ) -> Manifest:
         """Write the manifest: from now on the artifact is complete and never changes."""
         manifest = Manifest(
             **asdict(origin),
@@ -317,7 +319,7 @@ class Table(Artifact):
         ds.write_datasink(_sink(self, key, explode))
 
     def finish(
-        self, origin: Origin, key: str, expected: Iterable[str], seconds: float, max_error_rate: float = 1.0,
+        self, origin: Provenance, key: str, expected: Iterable[str], seconds: float, max_error_rate: float = 1.0,
         figures: dict[str, float] | None = None,
     ) -> Manifest:  # fmt: skip
         """Check that each expected id left exactly once, then commit.
@@ -487,7 +489,7 @@ def attach(ds: "Dataset", other: pa.Table, on: str, columns: Sequence[str]) -> "
 
 
 def write_rows(
-    table: Table, rows: Sequence[Any], origin: Origin, key: str, seconds: float = 0.0, max_error_rate: float = 1.0,
+    table: Table, rows: Sequence[Any], origin: Provenance, key: str, seconds: float = 0.0, max_error_rate: float = 1.0,
     figures: dict[str, float] | None = None,
 ) -> Manifest:  # fmt: skip
     """Write a small table made in the driver, in one go."""

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from medmm_ray.engines.linear import use_onednn
+from medmm_ray.engines.model_source import ModelSource, commit_of
 from medmm_ray.engines.placement import device_of, dtype_of
 from medmm_ray.engines.pretrained import load
-from medmm_ray.engines.provenance import Origin, commit_of
 from medmm_ray.engines.weights import OPEN_CLIP_FILES, Unmatched, WeightsError, check_files, weight_files
 
 CONFIG = "open_clip_config.json"
@@ -46,7 +46,7 @@ class ImageTower(nn.Module):
     """A pretrained vision transformer: `width` D, `embed_dim` E, `image_size` a side in pixels, `path` where it lies,
     `origin` what it was called and which version it is."""
 
-    def __init__(self, backbone: "_Backbone", path: str, origin: Origin) -> None:
+    def __init__(self, backbone: "_Backbone", path: str, origin: ModelSource) -> None:
         super().__init__()
         self.backbone = backbone
         self.path, self.origin = path, origin
@@ -92,7 +92,7 @@ class ImageTower(nn.Module):
             commit = backbone.commit
         else:
             raise ValueError(f"image tower {path}: holds neither {CONFIG} (open_clip) nor config.json (transformers)")
-        tower = cls(backbone, path, Origin(name, commit) if commit else Origin.of(path)).eval()
+        tower = cls(backbone, path, ModelSource(name, commit) if commit else ModelSource.of(path)).eval()
         return tower.to(place, backbone.stored_dtype if number_format == "auto" else number_format)
 
     @property

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from medmm_ray.engines import pretrained
 from medmm_ray.engines.chat_template import ChatTemplate, TemplateUse
-from medmm_ray.engines.provenance import Origin
+from medmm_ray.engines.model_source import ModelSource
 from medmm_ray.engines.weights import Unmatched, WeightsError, check_file
 from medmm_ray.reward_model import card, families, hub, text_tower
 from medmm_ray.reward_model.errors import CheckpointError
@@ -48,8 +48,8 @@ class Saved:
     reserve: int
     fit: Fit
     fusion: FusionConfig | None
-    text_origin: Origin
-    image_origin: Origin | None
+    text_origin: ModelSource
+    image_origin: ModelSource | None
     figures: dict[str, float]
     template: TemplateUse | None
     system_prompt: str | None
@@ -85,8 +85,8 @@ def read(path: str | Path) -> Saved | None:
     text, image = saved["text_tower"], saved["image_tower"]
     return Saved(
         saved["family"], saved["ids"], saved["max_length"], saved["reserve"], saved["fit"], fusion,
-        Origin(text["source"], text["revision"]),
-        Origin(image["source"], image["revision"]) if image else None,
+        ModelSource(text["source"], text["revision"]),
+        ModelSource(image["source"], image["revision"]) if image else None,
         saved["figures"],
         _template_use(saved.get("template")),
         saved.get("system_prompt"),

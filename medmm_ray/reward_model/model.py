@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from medmm_ray.engines.linear import use_onednn
+from medmm_ray.engines.model_source import ModelSource
 from medmm_ray.engines.placement import DTYPE_NAMES, device_of, dtype_of
-from medmm_ray.engines.provenance import Origin
 from medmm_ray.reward_model import checkpoint, families, text_tower
 from medmm_ray.reward_model.errors import CheckpointError, ImageError
 from medmm_ray.reward_model.families import FamilyName
@@ -127,7 +127,7 @@ class RewardModel(nn.Module):
         text_tower.check_vocabulary(text_model, tokenizer)
         self._system_prompt: str | None = None
         use_onednn(self)
-        self.text_origin = Origin(text_model.config.name_or_path or "made in memory", None)
+        self.text_origin = ModelSource(text_model.config.name_or_path or "made in memory", None)
         self.figures: dict[str, float] = {}
 
     # Making and keeping

@@ -24,8 +24,8 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from medmm_ray.engines import pretrained
+from medmm_ray.engines.model_source import ModelSource, commit_of
 from medmm_ray.engines.placement import Dtype
-from medmm_ray.engines.provenance import Origin, commit_of
 from medmm_ray.engines.weights import WeightsError, check_files
 from medmm_ray.reward_model import adapters, attention, families
 from medmm_ray.reward_model import vision_language as vision
@@ -50,7 +50,7 @@ class Text:
     model: Any
     tokenizer: Any
     family: FamilyName
-    origin: Origin
+    origin: ModelSource
     vision: Vision | None = None
 
 
@@ -118,7 +118,7 @@ def _read_whole(path: str | Path, dtype: Dtype, family: FamilyName | None, revis
         tokenizer.chat_template = tokenizer.chat_template or vision.chat_template(path, commit)
     model = _load(path, found, dtype, commit)
     eyes = Vision.from_pretrained(path, model, tokenizer, commit) if found in families.SEEING else None
-    return Text(model, tokenizer, found, Origin.of(path, commit), eyes)
+    return Text(model, tokenizer, found, ModelSource.of(path, commit), eyes)
 
 
 def _load(path: str | Path, family: FamilyName, dtype: Dtype, commit: str | None) -> Any:
@@ -170,7 +170,7 @@ def _read_adapter(
     if family is None and adapters.task_of(adapter) == "TOKEN_CLS":
         family = "meds3"
     found = family or _detected(path, [type(model).__name__], tokenizer)
-    return Text(model, tokenizer, found, Origin.of(path, commit))
+    return Text(model, tokenizer, found, ModelSource.of(path, commit))
 
 
 def _detected(path: str | Path, architectures: Sequence[str], tokenizer: Any) -> FamilyName:
@@ -213,7 +213,7 @@ def _read_gguf(path: str | Path, gguf_file: str, dtype: Dtype, family: FamilyNam
             'model alone. Expected one with a chat template (medprm) or the token "ки" (math_shepherd)'
         )
     commit = commit_of(path, gguf_file, revision)
-    return Text(model, tokenizer, found, Origin(str(path), commit) if commit else Origin.of(file))
+    return Text(model, tokenizer, found, ModelSource(str(path), commit) if commit else ModelSource.of(file))
 
 
 _MODELS: dict[FamilyName, Any] = {
@@ -269,7 +269,7 @@ def read_outline(path: str | Path, family: FamilyName | None, dtype: str) -> Tex
             pretrained.check_weights(type(model), config, folder, unexpected=_UNUSED.get(found, ()))
         except WeightsError as error:
             raise CheckpointError(f"{error} (read as the family {found})") from error
-    return Text(model, tokenizer, found, Origin.of(path, commit))
+    return Text(model, tokenizer, found, ModelSource.of(path, commit))
 
 
 def read_head(path: str | Path, model: Any, rows: Sequence[int]) -> torch.Tensor:

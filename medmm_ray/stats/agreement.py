@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from medmm_ray.stats.grouped_stats import Groups, Resampling, Row, Tables, share_of_counts, tabulate
+from medmm_ray.stats.grouped_stats import GroupedStats, Groups, Resampling, Row, share_of_counts, stats_by_group
 from medmm_ray.stats.label_arrays import NEUTRAL, RIGHT, UNLABELLED, WRONG, Codes, Ints, Steps
 from medmm_ray.stats.metrics import Bools, Floats, kappa_of_counts
 
@@ -30,14 +30,14 @@ POSITIONS = ("first", "middle", "last")
 
 
 @dataclass(frozen=True)
-class Queue:
+class QueuedSteps:
     """The steps of the expert's queue, as rows of `Steps`, sorted; and the inclusion probability of each."""
 
     row: Ints
     probability: Floats
 
 
-def queue_of(steps: Steps, review_queue: pa.Table) -> Queue:
+def queued_steps(steps: Steps, review_queue: pa.Table) -> QueuedSteps:
     """The queue's steps among `steps`; items of other solutions are left out."""
     found = pc.index_in(review_queue["solution_id"].combine_chunks(), steps.solution_ids)
     owner = np.asarray(pc.fill_null(found, -1), dtype=np.int64)
@@ -45,7 +45,7 @@ def queue_of(steps: Steps, review_queue: pa.Table) -> Queue:
     known = (owner >= 0) & (index < (steps.length[owner] if len(steps.length) else 0))
     row = steps.first[owner[known]] + index[known]
     order = np.argsort(row)
-    return Queue(row[order], np.asarray(review_queue["inclusion_probability"], dtype=np.float64)[known][order])
+    return QueuedSteps(row[order], np.asarray(review_queue["inclusion_probability"], dtype=np.float64)[known][order])
 
 
 def source_order(source: str) -> tuple[int, str]:
@@ -56,7 +56,7 @@ def agreement(
     steps: Steps,
     codes: Mapping[str, Codes],
     groups: Mapping[str, Groups],
-    queue: Queue | None,
+    queue: QueuedSteps | None,
     resampling: Resampling,
 ) -> list[Row]:
     """One entry a pair of sources that share a step: tables of `kappa` and of `first_error`, by group of solutions.
@@ -75,7 +75,7 @@ def _pair(
     codes: Mapping[str, Codes],
     pair: tuple[str, str],
     groups: Mapping[str, Groups],
-    queue: Queue | None,
+    queue: QueuedSteps | None,
     resampling: Resampling,
 ) -> Row:
     a, b = codes[pair[0]], codes[pair[1]]
@@ -90,7 +90,7 @@ def _pair(
     groupings = {name: group.of(solution) for name, group in groups.items()}
     groupings["position"] = positions(steps, shared)
     cell = 2 * a[shared].astype(np.int64) + b[shared]
-    kappa = tabulate(groupings, steps.question[solution], cell, 4, kappa_of_counts, resampling, weight)
+    kappa = stats_by_group(groupings, steps.question[solution], cell, 4, kappa_of_counts, resampling, weight)
     for table in kappa.values():
         for figure in table.values():
             cells = figure.pop("cells")
@@ -107,7 +107,7 @@ def _pair(
     }
 
 
-def in_queue(rows: Ints, queue: Queue) -> tuple[Ints, Floats, int]:
+def in_queue(rows: Ints, queue: QueuedSteps) -> tuple[Ints, Floats, int]:
     """Those of `rows` that lie in the queue, 1 / the inclusion probability of each, and how many lie outside."""
     found = np.isin(rows, queue.row)
     inside = rows[found]
@@ -171,9 +171,9 @@ def _first_error_agreement(
     pair: tuple[str, str],
     groups: Mapping[str, Groups],
     resampling: Resampling,
-) -> Tables:
+) -> GroupedStats:
     first, settled = zip(*(first_errors(steps, source, codes[source]) for source in pair), strict=True)
     both = np.flatnonzero(settled[0] & settled[1])
     same = (first[0][both] == first[1][both]).astype(np.int64)
     groupings = {name: group.of(both) for name, group in groups.items()}
-    return tabulate(groupings, steps.question[both], same, 2, share_of_counts, resampling)
+    return stats_by_group(groupings, steps.question[both], same, 2, share_of_counts, resampling)

@@ -17,7 +17,7 @@ from medmm_ray.stats.metrics import Floats, cluster_bootstrap, effective_size
 
 Row = dict[str, Any]
 Ints = NDArray[np.int64]
-Tables = dict[str, dict[str, Row]]
+GroupedStats = dict[str, dict[str, Row]]
 """By grouping and name: a figure."""
 
 DIFFICULTIES = ("easy", "medium", "hard")
@@ -53,7 +53,7 @@ def share_of_counts(counts_2: Floats) -> Floats:
     return np.where(total > 0, counts_2[..., 1] / np.where(total > 0, total, 1.0), np.nan)
 
 
-def tabulate(
+def stats_by_group(
     groupings: Mapping[str, Groups],
     question: Ints,
     cell: Ints,
@@ -61,7 +61,7 @@ def tabulate(
     statistic: Callable[[Floats], Floats],
     resampling: Resampling,
     weight: Floats | None = None,
-) -> Tables:
+) -> GroupedStats:
     """A figure for each name of each grouping, and for ``all``.
 
     Entry n counts `weight[n]` (1 without) in `cell[n]` of its groups' tables; `statistic` takes tables
@@ -83,7 +83,7 @@ def tabulate(
     )
     totals_GC = counts_QGC.sum(axis=0)
     value, clusters = statistic(totals_GC), (counts_QGC.sum(axis=2) > 0).sum(axis=0)
-    tables: Tables = {}
+    tables: GroupedStats = {}
     number = 0
     for grouping, group in everything.items():
         table = tables[grouping] = {}

@@ -39,7 +39,7 @@ class Steps:
     index: Ints
 
 
-def thin(solutions: pa.Table) -> pa.Table:
+def drop_texts(solutions: pa.Table) -> pa.Table:
     """A table of `Solutions` without its texts: of each solution its id, `correct`, finish_reason and `num_steps`."""
     nested = solutions["solutions"].combine_chunks()
     flat = pc.list_flatten(nested)
@@ -51,7 +51,7 @@ def thin(solutions: pa.Table) -> pa.Table:
 
 
 def steps_of(solutions: pa.Table) -> Steps:
-    """The steps of a table of thin solutions."""
+    """The steps of a table of solutions (`drop_texts`)."""
     nested = solutions["solutions"].combine_chunks()
     flat = pc.list_flatten(nested)
     length = np.asarray(flat.field("num_steps"), dtype=np.int64)
@@ -75,7 +75,7 @@ def _offsets(nested: pa.ListArray) -> pa.Array:
 
 
 @dataclass(frozen=True)
-class Placed:
+class AlignedLabels:
     """Where the entries of a list column of label rows belong: entry `entry[k]` of the flat list is step `row[k]`.
 
     Rows of no solution here (`unknown`), and of another number of steps than their solution (`misfit`: they belong to
@@ -88,7 +88,7 @@ class Placed:
     misfit: int
 
 
-def place(steps: Steps, labels: pa.Table) -> Placed:
+def align_labels(steps: Steps, labels: pa.Table) -> AlignedLabels:
     """The steps that the entries of ``labels["steps"]`` speak about. Needs the columns solution_id and steps."""
     nested = labels["steps"].combine_chunks()
     found = pc.index_in(labels["solution_id"].combine_chunks(), steps.solution_ids)
@@ -101,10 +101,10 @@ def place(steps: Steps, labels: pa.Table) -> Placed:
     parents = parents[entry]
     row = steps.first[owner[parents]] + entry - starts[parents]
     unknown = int((~known).sum())
-    return Placed(row, entry, unknown, int((~fits).sum()) - unknown)
+    return AlignedLabels(row, entry, unknown, int((~fits).sum()) - unknown)
 
 
-def verdicts(entries: pa.StructArray) -> pa.Array:
+def label_codes(entries: pa.StructArray) -> pa.Array:
     """`StepLabel` entries as int8 codes: the label; without one, whether the value is above 0; else neutral or none."""
     seen = pc.or_(pc.is_valid(entries.field("confidence")), pc.is_valid(entries.field("reason")))
     above = pc.cast(pc.greater(entries.field("value"), 0), pa.int8())
@@ -112,14 +112,14 @@ def verdicts(entries: pa.StructArray) -> pa.Array:
     return pc.coalesce(pc.cast(entries.field("label"), pa.int8()), above, nothing)
 
 
-def thin_labels(labels: pa.Table) -> pa.Table:
+def encode_labels(labels: pa.Table) -> pa.Table:
     """A table of `Labels` without its texts: `steps` a list of codes, the others as they are.
 
     A row with a value that is no number from 0 to 1 (NaN) has the error ``label_value``: it says nothing.
     """
     nested = labels["steps"].combine_chunks()
     entries = pc.list_flatten(nested)
-    lists = pa.ListArray.from_arrays(_offsets(nested), verdicts(entries))
+    lists = pa.ListArray.from_arrays(_offsets(nested), label_codes(entries))
     names = [name for name in labels.column_names if name not in ("steps", "question_id", "error")]
     errors = _with_label_faults(labels["error"].combine_chunks(), nested, entries.field("value"))
     return labels.select(names).append_column("error", errors).append_column("steps", lists)
@@ -134,7 +134,7 @@ def _with_label_faults(errors: pa.Array, nested: pa.ListArray, value: pa.Array) 
 
 
 @dataclass
-class SourceLabels:
+class SourceCodes:
     """What one source says of all steps of a table: `codes`, one a step, and what did not count, by reason."""
 
     codes: Codes
@@ -145,7 +145,7 @@ class SourceLabels:
     errors: dict[str, int] = field(default_factory=dict)
 
 
-def source_labels(steps: Steps, labels: pa.Table) -> dict[str, SourceLabels]:
+def source_labels(steps: Steps, labels: pa.Table) -> dict[str, SourceCodes]:
     """Thin labels of any sources by source. Rows with an error, of no solution or of another text are only counted.
 
     Several annotators of a source: the adjudicator where he has a verdict, else the majority, a tie is no label.
@@ -154,9 +154,9 @@ def source_labels(steps: Steps, labels: pa.Table) -> dict[str, SourceLabels]:
     return {source: _of_source(steps, labels.filter(pc.equal(labels["source"], source))) for source in sources}
 
 
-def _of_source(steps: Steps, labels: pa.Table) -> SourceLabels:
+def _of_source(steps: Steps, labels: pa.Table) -> SourceCodes:
     usable = labels.filter(pc.is_null(labels["error"]))
-    found = place(steps, usable)
+    found = align_labels(steps, usable)
     code = np.asarray(pc.list_flatten(usable["steps"].combine_chunks()), dtype=np.int8)[found.entry]
     has_last_word = np.asarray(pc.equal(usable["annotator"], ADJUDICATOR), dtype=bool)
     row_of_entry = np.repeat(np.arange(usable.num_rows), np.asarray(pc.list_value_length(usable["steps"])))[found.entry]
@@ -164,7 +164,7 @@ def _of_source(steps: Steps, labels: pa.Table) -> SourceLabels:
     codes = _majority(len(steps.solution), found.row[~last], code[~last])
     said = last & (code != UNLABELLED)
     codes[found.row[said]] = code[said]
-    return SourceLabels(
+    return SourceCodes(
         codes=codes,
         rows=usable.num_rows,
         cost=float(pc.sum(labels["cost"]).as_py() or 0.0),

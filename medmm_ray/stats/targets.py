@@ -30,13 +30,13 @@ LabelPolicy = Literal[
 ]
 AfterFirstError = Literal["collapse", "keep", "drop"]
 Target = float | None
-Settlement = Literal["agreed", "differed", "not_judged", "not_continued", "failed"]
+ConsensusStatus = Literal["agreed", "differed", "not_judged", "not_continued", "failed"]
 
 ADJUDICATOR = "adjudicator"
 
 
 @dataclass(frozen=True)
-class Ending:
+class AnswerOutcome:
     """Whether a solution's answer is right, and what share of its question's answers is."""
 
     correct: bool | None
@@ -82,7 +82,7 @@ def targets(
             f"label policy 'advantage' needs after_first_error='keep', not {after_first_error!r}: a step that lowers "
             "the chances says nothing of the steps behind it"
         )
-    return _after_first_error(POLICIES[policy](usable, num_steps, Ending(correct, accuracy)), after_first_error)
+    return _after_first_error(POLICIES[policy](usable, num_steps, AnswerOutcome(correct, accuracy)), after_first_error)
 
 
 def labels_by_solution(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Labels]]:
@@ -128,12 +128,12 @@ def _hard(step: StepLabel) -> Target:
     return None if step.value is None else float(step.value > 0)
 
 
-def merged(rows: Sequence[Labels], num_steps: int) -> list[StepLabel]:
+def merge_annotators(rows: Sequence[Labels], num_steps: int) -> list[StepLabel]:
     """What the annotators of one source say of each step together, one entry a step.
 
     The adjudicator's word where he looked; else the majority of those who call the step right or wrong, of which the
     first by name gives the entry; a tie is no label. Where nobody calls it either, it is neutral if somebody found it
-    so. `columns.source_labels` is the same rule on whole tables.
+    so. `label_arrays.source_labels` is the same rule on whole tables.
     """
     ordered = sorted(rows, key=lambda row: row.annotator)
     last_word = [row for row in ordered if row.annotator == ADJUDICATOR]
@@ -153,8 +153,8 @@ def _merged_step(last_word: Sequence[StepLabel], everyone: Sequence[StepLabel]) 
 def _from(
     labels: Sequence[Labels], source: str, num_steps: int, read: Callable[[StepLabel], Target] = _verdict
 ) -> list[Target]:
-    """What one source says of each step, its annotators `merged`."""
-    return [read(step) for step in merged([row for row in labels if row.source == source], num_steps)]
+    """What one source says of each step, its annotators merged (`merge_annotators`)."""
+    return [read(step) for step in merge_annotators([row for row in labels if row.source == source], num_steps)]
 
 
 def _first_of(*columns: list[Target]) -> list[Target]:
@@ -162,24 +162,24 @@ def _first_of(*columns: list[Target]) -> list[Target]:
     return [next((value for value in values if value is not None), None) for values in zip(*columns, strict=True)]
 
 
-def judge(labels: Sequence[Labels], num_steps: int, ending: Ending) -> list[Target]:  # noqa: ARG001
+def judge(labels: Sequence[Labels], num_steps: int, ending: AnswerOutcome) -> list[Target]:  # noqa: ARG001
     """The judge's verdicts."""
     return _from(labels, "judge", num_steps)
 
 
-def monte_carlo(labels: Sequence[Labels], num_steps: int, ending: Ending) -> list[Target]:  # noqa: ARG001
+def monte_carlo(labels: Sequence[Labels], num_steps: int, ending: AnswerOutcome) -> list[Target]:  # noqa: ARG001
     """1 where any continuation from the step was right; None where Monte Carlo did not run."""
     return _from(labels, "monte_carlo", num_steps, _hard)
 
 
-def hybrid(labels: Sequence[Labels], num_steps: int, ending: Ending) -> list[Target]:
+def hybrid(labels: Sequence[Labels], num_steps: int, ending: AnswerOutcome) -> list[Target]:
     """An expert's word, else Monte Carlo where it ran, else the judge's."""
     return _first_of(
         _from(labels, "expert", num_steps), monte_carlo(labels, num_steps, ending), _from(labels, "judge", num_steps)
     )
 
 
-def soft(labels: Sequence[Labels], num_steps: int, ending: Ending) -> list[Target]:  # noqa: ARG001
+def soft(labels: Sequence[Labels], num_steps: int, ending: AnswerOutcome) -> list[Target]:  # noqa: ARG001
     """As `hybrid`, with Monte Carlo's fraction itself as the target.
 
     Raises ValueError where Monte Carlo stopped early: the fraction is then too high.
@@ -189,7 +189,7 @@ def soft(labels: Sequence[Labels], num_steps: int, ending: Ending) -> list[Targe
     )
 
 
-def advantage(labels: Sequence[Labels], num_steps: int, ending: Ending) -> list[Target]:
+def advantage(labels: Sequence[Labels], num_steps: int, ending: AnswerOutcome) -> list[Target]:
     """1 where a step raised Monte Carlo's fraction over the step before, 0 where it lowered it, else None.
 
     The first step is compared with the accuracy of the question's solutions. A step that left the fraction as it was is
@@ -223,13 +223,13 @@ def _values(labels: Sequence[Labels], source: str, num_steps: int) -> list[Targe
     return [sum(values) / len(values) if values else None for values in known]
 
 
-def consensus(labels: Sequence[Labels], num_steps: int, ending: Ending) -> list[Target]:
+def consensus(labels: Sequence[Labels], num_steps: int, ending: AnswerOutcome) -> list[Target]:
     """The judge's verdicts of a solution where judge and Monte Carlo agree on the first wrong step, else nothing."""
-    agreed = settlement(labels, num_steps, ending.correct) == "agreed"
+    agreed = consensus_status(labels, num_steps, ending.correct) == "agreed"
     return judge(labels, num_steps, ending) if agreed else [None] * num_steps
 
 
-def settlement(labels: Sequence[Labels], num_steps: int, correct: bool | None) -> Settlement:
+def consensus_status(labels: Sequence[Labels], num_steps: int, correct: bool | None) -> ConsensusStatus:
     """Whether judge and Monte Carlo agree on a solution's first wrong step, or that there is none; else why not.
 
     They agree where Monte Carlo finds every step before the judge's first wrong one right, and that one wrong; what
@@ -258,13 +258,13 @@ def settlement(labels: Sequence[Labels], num_steps: int, correct: bool | None) -
     return "failed" if failed else "not_continued"
 
 
-def consensus_figures(solutions: Iterable[tuple[Sequence[Labels], int, bool | None]]) -> dict[str, float]:
-    """How many of `solutions` (labels, number of steps, whether the answer is right) there are of each `Settlement`.
+def checked_consensus_counts(solutions: Iterable[tuple[Sequence[Labels], int, bool | None]]) -> dict[str, float]:
+    """The number of `solutions` (labels, number of steps, whether the answer is right) of each `ConsensusStatus`.
 
     Raises ValueError where Monte Carlo ran in such a way that it settles none of those without a right answer: what is
     left then holds no wrong step.
     """
-    found = [(settlement(labels, num_steps, correct), correct) for labels, num_steps, correct in solutions]
+    found = [(consensus_status(labels, num_steps, correct), correct) for labels, num_steps, correct in solutions]
     of_others = Counter(settled for settled, correct in found if not correct)
     if of_others["not_continued"] and not of_others["agreed"] + of_others["differed"]:
         raise ValueError(
@@ -272,40 +272,40 @@ def consensus_figures(solutions: Iterable[tuple[Sequence[Labels], int, bool | No
             f"{of_others['not_continued']:,} judged solutions without a right answer it has that on none. Run "
             "monte_carlo with mode=verify, first_error or all, or take 'hybrid'."
         )
-    return settlement_figures(settled for settled, _ in found)
+    return consensus_counts(settled for settled, _ in found)
 
 
-def settlement_figures(found: Iterable[Settlement]) -> dict[str, float]:
+def consensus_counts(found: Iterable[ConsensusStatus]) -> dict[str, float]:
     """How many there are of each."""
     counts = Counter(found)
-    return {f"consensus_{name}": float(counts[name]) for name in get_args(Settlement)}
+    return {f"consensus_{name}": float(counts[name]) for name in get_args(ConsensusStatus)}
 
 
-def consensus_words(figures: Mapping[str, float]) -> str:
-    """`settlement_figures` in a sentence."""
-    agreed, differed, *others = (int(figures[f"consensus_{name}"]) for name in get_args(Settlement))
+def describe_consensus(figures: Mapping[str, float]) -> str:
+    """`consensus_counts` in a sentence."""
+    agreed, differed, *others = (int(figures[f"consensus_{name}"]) for name in get_args(ConsensusStatus))
     reasons = ("not judged", "without Monte Carlo on every step that it needs", "with failed continuations")
     why = ", ".join(f"{number:,} {reason}" for number, reason in zip(others, reasons, strict=True) if number)
     told = f"judge and Monte Carlo agree on {agreed:,} solutions and differ on {differed:,}"
     return f"{told}; {sum(others):,} cannot be settled ({why})" if why else told
 
 
-def outcome(labels: Sequence[Labels], num_steps: int, ending: Ending) -> list[Target]:  # noqa: ARG001
+def outcome(labels: Sequence[Labels], num_steps: int, ending: AnswerOutcome) -> list[Target]:  # noqa: ARG001
     """The last step alone, right where the final answer is; nothing where no answer was found."""
     return [*[None] * (num_steps - 1), None if ending.correct is None else float(ending.correct)][:num_steps]
 
 
-def tree_search(labels: Sequence[Labels], num_steps: int, ending: Ending) -> list[Target]:  # noqa: ARG001
+def tree_search(labels: Sequence[Labels], num_steps: int, ending: AnswerOutcome) -> list[Target]:  # noqa: ARG001
     """MedS3's hard look-back labels; nothing where no tree holds the solution."""
     return _from(labels, "tree_search", num_steps)
 
 
-def tree_search_soft(labels: Sequence[Labels], num_steps: int, ending: Ending) -> list[Target]:  # noqa: ARG001
+def tree_search_soft(labels: Sequence[Labels], num_steps: int, ending: AnswerOutcome) -> list[Target]:  # noqa: ARG001
     """What the tree holds of each prefix itself as the target (MedS3's first release)."""
     return _values(labels, "tree_search", num_steps)
 
 
-POLICIES: dict[str, Callable[[Sequence[Labels], int, Ending], list[Target]]] = {
+POLICIES: dict[str, Callable[[Sequence[Labels], int, AnswerOutcome], list[Target]]] = {
     "judge": judge,
     "monte_carlo": monte_carlo,
     "hybrid": hybrid,

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from medmm_ray.config import Config, ConfigError, digest, execution, identity
 from medmm_ray.data.records import Document, Image, Question, Solution, Solutions, to_arrow
-from medmm_ray.data.sources import WITHOUT_FILES, Hardness, Request, SourceData, SourceQuestion, load
+from medmm_ray.data.sources import WITHOUT_FILES, Hardness, SourceData, SourceQuestion, SourceRequest, load
 from medmm_ray.data.tables import RowError, TableError, error_kind, filesystem, write_file
 from medmm_ray.engines.images import decode_image, read_bytes
 from medmm_ray.text import LETTERS, answer_key, join_steps, normalise
@@ -70,8 +70,8 @@ def read_source(config: IngestConfig) -> SourceData:
     return load(config.source).read(request_of(config))
 
 
-def request_of(config: IngestConfig) -> Request:
-    return Request(
+def request_of(config: IngestConfig) -> SourceRequest:
+    return SourceRequest(
         path=config.path,
         documents_path=config.documents_path,
         num_train=config.num_train,

@@ -30,11 +30,11 @@ from medmm_ray.stats.label_arrays import (
     Codes,
     Ints,
     Steps,
-    place,
+    align_labels,
+    drop_texts,
+    encode_labels,
     source_labels,
     steps_of,
-    thin,
-    thin_labels,
 )
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def queue(
 
     Needs question_id and solutions; question_id, difficulty, modality; and the labels tables whole.
     """
-    steps = steps_of(thin(solutions))
+    steps = steps_of(drop_texts(solutions))
     disagreement = disagreement_of(steps, judge_labels, monte_carlo_labels)
     place = pc.index_in(solutions["question_id"], questions["question_id"].combine_chunks())
     groups = pc.binary_join_element_wise(
@@ -136,7 +136,7 @@ def disagreement_of(steps: Steps, judge_labels: pa.Table, monte_carlo_labels: pa
 
 def _codes(steps: Steps, labels: pa.Table, source: str) -> Codes:
     """What the annotators of `source` say of each step together."""
-    own = thin_labels(labels.filter(pc.equal(labels["source"], source)).combine_chunks())
+    own = encode_labels(labels.filter(pc.equal(labels["source"], source)).combine_chunks())
     found = source_labels(steps, own)
     return found[source].codes if source in found else np.full(len(steps.solution), UNLABELLED, dtype=np.int8)
 
@@ -152,7 +152,7 @@ def _said_of_steps(steps: Steps, labels: pa.Table) -> list[NDArray[np.bool_]]:
         pc.equal(confidence, "low"),
         pc.or_(pc.is_valid(label), pc.is_valid(confidence)),
     )
-    found = place(steps, own)
+    found = align_labels(steps, own)
     said = []
     for mask in masks:
         any_ = np.zeros(len(steps.solution), dtype=bool)

@@ -175,7 +175,7 @@ _EDGES = " \t\r\n.,;:!\"'`[]{}"
 
 
 @dataclass(frozen=True)
-class _Reading:
+class _ParsedAnswer:
     """What one statement says: `answer` states it, `rejected` denies it, neither with `abstains` says there is none."""
 
     answer: str | None = None
@@ -183,15 +183,15 @@ class _Reading:
     abstains: bool = False
 
 
-_NOTHING = _Reading()
+_NOTHING = _ParsedAnswer()
 
 
-class _Reader(Protocol):
+class _AnswerParser(Protocol):
     """How one kind of question reads a statement, and which last lines are statements without a lead."""
 
     leads: _Leads
 
-    def read(self, statement: str) -> _Reading: ...
+    def read(self, statement: str) -> _ParsedAnswer: ...
 
     def last_line(self, text: str, /) -> list[str]: ...
 
@@ -206,13 +206,13 @@ def extract_answer(text: str, options: Sequence[str], answer_type: str = "choice
     """
     plain = plain_text(text)
     if answer_type == "yes_no":
-        return _extract(plain, _YesNo(tuple(options)))
+        return _extract(plain, _YesNoParser(tuple(options)))
     if answer_type == "open" or not options:
-        return _extract(plain, _Open())
-    return _extract(plain, _Choice(tuple(options)))
+        return _extract(plain, _OpenParser())
+    return _extract(plain, _ChoiceParser(tuple(options)))
 
 
-def _extract(text: str, reader: "_Reader") -> str | None:
+def _extract(text: str, reader: "_AnswerParser") -> str | None:
     fields = [m for m in _FIELD.finditer(text) if _value(m)]
     if fields:
         value = _value(fields[-1])
@@ -229,7 +229,7 @@ def _value(field: re.Match[str]) -> str:
     return (field[1] or field[2] or field[3] or "").strip()
 
 
-def _last(statements: Sequence[str], reader: "_Reader") -> str | None:
+def _last(statements: Sequence[str], reader: "_AnswerParser") -> str | None:
     """The last statement that is not taken back; "" where one says that there is no answer; None where none is."""
     denied: set[str] = set()
     for statement in reversed(statements):
@@ -243,7 +243,7 @@ def _last(statements: Sequence[str], reader: "_Reader") -> str | None:
     return "" if denied else None
 
 
-def _by_weight(text: str, reader: "_Reader") -> Iterator[list[str]]:
+def _by_weight(text: str, reader: "_AnswerParser") -> Iterator[list[str]]:
     """The statements, those that weigh most first: strong ones, weak ones, then those under another condition."""
     strong = _statements(text, reader, strong=True)
     yield [statement.words for statement in strong if not statement.hypothetical]
@@ -261,7 +261,7 @@ class _Statement(NamedTuple):
     hypothetical: bool
 
 
-def _statements(text: str, reader: "_Reader", strong: bool) -> list[_Statement]:
+def _statements(text: str, reader: "_AnswerParser", strong: bool) -> list[_Statement]:
     """What stands behind each lead of one kind, in the order of the text."""
     lead = reader.leads.strong if strong else reader.leads.weak
     found = [
@@ -271,7 +271,7 @@ def _statements(text: str, reader: "_Reader", strong: bool) -> list[_Statement]:
     ]
     if strong:
         found += [_Statement(len(text), line, hypothetical=False) for line in reader.last_line(text)]
-    elif isinstance(reader, _Choice):
+    elif isinstance(reader, _ChoiceParser):
         found += _mentions(text, reader.leads.mention)
     return sorted(found, key=lambda statement: statement.start)
 
@@ -326,43 +326,43 @@ def _keys(options: tuple[str, ...]) -> dict[str, str]:
     }
 
 
-class _Choice:
+class _ChoiceParser:
     def __init__(self, options: tuple[str, ...]) -> None:
         self.leads = _leads(len(options))
         self.letters = LETTERS[: len(options)]
         self.keys = _keys(options)
         self.longest = max(len(key.split()) for key in ("", *self.keys))
 
-    def read(self, statement: str) -> _Reading:
+    def read(self, statement: str) -> _ParsedAnswer:
         rest = statement[_FILLER.match(statement).end() :]  # type: ignore[union-attr]
         if letter := self._option_text(rest):
-            return _Reading(answer=letter)
+            return _ParsedAnswer(answer=letter)
         if (lone := _LONE.match(rest)) and lone[1] in self.letters and not _SEVERAL.match(rest):
-            return _Reading(answer=lone[1])
+            return _ParsedAnswer(answer=lone[1])
         if negation := _NOT.match(rest):
             return self._denied(rest, negation.end())
         if _SEVERAL.match(rest) or _ABSTAINS.match(rest):
-            return _Reading(abstains=True)
+            return _ParsedAnswer(abstains=True)
         found = _BRACKETED.match(rest) or _LOWER.match(rest) or _RUN_ON.match(rest)
         if found is None and rest[:1] in self.letters and rest[1:2] == " " and self._option_text(rest[2:]) == rest[0]:
-            return _Reading(answer=rest[0])
+            return _ParsedAnswer(answer=rest[0])
         if found is None:
             found = _LATER_BRACKET.match(rest)
         if found is None:
             return _NOTHING
         letter = found[1].upper()
-        return _Reading(answer=letter) if letter in self.letters else _Reading(abstains=True)
+        return _ParsedAnswer(answer=letter) if letter in self.letters else _ParsedAnswer(abstains=True)
 
-    def _denied(self, rest: str, end: int) -> _Reading:
+    def _denied(self, rest: str, end: int) -> _ParsedAnswer:
         """``not A``, maybe followed by ``but B``."""
         if _ABSTAINS.match(rest):
-            return _Reading(abstains=True)
+            return _ParsedAnswer(abstains=True)
         letter = rest[end:].lstrip("([\"'")[:1]
         if letter not in self.letters or not letter:
             letter = self._option_text(rest[end:]) or ""
         instead = self.leads.instead.match(rest, end)
         stated = self.read(rest[instead.end() :]).answer if instead else None
-        return _Reading(answer=stated, rejected=letter or None)
+        return _ParsedAnswer(answer=stated, rejected=letter or None)
 
     def _option_text(self, rest: str) -> str | None:
         """The letter of the option whose text all of a statement is; the longest cut of it that is one."""
@@ -395,26 +395,26 @@ class _Choice:
         return label is not None and self.keys.get(answer_key(line[label.end() :])) == letter
 
 
-class _YesNo:
+class _YesNoParser:
     _FIRST = re.compile(r"[(\[\"']*+([A-Za-z]++)")
     _WHOLE = re.compile(r"\W*+(yes|no)\b(?:[.,;:!)]|\s*+$)", re.IGNORECASE)
 
     def __init__(self, options: tuple[str, ...]) -> None:
         self.leads = _leads(len(options))
-        self.choice = _Choice(options) if options else None
+        self.choice = _ChoiceParser(options) if options else None
         self.options = options
 
-    def read(self, statement: str) -> _Reading:
+    def read(self, statement: str) -> _ParsedAnswer:
         rest = statement[_FILLER.match(statement).end() :]  # type: ignore[union-attr]
         first = self._FIRST.match(rest)
         word = first[1].lower() if first else ""
         if word in YES or word in NO:
-            return _Reading(answer="yes" if word in YES else "no")
+            return _ParsedAnswer(answer="yes" if word in YES else "no")
         if _NOT.match(rest) or _ABSTAINS.match(rest):
-            return _Reading(abstains=True)
+            return _ParsedAnswer(abstains=True)
         letter = self.choice.read(statement).answer if self.choice else None
         stated = answer_key(self.options[LETTERS.index(letter)]) if letter else ""
-        return _Reading(answer=stated) if stated in ("yes", "no") else _NOTHING
+        return _ParsedAnswer(answer=stated) if stated in ("yes", "no") else _NOTHING
 
     def last_line(self, text: str) -> list[str]:
         """The last line where it is a mere yes or no; the first words of a text that begins ``Yes,`` or ``No.``"""
@@ -423,16 +423,16 @@ class _YesNo:
         return last or ([whole[1]] if whole else [])
 
 
-class _Open:
+class _OpenParser:
     leads = _leads(0)
 
-    def read(self, statement: str) -> _Reading:
+    def read(self, statement: str) -> _ParsedAnswer:
         rest = statement[_FILLER.match(statement).end() :]  # type: ignore[union-attr]
         if _ABSTAINS.match(rest) and not rest.lower().startswith("none"):
-            return _Reading(abstains=True)
+            return _ParsedAnswer(abstains=True)
         end = _SENTENCE_END.search(rest)
         stated = rest[: end.start() if end else len(rest)].strip(_EDGES)
-        return _Reading(answer=stated) if stated else _NOTHING
+        return _ParsedAnswer(answer=stated) if stated else _NOTHING
 
     def last_line(self, _: str) -> list[str]:
         """Nothing: an open answer is stated by a lead."""

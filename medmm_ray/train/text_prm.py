@@ -15,7 +15,7 @@ from pydantic import Field
 
 from medmm_ray.config import ConfigError, execution
 from medmm_ray.engines.checkpoints import resolve
-from medmm_ray.stats.targets import AfterFirstError, LabelPolicy, consensus_figures
+from medmm_ray.stats.targets import AfterFirstError, LabelPolicy, checked_consensus_counts
 from medmm_ray.train.labelled import group_labels, labelled_questions, share_of_right, trained_on
 from medmm_ray.train.launch import fit
 from medmm_ray.train.loop import Stage, TrainConfig
@@ -81,7 +81,7 @@ def train_text_prm(
     grouped = group_labels(labels)
     settled: dict[str, float] = {}
     if config.label_policy == "consensus":
-        settled = consensus_figures(trained_on(questions, solutions, grouped, config.max_solutions))
+        settled = checked_consensus_counts(trained_on(questions, solutions, grouped, config.max_solutions))
     rows = labelled_questions(
         questions, evidence, solutions, grouped, config.label_policy, config.after_first_error,
         config.max_solutions, config.num_documents,

@@ -20,7 +20,7 @@ from medmm_ray.config import execution
 from medmm_ray.data.tables import Table
 from medmm_ray.engines.checkpoints import resolve
 from medmm_ray.stats.metrics import aggregate, expected_best, expected_oracle
-from medmm_ray.stats.targets import AfterFirstError, LabelPolicy, consensus_figures
+from medmm_ray.stats.targets import AfterFirstError, LabelPolicy, checked_consensus_counts
 from medmm_ray.train.cached import class_weights, illustrated_questions, of_states, read_states, share_of_right
 from medmm_ray.train.image_text import augment
 from medmm_ray.train.labelled import group_labels
@@ -111,7 +111,7 @@ def train_two_tower(
     grouped = group_labels(labels)
     settled: dict[str, float] = {}
     if config.label_policy == "consensus":
-        settled = consensus_figures(of_states(held, grouped, solutions))
+        settled = checked_consensus_counts(of_states(held, grouped, solutions))
     rows = illustrated_questions(config, held, grouped, questions, images, evidence, solutions)
     if rows.num_rows == 0:
         raise ValueError(

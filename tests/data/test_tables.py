@@ -15,7 +15,7 @@ from medmm_ray.data.records import Document, Labels, Vector, to_arrow
 from medmm_ray.data.tables import (
     Artifact,
     Manifest,
-    Origin,
+    Provenance,
     RowError,
     Table,
     TableError,
@@ -25,7 +25,7 @@ from medmm_ray.data.tables import (
     write_rows,
 )
 
-ORIGIN = Origin(name="document_vectors", fingerprint="f", config={"k": 1}, upstream={"documents": "e"})
+ORIGIN = Provenance(name="document_vectors", fingerprint="f", config={"k": 1}, upstream={"documents": "e"})
 
 
 def vectors(*ids: str, error: str | None = None) -> pa.Table:

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from medmm_ray.data.records import Evidence, Image, Labels, Question, RetrievedDocument, Solutions, to_arrow
-from medmm_ray.data.sources.phantom import Case
-from medmm_ray.data.tables import Origin, Table
+from medmm_ray.data.sources.phantom import PhantomCase
+from medmm_ray.data.tables import Provenance, Table
 from medmm_ray.steps.judge import JudgeConfig, judge
 from medmm_ray.steps.monte_carlo import MonteCarloConfig, monte_carlo
 from medmm_ray.steps.review import ReviewConfig, queue, review
@@ -29,7 +29,7 @@ def write(prompt: str, seed: int) -> str:
 
 @pytest.mark.engine
 def test_the_chain(ray_session: None, tmp_path: Path) -> None:
-    case = Case(seed=1, kind="effusion", side="right", zone="lower", extent=0.8, contrast=1.0, difficulty="easy")
+    case = PhantomCase(seed=1, kind="effusion", side="right", zone="lower", extent=0.8, contrast=1.0, difficulty="easy")
     questions = to_arrow(
         Question,
         [
@@ -62,8 +62,8 @@ def test_the_chain(ray_session: None, tmp_path: Path) -> None:
         made.prepare()
         return made
 
-    def origin(name: str) -> Origin:
-        return Origin(name=name, fingerprint=name, config={}, upstream={})
+    def origin(name: str) -> Provenance:
+        return Provenance(name=name, fingerprint=name, config={}, upstream={})
 
     import ray
 

@@ -10,7 +10,7 @@ from jobs import bench
 from jobs.benches import Measured, models, monte_carlo
 from jobs.benches.models import Flops, Shape, case, reference_ids, reward_model
 from medmm_ray.data.sources.phantom import truth
-from medmm_ray.data.sources.phantom.questions import Item, make_items
+from medmm_ray.data.sources.phantom.questions import PhantomQuestion, make_questions
 from medmm_ray.reward_model import RewardModel
 from medmm_ray.text import extract_answer
 from tests.doubles import tiny_reward_model as tiny
@@ -138,7 +138,7 @@ def test_monte_carlos_modes_are_measured_against_all_continuations(
 
 
 def test_the_scripted_policys_chances_follow_from_the_truth_of_the_prefix() -> None:
-    items = make_items(0, "train", 1, num_worked=monte_carlo.NUM_WORKS)
+    items = make_questions(0, "train", 1, num_worked=monte_carlo.NUM_WORKS)
     truthful = monte_carlo.ScriptedPolicy(items, (0.0, 0.0), recovery=0.0, seed=0)
     assert all(_is_right(truthful, items[0], "", seed) for seed in range(20))
     wrong = next(s for s in truthful.others[0][0] if truth(s, items[0].case, items[0]) is False)
@@ -148,7 +148,7 @@ def test_the_scripted_policys_chances_follow_from_the_truth_of_the_prefix() -> N
     assert 5 < sum(_is_right(lucky, items[0], said, seed) for seed in range(40)) < 35
 
 
-def _is_right(policy: monte_carlo.ScriptedPolicy, item: Item, said: str, seed: int) -> bool:
+def _is_right(policy: monte_carlo.ScriptedPolicy, item: PhantomQuestion, said: str, seed: int) -> bool:
     return extract_answer(said + policy.complete(0, said, seed).text, item.options) == item.answer
 
 

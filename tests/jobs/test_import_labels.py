@@ -10,9 +10,9 @@ from jobs import export as export_job
 from jobs import import_labels as job
 from jobs.graph import BY_NAME, MAKER
 from jobs.step import Job, Run, load_recipe
-from medmm_ray.data.imported import imported
+from medmm_ray.data.imported import imported_rows
 from medmm_ray.data.records import Image, Labels, Solution, Solutions, StepLabel
-from medmm_ray.data.sources import Solved, SourceLabels, SourceSolution
+from medmm_ray.data.sources import SolvedQuestion, SourceLabels, SourceSolution
 from medmm_ray.data.tables import TableError, write_rows
 from medmm_ray.stats.targets import labels_by_solution, targets
 from medmm_ray.steps.export import ExportConfig, export
@@ -161,7 +161,7 @@ def test_an_unknown_source_of_labels_is_a_fault_of_the_reader() -> None:
     row = SourceLabels(source="gossip", annotator="x")
     solution = SourceSolution(text="", steps=[], answer=None, correct=None, labels=[row])
     with pytest.raises(KeyError, match="gossip"):
-        imported("q1", Solved(solutions=[solution]), "p", "h", "t")
+        imported_rows("q1", SolvedQuestion(solutions=[solution]), "p", "h", "t")
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"Med-PRM's records are not at {REAL}")

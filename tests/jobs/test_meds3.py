@@ -13,7 +13,7 @@ from jobs.graph import BY_NAME, MAKER, Step
 from jobs.recipe import Recipe
 from jobs.step import Job, Run, load_recipe
 from medmm_ray.data.records import Question, Solutions, to_arrow
-from medmm_ray.data.sources.phantom import Case, captions, make_items
+from medmm_ray.data.sources.phantom import PhantomCase, captions, make_questions
 from medmm_ray.data.tables import write_rows
 from medmm_ray.steps.ingest import IngestConfig, read_source
 from medmm_ray.text import extract_answer, join_steps
@@ -146,7 +146,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_report_tells_what_the_picture_shows_and_the_worked_solutions_ignore_it() -> None:
     data = read_source(IngestConfig(source="phantom_reports", num_train=60, num_test=5, num_worked=2))
     assert [q.split for q in data.questions] == ["train"] * 60 + ["test"] * 5
-    plain = make_items(0, "train", 60, 0)
+    plain = make_questions(0, "train", 60, 0)
     answers = []
     for told, item in zip(data.questions, plain, strict=False):
         report = told.question.removeprefix("Report: ").removesuffix(f" {item.question}")
@@ -157,4 +157,4 @@ def test_a_report_tells_what_the_picture_shows_and_the_worked_solutions_ignore_i
     right = sum(stated == gold for stated, gold in answers) / len(answers)
     assert 0.2 < right < 0.5  # blind: as often as the options are common
     assert all(not q.worked for q in data.questions[60:])
-    assert isinstance(Case.from_annotation(data.images[0].annotation), Case)
+    assert isinstance(PhantomCase.from_annotation(data.images[0].annotation), PhantomCase)

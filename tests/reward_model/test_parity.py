@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medmm_ray.data.sources import Request, med_prm
+from medmm_ray.data.sources import SourceRequest, med_prm
 from medmm_ray.reward_model import RewardModel, ScoreRequest
 from medmm_ray.text import reference_steps
 from tests.doubles import tiny_reward_model as tiny
@@ -352,7 +352,7 @@ REAL = REAL_DATA / "med_prm"
 def test_med_prms_own_records(long_model: RewardModel, documents: list[str]) -> None:
     """As they are published, tagged and in steps, and as the import leaves them in the tables: 591 steps."""
     rows = json.loads((REAL / "medprm_train_samples.json").read_text())
-    stored = [solution.steps for row in med_prm.solved(Request(path=str(REAL))) for solution in row.solutions]
+    stored = [solution.steps for row in med_prm.solved(SourceRequest(path=str(REAL))) for solution in row.solutions]
     assert len(rows) == len(stored) == 100
     num_steps = 0
     for row, steps in zip(rows, stored, strict=True):

@@ -7,9 +7,9 @@ import pytest
 
 from jobs.step import root_cause
 from medmm_ray.data.records import Vector, to_arrow
-from medmm_ray.data.tables import Origin, RowError, Table, attach, pending
+from medmm_ray.data.tables import Provenance, RowError, Table, attach, pending
 
-ORIGIN = Origin(name="v", fingerprint="f", config={}, upstream={})
+ORIGIN = Provenance(name="v", fingerprint="f", config={}, upstream={})
 IDS = [f"i{n}" for n in range(20)]
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("ray_session")]
 

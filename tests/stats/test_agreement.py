@@ -5,9 +5,9 @@ import pytest
 from sklearn.metrics import cohen_kappa_score
 
 from medmm_ray.data.records import ReviewItem, Solutions, to_arrow
-from medmm_ray.stats.agreement import Queue, agreement, first_errors, prefixes, queue_of
+from medmm_ray.stats.agreement import QueuedSteps, agreement, first_errors, prefixes, queued_steps
 from medmm_ray.stats.grouped_stats import Groups, Resampling
-from medmm_ray.stats.label_arrays import NEUTRAL, RIGHT, UNLABELLED, WRONG, Codes, Steps, steps_of, thin
+from medmm_ray.stats.label_arrays import NEUTRAL, RIGHT, UNLABELLED, WRONG, Codes, Steps, drop_texts, steps_of
 from medmm_ray.stats.metrics import cohen_kappa, kappa_of_counts
 from medmm_ray.steps.review import draw
 from tests.stats.test_label_arrays import question, solution
@@ -26,7 +26,7 @@ def steps(*lengths: list[int]) -> Steps:
         question(f"q{q}", *(solution(f"s{q}.{i}", length) for i, length in enumerate(own)))
         for q, own in enumerate(lengths)
     ]
-    return steps_of(thin(to_arrow(Solutions, rows)))
+    return steps_of(drop_texts(to_arrow(Solutions, rows)))
 
 
 def test_kappa_and_equal_labels_by_hand() -> None:
@@ -103,7 +103,7 @@ def test_the_queue_weighs_an_expert_by_one_over_the_chance_to_be_asked() -> None
             for s, i, p in items
         ],
     )
-    queue = queue_of(order, table)
+    queue = queued_steps(order, table)
     assert queue.row.tolist() == [0, 3, 4]
     assert queue.probability.tolist() == [0.5, 0.1, 1.0]
     judge, expert = code("++ +- -+"), code("+? -- +?")
@@ -137,7 +137,7 @@ def test_the_weighted_kappa_covers_the_truth_where_the_plain_one_is_biased() -> 
         sides = {"judge": judge, "expert": expert}
         figure, biased = (
             agreement(order, sides, {}, queue, HOW)[0]["kappa"]["all"]["all"]
-            for queue in (Queue(row, probability[row]), None)
+            for queue in (QueuedSteps(row, probability[row]), None)
         )
         weighted.append(figure["value"])
         plain.append(biased["value"])

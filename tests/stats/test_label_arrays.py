@@ -1,4 +1,4 @@
-"""columns.py: steps and verdicts of whole tables, without rows."""
+"""label_arrays.py: steps and verdicts of whole tables, without rows."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from medmm_ray.stats.label_arrays import (
     RIGHT,
     UNLABELLED,
     WRONG,
-    place,
+    align_labels,
+    drop_texts,
+    encode_labels,
     source_labels,
     steps_of,
-    thin,
-    thin_labels,
 )
 
 
@@ -35,28 +35,28 @@ def labelled(solution_id: str, verdicts: list[int | None], source: str = "judge"
 
 
 TABLE = to_arrow(Solutions, [question("q1", solution("s1", 3), solution("s2", 2)), question("q2", solution("s3", 1))])
-STEPS = steps_of(thin(TABLE))
+STEPS = steps_of(drop_texts(TABLE))
 
 
 def codes(*rows: Labels, source: str = "judge") -> list[int]:
-    found = source_labels(STEPS, thin_labels(to_arrow(Labels, list(rows))))[source].codes
+    found = source_labels(STEPS, encode_labels(to_arrow(Labels, list(rows))))[source].codes
     return [int(code) for code in found]
 
 
 def test_thin_solutions_hold_no_text() -> None:
-    slim = thin(TABLE.slice(1))
+    slim = drop_texts(TABLE.slice(1))
     assert slim["solutions"].to_pylist() == [
         [{"solution_id": "s3", "correct": True, "finish_reason": "stop", "num_steps": 1}]
     ]
     assert slim.column_names == [*(n for n in TABLE.column_names if n != "solutions"), "solutions"]
-    parts = pa.concat_tables([thin(TABLE.slice(0, 1)), slim])
+    parts = pa.concat_tables([drop_texts(TABLE.slice(0, 1)), slim])
     assert steps_of(parts).length.tolist() == STEPS.length.tolist() == [3, 2, 1]
-    assert thin(TABLE).nbytes < TABLE.nbytes / 5
+    assert drop_texts(TABLE).nbytes < TABLE.nbytes / 5
 
 
 def test_rows_about_one_question_share_its_number() -> None:
     more = to_arrow(Solutions, [question("q2", solution("t1", 1)), question("q0", solution("t2", 2))])
-    steps = steps_of(pa.concat_tables([thin(TABLE), thin(more)]))
+    steps = steps_of(pa.concat_tables([drop_texts(TABLE), drop_texts(more)]))
     assert steps.row.tolist() == [0, 0, 1, 2, 3]
     assert steps.question.tolist() == [0, 0, 1, 1, 2]
 
@@ -89,7 +89,7 @@ def test_sources_lie_side_by_side_and_what_does_not_count_is_counted() -> None:
         labelled("s3", [], error="refused: safety"),
         labelled("s3", [], error="refused: other words"),
     ]
-    found = source_labels(STEPS, thin_labels(to_arrow(Labels, rows)))
+    found = source_labels(STEPS, encode_labels(to_arrow(Labels, rows)))
     assert found["expert"].codes.tolist() == [UNLABELLED] * 5 + [WRONG]
     judge = found["judge"]
     assert judge.codes.tolist() == [RIGHT] * 3 + [UNLABELLED] * 3
@@ -102,14 +102,14 @@ def test_a_value_that_is_no_probability_is_a_fault_of_its_row_and_no_verdict() -
             for name, own in zip(("s3", "s2"), steps, strict=True)]  # fmt: skip
     good = Labels(question_id="q", solution_id="s1", source="monte_carlo", annotator="a", cost=0.0,
                   steps=[StepLabel(value=0.25), StepLabel(value=0.0), StepLabel()])  # fmt: skip
-    found = source_labels(STEPS, thin_labels(to_arrow(Labels, [*rows, good])))["monte_carlo"]
+    found = source_labels(STEPS, encode_labels(to_arrow(Labels, [*rows, good])))["monte_carlo"]
     assert found.codes.tolist() == [RIGHT, WRONG, UNLABELLED, UNLABELLED, UNLABELLED, UNLABELLED]
     assert (found.rows, found.errors) == (1, {"label_value": 2})
 
 
 def test_entries_are_placed_in_slices_too() -> None:
-    labels = thin_labels(to_arrow(Labels, [labelled("s2", [1, 0]), labelled("s3", [0]), labelled("s1", [1, 1, 0])]))
-    assert place(STEPS, labels).row.tolist() == [3, 4, 5, 0, 1, 2]
-    assert place(STEPS, labels.slice(1)).row.tolist() == [5, 0, 1, 2]
-    nothing = place(steps_of(thin(TABLE.slice(0, 0))), labels)
+    labels = encode_labels(to_arrow(Labels, [labelled("s2", [1, 0]), labelled("s3", [0]), labelled("s1", [1, 1, 0])]))
+    assert align_labels(STEPS, labels).row.tolist() == [3, 4, 5, 0, 1, 2]
+    assert align_labels(STEPS, labels.slice(1)).row.tolist() == [5, 0, 1, 2]
+    nothing = align_labels(steps_of(drop_texts(TABLE.slice(0, 0))), labels)
     assert (nothing.row.tolist(), nothing.unknown, nothing.misfit) == ([], 3, 0)

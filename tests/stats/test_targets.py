@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 from medmm_ray.data.records import Labels, StepLabel, to_arrow
 from medmm_ray.stats.label_arrays import NEUTRAL as NEUTRAL_CODE
 from medmm_ray.stats.label_arrays import RIGHT as RIGHT_CODE
-from medmm_ray.stats.label_arrays import UNLABELLED, source_labels, steps_of, thin_labels
+from medmm_ray.stats.label_arrays import UNLABELLED, encode_labels, source_labels, steps_of
 from medmm_ray.stats.label_arrays import WRONG as WRONG_CODE
 from medmm_ray.stats.targets import (
     Target,
     accuracy_of,
-    consensus_figures,
-    consensus_words,
+    checked_consensus_counts,
+    consensus_status,
+    describe_consensus,
     labels_by_solution,
-    merged,
-    settlement,
+    merge_annotators,
     targets,
 )
 from medmm_ray.train.cached import illustrated_questions, of_states
@@ -138,24 +138,24 @@ def test_a_right_answer_shows_consensus_that_no_prefix_is_lost() -> None:
     ],
 )
 def test_what_consensus_knows_of_a_solution(labels: list[Labels], correct: bool | None, expected: str) -> None:
-    assert settlement(labels, 2, correct) == expected
+    assert consensus_status(labels, 2, correct) == expected
 
 
 def test_one_failed_row_does_not_end_a_training_by_consensus() -> None:
     agreed = [row("judge", RIGHT, WRONG), row("monte_carlo", rolled(0.5), rolled(0.0))]
     failed = [row("judge", RIGHT, WRONG), row("monte_carlo", error="prompt_too_long: 9 tokens")]
-    figures = consensus_figures(
+    figures = checked_consensus_counts(
         [(agreed, 2, False), (failed, 2, False), ([row("judge", RIGHT)], 1, True), ([], 1, None)]
     )
     assert figures == {
         "consensus_agreed": 2, "consensus_differed": 0, "consensus_not_judged": 1, "consensus_not_continued": 0,
         "consensus_failed": 1,
     }  # fmt: skip
-    assert consensus_words(figures) == (
+    assert describe_consensus(figures) == (
         "judge and Monte Carlo agree on 2 solutions and differ on 0; 2 cannot be settled (1 not judged, 1 with failed "
         "continuations)"
     )
-    assert consensus_words({**figures, "consensus_failed": 0.0, "consensus_not_judged": 0.0}).endswith("differ on 0")
+    assert describe_consensus({**figures, "consensus_failed": 0.0, "consensus_not_judged": 0.0}).endswith("differ on 0")
 
 
 def test_consensus_is_refused_where_monte_carlo_settles_nothing() -> None:
@@ -163,7 +163,7 @@ def test_consensus_is_refused_where_monte_carlo_settles_nothing() -> None:
     with pytest.raises(
         ValueError, match=r"of 2 judged solutions without a right answer it has that on none\. Run monte"
     ):
-        consensus_figures([wrong, wrong, ([row("judge", RIGHT)], 1, True)])
+        checked_consensus_counts([wrong, wrong, ([row("judge", RIGHT)], 1, True)])
 
 
 def test_the_solutions_that_consensus_counts_are_those_of_the_training() -> None:
@@ -301,10 +301,10 @@ def test_annotators_together_say_what_most_say_and_whole_tables_agree() -> None:
     b = row("judge", RIGHT, WRONG, WRONG, NOBODY, NOBODY, RIGHT, annotator="b")
     c = row("judge", RIGHT, NEUTRAL, NOBODY, NOBODY, NOBODY, WRONG, annotator="c")
     first, second = StepLabel(label=1, reason="b's"), StepLabel(label=1, reason="c's")
-    assert merged([c, b, a], 6) == [RIGHT, NOBODY, WRONG, NEUTRAL, NOBODY, RIGHT]
-    assert merged([row("judge", second, annotator="c"), row("judge", first, annotator="b")], 1) == [first]
+    assert merge_annotators([c, b, a], 6) == [RIGHT, NOBODY, WRONG, NEUTRAL, NOBODY, RIGHT]
+    assert merge_annotators([row("judge", second, annotator="c"), row("judge", first, annotator="b")], 1) == [first]
     last = row("judge", NOBODY, NEUTRAL, RIGHT, WRONG, NOBODY, WRONG, annotator="adjudicator")
-    assert merged([a, b, c, last], 6) == [RIGHT, NEUTRAL, RIGHT, WRONG, NOBODY, WRONG]
+    assert merge_annotators([a, b, c, last], 6) == [RIGHT, NEUTRAL, RIGHT, WRONG, NOBODY, WRONG]
     assert targets("judge", [a, b, c], 6, "keep") == [1.0, None, 0.0, 1.0, None, 1.0]
 
 
@@ -335,9 +335,9 @@ def test_one_rule_for_annotators_in_rows_and_in_columns(said: list[list[str]], a
     rows = [row("judge", *(entries[s] for s in own), annotator=name) for own, name in zip(said, names, strict=True)]
     solution = {"solution_id": "s1", "correct": True, "finish_reason": "stop", "num_steps": 3}
     steps = steps_of(pa.Table.from_pylist([{"question_id": "q1", "solutions": [solution]}]))
-    found = source_labels(steps, thin_labels(to_arrow(Labels, rows)))
+    found = source_labels(steps, encode_labels(to_arrow(Labels, rows)))
     codes = found["judge"].codes.tolist() if rows else [UNLABELLED] * 3
-    together = merged(rows, 3)
+    together = merge_annotators(rows, 3)
     expected = [by_hand([own[i] for own in said], adjudicated) for i in range(3)]
     for found_codes in (codes, [CODES[entries_name(step)] for step in together]):
         assert found_codes == [CODES[sign] for sign in expected]

@@ -25,7 +25,7 @@ from medmm_ray.data.records import (
     StepLabel,
     to_arrow,
 )
-from medmm_ray.data.tables import Manifest, Origin, write_rows
+from medmm_ray.data.tables import Manifest, Provenance, write_rows
 from medmm_ray.pages.dataset_page import render
 from medmm_ray.steps.audit import AuditConfig, GateError, audit, require, spoken, wanted
 from medmm_ray.steps.audit.cost import cost_figures
@@ -376,7 +376,7 @@ def made(root: Path, *names: str, words: tuple[str, ...] = ()) -> list[str]:
         "review_queue": (QUEUE, "question_id"),
     }
     for name in names or tuple(rows):
-        origin = Origin(name=name, fingerprint=run.fingerprint(MAKER[name]), config={}, upstream={})
+        origin = Provenance(name=name, fingerprint=run.fingerprint(MAKER[name]), config={}, upstream={})
         write_rows(run.table(name), rows[name][0], origin, rows[name][1])
     return arguments
 
@@ -404,7 +404,7 @@ def test_trees_are_read_where_the_recipe_has_them(tmp_path: Path) -> None:
     assert found["missing"] == ["tree_solutions", "tree_labels"]
     run = Run(load_recipe([*words, "without=[]"]))
     for name, rows in (("trees", []), ("tree_solutions", GROWN), ("tree_labels", BY_TREE)):
-        origin = Origin(name=name, fingerprint=run.fingerprint(MAKER[name]), config={}, upstream={})
+        origin = Provenance(name=name, fingerprint=run.fingerprint(MAKER[name]), config={}, upstream={})
         write_rows(run.table(name), rows, origin, "question_id")
     for extra, sources in (((), ["judge", "expert"]), (("without=[]",), ["judge", "tree_search", "expert"])):
         assert job.main([*words, *extra]) == 0

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image as Picture
 
 from medmm_ray.data.records import Document, Image, Question, Vector, arrow_schema, to_arrow
-from medmm_ray.data.tables import Origin, Table
+from medmm_ray.data.tables import Provenance, Table
 from medmm_ray.steps.embed import (
     EmbedConfig,
     Vectors,
@@ -171,7 +171,7 @@ def test_the_step_on_ray(tmp_path: Path) -> None:
             table = Table(str(tmp_path / name), Vector)
             table.prepare()
             table.write(ds, key="item_id")
-            origin = Origin(name=name, fingerprint="f", config={}, upstream={})
+            origin = Provenance(name=name, fingerprint="f", config={}, upstream={})
             manifest = table.finish(origin, "item_id", source[key].to_pylist(), seconds=1.0)
             assert manifest.rows == len(source)
             assert sum(manifest.errors.values()) == (2 if key == "image_id" else 0)

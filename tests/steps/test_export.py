@@ -32,7 +32,7 @@ from medmm_ray.data.records import (
     Vector,
     from_dict,
 )
-from medmm_ray.data.sources import Request, Solved, medmm
+from medmm_ray.data.sources import SolvedQuestion, SourceRequest, medmm
 from medmm_ray.data.tables import RowError, write_rows
 from medmm_ray.steps.export import ExportConfig, Tables, bundles, export, shard_schema
 from medmm_ray.text import one_line
@@ -233,7 +233,7 @@ def test_what_is_exported_comes_back_exactly(rows: dict[str, list[Any]], tmp_pat
     folder: Path = tmp_path_factory.mktemp("trip")
     counts = exported(write(folder / "run", **rows), folder / "out", questions_per_shard=2)
     assert counts["questions"] == len(rows["questions"])
-    request = Request(path=str(folder / "out"))
+    request = SourceRequest(path=str(folder / "out"))
     back = medmm.read(request).questions
     by_id = {q.question_id: q for q in rows["questions"]}
     assert sorted(q.question_id for q in back) == sorted(by_id)
@@ -284,7 +284,7 @@ def test_labels_that_do_not_fit_are_errors_that_quote_them() -> None:
     row = medmm.entry(question(1), [solution("q1", 0)], {})
     row["solutions"][0]["gemini_labels"] = [1, 0, 1]
     row["solutions"][0]["gemini_confidence"] = ["high", "low", "low"]
-    found: Solved = medmm.solved_of(row)
+    found: SolvedQuestion = medmm.solved_of(row)
     assert [(r.source, r.steps) for r in found.solutions[0].labels] == [("judge", ())]
     assert str(found.solutions[0].labels[0].error).startswith("label_count: judge has other than 2 entries for 2 steps")
 

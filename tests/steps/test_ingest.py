@@ -15,7 +15,7 @@ import pytest
 from medmm_ray.config import ConfigError, build, digest, identity
 from medmm_ray.data.records import Image, to_arrow
 from medmm_ray.data.sources import SourceData, SourceDocument, SourceImage, SourceQuestion
-from medmm_ray.data.tables import Origin, RowError, Table, TableError
+from medmm_ray.data.tables import Provenance, RowError, Table, TableError
 from medmm_ray.steps.ingest import (
     IngestConfig,
     checked_answer,
@@ -240,7 +240,7 @@ def test_ray_workers_draw_and_inspect(tmp_path: Path, ray_session: None) -> None
     table = Table(f"{tmp_path}/raw_images", Image)
     table.prepare()
     table.write(inspect_images(ray.data.from_arrow(images), PHANTOMS, data.draw), key="uri")
-    origin = Origin(name="raw_images", fingerprint="f", config={}, upstream={})
+    origin = Provenance(name="raw_images", fingerprint="f", config={}, upstream={})
     assert table.finish(origin, "uri", images["uri"].to_pylist(), seconds=1.0).rows == 10
     here = inspected(data, f"{tmp_path}/here").sort_by("sha256")
     assert table.to_arrow().sort_by("sha256")["image_id"].to_pylist() == here["image_id"].to_pylist()

@@ -16,7 +16,7 @@ import pytest
 
 from medmm_ray.config import ConfigError, build
 from medmm_ray.data.records import Labels, StepLabel, from_dict, to_arrow
-from medmm_ray.data.sources.phantom import Case
+from medmm_ray.data.sources.phantom import PhantomCase
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.llm.budget import ApiBudget
 from medmm_ray.engines.llm.client import Access
@@ -38,7 +38,7 @@ from medmm_ray.steps.monte_carlo.search import uncertain_steps
 from tests.doubles.api_server import Server, failed, gemini_said, serving
 from tests.doubles.fake_generator import FakeGenerator
 
-EFFUSION = Case(
+EFFUSION = PhantomCase(
     seed=1, kind="effusion", side="right", zone="lower", extent=0.8, contrast=1.0, difficulty="easy"
 ).annotation()
 RIGHT, WRONG, NEUTRAL = "The right costophrenic angle is blunted.", "The heart is wide.", "Compare both lungs."

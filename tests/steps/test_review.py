@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 
 from medmm_ray.data.records import Labels, ReviewItem, Solution, Solutions, StepLabel, from_dict, to_arrow
-from medmm_ray.data.sources.phantom import Case
-from medmm_ray.stats.label_arrays import steps_of, thin
+from medmm_ray.data.sources.phantom import PhantomCase
+from medmm_ray.stats.label_arrays import drop_texts, steps_of
 from medmm_ray.steps.review import (
     DISAGREE,
     EXPERT,
@@ -26,7 +26,7 @@ from medmm_ray.steps.review import (
 )
 
 STEPS = ["Compare both lungs.", "The right costophrenic angle is blunted.", "The heart is wide.", "the answer is (A)."]
-EFFUSION = Case(seed=1, kind="effusion", side="right", zone="lower", extent=0.8, contrast=1.0, difficulty="easy")
+EFFUSION = PhantomCase(seed=1, kind="effusion", side="right", zone="lower", extent=0.8, contrast=1.0, difficulty="easy")
 
 
 def solutions(question_id: str, *ids: str, steps: list[str] = STEPS) -> Solutions:
@@ -50,7 +50,7 @@ TABLE = to_arrow(Solutions, [solutions("q1", "s1", "s2"), solutions("q2"), solut
 
 def test_steps_are_counted_through_the_nested_columns() -> None:
     for table in (TABLE, pa.concat_tables([TABLE.slice(0, 1), TABLE.slice(1)]), TABLE.slice(0, 3)):
-        steps = steps_of(thin(table))
+        steps = steps_of(drop_texts(table))
         assert steps.solution_ids.to_pylist() == ["s1", "s2", "s3"]
         assert steps.question.tolist() == [0, 0, 2]
         assert steps.first.tolist() == [0, 4, 8]
@@ -65,17 +65,17 @@ def test_disagreement_comes_from_both_sources() -> None:
         labels("s1", "judge", [1, 1, 1, 1], "low"),
     ]
     rolled = [labels("s1", "monte_carlo", [None, 0, 1, None]), labels("s2", "monte_carlo", [0, 0, 1, 0])]
-    found = disagreement_of(steps_of(thin(TABLE)), to_arrow(Labels, judge), to_arrow(Labels, rolled))
+    found = disagreement_of(steps_of(drop_texts(TABLE)), to_arrow(Labels, judge), to_arrow(Labels, rolled))
     # Of s2 the judge calls step 1 wrong: the lost prefixes 1 and 3 are no contradiction, the good prefix 2 is one.
     assert found.tolist() == [UNSURE, DISAGREE, UNSURE, UNSURE, DISAGREE, SURE, DISAGREE, SURE, UNSURE]
     sliced = to_arrow(Labels, judge).slice(1)
-    assert disagreement_of(steps_of(thin(TABLE)), sliced, to_arrow(Labels, rolled)).tolist() == found.tolist()
+    assert disagreement_of(steps_of(drop_texts(TABLE)), sliced, to_arrow(Labels, rolled)).tolist() == found.tolist()
     nothing = to_arrow(Labels, [])
-    assert disagreement_of(steps_of(thin(TABLE)), nothing, nothing).tolist() == [UNSURE] * 9
+    assert disagreement_of(steps_of(drop_texts(TABLE)), nothing, nothing).tolist() == [UNSURE] * 9
 
 
 def test_judges_that_differ_disagree_and_failed_or_foreign_rows_say_nothing() -> None:
-    own = steps_of(thin(TABLE))
+    own = steps_of(drop_texts(TABLE))
     first = labels("s1", "judge", [1, 1, None, 1], "high")
     second = replace(labels("s1", "judge", [1, 0, 1, None], "medium"), annotator="b")
     unsure = replace(labels("s1", "judge", [1, 0, 1, 1], "low"), annotator="b")
@@ -102,18 +102,18 @@ def test_draws_are_dealt_evenly_and_small_strata_give_theirs_away() -> None:
 
 
 def test_chances_depend_on_the_step_alone() -> None:
-    steps = steps_of(thin(TABLE))
+    steps = steps_of(drop_texts(TABLE))
     chance = step_chances(["s1", "s2", "s3"], 0, steps)
     assert chance.shape == (2, 9)
     assert len(np.unique(chance)) == 18
-    swapped = steps_of(thin(TABLE.take([2, 0, 1])))
+    swapped = steps_of(drop_texts(TABLE.take([2, 0, 1])))
     assert step_chances(["s3", "s1", "s2"], 0, swapped)[:, 1:9].tolist() == chance[:, :8].tolist()
     assert step_chances(["s1", "s2", "s3"], 1, steps).tolist() != chance.tolist()
 
 
 def test_chances_are_uniform_and_independent() -> None:
     table = to_arrow(Solutions, [solutions("q", *(f"s{i}" for i in range(2500)))])
-    steps = steps_of(thin(table))
+    steps = steps_of(drop_texts(table))
     first, second = step_chances(steps.solution_ids.to_pylist(), 0, steps)
     for chance in (first, second):
         counts = np.histogram(chance, 10, (0, 1))[0]

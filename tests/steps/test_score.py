@@ -25,7 +25,7 @@ from medmm_ray.data.records import (
     States,
     to_arrow,
 )
-from medmm_ray.data.tables import Origin, Table, write_rows
+from medmm_ray.data.tables import Provenance, Table, write_rows
 from medmm_ray.reward_model import FusionConfig, RewardModel, StepScores
 from medmm_ray.reward_model.states import from_bytes, to_bytes
 from medmm_ray.steps import score
@@ -35,7 +35,7 @@ from tests.doubles import tiny_vision
 from tests.doubles.clip_folders import write_native_clip
 
 STEPS = {"s1": ["the left lung shows an effusion", "the answer is (A)"], "s2": ["normal"]}
-ORIGIN = Origin(name="test", fingerprint="f", config={}, upstream={})
+ORIGIN = Provenance(name="test", fingerprint="f", config={}, upstream={})
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from medmm_ray.data.sources.phantom import make_items
+from medmm_ray.data.sources.phantom import make_questions
 from medmm_ray.text import join_steps, split_steps
 from medmm_ray.text.quality import FAULTS, fault, in_order, repeats
 
@@ -94,7 +94,7 @@ def test_a_hundred_thousand_tokens_are_judged_at_once() -> None:
 
 
 def test_no_worked_solution_of_a_phantom_is_refused() -> None:
-    for item in make_items(0, "train", 300, num_worked=2):
+    for item in make_questions(0, "train", 300, num_worked=2):
         for steps in item.worked:
             text = join_steps(steps)
             assert fault(text, list(steps), "A", "stop", min_steps=1, max_steps=9) is None, text

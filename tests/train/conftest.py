@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from medmm_ray.data import records
-from medmm_ray.data.tables import Origin, Table, write_rows
+from medmm_ray.data.tables import Provenance, Table, write_rows
 from medmm_ray.train.cached import illustrated_questions
 from medmm_ray.train.image_text import ClipShape, ImageTextConfig, ImageTextStage
 from medmm_ray.train.labelled import group_labels, labelled_questions
@@ -168,7 +168,7 @@ def states_table(folder: Path, prm: Path) -> Table:
                 )
             )  # fmt: skip
     table = Table(str(folder / "states"), records.States)
-    write_rows(table, rows, Origin(name="states", fingerprint="f", config={}, upstream={}), "solution_id")
+    write_rows(table, rows, Provenance(name="states", fingerprint="f", config={}, upstream={}), "solution_id")
     return table
 
 

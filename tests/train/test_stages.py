@@ -12,7 +12,7 @@ import pytest
 
 from medmm_ray.config import ConfigError
 from medmm_ray.data import records
-from medmm_ray.data.tables import Origin, Table, write_rows
+from medmm_ray.data.tables import Provenance, Table, write_rows
 from medmm_ray.reward_model.attention import Block
 from medmm_ray.train.cached import class_weights, illustrated_questions
 from medmm_ray.train.engine import deepspeed_config, parameter_groups
@@ -365,7 +365,9 @@ def test_a_questions_samples_and_its_trees_solutions_become_one_row(
               for half in (False, True)]  # fmt: skip
     tables = [Table(str(tmp_path / name), records.States) for name in ("states", "tree_states")]
     for table, half in zip(tables, halves, strict=True):
-        write_rows(table, half.to_pylist(), Origin(name="s", fingerprint="f", config={}, upstream={}), "solution_id")
+        write_rows(
+            table, half.to_pylist(), Provenance(name="s", fingerprint="f", config={}, upstream={}), "solution_id"
+        )
     solved = [
         replace(row, solutions=[s for s in row.solutions if is_trees(s.solution_id) == half])
         for half in (False, True)
@@ -455,7 +457,7 @@ def test_states_that_are_no_numbers_are_refused_with_their_question(
     width = len(rows[0]["states"]) // 4
     rows[0][column] = nothing if column == "text_log_odds" else np.full(width, np.inf, np.float32).tobytes()
     table = Table(str(tmp_path / "states"), records.States)
-    write_rows(table, rows, Origin(name="s", fingerprint="f", config={}, upstream={}), "solution_id")
+    write_rows(table, rows, Provenance(name="s", fingerprint="f", config={}, upstream={}), "solution_id")
     with pytest.raises(ValueError, match=r"the states of 1 of 12 questions hold NaN or infinity: \['q00'\]; compute"):
         two_tower({**two_tower_inputs, "states": table.uri})
 
@@ -594,7 +596,7 @@ def test_states_of_two_models_are_refused(two_tower_inputs: dict[str, str], tmp_
     rows = source.to_arrow().to_pylist()
     rows[0]["dtype"] = "bfloat16"
     mixed = Table(str(tmp_path / "mixed"), records.States)
-    write_rows(mixed, rows, Origin(name="states", fingerprint="f", config={}, upstream={}), "solution_id")
+    write_rows(mixed, rows, Provenance(name="states", fingerprint="f", config={}, upstream={}), "solution_id")
     with pytest.raises(ValueError, match=r"states of the dtypes \['bfloat16', 'float32'\]"):
         two_tower({**two_tower_inputs, "states": mixed.uri})
 

@@ -1,10 +1,10 @@
-"""Sources: one module a data set, each with ``read(request: Request) -> SourceData``.
+"""Sources: one module a data set, each with ``read(request: SourceRequest) -> SourceData``.
 
 A source knows its own files and nothing of tables: it says which images exist (or how to draw them), which questions
 refer to them, which documents and worked solutions come along. `medmm_ray.steps.ingest` turns that into tables.
 
-A data set that brings solutions and labels of its own also has ``solved(request) -> Iterator[Solved]``, one for each of
-`SourceData.questions`, in their order, read as a stream; `medmm_ray.data.imported` turns those into tables.
+A data set that brings solutions and labels of its own also has ``solved(request) -> Iterator[SolvedQuestion]``, one for
+each of `SourceData.questions`, in their order, read as a stream; `medmm_ray.data.imported` turns those into tables.
 
 A source that draws its pictures knows everything of them: ``drawn_picture(annotation) -> DrawnPicture`` says whether a
 step is right about one, and what it shows, in words.
@@ -50,7 +50,7 @@ class Hardness(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class SourceRequest:
     """What is asked of a source. `num_train` and `num_test` count questions; None is "all that there are".
 
     `num_extra_images` to `seed` are for sources that make their data.
@@ -144,7 +144,7 @@ class SourceSolution:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Solved:
+class SolvedQuestion:
     """What a data set brings of one question, besides the question.
 
     `tree_solutions` are those that lay in a table of their own, beside the samples.
@@ -159,14 +159,14 @@ class Solved:
 class Source(Protocol):
     """What a module of this package offers."""
 
-    def read(self, request: Request) -> SourceData:
+    def read(self, request: SourceRequest) -> SourceData:
         """Read or make the data; a fault of the files is a `ConfigError` or `TableError` naming file and field."""
 
 
 class SolvedSource(Source, Protocol):
     """A source that brings solutions."""
 
-    def solved(self, request: Request) -> Iterator[Solved]:
+    def solved(self, request: SourceRequest) -> Iterator[SolvedQuestion]:
         """One for each of ``read(request).questions``, in their order, as a stream."""
 
 

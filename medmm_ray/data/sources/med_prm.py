@@ -22,12 +22,12 @@ from medmm_ray.data.records import StepLabel
 from medmm_ray.data.sources import (
     Entry,
     Options,
-    Request,
-    Solved,
+    SolvedQuestion,
     SourceData,
     SourceDocument,
     SourceLabels,
     SourceQuestion,
+    SourceRequest,
     SourceSolution,
     Texts,
     Truth,
@@ -51,7 +51,7 @@ def _lettered(value: Any) -> Any:
     return dict(_OPTION.findall(value)) if isinstance(value, str) else value
 
 
-class _Solution(Entry):
+class _SolutionFields(Entry):
     solution: str | None = None
     prm_processed_solution: str | None = None
     full_solution: str | None = None
@@ -66,20 +66,20 @@ class _Solution(Entry):
     prm_soft_label: Any = None
 
 
-class _Question(_Solution):
+class _QuestionFields(_SolutionFields):
     question_id: Any
     question: str
     options: Annotated[Options, BeforeValidator(_lettered)]
     correct_answer: str
     related_docs: Texts = Field(default_factory=list)
-    solutions: list[_Solution] = Field(default_factory=list)
+    solutions: list[_SolutionFields] = Field(default_factory=list)
 
     @property
-    def solved(self) -> Sequence[_Solution]:
+    def solved(self) -> Sequence[_SolutionFields]:
         return self.solutions if "solutions" in self.model_fields_set else [self]
 
 
-def read(request: Request) -> SourceData:
+def read(request: SourceRequest) -> SourceData:
     """All questions, and the documents that come with them."""
     questions, documents = [], {}
     for name, split, row in _entries(request):
@@ -89,28 +89,28 @@ def read(request: Request) -> SourceData:
     return SourceData(questions=questions, documents=[*own, *read_documents(request.documents_path)])
 
 
-def solved(request: Request) -> Iterator[Solved]:
+def solved(request: SourceRequest) -> Iterator[SolvedQuestion]:
     """Each question's solutions with their labels, and its documents in the order of the file."""
     for _, _, row in _entries(request):
         gold = row.correct_answer.strip()
-        yield Solved(solutions=[_solution(s, gold) for s in row.solved], documents=row.related_docs)
+        yield SolvedQuestion(solutions=[_solution(s, gold) for s in row.solved], documents=row.related_docs)
 
 
-def _entries(request: Request) -> Iterator[tuple[str, str, _Question]]:
+def _entries(request: SourceRequest) -> Iterator[tuple[str, str, _QuestionFields]]:
     limits = {"train": request.num_train, "test": request.num_test}
     seen = {"train": 0, "test": 0}
     for uri in files_at(request.path):
         file = uri.rstrip("/").rpartition("/")[2]
         split = "test" if "test" in file else "train"
         for number, found in enumerate(stream_json(uri)):
-            row = checked(_Question, found, f"{uri} entry {number}")
+            row = checked(_QuestionFields, found, f"{uri} entry {number}")
             limit = limits[split]
             if limit is None or seen[split] < limit:
                 seen[split] += 1
                 yield f"{file}-{number}", split, row
 
 
-def _question(name: str, split: str, row: _Question) -> SourceQuestion:
+def _question(name: str, split: str, row: _QuestionFields) -> SourceQuestion:
     return SourceQuestion(
         name=name,
         split=split,
@@ -122,7 +122,7 @@ def _question(name: str, split: str, row: _Question) -> SourceQuestion:
     )
 
 
-def _solution(row: _Solution, gold: str) -> SourceSolution:
+def _solution(row: _SolutionFields, gold: str) -> SourceSolution:
     processed = row.prm_processed_solution or row.full_solution or ""
     text = row.solution or _TAG.sub(" ", processed).strip()
     steps = stored_steps(processed or text)

@@ -4,9 +4,9 @@
 solutions; `entry` makes one and `solved_of` reads it back, exactly for what the format carries: not the split (that is
 the file's name), sampling seeds, ids of solutions, reasons and costs of a judge, Monte Carlo's counts.
 
-Of several annotators of one source the format holds what they say together (`targets.merged`: adjudicator, else
-majority). A source that did not label a solution, or failed to, is null; a step that it did not label is null in its
-list. The published format knows no trees: an entry's `tree_solutions`, and a solution's `tree_search_labels` and
+Of several annotators of one source the format holds what they say together (`targets.merge_annotators`: adjudicator,
+else majority). A source that did not label a solution, or failed to, is null; a step that it did not label is null in
+its list. The published format knows no trees: an entry's `tree_solutions`, and a solution's `tree_search_labels` and
 `tree_search_values`, are there only where there is something in them.
 """
 
@@ -20,12 +20,12 @@ from medmm_ray.data.records import Evidence, Labels, Question, RetrievedImage, S
 from medmm_ray.data.sources import (
     Entry,
     Options,
-    Request,
-    Solved,
+    SolvedQuestion,
     SourceData,
     SourceImage,
     SourceLabels,
     SourceQuestion,
+    SourceRequest,
     SourceSolution,
     Texts,
     Truth,
@@ -35,7 +35,7 @@ from medmm_ray.data.sources import (
     stream_json,
 )
 from medmm_ray.data.tables import RowError
-from medmm_ray.stats.targets import merged
+from medmm_ray.stats.targets import merge_annotators
 from medmm_ray.text import TAG, tag_steps
 
 ANNOTATOR = "published"
@@ -53,12 +53,12 @@ def _has_tag(steps: Sequence[str]) -> bool:
     return any(TAG.strip() in step.split() for step in steps)
 
 
-class _Review(Entry):
+class _ExpertColumns(Entry):
     expert_label: Any
     feedback: Any
 
 
-class _Solution(Entry):
+class _SolutionEntry(Entry):
     solution: str
     prm_processed_solution: Annotated[str, AfterValidator(_numbered)]
     answer: str | None
@@ -66,7 +66,7 @@ class _Solution(Entry):
     gemini_labels: Any  # labels at fault are an error of their row, not of the file
     gemini_confidence: Any
     monte_carlo_labels: Any
-    expert_review: _Review
+    expert_review: _ExpertColumns
     tree_search_labels: Any = None
     tree_search_values: Any = None
 
@@ -88,11 +88,11 @@ class _Entry(Entry):
     correct_answer: str
     related_docs: Texts = Field(default_factory=list)
     related_images: list[_Reference] | None = None
-    solutions: list[_Solution]
-    tree_solutions: list[_Solution] = Field(default_factory=list)
+    solutions: list[_SolutionEntry]
+    tree_solutions: list[_SolutionEntry] = Field(default_factory=list)
 
 
-def read(request: Request) -> SourceData:
+def read(request: SourceRequest) -> SourceData:
     """All questions of the files, in their order, and the images that they name."""
     questions: list[SourceQuestion] = []
     images: dict[str, SourceImage] = {}
@@ -106,12 +106,12 @@ def read(request: Request) -> SourceData:
     )
 
 
-def solved(request: Request) -> Iterator[Solved]:
+def solved(request: SourceRequest) -> Iterator[SolvedQuestion]:
     for _, _, row in _entries(request):
         yield _solved(row)
 
 
-def _entries(request: Request) -> Iterator[tuple[str, str, _Entry]]:
+def _entries(request: SourceRequest) -> Iterator[tuple[str, str, _Entry]]:
     for uri in files_at(request.path):
         folder, _, file = uri.rpartition("/")
         split = file.removesuffix(".json")
@@ -212,7 +212,7 @@ def _solution(solution: Solution, labels: Sequence[Labels]) -> dict[str, Any]:
 
 def _chosen(labels: Sequence[Labels], source: str) -> Sequence[StepLabel] | None:
     rows = [row for row in labels if row.source == source and row.error is None and row.steps]
-    return merged(rows, len(rows[0].steps)) if rows else None
+    return merge_annotators(rows, len(rows[0].steps)) if rows else None
 
 
 def processed_steps(processed: str) -> list[str]:
@@ -232,13 +232,13 @@ def processed_steps(processed: str) -> list[str]:
     return [f"{head if i == 1 else ''}Step {i}: {step}" for i, step in enumerate(steps, 1)] if head else steps
 
 
-def solved_of(row: Mapping[str, Any]) -> Solved:
+def solved_of(row: Mapping[str, Any]) -> SolvedQuestion:
     """What an entry says of a question, besides the question."""
     return _solved(checked(_Entry, row, "the entry"))
 
 
-def _solved(row: _Entry) -> Solved:
-    return Solved(
+def _solved(row: _Entry) -> SolvedQuestion:
+    return SolvedQuestion(
         solutions=[_read_solution(solution) for solution in row.solutions],
         tree_solutions=[_read_solution(solution) for solution in row.tree_solutions],
         documents=row.related_docs,
@@ -254,7 +254,7 @@ def _solved(row: _Entry) -> Solved:
     )
 
 
-def _read_solution(row: _Solution) -> SourceSolution:
+def _read_solution(row: _SolutionEntry) -> SourceSolution:
     steps = processed_steps(row.prm_processed_solution)
     columns = {
         "judge": {"label": row.gemini_labels, "confidence": row.gemini_confidence},

@@ -17,11 +17,11 @@ from pydantic import BeforeValidator, Field, model_validator
 from medmm_ray.data.records import StepLabel
 from medmm_ray.data.sources import (
     Entry,
-    Request,
-    Solved,
+    SolvedQuestion,
     SourceData,
     SourceLabels,
     SourceQuestion,
+    SourceRequest,
     SourceSolution,
     checked,
     files_at,
@@ -87,27 +87,27 @@ class _Evaluation(Entry):
     eval: _Key
 
 
-def read(request: Request) -> SourceData:
+def read(request: SourceRequest) -> SourceData:
     """All questions of the files, in their order."""
     questions = [_question(name, split, row) for name, split, row in _entries(request)]
     return SourceData(questions=questions, documents=read_documents(request.documents_path))
 
 
-def solved(request: Request) -> Iterator[Solved]:
+def solved(request: SourceRequest) -> Iterator[SolvedQuestion]:
     """The trajectories of each question; an evaluation question has none."""
     for _, _, row in _entries(request):
         if isinstance(row, _Evaluation):
-            yield Solved()
+            yield SolvedQuestion()
             continue
         _, options = lettered(row.question)
         right, wrong = (
             [_solution(nodes, options, ends_right) for nodes in trajectories or ()]
             for trajectories, ends_right in ((row.pos, True), (row.neg, False))
         )
-        yield Solved(solutions=[*right, *wrong])
+        yield SolvedQuestion(solutions=[*right, *wrong])
 
 
-def _entries(request: Request) -> Iterator[tuple[str, str, _Tree | _Evaluation]]:
+def _entries(request: SourceRequest) -> Iterator[tuple[str, str, _Tree | _Evaluation]]:
     limits = {"train": request.num_train, "test": request.num_test}
     seen = {"train": 0, "test": 0}
     for uri in files_at(request.path):

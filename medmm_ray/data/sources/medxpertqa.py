@@ -16,10 +16,10 @@ from pydantic import BeforeValidator, Field
 from medmm_ray.data.sources import (
     Entry,
     Options,
-    Request,
     SourceData,
     SourceImage,
     SourceQuestion,
+    SourceRequest,
     Texts,
     files_at,
     read_documents,
@@ -61,7 +61,7 @@ class _Row(Entry):
     images: Annotated[list[str], BeforeValidator(_paths)] | None = None
 
 
-def read(request: Request) -> SourceData:
+def read(request: SourceRequest) -> SourceData:
     """All questions of the files, in their order; `num_test` limits each file."""
     questions = []
     images: dict[str, SourceImage] = {}

@@ -15,9 +15,9 @@ from pydantic import BeforeValidator, Field
 from medmm_ray.data.sources import (
     Entry,
     Options,
-    Request,
     SourceData,
     SourceQuestion,
+    SourceRequest,
     checked,
     list_files,
     read_documents,
@@ -68,17 +68,17 @@ class _PubMedQA(Entry):
     final_decision: Judged
 
 
-class _Asked(Entry):
+class _BioASQType(Entry):
     type: str
 
 
-class _YesNo(Entry):
+class _BioASQ(Entry):
     id: str
     body: str
     exact_answer: Judged
 
 
-def read(request: Request) -> SourceData:
+def read(request: SourceRequest) -> SourceData:
     """The questions of all five sets; `num_test` limits each of them."""
     folder = f"{request.path.rstrip('/')}/rawdata"
     questions = [q for rows in SETS.values() for q in list(rows(folder))[: request.num_test]]
@@ -111,13 +111,13 @@ def _pubmedqa(folder: str) -> Iterator[SourceQuestion]:
         yield _question(f"pubmedqa/{name}", row.question, JUDGED, LETTERS[JUDGED.index(row.final_decision)])
 
 
-def _bioasq(folder: str) -> Iterator[SourceQuestion]:
+def _bioasq_questions(folder: str) -> Iterator[SourceQuestion]:
     for task in BIOASQ:
         for uri in list_files(f"{folder}/bioasq/{task}", ".json"):
             for number, found in enumerate(read_json(uri)["questions"]):
                 where = f"{uri} entry {number}"
-                if checked(_Asked, found, where).type == "yesno":
-                    row = checked(_YesNo, found, where)
+                if checked(_BioASQType, found, where).type == "yesno":
+                    row = checked(_BioASQ, found, where)
                     yield _question(f"bioasq/{row.id}", row.body, JUDGED[:2], LETTERS[JUDGED.index(row.exact_answer)])
 
 
@@ -126,7 +126,7 @@ SETS: dict[str, Callable[[str], Iterator[SourceQuestion]]] = {
     "medqa": _medqa,
     "medmcqa": _medmcqa,
     "pubmedqa": _pubmedqa,
-    "bioasq": _bioasq,
+    "bioasq": _bioasq_questions,
 }
 
 

@@ -11,10 +11,10 @@ from pydantic import BeforeValidator
 
 from medmm_ray.data.sources import (
     Entry,
-    Request,
     SourceData,
     SourceImage,
     SourceQuestion,
+    SourceRequest,
     checked,
     read_documents,
     read_json,
@@ -38,7 +38,7 @@ class _Row(Entry):
     question: str
 
 
-def read(request: Request) -> SourceData:
+def read(request: SourceRequest) -> SourceData:
     """Questions of both files in their order, and their images; `request.path` is the folder."""
     folder = request.path.rstrip("/")
     limits = {"train": request.num_train, "test": request.num_test}

@@ -18,7 +18,7 @@ from medmm_ray.data.records import Labels, QuestionReview, ReviewItem, StepLabel
 from medmm_ray.data.tables import TableError, filesystem, write_file
 from medmm_ray.pages.review_page.item_views import Row, question_content_hash, step_content_hash, step_item_id
 from medmm_ray.pages.review_page.verdicts import UNSURE, Verdict, VerdictLog, latest_verdicts, parse
-from medmm_ray.stats.grouped_stats import Resampling, tabulate
+from medmm_ray.stats.grouped_stats import Resampling, stats_by_group
 from medmm_ray.stats.metrics import kappa_of_counts
 from medmm_ray.stats.targets import ADJUDICATOR
 
@@ -194,7 +194,7 @@ def _kappa_readers(of_queue: Verdicts, queue: Sequence[ReviewItem]) -> dict[str,
             question_ids.append(item.question_id)
             weights.append(1 / item.inclusion_probability)
     _, question = np.unique(question_ids, return_inverse=True)
-    tables = tabulate({}, question, np.array(cells, dtype=np.int64), 4, kappa_of_counts, RESAMPLING, np.array(weights))
+    tables = stats_by_group({}, question, np.array(cells, dtype=np.int64), 4, kappa_of_counts, RESAMPLING, np.array(weights))
     figure = tables["all"].get("all")
     if figure is None or figure["value"] is None:
         return {}

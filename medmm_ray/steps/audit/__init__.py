@@ -21,9 +21,9 @@ from pydantic import Field
 from medmm_ray.config import Config, execution, identity
 from medmm_ray.data.records import Labels, Solutions, arrow_schema
 from medmm_ray.data.tables import Manifest
-from medmm_ray.stats.agreement import agreement, queue_of
+from medmm_ray.stats.agreement import agreement, queued_steps
 from medmm_ray.stats.grouped_stats import Groups, Resampling
-from medmm_ray.stats.label_arrays import Codes, Steps, source_labels, steps_of, thin, thin_labels
+from medmm_ray.stats.label_arrays import Codes, Steps, drop_texts, encode_labels, source_labels, steps_of
 from medmm_ray.stats.targets import AfterFirstError
 from medmm_ray.steps.audit.cost import cost_figures
 from medmm_ray.steps.audit.gates import GateError, gates, require, spoken, wanted
@@ -108,9 +108,9 @@ def audit(
         for part in rows:
             costs[table] = costs.get(table, 0.0) + (pc.sum(part["cost"]).as_py() or 0.0)
             yields.keep(part)
-            parts.append(thin_labels(part))
-    by_source = source_labels(steps, _concat(parts, thin_labels(arrow_schema(Labels).empty_table())))
-    queue = queue_of(steps, review_queue) if review_queue is not None and review_queue.num_rows else None
+            parts.append(encode_labels(part))
+    by_source = source_labels(steps, _concat(parts, encode_labels(arrow_schema(Labels).empty_table())))
+    queue = queued_steps(steps, review_queue) if review_queue is not None and review_queue.num_rows else None
     resampling = Resampling(config.bootstrap_samples, config.seed)
     speaking = (s for s in config.sources if s in by_source and (by_source[s].codes >= 0).any())
     report = {
@@ -155,7 +155,7 @@ def _found(questions: pa.Table, table: pa.Table) -> _Found:
 
 
 def _thin(parts: Iterable[pa.Table]) -> pa.Table:
-    return _concat([thin(part) for part in parts], thin(arrow_schema(Solutions).empty_table()))
+    return _concat([drop_texts(part) for part in parts], drop_texts(arrow_schema(Solutions).empty_table()))
 
 
 def _concat(parts: Sequence[pa.Table], empty: pa.Table) -> pa.Table:

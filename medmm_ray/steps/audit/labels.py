@@ -5,18 +5,18 @@ from typing import Any
 
 import numpy as np
 
-from medmm_ray.stats.agreement import Queue, in_queue, positions, source_order
-from medmm_ray.stats.grouped_stats import Groups, Resampling, share_of_counts, tabulate
-from medmm_ray.stats.label_arrays import NEUTRAL, RIGHT, UNLABELLED, WRONG, SourceLabels, Steps
+from medmm_ray.stats.agreement import QueuedSteps, in_queue, positions, source_order
+from medmm_ray.stats.grouped_stats import Groups, Resampling, share_of_counts, stats_by_group
+from medmm_ray.stats.label_arrays import NEUTRAL, RIGHT, UNLABELLED, WRONG, SourceCodes, Steps
 
 Row = dict[str, Any]
 
 
 def balance(
     steps: Steps,
-    labels: Mapping[str, SourceLabels],
+    labels: Mapping[str, SourceCodes],
     groups: Mapping[str, Groups],
-    queue: Queue | None,
+    queue: QueuedSteps | None,
     resampling: Resampling,
 ) -> list[Row]:
     """One entry a source: its counts, and the share of right steps among those that it calls right or wrong.
@@ -36,7 +36,7 @@ def balance(
     ]
 
 
-def _counts(found: SourceLabels) -> dict[str, int]:
+def _counts(found: SourceCodes) -> dict[str, int]:
     names = {"right": RIGHT, "wrong": WRONG, "neutral": NEUTRAL, "unlabelled": UNLABELLED}
     return {
         **{name: int((found.codes == code).sum()) for name, code in names.items()},
@@ -47,7 +47,7 @@ def _counts(found: SourceLabels) -> dict[str, int]:
 
 
 def _shares(
-    steps: Steps, found: SourceLabels, groups: Mapping[str, Groups], queue: Queue | None, resampling: Resampling
+    steps: Steps, found: SourceCodes, groups: Mapping[str, Groups], queue: QueuedSteps | None, resampling: Resampling
 ) -> Row:
     rows, weight = np.flatnonzero(found.codes >= WRONG), None
     if queue is not None:
@@ -56,4 +56,4 @@ def _shares(
     groupings = {name: group.of(solution) for name, group in groups.items()}
     groupings["position"] = positions(steps, rows)
     right = (found.codes[rows] == RIGHT).astype(np.int64)
-    return tabulate(groupings, steps.question[solution], right, 2, share_of_counts, resampling, weight)
+    return stats_by_group(groupings, steps.question[solution], right, 2, share_of_counts, resampling, weight)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from medmm_ray.data.tables import error_kind
-from medmm_ray.stats.grouped_stats import Groups, Resampling, ratio, share_of_counts, tabulate
+from medmm_ray.stats.grouped_stats import Groups, Resampling, ratio, share_of_counts, stats_by_group
 from medmm_ray.stats.label_arrays import RIGHT, Codes, Steps
 
 Row = dict[str, Any]
@@ -84,7 +84,7 @@ def sampling(
         "without_answer": int((correct < 0).sum()),
         "finish_reasons": _counted(flat.field("finish_reason")),
         "errors": dict(Counter(faults)),
-        "accuracy": tabulate(groupings, steps.question, right, 2, share_of_counts, resampling),
+        "accuracy": stats_by_group(groupings, steps.question, right, 2, share_of_counts, resampling),
     }
 
 

@@ -12,10 +12,10 @@ from medmm_ray.data.records import Labels
 from medmm_ray.stats.label_arrays import RIGHT, Codes, Steps
 from medmm_ray.stats.targets import (
     POLICIES,
-    consensus_words,
+    consensus_counts,
+    consensus_status,
+    describe_consensus,
     labels_by_solution,
-    settlement,
-    settlement_figures,
     targets,
 )
 
@@ -67,9 +67,9 @@ class Yields:
             kept_steps += len(trained)
             total += sum(trained)
         if policy == "consensus":
-            settled = settlement_figures(settlement(*solution[:3]) for solution in solutions)
+            settled = consensus_counts(consensus_status(*solution[:3]) for solution in solutions)
             refused = int(settled["consensus_not_continued"] + settled["consensus_failed"])
-            why = f"{consensus_words(settled)}." if refused else ""
+            why = f"{describe_consensus(settled)}." if refused else ""
         return {
             "policy": policy,
             "solutions": len(self.ids),

@@ -9,8 +9,17 @@ import pyarrow as pa
 from medmm_ray.config import JsonObject
 from medmm_ray.data.records import Labels, arrow_schema
 from medmm_ray.stats import metrics
-from medmm_ray.stats.agreement import queue_of
-from medmm_ray.stats.label_arrays import UNLABELLED, WRONG, Codes, Steps, source_labels, steps_of, thin, thin_labels
+from medmm_ray.stats.agreement import queued_steps
+from medmm_ray.stats.label_arrays import (
+    UNLABELLED,
+    WRONG,
+    Codes,
+    Steps,
+    drop_texts,
+    encode_labels,
+    source_labels,
+    steps_of,
+)
 from medmm_ray.stats.metrics import Floats
 from medmm_ray.steps.evaluate.scored_questions import LogOdds
 
@@ -40,9 +49,9 @@ def reference_labels(
     Several annotators count together, as in training. An expert's labels count within the queue that drew their steps,
     where there is one. Raises ValueError where the source's labels are of another number of steps.
     """
-    steps = steps_of(thin(solutions))
-    empty = thin_labels(arrow_schema(Labels).empty_table())
-    by_source = source_labels(steps, pa.concat_tables([empty, *map(thin_labels, labels)]).combine_chunks())
+    steps = steps_of(drop_texts(solutions))
+    empty = encode_labels(arrow_schema(Labels).empty_table())
+    by_source = source_labels(steps, pa.concat_tables([empty, *map(encode_labels, labels)]).combine_chunks())
     for source in sources:
         if source not in by_source:
             continue
@@ -63,7 +72,7 @@ def reference_labels(
 
 def _queue_weights(steps: Steps, review_queue: pa.Table) -> Floats:
     """1 / inclusion probability of each step, 0 of one that is not in the queue."""
-    queue = queue_of(steps, review_queue)
+    queue = queued_steps(steps, review_queue)
     weight_N = np.zeros(len(steps.solution))
     weight_N[queue.row] = 1.0 / queue.probability
     return weight_N

@@ -8,7 +8,7 @@ import pytest
 from jobs import bench
 from jobs.benches.answers import SETS, WITHIN, table
 from medmm_ray.config import ConfigError
-from medmm_ray.data.sources import Request, list_files, mirage
+from medmm_ray.data.sources import SourceRequest, list_files, mirage
 from medmm_ray.data.tables import TableError
 from medmm_ray.text import mirage_answer
 from tests.paths import REAL_DATA
@@ -33,7 +33,7 @@ def test_a_broken_entry_is_named(name: str, content: str, fault: str, tmp_path: 
     path = folder(tmp_path)
     (path / "rawdata" / name).write_text(content)
     with pytest.raises(TableError) as caught:
-        mirage.read(Request(path=str(path)))
+        mirage.read(SourceRequest(path=str(path)))
     assert f"{name} {fault}" in str(caught.value)
 
 
@@ -89,7 +89,7 @@ def folder(path: Path) -> Path:
 
 
 def test_each_set_is_read(tmp_path: Path) -> None:
-    questions = mirage.read(Request(path=str(folder(tmp_path)))).questions
+    questions = mirage.read(SourceRequest(path=str(folder(tmp_path)))).questions
     assert [(q.name, q.question, list(q.options), q.answer) for q in questions] == [
         ("mmlu/anatomy-000", 'Which "one"?', ["w", "x", "y", "z"], "B"),
         ("medqa/0000", "Who?", ["w", "x", "y", "z"], "C"),

@@ -11,19 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medmm_ray.config import digest
-from medmm_ray.data.sources import Request
+from medmm_ray.data.sources import SourceRequest
 from medmm_ray.data.sources.phantom import (
     DOCUMENTS,
     HARD,
-    Case,
-    Item,
-    blind_work,
+    PhantomCase,
+    PhantomQuestion,
+    blind_solution,
     captions,
     contact_sheet,
     corpus,
     draw,
     make_case,
-    make_items,
+    make_questions,
     read,
     render,
     truth,
@@ -37,8 +37,8 @@ from medmm_ray.text import extract_answer, join_steps, split_steps
 SWAPPED = {"right": "left", "left": "right"}
 
 
-def case(kind: str, side: str = "", zone: str = "") -> Case:
-    return Case(seed=1, kind=kind, side=side, zone=zone, extent=0.8, contrast=1.0, difficulty="easy")
+def case(kind: str, side: str = "", zone: str = "") -> PhantomCase:
+    return PhantomCase(seed=1, kind=kind, side=side, zone=zone, extent=0.8, contrast=1.0, difficulty="easy")
 
 
 EFFUSION = case("effusion", "right", "lower")
@@ -50,13 +50,13 @@ NORMAL = case("normal")
 
 
 @pytest.fixture(scope="module")
-def items() -> list[Item]:
-    return make_items(0, "train", 400, num_worked=2)
+def items() -> list[PhantomQuestion]:
+    return make_questions(0, "train", 400, num_worked=2)
 
 
 def test_a_case_survives_its_annotation() -> None:
     made = make_case(generator("x"), ["nodule"], side="left")
-    assert Case.from_annotation(made.annotation()) == made
+    assert PhantomCase.from_annotation(made.annotation()) == made
     assert made.diagnosis == "left lung nodule"
     assert (HEART.diagnosis, NORMAL.diagnosis) == ("cardiomegaly", "normal")
 
@@ -72,7 +72,7 @@ def test_constraints_on_a_case_hold() -> None:
 
 def test_pictures_are_deterministic_and_show_their_seed() -> None:
     assert np.array_equal(np.asarray(render(EFFUSION, 64)), np.asarray(render(EFFUSION, 64)))
-    other = Case(**{**json.loads(EFFUSION.annotation()), "seed": 2})
+    other = PhantomCase(**{**json.loads(EFFUSION.annotation()), "seed": 2})
     assert not np.array_equal(np.asarray(render(EFFUSION, 64)), np.asarray(render(other, 64)))
     assert render(EFFUSION, 96).size == (96, 96)
     assert np.array_equal(np.asarray(draw(EFFUSION.annotation(), 64)), np.asarray(render(EFFUSION, 64)))
@@ -89,15 +89,15 @@ def test_pictures_are_deterministic_and_show_their_seed() -> None:
     ],
 )
 def test_a_finding_changes_the_place_where_it_is_said_to_be(
-    finding: Case, box: tuple[float, float, float, float], sign: int
+    finding: PhantomCase, box: tuple[float, float, float, float], sign: int
 ) -> None:
     """The patient's right is on the viewer's left. Averaged over 40 people, against the same people without it."""
     size = 64
     left, top, right, bottom = (round(b * size) for b in box)
 
-    def mean(kind: Case) -> float:
+    def mean(kind: PhantomCase) -> float:
         pictures = [
-            np.asarray(render(Case(**{**json.loads(kind.annotation()), "seed": seed}), size), dtype=float)
+            np.asarray(render(PhantomCase(**{**json.loads(kind.annotation()), "seed": seed}), size), dtype=float)
             for seed in range(40)
         ]
         return float(np.mean([p[top:bottom, left:right].mean() for p in pictures]))
@@ -114,7 +114,7 @@ def test_the_contact_sheet_holds_every_kind_at_every_difficulty(tmp_path: Path) 
 # Harder pictures
 
 
-def two_findings() -> Case:
+def two_findings() -> PhantomCase:
     nodule = Finding(kind="nodule", side="left", zone="upper", extent=0.5, contrast=0.8)
     return replace(EFFUSION, more=(nodule, Finding(kind="cardiomegaly", side="", zone="", extent=0.5, contrast=0.8)))
 
@@ -123,7 +123,7 @@ def test_plain_cases_are_written_and_drawn_as_ever() -> None:
     """The ids of pictures and questions hang on these."""
     made = make_case(generator("question", 0), ["nodule"])
     assert set(json.loads(made.annotation())) == {"seed", "kind", "side", "zone", "extent", "contrast", "difficulty"}
-    items = make_items(0, "train", 40, num_worked=2)
+    items = make_questions(0, "train", 40, num_worked=2)
     assert (
         digest([(i.question, i.options, i.answer, i.case.annotation(), i.worked) for i in items]) == "3c3200995033fe55"
     )
@@ -133,7 +133,7 @@ def test_plain_cases_are_written_and_drawn_as_ever() -> None:
 
 def test_a_case_of_several_findings_survives_its_annotation() -> None:
     made = replace(two_findings(), size=0.6, noise=2.0)
-    assert Case.from_annotation(made.annotation()) == made
+    assert PhantomCase.from_annotation(made.annotation()) == made
     assert made.diagnosis == "cardiomegaly and left lung nodule and right pleural effusion"
     assert [f.kind for f in made.findings] == ["effusion", "nodule", "cardiomegaly"]
     assert NORMAL.findings == ()
@@ -184,7 +184,7 @@ def test_truth_of_several_findings(step: str, expected: bool | None) -> None:
 
 
 def test_of_several_findings_one_makes_an_option_true() -> None:
-    items = make_items(0, "train", 400, num_worked=2, hardness=HARD)
+    items = make_questions(0, "train", 400, num_worked=2, hardness=HARD)
     assert sum(len(i.case.findings) > 1 for i in items) > 100
     for item in items:
         template = next(t for t in TEMPLATES if tuple(o.text for o in t.options) == item.options)
@@ -195,15 +195,15 @@ def test_of_several_findings_one_makes_an_option_true() -> None:
 
 
 def test_blind_work_is_right_by_prevalence_and_slips_where_asked() -> None:
-    items = make_items(2, "train", 400, hardness=HARD)
-    works = [blind_work(item, generator("w", i)) for i, item in enumerate(items)]
+    items = make_questions(2, "train", 400, hardness=HARD)
+    works = [blind_solution(item, generator("w", i)) for i, item in enumerate(items)]
     right = [letter == item.answer for (_, letter), item in zip(works, items, strict=True)]
     assert 0.25 < sum(right) / len(right) < 0.40  # 2 x .38 x .38 + 2 x .12 x .12 = .32
     assert all(extract_answer(join_steps(s), i.options) == x for (s, x), i in zip(works, items, strict=True))
 
     def wrong_steps(slip: float) -> int:
         """Of solutions with the right answer, those with a wrong step."""
-        made = [blind_work(item, generator("w", i), slip) for i, item in enumerate(items)]
+        made = [blind_solution(item, generator("w", i), slip) for i, item in enumerate(items)]
         return sum(
             letter == item.answer and any(truth(step, item.case, item) is False for step in steps)
             for (steps, letter), item in zip(made, items, strict=True)
@@ -215,14 +215,14 @@ def test_blind_work_is_right_by_prevalence_and_slips_where_asked() -> None:
 # Questions
 
 
-def test_questions_depend_on_seed_split_and_place_alone(items: list[Item]) -> None:
-    assert make_items(0, "train", 3, num_worked=2) == items[:3]
-    assert make_items(1, "train", 3, num_worked=2) != items[:3]
-    assert make_items(0, "test", 3, num_worked=2) != items[:3]
+def test_questions_depend_on_seed_split_and_place_alone(items: list[PhantomQuestion]) -> None:
+    assert make_questions(0, "train", 3, num_worked=2) == items[:3]
+    assert make_questions(1, "train", 3, num_worked=2) != items[:3]
+    assert make_questions(0, "test", 3, num_worked=2) != items[:3]
 
 
-def test_letters_are_even_and_every_template_occurs(items: list[Item]) -> None:
-    many = make_items(4, "test", 2000)
+def test_letters_are_even_and_every_template_occurs(items: list[PhantomQuestion]) -> None:
+    many = make_questions(4, "test", 2000)
     letters = Counter(i.answer for i in many)
     assert max(letters.values()) - min(letters.values()) < 110
     assert Counter(i.template for i in many).keys() == {"finding", "finding_side", "zone", "structure", "sign"}
@@ -237,7 +237,7 @@ def test_letters_are_even_and_every_template_occurs(items: list[Item]) -> None:
     assert {i.case.difficulty for i in items} == {"easy", "medium", "hard"}
 
 
-def test_exactly_the_answer_s_option_is_true_of_the_case(items: list[Item]) -> None:
+def test_exactly_the_answer_s_option_is_true_of_the_case(items: list[PhantomQuestion]) -> None:
     for item in items:
         named = item.template in ("finding", "finding_side", "sign")
         said = [f"This is a {o}." if named else f"The {o} is abnormal." for o in item.options]
@@ -246,9 +246,9 @@ def test_exactly_the_answer_s_option_is_true_of_the_case(items: list[Item]) -> N
         assert [truth(s, item.case) for s in said] == ["ABCD"[i] == item.answer for i in range(4)], item
 
 
-def test_the_text_tells_no_more_than_prevalence(items: list[Item]) -> None:
+def test_the_text_tells_no_more_than_prevalence(items: list[PhantomQuestion]) -> None:
     """The two common options of four share 76 %: a reader without the picture is right in 38 %."""
-    many = make_items(5, "test", 3000)
+    many = make_questions(5, "test", 3000)
     by_stem: dict[tuple[str, tuple[str, ...]], Counter[str]] = {}
     for item in many:
         gold = item.options["ABCD".index(item.answer)]
@@ -260,7 +260,7 @@ def test_the_text_tells_no_more_than_prevalence(items: list[Item]) -> None:
     assert Counter(c for c, _ in contexts).most_common()[-1][1] >= 4  # ... comes with most kinds
 
 
-def test_worked_solutions_are_right_short_and_checkable(items: list[Item]) -> None:
+def test_worked_solutions_are_right_short_and_checkable(items: list[PhantomQuestion]) -> None:
     verdicts: list[bool | None] = []
     for item in items:
         for steps in item.worked:
@@ -287,7 +287,7 @@ def test_a_solution_has_at_most_64_tokens() -> None:
     )
     lengths = [
         len(tokenizer.encode(join_steps(steps)).ids) + len(steps)
-        for item in make_items(9, "train", 200)
+        for item in make_questions(9, "train", 200)
         for steps in item.worked
     ]
     assert max(lengths) <= 64
@@ -298,7 +298,7 @@ def test_a_solution_has_at_most_64_tokens() -> None:
 
 @given(st.integers(0, 10_000))
 def test_a_worked_step_with_its_side_swapped_is_wrong(index: int) -> None:
-    item = make_items(index, "property", 1)[0]
+    item = make_questions(index, "property", 1)[0]
     for step in item.worked[0]:
         swapped = re.sub(r"\b(right|left)\b", lambda m: SWAPPED[m[0]], step)
         if swapped != step and truth(step, item.case, item) is not None:
@@ -307,7 +307,7 @@ def test_a_worked_step_with_its_side_swapped_is_wrong(index: int) -> None:
 
 @given(st.integers(0, 10_000))
 def test_a_worked_step_denied_is_wrong(index: int) -> None:
-    item = make_items(index, "property", 1)[0]
+    item = make_questions(index, "property", 1)[0]
     for step in item.worked[0][:-1]:
         if truth(step, item.case) is None or re.search(r"\b(no|not)\b", step, re.IGNORECASE):
             continue
@@ -318,14 +318,14 @@ def test_a_worked_step_denied_is_wrong(index: int) -> None:
 
 @given(st.integers(0, 10_000))
 def test_another_letter_is_wrong(index: int) -> None:
-    item = make_items(index, "property", 1)[0]
+    item = make_questions(index, "property", 1)[0]
     for letter in "ABCD":
         assert truth(f"So the answer is ({letter}).", item.case, item) is (letter == item.answer)
 
 
 @given(st.text(max_size=200))
 def test_any_text_gets_a_verdict(text: str) -> None:
-    assert truth(text, EFFUSION, make_items(0, "any", 1)[0]) in (True, False, None)
+    assert truth(text, EFFUSION, make_questions(0, "any", 1)[0]) in (True, False, None)
 
 
 @pytest.mark.parametrize(
@@ -430,12 +430,12 @@ def test_any_text_gets_a_verdict(text: str) -> None:
         ("the the the (", NORMAL, None),
     ],
 )
-def test_truth_of_hand_written_steps(step: str, finding: Case, expected: bool | None) -> None:
+def test_truth_of_hand_written_steps(step: str, finding: PhantomCase, expected: bool | None) -> None:
     assert truth(step, finding) is expected, claims(step)
 
 
 def test_stated_answers_need_the_question() -> None:
-    item = next(i for i in make_items(0, "train", 50) if i.template == "finding_side")
+    item = next(i for i in make_questions(0, "train", 50) if i.template == "finding_side")
     wrong = next(letter for letter in "ABCD" if letter != item.answer)
     gold = item.options["ABCD".index(item.answer)]
     bad = item.options["ABCD".index(wrong)]
@@ -458,7 +458,7 @@ def test_stated_answers_need_the_question() -> None:
 
 
 def test_read_gives_images_questions_documents_and_worked_solutions() -> None:
-    data = read(Request(num_train=6, num_test=4, num_extra_images=3, num_worked=2, seed=1))
+    data = read(SourceRequest(num_train=6, num_test=4, num_extra_images=3, num_worked=2, seed=1))
     assert [i.split for i in data.images] == ["train"] * 6 + ["test"] * 4 + ["train"] * 3
     assert len({i.uri for i in data.images}) == 13
     assert [len(q.worked) for q in data.questions] == [2] * 6 + [0] * 4

@@ -9,7 +9,7 @@ import pytest
 
 from medmm_ray.config import ConfigError
 from medmm_ray.data.records import StepLabel
-from medmm_ray.data.sources import Request, load_solved, med_prm, medmm, meds3, medxpertqa, stream_json
+from medmm_ray.data.sources import SourceRequest, load_solved, med_prm, medmm, meds3, medxpertqa, stream_json
 from medmm_ray.data.sources.medxpertqa import bracketed
 from medmm_ray.data.tables import TableError
 from medmm_ray.text import tag_steps
@@ -18,9 +18,9 @@ from tests.paths import REAL_DATA
 REAL = REAL_DATA
 
 
-def write(path: Path, rows: Any) -> Request:
+def write(path: Path, rows: Any) -> SourceRequest:
     path.write_text(json.dumps(rows))
-    return Request(path=str(path.parent))
+    return SourceRequest(path=str(path.parent))
 
 
 def published(**changes: Any) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def test_med_prms_test_file_has_scores_but_no_labels(tmp_path: Path) -> None:
     assert [q.split for q in med_prm.read(request).questions] == ["test", "train", "train"]
     first = next(med_prm.solved(request)).solutions[0]
     assert (first.steps, first.answer, first.correct, list(first.labels)) == (["Look.", "Think."], None, None, [])
-    limited = Request(path=request.path, num_train=1, num_test=0)
+    limited = SourceRequest(path=request.path, num_train=1, num_test=0)
     assert [q.name for q in med_prm.read(limited).questions] == ["train.json-0"]
     assert len(list(med_prm.solved(limited))) == 1
 
@@ -116,9 +116,9 @@ def test_faults_name_file_and_field(tmp_path: Path) -> None:
         med_prm.read(write(tmp_path / "train.json", [published(), bad]))
     (tmp_path / "train.json").write_text('[{"question_id": 1,')
     with pytest.raises(ConfigError, match=r"train\.json is not a valid JSON list"):
-        med_prm.read(Request(path=str(tmp_path)))
+        med_prm.read(SourceRequest(path=str(tmp_path)))
     with pytest.raises(ConfigError, match=r"has no \*\.json file"):
-        med_prm.read(Request(path=str(tmp_path / "none")))
+        med_prm.read(SourceRequest(path=str(tmp_path / "none")))
     with pytest.raises(ConfigError, match="source 'vqa_rad' brings no solutions; those that do: med_prm, medmm, meds3"):
         load_solved("vqa_rad")
     assert load_solved("med_prm").solved is med_prm.solved
@@ -179,7 +179,7 @@ def test_labels_of_another_type_are_an_error_of_their_row(tmp_path: Path, labels
 def test_a_file_from_which_nothing_is_read_is_a_fault(tmp_path: Path, source: Any, content: str) -> None:
     (tmp_path / "train.json").write_text(content)
     with pytest.raises(ConfigError, match=r"train\.json has no entry: expected one JSON list of objects"):
-        source.read(Request(path=str(tmp_path)))
+        source.read(SourceRequest(path=str(tmp_path)))
 
 
 def entry(**changes: Any) -> dict[str, Any]:
@@ -348,7 +348,7 @@ def test_medxpertqa(tmp_path: Path) -> None:
          "options": [{"letter": "A", "content": "x"}, {"letter": "B", "content": "y"}]},
     ]  # fmt: skip
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = medxpertqa.read(Request(path=str(tmp_path)))
+    data = medxpertqa.read(SourceRequest(path=str(tmp_path)))
     assert [(q.question, list(q.options), q.answer, list(q.images)) for q in data.questions] == [
         ("Which?", ["one", "group (A) two"], "B", []),
         ("Seen?", ["x", "y"], "A", [f"{tmp_path}/images/a.jpeg"]),
@@ -357,7 +357,7 @@ def test_medxpertqa(tmp_path: Path) -> None:
     assert bracketed("") == []
     (tmp_path / "in.jsonl").write_text('{"question": "Which?", "label": ["B"]}\n\n{"question": null, "label": ["B"]}\n')
     with pytest.raises(TableError, match=r"in\.jsonl line 3: question must be text, not null"):
-        medxpertqa.read(Request(path=str(tmp_path)))
+        medxpertqa.read(SourceRequest(path=str(tmp_path)))
 
 
 def test_medxpertqa_as_on_the_hub(tmp_path: Path) -> None:
@@ -373,21 +373,21 @@ def test_medxpertqa_as_on_the_hub(tmp_path: Path) -> None:
         "medical_task": "Diagnosis",
     }
     (tmp_path / "MM" / "test.jsonl").write_text(json.dumps(row))
-    (question,) = medxpertqa.read(Request(path=str(tmp_path / "MM"))).questions
+    (question,) = medxpertqa.read(SourceRequest(path=str(tmp_path / "MM"))).questions
     assert (question.question, list(question.options), question.answer) == ("Seen?", ["x", "y"], "B")
     assert list(question.images) == [f"{tmp_path}/images/MM-1-a.jpeg", f"{tmp_path}/images/MM-1-b.jpeg"]
     (tmp_path / "MM" / "test.jsonl").write_text(json.dumps({**row, "options": {"A": "x", "C": "y"}}))
     with pytest.raises(TableError, match=r"line 1: options must be .* by their letters from A on; it has \['A', 'C'\]"):
-        medxpertqa.read(Request(path=str(tmp_path / "MM")))
+        medxpertqa.read(SourceRequest(path=str(tmp_path / "MM")))
 
 
 def test_json_as_other_programs_save_it(tmp_path: Path) -> None:
     path = tmp_path / "train.json"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps([published()]).encode())
-    assert len(med_prm.read(Request(path=str(path))).questions) == 1
+    assert len(med_prm.read(SourceRequest(path=str(path))).questions) == 1
     path.write_bytes(json.dumps([published()]).encode("utf-16"))
     with pytest.raises(ConfigError, match=r"train\.json is UTF-16 text; save it as UTF-8"):
-        med_prm.read(Request(path=str(path)))
+        med_prm.read(SourceRequest(path=str(path)))
 
 
 @pytest.mark.parametrize(
@@ -414,7 +414,7 @@ def test_faults_of_json_are_one_line_without_the_text(tmp_path: Path, content: s
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"the real data sets are not at {REAL}")
 def test_the_real_files() -> None:
-    request = Request(path=str(REAL / "med_prm"))
+    request = SourceRequest(path=str(REAL / "med_prm"))
     solutions = [s for found in med_prm.solved(request) for s in found.solutions]
     counts = (len(solutions), sum(len(s.steps) for s in solutions), sum(bool(s.correct) for s in solutions))
     assert counts == (100, 591, 71)
@@ -426,6 +426,6 @@ def test_the_real_files() -> None:
     assert judged == {"unjudged": 71, "gemini": 29}
     assert all((step.label == 1) == (step.value > 0) for s in solutions for row in s.labels
                if row.source == "monte_carlo" for step in row.steps if step.value is not None)  # fmt: skip
-    questions = meds3.read(Request(path=str(REAL / "medsss_eval"))).questions
+    questions = meds3.read(SourceRequest(path=str(REAL / "medsss_eval"))).questions
     assert Counter(q.answer_type for q in questions) == {"choice": 9366, "open": 23}
-    assert len(medxpertqa.read(Request(path=str(REAL / "medxpertqa"))).questions) == 8988
+    assert len(medxpertqa.read(SourceRequest(path=str(REAL / "medxpertqa"))).questions) == 8988

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from medmm_ray.config import ConfigError
-from medmm_ray.data.sources import Request, SourceDocument, load, names, read_documents
+from medmm_ray.data.sources import SourceDocument, SourceRequest, load, names, read_documents
 from medmm_ray.data.sources.vqa_rad import read
 from medmm_ray.data.tables import TableError
 from tests.paths import REAL_DATA
@@ -20,10 +20,10 @@ def entry(**changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def folder(path: Path, train: Any, test: Any) -> Request:
+def folder(path: Path, train: Any, test: Any) -> SourceRequest:
     (path / "trainset.json").write_text(json.dumps(train))
     (path / "testset.json").write_text(json.dumps(test))
-    return Request(path=str(path))
+    return SourceRequest(path=str(path))
 
 
 def test_closed_yes_no_and_open_questions(tmp_path: Path) -> None:
@@ -49,13 +49,13 @@ def test_closed_yes_no_and_open_questions(tmp_path: Path) -> None:
 
 def test_limits_take_the_first_rows(tmp_path: Path) -> None:
     request = folder(tmp_path, [entry(qid=i) for i in range(5)], [entry(qid=i) for i in range(5)])
-    data = read(Request(path=request.path, num_train=2, num_test=1))
+    data = read(SourceRequest(path=request.path, num_train=2, num_test=1))
     assert [q.name for q in data.questions] == ["train-0", "train-1", "test-0"]
 
 
 def test_faults_name_file_and_field(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"trainset\.json does not exist; check `path`"):
-        read(Request(path=str(tmp_path)))
+        read(SourceRequest(path=str(tmp_path)))
     bad = entry()
     del bad["answer"]
     with pytest.raises(TableError, match=r"testset\.json entry 1: the field 'answer' is missing"):
@@ -68,10 +68,10 @@ def test_faults_name_file_and_field(tmp_path: Path) -> None:
         read(folder(tmp_path, {}, []))
     (tmp_path / "trainset.json").write_text('[{"qid": 1,')
     with pytest.raises(ConfigError, match=r"trainset\.json is not valid JSON"):
-        read(Request(path=str(tmp_path)))
+        read(SourceRequest(path=str(tmp_path)))
     (tmp_path / "trainset.json").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(ConfigError, match=r"trainset\.json is not UTF-8 text"):
-        read(Request(path=str(tmp_path)))
+        read(SourceRequest(path=str(tmp_path)))
 
 
 def test_documents_come_from_a_jsonl_file(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_sources_are_found_by_name() -> None:
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"VQA-RAD is not at {REAL}")
 def test_the_real_data_set() -> None:
-    data = read(Request(path=str(REAL)))
+    data = read(SourceRequest(path=str(REAL)))
     assert len(data.questions) == 3064 + 451
     assert len(data.images) == 314
     assert sum(q.answer_type == "yes_no" for q in data.questions) == 884 + 829 + 133 + 118

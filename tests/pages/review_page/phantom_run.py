@@ -17,7 +17,7 @@ from medmm_ray.data.records import (
     Solution,
     Solutions,
 )
-from medmm_ray.data.sources.phantom import DOCUMENTS, blind_work, generator, make_items, render
+from medmm_ray.data.sources.phantom import DOCUMENTS, blind_solution, generator, make_questions, render
 
 RECIPE = "jobs/recipes/tiny.yaml"
 REFERENCES = 3
@@ -29,7 +29,7 @@ def make_run(
     """A run in `folder`; steps of each question's first solution are in the queue. `lists` replace tables' rows."""
     run = Run(load_recipe([RECIPE, f"run={folder}", "review.expert=none"]))
     folder.mkdir(exist_ok=True)
-    items = make_items(0, "train", num_questions + REFERENCES, 1)
+    items = make_questions(0, "train", num_questions + REFERENCES, 1)
     questions, images, evidence, solutions, queue = [], [], [], [], []
     for number, item in enumerate(items):
         image_id = f"im{number}"
@@ -63,7 +63,7 @@ def make_run(
         )
         made = []
         for index in range(2):
-            texts, letter = blind_work(item, generator("review", number, index))
+            texts, letter = blind_solution(item, generator("review", number, index))
             made.append(
                 Solution(solution_id=f"s{number}-{index}", index=index, text=" ".join(texts), steps=texts,
                          answer=letter, correct=letter == item.answer, finish_reason="stop", seed=0,

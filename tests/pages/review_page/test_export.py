@@ -14,7 +14,7 @@ from medmm_ray.data.tables import Table, TableError
 from medmm_ray.pages.review_page.export import export_verdicts, read_export, step_label, step_labels
 from medmm_ray.pages.review_page.item_views import ItemViews
 from medmm_ray.pages.review_page.verdicts import Verdict, VerdictLog
-from medmm_ray.stats.targets import Ending, hybrid
+from medmm_ray.stats.targets import AnswerOutcome, hybrid
 from tests.pages.review_page.phantom_run import RECIPE, make_run
 
 
@@ -87,12 +87,12 @@ def test_labels_of_readers_and_adjudicator_lie_side_by_side(run: Run) -> None:
         "verdicts": 7, "minutes": 1.0, "kappa_readers": 0.0, "kappa_readers_steps": 2,
     }  # fmt: skip
     # Of the adjudicated solution the other step keeps its readers' word; a neutral step trains as right.
-    assert hybrid([row for row in rows if row.solution_id == "s0-0"], 3 + len(rest), Ending(None, None))[:3] == [
+    assert hybrid([row for row in rows if row.solution_id == "s0-0"], 3 + len(rest), AnswerOutcome(None, None))[:3] == [
         None,
         1.0,
         1.0,
     ]
-    assert hybrid([row for row in rows if row.solution_id == "s1-0"], len(rest_1), Ending(None, None))[:3] == [
+    assert hybrid([row for row in rows if row.solution_id == "s1-0"], len(rest_1), AnswerOutcome(None, None))[:3] == [
         None,
         1.0,
         None,

@@ -13,29 +13,45 @@ from medmm_ray.config import digest
 from medmm_ray.data.sources import (
     AnsweredQuestion,
     Hardness,
-    Request,
     SourceData,
     SourceImage,
     SourceQuestion,
+    SourceRequest,
     read_documents,
 )
 from medmm_ray.data.sources.phantom.captions import captions
-from medmm_ray.data.sources.phantom.case import HARD, PLAIN, Case, generator, make_case
+from medmm_ray.data.sources.phantom.case import HARD, PLAIN, PhantomCase, generator, make_case
 from medmm_ray.data.sources.phantom.documents import DOCUMENTS
-from medmm_ray.data.sources.phantom.questions import Item, blind_work, make_items, report
+from medmm_ray.data.sources.phantom.questions import PhantomQuestion, blind_solution, make_questions, report
 from medmm_ray.data.sources.phantom.render import contact_sheet, render
 from medmm_ray.data.sources.phantom.truth import truth
 from medmm_ray.text import join_steps, question_with_options
 
 __all__ = [
-    "DOCUMENTS", "HARD", "PLAIN", "Case", "Hardness", "Item", "blind_work", "captions", "contact_sheet", "corpus",
-    "drawn_picture", "generator", "make_case", "make_items", "read", "render", "report", "truth",
+    "DOCUMENTS",
+    "HARD",
+    "PLAIN",
+    "Hardness",
+    "PhantomCase",
+    "PhantomQuestion",
+    "blind_solution",
+    "captions",
+    "contact_sheet",
+    "corpus",
+    "drawn_picture",
+    "generator",
+    "make_case",
+    "make_questions",
+    "read",
+    "render",
+    "report",
+    "truth",
 ]  # fmt: skip
 
 NUM_TRAIN, NUM_TEST = 800, 250
 
 
-def read(request: Request) -> SourceData:
+def read(request: SourceRequest) -> SourceData:
     """Cases, questions and documents; `request.num_extra_images` more training cases come without a question."""
     wanted = {
         "train": NUM_TRAIN if request.num_train is None else request.num_train,
@@ -45,7 +61,7 @@ def read(request: Request) -> SourceData:
     images: list[SourceImage] = []
     questions: list[SourceQuestion] = []
     for split, number in wanted.items():
-        for index, item in enumerate(make_items(request.seed, split, number, request.num_worked, hardness)):
+        for index, item in enumerate(make_questions(request.seed, split, number, request.num_worked, hardness)):
             images.append(_image(item.case, split))
             questions.append(_question(item, images[-1], split, f"{split}-{index}"))
     images += [_image(case, "train") for case in _extra_cases(request.seed, request.num_extra_images, hardness)]
@@ -55,14 +71,14 @@ def read(request: Request) -> SourceData:
 
 def draw(annotation: str, size: int) -> PIL.Image.Image:
     """The picture of the case that `annotation` describes."""
-    return render(Case.from_annotation(annotation), size)
+    return render(PhantomCase.from_annotation(annotation), size)
 
 
 @dataclass(frozen=True)
 class PhantomPicture:
     """A drawn picture of a case: what steps say of it is checked, and what it shows is told."""
 
-    case: Case
+    case: PhantomCase
 
     def truth(self, step: str, question: AnsweredQuestion | None = None) -> bool | None:
         """Whether a step is right about the case; None where it says nothing that can be checked."""
@@ -75,24 +91,24 @@ class PhantomPicture:
 
 def drawn_picture(annotation: str) -> PhantomPicture:
     """The picture of the case that `annotation` describes; raises `ValueError` where that is of something else."""
-    return PhantomPicture(Case.from_annotation(annotation))
+    return PhantomPicture(PhantomCase.from_annotation(annotation))
 
 
 def corpus(seed: int = 0, number: int = 2000) -> list[str]:
     """Texts of this world to train a tokenizer on: questions, solutions, captions, documents."""
     texts = [f"{document.title}. {document.text}" for document in DOCUMENTS]
-    for item in make_items(seed, "corpus", number):
+    for item in make_questions(seed, "corpus", number):
         texts.append(question_with_options(item.question, item.options))
         texts.append(join_steps(item.worked[0]))
         texts += captions(item.case)
     return texts
 
 
-def _extra_cases(seed: int, number: int, hardness: Hardness) -> Iterator[Case]:
+def _extra_cases(seed: int, number: int, hardness: Hardness) -> Iterator[PhantomCase]:
     return (make_case(generator("extra", seed, index), hardness=hardness) for index in range(number))
 
 
-def _image(case: Case, split: str) -> SourceImage:
+def _image(case: PhantomCase, split: str) -> SourceImage:
     annotation = case.annotation()
     return SourceImage(
         uri=f"{split}/{digest('phantom', annotation)}.png",
@@ -103,7 +119,7 @@ def _image(case: Case, split: str) -> SourceImage:
     )
 
 
-def _question(item: Item, image: SourceImage, split: str, name: str) -> SourceQuestion:
+def _question(item: PhantomQuestion, image: SourceImage, split: str, name: str) -> SourceQuestion:
     return SourceQuestion(
         name=name,
         split=split,

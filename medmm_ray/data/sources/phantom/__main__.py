@@ -3,10 +3,10 @@
 import sys
 
 from medmm_ray.data.sources.phantom import HARD, PLAIN, Hardness, contact_sheet, make_case
-from medmm_ray.data.sources.phantom.case import DIFFICULTIES, KINDS, Case, generator
+from medmm_ray.data.sources.phantom.case import DIFFICULTIES, KINDS, PhantomCase, generator
 
 
-def sheet_cases(seed: int, hardness: Hardness = PLAIN) -> list[Case]:
+def sheet_cases(seed: int, hardness: Hardness = PLAIN) -> list[PhantomCase]:
     """One case of each kind (columns) at each difficulty (rows)."""
     rng = generator("sheet", seed)
     drawn = {(case.kind, case.difficulty): case for case in (make_case(rng, hardness=hardness) for _ in range(2000))}

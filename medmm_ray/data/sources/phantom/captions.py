@@ -1,6 +1,6 @@
 """What a phantom's picture shows, in words: for contrastive training of the image tower (training cases only)."""
 
-from medmm_ray.data.sources.phantom.case import Case, Finding
+from medmm_ray.data.sources.phantom.case import Finding, PhantomCase
 from medmm_ray.data.sources.phantom.truth import truth
 
 NORMAL = (
@@ -11,7 +11,7 @@ NORMAL = (
 )
 
 
-def captions(case: Case) -> tuple[str, ...]:
+def captions(case: PhantomCase) -> tuple[str, ...]:
     """Ways to say what the picture shows; of several findings each is said, in sentences that hold for the case."""
     told = [[c for c in _told(finding) if truth(c, case)] for finding in case.findings] or [list(NORMAL)]
     return tuple(" ".join(sentences) for sentences in zip(*told, strict=False))

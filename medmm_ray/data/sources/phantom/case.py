@@ -57,7 +57,7 @@ class Finding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class PhantomCase:
     """`kind` (one of `KINDS`) to `contrast` describe the main finding, "normal" for none; `more` are further ones.
 
     `seed` decides pose, anatomy and noise; `size` and `noise` are `Hardness`'s.
@@ -94,7 +94,7 @@ class Case:
         return json.dumps({k: v for k, v in values.items() if k not in plain or v != plain[k]}, sort_keys=True)
 
     @classmethod
-    def from_annotation(cls, annotation: str) -> "Case":
+    def from_annotation(cls, annotation: str) -> "PhantomCase":
         """The case of an `annotation`; raises `ValueError` where that is of something else."""
         try:
             values = json.loads(annotation)
@@ -118,8 +118,8 @@ def make_case(
     side: str = "",
     zone: str = "",
     hardness: Hardness = PLAIN,
-    admits: Callable[[Case], bool] = lambda case: True,  # noqa: ARG005
-) -> Case:
+    admits: Callable[[PhantomCase], bool] = lambda case: True,  # noqa: ARG005
+) -> PhantomCase:
     """A case whose main finding is one of `kinds`; `side` and `zone`, where given, are kept, and kinds that cannot have
     them left out. Further findings are those that `admits` allows.
     """
@@ -128,7 +128,7 @@ def make_case(
     difficulty = pick(rng, DIFFICULTIES)
     extent, contrast = _extent_and_contrast(rng, difficulty, hardness)
     in_lung = kind in LUNG_KINDS
-    case = Case(
+    case = PhantomCase(
         seed=int(rng.integers(2**40)),
         kind=kind,
         side=(side or pick(rng, SIDES)) if in_lung else "",
@@ -150,7 +150,9 @@ def _extent_and_contrast(rng: np.random.Generator, difficulty: str, hardness: Ha
     return round(float(extent), 3), round(float(contrast) * hardness.contrast, 3)
 
 
-def _with_one_more(rng: np.random.Generator, case: Case, hardness: Hardness, admits: Callable[[Case], bool]) -> Case:
+def _with_one_more(
+    rng: np.random.Generator, case: PhantomCase, hardness: Hardness, admits: Callable[[PhantomCase], bool]
+) -> PhantomCase:
     """The case with one more finding, in a lung that has none or of the heart; as it is where `admits` allows none."""
     extent, contrast = _extent_and_contrast(rng, case.difficulty, hardness)
     taken = {finding.side for finding in case.findings}  # "" is the heart

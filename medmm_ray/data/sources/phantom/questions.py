@@ -20,8 +20,8 @@ from medmm_ray.data.sources.phantom.case import (
     LUNG_KINDS,
     NAMES,
     PLAIN,
-    Case,
     Finding,
+    PhantomCase,
     generator,
     make_case,
     pick,
@@ -69,7 +69,7 @@ class Option:
     side: str = ""
     zone: str = ""
 
-    def holds(self, case: Case) -> bool:
+    def holds(self, case: PhantomCase) -> bool:
         if self.kinds == ("normal",):
             return not case.findings
         places = [(f.side, f.zone) for f in case.findings if f.kind in self.kinds]
@@ -178,7 +178,7 @@ TEMPLATES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Item:
+class PhantomQuestion:
     """A question with its case. `options` are texts in the order of their letters; `answer` is the true one's letter.
 
     `worked` holds worked solutions, each a list of steps.
@@ -188,11 +188,13 @@ class Item:
     question: str
     options: tuple[str, ...]
     answer: str
-    case: Case
+    case: PhantomCase
     worked: tuple[tuple[str, ...], ...]
 
 
-def make_items(seed: int, split: str, number: int, num_worked: int = 1, hardness: Hardness = PLAIN) -> list[Item]:
+def make_questions(
+    seed: int, split: str, number: int, num_worked: int = 1, hardness: Hardness = PLAIN
+) -> list[PhantomQuestion]:
     """`number` questions, each about a case of its own; the same arguments give the same questions.
 
     An item depends on its place alone, so that asking for more leaves the first ones as they are. Of several findings
@@ -201,7 +203,7 @@ def make_items(seed: int, split: str, number: int, num_worked: int = 1, hardness
     return [_make_item(seed, split, index, num_worked, hardness) for index in range(number)]
 
 
-def report(case: Case) -> str:
+def report(case: PhantomCase) -> str:
     """A case's picture told in words: all that the steps of its worked solutions may say of it, and the diagnosis."""
     seen = [text for finding in case.findings or (case,) for text in _observations(finding)]
     absent = [text for text in _negatives(case) if truth(text, case)]
@@ -209,18 +211,18 @@ def report(case: Case) -> str:
     return " ".join([*seen, *absent, f"Impression: {impression or 'normal chest'}."])
 
 
-def _make_item(seed: int, split: str, index: int, num_worked: int, hardness: Hardness) -> Item:
+def _make_item(seed: int, split: str, index: int, num_worked: int, hardness: Hardness) -> PhantomQuestion:
     rng = generator("question", seed, split, index)
     template = TEMPLATES[int(rng.integers(len(TEMPLATES)))]
     place = _guess(template, rng)
     gold = template.options[place]
 
-    def admits(case: Case) -> bool:
+    def admits(case: PhantomCase) -> bool:
         return [option for option in template.options if option.holds(case)] == [gold]
 
     case = make_case(rng, gold.kinds, gold.side, gold.zone, hardness, admits)
     context = pick(rng, CONTEXTS).format(pick(rng, COMPLAINTS))
-    return Item(
+    return PhantomQuestion(
         template=template.name,
         question=f"{context} {pick(rng, template.stems)}",
         options=tuple(option.text for option in template.options),
@@ -236,7 +238,7 @@ def _guess(template: Template, rng: np.random.Generator) -> int:
     return int(rng.choice(4, p=prevalence))
 
 
-def blind_work(item: Item, rng: np.random.Generator, slip: float = 0.0) -> tuple[list[str], str]:
+def blind_solution(item: PhantomQuestion, rng: np.random.Generator, slip: float = 0.0) -> tuple[list[str], str]:
     """The steps and the letter of somebody who has not seen the picture: an option by its prevalence, and a worked
     solution of a made-up case for it. With the chance `slip` one step comes from a case for another option, so that
     right answers have wrong steps too.
@@ -254,7 +256,7 @@ def blind_work(item: Item, rng: np.random.Generator, slip: float = 0.0) -> tuple
     return steps, LETTERS[places[0]]
 
 
-def _work(template: str, case: Case, option: str, letter: str, rng: np.random.Generator) -> list[str]:
+def _work(template: str, case: PhantomCase, option: str, letter: str, rng: np.random.Generator) -> list[str]:
     """Four or five steps: which option is tested, what is seen (and what is not), what it means, the letter."""
     seen = [pick(rng, _observations(case))]
     if rng.random() < 0.45:
@@ -263,13 +265,13 @@ def _work(template: str, case: Case, option: str, letter: str, rng: np.random.Ge
     return [tested, *seen, meant, pick(rng, FINAL).format(letter)]
 
 
-def _asides(case: Case) -> tuple[str, ...]:
+def _asides(case: PhantomCase) -> tuple[str, ...]:
     """What else may be said: what is not seen, and what is seen of further findings."""
     absent = tuple(text for text in _negatives(case) if truth(text, case))
     return absent + tuple(text for finding in case.more for text in _observations(finding))
 
 
-def _observations(case: Case | Finding) -> tuple[str, ...]:
+def _observations(case: PhantomCase | Finding) -> tuple[str, ...]:
     side, zone = case.side, f"{case.side} {case.zone} zone"
     match case.kind:
         case "effusion":
@@ -300,7 +302,7 @@ def _observations(case: Case | Finding) -> tuple[str, ...]:
     return ("Both lungs are clear.", "Both costophrenic angles are sharp.", "No opacity is seen in either lung.")
 
 
-def _negatives(case: Case) -> tuple[str, ...]:
+def _negatives(case: PhantomCase) -> tuple[str, ...]:
     if case.kind in LUNG_KINDS:
         other = "left" if case.side == "right" else "right"
         return ("The heart size is normal.", f"The {other} lung is clear.")
@@ -309,7 +311,7 @@ def _negatives(case: Case) -> tuple[str, ...]:
     return ("The heart size is normal.", "No pneumothorax is seen.")
 
 
-def _conclusions(template: str, case: Case, option: str) -> tuple[str, ...]:
+def _conclusions(template: str, case: PhantomCase, option: str) -> tuple[str, ...]:
     """What the observation means, in the option's own words, and in full: a side that the option leaves out is said."""
     name = case.findings[0].name if case.findings else "normal chest"
     match template:

@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
-from medmm_ray.data.sources.phantom.case import Case, Finding, generator
+from medmm_ray.data.sources.phantom.case import Finding, PhantomCase, generator
 
 Field = NDArray[np.floating[Any]]
 
@@ -38,7 +38,7 @@ class Anatomy(NamedTuple):
     noise: float
 
 
-def render(case: Case, size: int = 64) -> PIL.Image.Image:
+def render(case: PhantomCase, size: int = 64) -> PIL.Image.Image:
     """The case as a greyscale picture of `size` x `size` pixels; equal cases give equal pixels."""
     rng = generator("phantom", case.seed)
     anatomy = _anatomy(rng)
@@ -73,7 +73,7 @@ def _anatomy(rng: np.random.Generator) -> Anatomy:
     )
 
 
-def _chest(case: Case, anatomy: Anatomy, rng: np.random.Generator, x: Field, y: Field, soft: float) -> Field:
+def _chest(case: PhantomCase, anatomy: Anatomy, rng: np.random.Generator, x: Field, y: Field, soft: float) -> Field:
     ax = np.abs(x)
     body = _below(np.maximum(ax / (0.93 - 0.10 * np.exp(-(((y + 0.25) / 0.3) ** 2))), -y - 0.10 + 0.75 * ax), 1.0, soft)
     body = np.maximum(body, _below(ax, 0.24, soft))  # the neck
@@ -133,7 +133,7 @@ def _dome(x: Field, side: float, anatomy: Anatomy) -> Field:
     return np.asarray(top + np.where(away > 0, 1.9, 0.55) * away**2, dtype=np.float32)
 
 
-def _mediastinum(case: Case, picture: Field, anatomy: Anatomy, x: Field, y: Field, soft: float) -> Field:
+def _mediastinum(case: PhantomCase, picture: Field, anatomy: Anatomy, x: Field, y: Field, soft: float) -> Field:
     """Spine, great vessels with the aortic knob, trachea, heart, the stomach's bubble."""
     column = _below(np.abs(x), 0.115 + 0.03 * (y > 0) * y, 2 * soft)
     knob = _below(np.hypot((x - 0.10) / 0.10, (y + 0.26) / 0.12), 1.0, 12 * soft)
@@ -266,13 +266,13 @@ def _grid(size: int) -> tuple[Field, Field]:
     return x, y
 
 
-def _caption(case: Case) -> str:
+def _caption(case: PhantomCase) -> str:
     if case.more:
         return "\n".join(f"{finding.name} {finding.zone}" for finding in case.findings)
     return f"{case.diagnosis} {case.zone} ({case.difficulty})"
 
 
-def contact_sheet(cases: list[Case], size: int = 256, columns: int = 6) -> PIL.Image.Image:
+def contact_sheet(cases: list[PhantomCase], size: int = 256, columns: int = 6) -> PIL.Image.Image:
     """The cases side by side, each with its diagnosis and difficulty underneath, for human eyes."""
     from PIL import ImageDraw
 

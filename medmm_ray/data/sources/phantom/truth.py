@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
-from medmm_ray.data.sources.phantom.case import LUNG_KINDS, SIDES, Case
+from medmm_ray.data.sources.phantom.case import LUNG_KINDS, SIDES, PhantomCase
 
 LUNG = frozenset(LUNG_KINDS)
 ANY = LUNG | {"cardiomegaly"}
@@ -28,7 +28,7 @@ HEART = frozenset({"cardiomegaly"})
 NEVER: frozenset[str] = frozenset()  # what no phantom has: a shifted mediastinum, a fracture
 
 
-class Asked(Protocol):
+class QuestionAndAnswer(Protocol):
     """What `truth` needs of a question; `records.Question` has it. `answer` is a letter."""
 
     @property
@@ -47,7 +47,7 @@ class Claim:
     side: str
     zone: str
 
-    def holds(self, case: Case) -> bool:
+    def holds(self, case: PhantomCase) -> bool:
         kinds = self.kinds - HEART if self.side and self.kinds != HEART else self.kinds
         found = [f for f in case.findings if f.kind in kinds]
         if kinds != HEART:  # the heart has neither side nor zone
@@ -59,7 +59,7 @@ class Claim:
         return bool(found) == self.present
 
 
-def truth(step_text: str, case: Case, question: Asked | None = None) -> bool | None:
+def truth(step_text: str, case: PhantomCase, question: QuestionAndAnswer | None = None) -> bool | None:
     """True where every claim of the step holds for `case`, False where one does not, None where it makes none."""
     verdicts = [claim.holds(case) for claim in claims(step_text)]
     if question is not None:
@@ -76,7 +76,7 @@ _VERDICT = re.compile(r"\(([A-J])\)\s+(?:is|fits|must|matches)\b(?P<wrong>\s+(?:
 _STATED = re.compile(r"\banswer\s+(?:is|must be|:)\s*:?\s*(?P<text>[^().]+)", re.IGNORECASE)
 
 
-def _answers(text: str, question: Asked) -> list[bool]:
+def _answers(text: str, question: QuestionAndAnswer) -> list[bool]:
     """Whether each answer stated in `text` (a letter, or an option's own words) is the question's."""
     text = " ".join(s for s in _SENTENCE.split(text) if not _INSTRUCTION.search(s.lower()) and "?" not in s)
     found = [((m[2] or m[3]).upper(), bool(m[1] or m["wrong"])) for m in _ANSWER.finditer(text)]

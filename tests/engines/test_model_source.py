@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from medmm_ray.engines import provenance as origin
-from medmm_ray.engines.provenance import Origin, content_hash
+from medmm_ray.engines import model_source
+from medmm_ray.engines.model_source import ModelSource, content_hash
 
 
 def write(file: Path, content: bytes) -> Path:
@@ -13,10 +13,10 @@ def write(file: Path, content: bytes) -> Path:
 
 
 def test_a_hub_id_keeps_its_commit_and_a_folder_its_name_alone(tmp_path: Path) -> None:
-    assert Origin.of("org/model", "abc") == Origin("org/model", "abc")
+    assert ModelSource.of("org/model", "abc") == ModelSource("org/model", "abc")
     write(tmp_path / "private" / "policy" / "model.safetensors", b"weights")
-    found = Origin.of(tmp_path / "private" / "policy")
-    assert found == Origin("policy", content_hash(tmp_path / "private" / "policy"))
+    found = ModelSource.of(tmp_path / "private" / "policy")
+    assert found == ModelSource("policy", content_hash(tmp_path / "private" / "policy"))
 
 
 def test_the_hash_is_of_the_weights_wherever_they_lie(tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ def test_the_hash_is_of_the_weights_wherever_they_lie(tmp_path: Path) -> None:
 
 
 def test_a_large_file_is_sampled_from_its_first_to_its_last_byte(tmp_path: Path) -> None:
-    size = origin._WHOLE + 3
+    size = model_source._WHOLE + 3
     content = bytearray(size)
     first = content_hash(write(tmp_path / "x.gguf", bytes(content)))
     for place in (0, size - 1):

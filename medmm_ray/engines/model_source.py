@@ -11,7 +11,7 @@ _SAMPLES = 256
 
 
 @dataclass(frozen=True)
-class Origin:
+class ModelSource:
     """`source`: a hub id, or a folder's (or file's) name. `revision`: the hub's commit, or "content:" and a hash of the
     weight files; None for a model that was never stored."""
 
@@ -19,7 +19,7 @@ class Origin:
     revision: str | None
 
     @classmethod
-    def of(cls, source: str | Path, commit: str | None = None) -> "Origin":
+    def of(cls, source: str | Path, commit: str | None = None) -> "ModelSource":
         """Of a hub id with its commit, or of a local folder or file: its name alone, as paths are nobody's business."""
         path = Path(source)
         return cls(path.resolve().name, content_hash(path)) if path.exists() else cls(str(source), commit)

@@ -194,7 +194,9 @@ def _kappa_readers(of_queue: Verdicts, queue: Sequence[ReviewItem]) -> dict[str,
             question_ids.append(item.question_id)
             weights.append(1 / item.inclusion_probability)
     _, question = np.unique(question_ids, return_inverse=True)
-    tables = stats_by_group({}, question, np.array(cells, dtype=np.int64), 4, kappa_of_counts, RESAMPLING, np.array(weights))
+    tables = stats_by_group(
+        {}, question, np.array(cells, dtype=np.int64), 4, kappa_of_counts, RESAMPLING, np.array(weights)
+    )
     figure = tables["all"].get("all")
     if figure is None or figure["value"] is None:
         return {}

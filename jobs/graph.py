@@ -1,9 +1,9 @@
 """The pipeline as data: every step in order, what it reads and what it makes.
 
 A name is a table (with its record) or an artifact (None: a folder, such as an index or a checkpoint). Each step's code
-is ``jobs.<name>.run``, its config the recipe's section of the same name. Raise `version` when a step's code makes
-something else from the same config: what was made before is then made again. `shares` names settings of other steps
-that decide what this one makes, where it does not read their tables.
+is ``jobs.<name>.run``, its config the recipe's section of the same name. A step's `version` stands in the module that
+does its work: raise it there when the code makes something else from the same config, and what was made before is made
+again.
 """
 
 from collections.abc import Mapping
@@ -23,153 +23,197 @@ from medmm_ray.data.records import (
     Vector,
     WrittenQuestion,
 )
+from medmm_ray.steps import (
+    audit,
+    curate,
+    embed,
+    evaluate,
+    index,
+    ingest,
+    judge,
+    monte_carlo,
+    retrieve,
+    review,
+    sample,
+    score,
+    tree_search,
+    write_questions,
+)
+from medmm_ray.train import image_text, policy, text_prm, two_tower
 
 
 @dataclass(frozen=True)
 class Step:
+    """One step: the names that it reads and makes, and a line about it for people.
+
+    `shares` names settings of other steps that decide what this one makes, where it does not read their tables.
+    """
+
     name: str
+    what: str = field(compare=False)
     reads: tuple[str, ...]
     makes: Mapping[str, type | None]
-    version: int = 1
+    version: int
     shares: tuple[str, ...] = ()
-    what: str = field(default="", compare=False)
 
 
 LABELS = ("judge_labels", "monte_carlo_labels", "expert_labels")
 TREES = ("tree_solutions", "tree_labels")
 
 STEPS = (
+    # Questions, images and documents
     Step(
         "ingest",
-        (),
-        {"raw_questions": Question, "raw_images": Image, "documents": Document, "demonstrations": Solutions},
-        version=4,
-        what="read the source",
+        "read the source",
+        reads=(),
+        makes={"raw_questions": Question, "raw_images": Image, "documents": Document, "demonstrations": Solutions},
+        version=ingest.VERSION,
     ),
     Step(
         "write_questions",
-        ("raw_questions", "raw_images"),
-        {"written_questions": WrittenQuestion, "new_questions": Question},
-        version=3,
-        what="questions for images without one",
+        "questions for images without one",
+        reads=("raw_questions", "raw_images"),
+        makes={"written_questions": WrittenQuestion, "new_questions": Question},
+        version=write_questions.VERSION,
     ),
     Step(
         "curate",
-        ("raw_questions", "raw_images", "new_questions"),
-        {"questions": Question, "images": Image},
-        what="drop duplicates and leaks, split",
+        "drop duplicates and leaks, split",
+        reads=("raw_questions", "raw_images", "new_questions"),
+        makes={"questions": Question, "images": Image},
+        version=curate.VERSION,
     ),
-    Step("train_image_tower", ("images",), {"image_tower": None}, what="contrastive image tower (open_clip)"),
+    # What each question is read with
+    Step(
+        "train_image_tower",
+        "contrastive image tower (open_clip)",
+        reads=("images",),
+        makes={"image_tower": None},
+        version=image_text.VERSION,
+    ),
     Step(
         "embed",
-        ("questions", "images", "documents", "image_tower"),
-        {"image_vectors": Vector, "document_vectors": Vector, "query_vectors": Vector},
-        what="embed images, documents, questions",
+        "embed images, documents, questions",
+        reads=("questions", "images", "documents", "image_tower"),
+        makes={"image_vectors": Vector, "document_vectors": Vector, "query_vectors": Vector},
+        version=embed.VERSION,
     ),
-    Step("index", ("image_vectors", "document_vectors"), {"index": None}, what="FAISS indexes"),
+    Step(
+        "index",
+        "FAISS indexes",
+        reads=("image_vectors", "document_vectors"),
+        makes={"index": None},
+        version=index.VERSION,
+    ),
     Step(
         "retrieve",
-        ("questions", "images", "documents", "image_vectors", "query_vectors", "index"),
-        {"evidence": Evidence},
-        what="documents and similar images",
+        "documents and similar images",
+        reads=("questions", "images", "documents", "image_vectors", "query_vectors", "index"),
+        makes={"evidence": Evidence},
+        version=retrieve.VERSION,
     ),
+    # Solutions and the labels of their steps
     Step(
         "train_policy",
-        ("questions", "demonstrations", "documents"),
-        {"policy": None},
-        what="supervised fine-tuning (DeepSpeed)",
+        "supervised fine-tuning (DeepSpeed)",
+        reads=("questions", "demonstrations", "documents"),
+        makes={"policy": None},
+        version=policy.VERSION,
     ),
     Step(
         "sample",
-        ("questions", "images", "evidence", "policy"),
-        {"solutions": Solutions},
-        version=4,
-        what="solutions by vLLM",
+        "solutions by vLLM",
+        reads=("questions", "images", "evidence", "policy"),
+        makes={"solutions": Solutions},
+        version=sample.VERSION,
     ),
     Step(
         "judge",
-        ("questions", "images", "evidence", "solutions"),
-        {"judge_labels": Labels},
-        version=2,
+        "a verdict for each step",
+        reads=("questions", "images", "evidence", "solutions"),
+        makes={"judge_labels": Labels},
+        version=judge.VERSION,
         shares=("second_judge",),
-        what="a verdict for each step",
     ),
     Step(
         "monte_carlo",
-        ("questions", "images", "evidence", "solutions", "judge_labels", "policy"),
-        {"monte_carlo_labels": Labels},
-        version=3,
-        what="continuations of steps (vLLM)",
+        "continuations of steps (vLLM)",
+        reads=("questions", "images", "evidence", "solutions", "judge_labels", "policy"),
+        makes={"monte_carlo_labels": Labels},
+        version=monte_carlo.VERSION,
     ),
     Step(
         "tree_search",
-        ("questions", "evidence", "policy"),
-        {"trees": Tree, "tree_solutions": Solutions, "tree_labels": Labels},
-        version=3,
+        "solutions and labels from trees (vLLM)",
+        reads=("questions", "evidence", "policy"),
+        makes={"trees": Tree, "tree_solutions": Solutions, "tree_labels": Labels},
+        version=tree_search.VERSION,
         shares=("sample.equivalence",),
-        what="solutions and labels from trees (vLLM)",
     ),
     Step(
         "review",
-        ("questions", "images", "solutions", "judge_labels", "monte_carlo_labels"),
-        {"review_queue": ReviewItem, "expert_labels": Labels},
-        version=3,
-        what="the expert's queue and verdicts",
+        "the expert's queue and verdicts",
+        reads=("questions", "images", "solutions", "judge_labels", "monte_carlo_labels"),
+        makes={"review_queue": ReviewItem, "expert_labels": Labels},
+        version=review.VERSION,
     ),
     Step(
         "audit",
-        ("questions", "images", "evidence", "solutions", *LABELS, *TREES, "review_queue"),
-        {"dataset_report": None},
-        version=2,
-        what="dataset report and quality gates",
+        "dataset report and quality gates",
+        reads=("questions", "images", "evidence", "solutions", *LABELS, *TREES, "review_queue"),
+        makes={"dataset_report": None},
+        version=audit.VERSION,
     ),
+    # The reward model
     Step(
         "train_text_prm",
-        ("questions", "evidence", "solutions", *LABELS, *TREES, "policy"),
-        {"text_prm": None},
-        version=4,
-        what="text reward model (DeepSpeed)",
+        "text reward model (DeepSpeed)",
+        reads=("questions", "evidence", "solutions", *LABELS, *TREES, "policy"),
+        makes={"text_prm": None},
+        version=text_prm.VERSION,
     ),
     Step(
         "states",
-        ("questions", "evidence", "solutions", "tree_solutions", "text_prm"),
-        {"states": States, "tree_states": States},
-        version=2,
-        what="text states of the training split",
+        "text states of the training split",
+        reads=("questions", "evidence", "solutions", "tree_solutions", "text_prm"),
+        makes={"states": States, "tree_states": States},
+        version=score.STATES_VERSION,
     ),
     Step(
         "train_two_tower",
-        (
-            "questions",
-            "images",
-            "evidence",
-            "solutions",
-            *LABELS,
-            *TREES,
-            "states",
-            "tree_states",
-            "text_prm",
-            "image_tower",
+        "image fusion on cached states",
+        reads=(
+            *("questions", "images", "evidence", "solutions", *LABELS, *TREES),
+            *("states", "tree_states", "text_prm", "image_tower"),
         ),
-        {"two_tower": None},
-        version=2,
-        what="image fusion on cached states",
+        makes={"two_tower": None},
+        version=two_tower.VERSION,
     ),
+    # What it is worth
     Step(
         "score",
-        ("questions", "images", "evidence", "solutions", "two_tower"),
-        {"scores": Scores},
-        version=2,
-        what="step scores of the test split",
+        "step scores of the test split",
+        reads=("questions", "images", "evidence", "solutions", "two_tower"),
+        makes={"scores": Scores},
+        version=score.VERSION,
     ),
     Step(
         "evaluate",
-        ("questions", "images", "evidence", "solutions", *LABELS, "review_queue", "dataset_report", "scores"),
-        {"report": None},
-        version=4,
-        what="report.json, report.html",
+        "report.json, report.html",
+        reads=("questions", "images", "evidence", "solutions", *LABELS, "review_queue", "dataset_report", "scores"),
+        makes={"report": None},
+        version=evaluate.VERSION,
     ),
 )
 
+
+def _makers() -> dict[str, Step]:
+    makers = {}
+    for step in STEPS:
+        for name in step.makes:
+            makers[name] = step
+    return makers
+
+
 BY_NAME = {step.name: step for step in STEPS}
-MAKER = {name: step for step in STEPS for name in step.makes}
+MAKER = _makers()  # of each table and artifact

@@ -30,6 +30,7 @@ from medmm_ray.text import normalise
 if TYPE_CHECKING:
     from ray.data import Dataset
 
+VERSION = 1  # of what a step makes: raise it when the same config makes something else
 THUMBNAIL = 32  # pixels a side
 _BLUR = 2  # pixels: what is smoother than this is not detail
 _BLOCK = 2048  # hashes compared at a time: 2048 x 2048 distances are 4 MB

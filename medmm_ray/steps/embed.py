@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from ray.data import Dataset
 
+VERSION = 1  # of what a step makes: raise it when the same config makes something else
 Vectors = NDArray[np.float32]
 
 

@@ -15,6 +15,8 @@ from pyarrow import fs as pafs
 from medmm_ray.data.tables import Artifact, TableError
 from medmm_ray.engines.index import Index, IndexConfig, Vectors
 
+VERSION = 1  # of what a step makes: raise it when the same config makes something else
+
 
 def build_index(
     image_vectors: pa.Table, document_vectors: pa.Table, config: IndexConfig, out: Artifact

@@ -30,6 +30,7 @@ from medmm_ray.text import LETTERS, answer_key, join_steps, normalise
 if TYPE_CHECKING:
     from ray.data import Dataset
 
+VERSION = 4  # of what a step makes: raise it when the same config makes something else
 Draw = Callable[[str, int], PIL.Image.Image]
 WORKED = "worked"
 

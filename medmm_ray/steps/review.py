@@ -40,6 +40,7 @@ from medmm_ray.stats.label_arrays import (
 if TYPE_CHECKING:
     from ray.data import Dataset
 
+VERSION = 3  # of what a step makes: raise it when the same config makes something else
 SURE, UNSURE, DISAGREE = 0, 1, 2
 DISAGREEMENT = ("sure", "unsure", "disagree")  # the judge is; it is not; judges differ, or Monte Carlo contradicts
 RANDOM = "random"

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from ray.data import Dataset
 
-
+VERSION = 4  # of what a step makes: raise it when the same config makes something else
 # Settings that no API has, and the values that ask for nothing.
 ENGINE_ALONE: dict[str, Any] = {"lora": None, "top_k": 0, "batch_invariant": False, "vllm": {}, "num_gpus": 0}
 

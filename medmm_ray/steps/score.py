@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from medmm_ray.reward_model import ImageFeatures, RewardModel, SolutionStates, StepScores
 
+STATES_VERSION, VERSION = 2, 2  # of what a step makes: raise it when the same config makes something else
 Arm = Literal["multimodal", "text_only", "shuffled_image", "no_documents"]
 _LOOKING: tuple[Arm, ...] = ("multimodal", "shuffled_image")  # for a model that reads no images they would say nothing
 Shown = Literal["own", "shuffled"]

@@ -38,6 +38,7 @@ from medmm_ray.text import LETTERS, extract_answer, normalise, one_line, questio
 if TYPE_CHECKING:
     from ray.data import Dataset
 
+VERSION = 3  # of what a step makes: raise it when the same config makes something else
 Read = TypeVar("Read")
 SOURCE = "written"
 REFUSALS = ("question_options", "question_leak", "question_ambiguous", "question_repeated")

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
     from medmm_ray.reward_model.attention import Block
 
+VERSION = 1  # of what a step makes: raise it when the same config makes something else
+
 
 class LlamaShape(Config):
     """A small Llama trained from random weights."""

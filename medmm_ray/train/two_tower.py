@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from medmm_ray.engines.image_tower import ImageTower
     from medmm_ray.reward_model import Fusion, ImageFeatures
 
+VERSION = 2  # of what a step makes: raise it when the same config makes something else
+
 
 class TwoTowerConfig(TrainConfig):
     """Training of fusion and image tower."""

@@ -32,6 +32,7 @@ from medmm_ray.steps.audit.leakage import leakage
 from medmm_ray.steps.audit.sampling import coverage, easy_first, sampling, step_counts, trees
 from medmm_ray.steps.audit.yields import Yields
 
+VERSION = 2  # of what a step makes: raise it when the same config makes something else
 __all__ = ["AuditConfig", "GateError", "audit", "require", "spoken", "wanted"]
 
 Row = dict[str, Any]

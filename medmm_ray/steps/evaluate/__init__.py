@@ -41,6 +41,7 @@ from medmm_ray.steps.evaluate.scored_questions import (
 )
 from medmm_ray.steps.evaluate.steps import TRUTHS, agreement, reference_labels, step_figures
 
+VERSION = 4  # of what a step makes: raise it when the same config makes something else
 __all__ = ["EvaluateConfig", "environment", "evaluate"]
 
 

@@ -30,6 +30,7 @@ from medmm_ray.steps.judge.verdicts import verdicts
 if TYPE_CHECKING:
     from ray.data import Dataset
 
+VERSION = 2  # of what a step makes: raise it when the same config makes something else
 __all__ = [
     "Judge",
     "JudgeActor",

@@ -58,6 +58,7 @@ from medmm_ray.steps.monte_carlo.search import (
 if TYPE_CHECKING:
     from ray.data import Dataset
 
+VERSION = 3  # of what a step makes: raise it when the same config makes something else
 log = logging.getLogger(__name__)
 
 

@@ -14,6 +14,7 @@ from medmm_ray.steps.tree_search.search import (
 )
 from medmm_ray.steps.tree_search.tree import TreeSearchConfig
 
+VERSION = 3  # of what a step makes: raise it when the same config makes something else
 __all__ = [
     "TreeSearchActor",
     "TreeSearchConfig",

@@ -30,7 +30,7 @@ from medmm_ray.engines.generator import Generator, TextGenerator
 from medmm_ray.engines.grader import Grader, MakeGrader
 from medmm_ray.engines.images import open_image
 from medmm_ray.stats import metrics
-from medmm_ray.steps.score import cases, load
+from medmm_ray.steps.score import load, question_inputs
 from medmm_ray.steps.tree_search.beam import RewardModelScorer, beam_search
 from medmm_ray.steps.tree_search.writer import StepWriter
 
@@ -161,7 +161,7 @@ def asked(run: Run) -> list[dict[str, Any]]:
     questions, images, evidence = (job.read(name) for name in ("questions", "images", "evidence"))
     solved = {row["question_id"]: row for row in job.read("solutions").to_pylist()}
     read = {row["question_id"]: row for row in evidence.to_pylist()}
-    shown = {row["question_id"]: row for row in cases(questions, images, evidence).to_pylist()}
+    shown = {row["question_id"]: row for row in question_inputs(questions, images, evidence).to_pylist()}
     rows = []
     for question in sorted(questions.to_pylist(), key=lambda row: str(row["question_id"])):
         name = question["question_id"]

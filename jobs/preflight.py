@@ -17,7 +17,7 @@ from medmm_ray.config import ConfigError
 from medmm_ray.engines.generator import GeneratorConfig
 from medmm_ray.engines.llm.prices import today
 from medmm_ray.engines.llm.probe import ApiModel, probe_all
-from medmm_ray.reward_model.preflight import Kind, check_checkpoint
+from medmm_ray.reward_model.preflight import CheckpointKind, check_checkpoint
 
 # The steps in which each section asks its model, and what the artifacts are that `models` can name.
 ASKED_IN = {
@@ -27,7 +27,7 @@ ASKED_IN = {
     "judge": ("judge",),
     "second_judge": ("judge",),
 }
-KINDS: dict[str, Kind] = {
+KINDS: dict[str, CheckpointKind] = {
     "policy": "policy",
     "image_tower": "image_tower",
     "text_prm": "reward_model",
@@ -90,11 +90,11 @@ def _probe(run: Run, asked: Mapping[str, ApiModel], findings: Findings) -> None:
             findings.faults.append(f"{name}: {outcome}")
 
 
-def checkpoints_of(run: Run, steps: Sequence[Step]) -> dict[tuple[str, Kind], list[str]]:
+def checkpoints_of(run: Run, steps: Sequence[Step]) -> dict[tuple[str, CheckpointKind], list[str]]:
     """The checkpoints that steps load, each with the settings that name it; the run's own are none of them."""
-    recipe, found = run.recipe, dict[tuple[str, Kind], list[str]]()
+    recipe, found = run.recipe, dict[tuple[str, CheckpointKind], list[str]]()
 
-    def add(setting: str, name: str | None, kind: Kind) -> None:
+    def add(setting: str, name: str | None, kind: CheckpointKind) -> None:
         if name is not None and setting not in found.setdefault((name, kind), []):
             found[name, kind].append(setting)
 

@@ -1,4 +1,4 @@
-"""What quantisation does to a reward model's scores: the drift of GGUF files, or of weights rounded as they would be.
+"""What quantisation does to a reward model's scores: those of GGUF files, or of weights rounded as they would be.
 
 Both sides read the phantoms' questions, each with worked solutions of other cases among its own. Scores of a model that
 was not trained as a reward model say how far numbers move, not how well they rank.
@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from jobs.benches import Measured
-from jobs.benches.models import start
+from jobs.benches.models import set_up_torch
 from medmm_ray.config import Config
 
 if TYPE_CHECKING:
@@ -45,13 +45,13 @@ class BenchConfig(Config):
 def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
     from medmm_ray.engines.checkpoints import resolve
     from medmm_ray.reward_model import RewardModel
-    from medmm_ray.reward_model.score_agreement import Drift, drift
+    from medmm_ray.reward_model.score_agreement import ScoreAgreement, score_agreement
 
-    console.print(start(config.dtype, config.device, config.threads))
+    console.print(set_up_torch(config.dtype, config.device, config.threads))
     asked = requests(config.questions, config.solutions)
     path = resolve(config.model)
 
-    def rows(name: str, found: Drift) -> Iterator[Measured]:
+    def rows(name: str, found: ScoreAgreement) -> Iterator[Measured]:
         spread = found.spread
         yield Measured(f"{name}, mean |Δ log-odds| beside their spread", spread, found.mean_log_odds,
                        found.mean_log_odds / spread, "", "log-odds")  # fmt: skip
@@ -67,11 +67,11 @@ def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
     for file in config.gguf:
         folder, name = str(Path(file).parent), Path(file).name
         other = RewardModel.from_pretrained(folder, config.dtype, config.device, gguf_file=name)
-        yield from rows(name, drift(original, other, asked))
+        yield from rows(name, score_agreement(original, other, asked))
     for kind in () if config.gguf else config.kinds:
         other = RewardModel.from_pretrained(path, config.dtype, config.device)
         round_weights(other, kind)
-        yield from rows(kind, drift(original, other, asked))
+        yield from rows(kind, score_agreement(original, other, asked))
 
 
 def requests(questions: int, solutions: int) -> "list[ScoreRequest]":

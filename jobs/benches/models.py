@@ -103,7 +103,7 @@ def reward_model(shape: Shape, dtype: str, device: str, context: int) -> "Reward
 
 
 @dataclass(frozen=True)
-class Case:
+class BenchQuestion:
     """One question with its documents and solutions (lists of steps)."""
 
     question: str
@@ -111,7 +111,9 @@ class Case:
     solutions: list[list[str]]
 
 
-def case(vocab_size: int, question: int, documents: int, solutions: int, tokens: int, seed: int = 0) -> Case:
+def bench_question(
+    vocab_size: int, question: int, documents: int, solutions: int, tokens: int, seed: int = 0
+) -> BenchQuestion:
     """`documents` tokens of documents in pieces of up to 256; solutions of about `tokens` tokens in 6 to 8 steps."""
     rng = Random(seed)
 
@@ -123,7 +125,7 @@ def case(vocab_size: int, question: int, documents: int, solutions: int, tokens:
     for _ in range(solutions):
         steps, length = rng.randint(6, 8), round(tokens * rng.uniform(0.8, 1.2))
         made.append([words(length // steps - 3) for _ in range(steps)])
-    return Case(words(question), [words(n) for n in pieces], made)
+    return BenchQuestion(words(question), [words(n) for n in pieces], made)
 
 
 # Med-PRM's prompt as its own scoring code writes it, apart from the product's: what the product is measured against.
@@ -134,7 +136,7 @@ _REFERENCE_SYSTEM = (
 )
 
 
-def reference_ids(model: "RewardModel", asked: Case) -> list[list[int]]:
+def reference_ids(model: "RewardModel", asked: BenchQuestion) -> list[list[int]]:
     """The full sequence of each solution, as the reference tokenises it (up to the end of the chat template)."""
     given = "question and the explanation are provided"
     if asked.documents:
@@ -153,7 +155,7 @@ def reference_ids(model: "RewardModel", asked: Case) -> list[list[int]]:
 
 
 @dataclass
-class Flops:
+class ForwardFlops:
     """Floating-point operations of a forward pass: linear layers, attention pairs, head."""
 
     shape: Shape
@@ -190,7 +192,7 @@ class Flops:
 
         The tags are taken to see half of their branch, as a token does on average.
         """
-        last = Flops(self.shape.model_copy(update={"num_layers": 1}))
+        last = ForwardFlops(self.shape.model_copy(update={"num_layers": 1}))
         head = self.shape.hidden_size // self.shape.num_heads
         keys_and_values = 4.0 * self.shape.hidden_size * self.shape.num_key_value_heads * head
         tokens = prefix + sum(branches)
@@ -199,7 +201,7 @@ class Flops:
         return last.shared(prefix, branches, 0) - needed
 
 
-def packed_flops(flops: Flops, model: "RewardModel", asked: Case, training: bool = False) -> float:
+def packed_flops(flops: ForwardFlops, model: "RewardModel", asked: BenchQuestion, training: bool = False) -> float:
     """What our way costs; a forward pass for scores alone leaves out what they do not need."""
     total = 0.0
     for group in model.pack(asked.question, asked.solutions, asked.documents, training).groups:
@@ -208,7 +210,7 @@ def packed_flops(flops: Flops, model: "RewardModel", asked: Case, training: bool
     return total
 
 
-def start(dtype: str, device: str, threads: int) -> str:
+def set_up_torch(dtype: str, device: str, threads: int) -> str:
     """Set torch up; gives what the figures hold for."""
     from transformers import __version__
 

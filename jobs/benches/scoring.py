@@ -22,16 +22,16 @@ from rich.console import Console
 from jobs.benches import Measured
 from jobs.benches.models import (
     SHAPES,
-    Case,
-    Flops,
+    BenchQuestion,
+    ForwardFlops,
     ModelConfig,
     Shape,
-    case,
+    bench_question,
     no_grad_logits,
     packed_flops,
     reference_ids,
     reward_model,
-    start,
+    set_up_torch,
 )
 from jobs.benches.timing import peak_bytes, timed
 from medmm_ray.engines.linear import pytorch_linear
@@ -57,12 +57,12 @@ class BenchConfig(ModelConfig):
 
 
 def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
-    console.print(start(config.dtype, config.device, config.threads))
+    console.print(set_up_torch(config.dtype, config.device, config.threads))
     for name in config.shapes:
         shape = SHAPES[name]
         model = reward_model(shape, config.dtype, config.device, context=8192)
         cells = {
-            f"{name}, N = {number}, documents {documents:,}": case(
+            f"{name}, N = {number}, documents {documents:,}": bench_question(
                 shape.vocab_size, config.question, documents, number, config.solution
             )
             for number, documents in config.cells
@@ -74,8 +74,10 @@ def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
         del model
 
 
-def _cell(name: str, model: "RewardModel", shape: Shape, asked: Case, config: BenchConfig) -> Iterator[Measured]:
-    flops = Flops(shape)
+def _cell(
+    name: str, model: "RewardModel", shape: Shape, asked: BenchQuestion, config: BenchConfig
+) -> Iterator[Measured]:
+    flops = ForwardFlops(shape)
     ids = reference_ids(model, asked)
     ideal = flops.one_by_one([len(i) for i in ids]) / packed_flops(flops, model, asked)
 
@@ -116,7 +118,9 @@ def _cell(name: str, model: "RewardModel", shape: Shape, asked: Case, config: Be
         yield Measured(f"model TFLOP/s of ours, {name}", 0.0, teraflops, teraflops, "", "TFLOP/s")
 
 
-def _vllm_cells(cells: dict[str, Case], model: "RewardModel", shape: Shape, config: BenchConfig) -> Iterator[Measured]:
+def _vllm_cells(
+    cells: dict[str, BenchQuestion], model: "RewardModel", shape: Shape, config: BenchConfig
+) -> Iterator[Measured]:
     """All cells against vLLM with and without its prefix cache, on one engine."""
     sequences = {
         name: [_up_to_last_tag(model, ids) for ids in reference_ids(model, asked)] for name, asked in cells.items()
@@ -157,12 +161,12 @@ def _vllm_cell(
     pooler: TokenPooler,
     model: "RewardModel",
     shape: Shape,
-    asked: Case,
+    asked: BenchQuestion,
     sequences: list[TokenSequence],
     config: BenchConfig,
 ) -> Iterator[Measured]:
     few = sequences[: config.vllm_solutions]
-    flops = Flops(shape)
+    flops = ForwardFlops(shape)
 
     def ours() -> list[list[float]]:
         return _score(model, asked, config)
@@ -192,7 +196,7 @@ def _in_turn(ours: Callable[[], object], theirs: Callable[[], object], config: B
     return statistics.median(ours_s), statistics.median(theirs_s)
 
 
-def _score(model: "RewardModel", asked: Case, config: BenchConfig) -> list[list[float]]:
+def _score(model: "RewardModel", asked: BenchQuestion, config: BenchConfig) -> list[list[float]]:
     scores = model.score(asked.question, asked.solutions, asked.documents, token_budget=config.token_budget)
     return [solution.log_odds for solution in scores]
 
@@ -211,7 +215,7 @@ def _agree(name: str, scores: list[list[float]], expected: list[list[float]], co
         raise AssertionError(f"{name}: its log-odds differ from ours by {apart}")
 
 
-def _target(ideal: float, asked: Case) -> str:
+def _target(ideal: float, asked: BenchQuestion) -> str:
     if not asked.documents:
         return "≥ 1.7"
     return f"≥ {0.8 * ideal:.2f}"

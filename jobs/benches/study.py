@@ -275,7 +275,7 @@ def _read(
         for q in asked
     ]
     rows, test = [], {}
-    for question, found in zip(asked, model.text_states_of(requests), strict=True):
+    for question, found in zip(asked, model.iter_states(requests), strict=True):
         if question.split == "test":
             test[question.question_id] = found
             continue

@@ -16,15 +16,15 @@ from rich.console import Console
 from jobs.benches import Measured
 from jobs.benches.models import (
     SHAPES,
-    Case,
-    Flops,
+    BenchQuestion,
+    ForwardFlops,
     ModelConfig,
     Shape,
-    case,
+    bench_question,
     packed_flops,
     reference_ids,
     reward_model,
-    start,
+    set_up_torch,
 )
 from jobs.benches.timing import peak_bytes, timed
 from medmm_ray.engines.linear import pytorch_linear
@@ -56,18 +56,20 @@ TARGETS = {16: "≥ 5"}
 
 
 def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
-    console.print(start(config.dtype, config.device, config.threads))
+    console.print(set_up_torch(config.dtype, config.device, config.threads))
     for name in config.shapes:
         shape = SHAPES[name]
         model = reward_model(shape, config.dtype, config.device, context=8192).train()
         for solutions in config.solutions:
-            asked = case(shape.vocab_size, config.question, config.documents, solutions, config.solution)
+            asked = bench_question(shape.vocab_size, config.question, config.documents, solutions, config.solution)
             label = f"{name}, {solutions} solutions, documents {config.documents:,}"
             yield from _cell(label, model, shape, asked, config)
 
 
-def _cell(name: str, model: "RewardModel", shape: Shape, asked: Case, config: BenchConfig) -> Iterator[Measured]:
-    flops = Flops(shape)
+def _cell(
+    name: str, model: "RewardModel", shape: Shape, asked: BenchQuestion, config: BenchConfig
+) -> Iterator[Measured]:
+    flops = ForwardFlops(shape)
     ids = reference_ids(model, asked)
     number = len(ids)
     shared_flops = packed_flops(flops, model, asked, training=True)

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from jobs.benches import Measured
-from jobs.benches.models import SHAPES, Case, ModelConfig, case, reward_model, start
+from jobs.benches.models import SHAPES, BenchQuestion, ModelConfig, bench_question, reward_model, set_up_torch
 from jobs.benches.timing import timed
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class BenchConfig(ModelConfig):
 
 
 def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
-    console.print(start(config.dtype, config.device, config.threads))
+    console.print(set_up_torch(config.dtype, config.device, config.threads))
     shape = SHAPES[config.shape]
     model = reward_model(shape, config.dtype, config.device, context=8192)
     with tempfile.TemporaryDirectory() as folder:
@@ -52,7 +52,7 @@ def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
     assert model.image_tower is not None
     model.image_tower.requires_grad_(not config.freeze_image_tower)
     asked = [
-        case(shape.vocab_size, config.question, config.documents, config.solutions, config.solution, seed)
+        bench_question(shape.vocab_size, config.question, config.documents, config.solutions, config.solution, seed)
         for seed in range(config.questions)
     ]
     looks = [pictures(1 + config.references, seed) for seed in range(config.questions)]
@@ -101,7 +101,7 @@ def pictures(number: int, seed: int) -> "list[Image]":
     return [Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(number)]
 
 
-def read(model: "RewardModel", asked: Case) -> "list[SolutionStates]":
+def read(model: "RewardModel", asked: BenchQuestion) -> "list[SolutionStates]":
     return model.text_states(asked.question, asked.solutions, asked.documents)
 
 

@@ -5,7 +5,7 @@ causally, themselves. The prefix is attended to by all branches of its question 
 each branch's own pass are merged by their log-sum-exps, which is exact. The backward pass of each part is that of flash
 attention given the *merged* output and log-sum-exp (as in ring attention, arXiv 2310.01889), so the gradient is exact.
 
-It enters a transformers model as the attention implementation `NAME`; calls without a `Row` are plain SDPA.
+It enters a transformers model as the attention implementation `NAME`; calls without a `PackedRow` are plain SDPA.
 
 Legend: B batch (1 for a row), H heads, G heads of keys and values, L row length, E head width.
 """
@@ -28,7 +28,7 @@ PLAIN_BLOCK = 1024  # queries that meet all keys at once where no fused kernel s
 
 
 @dataclass
-class Held:
+class PrefixKeyValues:
     """A prefix's keys and values by layer [1, G, P, E], kept for later rows of its question (scoring only)."""
 
     layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Block:
 
     prefix: int
     branches: tuple[int, ...]
-    held: Held | None = None
+    cached: PrefixKeyValues | None = None
 
     @property
     def length(self) -> int:
@@ -126,49 +126,49 @@ class _Rows:
 _Part = _Span | _Batch | _Rows
 
 
-class Row:
+class PackedRow:
     """What attends to what in a packed row of `blocks`."""
 
     def __init__(self, blocks: Sequence[Block], device: torch.device | str = "cpu") -> None:
         self.length = sum(block.length for block in blocks)
         self.device = device
-        self.kept: list[tuple[Held, _Span]] = []
+        self.caches: list[tuple[PrefixKeyValues, _Span]] = []
         """Prefixes whose keys and values are wanted later."""
-        self.own: list[_Span | _Batch] = []
+        self.causal: list[_Span | _Batch] = []
         """What attends to itself, causally."""
-        self.shared: list[tuple[_Span | _Rows, _Span | Held]] = []
+        self.shared: list[tuple[_Span | _Rows, _Span | PrefixKeyValues]] = []
         """Tokens, and what all of them see before themselves."""
-        self.last: Row | None = None
+        self.last_layer: PackedRow | None = None
         """What is left of this in the last layer, where that is less."""
         start = 0
         for block in blocks:
             prefix, branches = _Span(start, start + block.prefix), _Span(start + block.prefix, start + block.length)
             start = branches.stop
-            if block.held is not None and block.held.layers:
-                self.shared.append((_Span(prefix.start, branches.stop), block.held))
+            if block.cached is not None and block.cached.layers:
+                self.shared.append((_Span(prefix.start, branches.stop), block.cached))
             if block.prefix:
-                self.own.append(prefix)
-                if block.held is not None:
-                    self.kept.append((block.held, prefix))
+                self.causal.append(prefix)
+                if block.cached is not None:
+                    self.caches.append((block.cached, prefix))
             if block.branches:
-                self.own += _branch_parts(branches.start, block.branches, device)
+                self.causal += _branch_parts(branches.start, block.branches, device)
                 if block.prefix:
                     self.shared.append((branches, prefix))
 
-    def end_at(self, rows: Sequence[int]) -> None:
+    def restrict_last_layer(self, rows: Sequence[int]) -> None:
         """Say that of the last layer's outputs only those of `rows` (ascending, all in branches) are wanted.
 
         There the prefix is not a query any more, and of the branches only `rows` look at it; all keys and values stay.
         """
-        last = Row([], self.device)
-        last.length, last.kept = self.length, self.kept
-        last.own = [part for part in self.own if isinstance(part, _Batch) or _between(rows, part)]
+        last = PackedRow([], self.device)
+        last.length, last.caches = self.length, self.caches
+        last.causal = [part for part in self.causal if isinstance(part, _Batch) or _between(rows, part)]
         for span, before in self.shared:
             assert isinstance(span, _Span)
             wanted = _between(rows, span)
             if wanted:
                 last.shared.append((_Rows(torch.tensor(wanted, device=self.device)), before))
-        self.last = last
+        self.last_layer = last
 
 
 def _between(rows: Sequence[int], span: _Span) -> Sequence[int]:
@@ -207,7 +207,7 @@ def attend(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    shared_prefix: Row | None = None,
+    shared_prefix: PackedRow | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: [1, H, L, E] queries to [1, L, H, E]."""
@@ -217,8 +217,8 @@ def attend(
         )
         return out_BLHE, None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if shared_prefix.last is not None and module.layer_idx == module.config.num_hidden_layers - 1:
-        shared_prefix = shared_prefix.last
+    if shared_prefix.last_layer is not None and module.layer_idx == module.config.num_hidden_layers - 1:
+        shared_prefix = shared_prefix.last_layer
     out_1HLE: Tensor = _SharedPrefix.apply(  # type: ignore[no-untyped-call]
         query, key, value, shared_prefix, scale, module.layer_idx
     )
@@ -233,16 +233,18 @@ class _SharedPrefix(torch.autograd.Function):
     """query [1, H, L, E], key and value [1, G, L, E] -> [1, H, L, E]."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, row: Row, scale: float, layer: int) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scale: float, layer: int
+    ) -> Tensor:
         # [L, H, E] in memory, which is how the model wants it back; zeros, as a last layer does not fill every row.
         out = query.new_zeros(1, query.shape[2], query.shape[1], query.shape[3]).transpose(1, 2)
         lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
-        for part in row.own:
+        for part in row.causal:
             part_out, part_lse = _attention(part.of(query), part.of(key), part.of(value), causal=True, scale=scale)
             part.put(out, part_out)
             part.put(lse, part_lse)
         for span, seen in row.shared:
-            keys, values = seen.layers[layer] if isinstance(seen, Held) else (seen.of(key), seen.of(value))
+            keys, values = seen.layers[layer] if isinstance(seen, PrefixKeyValues) else (seen.of(key), seen.of(value))
             far_out, far_lse = _attention(span.of(query), keys, values, causal=False, scale=scale)
             near_lse = span.of(lse)
             both_lse = torch.logaddexp(near_lse, far_lse)
@@ -250,7 +252,7 @@ class _SharedPrefix(torch.autograd.Function):
             far = torch.exp(far_lse - both_lse)[..., None]
             span.put(out, span.of(out) * near + far_out * far)
             span.put(lse, both_lse)
-        for held, span in row.kept:
+        for held, span in row.caches:
             held.append(layer, span.of(key), span.of(value))
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.row, ctx.scale = row, scale
@@ -272,10 +274,10 @@ class _SharedPrefix(torch.autograd.Function):
             for whole, part, where in zip(grads, found, (queries, keys, keys), strict=True):
                 where.add(whole, part)
 
-        for part in ctx.row.own:
+        for part in ctx.row.causal:
             add(part, part, causal=True)
         for span, seen in ctx.row.shared:
-            if isinstance(seen, Held):
+            if isinstance(seen, PrefixKeyValues):
                 raise RuntimeError(
                     "a prefix that is held from an earlier row has no gradient; train on whole questions"
                 )

@@ -39,7 +39,7 @@ _OWNED = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.saf
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedConfig:
     """What ``reward_model.json`` says."""
 
     family: FamilyName
@@ -66,7 +66,7 @@ def locate(path: str | Path, revision: str | None) -> str | Path:
         raise CheckpointError(f"{path} cannot be fetched from the hub: {error}") from error
 
 
-def read(path: str | Path) -> Saved | None:
+def read(path: str | Path) -> SavedConfig | None:
     """What a folder of `write` says of itself; None for any other checkpoint."""
     file = Path(path) / CONFIG
     if not file.is_file():
@@ -83,7 +83,7 @@ def read(path: str | Path) -> Saved | None:
         )
     fusion = FusionConfig(**saved["fusion"]) if saved["fusion"] else None
     text, image = saved["text_tower"], saved["image_tower"]
-    return Saved(
+    return SavedConfig(
         saved["family"], saved["ids"], saved["max_length"], saved["reserve"], saved["fit"], fusion,
         ModelSource(text["source"], text["revision"]),
         ModelSource(image["source"], image["revision"]) if image else None,

@@ -16,82 +16,82 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from medmm_ray.reward_model.attention import Block, Held, Row
+from medmm_ray.reward_model.attention import Block, PackedRow, PrefixKeyValues
 from medmm_ray.reward_model.packing import Branch, PackedQuestion
 
 
 @dataclass
-class HeldPrefix(Held):
+class CachedPrefix(PrefixKeyValues):
     """A prefix for later rows: its keys and values, and its states in the middle layer, row by row [P, D]."""
 
     middle_PD: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class Piece:
+class RowPiece:
     """What a row has of one question: the prefix from `start` on (its beginning is held from earlier rows) up to
     `stop`, and some of the branches.
 
-    `owner` is what came with the question; it finds its way back by it.
+    `job` is what came with the question; it finds its way back by it.
     """
 
-    owner: Any
+    job: Any
     packed: PackedQuestion
     branches: Sequence[Branch]
     start: int
     stop: int
-    held: HeldPrefix | None = None
+    cached: CachedPrefix | None = None
 
     @classmethod
-    def whole(cls, owner: Any, packed: PackedQuestion, branches: Sequence[Branch]) -> "Piece":
-        return cls(owner, packed, branches, 0, len(packed.prefix_ids))
+    def whole(cls, job: Any, packed: PackedQuestion, branches: Sequence[Branch]) -> "RowPiece":
+        return cls(job, packed, branches, 0, len(packed.prefix_ids))
 
     @property
     def block(self) -> Block:
-        return Block(self.stop - self.start, tuple(len(b.ids) for b in self.branches), self.held)
+        return Block(self.stop - self.start, tuple(len(b.ids) for b in self.branches), self.cached)
 
 
-def rows(questions: Iterable[tuple[Any, PackedQuestion]], token_budget: int) -> Iterator[list[Piece]]:
-    """Questions, each with its owner, as rows of at most `token_budget` tokens (a longer branch goes alone).
+def pack_rows(questions: Iterable[tuple[Any, PackedQuestion]], token_budget: int) -> Iterator[list[RowPiece]]:
+    """Questions, each with its job, as rows of at most `token_budget` tokens (a longer branch goes alone).
 
     Branches of a question go by length, so that those of like length meet.
     """
-    row: list[Piece] = []
+    row: list[RowPiece] = []
     used = 0
-    for owner, packed in questions:
+    for job, packed in questions:
         branches = sorted(packed.branches, key=lambda b: -len(b.ids))
         if row and used + packed.num_tokens > token_budget:
             yield row
             row, used = [], 0
         if packed.num_tokens <= token_budget:
-            row.append(Piece.whole(owner, packed, branches))
+            row.append(RowPiece.whole(job, packed, branches))
             used += packed.num_tokens
         else:
-            *full, last = _pieces(owner, packed, branches, token_budget)
+            *full, last = _pieces(job, packed, branches, token_budget)
             yield from ([piece] for piece in full)
             row, used = [last], last.block.length
     if row:
         yield row
 
 
-def _pieces(owner: Any, packed: PackedQuestion, branches: Sequence[Branch], token_budget: int) -> Iterator[Piece]:
+def _pieces(job: Any, packed: PackedQuestion, branches: Sequence[Branch], token_budget: int) -> Iterator[RowPiece]:
     """One question, larger than the budget: as much of the prefix as fits a piece, then as many branches."""
-    held, prefix, start = HeldPrefix(), len(packed.prefix_ids), 0
+    held, prefix, start = CachedPrefix(), len(packed.prefix_ids), 0
     while prefix - start > token_budget:
-        yield Piece(owner, packed, [], start, start + token_budget, held)
+        yield RowPiece(job, packed, [], start, start + token_budget, held)
         start += token_budget
     used, own = prefix - start, list[Branch]()
     for branch in branches:
         if used and used + len(branch.ids) > token_budget:
-            yield Piece(owner, packed, own, start, prefix, held)
+            yield RowPiece(job, packed, own, start, prefix, held)
             start, used, own = prefix, 0, []
         own.append(branch)
         used += len(branch.ids)
-    yield Piece(owner, packed, own, start, prefix, held)
+    yield RowPiece(job, packed, own, start, prefix, held)
 
 
 @dataclass
-class _Places:
+class RowLayout:
     """Where things stand in a row of pieces: its ids and positions, and for each tag its row and its step's rows."""
 
     ids: list[int] = field(default_factory=list)
@@ -103,16 +103,16 @@ class _Places:
     """Rows of the branches that belong to a step, and …"""
     owners: list[int] = field(default_factory=list)
     """… the tag of that step."""
-    ahead: list[tuple[int, Piece, int, int]] = field(default_factory=list)
+    ahead: list[tuple[int, RowPiece, int, int]] = field(default_factory=list)
     """Tags whose step starts in the prefix: tag, piece, the prefix's first row, the step's start."""
-    images: list[tuple[Piece, int]] = field(default_factory=list)
+    images: list[tuple[RowPiece, int]] = field(default_factory=list)
     """Prefixes, or parts of them, in which images stand, and their first row."""
 
-    def add(self, piece: Piece) -> None:
+    def add(self, piece: RowPiece) -> None:
         prefix, begin = len(piece.packed.prefix_ids), len(self.ids)
         self.ids += piece.packed.prefix_ids[piece.start : piece.stop]
         self.positions += range(piece.start, piece.stop)
-        if piece.packed.seen is not None and piece.stop > piece.start:
+        if piece.packed.image_embeddings is not None and piece.stop > piece.start:
             self.images.append((piece, begin))
         for branch in piece.branches:
             at = len(self.ids)
@@ -128,27 +128,27 @@ class _Places:
             self.positions += range(prefix, prefix + len(branch.ids))
 
 
-def read_row(text_model: Any, pieces: Sequence[Piece], device: torch.device) -> tuple[Tensor, Tensor]:
+def forward_row(text_model: Any, pieces: Sequence[RowPiece], device: torch.device) -> tuple[Tensor, Tensor]:
     """One pass: ``states_TD`` and ``summaries_TD`` of the tags of all branches of a row, in order; differentiable."""
 
     def index(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
 
-    places = _Places()
+    places = RowLayout()
     for piece in pieces:
         places.add(piece)
     ids_L = index(places.ids)
     embeddings_LD = text_model.get_input_embeddings()(ids_L)
     for piece, begin in places.images:
-        assert piece.packed.seen is not None
+        assert piece.packed.image_embeddings is not None
         token = text_model.config.image_token_id
         at_I = begin + (ids_L[begin : begin + piece.stop - piece.start] == token).nonzero()[:, 0]
         first = piece.packed.prefix_ids[: piece.start].count(token)  # in an earlier part of the prefix
-        rows_ID = piece.packed.seen.rows_ID[first : first + len(at_I)]
+        rows_ID = piece.packed.image_embeddings.rows_ID[first : first + len(at_I)]
         embeddings_LD = embeddings_LD.index_copy(0, at_I, rows_ID.to(embeddings_LD))
     decoder = text_model.get_decoder()
     tags_T = index(places.tags)
-    row = Row([piece.block for piece in pieces], device)
+    row = PackedRow([piece.block for piece in pieces], device)
     with _middle(decoder) as middle, _last_layer_at(decoder, row, places.tags, tags_T):
         output = decoder(
             inputs_embeds=embeddings_LD[None],
@@ -161,20 +161,20 @@ def read_row(text_model: Any, pieces: Sequence[Piece], device: torch.device) -> 
     sums_TD = torch.zeros_like(states_TD, dtype=torch.float32)
     sums_TD = sums_TD.index_add(0, index(places.owners), middle_LD[index(places.rows)].float())
     for piece in pieces:
-        if piece.held is not None and piece.stop > piece.start:
-            piece.held.middle_PD.append(middle_LD[: piece.stop - piece.start].clone())
+        if piece.cached is not None and piece.stop > piece.start:
+            piece.cached.middle_PD.append(middle_LD[: piece.stop - piece.start].clone())
     if places.ahead:
         parts_AD = torch.stack([_ahead(middle_LD, piece, begin, start) for _, piece, begin, start in places.ahead])
         sums_TD = sums_TD.index_add(0, index([tag for tag, *_ in places.ahead]), parts_AD)
     return states_TD, (sums_TD / index(places.lengths)[:, None]).to(states_TD.dtype)
 
 
-def _ahead(middle_LD: Tensor, piece: Piece, begin: int, start: int) -> Tensor:
+def _ahead(middle_LD: Tensor, piece: RowPiece, begin: int, start: int) -> Tensor:
     """The sum of the states [D, fp32] from `start` to the prefix's end, of which earlier rows may hold a part."""
-    if piece.held is None:
+    if piece.cached is None:
         part_KD = middle_LD[begin + start : begin + piece.stop]
     else:
-        part_KD = torch.cat(piece.held.middle_PD)[start:]
+        part_KD = torch.cat(piece.cached.middle_PD)[start:]
     return part_KD.float().sum(dim=0)
 
 
@@ -195,7 +195,7 @@ def _middle(decoder: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _last_layer_at(decoder: nn.Module, row: Row, tags: Sequence[int], tags_T: Tensor) -> Iterator[None]:
+def _last_layer_at(decoder: nn.Module, row: PackedRow, tags: Sequence[int], tags_T: Tensor) -> Iterator[None]:
     """Compute of the last layer only what reaches the states at the tags: their queries and their MLP, all keys and
     values. Its other rows come out wrong, and nothing reads them.
 
@@ -205,7 +205,7 @@ def _last_layer_at(decoder: nn.Module, row: Row, tags: Sequence[int], tags_T: Te
     if torch.is_grad_enabled():
         yield
         return
-    row.end_at(tags)
+    row.restrict_last_layer(tags)
     layers: Any = decoder.layers
 
     def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

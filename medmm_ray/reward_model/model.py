@@ -25,16 +25,16 @@ from medmm_ray.engines.placement import DTYPE_NAMES, device_of, dtype_of
 from medmm_ray.reward_model import checkpoint, families, text_tower
 from medmm_ray.reward_model.errors import CheckpointError, ImageError
 from medmm_ray.reward_model.families import FamilyName
-from medmm_ray.reward_model.forward import Piece, read_row, rows
+from medmm_ray.reward_model.forward import RowPiece, forward_row, pack_rows
 from medmm_ray.reward_model.fusion import Fusion, FusionConfig, ImageFeatures
 from medmm_ray.reward_model.image_inputs import rgb_of
 from medmm_ray.reward_model.packing import (
     MAX_LENGTH,
     RESERVE,
     Fit,
+    ImageEmbeddings,
     PackedQuestion,
     Packing,
-    SeenImages,
     pack,
 )
 from medmm_ray.reward_model.request import ScoreRequest
@@ -119,9 +119,9 @@ class RewardModel(nn.Module):
         self.image_tower, self.fusion = image_tower, fusion
         self.max_length, self.reserve, self.fit = max_length, reserve, fit
         if vision is not None:  # the same documents, whether the image is shown or not
-            self.max_length = min(max_length, self.context - vision.most_rows)
+            self.max_length = min(max_length, self.context - vision.max_image_tokens)
         try:
-            self.family = families.make(family, tokenizer, vision.pictures if vision else None)
+            self.family = families.make(family, tokenizer, vision.image_tokens if vision else None)
         except ValueError as error:
             raise CheckpointError(str(error)) from None
         text_tower.check_vocabulary(text_model, tokenizer)
@@ -174,7 +174,7 @@ class RewardModel(nn.Module):
         number_format, place = dtype_of(dtype, torch_dtype), device_of(device, device_map)
         path = checkpoint.locate(path, revision)
         saved = checkpoint.read(path)
-        text = text_tower.read_text(
+        text = text_tower.load_text_tower(
             path, number_format, family or (saved.family if saved else None), revision, gguf_file, base, merge
         )
         if text.model.dtype not in (getattr(torch, name) for name in DTYPE_NAMES):  # "auto" takes what is there
@@ -185,7 +185,7 @@ class RewardModel(nn.Module):
             model._restore(path, saved)
         return model.to(place).eval()
 
-    def _restore(self, path: "str | Path", saved: checkpoint.Saved) -> None:
+    def _restore(self, path: "str | Path", saved: checkpoint.SavedConfig) -> None:
         """What a folder of `save_pretrained` has besides the text tower."""
         if dict(self.family.ids) != saved.ids:
             raise CheckpointError(
@@ -264,10 +264,10 @@ class RewardModel(nn.Module):
 
     @system_prompt.setter
     def system_prompt(self, text: str | None) -> None:
-        if text is not None and self.family.name not in families.INSTRUCTED:
+        if text is not None and self.family.name not in families.WITH_SYSTEM_PROMPT:
             raise CheckpointError(
                 f"a reward model of the family {self.family.name} takes no other system prompt; those that do: "
-                f"{', '.join(families.INSTRUCTED)}"
+                f"{', '.join(families.WITH_SYSTEM_PROMPT)}"
             )
         self._system_prompt = text
 
@@ -291,7 +291,7 @@ class RewardModel(nn.Module):
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
         return int(min(config.max_position_embeddings, window or config.max_position_embeddings))
 
-    # Reading text
+    # ScoringJob text
 
     def pack(
         self,
@@ -299,12 +299,12 @@ class RewardModel(nn.Module):
         solutions: Sequence[str | Sequence[str]],
         documents: Sequence[str] = (),
         training: bool = False,
-        seen: SeenImages | None = None,
+        image_embeddings: ImageEmbeddings | None = None,
     ) -> Packing:
         """`packing.pack` with this model's tokenizer and lengths."""
         return pack(
             self.family, question, solutions, documents,
-            self.max_length, self.reserve, self.context, self.fit, training, seen, self.system_prompt,
+            self.max_length, self.reserve, self.context, self.fit, training, image_embeddings, self.system_prompt,
         )  # fmt: skip
 
     def forward(self, *packed: PackedQuestion) -> Tensor:
@@ -317,7 +317,7 @@ class RewardModel(nn.Module):
 
         One packed row: each branch of each question is read as if alone.
         """
-        return read_row(self.text_model, [Piece.whole(None, p, p.branches) for p in packed], self.device)
+        return forward_row(self.text_model, [RowPiece.whole(None, p, p.branches) for p in packed], self.device)
 
     def head_log_odds(self, states_TD: Tensor) -> Tensor:
         """Log-odds of right against wrong [T, fp32]; where the family is additive, of a sum of states their sum."""
@@ -332,10 +332,10 @@ class RewardModel(nn.Module):
         token_budget: int | None = None,
     ) -> list[SolutionStates]:
         """What the text tower says of one question's solutions, one entry each."""
-        return next(self.text_states_of([ScoreRequest(question, solutions, documents)], token_budget=token_budget))
+        return next(self.iter_states([ScoreRequest(question, solutions, documents)], token_budget=token_budget))
 
     @torch.inference_mode()
-    def text_states_of(
+    def iter_states(
         self, requests: Iterable[ScoreRequest], *, token_budget: int | None = None, together: bool = True
     ) -> Iterator[list[SolutionStates]]:
         """`text_states` of many questions, in order, in rows of at most `token_budget` tokens.
@@ -343,19 +343,19 @@ class RewardModel(nn.Module):
         Equal solutions of a question are read once. With `together`, questions share rows: faster where they are short,
         but then the last bits of a state depend on its neighbours. A vision-language model reads the images here.
         """
-        waiting: deque[Reading] = deque()
+        waiting: deque[ScoringJob] = deque()
 
-        def packed() -> Iterator[tuple[Reading, PackedQuestion]]:
+        def packed() -> Iterator[tuple[ScoringJob, PackedQuestion]]:
             for request in requests:
-                reading = Reading(self, request)
+                reading = ScoringJob(self, request)
                 waiting.append(reading)
                 for group in reading.packing.groups:
                     yield reading, group
 
         budget = token_budget or (CPU_BUDGET if self.device.type == "cpu" else GPU_BUDGET)
-        alone = (row for question in packed() for row in rows([question], budget))
-        for row in rows(packed(), budget) if together else alone:
-            states_TD, summaries_TD = read_row(self.text_model, row, self.device)
+        alone = (row for question in packed() for row in pack_rows([question], budget))
+        for row in pack_rows(packed(), budget) if together else alone:
+            states_TD, summaries_TD = forward_row(self.text_model, row, self.device)
             log_odds_T = self.head_log_odds(states_TD)
             finite_T = log_odds_T.isfinite() & states_TD.isfinite().all(dim=1) & summaries_TD.isfinite().all(dim=1)
             is_finite = finite_T.tolist()
@@ -368,20 +368,20 @@ class RewardModel(nn.Module):
                         states_TD[own], summaries_TD[own], log_odds_T[own], num_documents=piece.packed.num_documents
                     )
                     missing = is_finite[own].count(False)
-                    piece.owner.found[branch.solution] = (
-                        self.not_finite(missing, len(branch.tags)) if missing else found
+                    piece.job.found[branch.solution] = (
+                        self.not_finite_states(missing, len(branch.tags)) if missing else found
                     )
             while waiting and waiting[0].complete:
                 yield waiting.popleft().states()
         while waiting:
             yield waiting.popleft().states()
 
-    def no_states(self, error: str) -> SolutionStates:
+    def error_states(self, error: str) -> SolutionStates:
         """What stands for a solution that could not be read."""
         empty_0D = torch.zeros(0, self.hidden_size, dtype=self.text_model.dtype, device=self.device)
         return SolutionStates(empty_0D, empty_0D, torch.zeros(0, device=self.device), error)
 
-    def not_finite(self, missing: int, num_steps: int) -> SolutionStates:
+    def not_finite_states(self, missing: int, num_steps: int) -> SolutionStates:
         """What stands for a solution that the text tower makes no numbers of. Its neighbours in a row keep theirs:
         branches never see each other."""
         advice = (
@@ -390,9 +390,9 @@ class RewardModel(nn.Module):
             else "look for NaN among the checkpoint's weights, or load the model with dtype=float32"
         )
         name = str(self.text_model.dtype).removeprefix("torch.")
-        return self.no_states(f"not_finite: {missing} of {num_steps} steps have no finite score in {name}; {advice}")
+        return self.error_states(f"not_finite: {missing} of {num_steps} steps have no finite score in {name}; {advice}")
 
-    # Reading images
+    # ScoringJob images
 
     def image_features(self, images: Sequence["Image"], references: Sequence["Image"] = ()) -> ImageFeatures:
         """One question's images and its reference images as the fusion reads them.
@@ -470,7 +470,7 @@ class RewardModel(nn.Module):
                 asked.append(request)
                 yield request
 
-        for states in self.text_states_of(noted(), token_budget=token_budget):
+        for states in self.iter_states(noted(), token_budget=token_budget):
             request = asked.popleft()
             images = [] if self.vision else request.images  # else they are in the states
             try:
@@ -500,7 +500,7 @@ def _scores(
     return StepScores(error=error) if error else StepScores(text_log_odds, image_log_odds, num_documents=num_documents)
 
 
-class Reading:
+class ScoringJob:
     """A request while it is read: what is found of each of its different solutions."""
 
     def __init__(self, model: RewardModel, request: ScoreRequest) -> None:
@@ -512,17 +512,17 @@ class Reading:
         except ImageError as error:
             self.packing = Packing([], [str(error)] * len(self.unique))
         else:
-            self.packing = model.pack(request.question, self.unique, request.documents, seen=seen)
-        self.found = {i: model.no_states(error) for i, error in enumerate(self.packing.errors) if error}
+            self.packing = model.pack(request.question, self.unique, request.documents, image_embeddings=seen)
+        self.found = {i: model.error_states(error) for i, error in enumerate(self.packing.errors) if error}
 
-    def _seen(self, images: Sequence["Image"], references: Sequence["Image"]) -> SeenImages | None:
+    def _seen(self, images: Sequence["Image"], references: Sequence["Image"]) -> ImageEmbeddings | None:
         if references:
             raise ValueError(
                 f"{len(references)} reference images: a reward model of the family {self.model.family.name} knows a "
                 "question's own images alone; leave reference_images empty"
             )
         assert self.model.vision is not None
-        return self.model.vision.see(self.model.text_model, images) if images else None
+        return self.model.vision.embed(self.model.text_model, images) if images else None
 
     @property
     def complete(self) -> bool:

@@ -28,7 +28,7 @@ Solution = str | Sequence[str]  # raw text, which a family cuts into steps, or a
 
 
 @dataclass(frozen=True)
-class Prompt:
+class QuestionContext:
     """What all solutions of a question are read after."""
 
     question: str
@@ -42,7 +42,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class SeenImages:
+class ImageEmbeddings:
     """A question's images as a vision-language model reads them: the rows that replace the embeddings of their tokens,
     ``rows_ID``, and how many each image has."""
 
@@ -90,13 +90,14 @@ class Branch:
 class PackedQuestion:
     """Solutions of a question as one row: the prefix, with `num_documents` documents, then the branches in order.
 
-    Tags are numbered over all branches in order. `seen`: the images of the prefix, where the language model reads them.
+    Tags are numbered over all branches in order. `image_embeddings`: the images of the prefix, where the language model
+    reads them.
     """
 
     prefix_ids: list[int]
     branches: list[Branch]
     num_documents: int
-    seen: SeenImages | None = field(default=None, compare=False)
+    image_embeddings: ImageEmbeddings | None = field(default=None, compare=False)
 
     @property
     def num_tokens(self) -> int:
@@ -171,7 +172,7 @@ def pack(
     context: int | None = None,
     fit: Fit = "skip",
     training: bool = False,
-    seen: SeenImages | None = None,
+    image_embeddings: ImageEmbeddings | None = None,
     system: str | None = None,
 ) -> Packing:
     """Pack one question's solutions.
@@ -188,12 +189,12 @@ def pack(
         context: tokens a full sequence may have (default `max_length`).
         training: the reference's training prompt, which differs by a space.
         system: a system prompt in the place of the family's own.
-        seen: the images, where the language model reads them; documents leave room for them in the context.
+        image_embeddings: the images, where the language model reads them; documents leave room for them in the context.
     """
     limit = context or max_length
-    room = max_length if seen is None else min(max_length, limit - len(seen.rows_ID))
+    room = max_length if image_embeddings is None else min(max_length, limit - len(image_embeddings.rows_ID))
     kept = choose_documents(family.tokenizer, documents, room, reserve, fit)
-    images = seen.lengths if seen else ()
+    images = image_embeddings.lengths if image_embeddings else ()
     errors: list[str | None] = [None] * len(solutions)
     read: dict[int, Solution] = {}
     for i, solution in enumerate(solutions):
@@ -205,10 +206,10 @@ def pack(
     for number in range(len(kept), -1, -1):
         if not read:
             break
-        sequences, faults = family.sequences(Prompt(question, kept[:number], images, training, system), read)
+        sequences, faults = family.sequences(QuestionContext(question, kept[:number], images, training, system), read)
         fitting = [s for s in sequences if len(s.ids) <= limit]
         if fitting:
-            groups.append(_share(fitting, number, seen))
+            groups.append(_share(fitting, number, image_embeddings))
         for i, fault in faults.items():
             errors[i] = fault
         for s in sequences:
@@ -218,11 +219,13 @@ def pack(
     return Packing(groups, errors)
 
 
-def _share(sequences: Sequence[FullSequence], num_documents: int, seen: SeenImages | None) -> PackedQuestion:
+def _share(
+    sequences: Sequence[FullSequence], num_documents: int, image_embeddings: ImageEmbeddings | None
+) -> PackedQuestion:
     """The longest common beginning as prefix, the rest as branches; every tag belongs to a branch."""
     prefix = min(common([s.ids for s in sequences]), *(s.tags[0] for s in sequences))
     branches = [Branch(s.solution, s.ids[prefix:], [t - prefix for t in s.tags], s.start) for s in sequences]
-    return PackedQuestion(sequences[0].ids[:prefix], branches, num_documents, seen)
+    return PackedQuestion(sequences[0].ids[:prefix], branches, num_documents, image_embeddings)
 
 
 def single_id(tokenizer: Any, text: str) -> int:

@@ -27,7 +27,7 @@ from medmm_ray.engines.weights import (
     check_file,
 )
 
-Kind = Literal["policy", "reward_model", "image_tower", "text_encoder", "adapter"]
+CheckpointKind = Literal["policy", "reward_model", "image_tower", "text_encoder", "adapter"]
 
 TOKENIZERS = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
@@ -40,7 +40,7 @@ _POINTER_BYTES = 1024  # that a pointer of git-lfs never reaches
 
 
 @dataclass(frozen=True)
-class Files:
+class CheckpointFiles:
     """The files of a checkpoint by name, each with its size in bytes (None: not told); `read` gives a small one."""
 
     name: str
@@ -63,7 +63,7 @@ class Files:
         return content
 
 
-def check_checkpoint(name: str, kind: Kind, revision: str | None = None) -> None:
+def check_checkpoint(name: str, kind: CheckpointKind, revision: str | None = None) -> None:
     """Raise `ConfigError` where a checkpoint cannot be what it is to be; `revision` is a hub id's."""
     if name.startswith(PACKAGE_PREFIX):
         check_package(name.removeprefix(PACKAGE_PREFIX))
@@ -74,7 +74,7 @@ def check_checkpoint(name: str, kind: Kind, revision: str | None = None) -> None
 # Where the files lie
 
 
-def _files(name: str, revision: str | None) -> Files:
+def _files(name: str, revision: str | None) -> CheckpointFiles:
     if "://" in name:
         return _of_uri(name)
     found = name if name.startswith(HUB_PREFIX) else resolve(name)
@@ -84,12 +84,12 @@ def _files(name: str, revision: str | None) -> Files:
     return _of_hub(name, found.removeprefix(HUB_PREFIX), revision)
 
 
-def _of_folder(name: str, folder: Path) -> Files:
+def _of_folder(name: str, folder: Path) -> CheckpointFiles:
     files = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
-    return Files(name, files, lambda file: (folder / file).read_bytes(), folder=folder)
+    return CheckpointFiles(name, files, lambda file: (folder / file).read_bytes(), folder=folder)
 
 
-def _of_uri(uri: str) -> Files:
+def _of_uri(uri: str) -> CheckpointFiles:
     fs, path = filesystem(uri)
     infos = fs.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
     files = {posixpath.relpath(info.path, path): info for info in infos if info.is_file}
@@ -100,10 +100,10 @@ def _of_uri(uri: str) -> Files:
         with fs.open_input_stream(files[file].path, compression=None) as stream:
             return bytes(stream.read())
 
-    return Files(uri, {file: info.size for file, info in files.items()}, read)
+    return CheckpointFiles(uri, {file: info.size for file, info in files.items()}, read)
 
 
-def _of_hub(name: str, repo: str, revision: str | None) -> Files:
+def _of_hub(name: str, repo: str, revision: str | None) -> CheckpointFiles:
     """The files that the hub lists; where it cannot be reached, those of an earlier download."""
     from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
     from huggingface_hub.errors import (  # type: ignore[attr-defined]
@@ -151,13 +151,13 @@ def _of_hub(name: str, repo: str, revision: str | None) -> Files:
         except (HfHubHTTPError, HTTPError, OSError) as error:
             raise ConfigError(f"{repo}: {file} cannot be read from {hub}: {str(error).splitlines()[0]}") from None
 
-    return Files(name, {file.rfilename: None for file in info.siblings or []}, read, is_hub=True)
+    return CheckpointFiles(name, {file.rfilename: None for file in info.siblings or []}, read, is_hub=True)
 
 
 # What is looked for
 
 
-def _policy(files: Files) -> None:
+def _policy(files: CheckpointFiles) -> None:
     """A language model that vLLM and transformers read, with a chat template."""
     _known_architecture(files)
     _has_weights(files)
@@ -168,7 +168,7 @@ def _policy(files: Files) -> None:
         )
 
 
-def _reward_model(files: Files) -> None:
+def _reward_model(files: CheckpointFiles) -> None:
     """A folder of ours, an adapter on a base, or a checkpoint of a known family."""
     from medmm_ray.reward_model import families
 
@@ -213,13 +213,13 @@ class _Template:
         return {"input_ids": [0]}
 
 
-def _language_model(files: Files) -> None:
+def _language_model(files: CheckpointFiles) -> None:
     _known_architecture(files)
     _has_weights(files)
     _has_tokenizer(files)
 
 
-def _image_tower(files: Files) -> None:
+def _image_tower(files: CheckpointFiles) -> None:
     """An open_clip checkpoint, or a vision model of transformers."""
     if not files.have(OPEN_CLIP):
         if files.name.startswith(HUB_PREFIX) or not files.have("config.json"):
@@ -233,7 +233,7 @@ def _image_tower(files: Files) -> None:
     _has_weights(files, OPEN_CLIP_FILES if files.have(OPEN_CLIP) else TRANSFORMERS_FILES)
 
 
-def _text_encoder(files: Files) -> None:
+def _text_encoder(files: CheckpointFiles) -> None:
     """A sentence-transformers model, or an open_clip checkpoint, whose text half is taken."""
     if not files.have(OPEN_CLIP):
         if not files.is_hub and not files.have("modules.json"):
@@ -245,7 +245,7 @@ def _text_encoder(files: Files) -> None:
     _has_weights(files, OPEN_CLIP_FILES if files.have(OPEN_CLIP) else TRANSFORMERS_FILES)
 
 
-def _adapter(files: Files) -> None:
+def _adapter(files: CheckpointFiles) -> None:
     """A peft adapter."""
     if not files.have("adapter_config.json"):
         raise ConfigError(f"{files.name}: holds no adapter_config.json: it is no peft adapter")
@@ -255,7 +255,7 @@ def _adapter(files: Files) -> None:
     _are_whole(files, weights[:1])
 
 
-_CHECKS: dict[Kind, Callable[[Files], None]] = {
+_CHECKS: dict[CheckpointKind, Callable[[CheckpointFiles], None]] = {
     "policy": _policy,
     "reward_model": _reward_model,
     "image_tower": _image_tower,
@@ -264,7 +264,7 @@ _CHECKS: dict[Kind, Callable[[Files], None]] = {
 }
 
 
-def _known_architecture(files: Files) -> dict[str, Any]:
+def _known_architecture(files: CheckpointFiles) -> dict[str, Any]:
     """The checkpoint's config, of a model type that transformers knows."""
     if not files.have("config.json"):
         raise ConfigError(f"{files.name}: holds no config.json: it is no checkpoint of transformers; check the name")
@@ -281,7 +281,7 @@ def _known_architecture(files: Files) -> dict[str, Any]:
     return config
 
 
-def _has_weights(files: Files, names: Sequence[str] = TRANSFORMERS_FILES) -> None:
+def _has_weights(files: CheckpointFiles, names: Sequence[str] = TRANSFORMERS_FILES) -> None:
     """The files that a loader reads, by its order of `names`, are there whole; of others nothing is asked."""
     first = next((file for file in names if files.have(file)), None)
     if first is None:
@@ -303,7 +303,7 @@ def _has_weights(files: Files, names: Sequence[str] = TRANSFORMERS_FILES) -> Non
     _are_whole(files, shards)
 
 
-def _are_whole(files: Files, names: Collection[str]) -> None:
+def _are_whole(files: CheckpointFiles, names: Collection[str]) -> None:
     """No name stands for a pointer of git-lfs, an empty file or, on this machine, one that was cut off."""
     for file in names:
         size = files.sizes[file]
@@ -321,14 +321,14 @@ def _are_whole(files: Files, names: Collection[str]) -> None:
             )
 
 
-def _has_tokenizer(files: Files) -> None:
+def _has_tokenizer(files: CheckpointFiles) -> None:
     found = [file for file in files.sizes if any(fnmatch(file, pattern) for pattern in TOKENIZERS)]
     if not found:
         raise ConfigError(f"{files.name}: holds no tokenizer ({', '.join(TOKENIZERS)}); copy it beside the weights")
     _are_whole(files, found)
 
 
-def _has_chat_template(files: Files) -> bool:
+def _has_chat_template(files: CheckpointFiles) -> bool:
     if files.have(*TEMPLATES):
         return True
     return files.have("tokenizer_config.json") and bool(files.json("tokenizer_config.json").get("chat_template"))

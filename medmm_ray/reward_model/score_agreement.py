@@ -11,7 +11,7 @@ from medmm_ray.reward_model.request import ScoreRequest
 
 
 @dataclass(frozen=True)
-class Drift:
+class ScoreAgreement:
     """Over all steps: absolute differences of log-odds and of probabilities, mean and largest; `spread`, the standard
     deviation of the original's log-odds, beside which they are to be seen; `rank`, Spearman's correlation of the
     log-odds. Over all questions: `same_best`, the share whose best solution (by its smallest step) is the same.
@@ -29,7 +29,7 @@ class Drift:
     num_unscored: int
 
 
-def drift(original: RewardModel, other: RewardModel, requests: Iterable[ScoreRequest]) -> Drift:
+def score_agreement(original: RewardModel, other: RewardModel, requests: Iterable[ScoreRequest]) -> ScoreAgreement:
     """Score `requests` with both models, compare what both could score.
 
     Raises ValueError where that is nothing.
@@ -47,7 +47,7 @@ def drift(original: RewardModel, other: RewardModel, requests: Iterable[ScoreReq
     apart_T = (ours_T - theirs_T).abs()
     probs_T = (ours_T.sigmoid() - theirs_T.sigmoid()).abs()
     best = [_best([a for a, _ in scores]) == _best([b for _, b in scores]) for scores in both]
-    return Drift(
+    return ScoreAgreement(
         len(apart_T), len(both), float(apart_T.mean()), float(apart_T.max()), float(probs_T.mean()),
         float(probs_T.max()), float(ours_T.std(correction=0)), spearman(ours_T, theirs_T), sum(best) / len(best),
         num_unscored,

@@ -1,6 +1,6 @@
 """A text tower as it is published: a language model, an adapter on one, or a GGUF file, in a family's format.
 
-Enters: a folder or hub id. Leaves: `Text`, the model with shared-prefix attention, its tokenizer, its family.
+Enters: a folder or hub id. Leaves: `TextTower`, the model with shared-prefix attention, its tokenizer, its family.
 """
 
 import json
@@ -44,7 +44,7 @@ def check_path(path: str | Path) -> None:
 
 
 @dataclass(frozen=True)
-class Text:
+class TextTower:
     """A text tower as it was read."""
 
     model: Any
@@ -54,7 +54,7 @@ class Text:
     vision: Vision | None = None
 
 
-def read_text(
+def load_text_tower(
     path: str | Path,
     dtype: Dtype,
     family: FamilyName | None,
@@ -62,7 +62,7 @@ def read_text(
     gguf_file: str | None = None,
     base: str | Path | None = None,
     merge: Sequence[str | Path] = (),
-) -> Text:
+) -> TextTower:
     """The text tower and its family (detected where it is None), ready for shared-prefix reading.
 
     `base` and `merge` are those of `adapters.read`, for a checkpoint that is an adapter.
@@ -110,15 +110,15 @@ def _config_and_tokenizer(path: str | Path, revision: str | None) -> tuple[str |
     return commit, config, tokenizer
 
 
-def _read_whole(path: str | Path, dtype: Dtype, family: FamilyName | None, revision: str | None) -> Text:
+def _read_whole(path: str | Path, dtype: Dtype, family: FamilyName | None, revision: str | None) -> TextTower:
     commit, config, tokenizer = _config_and_tokenizer(path, revision)
     found = family or _detected(path, config.architectures or [], tokenizer)
-    if found in families.SEEING:
+    if found in families.VISION_LANGUAGE:
         vision.check(path, config)
         tokenizer.chat_template = tokenizer.chat_template or vision.chat_template(path, commit)
     model = _load(path, found, dtype, commit)
-    eyes = Vision.from_pretrained(path, model, tokenizer, commit) if found in families.SEEING else None
-    return Text(model, tokenizer, found, ModelSource.of(path, commit), eyes)
+    eyes = Vision.from_pretrained(path, model, tokenizer, commit) if found in families.VISION_LANGUAGE else None
+    return TextTower(model, tokenizer, found, ModelSource.of(path, commit), eyes)
 
 
 def _load(path: str | Path, family: FamilyName, dtype: Dtype, commit: str | None) -> Any:
@@ -149,7 +149,7 @@ def _read_adapter(
     revision: str | None,
     base: str | Path | None,
     merge: Sequence[str | Path],
-) -> Text:
+) -> TextTower:
     """An adapter that classifies tokens is MedS3's unless `family` says that it is TRL's."""
     commit = commit_of(path, "adapter_config.json", revision)
     adapter = adapters.local(path, commit)
@@ -170,7 +170,7 @@ def _read_adapter(
     if family is None and adapters.task_of(adapter) == "TOKEN_CLS":
         family = "meds3"
     found = family or _detected(path, [type(model).__name__], tokenizer)
-    return Text(model, tokenizer, found, ModelSource.of(path, commit))
+    return TextTower(model, tokenizer, found, ModelSource.of(path, commit))
 
 
 def _detected(path: str | Path, architectures: Sequence[str], tokenizer: Any) -> FamilyName:
@@ -198,7 +198,9 @@ def _refuse_original_layout(path: str | Path, commit: str | None) -> None:
         )
 
 
-def _read_gguf(path: str | Path, gguf_file: str, dtype: Dtype, family: FamilyName | None, revision: str | None) -> Text:
+def _read_gguf(
+    path: str | Path, gguf_file: str, dtype: Dtype, family: FamilyName | None, revision: str | None
+) -> TextTower:
     from medmm_ray.engines.gguf import read_gguf
 
     try:
@@ -213,7 +215,7 @@ def _read_gguf(path: str | Path, gguf_file: str, dtype: Dtype, family: FamilyNam
             'model alone. Expected one with a chat template (medprm) or the token "ки" (math_shepherd)'
         )
     commit = commit_of(path, gguf_file, revision)
-    return Text(model, tokenizer, found, ModelSource(str(path), commit) if commit else ModelSource.of(file))
+    return TextTower(model, tokenizer, found, ModelSource(str(path), commit) if commit else ModelSource.of(file))
 
 
 _MODELS: dict[FamilyName, Any] = {
@@ -243,7 +245,7 @@ def _add_tag(text_model: Any, tokenizer: Any) -> None:
         pretrained.resize_vocabulary(text_model, len(tokenizer))
 
 
-def read_outline(path: str | Path, family: FamilyName | None, dtype: str) -> Text:
+def load_without_weights(path: str | Path, family: FamilyName | None, dtype: str) -> TextTower:
     """A text tower without its weights (they are on the meta device, in `dtype`), for an engine that has them.
 
     Refuses what such an engine cannot read from `path`: adapters, images, a tag that would have to be added.
@@ -252,7 +254,7 @@ def read_outline(path: str | Path, family: FamilyName | None, dtype: str) -> Tex
         raise CheckpointError(f"{path} is an adapter, and vLLM reads whole checkpoints; {_SAVE_IT}")
     commit, config, tokenizer = _config_and_tokenizer(path, None)
     found = family or _detected(path, config.architectures or [], tokenizer)
-    if found in families.SEEING:
+    if found in families.VISION_LANGUAGE:
         raise CheckpointError(
             f"{path} is a vision-language model (family {found}); vLLM scores texts alone: take engine=torch"
         )
@@ -269,10 +271,10 @@ def read_outline(path: str | Path, family: FamilyName | None, dtype: str) -> Tex
             pretrained.check_weights(type(model), config, folder, unexpected=_UNUSED.get(found, ()))
         except WeightsError as error:
             raise CheckpointError(f"{error} (read as the family {found})") from error
-    return Text(model, tokenizer, found, ModelSource.of(path, commit))
+    return TextTower(model, tokenizer, found, ModelSource.of(path, commit))
 
 
-def read_head(path: str | Path, model: Any, rows: Sequence[int]) -> torch.Tensor:
+def load_head_rows(path: str | Path, model: Any, rows: Sequence[int]) -> torch.Tensor:
     """Some rows of a causal language model's head, of its files alone, in the model's number format [rows, width]."""
     name = "model.embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"
     index = cached_file(str(path), "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)

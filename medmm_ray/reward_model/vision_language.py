@@ -1,8 +1,8 @@
-"""The eyes of a vision-language model: images become rows that take the place of token embeddings.
+"""The image input of a vision-language model: images become embeddings that take the place of their tokens'.
 
-Enters: pictures. Leaves: `SeenImages`, their rows. Each picture is encoded by itself, once a question, so that no row
-depends on another picture. Served are LLaVA and InternVL, whose language
-models count positions in one dimension; InternVL's image processor cuts a picture into tiles.
+Enters: images. Leaves: `ImageEmbeddings`. Each image is encoded by itself, once a question, so that no embedding
+depends on another image. Served are LLaVA and InternVL, whose language models count positions in one dimension;
+InternVL's image processor cuts an image into tiles.
 
 Legend: N rows of one image, I rows of all images, D text width.
 """
@@ -18,9 +18,9 @@ from transformers import AutoImageProcessor
 from transformers.utils.hub import cached_file
 
 from medmm_ray.reward_model.errors import CheckpointError
-from medmm_ray.reward_model.families import Pictures
+from medmm_ray.reward_model.families import ImageTokens
 from medmm_ray.reward_model.image_inputs import rgb_of
-from medmm_ray.reward_model.packing import SeenImages
+from medmm_ray.reward_model.packing import ImageEmbeddings
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -71,9 +71,9 @@ class Vision:
         self.options, (before, after) = _KNOWN[model.config.model_type]
         token_id = model.config.image_token_id
         token = tokenizer.convert_ids_to_tokens(token_id)
-        self.pictures = Pictures(token, token_id, f"{before}{token}{after}")
+        self.image_tokens = ImageTokens(token, token_id, f"{before}{token}{after}")
         tiles = image_processor.max_patches + 1 if "crop_to_patches" in self.options else 1  # and the whole
-        self.most_rows = int(model.config.image_seq_length) * tiles
+        self.max_image_tokens = int(model.config.image_seq_length) * tiles
 
     @classmethod
     def from_pretrained(cls, path: str | Path, model: Any, tokenizer: Any, revision: str | None) -> "Vision":
@@ -93,11 +93,11 @@ class Vision:
                 shutil.copyfile(file, folder / name)
 
     @torch.no_grad()
-    def see(self, model: Any, images: Sequence["Image"]) -> SeenImages:
+    def embed(self, model: Any, images: Sequence["Image"]) -> ImageEmbeddings:
         """One question's images, in order; raises `ImageError` where one cannot be decoded."""
         weight, rows = model.get_input_embeddings().weight, []
         for image in images:
             pixels = self.image_processor(rgb_of(image), return_tensors="pt", **self.options)["pixel_values"]
             found = model.get_image_features(pixel_values=pixels.to(weight))
             rows.append(torch.cat(list(found.pooler_output)))  # one entry a tile
-        return SeenImages(torch.cat(rows), [len(rows_ND) for rows_ND in rows])
+        return ImageEmbeddings(torch.cat(rows), [len(rows_ND) for rows_ND in rows])

@@ -21,7 +21,7 @@ from medmm_ray.engines.generator import GeneratorConfig
 from medmm_ray.engines.token_pooler import Pooling, TokenPooler, TokenSequence
 from medmm_ray.reward_model import checkpoint, text_tower
 from medmm_ray.reward_model.errors import CheckpointError
-from medmm_ray.reward_model.model import Reading, RewardModel, SolutionStates
+from medmm_ray.reward_model.model import RewardModel, ScoringJob, SolutionStates
 from medmm_ray.reward_model.packing import Branch, PackedQuestion
 from medmm_ray.reward_model.request import ScoreRequest
 
@@ -49,7 +49,7 @@ class PooledRewardModel(RewardModel):
     It can be neither trained nor saved. Without `gives_states` it has log-odds alone, and no image part.
     """
 
-    def __init__(self, text: text_tower.Text, config: GeneratorConfig, gives_states: bool) -> None:
+    def __init__(self, text: text_tower.TextTower, config: GeneratorConfig, gives_states: bool) -> None:
         super().__init__(text.model, text.tokenizer, family=text.family)
         self.text_origin = text.origin
         self.config, self.gives_states = config, gives_states
@@ -68,12 +68,12 @@ class PooledRewardModel(RewardModel):
         """
         path = checkpoint.locate(path, None)
         saved = checkpoint.read(path)
-        text = text_tower.read_outline(path, saved.family if saved else None, config.dtype)
+        text = text_tower.load_without_weights(path, saved.family if saved else None, config.dtype)
         model = cls(text, config, states)
         pooling = model.pooling()
         if states:
             signs = [model.family.ids["plus"], model.family.ids["minus"]]
-            plus_D, minus_D = text_tower.read_head(path, text.model, signs).float()
+            plus_D, minus_D = text_tower.load_head_rows(path, text.model, signs).float()
             model.head_D = plus_D - minus_D
         settings = config.model_copy(update={"max_model_len": model.context})
         with tempfile.TemporaryDirectory(prefix="text-tower-") as scratch:
@@ -119,7 +119,7 @@ class PooledRewardModel(RewardModel):
             raise ValueError("this reward model was opened without states; open it with states=True")
         return states_TD.float() @ self.head_D.to(states_TD.device)
 
-    def text_states_of(
+    def iter_states(
         self,
         requests: Iterable[ScoreRequest],
         *,
@@ -132,7 +132,7 @@ class PooledRewardModel(RewardModel):
         """
         waiting = iter(requests)
         while batch := list(islice(waiting, STATES_QUESTIONS if self.gives_states else QUESTIONS)):
-            readings = [Reading(self, request) for request in batch]
+            readings = [ScoringJob(self, request) for request in batch]
             branches = [(r, group, b) for r in readings for group in r.packing.groups for b in group.branches]
             for (reading, _, branch), states in zip(branches, self._read(branches), strict=True):
                 reading.found[branch.solution] = states
@@ -172,7 +172,7 @@ class PooledRewardModel(RewardModel):
             finite_T = finite_T & states_TD.isfinite().all(dim=1) & summaries_TD.isfinite().all(dim=1)
         missing = int((~finite_T).sum())
         if missing:
-            return self.not_finite(missing, len(branch.tags))
+            return self.not_finite_states(missing, len(branch.tags))
         return SolutionStates(states_TD, summaries_TD, log_odds_T, num_documents=group.num_documents)
 
     def shutdown(self) -> None:

@@ -42,7 +42,7 @@ _SHOWN: dict[Arm, Shown | None] = {
 Kind = tuple[bool, Shown | None]  # what a text is read with: documents, images
 
 
-class ReadConfig(EngineConfig):
+class ScoringConfig(EngineConfig):
     """How a reward model reads solutions, and what runs its text tower. The settings of `EngineConfig` are vLLM's."""
 
     engine: Literal["torch", "vllm"] = "torch"
@@ -80,11 +80,11 @@ class ReadConfig(EngineConfig):
         return self
 
 
-class StatesConfig(ReadConfig):
+class StatesConfig(ScoringConfig):
     """How text states are computed; they are kept in `dtype`."""
 
 
-class ScoreConfig(ReadConfig):
+class ScoreConfig(ScoringConfig):
     """What is scored."""
 
     arms: tuple[Arm, ...] = ("multimodal", "text_only", "shuffled_image")
@@ -105,14 +105,14 @@ def inputs(solutions: "Dataset", questions: pa.Table, images: pa.Table, evidence
 
     `questions`, `images` and `evidence` are whole tables; `seed` is `ScoreConfig.seed`.
     """
-    ds = attach(solutions, cases(questions, images, evidence, seed), "question_id", CASE.names[1:])
+    ds = attach(solutions, question_inputs(questions, images, evidence, seed), "question_id", INPUT_SCHEMA.names[1:])
     read = evidence.select(["question_id", "documents", "error"]).rename_columns(
         ["question_id", "documents", "evidence_error"]
     )
     return attach(ds, read, "question_id", ["documents", "evidence_error"])
 
 
-CASE = pa.schema(
+INPUT_SCHEMA = pa.schema(
     {
         "question_id": pa.string(),
         "question": pa.string(),
@@ -127,8 +127,8 @@ CASE = pa.schema(
 )
 
 
-def cases(questions: pa.Table, images: pa.Table, evidence: pa.Table, seed: int = 0) -> pa.Table:
-    """One row a question (`CASE`): its text with options, its images and references, and another question's.
+def question_inputs(questions: pa.Table, images: pa.Table, evidence: pa.Table, seed: int = 0) -> pa.Table:
+    """One row a question (`INPUT_SCHEMA`): its text with options, its images and references, and another question's.
 
     The other question is of the same split and has other images; its references come along, or they would give the
     first question's diagnosis away.
@@ -160,7 +160,7 @@ def cases(questions: pa.Table, images: pa.Table, evidence: pa.Table, seed: int =
                 "shuffled_image_error": swapped.error,
             }
         )
-    return pa.Table.from_pylist(table, schema=CASE)
+    return pa.Table.from_pylist(table, schema=INPUT_SCHEMA)
 
 
 class _Look(NamedTuple):
@@ -219,7 +219,7 @@ def score(ds: "Dataset", config: ScoreConfig, model_path: str, model_id: str) ->
     `model_path` is a reward model's folder or URI; `model_id` (a fingerprint or content hash) goes into each entry.
     Raises `ConfigError` where an arm looks at images and the checkpoint reads none, or reads no reference images.
     """
-    _check_eyes(model_path, config)
+    check_image_input(model_path, config)
     return _map(ds, Scorer, config, model_path, model_id)
 
 
@@ -228,18 +228,18 @@ def states(ds: "Dataset", config: StatesConfig, model_path: str, model_id: str) 
 
     Raises `ConfigError` for a vision-language model: its states depend on the image, so they are no constants.
     """
-    if _eyes(model_path) == "language_model":
+    if image_input_of(model_path) == "language_model":
         raise ConfigError(
             f"{model_path} is a vision-language model: its states depend on the image, and no image part is trained on "
             "them; compute states of a text-only reward model"
         )
-    return _map(ds, Reader, config, model_path, model_id)
+    return _map(ds, StateExtractor, config, model_path, model_id)
 
 
-def _map(ds: "Dataset", actor: type, config: ReadConfig, path: str, model_id: str) -> "Dataset":
+def _map(ds: "Dataset", actor: type, config: ScoringConfig, path: str, model_id: str) -> "Dataset":
     from ray.data import ActorPoolStrategy
 
-    if config.engine == "vllm" and _eyes(path) == "language_model":
+    if config.engine == "vllm" and image_input_of(path) == "language_model":
         raise ConfigError(f"engine=vllm reads texts alone, and {path} is a vision-language model; take engine=torch")
     restarts: dict[str, Any] = {"max_restarts": config.max_restarts} if config.engine == "vllm" else {}
     return ds.map_batches(
@@ -254,7 +254,7 @@ def _map(ds: "Dataset", actor: type, config: ReadConfig, path: str, model_id: st
     )
 
 
-def _eyes(path: str) -> Literal["tower", "language_model"] | None:
+def image_input_of(path: str) -> Literal["tower", "language_model"] | None:
     """Before anything is loaded: a local checkpoint says in its configs what reads its images."""
     folder = Path(resolve(path))
     described, model = folder / "reward_model.json", folder / "config.json"
@@ -264,9 +264,9 @@ def _eyes(path: str) -> Literal["tower", "language_model"] | None:
     return "language_model" if any(name.endswith("ForConditionalGeneration") for name in names or []) else None
 
 
-def _check_eyes(path: str, config: ScoreConfig) -> None:
+def check_image_input(path: str, config: ScoreConfig) -> None:
     looking = [arm for arm in config.arms if arm in _LOOKING]
-    eyes = _eyes(path)
+    eyes = image_input_of(path)
     if looking and eyes is None:
         raise ConfigError(
             f"score.arms has {', '.join(looking)}, but {path} has no image tower; "
@@ -279,7 +279,7 @@ def _check_eyes(path: str, config: ScoreConfig) -> None:
         )
 
 
-def load(model: str, config: ReadConfig, images: bool = True) -> "RewardModel":
+def load(model: str, config: ScoringConfig, images: bool = True) -> "RewardModel":
     """The reward model of a config: on its engine, on a GPU where the config asks for one.
 
     Without `images` a vLLM engine is spared the states for the image part, which is then left out.
@@ -290,7 +290,7 @@ def load(model: str, config: ReadConfig, images: bool = True) -> "RewardModel":
     if config.engine == "vllm":
         from medmm_ray.reward_model.vllm import PooledRewardModel
 
-        states = isinstance(config, StatesConfig) or (images and _eyes(model) == "tower")
+        states = isinstance(config, StatesConfig) or (images and image_input_of(model) == "tower")
         loaded = PooledRewardModel.open(resolve(model), generator_config(config), states=states)
     else:
         device = "cuda" if config.num_gpus else "cpu"
@@ -302,7 +302,7 @@ def load(model: str, config: ReadConfig, images: bool = True) -> "RewardModel":
     return loaded
 
 
-def generator_config(config: ReadConfig) -> GeneratorConfig:
+def generator_config(config: ScoringConfig) -> GeneratorConfig:
     """What of a step's settings its vLLM engine takes; without a length, any that the checkpoint reads."""
     settings = {name: getattr(config, name) for name in EngineConfig.model_fields}
     arguments = dict(config.vllm)
@@ -340,10 +340,10 @@ class Scorer:
     def read(
         self, rows: Sequence[Mapping[str, Any]], with_documents: bool, shown: Shown | None
     ) -> "list[list[SolutionStates] | RowError]":
-        found = [self.pictures(row, shown) for row in rows]
-        return read_rows(self.model, rows, self.config, with_documents, found)
+        found = [self.open_images(row, shown) for row in rows]
+        return states_of_rows(self.model, rows, self.config, with_documents, found)
 
-    def pictures(self, row: Mapping[str, Any], shown: Shown | None) -> "list[Image] | RowError":
+    def open_images(self, row: Mapping[str, Any], shown: Shown | None) -> "list[Image] | RowError":
         """The images that the language model is shown of a row that is to be read, or what is wrong with them."""
         if shown is None or _upstream(row):
             return []
@@ -366,7 +366,7 @@ class Scorer:
                 raise read
             if isinstance(unseen, RowError):
                 raise unseen
-            found = self.model.step_scores(read, self.look(row, arm))
+            found = self.model.step_scores(read, self.image_features(row, arm))
         except RowError as fault:
             return [self.entry(row, s, arm, [], [], str(fault)) for s in solutions]
         if self.model.vision:
@@ -376,7 +376,7 @@ class Scorer:
             for s, f in zip(solutions, found, strict=True)
         ]
 
-    def look(self, row: Mapping[str, Any], arm: Arm) -> "ImageFeatures | None":
+    def image_features(self, row: Mapping[str, Any], arm: Arm) -> "ImageFeatures | None":
         """What the image tower sees in an arm; None where it sees nothing. A fault of an image is a `RowError`."""
         from medmm_ray.reward_model import ImageError
 
@@ -411,7 +411,7 @@ class Scorer:
         }
 
 
-class Reader:
+class StateExtractor:
     """The actor of `states`."""
 
     def __init__(self, config: StatesConfig, model: "str | RewardModel", model_id: str) -> None:
@@ -420,7 +420,7 @@ class Reader:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.to_pylist()
-        read = read_rows(self.model, rows, self.config)
+        read = states_of_rows(self.model, rows, self.config)
         entries = [self.entries(row, found) for row, found in zip(rows, read, strict=True)]
         return _lists(rows, "states", entries, States)
 
@@ -460,10 +460,10 @@ class Reader:
         ]
 
 
-def read_rows(
+def states_of_rows(
     model: "RewardModel",
     rows: Sequence[Mapping[str, Any]],
-    config: ReadConfig,
+    config: ScoringConfig,
     with_documents: bool = True,
     images: "Sequence[list[Image] | RowError] | None" = None,
 ) -> "list[list[SolutionStates] | RowError]":
@@ -488,7 +488,7 @@ def read_rows(
         for row, fault, pictures in zip(rows, faults, shown, strict=True)
         if fault is None
     )
-    found = model.text_states_of(requests, token_budget=config.token_budget, together=config.pack_questions)
+    found = model.iter_states(requests, token_budget=config.token_budget, together=config.pack_questions)
     return [next(found) if fault is None else fault for fault in faults]
 
 
@@ -509,7 +509,7 @@ def _uris(row: Mapping[str, Any], shown: Shown, kind: Literal["image", "referenc
     return list(row[f"{name}{kind}_uris"])
 
 
-def _documents(row: Mapping[str, Any], config: ReadConfig) -> list[Mapping[str, Any]]:
+def _documents(row: Mapping[str, Any], config: ScoringConfig) -> list[Mapping[str, Any]]:
     return list(row["documents"] or [])[: config.num_documents]
 
 

@@ -308,14 +308,14 @@ def cross_entropy(model: Any, questions: Sequence[Encoded], device: str) -> "tor
     """
     import torch
 
-    from medmm_ray.reward_model.attention import Row
+    from medmm_ray.reward_model.attention import PackedRow
 
     row = collate(questions)
     hidden_1LD = model.base_model(
         input_ids=row.ids_L[None].to(device),
         position_ids=row.positions_L[None].to(device),
         attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),  # the row says who sees whom
-        shared_prefix=Row(row.blocks, device),
+        shared_prefix=PackedRow(row.blocks, device),
         use_cache=False,
     ).last_hidden_state
     logits_NV = model.lm_head(hidden_1LD[0, row.source_N]).float()

@@ -1,4 +1,4 @@
-"""GGUF checkpoints: the same ids, nearly the same scores, and how far they drift."""
+"""GGUF checkpoints: the same ids, nearly the same scores, and how far these are from the original's."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from medmm_ray.reward_model import CheckpointError, RewardModel, ScoreRequest
-from medmm_ray.reward_model.score_agreement import drift, spearman
+from medmm_ray.reward_model.score_agreement import score_agreement, spearman
 from tests.doubles import tiny_reward_model as tiny
 from tests.doubles.gguf_files import write_gguf
 from tests.engines.test_weights import POINTER
@@ -37,7 +37,7 @@ def original(folder: Path) -> RewardModel:
 
 def test_unquantised_weights_in_a_gguf_give_the_same_scores(folder: Path, original: RewardModel) -> None:
     ours = RewardModel.from_pretrained(folder, gguf_file="F32.gguf")
-    found = drift(original, ours, REQUESTS)
+    found = score_agreement(original, ours, REQUESTS)
     assert (found.num_steps, found.num_questions) == (12 * 36, 12)
     assert found.max_log_odds <= 1e-5
     assert found.same_best == 1.0
@@ -73,11 +73,11 @@ def test_a_tag_that_is_missing_is_added_as_to_any_checkpoint(tmp_path: Path) -> 
     write_gguf(tmp_path / "x.gguf", model, tok, "F32")
     ours = RewardModel.from_pretrained(tmp_path, gguf_file="x.gguf")
     assert ours.family.ids == plain.family.ids
-    assert drift(plain, ours, REQUESTS[:2]).max_log_odds <= 1e-5
+    assert score_agreement(plain, ours, REQUESTS[:2]).max_log_odds <= 1e-5
 
 
 def test_quantised_weights_drift_and_by_how_much_is_said(folder: Path, original: RewardModel) -> None:
-    eight, four = (drift(original, RewardModel.from_pretrained(folder, gguf_file=f"{kind}.gguf"), REQUESTS)
+    eight, four = (score_agreement(original, RewardModel.from_pretrained(folder, gguf_file=f"{kind}.gguf"), REQUESTS)
                    for kind in ("Q8_0", "Q4_0"))  # fmt: skip
     assert 0 < eight.mean_log_odds < four.mean_log_odds < four.max_log_odds
     assert eight.mean_log_odds < 0.05 * eight.spread
@@ -107,13 +107,13 @@ def test_what_is_no_gguf_of_a_reward_model_is_refused(folder: Path, original: Re
 
 
 def test_drift_of_a_model_from_itself_and_of_nothing(original: RewardModel) -> None:
-    same = drift(original, original, REQUESTS[:2])
+    same = score_agreement(original, original, REQUESTS[:2])
     assert (same.mean_log_odds, same.max_prob, same.same_best) == (0.0, 0.0, 1.0)
     assert same.rank == pytest.approx(1.0)
     assert same.num_unscored == 0
-    assert drift(original, original, [ScoreRequest(QUESTION, [["left"], [], ["no"]])]).num_unscored == 1
+    assert score_agreement(original, original, [ScoreRequest(QUESTION, [["left"], [], ["no"]])]).num_unscored == 1
     with pytest.raises(ValueError, match="none of the 1 questions"):
-        drift(original, original, [ScoreRequest(QUESTION, [[]])])
+        score_agreement(original, original, [ScoreRequest(QUESTION, [[]])])
 
 
 def test_spearman_by_hand() -> None:

@@ -164,7 +164,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 # loader -> its error
 LOADERS: dict[str, tuple[Callable[[Path], object], type[Exception]]] = {
     "reward model": (RewardModel.from_pretrained, CheckpointError),
-    "reward model of vLLM": (lambda folder: text_tower.read_outline(folder, None, "float32"), CheckpointError),
+    "reward model of vLLM": (lambda folder: text_tower.load_without_weights(folder, None, "float32"), CheckpointError),
     "policy": (lambda folder: pretrained(str(folder)), WeightsError),
     "policy of vLLM": (lambda folder: generator.check_weights(str(folder), {}), generator.GeneratorError),
 }

@@ -8,7 +8,7 @@ import pytest
 
 from jobs import bench
 from jobs.benches import Measured, models, monte_carlo
-from jobs.benches.models import Flops, Shape, case, reference_ids, reward_model
+from jobs.benches.models import ForwardFlops, Shape, bench_question, reference_ids, reward_model
 from medmm_ray.data.sources.phantom import truth
 from medmm_ray.data.sources.phantom.questions import PhantomQuestion, make_questions
 from medmm_ray.reward_model import RewardModel
@@ -45,7 +45,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_texts_have_the_lengths_that_were_asked_for() -> None:
     model = reward_model(SMALL, "float32", "cpu", 2048)
-    asked = case(SMALL.vocab_size, 20, 300, 4, 50)
+    asked = bench_question(SMALL.vocab_size, 20, 300, 4, 50)
     assert [len(model.tokenizer(d)["input_ids"]) for d in asked.documents] == [256, 44]
     assert len(model.tokenizer(asked.question)["input_ids"]) == 20
     assert all(6 <= len(steps) <= 8 for steps in asked.solutions)
@@ -54,7 +54,7 @@ def test_texts_have_the_lengths_that_were_asked_for() -> None:
 
 
 def test_flops_of_one_by_one_and_shared() -> None:
-    flops = Flops(Shape(hidden_size=4, num_layers=1, num_heads=1, num_key_value_heads=1, intermediate_size=2,
+    flops = ForwardFlops(Shape(hidden_size=4, num_layers=1, num_heads=1, num_key_value_heads=1, intermediate_size=2,
                         vocab_size=10))  # fmt: skip
     assert flops.linear(1) == 2 * (4 * 4 * 4 + 3 * 4 * 2)
     assert flops.one_by_one([3, 2]) == flops.linear(5) + 4 * (6 + 3) * 4 + 2 * 5 * 10 * 4
@@ -64,7 +64,7 @@ def test_flops_of_one_by_one_and_shared() -> None:
 def test_flops_that_scores_do_not_need_in_the_last_layer() -> None:
     """One layer, prefix 2, two branches of one token, both tags: 848 in all; needed are both tags' own 352, keys and
     values of the prefix, 2 x 64, and the tags' pairs with the prefix and half of themselves, 80."""
-    flops = Flops(
+    flops = ForwardFlops(
         Shape(hidden_size=4, num_layers=1, num_heads=1, num_key_value_heads=1, intermediate_size=2, vocab_size=10)
     )
     assert flops.beyond_tags(2, [1, 1], 2) == 848 - 352 - 128 - 80

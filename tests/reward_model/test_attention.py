@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from medmm_ray.reward_model import attention
-from medmm_ray.reward_model.attention import Block, Held, Row, _Batch, _Span
+from medmm_ray.reward_model.attention import Block, PackedRow, PrefixKeyValues, _Batch, _Span
 
 HEADS, GROUPS, WIDTH, SCALE = 4, 2, 8, 0.3
 BLOCKS = [Block(5, (3, 3, 4)), Block(0, (2,)), Block(6, ()), Block(1, (1, 9, 2, 2, 7))]
@@ -43,7 +43,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     return scores.softmax(dim=-1) @ v
 
 
-def shared(q: Tensor, k: Tensor, v: Tensor, row: Row) -> Tensor:
+def shared(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
     return attention._SharedPrefix.apply(q, k, v, row, SCALE, 0)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -71,7 +71,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 @pytest.mark.usefixtures("kernel")
 def test_output_and_gradient_are_those_of_a_dense_mask() -> None:
-    row, seen = Row(BLOCKS), mask(BLOCKS)
+    row, seen = PackedRow(BLOCKS), mask(BLOCKS)
     q, k, v = (t.requires_grad_() for t in tensors(row.length))
     ours, theirs = shared(q, k, v, row), dense(q, k, v, seen)
     assert torch.allclose(ours, theirs, atol=1e-12)
@@ -92,7 +92,7 @@ def test_output_and_gradient_are_those_of_a_dense_mask() -> None:
 )
 def test_any_layout_equals_the_dense_mask(layout: list[tuple[int, list[int]]]) -> None:
     blocks = [Block(prefix, tuple(branches)) for prefix, branches in layout]
-    row = Row(blocks)
+    row = PackedRow(blocks)
     q, k, v = tensors(row.length)
     assert torch.allclose(shared(q, k, v, row), dense(q, k, v, mask(blocks)), atol=1e-12)
 
@@ -102,9 +102,9 @@ def test_a_held_prefix_serves_later_rows() -> None:
     whole = [Block(7, (3, 2, 5))]
     q, k, v = tensors(17)
     expected = dense(q, k, v, mask(whole))
-    held = Held()
-    first = shared(q[:, :, :10], k[:, :, :10], v[:, :, :10], Row([Block(7, (3,), held)]))
-    later = shared(q[:, :, 10:], k[:, :, 10:], v[:, :, 10:], Row([Block(0, (2, 5), held)]))
+    held = PrefixKeyValues()
+    first = shared(q[:, :, :10], k[:, :, :10], v[:, :, :10], PackedRow([Block(7, (3,), held)]))
+    later = shared(q[:, :, 10:], k[:, :, 10:], v[:, :, 10:], PackedRow([Block(0, (2, 5), held)]))
     assert torch.allclose(torch.cat([first, later], dim=2), expected, atol=1e-12)
 
 
@@ -113,9 +113,9 @@ def test_a_prefix_may_come_in_pieces_over_several_rows() -> None:
     whole = [Block(9, (3, 4))]
     q, k, v = tensors(16)
     expected = dense(q, k, v, mask(whole))
-    held, found, start = Held(), [], 0
+    held, found, start = PrefixKeyValues(), [], 0
     for blocks in ([Block(4, (), held)], [Block(3, (), held)], [Block(2, (3,), held)], [Block(0, (4,), held)]):
-        row = Row(blocks)
+        row = PackedRow(blocks)
         at = slice(start, start + row.length)
         found.append(shared(q[:, :, at], k[:, :, at], v[:, :, at], row))
         start = at.stop
@@ -124,17 +124,17 @@ def test_a_prefix_may_come_in_pieces_over_several_rows() -> None:
 
 
 def test_a_held_prefix_has_no_gradient_and_says_so() -> None:
-    held = Held()
+    held = PrefixKeyValues()
     q, k, v = tensors(6)
-    shared(q, k, v, Row([Block(4, (2,), held)]))
-    out = shared(q[:, :, :3].requires_grad_(), k[:, :, :3], v[:, :, :3], Row([Block(0, (3,), held)]))
+    shared(q, k, v, PackedRow([Block(4, (2,), held)]))
+    out = shared(q[:, :, :3].requires_grad_(), k[:, :, :3], v[:, :, :3], PackedRow([Block(0, (3,), held)]))
     with pytest.raises(RuntimeError, match="train on whole questions"):
         torch.autograd.backward(out.sum())
 
 
 def test_branches_of_like_length_go_together() -> None:
-    row = Row([Block(0, (4, 4, 3, 40, 4))])
-    together, *alone = row.own
+    row = PackedRow([Block(0, (4, 4, 3, 40, 4))])
+    together, *alone = row.causal
     assert isinstance(together, _Batch)
     assert together.rows_BS.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 8]]
     assert alone == [_Span(11, 51), _Span(51, 55)]
@@ -142,22 +142,22 @@ def test_branches_of_like_length_go_together() -> None:
 
 @pytest.mark.usefixtures("kernel")
 def test_a_row_that_ends_at_some_tokens_gives_those_as_a_dense_mask_does() -> None:
-    row, seen = Row(BLOCKS), mask(BLOCKS)
+    row, seen = PackedRow(BLOCKS), mask(BLOCKS)
     q, k, v = tensors(row.length)
     ends = [5, 10, 12, 16, 24, 43]  # of branches of the first, second and last block, one of them alone in its batch
-    row.end_at(ends)
-    assert row.last is not None
-    ours, theirs = shared(q, k, v, row.last), dense(q, k, v, seen)
+    row.restrict_last_layer(ends)
+    assert row.last_layer is not None
+    ours, theirs = shared(q, k, v, row.last_layer), dense(q, k, v, seen)
     assert torch.allclose(ours[:, :, ends], theirs[:, :, ends], atol=1e-12)
 
 
 def test_a_row_that_ends_at_some_tokens_still_keeps_its_prefix() -> None:
-    held = Held()
-    row = Row([Block(4, (2, 3), held)])
+    held = PrefixKeyValues()
+    row = PackedRow([Block(4, (2, 3), held)])
     q, k, v = tensors(9)
-    row.end_at([8])
-    assert row.last is not None
-    shared(q, k, v, row.last)
+    row.restrict_last_layer([8])
+    assert row.last_layer is not None
+    shared(q, k, v, row.last_layer)
     keys, values = held.layers[0]
     assert torch.equal(keys, k[:, :, :4])
     assert torch.equal(values, v[:, :, :4])

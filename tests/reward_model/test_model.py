@@ -26,7 +26,7 @@ from medmm_ray.reward_model import (
     pack,
 )
 from medmm_ray.reward_model.families import MedPrm
-from medmm_ray.reward_model.forward import rows
+from medmm_ray.reward_model.forward import pack_rows
 from medmm_ray.reward_model.packing import Branch
 from medmm_ray.train.policy import pretrained
 from tests.doubles import tiny_reward_model as tiny
@@ -295,15 +295,15 @@ def test_a_stream_of_questions_fills_rows_to_the_budget(model: RewardModel) -> N
     total = sum(packed.num_tokens for _, packed in questions())
     largest = max(packed.num_tokens for _, packed in questions())
     budget = 3 * largest
-    sizes = [sum(piece.block.length for piece in row) for row in rows(questions(), budget)]
+    sizes = [sum(piece.block.length for piece in row) for row in pack_rows(questions(), budget)]
     assert sum(sizes) == total
     assert max(sizes) <= budget
     assert min(sizes[:-1]) > budget - largest
     small = largest // 3
-    pieces = [piece for row in rows(questions(), small) for piece in row]
+    pieces = [piece for row in pack_rows(questions(), small) for piece in row]
     assert max(piece.block.length for piece in pieces) <= small
     assert any(piece.stop < len(piece.packed.prefix_ids) for piece in pieces)
-    assert all(piece.held is not None for piece in pieces)
+    assert all(piece.cached is not None for piece in pieces)
     assert sum(piece.block.length for piece in pieces) == total
 
 

@@ -21,7 +21,7 @@ from medmm_ray.engines.llm.budget import close_ledger
 from medmm_ray.engines.llm.client import ApiConfig
 from medmm_ray.engines.llm.probe import ApiModel, nearest, probe, probe_all
 from medmm_ray.engines.llm.store import AnswerStore
-from medmm_ray.reward_model.preflight import Kind, check_checkpoint
+from medmm_ray.reward_model.preflight import CheckpointKind, check_checkpoint
 from tests.doubles import tiny_reward_model as tiny
 from tests.doubles.api_server import Server, chat_said, failed, gemini_said, serving
 from tests.doubles.clip_folders import write_biomed_clip
@@ -55,7 +55,7 @@ def copy(folder: Path, to: Path, without: str | None = None, **texts: str | byte
     return to
 
 
-def fault(name: Path | str, kind: Kind = "policy") -> str | None:
+def fault(name: Path | str, kind: CheckpointKind = "policy") -> str | None:
     try:
         check_checkpoint(str(name), kind)
     except ConfigError as error:
@@ -130,7 +130,7 @@ def test_a_whole_checkpoint_has_no_fault(language_model: Path, tmp_path: Path) -
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_folder_is_told(
-    language_model: Path, tmp_path: Path, without: str | None, texts: dict[str, Any], kind: Kind, words: str
+    language_model: Path, tmp_path: Path, without: str | None, texts: dict[str, Any], kind: CheckpointKind, words: str
 ) -> None:
     said = fault(copy(language_model, tmp_path / "broken", without, **texts), kind)
     assert said is not None

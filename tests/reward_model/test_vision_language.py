@@ -141,8 +141,8 @@ def test_internvl_can_read_medprms_format(folders: dict[str, Path]) -> None:
     unseen, seen = (model.score(QUESTION, SOLUTIONS, (), image)[1].plus_probs for image in (None, picture(1)))
     assert seen != pytest.approx(unseen, abs=1e-4)
     assert model.vision is not None
-    images = model.vision.see(model.text_model, [picture(1)])
-    (packed,) = model.pack(QUESTION, SOLUTIONS, seen=images).groups
+    images = model.vision.embed(model.text_model, [picture(1)])
+    (packed,) = model.pack(QUESTION, SOLUTIONS, image_embeddings=images).groups
     text = str(model.tokenizer.decode(packed.prefix_ids))
     assert "<|user|>\n<img><IMG_CONTEXT>" in text
     assert text.index("</img>\n") < text.index("Question:")

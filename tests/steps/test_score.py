@@ -29,7 +29,16 @@ from medmm_ray.data.tables import Provenance, Table, write_rows
 from medmm_ray.reward_model import FusionConfig, RewardModel, StepScores
 from medmm_ray.reward_model.states import from_bytes, to_bytes
 from medmm_ray.steps import score
-from medmm_ray.steps.score import ReadConfig, Reader, ScoreConfig, Scorer, StatesConfig, cases, derange, shuffled
+from medmm_ray.steps.score import (
+    ScoreConfig,
+    Scorer,
+    ScoringConfig,
+    StateExtractor,
+    StatesConfig,
+    derange,
+    question_inputs,
+    shuffled,
+)
 from tests.doubles import tiny_reward_model as tiny
 from tests.doubles import tiny_vision
 from tests.doubles.clip_folders import write_native_clip
@@ -102,7 +111,7 @@ def joined(questions: list[Question], images: list[Image], found: list[Evidence]
     rows = []
     for row in to_arrow(Solutions, list(sampled)).to_pylist():
         own = read.get(row["question_id"], {"documents": None, "error": None})
-        blank = dict.fromkeys(score.CASE.names)
+        blank = dict.fromkeys(score.INPUT_SCHEMA.names)
         rows.append(
             {**blank, **case.get(row["question_id"], {}), **row, "documents": own["documents"],
              "evidence_error": own["error"]}
@@ -111,7 +120,7 @@ def joined(questions: list[Question], images: list[Image], found: list[Evidence]
 
 
 def tables_cases(questions: list[Question], images: list[Image], found: list[Evidence], seed: int = 0) -> pa.Table:
-    return cases(
+    return question_inputs(
         to_arrow(Question, list(questions)), to_arrow(Image, list(images)), to_arrow(Evidence, list(found)), seed
     )
 
@@ -310,7 +319,7 @@ def test_a_solution_of_no_finite_numbers_is_an_error_of_its_entries_alone(folder
     assert {str(e["error"]).partition(":")[0] for key, e in scored.items() if "s2" in key[0]} == {"not_finite"}
     assert {e["error"] for key, e in scored.items() if "s1" in key[0]} == {None}
     assert all(e["text_log_odds"] == e["image_log_odds"] == [] for e in scored.values() if e["error"])
-    read = entries(Reader(StatesConfig(), broken, "m")(batch), "states")
+    read = entries(StateExtractor(StatesConfig(), broken, "m")(batch), "states")
     assert (read["q1-s2", ""]["states"], read["q1-s2", ""]["num_steps"]) == (b"", 0)
     assert [str(read[f"q1-s{i}", ""]["error"]).partition(":")[0] for i in (1, 2)] == ["None", "not_finite"]
 
@@ -323,11 +332,11 @@ def test_an_answer_without_the_image_that_is_missing_is_no_difference() -> None:
 def test_a_checkpoint_that_reads_no_images_is_refused_before_it_is_loaded(folder: Path, tmp_path: Path) -> None:
     text_only = str(tiny.save(tmp_path))
     with pytest.raises(ConfigError, match=r"score.arms has shuffled_image, but .* has no image tower"):
-        score._check_eyes(text_only, ScoreConfig(arms=("text_only", "shuffled_image")))
-    score._check_eyes(str(folder), ScoreConfig(arms=("text_only", "shuffled_image")))
-    score._check_eyes(text_only, ScoreConfig(arms=("text_only", "no_documents")))
+        score.check_image_input(text_only, ScoreConfig(arms=("text_only", "shuffled_image")))
+    score.check_image_input(str(folder), ScoreConfig(arms=("text_only", "shuffled_image")))
+    score.check_image_input(text_only, ScoreConfig(arms=("text_only", "no_documents")))
     with pytest.raises(ConfigError, match="nowhere"):
-        score._check_eyes(str(tmp_path / "nowhere"), ScoreConfig(arms=("text_only",)))
+        score.check_image_input(str(tmp_path / "nowhere"), ScoreConfig(arms=("text_only",)))
 
 
 # A vision-language model
@@ -377,7 +386,7 @@ def test_a_vision_language_model_reads_a_question_once_for_each_image(
     calls, read = [], seeing.pack
 
     def count(question: str, *args: Any, **options: Any) -> Any:
-        calls.append(options["seen"] is not None)
+        calls.append(options["image_embeddings"] is not None)
         return read(question, *args, **options)
 
     monkeypatch.setattr(seeing, "pack", count)
@@ -408,20 +417,20 @@ def test_what_a_vision_language_model_is_not_for_is_refused_before_it_is_loaded(
 ) -> None:
     seeing.save_pretrained(tmp_path / "saved")
     for path in (str(seeing_folder), str(tmp_path / "saved")):
-        score._check_eyes(path, ScoreConfig(num_references=0))
-        score._check_eyes(path, ScoreConfig(arms=("text_only",)))
+        score.check_image_input(path, ScoreConfig(num_references=0))
+        score.check_image_input(path, ScoreConfig(arms=("text_only",)))
         with pytest.raises(ConfigError, match=r"score.num_references is 3, but .* set score.num_references=0"):
-            score._check_eyes(path, ScoreConfig())
+            score.check_image_input(path, ScoreConfig())
         with pytest.raises(ConfigError, match="its states depend on the image"):
             score.states(None, StatesConfig(), path, "m")  # type: ignore[arg-type]
 
 
 def test_the_configs_lengths_replace_the_checkpoints(folder: Path) -> None:
-    assert (score.load(str(folder), ReadConfig()).max_length, score.load(str(folder), ReadConfig()).reserve) == (
+    assert (score.load(str(folder), ScoringConfig()).max_length, score.load(str(folder), ScoringConfig()).reserve) == (
         4096,
         1024,
     )
-    loaded = score.load(str(folder), ReadConfig(max_length=300, reserve=50, dtype="bfloat16"))
+    loaded = score.load(str(folder), ScoringConfig(max_length=300, reserve=50, dtype="bfloat16"))
     assert (loaded.max_length, loaded.reserve, loaded.text_model.dtype) == (300, 50, torch.bfloat16)
 
 
@@ -430,7 +439,7 @@ def test_the_configs_lengths_replace_the_checkpoints(folder: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_states_are_those_that_are_scored(folder: Path, batch: pa.Table, dtype: Any) -> None:
-    reader = Reader(StatesConfig(dtype=dtype), str(folder), "m1")
+    reader = StateExtractor(StatesConfig(dtype=dtype), str(folder), "m1")
     found = entries(reader(batch), "states")
     first, second = reader.model.text_states(
         "Which lung? (A) left (B) right", list(STEPS.values()), ["the d1 heart", "the d2 heart"]
@@ -440,7 +449,9 @@ def test_states_are_those_that_are_scored(folder: Path, batch: pa.Table, dtype: 
     assert torch.equal(from_bytes(entry["states"], 2, 32, dtype), first.states_TD)
     assert torch.equal(from_bytes(entry["summaries"], 2, 32, dtype), first.summaries_TD)
     assert found["q1-s2", ""]["text_log_odds"] == second.log_odds_T.tolist()
-    shared = entries(Reader(StatesConfig(dtype=dtype, pack_questions=True), reader.model, "m1")(batch), "states")
+    shared = entries(
+        StateExtractor(StatesConfig(dtype=dtype, pack_questions=True), reader.model, "m1")(batch), "states"
+    )
     near = 1e-5 if dtype == "float32" else 2e-2
     # What is stored is what the reference reads: its head on the states gives the reference's probabilities.
     tok, head_VD = reader.model.tokenizer, reader.model.text_model.lm_head.weight.detach().float()
@@ -454,7 +465,7 @@ def test_states_are_those_that_are_scored(folder: Path, batch: pa.Table, dtype: 
     states_TD = from_bytes(shared["q1-s1", ""]["states"], 2, 32, dtype)
     torch.testing.assert_close(states_TD, first.states_TD, atol=near, rtol=near)
     assert entry["evidence_hash"] == found["q2-s1", ""]["evidence_hash"]
-    fewer = entries(Reader(StatesConfig(num_documents=1), reader.model, "m1")(batch), "states")
+    fewer = entries(StateExtractor(StatesConfig(num_documents=1), reader.model, "m1")(batch), "states")
     assert fewer["q1-s1", ""]["evidence_hash"] != entry["evidence_hash"]
 
 
@@ -463,7 +474,7 @@ def test_states_of_faulty_rows_are_errors(model: RewardModel, pictures: dict[str
         [question("q1", []), question("q2", [])], [], [],
         [solutions("q1", {"empty": [], "good": ["left"]}), solutions("q2", error="policy: x")],
     )  # fmt: skip
-    found = entries(Reader(StatesConfig(), model, "m")(table), "states")
+    found = entries(StateExtractor(StatesConfig(), model, "m")(table), "states")
     assert found["q1-empty", ""]["error"].startswith("no_steps")
     assert (found["q1-empty", ""]["num_steps"], found["q1-empty", ""]["states"]) == (0, b"")
     assert found["q1-good", ""]["error"] is None

@@ -14,7 +14,7 @@ A family gives full sequences of ids with the places at which the steps are read
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from medmm_ray.reward_model.families.family import Family, FamilyName, Pictures
+from medmm_ray.reward_model.families.family import Family, FamilyName, ImageTokens
 from medmm_ray.reward_model.families.math_shepherd import MathShepherd
 from medmm_ray.reward_model.families.medprm import MedPrm, MedPrmVision
 from medmm_ray.reward_model.families.qwen_prm import QwenPrm, QwenProcessRewardModel
@@ -22,26 +22,26 @@ from medmm_ray.reward_model.families.token_classification import MedS3, TokenCla
 from medmm_ray.reward_model.families.visualprm import VisualPrm
 
 __all__ = [
-    "INSTRUCTED",
     "NAMES",
-    "SEEING",
+    "VISION_LANGUAGE",
+    "WITH_SYSTEM_PROMPT",
     "Family",
     "FamilyName",
+    "ImageTokens",
     "MedPrm",
-    "Pictures",
     "QwenProcessRewardModel",
     "detect",
     "make",
 ]
 
 NAMES: tuple[FamilyName, ...] = get_args(FamilyName)
-SEEING: tuple[FamilyName, ...] = ("medprm_vision", "visualprm")
+VISION_LANGUAGE: tuple[FamilyName, ...] = ("medprm_vision", "visualprm")
 """Those whose language model reads the images itself."""
-INSTRUCTED: tuple[FamilyName, ...] = ("medprm", "medprm_vision", "qwen_prm")
+WITH_SYSTEM_PROMPT: tuple[FamilyName, ...] = ("medprm", "medprm_vision", "qwen_prm")
 """Those whose format has a system message, which may be another than their own."""
 
 
-def make(name: FamilyName, tokenizer: Any, pictures: Pictures | None = None) -> Family:
+def make(name: FamilyName, tokenizer: Any, pictures: ImageTokens | None = None) -> Family:
     """The family of that name; raises `ValueError` where the tokenizer does not fit it.
 
     `pictures`: how a vision-language model's images stand in the text.

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from medmm_ray.engines.chat_template import ChatTemplate
-from medmm_ray.reward_model.packing import FullSequence, Prompt, Solution, common
+from medmm_ray.reward_model.packing import FullSequence, QuestionContext, Solution, common
 from medmm_ray.text import cut_steps, is_tagged, without_tags
 
 FamilyName = Literal[
@@ -30,7 +30,9 @@ class Family(Protocol):
     def template(self) -> ChatTemplate | None:
         """The chat template, where the format has one."""
 
-    def sequences(self, prompt: Prompt, solutions: Mapping[int, Solution]) -> tuple[list[FullSequence], dict[int, str]]:
+    def sequences(
+        self, prompt: QuestionContext, solutions: Mapping[int, Solution]
+    ) -> tuple[list[FullSequence], dict[int, str]]:
         """Full sequences of solutions, by their numbers, and the errors of those that cannot be written."""
 
     def log_odds(self, text_model: Any, states_TD: Tensor) -> Tensor:
@@ -40,7 +42,7 @@ class Family(Protocol):
 # How a state is read
 
 
-class Signs:
+class TokenPairHead:
     """Reads one token of a language model's head against another."""
 
     additive = True
@@ -52,7 +54,7 @@ class Signs:
         return states_TD.float() @ (head_VD[self.ids["plus"]].float() - head_VD[self.ids["minus"]].float())
 
 
-class TwoClasses:
+class ClassifierHead:
     """Reads the second class of a head `score` against the first."""
 
     additive = False
@@ -147,7 +149,7 @@ def check_tags(tag: str, write: Callable[[str], str]) -> None:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class ImageTokens:
     """How images stand in the text of a vision-language model: each as `text`, which holds `token` once.
 
     The token is repeated among the ids, once for each of the image's rows: quicker than in the text.
@@ -168,7 +170,7 @@ class Pictures:
         return self.text.join(pieces)
 
     def repeated(
-        self, prompt: Prompt, sequences: Sequence[FullSequence], faults: dict[int, str]
+        self, prompt: QuestionContext, sequences: Sequence[FullSequence], faults: dict[int, str]
     ) -> tuple[list[FullSequence], dict[int, str]]:
         """The sequences with as many tokens as images have rows; an error for a text that itself holds the token, where
         the model would look for an image."""

@@ -5,12 +5,12 @@ from typing import Any
 
 from medmm_ray.engines.chat_template import ChatTemplate
 from medmm_ray.prompts import document_block
-from medmm_ray.reward_model.families.family import FamilyName, Signs, joined, steps_of, tagged
-from medmm_ray.reward_model.packing import FullSequence, Prompt, Solution, single_id
+from medmm_ray.reward_model.families.family import FamilyName, TokenPairHead, joined, steps_of, tagged
+from medmm_ray.reward_model.packing import FullSequence, QuestionContext, Solution, single_id
 from medmm_ray.text import TAG, have_marks, numbered_steps
 
 
-class MathShepherd(Signs):
+class MathShepherd(TokenPairHead):
     """Question, a space, "Step 1: … ки" a line a step, each as it is. Documents stand before the question."""
 
     name: FamilyName = "math_shepherd"
@@ -23,7 +23,9 @@ class MathShepherd(Signs):
             name: single_id(tokenizer, sign) for name, sign in (("tag", "ки"), ("plus", "+"), ("minus", "-"))
         }
 
-    def sequences(self, prompt: Prompt, solutions: Mapping[int, Solution]) -> tuple[list[FullSequence], dict[int, str]]:
+    def sequences(
+        self, prompt: QuestionContext, solutions: Mapping[int, Solution]
+    ) -> tuple[list[FullSequence], dict[int, str]]:
         def write(own: str) -> str:
             return f"{document_block(prompt.documents)}{prompt.question} {own}"
 

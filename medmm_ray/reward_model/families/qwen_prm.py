@@ -8,18 +8,18 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2Model
 
 from medmm_ray.prompts import document_block
 from medmm_ray.reward_model.families.family import (
+    ClassifierHead,
     FamilyName,
-    TwoClasses,
     chat_template,
     check_tags,
     joined,
     steps_of,
     tagged,
 )
-from medmm_ray.reward_model.packing import FullSequence, Prompt, Solution, single_id
+from medmm_ray.reward_model.packing import FullSequence, QuestionContext, Solution, single_id
 
 
-class QwenPrm(TwoClasses):
+class QwenPrm(ClassifierHead):
     """The steps in the assistant's turn as they are, each followed by "<extra_0>". Documents stand before the
     question."""
 
@@ -31,9 +31,9 @@ class QwenPrm(TwoClasses):
         self.tokenizer = tokenizer
         self.template = chat_template(tokenizer)
         self.ids: Mapping[str, int] = {"tag": single_id(tokenizer, self.tag)}
-        check_tags(self.tag, lambda own: self.written(Prompt("Which?"), own))
+        check_tags(self.tag, lambda own: self.written(QuestionContext("Which?"), own))
 
-    def written(self, prompt: Prompt, own: str) -> str:
+    def written(self, prompt: QuestionContext, own: str) -> str:
         """The whole text around a solution's `own`."""
         messages = [
             {"role": "system", "content": self.system if prompt.system is None else prompt.system},
@@ -42,7 +42,9 @@ class QwenPrm(TwoClasses):
         ]
         return self.template.render(messages, add_generation_prompt=False)
 
-    def sequences(self, prompt: Prompt, solutions: Mapping[int, Solution]) -> tuple[list[FullSequence], dict[int, str]]:
+    def sequences(
+        self, prompt: QuestionContext, solutions: Mapping[int, Solution]
+    ) -> tuple[list[FullSequence], dict[int, str]]:
         steps = {number: joined(solution, steps_of(solution), "") for number, solution in solutions.items()}
         return tagged(self.tokenizer, self.tag, self.ids["tag"], steps, lambda own: self.written(prompt, own))
 

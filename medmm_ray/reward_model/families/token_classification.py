@@ -5,12 +5,12 @@ from typing import Any, ClassVar
 
 from medmm_ray.engines.chat_template import ChatTemplate
 from medmm_ray.prompts import document_block
-from medmm_ray.reward_model.families.family import FamilyName, TwoClasses, chat_template, ids_of, steps_of
-from medmm_ray.reward_model.packing import FullSequence, Prompt, Solution
+from medmm_ray.reward_model.families.family import ClassifierHead, FamilyName, chat_template, ids_of, steps_of
+from medmm_ray.reward_model.packing import FullSequence, QuestionContext, Solution
 from medmm_ray.text import have_marks, numbered_steps
 
 
-class TokenClassification(TwoClasses):
+class TokenClassification(ClassifierHead):
     """TRL's: prompt, then each step as it is and a line break, each tokenised by itself."""
 
     name: FamilyName = "token_classification"
@@ -21,7 +21,9 @@ class TokenClassification(TwoClasses):
         self.tokenizer = tokenizer
         self.ids: Mapping[str, int] = {}
 
-    def sequences(self, prompt: Prompt, solutions: Mapping[int, Solution]) -> tuple[list[FullSequence], dict[int, str]]:
+    def sequences(
+        self, prompt: QuestionContext, solutions: Mapping[int, Solution]
+    ) -> tuple[list[FullSequence], dict[int, str]]:
         begin = self.tokenizer.bos_token_id
         text = f"{document_block(prompt.documents)}{prompt.question}"
         head = [*([] if begin is None else [begin]), *ids_of(self.tokenizer, text)]
@@ -36,7 +38,7 @@ class TokenClassification(TwoClasses):
         return made, {}
 
 
-class MedS3(TwoClasses):
+class MedS3(ClassifierHead):
     """MedS3's: the user's turn, then "Step 0: …", "Step 1: …", each as it is with an empty line, tokenised by itself.
 
     Step 0 is the root of MedS3's search trees and the same in each solution; it has no score unless the solution
@@ -52,7 +54,9 @@ class MedS3(TwoClasses):
         self.template = chat_template(tokenizer)
         self.ids: Mapping[str, int] = {}
 
-    def sequences(self, prompt: Prompt, solutions: Mapping[int, Solution]) -> tuple[list[FullSequence], dict[int, str]]:
+    def sequences(
+        self, prompt: QuestionContext, solutions: Mapping[int, Solution]
+    ) -> tuple[list[FullSequence], dict[int, str]]:
         messages = [{"role": "user", "content": f"{document_block(prompt.documents)}{prompt.question}"}]
         head = ids_of(self.tokenizer, self.template.render(messages))
         made = []

@@ -11,12 +11,12 @@ from medmm_ray.engines.chat_template import ChatTemplate
 from medmm_ray.prompts import document_block
 from medmm_ray.reward_model.families.family import (
     FamilyName,
-    Pictures,
-    Signs,
+    ImageTokens,
+    TokenPairHead,
     ids_of,
     steps_of,
 )
-from medmm_ray.reward_model.packing import FullSequence, Prompt, Solution, common, single_id
+from medmm_ray.reward_model.packing import FullSequence, QuestionContext, Solution, common, single_id
 
 # The text with which VisualPRM's training data is made (`PRM_SYSTEM_PROMPT` of InternVL's reasoning data pipeline).
 SYSTEM = """\
@@ -40,15 +40,15 @@ Your task is to verify the accuracy and correctness of each step in the given so
 _ASSISTANT, _END = "<|im_start|>assistant\n", "<|im_end|>\n"
 
 
-class VisualPrm(Signs):
+class VisualPrm(TokenPairHead):
     """Images and documents stand at the beginning of the question, in the first turn."""
 
     name: FamilyName = "visualprm"
     template: ChatTemplate | None = None
     answer: ClassVar[str] = "+"
 
-    def __init__(self, tokenizer: Any, pictures: Pictures) -> None:
-        self.tokenizer, self.pictures = tokenizer, pictures
+    def __init__(self, tokenizer: Any, pictures: ImageTokens) -> None:
+        self.tokenizer, self.image_tokens = tokenizer, pictures
         for mark in ("<|im_start|>", "<|im_end|>"):
             single_id(tokenizer, mark)
         plus, minus = tokenizer.convert_tokens_to_ids(["+", "-"])
@@ -61,9 +61,11 @@ class VisualPrm(Signs):
             )
         self.ids: Mapping[str, int] = {"plus": plus, "minus": minus}
 
-    def sequences(self, prompt: Prompt, solutions: Mapping[int, Solution]) -> tuple[list[FullSequence], dict[int, str]]:
+    def sequences(
+        self, prompt: QuestionContext, solutions: Mapping[int, Solution]
+    ) -> tuple[list[FullSequence], dict[int, str]]:
         question = (
-            f"{_named(self.pictures.text, len(prompt.images))}{document_block(prompt.documents)}{prompt.question}"
+            f"{_named(self.image_tokens.text, len(prompt.images))}{document_block(prompt.documents)}{prompt.question}"
         )
         head = (
             f"<|im_start|>system\n{SYSTEM}{_END}<|im_start|>user\n### Question:\n{question}\n\n### Solution Process:\n"
@@ -81,7 +83,7 @@ class VisualPrm(Signs):
                 made.append(FullSequence(number, ids[: reads[-1] + 1], reads, common([head_ids, ids])))
             else:
                 faults[number] = f"tags: {len(reads)} turns of the assistant for {len(steps)} steps; expected as many"
-        return self.pictures.repeated(prompt, made, faults)
+        return self.image_tokens.repeated(prompt, made, faults)
 
 
 def _named(picture: str, number: int) -> str:

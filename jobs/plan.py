@@ -120,7 +120,7 @@ def plan_of(recipe: Recipe, run: Run) -> Plan:
         right_is_free=rolls.wrong_only or reached,
         uncertain_share=assumed.uncertain_share,
         max_share=rolls.max_share,
-        continuations=rolls.rollouts,
+        continuations=rolls.rollouts_per_prefix,
         trees=train if "train" in tree.splits else 0,
         tree_nodes=tree.max_nodes,
         node_rollouts=sum(rollouts) / len(rollouts),

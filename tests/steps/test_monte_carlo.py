@@ -28,13 +28,13 @@ from medmm_ray.steps.monte_carlo.search import (
     QuestionRollouts,
     RolloutCounts,
     SolutionPrefixes,
-    answers,
-    known_label,
+    completion_answers,
+    final_step_label,
+    limit_steps,
     next_step,
     prefix_text,
     prefix_texts,
     uncertain_steps,
-    within_share,
 )
 from tests.doubles.fake_generator import FakeGenerator, Script
 
@@ -122,17 +122,17 @@ def test_steps_are_uncertain_by_low_confidence_or_disagreement() -> None:
 
 
 def test_the_share_bounds_what_is_continued_by_texts_alone() -> None:
-    chains = [
+    solutions = [
         SolutionPrefixes(i, prefix_texts([f"Step {i}.", "b", "the answer is (B)."]), True, None, (0, 1))
         for i in range(10)
     ]
-    findings = QuestionRollouts(LabelRule(4, 0.0, stop_early=True), share_reached=True)
+    rollouts = QuestionRollouts(LabelRule(4, 0.0, stop_early=True), share_reached=True)
     for room, most in ((3, 3), (15, 15), (20, 20), (0, 0)):
-        assert sum(len(chain.steps) for chain in within_share(chains, findings, room)) == most
-    few = within_share(chains, findings, 3)
-    assert few == within_share(chains[::-1], findings, 3)[::-1]
-    findings.reach(few[0].prefixes[:2])  # known, so it takes no room
-    assert [(chain.number, chain.steps) for chain in within_share(chains, findings, 0)] == [(few[0].number, (0, 1))]
+        assert sum(len(chain.steps) for chain in limit_steps(solutions, rollouts, room)) == most
+    few = limit_steps(solutions, rollouts, 3)
+    assert few == limit_steps(solutions[::-1], rollouts, 3)[::-1]
+    rollouts.mark_reached(few[0].prefixes[:2])  # known, so it takes no room
+    assert [(chain.number, chain.steps) for chain in limit_steps(solutions, rollouts, 0)] == [(few[0].number, (0, 1))]
 
 
 # When a label is decided
@@ -146,32 +146,32 @@ def test_the_share_bounds_what_is_continued_by_texts_alone() -> None:
 )
 def test_stopping_early_never_changes_a_label(draws: list[bool | None], k: int, threshold: float) -> None:
     whole, early = RolloutCounts(), RolloutCounts()
-    for rule, tally in ((LabelRule(k, threshold, False), whole), (LabelRule(k, threshold, True), early)):
-        while num := rule.due(tally):
-            tally.add(draws[tally.drawn : tally.drawn + num])
-            tally.drawn += num
-    assert whole.drawn == k
-    assert early.drawn <= k
+    for rule, counts in ((LabelRule(k, threshold, False), whole), (LabelRule(k, threshold, True), early)):
+        while num := rule.num_next(counts):
+            counts.add(draws[counts.sampled : counts.sampled + num])
+            counts.sampled += num
+    assert whole.sampled == k
+    assert early.sampled <= k
     assert LabelRule(k, threshold, True).label(early) == LabelRule(k, threshold, False).label(whole)
 
 
 def test_rounds_double() -> None:
-    rule, tally, rounds = LabelRule(16, 0.0, stop_early=True), RolloutCounts(), []
-    while num := rule.due(tally):
+    rule, counts, rounds = LabelRule(16, 0.0, stop_early=True), RolloutCounts(), []
+    while num := rule.num_next(counts):
         rounds.append(num)
-        tally.add([False] * num)
-        tally.drawn += num
+        counts.add([False] * num)
+        counts.sampled += num
     assert rounds == [2, 2, 4, 8]
-    assert rule.label(tally) is False
-    assert LabelRule(16, 0.0, stop_early=False).due(RolloutCounts()) == 16
-    assert LabelRule(16, 0.0, stop_early=False).due(RolloutCounts(known=3, counted=3)) == 13
+    assert rule.label(counts) is False
+    assert LabelRule(16, 0.0, stop_early=False).num_next(RolloutCounts()) == 16
+    assert LabelRule(16, 0.0, stop_early=False).num_next(RolloutCounts(from_solutions=3, answered=3)) == 13
 
 
 def test_a_high_threshold_is_decided_when_nothing_left_can_change_it() -> None:
     rule = LabelRule(8, 0.5, stop_early=True)
-    assert rule.label(RolloutCounts(drawn=4, counted=4, correct=4)) is None  # the others may all be wrong: 4 of 8
-    assert rule.label(RolloutCounts(drawn=6, counted=6, correct=5)) is True
-    assert rule.label(RolloutCounts(drawn=4, counted=4, correct=0)) is False
+    assert rule.label(RolloutCounts(sampled=4, answered=4, correct=4)) is None  # the others may all be wrong: 4 of 8
+    assert rule.label(RolloutCounts(sampled=6, answered=6, correct=5)) is True
+    assert rule.label(RolloutCounts(sampled=4, answered=4, correct=0)) is False
 
 
 def test_the_ratio_of_stopped_rows_is_too_high() -> None:
@@ -182,14 +182,14 @@ def test_the_ratio_of_stopped_rows_is_too_high() -> None:
     assert one_by_one == pytest.approx(0.46, abs=0.005)
     rule = LabelRule(k, 0.0, stop_early=True)
 
-    def mean(tally: RolloutCounts) -> float:
+    def mean(counts: RolloutCounts) -> float:
         """The expected ratio from here on, over all outcomes of the next round."""
-        num = rule.due(tally)
+        num = rule.num_next(counts)
         if not num:
-            return tally.correct / tally.counted
+            return counts.correct / counts.answered
         return sum(
             math.comb(num, right) * p**right * (1 - p) ** (num - right)
-            * mean(RolloutCounts(drawn=tally.drawn + num, counted=tally.counted + num, correct=right))
+            * mean(RolloutCounts(sampled=counts.sampled + num, answered=counts.answered + num, correct=right))
             for right in range(num + 1)
         )  # fmt: skip
 
@@ -318,7 +318,7 @@ def test_all_counts_the_solutions_through_a_prefix_where_the_whole_ratio_is_aske
     first = StepLabel(label=1, value=0.25, num_correct=1, num_rollouts=4, stopped_early=False)
     assert labels["s1"].steps[0] == labels["s2"].steps[0] == first
     assert labels["s2"].steps[1] == StepLabel(label=0, value=0.0, num_correct=0, num_rollouts=4, stopped_early=False)
-    assert labels["s2"].steps[2] == known_label(False, 0.0)
+    assert labels["s2"].steps[2] == final_step_label(False, 0.0)
     assert labels["s3"].steps[2].num_rollouts == 4  # no answer: its end is not known
     assert {prompt.count("Step ") - 1: n for prompt, n, _ in asked if "heart" not in prompt} == {1: 2, 2: 3, 3: 4}
     for alone in ({"count_solutions": False}, {"wrong_only": True}):
@@ -366,7 +366,7 @@ def test_what_fails_is_not_wrong() -> None:
     assert figures["failed_rollouts"] == 4
     labels, _, _ = run(lambda *_: " hm.~", row, mode="all", num_rollouts=4, stop_early=False, count_solutions=False)
     failed = StepLabel(num_correct=0, num_rollouts=0, reason="4 continuations: 4 cut off, 0 without an answer")
-    assert labels["s1"].steps == [failed, failed, known_label(False, 0.0)]
+    assert labels["s1"].steps == [failed, failed, final_step_label(False, 0.0)]
     assert labels["s1"].error is None
 
 
@@ -400,7 +400,7 @@ def test_a_row_in_which_nothing_is_labelled_has_the_fault_as_its_error() -> None
 def test_a_continuation_without_an_answer_is_not_wrong() -> None:
     samples = [Completion(RIGHT, "stop", 0), Completion(WRONG, "stop", 1), Completion(RIGHT, "length", 2),
                Completion(" nothing.", "stop", 3)]  # fmt: skip
-    [right, wrong, cut, silent] = answers("Step 1: x\nStep 2:", samples, QUESTION)
+    [right, wrong, cut, silent] = completion_answers("Step 1: x\nStep 2:", samples, QUESTION)
     assert (right, wrong != right, cut, silent) == (QUESTION["answer"], True, None, None)
     assert asyncio.run(Grader().grade(QUESTION, [right, wrong, cut, silent])).right == [True, False, None, None]
 
@@ -421,9 +421,9 @@ def test_no_gold_answer_in_a_prompt(config: dict[str, Any]) -> None:
 def test_settings_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValidationError, match=r"mode verify needs threshold 0, not 0\.25"):
         MonteCarloConfig(mode="verify", threshold=0.25)
-    assert MonteCarloConfig().rollouts == 4
-    assert MonteCarloConfig(mode="all").rollouts == 16
-    assert MonteCarloConfig(mode="all", num_rollouts=8).rollouts == 8
+    assert MonteCarloConfig().rollouts_per_prefix == 4
+    assert MonteCarloConfig(mode="all").rollouts_per_prefix == 16
+    assert MonteCarloConfig(mode="all", num_rollouts=8).rollouts_per_prefix == 8
 
 
 # Properties of whole questions
@@ -533,7 +533,11 @@ class Half(Grader):
     """Like a grader whose model answers every other time."""
 
     async def grade(self, question: Mapping[str, Any], answers: Sequence[str | None]) -> Grades:
-        return Grades([None if i % 2 else False for i in range(len(answers))], len(answers), len(answers) // 2)
+        return Grades(
+            [None if i % 2 else False for i in range(len(answers))],
+            len(answers),
+            len(answers) // 2,
+        )
 
 
 def test_answers_that_nobody_graded_are_counted_and_said() -> None:

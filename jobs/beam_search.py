@@ -103,7 +103,7 @@ class Searching:
         self.config, self.reading = run.recipe.beam_search, run.recipe.score
         models = (run.model_id("policy"), run.model_id(self.config.guide))
         self.config_hash = digest("beam_search", *models, identity(self.config))
-        self.turn = asyncio.Lock()
+        self.lock = asyncio.Lock()
 
     async def all(self, rows: Sequence[Mapping[str, Any]]) -> list[Compared]:
         """Many questions at a time, as in tree search."""
@@ -152,7 +152,7 @@ class Searching:
             if images and not self.model.vision:
                 uris = row["reference_uris"][: self.reading.num_references]
                 references = [open_image(uri, self.reading.max_pixels) for uri in uris]
-        return RewardModelScorer(self.model, documents, images, references, self.turn)
+        return RewardModelScorer(self.model, documents, images, references, self.lock)
 
 
 def asked(run: Run) -> list[dict[str, Any]]:

@@ -23,19 +23,19 @@ from medmm_ray.engines.llm.client import connect
 from medmm_ray.steps.tree_search import TreeSearchActor, TreeSearchConfig, labels_batch, solutions_batch, tree_search
 from medmm_ray.steps.tree_search.tree import (
     ROOT,
-    begun,
     close,
     grow,
     leaves,
     look_back,
     next_action,
     num_right,
-    rollouts_at,
+    num_rollouts_at,
     select,
-    solved,
+    solution_leaves,
     step_labels,
     steps_to,
     ucb,
+    unfinished_leaves,
 )
 from medmm_ray.steps.tree_search.writer import Continuation
 from tests.doubles.api_server import chat_said, failed, serving
@@ -78,7 +78,7 @@ def test_values_visits_and_choices_of_a_small_tree_by_hand() -> None:
     assert (tree[5].value, tree[1].value) == (0.25, 0.25)  # (0 + .5) / 2; the doubt itself began with 0
     assert [tree[i].closed for i in (0, 1, 5, 6, 7)] == [True] * 5
     assert select(tree, exploration=2.0) is None
-    assert (solved(tree), num_right(tree), begun(tree)) == ([4, 7], 2, [])
+    assert (solution_leaves(tree), num_right(tree), unfinished_leaves(tree)) == ([4, 7], 2, [])
 
     labels = step_labels(tree, 7)
     assert [label.value for label in labels] == [0.25, 0.25, 0.5, 1.0]
@@ -93,7 +93,7 @@ def test_failed_is_not_wrong() -> None:
     tree = grow(tree, 0, "reason", Continuation(("b",)), [True, False])
     assert (tree[0].value, tree[0].visits) == (0.25, 2)  # (0 + .5) / 2: a is no part of the mean
     assert select(tree, exploration=0.0) == 2
-    assert (next_action(tree, 1, CONFIG), begun(tree)) == ("reason", [2, 1])
+    assert (next_action(tree, 1, CONFIG), unfinished_leaves(tree)) == ("reason", [2, 1])
 
     tree = grow(tree, 1, "reason", stated(WRONG, correct=False))
     tree = grow(tree, 1, "finish", stated("x", RIGHT, correct=True))  # x begins with a's value of 0
@@ -105,7 +105,7 @@ def test_failed_is_not_wrong() -> None:
 def test_an_answer_that_nobody_could_grade_ends_its_path_and_is_worth_nothing() -> None:
     tree = grow((ROOT,), 0, "reason", Continuation(("the answer is hydrothorax.",), "hydrothorax"))
     assert (tree[1].value, tree[1].correct, tree[1].closed) == (None, None, True)
-    assert (tree[0].value, tree[0].closed, num_right(tree), solved(tree)) == (0.0, True, 0, [1])
+    assert (tree[0].value, tree[0].closed, num_right(tree), solution_leaves(tree)) == (0.0, True, 0, [1])
     [label] = step_labels(tree, 1)
     assert (label.label, label.value, label.num_correct, label.num_rollouts) == (None, None, 0, 0)
 
@@ -142,12 +142,12 @@ def test_a_dead_end_closes_what_it_leaves_hopeless() -> None:
     assert [node.closed for node in tree] == [False, True, False, True]
     assert select(tree, 2.0) == 2
     assert select(close(tree, 2), 2.0) is None
-    assert (leaves(tree), begun(tree)) == ([2, 3], [2])
+    assert (leaves(tree), unfinished_leaves(tree)) == ([2, 3], [2])
     assert close((ROOT,), 0)[0].closed
 
 
 def test_rollouts_by_depth_and_the_last_step_that_is_allowed() -> None:
-    assert [rollouts_at(depth, CONFIG) for depth in range(6)] == [20, 10, 6, 5, 5, 5]
+    assert [num_rollouts_at(depth, CONFIG) for depth in range(6)] == [20, 10, 6, 5, 5, 5]
     tree = grow((ROOT,), 0, "reason", Continuation(("a",)), [False])
     assert next_action(tree, 1, TreeSearchConfig(max_steps=2)) == "finish"
     assert next_action(tree, 1, TreeSearchConfig(max_steps=3)) == "reason"

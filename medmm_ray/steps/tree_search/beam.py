@@ -6,7 +6,8 @@ first.
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import Field
@@ -34,7 +35,7 @@ class BeamSearchConfig(StepWriterConfig):
     num_beams: int = Field(4, ge=1)
     """Solutions that are kept after each step."""
     num_expansions: int = Field(4, ge=1)
-    """Next steps that are drawn for each of them; equal ones count once."""
+    """Next steps that are sampled for each of them; equal ones count once."""
     aggregate: metrics.Aggregate = "min"
     """What the log-odds of a solution's steps become to compare it with others."""
 
@@ -62,30 +63,35 @@ class RewardModelScorer:
     """A reward model as a scorer of one question, in a thread of its own so that the engine goes on meanwhile.
 
     `images` are the question's own and `references` the similar cases', for a model that reads images. The scorers of
-    several questions on one model share its `turn`.
+    several questions on one model share its `lock`.
     """
 
     def __init__(
-        self, model: "RewardModel", documents: Sequence[str] = (), images: Sequence["Image"] = (),
-        references: Sequence["Image"] = (), turn: asyncio.Lock | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: "RewardModel",
+        documents: Sequence[str] = (),
+        images: Sequence["Image"] = (),
+        references: Sequence["Image"] = (),
+        lock: asyncio.Lock | None = None,
+    ) -> None:
         self.model, self.documents, self.images, self.references = model, documents, images, references
-        self.turn = turn or asyncio.Lock()
+        self.lock = lock or asyncio.Lock()
 
     async def scores(self, question: Mapping[str, Any], solutions: Sequence[Sequence[str]]) -> "list[StepScores]":
-        """Of each solution its scores, or why it has none."""
-        asked = question_with_options(question["question"], question["options"])
-        async with self.turn:
+        """The scores of each solution, or why it has none."""
+        text = question_with_options(question["question"], question["options"])
+        async with self.lock:
             return await asyncio.to_thread(
-                self.model.score, asked, solutions, self.documents, self.images, self.references
+                self.model.score, text, solutions, self.documents, self.images, self.references
             )
 
     async def __call__(
         self, question: Mapping[str, Any], solutions: Sequence[Sequence[str]]
     ) -> Sequence[Sequence[float]]:
         scores = await self.scores(question, solutions)
-        if faults := [score.error for score in scores if score.error is not None]:
-            raise RowError("not_scored", faults[0])
+        for score in scores:
+            if score.error is not None:
+                raise RowError("not_scored", score.error)
         return [score.log_odds for score in scores]
 
 
@@ -95,26 +101,37 @@ async def beam_search(config: BeamSearchConfig, writer: StepWriter, scorer: Step
     Raises `RowError` where the prompt is too long or a solution cannot be scored.
     """
     beams = [Beam()]
-    while any(beam.answer is None for beam in beams):
-        open_ = [beam for beam in beams if beam.answer is None]
-        grown = await asyncio.gather(*(expand(writer, beam, config.num_expansions) for beam in open_))
-        fresh = [beam for below in grown for beam in below]
-        scores = await scorer(writer.question, [beam.steps for beam in fresh]) if fresh else []
-        scored = [
-            Beam(b.steps, b.answer, b.correct, tuple(odds), metrics.aggregate(list(odds), config.aggregate))
-            for b, odds in zip(fresh, scores, strict=True)
-        ]
-        beams = best([beam for beam in beams if beam.answer is not None] + scored, config.num_beams)
-    return beams
+    while True:
+        finished = [beam for beam in beams if beam.answer is not None]
+        if len(finished) == len(beams):
+            return beams
+        unfinished = [beam for beam in beams if beam.answer is None]
+        expansions = await asyncio.gather(*(expand(writer, beam, config.num_expansions) for beam in unfinished))
+        scored = await score(list(chain.from_iterable(expansions)), writer.question, scorer, config.aggregate)
+        beams = best(finished + scored, config.num_beams)
 
 
 async def expand(writer: StepWriter, beam: Beam, width: int) -> list[Beam]:
-    """The beam with each step that may follow; with all to its end where only one step is left."""
+    """The beam with each step that may follow; with all to its end where only one step may follow."""
     is_last = len(beam.steps) + 1 >= writer.config.max_steps
-    found = await writer.draw(beam.steps, "finish" if is_last else "reason", width)
-    return [Beam((*beam.steps, *drawn.steps), drawn.answer, drawn.correct) for drawn in found]
+    continuations = await writer.continuations(beam.steps, "finish" if is_last else "reason", width)
+    return [Beam((*beam.steps, *new.steps), new.answer, new.correct) for new in continuations]
+
+
+async def score(
+    beams: Sequence[Beam], question: Mapping[str, Any], scorer: StepScorer, aggregate: metrics.Aggregate
+) -> list[Beam]:
+    """The beams with the log-odds of their steps, and the aggregate of these as the reward."""
+    if not beams:
+        return []
+    log_odds = await scorer(question, [beam.steps for beam in beams])
+    scored: list[Beam] = []
+    for beam, step_log_odds in zip(beams, log_odds, strict=True):
+        reward = metrics.aggregate(list(step_log_odds), aggregate)
+        scored.append(replace(beam, log_odds=tuple(step_log_odds), reward=reward))
+    return scored
 
 
 def best(beams: Sequence[Beam], number: int) -> list[Beam]:
-    """The `number` of highest reward, the first of equals."""
+    """The `number` beams of highest reward, the first of equals."""
     return sorted(beams, key=lambda beam: -beam.reward)[:number]

@@ -20,16 +20,16 @@ from medmm_ray.steps.tree_search.tree import (
     ROOT,
     Tree,
     TreeSearchConfig,
-    begun,
     close,
     grow,
     next_action,
     num_right,
-    rollouts_at,
+    num_rollouts_at,
     select,
-    solved,
+    solution_leaves,
     step_labels,
     steps_to,
+    unfinished_leaves,
 )
 from medmm_ray.steps.tree_search.writer import Action, Continuation, StepWriter
 from medmm_ray.text import solution_text
@@ -54,7 +54,7 @@ def tree_search(
 
     `model` is the checkpoint that is searched, `policy` what the tables call it, `config_hash` the table's fingerprint.
     `evidence` (question_id, documents) is needed where config.num_documents > 0. `equivalence` grades open answers as
-    in sampling; `folder` is where the run keeps what its model said.
+    in sampling; `folder` is where the run keeps what its model answered.
     """
     if config.num_documents:
         if evidence is None:
@@ -78,32 +78,37 @@ class TreeSearchActor:
     """The actor: one engine, and on it `batch_size` x `max_concurrency` trees at a time."""
 
     def __init__(
-        self, config: TreeSearchConfig, model: str, policy: str, config_hash: str,
-        generator: MakeGenerator = Generator, grader: MakeGrader | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        config: TreeSearchConfig,
+        model: str,
+        policy: str,
+        config_hash: str,
+        generator: MakeGenerator = Generator,
+        grader: MakeGrader | None = None,
+    ) -> None:
         self.config, self.policy, self.config_hash = config, policy, config_hash
         self.generator = generator(model, config)
         self.grader = grader() if grader else Grader()
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
-        rows = await asyncio.gather(*(self.search(question) for question in batch.to_pylist()))
+        rows = await asyncio.gather(*map(self.search, batch.to_pylist()))
         yield to_arrow(records.Tree, list(rows))
 
     async def search(self, question: Mapping[str, Any]) -> records.Tree:
-        """The tree of one question; a fault becomes the row's error."""
+        """The tree of one question; a fault becomes the row's error, and what had grown before it is kept."""
         writer = StepWriter(self.config, self.generator, question, self.config_hash, self.grader)
-        growth = TreeBuilder(self.config, writer)
+        builder = TreeBuilder(self.config, writer)
         error = None if question["error"] is None else f"upstream: {question['error']}"
         if error is None:
             try:
-                await growth.run()
+                await builder.run()
             except RowError as fault:
                 error = str(fault)
         return records.Tree(
             question_id=question["question_id"],
             policy=self.policy,
             config_hash=self.config_hash,
-            nodes=list(growth.tree),
+            nodes=list(builder.tree),
             num_rejected=writer.num_rejected,
             num_tokens=writer.num_tokens,
             error=error,
@@ -118,55 +123,65 @@ class TreeBuilder:
         self.tree: Tree = (ROOT,)
 
     async def run(self) -> None:
-        """Expand until the tree is full or closed; then, if it lacks right solutions, end what was begun."""
-        while not self.is_full and (at := select(self.tree, self.config.exploration)) is not None:
+        """Expand until the tree is full or closed; then, if it lacks right solutions, end those that were begun."""
+        while not self.is_full:
+            at = select(self.tree, self.config.exploration)
+            if at is None:
+                break
             await self.expand({at: next_action(self.tree, at, self.config)})
         if not self.is_spent and num_right(self.tree) < self.config.max_correct:
-            await self.expand(dict.fromkeys(begun(self.tree), "finish"))
+            await self.expand(dict.fromkeys(unfinished_leaves(self.tree), "finish"))
 
     @property
     def is_spent(self) -> bool:
+        """Whether the tree's tokens are used up."""
         return self.config.max_tree_tokens is not None and self.writer.num_tokens >= self.config.max_tree_tokens
 
     @property
     def is_full(self) -> bool:
+        """Whether the tree is not expanded any further."""
         config = self.config
         return self.is_spent or len(self.tree) >= config.max_nodes or num_right(self.tree) >= config.max_correct
 
     async def expand(self, actions: Mapping[int, Action]) -> None:
-        """Draw what follows each node, roll it out, and let it grow there, in order."""
-        found = await asyncio.gather(*(self.draw(at, action) for at, action in actions.items()))
-        for (at, action), drawn in zip(actions.items(), found, strict=True):
-            for one, right in drawn:
-                self.tree = grow(self.tree, at, action, one, right, self.config.reflect)
-            if not drawn:
+        """Sample what follows each node, roll it out, and let it grow there, in order."""
+        candidates = await asyncio.gather(*(self.candidates(at, action) for at, action in actions.items()))
+        for (at, action), continuations in zip(actions.items(), candidates, strict=True):
+            for continuation, rollouts in continuations:
+                self.tree = grow(self.tree, at, action, continuation, rollouts, self.config.reflect)
+            if not continuations:
                 self.tree = close(self.tree, at)
 
-    async def draw(self, at: int, action: Action) -> list[tuple[Continuation, list[bool]]]:
+    async def candidates(self, at: int, action: Action) -> list[tuple[Continuation, list[bool]]]:
         """What may follow node `at`, each with the outcomes of its rollouts; an ended solution needs none."""
         steps = steps_to(self.tree, at)
-        drawn = await self.writer.draw(steps, action, self.config.num_children if action == "reason" else 1)
-        outcomes = await asyncio.gather(*(self.roll([*steps, *one.steps]) for one in drawn if one.answer is None))
-        rolled = iter(outcomes)
-        return [(one, next(rolled) if one.answer is None else []) for one in drawn]
+        num_samples = self.config.num_children if action == "reason" else 1
+        continuations = await self.writer.continuations(steps, action, num_samples)
+        rollouts = await asyncio.gather(*(self.roll_out(steps, continuation) for continuation in continuations))
+        return list(zip(continuations, rollouts, strict=True))
 
-    async def roll(self, steps: Sequence[str]) -> list[bool]:
-        return await self.writer.roll(steps, rollouts_at(len(steps), self.config))
+    async def roll_out(self, steps: Sequence[str], continuation: Continuation) -> list[bool]:
+        """Whether each answered rollout behind a continuation of `steps` is right."""
+        if continuation.answer is not None:
+            return []
+        steps = [*steps, *continuation.steps]
+        return await self.writer.rollouts(steps, num_rollouts_at(len(steps), self.config))
 
 
 # From trees to tables
 
 
 def solutions_of(row: Mapping[str, Any]) -> Solutions:
-    """The solutions that end in a tree row (a plain one), in the order in which they were found."""
+    """The solutions that end in a tree row (a plain one), in the order in which they grew."""
     tree = nodes_of(row)
+    solutions = [_solution(row, tree, leaf) for leaf in solution_leaves(tree)]
     return Solutions(
         question_id=row["question_id"],
         policy=row["policy"],
         config_hash=row["config_hash"],
-        num_requested=len(solved(tree)),
-        num_drawn=len(solved(tree)),
-        solutions=[_solution(row, tree, leaf) for leaf in solved(tree)],
+        num_requested=len(solutions),
+        num_drawn=len(solutions),
+        solutions=solutions,
         error=row["error"] and f"upstream: {row['error'].removeprefix('upstream: ')}",
     )
 
@@ -174,20 +189,23 @@ def solutions_of(row: Mapping[str, Any]) -> Solutions:
 def labels_of(row: Mapping[str, Any], strength: float) -> list[Labels]:
     """The labels of those solutions, with source tree_search."""
     tree = nodes_of(row)
-    return [
-        Labels(
-            question_id=row["question_id"],
-            solution_id=_solution_id(row, leaf),
-            source="tree_search",
-            annotator=f"{row['policy']}@{row['config_hash']}",
-            steps=step_labels(tree, leaf, strength),
-            cost=0.0,
+    labels: list[Labels] = []
+    for leaf in solution_leaves(tree):
+        labels.append(
+            Labels(
+                question_id=row["question_id"],
+                solution_id=_solution_id(row, leaf),
+                source="tree_search",
+                annotator=f"{row['policy']}@{row['config_hash']}",
+                steps=step_labels(tree, leaf, strength),
+                cost=0.0,
+            )
         )
-        for leaf in solved(tree)
-    ]
+    return labels
 
 
 def nodes_of(row: Mapping[str, Any]) -> Tree:
+    """The tree that a row (a plain one) holds."""
     return tuple(TreeNode(**node) for node in row["nodes"])
 
 

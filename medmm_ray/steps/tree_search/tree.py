@@ -18,7 +18,7 @@ from medmm_ray.steps.tree_search.writer import Action, Continuation, StepWriterC
 Tree = tuple[TreeNode, ...]
 
 ROOT = TreeNode(parent=-1, step="", action="root")
-UNVISITED = 5.0  # the UCB of a node without a visit
+UNVISITED = 5.0  # UCB of a node without a visit: above any other, so that each child is tried once
 
 
 class TreeSearchConfig(StepWriterConfig):
@@ -29,11 +29,11 @@ class TreeSearchConfig(StepWriterConfig):
     max_nodes: int = Field(60, ge=1)
     """A tree of so many nodes is not expanded any further; solutions that were begun are still finished."""
     max_tree_tokens: int | None = Field(None, ge=1)
-    """Tokens drawn for one tree after which it stops, unfinished solutions included; null: no bound."""
+    """Tokens generated for one tree after which it stops, unfinished solutions included; null: no bound."""
     max_correct: int = Field(4, ge=1)
     """Right solutions at which a tree stops."""
     num_children: int = Field(3, ge=1)
-    """Next steps that are drawn at a node; equal ones become one child."""
+    """Next steps that are sampled at a node; equal ones become one child."""
     num_rollouts: int = Field(20, ge=1, le=MAX_SAMPLES)
     """Rollouts of a node at depth d: num_rollouts // (d + 1), at least min_rollouts."""
     min_rollouts: int = Field(5, ge=1, le=MAX_SAMPLES)
@@ -52,6 +52,7 @@ class TreeSearchConfig(StepWriterConfig):
 
 
 def children(tree: Tree, at: int) -> list[int]:
+    """The nodes right below `at`, in the order in which they grew."""
     return [i for i, node in enumerate(tree) if node.parent == at]
 
 
@@ -65,29 +66,30 @@ def path(tree: Tree, at: int) -> list[int]:
 
 
 def steps_to(tree: Tree, at: int) -> list[str]:
+    """The texts from the first step to `at`."""
     return [tree[i].step for i in path(tree, at)]
 
 
 def leaves(tree: Tree) -> list[int]:
-    inner = {node.parent for node in tree}
-    return [i for i in range(1, len(tree)) if i not in inner]
+    """The nodes without a child, but for the root."""
+    parents = {node.parent for node in tree}
+    return [i for i in range(1, len(tree)) if i not in parents]
 
 
-def solved(tree: Tree) -> list[int]:
+def solution_leaves(tree: Tree) -> list[int]:
     """The leaves in which a solution ends, right ones and wrong ones."""
     return [i for i in leaves(tree) if tree[i].answer is not None]
 
 
-def begun(tree: Tree) -> list[int]:
+def unfinished_leaves(tree: Tree) -> list[int]:
     """The leaves whose solution goes on, the most promising first."""
-    return sorted(
-        (i for i in leaves(tree) if tree[i].answer is None and not tree[i].closed),
-        key=lambda i: -(tree[i].value or 0.0),
-    )
+    unfinished = [i for i in leaves(tree) if tree[i].answer is None and not tree[i].closed]
+    return sorted(unfinished, key=lambda i: -(tree[i].value or 0.0))
 
 
 def num_right(tree: Tree) -> int:
-    return sum(tree[i].correct is True for i in solved(tree))
+    """How many right solutions the tree holds."""
+    return sum(tree[i].correct is True for i in solution_leaves(tree))
 
 
 # Growing a tree
@@ -108,52 +110,64 @@ def select(tree: Tree, exploration: float) -> int | None:
     if tree[0].closed:
         return None
     at = 0
-    while below := children(tree, at):
+    while child_nodes := children(tree, at):
         parent = tree[at]
-        at = max((i for i in below if not tree[i].closed), key=lambda i: ucb(tree[i], parent, exploration))
+        open_children = [i for i in child_nodes if not tree[i].closed]
+        at = max(open_children, key=lambda i: ucb(tree[i], parent, exploration))
     return at
 
 
 def next_action(tree: Tree, at: int, config: TreeSearchConfig) -> Action:
-    """What to draw below a childless node: a doubt of its wrong answer, the end of a solution, or a next step."""
+    """What to sample below a childless node: a doubt of its wrong answer, the end of a solution, or a next step."""
     node = tree[at]
     if node.answer is not None:
         return "reflect"
-    sure = bool(node.num_rollouts) and (node.num_correct or 0) / (node.num_rollouts or 1) >= config.finish_from
-    return "finish" if sure or len(path(tree, at)) + 1 >= config.max_steps else "reason"
+    share_right = (node.num_correct or 0) / node.num_rollouts if node.num_rollouts else 0.0
+    is_last_step = len(path(tree, at)) + 1 >= config.max_steps
+    return "finish" if share_right >= config.finish_from or is_last_step else "reason"
 
 
-def rollouts_at(depth: int, config: TreeSearchConfig) -> int:
+def num_rollouts_at(depth: int, config: TreeSearchConfig) -> int:
+    """How many rollouts a node at `depth` gets: fewer, the less is open behind it."""
     return max(config.num_rollouts // (depth + 1), config.min_rollouts)
 
 
 def grow(
-    tree: Tree, at: int, action: Action, drawn: Continuation, right: Sequence[bool] = (), reflect: bool = True
+    tree: Tree,
+    at: int,
+    action: Action,
+    continuation: Continuation,
+    rollouts: Sequence[bool] = (),
+    reflect: bool = True,
 ) -> Tree:
-    """The tree with the steps of `drawn` below `at`, and what its last one is worth carried up to the root.
+    """The tree with the steps of `continuation` below `at`, and what its last one is worth carried up to the root.
 
-    The last step is worth its outcome where it ends the solution, else the share of `right` rollouts: nothing is known
+    The last step is worth its outcome where it ends the solution, else the share of right `rollouts`: nothing is known
     of it (None) where the answer could not be graded, or no rollout came to one. Steps before it are not rolled out and
     begin with the value of `at`. With `reflect` a wrong answer stays open for one doubt.
     """
-    for step in drawn.steps[:-1]:
-        between = TreeNode(parent=at, step=step, action=action, value=tree[at].value, visits=1, seed=drawn.seed)
-        tree, at = (*tree, between), len(tree)
-    ended = drawn.answer is not None
-    doubted = action == "reflect" or any(tree[i].action == "reflect" for i in path(tree, at))
-    outcomes = right if not ended else [] if drawn.correct is None else [drawn.correct]
+    correct, seed = continuation.correct, continuation.seed
+    *inner_steps, last_step = continuation.steps
+    for step in inner_steps:
+        inner = TreeNode(parent=at, step=step, action=action, value=tree[at].value, visits=1, seed=seed)
+        tree, at = (*tree, inner), len(tree)
+    is_ended = continuation.answer is not None
+    outcomes = rollouts
+    if is_ended:
+        outcomes = [] if correct is None else [correct]
+    was_doubted = action == "reflect" or any(tree[i].action == "reflect" for i in path(tree, at))
     leaf = TreeNode(
         parent=at,
-        step=drawn.steps[-1],
+        step=last_step,
         action=action,
         value=sum(outcomes) / len(outcomes) if outcomes else None,
         visits=1,
-        num_correct=sum(right),
-        num_rollouts=len(right),
-        answer=drawn.answer,
-        correct=drawn.correct,
-        closed=ended and (drawn.correct is not False or doubted or not reflect),
-        seed=drawn.seed,
+        num_correct=sum(rollouts),
+        num_rollouts=len(rollouts),
+        answer=continuation.answer,
+        correct=correct,
+        closed=is_ended and (correct is not False or was_doubted or not reflect),
+        seed=seed,
     )
     return backpropagate((*tree, leaf), len(tree))
 
@@ -167,23 +181,34 @@ def backpropagate(tree: Tree, leaf: int) -> Tree:
     nodes = list(tree)
     at = nodes[leaf].parent
     while at >= 0:
-        node, below = nodes[at], [nodes[i] for i in children(tree, at)]
-        known = [(c.value, c.visits) for c in below if c.value is not None]
+        node = nodes[at]
+        weighted_sum, visits, is_closed = 0.0, 0, True
+        for i in children(tree, at):
+            child = nodes[i]
+            is_closed &= child.closed
+            if child.value is not None:
+                weighted_sum += child.value * child.visits
+                visits += child.visits
         value = node.value
-        if known:
-            mean = sum(v * n for v, n in known) / sum(n for _, n in known)
+        if visits:
+            mean = weighted_sum / visits
             value = mean if value is None else (value + mean) / 2
-        nodes[at] = replace(node, value=value, visits=node.visits + 1, closed=all(c.closed for c in below))
+        nodes[at] = replace(node, value=value, visits=node.visits + 1, closed=is_closed)
         at = node.parent
     return tuple(nodes)
 
 
 def close(tree: Tree, at: int) -> Tree:
-    """The tree without hope for `at`, a node that nothing could be drawn below."""
+    """The tree with `at` closed, a node below which nothing could be sampled.
+
+    Each node above that has no open child then is closed too.
+    """
     nodes = list(tree)
     nodes[at] = replace(nodes[at], closed=True)
-    while (at := nodes[at].parent) >= 0 and all(nodes[i].closed for i in children(tree, at)):
+    at = nodes[at].parent
+    while at >= 0 and all(nodes[i].closed for i in children(tree, at)):
         nodes[at] = replace(nodes[at], closed=True)
+        at = nodes[at].parent
     return tuple(nodes)
 
 
@@ -196,27 +221,29 @@ def look_back(values: Sequence[float | None], strength: float = 1.0) -> list[int
     A node without a value has no label, and is passed over.
     """
     labels: list[int | None] = []
-    before: float | None = None
+    previous: float | None = None
     for value in values:
         if value is None:
             labels.append(None)
             continue
-        before = value if before is None else value - strength * (before - value)
-        labels.append(int(before > 0))
+        previous = value if previous is None else value - strength * (previous - value)
+        labels.append(int(previous > 0))
     return labels
 
 
 def step_labels(tree: Tree, leaf: int, strength: float = 1.0) -> list[StepLabel]:
     """The labels of the solution that ends in `leaf`: its nodes' values, and the hard labels made of them."""
     nodes = [tree[i] for i in path(tree, leaf)]
-    hard = look_back([node.value for node in nodes], strength)
-    return [
-        StepLabel(
-            label=label,
-            value=node.value,
-            num_correct=node.num_correct,
-            num_rollouts=node.num_rollouts,
-            stopped_early=False,
+    hard_labels = look_back([node.value for node in nodes], strength)
+    records: list[StepLabel] = []
+    for label, node in zip(hard_labels, nodes, strict=True):
+        records.append(
+            StepLabel(
+                label=label,
+                value=node.value,
+                num_correct=node.num_correct,
+                num_rollouts=node.num_rollouts,
+                stopped_early=False,
+            )
         )
-        for label, node in zip(hard, nodes, strict=True)
-    ]
+    return records

@@ -36,9 +36,9 @@ class StepWriterConfig(GeneratorConfig):
     temperature: float = Field(0.6, ge=0)
     """Sampling temperature of steps and rollouts."""
     top_k: int = Field(0, ge=0)
-    """Tokens to draw from, most likely first; 0 takes all."""
+    """Tokens to sample from, most likely first; 0 takes all."""
     top_p: float = Field(0.9, gt=0, le=1)
-    """Probability mass to draw from."""
+    """Probability mass to sample from."""
     max_tokens: int = Field(1024, ge=1)
     """Longest step or rollout, tokens; one that is cut there does not count."""
     max_steps: int = Field(9, ge=1)
@@ -51,7 +51,7 @@ class StepWriterConfig(GeneratorConfig):
     """Calls of an actor at a time; batch_size x max_concurrency questions are worked on at once."""
 
     @model_validator(mode="after")
-    def _reads_text(self) -> "StepWriterConfig":
+    def _has_no_images(self) -> "StepWriterConfig":
         if self.num_images:
             raise ValueError(
                 f"num_images is {self.num_images}, but policies that look are not searched yet; set it to 0"
@@ -73,75 +73,90 @@ class Continuation:
 
 
 class StepWriter:
-    """The policy on one question; it counts the tokens it drew and the samples that were no use.
+    """The policy on one question; it counts the tokens that it generated and the samples that were no use.
 
     Raises `RowError` where the prompt itself is too long.
     """
 
     def __init__(
-        self, config: StepWriterConfig, generator: TextGenerator, question: Mapping[str, Any], config_hash: str,
+        self,
+        config: StepWriterConfig,
+        generator: TextGenerator,
+        question: Mapping[str, Any],
+        config_hash: str,
         grader: Grader,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.config, self.generator, self.question, self.grader = config, generator, question, grader
-        self.key = (config_hash, question["question_id"])
-        self.num_tokens = self.num_rejected = 0
-        self.prompt = policy_prompt(generator, question, config.num_documents, config.max_model_len - config.max_tokens)
+        self.seed_parts = (config_hash, question["question_id"])
+        self.num_tokens = 0
+        self.num_rejected = 0
+        max_prompt_tokens = config.max_model_len - config.max_tokens
+        self.prompt = policy_prompt(generator, question, config.num_documents, max_prompt_tokens)
 
-    async def draw(self, steps: Sequence[str], action: Action, n: int) -> list[Continuation]:
+    async def continuations(self, steps: Sequence[str], action: Action, n: int) -> list[Continuation]:
         """What may follow `steps`: the next step (reason), or all to the end, perhaps with a doubt before it (reflect).
 
-        Equal samples come once; cut, empty and answerless ones, and those of too many steps, are rejected.
+        Of `n` samples equal ones come once; cut, empty and answerless ones, and those of too many steps, are rejected.
         """
-        said = solution_prefix(steps) + (DOUBT if action == "reflect" else "")
+        prefix = solution_prefix(steps)
+        if action == "reflect":
+            prefix += DOUBT
         stop = step_mark(len(steps) + 2) if action == "reason" else None
-        samples = await self._ask("step", steps, said, n, stop)
-        read = [self._read(said, len(steps), sample, stop) for sample in samples]
-        self.num_rejected += read.count(None)
-        once: dict[tuple[str, ...], Continuation] = {}
-        for drawn in read:
-            if drawn:
-                once.setdefault(drawn.steps, drawn)
-        grades = await self.grader.grade(self.question, [drawn.answer for drawn in once.values()])
-        return [replace(drawn, correct=verdict) for drawn, verdict in zip(once.values(), grades.right, strict=True)]
+        distinct: dict[tuple[str, ...], Continuation] = {}
+        for sample in await self._generate("step", steps, prefix, n, stop):
+            continuation = self._parse(sample, prefix, len(steps), stop)
+            if continuation is None:
+                self.num_rejected += 1
+            else:
+                distinct.setdefault(continuation.steps, continuation)
+        answers = [continuation.answer for continuation in distinct.values()]
+        grades = await self.grader.grade(self.question, answers)
+        graded = zip(distinct.values(), grades.right, strict=True)
+        return [replace(continuation, correct=is_right) for continuation, is_right in graded]
 
-    def _read(self, said: str, before: int, sample: Completion, stop: str | None) -> Continuation | None:
+    def _parse(self, sample: Completion, prefix: str, num_steps: int, stop: str | None) -> Continuation | None:
+        """The steps of a sample behind the `num_steps` of its prefix; None where it is rejected."""
         if sample.finish_reason != "stop":
             return None
-        stopped = bool(stop) and sample.text.endswith(str(stop))
-        text = _MARKUP.sub("", sample.text.removesuffix(str(stop))) if stopped else sample.text
-        steps = split_steps(said[said.rindex(step_mark(before + 1)) :] + text)[1]
-        if stopped:
+        text = sample.text
+        is_stopped = stop is not None and text.endswith(stop)
+        if stop is not None and is_stopped:
+            text = _MARKUP.sub("", text.removesuffix(stop))
+        # From the last mark on, so that marks in the text of earlier steps count for nothing.
+        begun_step = prefix[prefix.rindex(step_mark(num_steps + 1)) :]
+        _, steps = split_steps(begun_step + text)
+        if is_stopped:
             return Continuation((steps[0],), seed=sample.seed) if steps else None
-        answer = extract_answer(said + text, self.question["options"], self.question["answer_type"])
-        if answer is None or not steps or before + len(steps) > self.config.max_steps:
+        answer = extract_answer(prefix + text, self.question["options"], self.question["answer_type"])
+        if answer is None or not steps or num_steps + len(steps) > self.config.max_steps:
             return None
         return Continuation(tuple(steps), answer, seed=sample.seed)
 
-    async def roll(self, steps: Sequence[str], n: int) -> list[bool]:
-        """Whether each of `n` continuations that ended with an answer is right; the others do not count, nor do answers
-        that could not be graded.
+    async def rollouts(self, steps: Sequence[str], n: int) -> list[bool]:
+        """Whether each of `n` rollouts that ended with an answer is right; the others do not count, nor do answers that
+        could not be graded.
         """
-        said = solution_prefix(steps)
-        samples = await self._ask("rollout", steps, said, n)
-        asked = self.question
-        answers = [
-            extract_answer(said + sample.text, asked["options"], asked["answer_type"])
-            for sample in samples
-            if sample.finish_reason == "stop"
-        ]
-        return [verdict for verdict in (await self.grader.grade(asked, answers)).right if verdict is not None]
+        question = self.question
+        prefix = solution_prefix(steps)
+        answers: list[str | None] = []
+        for sample in await self._generate("rollout", steps, prefix, n):
+            if sample.finish_reason == "stop":
+                answers.append(extract_answer(prefix + sample.text, question["options"], question["answer_type"]))
+        grades = await self.grader.grade(question, answers)
+        return [is_right for is_right in grades.right if is_right is not None]
 
-    async def _ask(
-        self, purpose: str, steps: Sequence[str], said: str, n: int, stop: str | None = None
+    async def _generate(
+        self, purpose: str, steps: Sequence[str], prefix: str, n: int, stop: str | None = None
     ) -> list[Completion]:
         """One request; nothing comes back where the steps have outgrown the model's length."""
         config = self.config
-        seed = request_seed("writer", config.seed, *self.key, purpose, said)
-        sampling = Sampling(config.temperature, config.top_k, config.top_p, config.max_tokens, (stop,) if stop else ())
+        seed = request_seed("writer", config.seed, *self.seed_parts, purpose, prefix)
+        stops = () if stop is None else (stop,)
+        sampling = Sampling(config.temperature, config.top_k, config.top_p, config.max_tokens, stops)
         try:
-            samples = await self.generator.generate(replace(self.prompt, prefix=said), n, seed, sampling)
+            samples = await self.generator.generate(replace(self.prompt, prefix=prefix), n, seed, sampling)
         except RowError:
-            if not steps:
+            if not steps:  # the prompt alone is too long: a fault of the question
                 raise
             return []
         self.num_tokens += sum(sample.num_tokens for sample in samples)

@@ -26,7 +26,7 @@ from jobs.step import Run, launch, parser, read_arguments
 from medmm_ray.config import digest, identity
 from medmm_ray.data.tables import Artifact, Provenance, filesystem, write_file
 from medmm_ray.estimate import Estimate, Line, estimate, rendered
-from medmm_ray.stats import metrics
+from medmm_ray.stats import decoders
 from medmm_ray.text import question_with_options
 from medmm_ray.train.policy import train_policy
 
@@ -137,7 +137,7 @@ def accuracies(solutions: Sequence[Mapping[str, Any]], scores: Sequence[Sequence
     """One question's figures: the share of right samples, and whether each decoder picks a right one."""
     right = [solution["correct"] is True for solution in solutions]
     picked = {
-        name: metrics.decode(name, [solution["answer"] for solution in solutions], scores) for name in FIGURES[1:]
+        name: decoders.decode(name, [solution["answer"] for solution in solutions], scores) for name in FIGURES[1:]
     }
     found = {name: float(at is not None and right[at]) for name, at in picked.items()}
     return {"one sample": sum(right) / max(len(right), 1), **found}

@@ -25,7 +25,8 @@ from rich.table import Table as Grid
 from jobs.benches import Measured
 from jobs.benches.published import PublishedStage
 from jobs.benches.study import Study, StudyConfig, prepare, start_alone, train, train_tower
-from medmm_ray.stats.metrics import aggregate, auroc, expected_best, expected_oracle
+from medmm_ray.stats.decoders import aggregate, expected_best, expected_oracle
+from medmm_ray.stats.metrics import auroc
 from medmm_ray.train.cached import illustrated_questions
 from medmm_ray.train.labelled import group_labels
 from medmm_ray.train.loop import HISTORY, StageFactory

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from medmm_ray import text
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.images import decode_image
-from medmm_ray.stats import metrics
+from medmm_ray.stats import decoders, metrics
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -194,7 +194,7 @@ def rerank(request: RerankRequest, scores: Sequence[StepLogOdds], model: str) ->
     """
     errors = [_error(score) for score in scores]
     totals = [[] if error else _total(score) for score, error in zip(scores, errors, strict=True)]
-    rewards = [metrics.aggregate(t, request.aggregate) if t else math.nan for t in totals]  # as log-odds, exact near 1
+    rewards = [decoders.aggregate(t, request.aggregate) if t else math.nan for t in totals]  # as log-odds, exact near 1
     ranking = sorted((i for i, t in enumerate(totals) if t), key=lambda i: -rewards[i])
     rank = {i: place for place, i in enumerate(ranking, 1)}
     solutions = [
@@ -202,7 +202,7 @@ def rerank(request: RerankRequest, scores: Sequence[StepLogOdds], model: str) ->
         for i, (score, total, error) in enumerate(zip(scores, totals, errors, strict=True))
     ]
     answers = [s.answer for s in solutions]
-    best = metrics.best_of_n(rewards)
+    best = decoders.best_of_n(rewards)
     return RerankAnswer(
         model=model,
         arm="text_only" if request.image is None else "multimodal",
@@ -244,7 +244,7 @@ def _scored(
     solution = request.solutions[index]
     steps = steps_of(solution)
     stated = solution if isinstance(solution, str) else text.join_steps(steps)
-    aggregates = {how: float(metrics.probability(metrics.aggregate(total, how))) for how in AGGREGATES if total}
+    aggregates = {how: float(metrics.probability(decoders.aggregate(total, how))) for how in AGGREGATES if total}
     return ScoredSolution(
         index=index,
         rank=rank,
@@ -266,10 +266,10 @@ def _vote(answers: Sequence[str | None], ranking: Sequence[int], rewards: Sequen
 
     Answers are one where grading finds them equal (`text.equal_key`); the first of them gives the words.
     """
-    winner = metrics.vote(answers, rewards)
+    winner = decoders.vote(answers, rewards)
     if winner is None:
         return ChosenAnswer(answer=None, solution=None, support=0.0)
-    codes = metrics.answer_codes(answers)
+    codes = decoders.answer_codes(answers)
     weights = np.ones(len(answers)) if rewards is None else np.nan_to_num(metrics.probability(rewards))
     mine = codes == codes[winner]
     best = next((i for i in ranking if mine[i]), winner)

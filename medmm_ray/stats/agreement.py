@@ -39,17 +39,31 @@ class QueuedSteps:
 
 def queued_steps(steps: Steps, review_queue: pa.Table) -> QueuedSteps:
     """The queue's steps among `steps`; items of other solutions are left out."""
-    found = pc.index_in(review_queue["solution_id"].combine_chunks(), steps.solution_ids)
-    owner = np.asarray(pc.fill_null(found, -1), dtype=np.int64)
+    matches = pc.index_in(review_queue["solution_id"].combine_chunks(), steps.solution_ids)
+    solution = np.asarray(pc.fill_null(matches, -1), dtype=np.int64)
     index = np.asarray(review_queue["step_index"], dtype=np.int64)
-    known = (owner >= 0) & (index < (steps.length[owner] if len(steps.length) else 0))
-    row = steps.first[owner[known]] + index[known]
+    probability = np.asarray(review_queue["inclusion_probability"], dtype=np.float64)
+    num_steps = steps.length[solution] if len(steps.length) else 0
+    is_step = (solution >= 0) & (index < num_steps)
+    row = steps.first[solution[is_step]] + index[is_step]
     order = np.argsort(row)
-    return QueuedSteps(row[order], np.asarray(review_queue["inclusion_probability"], dtype=np.float64)[known][order])
+    return QueuedSteps(row[order], probability[is_step][order])
 
 
 def source_order(source: str) -> tuple[int, str]:
+    """A sort key: the sources that are known here in the order of `SOURCES`, others behind them by name."""
     return (SOURCES.index(source) if source in SOURCES else len(SOURCES), source)
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """What every pair of sources is compared on."""
+
+    steps: Steps
+    codes: Mapping[str, Codes]
+    groups: Mapping[str, Groups]
+    queue: QueuedSteps | None
+    resampling: Resampling
 
 
 def agreement(
@@ -65,59 +79,80 @@ def agreement(
     the share of solutions with the same first wrong step (or none), where both sources settle it: all `looked_at` by
     both where both label whole solutions; where one labels only some steps, those it settles are no random sample.
     """
-    pairs = combinations(sorted(codes, key=source_order), 2)
-    found = (_pair(steps, codes, pair, groups, queue, resampling) for pair in pairs)
-    return [entry for entry in found if entry["kappa"]["all"]]
+    compared = _Compared(steps, codes, groups, queue, resampling)
+    entries = []
+    for first, second in combinations(sorted(codes, key=source_order), 2):
+        entry = _pair(compared, first, second)
+        if entry["kappa"]["all"]:
+            entries.append(entry)
+    return entries
 
 
-def _pair(
-    steps: Steps,
-    codes: Mapping[str, Codes],
-    pair: tuple[str, str],
-    groups: Mapping[str, Groups],
-    queue: QueuedSteps | None,
-    resampling: Resampling,
-) -> Row:
-    a, b = codes[pair[0]], codes[pair[1]]
-    of_prefixes = len({source in OF_A_PREFIX for source in pair}) == 2 and "expert" not in pair
-    if of_prefixes:
-        a, b = (codes[s] if s in OF_A_PREFIX else prefixes(steps, codes[s]) for s in pair)
-    shared = np.flatnonzero((a >= WRONG) & (b >= WRONG))
-    weight, outside = None, 0
-    if queue is not None and "expert" in pair:
-        shared, weight, outside = in_queue(shared, queue)
-    solution = steps.solution[shared]
-    groupings = {name: group.of(solution) for name, group in groups.items()}
-    groupings["position"] = positions(steps, shared)
-    cell = 2 * a[shared].astype(np.int64) + b[shared]
-    kappa = stats_by_group(groupings, steps.question[solution], cell, 4, kappa_of_counts, resampling, weight)
-    for table in kappa.values():
-        for figure in table.values():
-            cells = figure.pop("cells")
-            figure["equal"] = round((cells[0] + cells[3]) / sum(cells), 6)
+def _pair(compared: _Compared, first: str, second: str) -> Row:
+    """The entry of two sources."""
+    steps = compared.steps
+    of_prefixes = _speaks_of_prefixes(first, second)
+    first_codes = _comparable_codes(compared, first, of_prefixes)
+    second_codes = _comparable_codes(compared, second, of_prefixes)
+    rows = np.flatnonzero((first_codes >= WRONG) & (second_codes >= WRONG))
+    weight, num_outside = None, 0
+    if compared.queue is not None and "expert" in (first, second):
+        rows, weight, num_outside = in_queue(rows, compared.queue)
+    looked_at_by_both = looked_at(steps, compared.codes[first]) & looked_at(steps, compared.codes[second])
     return {
-        "first": pair[0],
-        "second": pair[1],
+        "first": first,
+        "second": second,
         "weighted": weight is not None,
         "of": "prefix" if of_prefixes else "step",
-        "outside_queue": outside,
-        "kappa": kappa,
-        "first_error": _first_error_agreement(steps, codes, pair, groups, resampling),
-        "looked_at": int((looked_at(steps, codes[pair[0]]) & looked_at(steps, codes[pair[1]])).sum()),
+        "outside_queue": num_outside,
+        "kappa": _kappa(compared, rows, first_codes[rows], second_codes[rows], weight),
+        "first_error": _first_error_agreement(compared, first, second),
+        "looked_at": int(looked_at_by_both.sum()),
     }
+
+
+def _speaks_of_prefixes(first: str, second: str) -> bool:
+    """Whether one of the two labels prefixes and the other can be read so (see `OF_A_PREFIX`)."""
+    mixed = (first in OF_A_PREFIX) != (second in OF_A_PREFIX)
+    return mixed and "expert" not in (first, second)
+
+
+def _comparable_codes(compared: _Compared, source: str, of_prefixes: bool) -> Codes:
+    codes = compared.codes[source]
+    return prefixes(compared.steps, codes) if of_prefixes and source not in OF_A_PREFIX else codes
+
+
+def _kappa(
+    compared: _Compared, rows: Ints, first_codes: Codes, second_codes: Codes, weight: Floats | None
+) -> GroupedStats:
+    """Kappa of the steps at `rows`, by group of solutions and by position, each figure with its share of equals."""
+    steps = compared.steps
+    solution = steps.solution[rows]
+    groupings = {name: groups.of(solution) for name, groups in compared.groups.items()}
+    groupings["position"] = positions(steps, rows)
+    cell = 2 * first_codes.astype(np.int64) + second_codes  # the order of `kappa_of_counts`
+    kappa = stats_by_group(groupings, steps.question[solution], cell, 4, kappa_of_counts, compared.resampling, weight)
+    for table in kappa.values():
+        for figure in table.values():
+            both_wrong, only_second, only_first, both_right = figure.pop("cells")
+            total = sum((both_wrong, only_second, only_first, both_right))
+            figure["equal"] = round((both_wrong + both_right) / total, 6)
+    return kappa
 
 
 def in_queue(rows: Ints, queue: QueuedSteps) -> tuple[Ints, Floats, int]:
     """Those of `rows` that lie in the queue, 1 / the inclusion probability of each, and how many lie outside."""
-    found = np.isin(rows, queue.row)
-    inside = rows[found]
-    return inside, 1.0 / queue.probability[np.searchsorted(queue.row, inside)], len(rows) - len(inside)
+    inside = rows[np.isin(rows, queue.row)]
+    probability = queue.probability[np.searchsorted(queue.row, inside)]
+    return inside, 1.0 / probability, len(rows) - len(inside)
 
 
 def positions(steps: Steps, rows: Ints) -> Groups:
     """Whether each step is its solution's first, last, or between; an only step is the first."""
-    index, last = steps.index[rows], steps.length[steps.solution[rows]] - 1
-    return Groups(POSITIONS, np.where(index == 0, 0, np.where(index == last, 2, 1)))
+    index = steps.index[rows]
+    last = steps.length[steps.solution[rows]] - 1
+    middle_or_last = np.where(index == last, POSITIONS.index("last"), POSITIONS.index("middle"))
+    return Groups(POSITIONS, np.where(index == 0, POSITIONS.index("first"), middle_or_last))
 
 
 # The first wrong step
@@ -130,14 +165,15 @@ def first_errors(steps: Steps, source: str, codes: Codes) -> tuple[Ints, Bools]:
     source `OF_A_PREFIX` a right step vouches for those before it. An expert, who reads steps drawn one by one, settles
     only solutions read as a whole: of the others, those with an early error would be settled more often.
     """
-    first, gap = _first(steps, codes == WRONG), _first(steps, codes == UNLABELLED)
+    first_wrong = _first(steps, codes == WRONG)
+    gap = _first(steps, codes == UNLABELLED)
     if source in OF_A_PREFIX:
         last_right = np.full(len(steps.length), -1)
         right = np.flatnonzero(codes == RIGHT)
         last_right[steps.solution[right]] = steps.index[right]
         gap = _first(steps, (codes == UNLABELLED) & (steps.index > last_right[steps.solution]))
-    settled = gap == steps.length if source == "expert" else gap >= first
-    return np.where(first < steps.length, first, -1), settled & looked_at(steps, codes)
+    settled = gap == steps.length if source == "expert" else gap >= first_wrong
+    return np.where(first_wrong < steps.length, first_wrong, -1), settled & looked_at(steps, codes)
 
 
 def prefixes(steps: Steps, codes: Codes) -> Codes:
@@ -145,35 +181,34 @@ def prefixes(steps: Steps, codes: Codes) -> Codes:
 
     Right before it, while no step is unlabelled; a neutral step changes nothing.
     """
-    first, gap = _first(steps, codes == WRONG), _first(steps, codes == UNLABELLED)
-    unbroken = np.where(steps.index < gap[steps.solution], RIGHT, UNLABELLED)
-    return np.where(steps.index >= first[steps.solution], WRONG, unbroken).astype(np.int8)
+    first_wrong = _first(steps, codes == WRONG)
+    gap = _first(steps, codes == UNLABELLED)
+    right_or_unlabelled = np.where(steps.index < gap[steps.solution], RIGHT, UNLABELLED)
+    is_wrong = steps.index >= first_wrong[steps.solution]
+    return np.where(is_wrong, WRONG, right_or_unlabelled).astype(np.int8)
 
 
 def looked_at(steps: Steps, codes: Codes) -> Bools:
     """Solutions of which the source labels a step, or finds nothing to check in it."""
-    found = np.zeros(len(steps.length), dtype=bool)
-    found[steps.solution[codes >= NEUTRAL]] = True
-    return found
+    is_looked_at = np.zeros(len(steps.length), dtype=bool)
+    is_looked_at[steps.solution[codes >= NEUTRAL]] = True
+    return is_looked_at
 
 
 def _first(steps: Steps, mask: Bools) -> Ints:
     """The index of the first step of each solution where `mask` holds; its length where nowhere."""
-    found = steps.length.copy()
+    first = steps.length.copy()
     rows = np.flatnonzero(mask)[::-1]
-    found[steps.solution[rows]] = steps.index[rows]  # of several the last one written stays: the first step
-    return found
+    first[steps.solution[rows]] = steps.index[rows]  # of several the last one written stays: the first step
+    return first
 
 
-def _first_error_agreement(
-    steps: Steps,
-    codes: Mapping[str, Codes],
-    pair: tuple[str, str],
-    groups: Mapping[str, Groups],
-    resampling: Resampling,
-) -> GroupedStats:
-    first, settled = zip(*(first_errors(steps, source, codes[source]) for source in pair), strict=True)
-    both = np.flatnonzero(settled[0] & settled[1])
-    same = (first[0][both] == first[1][both]).astype(np.int64)
-    groupings = {name: group.of(both) for name, group in groups.items()}
-    return stats_by_group(groupings, steps.question[both], same, 2, share_of_counts, resampling)
+def _first_error_agreement(compared: _Compared, first: str, second: str) -> GroupedStats:
+    """The share of solutions with the same first wrong step, of those in which both sources settle it."""
+    steps = compared.steps
+    first_wrong, first_settled = first_errors(steps, first, compared.codes[first])
+    second_wrong, second_settled = first_errors(steps, second, compared.codes[second])
+    solutions = np.flatnonzero(first_settled & second_settled)
+    same = (first_wrong[solutions] == second_wrong[solutions]).astype(np.int64)
+    groupings = {name: groups.of(solutions) for name, groups in compared.groups.items()}
+    return stats_by_group(groupings, steps.question[solutions], same, 2, share_of_counts, compared.resampling)

@@ -6,7 +6,7 @@ for what one question's solutions say is not independent; the weights stay with 
 has a weighted interval. `value` is None where it is not defined, the interval also where there is a single question.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ class Groups:
     member: Ints
 
     def of(self, entries: Ints) -> "Groups":
+        """The grouping of some of the entries, given by their numbers."""
         return Groups(self.names, self.member[entries])
 
 
@@ -69,48 +70,76 @@ def stats_by_group(
     """
     _, cluster = np.unique(question, return_inverse=True)
     num_questions = int(cluster.max(initial=-1)) + 1
-    whole = Groups(["all"], np.zeros(len(cell), dtype=np.int64))
-    everything = {"all": whole, **groupings}
-    counts_QGC = np.concatenate(
-        [_counts(group, cluster, num_questions, cell, num_cells, weight) for group in everything.values()], axis=1
-    )
-    num_groups = counts_QGC.shape[1]
-    low, high = cluster_bootstrap(
+    everything = Groups(["all"], np.zeros(len(cell), dtype=np.int64))
+    all_groupings = {"all": everything, **groupings}
+    counts_by_grouping = []
+    for groups in all_groupings.values():
+        shape = (num_questions, len(groups.names), num_cells)
+        counts_by_grouping.append(_counts(shape, cluster, groups.member, cell, weight))
+    counts_QGC = np.concatenate(counts_by_grouping, axis=1)
+    figures = _figures(counts_QGC, statistic, resampling)
+    tables: GroupedStats = {}
+    for grouping, groups in all_groupings.items():
+        table = tables[grouping] = {}
+        sizes = np.bincount(groups.member, minlength=len(groups.names))
+        for place, name in enumerate(groups.names):
+            figure = next(figures)
+            count = int(sizes[place])
+            if count:
+                group_weight = None if weight is None else weight[groups.member == place]
+                table[name] = figure.entry(count, group_weight)
+    return tables
+
+
+def _counts(shape: tuple[int, int, int], cluster: Ints, member: Ints, cell: Ints, weight: Floats | None) -> Floats:
+    """Counts of `shape` [Q, G, C]: by question, group and cell."""
+    _, num_groups, num_cells = shape
+    flat_cell = (cluster * num_groups + member) * num_cells + cell
+    counts = np.bincount(flat_cell, weight, minlength=int(np.prod(shape)))
+    return counts.astype(np.float64).reshape(shape)
+
+
+@dataclass(frozen=True)
+class _GroupFigure:
+    """One group's figure, its interval, and what it was counted from."""
+
+    value: float
+    low: float
+    high: float
+    questions: int
+    cells: list[float]
+
+    def entry(self, count: int, weight: Floats | None) -> Row:
+        """The figure as a row, of `count` entries with these weights."""
+        return {
+            **_figure(self.value, self.low, self.high, count, self.questions),
+            "effective": float(count) if weight is None else round(effective_size(weight), 1),
+            "cells": self.cells,
+        }
+
+
+def _figures(
+    counts_QGC: Floats, statistic: Callable[[Floats], Floats], resampling: Resampling
+) -> Iterator[_GroupFigure]:
+    """The figure of each group, in order; all groups share the resamples."""
+    num_questions, num_groups, num_cells = counts_QGC.shape
+    low_G, high_G = cluster_bootstrap(
         counts_QGC.reshape(num_questions, num_groups * num_cells),
         lambda sums_BK: statistic(sums_BK.reshape(len(sums_BK), num_groups, num_cells)),
         resampling.num,
         resampling.seed,
     )
     totals_GC = counts_QGC.sum(axis=0)
-    value, clusters = statistic(totals_GC), (counts_QGC.sum(axis=2) > 0).sum(axis=0)
-    tables: GroupedStats = {}
-    number = 0
-    for grouping, group in everything.items():
-        table = tables[grouping] = {}
-        sizes = np.bincount(group.member, minlength=len(group.names))
-        for place, name in enumerate(group.names):
-            if sizes[place]:
-                mine = None if weight is None else weight[group.member == place]
-                table[name] = {
-                    **_figure(value[number], low[number], high[number], int(sizes[place]), int(clusters[number])),
-                    "effective": float(sizes[place]) if mine is None else round(effective_size(mine), 1),
-                    "cells": totals_GC[number].tolist(),
-                }
-            number += 1
-    return tables
-
-
-def _counts(
-    group: Groups, cluster: Ints, num_questions: int, cell: Ints, num_cells: int, weight: Floats | None
-) -> Floats:
-    """Counts [Q, G, C]."""
-    shape = (num_questions, len(group.names), num_cells)
-    flat = np.bincount((cluster * shape[1] + group.member) * num_cells + cell, weight, minlength=int(np.prod(shape)))
-    return flat.astype(np.float64).reshape(shape)
+    value_G = statistic(totals_GC)
+    questions_G = (counts_QGC.sum(axis=2) > 0).sum(axis=0)
+    for group in range(num_groups):
+        yield _GroupFigure(
+            value_G[group], low_G[group], high_G[group], int(questions_G[group]), totals_GC[group].tolist()
+        )
 
 
 def ratio(above_Q: Floats, below_Q: Floats, resampling: Resampling) -> Row:
-    """A ratio of two sums over questions, such as steps a solution; `count` is the lower sum."""
+    """A ratio of two sums over questions, such as steps a solution; `count` is the lower sum (`below_Q`'s)."""
 
     def quotient(sums_B2: Floats) -> Floats:
         below = sums_B2[:, 1:]

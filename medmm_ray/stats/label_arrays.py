@@ -1,4 +1,4 @@
-"""Solutions and labels as columns: the steps of a whole table in a few bytes each, without one Python object a row.
+"""Solutions and labels as arrays: the steps of a whole table in a few bytes each, without one Python object a row.
 
 Enters: tables of `Solutions` and of `Labels`, whole or part by part, so that texts are read and let go. Leaves:
 `Steps`, the flat order of all steps, and for each source one int8 a step: RIGHT, WRONG, NEUTRAL (looked at, nothing
@@ -43,9 +43,10 @@ def drop_texts(solutions: pa.Table) -> pa.Table:
     """A table of `Solutions` without its texts: of each solution its id, `correct`, finish_reason and `num_steps`."""
     nested = solutions["solutions"].combine_chunks()
     flat = pc.list_flatten(nested)
-    kept = {name: flat.field(name) for name in ("solution_id", "correct", "finish_reason")}
-    kept["num_steps"] = pc.list_value_length(flat.field("steps"))
-    lists = pa.ListArray.from_arrays(_offsets(nested), pa.StructArray.from_arrays(list(kept.values()), list(kept)))
+    fields = {name: flat.field(name) for name in ("solution_id", "correct", "finish_reason")}
+    fields["num_steps"] = pc.list_value_length(flat.field("steps"))
+    structs = pa.StructArray.from_arrays(list(fields.values()), list(fields))
+    lists = pa.ListArray.from_arrays(_offsets(nested), structs)
     names = [name for name in solutions.column_names if name != "solutions"]
     return solutions.select(names).append_column("solutions", lists)
 
@@ -59,10 +60,11 @@ def steps_of(solutions: pa.Table) -> Steps:
     solution = np.repeat(np.arange(len(length)), length)
     row = np.asarray(pc.list_parent_indices(nested), dtype=np.int64)
     question_ids = solutions["question_id"].combine_chunks()
+    question_of_row = np.asarray(pc.index_in(question_ids, question_ids.unique()), dtype=np.int64)
     return Steps(
         solution_ids=flat.field("solution_id"),
         row=row,
-        question=np.asarray(pc.index_in(question_ids, question_ids.unique()), dtype=np.int64)[row],
+        question=question_of_row[row],
         length=length,
         first=first,
         solution=solution,
@@ -71,6 +73,7 @@ def steps_of(solutions: pa.Table) -> Steps:
 
 
 def _offsets(nested: pa.ListArray) -> pa.Array:
+    """Where the lists begin and end in their flat entries (a slice's own offsets count from the whole array)."""
     return pc.subtract(nested.offsets, nested.offsets[0])
 
 
@@ -91,25 +94,30 @@ class AlignedLabels:
 def align_labels(steps: Steps, labels: pa.Table) -> AlignedLabels:
     """The steps that the entries of ``labels["steps"]`` speak about. Needs the columns solution_id and steps."""
     nested = labels["steps"].combine_chunks()
-    found = pc.index_in(labels["solution_id"].combine_chunks(), steps.solution_ids)
-    owner = np.asarray(pc.fill_null(found, -1), dtype=np.int64)
+    matches = pc.index_in(labels["solution_id"].combine_chunks(), steps.solution_ids)
+    solution = np.asarray(pc.fill_null(matches, -1), dtype=np.int64)  # of each label row
     starts = np.asarray(_offsets(nested), dtype=np.int64)
-    known = owner >= 0
-    fits = known & (np.diff(starts) == np.where(known, steps.length[owner], 0)) if len(steps.length) else known
-    parents = np.repeat(np.arange(len(owner)), np.diff(starts))
-    entry = np.flatnonzero(fits[parents])
-    parents = parents[entry]
-    row = steps.first[owner[parents]] + entry - starts[parents]
-    unknown = int((~known).sum())
-    return AlignedLabels(row, entry, unknown, int((~fits).sum()) - unknown)
+    lengths = np.diff(starts)
+    is_known = solution >= 0
+    fits = is_known
+    if len(steps.length):
+        expected_lengths = np.where(is_known, steps.length[solution], 0)
+        fits = is_known & (lengths == expected_lengths)
+    label_row = np.repeat(np.arange(len(solution)), lengths)  # of each entry
+    entry = np.flatnonzero(fits[label_row])
+    label_row = label_row[entry]
+    row = steps.first[solution[label_row]] + entry - starts[label_row]
+    num_unknown = int((~is_known).sum())
+    return AlignedLabels(row, entry, num_unknown, int((~fits).sum()) - num_unknown)
 
 
 def label_codes(entries: pa.StructArray) -> pa.Array:
     """`StepLabel` entries as int8 codes: the label; without one, whether the value is above 0; else neutral or none."""
-    seen = pc.or_(pc.is_valid(entries.field("confidence")), pc.is_valid(entries.field("reason")))
-    above = pc.cast(pc.greater(entries.field("value"), 0), pa.int8())
-    nothing = pc.if_else(seen, pa.scalar(NEUTRAL, pa.int8()), pa.scalar(UNLABELLED, pa.int8()))
-    return pc.coalesce(pc.cast(entries.field("label"), pa.int8()), above, nothing)
+    label = pc.cast(entries.field("label"), pa.int8())
+    value_above_zero = pc.cast(pc.greater(entries.field("value"), 0), pa.int8())
+    is_looked_at = pc.or_(pc.is_valid(entries.field("confidence")), pc.is_valid(entries.field("reason")))
+    no_verdict = pc.if_else(is_looked_at, pa.scalar(NEUTRAL, pa.int8()), pa.scalar(UNLABELLED, pa.int8()))
+    return pc.coalesce(label, value_above_zero, no_verdict)
 
 
 def encode_labels(labels: pa.Table) -> pa.Table:
@@ -126,11 +134,14 @@ def encode_labels(labels: pa.Table) -> pa.Table:
 
 
 def _with_label_faults(errors: pa.Array, nested: pa.ListArray, value: pa.Array) -> pa.Array:
-    sound = pc.fill_null(pc.and_(pc.greater_equal(value, 0), pc.less_equal(value, 1)), True)
-    broken = np.zeros(len(errors), dtype=bool)
-    broken[np.asarray(pc.list_parent_indices(nested), dtype=np.int64)[~np.asarray(sound, dtype=bool)]] = True
+    """The rows' errors, with one for each row that had none and has a value outside 0 to 1."""
+    in_range = pc.and_(pc.greater_equal(value, 0), pc.less_equal(value, 1))
+    is_sound = np.asarray(pc.fill_null(in_range, True), dtype=bool)  # a null is no value
+    label_row = np.asarray(pc.list_parent_indices(nested), dtype=np.int64)
+    is_broken = np.zeros(len(errors), dtype=bool)
+    is_broken[label_row[~is_sound]] = True
     fault = pa.scalar("label_value: a step's value is no number from 0 to 1; label the solution again")
-    return pc.if_else(pc.and_(pa.array(broken), pc.is_null(errors)), fault, errors)
+    return pc.if_else(pc.and_(pa.array(is_broken), pc.is_null(errors)), fault, errors)
 
 
 @dataclass
@@ -146,37 +157,43 @@ class SourceCodes:
 
 
 def source_labels(steps: Steps, labels: pa.Table) -> dict[str, SourceCodes]:
-    """Thin labels of any sources by source. Rows with an error, of no solution or of another text are only counted.
+    """Encoded labels (`encode_labels`) of any sources, by source.
+
+    Rows with an error, of no solution or of another text are only counted.
 
     Several annotators of a source: the adjudicator where he has a verdict, else the majority, a tie is no label.
     """
-    sources = sorted(labels["source"].unique().to_pylist())
-    return {source: _of_source(steps, labels.filter(pc.equal(labels["source"], source))) for source in sources}
+    by_source = {}
+    for source in sorted(labels["source"].unique().to_pylist()):
+        by_source[source] = _source_codes(steps, labels.filter(pc.equal(labels["source"], source)))
+    return by_source
 
 
-def _of_source(steps: Steps, labels: pa.Table) -> SourceCodes:
+def _source_codes(steps: Steps, labels: pa.Table) -> SourceCodes:
     usable = labels.filter(pc.is_null(labels["error"]))
-    found = align_labels(steps, usable)
-    code = np.asarray(pc.list_flatten(usable["steps"].combine_chunks()), dtype=np.int8)[found.entry]
-    has_last_word = np.asarray(pc.equal(usable["annotator"], ADJUDICATOR), dtype=bool)
-    row_of_entry = np.repeat(np.arange(usable.num_rows), np.asarray(pc.list_value_length(usable["steps"])))[found.entry]
-    last = has_last_word[row_of_entry]
-    codes = _majority(len(steps.solution), found.row[~last], code[~last])
-    said = last & (code != UNLABELLED)
-    codes[found.row[said]] = code[said]
+    aligned = align_labels(steps, usable)
+    code = np.asarray(pc.list_flatten(usable["steps"].combine_chunks()), dtype=np.int8)[aligned.entry]
+    lengths = np.asarray(pc.list_value_length(usable["steps"]))
+    label_row = np.repeat(np.arange(usable.num_rows), lengths)[aligned.entry]
+    is_adjudicator = np.asarray(pc.equal(usable["annotator"], ADJUDICATOR), dtype=bool)[label_row]
+    codes = _majority(len(steps.solution), aligned.row[~is_adjudicator], code[~is_adjudicator])
+    has_last_word = is_adjudicator & (code != UNLABELLED)
+    codes[aligned.row[has_last_word]] = code[has_last_word]
+    kinds = [error_kind(error) for error in pc.drop_null(labels["error"]).to_pylist()]
     return SourceCodes(
         codes=codes,
         rows=usable.num_rows,
         cost=float(pc.sum(labels["cost"]).as_py() or 0.0),
-        unknown=found.unknown,
-        misfit=found.misfit,
-        errors=dict(Counter(error_kind(error) for error in pc.drop_null(labels["error"]).to_pylist())),
+        unknown=aligned.unknown,
+        misfit=aligned.misfit,
+        errors=dict(Counter(kinds)),
     )
 
 
 def _majority(num_steps: int, row: Ints, code: Codes) -> Codes:
-    """Of all that was said of each step: the majority of its verdicts, else NEUTRAL where somebody looked."""
-    right, wrong = (np.bincount(row[code == verdict], minlength=num_steps) for verdict in (RIGHT, WRONG))
+    """Of all verdicts on each step the majority, no label where they tie, else NEUTRAL where somebody looked."""
+    right = np.bincount(row[code == RIGHT], minlength=num_steps)
+    wrong = np.bincount(row[code == WRONG], minlength=num_steps)
     codes = np.full(num_steps, UNLABELLED, dtype=np.int8)
     codes[row[code == NEUTRAL]] = NEUTRAL
     codes[(right > 0) & (right == wrong)] = UNLABELLED

@@ -65,49 +65,58 @@ def targets(
         raise ValueError(f"label policy {policy!r} is unknown; there are {', '.join(sorted(POLICIES))}")
     usable = [row for row in labels if row.error is None]
     for row in usable:
-        if len(row.steps) != num_steps:
-            raise ValueError(
-                f"{row.source} labels of solution {row.solution_id} (question {row.question_id}, annotator "
-                f"{row.annotator}) are {len(row.steps)} for {num_steps} steps; they belong to another text"
-            )
-        values = [step.value for step in row.steps if step.value is not None]
-        strange = [value for value in values if not 0 <= value <= 1]
-        if strange:
-            raise ValueError(
-                f"{row.source} labels of solution {row.solution_id} (question {row.question_id}, annotator "
-                f"{row.annotator}) have the value {strange[0]}; expected numbers from 0 to 1: label the solution again"
-            )
+        _check(row, num_steps)
     if policy == "advantage" and after_first_error != "keep":
         raise ValueError(
             f"label policy 'advantage' needs after_first_error='keep', not {after_first_error!r}: a step that lowers "
             "the chances says nothing of the steps behind it"
         )
-    return _after_first_error(POLICIES[policy](usable, num_steps, AnswerOutcome(correct, accuracy)), after_first_error)
+    as_labelled = POLICIES[policy](usable, num_steps, AnswerOutcome(correct, accuracy))
+    return _after_first_error(as_labelled, after_first_error)
+
+
+def _check(row: Labels, num_steps: int) -> None:
+    """Raise ValueError where a row's labels cannot be those of a solution of `num_steps` steps."""
+    name = f"{row.source} labels of solution {row.solution_id} (question {row.question_id}, annotator {row.annotator})"
+    if len(row.steps) != num_steps:
+        raise ValueError(f"{name} are {len(row.steps)} for {num_steps} steps; they belong to another text")
+    for step in row.steps:
+        if step.value is not None and not 0 <= step.value <= 1:  # so that NaN is refused too
+            raise ValueError(
+                f"{name} have the value {step.value}; expected numbers from 0 to 1: label the solution again"
+            )
 
 
 def labels_by_solution(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Labels]]:
     """Plain rows of one or several labels tables as records, grouped by solution."""
     grouped: dict[str, list[Labels]] = {}
     for row in rows:
-        record = Labels(**{**row, "steps": [StepLabel(**step) for step in row["steps"]]})
+        steps = [StepLabel(**step) for step in row["steps"]]
+        record = Labels(**{**row, "steps": steps})
         grouped.setdefault(record.solution_id, []).append(record)
     return grouped
 
 
 def accuracy_of(solutions: Iterable[Mapping[str, Any]]) -> float | None:
     """What share of a question's answers is right; None where there is no answer."""
-    ends = [solution["correct"] for solution in solutions if solution["correct"] is not None]
-    return sum(ends) / len(ends) if ends else None
+    graded = [solution["correct"] for solution in solutions if solution["correct"] is not None]
+    return sum(graded) / len(graded) if graded else None
 
 
 def _after_first_error(values: list[Target], rule: str) -> list[Target]:
-    first = next((i for i, value in enumerate(values) if value == 0.0), None)
-    if first is None or rule == "keep":
+    first = _first_wrong(values)
+    if first == len(values) or rule == "keep":
         return values
     if rule not in ("collapse", "drop"):
         raise ValueError(f"after_first_error is {rule!r}; it must be collapse, keep or drop")
     after: Target = 0.0 if rule == "collapse" else None
-    return [*values[: first + 1], *[after] * (len(values) - first - 1)]
+    num_after = len(values) - first - 1
+    return values[: first + 1] + [after] * num_after
+
+
+def _first_wrong(values: Sequence[Target]) -> int:
+    """The index of the first target of 0, the number of targets where there is none."""
+    return next((index for index, value in enumerate(values) if value == 0.0), len(values))
 
 
 def _is_neutral(step: StepLabel) -> bool:
@@ -136,60 +145,75 @@ def merge_annotators(rows: Sequence[Labels], num_steps: int) -> list[StepLabel]:
     so. `label_arrays.source_labels` is the same rule on whole tables.
     """
     ordered = sorted(rows, key=lambda row: row.annotator)
-    last_word = [row for row in ordered if row.annotator == ADJUDICATOR]
-    return [_merged_step([row.steps[i] for row in last_word], [row.steps[i] for row in ordered])
-            for i in range(num_steps)]  # fmt: skip
+    adjudicated = [row for row in ordered if row.annotator == ADJUDICATOR]
+    steps = []
+    for index in range(num_steps):
+        last_word = [row.steps[index] for row in adjudicated]
+        everyone = [row.steps[index] for row in ordered]
+        steps.append(_merge_step(last_word, everyone))
+    return steps
 
 
-def _merged_step(last_word: Sequence[StepLabel], everyone: Sequence[StepLabel]) -> StepLabel:
-    said = [step for step in last_word if _hard(step) is not None or _is_neutral(step)]
-    entries = said or everyone
-    right, wrong = ([step for step in entries if _hard(step) == verdict] for verdict in (1.0, 0.0))
-    if right or wrong:
-        return StepLabel() if len(right) == len(wrong) else max(right, wrong, key=len)[0]
+def _merge_step(last_word: Sequence[StepLabel], everyone: Sequence[StepLabel]) -> StepLabel:
+    adjudicated = [step for step in last_word if _hard(step) is not None or _is_neutral(step)]
+    entries = adjudicated or everyone
+    right = [step for step in entries if _hard(step) == 1.0]
+    wrong = [step for step in entries if _hard(step) == 0.0]
+    if len(right) != len(wrong):
+        return max(right, wrong, key=len)[0]
+    if right:
+        return StepLabel()
     return next((step for step in entries if _is_neutral(step)), StepLabel())
 
 
-def _from(
-    labels: Sequence[Labels], source: str, num_steps: int, read: Callable[[StepLabel], Target] = _verdict
+def _of_source(
+    labels: Sequence[Labels], source: str, num_steps: int, target: Callable[[StepLabel], Target] = _verdict
 ) -> list[Target]:
-    """What one source says of each step, its annotators merged (`merge_annotators`)."""
-    return [read(step) for step in merge_annotators([row for row in labels if row.source == source], num_steps)]
+    """The targets of one source, its annotators merged (`merge_annotators`)."""
+    rows = [row for row in labels if row.source == source]
+    return [target(step) for step in merge_annotators(rows, num_steps)]
 
 
-def _first_of(*columns: list[Target]) -> list[Target]:
-    """For each step the first source that has something to say."""
-    return [next((value for value in values if value is not None), None) for values in zip(*columns, strict=True)]
+def _first_of(*by_source: list[Target]) -> list[Target]:
+    """For each step the target of the first source that has one."""
+    first: list[Target] = []
+    for of_step in zip(*by_source, strict=True):
+        first.append(next((value for value in of_step if value is not None), None))
+    return first
 
 
-def judge(labels: Sequence[Labels], num_steps: int, ending: AnswerOutcome) -> list[Target]:  # noqa: ARG001
+def judge(labels: Sequence[Labels], num_steps: int, answer: AnswerOutcome) -> list[Target]:  # noqa: ARG001
     """The judge's verdicts."""
-    return _from(labels, "judge", num_steps)
+    return _of_source(labels, "judge", num_steps)
 
 
-def monte_carlo(labels: Sequence[Labels], num_steps: int, ending: AnswerOutcome) -> list[Target]:  # noqa: ARG001
-    """1 where any continuation from the step was right; None where Monte Carlo did not run."""
-    return _from(labels, "monte_carlo", num_steps, _hard)
+def monte_carlo(labels: Sequence[Labels], num_steps: int, answer: AnswerOutcome) -> list[Target]:  # noqa: ARG001
+    """1 where any continuation of the step was right; None where Monte Carlo did not run."""
+    return _of_source(labels, "monte_carlo", num_steps, _hard)
 
 
-def hybrid(labels: Sequence[Labels], num_steps: int, ending: AnswerOutcome) -> list[Target]:
+def hybrid(labels: Sequence[Labels], num_steps: int, answer: AnswerOutcome) -> list[Target]:
     """An expert's word, else Monte Carlo where it ran, else the judge's."""
     return _first_of(
-        _from(labels, "expert", num_steps), monte_carlo(labels, num_steps, ending), _from(labels, "judge", num_steps)
+        _of_source(labels, "expert", num_steps),
+        monte_carlo(labels, num_steps, answer),
+        _of_source(labels, "judge", num_steps),
     )
 
 
-def soft(labels: Sequence[Labels], num_steps: int, ending: AnswerOutcome) -> list[Target]:  # noqa: ARG001
+def soft(labels: Sequence[Labels], num_steps: int, answer: AnswerOutcome) -> list[Target]:  # noqa: ARG001
     """As `hybrid`, with Monte Carlo's fraction itself as the target.
 
     Raises ValueError where Monte Carlo stopped early: the fraction is then too high.
     """
     return _first_of(
-        _from(labels, "expert", num_steps), _ratios("soft", labels, num_steps), _from(labels, "judge", num_steps)
+        _of_source(labels, "expert", num_steps),
+        _ratios("soft", labels, num_steps),
+        _of_source(labels, "judge", num_steps),
     )
 
 
-def advantage(labels: Sequence[Labels], num_steps: int, ending: AnswerOutcome) -> list[Target]:
+def advantage(labels: Sequence[Labels], num_steps: int, answer: AnswerOutcome) -> list[Target]:
     """1 where a step raised Monte Carlo's fraction over the step before, 0 where it lowered it, else None.
 
     The first step is compared with the accuracy of the question's solutions. A step that left the fraction as it was is
@@ -198,10 +222,13 @@ def advantage(labels: Sequence[Labels], num_steps: int, ending: AnswerOutcome) -
     Raises ValueError where Monte Carlo stopped early: the fraction is then too high.
     """
     values = _ratios("advantage", labels, num_steps)
-    return [
-        None if value is None or before is None or value == before else float(value > before)
-        for before, value in zip([ending.accuracy, *values[:-1]], values, strict=True)
-    ]
+    targets_: list[Target] = []
+    before = answer.accuracy
+    for value in values:
+        is_compared = value is not None and before is not None and value != before
+        targets_.append(float(value > before) if is_compared else None)
+        before = value
+    return targets_
 
 
 def _ratios(policy: str, labels: Sequence[Labels], num_steps: int) -> list[Target]:
@@ -218,15 +245,19 @@ def _ratios(policy: str, labels: Sequence[Labels], num_steps: int) -> list[Targe
 
 def _values(labels: Sequence[Labels], source: str, num_steps: int) -> list[Target]:
     """The mean of one source's values at each step."""
-    columns = zip(*(row.steps for row in labels if row.source == source), strict=True)
-    known = [[step.value for step in column if step.value is not None] for column in columns] or [[]] * num_steps
-    return [sum(values) / len(values) if values else None for values in known]
+    rows = [row for row in labels if row.source == source]
+    means: list[Target] = []
+    for index in range(num_steps):
+        values = [row.steps[index].value for row in rows]
+        known_values = [value for value in values if value is not None]
+        means.append(sum(known_values) / len(known_values) if known_values else None)
+    return means
 
 
-def consensus(labels: Sequence[Labels], num_steps: int, ending: AnswerOutcome) -> list[Target]:
+def consensus(labels: Sequence[Labels], num_steps: int, answer: AnswerOutcome) -> list[Target]:
     """The judge's verdicts of a solution where judge and Monte Carlo agree on the first wrong step, else nothing."""
-    agreed = consensus_status(labels, num_steps, ending.correct) == "agreed"
-    return judge(labels, num_steps, ending) if agreed else [None] * num_steps
+    agreed = consensus_status(labels, num_steps, answer.correct) == "agreed"
+    return judge(labels, num_steps, answer) if agreed else [None] * num_steps
 
 
 def consensus_status(labels: Sequence[Labels], num_steps: int, correct: bool | None) -> ConsensusStatus:
@@ -239,23 +270,29 @@ def consensus_status(labels: Sequence[Labels], num_steps: int, correct: bool | N
     failed there (`failed`); and nowhere without the judge's verdict on each step (`not_judged`).
     """
     usable = [row for row in labels if row.error is None]
-    judged, rolled = _from(usable, "judge", num_steps), _from(usable, "monte_carlo", num_steps, _hard)
+    judged = _of_source(usable, "judge", num_steps)
     if None in judged:
         return "not_judged"
-    first = next((i for i, value in enumerate(judged) if value == 0.0), num_steps)
-    expected = [*[1.0] * first, 0.0][:num_steps]
-    found = [1.0 if value is None and correct else value for value in rolled[: len(expected)]]
-    if any(value not in (None, agreed) for value, agreed in zip(found, expected, strict=True)):
-        return "differed"
-    if None not in found:
+    continued = _of_source(usable, "monte_carlo", num_steps, _hard)
+    first_wrong = _first_wrong(judged)
+    expected = [1.0] * first_wrong + [0.0] * (first_wrong < num_steps)
+    values = continued[: len(expected)]
+    if correct:
+        values = [1.0 if value is None else value for value in values]
+    for value, expected_value in zip(values, expected, strict=True):
+        if value is not None and value != expected_value:
+            return "differed"
+    if None not in values:
         return "agreed"
-    failed = any(
-        row.error is not None
-        or any(s.num_rollouts is not None and s.label is None and s.value is None for s in row.steps)
-        for row in labels
-        if row.source == "monte_carlo"
-    )
-    return "failed" if failed else "not_continued"
+    rows = [row for row in labels if row.source == "monte_carlo"]
+    return "failed" if any(map(_has_failed, rows)) else "not_continued"
+
+
+def _has_failed(row: Labels) -> bool:
+    """Whether a row of Monte Carlo's, or the continuations of one of its steps, failed."""
+    if row.error is not None:
+        return True
+    return any(step.num_rollouts is not None and step.label is None and step.value is None for step in row.steps)
 
 
 def checked_consensus_counts(solutions: Iterable[tuple[Sequence[Labels], int, bool | None]]) -> dict[str, float]:
@@ -264,43 +301,58 @@ def checked_consensus_counts(solutions: Iterable[tuple[Sequence[Labels], int, bo
     Raises ValueError where Monte Carlo ran in such a way that it settles none of those without a right answer: what is
     left then holds no wrong step.
     """
-    found = [(consensus_status(labels, num_steps, correct), correct) for labels, num_steps, correct in solutions]
-    of_others = Counter(settled for settled, correct in found if not correct)
-    if of_others["not_continued"] and not of_others["agreed"] + of_others["differed"]:
+    statuses: list[ConsensusStatus] = []
+    of_unsolved: Counter[ConsensusStatus] = Counter()
+    for labels, num_steps, correct in solutions:
+        status = consensus_status(labels, num_steps, correct)
+        statuses.append(status)
+        if not correct:
+            of_unsolved[status] += 1
+    if of_unsolved["not_continued"] and not of_unsolved["agreed"] + of_unsolved["differed"]:
         raise ValueError(
             f"label policy 'consensus' needs Monte Carlo on every step up to the judge's first wrong one; of "
-            f"{of_others['not_continued']:,} judged solutions without a right answer it has that on none. Run "
+            f"{of_unsolved['not_continued']:,} judged solutions without a right answer it has that on none. Run "
             "monte_carlo with mode=verify, first_error or all, or take 'hybrid'."
         )
-    return consensus_counts(settled for settled, _ in found)
+    return consensus_counts(statuses)
 
 
-def consensus_counts(found: Iterable[ConsensusStatus]) -> dict[str, float]:
-    """How many there are of each."""
-    counts = Counter(found)
-    return {f"consensus_{name}": float(counts[name]) for name in get_args(ConsensusStatus)}
+def consensus_counts(statuses: Iterable[ConsensusStatus]) -> dict[str, float]:
+    """How many there are of each `ConsensusStatus`, as figures ``consensus_<status>``."""
+    counts = Counter(statuses)
+    return {f"consensus_{status}": float(counts[status]) for status in get_args(ConsensusStatus)}
 
 
 def describe_consensus(figures: Mapping[str, float]) -> str:
-    """`consensus_counts` in a sentence."""
-    agreed, differed, *others = (int(figures[f"consensus_{name}"]) for name in get_args(ConsensusStatus))
-    reasons = ("not judged", "without Monte Carlo on every step that it needs", "with failed continuations")
-    why = ", ".join(f"{number:,} {reason}" for number, reason in zip(others, reasons, strict=True) if number)
-    told = f"judge and Monte Carlo agree on {agreed:,} solutions and differ on {differed:,}"
-    return f"{told}; {sum(others):,} cannot be settled ({why})" if why else told
+    """The figures of `consensus_counts` in a sentence."""
+    agreed, differed, not_judged, not_continued, failed = (
+        int(figures[f"consensus_{status}"]) for status in get_args(ConsensusStatus)
+    )
+    reasons = {
+        "not judged": not_judged,
+        "without Monte Carlo on every step that it needs": not_continued,
+        "with failed continuations": failed,
+    }
+    why = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
+    sentence = f"judge and Monte Carlo agree on {agreed:,} solutions and differ on {differed:,}"
+    if not why:
+        return sentence
+    return f"{sentence}; {sum(reasons.values()):,} cannot be settled ({why})"
 
 
-def outcome(labels: Sequence[Labels], num_steps: int, ending: AnswerOutcome) -> list[Target]:  # noqa: ARG001
+def outcome(labels: Sequence[Labels], num_steps: int, answer: AnswerOutcome) -> list[Target]:  # noqa: ARG001
     """The last step alone, right where the final answer is; nothing where no answer was found."""
-    return [*[None] * (num_steps - 1), None if ending.correct is None else float(ending.correct)][:num_steps]
+    last = None if answer.correct is None else float(answer.correct)
+    without_label: list[Target] = [None] * (num_steps - 1)
+    return [*without_label, last][:num_steps]
 
 
-def tree_search(labels: Sequence[Labels], num_steps: int, ending: AnswerOutcome) -> list[Target]:  # noqa: ARG001
+def tree_search(labels: Sequence[Labels], num_steps: int, answer: AnswerOutcome) -> list[Target]:  # noqa: ARG001
     """MedS3's hard look-back labels; nothing where no tree holds the solution."""
-    return _from(labels, "tree_search", num_steps)
+    return _of_source(labels, "tree_search", num_steps)
 
 
-def tree_search_soft(labels: Sequence[Labels], num_steps: int, ending: AnswerOutcome) -> list[Target]:  # noqa: ARG001
+def tree_search_soft(labels: Sequence[Labels], num_steps: int, answer: AnswerOutcome) -> list[Target]:  # noqa: ARG001
     """What the tree holds of each prefix itself as the target (MedS3's first release)."""
     return _values(labels, "tree_search", num_steps)
 

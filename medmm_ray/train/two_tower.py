@@ -19,7 +19,7 @@ from pydantic import Field
 from medmm_ray.config import execution
 from medmm_ray.data.tables import Table
 from medmm_ray.engines.checkpoints import resolve
-from medmm_ray.stats.metrics import aggregate, expected_best, expected_oracle
+from medmm_ray.stats.decoders import aggregate, expected_best, expected_oracle
 from medmm_ray.stats.targets import AfterFirstError, LabelPolicy, checked_consensus_counts
 from medmm_ray.train.cached import class_weights, illustrated_questions, of_states, read_states, share_of_right
 from medmm_ray.train.image_text import augment

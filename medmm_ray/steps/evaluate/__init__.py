@@ -4,7 +4,7 @@ Enter: questions, images, solutions, scores, labels and what the run says of its
 
 What counts: the questions of one split whose own row has no error (the others are counted under `counts.excluded`). A
 question without solutions, or without one scored solution, counts as wrong and is counted; a solution without an answer
-or without a score keeps its place among the N (`medmm_ray.stats.metrics` says what that means). A row of scores that
+or without a score keeps its place among the N (`medmm_ray.stats.decoders` says what that means). A row of scores that
 are not finite is a failed row of the kind `not_finite`, under `counts.errors`. Step metrics take their truth
 from one source for the whole report, the first of `reference` that has labels in the split; nulls stay out. An expert's
 steps weigh 1 / their chance to enter the review queue. Gates are held against truth alone, a phantom's or an expert's.
@@ -24,8 +24,8 @@ from pydantic import Field
 
 from medmm_ray.config import Config, JsonObject, Split, execution, identity
 from medmm_ray.data.tables import code_revision, error_kind, package_versions
+from medmm_ray.stats.decoders import Aggregate
 from medmm_ray.stats.grouped_stats import Resampling
-from medmm_ray.stats.metrics import Aggregate
 from medmm_ray.steps.evaluate.accuracy import accuracy, accuracy_by_column, accuracy_by_decoder
 from medmm_ray.steps.evaluate.examples import choose_examples
 from medmm_ray.steps.evaluate.scored_questions import (

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from medmm_ray.config import JsonObject
-from medmm_ray.stats import metrics
+from medmm_ray.stats import decoders, metrics
 from medmm_ray.stats.grouped_stats import Resampling, easy_first
 from medmm_ray.stats.metrics import Decoder, Floats
 from medmm_ray.steps.evaluate.scored_questions import LogOdds, ScoredQuestion, rewards_of
@@ -74,7 +74,7 @@ def accuracy_by_decoder(
     chances = _Chances()
     for scored in questions:
         for arm in arms:
-            for name, decoder in metrics.DECODERS.items():
+            for name, decoder in decoders.DECODERS.items():
                 chances.add(_decoded(scored, decoder, log_odds[arm]), arm, name)
     return _nested_figures(chances.arrays(), resampling)
 
@@ -84,9 +84,9 @@ def _decoded(scored: ScoredQuestion, decoder: Decoder, log_odds: LogOdds) -> flo
     rewards = rewards_of(scored.solution_ids, log_odds, decoder.aggregate) if decoder.aggregate else None
     if decoder.rule == "best":
         assert rewards is not None
-        return metrics.expected_best(rewards, scored.correct, max(scored.num_samples, 1))
+        return decoders.expected_best(rewards, scored.correct, max(scored.num_samples, 1))
     all_samples = np.ones((1, scored.num_samples), dtype=bool)
-    return metrics.expected_vote(scored.codes, scored.correct, all_samples, rewards, decoder.rule)
+    return decoders.expected_vote(scored.codes, scored.correct, all_samples, rewards, decoder.rule)
 
 
 def _chances(
@@ -97,13 +97,13 @@ def _chances(
         correct = scored.correct
         chances.add(float(correct.mean()) if correct.size else 0.0, "one_sample")
         for n in ns:
-            subsets = metrics.subsets(max(scored.codes.size, 1), n, num_subsets, scored.seed)
-            chances.add(metrics.expected_oracle(correct, n), "oracle", str(n))
-            chances.add(metrics.expected_vote(scored.codes, correct, subsets), "majority", str(n))
+            subsets = decoders.subsets(max(scored.codes.size, 1), n, num_subsets, scored.seed)
+            chances.add(decoders.expected_oracle(correct, n), "oracle", str(n))
+            chances.add(decoders.expected_vote(scored.codes, correct, subsets), "majority", str(n))
             for arm in arms:
                 rewards = scored.rewards[arm]
-                chances.add(metrics.expected_best(rewards, correct, n), "best_of_n", arm, str(n))
-                chances.add(metrics.expected_vote(scored.codes, correct, subsets, rewards), "sc_rm", arm, str(n))
+                chances.add(decoders.expected_best(rewards, correct, n), "best_of_n", arm, str(n))
+                chances.add(decoders.expected_vote(scored.codes, correct, subsets, rewards), "sc_rm", arm, str(n))
     arrays = chances.arrays()
     if {"multimodal", "text_only"} <= set(arms):
         for decoder in ("best_of_n", "sc_rm"):

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from medmm_ray.config import JsonObject, digest
-from medmm_ray.stats import metrics
+from medmm_ray.stats import decoders, metrics
 from medmm_ray.steps.evaluate.scored_questions import ScoredQuestion
 from medmm_ray.steps.evaluate.steps import StepLabels
 
@@ -105,14 +105,14 @@ def _example(kind: str, scored: ScoredQuestion, main_arm: str, sources: _Sources
 
 
 def _kind(scored: ScoredQuestion, main_arm: str) -> str | None:
-    choice = metrics.best_of_n(scored.rewards[main_arm])
+    choice = decoders.best_of_n(scored.rewards[main_arm])
     if choice is None:
         return None
     if not scored.correct[choice]:
         return "missed" if scored.correct.any() else None
     if "text_only" not in scored.rewards:
         return "agreed"
-    choice_of_text = metrics.best_of_n(scored.rewards["text_only"])
+    choice_of_text = decoders.best_of_n(scored.rewards["text_only"])
     return "rescued" if choice_of_text is not None and not scored.correct[choice_of_text] else "agreed"
 
 
@@ -123,12 +123,12 @@ def _roles(scored: ScoredQuestion, main_arm: str) -> dict[int, list[str]]:
     """
     roles: dict[int, list[str]] = {}
     for arm in dict.fromkeys((main_arm, "text_only")):
-        choice = metrics.best_of_n(scored.rewards[arm]) if arm in scored.rewards else None
+        choice = decoders.best_of_n(scored.rewards[arm]) if arm in scored.rewards else None
         if choice is not None:
             roles.setdefault(choice, []).append(f"chosen_{arm}")
     first = next(iter(roles))
     main_rewards = scored.rewards[main_arm]
-    contrast = metrics.best_of_n(np.where(scored.correct == scored.correct[first], math.nan, main_rewards))
+    contrast = decoders.best_of_n(np.where(scored.correct == scored.correct[first], math.nan, main_rewards))
     if contrast is not None:
         roles.setdefault(contrast, []).append("best_wrong" if scored.correct[first] else "best_right")
     return {place: names for place, names in roles.items() if not math.isnan(main_rewards[place])}

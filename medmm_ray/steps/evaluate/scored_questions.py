@@ -11,8 +11,9 @@ import pyarrow.compute as pc
 
 from medmm_ray.config import digest
 from medmm_ray.data.records import Question, from_dict
-from medmm_ray.stats import metrics
-from medmm_ray.stats.metrics import Aggregate, Bools, Floats, Ints
+from medmm_ray.stats import decoders
+from medmm_ray.stats.decoders import Aggregate
+from medmm_ray.stats.metrics import Bools, Floats, Ints
 
 LogOdds = dict[str, Floats]
 """By solution: the log-odds of each step."""
@@ -121,7 +122,7 @@ def rewards_of(solution_ids: Sequence[str], log_odds: Mapping[str, Floats], how:
     rewards_M = np.full(len(solution_ids), math.nan)
     for place, solution_id in enumerate(solution_ids):
         if solution_id in log_odds:
-            rewards_M[place] = metrics.aggregate(log_odds[solution_id], how)
+            rewards_M[place] = decoders.aggregate(log_odds[solution_id], how)
     return rewards_M
 
 
@@ -142,7 +143,7 @@ def scored_questions(
         answers = [sample.answer for sample in of_question]
         grades = [sample.correct for sample in of_question]
         # The wordings of an open answer differ: all that were graded right are one answer.
-        codes = metrics.answer_codes(answers, grades if question.answer_type == "open" else None)
+        codes = decoders.answer_codes(answers, grades if question.answer_type == "open" else None)
         scored.append(
             ScoredQuestion(
                 question=question,

@@ -29,7 +29,7 @@ from medmm_ray.data.tables import RowError, error_kind, filesystem, write_file
 from medmm_ray.engines.generator import Generator, TextGenerator
 from medmm_ray.engines.grader import Grader, MakeGrader
 from medmm_ray.engines.images import open_image
-from medmm_ray.stats import metrics
+from medmm_ray.stats import decoders, metrics
 from medmm_ray.steps.score import load, question_inputs
 from medmm_ray.steps.tree_search.beam import RewardModelScorer, beam_search
 from medmm_ray.steps.tree_search.writer import StepWriter
@@ -60,16 +60,16 @@ def compared(
     The samples at equal tokens are as many as take at most the tokens of the search, in the mean; one at least.
     """
     correct = np.array([solution["correct"] is True for solution in solutions], dtype=bool)
-    codes = metrics.answer_codes([s["answer"] for s in solutions], correct if answer_type == "open" else None)
+    codes = decoders.answer_codes([s["answer"] for s in solutions], correct if answer_type == "open" else None)
     known, number = np.array(rewards, dtype=np.float64), len(solutions)
     each = sum(sample_tokens) / number if number else 0.0
     equal = max(1, min(number, int(beam_tokens // each))) if each else number
     right = {SEARCH: float(beam_right), "one sample": float(correct.mean()) if number else 0.0}
     samples = {SEARCH: 0, "one sample": 1}
     for at, n in (("equal tokens", equal), ("all samples", number)):
-        drawn = metrics.subsets(max(number, 1), max(n, 1), num_subsets, seed)
-        right[f"majority, {at}"] = metrics.expected_vote(codes, correct, drawn)
-        right[f"best of N, {at}"] = metrics.expected_best(known, correct, max(n, 1))
+        drawn = decoders.subsets(max(number, 1), max(n, 1), num_subsets, seed)
+        right[f"majority, {at}"] = decoders.expected_vote(codes, correct, drawn)
+        right[f"best of N, {at}"] = decoders.expected_best(known, correct, max(n, 1))
         samples |= {f"majority, {at}": n, f"best of N, {at}": n}
     tokens = {name: n * each for name, n in samples.items()} | {SEARCH: float(beam_tokens)}
     return Compared(right, tokens, samples)
@@ -126,7 +126,7 @@ class Searching:
             writer = StepWriter(self.config, self.generator, row, self.config_hash, self.grader)
             scores = await scorer.scores(row, [solution["steps"] for solution in solutions]) if solutions else []
             rewards = [
-                math.nan if s.error or not s.log_odds else metrics.aggregate(s.log_odds, self.config.aggregate)
+                math.nan if s.error or not s.log_odds else decoders.aggregate(s.log_odds, self.config.aggregate)
                 for s in scores
             ]
             plain = self.generator.count(writer.prompt)

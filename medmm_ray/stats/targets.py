@@ -222,13 +222,15 @@ def advantage(labels: Sequence[Labels], num_steps: int, answer: AnswerOutcome) -
     Raises ValueError where Monte Carlo stopped early: the fraction is then too high.
     """
     values = _ratios("advantage", labels, num_steps)
-    targets_: list[Target] = []
+    advantages: list[Target] = []
     before = answer.accuracy
     for value in values:
-        is_compared = value is not None and before is not None and value != before
-        targets_.append(float(value > before) if is_compared else None)
+        raised = None
+        if value is not None and before is not None and value != before:
+            raised = float(value > before)
+        advantages.append(raised)
         before = value
-    return targets_
+    return advantages
 
 
 def _ratios(policy: str, labels: Sequence[Labels], num_steps: int) -> list[Target]:

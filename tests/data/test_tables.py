@@ -323,7 +323,7 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path: Path, monkeypatch: pyte
     ("content", "fault"),
     [
         ("", "Expecting value: line 1 column 1 (char 0)"),
-        ("[]", "medmm_ray.data.tables.Manifest() argument after ** must be a mapping, not list"),
+        ("[]", "medmm_ray.data.artifacts.Manifest() argument after ** must be a mapping, not list"),
         (
             '{"name": "v"}',
             "Manifest.__init__() missing 3 required keyword-only arguments: 'fingerprint', 'config', and",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from pydantic import Field
 
 from medmm_ray.data.tables import RowError
-from medmm_ray.stats import metrics
+from medmm_ray.stats import decoders
 from medmm_ray.steps.tree_search.writer import StepWriter, StepWriterConfig
 from medmm_ray.text import question_with_options
 
@@ -36,7 +36,7 @@ class BeamSearchConfig(StepWriterConfig):
     """Solutions that are kept after each step."""
     num_expansions: int = Field(4, ge=1)
     """Next steps that are sampled for each of them; equal ones count once."""
-    aggregate: metrics.Aggregate = "min"
+    aggregate: decoders.Aggregate = "min"
     """What the log-odds of a solution's steps become to compare it with others."""
 
 
@@ -119,7 +119,7 @@ async def expand(writer: StepWriter, beam: Beam, width: int) -> list[Beam]:
 
 
 async def score(
-    beams: Sequence[Beam], question: Mapping[str, Any], scorer: StepScorer, aggregate: metrics.Aggregate
+    beams: Sequence[Beam], question: Mapping[str, Any], scorer: StepScorer, aggregate: decoders.Aggregate
 ) -> list[Beam]:
     """The beams with the log-odds of their steps, and the aggregate of these as the reward."""
     if not beams:
@@ -127,7 +127,7 @@ async def score(
     log_odds = await scorer(question, [beam.steps for beam in beams])
     scored: list[Beam] = []
     for beam, step_log_odds in zip(beams, log_odds, strict=True):
-        reward = metrics.aggregate(list(step_log_odds), aggregate)
+        reward = decoders.aggregate(list(step_log_odds), aggregate)
         scored.append(replace(beam, log_odds=tuple(step_log_odds), reward=reward))
     return scored
 

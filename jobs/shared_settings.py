@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from medmm_ray.config import Config, execution
+from medmm_ray.config import Config, ConfigError, execution
 from medmm_ray.stats.targets import AfterFirstError, LabelPolicy
 
 
@@ -78,6 +78,57 @@ def with_shared_settings(values: Mapping[str, Any], sections: Mapping[str, type[
             if isinstance(section, dict):
                 completed[taker] = _settings_of(sections[taker], shared) | section
     return completed
+
+
+# Which sections ask a model behind an API, and where the model's name stands.
+ASKS_MODEL: Mapping[tuple[str, ...], tuple[str, ...]] = {
+    ("write_questions",): ("write_questions", "model"),
+    ("sample",): ("models", "policy"),
+    ("sample", "equivalence"): ("sample", "equivalence", "model"),
+    ("judge",): ("judge", "model"),
+    ("second_judge",): ("second_judge", "model"),
+}
+
+
+def with_api_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's raw values, each section that asks a model of ``apis`` completed by what is said of that model there.
+
+    Raises `ConfigError` for a model that no section asks: its budget would guard nothing.
+    """
+    completed = dict(values)
+    apis = values.get("apis")
+    if not isinstance(apis, dict):
+        return completed
+    unasked = set(apis)
+    for section_path, model_path in ASKS_MODEL.items():
+        model, section = _value_at(values, model_path), _value_at(values, section_path)
+        api = apis.get(model) if isinstance(model, str) else None
+        if not isinstance(api, dict) or (section_path == ("sample",) and not _is_behind_api(section)):
+            continue
+        unasked.discard(model)
+        completed = _with_value_at(completed, section_path, api | (section or {}))
+    if unasked:
+        raise ConfigError(f"apis names {', '.join(sorted(unasked))}, which no section of the recipe asks")
+    return completed
+
+
+def _is_behind_api(section: Any) -> bool:
+    return isinstance(section, dict) and section.get("backend", "vllm") != "vllm"
+
+
+def _value_at(values: Any, path: tuple[str, ...]) -> Any:
+    """What stands at `path` of nested dicts; None where a part of it is missing."""
+    for name in path:
+        if not isinstance(values, dict):
+            return None
+        values = values.get(name)
+    return values
+
+
+def _with_value_at(values: Mapping[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    name, *inner_path = path
+    inner = _with_value_at(values.get(name) or {}, tuple(inner_path), value) if inner_path else value
+    return {**values, name: inner}
 
 
 def _is_valid(config_type: type[Config], values: Mapping[str, Any]) -> bool:

@@ -62,3 +62,43 @@ def test_no_shipped_recipe_sets_in_two_sections_what_they_share(path: Path) -> N
         shared = set(sections.get("generation", {})) | set(sections.get("labels", {}))
         repeated = [name for name, value in settings if name in shared and settings.count((name, value)) > 1]
         assert not repeated
+
+
+def test_a_model_behind_an_api_has_its_limits_once(tmp_path: Path) -> None:
+    recipe = recipe_of(
+        tmp_path,
+        """
+        apis: {gpt-4o: {max_cost_usd: 5.0, requests_per_minute: 60.0, key_variable: OUR_KEY}}
+        judge: {backend: openai, model: gpt-4o}
+        second_judge: {backend: openai, model: gpt-4o-mini}
+        sample: {equivalence: {backend: openai, model: gpt-4o, requests_per_minute: 60.0}}
+        """,
+    )
+    for section in (recipe.judge, recipe.sample.equivalence):
+        assert (section.max_cost_usd, section.requests_per_minute, section.key_variable) == (5.0, 60.0, "OUR_KEY")
+    assert recipe.second_judge is not None
+    assert (recipe.second_judge.max_cost_usd, recipe.second_judge.key_variable) == (None, None)
+    assert recipe.sample.max_cost_usd is None  # its policy is a checkpoint
+
+
+def test_a_policy_behind_an_api_takes_its_limits_too(tmp_path: Path) -> None:
+    recipe = recipe_of(
+        tmp_path,
+        """
+        apis: {gpt-4o: {max_cost_usd: 5.0}}
+        models: {policy: gpt-4o, text_prm: org/model}
+        without: [monte_carlo, tree_search]
+        sample: {backend: openai}
+        """,
+    )
+    assert recipe.sample.max_cost_usd == 5.0
+
+
+def test_limits_of_a_model_that_nobody_asks_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="apis names gpt-5, which no section of the recipe asks"):
+        recipe_of(tmp_path, "apis: {gpt-5: {max_cost_usd: 5.0}}\njudge: {backend: openai, model: gpt-4o}\n")
+
+
+def test_a_wrong_limit_is_reported_by_its_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'apis\.gpt-4o\.max_cost_usd' is 'much'"):
+        recipe_of(tmp_path, "apis: {gpt-4o: {max_cost_usd: much}}\njudge: {backend: openai, model: gpt-4o}\n")

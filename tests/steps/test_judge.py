@@ -32,6 +32,7 @@ from medmm_ray.steps.judge import (
     TruthJudge,
     make_judge,
 )
+from medmm_ray.steps.judge.backends import CallContext
 from medmm_ray.steps.judge.prompt import SYSTEM, JudgeCall, schema_of
 from medmm_ray.steps.monte_carlo import by_question
 from medmm_ray.steps.monte_carlo.search import uncertain_steps
@@ -432,10 +433,9 @@ def test_solutions_that_do_not_fit_together_go_in_smaller_calls(server: Server, 
     alone = gemini_said(steps(entry(1, "+")))
     server.script = [alone, alone, gemini_said(two)]
     backend = gemini(server, solutions_per_call=2, in_flight=1, solution_reserve=0)
-    blank = backend._request(
-        case(**pictures), case().documents, backend._pictures(case(**pictures)), JudgeCall((("",), ("",)))
-    )
-    backend._room = backend._count(blank) + 1000
+    context = CallContext(case(**pictures), case().documents, backend._images(case(**pictures)))
+    blank = backend._request(context, JudgeCall((("",), ("",))))
+    backend._max_prompt_tokens = backend._count(blank) + 1000
     solutions = [["long " * 760], ["a " * 200], ["word " * 1600], ["b " * 200], ["c " * 200]]
     found = judged(backend, case(**pictures), solutions)
     assert labels_and_costs(found) == [([1], 1.0), ([1], 1.0), ("prompt_too_long", 0.0), ([0], 0.5), ([0], 0.5)]

@@ -10,6 +10,7 @@ for it is the row's cost.
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from medmm_ray.engines.generator import Generator, MakeGenerator, actor_options
 from medmm_ray.engines.llm.client import BYTES_A_TOKEN, Access, connect, open_access
 from medmm_ray.engines.llm.endpoint import ChatRequest
 from medmm_ray.engines.llm.local import LocalEndpoint, prompt_of
-from medmm_ray.steps.judge.backends import Judge, Judgement, ModelJudge, TruthJudge, at_cost
+from medmm_ray.steps.judge.backends import Judge, Judgement, JudgeResult, ModelJudge, TruthJudge, with_cost
 from medmm_ray.steps.judge.config import JudgeConfig
 from medmm_ray.steps.judge.prompt import JudgeCase, JudgeImage
 from medmm_ray.steps.judge.verdicts import verdicts
@@ -69,19 +70,21 @@ def judge(
     ds = attach(ds, questions, "question_id", ["split", "question", "options", "answer", "image_ids"])
     if evidence is not None:
         ds = attach(ds, evidence, "question_id", ["documents", "images"])
-    judges = [(config, model), *([second] if second else [])]
-    for number, (own, name) in enumerate(judges, 1):
+    judges = [(config, model)]
+    if second is not None:
+        judges.append(second)
+    for number, (judge_config, judge_model) in enumerate(judges, 1):
         ds = ds.map_batches(
             JudgeActor,
             fn_constructor_kwargs={
-                "config": own,
+                "config": judge_config,
                 "images": images.select(["image_id", "uri", "annotation"]),
-                "model": name,
+                "model": judge_model,
                 "generator": generator,
-                "access": _access(own, name, folder),
+                "access": _access(judge_config, judge_model, folder),
                 "is_last": number == len(judges),
             },
-            **actor_options(own),
+            **actor_options(judge_config),
         )
     return ds
 
@@ -98,71 +101,83 @@ def _access(config: JudgeConfig, model: str | None, folder: str | None) -> Acces
 class JudgeActor:
     """The actor: judges the distinct solutions of each question of a batch; its labels come behind another judge's.
 
-    What another judge is to read goes on with the labels, unless this one `is_last`.
+    What another judge needs goes on with the labels, unless this one `is_last`.
     """
 
     def __init__(
-        self, config: JudgeConfig, images: pa.Table, model: str | None = None, generator: MakeGenerator = Generator,
-        access: Access | None = None, is_last: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        config: JudgeConfig,
+        images: pa.Table,
+        model: str | None = None,
+        generator: MakeGenerator = Generator,
+        access: Access | None = None,
+        is_last: bool = True,
+    ) -> None:
         self.config, self.is_last = config, is_last
         self.backend = make_judge(config, model, generator, access)
-        rows = images.to_pylist()
-        self.pictures = {row["image_id"]: JudgeImage(row["uri"], row["annotation"]) for row in rows}
+        self.images: dict[str, JudgeImage] = {}
+        for row in images.to_pylist():
+            self.images[row["image_id"]] = JudgeImage(row["uri"], row["annotation"])
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         rows = batch.to_pylist()
-        labels = await asyncio.gather(*(self.label(row) for row in rows))
-        both = [[*row.get("labels", ()), *own] for row, own in zip(rows, labels, strict=True)]
-        kept = batch.select(["question_id"]) if self.is_last else batch
-        yield kept.append_column("labels", to_arrow_lists(Labels, both))
+        labels: list[list[Labels]] = []
+        for row, new_labels in zip(rows, await asyncio.gather(*map(self.label, rows)), strict=True):
+            labels.append([*row.get("labels", ()), *new_labels])
+        columns = batch.select(["question_id"]) if self.is_last else batch
+        yield columns.append_column("labels", to_arrow_lists(Labels, labels))
 
     async def label(self, row: Mapping[str, Any]) -> list[Labels]:
         """The labels of one question's solutions; none where it has none or its split is not judged."""
         if row["split"] not in self.config.splits or not row["solutions"]:
             return []
-        read = [tuple(solution["steps"]) for solution in row["solutions"]]  # all of a text that a judge reads
-        distinct = list(islice(dict.fromkeys(read), self.config.max_solutions))
-        judged = dict(zip(distinct, await self.backend.judge(self.case(row), distinct), strict=True))
-        labels = []
-        for solution, steps in zip(row["solutions"], read, strict=True):
-            found = judged.get(steps)
-            if found is None:  # beyond max_solutions
+        texts = [tuple(solution["steps"]) for solution in row["solutions"]]  # all of a solution that a judge reads
+        distinct = list(islice(dict.fromkeys(texts), self.config.max_solutions))
+        results = dict(zip(distinct, await self.backend.judge(self.case(row), distinct), strict=True))
+        labels: list[Labels] = []
+        for solution, steps in zip(row["solutions"], texts, strict=True):
+            result = results.get(steps)
+            if result is None:  # beyond max_solutions
                 continue
-            labels.append(
-                Labels(
-                    question_id=row["question_id"],
-                    solution_id=solution["solution_id"],
-                    source="judge",
-                    annotator=self.backend.annotator,
-                    steps=[] if isinstance(found, RowError) else found.steps,
-                    cost=found.cost,
-                    saw_answer=self.config.show_answer,
-                    answered_by=None if isinstance(found, RowError) else found.answered_by,
-                    error=str(found) if isinstance(found, RowError) else None,
-                )
-            )
-            judged[steps] = at_cost(found, 0.0)  # paid for once
+            labels.append(self.labels_row(row, solution["solution_id"], result))
+            results[steps] = with_cost(result, 0.0)  # an equal solution is paid for once
         return labels
 
+    def labels_row(self, row: Mapping[str, Any], solution_id: str, result: JudgeResult) -> Labels:
+        """One solution's row: its verdicts, or the fault as its error."""
+        labels = Labels(
+            question_id=row["question_id"],
+            solution_id=solution_id,
+            source="judge",
+            annotator=self.backend.annotator,
+            steps=[],
+            cost=result.cost,
+            saw_answer=self.config.show_answer,
+        )
+        if isinstance(result, RowError):
+            return replace(labels, error=str(result))
+        return replace(labels, steps=result.steps, answered_by=result.answered_by)
+
     def case(self, row: Mapping[str, Any]) -> JudgeCase:
+        """What the solutions of a question row share, as the judge may see it."""
         config = self.config
+        documents = (row.get("documents") or [])[: config.num_documents]
         references = (row.get("images") or [])[: config.num_references]
         return JudgeCase(
             question_id=row["question_id"],
             question=row["question"],
             options=row["options"],
             answer=row["answer"],
-            images=[self.pictures[i] for i in row["image_ids"]],
-            documents=[d["text"] for d in (row.get("documents") or [])[: config.num_documents]],
-            references=[JudgeImage(r["uri"], r["diagnosis"]) for r in references],
+            images=[self.images[image_id] for image_id in row["image_ids"]],
+            documents=[document["text"] for document in documents],
+            references=[JudgeImage(reference["uri"], reference["diagnosis"]) for reference in references],
         )
 
 
 def make_judge(
     config: JudgeConfig, model: str | None, generator: MakeGenerator = Generator, access: Access | None = None
 ) -> Judge:
-    """The backend that `config` names; an API without `access` has no gate, and its answers are not kept."""
+    """The backend that `config` names; an API without `access` has no limits, and its answers are not kept."""
     if config.backend == "phantom":
         return TruthJudge(config.backend, config.error_rate, config.seed)
     if model is None:
@@ -171,17 +186,19 @@ def make_judge(
         return _local(config, model, generator)
     client = access.connect() if access else connect(config.backend, model, config)
 
-    def tokens(request: ChatRequest) -> int:
+    def count(request: ChatRequest) -> int:
         return request.text_bytes // BYTES_A_TOKEN + len(request.images) * client.price.image_tokens
 
-    return ModelJudge(config, model, client, tokens, config.max_prompt_tokens, exact=False)
+    # Behind an API the schema is a part of the prompt that calls share: it must not depend on the solution.
+    return ModelJudge(config, model, client, count, config.max_prompt_tokens, exact=False)
 
 
 def _local(config: JudgeConfig, model: str, generator: MakeGenerator) -> ModelJudge:
+    """A judge whose model runs in this process."""
     engine = generator(model, config)
 
-    def tokens(request: ChatRequest) -> int:
+    def count(request: ChatRequest) -> int:
         return engine.count(prompt_of(request)) + request.max_tokens
 
     name = Path(model).name
-    return ModelJudge(config, name, LocalEndpoint(engine, name), tokens, config.max_model_len, exact=True)
+    return ModelJudge(config, name, LocalEndpoint(engine, name), count, config.max_model_len, exact=True)

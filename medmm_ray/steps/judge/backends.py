@@ -6,6 +6,7 @@ Enters: what a question's solutions share, and their steps. Leaves, for each sol
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Protocol
 
 from medmm_ray.config import digest
@@ -21,8 +22,8 @@ from medmm_ray.steps.judge.prompt import (
     AGAIN,
     JSON_RULE,
     LINE_RULE,
+    MAX_REPEATED,
     SEVERAL_RULE,
-    SHOWN_AGAIN,
     SYSTEM,
     TOKENS_A_LINE,
     JudgeCall,
@@ -35,7 +36,8 @@ from medmm_ray.steps.judge.prompt import (
 )
 from medmm_ray.steps.judge.verdicts import verdicts
 
-_SPOILT = ("judge_reply", "prompt_too_long")  # faults that one solution of a call can bring upon the others
+# Faults that one solution of a call can bring upon those beside it: they are asked about again, each alone.
+_SHARED_FAULTS = ("judge_reply", "prompt_too_long")
 
 # How the confidence of a judge by truth falls: it is low, or medium, more often where its verdict is wrong.
 _UNSURE = {True: (0.6, 0.3), False: (0.05, 0.15)}
@@ -50,9 +52,23 @@ class Judgement:
     answered_by: str | None = None
 
 
-def at_cost(found: "Judgement | RowError", cost: float) -> "Judgement | RowError":
+JudgeResult = Judgement | RowError
+
+
+def with_cost(result: JudgeResult, cost: float) -> JudgeResult:
     """A judgement or fault that cost so much, US dollars."""
-    return replace(found, cost=cost) if isinstance(found, Judgement) else RowError(found.kind, found.message, cost)
+    if isinstance(result, Judgement):
+        return replace(result, cost=cost)
+    return RowError(result.kind, result.message, cost)
+
+
+@dataclass(frozen=True)
+class CallContext:
+    """What the calls about one question share: its case, the documents that fit, and its images with their captions."""
+
+    case: JudgeCase
+    documents: Sequence[str]
+    images: Sequence[str | ChatImage]
 
 
 class Judge(Protocol):
@@ -60,13 +76,17 @@ class Judge(Protocol):
 
     annotator: str
 
-    async def judge(self, case: JudgeCase, solutions: Sequence[Sequence[str]]) -> "list[Judgement | RowError]": ...
+    async def judge(self, case: JudgeCase, solutions: Sequence[Sequence[str]]) -> list[JudgeResult]:
+        """The results of the solutions, in their order."""
+        ...
 
 
 class RequestClient(Protocol):
-    """Who answers a request: `engines.client.Client`, or a model in this process."""
+    """Who answers a request: `engines.llm.client.Client`, or a model in this process."""
 
-    async def ask(self, request: ChatRequest, group: str) -> PricedAnswer: ...
+    async def ask(self, request: ChatRequest, group: str) -> PricedAnswer:
+        """The answer; requests of one `group` share a prompt."""
+        ...
 
 
 class TruthJudge:
@@ -81,7 +101,8 @@ class TruthJudge:
         self.annotator = f"{source}@{digest(source, error_rate, seed)}"
         self._picture_of = load_with_truth(source).drawn_picture
 
-    async def judge(self, case: JudgeCase, solutions: Sequence[Sequence[str]]) -> "list[Judgement | RowError]":
+    async def judge(self, case: JudgeCase, solutions: Sequence[Sequence[str]]) -> list[JudgeResult]:
+        """Judgements by the truth that the first image's annotation holds; a fault for each where it holds none."""
         try:
             picture = self._picture_of(case.images[0].note if case.images else "")
         except ValueError:
@@ -91,10 +112,11 @@ class TruthJudge:
                 "set judge.backend to vllm, gemini or openai",
             )
             return [fault for _ in solutions]
-        judgements: list[Judgement | RowError] = []
+        judgements: list[JudgeResult] = []
         for steps in solutions:
-            truths = [picture.truth(step, case) for step in steps]
-            labels = [self.verdict(right, case.question_id, steps, index) for index, right in enumerate(truths)]
+            labels: list[StepLabel] = []
+            for index, step in enumerate(steps):
+                labels.append(self.verdict(picture.truth(step, case), case.question_id, steps, index))
             judgements.append(Judgement(labels))
         return judgements
 
@@ -102,19 +124,24 @@ class TruthJudge:
         """What the judge says of step `index`, whose truth is `right`; None says nothing that can be checked."""
         if right is None:
             return StepLabel(confidence="high", reason="nothing to check")
+        # 64 bits of a hash: the upper half decides whether the verdict is wrong, the lower one how sure it is.
         bits = int(digest(self.seed, question_id, list(steps), index), 16)
-        wrong = (bits >> 32) / 2**32 < self.error_rate
-        low, medium = _UNSURE[wrong]
+        is_wrong = (bits >> 32) / 2**32 < self.error_rate
+        share_low, share_medium = _UNSURE[is_wrong]
         doubt = (bits & 0xFFFFFFFF) / 2**32
-        confidence = "low" if doubt < low else "medium" if doubt < low + medium else "high"
-        return StepLabel(label=int(right != wrong), confidence=confidence)
+        confidence = "high"
+        if doubt < share_low:
+            confidence = "low"
+        elif doubt < share_low + share_medium:
+            confidence = "medium"
+        return StepLabel(label=int(right != is_wrong), confidence=confidence)
 
 
 class ModelJudge:
-    """A model that reads a case and judges `solutions_per_call` solutions, or one step, a request.
+    """A model that judges `solutions_per_call` solutions of a case, or one step, a request.
 
-    `count` gives the tokens of a request, `room` the most that one may have; `exact` says whether a schema may hold the
-    number of steps.
+    `count` gives the tokens of a request, `max_prompt_tokens` the most that one may have; `exact` says whether a schema
+    may hold the number of steps.
     """
 
     def __init__(
@@ -123,51 +150,64 @@ class ModelJudge:
         model: str,
         client: RequestClient,
         count: Callable[[ChatRequest], int],
-        room: int,
+        max_prompt_tokens: int,
         exact: bool,
     ) -> None:
         self.config, self.client = config, client
-        self._count, self._room, self._exact = count, room, exact
+        self._count, self._max_prompt_tokens, self._exact = count, max_prompt_tokens, exact
         self._lines = config.reply == "lines"
-        self._most_pictures = config.num_images if config.backend == "vllm" else config.max_images
+        self._max_images = config.num_images if config.backend == "vllm" else config.max_images
         prompts = (SYSTEM, JSON_RULE, SEVERAL_RULE, LINE_RULE, AGAIN)
-        how = (config.reply, config.granularity, config.solutions_per_call, config.show_answer)
-        self.annotator = f"{model}@{digest(prompts, how, schema_of(JudgeCall((('',),)), False))}"
+        settings = (config.reply, config.granularity, config.solutions_per_call, config.show_answer)
+        schema = schema_of(JudgeCall((("",),)), False)
+        self.annotator = f"{model}@{digest(prompts, settings, schema)}"
 
-    async def judge(self, case: JudgeCase, solutions: Sequence[Sequence[str]]) -> "list[Judgement | RowError]":
+    async def judge(self, case: JudgeCase, solutions: Sequence[Sequence[str]]) -> list[JudgeResult]:
+        """A result for each solution; equal calls are made, and paid for, once."""
         try:
-            pictures = await asyncio.to_thread(self._pictures, case)
+            images = await asyncio.to_thread(self._images, case)
         except RowError as fault:
             return [fault for _ in solutions]
-        documents = self._documents(case, pictures)
-        groups = self._groups(case, documents, pictures, solutions)
-        calls = [self._calls([solutions[i] for i in group]) for group in groups]
-        distinct = list(dict.fromkeys(call for part in calls for call in part))
-        # The first call goes ahead of the others, so that they find what they share in the provider's cache.
-        ahead = len(calls[0]) if calls and self.config.warm_cache else 0
-        outcomes: dict[JudgeCall, list[Judgement | RowError]] = {}
-        for part in (distinct[:ahead], distinct[ahead:]):
-            asked = [self._judge_call(case, documents, pictures, call) for call in part]
-            outcomes |= dict(zip(part, await asyncio.gather(*asked), strict=True))
-        results: dict[int, Judgement | RowError] = {}
-        for group, part in zip(groups, calls, strict=True):
-            found = [outcomes[call] for call in part]
-            results |= dict(zip(group, found[0] if len(found) == 1 else [_joined(found)], strict=True))
-            outcomes |= {call: [at_cost(one, 0.0) for one in outcomes[call]] for call in part}  # paid for once
+        context = self._with_fitting_documents(CallContext(case, case.documents, images))
+        groups = self._groups(context, solutions)
+        calls_of_groups = [self._calls([solutions[i] for i in group]) for group in groups]
+        results_of_call = await self._judge_calls(context, calls_of_groups)
+        results: dict[int, JudgeResult] = {}
+        for group, calls in zip(groups, calls_of_groups, strict=True):
+            parts = [results_of_call[call] for call in calls]
+            # Several calls are the steps of one solution.
+            of_group = parts[0] if len(parts) == 1 else [_joined(list(chain.from_iterable(parts)))]
+            results |= zip(group, of_group, strict=True)
+            for call in calls:  # an equal call of another solution is paid for once
+                results_of_call[call] = [with_cost(result, 0.0) for result in results_of_call[call]]
         empty = RowError("empty_solution", "the solution has no steps")
         return [results.get(i, empty) for i in range(len(solutions))]
 
-    def _groups(
-        self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | ChatImage],
-        solutions: Sequence[Sequence[str]],
-    ) -> list[list[int]]:  # fmt: skip
+    async def _judge_calls(
+        self, context: CallContext, calls_of_groups: Sequence[Sequence[JudgeCall]]
+    ) -> dict[JudgeCall, list[JudgeResult]]:
+        """The results of each distinct call, of which those of the first group may go ahead.
+
+        The others then find what all calls share in the provider's prompt cache.
+        """
+        distinct = list(dict.fromkeys(chain.from_iterable(calls_of_groups)))
+        num_ahead = len(calls_of_groups[0]) if calls_of_groups and self.config.warm_cache else 0
+        results_of_call: dict[JudgeCall, list[JudgeResult]] = {}
+        for calls in (distinct[:num_ahead], distinct[num_ahead:]):
+            results = await asyncio.gather(*(self._judge_call(context, call) for call in calls))
+            results_of_call |= zip(calls, results, strict=True)
+        return results_of_call
+
+    def _groups(self, context: CallContext, solutions: Sequence[Sequence[str]]) -> list[list[int]]:
         """The solutions with steps, by place, in calls: as many together as may be and fit beside the documents."""
-        size = 1 if self.config.granularity == "step" else self.config.solutions_per_call
+        max_size = 1 if self.config.granularity == "step" else self.config.solutions_per_call
         groups: list[list[int]] = []
-        for place in (i for i, steps in enumerate(solutions) if steps):
-            if groups and len(groups[-1]) < size:
-                [together] = self._calls([solutions[i] for i in (*groups[-1], place)])
-                if self._count(self._request(case, documents, pictures, together)) <= self._room:
+        for place, steps in enumerate(solutions):
+            if not steps:
+                continue
+            if groups and len(groups[-1]) < max_size:
+                [call] = self._calls([solutions[i] for i in (*groups[-1], place)])
+                if self._count(self._request(context, call)) <= self._max_prompt_tokens:
                     groups[-1].append(place)
                     continue
             groups.append([place])
@@ -175,65 +215,65 @@ class ModelJudge:
 
     def _calls(self, solutions: Sequence[Sequence[str]]) -> list[JudgeCall]:
         """One call about the solutions, or one about each step of the only one."""
-        shown = tuple(tuple(steps) for steps in solutions)
+        frozen = tuple(tuple(steps) for steps in solutions)
         if self.config.granularity == "solution":
-            return [JudgeCall(shown)]
-        return [JudgeCall((shown[0][:number],), number) for number in range(1, len(shown[0]) + 1)]
+            return [JudgeCall(frozen)]
+        [steps] = frozen
+        return [JudgeCall((steps[:number],), number) for number in range(1, len(steps) + 1)]
 
-    def _pictures(self, case: JudgeCase) -> list[str | ChatImage]:
+    def _images(self, case: JudgeCase) -> list[str | ChatImage]:
         """The query's images, then each similar case's after its number; opened and encoded once for all calls."""
-        named = [("The patient's image:", picture) for picture in case.images]
-        named += [(f"The image of similar case {i}:", picture) for i, picture in enumerate(case.references, 1)]
+        captioned = [("The patient's image:", image) for image in case.images]
+        for number, image in enumerate(case.references, 1):
+            captioned.append((f"The image of similar case {number}:", image))
         parts: list[str | ChatImage] = []
-        for name, picture in named[: self._most_pictures]:
-            parts += [name, ChatImage(open_image(picture.uri), self.config.image_px)]
+        for caption, image in captioned[: self._max_images]:
+            parts += [caption, ChatImage(open_image(image.uri), self.config.image_px)]
         return parts
 
-    def _documents(self, case: JudgeCase, pictures: Sequence[str | ChatImage]) -> Sequence[str]:
-        """The first documents that leave room for a solution, chosen by the question alone."""
+    def _with_fitting_documents(self, context: CallContext) -> CallContext:
+        """The context with the first documents that leave room for a solution, chosen by the question alone."""
         blank = JudgeCall((("",),))
-        room = self._room - min(self.config.solution_reserve * self.config.solutions_per_call, self._room // 2)
-        documents = case.documents
-        while documents and self._count(self._request(case, documents, pictures, blank)) > room:
-            documents = documents[:-1]
-        return documents
+        reserve = self.config.solution_reserve * self.config.solutions_per_call
+        room = self._max_prompt_tokens - min(reserve, self._max_prompt_tokens // 2)
+        while context.documents and self._count(self._request(context, blank)) > room:
+            context = replace(context, documents=context.documents[:-1])
+        return context
 
-    async def _judge_call(
-        self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | ChatImage], call: JudgeCall
-    ) -> "list[Judgement | RowError]":
-        """What is said of each solution of a call; where they spoil it together, each is asked about alone."""
+    async def _judge_call(self, context: CallContext, call: JudgeCall) -> list[JudgeResult]:
+        """The results of a call's solutions; where they spoil it together, each is asked about alone."""
         try:
-            found, cost, answered_by = await self._ask(case, documents, pictures, call)
-            return [Judgement(steps, cost / len(found), answered_by) for steps in found]
+            labels, cost, model = await self._ask(context, call)
+            return [Judgement(steps, cost / len(labels), model) for steps in labels]
         except RowError as fault:
             share = fault.cost / len(call.solutions)
-            if len(call.solutions) == 1 or fault.kind not in _SPOILT:
-                return [at_cost(fault, share) for _ in call.solutions]
-        alone = (self._judge_call(case, documents, pictures, JudgeCall((steps,))) for steps in call.solutions)
-        return [at_cost(one, one.cost + share) for [one] in await asyncio.gather(*alone)]
+            if len(call.solutions) == 1 or fault.kind not in _SHARED_FAULTS:
+                return [with_cost(fault, share) for _ in call.solutions]
+        alone = [self._judge_call(context, JudgeCall((steps,))) for steps in call.solutions]
+        return [with_cost(result, result.cost + share) for [result] in await asyncio.gather(*alone)]
 
-    async def _ask(
-        self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | ChatImage], call: JudgeCall
-    ) -> tuple[list[list[StepLabel]], float, str | None]:
+    async def _ask(self, context: CallContext, call: JudgeCall) -> tuple[list[list[StepLabel]], float, str | None]:
         """The labels, their cost and the model that gave them; a reply that does not fit is asked for again, with the
         fault named."""
-        request, paid = self._fitting(case, documents, pictures, call), 0.0
-        for left in reversed(range(self.config.tries)):
+        request = self._fitting_request(context, call)
+        cost = 0.0
+        for tries_left in reversed(range(self.config.tries)):
             try:
-                answer = await self.client.ask(request, case.question_id)
+                answer = await self.client.ask(request, context.case.question_id)
             except RowError as fault:
-                raise RowError(fault.kind, fault.message, fault.cost + paid) from None
-            paid += answer.cost
+                raise RowError(fault.kind, fault.message, fault.cost + cost) from None
+            cost += answer.cost
             try:
-                return self._labels(answer, call, request.max_tokens), paid, answer.reply.model
+                return self._labels(answer, call, request.max_tokens), cost, answer.reply.model
             except RowError as fault:
                 misfit = fault
-            if left:
+            if tries_left:
                 words = AGAIN.format(fault=misfit.message, rule=rule_of(call, self._lines))
-                request = corrected(request, answer.reply.text[:SHOWN_AGAIN], words)
-        raise RowError(misfit.kind, misfit.message, paid)
+                request = corrected(request, answer.reply.text[:MAX_REPEATED], words)
+        raise RowError(misfit.kind, misfit.message, cost)
 
     def _labels(self, answer: PricedAnswer, call: JudgeCall, max_tokens: int) -> list[list[StepLabel]]:
+        """The labels that an answer states; `RowError` judge_reply where it is not of the asked form."""
         reply = answer.reply
         if reply.cut_off:
             raise RowError("judge_reply", f"judge's answer was cut off at max_tokens={max_tokens} {self._cut(reply)}")
@@ -250,50 +290,53 @@ class ModelJudge:
         """How far an answer came that was cut off, and what to do."""
         if reply.text.strip():
             return f"({len(reply.text)} characters); shorter reasons are enough, or a larger judge.max_tokens"
-        more = "take reply=json, which leaves room to think" if self._lines else "raise judge.max_tokens"
-        return f"before it began: all tokens went into thoughts (reasoning); {more}, or lower judge.reasoning_effort"
+        advice = "take reply=json, which leaves room to think" if self._lines else "raise judge.max_tokens"
+        return f"before it began: all tokens went into thoughts (reasoning); {advice}, or lower judge.reasoning_effort"
 
-    def _fitting(
-        self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | ChatImage], call: JudgeCall
-    ) -> ChatRequest:
+    def _fitting_request(self, context: CallContext, call: JudgeCall) -> ChatRequest:
         """The request; a solution that is longer than the reserve goes with fewer documents."""
-        request = self._request(case, documents, pictures, call)
-        while (tokens := self._count(request)) > self._room:
-            if not documents:
+        request = self._request(context, call)
+        while (tokens := self._count(request)) > self._max_prompt_tokens:
+            if not context.documents:
                 raise RowError(
                     "prompt_too_long",
-                    f"about {tokens:,} prompt tokens without any document, and {self._room:,} are allowed; raise "
-                    "judge.max_prompt_tokens (an API) or judge.max_model_len (vllm), or leave such solutions out",
+                    f"about {tokens:,} prompt tokens without any document, and {self._max_prompt_tokens:,} are "
+                    "allowed; raise judge.max_prompt_tokens (an API) or judge.max_model_len (vllm), or leave such "
+                    "solutions out",
                 )
-            documents = documents[:-1]
-            request = self._request(case, documents, pictures, call)
+            context = replace(context, documents=context.documents[:-1])
+            request = self._request(context, call)
         return request
 
-    def _request(
-        self, case: JudgeCase, documents: Sequence[str], pictures: Sequence[str | ChatImage], call: JudgeCall
-    ) -> ChatRequest:
-        shared = shared_text(case, documents, self.config.show_answer)
-        asked = Turn("user", (shared, *pictures, call_text(call, self._lines)))
-        max_tokens = self.config.max_tokens
+    def _request(self, context: CallContext, call: JudgeCall) -> ChatRequest:
+        """The request of a call: what calls share first, the solutions after it."""
+        shared = shared_text(context.case, context.documents, self.config.show_answer)
+        turn = Turn("user", (shared, *context.images, call_text(call, self._lines)))
+        max_tokens, schema, pattern = self.config.max_tokens, None, None
         if self._lines:
             max_tokens = min(max_tokens, TOKENS_A_LINE * sum(map(len, call.numbers)))
-        constrain = self.config.constrain
+        if self.config.constrain:
+            schema = None if self._lines else schema_of(call, self._exact)
+            pattern = line_pattern(call) if self._lines else None
         return ChatRequest(
             system=SYSTEM,
-            turns=(asked,),
-            schema=schema_of(call, self._exact) if constrain and not self._lines else None,
-            pattern=line_pattern(call) if constrain and self._lines else None,
+            turns=(turn,),
+            schema=schema,
+            pattern=pattern,
             max_tokens=max_tokens,
             temperature=self.config.temperature,
             seed=self.config.seed if self._exact else None,
         )
 
 
-def _joined(parts: "Sequence[Sequence[Judgement | RowError]]") -> "Judgement | RowError":
-    """A solution's judgement from those of its steps, each of them alone; the first fault where there is one."""
-    cost = sum(one.cost for [one] in parts)
-    for [one] in parts:
-        if isinstance(one, RowError):
-            return at_cost(one, cost)
-    found = [one for [one] in parts if isinstance(one, Judgement)]
-    return Judgement([one.steps[0] for one in found], cost, joined_names(one.answered_by for one in found))
+def _joined(results: Sequence[JudgeResult]) -> JudgeResult:
+    """A solution's judgement from those of its steps; the first fault where there is one."""
+    cost = sum(result.cost for result in results)
+    steps: list[StepLabel] = []
+    models: list[str | None] = []
+    for result in results:
+        if isinstance(result, RowError):
+            return with_cost(result, cost)
+        steps.append(result.steps[0])
+        models.append(result.answered_by)
+    return Judgement(steps, cost, joined_names(models))

@@ -19,7 +19,7 @@ class JudgeConfig(GeneratorConfig, ApiConfig):
     splits: Splits = ("train", "validation", "test")
     """Splits whose solutions are judged."""
     max_solutions: int | None = Field(None, ge=1)
-    """Most solutions of a question that are judged, the first ones with different steps; null: all."""
+    """Most solutions of a question that are judged, the first with different steps; null: all."""
     granularity: Literal["solution", "step"] = "solution"
     """solution: all steps in one call; step: a call for each step, which sees the steps before it."""
     solutions_per_call: int = Field(1, ge=1, le=16)
@@ -32,11 +32,11 @@ class JudgeConfig(GeneratorConfig, ApiConfig):
     max_images: int = Field(16, ge=0)
     """Most images in a request to an API, the question's first, then the similar cases' (vllm: num_images)."""
     image_px: int = Field(1024, ge=32, le=1024)
-    """Longest side of an image that the judge sees, pixels."""
+    """Longest side of an image in the prompt, pixels."""
     num_documents: int = Field(8, ge=0)
-    """Retrieved documents that the judge reads; one that does not fit is left out."""
+    """Retrieved documents in the prompt; one that does not fit is left out."""
     num_references: int = Field(3, ge=0)
-    """Similar cases that the judge sees: diagnosis, and image where images are seen."""
+    """Similar cases in the prompt: diagnosis, and image where the model takes images."""
     solution_reserve: int = Field(1024, ge=0)
     """Tokens of a prompt that documents leave to a solution."""
     max_prompt_tokens: int = Field(32_768, ge=16)
@@ -58,7 +58,7 @@ class JudgeConfig(GeneratorConfig, ApiConfig):
     """Logical CPUs an actor."""
 
     @model_validator(mode="after")
-    def _one_way(self) -> "JudgeConfig":
+    def _shares_calls_in_json(self) -> "JudgeConfig":
         if self.solutions_per_call > 1 and (self.granularity == "step" or self.reply == "lines"):
             raise ValueError("solutions_per_call > 1 needs granularity=solution and reply=json")
         return self

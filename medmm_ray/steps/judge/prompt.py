@@ -1,6 +1,6 @@
-"""What a judge is asked: shared texts and pictures first, the solution last; and the form of its answer.
+"""What a judge is asked: shared texts and images first, the solution last; and the form of its answer.
 
-A provider keeps the beginning of a prompt that it has read already, so what the solutions of a question share comes
+A provider caches the beginning of a prompt that it has processed, so what the solutions of a question share comes
 first, byte for byte the same, and the solutions after it.
 """
 
@@ -37,7 +37,7 @@ ONE_STEP = "Review step {number} only; the steps before it are context."
 TOKENS_A_LINE = 16  # room for one line of LINE_RULE in any tokenizer
 AGAIN = "Your answer does not fit: {fault}. Answer again. {rule}"
 REASON_CHARACTERS = 300  # that a model in this process may write: a small one does not know when to end
-SHOWN_AGAIN = 4000  # characters of an answer that does not fit
+MAX_REPEATED = 4000  # characters of an answer that does not fit, in the request that asks again
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class JudgeCase:
     question: str
     options: Sequence[str]
     answer: str
-    """The gold one: a judge reads it only where the config shows it, or to the source's own truth."""
+    """The gold answer: a judge reads it only where the config shows it, or to the source's own truth."""
     images: Sequence[JudgeImage]
     documents: Sequence[str]
     references: Sequence[JudgeImage]
@@ -80,7 +80,8 @@ class JudgeCall:
 
 def shared_text(case: JudgeCase, documents: Sequence[str], show_answer: bool) -> str:
     """Documents, the reference cases' diagnoses and the question; the gold answer only where it is to be shown."""
-    references = "".join(f"Similar case {i}: {r.note}\n" for i, r in enumerate(case.references, 1))
+    lines = [f"Similar case {number}: {image.note}\n" for number, image in enumerate(case.references, 1)]
+    references = "".join(lines)
     question = question_with_options(case.question, case.options)
     gold = f"\nThe right answer: {case.answer}" if show_answer else ""
     return f"{document_block(documents)}{references}Question: {question}{gold}"
@@ -88,16 +89,22 @@ def shared_text(case: JudgeCase, documents: Sequence[str], show_answer: bool) ->
 
 def call_text(call: JudgeCall, lines: bool) -> str:
     """The solutions to review and the form of the answer."""
+    rule = rule_of(call, lines)
     if len(call.solutions) == 1:
         [steps] = call.solutions
         only = f"\n\n{ONE_STEP.format(number=call.step)}" if call.step is not None else ""
-        return f"Reasoning to review, {len(steps)} steps:\n{solution_text(steps)}{only}\n\n{rule_of(call, lines)}"
-    blocks = (f"Solution {i}, {len(steps)} steps:\n{solution_text(steps)}" for i, steps in enumerate(call.solutions, 1))
-    return f"{len(call.solutions)} solutions to review:\n\n" + "\n\n".join(blocks) + f"\n\n{rule_of(call, lines)}"
+        return f"Reasoning to review, {len(steps)} steps:\n{solution_text(steps)}{only}\n\n{rule}"
+    blocks = [f"{len(call.solutions)} solutions to review:"]
+    for number, steps in enumerate(call.solutions, 1):
+        blocks.append(f"Solution {number}, {len(steps)} steps:\n{solution_text(steps)}")
+    return "\n\n".join([*blocks, rule])
 
 
 def rule_of(call: JudgeCall, lines: bool) -> str:
-    return LINE_RULE if lines else JSON_RULE if len(call.solutions) == 1 else SEVERAL_RULE
+    """The form of the answer, in words."""
+    if lines:
+        return LINE_RULE
+    return JSON_RULE if len(call.solutions) == 1 else SEVERAL_RULE
 
 
 def schema_of(call: JudgeCall, exact: bool) -> dict[str, Any]:
@@ -106,17 +113,21 @@ def schema_of(call: JudgeCall, exact: bool) -> dict[str, Any]:
     An exact one also holds each verdict to its three tests, which not every API takes. Behind an API the schema is a
     part of the prompt that calls share: there it must not depend on the solution.
     """
-    one = exact and len(call.solutions) == 1
-    entry = _entry((None, None, None), "+-", exact, numbered=not one)
+    holds_count = exact and len(call.solutions) == 1
+    numbered = not holds_count
+    entry = _entry((None, None, None), "+-", exact, numbered)
     if exact:
-        right = _entry((True, True, True), "+", exact, numbered=not one)
-        wrong = [_entry(tests, "-", exact, numbered=not one) for tests in _FAILED]
+        right = _entry((True, True, True), "+", exact, numbered)
+        wrong = [_entry(tests, "-", exact, numbered) for tests in _FAILED]
         entry = {"anyOf": [right, *wrong]}
-    steps = {"type": "array", "items": entry}
+    steps: dict[str, Any] = {"type": "array", "items": entry}
     if len(call.solutions) > 1:
-        return _object(solutions={"type": "array", "items": _object(solution={"type": "integer"}, steps=steps)})
-    count = len(call.numbers[0])
-    return _object(steps={**steps, "minItems": count, "maxItems": count} if one else steps)
+        solution = _object(solution={"type": "integer"}, steps=steps)
+        return _object(solutions={"type": "array", "items": solution})
+    if holds_count:
+        count = len(call.numbers[0])
+        steps |= {"minItems": count, "maxItems": count}
+    return _object(steps=steps)
 
 
 _FAILED = ((False, None, None), (True, False, None), (True, True, False))  # all ways to fail a test; None is either
@@ -124,16 +135,25 @@ _FAILED = ((False, None, None), (True, False, None), (True, True, False))  # all
 
 def _entry(tests: Sequence[bool | None], verdicts: str, exact: bool, numbered: bool) -> dict[str, Any]:
     """A step's entry whose `tests` (logical, medical, image_grounded; None is either) go with one of `verdicts`."""
-    logical, medical, grounded = ({"type": "boolean"} | ({} if t is None else {"const": t}) for t in tests)
+    number = {"step": {"type": "integer"}} if numbered else {}  # else the list holds their number and order
+    reason: dict[str, Any] = {"type": "string"}
+    if exact:
+        reason["maxLength"] = REASON_CHARACTERS
+    logical, medical, image_grounded = map(_boolean, tests)
     return _object(
-        **({"step": {"type": "integer"}} if numbered else {}),  # else their number and order are held already
-        reason={"type": "string", **({"maxLength": REASON_CHARACTERS} if exact else {})},
+        **number,
+        reason=reason,
         logical=logical,
         medical=medical,
-        image_grounded=grounded,
+        image_grounded=image_grounded,
         verdict={"type": "string", "enum": list(verdicts)},
         confidence={"type": "string", "enum": ["high", "medium", "low"]},
     )
+
+
+def _boolean(value: bool | None) -> dict[str, Any]:
+    """A truth value, held to `value` unless that is None."""
+    return {"type": "boolean"} if value is None else {"type": "boolean", "const": value}
 
 
 def _object(**properties: Any) -> dict[str, Any]:
@@ -141,5 +161,5 @@ def _object(**properties: Any) -> dict[str, Any]:
 
 
 def line_pattern(call: JudgeCall) -> str:
-    """The regular expression of an answer in lines."""
+    """The regular expression of an answer in lines, one a step."""
     return "\n".join(["[01] (high|medium|low)"] * len(call.numbers[0]))

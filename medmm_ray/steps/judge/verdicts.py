@@ -9,7 +9,7 @@ from medmm_ray.data.records import StepLabel
 from medmm_ray.data.tables import RowError
 from medmm_ray.text import well_formed
 
-TRIES = 50  # places at which a reply is read as JSON
+MAX_DECODES = 50  # places at which a reply is read as JSON
 
 _LABELS = {"+": 1, "-": 0, "1": 1, "0": 0, "correct": 1, "incorrect": 0, "right": 1, "wrong": 0}
 _CONFIDENCES = ("high", "medium", "low")
@@ -27,57 +27,62 @@ def verdicts(reply: str, numbers: Sequence[Sequence[int]], lines: bool = False) 
     `RowError` judge_reply: ``judge gave 2 verdicts for 3 steps: '1 0'``.
     """
     if lines:
-        [asked] = numbers
-        return [_from_lines(reply, asked)]
+        [step_numbers] = numbers
+        return [_labels_of_lines(reply, step_numbers)]
     if len(numbers) == 1:
-        entries = _listed(reply, "steps")
-        return [_solution(reply, _list(reply) if entries is None else entries, numbers[0])]
-    solutions = _listed(reply, "solutions")
+        entries = _json_list(reply, "steps")
+        return [_labels_of_entries(reply, _bare_list(reply) if entries is None else entries, numbers[0])]
+    solutions = _json_list(reply, "solutions")
     if solutions is None or len(solutions) != len(numbers):
-        given = "no" if solutions is None else len(solutions)
-        raise RowError("judge_reply", f"judge gave {given} solutions' verdicts for {len(numbers)}: {_quote(reply)}")
+        count = "no" if solutions is None else len(solutions)
+        raise _fault(f"judge gave {count} solutions' verdicts for {len(numbers)}: {_quote(reply)}")
+    labels: list[list[StepLabel]] = []
     for place, entry in enumerate(solutions, 1):
         if not isinstance(entry, dict) or entry.get("solution", place) != place:
-            raise RowError("judge_reply", f"judge's entry {place} is about another solution: {_quote(reply)}")
-    return [_solution(reply, entry.get("steps"), asked) for entry, asked in zip(solutions, numbers, strict=True)]
+            raise _fault(f"judge's entry {place} is about another solution: {_quote(reply)}")
+    for entry, step_numbers in zip(solutions, numbers, strict=True):
+        labels.append(_labels_of_entries(reply, entry.get("steps"), step_numbers))
+    return labels
 
 
-def _solution(reply: str, entries: Any, numbers: Sequence[int]) -> list[StepLabel]:
-    found = _counted(reply, entries, numbers)
-    return [_entry(entry, number, reply) for entry, number in zip(found, numbers, strict=True)]
+def _labels_of_entries(reply: str, entries: Any, numbers: Sequence[int]) -> list[StepLabel]:
+    """The labels of one solution's entries, a list in JSON."""
+    entries = _checked_count(reply, entries, numbers)
+    return [_label(entry, number, reply) for entry, number in zip(entries, numbers, strict=True)]
 
 
-def _counted(reply: str, found: Any, numbers: Sequence[int]) -> list[Any]:
-    """`found`, a list with as many entries as `numbers`."""
-    if not isinstance(found, list) or not found:
-        raise RowError("judge_reply", f"judge gave no verdicts for {len(numbers)} steps: {_quote(reply)}")
-    if len(found) != len(numbers):
-        raise RowError("judge_reply", f"judge gave {len(found)} verdicts for {len(numbers)} steps: {_quote(reply)}")
-    return found
+def _checked_count(reply: str, entries: Any, numbers: Sequence[int]) -> list[Any]:
+    """`entries`, a list with as many entries as `numbers`."""
+    if not isinstance(entries, list) or not entries:
+        raise _fault(f"judge gave no verdicts for {len(numbers)} steps: {_quote(reply)}")
+    if len(entries) != len(numbers):
+        raise _fault(f"judge gave {len(entries)} verdicts for {len(numbers)} steps: {_quote(reply)}")
+    return entries
 
 
-def _listed(reply: str, name: str) -> list[Any] | None:
+def _json_list(reply: str, name: str) -> list[Any] | None:
     """The list `name` of the last JSON object in the text that has one with entries: a draft stands before the answer.
 
     None without one.
     """
-    decoder, at = json.JSONDecoder(), reply.find("{")
-    found: list[Any] | None = None
-    for _ in range(TRIES):
-        if at < 0:
+    decoder = json.JSONDecoder()
+    start = reply.find("{")
+    entries: list[Any] | None = None
+    for _ in range(MAX_DECODES):
+        if start < 0:
             break
         try:
-            value, end = decoder.raw_decode(reply, at)
+            value, end = decoder.raw_decode(reply, start)
         except (ValueError, RecursionError):  # not JSON; a number of 5,000 digits; 100,000 brackets
-            end = at + 1
+            end = start + 1
         else:
             if isinstance(value.get(name), list) and value[name]:
-                found = value[name]
-        at = reply.find("{", end)  # what stands within an object is no answer
-    return found
+                entries = value[name]
+        start = reply.find("{", end)  # what stands within an object is no answer
+    return entries
 
 
-def _list(reply: str) -> Any:
+def _bare_list(reply: str) -> Any:
     """A reply that is one JSON list, in a code fence or not: in prose such a list may as well be a citation."""
     match = _LIST.fullmatch(reply)
     try:
@@ -86,59 +91,66 @@ def _list(reply: str) -> Any:
         return None
 
 
-def _entry(entry: Any, number: int, reply: str) -> StepLabel:
-    """A step's label; its verdict is what its three tests say."""
+def _label(entry: Any, number: int, reply: str) -> StepLabel:
+    """A step's label; its verdict must agree with its three tests."""
     if not isinstance(entry, dict):
-        raise RowError(
-            "judge_reply",
+        raise _fault(
             f"judge's verdict {number} is {str(entry)[:20]!r}, not an object with the three tests, verdict and "
-            "confidence",
+            "confidence"
         )
-    label = str(entry.get("verdict")).lower()
+    verdict = str(entry.get("verdict")).lower()
     confidence = str(entry.get("confidence")).lower()
-    tests = {name: entry.get(name) for name in _CRITERIA}
     if entry.get("step", number) != number:
-        raise RowError("judge_reply", f"judge's verdict {number} is about step {entry['step']!r}: {_quote(reply)}")
-    if label not in _LABELS:
-        raise RowError("judge_reply", f"judge's verdict {number} has the label {label[:20]!r}, not '+' or '-'")
+        raise _fault(f"judge's verdict {number} is about step {entry['step']!r}: {_quote(reply)}")
+    if verdict not in _LABELS:
+        raise _fault(f"judge's verdict {number} has the label {verdict[:20]!r}, not '+' or '-'")
     if confidence not in _CONFIDENCES:
-        raise RowError("judge_reply", f"judge's verdict {number} has the confidence {confidence[:20]!r}")
-    for name, passed in tests.items():
+        raise _fault(f"judge's verdict {number} has the confidence {confidence[:20]!r}")
+    tests: dict[str, bool] = {}
+    for name in _CRITERIA:
+        passed = entry.get(name)
         if not isinstance(passed, bool):
-            raise RowError("judge_reply", f"judge's verdict {number} has {name} {str(passed)[:20]!r}, not a truth")
+            raise _fault(f"judge's verdict {number} has {name} {str(passed)[:20]!r}, not a truth")
+        tests[name] = passed
     failed = [name for name, passed in tests.items() if not passed]
-    if _LABELS[label] == bool(failed):
-        said = f"{' and '.join(failed)} false" if failed else "all three tests true"
-        raise RowError("judge_reply", f"judge's verdict {number} is {label!r} with {said}")
+    if _LABELS[verdict] == bool(failed):
+        outcome = f"{' and '.join(failed)} false" if failed else "all three tests true"
+        raise _fault(f"judge's verdict {number} is {verdict!r} with {outcome}")
     reason = well_formed(str(entry.get("reason") or ""))  # JSON in the reply may hold what the reply does not
-    return StepLabel(label=_LABELS[label], confidence=confidence, reason=reason or None, **tests)
+    return StepLabel(label=_LABELS[verdict], confidence=confidence, reason=reason or None, **tests)
 
 
-def _from_lines(reply: str, numbers: Sequence[int]) -> list[StepLabel]:
+def _labels_of_lines(reply: str, numbers: Sequence[int]) -> list[StepLabel]:
     """Bare verdicts; numbers of steps, where they stand before them, must be those that were asked about."""
-    found = _counted(reply, _lines(reply), numbers)
-    for (stated, _), number in zip(found, numbers, strict=True):
+    labels: list[StepLabel] = []
+    for (stated, label), number in zip(_checked_count(reply, _lines(reply), numbers), numbers, strict=True):
         if stated is not None and int(stated) != number:
-            raise RowError("judge_reply", f"judge's verdict {number} is about step {stated}: {_quote(reply)}")
-    return [label for _, label in found]
+            raise _fault(f"judge's verdict {number} is about step {stated}: {_quote(reply)}")
+        labels.append(label)
+    return labels
 
 
 def _lines(reply: str) -> list[tuple[str | None, StepLabel]] | None:
     """Bare verdicts, each with the stated number of its step; None where other words stand between them."""
-    listed = _list(reply)
-    if isinstance(listed, list) and all(isinstance(one, int | str) and str(one) in _LABELS for one in listed):
-        return [(None, StepLabel(label=_LABELS[str(one)])) for one in listed]
+    values = _bare_list(reply)
+    if isinstance(values, list) and all(isinstance(value, int | str) and str(value) in _LABELS for value in values):
+        return [(None, StepLabel(label=_LABELS[str(value)])) for value in values]
     text = reply.strip()
-    found: list[tuple[str | None, StepLabel]] = []
-    at = 0
-    while at < len(text):
-        match = _LINE.match(text, at)
+    labels: list[tuple[str | None, StepLabel]] = []
+    position = 0
+    while position < len(text):
+        match = _LINE.match(text, position)
         if match is None:
             return None
-        number, label, confidence = match.groups()
-        found.append((number, StepLabel(label=_LABELS[label], confidence=confidence.lower() if confidence else None)))
-        at = match.end()
-    return found
+        number, verdict, confidence = match.groups()
+        confidence = confidence.lower() if confidence else None
+        labels.append((number, StepLabel(label=_LABELS[verdict], confidence=confidence)))
+        position = match.end()
+    return labels
+
+
+def _fault(message: str) -> RowError:
+    return RowError("judge_reply", message)
 
 
 def _quote(reply: str) -> str:

@@ -1,10 +1,10 @@
-"""Solutions of questions, drawn from a policy by vLLM.
+"""Solutions of questions, sampled from a policy by vLLM or an API.
 
 Enters: questions (and their documents and images, where the prompt carries some). Leaves: one `Solutions` row a
-question. `quality.fault` says which samples are kept. Where samples are refused, further ones are drawn in rounds; a
-question that still cannot be filled keeps what it has, and `num_missing` and `rejected` say so. Draw i of a question
-has the seed of the question + i and `index` i, so a retry or another batch gives the same solutions. Samples that an
-API did not give are refused ones; only a question whose first round brought none has their fault as its error.
+question. `quality.fault` says which samples are kept. Where samples are refused, further ones are generated in rounds;
+a question that still cannot be filled keeps what it has, and `num_missing` and `rejected` say so. Sample i of a
+question has the seed of the question + i and `index` i, so a retry or another batch gives the same solutions. Samples
+that an API did not give are refused ones; only a question whose first round brought none has their fault as its error.
 """
 
 import asyncio
@@ -48,11 +48,11 @@ if TYPE_CHECKING:
 
 VERSION = 4  # of what a step makes: raise it when the same config makes something else
 # Settings that no API has, and the values that ask for nothing.
-ENGINE_ALONE: dict[str, Any] = {"lora": None, "top_k": 0, "batch_invariant": False, "vllm": {}, "num_gpus": 0}
+ENGINE_ONLY: dict[str, Any] = {"lora": None, "top_k": 0, "batch_invariant": False, "vllm": {}, "num_gpus": 0}
 
 
 class SampleConfig(GeneratorConfig, ApiConfig):
-    """How solutions are drawn (the defaults are Med-PRM's), by the engine (vllm) or the API that draws them."""
+    """How solutions are sampled (the defaults are Med-PRM's), and the engine (vllm) or API that generates them."""
 
     backend: Literal["vllm", "openai", "gemini"] = "vllm"
     """vllm: the policy is a checkpoint, in the actor; openai, gemini: it is a model behind an API of that kind."""
@@ -64,9 +64,9 @@ class SampleConfig(GeneratorConfig, ApiConfig):
     temperature: float | None = Field(0.7, ge=0)
     """Sampling temperature; null leaves it to an API's model (reasoning models take no other)."""
     top_k: int = Field(50, ge=0)
-    """Tokens to draw from, most likely first; 0 takes all, as every API does."""
+    """Tokens to sample from, most likely first; 0 takes all, as every API does."""
     top_p: float | None = Field(1.0, gt=0, le=1)
-    """Probability mass to draw from; null leaves it to an API's model."""
+    """Probability mass to sample from; null leaves it to an API's model."""
     max_tokens: int = Field(1024, ge=1)
     """Longest solution, tokens; one that is cut there is refused."""
     min_steps: int = Field(3, ge=1)
@@ -77,13 +77,13 @@ class SampleConfig(GeneratorConfig, ApiConfig):
     """Retrieved documents in the policy's prompt; one that does not fit max_model_len (an API: max_prompt_tokens) is
     left out, and the figures say how many were."""
     max_prompt_tokens: int = Field(100_000, ge=16)
-    """Room for documents in an API's prompt, tokens (estimated, a picture as it is billed: 36,835 by gpt-4o-mini)."""
+    """Room for documents in an API's prompt, tokens (estimated, an image as it is billed: 36,835 by gpt-4o-mini)."""
     max_rounds: int = Field(3, ge=1)
-    """Rounds of drawing: the first draws what is asked, the others replace what was refused."""
+    """Rounds of sampling: the first has the samples asked for, the others replace what was refused."""
     oversample: float = Field(3.0, ge=1)
-    """Draws a missing solution, in the rounds after the first."""
+    """Samples for each missing solution, in the rounds after the first."""
     fill_up: bool = False
-    """Fill a question up with refused solutions where too few are good: every question then has what it asked for."""
+    """Fill a question up with refused solutions where too few are good, so that it has as many as asked for."""
     seed: int = 0
     """Start of all random numbers."""
 
@@ -97,25 +97,32 @@ class SampleConfig(GeneratorConfig, ApiConfig):
         return self
 
     @model_validator(mode="after")
-    def _asks_an_api_for_what_it_has(self) -> "SampleConfig":
+    def _suits_the_backend(self) -> "SampleConfig":
         if self.backend == "vllm":
             if self.temperature is None or self.top_p is None:
                 raise ValueError("temperature and top_p may be null for an API alone; backend is 'vllm', set numbers")
             return self
-        set_ = {name: value for name, value in dict(self).items() if name in self.model_fields_set}
-        if others := [name for name, none in ENGINE_ALONE.items() if set_.get(name, none) != none]:
-            told = ", ".join(f"{name}={set_[name]}" for name in others)
-            unset = ", ".join(f"{name}={json.dumps(ENGINE_ALONE[name])}" for name in others)
-            raise ValueError(f"backend is {self.backend!r}, and {told} is for an engine alone; set {unset}")
+        settings: list[str] = []
+        unset: list[str] = []
+        for name, neutral in ENGINE_ONLY.items():
+            value = getattr(self, name)
+            if name in self.model_fields_set and value != neutral:
+                settings.append(f"{name}={value}")
+                unset.append(f"{name}={json.dumps(neutral)}")
+        if settings:
+            raise ValueError(
+                f"backend is {self.backend!r}, and {', '.join(settings)} is for an engine alone; set {', '.join(unset)}"
+            )
         return self
 
     @property
-    def room(self) -> int:
+    def prompt_room(self) -> int:
         """Tokens of a prompt with documents, at most."""
         return self.max_model_len - self.max_tokens if self.backend == "vllm" else self.max_prompt_tokens
 
     @property
     def sampling(self) -> Sampling:
+        """How the policy is sampled."""
         return Sampling(self.temperature, self.top_k, self.top_p, self.max_tokens)
 
 
@@ -133,7 +140,7 @@ def sample(
 ) -> "Dataset":
     """Questions -> `Solutions` rows, with figures of each.
 
-    `model` is the checkpoint (or the API's model) that draws, `policy` what solution ids call it, `config_hash` the
+    `model` is the checkpoint (or the API's model) that generates, `policy` what solution ids call it, `config_hash` the
     table's fingerprint. `evidence` (question_id, documents) is needed where config.num_documents > 0, `images`
     (image_id, uri) where config.num_images > 0. `folder` is where the run keeps an API's answers and the ledger of
     their cost.
@@ -170,9 +177,9 @@ def _api_policy(model: str, config: GeneratorConfig, *, access: Access) -> ApiPo
 
 @dataclass
 class QuestionSamples:
-    """What was drawn for a question: solutions kept and refused, in the order of the draws, and the reasons."""
+    """The samples of a question so far: solutions accepted and refused, in their order, and the reasons."""
 
-    kept: list[Solution] = field(default_factory=list)
+    accepted: list[Solution] = field(default_factory=list)
     refused: list[Solution] = field(default_factory=list)
     faults: Counter[str] = field(default_factory=Counter)
     completions: list[Completion] = field(default_factory=list)
@@ -180,101 +187,135 @@ class QuestionSamples:
     documents_shown: int = 0
     documents_left_out: int = 0
 
+    def add(self, solution: Solution, fault: str | None) -> None:
+        """Take a solution: accepted, or refused for a fault."""
+        if fault is None:
+            self.accepted.append(solution)
+        else:
+            self.refused.append(solution)
+            self.faults[fault] += 1
+
 
 class SamplingActor:
     """The actor: one engine, all samples of a question on it."""
 
     def __init__(
-        self, config: SampleConfig, model: str, policy: str, config_hash: str, images: pa.Table | None = None,
-        generator: MakeGenerator = Generator, grader: MakeGrader | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        config: SampleConfig,
+        model: str,
+        policy: str,
+        config_hash: str,
+        images: pa.Table | None = None,
+        generator: MakeGenerator = Generator,
+        grader: MakeGrader | None = None,
+    ) -> None:
         self.config, self.model, self.policy, self.config_hash = config, model, policy, config_hash
-        self.uris = (
-            {} if images is None else dict(zip(*(images[c].to_pylist() for c in ("image_id", "uri")), strict=True))
-        )
+        self.uri_of: dict[str, str] = {}
+        if images is not None:
+            self.uri_of = dict(zip(images["image_id"].to_pylist(), images["uri"].to_pylist(), strict=True))
         self.generator = generator(model, config)
         self.grader = grader() if grader else Grader()
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
-        done = await asyncio.gather(*(self.solve(question) for question in batch.to_pylist()))
-        figures = pa.array([figures_of(*of_one) for of_one in done])
-        yield to_arrow(Solutions, [row for row, _ in done]).append_column("figures", figures)
+        rows: list[Solutions] = []
+        figures: list[dict[str, float]] = []
+        for row, samples in await asyncio.gather(*map(self.solve, batch.to_pylist())):
+            rows.append(row)
+            figures.append(figures_of(row, samples))
+        yield to_arrow(Solutions, rows).append_column("figures", pa.array(figures))
 
     async def solve(self, question: Mapping[str, Any]) -> tuple[Solutions, QuestionSamples]:
-        """All solutions of one question, and all that was drawn for it.
+        """All solutions of one question, and all samples of it.
 
-        A fault becomes the row's error; what was drawn before it is kept.
+        A fault becomes the row's error; what was sampled before it is kept.
         """
         config = self.config
-        wanted = config.num_samples_test if question["split"] == "test" else config.num_samples_train
-        drawn = QuestionSamples()
+        num_requested = config.num_samples_test if question["split"] == "test" else config.num_samples_train
+        samples = QuestionSamples()
         error = None if question["error"] is None else f"upstream: {question['error']}"
         if error is None:
             try:
-                await self.draw(question, wanted, drawn)
-            except RowError as fault_:
-                error = str(fault_)
-        solutions = drawn.kept[:wanted]
+                await self.sample(question, num_requested, samples)
+            except RowError as row_error:
+                error = str(row_error)
+        solutions = samples.accepted[:num_requested]
         if config.fill_up:
-            spare = [s for s in drawn.refused if s.steps][: wanted - len(solutions)]
-            solutions = sorted([*solutions, *spare], key=lambda s: s.index)
+            spare = [solution for solution in samples.refused if solution.steps]
+            solutions += spare[: num_requested - len(solutions)]
+            solutions.sort(key=lambda solution: solution.index)
         row = Solutions(
             question_id=question["question_id"],
             policy=self.policy,
             config_hash=self.config_hash,
-            num_requested=wanted,
-            num_missing=wanted - len(solutions),
-            num_drawn=len(drawn.completions),
-            rejected=[Count(kind=kind, count=count) for kind, count in sorted(drawn.faults.items())],
-            cost=sum((c.cost for c in drawn.completions), 0.0),
+            num_requested=num_requested,
+            num_missing=num_requested - len(solutions),
+            num_drawn=len(samples.completions),
+            rejected=[Count(kind=kind, count=count) for kind, count in sorted(samples.faults.items())],
+            cost=sum((completion.cost for completion in samples.completions), 0.0),
             solutions=solutions,
-            answered_by=joined_names(completion.model for completion in drawn.completions),
+            answered_by=joined_names(completion.model for completion in samples.completions),
             error=error,
         )
-        return row, drawn
+        return row, samples
 
-    async def draw(self, question: Mapping[str, Any], wanted: int, drawn: QuestionSamples) -> None:
-        """Add samples to `drawn`, round after round until `wanted` are kept or the rounds are over."""
+    async def sample(self, question: Mapping[str, Any], num_requested: int, samples: QuestionSamples) -> None:
+        """Add to `samples`, round after round, until `num_requested` are accepted or the rounds are over."""
         config = self.config
         seed = self.seed(question["question_id"])
-        pictures = await self.look(question["image_ids"][: config.num_images])
-        prompt = policy_prompt(self.generator, question, config.num_documents, config.room, pictures)
-        drawn.documents_shown = prompt.num_documents
-        drawn.documents_left_out = len(candidate_documents(question, config.num_documents)) - prompt.num_documents
-        for round_ in range(config.max_rounds):
-            done = len(drawn.completions)
-            num = draws(wanted - len(drawn.kept), round_, config.oversample, MAX_SAMPLES - done)
+        images = await self.open_images(question["image_ids"][: config.num_images])
+        prompt = policy_prompt(self.generator, question, config.num_documents, config.prompt_room, images)
+        samples.documents_shown = prompt.num_documents
+        num_candidates = len(candidate_documents(question, config.num_documents))
+        samples.documents_left_out = num_candidates - prompt.num_documents
+        for round_number in range(config.max_rounds):
+            num_done = len(samples.completions)
+            missing = num_requested - len(samples.accepted)
+            num = round_size(missing, round_number, config.oversample, MAX_SAMPLES - num_done)
             if not num:
                 break
-            completions = await self.generator.generate(prompt, num, seed + done, config.sampling)
-            if not done and completions[0].fault and all(completion.fault for completion in completions):
-                raise completions[0].fault
-            found = [self.solution(question, completion, completion.seed - seed) for completion in completions]
-            grades = await self.grader.grade(question, [solution.answer for solution in found])
-            drawn.grades.append(grades)
-            for completion, solution, correct in zip(completions, found, grades.right, strict=True):
-                made = replace(solution, correct=correct)
-                reason = fault(
-                    made.text, made.steps, made.answer, made.finish_reason, config.min_steps, config.max_steps
-                )
-                (drawn.refused if reason else drawn.kept).append(made)
-                drawn.faults.update([reason] if reason else [])
-                drawn.completions.append(completion)
+            completions = await self.generator.generate(prompt, num, seed + num_done, config.sampling)
+            first_fault = completions[0].fault
+            if not num_done and first_fault and all(completion.fault for completion in completions):
+                raise first_fault
+            await self.add(question, seed, completions, samples)
+
+    async def add(
+        self, question: Mapping[str, Any], seed: int, completions: Sequence[Completion], samples: QuestionSamples
+    ) -> None:
+        """Grade a round's completions and add them to `samples`."""
+        config = self.config
+        solutions = [self.solution(question, completion, completion.seed - seed) for completion in completions]
+        grades = await self.grader.grade(question, [solution.answer for solution in solutions])
+        samples.grades.append(grades)
+        samples.completions += completions
+        for ungraded, correct in zip(solutions, grades.right, strict=True):
+            solution = replace(ungraded, correct=correct)
+            reason = fault(
+                solution.text,
+                solution.steps,
+                solution.answer,
+                solution.finish_reason,
+                config.min_steps,
+                config.max_steps,
+            )
+            samples.add(solution, reason)
 
     def seed(self, question_id: str) -> int:
-        """Of a question's first draw.
+        """The seed of a question's first sample.
 
         An API's answers are kept under their seeds, beside all that shapes the request: so the seed is that of the
         question alone, and a change of what is asked for or kept, which the fingerprint tells, pays no answer again.
         """
-        drawn_by = self.config_hash if self.config.backend == "vllm" else self.model
-        return request_seed(question_id, drawn_by, self.config.seed)
+        sampled_by = self.config_hash if self.config.backend == "vllm" else self.model
+        return request_seed(question_id, sampled_by, self.config.seed)
 
-    async def look(self, image_ids: Sequence[str]) -> "list[Image]":
-        """The opened pictures; one that cannot be opened is the row's error."""
-        return list(await asyncio.gather(*(asyncio.to_thread(open_image, self.uris[i]) for i in image_ids)))
+    async def open_images(self, image_ids: Sequence[str]) -> "list[Image]":
+        """The opened images; one that cannot be opened is the row's error."""
+        uris = [self.uri_of[image_id] for image_id in image_ids]
+        return list(await asyncio.gather(*(asyncio.to_thread(open_image, uri) for uri in uris)))
 
     def solution(self, question: Mapping[str, Any], completion: Completion, index: int) -> Solution:
+        """The record of sample `index` of a question, not yet graded."""
         answer_type = question["answer_type"]
         _, steps = split_steps(completion.text)
         answer = extract_answer(completion.text, question["options"], answer_type)
@@ -291,32 +332,35 @@ class SamplingActor:
         )
 
 
-def draws(missing: int, round_: int, oversample: float, left: int) -> int:
-    """How many samples a round draws for `missing` solutions, of `left` that may be drawn at all."""
-    return max(0, min(left, missing if round_ == 0 else math.ceil(missing * oversample)))
+def round_size(missing: int, round_number: int, oversample: float, most: int) -> int:
+    """How many samples a round (from 0) has for `missing` solutions, of at most `most`."""
+    num = missing if round_number == 0 else math.ceil(missing * oversample)
+    return max(0, min(most, num))
 
 
-def figures_of(row: Solutions, drawn: QuestionSamples) -> dict[str, float]:
+def figures_of(row: Solutions, samples: QuestionSamples) -> dict[str, float]:
     """What a row adds to its table's figures: samples, those refused by reason, questions not filled, tokens, dollars,
     answers that a model was asked to grade and those that it did not, documents that the prompt holds and those that it
     had no room for.
 
     Of the prompt tokens, all samples but the first can find the cacheable ones in the prefix cache.
     """
+    rejected = {f"rejected_{kind}": samples.faults[kind] for kind in FAULTS}
+    completions, grades = samples.completions, samples.grades
     figures: dict[str, float] = {
         "samples_requested": row.num_requested,
         "samples_missing": row.num_missing,
         "samples_drawn": row.num_drawn,
-        **{f"rejected_{kind}": drawn.faults[kind] for kind in FAULTS},
+        **rejected,
         "unfilled_questions": int(row.num_missing > 0 and row.error is None),
-        "prompt_tokens": sum(c.prompt_tokens for c in drawn.completions),
-        "cacheable_tokens": sum(c.shareable_tokens for c in drawn.completions[1:]),
-        "cached_tokens": sum(c.cached_tokens for c in drawn.completions),
-        "output_tokens": sum(c.num_tokens for c in drawn.completions),
+        "prompt_tokens": sum(c.prompt_tokens for c in completions),
+        "cacheable_tokens": sum(c.shareable_tokens for c in completions[1:]),
+        "cached_tokens": sum(c.cached_tokens for c in completions),
+        "output_tokens": sum(c.num_tokens for c in completions),
         "cost_usd": row.cost,
-        "answers_asked": sum(grades.asked for grades in drawn.grades),
-        "answers_unanswered": sum(grades.unanswered for grades in drawn.grades),
-        "documents_shown": drawn.documents_shown,
-        "documents_left_out": drawn.documents_left_out,
+        "answers_asked": sum(grade.asked for grade in grades),
+        "answers_unanswered": sum(grade.unanswered for grade in grades),
+        "documents_shown": samples.documents_shown,
+        "documents_left_out": samples.documents_left_out,
     }
     return {name: float(figure) for name, figure in figures.items()}  # one type, whatever block they come in

@@ -27,7 +27,7 @@ from medmm_ray.engines.generator import (
     request_seed,
 )
 from medmm_ray.engines.grader import Grader, Grades
-from medmm_ray.steps.sample import SampleConfig, SamplingActor, draws, figures_of, sample
+from medmm_ray.steps.sample import SampleConfig, SamplingActor, figures_of, round_size, sample
 from tests.doubles.api_server import chat_said, serving
 from tests.doubles.fake_generator import FakeGenerator, Script, text_of
 
@@ -66,11 +66,11 @@ def run(
     return [from_dict(Solutions, row) for row in table.to_pylist()], fake
 
 
-def test_how_much_a_round_draws() -> None:
-    assert draws(16, 0, 3.0, 4096) == 16
-    assert draws(5, 1, 1.5, 4096) == 8
-    assert draws(5, 1, 3.0, 7) == 7
-    assert draws(0, 1, 3.0, 100) == 0
+def test_how_many_samples_a_round_has() -> None:
+    assert round_size(16, 0, 3.0, 4096) == 16
+    assert round_size(5, 1, 1.5, 4096) == 8
+    assert round_size(5, 1, 3.0, 7) == 7
+    assert round_size(0, 1, 3.0, 100) == 0
 
 
 def test_a_question_gets_what_its_split_asks() -> None:
@@ -87,7 +87,7 @@ def test_a_question_gets_what_its_split_asks() -> None:
 
 
 def test_refused_samples_are_drawn_again_with_further_seeds() -> None:
-    """The first 4 draws have one good one; the second round draws 3 x 2 more, of which 3 are good."""
+    """The first 4 samples have one good one; the second round has 3 x 2 more, of which 3 are good."""
     base = request_seed("q1", "c0", 0)
     good = {base + 1, base + 4, base + 6, base + 9, base + 10}
     script = lambda prompt, seed: GOOD.format(seed) if seed in good else "Step 1: Cut~"  # noqa: E731
@@ -382,7 +382,7 @@ def test_answers_that_nobody_graded_are_counted_and_said() -> None:
 
 @pytest.mark.engine
 @pytest.mark.usefixtures("ray_session")
-def test_an_engine_that_dies_is_started_again_and_draws_the_same(tmp_path: Path) -> None:
+def test_an_engine_that_dies_is_started_again_and_samples_the_same(tmp_path: Path) -> None:
     questions = to_arrow(Question, [question(f"q{i}") for i in range(12)])
 
     def rows(generator: Any) -> list[dict[str, Any]]:

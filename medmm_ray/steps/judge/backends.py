@@ -170,7 +170,9 @@ class ModelJudge:
             return [fault for _ in solutions]
         context = self._with_fitting_documents(CallContext(case, case.documents, images))
         groups = self._groups(context, solutions)
-        calls_of_groups = [self._calls([solutions[i] for i in group]) for group in groups]
+        calls_of_groups: list[list[JudgeCall]] = []
+        for group in groups:
+            calls_of_groups.append(self._calls([solutions[i] for i in group]))
         results_of_call = await self._judge_calls(context, calls_of_groups)
         results: dict[int, JudgeResult] = {}
         for group, calls in zip(groups, calls_of_groups, strict=True):

@@ -74,7 +74,7 @@ def report_of(run: Run) -> dict[str, Any]:
 
 
 def ledgers_of(run: Run) -> dict[str, dict[str, Any]]:
-    """What the run's API gates have booked, by the folder of the model."""
+    """The ledgers of the run's APIs, by the folder of the model."""
     fs, path = filesystem(f"{run.root}/api")
     found = {}
     for file in fs.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True)):

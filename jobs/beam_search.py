@@ -200,7 +200,7 @@ def _main(arguments: argparse.Namespace) -> int:
 
     run = Run(read_arguments(arguments, "beam_search"))
     rows, equivalence = asked(run), run.recipe.sample.equivalence
-    with session() if equivalence.backend != "none" else nullcontext():  # the gate of an API is Ray's
+    with session() if equivalence.backend != "none" else nullcontext():  # the budget of an API is a Ray actor
         grader = MakeGrader(equivalence, f"{run.root}/api")()
         found = asyncio.run(search(run, rows, grader))
     config, resamples = run.recipe.beam_search, run.recipe.evaluate.bootstrap_samples

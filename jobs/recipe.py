@@ -194,8 +194,8 @@ class Recipe(Config):
             for other, another in others:
                 if another != value:
                     raise ValueError(
-                        f"{first} is {value:g} and {other} is {another:g}, but the run asks {model} through one gate "
-                        f"with one {limit}; make them equal, or set one of them"
+                        f"{first} is {value:g} and {other} is {another:g}, but the run asks {model} under one "
+                        f"{limit}; make them equal, or set one of them"
                     )
         return self
 
@@ -287,7 +287,7 @@ def asking(recipe: Recipe) -> dict[str, ApiModel]:
 def limits_of(recipe: Recipe) -> dict[tuple[str, str], dict[str, float]]:
     """Of each model and limit the settings that give one: ``{("gpt-4o", "max_cost_usd"): {"judge.max_cost_usd": 5}}``.
 
-    A model has one gate in a run, whichever backend or address it is reached by.
+    A model has one budget in a run, whichever backend or address it is reached by.
     """
     found: dict[tuple[str, str], dict[str, float]] = {}
     for name, asked in asking(recipe).items():

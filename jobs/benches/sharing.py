@@ -219,7 +219,7 @@ def call_of(config: BenchConfig, per_call: int) -> JudgeConfig:
 
 @contextmanager
 def judges_of(config: BenchConfig, model: str, folder: str) -> Iterator[list[Judge]]:
-    """A judge of each call size: all on one engine, or behind one gate."""
+    """A judge of each call size: all on one engine, or under one budget."""
     calls = [call_of(config, per_call) for per_call in config.per_call]
     backend = config.judge.backend
     if backend == "gemini" or backend == "openai":

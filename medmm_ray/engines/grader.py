@@ -118,7 +118,7 @@ class Grader:
 
 
 class MakeGrader:
-    """What an actor makes its grader from; the gate of the model's limits and budget is started here, by the driver."""
+    """What an actor makes its grader from; the driver starts the budget of the model's API here."""
 
     def __init__(self, config: EquivalenceConfig, folder: str | None) -> None:
         self.config = config

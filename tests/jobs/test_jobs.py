@@ -265,8 +265,8 @@ JUDGED = ("judge.backend=openai", "judge.model=gpt-4o")
     [
         (
             (*GRADED, *JUDGED, "sample.equivalence.max_cost_usd=5.0", "judge.max_cost_usd=7.5"),
-            "sample.equivalence.max_cost_usd is 5 and judge.max_cost_usd is 7.5, but the run asks gpt-4o through one "
-            "gate with one max_cost_usd; make them equal, or set one of them",
+            "sample.equivalence.max_cost_usd is 5 and judge.max_cost_usd is 7.5, but the run asks gpt-4o under one "
+            "max_cost_usd; make them equal, or set one of them",
         ),
         (
             (*API, *JUDGED, "sample.requests_per_minute=10.0", "judge.requests_per_minute=20.0"),

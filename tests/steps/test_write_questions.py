@@ -383,7 +383,7 @@ def test_readers_decide_what_is_curated() -> None:
 
 @pytest.mark.engine
 def test_written_questions_are_curated_with_the_others(ray_session: None, tmp_path: Path) -> None:
-    """Images without a question get one through Ray Data, the gate and a real server; curate takes those asked for."""
+    """Images without a question get one through Ray Data and a real server; curate takes those asked for."""
     with serving() as server:
         server.script = [chat_said(reply())]
         settings = [

@@ -1,42 +1,34 @@
 """How a step asks an API: each request once, whatever is killed; many at a time; within rate limits and budget.
 
-Enters: a `ChatRequest` and its group (a question's id). Leaves: a `PricedAnswer` with its cost. An answer that is kept
-already is taken from there, one that is under way is waited for. Otherwise the worst case is reserved in the budget,
-ahead of time, so that `in_flight` requests really are at the server; faults of the moment are tried again with growing,
-jittered pauses, never sooner than the server asks; a whole answer is kept durably before it is used, and until then it
-counts as in flight: a kill loses no more than `in_flight` answers, and no more are booked as possibly paid.
+Enters: a `ChatRequest` and its group (a question's id). Leaves: a `PricedAnswer` with its cost. An answer that is
+stored already is taken from there, one that is under way is waited for. Otherwise the worst case is reserved in the
+budget, ahead of time, so that `in_flight` requests really are at the server; transient faults are tried again with
+growing, jittered pauses, never sooner than the server asks; a whole answer is stored before it is used, and until then
+it counts as in flight: a kill loses no more than `in_flight` answers, and no more are booked as possibly paid.
 """
 
 import asyncio
-import heapq
 import itertools
 import logging
 import math
 import os
 import random
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, Literal, TypeVar
+from typing import Literal
 from urllib.parse import quote
 
 from pydantic import Field
 
 from medmm_ray.config import Config, ConfigError, execution
 from medmm_ray.data.tables import RowError
-from medmm_ray.engines.llm.budget import (
-    HEARTBEAT_S,
-    Budget,
-    BudgetError,
-    Limits,
-    PlannedCall,
-    ReserveResult,
-    Settlement,
-    start_budget,
-)
+from medmm_ray.engines.llm.budget import HEARTBEAT_S, Budget, BudgetError, Settlement, start_budget
+from medmm_ray.engines.llm.concurrency import Batcher, PrioritySemaphore
 from medmm_ray.engines.llm.endpoint import ChatReply, ChatRequest, Endpoint, EndpointError, RetryableError
 from medmm_ray.engines.llm.gemini import gemini_endpoint
+from medmm_ray.engines.llm.ledger import PlannedCall
+from medmm_ray.engines.llm.limits import Limits
 from medmm_ray.engines.llm.openai import OpenAIEndpoint
 from medmm_ray.engines.llm.prices import Price, price_of
 from medmm_ray.engines.llm.served import OtherModelError, is_same_model, names_a_model, other_model_message
@@ -46,20 +38,19 @@ log = logging.getLogger("medmm_ray")
 
 GEMINI_ADDRESS = "https://generativelanguage.googleapis.com/v1beta/openai"  # of its OpenAI-compatible API
 LONGEST_PAUSE_S = 60.0
-AHEAD = 0.5  # leases that wait beside those at the server, as a share of in_flight
-BYTES_A_TOKEN = 4  # of English text, about: for the rate limit, which the provider estimates too
+AHEAD = 0.5  # reservations that wait beside those at the server, as a share of in_flight
+BYTES_PER_TOKEN = 4  # of English text, about: for the rate limit, which the provider estimates too
+FAULT_CHARACTERS = 200  # of a server's message in ours
 Backend = Literal["gemini", "openai"]
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class ApiConfig(Config):
-    """How a step reaches a model behind an API, and what it may cost. The models' own names are the step's."""
+    """How a step reaches a model behind an API, and what it may cost. The model's name is the step's own setting."""
 
     temperature: float | None = Field(0.0, ge=0)
     """Sampling temperature; null leaves it to the model (reasoning models take no other)."""
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = Field(None)
-    """How long a model that thinks may do so; null leaves it to the model."""
+    """How much a reasoning model may think before it answers; null leaves it to the model."""
     form: str = Field("schema", pattern="^(schema|object|text)$")
     """How an API is held to JSON: schema (a JSON schema), object (any JSON object) or text (by the prompt alone)."""
     input_price: float | None = execution(None, ge=0)
@@ -118,6 +109,7 @@ class ApiConfig(Config):
 
     @property
     def limits(self) -> Limits:
+        """What the budget of the model enforces."""
         return Limits(
             requests_per_minute=self.requests_per_minute,
             tokens_per_minute=self.tokens_per_minute,
@@ -130,172 +122,192 @@ class ApiConfig(Config):
 
 
 class Client:
-    """Asks one endpoint. Without a gate (a model in this process) nothing is leased, without a store nothing kept.
+    """Asks one endpoint. Without a budget (a model in this process) nothing is reserved, without a store nothing kept.
 
     `model` is the name under which the asked model answers; None: whoever answers is taken.
     """
 
     def __init__(
-        self, endpoint: Endpoint, price: Price, config: ApiConfig, budget: Budget | None = None,
-        answers: AnswerStore | None = None, model: str | None = None,
-    ) -> None:  # fmt: skip
-        self.endpoint, self.price, self.config, self.budget, self.answers = endpoint, price, config, budget, answers
-        self.model = model
-        self._told: set[str] = set()
+        self,
+        endpoint: Endpoint,
+        price: Price,
+        config: ApiConfig,
+        budget: Budget | None = None,
+        answers: AnswerStore | None = None,
+        model: str | None = None,
+    ) -> None:
+        self.endpoint, self.price, self.config = endpoint, price, config
+        self.budget, self.answers, self.model = budget, answers, model
         self.client_id = uuid.uuid4().hex
-        self._asked: dict[tuple[str, str], asyncio.Future[PricedAnswer | RowError | ConfigError | None]] = {}
+        self._warned: set[str] = set()
+        self._in_progress: dict[tuple[str, str], asyncio.Future[PricedAnswer | RowError | ConfigError | None]] = {}
         self._order = itertools.count()
         self._slots = PrioritySemaphore(config.in_flight)
-        self._reserved_ahead = PrioritySemaphore(config.in_flight + math.ceil(config.in_flight * AHEAD))
+        self._reserved_slots = PrioritySemaphore(config.in_flight + math.ceil(config.in_flight * AHEAD))
         if budget is not None:
             self._reservations = Batcher(self._reserve)
             self._settlements = Batcher(self._settle, idle_s=HEARTBEAT_S)
 
     async def ask(self, request: ChatRequest, group: str) -> PricedAnswer:
-        """The answer to `request`, kept or new; who asks the same while it is under way gets it at no cost.
+        """The answer to `request`, stored or new; who asks the same while it is under way gets it at no cost.
 
         Raises `RowError` refused, prompt_too_long, request, or unavailable (every attempt failed), and `ConfigError`
         where the job is to end: budget, key, an endpoint that stays away, another model than the one that was asked.
         """
         if self.config.reasoning_effort:
             request = replace(request, reasoning_effort=self.config.reasoning_effort)
-        answer = await self._once(request, group, request.key(self.endpoint.identity))
+        answer = await self._ask_once(request, group, request.key(self.endpoint.identity))
         await self._check_model(answer.reply)
         if answer.reply.refusal is not None:
             raise RowError("refused", answer.reply.refusal, answer.cost)
         return answer
 
-    async def _once(self, request: ChatRequest, group: str, key: str) -> PricedAnswer:
-        """The answer or fault of who asks the same already; where there is nobody, or they were cancelled, our own."""
-        while (leader := self._asked.get((group, key))) is not None:
+    async def _ask_once(self, request: ChatRequest, group: str, key: str) -> PricedAnswer:
+        """The answer or fault of who asks the same already; a new one where there is nobody, or they were cancelled."""
+        while (leader := self._in_progress.get((group, key))) is not None:
             outcome = await asyncio.shield(leader)
             if isinstance(outcome, PricedAnswer):
                 return replace(outcome, cost=0.0)
             if outcome is not None:
                 raise outcome
         outcome = None
-        mine = self._asked[group, key] = asyncio.get_running_loop().create_future()
+        future = self._in_progress[group, key] = asyncio.get_running_loop().create_future()
         try:
-            outcome = await self._found_or_fetched(request, group, key)
+            outcome = await self._look_up_or_fetch(request, group, key)
             return outcome
         except (RowError, ConfigError) as fault:
             outcome = fault
             raise
         finally:
-            del self._asked[group, key]
-            mine.set_result(outcome)
+            del self._in_progress[group, key]
+            future.set_result(outcome)
 
     async def _check_model(self, reply: ChatReply) -> None:
-        """End the job, or warn, where another model answered; its answer is kept by now."""
-        answered = reply.model
-        if answered is None or self.model is None or is_same_model(self.model, answered):
+        """End the job, or warn, where another model answered; its answer is stored by now."""
+        answered_by = reply.model
+        if answered_by is None or self.model is None or is_same_model(self.model, answered_by):
             return
-        message = other_model_message(self.endpoint.identity, answered)
-        if self.config.on_other_model == "stop" and names_a_model(answered):
-            await self._end(message)
+        message = other_model_message(self.endpoint.identity, answered_by)
+        if self.config.on_other_model == "stop" and names_a_model(answered_by):
+            await self._end_job(message)
             raise OtherModelError(message)
         self._warn(message)
 
+    def _check_tier(self, reply: ChatReply) -> None:
+        tier = self.config.tier
+        if tier and (reply.tier or "").lower() != tier:
+            served_tier = reply.tier or "one that it does not state"
+            self._warn(
+                f"{self.endpoint.identity} was asked at the tier {tier} and answered at {served_tier}: booked at the "
+                "list price"
+            )
+
     def _warn(self, message: str) -> None:
-        if message not in self._told:
-            self._told.add(message)
+        if message not in self._warned:
+            self._warned.add(message)
             log.warning("%s", message)
 
-    async def _found_or_fetched(self, request: ChatRequest, group: str, key: str) -> PricedAnswer:
-        found = await self.answers.find(group, key) if self.answers else None
-        return found or await self._fetch(request, group, key)
+    async def _look_up_or_fetch(self, request: ChatRequest, group: str, key: str) -> PricedAnswer:
+        if self.answers:
+            answer = await self.answers.find(group, key)
+            if answer is not None:
+                return answer
+        return await self._fetch(request, group, key)
 
     async def _fetch(self, request: ChatRequest, group: str, key: str) -> PricedAnswer:
+        """A new answer, after as many attempts as it takes and the config allows."""
         order = next(self._order)  # who asked first goes first, in later attempts too
         if self.config.tier:
             request = replace(request, tier=self.config.tier)
-        ask = PlannedCall(group, key, estimated_tokens(request, self.price), self.price.max_cost(request))
-        fault, paid = RetryableError(""), 0.0
+        call = PlannedCall(group, key, estimated_tokens(request, self.price), self.price.max_cost(request))
+        paid = 0.0
+        fault = RetryableError("")
         for attempt in range(1, self.config.max_attempts + 1):
             try:
-                return await self._attempt(request, ask, order)
+                return await self._attempt(request, call, order)
             except RetryableError as error:
                 fault = error
-                paid += self._cost(fault)
+                paid += self._cost(error)
             except EndpointError as error:
-                await self._end(str(error))
+                await self._end_job(str(error))
                 raise
-            if (fault.retry_after_s or 0.0) > self.config.longest_wait_s:
-                raise RowError(
-                    "unavailable",
-                    f"{self.endpoint.identity} asks to wait {fault.retry_after_s:,.0f} s, and longest_wait_s is "
-                    f"{self.config.longest_wait_s:g}: {str(fault)[:200]}",
-                    paid,
+            retry_after_s = fault.retry_after_s or 0.0
+            if retry_after_s > self.config.longest_wait_s:
+                message = (
+                    f"{self.endpoint.identity} asks to wait {retry_after_s:,.0f} s, and longest_wait_s is "
+                    f"{self.config.longest_wait_s:g}: {str(fault)[:FAULT_CHARACTERS]}"
                 )
+                raise RowError("unavailable", message, paid)
             if attempt < self.config.max_attempts:
-                await asyncio.sleep(retry_pause_s(attempt, self.config.pause_s, random.random(), fault.retry_after_s))
-        raise RowError(
-            "unavailable",
-            f"{self.endpoint.identity} failed {self.config.max_attempts} times, last: {str(fault)[:200]}",
-            paid,
-        )
+                await asyncio.sleep(retry_pause_s(attempt, self.config.pause_s, random.random(), retry_after_s))
+        last_fault = str(fault)[:FAULT_CHARACTERS]
+        message = f"{self.endpoint.identity} failed {self.config.max_attempts} times, last: {last_fault}"
+        raise RowError("unavailable", message, paid)
 
-    def _cost(self, fault: RetryableError) -> float:
-        """US dollars of the tokens that a server counted for a fault."""
-        return self.price.cost(fault.billed) if fault.billed else 0.0
-
-    async def _attempt(self, request: ChatRequest, ask: PlannedCall, order: int) -> PricedAnswer:
-        async with self._reserved_ahead.place(order):
-            lease = await self._reservations.of(ask) if self.budget else 0
-            settled = Settlement(lease, lost=True)  # where the sending is cancelled
+    async def _attempt(self, request: ChatRequest, call: PlannedCall, order: int) -> PricedAnswer:
+        async with self._reserved_slots.slot(order):
+            reservation_id = await self._reservations.submit(call) if self.budget else 0
+            settlement = Settlement(reservation_id, lost=True)  # where the call is cancelled
             try:
-                async with self._slots.place(order):
+                async with self._slots.slot(order):
                     reply = await self.endpoint.send(request)
                     answer = PricedAnswer(reply, self.price.cost(reply))
-                    if self.config.tier and (reply.tier or "").lower() != self.config.tier:
-                        self._warn(
-                            f"{self.endpoint.identity} was asked at the tier {self.config.tier} and answered at "
-                            f"{reply.tier or 'one that it does not state'}: booked at the list price"
-                        )
-                    settled = Settlement(
-                        lease, reply.prompt_tokens + reply.completion_tokens, answer.cost, answered=True
-                    )
-                    if self.answers:
-                        await self.answers.put(ask.group, ask.key, answer)
+                    self._check_tier(reply)
+                    settlement = Settlement(reservation_id, reply.tokens, answer.cost, answered=True)
+                    if self.answers:  # within the slot: until it is stored, an answer counts as in flight
+                        await self.answers.put(call.group, call.key, answer)
                 return answer
             except RetryableError as error:
-                asked_s = error.retry_after_s or 0.0
-                wait_s = asked_s if asked_s <= self.config.longest_wait_s else 0.0
-                tokens = error.billed.prompt_tokens + error.billed.completion_tokens if error.billed else 0
-                settled = Settlement(
-                    lease, tokens, self._cost(error), fault=str(error), lost=error.maybe_paid, wait_s=wait_s
-                )
+                settlement = self._settlement_of(error, reservation_id)
                 raise
             except (RowError, EndpointError):
-                settled = Settlement(lease)
+                settlement = Settlement(reservation_id)
                 raise
             finally:
                 if self.budget:
-                    await self._settlements.of(settled)
+                    await self._settlements.submit(settlement)
 
-    async def _end(self, message: str) -> None:
-        """Tell the gate that no request can succeed, and wait until what is under way anywhere is kept."""
+    def _settlement_of(self, error: RetryableError, reservation_id: int) -> Settlement:
+        """What a transient fault means for the budget; a wait that is too long fails its row, and holds up no other."""
+        retry_after_s = error.retry_after_s or 0.0
+        return Settlement(
+            reservation_id,
+            tokens=error.billed.tokens if error.billed else 0,
+            dollars=self._cost(error),
+            fault=str(error),
+            lost=error.maybe_paid,
+            wait_s=retry_after_s if retry_after_s <= self.config.longest_wait_s else 0.0,
+        )
+
+    def _cost(self, error: RetryableError) -> float:
+        """US dollars of the tokens that a server counted for a fault."""
+        return self.price.cost(error.billed) if error.billed else 0.0
+
+    async def _end_job(self, message: str) -> None:
+        """Tell the budget that no request can succeed, and wait until what is under way anywhere is stored."""
         if self.budget:
             await self.budget.stop(message)
-            await self.budget.reserve(self.client_id, self.config.in_flight, [PlannedCall("", "", 0, 0.0)])
+            nothing = PlannedCall("", "", tokens=0, dollars=0.0)
+            await self.budget.reserve(self.client_id, self.config.in_flight, [nothing])
 
-    async def _reserve(self, asks: Sequence[PlannedCall]) -> Sequence[int]:
+    async def _reserve(self, calls: Sequence[PlannedCall]) -> Sequence[int]:
         assert self.budget is not None
-        grant: ReserveResult = await self.budget.reserve(self.client_id, self.config.in_flight, asks)
-        if grant.stopped is not None:
-            kind, message = grant.stopped
-            raise (BudgetError if kind == "budget" else EndpointError)(message)
-        return grant.reservation_ids
+        result = await self.budget.reserve(self.client_id, self.config.in_flight, calls)
+        if result.stopped is None:
+            return result.reservation_ids
+        if result.stopped.kind == "budget":
+            raise BudgetError(result.stopped.message)
+        raise EndpointError(result.stopped.message)
 
-    async def _settle(self, settled: Sequence[Settlement]) -> Sequence[None]:
+    async def _settle(self, settlements: Sequence[Settlement]) -> Sequence[None]:
         assert self.budget is not None
-        await self.budget.settle(self.client_id, settled)
-        return [None] * len(settled)
+        await self.budget.settle(self.client_id, settlements)
+        return [None] * len(settlements)
 
 
 @dataclass(frozen=True)
 class Access:
-    """How every actor of a step reaches the model: through one gate, to the same kept answers in `folder`."""
+    """How every actor of a step reaches the model: through one budget, to the same stored answers in `folder`."""
 
     backend: Backend
     model: str
@@ -304,12 +316,12 @@ class Access:
     folder: str
 
     def connect(self) -> Client:
-        """Called in the actor."""
+        """A client in the actor that calls this."""
         return connect(self.backend, self.model, self.config, self.budget, self.folder)
 
 
 def open_access(backend: Backend, model: str, config: ApiConfig, folder: str) -> Access:
-    """Called in the driver, in a Ray session: starts the gate of the model's limits and budget, once for all actors.
+    """Start the budget of the model, once for all actors; called in the driver, in a Ray session.
 
     `folder` is where the run keeps what it asked of APIs. Raises `EndpointError` for a key that is not set, where the
     actors have this process's environment; on a cluster they may have one that is not set here.
@@ -323,22 +335,34 @@ def open_access(backend: Backend, model: str, config: ApiConfig, folder: str) ->
 def connect(
     backend: Backend, model: str, config: ApiConfig, budget: Budget | None = None, folder: str | None = None
 ) -> Client:
-    """A client of a model behind an API; `folder` is the run's for this model, where its answers are kept."""
-    endpoint: Endpoint
+    """A client of a model behind an API; `folder` is the run's for this model, where its answers are stored."""
     check_tier(backend, config)
-    if backend == "gemini":
-        endpoint = gemini_endpoint(
-            model, "rest" if config.tier or config.reasoning_effort else config.gemini_client, address=config.endpoint,
-            key_variable=config.key_variable or "GEMINI_API_KEY", timeout_s=config.longest_s,
-            in_flight=config.in_flight,
-        )  # fmt: skip
-    else:
-        endpoint = OpenAIEndpoint(
-            model, address=config.endpoint, key_variable=config.key_variable or "OPENAI_API_KEY",
-            timeout_s=config.longest_s, form=config.form, length_field=config.length_field,
-        )  # fmt: skip
+    endpoint = _gemini(model, config) if backend == "gemini" else _openai(model, config)
     store = AnswerStore(f"{folder.rstrip('/')}/answers") if folder else None
     return Client(endpoint, configured_price(model, config), config, budget, store, config.answers_as or model)
+
+
+def _gemini(model: str, config: ApiConfig) -> Endpoint:
+    needs_rest = config.tier or config.reasoning_effort  # the SDK has no fields for them
+    return gemini_endpoint(
+        model,
+        "rest" if needs_rest else config.gemini_client,
+        address=config.endpoint,
+        key_variable=config.key_variable or "GEMINI_API_KEY",
+        timeout_s=config.longest_s,
+        in_flight=config.in_flight,
+    )
+
+
+def _openai(model: str, config: ApiConfig) -> Endpoint:
+    return OpenAIEndpoint(
+        model,
+        address=config.endpoint,
+        key_variable=config.key_variable or "OPENAI_API_KEY",
+        timeout_s=config.longest_s,
+        form=config.form,
+        length_field=config.length_field,
+    )
 
 
 def configured_price(model: str, config: ApiConfig) -> Price:
@@ -347,12 +371,14 @@ def configured_price(model: str, config: ApiConfig) -> Price:
 
 
 def check_tier(backend: str, config: ApiConfig) -> None:
-    """Raise `ConfigError` where a tier, or an effort, is asked for by a client that has no field for it."""
-    asked = {"tier": config.tier, "reasoning_effort": config.reasoning_effort}
-    if backend == "gemini" and config.gemini_client == "sdk" and any(asked.values()):
-        told = " and ".join(f"{name}={value}" for name, value in asked.items() if value)
+    """Raise `ConfigError` where a tier, or an effort, is set for a client that has no field for it."""
+    if backend != "gemini" or config.gemini_client != "sdk":
+        return
+    settings = {"tier": config.tier, "reasoning_effort": config.reasoning_effort}
+    unknown = " and ".join(f"{name}={value}" for name, value in settings.items() if value)
+    if unknown:
         raise ConfigError(
-            f"{told} does not go with gemini_client=sdk: google-generativeai has no field for it. Set "
+            f"{unknown} does not go with gemini_client=sdk: google-generativeai has no field for it. Set "
             "gemini_client=rest, or backend=openai with the compatible address of the same models: "
             f"endpoint={GEMINI_ADDRESS} key_variable=GEMINI_API_KEY"
         )
@@ -363,104 +389,16 @@ def api_folder(folder: str, model: str) -> str:
     return f"{folder.rstrip('/')}/{quote(model, safe='')}"
 
 
+def estimated_prompt_tokens(request: ChatRequest, price: Price) -> int:
+    """Tokens of a request's texts and images, as far as they can be known without the model's tokenizer."""
+    return request.text_bytes // BYTES_PER_TOKEN + len(request.images) * price.image_tokens
+
+
 def estimated_tokens(request: ChatRequest, price: Price) -> int:
     """Tokens of a request and its answer at full length, as a rate limit counts them."""
-    read = request.text_bytes // BYTES_A_TOKEN + len(request.images) * price.image_tokens
-    return read + request.n * request.max_tokens
+    return estimated_prompt_tokens(request, price) + request.n * request.max_tokens
 
 
-def retry_pause_s(attempt: int, mean_s: float, chance: float, asked_for_s: float | None) -> float:
-    """Seconds before the next attempt: doubling, anywhere from 0 by `chance` in [0, 1), on top of what is asked for."""
-    return chance * min(LONGEST_PAUSE_S, mean_s * 2.0**attempt) + (asked_for_s or 0.0)
-
-
-class PrioritySemaphore:
-    """A number of places; a free one goes to the lowest order that waits."""
-
-    def __init__(self, places: int) -> None:
-        self._free = places
-        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
-        self._ties = itertools.count()
-
-    @asynccontextmanager
-    async def place(self, order: int) -> AsyncIterator[None]:
-        await self._enter(order)
-        try:
-            yield
-        finally:
-            self._leave()
-
-    async def _enter(self, order: int) -> None:
-        if self._free:
-            self._free -= 1
-            return
-        mine = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._waiting, (order, next(self._ties), mine))
-        try:
-            await mine
-        except asyncio.CancelledError:
-            if mine.done() and not mine.cancelled():  # it was given the place and then cancelled
-                self._leave()
-            raise
-
-    def _leave(self) -> None:
-        while self._waiting:
-            _, _, next_one = heapq.heappop(self._waiting)
-            if not next_one.done():
-                next_one.set_result(None)
-                return
-        self._free += 1
-
-
-class Batcher(Generic[Item, Result]):
-    """Calls `do` with all items that came while its last call ran; it gives results for some of the first of them.
-
-    With `idle_s`, also with none when nothing came for so long. Once `do` raises, every item gets that error.
-    """
-
-    def __init__(
-        self, do: Callable[[Sequence[Item]], Awaitable[Sequence[Result]]], idle_s: float | None = None
-    ) -> None:
-        self._do, self._idle_s = do, idle_s
-        self._waiting: list[tuple[Item, asyncio.Future[Result]]] = []
-        self._came = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
-
-    async def of(self, item: Item) -> Result:
-        if self._task is None:
-            self._task = asyncio.create_task(self._run())
-            self._task.add_done_callback(self._ended)
-        mine: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._waiting.append((item, mine))
-        self._came.set()
-        if self._task.done():
-            self._ended(self._task)
-        return await mine
-
-    async def _run(self) -> None:
-        while True:
-            if not self._waiting:
-                self._came.clear()
-                try:
-                    async with asyncio.timeout(self._idle_s):  # wait_for can swallow a cancellation
-                        await self._came.wait()
-                except TimeoutError:
-                    await self._do([])
-                    continue
-            results = await self._do([item for item, _ in self._waiting])
-            done, self._waiting = self._waiting[: len(results)], self._waiting[len(results) :]
-            for (_, future), result in zip(done, results, strict=True):
-                if not future.done():
-                    future.set_result(result)
-
-    def _ended(self, task: "asyncio.Task[None]") -> None:
-        waiting, self._waiting = self._waiting, []
-        for _, future in waiting:
-            if future.done():
-                continue
-            if task.cancelled():
-                future.cancel()
-            else:
-                error = task.exception()
-                assert error is not None, "_run ends by an error only"
-                future.set_exception(error)
+def retry_pause_s(attempt: int, mean_s: float, chance: float, retry_after_s: float | None) -> float:
+    """Seconds before the next attempt: doubling, anywhere from 0 by `chance` in [0, 1), on top of `retry_after_s`."""
+    return chance * min(LONGEST_PAUSE_S, mean_s * 2.0**attempt) + (retry_after_s or 0.0)

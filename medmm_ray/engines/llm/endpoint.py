@@ -1,7 +1,7 @@
 """What an endpoint is: a model, behind an API or in this process, that makes one attempt at one request.
 
 Enters: a `ChatRequest`, texts and images. Leaves: a `ChatReply` with its token counts, or a typed fault:
-`RetryableError` (of the moment: a time-out, a cut connection, a garbled body), `RowError` (that row's error),
+`RetryableError` (transient: a time-out, a cut connection, a garbled body), `RowError` (that row's error),
 `EndpointError` (key, model, quota, missing package: no request can succeed); `faults` says which of them a server's
 error is. Retries, limits and money are `client`'s.
 """
@@ -28,7 +28,7 @@ class EndpointError(ConfigError):
 
 
 class RetryableError(Exception):
-    """A fault of the moment.
+    """A transient fault.
 
     `billed` has the tokens that the server counted for it. `maybe_paid`: it counted none, and the model may have worked
     on it, so that it may be billed at any cost.
@@ -53,23 +53,39 @@ class ChatImage:
             image = image.copy()
             image.thumbnail((max_side, max_side))
         self.image = image
-        sink = io.BytesIO()
-        image.save(sink, "PNG")
-        self.png = sink.getvalue()
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        self.png = buffer.getvalue()
         # Of the pixels: PNG bytes depend on the version of the library that wrote them.
         self.sha = hashlib.sha256(repr((image.mode, image.size)).encode() + image.tobytes()).hexdigest()
 
     @cached_property
+    def base64_png(self) -> str:
+        """The PNG file in base 64."""
+        return base64.b64encode(self.png).decode()
+
+    @property
     def data_url(self) -> str:
-        return "data:image/png;base64," + base64.b64encode(self.png).decode()
+        """The PNG file as a data URL."""
+        return f"data:image/png;base64,{self.base64_png}"
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says: `role` is user or model."""
+    """One message of a chat: texts and images, in their order; `role` is user or model."""
 
     role: str
     parts: tuple[str | ChatImage, ...]
+
+    @property
+    def texts(self) -> list[str]:
+        """The parts that are text."""
+        return [part for part in self.parts if isinstance(part, str)]
+
+    @property
+    def images(self) -> list[ChatImage]:
+        """The parts that are images."""
+        return [part for part in self.parts if isinstance(part, ChatImage)]
 
 
 @dataclass(frozen=True)
@@ -77,7 +93,7 @@ class ChatRequest:
     """One question to a model. `n` choices are drawn; None is the model's own temperature, top_p or effort.
 
     `schema` is a JSON schema; `pattern` a regular expression, which a model in this process obeys. `tier` says how an
-    API serves it and at what price, not what is asked: an answer is kept under the same key at any tier.
+    API serves it and at what price, not what is asked: an answer is stored under the same key at any tier.
     """
 
     system: str
@@ -94,22 +110,34 @@ class ChatRequest:
 
     @property
     def images(self) -> list[ChatImage]:
-        return [part for turn in self.turns for part in turn.parts if isinstance(part, ChatImage)]
+        """The images of all turns, in their order."""
+        images: list[ChatImage] = []
+        for turn in self.turns:
+            images += turn.images
+        return images
 
     @cached_property
     def text_bytes(self) -> int:
-        texts = [part for turn in self.turns for part in turn.parts if isinstance(part, str)]
-        schema = json.dumps(self.schema) if self.schema else ""
-        return sum(len(text.encode()) for text in (self.system, schema, *texts))
+        """Bytes of all texts and of the schema, in UTF-8."""
+        texts = [self.system, json.dumps(self.schema) if self.schema else ""]
+        for turn in self.turns:
+            texts += turn.texts
+        return sum(len(text.encode()) for text in texts)
 
     def key(self, endpoint: str) -> str:
-        """A content hash of the request to the endpoint of this identity; an answer is kept under it."""
-        turns = [[t.role, [p if isinstance(p, str) else {"image": p.sha} for p in t.parts]] for t in self.turns]
-        how = [self.schema, self.pattern, self.max_tokens, self.temperature, self.top_p, self.n, self.seed]
-        if self.reasoning_effort is not None:  # answers that were kept before it could be set stay found
-            how.append(self.reasoning_effort)
-        text = json.dumps([endpoint, self.system, turns, how], sort_keys=True, ensure_ascii=False)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        """A content hash of the request to the endpoint of this identity; its answer is stored under it.
+
+        What is hashed must never change: the stored answers of earlier runs would be asked, and paid, again.
+        """
+        turns = []
+        for turn in self.turns:
+            parts = [part if isinstance(part, str) else {"image": part.sha} for part in turn.parts]
+            turns.append([turn.role, parts])
+        settings = [self.schema, self.pattern, self.max_tokens, self.temperature, self.top_p, self.n, self.seed]
+        if self.reasoning_effort is not None:  # answers that were stored before it could be set keep their key
+            settings.append(self.reasoning_effort)
+        content = json.dumps([endpoint, self.system, turns, settings], sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -129,11 +157,10 @@ class ChatChoice:
 
 @dataclass(frozen=True)
 class ChatReply:
-    """A whole answer. `read` counts prompt tokens with the cached ones, `written` all generated ones, thoughts too.
+    """A whole answer. `prompt_tokens` counts the cached ones too, `completion_tokens` the reasoning too.
 
-    `refusal` says why a model did not answer: that is a whole answer too, and paid for. `model` is who
-    answered and `tier` the service tier that served it, as the API states them; None where it does not. All texts are
-    `well_formed`.
+    `refusal` says why a model did not answer: that is a whole answer too, and paid for. `model` is who answered and
+    `tier` the service tier that served it, as the API states them; None where it does not. All texts are `well_formed`.
     """
 
     choices: tuple[ChatChoice, ...]
@@ -152,10 +179,17 @@ class ChatReply:
 
     @property
     def text(self) -> str:
+        """The text of the first answer."""
         return self.choices[0].text
 
     @property
+    def tokens(self) -> int:
+        """All tokens, those of the prompt and those of the answer."""
+        return self.prompt_tokens + self.completion_tokens
+
+    @property
     def cut_off(self) -> bool:
+        """Whether the first answer ended at the longest length that was asked for."""
         return self.choices[0].finish == "length"
 
 
@@ -175,7 +209,9 @@ class Endpoint(Protocol):
 
     identity: str
 
-    async def send(self, request: ChatRequest) -> ChatReply: ...
+    async def send(self, request: ChatRequest) -> ChatReply:
+        """One attempt; raises the faults of this module."""
+        ...
 
 
 def token_count(number: object, most: int) -> int:

@@ -1,11 +1,11 @@
 """A model in this process (vLLM) as an endpoint: the same requests and replies as of one behind an API."""
 
-from typing import Any
-
 from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import Sampling, TextGenerator
-from medmm_ray.engines.llm.endpoint import ChatChoice, ChatImage, ChatReply, ChatRequest, Turn
+from medmm_ray.engines.llm.endpoint import ChatChoice, ChatReply, ChatRequest
 from medmm_ray.engines.llm.store import PricedAnswer
+
+ROLES = {"user": "user", "model": "assistant"}
 
 
 class LocalEndpoint:
@@ -34,20 +34,12 @@ class LocalEndpoint:
         )
 
     async def ask(self, request: ChatRequest, group: str) -> PricedAnswer:  # noqa: ARG002
-        """As a `Client` does: there is nothing to pay, and nothing to keep."""
+        """As `Client.ask`: there is nothing to pay, and nothing to store."""
         return PricedAnswer(await self.send(request), 0.0)
 
 
 def prompt_of(request: ChatRequest) -> ChatPrompt:
-    """A request as a chat; its pictures apart, in their order."""
-    system = [{"role": "system", "content": request.system}] if request.system else []
-    messages = [{"role": _role(turn), "content": _text(turn.parts)} for turn in request.turns]
-    return ChatPrompt([*system, *messages], [picture.image for picture in request.images])
-
-
-def _role(turn: Turn) -> str:
-    return "assistant" if turn.role == "model" else "user"
-
-
-def _text(parts: tuple[Any, ...]) -> str:
-    return "\n".join(part for part in parts if not isinstance(part, ChatImage))
+    """A request as a chat; its images apart, in their order."""
+    messages = [{"role": "system", "content": request.system}] if request.system else []
+    messages += [{"role": ROLES[turn.role], "content": "\n".join(turn.texts)} for turn in request.turns]
+    return ChatPrompt(messages, [image.image for image in request.images])

@@ -12,7 +12,7 @@ from medmm_ray.config import digest
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import Completion, Sampling, Statistics
-from medmm_ray.engines.llm.client import BYTES_A_TOKEN, Client
+from medmm_ray.engines.llm.client import Client, estimated_prompt_tokens
 from medmm_ray.engines.llm.endpoint import ChatImage, ChatRequest, Turn
 from medmm_ray.text.quality import NOT_HAD
 
@@ -26,8 +26,7 @@ class ApiPolicy:
 
     def count(self, prompt: ChatPrompt) -> int:
         """Tokens of a prompt, as far as they can be told from here."""
-        request = request_of(prompt, Sampling())
-        return request.text_bytes // BYTES_A_TOKEN + len(prompt.images) * self.client.price.image_tokens
+        return estimated_prompt_tokens(request_of(prompt, Sampling()), self.client.price)
 
     async def generate(self, prompt: ChatPrompt, n: int, seed: int, sampling: Sampling) -> list[Completion]:
         """`n` samples. One that is refused, or could not be had, is a completion too: the others are paid for.

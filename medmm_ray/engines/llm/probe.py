@@ -104,7 +104,7 @@ async def probe(asked: ApiModel, folder: str, day: date) -> list[str]:
     client = connect(asked.backend, asked.model, asked.config.model_copy(update=patience), folder=folder)
     assert client.answers is not None
     request, group = request_of(asked), f"preflight {day}"
-    # The gate is opened where there is something to pay alone: it takes the ledger over from a run that is under way.
+    # The budget is opened only where there is something to pay: it takes the ledger over from a run under way.
     if await client.answers.find(group, request.key(client.endpoint.identity)) is None:
         client = Client(
             client.endpoint, client.price, client.config, ApiBudget(folder, client.config.limits), client.answers,
@@ -195,7 +195,7 @@ async def probe_all(models: Sequence[ApiModel], folder: str, day: date) -> list[
     """What is to be told of each, or its fault; models are asked at a time, one that is reached in two ways in turn."""
     outcomes: list[list[str] | Fault] = [[] for _ in models]
 
-    async def in_turn(name: str) -> None:  # a model has one ledger, and one gate may hold it
+    async def in_turn(name: str) -> None:  # a model has one ledger, and one budget may keep it
         for place, model in enumerate(models):
             if model.model == name:
                 try:

@@ -95,7 +95,7 @@ def audit(
     they are read. What the policy was asked for and how often it is right is told of `solutions` alone, all else of
     both.
 
-    `manifests` are those of the complete tables, by name; `ledgers` what the gates of APIs booked, by model; `missing`
+    `manifests` are those of the complete tables, by name; `ledgers` those of the run's APIs, by model; `missing`
     names the tables that are not there yet.
     """
     made = dict(manifests or {})

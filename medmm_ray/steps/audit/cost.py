@@ -18,9 +18,9 @@ def cost_figures(
 ) -> Row:
     """The cost by table and in all: `rows` are the sums of the rows' own costs, by table.
 
-    A manifest may know of more than its rows; the larger of both counts. `ledgers` (by model, as the gate of an API
-    keeps them) know every call of the run's folder, also those that were lost or belong to no table any more: what they
-    have booked beyond the tables, possibly paid calls included, is `beyond_tables`. `readers` is what the verdicts cost
+    A manifest may know of more than its rows; the larger of both counts. `ledgers` (of the APIs, by model) know
+    every call of the run's folder, also those that were lost or belong to no table any more: what they have booked
+    beyond the tables, possibly paid calls included, is `beyond_tables`. `readers` is what the verdicts cost
     that the manifest of expert_labels counts.
     """
     booked = {name: manifest.cost for name, manifest in manifests.items()}

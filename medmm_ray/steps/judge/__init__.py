@@ -20,7 +20,7 @@ import pyarrow as pa
 from medmm_ray.data.records import Labels, to_arrow_lists
 from medmm_ray.data.tables import RowError, attach
 from medmm_ray.engines.generator import Generator, MakeGenerator, actor_options
-from medmm_ray.engines.llm.client import BYTES_A_TOKEN, Access, connect, open_access
+from medmm_ray.engines.llm.client import Access, connect, estimated_prompt_tokens, open_access
 from medmm_ray.engines.llm.endpoint import ChatRequest
 from medmm_ray.engines.llm.local import LocalEndpoint, prompt_of
 from medmm_ray.steps.judge.backends import Judge, Judgement, JudgeResult, ModelJudge, TruthJudge, with_cost
@@ -177,7 +177,7 @@ class JudgeActor:
 def make_judge(
     config: JudgeConfig, model: str | None, generator: MakeGenerator = Generator, access: Access | None = None
 ) -> Judge:
-    """The backend that `config` names; an API without `access` has no limits, and its answers are not kept."""
+    """The backend that `config` names; an API without `access` has no budget, and its answers are not stored."""
     if config.backend == "phantom":
         return TruthJudge(config.backend, config.error_rate, config.seed)
     if model is None:
@@ -187,7 +187,7 @@ def make_judge(
     client = access.connect() if access else connect(config.backend, model, config)
 
     def count(request: ChatRequest) -> int:
-        return request.text_bytes // BYTES_A_TOKEN + len(request.images) * client.price.image_tokens
+        return estimated_prompt_tokens(request, client.price)
 
     # Behind an API the schema is a part of the prompt that calls share: it must not depend on the solution.
     return ModelJudge(config, model, client, count, config.max_prompt_tokens, exact=False)

@@ -11,8 +11,10 @@ import pytest
 
 from medmm_ray.data.tables import TableError
 from medmm_ray.engines.llm import budget as budgets
-from medmm_ray.engines.llm.budget import ApiBudget, Limits, PlannedCall, ReserveResult, Settlement, start_budget
+from medmm_ray.engines.llm.budget import ApiBudget, ReserveResult, Settlement, Stop, start_budget
 from medmm_ray.engines.llm.endpoint import ChatChoice, ChatReply, EndpointError
+from medmm_ray.engines.llm.ledger import PlannedCall
+from medmm_ray.engines.llm.limits import Limits
 from medmm_ray.engines.llm.store import AnswerStore, PricedAnswer
 
 
@@ -20,8 +22,8 @@ def ask(dollars: float = 0.0, tokens: int = 0, key: str = "k", group: str = "q")
     return PlannedCall(group, key, tokens, dollars)
 
 
-def answered(lease: int, dollars: float = 0.0, tokens: int = 0) -> Settlement:
-    return Settlement(lease, tokens, dollars, answered=True)
+def answered(reservation_id: int, dollars: float = 0.0, tokens: int = 0) -> Settlement:
+    return Settlement(reservation_id, tokens, dollars, answered=True)
 
 
 def ledger(folder: Path) -> dict[str, Any]:
@@ -32,8 +34,8 @@ def ledger(folder: Path) -> dict[str, Any]:
 def test_what_may_cost_is_reserved_durably_before_it_is_sent(tmp_path: Path) -> None:
     async def work() -> None:
         budget = ApiBudget(str(tmp_path), Limits(max_cost_usd=1.0))
-        grant = await budget.reserve("s", 4, [ask(0.3, key="a"), ask(0.4, key="b")])
-        assert grant == ReserveResult((1, 2))
+        result = await budget.reserve("s", 4, [ask(0.3, key="a"), ask(0.4, key="b")])
+        assert result == ReserveResult((1, 2))
         assert ledger(tmp_path)["reserved"] == [["s", 4, "q", "a", 0.3], ["s", 4, "q", "b", 0.4]]
         await budget.settle("s", [answered(1, 0.1)])
         assert await budget.figures() == {
@@ -68,14 +70,14 @@ def test_a_call_that_the_budget_cannot_hold_ends_the_job_once_all_is_settled(tmp
         await asyncio.sleep(0.02)
         assert not over.done(), "an answer under way is waited for"
         await budget.settle("s", [answered(2, 0.05)])
-        assert (await over).stopped == (
+        assert (await over).stopped == Stop(
             "budget",
             "the next call can cost $0.9500 and max_cost_usd=1 does not hold it: $0.0000 are spent on 0 answers, "
             "$0.1000 possibly paid for 1 calls that were cut off. What has arrived is kept; raise max_cost_usd and run "
             "again",
         )
         assert (await budget.reserve("other", 4, [ask(0.0)])).stopped is not None
-        await budget.limit(Limits(max_cost_usd=2.0))
+        await budget.set_limits(Limits(max_cost_usd=2.0))
         assert await budget.reserve("s", 4, [ask(0.95)]) == ReserveResult((3,))
 
     asyncio.run(work())
@@ -86,26 +88,26 @@ def test_a_limit_that_is_not_set_lifts_none_and_one_that_is_wins(tmp_path: Path)
 
     async def work() -> None:
         budget = ApiBudget(str(tmp_path), Limits(max_cost_usd=1.0, requests_per_minute=60, drain_s=0.05))
-        await budget.limit(Limits(tokens_per_minute=1000, breaker_faults=3, drain_s=0.05))
+        await budget.set_limits(Limits(tokens_per_minute=1000, breaker_faults=3, drain_s=0.05))
         assert budget.limits == Limits(60, 1000, 1.0, breaker_faults=3, drain_s=0.05)
         assert (budget._requests.rate, budget._tokens.rate) == (1.0, 1000 / 60)
         stopped = (await budget.reserve("s", 4, [ask(1.5)])).stopped
         assert stopped is not None
-        assert stopped[0] == "budget"
-        await budget.limit(Limits(max_cost_usd=2.0))
+        assert stopped.kind == "budget"
+        await budget.set_limits(Limits(max_cost_usd=2.0))
         assert await budget.reserve("s", 4, [ask(1.5)]) == ReserveResult((1,))
 
     asyncio.run(work())
 
 
 def test_what_was_reserved_when_all_was_killed_is_found_or_booked_as_possibly_paid(tmp_path: Path) -> None:
-    """In flight at most 2 of 4 leases; one answer had arrived."""
+    """In flight at most 2 of 4 reservations; one answer had arrived."""
     reply = ChatReply((ChatChoice("yes", "stop"),), 1, 0, 1)
 
     async def killed() -> None:
         budget = ApiBudget(str(tmp_path), Limits())
-        leased = [("a", 0.1, "q1"), ("b", 0.2, "q1"), ("c", 0.3, "q2"), ("d", 0.4, "q2")]
-        await budget.reserve("s", 2, [ask(dollars, key=key, group=group) for key, dollars, group in leased])
+        reserved = [("a", 0.1, "q1"), ("b", 0.2, "q1"), ("c", 0.3, "q2"), ("d", 0.4, "q2")]
+        await budget.reserve("s", 2, [ask(dollars, key=key, group=group) for key, dollars, group in reserved])
         await AnswerStore(f"{tmp_path}/answers").put("q2", "d", PricedAnswer(reply, 0.05))
 
     asyncio.run(killed())
@@ -118,14 +120,14 @@ def test_what_was_reserved_when_all_was_killed_is_found_or_booked_as_possibly_pa
     asyncio.run(again())
 
 
-def test_a_gate_whose_ledger_was_taken_over_ends_its_job(tmp_path: Path) -> None:
+def test_a_budget_whose_ledger_was_taken_over_ends_its_job(tmp_path: Path) -> None:
     async def work() -> None:
         old, new = ApiBudget(str(tmp_path), Limits(drain_s=0.05)), ApiBudget(str(tmp_path), Limits())
         for _ in range(2):
-            grant = await old.reserve("s", 4, [ask(0.5), ask(0.5)])
-            assert grant.reservation_ids == (), "nothing is leased that the ledger does not know"
-            assert grant.stopped is not None
-            assert "another run has taken over the ledger" in grant.stopped[1]
+            result = await old.reserve("s", 4, [ask(0.5), ask(0.5)])
+            assert result.reservation_ids == (), "nothing is reserved that the ledger does not know"
+            assert result.stopped is not None
+            assert "another run has taken over the ledger" in result.stopped.message
         assert await new.reserve("s", 4, [ask(0.5)]) == ReserveResult((1,))
         assert len(ledger(tmp_path)["reserved"]) == 1
 
@@ -153,7 +155,7 @@ def test_a_damaged_ledger_is_named(content: str, fault: str, tmp_path: Path) -> 
     assert str(caught.value).startswith(f"{tmp_path}/ledger.json is damaged ({fault}). Restore it from a copy")
 
 
-def test_a_rate_limit_holds_over_all_senders(tmp_path: Path) -> None:
+def test_a_rate_limit_holds_over_all_clients(tmp_path: Path) -> None:
     """600 a minute: the first 100 (10 s of them) at once, then 10 a second; 30 more take 3 s."""
 
     async def work() -> float:
@@ -161,10 +163,10 @@ def test_a_rate_limit_holds_over_all_senders(tmp_path: Path) -> None:
         budget._requests.level = 1.0
         started = time.monotonic()
 
-        async def send(sender: str) -> None:
+        async def send(client_id: str) -> None:
             left = 4
             while left:
-                left -= len((await budget.reserve(sender, 4, [ask()] * left)).reservation_ids)
+                left -= len((await budget.reserve(client_id, 4, [ask()] * left)).reservation_ids)
 
         await asyncio.gather(*(send(f"s{i}") for i in range(3)))
         return time.monotonic() - started
@@ -190,7 +192,7 @@ def test_tokens_that_were_not_used_are_given_back(tmp_path: Path) -> None:
 def test_faults_in_a_row_open_the_breaker_and_one_probe_closes_it(tmp_path: Path) -> None:
     async def work() -> None:
         budget = ApiBudget(str(tmp_path), Limits(breaker_faults=3, breaker_pause_s=0.1))
-        grant = await budget.reserve("s", 9, [ask()] * 5)
+        result = await budget.reserve("s", 9, [ask()] * 5)
         await budget.settle(
             "s",
             [
@@ -211,7 +213,7 @@ def test_faults_in_a_row_open_the_breaker_and_one_probe_closes_it(tmp_path: Path
         assert time.monotonic() - started >= 0.3, "the pause doubles"
         await budget.settle("s", [answered(probe.reservation_ids[0])])
         assert len((await budget.reserve("s", 9, [ask()] * 3)).reservation_ids) == 3
-        assert grant.reservation_ids == (1, 2, 3, 4, 5)
+        assert result.reservation_ids == (1, 2, 3, 4, 5)
 
     asyncio.run(work())
 
@@ -235,21 +237,21 @@ def test_an_endpoint_that_failed_is_not_probed_sooner_than_it_asked(tmp_path: Pa
 def test_an_endpoint_that_only_fails_ends_the_job(tmp_path: Path) -> None:
     async def work() -> None:
         budget = ApiBudget(str(tmp_path), Limits(breaker_faults=1, breaker_pause_s=0.02, breaker_limit_s=0.1))
-        while (grant := await budget.reserve("s", 9, [ask()])).reservation_ids:
-            await budget.settle("s", [Settlement(grant.reservation_ids[0], fault="503: busy")])
-        assert grant.stopped is not None
-        assert grant.stopped[0] == "endpoint"
+        while (result := await budget.reserve("s", 9, [ask()])).reservation_ids:
+            await budget.settle("s", [Settlement(result.reservation_ids[0], fault="503: busy")])
+        assert result.stopped is not None
+        assert result.stopped.kind == "endpoint"
         assert re.fullmatch(
             r"for \d s there has been nothing but faults of the endpoint \(\d+ in a row\), the last one: 503: busy\. "
             r"What had arrived is kept; run again when the endpoint is well, or raise breaker_limit_s",
-            grant.stopped[1],
+            result.stopped.message,
         )
 
     asyncio.run(work())
 
 
-def test_leases_of_a_sender_that_fell_silent_are_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budgets, "SILENCE_S", 0.05)
+def test_reservations_of_a_client_without_heartbeat_are_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budgets, "CLIENT_TIMEOUT_S", 0.05)
     monkeypatch.setattr(budgets, "HEARTBEAT_S", 0.03)
 
     async def work() -> None:
@@ -263,7 +265,7 @@ def test_leases_of_a_sender_that_fell_silent_are_freed(tmp_path: Path, monkeypat
 
 
 @pytest.mark.engine
-def test_a_gate_that_died_is_a_clear_error(ray_session: None, tmp_path: Path) -> None:
+def test_a_budget_actor_that_died_is_a_clear_error(ray_session: None, tmp_path: Path) -> None:
     import ray
 
     budget = start_budget(str(tmp_path), Limits())
@@ -272,7 +274,7 @@ def test_a_gate_that_died_is_a_clear_error(ray_session: None, tmp_path: Path) ->
     async def work() -> None:
         assert (await budget.reserve("s", 1, [ask(0.5)])).reservation_ids == (1,)
         ray.kill(budget.handle)
-        with pytest.raises(EndpointError, match="the budget actor is gone .* run again"):
+        with pytest.raises(EndpointError, match="the budget actor, .* is gone .* run again"):
             await budget.reserve("s", 1, [ask(0.5)])
 
     asyncio.run(work())

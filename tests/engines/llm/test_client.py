@@ -214,7 +214,7 @@ def test_where_who_asked_first_is_cancelled_another_takes_over() -> None:
         asking[0].cancel()
         asking[1].cancel()
         found = await asyncio.gather(*asking, return_exceptions=True)
-        assert made._asked == {}
+        assert made._in_progress == {}
         return found
 
     first, second, *others = asyncio.run(work())
@@ -269,7 +269,7 @@ def test_who_came_first_is_sent_first_even_again() -> None:
         await asyncio.gather(*(made.ask(asked(text), "q") for text in ("a", "b", "c", "d")))
 
     asyncio.run(work())
-    assert endpoint.sent == ["a", "b", "c", "a", "d"], "b was at the server by then, c had its lease"
+    assert endpoint.sent == ["a", "b", "c", "a", "d"], "b was at the server by then, c had its reservation"
 
 
 def test_the_budget_ends_the_job_and_a_larger_one_goes_on(tmp_path: Path) -> None:
@@ -315,8 +315,10 @@ def test_no_bill_is_ever_above_the_budget(tmp_path: Path, seed: int) -> None:
 
     async def work() -> None:
         budget = ApiBudget(str(tmp_path), config.limits)
-        senders = [Client(endpoint, DEAR, config, budget, AnswerStore(f"{tmp_path}/answers")) for _ in range(3)]
-        asks = [senders[i % 3].ask(asked(f"a{i}"), f"q{i % 7}") for i in range(150)]
+        clients_of_budget = [
+            Client(endpoint, DEAR, config, budget, AnswerStore(f"{tmp_path}/answers")) for _ in range(3)
+        ]
+        asks = [clients_of_budget[i % 3].ask(asked(f"a{i}"), f"q{i % 7}") for i in range(150)]
         found = await asyncio.gather(*asks, return_exceptions=True)
         assert {type(f) for f in found} <= {BudgetError, PricedAnswer}
         ledger = await budget.figures()

@@ -1,0 +1,154 @@
+"""What a run has spent on a model behind an API: one small file, written whole, beside the model's stored answers.
+
+The worst case of each call is in the file before the call may be sent, so that a run that was killed has booked every
+call that it may have to pay. When the file is opened again, an open reservation whose answer is stored is booked at
+that answer's cost, the others as possibly paid: of each client no more than it could have in flight.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Annotated
+
+from pyarrow import fs as pafs
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from medmm_ray.data.tables import TableError, filesystem, write_file
+from medmm_ray.engines.llm.store import AnswerStore, PricedAnswer
+
+Dollars = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+AnswersByGroup = Mapping[str, Mapping[str, PricedAnswer]]
+
+
+@dataclass(frozen=True)
+class PlannedCall:
+    """One attempt at a request, named by group and key; the most tokens and US dollars that it can take."""
+
+    group: str
+    key: str
+    tokens: int
+    dollars: float
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """A call that a client may send; `in_flight` is the most that this client sends at a time."""
+
+    client_id: str
+    in_flight: int
+    call: PlannedCall
+
+
+@dataclass
+class Ledger:
+    """US dollars and calls so far; `epoch` counts the budgets that kept this ledger, one after the other."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+    epoch: int = 0
+    spent: Dollars = 0.0
+    answers: int = 0
+    possibly_paid: Dollars = 0.0
+    lost_calls: int = 0
+
+    def book_answer(self, dollars: float) -> None:
+        """Book an answer that is stored, at its cost."""
+        self.spent += dollars
+        self.answers += 1
+
+    def book_lost(self, dollars: float) -> None:
+        """Book a call without a whole answer that may be billed all the same, at its worst case."""
+        self.possibly_paid += dollars
+        self.lost_calls += 1
+
+    def book_dead(self, reservations: Sequence[Reservation], stored_answers: AnswersByGroup) -> None:
+        """Book the reservations of one client that died; the costliest calls without an answer count as sent."""
+        lost = []
+        for reservation in reservations:
+            call = reservation.call
+            answer = stored_answers[call.group].get(call.key)
+            if answer is None:
+                lost.append(reservation)
+            else:
+                self.book_answer(answer.cost)
+        lost.sort(key=lambda reservation: -reservation.call.dollars)
+        num_in_flight = lost[0].in_flight if lost else 0
+        for reservation in lost[:num_in_flight]:
+            self.book_lost(reservation.call.dollars)
+
+
+@dataclass
+class _StoredLedger(Ledger):
+    """The ledger's file: beside the ledger client, calls in flight, group, key and dollars of each reservation."""
+
+    reserved: list[tuple[str, int, str, str, Dollars]] = field(default_factory=list)
+
+
+_STORED_LEDGER = TypeAdapter(_StoredLedger)
+
+
+class LedgerFile:
+    """The file of a ledger under `folder`, a path or URI."""
+
+    def __init__(self, folder: str) -> None:
+        self._fs, path = filesystem(folder)
+        self._folder = path.rstrip("/")
+        self.path = f"{self._folder}/ledger.json"
+
+    def read(self) -> tuple[Ledger, list[Reservation]]:
+        """The ledger and its open reservations; an empty one where there is no file.
+
+        Raises `TableError` where the file is damaged.
+        """
+        stored = self._read()
+        figures = asdict(stored)
+        reservations = []
+        for client_id, in_flight, group, key, dollars in figures.pop("reserved"):
+            # A bucket refills while nobody runs: the tokens of a reservation are of no use to the next run.
+            call = PlannedCall(group, key, tokens=0, dollars=dollars)
+            reservations.append(Reservation(client_id, in_flight, call))
+        return Ledger(**figures), reservations
+
+    def create_folder(self) -> None:
+        """Make the folder of the file where there is none."""
+        self._fs.create_dir(self._folder, recursive=True)
+
+    def write(self, content: bytes, epoch: int) -> bool:
+        """Replace the file; False, and nothing is written, where a budget of a later epoch has taken it over."""
+        if self._read().epoch > epoch:
+            return False
+        write_file(self._fs, self.path, content)
+        return True
+
+    def _read(self) -> _StoredLedger:
+        if self._fs.get_file_info(self.path).type == pafs.FileType.NotFound:
+            return _StoredLedger()
+        with self._fs.open_input_stream(self.path, compression=None) as stream:
+            content = stream.read()
+        try:
+            return _STORED_LEDGER.validate_json(content)
+        except ValidationError as error:
+            fault = error.errors(include_url=False)[0]
+        field_path = ".".join(str(part) for part in fault["loc"])
+        what = f"{field_path}: {fault['msg']}" if field_path else fault["msg"]
+        if fault["type"] == "json_invalid":
+            what = f"{len(content)} bytes that are no JSON"
+        raise TableError(
+            f"{self.path} is damaged ({what}). Restore it from a copy, or delete it: the answers stay, but "
+            "what was spent so far no longer counts against max_cost_usd"
+        )
+
+
+def ledger_bytes(ledger: Ledger, reservations: Sequence[Reservation]) -> bytes:
+    """The content of a ledger's file."""
+    rows = []
+    for reservation in reservations:
+        call = reservation.call
+        rows.append([reservation.client_id, reservation.in_flight, call.group, call.key, call.dollars])
+    return json.dumps({**asdict(ledger), "reserved": rows}).encode()
+
+
+def stored_answers_of(reservations: Sequence[Reservation], store: AnswerStore) -> AnswersByGroup:
+    """The stored answers of all groups that the reservations are about."""
+    groups = {reservation.call.group for reservation in reservations}
+    return {group: store.read(group) for group in groups}

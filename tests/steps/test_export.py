@@ -32,7 +32,7 @@ from medmm_ray.data.records import (
     Vector,
     from_dict,
 )
-from medmm_ray.data.sources import SolvedQuestion, SourceRequest, medmm
+from medmm_ray.data.sources import SourceRequest, medmm
 from medmm_ray.data.tables import RowError, write_rows
 from medmm_ray.steps.export import ExportConfig, Tables, bundles, export, shard_schema
 from medmm_ray.text import one_line
@@ -280,11 +280,12 @@ def test_a_question_with_a_number_that_json_does_not_have_is_left_out_and_counte
     assert "NaN" not in (tmp_path / "out" / "train.json").read_text()
 
 
-def test_labels_that_do_not_fit_are_errors_that_quote_them() -> None:
+def test_labels_that_do_not_fit_are_errors_that_quote_them(tmp_path: Path) -> None:
     row = medmm.entry(question(1), [solution("q1", 0)], {})
     row["solutions"][0]["gemini_labels"] = [1, 0, 1]
     row["solutions"][0]["gemini_confidence"] = ["high", "low", "low"]
-    found: SolvedQuestion = medmm.solved_of(row)
+    (tmp_path / "train.json").write_text(json.dumps([row]))
+    (found,) = medmm.solved(SourceRequest(path=str(tmp_path)))
     assert [(r.source, r.steps) for r in found.solutions[0].labels] == [("judge", ())]
     assert str(found.solutions[0].labels[0].error).startswith("label_count: judge has other than 2 entries for 2 steps")
 

@@ -76,37 +76,40 @@ class _QuestionFields(_SolutionFields):
 
     @property
     def solved(self) -> Sequence[_SolutionFields]:
+        """The question's solutions: of a flattened entry itself."""
         return self.solutions if "solutions" in self.model_fields_set else [self]
 
 
 def read(request: SourceRequest) -> SourceData:
     """All questions, and the documents that come with them."""
-    questions, documents = [], {}
+    questions = []
+    texts: dict[str, None] = {}  # a dict keeps their order
     for name, split, row in _entries(request):
         questions.append(_question(name, split, row))
-        documents.update(dict.fromkeys(row.related_docs))
-    own = [SourceDocument(corpus="med_prm", title="", text=text) for text in documents]
-    return SourceData(questions=questions, documents=[*own, *read_documents(request.documents_path)])
+        texts.update(dict.fromkeys(row.related_docs))
+    related = [SourceDocument(corpus="med_prm", title="", text=text) for text in texts]
+    return SourceData(questions=questions, documents=[*related, *read_documents(request.documents_path)])
 
 
 def solved(request: SourceRequest) -> Iterator[SolvedQuestion]:
     """Each question's solutions with their labels, and its documents in the order of the file."""
     for _, _, row in _entries(request):
         gold = row.correct_answer.strip()
-        yield SolvedQuestion(solutions=[_solution(s, gold) for s in row.solved], documents=row.related_docs)
+        solutions = [_solution(solution, gold) for solution in row.solved]
+        yield SolvedQuestion(solutions=solutions, documents=row.related_docs)
 
 
 def _entries(request: SourceRequest) -> Iterator[tuple[str, str, _QuestionFields]]:
     limits = {"train": request.num_train, "test": request.num_test}
-    seen = {"train": 0, "test": 0}
+    num_read = {"train": 0, "test": 0}
     for uri in files_at(request.path):
         file = uri.rstrip("/").rpartition("/")[2]
         split = "test" if "test" in file else "train"
-        for number, found in enumerate(stream_json(uri)):
-            row = checked(_QuestionFields, found, f"{uri} entry {number}")
+        for number, entry in enumerate(stream_json(uri)):
+            row = checked(_QuestionFields, entry, f"{uri} entry {number}")
             limit = limits[split]
-            if limit is None or seen[split] < limit:
-                seen[split] += 1
+            if limit is None or num_read[split] < limit:
+                num_read[split] += 1
                 yield f"{file}-{number}", split, row
 
 
@@ -127,13 +130,19 @@ def _solution(row: _SolutionFields, gold: str) -> SourceSolution:
     text = row.solution or _TAG.sub(" ", processed).strip()
     steps = stored_steps(processed or text)
     answer = (row.answer if "answer" in row.model_fields_set else row.model_answer) or None
-    right = next((said for said in (row.score, row.orm_label, row.is_correct) if said is not None), None)
-    if answer is None:
-        right = None
-    elif right is None:
-        right = answer == gold
+    right = _is_right(row, answer, gold)
     labels = list(_labels(row.model_dump(include={*JUDGES, HARD, SOFT}), len(steps), right))
     return SourceSolution(text=text, steps=steps, answer=answer, correct=right, labels=labels)
+
+
+def _is_right(row: _SolutionFields, answer: str | None, gold: str) -> bool | None:
+    """What the file says of the answer, else whether it is the right one; None without an answer."""
+    if answer is None:
+        return None
+    for stored in (row.score, row.orm_label, row.is_correct):
+        if stored is not None:
+            return stored
+    return answer == gold
 
 
 def stored_steps(solution: str) -> list[str]:
@@ -148,32 +157,43 @@ def stored_steps(solution: str) -> list[str]:
     steps = [step.strip() for step in reference_steps(solution)]
     marks = [f"{step_mark(number)} " for number in range(1, len(steps) + 1)]
     plain = [step.removeprefix(mark) for step, mark in zip(steps, marks, strict=True)]
-    counted = all(step.startswith(mark) for step, mark in zip(steps, marks, strict=True))
-    return plain if counted and not have_marks(plain) else steps
+    count_from_one = all(map(str.startswith, steps, marks))
+    return plain if count_from_one and not have_marks(plain) else steps
 
 
 def _labels(row: Mapping[str, Any], num_steps: int, right: bool | None) -> Iterator[SourceLabels]:
+    stored = {name: values for name, values in row.items() if values is not None}
     for name, (source, annotator) in JUDGES.items():
-        if row.get(name) is not None:
-            unseen = right and row[name] == [1] * num_steps
-            made = _row(source, UNJUDGED if unseen else annotator, num_steps, {name: row[name]})
-            yield replace(made, saw_answer=True)
-    if row.get(HARD) is not None or row.get(SOFT) is not None:
-        yield _row("monte_carlo", "med_prm", num_steps, {n: row[n] for n in (HARD, SOFT) if row.get(n) is not None})
+        if name in stored:
+            was_not_asked = right and stored[name] == [1] * num_steps
+            labels = _row(source, UNJUDGED if was_not_asked else annotator, num_steps, {name: stored[name]})
+            yield replace(labels, saw_answer=True)
+    of_monte_carlo = {name: stored[name] for name in (HARD, SOFT) if name in stored}
+    if of_monte_carlo:
+        yield _row("monte_carlo", "med_prm", num_steps, of_monte_carlo)
 
 
-def _row(source: str, annotator: str, num_steps: int, found: Mapping[str, Any]) -> SourceLabels:
+def _row(source: str, annotator: str, num_steps: int, columns: Mapping[str, Any]) -> SourceLabels:
+    """The labels in `columns`, by the fields' names: `SOFT` are values, any other one labels."""
     try:
-        for name, values in found.items():
-            if not isinstance(values, list) or not all(isinstance(value, (int, float)) for value in values):
-                raise RowError("label_value", f"{name} must be a list of numbers from 0 to 1, not {values!r}")
-            if len(values) != num_steps:
-                raise RowError("label_count", f"{name} has {len(values)} labels for {num_steps} steps: {values}")
-            if not all(0 <= value <= 1 and (name == SOFT or value in (0, 1)) for value in values):
-                raise RowError("label_value", f"{name} must hold 0 and 1, or fractions between: {values}")
+        for name, values in columns.items():
+            _check(name, values, num_steps)
     except RowError as error:
         return SourceLabels(source=source, annotator=annotator, error=str(error))
-    hard = next((values for name, values in found.items() if name != SOFT), [None] * num_steps)
-    soft = found.get(SOFT, [None] * num_steps)
-    steps = [StepLabel(label=None if h is None else int(h), value=s) for h, s in zip(hard, soft, strict=True)]
+    no_numbers = [None] * num_steps
+    values = columns.get(SOFT, no_numbers)
+    labels = next((numbers for name, numbers in columns.items() if name != SOFT), no_numbers)
+    steps = []
+    for label, value in zip(labels, values, strict=True):
+        steps.append(StepLabel(label=None if label is None else int(label), value=value))
     return SourceLabels(source=source, annotator=annotator, steps=steps)
+
+
+def _check(name: str, values: Any, num_steps: int) -> None:
+    """Raise RowError where a field's values are no labels of so many steps."""
+    if not isinstance(values, list) or not all(isinstance(value, (int, float)) for value in values):
+        raise RowError("label_value", f"{name} must be a list of numbers from 0 to 1, not {values!r}")
+    if len(values) != num_steps:
+        raise RowError("label_count", f"{name} has {len(values)} labels for {num_steps} steps: {values}")
+    if not all(0 <= value <= 1 and (name == SOFT or value in (0, 1)) for value in values):
+        raise RowError("label_value", f"{name} must hold 0 and 1, or fractions between: {values}")

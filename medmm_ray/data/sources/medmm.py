@@ -1,7 +1,7 @@
 """The published nested JSON of this project: what an export writes, and its reader.
 
 `path` is one file, or a folder with a file a split (``train.json``, ``test.json``, …). An entry is a question with its
-solutions; `entry` makes one and `solved_of` reads it back, exactly for what the format carries: not the split (that is
+solutions; `entry` makes one and `solved` reads it back, exactly for what the format carries: not the split (that is
 the file's name), sampling seeds, ids of solutions, reasons and costs of a judge, Monte Carlo's counts.
 
 Of several annotators of one source the format holds what they say together (`targets.merge_annotators`: adjudicator,
@@ -42,6 +42,7 @@ ANNOTATOR = "published"
 
 
 def _numbered(processed: str) -> str:
+    """The processed solution in one line; refused where its steps are not tagged, and numbered from 1, in turn."""
     processed = processed.replace("\n", " ").strip()
     steps = processed_steps(processed)
     if tag_steps(steps) != processed or _has_tag(steps):
@@ -107,6 +108,7 @@ def read(request: SourceRequest) -> SourceData:
 
 
 def solved(request: SourceRequest) -> Iterator[SolvedQuestion]:
+    """What each entry says of its question, besides the question."""
     for _, _, row in _entries(request):
         yield _solved(row)
 
@@ -116,8 +118,8 @@ def _entries(request: SourceRequest) -> Iterator[tuple[str, str, _Entry]]:
         folder, _, file = uri.rpartition("/")
         split = file.removesuffix(".json")
         if split not in get_args(Split):
-            known = ", ".join(f"{name}.json" for name in get_args(Split))
-            raise ConfigError(f"{uri}: a file's name is the split of its questions, one of {known}")
+            names = ", ".join(f"{name}.json" for name in get_args(Split))
+            raise ConfigError(f"{uri}: a file's name is the split of its questions, one of {names}")
         limit = {"train": request.num_train, "test": request.num_test}.get(split)
         for number, row in enumerate(stream_json(uri)):
             if number == limit:
@@ -126,7 +128,11 @@ def _entries(request: SourceRequest) -> Iterator[tuple[str, str, _Entry]]:
 
 
 def _question(folder: str, split: str, row: _Entry) -> SourceQuestion:
-    answer = row.correct_answer
+    answer_type = "open"
+    if row.options:
+        answer_type = "choice"
+    elif row.correct_answer in ("yes", "no"):
+        answer_type = "yes_no"
     return SourceQuestion(
         name=row.question_id,
         question_id=row.question_id,
@@ -136,10 +142,15 @@ def _question(folder: str, split: str, row: _Entry) -> SourceQuestion:
         difficulty=row.difficulty,
         question=row.question,
         options=row.options,
-        answer=answer,
-        answer_type="choice" if row.options else "yes_no" if answer in ("yes", "no") else "open",
-        images=[path if "://" in path or path.startswith("/") else f"{folder}/{path}" for path in row.image_path],
+        answer=row.correct_answer,
+        answer_type=answer_type,
+        images=[_image_uri(folder, path) for path in row.image_path],
     )
+
+
+def _image_uri(folder: str, path: str) -> str:
+    is_absolute = "://" in path or path.startswith("/")
+    return path if is_absolute else f"{folder}/{path}"
 
 
 # An entry
@@ -159,58 +170,69 @@ def entry(
 
     Raises RowError steps_unreadable for a solution whose tagged form would be read back as other steps.
     """
-    return {
+    images = list(image_uris)
+    documents = evidence.documents if evidence else []
+    references = evidence.images if evidence else []
+    row = {
         "question_id": question.question_id,
         "data_source": question.source,
         "modality": question.modality,
         "difficulty": question.difficulty,
         "question": question.question,
-        "image_path": list(image_uris) if len(image_uris) > 1 else next(iter(image_uris), None),
+        "image_path": images if len(images) > 1 else next(iter(images), None),
         "image_embedding": None if embedding is None else list(embedding),
         "options": question.options,
         "correct_answer": question.answer,
-        "related_docs": [document.text for document in evidence.documents] if evidence else [],
+        "related_docs": [document.text for document in documents],
         "related_images": [
             {"image_path": image.uri, "diagnosis": image.diagnosis, "similarity": image.similarity}
-            for image in (evidence.images if evidence else [])
+            for image in references
         ],
-        **{
-            name: [_solution(solution, labels.get(solution.solution_id, ())) for solution in own]
-            for name, own in (("solutions", solutions), ("tree_solutions", tree_solutions))
-            if own or name == "solutions"
-        },
+        "solutions": _solutions(solutions, labels),
     }
+    if tree_solutions:  # no field of the published format
+        row["tree_solutions"] = _solutions(tree_solutions, labels)
+    return row
+
+
+def _solutions(solutions: Sequence[Solution], labels: Mapping[str, Sequence[Labels]]) -> list[dict[str, Any]]:
+    return [_solution(solution, labels.get(solution.solution_id, ())) for solution in solutions]
 
 
 def _solution(solution: Solution, labels: Sequence[Labels]) -> dict[str, Any]:
     processed = tag_steps(solution.steps)
     if processed_steps(processed) != solution.steps or _has_tag(solution.steps):
         raise RowError("steps_unreadable", f"a step of {solution.solution_id} holds white space or marks of its own")
-    judge, monte_carlo, expert, tree = (
-        _chosen(labels, source) for source in ("judge", "monte_carlo", "expert", "tree_search")
-    )
-    grown = {
-        "tree_search_labels": [step.label for step in tree or ()],
-        "tree_search_values": [step.value for step in tree or ()],
-    }
-    return {
+    judge = _merged(labels, "judge")
+    monte_carlo = _merged(labels, "monte_carlo")
+    expert = _merged(labels, "expert")
+    tree = _merged(labels, "tree_search")
+    entry = {
         "solution": solution.text,
         "prm_processed_solution": processed,
         "answer": solution.answer,
         "score": int(bool(solution.correct)),
-        "gemini_labels": judge and [step.label for step in judge],
-        "gemini_confidence": judge and [step.confidence for step in judge],
-        "monte_carlo_labels": monte_carlo and [step.label for step in monte_carlo],
+        "gemini_labels": _field(judge, "label"),
+        "gemini_confidence": _field(judge, "confidence"),
+        "monte_carlo_labels": _field(monte_carlo, "label"),
         "expert_review": {
             "reviewed": expert is not None,
-            "expert_label": expert and [step.label for step in expert],
-            "feedback": expert and [step.reason for step in expert],
+            "expert_label": _field(expert, "label"),
+            "feedback": _field(expert, "reason"),
         },
-        **(grown if tree else {}),
     }
+    if tree:  # no fields of the published format
+        entry["tree_search_labels"] = _field(tree, "label")
+        entry["tree_search_values"] = _field(tree, "value")
+    return entry
 
 
-def _chosen(labels: Sequence[Labels], source: str) -> Sequence[StepLabel] | None:
+def _field(steps: Sequence[StepLabel] | None, name: str) -> list[Any] | None:
+    return None if steps is None else [getattr(step, name) for step in steps]
+
+
+def _merged(labels: Sequence[Labels], source: str) -> Sequence[StepLabel] | None:
+    """What the annotators of one source say of each step together; None where it did not label the solution."""
     rows = [row for row in labels if row.source == source and row.error is None and row.steps]
     return merge_annotators(rows, len(rows[0].steps)) if rows else None
 
@@ -229,48 +251,52 @@ def processed_steps(processed: str) -> list[str]:
         step, following, rest = rest.partition(f"{TAG} Step {len(steps) + 2}: ")
         steps.append(step if following else step.removesuffix(TAG))
         mark = following
-    return [f"{head if i == 1 else ''}Step {i}: {step}" for i, step in enumerate(steps, 1)] if head else steps
-
-
-def solved_of(row: Mapping[str, Any]) -> SolvedQuestion:
-    """What an entry says of a question, besides the question."""
-    return _solved(checked(_Entry, row, "the entry"))
+    if not head or not steps:
+        return steps
+    marked = [f"Step {number}: {step}" for number, step in enumerate(steps, 1)]
+    return [head + marked[0], *marked[1:]]
 
 
 def _solved(row: _Entry) -> SolvedQuestion:
+    images = []
+    for reference in row.related_images or ():
+        image = RetrievedImage(
+            image_id=f"im{digest(reference.image_path)}",
+            uri=reference.image_path,
+            diagnosis=reference.diagnosis,
+            similarity=reference.similarity,
+        )
+        images.append(image)
     return SolvedQuestion(
         solutions=[_read_solution(solution) for solution in row.solutions],
         tree_solutions=[_read_solution(solution) for solution in row.tree_solutions],
         documents=row.related_docs,
-        images=[
-            RetrievedImage(
-                image_id=f"im{digest(image.image_path)}",
-                uri=image.image_path,
-                diagnosis=image.diagnosis,
-                similarity=image.similarity,
-            )
-            for image in row.related_images or ()
-        ],
+        images=images,
     )
 
 
 def _read_solution(row: _SolutionEntry) -> SourceSolution:
     steps = processed_steps(row.prm_processed_solution)
-    columns = {
+    columns_by_source = {
         "judge": {"label": row.gemini_labels, "confidence": row.gemini_confidence},
         "monte_carlo": {"label": row.monte_carlo_labels},
         "expert": {"label": row.expert_review.expert_label, "reason": row.expert_review.feedback},
         "tree_search": {"label": row.tree_search_labels, "value": row.tree_search_values},
     }
+    labels = []
+    for source, columns in columns_by_source.items():
+        if columns["label"] is not None:
+            labels.append(_labels(source, columns, len(steps)))
     return SourceSolution(
         text=row.solution,
         steps=steps,
         answer=row.answer,
         correct=None if row.answer is None else row.score,
-        labels=[_labels(source, found, len(steps)) for source, found in columns.items() if found["label"] is not None],
+        labels=labels,
     )
 
 
+# Of each column of labels: what it holds, in words, and its type.
 _COLUMN: Mapping[str, tuple[str, TypeAdapter[list[Any]]]] = {
     "label": ("1, 0 and null", TypeAdapter(list[Literal[1, 0] | None])),
     "confidence": ("high, medium, low and null", TypeAdapter(list[Literal["high", "medium", "low"] | None])),
@@ -281,21 +307,24 @@ _COLUMN: Mapping[str, tuple[str, TypeAdapter[list[Any]]]] = {
 
 def _labels(source: str, columns: Mapping[str, Any], num_steps: int) -> SourceLabels:
     try:
-        found = {name: _column(source, name, values, num_steps) for name, values in columns.items()}
+        checked_columns = {name: _column(source, name, values, num_steps) for name, values in columns.items()}
     except RowError as error:
         return SourceLabels(source=source, annotator=ANNOTATOR, error=str(error))
-    steps = [StepLabel(**dict(zip(found, values, strict=True))) for values in zip(*found.values(), strict=True)]
+    steps = []
+    for index in range(num_steps):
+        fields = {name: values[index] for name, values in checked_columns.items()}
+        steps.append(StepLabel(**fields))
     return SourceLabels(source=source, annotator=ANNOTATOR, steps=steps)
 
 
 def _column(source: str, name: str, values: Any, num_steps: int) -> list[Any]:
     if values is None:
         return [None] * num_steps
-    holds, column = _COLUMN[name]
+    expected, column = _COLUMN[name]
     try:
-        found = column.validate_python(values, strict=True)
+        entries = column.validate_python(values, strict=True)
     except ValidationError:
-        raise RowError("label_value", f"each {name} of {source} must be one of {holds}: {values!r}") from None
-    if len(found) != num_steps:
+        raise RowError("label_value", f"each {name} of {source} must be one of {expected}: {values!r}") from None
+    if len(entries) != num_steps:
         raise RowError("label_count", f"{source} has other than {num_steps} entries for {num_steps} steps: {values}")
-    return found
+    return entries

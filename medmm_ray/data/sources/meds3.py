@@ -58,10 +58,10 @@ def _nodes(trajectory: Any) -> Any:
     inner = trajectory[0] if trajectory and isinstance(trajectory[0], list) else trajectory
     if inner and isinstance(inner[0], (list, dict)):
         trajectory = inner
-    found = [node for node in trajectory if node is not None and not isinstance(node, (int, float))]
-    if not found:
+    nodes = [node for node in trajectory if node is not None and not isinstance(node, (int, float))]
+    if not nodes:
         raise ValueError("a list of nodes [step, value, rollout value]")
-    return found
+    return nodes
 
 
 Trajectories = list[Annotated[list[_Node], BeforeValidator(_nodes)]]
@@ -100,33 +100,32 @@ def solved(request: SourceRequest) -> Iterator[SolvedQuestion]:
             yield SolvedQuestion()
             continue
         _, options = lettered(row.question)
-        right, wrong = (
-            [_solution(nodes, options, ends_right) for nodes in trajectories or ()]
-            for trajectories, ends_right in ((row.pos, True), (row.neg, False))
-        )
+        right = [_solution(nodes, options, right=True) for nodes in row.pos or ()]
+        wrong = [_solution(nodes, options, right=False) for nodes in row.neg or ()]
         yield SolvedQuestion(solutions=[*right, *wrong])
 
 
 def _entries(request: SourceRequest) -> Iterator[tuple[str, str, _Tree | _Evaluation]]:
     limits = {"train": request.num_train, "test": request.num_test}
-    seen = {"train": 0, "test": 0}
+    num_read = {"train": 0, "test": 0}
     for uri in files_at(request.path):
         file = uri.rstrip("/").rpartition("/")[2]
-        for number, found in enumerate(stream_json(uri)):
+        for number, entry in enumerate(stream_json(uri)):
             where = f"{uri} entry {number}"
-            split = "test" if isinstance(found, dict) and "conversations" in found else "train"
-            row = checked(_Evaluation, found, where) if split == "test" else checked(_Tree, found, where)
+            split = "test" if isinstance(entry, dict) and "conversations" in entry else "train"
+            row = checked(_Evaluation, entry, where) if split == "test" else checked(_Tree, entry, where)
             limit = limits[split]
-            if limit is None or seen[split] < limit:
-                seen[split] += 1
+            if limit is None or num_read[split] < limit:
+                num_read[split] += 1
                 yield f"{file}-{number}", split, row
 
 
 def _question(name: str, split: str, row: _Tree | _Evaluation) -> SourceQuestion:
-    asked, answer = (
-        (row.conversations[0].value, row.eval.answer) if isinstance(row, _Evaluation) else (row.question, row.answer)
-    )
-    question, options = lettered(asked)
+    if isinstance(row, _Evaluation):
+        text, answer = row.conversations[0].value, row.eval.answer
+    else:
+        text, answer = row.question, row.answer
+    question, options = lettered(text)
     answer = answer.strip()
     stated = _STATED.match(answer)  # the trees' files say "The answer is B."
     return SourceQuestion(
@@ -149,17 +148,27 @@ def lettered(text: str) -> tuple[str, list[str]]:
     ('Which?', ['one', 'two, or more'])
     """
     lines = text.rstrip().split("\n")
-    marked = [_OPTION.match(line) for line in lines]
-    for start in (i for i in reversed(range(len(lines))) if (mark := marked[i]) and mark[1] == "A"):
-        options: list[str] = []
-        for line, mark in zip(lines[start:], marked[start:], strict=True):
-            if mark and mark[1] == LETTERS[len(options) : len(options) + 1]:
-                options.append(mark[2])
-            else:
-                options[-1] += f" {line}"
+    # From the end: an "A." further up is part of the question.
+    for start in reversed(range(len(lines))):
+        mark = _OPTION.match(lines[start])
+        if not mark or mark[1] != "A":
+            continue
+        options = _options(lines[start:])
         if len(options) > 1:
             return "\n".join(lines[:start]).strip(), [one_line(option) for option in options]
     return text.strip(), []
+
+
+def _options(lines: Sequence[str]) -> list[str]:
+    """The options in lines of which the first is lettered A."""
+    options: list[str] = []
+    for line in lines:
+        mark = _OPTION.match(line)
+        if mark and mark[1] == LETTERS[len(options) : len(options) + 1]:
+            options.append(mark[2])
+        else:
+            options[-1] += f" {line}"
+    return options
 
 
 def _solution(nodes: Sequence[_Node], options: Sequence[str], right: bool) -> SourceSolution:
@@ -178,9 +187,11 @@ def _solution(nodes: Sequence[_Node], options: Sequence[str], right: bool) -> So
 
 
 def _labels(source: str, values: Sequence[Any]) -> SourceLabels:
-    try:
-        if not all(value is None or (isinstance(value, (int, float)) and 0 <= value <= 1) for value in values):
-            raise RowError("label_value", f"values of {source} must lie between 0 and 1: {list(values)}")
-    except RowError as error:
+    if not all(map(_is_value, values)):
+        error = RowError("label_value", f"values of {source} must lie between 0 and 1: {list(values)}")
         return SourceLabels(source=source, annotator="meds3", error=str(error))
     return SourceLabels(source=source, annotator="meds3", steps=[StepLabel(value=value) for value in values])
+
+
+def _is_value(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and 0 <= value <= 1)

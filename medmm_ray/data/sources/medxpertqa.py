@@ -68,7 +68,8 @@ def read(request: SourceRequest) -> SourceData:
     for uri in files_at(request.path, ".jsonl"):
         folder, _, file = uri.rpartition("/")
         images_folder = _images_beside(folder)
-        for number, row in enumerate(islice(read_jsonl(_Row, uri), request.num_test), 1):
+        rows = islice(read_jsonl(_Row, uri), request.num_test)
+        for number, row in enumerate(rows, 1):
             uris = [f"{images_folder}/{name}" for name in row.images or ()]
             questions.append(_question(f"{file}-{number}", row, uris))
             for image in uris:
@@ -79,11 +80,13 @@ def read(request: SourceRequest) -> SourceData:
 
 
 def _images_beside(folder: str) -> str:
-    beside, above = f"{folder}/images", f"{folder.rpartition('/')[0]}/images"
+    """The folder of the pictures of a file in `folder`."""
+    parent = folder.rpartition("/")[0]
+    beside, above = f"{folder}/images", f"{parent}/images"
     fs, path = filesystem(beside)
     _, path_above = filesystem(above)
-    here, there = fs.get_file_info([path, path_above])
-    is_above = here.type != pafs.FileType.Directory and there.type == pafs.FileType.Directory
+    info, info_above = fs.get_file_info([path, path_above])
+    is_above = info.type != pafs.FileType.Directory and info_above.type == pafs.FileType.Directory
     return above if is_above else beside
 
 
@@ -112,4 +115,7 @@ def bracketed(choices: str) -> list[str]:
         if mark[1] == LETTERS[len(starts) : len(starts) + 1]:
             starts.append(mark)
     ends = [mark.start() for mark in starts[1:]] + [len(choices)]
-    return [choices[mark.end() : end].strip() for mark, end in zip(starts, ends, strict=False)]
+    options = []
+    for mark, end in zip(starts, ends, strict=False):
+        options.append(choices[mark.end() : end].strip())
+    return options

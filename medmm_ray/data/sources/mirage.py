@@ -36,8 +36,13 @@ MMLU = (
     "professional_medicine",
 )
 JUDGED = ("yes", "no", "maybe")
-BIOASQ = ("Task7BGoldenEnriched", "Task8BGoldenEnriched", "Task9BGoldenEnriched", "Task10BGoldenEnriched",
-          "Task11BGoldenEnriched")  # fmt: skip
+BIOASQ = (
+    "Task7BGoldenEnriched",
+    "Task8BGoldenEnriched",
+    "Task9BGoldenEnriched",
+    "Task10BGoldenEnriched",
+    "Task11BGoldenEnriched",
+)
 
 
 def _plain(judged: Any) -> Any:
@@ -81,7 +86,10 @@ class _BioASQ(Entry):
 def read(request: SourceRequest) -> SourceData:
     """The questions of all five sets; `num_test` limits each of them."""
     folder = f"{request.path.rstrip('/')}/rawdata"
-    questions = [q for rows in SETS.values() for q in list(rows(folder))[: request.num_test]]
+    questions = []
+    for read_set in SETS.values():
+        # The whole set, so that a fault behind the limit is found too.
+        questions += list(read_set(folder))[: request.num_test]
     return SourceData(questions=questions, documents=read_documents(request.documents_path))
 
 
@@ -106,19 +114,20 @@ def _medmcqa(folder: str) -> Iterator[SourceQuestion]:
 
 def _pubmedqa(folder: str) -> Iterator[SourceQuestion]:
     uri = f"{folder}/pubmedqa/data/test_set.json"
-    for name, found in read_json(uri).items():
-        row = checked(_PubMedQA, found, f"{uri} entry {name}")
+    for name, entry in read_json(uri).items():
+        row = checked(_PubMedQA, entry, f"{uri} entry {name}")
         yield _question(f"pubmedqa/{name}", row.question, JUDGED, LETTERS[JUDGED.index(row.final_decision)])
 
 
-def _bioasq_questions(folder: str) -> Iterator[SourceQuestion]:
+def _bioasq(folder: str) -> Iterator[SourceQuestion]:
     for task in BIOASQ:
         for uri in list_files(f"{folder}/bioasq/{task}", ".json"):
-            for number, found in enumerate(read_json(uri)["questions"]):
+            for number, entry in enumerate(read_json(uri)["questions"]):
                 where = f"{uri} entry {number}"
-                if checked(_BioASQType, found, where).type == "yesno":
-                    row = checked(_BioASQ, found, where)
-                    yield _question(f"bioasq/{row.id}", row.body, JUDGED[:2], LETTERS[JUDGED.index(row.exact_answer)])
+                if checked(_BioASQType, entry, where).type == "yesno":
+                    row = checked(_BioASQ, entry, where)
+                    letter = LETTERS[JUDGED.index(row.exact_answer)]
+                    yield _question(f"bioasq/{row.id}", row.body, JUDGED[:2], letter)
 
 
 SETS: dict[str, Callable[[str], Iterator[SourceQuestion]]] = {
@@ -126,7 +135,7 @@ SETS: dict[str, Callable[[str], Iterator[SourceQuestion]]] = {
     "medqa": _medqa,
     "medmcqa": _medmcqa,
     "pubmedqa": _pubmedqa,
-    "bioasq": _bioasq_questions,
+    "bioasq": _bioasq,
 }
 
 

@@ -1,4 +1,4 @@
-"""Phantoms told in words: each question begins with a report of its picture, so that a model without eyes can answer.
+"""Phantoms with reports: each question begins with its picture in words, so that a text-only model can answer it.
 
 The worked solutions are by somebody who read neither picture nor report: from them a model learns what a solution looks
 like and which answers are common, and nothing of how a report answers a question. That it can only learn by trying.
@@ -13,18 +13,22 @@ from medmm_ray.data.sources.phantom import PhantomQuestion, blind_solution, capt
 def read(request: SourceRequest) -> SourceData:
     """As `phantom.read`, each question with its report."""
     data = phantom.read(request)
-    told: list[SourceQuestion] = []
+    with_reports: list[SourceQuestion] = []
     for split in ("train", "test"):
-        asked = [question for question in data.questions if question.split == split]
-        items = make_questions(request.seed, split, len(asked), 0, request.hardness or phantom.PLAIN)
-        told += [_told(request, question, item) for question, item in zip(asked, items, strict=True)]
-    return replace(data, questions=told)
+        questions = [question for question in data.questions if question.split == split]
+        phantoms = make_questions(request.seed, split, len(questions), 0, request.hardness or phantom.PLAIN)
+        for question, drawn_question in zip(questions, phantoms, strict=True):
+            with_reports.append(_with_report(request, question, drawn_question))
+    return replace(data, questions=with_reports)
 
 
-def _told(request: SourceRequest, question: SourceQuestion, item: PhantomQuestion) -> SourceQuestion:
+def _with_report(request: SourceRequest, question: SourceQuestion, drawn_question: PhantomQuestion) -> SourceQuestion:
     rng = generator("report", request.seed, question.name)
-    reports = captions(item.case)
+    reports = captions(drawn_question.case)
     report = reports[int(rng.integers(len(reports)))]
     number = request.num_worked if question.split == "train" else 0
-    worked = tuple(tuple(blind_solution(item, rng)[0]) for _ in range(number))
-    return replace(question, question=f"Report: {report} {question.question}", worked=worked)
+    worked = []
+    for _ in range(number):
+        steps, _letter = blind_solution(drawn_question, rng)
+        worked.append(tuple(steps))
+    return replace(question, question=f"Report: {report} {question.question}", worked=tuple(worked))

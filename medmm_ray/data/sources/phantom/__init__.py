@@ -46,24 +46,26 @@ __all__ = [
     "render",
     "report",
     "truth",
-]  # fmt: skip
+]
 
 NUM_TRAIN, NUM_TEST = 800, 250
 
 
 def read(request: SourceRequest) -> SourceData:
     """Cases, questions and documents; `request.num_extra_images` more training cases come without a question."""
-    wanted = {
+    num_questions = {
         "train": NUM_TRAIN if request.num_train is None else request.num_train,
         "test": NUM_TEST if request.num_test is None else request.num_test,
     }
     hardness = request.hardness or PLAIN
     images: list[SourceImage] = []
     questions: list[SourceQuestion] = []
-    for split, number in wanted.items():
-        for index, item in enumerate(make_questions(request.seed, split, number, request.num_worked, hardness)):
-            images.append(_image(item.case, split))
-            questions.append(_question(item, images[-1], split, f"{split}-{index}"))
+    for split, number in num_questions.items():
+        split_questions = make_questions(request.seed, split, number, request.num_worked, hardness)
+        for index, question in enumerate(split_questions):
+            image = _image(question.case, split)
+            images.append(image)
+            questions.append(_source_question(question, image, split, f"{split}-{index}"))
     images += [_image(case, "train") for case in _extra_cases(request.seed, request.num_extra_images, hardness)]
     documents = [*DOCUMENTS, *read_documents(request.documents_path)]
     return SourceData(images=images, questions=questions, documents=documents, draw=draw)
@@ -97,10 +99,10 @@ def drawn_picture(annotation: str) -> PhantomPicture:
 def corpus(seed: int = 0, number: int = 2000) -> list[str]:
     """Texts of this world to train a tokenizer on: questions, solutions, captions, documents."""
     texts = [f"{document.title}. {document.text}" for document in DOCUMENTS]
-    for item in make_questions(seed, "corpus", number):
-        texts.append(question_with_options(item.question, item.options))
-        texts.append(join_steps(item.worked[0]))
-        texts += captions(item.case)
+    for question in make_questions(seed, "corpus", number):
+        texts.append(question_with_options(question.question, question.options))
+        texts.append(join_steps(question.worked[0]))
+        texts += captions(question.case)
     return texts
 
 
@@ -119,16 +121,16 @@ def _image(case: PhantomCase, split: str) -> SourceImage:
     )
 
 
-def _question(item: PhantomQuestion, image: SourceImage, split: str, name: str) -> SourceQuestion:
+def _source_question(question: PhantomQuestion, image: SourceImage, split: str, name: str) -> SourceQuestion:
     return SourceQuestion(
         name=name,
         split=split,
         modality="radiology",
-        difficulty=item.case.difficulty,
-        question=item.question,
-        options=item.options,
-        answer=item.answer,
+        difficulty=question.case.difficulty,
+        question=question.question,
+        options=question.options,
+        answer=question.answer,
         answer_type="choice",
         images=(image.uri,),
-        worked=item.worked if split == "train" else (),
+        worked=question.worked if split == "train" else (),
     )

@@ -13,11 +13,15 @@ NORMAL = (
 
 def captions(case: PhantomCase) -> tuple[str, ...]:
     """Ways to say what the picture shows; of several findings each is said, in sentences that hold for the case."""
-    told = [[c for c in _told(finding) if truth(c, case)] for finding in case.findings] or [list(NORMAL)]
-    return tuple(" ".join(sentences) for sentences in zip(*told, strict=False))
+    if not case.findings:
+        return NORMAL
+    true_sentences = []
+    for finding in case.findings:
+        true_sentences.append([sentence for sentence in _sentences(finding) if truth(sentence, case)])
+    return tuple(map(" ".join, zip(*true_sentences, strict=False)))
 
 
-def _told(finding: Finding) -> tuple[str, ...]:
+def _sentences(finding: Finding) -> tuple[str, ...]:
     side, place = finding.side, f"{finding.side} {finding.zone} zone"
     match finding.kind:
         case "effusion":

@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
@@ -31,6 +32,12 @@ NAMES = {
 }
 ZONES = {"effusion": ("lower",), "pneumothorax": ("upper",), "consolidation": ("upper", "lower")}
 ZONES["nodule"] = ZONES["consolidation"]
+
+PLACES = (
+    *((kind, side, zone) for kind in LUNG_KINDS for side, zone in product(SIDES, ZONES[kind])),
+    ("cardiomegaly", "", ""),
+)
+"""Kind, side and zone of every finding that there can be."""
 
 # Ranges of extent (0 smallest, 1 largest) and contrast (a factor on the finding's density) by difficulty.
 EXTENT = {"easy": (0.7, 1.0), "medium": (0.4, 0.75), "hard": (0.2, 0.45)}
@@ -79,8 +86,8 @@ class PhantomCase:
         """All findings, the main one first; none of a normal chest."""
         if self.kind == "normal":
             return ()
-        own = Finding(kind=self.kind, side=self.side, zone=self.zone, extent=self.extent, contrast=self.contrast)
-        return (own, *self.more)
+        main = Finding(kind=self.kind, side=self.side, zone=self.zone, extent=self.extent, contrast=self.contrast)
+        return (main, *self.more)
 
     @property
     def diagnosis(self) -> str:
@@ -90,15 +97,18 @@ class PhantomCase:
     def annotation(self) -> str:
         """JSON, without what is as it is in a plain case."""
         values = dataclasses.asdict(self)
-        plain = {f.name: f.default for f in dataclasses.fields(self) if f.default is not dataclasses.MISSING}
-        return json.dumps({k: v for k, v in values.items() if k not in plain or v != plain[k]}, sort_keys=True)
+        for field in dataclasses.fields(self):
+            if field.default is not dataclasses.MISSING and values[field.name] == field.default:
+                del values[field.name]
+        return json.dumps(values, sort_keys=True)
 
     @classmethod
     def from_annotation(cls, annotation: str) -> "PhantomCase":
         """The case of an `annotation`; raises `ValueError` where that is of something else."""
         try:
             values = json.loads(annotation)
-            return cls(**{**values, "more": tuple(Finding(**finding) for finding in values.get("more", ()))})
+            further = tuple(Finding(**finding) for finding in values.get("more", ()))
+            return cls(**{**values, "more": further})
         except (ValueError, TypeError):  # no JSON, no object, other names
             raise ValueError(f"an annotation of {len(annotation)} characters is no phantom's") from None
 
@@ -109,6 +119,7 @@ def generator(*parts: object) -> np.random.Generator:
 
 
 def pick(rng: np.random.Generator, values: Sequence[str]) -> str:
+    """One of `values`, each with the same chance."""
     return values[int(rng.integers(len(values)))]
 
 
@@ -123,7 +134,11 @@ def make_case(
     """A case whose main finding is one of `kinds`; `side` and `zone`, where given, are kept, and kinds that cannot have
     them left out. Further findings are those that `admits` allows.
     """
-    kinds = [k for k in kinds if (not side or k in LUNG_KINDS) and (not zone or zone in ZONES.get(k, ()))]
+    if side:
+        kinds = [kind for kind in kinds if kind in LUNG_KINDS]
+    if zone:
+        kinds = [kind for kind in kinds if zone in ZONES.get(kind, ())]
+    # The order of the draws is part of every seed's picture.
     kind = pick(rng, kinds)
     difficulty = pick(rng, DIFFICULTIES)
     extent, contrast = _extent_and_contrast(rng, difficulty, hardness)
@@ -139,9 +154,9 @@ def make_case(
         size=hardness.size,
         noise=hardness.noise,
     )
-    number = int(rng.integers(hardness.max_findings)) if hardness.max_findings > 1 and kind != "normal" else 0
-    for _ in range(number):
-        case = _with_one_more(rng, case, hardness, admits)
+    if hardness.max_findings > 1 and kind != "normal":
+        for _ in range(int(rng.integers(hardness.max_findings))):
+            case = _with_one_more(rng, case, hardness, admits)
     return case
 
 
@@ -155,14 +170,13 @@ def _with_one_more(
 ) -> PhantomCase:
     """The case with one more finding, in a lung that has none or of the heart; as it is where `admits` allows none."""
     extent, contrast = _extent_and_contrast(rng, case.difficulty, hardness)
-    taken = {finding.side for finding in case.findings}  # "" is the heart
-    places = [(kind, side, zone) for kind in LUNG_KINDS for side in SIDES for zone in ZONES[kind]]
-    free = [place for place in [*places, ("cardiomegaly", "", "")] if place[1] not in taken]
-    wider = [
-        dataclasses.replace(
-            case, more=(*case.more, Finding(kind=kind, side=side, zone=zone, extent=extent, contrast=contrast))
-        )
-        for kind, side, zone in free
-    ]
-    allowed = [one for one in wider if admits(one)]
+    taken_sides = {finding.side for finding in case.findings}  # "" is the heart
+    allowed = []
+    for kind, side, zone in PLACES:
+        if side in taken_sides:
+            continue
+        finding = Finding(kind=kind, side=side, zone=zone, extent=extent, contrast=contrast)
+        wider = dataclasses.replace(case, more=(*case.more, finding))
+        if admits(wider):
+            allowed.append(wider)
     return allowed[int(rng.integers(len(allowed)))] if allowed else case

@@ -158,8 +158,7 @@ OTHER = {
     ),
 }
 
-DOCUMENTS = tuple(
-    SourceDocument(corpus=corpus, title=title, text=text)
-    for corpus, texts in (("chest", CHEST), ("other", OTHER))
-    for title, text in texts.items()
+DOCUMENTS = (
+    *(SourceDocument(corpus="chest", title=title, text=text) for title, text in CHEST.items()),
+    *(SourceDocument(corpus="other", title=title, text=text) for title, text in OTHER.items()),
 )

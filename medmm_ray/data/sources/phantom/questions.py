@@ -40,9 +40,19 @@ SIGNS = {
     "normal": "no abnormal sign",
 }
 COMPLAINTS = (
-    "cough", "chest pain", "fever", "breathlessness", "weight loss", "a fall", "fatigue", "a wheeze", "back pain",
-    "a fever at night", "a cough for weeks", "sudden breathlessness",
-)  # fmt: skip
+    "cough",
+    "chest pain",
+    "fever",
+    "breathlessness",
+    "weight loss",
+    "a fall",
+    "fatigue",
+    "a wheeze",
+    "back pain",
+    "a fever at night",
+    "a cough for weeks",
+    "sudden breathlessness",
+)
 CONTEXTS = (
     "A patient has {}.",
     "An adult comes with {}.",
@@ -70,10 +80,13 @@ class Option:
     zone: str = ""
 
     def holds(self, case: PhantomCase) -> bool:
+        """Whether the option is true of a case."""
         if self.kinds == ("normal",):
             return not case.findings
-        places = [(f.side, f.zone) for f in case.findings if f.kind in self.kinds]
-        return any(self.side in ("", side) and self.zone in ("", zone) for side, zone in places)
+        for finding in case.findings:
+            if finding.kind in self.kinds and self.side in ("", finding.side) and self.zone in ("", finding.zone):
+                return True
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +97,11 @@ class Template:
     stems: tuple[str, ...]
     options: tuple[Option, Option, Option, Option]
     common: str
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts of the options, in the order of their letters."""
+        return tuple(option.text for option in self.options)
 
 
 def _named(kind: str, side: str = "") -> Option:
@@ -133,7 +151,9 @@ TEMPLATES = (
         name="finding_side",
         stems=("Which finding is present, and on which side?", "Name the finding and its side."),
         options=(
-            _named("effusion", "left"), _named("nodule", "right"), _named("nodule", "left"),
+            _named("effusion", "left"),
+            _named("nodule", "right"),
+            _named("nodule", "left"),
             _named("effusion", "right"),
         ),
         common="AD",
@@ -142,7 +162,9 @@ TEMPLATES = (
         name="finding_side",
         stems=("What does the radiograph show, and where?", "What is seen, and where?"),
         options=(
-            _named("consolidation", "left"), _named("pneumothorax", "right"), _named("pneumothorax", "left"),
+            _named("consolidation", "left"),
+            _named("pneumothorax", "right"),
+            _named("pneumothorax", "left"),
             _named("consolidation", "right"),
         ),
         common="BC",
@@ -163,7 +185,9 @@ TEMPLATES = (
         name="finding_side",
         stems=("What explains the symptoms?", "What is the cause of the symptoms?"),
         options=(
-            _named("consolidation", "right"), _named("effusion", "right"), _named("effusion", "left"),
+            _named("consolidation", "right"),
+            _named("effusion", "right"),
+            _named("effusion", "left"),
             _named("consolidation", "left"),
         ),
         common="AD",
@@ -174,7 +198,7 @@ TEMPLATES = (
         options=(_named("cardiomegaly"), _named("pneumothorax"), _named("consolidation"), _named("nodule")),
         common="BC",
     ),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,38 +221,50 @@ def make_questions(
 ) -> list[PhantomQuestion]:
     """`number` questions, each about a case of its own; the same arguments give the same questions.
 
-    An item depends on its place alone, so that asking for more leaves the first ones as they are. Of several findings
-    in a picture one makes an option true, the others none.
+    A question depends on its place alone, so that a larger number leaves the first ones as they are. Of several
+    findings in a picture one makes an option true, the others none.
     """
-    return [_make_item(seed, split, index, num_worked, hardness) for index in range(number)]
+    return [_make_question(seed, split, index, num_worked, hardness) for index in range(number)]
 
 
 def report(case: PhantomCase) -> str:
     """A case's picture told in words: all that the steps of its worked solutions may say of it, and the diagnosis."""
-    seen = [text for finding in case.findings or (case,) for text in _observations(finding)]
-    absent = [text for text in _negatives(case) if truth(text, case)]
-    impression = ", ".join(f"{f.name} ({f.side} {f.zone} zone)" if f.zone else f.name for f in case.findings)
-    return " ".join([*seen, *absent, f"Impression: {impression or 'normal chest'}."])
+    sentences: list[str] = []
+    for finding in case.findings or (case,):
+        sentences += _observations(finding)
+    sentences += _true_negatives(case)
+    impression = ", ".join(map(_impression, case.findings)) or "normal chest"
+    return " ".join([*sentences, f"Impression: {impression}."])
 
 
-def _make_item(seed: int, split: str, index: int, num_worked: int, hardness: Hardness) -> PhantomQuestion:
+def _impression(finding: Finding) -> str:
+    return f"{finding.name} ({finding.side} {finding.zone} zone)" if finding.zone else finding.name
+
+
+def _make_question(seed: int, split: str, index: int, num_worked: int, hardness: Hardness) -> PhantomQuestion:
     rng = generator("question", seed, split, index)
     template = TEMPLATES[int(rng.integers(len(TEMPLATES)))]
     place = _guess(template, rng)
     gold = template.options[place]
 
     def admits(case: PhantomCase) -> bool:
-        return [option for option in template.options if option.holds(case)] == [gold]
+        true_options = [option for option in template.options if option.holds(case)]
+        return true_options == [gold]
 
+    # The order of the draws is part of every seed's question.
     case = make_case(rng, gold.kinds, gold.side, gold.zone, hardness, admits)
     context = pick(rng, CONTEXTS).format(pick(rng, COMPLAINTS))
+    stem = pick(rng, template.stems)
+    worked = []
+    for _ in range(num_worked):
+        worked.append(tuple(_worked_solution(template.name, case, gold.text, LETTERS[place], rng)))
     return PhantomQuestion(
         template=template.name,
-        question=f"{context} {pick(rng, template.stems)}",
-        options=tuple(option.text for option in template.options),
+        question=f"{context} {stem}",
+        options=template.texts,
         answer=LETTERS[place],
         case=case,
-        worked=tuple(tuple(_work(template.name, case, gold.text, LETTERS[place], rng)) for _ in range(num_worked)),
+        worked=tuple(worked),
     )
 
 
@@ -238,37 +274,47 @@ def _guess(template: Template, rng: np.random.Generator) -> int:
     return int(rng.choice(4, p=prevalence))
 
 
-def blind_solution(item: PhantomQuestion, rng: np.random.Generator, slip: float = 0.0) -> tuple[list[str], str]:
+def blind_solution(question: PhantomQuestion, rng: np.random.Generator, slip: float = 0.0) -> tuple[list[str], str]:
     """The steps and the letter of somebody who has not seen the picture: an option by its prevalence, and a worked
     solution of a made-up case for it. With the chance `slip` one step comes from a case for another option, so that
     right answers have wrong steps too.
     """
-    template = next(t for t in TEMPLATES if tuple(option.text for option in t.options) == item.options)
-    places = [_guess(template, rng), _guess(template, rng)]
-    works = []
-    for place in places:
-        option = template.options[place]
-        case = make_case(rng, option.kinds, option.side, option.zone)
-        works.append(_work(template.name, case, option.text, LETTERS[place], rng))
-    steps, other = works
+    template = next(template for template in TEMPLATES if template.texts == question.options)
+    place, slip_place = _guess(template, rng), _guess(template, rng)
+    steps = _solution_for(template, place, rng)
+    slip_steps = _solution_for(template, slip_place, rng)
     if rng.random() < slip:
-        steps[1] = other[1]
-    return steps, LETTERS[places[0]]
+        steps[1] = slip_steps[1]
+    return steps, LETTERS[place]
 
 
-def _work(template: str, case: PhantomCase, option: str, letter: str, rng: np.random.Generator) -> list[str]:
+def _solution_for(template: Template, place: int, rng: np.random.Generator) -> list[str]:
+    """A worked solution of a made-up case for an option."""
+    option = template.options[place]
+    case = make_case(rng, option.kinds, option.side, option.zone)
+    return _worked_solution(template.name, case, option.text, LETTERS[place], rng)
+
+
+def _worked_solution(template: str, case: PhantomCase, option: str, letter: str, rng: np.random.Generator) -> list[str]:
     """Four or five steps: which option is tested, what is seen (and what is not), what it means, the letter."""
-    seen = [pick(rng, _observations(case))]
+    observations = [pick(rng, _observations(case))]
     if rng.random() < 0.45:
-        seen.insert(int(rng.integers(2)), pick(rng, _asides(case)))
-    tested, meant = pick(rng, TESTS).format(letter, option), pick(rng, _conclusions(template, case, option))
-    return [tested, *seen, meant, pick(rng, FINAL).format(letter)]
+        observations.insert(int(rng.integers(2)), pick(rng, _asides(case)))
+    test = pick(rng, TESTS).format(letter, option)
+    conclusion = pick(rng, _conclusions(template, case, option))
+    return [test, *observations, conclusion, pick(rng, FINAL).format(letter)]
 
 
 def _asides(case: PhantomCase) -> tuple[str, ...]:
     """What else may be said: what is not seen, and what is seen of further findings."""
-    absent = tuple(text for text in _negatives(case) if truth(text, case))
-    return absent + tuple(text for finding in case.more for text in _observations(finding))
+    sentences = _true_negatives(case)
+    for finding in case.more:
+        sentences += _observations(finding)
+    return tuple(sentences)
+
+
+def _true_negatives(case: PhantomCase) -> list[str]:
+    return [sentence for sentence in _negatives(case) if truth(sentence, case)]
 
 
 def _observations(case: PhantomCase | Finding) -> tuple[str, ...]:
@@ -304,8 +350,8 @@ def _observations(case: PhantomCase | Finding) -> tuple[str, ...]:
 
 def _negatives(case: PhantomCase) -> tuple[str, ...]:
     if case.kind in LUNG_KINDS:
-        other = "left" if case.side == "right" else "right"
-        return ("The heart size is normal.", f"The {other} lung is clear.")
+        other_side = "left" if case.side == "right" else "right"
+        return ("The heart size is normal.", f"The {other_side} lung is clear.")
     if case.kind == "cardiomegaly":
         return ("Both lungs are clear.", "No pneumothorax is seen.")
     return ("The heart size is normal.", "No pneumothorax is seen.")

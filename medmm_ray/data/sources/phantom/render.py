@@ -77,8 +77,8 @@ def _chest(case: PhantomCase, anatomy: Anatomy, rng: np.random.Generator, x: Fie
     ax = np.abs(x)
     body = _below(np.maximum(ax / (0.93 - 0.10 * np.exp(-(((y + 0.25) / 0.3) ** 2))), -y - 0.10 + 0.75 * ax), 1.0, soft)
     body = np.maximum(body, _below(ax, 0.24, soft))  # the neck
-    right, left = _lung(x, y, -1.0, anatomy, soft), _lung(x, y, 1.0, anatomy, soft)
-    lungs = np.maximum(right, left)
+    # The patient's right is on the viewer's left, where x is negative.
+    lungs = np.maximum(_lung(x, y, -1.0, anatomy, soft), _lung(x, y, 1.0, anatomy, soft))
 
     texture = _smooth_noise(rng, len(x), 14)
     tissue = 0.50 + 0.06 * y + 0.03 * texture
@@ -200,11 +200,11 @@ def _pneumothorax(
     radius = _lung_radius(inner_x, inner_y, side, anatomy)
     outside = 1.0 - _below(radius, 1.0, 2 * soft)
     edge = np.exp(-(((radius - 1.0) / max(0.022, 1.6 * soft)) ** 2))
-    own = (side * x > 0).astype(np.float32)
+    on_side = (side * x > 0).astype(np.float32)
     air = 0.015 + 0.05 * (1.1 - contrast)
     collapsed = parenchyma + 0.13 * contrast
     picture = outside * air + (1 - outside) * collapsed + 0.34 * contrast * edge
-    return np.asarray(own * picture + (1 - own) * parenchyma, dtype=np.float32)
+    return np.asarray(on_side * picture + (1 - on_side) * parenchyma, dtype=np.float32)
 
 
 def _consolidation(
@@ -280,8 +280,9 @@ def contact_sheet(cases: list[PhantomCase], size: int = 256, columns: int = 6) -
     rows = -(-len(cases) // columns)
     sheet = PIL.Image.new("L", (columns * size, rows * (size + line)), 255)
     draw = ImageDraw.Draw(sheet)
-    for i, case in enumerate(cases):
-        left, top = (i % columns) * size, (i // columns) * (size + line)
-        sheet.paste(render(case, size), (left, top))
-        draw.text((left + 3, top + size + 1), _caption(case), fill=0)
+    for index, case in enumerate(cases):
+        row, column = divmod(index, columns)
+        x, y = column * size, row * (size + line)
+        sheet.paste(render(case, size), (x, y))
+        draw.text((x + 3, y + size + 1), _caption(case), fill=0)
     return sheet

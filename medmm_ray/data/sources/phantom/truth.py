@@ -15,9 +15,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
 
+from medmm_ray.data.sources import AnsweredQuestion
 from medmm_ray.data.sources.phantom.case import LUNG_KINDS, SIDES, PhantomCase
+from medmm_ray.text import LETTERS
 
 LUNG = frozenset(LUNG_KINDS)
 ANY = LUNG | {"cardiomegaly"}
@@ -26,16 +27,6 @@ EFFUSION, PNEUMOTHORAX = frozenset({"effusion"}), frozenset({"pneumothorax"})
 CONSOLIDATION, NODULE = frozenset({"consolidation"}), frozenset({"nodule"})
 HEART = frozenset({"cardiomegaly"})
 NEVER: frozenset[str] = frozenset()  # what no phantom has: a shifted mediastinum, a fracture
-
-
-class QuestionAndAnswer(Protocol):
-    """What `truth` needs of a question; `records.Question` has it. `answer` is a letter."""
-
-    @property
-    def options(self) -> Sequence[str]: ...
-
-    @property
-    def answer(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -48,18 +39,21 @@ class Claim:
     zone: str
 
     def holds(self, case: PhantomCase) -> bool:
-        kinds = self.kinds - HEART if self.side and self.kinds != HEART else self.kinds
-        found = [f for f in case.findings if f.kind in kinds]
+        """Whether the claim is true of a case."""
+        kinds = self.kinds
+        if self.side and kinds != HEART:
+            kinds = kinds - HEART
+        findings = [finding for finding in case.findings if finding.kind in kinds]
         if kinds != HEART:  # the heart has neither side nor zone
-            found = [f for f in found if self.zone in ("", f.zone)]
+            findings = [finding for finding in findings if self.zone in ("", finding.zone)]
             if self.side == "both" and self.present:
-                return {f.side for f in found} == set(SIDES)
+                return {finding.side for finding in findings} == set(SIDES)
             if self.side in SIDES:
-                found = [f for f in found if f.side == self.side]
-        return bool(found) == self.present
+                findings = [finding for finding in findings if finding.side == self.side]
+        return bool(findings) == self.present
 
 
-def truth(step_text: str, case: PhantomCase, question: QuestionAndAnswer | None = None) -> bool | None:
+def truth(step_text: str, case: PhantomCase, question: AnsweredQuestion | None = None) -> bool | None:
     """True where every claim of the step holds for `case`, False where one does not, None where it makes none."""
     verdicts = [claim.holds(case) for claim in claims(step_text)]
     if question is not None:
@@ -76,25 +70,35 @@ _VERDICT = re.compile(r"\(([A-J])\)\s+(?:is|fits|must|matches)\b(?P<wrong>\s+(?:
 _STATED = re.compile(r"\banswer\s+(?:is|must be|:)\s*:?\s*(?P<text>[^().]+)", re.IGNORECASE)
 
 
-def _answers(text: str, question: QuestionAndAnswer) -> list[bool]:
+def _answers(text: str, question: AnsweredQuestion) -> list[bool]:
     """Whether each answer stated in `text` (a letter, or an option's own words) is the question's."""
-    text = " ".join(s for s in _SENTENCE.split(text) if not _INSTRUCTION.search(s.lower()) and "?" not in s)
-    found = [((m[2] or m[3]).upper(), bool(m[1] or m["wrong"])) for m in _ANSWER.finditer(text)]
-    if not found:
-        found = [(m[1], bool(m["wrong"])) for m in _VERDICT.finditer(text)]
-    if not found and (stated := _STATED.search(text)):
+    statements = [s for s in _SENTENCE.split(text) if not _INSTRUCTION.search(s.lower()) and "?" not in s]
+    return [(letter == question.answer) != denied for letter, denied in _letters(" ".join(statements), question)]
+
+
+def _letters(text: str, question: AnsweredQuestion) -> list[tuple[str, bool]]:
+    """The letters that `text` states as the answer, each with whether it denies it."""
+    letters = [((match[2] or match[3]).upper(), bool(match[1] or match["wrong"])) for match in _ANSWER.finditer(text)]
+    if not letters:
+        letters = [(match[1], bool(match["wrong"])) for match in _VERDICT.finditer(text)]
+    stated = _STATED.search(text)
+    if not letters and stated:
         words = _plain(stated["text"])
-        found = [("ABCDEFGHIJ"[i], False) for i, option in enumerate(question.options) if _plain(option) == words]
-    return [(letter == question.answer) != denied for letter, denied in found]
+        for letter, option in zip(LETTERS, question.options, strict=False):
+            if _plain(option) == words:
+                letters.append((letter, False))
+    return letters
 
 
 def _plain(text: str) -> str:
-    return " ".join(word for word in re.findall(r"[a-z]+", text.lower()) if word not in ("a", "an", "the"))
+    words = re.findall(r"[a-z]+", text.lower())
+    return " ".join(word for word in words if word not in ("a", "an", "the"))
 
 
 # What a clause may speak of: pattern, kinds, whether the pattern itself says that they are present. Earlier ones win:
-# matched text is blanked before the next. W is up to that many words between.
+# matched text is blanked before the next.
 def _w(most: int) -> str:
+    """A pattern of up to `most` words between two others."""
     return rf"(?:\W+\w+){{0,{most}}}?\W+"
 
 
@@ -186,14 +190,14 @@ _TEXTBOOK = re.compile(
 @lru_cache(maxsize=65536)
 def claims(step_text: str) -> tuple[Claim, ...]:
     """The claims of a step about the picture, in order."""
-    found: list[Claim] = []
+    all_claims: list[Claim] = []
     for sentence in _SENTENCE.split(step_text.lower().replace("’", "'")):
         sentence = re.sub(r"\bcan ?(not )?be\b", lambda m: "is not" if m[1] else "is", sentence).replace("_", " ")
         if _INSTRUCTION.search(sentence) or _UNSURE.search(sentence) or _is_textbook(sentence):
             continue
         for clause in _clauses(sentence):
-            found += _clause_claims(clause)
-    return tuple(found)
+            all_claims += _clause_claims(clause)
+    return tuple(all_claims)
 
 
 def _is_textbook(sentence: str) -> bool:
@@ -202,12 +206,16 @@ def _is_textbook(sentence: str) -> bool:
 
 
 def _clauses(sentence: str) -> list[str]:
+    """The clauses of a sentence, each with a side of its own where it has one."""
+    # "The right answer", "is right": no side.
     sentence = re.sub(r"\bright (?=answer|option|choice|one\b)|\b(?:is|are) right\b(?=\W*$)", " ", sentence)
     clauses = []
     for clause in _CLAUSE.split(sentence):
-        if clause and re.search(r"\b(?:right|left)\b", (stripped := _CONTRAST.sub(" ", clause))):
-            clause = stripped
-        clauses += _split_sides(clause) if clause else []
+        if not clause:
+            continue
+        without_contrast = _CONTRAST.sub(" ", clause)
+        names_a_side = re.search(r"\b(?:right|left)\b", without_contrast)
+        clauses += _split_sides(without_contrast if names_a_side else clause)
     return clauses
 
 
@@ -215,7 +223,8 @@ def _split_sides(clause: str) -> list[str]:
     """Cut "a left effusion and a right nodule" in two; "the left and right lungs" stay whole."""
     for joint in _JOINED.finditer(clause):
         first, second = clause[: joint.start()], clause[joint.end() :]
-        if all(_sides(part) and _clause_claims(part) for part in (first, second)):
+        each_has_a_side = _sides(first) and _sides(second)
+        if each_has_a_side and _clause_claims(first) and _clause_claims(second):
             carried = "no " if joint[1] in ("or", "nor") and _NEGATED.search(first) else ""
             return [first, *_split_sides(carried + second)]
     return [clause]
@@ -226,33 +235,38 @@ def _sides(clause: str) -> set[str]:
 
 
 def _clause_claims(clause: str) -> list[Claim]:
-    words = _sides(clause)
-    side = "both" if words & {"both", "bilateral"} or {"right", "left"} <= words else next(iter(words), "")
-    if words & {"either", "neither"}:
-        side = ""
-    zones = [
-        zone
-        for zone, pattern in (
-            ("upper", r"\b(?:upper|apex|apices|apical|top)\b"),
-            ("lower", r"\b(?:lower|bas(?:e|es|al|ilar)|bottom)\b"),
-            ("mid", r"\b(?:mid|middle)\b"),
-        )
-        if re.search(pattern, clause)
-    ]
-    zone = zones[0] if len(zones) == 1 else ""
-    found = []
+    zones = [zone for zone, pattern in _ZONES.items() if pattern.search(clause)]
+    side, zone = _side(clause), zones[0] if len(zones) == 1 else ""
+    mentions = []
     rest = clause
     for pattern, kinds, present in _PATTERNS:
         while match := pattern.search(rest):
             rest = rest[: match.start()] + " | " + rest[match.end() :]
-            found.append((match, kinds, present))
+            mentions.append((match, kinds, present))
     # A negation inside a pattern that spells it out ("no lung markings") is spent; one left over turns its clause.
-    denied = bool(_NEGATED.search(_without_spent(clause, found)))
-    return [Claim(kinds, present != denied, side, zone) for _, kinds, present in found]
+    denied = bool(_NEGATED.search(_without_spent(clause, mentions)))
+    return [Claim(kinds, present != denied, side, zone) for _, kinds, present in mentions]
 
 
-def _without_spent(clause: str, found: Sequence[tuple[re.Match[str], frozenset[str], bool]]) -> str:
-    for match, kinds, _ in found:
+_ZONES = {
+    "upper": re.compile(r"\b(?:upper|apex|apices|apical|top)\b"),
+    "lower": re.compile(r"\b(?:lower|bas(?:e|es|al|ilar)|bottom)\b"),
+    "mid": re.compile(r"\b(?:mid|middle)\b"),
+}
+
+
+def _side(clause: str) -> str:
+    """The side that a clause speaks of: right, left, both, or "" for none in particular."""
+    words = _sides(clause)
+    if words & {"either", "neither"}:
+        return ""
+    if words & {"both", "bilateral"} or {"right", "left"} <= words:
+        return "both"
+    return next(iter(words), "")
+
+
+def _without_spent(clause: str, mentions: Sequence[tuple[re.Match[str], frozenset[str], bool]]) -> str:
+    for match, kinds, _ in mentions:
         if kinds == PNEUMOTHORAX and "markings" in match[0]:
             clause = clause.replace(match[0], " ")
     return clause

@@ -19,123 +19,23 @@ Every pattern is linear in the text (what repeats is bounded or possessive), so 
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from typing import NamedTuple, Protocol
+from functools import lru_cache
+from typing import Protocol
 
 from medmm_ray.text.markup import plain_text
 from medmm_ray.text.matching import NO, YES, answer_key, joined, key_words
+from medmm_ray.text.statements import REACH, Leads, Statement, behind_leads, leads_of, mentions
 from medmm_ray.text.steps import LETTERS
 
-REACH = 300  # characters behind a lead in which its statement is read
-
-# Where statements begin
-
-_IS = r"(?:is|was|(?:would|should|must|will|(?:seems|appears|has)\s++to)\s++be|remains|becomes)\b(?!n't)"
-_BEST = (
-    r"(?:correct|right|best|(?:most|least)\s++(?!common)\w++|(?:final\s++)?(?:answer|choice(?!\s++of\b))|exception)\b"
-)
-
-
-@dataclass(frozen=True)
-class _Leads:
-    """What stands before a statement, `strong` or `weak`; a `mention` of a letter; what stands between ``not A``, and
-    the letter that is right `instead`."""
-
-    strong: re.Pattern[str]
-    weak: re.Pattern[str]
-    mention: re.Pattern[str]
-    instead: re.Pattern[str]
-
-
-@cache
-def _leads(num_options: int) -> _Leads:
-    """The leads of a question with so many options.
-
-    They know the letters up to J whether or not an option has them, since one that no option has states nothing; of the
-    others only those of options, and neither ``so K is low`` nor ``it is S. aureus`` is a lead.
-    """
-    last = max("J", LETTERS[:num_options][-1:])
-    letter = f"[A-{last}]"
-    named = rf"(?:option|choice)\s++[(\[\"']?{letter}[)\]\"']?"
-    far = rf"|\(?[K-{last}](?!\.\s++(?-i:[a-z]))(?:[).,:;]|\s*+$)" if last > "J" else ""
-    return _Leads(
-        strong=re.compile(
-            rf"\banswer\b(?!\s++(?:choices|options)\b)(?:[^.\n:;?!=]{{0,80}}?(?:\b{_IS}|'s\b|=>|[:=]|-+>|[→⇒]"
-            rf"|\b(?:corresponds\s++to|matches|remains)\s++(?={named}))"
-            rf"|\s++(?=[(\[]|{letter}\s*+(?:$|\.))|\s*+[-–—]++\s*+(?=[(\[]|{named}))"
-            # ``Answer - B`` may as well head a list of options; what calls itself the final answer does not.
-            rf"|\b(?:final|correct|best|right|my)\s++answer\s*+[-–—]++\s*+(?=(?-i:{letter})(?![\w'’-]))"
-            r"|\bans\s?[.:]",
-            re.IGNORECASE,
-        ),
-        weak=re.compile(
-            r"\b(?:correct|right|best|true|false|incorrect|wrong|final|(?:most|least)\s++\w++)\b[^.\n:;?!]{0,90}?"
-            rf"(?:\b{_IS}|:)"
-            r"|\b(?:choose|chose|select|selected|pick|picked|(?:go|went|going)\s++(?:with|for)|opt(?:ed)?\s++for)\b"
-            r"|\b(?:therefore|thus|hence|so|conclude\s++that|conclusion)[,:]?\s++"
-            rf"(?=\(?[A-J][).,:\s]{far}|{named}\s*+(?:[.;]|$))(?:it\s++is\s++)?"
-            rf"|\b(?:it|which|this|that)\s++(?:corresponds\s++to|matches|points\s++to)\s++(?={named}\s*+(?:[.,;]|$))"
-            rf"|\b(?:makes|making|leaves|leaving)\s++(?={named}\s++(?:as\s++)?(?:the\s++)?{_BEST})"
-            rf"|\b(?:makes|making|leaves|leaving)\s++(?=[(\[]?(?-i:{letter})[)\]]?\s++(?:as\s++)?the\s++{_BEST})"
-            rf"|\b(?:it|which|this|that)(?:\s++is|'s)\s++(?=[(\[]{letter}[)\]]|(?:option|choice)\s"
-            rf"|[A-J](?:[.,;]|\s*+$){far})"
-            r"|^(?:option|choice)\s?:",
-            re.IGNORECASE | re.MULTILINE,
-        ),
-        mention=re.compile(
-            r"(?:\b(?P<noun>(?i:option|choice|answer|statement|alternative))\s++)?(?<![\w'+-])(?P<open>[(\[{\"']?)"
-            rf"(?P<letter>{letter}|[a-{last.lower()}](?=\s++(?i:is|would|must|best)\b|[)\]}}\"']))"
-            r"(?P<close>[)\].}\"']?)(?![\w'+-])"
-        ),
-        instead=re.compile(
-            r"[^.\n]{0,80}?\b(?:but|rather|instead|it\s++is|it's|is)\b[\s,]*+(?:rather\s++|instead\s++|in\s++fact\s++)?"
-            rf"(?:(?:option|choice)\s++)?(?=[(\[]?{letter}\b)",
-            re.IGNORECASE,
-        ),
-    )
-
-
-_RIGHT = re.compile(
-    rf"(?P<gap>[^.;:?!\n]{{0,120}}?)\b(?:{_IS}\s++(?:(?:therefore|thus|clearly|likely|also|indeed)\s++)?"
-    rf"(?:(?:the|my|our)\s++)?(?:only\s++)?{_BEST}"
-    r"|best\s++(?:fits|explains|matches|describes|answers|represents)\b|(?:fits|explains|matches|answers)\s++(?:it\s++)?best\b)",
-    re.IGNORECASE,
-)
-_DENIAL = re.compile(r"\bnot\b|n't\b|\bnever\b|\bneither\b", re.IGNORECASE)
-_NEITHER = re.compile(r"\b(?:neither|nor|not|no)\s++(?:the\s++)?$", re.IGNORECASE)
-_CLAUSE_START = re.compile(r"(?:^|[.;:,\n]\s{0,3}|\b(?:therefore|thus|so|hence|that|and)\s)$", re.IGNORECASE)
+# An answer field of JSON, whose value is quoted or not.
 _FIELD = re.compile(
     r"\b(?:final|correct|model|predicted)?[_ ]?(?:answer|choice|option|letter)"
     r"(?:[_ ]?(?:choice|letter|option|idx|key))?[\"']"
     r"\s*+:\s*+\[?\s*+(?:\"((?:[^\"\\\n]|\\.)*+)|'([^'\n]*+)|([^,{}\]\n]*+))",
     re.IGNORECASE,
 )
-_IF = re.compile(r"\b(?:if|whether|suppose|assuming)\s(?:\w{1,15}\s){0,4}$", re.IGNORECASE)
-_ASKED = re.compile(r"[^.!\n]{0,200}?\?")
 
-# When a statement holds under another condition only
-
-_SENTENCE_START = re.compile(r"[.!?]\s|[;\n]")
-_CONDITIONAL = re.compile(r"\b(?:would|might|could|may)\b|'d\b", re.IGNORECASE)
-_CONDITION = re.compile(
-    r"\b(?:if|unless|suppos(?:e|ed|ing)|assuming|imagin(?:e|ing)|otherwise|provided|in\s++case)\b"
-    r"|^\W*+(?:(?:but|and|however|conversely|by\s++contrast|in\s++contrast|instead)\b\W*+)?"
-    r"(?:had|were|should|without|(?:in|for)\s++(?:an?|another|other|the\s++absence)\s)",
-    re.IGNORECASE,
-)
-_SUPPOSED = re.compile(r"\b(?:if|unless|suppos(?:e|ing)|imagine)\b|^\W*+(?=(?:had|were)\b)", re.IGNORECASE)
-_CONTRARY = re.compile(r"\b(?:were|had|weren't|hadn't|did|didn't)\b", re.IGNORECASE)
-_LATER_CONDITION = re.compile(
-    r"(?:(?!\b(?:because|since|as|due|given)\b)[^.;?!\n]){0,120}?\b(?:if|unless|had|assuming|otherwise|in\s++case)\b",
-    re.IGNORECASE,
-)
-_OTHERS = re.compile(
-    r"\b(?:some(?:one|body)?|one|many|others|you|people)\s++(?:\w++\s++)?(?:might|may|could|would|will)\s++(?:\w++\s++){0,3}"
-    r"(?:say|think|argue|believe|suspect|assume|answer)\s++(?:that\s++)?(?:the\s++)?(?:\w++\s++)?$",
-    re.IGNORECASE,
-)
-
-# How a statement reads
+# How a statement is parsed
 
 _FILLER = re.compile(
     r"(?:[\s:=]++|-+>?\s|(?:therefore|thus|hence|most\s++likely|likely|probably|definitely|clearly|indeed|actually|simply|"
@@ -187,13 +87,15 @@ _NOTHING = _ParsedAnswer()
 
 
 class _AnswerParser(Protocol):
-    """How one kind of question reads a statement, and which last lines are statements without a lead."""
+    """How the answer to one kind of question is parsed."""
 
-    leads: _Leads
+    leads: Leads
 
-    def read(self, statement: str) -> _ParsedAnswer: ...
+    def parse(self, statement: str) -> _ParsedAnswer:
+        """What one statement says."""
 
-    def last_line(self, text: str, /) -> list[str]: ...
+    def last_line(self, text: str, /) -> list[str]:
+        """The last line of `text` where it is a statement without a lead, else nothing."""
 
 
 def extract_answer(text: str, options: Sequence[str], answer_type: str = "choice") -> str | None:
@@ -212,106 +114,76 @@ def extract_answer(text: str, options: Sequence[str], answer_type: str = "choice
     return _extract(plain, _ChoiceParser(tuple(options)))
 
 
-def _extract(text: str, reader: "_AnswerParser") -> str | None:
-    fields = [m for m in _FIELD.finditer(text) if _value(m)]
-    if fields:
-        value = _value(fields[-1])
-        read = reader.read(value)
-        return read.answer if read != _NOTHING else _last(next(_by_weight(value, reader)), reader) or None
-    for statements in _by_weight(text, reader):
-        found = _last(statements, reader)
-        if found is not None:
-            return found or None
+def _extract(text: str, parser: "_AnswerParser") -> str | None:
+    fields = list(filter(None, map(_value, _FIELD.finditer(text))))
+    if fields:  # JSON says more clearly than any sentence what is the answer
+        parsed = parser.parse(fields[-1])
+        if parsed != _NOTHING:
+            return parsed.answer
+        strong_statements = next(_by_weight(fields[-1], parser))
+        return _last_answer(strong_statements, parser) or None
+    for statements in _by_weight(text, parser):
+        answer = _last_answer(statements, parser)
+        if answer is not None:
+            return answer or None
     return None
 
 
 def _value(field: re.Match[str]) -> str:
-    return (field[1] or field[2] or field[3] or "").strip()
+    in_double_quotes, in_single_quotes, without_quotes = field[1], field[2], field[3]
+    return (in_double_quotes or in_single_quotes or without_quotes or "").strip()
 
 
-def _last(statements: Sequence[str], reader: "_AnswerParser") -> str | None:
-    """The last statement that is not taken back; "" where one says that there is no answer; None where none is."""
+def _last_answer(statements: Sequence[str], parser: "_AnswerParser") -> str | None:
+    """The last answer that is not taken back; "" where one says that there is no answer; None where none is."""
     denied: set[str] = set()
     for statement in reversed(statements):
-        read = reader.read(statement)
-        if read.rejected:
-            denied.add(read.rejected)
-        if read.answer and read.answer not in denied:
-            return read.answer
-        if read.abstains:
+        parsed = parser.parse(statement)
+        if parsed.rejected:
+            denied.add(parsed.rejected)
+        if parsed.answer and parsed.answer not in denied:
+            return parsed.answer
+        if parsed.abstains:
             return ""
     return "" if denied else None
 
 
-def _by_weight(text: str, reader: "_AnswerParser") -> Iterator[list[str]]:
+def _by_weight(text: str, parser: "_AnswerParser") -> Iterator[list[str]]:
     """The statements, those that weigh most first: strong ones, weak ones, then those under another condition."""
-    strong = _statements(text, reader, strong=True)
-    yield [statement.words for statement in strong if not statement.hypothetical]
-    weak = _statements(text, reader, strong=False)
-    yield [statement.words for statement in weak if not statement.hypothetical]
-    yield [statement.words for statement in strong if statement.hypothetical]
-    yield [statement.words for statement in weak if statement.hypothetical]
+    strong = _statements(text, parser, strong=True)
+    yield _words(strong, hypothetical=False)
+    weak = _statements(text, parser, strong=False)
+    yield _words(weak, hypothetical=False)
+    yield _words(strong, hypothetical=True)
+    yield _words(weak, hypothetical=True)
 
 
-class _Statement(NamedTuple):
-    """What stands behind a lead, and whether it holds in another case than the question's, or in another's view."""
-
-    start: int
-    words: str
-    hypothetical: bool
+def _words(statements: Sequence[Statement], hypothetical: bool) -> list[str]:
+    return [statement.words for statement in statements if statement.hypothetical == hypothetical]
 
 
-def _statements(text: str, reader: "_AnswerParser", strong: bool) -> list[_Statement]:
+def _statements(text: str, parser: "_AnswerParser", strong: bool) -> list[Statement]:
     """What stands behind each lead of one kind, in the order of the text."""
-    lead = reader.leads.strong if strong else reader.leads.weak
-    found = [
-        _Statement(m.start(), text[m.end() : m.end() + REACH], _is_hypothetical(text, m.start(), m.end()))
-        for m in lead.finditer(text)
-        if _is_statement(text, m.start(), m.end())
-    ]
+    pattern = parser.leads.strong if strong else parser.leads.weak
+    statements = behind_leads(text, pattern)
     if strong:
-        found += [_Statement(len(text), line, hypothetical=False) for line in reader.last_line(text)]
-    elif isinstance(reader, _ChoiceParser):
-        found += _mentions(text, reader.leads.mention)
-    return sorted(found, key=lambda statement: statement.start)
+        for line in parser.last_line(text):
+            statements.append(Statement(len(text), line, hypothetical=False))
+    elif isinstance(parser, _ChoiceParser):
+        statements += mentions(text, parser.leads.mention)
+    return sorted(statements, key=lambda statement: statement.start)
 
 
-def _is_statement(text: str, start: int, end: int) -> bool:
-    return not _ASKED.match(text, end) and not _IF.search(text[max(0, start - 60) : start])
-
-
-def _is_hypothetical(text: str, start: int, end: int) -> bool:
-    """Whether the sentence of a lead (or of a mention with its verdict) speaks of another case or another's view."""
-    before = text[max(0, start - 200) : start]
-    ends = [m.end() for m in _SENTENCE_START.finditer(before)]
-    before = before[ends[-1] :] if ends else before
-    supposed = _SUPPOSED.search(before)
-    if _OTHERS.search(before) or (supposed and _CONTRARY.search(before, supposed.end())):
-        return True
-    if not _CONDITIONAL.search(text, start, end):
-        return False
-    return bool(_CONDITION.search(before) or _CONDITION.search(text[start:end]) or _LATER_CONDITION.match(text, end))
-
-
-def _mentions(text: str, mention: re.Pattern[str]) -> Iterator[_Statement]:
-    """``Option D … is correct``, ``(B) is the best answer``, ``C is right``: the letter, as a statement."""
-    for m in mention.finditer(text):
-        verdict = _RIGHT.match(text, m.end())
-        if verdict is None or _DENIAL.search(verdict[0]) or not _is_statement(text, m.start(), verdict.end()):
-            continue
-        marked = bool(m["noun"] or m["open"] or m["close"])
-        direct = not verdict["gap"].strip()
-        if m["letter"].islower() and not (marked and direct):
-            continue
-        ahead = text[max(0, m.start() - 12) : m.start()]
-        if (m["noun"] and not _NEITHER.search(ahead)) or (_CLAUSE_START.search(ahead) and (marked or direct)):
-            hypothetical = _is_hypothetical(text, m.start(), verdict.end())
-            yield _Statement(m.start(), m["letter"].upper(), hypothetical)
+def _without_filler(statement: str) -> str:
+    filler = _FILLER.match(statement)
+    assert filler is not None, "the pattern matches an empty text too"
+    return statement[filler.end() :]
 
 
 def _lines(text: str) -> list[str]:
     """The last two lines of `text` that are not empty."""
-    return [line.strip() for line in text[-2 * REACH :].split("\n") if line.strip()][-2:]
+    lines = text[-2 * REACH :].split("\n")
+    return [line.strip() for line in lines if line.strip()][-2:]
 
 
 @lru_cache(maxsize=256)
@@ -319,39 +191,47 @@ def _keys(options: tuple[str, ...]) -> dict[str, str]:
     """Each option's normal form -> its letter. Forms that two options share are left out, and single letters: who
     answers B of the blood groups A, B, AB and O means the second option."""
     keys = [answer_key(option) for option in options]
-    return {
-        key: letter
-        for key, letter in zip(keys, LETTERS, strict=False)
-        if keys.count(key) == 1 and not (len(key) <= 1 and key.upper() in LETTERS)
-    }
+    letter_of_key = {}
+    for key, letter in zip(keys, LETTERS, strict=False):
+        is_letter = len(key) <= 1 and key.upper() in LETTERS
+        if keys.count(key) == 1 and not is_letter:
+            letter_of_key[key] = letter
+    return letter_of_key
 
 
 class _ChoiceParser:
+    """Letters, and the options' own texts in their place."""
+
     def __init__(self, options: tuple[str, ...]) -> None:
-        self.leads = _leads(len(options))
+        self.leads = leads_of(len(options))
         self.letters = LETTERS[: len(options)]
         self.keys = _keys(options)
         self.longest = max(len(key.split()) for key in ("", *self.keys))
 
-    def read(self, statement: str) -> _ParsedAnswer:
-        rest = statement[_FILLER.match(statement).end() :]  # type: ignore[union-attr]
+    def parse(self, statement: str) -> _ParsedAnswer:
+        """The letter that a statement states, or denies."""
+        rest = _without_filler(statement)
         if letter := self._option_text(rest):
             return _ParsedAnswer(answer=letter)
-        if (lone := _LONE.match(rest)) and lone[1] in self.letters and not _SEVERAL.match(rest):
+        lone = _LONE.match(rest)
+        if lone and lone[1] in self.letters and not _SEVERAL.match(rest):
             return _ParsedAnswer(answer=lone[1])
         if negation := _NOT.match(rest):
             return self._denied(rest, negation.end())
         if _SEVERAL.match(rest) or _ABSTAINS.match(rest):
             return _ParsedAnswer(abstains=True)
-        found = _BRACKETED.match(rest) or _LOWER.match(rest) or _RUN_ON.match(rest)
-        if found is None and rest[:1] in self.letters and rest[1:2] == " " and self._option_text(rest[2:]) == rest[0]:
+        match = _BRACKETED.match(rest) or _LOWER.match(rest) or _RUN_ON.match(rest)
+        if match is None and self._has_own_text(rest):
             return _ParsedAnswer(answer=rest[0])
-        if found is None:
-            found = _LATER_BRACKET.match(rest)
-        if found is None:
+        match = match or _LATER_BRACKET.match(rest)
+        if match is None:
             return _NOTHING
-        letter = found[1].upper()
+        letter = match[1].upper()
         return _ParsedAnswer(answer=letter) if letter in self.letters else _ParsedAnswer(abstains=True)
+
+    def _has_own_text(self, rest: str) -> bool:
+        """Whether a statement is a letter followed by its own option's text."""
+        return rest[:1] in self.letters and rest[1:2] == " " and self._option_text(rest[2:]) == rest[0]
 
     def _denied(self, rest: str, end: int) -> _ParsedAnswer:
         """``not A``, maybe followed by ``but B``."""
@@ -361,20 +241,21 @@ class _ChoiceParser:
         if letter not in self.letters or not letter:
             letter = self._option_text(rest[end:]) or ""
         instead = self.leads.instead.match(rest, end)
-        stated = self.read(rest[instead.end() :]).answer if instead else None
+        stated = self.parse(rest[instead.end() :]).answer if instead else None
         return _ParsedAnswer(answer=stated, rejected=letter or None)
 
     def _option_text(self, rest: str) -> str | None:
         """The letter of the option whose text all of a statement is; the longest cut of it that is one."""
         words: list[str] = []
-        found, start = None, 0
-        for end in (*(m.start() for m in _CUT.finditer(rest)), len(rest)):
+        letter, start = None, 0
+        cuts = [match.start() for match in _CUT.finditer(rest)]
+        for end in (*cuts, len(rest)):
             words += key_words(rest[start:end])
             if len(words) > self.longest:
                 break
-            found = self.keys.get(joined(words), found)
+            letter = self.keys.get(joined(words), letter)
             start = end
-        return found
+        return letter
 
     def last_line(self, text: str) -> list[str]:
         """The last line, if it is a letter, or a letter with its option's text outside a list of options; a text of
@@ -385,49 +266,59 @@ class _ChoiceParser:
         line = lines[-1].strip("\"'")
         if re.fullmatch(r"[(\[{\"']*([A-Z])[)\]}\"'.:]*|[(\[][a-z][)\]]", line):
             return [line]
-        if text.count("\n") == 0 and len(text) < REACH and (self.keys.get(answer_key(line)) or self._labelled(line)):
+        is_short = "\n" not in text and len(text) < REACH
+        if is_short and (self.keys.get(answer_key(line)) or self._labelled(line)):
             return [line]
         return [line] if self._labelled(line) and not self._labelled(lines[0]) else []
 
     def _labelled(self, line: str) -> bool:
+        """Whether a line is a letter with its option's text."""
         label = _LABEL.match(line)
         letter = line.lstrip("([")[:1].upper()
         return label is not None and self.keys.get(answer_key(line[label.end() :])) == letter
 
 
 class _YesNoParser:
+    """Yes or no in any of their words, and the letters of options that say so."""
+
     _FIRST = re.compile(r"[(\[\"']*+([A-Za-z]++)")
     _WHOLE = re.compile(r"\W*+(yes|no)\b(?:[.,;:!)]|\s*+$)", re.IGNORECASE)
 
     def __init__(self, options: tuple[str, ...]) -> None:
-        self.leads = _leads(len(options))
+        self.leads = leads_of(len(options))
         self.choice = _ChoiceParser(options) if options else None
         self.options = options
 
-    def read(self, statement: str) -> _ParsedAnswer:
-        rest = statement[_FILLER.match(statement).end() :]  # type: ignore[union-attr]
+    def parse(self, statement: str) -> _ParsedAnswer:
+        """Yes or no, where a statement says either."""
+        rest = _without_filler(statement)
         first = self._FIRST.match(rest)
         word = first[1].lower() if first else ""
         if word in YES or word in NO:
             return _ParsedAnswer(answer="yes" if word in YES else "no")
         if _NOT.match(rest) or _ABSTAINS.match(rest):
             return _ParsedAnswer(abstains=True)
-        letter = self.choice.read(statement).answer if self.choice else None
+        letter = self.choice.parse(statement).answer if self.choice else None
         stated = answer_key(self.options[LETTERS.index(letter)]) if letter else ""
         return _ParsedAnswer(answer=stated) if stated in ("yes", "no") else _NOTHING
 
     def last_line(self, text: str) -> list[str]:
         """The last line where it is a mere yes or no; the first words of a text that begins ``Yes,`` or ``No.``"""
-        whole = self._WHOLE.match(text)
-        last = [line for line in _lines(text)[-1:] if answer_key(line) in ("yes", "no")]
-        return last or ([whole[1]] if whole else [])
+        last = _lines(text)[-1:]
+        if last and answer_key(last[0]) in ("yes", "no"):
+            return last
+        first_words = self._WHOLE.match(text)
+        return [first_words[1]] if first_words else []
 
 
 class _OpenParser:
-    leads = _leads(0)
+    """The words of a statement up to the end of its sentence."""
 
-    def read(self, statement: str) -> _ParsedAnswer:
-        rest = statement[_FILLER.match(statement).end() :]  # type: ignore[union-attr]
+    leads = leads_of(0)
+
+    def parse(self, statement: str) -> _ParsedAnswer:
+        """The words that a statement states."""
+        rest = _without_filler(statement)
         if _ABSTAINS.match(rest) and not rest.lower().startswith("none"):
             return _ParsedAnswer(abstains=True)
         end = _SENTENCE_END.search(rest)

@@ -8,10 +8,10 @@ import re
 _FULLWIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 _CHARACTERS = str.maketrans(
     _FULLWIDTH
-    | {ord(c): '"' for c in "„“”«»‟"}
-    | {ord(c): "'" for c in "‚‘’‹›"}
-    | {ord(c): "[" for c in "【「〔"}
-    | {ord(c): "]" for c in "】」〕"}
+    | dict.fromkeys(map(ord, "„“”«»‟"), '"')
+    | dict.fromkeys(map(ord, "‚‘’‹›"), "'")
+    | dict.fromkeys(map(ord, "【「〔"), "[")
+    | dict.fromkeys(map(ord, "】」〕"), "]")
     | {0x3000: " ", 0xA0: " ", 0x202F: " ", ord("。"): ".", ord("、"): ","}
 )
 _LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|mathit)\s*+\{([^{}]*+)\}")

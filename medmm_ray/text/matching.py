@@ -78,18 +78,24 @@ def answer_key(text: str) -> str:
 def key_words(text: str) -> list[str]:
     """The words of `answer_key`: those of two pieces of text are those of the whole."""
     plain = _ARTICLE.sub("", text.translate(_SIGNS))
-    plain = "".join(c for c in unicodedata.normalize("NFKD", plain) if not unicodedata.combining(c)).lower()
+    decomposed = unicodedata.normalize("NFKD", plain)
+    plain = "".join(c for c in decomposed if not unicodedata.combining(c)).lower()
     plain = _APOSTROPHE.sub("", _THOUSANDS.sub("", plain))
-    return [word for token in _TOKEN.findall(plain) if (word := _word(token))]
+    return list(filter(None, map(_word, _TOKEN.findall(plain))))
 
 
 def joined(words: Sequence[str]) -> str:
     """The key of `key_words`."""
     key = " ".join(words)
-    return "yes" if key in YES else "no" if key in NO else key
+    if key in YES:
+        return "yes"
+    if key in NO:
+        return "no"
+    return key
 
 
 def _word(token: str) -> str:
+    """One token's normal form; "" for a word that says nothing."""
     if token[0].isdigit() or token[0] == ".":
         whole, _, fraction = token.partition(".")
         fraction = fraction.rstrip("0")
@@ -97,8 +103,8 @@ def _word(token: str) -> str:
         return f"{whole}.{fraction}" if fraction else whole
     if token in _WORDS:
         return _WORDS[token]
-    one = _singular(token)
-    return _WORDS.get(one, one)
+    singular = _singular(token)
+    return _WORDS.get(singular, singular)
 
 
 def _singular(word: str) -> str:

@@ -33,4 +33,8 @@ def mirage_answer(reply: str) -> str:
     ('C', 'A')
     """
     choice = reply.rpartition(MARK)[2].strip()
-    return next((hit[1] for form in _FORMS if (hit := form.search(choice))), "A")
+    for form in _FORMS:
+        hit = form.search(choice)
+        if hit:
+            return hit[1]
+    return "A"

@@ -51,16 +51,18 @@ def repeats(text: str) -> bool:
     only those periods are looked at in which many runs of four words come again.
     """
     words = _WORD.findall(_MARK.sub("", text))
-    last: dict[tuple[str, ...], int] = {}
+    last_place: dict[tuple[str, ...], int] = {}
     gaps: Counter[int] = Counter()
-    for at, gram in enumerate(zip(words, words[1:], words[2:], words[3:], strict=False)):
-        gaps[at - last.get(gram, at)] += 1
-        last[gram] = at
-    return any(
-        2 * count >= _loop_words(gap) - gap - 3 and _run(words, gap) >= _loop_words(gap)
-        for gap, count in gaps.items()
-        if 0 < gap <= MAX_PERIOD
-    )
+    runs_of_four = zip(words, words[1:], words[2:], words[3:], strict=False)
+    for place, four_words in enumerate(runs_of_four):
+        gaps[place - last_place.get(four_words, place)] += 1
+        last_place[four_words] = place
+    for gap, count in gaps.items():
+        # A loop of w words has w - gap - 3 runs that come again `gap` words on; nearer repeats may hide half of them.
+        has_enough_runs = 2 * count >= _loop_words(gap) - gap - 3
+        if 0 < gap <= MAX_PERIOD and has_enough_runs and _run(words, gap) >= _loop_words(gap):
+            return True
+    return False
 
 
 def _loop_words(period: int) -> int:

@@ -10,6 +10,7 @@ first and give the list of steps.
 import re
 import string
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from re import Match
 
 TAG = " ки"
@@ -98,9 +99,13 @@ def split_steps(text: str) -> tuple[str, list[str]]:
     marks = step_marks(text)
     if not marks:
         return "", [one_line(text)] if text.strip() else []
-    ends = [m.start() for m in marks[1:]] + [len(text)]
-    steps = [_behind(mark, text[mark.end() : end]) for mark, end in zip(marks, ends, strict=True)]
-    return one_line(text[: marks[0].start()]), [step for step in steps if step]
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    steps = []
+    for mark, end in zip(marks, ends, strict=True):
+        step = _behind(mark, text[mark.end() : end])
+        if step:
+            steps.append(step)
+    return one_line(text[: marks[0].start()]), steps
 
 
 def step_numbers(text: str) -> list[int]:
@@ -118,20 +123,29 @@ def step_marks(text: str) -> list[Match[str]]:
     """
     candidates = list(_MARK.finditer(text))
     clear = [_is_clear(mark, text) for mark in candidates]
-    following: list[int | None] = []  # the number of the next clear mark behind each candidate
-    number: int | None = None
-    for mark, is_clear in zip(reversed(candidates), reversed(clear), strict=True):
-        following.append(number)
-        number = _number(mark) if is_clear else number
+    following = _following_numbers(candidates, clear)
     marks: list[Match[str]] = []
-    for mark, is_clear, later in zip(candidates, clear, reversed(following), strict=True):
+    for mark, is_clear, next_number in zip(candidates, clear, following, strict=True):
         expected = (_number(marks[-1]) + 1,) if marks else (0, 1)
-        if is_clear or (_may_mark(mark, text) and _number(mark) in expected and _number(mark) != later):
+        fits = _number(mark) in expected and _number(mark) != next_number
+        if is_clear or (fits and _may_mark(mark, text)):
             marks.append(mark)
     return marks
 
 
+def _following_numbers(candidates: Sequence[Match[str]], clear: Sequence[bool]) -> list[int | None]:
+    """For each candidate the number of the next clear mark behind it."""
+    following: list[int | None] = []
+    number: int | None = None
+    for mark, is_clear in zip(reversed(candidates), reversed(clear), strict=True):
+        following.append(number)
+        if is_clear:
+            number = _number(mark)
+    return following[::-1]
+
+
 def _is_clear(mark: Match[str], text: str) -> bool:
+    """Whether a mark begins a step whatever its number."""
     capital = mark["word"] is None or mark["word"][0] == "S"
     if mark["line"] is not None:
         return bool(mark["styled"].strip()) or (capital and bool(mark["colon"] or mark["stop"]))
@@ -188,8 +202,8 @@ def cut_steps(text: str) -> list[str]:
         steps += [rest] if rest.strip() else []
     else:
         starts = [mark.start() for mark in _REFERENCE_MARK.finditer(text)][1:]
-        steps = [text[start:end] for start, end in zip([0, *starts], [*starts, len(text)], strict=True)]
-    return steps if any(step.strip() for step in steps) else []
+        steps = [text[start:end] for start, end in pairwise([0, *starts, len(text)])]
+    return steps if any(map(str.strip, steps)) else []
 
 
 def is_tagged(text: str) -> bool:
@@ -199,13 +213,16 @@ def is_tagged(text: str) -> bool:
 
 def have_marks(steps: Sequence[str]) -> bool:
     """Whether each of the steps carries its mark ``Step 1:``; before the first's there may be other text."""
-    first, others = steps[:1], steps[1:]
-    return any(map(_REFERENCE_MARK.search, first)) and all(_REFERENCE_MARK.match(step.lstrip()) for step in others)
+    if not steps or not _REFERENCE_MARK.search(steps[0]):
+        return False
+    return all(_REFERENCE_MARK.match(step.lstrip()) for step in steps[1:])
 
 
 def without_tags(steps: Sequence[str]) -> list[str]:
     """The steps without the tag behind each; as they are where not all have one."""
-    return [step.removesuffix(TAG) for step in steps] if all(step.endswith(TAG) for step in steps) else list(steps)
+    if not all(step.endswith(TAG) for step in steps):
+        return list(steps)
+    return [step.removesuffix(TAG) for step in steps]
 
 
 def without_mark(step: str) -> str:
@@ -248,8 +265,9 @@ def _marked(line: str) -> Iterator[str]:
         if mark is None:
             yield step.strip()
             continue
-        head, own = step[: mark.start()].strip(), step[mark.start() :].strip().replace("## ", "")
-        yield f"{head} {own}" if number == 0 and head else own
+        head = step[: mark.start()].strip()
+        marked_step = step[mark.start() :].strip().replace("## ", "")
+        yield f"{head} {marked_step}" if number == 0 and head else marked_step
 
 
 def _spaced(steps: Iterator[str] | Sequence[str]) -> list[str]:
@@ -269,4 +287,7 @@ def tag_steps(steps: Sequence[str], preamble: str = "", tag: str = TAG) -> str:
 
 def question_with_options(question: str, options: Sequence[str]) -> str:
     """``question (A) first (B) second``; the question alone where there are no options."""
-    return " ".join([question, *(f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False))])
+    parts = [question]
+    for letter, option in zip(LETTERS, options, strict=False):
+        parts.append(f"({letter}) {option}")
+    return " ".join(parts)

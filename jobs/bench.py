@@ -25,7 +25,6 @@ BENCHES = (
     "training",
     "two_tower",
     "gguf",
-    "arms",
     "answers",
     "sampling",
     "judge",
@@ -34,6 +33,8 @@ BENCHES = (
     "resume",
     "tree_search",
 )
+# Finished ones: no claim of today rests on them, but their figures can be measured again.
+STUDIES = ("arms",)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -42,12 +43,12 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _main(words: list[str]) -> int:
-    if not words or words[0] not in BENCHES:
+    if not words or words[0] not in BENCHES + STUDIES:
         print(__doc__)
-        print("\n".join(f"  {name:<11} {str(_module(name).__doc__).splitlines()[0]}" for name in BENCHES))
+        print("\n".join(f"  {name:<11} {str(_module(name).__doc__).splitlines()[0]}" for name in BENCHES + STUDIES))
         if not words or words[0] in ("-h", "--help"):
             return 0
-        raise ConfigError(f"there is no benchmark {words[0]!r}; expected one of {', '.join(BENCHES)}")
+        raise ConfigError(f"there is no benchmark {words[0]!r}; expected one of {', '.join(BENCHES + STUDIES)}")
     bench = _module(words[0])
     config_type: type[Config] = bench.BenchConfig
     if {"-h", "--help"} & set(words):
@@ -68,7 +69,8 @@ def _main(words: list[str]) -> int:
 
 
 def _module(name: str) -> ModuleType:
-    return import_module(f"jobs.benches.{name}")
+    folder = "studies" if name in STUDIES else "benches"
+    return import_module(f"jobs.{folder}.{name}")
 
 
 def table(rows: Sequence[Measured]) -> Grid:

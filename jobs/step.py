@@ -216,9 +216,9 @@ class Job:
         if self._made:
             table, expected = self._made
             return f"{self.waiting}: {table.rows_so_far():,} of {expected:,}"
-        from medmm_ray.train.loop import how_far
+        from medmm_ray.train.loop import progress_text
 
-        told = how_far(self._folder) if self._folder else ""
+        told = progress_text(self._folder) if self._folder else ""
         return f"{self.waiting}: {told}" if told else self.waiting
 
 

@@ -80,7 +80,7 @@ def reward_model(shape: Shape, dtype: str, device: str, context: int) -> "Reward
     """The same shape always has the same weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from medmm_ray.engines.linear import use_onednn
+    from medmm_ray.engines.onednn_linear import use_onednn
     from medmm_ray.reward_model import RewardModel
     from medmm_ray.reward_model.attention import NAME
 

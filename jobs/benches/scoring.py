@@ -34,7 +34,7 @@ from jobs.benches.models import (
     set_up_torch,
 )
 from jobs.benches.timing import peak_bytes, timed
-from medmm_ray.engines.linear import pytorch_linear
+from medmm_ray.engines.onednn_linear import pytorch_linear
 from medmm_ray.engines.token_pooler import Pooling, TokenPooler, TokenSequence
 
 if TYPE_CHECKING:

@@ -42,8 +42,8 @@ from medmm_ray.stats.metrics import cluster_bootstrap, kappa_of_counts
 from medmm_ray.steps.judge import Judge, JudgeCase, JudgeConfig, Judgement, make_judge
 from medmm_ray.steps.judge.prompt import SYSTEM, JudgeCall, call_text, schema_of, shared_text
 from medmm_ray.train.launch import fit
-from medmm_ray.train.loop import HISTORY, how_far
-from medmm_ray.train.policy import Encoded, PolicyConfig, PolicyStage, encode_chat
+from medmm_ray.train.loop import HISTORY, progress_text
+from medmm_ray.train.policy import EncodedQuestion, PolicyConfig, PolicyStage, encode_chat
 
 Floats = npt.NDArray[np.float64]
 Solutions = list[list[str]]
@@ -136,7 +136,7 @@ def tell(config: BenchConfig, split: str, number: int, num_solutions: int) -> li
 class JudgeStage(PolicyStage):
     """Calls of a judge with the right replies (`LESSONS`), and the model that learns to give them."""
 
-    def read(self, row: Mapping[str, Any]) -> Encoded:
+    def read(self, row: Mapping[str, Any]) -> EncodedQuestion:
         return encode_chat(self.tokenizer, row["messages"], [row["reply"]])
 
 
@@ -167,7 +167,7 @@ def _said_how_far(folder: str, console: Console) -> Iterator[None]:
 
     def say() -> None:
         while not over.wait(30.0):
-            console.print(f"[dim]the small judge: {how_far(folder) or 'starting'}[/dim]")
+            console.print(f"[dim]the small judge: {progress_text(folder) or 'starting'}[/dim]")
 
     speaker = threading.Thread(target=say, daemon=True)
     speaker.start()

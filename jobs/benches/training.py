@@ -27,7 +27,7 @@ from jobs.benches.models import (
     set_up_torch,
 )
 from jobs.benches.timing import peak_bytes, timed
-from medmm_ray.engines.linear import pytorch_linear
+from medmm_ray.engines.onednn_linear import pytorch_linear
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -427,7 +427,7 @@ def check_weights(model: str, vllm: Mapping[str, Any], lora: str | None = None) 
     if "load_format" in vllm or "hf_overrides" in vllm:
         return
     try:
-        folder = pretrained.folder_of(model, vllm.get("revision"))
+        folder = pretrained.checkpoint_folder(model, vllm.get("revision"))
         check_files(folder)
         if lora is not None:
             check_files(Path(lora), ADAPTER_FILES)

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from medmm_ray.engines.placement import Dtype
+from medmm_ray.engines.dtype_device import Dtype
 from medmm_ray.engines.pretrained import load
 from medmm_ray.engines.weights import WeightsError, check_file
 

@@ -19,11 +19,11 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from medmm_ray.engines.linear import use_onednn
+from medmm_ray.engines.dtype_device import device_of, dtype_of
 from medmm_ray.engines.model_source import ModelSource, commit_of
-from medmm_ray.engines.placement import device_of, dtype_of
+from medmm_ray.engines.onednn_linear import use_onednn
 from medmm_ray.engines.pretrained import load
-from medmm_ray.engines.weights import OPEN_CLIP_FILES, Unmatched, WeightsError, check_files, weight_files
+from medmm_ray.engines.weights import OPEN_CLIP_FILES, WeightMismatch, WeightsError, check_files, weight_files
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = OPEN_CLIP_FILES[0]
@@ -311,7 +311,7 @@ def _open_clip(folder: Path) -> _OpenClip:
     visual = _build_vision_tower(model_config["embed_dim"], vision, model_config.get("quick_gelu", False))
     wanted = {f"{_VISUAL}{name}": weight for name, weight in visual.state_dict().items()}
     image_half = {name: weight for name, weight in _weights(folder).items() if _VISUAL in name}
-    Unmatched.between(wanted, image_half).check(f"image tower {folder}")
+    WeightMismatch.between(wanted, image_half).check(f"image tower {folder}")
     visual.load_state_dict({name.removeprefix(_VISUAL): weight for name, weight in image_half.items()})
     tower = (_TimmClip if vision.timm_model_name else _NativeClip)(folder, visual, config)
     tower.stored_dtype = next(iter(image_half.values())).dtype

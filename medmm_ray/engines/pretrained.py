@@ -14,7 +14,7 @@ from typing import Any
 from medmm_ray.engines.weights import (
     ADAPTER_FILES,
     TRANSFORMERS_FILES,
-    Unmatched,
+    WeightMismatch,
     WeightsError,
     check_files,
     shapes,
@@ -32,12 +32,12 @@ def load(
     Raises `WeightsError` where a file is not whole, and where the files lack a weight of the model or hold others:
     transformers would fill it with random numbers. `missing` and `unexpected` are beginnings of names that may be.
     """
-    model, unmatched = read(kind, name, **options)
+    model, unmatched = load_with_report(kind, name, **options)
     unmatched.without(missing, unexpected).check(name)
     return model
 
 
-def read(kind: Any, name: str | Path, **options: Any) -> tuple[Any, Unmatched]:
+def load_with_report(kind: Any, name: str | Path, **options: Any) -> tuple[Any, WeightMismatch]:
     """As `load`, with what does not match for the caller to judge."""
     from safetensors import SafetensorError
 
@@ -52,7 +52,7 @@ def read(kind: Any, name: str | Path, **options: Any) -> tuple[Any, Unmatched]:
     return model, _unmatched(report)
 
 
-def folder_of(name: str | Path, revision: str | None = None) -> Path:
+def checkpoint_folder(name: str | Path, revision: str | None = None) -> Path:
     """Where config and weights lie: a folder itself, of a hub id its copy in the hub's cache, fetched if need be.
 
     Raises `WeightsError` where there are no weights of transformers' names, OSError where there is no such repository.
@@ -113,12 +113,12 @@ def check_adapter(model: Any, folder: Path) -> None:
         )
     wrapped = PeftModel(model, config, low_cpu_mem_usage=True)
     wanted = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    Unmatched.between(wanted, {n: weight for n, weight in in_file.items() if n not in whole}).check(folder)
+    WeightMismatch.between(wanted, {n: weight for n, weight in in_file.items() if n not in whole}).check(folder)
 
 
-def _unmatched(report: dict[str, Any]) -> Unmatched:
+def _unmatched(report: dict[str, Any]) -> WeightMismatch:
     misshapen = sorted((name, tuple(found), tuple(model)) for name, found, model in report["mismatched_keys"])
-    return Unmatched(frozenset(report["missing_keys"]), frozenset(report["unexpected_keys"]), tuple(misshapen))
+    return WeightMismatch(frozenset(report["missing_keys"]), frozenset(report["unexpected_keys"]), tuple(misshapen))
 
 
 def load_tokenizer(name: str | Path, **options: Any) -> Any:
@@ -182,7 +182,7 @@ def resize_vocabulary(model: Any, size: int) -> None:
 
 
 @contextmanager
-def written_whole(folder: Path, last: str, owned: Sequence[str] = ()) -> Iterator[Path]:
+def atomic_folder(folder: Path, last: str, owned: Sequence[str] = ()) -> Iterator[Path]:
     """An empty folder to write a checkpoint to, which becomes `folder` at the end; nothing is left where that fails.
 
     Of a `folder` that exists, files are replaced by those of the same name, and those that match `owned` go: an earlier

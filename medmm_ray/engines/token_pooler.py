@@ -76,7 +76,7 @@ class TokenSequence:
 
 
 @dataclass(frozen=True)
-class Computed:
+class PooledTokens:
     """What came back of one sequence: the values of its last tokens, from the position `start` on."""
 
     values_LW: "Tensor"
@@ -116,18 +116,20 @@ class TokenPooler:
         # A salt of their own: what an earlier call has cached is not in this one's answers.
         salt = f"call-{next(self._salts)}" if cached else None
         computed = self._encode([s.ids for s in sequences], salt)
-        picked = pick(sequences, computed)
+        picked = gather_values(sequences, computed)
         again = [i for i, values_TW in enumerate(picked) if values_TW is None]
         if again:
             log.warning("vLLM left out tokens of %d of %d sequences; they are read anew", len(again), len(sequences))
             alone = [sequences[i] for i in again]
-            for i, values_TW in zip(again, pick(alone, self._encode([s.ids for s in alone], None)), strict=True):
+            for i, values_TW in zip(
+                again, gather_values(alone, self._encode([s.ids for s in alone], None)), strict=True
+            ):
                 picked[i] = values_TW
         if any(values_TW is None for values_TW in picked):
             raise GeneratorError("vLLM returned fewer tokens than it was given, without its prefix cache too")
         return cast("list[Tensor]", picked)
 
-    def _encode(self, rows: Sequence[Sequence[int]], salt: str | None) -> list[Computed | None]:
+    def _encode(self, rows: Sequence[Sequence[int]], salt: str | None) -> list[PooledTokens | None]:
         """What is computed of each row; None where its size is not what vLLM says. No `salt`: nothing is cached."""
         from vllm import PoolingParams, TokensPrompt
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -143,12 +145,12 @@ class TokenPooler:
             )
         except EngineDeadError as error:
             engine_died(error)
-        computed: list[Computed | None] = []
+        computed: list[PooledTokens | None] = []
         for row, output in zip(rows, outputs, strict=True):
             values_LW, start = output.outputs.data, output.num_cached_tokens
             self.statistics.prompt_tokens += len(row)
             self.statistics.cached_tokens += start
-            computed.append(Computed(values_LW, start) if start + len(values_LW) == len(row) else None)
+            computed.append(PooledTokens(values_LW, start) if start + len(values_LW) == len(row) else None)
         return computed
 
     def shutdown(self) -> None:
@@ -162,7 +164,7 @@ def pooler_arguments(model: str, config: GeneratorConfig) -> dict[str, Any]:
     return engine_arguments(model, config) | chunked | config.vllm
 
 
-def pick(sequences: Sequence[TokenSequence], computed: Sequence[Computed | None]) -> "list[Tensor | None]":
+def gather_values(sequences: Sequence[TokenSequence], computed: Sequence[PooledTokens | None]) -> "list[Tensor | None]":
     """Each sequence's values at its positions [T, W], from its own computed tokens or from an equal beginning's.
 
     A state depends on the tokens up to its own alone, so any sequence with the same ones has it. None where no sequence
@@ -172,7 +174,7 @@ def pick(sequences: Sequence[TokenSequence], computed: Sequence[Computed | None]
 
     texts = [array("i", s.ids).tobytes() for s in sequences]
 
-    def source(i: int, position: int) -> Computed | None:
+    def source(i: int, position: int) -> PooledTokens | None:
         beginning = texts[i][: (position + 1) * array("i").itemsize]
         for text, other in zip(texts, computed, strict=True):
             if other is not None and other.start <= position and text.startswith(beginning):

@@ -60,7 +60,7 @@ _VALUE_HEAD = re.compile(r"(^|\.)(v_head|value_head)\.")
 
 
 @dataclass(frozen=True)
-class Unmatched:
+class WeightMismatch:
     """Weights on one side only: `missing` from the files, `unexpected` by the model.
 
     `misshapen` are on both sides: name, shape in the files, shape in the model.
@@ -71,15 +71,15 @@ class Unmatched:
     misshapen: tuple[tuple[str, Shape, Shape], ...] = ()
 
     @classmethod
-    def between(cls, model: Mapping[str, Any], files: Mapping[str, Any]) -> "Unmatched":
+    def between(cls, model: Mapping[str, Any], files: Mapping[str, Any]) -> "WeightMismatch":
         """Of two state dicts."""
         shapes = [(name, tuple(files[name].shape), tuple(model[name].shape)) for name in model.keys() & files.keys()]
         misshapen = tuple(sorted(entry for entry in shapes if entry[1] != entry[2]))
         return cls(frozenset(model.keys() - files.keys()), frozenset(files.keys() - model.keys()), misshapen)
 
-    def without(self, missing: Sequence[str] = (), unexpected: Sequence[str] = ()) -> "Unmatched":
+    def without(self, missing: Sequence[str] = (), unexpected: Sequence[str] = ()) -> "WeightMismatch":
         """Less the names that begin with one of these: those that are rightly on one side only."""
-        return Unmatched(
+        return WeightMismatch(
             frozenset(name for name in self.missing if not name.startswith(tuple(missing))),
             frozenset(name for name in self.unexpected if not name.startswith(tuple(unexpected))),
             self.misshapen,

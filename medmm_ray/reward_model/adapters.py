@@ -24,8 +24,8 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from medmm_ray.engines import pretrained
-from medmm_ray.engines.placement import Dtype
-from medmm_ray.engines.weights import ADAPTER_FILES, Unmatched, WeightsError, check_files, shapes, weight_files
+from medmm_ray.engines.dtype_device import Dtype
+from medmm_ray.engines.weights import ADAPTER_FILES, WeightMismatch, WeightsError, check_files, shapes, weight_files
 from medmm_ray.reward_model import attention
 from medmm_ray.reward_model.errors import CheckpointError
 
@@ -104,7 +104,9 @@ def read(path: str | Path, base: str | Path, merge: Sequence[str | Path], dtype:
     folder = base
     try:
         with without_adapter(base) as folder:
-            model, unmatched = pretrained.read(kind, folder, dtype=dtype, attn_implementation=attention.NAME, **options)
+            model, unmatched = pretrained.load_with_report(
+                kind, folder, dtype=dtype, attn_implementation=attention.NAME, **options
+            )
         unused = ("lm_head.",) if kind is AutoModelForTokenClassification else ()
         unmatched.without(_HEADS, unused).check(base)
     except (OSError, ValueError) as error:
@@ -146,9 +148,9 @@ def merged(model: Any, path: str | Path) -> tuple[Any, set[str]]:
         try:
             loaded = wrapped.load_adapter(str(folder), "default")
         except KeyError as error:  # a weight outside of LoRA, which peft looks up unasked
-            Unmatched.between(wanted, weights).without(unexpected=copies).check("its file")
+            WeightMismatch.between(wanted, weights).without(unexpected=copies).check("its file")
             raise WeightsError(f"its file has no weight {error}") from error
-        unmatched = Unmatched(frozenset(loaded.missing_keys), frozenset(loaded.unexpected_keys))
+        unmatched = WeightMismatch(frozenset(loaded.missing_keys), frozenset(loaded.unexpected_keys))
         unmatched.without(unexpected=copies).check("its file")
     except WeightsError as error:
         raise CheckpointError(f"the adapter {path} cannot be read, or does not fit its base: {error}") from error

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from medmm_ray.engines import pretrained
 from medmm_ray.engines.chat_template import ChatTemplate, TemplateUse
 from medmm_ray.engines.model_source import ModelSource
-from medmm_ray.engines.weights import Unmatched, WeightsError, check_file
+from medmm_ray.engines.weights import WeightMismatch, WeightsError, check_file
 from medmm_ray.reward_model import card, families, hub, text_tower
 from medmm_ray.reward_model.errors import CheckpointError
 from medmm_ray.reward_model.families import FamilyName
@@ -123,7 +123,7 @@ def load_fusion(path: str | Path, fusion: Fusion) -> None:
     try:
         check_file(file)
         weights = load_file(file)
-        Unmatched.between(fusion.state_dict(), weights).check(file)
+        WeightMismatch.between(fusion.state_dict(), weights).check(file)
     except (WeightsError, SafetensorError) as error:
         raise CheckpointError(str(error)) from error
     fusion.load_state_dict(weights)
@@ -135,7 +135,7 @@ def write(model: "RewardModel", folder: str | Path, figures: Mapping[str, float]
     `name` is what the card calls it: a hub id, by default the folder's name.
     """
     described = _describe(model, figures)
-    with pretrained.written_whole(Path(folder), last=CONFIG, owned=_OWNED) as made:
+    with pretrained.atomic_folder(Path(folder), last=CONFIG, owned=_OWNED) as made:
         pretrained.save(model.text_model, made)
         model.tokenizer.save_pretrained(made)
         if model.vision is not None:

@@ -16,7 +16,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from medmm_ray.engines.linear import use_onednn
+from medmm_ray.engines.onednn_linear import use_onednn
 
 Tokens = Literal["pooled", "patches", "both"]
 _KINDS = 4  # pooled and patch tokens of the question's images, pooled and patch tokens of references

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from medmm_ray.engines.linear import use_onednn
+from medmm_ray.engines.dtype_device import DTYPE_NAMES, device_of, dtype_of
 from medmm_ray.engines.model_source import ModelSource
-from medmm_ray.engines.placement import DTYPE_NAMES, device_of, dtype_of
+from medmm_ray.engines.onednn_linear import use_onednn
 from medmm_ray.reward_model import checkpoint, families, text_tower
 from medmm_ray.reward_model.errors import CheckpointError, ImageError
 from medmm_ray.reward_model.families import FamilyName

@@ -24,8 +24,8 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from medmm_ray.engines import pretrained
+from medmm_ray.engines.dtype_device import Dtype
 from medmm_ray.engines.model_source import ModelSource, commit_of
-from medmm_ray.engines.placement import Dtype
 from medmm_ray.engines.weights import WeightsError, check_files
 from medmm_ray.reward_model import adapters, attention, families
 from medmm_ray.reward_model import vision_language as vision
@@ -267,7 +267,7 @@ def load_without_weights(path: str | Path, family: FamilyName | None, dtype: str
     check_vocabulary(model, tokenizer)
     if not hasattr(config, "quantization_config"):  # else the files have an engine's own names
         try:
-            folder = pretrained.folder_of(path, commit)
+            folder = pretrained.checkpoint_folder(path, commit)
             pretrained.check_weights(type(model), config, folder, unexpected=_UNUSED.get(found, ()))
         except WeightsError as error:
             raise CheckpointError(f"{error} (read as the family {found})") from error

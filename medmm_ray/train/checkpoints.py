@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pyarrow import fs as pafs
 
 from medmm_ray.data.tables import filesystem
-from medmm_ray.engines.weights import Unmatched, check_file
+from medmm_ray.engines.weights import WeightMismatch, check_file
 from medmm_ray.train.engine import MOMENTS, Engine
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def load(engine: Engine, folder: Path, updates: int) -> None:
     files: list[Any] = [safe_open(path, "pt") for path in paths]
     file_of = {key: file for file in files for key in file.keys()}  # noqa: SIM118 - it is no dict
     wanted = frozenset(_key(name, moment) for name in engine.trained for moment in (None, *MOMENTS))
-    Unmatched(wanted - file_of.keys(), frozenset(file_of.keys() - wanted)).check("the training's checkpoint")
+    WeightMismatch(wanted - file_of.keys(), frozenset(file_of.keys() - wanted)).check("the training's checkpoint")
     engine.start_from(updates)
     for name in engine.trained:
         weight, *moments = (file_of[_key(name, m)].get_tensor(_key(name, m)) for m in (None, *MOMENTS))
@@ -66,7 +66,7 @@ def load(engine: Engine, folder: Path, updates: int) -> None:
             moment: value.to(engine.device) for moment, value in zip(MOMENTS, moments, strict=True)
         })  # fmt: skip
     saved, buffers = load_file(folder / BUFFERS), dict(_buffers(engine))
-    Unmatched.between(buffers, saved).check("the training's checkpoint")
+    WeightMismatch.between(buffers, saved).check("the training's checkpoint")
     for name, buffer in buffers.items():
         buffer.copy_(saved[name])
 

@@ -73,7 +73,7 @@ class Engine:
         import deepspeed
         import torch
 
-        from medmm_ray.engines.linear import use_onednn
+        from medmm_ray.engines.onednn_linear import use_onednn
 
         use_onednn(module)
         self.module, self.max_grad_norm = module, config.max_grad_norm

@@ -14,9 +14,8 @@ from pydantic import Field
 
 from medmm_ray.config import Config
 from medmm_ray.engines.tokenizer import build_tokenizer
-from medmm_ray.train.launch import fit
+from medmm_ray.train.launch import fit, read_input
 from medmm_ray.train.loop import Stage, TrainConfig
-from medmm_ray.train.policy import read_parquet
 
 if TYPE_CHECKING:
     import torch
@@ -95,12 +94,12 @@ class ImageTextStage(Stage):
         from open_clip import CLIP, ClipLoss
 
         self.config, self.device = config, device
-        rows = read_parquet(inputs["captions"]).to_pylist()
+        rows = read_input(inputs["captions"]).to_pylist()
         captions = [row["captions"] for row in rows]
         self.names = [row["image_uri"] for row in rows]
         self.sizes = self.costs = [1] * len(rows)
         self.budget = config.contrast_size
-        texts = read_parquet(inputs["texts"])["text"].to_pylist()
+        texts = read_input(inputs["texts"])["text"].to_pylist()
         vocabulary = [*texts, *(caption for own in captions for caption in own)]
         self.tokenizer = build_tokenizer(vocabulary, config.shape.vocab_size, ends_texts=True)
         self.model_config = model_config(config.shape, len(self.tokenizer), int(self.tokenizer.eos_token_id))

@@ -16,14 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medmm_ray.data.tables import filesystem, write_file
-from medmm_ray.train.loop import HISTORY, WORK, StageFactory, TrainConfig, TrainingError, Worker, kept_figures, run
+from medmm_ray.train.loop import HISTORY, WORK, StageFactory, TrainConfig, TrainingError, Worker, run, selected_figures
 from medmm_ray.train.trackers import check_installed
 
 
 def figures(history: dict[str, Any]) -> dict[str, float]:
     """What a stage's manifest says of its training: the last epoch's loss, the kept epoch's figures, the speed."""
     return {
-        **kept_figures(history["epochs"], history["best_epoch"]),
+        **selected_figures(history["epochs"], history["best_epoch"]),
         "updates": float(len(history["updates"])),
         "samples": float(history["samples"]),
         "tokens": float(history["tokens"]),
@@ -99,6 +99,12 @@ def fit(
         history = json.loads(stream.read())
     fs.delete_dir(path)
     return figures(history)
+
+
+def read_input(uri: str) -> pa.Table:
+    """One of the tables that `fit` wrote for the workers."""
+    fs, path = filesystem(uri)
+    return pq.read_table(path, filesystem=fs)
 
 
 @contextmanager

@@ -26,8 +26,8 @@ from pydantic import Field, model_validator
 
 from medmm_ray.config import Config, execution
 from medmm_ray.data.tables import filesystem, write_file
-from medmm_ray.engines.weights import Unmatched
-from medmm_ray.train import checkpoints, meters
+from medmm_ray.engines.weights import WeightMismatch
+from medmm_ray.train import checkpoints, throughput
 from medmm_ray.train.engine import Engine
 from medmm_ray.train.schedule import epoch_batches, learning_rate_factor, micro_batches
 from medmm_ray.train.trackers import TrackerName, open_trackers
@@ -195,7 +195,7 @@ def run(make_stage: StageFactory, config: TrainConfig, inputs: dict[str, str], w
     if device == "cpu":
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    training = Training(make_stage(config, inputs, device), config, worker, device)
+    training = Trainer(make_stage(config, inputs, device), config, worker, device)
     training.restore()
     with training.tracked():
         while not training.progress.is_over(config.epochs, config.patience):
@@ -204,7 +204,7 @@ def run(make_stage: StageFactory, config: TrainConfig, inputs: dict[str, str], w
     torch.distributed.barrier()
 
 
-class Training:
+class Trainer:
     """A stage under DeepSpeed, and how far it is."""
 
     def __init__(self, stage: Stage, config: TrainConfig, worker: Worker, device: str) -> None:
@@ -219,8 +219,8 @@ class Training:
         dtype = config.dtype if config.dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
         self.engine = Engine(stage.module, stage.loss, stage.learning_rates(), config, dtype)
         known = device != "cpu" and dtype == "bfloat16"
-        peak = meters.peak_flops(torch.cuda.get_device_name()) if known else None
-        self.speed = meters.Speed(None if peak is None else peak * worker.size)
+        peak = throughput.peak_flops(torch.cuda.get_device_name()) if known else None
+        self.speed = throughput.ThroughputMeter(None if peak is None else peak * worker.size)
         self._said = self._asked = time.perf_counter()
         self._noticed: set[str] = set()
 
@@ -271,7 +271,7 @@ class Training:
         with torch.no_grad():
             figures = self.stage.validate()
         found: list[Any] = [None] * self.worker.size
-        torch.distributed.all_gather_object(found, (figures, meters.peak_memory(self.engine.device)))
+        torch.distributed.all_gather_object(found, (figures, throughput.peak_memory(self.engine.device)))
         broken = {name: value for name, value in found[0][0].items() if not math.isfinite(value)}
         if broken:
             raise TrainingError(
@@ -293,7 +293,7 @@ class Training:
         row = {"epoch": float(epoch), "loss": loss, "learning_rate": rate, "gradient_norm": norm}
         progress.updates.append(row)
         speed = self.speed.add(tokens, stage.flops(units), time.perf_counter() - began)
-        self._log("train", {**row, **speed, "peak_memory_gib": meters.peak_memory(self.engine.device)})
+        self._log("train", {**row, **speed, "peak_memory_gib": throughput.peak_memory(self.engine.device)})
 
     def _step(self, units: Sequence[int], epoch: int) -> tuple[float, float]:
         """One step of the optimizer over a global batch, of which this worker takes every n-th group; its mean loss
@@ -415,10 +415,10 @@ class Training:
             if best is not None:
                 checkpoints.copy(self._best_weights(best), f"{made}/best")
                 weights_of = load_file(f"{made}/best")
-                Unmatched.between(self.engine.trained, weights_of).check(f"what epoch {best} left")
+                WeightMismatch.between(self.engine.trained, weights_of).check(f"what epoch {best} left")
                 for name, weights in weights_of.items():
                     self.engine.trained[name].data.copy_(weights)
-            self.stage.save(Path(made) / "model", kept_figures(self.progress.epochs, best))
+            self.stage.save(Path(made) / "model", selected_figures(self.progress.epochs, best))
             checkpoints.copy(f"{made}/model", self.worker.folder)
         fs, path = filesystem(f"{self.worker.folder}/{HISTORY}")
         stopped = self.progress.epoch < self.config.epochs
@@ -436,13 +436,13 @@ class Training:
         return f"{self.worker.work}/best-{epoch}.safetensors"
 
 
-def kept_figures(epochs: Sequence[Mapping[str, float]], best: int | None) -> dict[str, float]:
+def selected_figures(epochs: Sequence[Mapping[str, float]], best: int | None) -> dict[str, float]:
     """What was measured in the epoch that is kept: the best one, else the last."""
     kept = epochs[-1 if best is None else best]
     return {key: value for key, value in kept.items() if key not in ("epoch", "selection")}
 
 
-def how_far(folder: str) -> str:
+def progress_text(folder: str) -> str:
     """What the training of `folder` last told, in words; nothing where none is under way (or has not told yet)."""
     fs, path = filesystem(f"{folder}/{PROGRESS}")
     try:

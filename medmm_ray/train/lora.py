@@ -25,7 +25,7 @@ class LoraConfig(Config):
     """Names of the layers that get an adapter, e.g. [q_proj, v_proj]; null: every linear one but the head."""
 
 
-class Adapter:
+class LoraAdapter:
     """An adapter in `model`, which stays the object that it is; only the adapter's weights ask for a gradient."""
 
     def __init__(self, model: Any, config: LoraConfig) -> None:

@@ -16,20 +16,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
 from medmm_ray.config import Config, execution
-from medmm_ray.data.tables import filesystem
 from medmm_ray.engines.chat_template import template_of
 from medmm_ray.engines.checkpoints import resolve
 from medmm_ray.engines.tokenizer import build_tokenizer
 from medmm_ray.prompts import POLICY_SYSTEM, document_block, policy_messages, prm_messages
 from medmm_ray.text import one_line, question_with_options, solution_text
-from medmm_ray.train.launch import fit
+from medmm_ray.train.launch import fit, read_input
 from medmm_ray.train.loop import Stage, TrainConfig
-from medmm_ray.train.lora import Adapter, LoraConfig
-from medmm_ray.train.meters import Flops
+from medmm_ray.train.lora import LoraAdapter, LoraConfig
+from medmm_ray.train.throughput import TrainingFlops
 
 if TYPE_CHECKING:
     import torch
@@ -171,17 +169,17 @@ class PolicyStage(Stage):
 
         self.device = device
         self.budget = config.micro_batch_tokens
-        texts = read_parquet(inputs["texts"])["text"].to_pylist()
+        texts = read_input(inputs["texts"])["text"].to_pylist()
         self.model, self.tokenizer = (
-            new_llama(config.shape, texts, config.seed) if config.base is None else pretrained(config.base)
+            new_llama(config.shape, texts, config.seed) if config.base is None else load_pretrained(config.base)
         )
         self.model.set_attn_implementation(NAME)
         if config.activation_checkpointing:
             self.model.gradient_checkpointing_enable()
-        self.adapter = Adapter(self.model, config.lora) if config.lora else None
-        self.count_flops = Flops(self.model)
+        self.adapter = LoraAdapter(self.model, config.lora) if config.lora else None
+        self.count_flops = TrainingFlops(self.model)
         self.module = self.model
-        rows = read_parquet(inputs["worked"]).to_pylist()
+        rows = read_input(inputs["worked"]).to_pylist()
         self.names = [row["question_id"] for row in rows]
         whole = [self.read(row) for row in rows]
         self.encoded = [encoded.within(config.max_length) for encoded in whole]
@@ -189,7 +187,7 @@ class PolicyStage(Stage):
         self.costs = [encoded.num_tokens for encoded in self.encoded]
         self.num_too_long = sum(len(encoded.solutions) for encoded in whole) - sum(self.sizes)
 
-    def read(self, row: Mapping[str, Any]) -> "Encoded":
+    def read(self, row: Mapping[str, Any]) -> "EncodedQuestion":
         """A row of the input `worked` as ids."""
         return encode(self.tokenizer, row["question"], row["answer_type"], row["solutions"])
 
@@ -212,7 +210,7 @@ class PolicyStage(Stage):
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedQuestion:
     """One question: the ids of its prompt, and of each worked solution with its end-of-turn token."""
 
     prompt: list[int]
@@ -231,9 +229,11 @@ class Encoded:
             return Block(0, (self.num_tokens,))
         return Block(len(self.prompt), tuple(map(len, self.solutions)))
 
-    def within(self, max_length: int) -> "Encoded":
+    def within(self, max_length: int) -> "EncodedQuestion":
         """Without the solutions that do not fit behind the prompt."""
-        return Encoded(self.prompt, [ids for ids in self.solutions if len(self.prompt) + len(ids) <= max_length])
+        return EncodedQuestion(
+            self.prompt, [ids for ids in self.solutions if len(self.prompt) + len(ids) <= max_length]
+        )
 
 
 @dataclass(frozen=True)
@@ -251,27 +251,22 @@ class PackedRow:
     weight_N: "torch.Tensor"
 
 
-def read_parquet(uri: str) -> pa.Table:
-    fs, path = filesystem(uri)
-    return pq.read_table(path, filesystem=fs)
-
-
-def encode(tokenizer: Any, question: str, answer_type: str, solutions: Sequence[Sequence[str]]) -> Encoded:
+def encode(tokenizer: Any, question: str, answer_type: str, solutions: Sequence[Sequence[str]]) -> EncodedQuestion:
     """A question and its worked solutions as the ids that generation would meet."""
     messages = policy_messages(question, answer_type=answer_type)
     return encode_chat(tokenizer, messages, [assistant_turn(steps) for steps in solutions])
 
 
-def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], replies: Sequence[str]) -> Encoded:
+def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], replies: Sequence[str]) -> EncodedQuestion:
     """A chat and the replies to it, each with the token that ends a turn."""
     prompt = template_of(tokenizer).render(messages)
-    return Encoded(
+    return EncodedQuestion(
         tokenizer(prompt, add_special_tokens=False)["input_ids"],
         [tokenizer(reply + tokenizer.eos_token, add_special_tokens=False)["input_ids"] for reply in replies],
     )
 
 
-def collate(questions: Sequence[Encoded]) -> PackedRow:
+def collate(questions: Sequence[EncodedQuestion]) -> PackedRow:
     """Questions as one row, each solution at the positions that follow its prompt."""
     import torch
 
@@ -301,7 +296,7 @@ def collate(questions: Sequence[Encoded]) -> PackedRow:
     )
 
 
-def cross_entropy(model: Any, questions: Sequence[Encoded], device: str) -> "torch.Tensor":
+def cross_entropy(model: Any, questions: Sequence[EncodedQuestion], device: str) -> "torch.Tensor":
     """Sum over solutions of the mean cross-entropy of their tokens; the head runs on those alone.
 
     `model` reads packed rows: its attention is `engines.reward_model.attention`'s.
@@ -348,7 +343,7 @@ def new_llama(shape: LlamaShape, texts: Sequence[str], seed: int) -> tuple[Any, 
     return model, tokenizer
 
 
-def pretrained(name: str) -> tuple[Any, Any]:
+def load_pretrained(name: str) -> tuple[Any, Any]:
     """A causal language model in float32 and its tokenizer.
 
     Raises `ConfigError` for a path that does not exist, `WeightsError` for files that are not whole or lack weights.

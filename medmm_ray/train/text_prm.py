@@ -16,13 +16,12 @@ from pydantic import Field
 from medmm_ray.config import ConfigError, execution
 from medmm_ray.engines.checkpoints import resolve
 from medmm_ray.stats.targets import AfterFirstError, LabelPolicy, checked_consensus_counts
-from medmm_ray.train.labelled import group_labels, labelled_questions, share_of_right, trained_on
-from medmm_ray.train.launch import fit
+from medmm_ray.train.launch import fit, read_input
 from medmm_ray.train.loop import Stage, TrainConfig
-from medmm_ray.train.lora import Adapter, LoraConfig
-from medmm_ray.train.meters import Flops
-from medmm_ray.train.policy import read_parquet
+from medmm_ray.train.lora import LoraAdapter, LoraConfig
 from medmm_ray.train.schedule import held_out
+from medmm_ray.train.text_prm_data import group_labels, labelled_questions, labels_of_solutions, positive_rate
+from medmm_ray.train.throughput import TrainingFlops
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +82,7 @@ def train_text_prm(
     grouped = group_labels(labels)
     settled: dict[str, float] = {}
     if config.label_policy == "consensus":
-        settled = checked_consensus_counts(trained_on(questions, solutions, grouped, config.max_solutions))
+        settled = checked_consensus_counts(labels_of_solutions(questions, solutions, grouped, config.max_solutions))
     rows = labelled_questions(
         questions, evidence, solutions, grouped, config.label_policy, config.after_first_error,
         config.max_solutions, config.num_documents,
@@ -94,7 +93,7 @@ def train_text_prm(
             f"({solutions.num_rows} questions sampled, {len(grouped)} solutions labelled). Look at the labels tables."
         )
     trained = fit(TextPrmStage, config, {"questions": rows}, {"base": base}, folder, name)
-    return trained | settled | {"right_steps": round(share_of_right(rows), 4)}
+    return trained | settled | {"right_steps": round(positive_rate(rows), 4)}
 
 
 class TextPrmStage(Stage):
@@ -116,10 +115,10 @@ class TextPrmStage(Stage):
         self.model.reserve = min(config.reserve, self.model.max_length)
         if config.activation_checkpointing:
             self.model.text_model.gradient_checkpointing_enable()
-        self.adapter = Adapter(self.model.text_model, config.lora) if config.lora else None
-        self.count_flops = Flops(self.model.text_model)
+        self.adapter = LoraAdapter(self.model.text_model, config.lora) if config.lora else None
+        self.count_flops = TrainingFlops(self.model.text_model)
         self.module = self.model
-        rows = read_parquet(inputs["questions"]).to_pylist()
+        rows = read_input(inputs["questions"]).to_pylist()
         self.names = [row["question_id"] for row in rows]
         self.solutions: list[list[dict[str, Any]]] = [row["solutions"] for row in rows]
         self.packed = [self._pack(row) for row in rows]

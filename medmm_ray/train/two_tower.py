@@ -21,14 +21,19 @@ from medmm_ray.data.tables import Table
 from medmm_ray.engines.checkpoints import resolve
 from medmm_ray.stats.decoders import aggregate, expected_best, expected_oracle
 from medmm_ray.stats.targets import AfterFirstError, LabelPolicy, checked_consensus_counts
-from medmm_ray.train.cached import class_weights, illustrated_questions, of_states, read_states, share_of_right
 from medmm_ray.train.image_text import augment
-from medmm_ray.train.labelled import group_labels
-from medmm_ray.train.launch import fit
+from medmm_ray.train.launch import fit, read_input
 from medmm_ray.train.loop import Stage, TrainConfig
-from medmm_ray.train.policy import read_parquet
 from medmm_ray.train.schedule import held_out
 from medmm_ray.train.text_prm import validation_figures, weighted_loss
+from medmm_ray.train.text_prm_data import group_labels
+from medmm_ray.train.two_tower_data import (
+    class_weights,
+    labels_of_states,
+    load_examples,
+    positive_rate,
+    questions_with_images,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -113,8 +118,8 @@ def train_two_tower(
     grouped = group_labels(labels)
     settled: dict[str, float] = {}
     if config.label_policy == "consensus":
-        settled = checked_consensus_counts(of_states(held, grouped, solutions))
-    rows = illustrated_questions(config, held, grouped, questions, images, evidence, solutions)
+        settled = checked_consensus_counts(labels_of_states(held, grouped, solutions))
+    rows = questions_with_images(config, held, grouped, questions, images, evidence, solutions)
     if rows.num_rows == 0:
         raise ValueError(
             f"train_two_tower: no training question has an image, states and a target ({held.num_rows} states, label "
@@ -136,10 +141,10 @@ class TwoTowerStage(Stage):
         from medmm_ray.reward_model import FusionConfig, RewardModel
 
         self.config, self.device, self.budget = config, device, config.micro_batch_tokens
-        rows = read_parquet(inputs["questions"]).to_pylist()
+        rows = read_input(inputs["questions"]).to_pylist()
         self.rows = rows
         self.names = [row["question_id"] for row in rows]
-        self.cached, dtype = read_states([uri for name, uri in inputs.items() if name.startswith("states")], rows)
+        self.cached, dtype = load_examples([uri for name, uri in inputs.items() if name.startswith("states")], rows)
         self.model = RewardModel.from_pretrained(resolve(inputs["text_prm"]), dtype=dtype)
         torch.manual_seed(config.seed)
         self.model.add_image_tower(
@@ -159,7 +164,7 @@ class TwoTowerStage(Stage):
             0 if name in self.held_out else len(c.lengths) for name, c in zip(self.names, self.cached, strict=True)
         ]
         self.costs = [len(c.targets_T) for c in self.cached]
-        self.right_steps = share_of_right([c for c, size in zip(self.cached, self.sizes, strict=True) if size])
+        self.right_steps = positive_rate([c for c, size in zip(self.cached, self.sizes, strict=True) if size])
         self.class_weights = _class_weights(config, self.right_steps)
         self.uris = sorted({uri for row in rows for uri in (*row["image_uris"], *row["reference_uris"])})
         self._load_images()
@@ -169,7 +174,7 @@ class TwoTowerStage(Stage):
         """Fit the fusion's first weights to the training data: to about `most` tags, and to all pictures."""
         import torch
 
-        from medmm_ray.train.calibrate import calibrate
+        from medmm_ray.train.fusion_init import initialize_fusion
 
         units = [u for u, size in enumerate(self.sizes) if size]
         number = max(1, most * len(units) // max(1, sum(self.costs[u] for u in units)))
@@ -180,7 +185,7 @@ class TwoTowerStage(Stage):
         tokens = {"pooled": [pooled_BW], "patches": [], "both": [pooled_BW]}[self.config.tokens]
         if patches_BPW is not None:
             tokens.append(patches_BPW.flatten(0, 1))
-        calibrate(
+        initialize_fusion(
             self.fusion.to(self.device),
             torch.cat([c.states_TD for c in cached]).to(self.device, torch.float32),
             torch.cat([c.summaries_TD for c in cached]).to(self.device, torch.float32),

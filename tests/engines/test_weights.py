@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from medmm_ray.engines import generator
-from medmm_ray.engines.weights import Unmatched, WeightsError, check_files
+from medmm_ray.engines.weights import WeightMismatch, WeightsError, check_files
 from medmm_ray.reward_model import CheckpointError, RewardModel, text_tower
-from medmm_ray.train.policy import pretrained
+from medmm_ray.train.policy import load_pretrained
 from tests.doubles import tiny_reward_model as tiny
 from tests.doubles.tiny_reward_model import QUESTION, SOLUTIONS
 from tests.doubles.tiny_vision import save_llava
@@ -165,7 +165,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 LOADERS: dict[str, tuple[Callable[[Path], object], type[Exception]]] = {
     "reward model": (RewardModel.from_pretrained, CheckpointError),
     "reward model of vLLM": (lambda folder: text_tower.load_without_weights(folder, None, "float32"), CheckpointError),
-    "policy": (lambda folder: pretrained(str(folder)), WeightsError),
+    "policy": (lambda folder: load_pretrained(str(folder)), WeightsError),
     "policy of vLLM": (lambda folder: generator.check_weights(str(folder), {}), generator.GeneratorError),
 }
 
@@ -245,10 +245,10 @@ def test_a_vision_language_model_without_a_part_of_its_eyes(tmp_path: Path) -> N
 def test_both_sides_are_compared_by_name_and_shape() -> None:
     model = {"a": torch.zeros(2, 3), "b": torch.zeros(1), "c": torch.zeros(4)}
     files = {"a": torch.zeros(3, 2), "b": torch.zeros(1), "d": torch.zeros(1)}
-    found = Unmatched.between(model, files)
+    found = WeightMismatch.between(model, files)
     assert (found.missing, found.unexpected) == (frozenset("c"), frozenset("d"))
     assert found.misshapen == (("a", (3, 2), (2, 3)),)
-    Unmatched.between(model, model).check("nothing is wrong")
+    WeightMismatch.between(model, model).check("nothing is wrong")
     assert found.without(missing=("c",), unexpected=("d",)).misshapen == found.misshapen
     with pytest.raises(WeightsError, match=r"^here does not hold its model's weights: missing are 1: c; of another"):
         found.check("here")

@@ -168,7 +168,7 @@ def test_targets_are_met_or_not() -> None:
 
 def test_an_unknown_benchmark_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["scorin"]) == 2
-    assert "expected one of scoring, training, two_tower, gguf, arms" in capsys.readouterr().err
+    assert "expected one of scoring, training, two_tower, gguf, answers" in capsys.readouterr().err
 
 
 def test_arms_go_on_after_the_seeds_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,7 +195,7 @@ def test_an_unknown_arm_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_published_fusion_adds_one_vector_a_question_whatever_the_step() -> None:
     import torch
 
-    from jobs.benches.published import PublishedFusion
+    from jobs.studies.published import PublishedFusion
     from medmm_ray.reward_model import ImageFeatures
 
     torch.manual_seed(0)

@@ -28,7 +28,7 @@ from medmm_ray.reward_model import (
 from medmm_ray.reward_model.families import MedPrm
 from medmm_ray.reward_model.forward import pack_rows
 from medmm_ray.reward_model.packing import Branch
-from medmm_ray.train.policy import pretrained
+from medmm_ray.train.policy import load_pretrained
 from tests.doubles import tiny_reward_model as tiny
 from tests.doubles.clip_folders import write_native_clip
 from tests.engines.test_weights import POINTER, change_weights, cut, renamed, shard, without
@@ -657,7 +657,7 @@ def test_a_generation_config_is_written_back_as_it_was_read(tmp_path: Path) -> N
     assert model.text_model.generation_config.temperature == 0.9
     back = RewardModel.from_pretrained(tmp_path / "saved")
     assert back.score(QUESTION, [["left"]]) == model.score(QUESTION, [["left"]])
-    policy, _ = pretrained(str(made))
+    policy, _ = load_pretrained(str(made))
     save(policy, tmp_path / "policy")
     assert json.loads((tmp_path / "policy" / "generation_config.json").read_text())["temperature"] == 0.9
 

@@ -22,9 +22,9 @@ from medmm_ray.stats.targets import (
     merge_annotators,
     targets,
 )
-from medmm_ray.train.cached import illustrated_questions, of_states
-from medmm_ray.train.labelled import labelled_solutions, trained_on
+from medmm_ray.train.text_prm_data import labelled_solutions, labels_of_solutions
 from medmm_ray.train.two_tower import TwoTowerConfig
+from medmm_ray.train.two_tower_data import labels_of_states, questions_with_images
 
 RIGHT, WRONG = StepLabel(label=1, confidence="high"), StepLabel(label=0, confidence="low")
 NEUTRAL = StepLabel(confidence="high", reason="nothing to check")
@@ -182,11 +182,14 @@ def test_the_solutions_that_consensus_counts_are_those_of_the_training() -> None
         pa.schema({"question_id": pa.string(), "error": pa.string(), "solutions": pa.list_(pa.struct(
             {"solution_id": pa.string(), "steps": pa.list_(pa.string()), "correct": pa.bool_()}))}),
     )  # fmt: skip
-    assert list(trained_on(questions, solutions, labels)) == [(labels["s1"], 1, True), (labels["s2"], 1, False)]
-    assert list(trained_on(questions, solutions, labels, max_solutions=1)) == [(labels["s1"], 1, True)]
+    assert list(labels_of_solutions(questions, solutions, labels)) == [
+        (labels["s1"], 1, True),
+        (labels["s2"], 1, False),
+    ]
+    assert list(labels_of_solutions(questions, solutions, labels, max_solutions=1)) == [(labels["s1"], 1, True)]
     states = pa.table({"solution_id": ["s2", "s9", "s1"], "num_steps": [1, 3, 1],
                        "error": pa.array([None, None, "too_long: x"], pa.string())})  # fmt: skip
-    assert list(of_states(states, labels, solutions)) == [(labels["s2"], 1, False), ([], 3, None)]
+    assert list(labels_of_states(states, labels, solutions)) == [(labels["s2"], 1, False), ([], 3, None)]
 
 
 YES, NO = StepLabel(label=1, stopped_early=True), StepLabel(label=0, value=0.0, num_correct=0, num_rollouts=16)
@@ -245,7 +248,7 @@ def test_the_first_steps_gain_is_over_the_accuracy_of_all_solutions() -> None:
     }
     config = TwoTowerConfig(label_policy="advantage", after_first_error="keep")
     arrow = {name: pa.Table.from_pylist(rows) for name, rows in tables.items()}
-    [illustrated] = illustrated_questions(config, labels=labels, **arrow).to_pylist()
+    [illustrated] = questions_with_images(config, labels=labels, **arrow).to_pylist()
     assert illustrated["targets"] == [[1.0, None]]
 
 
@@ -261,7 +264,7 @@ def test_what_a_tree_found_is_no_part_of_the_accuracy_of_the_samples() -> None:
     config = TwoTowerConfig(label_policy="advantage", after_first_error="keep")
     arrow = {name: pa.Table.from_pylist(rows) for name, rows in tables.items()}
     labels = {"s1": [row("monte_carlo", rolled(0.6))]}
-    [illustrated] = illustrated_questions(config, labels=labels, **arrow).to_pylist()
+    [illustrated] = questions_with_images(config, labels=labels, **arrow).to_pylist()
     assert illustrated["targets"] == [[1.0]]  # .6 over .5, not below 2/3
 
 

@@ -13,12 +13,12 @@ import pytest
 
 from medmm_ray.data import records
 from medmm_ray.data.tables import Provenance, Table, write_rows
-from medmm_ray.train.cached import illustrated_questions
 from medmm_ray.train.image_text import ClipShape, ImageTextConfig, ImageTextStage
-from medmm_ray.train.labelled import group_labels, labelled_questions
 from medmm_ray.train.loop import Worker
 from medmm_ray.train.policy import LlamaShape, PolicyConfig, PolicyStage, vocabulary_texts, worked_questions
+from medmm_ray.train.text_prm_data import group_labels, labelled_questions
 from medmm_ray.train.two_tower import TwoTowerConfig
+from medmm_ray.train.two_tower_data import questions_with_images
 from tests.train import toy
 
 SHAPE = LlamaShape(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=32, vocab_size=512)
@@ -190,7 +190,7 @@ def illustrated(folder: Path, states: Table, config: TwoTowerConfig) -> pa.Table
     evidence = [
         records.Evidence(**{**row.__dict__, "images": references[n - 5 : n]}) for n, row in enumerate(toy.evidence(), 1)
     ]
-    return illustrated_questions(
+    return questions_with_images(
         config, states.to_arrow(["question_id", "solution_id", "num_steps", "error"]),
         group_labels([toy.table(records.Labels, toy.judge_labels(toy.solutions(each=4)))]),
         toy.table(records.Question, toy.questions()), toy.table(records.Image, images),

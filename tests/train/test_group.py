@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from medmm_ray.train.engine import MOMENTS
-from medmm_ray.train.loop import Stage, TrainConfig, Training, TrainingError, run
+from medmm_ray.train.loop import Stage, TrainConfig, Trainer, TrainingError, run
 from medmm_ray.train.lora import LoraConfig
 from medmm_ray.train.policy import PolicyConfig, PolicyStage
 from medmm_ray.train.text_prm import TextPrmConfig, TextPrmStage
@@ -108,7 +108,7 @@ def one_update(config: TextPrmConfig, inputs: dict[str, str], file: Path, rank: 
 
     torch.manual_seed(0)
     stage = TextPrmStage(config, inputs, "cpu")
-    training = Training(stage, config, Keeper(file, rank=rank, size=size).worker(), "cpu")
+    training = Trainer(stage, config, Keeper(file, rank=rank, size=size).worker(), "cpu")
     engine = training.engine
     with engine.whole_weights():
         found = {f"before:{name}": p.detach().float().clone() for name, p in engine.trained.items()}
@@ -191,9 +191,9 @@ def unpacked(inputs: Inputs, config: TextPrmConfig) -> dict[str, Any]:
     model = RewardModel.from_pretrained(inputs.prm["base"])
     model.max_length, model.reserve = 400, 200
     if config.lora:
-        from medmm_ray.train.lora import Adapter
+        from medmm_ray.train.lora import LoraAdapter
 
-        Adapter(model.text_model, config.lora)
+        LoraAdapter(model.text_model, config.lora)
     model.text_model.set_attn_implementation("eager")
     losses = []
     for row in uneven().to_pylist():

@@ -28,7 +28,7 @@ def test_policy_learns_and_leaves_a_checkpoint_that_transformers_reads(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     monkeypatch.setattr(loop, "REPORT_SECONDS", 0.0)
-    assert loop.how_far(str(tmp_path / "out")) == ""
+    assert loop.progress_text(str(tmp_path / "out")) == ""
 
     config = PolicyConfig(shape=SHAPE, epochs=3, batch_size=6, learning_rate=5e-3, micro_batch_tokens=500, threads=1)
     run(PolicyStage, config, policy_inputs, Keeper(tmp_path / "out").worker())
@@ -36,7 +36,9 @@ def test_policy_learns_and_leaves_a_checkpoint_that_transformers_reads(
     assert told["samples"] == 72
     assert len(told["updates"]) == 12
     assert told["best_epoch"] is None
-    assert loop.how_far(str(tmp_path / "out")).startswith(f"update 12 of 12, loss {told['updates'][-1]['loss']:.3f}, ")
+    assert loop.progress_text(str(tmp_path / "out")).startswith(
+        f"update 12 of 12, loss {told['updates'][-1]['loss']:.3f}, "
+    )
     assert all(row["gradient_norm"] > 0 for row in told["updates"])
     assert all(row["tokens_per_second"] > 0 and 0.1 < row["peak_memory_gib"] < 64 for row in told["epochs"])
     losses = [epoch["loss"] for epoch in told["epochs"]]

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from medmm_ray.train.launch import fit
+from medmm_ray.train.launch import fit, read_input
 from medmm_ray.train.loop import TrainingError
-from medmm_ray.train.policy import PolicyConfig, PolicyStage, read_parquet
+from medmm_ray.train.policy import PolicyConfig, PolicyStage
 from tests.paths import ROOT
 from tests.train.conftest import SHAPE, curve
 
@@ -48,13 +48,13 @@ class NeverSound(PolicyStage):
 def train_killed(worked: str, texts: str, folder: Path, **settings: Any) -> dict[str, float]:
     """The driver's part of a training that is killed once; run again, it goes on."""
     inputs = {"mark": str(folder.parent / "mark"), "victim": str(folder.parent / "victim")}
-    tables = {"worked": read_parquet(worked), "texts": read_parquet(texts)}
+    tables = {"worked": read_input(worked), "texts": read_input(texts)}
     return fit(KilledOnce, CONFIG.model_copy(update=settings), tables, inputs, str(folder), "killed")
 
 
 @pytest.fixture(scope="module")
 def tables(policy_inputs: dict[str, str]) -> dict[str, pa.Table]:
-    return {name: read_parquet(path) for name, path in policy_inputs.items()}
+    return {name: read_input(path) for name, path in policy_inputs.items()}
 
 
 @pytest.fixture(autouse=True)

@@ -14,14 +14,12 @@ from medmm_ray.config import ConfigError
 from medmm_ray.data import records
 from medmm_ray.data.tables import Provenance, Table, write_rows
 from medmm_ray.reward_model.attention import Block
-from medmm_ray.train.cached import class_weights, illustrated_questions
 from medmm_ray.train.engine import deepspeed_config, parameter_groups
 from medmm_ray.train.image_text import ImageTextConfig, augment, train_image_tower
-from medmm_ray.train.labelled import group_labels, labelled_questions, labelled_solutions, share_of_right
 from medmm_ray.train.launch import figures
 from medmm_ray.train.loop import TrainConfig
 from medmm_ray.train.policy import (
-    Encoded,
+    EncodedQuestion,
     PolicyConfig,
     PolicyStage,
     assistant_turn,
@@ -31,7 +29,9 @@ from medmm_ray.train.policy import (
     worked_questions,
 )
 from medmm_ray.train.text_prm import TextPrmConfig, TextPrmStage, train_text_prm, validation_figures
+from medmm_ray.train.text_prm_data import group_labels, labelled_questions, labelled_solutions, positive_rate
 from medmm_ray.train.two_tower import TwoTowerConfig, TwoTowerStage, rerank_figures, train_two_tower
+from medmm_ray.train.two_tower_data import class_weights, questions_with_images
 from tests.doubles import tiny_vision
 from tests.train import toy
 from tests.train.conftest import SHAPE, image_text_stage, labelled, text_column, written
@@ -116,7 +116,7 @@ def test_encoding_ends_with_the_turn_and_is_what_generation_meets(policy_inputs:
 
 
 def test_rows_hold_prompts_each_with_its_solutions() -> None:
-    row = collate([Encoded([5, 6], [[7, 1], [8, 9, 1]]), Encoded([5], [[4, 1]])])
+    row = collate([EncodedQuestion([5, 6], [[7, 1], [8, 9, 1]]), EncodedQuestion([5], [[4, 1]])])
     assert row.ids_L.tolist() == [5, 6, 7, 1, 8, 9, 1, 5, 4, 1]
     assert row.positions_L.tolist() == [0, 1, 2, 3, 2, 3, 4, 0, 1, 2]
     assert row.blocks == [Block(2, (2, 3)), Block(0, (3,))]
@@ -176,7 +176,7 @@ def test_equal_solutions_with_equal_targets_are_merged() -> None:
         {"solution_id": "s01-0", "steps": toy.steps("dark"), "targets": [1.0, 0.0, 0.0], "weight": 2},
         {"solution_id": "s01-2", "steps": toy.steps("bright"), "targets": [1.0, 1.0, 1.0], "weight": 2},
     ]
-    assert share_of_right(labelled(each=4)) == pytest.approx(4 / 6)
+    assert positive_rate(labelled(each=4)) == pytest.approx(4 / 6)
 
 
 def test_solutions_and_documents_can_be_limited() -> None:
@@ -377,7 +377,7 @@ def test_a_questions_samples_and_its_trees_solutions_become_one_row(
         replace(row, source="tree_search") for row in toy.judge_labels(solved[12:])
     ]
     found = {
-        policy: illustrated_questions(
+        policy: questions_with_images(
             TwoTowerConfig(label_policy=policy),
             pa.concat_tables(t.to_arrow(["question_id", "solution_id", "num_steps", "error"]) for t in tables),
             group_labels([toy.table(records.Labels, labels)]), toy.table(records.Question, toy.questions()),
@@ -431,19 +431,19 @@ def test_one_picture_or_one_step_is_no_spread_to_divide_by() -> None:
     import torch
 
     from medmm_ray.reward_model import Fusion, FusionConfig
-    from medmm_ray.train.calibrate import calibrate, spread
+    from medmm_ray.train.fusion_init import initialize_fusion, spread
 
     torch.manual_seed(0)
     for num_tags, num_tokens in ((1, 5), (5, 1), (1, 1)):
         fusion = Fusion(FusionConfig(width=8), 6, 4)
-        calibrate(fusion, torch.randn(num_tags, 6), torch.randn(num_tags, 6), torch.randn(num_tokens, 4))
+        initialize_fusion(fusion, torch.randn(num_tags, 6), torch.randn(num_tags, 6), torch.randn(num_tokens, 4))
         assert all(bool(weight.isfinite().all()) for weight in fusion.parameters())
     assert spread(torch.tensor([[1.0, 2.0], [3.0, 2.0]])).tolist() == pytest.approx([2**0.5, 0.01 * 2**0.5 / 2])
     assert spread(torch.tensor([[1.0, 2.0], [1.0, 2.0]])).tolist() == [1.0, 1.0]
     broken = torch.randn(3, 6)
     broken[1, 2] = float("nan")
     with pytest.raises(ValueError, match="1 of 3 summaries hold NaN or infinity; a fusion cannot be fitted to them"):
-        calibrate(Fusion(FusionConfig(width=8), 6, 4), torch.randn(3, 6), broken, torch.randn(2, 4))
+        initialize_fusion(Fusion(FusionConfig(width=8), 6, 4), torch.randn(3, 6), broken, torch.randn(2, 4))
 
 
 @pytest.mark.parametrize("column", ["states", "summaries", "text_log_odds"])

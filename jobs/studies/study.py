@@ -35,10 +35,10 @@ from medmm_ray.steps.ingest import (
 from medmm_ray.steps.review import GoldAnswer, truth_labels
 from medmm_ray.text import extract_answer, join_steps, question_with_options
 from medmm_ray.train.image_text import ClipShape, ImageTextConfig, ImageTextStage
-from medmm_ray.train.labelled import group_labels, labelled_questions
 from medmm_ray.train.loop import Stage, StageFactory, TrainConfig, Worker, run
 from medmm_ray.train.policy import LlamaShape, PolicyConfig, PolicyStage, vocabulary_texts, worked_questions
 from medmm_ray.train.text_prm import TextPrmConfig, TextPrmStage
+from medmm_ray.train.text_prm_data import group_labels, labelled_questions
 
 if TYPE_CHECKING:
     from medmm_ray.reward_model import SolutionStates

@@ -92,7 +92,7 @@ def labelled_solutions(
     return list(merged.values())
 
 
-def trained_on(
+def labels_of_solutions(
     questions: pa.Table,
     solutions: pa.Table,
     labels: Mapping[str, Sequence[Labels]],
@@ -108,7 +108,7 @@ def trained_on(
             yield labels.get(solution["solution_id"], []), len(solution["steps"]), solution["correct"]
 
 
-def share_of_right(rows: pa.Table) -> float:
+def positive_rate(rows: pa.Table) -> float:
     """The share of right steps among the labelled ones, for the figures: class imbalance, said."""
     aims = [
         (aim, solution["weight"])

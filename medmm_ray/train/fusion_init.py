@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 FLOOR = 0.01  # of the mean spread: an input that hardly changes is not blown up
 
 
-def calibrate(
+def initialize_fusion(
     fusion: "Fusion", states_TD: "torch.Tensor", summaries_TD: "torch.Tensor", tokens_NW: "torch.Tensor"
 ) -> None:
     """Rescale the untrained linear layers of `fusion`, in place, by what goes in and comes out of them on this data.
@@ -35,28 +35,28 @@ def calibrate(
         inputs_TQ = fusion.state_norm(states_TD)
         if fusion.summary_norm is not None:
             inputs_TQ = torch.cat([inputs_TQ, fusion.summary_norm(summaries_TD)], dim=-1)
-        centre_inputs(fusion.query, inputs_TQ)
-        scale_outputs(fusion.query, inputs_TQ)
+        standardize_inputs(fusion.query, inputs_TQ)
+        standardize_outputs(fusion.query, inputs_TQ)
 
         layers: list[Any] = list(fusion.projector)
         norm, first, activation, second = layers
         inputs_NW = norm(tokens_NW)
-        centre_inputs(first, inputs_NW)
-        scale_outputs(first, inputs_NW)
+        standardize_inputs(first, inputs_NW)
+        standardize_outputs(first, inputs_NW)
         inner_NF = activation(first(inputs_NW))
-        scale_outputs(second, inner_NF)
+        standardize_outputs(second, inner_NF)
         projected_NF = second(inner_NF)
-        scale_outputs(fusion.attend_value, projected_NF)
-        scale_outputs(fusion.attend_out, fusion.attend_value(projected_NF))
+        standardize_outputs(fusion.attend_value, projected_NF)
+        standardize_outputs(fusion.attend_out, fusion.attend_value(projected_NF))
 
 
-def centre_inputs(layer: "torch.nn.Linear", inputs_NI: "torch.Tensor") -> None:
+def standardize_inputs(layer: "torch.nn.Linear", inputs_NI: "torch.Tensor") -> None:
     """Fold the standardisation of its inputs into a layer."""
     layer.weight.div_(spread(inputs_NI))
     layer.bias.sub_(layer.weight @ inputs_NI.mean(dim=0))
 
 
-def scale_outputs(layer: "torch.nn.Linear", inputs_NI: "torch.Tensor") -> None:
+def standardize_outputs(layer: "torch.nn.Linear", inputs_NI: "torch.Tensor") -> None:
     """Give a layer's outputs unit spread and, where it has a bias, mean 0."""
     outputs_NO = layer(inputs_NI)
     spread_O = spread(outputs_NO)

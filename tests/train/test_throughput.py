@@ -3,13 +3,13 @@
 import pytest
 
 from medmm_ray.reward_model.attention import Block
-from medmm_ray.train.meters import Flops, Speed, peak_flops, seen_pairs
+from medmm_ray.train.throughput import ThroughputMeter, TrainingFlops, attended_pairs, peak_flops
 
 
 def test_pairs_are_those_that_a_mask_would_show() -> None:
     # The prefix 1 + 2 + 3; the branches see it, and themselves: 2 x 3 + (1 + 2) and 1 x 3 + 1.
-    assert seen_pairs(Block(3, (2, 1))) == 6 + 9 + 4
-    assert seen_pairs(Block(0, (4,))) == 10
+    assert attended_pairs(Block(3, (2, 1))) == 6 + 9 + 4
+    assert attended_pairs(Block(0, (4,))) == 10
 
 
 def test_a_token_costs_six_flops_a_trained_weight_and_four_a_frozen_one() -> None:
@@ -19,11 +19,11 @@ def test_a_token_costs_six_flops_a_trained_weight_and_four_a_frozen_one() -> Non
         LlamaConfig(vocab_size=50, hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16)
     )
     block = 4 * 8 * 8 + 3 * 8 * 16 + 2 * 8
-    whole = Flops(model)
+    whole = TrainingFlops(model)
     assert (whole.token, whole.pair) == (6 * 3 * block, 12 * 3 * 8)
     assert whole([Block(0, (4,)), Block(3, (2, 1))]) == 10 * whole.token + 29 * whole.pair
     model.model.layers.requires_grad_(False)
-    assert Flops(model).token == 4 * 3 * block
+    assert TrainingFlops(model).token == 4 * 3 * block
 
 
 @pytest.mark.parametrize(
@@ -37,9 +37,9 @@ def test_peaks_are_found_by_the_name_that_cuda_gives(name: str, tera: float) -> 
 
 
 def test_utilisation_is_the_share_of_what_all_gpus_could_do() -> None:
-    speed = Speed(peak=200.0)
+    speed = ThroughputMeter(peak=200.0)
     assert speed.add(tokens=10, flops=50.0, seconds=0.5) == {"tokens_per_second": 20.0, "mfu": 0.5}
     speed.add(tokens=10, flops=100.0, seconds=1.5)
     assert speed.take() == {"tokens_per_second": 10.0, "mfu": 0.375}
     assert speed.take() == {}
-    assert Speed(None).add(10, 50.0, 0.5) == {"tokens_per_second": 20.0}
+    assert ThroughputMeter(None).add(10, 50.0, 0.5) == {"tokens_per_second": 20.0}

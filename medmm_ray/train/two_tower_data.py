@@ -1,6 +1,6 @@
 """What a two-tower model is trained on: questions with their images and targets, and the constants of their solutions.
 
-Enters: tables. Leaves: one row a question (`SCHEMA`), and, in the worker, a `Cached` for each.
+Enters: tables. Leaves: one row a question (`SCHEMA`), and, in the worker, a `TwoTowerExample` for each.
 
 Legend: T tags, D text width.
 """
@@ -34,7 +34,7 @@ SCHEMA = pa.schema(
 )
 
 
-def illustrated_questions(
+def questions_with_images(
     config: "TwoTowerConfig",
     states: pa.Table,
     labels: Mapping[str, Sequence[Labels]],
@@ -89,7 +89,7 @@ def illustrated_questions(
     return pa.Table.from_pylist(sorted(rows, key=lambda r: str(r["question_id"])), schema=SCHEMA)
 
 
-def of_states(
+def labels_of_states(
     states: pa.Table, labels: Mapping[str, Sequence[Labels]], solutions: pa.Table
 ) -> Iterator[tuple[Sequence[Labels], int, bool | None]]:
     """Of each solution that has states: its labels, its number of steps, whether its answer is right."""
@@ -121,7 +121,7 @@ def _accuracy(solutions: pa.Table) -> dict[str, float | None]:
 
 
 @dataclass(frozen=True)
-class Cached:
+class TwoTowerExample:
     """One question's constants: states and summaries of all its tags, text log-odds, targets and weights; and of each
     solution its number of tags and whether its answer is right.
 
@@ -137,7 +137,7 @@ class Cached:
     correct: list[bool]
 
 
-def read_states(uris: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> tuple[list[Cached], str]:
+def load_examples(uris: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> tuple[list[TwoTowerExample], str]:
     """The states of each row's solutions, in its order, out of several tables, and their dtype.
 
     Raises ValueError for tables of several dtypes, and for states that are not finite.
@@ -166,7 +166,7 @@ def read_states(uris: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> tuple
         aims = row["targets"]
         labelled = [sum(aim is not None for aim in a) for a in aims]
         cached.append(
-            Cached(
+            TwoTowerExample(
                 torch.cat([from_bytes(s["states"], s["num_steps"], s["hidden_size"], s["dtype"]) for s in own]),
                 torch.cat([from_bytes(s["summaries"], s["num_steps"], s["hidden_size"], s["dtype"]) for s in own]),
                 torch.tensor([value for s in own for value in s["text_log_odds"]]),
@@ -180,7 +180,7 @@ def read_states(uris: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> tuple
     return cached, dtypes.pop()
 
 
-def _check_finite(rows: Sequence[Mapping[str, Any]], cached: Sequence[Cached]) -> None:
+def _check_finite(rows: Sequence[Mapping[str, Any]], cached: Sequence[TwoTowerExample]) -> None:
     broken = [
         row["question_id"]
         for row, own in zip(rows, cached, strict=True)
@@ -193,7 +193,7 @@ def _check_finite(rows: Sequence[Mapping[str, Any]], cached: Sequence[Cached]) -
         )
 
 
-def share_of_right(cached: Sequence[Cached]) -> float:
+def positive_rate(cached: Sequence[TwoTowerExample]) -> float:
     """The share of right among the targets of these questions, as the loss weighs them; 0 without any."""
     right = sum(float((c.weights_T * c.targets_T).sum()) for c in cached)
     total = sum(float(c.weights_T.sum()) for c in cached)
@@ -203,6 +203,6 @@ def share_of_right(cached: Sequence[Cached]) -> float:
 def class_weights(share: float) -> tuple[float, float]:
     """Factors on the loss of right and of wrong steps by which both classes weigh the same, and all together as before.
 
-    `share` is `share_of_right`, strictly between 0 and 1.
+    `share` is `positive_rate`, strictly between 0 and 1.
     """
     return 0.5 / share, 0.5 / (1.0 - share)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 GIB = 1 << 30
 
 
-class Flops:
+class TrainingFlops:
     """FLOPs of a language model's blocks, forward and backward, over packed questions; embeddings and head left out.
 
     A token costs 2 a weight forward, 2 for the gradient of what enters it, and 2 for its own where it is trained: 6N
@@ -31,10 +31,10 @@ class Flops:
         self.pair = 12 * len(layers) * model.config.num_attention_heads * layers[0].self_attn.head_dim
 
     def __call__(self, blocks: "Iterable[Block]") -> float:
-        return float(sum(self.token * block.length + self.pair * seen_pairs(block) for block in blocks))
+        return float(sum(self.token * block.length + self.pair * attended_pairs(block) for block in blocks))
 
 
-def seen_pairs(block: "Block") -> float:
+def attended_pairs(block: "Block") -> float:
     """Pairs of tokens that see each other: the prefix causally, branches the prefix and, causally, themselves."""
     return _causal(block.prefix) + sum(block.prefix * length + _causal(length) for length in block.branches)
 
@@ -58,7 +58,7 @@ def peak_memory(device: "torch.device") -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
-class Speed:
+class ThroughputMeter:
     """Tokens and FLOPs by the second, over all workers; `peak` is what their GPUs could do (None: not known)."""
 
     def __init__(self, peak: float | None) -> None:

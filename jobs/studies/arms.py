@@ -23,14 +23,14 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from jobs.benches import Measured
-from jobs.benches.published import PublishedStage
-from jobs.benches.study import Study, StudyConfig, prepare, start_alone, train, train_tower
+from jobs.studies.published import PublishedStage
+from jobs.studies.study import Study, StudyConfig, prepare, start_alone, train, train_tower
 from medmm_ray.stats.decoders import aggregate, expected_best, expected_oracle
 from medmm_ray.stats.metrics import auroc
-from medmm_ray.train.cached import illustrated_questions
-from medmm_ray.train.labelled import group_labels
 from medmm_ray.train.loop import HISTORY, StageFactory
+from medmm_ray.train.text_prm_data import group_labels
 from medmm_ray.train.two_tower import TwoTowerConfig, TwoTowerStage
+from medmm_ray.train.two_tower_data import questions_with_images
 
 if TYPE_CHECKING:
     from medmm_ray.reward_model import Fusion, ImageFeatures
@@ -149,7 +149,7 @@ def compare(config: BenchConfig, seed: int, study: Study, say: Callable[[str], N
                 "num_references": 0, **ARMS[arm],
             }
         )  # fmt: skip
-        rows = illustrated_questions(
+        rows = questions_with_images(
             settings, study.states.to_arrow(["question_id", "solution_id", "num_steps", "error"]),
             group_labels([study.labels]), study.questions, study.images, study.evidence, study.solutions,
         )  # fmt: skip

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from medmm_ray.engines import linear
-from medmm_ray.engines.linear import OneDnnLinear, use_onednn
+from medmm_ray.engines import onednn_linear
+from medmm_ray.engines.onednn_linear import OneDnnLinear, use_onednn
 
 
 def layer(bias: bool, outputs: int = 24) -> nn.Linear:
@@ -29,7 +29,7 @@ def values(made: nn.Linear, shape: tuple[int, ...], dtype: torch.dtype = torch.f
 def test_values_and_gradients_are_those_of_pytorch(bias: bool, shape: tuple[int, ...]) -> None:
     made = layer(bias)
     ours = values(made, shape)
-    with linear.pytorch_linear():
+    with onednn_linear.pytorch_linear():
         theirs = values(made, shape)
     assert len(ours) == (4 if bias else 3)
     for own, other in zip(ours, theirs, strict=True):

@@ -216,7 +216,7 @@ class Job:
         if self._made:
             table, expected = self._made
             return f"{self.waiting}: {table.rows_so_far():,} of {expected:,}"
-        from medmm_ray.train.loop import progress_text
+        from medmm_ray.train.progress import progress_text
 
         told = progress_text(self._folder) if self._folder else ""
         return f"{self.waiting}: {told}" if told else self.waiting

@@ -42,8 +42,8 @@ from medmm_ray.stats.metrics import cluster_bootstrap, kappa_of_counts
 from medmm_ray.steps.judge import Judge, JudgeCase, JudgeConfig, Judgement, make_judge
 from medmm_ray.steps.judge.prompt import SYSTEM, JudgeCall, call_text, schema_of, shared_text
 from medmm_ray.train.launch import fit
-from medmm_ray.train.loop import HISTORY, progress_text
 from medmm_ray.train.policy import EncodedQuestion, PolicyConfig, PolicyStage, encode_chat
+from medmm_ray.train.progress import HISTORY, progress_text
 
 Floats = npt.NDArray[np.float64]
 Solutions = list[list[str]]
@@ -136,7 +136,7 @@ def tell(config: BenchConfig, split: str, number: int, num_solutions: int) -> li
 class JudgeStage(PolicyStage):
     """Calls of a judge with the right replies (`LESSONS`), and the model that learns to give them."""
 
-    def read(self, row: Mapping[str, Any]) -> EncodedQuestion:
+    def encode_row(self, row: Mapping[str, Any]) -> EncodedQuestion:
         return encode_chat(self.tokenizer, row["messages"], [row["reply"]])
 
 

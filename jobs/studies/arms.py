@@ -27,7 +27,8 @@ from jobs.studies.published import PublishedStage
 from jobs.studies.study import Study, StudyConfig, prepare, start_alone, train, train_tower
 from medmm_ray.stats.decoders import aggregate, expected_best, expected_oracle
 from medmm_ray.stats.metrics import auroc
-from medmm_ray.train.loop import HISTORY, StageFactory
+from medmm_ray.train.progress import HISTORY
+from medmm_ray.train.stage import StageFactory
 from medmm_ray.train.text_prm_data import group_labels
 from medmm_ray.train.two_tower import TwoTowerConfig, TwoTowerStage
 from medmm_ray.train.two_tower_data import questions_with_images

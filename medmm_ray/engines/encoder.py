@@ -41,7 +41,8 @@ class ImageEncoder:
             return np.zeros((0, self.width), np.float32)
         pixels_N3HW = torch.stack([self.tower.preprocess(image) for image in images]).to(self.device)
         with torch.inference_mode():
-            return _unit(self.tower.embed(pixels_N3HW).float().cpu().numpy())
+            vectors_NE = self.tower.embed(pixels_N3HW).float().cpu().numpy()
+        return _normalized(vectors_NE)
 
 
 class TextEncoder:
@@ -52,41 +53,45 @@ class TextEncoder:
 
     def __init__(self, path: str, device: str = "cpu") -> None:
         folder = resolve(path)
-        clip = folder.startswith(HUB_PREFIX) or (Path(folder) / "open_clip_config.json").is_file()
-        self._model = _ClipText(folder, device) if clip else _Sentences(folder, device)
+        is_clip = folder.startswith(HUB_PREFIX) or (Path(folder) / "open_clip_config.json").is_file()
+        self._model = _ClipTextHalf(folder, device) if is_clip else _SentenceTransformer(folder, device)
         self.width = self._model.width
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         """Texts as vectors_ND, float32, each of unit length."""
         if not texts:
             return np.zeros((0, self.width), np.float32)
-        return _unit(self._model.encode(list(texts)))
+        return _normalized(self._model.encode(list(texts)))
 
 
-# What a sentence encoder does not read: BERT's pooler, the heads that fill in masked words, T5's decoder.
-_UNREAD = ("pooler.", "cls.", "lm_head.", "vocab_transform.", "vocab_layer_norm.", "vocab_projector.", "decoder.")
+# Weights that a sentence encoder does not use: BERT's pooler, the heads that fill in masked words, T5's decoder.
+_UNUSED = ("pooler.", "cls.", "lm_head.", "vocab_transform.", "vocab_layer_norm.", "vocab_projector.", "decoder.")
 
 
-def _part_folders(folder: Path) -> list[Path]:
-    """Where the modules of a sentence-transformers model lie, in order."""
-    check_file(folder / "modules.json")
-    return [folder / module["path"] for module in json.loads((folder / "modules.json").read_text())]
+def _module_folders(folder: Path) -> list[Path]:
+    """The folders of the modules of a sentence-transformers model, in order."""
+    file = folder / "modules.json"
+    check_file(file)
+    return [folder / module["path"] for module in json.loads(file.read_text())]
 
 
-class _Sentences:
+class _SentenceTransformer:
+    """A model of sentence-transformers, by the library itself."""
+
     def __init__(self, folder: str, device: str) -> None:
         from safetensors import SafetensorError
         from sentence_transformers import SentenceTransformer
         from transformers.utils.hub import cached_file
 
-        if Path(folder).is_dir() and not (Path(folder) / "modules.json").is_file():
+        is_folder = Path(folder).is_dir()
+        if is_folder and not (Path(folder) / "modules.json").is_file():
             raise ConfigError(
                 f"text encoder {folder}: holds neither modules.json (sentence-transformers) nor open_clip_config.json"
             )
         try:
-            if Path(folder).is_dir():
-                for part in _part_folders(Path(folder)):
-                    check_files(part)
+            if is_folder:
+                for module_folder in _module_folders(Path(folder)):
+                    check_files(module_folder)
             self._model: Any = SentenceTransformer(folder, device=device)
             self._check_transformer(Path(str(cached_file(folder, "modules.json"))).parent)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -95,24 +100,30 @@ class _Sentences:
 
     def _check_transformer(self, folder: Path) -> None:
         """The library is strict with its own modules' weights, but not with those of transformers' model."""
-        first, part = self._model[0], _part_folders(folder)[0]
-        if hasattr(first, "auto_model") and not (part / "adapter_config.json").is_file():  # peft reads its own
+        first = self._model[0]
+        module_folder = _module_folders(folder)[0]
+        is_adapter = (module_folder / "adapter_config.json").is_file()  # peft checks its own
+        if hasattr(first, "auto_model") and not is_adapter:
             model = first.auto_model
-            check_weights(type(model), model.config, part, missing=_UNREAD, unexpected=_UNREAD)
+            check_weights(type(model), model.config, module_folder, missing=_UNUSED, unexpected=_UNUSED)
 
     def encode(self, texts: list[str]) -> Vectors:
+        """Texts as vectors_ND, as the model gives them."""
         vectors_ND: Vectors = self._model.encode(texts, batch_size=len(texts), show_progress_bar=False)
         return vectors_ND
 
 
-class _ClipText:
+class _ClipTextHalf:
+    """The text half of an open_clip checkpoint."""
+
     def __init__(self, folder: str, device: str) -> None:
         import open_clip
         from safetensors import SafetensorError
 
-        name = folder if folder.startswith(HUB_PREFIX) else f"local-dir:{folder}"
+        on_hub = folder.startswith(HUB_PREFIX)
+        name = folder if on_hub else f"local-dir:{folder}"
         try:
-            if not folder.startswith(HUB_PREFIX):
+            if not on_hub:
                 check_files(Path(folder), OPEN_CLIP_FILES)
             # Strict: it raises where weights are missing, or of no use to the model.
             self._model: Any = open_clip.create_model(name, device=device, require_pretrained=True).eval()
@@ -123,14 +134,17 @@ class _ClipText:
         self.width = int(open_clip.get_model_config(name)["embed_dim"])
 
     def encode(self, texts: list[str]) -> Vectors:
+        """Texts as vectors_ND, as the model gives them."""
         import torch
 
+        ids_NL = self._tokenize(texts).to(self._device)
         with torch.inference_mode():
-            vectors_ND: Vectors = self._model.encode_text(self._tokenize(texts).to(self._device)).float().cpu().numpy()
+            vectors_ND: Vectors = self._model.encode_text(ids_NL).float().cpu().numpy()
         return vectors_ND
 
 
-def _unit(vectors_ND: Vectors) -> Vectors:
+def _normalized(vectors_ND: Vectors) -> Vectors:
     lengths_N1 = np.linalg.norm(vectors_ND, axis=1, keepdims=True)
+    # A vector of length 0 stays one: the index refuses it with its number.
     unit_ND: Vectors = (vectors_ND / np.maximum(lengths_N1, 1e-12)).astype(np.float32)
     return unit_ND

@@ -14,8 +14,10 @@ from medmm_ray.engines.dtype_device import Dtype
 from medmm_ray.engines.pretrained import load
 from medmm_ray.engines.weights import WeightsError, check_file
 
-_ADDED = (3, 4)  # llama.cpp's token types CONTROL and USER_DEFINED
-_BOS_UNLESS_SAID = ("llama-bpe", "llama3", "llama-v3")  # llama.cpp's tokenizers that write a BOS by default
+_ADDED_TYPES = (3, 4)  # llama.cpp's token types CONTROL and USER_DEFINED
+_BOS_BY_DEFAULT = ("llama-bpe", "llama3", "llama-v3")  # llama.cpp's tokenizers that write a BOS by default
+_SPECIAL_TOKENS = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id"}
+"""GGUF's fields of special tokens, by transformers' names for them."""
 
 
 def read_gguf(file: str | Path, dtype: Dtype, **options: Any) -> tuple[Any, Any]:
@@ -29,14 +31,18 @@ def read_gguf(file: str | Path, dtype: Dtype, **options: Any) -> tuple[Any, Any]
     file = Path(file)
     tokenizer = _tokenizer(file, _fields(file))
     model = load(
-        AutoModelForCausalLM, file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True),
-        dtype=dtype, **options,
-    )  # fmt: skip
+        AutoModelForCausalLM,
+        file.parent,
+        gguf_file=file.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=dtype,
+        **options,
+    )
     return model, tokenizer
 
 
 def _fields(file: Path) -> Any:
-    """What the file says besides its tensors, all of which must be there."""
+    """The metadata of the file; all of its tensors must be there."""
     from gguf import GGUFReader
 
     check_file(file)
@@ -53,44 +59,58 @@ def _fields(file: Path) -> Any:
 
 
 def _tokenizer(file: Path, fields: Any) -> Any:
+    """The tokenizer that the file describes: transformers' reading of it, put right."""
     from tokenizers import Tokenizer
-    from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AddedToken, PreTrainedTokenizerFast
 
-    with tempfile.TemporaryDirectory() as folder:  # away from other tokenizer files that may lie beside it
-        (Path(folder) / file.name).symlink_to(file.resolve())
-        read = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
-
-    def said(key: str) -> Any:
-        return fields[f"tokenizer.ggml.{key}"].contents() if f"tokenizer.ggml.{key}" in fields else None
-
-    tokens, kinds = said("tokens"), said("token_type") or []
-    added = {i: tokens[i] for i, kind in enumerate(kinds) if kind in _ADDED}
-    backend = json.loads(read.backend_tokenizer.to_str())
-    backend["model"]["vocab"] = {added.get(i, token): i for token, i in backend["model"]["vocab"].items()}
+    tokens = _value(fields, "tokens")
+    token_types = _value(fields, "token_type") or []
+    added_tokens = {i: tokens[i] for i, token_type in enumerate(token_types) if token_type in _ADDED_TYPES}
+    as_read = _read_by_transformers(file)
+    backend = json.loads(as_read.backend_tokenizer.to_str())
+    # An added token is spelled in bytes there: it gets its own spelling. What GPT-2 adds behind the vocabulary goes.
+    vocabulary = backend["model"]["vocab"]
+    backend["model"]["vocab"] = {added_tokens.get(i, token): i for token, i in vocabulary.items()}
     backend["added_tokens"] = [token for token in backend["added_tokens"] if token["id"] < len(tokens)]
-    special = {
-        name: tokens[said(key)]
-        for name, key in (
-            ("bos_token", "bos_token_id"),
-            ("eos_token", "eos_token_id"),
-            ("pad_token", "padding_token_id"),
-        )
-        if said(key) is not None
-    }
+    special_tokens: dict[str, str] = {}
+    for name, key in _SPECIAL_TOKENS.items():
+        token_id = _value(fields, key)
+        if token_id is not None:
+            special_tokens[name] = tokens[token_id]
     tokenizer: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=Tokenizer.from_str(json.dumps(backend)), **special
+        tokenizer_object=Tokenizer.from_str(json.dumps(backend)), **special_tokens
     )
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in added.values()], True)
-    tokenizer.chat_template = read.chat_template
-    writes_bos = said("add_bos_token")
-    if writes_bos is None:
-        writes_bos = said("model") == "llama" or said("pre") in _BOS_UNLESS_SAID
-    if writes_bos:
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in added_tokens.values()], True)
+    tokenizer.chat_template = as_read.chat_template
+    if _writes_bos(fields):
         _write_bos(tokenizer)
     return tokenizer
 
 
+def _value(fields: Any, key: str) -> Any:
+    """A field of the tokenizer's metadata; None where the file has none."""
+    name = f"tokenizer.ggml.{key}"
+    return fields[name].contents() if name in fields else None
+
+
+def _read_by_transformers(file: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:  # away from other tokenizer files that may lie beside it
+        (Path(folder) / file.name).symlink_to(file.resolve())
+        return AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+
+
+def _writes_bos(fields: Any) -> bool:
+    """Whether llama.cpp would write a BOS before a text: as the file says, else by the kind of its tokenizer."""
+    writes_bos = _value(fields, "add_bos_token")
+    if writes_bos is None:
+        return _value(fields, "model") == "llama" or _value(fields, "pre") in _BOS_BY_DEFAULT
+    return bool(writes_bos)
+
+
 def _write_bos(tokenizer: Any) -> None:
+    """Have the tokenizer begin every text with its BOS."""
     from tokenizers import processors
 
     bos = tokenizer.bos_token

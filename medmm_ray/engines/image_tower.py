@@ -28,11 +28,11 @@ from medmm_ray.engines.weights import OPEN_CLIP_FILES, WeightMismatch, WeightsEr
 CONFIG = "open_clip_config.json"
 WEIGHTS = OPEN_CLIP_FILES[0]
 _VISUAL = "visual."
-# Of a transformers folder: a plain ViT's pooler, which few checkpoints train and which is not read here, and the heads
-# of models that were trained to classify, or to fill in masked patches.
-_UNREAD_POOLER = ("pooler.",)
-_UNREAD_HEADS = ("classifier.", "decoder.")
-_LONGEST = 16  # times the shorter side
+# Weights of a transformers folder that a tower does not use: a plain ViT's pooler, which few checkpoints train, and the
+# heads of models that were trained to classify, or to fill in masked patches.
+_UNUSED_POOLER = ("pooler.",)
+_UNUSED_HEADS = ("classifier.", "decoder.")
+_MAX_ASPECT = 16  # longer side over shorter side
 
 
 class ImageTokens(NamedTuple):
@@ -72,32 +72,26 @@ class ImageTower(nn.Module):
         (or `torch_dtype`, `device_map`) as in `RewardModel.from_pretrained`. Raises ValueError where it is no vision
         tower that can be read, where a file is not whole, and where the files do not hold exactly its weights.
         """
-        number_format, place = dtype_of(dtype, torch_dtype), device_of(device, device_map)
-        name = path = str(name_or_path)
-        commit = None
-        if not Path(path).is_dir():
-            # Imported here: a tower in a folder, as in a reward model's, needs torch and its own library alone.
-            from medmm_ray.engines.checkpoints import HUB_PREFIX, resolve
-
-            path = resolve(path)
-            if path.startswith(HUB_PREFIX):
-                path = _download(path.removeprefix(HUB_PREFIX), revision)
-                commit = Path(path).name  # of the hub's cache
-        if revision is not None and commit is None and Path(path).is_dir():
+        number_format, target_device = dtype_of(dtype, torch_dtype), device_of(device, device_map)
+        name = str(name_or_path)
+        path, commit = _local_path(name, revision)
+        is_folder = Path(path).is_dir()
+        if revision is not None and commit is None and is_folder:
             raise ValueError(f"image tower {name}: revision is {revision!r}, but a folder has none; only a hub id has")
         if (Path(path) / CONFIG).is_file():
             backbone: _Backbone = _open_clip(Path(path))
-        elif not Path(path).is_dir() or (Path(path) / "config.json").is_file():
+        elif not is_folder or (Path(path) / "config.json").is_file():
             backbone = _Transformers(path, revision)
             commit = backbone.commit
         else:
             raise ValueError(f"image tower {path}: holds neither {CONFIG} (open_clip) nor config.json (transformers)")
-        tower = cls(backbone, path, ModelSource(name, commit) if commit else ModelSource.of(path)).eval()
-        return tower.to(place, backbone.stored_dtype if number_format == "auto" else number_format)
+        source = ModelSource(name, commit) if commit else ModelSource.of(path)
+        tower = cls(backbone, path, source).eval()
+        return tower.to(target_device, backbone.stored_dtype if number_format == "auto" else number_format)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its weights; pixels are taken in any."""
+        """The number format of its weights; pixels are taken in any."""
         return next(self.parameters()).dtype
 
     def preprocess(self, image: Image) -> Tensor:
@@ -105,6 +99,7 @@ class ImageTower(nn.Module):
         return self.backbone.preprocess(image)
 
     def forward(self, pixels_B3HW: Tensor) -> ImageTokens:
+        """The pooled token and the patch tokens of each picture."""
         pooled_BD, patches_BPD = self.backbone(pixels_B3HW.to(self.dtype))
         return ImageTokens(pooled_BD, patches_BPD)
 
@@ -120,7 +115,7 @@ class ImageTower(nn.Module):
 
 
 class _Backbone(nn.Module):
-    """One library's vision transformer behind the four things that a tower needs of it."""
+    """One library's vision transformer behind the four calls that a tower makes."""
 
     width: int
     embed_dim: int
@@ -128,6 +123,7 @@ class _Backbone(nn.Module):
     stored_dtype: torch.dtype  # of the weights in the checkpoint
 
     def preprocess(self, image: Image) -> Tensor:
+        """An RGB picture as pixels_3HW."""
         raise NotImplementedError
 
     def forward(self, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,9 +131,11 @@ class _Backbone(nn.Module):
         raise NotImplementedError
 
     def project(self, pooled_BD: Tensor) -> Tensor:
+        """Embeddings_BE of pooled tokens, not yet of unit length."""
         raise NotImplementedError
 
     def save(self, folder: Path) -> None:
+        """Write a folder that the library itself can read."""
         raise NotImplementedError
 
 
@@ -158,17 +156,20 @@ class _OpenClip(_Backbone):
         self._keeps_ratio = settings["resize_mode"] != "squash"
 
     def preprocess(self, image: Image) -> Tensor:
-        pixels_3HW: Tensor = self._transform(_middle(image) if self._keeps_ratio else image)
+        """As the checkpoint's own transform; where that keeps the ratio, a very long picture is cropped first."""
+        pixels_3HW: Tensor = self._transform(_centre_crop(image) if self._keeps_ratio else image)
         return pixels_3HW
 
     def save(self, folder: Path) -> None:
-        others = {k: v for k, v in _weights(self.source).items() if not k.startswith(_VISUAL)}
-        trained = {f"{_VISUAL}{k}": v for k, v in self.visual.state_dict().items()}
+        """Write the whole CLIP: the vision half as it is now, all else as in the source checkpoint."""
+        weights = {name: weight for name, weight in _weights(self.source).items() if not name.startswith(_VISUAL)}
+        for name, weight in self.visual.state_dict().items():
+            weights[f"{_VISUAL}{name}"] = weight
         if folder.resolve() != self.source.resolve():
             for file in self.source.iterdir():
                 if file.is_file() and file.name not in (*OPEN_CLIP_FILES, "manifest.json"):
                     shutil.copyfile(file, folder / file.name)
-        _save_weights({**others, **trained}, folder)
+        _save_weights(weights, folder)
 
 
 class _NativeClip(_OpenClip):
@@ -184,6 +185,7 @@ class _NativeClip(_OpenClip):
         self._penultimate = len(visual.transformer.resblocks) - 2
 
     def forward(self, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        """pooled_BD, patches_BPD."""
         visual: Any = self.visual
         # open_clip's public calls give the pooled token only after its projection, hence these steps of its forward.
         tokens_BLD = visual._embeds(pixels_B3HW)
@@ -192,6 +194,7 @@ class _NativeClip(_OpenClip):
         return pooled_BD, inner_BLD[:, 1:]
 
     def project(self, pooled_BD: Tensor) -> Tensor:
+        """By the CLIP's own projection."""
         visual: Any = self.visual
         projected_BE: Tensor = pooled_BD @ visual.proj
         return projected_BE
@@ -212,6 +215,7 @@ class _TimmClip(_OpenClip):
         self._penultimate = len(visual.trunk.blocks) - 2
 
     def forward(self, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        """pooled_BD, patches_BPD."""
         trunk: Any = self.visual.trunk
         tokens_BLD, (patches_BPD,) = trunk.forward_intermediates(
             pixels_B3HW, indices=[self._penultimate], norm=False, output_fmt="NLC"
@@ -219,6 +223,7 @@ class _TimmClip(_OpenClip):
         return trunk.forward_head(tokens_BLD, pre_logits=True), patches_BPD
 
     def project(self, pooled_BD: Tensor) -> Tensor:
+        """By the CLIP's own projection."""
         visual: Any = self.visual
         projected_BE: Tensor = visual.head(pooled_BD)
         return projected_BE
@@ -234,24 +239,26 @@ class _Transformers(_Backbone):
         processors: Any = AutoImageProcessor
         self.commit = commit_of(path, "config.json", revision)
         stored: Any = load(
-            AutoModel, path, missing=_UNREAD_POOLER, unexpected=_UNREAD_HEADS, revision=self.commit, dtype="auto"
-        )  # fmt: skip
+            AutoModel, path, missing=_UNUSED_POOLER, unexpected=_UNUSED_HEADS, revision=self.commit, dtype="auto"
+        )
         self.stored_dtype = stored.dtype
         self.model: Any = stored.float()
         config = self.model.config
         self._processor: Any = processors.from_pretrained(path, revision=self.commit)
-        registers = {"dinov2": 0, "vit": 0, "dinov2_with_registers": config.to_dict().get("num_register_tokens", 0)}
-        if config.model_type not in registers:
+        num_register_tokens = config.to_dict().get("num_register_tokens", 0)
+        num_registers = {"dinov2": 0, "vit": 0, "dinov2_with_registers": num_register_tokens}
+        if config.model_type not in num_registers:
             raise ValueError(
-                f"image tower {path}: model type {config.model_type!r} is not supported; expected {sorted(registers)} "
-                "or an open_clip checkpoint"
+                f"image tower {path}: model type {config.model_type!r} is not supported; expected "
+                f"{sorted(num_registers)} or an open_clip checkpoint"
             )
-        self._num_prefix = 1 + int(registers[config.model_type])
+        self._num_prefix = 1 + int(num_registers[config.model_type])  # the class token comes before them
         self.width = self.embed_dim = int(config.hidden_size)
         size = self._processor.crop_size if self._processor.do_center_crop else self._processor.size
         self.image_size = int(size["height"])
 
     def preprocess(self, image: Image) -> Tensor:
+        """As the checkpoint's own processor, but for its crop."""
         # Squashed, not cropped as the checkpoint's own settings say: a finding may lie at the border. On VQA-RAD the
         # nearest picture shows the same organ for 98.4 % squashed, 97.5 % cropped, 97.5 % padded (DINOv2 ViT-S).
         side = {"height": self.image_size, "width": self.image_size}
@@ -261,14 +268,17 @@ class _Transformers(_Backbone):
         return pixels_13HW[0]
 
     def forward(self, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        """pooled_BD, patches_BPD."""
         output = self.model(pixel_values=pixels_B3HW, output_hidden_states=True)
         # Not `pooler_output`: a plain ViT's has a head that few checkpoints train.
         return output.last_hidden_state[:, 0], output.hidden_states[-2][:, self._num_prefix :]
 
     def project(self, pooled_BD: Tensor) -> Tensor:
+        """The class token itself: there is no CLIP head."""
         return pooled_BD
 
     def save(self, folder: Path) -> None:
+        """Write model and image processor."""
         self.model.save_pretrained(folder)
         self._processor.save_pretrained(folder)
 
@@ -292,11 +302,13 @@ def save_open_clip(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     preprocess = {"mean": list(mean), "std": list(std), "interpolation": "bicubic", "resize_mode": "squash"}
-    (folder / CONFIG).write_text(json.dumps({"model_cfg": dict(model_config), "preprocess_cfg": preprocess}, indent=2))
+    config = {"model_cfg": dict(model_config), "preprocess_cfg": preprocess}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2))
     _save_weights(weights, folder)
 
 
 def _open_clip(folder: Path) -> _OpenClip:
+    """The vision half of an open_clip folder, with the weights of its file."""
     # The vision half alone: open_clip's factory would build the text half too, which for BiomedCLIP asks the hub for
     # another model's config even when the folder is local.
     from open_clip.model import CLIPVisionCfg, _build_vision_tower
@@ -309,25 +321,28 @@ def _open_clip(folder: Path) -> _OpenClip:
     if not isinstance(vision.image_size, int):
         raise ValueError(f"image tower {folder}: image_size {vision.image_size} is not square")
     visual = _build_vision_tower(model_config["embed_dim"], vision, model_config.get("quick_gelu", False))
-    wanted = {f"{_VISUAL}{name}": weight for name, weight in visual.state_dict().items()}
-    image_half = {name: weight for name, weight in _weights(folder).items() if _VISUAL in name}
-    WeightMismatch.between(wanted, image_half).check(f"image tower {folder}")
-    visual.load_state_dict({name.removeprefix(_VISUAL): weight for name, weight in image_half.items()})
-    tower = (_TimmClip if vision.timm_model_name else _NativeClip)(folder, visual, config)
-    tower.stored_dtype = next(iter(image_half.values())).dtype
-    return tower
+    expected = {f"{_VISUAL}{name}": weight for name, weight in visual.state_dict().items()}
+    # Anywhere in the name: a wrapper's mark in front of it is then named by the error.
+    stored = {name: weight for name, weight in _weights(folder).items() if _VISUAL in name}
+    WeightMismatch.between(expected, stored).check(f"image tower {folder}")
+    visual.load_state_dict({name.removeprefix(_VISUAL): weight for name, weight in stored.items()})
+    backbone = _TimmClip(folder, visual, config) if vision.timm_model_name else _NativeClip(folder, visual, config)
+    backbone.stored_dtype = next(iter(stored.values())).dtype
+    return backbone
 
 
-def _middle(image: Image) -> Image:
+def _centre_crop(image: Image) -> Image:
     """The middle of a picture that is extremely long: resized as it is, one of 1 x 1,000,000 would take 150 GB."""
-    longest = _LONGEST * min(image.size)
+    longest = _MAX_ASPECT * min(image.size)
     if max(image.size) <= longest:
         return image
-    left, top = (max(side - longest, 0) // 2 for side in image.size)
-    return image.crop((left, top, left + min(image.width, longest), top + min(image.height, longest)))
+    x = max(image.width - longest, 0) // 2
+    y = max(image.height - longest, 0) // 2
+    return image.crop((x, y, x + min(image.width, longest), y + min(image.height, longest)))
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of an open_clip folder, both halves."""
     from safetensors.torch import load_file
 
     check_files(folder, OPEN_CLIP_FILES)
@@ -350,7 +365,22 @@ def _save_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
     from safetensors.torch import save_file
 
     # A copy of each tensor: safetensors refuses tensors that share memory.
-    save_file({k: v.detach().cpu().clone().contiguous() for k, v in weights.items()}, folder / WEIGHTS)
+    copies = {name: weight.detach().cpu().clone().contiguous() for name, weight in weights.items()}
+    save_file(copies, folder / WEIGHTS)
+
+
+def _local_path(name: str, revision: str | None) -> tuple[str, str | None]:
+    """The folder of a tower, or the hub id of one of transformers'; and the commit of what open_clip's hub id gave."""
+    if Path(name).is_dir():
+        return name, None
+    # Imported here: a tower in a folder, as in a reward model's, needs torch and its own library alone.
+    from medmm_ray.engines.checkpoints import HUB_PREFIX, resolve
+
+    path = resolve(name)
+    if not path.startswith(HUB_PREFIX):
+        return path, None
+    snapshot = _download(path.removeprefix(HUB_PREFIX), revision)
+    return snapshot, Path(snapshot).name  # the hub's cache names a snapshot by its commit
 
 
 def _download(hub_id: str, revision: str | None) -> str:

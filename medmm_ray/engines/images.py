@@ -22,7 +22,8 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
 
 @dataclass(frozen=True)
 class _OtherFormat:
-    """A format that comes among pictures and is none of `FORMATS`: how it is recognised, and what to do about it."""
+    """A format that comes among pictures and is none of `FORMATS`: its signatures, one of which stands `start` bytes
+    into a file, and what to do about it."""
 
     name: str
     start: int
@@ -32,6 +33,7 @@ class _OtherFormat:
 
 _TO_PNG = "convert it to PNG first"
 _DOWNLOAD = "get the file itself"
+# The last two come from downloads that did not give the file.
 _OTHER_FORMATS = (
     _OtherFormat("a DICOM file", 128, (b"DICM",), "write its pixels as a 16-bit PNG first (pydicom reads them)"),
     _OtherFormat("a HEIC picture", 4, (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1"), _TO_PNG),
@@ -50,9 +52,9 @@ _OTHER_FORMATS = (
 
 
 def _other_format(content: bytes) -> _OtherFormat | None:
-    for other in _OTHER_FORMATS:
-        if content.startswith(other.signatures, other.start):
-            return other
+    for file_format in _OTHER_FORMATS:
+        if content.startswith(file_format.signatures, file_format.start):
+            return file_format
     return None
 
 
@@ -79,13 +81,16 @@ def open_image(uri: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
 def decode_image(content: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The picture in the bytes of an image file; `name` is what error messages call it.
 
-    Of any kind (`pixels.upright_rgb`); of an animation the first frame.
+    It may be of any kind (`pixels.upright_rgb`); an animation gives its first frame. Raises `RowError`, of the kinds in
+    the module's docstring.
     """
     if not content:
         raise RowError("image_empty", f"{name} has 0 bytes")
-    other = _other_format(content)
-    if other is not None:
-        raise RowError("image_format", f"{name} is {other.name}, which is not read as a picture: {other.remedy}")
+    file_format = _other_format(content)
+    if file_format is not None:
+        raise RowError(
+            "image_format", f"{name} is {file_format.name}, which is not read as a picture: {file_format.remedy}"
+        )
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
         if image.width * image.height > max_pixels:
@@ -98,9 +103,9 @@ def decode_image(content: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Ima
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise RowError("image_too_large", f"{name}: {error}") from None
     except UnidentifiedImageError:
-        known = ", ".join(FORMATS)
+        formats = ", ".join(FORMATS)
         raise RowError(
-            "image_corrupt", f"{name} is not a readable image ({len(content)} bytes): none of {known}"
+            "image_corrupt", f"{name} is not a readable image ({len(content)} bytes): none of {formats}"
         ) from None
     except DECODE_FAULTS as error:
         raise RowError("image_corrupt", f"{name} is not a readable image ({len(content)} bytes): {error}") from error

@@ -30,7 +30,7 @@ class IndexConfig(Config):
 
 
 class Index:
-    """FAISS, and the id of each row. Made by `Index.build` or `Index.load`."""
+    """A FAISS index, and the id of each of its rows. Made by `Index.build` or `Index.load`."""
 
     def __init__(self, ids: Sequence[str], faiss_index: Any) -> None:
         import faiss
@@ -66,6 +66,7 @@ class Index:
 
     @property
     def width(self) -> int:
+        """Length of its vectors."""
         return int(self._index.d)
 
     def __len__(self) -> int:
@@ -86,23 +87,29 @@ class Index:
                 "embed both with the same model"
             )
         _check("queries", queries_QD)
-        wanted = min(k, len(self.ids))
-        # One more than wanted shows whether the last place is tied; then all that tie must be known to choose by id.
-        fetch = min(wanted + 1, len(self.ids))
-        while True:
-            similarities_QK, rows_QK = self._index.search(queries_QD, fetch)
-            rounded_QK = np.round(similarities_QK.astype(np.float64), TIE_DIGITS)
-            tied_Q = (rounded_QK[:, wanted - 1] == rounded_QK[:, -1]) & (rows_QK[:, -1] >= 0)
-            if fetch == len(self.ids) or not tied_Q.any():
-                break
-            fetch = min(2 * fetch, len(self.ids))
-        names, values = [], []
-        for similarities_K, rows_K in zip(rounded_QK, rows_QK, strict=True):
-            found = [(-float(s), int(r)) for s, r in zip(similarities_K, rows_K, strict=True) if r >= 0]
-            best = sorted(found)[:wanted]
+        num_results = min(k, len(self.ids))
+        similarities_QK, rows_QK = self._search_with_ties(queries_QD, num_results)
+        names: list[list[str]] = []
+        values: list[list[float]] = []
+        for similarities_K, rows_K in zip(similarities_QK.tolist(), rows_QK.tolist(), strict=True):
+            # FAISS fills up with row -1 where inverted lists hold fewer. Rows are in the order of their ids.
+            neighbours = [(-s, row) for s, row in zip(similarities_K, rows_K, strict=True) if row >= 0]
+            best = sorted(neighbours)[:num_results]
             names.append([self.ids[row] for _, row in best])
             values.append([-negative for negative, _ in best])
         return names, values
+
+    def _search_with_ties(self, queries_QD: Vectors, num_results: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Rounded similarities and rows of at least `num_results` neighbours, and of all that tie with the last."""
+        # One more than asked for shows whether the last place is tied; then all that tie are needed to choose by id.
+        num_fetched = min(num_results + 1, len(self.ids))
+        while True:
+            similarities_QK, rows_QK = self._index.search(queries_QD, num_fetched)
+            rounded_QK = np.round(similarities_QK.astype(np.float64), TIE_DIGITS)
+            tied_Q = (rounded_QK[:, num_results - 1] == rounded_QK[:, -1]) & (rows_QK[:, -1] >= 0)
+            if num_fetched == len(self.ids) or not tied_Q.any():
+                return rounded_QK, rows_QK
+            num_fetched = min(2 * num_fetched, len(self.ids))
 
     def save(self, stem: str | Path) -> None:
         """Write ``<stem>.faiss`` and ``<stem>.ids.json``."""
@@ -126,6 +133,7 @@ class Index:
 
 
 def _check(name: str, vectors_ND: Vectors) -> None:
+    """Raise ValueError where a vector is not finite or of length 0."""
     broken = int((~np.isfinite(vectors_ND).all(axis=1)).sum())
     if broken:
         raise ValueError(f"index: {broken} of {len(vectors_ND)} {name} hold NaN or infinity; leave these rows out")

@@ -4,7 +4,6 @@ import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 from medmm_ray.config import ConfigError
 
@@ -18,7 +17,8 @@ class EngineMemoryError(ConfigError):
 
 def weight_bytes(model: str) -> int:
     """Bytes of the weight files of a checkpoint folder; 0 for a hub name, whose size is not known here."""
-    return sum(f.stat().st_size for pattern in ("*.safetensors", "*.bin") for f in Path(model).glob(pattern))
+    files = [*Path(model).glob("*.safetensors"), *Path(model).glob("*.bin")]
+    return sum(file.stat().st_size for file in files)
 
 
 def free_memory() -> int:
@@ -26,9 +26,11 @@ def free_memory() -> int:
     import psutil
 
     free = int(psutil.virtual_memory().available)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and (words := limit.read_text().strip()) != "max":
-        free = min(free, int(words) - int(used.read_text()))
+    # In a container the machine's free memory is not ours to take.
+    limit_file, used_file = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    limit = limit_file.read_text().strip() if limit_file.is_file() else "max"
+    if limit != "max":
+        free = min(free, int(limit) - int(used_file.read_text()))
     return free
 
 
@@ -55,15 +57,17 @@ def check_gpu_memory(gpus: Sequence[tuple[int, int]], utilization: float) -> Non
 def free_gpu_memory() -> list[tuple[int, int]]:
     """(free, total) bytes of each GPU of this actor, asked of the driver: a CUDA context here would cost memory."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    asked = ["nvidia-smi", "--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", "--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits"]
+    if visible:
+        command += ["--id", visible]
     try:
-        done = subprocess.run(
-            [*asked, *(["--id", visible] if visible else [])], capture_output=True, text=True, check=True
-        )
+        completed = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise EngineMemoryError(
             f"num_gpus is set and nvidia-smi finds no GPU here ({error}); set num_gpus=0"
         ) from error
-    return [
-        cast(tuple[int, int], tuple(int(mib) << 20 for mib in line.split(","))) for line in done.stdout.splitlines()
-    ]
+    gpus: list[tuple[int, int]] = []
+    for line in completed.stdout.splitlines():
+        free_mib, total_mib = line.split(",")
+        gpus.append((int(free_mib) << 20, int(total_mib) << 20))
+    return gpus

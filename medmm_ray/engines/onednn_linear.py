@@ -17,13 +17,13 @@ _by_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-cal
 def use_onednn(model: nn.Module) -> None:
     """Have oneDNN compute the linear layers of `model` wherever they run in float32 on a CPU."""
     for module in model.modules():
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear:  # not a subclass, whose forward pass may do more
             module.__class__ = OneDnnLinear
 
 
 @contextmanager
 def pytorch_linear() -> Iterator[None]:
-    """As PyTorch computes them by itself, for comparison."""
+    """Have PyTorch compute linear layers as it does by itself, for comparison."""
     global _by_onednn
     before, _by_onednn = _by_onednn, False
     try:
@@ -33,34 +33,37 @@ def pytorch_linear() -> Iterator[None]:
 
 
 class OneDnnLinear(nn.Linear):
-    """`nn.Linear`, by oneDNN where it serves."""
+    """`nn.Linear`, computed by oneDNN in float32 on a CPU, else by PyTorch."""
 
     def forward(self, input: Tensor) -> Tensor:
-        served = _by_onednn and input.device.type == "cpu" and input.dtype == self.weight.dtype == torch.float32
-        if not served:
+        """input [..., I] -> [..., O]."""
+        is_float32 = input.dtype == self.weight.dtype == torch.float32
+        if not (_by_onednn and input.device.type == "cpu" and is_float32):
             return super().forward(input)
         out: Tensor = _Linear.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
         return out
 
 
 class _Linear(torch.autograd.Function):
-    """x [..., I], weight [O, I], bias [O] or None -> [..., O]."""
+    """x [..., I], weight [O, I], bias [O] or None -> [..., O]. oneDNN's operator has no gradient of its own."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The product; what the backward pass needs is kept."""
         ctx.save_for_backward(x, weight)
         return _product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of x, weight and bias, those that are needed."""
         (grad,) = gradients
         x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         flat = grad.flatten(0, -2)
         return (
-            _product(grad, weight.t()) if wants_x else None,
-            _product(flat.t(), x.flatten(0, -2).t()) if wants_weight else None,
-            flat.sum(dim=0) if wants_bias else None,
+            _product(grad, weight.t()) if needs_x else None,
+            _product(flat.t(), x.flatten(0, -2).t()) if needs_weight else None,
+            flat.sum(dim=0) if needs_bias else None,
         )
 
 

@@ -19,10 +19,10 @@ DECODE_FAULTS = (
     struct.error,
 )
 WINDOW_PERCENTILES = (1.0, 99.0)
-"""Of greyscale with more than 8 bits, what is shown black and white: a burnt-in marker at the type's maximum, or a few
-hot pixels, must not darken the anatomy."""
+"""Percentiles of greyscale with more than 8 bits that become black and white: a burnt-in marker at the type's maximum,
+or a few hot pixels, must not darken the anatomy."""
 
-_UPRIGHT = {
+_TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -53,12 +53,12 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned by its orientation alone: no other EXIF entry is looked at, so that an odd one does no harm."""
+    """A picture turned by its EXIF orientation; no other entry is looked at, so that an odd one does no harm."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except DECODE_FAULTS:  # EXIF data that nobody can parse says nothing of the orientation; the pixels are sound
         return image
-    turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
     return image if turn is None else image.transpose(turn)
 
 
@@ -66,6 +66,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return _windowed(np.asarray(image, dtype=np.float64))
     if image.has_transparency_data:
+        # Upon white: what a transparent pixel hides is often black.
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
@@ -83,5 +84,6 @@ def _windowed(values_HW: np.ndarray) -> Image.Image:
     if low == high:
         low, high = finite.min(), finite.max()
     scale = 255.0 / (high - low) if high > low else 0.0
-    shown_HW = (np.where(np.isfinite(values_HW), values_HW, low).clip(low, high) - low) * scale
-    return Image.fromarray(np.rint(shown_HW).astype(np.uint8)).convert("RGB")
+    windowed_HW = np.where(np.isfinite(values_HW), values_HW, low).clip(low, high)
+    grey_HW = (windowed_HW - low) * scale
+    return Image.fromarray(np.rint(grey_HW).astype(np.uint8)).convert("RGB")

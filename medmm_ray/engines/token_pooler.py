@@ -1,4 +1,4 @@
-"""What vLLM says at single tokens of whole sequences (its token-wise pooling), with its prefix cache in use.
+"""vLLM's values at single tokens of whole sequences (its token-wise pooling), with its prefix cache in use.
 
 Enters: token ids of sequences and the positions that are asked for. Leaves: for each sequence the pooled values at
 those positions. A sequence that begins as another of the same call did is computed from there on: vLLM then returns the
@@ -36,7 +36,7 @@ CPU_STEP_TOKENS = 4096  # of one engine step on a CPU, where no seeds forbid to 
 
 @dataclass(frozen=True)
 class Pooling:
-    """What the engine gives of a token: a classifier's logits, or hidden states. `arguments` are vLLM's."""
+    """What the engine returns for a token: a classifier's logits, or hidden states. `arguments` are vLLM's."""
 
     task: Literal["token_classify", "token_embed"]
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -77,7 +77,7 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class PooledTokens:
-    """What came back of one sequence: the values of its last tokens, from the position `start` on."""
+    """What vLLM returned for one sequence: the values of its last tokens, from the position `start` on."""
 
     values_LW: "Tensor"
     start: int
@@ -93,7 +93,8 @@ class TokenPooler:
         from vllm import LLM
         from vllm.config import PoolerConfig
 
-        self.pooling, self.statistics = pooling, Statistics()
+        self.pooling = pooling
+        self.statistics = Statistics()
         self._salts = itertools.count()
         pooler = PoolerConfig(task=pooling.task, tok_pooling_type="ALL")
         arguments = pooler_arguments(model, config) | pooling.arguments
@@ -115,22 +116,23 @@ class TokenPooler:
             return []
         # A salt of their own: what an earlier call has cached is not in this one's answers.
         salt = f"call-{next(self._salts)}" if cached else None
-        computed = self._encode([s.ids for s in sequences], salt)
-        picked = gather_values(sequences, computed)
-        again = [i for i, values_TW in enumerate(picked) if values_TW is None]
-        if again:
-            log.warning("vLLM left out tokens of %d of %d sequences; they are read anew", len(again), len(sequences))
-            alone = [sequences[i] for i in again]
-            for i, values_TW in zip(
-                again, gather_values(alone, self._encode([s.ids for s in alone], None)), strict=True
-            ):
-                picked[i] = values_TW
-        if any(values_TW is None for values_TW in picked):
+        computed = self._encode([sequence.ids for sequence in sequences], salt)
+        values = gather_values(sequences, computed)
+        incomplete = [i for i, values_TW in enumerate(values) if values_TW is None]
+        if incomplete:
+            log.warning(
+                "vLLM left out tokens of %d of %d sequences; they are computed anew", len(incomplete), len(sequences)
+            )
+            retried = [sequences[i] for i in incomplete]
+            computed = self._encode([sequence.ids for sequence in retried], None)
+            for i, values_TW in zip(incomplete, gather_values(retried, computed), strict=True):
+                values[i] = values_TW
+        if any(values_TW is None for values_TW in values):
             raise GeneratorError("vLLM returned fewer tokens than it was given, without its prefix cache too")
-        return cast("list[Tensor]", picked)
+        return cast("list[Tensor]", values)
 
     def _encode(self, rows: Sequence[Sequence[int]], salt: str | None) -> list[PooledTokens | None]:
-        """What is computed of each row; None where its size is not what vLLM says. No `salt`: nothing is cached."""
+        """The pooled tokens of each row; None where their number is not what vLLM says. No `salt`: no prefix cache."""
         from vllm import PoolingParams, TokensPrompt
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -150,7 +152,8 @@ class TokenPooler:
             values_LW, start = output.outputs.data, output.num_cached_tokens
             self.statistics.prompt_tokens += len(row)
             self.statistics.cached_tokens += start
-            computed.append(PooledTokens(values_LW, start) if start + len(values_LW) == len(row) else None)
+            is_whole = start + len(values_LW) == len(row)
+            computed.append(PooledTokens(values_LW, start) if is_whole else None)
         return computed
 
     def shutdown(self) -> None:
@@ -170,23 +173,47 @@ def gather_values(sequences: Sequence[TokenSequence], computed: Sequence[PooledT
     A state depends on the tokens up to its own alone, so any sequence with the same ones has it. None where no sequence
     has computed one of the positions.
     """
-    import torch
 
-    texts = [array("i", s.ids).tobytes() for s in sequences]
-
-    def source(i: int, position: int) -> PooledTokens | None:
-        beginning = texts[i][: (position + 1) * array("i").itemsize]
-        for text, other in zip(texts, computed, strict=True):
-            if other is not None and other.start <= position and text.startswith(beginning):
-                return other
-        return None
-
-    picked: list[torch.Tensor | None] = []
-    for i, (sequence, own) in enumerate(zip(sequences, computed, strict=True)):
-        if own is not None and own.start <= min(sequence.positions):
-            picked.append(own.values_LW[[p - own.start for p in sequence.positions]])
-            continue
-        holders = [own if own is None or own.start <= p else source(i, p) for p in sequence.positions]
-        rows_W = [h.values_LW[p - h.start] for h, p in zip(holders, sequence.positions, strict=True) if h is not None]
-        picked.append(torch.stack(rows_W) if len(rows_W) == len(holders) else None)
+    picked: list[Tensor | None] = []
+    sources = _Sources(sequences, computed)
+    for i, sequence in enumerate(sequences):
+        own_tokens = computed[i]
+        if own_tokens is not None and own_tokens.start <= min(sequence.positions):
+            rows = [position - own_tokens.start for position in sequence.positions]
+            picked.append(own_tokens.values_LW[rows])
+        else:
+            picked.append(sources.values(i))
     return picked
+
+
+class _Sources:
+    """The sequences of a call by their beginnings, to take a token's values from any that computed it."""
+
+    def __init__(self, sequences: Sequence[TokenSequence], computed: Sequence[PooledTokens | None]) -> None:
+        self.sequences = sequences
+        self.computed = computed
+        # As bytes: comparing two beginnings is then one comparison of memory.
+        self.texts = [array("i", sequence.ids).tobytes() for sequence in sequences]
+
+    def values(self, i: int) -> "Tensor | None":
+        """The values [T, W] at a sequence's positions; None where one of them was computed by no sequence."""
+        import torch
+
+        rows_W: list[Tensor] = []
+        for position in self.sequences[i].positions:
+            source = self._source_of(i, position)
+            if source is None:
+                return None
+            rows_W.append(source.values_LW[position - source.start])
+        return torch.stack(rows_W)
+
+    def _source_of(self, i: int, position: int) -> PooledTokens | None:
+        """The tokens of the sequence itself, else of the first with the same beginning up to `position`."""
+        own_tokens = self.computed[i]
+        if own_tokens is None or own_tokens.start <= position:
+            return own_tokens
+        beginning = self.texts[i][: (position + 1) * array("i").itemsize]
+        for text, tokens in zip(self.texts, self.computed, strict=True):
+            if tokens is not None and tokens.start <= position and text.startswith(beginning):
+                return tokens
+        return None

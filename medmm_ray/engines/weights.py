@@ -15,21 +15,26 @@ from typing import Any
 Shape = tuple[int, ...]
 
 TRANSFORMERS_FILES = (
-    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
-)  # fmt: skip
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 """transformers' names for weights, in its order of preference; an index lists shards."""
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-"""peft's."""
+"""peft's names for weights, in its order of preference."""
 OPEN_CLIP_FILES = (
-    "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "model.safetensors",
     "open_clip_pytorch_model.bin",
-)  # fmt: skip
-"""open_clip's; the last is torch's zip format, read as weights only."""
+)
+"""open_clip's names for weights; the last is torch's zip format, read as weights only."""
 
-_TEXTS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")  # configs and tokenizers
+_TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")  # configs and tokenizers
 POINTER = b"version https://git-lfs.github.com/spec/v1"
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
-_NAMED = 5  # weights that a message names
+_MAX_NAMED = 5  # weights that a message names
 
 
 class WeightsError(ValueError):
@@ -45,6 +50,17 @@ class _Wrapper:
     unwrap: str
     adds_nothing: bool = True
     """Whether the names are all that it changed."""
+
+    def advice(self) -> str:
+        """How to get a checkpoint without the mark."""
+        advice = (
+            f"The names hold {self.mark!r}, which {self.program} leaves there when the wrapped model is saved. Save "
+            f"{self.unwrap}"
+        )
+        if self.adds_nothing:
+            renamed = f"{{k.replace({self.mark!r}, ''): v for k, v in load_file(f).items()}}"
+            advice += f", or rename the weights in each file f: save_file({renamed}, f, {{'format': 'pt'}})"
+        return advice
 
 
 _WRAPPERS = (
@@ -72,13 +88,17 @@ class WeightMismatch:
 
     @classmethod
     def between(cls, model: Mapping[str, Any], files: Mapping[str, Any]) -> "WeightMismatch":
-        """Of two state dicts."""
-        shapes = [(name, tuple(files[name].shape), tuple(model[name].shape)) for name in model.keys() & files.keys()]
-        misshapen = tuple(sorted(entry for entry in shapes if entry[1] != entry[2]))
-        return cls(frozenset(model.keys() - files.keys()), frozenset(files.keys() - model.keys()), misshapen)
+        """The mismatch of two state dicts, a model's and a checkpoint's."""
+        misshapen: list[tuple[str, Shape, Shape]] = []
+        for name in sorted(model.keys() & files.keys()):
+            stored_shape, model_shape = tuple(files[name].shape), tuple(model[name].shape)
+            if stored_shape != model_shape:
+                misshapen.append((name, stored_shape, model_shape))
+        missing = frozenset(model.keys() - files.keys())
+        return cls(missing, frozenset(files.keys() - model.keys()), tuple(misshapen))
 
     def without(self, missing: Sequence[str] = (), unexpected: Sequence[str] = ()) -> "WeightMismatch":
-        """Less the names that begin with one of these: those that are rightly on one side only."""
+        """The mismatch less the names that begin with one of these: those that are rightly on one side only."""
         return WeightMismatch(
             frozenset(name for name in self.missing if not name.startswith(tuple(missing))),
             frozenset(name for name in self.unexpected if not name.startswith(tuple(unexpected))),
@@ -91,7 +111,7 @@ class WeightMismatch:
         if self.missing:
             parts.append(f"missing are {len(self.missing)}: {_listed(self.missing)}")
         if self.misshapen:
-            shapes = [f"{name} is {list(found)}, not {list(wanted)}" for name, found, wanted in self.misshapen]
+            shapes = [f"{name} is {list(stored)}, not {list(expected)}" for name, stored, expected in self.misshapen]
             parts.append(f"of another shape are {len(shapes)}: {_listed(shapes)}")
         if self.unexpected:
             parts.append(f"of no use to it are {len(self.unexpected)}: {_listed(self.unexpected)}")
@@ -99,15 +119,10 @@ class WeightMismatch:
             raise WeightsError(f"{source} does not hold its model's weights: {'; '.join(parts)}. {self._advice()}")
 
     def _advice(self) -> str:
+        """What to do about it, by what it looks like."""
         wrapper = self._wrapper()
         if wrapper is not None:
-            saved = (
-                f"The names hold {wrapper.mark!r}, which {wrapper.program} leaves there when the wrapped model is "
-                f"saved. Save {wrapper.unwrap}"
-            )
-            renamed = f"{{k.replace({wrapper.mark!r}, ''): v for k, v in load_file(f).items()}}"
-            rename = f", or rename the weights in each file f: save_file({renamed}, f, {{'format': 'pt'}})"
-            return saved + (rename if wrapper.adds_nothing else "")
+            return wrapper.advice()
         if any(_VALUE_HEAD.search(name) for name in self.unexpected):
             return (
                 "A value head (TRL's AutoModelForCausalLMWithValueHead) would be ignored: steps are read from the "
@@ -127,19 +142,22 @@ class WeightMismatch:
 
     def _wrapper(self) -> _Wrapper | None:
         """The program whose mark makes a name in the files differ from one that is missing."""
-        missing = {_MARKS.sub("", name): name for name in self.missing}
+        missing_by_bare_name = {_MARKS.sub("", name): name for name in self.missing}
         for name in sorted(self.unexpected):
-            without_mark = missing.get(_MARKS.sub("", name))
+            missing_name = missing_by_bare_name.get(_MARKS.sub("", name))
+            if not missing_name:
+                continue
             for wrapper in _WRAPPERS:
-                if without_mark and wrapper.mark in name and wrapper.mark not in without_mark:
+                if wrapper.mark in name and wrapper.mark not in missing_name:
                     return wrapper
         return None
 
 
 def _listed(names: Iterable[str]) -> str:
-    first = sorted(names)
-    more = len(first) - _NAMED
-    return ", ".join(first[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+    ordered = sorted(names)
+    listed = ", ".join(ordered[:_MAX_NAMED])
+    num_unlisted = len(ordered) - _MAX_NAMED
+    return f"{listed} and {num_unlisted} more" if num_unlisted > 0 else listed
 
 
 def weight_files(folder: Path, names: Sequence[str] = TRANSFORMERS_FILES) -> list[Path]:
@@ -158,12 +176,12 @@ def weight_files(folder: Path, names: Sequence[str] = TRANSFORMERS_FILES) -> lis
 
 
 def check_files(folder: Path, names: Sequence[str] = TRANSFORMERS_FILES) -> None:
-    """Raise `WeightsError` where a file of a checkpoint that is read is not there whole.
+    """Raise `WeightsError` where a file that a loader reads is not there whole.
 
-    Checked are configs, tokenizers and the weight files of `weight_files`, no others: of a clone, people fetch what
-    they need.
+    Checked are configs, tokenizers and the weight files of `weight_files`, no others: people fetch what they need of a
+    clone.
     """
-    for pattern in _TEXTS:
+    for pattern in _TEXT_FILES:
         for file in sorted(folder.glob(pattern)):
             check_file(file)
     files = weight_files(folder, names)
@@ -180,35 +198,35 @@ def check_file(file: Path) -> None:
     """Raise `WeightsError` where a file is a git-lfs pointer or was cut off."""
     size = file.stat().st_size
     with file.open("rb") as stream:
-        first = stream.read(len(POINTER))
-    if first == POINTER:
+        beginning = stream.read(len(POINTER))
+    if beginning == POINTER:
         raise WeightsError(
             f"{file} is a git-lfs pointer of {size} bytes, not the file itself; run `git lfs install && git lfs pull` "
             "in its folder, or download it with `hf download`"
         )
-    missing = _cut_off(file, first, size)
-    if missing:
+    symptom = _cut_off(file, beginning, size)
+    if symptom:
         raise WeightsError(
-            f"{file} is not whole: {missing}; its download was cut off or is still under way: get it again"
+            f"{file} is not whole: {symptom}; its download was cut off or is still under way: get it again"
         )
 
 
-def _cut_off(file: Path, first: bytes, size: int) -> str | None:
-    """What shows that the end of a file is missing."""
+def _cut_off(file: Path, beginning: bytes, size: int) -> str | None:
+    """A symptom of a file whose end is missing; None where it is whole. `beginning` are its first bytes."""
     if file.suffix == ".safetensors":
         expected = _safetensors_size(file, size)
         if expected is None:
             return f"its {size:,} bytes hold no safetensors header"
         return None if size == expected else f"it has {size:,} bytes and its header tells of {expected:,}"
-    if first[:2] == b"PK":  # torch's zip format, whose table of contents is its end
-        return (
-            None if zipfile.is_zipfile(file) else f"it has {size:,} bytes, and its table of contents is not among them"
-        )
+    if beginning[:2] == b"PK":  # torch's zip format, whose table of contents is its end
+        if zipfile.is_zipfile(file):
+            return None
+        return f"it has {size:,} bytes, and its table of contents is not among them"
     if file.suffix == ".json":
         with file.open("rb") as stream:
             stream.seek(max(0, size - 64))
-            ends = stream.read().rstrip()[-1:]
-        return None if ends in (b"}", b"]") else f"it has {size:,} bytes and does not end as JSON does"
+            last_byte = stream.read().rstrip()[-1:]
+        return None if last_byte in (b"}", b"]") else f"it has {size:,} bytes and does not end as JSON does"
     return None if size else "it is empty"
 
 
@@ -220,7 +238,7 @@ def _safetensors_size(file: Path, size: int) -> int | None:
             return None
         try:
             header = json.loads(stream.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
     return 8 + length + max(ends, default=0)

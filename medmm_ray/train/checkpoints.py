@@ -25,20 +25,22 @@ FILE_BYTES = 2 << 30  # a worker holds at most about so much of a checkpoint in 
 
 
 def save(engine: Engine, progress: Mapping[str, Any], folder: Path, rank: int, size: int) -> None:
-    """This worker's share of a checkpoint; all workers call it together."""
+    """Write this worker's share of a checkpoint; all workers call it together."""
     from safetensors.torch import save_file
 
-    held: dict[str, torch.Tensor] = {}
-    number = 0
-    for place, name in enumerate(engine.trained):
+    tensors: dict[str, torch.Tensor] = {}
+    file_number = 0
+    for place, name in enumerate(engine.trainable):
         for moment in (None, *MOMENTS):
-            whole = engine.master(name, moment)
+            # Gathered by all workers together, also where another one writes it.
+            weight = engine.master_weight(name, moment)
             if place % size == rank:
-                held[_key(name, moment)] = whole.detach().float().cpu().contiguous()
-        if sum(tensor.nbytes for tensor in held.values()) > FILE_BYTES:
-            save_file(held, folder / f"weights-{rank}-{number}.safetensors")
-            held, number = {}, number + 1
-    save_file(held, folder / f"weights-{rank}-{number}.safetensors")
+                tensors[_key(name, moment)] = weight.detach().float().cpu().contiguous()
+        if sum(tensor.nbytes for tensor in tensors.values()) > FILE_BYTES:
+            save_file(tensors, folder / f"weights-{rank}-{file_number}.safetensors")
+            tensors = {}
+            file_number += 1
+    save_file(tensors, folder / f"weights-{rank}-{file_number}.safetensors")
     if rank == 0:
         save_file(dict(_buffers(engine)), folder / BUFFERS)
         (folder / PROGRESS).write_text(json.dumps(progress))
@@ -49,31 +51,50 @@ def load(engine: Engine, folder: Path, updates: int) -> None:
 
     Raises `WeightsError` where a file is not whole, or where they are not those of the weights that are trained.
     """
-    from safetensors import safe_open
     from safetensors.torch import load_file
+
+    file_of = _open_weight_files(folder)
+    expected_keys: set[str] = set()
+    for name in engine.trainable:
+        expected_keys.update(_key(name, moment) for moment in (None, *MOMENTS))
+    missing = frozenset(expected_keys - file_of.keys())
+    WeightMismatch(missing, frozenset(file_of.keys() - expected_keys)).check("the training's checkpoint")
+    engine.reset_optimizer(updates)
+    for name in engine.trainable:
+        weight = _read_tensor(file_of, _key(name, None))
+        moments = {}
+        for moment in MOMENTS:
+            moments[moment] = _read_tensor(file_of, _key(name, moment)).to(engine.device)
+        engine.set_master_weight(name, weight.to(engine.device), moments)
+    saved_buffers, buffers = load_file(folder / BUFFERS), dict(_buffers(engine))
+    WeightMismatch.between(buffers, saved_buffers).check("the training's checkpoint")
+    for name, buffer in buffers.items():
+        buffer.copy_(saved_buffers[name])
+
+
+def _open_weight_files(folder: Path) -> dict[str, Any]:
+    """The open file that holds each tensor; safetensors reads a tensor when it is asked for."""
+    from safetensors import safe_open
 
     paths = sorted(folder.glob("weights-*.safetensors"))
     for path in (*paths, folder / BUFFERS):
         check_file(path)
-    files: list[Any] = [safe_open(path, "pt") for path in paths]
-    file_of = {key: file for file in files for key in file.keys()}  # noqa: SIM118 - it is no dict
-    wanted = frozenset(_key(name, moment) for name in engine.trained for moment in (None, *MOMENTS))
-    WeightMismatch(wanted - file_of.keys(), frozenset(file_of.keys() - wanted)).check("the training's checkpoint")
-    engine.start_from(updates)
-    for name in engine.trained:
-        weight, *moments = (file_of[_key(name, m)].get_tensor(_key(name, m)) for m in (None, *MOMENTS))
-        engine.set_master(name, weight.to(engine.device), {
-            moment: value.to(engine.device) for moment, value in zip(MOMENTS, moments, strict=True)
-        })  # fmt: skip
-    saved, buffers = load_file(folder / BUFFERS), dict(_buffers(engine))
-    WeightMismatch.between(buffers, saved).check("the training's checkpoint")
-    for name, buffer in buffers.items():
-        buffer.copy_(saved[name])
+    file_of: dict[str, Any] = {}
+    for path in paths:
+        file: Any = safe_open(path, "pt")
+        file_of.update(dict.fromkeys(file.keys(), file))
+    return file_of
 
 
-def progress_in(folder: Path) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads((folder / PROGRESS).read_text())
-    return told
+def _read_tensor(file_of: Mapping[str, Any], key: str) -> "torch.Tensor":
+    tensor: torch.Tensor = file_of[key].get_tensor(key)
+    return tensor
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """The fields of the `Progress` in a checkpoint."""
+    progress: dict[str, Any] = json.loads((folder / PROGRESS).read_text())
+    return progress
 
 
 def _key(name: str, moment: str | None) -> str:
@@ -86,13 +107,14 @@ def _buffers(engine: Engine) -> "Iterator[tuple[str, torch.Tensor]]":
     return ((name, buffer) for name, buffer in engine.module.named_buffers() if name in saved)
 
 
-def save_trained(engine: Engine, path: Path, rank: int) -> None:
-    """Rank 0 writes the trained weights, as they stand, without moments; all workers call it together."""
+def save_trainable(engine: Engine, path: Path, rank: int) -> None:
+    """Write the trained weights, as they stand, without moments, on rank 0; all workers call it together."""
     from safetensors.torch import save_file
 
-    with engine.whole_weights():
+    with engine.gathered_weights():
         if rank == 0:
-            save_file({n: p.detach().cpu().contiguous() for n, p in engine.trained.items()}, path)
+            weights = {name: p.detach().cpu().contiguous() for name, p in engine.trainable.items()}
+            save_file(weights, path)
 
 
 def copy(source: str, target: str) -> None:

@@ -2,7 +2,7 @@
 
 DeepSpeed divides optimizer states, gradients and weights among the workers (ZeRO) and moves them to CPU memory
 (off-load); here they come together again, parameter by parameter, so that what a checkpoint holds says nothing of the
-number of workers or the ZeRO stage that made it.
+number of workers or the ZeRO stage that made it (DeepSpeed's own checkpoints do).
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from medmm_ray.train.loop import TrainConfig
+    from medmm_ray.train.stage import TrainConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of a weight
 
@@ -53,14 +53,21 @@ def parameter_groups(
             rate = next((rate for prefix, rate in rates.items() if name.startswith(prefix)), default)
             decay = weight_decay if parameter.dim() > 1 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
-    return [
-        {"params": p, "lr": rate, "highest_lr": rate, "weight_decay": decay}
-        for (rate, decay), p in sorted(groups.items())
-    ]
+    settings: list[dict[str, Any]] = []
+    # Sorted: every worker, and a training that goes on, must have the same groups in the same order.
+    for rate, decay in sorted(groups):
+        settings.append(
+            {"params": groups[rate, decay], "lr": rate, "highest_lr": rate, "weight_decay": decay},
+        )
+    return settings
 
 
 class Engine:
-    """`module` (a stage's), trained through DeepSpeed; `loss` is the stage's, and what it reads of `module`."""
+    """A stage's `module`, trained through DeepSpeed.
+
+    `loss` is the stage's: it runs `module` on some units in an epoch. `rates` are learning rates by the beginning of a
+    parameter's name.
+    """
 
     def __init__(
         self,
@@ -76,8 +83,9 @@ class Engine:
         from medmm_ray.engines.onednn_linear import use_onednn
 
         use_onednn(module)
-        self.module, self.max_grad_norm = module, config.max_grad_norm
-        self.stage = zero_stage(config, dtype)
+        self.module = module
+        self.max_grad_norm = config.max_grad_norm
+        self.zero_stage = zero_stage(config, dtype)
         # DeepSpeed 0.19.8 cannot broadcast parameters without a dimension (a CLIP's scale, for one).
         self._scalars = [parameter for parameter in module.parameters() if parameter.dim() == 0]
         self._reshape_scalars((1,))
@@ -90,14 +98,15 @@ class Engine:
             dist_init_required=False,
         )
         self.device = self.engine.device
-        self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        if self.stage == 0:
+        self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        if self.zero_stage == 0:
             self.adam.register_step_pre_hook(self._clip)
-        self.start_from(updates=0)  # by itself DeepSpeed finds the moments of the first parameter group alone
+        self.reset_optimizer(updates=0)  # by itself DeepSpeed finds the moments of the first parameter group alone
 
     # Training
 
     def loss(self, units: list[int], epoch: int) -> "torch.Tensor":
+        """Run the stage's loss on a micro-batch, through DeepSpeed's hooks."""
         loss: torch.Tensor = self.engine(units, epoch)
         return loss
 
@@ -118,57 +127,65 @@ class Engine:
         both, depends on the ZeRO stage): the caller stops.
         """
         self.engine.step()
-        if self.stage == 0:
+        if self.zero_stage == 0:
             return self._norm
         norm = float(self.engine.get_global_grad_norm())
         return norm if norm >= 0 else math.nan  # DeepSpeed's ZeRO writes -1 for NaN and infinity, and goes on
 
     def _clip(self, *_: Any) -> None:
-        """What DeepSpeed does without ZeRO, but it does not tell the norm."""
+        """Clip the gradients as DeepSpeed does without ZeRO; it does not give their norm."""
         import torch
 
-        self._norm = float(torch.nn.utils.clip_grad_norm_(self.trained.values(), self.max_grad_norm))
+        self._norm = float(torch.nn.utils.clip_grad_norm_(self.trainable.values(), self.max_grad_norm))
 
-    # Weights, whole
+    # Weights, gathered from their shards
 
-    def master(self, name: str, moment: str | None = None) -> "torch.Tensor":
-        """A trained weight as AdamW sees it (float32), or one of its `MOMENTS`; all workers must ask together."""
+    def master_weight(self, name: str, moment: str | None = None) -> "torch.Tensor":
+        """A trained weight, whole, as AdamW sees it (float32), or one of its `MOMENTS`; all workers call it
+        together."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        parameter = self.trained[name]
-        if self.stage == 0:
-            found = parameter.data if moment is None else self.adam.state[parameter][moment]
+        parameter = self.trainable[name]
+        if self.zero_stage == 0:
+            weight = parameter.data if moment is None else self.adam.state[parameter][moment]
         elif moment is None:
-            found = safe_get_full_fp32_param(parameter)
+            weight = safe_get_full_fp32_param(parameter)
         else:
-            found = safe_get_full_optimizer_state(parameter, moment)
-        whole: torch.Tensor = found
-        return whole
+            weight = safe_get_full_optimizer_state(parameter, moment)
+        full_weight: torch.Tensor = weight
+        return full_weight
 
-    def start_from(self, updates: int) -> None:
-        """Give AdamW the state that it has after so many updates, its moments still 0: `set_master` fills them."""
+    def reset_optimizer(self, updates: int) -> None:
+        """Give AdamW the state that it has after so many updates, its moments still 0: `set_master_weight` fills
+        them."""
         import torch
 
         optimizer = self.engine.optimizer
-        flat = optimizer.fp32_partitioned_groups_flat if self.stage == 3 else None
-        for weights in flat or [p for group in self.adam.param_groups for p in group["params"]]:
+        # ZeRO 3 keeps AdamW's state by flat shards of a group, the others by parameter.
+        parameters: list[Any] = []
+        if self.zero_stage == 3:
+            parameters += optimizer.fp32_partitioned_groups_flat
+        else:
+            for group in self.adam.param_groups:
+                parameters += group["params"]
+        for weights in parameters:
             moments = {moment: torch.zeros_like(weights) for moment in MOMENTS}
             self.adam.state[weights] = {"step": torch.tensor(float(updates)), **moments}
-        if self.stage in (1, 2):
+        if self.zero_stage in (1, 2):
             optimizer._hp_optimizer_states_linked = False
             optimizer._lazy_init_hp_params_optimizer_state()
 
-    def set_master(self, name: str, weight: "torch.Tensor", moments: Mapping[str, "torch.Tensor"]) -> None:
-        """Set a trained weight and its moments, whole ones, on all workers together."""
+    def set_master_weight(self, name: str, weight: "torch.Tensor", moments: Mapping[str, "torch.Tensor"]) -> None:
+        """Set a trained weight and its moments from full tensors; all workers call it together."""
         import deepspeed
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        parameter = self.trained[name]
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
+        parameter = self.trainable[name]
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.zero_stage == 3):
             parameter.data.copy_(weight)
-        if self.stage == 3:
-            self._set_part(parameter, weight, moments)
-        elif self.stage == 0:
+        if self.zero_stage == 3:
+            self._set_shard(parameter, weight, moments)
+        elif self.zero_stage == 0:
             for moment, value in moments.items():
                 self.adam.state[parameter][moment].copy_(value)
         else:
@@ -176,28 +193,28 @@ class Engine:
             for moment, value in moments.items():
                 safe_set_full_optimizer_state(parameter, value, moment)
 
-    def _set_part(self, parameter: Any, weight: "torch.Tensor", moments: Mapping[str, "torch.Tensor"]) -> None:
-        """With ZeRO 3 a worker has one of equal parts, the last one padded (DeepSpeed's own setter forgets that)."""
+    def _set_shard(self, parameter: Any, weight: "torch.Tensor", moments: Mapping[str, "torch.Tensor"]) -> None:
+        """Set this worker's shard under ZeRO 3: one of equal parts, the last padded (DeepSpeed's setter forgets it)."""
         import torch
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         size, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()
 
-        def own(whole: torch.Tensor) -> torch.Tensor:
-            part = whole.flatten()[rank * size : (rank + 1) * size]
-            return torch.nn.functional.pad(part, (0, size - part.numel()))
+        def shard_of(full_weight: torch.Tensor) -> torch.Tensor:
+            shard = full_weight.flatten()[rank * size : (rank + 1) * size]
+            return torch.nn.functional.pad(shard, (0, size - shard.numel()))
 
-        safe_set_local_fp32_param(parameter, own(weight))
+        safe_set_local_fp32_param(parameter, shard_of(weight))
         for moment, value in moments.items():
-            safe_set_local_optimizer_state(parameter, own(value), moment)
+            safe_set_local_optimizer_state(parameter, shard_of(value), moment)
 
     @contextmanager
-    def whole_weights(self) -> Iterator[None]:
+    def gathered_weights(self) -> Iterator[None]:
         """All weights whole, and of their own shapes, on every worker (all must enter); rank 0's changes stay."""
         import deepspeed
 
-        parameters = list(self.module.parameters()) if self.stage == 3 else []
-        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=self.stage == 3):
+        parameters = list(self.module.parameters()) if self.zero_stage == 3 else []
+        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=self.zero_stage == 3):
             self._reshape_scalars(())
             yield
             self._reshape_scalars((1,))

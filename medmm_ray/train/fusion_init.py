@@ -1,10 +1,10 @@
-"""First weights of a fusion, fitted to the data: what it reads becomes centred, of unit spread.
+"""Data-dependent initialisation of a fusion: what each layer reads becomes centred, of unit spread.
 
 Text states and step summaries are mostly one constant vector (on phantoms the summaries' mean is ten times as long as
 what tells them apart), which a LayerNorm leaves as it is, and each linear layer shrinks what the image says by about
 half. Without this, 600 updates at 1e-3 leave the image part near nothing; with it the step AUROC rises within 50.
 
-Legend: T tags, D text width, N image tokens, W image width, F fusion width.
+Legend: T tags, D text width, N image tokens, W image width, F fusion width, I and O a layer's inputs and outputs.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -28,26 +28,39 @@ def initialize_fusion(
     import torch
 
     for name, rows in (("states", states_TD), ("summaries", summaries_TD), ("image tokens", tokens_NW)):
-        broken = int((~rows.isfinite().all(dim=-1)).sum())
-        if broken:
-            raise ValueError(f"{broken} of {len(rows)} {name} hold NaN or infinity; a fusion cannot be fitted to them")
+        num_broken = int((~rows.isfinite().all(dim=-1)).sum())
+        if num_broken:
+            raise ValueError(
+                f"{num_broken} of {len(rows)} {name} hold NaN or infinity; a fusion cannot be fitted to them"
+            )
     with torch.no_grad():
-        inputs_TQ = fusion.state_norm(states_TD)
-        if fusion.summary_norm is not None:
-            inputs_TQ = torch.cat([inputs_TQ, fusion.summary_norm(summaries_TD)], dim=-1)
-        standardize_inputs(fusion.query, inputs_TQ)
-        standardize_outputs(fusion.query, inputs_TQ)
+        _initialize_query(fusion, states_TD, summaries_TD)
+        _initialize_projector(fusion, tokens_NW)
 
-        layers: list[Any] = list(fusion.projector)
-        norm, first, activation, second = layers
-        inputs_NW = norm(tokens_NW)
-        standardize_inputs(first, inputs_NW)
-        standardize_outputs(first, inputs_NW)
-        inner_NF = activation(first(inputs_NW))
-        standardize_outputs(second, inner_NF)
-        projected_NF = second(inner_NF)
-        standardize_outputs(fusion.attend_value, projected_NF)
-        standardize_outputs(fusion.attend_out, fusion.attend_value(projected_NF))
+
+def _initialize_query(fusion: "Fusion", states_TD: "torch.Tensor", summaries_TD: "torch.Tensor") -> None:
+    """Fit the layer that makes attention queries of the text's states."""
+    import torch
+
+    inputs_TI = fusion.state_norm(states_TD)
+    if fusion.summary_norm is not None:
+        inputs_TI = torch.cat([inputs_TI, fusion.summary_norm(summaries_TD)], dim=-1)
+    standardize_inputs(fusion.query, inputs_TI)
+    standardize_outputs(fusion.query, inputs_TI)
+
+
+def _initialize_projector(fusion: "Fusion", tokens_NW: "torch.Tensor") -> None:
+    """Fit the image's path in its order: each layer is fitted to what those before it give."""
+    layers: list[Any] = list(fusion.projector)
+    norm, first, activation, second = layers
+    inputs_NW = norm(tokens_NW)
+    standardize_inputs(first, inputs_NW)
+    standardize_outputs(first, inputs_NW)
+    inner_NF = activation(first(inputs_NW))
+    standardize_outputs(second, inner_NF)
+    projected_NF = second(inner_NF)
+    standardize_outputs(fusion.attend_value, projected_NF)
+    standardize_outputs(fusion.attend_out, fusion.attend_value(projected_NF))
 
 
 def standardize_inputs(layer: "torch.nn.Linear", inputs_NI: "torch.Tensor") -> None:

@@ -15,7 +15,7 @@ from pydantic import Field
 from medmm_ray.config import Config
 from medmm_ray.engines.tokenizer import build_tokenizer
 from medmm_ray.train.launch import fit, read_input
-from medmm_ray.train.loop import Stage, TrainConfig
+from medmm_ray.train.stage import Stage, TrainConfig
 
 if TYPE_CHECKING:
     import torch
@@ -93,21 +93,24 @@ class ImageTextStage(Stage):
         import torch
         from open_clip import CLIP, ClipLoss
 
-        self.config, self.device = config, device
+        self.config = config
+        self.device = device
         rows = read_input(inputs["captions"]).to_pylist()
         captions = [row["captions"] for row in rows]
         self.names = [row["image_uri"] for row in rows]
         self.sizes = self.costs = [1] * len(rows)
-        self.budget = config.contrast_size
-        texts = read_input(inputs["texts"])["text"].to_pylist()
-        vocabulary = [*texts, *(caption for own in captions for caption in own)]
+        # The loss contrasts the pairs of one forward pass, so its micro-batch is a setting of the model.
+        self.micro_batch_budget = config.contrast_size
+        vocabulary = read_input(inputs["texts"])["text"].to_pylist()
+        for image_captions in captions:
+            vocabulary += image_captions
         self.tokenizer = build_tokenizer(vocabulary, config.shape.vocab_size, ends_texts=True)
         self.model_config = model_config(config.shape, len(self.tokenizer), int(self.tokenizer.eos_token_id))
         torch.manual_seed(config.seed)
         self.module: Any = CLIP(**self.model_config)
         self.contrast = ClipLoss()
         self.pixels = load_pixels(self.names, config.shape.image_size)
-        self.ids = [self._encode(own) for own in captions]
+        self.ids = [self._encode(image_captions) for image_captions in captions]
 
     def _encode(self, captions: Sequence[str]) -> "torch.Tensor":
         length = self.config.shape.context_length
@@ -121,10 +124,15 @@ class ImageTextStage(Stage):
         """open_clip's contrastive loss of these pairs, times their number."""
         import torch
 
-        # By place, not by name: a copy of the run in another folder trains the same.
-        rngs = [random.Random(f"{self.config.seed}/{epoch}/{u}") for u in units]
-        pixels_B3HW = torch.stack([self._augmented(self.pixels[u], r) for u, r in zip(units, rngs, strict=True)])
-        ids_BL = torch.stack([r.choice(self.ids[u]) for u, r in zip(units, rngs, strict=True)])
+        pictures: list[torch.Tensor] = []
+        captions: list[torch.Tensor] = []
+        for unit in units:
+            # By place, not by name: a copy of the run in another folder trains the same.
+            rng = random.Random(f"{self.config.seed}/{epoch}/{unit}")
+            pictures.append(augment(self.pixels[unit], rng, self.config.max_shift, self.config.max_brightness))
+            captions.append(rng.choice(self.ids[unit]))
+        pixels_B3HW = torch.stack(pictures)
+        ids_BL = torch.stack(captions)
         dtype = self.module.visual.conv1.weight.dtype
         images_BE = self.module.encode_image(pixels_B3HW.to(self.device, dtype), normalize=True)
         texts_BE = self.module.encode_text(ids_BL.to(self.device), normalize=True)
@@ -132,10 +140,8 @@ class ImageTextStage(Stage):
         loss: torch.Tensor = self.contrast(images_BE, texts_BE, scale)
         return loss * len(units)
 
-    def _augmented(self, pixels_3HW: "torch.Tensor", rng: random.Random) -> "torch.Tensor":
-        return augment(pixels_3HW, rng, self.config.max_shift, self.config.max_brightness)
-
     def save(self, folder: Path, figures: Mapping[str, float]) -> None:  # noqa: ARG002
+        """Write the CLIP with its tokenizer in open_clip's folder format."""
         from medmm_ray.engines.image_tower import save_open_clip
 
         save_open_clip(folder, self.model_config, self.module.state_dict(), self.tokenizer, MEAN, STD)
@@ -181,11 +187,13 @@ def augment(pixels_3HW: "torch.Tensor", rng: random.Random, max_shift: int, max_
     """Move the picture, its border repeated, and change its brightness. It is never mirrored."""
     import torch
 
-    right, down = rng.randint(-max_shift, max_shift), rng.randint(-max_shift, max_shift)
-    brightness = rng.uniform(-max_brightness, max_brightness) / STD[0]
+    right = rng.randint(-max_shift, max_shift)
+    down = rng.randint(-max_shift, max_shift)
+    brightness = rng.uniform(-max_brightness, max_brightness) / STD[0]  # pixels are normalised already
     if max_shift:
         height, width = pixels_3HW.shape[1:]
         padded = torch.nn.functional.pad(pixels_3HW[None], [max_shift] * 4, mode="replicate")[0]
-        top, left = max_shift - down, max_shift - right
-        pixels_3HW = padded[:, top : top + height, left : left + width]
+        y = max_shift - down
+        x = max_shift - right
+        pixels_3HW = padded[:, y : y + height, x : x + width]
     return pixels_3HW + brightness

@@ -10,18 +10,23 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medmm_ray.data.tables import filesystem, write_file
-from medmm_ray.train.loop import HISTORY, WORK, StageFactory, TrainConfig, TrainingError, Worker, run, selected_figures
+from medmm_ray.train.loop import Worker, run
+from medmm_ray.train.progress import HISTORY, WORK, selected_figures
+from medmm_ray.train.stage import StageFactory, TrainConfig, TrainingError
 from medmm_ray.train.trackers import check_installed
+
+if TYPE_CHECKING:
+    from ray.train import RunConfig, ScalingConfig
 
 
 def figures(history: dict[str, Any]) -> dict[str, float]:
-    """What a stage's manifest says of its training: the last epoch's loss, the kept epoch's figures, the speed."""
+    """The figures in a stage's manifest: the last epoch's loss, the kept epoch's figures, the speed."""
     return {
         **selected_figures(history["epochs"], history["best_epoch"]),
         "updates": float(len(history["updates"])),
@@ -46,45 +51,81 @@ def fit(
     both as ``{name: path}``. `folder` (a path or URI that every node reaches) gets the model; `name` identifies the
     run: the same name continues an interrupted one, so it must change with the config. Gives `figures`.
     """
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import WorkerGroupError
 
     check_installed(config.trackers)
     folder = folder if "://" in folder else str(Path(folder).absolute())
     work = f"{folder}/{WORK}"
-    fs, path = filesystem(work)
-    fs.create_dir(f"{path}/{name}-inputs", recursive=True)
-    for key, table in tables.items():
-        inputs = {**inputs, key: f"{work}/{name}-inputs/{key}.parquet"}
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
-        write_file(fs, f"{path}/{name}-inputs/{key}.parquet", sink.getvalue().to_pybytes())
+    arguments = {
+        "stage": make_stage,
+        "config": config,
+        "inputs": inputs | _write_inputs(tables, f"{work}/{name}-inputs"),
+        "name": name,
+        "work": work,
+        "folder": folder,
+    }
     trainer = TorchTrainer(
         _ray_worker,
-        train_loop_config={
-            "stage": make_stage,
-            "config": config,
-            "inputs": inputs,
-            "name": name,
-            "work": work,
-            "folder": folder,
-        },
-        scaling_config=ScalingConfig(
-            num_workers=config.num_workers,
-            use_gpu=config.gpus_per_worker > 0,
-            resources_per_worker={"CPU": config.cpus_per_worker}
-            | ({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {}),
-        ),
+        train_loop_config=arguments,
+        scaling_config=_scaling_config(config),
         torch_config=TorchConfig(backend="nccl" if config.gpus_per_worker else "gloo"),
-        run_config=RunConfig(
-            name=name,
-            storage_path=path,
-            storage_filesystem=fs,
-            failure_config=FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
-        ),
+        run_config=_run_config(config, work, name),
     )
+    _run(trainer, name, work)
+    history = _read_history(folder)
+    fs, path = filesystem(work)
+    fs.delete_dir(path)
+    return figures(history)
+
+
+def _write_inputs(tables: dict[str, pa.Table], folder: str) -> dict[str, str]:
+    """Write tables as ``<folder>/<name>.parquet``; their URIs by name."""
+    fs, path = filesystem(folder)
+    fs.create_dir(path, recursive=True)
+    uris: dict[str, str] = {}
+    for key, table in tables.items():
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        write_file(fs, f"{path}/{key}.parquet", sink.getvalue().to_pybytes())
+        uris[key] = f"{folder}/{key}.parquet"
+    return uris
+
+
+def read_input(uri: str) -> pa.Table:
+    """One of the tables that `fit` wrote for the workers."""
+    fs, path = filesystem(uri)
+    return pq.read_table(path, filesystem=fs)
+
+
+def _scaling_config(config: TrainConfig) -> "ScalingConfig":
+    from ray.train import ScalingConfig
+
+    resources = {"CPU": config.cpus_per_worker}
+    if config.gpus_per_worker:
+        resources["GPU"] = config.gpus_per_worker
+    return ScalingConfig(
+        num_workers=config.num_workers, use_gpu=config.gpus_per_worker > 0, resources_per_worker=resources
+    )
+
+
+def _run_config(config: TrainConfig, work: str, name: str) -> "RunConfig":
+    """Ray Train's own state lies in `work`: a run of the same name goes on from its last checkpoint there."""
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig
+
+    fs, path = filesystem(work)
+    return RunConfig(
+        name=name,
+        storage_path=path,
+        storage_filesystem=fs,
+        failure_config=FailureConfig(max_failures=config.max_failures),
+        checkpoint_config=CheckpointConfig(num_to_keep=1),
+    )
+
+
+def _run(trainer: Any, name: str, work: str) -> None:
+    """Run a Ray Train trainer; raises `TrainingError` with the first worker's reason where one failed."""
+    from ray.train.v2.api.exceptions import WorkerGroupError
+
     try:
         with _interruptible():
             trainer.fit()
@@ -94,17 +135,13 @@ def fit(
             f"training {name} failed on worker {rank}: {cause} What it had reached is kept in {work}: run the step "
             "again to go on from there."
         ) from error
-    history_fs, history_path = filesystem(f"{folder}/{HISTORY}")
-    with history_fs.open_input_stream(history_path) as stream:
-        history = json.loads(stream.read())
-    fs.delete_dir(path)
-    return figures(history)
 
 
-def read_input(uri: str) -> pa.Table:
-    """One of the tables that `fit` wrote for the workers."""
-    fs, path = filesystem(uri)
-    return pq.read_table(path, filesystem=fs)
+def _read_history(folder: str) -> dict[str, Any]:
+    fs, path = filesystem(f"{folder}/{HISTORY}")
+    with fs.open_input_stream(path) as stream:
+        history: dict[str, Any] = json.loads(stream.read())
+    return history
 
 
 @contextmanager
@@ -116,6 +153,7 @@ def _interruptible() -> Iterator[None]:
     except SystemExit:
         raise KeyboardInterrupt from None
     finally:
+        # Handlers can be set in the main thread alone; Ray Train set none elsewhere.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, handler)
 
@@ -127,19 +165,25 @@ def _ray_worker(arguments: dict[str, Any]) -> None:
     context = ray.train.get_context()
     with ExitStack() as stack:
 
-        def latest() -> str | None:
+        def latest_checkpoint() -> str | None:
             checkpoint = ray.train.get_checkpoint()
             return None if checkpoint is None else str(stack.enter_context(checkpoint.as_directory()))
 
-        def keep(folder: str, metrics: dict[str, float]) -> None:
+        def save_checkpoint(folder: str, metrics: dict[str, float]) -> None:
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
-        def notice() -> Sequence[str]:
+        def preempted_nodes() -> Sequence[str]:
             info = ray.train.get_preemption_info()
             return [] if info is None else info.preempted_node_ids
 
         worker = Worker(
-            context.get_world_rank(), context.get_world_size(), arguments["name"], arguments["work"],
-            arguments["folder"], latest, keep, notice,
-        )  # fmt: skip
+            rank=context.get_world_rank(),
+            size=context.get_world_size(),
+            name=arguments["name"],
+            work=arguments["work"],
+            folder=arguments["folder"],
+            latest_checkpoint=latest_checkpoint,
+            save_checkpoint=save_checkpoint,
+            preempted_nodes=preempted_nodes,
+        )
         run(arguments["stage"], arguments["config"], arguments["inputs"], worker)

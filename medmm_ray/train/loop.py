@@ -3,6 +3,10 @@
 Enters: a stage (its model, its samples, its loss), a `TrainConfig`, and what this worker is in its group. Leaves: the
 stage's model in a folder, with ``history.json`` (the loss of each update, validation figures, seconds, tokens).
 
+Ray Train runs the group and DeepSpeed steps and shards; the loop between them is ours because the trainers of
+transformers and TRL batch rows, while here an update counts solutions, packed by question into micro-batches that
+differ in number, and must come out the same on any number of workers.
+
 The same seed gives the same batches on any number of workers, and a training that goes on from a checkpoint ends in the
 same weights as an undisturbed one, also with another number of workers or another ZeRO stage. Random numbers inside a
 model (dropout) are drawn anew for each forward pass from (seed, epoch, ids of its samples): they are the same on any
@@ -15,160 +19,36 @@ import os
 import random
 import tempfile
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, model_validator
-
-from medmm_ray.config import Config, execution
 from medmm_ray.data.tables import filesystem, write_file
 from medmm_ray.engines.weights import WeightMismatch
 from medmm_ray.train import checkpoints, throughput
 from medmm_ray.train.engine import Engine
+from medmm_ray.train.progress import HISTORY, Progress, selected_figures, write_progress
 from medmm_ray.train.schedule import epoch_batches, learning_rate_factor, micro_batches
-from medmm_ray.train.trackers import TrackerName, open_trackers
+from medmm_ray.train.stage import Stage, StageFactory, TrainConfig, TrainingError
+from medmm_ray.train.trackers import open_trackers
 
 if TYPE_CHECKING:
     import torch
 
-WORK = ".checkpoints"
-HISTORY = "history.json"
-PROGRESS = f"{WORK}/progress.json"
 REPORT_SECONDS = 5.0
-NOTICE_SECONDS = 5.0  # a spot machine is taken 30 s (GCP) to 120 s (AWS) after its notice
-
-
-class TrainingError(RuntimeError):
-    """Training that cannot go on; the message says why, with ids, and what to do."""
-
-
-class TrainConfig(Config):
-    """What every stage is trained with: AdamW, a cosine with warm-up, gradients clipped."""
-
-    seed: int = 0
-    """Of initial weights, data order and augmentation."""
-    epochs: int = Field(3, ge=1)
-    """Times that every sample is seen."""
-    batch_size: int = Field(64, ge=1)
-    """Samples of one update, over all workers."""
-    learning_rate: float = Field(1e-4, gt=0)
-    """Highest learning rate, reached after the warm-up."""
-    weight_decay: float = Field(0.01, ge=0)
-    """AdamW's, on matrices; not on biases and norms."""
-    warmup: float = Field(0.05, ge=0, le=1)
-    """Share of all updates in which the learning rate rises."""
-    max_grad_norm: float = Field(1.0, gt=0)
-    """Gradients above this norm are scaled down to it."""
-    patience: int | None = Field(None, ge=1)
-    """Epochs without a better validation figure after which training ends; null: never before the last epoch."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of weights in the forward and backward pass; auto: bfloat16 on a GPU, float32 without."""
-    activation_checkpointing: bool = execution(False)
-    """Recompute activations in the backward pass: less memory, about 30 % more time."""
-    zero_stage: Literal[0, 1, 2, 3] = execution(0)
-    """What DeepSpeed divides among workers: 1 optimizer states, 2 and gradients, 3 and weights. In bfloat16 at least
-    1."""
-    offload: Literal["none", "optimizer", "parameters"] = execution("none")
-    """What lies in CPU memory between uses: optimizer states (from ZeRO 1 on), or weights too (ZeRO 3)."""
-    num_workers: int = execution(1)
-    """Training processes. A training that was interrupted may go on with another number of them."""
-    cpus_per_worker: float = execution(2.0)
-    """CPUs that Ray reserves for a worker."""
-    gpus_per_worker: float = execution(0.0)
-    """GPUs of a worker; 0 trains on CPU."""
-    threads: int = execution(2)
-    """Torch threads of a worker that trains on CPU. Two runs are equal bit by bit only at the same number."""
-    micro_batch_tokens: int = execution(8192)
-    """Tokens of one forward pass of a worker; lower it when memory runs out."""
-    checkpoint_every: int = execution(0)
-    """Updates between checkpoints; 0: at the ends of epochs."""
-    max_failures: int = execution(1)
-    """Worker failures, preemptions apart, after which training starts again from its last checkpoint by itself."""
-    trackers: tuple[TrackerName, ...] = execution(("tensorboard",))
-    """Where each update's figures go: tensorboard (a folder beside the model), wandb, mlflow."""
-
-    @model_validator(mode="after")
-    def _offloads(self) -> "TrainConfig":
-        needed = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
-        if self.zero_stage < needed:
-            raise ValueError(f"offload={self.offload} needs zero_stage={needed} or more, not {self.zero_stage}")
-        return self
-
-
-class Stage(ABC):
-    """What a stage brings to the loop. It is made in the worker: ``stage(config, inputs, device)``.
-
-    `module` is the model; its parameters that ask for a gradient are trained. `names` (ids), `sizes` and `costs`
-    describe the units (see `schedule`); a forward pass takes units that cost `budget` together, and `padded` says
-    whether they cost their longest one times their number.
-    """
-
-    module: "torch.nn.Module"
-    names: Sequence[str]
-    sizes: Sequence[int]
-    costs: Sequence[int]
-    budget: int
-    padded: bool
-
-    def learning_rates(self) -> dict[str, float]:
-        """Learning rates of parameters whose names start with a key; all others take the config's."""
-        return {}
-
-    @abstractmethod
-    def loss(self, units: Sequence[int], epoch: int) -> "torch.Tensor":
-        """The *sum* of the samples' losses: the loop divides by the samples of the global batch."""
-
-    def validate(self) -> dict[str, float]:
-        """Figures on held-out data, after each epoch; ``selection`` (higher is better) picks the epoch that is kept."""
-        return {}
-
-    def flops(self, units: Sequence[int]) -> float:  # noqa: ARG002
-        """Floating-point operations that the model needs to train on these units once; 0: not counted."""
-        return 0.0
-
-    @abstractmethod
-    def save(self, folder: Path, figures: Mapping[str, float]) -> None:
-        """Write the model, whole, in the form that other steps read; `figures` are those of the epoch that is kept."""
-
-
-StageFactory = Callable[[Any, dict[str, str], str], Stage]
-
-
-@dataclass
-class Progress:
-    """Where training is: everything that a checkpoint holds besides weights and optimizer."""
-
-    epoch: int = 0
-    batch: int = 0
-    seconds: float = 0.0
-    tokens: int = 0
-    samples: int = 0
-    updates: list[dict[str, float]] = field(default_factory=list)
-    epochs: list[dict[str, float]] = field(default_factory=list)
-
-    @property
-    def best_epoch(self) -> int | None:
-        """The epoch, from 0, with the highest selection figure; None where there is none."""
-        scored = [(row["selection"], -row["epoch"]) for row in self.epochs if "selection" in row]
-        return int(-max(scored)[1]) if scored else None
-
-    def is_over(self, epochs: int, patience: int | None) -> bool:
-        """Whether all epochs are done, or the last `patience` of them brought no better selection figure."""
-        best = self.best_epoch
-        stale = 0 if best is None else self.epoch - 1 - best
-        return self.epoch >= epochs or (patience is not None and stale >= patience)
+PREEMPTION_CHECK_SECONDS = 5.0  # a spot machine is taken 30 s (GCP) to 120 s (AWS) after its notice
 
 
 @dataclass(frozen=True)
 class Worker:
     """One process of the training group `name`, and its ways to keep things.
 
-    `latest` gives the folder of the newest checkpoint, `keep` takes this worker's part of a new one. `notice` says
-    which machines of the group will be taken away soon, the same to all workers, which must all ask together.
+    `latest_checkpoint` gives the folder of the newest checkpoint, `save_checkpoint` takes this worker's part of a new
+    one. `preempted_nodes` says which machines of the group will be taken away soon, the same to all workers, which must
+    all ask together. `work` is the folder of checkpoints, `folder` that of the model.
     """
 
     rank: int
@@ -176,9 +56,17 @@ class Worker:
     name: str
     work: str
     folder: str
-    latest: Callable[[], str | None]
-    keep: Callable[[str, dict[str, float]], None]
-    notice: Callable[[], Sequence[str]]
+    latest_checkpoint: Callable[[], str | None]
+    save_checkpoint: Callable[[str, dict[str, float]], None]
+    preempted_nodes: Callable[[], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    """The units of one forward pass of this worker, and their share of the global batch's mean loss."""
+
+    units: list[int]
+    loss: "torch.Tensor"
 
 
 def run(make_stage: StageFactory, config: TrainConfig, inputs: dict[str, str], worker: Worker) -> None:
@@ -195,37 +83,48 @@ def run(make_stage: StageFactory, config: TrainConfig, inputs: dict[str, str], w
     if device == "cpu":
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    training = Trainer(make_stage(config, inputs, device), config, worker, device)
-    training.restore()
-    with training.tracked():
-        while not training.progress.is_over(config.epochs, config.patience):
-            training.epoch(training.progress.epoch)
-    training.leave()
+    trainer = Trainer(make_stage(config, inputs, device), config, worker, device)
+    trainer.restore()
+    with trainer.tracking():
+        while not trainer.progress.is_over(config.epochs, config.patience):
+            trainer.train_epoch(trainer.progress.epoch)
+    trainer.save_model()
+    # Rank 0 alone writes the model: nobody leaves the group before it is there.
     torch.distributed.barrier()
 
 
+def forward_dtype(config: TrainConfig, device: str) -> str:
+    """The number format of the forward and backward pass on `device`."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "float32" if device == "cpu" else "bfloat16"
+
+
 class Trainer:
-    """A stage under DeepSpeed, and how far it is."""
+    """A stage under DeepSpeed, and how far its training is."""
 
     def __init__(self, stage: Stage, config: TrainConfig, worker: Worker, device: str) -> None:
-        import torch
-
-        self.stage, self.config, self.worker = stage, config, worker
-        self.batches = [epoch_batches(stage.sizes, config.batch_size, config.seed, e) for e in range(config.epochs)]
-        self.num_updates = sum(len(batches) for batches in self.batches)
+        self.stage = stage
+        self.config = config
+        self.worker = worker
+        self.batches: list[list[list[int]]] = []
+        for epoch in range(config.epochs):
+            self.batches.append(epoch_batches(stage.sizes, config.batch_size, config.seed, epoch))
+        self.num_updates = sum(map(len, self.batches))
         if self.num_updates == 0:
             raise TrainingError(f"{type(stage).__name__}: there is not one sample to train on; look at the inputs")
         self.progress = Progress()
-        dtype = config.dtype if config.dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
+        dtype = forward_dtype(config, device)
         self.engine = Engine(stage.module, stage.loss, stage.learning_rates(), config, dtype)
-        known = device != "cpu" and dtype == "bfloat16"
-        peak = throughput.peak_flops(torch.cuda.get_device_name()) if known else None
-        self.speed = throughput.ThroughputMeter(None if peak is None else peak * worker.size)
-        self._said = self._asked = time.perf_counter()
-        self._noticed: set[str] = set()
+        self.meter = throughput.ThroughputMeter(_group_peak_flops(device, dtype, worker.size))
+        self._last_report = time.perf_counter()
+        self._last_preemption_check = self._last_report
+        self._announced_nodes: set[str] = set()
+
+    # Figures
 
     @contextmanager
-    def tracked(self) -> Iterator[None]:
+    def tracking(self) -> Iterator[None]:
         """Have the trackers of the recipe open, on rank 0."""
         config, worker = self.config, self.worker
         names = config.trackers if worker.rank == 0 else ()
@@ -237,220 +136,256 @@ class Trainer:
             for tracker in self.trackers:
                 tracker.close()
 
-    def _log(self, kind: str, figures: dict[str, float]) -> None:
-        named = {f"{kind}/{name}": value for name, value in figures.items() if name != "epoch"}
+    def _log(self, prefix: str, figures: dict[str, float]) -> None:
+        """Send figures to the trackers as ``prefix/name``."""
+        named = {f"{prefix}/{name}": value for name, value in figures.items() if name != "epoch"}
         for tracker in self.trackers:
             tracker.log(named, len(self.progress.updates))
 
-    def epoch(self, epoch: int) -> None:
-        """The rest of an epoch, its validation, and a checkpoint."""
-        progress, stage, every = self.progress, self.stage, self.config.checkpoint_every
+    def _report_progress(self) -> None:
+        """Write, every few seconds, how far training is, for those who wait for it."""
+        if self.worker.rank != 0 or time.perf_counter() - self._last_report <= REPORT_SECONDS:
+            return
+        self._last_report = time.perf_counter()
+        write_progress(self.worker.folder, self.progress, self.num_updates)
+        for tracker in self.trackers:
+            tracker.flush()
+
+    # Epochs
+
+    def train_epoch(self, epoch: int) -> None:
+        """Run the rest of an epoch, its validation, and a checkpoint."""
+        progress = self.progress
         self._started = time.perf_counter() - progress.seconds
-        stage.module.train()
-        for number in range(progress.batch, len(self.batches[epoch])):
-            self._update(epoch, self.batches[epoch][number])
+        self.stage.module.train()
+        batches = self.batches[epoch]
+        for number in range(progress.batch, len(batches)):
+            self._update(epoch, batches[number])
             progress.batch = number + 1
-            self._say()
-            if self._taken_away_soon() or (every and len(progress.updates) % every == 0):
+            self._report_progress()
+            if self._preemption_announced() or self._checkpoint_is_due():
                 self._checkpoint()
+        self._finish_epoch(epoch)
+
+    def _checkpoint_is_due(self) -> bool:
+        every = self.config.checkpoint_every
+        return every > 0 and len(self.progress.updates) % every == 0
+
+    def _finish_epoch(self, epoch: int) -> None:
+        progress = self.progress
         losses = [row["loss"] for row in progress.updates if row["epoch"] == epoch]
-        figures = {"loss": sum(losses) / len(losses), **self._validated(), **self.speed.take()}
+        figures = {"loss": sum(losses) / len(losses), **self._validate(), **self.meter.take()}
         progress.epochs.append({"epoch": epoch, **figures})
         self._log("epoch", figures)
         if progress.best_epoch == epoch:
-            self._keep_best(epoch)
-        progress.epoch, progress.batch = epoch + 1, 0
+            self._save_best_weights(epoch)
+        progress.epoch = epoch + 1
+        progress.batch = 0
         progress.seconds = time.perf_counter() - self._started
         self._checkpoint()
 
-    def _validated(self) -> dict[str, float]:
+    def _validate(self) -> dict[str, float]:
         """The stage's figures, rank 0's on all workers, and the highest peak of memory among them."""
         import torch
 
         self.stage.module.eval()
         with torch.no_grad():
-            figures = self.stage.validate()
-        found: list[Any] = [None] * self.worker.size
-        torch.distributed.all_gather_object(found, (figures, throughput.peak_memory(self.engine.device)))
-        broken = {name: value for name, value in found[0][0].items() if not math.isfinite(value)}
+            own_figures = self.stage.validate()
+        gathered: list[Any] = [None] * self.worker.size
+        torch.distributed.all_gather_object(gathered, (own_figures, throughput.peak_memory(self.engine.device)))
+        # Rank 0's for everybody: workers that disagreed on the best epoch would stop at different ones.
+        figures: dict[str, float] = gathered[0][0]
+        broken = {name: value for name, value in figures.items() if not math.isfinite(value)}
         if broken:
             raise TrainingError(
                 f"validation gives {broken} after {len(self.progress.updates)} updates; expected finite numbers. Lower "
                 "learning_rate or train in float32."
             )
-        return {**found[0][0], "peak_memory_gib": max(peak for _, peak in found)}
+        return {**figures, "peak_memory_gib": max(peak for _, peak in gathered)}
+
+    # Updates
 
     def _update(self, epoch: int, units: Sequence[int]) -> None:
+        """Take one optimizer step, and note its figures."""
         stage, progress = self.stage, self.progress
-        tokens, began = sum(stage.costs[u] for u in units), time.perf_counter()
-        rate = self.engine.set_learning_rate(
-            learning_rate_factor(len(progress.updates), self.num_updates, self.config.warmup)
-        )
-        loss, norm = self._step(units, epoch)
-        progress.samples += sum(stage.sizes[u] for u in units)
-        progress.tokens += tokens
+        started = time.perf_counter()
+        num_tokens = _total(stage.costs, units)
+        factor = learning_rate_factor(len(progress.updates), self.num_updates, self.config.warmup)
+        learning_rate = self.engine.set_learning_rate(factor)
+        loss, norm = self._optimizer_step(units, epoch)
+        progress.samples += _total(stage.sizes, units)
+        progress.tokens += num_tokens
         progress.seconds = time.perf_counter() - self._started
-        row = {"epoch": float(epoch), "loss": loss, "learning_rate": rate, "gradient_norm": norm}
+        row = {"epoch": float(epoch), "loss": loss, "learning_rate": learning_rate, "gradient_norm": norm}
         progress.updates.append(row)
-        speed = self.speed.add(tokens, stage.flops(units), time.perf_counter() - began)
+        speed = self.meter.add(num_tokens, stage.flops(units), time.perf_counter() - started)
         self._log("train", {**row, **speed, "peak_memory_gib": throughput.peak_memory(self.engine.device)})
 
-    def _step(self, units: Sequence[int], epoch: int) -> tuple[float, float]:
-        """One step of the optimizer over a global batch, of which this worker takes every n-th group; its mean loss
-        and the norm of its gradient.
+    def _optimizer_step(self, units: Sequence[int], epoch: int) -> tuple[float, float]:
+        """One step of the optimizer over a global batch; its mean loss and the norm of its gradient."""
+        import torch
 
-        DeepSpeed averages gradients over workers, hence the factor `size`. A worker without a group left runs the
-        first one with weight 0: ZeRO's collectives want the same number of passes everywhere.
+        micro = self._accumulate_gradients(units, epoch)
+        # With a zero in front: a worker may have had no micro-batch.
+        losses = [torch.zeros((), device=self.engine.device)]
+        losses += [batch.loss.float() for batch in micro]
+        total = torch.stack(losses).sum()
+        torch.distributed.all_reduce(total)
+        if not torch.isfinite(total):
+            broken = [batch for batch in micro if not torch.isfinite(batch.loss)]
+            self._raise_not_finite("loss", float(total), epoch, broken)
+        with self._memory_explained(epoch, units):
+            norm = self.engine.step()
+        if not math.isfinite(norm):  # no checkpoint has these weights yet, and none will
+            self._raise_not_finite("gradient's norm", norm, epoch, micro)
+        return float(total), norm
+
+    def _accumulate_gradients(self, units: Sequence[int], epoch: int) -> list[_MicroBatch]:
+        """Run forward and backward over every n-th micro-batch of a global batch, on this worker, the n-th of n.
+
+        A worker without a micro-batch left runs the first one with weight 0: ZeRO's collectives want the same number of
+        passes everywhere.
         """
         import torch
 
         stage, rank, size = self.stage, self.worker.rank, self.worker.size
-        num_samples = sum(stage.sizes[u] for u in units)
-        groups = micro_batches(units, stage.costs, stage.budget, stage.padded)
-        losses: list[tuple[list[int], torch.Tensor]] = []
-        for at in range(0, len(groups), size):
-            mine = at + rank < len(groups)
-            group = groups[at + rank] if mine else groups[0]
-            torch.manual_seed(self._seed(epoch, group))
-            with self._within_memory(epoch, group):
-                loss = self.engine.loss(group, epoch) / num_samples
-                self.engine.backward(loss * (size if mine else 0.0))
-            if mine:
-                losses.append((group, loss.detach()))
-        total = torch.stack([torch.zeros((), device=self.engine.device), *(value.float() for _, value in losses)]).sum()
-        torch.distributed.all_reduce(total)
-        if not torch.isfinite(total):
-            bad = [stage.names[u] for group, value in losses if not torch.isfinite(value) for u in group]
-            self._refuse("loss", float(total), epoch, bad)
-        with self._within_memory(epoch, units):
-            norm = self.engine.step()
-        if not math.isfinite(norm):  # no checkpoint has these weights yet, and none will
-            self._refuse("gradient's norm", norm, epoch, [stage.names[u] for group, _ in losses for u in group])
-        return float(total), norm
+        num_samples = _total(stage.sizes, units)
+        batches = micro_batches(units, stage.costs, stage.micro_batch_budget, stage.padded)
+        finished: list[_MicroBatch] = []
+        for start in range(0, len(batches), size):
+            has_batch = start + rank < len(batches)
+            batch = batches[start + rank] if has_batch else batches[0]
+            torch.manual_seed(self._dropout_seed(epoch, batch))
+            with self._memory_explained(epoch, batch):
+                loss = self.engine.loss(batch, epoch) / num_samples
+                # DeepSpeed averages gradients over workers, where their sum is meant: hence the factor.
+                self.engine.backward(loss * (size if has_batch else 0.0))
+            if has_batch:
+                finished.append(_MicroBatch(batch, loss.detach()))
+        return finished
 
-    def _seed(self, epoch: int, group: Sequence[int]) -> int:
-        """Of the random numbers of one forward pass."""
-        names = sorted(self.stage.names[u] for u in group)
+    def _dropout_seed(self, epoch: int, units: Sequence[int]) -> int:
+        """The seed of the random numbers of one forward pass."""
+        names = sorted(self._names_of(units))
         return random.Random(f"{self.config.seed}/{epoch}/{names}").getrandbits(62)
 
-    def _refuse(self, figure: str, value: float, epoch: int, bad: list[str]) -> None:
+    def _names_of(self, units: Sequence[int]) -> list[str]:
+        return [self.stage.names[unit] for unit in units]
+
+    def _raise_not_finite(self, figure: str, value: float, epoch: int, batches: Sequence[_MicroBatch]) -> None:
         """Stop on all workers, each with the ids of all samples in whose passes a figure was not finite."""
         import torch
 
-        found: list[Any] = [None] * self.worker.size
-        torch.distributed.all_gather_object(found, bad)
+        own_names: list[str] = []
+        for batch in batches:
+            own_names += self._names_of(batch.units)
+        gathered: list[Any] = [None] * self.worker.size
+        torch.distributed.all_gather_object(gathered, own_names)
+        all_names = sorted(chain.from_iterable(gathered))
         raise TrainingError(
             f"the {figure} is {value} in epoch {epoch + 1}, after {len(self.progress.updates)} updates, on "
-            f"{sorted(name for names in found for name in names)}. Look at these samples; if they are sound, lower "
-            "learning_rate or train in float32."
+            f"{all_names}. Look at these samples; if they are sound, lower learning_rate or train in float32."
         )
 
     @contextmanager
-    def _within_memory(self, epoch: int, units: Sequence[int]) -> Iterator[None]:
+    def _memory_explained(self, epoch: int, units: Sequence[int]) -> Iterator[None]:
+        """Turn an out-of-memory error into a `TrainingError` that names the samples and the settings to change."""
         import torch
 
         try:
             yield
-        except RuntimeError as error:  # torch says it so on a CPU
+        except RuntimeError as error:
+            # On a CPU torch has no error type of its own for it, only this word in the message.
             if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
                 raise
-            config, tokens = self.config, sum(self.stage.costs[u] for u in units)
+            config = self.config
+            num_tokens = _total(self.stage.costs, units)
             raise TrainingError(
                 f"out of memory in epoch {epoch + 1}, after {len(self.progress.updates)} updates, on "
-                f"{[self.stage.names[u] for u in units]} (cost {tokens:,}): {error} Lower micro_batch_tokens (now "
-                f"{config.micro_batch_tokens:,}), set activation_checkpointing (now {config.activation_checkpointing}),"
-                f" raise zero_stage (now {config.zero_stage}, with {config.num_workers} workers) or offload (now "
-                f"{config.offload}): training then goes on from its last checkpoint. Or train with lora, anew."
+                f"{self._names_of(units)} (cost {num_tokens:,}): {error} Lower micro_batch_tokens (now "
+                f"{config.micro_batch_tokens:,}), set "
+                f"activation_checkpointing (now {config.activation_checkpointing}), raise zero_stage (now "
+                f"{config.zero_stage}, with {config.num_workers} workers) or offload (now {config.offload}): training "
+                "then goes on from its last checkpoint. Or train with lora, anew."
             ) from error
 
-    def _taken_away_soon(self) -> bool:
-        """Whether a machine of the group is about to be taken away, of which nobody knew before."""
+    # Checkpoints
+
+    def _preemption_announced(self) -> bool:
+        """Whether a machine of the group is about to be taken away, of which nothing was known before."""
         import torch
 
-        due = torch.tensor(time.perf_counter() - self._asked > NOTICE_SECONDS, device=self.engine.device).int()
-        torch.distributed.broadcast(due, 0)
-        if not due:
+        is_time = time.perf_counter() - self._last_preemption_check > PREEMPTION_CHECK_SECONDS
+        # Rank 0's clock decides for all: the notice must be asked for by all workers together.
+        is_time_on_rank_0 = torch.tensor(is_time, device=self.engine.device).int()
+        torch.distributed.broadcast(is_time_on_rank_0, 0)
+        if not is_time_on_rank_0:
             return False
-        self._asked = time.perf_counter()
-        new = set(self.worker.notice()) - self._noticed
-        self._noticed |= new
-        return bool(new)
-
-    def _say(self) -> None:
-        """Tell who waits, every few seconds, how far training is: a small file beside the checkpoints."""
-        if self.worker.rank == 0 and time.perf_counter() - self._said > REPORT_SECONDS:
-            self._said, done = time.perf_counter(), len(self.progress.updates)
-            fs, path = filesystem(f"{self.worker.folder}/{PROGRESS}")
-            fs.create_dir(path.rpartition("/")[0], recursive=True)
-            write_file(fs, path, json.dumps({
-                "update": done, "updates": self.num_updates, "loss": self.progress.updates[-1]["loss"],
-                "tokens_per_second": self.progress.tokens / self.progress.seconds,
-                "seconds_left": self.progress.seconds / done * (self.num_updates - done),
-            }).encode())  # fmt: skip
-            for tracker in self.trackers:
-                tracker.flush()
+        self._last_preemption_check = time.perf_counter()
+        new_nodes = set(self.worker.preempted_nodes()) - self._announced_nodes
+        self._announced_nodes |= new_nodes
+        return bool(new_nodes)
 
     def _checkpoint(self) -> None:
-        """Every worker writes its part and hands it over; the group's parts make one checkpoint."""
+        """Write this worker's part of a checkpoint and hand it over; the group's parts make one checkpoint."""
+        progress, worker = self.progress, self.worker
         with tempfile.TemporaryDirectory() as scratch:
-            checkpoints.save(self.engine, asdict(self.progress), Path(scratch), self.worker.rank, self.worker.size)
-            done = {"epoch": float(self.progress.epoch), "updates": float(len(self.progress.updates))}
-            self.worker.keep(scratch, done)
+            checkpoints.save(self.engine, asdict(progress), Path(scratch), worker.rank, worker.size)
+            metrics = {"epoch": float(progress.epoch), "updates": float(len(progress.updates))}
+            worker.save_checkpoint(scratch, metrics)
 
     def restore(self) -> None:
         """Go on from the newest checkpoint, where there is one."""
-        latest = self.worker.latest()
+        latest = self.worker.latest_checkpoint()
         if latest is not None:
-            self.progress = Progress(**checkpoints.progress_in(Path(latest)))
+            self.progress = Progress(**checkpoints.read_progress(Path(latest)))
             checkpoints.load(self.engine, Path(latest), len(self.progress.updates))
 
-    def leave(self) -> None:
-        """The model of the best epoch (else of the last) and the history, in the artifact's folder."""
-        from safetensors.torch import load_file
-
-        best, rank = self.progress.best_epoch, self.worker.rank
-        with self.engine.whole_weights(), tempfile.TemporaryDirectory() as made:
-            if rank != 0:
+    def save_model(self) -> None:
+        """Write the model of the best epoch (else of the last) and the history to the artifact's folder."""
+        best_epoch = self.progress.best_epoch
+        with self.engine.gathered_weights(), tempfile.TemporaryDirectory() as scratch:
+            if self.worker.rank != 0:
                 return
-            if best is not None:
-                checkpoints.copy(self._best_weights(best), f"{made}/best")
-                weights_of = load_file(f"{made}/best")
-                WeightMismatch.between(self.engine.trained, weights_of).check(f"what epoch {best} left")
-                for name, weights in weights_of.items():
-                    self.engine.trained[name].data.copy_(weights)
-            self.stage.save(Path(made) / "model", selected_figures(self.progress.epochs, best))
-            checkpoints.copy(f"{made}/model", self.worker.folder)
+            if best_epoch is not None:
+                self._load_best_weights(best_epoch, scratch)
+            self.stage.save(Path(scratch) / "model", selected_figures(self.progress.epochs, best_epoch))
+            checkpoints.copy(f"{scratch}/model", self.worker.folder)
         fs, path = filesystem(f"{self.worker.folder}/{HISTORY}")
-        stopped = self.progress.epoch < self.config.epochs
-        history = asdict(self.progress) | {"best_epoch": best, "stopped_early": stopped}
+        stopped_early = self.progress.epoch < self.config.epochs
+        history = asdict(self.progress) | {"best_epoch": best_epoch, "stopped_early": stopped_early}
         write_file(fs, path, json.dumps(history, allow_nan=False).encode())
 
-    def _keep_best(self, epoch: int) -> None:
-        """Set the trained weights of an epoch aside (not the frozen ones: a text tower may have 16 GB of them)."""
-        with tempfile.TemporaryDirectory() as made:
-            checkpoints.save_trained(self.engine, Path(made) / "best", self.worker.rank)
-            if self.worker.rank == 0:
-                checkpoints.copy(f"{made}/best", self._best_weights(epoch))
+    def _load_best_weights(self, epoch: int, scratch: str) -> None:
+        from safetensors.torch import load_file
 
-    def _best_weights(self, epoch: int) -> str:
+        checkpoints.copy(self._best_weights_path(epoch), f"{scratch}/best")
+        weights = load_file(f"{scratch}/best")
+        WeightMismatch.between(self.engine.trainable, weights).check(f"what epoch {epoch} left")
+        for name, weight in weights.items():
+            self.engine.trainable[name].data.copy_(weight)
+
+    def _save_best_weights(self, epoch: int) -> None:
+        """Set the trained weights of an epoch aside (not the frozen ones: a text tower may have 16 GB of them)."""
+        with tempfile.TemporaryDirectory() as scratch:
+            checkpoints.save_trainable(self.engine, Path(scratch) / "best", self.worker.rank)
+            if self.worker.rank == 0:
+                checkpoints.copy(f"{scratch}/best", self._best_weights_path(epoch))
+
+    def _best_weights_path(self, epoch: int) -> str:
         return f"{self.worker.work}/best-{epoch}.safetensors"
 
 
-def selected_figures(epochs: Sequence[Mapping[str, float]], best: int | None) -> dict[str, float]:
-    """What was measured in the epoch that is kept: the best one, else the last."""
-    kept = epochs[-1 if best is None else best]
-    return {key: value for key, value in kept.items() if key not in ("epoch", "selection")}
+def _total(values: Sequence[int], units: Sequence[int]) -> int:
+    return sum(values[unit] for unit in units)
 
 
-def progress_text(folder: str) -> str:
-    """What the training of `folder` last told, in words; nothing where none is under way (or has not told yet)."""
-    fs, path = filesystem(f"{folder}/{PROGRESS}")
-    try:
-        with fs.open_input_stream(path) as stream:
-            told = json.loads(stream.read())
-    except FileNotFoundError:
-        return ""
-    return (
-        f"update {told['update']:,} of {told['updates']:,}, loss {told['loss']:.3f}, "
-        f"{told['tokens_per_second']:,.0f} tokens/s, {told['seconds_left']:.0f} s left"
-    )
+def _group_peak_flops(device: str, dtype: str, num_workers: int) -> float | None:
+    """Peak FLOP/s of all the group's GPUs; None where it is not known, and on a CPU."""
+    import torch
+
+    # The published peaks are bfloat16's: a share of them says nothing of a float32 training.
+    if device == "cpu" or dtype != "bfloat16":
+        return None
+    peak = throughput.peak_flops(torch.cuda.get_device_name())
+    return None if peak is None else peak * num_workers

@@ -26,7 +26,7 @@ class LoraConfig(Config):
 
 
 class LoraAdapter:
-    """An adapter in `model`, which stays the object that it is; only the adapter's weights ask for a gradient."""
+    """A low-rank adapter inside `model`, which stays the object that it is; only the adapter's weights are trained."""
 
     def __init__(self, model: Any, config: LoraConfig) -> None:
         from peft import LoraConfig as PeftConfig
@@ -45,7 +45,7 @@ class LoraAdapter:
         if model.is_gradient_checkpointing:
             model.enable_input_require_grads()  # else nothing asks for a gradient where recomputation starts
 
-    def leave(self, folder: Path) -> None:
-        """Write the adapter, then add it to the model's weights: a plain model again, that is trained no more."""
+    def save_and_merge(self, folder: Path) -> None:
+        """Write the adapter to `folder`, then add it to the model's weights: a plain model again, trained no more."""
         self.peft.save_pretrained(str(folder / FOLDER))
         self.peft.merge_and_unload()

@@ -25,8 +25,8 @@ from medmm_ray.engines.tokenizer import build_tokenizer
 from medmm_ray.prompts import POLICY_SYSTEM, document_block, policy_messages, prm_messages
 from medmm_ray.text import one_line, question_with_options, solution_text
 from medmm_ray.train.launch import fit, read_input
-from medmm_ray.train.loop import Stage, TrainConfig
 from medmm_ray.train.lora import LoraAdapter, LoraConfig
+from medmm_ray.train.stage import Stage, TrainConfig
 from medmm_ray.train.throughput import TrainingFlops
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class LlamaShape(Config):
     vocab_size: int = 1024
     """Entries of its own tokenizer, special ones included."""
     tie_embeddings: bool = True
-    """Use the same matrix for reading and writing tokens: a small model learns to copy words sooner."""
+    """Share one matrix between input embeddings and head: a small model learns to copy words sooner."""
 
 
 class PolicyConfig(TrainConfig):
@@ -108,37 +108,43 @@ def worked_questions(
 
     Without `share_prompts` there is one row a worked solution.
     """
-    by_id = {q["question_id"]: q for q in questions.to_pylist() if q["split"] == split and q["error"] is None}
-    rows = [
-        {
-            "question_id": row["question_id"],
-            "question": question_with_options(question["question"], question["options"]),
-            "answer_type": question["answer_type"],
-            "solutions": steps,
-        }
-        for row in demonstrations.to_pylist()
-        if row["error"] is None and row["solutions"] and (question := by_id.get(row["question_id"]))
-        for steps in _shared([solution["steps"] for solution in row["solutions"]], share_prompts)
-    ]
-    return pa.Table.from_pylist(sorted(rows, key=lambda r: str(r["question_id"])), schema=SCHEMA)
-
-
-def _shared(solutions: list[list[str]], together: bool) -> list[list[list[str]]]:
-    return [solutions] if together else [[steps] for steps in solutions]
+    questions_by_id: dict[str, dict[str, Any]] = {}
+    for question in questions.to_pylist():
+        if question["split"] == split and question["error"] is None:
+            questions_by_id[question["question_id"]] = question
+    rows: list[dict[str, Any]] = []
+    for row in demonstrations.to_pylist():
+        question_id = row["question_id"]
+        if row["error"] is not None or not row["solutions"] or question_id not in questions_by_id:
+            continue
+        question = questions_by_id[question_id]
+        solutions = [solution["steps"] for solution in row["solutions"]]
+        groups = [solutions] if share_prompts else [[steps] for steps in solutions]
+        for group in groups:
+            rows.append(
+                {
+                    "question_id": question_id,
+                    "question": question_with_options(question["question"], question["options"]),
+                    "answer_type": question["answer_type"],
+                    "solutions": group,
+                }
+            )
+    rows.sort(key=lambda row: str(row["question_id"]))
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
 def vocabulary_texts(worked: pa.Table, documents: Iterable[str]) -> list[str]:
-    """What the tokenizer of a model from scratch is made of: every text that it, or a reward model, will read."""
+    """The texts that the tokenizer of a model from scratch is made of: all that it, or a reward model, will read."""
     rows = worked.to_pylist()
-    frames = [m["content"] for docs in ((), ("",)) for m in prm_messages("", "", docs)]
-    return [
-        *(row["question"] for row in rows),
-        *(assistant_turn(steps) for row in rows for steps in row["solutions"]),
-        *documents,
-        # Every prompt holds these: as frequent in the vocabulary's texts as they are in use, a word becomes one token.
-        *([POLICY_SYSTEM, *frames] * len(rows)),
-        *(document_block([""] * 9),),
-    ]
+    questions = [row["question"] for row in rows]
+    solutions: list[str] = []
+    for row in rows:
+        solutions += [assistant_turn(steps) for steps in row["solutions"]]
+    # Every prompt holds these: as frequent in the vocabulary's texts as they are in use, a word becomes one token.
+    frames = [POLICY_SYSTEM]
+    for prompt_documents in ((), ("",)):
+        frames += [message["content"] for message in prm_messages("", "", prompt_documents)]
+    return [*questions, *solutions, *documents, *(frames * len(rows)), document_block([""] * 9)]
 
 
 def train_policy(
@@ -168,11 +174,12 @@ class PolicyStage(Stage):
         from medmm_ray.reward_model.attention import NAME
 
         self.device = device
-        self.budget = config.micro_batch_tokens
-        texts = read_input(inputs["texts"])["text"].to_pylist()
-        self.model, self.tokenizer = (
-            new_llama(config.shape, texts, config.seed) if config.base is None else load_pretrained(config.base)
-        )
+        self.micro_batch_budget = config.micro_batch_tokens
+        if config.base is None:
+            texts = read_input(inputs["texts"])["text"].to_pylist()
+            self.model, self.tokenizer = new_llama(config.shape, texts, config.seed)
+        else:
+            self.model, self.tokenizer = load_pretrained(config.base)
         self.model.set_attn_implementation(NAME)
         if config.activation_checkpointing:
             self.model.gradient_checkpointing_enable()
@@ -181,48 +188,53 @@ class PolicyStage(Stage):
         self.module = self.model
         rows = read_input(inputs["worked"]).to_pylist()
         self.names = [row["question_id"] for row in rows]
-        whole = [self.read(row) for row in rows]
-        self.encoded = [encoded.within(config.max_length) for encoded in whole]
-        self.sizes = [len(encoded.solutions) for encoded in self.encoded]
-        self.costs = [encoded.num_tokens for encoded in self.encoded]
-        self.num_too_long = sum(len(encoded.solutions) for encoded in whole) - sum(self.sizes)
+        whole = [self.encode_row(row) for row in rows]
+        self.encoded = [question.within(config.max_length) for question in whole]
+        self.sizes = [len(question.solutions) for question in self.encoded]
+        self.costs = [question.num_tokens for question in self.encoded]
+        self.num_too_long = sum(len(question.solutions) for question in whole) - sum(self.sizes)
 
-    def read(self, row: Mapping[str, Any]) -> "EncodedQuestion":
-        """A row of the input `worked` as ids."""
+    def encode_row(self, row: Mapping[str, Any]) -> "EncodedQuestion":
+        """A row of the input `worked` as token ids."""
         return encode(self.tokenizer, row["question"], row["answer_type"], row["solutions"])
 
     def loss(self, units: Sequence[int], epoch: int) -> "torch.Tensor":  # noqa: ARG002
-        return cross_entropy(self.model, [self.encoded[u] for u in units], self.device)
+        """Sum over worked solutions of the mean cross-entropy of their tokens."""
+        return cross_entropy(self.model, [self.encoded[unit] for unit in units], self.device)
 
     def flops(self, units: Sequence[int]) -> float:
-        return self.count_flops(self.encoded[u].block for u in units)
+        """FLOPs of the model's blocks on these questions."""
+        return self.count_flops(self.encoded[unit].block for unit in units)
 
     def validate(self) -> dict[str, float]:
+        """The number of solutions that were left out; nothing is held out."""
         return {"too_long": float(self.num_too_long)}
 
     def save(self, folder: Path, figures: Mapping[str, float]) -> None:  # noqa: ARG002
+        """Write a Hugging Face checkpoint, an adapter merged in and beside it."""
         from medmm_ray.engines.pretrained import save
 
         if self.adapter:
-            self.adapter.leave(folder)
+            self.adapter.save_and_merge(folder)
         save(self.model, folder)
         self.tokenizer.save_pretrained(folder)
 
 
 @dataclass(frozen=True)
 class EncodedQuestion:
-    """One question: the ids of its prompt, and of each worked solution with its end-of-turn token."""
+    """One question: the token ids of its prompt, and of each worked solution with its end-of-turn token."""
 
     prompt: list[int]
     solutions: list[list[int]]
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of the prompt once and of all solutions."""
         return len(self.prompt) + sum(map(len, self.solutions))
 
     @property
     def block(self) -> "Block":
-        """How it stands in a row; a lone solution continues its prompt."""
+        """Its place in a packed row; a lone solution continues its prompt."""
         from medmm_ray.reward_model.attention import Block
 
         if len(self.solutions) == 1:
@@ -230,10 +242,9 @@ class EncodedQuestion:
         return Block(len(self.prompt), tuple(map(len, self.solutions)))
 
     def within(self, max_length: int) -> "EncodedQuestion":
-        """Without the solutions that do not fit behind the prompt."""
-        return EncodedQuestion(
-            self.prompt, [ids for ids in self.solutions if len(self.prompt) + len(ids) <= max_length]
-        )
+        """The question without the solutions that do not fit behind the prompt."""
+        room = max_length - len(self.prompt)
+        return EncodedQuestion(self.prompt, [ids for ids in self.solutions if len(ids) <= room])
 
 
 @dataclass(frozen=True)
@@ -260,10 +271,12 @@ def encode(tokenizer: Any, question: str, answer_type: str, solutions: Sequence[
 def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], replies: Sequence[str]) -> EncodedQuestion:
     """A chat and the replies to it, each with the token that ends a turn."""
     prompt = template_of(tokenizer).render(messages)
-    return EncodedQuestion(
-        tokenizer(prompt, add_special_tokens=False)["input_ids"],
-        [tokenizer(reply + tokenizer.eos_token, add_special_tokens=False)["input_ids"] for reply in replies],
-    )
+    # Each part by itself: generation continues the prompt's tokens, however its end and a reply would merge.
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    reply_ids: list[list[int]] = []
+    for reply in replies:
+        reply_ids.append(tokenizer(reply + tokenizer.eos_token, add_special_tokens=False)["input_ids"])
+    return EncodedQuestion(prompt_ids, reply_ids)
 
 
 def collate(questions: Sequence[EncodedQuestion]) -> PackedRow:
@@ -276,30 +289,31 @@ def collate(questions: Sequence[EncodedQuestion]) -> PackedRow:
     targets: list[int] = []
     weights: list[float] = []
     for question in questions:
-        prompt = len(question.prompt)
-        last = len(ids) + prompt - 1
+        prompt_length = len(question.prompt)
+        last_of_prompt = len(ids) + prompt_length - 1
         ids += question.prompt
-        positions += range(prompt)
+        positions += range(prompt_length)
         for solution in question.solutions:
-            sources += [last, *range(len(ids), len(ids) + len(solution) - 1)]
+            # The first token of each solution is predicted at the prompt's last one.
+            sources += [last_of_prompt, *range(len(ids), len(ids) + len(solution) - 1)]
             targets += solution
             weights += [1 / len(solution)] * len(solution)
             ids += solution
-            positions += range(prompt, prompt + len(solution))
+            positions += range(prompt_length, prompt_length + len(solution))
     return PackedRow(
-        [question.block for question in questions],
-        torch.tensor(ids),
-        torch.tensor(positions),
-        torch.tensor(sources),
-        torch.tensor(targets),
-        torch.tensor(weights),
+        blocks=[question.block for question in questions],
+        ids_L=torch.tensor(ids),
+        positions_L=torch.tensor(positions),
+        source_N=torch.tensor(sources),
+        target_N=torch.tensor(targets),
+        weight_N=torch.tensor(weights),
     )
 
 
 def cross_entropy(model: Any, questions: Sequence[EncodedQuestion], device: str) -> "torch.Tensor":
     """Sum over solutions of the mean cross-entropy of their tokens; the head runs on those alone.
 
-    `model` reads packed rows: its attention is `engines.reward_model.attention`'s.
+    `model` takes packed rows: its attention is `reward_model.attention`'s.
     """
     import torch
 

@@ -15,45 +15,53 @@ def epoch_batches(sizes: Sequence[int], batch_size: int, seed: int, epoch: int) 
     Every unit with samples is seen once. The last batch may be smaller: its loss is a mean all the same.
     """
     order = [unit for unit, size in enumerate(sizes) if size > 0]
+    # By a string: random.Random takes its hash over all bits, so neighbouring seeds give unlike orders.
     random.Random(f"{seed}/{epoch}").shuffle(order)
     batches: list[list[int]] = []
-    samples = 0
+    num_samples = 0
     for unit in order:
-        if not batches or samples >= batch_size:
+        if not batches or num_samples >= batch_size:
             batches.append([])
-            samples = 0
+            num_samples = 0
         batches[-1].append(unit)
-        samples += sizes[unit]
+        num_samples += sizes[unit]
     return batches
 
 
 def micro_batches(units: Sequence[int], costs: Sequence[int], budget: int, padded: bool) -> list[list[int]]:
-    """One update's units in groups that fit `budget`; a unit above it goes alone.
+    """One update's units in micro-batches that cost at most `budget`; a unit above it goes alone.
 
-    With `padded`, units of like cost stand together, and a group costs its longest unit times its number.
+    With `padded`, units of like cost stand together, and a micro-batch costs its longest unit times their number.
     """
-    groups: list[list[int]] = []
+    order = sorted(units, key=lambda unit: (costs[unit], unit)) if padded else units
+    batches: list[list[int]] = []
     longest = total = 0
-    for unit in sorted(units, key=lambda u: (costs[u], u)) if padded else units:
+    for unit in order:
         cost = costs[unit]
-        longest, total = max(longest, cost), total + cost
-        if not groups or (longest * (len(groups[-1]) + 1) if padded else total) > budget:
-            groups.append([])
+        longest = max(longest, cost)
+        total += cost
+        num_units = len(batches[-1]) + 1 if batches else 1
+        batch_cost = longest * num_units if padded else total
+        if not batches or batch_cost > budget:
+            batches.append([])
             longest = total = cost
-        groups[-1].append(unit)
-    return groups
+        batches[-1].append(unit)
+    return batches
 
 
 def learning_rate_factor(update: int, num_updates: int, warmup: float) -> float:
     """What the learning rate is multiplied by at an update counted from 0: a linear rise, then a half cosine to 0."""
-    rise = max(1, round(warmup * num_updates))
-    if update < rise:
-        return (update + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (update - rise) / max(1, num_updates - rise))))
+    num_warmup = max(1, round(warmup * num_updates))
+    if update < num_warmup:
+        return (update + 1) / num_warmup
+    progress = min(1.0, (update - num_warmup) / max(1, num_updates - num_warmup))
+    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def held_out(ids: Sequence[str], fraction: float, seed: int) -> set[str]:
-    """A `fraction` of the distinct ids, at least one unless it is 0, for validation."""
+def validation_ids(ids: Sequence[str], fraction: float, seed: int) -> set[str]:
+    """A `fraction` of the distinct ids, to be held out for validation: at least one unless it is 0, never all."""
     distinct = sorted(set(ids))
-    number = min(len(distinct) - 1, max(1, round(fraction * len(distinct)))) if fraction > 0 else 0
+    number = 0
+    if fraction > 0:
+        number = min(len(distinct) - 1, max(1, round(fraction * len(distinct))))
     return set(random.Random(f"held out/{seed}").sample(distinct, max(0, number)))

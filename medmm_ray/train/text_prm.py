@@ -17,16 +17,16 @@ from medmm_ray.config import ConfigError, execution
 from medmm_ray.engines.checkpoints import resolve
 from medmm_ray.stats.targets import AfterFirstError, LabelPolicy, checked_consensus_counts
 from medmm_ray.train.launch import fit, read_input
-from medmm_ray.train.loop import Stage, TrainConfig
 from medmm_ray.train.lora import LoraAdapter, LoraConfig
-from medmm_ray.train.schedule import held_out
+from medmm_ray.train.schedule import validation_ids
+from medmm_ray.train.stage import Stage, TrainConfig
 from medmm_ray.train.text_prm_data import group_labels, labelled_questions, labels_of_solutions, positive_rate
 from medmm_ray.train.throughput import TrainingFlops
 
 if TYPE_CHECKING:
     import torch
 
-    from medmm_ray.reward_model import PackedQuestion, Packing
+    from medmm_ray.reward_model import PackedQuestion, Packing, RewardModel
 
 VERSION = 4  # of what a step makes: raise it when the same config makes something else
 
@@ -37,7 +37,7 @@ class TextPrmConfig(TrainConfig):
     base: str | None = None
     """The checkpoint to start from: a folder, a URI, a hub id or package:<name>. null: the policy."""
     label_policy: LabelPolicy = "hybrid"
-    """How label rows become targets, see targets.py."""
+    """How label rows become targets, see stats/targets.py."""
     after_first_error: AfterFirstError = "collapse"
     """What a step behind the first wrong one trains as: wrong, as labelled, or not at all."""
     max_solutions: int | None = None
@@ -79,21 +79,30 @@ def train_text_prm(
     `labels` are the labels tables of all sources; `base` is the checkpoint to start from (the policy's folder, or any
     name that `checkpoints.resolve` knows).
     """
-    grouped = group_labels(labels)
-    settled: dict[str, float] = {}
+    labels_by_solution = group_labels(labels)
+    consensus: dict[str, float] = {}
     if config.label_policy == "consensus":
-        settled = checked_consensus_counts(labels_of_solutions(questions, solutions, grouped, config.max_solutions))
+        consensus = checked_consensus_counts(
+            labels_of_solutions(questions, solutions, labels_by_solution, config.max_solutions)
+        )
     rows = labelled_questions(
-        questions, evidence, solutions, grouped, config.label_policy, config.after_first_error,
-        config.max_solutions, config.num_documents,
-    )  # fmt: skip
+        questions,
+        evidence,
+        solutions,
+        labels_by_solution,
+        config.label_policy,
+        config.after_first_error,
+        config.max_solutions,
+        config.num_documents,
+    )
     if rows.num_rows == 0:
         raise ValueError(
             f"train_text_prm: label policy {config.label_policy!r} gives no target for any training solution "
-            f"({solutions.num_rows} questions sampled, {len(grouped)} solutions labelled). Look at the labels tables."
+            f"({solutions.num_rows} questions sampled, {len(labels_by_solution)} solutions labelled). Look at the "
+            "labels tables."
         )
-    trained = fit(TextPrmStage, config, {"questions": rows}, {"base": base}, folder, name)
-    return trained | settled | {"right_steps": round(positive_rate(rows), 4)}
+    figures = fit(TextPrmStage, config, {"questions": rows}, {"base": base}, folder, name)
+    return figures | consensus | {"right_steps": round(positive_rate(rows), 4)}
 
 
 class TextPrmStage(Stage):
@@ -102,19 +111,10 @@ class TextPrmStage(Stage):
     padded = False
 
     def __init__(self, config: TextPrmConfig, inputs: dict[str, str], device: str) -> None:
-        from medmm_ray.reward_model import RewardModel
-
-        self.config, self.device, self.budget = config, device, config.micro_batch_tokens
-        self.model = RewardModel.from_pretrained(resolve(inputs["base"]))
-        if self.model.vision is not None:
-            raise ConfigError(
-                f"{inputs['base']} is a vision-language model, and train_text_prm trains on text alone; "
-                "name a text-only base"
-            )
-        self.model.max_length = min(config.max_length, self.model.context)
-        self.model.reserve = min(config.reserve, self.model.max_length)
-        if config.activation_checkpointing:
-            self.model.text_model.gradient_checkpointing_enable()
+        self.config = config
+        self.device = device
+        self.micro_batch_budget = config.micro_batch_tokens
+        self.model = self._load_model(inputs["base"])
         self.adapter = LoraAdapter(self.model.text_model, config.lora) if config.lora else None
         self.count_flops = TrainingFlops(self.model.text_model)
         self.module = self.model
@@ -122,48 +122,88 @@ class TextPrmStage(Stage):
         self.names = [row["question_id"] for row in rows]
         self.solutions: list[list[dict[str, Any]]] = [row["solutions"] for row in rows]
         self.packed = [self._pack(row) for row in rows]
-        self.held_out = held_out(self.names, config.validation_fraction, config.seed)
-        self.num_not_packed = sum(error is not None for packing in self.packed for error in packing.errors)
+        self.validation_ids = validation_ids(self.names, config.validation_fraction, config.seed)
         self.costs = [packing.num_tokens for packing in self.packed]
-        self.sizes = [
-            0 if name in self.held_out else sum(own[b.solution]["weight"] for g in packing.groups for b in g.branches)
-            for name, own, packing in zip(self.names, self.solutions, self.packed, strict=True)
-        ]
+        self.sizes = [self._num_samples(unit) for unit in range(len(rows))]
+        self.num_not_packed = 0
+        for packing in self.packed:
+            self.num_not_packed += sum(error is not None for error in packing.errors)
+
+    def _load_model(self, base: str) -> "RewardModel":
+        """The reward model of a checkpoint, with the length that it is to be trained at."""
+        from medmm_ray.reward_model import RewardModel
+
+        config = self.config
+        model = RewardModel.from_pretrained(resolve(base))
+        if model.vision is not None:
+            raise ConfigError(
+                f"{base} is a vision-language model, and train_text_prm trains on text alone; name a text-only base"
+            )
+        model.max_length = min(config.max_length, model.context)
+        model.reserve = min(config.reserve, model.max_length)
+        if config.activation_checkpointing:
+            model.text_model.gradient_checkpointing_enable()
+        return model
 
     def _pack(self, row: dict[str, Any]) -> "Packing":
         steps = [solution["steps"] for solution in row["solutions"]]
         return self.model.pack(row["question"], steps, row["documents"], training=self.config.reference_prompt)
 
+    def _num_samples(self, unit: int) -> int:
+        """The solutions of a question that are trained on, merged ones counted each; 0 of a held-out question."""
+        if self.names[unit] in self.validation_ids:
+            return 0
+        num_samples = 0
+        for group in self.packed[unit].groups:
+            for branch in group.branches:
+                num_samples += self.solutions[unit][branch.solution]["weight"]
+        return num_samples
+
     def loss(self, units: Sequence[int], epoch: int) -> "torch.Tensor":  # noqa: ARG002
         """Sum over solutions of the mean two-class loss of their labelled steps."""
         import torch
 
-        packed = [(group, self.solutions[unit]) for unit in units for group in self.packed[unit].groups]
-        targets, weights = zip(*(step_targets(group, own) for group, own in packed), strict=True)
-        log_odds_T = self.model(*(group for group, _ in packed))
+        groups: list[PackedQuestion] = []
+        targets: list[torch.Tensor] = []
+        weights: list[torch.Tensor] = []
+        for unit in units:
+            for group in self.packed[unit].groups:
+                targets_T, weights_T = step_targets(group, self.solutions[unit])
+                groups.append(group)
+                targets.append(targets_T)
+                weights.append(weights_T)
+        log_odds_T = self.model(*groups)
         return weighted_loss(log_odds_T, torch.cat(targets).to(self.device), torch.cat(weights).to(self.device))
 
     def validate(self) -> dict[str, float]:
         """Step AUROC on the held-out questions, soft targets counted as right from one half on."""
         scores: list[float] = []
-        right: list[bool] = []
+        is_right: list[bool] = []
         for unit, name in enumerate(self.names):
-            for group in self.packed[unit].groups if name in self.held_out else ():
+            if name not in self.validation_ids:
+                continue
+            for group in self.packed[unit].groups:
                 targets_T, weights_T = step_targets(group, self.solutions[unit])
                 labelled_T = weights_T > 0
                 scores += self.model(group).cpu()[labelled_T].tolist()
-                right += (targets_T[labelled_T] >= 0.5).tolist()
-        return validation_figures(scores, right) | {"not_packed": float(self.num_not_packed)}
+                is_right += (targets_T[labelled_T] >= 0.5).tolist()
+        return validation_figures(scores, is_right) | {"not_packed": float(self.num_not_packed)}
 
     def flops(self, units: Sequence[int]) -> float:
+        """FLOPs of the text tower's blocks on these questions."""
         from medmm_ray.reward_model.attention import Block
 
-        groups = [group for unit in units for group in self.packed[unit].groups]
-        return self.count_flops(Block(len(g.prefix_ids), tuple(len(b.ids) for b in g.branches)) for g in groups)
+        blocks: list[Block] = []
+        for unit in units:
+            for group in self.packed[unit].groups:
+                lengths = tuple(len(branch.ids) for branch in group.branches)
+                blocks.append(Block(len(group.prefix_ids), lengths))
+        return self.count_flops(blocks)
 
     def save(self, folder: Path, figures: Mapping[str, float]) -> None:
+        """Write the reward model's folder, an adapter merged in and beside it."""
         if self.adapter:
-            self.adapter.leave(folder)
+            self.adapter.save_and_merge(folder)
         self.model.save_pretrained(folder, figures)
 
 
@@ -177,10 +217,11 @@ def step_targets(
     targets: list[float] = []
     weights: list[float] = []
     for number, step in zip(packed.tag_solutions, packed.tag_steps, strict=True):
-        aims = solutions[number]["targets"]
-        labelled = sum(aim is not None for aim in aims)
-        targets.append(0.0 if aims[step] is None else aims[step])
-        weights.append(0.0 if aims[step] is None else solutions[number]["weight"] / labelled)
+        solution_targets = solutions[number]["targets"]
+        target = solution_targets[step]
+        num_labelled = sum(value is not None for value in solution_targets)
+        targets.append(0.0 if target is None else target)
+        weights.append(0.0 if target is None else solutions[number]["weight"] / num_labelled)
     return torch.tensor(targets), torch.tensor(weights)
 
 
@@ -192,13 +233,13 @@ def weighted_loss(log_odds_T: "torch.Tensor", targets_T: "torch.Tensor", weights
     return (losses_T * weights_T).sum()
 
 
-def validation_figures(scores: Sequence[float], right: Sequence[bool]) -> dict[str, float]:
-    """Step AUROC, which also selects the epoch; nothing where one of the two classes is missing."""
+def validation_figures(scores: Sequence[float], is_right: Sequence[bool]) -> dict[str, float]:
+    """Step AUROC, which also selects the epoch; empty where one of the two classes is missing."""
     import numpy as np
 
     from medmm_ray.stats.metrics import auroc
 
-    value = auroc(np.array(right, dtype=bool), np.array(scores, dtype=np.float64))
+    value = auroc(np.array(is_right, dtype=bool), np.array(scores, dtype=np.float64))
     if value is None:
         return {}
-    return {"selection": value, "validation_auroc": value, "validation_steps": float(len(right))}
+    return {"selection": value, "validation_auroc": value, "validation_steps": float(len(is_right))}

@@ -1,4 +1,4 @@
-"""From tables to what a reward model is trained on: questions with their labelled solutions, pure."""
+"""What a text reward model is trained on: questions with their evidence and labelled solutions, out of tables."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -30,7 +30,10 @@ SCHEMA = pa.schema(
 
 def group_labels(tables: Iterable[pa.Table]) -> dict[str, list[Labels]]:
     """The rows of all labels tables by solution."""
-    return labels_by_solution([row for table in tables for row in table.to_pylist()])
+    rows: list[dict[str, Any]] = []
+    for table in tables:
+        rows += table.to_pylist()
+    return labels_by_solution(rows)
 
 
 def labelled_questions(
@@ -46,28 +49,44 @@ def labelled_questions(
 ) -> pa.Table:
     """One row a question of `split` with its evidence and labelled solutions (`SCHEMA`), sorted by question_id.
 
-    Of each question the first `max_solutions` and the best `num_documents` are taken (None: all). Solutions without any
+    The first `max_solutions` and the best `num_documents` of each question are taken (None: all). Solutions without any
     target are left out. Equal ones (same steps, same targets) become one of their joint weight, which trains exactly
     the same at less cost.
     """
-    documents = {
-        row["question_id"]: [document["text"] for document in row["documents"][:num_documents]]
-        for row in evidence.to_pylist()
-        if row["error"] is None
-    }
-    by_id = {q["question_id"]: q for q in questions.to_pylist() if q["split"] == split and q["error"] is None}
-    rows = [
-        {
-            "question_id": row["question_id"],
-            "question": question_with_options(question["question"], question["options"]),
-            "documents": documents.get(row["question_id"], []),
-            "solutions": kept,
-        }
-        for row in solutions.to_pylist()
-        if row["error"] is None and (question := by_id.get(row["question_id"]))
-        if (kept := labelled_solutions(row["solutions"], labels, policy, after_first_error, max_solutions))
-    ]
-    return pa.Table.from_pylist(sorted(rows, key=lambda r: r["question_id"]), schema=SCHEMA)
+    questions_by_id: dict[str, dict[str, Any]] = {}
+    for question in questions.to_pylist():
+        if question["split"] == split and question["error"] is None:
+            questions_by_id[question["question_id"]] = question
+    documents_by_question = _documents_by_question(evidence, num_documents)
+    rows: list[dict[str, Any]] = []
+    for row in solutions.to_pylist():
+        question_id = row["question_id"]
+        if row["error"] is not None or question_id not in questions_by_id:
+            continue
+        labelled = labelled_solutions(row["solutions"], labels, policy, after_first_error, max_solutions)
+        if not labelled:
+            continue
+        question = questions_by_id[question_id]
+        rows.append(
+            {
+                "question_id": question_id,
+                "question": question_with_options(question["question"], question["options"]),
+                "documents": documents_by_question.get(question_id, []),
+                "solutions": labelled,
+            }
+        )
+    rows.sort(key=lambda row: str(row["question_id"]))
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def _documents_by_question(evidence: pa.Table, num_documents: int | None) -> dict[str, list[str]]:
+    """The texts of each question's best documents."""
+    documents_by_question: dict[str, list[str]] = {}
+    for row in evidence.to_pylist():
+        if row["error"] is None:
+            documents = row["documents"][:num_documents]
+            documents_by_question[row["question_id"]] = [document["text"] for document in documents]
+    return documents_by_question
 
 
 def labelled_solutions(
@@ -81,14 +100,16 @@ def labelled_solutions(
     accuracy = accuracy_of(solutions)
     merged: dict[tuple[tuple[str, ...], tuple[Target, ...]], dict[str, Any]] = {}
     for solution in solutions[:max_solutions]:
-        name, steps = solution["solution_id"], solution["steps"]
-        aims = targets(policy, labels.get(name, []), len(steps), after_first_error, solution["correct"], accuracy)
-        if not any(aim is not None for aim in aims):
-            continue
-        first = merged.setdefault(
-            (tuple(steps), tuple(aims)), {"solution_id": name, "steps": steps, "targets": aims, "weight": 0}
+        solution_id, steps = solution["solution_id"], solution["steps"]
+        step_targets = targets(
+            policy, labels.get(solution_id, []), len(steps), after_first_error, solution["correct"], accuracy
         )
-        first["weight"] += 1
+        if all(target is None for target in step_targets):
+            continue
+        key = (tuple(steps), tuple(step_targets))
+        if key not in merged:
+            merged[key] = {"solution_id": solution_id, "steps": steps, "targets": step_targets, "weight": 0}
+        merged[key]["weight"] += 1
     return list(merged.values())
 
 
@@ -99,23 +120,24 @@ def labels_of_solutions(
     max_solutions: int | None = None,
     split: str = "train",
 ) -> Iterator[tuple[Sequence[Labels], int, bool | None]]:
-    """Of each solution that `labelled_questions` looks at: its labels, its number of steps, whether its answer is
-    right."""
+    """Labels, number of steps and correctness of each solution that `labelled_questions` looks at, for
+    `checked_consensus_counts`."""
     usable = questions.filter(pc.and_(pc.equal(questions["split"], split), pc.is_null(questions["error"])))
-    asked = pc.is_in(solutions["question_id"], usable["question_id"].combine_chunks())
-    for row in solutions.filter(pc.and_(asked, pc.is_null(solutions["error"])))["solutions"].to_pylist():
-        for solution in row[:max_solutions]:
+    of_usable = pc.is_in(solutions["question_id"], usable["question_id"].combine_chunks())
+    rows = solutions.filter(pc.and_(of_usable, pc.is_null(solutions["error"])))
+    for question_solutions in rows["solutions"].to_pylist():
+        for solution in question_solutions[:max_solutions]:
             yield labels.get(solution["solution_id"], []), len(solution["steps"]), solution["correct"]
 
 
 def positive_rate(rows: pa.Table) -> float:
-    """The share of right steps among the labelled ones, for the figures: class imbalance, said."""
-    aims = [
-        (aim, solution["weight"])
-        for solutions in rows["solutions"].to_pylist()
-        for solution in solutions
-        for aim in solution["targets"]
-        if aim is not None
-    ]
-    total = sum(weight for _, weight in aims)
-    return sum(aim * weight for aim, weight in aims) / total if total else 0.0
+    """The share of right steps among the labelled ones of `labelled_questions`, as the loss weighs solutions."""
+    positive = 0.0
+    total = 0
+    for solutions in rows["solutions"].to_pylist():
+        for solution in solutions:
+            for target in solution["targets"]:
+                if target is not None:
+                    positive += target * solution["weight"]
+                    total += solution["weight"]
+    return positive / total if total else 0.0

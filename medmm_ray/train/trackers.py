@@ -25,16 +25,16 @@ _PACKAGES: Mapping[str, tuple[str, str]] = {
 
 
 class Tracker(Protocol):
-    """Where figures go."""
+    """A place that figures are sent to."""
 
     def log(self, figures: Mapping[str, float], updates: int) -> None:
-        """Note figures after so many updates."""
+        """Send figures, taken after so many updates."""
 
     def flush(self) -> None:
-        """Bring what was noted to where it stays."""
+        """Bring what was sent to where it stays."""
 
     def close(self) -> None:
-        """Note no more."""
+        """End the run: no more figures will come."""
 
 
 def check_installed(names: Iterable[str]) -> None:
@@ -66,7 +66,8 @@ class TensorBoard:
     def __init__(self, run: str, folder: str, config: Mapping[str, Any], updates: int) -> None:  # noqa: ARG002
         from tensorboardX import SummaryWriter
 
-        self.target, self.scratch = f"{folder}/{FOLDER}", None
+        self.target = f"{folder}/{FOLDER}"
+        self.scratch = None
         if "://" in folder:
             self.scratch = tempfile.TemporaryDirectory()
         self.writer = SummaryWriter(
@@ -76,15 +77,18 @@ class TensorBoard:
         )
 
     def log(self, figures: Mapping[str, float], updates: int) -> None:
+        """Add a point to each figure's curve."""
         for name, value in figures.items():
             self.writer.add_scalar(name, value, updates)
 
     def flush(self) -> None:
+        """Write what is buffered, and copy it where the folder is a URI."""
         self.writer.flush()
         if self.scratch:
             copy(self.scratch.name, self.target)
 
     def close(self) -> None:
+        """Close the event file, and copy it where the folder is a URI."""
         self.writer.close()
         if self.scratch:
             copy(self.scratch.name, self.target)
@@ -102,12 +106,14 @@ class WandB:
         )
 
     def log(self, figures: Mapping[str, float], updates: int) -> None:
+        """Send figures to W&B's process."""
         self.run.log(dict(figures), step=updates)
 
     def flush(self) -> None:
         """W&B sends by itself."""
 
     def close(self) -> None:
+        """Mark the run as finished."""
         self.run.finish()
 
 
@@ -120,15 +126,16 @@ class MLflow:
 
         self.make_metric, self.client = Metric, MlflowClient()
         experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-        known = self.client.get_experiment_by_name(experiment)
-        number = known.experiment_id if known else self.client.create_experiment(experiment)
-        found = self.client.search_runs([number], f"attributes.run_name = '{run}'", max_results=1)
-        self.run = found[0] if found else self.client.create_run(number, run_name=run)
-        if not found:
+        existing = self.client.get_experiment_by_name(experiment)
+        experiment_id = existing.experiment_id if existing else self.client.create_experiment(experiment)
+        runs = self.client.search_runs([experiment_id], f"attributes.run_name = '{run}'", max_results=1)
+        self.run = runs[0] if runs else self.client.create_run(experiment_id, run_name=run)
+        if not runs:  # MLflow refuses to log a parameter anew
             for name, value in config.items():
                 self.client.log_param(self.run.info.run_id, name, value)
 
     def log(self, figures: Mapping[str, float], updates: int) -> None:
+        """Send all figures in one request."""
         import time
 
         now = int(time.time() * 1000)
@@ -139,4 +146,5 @@ class MLflow:
         """MLflow has written already."""
 
     def close(self) -> None:
+        """Mark the run as finished."""
         self.client.set_terminated(self.run.info.run_id)

@@ -1,4 +1,4 @@
-"""Stage `two_tower`: the image part of a reward model, trained on the cached states of its frozen text tower.
+"""Stage `two_tower`: the image part of a reward model, trained on the stored states of its frozen text tower.
 
 Enters: states (text-tower states at the tags, step summaries, text log-odds), labels, the questions' images and their
 reference images. Leaves: the whole `RewardModel` folder. The text tower never runs: it is constant, and its part of the
@@ -9,6 +9,7 @@ Legend: T tags, D text width, B images, W image width, P patches.
 
 import random
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Literal
@@ -23,8 +24,8 @@ from medmm_ray.stats.decoders import aggregate, expected_best, expected_oracle
 from medmm_ray.stats.targets import AfterFirstError, LabelPolicy, checked_consensus_counts
 from medmm_ray.train.image_text import augment
 from medmm_ray.train.launch import fit, read_input
-from medmm_ray.train.loop import Stage, TrainConfig
-from medmm_ray.train.schedule import held_out
+from medmm_ray.train.schedule import validation_ids
+from medmm_ray.train.stage import Stage, TrainConfig
 from medmm_ray.train.text_prm import validation_figures, weighted_loss
 from medmm_ray.train.text_prm_data import group_labels
 from medmm_ray.train.two_tower_data import (
@@ -44,11 +45,14 @@ if TYPE_CHECKING:
 VERSION = 2  # of what a step makes: raise it when the same config makes something else
 
 
+_STATES_INPUT = "states"  # inputs whose names begin so are tables of states
+
+
 class TwoTowerConfig(TrainConfig):
     """Training of fusion and image tower."""
 
     label_policy: LabelPolicy = "hybrid"
-    """How label rows become targets, see targets.py."""
+    """How label rows become targets, see stats/targets.py."""
     after_first_error: AfterFirstError = "collapse"
     """What a step behind the first wrong one trains as: wrong, as labelled, or not at all."""
     tokens: Literal["pooled", "patches", "both"] = "pooled"
@@ -114,43 +118,59 @@ def train_two_tower(
     Each table of `states` is read by the workers, not by the driver; of `solutions` only which answers are right. A
     question may have rows of several sources in both. `text_prm` and `image_tower` are names for `checkpoints.resolve`.
     """
-    held = pa.concat_tables(table.to_arrow(["question_id", "solution_id", "num_steps", "error"]) for table in states)
-    grouped = group_labels(labels)
-    settled: dict[str, float] = {}
+    columns = ["question_id", "solution_id", "num_steps", "error"]
+    state_rows = pa.concat_tables(table.to_arrow(columns) for table in states)
+    labels_by_solution = group_labels(labels)
+    consensus: dict[str, float] = {}
     if config.label_policy == "consensus":
-        settled = checked_consensus_counts(labels_of_states(held, grouped, solutions))
-    rows = questions_with_images(config, held, grouped, questions, images, evidence, solutions)
+        consensus = checked_consensus_counts(labels_of_states(state_rows, labels_by_solution, solutions))
+    rows = questions_with_images(config, state_rows, labels_by_solution, questions, images, evidence, solutions)
     if rows.num_rows == 0:
         raise ValueError(
-            f"train_two_tower: no training question has an image, states and a target ({held.num_rows} states, label "
-            f"policy {config.label_policy!r}). Look at the tables states and labels."
+            f"train_two_tower: no training question has an image, states and a target ({state_rows.num_rows} states, "
+            f"label policy {config.label_policy!r}). Look at the tables states and labels."
         )
     inputs = {"text_prm": text_prm, "image_tower": image_tower}
-    inputs |= {f"states-{number}": table.uri for number, table in enumerate(states)}
-    return fit(TwoTowerStage, config, {"questions": rows}, inputs, folder, name) | settled
+    for number, table in enumerate(states):
+        inputs[f"{_STATES_INPUT}-{number}"] = table.uri
+    return fit(TwoTowerStage, config, {"questions": rows}, inputs, folder, name) | consensus
 
 
 class TwoTowerStage(Stage):
-    """Cached questions, their images, and the part of the reward model that looks at them."""
+    """Questions with their stored states and images, and the part of the reward model that looks at them.
+
+    A `view` of a picture is one of its augmentations; view 0 is the picture as it is.
+    """
 
     padded = False
 
     def __init__(self, config: TwoTowerConfig, inputs: dict[str, str], device: str) -> None:
+        self.config = config
+        self.device = device
+        self.micro_batch_budget = config.micro_batch_tokens
+        self.rows = read_input(inputs["questions"]).to_pylist()
+        self.names = [row["question_id"] for row in self.rows]
+        states_uris = [uri for name, uri in inputs.items() if name.startswith(_STATES_INPUT)]
+        self.examples, dtype = load_examples(states_uris, self.rows)
+        self._load_model(inputs, dtype)
+        self._split_examples()
+        self._load_images()
+        self._initialize_fusion()
+
+    def _load_model(self, inputs: dict[str, str], dtype: str) -> None:
+        """Make `model` of both towers, and `module`, what is trained of it: the fusion, and the image tower if asked
+        for."""
         import torch
 
         from medmm_ray.reward_model import FusionConfig, RewardModel
 
-        self.config, self.device, self.budget = config, device, config.micro_batch_tokens
-        rows = read_input(inputs["questions"]).to_pylist()
-        self.rows = rows
-        self.names = [row["question_id"] for row in rows]
-        self.cached, dtype = load_examples([uri for name, uri in inputs.items() if name.startswith("states")], rows)
+        config = self.config
         self.model = RewardModel.from_pretrained(resolve(inputs["text_prm"]), dtype=dtype)
-        torch.manual_seed(config.seed)
-        self.model.add_image_tower(
-            resolve(inputs["image_tower"]),
-            FusionConfig(tokens=config.tokens, summary=config.summary, width=config.width, num_heads=config.num_heads),
+        fusion_config = FusionConfig(
+            tokens=config.tokens, summary=config.summary, width=config.width, num_heads=config.num_heads
         )
+        torch.manual_seed(config.seed)
+        self.model.add_image_tower(resolve(inputs["image_tower"]), fusion_config)
         assert self.model.image_tower is not None
         assert self.model.fusion is not None
         self.tower: ImageTower = self.model.image_tower
@@ -158,201 +178,246 @@ class TwoTowerStage(Stage):
         self.tower.requires_grad_(not config.freeze_image_tower)
         self.module = torch.nn.ModuleDict({"image_tower": self.tower, "fusion": self.fusion})
         with torch.no_grad():  # linear, so its values on the unit vectors are all of it
-            self.head_D = self.model.head_log_odds(torch.eye(self.model.hidden_size)).to(device)
-        self.held_out = held_out(self.names, config.validation_fraction, config.seed)
-        self.sizes = [
-            0 if name in self.held_out else len(c.lengths) for name, c in zip(self.names, self.cached, strict=True)
-        ]
-        self.costs = [len(c.targets_T) for c in self.cached]
-        self.right_steps = positive_rate([c for c, size in zip(self.cached, self.sizes, strict=True) if size])
-        self.class_weights = _class_weights(config, self.right_steps)
-        self.uris = sorted({uri for row in rows for uri in (*row["image_uris"], *row["reference_uris"])})
-        self._load_images()
-        self._calibrate()
+            self.head_D = self.model.head_log_odds(torch.eye(self.model.hidden_size)).to(self.device)
 
-    def _calibrate(self, most: int = 20_000) -> None:
-        """Fit the fusion's first weights to the training data: to about `most` tags, and to all pictures."""
+    def _split_examples(self) -> None:
+        """Hold some questions out for validation, and weigh the classes of the others."""
+        self.validation_ids = validation_ids(self.names, self.config.validation_fraction, self.config.seed)
+        self.costs = [len(example.targets_T) for example in self.examples]
+        self.sizes: list[int] = []
+        for name, example in zip(self.names, self.examples, strict=True):
+            self.sizes.append(0 if name in self.validation_ids else len(example.tags_per_solution))
+        self.positive_rate = positive_rate([self.examples[unit] for unit in self._training_units()])
+        self.class_weights = _class_weights(self.config, self.positive_rate)
+
+    def _training_units(self) -> list[int]:
+        return [unit for unit, size in enumerate(self.sizes) if size]
+
+    def _initialize_fusion(self, max_tags: int = 20_000) -> None:
+        """Fit the fusion's first weights to the training data: to about `max_tags` tags, and to all pictures."""
         import torch
 
         from medmm_ray.train.fusion_init import initialize_fusion
 
-        units = [u for u, size in enumerate(self.sizes) if size]
-        number = max(1, most * len(units) // max(1, sum(self.costs[u] for u in units)))
-        cached = [self.cached[u] for u in random.Random(self.config.seed).sample(units, min(number, len(units)))]
-        if not cached:
+        units = self._training_units()
+        num_tags = sum(self.costs[unit] for unit in units)
+        num_units = min(len(units), max(1, max_tags * len(units) // max(1, num_tags)))
+        sample = random.Random(self.config.seed).sample(units, num_units)
+        if not sample:
             return
         pooled_BW, patches_BPW = self.views[0] if self.views else self._encode_all(0)
+        # The tokens that the fusion will attend to, of all pictures.
         tokens = {"pooled": [pooled_BW], "patches": [], "both": [pooled_BW]}[self.config.tokens]
         if patches_BPW is not None:
             tokens.append(patches_BPW.flatten(0, 1))
         initialize_fusion(
             self.fusion.to(self.device),
-            torch.cat([c.states_TD for c in cached]).to(self.device, torch.float32),
-            torch.cat([c.summaries_TD for c in cached]).to(self.device, torch.float32),
+            torch.cat([self.examples[unit].states_TD for unit in sample]).to(self.device, torch.float32),
+            torch.cat([self.examples[unit].summaries_TD for unit in sample]).to(self.device, torch.float32),
             torch.cat(tokens),
         )
 
     def learning_rates(self) -> dict[str, float]:
+        """The image tower's rate; the fusion takes the config's."""
         return {"image_tower.": self.config.image_learning_rate}
 
     # Images
 
     def _load_images(self) -> None:
-        """The pixels of all images, or, of a frozen tower, their tokens: several views, the first one as it is."""
-        import torch
-
+        """Read the pixels of all images, or, of a frozen tower, the tokens of several views of them."""
         from medmm_ray.engines.images import open_image
 
-        self.index = {uri: i for i, uri in enumerate(self.uris)}
+        uris: set[str] = set()
+        for row in self.rows:
+            uris.update(row["image_uris"], row["reference_uris"])
+        self.uris = sorted(uris)
+        self.index = {uri: place for place, uri in enumerate(self.uris)}
         self.pixels = [self.tower.preprocess(open_image(uri)) for uri in self.uris]
         self.views: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self.tower.to(self.device).eval()
         if self.config.freeze_image_tower:
-            for view in range(self.config.augmented_views if self.config.augment else 1):
-                self.views.append(self._encode_all(view))
-            self.pixels = []
+            num_views = self.config.augmented_views if self.config.augment else 1
+            self.views = [self._encode_all(view) for view in range(num_views)]
+            self.pixels = []  # the tokens are all that is read from here on
 
     def _encode_all(self, view: int, batch_size: int = 64) -> "tuple[torch.Tensor, torch.Tensor | None]":
+        """Pooled tokens [B, W] and, where the fusion reads them, patches [B, P, W] of a view of all images."""
         import torch
 
-        pooled, patches = [], []
+        pooled: list[torch.Tensor] = []
+        patches: list[torch.Tensor] = []
         for start in range(0, len(self.uris), batch_size):
-            uris = self.uris[start : start + batch_size]
+            pixels_B3HW = self._pixels_of(self.uris[start : start + batch_size], view)
             with torch.no_grad():
-                tokens = self.tower(torch.stack([self._view(uri, view) for uri in uris]).to(self.device))
+                tokens = self.tower(pixels_B3HW.to(self.device))
             pooled.append(tokens.pooled_BD)
             if self.fusion.reads_patches:
                 patches.append(tokens.patches_BPD)
         return torch.cat(pooled), torch.cat(patches) if patches else None
 
-    def _view(self, uri: str, view: int) -> "torch.Tensor":
-        """A picture's pixels, moved and brightened where `view` is not 0."""
-        pixels_3HW = self.pixels[self.index[uri]]
-        if not self.config.augment or view == 0:
-            return pixels_3HW
-        rng = random.Random(f"{self.config.seed}/{view}/{self.index[uri]}")
-        return augment(pixels_3HW, rng, self.config.max_shift, self.config.max_brightness)
-
-    def _features(self, shown: Sequence[int], owners: Sequence[int], view: int) -> "ImageFeatures":
-        """Image tokens for questions `owners`, each seeing the own images of question ``shown`` and its own references.
-
-        `view` 0 is the picture as it is; a trained tower runs here, on each distinct picture once.
-        """
+    def _pixels_of(self, uris: Sequence[str], view: int) -> "torch.Tensor":
+        """A view of some images [B, 3, H, W], moved and brightened where it is not view 0."""
         import torch
+
+        pictures: list[torch.Tensor] = []
+        for uri in uris:
+            place = self.index[uri]
+            pixels_3HW = self.pixels[place]
+            if self.config.augment and view != 0:
+                rng = random.Random(f"{self.config.seed}/{view}/{place}")
+                pixels_3HW = augment(pixels_3HW, rng, self.config.max_shift, self.config.max_brightness)
+            pictures.append(pixels_3HW)
+        return torch.stack(pictures)
+
+    def _features(self, image_units: Sequence[int], units: Sequence[int], view: int) -> "ImageFeatures":
+        """Image tokens for questions `units`: each sees the images of its question in `image_units`, mostly itself, and
+        its own references.
+
+        A trained tower runs here, on each distinct picture once.
+        """
 
         from medmm_ray.reward_model import ImageFeatures
 
-        own = [self.rows[q]["image_uris"] for q in shown]
-        more = [self.rows[q]["reference_uris"] for q in owners]
+        image_uris = [self.rows[unit]["image_uris"] for unit in image_units]
+        reference_uris = [self.rows[unit]["reference_uris"] for unit in units]
         if self.config.freeze_image_tower:
             pooled_BW, patches_BPW = self.views[view % len(self.views)]
-            place: Mapping[str, int] = self.index
+            places: Mapping[str, int] = self.index
         else:
-            uris = sorted({uri for group in (*own, *more) for uri in group})
-            place = {uri: i for i, uri in enumerate(uris)}
+            uris = sorted(set(chain.from_iterable([*image_uris, *reference_uris])))
+            places = {uri: place for place, uri in enumerate(uris)}
             dtype = next(self.tower.parameters()).dtype
-            tokens = self.tower(torch.stack([self._view(uri, view) for uri in uris]).to(self.device, dtype))
-            pooled_BW, patches_BPW = tokens.pooled_BD, tokens.patches_BPD if self.fusion.reads_patches else None
+            tokens = self.tower(self._pixels_of(uris, view).to(self.device, dtype))
+            pooled_BW = tokens.pooled_BD
+            patches_BPW = tokens.patches_BPD if self.fusion.reads_patches else None
         return ImageFeatures.gather(
-            pooled_BW, patches_BPW, [[place[u] for u in g] for g in own], [[place[u] for u in g] for g in more]
+            pooled_BW, patches_BPW, _places_of(image_uris, places), _places_of(reference_uris, places)
         )
 
     # Loss
 
-    def _log_odds(self, units: Sequence[int], shown: Sequence[int], view: int) -> "torch.Tensor":
-        """Log-odds of all tags of these questions [T]: the text's, which is cached, and the image's."""
+    def _log_odds(self, units: Sequence[int], image_units: Sequence[int], view: int) -> "torch.Tensor":
+        """Log-odds of all tags of these questions [T]: the text's, which is stored, and the image's."""
         import torch
 
-        cached = [self.cached[u] for u in units]
-        counts = torch.tensor([len(c.targets_T) for c in cached])
-        question_T = torch.repeat_interleave(torch.arange(len(units)), counts).to(self.device)
+        examples = [self.examples[unit] for unit in units]
+        num_tags = torch.tensor([len(example.targets_T) for example in examples])
+        question_T = torch.repeat_interleave(torch.arange(len(units)), num_tags).to(self.device)
         delta_TD = self.fusion(
-            torch.cat([c.states_TD for c in cached]).to(self.device),
-            torch.cat([c.summaries_TD for c in cached]).to(self.device),
-            self._features(shown, units, view),
+            torch.cat([example.states_TD for example in examples]).to(self.device),
+            torch.cat([example.summaries_TD for example in examples]).to(self.device),
+            self._features(image_units, units, view),
             question_T,
         )
-        log_odds_T: torch.Tensor = torch.cat([c.log_odds_T for c in cached]).to(self.device)
+        log_odds_T: torch.Tensor = torch.cat([example.log_odds_T for example in examples]).to(self.device)
         return log_odds_T.add(delta_TD.float() @ self.head_D)
 
     def loss(self, units: Sequence[int], epoch: int) -> "torch.Tensor":
         """Sum over solutions of the mean two-class loss of their labelled steps, each times its class's weight."""
         import torch
 
-        shown, targets, weights = [], [], []
-        of_right, of_wrong = self.class_weights
+        image_units: list[int] = []
+        targets: list[torch.Tensor] = []
+        weights: list[torch.Tensor] = []
         for unit in units:
-            cached, other = self.cached[unit], self._swapped(unit, epoch)
-            shown.append(unit if other is None else other)
-            targets.append(cached.targets_T if other is None else torch.zeros_like(cached.targets_T))
-            weights.append(cached.weights_T if other is None else cached.weights_T * (cached.targets_T >= 0.5))
-        log_odds_T = self._log_odds(units, shown, view=epoch)
+            example = self.examples[unit]
+            swapped = self._swapped_question(unit, epoch)
+            if swapped is None:
+                image_units.append(unit)
+                targets.append(example.targets_T)
+                weights.append(example.weights_T)
+            else:
+                # What is right of the own picture is wrong of this one; a wrong step may be right of it by chance.
+                image_units.append(swapped)
+                targets.append(torch.zeros_like(example.targets_T))
+                weights.append(example.weights_T * (example.targets_T >= 0.5))
+        log_odds_T = self._log_odds(units, image_units, view=epoch)
+        positive_weight, negative_weight = self.class_weights
         targets_T = torch.cat(targets)
-        weights_T = torch.cat(weights) * (of_right * targets_T + of_wrong * (1 - targets_T))
+        weights_T = torch.cat(weights) * (positive_weight * targets_T + negative_weight * (1 - targets_T))
         return weighted_loss(log_odds_T, targets_T.to(self.device), weights_T.to(self.device))
 
-    def _swapped(self, unit: int, epoch: int) -> int | None:
-        """The question whose image is shown instead, one of another diagnosis; None: its own."""
+    def _swapped_question(self, unit: int, epoch: int) -> int | None:
+        """The question whose image is shown instead, one of another diagnosis; None: its own is shown."""
         rng = random.Random(f"{self.config.seed}/{epoch}/{self.names[unit]}")
         if rng.random() >= self.config.swapped_share:
             return None
-        own = self.rows[unit]["diagnosis"]
-        others = [q for q, row in enumerate(self.rows) if row["diagnosis"] != own and self.sizes[q]]
-        return rng.choice(others) if others else None
+        diagnosis = self.rows[unit]["diagnosis"]
+        candidates = [u for u in self._training_units() if self.rows[u]["diagnosis"] != diagnosis]
+        return rng.choice(candidates) if candidates else None
+
+    # Validation
 
     def validate(self) -> dict[str, float]:
         """On the held-out questions: step AUROC, with the images and by the text alone, and best-of-N."""
         import torch
 
         scores: list[float] = []
-        text: list[float] = []
-        right: list[bool] = []
+        text_scores: list[float] = []
+        is_right: list[bool] = []
         reranked: list[tuple[list[float], list[bool]]] = []
         for unit, name in enumerate(self.names):
-            if name in self.held_out:
-                cached = self.cached[unit]
-                labelled_T = cached.weights_T > 0
-                log_odds_T = self._log_odds([unit], [unit], view=0).cpu()
-                scores += log_odds_T[labelled_T].tolist()
-                text += cached.log_odds_T[labelled_T].tolist()
-                right += (cached.targets_T[labelled_T] >= 0.5).tolist()
-                reranked.append(
-                    ([aggregate(own.tolist()) for own in torch.split(log_odds_T, cached.lengths)], cached.correct)
-                )
-        found = validation_figures(scores, right) | rerank_figures(reranked) | {"right_steps": self.right_steps}
-        by_text = validation_figures(text, right)
-        if by_text:
-            found["validation_auroc_text_only"] = by_text["validation_auroc"]
+            if name not in self.validation_ids:
+                continue
+            example = self.examples[unit]
+            labelled_T = example.weights_T > 0
+            log_odds_T = self._log_odds([unit], [unit], view=0).cpu()
+            scores += log_odds_T[labelled_T].tolist()
+            text_scores += example.log_odds_T[labelled_T].tolist()
+            is_right += (example.targets_T[labelled_T] >= 0.5).tolist()
+            by_solution = torch.split(log_odds_T, example.tags_per_solution)
+            rewards = [aggregate(solution_T.tolist()) for solution_T in by_solution]
+            reranked.append((rewards, example.correct))
+        figures = validation_figures(scores, is_right) | rerank_figures(reranked)
+        figures["right_steps"] = self.positive_rate
+        text_figures = validation_figures(text_scores, is_right)
+        if text_figures:
+            figures["validation_auroc_text_only"] = text_figures["validation_auroc"]
         if self.config.select_by == "best_of_n" and reranked:
-            found["selection"] = found["validation_best_of_n"]
-        return found
+            figures["selection"] = figures["validation_best_of_n"]
+        return figures
 
     def save(self, folder: Path, figures: Mapping[str, float]) -> None:
+        """Write the whole reward model's folder."""
         self.model.save_pretrained(folder, figures)
 
 
-def _class_weights(config: TwoTowerConfig, share: float) -> tuple[float, float]:
+def _places_of(groups: Sequence[Sequence[str]], places: Mapping[str, int]) -> list[list[int]]:
+    """The row of each image in a batch, by question."""
+    return [list(map(places.__getitem__, group)) for group in groups]
+
+
+def _class_weights(config: TwoTowerConfig, positive_rate: float) -> tuple[float, float]:
     if config.class_balance == "none":
         return 1.0, 1.0
-    if not 0.0 < share < 1.0:
+    if not 0.0 < positive_rate < 1.0:
         raise ValueError(
-            f"class_balance is 'balanced', but {share:.0%} of the training steps are right (label policy "
+            f"class_balance is 'balanced', but {positive_rate:.0%} of the training steps are right (label policy "
             f"{config.label_policy!r}): there is one class only. Look at the labels, or take class_balance=none"
         )
-    return class_weights(share)
+    return class_weights(positive_rate)
 
 
 def rerank_figures(questions: Sequence[tuple[Sequence[float], Sequence[bool]]]) -> dict[str, float]:
-    """Of questions, each with its solutions' rewards and which of them are correct: the shares answered rightly by the
-    solution of the highest reward, by one taken at random, and by the best that there is. Nothing without questions.
+    """The shares of questions answered rightly by the solution of the highest reward, by one taken at random, and by
+    the best that there is; empty without questions.
+
+    Each question has its solutions' rewards and which of them are correct.
     """
     if not questions:
         return {}
     import numpy as np
 
-    rows = [(np.array(rewards), np.array(correct, dtype=bool)) for rewards, correct in questions]
+    best_of_n: list[float] = []
+    one_sample: list[float] = []
+    oracle: list[float] = []
+    for rewards, is_correct in questions:
+        correct = np.array(is_correct, dtype=bool)
+        best_of_n.append(expected_best(np.array(rewards), correct, len(correct)))
+        one_sample.append(float(correct.mean()))
+        oracle.append(expected_oracle(correct, len(correct)))
     return {
-        "validation_best_of_n": mean(expected_best(rewards, correct, len(correct)) for rewards, correct in rows),
-        "validation_one_sample": mean(float(correct.mean()) for _, correct in rows),
-        "validation_oracle": mean(expected_oracle(correct, len(correct)) for _, correct in rows),
+        "validation_best_of_n": mean(best_of_n),
+        "validation_one_sample": mean(one_sample),
+        "validation_oracle": mean(oracle),
     }

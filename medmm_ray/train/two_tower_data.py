@@ -1,4 +1,4 @@
-"""What a two-tower model is trained on: questions with their images and targets, and the constants of their solutions.
+"""What a two-tower model is trained on: questions with their images and targets, and the states of their solutions.
 
 Enters: tables. Leaves: one row a question (`SCHEMA`), and, in the worker, a `TwoTowerExample` for each.
 
@@ -32,6 +32,10 @@ SCHEMA = pa.schema(
         "targets": pa.list_(pa.list_(pa.float64())),
     }
 )
+_STATES_COLUMNS = ("solution_id", "num_steps", "hidden_size", "dtype", "states", "summaries", "text_log_odds")
+
+
+# In the driver: tables -> rows
 
 
 def questions_with_images(
@@ -48,76 +52,106 @@ def questions_with_images(
     `correct` says of each solution whether its final answer is right: of one without an answer it is not. A question's
     rows in `solutions`, one a source, become one.
     """
-    by_image = {i["image_id"]: i for i in images.to_pylist() if i["error"] is None}
-    references = {
-        row["question_id"]: [image["uri"] for image in row["images"][: config.num_references]]
-        for row in evidence.to_pylist()
-        if row["error"] is None
-    }
-    correct, accuracy = _correct(solutions), _accuracy(solutions)
-    aims: dict[str, dict[str, list[Target]]] = {}
-    for row in states.to_pylist():
-        if row["error"] is None:
-            name = row["solution_id"]
-            own = targets(
-                config.label_policy,
-                labels.get(name, []),
-                row["num_steps"],
-                config.after_first_error,
-                correct.get(name),
-                accuracy.get(name),
-            )
-            if any(aim is not None for aim in own):
-                aims.setdefault(row["question_id"], {})[name] = own
-    rows = []
+    correct = _correct_by_solution(solutions)
+    targets_by_question = _targets_by_question(config, states, labels, correct, _accuracy_by_solution(solutions))
+    reference_uris = _reference_uris(evidence, config.num_references)
+    images_by_id = {image["image_id"]: image for image in images.to_pylist() if image["error"] is None}
+    rows: list[dict[str, Any]] = []
     for question in questions.to_pylist():
-        name = question["question_id"]
-        own_images = [by_image[i] for i in question["image_ids"] if i in by_image]
-        if question["split"] == "train" and question["error"] is None and own_images and name in aims:
-            ids = sorted(aims[name])
-            rows.append(
-                {
-                    "question_id": name,
-                    "diagnosis": own_images[0]["diagnosis"],
-                    "image_uris": [image["uri"] for image in own_images],
-                    "reference_uris": references.get(name, []),
-                    "solution_ids": ids,
-                    "correct": [bool(correct.get(i)) for i in ids],
-                    "targets": [aims[name][i] for i in ids],
-                }
-            )
-    return pa.Table.from_pylist(sorted(rows, key=lambda r: str(r["question_id"])), schema=SCHEMA)
+        question_id = question["question_id"]
+        question_images = [images_by_id[i] for i in question["image_ids"] if i in images_by_id]
+        is_usable = question["split"] == "train" and question["error"] is None
+        if not is_usable or not question_images or question_id not in targets_by_question:
+            continue
+        step_targets = targets_by_question[question_id]
+        solution_ids = sorted(step_targets)
+        rows.append(
+            {
+                "question_id": question_id,
+                "diagnosis": question_images[0]["diagnosis"],
+                "image_uris": [image["uri"] for image in question_images],
+                "reference_uris": reference_uris.get(question_id, []),
+                "solution_ids": solution_ids,
+                "correct": [bool(correct.get(solution_id)) for solution_id in solution_ids],
+                "targets": [step_targets[solution_id] for solution_id in solution_ids],
+            }
+        )
+    rows.sort(key=lambda row: str(row["question_id"]))
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def _reference_uris(evidence: pa.Table, num_references: int) -> dict[str, list[str]]:
+    """The nearest reference images of each question."""
+    uris_by_question: dict[str, list[str]] = {}
+    for row in evidence.to_pylist():
+        if row["error"] is None:
+            references = row["images"][:num_references]
+            uris_by_question[row["question_id"]] = [image["uri"] for image in references]
+    return uris_by_question
+
+
+def _targets_by_question(
+    config: "TwoTowerConfig",
+    states: pa.Table,
+    labels: Mapping[str, Sequence[Labels]],
+    correct: Mapping[str, bool | None],
+    accuracy: Mapping[str, float | None],
+) -> dict[str, dict[str, list[Target]]]:
+    """The targets of each solution that has states and a target, by question and solution."""
+    targets_by_question: dict[str, dict[str, list[Target]]] = {}
+    for row in states.to_pylist():
+        if row["error"] is not None:
+            continue
+        solution_id = row["solution_id"]
+        step_targets = targets(
+            config.label_policy,
+            labels.get(solution_id, []),
+            row["num_steps"],
+            config.after_first_error,
+            correct.get(solution_id),
+            accuracy.get(solution_id),
+        )
+        if any(target is not None for target in step_targets):
+            targets_by_question.setdefault(row["question_id"], {})[solution_id] = step_targets
+    return targets_by_question
 
 
 def labels_of_states(
     states: pa.Table, labels: Mapping[str, Sequence[Labels]], solutions: pa.Table
 ) -> Iterator[tuple[Sequence[Labels], int, bool | None]]:
-    """Of each solution that has states: its labels, its number of steps, whether its answer is right."""
-    correct = _correct(solutions)
-    held = states.filter(pc.is_null(states["error"]))
-    for name, num_steps in zip(held["solution_id"].to_pylist(), held["num_steps"].to_pylist(), strict=True):
-        yield labels.get(name, []), num_steps, correct.get(name)
+    """Labels, number of steps and correctness of each solution that has states, for `checked_consensus_counts`."""
+    correct = _correct_by_solution(solutions)
+    usable = states.filter(pc.is_null(states["error"]))
+    for solution_id, num_steps in zip(usable["solution_id"].to_pylist(), usable["num_steps"].to_pylist(), strict=True):
+        yield labels.get(solution_id, []), num_steps, correct.get(solution_id)
 
 
-def _correct(solutions: pa.Table) -> dict[str, bool | None]:
-    """Of each solution whether its answer is right, without making Python objects of the texts."""
+def _correct_by_solution(solutions: pa.Table) -> dict[str, bool | None]:
+    """Whether each solution's answer is right, without making Python objects of the texts."""
     flat = pc.list_flatten(solutions["solutions"].combine_chunks())
-    ids, correct = (pc.struct_field(flat, name).to_pylist() for name in ("solution_id", "correct"))
-    return dict(zip(ids, correct, strict=True))
+    solution_ids = pc.struct_field(flat, "solution_id").to_pylist()
+    return dict(zip(solution_ids, pc.struct_field(flat, "correct").to_pylist(), strict=True))
 
 
-def _accuracy(solutions: pa.Table) -> dict[str, float | None]:
-    """Of each solution what share of its row's answers is right; None where there is no answer.
+def _accuracy_by_solution(solutions: pa.Table) -> dict[str, float | None]:
+    """For each solution the share of its row's answers that are right; None where there is no answer.
 
-    Of its row, not of its question: what a search tree found are no draws of the policy.
+    By row, not by question: the solutions of a search tree were not drawn from the policy, as its first step's
+    advantage supposes.
     """
     lists = solutions["solutions"].combine_chunks()
-    row, flat = pc.list_parent_indices(lists), pc.list_flatten(lists)
-    correct = pc.struct_field(flat, "correct").cast(pa.float64())
-    means = pa.table({"row": row, "correct": correct}).group_by("row").aggregate([("correct", "mean")])
-    of_row = dict(zip(means["row"].to_pylist(), means["correct_mean"].to_pylist(), strict=True))
-    ids = pc.struct_field(flat, "solution_id").to_pylist()
-    return {name: of_row[number] for name, number in zip(ids, row.to_pylist(), strict=True)}
+    flat = pc.list_flatten(lists)
+    rows = pc.list_parent_indices(lists)
+    answers = pa.table({"row": rows, "correct": pc.struct_field(flat, "correct").cast(pa.float64())})
+    means = answers.group_by("row").aggregate([("correct", "mean")])
+    accuracy_by_row = dict(zip(means["row"].to_pylist(), means["correct_mean"].to_pylist(), strict=True))
+    accuracy_by_solution: dict[str, float | None] = {}
+    for solution_id, row in zip(pc.struct_field(flat, "solution_id").to_pylist(), rows.to_pylist(), strict=True):
+        accuracy_by_solution[solution_id] = accuracy_by_row[row]
+    return accuracy_by_solution
+
+
+# In the worker: rows and states -> tensors
 
 
 @dataclass(frozen=True)
@@ -133,76 +167,98 @@ class TwoTowerExample:
     log_odds_T: "torch.Tensor"
     targets_T: "torch.Tensor"
     weights_T: "torch.Tensor"
-    lengths: list[int]
+    tags_per_solution: list[int]
     correct: list[bool]
 
 
 def load_examples(uris: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> tuple[list[TwoTowerExample], str]:
-    """The states of each row's solutions, in its order, out of several tables, and their dtype.
+    """An example for each row, with the states of its solutions out of several tables; and the states' dtype.
 
     Raises ValueError for tables of several dtypes, and for states that are not finite.
     """
-    import torch
-
-    from medmm_ray.reward_model.states import from_bytes
-
-    wanted = {name for row in rows for name in row["solution_ids"]}
-    held: dict[str, dict[str, Any]] = {}
-    dtypes = set()
-    columns = ["solution_id", "num_steps", "hidden_size", "dtype", "states", "summaries", "text_log_odds"]
-    for uri in uris:
-        for batch in Table(uri, States).to_arrow(columns).to_batches():
-            for row in batch.to_pylist():
-                if row["solution_id"] in wanted:
-                    held[row["solution_id"]] = row
-                    dtypes.add(row["dtype"])
+    solution_ids: set[str] = set()
+    for row in rows:
+        solution_ids.update(row["solution_ids"])
+    states_by_solution, dtypes = _read_states(uris, solution_ids)
     if len(dtypes) != 1:
         raise ValueError(
             f"{', '.join(uris)}: states of the dtypes {sorted(dtypes)}; expected one text tower's, of one dtype"
         )
-    cached = []
+    examples: list[TwoTowerExample] = []
     for row in rows:
-        own = [held[name] for name in row["solution_ids"]]
-        aims = row["targets"]
-        labelled = [sum(aim is not None for aim in a) for a in aims]
-        cached.append(
-            TwoTowerExample(
-                torch.cat([from_bytes(s["states"], s["num_steps"], s["hidden_size"], s["dtype"]) for s in own]),
-                torch.cat([from_bytes(s["summaries"], s["num_steps"], s["hidden_size"], s["dtype"]) for s in own]),
-                torch.tensor([value for s in own for value in s["text_log_odds"]]),
-                torch.tensor([0.0 if aim is None else aim for a in aims for aim in a]),
-                torch.tensor([0.0 if aim is None else 1 / n for a, n in zip(aims, labelled, strict=True) for aim in a]),
-                [s["num_steps"] for s in own],
-                row["correct"],
-            )
-        )
-    _check_finite(rows, cached)
-    return cached, dtypes.pop()
+        examples.append(_example(row, [states_by_solution[solution_id] for solution_id in row["solution_ids"]]))
+    _check_finite(rows, examples)
+    return examples, dtypes.pop()
 
 
-def _check_finite(rows: Sequence[Mapping[str, Any]], cached: Sequence[TwoTowerExample]) -> None:
-    broken = [
-        row["question_id"]
-        for row, own in zip(rows, cached, strict=True)
-        if not all(bool(part.isfinite().all()) for part in (own.states_TD, own.summaries_TD, own.log_odds_T))
-    ]
-    if broken:
+def _read_states(uris: Sequence[str], solution_ids: set[str]) -> tuple[dict[str, dict[str, Any]], set[str]]:
+    """The rows of these solutions, and the dtypes that they have. Batch by batch: a table may have millions of rows."""
+    states_by_solution: dict[str, dict[str, Any]] = {}
+    dtypes: set[str] = set()
+    for uri in uris:
+        for batch in Table(uri, States).to_arrow(list(_STATES_COLUMNS)).to_batches():
+            for row in batch.to_pylist():
+                if row["solution_id"] in solution_ids:
+                    states_by_solution[row["solution_id"]] = row
+                    dtypes.add(row["dtype"])
+    return states_by_solution, dtypes
+
+
+def _example(row: Mapping[str, Any], states: Sequence[Mapping[str, Any]]) -> TwoTowerExample:
+    """A question's row, and its solutions' rows of states in the same order, as tensors."""
+    import torch
+
+    from medmm_ray.reward_model.states import from_bytes
+
+    step_states: list[torch.Tensor] = []
+    summaries: list[torch.Tensor] = []
+    text_log_odds: list[float] = []
+    for state in states:
+        shape = (state["num_steps"], state["hidden_size"], state["dtype"])
+        step_states.append(from_bytes(state["states"], *shape))
+        summaries.append(from_bytes(state["summaries"], *shape))
+        text_log_odds += state["text_log_odds"]
+    target_values: list[float] = []
+    weights: list[float] = []
+    for step_targets in row["targets"]:
+        num_labelled = sum(target is not None for target in step_targets)
+        for target in step_targets:
+            target_values.append(0.0 if target is None else target)
+            weights.append(0.0 if target is None else 1 / num_labelled)
+    return TwoTowerExample(
+        states_TD=torch.cat(step_states),
+        summaries_TD=torch.cat(summaries),
+        log_odds_T=torch.tensor(text_log_odds),
+        targets_T=torch.tensor(target_values),
+        weights_T=torch.tensor(weights),
+        tags_per_solution=[state["num_steps"] for state in states],
+        correct=row["correct"],
+    )
+
+
+def _check_finite(rows: Sequence[Mapping[str, Any]], examples: Sequence[TwoTowerExample]) -> None:
+    broken_ids: list[str] = []
+    for row, example in zip(rows, examples, strict=True):
+        tensors = (example.states_TD, example.summaries_TD, example.log_odds_T)
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+            broken_ids.append(row["question_id"])
+    if broken_ids:
         raise ValueError(
-            f"the states of {len(broken)} of {len(rows)} questions hold NaN or infinity: {broken[:10]}; compute the "
-            "states again (in float32 or bfloat16)"
+            f"the states of {len(broken_ids)} of {len(rows)} questions hold NaN or infinity: {broken_ids[:10]}; "
+            "compute the states again (in float32 or bfloat16)"
         )
 
 
-def positive_rate(cached: Sequence[TwoTowerExample]) -> float:
-    """The share of right among the targets of these questions, as the loss weighs them; 0 without any."""
-    right = sum(float((c.weights_T * c.targets_T).sum()) for c in cached)
-    total = sum(float(c.weights_T.sum()) for c in cached)
-    return right / total if total else 0.0
+def positive_rate(examples: Sequence[TwoTowerExample]) -> float:
+    """The share of right steps among the targets of these questions, as the loss weighs them; 0 without any."""
+    positive = sum(float((example.weights_T * example.targets_T).sum()) for example in examples)
+    total = sum(float(example.weights_T.sum()) for example in examples)
+    return positive / total if total else 0.0
 
 
-def class_weights(share: float) -> tuple[float, float]:
+def class_weights(rate: float) -> tuple[float, float]:
     """Factors on the loss of right and of wrong steps by which both classes weigh the same, and all together as before.
 
-    `share` is `positive_rate`, strictly between 0 and 1.
+    `rate` is the `positive_rate`, strictly between 0 and 1.
     """
-    return 0.5 / share, 0.5 / (1.0 - share)
+    return 0.5 / rate, 0.5 / (1.0 - rate)

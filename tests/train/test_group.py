@@ -12,9 +12,10 @@ import pyarrow as pa
 import pytest
 
 from medmm_ray.train.engine import MOMENTS
-from medmm_ray.train.loop import Stage, TrainConfig, Trainer, TrainingError, run
+from medmm_ray.train.loop import Trainer, run
 from medmm_ray.train.lora import LoraConfig
 from medmm_ray.train.policy import PolicyConfig, PolicyStage
+from medmm_ray.train.stage import Stage, TrainConfig, TrainingError
 from medmm_ray.train.text_prm import TextPrmConfig, TextPrmStage
 from tests.train.conftest import SHAPE, Keeper, KilledError, curve, history, labelled, written
 
@@ -108,16 +109,16 @@ def one_update(config: TextPrmConfig, inputs: dict[str, str], file: Path, rank: 
 
     torch.manual_seed(0)
     stage = TextPrmStage(config, inputs, "cpu")
-    training = Trainer(stage, config, Keeper(file, rank=rank, size=size).worker(), "cpu")
-    engine = training.engine
-    with engine.whole_weights():
-        found = {f"before:{name}": p.detach().float().clone() for name, p in engine.trained.items()}
+    trainer = Trainer(stage, config, Keeper(file, rank=rank, size=size).worker(), "cpu")
+    engine = trainer.engine
+    with engine.gathered_weights():
+        found = {f"before:{name}": p.detach().float().clone() for name, p in engine.trainable.items()}
     stage.module.train()
     engine.set_learning_rate(1.0)
-    loss, norm = training._step(training.batches[0][0], 0)
-    for name in engine.trained:
-        found[f"after:{name}"] = engine.master(name).detach().float().clone()
-        found[f"gradient:{name}"] = engine.master(name, MOMENTS[0]).detach().float() / (1 - 0.9)
+    loss, norm = trainer._optimizer_step(trainer.batches[0][0], 0)
+    for name in engine.trainable:
+        found[f"after:{name}"] = engine.master_weight(name).detach().float().clone()
+        found[f"gradient:{name}"] = engine.master_weight(name, MOMENTS[0]).detach().float() / (1 - 0.9)
     if rank == 0:
         save_file({**found, "loss": torch.tensor([loss]), "norm": torch.tensor([norm])}, file)
 
@@ -134,7 +135,7 @@ class Opinions(Stage):
         self.module = torch.nn.Linear(1, 1)
         self.names = ["s0", "s1", "s2", "s3"]
         self.sizes = self.costs = [1] * 4
-        self.budget = 1
+        self.micro_batch_budget = 1
 
     def loss(self, units: Sequence[int], epoch: int) -> Any:
         import torch

@@ -9,9 +9,11 @@ import pytest
 from medmm_ray.engines.weights import WeightsError
 from medmm_ray.train import checkpoints, loop
 from medmm_ray.train.image_text import ImageTextConfig, ImageTextStage
-from medmm_ray.train.loop import Stage, TrainConfig, TrainingError, run
+from medmm_ray.train.loop import run
 from medmm_ray.train.lora import LoraConfig
 from medmm_ray.train.policy import PolicyConfig, PolicyStage
+from medmm_ray.train.progress import progress_text
+from medmm_ray.train.stage import Stage, TrainConfig, TrainingError
 from medmm_ray.train.text_prm import TextPrmConfig, TextPrmStage
 from medmm_ray.train.two_tower import TwoTowerConfig, TwoTowerStage
 from tests.engines.test_weights import change_weights, cut, without
@@ -28,7 +30,7 @@ def test_policy_learns_and_leaves_a_checkpoint_that_transformers_reads(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     monkeypatch.setattr(loop, "REPORT_SECONDS", 0.0)
-    assert loop.progress_text(str(tmp_path / "out")) == ""
+    assert progress_text(str(tmp_path / "out")) == ""
 
     config = PolicyConfig(shape=SHAPE, epochs=3, batch_size=6, learning_rate=5e-3, micro_batch_tokens=500, threads=1)
     run(PolicyStage, config, policy_inputs, Keeper(tmp_path / "out").worker())
@@ -36,9 +38,7 @@ def test_policy_learns_and_leaves_a_checkpoint_that_transformers_reads(
     assert told["samples"] == 72
     assert len(told["updates"]) == 12
     assert told["best_epoch"] is None
-    assert loop.progress_text(str(tmp_path / "out")).startswith(
-        f"update 12 of 12, loss {told['updates'][-1]['loss']:.3f}, "
-    )
+    assert progress_text(str(tmp_path / "out")).startswith(f"update 12 of 12, loss {told['updates'][-1]['loss']:.3f}, ")
     assert all(row["gradient_norm"] > 0 for row in told["updates"])
     assert all(row["tokens_per_second"] > 0 and 0.1 < row["peak_memory_gib"] < 64 for row in told["epochs"])
     losses = [epoch["loss"] for epoch in told["epochs"]]
@@ -162,7 +162,7 @@ class Divergent(Stage):
         self.module = torch.nn.Linear(1, 1)
         self.names = [f"good{i}" for i in range(3)] + ["bad"] if inputs else []
         self.sizes = self.costs = [1] * len(self.names)
-        self.budget = 1
+        self.micro_batch_budget = 1
 
     def loss(self, units: Sequence[int], epoch: int) -> Any:
         import torch
@@ -270,7 +270,7 @@ def test_training_ends_where_validation_gets_no_better_also_after_a_kill(tmp_pat
 
 
 def test_a_notice_of_preemption_makes_one_checkpoint_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "NOTICE_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "PREEMPTION_CHECK_SECONDS", 0.0)
 
     class Warned(Graded):
         def loss(self, units: Sequence[int], epoch: int) -> Any:
@@ -280,7 +280,7 @@ def test_a_notice_of_preemption_makes_one_checkpoint_more(tmp_path: Path, monkey
 
     keeper = Keeper(tmp_path / "out")
     run(Warned, TrainConfig(epochs=3, batch_size=1, trackers=()), {"some": ""}, keeper.worker())
-    done = [checkpoints.progress_in(kept) for kept in keeper.kept]
+    done = [checkpoints.read_progress(kept) for kept in keeper.kept]
     assert [(len(p["updates"]), p["epoch"], p["batch"]) for p in done] == [(4, 1, 0), (5, 1, 1), (8, 2, 0), (12, 3, 0)]
 
 

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from medmm_ray.train.launch import fit, read_input
-from medmm_ray.train.loop import TrainingError
 from medmm_ray.train.policy import PolicyConfig, PolicyStage
+from medmm_ray.train.stage import TrainingError
 from tests.paths import ROOT
 from tests.train.conftest import SHAPE, curve
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from medmm_ray.train.schedule import epoch_batches, held_out, learning_rate_factor, micro_batches
+from medmm_ray.train.schedule import epoch_batches, learning_rate_factor, micro_batches, validation_ids
 
 
 def test_an_epoch_sees_every_unit_once_in_batches_of_samples() -> None:
@@ -45,10 +45,10 @@ def test_one_update_is_trained_at_the_full_rate() -> None:
     assert learning_rate_factor(0, 1, 0.05) == 1.0
 
 
-def test_held_out_ids_are_a_fixed_share() -> None:
+def test_validation_ids_are_a_fixed_share() -> None:
     ids = [f"q{i}" for i in range(50)] * 2
-    chosen = held_out(ids, 0.1, seed=3)
+    chosen = validation_ids(ids, 0.1, seed=3)
     assert len(chosen) == 5
-    assert chosen == held_out(list(reversed(ids)), 0.1, seed=3)
-    assert held_out(ids, 0.0, 3) == set()
-    assert held_out(["only"], 0.5, 3) == set()
+    assert chosen == validation_ids(list(reversed(ids)), 0.1, seed=3)
+    assert validation_ids(ids, 0.0, 3) == set()
+    assert validation_ids(["only"], 0.5, 3) == set()

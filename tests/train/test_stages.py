@@ -17,7 +17,6 @@ from medmm_ray.reward_model.attention import Block
 from medmm_ray.train.engine import deepspeed_config, parameter_groups
 from medmm_ray.train.image_text import ImageTextConfig, augment, train_image_tower
 from medmm_ray.train.launch import figures
-from medmm_ray.train.loop import TrainConfig
 from medmm_ray.train.policy import (
     EncodedQuestion,
     PolicyConfig,
@@ -28,6 +27,7 @@ from medmm_ray.train.policy import (
     train_policy,
     worked_questions,
 )
+from medmm_ray.train.stage import TrainConfig
 from medmm_ray.train.text_prm import TextPrmConfig, TextPrmStage, train_text_prm, validation_figures
 from medmm_ray.train.text_prm_data import group_labels, labelled_questions, labelled_solutions, positive_rate
 from medmm_ray.train.two_tower import TwoTowerConfig, TwoTowerStage, rerank_figures, train_two_tower
@@ -248,8 +248,9 @@ def test_step_loss_is_the_two_class_cross_entropy_of_each_solutions_mean(policy:
 def test_held_out_questions_are_measured_and_not_trained_on(policy: Path, tmp_path: Path) -> None:
     config = TextPrmConfig(max_length=400, reserve=200, validation_fraction=0.25, activation_checkpointing=True)
     stage = TextPrmStage(config, {**written(tmp_path, questions=labelled()), "base": str(policy)}, "cpu")
-    assert len(stage.held_out) == 3
-    assert [size for name, size in zip(stage.names, stage.sizes, strict=True) if name in stage.held_out] == [0, 0, 0]
+    assert len(stage.validation_ids) == 3
+    sizes = dict(zip(stage.names, stage.sizes, strict=True))
+    assert [sizes[name] for name in stage.validation_ids] == [0, 0, 0]
     found = stage.validate()
     # Each held-out question has two distinct solutions of three labelled steps.
     assert found["validation_steps"] == 18.0
@@ -299,7 +300,7 @@ def test_contrastive_loss_is_seeded_by_epoch_and_sample(tmp_path: Path) -> None:
     first = stage.loss([0, 1, 2, 3], 0).item()
     assert stage.loss([0, 1, 2, 3], 0).item() == first
     assert stage.loss([0, 1, 2, 3], 1).item() != first
-    assert (stage.budget, stage.costs[0]) == (6, 1)
+    assert (stage.micro_batch_budget, stage.costs[0]) == (6, 1)
 
 
 def test_contrastive_loss_is_the_sum_of_both_directions_cross_entropies(tmp_path: Path) -> None:
@@ -341,7 +342,7 @@ def two_tower(inputs: dict[str, str], **settings: Any) -> TwoTowerStage:
     return TwoTowerStage(TwoTowerConfig(label_policy="judge", **settings), inputs, "cpu")
 
 
-def test_illustrated_questions_carry_images_references_and_targets(two_tower_inputs: dict[str, str]) -> None:
+def test_questions_with_images_carry_images_references_and_targets(two_tower_inputs: dict[str, str]) -> None:
     row = pq.read_table(two_tower_inputs["questions"]).to_pylist()[7]
     assert row["question_id"] == "q07"
     assert row["diagnosis"] == "bright"
@@ -393,8 +394,8 @@ def test_a_questions_samples_and_its_trees_solutions_become_one_row(
     inputs |= {"states-0": tables[0].uri, "states-1": tables[1].uri, **written(tmp_path, questions=found["outcome"])}
     stage, before = two_tower(inputs), two_tower(two_tower_inputs)
     assert stage.names == before.names
-    assert torch.equal(stage.cached[7].states_TD, before.cached[7].states_TD)
-    assert stage.cached[7].lengths == [3, 3]
+    assert torch.equal(stage.examples[7].states_TD, before.examples[7].states_TD)
+    assert stage.examples[7].tags_per_solution == [3, 3]
 
 
 def test_an_untrained_image_part_changes_nothing(two_tower_inputs: dict[str, str]) -> None:
@@ -402,7 +403,7 @@ def test_an_untrained_image_part_changes_nothing(two_tower_inputs: dict[str, str
 
     stage = two_tower(two_tower_inputs)
     log_odds_T = stage._log_odds([0, 3], [0, 3], view=0)
-    assert torch.equal(log_odds_T, torch.cat([stage.cached[0].log_odds_T, stage.cached[3].log_odds_T]))
+    assert torch.equal(log_odds_T, torch.cat([stage.examples[0].log_odds_T, stage.examples[3].log_odds_T]))
     found = stage.validate()
     assert found["validation_auroc"] == found["validation_auroc_text_only"]
 
@@ -412,8 +413,8 @@ def test_what_the_fusion_reads_is_centred_and_of_unit_spread(two_tower_inputs: d
     import torch
 
     stage = two_tower(two_tower_inputs, tokens=tokens, validation_fraction=0.0)
-    states_TD = torch.cat([cached.states_TD for cached in stage.cached])
-    summaries_TD = torch.cat([cached.summaries_TD for cached in stage.cached])
+    states_TD = torch.cat([example.states_TD for example in stage.examples])
+    summaries_TD = torch.cat([example.summaries_TD for example in stage.examples])
     pooled_BW, patches_BPW = stage.views[0]
     read = [] if tokens == "patches" else [pooled_BW]
     read += [] if patches_BPW is None else [patches_BPW.flatten(0, 1)]
@@ -463,17 +464,17 @@ def test_states_that_are_no_numbers_are_refused_with_their_question(
 
 
 @pytest.mark.parametrize("tokens", ["pooled", "both"])
-def test_cached_and_live_towers_give_the_same_loss(two_tower_inputs: dict[str, str], tokens: str) -> None:
+def test_frozen_and_trained_towers_give_the_same_loss(two_tower_inputs: dict[str, str], tokens: str) -> None:
     import torch
 
     stages = [two_tower(two_tower_inputs, tokens=tokens, freeze_image_tower=frozen) for frozen in (True, False)]
     for stage in stages:
         torch.manual_seed(1)
         torch.nn.init.normal_(stage.fusion.output.weight, std=0.3)
-    cached, live = (stage.loss([1, 2, 5], 0) for stage in stages)
-    assert cached.item() == pytest.approx(live.item(), rel=1e-4)
-    assert cached.item() != pytest.approx(two_tower(two_tower_inputs).loss([1, 2, 5], 0).item(), rel=1e-3)
-    live.backward()  # type: ignore[no-untyped-call]
+    frozen, trained = (stage.loss([1, 2, 5], 0) for stage in stages)
+    assert frozen.item() == pytest.approx(trained.item(), rel=1e-4)
+    assert frozen.item() != pytest.approx(two_tower(two_tower_inputs).loss([1, 2, 5], 0).item(), rel=1e-3)
+    trained.backward()  # type: ignore[no-untyped-call]
     assert all(p.grad is None for p in stages[0].tower.parameters())
     assert any(p.grad is not None for p in stages[1].tower.parameters())
     assert stages[1].learning_rates() == {"image_tower.": 1e-5}
@@ -483,15 +484,15 @@ def test_swapped_images_are_of_another_diagnosis_and_make_right_steps_wrong(two_
     import torch
 
     stage = two_tower(two_tower_inputs, swapped_share=1.0)
-    other = stage._swapped(1, epoch=0)
+    other = stage._swapped_question(1, epoch=0)
     assert other is not None
     assert stage.rows[other]["diagnosis"] != stage.rows[1]["diagnosis"]
-    assert other == stage._swapped(1, epoch=0)
+    assert other == stage._swapped_question(1, epoch=0)
     # The image part says nothing yet: each right step now costs softplus(log-odds), the wrong ones nothing.
-    cached = stage.cached[1]
-    costs_T = torch.nn.functional.softplus(cached.log_odds_T) / 3 * cached.targets_T
+    example = stage.examples[1]
+    costs_T = torch.nn.functional.softplus(example.log_odds_T) / 3 * example.targets_T
     assert stage.loss([1], 0).item() == pytest.approx(float(costs_T.sum()), rel=1e-5)
-    assert two_tower(two_tower_inputs)._swapped(1, 0) is None
+    assert two_tower(two_tower_inputs)._swapped_question(1, 0) is None
 
 
 def test_balanced_classes_weigh_the_same_and_all_steps_together_as_before(two_tower_inputs: dict[str, str]) -> None:
@@ -500,15 +501,15 @@ def test_balanced_classes_weigh_the_same_and_all_steps_together_as_before(two_to
     plain = two_tower(two_tower_inputs, validation_fraction=0.0)
     balanced = two_tower(two_tower_inputs, validation_fraction=0.0, class_balance="balanced")
     # Of each question's two solutions one has three right steps, the other one right and two wrong.
-    assert plain.right_steps == balanced.right_steps == pytest.approx(4 / 6)
+    assert plain.positive_rate == balanced.positive_rate == pytest.approx(4 / 6)
     assert plain.class_weights == (1.0, 1.0)
     assert balanced.class_weights == pytest.approx((0.75, 1.5))
     # The image part says nothing yet, so the loss is that of the text's log-odds.
-    cached = balanced.cached[1]
-    losses_T = torch.nn.functional.softplus(torch.where(cached.targets_T > 0, -cached.log_odds_T, cached.log_odds_T))
+    example = balanced.examples[1]
+    losses_T = torch.nn.functional.softplus(torch.where(example.targets_T > 0, -example.log_odds_T, example.log_odds_T))
     factors_T = torch.tensor([0.75, 1.5, 1.5, 0.75, 0.75, 0.75])
     assert balanced.loss([1], 0).item() == pytest.approx(float((losses_T * factors_T).sum() / 3), rel=1e-5)
-    assert float(factors_T.sum() / 3) == len(cached.lengths) == 2
+    assert float(factors_T.sum() / 3) == len(example.tags_per_solution) == 2
     assert class_weights(0.9) == pytest.approx((0.5 / 0.9, 5.0))
 
 
@@ -516,14 +517,14 @@ def test_validation_reranks_the_held_out_questions(two_tower_inputs: dict[str, s
     import torch
 
     stage = two_tower(two_tower_inputs, validation_fraction=0.25, select_by="best_of_n")
-    held = [unit for unit, name in enumerate(stage.names) if name in stage.held_out]
+    held = [unit for unit, name in enumerate(stage.names) if name in stage.validation_ids]
     assert len(held) == 3
     # Text scores that prefer the right solution of the first two: its worst step is -1, the other's -2.
     for number, unit in enumerate(held):
-        right = stage.cached[unit].correct.index(True)
+        right = stage.examples[unit].correct.index(True)
         good, bad = torch.tensor([5.0, -1.0, 5.0]), torch.tensor([9.0, 9.0, -2.0])
         parts = [good if (i == right) == (number < 2) else bad for i in range(2)]
-        stage.cached[unit] = replace(stage.cached[unit], log_odds_T=torch.cat(parts))
+        stage.examples[unit] = replace(stage.examples[unit], log_odds_T=torch.cat(parts))
     found = stage.validate()
     assert found["validation_best_of_n"] == found["selection"] == pytest.approx(2 / 3)
     assert found["validation_one_sample"] == 0.5

@@ -20,10 +20,10 @@ def test_a_token_costs_six_flops_a_trained_weight_and_four_a_frozen_one() -> Non
     )
     block = 4 * 8 * 8 + 3 * 8 * 16 + 2 * 8
     whole = TrainingFlops(model)
-    assert (whole.token, whole.pair) == (6 * 3 * block, 12 * 3 * 8)
-    assert whole([Block(0, (4,)), Block(3, (2, 1))]) == 10 * whole.token + 29 * whole.pair
+    assert (whole.per_token, whole.per_pair) == (6 * 3 * block, 12 * 3 * 8)
+    assert whole([Block(0, (4,)), Block(3, (2, 1))]) == 10 * whole.per_token + 29 * whole.per_pair
     model.model.layers.requires_grad_(False)
-    assert TrainingFlops(model).token == 4 * 3 * block
+    assert TrainingFlops(model).per_token == 4 * 3 * block
 
 
 @pytest.mark.parametrize(

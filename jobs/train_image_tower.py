@@ -10,13 +10,18 @@ from jobs.step import Job, main
 from medmm_ray.data.sources import WITH_TRUTH, load_with_truth
 from medmm_ray.train.image_text import train_image_tower
 
+SCHEMA = pa.schema([("image_uri", pa.string()), ("captions", pa.list_(pa.string()))])
+
 
 def run(job: Job) -> None:
-    images = [row for row in job.read("images").to_pylist() if row["split"] == "train" and not row["error"]]
-    captioned = {row["uri"]: captions(job.recipe.ingest.source, row) for row in images}
-    schema = pa.schema([("image_uri", pa.string()), ("captions", pa.list_(pa.string()))])
-    rows = pa.Table.from_pylist([{"image_uri": u, "captions": list(c)} for u, c in captioned.items() if c], schema)
-    job.make_artifact("image_tower", lambda uri: train_image_tower(job.config, rows, [], uri, job.run_name))
+    """Train on every image of the training split that has a caption."""
+    captions_by_uri: dict[str, list[str]] = {}
+    for image in job.read("images").to_pylist():
+        if image["split"] == "train" and not image["error"]:
+            captions_by_uri[image["uri"]] = list(captions(job.recipe.ingest.source, image))
+    rows = [{"image_uri": uri, "captions": texts} for uri, texts in captions_by_uri.items() if texts]
+    table = pa.Table.from_pylist(rows, SCHEMA)
+    job.make_artifact("image_tower", lambda uri: train_image_tower(job.config, table, [], uri, job.run_name))
 
 
 def captions(source: str, image: Mapping[str, Any]) -> Sequence[str]:

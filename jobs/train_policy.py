@@ -7,7 +7,10 @@ from medmm_ray.train.policy import train_policy
 
 
 def run(job: Job) -> None:
-    questions, demonstrations, documents = (job.read(n) for n in ("questions", "demonstrations", "documents"))
+    """Train on the worked solutions of training questions; the documents' words are in the tokenizer too."""
+    questions = job.read("questions")
+    demonstrations = job.read("demonstrations")
+    documents = job.read("documents")
     job.make_artifact(
         "policy", lambda uri: train_policy(job.config, questions, demonstrations, documents, uri, job.run_name)
     )

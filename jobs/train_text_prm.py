@@ -11,7 +11,9 @@ from medmm_ray.train.text_prm import train_text_prm
 
 
 def run(job: Job) -> None:
-    questions, evidence = job.read("questions"), job.read("evidence")
+    """Train on the labels of all sources, of sampled solutions and of those that search trees found."""
+    questions = job.read("questions")
+    evidence = job.read("evidence")
     solutions = pa.concat_tables(job.read(name) for name in ("solutions", "tree_solutions"))
     labels = [job.read(name) for name in (*LABELS, "tree_labels")]
     base = job.config.base or job.run.model("policy")

@@ -11,11 +11,16 @@ from medmm_ray.train.two_tower import train_two_tower
 
 
 def run(job: Job) -> None:
+    """Train the image part on the states of the text tower; the workers read those by themselves."""
     labels = [job.read(name) for name in (*LABELS, "tree_labels")]
-    questions, images, evidence = (job.read(name) for name in ("questions", "images", "evidence"))
-    text_prm, image_tower = job.run.model("text_prm"), job.run.model("image_tower")
-    solved = (job.read(name, ["question_id", "solutions"]) for name in ("solutions", "tree_solutions"))
-    solutions = pa.concat_tables(solved)
+    questions = job.read("questions")
+    images = job.read("images")
+    evidence = job.read("evidence")
+    solutions = pa.concat_tables(
+        job.read(name, ["question_id", "solutions"]) for name in ("solutions", "tree_solutions")
+    )
+    text_prm = job.run.model("text_prm")
+    image_tower = job.run.model("image_tower")
     job.make_artifact(
         "two_tower",
         lambda uri: train_two_tower(

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def timed(do: Callable[[], T], repeats: int, device: str) -> tuple[float, T]:
-    """The median of the seconds of `repeats` calls, and what the last one gave."""
+    """The median seconds of `repeats` calls, and the last one's result."""
     seconds = []
     for _ in range(repeats):
         _synchronise(device)
@@ -26,15 +26,15 @@ def timed(do: Callable[[], T], repeats: int, device: str) -> tuple[float, T]:
 
 
 def peak_bytes(do: Callable[[], object], device: str) -> float:
-    """Bytes above what is held before; on a CPU by Linux's own high-water mark of the process's memory."""
+    """Peak bytes of a call above those in use before; on a CPU by Linux's high-water mark of the process's memory."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         do()
         return float(torch.cuda.max_memory_allocated() - before)
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # else what earlier calls left with the allocator would be used again, unseen
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark becomes what is held now
+    ctypes.CDLL(None).malloc_trim(0)  # else memory that earlier calls left with the allocator would be reused, unseen
+    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is in use now
     before = _high_water()
     do()
     return float(max(_high_water() - before, 1))

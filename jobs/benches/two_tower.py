@@ -44,6 +44,7 @@ class BenchConfig(ModelConfig):
 
 
 def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
+    """Time an epoch on stored states and one that runs the text tower; and making and writing the states once."""
     console.print(set_up_torch(config.dtype, config.device, config.threads))
     shape = SHAPES[config.shape]
     model = reward_model(shape, config.dtype, config.device, context=8192)
@@ -51,32 +52,41 @@ def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
         model.add_image_tower(config.tower or small_tower(Path(folder)))
     assert model.image_tower is not None
     model.image_tower.requires_grad_(not config.freeze_image_tower)
-    asked = [
-        bench_question(shape.vocab_size, config.question, config.documents, config.solutions, config.solution, seed)
-        for seed in range(config.questions)
-    ]
-    looks = [pictures(1 + config.references, seed) for seed in range(config.questions)]
+    questions: list[BenchQuestion] = []
+    question_pictures: list[list[Image]] = []
+    for seed in range(config.questions):
+        questions.append(
+            bench_question(shape.vocab_size, config.question, config.documents, config.solutions, config.solution, seed)
+        )
+        question_pictures.append(pictures(1 + config.references, seed))
 
     started = time.perf_counter()
-    stored = [read(model, one) for one in asked]
-    reading = time.perf_counter() - started
+    stored = [text_states(model, question) for question in questions]
+    forward_seconds = time.perf_counter() - started
     started = time.perf_counter()
-    size = write(stored)
-    writing = time.perf_counter() - started
+    num_bytes = write(stored)
+    write_seconds = time.perf_counter() - started
 
-    cached = epoch(model, lambda i: stored[i], looks)
-    live = epoch(model, lambda i: read(model, asked[i]), looks)
-    cached()  # warm
-    ours, _ = timed(cached, config.repeats, config.device)
-    theirs, _ = timed(live, 1, config.device)
-    of_all = config.questions * config.solutions
+    epoch_on_states = epoch(model, lambda i: stored[i], question_pictures)
+    epoch_on_text = epoch(model, lambda i: text_states(model, questions[i]), question_pictures)
+    epoch_on_states()  # warm
+    ours, _ = timed(epoch_on_states, config.repeats, config.device)
+    theirs, _ = timed(epoch_on_text, 1, config.device)
+    num_solutions = config.questions * config.solutions
     what = (
         f"{config.shape}, {config.questions} questions x {config.solutions}, documents {config.documents:,}, "
         f"{config.references} references, image tower {'frozen' if config.freeze_image_tower else 'trained'}"
     )
-    yield Measured(f"two_tower epoch, {what}", of_all / theirs, of_all / ours, theirs / ours, "≥ 50", "solutions/s")
-    yield Measured(f"states once: read {reading:.1f} s, write {size / 2**20:.1f} MiB", reading, writing,
-                   writing / reading, "", "s")  # fmt: skip
+    yield Measured(
+        f"two_tower epoch, {what}",
+        num_solutions / theirs,
+        num_solutions / ours,
+        theirs / ours,
+        "≥ 50",
+        "solutions/s",
+    )
+    once = f"states once: forward {forward_seconds:.1f} s, write {num_bytes / 2**20:.1f} MiB"
+    yield Measured(once, forward_seconds, write_seconds, write_seconds / forward_seconds, "", "s")
 
 
 def small_tower(folder: Path) -> str:
@@ -95,41 +105,50 @@ def small_tower(folder: Path) -> str:
 
 
 def pictures(number: int, seed: int) -> "list[Image]":
+    """Pictures of noise."""
     from PIL import Image
 
     rng = np.random.default_rng(seed)
     return [Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(number)]
 
 
-def read(model: "RewardModel", asked: BenchQuestion) -> "list[SolutionStates]":
-    return model.text_states(asked.question, asked.solutions, asked.documents)
+def text_states(model: "RewardModel", question: BenchQuestion) -> "list[SolutionStates]":
+    """The text tower's states of a question's solutions."""
+    return model.text_states(question.question, question.solutions, question.documents)
 
 
 def write(stored: "list[list[SolutionStates]]") -> int:
-    """The states' bytes as the table keeps them, on the disk."""
+    """Write the states' bytes as the table has them to the disk; gives their number."""
     from medmm_ray.reward_model.states import to_bytes
 
-    size = 0
+    num_bytes = 0
     with tempfile.TemporaryFile() as sink:
         for states in stored:
-            for own in states:
-                size += sink.write(to_bytes(own.states_TD)) + sink.write(to_bytes(own.summaries_TD))
-    return size
+            for solution in states:
+                num_bytes += sink.write(to_bytes(solution.states_TD))
+                num_bytes += sink.write(to_bytes(solution.summaries_TD))
+    return num_bytes
 
 
 def epoch(
-    model: "RewardModel", states_of: "Callable[[int], list[SolutionStates]]", looks: "list[list[Image]]"
+    model: "RewardModel",
+    states_of: "Callable[[int], list[SolutionStates]]",
+    question_pictures: "list[list[Image]]",
 ) -> Callable[[], None]:
+    """An epoch of training, forward and backward, over the questions; each has its own picture first, then references.
+
+    `states_of` gives the states of a question's solutions.
+    """
     fusion = model.fusion
     assert fusion is not None
 
     def run() -> None:
-        for number, (own, *references) in enumerate(looks):
+        for number, (own_picture, *references) in enumerate(question_pictures):
             states = states_of(number)
-            features = model.image_features([own], references)
-            states_TD = torch.cat([s.states_TD for s in states]).clone()
-            summaries_TD = torch.cat([s.summaries_TD for s in states]).clone()
-            text_T = torch.cat([s.log_odds_T for s in states]).clone()
+            features = model.image_features([own_picture], references)
+            states_TD = torch.cat([solution.states_TD for solution in states]).clone()
+            summaries_TD = torch.cat([solution.summaries_TD for solution in states]).clone()
+            text_T = torch.cat([solution.log_odds_T for solution in states]).clone()
             log_odds_T = text_T + model.head_log_odds(fusion(states_TD, summaries_TD, features))
             fusion.zero_grad()
             torch.autograd.backward(torch.nn.functional.softplus(-log_odds_T).mean())

@@ -9,7 +9,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -81,32 +81,35 @@ class Figures:
 
 
 def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
+    """Train and measure every arm, seed by seed; a row each for its step AUROC and its best-of-N."""
     unknown = set(config.arms) - set(ARMS)
     if unknown:
         raise ValueError(f"there is no arm {sorted(unknown)[0]!r}; expected some of {', '.join(ARMS)}")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(config.folder or scratch)
-        found = [_figures(config, seed, folder) for seed in config.seeds]
-    arms = {arm: [Figures(**one["arms"][arm]) for one in found] for arm in (TEXT, *config.arms)}
-    one_sample, oracle = (mean(one[key] for one in found) for key in ("one_sample", "oracle"))
+        studies = [_figures(config, seed, folder) for seed in config.seeds]
+    arms: dict[str, list[Figures]] = {}
+    for arm in (TEXT, *config.arms):
+        arms[arm] = [Figures(**study["arms"][arm]) for study in studies]
+    one_sample = mean(study["one_sample"] for study in studies)
+    oracle = mean(study["oracle"] for study in studies)
     console.print(_grid(arms, config.samples))
     console.print(f"one sample is right in {one_sample:.1%}, one of {config.samples} in {oracle:.1%}")
     if config.figure:
         draw(arms, one_sample, oracle, config.samples, config.figure)
     for arm in config.arms:
         for key, unit in (("step_auroc", "AUROC"), ("best_of_n", "share")):
-            ours, baseline = _values(arms[arm], key), _values(arms[TEXT], key)
-            yield Measured(
-                f"arms, {arm}: {_NAMES[key].format(config.samples)} (± {_spread(ours):.3f} over {len(ours)} seeds)",
-                mean(baseline), mean(ours), mean(ours) / mean(baseline), "", unit,
-            )  # fmt: skip
+            values = _values(arms[arm], key)
+            baseline, ours = mean(_values(arms[TEXT], key)), mean(values)
+            name = f"{_NAMES[key].format(config.samples)} (± {_spread(values):.3f} over {len(values)} seeds)"
+            yield Measured(f"arms, {arm}: {name}", baseline, ours, ours / baseline, "", unit)
 
 
 _NAMES = {"step_auroc": "step AUROC", "best_of_n": "best-of-{}"}
 
 
 def _values(figures: Sequence[Figures], key: str) -> list[float]:
-    return [one.step_auroc if key == "step_auroc" else one.best_of_n for one in figures]
+    return [arm.step_auroc if key == "step_auroc" else arm.best_of_n for arm in figures]
 
 
 def _spread(values: Sequence[float]) -> float:
@@ -118,13 +121,14 @@ def _figures(config: BenchConfig, seed: int, folder: Path) -> dict[str, Any]:
     """One seed's figures: of each arm, of one sample, and of the oracle; those that are there, or measured now."""
     path = folder / f"seed-{seed}.json"
     if path.is_file():
-        known: dict[str, Any] = json.loads(path.read_text())
-        if set(config.arms) <= set(known["arms"]):
-            return known
+        earlier: dict[str, Any] = json.loads(path.read_text())
+        if set(config.arms) <= set(earlier["arms"]):
+            return earlier
+    # A process a seed: DeepSpeed holds on to what it finds in the first group of a process.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=start_alone) as process:
-        found = process.submit(_measured, config, seed, folder / "image_tower").result()
-    path.write_text(json.dumps(found, indent=2) + "\n")
-    return found
+        figures = process.submit(_measured, config, seed, folder / "image_tower").result()
+    path.write_text(json.dumps(figures, indent=2) + "\n")
+    return figures
 
 
 def _measured(config: BenchConfig, seed: int, tower: Path) -> dict[str, Any]:
@@ -143,17 +147,16 @@ def compare(config: BenchConfig, seed: int, study: Study, say: Callable[[str], N
     test = Test.of(study, config.references)
     arms = {TEXT: test.figures(None)}
     for number, arm in enumerate(config.arms):
-        settings = TwoTowerConfig(
-            **{
-                "seed": seed, "label_policy": "judge", "after_first_error": "keep", "epochs": config.epochs,
-                "batch_size": config.batch_size, "learning_rate": config.learning_rate, "threads": config.threads,
-                "num_references": 0, **ARMS[arm],
-            }
-        )  # fmt: skip
+        settings = _arm_config(config, seed, arm)
         rows = questions_with_images(
-            settings, study.states.to_arrow(["question_id", "solution_id", "num_steps", "error"]),
-            group_labels([study.labels]), study.questions, study.images, study.evidence, study.solutions,
-        )  # fmt: skip
+            settings,
+            study.states.to_arrow(["question_id", "solution_id", "num_steps", "error"]),
+            group_labels([study.labels]),
+            study.questions,
+            study.images,
+            study.evidence,
+            study.solutions,
+        )
         inputs = {"states": study.states.uri, "text_prm": study.text_prm, "image_tower": study.image_tower}
         inputs["questions"] = str(study.folder / f"arm-{number}.parquet")
         pq.write_table(rows, inputs["questions"])
@@ -162,10 +165,22 @@ def compare(config: BenchConfig, seed: int, study: Study, say: Callable[[str], N
         assert isinstance(stage, TwoTowerStage)
         arms[arm] = test.figures(stage.fusion.eval(), settings.num_references)
         say(f"seed {seed}, {arm}: step AUROC {arms[arm].step_auroc:.3f}, best-of-n {arms[arm].best_of_n:.1%}")
-    return {
-        "one_sample": test.one_sample, "oracle": test.oracle,
-        "arms": {arm: {"step_auroc": f.step_auroc, "best_of_n": f.best_of_n} for arm, f in arms.items()},
-    }  # fmt: skip
+    figures = {arm: asdict(arm_figures) for arm, arm_figures in arms.items()}
+    return {"one_sample": test.one_sample, "oracle": test.oracle, "arms": figures}
+
+
+def _arm_config(config: BenchConfig, seed: int, arm: str) -> TwoTowerConfig:
+    settings: dict[str, Any] = {
+        "seed": seed,
+        "label_policy": "judge",
+        "after_first_error": "keep",
+        "epochs": config.epochs,
+        "batch_size": config.batch_size,
+        "learning_rate": config.learning_rate,
+        "threads": config.threads,
+        "num_references": 0,
+    }
+    return TwoTowerConfig(**{**settings, **ARMS[arm]})
 
 
 @dataclass(frozen=True)
@@ -191,71 +206,79 @@ class Test:
 
     @classmethod
     def of(cls, study: Study, most_references: int) -> "Test":
+        """The test questions of a study."""
         from medmm_ray.reward_model import RewardModel
 
-        labels = {row["solution_id"]: [s["label"] for s in row["steps"]] for row in study.labels.to_pylist()}
-        questions = []
+        labels_by_solution: dict[str, list[int | None]] = {}
+        for row in study.labels.to_pylist():
+            labels_by_solution[row["solution_id"]] = [step["label"] for step in row["steps"]]
+        questions: list[list[Sample]] = []
         for row in study.solutions.to_pylist():
-            if row["question_id"] in study.test:
-                questions.append(
-                    [
-                        Sample(
-                            state.states_TD, state.summaries_TD, state.log_odds_T, labels[solution["solution_id"]],
-                            solution["correct"],
-                        )
-                        for solution, state in zip(row["solutions"], study.test[row["question_id"]], strict=True)
-                    ]
-                )  # fmt: skip
+            if row["question_id"] not in study.test:
+                continue
+            samples: list[Sample] = []
+            for solution, state in zip(row["solutions"], study.test[row["question_id"]], strict=True):
+                labels = labels_by_solution[solution["solution_id"]]
+                samples.append(
+                    Sample(state.states_TD, state.summaries_TD, state.log_odds_T, labels, solution["correct"])
+                )
+            questions.append(samples)
         model = RewardModel.from_pretrained(study.text_prm)
         with torch.no_grad():
             head_D = model.head_log_odds(torch.eye(model.hidden_size))
-        correct = [np.array([sample.correct for sample in own]) for own in questions]
-        return cls(
-            questions, _features(study, most_references), head_D,
-            mean(float(c.mean()) for c in correct), mean(expected_oracle(c, len(c)) for c in correct),
-        )  # fmt: skip
+        correct = [np.array([sample.correct for sample in samples]) for samples in questions]
+        one_sample = mean(float(is_correct.mean()) for is_correct in correct)
+        oracle = mean(expected_oracle(is_correct, len(is_correct)) for is_correct in correct)
+        return cls(questions, _features(study, most_references), head_D, one_sample, oracle)
 
     @torch.no_grad()
     def figures(self, fusion: "Fusion | None", num_references: int = 0) -> Figures:
-        """What a trained image part, or the text alone, makes of the test questions."""
+        """The figures of a trained image part, or of the text alone, on the test questions."""
         scores: list[float] = []
-        right: list[bool] = []
+        is_right: list[bool] = []
         best: list[float] = []
-        for own, seen in zip(self.questions, self.features(num_references), strict=True):
-            log_odds_T = torch.cat([sample.text_T for sample in own])
+        for samples, features in zip(self.questions, self.features(num_references), strict=True):
+            log_odds_T = torch.cat([sample.text_T for sample in samples])
             if fusion is not None:
-                states_TD = torch.cat([sample.states_TD for sample in own])
-                delta_TD = fusion(states_TD, torch.cat([sample.summaries_TD for sample in own]), seen)
-                log_odds_T = log_odds_T + delta_TD @ self.head_D
-            parts = [part.tolist() for part in torch.split(log_odds_T, [len(sample.labels) for sample in own])]
-            rewards = np.array([aggregate(part) for part in parts])
-            best.append(expected_best(rewards, np.array([sample.correct for sample in own]), len(own)))
-            for sample, part in zip(own, parts, strict=True):
-                judged = [(x, label) for x, label in zip(part, sample.labels, strict=True) if label is not None]
-                scores += [x for x, _ in judged]
-                right += [label == 1 for _, label in judged]
-        value = auroc(np.array(right), np.array(scores))
+                states_TD = torch.cat([sample.states_TD for sample in samples])
+                summaries_TD = torch.cat([sample.summaries_TD for sample in samples])
+                log_odds_T = log_odds_T + fusion(states_TD, summaries_TD, features) @ self.head_D
+            by_solution = torch.split(log_odds_T, [len(sample.labels) for sample in samples])
+            rewards = np.array([aggregate(solution_T.tolist()) for solution_T in by_solution])
+            correct = np.array([sample.correct for sample in samples])
+            best.append(expected_best(rewards, correct, len(samples)))
+            for sample, solution_T in zip(samples, by_solution, strict=True):
+                for score, label in zip(solution_T.tolist(), sample.labels, strict=True):
+                    if label is not None:
+                        scores.append(score)
+                        is_right.append(label == 1)
+        value = auroc(np.array(is_right), np.array(scores))
         assert value is not None, "the test questions have no right step, or no wrong one"
         return Figures(value, mean(best))
 
 
 def _features(study: Study, most_references: int) -> "Callable[[int], list[ImageFeatures]]":
     """The image tower's tokens of each test question's picture and its first references."""
-    from medmm_ray.engines.image_tower import ImageTower
+    from medmm_ray.engines.image_tower import ImageTokens, ImageTower
     from medmm_ray.engines.images import open_image
     from medmm_ray.reward_model import ImageFeatures
 
     tower = ImageTower.from_pretrained(study.image_tower)
     uris = {row["image_id"]: row["uri"] for row in study.images.to_pylist()}
-    own = {row["question_id"]: uris[row["image_ids"][0]] for row in study.questions.to_pylist()}
-    more = {row["question_id"]: [image["uri"] for image in row["images"]] for row in study.evidence.to_pylist()}
-    groups = [[own[name], *more[name][:most_references]] for name in study.test]
-    with torch.no_grad():
-        tokens = [tower(torch.stack([tower.preprocess(open_image(uri)) for uri in group])) for group in groups]
+    reference_uris: dict[str, list[str]] = {}
+    for row in study.evidence.to_pylist():
+        reference_uris[row["question_id"]] = [image["uri"] for image in row["images"]]
+    own_uri = {row["question_id"]: uris[row["image_ids"][0]] for row in study.questions.to_pylist()}
+    tokens: list[ImageTokens] = []
+    for question_id in study.test:
+        question_uris = [own_uri[question_id], *reference_uris[question_id][:most_references]]
+        with torch.no_grad():
+            tokens.append(tower(torch.stack([tower.preprocess(open_image(uri)) for uri in question_uris])))
 
     def features(num_references: int) -> list[ImageFeatures]:
         number = min(num_references, most_references)
-        return [ImageFeatures.gather(t.pooled_BD, t.patches_BPD, [[0]], [list(range(1, 1 + number))]) for t in tokens]
+        references = [list(range(1, 1 + number))]
+        return [ImageFeatures.gather(t.pooled_BD, t.patches_BPD, [[0]], references) for t in tokens]
 
     return features
 

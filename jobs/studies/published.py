@@ -30,12 +30,13 @@ class PublishedFusion(nn.Module):
     def forward(
         self, states_TD: Tensor, summaries_TD: Tensor, images: ImageFeatures, question_T: Tensor | None = None
     ) -> Tensor:
+        """The change of each tag's state [T, D]."""
         del summaries_TD
         if question_T is None:
             question_T = torch.zeros(len(states_TD), dtype=torch.long)
         image_T1D = self.projector(images.pooled_QIW[:, 0])[question_T, None]
-        seen_T1D, _ = self.attention(states_TD[:, None], image_T1D, image_T1D, need_weights=False)
-        fused_TD: Tensor = self.norm(states_TD + seen_T1D[:, 0])
+        attended_T1D, _ = self.attention(states_TD[:, None], image_T1D, image_T1D, need_weights=False)
+        fused_TD: Tensor = self.norm(states_TD + attended_T1D[:, 0])
         return fused_TD - states_TD
 
 
@@ -49,4 +50,5 @@ class PublishedStage(TwoTowerStage):
         self.module = nn.ModuleDict({"image_tower": self.tower, "fusion": self.fusion})
 
     def save(self, folder: Path, figures: Mapping[str, float]) -> None:  # noqa: ARG002
+        """Leave a folder for the history alone."""
         folder.mkdir(parents=True)

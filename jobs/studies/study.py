@@ -105,25 +105,38 @@ def start_alone() -> None:
 
 def train(make_stage: StageFactory, config: TrainConfig, inputs: dict[str, str], folder: Path) -> Stage:
     """The stage, trained by the one loop in this process; its model lies in `folder`."""
-    made: list[Stage] = []
+    stages: list[Stage] = []
 
-    def noted(config: TrainConfig, inputs: dict[str, str], device: str) -> Stage:
-        made.append(make_stage(config, inputs, device))
-        return made[0]
+    def make_and_keep(config: TrainConfig, inputs: dict[str, str], device: str) -> Stage:
+        stages.append(make_stage(config, inputs, device))
+        return stages[0]
 
     work = folder / ".checkpoints"
-    worker = Worker(0, 1, folder.name, str(work), str(folder), lambda: None, lambda *_: None, list)
-    run(noted, config.model_copy(update={"trackers": ()}), inputs, worker)
+    worker = Worker(
+        rank=0,
+        size=1,
+        name=folder.name,
+        work=str(work),
+        folder=str(folder),
+        latest_checkpoint=lambda: None,
+        save_checkpoint=lambda *_: None,
+        preempted_nodes=list,
+    )
+    run(make_and_keep, config.model_copy(update={"trackers": ()}), inputs, worker)
     shutil.rmtree(work, ignore_errors=True)
-    return made[0]
+    return stages[0]
 
 
 def train_tower(config: StudyConfig, folder: Path) -> None:
     """The image tower of all seeds, by the real stage, on pictures of its own."""
     ingest = IngestConfig(
-        num_train=0, num_test=0, num_extra_images=config.tower_images, hardness=config.hardness,
-        image_size=config.tower.image_size, seed=TOWER_SEED,
-    )  # fmt: skip
+        num_train=0,
+        num_test=0,
+        num_extra_images=config.tower_images,
+        hardness=config.hardness,
+        image_size=config.tower.image_size,
+        seed=TOWER_SEED,
+    )
     data = read_source(ingest)
     images = inspect_batch(image_table(data, str(folder.with_name("tower-images"))), data.draw, ingest.image_size)
     rows = [
@@ -132,9 +145,13 @@ def train_tower(config: StudyConfig, folder: Path) -> None:
     ]
     inputs = _written(folder, captions=pa.Table.from_pylist(rows), texts=_texts([]))
     settings = ImageTextConfig(
-        epochs=config.tower_epochs, batch_size=32, contrast_size=32, learning_rate=7e-4, shape=config.tower,
+        epochs=config.tower_epochs,
+        batch_size=32,
+        contrast_size=32,
+        learning_rate=7e-4,
+        shape=config.tower,
         threads=config.threads,
-    )  # fmt: skip
+    )
     train(ImageTextStage, settings, inputs, folder)
 
 
@@ -142,96 +159,130 @@ def prepare(config: StudyConfig, seed: int, folder: Path, tower: Path, say: Call
     """Make the study of a seed in `folder`, around an image tower."""
     started = time.perf_counter()
 
-    def told(what: str) -> None:
+    def report(what: str) -> None:
         say(f"seed {seed}: {what} after {time.perf_counter() - started:.0f} s")
 
     ingest = IngestConfig(
-        num_train=config.questions, num_test=config.test_questions, num_extra_images=config.library, num_worked=2,
-        hardness=config.hardness, image_size=config.tower.image_size, seed=seed,
-    )  # fmt: skip
+        num_train=config.questions,
+        num_test=config.test_questions,
+        num_extra_images=config.library,
+        num_worked=2,
+        hardness=config.hardness,
+        image_size=config.tower.image_size,
+        seed=seed,
+    )
     data = read_source(ingest)
     images = inspect_batch(image_table(data, str(folder / "images")), data.draw, config.tower.image_size)
-    asked = question_rows(data, images, ingest, str(folder / "images"))
-    demonstrations = records.to_arrow(records.Solutions, demonstration_rows(data, asked, ingest))
-    solutions, labels = _solutions(config, seed, asked, images)
-    questions = records.to_arrow(records.Question, asked)
-    told(f"{images.num_rows:,} pictures drawn")
+    question_records = question_rows(data, images, ingest, str(folder / "images"))
+    demonstrations = records.to_arrow(records.Solutions, demonstration_rows(data, question_records, ingest))
+    solutions, labels = _solutions(config, seed, question_records, images)
+    questions = records.to_arrow(records.Question, question_records)
+    report(f"{images.num_rows:,} pictures drawn")
 
-    evidence = _references(config, asked, images, tower)
+    evidence = _references(config, question_records, images, tower)
     text_prm = folder / "text_prm"
     figures = _train_text(config, seed, questions, demonstrations, solutions, labels, text_prm)
-    told(f"text tower trained (step AUROC {figures.get('validation_auroc', 0.5):.3f})")
-    states, test = _read(asked, solutions, text_prm, folder)
-    told("states read")
-    return Study(
-        folder, questions, images, solutions, labels, evidence, states, test, str(text_prm), str(tower)
-    )  # fmt: skip
+    report(f"text tower trained (step AUROC {figures.get('validation_auroc', 0.5):.3f})")
+    states, test = _read(question_records, solutions, text_prm, folder)
+    report("states read")
+    return Study(folder, questions, images, solutions, labels, evidence, states, test, str(text_prm), str(tower))
 
 
 def _solutions(
-    config: StudyConfig, seed: int, asked: Sequence[records.Question], images: pa.Table
+    config: StudyConfig, seed: int, question_records: Sequence[records.Question], images: pa.Table
 ) -> tuple[pa.Table, pa.Table]:
     """The solutions of all questions and the truth of their steps."""
     pictures = {row["image_id"]: drawn_picture(row["annotation"]) for row in images.to_pylist()}
     items = [
-        item
-        for split, number in (("train", config.questions), ("test", config.test_questions))
-        for item in make_questions(seed, split, number, 0, config.hardness)
+        *make_questions(seed, "train", config.questions, 0, config.hardness),
+        *make_questions(seed, "test", config.test_questions, 0, config.hardness),
     ]
     rows: list[records.Solutions] = []
     labels: list[records.Labels] = []
-    for question, item in zip(asked, items, strict=True):
-        own = []
+    for question, item in zip(question_records, items, strict=True):
+        samples: list[records.Solution] = []
         for index in range(config.solutions if question.split == "train" else config.samples):
             steps, letter = blind_solution(item, generator("blind", seed, question.question_id, index), config.slip)
             text = join_steps(steps)
             assert extract_answer(text, item.options) == letter
-            own.append(
+            samples.append(
                 records.Solution(
-                    solution_id=f"{question.question_id}-{index}", index=index, text=text, steps=steps, answer=letter,
-                    correct=letter == question.answer, finish_reason="stop", seed=index, text_sha="",
+                    solution_id=f"{question.question_id}-{index}",
+                    index=index,
+                    text=text,
+                    steps=steps,
+                    answer=letter,
+                    correct=letter == question.answer,
+                    finish_reason="stop",
+                    seed=index,
+                    text_sha="",
                 )
-            )  # fmt: skip
+            )
             labels.append(
                 truth_labels(
-                    question.question_id, {"solution_id": own[-1].solution_id, "steps": steps},
-                    pictures[question.image_ids[0]], GoldAnswer(question.options, question.answer), "judge", "truth",
+                    question.question_id,
+                    {"solution_id": samples[-1].solution_id, "steps": steps},
+                    pictures[question.image_ids[0]],
+                    GoldAnswer(question.options, question.answer),
+                    "judge",
+                    "truth",
                     range(len(steps)),
                 )
-            )  # fmt: skip
+            )
         rows.append(
             records.Solutions(
-                question_id=question.question_id, policy=POLICY, config_hash="", num_requested=len(own), solutions=own,
+                question_id=question.question_id,
+                policy=POLICY,
+                config_hash="",
+                num_requested=len(samples),
+                solutions=samples,
             )
-        )  # fmt: skip
+        )
     return records.to_arrow(records.Solutions, rows), records.to_arrow(records.Labels, labels)
 
 
 def _train_text(
-    config: StudyConfig, seed: int, questions: pa.Table, demonstrations: pa.Table, solutions: pa.Table,
-    labels: pa.Table, folder: Path,
-) -> dict[str, float]:  # fmt: skip
+    config: StudyConfig,
+    seed: int,
+    questions: pa.Table,
+    demonstrations: pa.Table,
+    solutions: pa.Table,
+    labels: pa.Table,
+    folder: Path,
+) -> dict[str, float]:
     """A small policy on worked solutions, then the reward model's text tower from it; gives its last figures."""
     worked = worked_questions(questions, demonstrations)
     base = folder.with_name("policy")
     inputs = _written(base, worked=worked, texts=_texts(vocabulary_texts(worked, [])))
     policy = PolicyConfig(
-        seed=seed, epochs=config.text_epochs, batch_size=16, learning_rate=2e-3, shape=config.text,
+        seed=seed,
+        epochs=config.text_epochs,
+        batch_size=16,
+        learning_rate=2e-3,
+        shape=config.text,
         threads=config.threads,
-    )  # fmt: skip
+    )
     train(PolicyStage, policy, inputs, base)
     nothing = records.to_arrow(records.Evidence, [])
     rows = labelled_questions(questions, nothing, solutions, group_labels([labels]), "judge", "keep")
     settings = TextPrmConfig(
-        seed=seed, label_policy="judge", after_first_error="keep", learning_rate=5e-4, epochs=1, max_length=1024,
-        reserve=512, threads=config.threads,
-    )  # fmt: skip
+        seed=seed,
+        label_policy="judge",
+        after_first_error="keep",
+        learning_rate=5e-4,
+        epochs=1,
+        max_length=1024,
+        reserve=512,
+        threads=config.threads,
+    )
     stage = train(TextPrmStage, settings, {**_written(folder, questions=rows), "base": str(base)}, folder)
     with torch.no_grad():
         return stage.validate()
 
 
-def _references(config: StudyConfig, asked: Sequence[records.Question], images: pa.Table, tower: Path) -> pa.Table:
+def _references(
+    config: StudyConfig, question_records: Sequence[records.Question], images: pa.Table, tower: Path
+) -> pa.Table:
     """The training images nearest to each question's own in the tower's embedding, never the own one."""
     from medmm_ray.engines.image_tower import ImageTower
     from medmm_ray.engines.images import open_image
@@ -239,56 +290,66 @@ def _references(config: StudyConfig, asked: Sequence[records.Question], images: 
     model = ImageTower.from_pretrained(tower)
     rows = images.to_pylist()
     place = {row["image_id"]: i for i, row in enumerate(rows)}
-    vectors_BE = torch.cat(
-        [
-            model.embed(torch.stack([model.preprocess(open_image(row["uri"])) for row in rows[start : start + 64]]))
-            for start in range(0, len(rows), 64)
-        ]
-    ).detach()  # fmt: skip
+    vectors: list[torch.Tensor] = []
+    for start in range(0, len(rows), 64):
+        uris = [row["uri"] for row in rows[start : start + 64]]
+        vectors.append(model.embed(torch.stack([model.preprocess(open_image(uri)) for uri in uris])))
+    vectors_BE = torch.cat(vectors).detach()
     eligible_B = torch.tensor([row["split"] == "train" for row in rows])
-    made = []
-    for question in asked:
-        own = place[question.image_ids[0]]
-        similarity_B = (vectors_BE @ vectors_BE[own]).masked_fill(~eligible_B, -2.0)
-        similarity_B[own] = -2.0
-        found = similarity_B.topk(config.references)
-        near = [
-            records.RetrievedImage(
-                image_id=rows[i]["image_id"], uri=rows[i]["uri"], diagnosis=rows[i]["diagnosis"], similarity=value
+    evidence: list[records.Evidence] = []
+    for question in question_records:
+        own_row = place[question.image_ids[0]]
+        similarity_B = (vectors_BE @ vectors_BE[own_row]).masked_fill(~eligible_B, -2.0)
+        similarity_B[own_row] = -2.0
+        nearest = similarity_B.topk(config.references)
+        references: list[records.RetrievedImage] = []
+        for similarity, i in zip(nearest.values.tolist(), nearest.indices.tolist(), strict=True):
+            row = rows[i]
+            references.append(
+                records.RetrievedImage(
+                    image_id=row["image_id"], uri=row["uri"], diagnosis=row["diagnosis"], similarity=similarity
+                )
             )
-            for value, i in zip(found.values.tolist(), found.indices.tolist(), strict=True)
-        ]
-        made.append(records.Evidence(question_id=question.question_id, config_hash="", documents=[], images=near))
-    return records.to_arrow(records.Evidence, made)
+        evidence.append(
+            records.Evidence(question_id=question.question_id, config_hash="", documents=[], images=references)
+        )
+    return records.to_arrow(records.Evidence, evidence)
 
 
 def _read(
-    asked: Sequence[records.Question], solutions: pa.Table, text_prm: Path, folder: Path
+    question_records: Sequence[records.Question], solutions: pa.Table, text_prm: Path, folder: Path
 ) -> "tuple[Table, dict[str, list[SolutionStates]]]":
     """The table states of the training questions, and the states of the test questions."""
     from medmm_ray.reward_model import RewardModel, ScoreRequest
     from medmm_ray.reward_model.states import to_bytes
 
     model = RewardModel.from_pretrained(text_prm)
-    own = {row["question_id"]: row["solutions"] for row in solutions.to_pylist()}
-    requests = [
-        ScoreRequest(question_with_options(q.question, q.options), [s["steps"] for s in own[q.question_id]])
-        for q in asked
-    ]
-    rows, test = [], {}
-    for question, found in zip(asked, model.iter_states(requests), strict=True):
+    solutions_by_question = {row["question_id"]: row["solutions"] for row in solutions.to_pylist()}
+    requests: list[ScoreRequest] = []
+    for question in question_records:
+        steps = [solution["steps"] for solution in solutions_by_question[question.question_id]]
+        requests.append(ScoreRequest(question_with_options(question.question, question.options), steps))
+    rows: list[records.States] = []
+    test: dict[str, list[SolutionStates]] = {}
+    for question, states in zip(question_records, model.iter_states(requests), strict=True):
         if question.split == "test":
-            test[question.question_id] = found
+            test[question.question_id] = states
             continue
-        for solution, state in zip(own[question.question_id], found, strict=True):
+        for solution, state in zip(solutions_by_question[question.question_id], states, strict=True):
             rows.append(
                 records.States(
-                    question_id=question.question_id, solution_id=solution["solution_id"], model="text_prm",
-                    evidence_hash="", num_steps=len(state.log_odds_T), hidden_size=model.hidden_size, dtype="float32",
-                    states=to_bytes(state.states_TD), summaries=to_bytes(state.summaries_TD),
+                    question_id=question.question_id,
+                    solution_id=solution["solution_id"],
+                    model="text_prm",
+                    evidence_hash="",
+                    num_steps=len(state.log_odds_T),
+                    hidden_size=model.hidden_size,
+                    dtype="float32",
+                    states=to_bytes(state.states_TD),
+                    summaries=to_bytes(state.summaries_TD),
                     text_log_odds=state.log_odds_T.tolist(),
                 )
-            )  # fmt: skip
+            )
     table = Table(str(folder / "states"), records.States)
     write_rows(table, rows, Provenance(name="states", fingerprint="study", config={}, upstream={}), "solution_id")
     return table, test

@@ -31,13 +31,21 @@ def native_config() -> dict[str, Any]:
         "embed_dim": 16,
         "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 24, "layers": 3, "head_width": 12},
         "text_cfg": {
-            "context_length": 12, "vocab_size": 14, "width": 24, "heads": 2, "layers": 2,
-            "hf_tokenizer_name": "local", "pool_type": "eos", "eos_id": 3, "pad_id": 0,
+            "context_length": 12,
+            "vocab_size": 14,
+            "width": 24,
+            "heads": 2,
+            "layers": 2,
+            "hf_tokenizer_name": "local",
+            "pool_type": "eos",
+            "eos_id": 3,
+            "pad_id": 0,
         },
-    }  # fmt: skip
+    }
 
 
 def write_native_clip(folder: Path) -> Path:
+    """A folder of open_clip's own format; weights are the same each time."""
     import open_clip
 
     torch.manual_seed(0)
@@ -54,22 +62,33 @@ def write_biomed_clip(folder: Path, weights_file: str = "open_clip_pytorch_model
     from transformers import BertConfig
 
     bert = BertConfig(
-        vocab_size=14, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        vocab_size=14,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
         max_position_embeddings=32,
-    )  # fmt: skip
+    )
     text_folder = folder / "bert"
     bert.save_pretrained(text_folder)
     config = {
         "embed_dim": 16,
         "vision_cfg": {
-            "timm_model_name": "test_vit", "timm_model_pretrained": False, "timm_pool": "", "timm_proj": "linear",
+            "timm_model_name": "test_vit",
+            "timm_model_pretrained": False,
+            "timm_pool": "",
+            "timm_proj": "linear",
             "image_size": 160,
         },
         "text_cfg": {
-            "hf_model_name": str(text_folder), "hf_tokenizer_name": "local", "hf_proj_type": "mlp",
-            "hf_pooler_type": "cls_last_hidden_state_pooler", "hf_model_pretrained": False, "context_length": 32,
+            "hf_model_name": str(text_folder),
+            "hf_tokenizer_name": "local",
+            "hf_proj_type": "mlp",
+            "hf_pooler_type": "cls_last_hidden_state_pooler",
+            "hf_model_pretrained": False,
+            "context_length": 32,
         },
-    }  # fmt: skip
+    }
     torch.manual_seed(0)
     model = open_clip.CustomTextCLIP(**config)
     word_tokenizer().save_pretrained(folder)

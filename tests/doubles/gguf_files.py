@@ -10,10 +10,16 @@ from numpy.typing import NDArray
 
 CONTROL, NORMAL = 3, 1
 _NAMES = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-}  # fmt: skip
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
 
 
 def write_gguf(file: Path, model: Any, tok: Any, kind: str = "Q8_0", add_bos: bool | None = True) -> Path:
@@ -63,16 +69,16 @@ def _write_tokenizer(writer: Any, tok: Any, add_bos: bool | None) -> None:
 def _tensors(model: Any) -> dict[str, NDArray[np.float32]]:
     """The weights under llama.cpp's names, queries and keys in its order of rotary pairs."""
     config = model.config
-    found = {}
+    tensors: dict[str, NDArray[np.float32]] = {}
     for name, tensor in model.state_dict().items():
         values: NDArray[np.float32] = tensor.float().numpy()
         if name in ("model.embed_tokens.weight", "model.norm.weight"):
-            found["token_embd.weight" if "embed" in name else "output_norm.weight"] = values
+            tensors["token_embd.weight" if "embed" in name else "output_norm.weight"] = values
         elif name.startswith("model.layers."):
             layer, part = name.removeprefix("model.layers.").removesuffix(".weight").split(".", 1)
             heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
             if part in heads:
                 paired = values.reshape(heads[part], 2, -1, values.shape[1])
                 values = np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(values.shape)
-            found[f"blk.{layer}.{_NAMES[part]}.weight"] = values
-    return found
+            tensors[f"blk.{layer}.{_NAMES[part]}.weight"] = values
+    return tensors

@@ -1,4 +1,4 @@
-"""A hub on this machine: what huggingface_hub asks for on the way up (repository, branch, LFS, commit) and down."""
+"""A Hugging Face hub on this machine: uploads (repository, branch, LFS, commit) and downloads by huggingface_hub."""
 
 import base64
 import hashlib
@@ -37,23 +37,20 @@ class Hub:
         return sha
 
     def create(self, repo: str, branch: str = "main") -> None:
+        """Make a repository, or a branch of it, with an empty commit."""
         self.commits["0" * 40] = {}
         self.branches.setdefault(f"{repo}@{branch}", "0" * 40)
 
     def post(self, path: str, body: bytes) -> dict[str, Any]:
+        """The answer to a POST."""
         if path == "/api/repos/create":
-            asked = json.loads(body)
-            repo = f"{asked['organization']}/{asked['name']}"
-            self.create(repo)
-            self.private.setdefault(repo, asked.get("visibility") == "private")
-            return {"url": f"{self.endpoint}/{repo}", "name": repo, "id": repo}
+            return self._create_repo(json.loads(body))
         if path == "/api/validate-yaml":
             return {"errors": [], "warnings": []}
         if path.endswith("/info/lfs/objects/batch"):
-            objects = [
-                {**o, "actions": {"upload": {"href": f"{self.endpoint}/lfs/{o['oid']}"}}}
-                for o in json.loads(body)["objects"]
-            ]
+            objects = json.loads(body)["objects"]
+            for lfs_object in objects:
+                lfs_object["actions"] = {"upload": {"href": f"{self.endpoint}/lfs/{lfs_object['oid']}"}}
             return {"transfer": "basic", "objects": objects}
         org, name, verb, branch = _KIND.sub("", path).split("/", 3)
         repo, branch = f"{org}/{name}", unquote(branch)
@@ -61,10 +58,18 @@ class Hub:
             self.create(repo, branch)
             return {}
         if verb == "preupload":
-            paths = [f["path"] for f in json.loads(body)["files"]]
-            modes = {p: "lfs" if p.endswith((".safetensors", ".parquet")) else "regular" for p in paths}
-            return {"files": [{"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in modes.items()]}
-        files = {}
+            return {"files": [_upload_mode(file["path"]) for file in json.loads(body)["files"]]}
+        return self._commit_lines(repo, branch, body)
+
+    def _create_repo(self, request: dict[str, Any]) -> dict[str, Any]:
+        repo = f"{request['organization']}/{request['name']}"
+        self.create(repo)
+        self.private.setdefault(repo, request.get("visibility") == "private")
+        return {"url": f"{self.endpoint}/{repo}", "name": repo, "id": repo}
+
+    def _commit_lines(self, repo: str, branch: str, body: bytes) -> dict[str, Any]:
+        """A commit that comes as a JSON line a file, large ones by the id of what was uploaded before."""
+        files: dict[str, bytes] = {}
         for line in map(json.loads, body.splitlines()):
             value = line["value"]
             if line["key"] == "file":
@@ -76,7 +81,13 @@ class Hub:
         return {"commitUrl": f"{self.endpoint}/{repo}/commit/{sha}", "commitOid": sha}
 
     def sha_of(self, repo: str, revision: str) -> str | None:
+        """The commit of a revision; None where there is none."""
         return revision if revision in self.commits else self.branches.get(f"{repo}@{revision}")
+
+
+def _upload_mode(path: str) -> dict[str, Any]:
+    is_large = path.endswith((".safetensors", ".parquet"))
+    return {"path": path, "uploadMode": "lfs" if is_large else "regular", "shouldIgnore": False}
 
 
 @contextmanager
@@ -100,8 +111,8 @@ def running() -> Iterator[Hub]:
             return self.rfile.read(int(self.headers["Content-Length"]))
 
         def do_POST(self) -> None:
-            found = hub.post(self.path.partition("?")[0], self.body())
-            self.answer(json.dumps(found).encode(), Content_Type="application/json")
+            reply = hub.post(self.path.partition("?")[0], self.body())
+            self.answer(json.dumps(reply).encode(), Content_Type="application/json")
 
         def do_PUT(self) -> None:
             hub.blobs[self.path.rpartition("/")[2]] = self.body()
@@ -109,21 +120,21 @@ def running() -> Iterator[Hub]:
 
         def do_GET(self) -> None:
             path = unquote(self.path.partition("?")[0])
-            org, name, *more = _KIND.sub("", path).strip("/").split("/")
-            verb, revision, *rest = more or ["revision", "main"]
+            org, name, *parts = _KIND.sub("", path).strip("/").split("/")
+            verb, revision, *file_parts = parts or ["revision", "main"]
             sha = hub.sha_of(f"{org}/{name}", revision)
             if sha is None:
-                known = any(branch.startswith(f"{org}/{name}@") for branch in hub.branches)
-                self.answer(b"", 404, X_Error_Code="RevisionNotFound" if known else "RepoNotFound")
+                is_repo = any(branch.startswith(f"{org}/{name}@") for branch in hub.branches)
+                self.answer(b"", 404, X_Error_Code="RevisionNotFound" if is_repo else "RepoNotFound")
             elif verb in ("revision", "tree"):
                 files = hub.commits[sha]
                 listed = [{"type": "file", "path": f, "size": len(c), "oid": f} for f, c in files.items()]
                 info = {"id": f"{org}/{name}", "sha": sha, "siblings": [{"rfilename": f} for f in files]}
-                found = json.dumps(info if verb == "revision" else listed)
-                self.answer(found.encode(), Content_Type="application/json")
+                reply = json.dumps(info if verb == "revision" else listed)
+                self.answer(reply.encode(), Content_Type="application/json")
             elif f"{org}/{name}" in hub.gated:
                 self.answer(b"", 403, X_Error_Code="GatedRepo")
-            elif (file := "/".join(rest)) not in hub.commits[sha]:
+            elif (file := "/".join(file_parts)) not in hub.commits[sha]:
                 self.answer(b"", 404, X_Error_Code="EntryNotFound", X_Repo_Commit=sha)
             else:
                 content = hub.commits[sha][file]

@@ -57,6 +57,7 @@ def load(engine: Engine, folder: Path, updates: int) -> None:
     expected_keys: set[str] = set()
     for name in engine.trainable:
         expected_keys.update(_key(name, moment) for moment in (None, *MOMENTS))
+    # Before anything is set: a training that went on from half a checkpoint would look like one that works.
     missing = frozenset(expected_keys - file_of.keys())
     WeightMismatch(missing, frozenset(file_of.keys() - expected_keys)).check("the training's checkpoint")
     engine.reset_optimizer(updates)

@@ -82,7 +82,7 @@ class Engine:
 
         from medmm_ray.engines.onednn_linear import use_onednn
 
-        use_onednn(module)
+        use_onednn(module)  # before DeepSpeed wraps the module: it changes the class of linear layers
         self.module = module
         self.max_grad_norm = config.max_grad_norm
         self.zero_stage = zero_stage(config, dtype)
@@ -181,6 +181,7 @@ class Engine:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         parameter = self.trainable[name]
+        # The module's own copy, which the forward pass reads; then AdamW's, wherever DeepSpeed keeps it.
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.zero_stage == 3):
             parameter.data.copy_(weight)
         if self.zero_stage == 3:

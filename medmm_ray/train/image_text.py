@@ -109,6 +109,7 @@ class ImageTextStage(Stage):
         torch.manual_seed(config.seed)
         self.module: Any = CLIP(**self.model_config)
         self.contrast = ClipLoss()
+        # Decoded once: the augmentation of an epoch works on pixels in memory.
         self.pixels = load_pixels(self.names, config.shape.image_size)
         self.ids = [self._encode(image_captions) for image_captions in captions]
 

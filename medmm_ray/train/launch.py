@@ -53,9 +53,10 @@ def fit(
     """
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    check_installed(config.trackers)
+    check_installed(config.trackers)  # here, not in the worker after minutes of loading
     folder = folder if "://" in folder else str(Path(folder).absolute())
     work = f"{folder}/{WORK}"
+    # Tables go through files: an argument of Ray Train is pickled into every worker.
     arguments = {
         "stage": make_stage,
         "config": config,
@@ -73,6 +74,7 @@ def fit(
     )
     _run(trainer, name, work)
     history = _read_history(folder)
+    # Only now: where the history is missing, the checkpoints are what a next try goes on from.
     fs, path = filesystem(work)
     fs.delete_dir(path)
     return figures(history)
@@ -118,7 +120,7 @@ def _run_config(config: TrainConfig, work: str, name: str) -> "RunConfig":
         storage_path=path,
         storage_filesystem=fs,
         failure_config=FailureConfig(max_failures=config.max_failures),
-        checkpoint_config=CheckpointConfig(num_to_keep=1),
+        checkpoint_config=CheckpointConfig(num_to_keep=1),  # the best epoch's weights lie apart
     )
 
 

@@ -163,6 +163,7 @@ class Trainer:
             self._update(epoch, batches[number])
             progress.batch = number + 1
             self._report_progress()
+            # The first first: it is a collective, that all workers enter or none.
             if self._preemption_announced() or self._checkpoint_is_due():
                 self._checkpoint()
         self._finish_epoch(epoch)
@@ -344,6 +345,7 @@ class Trainer:
     def save_model(self) -> None:
         """Write the model of the best epoch (else of the last) and the history to the artifact's folder."""
         best_epoch = self.progress.best_epoch
+        # All workers must enter, though rank 0 alone goes on.
         with self.engine.gathered_weights(), tempfile.TemporaryDirectory() as scratch:
             if self.worker.rank != 0:
                 return
@@ -353,6 +355,7 @@ class Trainer:
             checkpoints.copy(f"{scratch}/model", self.worker.folder)
         fs, path = filesystem(f"{self.worker.folder}/{HISTORY}")
         stopped_early = self.progress.epoch < self.config.epochs
+        # The history comes last: where it is, the model is whole.
         history = asdict(self.progress) | {"best_epoch": best_epoch, "stopped_early": stopped_early}
         write_file(fs, path, json.dumps(history, allow_nan=False).encode())
 

@@ -180,7 +180,7 @@ class PolicyStage(Stage):
             self.model, self.tokenizer = new_llama(config.shape, texts, config.seed)
         else:
             self.model, self.tokenizer = load_pretrained(config.base)
-        self.model.set_attn_implementation(NAME)
+        self.model.set_attn_implementation(NAME)  # shared-prefix attention over packed rows
         if config.activation_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.adapter = LoraAdapter(self.model, config.lora) if config.lora else None
@@ -327,6 +327,7 @@ def cross_entropy(model: Any, questions: Sequence[EncodedQuestion], device: str)
         shared_prefix=PackedRow(row.blocks, device),
         use_cache=False,
     ).last_hidden_state
+    # Prompts have no target: for them the vocabulary's logits, the largest tensor of the pass, are not computed.
     logits_NV = model.lm_head(hidden_1LD[0, row.source_N]).float()
     losses_N = torch.nn.functional.cross_entropy(logits_NV, row.target_N.to(device), reduction="none")
     return (losses_N * row.weight_N.to(device)).sum()
@@ -349,7 +350,7 @@ def new_llama(shape: LlamaShape, texts: Sequence[str], seed: int) -> tuple[Any, 
             intermediate_size=shape.intermediate_size,
             max_position_embeddings=shape.max_length,
             tie_word_embeddings=shape.tie_embeddings,
-            bos_token_id=None,
+            bos_token_id=None,  # its chat template writes none
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )

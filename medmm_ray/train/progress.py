@@ -44,6 +44,7 @@ class Progress:
 
 def selected_figures(epochs: Sequence[Mapping[str, float]], best_epoch: int | None) -> dict[str, float]:
     """What was measured in the epoch whose weights are saved: the best one, else the last."""
+    # The epoch's number and what selected it are no results.
     figures = dict(epochs[-1 if best_epoch is None else best_epoch])
     figures.pop("epoch", None)
     figures.pop("selection", None)
@@ -60,6 +61,7 @@ def write_progress(folder: str, progress: Progress, num_updates: int) -> None:
         "tokens_per_second": progress.tokens / progress.seconds,
         "seconds_left": progress.seconds / num_done * (num_updates - num_done),
     }
+    # Through the folder's filesystem: who waits may run on another machine.
     fs, path = filesystem(f"{folder}/{PROGRESS}")
     fs.create_dir(path.rpartition("/")[0], recursive=True)
     write_file(fs, path, json.dumps(report).encode())

@@ -42,6 +42,7 @@ def micro_batches(units: Sequence[int], costs: Sequence[int], budget: int, padde
         total += cost
         num_units = len(batches[-1]) + 1 if batches else 1
         batch_cost = longest * num_units if padded else total
+        # The first of a micro-batch is taken whatever it costs: a unit is never split.
         if not batches or batch_cost > budget:
             batches.append([])
             longest = total = cost
@@ -60,6 +61,7 @@ def learning_rate_factor(update: int, num_updates: int, warmup: float) -> float:
 
 def validation_ids(ids: Sequence[str], fraction: float, seed: int) -> set[str]:
     """A `fraction` of the distinct ids, to be held out for validation: at least one unless it is 0, never all."""
+    # By distinct id: all units of a question are on one side.
     distinct = sorted(set(ids))
     number = 0
     if fraction > 0:

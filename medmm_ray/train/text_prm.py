@@ -139,6 +139,7 @@ class TextPrmStage(Stage):
             raise ConfigError(
                 f"{base} is a vision-language model, and train_text_prm trains on text alone; name a text-only base"
             )
+        # Saved with the model, which packs by them; a small base may have a shorter context.
         model.max_length = min(config.max_length, model.context)
         model.reserve = min(config.reserve, model.max_length)
         if config.activation_checkpointing:
@@ -151,6 +152,7 @@ class TextPrmStage(Stage):
 
     def _num_samples(self, unit: int) -> int:
         """The solutions of a question that are trained on, merged ones counted each; 0 of a held-out question."""
+        # A question of size 0 is in no batch (`schedule.epoch_batches`).
         if self.names[unit] in self.validation_ids:
             return 0
         num_samples = 0
@@ -172,7 +174,7 @@ class TextPrmStage(Stage):
                 groups.append(group)
                 targets.append(targets_T)
                 weights.append(weights_T)
-        log_odds_T = self.model(*groups)
+        log_odds_T = self.model(*groups)  # all groups as one packed row
         return weighted_loss(log_odds_T, torch.cat(targets).to(self.device), torch.cat(weights).to(self.device))
 
     def validate(self) -> dict[str, float]:
@@ -239,6 +241,7 @@ def validation_figures(scores: Sequence[float], is_right: Sequence[bool]) -> dic
 
     from medmm_ray.stats.metrics import auroc
 
+    # An auroc of one class does not exist: such a validation set selects no epoch.
     value = auroc(np.array(is_right, dtype=bool), np.array(scores, dtype=np.float64))
     if value is None:
         return {}

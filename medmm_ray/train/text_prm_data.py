@@ -106,6 +106,7 @@ def labelled_solutions(
         )
         if all(target is None for target in step_targets):
             continue
+        # The same text may have other targets: labels are of a solution, and judges are not always of one mind.
         key = (tuple(steps), tuple(step_targets))
         if key not in merged:
             merged[key] = {"solution_id": solution_id, "steps": steps, "targets": step_targets, "weight": 0}

@@ -57,6 +57,7 @@ def open_trackers(
         "wandb": WandB,
         "mlflow": MLflow,
     }
+    # A tracker that is named twice is opened once.
     return [makers[name](run, folder, config, updates) for name in dict.fromkeys(names)]
 
 

@@ -151,6 +151,7 @@ class TwoTowerStage(Stage):
         self.rows = read_input(inputs["questions"]).to_pylist()
         self.names = [row["question_id"] for row in self.rows]
         states_uris = [uri for name, uri in inputs.items() if name.startswith(_STATES_INPUT)]
+        # Several tables: states of sampled solutions and of those that search trees found.
         self.examples, dtype = load_examples(states_uris, self.rows)
         self._load_model(inputs, dtype)
         self._split_examples()
@@ -169,7 +170,7 @@ class TwoTowerStage(Stage):
         fusion_config = FusionConfig(
             tokens=config.tokens, summary=config.summary, width=config.width, num_heads=config.num_heads
         )
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed)  # for the fusion's first weights
         self.model.add_image_tower(resolve(inputs["image_tower"]), fusion_config)
         assert self.model.image_tower is not None
         assert self.model.fusion is not None
@@ -264,6 +265,7 @@ class TwoTowerStage(Stage):
             place = self.index[uri]
             pixels_3HW = self.pixels[place]
             if self.config.augment and view != 0:
+                # The same view of a picture whatever the batch, and whichever worker makes it.
                 rng = random.Random(f"{self.config.seed}/{view}/{place}")
                 pixels_3HW = augment(pixels_3HW, rng, self.config.max_shift, self.config.max_brightness)
             pictures.append(pixels_3HW)
@@ -281,6 +283,7 @@ class TwoTowerStage(Stage):
         image_uris = [self.rows[unit]["image_uris"] for unit in image_units]
         reference_uris = [self.rows[unit]["reference_uris"] for unit in units]
         if self.config.freeze_image_tower:
+            # An epoch has a view of its own until they repeat.
             pooled_BW, patches_BPW = self.views[view % len(self.views)]
             places: Mapping[str, int] = self.index
         else:
@@ -370,6 +373,7 @@ class TwoTowerStage(Stage):
             reranked.append((rewards, example.correct))
         figures = validation_figures(scores, is_right) | rerank_figures(reranked)
         figures["right_steps"] = self.positive_rate
+        # The baseline: what the images are worth is the difference.
         text_figures = validation_figures(text_scores, is_right)
         if text_figures:
             figures["validation_auroc_text_only"] = text_figures["validation_auroc"]

@@ -55,6 +55,7 @@ def questions_with_images(
     correct = _correct_by_solution(solutions)
     targets_by_question = _targets_by_question(config, states, labels, correct, _accuracy_by_solution(solutions))
     reference_uris = _reference_uris(evidence, config.num_references)
+    # An image that could not be read has a row with its error.
     images_by_id = {image["image_id"]: image for image in images.to_pylist() if image["error"] is None}
     rows: list[dict[str, Any]] = []
     for question in questions.to_pylist():
@@ -64,11 +65,11 @@ def questions_with_images(
         if not is_usable or not question_images or question_id not in targets_by_question:
             continue
         step_targets = targets_by_question[question_id]
-        solution_ids = sorted(step_targets)
+        solution_ids = sorted(step_targets)  # Ray keeps no order of rows, a training needs one
         rows.append(
             {
                 "question_id": question_id,
-                "diagnosis": question_images[0]["diagnosis"],
+                "diagnosis": question_images[0]["diagnosis"],  # swapped images are of another one
                 "image_uris": [image["uri"] for image in question_images],
                 "reference_uris": reference_uris.get(question_id, []),
                 "solution_ids": solution_ids,
@@ -139,6 +140,7 @@ def _accuracy_by_solution(solutions: pa.Table) -> dict[str, float | None]:
     By row, not by question: the solutions of a search tree were not drawn from the policy, as its first step's
     advantage supposes.
     """
+    # In Arrow alone: as Python objects the solutions' texts would take gigabytes.
     lists = solutions["solutions"].combine_chunks()
     flat = pc.list_flatten(lists)
     rows = pc.list_parent_indices(lists)

@@ -1,7 +1,8 @@
-"""Training: one loop (`loop` with DeepSpeed, `launch` under Ray Train) and the four stages that it runs.
+"""Training: one loop (`loop`, with DeepSpeed; `launch` runs it under Ray Train) and the four stages that it trains.
 
 `policy`: worked solutions -> a causal language model. `image_text`: captions -> an image tower. `text_prm`: labelled
-solutions -> the text tower of a reward model. `two_tower`: its cached states and images -> the whole reward model.
+solutions -> the text tower of a reward model. `two_tower`: its stored states, and images -> the whole reward
+model. ``<stage>_data`` makes a stage's examples of tables; `stage` says what a stage brings to the loop.
 Each stage's ``train_<stage>(config, …, folder, name)`` is called in the driver, leaves a model in `folder` with
 ``history.json`` beside it, and gives figures.
 """

@@ -95,10 +95,10 @@ class ImageTextStage(Stage):
 
         self.config = config
         self.device = device
-        rows = read_input(inputs["captions"]).to_pylist()
-        captions = [row["captions"] for row in rows]
-        self.names = [row["image_uri"] for row in rows]
-        self.sizes = self.costs = [1] * len(rows)
+        images = read_input(inputs["captions"])
+        captions = images["captions"].to_pylist()
+        self.names = images["image_uri"].to_pylist()
+        self.sizes = self.costs = [1] * images.num_rows
         # The loss contrasts the pairs of one forward pass, so its micro-batch is a setting of the model.
         self.micro_batch_budget = config.contrast_size
         vocabulary = read_input(inputs["texts"])["text"].to_pylist()

@@ -135,16 +135,15 @@ def worked_questions(
 
 def vocabulary_texts(worked: pa.Table, documents: Iterable[str]) -> list[str]:
     """The texts that the tokenizer of a model from scratch is made of: all that it, or a reward model, will read."""
-    rows = worked.to_pylist()
-    questions = [row["question"] for row in rows]
+    questions = worked["question"].to_pylist()
     solutions: list[str] = []
-    for row in rows:
-        solutions += [assistant_turn(steps) for steps in row["solutions"]]
+    for question_solutions in worked["solutions"].to_pylist():
+        solutions += map(assistant_turn, question_solutions)
     # Every prompt holds these: as frequent in the vocabulary's texts as they are in use, a word becomes one token.
     frames = [POLICY_SYSTEM]
     for prompt_documents in ((), ("",)):
         frames += [message["content"] for message in prm_messages("", "", prompt_documents)]
-    return [*questions, *solutions, *documents, *(frames * len(rows)), document_block([""] * 9)]
+    return [*questions, *solutions, *documents, *(frames * worked.num_rows), document_block([""] * 9)]
 
 
 def train_policy(
@@ -186,13 +185,19 @@ class PolicyStage(Stage):
         self.adapter = LoraAdapter(self.model, config.lora) if config.lora else None
         self.count_flops = TrainingFlops(self.model)
         self.module = self.model
-        rows = read_input(inputs["worked"]).to_pylist()
-        self.names = [row["question_id"] for row in rows]
-        whole = [self.encode_row(row) for row in rows]
-        self.encoded = [question.within(config.max_length) for question in whole]
-        self.sizes = [len(question.solutions) for question in self.encoded]
-        self.costs = [question.num_tokens for question in self.encoded]
-        self.num_too_long = sum(len(question.solutions) for question in whole) - sum(self.sizes)
+        worked = read_input(inputs["worked"])
+        self.names = worked["question_id"].to_pylist()
+        self.encoded: list[EncodedQuestion] = []
+        self.sizes: list[int] = []
+        self.costs: list[int] = []
+        self.num_too_long = 0
+        for row in worked.to_pylist():
+            whole = self.encode_row(row)
+            question = whole.within(config.max_length)
+            self.encoded.append(question)
+            self.sizes.append(len(question.solutions))
+            self.costs.append(question.num_tokens)
+            self.num_too_long += len(whole.solutions) - len(question.solutions)
 
     def encode_row(self, row: Mapping[str, Any]) -> "EncodedQuestion":
         """A row of the input `worked` as token ids."""

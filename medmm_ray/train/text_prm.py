@@ -118,13 +118,13 @@ class TextPrmStage(Stage):
         self.adapter = LoraAdapter(self.model.text_model, config.lora) if config.lora else None
         self.count_flops = TrainingFlops(self.model.text_model)
         self.module = self.model
-        rows = read_input(inputs["questions"]).to_pylist()
-        self.names = [row["question_id"] for row in rows]
-        self.solutions: list[list[dict[str, Any]]] = [row["solutions"] for row in rows]
-        self.packed = [self._pack(row) for row in rows]
+        questions = read_input(inputs["questions"])
+        self.names = questions["question_id"].to_pylist()
+        self.solutions: list[list[dict[str, Any]]] = questions["solutions"].to_pylist()
+        self.packed = [self._pack(row) for row in questions.to_pylist()]
         self.validation_ids = validation_ids(self.names, config.validation_fraction, config.seed)
         self.costs = [packing.num_tokens for packing in self.packed]
-        self.sizes = [self._num_samples(unit) for unit in range(len(rows))]
+        self.sizes = [self._num_samples(unit) for unit in range(len(self.names))]
         self.num_not_packed = 0
         for packing in self.packed:
             self.num_not_packed += sum(error is not None for error in packing.errors)

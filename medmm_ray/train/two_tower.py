@@ -30,6 +30,7 @@ from medmm_ray.train.text_prm import validation_figures, weighted_loss
 from medmm_ray.train.text_prm_data import group_labels
 from medmm_ray.train.two_tower_data import (
     class_weights,
+    concatenated,
     labels_of_states,
     load_examples,
     positive_rate,
@@ -148,8 +149,9 @@ class TwoTowerStage(Stage):
         self.config = config
         self.device = device
         self.micro_batch_budget = config.micro_batch_tokens
-        self.rows = read_input(inputs["questions"]).to_pylist()
-        self.names = [row["question_id"] for row in self.rows]
+        questions = read_input(inputs["questions"])
+        self.rows = questions.to_pylist()
+        self.names = questions["question_id"].to_pylist()
         states_uris = [uri for name, uri in inputs.items() if name.startswith(_STATES_INPUT)]
         # Several tables: states of sampled solutions and of those that search trees found.
         self.examples, dtype = load_examples(states_uris, self.rows)
@@ -211,10 +213,11 @@ class TwoTowerStage(Stage):
         tokens = {"pooled": [pooled_BW], "patches": [], "both": [pooled_BW]}[self.config.tokens]
         if patches_BPW is not None:
             tokens.append(patches_BPW.flatten(0, 1))
+        states_TD, summaries_TD, _ = concatenated([self.examples[unit] for unit in sample])
         initialize_fusion(
             self.fusion.to(self.device),
-            torch.cat([self.examples[unit].states_TD for unit in sample]).to(self.device, torch.float32),
-            torch.cat([self.examples[unit].summaries_TD for unit in sample]).to(self.device, torch.float32),
+            states_TD.to(self.device, torch.float32),
+            summaries_TD.to(self.device, torch.float32),
             torch.cat(tokens),
         )
 
@@ -306,14 +309,10 @@ class TwoTowerStage(Stage):
         examples = [self.examples[unit] for unit in units]
         num_tags = torch.tensor([len(example.targets_T) for example in examples])
         question_T = torch.repeat_interleave(torch.arange(len(units)), num_tags).to(self.device)
-        delta_TD = self.fusion(
-            torch.cat([example.states_TD for example in examples]).to(self.device),
-            torch.cat([example.summaries_TD for example in examples]).to(self.device),
-            self._features(image_units, units, view),
-            question_T,
-        )
-        log_odds_T: torch.Tensor = torch.cat([example.log_odds_T for example in examples]).to(self.device)
-        return log_odds_T.add(delta_TD.float() @ self.head_D)
+        states_TD, summaries_TD, log_odds_T = concatenated(examples)
+        features = self._features(image_units, units, view)
+        delta_TD = self.fusion(states_TD.to(self.device), summaries_TD.to(self.device), features, question_T)
+        return log_odds_T.to(self.device).add(delta_TD.float() @ self.head_D)
 
     def loss(self, units: Sequence[int], epoch: int) -> "torch.Tensor":
         """Sum over solutions of the mean two-class loss of their labelled steps, each times its class's weight."""

@@ -251,6 +251,20 @@ def _check_finite(rows: Sequence[Mapping[str, Any]], examples: Sequence[TwoTower
         )
 
 
+def concatenated(examples: Sequence[TwoTowerExample]) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
+    """states_TD, summaries_TD and text log_odds_T of several questions, one after another."""
+    import torch
+
+    states: list[torch.Tensor] = []
+    summaries: list[torch.Tensor] = []
+    log_odds: list[torch.Tensor] = []
+    for example in examples:
+        states.append(example.states_TD)
+        summaries.append(example.summaries_TD)
+        log_odds.append(example.log_odds_T)
+    return torch.cat(states), torch.cat(summaries), torch.cat(log_odds)
+
+
 def positive_rate(examples: Sequence[TwoTowerExample]) -> float:
     """The share of right steps among the targets of these questions, as the loss weighs them; 0 without any."""
     positive = sum(float((example.weights_T * example.targets_T).sum()) for example in examples)

@@ -67,7 +67,7 @@ def test_a_failed_copy_leaves_nothing(cache: Path) -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        checkpoints._kept(cache / "model", fail)
+        checkpoints._cached(cache / "model", fail)
     assert list(cache.iterdir()) == []
 
 
@@ -77,9 +77,9 @@ def test_two_makers_at_once(cache: Path) -> None:
 
     def slow(folder: Path) -> None:
         (folder / "weights").write_text("mine")
-        checkpoints._kept(cache / "model", quick)
+        checkpoints._cached(cache / "model", quick)
 
-    made = checkpoints._kept(cache / "model", slow)
+    made = checkpoints._cached(cache / "model", slow)
     assert (made / "weights").read_text() == "the quicker one's"
     assert list(cache.iterdir()) == [made]
 

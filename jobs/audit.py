@@ -9,8 +9,7 @@ the run's folder.
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import pyarrow as pa
 from pyarrow import fs as pafs
@@ -19,7 +18,8 @@ from rich.console import Console
 from jobs.graph import BY_NAME, LABELS, STEPS
 from jobs.recipe import Recipe
 from jobs.step import Job, Run, launch, parser, read_arguments
-from medmm_ray.data.tables import filesystem, write_file
+from medmm_ray.config import JsonObject
+from medmm_ray.data.tables import Manifest, Table, filesystem, write_file
 from medmm_ray.pages.dataset_page import render, summary
 from medmm_ray.steps.audit import audit, require
 
@@ -27,6 +27,7 @@ STEP = BY_NAME["audit"]
 
 
 def run(job: Job) -> None:
+    """Make the artifact `dataset_report`."""
     job.make_artifact("dataset_report", lambda uri: make(job.run, uri))
 
 
@@ -42,49 +43,67 @@ def make(run: Run, uri: str) -> dict[str, float]:
     return {gate["name"]: gate["value"] for gate in report["gates"] if gate["value"] is not None}
 
 
-def report_of(run: Run) -> dict[str, Any]:
+def report_of(run: Run) -> JsonObject:
     """The report of the tables of `run` that are complete, and of the labels so far."""
     tables = {name: run.table(name) for name in STEP.reads if not run.is_left_out(name)}
-    labels = [name for name in (*LABELS, "tree_labels") if name in tables]
-    there = {name: table for name, table in tables.items() if table.is_complete}
-    begun = {name: tables[name].rows_so_far() for name in labels if name not in there}
-    earlier = [step for step in STEPS[: STEPS.index(STEP)] if step.name not in run.recipe.without]
-    made = {name: out for step in earlier for name, out in run.outputs(step).items()}
+    complete = {name: table for name, table in tables.items() if table.is_complete}
+    label_tables = [name for name in (*LABELS, "tree_labels") if name in tables]
 
     def parts(name: str) -> Iterable[pa.Table]:
-        return there[name].stream() if name in there else ()
+        return complete[name].stream() if name in complete else ()
 
     return audit(
         run.recipe.audit,
         questions=run.table("questions").to_arrow(),
         images=run.table("images").to_arrow(),
         solutions=parts("solutions"),
-        labels={name: tables[name].stream() for name in labels},
+        # Of labels in the making those so far are read.
+        labels={name: tables[name].stream() for name in label_tables},
         tree_solutions=parts("tree_solutions"),
-        review_queue=there["review_queue"].to_arrow() if "review_queue" in there else None,
+        review_queue=complete["review_queue"].to_arrow() if "review_queue" in complete else None,
         evidence=parts("evidence"),
-        manifests={name: output.manifest() for name, output in made.items() if output.is_complete},
+        manifests=_manifests(run),
         ledgers=ledgers_of(run),
-        missing=[
-            f"{name} ({begun[name]:,} questions so far)" if begun.get(name) else name
-            for name in tables
-            if name not in there
-        ],
+        missing=_missing(tables, label_tables),
     )
 
 
-def ledgers_of(run: Run) -> dict[str, dict[str, Any]]:
+def _manifests(run: Run) -> dict[str, Manifest]:
+    """The manifests of all that the steps before this one have completed."""
+    manifests = {}
+    for step in STEPS[: STEPS.index(STEP)]:
+        if step.name in run.recipe.without:
+            continue
+        for name, output in run.outputs(step).items():
+            if output.is_complete:
+                manifests[name] = output.manifest()
+    return manifests
+
+
+def _missing(tables: Mapping[str, Table], label_tables: Sequence[str]) -> list[str]:
+    """The names of tables that are not complete, with what there is of labels."""
+    missing = []
+    for name, table in tables.items():
+        if table.is_complete:
+            continue
+        num_questions = table.rows_so_far() if name in label_tables else 0
+        missing.append(f"{name} ({num_questions:,} questions so far)" if num_questions else name)
+    return missing
+
+
+def ledgers_of(run: Run) -> dict[str, JsonObject]:
     """The ledgers of the run's APIs, by the folder of the model."""
     fs, path = filesystem(f"{run.root}/api")
-    found = {}
+    ledgers = {}
     for file in fs.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True)):
         if file.base_name == "ledger.json":
             with fs.open_input_stream(file.path) as stream:
-                found[file.path.split("/")[-2]] = json.loads(stream.read())
-    return found
+                ledgers[file.path.split("/")[-2]] = json.loads(stream.read())
+    return ledgers
 
 
-def write(report: dict[str, Any], *folders: str) -> None:
+def write(report: JsonObject, *folders: str) -> None:
+    """The report as JSON and as a page, in each of the folders."""
     files = {
         "dataset_report.json": json.dumps(report, indent=1, allow_nan=False).encode(),
         "dataset_report.html": render(report).encode(),
@@ -96,6 +115,7 @@ def write(report: dict[str, Any], *folders: str) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> int:
+    """``python -m jobs.audit``: the report of a run as it is; 1 where a gate must pass and fails."""
     arguments = parser("audit", STEP.what)
     arguments.add_argument("--strict", action="store_true", help="end with an error where a gate fails")
     return launch(arguments, words, _main, Recipe, "audit")

@@ -11,6 +11,7 @@ from medmm_ray.steps.curate import confirm, curate, propose, reviewed, thumbnail
 
 
 def run(job: Job) -> None:
+    """Take written questions in, find near duplicates, and write what stays."""
     import ray
 
     images = job.read("raw_images")
@@ -18,11 +19,13 @@ def run(job: Job) -> None:
     questions = reviewed(job.read("raw_questions"), job.read("new_questions"), reviews, job.config)
     proposed, pairs = propose(images, job.config)
     job.waiting = f"pixels of {proposed.num_rows:,} images that may be duplicates"
-    agreed = []
+    duplicates = []
     if proposed.num_rows:
         blocks = ray.get(thumbnails(ray.data.from_arrow(proposed), job.config).to_arrow_refs())
-        agreed = confirm(proposed, pairs, pa.concat_tables(b for b in blocks if b.num_rows), job.config)
-    final = curate(questions, images, agreed, job.config)
+        # An empty block has no columns: it would not fit the others.
+        details = pa.concat_tables(block for block in blocks if block.num_rows)
+        duplicates = confirm(proposed, pairs, details, job.config)
+    final = curate(questions, images, duplicates, job.config)
     job.make_rows("images", final.images, "image_id")
     job.make_rows("questions", final.questions, "question_id", final.figures)
 

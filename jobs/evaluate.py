@@ -2,10 +2,13 @@
 
 import json
 import sys
-from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from jobs.graph import LABELS, STEPS
-from jobs.step import Job, main
+from jobs.step import Job, Run, main
+from medmm_ray.config import JsonObject
 from medmm_ray.data.tables import filesystem, write_file
 from medmm_ray.engines.images import open_image
 from medmm_ray.pages.report import headline, render
@@ -13,25 +16,25 @@ from medmm_ray.steps.evaluate import environment, evaluate
 
 
 def run(job: Job) -> None:
+    """Make the artifact `report`."""
     job.make_artifact("report", lambda uri: make(job, uri))
 
 
 def make(job: Job, uri: str) -> dict[str, float]:
-    solutions, ids = job.read("solutions"), set(job.solutions_of("test")[1])
-    made = [(step, job.run.manifests(step)) for step in STEPS if step.name != "evaluate" and not job.run.skipped(step)]
+    """The report, in the folder `uri` and at the top of the run's; its headline figures."""
+    # Solutions of training questions were learnt from: they are no part of what is measured.
+    _, test_ids = job.solutions_of("test")
+    solutions = job.read("solutions")
     report = evaluate(
         job.config,
         questions=job.read("questions"),
         images=job.read("images"),
-        solutions=solutions.filter([i in ids for i in solutions["question_id"].to_pylist()]),
+        solutions=solutions.filter(pc.is_in(solutions["question_id"], pa.array(test_ids, pa.string()))),
         scores=job.read("scores"),
         labels=[job.read(name) for name in LABELS],
         review_queue=job.read("review_queue"),
         dataset=read_report(job.run.uri("dataset_report")),
-        steps=[
-            {"name": step.name, "rows": sum(m.rows for m in manifests), "seconds": sum(m.seconds for m in manifests)}
-            for step, manifests in made
-        ],
+        steps=_step_entries(job.run),
         environment=environment(),
     )
     files = {
@@ -39,18 +42,36 @@ def make(job: Job, uri: str) -> dict[str, float]:
         "report.html": render(report, open_image).encode(),
     }
     for name, content in files.items():
-        for place in (uri, job.run.root):
-            fs, path = filesystem(f"{place}/{name}")
+        for folder in (uri, job.run.root):
+            fs, path = filesystem(f"{folder}/{name}")
             write_file(fs, path, content)
     return {kind: figure["value"] for _, kind, figure in headline(report)}
 
 
-def read_report(uri: str) -> dict[str, Any]:
+def _step_entries(run: Run) -> list[JsonObject]:
+    """What each other step of the run made, and how long it took."""
+    entries = []
+    for step in STEPS:
+        # This step's own manifest is written after the report.
+        if step.name == "evaluate" or run.skipped(step):
+            continue
+        manifests = run.manifests(step)
+        entries.append(
+            {
+                "name": step.name,
+                "rows": sum(manifest.rows for manifest in manifests),
+                "seconds": sum(manifest.seconds for manifest in manifests),
+            }
+        )
+    return entries
+
+
+def read_report(uri: str) -> JsonObject:
     """The dataset report in the artifact's folder."""
     fs, path = filesystem(f"{uri}/dataset_report.json")
     with fs.open_input_stream(path) as stream:
-        found: dict[str, Any] = json.loads(stream.read())
-    return found
+        report: JsonObject = json.loads(stream.read())
+    return report
 
 
 if __name__ == "__main__":

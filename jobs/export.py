@@ -10,6 +10,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jobs.graph import LABELS, MAKER, TREES
 from jobs.step import Run, launch, load_recipe, parser
@@ -22,42 +23,59 @@ log = logging.getLogger("medmm_ray")
 
 
 def main(words: Sequence[str] | None = None) -> int:
+    """``python -m jobs.export``."""
     arguments = parser("export", str(__doc__))
     return launch(arguments, words, _main, ExportConfig)
 
 
 def _main(arguments: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    mine = [word for word in arguments.overrides if word.partition("=")[0] in ExportConfig.model_fields]
-    config = load(ExportConfig, None, mine)
+    # Overrides of the export's own settings; all others are the recipe's.
+    export_overrides: list[str] = []
+    recipe_overrides: list[str] = []
+    for override in arguments.overrides:
+        name, _, _ = override.partition("=")
+        (export_overrides if name in ExportConfig.model_fields else recipe_overrides).append(override)
+    config = load(ExportConfig, None, export_overrides)
     if config.push and config.format != "hf":
         raise ConfigError("push=... needs format=hf: the hub's folder is what is pushed")
+    # The hub's client uploads files of this machine alone.
     if config.push and "://" in config.to:
         raise ConfigError(f"push=... needs a local folder, to={config.to} is none")
-    others = [word for word in arguments.overrides if word not in mine]
-    run = Run(load_recipe([arguments.recipe, *others] if arguments.recipe else []))
+    run = Run(load_recipe([arguments.recipe, *recipe_overrides] if arguments.recipe else []))
     if "://" not in run.root and not Path(run.root).is_dir():
         raise ConfigError(f"there is no run at {run.root}; 'run' names the output folder of a pipeline")
     tables = tables_of(run)
-    present = {name: table for name, table in vars(tables).items() if isinstance(table, Table)} | dict(tables.labels)
-    made_by = {name: (m.fingerprint, m.config) for name, table in present.items() if (m := table.manifest())}
-    counts = export(tables, config, made_by)
+    counts = export(tables, config, _made_by(tables))
     log.info("%s: %s", config.to, ", ".join(f"{number:,} {name}" for name, number in sorted(counts.items())))
     if config.push:
         log.info("pushed: %s", push(config.to, config.push, config.private))
     return 0
 
 
+def _made_by(tables: Tables) -> dict[str, tuple[str, Any]]:
+    """The fingerprint and the config that each table was made with, by its name."""
+    present = {name: table for name, table in vars(tables).items() if isinstance(table, Table)}
+    present |= dict(tables.labels)
+    made_by = {}
+    for name, table in present.items():
+        manifest = table.manifest()
+        made_by[name] = (manifest.fingerprint, manifest.config)
+    return made_by
+
+
 def tables_of(run: Run) -> Tables:
     """The run's tables that are complete; a `TableError` says that questions or solutions are not."""
     for name in ("questions", "solutions"):
         run.table(name).manifest()
-    found = {name: table for name in OPTIONAL if (table := run.table(name)).is_complete}
+    complete = {}
     for name in OPTIONAL:
-        if name not in found:
+        if run.table(name).is_complete:
+            complete[name] = run.table(name)
+        else:
             log.info("%s: not complete in this run (step %s), exported without it", name, MAKER[name].name)
-    labels = {name: found.pop(name) for name in (*LABELS, "tree_labels") if name in found}
-    return Tables(questions=run.table("questions"), solutions=run.table("solutions"), labels=labels, **found)
+    labels = {name: complete.pop(name) for name in (*LABELS, "tree_labels") if name in complete}
+    return Tables(questions=run.table("questions"), solutions=run.table("solutions"), labels=labels, **complete)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ log = logging.getLogger("medmm_ray")
 
 
 def main(words: Sequence[str] | None = None) -> int:
+    """``python -m jobs.import_labels``."""
     arguments = parser("import_labels", str(__doc__).splitlines()[0])
     return launch(arguments, words, _main)
 
@@ -45,32 +46,46 @@ def _main(arguments: argparse.Namespace) -> int:
 def import_labels(run: Run) -> dict[str, int]:
     """Write the tables; gives the rows of each that was made."""
     source = load_solved(run.recipe.ingest.source)
-    tables = {name: table for name in TABLES if not (table := run.table(name)).is_complete}
-    for table in (run.table(name) for name in TABLES if name not in tables):
-        if table.manifest().config != _said(run):
+    tables = _open_tables(run)
+    curated_ids = set(run.table("questions").to_arrow(["question_id"])["question_id"].to_pylist())
+    # The source is read as a stream: a part of each table is written before the next questions are read.
+    num_dropped = 0
+    filled: set[str] = set()
+    rows = _rows(run, source.solved(request_of(run.recipe.ingest)))
+    while part := list(islice(rows, QUESTIONS_A_PART)):
+        of_curated = {question_id: row for question_id, row in part if question_id in curated_ids}
+        num_dropped += len(part) - len(of_curated)
+        filled |= _write(tables, of_curated)
+    if num_dropped:
+        log.info("%d questions of the source are not in the table questions: curate dropped them", num_dropped)
+    _clear(table for name, table in tables.items() if name not in filled)
+    num_rows = {}
+    for name, table in tables.items():
+        if name in filled:
+            num_rows[name] = _finish(run, table, name, curated_ids)
+    # The steps that would have made these tables count as done only with all that they make.
+    if "expert_labels" in num_rows:
+        job = Job(run, BY_NAME["review"])
+        write_rows(Table(run.uri("review_queue"), ReviewItem), [], job.origin("review_queue"), "question_id")
+    if "tree_solutions" in num_rows:
+        job = Job(run, BY_NAME["tree_search"])
+        write_rows(Table(run.uri("trees"), Tree), [], job.origin("trees"), "question_id")
+    return num_rows
+
+
+def _open_tables(run: Run) -> dict[str, Table]:
+    """The tables that are to be written, empty; raises `TableError` where the pipeline has made one of them."""
+    tables = {}
+    for name in TABLES:
+        table = run.table(name)
+        if not table.is_complete:
+            tables[name] = table
+        elif table.manifest().config != _imported_config(run):
             raise TableError(f"{table.uri} is there already; an import never replaces a table. Name another run=...")
-    wanted = set(run.table("questions").to_arrow(["question_id"])["question_id"].to_pylist())
     _clear(tables.values())
     for table in tables.values():
         table.prepare()
-    dropped = 0
-    used: set[str] = set()
-    rows = _rows(run, source.solved(request_of(run.recipe.ingest)))
-    while part := list(islice(rows, QUESTIONS_A_PART)):
-        kept = {question_id: row for question_id, row in part if question_id in wanted}
-        dropped += len(part) - len(kept)
-        used |= _write(tables, kept)
-    if dropped:
-        log.info("%d questions of the source are not in the table questions: curate dropped them", dropped)
-    _clear(table for name, table in tables.items() if name not in used)
-    made = {name: _finish(run, table, name, wanted) for name, table in tables.items() if name in used}
-    if "expert_labels" in made:
-        job = Job(run, BY_NAME["review"])
-        write_rows(Table(run.uri("review_queue"), ReviewItem), [], job.origin("review_queue"), "question_id")
-    if "tree_solutions" in made:
-        job = Job(run, BY_NAME["tree_search"])
-        write_rows(Table(run.uri("trees"), Tree), [], job.origin("trees"), "question_id")
-    return made
+    return tables
 
 
 def _clear(tables: Iterable[Table]) -> None:
@@ -87,38 +102,46 @@ def _rows(run: Run, solved: Iterator[SolvedQuestion]) -> Iterator[tuple[str, Imp
     folder = f"{run.uri('raw_images')}/files"
     ids = [row.question_id for row in question_rows(data, run.table("raw_images").to_arrow(), config, folder)]
     config_hash, tree_hash = (run.fingerprint(BY_NAME[name]) for name in ("sample", "tree_search"))
-    for question_id, found in zip(ids, solved, strict=True):
-        yield question_id, imported_rows(question_id, found, imported_policy(config.source), config_hash, tree_hash)
+    for question_id, solved_question in zip(ids, solved, strict=True):
+        yield (
+            question_id,
+            imported_rows(question_id, solved_question, imported_policy(config.source), config_hash, tree_hash),
+        )
 
 
 def _write(tables: dict[str, Table], rows: dict[str, ImportedRows]) -> set[str]:
     """One part of each table; gives the names of those that the data set has something for."""
-    used = set()
+    filled = set()
     for name, table in tables.items():
-        if name == "solutions":
-            table.write_part(to_arrow(Solutions, [row.solutions for row in rows.values()]), "question_id")
-            something = any(row.solutions.solutions for row in rows.values())
-        elif name == "tree_solutions":
-            table.write_part(to_arrow(Solutions, [row.tree_solutions for row in rows.values()]), "question_id")
-            something = any(row.tree_solutions.solutions for row in rows.values())
+        if name in ("solutions", "tree_solutions"):
+            solutions: list[Solutions] = [getattr(row, name) for row in rows.values()]
+            table.write_part(to_arrow(Solutions, solutions), "question_id")
+            has_content = any(row.solutions for row in solutions)
         elif name == "evidence":
-            evidence = [row.evidence or _no_evidence(key) for key, row in rows.items()]
+            evidence = [row.evidence or _no_evidence(question_id) for question_id, row in rows.items()]
             table.write_part(to_arrow(Evidence, evidence), "question_id")
-            something = any(row.evidence for row in rows.values())
+            has_content = any(row.evidence for row in rows.values())
         else:
-            found = {key: [asdict(label) for label in row.labels.get(name, ())] for key, row in rows.items()}
-            table.write_part(_exploded(found, table.schema), "question_id", "labels")
-            something = any(found.values())
-        used |= {name} if something else set()
-    return used | ({"tree_labels"} if "tree_solutions" in used else set())  # one step makes both
+            labels = {}
+            for question_id, row in rows.items():
+                labels[question_id] = [asdict(label) for label in row.labels.get(name, ())]
+            table.write_part(_label_rows(labels, table.schema), "question_id", "labels")
+            has_content = any(labels.values())
+        if has_content:
+            filled.add(name)
+    # One step makes both tables of trees: with the one the other counts as made, be it empty.
+    return filled | ({"tree_labels"} if "tree_solutions" in filled else set())
 
 
-def _exploded(found: dict[str, list[dict[str, Any]]], schema: pa.Schema) -> pa.Table:
-    labels = pa.array(list(found.values()), pa.list_(pa.struct(list(schema))))
-    return pa.table({"question_id": pa.array(list(found), pa.string()), "labels": labels})
+def _label_rows(labels: dict[str, list[dict[str, Any]]], schema: pa.Schema) -> pa.Table:
+    """A row a question with the list of its labels, as `Table.write_part` explodes it."""
+    label_type = pa.struct(list(schema))
+    question_ids = pa.array(list(labels), pa.string())
+    lists = pa.array(list(labels.values()), pa.list_(label_type))
+    return pa.table({"question_id": question_ids, "labels": lists})
 
 
-def _said(run: Run) -> dict[str, str]:
+def _imported_config(run: Run) -> dict[str, str]:
     """What the manifest of an imported table has in place of a step's config."""
     return {"imported": run.recipe.ingest.source, "path": run.recipe.ingest.path}
 
@@ -127,10 +150,10 @@ def _no_evidence(question_id: str) -> Evidence:
     return Evidence(question_id=question_id, config_hash="", documents=[], images=[])
 
 
-def _finish(run: Run, table: Table, name: str, wanted: set[str]) -> int:
+def _finish(run: Run, table: Table, name: str, question_ids: set[str]) -> int:
     job = Job(run, MAKER[name])
-    origin = replace(job.origin(name), config=_said(run))
-    manifest = table.finish(origin, "question_id", wanted, job.seconds(), run.recipe.max_error_rate)
+    origin = replace(job.origin(name), config=_imported_config(run))
+    manifest = table.finish(origin, "question_id", question_ids, job.seconds(), run.recipe.max_error_rate)
     job.report(name, manifest)
     return manifest.rows
 

@@ -8,6 +8,7 @@ from medmm_ray.steps.index import build_index
 
 
 def run(job: Job) -> None:
+    """Build both indexes into one artifact."""
     images, documents = job.read("image_vectors"), job.read("document_vectors")
     job.make_artifact("index", lambda uri: build_index(images, documents, job.config, Artifact(uri)))
 

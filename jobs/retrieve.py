@@ -7,6 +7,7 @@ from medmm_ray.steps.retrieve import IMAGE_COLUMNS, Library, retrieve
 
 
 def run(job: Job) -> None:
+    """Look evidence up for every question."""
     library = Library(
         documents=job.read("documents", ["document_id", "text"]),
         images=job.read("images", IMAGE_COLUMNS),

@@ -16,7 +16,7 @@ from rich.text import Text
 from medmm_ray.pages import charts
 from medmm_ray.pages.charts import BLUE, GREEN, GREY, ORANGE, Whisker
 from medmm_ray.pages.report import SOURCE_NAMES, count, fixed, pages, percent, words
-from medmm_ray.steps.audit import spoken, wanted
+from medmm_ray.steps.audit import figure_text, target_text
 
 Row = dict[str, Any]
 STATES = {True: ("✓", "met", BLUE), False: ("✗", "not met", ORANGE), None: ("?", "no figure", GREY)}
@@ -41,8 +41,8 @@ def render(report: Row) -> str:
         tiles=tiles(report),
         states=STATES,
         gauges={gate["name"]: _gauge(gate) for gate in report["gates"]},
-        spoken=spoken,
-        wanted=wanted,
+        spoken=figure_text,
+        wanted=target_text,
         source_name=source_name,
         checks=CHECKS,
         calibration=_calibration(report),
@@ -217,10 +217,10 @@ def summary(report: Row) -> RenderableType:
     styles = {True: "green", False: "bold red", None: "yellow"}
     for gate in report["gates"]:
         known = gate["low"] is not None and gate["unit"] in SCALES
-        ends = f"{spoken(gate['low'], gate['unit'])} – {spoken(gate['high'], gate['unit'])}" if known else ""
+        ends = f"{figure_text(gate['low'], gate['unit'])} – {figure_text(gate['high'], gate['unit'])}" if known else ""
         table.add_row(
             Text(STATES[gate["passed"]][0], styles[gate["passed"]]), gate["title"],
-            Text(spoken(gate["value"], gate["unit"]), styles[gate["passed"]]), ends, wanted(gate),
+            Text(figure_text(gate["value"], gate["unit"]), styles[gate["passed"]]), ends, target_text(gate),
         )  # fmt: skip
     sizes = f"{count(report['coverage']['questions'])} questions, {count(report['steps']['solutions'])} solutions, " \
             f"{count(report['steps']['steps'])} steps"  # fmt: skip

@@ -56,9 +56,9 @@ class CurateConfig(Config):
     max_train: int | None = None
     """Training questions kept at most, chosen by a hash of their ids; none: all."""
     max_test: int | None = None
-    """Test questions kept at most, likewise."""
+    """Test questions kept at most, chosen by a hash of their ids; none: all."""
     seed: int = 0
-    """Decides the new split and what the limits keep."""
+    """Seed of the new split (`leakage: resplit`) and of the choice under `max_train` and `max_test`."""
     batch_size: int = execution(64, ge=1)
     """Images a worker opens at a time."""
     num_cpus: float = execution(0.5)
@@ -92,43 +92,52 @@ def reviewed(questions: pa.Table, written: pa.Table, reviews: pa.Table | None, c
     Of several readers the adjudicator counts, else the majority; where they are even, a written question is rejected
     and the source's own stays. The difficulty becomes the readers'.
     """
-    said = _reviews_of(reviews)
+    verdicts = _verdicts(reviews)
     rows = questions.to_pylist()
-    for row in written.to_pylist() if config.written != "none" else []:
-        kept = said[row["question_id"]].keep if row["question_id"] in said else None
-        unread = kept is None and config.written == "reviewed"
-        rows.append(row | {"error": "question_review: no reader has kept it"} if unread else row)
-    return pa.Table.from_pylist([_with_review(row, said.get(row["question_id"])) for row in rows], questions.schema)
+    if config.written != "none":
+        for row in written.to_pylist():
+            verdict = verdicts.get(row["question_id"])
+            is_unread = verdict is None or verdict.keep is None
+            if is_unread and config.written == "reviewed":
+                row["error"] = "question_review: no reader has kept it"
+            rows.append(row)
+    with_reviews = [_with_review(row, verdicts.get(row["question_id"])) for row in rows]
+    return pa.Table.from_pylist(with_reviews, questions.schema)
 
 
 @dataclass(frozen=True)
-class _Review:
+class _Verdict:
+    """What the readers of a question say together; None where they say nothing."""
+
     keep: bool | None
     difficulty: str | None
 
 
-def _with_review(row: dict[str, Any], said: _Review | None) -> dict[str, Any]:
-    if said is None or row["error"]:
+def _with_review(row: dict[str, Any], verdict: _Verdict | None) -> dict[str, Any]:
+    if verdict is None or row["error"]:
         return row
-    error = "question_review: readers reject it" if said.keep is False else None
-    return row | {"error": error, "difficulty": said.difficulty or row["difficulty"]}
+    error = "question_review: readers reject it" if verdict.keep is False else None
+    return row | {"error": error, "difficulty": verdict.difficulty or row["difficulty"]}
 
 
-def _reviews_of(reviews: pa.Table | None) -> dict[str, _Review]:
+def _verdicts(reviews: pa.Table | None) -> dict[str, _Verdict]:
+    """The readers' verdict on each question that they read."""
     by_question: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in reviews.to_pylist() if reviews is not None else []:
         by_question[row["question_id"]].append(row)
-    found = {}
-    for question_id, rows in by_question.items():
-        rows = [row for row in rows if row["annotator"] == ADJUDICATOR] or rows
-        votes = sum(
-            1 if row["keep"] and row["answer_right"] is not False else -1 for row in rows if row["keep"] is not None
-        )
-        difficulties = Counter(row["difficulty"] for row in rows if row["difficulty"]).most_common(1)
-        found[question_id] = _Review(
-            keep=votes > 0 if votes else None, difficulty=difficulties[0][0] if difficulties else None
-        )
-    return found
+    return {question_id: _verdict(rows) for question_id, rows in by_question.items()}
+
+
+def _verdict(rows: Sequence[dict[str, Any]]) -> _Verdict:
+    """The adjudicator's word, or the majority of all; of an even vote none."""
+    # The adjudicator has the last word: beside his, other reviews do not count.
+    counting = [row for row in rows if row["annotator"] == ADJUDICATOR] or rows
+    balance = 0
+    for row in counting:
+        if row["keep"] is not None:
+            balance += 1 if row["keep"] and row["answer_right"] is not False else -1
+    difficulties = Counter(row["difficulty"] for row in counting if row["difficulty"]).most_common(1)
+    return _Verdict(keep=balance > 0 if balance else None, difficulty=difficulties[0][0] if difficulties else None)
 
 
 # Near duplicates
@@ -139,14 +148,16 @@ def propose(images: pa.Table, config: CurateConfig) -> tuple[pa.Table, NDArray[n
 
     `images` are raw_images rows; those with an error, and repeats of the same bytes, take no part.
     """
-    rows = {r["image_id"]: r for r in _by_uri(images) if not r["error"]}
+    rows = {row["image_id"]: row for row in _by_uri(images) if not row["error"]}
     hashes = [row["perceptual_hash"] for row in rows.values()]
     pairs = near_pairs(hashes, config.hash_distance) if config.near_duplicates else np.empty((0, 2), np.int64)
-    asked, flat = np.unique(pairs, return_inverse=True)
-    ids, uris = list(rows), [row["uri"] for row in rows.values()]
-    schema = pa.schema([("image_id", pa.string()), ("uri", pa.string())])
-    table = pa.Table.from_pylist([{"image_id": ids[i], "uri": uris[i]} for i in asked], schema=schema)
-    return table, flat.reshape(pairs.shape).astype(np.int64)
+    in_question, place_in_table = np.unique(pairs, return_inverse=True)
+    proposed_rows = list(rows.values())
+    table = pa.Table.from_pylist(
+        [proposed_rows[index] for index in in_question],
+        schema=pa.schema([("image_id", pa.string()), ("uri", pa.string())]),
+    )
+    return table, place_in_table.reshape(pairs.shape).astype(np.int64)
 
 
 def near_pairs(hashes: Sequence[str], distance: int) -> NDArray[np.int64]:
@@ -155,15 +166,16 @@ def near_pairs(hashes: Sequence[str], distance: int) -> NDArray[np.int64]:
     Compared in blocks with packed bits: 10,000 hashes take about a second, 100,000 about a minute.
     """
     packed = np.array([int(text, 16) for text in hashes], dtype=np.uint64)
-    found = [np.empty((0, 2), np.int64)]
+    blocks = [np.empty((0, 2), np.int64)]
     for top in range(0, len(packed), _BLOCK):
         rows = packed[top : top + _BLOCK, None]
-        for left in range(top, len(packed), _BLOCK):
-            near = np.bitwise_count(rows ^ packed[None, left : left + _BLOCK]) <= distance
+        # Blocks left of the diagonal hold the same pairs the other way round.
+        for start in range(top, len(packed), _BLOCK):
+            near = np.bitwise_count(rows ^ packed[None, start : start + _BLOCK]) <= distance
             i, j = np.nonzero(near)
-            pairs = np.stack([i + top, j + left], axis=1)
-            found.append(pairs[pairs[:, 0] < pairs[:, 1]])
-    return np.concatenate(found)
+            pairs = np.stack([i + top, j + start], axis=1)
+            blocks.append(pairs[pairs[:, 0] < pairs[:, 1]])
+    return np.concatenate(blocks)
 
 
 def thumbnails(ds: "Dataset", config: CurateConfig) -> "Dataset":
@@ -174,6 +186,7 @@ def thumbnails(ds: "Dataset", config: CurateConfig) -> "Dataset":
 
 
 def thumbnail_batch(batch: pa.Table) -> pa.Table:
+    """A batch of rows with `image_id` and `uri` as rows of `thumbnails`."""
     rows: list[dict[str, Any]] = []
     for row in batch.to_pylist():
         try:
@@ -189,6 +202,7 @@ def detail(picture: PIL.Image.Image) -> NDArray[np.float32]:
 
     Anatomy that all pictures of a kind share is smooth; what tells two of them apart is not.
     """
+    # Greyscale and small: recompression and scaling leave it as it is.
     small = picture.convert("L").resize((THUMBNAIL, THUMBNAIL), PIL.Image.Resampling.BILINEAR)
     blurred = small.filter(ImageFilter.BoxBlur(_BLUR))
     fine = np.asarray(small, dtype=np.float32) - np.asarray(blurred, dtype=np.float32)
@@ -201,18 +215,24 @@ def confirm(
     proposed: pa.Table, pairs: NDArray[np.int64], details: pa.Table, config: CurateConfig
 ) -> list[tuple[str, str]]:
     """The proposed pairs of image ids whose thumbnails (rows of `thumbnails`, in any order) agree."""
-    stored = {r["image_id"]: r["detail"] for r in details.to_pylist()}
+    # Ray returns rows in any order.
+    detail_of = {row["image_id"]: row["detail"] for row in details.to_pylist()}
     ids = proposed["image_id"].to_pylist()
-    missing = [i for i in ids if i not in stored]
-    if missing:
-        raise TableError(f"{len(missing)} of {len(ids)} thumbnails are missing, e.g. {missing[0]}; run curate again")
+    missing_ids = [image_id for image_id in ids if image_id not in detail_of]
+    if missing_ids:
+        raise TableError(
+            f"{len(missing_ids)} of {len(ids)} thumbnails are missing, e.g. {missing_ids[0]}; run curate again"
+        )
+    # A picture that could not be opened agrees with none: its detail is all 0.
     blank = np.zeros(THUMBNAIL * THUMBNAIL, np.float32).tobytes()
-    matrix = np.frombuffer(b"".join(stored[i] or blank for i in ids), np.float32).reshape(len(ids), THUMBNAIL**2)
-    agreed: list[tuple[str, str]] = []
+    content = b"".join(detail_of[image_id] or blank for image_id in ids)
+    details_ND = np.frombuffer(content, np.float32).reshape(len(ids), THUMBNAIL**2)
+    confirmed: list[tuple[str, str]] = []
     for chunk in np.array_split(pairs, max(1, len(pairs) // _BLOCK)):
-        alike = np.einsum("pd,pd->p", matrix[chunk[:, 0]], matrix[chunk[:, 1]]) >= config.pixel_correlation
-        agreed += [(ids[i], ids[j]) for i, j in chunk[alike].tolist()]
-    return agreed
+        correlation = np.einsum("pd,pd->p", details_ND[chunk[:, 0]], details_ND[chunk[:, 1]])
+        alike = chunk[correlation >= config.pixel_correlation]
+        confirmed += [(ids[i], ids[j]) for i, j in alike.tolist()]
+    return confirmed
 
 
 # Cleaning
@@ -223,23 +243,30 @@ def curate(
 ) -> Curated:
     """Raw questions and images to final ones; `duplicates` are confirmed pairs of image ids."""
     figures: Counter[str] = Counter()
-    kept_images, merged = _merge_images(images, duplicates, figures)
-    kept = _merge_questions(_usable(questions, figures), merged, figures)
-    groups = picture_groups(kept)
-    resplit = config.leakage == "resplit"
-    kept = _resplit(kept, groups, config) if resplit else _drop_leaks(kept, groups, figures)
-    kept = _limit(kept, config, figures)
-    final_images = _placed(kept, kept_images, figures)
+    unique_images, merged_id = _merge_images(images, duplicates, figures)
+    unique = _merge_questions(_usable(questions, figures), merged_id, figures)
+    groups = picture_groups(unique)
+    if config.leakage == "resplit":
+        without_leaks = _resplit(unique, groups, config)
+    else:
+        without_leaks = _drop_leaks(unique, groups, figures)
+    final_questions = _limit(without_leaks, config, figures)
+    final_images = _split_images(final_questions, unique_images, figures)
+    split_sizes = Counter(question.split for question in final_questions)
+    image_split_sizes = Counter(image.split for image in final_images)
     for split in ("train", "test"):
-        figures[f"{split}_questions"] = sum(q.split == split for q in kept)
-        figures[f"{split}_images"] = sum(i.split == split for i in final_images)
-    if not kept:
+        figures[f"{split}_questions"] = split_sizes[split]
+        figures[f"{split}_images"] = image_split_sizes[split]
+    # An empty table would only fail in a later step, where nothing says why.
+    if not final_questions:
         reasons = ", ".join(f"{name} {number}" for name, number in sorted(figures.items()) if number)
         raise TableError(f"curate leaves none of {questions.num_rows} questions ({reasons}); see raw_questions.error")
-    return Curated(questions=kept, images=final_images, figures={k: float(v) for k, v in sorted(figures.items())})
+    sorted_figures = {name: float(number) for name, number in sorted(figures.items())}
+    return Curated(questions=final_questions, images=final_images, figures=sorted_figures)
 
 
 def _usable(questions: pa.Table, figures: Counter[str]) -> list[Question]:
+    """The questions without an error; the others are counted."""
     usable = []
     for row in questions.to_pylist():
         if row["error"]:
@@ -250,6 +277,7 @@ def _usable(questions: pa.Table, figures: Counter[str]) -> list[Question]:
 
 
 def _by_uri(images: pa.Table) -> list[dict[str, Any]]:
+    """The rows in an order that the table's own does not change."""
     return sorted(images.to_pylist(), key=lambda row: str(row["uri"]))
 
 
@@ -268,23 +296,28 @@ def _merge_images(
             figures["images_same_bytes"] += 1
         else:
             unique[row["image_id"]] = from_dict(Image, row)
-    merged: dict[str, str] = {}
+    merged_id: dict[str, str] = {}
+    # Copies of copies: A like B and B like C make one picture of all three.
     for group in components(unique, duplicates):
-        best = min(group, key=lambda i: (-unique[i].width * unique[i].height, i))
-        merged |= dict.fromkeys(group, best)
-    figures["images_near_duplicate"] = len(unique) - len(set(merged.values()))
-    return {i: unique[i] for i in sorted(set(merged.values()))}, merged
+        largest = min(group, key=lambda image_id: (-unique[image_id].width * unique[image_id].height, image_id))
+        merged_id |= dict.fromkeys(group, largest)
+    final_ids = sorted(set(merged_id.values()))
+    figures["images_near_duplicate"] = len(unique) - len(final_ids)
+    return {image_id: unique[image_id] for image_id in final_ids}, merged_id
 
 
-def _merge_questions(questions: Sequence[Question], merged: Mapping[str, str], figures: Counter[str]) -> list[Question]:
+def _merge_questions(
+    questions: Sequence[Question], merged_id: Mapping[str, str], figures: Counter[str]
+) -> list[Question]:
     """Questions about merged images, each once: of repeats a test question, else the lowest id, stays."""
     unique: dict[str, Question] = {}
+    # Test questions come first, so that of a repeat the one in training leaves.
     for question in sorted(questions, key=lambda q: (q.split != "test", q.question_id)):
-        about = replace(question, image_ids=[merged[i] for i in question.image_ids])
-        key = digest(normalise(about.question), [normalise(o) for o in about.options], about.image_ids)
-        first = unique.setdefault(key, about)
-        if first is not about:
-            same = normalise(first.answer) == normalise(about.answer)
+        question = replace(question, image_ids=[merged_id[image_id] for image_id in question.image_ids])
+        options = [normalise(option) for option in question.options]
+        first = unique.setdefault(digest(normalise(question.question), options, question.image_ids), question)
+        if first is not question:
+            same = normalise(first.answer) == normalise(question.answer)
             figures["questions_repeated" if same else "questions_repeated_other_answer"] += 1
     return sorted(unique.values(), key=lambda q: q.question_id)
 
@@ -297,12 +330,25 @@ def picture_groups(questions: Sequence[Question]) -> dict[str, str]:
 
     The name is the group's lowest image id; a question without a picture is a group of its own.
     """
-    edges = [(q.image_ids[0], other) for q in questions for other in q.image_ids[1:]]
-    leader = {i: min(group) for group in components({i for q in questions for i in q.image_ids}, edges) for i in group}
-    return {q.question_id: leader[q.image_ids[0]] if q.image_ids else q.question_id for q in questions}
+    image_ids: set[str] = set()
+    edges: list[tuple[str, str]] = []
+    for question in questions:
+        image_ids.update(question.image_ids)
+        # Edges from its first image to each further one join the images of a question.
+        edges += [(question.image_ids[0], further) for further in question.image_ids[1:]]
+    group_of_image: dict[str, str] = {}
+    for component in components(image_ids, edges):
+        group_of_image |= dict.fromkeys(component, component[0])
+    groups = {}
+    for question in questions:
+        has_image = bool(question.image_ids)
+        groups[question.question_id] = group_of_image[question.image_ids[0]] if has_image else question.question_id
+    return groups
 
 
 def _resplit(questions: Sequence[Question], groups: Mapping[str, str], config: CurateConfig) -> list[Question]:
+    """The questions with new splits; all of a group get the one that a hash of its name decides."""
+
     def split(group: str) -> str:
         share = int(digest("split", config.seed, group), 16) / 16**16
         return "test" if share < config.test_fraction else "train"
@@ -312,32 +358,37 @@ def _resplit(questions: Sequence[Question], groups: Mapping[str, str], config: C
 
 def _drop_leaks(questions: Sequence[Question], groups: Mapping[str, str], figures: Counter[str]) -> list[Question]:
     """The questions less those of training whose group has a test question."""
-    tested = {groups[q.question_id] for q in questions if q.split == "test"}
-    kept = [q for q in questions if q.split == "test" or groups[q.question_id] not in tested]
-    figures["questions_leaked"] = len(questions) - len(kept)
-    return kept
+    test_groups = {groups[q.question_id] for q in questions if q.split == "test"}
+    clean = [q for q in questions if q.split == "test" or groups[q.question_id] not in test_groups]
+    # The test split stays as its source made it: figures of it can be compared with others' of the same data set.
+    figures["questions_leaked"] = len(questions) - len(clean)
+    return clean
 
 
 def _limit(questions: Sequence[Question], config: CurateConfig, figures: Counter[str]) -> list[Question]:
+    """At most `max_train` and `max_test` questions, chosen by a hash of their ids."""
     by_split: defaultdict[str, list[Question]] = defaultdict(list)
     for question in questions:
         by_split[question.split].append(question)
-    kept: list[Question] = []
+    within: list[Question] = []
     for split, members in by_split.items():
         limit = {"train": config.max_train, "test": config.max_test}.get(split)
         chosen = sorted(members, key=lambda q: digest("limit", config.seed, q.question_id))[:limit]
         figures[f"questions_over_limit_{split}"] = len(members) - len(chosen)
-        kept += chosen
-    return sorted(kept, key=lambda q: q.question_id)
+        within += chosen
+    return sorted(within, key=lambda q: q.question_id)
 
 
-def _placed(questions: Sequence[Question], images: Mapping[str, Image], figures: Counter[str]) -> list[Image]:
-    """The images with the split of their questions; one without a question stays if its source calls it training's."""
-    splits = {i: q.split for q in questions for i in q.image_ids}
-    placed = [replace(image, split=splits.get(i, image.split)) for i, image in images.items()]
-    kept = [image for image in placed if image.image_id in splits or image.split == "train"]
-    figures["images_without_question"] = len(placed) - len(kept)
-    return kept
+def _split_images(questions: Sequence[Question], images: Mapping[str, Image], figures: Counter[str]) -> list[Image]:
+    """The images in the split of their questions; one without a question stays if its source calls it training's."""
+    # Pictures without a question serve the image tower and as references: in training alone.
+    split_of: dict[str, str] = {}
+    for question in questions:
+        split_of |= dict.fromkeys(question.image_ids, question.split)
+    in_split = [replace(image, split=split_of.get(image_id, image.split)) for image_id, image in images.items()]
+    useful = [image for image in in_split if image.image_id in split_of or image.split == "train"]
+    figures["images_without_question"] = len(in_split) - len(useful)
+    return useful
 
 
 def components(nodes: Iterable[str], edges: Iterable[tuple[str, str]]) -> list[list[str]]:
@@ -350,9 +401,10 @@ def components(nodes: Iterable[str], edges: Iterable[tuple[str, str]]) -> list[l
             node = parent[node]
         return node
 
-    for one, other in edges:
-        low, high = sorted((root(one), root(other)))
+    for first, second in edges:
+        low, high = sorted((root(first), root(second)))
         parent[high] = low
+    # The root of a component is its lowest node, so that its members come in the order of the nodes.
     members: defaultdict[str, list[str]] = defaultdict(list)
     for node in sorted(parent):
         members[root(node)].append(node)

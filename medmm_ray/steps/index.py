@@ -28,6 +28,7 @@ def build_index(
     parts = {"images": image_vectors, "documents": document_vectors}
     figures = {}
     out.prepare()
+    # FAISS writes local files alone; from there they go to any filesystem.
     with tempfile.TemporaryDirectory() as folder:
         for name, rows in parts.items():
             ids, vectors_ND = unit_vectors(rows)
@@ -46,6 +47,7 @@ def unit_vectors(rows: pa.Table) -> tuple[list[str], Vectors]:
     widths = set(pc.list_value_length(rows["vector"]).to_pylist())
     if len(widths) > 1:
         raise TableError(f"vectors of widths {sorted(widths)} in one table: two models made them; embed again with one")
+    # One copy of the values, without a Python object a number.
     flat = rows["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     width = widths.pop() if widths else 0
     return rows["item_id"].to_pylist(), flat.reshape(len(rows), width).astype(np.float32, copy=False)

@@ -11,7 +11,7 @@ the hashes of its images, so questions are made after them. A row that is not us
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 VERSION = 4  # of what a step makes: raise it when the same config makes something else
 Draw = Callable[[str, int], PIL.Image.Image]
 WORKED = "worked"
+"""The policy of worked solutions."""
+SOURCE_COLUMNS = ("uri", "split", "modality", "diagnosis", "annotation")
+"""What a source says of an image before its file is opened."""
 
 
 class IngestConfig(Config):
@@ -57,7 +60,7 @@ class IngestConfig(Config):
     hardness: Hardness = Hardness()
     """phantom: how hard the pictures are to read."""
     seed: int = 0
-    """phantom: which cases are drawn."""
+    """phantom: seed of the cases that are drawn."""
     batch_size: int = execution(64, ge=1)
     """Images a worker opens at a time."""
     num_cpus: float = execution(0.5, ge=0)
@@ -72,6 +75,7 @@ def read_source(config: IngestConfig) -> SourceData:
 
 
 def request_of(config: IngestConfig) -> SourceRequest:
+    """What the config asks of its source."""
     return SourceRequest(
         path=config.path,
         documents_path=config.documents_path,
@@ -90,12 +94,11 @@ def request_of(config: IngestConfig) -> SourceRequest:
 def image_table(data: SourceData, folder: str) -> pa.Table:
     """The images to inspect, one row each, keyed by `uri`; drawn ones will lie below `folder`."""
     rows = [{**asdict(image), "uri": _uri(data, folder, image.uri)} for image in data.images]
-    uris = [row["uri"] for row in rows]
-    if len(set(uris)) < len(uris):
-        repeated = next(uri for uri in uris if uris.count(uri) > 1)
-        raise TableError(f"the source lists the image {repeated} more than once; each file may be listed once")
-    names = ("uri", "split", "modality", "diagnosis", "annotation")
-    return pa.Table.from_pylist(rows, schema=pa.schema([(name, pa.string()) for name in names]))
+    counts = Counter(row["uri"] for row in rows)
+    repeated = [uri for uri, count in counts.items() if count > 1]
+    if repeated:
+        raise TableError(f"the source lists the image {repeated[0]} more than once; each file may be listed once")
+    return pa.Table.from_pylist(rows, schema=pa.schema([(name, pa.string()) for name in SOURCE_COLUMNS]))
 
 
 def inspect_images(ds: "Dataset", config: IngestConfig, draw: Draw | None = None) -> "Dataset":
@@ -112,6 +115,7 @@ def inspect_images(ds: "Dataset", config: IngestConfig, draw: Draw | None = None
 
 
 def inspect_batch(batch: pa.Table, draw: Draw | None = None, size: int = 64) -> pa.Table:
+    """A batch of `image_table` as Image rows; drawn pictures have `size` pixels a side."""
     return to_arrow(Image, [inspect_image(row, draw, size) for row in batch.to_pylist()])
 
 
@@ -120,7 +124,8 @@ def inspect_image(row: dict[str, Any], draw: Draw | None = None, size: int = 64)
     import imagehash
 
     uri = row["uri"]
-    known = {name: row[name] for name in ("uri", "split", "modality", "diagnosis", "annotation")}
+    from_source = {name: row[name] for name in SOURCE_COLUMNS}
+    # A file that is missing or broken is a row with an error, not the end of the step.
     try:
         content = _draw(draw, row, size) if draw else read_bytes(uri)
         picture = decode_image(content, uri)
@@ -131,7 +136,7 @@ def inspect_image(row: dict[str, Any], draw: Draw | None = None, size: int = 64)
             perceptual_hash="",
             width=0,
             height=0,
-            **known,
+            **from_source,
             error=str(error),
         )
     sha256 = hashlib.sha256(content).hexdigest()
@@ -141,15 +146,17 @@ def inspect_image(row: dict[str, Any], draw: Draw | None = None, size: int = 64)
         perceptual_hash=str(imagehash.phash(picture)),
         width=picture.width,
         height=picture.height,
-        **known,
+        **from_source,
     )
 
 
 def _draw(draw: Draw, row: dict[str, Any], size: int) -> bytes:
+    """The picture of a row, drawn and written to its uri, as PNG."""
     stream = io.BytesIO()
     draw(row["annotation"], size).save(stream, "PNG")
     content = stream.getvalue()
     fs, path = filesystem(row["uri"])
+    # Every worker makes the folder: there is no order among them.
     fs.create_dir(path.rpartition("/")[0], recursive=True)
     write_file(fs, path, content)
     return content
@@ -167,53 +174,76 @@ def question_rows(data: SourceData, images: pa.Table, config: IngestConfig, fold
 
     A question that occurs again (same text, options, images) gets an id of its own; `curate` decides which one stays.
     """
-    known = {row["uri"]: row for row in images.select(["uri", "image_id", "sha256", "error"]).to_pylist()}
-    names: set[str] = set()
+    inspected = {row["uri"]: row for row in images.select(["uri", "image_id", "sha256", "error"]).to_pylist()}
+    earlier_names: set[str] = set()
     occurrences: Counter[str] = Counter()
     rows = []
     for question in data.questions:
         uris = [_uri(data, folder, uri) for uri in question.images]
-        found = [known.get(uri, {"image_id": f"im{digest(uri)}", "sha256": "", "error": None}) for uri in uris]
-        content = [f["sha256"] or f["image_id"] for f in found]
+        of_question = [inspected.get(uri) or _unknown_image(uri) for uri in uris]
         source = question.source or config.source
-        parts = [source, question.question, list(question.options), content]
-        key = digest(*parts)
-        count = occurrences[key]
-        occurrences[key] += 1
-        own = question.question_id if question.name not in names else ""
+        # By content, so that a file may move; what cannot be read is known by its uri.
+        hashes = [image["sha256"] or image["image_id"] for image in of_question]
+        content = (source, question.question, list(question.options), hashes)
+        content_hash = digest(*content)
+        repeats = occurrences[content_hash]
+        occurrences[content_hash] += 1
+        question_id = f"q{digest(*content, repeats) if repeats else content_hash}"
+        # A name that the source has twice names neither: the later question gets an id from its content.
+        is_repeated_name = question.name in earlier_names
+        earlier_names.add(question.name)
         try:
-            if question.name in names:
+            if is_repeated_name:
                 raise RowError("duplicate_id", f"the source has {question.name!r} more than once; each id names one")
-            answer, error = checked_answer(question), question.error
-            for uri, image in zip(uris, found, strict=True):
-                if uri not in known:
-                    raise RowError("image_unknown", f"{uri} is none of the source's images")
-                if image["error"]:
-                    error = f"upstream: {error_kind(image['error'])} in {uri}"
+            answer = checked_answer(question)
+            error = _image_fault(of_question, inspected) or question.error
         except RowError as fault:
             answer, error = question.answer, str(fault)
-        names.add(question.name)
-        rows.append(
-            Question(
-                question_id=own or f"q{digest(*parts, count) if count else key}",
-                source=source,
-                split=question.split,
-                modality=question.modality,
-                difficulty=question.difficulty,
-                question=question.question,
-                options=list(question.options),
-                answer=answer,
-                answer_type=question.answer_type,
-                image_ids=[f["image_id"] for f in found],
-                error=error,
-            )
-        )
+        if question.question_id and not is_repeated_name:
+            question_id = question.question_id
+        image_ids = [image["image_id"] for image in of_question]
+        rows.append(_question_row(question, question_id, source, image_ids, answer, error))
     return rows
+
+
+def _question_row(
+    question: SourceQuestion, question_id: str, source: str, image_ids: list[str], answer: str, error: str | None
+) -> Question:
+    return Question(
+        question_id=question_id,
+        source=source,
+        split=question.split,
+        modality=question.modality,
+        difficulty=question.difficulty,
+        question=question.question,
+        options=list(question.options),
+        answer=answer,
+        answer_type=question.answer_type,
+        image_ids=image_ids,
+        error=error,
+    )
+
+
+def _unknown_image(uri: str) -> dict[str, Any]:
+    """What stands for an image that the source does not list."""
+    return {"uri": uri, "image_id": f"im{digest(uri)}", "sha256": "", "error": None}
+
+
+def _image_fault(of_question: Sequence[dict[str, Any]], inspected: Container[str]) -> str | None:
+    """The error of the last image that has one; raises `RowError` for an image that the source does not list."""
+    fault = None
+    for image in of_question:
+        if image["uri"] not in inspected:
+            raise RowError("image_unknown", f"{image['uri']} is none of the source's images")
+        if image["error"]:
+            fault = f"upstream: {error_kind(image['error'])} in {image['uri']}"
+    return fault
 
 
 def checked_answer(question: SourceQuestion) -> str:
     """The answer as `Question.answer` holds it; raises `RowError` where question, options and answer do not fit."""
-    answer, options = question.answer.strip(), list(question.options)
+    # Messages name the question by its id in the source: its text may be a patient's.
+    answer = question.answer.strip()
     if not question.question.strip():
         raise RowError("question_empty", f"question {question.name!r} has no text")
     if question.answer_type == "open":
@@ -224,18 +254,23 @@ def checked_answer(question: SourceQuestion) -> str:
         if answer.lower() not in ("yes", "no"):
             raise RowError("answer_not_yes_no", f"the answer of {question.name!r} is neither yes nor no")
         return answer.lower()
+    return _checked_letter(question.name, list(question.options), answer)
+
+
+def _checked_letter(name: str, options: list[str], answer: str) -> str:
+    """The letter of the option that `answer` names by its letter or its text."""
     if not 2 <= len(options) <= len(LETTERS):
-        raise RowError("options_missing", f"{question.name!r} has {len(options)} options; 2 to {len(LETTERS)} are due")
+        raise RowError("options_missing", f"{name!r} has {len(options)} options; 2 to {len(LETTERS)} are due")
     if not all(option.strip() for option in options):
-        raise RowError("options_missing", f"one of the {len(options)} options of {question.name!r} has no text")
-    plain = [_plain(option) for option in options]
-    if len(set(plain)) < len(plain):
-        raise RowError("options_repeated", f"two of the {len(options)} options of {question.name!r} are the same")
-    if answer in LETTERS[: len(options)] and len(answer) == 1:
+        raise RowError("options_missing", f"one of the {len(options)} options of {name!r} has no text")
+    plain_options = [_plain(option) for option in options]
+    if len(set(plain_options)) < len(options):
+        raise RowError("options_repeated", f"two of the {len(options)} options of {name!r} are the same")
+    if len(answer) == 1 and answer in LETTERS[: len(options)]:
         return answer
-    if _plain(answer) in plain:
-        return LETTERS[plain.index(_plain(answer))]
-    raise RowError("answer_not_in_options", f"the answer of {question.name!r} is none of its {len(options)} options")
+    if _plain(answer) in plain_options:
+        return LETTERS[plain_options.index(_plain(answer))]
+    raise RowError("answer_not_in_options", f"the answer of {name!r} is none of its {len(options)} options")
 
 
 def _plain(text: str) -> str:
@@ -245,11 +280,13 @@ def _plain(text: str) -> str:
 
 def document_rows(data: SourceData) -> list[Document]:
     """The documents, each content once."""
-    rows = [
-        Document(document_id=f"d{digest(d.corpus, d.title, d.text)}", corpus=d.corpus, title=d.title, text=d.text)
-        for d in data.documents
-    ]
-    return list({row.document_id: row for row in rows}.values())
+    rows: dict[str, Document] = {}
+    for document in data.documents:
+        document_id = f"d{digest(document.corpus, document.title, document.text)}"
+        rows[document_id] = Document(
+            document_id=document_id, corpus=document.corpus, title=document.title, text=document.text
+        )
+    return list(rows.values())
 
 
 def demonstration_rows(data: SourceData, questions: Sequence[Question], config: IngestConfig) -> list[Solutions]:
@@ -259,10 +296,13 @@ def demonstration_rows(data: SourceData, questions: Sequence[Question], config: 
     """
     config_hash = digest(identity(config))
     rows = []
+    # Of training questions alone: what the policy learns must not come from those that it is measured on.
     for source, question in zip(data.questions, questions, strict=True):
         if not source.worked or question.split != "train" or question.error:
             continue
-        solutions = [_worked(question, config_hash, index, list(steps)) for index, steps in enumerate(source.worked)]
+        solutions = []
+        for index, steps in enumerate(source.worked):
+            solutions.append(_worked_solution(question, config_hash, index, list(steps)))
         rows.append(
             Solutions(
                 question_id=question.question_id,
@@ -275,7 +315,7 @@ def demonstration_rows(data: SourceData, questions: Sequence[Question], config: 
     return rows
 
 
-def _worked(question: Question, config_hash: str, index: int, steps: list[str]) -> Solution:
+def _worked_solution(question: Question, config_hash: str, index: int, steps: list[str]) -> Solution:
     text = join_steps(steps)
     return Solution(
         solution_id=f"s{digest(question.question_id, WORKED, config_hash, index)}",

@@ -35,11 +35,11 @@ class RetrieveConfig(Config):
     duplicate_similarity: float = 0.9999
     """Cosine similarity from which a reference image counts as a duplicate of the question's own and is passed over."""
     batch_size: int = execution(256, ge=1)
-    """Questions that are looked up at once."""
+    """Questions that one copy of the index looks up at a time."""
     num_actors: int = execution(1)
     """Most copies of the index that work at the same time."""
     num_cpus: float = execution(0.5)
-    """CPUs that one copy holds."""
+    """Logical CPU cores one copy asks for."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ def retrieve(ds: "Dataset", config: RetrieveConfig, library: Library, index_fold
     import ray
     from ray.data import ActorPoolStrategy
 
+    # The object store holds them once a node, however many actors read them.
     tables = (library.documents, library.images, library.query_vectors, library.image_vectors)
     return ds.map_batches(
         _RetrieveActor,
@@ -96,15 +97,17 @@ class Retriever:
         self.config_hash = digest(identity(config))
         self.document_index = Index.load(folder / "documents")
         self.image_index = Index.load(folder / "images")
+        # Texts stay in Arrow until a document is retrieved.
         self.texts = dict(zip(library.documents["document_id"].to_pylist(), library.documents["text"], strict=True))
         self.images = {row["image_id"]: row for row in library.images.select(IMAGE_COLUMNS).to_pylist()}
         self.query_vectors = _Vectors(library.query_vectors)
         self.image_vectors = _Vectors(library.image_vectors)
 
     def evidence(self, questions: pa.Table) -> pa.Table:
-        """Evidence rows of Question rows. An image without a vector leaves its question with documents and an error."""
+        """Question rows -> Evidence rows. An image without a vector leaves its question with documents and an error."""
         rows = questions.select(["question_id", "image_ids", "error"]).to_pylist()
         faults = {i: f"upstream: {row['error']}" for i, row in enumerate(rows) if row["error"]}
+        # Only what has a vector is looked up, by the question's place in the batch.
         texts: dict[int, Vectors] = {}
         pictures: dict[int, Vectors] = {}
         for i, row in enumerate(rows):
@@ -120,28 +123,34 @@ class Retriever:
         documents = nearest(self.document_index, texts, self.config.num_documents)
         eligible = {i: self._eligible(rows[i]["image_ids"]) for i in pictures}
         references = nearest(self.image_index, pictures, self.config.num_images, eligible)
-        found = [
-            Evidence(
-                question_id=row["question_id"],
-                config_hash=self.config_hash,
-                documents=[self._document(*found) for found in documents.get(i, [])],
-                images=[self._image(*found) for found in references.get(i, [])],
-                error=faults.get(i),
+        evidence = []
+        for i, row in enumerate(rows):
+            evidence.append(
+                Evidence(
+                    question_id=row["question_id"],
+                    config_hash=self.config_hash,
+                    documents=[self._document(*hit) for hit in documents.get(i, [])],
+                    images=[self._image(*hit) for hit in references.get(i, [])],
+                    error=faults.get(i),
+                )
             )
-            for i, row in enumerate(rows)
-        ]
-        return to_arrow(Evidence, found)
+        return to_arrow(Evidence, evidence)
 
-    def _eligible(self, own_ids: Sequence[str]) -> Callable[[str], bool]:
-        """Which images may be references of a question whose own images are `own_ids`."""
-        own_hashes = {self.images[i]["sha256"] for i in own_ids if i in self.images}
-        own_ND = np.stack([self.image_vectors.get(i) for i in own_ids if i in self.image_vectors])
+    def _eligible(self, question_image_ids: Sequence[str]) -> Callable[[str], bool]:
+        """Which images may be references of a question with these images of its own."""
+        hashes = {self.images[i]["sha256"] for i in question_image_ids if i in self.images}
+        vectors_ND = np.stack([self.image_vectors.get(i) for i in question_image_ids if i in self.image_vectors])
 
         def eligible(image_id: str) -> bool:
             image = self.images.get(image_id)
-            if image is None or image["split"] != TRAIN or image_id in own_ids or image["sha256"] in own_hashes:
+            if image is None or image["split"] != TRAIN:
                 return False
-            return float((own_ND @ self.image_vectors.get(image_id)).max()) < self.config.duplicate_similarity
+            # The picture itself, under its own name or as a copy of the same bytes.
+            if image_id in question_image_ids or image["sha256"] in hashes:
+                return False
+            # Or as a copy in other bytes (recompressed): nothing else is as near.
+            similarity = float((vectors_ND @ self.image_vectors.get(image_id)).max())
+            return similarity < self.config.duplicate_similarity
 
         return eligible
 
@@ -163,17 +172,18 @@ def nearest(
 
     Fewer than `k` only where the index holds no more: a search that lost too many to `eligible` is widened.
     """
-    found: dict[int, list[tuple[str, float]]] = {i: [] for i in queries}
+    hits: dict[int, list[tuple[str, float]]] = {i: [] for i in queries}
     pending = sorted(queries)
+    # A few more than asked for, as the query's own image and its copies are among the nearest.
     fetch = k + 4
     while pending:
         ids, similarities = index.search(np.stack([queries[i] for i in pending]), fetch)
         for i, names, values in zip(pending, ids, similarities, strict=True):
-            passed = eligible[i] if eligible else _anything
-            found[i] = [(name, value) for name, value in zip(names, values, strict=True) if passed(name)][:k]
-        pending = [i for i in pending if len(found[i]) < k and fetch < len(index)]
+            passes = eligible[i] if eligible else _anything
+            hits[i] = [hit for hit in zip(names, values, strict=True) if passes(hit[0])][:k]
+        pending = [i for i in pending if len(hits[i]) < k and fetch < len(index)]
         fetch *= 4
-    return found
+    return hits
 
 
 def _anything(_: str) -> bool:

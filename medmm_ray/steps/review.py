@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 VERSION = 3  # of what a step makes: raise it when the same config makes something else
 SURE, UNSURE, DISAGREE = 0, 1, 2
 DISAGREEMENT = ("sure", "unsure", "disagree")  # the judge is; it is not; judges differ, or Monte Carlo contradicts
-RANDOM = "random"
+NOT_DRAWN, BY_STRATUM, AT_RANDOM = 0, 1, 2
+RANDOM = "random"  # the stratum of what was drawn from all steps alike
 # The label source and the annotators of a truth that the source of the pictures knows.
 TRUTH_SOURCE = "phantom"
 EXPERT, TRUTH = "phantom-expert", "phantom-truth"
@@ -53,7 +54,7 @@ class ReviewConfig(Config):
     """How many steps an expert reads, and who the expert is."""
 
     review_steps: int = Field(1000, ge=0)
-    """Steps in the queue, at most; a step that two strata draw counts twice."""
+    """Steps in the queue, at most; a step that two strata draw_steps counts twice."""
     random_share: float = Field(0.2, ge=0, le=1)
     """Share of the queue that is drawn from all steps alike."""
     expert: Literal["phantom", "none", "readers"] = "phantom"
@@ -63,11 +64,11 @@ class ReviewConfig(Config):
     truth_splits: Splits = ("test",)
     """phantom: splits whose solutions get the truth of every step."""
     seed: int = 0
-    """Start of the drawing."""
+    """Seed of the drawing of the queue."""
     batch_size: int = execution(32, ge=1)
-    """Questions in one call."""
+    """Questions that an actor labels at a time."""
     num_cpus: float = execution(0.5)
-    """Logical CPUs of an actor."""
+    """Logical CPU cores an actor asks for."""
     num_actors: int = execution(2)
     """Most actors at a time."""
 
@@ -93,84 +94,130 @@ def queue(
     Needs question_id and solutions; question_id, difficulty, modality; and the labels tables whole.
     """
     steps = steps_of(drop_texts(solutions))
-    disagreement = disagreement_of(steps, judge_labels, monte_carlo_labels)
-    place = pc.index_in(solutions["question_id"], questions["question_id"].combine_chunks())
-    groups = pc.binary_join_element_wise(
-        questions["difficulty"].take(place), questions["modality"].take(place), "/"
-    ).to_pylist()
-    texts, numbers = np.unique(np.array(groups, dtype=np.str_), return_inverse=True)  # sorted: rows come in any order
-    group = numbers[steps.question][steps.solution]
-    stratum = group * len(DISAGREEMENT) + disagreement
-    ids = steps.solution_ids.to_pylist()
-    chance = step_chances(ids, config.seed, steps)
+    level = disagreement_levels(steps, judge_labels, monte_carlo_labels)
+    group_names, group = _groups_of_steps(steps, solutions, questions)
+    # A share is drawn from all steps alike: strata that the labels misjudge stay represented.
+    solution_ids = steps.solution_ids.to_pylist()
     num_random = round(config.random_share * config.review_steps)
-    drawn, probability = draw(stratum, chance, config.review_steps - num_random, num_random)
-    by_stratum = drawn == 1
+    drawn_by, probability = draw_steps(
+        group * len(DISAGREEMENT) + level,
+        step_chances(solution_ids, config.seed, steps),
+        num_stratified=config.review_steps - num_random,
+        num_random=num_random,
+    )
     question_ids = solutions["question_id"].to_pylist()
-    items = [
-        ReviewItem(
-            question_id=question_ids[steps.question[steps.solution[row]]],
-            solution_id=ids[steps.solution[row]],
-            step_index=int(steps.index[row]),
-            stratum=f"{texts[group[row]]}/{DISAGREEMENT[disagreement[row]]}" if by_stratum[row] else RANDOM,
-            inclusion_probability=float(probability[row]),
+    items = []
+    for row in np.flatnonzero(drawn_by):
+        solution = steps.solution[row]
+        stratum = f"{group_names[group[row]]}/{DISAGREEMENT[level[row]]}"
+        items.append(
+            ReviewItem(
+                question_id=question_ids[steps.question[solution]],
+                solution_id=solution_ids[solution],
+                step_index=int(steps.index[row]),
+                stratum=stratum if drawn_by[row] == BY_STRATUM else RANDOM,
+                inclusion_probability=float(probability[row]),
+            )
         )
-        for row in np.flatnonzero(drawn)
-    ]
     return sorted(items, key=lambda item: (item.question_id, item.solution_id, item.step_index))
 
 
-def disagreement_of(steps: Steps, judge_labels: pa.Table, monte_carlo_labels: pa.Table) -> Ints:
+def _groups_of_steps(steps: Steps, solutions: pa.Table, questions: pa.Table) -> tuple[Sequence[str], Ints]:
+    """The names difficulty/modality, and for each step the number of its question's."""
+    question_row = pc.index_in(solutions["question_id"], questions["question_id"].combine_chunks())
+    difficulty = questions["difficulty"].take(question_row)
+    modality = questions["modality"].take(question_row)
+    names_of_questions = pc.binary_join_element_wise(difficulty, modality, "/").to_pylist()
+    # Sorted names give the same strata in any order of rows.
+    names, number = np.unique(np.array(names_of_questions, dtype=np.str_), return_inverse=True)
+    return names.tolist(), number[steps.question][steps.solution]
+
+
+# What is disputed
+
+
+def disagreement_levels(steps: Steps, judge_labels: pa.Table, monte_carlo_labels: pa.Table) -> Ints:
     """SURE, UNSURE or DISAGREE for each step; one without labels is UNSURE, as is one where any judge is.
 
     Judges disagree where one calls a step right and another wrong. The judge (several: their majority) speaks of a step
     and Monte Carlo of the prefix that ends there, which the judge calls wrong from its first wrong step on.
     """
-    right, wrong, low, looked = _said_of_steps(steps, judge_labels)
-    judged, rolled = _codes(steps, judge_labels, "judge"), _codes(steps, monte_carlo_labels, "monte_carlo")
-    wrong_so_far = np.cumsum(judged == WRONG)
-    wrong_before = np.where(steps.first > 0, wrong_so_far[steps.first - 1], 0) if len(judged) else wrong_so_far
-    prefix = np.where(wrong_so_far - wrong_before[steps.solution] == 0, RIGHT, WRONG)
-    disagree = (right & wrong) | ((judged >= WRONG) & (rolled >= WRONG) & (prefix != rolled))
-    return np.where(disagree, DISAGREE, np.where(low | ~looked, UNSURE, SURE))
+    judges = _judge_marks(steps, judge_labels)
+    judge_codes = _codes(steps, judge_labels, "judge")
+    monte_carlo_codes = _codes(steps, monte_carlo_labels, "monte_carlo")
+    both_labelled = (judge_codes >= WRONG) & (monte_carlo_codes >= WRONG)
+    contradicted = both_labelled & (_prefix_verdicts(steps, judge_codes) != monte_carlo_codes)
+    disputed = (judges.right & judges.wrong) | contradicted
+    unsure = judges.low_confidence | ~judges.looked_at
+    return np.where(disputed, DISAGREE, np.where(unsure, UNSURE, SURE))
+
+
+def _prefix_verdicts(steps: Steps, codes: Codes) -> Codes:
+    """RIGHT or WRONG for the prefix that ends at each step: wrong from the solution's first wrong step on."""
+    num_wrong = np.cumsum(codes == WRONG)
+    if not len(codes):
+        return codes
+    before_solution = np.where(steps.first > 0, num_wrong[steps.first - 1], 0)
+    wrong_in_prefix = num_wrong - before_solution[steps.solution]
+    return np.where(wrong_in_prefix == 0, RIGHT, WRONG).astype(np.int8)
 
 
 def _codes(steps: Steps, labels: pa.Table, source: str) -> Codes:
     """What the annotators of `source` say of each step together."""
-    own = encode_labels(labels.filter(pc.equal(labels["source"], source)).combine_chunks())
-    found = source_labels(steps, own)
-    return found[source].codes if source in found else np.full(len(steps.solution), UNLABELLED, dtype=np.int8)
+    of_source = encode_labels(labels.filter(pc.equal(labels["source"], source)).combine_chunks())
+    by_source = source_labels(steps, of_source)
+    if source not in by_source:
+        return np.full(len(steps.solution), UNLABELLED, dtype=np.int8)
+    return by_source[source].codes
 
 
-def _said_of_steps(steps: Steps, labels: pa.Table) -> list[NDArray[np.bool_]]:
+@dataclass(frozen=True)
+class _JudgeMarks:
     """Whether any judge calls each step right, wrong, says so with low confidence, and looked at it at all."""
-    own = labels.filter(pc.and_(pc.equal(labels["source"], "judge"), pc.is_null(labels["error"]))).combine_chunks()
-    flat = pc.list_flatten(own["steps"].combine_chunks())
-    label, confidence = flat.field("label"), flat.field("confidence")
-    masks = (
-        pc.equal(label, RIGHT),
-        pc.equal(label, WRONG),
-        pc.equal(confidence, "low"),
-        pc.or_(pc.is_valid(label), pc.is_valid(confidence)),
+
+    right: NDArray[np.bool_]
+    wrong: NDArray[np.bool_]
+    low_confidence: NDArray[np.bool_]
+    looked_at: NDArray[np.bool_]
+
+
+def _judge_marks(steps: Steps, labels: pa.Table) -> _JudgeMarks:
+    usable = pc.and_(pc.equal(labels["source"], "judge"), pc.is_null(labels["error"]))
+    of_judges = labels.filter(usable).combine_chunks()
+    entries = pc.list_flatten(of_judges["steps"].combine_chunks())
+    label, confidence = entries.field("label"), entries.field("confidence")
+    places = align_labels(steps, of_judges)
+
+    # Several judges label a step: an entry a judge, where source codes would hold their majority.
+    def any_of_step(mask: pa.Array) -> NDArray[np.bool_]:
+        """A mask of label entries as one of steps."""
+        marked = np.asarray(pc.fill_null(mask, False), dtype=bool)[places.entry]
+        of_steps = np.zeros(len(steps.solution), dtype=bool)
+        of_steps[places.row[marked]] = True
+        return of_steps
+
+    return _JudgeMarks(
+        right=any_of_step(pc.equal(label, RIGHT)),
+        wrong=any_of_step(pc.equal(label, WRONG)),
+        low_confidence=any_of_step(pc.equal(confidence, "low")),
+        looked_at=any_of_step(pc.or_(pc.is_valid(label), pc.is_valid(confidence))),
     )
-    found = align_labels(steps, own)
-    said = []
-    for mask in masks:
-        any_ = np.zeros(len(steps.solution), dtype=bool)
-        any_[found.row[np.asarray(pc.fill_null(mask, False), dtype=bool)[found.entry]]] = True
-        said.append(any_)
-    return said
+
+
+# The drawing
 
 
 def step_chances(solution_ids: Sequence[str], seed: int, steps: Steps) -> NDArray[np.float64]:
     """Two independent numbers in [0, 1) a step, [2, num_steps], that depend on the seed and the step's id alone."""
-    hashes = np.array(
-        [int.from_bytes(hashlib.blake2b(f"{seed}/{i}".encode(), digest_size=8).digest(), "big") for i in solution_ids],
-        dtype=np.uint64,
-    )
-    base = hashes[steps.solution] + (2 * steps.index).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    both = np.stack([base, base + np.uint64(0x9E3779B97F4A7C15)])
+    digests = [hashlib.blake2b(f"{seed}/{i}".encode(), digest_size=8).digest() for i in solution_ids]
+    hashes = np.array([int.from_bytes(digest, "big") for digest in digests], dtype=np.uint64)
+    # Each solution is a stream of splitmix64 that its hash starts; a step takes two of its numbers.
+    first = hashes[steps.solution] + (2 * steps.index).astype(np.uint64) * _GOLDEN_GAMMA
+    both = np.stack([first, first + _GOLDEN_GAMMA])
     return (_mix(both) >> np.uint64(11)).astype(np.float64) / 2.0**53
+
+
+_GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -180,39 +227,51 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
-def draw(
+def draw_steps(
     stratum: Ints, chance: NDArray[np.float64], num_stratified: int, num_random: int
 ) -> tuple[Ints, NDArray[np.float64]]:
     """Draw steps from strata alike and from all of them, both without replacement.
 
-    Gives for each step 0 (not drawn), 1 (by its stratum) or 2 (by the random stratum alone), and its probability to be
-    drawn by either: 1 − (1 − n_h / N_h)(1 − n_random / N).
+    `stratum` [N] numbers the stratum of each step, `chance` [2, N] are two numbers in [0, 1) each. Gives for each step
+    NOT_DRAWN, BY_STRATUM or AT_RANDOM (by the random stratum alone), and its probability to be drawn by either:
+    1 − (1 − n_h / N_h)(1 − n_random / N).
     """
     total = len(stratum)
     if not total:
         return np.zeros(0, dtype=np.int64), np.zeros(0)
+    # Strata without a step get no share.
     names, member = np.unique(stratum, return_inverse=True)
     sizes = np.bincount(member, minlength=len(names))
-    shares = np.array(allocate(sizes.tolist(), num_stratified))
+    shares = np.array(allocate_draws(sizes.tolist(), num_stratified))
+    # The rank of each step within its stratum, by its first chance.
     order = np.lexsort((chance[0], member))
+    stratum_start = np.cumsum(sizes) - sizes
     rank = np.empty(total, dtype=np.int64)
-    rank[order] = np.arange(total) - (np.cumsum(sizes) - sizes)[member[order]]
-    stratified = rank < shares[member]
+    rank[order] = np.arange(total) - stratum_start[member[order]]
+    by_stratum = rank < shares[member]
     num_random = min(num_random, total)
-    random_ = np.zeros(total, dtype=bool)
-    random_[np.argsort(chance[1], kind="stable")[:num_random]] = True
-    probability = 1.0 - (1.0 - (shares / sizes)[member]) * (1.0 - num_random / total)
-    return np.where(stratified, 1, np.where(random_, 2, 0)), probability
+    at_random = np.zeros(total, dtype=bool)
+    at_random[np.argsort(chance[1], kind="stable")[:num_random]] = True
+    # The two drawings are independent: a step is missed where both miss it.
+    missed_by_stratum = 1.0 - (shares / sizes)[member]
+    probability = 1.0 - missed_by_stratum * (1.0 - num_random / total)
+    drawn_by = np.where(by_stratum, BY_STRATUM, np.where(at_random, AT_RANDOM, NOT_DRAWN))
+    return drawn_by, probability
 
 
-def allocate(sizes: Sequence[int], budget: int) -> list[int]:
-    """Deal `budget` draws evenly over strata of `sizes`; what a small stratum cannot use goes to the others."""
+def allocate_draws(sizes: Sequence[int], budget: int) -> list[int]:
+    """Deal `budget` draws evenly over strata of `sizes`; what a small stratum cannot use goes to the larger ones."""
     shares = [0] * len(sizes)
-    left = min(budget, sum(sizes))
-    for position, number in enumerate(sorted(range(len(sizes)), key=lambda i: (sizes[i], i))):
-        shares[number] = min(sizes[number], left // (len(sizes) - position))
-        left -= shares[number]
+    # Smallest first: what a stratum cannot take is dealt among those that are left.
+    remaining = min(budget, sum(sizes))
+    smallest_first = sorted(range(len(sizes)), key=lambda number: (sizes[number], number))
+    for position, number in enumerate(smallest_first):
+        shares[number] = min(sizes[number], remaining // (len(sizes) - position))
+        remaining -= shares[number]
     return shares
+
+
+# The expert
 
 
 def review(
@@ -263,6 +322,7 @@ class Expert:
         self.annotations = dict(zip(images["image_id"].to_pylist(), images["annotation"].to_pylist(), strict=True))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        """Rows of solutions with their question's columns -> question_id and labels."""
         labels = to_arrow_lists(Labels, [self.label(row) for row in batch.to_pylist()])
         return pa.table({"question_id": batch["question_id"], "labels": labels})
 
@@ -275,14 +335,13 @@ class Expert:
         gold = GoldAnswer(row["options"], row["answer"])
         labels = []
         for solution in row["solutions"]:
-            asked = self.queue.get(solution["solution_id"])
-            if asked:
-                labels.append(truth_labels(row["question_id"], solution, picture, gold, "expert", EXPERT, asked))
+            # The expert reads single steps of the queue, the truth whole solutions: they are labels of two sources.
+            queued = self.queue.get(solution["solution_id"])
+            if queued:
+                labels.append(truth_labels(row["question_id"], solution, picture, gold, "expert", EXPERT, queued))
             if row["split"] in self.config.truth_splits:
-                everything = range(len(solution["steps"]))
-                labels.append(
-                    truth_labels(row["question_id"], solution, picture, gold, TRUTH_SOURCE, TRUTH, everything)
-                )
+                all_steps = range(len(solution["steps"]))
+                labels.append(truth_labels(row["question_id"], solution, picture, gold, TRUTH_SOURCE, TRUTH, all_steps))
         return labels
 
 
@@ -293,19 +352,19 @@ def truth_labels(
     gold: GoldAnswer,
     source: str,
     annotator: str,
-    asked: Iterable[int],
+    indices: Iterable[int],
 ) -> Labels:
-    """The truth of the `asked` steps of a solution; the other steps are empty."""
-    wanted = set(asked)
+    """The truth of a solution's steps of these `indices`; the other steps are empty."""
+    looked_at = set(indices)
+    steps = []
+    for index, step in enumerate(solution["steps"]):
+        steps.append(truth_label(picture.truth(step, gold)) if index in looked_at else StepLabel())
     return Labels(
         question_id=question_id,
         solution_id=solution["solution_id"],
         source=source,
         annotator=annotator,
-        steps=[
-            truth_label(picture.truth(step, gold)) if index in wanted else StepLabel()
-            for index, step in enumerate(solution["steps"])
-        ],
+        steps=steps,
         cost=0.0,
     )
 

@@ -9,7 +9,7 @@ from medmm_ray.stats.agreement import QueuedSteps, agreement, first_errors, pref
 from medmm_ray.stats.grouped_stats import Groups, Resampling
 from medmm_ray.stats.label_arrays import NEUTRAL, RIGHT, UNLABELLED, WRONG, Codes, Steps, drop_texts, steps_of
 from medmm_ray.stats.metrics import cohen_kappa, kappa_of_counts
-from medmm_ray.steps.review import draw
+from medmm_ray.steps.review import draw_steps
 from tests.stats.test_label_arrays import question, solution
 
 HOW = Resampling(200, 0)
@@ -130,7 +130,7 @@ def test_the_weighted_kappa_covers_the_truth_where_the_plain_one_is_biased() -> 
     whole = cohen_kappa_score(judge, truth)
     plain, weighted, covered = [], [], 0
     for _ in range(100):
-        drawn, probability = draw(unsure.astype(np.int64), rng.random((2, num)), 320, 80)
+        drawn, probability = draw_steps(unsure.astype(np.int64), rng.random((2, num)), 320, 80)
         row = np.flatnonzero(drawn)
         expert = np.full(num, UNLABELLED, dtype=np.int8)
         expert[row] = truth[row]

@@ -27,7 +27,7 @@ from medmm_ray.data.records import (
 )
 from medmm_ray.data.tables import Manifest, Provenance, write_rows
 from medmm_ray.pages.dataset_page import render
-from medmm_ray.steps.audit import AuditConfig, GateError, audit, require, spoken, wanted
+from medmm_ray.steps.audit import AuditConfig, GateError, audit, figure_text, require, target_text
 from medmm_ray.steps.audit.cost import cost_figures
 from medmm_ray.steps.audit.gates import _gate, gates
 from medmm_ray.steps.audit.leakage import leakage
@@ -280,8 +280,8 @@ def test_gates_at_their_edges(
 ) -> None:
     figure = {"value": value, "low": value, "high": value}
     gate = _gate("judge_expert_kappa", "title", "kappa", figure, target)
-    assert gate["passed"] is passed
-    assert bool(gate["advice"]) is (passed is not True)
+    assert gate.passed is passed
+    assert bool(gate.advice) is (passed is not True)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_a_gate_is_certain_where_its_interval_lies_on_one_side(
         {"value": (low + high) / 2 + 0.2 * (low == 0.1), "low": low, "high": high},
         (0.7, 0.8),
     )
-    assert (gate["passed"], gate["certain"]) == (passed, certain)
+    assert (gate.passed, gate.certain) == (passed, certain)
 
 
 def test_all_gates_of_a_small_dataset() -> None:
@@ -325,7 +325,7 @@ def test_all_gates_of_a_small_dataset() -> None:
 
 
 def test_figures_and_targets_in_words() -> None:
-    words = {gate["name"]: (spoken(gate["value"], gate["unit"]), wanted(gate)) for gate in report()["gates"]}
+    words = {gate["name"]: (figure_text(gate["value"], gate["unit"]), target_text(gate)) for gate in report()["gates"]}
     assert words == {
         "judge_expert_kappa": ("0.000", "> 0.8"),
         "positive_share": ("62.5 %", "70–80 %"),
@@ -336,8 +336,8 @@ def test_figures_and_targets_in_words() -> None:
         "leakage": ("0", "none"),
         "cost": ("$1.25", "≤ $3,000"),
     }
-    assert spoken(-0.25, "kappa") == "−0.250"
-    assert spoken(None, "kappa") == "–"
+    assert figure_text(-0.25, "kappa") == "−0.250"
+    assert figure_text(None, "kappa") == "–"
 
 
 def test_required_gates_fail_with_the_figures_and_unknown_ones_do_not() -> None:

@@ -18,9 +18,9 @@ from medmm_ray.steps.review import (
     UNSURE,
     Expert,
     ReviewConfig,
-    allocate,
-    disagreement_of,
-    draw,
+    allocate_draws,
+    disagreement_levels,
+    draw_steps,
     queue,
     step_chances,
 )
@@ -65,13 +65,13 @@ def test_disagreement_comes_from_both_sources() -> None:
         labels("s1", "judge", [1, 1, 1, 1], "low"),
     ]
     rolled = [labels("s1", "monte_carlo", [None, 0, 1, None]), labels("s2", "monte_carlo", [0, 0, 1, 0])]
-    found = disagreement_of(steps_of(drop_texts(TABLE)), to_arrow(Labels, judge), to_arrow(Labels, rolled))
+    found = disagreement_levels(steps_of(drop_texts(TABLE)), to_arrow(Labels, judge), to_arrow(Labels, rolled))
     # Of s2 the judge calls step 1 wrong: the lost prefixes 1 and 3 are no contradiction, the good prefix 2 is one.
     assert found.tolist() == [UNSURE, DISAGREE, UNSURE, UNSURE, DISAGREE, SURE, DISAGREE, SURE, UNSURE]
     sliced = to_arrow(Labels, judge).slice(1)
-    assert disagreement_of(steps_of(drop_texts(TABLE)), sliced, to_arrow(Labels, rolled)).tolist() == found.tolist()
+    assert disagreement_levels(steps_of(drop_texts(TABLE)), sliced, to_arrow(Labels, rolled)).tolist() == found.tolist()
     nothing = to_arrow(Labels, [])
-    assert disagreement_of(steps_of(drop_texts(TABLE)), nothing, nothing).tolist() == [UNSURE] * 9
+    assert disagreement_levels(steps_of(drop_texts(TABLE)), nothing, nothing).tolist() == [UNSURE] * 9
 
 
 def test_judges_that_differ_disagree_and_failed_or_foreign_rows_say_nothing() -> None:
@@ -82,23 +82,23 @@ def test_judges_that_differ_disagree_and_failed_or_foreign_rows_say_nothing() ->
     failed = replace(labels("s2", "judge", [0, 0, 0, 0], "high"), error="refused: no")
     foreign = labels("s3", "expert", [0], "high")
     nothing = to_arrow(Labels, [])
-    found = disagreement_of(own, to_arrow(Labels, [first, second, failed, foreign]), nothing)
+    found = disagreement_levels(own, to_arrow(Labels, [first, second, failed, foreign]), nothing)
     assert found.tolist() == [SURE, DISAGREE, SURE, SURE] + [UNSURE] * 5
-    found = disagreement_of(own, to_arrow(Labels, [first, unsure]), nothing)
+    found = disagreement_levels(own, to_arrow(Labels, [first, unsure]), nothing)
     assert found.tolist() == [UNSURE, DISAGREE, UNSURE, UNSURE] + [UNSURE] * 5
     # Where judges tie there is no verdict that Monte Carlo could contradict, before it and behind it there is one.
     rolled = [labels("s1", "monte_carlo", [0, None, 1, 1]), labels("s1", "tree_search", [0] * 4),
               replace(labels("s2", "monte_carlo", [0] * 4), error="engine: died")]  # fmt: skip
-    found = disagreement_of(own, to_arrow(Labels, [first, second]), to_arrow(Labels, rolled))
+    found = disagreement_levels(own, to_arrow(Labels, [first, second]), to_arrow(Labels, rolled))
     assert found.tolist() == [DISAGREE, DISAGREE, SURE, SURE] + [UNSURE] * 5
 
 
 def test_draws_are_dealt_evenly_and_small_strata_give_theirs_away() -> None:
-    assert allocate([100, 100, 100], 30) == [10, 10, 10]
-    assert allocate([2, 100, 100], 30) == [2, 14, 14]
-    assert allocate([2, 3, 1], 30) == [2, 3, 1]
-    assert sum(allocate([7, 100, 3, 50], 41)) == 41
-    assert allocate([], 10) == []
+    assert allocate_draws([100, 100, 100], 30) == [10, 10, 10]
+    assert allocate_draws([2, 100, 100], 30) == [2, 14, 14]
+    assert allocate_draws([2, 3, 1], 30) == [2, 3, 1]
+    assert sum(allocate_draws([7, 100, 3, 50], 41)) == 41
+    assert allocate_draws([], 10) == []
 
 
 def test_chances_depend_on_the_step_alone() -> None:
@@ -128,17 +128,17 @@ def test_inclusion_probabilities_are_the_shares_drawn() -> None:
     rng = np.random.default_rng(0)
     times = np.zeros(24)
     for _ in range(3000):
-        drawn, probability = draw(stratum, rng.random((2, 24)), num_stratified=6, num_random=6)
+        drawn, probability = draw_steps(stratum, rng.random((2, 24)), num_stratified=6, num_random=6)
         times += drawn > 0
     assert probability[0] == pytest.approx(1 - (1 - 3 / 20) * (1 - 6 / 24))
     assert probability[-1] == pytest.approx(1 - (1 - 3 / 4) * (1 - 6 / 24))
     assert abs(times / 3000 - probability).max() < 0.04
-    drawn, _ = draw(stratum, rng.random((2, 24)), num_stratified=6, num_random=0)
+    drawn, _ = draw_steps(stratum, rng.random((2, 24)), num_stratified=6, num_random=0)
     assert [int((drawn[stratum == s] == 1).sum()) for s in (0, 1)] == [3, 3]
 
 
 def test_nothing_to_draw_from() -> None:
-    drawn, probability = draw(np.array([], dtype=np.int64), np.zeros((2, 0)), 5, 5)
+    drawn, probability = draw_steps(np.array([], dtype=np.int64), np.zeros((2, 0)), 5, 5)
     assert (len(drawn), len(probability)) == (0, 0)
 
 

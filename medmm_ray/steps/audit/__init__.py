@@ -11,31 +11,30 @@ Measured: 10,000 questions x 64 solutions x 8 steps with four label sources take
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from medmm_ray.config import Config, execution, identity
+from medmm_ray.config import Config, JsonObject, execution, identity
 from medmm_ray.data.records import Labels, Solutions, arrow_schema
 from medmm_ray.data.tables import Manifest
 from medmm_ray.stats.agreement import agreement, queued_steps
-from medmm_ray.stats.grouped_stats import Groups, Resampling
-from medmm_ray.stats.label_arrays import Codes, Steps, drop_texts, encode_labels, source_labels, steps_of
+from medmm_ray.stats.grouped_stats import Groups, Resampling, easy_first
+from medmm_ray.stats.label_arrays import WRONG, Codes, Steps, drop_texts, encode_labels, source_labels, steps_of
 from medmm_ray.stats.targets import AfterFirstError
 from medmm_ray.steps.audit.cost import cost_figures
-from medmm_ray.steps.audit.gates import GateError, gates, require, spoken, wanted
+from medmm_ray.steps.audit.gates import GateError, figure_text, gates, require, target_text
 from medmm_ray.steps.audit.labels import balance
 from medmm_ray.steps.audit.leakage import leakage
-from medmm_ray.steps.audit.sampling import coverage, easy_first, sampling, step_counts, trees
+from medmm_ray.steps.audit.sampling import coverage, sampling, step_counts, trees
 from medmm_ray.steps.audit.yields import Yields
 
 VERSION = 2  # of what a step makes: raise it when the same config makes something else
-__all__ = ["AuditConfig", "GateError", "audit", "require", "spoken", "wanted"]
+__all__ = ["AuditConfig", "GateError", "audit", "figure_text", "require", "target_text"]
 
-Row = dict[str, Any]
 Range = tuple[float, float]
 
 
@@ -88,60 +87,76 @@ def audit(
     review_queue: pa.Table | None = None,
     evidence: Iterable[pa.Table] = (),
     manifests: Mapping[str, Manifest] | None = None,
-    ledgers: Mapping[str, Row] | None = None,
+    ledgers: Mapping[str, JsonObject] | None = None,
     missing: Sequence[str] = (),
-) -> Row:
+) -> JsonObject:
     """The report. `solutions`, `tree_solutions`, `evidence` and each table of `labels` come in parts, held only while
-    they are read. What the policy was asked for and how often it is right is told of `solutions` alone, all else of
+    they are read. What the policy was asked for and how often it is right is said of `solutions` alone, all else of
     both.
 
-    `manifests` are those of the complete tables, by name; `ledgers` those of the run's APIs, by model; `missing`
-    names the tables that are not there yet.
+    `manifests` are those of the complete tables, by name; `ledgers` those of the run's APIs, by model;
+    `missing` names the tables that are not there yet.
     """
-    made = dict(manifests or {})
-    sampled, grown = _thin(solutions), _thin(tree_solutions)
-    drawn, found = _found(questions, sampled), _found(questions, pa.concat_tables([sampled, grown]))
-    steps, correct, groups = found.steps, found.correct, found.groups
+    sampled_rows, tree_rows = _without_texts(solutions), _without_texts(tree_solutions)
+    sampled = _grouped(questions, sampled_rows)
+    solved = _grouped(questions, pa.concat_tables([sampled_rows, tree_rows]))
+    steps, groups = solved.steps, solved.groups
+    # Texts are let go part by part: what stays of a label row is one code a step, and the rows that `yields` samples.
     yields = Yields(steps, config.yield_solutions, config.after_first_error)
-    parts: list[pa.Table] = []
-    costs = {"solutions": pc.sum(sampled["cost"]).as_py() or 0.0}
-    for table, rows in labels.items():
-        for part in rows:
+    costs = {"solutions": pc.sum(sampled_rows["cost"]).as_py() or 0.0}
+    encoded_parts: list[pa.Table] = []
+    for table, parts in labels.items():
+        for part in parts:
             costs[table] = costs.get(table, 0.0) + (pc.sum(part["cost"]).as_py() or 0.0)
             yields.keep(part)
-            parts.append(encode_labels(part))
-    by_source = source_labels(steps, _concat(parts, encode_labels(arrow_schema(Labels).empty_table())))
+            encoded_parts.append(encode_labels(part))
+    no_labels = encode_labels(arrow_schema(Labels).empty_table())
+    by_source = source_labels(steps, _concat(encoded_parts, no_labels))
+    codes = {source: of_source.codes for source, of_source in by_source.items()}
     queue = queued_steps(steps, review_queue) if review_queue is not None and review_queue.num_rows else None
     resampling = Resampling(config.bootstrap_samples, config.seed)
-    speaking = (s for s in config.sources if s in by_source and (by_source[s].codes >= 0).any())
+    manifests = manifests or {}
     report = {
         "title": config.title,
         "config": identity(config),
         "missing": list(missing),
-        "source": next(speaking, None),
-        "coverage": coverage(questions, images, found.table),
-        "sampling": sampling(drawn.table, drawn.steps, drawn.correct, drawn.groups, resampling),
-        "trees": trees(grown),
+        "source": _speaking_source(config, codes),
+        "coverage": coverage(questions, images, solved.table),
+        "sampling": sampling(sampled.table, sampled.steps, sampled.correct, sampled.groups, resampling),
+        "trees": trees(tree_rows),
         "steps": step_counts(steps, config.usual_steps, resampling),
         "balance": balance(steps, by_source, groups, queue, resampling),
-        "agreement": agreement(
-            steps, {source: own.codes for source, own in by_source.items()}, groups, queue, resampling
-        ),
-        "policies": yields.figures(correct),
+        "agreement": agreement(steps, codes, groups, queue, resampling),
+        "policies": yields.figures(solved.correct),
         "leakage": leakage(questions, images, evidence),
-        "cost": cost_figures(costs, made, ledgers or {}, config.dollars_per_reviewed_step),
-        "errors": {name: m.errors for name, m in made.items() if m.errors},
-        "tables": {
-            name: {"rows": m.rows, "seconds": m.seconds, "cost": m.cost, "figures": m.figures, "created": m.created}
-            for name, m in made.items()
-        },
+        "cost": cost_figures(costs, manifests, ledgers or {}, config.dollars_per_reviewed_step),
+        "errors": {name: manifest.errors for name, manifest in manifests.items() if manifest.errors},
+        "tables": {name: _table_entry(manifest) for name, manifest in manifests.items()},
     }
     return {**report, "gates": gates(config, report)}
 
 
+def _speaking_source(config: AuditConfig, codes: Mapping[str, Codes]) -> str | None:
+    """The first of the config's sources that calls a step right or wrong."""
+    for source in config.sources:
+        if source in codes and (codes[source] >= WRONG).any():
+            return source
+    return None
+
+
+def _table_entry(manifest: Manifest) -> JsonObject:
+    return {
+        "rows": manifest.rows,
+        "seconds": manifest.seconds,
+        "cost": manifest.cost,
+        "figures": manifest.figures,
+        "created": manifest.created,
+    }
+
+
 @dataclass(frozen=True)
-class _Found:
-    """Thin solutions with their steps, whether each is right, and the groups that it belongs to."""
+class _GroupedSolutions:
+    """Solutions without texts with their steps, whether each is right, and the groups that it belongs to."""
 
     table: pa.Table
     steps: Steps
@@ -149,33 +164,38 @@ class _Found:
     groups: dict[str, Groups]
 
 
-def _found(questions: pa.Table, table: pa.Table) -> _Found:
+def _grouped(questions: pa.Table, table: pa.Table) -> _GroupedSolutions:
     table = table.combine_chunks().sort_by("question_id")  # resamples depend on the order
     steps, correct = steps_of(table), _correct(table)
-    return _Found(table, steps, correct, _groups(questions, table, steps, correct))
+    return _GroupedSolutions(table, steps, correct, _groups(questions, table, steps, correct))
 
 
-def _thin(parts: Iterable[pa.Table]) -> pa.Table:
-    return _concat([drop_texts(part) for part in parts], drop_texts(arrow_schema(Solutions).empty_table()))
+def _without_texts(parts: Iterable[pa.Table]) -> pa.Table:
+    empty = drop_texts(arrow_schema(Solutions).empty_table())
+    return _concat([drop_texts(part) for part in parts], empty)
 
 
 def _concat(parts: Sequence[pa.Table], empty: pa.Table) -> pa.Table:
     return pa.concat_tables(parts).combine_chunks() if parts else empty
 
 
-def _correct(sampled: pa.Table) -> Codes:
+def _correct(solutions: pa.Table) -> Codes:
     """Whether each solution's answer is right: RIGHT, WRONG, or -1 where no answer was found."""
-    flags = pc.list_flatten(sampled["solutions"].combine_chunks()).field("correct")
-    return np.asarray(pc.fill_null(pc.cast(flags, pa.int8()), -1), dtype=np.int8)
+    flags = pc.list_flatten(solutions["solutions"].combine_chunks()).field("correct")
+    codes = pc.fill_null(pc.cast(flags, pa.int8()), -1)
+    return np.asarray(codes, dtype=np.int8)
 
 
-def _groups(questions: pa.Table, sampled: pa.Table, steps: Steps, correct: Codes) -> dict[str, Groups]:
+def _groups(questions: pa.Table, solutions: pa.Table, steps: Steps, correct: Codes) -> dict[str, Groups]:
     """The solutions by answer, difficulty and modality."""
-    place = pc.index_in(sampled["question_id"].combine_chunks(), questions["question_id"].combine_chunks())
-    found = {"answer": Groups(("no answer", "wrong", "right"), correct.astype(np.int64) + 1)}
+    groups = {"answer": Groups(("no answer", "wrong", "right"), correct.astype(np.int64) + 1)}
+    question_row = pc.index_in(solutions["question_id"].combine_chunks(), questions["question_id"].combine_chunks())
     for column in ("difficulty", "modality"):
-        values = pc.fill_null(questions[column].combine_chunks().take(place), "unknown")
+        # Solutions of a question that is not in the table (curate dropped it) form a group of their own.
+        values = questions[column].combine_chunks().take(question_row)
+        values = pc.fill_null(values, "unknown")
         names = sorted(values.unique().to_pylist(), key=easy_first)
-        member = np.asarray(pc.index_in(values, pa.array(names, pa.string())), dtype=np.int64)
-        found[column] = Groups(names, member[steps.row])
-    return found
+        number = pc.index_in(values, pa.array(names, pa.string()))
+        row_member = np.asarray(number, dtype=np.int64)
+        groups[column] = Groups(names, row_member[steps.row])
+    return groups

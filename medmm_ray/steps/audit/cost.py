@@ -1,40 +1,44 @@
 """What APIs and readers were paid for the dataset, US dollars; time on own GPUs is in no table."""
 
 from collections.abc import Mapping
-from typing import Any
 
+from medmm_ray.config import JsonObject
 from medmm_ray.data.tables import Manifest
 
-Row = dict[str, Any]
 BY_API = ("solutions", "judge_labels")
 """Tables whose rows may be paid to an API, through the run's ledgers."""
+LEDGER_FIGURES = ("spent", "answers", "possibly_paid", "lost_calls")
 
 
 def cost_figures(
-    rows: Mapping[str, float],
+    costs_of_rows: Mapping[str, float],
     manifests: Mapping[str, Manifest],
-    ledgers: Mapping[str, Row],
+    ledgers: Mapping[str, JsonObject],
     dollars_per_verdict: float = 0.0,
-) -> Row:
-    """The cost by table and in all: `rows` are the sums of the rows' own costs, by table.
+) -> JsonObject:
+    """The cost by table and in all, US dollars: `costs_of_rows` are the sums of the rows' own costs, by table.
 
-    A manifest may know of more than its rows; the larger of both counts. `ledgers` (of the APIs, by model) know
-    every call of the run's folder, also those that were lost or belong to no table any more: what they have booked
-    beyond the tables, possibly paid calls included, is `beyond_tables`. `readers` is what the verdicts cost
+    A manifest may know of more than its rows; the larger of both counts. `ledgers` (of the APIs, by model) know every
+    call of the run's folder, also those that were lost or belong to no table any more: what they
+    have booked beyond the tables, possibly paid calls included, is `beyond_tables`. `readers` is what the verdicts cost
     that the manifest of expert_labels counts.
     """
-    booked = {name: manifest.cost for name, manifest in manifests.items()}
-    names = [*manifests, *(name for name in rows if name not in manifests)]
-    spent = {name: round(max(rows.get(name, 0.0), booked.get(name, 0.0)), 6) for name in names}
-    calls = sum(ledger["spent"] + ledger["possibly_paid"] for ledger in ledgers.values())
-    beyond = round(max(0.0, calls - sum(spent.get(name, 0.0) for name in BY_API)), 6)
-    verdicts = manifests["expert_labels"].figures.get("verdicts", 0) if "expert_labels" in manifests else 0
-    readers = round(verdicts * dollars_per_verdict, 6)
-    kept = ("spent", "answers", "possibly_paid", "lost_calls")
+    by_table: dict[str, float] = {}
+    for name in [*manifests, *(name for name in costs_of_rows if name not in manifests)]:
+        booked = manifests[name].cost if name in manifests else 0.0
+        by_table[name] = round(max(costs_of_rows.get(name, 0.0), booked), 6)
+    paid_to_apis = sum(ledger["spent"] + ledger["possibly_paid"] for ledger in ledgers.values())
+    # A call may be paid for and its answer lost: no row knows of it, the ledger does.
+    beyond_tables = round(max(0.0, paid_to_apis - sum(by_table.get(name, 0.0) for name in BY_API)), 6)
+    num_verdicts = manifests["expert_labels"].figures.get("verdicts", 0) if "expert_labels" in manifests else 0
+    readers = round(num_verdicts * dollars_per_verdict, 6)
+    ledger_figures = {}
+    for model, ledger in ledgers.items():
+        ledger_figures[model] = {key: ledger[key] for key in LEDGER_FIGURES}
     return {
-        "tables": {name: cost for name, cost in spent.items() if cost},
-        "ledgers": {name: {key: ledger[key] for key in kept} for name, ledger in ledgers.items()},
-        "beyond_tables": beyond,
+        "tables": {name: cost for name, cost in by_table.items() if cost},
+        "ledgers": ledger_figures,
+        "beyond_tables": beyond_tables,
         "readers": readers,
-        "total": round(sum(spent.values()) + beyond + readers, 6),
+        "total": round(sum(by_table.values()) + beyond_tables + readers, 6),
     }

@@ -1,17 +1,41 @@
 """The quality gates: each figure beside its target, whether it is met, and what to do where it is not.
 
-A gate is {name, title, unit, value, low, high, target, wanted, passed, certain, detail, advice}. `target` is the range
-of good values [low, high], an end None where it is open; `passed` is None where there is no figure; `certain` says that
-the whole interval lies on the same side as the figure. A figure on the edge of a range is inside; "above" is strict.
+A figure on the edge of a target's range is inside; "above" is strict.
 """
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from medmm_ray.config import JsonObject
 
 if TYPE_CHECKING:
     from medmm_ray.steps.audit import AuditConfig
 
-Row = dict[str, Any]
 Target = tuple[float | None, float | None]
+"""Range of good values; an end is None where it is open."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """A figure with its 95 % interval, and whether it meets its target.
+
+    `passed` is None where there is no figure; `certain` says that the whole interval lies on the same side of the
+    target as the figure; `strict` that a figure on the lower end of an open range fails.
+    """
+
+    name: str
+    title: str
+    unit: str
+    value: float | None
+    low: float | None
+    high: float | None
+    target: list[float | None]
+    strict: bool
+    passed: bool | None
+    certain: bool
+    detail: str
+    advice: str
+
 
 # What to do where a figure lies (below, above) its range.
 KAPPA = (
@@ -51,102 +75,152 @@ class GateError(RuntimeError):
     """Gates that are required and fail."""
 
 
-def require(report: Row) -> None:
+def require(report: JsonObject) -> None:
     """Raise `GateError`, with the figures, where a gate fails; one without a figure does not."""
     failed = [gate for gate in report["gates"] if gate["passed"] is False]
-    if failed:
-        words = "; ".join(f"{g['title']} {spoken(g['value'], g['unit'])}, wanted {wanted(g)}" for g in failed)
-        raise GateError(
-            f"{len(failed)} of {len(report['gates'])} quality gates fail: {words}. dataset_report.html, in the run's "
-            "folder, says what to do; audit.gates=report goes on all the same"
-        )
+    if not failed:
+        return
+    faults = []
+    for gate in failed:
+        faults.append(f"{gate['title']} {figure_text(gate['value'], gate['unit'])}, wanted {target_text(gate)}")
+    raise GateError(
+        f"{len(failed)} of {len(report['gates'])} quality gates fail: {'; '.join(faults)}. dataset_report.html, in the "
+        "run's folder, says what to do; audit.gates=report goes on all the same"
+    )
 
 
-def spoken(value: float | None, unit: str) -> str:
+def figure_text(value: float | None, unit: str) -> str:
     """A gate's figure in its unit."""
     if value is None:
         return "–"
-    forms = {
-        "share": f"{100 * value:.1f} %",
-        "kappa": f"{value:.3f}",
-        "steps": f"{value:.2f}",
-        "count": f"{value:,.0f}",
-    }
-    return forms.get(unit, f"${value:,.2f}").replace("-", "−")
-
-
-def wanted(gate: Row) -> str:
-    """A gate's target in words: above, at least, at most, or a range."""
-    unit = gate["unit"]
-    low, high = (None if end is None else _short(end, unit) for end in gate["target"])
-    if low is not None and high is not None:
-        return f"{low.removesuffix(' %')}–{high}"
-    if low is not None:
-        return f"{'>' if gate['strict'] else '≥'} {low}"
-    return "–" if high is None else "none" if gate["target"][1] == 0 else f"≤ {high}"
-
-
-def _short(value: float, unit: str) -> str:
     if unit == "share":
-        return f"{100 * value:g} %"
-    return f"${value:,.0f}" if unit == "dollars" else f"{value:g}"
+        text = f"{100 * value:.1f} %"
+    elif unit == "kappa":
+        text = f"{value:.3f}"
+    elif unit == "steps":
+        text = f"{value:.2f}"
+    elif unit == "count":
+        text = f"{value:,.0f}"
+    else:
+        text = f"${value:,.2f}"
+    return text.replace("-", "−")
 
 
-def gates(config: "AuditConfig", report: Row) -> list[Row]:
-    """All gates, in the order in which they are worth reading."""
-    share = _shares(report)
-    expert = _pair(report, "judge", "expert")
-    kappa = expert["kappa"]["all"]["all"] if expert else None
-    modalities = [m for m in config.modalities if report["coverage"]["modalities"].get(m, {}).get("questions")]
-    absent = [m for m in config.modalities if m not in modalities]
-    leaks = [check for check in report["leakage"] if check["count"]]
-    steps = report["steps"]
-    return [
-        _gate("judge_expert_kappa", "Judge agrees with the expert", "kappa", kappa, (config.min_kappa, None),
-              detail=_kappa_words(expert)),
-        _gate("positive_share", "Right steps", "share", share.get("all", {}).get("all"), config.positive_share),
-        _gate("easy_positive", "Right steps, easy questions", "share", share.get("difficulty", {}).get("easy"),
-              (config.min_easy_positive, None)),
-        _gate("hard_positive", "Right steps, hard questions", "share", share.get("difficulty", {}).get("hard"),
-              config.hard_positive),
-        _gate("mean_steps", "Steps a solution, mean", "steps", steps["mean"], config.mean_steps,
-              detail=_step_words(steps, config.usual_steps)),
-        _gate("modalities", "Modalities present", "count", _exact(len(modalities)), (len(config.modalities), None),
-              strict=False, detail=f"missing: {', '.join(absent)}" if absent else ", ".join(modalities)),
-        _gate("leakage", "Shared between splits", "count", _exact(sum(check["count"] for check in leaks)), (None, 0),
-              detail=", ".join(f"{check['name'].replace('_', ' ')} {check['count']}" for check in leaks)),
-        _gate("cost", "Paid to APIs and readers", "dollars",
-              _exact(report["cost"]["total"]) if config.max_cost_usd is not None else None,
-              (None, config.max_cost_usd), detail="time on own GPUs is not in it"),
-    ]  # fmt: skip
+def target_text(gate: JsonObject) -> str:
+    """A gate's target in words: above, at least, at most, or a range."""
+    low, high = gate["target"]
+    unit = gate["unit"]
+    if low is not None and high is not None:
+        return f"{_limit_text(low, unit).removesuffix(' %')}–{_limit_text(high, unit)}"
+    if low is not None:
+        return f"{'>' if gate['strict'] else '≥'} {_limit_text(low, unit)}"
+    if high is None:
+        return "–"
+    return "none" if high == 0 else f"≤ {_limit_text(high, unit)}"
 
 
-def _shares(report: Row) -> Row:
-    """The shares of right steps by the source that speaks for the dataset."""
-    found: Row = next((entry["share"] for entry in report["balance"] if entry["source"] == report["source"]), {})
-    return found
+def _limit_text(limit: float, unit: str) -> str:
+    if unit == "share":
+        return f"{100 * limit:g} %"
+    return f"${limit:,.0f}" if unit == "dollars" else f"{limit:g}"
 
 
-def _pair(report: Row, first: str, second: str) -> Row | None:
-    return next((p for p in report["agreement"] if (p["first"], p["second"]) == (first, second)), None)
+def gates(config: "AuditConfig", report: JsonObject) -> list[JsonObject]:
+    """All gates, each a `Gate` as JSON, in the order in which they are worth reading."""
+    shares = _shares_of_right_steps(report)
+    by_difficulty = shares.get("difficulty", {})
+    all_gates = [
+        _kappa_gate(config, report),
+        _gate("positive_share", "Right steps", "share", shares.get("all", {}).get("all"), config.positive_share),
+        _gate(
+            "easy_positive",
+            "Right steps, easy questions",
+            "share",
+            by_difficulty.get("easy"),
+            (config.min_easy_positive, None),
+        ),
+        _gate("hard_positive", "Right steps, hard questions", "share", by_difficulty.get("hard"), config.hard_positive),
+        _step_gate(config, report["steps"]),
+        _modality_gate(config, report["coverage"]["modalities"]),
+        _leakage_gate(report["leakage"]),
+        _cost_gate(config, report["cost"]["total"]),
+    ]
+    return [asdict(gate) for gate in all_gates]
 
 
-def _kappa_words(pair: Row | None) -> str:
-    if pair is None:
-        return ""
-    figure = pair["kappa"]["all"]["all"]
-    weighted = f", weighted; worth {figure['effective']:.0f} equal ones" if pair["weighted"] else ""
-    return f"{figure['count']:,} steps of {figure['questions']:,} questions{weighted}"
+def _shares_of_right_steps(report: JsonObject) -> JsonObject:
+    """The shares of right steps, by group, of the source that speaks for the dataset."""
+    for entry in report["balance"]:
+        if entry["source"] == report["source"]:
+            shares: JsonObject = entry["share"]
+            return shares
+    return {}
 
 
-def _step_words(steps: Row, usual: tuple[int, int]) -> str:
-    if not steps["solutions"]:
-        return ""
-    few, many = (100 * steps[name] / steps["solutions"] for name in ("few", "many"))
-    return f"fewer than {usual[0]}: {few:.1f} %, more than {usual[1]}: {many:.1f} % of the solutions"
+def _kappa_gate(config: "AuditConfig", report: JsonObject) -> Gate:
+    name, title, target = "judge_expert_kappa", "Judge agrees with the expert", (config.min_kappa, None)
+    for pair in report["agreement"]:
+        if (pair["first"], pair["second"]) != ("judge", "expert"):
+            continue
+        figure = pair["kappa"]["all"]["all"]
+        detail = f"{figure['count']:,} steps of {figure['questions']:,} questions"
+        if pair["weighted"]:
+            # The queue draws disputed steps more often: many steps of small weight tell less than as many equal ones.
+            detail += f", weighted; worth {figure['effective']:.0f} equal ones"
+        return _gate(name, title, "kappa", figure, target, detail=detail)
+    return _gate(name, title, "kappa", None, target)
 
 
-def _exact(value: float) -> Row:
+def _step_gate(config: "AuditConfig", steps: JsonObject) -> Gate:
+    detail = ""
+    if steps["solutions"]:
+        fewest, most = config.usual_steps
+        few = 100 * steps["few"] / steps["solutions"]
+        many = 100 * steps["many"] / steps["solutions"]
+        detail = f"fewer than {fewest}: {few:.1f} %, more than {most}: {many:.1f} % of the solutions"
+    return _gate("mean_steps", "Steps a solution, mean", "steps", steps["mean"], config.mean_steps, detail=detail)
+
+
+def _modality_gate(config: "AuditConfig", coverage: JsonObject) -> Gate:
+    present: list[str] = []
+    absent: list[str] = []
+    for modality in config.modalities:
+        has_questions = coverage.get(modality, {}).get("questions")
+        (present if has_questions else absent).append(modality)
+    return _gate(
+        "modalities",
+        "Modalities present",
+        "count",
+        _exact(len(present)),
+        (len(config.modalities), None),
+        strict=False,
+        detail=f"missing: {', '.join(absent)}" if absent else ", ".join(present),
+    )
+
+
+def _leakage_gate(checks: list[JsonObject]) -> Gate:
+    total = 0
+    leaks = []
+    for check in checks:
+        if check["count"]:
+            total += check["count"]
+            leaks.append(f"{check['name'].replace('_', ' ')} {check['count']}")
+    return _gate("leakage", "Shared between splits", "count", _exact(total), (None, 0), detail=", ".join(leaks))
+
+
+def _cost_gate(config: "AuditConfig", total: float) -> Gate:
+    return _gate(
+        "cost",
+        "Paid to APIs and readers",
+        "dollars",
+        _exact(total) if config.max_cost_usd is not None else None,
+        (None, config.max_cost_usd),
+        detail="time on own GPUs is not in it",
+    )
+
+
+def _exact(value: float) -> JsonObject:
+    """A figure that was counted, not estimated: its interval is itself."""
     return {"value": value, "low": value, "high": value}
 
 
@@ -154,41 +228,53 @@ def _gate(
     name: str,
     title: str,
     unit: str,
-    figure: Row | None,
+    figure: JsonObject | None,
     target: Target,
     strict: bool = True,
     detail: str = "",
-) -> Row:
+) -> Gate:
     """A gate. A target that is open above is "above" its lower end, strictly unless `strict` is false."""
-    value, low, high = (figure[key] if figure else None for key in ("value", "low", "high"))
+    value = low = high = None
+    if figure:
+        value, low, high = figure["value"], figure["low"], figure["high"]
     strict = strict and target[1] is None
-    side = None if value is None else _side(value, target, strict)
-    sides = [None if end is None else _side(end, target, strict) for end in (low, high)]
-    return {
-        "name": name,
-        "title": title,
-        "unit": unit,
-        "value": value,
-        "low": low,
-        "high": high,
-        "target": list(target),
-        "strict": strict,
-        "passed": None if side is None else side == 0,
-        "certain": sides[0] is not None and sides[0] == sides[1],
-        "detail": detail,
-        "advice": _unknown(name, figure) if side is None else {-1: ADVICE[name][0], 0: "", 1: ADVICE[name][1]}[side],
-    }
+    side = _side(value, target, strict)
+    low_side, high_side = _side(low, target, strict), _side(high, target, strict)
+    return Gate(
+        name=name,
+        title=title,
+        unit=unit,
+        value=value,
+        low=low,
+        high=high,
+        target=list(target),
+        strict=strict,
+        passed=None if side is None else side == 0,
+        certain=low_side is not None and low_side == high_side,
+        detail=detail,
+        advice=_advice(name, figure, side),
+    )
 
 
-def _side(number: float, target: Target, strict: bool) -> int:
-    """-1 below the range, 0 in it, 1 above it."""
+def _side(number: float | None, target: Target, strict: bool) -> int | None:
+    """-1 below the range, 0 in it, 1 above it; None without a number."""
+    if number is None:
+        return None
     bottom, top = target
+    # Strict: a figure on the lower end itself fails, as in "kappa above .8".
     if bottom is not None and (number <= bottom if strict else number < bottom):
         return -1
     return 1 if top is not None and number > top else 0
 
 
-def _unknown(name: str, figure: Row | None) -> str:
-    if name == "judge_expert_kappa" and figure:
-        return "Judge or expert call every shared step alike, so that kappa is not defined: let the expert read more."
-    return UNKNOWN.get(name, NO_LABELS)
+def _advice(name: str, figure: JsonObject | None, side: int | None) -> str:
+    """What to do where the figure lies outside its range, or where there is none."""
+    if side is None:
+        # Kappa has no value where either rater uses one class alone, however many steps they share.
+        if name == "judge_expert_kappa" and figure:
+            return (
+                "Judge or expert call every shared step alike, so that kappa is not defined: let the expert read more."
+            )
+        return UNKNOWN.get(name, NO_LABELS)
+    below, above = ADVICE[name]
+    return {-1: below, 0: "", 1: above}[side]

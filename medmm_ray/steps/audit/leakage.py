@@ -6,76 +6,92 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from medmm_ray.config import digest
+from medmm_ray.config import JsonObject, digest
 from medmm_ray.text import normalise
 
-Row = dict[str, Any]
 EXAMPLES = 3
+COLUMNS = ["question_id", "split", "question", "options", "image_ids"]
 
 
-def leakage(questions: pa.Table, images: pa.Table, evidence: Iterable[pa.Table] = ()) -> list[Row]:
+def leakage(questions: pa.Table, images: pa.Table, evidence: Iterable[pa.Table] = ()) -> list[JsonObject]:
     """One entry a check: {name, count, checked, examples}, `count` what leaks of the `checked`, `examples` ids.
 
     Pictures are compared by id and by the hash of their bytes; near duplicates became one id when the data was curated.
     """
-    rows = questions.filter(pc.is_null(questions["error"])).select(
-        ["question_id", "split", "question", "options", "image_ids"]
-    )
-    asked = rows.to_pylist()
-    shown = [(image_id, row["split"]) for row in asked for image_id in row["image_ids"]]
-    columns = (images[name].to_pylist() for name in ("image_id", "sha256", "split"))
-    files = [(sha or image_id, split) for image_id, sha, split in zip(*columns, strict=True)]
-    texts = {row["question_id"]: (_text(row), row["split"]) for row in asked}
+    rows = questions.filter(pc.is_null(questions["error"])).select(COLUMNS).to_pylist()
+    split_of_text: dict[str, tuple[str, str]] = {}
+    pictures: list[tuple[str, str]] = []
+    for row in rows:
+        split_of_text[row["question_id"]] = (_content_hash(row), row["split"])
+        pictures += [(image_id, row["split"]) for image_id in row["image_ids"]]
+    # The same bytes under two ids are one file; an image that could not be read has no hash, and is known by its id.
+    files: list[tuple[str, str]] = []
+    for image in images.select(["image_id", "sha256", "split"]).to_pylist():
+        files.append((image["sha256"] or image["image_id"], image["split"]))
     checks = [
-        _check("images_of_questions", _shared(shown), len({i for i, _ in shown})),
-        _check("image_files", _shared(files), len({i for i, _ in files})),
-        _check("questions", _questions_shared(texts), len(asked)),
+        _check("images_of_questions", _in_several_splits(pictures), len(dict(pictures))),
+        _check("image_files", _in_several_splits(files), len(dict(files))),
+        _check("questions", _repeated_questions(split_of_text), len(rows)),
     ]
-    return checks + _references(asked, images, evidence)
+    return checks + _reference_checks(rows, images, evidence)
 
 
-def _text(row: Mapping[str, Any]) -> str:
-    return digest(normalise(row["question"]), [normalise(o) for o in row["options"]], sorted(row["image_ids"]))
+def _content_hash(row: Mapping[str, Any]) -> str:
+    """A hash of text, options and pictures that spelling and the order of the pictures do not change."""
+    options = [normalise(option) for option in row["options"]]
+    return digest(normalise(row["question"]), options, sorted(row["image_ids"]))
 
 
-def _shared(pairs: Iterable[tuple[str, str]]) -> list[str]:
+def _in_several_splits(pairs: Iterable[tuple[str, str]]) -> list[str]:
     """The keys that occur with more than one split."""
     splits: dict[str, set[str]] = {}
     for key, split in pairs:
         splits.setdefault(key, set()).add(split)
-    return sorted(key for key, found in splits.items() if len(found) > 1)
+    return sorted(key for key, of_key in splits.items() if len(of_key) > 1)
 
 
-def _questions_shared(texts: Mapping[str, tuple[str, str]]) -> list[str]:
+def _repeated_questions(split_of_text: Mapping[str, tuple[str, str]]) -> list[str]:
     """Questions outside training whose text, options and pictures another split has too."""
-    shared = set(_shared(texts.values()))
-    return sorted(i for i, (text, split) in texts.items() if text in shared and split != "train")
+    shared = set(_in_several_splits(split_of_text.values()))
+    repeated = []
+    for question_id, (text, split) in split_of_text.items():
+        # Named is what has to leave: the copy in training is no fault of its own.
+        if text in shared and split != "train":
+            repeated.append(question_id)
+    return sorted(repeated)
 
 
-def _references(asked: Sequence[Mapping[str, Any]], images: pa.Table, evidence: Iterable[pa.Table]) -> list[Row]:
+def _reference_checks(
+    questions: Sequence[Mapping[str, Any]], images: pa.Table, evidence: Iterable[pa.Table]
+) -> list[JsonObject]:
     """Reference cases must come from the training split, and never be the question's own picture."""
     split = dict(zip(images["image_id"].to_pylist(), images["split"].to_pylist(), strict=True))
-    own = {row["question_id"]: set(row["image_ids"]) for row in asked}
-    outside: set[str] = set()
-    mirrored: set[str] = set()
-    checked = 0
+    pictures = {row["question_id"]: row["image_ids"] for row in questions}
+    outside_training: set[str] = set()
+    with_own_image: set[str] = set()
+    num_references = 0
     for part in evidence:
-        nested = part["images"].combine_chunks()
-        parents = pc.list_parent_indices(nested)
-        ids = part["question_id"].take(parents).to_pylist()
-        for question_id, image_id in zip(ids, pc.list_flatten(nested).field("image_id").to_pylist(), strict=True):
-            checked += 1
+        references = part["images"].combine_chunks()
+        question_ids = part["question_id"].take(pc.list_parent_indices(references)).to_pylist()
+        image_ids = pc.list_flatten(references).field("image_id").to_pylist()
+        num_references += len(image_ids)
+        for question_id, image_id in zip(question_ids, image_ids, strict=True):
             if split.get(image_id, "train") != "train":
-                outside.add(question_id)
-            if image_id in own.get(question_id, ()):
-                mirrored.add(question_id)
-    if not checked:
+                outside_training.add(question_id)
+            if image_id in pictures.get(question_id, ()):
+                with_own_image.add(question_id)
+    if not num_references:
         return []
     return [
-        _check("references_outside_training", sorted(outside), checked),
-        _check("own_image_as_reference", sorted(mirrored), checked),
+        _check("references_outside_training", sorted(outside_training), num_references),
+        _check("own_image_as_reference", sorted(with_own_image), num_references),
     ]
 
 
-def _check(name: str, found: Sequence[str], checked: int) -> Row:
-    return {"name": name, "count": len(found), "checked": checked, "examples": list(found[:EXAMPLES])}
+def _check(name: str, leaking_ids: Sequence[str], checked: int) -> JsonObject:
+    return {
+        "name": name,
+        "count": len(leaking_ids),
+        "checked": checked,
+        "examples": list(leaking_ids[:EXAMPLES]),
+    }

@@ -2,118 +2,127 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from medmm_ray.config import JsonObject
 from medmm_ray.data.tables import error_kind
-from medmm_ray.stats.grouped_stats import Groups, Resampling, ratio, share_of_counts, stats_by_group
+from medmm_ray.stats.grouped_stats import Groups, Resampling, easy_first, ratio, share_of_counts, stats_by_group
 from medmm_ray.stats.label_arrays import RIGHT, Codes, Steps
 
-Row = dict[str, Any]
-DIFFICULTIES = ("easy", "medium", "hard")
+
+@dataclass
+class _ModalityCounts:
+    """What there is of one modality; `solutions` are those of all sources."""
+
+    questions: int = 0
+    with_image: int = 0
+    images: int = 0
+    solutions: int = 0
+    by_difficulty: dict[str, int] = field(default_factory=dict)
 
 
-def easy_first(name: str) -> tuple[int, str]:
-    return (DIFFICULTIES.index(name) if name in DIFFICULTIES else len(DIFFICULTIES), name)
-
-
-def coverage(questions: pa.Table, images: pa.Table, found: pa.Table) -> Row:
-    """Questions by split, and by modality: questions by difficulty, those with an image, images, solutions of all
-    sources.
-    """
+def coverage(questions: pa.Table, images: pa.Table, solutions: pa.Table) -> JsonObject:
+    """Questions by split, and by modality: questions by difficulty, those with an image, images, and solutions."""
     usable = questions.filter(pc.is_null(questions["error"]))
-    solutions: Counter[str] = Counter()
-    for question_id, number in zip(
-        found["question_id"].to_pylist(), pc.list_value_length(found["solutions"]).to_pylist(), strict=True
-    ):
-        solutions[question_id] += number
-    seen = Counter(images["modality"].to_pylist())
-    modalities: dict[str, Row] = {}
-    columns = (usable[name].to_pylist() for name in ("question_id", "modality", "difficulty", "image_ids"))
-    for question_id, modality, difficulty, image_ids in zip(*columns, strict=True):
-        row = modalities.setdefault(
-            modality,
-            {"questions": 0, "with_image": 0, "images": seen[modality], "solutions": 0, "by_difficulty": Counter()},
-        )
-        row["questions"] += 1
-        row["with_image"] += bool(image_ids)
-        row["solutions"] += solutions[question_id]
-        row["by_difficulty"][difficulty] += 1
+    num_solutions: Counter[str] = Counter()
+    lengths = pc.list_value_length(solutions["solutions"]).to_pylist()
+    for question_id, length in zip(solutions["question_id"].to_pylist(), lengths, strict=True):
+        num_solutions[question_id] += length
+    # Counted once, as not every image has a question.
+    num_images = Counter(images["modality"].to_pylist())
+    modalities: dict[str, _ModalityCounts] = {}
+    for row in usable.select(["question_id", "modality", "difficulty", "image_ids"]).to_pylist():
+        modality, difficulty = row["modality"], row["difficulty"]
+        counts = modalities.setdefault(modality, _ModalityCounts(images=num_images[modality]))
+        counts.questions += 1
+        counts.with_image += bool(row["image_ids"])
+        counts.solutions += num_solutions[row["question_id"]]
+        counts.by_difficulty[difficulty] = counts.by_difficulty.get(difficulty, 0) + 1
+    splits = Counter(usable["split"].to_pylist())
     return {
         "questions": usable.num_rows,
         "images": images.num_rows,
-        "splits": dict(sorted(Counter(usable["split"].to_pylist()).items())),
-        "difficulties": sorted({d for row in modalities.values() for d in row["by_difficulty"]}, key=easy_first),
-        "modalities": {
-            name: {**row, "by_difficulty": dict(row["by_difficulty"])} for name, row in sorted(modalities.items())
-        },
+        "splits": dict(sorted(splits.items())),
+        "difficulties": sorted(set(usable["difficulty"].to_pylist()), key=easy_first),
+        "modalities": {name: asdict(counts) for name, counts in sorted(modalities.items())},
     }
 
 
-def _rejected(sampled: pa.Table) -> dict[str, int]:
+def sampling(
+    solutions: pa.Table, steps: Steps, correct: Codes, groups: Mapping[str, Groups], resampling: Resampling
+) -> JsonObject:
+    """Solutions asked for, drawn, rejected and there; questions that got fewer; answers, and the share of right ones.
+
+    `correct` is RIGHT, WRONG or -1 (no answer) for each of the `solutions`, `groups` their groups.
+    """
+    requested = np.asarray(solutions["num_requested"], dtype=np.int64)
+    complete = np.asarray(pc.list_value_length(solutions["solutions"]), dtype=np.int64)
+    flat = pc.list_flatten(solutions["solutions"].combine_chunks())
+    errors = Counter(error_kind(error) for error in solutions["error"].to_pylist() if error)
+    right = (correct == RIGHT).astype(np.int64)
+    # Accuracy by the answer's correctness would say nothing.
+    groupings = {name: group for name, group in groups.items() if name != "answer"}
+    return {
+        "questions": solutions.num_rows,
+        "requested": int(requested.sum()),
+        "kept": int(complete.sum()),
+        "drawn": int(pc.sum(solutions["num_drawn"]).as_py() or 0),
+        "rejected": _rejected(solutions),
+        "short_questions": int((complete < requested).sum()),
+        "empty_questions": int((complete == 0).sum()),
+        "missing": int((requested - complete).clip(min=0).sum()),
+        "without_answer": int((correct < 0).sum()),
+        "finish_reasons": _counts_by_value(flat.field("finish_reason")),
+        "errors": dict(errors),
+        "accuracy": stats_by_group(groupings, steps.question, right, 2, share_of_counts, resampling),
+    }
+
+
+def _rejected(solutions: pa.Table) -> dict[str, int]:
     """Samples that the quality filter refused, by reason."""
-    counts = pc.list_flatten(sampled["rejected"].combine_chunks())
+    counts = pc.list_flatten(solutions["rejected"].combine_chunks())
     totals: Counter[str] = Counter()
     for kind, number in zip(counts.field("kind").to_pylist(), counts.field("count").to_pylist(), strict=True):
         totals[kind] += number
     return dict(sorted(totals.items()))
 
 
-def sampling(
-    sampled: pa.Table, steps: Steps, correct: Codes, groups: Mapping[str, Groups], resampling: Resampling
-) -> Row:
-    """Solutions asked for, drawn, rejected and kept; questions that got fewer; answers, and the share of right ones."""
-    asked = np.asarray(sampled["num_requested"], dtype=np.int64)
-    kept = np.asarray(pc.list_value_length(sampled["solutions"]), dtype=np.int64)
-    flat = pc.list_flatten(sampled["solutions"].combine_chunks())
-    faults = [error_kind(error) for error in sampled["error"].to_pylist() if error]
-    right = (correct == RIGHT).astype(np.int64)
-    groupings = {name: group for name, group in groups.items() if name != "answer"}
-    return {
-        "questions": sampled.num_rows,
-        "requested": int(asked.sum()),
-        "kept": int(kept.sum()),
-        "drawn": int(pc.sum(sampled["num_drawn"]).as_py() or 0),
-        "rejected": _rejected(sampled),
-        "short_questions": int((kept < asked).sum()),
-        "empty_questions": int((kept == 0).sum()),
-        "missing": int((asked - kept).clip(min=0).sum()),
-        "without_answer": int((correct < 0).sum()),
-        "finish_reasons": _counted(flat.field("finish_reason")),
-        "errors": dict(Counter(faults)),
-        "accuracy": stats_by_group(groupings, steps.question, right, 2, share_of_counts, resampling),
-    }
+def _counts_by_value(values: pa.Array) -> dict[str, int]:
+    """How often each value occurs, the most frequent first."""
+    entries = pc.value_counts(values).to_pylist()
+    entries.sort(key=lambda entry: -entry["counts"])
+    return {entry["values"]: entry["counts"] for entry in entries}
 
 
-def trees(grown: pa.Table) -> Row:
+def trees(solutions: pa.Table) -> JsonObject:
     """What the trees found, where there are any: questions with a solution, solutions, and right ones."""
-    flat = pc.list_flatten(grown["solutions"].combine_chunks())
+    flat = pc.list_flatten(solutions["solutions"].combine_chunks())
+    lengths = np.asarray(pc.list_value_length(solutions["solutions"]))
     return {
-        "questions": int((np.asarray(pc.list_value_length(grown["solutions"])) > 0).sum()),
+        "questions": int((lengths > 0).sum()),
         "solutions": len(flat),
         "right": pc.sum(flat.field("correct")).as_py() or 0,
     }
 
 
-def _counted(values: pa.Array) -> dict[str, int]:
-    counts = ((entry["values"], entry["counts"]) for entry in pc.value_counts(values).to_pylist())
-    return dict(sorted(counts, key=lambda pair: -pair[1]))
-
-
-def step_counts(steps: Steps, usual: tuple[int, int], resampling: Resampling) -> Row:
+def step_counts(steps: Steps, usual: tuple[int, int], resampling: Resampling) -> JsonObject:
     """Steps a solution: histogram, mean with its interval, and how many solutions have fewer or more than `usual`."""
+    fewest, most = usual
+    # Sums by question: the interval resamples questions, as the solutions of one resemble each other.
     num_questions = int(steps.question.max(initial=-1)) + 1
     solutions_Q = np.bincount(steps.question, minlength=num_questions)
     steps_Q = np.bincount(steps.question, steps.length, minlength=num_questions)
-    numbers, counts = np.unique(steps.length, return_counts=True)
+    lengths, counts = np.unique(steps.length, return_counts=True)
+    histogram = zip(lengths.tolist(), counts.tolist(), strict=True)
     return {
         "solutions": len(steps.length),
         "steps": len(steps.solution),
-        "histogram": {str(number): int(count) for number, count in zip(numbers, counts, strict=True)},
+        "histogram": {str(length): count for length, count in histogram},
         "mean": ratio(steps_Q.astype(np.float64), solutions_Q.astype(np.float64), resampling),
-        "few": int((steps.length < usual[0]).sum()),
-        "many": int((steps.length > usual[1]).sum()),
+        "few": int((steps.length < fewest).sum()),
+        "many": int((steps.length > most).sum()),
     }

@@ -2,12 +2,14 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from medmm_ray.config import JsonObject
 from medmm_ray.data.records import Labels
 from medmm_ray.stats.label_arrays import RIGHT, Codes, Steps
 from medmm_ray.stats.targets import (
@@ -19,7 +21,30 @@ from medmm_ray.stats.targets import (
     targets,
 )
 
-Row = dict[str, Any]
+
+@dataclass(frozen=True)
+class _Labelled:
+    """What a policy makes targets of: a solution's label rows, and how it and its question's solutions did."""
+
+    labels: Sequence[Labels]
+    num_steps: int
+    correct: bool | None
+    accuracy: float | None
+    """Share of right ones among the question's solutions with an answer."""
+
+
+@dataclass
+class _Yield:
+    """What a policy keeps of `steps` in `solutions`; `why` names the first fault of those that it refused."""
+
+    policy: str
+    solutions: int
+    kept: int
+    steps: int
+    kept_steps: int
+    mean_target: float | None
+    refused: int
+    why: str
 
 
 class Yields:
@@ -28,55 +53,71 @@ class Yields:
     def __init__(self, steps: Steps, num_solutions: int, after_first_error: str) -> None:
         self.after_first_error = after_first_error
         ids = steps.solution_ids.to_pylist()
-        chance = [hashlib.blake2b(i.encode(), digest_size=8).digest() for i in ids]
-        self.chosen = np.array(sorted(range(len(ids)), key=chance.__getitem__)[:num_solutions], dtype=np.int64)
-        self.ids = [ids[i] for i in self.chosen]
+        # By a hash, so that the sample is the same whatever the order of the rows.
+        hashes = [hashlib.blake2b(solution_id.encode(), digest_size=8).digest() for solution_id in ids]
+        by_hash = sorted(range(len(ids)), key=hashes.__getitem__)
+        self.chosen = np.array(by_hash[:num_solutions], dtype=np.int64)
+        self.ids = [ids[solution] for solution in self.chosen]
         self.num_steps = steps.length[self.chosen].tolist()
         self.row = steps.row
-        self._wanted = pa.array(self.ids, pa.string())
-        self._rows: list[Row] = []
+        self._chosen_ids = pa.array(self.ids, pa.string())
+        self._rows: list[dict[str, Any]] = []
 
     def keep(self, labels: pa.Table) -> None:
         """Take the chosen solutions' rows of a part of a labels table."""
-        self._rows += labels.filter(pc.is_in(labels["solution_id"], self._wanted)).to_pylist()
+        self._rows += labels.filter(pc.is_in(labels["solution_id"], self._chosen_ids)).to_pylist()
 
-    def figures(self, correct: Codes) -> list[Row]:
+    def figures(self, correct: Codes) -> list[JsonObject]:
         """One entry a policy; `correct` is RIGHT, WRONG or -1 for each solution of the whole table."""
-        known = [None if code < 0 else bool(code) for code in correct[self.chosen].tolist()]
-        answered, right = (np.bincount(self.row, kind) for kind in (correct >= 0, correct == RIGHT))
-        share = [float(right[r] / answered[r]) if answered[r] else None for r in self.row[self.chosen]]
+        answered = np.bincount(self.row, correct >= 0)
+        right = np.bincount(self.row, correct == RIGHT)
+        # A question's rows (samples, trees) have accuracies of their own: advantages compare what one policy drew.
         labels = labels_by_solution(self._rows)
-        of_solution = [
-            (labels.get(solution_id, []), *rest)
-            for solution_id, *rest in zip(self.ids, self.num_steps, known, share, strict=True)
-        ]
-        return [self._of(policy, of_solution) for policy in POLICIES]
+        solutions = []
+        for place, solution_id in enumerate(self.ids):
+            solution = self.chosen[place]
+            row = self.row[solution]
+            solutions.append(
+                _Labelled(
+                    labels=labels.get(solution_id, []),
+                    num_steps=self.num_steps[place],
+                    correct=None if correct[solution] < 0 else bool(correct[solution]),
+                    accuracy=float(right[row] / answered[row]) if answered[row] else None,
+                )
+            )
+        return [asdict(self._yield(policy, solutions)) for policy in POLICIES]
 
-    def _of(self, policy: str, solutions: Sequence[tuple[Sequence[Labels], int, bool | None, float | None]]) -> Row:
-        kept = kept_steps = refused = 0
+    def _yield(self, policy: str, solutions: Sequence[_Labelled]) -> _Yield:
+        # Advantages are of whole solutions: there is no first wrong step to stop at.
+        rule = "keep" if policy == "advantage" else self.after_first_error
+        num_used = num_steps = refused = 0
         total, why = 0.0, ""
-        rule = "keep" if policy == "advantage" else self.after_first_error  # it knows no other
-        for labels, num_steps, correct, accuracy in solutions:
+        for solution in solutions:
             try:
-                found = targets(policy, labels, num_steps, rule, correct, accuracy)
+                step_targets = targets(
+                    policy, solution.labels, solution.num_steps, rule, solution.correct, solution.accuracy
+                )
             except ValueError as error:
-                refused, why = refused + 1, why or str(error)
+                refused += 1
+                why = why or str(error)
                 continue
-            trained = [target for target in found if target is not None]
-            kept += bool(trained)
-            kept_steps += len(trained)
+            trained = [target for target in step_targets if target is not None]
+            num_used += bool(trained)
+            num_steps += len(trained)
             total += sum(trained)
         if policy == "consensus":
-            settled = consensus_counts(consensus_status(*solution[:3]) for solution in solutions)
-            refused = int(settled["consensus_not_continued"] + settled["consensus_failed"])
-            why = f"{describe_consensus(settled)}." if refused else ""
-        return {
-            "policy": policy,
-            "solutions": len(self.ids),
-            "kept": kept,
-            "steps": sum(self.num_steps),
-            "kept_steps": kept_steps,
-            "mean_target": round(total / kept_steps, 6) if kept_steps else None,
-            "refused": refused,
-            "why": why,
-        }
+            # This policy passes over what is not settled instead of raising.
+            statuses = (consensus_status(s.labels, s.num_steps, s.correct) for s in solutions)
+            consensus = consensus_counts(statuses)
+            refused = int(consensus["consensus_not_continued"] + consensus["consensus_failed"])
+            why = f"{describe_consensus(consensus)}." if refused else ""
+        return _Yield(
+            policy=policy,
+            solutions=len(self.ids),
+            kept=num_used,
+            steps=sum(self.num_steps),
+            kept_steps=num_steps,
+            mean_target=round(total / num_steps, 6) if num_steps else None,
+            refused=refused,
+            why=why,
+        )

@@ -106,6 +106,7 @@ def evaluate(
     ns = _ns(config, solutions, samples)
     scored = scored_questions(usable, samples, log_odds, arms, config.aggregate, config.seed)
     reference = reference_labels(config.reference, solutions, labels, review_queue)
+    # One seed for all figures: they rest on the same resamples, so that they may be compared.
     resampling = Resampling(config.bootstrap_samples, config.seed)
     counts = {
         "split": config.split,
@@ -153,6 +154,7 @@ def _accuracy_by_group(
     tables = {}
     for column in ("difficulty", "modality", "question"):
         tables[f"by_{column}"] = accuracy_by_column(scored, arms, n, column, config.num_subsets, resampling)
+    # Where every question has a text of its own, a table of them would be the list of questions.
     if not 1 < len(tables["by_question"]) <= config.max_groups:
         tables["by_question"] = {}
     return tables
@@ -165,6 +167,7 @@ def _ns(config: EvaluateConfig, solutions: pa.Table, samples: Mapping[str, Seque
             f"no question of split {config.split!r} has a solution ({solutions.num_rows} rows of solutions): nothing "
             "to evaluate. Look at the error column of the solutions, or name another split (evaluate.split=...)."
         )
+    # What was asked for, not what came: a question with fewer samples keeps its place among the N.
     requested = max(solutions["num_requested"].to_pylist())
     smaller = {n for n in config.ns if n < requested}
     return sorted(smaller | {min(requested, max(config.ns))})
@@ -172,19 +175,27 @@ def _ns(config: EvaluateConfig, solutions: pa.Table, samples: Mapping[str, Seque
 
 def _counts(scored: Sequence[ScoredQuestion], arms: Sequence[str], n: int) -> JsonObject:
     """What went in and what is missing; nothing leaves the figures without a number here."""
-    num_samples = sum(question.num_samples for question in scored)
+    num_samples = without_answer = without_solutions = with_fewer = 0
+    for question in scored:
+        num_samples += question.num_samples
+        without_answer += int((question.codes < 0).sum())
+        without_solutions += question.num_samples == 0
+        with_fewer += question.num_samples < n
     num_scored: dict[str, int] = {}
     questions_without_scores: dict[str, int] = {}
     for arm in arms:
-        unscored = [np.isnan(question.rewards[arm]) for question in scored]
-        num_scored[arm] = num_samples - sum(int(mask.sum()) for mask in unscored)
-        questions_without_scores[arm] = sum(bool(mask.all()) for mask in unscored)
+        num_scored[arm] = questions_without_scores[arm] = 0
+        for question in scored:
+            is_scored = ~np.isnan(question.rewards[arm])
+            num_scored[arm] += int(is_scored.sum())
+            # A question without samples is among them.
+            questions_without_scores[arm] += not is_scored.any()
     return {
         "questions": len(scored),
         "solutions": num_samples,
-        "without_answer": sum(int((question.codes < 0).sum()) for question in scored),
-        "questions_without_solutions": sum(question.num_samples == 0 for question in scored),
-        "questions_with_fewer_than_n": sum(question.num_samples < n for question in scored),
+        "without_answer": without_answer,
+        "questions_without_solutions": without_solutions,
+        "questions_with_fewer_than_n": with_fewer,
         "scored": num_scored,
         "unscored": {arm: num_samples - num_scored[arm] for arm in arms},
         "questions_without_scores": questions_without_scores,
@@ -207,16 +218,21 @@ def _errors(tables: Mapping[str, pa.Table], labels: Sequence[pa.Table]) -> dict[
 def _largest_text_difference(scores: pa.Table) -> float | None:
     """The largest difference between the multimodal arm's text part and the text-only scores; None without both."""
     text_only, multimodal = (_text_log_odds(scores, arm) for arm in ("text_only", "multimodal"))
-    shared_ids = text_only.keys() & multimodal.keys()
-    differences = (float(np.abs(text_only[i] - multimodal[i]).max()) for i in shared_ids)
+    differences = []
+    for solution_id in text_only.keys() & multimodal.keys():
+        difference = np.abs(text_only[solution_id] - multimodal[solution_id])
+        differences.append(float(difference.max()))
     return max(differences, default=None)
 
 
 def _text_log_odds(scores: pa.Table, arm: str) -> LogOdds:
     """The text part of each step's log-odds, of one arm's rows without an error."""
-    rows = scores.filter(pc.and_(pc.equal(scores["arm"], arm), pc.is_null(scores["error"])))
-    parts = zip(rows["solution_id"].to_pylist(), rows["text_log_odds"].to_pylist(), strict=True)
-    return {solution_id: np.asarray(text, dtype=np.float64) for solution_id, text in parts}
+    usable = pc.and_(pc.equal(scores["arm"], arm), pc.is_null(scores["error"]))
+    rows = scores.filter(usable)
+    by_solution = {}
+    for solution_id, text in zip(rows["solution_id"].to_pylist(), rows["text_log_odds"].to_pylist(), strict=True):
+        by_solution[solution_id] = np.asarray(text, dtype=np.float64)
+    return by_solution
 
 
 # Gates
@@ -234,11 +250,11 @@ class Gate:
     detail: str
 
 
-def _gate(name: str, value: float | None, wanted: Literal["above", "below"], limit: float, detail: str = "") -> Gate:
+def _gate(name: str, value: float | None, side: Literal["above", "below"], limit: float, detail: str = "") -> Gate:
     passed = None
     if value is not None:
-        passed = value > limit if wanted == "above" else value < limit
-    return Gate(name, value, wanted, limit, passed, detail)
+        passed = value > limit if side == "above" else value < limit
+    return Gate(name, value, side, limit, passed, detail)
 
 
 def _gates(report: JsonObject) -> list[Gate]:
@@ -248,6 +264,7 @@ def _gates(report: JsonObject) -> list[Gate]:
     """
     reference = report["reference"]
     step_metrics = report["step"].get("multimodal") or {}
+    # A judge's labels are themselves to be measured: figures against them are shown, and held to nothing.
     measured = step_metrics if reference in TRUTHS else {}
     basis = _measured_on(reference, step_metrics)
     judge_expert = report["agreement"].get("judge_expert", {})

@@ -98,6 +98,7 @@ def _chances(
         correct = scored.correct
         chances.add(float(correct.mean()) if correct.size else 0.0, "one_sample")
         for n in ns:
+            # The same subsets for all arms, so that their difference is not one of luck.
             subsets = decoders.subsets(max(scored.codes.size, 1), n, num_subsets, scored.seed)
             chances.add(decoders.expected_oracle(correct, n), "oracle", str(n))
             chances.add(decoders.expected_vote(scored.codes, correct, subsets), "majority", str(n))
@@ -109,7 +110,7 @@ def _chances(
     if {"multimodal", "text_only"} <= set(arms):
         for decoder in ("best_of_n", "sc_rm"):
             for n in ns:
-                multimodal, text_only = (arrays[decoder, arm, str(n)] for arm in ("multimodal", "text_only"))
+                multimodal, text_only = arrays[decoder, "multimodal", str(n)], arrays[decoder, "text_only", str(n)]
                 arrays["gain", decoder, str(n)] = multimodal - text_only
     return arrays
 
@@ -118,13 +119,17 @@ def _nested_figures(chances: Mapping[FigurePath, Floats], resampling: Resampling
     """{value, low, high} of each figure, nested by its path. All share the resamples of the questions."""
     if not chances:
         return {}
+    # All figures at once: resamples of the questions are shared, and a gain's interval is that of paired differences.
     values_QK = np.stack(list(chances.values()), axis=1)
-    low, high = metrics.bootstrap(values_QK, resampling.num, resampling.seed)
+    lows, highs = metrics.bootstrap(values_QK, resampling.num, resampling.seed)
     nested: JsonObject = {}
-    for path, *triple in zip(chances, values_QK.mean(axis=0), low, high, strict=True):
+    for path, value, low, high in zip(chances, values_QK.mean(axis=0), lows, highs, strict=True):
         node = nested
         for key in path[:-1]:
             node = node.setdefault(key, {})
-        rounded = (round(float(number), 6) for number in triple)
-        node[path[-1]] = dict(zip(("value", "low", "high"), rounded, strict=True))
+        node[path[-1]] = {"value": _rounded(value), "low": _rounded(low), "high": _rounded(high)}
     return nested
+
+
+def _rounded(number: float) -> float:
+    return round(float(number), 6)

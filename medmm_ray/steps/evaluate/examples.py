@@ -48,6 +48,7 @@ def choose_examples(
         return []
     main_arm = "multimodal" if "multimodal" in arms else arms[0]
     by_kind: dict[str, list[ScoredQuestion]] = {kind: [] for kind in KINDS}
+    # By a hash: a choice that depends on no property of the questions.
     for scored in sorted(questions, key=lambda q: digest(seed, "example", q.question.question_id)):
         kind = _kind(scored, main_arm)
         if kind:
@@ -128,6 +129,7 @@ def _roles(scored: ScoredQuestion, main_arm: str) -> dict[int, list[str]]:
             roles.setdefault(choice, []).append(f"chosen_{arm}")
     first = next(iter(roles))
     main_rewards = scored.rewards[main_arm]
+    # Without a reward a sample is no contrast to be learnt from: NaN is never the best.
     contrast = decoders.best_of_n(np.where(scored.correct == scored.correct[first], math.nan, main_rewards))
     if contrast is not None:
         roles.setdefault(contrast, []).append("best_wrong" if scored.correct[first] else "best_right")

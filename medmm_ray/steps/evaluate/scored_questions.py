@@ -103,9 +103,17 @@ def step_log_odds(scores: pa.Table, samples: Mapping[str, Sequence[Sample]]) -> 
     num_steps: dict[str, int] = {}
     for of_question in samples.values():
         num_steps |= {sample.solution_id: sample.num_steps for sample in of_question}
+    # An arm whose rows all failed is an arm still: its questions count as unscored.
     by_arm: dict[str, LogOdds] = {arm: {} for arm in scores["arm"].unique().to_pylist()}
-    columns = [scores[name].to_pylist() for name in ("solution_id", "arm", "text_log_odds", "image_log_odds", "error")]
-    for solution_id, arm, text, image, error in zip(*columns, strict=True):
+    rows = zip(
+        scores["solution_id"].to_pylist(),
+        scores["arm"].to_pylist(),
+        scores["text_log_odds"].to_pylist(),
+        scores["image_log_odds"].to_pylist(),
+        scores["error"].to_pylist(),
+        strict=True,
+    )
+    for solution_id, arm, text, image, error in rows:
         if error or solution_id not in num_steps:
             continue
         if not len(text) == len(image) == num_steps[solution_id]:
@@ -119,6 +127,7 @@ def step_log_odds(scores: pa.Table, samples: Mapping[str, Sequence[Sample]]) -> 
 
 def rewards_of(solution_ids: Sequence[str], log_odds: Mapping[str, Floats], how: Aggregate) -> Floats:
     """The reward of each solution [M], NaN where it has no score."""
+    # NaN keeps the sample's place among the N: it is drawn, and never the best.
     rewards_M = np.full(len(solution_ids), math.nan)
     for place, solution_id in enumerate(solution_ids):
         if solution_id in log_odds:
@@ -139,9 +148,11 @@ def scored_questions(
     for row in questions.to_pylist():
         question: Question = from_dict(Question, row)
         of_question = samples.get(question.question_id, [])
-        ids = [sample.solution_id for sample in of_question]
-        answers = [sample.answer for sample in of_question]
-        grades = [sample.correct for sample in of_question]
+        ids, answers, grades = [], [], []
+        for sample in of_question:
+            ids.append(sample.solution_id)
+            answers.append(sample.answer)
+            grades.append(sample.correct)
         # The wordings of an open answer differ: all that were graded right are one answer.
         codes = decoders.answer_codes(answers, grades if question.answer_type == "open" else None)
         scored.append(

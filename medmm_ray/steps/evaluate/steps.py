@@ -51,6 +51,7 @@ def reference_labels(
     """
     steps = steps_of(drop_texts(solutions))
     empty = encode_labels(arrow_schema(Labels).empty_table())
+    # The empty table gives the columns where there is no table of labels at all.
     by_source = source_labels(steps, pa.concat_tables([empty, *map(encode_labels, labels)]).combine_chunks())
     for source in sources:
         if source not in by_source:
@@ -58,6 +59,7 @@ def reference_labels(
         codes, misfit = by_source[source].codes, by_source[source].misfit
         weight_N = None
         if source == "expert" and review_queue is not None and review_queue.num_rows:
+            # A step that the queue did not draw has no known chance: a verdict of it cannot be weighted.
             weight_N = _queue_weights(steps, review_queue)
             codes = np.where(weight_N > 0, codes, np.int8(UNLABELLED))
         if misfit:
@@ -84,12 +86,13 @@ def _of_source(source: str, steps: Steps, codes: Codes, weight_N: Floats | None)
     values = [None if code < WRONG else int(code) for code in codes.tolist()]
     labels: dict[str, Sequence[int | None]] = {}
     weights: dict[str, Sequence[float]] = {}
-    for place in np.unique(steps.solution[codes != UNLABELLED]).tolist():
-        start = steps.first[place]
-        end = start + steps.length[place]
-        labels[solution_ids[place]] = values[start:end]
+    for solution in np.unique(steps.solution[codes != UNLABELLED]).tolist():
+        start = steps.first[solution]
+        end = start + steps.length[solution]
+        solution_id = solution_ids[solution]
+        labels[solution_id] = values[start:end]
         if weight_N is not None:
-            weights[solution_ids[place]] = weight_N[start:end].tolist()
+            weights[solution_id] = weight_N[start:end].tolist()
     return ReferenceLabels(source, labels, None if weight_N is None else weights)
 
 
@@ -145,6 +148,7 @@ def _labelled_steps(log_odds: LogOdds, reference: ReferenceLabels, threshold: fl
         pooled.num_solutions += 1
         pooled.labels += shared_labels
         pooled.scores += shared_scores
+        # A step that nobody drew may be the first wrong one.
         if reference.weights is None or len(shared_labels) == len(labels):
             right = metrics.predicted_right(shared_scores, threshold).tolist()
             pooled.first_labelled.append(metrics.first_error(shared_labels))

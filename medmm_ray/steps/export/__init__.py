@@ -9,7 +9,8 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -27,6 +28,8 @@ from medmm_ray.data.tables import Artifact, RowError, Table, filesystem, write_f
 from medmm_ray.engines.images import read_bytes
 from medmm_ray.steps.export.card import card
 
+IMAGE_FIELDS = ("image_id", "uri", "sha256", "modality", "diagnosis")
+"""What a shard says of an image, in the order of the record."""
 log = logging.getLogger(__name__)
 
 
@@ -78,22 +81,32 @@ class Bundle:
 
 
 def export(tables: Tables, config: ExportConfig, made_by: Mapping[str, Any]) -> dict[str, int]:
-    """Write the dataset; gives counts. `made_by` (step -> its manifest's figures) goes into the card.
+    """Write the dataset; gives counts. `made_by` (table -> its manifest's fingerprint and config) goes into the card.
 
     Raises ConfigError for a folder that is not empty or a name missing, TableError for one that cannot be written.
     """
     folder = _empty_folder(config.to)
     counts: Counter[str] = Counter()
-    splits = _splits(tables)
-    writer = _write_json if config.format == "json" else _write_shards
-    for split, ids in splits.items():
-        chunks = [ids[i : i + config.questions_per_shard] for i in range(0, len(ids), config.questions_per_shard)]
-        writer(folder, split, (_copied(b, folder, config, counts) for c in chunks for b in bundles(tables, c, config)),
-               len(chunks), config, counts)  # fmt: skip
+    split_ids = _split_ids(tables)
+    for split, ids in split_ids.items():
+        bundles_ = _bundles_of_split(tables, ids, folder, config, counts)
+        if config.format == "json":
+            _write_json(folder, split, bundles_, counts)
+        else:
+            _write_shards(folder, split, bundles_, len(ids), config.questions_per_shard, counts)
     if config.format == "hf":
-        text = card(shard_schema(), config.license, {s: counts[f"questions {s}"] for s in splits}, counts, made_by)
-        _put(folder, "README.md", text.encode())
+        sizes = {split: counts[f"questions {split}"] for split in split_ids}
+        _put(folder, "README.md", card(shard_schema(), config.license, sizes, counts, made_by).encode())
     return dict(counts)
+
+
+def _bundles_of_split(
+    tables: Tables, ids: Sequence[str], folder: str, config: ExportConfig, counts: Counter[str]
+) -> Iterator[Bundle]:
+    """The split's bundles, a chunk of questions in memory at a time."""
+    for start in range(0, len(ids), config.questions_per_shard):
+        for bundle in bundles(tables, ids[start : start + config.questions_per_shard], config):
+            yield _copied(bundle, folder, config, counts)
 
 
 def _empty_folder(to: str) -> str:
@@ -106,14 +119,15 @@ def _empty_folder(to: str) -> str:
     return to.rstrip("/")
 
 
-def _splits(tables: Tables) -> dict[str, list[str]]:
+def _split_ids(tables: Tables) -> dict[str, list[str]]:
     """The ids of each split's questions, sorted; those with an error stay behind."""
     rows = tables.questions.to_arrow(["question_id", "split", "error"])
-    usable = rows.filter(pc.is_null(rows["error"])).sort_by([("split", "ascending"), ("question_id", "ascending")])
-    found: dict[str, list[str]] = {}
+    usable = rows.filter(pc.is_null(rows["error"]))
+    usable = usable.sort_by([("split", "ascending"), ("question_id", "ascending")])
+    ids: dict[str, list[str]] = {}
     for question_id, split in zip(usable["question_id"].to_pylist(), usable["split"].to_pylist(), strict=True):
-        found.setdefault(split, []).append(question_id)
-    return found
+        ids.setdefault(split, []).append(question_id)
+    return ids
 
 
 # Reading a chunk
@@ -121,40 +135,62 @@ def _splits(tables: Tables) -> dict[str, list[str]]:
 
 def bundles(tables: Tables, ids: Sequence[str], config: ExportConfig) -> Iterator[Bundle]:
     """What the run has of each of these questions, in their order."""
-    questions = {q["question_id"]: from_dict(Question, q) for q in _rows(tables.questions, "question_id", ids)}
-    solutions, grown = (
-        {s["question_id"]: s["solutions"] for s in _rows(table, "question_id", ids)}
-        for table in (tables.solutions, tables.tree_solutions)
-    )
-    evidence = {e["question_id"]: from_dict(Evidence, e) for e in _rows(tables.evidence, "question_id", ids)}
-    labels: dict[str, dict[str, list[Labels]]] = {}
-    for table in tables.labels.values():
-        for row in _rows(table, "question_id", ids):
-            own = labels.setdefault(row["question_id"], {}).setdefault(row["solution_id"], [])
-            own.append(from_dict(Labels, row))
-    image_ids = sorted({i for q in questions.values() for i in q.image_ids})
-    images = {i["image_id"]: from_dict(Image, i) for i in _rows(tables.images, "image_id", image_ids)}
+    questions: dict[str, Question] = {}
+    for row in _rows(tables.questions, "question_id", ids):
+        questions[row["question_id"]] = from_dict(Question, row)
+    evidence: dict[str, Evidence] = {}
+    for row in _rows(tables.evidence, "question_id", ids):
+        evidence[row["question_id"]] = from_dict(Evidence, row)
+    solutions = _solutions(tables.solutions, ids)
+    tree_solutions = _solutions(tables.tree_solutions, ids)
+    labels = _labels(tables, ids)
+    distinct_ids: set[str] = set()
+    for question in questions.values():
+        distinct_ids.update(question.image_ids)
+    image_ids = sorted(distinct_ids)
+    images: dict[str, Image] = {}
+    for row in _rows(tables.images, "image_id", image_ids):
+        images[row["image_id"]] = from_dict(Image, row)
     vectors = _rows(tables.image_vectors, "item_id", image_ids) if config.embeddings else []
-    embeddings = {v["item_id"]: v["vector"] for v in vectors}
+    embeddings = {row["item_id"]: row["vector"] for row in vectors}
     for question_id in ids:
         question = questions[question_id]
         yield Bundle(
             question=question,
-            solutions=[from_dict(Solution, s) for s in solutions.get(question_id, ())],
-            tree_solutions=[from_dict(Solution, s) for s in grown.get(question_id, ())],
+            solutions=solutions.get(question_id, []),
+            tree_solutions=tree_solutions.get(question_id, []),
             labels=labels.get(question_id, {}),
-            images=[images[i] for i in question.image_ids if i in images],
+            images=[images[image_id] for image_id in question.image_ids if image_id in images],
             evidence=evidence.get(question_id),
             embedding=embeddings.get(question.image_ids[0]) if question.image_ids else None,
         )
+
+
+def _solutions(table: Table | None, ids: Sequence[str]) -> dict[str, list[Solution]]:
+    """Each question's solutions."""
+    by_question = {}
+    for row in _rows(table, "question_id", ids):
+        by_question[row["question_id"]] = [from_dict(Solution, solution) for solution in row["solutions"]]
+    return by_question
+
+
+def _labels(tables: Tables, ids: Sequence[str]) -> dict[str, dict[str, list[Labels]]]:
+    """By question and solution: the label rows of all sources."""
+    by_question: dict[str, dict[str, list[Labels]]] = {}
+    for table in tables.labels.values():
+        for row in _rows(table, "question_id", ids):
+            by_solution = by_question.setdefault(row["question_id"], {})
+            by_solution.setdefault(row["solution_id"], []).append(from_dict(Labels, row))
+    return by_question
 
 
 def _rows(table: Table | None, key: str, ids: Sequence[str]) -> list[dict[str, Any]]:
     """The table's rows of these ids, read from its files alone."""
     if table is None or not ids or not (files := table.files()):
         return []
-    found = pads.dataset(files, schema=table.schema, format="parquet", filesystem=table.fs)
-    rows: list[dict[str, Any]] = found.to_table(filter=pc.field(key).isin(ids)).to_pylist()
+    # The filter is applied to each file's row groups as they are read: memory holds the matching rows.
+    dataset = pads.dataset(files, schema=table.schema, format="parquet", filesystem=table.fs)
+    rows: list[dict[str, Any]] = dataset.to_table(filter=pc.field(key).isin(ids)).to_pylist()
     return rows
 
 
@@ -167,15 +203,17 @@ def _copied(bundle: Bundle, folder: str, config: ExportConfig, counts: Counter[s
         name = f"images/{image.image_id}{PurePosixPath(image.uri).suffix}"
         try:
             fs, path = filesystem(f"{folder}/{name}")
+            # Questions share pictures: one that an earlier question has brought lies there.
             if not fs.get_file_info(path).is_file:
                 _put(folder, name, read_bytes(image.uri))
                 counts["images copied"] += 1
         except RowError as error:
+            # A picture that cannot be read costs the dataset that picture, not the question.
             log.warning("image %s is left out: %s", image.image_id, error.kind)
             counts[f"images {error.kind}"] += 1
             continue
-        images.append(Image(**{**vars(image), "uri": name}))
-    return Bundle(**{**vars(bundle), "images": images})
+        images.append(replace(image, uri=name))
+    return replace(bundle, images=images)
 
 
 def _put(folder: str, name: str, content: bytes) -> None:
@@ -190,37 +228,42 @@ def _count(bundle: Bundle, counts: Counter[str]) -> None:
     counts["solutions"] += len(bundle.solutions)
     if bundle.tree_solutions:
         counts["solutions of trees"] += len(bundle.tree_solutions)
-    counts["steps"] += sum(len(s.steps) for s in (*bundle.solutions, *bundle.tree_solutions))
-    for row in (row for rows in bundle.labels.values() for row in rows):
-        counts[f"{row.source} {'failed' if row.error else 'labelled'}"] += 1
+    counts["steps"] += sum(len(solution.steps) for solution in (*bundle.solutions, *bundle.tree_solutions))
+    for rows in bundle.labels.values():
+        for row in rows:
+            counts[f"{row.source} {'failed' if row.error else 'labelled'}"] += 1
 
 
 # Writing
 
 
-def _write_json(
-    folder: str, split: str, found: Iterator[Bundle], num_chunks: int, config: ExportConfig, counts: Counter[str]
-) -> None:  # fmt: skip
+def _write_json(folder: str, split: str, bundles_: Iterator[Bundle], counts: Counter[str]) -> None:
     """``<split>.json``: one list, written entry by entry under another name, then put in its place."""
-    del num_chunks, config
     fs, path = filesystem(f"{folder}/{split}.json")
     with fs.open_output_stream(f"{path}.part") as stream:
         separator = "[\n"
-        for bundle in found:
+        for bundle in bundles_:
             try:
-                row = entry(
-                    bundle.question, bundle.solutions, bundle.labels, image_uris=[i.uri for i in bundle.images],
-                    evidence=bundle.evidence, embedding=bundle.embedding, tree_solutions=bundle.tree_solutions,
-                )  # fmt: skip
-                written = _json(row)
+                content = _json(
+                    entry(
+                        bundle.question,
+                        bundle.solutions,
+                        bundle.labels,
+                        image_uris=[image.uri for image in bundle.images],
+                        evidence=bundle.evidence,
+                        embedding=bundle.embedding,
+                        tree_solutions=bundle.tree_solutions,
+                    )
+                )
             except RowError as error:
                 log.warning("question %s is left out: %s", bundle.question.question_id, error)
                 counts[f"left out {error.kind}"] += 1
                 continue
-            stream.write((separator + written).encode())
+            stream.write((separator + content).encode())
             separator = ",\n"
             _count(bundle, counts)
         stream.write(b"\n]\n" if separator == ",\n" else b"[]\n")
+    # A reader never finds half a list under the name.
     fs.move(f"{path}.part", path)
 
 
@@ -234,13 +277,13 @@ def _json(row: Mapping[str, Any]) -> str:
 
 def shard_schema() -> pa.Schema:
     """A shard's columns: the question's, then its images, evidence, and all solutions with every label row."""
-    labels = [f for f in arrow_schema(Labels) if f.name not in ("question_id", "solution_id")]
-    solution = [*arrow_schema(Solution), pa.field("labels", pa.list_(pa.struct(labels)))]
-    image = [f for f in arrow_schema(Image) if f.name in ("image_id", "uri", "sha256", "modality", "diagnosis")]
+    label = _fields(Labels, without=("question_id", "solution_id"))
+    solution = [*arrow_schema(Solution), pa.field("labels", pa.list_(pa.struct(label)))]
+    image = [arrow_schema(Image).field(name) for name in IMAGE_FIELDS]
     evidence = arrow_schema(Evidence)
     return pa.schema(
         [
-            *(f for f in arrow_schema(Question) if f.name not in ("error", "split", "image_ids")),
+            *_fields(Question, without=("error", "split", "image_ids")),
             pa.field("images", pa.list_(pa.struct(image))),
             pa.field("related_documents", evidence.field("documents").type),
             pa.field("related_images", evidence.field("images").type),
@@ -250,43 +293,45 @@ def shard_schema() -> pa.Schema:
     )
 
 
+def _fields(record: type, without: Sequence[str]) -> list[pa.Field]:
+    return [field_ for field_ in arrow_schema(record) if field_.name not in without]
+
+
 def shard_row(bundle: Bundle) -> dict[str, Any]:
     """One row of `shard_schema`."""
     evidence = bundle.evidence
     return {
         **asdict(bundle.question),
         "images": [asdict(image) for image in bundle.images],
-        "related_documents": [asdict(d) for d in evidence.documents] if evidence else [],
-        "related_images": [asdict(i) for i in evidence.images] if evidence else [],
-        **{
-            name: [{**asdict(s), "labels": [asdict(row) for row in bundle.labels.get(s.solution_id, ())]} for s in own]
-            for name, own in (("solutions", bundle.solutions), ("tree_solutions", bundle.tree_solutions))
-        },
+        "related_documents": [asdict(document) for document in evidence.documents] if evidence else [],
+        "related_images": [asdict(image) for image in evidence.images] if evidence else [],
+        "solutions": _with_labels(bundle.solutions, bundle.labels),
+        "tree_solutions": _with_labels(bundle.tree_solutions, bundle.labels),
     }
 
 
-def _write_shards(
-    folder: str, split: str, found: Iterator[Bundle], num_chunks: int, config: ExportConfig, counts: Counter[str]
-) -> None:  # fmt: skip
-    """``data/<split>-00000-of-00003.parquet``, a chunk of questions each."""
-    rows: list[dict[str, Any]] = []
-    number = 0
+def _with_labels(solutions: Sequence[Solution], labels: Mapping[str, Sequence[Labels]]) -> list[dict[str, Any]]:
+    rows = []
+    for solution in solutions:
+        of_solution = [asdict(label_row) for label_row in labels.get(solution.solution_id, ())]
+        rows.append({**asdict(solution), "labels": of_solution})
+    return rows
 
-    def flush() -> None:
-        nonlocal number
+
+def _write_shards(
+    folder: str, split: str, bundles_: Iterator[Bundle], num_questions: int, shard_size: int, counts: Counter[str]
+) -> None:
+    """``data/<split>-00000-of-00003.parquet``, `shard_size` questions each."""
+    # Names hold the number of shards, so it must be known before the first is written.
+    num_shards = -(-num_questions // shard_size)
+    for number in range(num_shards):
+        rows: list[dict[str, Any]] = []
+        for bundle in islice(bundles_, shard_size):
+            rows.append(shard_row(bundle))
+            _count(bundle, counts)
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(rows, schema=shard_schema()), sink)
-        _put(folder, f"data/{split}-{number:05d}-of-{num_chunks:05d}.parquet", sink.getvalue().to_pybytes())
-        rows.clear()
-        number += 1
-
-    for bundle in found:
-        rows.append(shard_row(bundle))
-        _count(bundle, counts)
-        if len(rows) == config.questions_per_shard:
-            flush()
-    if rows:
-        flush()
+        _put(folder, f"data/{split}-{number:05d}-of-{num_shards:05d}.parquet", sink.getvalue().to_pybytes())
 
 
 def push(folder: str, repo_id: str, private: bool) -> str:

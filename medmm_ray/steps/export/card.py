@@ -25,37 +25,40 @@ def card(
     schema: pa.Schema, license_: str, splits: Mapping[str, int], counts: Mapping[str, int], made_by: Mapping[str, Any]
 ) -> str:
     """README.md with its YAML front matter; `splits` are questions a split, `counts` what `export` counted."""
+    features = [feature(field.name, field.type) for field in schema]
+    files = [{"split": split, "path": f"data/{split}-*"} for split in splits]
     front = {
         "license": license_,
         "task_categories": ["question-answering", "visual-question-answering"],
         "language": ["en"],
         "tags": ["medical", "process-reward-model", "step-labels"],
-        "size_categories": [next((name for limit, name in _SIZES if sum(splits.values()) < limit), "n>1M")],
-        "configs": [
-            {
-                "config_name": "default",
-                "data_files": [{"split": split, "path": f"data/{split}-*"} for split in splits],
-            }
-        ],
+        "size_categories": [_size_category(sum(splits.values()))],
+        "configs": [{"config_name": "default", "data_files": files}],
         "dataset_info": {
-            "features": [feature(f.name, f.type) for f in schema],
+            "features": features,
             "splits": [{"name": split, "num_examples": number} for split, number in splits.items()],
         },
     }
-    return (
-        "\n".join(["---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", "", *_body(counts, made_by)]) + "\n"
-    )
+    front_matter = yaml.safe_dump(front, sort_keys=False).rstrip()
+    return "\n".join(["---", front_matter, "---", "", *_body(counts, made_by)]) + "\n"
+
+
+def _size_category(num_questions: int) -> str:
+    for limit, name in _SIZES:
+        if num_questions < limit:
+            return name
+    return "n>1M"
 
 
 def feature(name: str, kind: pa.DataType) -> dict[str, Any]:
     """One Arrow field as the hub's YAML describes it."""
     if pa.types.is_list(kind):
-        inner = kind.value_type
-        if pa.types.is_struct(inner):
-            return {"name": name, "list": [feature(f.name, f.type) for f in inner]}
-        return {"name": name, "sequence": _DTYPES[str(inner)]}
+        item = kind.value_type
+        if pa.types.is_struct(item):
+            return {"name": name, "list": [feature(field.name, field.type) for field in item]}
+        return {"name": name, "sequence": _DTYPES[str(item)]}
     if pa.types.is_struct(kind):
-        return {"name": name, "struct": [feature(f.name, f.type) for f in kind]}
+        return {"name": name, "struct": [feature(field.name, field.type) for field in kind]}
     return {"name": name, "dtype": _DTYPES[str(kind)]}
 
 
@@ -63,10 +66,12 @@ def _body(counts: Mapping[str, int], made_by: Mapping[str, Any]) -> Iterator[str
     yield _WHAT
     yield "## Counts\n"
     yield "| what | number |\n|---|---|"
-    yield from (f"| {name} | {number:,} |" for name, number in sorted(counts.items()))
+    for name, number in sorted(counts.items()):
+        yield f"| {name} | {number:,} |"
     yield "\n## How it was made\n"
     yield "| step | fingerprint | config |\n|---|---|---|"
     for step, (fingerprint, config) in made_by.items():
+        # Paths are of the machine that made the table, and nobody else's concern.
         settings = ", ".join(f"{key}={_short(value)}" for key, value in config.items() if "path" not in key)
         yield f"| {step} | `{fingerprint}` | {settings} |"
     yield (

@@ -2,6 +2,9 @@
 
 Enters: a YAML recipe (it may ``extends:`` another) and overrides. Leaves: a validated pydantic model, the fields that
 identify a result (`identity`), and the help text. A field's docstring is its description, with its unit.
+
+No library does all of it: Hydra composes recipes and reads overrides, but takes over a program's start and checks
+neither literals nor bounds; pydantic checks everything, and is used for that, but knows no recipes and no identity.
 """
 
 import difflib
@@ -22,13 +25,14 @@ JsonObject = dict[str, Any]
 Split = Literal["train", "validation", "test"]
 
 
-def _some(splits: tuple[Split, ...]) -> tuple[Split, ...]:
+def _at_least_one(splits: tuple[Split, ...]) -> tuple[Split, ...]:
     if not splits:
         raise ValueError("name one split or more, or leave the step out (without)")
     return splits
 
 
-Splits = Annotated[tuple[Split, ...], AfterValidator(_some)]
+Splits = Annotated[tuple[Split, ...], AfterValidator(_at_least_one)]
+"""One split or more."""
 
 ConfigT = TypeVar("ConfigT", bound="Config")
 T = TypeVar("T")
@@ -51,10 +55,10 @@ class Config(BaseModel):
 
         Of a section with the default ``Training(rate=1.0)`` that is given as ``{epochs: 2}``, the rate stays 1.0.
         """
-        defaults = {name: info.default for name, info in cls.model_fields.items() if name in values}
-        sections = {
-            name: one.model_dump(exclude_unset=True) for name, one in defaults.items() if isinstance(one, Config)
-        }
+        sections = {}
+        for name, info in cls.model_fields.items():
+            if name in values and isinstance(info.default, Config):
+                sections[name] = info.default.model_dump(exclude_unset=True)
         return _merge(sections, values)
 
 
@@ -66,17 +70,17 @@ def execution(default: T, *, ge: float | None = None, gt: float | None = None, l
 
 def identity(config: Config) -> dict[str, Any]:
     """The fields that decide what a step makes, nested configs included, as plain JSON values."""
-
-    def identifies(info: FieldInfo) -> bool:
-        extra = info.json_schema_extra
-        return not (isinstance(extra, dict) and extra.get("identity") is False)
-
-    kept = {}
+    values = {}
     for name, info in type(config).model_fields.items():
-        if identifies(info):
+        if not _is_execution(info):
             value = getattr(config, name)
-            kept[name] = identity(value) if isinstance(value, Config) else value
-    return cast(dict[str, Any], json.loads(json.dumps(kept, sort_keys=True)))
+            values[name] = identity(value) if isinstance(value, Config) else value
+    return cast(dict[str, Any], json.loads(json.dumps(values, sort_keys=True)))
+
+
+def _is_execution(info: FieldInfo) -> bool:
+    extra = info.json_schema_extra
+    return isinstance(extra, dict) and extra.get("identity") is False
 
 
 def digest(*parts: object) -> str:
@@ -89,8 +93,11 @@ class _Loader(yaml.SafeLoader):
     """YAML with 1.2 floats and each name once: PyYAML alone reads ``1e-4`` as text, and of two values drops one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping, refused where it has a name twice."""
         names: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
             if key.value in names:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{key.value!r} stands there twice; write it once", key.start_mark
@@ -107,6 +114,7 @@ _Loader.add_implicit_resolver(
 
 
 def _parse(text: str) -> Any:
+    """A YAML text as plain values."""
     return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
 
 
@@ -140,10 +148,11 @@ def _read_recipe(path: Path, above: Sequence[Path]) -> dict[str, Any]:
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of both, those of `above` where both have one; sections are merged in turn."""
     merged = dict(below)
     for key, value in above.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
+        are_sections = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if are_sections else value
     return merged
 
 
@@ -191,6 +200,7 @@ def load(
 
 
 def _explain(config: type[BaseModel], fault: Any) -> str:
+    """One fault of pydantic's in the words of a recipe."""
     path = [str(part) for part in fault["loc"]]
     key = ".".join(path)
     if fault["type"] == "value_error" and isinstance(fault["input"], dict):  # of a whole config: it names its settings
@@ -206,12 +216,13 @@ def _explain(config: type[BaseModel], fault: Any) -> str:
 
 
 def _names_at(config: type[BaseModel], path: Sequence[str]) -> list[str]:
+    """The names that a section may hold; none where `path` leads to no section."""
     for part in path:
         field = config.model_fields.get(part)
-        inner = next((t for t in _types(field.annotation) if issubclass(t, BaseModel)), None) if field else None
-        if inner is None:
+        sections = [t for t in _types(field.annotation) if issubclass(t, BaseModel)] if field else []
+        if not sections:
             return []
-        config = inner
+        config = sections[0]
     return list(config.model_fields)
 
 
@@ -221,5 +232,6 @@ def inner_configs(annotation: Any) -> list[type[Config]]:
 
 
 def _types(annotation: Any) -> list[type]:
+    """The classes in an annotation: itself, or the members of a union."""
     args = getattr(annotation, "__args__", ())
     return [t for t in (annotation, *args) if isinstance(t, type)]

@@ -30,6 +30,7 @@ _PRM_RULE = (
 )
 
 
+# A label that a document brings along.
 _DOCUMENT = re.compile(r"Document \d+: ")
 
 
@@ -39,12 +40,13 @@ def document_block(documents: Sequence[str]) -> str:
     Documents that all bring their label along, as in the example of Med-PRM's model card, keep it and get no other.
     """
     if not all(_DOCUMENT.match(text) for text in documents):
-        documents = [f"Document {i}: {text}" for i, text in enumerate(documents, 1)]
-    return "".join(f"{text}\n\n" for text in documents)
+        documents = [f"Document {number}: {text}" for number, text in enumerate(documents, 1)]
+    blocks = [f"{text}\n\n" for text in documents]
+    return "".join(blocks)
 
 
 def policy_messages(question: str, documents: Sequence[str] = (), answer_type: str = "choice") -> list[Message]:
-    """What the policy is asked; `question` carries its options. Shared text stands first, for the prefix cache."""
+    """The policy's prompt; `question` carries its options. Shared text stands first, for the prefix cache."""
     system = POLICY_SYSTEM if answer_type == "choice" else POLICY_SYSTEM_OPEN
     return [
         {"role": "system", "content": system},
@@ -64,12 +66,9 @@ def prm_messages(
     With documents the system prompt ends in a space when scoring and in none when training, as in the reference.
     `system`: another one in its place.
     """
-    middle = _PRM_WITH_DOCUMENTS if documents else _PRM_WITHOUT_DOCUMENTS
-    ending = " " if documents and not training else ""
-    return [
-        {"role": "system", "content": _PRM_TASK + middle + _PRM_RULE + ending if system is None else system},
-        {
-            "role": "user",
-            "content": f"{document_block(documents)}Question: {question}\n\nExplanation: {tagged_solution}",
-        },
-    ]
+    if system is None:
+        inputs = _PRM_WITH_DOCUMENTS if documents else _PRM_WITHOUT_DOCUMENTS
+        ending = " " if documents and not training else ""
+        system = _PRM_TASK + inputs + _PRM_RULE + ending
+    user = f"{document_block(documents)}Question: {question}\n\nExplanation: {tagged_solution}"
+    return [{"role": "system", "content": system}, {"role": "user", "content": user}]

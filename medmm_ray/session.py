@@ -155,20 +155,20 @@ def _holds_token(path: Path) -> bool:
 
 @contextmanager
 def _environment(**variables: str) -> Iterator[None]:
-    """Set `variables` in the block; Ray reads mode and token once, so it is told to read them again."""
+    """Set `variables` in the block; Ray reads mode and token once, so it must read them again."""
     from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
     def reread() -> None:
         Config.initialize("")
         AuthenticationTokenLoader.instance().reset_cache()
 
-    before = {name: os.environ.get(name) for name in variables}
+    previous = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     reread()
     try:
         yield
     finally:
-        for name, value in before.items():
+        for name, value in previous.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
@@ -187,7 +187,7 @@ def _start(joins: bool, quiet: bool) -> None:
     ray_constants.ENABLE_RAY_CLUSTER = os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] != "0"
 
     try:
-        with _unheard() if quiet else nullcontext():
+        with _stderr_on_failure() if quiet else nullcontext():
             ray.init(
                 address=None
                 if joins
@@ -207,7 +207,7 @@ def _start(joins: bool, quiet: bool) -> None:
             f"refuses this driver's token (InvalidAuthToken); {HAND_OVER}"
         ) from error
     if quiet:
-        _hush()
+        _without_harmless_reports()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = not quiet
     context.print_on_execution_start = False
@@ -223,46 +223,51 @@ def _processes() -> "list[psutil.Process]":
     """Ray's processes of this driver: the workers are the raylet's children."""
     import psutil
 
-    own = psutil.Process().children(recursive=True)
-    servers = [p for p in own if p.name() in ("raylet", "gcs_server")]
-    return [*servers, *(child for server in servers for child in server.children(recursive=True))]
+    servers = []
+    workers: list[psutil.Process] = []
+    for process in psutil.Process().children(recursive=True):
+        if process.name() in ("raylet", "gcs_server"):
+            servers.append(process)
+            workers += process.children(recursive=True)
+    return [*servers, *workers]
 
 
 def _end(processes: "Sequence[psutil.Process]") -> None:
     """Wait for Ray's processes to end, and kill what stays: a worker may hang on its way out and outlive its raylet."""
     import psutil
 
-    _, left = psutil.wait_procs(set(processes), timeout=GRACE_S)
-    for process in left:
+    _, still_alive = psutil.wait_procs(set(processes), timeout=GRACE_S)
+    for process in still_alive:
         with suppress(psutil.NoSuchProcess):
             process.kill()
 
 
-def _hush() -> None:
-    """Keep off the screen what is meant to be so: `HARMLESS` says of which reports of Ray's that is true."""
+def _without_harmless_reports() -> None:
+    """Keep those reports of Ray's off the screen that `HARMLESS` names."""
     from ray._private import worker
 
-    shown = worker.print_to_stdstream
+    print_lines = worker.print_to_stdstream
 
-    def show(data: dict[str, Any], **more: Any) -> None:
-        if not any(words in line for line in data["lines"] for words in HARMLESS):
-            shown(data, **more)
+    def print_unless_harmless(data: dict[str, Any], **options: Any) -> None:
+        text = "\n".join(data["lines"])
+        if not any(words in text for words in HARMLESS):
+            print_lines(data, **options)
 
-    worker.print_to_stdstream = show  # type: ignore[assignment]
+    worker.print_to_stdstream = print_unless_harmless  # type: ignore[assignment]
 
 
 @contextmanager
-def _unheard() -> Iterator[None]:
+def _stderr_on_failure() -> Iterator[None]:
     """Keep back what is written to standard error, also by C++ code (Ray greets there); on a failure it is shown."""
     sys.stderr.flush()
     screen = os.dup(2)
-    with tempfile.TemporaryFile() as kept:
-        os.dup2(kept.fileno(), 2)
+    with tempfile.TemporaryFile() as errors:
+        os.dup2(errors.fileno(), 2)
         try:
             yield
         except BaseException:
-            kept.seek(0)
-            os.write(screen, kept.read())
+            errors.seek(0)
+            os.write(screen, errors.read())
             raise
         finally:
             os.dup2(screen, 2)

@@ -33,6 +33,7 @@ class ImportedRows:
 
 
 def imported_policy(source: str) -> str:
+    """The `policy` of solutions that a data set brings."""
     return f"imported:{source}"
 
 
@@ -41,23 +42,27 @@ def imported_rows(
 ) -> ImportedRows:
     """The rows of one question; `tree_hash` is the config_hash of its tree_solutions."""
     solutions = _solutions(question_id, solved.solutions, policy, config_hash)
-    grown = _solutions(question_id, solved.tree_solutions, policy, tree_hash)
+    tree_solutions = _solutions(question_id, solved.tree_solutions, policy, tree_hash)
     labels: dict[str, list[Labels]] = {}
     for solution, source in zip(solutions.solutions, solved.solutions, strict=True):
         for row in source.labels:
             labels.setdefault(TABLE_OF[row.source], []).append(_labels(question_id, solution, row))
-    for solution, source in zip(grown.solutions, solved.tree_solutions, strict=True):
-        labels.setdefault("tree_labels", []).extend(_labels(question_id, solution, row) for row in source.labels)
+    for solution, source in zip(tree_solutions.solutions, solved.tree_solutions, strict=True):
+        tree_labels = labels.setdefault("tree_labels", [])
+        for row in source.labels:
+            tree_labels.append(_labels(question_id, solution, row))
     return ImportedRows(
         solutions=solutions,
-        tree_solutions=grown,
+        tree_solutions=tree_solutions,
         labels=labels,
         evidence=_evidence(question_id, solved, config_hash) if solved.documents or solved.images else None,
     )
 
 
-def _solutions(question_id: str, found: Sequence[SourceSolution], policy: str, config_hash: str) -> Solutions:
-    solutions = [_solution(question_id, s, policy, config_hash, index) for index, s in enumerate(found)]
+def _solutions(question_id: str, sources: Sequence[SourceSolution], policy: str, config_hash: str) -> Solutions:
+    solutions = []
+    for index, source in enumerate(sources):
+        solutions.append(_solution(question_id, source, policy, config_hash, index))
     return Solutions(
         question_id=question_id,
         policy=policy,
@@ -96,12 +101,7 @@ def _solution(question_id: str, source: SourceSolution, policy: str, config_hash
 
 def _evidence(question_id: str, solved: SolvedQuestion, config_hash: str) -> Evidence:
     """The documents in the data set's order; their scores are not known, so they fall by rank from 1."""
-    return Evidence(
-        question_id=question_id,
-        config_hash=config_hash,
-        documents=[
-            RetrievedDocument(document_id=f"d{digest(text)}", text=text, score=1 / rank)
-            for rank, text in enumerate(solved.documents, 1)
-        ],
-        images=list(solved.images),
-    )
+    documents = []
+    for rank, text in enumerate(solved.documents, 1):
+        documents.append(RetrievedDocument(document_id=f"d{digest(text)}", text=text, score=1 / rank))
+    return Evidence(question_id=question_id, config_hash=config_hash, documents=documents, images=list(solved.images))

@@ -82,6 +82,8 @@ class Image:
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
+    """One passage of a corpus that may be retrieved."""
+
     key: ClassVar[tuple[str, ...]] = ("document_id",)
     document_id: str
     corpus: str
@@ -102,6 +104,8 @@ class Vector:
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievedDocument:
+    """A document of a question's evidence; a higher `score` is nearer."""
+
     document_id: str
     text: str
     score: float
@@ -109,6 +113,8 @@ class RetrievedDocument:
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievedImage:
+    """A reference image of a question's evidence, with its cosine `similarity`."""
+
     image_id: str
     uri: str
     diagnosis: str
@@ -148,6 +154,8 @@ class Solution:
 
 @dataclass(frozen=True, kw_only=True)
 class Count:
+    """How many there are of a kind."""
+
     kind: str
     count: int
 
@@ -331,9 +339,9 @@ def _arrow_type(annotation: Any) -> pa.DataType:
     if get_origin(annotation) is Annotated:
         return pa.type_for_alias(get_args(annotation)[1])
     if get_origin(annotation) in (Union, types.UnionType):
-        inner = [a for a in get_args(annotation) if a is not type(None)]
-        assert len(inner) == 1, f"a union of several types has no Arrow type: {annotation}"
-        return _arrow_type(inner[0])
+        members = [member for member in get_args(annotation) if member is not type(None)]
+        assert len(members) == 1, f"a union of several types has no Arrow type: {annotation}"
+        return _arrow_type(members[0])
     if get_origin(annotation) is list:
         return pa.list_(_arrow_type(get_args(annotation)[0]))
     if dataclasses.is_dataclass(annotation):
@@ -348,10 +356,11 @@ def _nullable(annotation: Any) -> bool:
 def arrow_schema(record: type) -> pa.Schema:
     """The Arrow schema of a record type: nested records are structs, lists are explicit."""
     hints = get_type_hints(record, include_extras=True)
-    return pa.schema(
-        pa.field(f.name, _arrow_type(hints[f.name]), nullable=_nullable(hints[f.name]))
-        for f in dataclasses.fields(record)
-    )
+    columns = []
+    for record_field in dataclasses.fields(record):
+        annotation = hints[record_field.name]
+        columns.append(pa.field(record_field.name, _arrow_type(annotation), nullable=_nullable(annotation)))
+    return pa.schema(columns)
 
 
 def to_arrow(record: type, rows: list[Any]) -> pa.Table:
@@ -361,8 +370,8 @@ def to_arrow(record: type, rows: list[Any]) -> pa.Table:
 
 def to_arrow_lists(record: type, lists: Iterable[Sequence[Any]]) -> pa.Array:
     """Lists of rows (as in `to_arrow`) as a column of lists: what a step gives that makes several rows for one."""
-    kind = pa.list_(pa.struct(list(arrow_schema(record))))
-    return pa.array([_plain(rows) for rows in lists], kind)
+    list_type = pa.list_(pa.struct(list(arrow_schema(record))))
+    return pa.array([_plain(rows) for rows in lists], list_type)
 
 
 def _plain(rows: Sequence[Any]) -> list[dict[str, Any]]:
@@ -372,7 +381,9 @@ def _plain(rows: Sequence[Any]) -> list[dict[str, Any]]:
 def from_dict(record: type, row: dict[str, Any]) -> Any:
     """A plain row back as a record, nested records included."""
     hints = _hints(record)
-    values = {f.name: _revive(hints[f.name], row.get(f.name)) for f in dataclasses.fields(record)}
+    values = {}
+    for record_field in dataclasses.fields(record):
+        values[record_field.name] = _revive(hints[record_field.name], row.get(record_field.name))
     return record(**values)
 
 

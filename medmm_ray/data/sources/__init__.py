@@ -103,6 +103,8 @@ class SourceQuestion:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceDocument:
+    """One passage of a corpus."""
+
     corpus: str
     title: str
     text: str
@@ -200,6 +202,7 @@ class SourceWithTruth(Source, Protocol):
 
 
 def names() -> list[str]:
+    """The names of all sources, sorted."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
@@ -234,20 +237,12 @@ def stream_json(uri: str) -> Iterator[Any]:
     fs, path = filesystem(uri)
     if fs.get_file_info(path).type != pafs.FileType.File:
         raise ConfigError(f"{uri} does not exist; check `path` of the ingest section")
-    with fs.open_input_stream(path) as stream:
-        start = stream.read(_HEAD_BYTES)
-    if start.startswith(_UTF16_MARKS):
-        raise ConfigError(f"{uri} is UTF-16 text; save it as UTF-8")
-    mark = len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0
-    if start[mark:].lstrip().startswith(b"{"):
-        raise ConfigError(
-            f"{uri} has no entry: expected one JSON list of objects, [{{...}}, {{...}}], and it begins with an object. "
-            "If it has an object a line (JSON lines), make it a list: jq -s . lines.jsonl > list.json. If an object "
-            "stands around the list, take the list out of it"
-        )
     count = 0
     with fs.open_input_stream(path) as stream:
-        stream.read(mark)
+        start = stream.read(_HEAD_BYTES)
+    mark_length = _check_start(uri, start)
+    with fs.open_input_stream(path) as stream:
+        stream.read(mark_length)
         try:
             for entry in ijson.items(stream, "item", use_float=True):
                 count += 1
@@ -256,6 +251,20 @@ def stream_json(uri: str) -> Iterator[Any]:
             raise ConfigError(f"{uri} is not a valid JSON list: {_json_fault(error)} (after {count} entries)") from None
     if not count:
         raise ConfigError(f"{uri} has no entry: expected one JSON list of objects, [{{...}}, {{...}}]")
+
+
+def _check_start(uri: str, start: bytes) -> int:
+    """The length of the byte order mark; a `ConfigError` where the first bytes are not those of a list in UTF-8."""
+    if start.startswith(_UTF16_MARKS):
+        raise ConfigError(f"{uri} is UTF-16 text; save it as UTF-8")
+    mark_length = len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0
+    if start[mark_length:].lstrip().startswith(b"{"):
+        raise ConfigError(
+            f"{uri} has no entry: expected one JSON list of objects, [{{...}}, {{...}}], and it begins with an object. "
+            "If it has an object a line (JSON lines), make it a list: jq -s . lines.jsonl > list.json. If an object "
+            "stands around the list, take the list out of it"
+        )
+    return mark_length
 
 
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -289,6 +298,7 @@ def read_json(uri: str) -> Any:
 
 
 def read_text(uri: str) -> str:
+    """A file's text, without a byte order mark; a `ConfigError` where there is no such file, or it is no UTF-8."""
     fs, path = filesystem(uri)
     if fs.get_file_info(path).type != pafs.FileType.File:
         raise ConfigError(f"{uri} does not exist; check `path` and `documents_path` of the ingest section")
@@ -308,8 +318,8 @@ def read_lines(uri: str) -> list[str]:
 def list_files(uri: str, ending: str) -> list[str]:
     """The files of a folder whose names have this ending, sorted; a `ConfigError` where there is none."""
     fs, path = filesystem(uri)
-    found = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
-    names = sorted(info.base_name for info in found if info.is_file and info.base_name.endswith(ending))
+    infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    names = sorted(info.base_name for info in infos if info.is_file and info.base_name.endswith(ending))
     if not names:
         raise ConfigError(f"{uri} has no *{ending} file; check `path` of the ingest section")
     return [f"{uri.rstrip('/')}/{name}" for name in names]
@@ -320,10 +330,11 @@ def read_documents(uri: str) -> list[SourceDocument]:
     if not uri:
         return []
     corpus = uri.rstrip("/").rsplit("/", 1)[-1].partition(".")[0]
-    return [
-        SourceDocument(corpus=corpus if row.corpus is None else row.corpus, title=row.title or "", text=row.text)
-        for row in read_jsonl(_Document, uri)
-    ]
+    documents = []
+    for row in read_jsonl(_Document, uri):
+        name = corpus if row.corpus is None else row.corpus
+        documents.append(SourceDocument(corpus=name, title=row.title or "", text=row.text))
+    return documents
 
 
 # Entries, checked
@@ -337,7 +348,7 @@ class Entry(BaseModel):
 
 EntryT = TypeVar("EntryT", bound=Entry)
 # What pydantic calls a wrong type, in the words of a JSON file.
-_DUE = {
+_EXPECTED = {
     "string_type": "text",
     "list_type": "a list",
     "too_short": "a list with something in it",
@@ -352,11 +363,13 @@ def checked(entry: type[EntryT], row: Any, where: str) -> EntryT:
         return entry.model_validate(row)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
-        field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"]).lstrip(".")
+        parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"]]
+        field = "".join(parts).lstrip(".")
         if fault["type"] == "missing":
             raise TableError(f"{where}: the field {field!r} is missing; it has {sorted(fault['input'])}") from None
-        due = _DUE.get(fault["type"]) or fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-        raise TableError(f"{where}: {field or 'it'} must be {due}, not {_shown(fault['input'])}") from None
+        message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        expected = _EXPECTED.get(fault["type"]) or message
+        raise TableError(f"{where}: {field or 'it'} must be {expected}, not {_describe(fault['input'])}") from None
 
 
 def read_jsonl(entry: type[EntryT], uri: str) -> Iterator[EntryT]:
@@ -377,8 +390,8 @@ class _Document(Entry):
     corpus: str | None = None
 
 
-def _shown(value: Any) -> str:
-    """A wrong value, without what a patient's text could be in."""
+def _describe(value: Any) -> str:
+    """A wrong value in a message, without what a patient's text could be in."""
     if value is None:
         return "null"
     if isinstance(value, str) and len(value) > 20:
@@ -393,7 +406,9 @@ def _truth(value: Any) -> bool:
 
 
 def _texts(value: Any) -> Any:
-    return [] if value is None else [value] if isinstance(value, str) else value
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else value
 
 
 def _options(value: Any) -> Any:
@@ -405,6 +420,7 @@ def _options(value: Any) -> Any:
 
 
 Truth = Annotated[bool, BeforeValidator(_truth)]
+"""True or false, 1 or 0, as numbers or texts."""
 Texts = Annotated[list[str], BeforeValidator(_texts)]
 """A list of texts; one text is a list of one, null an empty one."""
 Options = Annotated[list[str], BeforeValidator(_options)]

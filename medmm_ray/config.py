@@ -85,6 +85,7 @@ def _is_execution(info: FieldInfo) -> bool:
 
 def digest(*parts: object) -> str:
     """A 16-character content hash of JSON-able values: the same parts give the same id on every machine."""
+    # All ids and fingerprints rest on these bytes: another separator would rename every row.
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -136,7 +137,7 @@ def _read_recipe(path: Path, above: Sequence[Path]) -> dict[str, Any]:
         raise ConfigError(f"recipe {path} is not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"recipe {path} must hold 'section: {{name: value}}' entries, got {type(raw).__name__}")
-    parent = raw.pop("extends", None)
+    parent = raw.pop("extends", None)  # no setting: the recipes underneath are read here
     if parent is None:
         return raw
     if not isinstance(parent, str):
@@ -172,7 +173,7 @@ def parse_overrides(overrides: Iterable[str], section: str | None = None, known:
             leaf: Any = _parse(value)
         except yaml.YAMLError:
             raise ConfigError(f"override {word!r}: the value is not valid YAML; quote it") from None
-        for key in reversed(name.split(".")):
+        for key in reversed(name.split(".")):  # a.b=1 -> {a: {b: 1}}
             leaf = {key: leaf}
         nested = _merge(nested, leaf)
     return nested

@@ -158,13 +158,13 @@ def _environment(**variables: str) -> Iterator[None]:
     """Set `variables` in the block; Ray reads mode and token once, so it must read them again."""
     from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
-    def reread() -> None:
+    def _reread() -> None:
         Config.initialize("")
         AuthenticationTokenLoader.instance().reset_cache()
 
     previous = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
-    reread()
+    _reread()
     try:
         yield
     finally:
@@ -173,7 +173,7 @@ def _environment(**variables: str) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-        reread()
+        _reread()
 
 
 # The session
@@ -248,12 +248,12 @@ def _without_harmless_reports() -> None:
 
     print_lines = worker.print_to_stdstream
 
-    def print_unless_harmless(data: dict[str, Any], **options: Any) -> None:
+    def _print_unless_harmless(data: dict[str, Any], **options: Any) -> None:
         text = "\n".join(data["lines"])
         if not any(words in text for words in HARMLESS):
             print_lines(data, **options)
 
-    worker.print_to_stdstream = print_unless_harmless  # type: ignore[assignment]
+    worker.print_to_stdstream = _print_unless_harmless  # type: ignore[assignment]
 
 
 @contextmanager

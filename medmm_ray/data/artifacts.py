@@ -62,7 +62,7 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         return pafs.LocalFileSystem(), str(Path(uri).absolute())
     try:
         return cast(tuple[pafs.FileSystem, str], pafs.FileSystem.from_uri(uri))
-    except pa.ArrowInvalid:
+    except pa.ArrowInvalid:  # a scheme that pyarrow does not know itself
         import fsspec
 
         scheme, _, path = uri.partition("://")
@@ -97,7 +97,7 @@ class Artifact:
             content = stream.read()
         try:
             return Manifest(**json.loads(content))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError) as error:  # no JSON, no object, other names
             raise TableError(
                 f"{self.uri}/{MANIFEST} is no manifest ({error}). Restore it from a copy, or delete it and run the "
                 "step that makes this again"
@@ -110,6 +110,7 @@ class Artifact:
 
     def prepare(self) -> None:
         """Make the folder and try whether it can be written."""
+        # Before hours of work, not after them: a full disk or a missing permission ends the job at its start.
         probe = f"{self.path}/.probe"
         try:
             self.fs.create_dir(self.path, recursive=True)
@@ -149,6 +150,7 @@ def write_file(fs: pafs.FileSystem, path: str, content: bytes) -> None:
 
     Two that write the same file at a time (a task and its retry) do not meet: the last one stays.
     """
+    # A disk shows a file while it is written, so that it is renamed at the end; a put to an object store is not seen.
     local = isinstance(fs, pafs.LocalFileSystem)
     target = f"{path}.{uuid.uuid4().hex}.tmp" if local else path
     try:

@@ -101,6 +101,7 @@ def _solution(question_id: str, source: SourceSolution, policy: str, config_hash
 
 def _evidence(question_id: str, solved: SolvedQuestion, config_hash: str) -> Evidence:
     """The documents in the data set's order; their scores are not known, so they fall by rank from 1."""
+    # Data sets give their documents in order, and no scores.
     documents = []
     for rank, text in enumerate(solved.documents, 1):
         documents.append(RetrievedDocument(document_id=f"d{digest(text)}", text=text, score=1 / rank))

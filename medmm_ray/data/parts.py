@@ -52,7 +52,7 @@ class PartFooter:
             if not error:
                 continue
             kind = error_kind(error)
-            if kind == UPSTREAM:
+            if kind == UPSTREAM:  # not of this step: to make the row again would change nothing
                 num_inherited += 1
             else:
                 failed.add(row_id)
@@ -87,7 +87,7 @@ def part_bytes(rows: pa.Table, footer: PartFooter) -> bytes:
 def owners(footers: Mapping[str, PartFooter]) -> dict[str, str]:
     """For each id the file that it is taken from: the first in which it did not fail, else the first."""
     owner: dict[str, str] = {}
-    for accept_failed in (False, True):
+    for accept_failed in (False, True):  # a retry that succeeded comes before the failure that it mends
         for file, footer in footers.items():
             failed = set(footer.failed)
             for row_id in footer.ids:
@@ -121,6 +121,7 @@ def content_hash(footers: Sequence[PartFooter]) -> str:
 
 def rows_hash(rows: pa.Table) -> str:
     """A 128-bit hash of the rows that depends on neither their order nor the volatile fields, nested ones included."""
+    # A sum: it depends on no order, and those of a table's files add up to the table's.
     total = 0
     for row in rows.to_pylist():
         text = json.dumps(_stable(row), sort_keys=True, default=lambda b: hashlib.sha256(b).hexdigest())

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_ty
 
 import pyarrow as pa
 
+# Vectors and scores are computed in 32 bits at most; 64 would double their tables.
 Float32 = Annotated[float, "float32"]
 
 
@@ -331,7 +332,7 @@ _ARROW = {
     int: pa.int64(),
     float: pa.float64(),
     bool: pa.bool_(),
-    bytes: pa.large_binary(),
+    bytes: pa.large_binary(),  # 64-bit offsets: the states of one file may be over 2 GiB
 }
 
 
@@ -387,6 +388,7 @@ def from_dict(record: type, row: dict[str, Any]) -> Any:
     return record(**values)
 
 
+# Cached: annotations are text that is evaluated, too slow to do once a row.
 @functools.cache
 def _hints(record: type) -> dict[str, Any]:
     return get_type_hints(record)

@@ -146,7 +146,7 @@ class Table(Artifact):
         import ray
 
         files = self.files()
-        if not files:
+        if not files:  # Ray refuses to read no file
             return ray.data.from_arrow(self.to_arrow(columns))
         ds = ray.data.read_parquet(files, filesystem=self.fs, columns=list(columns) if columns else None)
         return ds.repartition(target_num_rows_per_block=rows_per_block) if rows_per_block else ds
@@ -188,6 +188,7 @@ class Table(Artifact):
         """The records in `rows`, with the table's schema; a `TableError` where they do not fit it."""
         try:
             if explode:
+                # Of no entry the struct array would have no columns.
                 flat = rows.column(explode).combine_chunks().flatten()
                 rows = pa.Table.from_struct_array(flat) if len(flat) else self.schema.empty_table()
             missing = [name for name in self.schema.names if name not in rows.column_names]
@@ -234,6 +235,7 @@ class Table(Artifact):
         """
         if self.is_complete:  # by another driver: its files are not touched
             return self.manifest()
+        # What was written twice goes first, so that each id is counted once.
         footer_by_file = self._drop_repeats(key)
         footers = list(footer_by_file.values())
         self._check_ids(footers, set(expected))
@@ -297,6 +299,7 @@ class Table(Artifact):
         """
         footer_by_file = {file: self._footer(file) for file in self.parts()}
         owner = owners(footer_by_file)
+        # A file all of whose ids are its own stays; of another one the rest is written anew, if there is a rest.
         final: dict[str, PartFooter] = {}
         replaced: set[str] = set()
         for file, footer in footer_by_file.items():
@@ -330,6 +333,7 @@ def _kept_replies(errors: Iterable[str]) -> str:
 def _sink(table: Table, key: str, explode: str | None) -> Any:
     from ray.data import Datasink
 
+    # Written in the tasks that made the rows: nothing passes through the driver, and what is written stays.
     class PartSink(Datasink):  # type: ignore[type-arg]
         def write(self, blocks: Iterable[Any], ctx: "TaskContext") -> None:  # noqa: ARG002
             for block in map(_arrow, blocks):
@@ -369,6 +373,7 @@ def attach(ds: "Dataset", lookup: pa.Table, on: str, columns: Sequence[str]) -> 
     """
     import ray
 
+    # A join would shuffle all of `ds`, images included; a lookup fits into memory once a node.
     ref = ray.put(lookup.select([on, *columns]).combine_chunks())
 
     def look_up(batch: pa.Table) -> pa.Table:
@@ -394,7 +399,7 @@ def write_rows(
     arrow = to_arrow(table.record, list(rows))
     ids = list(dict.fromkeys(arrow[key].to_pylist()))
     table.prepare()
-    for stale in table.parts():
+    for stale in table.parts():  # of a run that ended before its manifest
         table.fs.delete_file(stale)
     if ids:
         table._put(arrow, ids, key, {})

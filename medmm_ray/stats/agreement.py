@@ -39,6 +39,7 @@ class QueuedSteps:
 
 def queued_steps(steps: Steps, review_queue: pa.Table) -> QueuedSteps:
     """The queue's steps among `steps`; items of other solutions are left out."""
+    # In Arrow, not in a dict: a queue names a few of millions of solutions.
     matches = pc.index_in(review_queue["solution_id"].combine_chunks(), steps.solution_ids)
     solution = np.asarray(pc.fill_null(matches, -1), dtype=np.int64)
     index = np.asarray(review_queue["step_index"], dtype=np.int64)
@@ -46,7 +47,7 @@ def queued_steps(steps: Steps, review_queue: pa.Table) -> QueuedSteps:
     num_steps = steps.length[solution] if len(steps.length) else 0
     is_step = (solution >= 0) & (index < num_steps)
     row = steps.first[solution[is_step]] + index[is_step]
-    order = np.argsort(row)
+    order = np.argsort(row)  # `in_queue` searches it
     return QueuedSteps(row[order], probability[is_step][order])
 
 

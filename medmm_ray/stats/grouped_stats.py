@@ -77,6 +77,7 @@ def stats_by_group(
         shape = (num_questions, len(groups.names), num_cells)
         counts_by_grouping.append(_counts(shape, cluster, groups.member, cell, weight))
     counts_QGC = np.concatenate(counts_by_grouping, axis=1)
+    # All groups at once: they share the resamples, which are most of the work.
     figures = _figures(counts_QGC, statistic, resampling)
     tables: GroupedStats = {}
     for grouping, groups in all_groupings.items():

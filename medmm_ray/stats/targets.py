@@ -144,7 +144,7 @@ def merge_annotators(rows: Sequence[Labels], num_steps: int) -> list[StepLabel]:
     first by name gives the entry; a tie is no label. Where nobody calls it either, it is neutral if somebody found it
     so. `label_arrays.source_labels` is the same rule on whole tables.
     """
-    ordered = sorted(rows, key=lambda row: row.annotator)
+    ordered = sorted(rows, key=lambda row: row.annotator)  # so that the order of rows in a table changes nothing
     adjudicated = [row for row in ordered if row.annotator == ADJUDICATOR]
     steps = []
     for index in range(num_steps):
@@ -278,7 +278,7 @@ def consensus_status(labels: Sequence[Labels], num_steps: int, correct: bool | N
     continued = _of_source(usable, "monte_carlo", num_steps, _hard)
     first_wrong = _first_wrong(judged)
     expected = [1.0] * first_wrong + [0.0] * (first_wrong < num_steps)
-    values = continued[: len(expected)]
+    values = continued[: len(expected)]  # what comes behind the first error does not matter
     if correct:
         values = [1.0 if value is None else value for value in values]
     for value, expected_value in zip(values, expected, strict=True):

@@ -191,6 +191,7 @@ def _keys(options: tuple[str, ...]) -> dict[str, str]:
     """Each option's normal form -> its letter. Forms that two options share are left out, and single letters: who
     answers B of the blood groups A, B, AB and O means the second option."""
     keys = [answer_key(option) for option in options]
+    # Two options with the same words: the words do not say which is meant.
     letter_of_key = {}
     for key, letter in zip(keys, LETTERS, strict=False):
         is_letter = len(key) <= 1 and key.upper() in LETTERS
@@ -213,6 +214,7 @@ class _ChoiceParser:
         rest = _without_filler(statement)
         if letter := self._option_text(rest):
             return _ParsedAnswer(answer=letter)
+        # In order of weight: a whole option, a letter alone, a denial, several letters, a letter that runs on.
         lone = _LONE.match(rest)
         if lone and lone[1] in self.letters and not _SEVERAL.match(rest):
             return _ParsedAnswer(answer=lone[1])

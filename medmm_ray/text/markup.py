@@ -32,6 +32,7 @@ def plain_text(text: str) -> str:
     'It is (C), so \\nFinal answer: C\\n'
     """
     text = text.translate(_CHARACTERS)
+    # Most replies have neither LaTeX nor tags.
     if "\\" in text:
         text = _BOXED.sub(rf"{ANSWER}\1\n", _LATEX_TEXT.sub(r"\1", text))
     if "<" in text:

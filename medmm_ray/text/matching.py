@@ -78,6 +78,7 @@ def answer_key(text: str) -> str:
 def key_words(text: str) -> list[str]:
     """The words of `answer_key`: those of two pieces of text are those of the whole."""
     plain = _ARTICLE.sub("", text.translate(_SIGNS))
+    # Accents go, so that "Crohn's" and "Sjögren" are found however they are typed.
     decomposed = unicodedata.normalize("NFKD", plain)
     plain = "".join(c for c in decomposed if not unicodedata.combining(c)).lower()
     plain = _APOSTROPHE.sub("", _THOUSANDS.sub("", plain))

@@ -173,6 +173,7 @@ def _number(mark: Match[str]) -> int:
 
 def _behind(mark: Match[str], text: str) -> str:
     """A step's text, without the emphasis that its mark opened: "**Step 1: Look.** Left" is "Look. Left"."""
+    # Its closing signs stand somewhere in the step.
     if mark["bold"] and not (mark["closed"] or mark["closed_behind"]):
         text = text.replace(mark["bold"], "", 1)
     return one_line(text)

@@ -244,6 +244,7 @@ def stream_json(uri: str) -> Iterator[Any]:
     with fs.open_input_stream(path) as stream:
         stream.read(mark_length)
         try:
+            # One entry at a time: published files have gigabytes. Floats, as of json.loads, and no Decimals.
             for entry in ijson.items(stream, "item", use_float=True):
                 count += 1
                 yield entry
@@ -258,6 +259,7 @@ def _check_start(uri: str, start: bytes) -> int:
     if start.startswith(_UTF16_MARKS):
         raise ConfigError(f"{uri} is UTF-16 text; save it as UTF-8")
     mark_length = len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0
+    # The parser would read an object to its end and find no list in it.
     if start[mark_length:].lstrip().startswith(b"{"):
         raise ConfigError(
             f"{uri} has no entry: expected one JSON list of objects, [{{...}}, {{...}}], and it begins with an object. "
@@ -343,7 +345,7 @@ def read_documents(uri: str) -> list[SourceDocument]:
 class Entry(BaseModel):
     """What a source reads of a record in its files, with types; fields without a name here are passed over."""
 
-    model_config = ConfigDict(frozen=True, strict=True)
+    model_config = ConfigDict(frozen=True, strict=True)  # strict: a number is no text, and no text a number
 
 
 EntryT = TypeVar("EntryT", bound=Entry)
@@ -363,6 +365,7 @@ def checked(entry: type[EntryT], row: Any, where: str) -> EntryT:
         return entry.model_validate(row)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
+        # "solutions[2].answer": where a reader of the file looks.
         parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"]]
         field = "".join(parts).lstrip(".")
         if fault["type"] == "missing":
@@ -414,6 +417,7 @@ def _texts(value: Any) -> Any:
 def _options(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
+    # A missing letter would shift the answers behind it.
     if sorted(value) != list(LETTERS[: len(value)]):
         raise ValueError(f"a list, or texts by their letters from A on; it has {sorted(value)}")
     return [value[letter] for letter in sorted(value)]

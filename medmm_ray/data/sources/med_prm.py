@@ -106,6 +106,7 @@ def _entries(request: SourceRequest) -> Iterator[tuple[str, str, _QuestionFields
         file = uri.rstrip("/").rpartition("/")[2]
         split = "test" if "test" in file else "train"
         for number, entry in enumerate(stream_json(uri)):
+            # Also behind the limit: a fault of the file is found at the first reading.
             row = checked(_QuestionFields, entry, f"{uri} entry {number}")
             limit = limits[split]
             if limit is None or num_read[split] < limit:
@@ -165,6 +166,7 @@ def _labels(row: Mapping[str, Any], num_steps: int, right: bool | None) -> Itera
     stored = {name: values for name, values in row.items() if values is not None}
     for name, (source, annotator) in JUDGES.items():
         if name in stored:
+            # The authors called the steps of right answers right without asking the judge.
             was_not_asked = right and stored[name] == [1] * num_steps
             labels = _row(source, UNJUDGED if was_not_asked else annotator, num_steps, {name: stored[name]})
             yield replace(labels, saw_answer=True)

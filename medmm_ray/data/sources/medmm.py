@@ -202,6 +202,7 @@ def _solutions(solutions: Sequence[Solution], labels: Mapping[str, Sequence[Labe
 def _solution(solution: Solution, labels: Sequence[Labels]) -> dict[str, Any]:
     processed = tag_steps(solution.steps)
     if processed_steps(processed) != solution.steps or _has_tag(solution.steps):
+        # Its labels would move to other steps.
         raise RowError("steps_unreadable", f"a step of {solution.solution_id} holds white space or marks of its own")
     judge = _merged(labels, "judge")
     monte_carlo = _merged(labels, "monte_carlo")

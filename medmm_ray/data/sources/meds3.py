@@ -55,6 +55,7 @@ def _nodes(trajectory: Any) -> Any:
     """The nodes of a trajectory in any of the three published forms, without the figures of the whole."""
     if not isinstance(trajectory, list):
         return trajectory
+    # [[node, …], figure, figure] or [node, …, figure, figure].
     inner = trajectory[0] if trajectory and isinstance(trajectory[0], list) else trajectory
     if inner and isinstance(inner[0], (list, dict)):
         trajectory = inner

@@ -5,7 +5,7 @@ The side is the patient's: in a picture the patient's right is on the viewer's l
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -33,10 +33,15 @@ NAMES = {
 ZONES = {"effusion": ("lower",), "pneumothorax": ("upper",), "consolidation": ("upper", "lower")}
 ZONES["nodule"] = ZONES["consolidation"]
 
-PLACES = (
-    *((kind, side, zone) for kind in LUNG_KINDS for side, zone in product(SIDES, ZONES[kind])),
-    ("cardiomegaly", "", ""),
-)
+
+def _places() -> Iterator[tuple[str, str, str]]:
+    for kind in LUNG_KINDS:
+        for side, zone in product(SIDES, ZONES[kind]):
+            yield kind, side, zone
+    yield "cardiomegaly", "", ""
+
+
+PLACES = tuple(_places())
 """Kind, side and zone of every finding that there can be."""
 
 # Ranges of extent (0 smallest, 1 largest) and contrast (a factor on the finding's density) by difficulty.
@@ -97,6 +102,7 @@ class PhantomCase:
     def annotation(self) -> str:
         """JSON, without what is as it is in a plain case."""
         values = dataclasses.asdict(self)
+        # Annotations of plain cases, and so the ids of their images, are those from before there were hard ones.
         for field in dataclasses.fields(self):
             if field.default is not dataclasses.MISSING and values[field.name] == field.default:
                 del values[field.name]
@@ -161,7 +167,8 @@ def make_case(
 
 
 def _extent_and_contrast(rng: np.random.Generator, difficulty: str, hardness: Hardness) -> tuple[float, float]:
-    extent, contrast = rng.uniform(*EXTENT[difficulty]), rng.uniform(*CONTRAST[difficulty])
+    extent = rng.uniform(*EXTENT[difficulty])
+    contrast = rng.uniform(*CONTRAST[difficulty])
     return round(float(extent), 3), round(float(contrast) * hardness.contrast, 3)
 
 

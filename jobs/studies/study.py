@@ -331,7 +331,7 @@ def _read(
         requests.append(ScoreRequest(question_with_options(question.question, question.options), steps))
     rows: list[records.States] = []
     test: dict[str, list[SolutionStates]] = {}
-    for question, states in zip(question_records, model.iter_states(requests), strict=True):
+    for question, (_, states) in zip(question_records, model.iter_states(requests), strict=True):
         if question.split == "test":
             test[question.question_id] = states
             continue

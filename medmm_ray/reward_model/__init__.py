@@ -2,7 +2,7 @@
 
 from medmm_ray.reward_model.errors import CheckpointError, ImageError
 from medmm_ray.reward_model.fusion import Fusion, FusionConfig, ImageFeatures
-from medmm_ray.reward_model.model import RewardModel, SolutionStates, StepScores
+from medmm_ray.reward_model.model import RewardModel
 from medmm_ray.reward_model.packing import (
     Branch,
     PackedQuestion,
@@ -11,6 +11,7 @@ from medmm_ray.reward_model.packing import (
     pack,
 )
 from medmm_ray.reward_model.request import ScoreRequest
+from medmm_ray.reward_model.scores import SolutionStates, StepScores
 
 __all__ = [
     "Branch",

@@ -1,7 +1,7 @@
-"""Shared-prefix attention over a packed row: only pairs of tokens that see each other cost anything.
+"""Shared-prefix attention over a packed row: only pairs of tokens that attend to each other cost.
 
-A row holds questions one after another: each a prefix, causal on itself, and branches that see the prefix and,
-causally, themselves. The prefix is attended to by all branches of its question in one pass without a mask; that and
+A row holds questions one after another: each a prefix, causal on itself, and branches that attend to the prefix and,
+causally, to themselves. The prefix is attended to by all branches of its question in one pass without a mask; that and
 each branch's own pass are merged by their log-sum-exps, which is exact. The backward pass of each part is that of flash
 attention given the *merged* output and log-sum-exp (as in ring attention, arXiv 2310.01889), so the gradient is exact.
 
@@ -27,6 +27,10 @@ MAX_BATCH = 4096  # tokens of such a batch
 PLAIN_BLOCK = 1024  # queries that meet all keys at once where no fused kernel serves
 
 
+# No library does this: vLLM's prefix cache has no backward pass, and kernels for packed sequences of variable length
+# share nothing between them. Calls of a fused kernel, merged by their log-sum-exps, do it exactly.
+
+
 @dataclass
 class PrefixKeyValues:
     """A prefix's keys and values by layer [1, G, P, E], kept for later rows of its question (scoring only)."""
@@ -34,9 +38,10 @@ class PrefixKeyValues:
     layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Add what a further row has of the prefix; copied, so that the row itself is freed."""
         if layer in self.layers:
-            before = self.layers[layer]
-            self.layers[layer] = (torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2))
+            keys, values = self.layers[layer]
+            self.layers[layer] = (torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2))
         else:
             self.layers[layer] = (key.clone(), value.clone())
 
@@ -45,7 +50,7 @@ class PrefixKeyValues:
 class Block:
     """One question's part of a row: `prefix` tokens, then branches of these lengths.
 
-    What earlier rows `held` of the prefix stands before it; what this row has of it is added there.
+    What earlier rows have `cached` of the prefix stands before it; what this row has of it is added there.
     """
 
     prefix: int
@@ -54,7 +59,11 @@ class Block:
 
     @property
     def length(self) -> int:
+        """Tokens in the row."""
         return self.prefix + sum(self.branches)
+
+
+# Three ways to name tokens of a row. `select` gives them as a batch for a kernel, `write` and `add` put results back.
 
 
 @dataclass(frozen=True)
@@ -64,14 +73,18 @@ class _Span:
     start: int
     stop: int
 
-    def of(self, tensor: Tensor) -> Tensor:
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+    def select(self, tensor: Tensor) -> Tensor:
         return tensor[:, :, self.start : self.stop]
 
-    def put(self, tensor: Tensor, values: Tensor) -> None:
-        self.of(tensor).copy_(values)
+    def write(self, tensor: Tensor, values: Tensor) -> None:
+        self.select(tensor).copy_(values)
 
     def add(self, tensor: Tensor, values: Tensor) -> None:
-        self.of(tensor).add_(values)
+        self.select(tensor).add_(values)
 
 
 @dataclass(frozen=True)
@@ -84,21 +97,23 @@ class _Batch:
 
     @classmethod
     def of_spans(cls, spans: Sequence[_Span], device: torch.device | str) -> "_Batch":
-        at_S = torch.arange(max(span.stop - span.start for span in spans))
-        start_B1 = torch.tensor([[span.start] for span in spans])
-        real_BS = at_S < torch.tensor([[span.stop - span.start] for span in spans])
-        return cls(torch.where(real_BS, start_B1 + at_S, start_B1).to(device), real_BS.to(device))
+        starts_B1 = torch.tensor([[span.start] for span in spans])
+        lengths_B1 = torch.tensor([[span.length] for span in spans])
+        offsets_S = torch.arange(int(lengths_B1.max()))
+        real_BS = offsets_S < lengths_B1
+        rows_BS = torch.where(real_BS, starts_B1 + offsets_S, starts_B1)
+        return cls(rows_BS.to(device), real_BS.to(device))
 
-    def of(self, tensor: Tensor) -> Tensor:
+    def select(self, tensor: Tensor) -> Tensor:
         return tensor[0][:, self.rows_BS].transpose(0, 1)
 
-    def put(self, tensor: Tensor, values: Tensor) -> None:
+    def write(self, tensor: Tensor, values: Tensor) -> None:
         tensor[0].index_copy_(1, self.rows_BS[self.real_BS], self._real(values).to(tensor.dtype))
 
     def add(self, tensor: Tensor, values: Tensor) -> None:
         tensor[0].index_add_(1, self.rows_BS[self.real_BS], self._real(values))
 
-    def silent(self, grad_BHSE: Tensor, lse_BHS: Tensor) -> tuple[Tensor, Tensor]:
+    def mask_padding(self, grad_BHSE: Tensor, lse_BHS: Tensor) -> tuple[Tensor, Tensor]:
         """A gradient and log-sum-exps with which padding adds nothing to any gradient."""
         padding_B1S = ~self.real_BS[:, None]
         return grad_BHSE.masked_fill(padding_B1S[..., None], 0.0), lse_BHS.masked_fill(padding_B1S, float("inf"))
@@ -113,10 +128,10 @@ class _Rows:
 
     rows_T: Tensor
 
-    def of(self, tensor: Tensor) -> Tensor:
+    def select(self, tensor: Tensor) -> Tensor:
         return tensor[:, :, self.rows_T]
 
-    def put(self, tensor: Tensor, values: Tensor) -> None:
+    def write(self, tensor: Tensor, values: Tensor) -> None:
         tensor.index_copy_(2, self.rows_T, values.to(tensor.dtype))
 
     def add(self, tensor: Tensor, values: Tensor) -> None:
@@ -133,42 +148,48 @@ class PackedRow:
         self.length = sum(block.length for block in blocks)
         self.device = device
         self.caches: list[tuple[PrefixKeyValues, _Span]] = []
-        """Prefixes whose keys and values are wanted later."""
+        """Where later rows look for keys and values, and the part of a prefix that adds to it."""
         self.causal: list[_Span | _Batch] = []
         """What attends to itself, causally."""
         self.shared: list[tuple[_Span | _Rows, _Span | PrefixKeyValues]] = []
-        """Tokens, and what all of them see before themselves."""
+        """Tokens, and what all of them attend to before themselves."""
         self.last_layer: PackedRow | None = None
-        """What is left of this in the last layer, where that is less."""
+        """What the last layer computes of this, where that is less."""
         start = 0
         for block in blocks:
-            prefix, branches = _Span(start, start + block.prefix), _Span(start + block.prefix, start + block.length)
-            start = branches.stop
-            if block.cached is not None and block.cached.layers:
-                self.shared.append((_Span(prefix.start, branches.stop), block.cached))
+            self._add(block, start)
+            start += block.length
+
+    def _add(self, block: Block, start: int) -> None:
+        prefix = _Span(start, start + block.prefix)
+        branches = _Span(prefix.stop, start + block.length)
+        if block.cached is not None and block.cached.layers:
+            self.shared.append((_Span(prefix.start, branches.stop), block.cached))
+        if block.prefix:
+            self.causal.append(prefix)
+            if block.cached is not None:
+                self.caches.append((block.cached, prefix))
+        if block.branches:
+            self.causal += _branch_parts(branches.start, block.branches, self.device)
             if block.prefix:
-                self.causal.append(prefix)
-                if block.cached is not None:
-                    self.caches.append((block.cached, prefix))
-            if block.branches:
-                self.causal += _branch_parts(branches.start, block.branches, device)
-                if block.prefix:
-                    self.shared.append((branches, prefix))
+                self.shared.append((branches, prefix))
 
     def restrict_last_layer(self, rows: Sequence[int]) -> None:
-        """Say that of the last layer's outputs only those of `rows` (ascending, all in branches) are wanted.
+        """Compute of the last layer's outputs only those of `rows` (ascending, all in branches).
 
         There the prefix is not a query any more, and of the branches only `rows` look at it; all keys and values stay.
         """
-        last = PackedRow([], self.device)
-        last.length, last.caches = self.length, self.caches
-        last.causal = [part for part in self.causal if isinstance(part, _Batch) or _between(rows, part)]
+        last_layer = PackedRow([], self.device)
+        last_layer.length, last_layer.caches = self.length, self.caches
+        # A batch is computed whole: to take rows out of it costs more than they do.
+        last_layer.causal = [part for part in self.causal if isinstance(part, _Batch) or _between(rows, part)]
         for span, before in self.shared:
             assert isinstance(span, _Span)
-            wanted = _between(rows, span)
-            if wanted:
-                last.shared.append((_Rows(torch.tensor(wanted, device=self.device)), before))
-        self.last_layer = last
+            rows_in_span = _between(rows, span)
+            if rows_in_span:
+                rows_T = torch.tensor(rows_in_span, device=self.device)
+                last_layer.shared.append((_Rows(rows_T), before))
+        self.last_layer = last_layer
 
 
 def _between(rows: Sequence[int], span: _Span) -> Sequence[int]:
@@ -180,23 +201,27 @@ def _branch_parts(start: int, lengths: Sequence[int], device: torch.device | str
     """The branches' own parts: neighbours of like length go together, a long one alone."""
     parts: list[_Span | _Batch] = []
     spans: list[_Span] = []
-
-    def close() -> None:
-        if spans:
-            parts.append(spans[0] if len(spans) == 1 else _Batch.of_spans(spans, device))
-        spans.clear()
-
     for length in lengths:
-        if spans:
-            longest = max(length, *(span.stop - span.start for span in spans))
-            padded = longest * (len(spans) + 1)
-            real = start + length - spans[0].start
-            if padded > MAX_BATCH or padded - real > MAX_PADDING * padded:
-                close()
+        if spans and not _is_batch(spans, length):
+            parts.append(_part_of(spans, device))
+            spans = []
         spans.append(_Span(start, start + length))
         start += length
-    close()
+    if spans:
+        parts.append(_part_of(spans, device))
     return parts
+
+
+def _is_batch(spans: Sequence[_Span], length: int) -> bool:
+    """Whether neighbours and the next branch make a batch that is small enough, with little padding."""
+    longest = max(length, *(span.length for span in spans))
+    padded = longest * (len(spans) + 1)
+    real = spans[-1].stop + length - spans[0].start
+    return padded <= MAX_BATCH and padded - real <= MAX_PADDING * padded
+
+
+def _part_of(spans: Sequence[_Span], device: torch.device | str) -> _Span | _Batch:
+    return spans[0] if len(spans) == 1 else _Batch.of_spans(spans, device)
 
 
 def attend(
@@ -208,12 +233,12 @@ def attend(
     dropout: float = 0.0,
     scaling: float | None = None,
     shared_prefix: PackedRow | None = None,
-    **more: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: [1, H, L, E] queries to [1, L, H, E]."""
     if shared_prefix is None:
         out_BLHE, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
         return out_BLHE, None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -240,20 +265,20 @@ class _SharedPrefix(torch.autograd.Function):
         out = query.new_zeros(1, query.shape[2], query.shape[1], query.shape[3]).transpose(1, 2)
         lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
         for part in row.causal:
-            part_out, part_lse = _attention(part.of(query), part.of(key), part.of(value), causal=True, scale=scale)
-            part.put(out, part_out)
-            part.put(lse, part_lse)
-        for span, seen in row.shared:
-            keys, values = seen.layers[layer] if isinstance(seen, PrefixKeyValues) else (seen.of(key), seen.of(value))
-            far_out, far_lse = _attention(span.of(query), keys, values, causal=False, scale=scale)
-            near_lse = span.of(lse)
-            both_lse = torch.logaddexp(near_lse, far_lse)
-            near = torch.exp(near_lse - both_lse)[..., None]
-            far = torch.exp(far_lse - both_lse)[..., None]
-            span.put(out, span.of(out) * near + far_out * far)
-            span.put(lse, both_lse)
-        for held, span in row.caches:
-            held.append(layer, span.of(key), span.of(value))
+            part_out, part_lse = _attention(
+                part.select(query), part.select(key), part.select(value), causal=True, scale=scale
+            )
+            part.write(out, part_out)
+            part.write(lse, part_lse)
+        for queries, before in row.shared:
+            if isinstance(before, PrefixKeyValues):
+                keys, values = before.layers[layer]
+            else:
+                keys, values = before.select(key), before.select(value)
+            far_out, far_lse = _attention(queries.select(query), keys, values, causal=False, scale=scale)
+            _merge(queries, out, lse, far_out, far_lse)
+        for cache, span in row.caches:
+            cache.append(layer, span.select(key), span.select(value))
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.row, ctx.scale = row, scale
         return out
@@ -262,27 +287,48 @@ class _SharedPrefix(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         (grad_out,) = gradients
         query, key, value, out, lse = ctx.saved_tensors
-        grads = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
+        grad_q, grad_k, grad_v = (
+            torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
+        )
 
         def add(queries: _Part, keys: _Part, causal: bool) -> None:
-            grad, part_lse = queries.of(grad_out), queries.of(lse)
+            part_grad, part_lse = queries.select(grad_out), queries.select(lse)
             if isinstance(queries, _Batch):
-                grad, part_lse = queries.silent(grad, part_lse)
-            found = _attention_backward(
-                grad, queries.of(query), keys.of(key), keys.of(value), queries.of(out), part_lse, causal, ctx.scale
+                part_grad, part_lse = queries.mask_padding(part_grad, part_lse)
+            # With the merged output and log-sum-exp: each part's gradient is then exact by itself.
+            dq, dk, dv = _attention_backward(
+                part_grad,
+                queries.select(query),
+                keys.select(key),
+                keys.select(value),
+                queries.select(out),
+                part_lse,
+                causal,
+                ctx.scale,
             )
-            for whole, part, where in zip(grads, found, (queries, keys, keys), strict=True):
-                where.add(whole, part)
+            queries.add(grad_q, dq)
+            keys.add(grad_k, dk)
+            keys.add(grad_v, dv)
 
         for part in ctx.row.causal:
             add(part, part, causal=True)
-        for span, seen in ctx.row.shared:
-            if isinstance(seen, PrefixKeyValues):
+        for part, before in ctx.row.shared:
+            if isinstance(before, PrefixKeyValues):
                 raise RuntimeError(
-                    "a prefix that is held from an earlier row has no gradient; train on whole questions"
+                    "a prefix that is cached from an earlier row has no gradient; train on whole questions"
                 )
-            add(span, seen, causal=False)
-        return grads[0], grads[1], grads[2], None, None, None
+            add(part, before, causal=False)
+        return grad_q, grad_k, grad_v, None, None, None
+
+
+def _merge(part: _Span | _Rows, out: Tensor, lse: Tensor, far_out: Tensor, far_lse: Tensor) -> None:
+    """Put what `part` gets of its prefix to what it has of itself: a softmax over both, by their log-sum-exps."""
+    near_lse = part.select(lse)
+    both_lse = torch.logaddexp(near_lse, far_lse)
+    near_weight = torch.exp(near_lse - both_lse)[..., None]
+    far_weight = torch.exp(far_lse - both_lse)[..., None]
+    part.write(out, part.select(out) * near_weight + far_out * far_weight)
+    part.write(lse, both_lse)
 
 
 # One part: softmax(q k' scale) v [B, H, S, E] and its log-sum-exp [B, H, S] in float32 (or wider)
@@ -309,11 +355,11 @@ def _attention_backward(
             grad, q, k, v, out, lse, 0.0, causal, scale=scale
         )
     elif q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16):
-        unused = torch.zeros((), dtype=torch.int64, device=q.device)  # the random state of a dropout that is not there
+        random_state = torch.zeros((), dtype=torch.int64, device=q.device)  # of a dropout that is not there
+        lengths = (None, None, q.shape[2], k.shape[2])
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            grad, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, unused, unused,
-            scale=scale,
-        )  # fmt: skip
+            grad, q, k, v, out, lse.contiguous(), *lengths, 0.0, causal, random_state, random_state, scale=scale
+        )
     else:
         dq, dk, dv = _plain_backward(grad, q, k, v, out, lse, causal, scale)
     return dq, _as_few_heads(dk, heads), _as_few_heads(dv, heads)
@@ -321,7 +367,8 @@ def _attention_backward(
 
 def _plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """The same on any device and in any type, a block of queries at a time to bound the scores in memory."""
-    outs, lses = [], []
+    outs: list[Tensor] = []
+    lses: list[Tensor] = []
     for start in range(0, q.shape[2], PLAIN_BLOCK):
         scores = _scores(q[:, :, start : start + PLAIN_BLOCK], k, start if causal else None, scale)
         lse = scores.logsumexp(dim=-1)
@@ -334,7 +381,8 @@ def _plain_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = lse.dtype
-    dqs, dk, dv = [], k.new_zeros(k.shape, dtype=wide), v.new_zeros(v.shape, dtype=wide)
+    dqs: list[Tensor] = []
+    dk, dv = k.new_zeros(k.shape, dtype=wide), v.new_zeros(v.shape, dtype=wide)
     for start in range(0, q.shape[2], PLAIN_BLOCK):
         at = slice(start, start + PLAIN_BLOCK)
         weights = torch.exp(_scores(q[:, :, at], k, start if causal else None, scale) - lse[:, :, at, None])
@@ -352,8 +400,8 @@ def _scores(q: Tensor, k: Tensor, first: int | None, scale: float) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = q.to(wide) @ k.to(wide).transpose(-1, -2) * scale
     if first is not None:
-        unseen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(first + 1)
-        scores = scores.masked_fill(unseen, float("-inf"))
+        is_later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(first + 1)
+        scores = scores.masked_fill(is_later, float("-inf"))
     return scores
 
 

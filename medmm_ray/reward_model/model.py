@@ -1,4 +1,4 @@
-"""`RewardModel`: a text tower that reads steps, and an image part that is added to its log-odds.
+"""`RewardModel`: a text tower that scores steps, and an image part that is added to its log-odds.
 
 Enters: a question, its solutions, documents, images. Leaves: one `StepScores` a solution. The text tower is a language
 model in one of the published formats (`families`), by default Med-PRM's (arXiv 2506.11474): the logits of " +" and " -"
@@ -13,7 +13,6 @@ Legend: T tags, D text width, I images.
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -25,7 +24,7 @@ from medmm_ray.engines.onednn_linear import use_onednn
 from medmm_ray.reward_model import checkpoint, families, text_tower
 from medmm_ray.reward_model.errors import CheckpointError, ImageError
 from medmm_ray.reward_model.families import FamilyName
-from medmm_ray.reward_model.forward import RowPiece, forward_row, pack_rows
+from medmm_ray.reward_model.forward import RowPacker, RowPiece, forward_row
 from medmm_ray.reward_model.fusion import Fusion, FusionConfig, ImageFeatures
 from medmm_ray.reward_model.image_inputs import rgb_of
 from medmm_ray.reward_model.packing import (
@@ -38,6 +37,8 @@ from medmm_ray.reward_model.packing import (
     pack,
 )
 from medmm_ray.reward_model.request import ScoreRequest
+from medmm_ray.reward_model.scores import SolutionStates, StepScores
+from medmm_ray.reward_model.scoring_job import ScoringJob
 from medmm_ray.reward_model.vision_language import Vision
 
 if TYPE_CHECKING:
@@ -47,52 +48,9 @@ if TYPE_CHECKING:
 
     from medmm_ray.engines.image_tower import ImageTower
 
-CPU_BUDGET = (
-    1024  # tokens of a row: the attention kernel is at its fastest from 768 queries on, and more only take memory
-)
+# Tokens of a row. On a CPU the attention kernel is at its fastest from 768 queries on, and more only take memory.
+CPU_BUDGET = 1024
 GPU_BUDGET = 4096
-
-
-@dataclass(frozen=True)
-class StepScores:
-    """One solution's scores: probabilities that each step is right, and their log-odds = text part + image part.
-
-    Rank by log-odds: a probability saturates and makes ties. `error` is None, or ``kind: message`` and no scores.
-    `num_documents` were read with it: fewer than with its neighbours where it is too long for all of them.
-    """
-
-    text_log_odds: list[float] = field(default_factory=list)
-    image_log_odds: list[float] = field(default_factory=list)
-    error: str | None = None
-    num_documents: int = 0
-
-    @property
-    def log_odds(self) -> list[float]:
-        return [t + i for t, i in zip(self.text_log_odds, self.image_log_odds, strict=True)]
-
-    @property
-    def plus_probs(self) -> list[float]:
-        return cast(list[float], torch.tensor(self.log_odds, dtype=torch.float64).sigmoid().tolist())
-
-    @property
-    def min_plus_prob(self) -> float | None:
-        return min(self.plus_probs, default=None)
-
-    @property
-    def final_plus_prob(self) -> float | None:
-        return self.plus_probs[-1] if self.plus_probs else None
-
-
-@dataclass(frozen=True)
-class SolutionStates:
-    """What the text tower says of one solution: ``states_TD`` at its tags after the final norm, ``summaries_TD`` (the
-    mean state of each step's tokens in the middle layer) and the text's log-odds [T, fp32]; or an error."""
-
-    states_TD: Tensor
-    summaries_TD: Tensor
-    log_odds_T: Tensor
-    error: str | None = None
-    num_documents: int = 0
 
 
 class RewardModel(nn.Module):
@@ -118,10 +76,13 @@ class RewardModel(nn.Module):
         self.text_model, self.tokenizer, self.vision = text_model, tokenizer, vision
         self.image_tower, self.fusion = image_tower, fusion
         self.max_length, self.reserve, self.fit = max_length, reserve, fit
-        if vision is not None:  # the same documents, whether the image is shown or not
+        image_tokens = None
+        if vision is not None:
+            image_tokens = vision.image_tokens
+            # The same documents, whether the image is given or not.
             self.max_length = min(max_length, self.context - vision.max_image_tokens)
         try:
-            self.family = families.make(family, tokenizer, vision.image_tokens if vision else None)
+            self.family = families.make(family, tokenizer, image_tokens)
         except ValueError as error:
             raise CheckpointError(str(error)) from None
         text_tower.check_vocabulary(text_model, tokenizer)
@@ -171,22 +132,23 @@ class RewardModel(nn.Module):
         Raises `CheckpointError` where `path` is none of these, where a file is not whole, and where the files do not
         hold exactly the model's weights; `ValueError` for a dtype or a device that is not there.
         """
-        number_format, place = dtype_of(dtype, torch_dtype), device_of(device, device_map)
+        number_format, target_device = dtype_of(dtype, torch_dtype), device_of(device, device_map)
         path = checkpoint.locate(path, revision)
         saved = checkpoint.read(path)
-        text = text_tower.load_text_tower(
-            path, number_format, family or (saved.family if saved else None), revision, gguf_file, base, merge
-        )
-        if text.model.dtype not in (getattr(torch, name) for name in DTYPE_NAMES):  # "auto" takes what is there
+        if family is None and saved is not None:
+            family = saved.family
+        text = text_tower.load_text_tower(path, number_format, family, revision, gguf_file, base, merge)
+        served_dtypes = [getattr(torch, name) for name in DTYPE_NAMES]
+        if text.model.dtype not in served_dtypes:  # "auto" takes what is there
             raise CheckpointError(f"{path} is in {text.model.dtype}; name the format to read it in: dtype='bfloat16'")
         model = cls(text.model, text.tokenizer, family=text.family, vision=text.vision)
         model.text_origin = text.origin
         if saved is not None:
-            model._restore(path, saved)
-        return model.to(place).eval()
+            model.restore(path, saved)
+        return model.to(target_device).eval()
 
-    def _restore(self, path: "str | Path", saved: checkpoint.SavedConfig) -> None:
-        """What a folder of `save_pretrained` has besides the text tower."""
+    def restore(self, path: "str | Path", saved: checkpoint.SavedConfig) -> None:
+        """Take over what a folder of `save_pretrained` has besides the text tower's weights."""
         if dict(self.family.ids) != saved.ids:
             raise CheckpointError(
                 f"{path}: its tokenizer gives the ids {dict(self.family.ids)}, its {checkpoint.CONFIG} has {saved.ids}"
@@ -197,16 +159,19 @@ class RewardModel(nn.Module):
             checkpoint.restore_template(path, self.family.template, saved.template)
         self.text_origin, self.figures = saved.text_origin, saved.figures
         if saved.fusion is not None:
-            from medmm_ray.engines.image_tower import ImageTower
+            self._restore_image_part(path, saved, saved.fusion)
 
-            try:
-                self.image_tower = ImageTower.from_pretrained(checkpoint.tower_folder(path))
-            except (OSError, ValueError) as error:
-                raise CheckpointError(f"{path}: {error}") from error
-            if saved.image_origin is not None:
-                self.image_tower.origin = saved.image_origin
-            self.fusion = Fusion(saved.fusion, self.hidden_size, self.image_tower.width)
-            checkpoint.load_fusion(path, self.fusion)
+    def _restore_image_part(self, path: "str | Path", saved: checkpoint.SavedConfig, config: FusionConfig) -> None:
+        from medmm_ray.engines.image_tower import ImageTower
+
+        try:
+            self.image_tower = ImageTower.from_pretrained(checkpoint.tower_folder(path))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        if saved.image_origin is not None:
+            self.image_tower.origin = saved.image_origin
+        self.fusion = Fusion(config, self.hidden_size, self.image_tower.width)
+        checkpoint.load_fusion(path, self.fusion)
 
     def add_image_tower(
         self, tower_path: "str | Path", fusion_config: FusionConfig | None = None, revision: str | None = None
@@ -273,10 +238,12 @@ class RewardModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the text tower works."""
         return cast(torch.device, self.text_model.get_input_embeddings().weight.device)
 
     @property
     def hidden_size(self) -> int:
+        """The text tower's width, which is that of a state."""
         return int(self.text_model.config.get_text_config().hidden_size)
 
     @property
@@ -288,10 +255,13 @@ class RewardModel(nn.Module):
     def context(self) -> int:
         """The longest sequence that the text tower can read, in tokens: within it a sliding window hides nothing."""
         config = self.text_model.config.get_text_config()
-        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        return int(min(config.max_position_embeddings, window or config.max_position_embeddings))
+        longest = config.max_position_embeddings
+        # Qwen2's configs have a window also where it is not used, and say so apart.
+        uses_window = getattr(config, "use_sliding_window", True)
+        window = getattr(config, "sliding_window", None) if uses_window else None
+        return int(min(longest, window or longest))
 
-    # ScoringJob text
+    # The text tower
 
     def pack(
         self,
@@ -303,9 +273,18 @@ class RewardModel(nn.Module):
     ) -> Packing:
         """`packing.pack` with this model's tokenizer and lengths."""
         return pack(
-            self.family, question, solutions, documents,
-            self.max_length, self.reserve, self.context, self.fit, training, image_embeddings, self.system_prompt,
-        )  # fmt: skip
+            self.family,
+            question,
+            solutions,
+            documents,
+            max_length=self.max_length,
+            reserve=self.reserve,
+            context=self.context,
+            fit=self.fit,
+            training=training,
+            image_embeddings=image_embeddings,
+            system=self.system_prompt,
+        )
 
     def forward(self, *packed: PackedQuestion) -> Tensor:
         """Text log-odds of all tags [T, fp32], in order, with gradient: what the text tower is trained on."""
@@ -317,7 +296,8 @@ class RewardModel(nn.Module):
 
         One packed row: each branch of each question is read as if alone.
         """
-        return forward_row(self.text_model, [RowPiece.whole(None, p, p.branches) for p in packed], self.device)
+        row = [RowPiece.whole(None, question, question.branches) for question in packed]
+        return forward_row(self.text_model, row, self.device)
 
     def head_log_odds(self, states_TD: Tensor) -> Tensor:
         """Log-odds of right against wrong [T, fp32]; where the family is additive, of a sum of states their sum."""
@@ -332,67 +312,79 @@ class RewardModel(nn.Module):
         token_budget: int | None = None,
     ) -> list[SolutionStates]:
         """What the text tower says of one question's solutions, one entry each."""
-        return next(self.iter_states([ScoreRequest(question, solutions, documents)], token_budget=token_budget))
+        request = ScoreRequest(question, solutions, documents)
+        _, states = next(self.iter_states([request], token_budget=token_budget))
+        return states
 
     @torch.inference_mode()
     def iter_states(
         self, requests: Iterable[ScoreRequest], *, token_budget: int | None = None, together: bool = True
-    ) -> Iterator[list[SolutionStates]]:
-        """`text_states` of many questions, in order, in rows of at most `token_budget` tokens.
+    ) -> Iterator[tuple[ScoreRequest, list[SolutionStates]]]:
+        """Each request with its solutions' states, in order, computed in rows of at most `token_budget` tokens.
 
         Equal solutions of a question are read once. With `together`, questions share rows: faster where they are short,
         but then the last bits of a state depend on its neighbours. A vision-language model reads the images here.
         """
-        waiting: deque[ScoringJob] = deque()
+        packer = RowPacker(token_budget or (CPU_BUDGET if self.device.type == "cpu" else GPU_BUDGET))
+        jobs: deque[ScoringJob] = deque()  # not yet given out, in the requests' order
+        for request in requests:
+            job = ScoringJob(self, request)
+            jobs.append(job)
+            for group in job.packing.groups:
+                rows = packer.add(job, group)
+                if not together:
+                    rows += packer.flush()
+                for row in rows:
+                    self._forward_row(row)
+            while jobs and jobs[0].is_complete:
+                job = jobs.popleft()
+                yield job.request, job.states()
+        for row in packer.flush():
+            self._forward_row(row)
+        for job in jobs:
+            yield job.request, job.states()
 
-        def packed() -> Iterator[tuple[ScoringJob, PackedQuestion]]:
-            for request in requests:
-                reading = ScoringJob(self, request)
-                waiting.append(reading)
-                for group in reading.packing.groups:
-                    yield reading, group
-
-        budget = token_budget or (CPU_BUDGET if self.device.type == "cpu" else GPU_BUDGET)
-        alone = (row for question in packed() for row in pack_rows([question], budget))
-        for row in pack_rows(packed(), budget) if together else alone:
-            states_TD, summaries_TD = forward_row(self.text_model, row, self.device)
-            log_odds_T = self.head_log_odds(states_TD)
-            finite_T = log_odds_T.isfinite() & states_TD.isfinite().all(dim=1) & summaries_TD.isfinite().all(dim=1)
-            is_finite = finite_T.tolist()
-            at = 0
-            for piece in row:
-                for branch in piece.branches:
-                    own = slice(at, at + len(branch.tags))
-                    at = own.stop
-                    found = SolutionStates(
-                        states_TD[own], summaries_TD[own], log_odds_T[own], num_documents=piece.packed.num_documents
+    def _forward_row(self, row: Sequence[RowPiece]) -> None:
+        """Run a row, and note in its jobs what comes of each branch."""
+        states_TD, summaries_TD = forward_row(self.text_model, row, self.device)
+        log_odds_T = self.head_log_odds(states_TD)
+        finite_T = log_odds_T.isfinite() & states_TD.isfinite().all(dim=1) & summaries_TD.isfinite().all(dim=1)
+        is_finite = finite_T.tolist()
+        start = 0
+        for piece in row:
+            for branch in piece.branches:
+                tags = slice(start, start + len(branch.tags))
+                start = tags.stop
+                num_missing = is_finite[tags].count(False)
+                if num_missing:
+                    states = self.not_finite_states(num_missing, len(branch.tags))
+                else:
+                    states = SolutionStates(
+                        states_TD[tags],
+                        summaries_TD[tags],
+                        log_odds_T[tags],
+                        num_documents=piece.packed.num_documents,
                     )
-                    missing = is_finite[own].count(False)
-                    piece.job.found[branch.solution] = (
-                        self.not_finite_states(missing, len(branch.tags)) if missing else found
-                    )
-            while waiting and waiting[0].complete:
-                yield waiting.popleft().states()
-        while waiting:
-            yield waiting.popleft().states()
+                piece.job.add(branch, states)
 
     def error_states(self, error: str) -> SolutionStates:
-        """What stands for a solution that could not be read."""
+        """What stands for a solution that cannot be read: no states, and why."""
         empty_0D = torch.zeros(0, self.hidden_size, dtype=self.text_model.dtype, device=self.device)
         return SolutionStates(empty_0D, empty_0D, torch.zeros(0, device=self.device), error)
 
-    def not_finite_states(self, missing: int, num_steps: int) -> SolutionStates:
+    def not_finite_states(self, num_missing: int, num_steps: int) -> SolutionStates:
         """What stands for a solution that the text tower makes no numbers of. Its neighbours in a row keep theirs:
         branches never see each other."""
-        advice = (
-            "float16 holds nothing above 65,504: load the model with dtype=bfloat16 or float32"
-            if self.text_model.dtype == torch.float16
-            else "look for NaN among the checkpoint's weights, or load the model with dtype=float32"
-        )
+        if self.text_model.dtype == torch.float16:
+            advice = "float16 holds nothing above 65,504: load the model with dtype=bfloat16 or float32"
+        else:
+            advice = "look for NaN among the checkpoint's weights, or load the model with dtype=float32"
         name = str(self.text_model.dtype).removeprefix("torch.")
-        return self.error_states(f"not_finite: {missing} of {num_steps} steps have no finite score in {name}; {advice}")
+        return self.error_states(
+            f"not_finite: {num_missing} of {num_steps} steps have no finite score in {name}; {advice}"
+        )
 
-    # ScoringJob images
+    # The image part
 
     def image_features(self, images: Sequence["Image"], references: Sequence["Image"] = ()) -> ImageFeatures:
         """One question's images and its reference images as the fusion reads them.
@@ -400,28 +392,32 @@ class RewardModel(nn.Module):
         Raises `ImageError` where an image cannot be decoded or gives no finite numbers.
         """
         tower, fusion = self._two_towers()
-        pixels_I3HW = torch.stack([tower.preprocess(rgb_of(i)) for i in (*images, *references)]).to(self.device)
+        pixels = [tower.preprocess(rgb_of(image)) for image in (*images, *references)]
+        pixels_I3HW = torch.stack(pixels).to(self.device)
         if not bool(pixels_I3HW.isfinite().all()):
             raise ImageError("image_not_finite: an image has pixels that are no finite numbers")
         tokens = tower(pixels_I3HW)
-        read = [tokens.pooled_BD, *([tokens.patches_BPD] if fusion.reads_patches else [])]
-        if not all(bool(part.isfinite().all()) for part in read):
+        patches_IPW = tokens.patches_BPD if fusion.reads_patches else None
+        is_finite = bool(tokens.pooled_BD.isfinite().all())
+        if patches_IPW is not None:
+            is_finite = is_finite and bool(patches_IPW.isfinite().all())
+        if not is_finite:
             raise ImageError(
                 "image_not_finite: the image tower makes no finite numbers of an image; look at its weights"
             )
-        own, more = range(len(images)), range(len(images), len(images) + len(references))
-        return ImageFeatures.gather(
-            tokens.pooled_BD, tokens.patches_BPD if fusion.reads_patches else None, [own], [more]
-        )
+        num_images = len(images)
+        image_rows, reference_rows = range(num_images), range(num_images, num_images + len(references))
+        return ImageFeatures.gather(tokens.pooled_BD, patches_IPW, [image_rows], [reference_rows])
 
     @torch.inference_mode()
     def image_log_odds(self, states: Sequence[SolutionStates], features: ImageFeatures) -> list[list[float]]:
         """What one question's images add to the log-odds of each solution's steps."""
         _, fusion = self._two_towers()
-        delta_TD = fusion(
-            torch.cat([s.states_TD for s in states]), torch.cat([s.summaries_TD for s in states]), features
-        )
-        parts = torch.split(self.head_log_odds(delta_TD), [len(s.states_TD) for s in states])
+        states_TD = torch.cat([solution.states_TD for solution in states])
+        summaries_TD = torch.cat([solution.summaries_TD for solution in states])
+        delta_TD = fusion(states_TD, summaries_TD, features)
+        num_steps = [len(solution.states_TD) for solution in states]
+        parts = torch.split(self.head_log_odds(delta_TD), num_steps)
         return [part.tolist() for part in parts]
 
     def _two_towers(self) -> "tuple[ImageTower, Fusion]":
@@ -463,16 +459,9 @@ class RewardModel(nn.Module):
         self, requests: Iterable[ScoreRequest], *, token_budget: int | None = None
     ) -> Iterator[list[StepScores]]:
         """`score` of a stream of questions, in order, read together so that every pass is as large as the budget."""
-        asked: deque[ScoreRequest] = deque()
-
-        def noted() -> Iterator[ScoreRequest]:
-            for request in requests:
-                asked.append(request)
-                yield request
-
-        for states in self.iter_states(noted(), token_budget=token_budget):
-            request = asked.popleft()
-            images = [] if self.vision else request.images  # else they are in the states
+        for request, states in self.iter_states(requests, token_budget=token_budget):
+            # A vision-language model has the images in its states.
+            images = [] if self.vision else request.images
             try:
                 features = self.image_features(images, request.reference_images) if images else None
             except ImageError as error:
@@ -483,51 +472,22 @@ class RewardModel(nn.Module):
     def step_scores(self, states: Sequence[SolutionStates], features: ImageFeatures | None) -> list[StepScores]:
         """The scores of solutions that were read, with one question's images or without; an error, not a score, where
         the image part of one is not finite."""
-        text = [s.log_odds_T.tolist() for s in states]
-        image = self.image_log_odds(states, features) if features and states else [[0.0] * len(t) for t in text]
-        return [_scores(s.error, t, i, s.num_documents) for s, t, i in zip(states, text, image, strict=True)]
-
-
-def _scores(
-    error: str | None, text_log_odds: list[float], image_log_odds: list[float], num_documents: int
-) -> StepScores:
-    missing = sum(not math.isfinite(x) for x in image_log_odds)
-    if missing and error is None:
-        error = (
-            f"not_finite: the image part of {missing} of {len(image_log_odds)} steps is not finite; look for NaN among "
-            "the fusion's weights"
-        )
-    return StepScores(error=error) if error else StepScores(text_log_odds, image_log_odds, num_documents=num_documents)
-
-
-class ScoringJob:
-    """A request while it is read: what is found of each of its different solutions."""
-
-    def __init__(self, model: RewardModel, request: ScoreRequest) -> None:
-        self.model = model
-        self.keys = [s if isinstance(s, str) else tuple(s) for s in request.solutions]
-        self.unique = list(dict.fromkeys(self.keys))
-        try:
-            seen = self._seen(request.images, request.reference_images) if model.vision else None
-        except ImageError as error:
-            self.packing = Packing([], [str(error)] * len(self.unique))
+        text_parts: list[list[float]] = [solution.log_odds_T.tolist() for solution in states]
+        if features and states:
+            image_parts = self.image_log_odds(states, features)
         else:
-            self.packing = model.pack(request.question, self.unique, request.documents, image_embeddings=seen)
-        self.found = {i: model.error_states(error) for i, error in enumerate(self.packing.errors) if error}
+            image_parts = [[0.0] * len(text) for text in text_parts]
+        return [_scores(*parts) for parts in zip(states, text_parts, image_parts, strict=True)]
 
-    def _seen(self, images: Sequence["Image"], references: Sequence["Image"]) -> ImageEmbeddings | None:
-        if references:
-            raise ValueError(
-                f"{len(references)} reference images: a reward model of the family {self.model.family.name} knows a "
-                "question's own images alone; leave reference_images empty"
-            )
-        assert self.model.vision is not None
-        return self.model.vision.embed(self.model.text_model, images) if images else None
 
-    @property
-    def complete(self) -> bool:
-        return len(self.found) == len(self.unique)
-
-    def states(self) -> list[SolutionStates]:
-        by_key = {key: self.found[i] for i, key in enumerate(self.unique)}
-        return [by_key[key] for key in self.keys]
+def _scores(states: SolutionStates, text_log_odds: list[float], image_log_odds: list[float]) -> StepScores:
+    error = states.error
+    num_missing = sum(not math.isfinite(x) for x in image_log_odds)
+    if num_missing and error is None:
+        error = (
+            f"not_finite: the image part of {num_missing} of {len(image_log_odds)} steps is not finite; look for NaN "
+            "among the fusion's weights"
+        )
+    if error:
+        return StepScores(error=error)
+    return StepScores(text_log_odds, image_log_odds, num_documents=states.num_documents)

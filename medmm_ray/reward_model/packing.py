@@ -5,7 +5,7 @@ the family whose format they are written in. Leaves: a `Packing`, of `PackedQues
 tokenised as the family's own code does it, so its ids are exactly ``prefix_ids + branch.ids``; later tokens than the
 last tag are cut, as they cannot influence a causal score. A tag is the place at which a step is read.
 
-Legend: T tags of all branches, I rows of all images, D text width.
+Legend: T tags of all branches, I embeddings of all images, D text width.
 """
 
 from collections.abc import Sequence
@@ -23,18 +23,17 @@ Fit = Literal["skip", "break"]
 MAX_LENGTH = 4096  # tokens; Med-PRM's
 RESERVE = 1024  # tokens kept free of documents, for system prompt, question and solution; Med-PRM's
 
-
 Solution = str | Sequence[str]  # raw text, which a family cuts into steps, or a list of steps
 
 
 @dataclass(frozen=True)
 class QuestionContext:
-    """What all solutions of a question are read after."""
+    """What stands before every solution of a question: it is their shared prefix, as a family writes it."""
 
     question: str
     documents: Sequence[str] = ()
     images: Sequence[int] = ()
-    """Rows of each image that the language model reads itself."""
+    """Embeddings of each image, in number; for a language model that reads images itself."""
     training: bool = False
     """The reference's training prompt, which differs by a space."""
     system: str | None = None
@@ -43,8 +42,8 @@ class QuestionContext:
 
 @dataclass(frozen=True)
 class ImageEmbeddings:
-    """A question's images as a vision-language model reads them: the rows that replace the embeddings of their tokens,
-    ``rows_ID``, and how many each image has."""
+    """A question's images for a vision-language model: ``rows_ID`` take the place of their tokens' embeddings, and
+    `lengths` says how many each image has."""
 
     rows_ID: "Tensor"
     lengths: Sequence[int]
@@ -79,8 +78,10 @@ class Branch:
 
     def spans(self, prefix: int) -> list[tuple[int, int]]:
         """Each step's tokens, its tag left out, as [start, end) counted in the full sequence, `prefix` tokens ahead."""
-        spans, start = [], self.start
+        spans: list[tuple[int, int]] = []
+        start = self.start
         for tag in self.tags:
+            # A step without text has at least its tag's neighbour, so that it has a mean state.
             spans.append((min(start, prefix + tag - 1), prefix + tag))
             start = prefix + tag + 1
         return spans
@@ -102,17 +103,23 @@ class PackedQuestion:
     @property
     def num_tokens(self) -> int:
         """Tokens of the whole row."""
-        return len(self.prefix_ids) + sum(len(b.ids) for b in self.branches)
+        return len(self.prefix_ids) + sum(len(branch.ids) for branch in self.branches)
 
     @property
     def tag_solutions(self) -> list[int]:
         """The solution of each tag [T]."""
-        return [b.solution for b in self.branches for _ in b.tags]
+        solutions: list[int] = []
+        for branch in self.branches:
+            solutions += [branch.solution] * len(branch.tags)
+        return solutions
 
     @property
     def tag_steps(self) -> list[int]:
         """The step, from 0, of each tag [T]."""
-        return [step for b in self.branches for step in range(len(b.tags))]
+        steps: list[int] = []
+        for branch in self.branches:
+            steps += range(len(branch.tags))
+        return steps
 
 
 @dataclass(frozen=True)
@@ -144,15 +151,16 @@ def choose_documents(
     The choice depends on the question's documents alone, never on a solution. A document that does not fit is left
     out; with ``fit="break"`` (the reference's rule) it also ends the choice.
     """
-    kept, free = [], max_length - reserve
+    chosen: list[str] = []
+    free = max_length - reserve
     for document in documents:
         cost = len(tokenizer(document, add_special_tokens=False)["input_ids"]) + 1
         if cost <= free:
-            kept.append(document)
+            chosen.append(document)
             free -= cost
         elif fit == "break":
             break
-    return kept
+    return chosen
 
 
 def has_steps(solution: Solution) -> bool:
@@ -193,29 +201,33 @@ def pack(
     """
     limit = context or max_length
     room = max_length if image_embeddings is None else min(max_length, limit - len(image_embeddings.rows_ID))
-    kept = choose_documents(family.tokenizer, documents, room, reserve, fit)
+    chosen = choose_documents(family.tokenizer, documents, room, reserve, fit)
     images = image_embeddings.lengths if image_embeddings else ()
     errors: list[str | None] = [None] * len(solutions)
-    read: dict[int, Solution] = {}
+    unpacked: dict[int, Solution] = {}
     for i, solution in enumerate(solutions):
         if has_steps(solution):
-            read[i] = solution
+            unpacked[i] = solution
         else:
             errors[i] = "no_steps: the solution is empty; expected at least one step of text"
-    groups = []
-    for number in range(len(kept), -1, -1):
-        if not read:
+    groups: list[PackedQuestion] = []
+    for num_documents in range(len(chosen), -1, -1):
+        if not unpacked:
             break
-        sequences, faults = family.sequences(QuestionContext(question, kept[:number], images, training, system), read)
-        fitting = [s for s in sequences if len(s.ids) <= limit]
+        context_of_question = QuestionContext(question, chosen[:num_documents], images, training, system)
+        sequences, faults = family.sequences(context_of_question, unpacked)
+        fitting = [sequence for sequence in sequences if len(sequence.ids) <= limit]
         if fitting:
-            groups.append(_share(fitting, number, image_embeddings))
+            groups.append(_share(fitting, num_documents, image_embeddings))
         for i, fault in faults.items():
             errors[i] = fault
-        for s in sequences:
-            if len(s.ids) > limit and number == 0:
-                errors[s.solution] = f"too_long: {len(s.ids)} tokens without a document; the limit is {limit}"
-        read = {s.solution: read[s.solution] for s in sequences if len(s.ids) > limit}
+        # What is too long is tried again with one document fewer.
+        too_long = [sequence for sequence in sequences if len(sequence.ids) > limit]
+        if num_documents == 0:
+            for sequence in too_long:
+                length = len(sequence.ids)
+                errors[sequence.solution] = f"too_long: {length} tokens without a document; the limit is {limit}"
+        unpacked = {sequence.solution: unpacked[sequence.solution] for sequence in too_long}
     return Packing(groups, errors)
 
 
@@ -223,8 +235,12 @@ def _share(
     sequences: Sequence[FullSequence], num_documents: int, image_embeddings: ImageEmbeddings | None
 ) -> PackedQuestion:
     """The longest common beginning as prefix, the rest as branches; every tag belongs to a branch."""
-    prefix = min(common([s.ids for s in sequences]), *(s.tags[0] for s in sequences))
-    branches = [Branch(s.solution, s.ids[prefix:], [t - prefix for t in s.tags], s.start) for s in sequences]
+    first_tag = min(sequence.tags[0] for sequence in sequences)
+    prefix = min(common_prefix([sequence.ids for sequence in sequences]), first_tag)
+    branches: list[Branch] = []
+    for sequence in sequences:
+        tags = [tag - prefix for tag in sequence.tags]
+        branches.append(Branch(sequence.solution, sequence.ids[prefix:], tags, sequence.start))
     return PackedQuestion(sequences[0].ids[:prefix], branches, num_documents, image_embeddings)
 
 
@@ -236,7 +252,11 @@ def single_id(tokenizer: Any, text: str) -> int:
     return int(ids[0])
 
 
-def common(rows: Sequence[list[int]]) -> int:
-    """Length of the longest common beginning."""
-    low, high = min(rows), max(rows)  # the first and last in order differ the earliest
-    return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+def common_prefix(sequences: Sequence[Any]) -> int:
+    """Length of the longest common beginning, of lists of ids or of texts."""
+    first, last = min(sequences), max(sequences)  # the first and last in order differ the earliest
+    shorter = min(len(first), len(last))
+    for i in range(shorter):
+        if first[i] != last[i]:
+            return i
+    return shorter

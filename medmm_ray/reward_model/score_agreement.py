@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medmm_ray.reward_model.model import RewardModel, StepScores
+from medmm_ray.reward_model.model import RewardModel
 from medmm_ray.reward_model.request import ScoreRequest
+from medmm_ray.reward_model.scores import StepScores
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,9 +21,11 @@ from medmm_ray.engines.generator import GeneratorConfig
 from medmm_ray.engines.token_pooler import Pooling, TokenPooler, TokenSequence
 from medmm_ray.reward_model import checkpoint, text_tower
 from medmm_ray.reward_model.errors import CheckpointError
-from medmm_ray.reward_model.model import RewardModel, ScoringJob, SolutionStates
+from medmm_ray.reward_model.model import RewardModel
 from medmm_ray.reward_model.packing import Branch, PackedQuestion
 from medmm_ray.reward_model.request import ScoreRequest
+from medmm_ray.reward_model.scores import SolutionStates
+from medmm_ray.reward_model.scoring_job import ScoringJob
 
 QUESTIONS = 32  # that are handed to the engine in one call …
 STATES_QUESTIONS = 2  # … and where it gives states: 16 KB a token of an 8B model in bfloat16
@@ -35,9 +37,11 @@ VOCABULARY_PADDING = 64  # rows; vLLM rounds a vocabulary up to a multiple of it
 class Pooler(Protocol):
     """What a `PooledRewardModel` needs of an engine; a fake of it makes a unit test whole."""
 
-    def values(self, sequences: Sequence[TokenSequence]) -> list[Tensor]: ...
+    def values(self, sequences: Sequence[TokenSequence]) -> list[Tensor]:
+        """What the engine says of each sequence at its positions [T, W]."""
 
-    def shutdown(self) -> None: ...
+    def shutdown(self) -> None:
+        """Stop the engine."""
 
 
 StartPooler = Callable[[str, GeneratorConfig, Pooling], Pooler]
@@ -72,14 +76,14 @@ class PooledRewardModel(RewardModel):
         model = cls(text, config, states)
         pooling = model.pooling()
         if states:
-            signs = [model.family.ids["plus"], model.family.ids["minus"]]
-            plus_D, minus_D = text_tower.load_head_rows(path, text.model, signs).float()
+            pair_ids = [model.family.ids["plus"], model.family.ids["minus"]]
+            plus_D, minus_D = text_tower.load_head_rows(path, text.model, pair_ids).float()
             model.head_D = plus_D - minus_D
         settings = config.model_copy(update={"max_model_len": model.context})
         with tempfile.TemporaryDirectory(prefix="text-tower-") as scratch:
             model.pooler = start(_text_tower_alone(path, Path(scratch)), settings, pooling)
         if saved is not None:
-            model._restore(path, saved if states else replace(saved, fusion=None))
+            model.restore(path, saved if states else replace(saved, fusion=None))
         if model.image_tower is not None and model.fusion is not None:
             model.image_tower.to(model.device)
             model.fusion.to(model.device)
@@ -92,6 +96,7 @@ class PooledRewardModel(RewardModel):
 
     @property
     def context(self) -> int:
+        """Tokens of the longest sequence: the checkpoint's, or what the engine is bounded to."""
         return min(super().context, self.config.max_model_len)
 
     def pooling(self) -> Pooling:
@@ -109,9 +114,9 @@ class PooledRewardModel(RewardModel):
             return Pooling.classifier(hf_overrides={"architectures": ["Qwen2ForProcessRewardModel"]})
         if not self.family.additive:  # a head `score` in the checkpoint
             return Pooling.classifier()
-        signs = [self.family.ids["plus"], self.family.ids["minus"]]
-        _check_shard(model.vocab_size, signs, self.config.tensor_parallel_size)
-        plus, minus = self.tokenizer.convert_ids_to_tokens(signs)
+        pair_ids = [self.family.ids["plus"], self.family.ids["minus"]]
+        _check_shard(model.vocab_size, pair_ids, self.config.tensor_parallel_size)
+        plus, minus = self.tokenizer.convert_ids_to_tokens(pair_ids)
         return Pooling.difference(plus, minus)
 
     def head_log_odds(self, states_TD: Tensor) -> Tensor:
@@ -125,55 +130,63 @@ class PooledRewardModel(RewardModel):
         *,
         token_budget: int | None = None,  # noqa: ARG002 - the engine's own scheduler decides
         together: bool = True,  # noqa: ARG002
-    ) -> Iterator[list[SolutionStates]]:
-        """What the engine says of many questions' solutions, in order.
+    ) -> Iterator[tuple[ScoreRequest, list[SolutionStates]]]:
+        """Each request with what the engine says of its solutions, in order.
 
-        What it reads together is its own choice, and the last bits of a log-odds depend on it.
+        What it computes together is its own choice, and the last bits of a log-odds depend on it.
         """
-        waiting = iter(requests)
-        while batch := list(islice(waiting, STATES_QUESTIONS if self.gives_states else QUESTIONS)):
-            readings = [ScoringJob(self, request) for request in batch]
-            branches = [(r, group, b) for r in readings for group in r.packing.groups for b in group.branches]
-            for (reading, _, branch), states in zip(branches, self._read(branches), strict=True):
-                reading.found[branch.solution] = states
-            yield from (reading.states() for reading in readings)
+        pending = iter(requests)
+        batch_size = STATES_QUESTIONS if self.gives_states else QUESTIONS
+        while batch := list(islice(pending, batch_size)):
+            jobs = [ScoringJob(self, request) for request in batch]
+            self._run(jobs)
+            for job in jobs:
+                yield job.request, job.states()
 
-    def _read(self, branches: Sequence[tuple[Any, PackedQuestion, Branch]]) -> list[SolutionStates]:
+    def _run(self, jobs: Sequence[ScoringJob]) -> None:
+        """Hand all branches of some jobs to the engine, and note in the jobs what comes of each."""
         assert self.pooler is not None
+        branches: list[tuple[ScoringJob, PackedQuestion, Branch]] = []
+        for job in jobs:
+            for group in job.packing.groups:
+                branches += [(job, group, branch) for branch in group.branches]
         sequences = [self._sequence(group, branch) for _, group, branch in branches]
-        return [
-            self._states(group, branch, values_LW)
-            for (_, group, branch), values_LW in zip(branches, self.pooler.values(sequences), strict=True)
-        ]
+        for (job, group, branch), values_LW in zip(branches, self.pooler.values(sequences), strict=True):
+            job.add(branch, self._states(group, branch, values_LW))
 
     def _sequence(self, group: PackedQuestion, branch: Branch) -> TokenSequence:
-        """A branch with its prefix; asked for are its tags, or for states all tokens of its steps."""
+        """A branch with its prefix, and where its values are wanted: at its tags, or for states at all tokens of its
+        steps, as a summary is a mean over them."""
         prefix = len(group.prefix_ids)
         ids = [*group.prefix_ids, *branch.ids]
         if self.gives_states:
-            return TokenSequence(ids, range(_first(group, branch), len(ids)))
+            return TokenSequence(ids, range(_first_token(group, branch), len(ids)))
         return TokenSequence(ids, [prefix + tag for tag in branch.tags])
 
     def _states(self, group: PackedQuestion, branch: Branch, values_LW: Tensor) -> SolutionStates:
+        """What the engine's values of a branch are: states, summaries and log-odds, or log-odds alone."""
         if self.gives_states:
-            prefix, first, width = len(group.prefix_ids), _first(group, branch), self.hidden_size
-            states_TD = values_LW[[prefix + tag - first for tag in branch.tags], :width]
-            middle_LD = values_LW[:, width:].float()
-            means = [middle_LD[start - first : end - first].mean(dim=0) for start, end in branch.spans(prefix)]
-            states_TD, summaries_TD = (
-                x.to(self.device, self.text_model.dtype) for x in (states_TD, torch.stack(means))
-            )
+            states_TD, summaries_TD = self._split_values(group, branch, values_LW)
             log_odds_T = self.head_log_odds(states_TD)
+            finite_T = log_odds_T.isfinite() & states_TD.isfinite().all(dim=1) & summaries_TD.isfinite().all(dim=1)
         else:
             states_TD = summaries_TD = torch.zeros(0, self.hidden_size)
-            log_odds_T = _difference(values_LW.float())
-        finite_T = log_odds_T.isfinite()
-        if self.gives_states:
-            finite_T = finite_T & states_TD.isfinite().all(dim=1) & summaries_TD.isfinite().all(dim=1)
-        missing = int((~finite_T).sum())
-        if missing:
-            return self.not_finite_states(missing, len(branch.tags))
+            log_odds_T = _log_odds(values_LW.float())
+            finite_T = log_odds_T.isfinite()
+        num_missing = int((~finite_T).sum())
+        if num_missing:
+            return self.not_finite_states(num_missing, len(branch.tags))
         return SolutionStates(states_TD, summaries_TD, log_odds_T, num_documents=group.num_documents)
+
+    def _split_values(self, group: PackedQuestion, branch: Branch, values_LW: Tensor) -> tuple[Tensor, Tensor]:
+        """States at the tags, and the mean middle state of each step's tokens, of [L, 2 D] from the first step on."""
+        prefix, first, width = len(group.prefix_ids), _first_token(group, branch), self.hidden_size
+        states_TD = values_LW[[prefix + tag - first for tag in branch.tags], :width]
+        middle_LD = values_LW[:, width:].float()
+        means = [middle_LD[start - first : end - first].mean(dim=0) for start, end in branch.spans(prefix)]
+        summaries_TD = torch.stack(means)
+        dtype = self.text_model.dtype
+        return states_TD.to(self.device, dtype), summaries_TD.to(self.device, dtype)
 
     def shutdown(self) -> None:
         """Stop the engine."""
@@ -181,23 +194,25 @@ class PooledRewardModel(RewardModel):
             self.pooler.shutdown()
 
 
-def _first(group: PackedQuestion, branch: Branch) -> int:
+def _first_token(group: PackedQuestion, branch: Branch) -> int:
     """The first token of a branch's first step, counted in the full sequence."""
     return branch.spans(len(group.prefix_ids))[0][0]
 
 
-def _difference(values_TW: Tensor) -> Tensor:
-    """Log-odds [T] from two classes' logits, or as they are."""
-    return values_TW[:, 0] if values_TW.shape[1] == 1 else values_TW[:, 1] - values_TW[:, 0]
+def _log_odds(values_TW: Tensor) -> Tensor:
+    """Log-odds [T] of two classes' logits, or as the engine gives them."""
+    if values_TW.shape[1] == 1:
+        return values_TW[:, 0]
+    return values_TW[:, 1] - values_TW[:, 0]
 
 
-def _check_shard(vocabulary: int, signs: Sequence[int], gpus: int) -> None:
-    """Raise where a sign's row of the head is not on the first GPU, which is where vLLM takes both from."""
+def _check_shard(vocabulary: int, pair_ids: Sequence[int], gpus: int) -> None:
+    """Raise where the row of + or − in the head is not on the first GPU, which is where vLLM takes both from."""
     rows = -(-vocabulary // VOCABULARY_PADDING) * VOCABULARY_PADDING // gpus
-    if max(signs) >= rows:
+    if max(pair_ids) >= rows:
         raise CheckpointError(
-            f"tensor_parallel_size={gpus} gives the first GPU {rows} rows of the head, and the signs' tokens are "
-            f"{list(signs)}; vLLM makes the classifier of that GPU's rows: take fewer GPUs an engine"
+            f"tensor_parallel_size={gpus} gives the first GPU {rows} rows of the head, and + and - are the tokens "
+            f"{list(pair_ids)}; vLLM makes the classifier of that GPU's rows: take fewer GPUs an engine"
         )
 
 

@@ -24,22 +24,22 @@ def tensors(length: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> t
 def mask(blocks: list[Block]) -> Tensor:
     """Who sees whom, written out: bool [L, L]."""
     length = sum(block.length for block in blocks)
-    seen = torch.zeros(length, length, dtype=torch.bool)
+    attends = torch.zeros(length, length, dtype=torch.bool)
     start = 0
     for block in blocks:
         begin = start + block.prefix
-        seen[start:begin, start:begin] = True
+        attends[start:begin, start:begin] = True
         for branch in block.branches:
-            seen[begin : begin + branch, start : start + block.prefix] = True
-            seen[begin : begin + branch, begin : begin + branch] = True
+            attends[begin : begin + branch, start : start + block.prefix] = True
+            attends[begin : begin + branch, begin : begin + branch] = True
             begin += branch
         start = begin
-    return seen.tril()
+    return attends.tril()
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+def dense(q: Tensor, k: Tensor, v: Tensor, attends: Tensor) -> Tensor:
     k, v = (t.repeat_interleave(HEADS // GROUPS, dim=1) for t in (k, v))
-    scores = (q @ k.transpose(-1, -2) * SCALE).masked_fill(~seen, float("-inf"))
+    scores = (q @ k.transpose(-1, -2) * SCALE).masked_fill(~attends, float("-inf"))
     return scores.softmax(dim=-1) @ v
 
 
@@ -71,9 +71,9 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 @pytest.mark.usefixtures("kernel")
 def test_output_and_gradient_are_those_of_a_dense_mask() -> None:
-    row, seen = PackedRow(BLOCKS), mask(BLOCKS)
+    row, attends = PackedRow(BLOCKS), mask(BLOCKS)
     q, k, v = (t.requires_grad_() for t in tensors(row.length))
-    ours, theirs = shared(q, k, v, row), dense(q, k, v, seen)
+    ours, theirs = shared(q, k, v, row), dense(q, k, v, attends)
     assert torch.allclose(ours, theirs, atol=1e-12)
     weights = torch.randn(ours.shape, dtype=ours.dtype, generator=torch.Generator().manual_seed(1))
     for a, b in zip(
@@ -98,13 +98,13 @@ def test_any_layout_equals_the_dense_mask(layout: list[tuple[int, list[int]]]) -
 
 
 @pytest.mark.usefixtures("kernel")
-def test_a_held_prefix_serves_later_rows() -> None:
+def test_a_cached_prefix_serves_later_rows() -> None:
     whole = [Block(7, (3, 2, 5))]
     q, k, v = tensors(17)
     expected = dense(q, k, v, mask(whole))
-    held = PrefixKeyValues()
-    first = shared(q[:, :, :10], k[:, :, :10], v[:, :, :10], PackedRow([Block(7, (3,), held)]))
-    later = shared(q[:, :, 10:], k[:, :, 10:], v[:, :, 10:], PackedRow([Block(0, (2, 5), held)]))
+    cached = PrefixKeyValues()
+    first = shared(q[:, :, :10], k[:, :, :10], v[:, :, :10], PackedRow([Block(7, (3,), cached)]))
+    later = shared(q[:, :, 10:], k[:, :, 10:], v[:, :, 10:], PackedRow([Block(0, (2, 5), cached)]))
     assert torch.allclose(torch.cat([first, later], dim=2), expected, atol=1e-12)
 
 
@@ -113,21 +113,21 @@ def test_a_prefix_may_come_in_pieces_over_several_rows() -> None:
     whole = [Block(9, (3, 4))]
     q, k, v = tensors(16)
     expected = dense(q, k, v, mask(whole))
-    held, found, start = PrefixKeyValues(), [], 0
-    for blocks in ([Block(4, (), held)], [Block(3, (), held)], [Block(2, (3,), held)], [Block(0, (4,), held)]):
+    cached, found, start = PrefixKeyValues(), [], 0
+    for blocks in ([Block(4, (), cached)], [Block(3, (), cached)], [Block(2, (3,), cached)], [Block(0, (4,), cached)]):
         row = PackedRow(blocks)
         at = slice(start, start + row.length)
         found.append(shared(q[:, :, at], k[:, :, at], v[:, :, at], row))
         start = at.stop
-    assert held.layers[0][0].shape[2] == 9
+    assert cached.layers[0][0].shape[2] == 9
     assert torch.allclose(torch.cat(found, dim=2), expected, atol=1e-12)
 
 
-def test_a_held_prefix_has_no_gradient_and_says_so() -> None:
-    held = PrefixKeyValues()
+def test_a_cached_prefix_has_no_gradient_and_says_so() -> None:
+    cached = PrefixKeyValues()
     q, k, v = tensors(6)
-    shared(q, k, v, PackedRow([Block(4, (2,), held)]))
-    out = shared(q[:, :, :3].requires_grad_(), k[:, :, :3], v[:, :, :3], PackedRow([Block(0, (3,), held)]))
+    shared(q, k, v, PackedRow([Block(4, (2,), cached)]))
+    out = shared(q[:, :, :3].requires_grad_(), k[:, :, :3], v[:, :, :3], PackedRow([Block(0, (3,), cached)]))
     with pytest.raises(RuntimeError, match="train on whole questions"):
         torch.autograd.backward(out.sum())
 
@@ -142,22 +142,22 @@ def test_branches_of_like_length_go_together() -> None:
 
 @pytest.mark.usefixtures("kernel")
 def test_a_row_that_ends_at_some_tokens_gives_those_as_a_dense_mask_does() -> None:
-    row, seen = PackedRow(BLOCKS), mask(BLOCKS)
+    row, attends = PackedRow(BLOCKS), mask(BLOCKS)
     q, k, v = tensors(row.length)
     ends = [5, 10, 12, 16, 24, 43]  # of branches of the first, second and last block, one of them alone in its batch
     row.restrict_last_layer(ends)
     assert row.last_layer is not None
-    ours, theirs = shared(q, k, v, row.last_layer), dense(q, k, v, seen)
+    ours, theirs = shared(q, k, v, row.last_layer), dense(q, k, v, attends)
     assert torch.allclose(ours[:, :, ends], theirs[:, :, ends], atol=1e-12)
 
 
 def test_a_row_that_ends_at_some_tokens_still_keeps_its_prefix() -> None:
-    held = PrefixKeyValues()
-    row = PackedRow([Block(4, (2, 3), held)])
+    cached = PrefixKeyValues()
+    row = PackedRow([Block(4, (2, 3), cached)])
     q, k, v = tensors(9)
     row.restrict_last_layer([8])
     assert row.last_layer is not None
     shared(q, k, v, row.last_layer)
-    keys, values = held.layers[0]
+    keys, values = cached.layers[0]
     assert torch.equal(keys, k[:, :, :4])
     assert torch.equal(values, v[:, :, :4])

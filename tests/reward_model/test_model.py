@@ -26,8 +26,9 @@ from medmm_ray.reward_model import (
     pack,
 )
 from medmm_ray.reward_model.families import MedPrm
-from medmm_ray.reward_model.forward import pack_rows
+from medmm_ray.reward_model.forward import RowPacker, RowPiece
 from medmm_ray.reward_model.packing import Branch
+from medmm_ray.reward_model.reference import reference_log_odds
 from medmm_ray.train.policy import load_pretrained
 from tests.doubles import tiny_reward_model as tiny
 from tests.doubles.clip_folders import write_native_clip
@@ -286,6 +287,13 @@ def test_an_image_tower_of_no_finite_numbers_is_an_error_entry(
     assert str(scores.error).startswith("image_not_finite: the image tower makes no finite numbers")
 
 
+def rows_of(questions: Iterator[tuple[int, PackedQuestion]], token_budget: int) -> Iterator[list[RowPiece]]:
+    packer = RowPacker(token_budget)
+    for i, packed in questions:
+        yield from packer.add(i, packed)
+    yield from packer.flush()
+
+
 def test_a_stream_of_questions_fills_rows_to_the_budget(model: RewardModel) -> None:
     def questions() -> Iterator[tuple[int, PackedQuestion]]:
         for i in range(12):
@@ -295,12 +303,12 @@ def test_a_stream_of_questions_fills_rows_to_the_budget(model: RewardModel) -> N
     total = sum(packed.num_tokens for _, packed in questions())
     largest = max(packed.num_tokens for _, packed in questions())
     budget = 3 * largest
-    sizes = [sum(piece.block.length for piece in row) for row in pack_rows(questions(), budget)]
+    sizes = [sum(piece.block.length for piece in row) for row in rows_of(questions(), budget)]
     assert sum(sizes) == total
     assert max(sizes) <= budget
     assert min(sizes[:-1]) > budget - largest
     small = largest // 3
-    pieces = [piece for row in pack_rows(questions(), small) for piece in row]
+    pieces = [piece for row in rows_of(questions(), small) for piece in row]
     assert max(piece.block.length for piece in pieces) <= small
     assert any(piece.stop < len(piece.packed.prefix_ids) for piece in pieces)
     assert all(piece.cached is not None for piece in pieces)
@@ -324,10 +332,8 @@ def test_packed_states_and_gradients_are_those_of_single_sequences(model: Reward
     apart = torch.zeros_like(together)
     start = 0
     for solution in solutions:
-        ids = torch.tensor([whole_ids(model.tokenizer, solution, DOCUMENTS)])
-        logits = model.text_model(ids).logits[0, (ids[0] == model.family.ids["tag"]).nonzero()[:, 0]]
-        odds = logits[:, model.family.ids["plus"]] - logits[:, model.family.ids["minus"]]
-        apart += gradients((odds * weights_T[start : start + len(solution)]).sum())
+        log_odds_T = reference_log_odds(model.text_model, model.family, QUESTION, solution, DOCUMENTS)
+        apart += gradients((log_odds_T * weights_T[start : start + len(solution)]).sum())
         start += len(solution)
     assert float((together - apart).norm() / apart.norm()) <= 1e-5
 

@@ -39,6 +39,7 @@ from medmm_ray.steps.score import (
     question_inputs,
     shuffled,
 )
+from medmm_ray.steps.score.actors import split_image_part
 from tests.doubles import tiny_reward_model as tiny
 from tests.doubles import tiny_vision
 from tests.doubles.clip_folders import write_native_clip
@@ -326,7 +327,7 @@ def test_a_solution_of_no_finite_numbers_is_an_error_of_its_entries_alone(folder
 
 def test_an_answer_without_the_image_that_is_missing_is_no_difference() -> None:
     seen, unseen = StepScores([1.0], [0.0]), StepScores(error="not_finite: x")
-    assert score._parted(seen, unseen).error == score._parted(unseen, seen).error == "not_finite: x"
+    assert split_image_part(seen, unseen).error == split_image_part(unseen, seen).error == "not_finite: x"
 
 
 def test_a_checkpoint_that_reads_no_images_is_refused_before_it_is_loaded(folder: Path, tmp_path: Path) -> None:

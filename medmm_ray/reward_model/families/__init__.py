@@ -41,10 +41,10 @@ WITH_SYSTEM_PROMPT: tuple[FamilyName, ...] = ("medprm", "medprm_vision", "qwen_p
 """Those whose format has a system message, which may be another than their own."""
 
 
-def make(name: FamilyName, tokenizer: Any, pictures: ImageTokens | None = None) -> Family:
+def make(name: FamilyName, tokenizer: Any, image_tokens: ImageTokens | None = None) -> Family:
     """The family of that name; raises `ValueError` where the tokenizer does not fit it.
 
-    `pictures`: how a vision-language model's images stand in the text.
+    `image_tokens`: how a vision-language model's images stand in the text.
     """
     match name:
         case "medprm":
@@ -57,8 +57,8 @@ def make(name: FamilyName, tokenizer: Any, pictures: ImageTokens | None = None) 
             return TokenClassification(tokenizer)
         case "meds3":
             return MedS3(tokenizer)
-    assert pictures is not None
-    return MedPrmVision(tokenizer, pictures) if name == "medprm_vision" else VisualPrm(tokenizer, pictures)
+    assert image_tokens is not None
+    return MedPrmVision(tokenizer, image_tokens) if name == "medprm_vision" else VisualPrm(tokenizer, image_tokens)
 
 
 def detect(architectures: Sequence[str], tokenizer: Any) -> FamilyName | None:

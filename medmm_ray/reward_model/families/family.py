@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from medmm_ray.engines.chat_template import ChatTemplate
-from medmm_ray.reward_model.packing import FullSequence, QuestionContext, Solution, common
+from medmm_ray.reward_model.packing import FullSequence, QuestionContext, Solution, common_prefix
 from medmm_ray.text import cut_steps, is_tagged, without_tags
 
 FamilyName = Literal[
@@ -31,7 +31,7 @@ class Family(Protocol):
         """The chat template, where the format has one."""
 
     def sequences(
-        self, prompt: QuestionContext, solutions: Mapping[int, Solution]
+        self, context: QuestionContext, solutions: Mapping[int, Solution]
     ) -> tuple[list[FullSequence], dict[int, str]]:
         """Full sequences of solutions, by their numbers, and the errors of those that cannot be written."""
 
@@ -39,28 +39,31 @@ class Family(Protocol):
         """Log-odds [T, fp32] of right against wrong from the states after the final norm."""
 
 
-# How a state is read
+# How log-odds are made of a state
 
 
 class TokenPairHead:
-    """Reads one token of a language model's head against another."""
+    """Log-odds of a language model's head: the logit of the token + less that of −."""
 
     additive = True
     ids: Mapping[str, int]
 
     def log_odds(self, text_model: Any, states_TD: Tensor) -> Tensor:
-        """logit(+) − logit(-): linear, so that of a sum of states it is the sum of theirs."""
+        """Linear in the states: of a sum of states it is the sum of theirs."""
         head_VD: Tensor = text_model.get_output_embeddings().weight
-        return states_TD.float() @ (head_VD[self.ids["plus"]].float() - head_VD[self.ids["minus"]].float())
+        direction_D = head_VD[self.ids["plus"]].float() - head_VD[self.ids["minus"]].float()
+        return states_TD.float() @ direction_D
 
 
 class ClassifierHead:
-    """Reads the second class of a head `score` against the first."""
+    """Log-odds of a classifier `score`: the logit of the second class less that of the first."""
 
     additive = False
 
     def log_odds(self, text_model: Any, states_TD: Tensor) -> Tensor:
-        logits_T2 = text_model.score(states_TD.to(next(text_model.score.parameters()).dtype))
+        """Not linear in the states: the head may be an MLP, or have a constant."""
+        dtype = next(text_model.score.parameters()).dtype
+        logits_T2 = text_model.score(states_TD.to(dtype))
         difference_T: Tensor = logits_T2[:, 1].float() - logits_T2[:, 0].float()
         return difference_T
 
@@ -69,8 +72,9 @@ class ClassifierHead:
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:
-    found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return found
+    """The ids of a text by itself, without special tokens."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def steps_of(solution: Solution) -> list[str]:
@@ -80,48 +84,47 @@ def steps_of(solution: Solution) -> list[str]:
     return without_tags(solution)
 
 
-def joined(solution: Solution, steps: Sequence[str], separator: str) -> list[str]:
+def with_separators(solution: Solution, steps: Sequence[str], separator: str) -> list[str]:
     """Steps with the `separator` that parts each from the one before; a text with tags keeps its own."""
     if isinstance(solution, str) and is_tagged(solution):
         return cut_steps(solution)
     return [f"{separator}{step}" if number else step for number, step in enumerate(steps)]
 
 
-def tagged(
-    tokenizer: Any, tag: str, tag_id: int, solutions: Mapping[int, Sequence[str]], write: Callable[[str], str]
+def tokenize_tagged(
+    tokenizer: Any, tag: str, tag_id: int, solutions: Mapping[int, Sequence[str]], render: Callable[[str], str]
 ) -> tuple[list[FullSequence], dict[int, str]]:
     """Whole texts, tokenised as one, whose steps are read at the tags that end them.
 
-    `solutions` are lists of steps that stand one behind the other, each followed by its tag. Tags are found by id and
-    counted in the text: one in the question, in a document, or inside a step ends no step.
+    `solutions` are lists of steps that stand one behind the other, each followed by its tag; `render` writes the whole
+    text around such a solution. Tags are found by id and counted in the text: one in the question, in a document, or
+    inside a step ends no step.
     """
-    own_texts = ["".join(f"{step}{tag}" for step in steps) for steps in solutions.values()]
-    texts = [write(own) for own in own_texts]
-    head_text = _before(texts[0], own_texts[0], write)
-    rows: list[list[int]] = tokenizer([head_text, *texts], add_special_tokens=True)["input_ids"]
-    head, *rows = rows
-    made: list[FullSequence] = []
+    solution_texts = ["".join(f"{step}{tag}" for step in steps) for steps in solutions.values()]
+    texts = [render(solution) for solution in solution_texts]
+    head_text = _text_before(texts[0], solution_texts[0], render)
+    head_ids, *rows = tokenizer([head_text, *texts], add_special_tokens=True)["input_ids"]
+    sequences: list[FullSequence] = []
     faults: dict[int, str] = {}
     for (number, steps), text, ids in zip(solutions.items(), texts, rows, strict=True):
         tags = [place for place, token in enumerate(ids) if token == tag_id]
         if len(tags) != text.count(tag):
             faults[number] = f"tags: {len(tags)} tag tokens for {text.count(tag)} tags in the text; expected as many"
             continue
-        up_to = list(accumulate(f"{step}{tag}".count(tag) for step in steps))  # tags up to the end of each step
-        own_tags = tags[len(tags) - up_to[-1] :]
-        ends = [own_tags[count - 1] for count in up_to]
-        made.append(FullSequence(number, ids[: ends[-1] + 1], ends, common([head, ids])))
-    return made, faults
+        # The solution's tags are the text's last ones; a step that holds tags itself ends at the last of its own.
+        num_tags = [f"{step}{tag}".count(tag) for step in steps]
+        first = len(tags) - sum(num_tags)
+        ends = [tags[first + count - 1] for count in accumulate(num_tags)]
+        sequences.append(FullSequence(number, ids[: ends[-1] + 1], ends, common_prefix([head_ids, ids])))
+    return sequences, faults
 
 
-def _before(text: str, own: str, write: Callable[[str], str]) -> str:
-    """What stands before the solution's `own` text; where the chat template alters that, what both texts begin with."""
-    start = text.rfind(own)
-    if start >= 0:
-        return text[:start]
-    without = write("")
-    length = next((i for i, (a, b) in enumerate(zip(text, without, strict=False)) if a != b), len(without))
-    return text[:length]
+def _text_before(text: str, solution: str, render: Callable[[str], str]) -> str:
+    """What stands before the solution; where the chat template alters it, what texts with and without it begin with."""
+    start = text.rfind(solution)
+    if start < 0:
+        start = common_prefix([text, render("")])
+    return text[:start]
 
 
 def chat_template(tokenizer: Any, in_parts: bool = False) -> ChatTemplate:
@@ -131,16 +134,17 @@ def chat_template(tokenizer: Any, in_parts: bool = False) -> ChatTemplate:
     return ChatTemplate(tokenizer.apply_chat_template, tokenizer.chat_template, in_parts)
 
 
-def check_tags(tag: str, write: Callable[[str], str]) -> None:
+def check_tags(tag: str, render: Callable[[str], str]) -> None:
     """Raise `ValueError` where the chat template leaves steps unreadable: their tags altered, lost, or out of place."""
     words = ("xqone", "xqtwo", "xqthree")
-    written = write("".join(f"{f' {word} kwj' * 100}{tag}" for word in words))
-    pieces = written.split(tag)[-len(words) - 1 :]  # before them there may be tags in the prompt
-    read = [word in piece.casefold() for word, piece in zip(words, pieces, strict=False)]
-    if written.count(tag) - write("").count(tag) != len(words) or not all(read):
+    steps = [f" {word} kwj" * 100 for word in words]
+    text = render("".join(f"{step}{tag}" for step in steps))
+    pieces = text.split(tag)[-len(words) - 1 :]  # before them there may be tags in the prompt
+    is_read = [word in piece.casefold() for word, piece in zip(words, pieces, strict=False)]
+    if text.count(tag) - render("").count(tag) != len(words) or not all(is_read):
         raise ValueError(
             f"the tokenizer's chat template alters the solution's text: of {len(words)} steps, each ended by {tag!r}, "
-            f"{written.count(tag)} tags are left in it, and the steps cannot be read. Expected a template that keeps "
+            f"{text.count(tag)} tags are left in it, and the steps cannot be read. Expected a template that keeps "
             "the tags; set tokenizer.chat_template to one, or take another checkpoint"
         )
 
@@ -152,15 +156,15 @@ def check_tags(tag: str, write: Callable[[str], str]) -> None:
 class ImageTokens:
     """How images stand in the text of a vision-language model: each as `text`, which holds `token` once.
 
-    The token is repeated among the ids, once for each of the image's rows: quicker than in the text.
+    The token is repeated among the ids, once for each of the image's embeddings: quicker than in the text.
     """
 
     token: str
     token_id: int
     text: str
 
-    def placed(self, text: str, number: int) -> str:
-        """`text` with the pictures' own text for the marks that the chat template made of them, the first `number`."""
+    def place(self, text: str, number: int) -> str:
+        """`text` with the images' own text for the marks that the chat template made of them, the first `number`."""
         pieces = text.split(self.token, number)
         if len(pieces) != number + 1:
             raise ValueError(
@@ -169,25 +173,28 @@ class ImageTokens:
             )
         return self.text.join(pieces)
 
-    def repeated(
-        self, prompt: QuestionContext, sequences: Sequence[FullSequence], faults: dict[int, str]
+    def expand(
+        self, context: QuestionContext, sequences: Sequence[FullSequence], faults: Mapping[int, str]
     ) -> tuple[list[FullSequence], dict[int, str]]:
-        """The sequences with as many tokens as images have rows; an error for a text that itself holds the token, where
-        the model would look for an image."""
-        made, faults = list[FullSequence](), dict(faults)
+        """The sequences with as many tokens as images have embeddings; an error for a text that itself holds the token,
+        where the model would look for an image."""
+        expanded: list[FullSequence] = []
+        all_faults = dict(faults)
         for sequence in sequences:
-            if sequence.ids.count(self.token_id) == len(prompt.images):
-                made.append(self._repeat(sequence, prompt.images))
+            if sequence.ids.count(self.token_id) == len(context.images):
+                expanded.append(self._expand(sequence, context.images))
             else:
-                faults[sequence.solution] = (
+                all_faults[sequence.solution] = (
                     f"image_marks: the text itself holds {self.token!r}, which stands for an image; take it out"
                 )
-        return made, faults
+        return expanded, all_faults
 
-    def _repeat(self, sequence: FullSequence, rows: Sequence[int]) -> FullSequence:
-        """All images stand before the solution's own text."""
-        left, ids = iter(rows), list[int]()
+    def _expand(self, sequence: FullSequence, lengths: Sequence[int]) -> FullSequence:
+        lengths_left = iter(lengths)
+        ids: list[int] = []
         for token in sequence.ids:
-            ids += [token] * (next(left) if token == self.token_id else 1)
-        more = len(ids) - len(sequence.ids)
-        return FullSequence(sequence.solution, ids, [tag + more for tag in sequence.tags], sequence.start + more)
+            ids += [token] * (next(lengths_left) if token == self.token_id else 1)
+        # All images stand before the solution's own text, so that all of its places move alike.
+        shift = len(ids) - len(sequence.ids)
+        tags = [tag + shift for tag in sequence.tags]
+        return FullSequence(sequence.solution, ids, tags, sequence.start + shift)

@@ -5,7 +5,7 @@ from typing import Any
 
 from medmm_ray.engines.chat_template import ChatTemplate
 from medmm_ray.prompts import document_block
-from medmm_ray.reward_model.families.family import FamilyName, TokenPairHead, joined, steps_of, tagged
+from medmm_ray.reward_model.families.family import FamilyName, TokenPairHead, steps_of, tokenize_tagged, with_separators
 from medmm_ray.reward_model.packing import FullSequence, QuestionContext, Solution, single_id
 from medmm_ray.text import TAG, have_marks, numbered_steps
 
@@ -20,21 +20,22 @@ class MathShepherd(TokenPairHead):
         # Its own code takes the last token of " ки" and of " +", " -": a sentencepiece vocabulary has one for each.
         self.tokenizer = tokenizer
         self.ids: Mapping[str, int] = {
-            name: single_id(tokenizer, sign) for name, sign in (("tag", "ки"), ("plus", "+"), ("minus", "-"))
+            "tag": single_id(tokenizer, "ки"),
+            "plus": single_id(tokenizer, "+"),
+            "minus": single_id(tokenizer, "-"),
         }
 
     def sequences(
-        self, prompt: QuestionContext, solutions: Mapping[int, Solution]
+        self, context: QuestionContext, solutions: Mapping[int, Solution]
     ) -> tuple[list[FullSequence], dict[int, str]]:
-        def write(own: str) -> str:
-            return f"{document_block(prompt.documents)}{prompt.question} {own}"
-
+        """Plain texts: the question, then a line a step."""
+        head = f"{document_block(context.documents)}{context.question}"
         lines = {number: _lines(solution) for number, solution in solutions.items()}
-        return tagged(self.tokenizer, TAG, self.ids["tag"], lines, write)
+        return tokenize_tagged(self.tokenizer, TAG, self.ids["tag"], lines, lambda solution: f"{head} {solution}")
 
 
 def _lines(solution: Solution) -> list[str]:
     steps = steps_of(solution)
     if not isinstance(solution, str) and not have_marks(steps):
         steps = numbered_steps(steps)
-    return joined(solution, steps, "\n")
+    return with_separators(solution, steps, "\n")

@@ -15,7 +15,7 @@ from medmm_ray.reward_model.families.family import (
     TokenPairHead,
     chat_template,
     check_tags,
-    tagged,
+    tokenize_tagged,
 )
 from medmm_ray.reward_model.packing import FullSequence, QuestionContext, Solution, single_id
 from medmm_ray.text import TAG, reference_steps
@@ -30,20 +30,25 @@ class MedPrm(TokenPairHead):
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.template = chat_template(tokenizer, self.in_parts)
-        self.ids: Mapping[str, int] = {"tag": single_id(tokenizer, TAG), "plus": single_id(tokenizer, " +"),
-                    "minus": single_id(tokenizer, " -")}  # fmt: skip
-        check_tags(TAG, lambda own: self.written(QuestionContext("Which?"), own))
+        self.ids: Mapping[str, int] = {
+            "tag": single_id(tokenizer, TAG),
+            "plus": single_id(tokenizer, " +"),
+            "minus": single_id(tokenizer, " -"),
+        }
+        check_tags(TAG, lambda solution: self.render(QuestionContext("Which?"), solution))
 
-    def written(self, prompt: QuestionContext, own: str) -> str:
-        """The whole text around a solution's `own`."""
-        messages = prm_messages(prompt.question, own, prompt.documents, prompt.training, prompt.system)
+    def render(self, context: QuestionContext, solution: str) -> str:
+        """The whole text around a solution with its tags."""
+        messages = prm_messages(context.question, solution, context.documents, context.training, context.system)
         return self.template.render(messages)
 
     def sequences(
-        self, prompt: QuestionContext, solutions: Mapping[int, Solution]
+        self, context: QuestionContext, solutions: Mapping[int, Solution]
     ) -> tuple[list[FullSequence], dict[int, str]]:
         steps = {number: reference_steps(solution) for number, solution in solutions.items()}
-        return tagged(self.tokenizer, TAG, self.ids["tag"], steps, lambda own: self.written(prompt, own))
+        return tokenize_tagged(
+            self.tokenizer, TAG, self.ids["tag"], steps, lambda solution: self.render(context, solution)
+        )
 
 
 class MedPrmVision(MedPrm):
@@ -52,23 +57,25 @@ class MedPrmVision(MedPrm):
     name: FamilyName = "medprm_vision"
     in_parts: ClassVar[bool] = True
 
-    def __init__(self, tokenizer: Any, pictures: ImageTokens) -> None:
-        self.image_tokens = pictures
+    def __init__(self, tokenizer: Any, image_tokens: ImageTokens) -> None:
+        self.image_tokens = image_tokens
         super().__init__(tokenizer)
 
-    def written(self, prompt: QuestionContext, own: str) -> str:
-        system, user = prm_messages(prompt.question, own, prompt.documents, prompt.training, prompt.system)
+    def render(self, context: QuestionContext, solution: str) -> str:
+        """The conversation, its images' marks in the user's turn as the chat template puts them."""
+        system, user = prm_messages(context.question, solution, context.documents, context.training, context.system)
+        images = [{"type": "image"} for _ in context.images]
         messages = [
             {"role": "system", "content": [_text(system["content"])]},
-            {"role": "user", "content": [*({"type": "image"} for _ in prompt.images), _text(user["content"])]},
+            {"role": "user", "content": [*images, _text(user["content"])]},
         ]
-        return self.image_tokens.placed(self.template.render(messages), len(prompt.images))
+        return self.image_tokens.place(self.template.render(messages), len(context.images))
 
     def sequences(
-        self, prompt: QuestionContext, solutions: Mapping[int, Solution]
+        self, context: QuestionContext, solutions: Mapping[int, Solution]
     ) -> tuple[list[FullSequence], dict[int, str]]:
-        made, faults = super().sequences(prompt, solutions)
-        return self.image_tokens.repeated(prompt, made, faults)
+        sequences, faults = super().sequences(context, solutions)
+        return self.image_tokens.expand(context, sequences, faults)
 
 
 def _text(content: str) -> dict[str, str]:

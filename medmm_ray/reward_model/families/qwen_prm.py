@@ -12,9 +12,9 @@ from medmm_ray.reward_model.families.family import (
     FamilyName,
     chat_template,
     check_tags,
-    joined,
     steps_of,
-    tagged,
+    tokenize_tagged,
+    with_separators,
 )
 from medmm_ray.reward_model.packing import FullSequence, QuestionContext, Solution, single_id
 
@@ -31,22 +31,24 @@ class QwenPrm(ClassifierHead):
         self.tokenizer = tokenizer
         self.template = chat_template(tokenizer)
         self.ids: Mapping[str, int] = {"tag": single_id(tokenizer, self.tag)}
-        check_tags(self.tag, lambda own: self.written(QuestionContext("Which?"), own))
+        check_tags(self.tag, lambda solution: self.render(QuestionContext("Which?"), solution))
 
-    def written(self, prompt: QuestionContext, own: str) -> str:
-        """The whole text around a solution's `own`."""
+    def render(self, context: QuestionContext, solution: str) -> str:
+        """The whole text around a solution with its tags."""
         messages = [
-            {"role": "system", "content": self.system if prompt.system is None else prompt.system},
-            {"role": "user", "content": f"{document_block(prompt.documents)}{prompt.question}"},
-            {"role": "assistant", "content": own},
+            {"role": "system", "content": self.system if context.system is None else context.system},
+            {"role": "user", "content": f"{document_block(context.documents)}{context.question}"},
+            {"role": "assistant", "content": solution},
         ]
         return self.template.render(messages, add_generation_prompt=False)
 
     def sequences(
-        self, prompt: QuestionContext, solutions: Mapping[int, Solution]
+        self, context: QuestionContext, solutions: Mapping[int, Solution]
     ) -> tuple[list[FullSequence], dict[int, str]]:
-        steps = {number: joined(solution, steps_of(solution), "") for number, solution in solutions.items()}
-        return tagged(self.tokenizer, self.tag, self.ids["tag"], steps, lambda own: self.written(prompt, own))
+        steps = {number: with_separators(solution, steps_of(solution), "") for number, solution in solutions.items()}
+        return tokenize_tagged(
+            self.tokenizer, self.tag, self.ids["tag"], steps, lambda solution: self.render(context, solution)
+        )
 
 
 class QwenProcessRewardModel(PreTrainedModel):
@@ -65,5 +67,6 @@ class QwenProcessRewardModel(PreTrainedModel):
         self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:
+        """The token embeddings, as transformers' models give them."""
         embed: nn.Module = self.model.embed_tokens
         return embed

@@ -1,6 +1,6 @@
 """Two classes at the last token of each step, as TRL and as MedS3 write it (arXiv 2501.12051)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from medmm_ray.engines.chat_template import ChatTemplate
@@ -22,20 +22,19 @@ class TokenClassification(ClassifierHead):
         self.ids: Mapping[str, int] = {}
 
     def sequences(
-        self, prompt: QuestionContext, solutions: Mapping[int, Solution]
+        self, context: QuestionContext, solutions: Mapping[int, Solution]
     ) -> tuple[list[FullSequence], dict[int, str]]:
-        begin = self.tokenizer.bos_token_id
-        text = f"{document_block(prompt.documents)}{prompt.question}"
-        head = [*([] if begin is None else [begin]), *ids_of(self.tokenizer, text)]
-        separator = ids_of(self.tokenizer, self.separator)
-        made = []
+        """BOS, documents and question, then the steps."""
+        head_ids = ids_of(self.tokenizer, f"{document_block(context.documents)}{context.question}")
+        if self.tokenizer.bos_token_id is not None:
+            head_ids = [self.tokenizer.bos_token_id, *head_ids]
+        separator_ids = ids_of(self.tokenizer, self.separator)
+        sequences: list[FullSequence] = []
         for number, solution in solutions.items():
-            ids, ends = list(head), []
-            for step in steps_of(solution):
-                ids += ids_of(self.tokenizer, step) + separator
-                ends.append(len(ids) - 1)
-            made.append(FullSequence(number, ids, ends, len(head)))
-        return made, {}
+            pieces = [ids_of(self.tokenizer, step) + separator_ids for step in steps_of(solution)]
+            ids, ends = _append(head_ids, pieces)
+            sequences.append(FullSequence(number, ids, ends, len(head_ids)))
+        return sequences, {}
 
 
 class MedS3(ClassifierHead):
@@ -55,22 +54,38 @@ class MedS3(ClassifierHead):
         self.ids: Mapping[str, int] = {}
 
     def sequences(
-        self, prompt: QuestionContext, solutions: Mapping[int, Solution]
+        self, context: QuestionContext, solutions: Mapping[int, Solution]
     ) -> tuple[list[FullSequence], dict[int, str]]:
-        messages = [{"role": "user", "content": f"{document_block(prompt.documents)}{prompt.question}"}]
-        head = ids_of(self.tokenizer, self.template.render(messages))
-        made = []
-        root = f"Step 0: {self.root}"
+        """The user's turn, then the steps, from the root on."""
+        messages = [{"role": "user", "content": f"{document_block(context.documents)}{context.question}"}]
+        head_ids = ids_of(self.tokenizer, self.template.render(messages))
+        sequences: list[FullSequence] = []
         for number, solution in solutions.items():
-            own = steps_of(solution)
-            if not have_marks(own):
-                first = 0 if own[0].strip() == self.root else 1
-                own = numbered_steps(own, first)
-            steps = own if own[0].strip() == root else [root, *own]
-            ids, ends = list(head), []
-            for step in steps:
-                ids += ids_of(self.tokenizer, f"{step}{self.separator}")
-                ends.append(len(ids) - 1)
-            start = len(head) if len(steps) == len(own) else ends[0] + 1
-            made.append(FullSequence(number, ids, ends[-len(own) :], start))
-        return made, {}
+            steps, has_root = self._steps(solution)
+            pieces = [ids_of(self.tokenizer, f"{step}{self.separator}") for step in steps]
+            ids, ends = _append(head_ids, pieces)
+            if has_root:
+                sequences.append(FullSequence(number, ids, ends, len(head_ids)))
+            else:  # the first of `steps` is then the root that was put before them, and has no score
+                sequences.append(FullSequence(number, ids, ends[1:], ends[0] + 1))
+        return sequences, {}
+
+    def _steps(self, solution: Solution) -> tuple[list[str], bool]:
+        """The steps with their marks, from the root on, and whether the solution brought the root along."""
+        steps = steps_of(solution)
+        if not have_marks(steps):
+            first = 0 if steps[0].strip() == self.root else 1
+            steps = numbered_steps(steps, first)
+        root = f"Step 0: {self.root}"
+        has_root = steps[0].strip() == root
+        return (steps if has_root else [root, *steps]), has_root
+
+
+def _append(head_ids: Sequence[int], pieces: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+    """The ids of a head and of steps one behind the other, and the place of each step's last token."""
+    ids = list(head_ids)
+    ends: list[int] = []
+    for piece in pieces:
+        ids += piece
+        ends.append(len(ids) - 1)
+    return ids, ends

@@ -16,7 +16,7 @@ from medmm_ray.reward_model.families.family import (
     ids_of,
     steps_of,
 )
-from medmm_ray.reward_model.packing import FullSequence, QuestionContext, Solution, common, single_id
+from medmm_ray.reward_model.packing import FullSequence, QuestionContext, Solution, common_prefix, single_id
 
 # The text with which VisualPRM's training data is made (`PRM_SYSTEM_PROMPT` of InternVL's reasoning data pipeline).
 SYSTEM = """\
@@ -47,52 +47,53 @@ class VisualPrm(TokenPairHead):
     template: ChatTemplate | None = None
     answer: ClassVar[str] = "+"
 
-    def __init__(self, tokenizer: Any, pictures: ImageTokens) -> None:
-        self.tokenizer, self.image_tokens = tokenizer, pictures
+    def __init__(self, tokenizer: Any, image_tokens: ImageTokens) -> None:
+        self.tokenizer, self.image_tokens = tokenizer, image_tokens
         for mark in ("<|im_start|>", "<|im_end|>"):
             single_id(tokenizer, mark)
         plus, minus = tokenizer.convert_tokens_to_ids(["+", "-"])
-        self._ahead = ids_of(tokenizer, _ASSISTANT)
-        self._turn = ids_of(tokenizer, _ASSISTANT + self.answer + _END)
-        if self._turn[: len(self._ahead) + 1] != [*self._ahead, plus] or minus in (None, tokenizer.unk_token_id):
+        self._assistant_ids = ids_of(tokenizer, _ASSISTANT)
+        self._turn_ids = ids_of(tokenizer, _ASSISTANT + self.answer + _END)
+        expected_ids = [*self._assistant_ids, plus]
+        if self._turn_ids[: len(expected_ids)] != expected_ids or minus in (None, tokenizer.unk_token_id):
             raise ValueError(
-                f"the tokenizer encodes an assistant's turn of '+' as {self._turn}; expected the token '+' after "
-                f"{self._ahead}, and a token '-': the model reads one against the other"
+                f"the tokenizer encodes an assistant's turn of '+' as {self._turn_ids}; expected the token '+' after "
+                f"{self._assistant_ids}, and a token '-': the model reads one against the other"
             )
         self.ids: Mapping[str, int] = {"plus": plus, "minus": minus}
 
     def sequences(
-        self, prompt: QuestionContext, solutions: Mapping[int, Solution]
+        self, context: QuestionContext, solutions: Mapping[int, Solution]
     ) -> tuple[list[FullSequence], dict[int, str]]:
-        question = (
-            f"{_named(self.image_tokens.text, len(prompt.images))}{document_block(prompt.documents)}{prompt.question}"
-        )
+        """Conversations that answer every step with "+", to be read at the token before each answer."""
+        images = _numbered(self.image_tokens.text, len(context.images))
+        question = f"{images}{document_block(context.documents)}{context.question}"
         head = (
             f"<|im_start|>system\n{SYSTEM}{_END}<|im_start|>user\n### Question:\n{question}\n\n### Solution Process:\n"
         )
-        answered = f"{_END}{_ASSISTANT}{self.answer}{_END}"
-        turns = {number: steps_of(solution) for number, solution in solutions.items()}
-        texts = [head + f"{answered}<|im_start|>user\n".join(steps) + answered for steps in turns.values()]
-        rows: list[list[int]] = self.tokenizer([head, *texts])["input_ids"]
-        head_ids, *rows = rows
-        made: list[FullSequence] = []
+        turn_end = f"{_END}{_ASSISTANT}{self.answer}{_END}"
+        steps_by_number = {number: steps_of(solution) for number, solution in solutions.items()}
+        texts = [head + f"{turn_end}<|im_start|>user\n".join(steps) + turn_end for steps in steps_by_number.values()]
+        head_ids, *rows = self.tokenizer([head, *texts])["input_ids"]
+        sequences: list[FullSequence] = []
         faults: dict[int, str] = {}
-        for (number, steps), ids in zip(turns.items(), rows, strict=True):
-            reads = [at + len(self._ahead) - 1 for at in _found(self._turn, ids)]
+        for (number, steps), ids in zip(steps_by_number.items(), rows, strict=True):
+            reads = [place + len(self._assistant_ids) - 1 for place in _places_of(self._turn_ids, ids)]
             if len(reads) == len(steps):
-                made.append(FullSequence(number, ids[: reads[-1] + 1], reads, common([head_ids, ids])))
+                start = common_prefix([head_ids, ids])
+                sequences.append(FullSequence(number, ids[: reads[-1] + 1], reads, start))
             else:
                 faults[number] = f"tags: {len(reads)} turns of the assistant for {len(steps)} steps; expected as many"
-        return self.image_tokens.repeated(prompt, made, faults)
+        return self.image_tokens.expand(context, sequences, faults)
 
 
-def _named(picture: str, number: int) -> str:
-    """One image stands alone, several have numbers, as InternVL is asked."""
+def _numbered(image: str, number: int) -> str:
+    """The text of the images: one stands alone, several have numbers, as InternVL is asked."""
     if number == 1:
-        return f"{picture}\n"
-    return "".join(f"Image-{i}: {picture}\n" for i in range(1, number + 1))
+        return f"{image}\n"
+    return "".join(f"Image-{i}: {image}\n" for i in range(1, number + 1))
 
 
-def _found(part: list[int], ids: list[int]) -> list[int]:
+def _places_of(part: list[int], ids: list[int]) -> list[int]:
     """Where `part` begins in `ids`."""
-    return [at for at, first in enumerate(ids) if first == part[0] and ids[at : at + len(part)] == part]
+    return [i for i, token in enumerate(ids) if token == part[0] and ids[i : i + len(part)] == part]

@@ -1,0 +1,53 @@
+"""What a reward model says of one solution: its text tower's states, and its scores."""
+
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepScores:
+    """One solution's scores: probabilities that each step is right, and their log-odds = text part + image part.
+
+    Rank by log-odds: a probability saturates and makes ties. `error` is None, or ``kind: message`` and no scores.
+    `num_documents` were read with it: fewer than with its neighbours where it is too long for all of them.
+    """
+
+    text_log_odds: list[float] = field(default_factory=list)
+    image_log_odds: list[float] = field(default_factory=list)
+    error: str | None = None
+    num_documents: int = 0
+
+    @property
+    def log_odds(self) -> list[float]:
+        """Log-odds that each step is right."""
+        return [text + image for text, image in zip(self.text_log_odds, self.image_log_odds, strict=True)]
+
+    @property
+    def plus_probs(self) -> list[float]:
+        """Probability that each step is right."""
+        return cast(list[float], torch.tensor(self.log_odds, dtype=torch.float64).sigmoid().tolist())
+
+    @property
+    def min_plus_prob(self) -> float | None:
+        """The worst step's probability; None without scores."""
+        return min(self.plus_probs, default=None)
+
+    @property
+    def final_plus_prob(self) -> float | None:
+        """The last step's probability; None without scores."""
+        return self.plus_probs[-1] if self.plus_probs else None
+
+
+@dataclass(frozen=True)
+class SolutionStates:
+    """What the text tower says of one solution: ``states_TD`` at its tags after the final norm, ``summaries_TD`` (the
+    mean state of each step's tokens in the middle layer) and the text's log-odds [T, fp32]; or an error."""
+
+    states_TD: Tensor
+    summaries_TD: Tensor
+    log_odds_T: Tensor
+    error: str | None = None
+    num_documents: int = 0

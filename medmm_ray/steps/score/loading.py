@@ -1,0 +1,76 @@
+"""The reward model of a step: what it can read, asked before it is loaded, and the model itself."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from medmm_ray.config import ConfigError
+from medmm_ray.engines.checkpoints import resolve
+from medmm_ray.engines.generator import EngineConfig, GeneratorConfig
+from medmm_ray.steps.score.config import IMAGE_ARMS, IMAGES_OF_ARM, ScoreConfig, ScoringConfig, StatesConfig
+
+if TYPE_CHECKING:
+    from medmm_ray.reward_model import RewardModel
+
+
+def image_input_of(path: str) -> Literal["tower", "language_model"] | None:
+    """What reads a checkpoint's images: a tower, the language model, or nothing. Asked of a local checkpoint's small
+    files, before anything is loaded."""
+    folder = Path(resolve(path))
+    saved_file, config_file = folder / "reward_model.json", folder / "config.json"
+    if saved_file.is_file() and json.loads(saved_file.read_text())["fusion"] is not None:
+        return "tower"
+    if not config_file.is_file():
+        return None
+    architectures = json.loads(config_file.read_text()).get("architectures") or []
+    reads_images = any(name.endswith("ForConditionalGeneration") for name in architectures)
+    return "language_model" if reads_images else None
+
+
+def check_image_input(path: str, config: ScoreConfig) -> None:
+    """Raise `ConfigError` where an arm gives the model what it cannot read: images, or reference images."""
+    image_arms = [arm for arm in config.arms if arm in IMAGE_ARMS]
+    image_input = image_input_of(path)
+    if image_arms and image_input is None:
+        raise ConfigError(
+            f"score.arms has {', '.join(image_arms)}, but {path} has no image tower; "
+            "name the folder of a two-tower checkpoint or of a vision-language model, or set score.arms=[text_only]"
+        )
+    uses_images = any(IMAGES_OF_ARM[arm] for arm in config.arms)
+    if image_input == "language_model" and config.num_references and uses_images:
+        raise ConfigError(
+            f"score.num_references is {config.num_references}, but {path} is a vision-language model, which reads a "
+            "question's own images alone; set score.num_references=0"
+        )
+
+
+def load(model: str, config: ScoringConfig, images: bool = True) -> "RewardModel":
+    """The reward model of a config: on its engine, on a GPU where the config asks for one.
+
+    Without `images` a vLLM engine is spared the states for the image part, which is then left out.
+    """
+    from medmm_ray.reward_model import RewardModel
+
+    loaded: RewardModel
+    if config.engine == "vllm":
+        from medmm_ray.reward_model.vllm import PooledRewardModel
+
+        states = isinstance(config, StatesConfig) or (images and image_input_of(model) == "tower")
+        loaded = PooledRewardModel.open(resolve(model), generator_config(config), states=states)
+    else:
+        device = "cuda" if config.num_gpus else "cpu"
+        loaded = RewardModel.from_pretrained(resolve(model), dtype=config.dtype, device=device)
+    if config.max_length is not None:
+        loaded.max_length = config.max_length
+    if config.reserve is not None:
+        loaded.reserve = config.reserve
+    return loaded
+
+
+def generator_config(config: ScoringConfig) -> GeneratorConfig:
+    """What of a step's settings its vLLM engine takes; without a length, any that the checkpoint reads."""
+    settings = {name: getattr(config, name) for name in EngineConfig.model_fields}
+    arguments = dict(config.vllm)
+    longest = arguments.pop("max_model_len", sys.maxsize)
+    return GeneratorConfig(**settings | {"dtype": config.dtype, "max_model_len": longest, "vllm": arguments})

@@ -89,8 +89,8 @@ def base_of(path: str | Path) -> str:
 
 def tokenizer_of(path: str | Path, base: str | Path) -> str | Path:
     """Where the tokenizer lies: with the adapter, or with its base."""
-    own = cached_file(str(path), "tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
-    return base if own is None else path
+    file = cached_file(str(path), "tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
+    return base if file is None else path
 
 
 def read(path: str | Path, base: str | Path, merge: Sequence[str | Path], dtype: Dtype) -> Any:
@@ -141,14 +141,16 @@ def merged(model: Any, path: str | Path) -> tuple[Any, set[str]]:
         folder = local(path)
         check_files(folder, ADAPTER_FILES)
         weights = dict(shapes(weight_files(folder, ADAPTER_FILES)))
-        copies = [f"base_model.model.{part}.{ending}" for part in _vocabulary(model) for ending in _COPIES]
+        copies: list[str] = []
+        for part in _vocabulary(model):
+            copies += [f"base_model.model.{part}.{ending}" for ending in _COPIES]
         _fit_vocabulary(model, config, weights)
         wrapped = PeftModel(model, config)
-        wanted = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
         try:
             loaded = wrapped.load_adapter(str(folder), "default")
         except KeyError as error:  # a weight outside of LoRA, which peft looks up unasked
-            WeightMismatch.between(wanted, weights).without(unexpected=copies).check("its file")
+            WeightMismatch.between(expected, weights).without(unexpected=copies).check("its file")
             raise WeightsError(f"its file has no weight {error}") from error
         unmatched = WeightMismatch(frozenset(loaded.missing_keys), frozenset(loaded.unexpected_keys))
         unmatched.without(unexpected=copies).check("its file")
@@ -156,25 +158,25 @@ def merged(model: Any, path: str | Path) -> tuple[Any, set[str]]:
         raise CheckpointError(f"the adapter {path} cannot be read, or does not fit its base: {error}") from error
     except (ValueError, RuntimeError, OSError) as error:
         raise CheckpointError(f"the adapter {path} does not fit its base: {error}") from error
-    whole = {
-        name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
-        for name in wrapped.state_dict()
-        if ".modules_to_save.default." in name
-    }
-    return wrapped.merge_and_unload(), whole
+    replaced: set[str] = set()
+    for name in wrapped.state_dict():
+        if ".modules_to_save.default." in name:
+            replaced.add(name.removeprefix("base_model.model.").replace(".modules_to_save.default", ""))
+    return wrapped.merge_and_unload(), replaced
 
 
 def _vocabulary(model: Any) -> list[str]:
     """The names of the modules with a row a token: the embeddings, and the head where there is one."""
-    rows = (model.get_input_embeddings(), model.get_output_embeddings())
-    return sorted(name for name, module in model.named_modules() if any(module is part for part in rows))
+    with_rows = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    return sorted(name for name, module in model.named_modules() if id(module) in with_rows)
 
 
 def _fit_vocabulary(model: Any, config: "PeftConfig", weights: Mapping[str, torch.Tensor]) -> None:
     """Give the base the vocabulary that the adapter was trained with, where the adapter brings all rows that differ."""
     parts = _vocabulary(model)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    rows, brought = embeddings.num_embeddings, {}
+    rows = embeddings.num_embeddings
+    brought: dict[str, int] = {}  # rows of each part in the adapter
     for part in parts:
         for ending in ("weight", "base_layer.weight", "token_adapter.base_layer.weight"):
             weight = weights.get(f"base_model.model.{part}.{ending}")

@@ -20,6 +20,7 @@ scores[0].log_odds  # rank by these: probabilities saturate and tie
 ```"""
 
 
+_FRONT_MATTER = ["library_name", "tags", "base_model", "license", "license_name"]  # in this order
 UNKNOWN = "No figures were given when this model was saved. Measure it on data of your own before you rely on it."
 LICENCE = (
     "The weights are derived from the models named above and stand under their licences, all of them; see their pages. "
@@ -30,31 +31,35 @@ LICENCE = (
 def write(name: str, described: Mapping[str, Any], family: "Family") -> str:
     """The card of a model called `name` (a hub id, or a folder's name), from what `checkpoint` says of it."""
     text, image, figures = described["text_tower"], described["image_tower"], described["figures"]
+    sources = [text["source"]]
     rows = [("text tower", text["architecture"], _linked(text["source"]), f"`{text['revision']}`")]
     if image:
-        what = f"{image['image_size']} pixels, width {image['width']}"
-        rows.append(("image tower", what, _linked(image["source"]), f"`{image['revision']}`"))
+        size = f"{image['image_size']} pixels, width {image['width']}"
+        rows.append(("image tower", size, _linked(image["source"]), f"`{image['revision']}`"))
+        sources.append(image["source"])
     facts = [
         f"Input: the family `{described['family']}`. {str(type(family).__doc__).splitlines()[0]}",
         f"At most {described['max_length']:,} tokens, {described['reserve']:,} of them kept free of documents.",
     ]
     if described["fusion"]:
-        facts.append("Image part: " + ", ".join(f"{key} {value}" for key, value in described["fusion"].items()) + ".")
+        settings = ", ".join(f"{key} {value}" for key, value in described["fusion"].items())
+        facts.append(f"Image part: {settings}.")
+    measured = _table(("figure", "value"), [(key, f"{value:.4g}") for key, value in figures.items()])
     parts = [
-        _front_matter([tower["source"] for tower in (text, image) if tower]),
+        _front_matter(sources),
         f"# {name.rpartition('/')[2]}",
         "A process reward model for medicine: it reads a question, documents"
         f"{', images' if image else ''} and a step-by-step solution, and says of every step how likely it is right, as"
         " log-odds. It serves to rank several solutions of one question (best-of-N).",
         "## How to use it",
         CODE.format(name=name, image="\n    image=picture,  # a PIL image" if image else ""),
-        _reading(image is not None),
+        _usage(image is not None),
         "## What it is made of",
         _table(("part", "", "started from", "revision"), rows),
         "A revision is the hub's commit or, of a model that came from a folder, a hash of its weights.",
         "\n".join(f"- {fact}" for fact in facts),
         "## Measured",
-        _table(("figure", "value"), [(key, f"{value:.4g}") for key, value in figures.items()]) if figures else UNKNOWN,
+        measured if figures else UNKNOWN,
         "## Limits",
         _limits(image is not None),
         "## Licence",
@@ -63,21 +68,19 @@ def write(name: str, described: Mapping[str, Any], family: "Family") -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(sources: list[str]) -> str:
-    on_hub = [name for name in map(hub_id, sources) if name]
-    return "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            "tags:",
-            "- process-reward-model",
-            "- medical",
-            *(["base_model:", *(f"- {name}" for name in on_hub)] if on_hub else []),
-            "license: other",
-            "license_name: that-of-the-base-models",
-            "---",
-        ]
+def _front_matter(sources: Sequence[str]) -> str:
+    """What the hub's page reads of the card."""
+    from huggingface_hub import ModelCardData
+
+    ids = [hub_id(source) for source in sources]
+    data = ModelCardData(
+        library_name="transformers",
+        tags=["process-reward-model", "medical"],
+        base_model=[name for name in ids if name] or None,
+        license="other",
+        license_name="that-of-the-base-models",
     )
+    return f"---\n{data.to_yaml(original_order=_FRONT_MATTER)}\n---"
 
 
 def hub_id(source: str) -> str | None:
@@ -91,7 +94,7 @@ def _linked(source: str) -> str:
     return f"[{name}](https://huggingface.co/{name})" if name else f"`{source}`"
 
 
-def _reading(has_image: bool) -> str:
+def _usage(has_image: bool) -> str:
     needs = "torch, transformers and open_clip" if has_image else "torch and transformers"
     text = (
         f"The package is `medmm-ray`; this needs {needs} of it. The folder is also a checkpoint of the text tower alone"
@@ -117,4 +120,5 @@ def _limits(has_image: bool) -> str:
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ("---",) * len(head), *rows])
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -84,13 +84,18 @@ def read(path: str | Path) -> SavedConfig | None:
     fusion = FusionConfig(**saved["fusion"]) if saved["fusion"] else None
     text, image = saved["text_tower"], saved["image_tower"]
     return SavedConfig(
-        saved["family"], saved["ids"], saved["max_length"], saved["reserve"], saved["fit"], fusion,
-        ModelSource(text["source"], text["revision"]),
-        ModelSource(image["source"], image["revision"]) if image else None,
-        saved["figures"],
-        _template_use(saved.get("template")),
-        saved.get("system_prompt"),
-    )  # fmt: skip
+        family=saved["family"],
+        ids=saved["ids"],
+        max_length=saved["max_length"],
+        reserve=saved["reserve"],
+        fit=saved["fit"],
+        fusion=fusion,
+        text_origin=ModelSource(text["source"], text["revision"]),
+        image_origin=ModelSource(image["source"], image["revision"]) if image else None,
+        figures=saved["figures"],
+        template=_template_use(saved.get("template")),
+        system_prompt=saved.get("system_prompt"),
+    )
 
 
 def _template_use(saved: Mapping[str, Any] | None) -> TemplateUse | None:
@@ -100,16 +105,18 @@ def _template_use(saved: Mapping[str, Any] | None) -> TemplateUse | None:
 
 def restore_template(path: str | Path, template: ChatTemplate, saved: TemplateUse) -> None:
     """Use `template` as it was used when the checkpoint was written; raises where it is not the same any more."""
-    found = template.use
-    if (found.folds_system, found.alters, found.date is None) != (saved.folds_system, saved.alters, saved.date is None):
+    use = template.use
+    now, then = ((u.folds_system, u.alters, u.date is None) for u in (use, saved))
+    if now != then:
         raise CheckpointError(
-            f"{path}: its chat template is now used as {found}, its {CONFIG} says {saved}; restore the template with "
+            f"{path}: its chat template is now used as {use}, its {CONFIG} says {saved}; restore the template with "
             "which it was written, or save the model anew from its source"
         )
     template.use = saved
 
 
 def tower_folder(path: str | Path) -> Path:
+    """Where a checkpoint's image tower lies."""
     return Path(path) / TOWER
 
 
@@ -135,16 +142,18 @@ def write(model: "RewardModel", folder: str | Path, figures: Mapping[str, float]
     `name` is what the card calls it: a hub id, by default the folder's name.
     """
     described = _describe(model, figures)
-    with pretrained.atomic_folder(Path(folder), last=CONFIG, owned=_OWNED) as made:
-        pretrained.save(model.text_model, made)
-        model.tokenizer.save_pretrained(made)
+    with pretrained.atomic_folder(Path(folder), last=CONFIG, owned=_OWNED) as new_folder:
+        pretrained.save(model.text_model, new_folder)
+        model.tokenizer.save_pretrained(new_folder)
         if model.vision is not None:
-            model.vision.save_pretrained(made)
+            model.vision.save_pretrained(new_folder)
         if model.fusion is not None and model.image_tower is not None:
-            save_file({k: v.detach().contiguous() for k, v in model.fusion.state_dict().items()}, made / FUSION)
-            model.image_tower.save_pretrained(tower_folder(made))
-        (made / "README.md").write_text(card.write(name or Path(folder).resolve().name, described, model.family))
-        (made / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
+            weights = {key: value.detach().contiguous() for key, value in model.fusion.state_dict().items()}
+            save_file(weights, new_folder / FUSION)
+            model.image_tower.save_pretrained(tower_folder(new_folder))
+        card_text = card.write(name or Path(folder).resolve().name, described, model.family)
+        (new_folder / "README.md").write_text(card_text)
+        (new_folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
 
 
 def push(

@@ -1,4 +1,4 @@
-"""The image's part of a step's score: the tag state looks at the image tokens, and answers with a change of itself.
+"""The image's part of a step's score: the tag's state attends to the image tokens, which gives a change of the state.
 
 Enters: the text tower's states at the step tags, a summary of each step, and the image tower's tokens of the question's
 images and of its reference images. Leaves: ``delta_TD``, to be added to the states before the head. The last projection
@@ -24,7 +24,7 @@ _KINDS = 4  # pooled and patch tokens of the question's images, pooled and patch
 
 @dataclass(frozen=True)
 class FusionConfig:
-    """What the fusion looks at, and how wide it is.
+    """What the fusion attends to, and how wide it is.
 
     `tokens`: the image tower's pooled token, its patch tokens, or both (step AUROC on hard phantoms, three seeds: .781
     ± .007, .729 ± .014, .791 ± .010). `summary`: the query also carries the mean state of the step's tokens from a
@@ -43,7 +43,7 @@ class FusionConfig:
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """Image tokens of Q questions: slots that are not `present` are never looked at.
+    """Image tokens of Q questions: slots that are not `present` get no weight.
 
     `pooled_QIW`, `patches_QIPW` (None where the fusion does not read patches), `present_QI` and `reference_QI` bool.
     """
@@ -62,15 +62,16 @@ class ImageFeatures:
         references: Sequence[Sequence[int]],
     ) -> "ImageFeatures":
         """From encoded images: for each question the rows of its own images and of its references."""
-        slots = max(1, *(len(own) + len(more) for own, more in zip(images, references, strict=True)))
-        rows_QI = torch.zeros(len(images), slots, dtype=torch.long)
-        present_QI = torch.zeros(len(images), slots, dtype=torch.bool)
-        reference_QI = torch.zeros(len(images), slots, dtype=torch.bool)
-        for q, (own, more) in enumerate(zip(images, references, strict=True)):
-            taken = len(own) + len(more)
-            rows_QI[q, :taken] = torch.tensor([*own, *more], dtype=torch.long)
-            present_QI[q, :taken] = True
-            reference_QI[q, len(own) : taken] = True
+        rows = [[*of_images, *of_references] for of_images, of_references in zip(images, references, strict=True)]
+        num_slots = max(1, *(len(of_question) for of_question in rows))
+        rows_QI = torch.zeros(len(images), num_slots, dtype=torch.long)
+        present_QI = torch.zeros(len(images), num_slots, dtype=torch.bool)
+        reference_QI = torch.zeros(len(images), num_slots, dtype=torch.bool)
+        for q, of_question in enumerate(rows):
+            num_taken = len(of_question)
+            rows_QI[q, :num_taken] = torch.tensor(of_question, dtype=torch.long)
+            present_QI[q, :num_taken] = True
+            reference_QI[q, len(images[q]) : num_taken] = True
         device = pooled_BW.device
         rows_QI = rows_QI.to(device)
         return cls(
@@ -94,7 +95,8 @@ class Fusion(nn.Module):
         self.config, self.text_width, self.image_width, self.width = config, text_width, image_width, width
         self.state_norm = nn.LayerNorm(text_width)
         self.summary_norm = nn.LayerNorm(text_width) if config.summary else None
-        self.query = nn.Linear(text_width * (2 if config.summary else 1), width)
+        num_inputs = 2 if config.summary else 1
+        self.query = nn.Linear(text_width * num_inputs, width)
         self.projector = nn.Sequential(
             nn.LayerNorm(image_width), nn.Linear(image_width, width), nn.GELU(), nn.Linear(width, width)
         )
@@ -120,6 +122,7 @@ class Fusion(nn.Module):
 
     @property
     def reads_patches(self) -> bool:
+        """Whether it needs the patch tokens, not the pooled ones alone."""
         return self.config.tokens != "pooled"
 
     def forward(
@@ -138,13 +141,16 @@ class Fusion(nn.Module):
 
         # Tags side by side by question, so that a question's tokens are laid out once.
         slot_T = _slots(question_T)
-        query_QSF = query_TF.new_zeros(len(tokens_QMF), int(slot_T.max()) + 1 if len(slot_T) else 1, self.width)
+        num_slots = int(slot_T.max()) + 1 if len(slot_T) else 1
+        query_QSF = query_TF.new_zeros(len(tokens_QMF), num_slots, self.width)
         query_QSF[question_T, slot_T] = query_TF
-        seen_TF = self._attend(query_QSF, tokens_QMF, bias_QM)[question_T, slot_T]
+        image_TF = self._attend(query_QSF, tokens_QMF, bias_QM)[question_T, slot_T]
 
-        delta_TD = self.output(self.mlp(torch.cat([query_TF, seen_TF, query_TF * seen_TF], dim=-1)))
-        own_Q = (images.present_QI & ~images.reference_QI).any(dim=1)
-        return cast(Tensor, delta_TD.masked_fill(~own_Q[question_T, None], 0.0))
+        mixed_TF = self.mlp(torch.cat([query_TF, image_TF, query_TF * image_TF], dim=-1))
+        delta_TD = self.output(mixed_TF)
+        # References alone say nothing of this patient.
+        has_image_Q = (images.present_QI & ~images.reference_QI).any(dim=1)
+        return cast(Tensor, delta_TD.masked_fill(~has_image_Q[question_T, None], 0.0))
 
     def _query(self, states_TD: Tensor, summaries_TD: Tensor) -> Tensor:
         query = self.state_norm(states_TD)
@@ -178,13 +184,13 @@ class Fusion(nn.Module):
         def heads(x: Tensor) -> Tensor:
             return x.reshape(*x.shape[:2], self.config.num_heads, -1).transpose(1, 2)
 
-        seen_QHSE = nn.functional.scaled_dot_product_attention(
+        image_QHSE = nn.functional.scaled_dot_product_attention(
             heads(self.attend_query(query_QSF)),
             heads(self.attend_key(tokens_QMF)),
             heads(self.attend_value(tokens_QMF)),
             attn_mask=bias_QM[:, None, None, :],
         )
-        return cast(Tensor, self.attend_out(seen_QHSE.transpose(1, 2).flatten(2)))
+        return cast(Tensor, self.attend_out(image_QHSE.transpose(1, 2).flatten(2)))
 
 
 def _slots(question_T: Tensor) -> Tensor:

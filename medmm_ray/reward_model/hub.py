@@ -18,16 +18,16 @@ def fetched(path: str | Path, config: str, revision: str | None) -> str | Path:
 
     if Path(path).is_dir():
         return path
-    found = cached_file(
+    file = cached_file(
         str(path),
         config,
         revision=revision,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    if found is None:
+    if file is None:
         return path
-    return snapshot_download(str(path), revision=extract_commit_hash(found, None), allow_patterns=FILES)
+    return snapshot_download(str(path), revision=extract_commit_hash(file, None), allow_patterns=FILES)
 
 
 def upload(

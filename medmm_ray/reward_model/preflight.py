@@ -30,9 +30,15 @@ from medmm_ray.engines.weights import (
 CheckpointKind = Literal["policy", "reward_model", "image_tower", "text_encoder", "adapter"]
 
 TOKENIZERS = (
-    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
-    "tekken.json", "*.tiktoken",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "*.tiktoken",
+)
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 OPEN_CLIP = "open_clip_config.json"
 VISION = ("dinov2", "dinov2_with_registers", "vit")  # those of transformers that an image tower can be
@@ -49,10 +55,20 @@ class CheckpointFiles:
     is_hub: bool = False
     folder: Path | None = None  # where they lie on this machine
 
+    def matching(self, *patterns: str) -> list[str]:
+        """The files whose name fits one of some patterns, in their order."""
+        files: list[str] = []
+        for file in self.sizes:
+            if any(fnmatch(file, pattern) for pattern in patterns):
+                files.append(file)
+        return files
+
     def have(self, *patterns: str) -> bool:
-        return any(fnmatch(file, pattern) for file in self.sizes for pattern in patterns)
+        """Whether there is a file whose name fits one of some patterns."""
+        return bool(self.matching(*patterns))
 
     def json(self, file: str) -> dict[str, Any]:
+        """A file's JSON object; raises `ConfigError` where it holds none."""
         text = self.read(file)
         try:
             content = json.loads(text)
@@ -77,16 +93,19 @@ def check_checkpoint(name: str, kind: CheckpointKind, revision: str | None = Non
 def _files(name: str, revision: str | None) -> CheckpointFiles:
     if "://" in name:
         return _of_uri(name)
-    found = name if name.startswith(HUB_PREFIX) else resolve(name)
-    if Path(found).is_dir():
-        return _of_folder(name, Path(found))
-    assert found.startswith(HUB_PREFIX) or is_hub_id(found), "resolve gives a folder or a hub id"
-    return _of_hub(name, found.removeprefix(HUB_PREFIX), revision)
+    place = name if name.startswith(HUB_PREFIX) else resolve(name)
+    if Path(place).is_dir():
+        return _of_folder(name, Path(place))
+    assert place.startswith(HUB_PREFIX) or is_hub_id(place), "resolve gives a folder or a hub id"
+    return _of_hub(name, place.removeprefix(HUB_PREFIX), revision)
 
 
 def _of_folder(name: str, folder: Path) -> CheckpointFiles:
-    files = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
-    return CheckpointFiles(name, files, lambda file: (folder / file).read_bytes(), folder=folder)
+    sizes: dict[str, int | None] = {}
+    for file in folder.rglob("*"):
+        if file.is_file():
+            sizes[str(file.relative_to(folder))] = file.stat().st_size
+    return CheckpointFiles(name, sizes, lambda file: (folder / file).read_bytes(), folder=folder)
 
 
 def _of_uri(uri: str) -> CheckpointFiles:
@@ -179,10 +198,13 @@ def _reward_model(files: CheckpointFiles) -> None:
                 f"{files.name}: reward_model.json has the family {saved.get('family')!r}; known are "
                 f"{', '.join(families.NAMES)}"
             )
-        lacking = [] if files.have("fusion.safetensors") or not saved.get("fusion") else ["fusion.safetensors"]
-        lacking += [] if files.have("image_tower/*") or not saved.get("image_tower") else ["image_tower/"]
-        if lacking:
-            raise ConfigError(f"{files.name}: {' and '.join(lacking)} of its image part are missing; copy it whole")
+        missing: list[str] = []
+        if saved.get("fusion") and not files.have("fusion.safetensors"):
+            missing.append("fusion.safetensors")
+        if saved.get("image_tower") and not files.have("image_tower/*"):
+            missing.append("image_tower/")
+        if missing:
+            raise ConfigError(f"{files.name}: {' and '.join(missing)} of its image part are missing; copy it whole")
     elif files.have("adapter_config.json") and not files.have("config.json"):
         _adapter(files)
         base = files.json("adapter_config.json").get("base_model_name_or_path")
@@ -293,7 +315,8 @@ def _has_weights(files: CheckpointFiles, names: Sequence[str] = TRANSFORMERS_FIL
     if not first.endswith(".json"):
         _are_whole(files, [first])
         return
-    shards = sorted({str(shard) for shard in dict(files.json(first).get("weight_map") or {}).values()})
+    shard_of_weight = dict(files.json(first).get("weight_map") or {})
+    shards = sorted({str(shard) for shard in shard_of_weight.values()})
     missing = [shard for shard in shards if shard not in files.sizes]
     if missing or not shards:
         raise ConfigError(
@@ -322,10 +345,10 @@ def _are_whole(files: CheckpointFiles, names: Collection[str]) -> None:
 
 
 def _has_tokenizer(files: CheckpointFiles) -> None:
-    found = [file for file in files.sizes if any(fnmatch(file, pattern) for pattern in TOKENIZERS)]
-    if not found:
+    tokenizer_files = files.matching(*TOKENIZERS)
+    if not tokenizer_files:
         raise ConfigError(f"{files.name}: holds no tokenizer ({', '.join(TOKENIZERS)}); copy it beside the weights")
-    _are_whole(files, found)
+    _are_whole(files, tokenizer_files)
 
 
 def _has_chat_template(files: CheckpointFiles) -> bool:

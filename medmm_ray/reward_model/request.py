@@ -70,5 +70,7 @@ def _check_text(name: str, value: Any) -> None:
 
 
 def _shown(value: Any) -> str:
-    shown = repr(value)
-    return f"{shown if len(shown) <= 40 else shown[:40] + '…'} ({type(value).__name__})"
+    text = repr(value)
+    if len(text) > 40:
+        text = text[:40] + "…"
+    return f"{text} ({type(value).__name__})"

@@ -1,4 +1,4 @@
-"""How far the scores of a reward model, say a quantised one, are from another's on the same questions."""
+"""How well the scores of a reward model, say a quantised one, agree with another's on the same questions."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -30,44 +30,77 @@ class ScoreAgreement:
     num_unscored: int
 
 
-def score_agreement(original: RewardModel, other: RewardModel, requests: Iterable[ScoreRequest]) -> ScoreAgreement:
+@dataclass(frozen=True)
+class _Pair:
+    """One question's scores of both models, of the solutions that both could score."""
+
+    original: list[StepScores]
+    compared: list[StepScores]
+
+    @classmethod
+    def of(cls, original: Sequence[StepScores], compared: Sequence[StepScores]) -> "_Pair":
+        pair = cls([], [])
+        for ours, theirs in zip(original, compared, strict=True):
+            if ours.error is None and theirs.error is None:
+                pair.original.append(ours)
+                pair.compared.append(theirs)
+        return pair
+
+    @property
+    def has_same_best(self) -> bool:
+        return _best(self.original) == _best(self.compared)
+
+
+def score_agreement(original: RewardModel, compared: RewardModel, requests: Iterable[ScoreRequest]) -> ScoreAgreement:
     """Score `requests` with both models, compare what both could score.
 
     Raises ValueError where that is nothing.
     """
-    asked = list(requests)
-    pairs = list(zip(original.score_many(asked), other.score_many(asked), strict=True))
-    both = [[(a, b) for a, b in zip(*pair, strict=True) if a.error is None and b.error is None] for pair in pairs]
-    num_unscored = sum(len(pair[0]) for pair in pairs) - sum(map(len, both))
-    both = [scores for scores in both if scores]
-    if not both:
-        raise ValueError(f"none of the {len(asked)} questions has a solution that both models could score")
-    ours_T, theirs_T = (
-        torch.tensor([x for scores in both for pair in scores for x in pair[side].log_odds]).double() for side in (0, 1)
-    )
-    apart_T = (ours_T - theirs_T).abs()
-    probs_T = (ours_T.sigmoid() - theirs_T.sigmoid()).abs()
-    best = [_best([a for a, _ in scores]) == _best([b for _, b in scores]) for scores in both]
+    requests = list(requests)
+    num_unscored = 0
+    pairs: list[_Pair] = []
+    for ours, theirs in zip(original.score_many(requests), compared.score_many(requests), strict=True):
+        pair = _Pair.of(ours, theirs)
+        num_unscored += len(ours) - len(pair.original)
+        if pair.original:
+            pairs.append(pair)
+    if not pairs:
+        raise ValueError(f"none of the {len(requests)} questions has a solution that both models could score")
+    original_T = _all_log_odds([pair.original for pair in pairs])
+    compared_T = _all_log_odds([pair.compared for pair in pairs])
+    log_odds_apart_T = (original_T - compared_T).abs()
+    probs_apart_T = (original_T.sigmoid() - compared_T.sigmoid()).abs()
     return ScoreAgreement(
-        len(apart_T), len(both), float(apart_T.mean()), float(apart_T.max()), float(probs_T.mean()),
-        float(probs_T.max()), float(ours_T.std(correction=0)), spearman(ours_T, theirs_T), sum(best) / len(best),
-        num_unscored,
-    )  # fmt: skip
+        num_steps=len(log_odds_apart_T),
+        num_questions=len(pairs),
+        mean_log_odds=float(log_odds_apart_T.mean()),
+        max_log_odds=float(log_odds_apart_T.max()),
+        mean_prob=float(probs_apart_T.mean()),
+        max_prob=float(probs_apart_T.max()),
+        spread=float(original_T.std(correction=0)),
+        rank=spearman(original_T, compared_T),
+        same_best=sum(pair.has_same_best for pair in pairs) / len(pairs),
+        num_unscored=num_unscored,
+    )
+
+
+def _all_log_odds(questions: Sequence[Sequence[StepScores]]) -> Tensor:
+    """Log-odds of all steps of all solutions [T, fp64], as `score` gives them in float32."""
+    log_odds: list[float] = []
+    for solutions in questions:
+        for scores in solutions:
+            log_odds += scores.log_odds
+    return torch.tensor(log_odds).double()
 
 
 def _best(scores: Sequence[StepScores]) -> int:
     return max(range(len(scores)), key=lambda i: min(scores[i].log_odds))
 
 
-def spearman(one_N: Tensor, other_N: Tensor) -> float:
+def spearman(first_N: Tensor, second_N: Tensor) -> float:
     """Correlation of ranks, ties at their mean rank; 1.0 for fewer than two values."""
-    if len(one_N) < 2:
+    from scipy.stats import spearmanr
+
+    if len(first_N) < 2:
         return 1.0
-    return float(torch.corrcoef(torch.stack([_ranks(one_N), _ranks(other_N)]))[0, 1])
-
-
-def _ranks(values_N: Tensor) -> Tensor:
-    _, group_N, counts_G = torch.unique(values_N, return_inverse=True, return_counts=True)
-    last_G = counts_G.cumsum(0).double()
-    ranks_N: Tensor = (last_G - (counts_G - 1) / 2)[group_N]
-    return ranks_N
+    return float(spearmanr(first_N.numpy(), second_N.numpy()).statistic)

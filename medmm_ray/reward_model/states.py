@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-# The type of the values, and one of the same size that numpy has too.
+# Of each format the type of its values, and one of the same size that numpy has too: it has no bfloat16.
 _RAW = {
     "float32": (torch.float32, torch.float32),
     "float16": (torch.float16, torch.float16),
@@ -27,4 +27,5 @@ def from_bytes(content: bytes, num_steps: int, hidden_size: int, dtype: str) -> 
 
 
 def dtype_name(states: Tensor) -> str:
+    """The name of its number format, as records have it: float32, float16 or bfloat16."""
     return str(states.dtype).removeprefix("torch.")

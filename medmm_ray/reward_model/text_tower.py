@@ -63,7 +63,7 @@ def load_text_tower(
     base: str | Path | None = None,
     merge: Sequence[str | Path] = (),
 ) -> TextTower:
-    """The text tower and its family (detected where it is None), ready for shared-prefix reading.
+    """The text tower and its family (detected where it is None), ready for rows with a shared prefix.
 
     `base` and `merge` are those of `adapters.read`, for a checkpoint that is an adapter.
     """
@@ -112,13 +112,15 @@ def _config_and_tokenizer(path: str | Path, revision: str | None) -> tuple[str |
 
 def _read_whole(path: str | Path, dtype: Dtype, family: FamilyName | None, revision: str | None) -> TextTower:
     commit, config, tokenizer = _config_and_tokenizer(path, revision)
-    found = family or _detected(path, config.architectures or [], tokenizer)
-    if found in families.VISION_LANGUAGE:
+    detected = family or _detected(path, config.architectures or [], tokenizer)
+    if detected in families.VISION_LANGUAGE:
         vision.check(path, config)
         tokenizer.chat_template = tokenizer.chat_template or vision.chat_template(path, commit)
-    model = _load(path, found, dtype, commit)
-    eyes = Vision.from_pretrained(path, model, tokenizer, commit) if found in families.VISION_LANGUAGE else None
-    return TextTower(model, tokenizer, found, ModelSource.of(path, commit), eyes)
+    model = _load(path, detected, dtype, commit)
+    image_input = None
+    if detected in families.VISION_LANGUAGE:
+        image_input = Vision.from_pretrained(path, model, tokenizer, commit)
+    return TextTower(model, tokenizer, detected, ModelSource.of(path, commit), image_input)
 
 
 def _load(path: str | Path, family: FamilyName, dtype: Dtype, commit: str | None) -> Any:
@@ -169,13 +171,13 @@ def _read_adapter(
         raise CheckpointError(f"the adapter {path}: {error}") from error
     if family is None and adapters.task_of(adapter) == "TOKEN_CLS":
         family = "meds3"
-    found = family or _detected(path, [type(model).__name__], tokenizer)
-    return TextTower(model, tokenizer, found, ModelSource.of(path, commit))
+    detected = family or _detected(path, [type(model).__name__], tokenizer)
+    return TextTower(model, tokenizer, detected, ModelSource.of(path, commit))
 
 
 def _detected(path: str | Path, architectures: Sequence[str], tokenizer: Any) -> FamilyName:
-    found = families.detect(architectures, tokenizer)
-    if found is None:
+    detected = families.detect(architectures, tokenizer)
+    if detected is None:
         raise CheckpointError(
             f"{path} fits no family of reward models: its architecture is {', '.join(architectures) or 'not stated'}"
             f"{'' if tokenizer.chat_template else ', its tokenizer has no chat template'}. Looked for: a causal "
@@ -183,14 +185,17 @@ def _detected(path: str | Path, architectures: Sequence[str], tokenizer: Any) ->
             "(qwen_prm), a ...ForTokenClassification (token_classification), a peft adapter for token classification "
             "(meds3), a LlavaForConditionalGeneration (medprm_vision), an InternVLForConditionalGeneration (visualprm)"
         )
-    return found
+    return detected
+
+
+_ORIGINAL_LAYOUTS = ("InternVLChat", "InternVLReward", "LlavaLlama", "LlavaMistral")
 
 
 def _refuse_original_layout(path: str | Path, commit: str | None) -> None:
     """Say what to do about InternVL's and LLaVA's own checkpoints, which come with code of their own to be run."""
-    described, _ = PreTrainedConfig.get_config_dict(path, revision=commit)
-    names = described.get("architectures") or []
-    if any(name.startswith(("InternVLChat", "InternVLReward", "LlavaLlama", "LlavaMistral")) for name in names):
+    config, _ = PreTrainedConfig.get_config_dict(path, revision=commit)
+    names = config.get("architectures") or []
+    if any(name.startswith(_ORIGINAL_LAYOUTS) for name in names):
         raise CheckpointError(
             f"{path} is in its authors' own layout ({', '.join(names)}), which needs code from the checkpoint; none is "
             "ever run. Convert it to the layout of transformers (its repository has a convert_*_weights_to_hf.py for "
@@ -208,14 +213,14 @@ def _read_gguf(
         model, tokenizer = read_gguf(file, dtype, attn_implementation=attention.NAME)
     except (OSError, ValueError, struct.error) as error:
         raise CheckpointError(f"{path}: {gguf_file} is not a language model that can be read: {error}") from error
-    found = family or families.detect(["ForCausalLM"], tokenizer)
-    if found is None or _MODELS[found] is not AutoModelForCausalLM:
+    detected = family or families.detect(["ForCausalLM"], tokenizer)
+    if detected is None or _MODELS[detected] is not AutoModelForCausalLM:
         raise CheckpointError(
-            f"{path}: {gguf_file} cannot be read as a reward model of the family {found}: a GGUF holds a language "
+            f"{path}: {gguf_file} cannot be read as a reward model of the family {detected}: a GGUF holds a language "
             'model alone. Expected one with a chat template (medprm) or the token "ки" (math_shepherd)'
         )
     commit = commit_of(path, gguf_file, revision)
-    return TextTower(model, tokenizer, found, ModelSource(str(path), commit) if commit else ModelSource.of(file))
+    return TextTower(model, tokenizer, detected, ModelSource(str(path), commit) if commit else ModelSource.of(file))
 
 
 _MODELS: dict[FamilyName, Any] = {
@@ -253,32 +258,35 @@ def load_without_weights(path: str | Path, family: FamilyName | None, dtype: str
     if adapters.is_adapter(path):
         raise CheckpointError(f"{path} is an adapter, and vLLM reads whole checkpoints; {_SAVE_IT}")
     commit, config, tokenizer = _config_and_tokenizer(path, None)
-    found = family or _detected(path, config.architectures or [], tokenizer)
-    if found in families.VISION_LANGUAGE:
+    detected = family or _detected(path, config.architectures or [], tokenizer)
+    if detected in families.VISION_LANGUAGE:
         raise CheckpointError(
-            f"{path} is a vision-language model (family {found}); vLLM scores texts alone: take engine=torch"
+            f"{path} is a vision-language model (family {detected}); vLLM scores texts alone: take engine=torch"
         )
-    if found == "medprm" and len(tokenizer(TAG, add_special_tokens=False)["input_ids"]) != 1:
+    if detected == "medprm" and len(tokenizer(TAG, add_special_tokens=False)["input_ids"]) != 1:
         raise CheckpointError(f"{path}: its tokenizer has no token {TAG!r}, and vLLM cannot add one; {_SAVE_IT}")
-    maker = _MODELS[found]
+    maker = _MODELS[detected]
     with torch.device("meta"):
-        model = maker(config) if found == "qwen_prm" else maker.from_config(config)
+        model = maker(config) if detected == "qwen_prm" else maker.from_config(config)
         model.to(getattr(torch, dtype))
     check_vocabulary(model, tokenizer)
     if not hasattr(config, "quantization_config"):  # else the files have an engine's own names
         try:
             folder = pretrained.checkpoint_folder(path, commit)
-            pretrained.check_weights(type(model), config, folder, unexpected=_UNUSED.get(found, ()))
+            pretrained.check_weights(type(model), config, folder, unexpected=_UNUSED.get(detected, ()))
         except WeightsError as error:
-            raise CheckpointError(f"{error} (read as the family {found})") from error
-    return TextTower(model, tokenizer, found, ModelSource.of(path, commit))
+            raise CheckpointError(f"{error} (read as the family {detected})") from error
+    return TextTower(model, tokenizer, detected, ModelSource.of(path, commit))
 
 
 def load_head_rows(path: str | Path, model: Any, rows: Sequence[int]) -> torch.Tensor:
     """Some rows of a causal language model's head, of its files alone, in the model's number format [rows, width]."""
     name = "model.embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"
     index = cached_file(str(path), "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
-    file = json.loads(Path(index).read_text())["weight_map"].get(name) if index else "model.safetensors"
+    # One file, or several with an index that says which has the head.
+    file = "model.safetensors"
+    if index:
+        file = json.loads(Path(index).read_text())["weight_map"].get(name)
     try:
         with safe_open(cached_file(str(path), file), framework="pt") as weights:
             head_VD = weights.get_slice(name)

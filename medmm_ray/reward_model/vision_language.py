@@ -25,8 +25,8 @@ from medmm_ray.reward_model.packing import ImageEmbeddings
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# By type: options of the image processor, and what stands around an image's token in the text.
-_KNOWN: dict[str, tuple[dict[str, Any], tuple[str, str]]] = {
+# By model type: options of the image processor, and what stands around an image's token in the text.
+_MODEL_TYPES: dict[str, tuple[dict[str, Any], tuple[str, str]]] = {
     "llava": ({}, ("", "")),
     "internvl": ({"crop_to_patches": True}, ("<img>", "</img>")),
 }
@@ -37,10 +37,10 @@ _PROCESSOR_FILES = ("processor_config.json", "video_preprocessor_config.json")
 
 def check(path: str | Path, config: Any) -> None:
     """Raise where a checkpoint's images cannot be read."""
-    if config.model_type not in _KNOWN:
+    if config.model_type not in _MODEL_TYPES:
         raise CheckpointError(
             f"{path} is of the type {config.model_type}; images are read by language models of the types "
-            f"{', '.join(_KNOWN)}"
+            f"{', '.join(_MODEL_TYPES)}"
         )
 
 
@@ -51,29 +51,30 @@ def chat_template(path: str | Path, revision: str | None) -> str | None:
 
 
 def _file(path: str | Path, name: str, revision: str | None) -> str | None:
-    found: str | None = cached_file(
+    file: str | None = cached_file(
         str(path),
         name,
         revision=revision,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    return found
+    return file
 
 
 class Vision:
-    """A model's image processor, and how its images stand in the text; one has at most `most_rows` rows."""
+    """A model's image processor, and how its images stand in the text; one has at most `max_image_tokens` tokens."""
 
     def __init__(
         self, model: Any, tokenizer: Any, image_processor: Any, source: str | Path, revision: str | None
     ) -> None:
         self.image_processor, self.source, self.revision = image_processor, str(source), revision
-        self.options, (before, after) = _KNOWN[model.config.model_type]
+        self.options, (before, after) = _MODEL_TYPES[model.config.model_type]
         token_id = model.config.image_token_id
         token = tokenizer.convert_ids_to_tokens(token_id)
         self.image_tokens = ImageTokens(token, token_id, f"{before}{token}{after}")
-        tiles = image_processor.max_patches + 1 if "crop_to_patches" in self.options else 1  # and the whole
-        self.max_image_tokens = int(model.config.image_seq_length) * tiles
+        # An image that is cut into tiles is given as a whole, too.
+        max_tiles = image_processor.max_patches + 1 if "crop_to_patches" in self.options else 1
+        self.max_image_tokens = int(model.config.image_seq_length) * max_tiles
 
     @classmethod
     def from_pretrained(cls, path: str | Path, model: Any, tokenizer: Any, revision: str | None) -> "Vision":
@@ -95,9 +96,10 @@ class Vision:
     @torch.no_grad()
     def embed(self, model: Any, images: Sequence["Image"]) -> ImageEmbeddings:
         """One question's images, in order; raises `ImageError` where one cannot be decoded."""
-        weight, rows = model.get_input_embeddings().weight, []
+        weight = model.get_input_embeddings().weight
+        rows: list[torch.Tensor] = []
         for image in images:
             pixels = self.image_processor(rgb_of(image), return_tensors="pt", **self.options)["pixel_values"]
-            found = model.get_image_features(pixel_values=pixels.to(weight))
-            rows.append(torch.cat(list(found.pooler_output)))  # one entry a tile
+            features = model.get_image_features(pixel_values=pixels.to(weight))
+            rows.append(torch.cat(list(features.pooler_output)))  # one entry a tile
         return ImageEmbeddings(torch.cat(rows), [len(rows_ND) for rows_ND in rows])

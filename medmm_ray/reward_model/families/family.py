@@ -100,7 +100,9 @@ def tokenize_tagged(
     text around such a solution. Tags are found by id and counted in the text: one in the question, in a document, or
     inside a step ends no step.
     """
-    solution_texts = ["".join(f"{step}{tag}" for step in steps) for steps in solutions.values()]
+    solution_texts: list[str] = []
+    for steps in solutions.values():
+        solution_texts.append("".join(f"{step}{tag}" for step in steps))
     texts = [render(solution) for solution in solution_texts]
     head_text = _text_before(texts[0], solution_texts[0], render)
     head_ids, *rows = tokenizer([head_text, *texts], add_special_tokens=True)["input_ids"]

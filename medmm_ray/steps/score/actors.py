@@ -90,8 +90,9 @@ class Scorer:
         except RowError as fault:
             return [self._entry(row, solution, arm, [], [], str(fault)) for solution in solutions]
         entries: list[dict[str, Any]] = []
-        for solution, found in zip(solutions, scores, strict=True):
-            entries.append(self._entry(row, solution, arm, found.text_log_odds, found.image_log_odds, found.error))
+        for solution, of_solution in zip(solutions, scores, strict=True):
+            parts = of_solution.text_log_odds, of_solution.image_log_odds
+            entries.append(self._entry(row, solution, arm, *parts, of_solution.error))
         return entries
 
     def _scores(
@@ -182,8 +183,8 @@ class StateExtractor:
             for solution in solutions:
                 entries.append(of_question | self._faulty(solution, states))
         else:
-            for solution, found in zip(solutions, states, strict=True):
-                entries.append(of_question | _state_columns(solution, found))
+            for solution, of_solution in zip(solutions, states, strict=True):
+                entries.append(of_question | _state_columns(solution, of_solution))
         return entries
 
     def _faulty(self, solution: Mapping[str, Any], fault: RowError) -> dict[str, Any]:

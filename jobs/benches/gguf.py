@@ -4,7 +4,7 @@ Both sides read the phantoms' questions, each with worked solutions of other cas
 was not trained as a reward model say how far numbers move, not how well they rank.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,8 +17,9 @@ from medmm_ray.config import Config
 
 if TYPE_CHECKING:
     from medmm_ray.reward_model import RewardModel, ScoreRequest
+    from medmm_ray.reward_model.score_agreement import ScoreAgreement
 
-Kind = Literal["bfloat16", "Q8_0", "Q5_0", "Q4_0"]
+Rounding = Literal["bfloat16", "Q8_0", "Q5_0", "Q4_0"]
 
 
 class BenchConfig(Config):
@@ -28,7 +29,7 @@ class BenchConfig(Config):
     """The unquantised reward model (or any chat model, read as one): folder, hub id or package."""
     gguf: tuple[str, ...] = ()
     """GGUF files of the same model; none: its own weights, rounded as in `kinds`."""
-    kinds: tuple[Kind, ...] = ("bfloat16", "Q8_0", "Q4_0")
+    kinds: tuple[Rounding, ...] = ("bfloat16", "Q8_0", "Q4_0")
     """How weights are rounded: to bfloat16, or to llama.cpp's blocks of 8, 5 or 4 bits."""
     questions: int = 8
     """Questions."""
@@ -43,35 +44,37 @@ class BenchConfig(Config):
 
 
 def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
+    """How far scores move, and how well they still rank, for each file or rounding."""
     from medmm_ray.engines.checkpoints import resolve
     from medmm_ray.reward_model import RewardModel
-    from medmm_ray.reward_model.score_agreement import ScoreAgreement, score_agreement
+    from medmm_ray.reward_model.score_agreement import score_agreement
 
     console.print(set_up_torch(config.dtype, config.device, config.threads))
-    asked = requests(config.questions, config.solutions)
+    questions = requests(config.questions, config.solutions)
     path = resolve(config.model)
-
-    def rows(name: str, found: ScoreAgreement) -> Iterator[Measured]:
-        spread = found.spread
-        yield Measured(f"{name}, mean |Δ log-odds| beside their spread", spread, found.mean_log_odds,
-                       found.mean_log_odds / spread, "", "log-odds")  # fmt: skip
-        yield Measured(f"{name}, max |Δ log-odds| beside their spread", spread, found.max_log_odds,
-                       found.max_log_odds / spread, "", "log-odds")  # fmt: skip
-        yield Measured(f"{name}, mean |Δ p| beside the largest", found.max_prob, found.mean_prob,
-                       found.mean_prob / max(found.max_prob, 1e-12), "", "probability")  # fmt: skip
-        yield Measured(f"{name}, Spearman of {found.num_steps} steps", 1.0, found.rank, found.rank, "", "correlation")
-        yield Measured(f"{name}, same best of {config.solutions}", 1.0, found.same_best, found.same_best, "",
-                       f"share of {found.num_questions} questions; {found.num_unscored} unscored")  # fmt: skip
 
     original = RewardModel.from_pretrained(path, config.dtype, config.device)
     for file in config.gguf:
         folder, name = str(Path(file).parent), Path(file).name
-        other = RewardModel.from_pretrained(folder, config.dtype, config.device, gguf_file=name)
-        yield from rows(name, score_agreement(original, other, asked))
+        compared = RewardModel.from_pretrained(folder, config.dtype, config.device, gguf_file=name)
+        yield from _rows(name, score_agreement(original, compared, questions), config.solutions)
     for kind in () if config.gguf else config.kinds:
-        other = RewardModel.from_pretrained(path, config.dtype, config.device)
-        round_weights(other, kind)
-        yield from rows(kind, score_agreement(original, other, asked))
+        compared = RewardModel.from_pretrained(path, config.dtype, config.device)
+        round_weights(compared, kind)
+        yield from _rows(kind, score_agreement(original, compared, questions), config.solutions)
+
+
+def _rows(name: str, agreement: "ScoreAgreement", solutions: int) -> Iterator[Measured]:
+    spread, max_prob = agreement.spread, agreement.max_prob
+    mean, largest, mean_prob = agreement.mean_log_odds, agreement.max_log_odds, agreement.mean_prob
+    yield Measured(f"{name}, mean |Δ log-odds| beside their spread", spread, mean, mean / spread, "", "log-odds")
+    yield Measured(f"{name}, max |Δ log-odds| beside their spread", spread, largest, largest / spread, "", "log-odds")
+    ratio = mean_prob / max(max_prob, 1e-12)
+    yield Measured(f"{name}, mean |Δ p| beside the largest", max_prob, mean_prob, ratio, "", "probability")
+    rank, same_best = agreement.rank, agreement.same_best
+    yield Measured(f"{name}, Spearman of {agreement.num_steps} steps", 1.0, rank, rank, "", "correlation")
+    unit = f"share of {agreement.num_questions} questions; {agreement.num_unscored} unscored"
+    yield Measured(f"{name}, same best of {solutions}", 1.0, same_best, same_best, "", unit)
 
 
 def requests(questions: int, solutions: int) -> "list[ScoreRequest]":
@@ -84,23 +87,22 @@ def requests(questions: int, solutions: int) -> "list[ScoreRequest]":
     items = make_questions(0, "test", questions, num_worked=solutions)
     documents = list(CHEST.values())[:3]
 
-    def mixed(i: int) -> Sequence[Sequence[str]]:
-        own, other = items[i].worked, items[(i + 1) % len(items)].worked
-        return [(own if j % 2 else other)[j] for j in range(solutions)]
-
-    return [
-        ScoreRequest(question_with_options(item.question, item.options), mixed(i), documents)
-        for i, item in enumerate(items)
-    ]
+    score_requests: list[ScoreRequest] = []
+    for i, item in enumerate(items):
+        next_item = items[(i + 1) % len(items)]
+        mixed = [(item if j % 2 else next_item).worked[j] for j in range(solutions)]
+        score_requests.append(ScoreRequest(question_with_options(item.question, item.options), mixed, documents))
+    return score_requests
 
 
 @torch.no_grad()
-def round_weights(model: "RewardModel", kind: Kind) -> None:
+def round_weights(model: "RewardModel", kind: Rounding) -> None:
     """What is left of the matrices after rounding. As in llama.cpp's files, embeddings and head have 8 bits, and
     matrices whose rows are no whole blocks stay."""
     from gguf import GGMLQuantizationType, quants
 
-    outer = {id(m.weight) for m in (model.text_model.get_input_embeddings(), model.text_model.get_output_embeddings())}
+    embeddings, head = model.text_model.get_input_embeddings(), model.text_model.get_output_embeddings()
+    outer = {id(embeddings.weight), id(head.weight)}
     for parameter in model.text_model.parameters():
         if kind == "bfloat16":
             parameter.copy_(parameter.bfloat16())

@@ -37,11 +37,23 @@ class Shape(Config):
 
 SHAPES = {
     "smollm2": Shape(),
-    "wide": Shape(hidden_size=1536, num_layers=2, num_heads=12, num_key_value_heads=4, intermediate_size=4096,
-                  vocab_size=32000),
-    "8b": Shape(hidden_size=4096, num_layers=32, num_heads=32, num_key_value_heads=8, intermediate_size=14336,
-                vocab_size=128256),
-}  # fmt: skip
+    "wide": Shape(
+        hidden_size=1536,
+        num_layers=2,
+        num_heads=12,
+        num_key_value_heads=4,
+        intermediate_size=4096,
+        vocab_size=32000,
+    ),
+    "8b": Shape(
+        hidden_size=4096,
+        num_layers=32,
+        num_heads=32,
+        num_key_value_heads=8,
+        intermediate_size=14336,
+        vocab_size=128256,
+    ),
+}
 
 
 class ModelConfig(Config):
@@ -67,10 +79,11 @@ def tokenizer(vocab_size: int) -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
     words = ["<unk>", "+", "-", "<end>", "<system>", "<user>", "Step", *(f"{i}:" for i in range(1, 100))]
-    vocabulary = {word: i for i, word in enumerate([*words, *(f"w{i}" for i in range(vocab_size - 1 - len(words)))])}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>")  # type: ignore[no-untyped-call] # noqa: S106
+    words += [f"w{i}" for i in range(vocab_size - 1 - len(words))]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    word_level = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106
+    word_level.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=word_level, eos_token="<end>")  # type: ignore[no-untyped-call] # noqa: S106
     fast.chat_template = TEMPLATE
     fast.add_tokens([AddedToken(TAG, special=True, normalized=False)], special_tokens=True)
     return fast
@@ -86,10 +99,15 @@ def reward_model(shape: Shape, dtype: str, device: str, context: int) -> "Reward
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads, num_key_value_heads=shape.num_key_value_heads,
-        intermediate_size=shape.intermediate_size, max_position_embeddings=context, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        intermediate_size=shape.intermediate_size,
+        max_position_embeddings=context,
+        tie_word_embeddings=False,
+    )
     config._attn_implementation = NAME
     with torch.device(device):
         default = torch.get_default_dtype()
@@ -121,11 +139,12 @@ def bench_question(
         return " ".join(f"w{rng.randrange(vocab_size - 200)}" for _ in range(number))
 
     pieces = [256] * (documents // 256) + ([documents % 256] if documents % 256 else [])
-    made = []
+    all_steps: list[list[str]] = []
     for _ in range(solutions):
-        steps, length = rng.randint(6, 8), round(tokens * rng.uniform(0.8, 1.2))
-        made.append([words(length // steps - 3) for _ in range(steps)])
-    return BenchQuestion(words(question), [words(n) for n in pieces], made)
+        num_steps, length = rng.randint(6, 8), round(tokens * rng.uniform(0.8, 1.2))
+        # A step's mark and tag are three tokens more.
+        all_steps.append([words(length // num_steps - 3) for _ in range(num_steps)])
+    return BenchQuestion(words(question), [words(number) for number in pieces], all_steps)
 
 
 # Med-PRM's prompt as its own scoring code writes it, apart from the product's: what the product is measured against.
@@ -136,17 +155,17 @@ _REFERENCE_SYSTEM = (
 )
 
 
-def reference_ids(model: "RewardModel", asked: BenchQuestion) -> list[list[int]]:
+def reference_ids(model: "RewardModel", case: BenchQuestion) -> list[list[int]]:
     """The full sequence of each solution, as the reference tokenises it (up to the end of the chat template)."""
-    given = "question and the explanation are provided"
-    if asked.documents:
-        given = "relevant documents, the question, and the explanation are provided sequentially"
-    system = _REFERENCE_SYSTEM.format(given=given) + (" " if asked.documents else "")
-    documents = "".join(f"Document {number}: {text}\n\n" for number, text in enumerate(asked.documents, 1))
+    parts = "question and the explanation are provided"
+    if case.documents:
+        parts = "relevant documents, the question, and the explanation are provided sequentially"
+    system = _REFERENCE_SYSTEM.format(given=parts) + (" " if case.documents else "")
+    documents = "".join(f"Document {number}: {text}\n\n" for number, text in enumerate(case.documents, 1))
     texts: list[str] = []
-    for steps in asked.solutions:
+    for steps in case.solutions:
         tagged = " ".join(f"Step {number}: {step} ки" for number, step in enumerate(steps, 1))
-        user = f"{documents}Question: {asked.question}\n\nExplanation: {tagged}"
+        user = f"{documents}Question: {case.question}\n\nExplanation: {tagged}"
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         text = model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         texts.append(str(text))
@@ -161,6 +180,7 @@ class ForwardFlops:
     shape: Shape
 
     def linear(self, tokens: int) -> float:
+        """The linear layers of all blocks."""
         s = self.shape
         head = s.hidden_size // s.num_heads
         attention = s.hidden_size * (2 * s.hidden_size + 2 * s.num_key_value_heads * head)
@@ -171,21 +191,21 @@ class ForwardFlops:
         return 4.0 * pairs * self.shape.num_layers * self.shape.hidden_size
 
     def head(self, rows: int, entries: int) -> float:
+        """`entries` rows of the head at `rows` tokens."""
         return 2.0 * rows * entries * self.shape.hidden_size
 
     def one_by_one(self, lengths: Sequence[int], rows: int | None = None) -> float:
         """Each sequence alone, the whole vocabulary at every token (or at `rows` tokens in all)."""
-        pairs = sum(n * (n + 1) / 2 for n in lengths)
-        return (
-            self.linear(sum(lengths))
-            + self.pairs(pairs)
-            + self.head(sum(lengths) if rows is None else rows, self.shape.vocab_size)
-        )
+        tokens = sum(lengths)
+        num_pairs = sum(n * (n + 1) / 2 for n in lengths)
+        head = self.head(tokens if rows is None else rows, self.shape.vocab_size)
+        return self.linear(tokens) + self.pairs(num_pairs) + head
 
     def shared(self, prefix: int, branches: Sequence[int], tags: int) -> float:
         """One prefix, branches, two rows of the head at the tags; every layer at every token, as for a gradient."""
-        pairs = prefix * (prefix + 1) / 2 + sum(n * prefix + n * (n + 1) / 2 for n in branches)
-        return self.linear(prefix + sum(branches)) + self.pairs(pairs) + self.head(tags, 2)
+        pairs_of_branches = sum(n * prefix + n * (n + 1) / 2 for n in branches)
+        num_pairs = prefix * (prefix + 1) / 2 + pairs_of_branches
+        return self.linear(prefix + sum(branches)) + self.pairs(num_pairs) + self.head(tags, 2)
 
     def beyond_tags(self, prefix: int, branches: Sequence[int], tags: int) -> float:
         """What of that no score needs: in the last layer all but keys and values of the tokens that are no tags.
@@ -197,16 +217,20 @@ class ForwardFlops:
         keys_and_values = 4.0 * self.shape.hidden_size * self.shape.num_key_value_heads * head
         tokens = prefix + sum(branches)
         mean_branch = sum(branches) / len(branches)
-        needed = last.linear(tags) + keys_and_values * (tokens - tags) + last.pairs(tags * (prefix + mean_branch / 2))
+        at_tags = last.linear(tags) + last.pairs(tags * (prefix + mean_branch / 2))
+        needed = at_tags + keys_and_values * (tokens - tags)
         return last.shared(prefix, branches, 0) - needed
 
 
-def packed_flops(flops: ForwardFlops, model: "RewardModel", asked: BenchQuestion, training: bool = False) -> float:
+def packed_flops(flops: ForwardFlops, model: "RewardModel", case: BenchQuestion, training: bool = False) -> float:
     """What our way costs; a forward pass for scores alone leaves out what they do not need."""
     total = 0.0
-    for group in model.pack(asked.question, asked.solutions, asked.documents, training).groups:
-        sizes = len(group.prefix_ids), [len(branch.ids) for branch in group.branches], len(group.tag_steps)
-        total += flops.shared(*sizes) - (0.0 if training else flops.beyond_tags(*sizes))
+    for group in model.pack(case.question, case.solutions, case.documents, training).groups:
+        lengths = [len(branch.ids) for branch in group.branches]
+        sizes = len(group.prefix_ids), lengths, len(group.tag_steps)
+        total += flops.shared(*sizes)
+        if not training:
+            total -= flops.beyond_tags(*sizes)
     return total
 
 
@@ -220,6 +244,7 @@ def set_up_torch(dtype: str, device: str, threads: int) -> str:
 
 
 def no_grad_logits(model: Any, ids: Sequence[int], device: str) -> torch.Tensor:
+    """Logits of the whole vocabulary at every token of one sequence."""
     with torch.inference_mode():
         logits: torch.Tensor = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits
     return logits

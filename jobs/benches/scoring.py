@@ -57,32 +57,31 @@ class BenchConfig(ModelConfig):
 
 
 def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
+    """Solutions a second of each side, shape by shape and cell by cell."""
     console.print(set_up_torch(config.dtype, config.device, config.threads))
     for name in config.shapes:
         shape = SHAPES[name]
         model = reward_model(shape, config.dtype, config.device, context=8192)
-        cells = {
-            f"{name}, N = {number}, documents {documents:,}": bench_question(
-                shape.vocab_size, config.question, documents, number, config.solution
-            )
-            for number, documents in config.cells
-        }
-        for label, asked in cells.items():
-            yield from _cell(label, model, shape, asked, config)
+        cells: dict[str, BenchQuestion] = {}
+        for number, documents in config.cells:
+            label = f"{name}, N = {number}, documents {documents:,}"
+            cells[label] = bench_question(shape.vocab_size, config.question, documents, number, config.solution)
+        for label, case in cells.items():
+            yield from _cell(label, model, shape, case, config)
         if config.vllm_solutions and find_spec("vllm") is not None:
             yield from _vllm_cells(cells, model, shape, config)
         del model
 
 
 def _cell(
-    name: str, model: "RewardModel", shape: Shape, asked: BenchQuestion, config: BenchConfig
+    name: str, model: "RewardModel", shape: Shape, case: BenchQuestion, config: BenchConfig
 ) -> Iterator[Measured]:
     flops = ForwardFlops(shape)
-    ids = reference_ids(model, asked)
-    ideal = flops.one_by_one([len(i) for i in ids]) / packed_flops(flops, model, asked)
+    ids = reference_ids(model, case)
+    ideal = flops.one_by_one([len(i) for i in ids]) / packed_flops(flops, model, case)
 
     def ours() -> list[list[float]]:
-        return _score(model, asked, config)
+        return _score(model, case, config)
 
     def reference() -> list[list[float]]:
         return [reference_log_odds(model, i, config.device) for i in ids[: config.reference_solutions]]
@@ -95,7 +94,7 @@ def _cell(
     rate_reference = min(len(ids), config.reference_solutions) / seconds_reference
     rate = len(ids) / seconds
     gain = rate / rate_reference
-    yield Measured(f"scoring, {name}", rate_reference, rate, gain, _target(ideal, asked), "solutions/s")
+    yield Measured(f"scoring, {name}", rate_reference, rate, gain, _target(ideal, case), "solutions/s")
     label = f"share of the FLOP ideal of {ideal:.1f}, {name}"
     yield Measured(label, ideal, gain, gain / ideal, "≥ 0.8", "times the reference")
     if len(ids) == 64:
@@ -114,7 +113,7 @@ def _cell(
             label = f"oneDNN's products against PyTorch's, {name}"
             yield Measured(label, rate, rate_onednn, rate_onednn / rate, "", "solutions/s")
     if config.device != "cpu":
-        teraflops = packed_flops(flops, model, asked) / seconds / 1e12
+        teraflops = packed_flops(flops, model, case) / seconds / 1e12
         yield Measured(f"model TFLOP/s of ours, {name}", 0.0, teraflops, teraflops, "", "TFLOP/s")
 
 
@@ -122,13 +121,14 @@ def _vllm_cells(
     cells: dict[str, BenchQuestion], model: "RewardModel", shape: Shape, config: BenchConfig
 ) -> Iterator[Measured]:
     """All cells against vLLM with and without its prefix cache, on one engine."""
-    sequences = {
-        name: [_up_to_last_tag(model, ids) for ids in reference_ids(model, asked)] for name, asked in cells.items()
-    }
-    longest = max(len(sequence.ids) for group in sequences.values() for sequence in group)
+    sequences: dict[str, list[TokenSequence]] = {}
+    longest = 0
+    for name, case in cells.items():
+        sequences[name] = [_up_to_last_tag(model, ids) for ids in reference_ids(model, case)]
+        longest = max(longest, *(len(sequence.ids) for sequence in sequences[name]))
     with _pooler(model, config, longest + 1) as pooler:
-        for name, asked in cells.items():
-            yield from _vllm_cell(name, pooler, model, shape, asked, sequences[name], config)
+        for name, case in cells.items():
+            yield from _vllm_cell(name, pooler, model, shape, case, sequences[name], config)
 
 
 @contextmanager
@@ -144,8 +144,8 @@ def _pooler(model: "RewardModel", config: BenchConfig, max_model_len: int) -> It
         num_gpus=float(on_gpu),
         gpu_memory_utilization=0.5,
     )
-    signs = [model.family.ids["plus"], model.family.ids["minus"]]
-    plus, minus = model.tokenizer.convert_ids_to_tokens(signs)
+    pair_ids = [model.family.ids["plus"], model.family.ids["minus"]]
+    plus, minus = model.tokenizer.convert_ids_to_tokens(pair_ids)
     with tempfile.TemporaryDirectory() as folder:
         model.text_model.save_pretrained(folder)
         model.tokenizer.save_pretrained(folder)
@@ -161,7 +161,7 @@ def _vllm_cell(
     pooler: TokenPooler,
     model: "RewardModel",
     shape: Shape,
-    asked: BenchQuestion,
+    case: BenchQuestion,
     sequences: list[TokenSequence],
     config: BenchConfig,
 ) -> Iterator[Measured]:
@@ -169,7 +169,7 @@ def _vllm_cell(
     flops = ForwardFlops(shape)
 
     def ours() -> list[list[float]]:
-        return _score(model, asked, config)
+        return _score(model, case, config)
 
     def theirs(some: list[TokenSequence], cached: bool) -> list[list[float]]:
         return [values_T1[:, 0].tolist() for values_T1 in pooler.values(some, cached)]
@@ -180,24 +180,27 @@ def _vllm_cell(
     seconds, seconds_cached = _in_turn(ours, lambda: theirs(sequences, cached=True), config)
     seconds_alone, _ = timed(lambda: theirs(few, cached=False), 1, config.device)
     rate, rate_cached, rate_alone = len(sequences) / seconds, len(sequences) / seconds_cached, len(few) / seconds_alone
-    with_documents = bool(asked.documents) and config.device == "cpu" and config.dtype == "float32"
+    with_documents = bool(case.documents) and config.device == "cpu" and config.dtype == "float32"
     label = f"against vLLM with its prefix cache, {name}"
     yield Measured(label, rate_cached, rate, rate / rate_cached, "≥ 1" if with_documents else "", "solutions/s")
     lengths = [len(sequence.ids) for sequence in sequences]
-    ideal = flops.one_by_one(lengths, rows=0) / packed_flops(flops, model, asked)
+    ideal = flops.one_by_one(lengths, rows=0) / packed_flops(flops, model, case)
     label = f"against vLLM without its cache (FLOP ideal {ideal:.1f}), {name}"
     yield Measured(label, rate_alone, rate, rate / rate_alone, "", "solutions/s")
 
 
 def _in_turn(ours: Callable[[], object], theirs: Callable[[], object], config: BenchConfig) -> tuple[float, float]:
     """Median seconds of both, measured one after the other `repeats` times: what runs beside them disturbs both."""
-    pairs = [(timed(ours, 1, config.device)[0], timed(theirs, 1, config.device)[0]) for _ in range(config.repeats)]
-    ours_s, theirs_s = zip(*pairs, strict=True)
+    ours_s: list[float] = []
+    theirs_s: list[float] = []
+    for _ in range(config.repeats):
+        ours_s.append(timed(ours, 1, config.device)[0])
+        theirs_s.append(timed(theirs, 1, config.device)[0])
     return statistics.median(ours_s), statistics.median(theirs_s)
 
 
-def _score(model: "RewardModel", asked: BenchQuestion, config: BenchConfig) -> list[list[float]]:
-    scores = model.score(asked.question, asked.solutions, asked.documents, token_budget=config.token_budget)
+def _score(model: "RewardModel", case: BenchQuestion, config: BenchConfig) -> list[list[float]]:
+    scores = model.score(case.question, case.solutions, case.documents, token_budget=config.token_budget)
     return [solution.log_odds for solution in scores]
 
 
@@ -209,14 +212,15 @@ def _up_to_last_tag(model: "RewardModel", ids: list[int]) -> TokenSequence:
 
 def _agree(name: str, scores: list[list[float]], expected: list[list[float]], config: BenchConfig) -> None:
     """Raise where the log-odds of the solutions that `expected` has (the first ones) are others."""
-    steps = [pair for pairs in map(zip, scores, expected) for pair in pairs]
-    apart = max(abs(a - b) for a, b in steps)
+    apart = 0.0
+    for ours, theirs in zip(scores, expected, strict=False):
+        apart = max(apart, *(abs(a - b) for a, b in zip(ours, theirs, strict=True)))
     if apart > (1e-3 if config.dtype == "float32" else 0.5):
         raise AssertionError(f"{name}: its log-odds differ from ours by {apart}")
 
 
-def _target(ideal: float, asked: BenchQuestion) -> str:
-    if not asked.documents:
+def _target(ideal: float, case: BenchQuestion) -> str:
+    if not case.documents:
         return "≥ 1.7"
     return f"≥ {0.8 * ideal:.2f}"
 
@@ -224,8 +228,9 @@ def _target(ideal: float, asked: BenchQuestion) -> str:
 def reference_log_odds(model: "RewardModel", ids: Sequence[int], device: str) -> list[float]:
     """The reference's procedure for one solution, its two logits as log-odds."""
     logits_LV = no_grad_logits(model.text_model, ids, device)[0]
-    at = torch.tensor([i for i, token in enumerate(ids) if token == model.family.ids["tag"]], device=device)
-    pair_T2 = logits_LV[at][:, [model.family.ids["plus"], model.family.ids["minus"]]].float()
+    tags = [i for i, token in enumerate(ids) if token == model.family.ids["tag"]]
+    tags_T = torch.tensor(tags, device=device)
+    pair_T2 = logits_LV[tags_T][:, [model.family.ids["plus"], model.family.ids["minus"]]].float()
     log_odds: list[float] = (pair_T2[:, 0] - pair_T2[:, 1]).tolist()
     return log_odds
 
@@ -233,7 +238,8 @@ def reference_log_odds(model: "RewardModel", ids: Sequence[int], device: str) ->
 def padded_batch(model: "RewardModel", rows: Sequence[Sequence[int]], device: str) -> None:
     """A padded batch of whole sequences, the head at the tags alone."""
     longest = max(len(row) for row in rows)
-    ids_BL = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
+    padded = [[*row, *[0] * (longest - len(row))] for row in rows]
+    ids_BL = torch.tensor(padded, device=device)
     with torch.inference_mode():
         states_BLD = model.text_model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
         model.head_log_odds(states_BLD[ids_BL == model.family.ids["tag"]]).tolist()

@@ -32,7 +32,7 @@ from medmm_ray.engines.onednn_linear import pytorch_linear
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from medmm_ray.reward_model import PackedQuestion, RewardModel
+    from medmm_ray.reward_model import Branch, PackedQuestion, RewardModel
 
 
 class BenchConfig(ModelConfig):
@@ -56,25 +56,26 @@ TARGETS = {16: "≥ 5"}
 
 
 def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
+    """Solutions a second of each side, shape by shape."""
     console.print(set_up_torch(config.dtype, config.device, config.threads))
     for name in config.shapes:
         shape = SHAPES[name]
         model = reward_model(shape, config.dtype, config.device, context=8192).train()
         for solutions in config.solutions:
-            asked = bench_question(shape.vocab_size, config.question, config.documents, solutions, config.solution)
+            case = bench_question(shape.vocab_size, config.question, config.documents, solutions, config.solution)
             label = f"{name}, {solutions} solutions, documents {config.documents:,}"
-            yield from _cell(label, model, shape, asked, config)
+            yield from _cell(label, model, shape, case, config)
 
 
 def _cell(
-    name: str, model: "RewardModel", shape: Shape, asked: BenchQuestion, config: BenchConfig
+    name: str, model: "RewardModel", shape: Shape, case: BenchQuestion, config: BenchConfig
 ) -> Iterator[Measured]:
     flops = ForwardFlops(shape)
-    ids = reference_ids(model, asked)
+    ids = reference_ids(model, case)
     number = len(ids)
-    shared_flops = packed_flops(flops, model, asked, training=True)
+    shared_flops = packed_flops(flops, model, case, training=True)
     ideal = flops.one_by_one([config.max_length] * number) / shared_flops
-    (packed,) = model.pack(asked.question, asked.solutions, asked.documents, training=True).groups
+    (packed,) = model.pack(case.question, case.solutions, case.documents, training=True).groups
     unshared = without_sharing(packed)
     ideal_unshared = flops.one_by_one([len(b.ids) for b in unshared.branches], rows=0) / shared_flops
 
@@ -98,8 +99,8 @@ def _cell(
         alone, _ = timed(padded, 1, config.device)
     mine, theirs = number / seconds, config.padded_solutions / alone
     yield Measured(f"training, {name}", theirs, mine, mine / theirs, TARGETS.get(number, ""), "solutions/s")
-    yield Measured(f"share of the FLOP ideal of {ideal:.1f}, {name}", ideal, mine / theirs, mine / theirs / ideal, "",
-                   "times padding")  # fmt: skip
+    gain = mine / theirs
+    yield Measured(f"share of the FLOP ideal of {ideal:.1f}, {name}", ideal, gain, gain / ideal, "", "times padding")
     with torch.no_grad():
         apart = float((model(packed) - model(unshared)).abs().max())
     if apart > (1e-3 if config.dtype == "float32" else 0.5):
@@ -114,21 +115,19 @@ def _cell(
     if config.device == "cpu":
         yield Measured(f"oneDNN's products against PyTorch's, {name}", mine, served, served / mine, "", "solutions/s")
     model.zero_grad()
-    peak = (
-        peak_bytes(ours, config.device),
-        peak_bytes(lambda: torch.autograd.backward(_padded_loss(model, ids[0], config)), config.device),
-    )
-    yield Measured(f"peak memory above the weights, {name}", peak[1] / 2**20, peak[0] / 2**20, peak[0] / peak[1], "",
-                   "MiB")  # fmt: skip
+    peak = peak_bytes(ours, config.device)
+    peak_padded = peak_bytes(lambda: torch.autograd.backward(_padded_loss(model, ids[0], config)), config.device)
+    label = f"peak memory above the weights, {name}"
+    yield Measured(label, peak_padded / 2**20, peak / 2**20, peak / peak_padded, "", "MiB")
 
 
 def without_sharing(packed: "PackedQuestion") -> "PackedQuestion":
     """The same solutions as whole sequences in one row, each with the prefix of its own."""
     prefix = len(packed.prefix_ids)
-    branches = [
-        replace(branch, ids=[*packed.prefix_ids, *branch.ids], tags=[tag + prefix for tag in branch.tags])
-        for branch in packed.branches
-    ]
+    branches: list[Branch] = []
+    for branch in packed.branches:
+        tags = [tag + prefix for tag in branch.tags]
+        branches.append(replace(branch, ids=[*packed.prefix_ids, *branch.ids], tags=tags))
     return replace(packed, prefix_ids=[], branches=branches)
 
 
@@ -139,7 +138,7 @@ def _padded_loss(model: "RewardModel", row: list[int], config: BenchConfig) -> "
     mask = torch.zeros_like(ids)
     mask[0, : len(row)] = 1
     logits_LV = model.text_model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
-    signs = model.family.ids
-    pair_T2 = logits_LV[ids[0] == signs["tag"]][:, [signs["plus"], signs["minus"]]].float()
+    token_ids = model.family.ids
+    pair_T2 = logits_LV[ids[0] == token_ids["tag"]][:, [token_ids["plus"], token_ids["minus"]]].float()
     loss: Tensor = torch.nn.functional.softplus(pair_T2[:, 1] - pair_T2[:, 0]).mean()
     return loss

@@ -75,15 +75,19 @@ class _Span:
 
     @property
     def length(self) -> int:
+        """Rows."""
         return self.stop - self.start
 
     def select(self, tensor: Tensor) -> Tensor:
+        """Its part of a tensor, as a batch for a kernel."""
         return tensor[:, :, self.start : self.stop]
 
     def write(self, tensor: Tensor, values: Tensor) -> None:
+        """Put values in the place of its part."""
         self.select(tensor).copy_(values)
 
     def add(self, tensor: Tensor, values: Tensor) -> None:
+        """Add values to its part."""
         self.select(tensor).add_(values)
 
 
@@ -97,6 +101,7 @@ class _Batch:
 
     @classmethod
     def of_spans(cls, spans: Sequence[_Span], device: torch.device | str) -> "_Batch":
+        """Spans side by side, the shorter ones padded to the longest."""
         starts_B1 = torch.tensor([[span.start] for span in spans])
         lengths_B1 = torch.tensor([[span.length] for span in spans])
         offsets_S = torch.arange(int(lengths_B1.max()))
@@ -105,12 +110,15 @@ class _Batch:
         return cls(rows_BS.to(device), real_BS.to(device))
 
     def select(self, tensor: Tensor) -> Tensor:
+        """Its part of a tensor, as a batch for a kernel."""
         return tensor[0][:, self.rows_BS].transpose(0, 1)
 
     def write(self, tensor: Tensor, values: Tensor) -> None:
+        """Put values in the place of its part."""
         tensor[0].index_copy_(1, self.rows_BS[self.real_BS], self._real(values).to(tensor.dtype))
 
     def add(self, tensor: Tensor, values: Tensor) -> None:
+        """Add values to its part."""
         tensor[0].index_add_(1, self.rows_BS[self.real_BS], self._real(values))
 
     def mask_padding(self, grad_BHSE: Tensor, lse_BHS: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,12 +137,15 @@ class _Rows:
     rows_T: Tensor
 
     def select(self, tensor: Tensor) -> Tensor:
+        """Its part of a tensor, as a batch for a kernel."""
         return tensor[:, :, self.rows_T]
 
     def write(self, tensor: Tensor, values: Tensor) -> None:
+        """Put values in the place of its part."""
         tensor.index_copy_(2, self.rows_T, values.to(tensor.dtype))
 
     def add(self, tensor: Tensor, values: Tensor) -> None:
+        """Add values to its part."""
         tensor.index_add_(2, self.rows_T, values)
 
 
@@ -236,7 +247,7 @@ def attend(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: [1, H, L, E] queries to [1, L, H, E]."""
-    if shared_prefix is None:
+    if shared_prefix is None:  # a plain forward pass, as `generate` or the reference makes one
         out_BLHE, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
@@ -261,6 +272,7 @@ class _SharedPrefix(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scale: float, layer: int
     ) -> Tensor:
+        """Each part's attention to itself, merged with that to what is shared."""
         # [L, H, E] in memory, which is how the model wants it back; zeros, as a last layer does not fill every row.
         out = query.new_zeros(1, query.shape[2], query.shape[1], query.shape[3]).transpose(1, 2)
         lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
@@ -285,6 +297,7 @@ class _SharedPrefix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        """Gradients of query, key and value."""
         (grad_out,) = gradients
         query, key, value, out, lse = ctx.saved_tensors
         grad_q, grad_k, grad_v = (
@@ -338,6 +351,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> t
     if q.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
         return out, lse
+    # Grouped heads: only the CPU's kernel is given them as they are.
     k, v = _as_many_heads(k, q), _as_many_heads(v, q)
     if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16):
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)

@@ -142,6 +142,7 @@ def write(model: "RewardModel", folder: str | Path, figures: Mapping[str, float]
     `name` is what the card calls it: a hub id, by default the folder's name.
     """
     described = _describe(model, figures)
+    # A folder without its reward_model.json is none of ours: a save that was cut off is never read as whole.
     with pretrained.atomic_folder(Path(folder), last=CONFIG, owned=_OWNED) as new_folder:
         pretrained.save(model.text_model, new_folder)
         model.tokenizer.save_pretrained(new_folder)

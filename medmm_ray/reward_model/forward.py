@@ -72,6 +72,7 @@ class RowPacker:
 
     def add(self, job: Any, packed: PackedQuestion) -> list[list[RowPiece]]:
         """Take a question in; gives the rows that are full with it, in order."""
+        # Stable, so that equal lengths keep their order and a rerun packs the same rows.
         branches = sorted(packed.branches, key=lambda branch: -len(branch.ids))
         rows: list[list[RowPiece]] = []
         if self._used + packed.num_tokens > self.token_budget:
@@ -94,6 +95,7 @@ class RowPacker:
 
 def _split(job: Any, packed: PackedQuestion, branches: Sequence[Branch], token_budget: int) -> Iterator[RowPiece]:
     """One question, larger than the budget: as much of the prefix as fits a piece, then as many branches."""
+    # One cache for all pieces: each adds its part of the prefix, and later ones attend to what is there.
     cached, prefix, start = CachedPrefix(), len(packed.prefix_ids), 0
     while prefix - start > token_budget:
         yield RowPiece(job, packed, [], start, start + token_budget, cached)
@@ -196,6 +198,7 @@ def forward_row(text_model: Any, pieces: Sequence[RowPiece], device: torch.devic
             use_cache=False,
         )
     states_TD, middle_LD = output.last_hidden_state[0, tags_T], middle[0][0]
+    # Before the summaries: those of a step that starts in the prefix need this row's part of it too.
     for piece in pieces:
         if piece.cached is not None and piece.has_prefix:
             piece.cached.middle_PD.append(middle_LD[: piece.stop - piece.start].clone())

@@ -102,6 +102,7 @@ class Fusion(nn.Module):
         )
         self.kinds = nn.Embedding(_KINDS, width)
         nn.init.normal_(self.kinds.weight, std=0.02)
+        # A logarithm, as it is added to the attention's logits.
         self.reference_bias = nn.Parameter(torch.tensor(math.log(config.reference_weight)))
         self.attend_query = nn.Linear(width, width, bias=False)
         self.attend_key = nn.Linear(width, width, bias=False)
@@ -116,6 +117,7 @@ class Fusion(nn.Module):
             nn.Linear(config.mlp_ratio * width, width),
             nn.GELU(),
         )
+        # Zero, as LoRA's B: a fusion that is not trained changes no score.
         self.output = nn.Linear(width, text_width, bias=False)
         nn.init.zeros_(self.output.weight)
         use_onednn(self)

@@ -30,6 +30,7 @@ class _MiddleBeside:
     def forward(
         self, input_ids: Tensor, positions: Tensor, intermediate_tensors: Any = None, inputs_embeds: Any = None
     ) -> Tensor:
+        """Both states of each token side by side."""
         forward: Any = super().forward  # type: ignore[misc]
         states_LD, (middle_LD,) = forward(input_ids, positions, intermediate_tensors, inputs_embeds)
         return torch.cat([states_LD, middle_LD], dim=-1)

@@ -85,7 +85,7 @@ class RewardModel(nn.Module):
             self.family = families.make(family, tokenizer, image_tokens)
         except ValueError as error:
             raise CheckpointError(str(error)) from None
-        text_tower.check_vocabulary(text_model, tokenizer)
+        text_tower.check_vocabulary(text_model, tokenizer)  # else an id without a row fails deep in the model
         self._system_prompt: str | None = None
         use_onednn(self)
         self.text_origin = ModelSource(text_model.config.name_or_path or "made in memory", None)
@@ -111,7 +111,7 @@ class RewardModel(nn.Module):
         """Read what `save_pretrained` or `push_to_hub` wrote, or a published checkpoint, which has no image tower.
 
         `path` is a folder or a hub id, `revision` a branch, tag or commit there; `gguf_file` names a GGUF file in it,
-        which is read dequantised in `dtype` (how far its scores drift: `python -m jobs.bench gguf`).
+        which is read dequantised in `dtype` (how far its scores move: `python -m jobs.bench gguf`).
 
         `dtype` is the text tower's number format: "float32" (the default), "bfloat16", "float16", torch's own of these,
         or "auto" for the checkpoint's own; the image part is in float32. `device` is "cpu" (the default), "cuda",
@@ -348,6 +348,7 @@ class RewardModel(nn.Module):
         """Run a row, and note in its jobs what comes of each branch."""
         states_TD, summaries_TD = forward_row(self.text_model, row, self.device)
         log_odds_T = self.head_log_odds(states_TD)
+        # Asked of a whole row at once: each question to a GPU costs a wait.
         finite_T = log_odds_T.isfinite() & states_TD.isfinite().all(dim=1) & summaries_TD.isfinite().all(dim=1)
         is_finite = finite_T.tolist()
         start = 0

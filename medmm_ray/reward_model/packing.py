@@ -200,6 +200,7 @@ def pack(
         image_embeddings: the images, where the language model reads them; documents leave room for them in the context.
     """
     limit = context or max_length
+    # Images come first: documents are chosen for what they leave.
     room = max_length if image_embeddings is None else min(max_length, limit - len(image_embeddings.rows_ID))
     chosen = choose_documents(family.tokenizer, documents, room, reserve, fit)
     images = image_embeddings.lengths if image_embeddings else ()
@@ -235,6 +236,7 @@ def _share(
     sequences: Sequence[FullSequence], num_documents: int, image_embeddings: ImageEmbeddings | None
 ) -> PackedQuestion:
     """The longest common beginning as prefix, the rest as branches; every tag belongs to a branch."""
+    # Equal first steps would put their tag into the prefix; a tag is read in its branch.
     first_tag = min(sequence.tags[0] for sequence in sequences)
     prefix = min(common_prefix([sequence.ids for sequence in sequences]), first_tag)
     branches: list[Branch] = []
@@ -254,7 +256,8 @@ def single_id(tokenizer: Any, text: str) -> int:
 
 def common_prefix(sequences: Sequence[Any]) -> int:
     """Length of the longest common beginning, of lists of ids or of texts."""
-    first, last = min(sequences), max(sequences)  # the first and last in order differ the earliest
+    # Of all pairs the first and the last in order differ the earliest.
+    first, last = min(sequences), max(sequences)
     shorter = min(len(first), len(last))
     for i in range(shorter):
         if first[i] != last[i]:

@@ -39,6 +39,7 @@ class _Pair:
 
     @classmethod
     def of(cls, original: Sequence[StepScores], compared: Sequence[StepScores]) -> "_Pair":
+        """Two models' scores of one question, without what one of them could not score."""
         pair = cls([], [])
         for ours, theirs in zip(original, compared, strict=True):
             if ours.error is None and theirs.error is None:
@@ -48,6 +49,7 @@ class _Pair:
 
     @property
     def has_same_best(self) -> bool:
+        """Whether both models rank the same solution first."""
         return _best(self.original) == _best(self.compared)
 
 

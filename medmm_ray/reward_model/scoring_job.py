@@ -22,6 +22,7 @@ class ScoringJob:
 
     def __init__(self, model: "RewardModel", request: ScoreRequest) -> None:
         self.model, self.request = model, request
+        # Samples of a policy repeat themselves: what is equal is read once.
         self._keys = [s if isinstance(s, str) else tuple(s) for s in request.solutions]
         self._unique = list(dict.fromkeys(self._keys))
         self.packing = self._pack()

@@ -245,6 +245,7 @@ def _add_tag(text_model: Any, tokenizer: Any) -> None:
     """Make `TAG` one token, its embedding (and head row) the mean of the others."""
     if len(tokenizer(TAG, add_special_tokens=False)["input_ids"]) == 1:
         return
+    # Special, as Med-PRM's code adds it: found in the text before anything is split.
     tokenizer.add_tokens([AddedToken(TAG, special=True, normalized=False)], special_tokens=True)
     if len(tokenizer) > text_model.get_input_embeddings().num_embeddings:
         pretrained.resize_vocabulary(text_model, len(tokenizer))
@@ -265,6 +266,7 @@ def load_without_weights(path: str | Path, family: FamilyName | None, dtype: str
         )
     if detected == "medprm" and len(tokenizer(TAG, add_special_tokens=False)["input_ids"]) != 1:
         raise CheckpointError(f"{path}: its tokenizer has no token {TAG!r}, and vLLM cannot add one; {_SAVE_IT}")
+    # On the meta device: the shapes and names of the weights, and none of their memory.
     maker = _MODELS[detected]
     with torch.device("meta"):
         model = maker(config) if detected == "qwen_prm" else maker.from_config(config)

@@ -79,10 +79,12 @@ class PooledRewardModel(RewardModel):
             pair_ids = [model.family.ids["plus"], model.family.ids["minus"]]
             plus_D, minus_D = text_tower.load_head_rows(path, text.model, pair_ids).float()
             model.head_D = plus_D - minus_D
+        # As long as any packed sequence can be, and no longer.
         settings = config.model_copy(update={"max_model_len": model.context})
         with tempfile.TemporaryDirectory(prefix="text-tower-") as scratch:
             model.pooler = start(_text_tower_alone(path, Path(scratch)), settings, pooling)
         if saved is not None:
+            # An engine without states has nothing for a fusion to work on.
             model.restore(path, saved if states else replace(saved, fusion=None))
         if model.image_tower is not None and model.fusion is not None:
             model.image_tower.to(model.device)
@@ -120,6 +122,7 @@ class PooledRewardModel(RewardModel):
         return Pooling.difference(plus, minus)
 
     def head_log_odds(self, states_TD: Tensor) -> Tensor:
+        """As `RewardModel.head_log_odds`, with the two rows of the head that are read from the checkpoint's files."""
         if self.head_D is None:
             raise ValueError("this reward model was opened without states; open it with states=True")
         return states_TD.float() @ self.head_D.to(states_TD.device)

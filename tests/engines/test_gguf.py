@@ -76,7 +76,7 @@ def test_a_tag_that_is_missing_is_added_as_to_any_checkpoint(tmp_path: Path) -> 
     assert score_agreement(plain, ours, REQUESTS[:2]).max_log_odds <= 1e-5
 
 
-def test_quantised_weights_drift_and_by_how_much_is_said(folder: Path, original: RewardModel) -> None:
+def test_the_agreement_says_how_far_quantised_weights_move_scores(folder: Path, original: RewardModel) -> None:
     eight, four = (score_agreement(original, RewardModel.from_pretrained(folder, gguf_file=f"{kind}.gguf"), REQUESTS)
                    for kind in ("Q8_0", "Q4_0"))  # fmt: skip
     assert 0 < eight.mean_log_odds < four.mean_log_odds < four.max_log_odds
@@ -106,7 +106,7 @@ def test_what_is_no_gguf_of_a_reward_model_is_refused(folder: Path, original: Re
         RewardModel.from_pretrained(folder, gguf_file="F32.gguf", family="qwen_prm")
 
 
-def test_drift_of_a_model_from_itself_and_of_nothing(original: RewardModel) -> None:
+def test_agreement_of_a_model_with_itself_and_of_nothing(original: RewardModel) -> None:
     same = score_agreement(original, original, REQUESTS[:2])
     assert (same.mean_log_odds, same.max_prob, same.same_best) == (0.0, 0.0, 1.0)
     assert same.rank == pytest.approx(1.0)

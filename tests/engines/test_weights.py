@@ -231,7 +231,7 @@ def test_a_language_model_read_as_a_classifier_has_no_head(whole: Path) -> None:
         RewardModel.from_pretrained(whole, family="token_classification")
 
 
-def test_a_vision_language_model_without_a_part_of_its_eyes(tmp_path: Path) -> None:
+def test_a_vision_language_model_without_a_part_of_its_image_tower(tmp_path: Path) -> None:
     folder = save_llava(tmp_path)
     (name,) = (key for key in load_file(folder / "model.safetensors") if key.endswith("layers.0.mlp.fc1.bias"))
     change_weights(folder, without(name))

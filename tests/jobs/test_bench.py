@@ -104,17 +104,17 @@ def test_a_benchmark_prints_its_table_and_writes_its_rows(
     assert rows[0]["name"].partition(",")[0] in capsys.readouterr().out
 
 
-def test_the_drift_of_a_file_and_of_rounded_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_how_well_a_file_and_rounded_weights_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tiny.save(tmp_path / "model", context=4096)
     model = RewardModel.from_pretrained(folder)
     file = write_gguf(tmp_path / "tiny-Q8_0.gguf", model.text_model, model.tokenizer)
     words = [f"model={folder}", "questions=2", "solutions=3"]
 
-    def drift(*more: str) -> dict[str, float]:
+    def agreement(*more: str) -> dict[str, float]:
         assert bench.main(["gguf", *words, *more, f"json={tmp_path}/rows.json"]) == 0
         return {row["name"]: row["ours"] for row in json.loads((tmp_path / "rows.json").read_text())}
 
-    of_file, rounded = drift(f"gguf=[{file}]"), drift("kinds=[Q8_0, Q4_0]")
+    of_file, rounded = agreement(f"gguf=[{file}]"), agreement("kinds=[Q8_0, Q4_0]")
     name = "mean |Δ log-odds| beside their spread"
     assert of_file[f"tiny-Q8_0.gguf, {name}"] == pytest.approx(rounded[f"Q8_0, {name}"], rel=1e-3)
     assert 0 < rounded[f"Q8_0, {name}"] < rounded[f"Q4_0, {name}"]

@@ -128,7 +128,7 @@ def test_a_checkpoint_that_vllm_cannot_read_is_refused_before_an_engine_starts(f
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     refused(tmp_path / "adapter", "is an adapter")
     gpus = CONFIG.model_copy(update={"tensor_parallel_size": 8})
-    refused(folder, "gives the first GPU 64 rows of the head, and + and - are the tokens", gpus)
+    refused(folder, r"gives the first GPU 64 rows of the head, and \+ and - are the tokens", gpus)
     classes = families.token_classification(tmp_path / "classes")
     refused(classes, "this is a LlamaForTokenClassification of the family token_classification", states=True)
 

@@ -138,6 +138,7 @@ def chat_template(tokenizer: Any, in_parts: bool = False) -> ChatTemplate:
 
 def check_tags(tag: str, render: Callable[[str], str]) -> None:
     """Raise `ValueError` where the chat template leaves steps unreadable: their tags altered, lost, or out of place."""
+    # Words that no template has, in steps long enough that one that cuts them is found out.
     words = ("xqone", "xqtwo", "xqthree")
     steps = [f" {word} kwj" * 100 for word in words]
     text = render("".join(f"{step}{tag}" for step in steps))

@@ -45,6 +45,7 @@ class MedPrm(TokenPairHead):
     def sequences(
         self, context: QuestionContext, solutions: Mapping[int, Solution]
     ) -> tuple[list[FullSequence], dict[int, str]]:
+        """Whole conversations, the solution with its tags in the user's turn."""
         steps = {number: reference_steps(solution) for number, solution in solutions.items()}
         return tokenize_tagged(
             self.tokenizer, TAG, self.ids["tag"], steps, lambda solution: self.render(context, solution)
@@ -74,6 +75,7 @@ class MedPrmVision(MedPrm):
     def sequences(
         self, context: QuestionContext, solutions: Mapping[int, Solution]
     ) -> tuple[list[FullSequence], dict[int, str]]:
+        """The same, each image's token as often as it has embeddings."""
         sequences, faults = super().sequences(context, solutions)
         return self.image_tokens.expand(context, sequences, faults)
 

@@ -45,6 +45,7 @@ class QwenPrm(ClassifierHead):
     def sequences(
         self, context: QuestionContext, solutions: Mapping[int, Solution]
     ) -> tuple[list[FullSequence], dict[int, str]]:
+        """Whole conversations, the solution with its tags in the assistant's turn."""
         steps = {number: with_separators(solution, steps_of(solution), "") for number, solution in solutions.items()}
         return tokenize_tagged(
             self.tokenizer, self.tag, self.ids["tag"], steps, lambda solution: self.render(context, solution)

@@ -28,6 +28,7 @@ class TokenClassification(ClassifierHead):
         head_ids = ids_of(self.tokenizer, f"{document_block(context.documents)}{context.question}")
         if self.tokenizer.bos_token_id is not None:
             head_ids = [self.tokenizer.bos_token_id, *head_ids]
+        # Apart from the step: the two might merge into one token.
         separator_ids = ids_of(self.tokenizer, self.separator)
         sequences: list[FullSequence] = []
         for number, solution in solutions.items():

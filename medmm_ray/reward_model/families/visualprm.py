@@ -49,6 +49,7 @@ class VisualPrm(TokenPairHead):
 
     def __init__(self, tokenizer: Any, image_tokens: ImageTokens) -> None:
         self.tokenizer, self.image_tokens = tokenizer, image_tokens
+        # The turns are found by their ids, so that the marks must be tokens of their own.
         for mark in ("<|im_start|>", "<|im_end|>"):
             single_id(tokenizer, mark)
         plus, minus = tokenizer.convert_tokens_to_ids(["+", "-"])

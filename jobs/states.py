@@ -8,15 +8,16 @@ from medmm_ray.steps.score import inputs, states
 
 
 def run(job: Job) -> None:
+    """Compute the states of sampled solutions and of those in trees; the second where there are trees."""
     model, model_id = job.run.model("text_prm"), job.run.model_id("text_prm")
     questions, images, evidence = (job.read(name) for name in ("questions", "images", "evidence"))
-    for made, read in (("states", "solutions"), ("tree_states", "tree_solutions")):
-        if job.run.is_left_out(read):
-            job.make_rows(made, [], "question_id")
+    for table, solutions in (("states", "solutions"), ("tree_states", "tree_solutions")):
+        if job.run.is_left_out(solutions):
+            job.make_rows(table, [], "question_id")
             continue
-        source, ids = job.solutions_of("train", read)
+        source, ids = job.solutions_of("train", solutions)
         job.make(
-            made,
+            table,
             source,
             ids,
             lambda ds: states(inputs(ds, questions, images, evidence), job.config, model, model_id),

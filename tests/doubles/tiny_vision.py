@@ -30,7 +30,7 @@ TEXT: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "initializer_range": 0.2,
 }  # fmt: skip
-EYES: dict[str, Any] = {
+IMAGE_TOWER: dict[str, Any] = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
 }  # fmt: skip
 # As the published templates do: a turn's images first, then its text.
@@ -57,7 +57,7 @@ def save_llava(folder: Path, tower: str = "clip", context: int = 4096, **text: A
     torch.manual_seed(0)
     kind = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}[tower]
     config = LlavaConfig(
-        vision_config=kind(image_size=16, patch_size=8, **EYES),
+        vision_config=kind(image_size=16, patch_size=8, **IMAGE_TOWER),
         text_config=LlamaConfig(vocab_size=len(tok) + 8, max_position_embeddings=context, **{**TEXT, **text}),
         image_token_index=ids_of(tok, "<image>")[0],
         image_seq_length=4,
@@ -91,7 +91,7 @@ def save_internvl(folder: Path, context: int = 2048) -> Path:
     tok.chat_template = TEMPLATE.replace("IMAGE", "<IMG_CONTEXT>")
     torch.manual_seed(0)
     config = InternVLConfig(
-        vision_config=InternVLVisionConfig(image_size=[16, 16], patch_size=[4, 4], **EYES),
+        vision_config=InternVLVisionConfig(image_size=[16, 16], patch_size=[4, 4], **IMAGE_TOWER),
         text_config=LlamaConfig(vocab_size=len(tok) + 8, max_position_embeddings=context, **TEXT),
         image_token_id=ids_of(tok, "<IMG_CONTEXT>")[0],
         image_seq_length=4,

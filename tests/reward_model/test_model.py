@@ -264,15 +264,15 @@ def test_an_image_part_that_is_not_finite_is_an_error(two_tower: RewardModel) ->
     try:
         with torch.no_grad():
             two_tower.fusion.output.weight[0, 0] = math.nan
-        (seen,) = two_tower.score(QUESTION, [["left", "no"]], image=picture(200))
-        (unseen,) = two_tower.score(QUESTION, [["left", "no"]])
+        (with_image,) = two_tower.score(QUESTION, [["left", "no"]], image=picture(200))
+        (without_image,) = two_tower.score(QUESTION, [["left", "no"]])
     finally:
         two_tower.fusion.load_state_dict(weights)
-    assert seen.error == (
+    assert with_image.error == (
         "not_finite: the image part of 2 of 2 steps is not finite; look for NaN among the fusion's weights"
     )
-    assert seen.log_odds == []
-    assert unseen.error is None
+    assert with_image.log_odds == []
+    assert without_image.error is None
 
 
 def test_an_image_tower_of_no_finite_numbers_is_an_error_entry(

@@ -326,8 +326,12 @@ def test_a_solution_of_no_finite_numbers_is_an_error_of_its_entries_alone(folder
 
 
 def test_an_answer_without_the_image_that_is_missing_is_no_difference() -> None:
-    seen, unseen = StepScores([1.0], [0.0]), StepScores(error="not_finite: x")
-    assert split_image_part(seen, unseen).error == split_image_part(unseen, seen).error == "not_finite: x"
+    with_image, without_image = StepScores([1.0], [0.0]), StepScores(error="not_finite: x")
+    assert (
+        split_image_part(with_image, without_image).error
+        == split_image_part(without_image, with_image).error
+        == "not_finite: x"
+    )
 
 
 def test_a_checkpoint_that_reads_no_images_is_refused_before_it_is_loaded(folder: Path, tmp_path: Path) -> None:
@@ -344,33 +348,33 @@ def test_a_checkpoint_that_reads_no_images_is_refused_before_it_is_loaded(folder
 
 
 @pytest.fixture(scope="module")
-def seeing_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def vision_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_vision.save_llava(tmp_path_factory.mktemp("llava"))
 
 
 @pytest.fixture(scope="module")
-def seeing(seeing_folder: Path) -> RewardModel:
-    return RewardModel.from_pretrained(seeing_folder)
+def vision_model(vision_folder: Path) -> RewardModel:
+    return RewardModel.from_pretrained(vision_folder)
 
 
 def test_arms_of_a_vision_language_model_are_each_read_with_their_image(
-    seeing: RewardModel, batch: pa.Table, pictures: dict[str, str]
+    vision_model: RewardModel, batch: pa.Table, pictures: dict[str, str]
 ) -> None:
     config = ScoreConfig(arms=("multimodal", "text_only", "shuffled_image", "no_documents"), num_references=0)
-    found = entries(Scorer(config, seeing, "m1")(batch))
+    found = entries(Scorer(config, vision_model, "m1")(batch))
     assert len(found) == 3 * 4 * 2
     text, (a, b) = "Which lung? (A) left (B) right", (Pictures.open(pictures[name]) for name in ("a", "b"))
     documents = ["the d1 heart", "the d2 heart"]
     expected = {
-        "multimodal": seeing.score(text, list(STEPS.values()), documents, a),
-        "text_only": seeing.score(text, list(STEPS.values()), documents),
-        "shuffled_image": seeing.score(text, list(STEPS.values()), documents, b),
-        "no_documents": seeing.score(text, list(STEPS.values()), [], a),
+        "multimodal": vision_model.score(text, list(STEPS.values()), documents, a),
+        "text_only": vision_model.score(text, list(STEPS.values()), documents),
+        "shuffled_image": vision_model.score(text, list(STEPS.values()), documents, b),
+        "no_documents": vision_model.score(text, list(STEPS.values()), [], a),
     }
-    unseen = expected | dict.fromkeys(("multimodal", "shuffled_image"), expected["text_only"])
-    unseen["no_documents"] = seeing.score(text, list(STEPS.values()))
+    without_image = expected | dict.fromkeys(("multimodal", "shuffled_image"), expected["text_only"])
+    without_image["no_documents"] = vision_model.score(text, list(STEPS.values()))
     for arm, scores in expected.items():
-        for name, own, without in zip(("q1-s1", "q1-s2"), scores, unseen[arm], strict=True):
+        for name, own, without in zip(("q1-s1", "q1-s2"), scores, without_image[arm], strict=True):
             entry = found[name, arm]
             assert entry["text_log_odds"] == pytest.approx(without.log_odds, abs=1e-5)
             both = [t + i for t, i in zip(entry["text_log_odds"], entry["image_log_odds"], strict=True)]
@@ -382,21 +386,21 @@ def test_arms_of_a_vision_language_model_are_each_read_with_their_image(
 
 
 def test_a_vision_language_model_reads_a_question_once_for_each_image(
-    seeing: RewardModel, batch: pa.Table, monkeypatch: pytest.MonkeyPatch
+    vision_model: RewardModel, batch: pa.Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, read = [], seeing.pack
+    calls, read = [], vision_model.pack
 
     def count(question: str, *args: Any, **options: Any) -> Any:
         calls.append(options["image_embeddings"] is not None)
         return read(question, *args, **options)
 
-    monkeypatch.setattr(seeing, "pack", count)
-    Scorer(ScoreConfig(num_references=0), seeing, "m")(batch)
+    monkeypatch.setattr(vision_model, "pack", count)
+    Scorer(ScoreConfig(num_references=0), vision_model, "m")(batch)
     assert sorted(calls) == [False] * (3 + 2) + [True] * 4  # two of three questions have an image
 
 
 def test_a_fault_of_an_image_is_one_of_its_arm_for_a_vision_language_model(
-    seeing: RewardModel, pictures: dict[str, str], tmp_path: Path
+    vision_model: RewardModel, pictures: dict[str, str], tmp_path: Path
 ) -> None:
     (tmp_path / "empty.png").write_bytes(b"")
     table = joined(
@@ -405,7 +409,7 @@ def test_a_fault_of_an_image_is_one_of_its_arm_for_a_vision_language_model(
         [evidence("q1", []), evidence("q2", []), evidence("q3", [])],
         [solutions("q1"), solutions("q2"), solutions("q3"), solutions("q4")],
     )
-    found = entries(Scorer(ScoreConfig(arms=("multimodal", "text_only"), num_references=0), seeing, "m")(table))
+    found = entries(Scorer(ScoreConfig(arms=("multimodal", "text_only"), num_references=0), vision_model, "m")(table))
     errors = {key: (e["error"] or "").split(":")[0] for key, e in found.items()}
     assert [errors[f"q{i}-s1", "multimodal"] for i in (1, 2, 3, 4)] == [
         "", "image_empty", "image_missing", "question_missing"
@@ -414,10 +418,10 @@ def test_a_fault_of_an_image_is_one_of_its_arm_for_a_vision_language_model(
 
 
 def test_what_a_vision_language_model_is_not_for_is_refused_before_it_is_loaded(
-    seeing: RewardModel, seeing_folder: Path, tmp_path: Path
+    vision_model: RewardModel, vision_folder: Path, tmp_path: Path
 ) -> None:
-    seeing.save_pretrained(tmp_path / "saved")
-    for path in (str(seeing_folder), str(tmp_path / "saved")):
+    vision_model.save_pretrained(tmp_path / "saved")
+    for path in (str(vision_folder), str(tmp_path / "saved")):
         score.check_image_input(path, ScoreConfig(num_references=0))
         score.check_image_input(path, ScoreConfig(arms=("text_only",)))
         with pytest.raises(ConfigError, match=r"score.num_references is 3, but .* set score.num_references=0"):

@@ -47,7 +47,7 @@ def score(ds: "Dataset", config: ScoreConfig, model_path: str, model_id: str) ->
     """Rows of `inputs` -> ``{question_id, scores: list<Scores>}``.
 
     `model_path` is a reward model's folder or URI; `model_id` (a fingerprint or content hash) goes into each entry.
-    Raises `ConfigError` where an arm looks at images and the checkpoint reads none, or reads no reference images.
+    Raises `ConfigError` where an arm has images and the checkpoint reads none, or reads no reference images.
     """
     check_image_input(model_path, config)
     return _map(ds, Scorer, config, model_path, model_id)

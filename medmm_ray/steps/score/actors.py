@@ -44,6 +44,7 @@ class Scorer:
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Rows of `inputs` to ``{question_id, scores}``; each text is read once, for all arms that have it."""
         rows = batch.to_pylist()
+        # Each text input once, and for a vision-language model each without its image too: that is its text part.
         input_of_arm = {arm: self._text_input(arm) for arm in self.config.arms}
         without_image = {arm: text_input._replace(images=None) for arm, text_input in input_of_arm.items()}
         states = {
@@ -59,7 +60,9 @@ class Scorer:
         return _lists(rows, "scores", entries, Scores)
 
     def _text_input(self, arm: Arm) -> _TextInput:
-        return _TextInput(arm != "no_documents", IMAGES_OF_ARM[arm] if self.model.vision else None)
+        # An image tower's part is added later: to the text it makes no difference.
+        images = IMAGES_OF_ARM[arm] if self.model.vision else None
+        return _TextInput(arm != "no_documents", images)
 
     def _states(
         self, rows: Sequence[Mapping[str, Any]], text_input: _TextInput
@@ -69,7 +72,7 @@ class Scorer:
 
     def _images(self, row: Mapping[str, Any], source: ImageSource | None) -> "list[Image] | RowError":
         """The images that the language model reads with a row's text, or what is wrong with them."""
-        if source is None or _fault_of(row):
+        if source is None or _fault_of(row):  # nothing is opened for a row that is not read
             return []
         try:
             return self._open(_uris(row, source, "image"))
@@ -171,7 +174,7 @@ class StateExtractor:
     def _entries(self, row: Mapping[str, Any], states: "list[SolutionStates] | RowError") -> list[dict[str, Any]]:
         """One entry a solution of one question."""
         document_ids = [document["document_id"] for document in _documents(row, self.config)]
-        of_question = {
+        of_question = {  # the columns that all entries of a question share
             "question_id": row["question_id"],
             "model": self.model_id,
             "evidence_hash": digest(document_ids),
@@ -244,6 +247,7 @@ def states_of_rows(
 
 def split_image_part(scores: "StepScores", without_image: "StepScores") -> "StepScores":
     """A vision-language model's answer as what it says without the image, and what the image changes of it."""
+    # Without one of the two there is no difference: a missing score is no zero.
     if scores.error:
         return scores
     if without_image.error:
@@ -271,7 +275,7 @@ def _fault_of(row: Mapping[str, Any]) -> RowError | None:
         return RowError("question_missing", f"{row['question_id']} is not in the table questions")
     if not row["question"].strip():
         return RowError("question_empty", f"{row['question_id']} has no text")
-    for column in ("error", "question_error", "evidence_error"):
+    for column in ("error", "question_error", "evidence_error"):  # of the solutions, the question, the evidence
         if row[column]:
             return RowError("upstream", row[column])
     return None

@@ -59,6 +59,7 @@ def question_inputs(questions: pa.Table, images: pa.Table, evidence: pa.Table, s
     for row in rows:
         images_of[row["question_id"]] = _image_files(row["image_ids"], files, references.get(row["question_id"], []))
     swaps = shuffled(rows, seed)
+    # A lone question keeps its place in the arm, with an error.
     nothing = _ImageFiles([], [], "no_other_image: no other question of this split has another image to swap in")
     table: list[dict[str, Any]] = []
     for row in rows:
@@ -116,6 +117,7 @@ def shuffled(questions: Iterable[Mapping[str, Any]], seed: int) -> dict[str, str
             by_images.setdefault(tuple(sorted(row["image_ids"])), []).append(row["question_id"])
     swaps: dict[str, str] = {}
     for by_images in by_split.values():
+        # A group by its smallest id: the same whatever the order of the rows.
         groups = {min(members): members for members in by_images.values()}
         if len(groups) > 1:
             for group, donor in derange(list(groups), seed).items():
@@ -128,6 +130,7 @@ def derange(ids: Sequence[str], seed: int) -> dict[str, str]:
 
     One cycle through all ids in an order drawn from the seed. Raises `ValueError` for fewer than two ids.
     """
+    # One cycle through all of them: no id can come to stand in its own place.
     cycle = sorted(set(ids), key=lambda i: digest(seed, i))
     if len(cycle) < 2:
         raise ValueError(f"cannot swap {len(cycle)} ids among themselves; at least 2 different ones are needed")

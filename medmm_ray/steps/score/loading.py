@@ -61,6 +61,7 @@ def load(model: str, config: ScoringConfig, images: bool = True) -> "RewardModel
     else:
         device = "cuda" if config.num_gpus else "cpu"
         loaded = RewardModel.from_pretrained(resolve(model), dtype=config.dtype, device=device)
+    # What the checkpoint was saved with holds unless the step says otherwise.
     if config.max_length is not None:
         loaded.max_length = config.max_length
     if config.reserve is not None:
@@ -71,6 +72,7 @@ def load(model: str, config: ScoringConfig, images: bool = True) -> "RewardModel
 def generator_config(config: ScoringConfig) -> GeneratorConfig:
     """What of a step's settings its vLLM engine takes; without a length, any that the checkpoint reads."""
     settings = {name: getattr(config, name) for name in EngineConfig.model_fields}
+    # `GeneratorConfig` has a field of its own for the length.
     arguments = dict(config.vllm)
     longest = arguments.pop("max_model_len", sys.maxsize)
     return GeneratorConfig(**settings | {"dtype": config.dtype, "max_model_len": longest, "vllm": arguments})

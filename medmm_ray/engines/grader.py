@@ -8,7 +8,6 @@ alone: no policy and no judge sees its requests.
 
 import asyncio
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from pydantic import Field, model_validator
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.llm.client import Access, ApiConfig, Client, open_access
 from medmm_ray.engines.llm.endpoint import ChatRequest, Turn
+from medmm_ray.engines.llm.structured import AnswerForm, json_schema, parse
 from medmm_ray.text import answer_key, is_correct
 
 log = logging.getLogger(__name__)
@@ -27,14 +27,16 @@ SYSTEM = (
     "to this question: synonyms, abbreviations and further detail that agrees are the same; another finding, side, "
     "place, amount, or an answer that leaves it open, is not."
 )
-SCHEMA = {
-    "type": "object",
-    "properties": {"same": {"type": "boolean"}},
-    "required": ["same"],
-    "additionalProperties": False,
-}
+
+
+class SameForm(AnswerForm):
+    """Whether two answers mean the same."""
+
+    same: bool
+
+
+SCHEMA = json_schema(SameForm)
 RULE = 'Answer with one JSON object and nothing else: {"same": true or false}.'
-_SAID = re.compile(r'"same"\s*:\s*(true|false)\b', re.IGNORECASE)
 
 
 class EquivalenceConfig(ApiConfig):
@@ -73,7 +75,7 @@ class Grader:
 
     def __init__(self, client: Client | None = None, max_tokens: int = 256) -> None:
         self.client, self.max_tokens = client, max_tokens
-        self._said_cut = False
+        self._warned_of_cut = False
 
     async def grade(self, question: Mapping[str, Any], answers: Sequence[str | None]) -> Grades:
         """The grades of `answers`; `question` is a row with question_id, question and answer."""
@@ -81,40 +83,44 @@ class Grader:
         plain = [is_correct(answer, gold, answer_type) for answer in answers]
         if self.client is None or answer_type != "open":
             return Grades(plain)
-        open_ = sorted(
-            {answer_key(a): a for a, right in zip(answers, plain, strict=True) if a and right is False}.items()
-        )
-        said = await asyncio.gather(*(self._same(question, answer) for _, answer in open_))
-        known = dict(zip([key for key, _ in open_], said, strict=True))
-        right = [
-            known[answer_key(answer)] if answer and right is False else right
-            for answer, right in zip(answers, plain, strict=True)
-        ]
-        return Grades(right, asked=len(said), unanswered=said.count(None))
+        # Answers of one normal form are one question to the model, in an order that does not depend on the samples'.
+        open_answers: dict[str, str] = {}
+        for answer, is_right in zip(answers, plain, strict=True):
+            if answer and is_right is False:
+                open_answers[answer_key(answer)] = answer
+        keys = sorted(open_answers)
+        verdicts = await asyncio.gather(*(self._is_same(question, open_answers[key]) for key in keys))
+        verdict_of_key = dict(zip(keys, verdicts, strict=True))
+        right: list[bool | None] = []
+        for answer, is_right in zip(answers, plain, strict=True):
+            right.append(verdict_of_key[answer_key(answer)] if answer and is_right is False else is_right)
+        return Grades(right, asked=len(verdicts), unanswered=verdicts.count(None))
 
-    async def _same(self, question: Mapping[str, Any], answer: str) -> bool | None:
+    async def _is_same(self, question: Mapping[str, Any], answer: str) -> bool | None:
         """What the model says; None where it did not answer, or not in the asked form."""
         assert self.client is not None
-        asked = f"Question: {question['question']}\nReference answer: {question['answer']}\nAnswer: {answer}\n\n{RULE}"
+        text = f"Question: {question['question']}\nReference answer: {question['answer']}\nAnswer: {answer}\n\n{RULE}"
         request = ChatRequest(
             SYSTEM,
-            (Turn("user", (asked,)),),
+            (Turn("user", (text,)),),
             schema=SCHEMA,
             max_tokens=self.max_tokens,
             temperature=self.client.config.temperature,
         )
         try:
-            answered = await self.client.ask(request, question["question_id"])
+            answer = await self.client.ask(request, question["question_id"])
         except RowError:
             return None
-        if answered.reply.cut_off and not self._said_cut:
-            self._said_cut = True
+        if answer.reply.cut_off and not self._warned_of_cut:
+            self._warned_of_cut = True
             log.warning(
                 "the grading model was cut off at sample.equivalence.max_tokens=%d, thoughts included; raise it",
                 self.max_tokens,
             )
-        said = _SAID.search(answered.reply.text)
-        return said[1].lower() == "true" if said else None
+        try:
+            return parse(answer.reply.text, SameForm, "grade_reply").same
+        except RowError:
+            return None
 
 
 class MakeGrader:

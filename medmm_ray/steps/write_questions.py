@@ -14,7 +14,6 @@ Models like to put the right option second or third: options are dealt anew by a
 """
 
 import asyncio
-import json
 import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,17 +28,19 @@ from medmm_ray.data.tables import RowError, error_kind
 from medmm_ray.engines.generator import Generator, GeneratorConfig, MakeGenerator, actor_options
 from medmm_ray.engines.images import open_image
 from medmm_ray.engines.llm.client import Access, ApiConfig, Client, open_access
-from medmm_ray.engines.llm.endpoint import ChatImage, ChatRequest, Turn, corrected
+from medmm_ray.engines.llm.endpoint import ChatImage, ChatRequest, Turn
 from medmm_ray.engines.llm.local import LocalEndpoint
 from medmm_ray.engines.llm.prices import FREE
 from medmm_ray.engines.llm.served import joined_names
+from medmm_ray.engines.llm.store import PricedAnswer
+from medmm_ray.engines.llm.structured import AnswerForm, Retry, Text, ask_until_accepted, json_schema, parse
 from medmm_ray.text import LETTERS, extract_answer, normalise, one_line, question_with_options, well_formed
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
 VERSION = 3  # of what a step makes: raise it when the same config makes something else
-Read = TypeVar("Read")
+Value = TypeVar("Value")
 SOURCE = "written"
 REFUSALS = ("question_options", "question_leak", "question_ambiguous", "question_repeated")
 NUM_OPTIONS = 4
@@ -60,31 +61,32 @@ RULE = (
 )
 AGAIN = "Your question cannot be used: {fault}. Write it again. {rule}"
 OTHER = "These questions on the image are written already; ask about something else:\n{written}\n"
-SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "question": {"type": "string"},
-        "options": {"type": "array", "items": {"type": "string"}, "minItems": NUM_OPTIONS, "maxItems": NUM_OPTIONS},
-        "correct_answer": {"type": "string", "enum": list(LETTERS[:NUM_OPTIONS])},
-        "difficulty": {"type": "string", "enum": ["easy", "medium", "hard"]},
-        "explanation": {"type": "string"},
-    },
-    "required": ["question", "options", "correct_answer", "difficulty", "explanation"],
-    "additionalProperties": False,
-}
 
+
+class DraftForm(AnswerForm):
+    """A written question as the model sends it. The number of options is checked apart: its fault is a refusal."""
+
+    question: Text
+    options: list[str] = Field(json_schema_extra={"minItems": NUM_OPTIONS, "maxItems": NUM_OPTIONS})
+    correct_answer: Literal["A", "B", "C", "D"]
+    difficulty: Literal["easy", "medium", "hard"]
+    explanation: Text
+
+
+class SolveForm(AnswerForm):
+    """The answer to a written question, as a letter."""
+
+    answer: Literal["A", "B", "C", "D"]
+
+
+SCHEMA = json_schema(DraftForm)
 SOLVE_SYSTEM = (
     "You sit an examination for medical specialists. Answer the question with the letter of one option. Where you "
     "cannot know, choose the option that you find most likely."
 )
 SOLVE_RULE = 'Answer with one JSON object and nothing else: {"answer": the letter}.'
 SOLVE_AGAIN = "Your answer cannot be read: {fault}. {rule}"
-SOLVE_SCHEMA = {
-    "type": "object",
-    "properties": {"answer": {"type": "string", "enum": list(LETTERS[:NUM_OPTIONS])}},
-    "required": ["answer"],
-    "additionalProperties": False,
-}
+SOLVE_SCHEMA = json_schema(SolveForm)
 
 _LETTERED = re.compile(r"^\s*[(\[]?[A-Da-d][)\].:]\s+")
 _CATCH_ALL = re.compile(r"\b(all|none|both|neither)\s+of\s+(the\s+)?(above|these|them)\b", re.IGNORECASE)
@@ -150,14 +152,12 @@ def draft(reply: str) -> Draft:
 
     Raises `RowError` question_reply, question_options or question_leak, with the fault in words that the model reads.
     """
-    entry = _entry(reply)
-    question, explanation, *options = (
-        one_line(well_formed(text)) for text in (entry["question"], entry["explanation"], *entry["options"])
-    )
-    options = [_LETTERED.sub("", option) for option in options]
+    form = parse(reply, DraftForm, "question_reply")
+    question = one_line(well_formed(form.question))
+    options = [_LETTERED.sub("", one_line(well_formed(option))) for option in form.options]
     if len(question.split()) < 4:
         raise RowError("question_reply", f"the question {question!r} is too short to be one")
-    right = LETTERS.index(entry["correct_answer"])
+    right = LETTERS.index(form.correct_answer)
     _check_options(options, right)
     _check_stem(question, options, right)
     order = sorted(range(NUM_OPTIONS), key=lambda i: digest(question, options[i]))
@@ -165,29 +165,9 @@ def draft(reply: str) -> Draft:
         question=question,
         options=[options[i] for i in order],
         answer=LETTERS[order.index(right)],
-        difficulty=entry["difficulty"],
-        explanation=explanation,
+        difficulty=form.difficulty,
+        explanation=one_line(well_formed(form.explanation)),
     )
-
-
-def _entry(reply: str) -> Mapping[str, Any]:
-    start, end = reply.find("{"), reply.rfind("}")
-    try:
-        entry = json.loads(reply[start : end + 1])
-    except (ValueError, RecursionError):
-        entry = None
-    if not isinstance(entry, dict):
-        raise RowError("question_reply", f"the reply is no JSON object: {reply.strip()[:80]!r}")
-    for name, rule in SCHEMA["properties"].items():
-        value = entry.get(name)
-        if rule["type"] == "string" and not (isinstance(value, str) and value.strip()):
-            raise RowError("question_reply", f"{name!r} is {value!r}, not a text")
-        if "enum" in rule and value not in rule["enum"]:
-            raise RowError("question_reply", f"{name!r} is {value!r}, not one of {', '.join(rule['enum'])}")
-    options = entry.get("options")
-    if not (isinstance(options, list) and all(isinstance(option, str) for option in options)):
-        raise RowError("question_reply", f"'options' is {str(options)[:80]!r}, not a list of texts")
-    return entry
 
 
 def _check_options(options: Sequence[str], right: int) -> None:
@@ -324,7 +304,7 @@ class QuestionAttempt:
             temperature=self.config.temperature,
             seed=self.number,
         )
-        return await self.ask(request, self.checked, AGAIN, RULE)
+        return await self.ask_for(request, self.checked, AGAIN, RULE)
 
     def checked(self, reply: str) -> Draft:
         made = draft(reply)
@@ -343,28 +323,34 @@ class QuestionAttempt:
             temperature=None if self.config.temperature is None else 1.0,
         )
         requests = [replace(request, seed=seed) for seed in range(self.config.num_checks)]
-        letters = await asyncio.gather(
-            *(self.ask(each, lambda reply: letter(reply, asked.options), SOLVE_AGAIN, SOLVE_RULE) for each in requests),
-            return_exceptions=True,  # so that all of them are paid before the row is made
-        )
+
+        def read(reply: str) -> str:
+            return letter(reply, asked.options)
+
+        checks = [self.ask_for(each, read, SOLVE_AGAIN, SOLVE_RULE) for each in requests]
+        # Faults are raised when all of them are paid, so that the row has the whole cost.
+        letters = await asyncio.gather(*checks, return_exceptions=True)
         for fault in letters:
             if isinstance(fault, BaseException):
                 raise fault
         return letters.count(asked.answer)
 
-    async def ask(self, request: ChatRequest, read: Callable[[str], Read], again: str, rule: str) -> Read:
+    async def ask_for(self, request: ChatRequest, read: Callable[[str], Value], again: str, rule: str) -> Value:
         """What `read` makes of the reply; one that it refuses is asked for again, with the fault named."""
-        for _ in range(self.config.tries - 1):
-            reply = await self.send(request)
-            try:
-                return read(reply)
-            except RowError as fault:
-                request = corrected(request, reply, again.format(fault=fault.message, rule=rule))
-        return read(await self.send(request))
 
-    async def send(self, request: ChatRequest) -> str:
+        def instruction(fault: RowError) -> str:
+            return again.format(fault=fault.message, rule=rule)
+
+        retry = Retry(self.config.tries, instruction)
+        answer = await ask_until_accepted(
+            self, request, self.empty.image_id, lambda answer: read(answer.reply.text), retry
+        )
+        return answer.value
+
+    async def ask(self, request: ChatRequest, group: str) -> PricedAnswer:
+        """The answer to one request; its cost, and who gave it, are noted also where it is of no use."""
         try:
-            answer = await self.client.ask(request, self.empty.image_id)
+            answer = await self.client.ask(request, group)
         except RowError as fault:
             self.cost += fault.cost
             raise
@@ -376,7 +362,7 @@ class QuestionAttempt:
                 f"the model's reply was cut off at max_tokens={request.max_tokens}, thoughts included; raise "
                 "write_questions.max_tokens, or lower write_questions.reasoning_effort",
             )
-        return answer.reply.text
+        return answer
 
 
 def letter(reply: str, options: Sequence[str]) -> str:

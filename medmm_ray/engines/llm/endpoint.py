@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -191,17 +191,6 @@ class ChatReply:
     def cut_off(self) -> bool:
         """Whether the first answer ended at the longest length that was asked for."""
         return self.choices[0].finish == "length"
-
-
-def corrected(request: ChatRequest, reply: str, words: str) -> ChatRequest:
-    """`request` with a reply that did not fit, and `words` of what to do.
-
-    No API takes an empty turn: after an empty reply the words join what was asked.
-    """
-    if reply.strip():
-        return replace(request, turns=(*request.turns, Turn("model", (reply,)), Turn("user", (words,))))
-    *before, last = request.turns
-    return replace(request, turns=(*before, replace(last, parts=(*last.parts, words))))
 
 
 class Endpoint(Protocol):

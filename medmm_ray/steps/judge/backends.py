@@ -14,9 +14,10 @@ from medmm_ray.data.records import StepLabel
 from medmm_ray.data.sources import load_with_truth
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.images import open_image
-from medmm_ray.engines.llm.endpoint import ChatImage, ChatReply, ChatRequest, Turn, corrected
+from medmm_ray.engines.llm.endpoint import ChatImage, ChatReply, ChatRequest, Turn
 from medmm_ray.engines.llm.served import joined_names
 from medmm_ray.engines.llm.store import PricedAnswer
+from medmm_ray.engines.llm.structured import Accepted, ChatClient, Retry, ask_until_accepted
 from medmm_ray.steps.judge.config import JudgeConfig
 from medmm_ray.steps.judge.prompt import (
     AGAIN,
@@ -81,14 +82,6 @@ class Judge(Protocol):
         ...
 
 
-class RequestClient(Protocol):
-    """Who answers a request: `engines.llm.client.Client`, or a model in this process."""
-
-    async def ask(self, request: ChatRequest, group: str) -> PricedAnswer:
-        """The answer; requests of one `group` share a prompt."""
-        ...
-
-
 class TruthJudge:
     """The truth of a source's pictures, with a share of the verdicts flipped; it tends to know where it is unsure.
 
@@ -148,7 +141,7 @@ class ModelJudge:
         self,
         config: JudgeConfig,
         model: str,
-        client: RequestClient,
+        client: ChatClient,
         count: Callable[[ChatRequest], int],
         max_prompt_tokens: int,
         exact: bool,
@@ -245,8 +238,9 @@ class ModelJudge:
     async def _judge_call(self, context: CallContext, call: JudgeCall) -> list[JudgeResult]:
         """The results of a call's solutions; where they spoil it together, each is asked about alone."""
         try:
-            labels, cost, model = await self._ask(context, call)
-            return [Judgement(steps, cost / len(labels), model) for steps in labels]
+            answer = await self._ask(context, call)
+            share = answer.cost / len(answer.value)
+            return [Judgement(steps, share, answer.model) for steps in answer.value]
         except RowError as fault:
             share = fault.cost / len(call.solutions)
             if len(call.solutions) == 1 or fault.kind not in _SHARED_FAULTS:
@@ -254,25 +248,18 @@ class ModelJudge:
         alone = [self._judge_call(context, JudgeCall((steps,))) for steps in call.solutions]
         return [with_cost(result, result.cost + share) for [result] in await asyncio.gather(*alone)]
 
-    async def _ask(self, context: CallContext, call: JudgeCall) -> tuple[list[list[StepLabel]], float, str | None]:
-        """The labels, their cost and the model that gave them; a reply that does not fit is asked for again, with the
-        fault named."""
+    async def _ask(self, context: CallContext, call: JudgeCall) -> Accepted[list[list[StepLabel]]]:
+        """The labels; a reply that does not fit is asked for again, with the fault named."""
         request = self._fitting_request(context, call)
-        cost = 0.0
-        for tries_left in reversed(range(self.config.tries)):
-            try:
-                answer = await self.client.ask(request, context.case.question_id)
-            except RowError as fault:
-                raise RowError(fault.kind, fault.message, fault.cost + cost) from None
-            cost += answer.cost
-            try:
-                return self._labels(answer, call, request.max_tokens), cost, answer.reply.model
-            except RowError as fault:
-                misfit = fault
-            if tries_left:
-                words = AGAIN.format(fault=misfit.message, rule=rule_of(call, self._lines))
-                request = corrected(request, answer.reply.text[:MAX_REPEATED], words)
-        raise RowError(misfit.kind, misfit.message, cost)
+
+        def read(answer: PricedAnswer) -> list[list[StepLabel]]:
+            return self._labels(answer, call, request.max_tokens)
+
+        def instruction(fault: RowError) -> str:
+            return AGAIN.format(fault=fault.message, rule=rule_of(call, self._lines))
+
+        retry = Retry(self.config.tries, instruction, MAX_REPEATED)
+        return await ask_until_accepted(self.client, request, context.case.question_id, read, retry)
 
     def _labels(self, answer: PricedAnswer, call: JudgeCall, max_tokens: int) -> list[list[StepLabel]]:
         """The labels that an answer states; `RowError` judge_reply where it is not of the asked form."""

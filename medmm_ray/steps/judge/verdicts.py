@@ -7,9 +7,8 @@ from typing import Any
 
 from medmm_ray.data.records import StepLabel
 from medmm_ray.data.tables import RowError
+from medmm_ray.engines.llm.structured import json_objects
 from medmm_ray.text import well_formed
-
-MAX_DECODES = 50  # places at which a reply is read as JSON
 
 _LABELS = {"+": 1, "-": 0, "1": 1, "0": 0, "correct": 1, "incorrect": 0, "right": 1, "wrong": 0}
 _CONFIDENCES = ("high", "medium", "low")
@@ -65,20 +64,10 @@ def _json_list(reply: str, name: str) -> list[Any] | None:
 
     None without one.
     """
-    decoder = json.JSONDecoder()
-    start = reply.find("{")
     entries: list[Any] | None = None
-    for _ in range(MAX_DECODES):
-        if start < 0:
-            break
-        try:
-            value, end = decoder.raw_decode(reply, start)
-        except (ValueError, RecursionError):  # not JSON; a number of 5,000 digits; 100,000 brackets
-            end = start + 1
-        else:
-            if isinstance(value.get(name), list) and value[name]:
-                entries = value[name]
-        start = reply.find("{", end)  # what stands within an object is no answer
+    for answer in json_objects(reply):
+        if isinstance(answer.get(name), list) and answer[name]:
+            entries = answer[name]
     return entries
 
 

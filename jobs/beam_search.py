@@ -146,8 +146,7 @@ class Searching:
         images, references = [], []
         if self.model.reads_images:
             if row["image_error"]:
-                kind, _, message = row["image_error"].partition(": ")
-                raise RowError(kind, message)
+                raise RowError.parse(row["image_error"])
             images = [open_image(uri, self.reading.max_pixels) for uri in row["image_uris"]]
             if images and not self.model.vision:
                 uris = row["reference_uris"][: self.reading.num_references]

@@ -93,6 +93,12 @@ class RowError(ValueError):
         super().__init__(kind, message, cost)
         self.kind, self.message, self.cost = kind, message, cost
 
+    @classmethod
+    def parse(cls, error: str) -> "RowError":
+        """The fault that a row's `error` names."""
+        kind, _, message = error.partition(": ")
+        return cls(kind, message)
+
     def __str__(self) -> str:
         return f"{self.kind}: {self.message}"
 

@@ -108,17 +108,17 @@ class Grader:
             temperature=self.client.config.temperature,
         )
         try:
-            answer = await self.client.ask(request, question["question_id"])
+            priced = await self.client.ask(request, question["question_id"])
         except RowError:
             return None
-        if answer.reply.cut_off and not self._warned_of_cut:
+        if priced.reply.cut_off and not self._warned_of_cut:
             self._warned_of_cut = True
             log.warning(
                 "the grading model was cut off at sample.equivalence.max_tokens=%d, thoughts included; raise it",
                 self.max_tokens,
             )
         try:
-            return parse(answer.reply.text, SameForm, "grade_reply").same
+            return parse(priced.reply.text, SameForm, "grade_reply").same
         except RowError:
             return None
 

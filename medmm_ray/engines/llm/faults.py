@@ -1,7 +1,7 @@
 """What it means when an API does not answer: an HTTP status, or an error inside a 200, as the fault of the protocol.
 
-Enters: what a server sent. Leaves: a `ServerError`, and from it one of the faults of `endpoint`: `RetryableError` (of
-the moment: 408, 409, 429, 5xx), `RowError` refused (content filters, flagged input), prompt_too_long or request (any
+Enters: what a server sent. Leaves: a `ServerError`, and from it one of the faults of `endpoint`: `RetryableError`
+(transient: 408, 409, 429, 5xx), `RowError` refused (content filters, flagged input), prompt_too_long or request (any
 other 4xx: that row's error), `EndpointError` (key, model, quota: no request can succeed).
 """
 
@@ -18,10 +18,17 @@ from medmm_ray.engines.llm.endpoint import EndpointError, RetryableError
 
 # Reasons to end an answer that mean a filter; Google's OpenAI-compatible address gives them as its own API does.
 REFUSED = (
-    "SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "LANGUAGE", "IMAGE_SAFETY",
-    "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION",
-)  # fmt: skip
-WORDS_SHOWN = 300  # characters of what a server said
+    "SAFETY",
+    "RECITATION",
+    "BLOCKLIST",
+    "PROHIBITED_CONTENT",
+    "SPII",
+    "LANGUAGE",
+    "IMAGE_SAFETY",
+    "IMAGE_PROHIBITED_CONTENT",
+    "IMAGE_RECITATION",
+)
+SHOWN_CHARACTERS = 300  # characters of what a server said
 UPSTREAM_ERROR = 502  # what an error inside a 200 counts as that states no code of its own
 
 # What servers say of a prompt that is longer than the model's context.
@@ -42,7 +49,7 @@ _FLAGGED = re.compile(
     r"|usage (?:policy|policies|guidelines)|safety system|content exists risk|data_inspection_failed"
     r"|inappropriate content|prohibited_content"
 )
-_OF_THE_TEXT = (400, 403, 422, 451)  # statuses with which such a filter answers
+_FILTER_STATUSES = (400, 403, 422, 451)  # with which such a filter answers
 
 
 @dataclass(frozen=True)
@@ -104,8 +111,11 @@ def _words(error: Any) -> str:
         return "" if error is None else " ".join(str(error).split())
     metadata = error.get("metadata")
     raw = metadata.get("raw") if isinstance(metadata, dict) else None
-    said = [part if isinstance(part, str) else json.dumps(part) for part in (error.get("message"), raw) if part]
-    return " ".join(": ".join(said).split())
+    messages = []
+    for message in (error.get("message"), raw):
+        if message:
+            messages.append(message if isinstance(message, str) else json.dumps(message))
+    return " ".join(": ".join(messages).split())
 
 
 _NAMED_STATUS = (
@@ -119,14 +129,15 @@ def status_of(error: Any) -> int:
     """The HTTP status that an error inside a 200 stands for, by its number, or else by its name."""
     if not isinstance(error, dict):
         return UPSTREAM_ERROR
-    named = []
-    for name in ("code", "status", "status_code", "type"):
-        value = error.get(name)
+    names = []
+    for field in ("code", "status", "status_code", "type"):
+        value = error.get(field)
         if isinstance(value, int | float | str) and re.fullmatch(r"[45]\d\d", str(value)):
             return int(value)
-        named.append(str(value).lower())
-    for status, names in _NAMED_STATUS:
-        if any(mark in name for mark in names for name in named):
+        names.append(str(value).lower())
+    joined_names = "\n".join(names)  # no mark has a line's end
+    for status, marks in _NAMED_STATUS:
+        if any(mark in joined_names for mark in marks):
             return status
     return UPSTREAM_ERROR
 
@@ -137,18 +148,20 @@ def fault_of(model: str, error: ServerError, wait_s: float | None, check: str) -
     `wait_s` are the seconds that the server asks to wait (`retry_after_seconds`); `check` names what the user should
     look at where no request can succeed. Inside a 200 the key was good: a 403 is that text's alone.
     """
-    status, words = error.status, error.words[:WORDS_SHOWN]
-    everything = error.sent.lower()
-    if status in _OF_THE_TEXT and _FLAGGED.search(everything):
+    status, sent = error.status, error.sent.lower()
+    words = error.words[:SHOWN_CHARACTERS]
+    message = f"{model} answered {status}: {words}"
+    if status in _FILTER_STATUSES and _FLAGGED.search(sent):
         return RowError("refused", f"{model} did not answer (content filter): {words}")
-    fatal = status in (401, 402, 404) or (status == 403 and not error.inside_200)
-    if fatal or "insufficient_quota" in everything or (status == 400 and "api key" in everything):
-        return EndpointError(f"{model} answered {status}: {words}; check {check}")
+    is_fatal = status in (401, 402, 404) or (status == 403 and not error.inside_200)
+    is_bad_key = status == 400 and "api key" in sent  # Google
+    if is_fatal or is_bad_key or "insufficient_quota" in sent:  # OpenAI: a 429 that no wait helps
+        return EndpointError(f"{message}; check {check}")
     if status in (408, 409, 429) or status >= 500:  # 409: OpenAI's documentation says to, Google's ABORTED is one too
         return RetryableError(f"{status}: {words}", wait_s)
-    if any(mark in everything for mark in _TOO_LONG):
-        return RowError("prompt_too_long", f"{model} answered {status}: {words}")
-    return RowError("request", f"{model} answered {status}: {words}")
+    if any(mark in sent for mark in _TOO_LONG):
+        return RowError("prompt_too_long", message)
+    return RowError("request", message)
 
 
 # How servers say that they do not take a field. The provider's own JSON may stand in a gateway's text, so that quotes
@@ -187,9 +200,12 @@ _RETRY_INFO = re.compile(r'"retryDelay"\s*:\s*"(\d{1,9}(?:\.\d+)?)s"')
 
 def retry_after_seconds(retry_after: str | None, body: str) -> float | None:
     """Seconds that a server asks to wait, by its ``Retry-After`` header or Google's RetryInfo; None by neither."""
+    by_header = _seconds(retry_after)
     info = _RETRY_INFO.search(body)
-    asked = [s for s in (_seconds(retry_after), float(info[1]) if info else None) if s is not None]
-    return max(asked, default=None)
+    if info is None:
+        return by_header
+    by_body = float(info[1])
+    return by_body if by_header is None else max(by_header, by_body)
 
 
 def _seconds(retry_after: str | None) -> float | None:

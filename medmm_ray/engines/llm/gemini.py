@@ -42,9 +42,14 @@ TIER = "x-gemini-service-tier"  # the header by which all of Google's addresses 
 
 
 def gemini_endpoint(
-    model: str, client: str | None = None, *, address: str | None = None, key_variable: str = "GEMINI_API_KEY",
-    timeout_s: float = 120.0, in_flight: int = 16,
-) -> Endpoint:  # fmt: skip
+    model: str,
+    client: str | None = None,
+    *,
+    address: str | None = None,
+    key_variable: str = "GEMINI_API_KEY",
+    timeout_s: float = 120.0,
+    in_flight: int = 16,
+) -> Endpoint:
     """One model by `client`, rest or sdk; None: sdk where its package is installed."""
     if client == "sdk" or (client is None and sdk_is_installed()):
         return GeminiSdkEndpoint(
@@ -54,6 +59,7 @@ def gemini_endpoint(
 
 
 def sdk_is_installed() -> bool:
+    """Whether google-generativeai is there."""
     try:
         return importlib.util.find_spec("google.generativeai") is not None
     except ModuleNotFoundError:  # not even the namespace google
@@ -75,7 +81,8 @@ class GeminiEndpoint:
 
     async def send(self, request: ChatRequest) -> ChatReply:
         """One attempt; the faults of `endpoint`."""
-        answer = await self._http.post(self._url, json.dumps(body_of(request, self._model)).encode(), self._headers)
+        content = json.dumps(body_of(request, self._model)).encode()
+        answer = await self._http.post(self._url, content, self._headers)
         if answer.status >= 400:
             error = http_error(answer.status, answer.content)
             raise gemini_fault(self._model, error, request, answer.wait_s, self._check)
@@ -85,9 +92,9 @@ class GeminiEndpoint:
             if error_in_200 is None:
                 reply = reply_of(body, request, self._model)
                 return replace(reply, tier=reply.tier or stated(answer.headers.get(TIER)))
-        except (ValueError, RecursionError) as wrong:
-            what = f"a garbled answer of {len(answer.content)} bytes ({answer.content_type}): {wrong}"
-            raise RetryableError(what, maybe_paid=True) from None
+        except (ValueError, RecursionError) as error:
+            message = f"a garbled answer of {len(answer.content)} bytes ({answer.content_type}): {error}"
+            raise RetryableError(message, maybe_paid=True) from None
         raise gemini_fault(self._model, error_in_200, request, answer.wait_s, self._check)
 
 
@@ -95,9 +102,14 @@ class GeminiSdkEndpoint:
     """One model by google-generativeai; `address` is another one of the API, e.g. a proxy."""
 
     def __init__(
-        self, model: str, *, address: str | None = None, key_variable: str = "GEMINI_API_KEY",
-        timeout_s: float = 120.0, in_flight: int = 16,
-    ) -> None:  # fmt: skip
+        self,
+        model: str,
+        *,
+        address: str | None = None,
+        key_variable: str = "GEMINI_API_KEY",
+        timeout_s: float = 120.0,
+        in_flight: int = 16,
+    ) -> None:
         key = key_of(model, key_variable)
         try:
             import google.generativeai as client
@@ -122,9 +134,12 @@ class GeminiSdkEndpoint:
         from google.protobuf.json_format import ParseError  # type: ignore[import-untyped]
         from requests import RequestException, Timeout
 
+        contents = []
+        for turn in sent_turns(request):
+            contents.append({"role": turn.role, "parts": [_sdk_part(part) for part in turn.parts]})
         try:
-            response = self._under(request.system).generate_content(
-                [{"role": role, "parts": [_sdk_part(part) for part in parts]} for role, parts in turns_of(request)],
+            response = self._client_for(request.system).generate_content(
+                contents,
                 generation_config=_sdk_config(request),
                 request_options={"timeout": self._timeout_s, "retry": None},
             )
@@ -134,9 +149,12 @@ class GeminiSdkEndpoint:
             raise RetryableError(f"no answer within {self._timeout_s:g} s", maybe_paid=True) from None
         except (RequestException, ParseError) as error:
             raise RetryableError(f"{type(error).__name__}: {error}"[:200], maybe_paid=True) from None
-        sent = response._result  # the message itself: its own to_dict names things otherwise than the API
-        body = type(sent).to_dict(
-            sent, use_integers_for_enums=False, preserving_proto_field_name=False, including_default_value_fields=False
+        message = response._result  # its own to_dict names things otherwise than the API
+        body = type(message).to_dict(
+            message,
+            use_integers_for_enums=False,
+            preserving_proto_field_name=False,
+            including_default_value_fields=False,
         )
         try:
             return reply_of(body, request, self._model)
@@ -144,13 +162,15 @@ class GeminiSdkEndpoint:
             raise RetryableError(f"a garbled answer: {error}", maybe_paid=True) from None
 
     def _fault(self, error: Any, request: ChatRequest) -> Exception:
-        answer, status = error.response, int(error.code or 500)
-        content = b"" if answer is None else answer.content
-        wait_s = None if answer is None else retry_after_seconds(answer.headers.get("Retry-After"), answer.text)
-        answered = http_error(status, content or str(error.message).encode())
-        return gemini_fault(self._model, answered, request, wait_s, self._check)
+        """The fault that an error of the package means."""
+        content, wait_s = b"", None
+        if error.response is not None:
+            content = error.response.content
+            wait_s = retry_after_seconds(error.response.headers.get("Retry-After"), error.response.text)
+        server_error = http_error(int(error.code or 500), content or str(error.message).encode())
+        return gemini_fault(self._model, server_error, request, wait_s, self._check)
 
-    def _under(self, system: str) -> Any:
+    def _client_for(self, system: str) -> Any:
         """The library's client for a system instruction."""
         if system not in self._models:
             self._models[system] = self._library.GenerativeModel(self._model, system_instruction=system or None)
@@ -158,6 +178,7 @@ class GeminiSdkEndpoint:
 
 
 def key_of(model: str, variable: str) -> str:
+    """The key in an environment variable; raises `EndpointError` where it is not set."""
     key = os.environ.get(variable)
     if not key:
         raise EndpointError(f"{model} needs a Gemini key in the environment variable {variable}; it is not set")
@@ -179,37 +200,41 @@ def gemini_fault(model: str, error: ServerError, request: ChatRequest, wait_s: f
 # Requests
 
 
-def turns_of(request: ChatRequest) -> Iterator[tuple[str, list[str | ChatImage]]]:
-    """Roles and parts without empty texts, which the API does not take, and without turns that have no other part."""
+def sent_turns(request: ChatRequest) -> Iterator[Turn]:
+    """The turns without empty texts, which the API does not take; a turn that has no other part is left out."""
     for turn in request.turns:
-        parts = parts_of(turn)
+        parts = tuple(part for part in turn.parts if not isinstance(part, str) or part.strip())
         if parts:
-            yield turn.role, parts
-
-
-def parts_of(turn: Turn) -> list[str | ChatImage]:
-    return [part for part in turn.parts if not isinstance(part, str) or part.strip()]
+            yield Turn(turn.role, parts)
 
 
 def body_of(request: ChatRequest, model: str) -> dict[str, Any]:
     """A request in the API's JSON."""
-    how: dict[str, Any] = {"maxOutputTokens": request.max_tokens}
-    how |= {"temperature": request.temperature, "topP": top_p_of(request)}
-    if request.n > 1:
-        how["candidateCount"] = request.n
-    if request.schema is not None:
-        how |= {"responseMimeType": "application/json", "responseSchema": gemini_schema(request.schema)}
-    if request.reasoning_effort is not None:
-        how["thinkingConfig"] = thinking_config(request.reasoning_effort, model)
-    body: dict[str, Any] = {
-        "contents": [{"role": role, "parts": [_part(part) for part in parts]} for role, parts in turns_of(request)],
-        "generationConfig": {name: value for name, value in how.items() if value is not None},
+    config: dict[str, Any] = {
+        "maxOutputTokens": request.max_tokens,
+        "temperature": request.temperature,
+        "topP": top_p_of(request),
     }
+    if request.n > 1:
+        config["candidateCount"] = request.n
+    if request.schema is not None:
+        config["responseMimeType"] = "application/json"
+        config["responseSchema"] = gemini_schema(request.schema)
+    if request.reasoning_effort is not None:
+        config["thinkingConfig"] = thinking_config(request.reasoning_effort, model)
+    contents = []
+    for turn in sent_turns(request):
+        contents.append({"role": turn.role, "parts": [_part(part) for part in turn.parts]})
+    body: dict[str, Any] = {"contents": contents, "generationConfig": _without_none(config)}
     if request.system:
         body["systemInstruction"] = {"parts": [{"text": request.system}]}
     if request.tier is not None:
         body["service_tier"] = request.tier
     return body
+
+
+def _without_none(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if value is not None}
 
 
 # Tokens of thoughts, as Google's OpenAI-compatible address maps the same words for the models before Gemini 3.
@@ -224,42 +249,50 @@ def thinking_config(effort: str, model: str) -> dict[str, Any]:
 
 
 def top_p_of(request: ChatRequest) -> float | None:
-    """None: to be left out, as the model's own is to be taken."""
+    """The top_p to send; None leaves it out, where the model's own is to be taken."""
     return None if request.temperature is None and request.top_p == 1.0 else request.top_p
 
 
 def _part(part: str | ChatImage) -> dict[str, Any]:
     if isinstance(part, str):
         return {"text": part}
-    return {"inlineData": {"mimeType": "image/png", "data": part.data_url.partition(",")[2]}}
+    return {"inlineData": {"mimeType": "image/png", "data": part.base64_png}}
 
 
 def _sdk_part(part: str | ChatImage) -> str | dict[str, Any]:
-    return part if isinstance(part, str) else {"mime_type": "image/png", "data": part.png}
+    if isinstance(part, str):
+        return part
+    return {"mime_type": "image/png", "data": part.png}
 
 
 def _sdk_config(request: ChatRequest) -> dict[str, Any]:
-    how: dict[str, Any] = {"max_output_tokens": request.max_tokens, "candidate_count": request.n}
-    how |= {"temperature": request.temperature, "top_p": top_p_of(request)}
+    config: dict[str, Any] = {
+        "max_output_tokens": request.max_tokens,
+        "candidate_count": request.n,
+        "temperature": request.temperature,
+        "top_p": top_p_of(request),
+    }
     if request.schema is not None:
-        schema = gemini_schema(request.schema, _SDK_NAMES)
-        how |= {"response_mime_type": "application/json", "response_schema": schema}
-    return {name: value for name, value in how.items() if value is not None}
+        config["response_mime_type"] = "application/json"
+        config["response_schema"] = gemini_schema(request.schema, _SDK_NAMES)
+    return _without_none(config)
 
 
-_KEPT = ("type", "enum", "required", "description", "minItems", "maxItems")
+_SCHEMA_WORDS = ("type", "enum", "required", "description", "minItems", "maxItems")
 _SDK_NAMES = {"minItems": "min_items", "maxItems": "max_items"}
 
 
 def gemini_schema(schema: Mapping[str, Any], names: Mapping[str, str] | None = None) -> dict[str, Any]:
     """A JSON schema in the subset that this API takes, with other `names` for its words where there are such."""
-    made = {(names or {}).get(name, name): value for name, value in schema.items() if name in _KEPT}
-    made["type"] = str(schema["type"]).upper()
+    names = names or {}
+    converted = {names.get(word, word): value for word, value in schema.items() if word in _SCHEMA_WORDS}
+    converted["type"] = str(schema["type"]).upper()
     if "items" in schema:
-        made["items"] = gemini_schema(schema["items"], names)
+        converted["items"] = gemini_schema(schema["items"], names)
     if "properties" in schema:
-        made["properties"] = {name: gemini_schema(inner, names) for name, inner in schema["properties"].items()}
-    return made
+        properties = schema["properties"]
+        converted["properties"] = {name: gemini_schema(inner, names) for name, inner in properties.items()}
+    return converted
 
 
 # Answers
@@ -270,42 +303,43 @@ def reply_of(body: Any, request: ChatRequest, model: str) -> ChatReply:
 
     Raises `ValueError` where it is no answer, `RetryableError` where it is one without content.
     """
-    answered = entry(body, "the body")
-    usage = or_empty(answered.get("usageMetadata"))
-    read = token_count(usage.get("promptTokenCount"), 0)
-    candidates = answered.get("candidates") or []
+    content = entry(body, "the body")
+    usage = or_empty(content.get("usageMetadata"))
+    prompt_tokens = token_count(usage.get("promptTokenCount"), 0)
+    answered_by = stated(content.get("modelVersion"))
+    candidates = content.get("candidates") or []
     if not isinstance(candidates, list):
         raise ValueError("candidates is no list")
     if not candidates:
-        reason = or_empty(answered.get("promptFeedback")).get("blockReason")
+        reason = or_empty(content.get("promptFeedback")).get("blockReason")
         if not reason:
-            billed = ChatReply((), read, 0, 0) if read else None
+            billed = ChatReply((), prompt_tokens, 0, 0) if prompt_tokens else None
             raise RetryableError("an answer without content", maybe_paid=billed is None, billed=billed)
-        blocked = f"{model} blocked the prompt ({reason})"
-        return ChatReply((), read, 0, 0, blocked, stated(answered.get("modelVersion")))  # nothing was written
+        return ChatReply((), prompt_tokens, 0, 0, f"{model} blocked the prompt ({reason})", answered_by)
     choices, refusal = [], None
-    for candidate in (entry(one, "a candidate") for one in candidates):
+    for value in candidates:
+        candidate = entry(value, "a candidate")
         reason = str(candidate.get("finishReason"))
         if reason in REFUSED:
             refusal = f"{model} did not answer ({reason})"
         choices.append(_choice(candidate, reason))
     return ChatReply(
         choices=tuple(choices),
-        prompt_tokens=read or request.text_bytes,
-        cached_tokens=min(read, token_count(usage.get("cachedContentTokenCount"), 0)),
-        completion_tokens=_written(usage, read) if read else request.n * request.max_tokens,
+        prompt_tokens=prompt_tokens or request.text_bytes,
+        cached_tokens=min(prompt_tokens, token_count(usage.get("cachedContentTokenCount"), 0)),
+        completion_tokens=_completion_tokens(usage, prompt_tokens) if prompt_tokens else request.n * request.max_tokens,
         refusal=refusal,
-        model=stated(answered.get("modelVersion")),
+        model=answered_by,
         tier=stated(usage.get("serviceTier")),
     )
 
 
-def _written(usage: dict[str, Any], read: int) -> int:
-    """Tokens that are billed as output: thoughts are, and `total` has them where they are not counted apart."""
-    answer, thoughts, total = (
-        token_count(usage.get(name), 0) for name in ("candidatesTokenCount", "thoughtsTokenCount", "totalTokenCount")
-    )
-    return max(answer + thoughts, total - read)
+def _completion_tokens(usage: dict[str, Any], prompt_tokens: int) -> int:
+    """Tokens that are billed as output: thoughts are, and the total has them where they are not counted apart."""
+    answer = token_count(usage.get("candidatesTokenCount"), 0)
+    thoughts = token_count(usage.get("thoughtsTokenCount"), 0)
+    total = token_count(usage.get("totalTokenCount"), 0)
+    return max(answer + thoughts, total - prompt_tokens)
 
 
 def _choice(candidate: dict[str, Any], reason: str) -> ChatChoice:
@@ -314,7 +348,8 @@ def _choice(candidate: dict[str, Any], reason: str) -> ChatChoice:
     if not isinstance(parts, list):
         raise ValueError("a candidate's parts are no list")
     texts, thoughts = [], 0
-    for part in (entry(one, "a part") for one in parts):
+    for value in parts:
+        part = entry(value, "a part")
         text = part.get("text", "")
         if not isinstance(text, str):
             raise ValueError("a part's text is no text")

@@ -47,6 +47,7 @@ NAMES: Mapping[str, tuple[str | None, ...]] = {
     "max_tokens": ("max_completion_tokens", "max_tokens"),  # the first alone: GPT that thinks; the second: Mistral
     "seed": ("seed", "random_seed", None),  # the second: Mistral; none: Gemini
 }
+_ROLES = {"user": "user", "model": "assistant"}
 _CUT = ("length", "max_tokens", "model_length")
 
 
@@ -54,9 +55,15 @@ class OpenAIEndpoint:
     """One model at one address (None: OpenAI's own). `length_field` is the only name of the longest answer."""
 
     def __init__(
-        self, model: str, *, address: str | None = None, key_variable: str = "OPENAI_API_KEY",
-        timeout_s: float = 120.0, form: str = "schema", length_field: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: str,
+        *,
+        address: str | None = None,
+        key_variable: str = "OPENAI_API_KEY",
+        timeout_s: float = 120.0,
+        form: str = "schema",
+        length_field: str | None = None,
+    ) -> None:
         key = os.environ.get(key_variable)
         if not key:
             raise EndpointError(
@@ -98,11 +105,12 @@ class OpenAIEndpoint:
             billed = billed_by_fault(body)
             error = error_in(body)
             if error is None:
-                reply = self._kept_to_length(reply_of(body, request), request)
+                reply = reply_of(body, request)
+                self._check_length(reply, request)
                 return replace(reply, tier=reply.tier or stated(answer.headers.get(gemini.TIER)))
         except (ValueError, RecursionError) as wrong:  # of json too: 5,000 digits, 100,000 brackets
-            what = f"a garbled answer of {len(answer.content)} bytes ({answer.content_type}): {wrong}"
-            raise RetryableError(what, maybe_paid=billed is None, billed=billed) from None
+            message = f"a garbled answer of {len(answer.content)} bytes ({answer.content_type}): {wrong}"
+            raise RetryableError(message, maybe_paid=billed is None, billed=billed) from None
         if billed is None:
             return error
         fault = fault_of(self._model, error, answer.wait_s, self._check)
@@ -117,37 +125,43 @@ class OpenAIEndpoint:
 
         Raises `EndpointError` where a setting would have to change, which nothing here may do for the user.
         """
-        known = next((known for known, names in NAMES.items() if field in names), None)
-        if known is not None:
-            names = self._names[known]
+        meaning = next((meaning for meaning, names in NAMES.items() if field in names), None)
+        if meaning is not None:
+            names = self._names[meaning]
             if field == names[0] and len(names) > 1:
-                self._names[known] = names[1:]
+                self._names[meaning] = names[1:]
                 log.warning("%s takes no %s; from now on it gets %s", self._model, field, names[1] or "none")
-            if field != self._names[known][0]:
+            if field != self._names[meaning][0]:
                 return True
         if field == "top_p" and request.top_p == 1.0:
             self._takes_top_p_1 = False  # that is its default
             return True
-        if field in _SETTINGS and (known is None or self._length_field):
+        if field in _SETTINGS and (meaning is None or self._length_field):
             setting = _SETTINGS[field].format(value=getattr(request, field, None))
             raise EndpointError(f"{self._model} {setting} in the section that names it. It says: {error.words[:200]}")
         return False
 
-    def _kept_to_length(self, reply: ChatReply, request: ChatRequest) -> ChatReply:
-        if reply.completion_tokens > request.n * request.max_tokens and self._keeps_length:
+    def _check_length(self, reply: ChatReply, request: ChatRequest) -> None:
+        """Warn, once, of a server that ignores the longest length."""
+        max_tokens = request.n * request.max_tokens
+        if reply.completion_tokens > max_tokens and self._keeps_length:
             self._keeps_length = False
             log.warning(
                 "%s wrote %s tokens where %s=%d allows %d: its server ignores that name; set length_field",
-                self._model, reply.completion_tokens, self._names["max_tokens"][0], request.max_tokens,
-                request.n * request.max_tokens,
-            )  # fmt: skip
-        return reply
+                self._model,
+                reply.completion_tokens,
+                self._names["max_tokens"][0],
+                request.max_tokens,
+                max_tokens,
+            )
 
     def _body(self, request: ChatRequest) -> dict[str, Any]:
-        system = [{"role": "system", "content": request.system}] if request.system else []
-        body: dict[str, Any] = {"model": self._model, "messages": [*system, *map(message, request.turns)]}
-        named = {"max_tokens": request.max_tokens, "seed": request.seed}
-        for field, value in named.items():
+        """A request in the protocol's JSON."""
+        messages = [{"role": "system", "content": request.system}] if request.system else []
+        messages += map(message, request.turns)
+        body: dict[str, Any] = {"model": self._model, "messages": messages}
+        renamed = {"max_tokens": request.max_tokens, "seed": request.seed}
+        for field, value in renamed.items():
             name = self._names[field][0]
             if name is not None and value is not None:
                 body[name] = value
@@ -201,9 +215,9 @@ def key_header(url: str, key: str) -> dict[str, str]:
 
 def message(turn: Turn) -> dict[str, Any]:
     """A turn as the protocol has it; one that is text alone as plain text."""
-    role = {"user": "user", "model": "assistant"}[turn.role]
-    if all(isinstance(part, str) for part in turn.parts):
-        return {"role": role, "content": "\n".join(map(str, turn.parts))}
+    role = _ROLES[turn.role]
+    if not turn.images:
+        return {"role": role, "content": "\n".join(turn.texts)}
     return {"role": role, "content": [_part(part) for part in turn.parts]}
 
 
@@ -227,8 +241,12 @@ def error_in(body: Any) -> ServerError | None:
 def billed_by_fault(body: Any) -> ChatReply | None:
     """The tokens that a server counted although it gave no answer; None where it counted none."""
     usage = or_empty(or_empty(body).get("usage"))
-    read, written = (token_count(usage.get(name), 0) for name in ("prompt_tokens", "completion_tokens"))
-    return ChatReply((), read, min(read, _cached(usage)), written) if read or written else None
+    prompt_tokens = token_count(usage.get("prompt_tokens"), 0)
+    completion_tokens = token_count(usage.get("completion_tokens"), 0)
+    if not prompt_tokens and not completion_tokens:
+        return None
+    cached_tokens = min(prompt_tokens, _cached_tokens(usage))
+    return ChatReply((), prompt_tokens, cached_tokens, completion_tokens)
 
 
 def reply_of(body: Any, request: ChatRequest) -> ChatReply:
@@ -236,44 +254,46 @@ def reply_of(body: Any, request: ChatRequest) -> ChatReply:
 
     Raises `ValueError` where it is no chat completion.
     """
-    answered = entry(body, "the body")
-    listed = answered.get("choices")
-    if not isinstance(listed, list) or not listed:
+    completion = entry(body, "the body")
+    entries = completion.get("choices")
+    if not isinstance(entries, list) or not entries:
         raise ValueError("it has no choices")
+    answered_by = completion.get("model")
     choices, refusal = [], None
-    for choice in (entry(one, "a choice") for one in listed):
-        said = entry(choice.get("message"), "a message")
+    for value in entries:
+        choice = entry(value, "a choice")
+        content = entry(choice.get("message"), "a message")
         reason = str(choice.get("finish_reason"))
         if reason.startswith("content_filter") or reason.upper() in REFUSED:
-            refusal = f"{answered.get('model')} did not answer ({reason.replace('_', ' ')})"
-        elif said.get("refusal"):
-            refusal = f"{answered.get('model')} refused: {str(said['refusal'])[:200]}"
-        choices.append(_choice(said, reason, request))
-    usage = or_empty(answered.get("usage"))
-    read = token_count(usage.get("prompt_tokens"), request.text_bytes)
-    written = token_count(usage.get("completion_tokens"), request.n * request.max_tokens)
+            refusal = f"{answered_by} did not answer ({reason.replace('_', ' ')})"
+        elif content.get("refusal"):
+            refusal = f"{answered_by} refused: {str(content['refusal'])[:200]}"
+        choices.append(_choice(content, reason, request))
+    usage = or_empty(completion.get("usage"))
+    prompt_tokens = token_count(usage.get("prompt_tokens"), request.text_bytes)
+    completion_tokens = token_count(usage.get("completion_tokens"), request.n * request.max_tokens)
+    total_tokens = token_count(usage.get("total_tokens"), 0)
     return ChatReply(
         choices=tuple(choices),
-        prompt_tokens=read,
-        cached_tokens=min(read, _cached(usage)),
-        completion_tokens=max(
-            written, token_count(usage.get("total_tokens"), 0) - read
-        ),  # Gemini leaves its thoughts out
+        prompt_tokens=prompt_tokens,
+        cached_tokens=min(prompt_tokens, _cached_tokens(usage)),
+        # Gemini's compatible address leaves its thoughts out of the completion's tokens, not out of the total.
+        completion_tokens=max(completion_tokens, total_tokens - prompt_tokens),
         refusal=refusal,
-        model=stated(answered.get("model")),
-        tier=stated(answered.get("service_tier")),
+        model=stated(answered_by),
+        tier=stated(completion.get("service_tier")),
     )
 
 
-def _choice(said: dict[str, Any], reason: str, request: ChatRequest) -> ChatChoice:
+def _choice(content: dict[str, Any], reason: str, request: ChatRequest) -> ChatChoice:
     """A message's answer, without the thoughts beside or before it.
 
     A server that looks for the end of the thoughts, where the model thought none, calls its whole answer thoughts. That
     is taken for what it is where JSON was asked for, the answer ended by itself and all of it is JSON.
     """
-    text = _text(said.get("content"))
-    beside = said.get("reasoning_content") or said.get("reasoning")
-    thoughts = beside if isinstance(beside, str) else ""
+    text = _text(content.get("content"))
+    reasoning = content.get("reasoning_content") or content.get("reasoning")
+    thoughts = reasoning if isinstance(reasoning, str) else ""
     before, end, after = text.rpartition("</think>")
     if end:
         text, thoughts = after.lstrip(), thoughts + before
@@ -292,8 +312,9 @@ def _is_json(text: str) -> bool:
         return False
 
 
-def _cached(usage: dict[str, Any]) -> int:
-    return token_count(or_empty(usage.get("prompt_tokens_details")).get("cached_tokens"), 0)
+def _cached_tokens(usage: dict[str, Any]) -> int:
+    details = or_empty(usage.get("prompt_tokens_details"))
+    return token_count(details.get("cached_tokens"), 0)
 
 
 def _text(content: Any) -> str:
@@ -301,8 +322,12 @@ def _text(content: Any) -> str:
     if content is None:
         return ""
     parts = content if isinstance(content, list) else [{"text": content}]
-    said = [part for part in parts if isinstance(part, dict) and part.get("type") not in ("thinking", "reasoning")]
-    texts = [part.get("text", "") for part in said]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError("a message's content is no text")
+    texts = []
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") in ("thinking", "reasoning"):
+            continue
+        text = part.get("text", "")
+        if not isinstance(text, str):
+            raise ValueError("a message's content is no text")
+        texts.append(text)
     return "".join(texts)

@@ -1,4 +1,4 @@
-"""A policy behind an API, asked like an engine: each sample is a request of its own, kept and paid for once.
+"""A policy behind an API, asked like an engine: each sample is a request of its own, stored and paid for once.
 
 Enters: what enters `generator.Generator`. Leaves: `Completion`s. Sample i is the request with ``seed + i``, which is
 part of what its answer is kept under, so that a rerun finds it whether or not the API looks at seeds. The first goes
@@ -15,6 +15,8 @@ from medmm_ray.engines.generator import Completion, Sampling, Statistics
 from medmm_ray.engines.llm.client import Client, estimated_prompt_tokens
 from medmm_ray.engines.llm.endpoint import ChatImage, ChatRequest, Turn
 from medmm_ray.text.quality import NOT_HAD
+
+ROLES = {"user": "user", "assistant": "model"}
 
 
 class ApiPolicy:
@@ -35,12 +37,14 @@ class ApiPolicy:
         """
         request = request_of(prompt, sampling)
         group = digest(request.key(self.client.endpoint.identity))
-        made = [await self._sample(request, seed, group)]
-        made += await asyncio.gather(*(self._sample(request, seed + i, group) for i in range(1, n)))
-        self.statistics.add(made)
-        return made
+        first = await self._sample(request, seed, group)  # the others find their prompt in the provider's cache
+        others = await asyncio.gather(*(self._sample(request, seed + i, group) for i in range(1, n)))
+        completions = [first, *others]
+        self.statistics.add(completions)
+        return completions
 
     async def _sample(self, request: ChatRequest, seed: int, group: str) -> Completion:
+        """One sample; a refusal is one too."""
         try:
             answer = await self.client.ask(replace(request, seed=seed), group)
         except RowError as fault:
@@ -65,17 +69,20 @@ class ApiPolicy:
 
 def request_of(prompt: ChatPrompt, sampling: Sampling) -> ChatRequest:
     """A chat as a request without a seed; the images stand after the text of the user's last turn."""
-    system = "\n".join(m["content"] for m in prompt.messages if m["role"] == "system")
-    turns = [
-        Turn({"user": "user", "assistant": "model"}[m["role"]], (m["content"],))
-        for m in prompt.messages
-        if m["role"] != "system"
-    ]
-    turns[-1] = replace(turns[-1], parts=(*turns[-1].parts, *map(ChatImage, prompt.images)))
-    prefix = (Turn("model", (prompt.prefix,)),) if prompt.prefix else ()
+    system_texts: list[str] = []
+    turns: list[Turn] = []
+    for message in prompt.messages:
+        if message["role"] == "system":
+            system_texts.append(message["content"])
+        else:
+            turns.append(Turn(ROLES[message["role"]], (message["content"],)))
+    images = map(ChatImage, prompt.images)
+    turns[-1] = replace(turns[-1], parts=(*turns[-1].parts, *images))
+    if prompt.prefix:
+        turns.append(Turn("model", (prompt.prefix,)))
     return ChatRequest(
-        system=system,
-        turns=(*turns, *prefix),
+        system="\n".join(system_texts),
+        turns=tuple(turns),
         schema=sampling.schema,
         max_tokens=sampling.max_tokens,
         temperature=sampling.temperature,

@@ -22,7 +22,7 @@ class Price:
 
     `image_tokens` is the most that a picture counts for whose longest side is at most 1024 pixels,
     `usual_image_tokens` what most count for. `flex` is the share of the list price that the flex tier costs; 1 where
-    none is known.
+    none is listed_price.
     """
 
     input_price: float
@@ -47,9 +47,9 @@ class Price:
     def cost(self, reply: ChatReply) -> float:
         """US dollars of an answer, at the tier that served it; reasoning tokens are among the completion tokens."""
         price = self.at_tier(reply.tier)
-        fresh = reply.prompt_tokens - reply.cached_tokens
+        uncached_tokens = reply.prompt_tokens - reply.cached_tokens
         return (
-            fresh * price.input_price
+            uncached_tokens * price.input_price
             + reply.cached_tokens * price.cached_input_price
             + reply.completion_tokens * price.output_price
         ) / 1e6
@@ -59,8 +59,9 @@ class Price:
 
         A request for the flex tier may be served, and billed, at the standard one.
         """
-        read = request.text_bytes + TEMPLATE_TOKENS + len(request.images) * self.image_tokens
-        return (read * self.input_price + request.n * request.max_tokens * self.output_price) / 1e6
+        prompt_tokens = request.text_bytes + TEMPLATE_TOKENS + len(request.images) * self.image_tokens
+        completion_tokens = request.n * request.max_tokens
+        return (prompt_tokens * self.input_price + completion_tokens * self.output_price) / 1e6
 
 
 FREE = Price(0.0, 0.0, 0.0)
@@ -80,7 +81,11 @@ class PriceEntry:
     successor: str | None = None
 
     def on(self, day: date) -> Price:
-        return self.later[1] if self.later and day >= self.later[0] else self.price
+        """The price on a day."""
+        if self.later is None:
+            return self.price
+        start, later_price = self.later
+        return later_price if day >= start else self.price
 
 
 GEMINI_PAGE = "https://ai.google.dev/gemini-api/docs/pricing"
@@ -143,6 +148,7 @@ PRICES = {
 
 
 def today() -> date:
+    """The day by UTC, on which a price is looked up."""
     return datetime.now(UTC).date()
 
 
@@ -165,15 +171,15 @@ def price_of(
             f"no price is known for {model!r} (known: {', '.join(PRICES)}); set input_price and output_price, US "
             "dollars per million tokens (0 for a server of your own)"
         )
-    known = listed.on(day or today()) if listed else FREE
+    listed_price = listed.on(day or today()) if listed else FREE
     if cached_input_price is None:
-        cached_input_price = known.cached_input_price if input_price is None else input_price
+        cached_input_price = listed_price.cached_input_price if input_price is None else input_price
     return replace(
-        known,
-        input_price=known.input_price if input_price is None else input_price,
+        listed_price,
+        input_price=listed_price.input_price if input_price is None else input_price,
         cached_input_price=cached_input_price,
-        output_price=known.output_price if output_price is None else output_price,
-        flex=known.flex if flex is None else flex,
+        output_price=listed_price.output_price if output_price is None else output_price,
+        flex=listed_price.flex if flex is None else flex,
     )
 
 

@@ -23,7 +23,7 @@ from medmm_ray.config import ConfigError
 from medmm_ray.data.tables import RowError, TableError
 from medmm_ray.engines.llm import gemini, openai
 from medmm_ray.engines.llm.budget import ApiBudget
-from medmm_ray.engines.llm.client import ApiConfig, Backend, Client, api_folder, connect
+from medmm_ray.engines.llm.client import ApiConfig, Backend, api_folder, connect
 from medmm_ray.engines.llm.endpoint import ChatImage, ChatRequest, EndpointError, Turn
 from medmm_ray.engines.llm.prices import ENDING_DAYS
 from medmm_ray.engines.llm.served import OtherModelError
@@ -35,7 +35,7 @@ NAMED = 8  # models of a list that a message names
 LIST_S = 30.0  # for a list of models, seconds
 LONGEST_S = 120.0  # for the answer, at any tier
 FLEX_ATTEMPTS = 3
-_OF_THE_NAME = re.compile(r"answered (401|403|404)\b")  # faults of the key, the model's name or the address
+_NAME_FAULT = re.compile(r"answered (401|403|404)\b")  # faults of the key, the model's name or the address
 MAX_TOKENS = 1024  # thoughts count, and a model that thinks may refuse to answer in fewer
 SCHEMA = {
     "type": "object",
@@ -43,7 +43,7 @@ SCHEMA = {
     "required": ["answer"],
     "additionalProperties": False,
 }
-ASKED = 'Can you be reached? Answer with one JSON object and nothing else: {"answer": "yes"}.'
+QUESTION = 'Can you be reached? Answer with one JSON object and nothing else: {"answer": "yes"}.'
 
 
 @dataclass(frozen=True)
@@ -58,20 +58,26 @@ class ApiModel:
 
     @property
     def key_variable(self) -> str:
+        """The environment variable that holds the key."""
         return self.config.key_variable or KEYS[self.backend]
 
     @property
     def list_url(self) -> str:
         """Where the API lists its models."""
         if self.backend == "gemini":
-            return f"{(self.config.endpoint or gemini.ADDRESS).rstrip('/')}/v1beta/models?pageSize=1000"
-        chats = urlsplit(openai.chat_url(self.config.endpoint or openai.ADDRESS))
-        return urlunsplit(chats._replace(path=chats.path.removesuffix("/chat/completions") + "/models"))
+            address = self.config.endpoint or gemini.ADDRESS
+            return f"{address.rstrip('/')}/v1beta/models?pageSize=1000"
+        chat_url = urlsplit(openai.chat_url(self.config.endpoint or openai.ADDRESS))
+        path = chat_url.path.removesuffix("/chat/completions") + "/models"
+        return urlunsplit(chat_url._replace(path=path))
 
     @property
     def headers(self) -> dict[str, str]:
+        """The header that carries the key."""
         key = os.environ.get(self.key_variable, "")
-        return {"x-goog-api-key": key} if self.backend == "gemini" else openai.key_header(self.list_url, key)
+        if self.backend == "gemini":
+            return {"x-goog-api-key": key}
+        return openai.key_header(self.list_url, key)
 
     @property
     def address(self) -> str:
@@ -79,16 +85,19 @@ class ApiModel:
         return urlunsplit(urlsplit(self.list_url)._replace(query="")).removesuffix("/models")
 
 
-def request_of(asked: ApiModel) -> ChatRequest:
+def request_of(model: ApiModel) -> ChatRequest:
     """The small request."""
-    picture = (ChatImage(Image.new("RGB", (64, 64), (128, 128, 128))),) if asked.sends_images else ()
+    parts: tuple[str | ChatImage, ...] = (QUESTION,)
+    if model.sends_images:
+        grey = Image.new("RGB", (64, 64), (128, 128, 128))
+        parts = (ChatImage(grey), QUESTION)
     return ChatRequest(
         system="",
-        turns=(Turn("user", (*picture, ASKED)),),
-        schema=SCHEMA if asked.wants_json else None,
+        turns=(Turn("user", parts),),
+        schema=SCHEMA if model.wants_json else None,
         max_tokens=MAX_TOKENS,
-        temperature=asked.config.temperature,
-        reasoning_effort=asked.config.reasoning_effort,
+        temperature=model.config.temperature,
+        reasoning_effort=model.config.reasoning_effort,
     )
 
 
@@ -98,24 +107,20 @@ async def probe(asked: ApiModel, folder: str, day: date) -> list[str]:
     Raises `ConfigError` with the fault and what to do.
     """
     folder = api_folder(folder, asked.model)
-    patience: dict[str, float] = {"timeout_s": min(asked.config.longest_s, LONGEST_S)}
-    if asked.config.tier:  # it may have no room for hours, which is no fault
-        patience["max_attempts"] = min(asked.config.max_attempts, FLEX_ATTEMPTS)
-    client = connect(asked.backend, asked.model, asked.config.model_copy(update=patience), folder=folder)
+    config = _impatient(asked.config)
+    client = connect(asked.backend, asked.model, config, folder=folder)
     assert client.answers is not None
     request, group = request_of(asked), f"preflight {day}"
     # The budget is opened only where there is something to pay: it takes the ledger over from a run under way.
     if await client.answers.find(group, request.key(client.endpoint.identity)) is None:
-        client = Client(
-            client.endpoint, client.price, client.config, ApiBudget(folder, client.config.limits), client.answers,
-            client.model,
-        )  # fmt: skip
+        budget = ApiBudget(folder, config.limits)
+        client = connect(asked.backend, asked.model, config, budget, folder)
     try:
         answer = await client.ask(request, group)
     except OtherModelError:
         raise
     except EndpointError as error:
-        explained = await _explained(asked, str(error)) if _OF_THE_NAME.search(str(error)) else str(error)
+        explained = await _explained(asked, str(error)) if _NAME_FAULT.search(str(error)) else str(error)
         raise ConfigError(explained) from None
     except RowError as fault:
         if fault.kind == "refused":  # who refuses has been reached
@@ -127,6 +132,14 @@ async def probe(asked: ApiModel, folder: str, day: date) -> list[str]:
     if answer.reply.model is None:
         return [f"{asked.model}: {asked.address} does not say which model answers; a change would not be noticed"]
     return await _ending(asked, day)
+
+
+def _impatient(config: ApiConfig) -> ApiConfig:
+    """A section's settings with the patience of a probe."""
+    patience: dict[str, float] = {"timeout_s": min(config.longest_s, LONGEST_S)}
+    if config.tier:  # it may have no room for hours, which is no fault
+        patience["max_attempts"] = min(config.max_attempts, FLEX_ATTEMPTS)
+    return config.model_copy(update=patience)
 
 
 async def _explained(asked: ApiModel, fault: str) -> str:
@@ -146,9 +159,10 @@ async def _explained(asked: ApiModel, fault: str) -> str:
 
 def nearest(model: str, listed: Mapping[str, Any]) -> str:
     """The names that are most like a model's, in words."""
-    like = difflib.get_close_matches(model, listed, n=NAMED, cutoff=0.0)
-    more = len(listed) - len(like)
-    return (", ".join(like) or "no model") + (f" and {more} more" if more > 0 else "")
+    names = difflib.get_close_matches(model, listed, n=NAMED, cutoff=0.0)
+    num_further = len(listed) - len(names)
+    text = ", ".join(names) or "no model"
+    return f"{text} and {num_further} more" if num_further > 0 else text
 
 
 async def _ending(asked: ApiModel, day: date) -> list[str]:
@@ -195,7 +209,7 @@ async def probe_all(models: Sequence[ApiModel], folder: str, day: date) -> list[
     """What is to be told of each, or its fault; models are asked at a time, one that is reached in two ways in turn."""
     outcomes: list[list[str] | Fault] = [[] for _ in models]
 
-    async def in_turn(name: str) -> None:  # a model has one ledger, and one budget may keep it
+    async def probe_in_turn(name: str) -> None:  # a model has one ledger, and one budget may keep it
         for place, model in enumerate(models):
             if model.model == name:
                 try:
@@ -203,5 +217,6 @@ async def probe_all(models: Sequence[ApiModel], folder: str, day: date) -> list[
                 except (ConfigError, TableError) as fault:
                     outcomes[place] = fault
 
-    await asyncio.gather(*(in_turn(name) for name in {model.model for model in models}))
+    names = {model.model for model in models}
+    await asyncio.gather(*map(probe_in_turn, names))
     return outcomes

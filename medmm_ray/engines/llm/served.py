@@ -30,10 +30,8 @@ def is_same_model(asked: str, answered: str) -> bool:
     ``gemini-3.5-flash-lite-001``, but ``gemini-2.5-flash`` not by ``gemini-3-flash`` or ``gemini-2.5-flash-lite``, and
     one snapshot not by another. A name that only says less (the alias of the asked snapshot) is the same model.
     """
-    wanted, told = _bare(asked), _bare(answered)
-    if wanted.endswith("-latest"):
-        wanted = wanted.removesuffix("-latest")
-    return _is_snapshot(wanted, told) or _is_snapshot(told, wanted)
+    asked_name, answered_name = _bare(asked).removesuffix("-latest"), _bare(answered)
+    return _is_snapshot(asked_name, answered_name) or _is_snapshot(answered_name, asked_name)
 
 
 def _bare(name: str) -> str:
@@ -73,4 +71,5 @@ def other_model_message(identity: str, answered: str) -> str:
 
 def joined_names(models: Iterable[str | None]) -> str | None:
     """The distinct names of the models that answered, joined by commas; None where none is known."""
-    return ", ".join(sorted({model for model in models if model})) or None
+    names = {model for model in models if model}
+    return ", ".join(sorted(names)) or None

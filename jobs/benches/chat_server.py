@@ -135,7 +135,9 @@ class ChatServer:
         usage = {"prompt_tokens": len(prompt) // CHARACTERS_A_TOKEN, "completion_tokens": len(said) // 4}
         usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
         cached = self._cached(prompt)
-        self.books.tokens += Counter(read=usage["prompt_tokens"], cached=cached, written=usage["completion_tokens"])
+        self.books.tokens += Counter(
+            prompt=usage["prompt_tokens"], cached=cached, completion=usage["completion_tokens"]
+        )
         choice = {"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": "stop"}
         return {
             "model": body["model"],

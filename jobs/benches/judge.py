@@ -109,8 +109,8 @@ def _undisturbed(path: Path, address: str, config: BenchConfig, console: Console
     yield from _rows(path, "calm", config)
     yield Measured("whole answers paid twice", found["delivered"], found["twice"], found["twice"], "≤ 0", "answers")
     yield from _money(path, "calm", found)
-    read, cached = found["tokens"]["read"], found["tokens"]["cached"]
-    yield Measured("prompt tokens that the provider had cached", read, cached, cached / read, "", "tokens")
+    prompt, cached = found["tokens"]["prompt"], found["tokens"]["cached"]
+    yield Measured("prompt tokens that the provider had cached", prompt, cached, cached / prompt, "", "tokens")
 
 
 def _killed(path: Path, address: str, config: BenchConfig, console: Console) -> Iterator[Measured]:
@@ -143,7 +143,7 @@ def _killed(path: Path, address: str, config: BenchConfig, console: Console) -> 
 
 
 def _shared_calls(path: Path, address: str, config: BenchConfig, console: Console) -> Iterator[Measured]:
-    """Tokens as list prices weigh them: cached ones a quarter, written ones four times a read one.
+    """Tokens as list prices weigh them: cached ones a quarter, completion tokens four times a prompt token.
 
     What sharing does to κ cannot be measured here: this judge's verdicts do not depend on what else it reads.
     """
@@ -152,7 +152,7 @@ def _shared_calls(path: Path, address: str, config: BenchConfig, console: Consol
         asked(address, reset=True)
         start(path, f"per_call_{per_call}", address, config, solutions_per_call=per_call).wait()
         found = asked(address)["tokens"]
-        cost = found["read"] - 0.75 * found["cached"] + 4 * found["written"]
+        cost = found["prompt"] - 0.75 * found["cached"] + 4 * found["completion"]
         cost /= config.questions * config.solutions * config.steps
         console.print(f"solutions_per_call={per_call}: {found}")
         base = base or cost
@@ -176,7 +176,7 @@ def _rows(path: Path, name: str, config: BenchConfig, prefix: str = "") -> Itera
 
 def _money(path: Path, name: str, found: dict[str, Any], prefix: str = "") -> Iterator[Measured]:
     """The ledger against the provider's bill, which counts what was cut off and garbled too."""
-    bill = (found["tokens"]["read"] + found["tokens"]["written"]) / 1e6
+    bill = (found["tokens"]["prompt"] + found["tokens"]["completion"]) / 1e6
     booked = close_ledger(f"{path}/{name}-api/{MODEL}")
     ours = booked.spent + booked.possibly_paid
     share = round(ours / bill, 9)  # sums of the same prices in another order differ in their last digit

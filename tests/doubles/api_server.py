@@ -47,15 +47,15 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
-            self.server.requests.append(asked)
+            self.server.requests.append(request)
             self.server.times.append(time.monotonic())
-            refusal = self.server.dialect.refusal(self.path, self.headers, asked) if self.server.dialect else None
+            refusal = self.server.dialect.refusal(self.path, self.headers, request) if self.server.dialect else None
             script = self.server.script
             status, headers, body = refusal or (script.pop(0) if len(script) > 1 else script[0])
         if isinstance(body, dict) and body.get("model") == AS_ASKED:
-            body = {**body, "model": asked["model"]}
+            body = {**body, "model": request["model"]}
         time.sleep(self.server.delay_s)
         self.close_connection = True
         if status == 0:

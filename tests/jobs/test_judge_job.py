@@ -57,14 +57,14 @@ def test_the_budget_ends_the_job_with_a_sentence_and_a_larger_one_goes_on(
     assert words.endswith("What has arrived is kept; raise max_cost_usd and run again")
     first = bench.asked(address)
     assert 0 < first["delivered"] < 48
-    bill = (first["tokens"]["read"] + first["tokens"]["written"]) / 1e6
+    bill = (first["tokens"]["prompt"] + first["tokens"]["completion"]) / 1e6
     assert bill <= 0.05
     labels = label(tmp_path, address, max_cost_usd=5.0)
     found = bench.asked(address)
     assert [row["error"] for row in labels] == [None] * 48
     assert (found["twice"], found["inside"]) == (0, 0)
     paid = close_ledger(f"{tmp_path}/api/bench")
-    bill = (found["tokens"]["read"] + found["tokens"]["written"]) / 1e6
+    bill = (found["tokens"]["prompt"] + found["tokens"]["completion"]) / 1e6
     assert paid.spent + paid.possibly_paid >= bill - 1e-9
 
 

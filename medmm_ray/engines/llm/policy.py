@@ -38,8 +38,8 @@ class ApiPolicy:
         request = request_of(prompt, sampling)
         group = digest(request.key(self.client.endpoint.identity))
         first = await self._sample(request, seed, group)  # the others find their prompt in the provider's cache
-        others = await asyncio.gather(*(self._sample(request, seed + i, group) for i in range(1, n)))
-        completions = [first, *others]
+        further = await asyncio.gather(*(self._sample(request, seed + i, group) for i in range(1, n)))
+        completions = [first, *further]
         self.statistics.add(completions)
         return completions
 

@@ -1,4 +1,4 @@
-"""engines/budget.py: rates, budget, breaker, and a ledger that survives."""
+"""engines/llm/budget.py, ledger.py, limits.py: rates, money, breaker, and a ledger that survives."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""engines/client.py around a scripted endpoint, and engines/openai.py against a local server."""
+"""engines/llm/client.py around a scripted endpoint, and engines/llm/openai.py against a local server."""
 
 import asyncio
 import base64
@@ -649,5 +649,5 @@ def test_a_kill_pays_nothing_twice_but_what_was_in_flight(tmp_path: Path, monkey
     paid = close_ledger(str(tmp_path))
     cut = found["faults"]["cut"] + found["faults"]["garbled"]
     assert cut <= paid.lost_calls <= cut + 3 * 8
-    bill = (found["tokens"]["read"] + found["tokens"]["written"]) / 1e6
+    bill = (found["tokens"]["prompt"] + found["tokens"]["completion"]) / 1e6
     assert bill <= paid.spent + paid.possibly_paid

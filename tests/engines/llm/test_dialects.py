@@ -1,6 +1,6 @@
 """How servers differ: the real client and judge against each row of a table, what they make of it and what it costs.
 
-Prices are 1 US dollar per million tokens read and written, so that a token costs a millionth.
+Prices are 1 US dollar per million prompt and completion tokens, so that a token costs a millionth.
 """
 
 import asyncio
@@ -52,7 +52,7 @@ DRAFT = json.dumps({"steps": [entry(1, "-"), entry(2, "-")]})
 
 
 def chat(content: Any, finish: str = "stop", usage: Any = (900, 120), **message: Any) -> Scripted:
-    """An answer of the chat protocol; `usage` are the tokens read, written and, where it is stated, in all."""
+    """An answer of the chat protocol; `usage` are prompt and completion tokens and, where it is stated, all."""
     said = {"role": "assistant", "content": content, **message}
     counts = usage and dict(zip(("prompt_tokens", "completion_tokens", "total_tokens"), usage, strict=False))
     choice = {"index": 0, "finish_reason": finish, "message": said}

@@ -1,4 +1,4 @@
-"""engines/api_policy.py: samples of an API are requests of their own, kept, priced, and paid for once."""
+"""engines/llm/policy.py: samples of an API are requests of their own, stored, priced, and paid for once."""
 
 import asyncio
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""engines/prices.py: what an answer costs, on which day and at which tier, and what is told of an old price."""
+"""engines/llm/prices.py: what an answer costs, on which day and at which tier, and what is told of an old price."""
 
 from datetime import date
 

@@ -1,4 +1,4 @@
-"""engines/served.py: whether the model that answered is the one that was asked, and what a client does where not."""
+"""engines/llm/served.py: whether the model that answered is the asked one, and what a client does where it is not."""
 
 import asyncio
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""engines/answers.py: what is kept survives, whole or not at all."""
+"""engines/llm/store.py: what is stored survives, whole or not at all."""
 
 import asyncio
 import hashlib

@@ -62,7 +62,8 @@ def planned(recipe: Recipe) -> Estimate:
         plan = plan_of(own, run)
         left_out = {*own.without, *(step.name for step in STEPS if run.fingerprint(step) in made)}
         if learning:  # the next policy is trained as the first one was
-            plan = replace(plan, policy_epochs=plan.policy_epochs + learning)
+            training = replace(plan.training, policy_epochs=plan.training.policy_epochs + learning)
+            plan = replace(plan, training=training)
             left_out.discard("train_policy")
         found = estimate(plan, left_out)
         lines.append(

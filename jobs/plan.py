@@ -12,11 +12,27 @@ from medmm_ray.config import ConfigError
 from medmm_ray.engines.llm.client import ApiConfig, check_tier, configured_price
 from medmm_ray.engines.llm.prices import Price, price_warnings
 from medmm_ray.engines.llm.probe import ApiModel
-from medmm_ray.estimate import GPUS, Estimate, Plan, estimate, rendered
-from medmm_ray.steps.judge import APIS
+from medmm_ray.estimate import (
+    GPUS,
+    Estimate,
+    Grading,
+    Hardware,
+    Judging,
+    ModelCost,
+    Plan,
+    QuestionWriting,
+    Reviewing,
+    Rollouts,
+    Training,
+    Trees,
+    Workload,
+    estimate,
+    rendered,
+)
+from medmm_ray.steps.judge import APIS, JudgeConfig
 
-VERDICT_TOKENS = {"json": 70, "lines": 6}  # that a judge writes a step
-READ_DOCUMENTS = ("tree_search", "sample", "judge", "monte_carlo", "train_text_prm", "states", "score")
+VERDICT_TOKENS = {"json": 70, "lines": 6}  # that a judge generates a step
+DOCUMENT_STEPS = ("tree_search", "sample", "judge", "monte_carlo", "train_text_prm", "states", "score")
 
 
 def print_plan(recipe: Recipe, steps: Sequence[Step], console: Console) -> None:
@@ -24,16 +40,7 @@ def print_plan(recipe: Recipe, steps: Sequence[Step], console: Console) -> None:
     run = Run(recipe)
     console.print("[bold]Steps[/bold]")
     for step in steps:
-        state = (
-            "left out"
-            if step.name in recipe.without
-            else "left out: its model is given"
-            if run.skipped(step)
-            else "complete"
-            if "://" not in run.root and run.is_complete(step)
-            else "to do"
-        )
-        console.print(f"  {step.name:<18}{step.what:<40}{state}", highlight=False)
+        console.print(f"  {step.name:<18}{step.what:<40}{_state(run, step)}", highlight=False)
     console.print()
     left_out = [step.name for step in steps if step.name in recipe.without]
     result = _with_second_judge(recipe, run, estimate(plan_of(recipe, run), left_out))
@@ -41,13 +48,22 @@ def print_plan(recipe: Recipe, steps: Sequence[Step], console: Console) -> None:
     console.print(rendered(replace(result, notes=notes)))
 
 
-def _with_second_judge(recipe: Recipe, run: Run, found: Estimate) -> Estimate:
+def _state(run: Run, step: Step) -> str:
+    if step.name in run.recipe.without:
+        return "left out"
+    if run.skipped(step):
+        return "left out: its model is given"
+    is_local = "://" not in run.root  # a plan asks no store
+    return "complete" if is_local and run.is_complete(step) else "to do"
+
+
+def _with_second_judge(recipe: Recipe, run: Run, result: Estimate) -> Estimate:
     """The estimate with a line for the second judge, where there is one."""
     if recipe.second_judge is None or "judge" in recipe.without:
-        return found
-    alone = plan_of(recipe.model_copy(update={"judge": recipe.second_judge}), run)
-    second = replace(estimate(alone).line("judge"), step="second_judge")
-    return replace(found, lines=(*found.lines, second))
+        return result
+    plan = plan_of(recipe.model_copy(update={"judge": recipe.second_judge}), run)
+    line = replace(estimate(plan).line("judge"), step="second_judge")
+    return replace(result, lines=(*result.lines, line))
 
 
 def plan_of(recipe: Recipe, run: Run) -> Plan:
@@ -55,20 +71,30 @@ def plan_of(recipe: Recipe, run: Run) -> Plan:
     assumed = recipe.plan
     if assumed.gpu not in GPUS:
         raise ConfigError(f"plan.gpu is {assumed.gpu!r}; known: {', '.join(GPUS)}")
-    judge, rolls, tree, writer = recipe.judge, recipe.monte_carlo, recipe.tree_search, recipe.write_questions
-    grader = recipe.sample.equivalence
-    policy = _price(recipe.sample.backend, recipe.models.policy, recipe.sample)
-    judging = _price(judge.backend, judge.model, judge)
-    writing = _price(writer.backend, writer.model, writer) if writer.per_image else None
-    grading = _price(grader.backend, grader.model, grader)
-    reached = not rolls.threshold and (rolls.stop_early or rolls.searches)  # from a prefix of a right solution
-    budgets = {"sample": recipe.sample, "equivalence": grader, "judge": judge, "write_questions": writer}
-    rollouts = [
-        max(tree.min_rollouts, tree.num_rollouts // (depth + 1)) for depth in range(1, round(assumed.steps) + 1)
-    ]
+    policy_price = _price(recipe.sample.backend, recipe.models.policy, recipe.sample)
+    workload = _workload(recipe)
+    return Plan(
+        workload=workload,
+        policy=_model(policy_price, assumed.policy_parameters),
+        training=_training(recipe, run),
+        writing=_writing(recipe),
+        grading=_grading(recipe),
+        judging=_judging(recipe, recipe.judge),
+        rollouts=_rollouts(recipe),
+        trees=_trees(recipe, workload.train_questions),
+        reviewing=Reviewing(steps=recipe.review.review_steps, dollars_per_step=recipe.audit.dollars_per_reviewed_step),
+        hardware=Hardware(
+            gpu=assumed.gpu, num_gpus=assumed.num_gpus, dollars_per_gpu_hour=assumed.dollars_per_gpu_hour
+        ),
+        max_dollars=_budgets(recipe),
+    )
+
+
+def _workload(recipe: Recipe) -> Workload:
+    assumed = recipe.plan
     train = _questions(assumed.train_questions, recipe.curate.max_train, recipe.ingest.num_train, "train")
     test = _questions(assumed.test_questions, recipe.curate.max_test, recipe.ingest.num_test, "test")
-    return Plan(
+    return Workload(
         train_questions=train,
         test_questions=test,
         train_samples=recipe.sample.num_samples_train,
@@ -79,11 +105,23 @@ def plan_of(recipe: Recipe, run: Run) -> Plan:
         question_tokens=assumed.question_tokens,
         solution_tokens=assumed.solution_tokens,
         document_tokens=assumed.document_tokens,
-        with_documents=tuple(name for name in READ_DOCUMENTS if getattr(recipe, name).num_documents),
+        with_documents=tuple(name for name in DOCUMENT_STEPS if getattr(recipe, name).num_documents),
         wrong_share=assumed.wrong_share,
-        policy_parameters=0 if policy else assumed.policy_parameters,
-        policy_input_price=policy.input_price if policy else 0,
-        policy_output_price=policy.output_price if policy else 0,
+    )
+
+
+def _questions(assumed: int | None, curated: int | None, ingested: int | None, split: str) -> int:
+    for number in (assumed, curated, ingested):
+        if number is not None:
+            return number
+    raise ConfigError(
+        f"the number of {split} questions is not known before the source is read; say plan.{split}_questions=N"
+    )
+
+
+def _training(recipe: Recipe, run: Run) -> Training:
+    assumed = recipe.plan
+    return Training(
         text_parameters=assumed.text_parameters,
         image_parameters=assumed.image_parameters,
         hidden_size=assumed.hidden_size,
@@ -91,45 +129,112 @@ def plan_of(recipe: Recipe, run: Run) -> Plan:
         text_epochs=0 if run.given("text_prm") else recipe.train_text_prm.epochs,
         text_solutions=recipe.train_text_prm.max_solutions,
         fusion_epochs=0 if run.given("two_tower") else recipe.train_two_tower.epochs,
-        written_images=_written_images(recipe),
+    )
+
+
+def _writing(recipe: Recipe) -> QuestionWriting:
+    writer = recipe.write_questions
+    price = _price(writer.backend, writer.model, writer) if writer.per_image else None
+    return QuestionWriting(
+        model=_model(price, recipe.plan.policy_parameters),
+        images=_written_images(recipe),
         questions_per_image=writer.per_image,
-        question_checks=writer.num_checks,
-        writer_parameters=0 if writing else assumed.policy_parameters,
-        writer_image_tokens=writing.usual_image_tokens if writing else Plan.writer_image_tokens,
-        writer_input_price=writing.input_price if writing else 0,
-        writer_output_price=writing.output_price if writing else 0,
-        graded_answers=assumed.graded_answers if grading else 0,
-        grader_input_price=grading.input_price if grading else 0,
-        grader_output_price=grading.output_price if grading else 0,
-        judge_calls=judge.backend != "phantom",
-        judge_splits=judge.splits,
-        judged_solutions=judge.max_solutions,
-        judge_parameters=_judge_parameters(recipe),
-        judge_images=min(1 + judge.num_references, judge.num_images if judge.backend == "vllm" else judge.max_images),
-        judge_solutions_per_call=judge.solutions_per_call,
-        judge_by_step=judge.granularity == "step",
+        checks=writer.num_checks,
+    )
+
+
+def _written_images(recipe: Recipe) -> int:
+    """Images for which questions are written."""
+    if not recipe.write_questions.per_image:
+        return 0
+    limits = [n for n in (recipe.plan.written_images, recipe.write_questions.max_images) if n is not None]
+    if not limits:
+        raise ConfigError(
+            "the number of images without a question is not known before the source is read; say plan.written_images=N "
+            "or write_questions.max_images=N"
+        )
+    return min(limits)
+
+
+def _grading(recipe: Recipe) -> Grading:
+    grader = recipe.sample.equivalence
+    price = _price(grader.backend, grader.model, grader)
+    if price is None:
+        return Grading()
+    return Grading(model=_model(price, 0), answers=recipe.plan.graded_answers)
+
+
+def _judging(recipe: Recipe, judge: JudgeConfig) -> Judging:
+    is_local = judge.backend == "vllm"
+    parameters = recipe.plan.judge_parameters
+    if parameters is None:
+        parameters = recipe.plan.policy_parameters
+    model = _model(_price(judge.backend, judge.model, judge), parameters if is_local else 0)
+    if not judge.warm_cache:
+        model = replace(model, cached_input_price=None)
+    return Judging(
+        model=model,
+        calls_model=judge.backend != "phantom",
+        splits=judge.splits,
+        max_solutions=judge.max_solutions,
+        solutions_per_call=judge.solutions_per_call,
+        by_step=judge.granularity == "step",
+        images=min(1 + judge.num_references, judge.num_images if is_local else judge.max_images),
         verdict_tokens=VERDICT_TOKENS[judge.reply],
-        image_tokens=judging.usual_image_tokens if judging else Plan.image_tokens,
-        judge_input_price=judging.input_price if judging else 0,
-        judge_cached_input_price=judging.cached_input_price if judging and judge.warm_cache else None,
-        judge_output_price=judging.output_price if judging else 0,
-        max_dollars={name: c.max_cost_usd for name, c in budgets.items() if c.max_cost_usd is not None},
-        rollout_mode=rolls.mode,
-        rollout_splits=rolls.splits,
-        rollout_solutions=rolls.max_solutions,
-        right_is_free=rolls.wrong_only or reached,
-        uncertain_share=assumed.uncertain_share,
-        max_share=rolls.max_share,
-        continuations=rolls.rollouts_per_prefix,
-        trees=train if "train" in tree.splits else 0,
-        tree_nodes=tree.max_nodes,
+    )
+
+
+def _rollouts(recipe: Recipe) -> Rollouts:
+    config = recipe.monte_carlo
+    # A right solution shows for each of its prefixes that the answer can be reached from it.
+    is_shown = not config.threshold and (config.stop_early or config.searches)
+    return Rollouts(
+        mode=config.mode,
+        splits=config.splits,
+        max_solutions=config.max_solutions,
+        right_is_free=config.wrong_only or is_shown,
+        uncertain_share=recipe.plan.uncertain_share,
+        max_share=config.max_share,
+        continuations=config.rollouts_per_prefix,
+    )
+
+
+def _trees(recipe: Recipe, train_questions: int) -> Trees:
+    config = recipe.tree_search
+    depths = range(1, round(recipe.plan.steps) + 1)
+    rollouts = [max(config.min_rollouts, config.num_rollouts // (depth + 1)) for depth in depths]
+    return Trees(
+        questions=train_questions if "train" in config.splits else 0,
+        nodes=config.max_nodes,
         node_rollouts=sum(rollouts) / len(rollouts),
-        tree_tokens=tree.max_tree_tokens,
-        review_steps=recipe.review.review_steps,
-        dollars_per_reviewed_step=recipe.audit.dollars_per_reviewed_step,
-        gpu=assumed.gpu,
-        num_gpus=assumed.num_gpus,
-        dollars_per_gpu_hour=assumed.dollars_per_gpu_hour,
+        max_tokens=config.max_tree_tokens,
+    )
+
+
+def _budgets(recipe: Recipe) -> dict[str, float]:
+    """The hard budgets that the recipe sets, by line of the estimate."""
+    sections: dict[str, ApiConfig] = {
+        "sample": recipe.sample,
+        "equivalence": recipe.sample.equivalence,
+        "judge": recipe.judge,
+        "write_questions": recipe.write_questions,
+    }
+    budgets = {}
+    for name, section in sections.items():
+        if section.max_cost_usd is not None:
+            budgets[name] = section.max_cost_usd
+    return budgets
+
+
+def _model(price: Price | None, parameters: float) -> ModelCost:
+    """A model behind an API by its price, else one of so many parameters on own GPUs."""
+    if price is None:
+        return ModelCost(parameters=parameters)
+    return ModelCost(
+        input_price=price.input_price,
+        output_price=price.output_price,
+        cached_input_price=price.cached_input_price,
+        image_tokens=price.usual_image_tokens,
     )
 
 
@@ -143,13 +248,14 @@ def _price(backend: str, model: str | None, config: ApiConfig) -> Price | None:
 
 
 def price_notes(sections: Mapping[str, ApiModel]) -> list[str]:
-    """What is to be told of the prices of the models that sections ask: their age, a model's end, a tier."""
+    """What to know of the prices of the models that sections ask: their age, a model's end, a tier."""
     notes = []
-    for section, asked in sections.items():
-        config = asked.config
-        notes += [f"{section}: {told}" for told in price_warnings(asked.model, config.input_price, config.output_price)]
+    for section, model in sections.items():
+        config = model.config
+        warnings = price_warnings(model.model, config.input_price, config.output_price)
+        notes += [f"{section}: {warning}" for warning in warnings]
         if config.tier:
-            share = configured_price(asked.model, config).flex
+            share = configured_price(model.model, config).flex
             notes.append(
                 f"{section} is priced at the flex tier, {share:.0%} of the list price; what is served at the standard "
                 "one costs the whole, and the budget reserves that"
@@ -157,52 +263,31 @@ def price_notes(sections: Mapping[str, ApiModel]) -> list[str]:
     return notes
 
 
-def _judge_parameters(recipe: Recipe) -> float:
-    """Of a judge on own GPUs: as the plan says, else as many as the policy has."""
-    if recipe.judge.backend != "vllm":
-        return 0
-    said = recipe.plan.judge_parameters
-    return recipe.plan.policy_parameters if said is None else said
-
-
-def _written_images(recipe: Recipe) -> int:
-    """Images for which questions are written."""
-    if not recipe.write_questions.per_image:
-        return 0
-    known = [n for n in (recipe.plan.written_images, recipe.write_questions.max_images) if n is not None]
-    if not known:
-        raise ConfigError(
-            "the number of images without a question is not known before the source is read; say plan.written_images=N "
-            "or write_questions.max_images=N"
-        )
-    return min(known)
-
-
 def replaced(recipe: Recipe) -> list[str]:
-    """Where the plan's word stands in place of what the recipe says, or of a model whose size nobody named."""
-    plan, notes = recipe.plan, []
-    limits = {"train": (recipe.curate.max_train, recipe.ingest.num_train)}
-    limits |= {"test": (recipe.curate.max_test, recipe.ingest.num_test)}
-    for split, said in (("train", plan.train_questions), ("test", plan.test_questions)):
-        limit = next((number for number in limits[split] if number is not None), said)
-        if said != limit and said is not None:
+    """Where the plan's number stands in place of the recipe's, or of a model whose size nobody named."""
+    plan, curate, ingest = recipe.plan, recipe.curate, recipe.ingest
+    notes = []
+    for split, assumed, limits in (
+        ("train", plan.train_questions, (curate.max_train, ingest.num_train)),
+        ("test", plan.test_questions, (curate.max_test, ingest.num_test)),
+    ):
+        limit = next((number for number in limits if number is not None), assumed)
+        if assumed is not None and assumed != limit:
             notes.append(
-                f"plan.{split}_questions={said:,} stands in place of the {limit:,} to which the recipe limits it"
+                f"plan.{split}_questions={assumed:,} stands in place of the {limit:,} to which the recipe limits it"
             )
-    judge, writer = recipe.judge, recipe.write_questions
-    local = {"judge": judge.model} if judge.backend == "vllm" and plan.judge_parameters is None else {}
-    local |= {"write_questions": writer.model} if writer.backend == "vllm" and writer.per_image else {}
-    for step, model in local.items():
-        if model not in (None, recipe.models.policy):
-            size = f"{plan.policy_parameters / 1e9:g}B parameters"
-            notes.append(f"{step}: the size of {model} is not known; it is taken to be the policy's, {size}")
+    size = f"{plan.policy_parameters / 1e9:g}B parameters"
+    for step, model in _models_of_unknown_size(recipe).items():
+        notes.append(f"{step}: the size of {model} is not known; it is taken to be the policy's, {size}")
     return notes
 
 
-def _questions(assumed: int | None, limit: int | None, asked: int | None, split: str) -> int:
-    found = next((number for number in (assumed, limit, asked) if number is not None), None)
-    if found is None:
-        raise ConfigError(
-            f"the number of {split} questions is not known before the source is read; say plan.{split}_questions=N"
-        )
-    return found
+def _models_of_unknown_size(recipe: Recipe) -> dict[str, str]:
+    """The models on own GPUs, beside the policy, that a section names and the plan gives no parameters of."""
+    judge, writer = recipe.judge, recipe.write_questions
+    models = {}
+    if judge.backend == "vllm" and recipe.plan.judge_parameters is None:
+        models["judge"] = judge.model
+    if writer.backend == "vllm" and writer.per_image:
+        models["write_questions"] = writer.model
+    return {step: model for step, model in models.items() if model is not None and model != recipe.models.policy}

@@ -65,7 +65,8 @@ def test_medmm_stays_within_the_published_budget() -> None:
     """$2,500 for the judge and $3,900 in all; the judge reads all 64 solutions of 11,000 questions, at token prices."""
     result = estimated()
     judge, planned = result.line("judge"), result.plan
-    assert (planned.train_questions, planned.train_samples, planned.review_steps) == (10_000, 64, 1000)
+    work = planned.workload
+    assert (work.train_questions, work.train_samples, planned.reviewing.steps) == (10_000, 64, 1000)
     assert judge.calls == 11_000 * 64
     assert judge.dollars < planned.max_dollars["judge"] == 2500
     assert not any("will stop" in note for note in result.notes)
@@ -141,7 +142,7 @@ def test_the_plan_says_where_its_word_replaces_the_recipes() -> None:
 def test_a_policy_behind_an_api_is_priced_and_steps_left_out_are_not(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["jobs/recipes/medmm.yaml", "run=s3://bucket/run", *API, "sample.top_k=0", "sample.num_gpus=0"]
     planned = plan.plan_of(recipe := load_recipe(words), Run(recipe))
-    assert (planned.policy_parameters, planned.policy_output_price) == (0, 10.0)
+    assert (planned.policy.parameters, planned.policy.output_price) == (0, 10.0)
     assert pipeline.main([*words, "--dry-run"]) == 0
     estimate = capsys.readouterr().out.partition("Estimate")[2]
     assert "tree_search" not in estimate

@@ -38,14 +38,16 @@ STUDIES = ("arms",)
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    given = list(sys.argv[1:] if words is None else words)
-    return guarded(lambda: _main(given))
+    """``python -m jobs.bench``."""
+    arguments = list(sys.argv[1:] if words is None else words)
+    return guarded(lambda: _main(arguments))
 
 
 def _main(words: list[str]) -> int:
     if not words or words[0] not in BENCHES + STUDIES:
         print(__doc__)
-        print("\n".join(f"  {name:<11} {str(_module(name).__doc__).splitlines()[0]}" for name in BENCHES + STUDIES))
+        for name in BENCHES + STUDIES:
+            print(f"  {name:<11} {str(_module(name).__doc__).splitlines()[0]}")
         if not words or words[0] in ("-h", "--help"):
             return 0
         raise ConfigError(f"there is no benchmark {words[0]!r}; expected one of {', '.join(BENCHES + STUDIES)}")
@@ -80,10 +82,8 @@ def table(rows: Sequence[Measured]) -> Grid:
         grid.add_column(column, justify="right")
     for row in rows:
         style = {True: "green", False: "bold red", None: ""}[row.met]
-        grid.add_row(
-            row.name, f"[dim]{row.unit}[/dim]", f"{row.baseline:.4g}", f"{row.ours:.4g}",
-            f"[{style}]{row.ratio:.3g}[/]" if style else f"{row.ratio:.3g}", row.target,
-        )  # fmt: skip
+        ratio = f"[{style}]{row.ratio:.3g}[/]" if style else f"{row.ratio:.3g}"
+        grid.add_row(row.name, f"[dim]{row.unit}[/dim]", f"{row.baseline:.4g}", f"{row.ours:.4g}", ratio, row.target)
     return grid
 
 

@@ -18,7 +18,7 @@ def run(job: Job) -> None:
         # Blocks of a few batches, so that a lost actor costs little.
         source = job.table(source_table).dataset(rows_per_block=256)
         ids = job.read(source_table, [key])[key].to_pylist()
-        job.make(output, source, ids, partial(embed, config=job.config, image_tower=tower), key, made_key="item_id")
+        job.make(output, source, ids, partial(embed, config=job.config, image_tower=tower), key, output_key="item_id")
 
 
 if __name__ == "__main__":

@@ -29,13 +29,14 @@ from jobs.step import Job, Run, launch, parser, read_arguments, run_step
 from medmm_ray.config import ConfigError
 from medmm_ray.data.tables import filesystem, write_file
 
-HEARTBEAT_S = 30
+HEARTBEAT_S = 30  # between two lines of a log while a step runs
+STYLES = {"running": "bold cyan", "done": "green", "complete": "dim", "left out": "dim", "failed": "bold red"}
 log = logging.getLogger("medmm_ray")
 
 
 @dataclass
 class StepStatus:
-    """One line of the live table."""
+    """One line of the board: a step's state, and what its manifests say when it is done."""
 
     step: Step
     state: str = "waiting"
@@ -49,28 +50,34 @@ class Board:
 
     def __init__(self, run: Run, steps: Sequence[Step], console: Console) -> None:
         self.run = run
-        self.rows = {step.name: StepStatus(step) for step in steps}
+        self.statuses = {step.name: StepStatus(step) for step in steps}
         self.console = console
         self.job: Job | None = None
         self._started = time.monotonic()
         self._done = threading.Event()
 
     def live(self) -> "Live | nullcontext[None]":
+        """The context in which the table is shown."""
         if self.console.is_terminal:
             return Live(get_renderable=self.render, console=self.console, refresh_per_second=1, transient=False)
         threading.Thread(target=self._heartbeat, name="heartbeat", daemon=True).start()
         return nullcontext()
 
     def start(self, step: Step, job: Job) -> None:
+        """A step runs from now on."""
         self.job, self._started = job, time.monotonic()
         self._change(step, "running")
 
     def finish(self, step: Step, state: str) -> None:
+        """A step is done, or was complete already."""
         manifests = self.run.manifests(step)
-        row = self.rows[step.name]
-        row.rows = sum(m.rows for m in manifests) or None
-        row.seconds = sum(m.seconds for m in manifests)
-        row.note = ", ".join(f"{kind}: {n} failed" for m in manifests for kind, n in m.errors.items())
+        errors = []
+        for manifest in manifests:
+            errors += [f"{kind}: {count} failed" for kind, count in manifest.errors.items()]
+        status = self.statuses[step.name]
+        status.rows = sum(manifest.rows for manifest in manifests) or None
+        status.seconds = sum(manifest.seconds for manifest in manifests)
+        status.note = ", ".join(errors)
         notes = self.job.notes if self.job else []
         self.job = None
         self._change(step, state)
@@ -78,19 +85,22 @@ class Board:
             self.console.print(f"  {step.name}: {line}", style=None, markup=False, highlight=False, soft_wrap=True)
 
     def skip(self, step: Step) -> None:
+        """A step is left out."""
         self._change(step, "left out")
 
     def fail(self, step: Step, state: str) -> None:
+        """A step has failed or was interrupted."""
         self.job = None
         self._change(step, state)
 
     def _change(self, step: Step, state: str) -> None:
-        row = self.rows[step.name]
-        row.state = state
-        if not self.console.is_terminal:
-            seconds = f"{row.seconds:8.1f} s" if row.seconds is not None else ""
-            rows = f"{row.rows:,} rows" if row.rows else ""
-            self.console.print(f"{step.name:<18}{state:<12}{rows:>16}{seconds:>12}  {row.note}".rstrip(), style=None)
+        status = self.statuses[step.name]
+        status.state = state
+        if self.console.is_terminal:
+            return
+        rows = f"{status.rows:,} rows" if status.rows else ""
+        seconds = f"{status.seconds:8.1f} s" if status.seconds is not None else ""
+        self.console.print(f"{step.name:<18}{state:<12}{rows:>16}{seconds:>12}  {status.note}".rstrip(), style=None)
 
     def _heartbeat(self) -> None:
         while not self._done.wait(HEARTBEAT_S):
@@ -99,22 +109,22 @@ class Board:
                 self.console.print(f"{self.job.step.name:<18}{elapsed:8.0f} s  {self.job.progress()}")
 
     def close(self) -> None:
+        """End the heartbeat."""
         self._done.set()
 
     def render(self) -> Group:
+        """The table as it stands now."""
         grid = Grid("step", "what", "state", box=None, pad_edge=False, header_style="bold")
         grid.add_column("rows", justify="right")
         grid.add_column("seconds", justify="right")
         grid.add_column("waiting for")
-        styles = {"running": "bold cyan", "done": "green", "complete": "dim", "left out": "dim", "failed": "bold red"}
-        for row in self.rows.values():
-            note, seconds = row.note, row.seconds
-            if self.job is not None and row.step.name == self.job.step.name:
+        for status in self.statuses.values():
+            step, note, seconds = status.step, status.note, status.seconds
+            if self.job is not None and step.name == self.job.step.name:
                 note, seconds = self.job.progress(), time.monotonic() - self._started
-            grid.add_row(
-                row.step.name, row.step.what, Text(row.state, styles.get(row.state, "")),
-                f"{row.rows:,}" if row.rows else "", f"{seconds:.1f}" if seconds is not None else "", note,
-            )  # fmt: skip
+            state = Text(status.state, STYLES.get(status.state, ""))
+            rows = f"{status.rows:,}" if status.rows else ""
+            grid.add_row(step.name, step.what, state, rows, "" if seconds is None else f"{seconds:.1f}", note)
         return Group(grid)
 
 
@@ -124,7 +134,9 @@ def chosen(first: str | None, last: str | None) -> list[Step]:
         if name is not None and name not in BY_NAME:
             raise ConfigError(f"unknown step {name!r}; the steps are {', '.join(BY_NAME)}")
     names = list(BY_NAME)
-    steps = STEPS[names.index(first) if first else 0 : names.index(last) + 1 if last else None]
+    start = names.index(first) if first else 0
+    end = names.index(last) + 1 if last else None
+    steps = STEPS[start:end]
     if not steps:
         raise ConfigError(f"--from {first} comes after --until {last}; the order is {', '.join(names)}")
     return list(steps)
@@ -144,13 +156,13 @@ def run_pipeline(recipe: Recipe, steps: Sequence[Step], console: Console) -> Run
             else:
                 todo.append(step)
         if todo:
-            require(run, todo, lambda note: _tell(console, note))
+            require(run, todo, lambda note: _print_note(console, note))
             _run_steps(run, todo, board)
     board.close()
     return run
 
 
-def _tell(console: Console, note: str) -> None:
+def _print_note(console: Console, note: str) -> None:
     console.print(f"note: {note}", style=None, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -166,11 +178,11 @@ def _run_steps(run: Run, steps: Sequence[Step], board: Board) -> None:
                 board.fail(step, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
                 raise
             board.finish(step, "done")
-            _keep_usage(run, step, resources, time.monotonic() - started)
+            _write_usage(run, step, resources, time.monotonic() - started)
 
 
-def _keep_usage(run: Run, last: Step, resources: ResourceSampler, seconds: float) -> None:
-    """What the run has used so far, beside its tables; the report of a later session does not change it.
+def _write_usage(run: Run, last: Step, resources: ResourceSampler, seconds: float) -> None:
+    """Write what the run has used so far beside its tables; the report of a later session does not change it.
 
     On a cluster the work is done by processes that are not ours to measure.
     """
@@ -187,6 +199,7 @@ def _keep_usage(run: Run, last: Step, resources: ResourceSampler, seconds: float
 
 
 def main(words: Sequence[str] | None = None) -> int:
+    """``python -m jobs.pipeline``."""
     arguments = parser("pipeline", "All steps of a recipe, resumable.")
     arguments.add_argument("--from", dest="first", metavar="STEP", help=f"first step: {', '.join(BY_NAME)}")
     arguments.add_argument("--until", dest="last", metavar="STEP", help="last step")
@@ -207,18 +220,18 @@ def _main(parsed: argparse.Namespace) -> int:
 
         print_plan(recipe, steps, console)
         if parsed.check:
-            require(Run(recipe), steps, lambda note: _tell(console, note))
+            require(Run(recipe), steps, lambda note: _print_note(console, note))
             console.print("checked: every API answers, and every checkpoint is there", highlight=False)
         return 0
     if parsed.check:
         raise ConfigError("--check goes with --dry-run; a run checks before it starts anyway")
     started = time.monotonic()
     run = run_pipeline(recipe, steps, console)
-    closing(run, steps, console, time.monotonic() - started)
+    print_summary(run, steps, console, time.monotonic() - started)
     return 0
 
 
-def closing(run: Run, steps: Sequence[Step], console: Console, seconds: float) -> None:
+def print_summary(run: Run, steps: Sequence[Step], console: Console, seconds: float) -> None:
     """Where everything lies, the dataset's gates, and the report's headline."""
     places = Grid(box=None, show_header=False, pad_edge=False)
     for step in steps:
@@ -228,10 +241,11 @@ def closing(run: Run, steps: Sequence[Step], console: Console, seconds: float) -
     console.print("\n[bold]Where everything lies[/bold]", places)
     usage = Path(run.recipe.run) / "usage.json"
     if usage.is_file():
-        used = json.loads(usage.read_text())
+        figures = json.loads(usage.read_text())
+        minutes, core_minutes, peak_gib = figures["seconds"] / 60, figures["core_minutes"], figures["peak_pss_gib"]
         console.print(
-            f"\n{seconds:.0f} s now; the last working session: {used['seconds'] / 60:.1f} min, "
-            f"{used['core_minutes']:.1f} core-minutes, at most {used['peak_pss_gib']:.1f} GiB (PSS)"
+            f"\n{seconds:.0f} s now; the last working session: {minutes:.1f} min, "
+            f"{core_minutes:.1f} core-minutes, at most {peak_gib:.1f} GiB (PSS)"
         )
     if BY_NAME["audit"] in steps:
         from medmm_ray.pages.dataset_page import lead

@@ -1,12 +1,12 @@
-"""Before a run: every API that its recipe asks, and every checkpoint that it names, is looked at.
+"""Before a run: every API that its recipe asks, and every checkpoint that it names, is checked.
 
 An API gets one small call a day, each checkpoint's files are listed and its config read, before any GPU hour is spent;
-what fails is told all at once. Steps that are complete need nothing any more.
+all faults are reported at once. Steps that are complete need nothing any more.
 """
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from jobs.graph import Step
@@ -20,7 +20,7 @@ from medmm_ray.engines.llm.probe import ApiModel, probe_all
 from medmm_ray.reward_model.preflight import CheckpointKind, check_checkpoint
 
 # The steps in which each section asks its model, and what the artifacts are that `models` can name.
-ASKED_IN = {
+API_STEPS = {
     "write_questions": ("write_questions",),
     "sample": ("sample",),
     "sample.equivalence": ("sample", "monte_carlo", "tree_search"),
@@ -36,8 +36,8 @@ KINDS: dict[str, CheckpointKind] = {
 
 
 @dataclass
-class Findings:
-    """What a preflight found: each fault with what to do, and what is to be told though nothing fails."""
+class PreflightReport:
+    """Each fault with what to do, and notes on what does not fail."""
 
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -51,83 +51,104 @@ class Findings:
             raise ConfigError(f"{len(self.faults)} things that the recipe names cannot be used:\n{listed}")
 
 
-def preflight(run: Run, steps: Sequence[Step]) -> Findings:
-    """Look at what `steps` ask and load, those aside that are complete or left out."""
-    due = [step for step in steps if not run.skipped(step) and not run.is_complete(step)]
-    findings = Findings()
-    for (name, kind), settings in checkpoints_of(run, due).items():
+def preflight(run: Run, steps: Sequence[Step]) -> PreflightReport:
+    """Check what `steps` ask and load, without those that are complete or left out."""
+    pending = [step for step in steps if not run.skipped(step) and not run.is_complete(step)]
+    report = PreflightReport()
+    for (name, kind), settings in checkpoints_of(run, pending).items():
         try:
             check_checkpoint(name, kind)
         except ConfigError as fault:
-            findings.faults.append(f"{' and '.join(settings)}: {fault}")
-    asked = {name: one for name, one in asking(run.recipe).items() if any(s.name in ASKED_IN[name] for s in due)}
-    findings.notes += price_notes(asked)
-    _probe(run, asked, findings)
-    return findings
+            report.faults.append(f"{' and '.join(settings)}: {fault}")
+    models = _models_asked_in(run, pending)
+    report.notes += price_notes(models)
+    _probe(run, models, report)
+    return report
 
 
-def _probe(run: Run, asked: Mapping[str, ApiModel], findings: Findings) -> None:
-    """Ask each model once by each way to it."""
-    ways: dict[tuple[str, str, str, str], list[str]] = {}
-    for section, model in asked.items():
-        ways.setdefault((model.backend, model.model, model.address, model.key_variable), []).append(section)
-    models: dict[str, ApiModel] = {}
-    for sections in ways.values():
-        name, model = " and ".join(sections), asked[sections[0]]
+def _models_asked_in(run: Run, steps: Sequence[Step]) -> dict[str, ApiModel]:
+    """The models behind APIs that `steps` ask, by the recipe's sections."""
+    names = {step.name for step in steps}
+    return {section: model for section, model in asking(run.recipe).items() if names & set(API_STEPS[section])}
+
+
+def _probe(run: Run, models: Mapping[str, ApiModel], report: PreflightReport) -> None:
+    """Ask each model once at each of its addresses, with each key."""
+    routes: dict[tuple[str, str, str, str], list[str]] = {}
+    for section, model in models.items():
+        routes.setdefault((model.backend, model.model, model.address, model.key_variable), []).append(section)
+    probes: dict[str, ApiModel] = {}
+    for sections in routes.values():
+        name, model = " and ".join(sections), models[sections[0]]
         if os.environ.get("RAY_ADDRESS") and model.key_variable not in os.environ:
-            findings.notes.append(
+            report.notes.append(
                 f"{name}: {model.key_variable} is not set here, so {model.model} was not asked; the workers need it"
             )
             continue
-        sends_images = any(asked[section].sends_images for section in sections)
-        wants_json = any(asked[section].wants_json for section in sections)
-        models[name] = replace(model, sends_images=sends_images, wants_json=wants_json)
-    outcomes = asyncio.run(probe_all(list(models.values()), f"{run.root}/api", today()))
-    for name, outcome in zip(models, outcomes, strict=True):
+        # One request tries all that the sections will ask of the model.
+        sends_images = any(models[section].sends_images for section in sections)
+        wants_json = any(models[section].wants_json for section in sections)
+        probes[name] = replace(model, sends_images=sends_images, wants_json=wants_json)
+    outcomes = asyncio.run(probe_all(list(probes.values()), f"{run.root}/api", today()))
+    for name, outcome in zip(probes, outcomes, strict=True):
         if isinstance(outcome, list):
-            findings.notes += [f"{name}: {note}" for note in outcome]
+            report.notes += [f"{name}: {note}" for note in outcome]
         else:
-            findings.faults.append(f"{name}: {outcome}")
+            report.faults.append(f"{name}: {outcome}")
 
 
 def checkpoints_of(run: Run, steps: Sequence[Step]) -> dict[tuple[str, CheckpointKind], list[str]]:
     """The checkpoints that steps load, each with the settings that name it; the run's own are none of them."""
-    recipe, found = run.recipe, dict[tuple[str, CheckpointKind], list[str]]()
-
-    def add(setting: str, name: str | None, kind: CheckpointKind) -> None:
-        if name is not None and setting not in found.setdefault((name, kind), []):
-            found[name, kind].append(setting)
-
+    settings: dict[tuple[str, CheckpointKind], list[str]] = {}
     for step in steps:
-        for artifact in (name for name in step.reads if name in KINDS):
-            if artifact == "policy" and (recipe.sample.backend != "vllm" or step.name == "train_text_prm"):
-                continue  # an API's model; or the base of a reward model, below
-            add(f"models.{artifact}", run.given(artifact), KINDS[artifact])
-        section = run.section(step)
-        if isinstance(section, GeneratorConfig):
-            add(f"{step.name}.lora", section.lora, "adapter")
-        match step.name:
-            case "embed":
-                add("embed.text_model", recipe.embed.text_model, "text_encoder")
-            case "train_policy":
-                add("train_policy.base", recipe.train_policy.base, "policy")
-            case "train_text_prm" if recipe.train_text_prm.base:
-                add("train_text_prm.base", recipe.train_text_prm.base, "reward_model")
-            case "train_text_prm" if recipe.sample.backend == "vllm":
-                add("models.policy", run.given("policy"), "reward_model")
-            case "write_questions" if recipe.write_questions.per_image and recipe.write_questions.backend == "vllm":
-                add("write_questions.model", recipe.write_questions.model, "policy")
-            case "judge":
-                for name, judge in (("judge", recipe.judge), ("second_judge", recipe.second_judge)):
-                    if judge and judge.backend == "vllm":
-                        own = judge.model is not None
-                        add(f"{name}.model" if own else "models.policy", judge.model or run.given("policy"), "policy")
-    return found
+        for setting, checkpoint, kind in (*_given_artifacts(run, step), *_checkpoints_of_section(run, step)):
+            if checkpoint is None:
+                continue
+            names = settings.setdefault((checkpoint, kind), [])
+            if setting not in names:
+                names.append(setting)
+    return settings
 
 
-def require(run: Run, steps: Sequence[Step], tell: Callable[[str], None]) -> None:
-    """Tell what a preflight has to tell; raise `ConfigError` with all that cannot be used."""
-    findings = preflight(run, steps)
-    for note in findings.notes:
-        tell(note)
-    findings.refuse()
+Named = tuple[str, str | None, CheckpointKind]  # a setting, the checkpoint that it names, and what it must be
+
+
+def _given_artifacts(run: Run, step: Step) -> Iterator[Named]:
+    """Those of `models` that a step reads."""
+    for artifact in step.reads:
+        if artifact not in KINDS:
+            continue
+        if artifact == "policy" and (run.recipe.sample.backend != "vllm" or step.name == "train_text_prm"):
+            continue  # an API's model; or the base of a reward model, of another kind
+        yield f"models.{artifact}", run.given(artifact), KINDS[artifact]
+
+
+def _checkpoints_of_section(run: Run, step: Step) -> Iterator[Named]:
+    """Those that the step's own section names, and the policy where it stands in for one."""
+    recipe, section = run.recipe, run.section(step)
+    if isinstance(section, GeneratorConfig):
+        yield f"{step.name}.lora", section.lora, "adapter"
+    match step.name:
+        case "embed":
+            yield "embed.text_model", recipe.embed.text_model, "text_encoder"
+        case "train_policy":
+            yield "train_policy.base", recipe.train_policy.base, "policy"
+        case "train_text_prm" if recipe.train_text_prm.base:
+            yield "train_text_prm.base", recipe.train_text_prm.base, "reward_model"
+        case "train_text_prm" if recipe.sample.backend == "vllm":
+            yield "models.policy", run.given("policy"), "reward_model"
+        case "write_questions" if recipe.write_questions.per_image and recipe.write_questions.backend == "vllm":
+            yield "write_questions.model", recipe.write_questions.model, "policy"
+        case "judge":
+            for name, judge in (("judge", recipe.judge), ("second_judge", recipe.second_judge)):
+                if judge and judge.backend == "vllm":
+                    setting = "models.policy" if judge.model is None else f"{name}.model"
+                    yield setting, judge.model or run.given("policy"), "policy"
+
+
+def require(run: Run, steps: Sequence[Step], print_note: Callable[[str], None]) -> None:
+    """Print the notes of a preflight; raise `ConfigError` with all that cannot be used."""
+    report = preflight(run, steps)
+    for note in report.notes:
+        print_note(note)
+    report.refuse()

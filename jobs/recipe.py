@@ -55,7 +55,7 @@ class PlanConfig(Config):
     train_questions: int | None = execution(None)
     """Questions of the training split; null: as ingest or curate limits them."""
     test_questions: int | None = execution(None)
-    """Questions of the test split; null: likewise."""
+    """Questions of the test split; null: as ingest or curate limits them."""
     steps: float = execution(8.0)
     """Mean steps of a solution."""
     question_tokens: float = execution(185.0)
@@ -91,7 +91,7 @@ class PlanConfig(Config):
 
 
 def judge_name(config: JudgeConfig) -> str:
-    """What tells one judge from another."""
+    """A judge's name in messages, by which one is told from another."""
     return f"phantom, seed {config.seed}" if config.backend == "phantom" else f"{config.backend} {config.model}"
 
 
@@ -101,7 +101,7 @@ class RoundsConfig(Config):
     rounds: int = Field(2, ge=1)
     """Times that a policy learns from its own trees."""
     fine_tuning: PolicyConfig = PolicyConfig()
-    """How it learns; its base is the round's policy."""
+    """How the policy of the next round is trained; its base is the round's policy."""
 
 
 class Recipe(Config):
@@ -170,15 +170,16 @@ class Recipe(Config):
     beam_search: BeamSearchConfig = BeamSearchConfig()
     """Beam search on a finished run (jobs.beam_search)."""
     meds3: RoundsConfig = RoundsConfig()
-    """Rounds of tree search and training."""
+    """Rounds of tree search and training (jobs.meds3)."""
     plan: PlanConfig = PlanConfig()
-    """Assumptions of --dry-run."""
+    """Numbers that --dry-run assumes."""
 
     @field_validator("without")
     @classmethod
     def _known_steps(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        if unknown := [name for name in names if name not in BY_NAME]:
-            raise ValueError(f"{unknown[0]!r} is no step; the steps are {', '.join(BY_NAME)}")
+        for name in names:
+            if name not in BY_NAME:
+                raise ValueError(f"{name!r} is no step; the steps are {', '.join(BY_NAME)}")
         return names
 
     @model_validator(mode="after")
@@ -189,12 +190,12 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _limits_agree(self) -> "Recipe":
-        for (model, limit), given in limits_of(self).items():
-            (first, value), *others = given.items()
-            for other, another in others:
-                if another != value:
+        for (model, limit), settings in limits_of(self).items():
+            (first_name, first_value), *rest = settings.items()
+            for name, value in rest:
+                if value != first_value:
                     raise ValueError(
-                        f"{first} is {value:g} and {other} is {another:g}, but the run asks {model} under one "
+                        f"{first_name} is {first_value:g} and {name} is {value:g}, but the run asks {model} under one "
                         f"{limit}; make them equal, or set one of them"
                     )
         return self
@@ -243,7 +244,8 @@ def api_policy_faults(recipe: Recipe) -> list[str]:
             f"sample.backend is {backend!r} and models.policy is not set; name the API's model: models.policy=<name>"
         ]
     faults = []
-    if steps := [name for name in ("monte_carlo", "tree_search") if name not in recipe.without]:
+    steps = [name for name in ("monte_carlo", "tree_search") if name not in recipe.without]
+    if steps:
         without = ", ".join([*recipe.without, *steps])
         faults.append(
             f"{' and '.join(steps)} would continue solutions from inside a step, which models.policy={policy} behind "
@@ -268,43 +270,44 @@ LIMITS = ("max_cost_usd", "requests_per_minute", "tokens_per_minute")
 
 def asking(recipe: Recipe) -> dict[str, ApiModel]:
     """The sections of a recipe that ask a model behind an API."""
-    written, sampled, graded = recipe.write_questions, recipe.sample, recipe.sample.equivalence
-    found: dict[str, ApiModel] = {}
-    if written.backend != "vllm" and written.per_image and written.model:
-        found["write_questions"] = ApiModel(written.backend, written.model, written, sends_images=True)
-    if sampled.backend != "vllm" and recipe.models.policy:
-        sends_images = sampled.num_images > 0
-        found["sample"] = ApiModel(sampled.backend, recipe.models.policy, sampled, sends_images, wants_json=False)
-    if graded.backend != "none" and graded.model:
-        found["sample.equivalence"] = ApiModel(graded.backend, graded.model, graded)
+    writer, sampler, grader = recipe.write_questions, recipe.sample, recipe.sample.equivalence
+    models: dict[str, ApiModel] = {}
+    if writer.backend != "vllm" and writer.per_image and writer.model:
+        models["write_questions"] = ApiModel(writer.backend, writer.model, writer, sends_images=True)
+    if sampler.backend != "vllm" and recipe.models.policy:
+        sends_images = sampler.num_images > 0
+        models["sample"] = ApiModel(sampler.backend, recipe.models.policy, sampler, sends_images, wants_json=False)
+    if grader.backend != "none" and grader.model:
+        models["sample.equivalence"] = ApiModel(grader.backend, grader.model, grader)
     for name, judge in (("judge", recipe.judge), ("second_judge", recipe.second_judge)):
         if judge and judge.backend != "phantom" and judge.backend != "vllm" and judge.model:
             wants_json = judge.reply == "json" and judge.constrain
-            found[name] = ApiModel(judge.backend, judge.model, judge, judge.max_images > 0, wants_json)
-    return found
+            models[name] = ApiModel(judge.backend, judge.model, judge, judge.max_images > 0, wants_json)
+    return models
 
 
 def limits_of(recipe: Recipe) -> dict[tuple[str, str], dict[str, float]]:
-    """Of each model and limit the settings that give one: ``{("gpt-4o", "max_cost_usd"): {"judge.max_cost_usd": 5}}``.
+    """The settings by model and limit: ``{("gpt-4o", "max_cost_usd"): {"judge.max_cost_usd": 5}}``.
 
     A model has one budget in a run, whichever backend or address it is reached by.
     """
-    found: dict[tuple[str, str], dict[str, float]] = {}
-    for name, asked in asking(recipe).items():
+    limits: dict[tuple[str, str], dict[str, float]] = {}
+    for name, model in asking(recipe).items():
         for limit in LIMITS:
-            value: float | None = getattr(asked.config, limit)
+            value: float | None = getattr(model.config, limit)
             if value is not None:
-                found.setdefault((asked.model, limit), {})[f"{name}.{limit}"] = value
-    return found
+                limits.setdefault((model.model, limit), {})[f"{name}.{limit}"] = value
+    return limits
 
 
 def with_shared_limits(recipe: Recipe) -> Recipe:
     """The recipe, a model's limits in every section that asks it: a step that sets none would lift the run's."""
-    given = {key: next(iter(settings.values())) for key, settings in limits_of(recipe).items()}
-    limited: dict[str, Any] = {}
-    for name, asked in asking(recipe).items():
-        limits = {limit: given[asked.model, limit] for limit in LIMITS if (asked.model, limit) in given}
-        limited[name] = asked.config.model_copy(update=limits)
-    if equivalence := limited.pop("sample.equivalence", None):
-        limited["sample"] = limited.get("sample", recipe.sample).model_copy(update={"equivalence": equivalence})
-    return recipe.model_copy(update=limited)
+    values = {key: next(iter(settings.values())) for key, settings in limits_of(recipe).items()}
+    sections: dict[str, Any] = {}
+    for name, model in asking(recipe).items():
+        limits = {limit: values[model.model, limit] for limit in LIMITS if (model.model, limit) in values}
+        sections[name] = model.config.model_copy(update=limits)
+    if equivalence := sections.pop("sample.equivalence", None):
+        sample = sections.get("sample", recipe.sample)
+        sections["sample"] = sample.model_copy(update={"equivalence": equivalence})
+    return recipe.model_copy(update=sections)

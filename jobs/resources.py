@@ -11,7 +11,8 @@ import psutil
 class ResourceSampler:
     """Samples this process and all that descend from it, in a thread, while the ``with`` block runs.
 
-    `peak_gib` is the largest sum of PSS seen; `core_minutes` the CPU time of every process seen, up to its last sample.
+    `peak_gib` is the largest sum of PSS in a sample; `core_minutes` the CPU time of every process, up to its last
+    sample.
     """
 
     def __init__(self, interval_s: float = 5.0) -> None:
@@ -23,6 +24,7 @@ class ResourceSampler:
 
     @property
     def core_minutes(self) -> float:
+        """CPU time so far, of processes that have ended too."""
         return sum(self._cpu_seconds.values()) / 60
 
     def __enter__(self) -> Self:
@@ -41,9 +43,10 @@ class ResourceSampler:
                 memory_due = time.monotonic() + self.interval_s
 
     def sample(self, memory: bool = True) -> None:
-        me = psutil.Process()
+        """Take one sample, of CPU time alone where `memory` is false."""
+        this_process = psutil.Process()
         total = 0
-        for process in (me, *me.children(recursive=True)):
+        for process in (this_process, *this_process.children(recursive=True)):
             try:
                 times = process.cpu_times()
                 self._cpu_seconds[(process.pid, process.create_time())] = times.user + times.system

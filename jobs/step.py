@@ -41,11 +41,11 @@ class Run:
 
     def given(self, name: str) -> str | None:
         """The checkpoint that the recipe names for the artifact `name`, if any."""
-        models: dict[str, str | None] = dict(self.recipe.models)
-        return models.get(name)
+        checkpoints: dict[str, str | None] = dict(self.recipe.models)
+        return checkpoints.get(name)
 
     def skipped(self, step: Step) -> bool:
-        """Whether a step is left out: by the recipe's word, or because all that it makes is given."""
+        """Whether a step is left out: because the recipe says so, or because all that it makes is given."""
         return step.name in self.recipe.without or all(self.given(name) is not None for name in step.makes)
 
     def is_left_out(self, name: str) -> bool:
@@ -53,9 +53,9 @@ class Run:
         return self.given(name) is None and MAKER[name].name in self.recipe.without
 
     def upstream(self, step: Step) -> dict[str, str]:
-        return {
-            name: self.given(name) or self.fingerprint(MAKER[name]) for name in step.reads if not self.is_left_out(name)
-        }
+        """What a step reads: each name with the given checkpoint or its maker's fingerprint."""
+        names = [name for name in step.reads if not self.is_left_out(name)]
+        return {name: self.given(name) or self.fingerprint(MAKER[name]) for name in names}
 
     def fingerprint(self, step: Step) -> str:
         """Config + upstream + the step's version; not pool sizes, batch sizes or paths."""
@@ -65,21 +65,27 @@ class Run:
 
     def settings(self, step: Step) -> dict[str, Any]:
         """What of the recipe decides what a step makes: its section, and what it shares with other steps."""
-        shared = {name: operator.attrgetter(name)(self.recipe) for name in step.shares}
-        return identity(self.section(step)) | {name: identity(c) for name, c in shared.items() if c is not None}
+        settings = identity(self.section(step))
+        for name in step.shares:
+            shared = operator.attrgetter(name)(self.recipe)
+            if shared is not None:
+                settings[name] = identity(shared)
+        return settings
 
     def section(self, step: Step) -> Any:
+        """A step's config: the recipe's section of its name."""
         return getattr(self.recipe, step.name)
 
     def uri(self, name: str) -> str:
+        """Where a table or artifact of the run lies."""
         return f"{self.root}/{name}/{self.fingerprint(MAKER[name])}"
 
     def model(self, name: str) -> str:
         """The checkpoint that the recipe names, else the run's own, which must be complete."""
-        given = self.given(name)
-        if given is None:
-            self.artifact(name).manifest()
-        return given or self.uri(name)
+        checkpoint = self.given(name)
+        if checkpoint is None:
+            self.artifact(name).manifest()  # raises where it is not complete
+        return checkpoint or self.uri(name)
 
     def model_id(self, name: str) -> str:
         """What tables call a model: its given name, or the run's own with its fingerprint."""
@@ -90,29 +96,37 @@ class Run:
 
         What another policy wrote shows nothing of this one, so solutions and continuations are compared by it.
         """
-        adapter = self.section(step).lora
-        return self.model_id("policy") if adapter is None else f"{self.model_id('policy')}+{adapter}"
+        model, adapter = self.model_id("policy"), self.section(step).lora
+        return model if adapter is None else f"{model}+{adapter}"
 
     def table(self, name: str) -> Table:
+        """A table of the run, whether it is there or not."""
         record = MAKER[name].makes[name]
         assert record is not None, f"{name} is not a table"
         return Table(self.uri(name), record)
 
     def artifact(self, name: str) -> Artifact:
+        """An artifact of the run, or a table as one, whether it is there or not."""
         return Artifact(self.uri(name))
 
     def outputs(self, step: Step) -> dict[str, Artifact]:
+        """The tables and artifacts that a step makes, by name."""
         return {name: self.table(name) if record else self.artifact(name) for name, record in step.makes.items()}
 
     def is_complete(self, step: Step) -> bool:
+        """Whether all that a step makes is there."""
         return all(output.is_complete for output in self.outputs(step).values())
 
     def manifests(self, step: Step) -> list[Manifest]:
+        """The manifests of all that a step has made."""
         return [output.manifest() for output in self.outputs(step).values()]
 
 
 class Job:
-    """One step of a run while it is worked on."""
+    """One step of a run while it is worked on.
+
+    `waiting` says in a few words what is being waited for, `notes` what is to be shown when the step is done.
+    """
 
     def __init__(self, run: Run, step: Step) -> None:
         self.run = run
@@ -121,11 +135,12 @@ class Job:
         self.config = run.section(step)
         self.waiting = "starting"
         self.notes: list[str] = []
-        self._made: tuple[Table, int] | None = None  # the table that is being made, and its rows when it is whole
-        self._folder: str | None = None  # of the artifact that is being made
-        self._since = time.monotonic()
+        self._table_in_progress: tuple[Table, int] | None = None  # and its rows when it is whole
+        self._artifact_in_progress: str | None = None  # its folder
+        self._last_commit = time.monotonic()
 
     def origin(self, name: str) -> Provenance:
+        """What the manifest of an output says of where it comes from."""
         return Provenance(
             name=name,
             fingerprint=self.run.fingerprint(self.step),
@@ -134,14 +149,15 @@ class Job:
         )
 
     def table(self, name: str) -> Table:
+        """A table of the run."""
         return self.run.table(name)
 
     def read(self, name: str, columns: Sequence[str] | None = None) -> "pa.Table":
         """A table of the run, whole, in memory: for the small ones; one without rows where its step is left out."""
         table = self.run.table(name)
         if self.run.is_left_out(name):
-            nothing = table.schema.empty_table()
-            return nothing if columns is None else nothing.select(list(columns))
+            empty = table.schema.empty_table()
+            return empty if columns is None else empty.select(list(columns))
         return table.to_arrow(columns)
 
     @property
@@ -159,52 +175,65 @@ class Job:
     def seconds(self) -> float:
         """Seconds since the step began or since its last output was committed."""
         now = time.monotonic()
-        elapsed, self._since = now - self._since, now
-        return elapsed
+        seconds = now - self._last_commit
+        self._last_commit = now
+        return seconds
 
     def make(
-        self, name: str, source: "Dataset", ids: Iterable[str], do: "Callable[[Dataset], Dataset]", key: str,
-        explode: str | None = None, made_key: str | None = None,
-    ) -> None:  # fmt: skip
-        """Make a table from `source` by `do`, one row in and one row out by `key`; resumes what was interrupted.
+        self,
+        name: str,
+        source: "Dataset",
+        ids: Iterable[str],
+        transform: "Callable[[Dataset], Dataset]",
+        key: str,
+        explode: str | None = None,
+        output_key: str | None = None,
+    ) -> None:
+        """Make the table `name` from the rows of `source`, one row in and one row out; resumes what was interrupted.
 
-        `made_key` is the key's name in the rows that `do` makes, where it is another.
+        Args:
+            ids: The rows that the table has when it is whole, by their `key`.
+            key: Column of `source` that names a row.
+            explode: Column of lists in the rows of `transform`, whose entries are the rows of the table.
+            output_key: Column that names the row in what `transform` makes, where it is another.
         """
         table = self.run.table(name)
         if table.is_complete:
             return
         table.prepare()
-        expected = list(ids)
-        self.waiting, self._made = f"rows of {name}", (table, len(expected))
-        done = table.done_ids()
-        if done:
-            log.info("%s: %d of %d rows are there, resuming", name, len(done), len(expected))
-        if set(expected) - done:
-            table.write(do(pending(source, key, done)), made_key or key, explode)
+        expected_ids = list(ids)
+        self.waiting, self._table_in_progress = f"rows of {name}", (table, len(expected_ids))
+        done_ids = table.done_ids()
+        if done_ids:
+            log.info("%s: %d of %d rows are there, resuming", name, len(done_ids), len(expected_ids))
+        output_key = output_key or key
+        if set(expected_ids) - done_ids:
+            table.write(transform(pending(source, key, done_ids)), output_key, explode)
         limit = self.recipe.max_error_rate
-        self.report(name, table.finish(self.origin(name), made_key or key, expected, self.seconds(), limit))
+        self.report(name, table.finish(self.origin(name), output_key, expected_ids, self.seconds(), limit))
 
     def make_rows(self, name: str, rows: Sequence[Any], key: str, figures: dict[str, float] | None = None) -> None:
-        """Make a small table from rows in the driver."""
+        """Make a small table from rows that the driver has; `figures` go into its manifest."""
         table = self.run.table(name)
         if not table.is_complete:
             limit = self.recipe.max_error_rate
             self.report(name, write_rows(table, rows, self.origin(name), key, self.seconds(), limit, figures))
 
-    def make_artifact(self, name: str, do: Callable[[str], dict[str, float]]) -> None:
-        """Make a folder by `do(folder) -> figures`."""
+    def make_artifact(self, name: str, write: Callable[[str], dict[str, float]]) -> None:
+        """Make a folder by ``write(folder)``, which returns figures for its manifest."""
         artifact = self.run.artifact(name)
         if artifact.is_complete:
             return
         artifact.prepare()
-        self.waiting, self._made, self._folder = name, None, artifact.uri
-        figures = do(artifact.uri)
+        self.waiting, self._table_in_progress, self._artifact_in_progress = name, None, artifact.uri
+        figures = write(artifact.uri)
         self.report(name, artifact.commit(self.origin(name), self.seconds(), figures))
 
     def report(self, name: str, manifest: Manifest) -> None:
-        failed = ", ".join(f"{kind} {n}" for kind, n in manifest.errors.items())
-        log.info("%s: %s rows%s", name, f"{manifest.rows:,}", f", {sum(manifest.errors.values())} failed ({failed})"
-                 if failed else "")  # fmt: skip
+        """Log an output's rows, and its errors by kind."""
+        errors = ", ".join(f"{kind} {count}" for kind, count in manifest.errors.items())
+        failed = f", {sum(manifest.errors.values())} failed ({errors})" if errors else ""
+        log.info("%s: %s rows%s", name, f"{manifest.rows:,}", failed)
 
     def note(self, line: str) -> None:
         """Note in one line what the step did or took; a pipeline shows it when the step is done."""
@@ -213,17 +242,17 @@ class Job:
 
     def progress(self) -> str:
         """What is being waited for, and how far it is: rows of a table, or updates of a training."""
-        if self._made:
-            table, expected = self._made
+        if self._table_in_progress:
+            table, expected = self._table_in_progress
             return f"{self.waiting}: {table.rows_so_far():,} of {expected:,}"
         from medmm_ray.train.progress import progress_text
 
-        told = progress_text(self._folder) if self._folder else ""
-        return f"{self.waiting}: {told}" if told else self.waiting
+        progress = progress_text(self._artifact_in_progress) if self._artifact_in_progress else ""
+        return f"{self.waiting}: {progress}" if progress else self.waiting
 
 
 def run_step(run: Run, step: Step, started: Callable[[Job], None] = lambda _: None) -> None:
-    """Run one step in the present Ray session; what it reads must be complete. `started` is told of its job."""
+    """Run one step in the present Ray session; what it reads must be complete. `started` is called with its job."""
     for name in step.reads:
         maker = MAKER[name]
         if not run.skipped(maker) and not run.artifact(name).is_complete:
@@ -251,13 +280,16 @@ def parser(name: str, what: str) -> argparse.ArgumentParser:
 def load_recipe(words: Sequence[str], section: str | None = None) -> Recipe:
     """A recipe file and ``name=value`` words as the settings of a run."""
     if not words or "=" in words[0]:
-        shipped = ", ".join(sorted(p.name for p in (Path(__file__).parent / "recipes").glob("*.yaml")))
+        files = (Path(__file__).parent / "recipes").glob("*.yaml")
+        shipped = ", ".join(sorted(file.name for file in files))
         raise ConfigError(f"name a recipe file first; jobs/recipes/ has {shipped}")
     return load(Recipe, words[0], words[1:], section)
 
 
 def read_arguments(arguments: argparse.Namespace, section: str | None) -> Recipe:
-    return load_recipe([arguments.recipe, *arguments.overrides] if arguments.recipe else [], section)
+    """The recipe that parsed arguments name; names without a section are settings of `section`."""
+    words = [arguments.recipe, *arguments.overrides] if arguments.recipe else []
+    return load_recipe(words, section)
 
 
 def main(name: str, words: Sequence[str] | None = None) -> int:
@@ -286,9 +318,12 @@ def _main(step: Step, arguments: argparse.Namespace) -> int:
 
 
 def launch(
-    arguments: argparse.ArgumentParser, words: Sequence[str] | None, work: Callable[[argparse.Namespace], int],
-    config: type[Config] | None = None, section: str | None = None,
-) -> int:  # fmt: skip
+    arguments: argparse.ArgumentParser,
+    words: Sequence[str] | None,
+    work: Callable[[argparse.Namespace], int],
+    config: type[Config] | None = None,
+    section: str | None = None,
+) -> int:
     """An entry point: ``--help`` prints its arguments and `config`'s settings; otherwise `work` is done, `guarded`.
 
     ``--help`` is one screen, ``--help-all`` has every setting.
@@ -327,21 +362,30 @@ _RAISED = re.compile(
 
 
 def root_cause(error: BaseException) -> str:
-    """The words of the outermost error of ours in the chain, else of the innermost; Ray's wrapping is taken off.
+    """The message of the outermost error of ours in the chain, else of the innermost; Ray's wrapping is taken off.
 
     An error of ours says what happened and what to do; of others the name of their class says part of it.
     """
     while (inner := error.__cause__) is not None and not _is_ours(error) and not _is_a_mark(inner):
         error = inner
     text = str(error)
+    raised = None
     if type(error).__name__ == "ActorDiedError":  # an engine that could not start: its last line says why
         text = text.strip().splitlines()[-1].strip()
         raised = _RAISED.match(text)
-    else:
-        found = list(_RAISED.finditer(text)) if "Ray" in type(error).__name__ else []
-        raised = next((m for m in found if m["kind"].startswith(OURS)), found[0] if found else None)
+    elif "Ray" in type(error).__name__:
+        raised = _first_raised(text)
     kind, words = (raised["kind"], raised["words"]) if raised else (_kind(error), text)
     return words if kind.startswith(OURS) else f"{kind.rpartition('.')[2]}: {words}"
+
+
+def _first_raised(trace: str) -> re.Match[str] | None:
+    """The first error of ours in the text of a trace, else the first of any kind."""
+    errors = list(_RAISED.finditer(trace))
+    for error in errors:
+        if error["kind"].startswith(OURS):
+            return error
+    return errors[0] if errors else None
 
 
 def _kind(error: BaseException) -> str:

@@ -24,5 +24,5 @@ class Measured:
     @property
     def met(self) -> bool | None:
         """Whether the target is reached; None without one."""
-        asked = re.fullmatch(r"([≥≤]) ([\d.]+)", self.target)
-        return _COMPARE[asked[1]](self.ratio, float(asked[2])) if asked else None
+        target = re.fullmatch(r"([≥≤]) ([\d.]+)", self.target)
+        return _COMPARE[target[1]](self.ratio, float(target[2])) if target else None

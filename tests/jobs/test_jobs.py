@@ -424,5 +424,5 @@ def test_progress_counts_the_rows_of_the_table_that_is_being_made(
             said.append(job.progress())
 
     monkeypatch.setattr(Table, "write", write)
-    job.make("query_vectors", object(), "abc", lambda ds: ds, "question_id", made_key="item_id")  # type: ignore[arg-type]
+    job.make("query_vectors", object(), "abc", lambda ds: ds, "question_id", output_key="item_id")  # type: ignore[arg-type]
     assert said == ["rows of query_vectors: 2 of 3", "rows of query_vectors: 3 of 3"]

@@ -461,7 +461,7 @@ def test_the_pipeline_ends_with_the_gates(tmp_path: Path, capsys: pytest.Capture
     assert job.main(words) == 0
     run = Run(load_recipe(words))
     capsys.readouterr()
-    pipeline.closing(run, [BY_NAME["audit"]], Console(width=120), 1.0)
+    pipeline.print_summary(run, [BY_NAME["audit"]], Console(width=120), 1.0)
     shown = capsys.readouterr().out
     assert "dataset: meets 4 of 8 quality gates" in shown
     assert "dataset_report.html" in shown

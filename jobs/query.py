@@ -6,7 +6,7 @@ The answer is kept in the run's folder; as long as the model is the same, a seco
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from medmm_ray.service.rerank import RerankAnswer, RerankRequest
 
 
 def main(words: Sequence[str] | None = None) -> int:
+    """Run the job; `words` are its arguments, else the command line's. Gives the exit status."""
     arguments = parser("query", "Serve the run's model, send it one held-out question and print the answer.")
     return launch(arguments, words, _main)
 
@@ -37,7 +38,7 @@ def _main(arguments: argparse.Namespace) -> int:
             "model": model,
             "gold": gold,
             "request": request.model_dump(mode="json"),
-            "answer": asked(run, request),
+            "answer": answer_of(run, request),
         }
         write_file(fs, path, json.dumps(stored, indent=1).encode())
     request = RerankRequest.model_validate(stored["request"])
@@ -53,7 +54,7 @@ def _stored(path: Path, model: str) -> dict[str, Any] | None:
     return stored if stored["model"] == model else None
 
 
-def asked(run: Run, request: RerankRequest) -> dict[str, Any]:
+def answer_of(run: Run, request: RerankRequest) -> dict[str, Any]:
     """The service's answer; the service runs for this one request."""
     from medmm_ray.service.app import running
     from medmm_ray.session import session
@@ -64,32 +65,42 @@ def asked(run: Run, request: RerankRequest) -> dict[str, Any]:
 
 def example(run: Run) -> tuple[RerankRequest, str]:
     """A test question with all that is known of it, and its answer; one on which the solutions disagree, if any."""
-    questions = run.table("questions").to_arrow()
-    rows = questions.filter(pc.equal(questions["split"], "test")).sort_by("question_id").to_pylist()
-    solved = {row["question_id"]: row["solutions"] for row in run.table("solutions").to_arrow().to_pylist()}
-    asked_of = [q for q in rows if q["image_ids"] and solved.get(q["question_id"])]
-    if not asked_of:
-        raise ConfigError("no test question has an image and solutions; look at the tables questions and solutions")
-    question = next((q for q in asked_of if _disagree(solved[q["question_id"]])), asked_of[0])
-    evidence = (
-        run.table("evidence").to_arrow().filter(pc.field("question_id") == question["question_id"]).to_pylist()[0]
-    )
-    images = run.table("images").to_arrow(["image_id", "uri"])
-    uri = images.filter(pc.equal(images["image_id"], question["image_ids"][0]))["uri"][0].as_py()
+    solutions = {row["question_id"]: row["solutions"] for row in run.table("solutions").to_arrow().to_pylist()}
+    question = _question(run, solutions)
+    evidence_table = run.table("evidence").to_arrow()
+    evidence = evidence_table.filter(pc.field("question_id") == question["question_id"]).to_pylist()[0]
+    documents = evidence["documents"][: run.recipe.score.num_documents]
+    references = evidence["images"][: run.recipe.score.num_references]
     request = request_of(
         question["question"],
         question["options"],
-        [solution["steps"] for solution in solved[question["question_id"]]],
-        documents=[document["text"] for document in evidence["documents"][: run.recipe.score.num_documents]],
-        image=read_bytes(uri),
-        reference_images=[read_bytes(i["uri"]) for i in evidence["images"][: run.recipe.score.num_references]],
+        [solution["steps"] for solution in solutions[question["question_id"]]],
+        documents=[document["text"] for document in documents],
+        image=read_bytes(_uri_of(run, question["image_ids"][0])),
+        reference_images=[read_bytes(image["uri"]) for image in references],
         answer_type=question["answer_type"],
     )
     return request, question["answer"]
 
 
-def _disagree(solutions: Sequence[dict[str, Any]]) -> bool:
-    return len({s["answer"] for s in solutions if s["answer"]}) > 1
+def _question(run: Run, solutions: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
+    """The first test question with an image on whose answer its solutions disagree, else the first with an image."""
+    questions = run.table("questions").to_arrow()
+    rows = questions.filter(pc.equal(questions["split"], "test")).sort_by("question_id").to_pylist()
+    candidates: list[dict[str, Any]] = [row for row in rows if row["image_ids"] and solutions.get(row["question_id"])]
+    if not candidates:
+        raise ConfigError("no test question has an image and solutions; look at the tables questions and solutions")
+    for row in candidates:
+        answers = {solution["answer"] for solution in solutions[row["question_id"]] if solution["answer"]}
+        if len(answers) > 1:
+            return row
+    return candidates[0]
+
+
+def _uri_of(run: Run, image_id: str) -> str:
+    images = run.table("images").to_arrow(["image_id", "uri"])
+    uri: str = images.filter(pc.equal(images["image_id"], image_id))["uri"][0].as_py()
+    return uri
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from medmm_ray.service.app import ServeConfig
 
 
 def main(words: Sequence[str] | None = None) -> int:
+    """Run the job; `words` are its arguments, else the command line's. Gives the exit status."""
     arguments = parser("serve", "Serve the run's reward model: POST /v1/rerank.")
     return launch(arguments, words, _main, ServeConfig)
 
@@ -28,7 +29,9 @@ def _main(arguments: argparse.Namespace) -> int:
 def serve_config(run: Run) -> ServeConfig:
     """The recipe's serve section, with the run's own model where it names none."""
     config = run.recipe.serve
-    return config if config.model else config.model_copy(update={"model": run.model("two_tower")})
+    if config.model:
+        return config
+    return config.model_copy(update={"model": run.model("two_tower")})
 
 
 if __name__ == "__main__":

@@ -13,9 +13,6 @@ unpickles what arrives: nothing is served in a Ray without it. Logs hold counts 
 """
 
 import asyncio
-import hashlib
-import hmac
-import ipaddress
 import logging
 import os
 import socket
@@ -29,13 +26,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, Field
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from medmm_ray import __version__
 from medmm_ray.config import Config, ConfigError, build, execution, parse_overrides
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.checkpoints import resolve
 from medmm_ray.engines.images import MAX_PIXELS
+from medmm_ray.service.guard import Guard, is_loopback, sha256
 from medmm_ray.service.rerank import (
     ModelInput,
     RerankAnswer,
@@ -56,8 +53,6 @@ logger = logging.getLogger("ray.serve")  # the one that a replica writes to its 
 
 # Faults of a request by kind; every other kind is 422.
 STATUS = {"image_too_large": 413}
-WITHOUT_TOKEN = ("/health", "/docs", "/openapi.json")  # they hold no data
-
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -108,6 +103,8 @@ class ServeConfig(Config):
 
 
 class Health(BaseModel):
+    """The answer of a server that is up."""
+
     status: Literal["ok"] = "ok"
 
 
@@ -135,27 +132,30 @@ class Problem(BaseModel):
 
 
 Scorer = Callable[[ModelInput], Awaitable[Sequence[StepLogOdds]]]
+"""From a request's model input to the log-odds of its solutions' steps, one entry a solution."""
 
 
 # The application
 
 
 def api(score: Scorer, config: ServeConfig, has_image_tower: bool, token_sha256: str | None) -> FastAPI:
-    """The web application around `score`, a coroutine from one case to the log-odds of its solutions' steps."""
+    """The web application around `score`."""
     app = FastAPI(
         title="medmm_ray",
         version=__version__,
         summary="Scores each step of candidate solutions of a medical question, and puts the solutions in order.",
-        responses={code: {"model": Problem} for code in (401, 403)},
+        responses=_problems(401, 403),
     )
-    app.add_middleware(_Guard, config=config, token_sha256=token_sha256)
+    app.add_middleware(Guard, token_sha256=token_sha256, token_env=config.token_env, max_body_mb=config.max_body_mb)
     # The guard checks the token; this writes it into the OpenAPI page.
     bearer = Depends(HTTPBearer(auto_error=False, description=f"Demanded where {config.token_env} is set."))
-    card = ModelCard(version=__version__, has_image_tower=has_image_tower, **config.model_dump(include=_CARD_FIELDS))
+    card = _model_card(config, has_image_tower)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        return JSONResponse({"detail": "; ".join(_sentence(fault) for fault in error.errors())}, 422)
+        """All that is wrong with the body, in one 422."""
+        sentences = [_sentence(fault) for fault in error.errors()]
+        return JSONResponse({"detail": "; ".join(sentences)}, 422)
 
     @app.get("/health", summary="Is the server up? Needs no token.")
     async def health() -> Health:
@@ -169,118 +169,75 @@ def api(score: Scorer, config: ServeConfig, has_image_tower: bool, token_sha256:
         "/v1/rerank",
         dependencies=[bearer],
         summary="Score every step of every solution and rank the solutions",
-        responses={code: {"model": Problem} for code in (413, 422)},
+        responses=_problems(413, 422),
     )
     async def rerank_solutions(request: RerankRequest) -> RerankAnswer:
+        """Each step of each solution gets a probability, each solution a rank, each decoding rule its answer."""
         started = time.perf_counter()
         check_size(request, config)
         if request.image is not None and not has_image_tower:
             raise HTTPException(422, f"image: the model {card.model} has no image tower; leave the image out")
         try:
-            case = await asyncio.to_thread(to_model_input, request, config.max_image_pixels)
+            # Decoding images takes a while: in a thread, so that other requests are read meanwhile.
+            model_input = await asyncio.to_thread(to_model_input, request, config.max_image_pixels)
         except RowError as error:
             raise HTTPException(STATUS.get(error.kind, 422), str(error)) from error
-        scores = await score(case)
+        scores = await score(model_input)
         answer = rerank(request, scores, card.model)
-        failed = len(answer.solutions) - len(answer.ranking)
+        num_failed = len(answer.solutions) - len(answer.ranking)
         seconds = time.perf_counter() - started
-        logger.info("rerank: %d solutions, %d failed, %s, %.3f s", len(scores), failed, answer.arm, seconds)
+        logger.info("rerank: %d solutions, %d failed, %s, %.3f s", len(scores), num_failed, answer.arm, seconds)
         return answer
 
     return app
 
 
-_CARD_FIELDS = set(ModelCard.model_fields) & set(ServeConfig.model_fields)
+def _problems(*codes: int) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI page's entry of these error statuses."""
+    return {code: {"model": Problem} for code in codes}
+
+
+def _model_card(config: ServeConfig, has_image_tower: bool) -> ModelCard:
+    shared_fields = set(ModelCard.model_fields) & set(ServeConfig.model_fields)
+    limits = config.model_dump(include=shared_fields)
+    return ModelCard(version=__version__, has_image_tower=has_image_tower, **limits)
 
 
 def check_size(request: RerankRequest, config: ServeConfig) -> None:
     """Refuse with 413, before any work, what is more than one request may hold."""
-    longest = max(len(steps_of(s)) for s in request.solutions[: config.max_solutions])
-    for name, number, most in (
+    # Of too many solutions only so many are split: the first check refuses the request anyway.
+    num_steps = [len(steps_of(solution)) for solution in request.solutions[: config.max_solutions]]
+    for name, number, limit in (
         ("solutions", len(request.solutions), config.max_solutions),
-        ("steps of a solution", longest, config.max_steps),
+        ("steps of a solution", max(num_steps), config.max_steps),
         ("documents", len(request.documents), config.max_documents),
         ("reference_images", len(request.reference_images), config.max_reference_images),
     ):
-        if number > most:
-            raise HTTPException(413, f"{number} {name}; at most {most} are allowed: send fewer, or several requests")
+        if number > limit:
+            raise HTTPException(413, f"{number} {name}; at most {limit} are allowed: send fewer, or several requests")
 
 
 def _sentence(fault: Mapping[str, Any]) -> str:
+    """One of pydantic's errors in this service's words: the key, the value, what was expected."""
     if fault["type"] == "json_invalid":
         return f"body: no JSON from character {fault['loc'][-1]} on: {fault['ctx']['error']}"
-    # Which member of a union was tried (``list[…]``) is pydantic's word, no key of the body.
-    parts = [str(part) for part in fault["loc"] if part != "body"]
-    key = ".".join(part for part in parts if part != "constrained-str" and not part.startswith("list[")) or "body"
+    key = _key(fault["loc"])
     if fault["type"] == "extra_forbidden":
         return f"{key}: unknown name; known names: {', '.join(RerankRequest.model_fields)}"
     if fault["type"] == "missing":
         return f"{key}: required, but missing"
     value = repr(fault["input"])
-    return f"{key}: {value if len(value) <= 60 else value[:60] + '…'}: {fault['msg']}"
+    if len(value) > 60:
+        value = value[:60] + "…"
+    return f"{key}: {value}: {fault['msg']}"
 
 
-class _Guard:
-    """Before a body is read: 401 without the token, or 403 to what did not arrive at loopback where there is no token;
-    while it is read: 413 where it is too large."""
-
-    def __init__(self, app: ASGIApp, config: ServeConfig, token_sha256: str | None) -> None:
-        self.app, self.token_env, self.token_sha256 = app, config.token_env, token_sha256
-        self.max_bytes = config.max_body_mb << 20
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        headers = dict(scope["headers"])
-        refusal = self._forged(scope, headers) if self.token_sha256 is None else self._unauthorised(scope, headers)
-        if refusal:
-            await refusal(scope, receive, send)
-            return
-        size = 0
-
-        async def bounded() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > self.max_bytes:
-                raise HTTPException(413, f"the body is larger than {self.max_bytes >> 20} MiB")
-            return message
-
-        await self.app(scope, bounded, send)
-
-    def _unauthorised(self, scope: Scope, headers: Mapping[bytes, bytes]) -> JSONResponse | None:
-        if scope["path"].removeprefix(scope.get("root_path", "")) in WITHOUT_TOKEN:
-            return None
-        scheme, _, token = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-        is_bearer = scheme.lower() == "bearer"
-        if is_bearer and hmac.compare_digest(sha256(token), self.token_sha256 or ""):
-            return None
-        problem = "the bearer token is wrong" if is_bearer else "a bearer token is missing"
-        detail = f"{problem}; send 'Authorization: Bearer <token>' with the server's {self.token_env}"
-        return JSONResponse({"detail": detail}, 401, headers={"WWW-Authenticate": "Bearer"})
-
-    def _forged(self, scope: Scope, headers: Mapping[bytes, bytes]) -> JSONResponse | None:
-        """The socket's own address and the name that the client used: a web page may rebind a name to 127.0.0.1."""
-        named = headers.get(b"host", b"localhost").decode("latin-1")
-        name = named.rpartition(":")[0] if named.rpartition(":")[2].isdigit() else named
-        if is_loopback((scope.get("server") or ("", None))[0]) and is_loopback(name.strip("[]")):
-            return None
-        detail = f"no token is set, so only loopback addresses are answered; set {self.token_env} to open the server"
-        return JSONResponse({"detail": detail}, 403)
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def sha256(token: str) -> str:
-    return hashlib.sha256(token.encode()).hexdigest()
+def _key(path: Sequence[str | int]) -> str:
+    """The place of an error as a dotted key of the body."""
+    parts = [str(part) for part in path if part != "body"]
+    # Which member of a union was tried (``list[…]``) is pydantic's word, no key of the body.
+    keys = [part for part in parts if part != "constrained-str" and not part.startswith("list[")]
+    return ".".join(keys) or "body"
 
 
 # The deployment
@@ -291,6 +248,7 @@ class Reranker:
 
     def __init__(self, config: ServeConfig, token_sha256: str | None) -> None:
         _refuse_without_token_mode()  # a cluster's mode may differ from the driver's; this process opens the port
+        # Here, not above: a driver that starts the replicas needs no torch.
         from ray import serve
 
         from medmm_ray.reward_model import RewardModel
@@ -298,8 +256,10 @@ class Reranker:
         model = RewardModel.from_pretrained(resolve(str(config.model)), dtype=config.dtype, device=config.device)
 
         @serve.batch(max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_timeout_s)
-        async def score(cases: list[ModelInput]) -> list[Sequence[StepLogOdds]]:
-            return await asyncio.to_thread(score_inputs, model, cases, config.token_budget)
+        async def score(inputs: list[ModelInput]) -> list[Sequence[StepLogOdds]]:
+            """Serve gives the inputs that came within the wait as a list, and each caller its own entry."""
+            # In a thread, so that the replica reads the next requests while a batch is scored.
+            return await asyncio.to_thread(score_inputs, model, inputs, config.token_budget)
 
         if model.vision is not None:
             config = config.model_copy(update={"max_reference_images": 0})  # it knows a question's own images alone
@@ -310,37 +270,43 @@ class Reranker:
 
 
 def score_inputs(
-    model: "RewardModel", cases: Sequence[ModelInput], token_budget: int | None
+    model: "RewardModel", inputs: Sequence[ModelInput], token_budget: int | None
 ) -> list[Sequence[StepLogOdds]]:
     """Score several requests: those about the same case (question, documents, images) share one pass over its prefix.
 
     One list of scores a request, in order.
     """
     groups: dict[str, list[int]] = {}
-    for i, case in enumerate(cases):
-        groups.setdefault(case.context_key, []).append(i)
-    scores: dict[int, Sequence[StepLogOdds]] = {}
+    for i, model_input in enumerate(inputs):
+        groups.setdefault(model_input.context_key, []).append(i)
+    scores: list[Sequence[StepLogOdds]] = [() for _ in inputs]
     for members in groups.values():
-        first = cases[members[0]]
-        solutions = [solution for i in members for solution in cases[i].solutions]
-        found = iter(
-            model.score(
-                first.question,
-                solutions,
-                first.documents,
-                first.image,
-                first.reference_images,
-                token_budget=token_budget,
-            )
+        shared = inputs[members[0]]
+        solutions: list[str | tuple[str, ...]] = []
+        for i in members:
+            solutions += inputs[i].solutions
+        group_scores = model.score(
+            shared.question,
+            solutions,
+            shared.documents,
+            shared.image,
+            shared.reference_images,
+            token_budget=token_budget,
         )
-        scores |= {i: [next(found) for _ in cases[i].solutions] for i in members}
-    return [scores[i] for i in range(len(cases))]
+        # Back to the requests, in the order in which their solutions were put together.
+        start = 0
+        for i in members:
+            end = start + len(inputs[i].solutions)
+            scores[i] = group_scores[start:end]
+            start = end
+    return scores
 
 
 def build_app(args: Mapping[str, Any]) -> "serve.Application":
     """The Serve application; `args`: fields of `ServeConfig`, as text (``serve run``) or values (a config file)."""
-    values = parse_overrides(f"{name}={value}" for name, value in args.items() if isinstance(value, str))
-    return application(build(ServeConfig, {**args, **values}, "medmm_ray.service.app"))
+    words = [f"{name}={value}" for name, value in args.items() if isinstance(value, str)]
+    values = {**args, **parse_overrides(words)}
+    return application(build(ServeConfig, values, "medmm_ray.service.app"))
 
 
 def application(config: ServeConfig) -> "serve.Application":
@@ -397,9 +363,9 @@ def running(config: ServeConfig) -> Iterator[str]:
     from ray import serve
 
     app = application(config)
-    others = serve.status().applications
-    if others:
-        raise ConfigError(f"this Ray cluster already serves {', '.join(others)}; send requests there, or stop it first")
+    served = serve.status().applications
+    if served:
+        raise ConfigError(f"this Ray cluster already serves {', '.join(served)}; send requests there, or stop it first")
     level = logger.level
     logger.setLevel(logging.WARNING)  # of this driver; the replicas have their own
     port = config.port or _free_port(config.host)
@@ -413,5 +379,6 @@ def running(config: ServeConfig) -> Iterator[str]:
 
 
 def _free_port(host: str) -> int:
+    # Serve takes a number, not a socket: another process may take the port before it does, which Serve then reports.
     with socket.create_server((host, 0)) as probe:
         return int(probe.getsockname()[1])

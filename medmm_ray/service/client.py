@@ -1,12 +1,10 @@
 """The client of the rerank service: one case to a request, the request to an answer, the answer to the screen."""
 
 import base64
-import json
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import httpx
 from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
@@ -54,28 +52,26 @@ def query(url: str, request: RerankRequest, token: str = "", timeout_s: float = 
 
 
 def post(url: str, body: Mapping[str, Any], token: str = "", timeout_s: float = 120.0) -> dict[str, Any]:
-    """The same on plain JSON values."""
+    """Post plain JSON values to the service at `url` and give its answer's; otherwise as `query`."""
     if not url.startswith(("http://", "https://")):
         raise QueryError(0, f"{url!r} is not the address of a service; expected http://host:port")
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
-    message = urllib.request.Request(  # noqa: S310 - the scheme was checked
-        f"{url.rstrip('/')}/v1/rerank", json.dumps(body).encode(), headers
-    )
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        with urllib.request.urlopen(message, timeout=timeout_s) as reply:  # noqa: S310
-            answer: dict[str, Any] = json.load(reply)
-            return answer
-    except urllib.error.HTTPError as error:
-        raise QueryError(error.code, f"{url} answered {error.code}: {_detail(error.read())}") from None
-    except OSError as error:
+        response = httpx.post(f"{url.rstrip('/')}/v1/rerank", json=body, headers=headers, timeout=timeout_s)
+    except httpx.RequestError as error:
         raise QueryError(0, f"{url} cannot be reached: {error}; is the service running?") from None
+    if not response.is_success:
+        raise QueryError(response.status_code, f"{url} answered {response.status_code}: {_detail(response)}")
+    answer: dict[str, Any] = response.json()
+    return answer
 
 
-def _detail(body: bytes) -> str:
+def _detail(response: httpx.Response) -> str:
+    """The service's words; of another server's answer the beginning."""
     try:
-        return str(json.loads(body)["detail"])
+        return str(response.json()["detail"])
     except (ValueError, KeyError, TypeError):
-        return body.decode(errors="replace")[:200]
+        return response.text[:200]
 
 
 def show(
@@ -90,47 +86,58 @@ def show(
 
 def rendered(request: RerankRequest, answer: RerankAnswer, gold: str | None = None) -> Group:
     """What `show` prints."""
-    asked = Text.assemble((request.question, "bold"))
-    for letter, option in zip(LETTERS, request.options, strict=False):
-        asked.append(f"\n  ({letter}) {option}", style="green" if letter == gold else "default")
-    seen = "image and text" if answer.arm == "multimodal" else "text alone"
-    parts: list[Any] = [
-        Panel(asked, title=f"{len(answer.solutions)} solutions, scored from {seen}", title_align="left")
-    ]
+    parts: list[Any] = [_question(request, answer, gold)]
     if answer.ranking:
-        best, worst = answer.solutions[answer.ranking[0]], answer.solutions[answer.ranking[-1]]
+        best = answer.solutions[answer.ranking[0]]
+        worst = answer.solutions[answer.ranking[-1]]
+        # The two ends of the ranking show most of what the scores tell.
         parts.append(_steps("best", best, answer, gold))
         if worst is not best:
             parts.append(_steps("worst", worst, answer, gold))
-    failed = len(answer.solutions) - len(answer.ranking)
-    if failed:
-        kinds = sorted({(s.error or "").partition(":")[0] for s in answer.solutions if s.error})
-        parts.append(Text(f"{failed} solutions could not be scored: {', '.join(kinds)}", style="yellow"))
+    num_failed = len(answer.solutions) - len(answer.ranking)
+    if num_failed:
+        errors = [solution.error for solution in answer.solutions if solution.error]
+        kinds = {error.partition(":")[0] for error in errors}
+        parts.append(Text(f"{num_failed} solutions could not be scored: {', '.join(sorted(kinds))}", style="yellow"))
     parts.append(_choices(answer, gold))
     return Group(*parts)
 
 
+def _question(request: RerankRequest, answer: RerankAnswer, gold: str | None) -> Panel:
+    """The question with its options, the right one in green."""
+    text = Text.assemble((request.question, "bold"))
+    # Not strict: there are more letters than options.
+    for letter, option in zip(LETTERS, request.options, strict=False):
+        text.append(f"\n  ({letter}) {option}", style="green" if letter == gold else "default")
+    source = "image and text" if answer.arm == "multimodal" else "text alone"
+    title = f"{len(answer.solutions)} solutions, scored from {source}"
+    return Panel(text, title=title, title_align="left")
+
+
 def _steps(name: str, solution: ScoredSolution, answer: RerankAnswer, gold: str | None) -> Table:
+    """A solution's steps, one a row, with their scores."""
     title = Text.assemble(
         (f"The {name} solution", "bold"),
         f" (number {solution.index + 1}, answer ",
         _marked(solution.answer, gold),
         f", {answer.aggregate} {solution.reward or 0.0:.3f})",
     )
+    has_image = answer.arm == "multimodal"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1), title_style="")
     table.add_column("P(right)", justify="right")
-    if answer.arm == "multimodal":
+    if has_image:
         table.add_column("text log-odds", justify="right")
         table.add_column("image log-odds", justify="right")
     table.add_column("step", ratio=1)
     for step in solution.steps:
         style = colour(step.probability)
-        parts = [f"{step.text_log_odds:+.1f}", f"{step.image_log_odds:+.1f}"] if answer.arm == "multimodal" else []
-        table.add_row(Text(f"{step.probability:.3f}", style=style), *parts, Text(step.text, style=style))
+        log_odds = [f"{step.text_log_odds:+.1f}", f"{step.image_log_odds:+.1f}"] if has_image else []
+        table.add_row(Text(f"{step.probability:.3f}", style=style), *log_odds, Text(step.text, style=style))
     return table
 
 
 def _choices(answer: RerankAnswer, gold: str | None) -> Table:
+    """The answer that each rule chooses."""
     table = Table(box=None, padding=(0, 1), show_header=False)
     for rule, choice, meaning in (
         ("best of N", answer.best_of_n, f"reward {answer.best_of_n.support:.3f}"),
@@ -142,14 +149,18 @@ def _choices(answer: RerankAnswer, gold: str | None) -> Table:
 
 
 def _marked(answer: str | None, gold: str | None) -> Text:
+    """An answer, marked as right or wrong where the right one is known."""
     if answer is None:
         return Text("none", style="yellow")
     if gold is None:
         return Text(answer, style="bold")
-    right = equal_key(answer) == equal_key(gold)
-    return Text(f"{answer} ✓" if right else f"{answer} ✗", style="bold green" if right else "bold red")
+    if equal_key(answer) == equal_key(gold):
+        return Text(f"{answer} ✓", style="bold green")
+    return Text(f"{answer} ✗", style="bold red")
 
 
 def colour(probability: float) -> str:
     """Red below a half, yellow where the model is unsure, green above 0.8."""
-    return "red" if probability < 0.5 else "yellow" if probability < 0.8 else "green"
+    if probability < 0.5:
+        return "red"
+    return "yellow" if probability < 0.8 else "green"

@@ -33,11 +33,16 @@ class StepLogOdds(Protocol):
     """What the reward model says of one solution: log-odds of ``+`` for each step = text part + image part."""
 
     @property
-    def text_log_odds(self) -> Sequence[float]: ...
+    def text_log_odds(self) -> Sequence[float]:
+        """What question, documents and the solution so far speak for each step."""
+
     @property
-    def image_log_odds(self) -> Sequence[float]: ...
+    def image_log_odds(self) -> Sequence[float]:
+        """What the images speak for each step."""
+
     @property
-    def error(self) -> str | None: ...
+    def error(self) -> str | None:
+        """Why the solution has no score; None where it has one."""
 
 
 class _Message(BaseModel):
@@ -151,34 +156,53 @@ def to_model_input(request: RerankRequest, max_image_pixels: int) -> ModelInput:
     """Steps split, images decoded. Raises `RowError` (image_encoding, image_corrupt, image_too_large, …)."""
     if request.reference_images and request.image is None:
         raise RowError("image_missing", f"{len(request.reference_images)} reference_images were sent without an image")
-    encoded = [("image", request.image)] if request.image else []
-    encoded += [(f"reference_images.{i}", image) for i, image in enumerate(request.reference_images)]
-    contents = [(name, from_base64(name, value)) for name, value in encoded]
-    pictures = [decode_image(content, name, max_image_pixels) for name, content in contents]
-    shared = hashlib.sha256()
-    for part in (request.question, *request.options, "", *request.documents):
-        shared.update(hashlib.sha256(part.encode()).digest())
-    for _, content in contents:
-        shared.update(hashlib.sha256(content).digest())
+    files = _image_files(request)
+    images = [decode_image(content, name, max_image_pixels) for name, content in files.items()]
+    solutions = [solution if isinstance(solution, str) else tuple(solution) for solution in request.solutions]
     return ModelInput(
         question=text.question_with_options(request.question, request.options),
-        solutions=tuple(s if isinstance(s, str) else tuple(s) for s in request.solutions),
+        solutions=tuple(solutions),
         documents=tuple(request.documents),
-        image=pictures[0] if pictures else None,
-        reference_images=tuple(pictures[1:]),
-        context_key=shared.hexdigest(),
+        image=images[0] if images else None,
+        reference_images=tuple(images[1:]),
+        context_key=_context_key(request, list(files.values())),
     )
+
+
+def _image_files(request: RerankRequest) -> dict[str, bytes]:
+    """The image files of a request by the key of the body that has them, the question's own first."""
+    files = {}
+    if request.image:
+        files["image"] = from_base64("image", request.image)
+    for i, image in enumerate(request.reference_images):
+        name = f"reference_images.{i}"
+        files[name] = from_base64(name, image)
+    return files
+
+
+def _context_key(request: RerankRequest, files: Sequence[bytes]) -> str:
+    """A hash of everything but the solutions: requests with the same one share a prefix."""
+    shared = hashlib.sha256()
+    for part in (request.question, *request.options, "", *request.documents):
+        # Each part's own hash, of a fixed length: no two lists of parts run into the same bytes.
+        shared.update(hashlib.sha256(part.encode()).digest())
+    for content in files:
+        shared.update(hashlib.sha256(content).digest())
+    return shared.hexdigest()
 
 
 def steps_of(solution: str | list[str]) -> list[str]:
     """The steps as a reward model scores them, for reading: raw text is cut where the reference cuts it."""
-    return [text.without_mark(step) for step in text.cut_steps(solution)] if isinstance(solution, str) else solution
+    if not isinstance(solution, str):
+        return solution
+    return [text.without_mark(step) for step in text.cut_steps(solution)]
 
 
 def from_base64(name: str, value: str) -> bytes:
     """The bytes of a base64 text or ``data:`` URL; `name` is what an error calls it."""
     body = value.partition(",")[2] if value.startswith("data:") else value
     try:
+        # Some encoders break lines; anything else that is not of the alphabet is an error.
         return base64.b64decode("".join(body.split()), validate=True)
     except binascii.Error as error:
         raise RowError(
@@ -187,78 +211,96 @@ def from_base64(name: str, value: str) -> bytes:
         ) from None
 
 
+@dataclass(frozen=True)
+class _Totals:
+    """A solution's log-odds of each step, text and image together; none, and an error, where it has no score."""
+
+    log_odds: list[float]
+    error: str | None
+
+
 def rerank(request: RerankRequest, scores: Sequence[StepLogOdds], model: str) -> RerankAnswer:
     """The answer to `request` from the log-odds of its solutions, in its order.
 
     A solution with a score that is not finite has an error in place of a rank, and changes nothing for the others.
     """
-    errors = [_error(score) for score in scores]
-    totals = [[] if error else _total(score) for score, error in zip(scores, errors, strict=True)]
-    rewards = [decoders.aggregate(t, request.aggregate) if t else math.nan for t in totals]  # as log-odds, exact near 1
-    ranking = sorted((i for i, t in enumerate(totals) if t), key=lambda i: -rewards[i])
-    rank = {i: place for place, i in enumerate(ranking, 1)}
+    totals = [_totals(score) for score in scores]
+    rewards = [_reward(total, request.aggregate) for total in totals]
+    ranking = [i for i, total in enumerate(totals) if total.log_odds]
+    ranking.sort(key=lambda i: -rewards[i])
+    ranks = {i: rank for rank, i in enumerate(ranking, 1)}
     solutions = [
-        _scored(request, i, score, total, rank.get(i), error)
-        for i, (score, total, error) in enumerate(zip(scores, totals, errors, strict=True))
+        _scored(request, i, score, total, ranks.get(i))
+        for i, (score, total) in enumerate(zip(scores, totals, strict=True))
     ]
-    answers = [s.answer for s in solutions]
-    best = decoders.best_of_n(rewards)
+    answers = [solution.answer for solution in solutions]
     return RerankAnswer(
         model=model,
         arm="text_only" if request.image is None else "multimodal",
         aggregate=request.aggregate,
         ranking=ranking,
-        best_of_n=ChosenAnswer(
-            answer=None if best is None else answers[best],
-            solution=best,
-            support=0.0 if best is None else float(metrics.probability(rewards[best])),
-        ),
+        best_of_n=_best_of_n(answers, rewards),
         sc_rm=_vote(answers, ranking, rewards),
         majority=_vote(answers, ranking, None),
         solutions=solutions,
     )
 
 
-def _total(score: StepLogOdds) -> list[float]:
-    """Log-odds of each step."""
-    return [t + v for t, v in zip(score.text_log_odds, score.image_log_odds, strict=True)]
-
-
-def _error(score: StepLogOdds) -> str | None:
-    """Why a solution has no score; its own error, or scores that are no numbers."""
+def _totals(score: StepLogOdds) -> _Totals:
     if score.error is not None:
-        return score.error
-    total = _total(score)
-    missing = sum(not math.isfinite(x) for x in total)
-    if not missing:
-        return None
-    return (
-        f"not_finite: {missing} of {len(total)} step scores are no finite numbers; serve the model in bfloat16 or "
-        "float32 (dtype)"
-    )
+        return _Totals([], score.error)
+    parts = zip(score.text_log_odds, score.image_log_odds, strict=True)
+    log_odds = [from_text + from_image for from_text, from_image in parts]
+    num_missing = sum(not math.isfinite(value) for value in log_odds)
+    if num_missing:
+        return _Totals(
+            [],
+            f"not_finite: {num_missing} of {len(log_odds)} step scores are no finite numbers; serve the model in "
+            "bfloat16 or float32 (dtype)",
+        )
+    return _Totals(log_odds, None)
 
 
-def _scored(
-    request: RerankRequest, index: int, score: StepLogOdds, total: list[float], rank: int | None, error: str | None
-) -> ScoredSolution:
+def _reward(total: _Totals, how: Aggregate) -> float:
+    """The aggregate as log-odds: of probabilities many would round to 1 and tie. NaN without a score."""
+    return decoders.aggregate(total.log_odds, how) if total.log_odds else math.nan
+
+
+def _scored(request: RerankRequest, index: int, score: StepLogOdds, total: _Totals, rank: int | None) -> ScoredSolution:
     solution = request.solutions[index]
     steps = steps_of(solution)
+    aggregates: dict[Aggregate, float] = {}
+    step_scores: list[StepScore] = []
+    if total.log_odds:
+        for how in AGGREGATES:
+            aggregates[how] = float(metrics.probability(decoders.aggregate(total.log_odds, how)))
+        parts = zip(steps, score.text_log_odds, score.image_log_odds, strict=True)
+        for i, (step, from_text, from_image) in enumerate(parts):
+            step_score = StepScore(
+                text=step,
+                probability=float(metrics.probability(total.log_odds[i])),
+                text_log_odds=from_text,
+                image_log_odds=from_image,
+            )
+            step_scores.append(step_score)
     stated = solution if isinstance(solution, str) else text.join_steps(steps)
-    aggregates = {how: float(metrics.probability(decoders.aggregate(total, how))) for how in AGGREGATES if total}
     return ScoredSolution(
         index=index,
         rank=rank,
         answer=text.extract_answer(stated, request.options, request.answer_type),
         reward=aggregates.get(request.aggregate),
         aggregates=aggregates,
-        steps=[
-            StepScore(text=step, probability=float(metrics.probability(t + v)), text_log_odds=t, image_log_odds=v)
-            for step, t, v in zip(steps, score.text_log_odds, score.image_log_odds, strict=True)
-        ]
-        if total
-        else [],
-        error=error,
+        steps=step_scores,
+        error=total.error,
     )
+
+
+def _best_of_n(answers: Sequence[str | None], rewards: Sequence[float]) -> ChosenAnswer:
+    """The answer of the solution with the highest reward."""
+    best = decoders.best_of_n(rewards)
+    if best is None:
+        return ChosenAnswer(answer=None, solution=None, support=0.0)
+    return ChosenAnswer(answer=answers[best], solution=best, support=float(metrics.probability(rewards[best])))
 
 
 def _vote(answers: Sequence[str | None], ranking: Sequence[int], rewards: Sequence[float] | None) -> ChosenAnswer:
@@ -269,9 +311,11 @@ def _vote(answers: Sequence[str | None], ranking: Sequence[int], rewards: Sequen
     winner = decoders.vote(answers, rewards)
     if winner is None:
         return ChosenAnswer(answer=None, solution=None, support=0.0)
-    codes = decoders.answer_codes(answers)
+    codes = decoders.answer_codes(answers)  # -1: no answer
+    # A solution without a reward is NaN here, and has no vote.
     weights = np.ones(len(answers)) if rewards is None else np.nan_to_num(metrics.probability(rewards))
-    mine = codes == codes[winner]
-    best = next((i for i in ranking if mine[i]), winner)
-    support = float(weights[mine].sum() / weights[codes >= 0].sum())
+    votes_for_winner = codes == codes[winner]
+    # By majority an answer may win of which no solution has a score.
+    best = next((i for i in ranking if votes_for_winner[i]), winner)
+    support = float(weights[votes_for_winner].sum() / weights[codes >= 0].sum())
     return ChosenAnswer(answer=answers[winner], solution=best, support=support)

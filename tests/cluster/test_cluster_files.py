@@ -14,7 +14,8 @@ import yaml
 from pydantic import BaseModel
 
 from medmm_ray.config import ConfigError, build
-from medmm_ray.service.app import ServeConfig, build_app, is_loopback
+from medmm_ray.service.app import ServeConfig, build_app
+from medmm_ray.service.guard import is_loopback
 from tests.paths import ROOT
 
 CLUSTER = ROOT / "cluster"

@@ -24,8 +24,9 @@ from PIL import Image
 from rich.console import Console
 
 from medmm_ray.config import ConfigError
-from medmm_ray.service.app import ServeConfig, api, application, build_app, is_loopback, score_inputs, sha256
+from medmm_ray.service.app import ServeConfig, api, application, build_app, score_inputs
 from medmm_ray.service.client import QueryError, post, query, request_of, show
+from medmm_ray.service.guard import is_loopback, sha256
 from medmm_ray.service.rerank import (
     ModelInput,
     RerankAnswer,

@@ -300,7 +300,7 @@ def draw(arms: Mapping[str, Sequence[Figures]], one_sample: float, oracle: float
     """A chart: each arm's mean, its standard deviation over seeds as a bar, each seed as a dot."""
     from matplotlib.figure import Figure
 
-    from medmm_ray.pages.charts import BLUE, GREY, GRID, INK, ORANGE
+    from medmm_ray.pages.svg import BLUE, GREY, GRID, INK, ORANGE
 
     figure = Figure(figsize=(10, 0.42 * len(arms) + 1.4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)

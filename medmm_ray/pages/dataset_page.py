@@ -14,11 +14,14 @@ from rich.table import Table
 from rich.text import Text
 
 from medmm_ray.pages import charts
-from medmm_ray.pages.charts import BLUE, GREEN, GREY, ORANGE, Whisker
+from medmm_ray.pages.charts import Bar
+from medmm_ray.pages.forest import Whisker, forest, gauge
 from medmm_ray.pages.report import SOURCE_NAMES, count, fixed, pages, percent, words
+from medmm_ray.pages.svg import BLUE, GREEN, GREY, ORANGE
 from medmm_ray.steps.audit import figure_text, target_text
 
 Row = dict[str, Any]
+JUDGE_AND_EXPERT = ("judge", "expert")  # the pair of sources that a gate is about
 STATES = {True: ("✓", "met", BLUE), False: ("✗", "not met", ORANGE), None: ("?", "no figure", GREY)}
 CHECKS = {
     "images_of_questions": "Pictures asked about in more than one split",
@@ -55,10 +58,12 @@ def render(report: Row) -> str:
 
 
 def source_name(source: str) -> str:
+    """A label source as the page calls it."""
     return SOURCE_NAMES.get(source, words(source))
 
 
 def dollars(value: float) -> str:
+    """A sum of money."""
     return f"${value:,.2f}"
 
 
@@ -69,35 +74,62 @@ def bar(share: float, kind: str = "plus") -> Markup:
 
 def lead(report: Row) -> str:
     """How many gates are met, and which are not."""
-    gates = report["gates"]
-    met = sum(gate["passed"] is True for gate in gates)
-    failed = [gate["title"].lower() for gate in gates if gate["passed"] is False]
-    unknown = [gate["title"].lower() for gate in gates if gate["passed"] is None]
-    parts = [f"The dataset meets {met} of {len(gates)} quality gates."]
-    parts += [f"Not met: {'; '.join(failed)}."] if failed else []
-    parts += [f"No figure yet: {'; '.join(unknown)}."] if unknown else []
-    return " ".join(parts)
+    titles: dict[bool | None, list[str]] = {True: [], False: [], None: []}  # by whether the gate is met
+    for gate in report["gates"]:
+        titles[gate["passed"]].append(gate["title"].lower())
+    sentences = [f"The dataset meets {len(titles[True])} of {len(report['gates'])} quality gates."]
+    if titles[False]:
+        sentences.append(f"Not met: {'; '.join(titles[False])}.")
+    if titles[None]:
+        sentences.append(f"No figure yet: {'; '.join(titles[None])}.")
+    return " ".join(sentences)
 
 
 def tiles(report: Row) -> list[Row]:
     """The figures at the top: name, figure, and a small line under it."""
-    sampling, steps, source = report["sampling"], report["steps"], report["source"]
-    pair = next((p for p in report["agreement"] if (p["first"], p["second"]) == ("judge", "expert")), None)
-    kappa = pair["kappa"]["all"]["all"] if pair else None
-    spoke = next((b for b in report["balance"] if b["source"] == source), None)
-    right = spoke["share"]["all"].get("all") if spoke else None
+    coverage = report["coverage"]
+    sampling = report["sampling"]
+    steps = report["steps"]
+    source = report["source"]
+    splits = [f"{count(number)} {split}" for split, number in coverage["splits"].items()]
     accuracy = sampling["accuracy"]["all"].get("all")
-    splits = ", ".join(f"{count(number)} {split}" for split, number in report["coverage"]["splits"].items())
+    balance = _balance(report)
+    right_steps = balance["share"]["all"].get("all") if balance else None
+    kappa = _judge_kappa(report)
+    labelled_by = source_name(source).lower() if source else "no labels"
+    steps_a_solution = fixed(steps["mean"]["value"], 2)
     return [
-        {"name": "Questions", "big": count(report["coverage"]["questions"]), "small": splits},
-        {"name": "Solutions", "big": count(steps["solutions"]), "small": f"{count(sampling['missing'])} missing"},
-        {"name": "Steps", "big": count(steps["steps"]), "small": f"{fixed(steps['mean']['value'], 2)} a solution"},
-        {"name": "Right answers", "big": percent(accuracy and accuracy["value"]), "small": interval(accuracy)},
-        {"name": f"Right steps, {source_name(source).lower() if source else 'no labels'}",
-         "big": percent(right and right["value"]), "small": interval(right)},
-        {"name": "κ of judge and expert", "big": fixed(kappa and kappa["value"], 2),
-         "small": interval(kappa, share=False)},
-    ]  # fmt: skip
+        _tile("Questions", count(coverage["questions"]), ", ".join(splits)),
+        _tile("Solutions", count(steps["solutions"]), f"{count(sampling['missing'])} missing"),
+        _tile("Steps", count(steps["steps"]), f"{steps_a_solution} a solution"),
+        _tile("Right answers", percent(_value(accuracy)), interval(accuracy)),
+        _tile(f"Right steps, {labelled_by}", percent(_value(right_steps)), interval(right_steps)),
+        _tile("κ of judge and expert", fixed(_value(kappa), 2), interval(kappa, share=False)),
+    ]
+
+
+def _tile(name: str, big: str, small: str) -> Row:
+    return {"name": name, "big": big, "small": small}
+
+
+def _value(figure: Row | None) -> float | None:
+    return figure["value"] if figure else None
+
+
+def _balance(report: Row) -> Row | None:
+    """The balance of labels of the report's main source, if it has one."""
+    for balance in report["balance"]:
+        if balance["source"] == report["source"]:
+            return dict(balance)
+    return None
+
+
+def _judge_kappa(report: Row) -> Row | None:
+    """The agreement of judge and expert over all steps, if both label any."""
+    for pair in report["agreement"]:
+        if (pair["first"], pair["second"]) == JUDGE_AND_EXPERT:
+            return dict(pair["kappa"]["all"]["all"])
+    return None
 
 
 def interval(figure: Row | None, share: bool = True) -> str:
@@ -105,39 +137,48 @@ def interval(figure: Row | None, share: bool = True) -> str:
     if figure is None or figure["low"] is None:
         return ""
     scale, digits = (100, 1) if share else (1, 2)
-    low, high = (round(scale * figure[end], digits) + 0.0 for end in ("low", "high"))  # + 0.0: no negative zero
-    ends = [f"{end:.{digits}f}".replace("-", "−") for end in (low, high)]
-    return f"{ends[0]} to {ends[1]}" if low < 0 else f"{ends[0]}–{ends[1]}"
+    low = round(scale * figure["low"], digits) + 0.0  # + 0.0: no negative zero
+    high = round(scale * figure["high"], digits) + 0.0
+    low_words = f"{low:.{digits}f}".replace("-", "−")
+    high_words = f"{high:.{digits}f}".replace("-", "−")
+    return f"{low_words} to {high_words}" if low < 0 else f"{low_words}–{high_words}"
 
 
 # Figures
 
 
 def _gauge(gate: Row) -> Markup:
+    """The gate's figure on a scale; nothing where its unit has none."""
     scale = SCALES.get(gate["unit"])
     if gate["unit"] == "dollars" and gate["target"][1]:
         scale = (0.0, 1.25 * gate["target"][1])
     if scale is None:
         return Markup("")
-    colour, mark = STATES[gate["passed"]][2], "circle" if gate["passed"] else "diamond"
-    row = Whisker("", gate["value"], gate["low"], gate["high"], colour=colour, mark=mark, target=gate["target"])
-    return charts.gauge(row, scale)
+    _, _, colour = STATES[gate["passed"]]
+    shape = "circle" if gate["passed"] else "diamond"
+    row = Whisker("", gate["value"], gate["low"], gate["high"], colour=colour, mark=shape, target=gate["target"])
+    return gauge(row, scale)
 
 
 def _calibration(report: Row) -> Markup | None:
     """Right answers and right steps by difficulty, beside the gates' ranges."""
-    spoke = next((b for b in report["balance"] if b["source"] == report["source"]), None)
-    if spoke is None:
+    balance = _balance(report)
+    if balance is None:
         return None
     targets = {gate["name"]: gate["target"] for gate in report["gates"]}
     bands = {"easy": targets["easy_positive"], "hard": targets["hard_positive"], "all": targets["positive_share"]}
-    steps = {**spoke["share"]["all"], **spoke["share"]["difficulty"]}
-    answers = {**report["sampling"]["accuracy"]["all"], **report["sampling"]["accuracy"]["difficulty"]}
-    rows: list[Whisker | str] = [f"Right steps ({source_name(spoke['source'])})"]
-    rows += [_whisker(name, figure, BLUE, "circle", bands.get(name)) for name, figure in steps.items()]
+    rows: list[Whisker | str] = [f"Right steps ({source_name(balance['source'])})"]
+    for name, figure in _by_difficulty(balance["share"]).items():
+        rows.append(_whisker(name, figure, BLUE, "circle", bands.get(name)))
     rows.append("Right answers")
-    rows += [_whisker(name, figure, GREEN, "diamond", None) for name, figure in answers.items()]
-    return charts.forest(rows, (0, 1), True, "share, with 95 % interval", "Right steps and answers by difficulty")
+    for name, figure in _by_difficulty(report["sampling"]["accuracy"]).items():
+        rows.append(_whisker(name, figure, GREEN, "diamond", None))
+    return forest(rows, (0, 1), True, "share, with 95 % interval", "Right steps and answers by difficulty")
+
+
+def _by_difficulty(tables: Row) -> Row:
+    """The figure of all, then those of each difficulty."""
+    return {**tables["all"], **tables["difficulty"]}
 
 
 def _whisker(name: str, figure: Row, colour: str, mark: str, target: Sequence[float | None] | None) -> Whisker:
@@ -147,17 +188,24 @@ def _whisker(name: str, figure: Row, colour: str, mark: str, target: Sequence[fl
 
 def _histogram(report: Row) -> Markup | None:
     """Solutions by their number of steps; those below or above the usual numbers in orange."""
-    counts = {int(number): count for number, count in report["steps"]["histogram"].items()}
+    counts = {int(num_steps): number for num_steps, number in report["steps"]["histogram"].items()}
     if not counts:
         return None
-    few, many = report["config"]["usual_steps"]
     low, high = next(gate["target"] for gate in report["gates"] if gate["name"] == "mean_steps")
-    first, last = min(1, *counts), min(max([*counts, round(high)]) + 1, 40)
+    first = min(1, *counts)
+    last = min(max([*counts, round(high)]) + 1, 40)  # all longer ones are one bar
+    num_longer = sum(number for num_steps, number in counts.items() if num_steps >= last)
     total = sum(counts.values())
-    shown = [(str(n), counts.get(n, 0), n) for n in range(first, last)]
-    over = sum(number for n, number in counts.items() if n >= last)
-    shown.append((f"≥ {last}" if over else str(last), over, last))
-    bars = [(name, number / total, ORANGE if n < few or n > many else BLUE) for name, number, n in shown]
+    few, many = report["config"]["usual_steps"]
+    bars = []
+    for num_steps in range(first, last + 1):
+        name = str(num_steps)
+        number = counts.get(num_steps, 0)
+        if num_steps == last:
+            name = f"≥ {last}" if num_longer else name
+            number = num_longer
+        is_usual = few <= num_steps <= many
+        bars.append(Bar(name, number / total, BLUE if is_usual else ORANGE))
     band = (low - first, high - first)
     return charts.bars(bars, band, "steps of a solution", "share of solutions", "Solutions by number of steps")
 
@@ -165,35 +213,47 @@ def _histogram(report: Row) -> Markup | None:
 def _kappas(report: Row) -> Markup | None:
     """Kappa of every pair of sources."""
     rows: list[Whisker | str] = []
-    limit = report["config"]["min_kappa"]
     for pair in report["agreement"]:
         name = f"{source_name(pair['first'])} – {_short(pair['second'])}"
         figure = pair["kappa"]["all"]["all"]
-        aimed = (pair["first"], pair["second"]) == ("judge", "expert")
-        rows.append(
-            Whisker(name, figure["value"], figure["low"], figure["high"], target=(limit, None) if aimed else None)
-        )
-    return charts.forest(rows, _reach(rows), False, "Cohen's κ", "Agreement of label sources") if rows else None
+        has_gate = (pair["first"], pair["second"]) == JUDGE_AND_EXPERT
+        target = (report["config"]["min_kappa"], None) if has_gate else None
+        rows.append(Whisker(name, figure["value"], figure["low"], figure["high"], target=target))
+    if not rows:
+        return None
+    return forest(rows, _reach(rows), False, "Cohen's κ", "Agreement of label sources")
 
 
 def _details(report: Row) -> list[tuple[str, Markup]]:
     """For each pair kappa by group: the judge against expert and truth first, then the others."""
-    found = []
-    truth = ("expert", "phantom")
-    for pair in sorted(report["agreement"], key=lambda p: (p["first"] != "judge", p["second"] not in truth)):
-        rows: list[Whisker | str] = []
-        for grouping, title in GROUPINGS.items():
-            table = pair["kappa"][grouping]
-            if len(table) > 1:
-                rows.append(title)
-                rows += [Whisker(words(name), f["value"], f["low"], f["high"]) for name, f in table.items()]
+    details = []
+    for pair in sorted(report["agreement"], key=_rank):  # the page shows the first one beside the table
+        rows = _rows_by_group(pair["kappa"])
         if rows:
             name = f"{source_name(pair['first'])} – {source_name(pair['second'])}"
-            found.append((name, charts.forest(rows, _reach(rows), False, "Cohen's κ", f"Agreement, {name}, by group")))
-    return found
+            chart = forest(rows, _reach(rows), False, "Cohen's κ", f"Agreement, {name}, by group")
+            details.append((name, chart))
+    return details
+
+
+def _rank(pair: Row) -> tuple[bool, bool]:
+    return pair["first"] != "judge", pair["second"] not in ("expert", "phantom")
+
+
+def _rows_by_group(tables: Row) -> list[Whisker | str]:
+    """A heading and a row a group, for each grouping that has several."""
+    rows: list[Whisker | str] = []
+    for grouping, title in GROUPINGS.items():
+        table = tables[grouping]
+        if len(table) > 1:
+            rows.append(title)
+            for name, figure in table.items():
+                rows.append(Whisker(words(name), figure["value"], figure["low"], figure["high"]))
+    return rows
 
 
 def _short(source: str) -> str:
+    """A source's name without what stands in brackets."""
     return source_name(source).partition(" (")[0]
 
 
@@ -208,6 +268,19 @@ def _reach(rows: Sequence[Whisker | str]) -> tuple[float, float]:
 
 def summary(report: Row) -> RenderableType:
     """The gates, a line each, and what to do about those that are not met."""
+    questions = count(report["coverage"]["questions"])
+    steps = report["steps"]
+    sizes = f"{questions} questions, {count(steps['solutions'])} solutions, {count(steps['steps'])} steps"
+    lines: list[RenderableType] = [Text(sizes), _gates_table(report["gates"])]
+    if report["missing"]:
+        lines.append(Text(f"not there yet: {', '.join(report['missing'])}", style="yellow"))
+    for gate in report["gates"]:
+        if gate["advice"]:
+            lines.append(Text(f"{gate['title']}: {gate['advice']}", style="dim"))
+    return Group(*lines)
+
+
+def _gates_table(gates: Sequence[Row]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("")
     table.add_column("quality gate")
@@ -215,17 +288,12 @@ def summary(report: Row) -> RenderableType:
     table.add_column("95 % interval", justify="right")
     table.add_column("wanted", justify="right")
     styles = {True: "green", False: "bold red", None: "yellow"}
-    for gate in report["gates"]:
-        known = gate["low"] is not None and gate["unit"] in SCALES
-        ends = f"{figure_text(gate['low'], gate['unit'])} – {figure_text(gate['high'], gate['unit'])}" if known else ""
-        table.add_row(
-            Text(STATES[gate["passed"]][0], styles[gate["passed"]]), gate["title"],
-            Text(figure_text(gate["value"], gate["unit"]), styles[gate["passed"]]), ends, target_text(gate),
-        )  # fmt: skip
-    sizes = f"{count(report['coverage']['questions'])} questions, {count(report['steps']['solutions'])} solutions, " \
-            f"{count(report['steps']['steps'])} steps"  # fmt: skip
-    lines: list[RenderableType] = [Text(sizes), table]
-    if report["missing"]:
-        lines.append(Text(f"not there yet: {', '.join(report['missing'])}", style="yellow"))
-    lines += [Text(f"{g['title']}: {g['advice']}", style="dim") for g in report["gates"] if g["advice"]]
-    return Group(*lines)
+    for gate in gates:
+        unit = gate["unit"]
+        style = styles[gate["passed"]]
+        sign, _, _ = STATES[gate["passed"]]
+        ends = ""
+        if gate["low"] is not None and unit in SCALES:
+            ends = f"{figure_text(gate['low'], unit)} – {figure_text(gate['high'], unit)}"
+        table.add_row(Text(sign, style), gate["title"], Text(figure_text(gate["value"], unit), style), ends, target_text(gate))
+    return table

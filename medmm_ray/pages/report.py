@@ -17,13 +17,15 @@ from rich.text import Text
 
 from medmm_ray.data.tables import RowError
 from medmm_ray.pages import charts
-from medmm_ray.pages.charts import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, Series
+from medmm_ray.pages.charts import Bin, CalibrationCurve, Point, RocCurve, Series
+from medmm_ray.pages.svg import BLUE, GREEN, GREY, INK, ORANGE, PURPLE
 from medmm_ray.steps.evaluate.steps import TRUTHS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Row = dict[str, Any]
+CONTROL = "shuffled_image"  # an arm that is no scorer: it shows what is left of a gain without the right image
 ARM_NAMES = {"text_only": "Text only", "multimodal": "Multimodal", "shuffled_image": "Shuffled image"}
 ARM_STYLES = {
     "text_only": (ORANGE, "square", ""),
@@ -63,29 +65,35 @@ def render(report: Row, open_image: "Callable[[str], Image]") -> str:
     """The page. `open_image` takes a uri and gives a picture; a RowError or OSError of it is told in its place."""
     env = pages()
     env.filters |= {"tint": tint, "edge": edge, "bar": log_odds_bar}
-    pictures = {
-        image["image_id"]: picture(image["uri"], open_image)
-        for example in report["examples"]
-        for image in example["images"]
-    }
+    arms = report["arms"]
+    chosen_names = {f"chosen_{arm}": f"chosen by “{_arm_name(arm)}”" for arm in arms}
+    seconds = [step["seconds"] for step in report["steps"]]
     return env.get_template("report.html.j2").render(
         r=report,
-        pictures=pictures,
+        pictures=_pictures(report, open_image),
         arm_name=_arm_name,
         source_name=lambda source: SOURCE_NAMES.get(source, source),
         gate_names=GATE_NAMES,
-        role_names={f"chosen_{arm}": f"chosen by “{_arm_name(arm)}”" for arm in report["arms"]} | ROLE_NAMES,
+        role_names=chosen_names | ROLE_NAMES,
         kind_names=KIND_NAMES,
         tiles=_tiles(report),
         lead=lead(report),
         legend=[(charts.key(line), line.name) for line in _lines(report, "best_of_n")],
         over_n={how: _over_n(report, how) for how in ("best_of_n", "sc_rm")},
-        step_arms=[arm for arm in report["arms"] if arm != "shuffled_image"],
+        step_arms=[arm for arm in arms if arm != CONTROL],
         step_charts=_step_charts(report),
-        step_keys={arm: charts.key(_series(arm, [])) for arm in report["arms"]},
-        total_seconds=sum(step["seconds"] for step in report["steps"]),
-        longest=max((step["seconds"] for step in report["steps"]), default=0.0) or 1.0,
+        step_keys={arm: charts.key(_series(arm, [])) for arm in arms},
+        total_seconds=sum(seconds),
+        longest=max(seconds, default=0.0) or 1.0,
     )
+
+
+def _pictures(report: Row, open_image: "Callable[[str], Image]") -> dict[str, str | None]:
+    """The examples' images as data URIs, by image_id."""
+    uris: dict[str, str] = {}
+    for example in report["examples"]:
+        uris |= {image["image_id"]: image["uri"] for image in example["images"]}
+    return {image_id: picture(uri, open_image) for image_id, uri in uris.items()}
 
 
 def pages() -> Environment:
@@ -106,10 +114,12 @@ def pages() -> Environment:
 
 
 def words(name: str) -> str:
+    """A name in code as words, the first one with a capital."""
     return name.replace("_", " ").capitalize()
 
 
 def percent(share: float | None, digits: int = 1) -> str:
+    """A share in percent; a dash where there is none."""
     return "–" if share is None else f"{100 * share:.{digits}f}\u00a0%"
 
 
@@ -117,24 +127,31 @@ def fixed(value: float | None, digits: int = 3) -> str:
     """A figure with `digits` decimals, in scientific form where they would all be zero."""
     if value is None:
         return "–"
-    small = value != 0 and abs(value) < 10**-digits / 2
-    return (f"{value:.0e}" if small else f"{value:.{digits}f}").replace("-", "−")
+    # A small difference shown as 0.000 would look like none.
+    is_small = value != 0 and abs(value) < 10**-digits / 2
+    number = f"{value:.0e}" if is_small else f"{value:.{digits}f}"
+    return number.replace("-", "−")
 
 
 def signed(value: float) -> str:
-    """With its sign and one decimal; a value that rounds to zero has none."""
+    """A figure with its sign and one decimal; one that rounds to zero has no sign."""
     return "0.0" if abs(value) < 0.05 else f"{value:+.1f}".replace("-", "−")
 
 
 def count(value: int | None) -> str:
+    """A number with its thousands apart; a dash where there is none."""
     return "–" if value is None else f"{value:,}".replace(",", "\u202f")
 
 
 def duration(seconds: float) -> str:
+    """A time in its two largest units."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"
 
 
 def _arm_name(arm: str) -> str:
@@ -145,9 +162,13 @@ def _arm_name(arm: str) -> str:
 
 
 def _mix(probability: float, wrong: Sequence[int], unsure: Sequence[int], right: Sequence[int]) -> str:
-    far = right if probability >= 0.5 else wrong
+    end = right if probability >= 0.5 else wrong
     weight = abs(2 * probability - 1)
-    return "#" + "".join(f"{round(u + (f - u) * weight):02x}" for u, f in zip(unsure, far, strict=True))
+    colour = "#"
+    for grey, full in zip(unsure, end, strict=True):
+        channel = round(grey + (full - grey) * weight)
+        colour += f"{channel:02x}"
+    return colour
 
 
 def tint(probability: float) -> str:
@@ -184,36 +205,46 @@ def picture(uri: str, open_image: "Callable[[str], Image]") -> str | None:
         return None
     longer = max(image.size)
     factor = min(max(longer, SMALLEST_SIDE), LARGEST_SIDE) / longer
-    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    width = max(1, round(image.width * factor))
+    height = max(1, round(image.height * factor))
+    # A small image would be a stamp on the page, a large one megabytes of it.
+    scaled = image.convert("RGB").resize((width, height), resample=3)  # bicubic
     stream = io.BytesIO()
-    image.convert("RGB").resize(size, resample=3).save(stream, "JPEG", quality=88)  # 3: bicubic
-    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    scaled.save(stream, "JPEG", quality=88)
+    encoded = base64.b64encode(stream.getvalue()).decode()
+    return f"data:image/jpeg;base64,{encoded}"
 
 
 # Figures
 
 
-def _series(arm: str, points: Sequence[tuple[float, float, float, float]]) -> Series:
+def _series(arm: str, points: Sequence[Point]) -> Series:
     colour, shape, dash = ARM_STYLES.get(arm, (INK, "square", "3 3"))
     return Series(_arm_name(arm), colour, shape, dash, points)
 
 
 def _lines(report: Row, how: str) -> list[Series]:
     """The scorers' lines and, to compare, oracle, majority vote and one sample."""
-    accuracy, ns = report["accuracy"], report["ns"]
-
-    def over(figures: Row) -> list[tuple[float, float, float, float]]:
-        found = [figures[str(n)] for n in ns]
-        return [(float(i), f["value"], f["low"], f["high"]) for i, f in enumerate(found)]
-
-    one = {str(n): accuracy["one_sample"] for n in ns}
-    arms = [_series(arm, over(accuracy[how][arm])) for arm in report["arms"]]
+    accuracy = report["accuracy"]
+    ns = [str(n) for n in report["ns"]]
+    arms = [_series(arm, _points(accuracy[how][arm], ns)) for arm in report["arms"]]
+    arms.sort(key=lambda line: -line.points[-1].value)  # in the legend as they end in the chart
+    one_sample = dict.fromkeys(ns, accuracy["one_sample"])
     return [
-        Series("Oracle (any sample right)", INK, "none", "2 4", over(accuracy["oracle"])),
-        *sorted(arms, key=lambda line: -line.points[-1][1]),
-        Series("Majority vote", GREEN, "diamond", "", over(accuracy["majority"])),
-        Series("One sample", GREY, "none", "9 4", over(one)),
+        Series("Oracle (any sample right)", INK, "none", "2 4", _points(accuracy["oracle"], ns)),
+        *arms,
+        Series("Majority vote", GREEN, "diamond", "", _points(accuracy["majority"], ns)),
+        Series("One sample", GREY, "none", "9 4", _points(one_sample, ns)),
     ]
+
+
+def _points(figures: Row, ns: Sequence[str]) -> list[Point]:
+    """The figures of each N, at equal distances."""
+    points = []
+    for place, n in enumerate(ns):
+        figure = figures[n]
+        points.append(Point(float(place), figure["value"], figure["low"], figure["high"]))
+    return points
 
 
 def _over_n(report: Row, how: str) -> Markup:
@@ -223,22 +254,30 @@ def _over_n(report: Row, how: str) -> Markup:
 
 def _step_charts(report: Row) -> Row:
     """ROC and calibration of the arms that claim to be right (not the shuffled control), a histogram for each."""
-    step = {arm: figures for arm, figures in report["step"].items() if arm != "shuffled_image" and figures["steps"]}
-    styled = [(arm, _series(arm, []), figures) for arm, figures in step.items()]
-    if not styled:
+    roc_curves = []
+    calibration_curves = []
+    histograms = {}
+    for arm, figures in report["step"].items():
+        if arm == CONTROL or not figures["steps"]:
+            continue
+        style = _series(arm, [])
+        rates = figures["roc"]
+        counts = figures["histogram"]
+        roc_curves.append(RocCurve(style.colour, style.dash, rates["false"], rates["true"]))
+        calibration_curves.append(CalibrationCurve(style.colour, style.mark, _bins(figures["calibration"])))
+        histograms[arm] = charts.histogram(counts["right"], counts["wrong"], f"Step scores, {style.name}")
+    if not histograms:
         return {}
     return {
-        "roc": charts.roc(
-            [(s.name, s.colour, s.dash, f["roc"]["false"], f["roc"]["true"]) for _, s, f in styled], "ROC of steps"
-        ),
-        "calibration": charts.calibration(
-            [(s.name, s.colour, s.mark, f["calibration"]) for _, s, f in styled], "Calibration of step probabilities"
-        ),
-        "histograms": {
-            arm: charts.histogram(f["histogram"]["right"], f["histogram"]["wrong"], f"Step scores, {s.name}")
-            for arm, s, f in styled
-        },
+        "roc": charts.roc(roc_curves, "ROC of steps"),
+        "calibration": charts.calibration(calibration_curves, "Calibration of step probabilities"),
+        "histograms": histograms,
     }
+
+
+def _bins(rows: Sequence[Row]) -> list[Bin]:
+    """The bins that hold any step: the others have no mean."""
+    return [Bin(row["mean_probability"], row["share_right"], row["count"]) for row in rows if row["count"]]
 
 
 # The headline
@@ -246,11 +285,12 @@ def _step_charts(report: Row) -> Row:
 
 def headline(report: Row) -> list[tuple[str, str, Row]]:
     """(name, kind, {value, low, high}) of the figures that matter, best first to read; all at the largest N."""
-    accuracy, n = report["accuracy"], str(report["n"])
-    order = [arm for arm in ("multimodal", "text_only", "shuffled_image") if arm in report["arms"]]
-    order += [arm for arm in report["arms"] if arm not in order]
-    rows = [(f"{_arm_name(arm)}, best of {n}", arm, accuracy["best_of_n"][arm][n]) for arm in order]
-    rows += [(f"{_arm_name(arm)}, weighted vote", f"sc_rm_{arm}", accuracy["sc_rm"][arm][n]) for arm in order]
+    accuracy = report["accuracy"]
+    n = str(report["n"])
+    arms = [arm for arm in ("multimodal", "text_only", CONTROL) if arm in report["arms"]]
+    arms += [arm for arm in report["arms"] if arm not in arms]
+    rows = [(f"{_arm_name(arm)}, best of {n}", arm, accuracy["best_of_n"][arm][n]) for arm in arms]
+    rows += [(f"{_arm_name(arm)}, weighted vote", f"sc_rm_{arm}", accuracy["sc_rm"][arm][n]) for arm in arms]
     rows.append(("One sample", "one_sample", accuracy["one_sample"]))
     rows.append((f"Majority vote of {n}", "majority", accuracy["majority"][n]))
     rows.append((f"Oracle of {n}", "oracle", accuracy["oracle"][n]))
@@ -259,54 +299,64 @@ def headline(report: Row) -> list[tuple[str, str, Row]]:
 
 def lead(report: Row) -> str:
     """One sentence with the main result, whatever it is."""
-    accuracy, n = report["accuracy"], str(report["n"])
-    one = percent(accuracy["one_sample"]["value"])
+    accuracy = report["accuracy"]
+    n = str(report["n"])
+    one_sample = percent(accuracy["one_sample"]["value"])
+    best = {arm: percent(accuracy["best_of_n"][arm][n]["value"]) for arm in report["arms"]}
     if "gain" not in accuracy:
-        arms = "; ".join(f"{_arm_name(a)} {percent(accuracy['best_of_n'][a][n]['value'])}" for a in report["arms"])
-        return f"One sample is right for {one} of the questions. Best of {n}: {arms or 'no scores'}."
+        arms = [f"{_arm_name(arm)} {best[arm]}" for arm in report["arms"]]
+        results = "; ".join(arms) or "no scores"
+        return f"One sample is right for {one_sample} of the questions. Best of {n}: {results}."
     gain = accuracy["gain"]["best_of_n"][n]
-    points = [f"{100 * gain[key]:.1f}".replace("-", "−") for key in ("value", "low", "high")]
+    value, low, high = (f"{100 * gain[key]:.1f}".replace("-", "−") for key in ("value", "low", "high"))
     return (
-        f"One sample answers {one} of the questions rightly. Choosing the best of {n} by the multimodal scorer answers "
-        f"{percent(accuracy['best_of_n']['multimodal'][n]['value'])}, by the same scorer without the image "
-        f"{percent(accuracy['best_of_n']['text_only'][n]['value'])}: the image is worth {points[0]} points "
-        f"(95\u00a0% interval {points[1]} to {points[2]})."
+        f"One sample answers {one_sample} of the questions rightly. Choosing the best of {n} by the multimodal scorer "
+        f"answers {best['multimodal']}, by the same scorer without the image {best['text_only']}: the image is worth "
+        f"{value} points (95\u00a0% interval {low} to {high})."
     )
 
 
 def _tiles(report: Row) -> list[Row]:
-    return [
-        {"name": name, "kind": kind, **figure}
-        for name, kind, figure in headline(report)
-        if not kind.startswith("sc_rm")
-    ]
+    """The figures at the top of the page."""
+    tiles = []
+    for name, kind, figure in headline(report):
+        if not kind.startswith("sc_rm"):
+            tiles.append({"name": name, "kind": kind, **figure})
+    return tiles
+
+
+# The terminal
 
 
 def summary(report: Row) -> RenderableType:
-    """The headline table for a terminal."""
+    """The headline table for a terminal, and a line each for steps, judge and failed rows."""
     counts = report["counts"]
+    sizes = f"{count(counts['questions'])} {counts['split']} questions, {count(counts['solutions'])} solutions"
+    lines: list[RenderableType] = [Text(sizes), _headline_table(report)]
+    for arm, figures in report["step"].items():
+        if figures["steps"] and arm != CONTROL:
+            lines.append(_step_line(arm, figures, report["reference"]))
+    kappa = report["agreement"].get("judge_expert", {}).get("kappa")
+    lines.append(Text(f"judge and expert: κ {fixed(kappa)}"))
+    failed = [f"{table} {sum(kinds.values())}" for table, kinds in counts["errors"].items() if kinds]
+    if failed:
+        lines.append(Text("failed rows: " + ", ".join(failed)))
+    return Group(*lines)
+
+
+def _headline_table(report: Row) -> Table:
     table = Table(box=None, pad_edge=False, show_header=True, header_style="dim")
     table.add_column("accuracy")
     table.add_column("", justify="right")
     table.add_column("95 % interval", justify="right")
     for name, kind, figure in headline(report):
-        style = "bold" if kind == "multimodal" else ""
         interval = f"{100 * figure['low']:.1f} – {100 * figure['high']:.1f}"
-        table.add_row(name, percent(figure["value"]), interval, style=style)
-    lines: list[RenderableType] = [
-        Text(f"{count(counts['questions'])} {counts['split']} questions, {count(counts['solutions'])} solutions"),
-        table,
-    ]
-    for arm, figures in report["step"].items():
-        if figures["steps"] and arm != "shuffled_image":
-            words = (
-                f"AUROC {fixed(figures['auroc'])}  macro-F1 {fixed(figures['macro_f1'])}  ECE {fixed(figures['ece'])}"
-            )
-            against = "" if report["reference"] in TRUTHS else f" (against {report['reference']})"
-            lines.append(Text(f"steps, {_arm_name(arm).lower()}{against}: {words}"))
-    kappa = report["agreement"].get("judge_expert", {}).get("kappa")
-    lines.append(Text(f"judge and expert: κ {fixed(kappa)}"))
-    failed = {name: sum(kinds.values()) for name, kinds in counts["errors"].items() if kinds}
-    if failed:
-        lines.append(Text("failed rows: " + ", ".join(f"{name} {number}" for name, number in failed.items())))
-    return Group(*lines)
+        table.add_row(name, percent(figure["value"]), interval, style="bold" if kind == "multimodal" else "")
+    return table
+
+
+def _step_line(arm: str, figures: Row, reference: str) -> Text:
+    """How well an arm tells right steps from wrong ones; against what, where that is no truth."""
+    against = "" if reference in TRUTHS else f" (against {reference})"
+    auroc, macro_f1, ece = (fixed(figures[name]) for name in ("auroc", "macro_f1", "ece"))
+    return Text(f"steps, {_arm_name(arm).lower()}{against}: AUROC {auroc}  macro-F1 {macro_f1}  ECE {ece}")

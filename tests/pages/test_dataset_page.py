@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from medmm_ray.pages import charts, dataset_page
-from medmm_ray.pages.charts import Whisker
+from medmm_ray.pages import charts, dataset_page, svg
+from medmm_ray.pages.charts import Bar
+from medmm_ray.pages.forest import Whisker, forest, gauge
 from tests.pages.test_report import Balanced
 from tests.steps.test_audit import manifest, report
 
@@ -119,13 +120,13 @@ def test_intervals_in_words() -> None:
 
 
 def test_whiskers_stay_on_their_scale() -> None:
-    inside = charts.gauge(Whisker("", 0.5, 0.4, 0.6, target=(0.7, 0.8)), (0, 1))
+    inside = gauge(Whisker("", 0.5, 0.4, 0.6, target=(0.7, 0.8)), (0, 1))
     assert 'cx="110.0"' in inside
     assert 'x="151.6" width="20.8"' in inside
-    outside = charts.gauge(Whisker("", 40.0, 40.0, 40.0, target=(8, 12)), (0, 20))
+    outside = gauge(Whisker("", 40.0, 40.0, 40.0, target=(8, 12)), (0, 20))
     assert 'cx="214.0"' in outside
     assert "M" not in outside.replace("viewBox", "")  # no interval of width 0
-    assert 'x="6.0"' in charts.gauge(Whisker("", 5.0, target=(None, 10)), (0, 20))
+    assert 'x="6.0"' in gauge(Whisker("", 5.0, target=(None, 10)), (0, 20))
 
 
 def test_a_forest_writes_values_and_leaves_out_what_is_not_known() -> None:
@@ -135,17 +136,17 @@ def test_a_forest_writes_values_and_leaves_out_what_is_not_known() -> None:
         Whisker("b", None),
         Whisker("<c>", -0.5),
     ]
-    drawn = charts.forest(rows, (-1.0, 1.0), False, "x", "label")
+    drawn = forest(rows, (-1.0, 1.0), False, "x", "label")
     assert drawn.count("<circle") == 2
     assert "0.250" in drawn
     assert "−0.500" in drawn
     assert "&lt;c&gt;" in drawn
-    assert drawn.count(charts.TARGET) == 1
-    assert "25.0 %" in charts.forest(rows, (0.0, 1.0), True, "x", "label")
+    assert drawn.count(svg.TARGET) == 1
+    assert "25.0 %" in forest(rows, (0.0, 1.0), True, "x", "label")
 
 
 def test_bars_are_as_high_as_their_shares() -> None:
-    drawn = charts.bars([("1", 0.25, charts.BLUE), ("2", 0.5, charts.ORANGE)], (0, 1), "x", "y", "label")
+    drawn = charts.bars([Bar("1", 0.25, svg.BLUE), Bar("2", 0.5, svg.ORANGE)], (0, 1), "x", "y", "label")
     heights = [float(h) for h in re.findall(r'height="([\d.]+)" fill="#(?:0072b2|d55e00)"', drawn)]
     assert heights[1] == pytest.approx(2 * heights[0], abs=0.2)
     assert charts.bars([], None, "x", "y", "label").count("<rect") == 0

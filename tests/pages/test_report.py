@@ -13,7 +13,8 @@ from rich.console import Console
 
 from medmm_ray.data.records import Labels, Scores, to_arrow
 from medmm_ray.data.tables import RowError
-from medmm_ray.pages import charts, report
+from medmm_ray.pages import charts, report, svg
+from medmm_ray.pages.charts import CalibrationCurve
 from medmm_ray.steps.evaluate import EvaluateConfig, environment, evaluate
 from tests.doubles.synthetic import run
 
@@ -189,10 +190,11 @@ def test_end_labels_do_not_overlap() -> None:
 
 
 def test_markers_and_a_curve_without_data() -> None:
-    assert charts.mark("none", 0, 0, "#000") == ""
-    assert charts.mark("triangle", 0, 0, "#000").startswith("<polygon")
+    assert svg.mark("none", 0, 0, "#000") == ""
+    assert svg.mark("triangle", 0, 0, "#000").startswith("<polygon")
     empty = {"low": 0.0, "high": 1.0, "count": 0, "mean_probability": None, "share_right": None}
-    assert "circle" not in charts.calibration([("a", "#000", "circle", [empty])], "nothing")
+    assert report._bins([empty]) == []
+    assert "circle" not in charts.calibration([CalibrationCurve("#000", "circle", [])], "nothing")
     assert charts.histogram([0], [0], "nothing").count("<rect") == 2
 
 

@@ -63,10 +63,12 @@ def build_app(assigner: Assigner, views: ItemViews, sessions: Sessions, encrypte
 def _add_images(app: FastAPI, views: ItemViews) -> None:
     @lru_cache(maxsize=CACHED_IMAGES)
     def encoded(image_id: str) -> bytes:
+        """The image's PNG file; readers go back and forth, so the last ones stay in memory."""
         return png(views.image_uris[image_id])
 
     @app.get("/picture/{image_id}")
     def picture(image_id: str) -> Response:
+        """An image that some item of the review shows, and no other."""
         if image_id not in views.image_uris:
             return Response("no such picture", 404)
         try:
@@ -101,7 +103,11 @@ def _blocks(assigner: Assigner, views: ItemViews) -> "gradio.Blocks":
             refusal = str(error)
         return {"refused": refusal, **view(assigner, views, reader, item)}
 
+    # The page's script calls these three by their names.
+
     def show(place: dict[str, Any], request: gradio.Request) -> dict[str, Any]:
+        """The current item, or the one before or after the item in view."""
+
         def act(reader: str) -> QueueItem | None:
             if "item_id" not in place:
                 return assigner.current(reader)
@@ -110,6 +116,8 @@ def _blocks(assigner: Assigner, views: ItemViews) -> "gradio.Blocks":
         return respond(request, act)
 
     def submit(message: dict[str, Any], request: gradio.Request) -> dict[str, Any]:
+        """Keep a verdict and show the next item."""
+
         def act(reader: str) -> QueueItem | None:
             assigner.submit(reader, str(message["item_id"]), submission_of(message))
             return assigner.current(reader)
@@ -117,6 +125,7 @@ def _blocks(assigner: Assigner, views: ItemViews) -> "gradio.Blocks":
         return respond(request, act)
 
     def undo(_: dict[str, Any], request: gradio.Request) -> dict[str, Any]:
+        """Take the last verdict back and show its item."""
         return respond(request, lambda reader: assigner.undo(reader) or assigner.current(reader))
 
     blocks: gradio.Blocks

@@ -183,6 +183,7 @@ class Assigner:
                 raise RefusedError("This item is not in the review any more.")
             self._check(submission)
             self._check_open(reader, item)
+            # A reader may change an own verdict at any time, also of a question that is in another's hand now.
             is_correction = self.verdict_of(reader, item_id) is not None
             if not is_correction and not (self._may_read(reader, item) and self._is_free(reader, item.question_id)):
                 raise RefusedError("You were away and this question went to another reader. Here is your next one.")
@@ -225,6 +226,7 @@ class Assigner:
             states = [self.status(item) for item in self.items.values()]
             num_left = sum(self._may_read(reader, item) for item in self.items.values())
             item_ids = self._items_read(reader)
+            # The median of the last readings: breaks do not count, and who gets faster sees it.
             seconds = [self._verdicts[item_id][reader].seconds for item_id in item_ids[-READINGS_FOR_A_PACE:]]
             return ReaderProgress(
                 done=len(item_ids),

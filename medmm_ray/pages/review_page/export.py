@@ -62,6 +62,7 @@ def read_export(uri: str, name: str) -> list[Verdict]:
         raise TableError(f"{path} does not exist: python -m jobs.review_page recipe.yaml --export writes an export")
     with fs.open_input_stream(path) as stream:
         verdicts = parse(stream.read(), path)
+    # The name is the hash: labels that name this export must rest on exactly its verdicts.
     if _name_of(verdicts) != name:
         raise TableError(f"{path} is not what was exported: its content has another hash. Export again")
     return verdicts

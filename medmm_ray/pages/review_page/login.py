@@ -50,6 +50,7 @@ class RequireSession:
         may_cache = scope["path"].startswith("/assets/")
 
         async def send_with_headers(message: Message) -> None:
+            """`send`, with the headers in the answer's first message."""
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers.update(HEADERS)
@@ -83,14 +84,17 @@ def add_login(app: FastAPI, sessions: Sessions, encrypted: bool) -> None:
     template = (HERE / "login.html").read_text()
 
     def form(fault: str = "", code: int = 200) -> HTMLResponse:
+        """The login page, with what was wrong."""
         return HTMLResponse(template.replace("{fault}", escape(fault)), code)
 
     @app.get(LOGIN)
     def login() -> HTMLResponse:
+        """The form."""
         return form()
 
     @app.post(LOGIN)
     async def log_in(request: Request) -> Response:
+        """Give a cookie for the right password and lead to the page, else show the form again and say why."""
         body = await _body(request)
         if body is None:
             return form("That is no login.", 413)
@@ -113,6 +117,7 @@ def add_login(app: FastAPI, sessions: Sessions, encrypted: bool) -> None:
 
     @app.post("/logout")
     def log_out(request: Request) -> Response:
+        """End the session and lead to the login."""
         sessions.log_out(session_token(request.scope))
         login_page = RedirectResponse(LOGIN, 303)
         login_page.delete_cookie(COOKIE)

@@ -31,6 +31,7 @@ def _one_of(*words: str) -> AfterValidator:
     """A pydantic check that a string is one of `words`."""
 
     def check(word: str) -> str:
+        """The word itself; a ValueError where it is not allowed."""
         if word not in words:
             raise ValueError(f"must be one of {', '.join(words)}")
         return word
@@ -78,6 +79,7 @@ class VerdictLog:
     def claim(self) -> None:
         """Make the folder and keep other pages on this machine away from it while this process lives."""
         self.fs.create_dir(self.path, recursive=True)
+        # An object store has no locks: there it is on the user that one page runs.
         if not self.is_local:
             return
         self._lock = os.open(Path(self.path) / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
@@ -150,6 +152,7 @@ def _verdict(line: bytes, where: str) -> Verdict | None:
         return _LINE.validate_json(line)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
+    # A torn line is no JSON; whole JSON that is no verdict was written by somebody else.
     if fault["type"] == "json_invalid":
         return None
     field = ".".join(str(part) for part in fault["loc"])

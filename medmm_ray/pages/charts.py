@@ -106,12 +106,8 @@ def key(series: Series) -> Markup:
 # Ticks and labels
 
 
-def _percent_ticks() -> list[tuple[float, str]]:
-    return [(tick / 100, f"{tick} %") for tick in range(0, 101, 20)]
-
-
-def _share_ticks() -> list[tuple[float, str]]:
-    return [(tick / 5, f"{tick / 5:.1f}") for tick in range(6)]
+PERCENT_TICKS = ((0.0, "0 %"), (0.2, "20 %"), (0.4, "40 %"), (0.6, "60 %"), (0.8, "80 %"), (1.0, "100 %"))
+SHARE_TICKS = ((0.0, "0.0"), (0.2, "0.2"), (0.4, "0.4"), (0.6, "0.6"), (0.8, "0.8"), (1.0, "1.0"))
 
 
 def _share_step(top: float, max_ticks: int) -> float:
@@ -145,7 +141,7 @@ def lines_over_n(series: Sequence[Series], ns: Sequence[int], label: str) -> Mar
     """Accuracy over N (x of a point: its place in `ns`), 95 % intervals as bands, last values written out."""
     frame = Frame((0, max(len(ns) - 1, 1)), (0, 1))
     ticks = [(float(i), str(n)) for i, n in enumerate(ns)]
-    body = axes(frame, ticks, _percent_ticks(), "samples a question, N (log scale)", "questions answered rightly")
+    body = axes(frame, ticks, PERCENT_TICKS, "samples a question, N (log scale)", "questions answered rightly")
     # All bands first: a band would dim the lines of the series before it.
     for curve in series:
         body.append(_band(frame, curve))
@@ -178,7 +174,7 @@ def _end_values(frame: Frame, series: Sequence[Series]) -> list[str]:
 def calibration(curves: Sequence[CalibrationCurve], label: str) -> Markup:
     """Reliability of probabilities; a marker's area grows with the bin's share of the steps."""
     frame = Frame((0, 1), (0, 1))
-    body = axes(frame, _share_ticks(), _share_ticks(), "probability given to the step", "share of right steps")
+    body = axes(frame, SHARE_TICKS, SHARE_TICKS, "probability given to the step", "share of right steps")
     body.append(diagonal(frame))
     for curve in curves:
         if not curve.bins:
@@ -198,7 +194,7 @@ def calibration(curves: Sequence[CalibrationCurve], label: str) -> Markup:
 def roc(curves: Sequence[RocCurve], label: str) -> Markup:
     """Right steps called right over wrong steps called right."""
     frame = Frame((0, 1), (0, 1))
-    body = axes(frame, _share_ticks(), _share_ticks(), "wrong steps called right", "right steps called right")
+    body = axes(frame, SHARE_TICKS, SHARE_TICKS, "wrong steps called right", "right steps called right")
     body.append(diagonal(frame))
     for curve in curves:
         if curve.false_positive_rates:
@@ -213,9 +209,7 @@ def histogram(right: Sequence[int], wrong: Sequence[int], label: str) -> Markup:
     top = max([*right, *wrong, 0]) / total or 1.0
     limit = top * 1.08  # air above the highest column
     frame = Frame((0, 1), (-limit, limit))
-    step = _share_step(top, 3)
-    ticks = [(i * step, f"{100 * abs(i) * step:.0f} %") for i in range(-3, 4) if abs(i) * step <= limit]
-    body = axes(frame, _share_ticks(), ticks, "probability given to the step", "share of steps")
+    body = axes(frame, SHARE_TICKS, _mirrored_ticks(top, limit), "probability given to the step", "share of steps")
     body += _columns(frame, [count / total for count in right], BLUE)
     body += _columns(frame, [-count / total for count in wrong], ORANGE)
     middle = frame.y(0)
@@ -223,6 +217,18 @@ def histogram(right: Sequence[int], wrong: Sequence[int], label: str) -> Markup:
     body.append(text(LEFT + 10, TOP + 16, "right steps", "start", f'fill="{BLUE}" class="end"'))
     body.append(text(WIDTH - RIGHT - 10, HEIGHT - BOTTOM - 12, "wrong steps", "end", f'fill="{ORANGE}" class="end"'))
     return chart(body, label)
+
+
+def _mirrored_ticks(top: float, limit: float) -> list[tuple[float, str]]:
+    """Ticks of shares up and down from 0, at most three each way."""
+    step = _share_step(top, 3)
+    ticks = []
+    for i in range(-3, 4):
+        distance = abs(i) * step
+        if distance <= limit:
+            words = f"{100 * abs(i) * step:.0f} %"
+            ticks.append((i * step, words))
+    return ticks
 
 
 def _columns(frame: Frame, shares: Sequence[float], colour: str) -> list[str]:
@@ -248,7 +254,8 @@ def _columns(frame: Frame, shares: Sequence[float], colour: str) -> list[str]:
 
 def bars(columns: Sequence[Bar], band: tuple[float, float] | None, x_title: str, y_title: str, label: str) -> Markup:
     """Bars of shares, in order; `band` shades a range of places, from the middle of bars."""
-    top = max((bar.share for bar in columns), default=0.0) or 1.0
+    shares = [bar.share for bar in columns]
+    top = max(shares, default=0.0) or 1.0
     limit = top * 1.08
     frame = Frame((-0.5, max(len(columns), 1) - 0.5), (0, limit))
     step = _share_step(top, 6)

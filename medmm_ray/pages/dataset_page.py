@@ -139,9 +139,8 @@ def interval(figure: Row | None, share: bool = True) -> str:
     scale, digits = (100, 1) if share else (1, 2)
     low = round(scale * figure["low"], digits) + 0.0  # + 0.0: no negative zero
     high = round(scale * figure["high"], digits) + 0.0
-    low_words = f"{low:.{digits}f}".replace("-", "−")
-    high_words = f"{high:.{digits}f}".replace("-", "−")
-    return f"{low_words} to {high_words}" if low < 0 else f"{low_words}–{high_words}"
+    between = " to " if low < 0 else "–"  # a dash beside a minus reads badly
+    return f"{low:.{digits}f}{between}{high:.{digits}f}".replace("-", "−")
 
 
 # Figures
@@ -295,5 +294,7 @@ def _gates_table(gates: Sequence[Row]) -> Table:
         ends = ""
         if gate["low"] is not None and unit in SCALES:
             ends = f"{figure_text(gate['low'], unit)} – {figure_text(gate['high'], unit)}"
-        table.add_row(Text(sign, style), gate["title"], Text(figure_text(gate["value"], unit), style), ends, target_text(gate))
+        table.add_row(
+            Text(sign, style), gate["title"], Text(figure_text(gate["value"], unit), style), ends, target_text(gate)
+        )
     return table

@@ -289,8 +289,13 @@ def headline(report: Row) -> list[tuple[str, str, Row]]:
     n = str(report["n"])
     arms = [arm for arm in ("multimodal", "text_only", CONTROL) if arm in report["arms"]]
     arms += [arm for arm in report["arms"] if arm not in arms]
-    rows = [(f"{_arm_name(arm)}, best of {n}", arm, accuracy["best_of_n"][arm][n]) for arm in arms]
-    rows += [(f"{_arm_name(arm)}, weighted vote", f"sc_rm_{arm}", accuracy["sc_rm"][arm][n]) for arm in arms]
+    rows = []
+    for arm in arms:
+        best_of_n = accuracy["best_of_n"][arm]
+        rows.append((f"{_arm_name(arm)}, best of {n}", arm, best_of_n[n]))
+    for arm in arms:
+        weighted_vote = accuracy["sc_rm"][arm]
+        rows.append((f"{_arm_name(arm)}, weighted vote", f"sc_rm_{arm}", weighted_vote[n]))
     rows.append(("One sample", "one_sample", accuracy["one_sample"]))
     rows.append((f"Majority vote of {n}", "majority", accuracy["majority"][n]))
     rows.append((f"Oracle of {n}", "oracle", accuracy["oracle"][n]))
@@ -302,18 +307,26 @@ def lead(report: Row) -> str:
     accuracy = report["accuracy"]
     n = str(report["n"])
     one_sample = percent(accuracy["one_sample"]["value"])
-    best = {arm: percent(accuracy["best_of_n"][arm][n]["value"]) for arm in report["arms"]}
+    best = {}
+    for arm in report["arms"]:
+        figure = accuracy["best_of_n"][arm][n]
+        best[arm] = percent(figure["value"])
     if "gain" not in accuracy:
-        arms = [f"{_arm_name(arm)} {best[arm]}" for arm in report["arms"]]
-        results = "; ".join(arms) or "no scores"
+        results = "; ".join(f"{_arm_name(arm)} {share}" for arm, share in best.items()) or "no scores"
         return f"One sample is right for {one_sample} of the questions. Best of {n}: {results}."
     gain = accuracy["gain"]["best_of_n"][n]
-    value, low, high = (f"{100 * gain[key]:.1f}".replace("-", "−") for key in ("value", "low", "high"))
+    value = _points_of_percent(gain["value"])
+    low = _points_of_percent(gain["low"])
+    high = _points_of_percent(gain["high"])
     return (
         f"One sample answers {one_sample} of the questions rightly. Choosing the best of {n} by the multimodal scorer "
         f"answers {best['multimodal']}, by the same scorer without the image {best['text_only']}: the image is worth "
         f"{value} points (95\u00a0% interval {low} to {high})."
     )
+
+
+def _points_of_percent(share: float) -> str:
+    return f"{100 * share:.1f}".replace("-", "−")
 
 
 def _tiles(report: Row) -> list[Row]:
@@ -358,5 +371,8 @@ def _headline_table(report: Row) -> Table:
 def _step_line(arm: str, figures: Row, reference: str) -> Text:
     """How well an arm tells right steps from wrong ones; against what, where that is no truth."""
     against = "" if reference in TRUTHS else f" (against {reference})"
-    auroc, macro_f1, ece = (fixed(figures[name]) for name in ("auroc", "macro_f1", "ece"))
-    return Text(f"steps, {_arm_name(arm).lower()}{against}: AUROC {auroc}  macro-F1 {macro_f1}  ECE {ece}")
+    auroc = fixed(figures["auroc"])
+    macro_f1 = fixed(figures["macro_f1"])
+    ece = fixed(figures["ece"])
+    scorer = _arm_name(arm).lower()
+    return Text(f"steps, {scorer}{against}: AUROC {auroc}  macro-F1 {macro_f1}  ECE {ece}")

@@ -34,6 +34,7 @@ def chart(body: Iterable[str], label: str, height: float = HEIGHT) -> Markup:
 
 def element(name: str, **attributes: str | float) -> str:
     """An empty element with attributes in this order, whose values are not escaped; ``_`` stands for SVG's ``-``."""
+    # One decimal is a tenth of a pixel: more would be bytes that nobody sees.
     parts = [f"<{name}"]
     for key, value in attributes.items():
         content = f"{value:.1f}" if isinstance(value, float) else value

@@ -24,7 +24,7 @@ PUBLISHED = {
     "cot": dict(zip((*SETS, "mean"), (72.91, 65.04, 55.25, 36.00, 74.27, 60.69), strict=True)),
     "rag_32": dict(zip((*SETS, "mean"), (75.48, 66.61, 58.04, 67.40, 90.29, 71.57), strict=True)),
 }
-WITHIN = 0.6
+WITHIN = 0.6  # points
 
 
 class BenchConfig(Config):
@@ -35,7 +35,7 @@ class BenchConfig(Config):
 
 
 @dataclass(frozen=True)
-class Cell:
+class GradedReplies:
     """One setting on one set: accuracies in %, and the share of replies without an answer in %."""
 
     published: float
@@ -45,15 +45,17 @@ class Cell:
 
 
 def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:  # noqa: ARG001
-    for (setting, name), cell in table(config.path).items():
-        yield Measured(f"{setting} {name}: the leaderboard's rule, points from its figure", cell.published, cell.grader,
-                       abs(cell.grader - cell.published), f"≤ {WITHIN}", "accuracy, %")  # fmt: skip
-        share = cell.extractor / max(cell.grader, 1e-9)
-        yield Measured(f"{setting} {name}: our extractor beside the rule", cell.grader, cell.extractor, share, "",
-                       f"accuracy, %; {cell.unread:.2f} % unread")  # fmt: skip
+    """Two rows a setting and set: the leaderboard's rule, and our extractor."""
+    for (setting, set_name), cell in table(config.path).items():
+        name = f"{setting} {set_name}: the leaderboard's rule, points from its figure"
+        distance = abs(cell.grader - cell.published)
+        yield Measured(name, cell.published, cell.grader, distance, f"≤ {WITHIN}", "accuracy, %")
+        name = f"{setting} {set_name}: our extractor beside the rule"
+        share, unit = cell.extractor / max(cell.grader, 1e-9), f"accuracy, %; {cell.unread:.2f} % unread"
+        yield Measured(name, cell.grader, cell.extractor, share, "", unit)
 
 
-def table(path: str) -> dict[tuple[str, str], Cell]:
+def table(path: str) -> dict[tuple[str, str], GradedReplies]:
     """All cells, and the mean of each setting over the sets, from MIRAGE's folder."""
     if not path:
         raise ConfigError("'path' is required: MIRAGE's folder with rawdata/ and predictions*.jsonl")
@@ -64,30 +66,31 @@ def table(path: str) -> dict[tuple[str, str], Cell]:
             question = questions[f"{row['dataset']}/{row['id']}"]
             replies[row["setting"], row["dataset"]].append(_read(row, list(question.options), question.answer))
     cells = {key: _cell(key, graded) for key, graded in replies.items()}
-    return {
-        (setting, name): cells[setting, name] if name != "mean" else _mean(cells, setting)
-        for setting in PUBLISHED
-        for name in (*SETS, "mean")
-    }
+    ordered = {}
+    for setting in PUBLISHED:
+        for name in SETS:
+            ordered[setting, name] = cells[setting, name]
+        ordered[setting, "mean"] = _mean(cells, setting)
+    return ordered
 
 
 def _read(row: Mapping[str, Any], options: list[str], gold: str) -> tuple[bool, bool, bool]:
     """Whether the grader is right, whether the extractor is, whether it read nothing; a reply may be missing ([])."""
     reply = row["output"] or ""
-    ours = extract_answer(reply, options)
-    return mirage_answer(reply) == gold, ours == gold, ours is None
+    answer = extract_answer(reply, options)
+    return mirage_answer(reply) == gold, answer == gold, answer is None
 
 
-def _cell(key: tuple[str, str], graded: list[tuple[bool, bool, bool]]) -> Cell:
+def _cell(key: tuple[str, str], graded: list[tuple[bool, bool, bool]]) -> GradedReplies:
     grader, extractor, unread = (100 * fmean(column) for column in zip(*graded, strict=True))
-    return Cell(PUBLISHED[key[0]][key[1]], grader, extractor, unread)
+    return GradedReplies(PUBLISHED[key[0]][key[1]], grader, extractor, unread)
 
 
-def _mean(cells: Mapping[tuple[str, str], Cell], setting: str) -> Cell:
-    mine = [cells[setting, name] for name in SETS]
-    return Cell(
+def _mean(cells: Mapping[tuple[str, str], GradedReplies], setting: str) -> GradedReplies:
+    of_setting = [cells[setting, name] for name in SETS]
+    return GradedReplies(
         PUBLISHED[setting]["mean"],
-        fmean(cell.grader for cell in mine),
-        fmean(cell.extractor for cell in mine),
-        fmean(cell.unread for cell in mine),
+        fmean(cell.grader for cell in of_setting),
+        fmean(cell.extractor for cell in of_setting),
+        fmean(cell.unread for cell in of_setting),
     )

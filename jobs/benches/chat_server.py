@@ -1,6 +1,6 @@
 """A judge behind the OpenAI chat protocol, with a latency and with faults: ``python -m jobs.benches.chat_server …``.
 
-It stands for a provider and keeps the provider's books: how many requests it works on at a time, which answers it has
+It stands for a provider and counts what a provider would: how many requests it works on at a time, which answers it has
 handed over whole and how often, what they cost, what of a prompt it had cached. A step's verdict is a function of its
 text (`verdict`), so that whoever asked can check that every label reached its own step.
 """
@@ -25,11 +25,11 @@ _SOLUTION = re.compile(r"^Solution (\d+), \d+ steps:$", re.MULTILINE)
 
 
 def verdict(step: str) -> bool:
-    """What this judge says of a step."""
+    """This judge's verdict on a step."""
     return hashlib.sha256(step.encode()).digest()[0] % 4 != 0
 
 
-class Books:
+class ServerCounts:
     """What the provider counts."""
 
     def __init__(self) -> None:
@@ -39,32 +39,36 @@ class Books:
         self.tokens: Counter[str] = Counter()
         self.inside = 0
         self.busy_s = 0.0
-        self.first = self.last = self.at = 0.0
-        self.busy_then_s = 0.0  # at the last arrival of a new request
-        self.started = self.busy_started_s = 0.0  # at the first arrival after `START_S`
+        self.last_event = 0.0
+        self.first_new = self.last_new = 0.0  # arrivals of requests that were not there before
+        self.busy_at_last_new_s = 0.0
+        self.started = self.busy_at_start_s = 0.0  # at the first arrival after `START_S`
         self.cached: set[bytes] = set()
 
-    def moved(self, by: int) -> None:
+    def count_inside(self, change: int) -> None:
+        """Requests come in or go out; `busy_s` sums up the seconds of all that are inside."""
         now = time.monotonic()
-        self.busy_s += self.inside * (now - self.at) if self.at else 0.0
-        self.at, self.inside = now, self.inside + by
+        self.busy_s += self.inside * (now - self.last_event) if self.last_event else 0.0
+        self.last_event, self.inside = now, self.inside + change
 
-    def new(self) -> None:
-        """What arrived last is a request that was not seen before."""
-        self.moved(0)
-        self.first, self.last, self.busy_then_s = self.first or self.at, self.at, self.busy_s
-        if not self.started and self.at - self.first >= START_S:
-            self.started, self.busy_started_s = self.at, self.busy_s
+    def count_new(self) -> None:
+        """What arrived last is a request that was not there before."""
+        self.count_inside(0)
+        now = self.last_event
+        self.first_new, self.last_new, self.busy_at_last_new_s = self.first_new or now, now, self.busy_s
+        if not self.started and now - self.first_new >= START_S:
+            self.started, self.busy_at_start_s = now, self.busy_s
 
     def report(self) -> dict[str, Any]:
         """`in_flight` is the mean from the first new request to the last one: while there was something to send.
 
         `in_flight_later` is that without the first `START_S` seconds, where there were more.
         """
-        since = self.started or self.first
+        seconds = max(self.last_new - self.first_new, 1e-9)
+        later_seconds = max(self.last_new - (self.started or self.first_new), 1e-9)
         return {
-            "in_flight": self.busy_then_s / max(self.last - self.first, 1e-9),
-            "in_flight_later": (self.busy_then_s - self.busy_started_s) / max(self.last - since, 1e-9),
+            "in_flight": self.busy_at_last_new_s / seconds,
+            "in_flight_later": (self.busy_at_last_new_s - self.busy_at_start_s) / later_seconds,
             "inside": self.inside,
             "arrivals": self.attempts.total(),
             "requests": len(self.attempts),
@@ -76,29 +80,32 @@ class Books:
 
 
 class ChatServer:
+    """The routes of the server."""
+
     def __init__(self, latency_s: float, fault_rate: float, seed: int) -> None:
         self.latency_s, self.fault_rate, self.seed = latency_s, fault_rate, seed
-        self.books = Books()
+        self.counts = ServerCounts()
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
-        self.books.moved(+1)
+        """A chat request: answered, or met by a fault."""
+        self.counts.count_inside(+1)
         try:
             raw = await request.read()
             key, body = hashlib.sha256(raw).hexdigest(), json.loads(raw)
             # Neither tried again nor asked again because the answer did not fit: those come late, when all is done.
-            if key not in self.books.attempts and len(body["messages"]) == 2:
-                self.books.new()
+            if key not in self.counts.attempts and len(body["messages"]) == 2:
+                self.counts.count_new()
             return await self._answered(request, body, key)
         except ConnectionResetError:  # who asked was killed
             return web.Response()
         finally:
-            self.books.moved(-1)
+            self.counts.count_inside(-1)
 
     async def _answered(self, request: web.Request, body: dict[str, Any], key: str) -> web.StreamResponse:
-        self.books.attempts[key] += 1
+        self.counts.attempts[key] += 1
         fault = self._fault(key, len(body["messages"]))
         if fault:
-            self.books.faults[fault] += 1
+            self.counts.faults[fault] += 1
         await asyncio.sleep(self.latency_s)
         if fault == "429":
             return web.json_response({"error": {"message": "slow down"}}, status=429, headers={"Retry-After": "1"})
@@ -118,12 +125,12 @@ class ChatServer:
             return response
         await response.write(content)
         await response.write_eof()
-        self.books.delivered[key] += 1
+        self.counts.delivered[key] += 1
         return response
 
     def _fault(self, key: str, num_messages: int) -> str:
         """Which fault this attempt meets, by the request and how often it came; empty without one."""
-        bits = hashlib.sha256(f"{self.seed} {key} {self.books.attempts[key]}".encode()).digest()
+        bits = hashlib.sha256(f"{self.seed} {key} {self.counts.attempts[key]}".encode()).digest()
         if int.from_bytes(bits[:4], "big") / 2**32 >= self.fault_rate:
             return ""
         kind = FAULTS[bits[4] % len(FAULTS)]
@@ -131,58 +138,65 @@ class ChatServer:
 
     def _reply(self, body: dict[str, Any], misfit: bool) -> dict[str, Any]:
         prompt = "".join(_texts(message["content"]) for message in body["messages"])
-        said = "I would rather talk about the weather." if misfit else json.dumps(_verdicts(_asked(body)))
-        usage = {"prompt_tokens": len(prompt) // CHARACTERS_A_TOKEN, "completion_tokens": len(said) // 4}
-        usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
-        cached = self._cached(prompt)
-        self.books.tokens += Counter(
-            prompt=usage["prompt_tokens"], cached=cached, completion=usage["completion_tokens"]
-        )
-        choice = {"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": "stop"}
-        return {
-            "model": body["model"],
-            "choices": [choice],
-            "usage": {**usage, "prompt_tokens_details": {"cached_tokens": cached}},
+        content = "I would rather talk about the weather." if misfit else json.dumps(_verdicts(_solutions(body)))
+        prompt_tokens, completion_tokens = len(prompt) // CHARACTERS_A_TOKEN, len(content) // CHARACTERS_A_TOKEN
+        cached_tokens = self._cached_tokens(prompt)
+        self.counts.tokens += Counter(prompt=prompt_tokens, cached=cached_tokens, completion=completion_tokens)
+        choice = {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}
+        usage = {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": cached_tokens},
         }
+        return {"model": body["model"], "choices": [choice], "usage": usage}
 
-    def _cached(self, prompt: str) -> int:
+    def _cached_tokens(self, prompt: str) -> int:
         """Tokens of the prompt's beginning that an earlier, finished request had; then it is cached whole."""
-        blocks, state = [], hashlib.sha256()
-        for at in range(0, len(prompt) - BLOCK + 1, BLOCK):
-            state.update(prompt[at : at + BLOCK].encode())
-            blocks.append(state.digest())
-        known = next((i for i, block in enumerate(blocks) if block not in self.books.cached), len(blocks))
-        self.books.cached |= set(blocks)
-        return known * BLOCK // CHARACTERS_A_TOKEN
+        blocks, prefix_hash = [], hashlib.sha256()
+        for start in range(0, len(prompt) - BLOCK + 1, BLOCK):
+            prefix_hash.update(prompt[start : start + BLOCK].encode())
+            blocks.append(prefix_hash.digest())
+        num_cached = 0
+        while num_cached < len(blocks) and blocks[num_cached] in self.counts.cached:
+            num_cached += 1
+        self.counts.cached |= set(blocks)
+        return num_cached * BLOCK // CHARACTERS_A_TOKEN
 
     async def report(self, _: web.Request) -> web.Response:
-        return web.json_response(self.books.report())
+        """What was counted since the last reset."""
+        return web.json_response(self.counts.report())
 
     async def reset(self, _: web.Request) -> web.Response:
-        self.books = Books()
+        """Count anew."""
+        self.counts = ServerCounts()
         return web.json_response({})
 
 
 def _texts(content: Any) -> str:
-    """A message's texts; of a picture the beginning of its data."""
+    """A message's texts, with the beginning of each image's data."""
     if isinstance(content, str):
         return content
-    return "".join(part["text"] if part["type"] == "text" else part["image_url"]["url"][:2000] for part in content)
+    texts = [part["text"] if part["type"] == "text" else part["image_url"]["url"][:2000] for part in content]
+    return "".join(texts)
 
 
-def _asked(body: dict[str, Any]) -> str:
+def _solutions(body: dict[str, Any]) -> str:
     """The last part of the first user message: the solutions."""
     content = body["messages"][1]["content"]
     last: str = content if isinstance(content, str) else content[-1]["text"]
     return last
 
 
-def _verdicts(asked: str) -> dict[str, Any]:
-    places = [match.end() for match in _SOLUTION.finditer(asked)]
-    if not places:
-        return {"steps": _steps(asked)}
-    parts = [asked[start:end] for start, end in zip(places, [*places[1:], len(asked)], strict=True)]
-    return {"solutions": [{"solution": i, "steps": _steps(part)} for i, part in enumerate(parts, 1)]}
+def _verdicts(text: str) -> dict[str, Any]:
+    """The reply to a prompt's last part: about the steps of one solution, or of each of several."""
+    starts = [match.end() for match in _SOLUTION.finditer(text)]
+    if not starts:
+        return {"steps": _steps(text)}
+    solutions = []
+    for number, (start, end) in enumerate(zip(starts, [*starts[1:], len(text)], strict=True), 1):
+        solutions.append({"solution": number, "steps": _steps(text[start:end])})
+    return {"solutions": solutions}
 
 
 def _steps(text: str) -> list[dict[str, Any]]:

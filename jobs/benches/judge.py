@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,11 @@ class BenchConfig(Config):
     in_flight: int = 16
     """Requests at a time."""
     latency_s: float = 0.2
-    """Of an answer, seconds."""
+    """Seconds that the server takes for an answer."""
     fault_rate: float = Field(0.05, ge=0, le=1)
     """Share of requests that meet a fault."""
     per_call: tuple[int, ...] = (2, 4, 8)
-    """Values of solutions_per_call whose cost is held against 1's."""
+    """Values of solutions_per_call whose cost is compared with 1's."""
     kills: int = Field(1, ge=0)
     """Times that everything is killed in the run that is for it."""
     seed: int = execution(0)
@@ -63,16 +63,15 @@ class BenchConfig(Config):
 
 
 def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
+    """Concurrency, lost rows and answers paid twice, undisturbed and killed; then the cost of shared calls."""
     with tempfile.TemporaryDirectory() as folder, server(config) as address:
         path = Path(folder)
         write_tables(path, config)
         asyncio.run(bare_callers(address, config))
-        bare = asked(address)["in_flight"]
-        yield Measured(
-            "mean in-flight of as many bare callers / configured", config.in_flight, bare, bare / config.in_flight, "",
-            "requests",
-        )  # fmt: skip
-        asked(address, reset=True)
+        bare = server_report(address)["in_flight"]
+        name = "mean in-flight of as many bare callers / configured"
+        yield Measured(name, config.in_flight, bare, bare / config.in_flight, "", "requests")
+        reset_report(address)
         yield from _undisturbed(path, address, config, console)
         if config.kills:
             yield from _killed(path, address, config, console)
@@ -80,114 +79,115 @@ def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
 
 
 async def bare_callers(address: str, config: BenchConfig, calls: int = 800) -> None:
-    """What this machine and this server allow: `in_flight` loops that do nothing but ask, with about as much text."""
+    """Ask as fast as this machine and this server allow: `in_flight` loops that do nothing else, with as much text."""
     numbers = iter(range(calls))
 
     async def ask(session: aiohttp.ClientSession) -> None:
         for number in numbers:
-            turns = [{"role": role, "content": f"{number} " * 2000} for role in ("system", "user")]
+            content = f"{number} " * 2000
+            messages = [{"role": "system", "content": content}, {"role": "user", "content": content}]
+            body = {"model": "", "messages": messages}
             with suppress(aiohttp.ClientError):  # a fault that is meant
-                async with session.post(f"{address}/v1/chat/completions", json={"model": "", "messages": turns}) as got:
-                    await got.read()
+                async with session.post(f"{address}/v1/chat/completions", json=body) as response:
+                    await response.read()
 
     async with aiohttp.ClientSession() as session:
         await asyncio.gather(*(ask(session) for _ in range(config.in_flight)))
 
 
 def _undisturbed(path: Path, address: str, config: BenchConfig, console: Console) -> Iterator[Measured]:
-    start(path, "calm", address, config).wait()
-    found = asked(address)
-    console.print(f"undisturbed: {found}")
-    yield Measured(
-        "mean in-flight at the server / configured",
-        config.in_flight, found["in_flight"], found["in_flight"] / config.in_flight, "≥ 0.95", "requests",
-    )  # fmt: skip
-    later = found["in_flight_later"]
-    yield Measured(
-        "the same without the first five seconds", config.in_flight, later, later / config.in_flight, "", "requests"
-    )
-    yield from _rows(path, "calm", config)
-    yield Measured("whole answers paid twice", found["delivered"], found["twice"], found["twice"], "≤ 0", "answers")
-    yield from _money(path, "calm", found)
-    prompt, cached = found["tokens"]["prompt"], found["tokens"]["cached"]
+    start(path, "undisturbed", address, config).wait()
+    report = server_report(address)
+    console.print(f"undisturbed: {report}")
+    limit, in_flight, later = config.in_flight, report["in_flight"], report["in_flight_later"]
+    name = "mean in-flight at the server / configured"
+    yield Measured(name, limit, in_flight, in_flight / limit, "≥ 0.95", "requests")
+    yield Measured("the same without the first five seconds", limit, later, later / limit, "", "requests")
+    yield from _label_rows(path, "undisturbed", config)
+    twice = report["twice"]
+    yield Measured("whole answers paid twice", report["delivered"], twice, twice, "≤ 0", "answers")
+    yield from _cost_rows(path, "undisturbed", report)
+    prompt, cached = report["tokens"]["prompt"], report["tokens"]["cached"]
     yield Measured("prompt tokens that the provider had cached", prompt, cached, cached / prompt, "", "tokens")
 
 
 def _killed(path: Path, address: str, config: BenchConfig, console: Console) -> Iterator[Measured]:
-    asked(address, reset=True)
+    reset_report(address)
     rng, in_flight = random.Random(config.seed), config.kills * config.in_flight
     calls = config.questions * config.solutions
     for _ in range(config.kills):
-        process = start(path, "rough", address, config)
-        moment = asked(address)["arrivals"] + rng.uniform(0.05, 0.8) / config.kills * calls
-        while process.poll() is None and asked(address)["arrivals"] < moment:
+        process = start(path, "killed", address, config)
+        arrivals_at_kill = server_report(address)["arrivals"] + rng.uniform(0.05, 0.8) / config.kills * calls
+        while process.poll() is None and server_report(address)["arrivals"] < arrivals_at_kill:
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         await_workers_end(process.pid)
-    start(path, "rough", address, config).wait()
-    found = asked(address)
-    console.print(f"killed {config.kills} times: {found}")
-    yield Measured(
-        "killed -9: whole answers paid twice / in flight", in_flight, found["twice"], found["twice"] / in_flight,
-        "≤ 1", "answers",
-    )  # fmt: skip
-    lost = close_ledger(f"{path}/rough-api/{MODEL}").lost_calls
-    cut = found["faults"].get("cut", 0) + found["faults"].get("garbled", 0)
-    yield Measured(
-        "killed -9: calls booked as possibly paid / cut off or in flight", cut + in_flight, lost,
-        lost / (cut + in_flight), "≤ 1", "calls",
-    )  # fmt: skip
-    yield from _rows(path, "rough", config, "killed -9: ")
-    yield from _money(path, "rough", found, "killed -9: ")
+    start(path, "killed", address, config).wait()
+    report = server_report(address)
+    console.print(f"killed {config.kills} times: {report}")
+    name, twice = "killed -9: whole answers paid twice / in flight", report["twice"]
+    yield Measured(name, in_flight, twice, twice / in_flight, "≤ 1", "answers")
+    lost = close_ledger(f"{path}/killed-api/{MODEL}").lost_calls
+    unfinished = report["faults"].get("cut", 0) + report["faults"].get("garbled", 0) + in_flight
+    name = "killed -9: calls booked as possibly paid / cut off or in flight"
+    yield Measured(name, unfinished, lost, lost / unfinished, "≤ 1", "calls")
+    yield from _label_rows(path, "killed", config, "killed -9: ")
+    yield from _cost_rows(path, "killed", report, "killed -9: ")
 
 
 def _shared_calls(path: Path, address: str, config: BenchConfig, console: Console) -> Iterator[Measured]:
     """Tokens as list prices weigh them: cached ones a quarter, completion tokens four times a prompt token.
 
-    What sharing does to κ cannot be measured here: this judge's verdicts do not depend on what else it reads.
+    What sharing does to κ cannot be measured here: this judge's verdicts do not depend on what else is in its prompt.
     """
-    base = 0.0
+    base_cost = 0.0
     for per_call in (1, *config.per_call):
-        asked(address, reset=True)
+        reset_report(address)
         start(path, f"per_call_{per_call}", address, config, solutions_per_call=per_call).wait()
-        found = asked(address)["tokens"]
-        cost = found["prompt"] - 0.75 * found["cached"] + 4 * found["completion"]
+        tokens = server_report(address)["tokens"]
+        cost = tokens["prompt"] - 0.75 * tokens["cached"] + 4 * tokens["completion"]
         cost /= config.questions * config.solutions * config.steps
-        console.print(f"solutions_per_call={per_call}: {found}")
-        base = base or cost
+        console.print(f"solutions_per_call={per_call}: {tokens}")
+        base_cost = base_cost or cost
         if per_call > 1:
             name = f"cost of a step, solutions_per_call={per_call} / 1"
-            yield Measured(name, base, cost, cost / base, "", "tokens, weighted")
+            yield Measured(name, base_cost, cost, cost / base_cost, "", "tokens, weighted")
 
 
-def _rows(path: Path, name: str, config: BenchConfig, prefix: str = "") -> Iterator[Measured]:
+def _label_rows(path: Path, name: str, config: BenchConfig, prefix: str = "") -> Iterator[Measured]:
     """Rows that have the verdicts which the server gave on their own steps, or an error that names why not."""
-    steps = {s["solution_id"]: s["steps"] for row in _solutions(path) for s in row["solutions"]}
+    verdicts: dict[str, list[bool]] = {}
+    for row in _solutions(path):
+        for solution in row["solutions"]:
+            verdicts[solution["solution_id"]] = [verdict(step) for step in solution["steps"]]
     rows = Table(str(path / name), Labels).to_arrow().to_pylist()
-    said = {solution: list(map(verdict, texts)) for solution, texts in steps.items()}
-    good = sum(bool(row["error"]) or [s["label"] for s in row["steps"]] == said[row["solution_id"]] for row in rows)
-    named = sum(row["error"] is not None for row in rows)
+    num_good = num_errors = 0
+    for row in rows:
+        labels = [step["label"] for step in row["steps"]]
+        num_good += bool(row["error"]) or labels == verdicts[row["solution_id"]]
+        num_errors += row["error"] is not None
     expected = config.questions * config.solutions
-    yield Measured(f"{prefix}rows labelled or named", expected, good, good / expected, "≥ 1", "rows")
-    yield Measured(f"{prefix}of them named", expected, named, named / expected, "", "rows")
-    yield Measured(f"{prefix}rows doubled", expected, len(rows) - len(steps), len(rows) - len(steps), "≤ 0", "rows")
+    num_doubled = len(rows) - len(verdicts)
+    yield Measured(f"{prefix}rows labelled or named", expected, num_good, num_good / expected, "≥ 1", "rows")
+    yield Measured(f"{prefix}of them named", expected, num_errors, num_errors / expected, "", "rows")
+    yield Measured(f"{prefix}rows doubled", expected, num_doubled, num_doubled, "≤ 0", "rows")
 
 
-def _money(path: Path, name: str, found: dict[str, Any], prefix: str = "") -> Iterator[Measured]:
-    """The ledger against the provider's bill, which counts what was cut off and garbled too."""
-    bill = (found["tokens"]["prompt"] + found["tokens"]["completion"]) / 1e6
-    booked = close_ledger(f"{path}/{name}-api/{MODEL}")
-    ours = booked.spent + booked.possibly_paid
-    share = round(ours / bill, 9)  # sums of the same prices in another order differ in their last digit
-    yield Measured(f"{prefix}booked as spent or possibly paid / bill", bill, ours, share, "≥ 1", "dollars")
+def _cost_rows(path: Path, name: str, report: Mapping[str, Any], prefix: str = "") -> Iterator[Measured]:
+    """The ledger beside the provider's bill, which counts what was cut off and garbled too."""
+    bill = (report["tokens"]["prompt"] + report["tokens"]["completion"]) / 1e6  # a dollar per million, of either
+    ledger = close_ledger(f"{path}/{name}-api/{MODEL}")
+    booked = ledger.spent + ledger.possibly_paid
+    share = round(booked / bill, 9)  # sums of the same prices in another order differ in their last digit
+    yield Measured(f"{prefix}booked as spent or possibly paid / bill", bill, booked, share, "≥ 1", "dollars")
 
 
 # What is judged
 
 
 def write_tables(path: Path, config: BenchConfig) -> None:
-    """Phantoms with solutions whose steps are all different."""
+    """Write phantoms with solutions whose steps are all different."""
     from medmm_ray.data.sources.phantom.questions import make_questions
     from medmm_ray.data.sources.phantom.render import render
 
@@ -195,40 +195,58 @@ def write_tables(path: Path, config: BenchConfig) -> None:
     for number, item in enumerate(make_questions(config.seed, "train", config.questions)):
         name = f"{number:05d}"
         render(item.case, 128).save(path / f"{name}.png")
-        images.append(
-            Image(
-                image_id=name, uri=str(path / f"{name}.png"), sha256=name, perceptual_hash="", width=128, height=128,
-                split="train", modality="radiology", diagnosis="", annotation="",
-            )
-        )  # fmt: skip
-        questions.append(
-            Question(
-                question_id=f"q{name}", source="phantom", split="train", modality="radiology", difficulty="easy",
-                question=f"{number}: {item.question} " + "The guideline says that fluid blunts the angle. " * 40,
-                options=list(item.options), answer=item.answer, answer_type="choice", image_ids=[name],
-            )
-        )  # fmt: skip
-        rows = [_solution(name, index, config.steps) for index in range(config.solutions)]
-        solutions.append(
-            Solutions(
-                question_id=f"q{name}", policy="bench", config_hash="", num_requested=config.solutions,
-                solutions=rows,
-            )
-        )  # fmt: skip
-    for name, record, made in (
-        ("questions", Question, questions),
-        ("images", Image, images),
-        ("solutions", Solutions, solutions),
-    ):
-        _write(path / name, record, made)
+        image = Image(
+            image_id=name,
+            uri=str(path / f"{name}.png"),
+            sha256=name,
+            perceptual_hash="",
+            width=128,
+            height=128,
+            split="train",
+            modality="radiology",
+            diagnosis="",
+            annotation="",
+        )
+        question = Question(
+            question_id=f"q{name}",
+            source="phantom",
+            split="train",
+            modality="radiology",
+            difficulty="easy",
+            question=f"{number}: {item.question} " + "The guideline says that fluid blunts the angle. " * 40,
+            options=list(item.options),
+            answer=item.answer,
+            answer_type="choice",
+            image_ids=[name],
+        )
+        row = Solutions(
+            question_id=f"q{name}",
+            policy="bench",
+            config_hash="",
+            num_requested=config.solutions,
+            solutions=[_solution(name, index, config.steps) for index in range(config.solutions)],
+        )
+        images.append(image)
+        questions.append(question)
+        solutions.append(row)
+    _write(path / "questions", Question, questions)
+    _write(path / "images", Image, images)
+    _write(path / "solutions", Solutions, solutions)
 
 
 def _solution(question: str, index: int, num_steps: int) -> Solution:
     steps = [f"Of question {question}, solution {index}: observation {step} is so." for step in range(1, num_steps + 1)]
     return Solution(
-        solution_id=f"s{question}-{index}", index=index, text="", steps=steps, answer="A", correct=True,
-        finish_reason="stop", seed=0, text_sha=f"{question} {index}",
-    )  # fmt: skip
+        solution_id=f"s{question}-{index}",
+        index=index,
+        text="",
+        steps=steps,
+        answer="A",
+        correct=True,
+        finish_reason="stop",
+        seed=0,
+        text_sha=f"{question} {index}",
+    )
 
 
 def _write(path: Path, record: type, rows: list[Any]) -> None:
@@ -252,9 +270,9 @@ def _solutions(path: Path) -> list[dict[str, Any]]:
 # One judging, as a process that can be killed
 
 
-def start(path: Path, name: str, address: str, config: BenchConfig, **more: Any) -> "subprocess.Popen[bytes]":
-    """The judging of `path` into the table `name`, or what is left of it, in a process group of its own."""
-    how = {
+def start(path: Path, name: str, address: str, config: BenchConfig, **settings: Any) -> "subprocess.Popen[bytes]":
+    """Start judging `path` into the table `name`, or what is left of it, in a process group of its own."""
+    judge_settings = {
         "backend": "openai",
         "model": MODEL,
         "endpoint": f"{address}/v1",
@@ -263,32 +281,33 @@ def start(path: Path, name: str, address: str, config: BenchConfig, **more: Any)
         "output_price": 1.0,
         "batch_size": 1,
         "max_concurrency": 8,
-        **more,
+        **settings,
     }
-    words = [sys.executable, "-m", "jobs.benches.judge", str(path), name, json.dumps(how)]
+    words = [sys.executable, "-m", "jobs.benches.judge", str(path), name, json.dumps(judge_settings)]
     return subprocess.Popen(words, env={**os.environ, "OPENAI_API_KEY": "none"}, start_new_session=True)
 
 
 def run(path: Path, name: str, config: JudgeConfig) -> None:
-    """As ``jobs.judge`` does it: what is labelled already is not asked again, the manifest is written last."""
+    """Judge as ``jobs.judge`` does: what is labelled already is not asked again, the manifest is written last."""
     from medmm_ray.session import session
 
     table = Table(str(path / name), Labels)
-    questions, images = (Table(str(path / t), r).to_arrow() for t, r in (("questions", Question), ("images", Image)))
+    questions = Table(str(path / "questions"), Question).to_arrow()
+    images = Table(str(path / "images"), Image).to_arrow()
     ids = questions["question_id"].to_pylist()
     with session():
         table.prepare()
-        source = pending(
-            Table(str(path / "solutions"), Solutions).dataset(rows_per_block=8), "question_id", table.done_ids()
-        )
-        made = judge(source, config, questions=questions, images=images, model=MODEL, folder=f"{path}/{name}-api")
+        solutions = Table(str(path / "solutions"), Solutions).dataset(rows_per_block=8)
+        source = pending(solutions, "question_id", table.done_ids())
+        labels = judge(source, config, questions=questions, images=images, model=MODEL, folder=f"{path}/{name}-api")
         if table.done_ids() != set(ids):
-            table.write(made, "question_id", "labels")
+            table.write(labels, "question_id", "labels")
     table.finish(_origin(name), "question_id", ids, 0.0)
 
 
 @contextmanager
 def server(config: BenchConfig) -> Iterator[str]:
+    """The chat server as a process; gives its address."""
     words = [sys.executable, "-m", "jobs.benches.chat_server", str(config.latency_s), str(config.fault_rate)]
     with subprocess.Popen([*words, str(config.seed)], stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -298,13 +317,17 @@ def server(config: BenchConfig) -> Iterator[str]:
             process.kill()
 
 
-def asked(address: str, reset: bool = False) -> dict[str, Any]:
-    """What the server counts; with `reset`, it begins anew."""
-    what, method = ("reset", "POST") if reset else ("report", "GET")
-    request = urllib.request.Request(f"{address}/{what}", method=method)  # noqa: S310 - our own server
-    with urllib.request.urlopen(request) as answer:  # noqa: S310
-        found: dict[str, Any] = json.loads(answer.read())
-    return found
+def server_report(address: str) -> dict[str, Any]:
+    """What the server has counted since it was reset."""
+    with urllib.request.urlopen(f"{address}/report") as response:  # noqa: S310 - our own server
+        report: dict[str, Any] = json.loads(response.read())
+    return report
+
+
+def reset_report(address: str) -> None:
+    """Let the server count anew."""
+    request = urllib.request.Request(f"{address}/reset", method="POST")  # noqa: S310 - our own server
+    urllib.request.urlopen(request).close()  # noqa: S310
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 from medmm_ray.config import digest
 from medmm_ray.engines.llm.store import parse_segment
 
-_JUDGED = re.compile(r"Reasoning to review, (\d+) steps")
+_NUM_STEPS = re.compile(r"Reasoning to review, (\d+) steps")
 
 
 class ScriptedApi(ThreadingHTTPServer):
@@ -34,6 +34,7 @@ class ScriptedApi(ThreadingHTTPServer):
 
     @property
     def address(self) -> str:
+        """What a config calls the endpoint."""
         return f"http://127.0.0.1:{self.server_port}/v1"
 
 
@@ -42,13 +43,21 @@ class _Handler(BaseHTTPRequestHandler):
     server: ScriptedApi
 
     def do_POST(self) -> None:
+        """Answer a chat request."""
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         time.sleep(self.server.pause_s)
         text = answer(body)
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
         usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
-        content = json.dumps({"id": "a", "object": "chat.completion", "created": 0, "model": body["model"],
-                              "choices": [choice], "usage": usage}).encode()  # fmt: skip
+        reply = {
+            "id": "a",
+            "object": "chat.completion",
+            "created": 0,
+            "model": body["model"],
+            "choices": [choice],
+            "usage": usage,
+        }
+        content = json.dumps(reply).encode()
         with self.server.lock:
             self.server.paid += 1
         with suppress(ConnectionError):  # who asked was killed
@@ -64,6 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def scripted_api(pause_s: float) -> Iterator[ScriptedApi]:
+    """A running server, which takes `pause_s` seconds for an answer."""
     with ScriptedApi(pause_s) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
@@ -73,17 +83,18 @@ def scripted_api(pause_s: float) -> Iterator[ScriptedApi]:
 def answer(body: dict[str, Any]) -> str:
     """The reply to a request: what its schema asks for, verdicts where it has none."""
     content = body["messages"][-1]["content"]
-    asked = text_of(content)
+    prompt = text_of(content)
     shape = body.get("response_format", {}).get("json_schema", {}).get("schema", {}).get("properties", {})
     if not shape:
-        return verdicts(asked) if _JUDGED.search(asked) else "yes"  # it was asked whether it can be reached
-    drawn = digest(content, body.get("seed"))
-    letter = "ABCD"[int(drawn, 16) % 4]
+        return verdicts(prompt) if _NUM_STEPS.search(prompt) else "yes"  # a probe asks whether it can be reached
+    noise = digest(content, body.get("seed"))
+    letter = "ABCD"[int(noise, 16) % 4]
     if "question" not in shape:
         return json.dumps({"answer": letter})
-    words = " ".join(drawn[at : at + 2] for at in range(0, len(drawn), 2))
-    written = {"question": f"What is shown by {words}?", "options": [f"Finding {number}" for number in range(4)]}
-    return json.dumps({**written, "correct_answer": letter, "difficulty": "easy", "explanation": "It is seen."})
+    words = " ".join(noise[at : at + 2] for at in range(0, len(noise), 2))
+    options = [f"Finding {number}" for number in range(4)]
+    question = {"question": f"What is shown by {words}?", "options": options}
+    return json.dumps({**question, "correct_answer": letter, "difficulty": "easy", "explanation": "It is seen."})
 
 
 def text_of(content: Any) -> str:
@@ -92,15 +103,17 @@ def text_of(content: Any) -> str:
     return "\n".join(part["text"] for part in parts if "text" in part)
 
 
-def verdicts(asked: str) -> str:
+def verdicts(prompt: str) -> str:
     """A line for each step; a third of them is unsure, so that Monte Carlo has work."""
-    found = _JUDGED.search(asked)
-    assert found, "a judge's prompt states the number of steps"
-    numbers = [int(digest(asked, index), 16) for index in range(int(found[1]))]
+    match = _NUM_STEPS.search(prompt)
+    assert match, "a judge's prompt states the number of steps"
+    numbers = [int(digest(prompt, index), 16) for index in range(int(match[1]))]
     return "\n".join(f"{number % 2} {('high', 'medium', 'low')[number % 3]}" for number in numbers)
 
 
 def stored_answers(run: Path) -> Counter[str]:
     """How often the answer to each request of a run is stored: twice where it was paid again though it was there."""
-    segments = run.glob("api/*/answers/*/*.jsonl")
-    return Counter(key for file in segments for key in parse_segment(file.read_bytes(), str(file)))
+    answers: Counter[str] = Counter()
+    for file in run.glob("api/*/answers/*/*.jsonl"):
+        answers.update(list(parse_segment(file.read_bytes(), str(file))))
+    return answers

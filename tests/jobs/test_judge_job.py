@@ -1,4 +1,4 @@
-"""The judge as a Ray Data job against a server that counts (jobs/benches/chat_server.py): budget, kill, books."""
+"""The judge as a Ray Data job against a server that counts (jobs/benches/chat_server.py): budget, kill, counts."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,12 +55,12 @@ def test_the_budget_ends_the_job_with_a_sentence_and_a_larger_one_goes_on(
     assert words.startswith("the next call can cost $0.0")
     assert "max_cost_usd=0.05 does not hold it: $0.0" in words
     assert words.endswith("What has arrived is kept; raise max_cost_usd and run again")
-    first = bench.asked(address)
+    first = bench.server_report(address)
     assert 0 < first["delivered"] < 48
     bill = (first["tokens"]["prompt"] + first["tokens"]["completion"]) / 1e6
     assert bill <= 0.05
     labels = label(tmp_path, address, max_cost_usd=5.0)
-    found = bench.asked(address)
+    found = bench.server_report(address)
     assert [row["error"] for row in labels] == [None] * 48
     assert (found["twice"], found["inside"]) == (0, 0)
     paid = close_ledger(f"{tmp_path}/api/bench")
@@ -82,7 +82,7 @@ def test_a_killed_job_loses_no_row_and_pays_nothing_twice_but_what_was_in_flight
     measured = {row.name: row for row in bench._killed(tmp_path, address, SMALL, Console())}
     assert [row.name for row in measured.values() if row.met is False] == []
     assert measured["killed -9: rows labelled or named"].ours == 48
-    assert len(Table(str(tmp_path / "rough"), Labels).to_arrow()) == 48
+    assert len(Table(str(tmp_path / "killed"), Labels).to_arrow()) == 48
 
 
 def test_two_judges_label_every_solution_side_by_side(ray_session: None, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from rich.console import Console
 
 from jobs.benches import sharing as bench
 from jobs.benches.judge import BenchConfig as JudgeBench
-from jobs.benches.judge import asked
 from jobs.benches.judge import server as judge_server
+from jobs.benches.judge import server_report
 from medmm_ray.steps.judge import JudgeConfig, verdicts
 from medmm_ray.steps.judge.prompt import SYSTEM, JudgeCall
 from medmm_ray.train.policy import LlamaShape, new_llama
@@ -20,19 +20,19 @@ CONFIG = bench.BenchConfig(per_call=(1, 3), questions=3, solutions=3, train_ques
 
 @pytest.mark.parametrize("per_call", [1, 3])
 def test_the_judges_own_reader_reads_the_truth_out_of_a_lesson(per_call: int) -> None:
-    for told in bench.tell(CONFIG, "train", 20, per_call):
-        _, reply = bench.lesson(told, per_call)
-        call = JudgeCall(tuple(tuple(steps) for steps in told.solutions[:per_call]))
+    for phantom in bench.make_phantoms(CONFIG, "train", 20, per_call):
+        _, reply = bench.lesson(phantom, per_call)
+        call = JudgeCall(tuple(tuple(steps) for steps in phantom.solutions[:per_call]))
         read = [[step.label for step in steps] for steps in verdicts(reply, call.numbers)]
-        assert read == [[int(right is not False) for right in told.truths(i)] for i in range(per_call)]
+        assert read == [[int(right is not False) for right in phantom.truths(i)] for i in range(per_call)]
         assert json.loads(reply)
 
 
 def test_solutions_have_right_steps_and_wrong_ones() -> None:
-    told = bench.tell(CONFIG, "test", 50, 4)
-    found = [right for one in told for i in range(4) for right in one.truths(i) if right is not None]
+    phantoms = bench.make_phantoms(CONFIG, "test", 50, 4)
+    found = [right for phantom in phantoms for i in range(4) for right in phantom.truths(i) if right is not None]
     assert 0.5 < np.mean(found) < 0.8
-    assert all("Report: " in one.case.question and one.case.images == [] for one in told)
+    assert all("Report: " in phantom.case.question and phantom.case.images == [] for phantom in phantoms)
 
 
 def test_verdicts_are_counted_by_the_truth() -> None:
@@ -74,8 +74,8 @@ def test_a_judge_behind_an_api_is_measured_and_paid_once(
         config = CONFIG.model_copy(update={"questions": 12, "judge": judge, "folder": str(tmp_path)})
         rows = list(bench.measure(config, Console(quiet=True)))
         assert list(bench.measure(config, Console(quiet=True))) == rows
-        found = asked(address)
-    assert (found["delivered"], found["twice"]) == (12 * (3 + 1), 0)
+        report = server_report(address)
+    assert (report["delivered"], report["twice"]) == (12 * (3 + 1), 0)
     kappas = {row.baseline for row in rows if row.unit == "kappa"} | {row.ours for row in rows if row.unit == "kappa"}
     assert len(kappas) == 1
     assert [row.ours for row in rows if row.unit == "share"] == [0, 0]
@@ -83,7 +83,10 @@ def test_a_judge_behind_an_api_is_measured_and_paid_once(
 
 @pytest.mark.engine
 def test_a_small_judge_is_taught_and_asked_through_vllm(tmp_path: Path) -> None:
-    texts = [SYSTEM, *(str(part) for one in bench.tell(CONFIG, "train", 4, 3) for part in bench.lesson(one, 3))]
+    texts = [
+        SYSTEM,
+        *(str(part) for phantom in bench.make_phantoms(CONFIG, "train", 4, 3) for part in bench.lesson(phantom, 3)),
+    ]
     shape = LlamaShape(hidden_size=32, num_layers=1, num_heads=1, intermediate_size=64, max_length=8192)
     for part in new_llama(shape, texts, seed=0):
         part.save_pretrained(tmp_path / "base")

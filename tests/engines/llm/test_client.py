@@ -636,12 +636,12 @@ def test_a_kill_pays_nothing_twice_but_what_was_in_flight(tmp_path: Path, monkey
     with bench.server(config) as address:
         for moment in (30, 80, 130):
             with subprocess.Popen([sys.executable, "-c", ASK_ALL, address, str(tmp_path)]) as process:
-                while bench.asked(address)["arrivals"] < moment:
+                while bench.server_report(address)["arrivals"] < moment:
                     assert process.poll() is None
                     time.sleep(0.01)
                 process.kill()
         subprocess.run([sys.executable, "-c", ASK_ALL, address, str(tmp_path)], check=True)
-        found = bench.asked(address)
+        found = bench.server_report(address)
     assert found["requests"] == 160
     assert found["twice"] <= 3 * 8
     kept = {key for i in range(9) for key in AnswerStore(f"{tmp_path}/answers").read(f"q{i}")}

@@ -56,8 +56,14 @@ def _main(words: list[str]) -> int:
     if {"-h", "--help"} & set(words):
         print(f"usage: python -m jobs.bench {words[0]} [name=value ...] [json=PATH]\n\n{all_settings(config_type)}")
         return 0
-    paths = [word.removeprefix("json=") for word in words[1:] if word.startswith("json=")]
-    config = load(config_type, None, [word for word in words[1:] if not word.startswith("json=")])
+    # json= is the command's own; all other words are settings of the benchmark.
+    settings, paths = [], []
+    for word in words[1:]:
+        if word.startswith("json="):
+            paths.append(word.removeprefix("json="))
+        else:
+            settings.append(word)
+    config = load(config_type, None, settings)
     logging.basicConfig(level=logging.WARNING)
     console = Console() if sys.stdout.isatty() else Console(width=150)
     rows: list[Measured] = []

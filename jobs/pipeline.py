@@ -60,6 +60,7 @@ class Board:
         """The context in which the table is shown."""
         if self.console.is_terminal:
             return Live(get_renderable=self.render, console=self.console, refresh_per_second=1, transient=False)
+        # A log without a line for minutes looks like a job that hangs.
         threading.Thread(target=self._heartbeat, name="heartbeat", daemon=True).start()
         return nullcontext()
 
@@ -147,6 +148,7 @@ def run_pipeline(recipe: Recipe, steps: Sequence[Step], console: Console) -> Run
     run = Run(recipe)
     board = Board(run, steps, console)
     todo = []
+    # What is complete shows at once; APIs and checkpoints are checked before Ray starts.
     with board.live():
         for step in steps:
             if run.skipped(step):
@@ -174,7 +176,7 @@ def _run_steps(run: Run, steps: Sequence[Step], board: Board) -> None:
         for step in steps:
             try:
                 run_step(run, step, lambda job: board.start(job.step, job))
-            except BaseException as error:
+            except BaseException as error:  # Ctrl-C too: the board shows where it hit
                 board.fail(step, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
                 raise
             board.finish(step, "done")
@@ -188,6 +190,7 @@ def _write_usage(run: Run, last: Step, resources: ResourceSampler, seconds: floa
     """
     if os.environ.get("RAY_ADDRESS"):
         return
+    # Written after each step, so that a run that is killed has its figures too.
     fs, path = filesystem(f"{run.recipe.run}/usage.json")
     usage = {
         "until": last.name,

@@ -36,6 +36,7 @@ class Run:
         if not recipe.run:
             raise ConfigError("'run' is required: the output folder, e.g. run=runs/mine")
         self.recipe = with_shared_limits(recipe)
+        # Workers may have another working folder, so a local path is made absolute.
         self.root = recipe.run.rstrip("/") if "://" in recipe.run else str(Path(recipe.run).absolute())
         self._fingerprints: dict[str, str] = {}
 
@@ -207,7 +208,7 @@ class Job:
         if done_ids:
             log.info("%s: %d of %d rows are there, resuming", name, len(done_ids), len(expected_ids))
         output_key = output_key or key
-        if set(expected_ids) - done_ids:
+        if set(expected_ids) - done_ids:  # else a run was killed between its last row and the manifest
             table.write(transform(pending(source, key, done_ids)), output_key, explode)
         limit = self.recipe.max_error_rate
         self.report(name, table.finish(self.origin(name), output_key, expected_ids, self.seconds(), limit))
@@ -366,6 +367,7 @@ def root_cause(error: BaseException) -> str:
 
     An error of ours says what happened and what to do; of others the name of their class says part of it.
     """
+    # Down the chain to the first error that says something: ours, or the last one that is no mark of Ray Data's.
     while (inner := error.__cause__) is not None and not _is_ours(error) and not _is_a_mark(inner):
         error = inner
     text = str(error)

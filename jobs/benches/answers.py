@@ -7,10 +7,9 @@ and the share of replies that it reads. It is not tuned to this table.
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 from rich.console import Console
 
@@ -20,11 +19,12 @@ from medmm_ray.data.sources import SourceRequest, list_files, mirage, read_lines
 from medmm_ray.text import extract_answer, mirage_answer
 
 SETS = ("mmlu", "medqa", "medmcqa", "pubmedqa", "bioasq")
-PUBLISHED = {
-    "cot": dict(zip((*SETS, "mean"), (72.91, 65.04, 55.25, 36.00, 74.27, 60.69), strict=True)),
-    "rag_32": dict(zip((*SETS, "mean"), (75.48, 66.61, 58.04, 67.40, 90.29, 71.57), strict=True)),
+# The leaderboard's accuracies in %, and their mean over the sets.
+PUBLISHED: Mapping[str, Mapping[str, float]] = {
+    "cot": {"mmlu": 72.91, "medqa": 65.04, "medmcqa": 55.25, "pubmedqa": 36.00, "bioasq": 74.27, "mean": 60.69},
+    "rag_32": {"mmlu": 75.48, "medqa": 66.61, "medmcqa": 58.04, "pubmedqa": 67.40, "bioasq": 90.29, "mean": 71.57},
 }
-WITHIN = 0.6  # points
+WITHIN = 0.6  # points in which the leaderboard's rule must give its figure
 
 
 class BenchConfig(Config):
@@ -35,7 +35,16 @@ class BenchConfig(Config):
 
 
 @dataclass(frozen=True)
-class GradedReplies:
+class GradedReply:
+    """One reply: what is right of it, and whether our extractor gets no answer out of it."""
+
+    by_grader: bool
+    by_extractor: bool
+    unread: bool
+
+
+@dataclass(frozen=True)
+class SetFigures:
     """One setting on one set: accuracies in %, and the share of replies without an answer in %."""
 
     published: float
@@ -46,51 +55,50 @@ class GradedReplies:
 
 def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:  # noqa: ARG001
     """Two rows a setting and set: the leaderboard's rule, and our extractor."""
-    for (setting, set_name), cell in table(config.path).items():
+    for (setting, set_name), figures in table(config.path).items():
         name = f"{setting} {set_name}: the leaderboard's rule, points from its figure"
-        distance = abs(cell.grader - cell.published)
-        yield Measured(name, cell.published, cell.grader, distance, f"≤ {WITHIN}", "accuracy, %")
+        distance = abs(figures.grader - figures.published)
+        yield Measured(name, figures.published, figures.grader, distance, f"≤ {WITHIN}", "accuracy, %")
         name = f"{setting} {set_name}: our extractor beside the rule"
-        share, unit = cell.extractor / max(cell.grader, 1e-9), f"accuracy, %; {cell.unread:.2f} % unread"
-        yield Measured(name, cell.grader, cell.extractor, share, "", unit)
+        share, unit = figures.extractor / max(figures.grader, 1e-9), f"accuracy, %; {figures.unread:.2f} % unread"
+        yield Measured(name, figures.grader, figures.extractor, share, "", unit)
 
 
-def table(path: str) -> dict[tuple[str, str], GradedReplies]:
-    """All cells, and the mean of each setting over the sets, from MIRAGE's folder."""
+def table(path: str) -> dict[tuple[str, str], SetFigures]:
+    """The figures of each setting on each set, and their mean over the sets, from MIRAGE's folder."""
     if not path:
         raise ConfigError("'path' is required: MIRAGE's folder with rawdata/ and predictions*.jsonl")
     questions = {question.name: question for question in mirage.read(SourceRequest(path=path)).questions}
-    replies: dict[tuple[str, str], list[tuple[bool, bool, bool]]] = defaultdict(list)
+    replies: dict[tuple[str, str], list[GradedReply]] = defaultdict(list)
     for uri in list_files(path, ".jsonl"):
-        for row in map(json.loads, read_lines(uri)):
+        for line in read_lines(uri):
+            row = json.loads(line)
             question = questions[f"{row['dataset']}/{row['id']}"]
-            replies[row["setting"], row["dataset"]].append(_read(row, list(question.options), question.answer))
-    cells = {key: _cell(key, graded) for key, graded in replies.items()}
-    ordered = {}
+            graded = _graded(row["output"] or "", list(question.options), question.answer)  # it may be missing ([])
+            replies[row["setting"], row["dataset"]].append(graded)
+    figures = {}
     for setting in PUBLISHED:
-        for name in SETS:
-            ordered[setting, name] = cells[setting, name]
-        ordered[setting, "mean"] = _mean(cells, setting)
-    return ordered
+        of_setting = [_figures(PUBLISHED[setting][name], replies[setting, name]) for name in SETS]
+        for name, of_set in zip(SETS, of_setting, strict=True):
+            figures[setting, name] = of_set
+        figures[setting, "mean"] = _mean(PUBLISHED[setting]["mean"], of_setting)
+    return figures
 
 
-def _read(row: Mapping[str, Any], options: list[str], gold: str) -> tuple[bool, bool, bool]:
-    """Whether the grader is right, whether the extractor is, whether it read nothing; a reply may be missing ([])."""
-    reply = row["output"] or ""
+def _graded(reply: str, options: list[str], gold: str) -> GradedReply:
     answer = extract_answer(reply, options)
-    return mirage_answer(reply) == gold, answer == gold, answer is None
+    return GradedReply(mirage_answer(reply) == gold, answer == gold, answer is None)
 
 
-def _cell(key: tuple[str, str], graded: list[tuple[bool, bool, bool]]) -> GradedReplies:
-    grader, extractor, unread = (100 * fmean(column) for column in zip(*graded, strict=True))
-    return GradedReplies(PUBLISHED[key[0]][key[1]], grader, extractor, unread)
+def _figures(published: float, replies: Sequence[GradedReply]) -> SetFigures:
+    grader = fmean(reply.by_grader for reply in replies)
+    extractor = fmean(reply.by_extractor for reply in replies)
+    unread = fmean(reply.unread for reply in replies)
+    return SetFigures(published, 100 * grader, 100 * extractor, 100 * unread)
 
 
-def _mean(cells: Mapping[tuple[str, str], GradedReplies], setting: str) -> GradedReplies:
-    of_setting = [cells[setting, name] for name in SETS]
-    return GradedReplies(
-        PUBLISHED[setting]["mean"],
-        fmean(cell.grader for cell in of_setting),
-        fmean(cell.extractor for cell in of_setting),
-        fmean(cell.unread for cell in of_setting),
-    )
+def _mean(published: float, sets: Sequence[SetFigures]) -> SetFigures:
+    grader = fmean(figures.grader for figures in sets)
+    extractor = fmean(figures.extractor for figures in sets)
+    unread = fmean(figures.unread for figures in sets)
+    return SetFigures(published, grader, extractor, unread)

@@ -115,6 +115,7 @@ class ChatServer:
         response = web.StreamResponse(headers={"Content-Type": "application/json"})
         response.content_length = len(content)
         await response.prepare(request)
+        # A provider bills what it generated, also where its bytes did not arrive whole.
         if fault == "cut":
             await response.write(content[:100])
             assert request.transport is not None
@@ -130,10 +131,11 @@ class ChatServer:
 
     def _fault(self, key: str, num_messages: int) -> str:
         """Which fault this attempt meets, by the request and how often it came; empty without one."""
-        bits = hashlib.sha256(f"{self.seed} {key} {self.counts.attempts[key]}".encode()).digest()
-        if int.from_bytes(bits[:4], "big") / 2**32 >= self.fault_rate:
+        noise = hashlib.sha256(f"{self.seed} {key} {self.counts.attempts[key]}".encode()).digest()
+        if int.from_bytes(noise[:4], "big") / 2**32 >= self.fault_rate:
             return ""
-        kind = FAULTS[bits[4] % len(FAULTS)]
+        kind = FAULTS[noise[4] % len(FAULTS)]
+        # Who was asked again because an answer did not fit gets one that does, so that every row can be labelled.
         return "" if kind == "misfit" and num_messages > 2 else kind
 
     def _reply(self, body: dict[str, Any], misfit: bool) -> dict[str, Any]:
@@ -200,18 +202,20 @@ def _verdicts(text: str) -> dict[str, Any]:
 
 
 def _steps(text: str) -> list[dict[str, Any]]:
-    return [
-        {
+    entries = []
+    for number, step in _STEP.findall(text):
+        is_right = verdict(step)
+        entry = {
             "step": int(number),
-            "reason": "It agrees with the guideline and with the image." if verdict(step) else "It does not.",
+            "reason": "It agrees with the guideline and with the image." if is_right else "It does not.",
             "logical": True,
-            "medical": verdict(step),
+            "medical": is_right,
             "image_grounded": True,
-            "verdict": "+" if verdict(step) else "-",
+            "verdict": "+" if is_right else "-",
             "confidence": "high",
         }
-        for number, step in _STEP.findall(text)
-    ]
+        entries.append(entry)
+    return entries
 
 
 def main(latency_s: float, fault_rate: float, seed: int) -> None:

@@ -74,6 +74,7 @@ class Driver:
         """
         now = time.monotonic()
         output = self.log.read_text(errors="replace")
+        # A line may be half written: only whole ones count.
         new_lines = output[self._read_chars : output.rfind("\n") + 1]
         self._read_chars += len(new_lines)
         for line in new_lines.splitlines():
@@ -112,6 +113,7 @@ def targets(kind: Kind, processes: Sequence[psutil.Process]) -> list[psutil.Proc
     matching = []
     for process in processes:
         with suppress(psutil.NoSuchProcess):
+            # Ray sets the title of a worker to what it runs.
             title = " ".join(process.cmdline()).strip()
             is_actor = title.startswith("ray::MapWorker")
             is_worker = title.startswith("ray::") and title not in AGENTS and not is_actor

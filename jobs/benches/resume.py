@@ -7,6 +7,7 @@ twice, and each table be the undisturbed run's by its content hash; and no answe
 questions that had arrived may be paid again.
 """
 
+import itertools
 import os
 import random
 import sys
@@ -141,6 +142,7 @@ class ResumeExperiment:
                 if faults:
                     round_comparisons, late = self.run_round(f"{kind}-{attempt}", faults)
                     comparisons += round_comparisons
+                    # The step was faster than undisturbed: half of the wait.
                     faults = [replace(fault, share=fault.share / 2) for fault in late]
         return comparisons
 
@@ -237,7 +239,7 @@ class ResumeExperiment:
         base_run, fault_run = (Run(load_recipe(self.recipe(run))) for run in (BASE, name))
         comparisons = []
         for table_name, record in BY_NAME[step].makes.items():
-            if record is None:
+            if record is None:  # an artifact, which has no rows
                 continue
             base_table, table = base_run.table(table_name), fault_run.table(table_name)
             base_keys, table_keys = key_counts(base_table), key_counts(table)
@@ -260,9 +262,7 @@ class ResumeExperiment:
 
 def plan(config: BenchConfig, rng: random.Random) -> list[Fault]:
     """The faults: every pair of a kind and a step in a drawn order, those that came least often first."""
-    all_pairs = []
-    for kind in config.kinds:
-        all_pairs += [(kind, step) for step in config.steps if (kind, step) not in IMPOSSIBLE]
+    all_pairs = [pair for pair in itertools.product(config.kinds, config.steps) if pair not in IMPOSSIBLE]
     planned: list[tuple[Kind, str]] = []
     counts: Counter[str] = Counter()  # of kinds and of steps
     while len(planned) < config.faults:
@@ -303,7 +303,9 @@ def grid_of(experiment: ResumeExperiment, comparisons: Sequence[TableComparison]
 def _cell(experiment: ResumeExperiment, comparisons: Sequence[TableComparison], step: str, kind: Kind) -> str:
     rounds = []  # one entry a fault
     for name, outcome in experiment.rounds.items():
-        rounds += [name for fault in outcome.injected if (fault.kind, fault.step) == (kind, step)]
+        for fault in outcome.injected:
+            if (fault.kind, fault.step) == (kind, step):
+                rounds.append(name)
     if not rounds:
         return ""
     equal = all(table.equal for table in comparisons if table.round in rounds and table.step == step)

@@ -185,6 +185,7 @@ def _monte_carlo(plan: Plan) -> Line:
 def _prefixes(plan: Plan, samples: int) -> float:
     """Prefixes of one question's solutions that Monte Carlo continues; a wrong solution's last step is known."""
     work, rollouts = plan.workload, plan.rollouts
+    # Of a solution with s steps: all but the last, log2 s of them by bisection, or the two at the judge's first error.
     solutions = at_most(samples, rollouts.max_solutions)
     share = work.wrong_share if rollouts.right_is_free else 1.0
     judged = at_most(solutions, plan.judging.max_solutions) * share
@@ -233,6 +234,7 @@ def _train_two_tower(plan: Plan) -> Line:
     work, training, hardware = plan.workload, plan.training, plan.hardware
     images = work.train_questions * (1 + work.reference_images)
     image_tokens = images * PATCHES * training.fusion_epochs
+    # The text tower does not run here: a step is one state that was stored.
     steps = work.train_questions * work.train_samples * work.steps * training.fusion_epochs
     image_hours = hardware.training_hours(training.image_parameters, image_tokens)
     return Line(
@@ -247,6 +249,7 @@ def _train_two_tower(plan: Plan) -> Line:
 def _score(plan: Plan) -> Line:
     work = plan.workload
     solutions = work.test_questions * work.test_samples
+    # A question's solutions share its prefix.
     tokens = work.test_questions * work.prefix_tokens("score") + solutions * work.solution_tokens
     return Line(
         step="score",
@@ -278,6 +281,7 @@ def _notes(plan: Plan, lines: Mapping[str, Line]) -> list[str]:
     """What a reader would ask about the lines, by step."""
     notes = [*_size_notes(plan, lines)]
     if "judge" in lines:
+        # A cache holds for minutes: who asks slowly pays in full.
         model = replace(plan.judging.model, cached_input_price=None)
         uncached = _judge(replace(plan, judging=replace(plan.judging, model=model))).dollars
         if uncached > lines["judge"].dollars:

@@ -30,7 +30,7 @@ from medmm_ray.engines.generator import Generator, TextGenerator
 from medmm_ray.engines.grader import Grader, MakeGrader
 from medmm_ray.engines.images import open_image
 from medmm_ray.stats import decoders, metrics
-from medmm_ray.steps.score import load, question_inputs
+from medmm_ray.steps.score import load, question_inputs, with_trained_inputs
 from medmm_ray.steps.tree_search.beam import RewardModelScorer, beam_search
 from medmm_ray.steps.tree_search.writer import StepWriter
 
@@ -100,7 +100,7 @@ class Searching:
 
     def __init__(self, run: Run, generator: TextGenerator, model: "RewardModel", grader: Grader) -> None:
         self.run, self.generator, self.model, self.grader = run, generator, model, grader
-        self.config, self.reading = run.recipe.beam_search, run.recipe.score
+        self.config, self.reading = run.recipe.beam_search, with_trained_inputs(run.recipe.score, model)
         models = (run.model_id("policy"), run.model_id(self.config.guide))
         self.config_hash = digest("beam_search", *models, identity(self.config))
         self.lock = asyncio.Lock()

@@ -105,7 +105,7 @@ def _workload(recipe: Recipe) -> Workload:
         question_tokens=assumed.question_tokens,
         solution_tokens=assumed.solution_tokens,
         document_tokens=assumed.document_tokens,
-        with_documents=tuple(name for name in DOCUMENT_STEPS if getattr(recipe, name).num_documents),
+        with_documents=tuple(name for name in DOCUMENT_STEPS if getattr(recipe, name).num_documents != 0),
         wrong_share=assumed.wrong_share,
     )
 

@@ -19,6 +19,7 @@ from medmm_ray.data.tables import filesystem, write_file
 from medmm_ray.engines.images import read_bytes
 from medmm_ray.service.client import query, request_of, show
 from medmm_ray.service.rerank import RerankAnswer, RerankRequest
+from medmm_ray.steps.score import with_trained_inputs
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -69,8 +70,9 @@ def example(run: Run) -> tuple[RerankRequest, str]:
     question = _question(run, solutions)
     evidence_table = run.table("evidence").to_arrow()
     evidence = evidence_table.filter(pc.field("question_id") == question["question_id"]).to_pylist()[0]
-    documents = evidence["documents"][: run.recipe.score.num_documents]
-    references = evidence["images"][: run.recipe.score.num_references]
+    scoring = with_trained_inputs(run.recipe.score, run.model("two_tower"))
+    documents = evidence["documents"][: scoring.num_documents]
+    references = evidence["images"][: scoring.num_references]
     request = request_of(
         question["question"],
         question["options"],

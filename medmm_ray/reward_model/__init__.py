@@ -1,5 +1,6 @@
 """The process reward model: exact shared-prefix scoring, and an image part that is added to the text's log-odds."""
 
+from medmm_ray.reward_model.checkpoint import TrainedInputs
 from medmm_ray.reward_model.errors import CheckpointError, ImageError
 from medmm_ray.reward_model.fusion import Fusion, FusionConfig, ImageFeatures
 from medmm_ray.reward_model.model import RewardModel
@@ -26,6 +27,7 @@ __all__ = [
     "ScoreRequest",
     "SolutionStates",
     "StepScores",
+    "TrainedInputs",
     "choose_documents",
     "pack",
 ]

@@ -1,8 +1,8 @@
 """A reward model as a folder: what is written, and how it is found again. Nothing is pickled.
 
 config.json, *.safetensors, tokenizer   the text tower, as transformers and vLLM read it
-reward_model.json                       format, the ids of tag, + and −, lengths, how the chat template is used, where
-                                        both towers came from, figures
+reward_model.json                       format, the ids of tag, + and −, lengths, what it was trained to read, how the
+                                        chat template is used, where both towers came from, figures
 fusion.safetensors, image_tower/        the image part, where there is one
 README.md                               the model card
 """
@@ -39,6 +39,16 @@ _OWNED = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.saf
 
 
 @dataclass(frozen=True)
+class TrainedInputs:
+    """What a model read beside question and solution when it was trained; None: it is not known."""
+
+    num_documents: int | None = None
+    """Retrieved documents that were offered, best first."""
+    num_references: int | None = None
+    """Similar images beside a question's own, most similar first."""
+
+
+@dataclass(frozen=True)
 class SavedConfig:
     """What ``reward_model.json`` says."""
 
@@ -53,6 +63,7 @@ class SavedConfig:
     figures: dict[str, float]
     template: TemplateUse | None
     system_prompt: str | None
+    trained_inputs: TrainedInputs
 
 
 def locate(path: str | Path, revision: str | None) -> str | Path:
@@ -95,6 +106,7 @@ def read(path: str | Path) -> SavedConfig | None:
         figures=saved["figures"],
         template=_template_use(saved.get("template")),
         system_prompt=saved.get("system_prompt"),
+        trained_inputs=TrainedInputs(**saved.get("trained_inputs", {})),
     )
 
 
@@ -183,6 +195,7 @@ def _describe(model: "RewardModel", figures: Mapping[str, float]) -> dict[str, A
         "fit": model.fit,
         "template": template and asdict(template.use),
         "system_prompt": model.system_prompt,
+        "trained_inputs": asdict(model.trained_inputs),
         "text_tower": {**asdict(model.text_origin), "architecture": type(model.text_model).__name__},
         "image_tower": tower and {**asdict(tower.origin), "width": tower.width, "image_size": tower.image_size},
         "fusion": asdict(model.fusion.config) if model.fusion else None,

@@ -90,6 +90,7 @@ class RewardModel(nn.Module):
         use_onednn(self)
         self.text_origin = ModelSource(text_model.config.name_or_path or "made in memory", None)
         self.figures: dict[str, float] = {}
+        self.trained_inputs = checkpoint.TrainedInputs()
 
     # Making and keeping
 
@@ -158,6 +159,7 @@ class RewardModel(nn.Module):
         if self.family.template is not None and saved.template is not None:
             checkpoint.restore_template(path, self.family.template, saved.template)
         self.text_origin, self.figures = saved.text_origin, saved.figures
+        self.trained_inputs = saved.trained_inputs
         if saved.fusion is not None:
             self._restore_image_part(path, saved, saved.fusion)
 

@@ -131,7 +131,7 @@ class TextPrmStage(Stage):
 
     def _load_model(self, base: str) -> "RewardModel":
         """The reward model of a checkpoint, with the length that it is to be trained at."""
-        from medmm_ray.reward_model import RewardModel
+        from medmm_ray.reward_model import RewardModel, TrainedInputs
 
         config = self.config
         model = RewardModel.from_pretrained(resolve(base))
@@ -142,6 +142,7 @@ class TextPrmStage(Stage):
         # Saved with the model, which packs by them; a small base may have a shorter context.
         model.max_length = min(config.max_length, model.context)
         model.reserve = min(config.reserve, model.max_length)
+        model.trained_inputs = TrainedInputs(num_documents=config.num_documents)
         if config.activation_checkpointing:
             model.text_model.gradient_checkpointing_enable()
         return model

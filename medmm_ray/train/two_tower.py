@@ -9,6 +9,7 @@ Legend: T tags, D text width, B images, W image width, P patches.
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from statistics import mean
@@ -67,7 +68,7 @@ class TwoTowerConfig(TrainConfig):
     """Attention heads of the fusion."""
     num_references: int = 3
     """Reference images (similar training cases) that are looked at beside the question's own; 0: none. On hard phantoms
-    they made no difference (.765 ± .010 with three). Score with as many."""
+    they made no difference (.765 ± .010 with three). The checkpoint keeps the number: scoring reads as many."""
     learning_rate: float = Field(1e-4, gt=0)
     """Highest learning rate of the fusion. Short runs take 1e-3: at 1e-4, 240 updates are far from enough."""
     image_learning_rate: float = Field(1e-5, ge=0)
@@ -134,6 +135,9 @@ def train_two_tower(
     inputs = {"text_prm": text_prm, "image_tower": image_tower}
     for number, table in enumerate(states):
         inputs[f"{_STATES_INPUT}-{number}"] = table.uri
+    num_documents = states[0].manifest().config.get("num_documents")
+    if num_documents is not None:  # else the states were computed with as many as the text tower was trained on
+        inputs["num_documents"] = str(num_documents)
     return fit(TwoTowerStage, config, {"questions": rows}, inputs, folder, name) | consensus
 
 
@@ -174,6 +178,10 @@ class TwoTowerStage(Stage):
         )
         torch.manual_seed(config.seed)  # for the fusion's first weights
         self.model.add_image_tower(resolve(inputs["image_tower"]), fusion_config)
+        trained_inputs = replace(self.model.trained_inputs, num_references=config.num_references)
+        if "num_documents" in inputs:
+            trained_inputs = replace(trained_inputs, num_documents=int(inputs["num_documents"]))
+        self.model.trained_inputs = trained_inputs
         assert self.model.image_tower is not None
         assert self.model.fusion is not None
         self.tower: ImageTower = self.model.image_tower

@@ -16,7 +16,7 @@ from medmm_ray.config import ConfigError
 from medmm_ray.data.records import Evidence, Image, RetrievedDocument, RetrievedImage, Solution, Solutions
 from medmm_ray.data.tables import RowError, write_rows
 from medmm_ray.engines.grader import Grader
-from medmm_ray.reward_model import RewardModel, StepScores
+from medmm_ray.reward_model import RewardModel, StepScores, TrainedInputs
 from medmm_ray.steps.tree_search.beam import Beam, BeamSearchConfig, RewardModelScorer, beam_search, best
 from medmm_ray.steps.tree_search.writer import StepWriter
 from medmm_ray.text import question_with_options
@@ -155,6 +155,8 @@ def test_figures_have_intervals_over_questions_and_a_paired_gain() -> None:
 class Looking:
     """A reward model's stand-in that likes steps with a word, and remembers what it was shown."""
 
+    trained_inputs = TrainedInputs(num_documents=2)
+
     reads_images, vision = True, None
 
     def __init__(self) -> None:
@@ -204,7 +206,7 @@ def test_the_run_is_searched_with_what_score_reads_and_a_fault_is_one_questions(
     first, second = asyncio.run(searching.all(rows))
     assert (first.right["beam search"], first.error) == (1.0, None)
     assert first.tokens["beam search"] > 0
-    assert set(map(str, model.shown)) == {str((["d1", "d2"], 1, 1))}  # score.num_documents is 2
+    assert set(map(str, model.shown)) == {str((["d1", "d2"], 1, 1))}  # what the model was trained on
     assert first.right["best of N, all samples"] == 0.0  # equal rewards: the first, which is wrong
     assert (second.right["beam search"], second.right["one sample"]) == (0.0, 0.5)
     assert str(second.error).startswith("image_")

@@ -26,7 +26,7 @@ from medmm_ray.data.records import (
     to_arrow,
 )
 from medmm_ray.data.tables import Provenance, Table, write_rows
-from medmm_ray.reward_model import FusionConfig, RewardModel, StepScores
+from medmm_ray.reward_model import FusionConfig, RewardModel, StepScores, TrainedInputs
 from medmm_ray.reward_model.states import from_bytes, to_bytes
 from medmm_ray.steps import score
 from medmm_ray.steps.score import (
@@ -422,10 +422,10 @@ def test_what_a_vision_language_model_is_not_for_is_refused_before_it_is_loaded(
 ) -> None:
     vision_model.save_pretrained(tmp_path / "saved")
     for path in (str(vision_folder), str(tmp_path / "saved")):
-        score.check_image_input(path, ScoreConfig(num_references=0))
-        score.check_image_input(path, ScoreConfig(arms=("text_only",)))
+        score.check_image_input(path, score.with_trained_inputs(ScoreConfig(), path))
+        score.check_image_input(path, ScoreConfig(arms=("text_only",), num_references=3))
         with pytest.raises(ConfigError, match=r"score.num_references is 3, but .* set score.num_references=0"):
-            score.check_image_input(path, ScoreConfig())
+            score.check_image_input(path, ScoreConfig(num_references=3))
         with pytest.raises(ConfigError, match="its states depend on the image"):
             score.states(None, StatesConfig(), path, "m")  # type: ignore[arg-type]
 
@@ -472,6 +472,36 @@ def test_states_are_those_that_are_scored(folder: Path, batch: pa.Table, dtype: 
     assert entry["evidence_hash"] == found["q2-s1", ""]["evidence_hash"]
     fewer = entries(StateExtractor(StatesConfig(num_documents=1), reader.model, "m1")(batch), "states")
     assert fewer["q1-s1", ""]["evidence_hash"] != entry["evidence_hash"]
+
+
+def test_a_checkpoint_is_read_as_it_was_trained_and_another_number_is_told(
+    model: RewardModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model.trained_inputs = TrainedInputs(num_documents=2, num_references=5)
+    model.save_pretrained(tmp_path / "trained")
+    model.trained_inputs = TrainedInputs()
+    model.save_pretrained(tmp_path / "silent")
+    trained, silent = str(tmp_path / "trained"), str(tmp_path / "silent")
+
+    def numbers(
+        path: str, documents: int | None = None, references: int | None = None
+    ) -> tuple[int | None, int | None]:
+        config = ScoreConfig(num_documents=documents, num_references=references)
+        score.warn_of_other_inputs(config, path)
+        config = score.with_trained_inputs(config, path)
+        return config.num_documents, config.num_references
+
+    assert RewardModel.from_pretrained(trained).trained_inputs == TrainedInputs(2, 5)
+    assert numbers(trained) == (2, 5)
+    assert numbers(silent) == (32, 3)  # Med-PRM's documents
+    assert numbers(trained, 2, 5) == (2, 5)
+    assert score.with_trained_inputs(StatesConfig(), trained).num_documents == 2
+    assert not caplog.records
+    assert numbers(trained, 7, 0) == (7, 0)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"num_documents is 7, but {trained} was trained on 2; leave it out to read as many",
+        f"num_references is 0, but {trained} was trained on 5; leave it out to read as many",
+    ]
 
 
 def test_states_of_faulty_rows_are_errors(model: RewardModel, pictures: dict[str, str]) -> None:

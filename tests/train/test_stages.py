@@ -256,6 +256,7 @@ def test_held_out_questions_are_measured_and_not_trained_on(policy: Path, tmp_pa
     assert found["validation_steps"] == 18.0
     assert found["selection"] == found["validation_auroc"]
     assert found["not_packed"] == 0.0
+    assert stage.model.trained_inputs.num_documents == 32  # what a checkpoint of this training is scored with
 
 
 def test_validation_figures_are_exact_and_absent_for_one_class() -> None:
@@ -563,7 +564,9 @@ def test_what_two_tower_saves_scores_as_it_trained(two_tower_inputs: dict[str, s
     stage.save(tmp_path, {"validation_auroc": 0.75})
     assert "| validation_auroc | 0.75 |" in (tmp_path / "README.md").read_text()
     row = labelled(each=4).to_pylist()[0]
-    scores = RewardModel.from_pretrained(tmp_path).score(
+    saved = RewardModel.from_pretrained(tmp_path)
+    assert saved.trained_inputs.num_references == 0
+    scores = saved.score(
         row["question"], [s["steps"] for s in row["solutions"]], row["documents"],
         image=open_image(stage.rows[0]["image_uris"][0]),
     )  # fmt: skip

@@ -14,7 +14,14 @@ from medmm_ray.config import ConfigError
 from medmm_ray.steps.score.actors import Scorer, StateExtractor
 from medmm_ray.steps.score.config import ScoreConfig, ScoringConfig, StatesConfig
 from medmm_ray.steps.score.joining import INPUT_SCHEMA, derange, inputs, question_inputs, shuffled
-from medmm_ray.steps.score.loading import check_image_input, generator_config, image_input_of, load
+from medmm_ray.steps.score.loading import (
+    check_image_input,
+    generator_config,
+    image_input_of,
+    load,
+    warn_of_other_inputs,
+    with_trained_inputs,
+)
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -38,6 +45,8 @@ __all__ = [
     "score",
     "shuffled",
     "states",
+    "warn_of_other_inputs",
+    "with_trained_inputs",
 ]
 
 STATES_VERSION, VERSION = 2, 2  # of what a step makes: raise it when the same config makes something else
@@ -49,6 +58,8 @@ def score(ds: "Dataset", config: ScoreConfig, model_path: str, model_id: str) ->
     `model_path` is a reward model's folder or URI; `model_id` (a fingerprint or content hash) goes into each entry.
     Raises `ConfigError` where an arm has images and the checkpoint reads none, or reads no reference images.
     """
+    warn_of_other_inputs(config, model_path)
+    config = with_trained_inputs(config, model_path)
     check_image_input(model_path, config)
     return _map(ds, Scorer, config, model_path, model_id)
 
@@ -63,7 +74,8 @@ def states(ds: "Dataset", config: StatesConfig, model_path: str, model_id: str) 
             f"{model_path} is a vision-language model: its states depend on the image, and no image part is trained on "
             "them; compute states of a text-only reward model"
         )
-    return _map(ds, StateExtractor, config, model_path, model_id)
+    warn_of_other_inputs(config, model_path)
+    return _map(ds, StateExtractor, with_trained_inputs(config, model_path), model_path, model_id)
 
 
 def _map(ds: "Dataset", actor: type, config: ScoringConfig, path: str, model_id: str) -> "Dataset":

@@ -18,7 +18,7 @@ from medmm_ray.steps.score.config import (
     ScoringConfig,
     StatesConfig,
 )
-from medmm_ray.steps.score.loading import load
+from medmm_ray.steps.score.loading import load, with_trained_inputs
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,7 +37,7 @@ class Scorer:
     """The actor of `score`."""
 
     def __init__(self, config: ScoreConfig, model: "str | RewardModel", model_id: str) -> None:
-        self.config, self.model_id = config, model_id
+        self.config, self.model_id = with_trained_inputs(config, model), model_id
         uses_images = any(IMAGES_OF_ARM[arm] for arm in config.arms)
         self.model = load(model, config, uses_images) if isinstance(model, str) else model
 
@@ -161,7 +161,7 @@ class StateExtractor:
     """The actor of `states`."""
 
     def __init__(self, config: StatesConfig, model: "str | RewardModel", model_id: str) -> None:
-        self.config, self.model_id = config, model_id
+        self.config, self.model_id = with_trained_inputs(config, model), model_id
         self.model = load(model, config) if isinstance(model, str) else model
 
     def __call__(self, batch: pa.Table) -> pa.Table:

@@ -29,8 +29,9 @@ class ScoringConfig(EngineConfig):
     context) among them."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the text tower."""
-    num_documents: int = Field(default=32, ge=0)
-    """Retrieved documents that are offered, best first; those within the length are read."""
+    num_documents: int | None = Field(default=None, ge=0)
+    """Retrieved documents that are offered, best first; those within the length are read. null: as many as the
+    checkpoint was trained on, 32 where it does not say."""
     max_length: int | None = Field(default=None, ge=1)
     """Tokens of documents, question and solution together by which documents are chosen; null: the checkpoint's own."""
     reserve: int | None = Field(default=None, ge=0)
@@ -71,8 +72,9 @@ class ScoreConfig(ScoringConfig):
 
     arms: tuple[Arm, ...] = ("multimodal", "text_only", "shuffled_image")
     """multimodal: everything; text_only: no image; shuffled_image: another question's images; no_documents: without."""
-    num_references: int = Field(default=3, ge=0)
-    """Similar images that the image tower is given beside a question's own; 0 for a vision-language model."""
+    num_references: int | None = Field(default=None, ge=0)
+    """Similar images that the image tower is given beside a question's own. null: as many as the checkpoint was
+    trained on, 3 where it does not say, 0 for a vision-language model."""
     max_pixels: int = MAX_PIXELS
     """Largest image that is opened, width x height in pixels; a larger one is an error of its question."""
     seed: int = 0

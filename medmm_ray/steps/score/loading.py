@@ -1,9 +1,12 @@
 """The reward model of a step: what it can read, asked before it is loaded, and the model itself."""
 
 import json
+import logging
 import sys
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from medmm_ray.config import ConfigError
 from medmm_ray.engines.checkpoints import resolve
@@ -14,13 +17,58 @@ if TYPE_CHECKING:
     from medmm_ray.reward_model import RewardModel
 
 
+log = logging.getLogger(__name__)
+
+NUM_DOCUMENTS = 32  # of a checkpoint that does not say what it was trained on: Med-PRM's own number
+NUM_REFERENCES = 3
+ConfigT = TypeVar("ConfigT", bound=ScoringConfig)
+
+
+def with_trained_inputs(config: ConfigT, model: "str | RewardModel") -> ConfigT:
+    """The config with as many documents and reference images as `model` was trained on, where the config names none."""
+    trained = _trained_inputs(model)
+    defaults = {"num_documents": NUM_DOCUMENTS}
+    if isinstance(config, ScoreConfig):
+        reads_own_images_alone = isinstance(model, str) and image_input_of(model) == "language_model"
+        defaults["num_references"] = 0 if reads_own_images_alone else NUM_REFERENCES
+    numbers: dict[str, int] = {}
+    for name, default in defaults.items():
+        if getattr(config, name) is None:
+            number = trained.get(name)
+            numbers[name] = default if number is None else number
+    return config.model_copy(update=numbers)
+
+
+def warn_of_other_inputs(config: ScoringConfig, path: str) -> None:
+    """Log a warning for each number of the config that is not the one that the checkpoint was trained on."""
+    for name, trained_on in _trained_inputs(path).items():
+        number = getattr(config, name, None)
+        if number is not None and trained_on is not None and number != trained_on:
+            log.warning(
+                "%s is %d, but %s was trained on %d; leave it out to read as many", name, number, path, trained_on
+            )
+
+
+def _trained_inputs(model: "str | RewardModel") -> Mapping[str, int | None]:
+    if not isinstance(model, str):
+        return asdict(model.trained_inputs)
+    numbers: Mapping[str, int | None] = _saved_config(model).get("trained_inputs", {})
+    return numbers
+
+
+def _saved_config(path: str) -> dict[str, Any]:
+    """What a reward model of ours says of itself in its folder; nothing of any other checkpoint."""
+    file = Path(resolve(path)) / "reward_model.json"
+    config: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return config
+
+
 def image_input_of(path: str) -> Literal["tower", "language_model"] | None:
     """What reads a checkpoint's images: a tower, the language model, or nothing. Asked of a local checkpoint's small
     files, before anything is loaded."""
-    folder = Path(resolve(path))
-    saved_file, config_file = folder / "reward_model.json", folder / "config.json"
-    if saved_file.is_file() and json.loads(saved_file.read_text())["fusion"] is not None:
+    if _saved_config(path).get("fusion") is not None:
         return "tower"
+    config_file = Path(resolve(path)) / "config.json"
     if not config_file.is_file():
         return None
     architectures = json.loads(config_file.read_text()).get("architectures") or []

@@ -14,9 +14,9 @@ from jobs.plan import price_notes
 from jobs.recipe import asking
 from jobs.step import Run
 from medmm_ray.config import ConfigError
-from medmm_ray.engines.generator import GeneratorConfig
 from medmm_ray.engines.llm.prices import today
 from medmm_ray.engines.llm.probe import ApiModel, probe_all
+from medmm_ray.engines.vllm_engine import GeneratorConfig
 from medmm_ray.reward_model.preflight import CheckpointKind, check_checkpoint
 
 # The steps in which each section asks its model, and what the artifacts are that `models` can name.

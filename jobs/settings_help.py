@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from medmm_ray.config import Config, inner_configs
-from medmm_ray.engines.generator import EngineConfig
 from medmm_ray.engines.llm.client import ApiConfig
+from medmm_ray.engines.vllm_engine import EngineConfig
 
 # Bases whose settings belong to an engine or to an API, and not to what a step makes.
 ENGINE_CONFIGS: tuple[type[Config], ...] = (EngineConfig, ApiConfig)

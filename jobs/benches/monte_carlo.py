@@ -40,13 +40,13 @@ from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import (
     Completion,
     Generator,
-    GeneratorConfig,
     Sampling,
     Statistics,
     TextGenerator,
     policy_prompt,
     request_seed,
 )
+from medmm_ray.engines.vllm_engine import GeneratorConfig
 from medmm_ray.stats.metrics import cluster_bootstrap
 from medmm_ray.stats.targets import Target, targets
 from medmm_ray.steps.judge import TruthJudge

@@ -26,17 +26,8 @@ from medmm_ray.data.records import Question, Solutions
 from medmm_ray.data.sources.phantom import corpus, make_questions
 from medmm_ray.data.tables import Provenance, Table, write_rows
 from medmm_ray.engines.chat import Chat, ChatPrompt
-from medmm_ray.engines.generator import (
-    Completion,
-    Generator,
-    GeneratorConfig,
-    Sampling,
-    Statistics,
-    TextGenerator,
-    engine_arguments,
-    environment,
-    request_seed,
-)
+from medmm_ray.engines.generator import Completion, Generator, Sampling, Statistics, TextGenerator, request_seed
+from medmm_ray.engines.vllm_engine import GeneratorConfig, engine_arguments, environment
 from medmm_ray.prompts import policy_messages
 from medmm_ray.session import session
 from medmm_ray.steps.sample import SampleConfig, sample

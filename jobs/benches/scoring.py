@@ -134,7 +134,7 @@ def _vllm_cells(
 @contextmanager
 def _pooler(model: "RewardModel", config: BenchConfig, max_model_len: int) -> Iterator[TokenPooler]:
     """vLLM on a copy of the text tower; stopped at the end."""
-    from medmm_ray.engines.generator import GeneratorConfig
+    from medmm_ray.engines.vllm_engine import GeneratorConfig
 
     on_gpu = config.device != "cpu"
     settings = GeneratorConfig(

@@ -22,7 +22,8 @@ from jobs.graph import STEPS
 from jobs.step import Run, guarded, load_recipe, run_step
 from medmm_ray.config import digest
 from medmm_ray.engines.chat import ChatPrompt
-from medmm_ray.engines.generator import Completion, GeneratorConfig, Sampling, Statistics
+from medmm_ray.engines.generator import Completion, Sampling, Statistics
+from medmm_ray.engines.vllm_engine import GeneratorConfig
 from medmm_ray.session import session
 from medmm_ray.steps.embed import EmbedConfig, document_vectors, image_vectors, question_vectors
 from medmm_ray.text import numbered_steps, step_mark

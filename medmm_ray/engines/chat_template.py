@@ -1,4 +1,4 @@
-"""A chat template as it is used here: the same bytes on any day, no instruction lost, what it alters known.
+"""A chat template as it is used here: the same bytes on any day, no instruction lost, and a list of what it alters.
 
 Enters: what renders a chat (`apply_chat_template` of a tokenizer or processor). A few probes are rendered when a model
 is loaded: a template that writes the day's date is given a fixed one, and where it has no system role, the instruction
@@ -7,12 +7,12 @@ checkpoint keeps.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-FIXED_DATE = "2024-07-26"  # what Llama 3.1's own template writes where it is told no date
+FIXED_DATE = "2024-07-26"  # what Llama 3.1's own template writes where it gets no date
 _OTHER_DATE = "1999-01-02"
 
 Messages = Sequence[Mapping[str, Any]]
@@ -51,57 +51,54 @@ class ChatTemplate:
 
     def __init__(self, apply: Callable[..., Any], source: Any, in_parts: bool = False) -> None:
         self._apply, self._source, self._in_parts = apply, str(source), in_parts
-        self.use = TemplateUse()
-        self.use = self._probed()
+        self.use = self._probe()
 
     def render(self, messages: Messages, add_generation_prompt: bool = True) -> str:
         """A chat as text."""
         if self.use.folds_system:
             messages = folded(messages)
-        return self._rendered(messages, add_generation_prompt, self.use.date)
+        return self._render(messages, add_generation_prompt, self.use.date)
 
-    def _rendered(self, messages: Messages, add_generation_prompt: bool, date: str | None) -> str:
+    def _render(self, messages: Messages, add_generation_prompt: bool, date: str | None) -> str:
         clock: dict[str, Any] = {} if date is None else self._clock(date)
-        return str(
-            self._apply(
-                [dict(message) for message in messages],
-                tokenize=False, add_generation_prompt=add_generation_prompt, **clock,
-            )
-        )  # fmt: skip
+        chat = [dict(message) for message in messages]
+        return str(self._apply(chat, tokenize=False, add_generation_prompt=add_generation_prompt, **clock))
 
     def _clock(self, date: str) -> dict[str, Any]:
         """The clock of transformers' templates, stopped, for one that looks at it. A `date_string` stays the template's
         own default, as it is for everybody else."""
         return {"strftime_now": datetime.fromisoformat(date).strftime} if "strftime_now" in self._source else {}
 
-    def _probed(self) -> TemplateUse:
+    def _probe(self) -> TemplateUse:
+        """How this template is to be used, from what it makes of a few chats."""
         errors = _template_errors()
         user = self._message("user", _USER)
         try:
-            alone = self._rendered([user], True, FIXED_DATE)
+            user_alone = self._render([user], True, FIXED_DATE)
         except errors as error:
             raise ValueError(
                 f"the chat template renders no chat of one user's turn: {error}. Give the tokenizer a template that "
                 "does (tokenizer.chat_template), or take another checkpoint"
             ) from None
-        if _USER.casefold() not in alone.casefold():
+        if _USER.casefold() not in user_alone.casefold():
             raise ValueError(
-                f"the chat template leaves the user's text out: of {_USER!r} it makes {alone!r}. Give the tokenizer a "
-                "template that writes it (tokenizer.chat_template), or take another checkpoint"
+                f"the chat template leaves the user's text out: of {_USER!r} it makes {user_alone!r}. Give the "
+                "tokenizer a template that writes it (tokenizer.chat_template), or take another checkpoint"
             )
         chat = [self._message("system", _SYSTEM), user]
         try:
-            folds_system = _SYSTEM.casefold() not in self._rendered(chat, True, FIXED_DATE).casefold()
+            folds_system = _SYSTEM.casefold() not in self._render(chat, True, FIXED_DATE).casefold()
         except errors:  # "System role not supported"
             folds_system = True
         if folds_system:
             chat = folded(chat)
-        days = [self._rendered(chat, True, day) for day in (FIXED_DATE, _OTHER_DATE)]
-        use = TemplateUse(FIXED_DATE if days[0] != days[1] else None, folds_system)
-        return replace(use, alters=tuple(name for name, text in _PROBES.items() if not self._keeps(text)))
+        writes_date = self._render(chat, True, FIXED_DATE) != self._render(chat, True, _OTHER_DATE)
+        altered = [name for name, text in _PROBES.items() if not self._keeps(text)]
+        return TemplateUse(FIXED_DATE if writes_date else None, folds_system, tuple(altered))
 
     def _keeps(self, text: str) -> bool:
-        return text in self._rendered([self._message("user", text)], True, FIXED_DATE)
+        """Whether a user's text stands in the rendered chat as it is."""
+        return text in self._render([self._message("user", text)], True, FIXED_DATE)
 
     def _message(self, role: str, text: str) -> dict[str, Any]:
         return {"role": role, "content": [{"type": "text", "text": text}] if self._in_parts else text}
@@ -119,19 +116,20 @@ def _template(tokenizer: Any, source: str) -> ChatTemplate:
 
 def folded(messages: Messages) -> list[dict[str, Any]]:
     """A chat whose system message has become the beginning of the first user's turn, an empty line between."""
-    first, *others = (dict(message) for message in messages)
+    first, *rest = [dict(message) for message in messages]
     if first["role"] != "system":
-        return [first, *others]
-    user = next(message for message in others if message["role"] == "user")
+        return [first, *rest]
+    user = next(message for message in rest if message["role"] == "user")
     instruction, content = first["content"], user["content"]
     if isinstance(content, str):
         user["content"] = f"{instruction}\n\n{content}"
-    else:
-        said = "".join(part["text"] for part in instruction)
-        text = next(number for number, part in enumerate(content) if part["type"] == "text")
-        whole = {"type": "text", "text": f"{said}\n\n{content[text]['text']}"}
-        user["content"] = [*content[:text], whole, *content[text + 1 :]]
-    return others
+        return rest
+    # In parts, as processors want it: the instruction joins the first part that is text.
+    instruction_text = "".join(part["text"] for part in instruction)
+    place = next(number for number, part in enumerate(content) if part["type"] == "text")
+    joined = {"type": "text", "text": f"{instruction_text}\n\n{content[place]['text']}"}
+    user["content"] = [*content[:place], joined, *content[place + 1 :]]
+    return rest
 
 
 def _template_errors() -> tuple[type[Exception], ...]:

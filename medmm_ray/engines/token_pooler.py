@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from medmm_ray.engines.generator import (
+from medmm_ray.engines.generator import Statistics
+from medmm_ray.engines.vllm_engine import (
     GeneratorConfig,
     GeneratorError,
-    Statistics,
+    check_free_memory,
     check_model,
-    check_room,
     engine_arguments,
     engine_died,
     environment,
@@ -88,7 +88,7 @@ class TokenPooler:
 
     def __init__(self, model: str, config: GeneratorConfig, pooling: Pooling) -> None:
         check_model(model)
-        check_room(model, config)
+        check_free_memory(model, config)
         os.environ.update(environment(config))
         from vllm import LLM
         from vllm.config import PoolerConfig

@@ -17,8 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from medmm_ray.engines.generator import GeneratorConfig
 from medmm_ray.engines.token_pooler import Pooling, TokenPooler, TokenSequence
+from medmm_ray.engines.vllm_engine import GeneratorConfig
 from medmm_ray.reward_model import checkpoint, text_tower
 from medmm_ray.reward_model.errors import CheckpointError
 from medmm_ray.reward_model.model import RewardModel

@@ -26,10 +26,8 @@ from medmm_ray.engines.generator import (
     MAX_SAMPLES,
     Completion,
     Generator,
-    GeneratorConfig,
     MakeGenerator,
     Sampling,
-    actor_options,
     candidate_documents,
     policy_prompt,
     request_seed,
@@ -39,6 +37,7 @@ from medmm_ray.engines.images import open_image
 from medmm_ray.engines.llm.client import Access, ApiConfig, open_access
 from medmm_ray.engines.llm.policy import ApiPolicy
 from medmm_ray.engines.llm.served import joined_names
+from medmm_ray.engines.vllm_engine import GeneratorConfig, actor_options
 from medmm_ray.text import extract_answer, split_steps
 from medmm_ray.text.quality import FAULTS, fault
 

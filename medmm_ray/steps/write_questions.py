@@ -25,7 +25,7 @@ from pydantic import Field, model_validator
 from medmm_ray.config import Splits, digest, execution
 from medmm_ray.data.records import Question, WrittenQuestion, to_arrow_lists
 from medmm_ray.data.tables import RowError, error_kind
-from medmm_ray.engines.generator import Generator, GeneratorConfig, MakeGenerator, actor_options
+from medmm_ray.engines.generator import Generator, MakeGenerator
 from medmm_ray.engines.images import open_image
 from medmm_ray.engines.llm.client import Access, ApiConfig, Client, open_access
 from medmm_ray.engines.llm.endpoint import ChatImage, ChatRequest, Turn
@@ -34,6 +34,7 @@ from medmm_ray.engines.llm.prices import FREE
 from medmm_ray.engines.llm.served import joined_names
 from medmm_ray.engines.llm.store import PricedAnswer
 from medmm_ray.engines.llm.structured import AnswerForm, Retry, Text, ask_until_accepted, json_schema, parse
+from medmm_ray.engines.vllm_engine import GeneratorConfig, actor_options
 from medmm_ray.text import LETTERS, extract_answer, normalise, one_line, question_with_options, well_formed
 
 if TYPE_CHECKING:

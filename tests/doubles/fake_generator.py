@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from medmm_ray.engines.chat import ChatPrompt
-from medmm_ray.engines.generator import Completion, GeneratorConfig, Sampling, Statistics
+from medmm_ray.engines.generator import Completion, Sampling, Statistics
+from medmm_ray.engines.vllm_engine import GeneratorConfig
 
 Script = Callable[[str, int], str]
 

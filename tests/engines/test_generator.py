@@ -11,24 +11,26 @@ import torch
 
 from medmm_ray.config import ConfigError, load
 from medmm_ray.data.tables import RowError
-from medmm_ray.engines import generator as module
+from medmm_ray.engines import vllm_engine as module
 from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import (
     CacheHits,
     Completion,
     Generator,
-    GeneratorConfig,
-    GeneratorError,
     Sampling,
     Statistics,
-    check_model,
-    engine_arguments,
-    environment,
-    lora_rank,
     policy_prompt,
     request_seed,
 )
 from medmm_ray.engines.memory import GIB, EngineMemoryError
+from medmm_ray.engines.vllm_engine import (
+    GeneratorConfig,
+    GeneratorError,
+    check_model,
+    engine_arguments,
+    environment,
+    lora_rank,
+)
 from medmm_ray.prompts import policy_messages
 from tests.doubles.fake_generator import FakeGenerator, make_tiny_policy, make_tiny_seeing_policy, text_of
 from tests.doubles.tiny_vision import picture
@@ -105,11 +107,11 @@ def test_room_for_an_adapter_is_that_of_its_largest_rank(tmp_path: Path) -> None
 def test_what_a_request_found_in_the_cache_is_known_when_all_its_samples_ended() -> None:
     async def work() -> list[int]:
         hits = CacheHits()
-        with hits.of("a", 2) as found:
-            hits.ended("a", 0)
-            hits.ended("other", 5)
+        with hits.of_request("a", 2) as found:
+            hits.note_finished("a", 0)
+            hits.note_finished("other", 5)
             assert not found.done()
-            hits.ended("a", 32)
+            hits.note_finished("a", 32)
             return await found
 
     assert asyncio.run(work()) == [0, 32]
@@ -139,10 +141,10 @@ def test_documents_fill_the_prompt_and_a_long_one_is_skipped() -> None:
         "documents": [{"text": "short"}, {"text": "x" * 500}, {"text": "brief"}, {"text": "unused"}],
     }
     assert (
-        text_of(policy_prompt(fake, row, num_documents=3, room=100))
+        text_of(policy_prompt(fake, row, num_documents=3, max_tokens=100))
         == "Document 1: short\n\nDocument 2: brief\n\nQuestion: Q (A) a"
     )
-    assert text_of(policy_prompt(fake, row, num_documents=0, room=100)) == "Question: Q (A) a"
+    assert text_of(policy_prompt(fake, row, num_documents=0, max_tokens=100)) == "Question: Q (A) a"
     assert [policy_prompt(fake, row, num, 100).num_documents for num in (0, 1, 3)] == [0, 1, 2]
 
 
@@ -157,7 +159,8 @@ def test_documents_that_all_fit_are_counted_once(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(fake, "count", count)
     row = {"question": "Q", "options": [], "answer_type": "open", "documents": [{"text": "a"}, {"text": "b"}]}
     assert (
-        text_of(policy_prompt(fake, row, num_documents=2, room=100)) == "Document 1: a\n\nDocument 2: b\n\nQuestion: Q"
+        text_of(policy_prompt(fake, row, num_documents=2, max_tokens=100))
+        == "Document 1: a\n\nDocument 2: b\n\nQuestion: Q"
     )
     assert len(counted) == 1
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from medmm_ray.engines.generator import GeneratorConfig
 from medmm_ray.engines.token_pooler import PooledTokens, Pooling, TokenSequence, gather_values, pooler_arguments
+from medmm_ray.engines.vllm_engine import GeneratorConfig
 
 
 def computed(values: Sequence[float], start: int = 0) -> PooledTokens:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from medmm_ray.engines import generator
+from medmm_ray.engines import vllm_engine
 from medmm_ray.engines.weights import WeightMismatch, WeightsError, check_files
 from medmm_ray.reward_model import CheckpointError, RewardModel, text_tower
 from medmm_ray.train.policy import load_pretrained
@@ -166,7 +166,7 @@ LOADERS: dict[str, tuple[Callable[[Path], object], type[Exception]]] = {
     "reward model": (RewardModel.from_pretrained, CheckpointError),
     "reward model of vLLM": (lambda folder: text_tower.load_without_weights(folder, None, "float32"), CheckpointError),
     "policy": (lambda folder: load_pretrained(str(folder)), WeightsError),
-    "policy of vLLM": (lambda folder: generator.check_weights(str(folder), {}), generator.GeneratorError),
+    "policy of vLLM": (lambda folder: vllm_engine.check_weights(str(folder), {}), vllm_engine.GeneratorError),
 }
 
 

@@ -19,9 +19,10 @@ from jobs.benches.resume import BenchConfig, ResumeExperiment, plan
 from jobs.benches.scripted import ScriptedGenerator
 from jobs.benches.scripted_api import answer, scripted_api, stored_answers
 from medmm_ray.engines.chat import ChatPrompt
-from medmm_ray.engines.generator import GeneratorConfig, Sampling
+from medmm_ray.engines.generator import Sampling
 from medmm_ray.engines.llm.endpoint import ChatChoice, ChatReply
 from medmm_ray.engines.llm.store import AnswerStore, PricedAnswer
+from medmm_ray.engines.vllm_engine import GeneratorConfig
 from medmm_ray.steps.write_questions import SCHEMA, SOLVE_SCHEMA, draft, letter, repeats
 from medmm_ray.text import extract_answer, split_steps
 

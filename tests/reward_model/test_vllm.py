@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from medmm_ray.config import ConfigError, build
-from medmm_ray.engines.generator import GeneratorConfig
 from medmm_ray.engines.token_pooler import Pooling, TokenPooler, TokenSequence
+from medmm_ray.engines.vllm_engine import GeneratorConfig
 from medmm_ray.reward_model import CheckpointError, FusionConfig, RewardModel, StepScores
 from medmm_ray.reward_model.vllm import PooledRewardModel
 from medmm_ray.steps.score import ScoreConfig, Scorer, generator_config, score

@@ -19,14 +19,9 @@ from medmm_ray.config import digest
 from medmm_ray.data.records import Count, Question, Solutions, from_dict, to_arrow
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.chat import ChatPrompt
-from medmm_ray.engines.generator import (
-    Completion,
-    GeneratorConfig,
-    Sampling,
-    end_process,
-    request_seed,
-)
+from medmm_ray.engines.generator import Completion, Sampling, request_seed
 from medmm_ray.engines.grader import Grader, Grades
+from medmm_ray.engines.vllm_engine import GeneratorConfig, end_process
 from medmm_ray.steps.sample import SampleConfig, SamplingActor, figures_of, round_size, sample
 from tests.doubles.api_server import chat_said, serving
 from tests.doubles.fake_generator import FakeGenerator, Script, text_of

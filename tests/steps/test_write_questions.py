@@ -15,9 +15,10 @@ from jobs.step import Run, load_recipe, run_step
 from medmm_ray.data.records import Image, Question, QuestionReview, WrittenQuestion, to_arrow
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.chat import ChatPrompt
-from medmm_ray.engines.generator import Completion, Sampling, engine_arguments
+from medmm_ray.engines.generator import Completion, Sampling
 from medmm_ray.engines.llm.budget import ApiBudget
 from medmm_ray.engines.llm.client import Access
+from medmm_ray.engines.vllm_engine import engine_arguments
 from medmm_ray.steps.curate import CurateConfig, reviewed
 from medmm_ray.steps.write_questions import (
     QuestionWriter,

@@ -19,10 +19,11 @@ import pyarrow as pa
 
 from medmm_ray.data.records import Labels, to_arrow_lists
 from medmm_ray.data.tables import RowError, attach
-from medmm_ray.engines.generator import Generator, MakeGenerator, actor_options
+from medmm_ray.engines.generator import Generator, MakeGenerator
 from medmm_ray.engines.llm.client import Access, connect, estimated_prompt_tokens, open_access
 from medmm_ray.engines.llm.endpoint import ChatRequest
 from medmm_ray.engines.llm.local import LocalEndpoint, prompt_of
+from medmm_ray.engines.vllm_engine import actor_options
 from medmm_ray.steps.judge.backends import Judge, Judgement, JudgeResult, ModelJudge, TruthJudge, with_cost
 from medmm_ray.steps.judge.config import JudgeConfig
 from medmm_ray.steps.judge.prompt import JudgeCase, JudgeImage

@@ -5,8 +5,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from medmm_ray.config import Splits, execution
-from medmm_ray.engines.generator import GeneratorConfig
 from medmm_ray.engines.llm.client import ApiConfig
+from medmm_ray.engines.vllm_engine import GeneratorConfig
 
 
 class JudgeConfig(GeneratorConfig, ApiConfig):

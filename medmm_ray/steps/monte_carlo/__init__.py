@@ -19,8 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from medmm_ray.data.tables import attach
-from medmm_ray.engines.generator import Generator, MakeGenerator, actor_options
+from medmm_ray.engines.generator import Generator, MakeGenerator
 from medmm_ray.engines.grader import EquivalenceConfig, MakeGrader
+from medmm_ray.engines.vllm_engine import actor_options
 from medmm_ray.steps.monte_carlo.actor import RolloutActor
 from medmm_ray.steps.monte_carlo.config import MonteCarloConfig
 

@@ -5,7 +5,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from medmm_ray.config import Splits
-from medmm_ray.engines.generator import MAX_SAMPLES, GeneratorConfig, Sampling
+from medmm_ray.engines.generator import MAX_SAMPLES, Sampling
+from medmm_ray.engines.vllm_engine import GeneratorConfig
 from medmm_ray.steps.monte_carlo.search import SEARCHES
 
 

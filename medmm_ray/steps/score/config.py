@@ -4,8 +4,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from medmm_ray.engines.generator import EngineConfig
 from medmm_ray.engines.images import MAX_PIXELS
+from medmm_ray.engines.vllm_engine import EngineConfig
 
 Arm = Literal["multimodal", "text_only", "shuffled_image", "no_documents"]
 ImageSource = Literal["own", "shuffled"]

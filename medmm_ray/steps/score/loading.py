@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from medmm_ray.config import ConfigError
 from medmm_ray.engines.checkpoints import resolve
-from medmm_ray.engines.generator import EngineConfig, GeneratorConfig
+from medmm_ray.engines.vllm_engine import EngineConfig, GeneratorConfig
 from medmm_ray.steps.score.config import IMAGE_ARMS, IMAGES_OF_ARM, ScoreConfig, ScoringConfig, StatesConfig
 
 if TYPE_CHECKING:

@@ -14,8 +14,9 @@ from medmm_ray.config import digest
 from medmm_ray.data import records
 from medmm_ray.data.records import Labels, Solution, Solutions, TreeNode, to_arrow, to_arrow_lists
 from medmm_ray.data.tables import RowError, attach
-from medmm_ray.engines.generator import Generator, MakeGenerator, actor_options
+from medmm_ray.engines.generator import Generator, MakeGenerator
 from medmm_ray.engines.grader import EquivalenceConfig, Grader, MakeGrader
+from medmm_ray.engines.vllm_engine import actor_options
 from medmm_ray.steps.tree_search.tree import (
     ROOT,
     Tree,

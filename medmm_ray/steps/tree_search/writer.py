@@ -13,15 +13,9 @@ from pydantic import Field, model_validator
 
 from medmm_ray.config import execution
 from medmm_ray.data.tables import RowError
-from medmm_ray.engines.generator import (
-    Completion,
-    GeneratorConfig,
-    Sampling,
-    TextGenerator,
-    policy_prompt,
-    request_seed,
-)
+from medmm_ray.engines.generator import Completion, Sampling, TextGenerator, policy_prompt, request_seed
 from medmm_ray.engines.grader import Grader
+from medmm_ray.engines.vllm_engine import GeneratorConfig
 from medmm_ray.text import extract_answer, solution_prefix, split_steps, step_mark
 
 Action = Literal["reason", "finish", "reflect"]

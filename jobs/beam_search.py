@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 from rich.console import Console
 from rich.table import Table as Grid
 
@@ -42,8 +43,8 @@ GAIN = "beam search over best of N at equal tokens"
 
 
 @dataclass(frozen=True)
-class Compared:
-    """One question: whether each way answers it rightly (a chance in [0, 1]), the tokens it writes, and its samples."""
+class Comparison:
+    """One question: whether each way answers it rightly (a chance in [0, 1]), its tokens, and its samples."""
 
     right: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, float] = field(default_factory=dict)
@@ -51,125 +52,171 @@ class Compared:
     error: str | None = None
 
 
-def compared(
-    beam_right: bool, beam_tokens: int, solutions: Sequence[Mapping[str, Any]], rewards: Sequence[float],
-    sample_tokens: Sequence[int], num_subsets: int, seed: int, answer_type: str = "choice",
-) -> Compared:  # fmt: skip
-    """A question's search beside its samples; the reward of one that could not be scored is NaN.
+@dataclass(frozen=True)
+class Beams:
+    """What the search of a question came to: whether its best solution is right, and the tokens that it generated."""
+
+    is_right: bool
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A question's solutions in the run, their rewards (NaN where one could not be scored) and their tokens."""
+
+    solutions: Sequence[Mapping[str, Any]]
+    rewards: Sequence[float]
+    num_tokens: Sequence[int]
+    answer_type: str = "choice"
+
+
+def compare(beams: Beams, samples: Samples, num_subsets: int, seed: int) -> Comparison:
+    """A question's search beside its samples.
 
     The samples at equal tokens are as many as take at most the tokens of the search, in the mean; one at least.
     """
-    correct = np.array([solution["correct"] is True for solution in solutions], dtype=bool)
-    codes = decoders.answer_codes([s["answer"] for s in solutions], correct if answer_type == "open" else None)
-    known, number = np.array(rewards, dtype=np.float64), len(solutions)
-    each = sum(sample_tokens) / number if number else 0.0
-    equal = max(1, min(number, int(beam_tokens // each))) if each else number
-    right = {SEARCH: float(beam_right), "one sample": float(correct.mean()) if number else 0.0}
-    samples = {SEARCH: 0, "one sample": 1}
-    for at, n in (("equal tokens", equal), ("all samples", number)):
-        drawn = decoders.subsets(max(number, 1), max(n, 1), num_subsets, seed)
-        right[f"majority, {at}"] = decoders.expected_vote(codes, correct, drawn)
-        right[f"best of N, {at}"] = decoders.expected_best(known, correct, max(n, 1))
-        samples |= {f"majority, {at}": n, f"best of N, {at}": n}
-    tokens = {name: n * each for name, n in samples.items()} | {SEARCH: float(beam_tokens)}
-    return Compared(right, tokens, samples)
+    number = len(samples.solutions)
+    correct = np.array([solution["correct"] is True for solution in samples.solutions], dtype=bool)
+    answers = [solution["answer"] for solution in samples.solutions]
+    codes = decoders.answer_codes(answers, correct if samples.answer_type == "open" else None)
+    rewards = np.array(samples.rewards, dtype=np.float64)
+    mean_tokens = sum(samples.num_tokens) / number if number else 0.0
+    at_equal_tokens = number
+    if mean_tokens:
+        at_equal_tokens = max(1, min(number, int(beams.num_tokens // mean_tokens)))
+    right = {SEARCH: float(beams.is_right), "one sample": float(correct.mean()) if number else 0.0}
+    num_samples = {SEARCH: 0, "one sample": 1}
+    for budget, n in (("equal tokens", at_equal_tokens), ("all samples", number)):
+        subsets = decoders.subsets(max(number, 1), max(n, 1), num_subsets, seed)
+        right[f"majority, {budget}"] = decoders.expected_vote(codes, correct, subsets)
+        right[f"best of N, {budget}"] = decoders.expected_best(rewards, correct, max(n, 1))
+        num_samples |= {f"majority, {budget}": n, f"best of N, {budget}": n}
+    tokens = {name: n * mean_tokens for name, n in num_samples.items()}
+    tokens[SEARCH] = float(beams.num_tokens)
+    return Comparison(right, tokens, num_samples)
 
 
-def figures(found: Sequence[Compared], num_resamples: int, seed: int) -> dict[str, dict[str, float]]:
-    """Of each way its accuracy with a 95 % interval over questions, and its mean tokens and samples a question.
+def figures(comparisons: Sequence[Comparison], num_resamples: int, seed: int) -> dict[str, dict[str, float]]:
+    """The accuracy of each way with a 95 % interval over questions, and its mean tokens and samples a question.
 
     The last is the gain of the search over best-of-N at equal tokens, its interval that of the paired differences.
     """
-    names = list(found[0].right)
-    values_QK = np.array([[one.right[name] for name in names] for one in found])
+    names = list(comparisons[0].right)
+    values: list[list[float]] = []
+    for comparison in comparisons:
+        values.append([comparison.right[name] for name in names])
+    values_QK = np.array(values)
     gain_Q = values_QK[:, names.index(SEARCH)] - values_QK[:, names.index("best of N, equal tokens")]
     values_QK = np.column_stack([values_QK, gain_Q])
     low, high = metrics.bootstrap(values_QK, num_resamples, seed)
-    table = {}
+    table: dict[str, dict[str, float]] = {}
     for column, name in enumerate([*names, GAIN]):
-        triple = zip(("value", "low", "high"), (values_QK[:, column].mean(), low[column], high[column]), strict=True)
-        table[name] = {key: round(float(number), 6) for key, number in triple}
+        row = {"value": values_QK[:, column].mean(), "low": low[column], "high": high[column]}
+        table[name] = {key: round(float(number), 6) for key, number in row.items()}
         if name != GAIN:
-            table[name]["tokens"] = round(sum(one.tokens[name] for one in found) / len(found), 1)
-            table[name]["samples"] = round(sum(one.samples[name] for one in found) / len(found), 2)
+            tokens = sum(comparison.tokens[name] for comparison in comparisons)
+            num_samples = sum(comparison.samples[name] for comparison in comparisons)
+            table[name]["tokens"] = round(tokens / len(comparisons), 1)
+            table[name]["samples"] = round(num_samples / len(comparisons), 2)
     return table
 
 
-class Searching:
+class GuidedSearch:
     """A run's policy and reward model at work on its questions."""
 
     def __init__(self, run: Run, generator: TextGenerator, model: "RewardModel", grader: Grader) -> None:
         self.run, self.generator, self.model, self.grader = run, generator, model, grader
-        self.config, self.reading = run.recipe.beam_search, with_trained_inputs(run.recipe.score, model)
+        self.config, self.scoring = run.recipe.beam_search, with_trained_inputs(run.recipe.score, model)
         models = (run.model_id("policy"), run.model_id(self.config.guide))
         self.config_hash = digest("beam_search", *models, identity(self.config))
         self.lock = asyncio.Lock()
 
-    async def all(self, rows: Sequence[Mapping[str, Any]]) -> list[Compared]:
-        """Many questions at a time, as in tree search."""
+    async def all(self, rows: Sequence[Mapping[str, Any]]) -> list[Comparison]:
+        """The comparisons of all question rows, many of them at a time, as in tree search."""
         places = asyncio.Semaphore(self.config.batch_size * self.config.max_concurrency)
 
-        async def one(row: Mapping[str, Any]) -> Compared:
+        async def in_turn(row: Mapping[str, Any]) -> Comparison:
             async with places:
-                return await self.one(row)
+                return await self.compare(row)
 
-        return list(await asyncio.gather(*(one(row) for row in rows)))
+        return list(await asyncio.gather(*map(in_turn, rows)))
 
-    async def one(self, row: Mapping[str, Any]) -> Compared:
-        """One question row of `asked`."""
-        solutions, rewards, tokens = row["solutions"], [math.nan] * len(row["solutions"]), [0] * len(row["solutions"])
-        beams, spent, error = [], 0, None
+    async def compare(self, row: Mapping[str, Any]) -> Comparison:
+        """The comparison of one row of `question_rows`; a fault is its error, and its search counts as wrong."""
+        solutions, error = row["solutions"], None
+        beams = Beams(is_right=False, num_tokens=0)
+        samples = Samples(solutions, [math.nan] * len(solutions), [0] * len(solutions), row["answer_type"])
         try:
             if row["fault"]:
                 raise RowError("upstream", row["fault"])
             scorer = self.scorer(row)
             writer = StepWriter(self.config, self.generator, row, self.config_hash, self.grader)
-            scores = await scorer.scores(row, [solution["steps"] for solution in solutions]) if solutions else []
-            rewards = [
-                math.nan if s.error or not s.log_odds else decoders.aggregate(s.log_odds, self.config.aggregate)
-                for s in scores
-            ]
-            plain = self.generator.count(writer.prompt)
-            tokens = [self.generator.count(replace(writer.prompt, prefix=s["text"])) - plain for s in solutions]
-            beams = await beam_search(self.config, writer, scorer)
-            spent = writer.num_tokens
+            rewards = await self.rewards(row, scorer)
+            prompt_tokens = self.generator.count(writer.prompt)
+            num_tokens: list[int] = []
+            for solution in solutions:
+                whole = replace(writer.prompt, prefix=solution["text"])
+                num_tokens.append(self.generator.count(whole) - prompt_tokens)
+            samples = replace(samples, rewards=rewards, num_tokens=num_tokens)
+            found_beams = await beam_search(self.config, writer, scorer)
+            is_right = bool(found_beams) and found_beams[0].correct is True
+            beams = Beams(is_right, writer.num_tokens)
         except RowError as fault:
             error = str(fault)
-        right = bool(beams) and beams[0].correct is True
-        subsets = self.run.recipe.evaluate.num_subsets
-        found = compared(right, spent, solutions, rewards, tokens, subsets, self.config.seed, row["answer_type"])
-        return replace(found, error=error)
+        comparison = compare(beams, samples, self.run.recipe.evaluate.num_subsets, self.config.seed)
+        return replace(comparison, error=error)
+
+    async def rewards(self, row: Mapping[str, Any], scorer: RewardModelScorer) -> list[float]:
+        """The reward of each of the row's solutions; NaN for one that could not be scored."""
+        if not row["solutions"]:
+            return []
+        rewards: list[float] = []
+        for scores in await scorer.scores(row, [solution["steps"] for solution in row["solutions"]]):
+            if scores.error or not scores.log_odds:
+                rewards.append(math.nan)
+            else:
+                rewards.append(decoders.aggregate(scores.log_odds, self.config.aggregate))
+        return rewards
 
     def scorer(self, row: Mapping[str, Any]) -> RewardModelScorer:
-        """The reward model on one question, with what it reads in `score`."""
-        documents = [document["text"] for document in row["documents"][: self.reading.num_documents]]
+        """The reward model on one question, with what its prompt holds in `score`."""
+        documents = [document["text"] for document in row["documents"][: self.scoring.num_documents]]
         images, references = [], []
         if self.model.reads_images:
             if row["image_error"]:
                 raise RowError.parse(row["image_error"])
-            images = [open_image(uri, self.reading.max_pixels) for uri in row["image_uris"]]
+            images = [open_image(uri, self.scoring.max_pixels) for uri in row["image_uris"]]
             if images and not self.model.vision:
-                uris = row["reference_uris"][: self.reading.num_references]
-                references = [open_image(uri, self.reading.max_pixels) for uri in uris]
+                uris = row["reference_uris"][: self.scoring.num_references]
+                references = [open_image(uri, self.scoring.max_pixels) for uri in uris]
         return RewardModelScorer(self.model, documents, images, references, self.lock)
 
 
-def asked(run: Run) -> list[dict[str, Any]]:
-    """The questions to search, by id: each with its documents, its solutions, where its images lie, and its fault."""
+def question_rows(run: Run) -> list[dict[str, Any]]:
+    """The questions to search, by id: each with its documents, its solutions, its images' uris, and its fault."""
     config, job = run.recipe.beam_search, Job(run, BY_NAME["score"])
     questions, images, evidence = (job.read(name) for name in ("questions", "images", "evidence"))
-    solved = {row["question_id"]: row for row in job.read("solutions").to_pylist()}
-    read = {row["question_id"]: row for row in evidence.to_pylist()}
-    shown = {row["question_id"]: row for row in question_inputs(questions, images, evidence).to_pylist()}
-    rows = []
+    solutions_of = by_question(job.read("solutions"))
+    evidence_of = by_question(evidence)
+    cases_of = by_question(question_inputs(questions, images, evidence))
+    rows: list[dict[str, Any]] = []
     for question in sorted(questions.to_pylist(), key=lambda row: str(row["question_id"])):
-        name = question["question_id"]
-        if question["split"] == config.split and name in solved:
-            found = read.get(name, {"documents": [], "error": None})
-            case = {key: shown[name][key] for key in ("image_uris", "reference_uris", "image_error")}
-            fault = question["error"] or found["error"] or solved[name]["error"]
-            own = {"documents": found["documents"], "solutions": solved[name]["solutions"], "fault": fault}
-            rows.append({**question, **case, **own})
+        question_id = question["question_id"]
+        if question["split"] != config.split or question_id not in solutions_of:
+            continue
+        sampled, case = solutions_of[question_id], cases_of[question_id]
+        retrieved = evidence_of.get(question_id, {"documents": [], "error": None})
+        rows.append(
+            {
+                **question,
+                "image_uris": case["image_uris"],
+                "reference_uris": case["reference_uris"],
+                "image_error": case["image_error"],
+                "documents": retrieved["documents"],
+                "solutions": sampled["solutions"],
+                "fault": question["error"] or retrieved["error"] or sampled["error"],
+            }
+        )
     if not rows:
         raise ConfigError(
             f"beam_search.split is {config.split!r}, and no question of it has a row in {run.uri('solutions')}; name "
@@ -178,18 +225,24 @@ def asked(run: Run) -> list[dict[str, Any]]:
     return rows[: config.num_questions]
 
 
-async def search(run: Run, rows: Sequence[Mapping[str, Any]], grader: Grader) -> list[Compared]:
+def by_question(table: pa.Table) -> dict[str, dict[str, Any]]:
+    """The rows of a table by their question_id."""
+    return {row["question_id"]: row for row in table.to_pylist()}
+
+
+async def search(run: Run, rows: Sequence[Mapping[str, Any]], grader: Grader) -> list[Comparison]:
     """All questions on one engine in this process, with the reward model beside it."""
-    config, reading = run.recipe.beam_search, run.recipe.score
-    model = load(run.model(config.guide), reading)
+    config, scoring = run.recipe.beam_search, run.recipe.score
+    model = load(run.model(config.guide), scoring)
     engine = Generator(run.model("policy"), config)
     try:
-        return await Searching(run, engine, model, grader).all(rows)
+        return await GuidedSearch(run, engine, model, grader).all(rows)
     finally:
         engine.shutdown()
 
 
 def main(words: Sequence[str] | None = None) -> int:
+    """The exit status of the command with the arguments `words`."""
     arguments = parser("beam_search", "Beam search by the run's policy and reward model, beside the run's samples.")
     return launch(arguments, words, _main, Recipe, "beam_search")
 
@@ -198,18 +251,20 @@ def _main(arguments: argparse.Namespace) -> int:
     from medmm_ray.session import session
 
     run = Run(read_arguments(arguments, "beam_search"))
-    rows, equivalence = asked(run), run.recipe.sample.equivalence
-    with session() if equivalence.backend != "none" else nullcontext():  # the budget of an API is a Ray actor
+    rows, equivalence = question_rows(run), run.recipe.sample.equivalence
+    # The budget of an API is an actor of Ray's; without an API no Ray is needed.
+    with session() if equivalence.backend != "none" else nullcontext():
         grader = MakeGrader(equivalence, f"{run.root}/api")()
-        found = asyncio.run(search(run, rows, grader))
-    config, resamples = run.recipe.beam_search, run.recipe.evaluate.bootstrap_samples
+        comparisons = asyncio.run(search(run, rows, grader))
+    config, num_resamples = run.recipe.beam_search, run.recipe.evaluate.bootstrap_samples
+    failed = Counter(error_kind(comparison.error) for comparison in comparisons if comparison.error)
     report = {
         "policy": run.model_id("policy"),
         "guide": run.model_id(config.guide),
         "config": identity(config),
-        "questions": len(found),
-        "failed": dict(Counter(error_kind(one.error) for one in found if one.error)),
-        "figures": figures(found, resamples, config.seed),
+        "questions": len(comparisons),
+        "failed": dict(failed),
+        "figures": figures(comparisons, num_resamples, config.seed),
     }
     show(report, Console())
     fs, path = filesystem(f"{run.root}/beam_search.json")
@@ -218,18 +273,20 @@ def _main(arguments: argparse.Namespace) -> int:
 
 
 def show(report: Mapping[str, Any], console: Console) -> None:
+    """Print a report as a table, a line a way to answer."""
     grid = Grid(box=None, pad_edge=False, header_style="dim")
     grid.add_column(f"{report['questions']:,} questions, guided by {report['config']['guide']}")
     for name in ("accuracy", "95 % interval", "tokens a question", "samples"):
         grid.add_column(name, justify="right")
     for name, row in report["figures"].items():
-        counts = (f"{row['tokens']:,.0f}", f"{row['samples']:g}" if row["samples"] else "") if "tokens" in row else ()
-        ends = f"{100 * row['low']:.1f} – {100 * row['high']:.1f}"
-        grid.add_row(name, f"{100 * row['value']:.1f} %", ends, *counts, style="bold" if name == SEARCH else "")
+        cells = [f"{100 * row['value']:.1f} %", f"{100 * row['low']:.1f} – {100 * row['high']:.1f}"]
+        if "tokens" in row:
+            cells += [f"{row['tokens']:,.0f}", f"{row['samples']:g}" if row["samples"] else ""]
+        grid.add_row(name, *cells, style="bold" if name == SEARCH else "")
     console.print(grid)
     if report["failed"]:
-        told = ", ".join(f"{kind} {number}" for kind, number in report["failed"].items())
-        console.print(f"not searched, and counted as wrong: {told}")
+        faults = ", ".join(f"{kind} {number}" for kind, number in report["failed"].items())
+        console.print(f"not searched, and counted as wrong: {faults}")
 
 
 if __name__ == "__main__":

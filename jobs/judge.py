@@ -11,9 +11,13 @@ from medmm_ray.steps.judge import APIS, JudgeConfig, judge
 
 
 def run(job: Job) -> None:
+    """Make judge_labels, and note which models answered and what they cost."""
     tables = {name: job.read(name) for name in ("questions", "images", "evidence")}
     config, folder = job.config, f"{job.run.root}/api"
-    judges = [(own, model_of(job, own)) for own in (config, job.recipe.second_judge) if own]
+    model = model_of(job, config)
+    judges = [(config, model)]
+    if job.recipe.second_judge:
+        judges.append((job.recipe.second_judge, model_of(job, job.recipe.second_judge)))
     second = judges[1] if len(judges) > 1 else None
     source = job.table("solutions").dataset(rows_per_block=32)
     ids = job.read("solutions", ["question_id"])["question_id"].to_pylist()
@@ -21,29 +25,36 @@ def run(job: Job) -> None:
         "judge_labels",
         source,
         ids,
-        lambda ds: judge(ds, config, model=judges[0][1], folder=folder, second=second, **tables),
+        lambda ds: judge(ds, config, model=model, folder=folder, second=second, **tables),
         "question_id",
         "labels",
     )
-    if told := answered_by(job.read("judge_labels", ["answered_by"])["answered_by"].to_pylist()):
-        job.note(told)
-    for model in dict.fromkeys(model for own, model in judges if own.backend in APIS and model):
-        paid = close_ledger(api_folder(folder, model))
+    if models_note := answered_by(job.read("judge_labels", ["answered_by"])["answered_by"].to_pylist()):
+        job.note(models_note)
+    # Two judges of one model share a ledger.
+    api_models = dict.fromkeys(name for judge_config, name in judges if judge_config.backend in APIS and name)
+    for name in api_models:
+        paid = close_ledger(api_folder(folder, name))
         job.note(
-            f"${paid.spent:.4f} spent on {paid.answers:,} answers of {model}, ${paid.possibly_paid:.4f} possibly paid "
+            f"${paid.spent:.4f} spent on {paid.answers:,} answers of {name}, ${paid.possibly_paid:.4f} possibly paid "
             f"for {paid.lost_calls:,} calls that were cut off"
         )
 
 
 def answered_by(models: Sequence[str | None]) -> str:
-    """Of labels, by the models that answered, in words; nothing where no API named one."""
+    """How many labels each model answered, in words; nothing where no API named one."""
     counts = Counter(model for model in models if model)
-    named = "; ".join(f"{model} {number:,}" for model, number in counts.most_common())
-    return f"labels by the model that answered: {named}" if named else ""
+    if not counts:
+        return ""
+    shares = [f"{model} {number:,}" for model, number in counts.most_common()]
+    return f"labels by the model that answered: {'; '.join(shares)}"
 
 
 def model_of(job: Job, config: JudgeConfig) -> str | None:
-    return job.run.model("policy") if config.model is None and config.backend == "vllm" else config.model
+    """The judge's model; the run's own policy for a local judge that names none."""
+    if config.model is None and config.backend == "vllm":
+        return job.run.model("policy")
+    return config.model
 
 
 if __name__ == "__main__":

@@ -3,16 +3,18 @@
 import sys
 from collections.abc import Mapping
 
-from jobs.sample import graded
+from jobs.sample import count, graded
 from jobs.step import Job, main
 from medmm_ray.config import ConfigError
 from medmm_ray.steps.monte_carlo import monte_carlo
 
-DRAWS = ("temperature", "top_k", "top_p", "num_documents", "num_images", "lora", "dtype", "vllm")
+# Settings that decide how the policy is sampled, here and in the section sample.
+SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "num_documents", "num_images", "lora", "dtype", "vllm")
 
 
 def run(job: Job) -> None:
-    check_draws(job)
+    """Make monte_carlo_labels, and note their figures."""
+    check_sampling(job)
     questions = job.read("questions")
     labels = job.read("judge_labels", ["question_id", "solution_id", "annotator", "steps", "error"])
     evidence = job.read("evidence", ["question_id", "documents"]) if job.config.num_documents else None
@@ -45,27 +47,31 @@ def run(job: Job) -> None:
 
 def summary(figures: Mapping[str, float]) -> str:
     """A table's figures in words."""
-    rollouts, prefixes, tokens, failed, broken, labelled, free, asked = (
-        int(figures.get(name, 0))
-        for name in ("rollouts", "prefixes_continued", "rollout_tokens", "failed_rollouts", "prefixes_failed",
-                     "steps_labelled", "steps_known_free", "prompt_tokens")
-    )  # fmt: skip
-    told = f"{labelled:,} steps labelled, {free:,} of them free; {rollouts:,} continuations of {prefixes:,} prefixes"
-    told += f", {tokens:,} tokens, {failed:,} failed, {broken:,} prefixes could not be continued"
-    told += f", {figures['cached_tokens'] / asked:.1%} of prompt tokens cached" if asked else ""
-    return told + graded(figures)
+    prompt_tokens = count(figures, "prompt_tokens")
+    rollouts, prefixes = count(figures, "rollouts"), count(figures, "prefixes_continued")
+    parts = [
+        f"{count(figures, 'steps_labelled'):,} steps labelled",
+        f"{count(figures, 'steps_known_free'):,} of them free; {rollouts:,} continuations of {prefixes:,} prefixes",
+        f"{count(figures, 'rollout_tokens'):,} tokens",
+        f"{count(figures, 'failed_rollouts'):,} failed",
+        f"{count(figures, 'prefixes_failed'):,} prefixes could not be continued",
+    ]
+    if prompt_tokens:
+        parts.append(f"{figures['cached_tokens'] / prompt_tokens:.1%} of prompt tokens cached")
+    return ", ".join([*parts, *graded(figures)])
 
 
-def check_draws(job: Job) -> None:
-    """Raise ConfigError where solutions would be counted that were drawn in another way than continuations are."""
+def check_sampling(job: Job) -> None:
+    """Raise ConfigError where solutions would be counted that were sampled in another way than continuations are."""
     if not job.config.counts_solutions:
         return
-    for name in DRAWS:
-        own, other = job.config.model_dump()[name], job.recipe.sample.model_dump()[name]
-        if own != other:
+    for name in SAMPLING_SETTINGS:
+        value, sample_value = getattr(job.config, name), getattr(job.recipe.sample, name)
+        if value != sample_value:
             raise ConfigError(
-                f"monte_carlo.{name} is {own} and sample.{name} {other}: solutions and continuations are drawn "
-                "differently and cannot be counted together. Make them equal, or set monte_carlo.count_solutions=false"
+                f"monte_carlo.{name} is {value} and sample.{name} {sample_value}: solutions and continuations are "
+                "sampled differently and cannot be counted together. Make them equal, or set "
+                "monte_carlo.count_solutions=false"
             )
 
 

@@ -1,4 +1,4 @@
-"""questions, evidence -> solutions: 16 a training question, 64 a test question, by vLLM."""
+"""questions, evidence -> solutions: 16 a training question, 64 a test question."""
 
 import sys
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ from medmm_ray.text.quality import FAULTS
 
 
 def run(job: Job) -> None:
+    """Make solutions, and note their figures."""
     evidence = job.read("evidence", ["question_id", "documents"]) if job.config.num_documents else None
     images = job.read("images", ["image_id", "uri"]) if job.config.num_images else None
     source = job.table("questions").dataset(rows_per_block=job.config.batch_size)
@@ -36,25 +37,31 @@ def run(job: Job) -> None:
 def summary(figures: Mapping[str, float]) -> str:
     """A table's figures in words."""
     refused = {kind: int(figures.get(f"rejected_{kind}", 0)) for kind in FAULTS}
-    kinds = ", ".join(f"{kind} {number:,}" for kind, number in refused.items() if number)
-    drawn, wanted, missing, unfilled, cacheable, shown, left_out = (
-        int(figures.get(name, 0))
-        for name in (
-            "samples_drawn", "samples_requested", "samples_missing", "unfilled_questions", "cacheable_tokens",
-            "documents_shown", "documents_left_out",
-        )
-    )  # fmt: skip
-    told = f"{drawn:,} samples drawn for {wanted:,}, {sum(refused.values()):,} refused{f' ({kinds})' if kinds else ''}"
-    told += f", {missing:,} missing, {unfilled:,} questions not filled"
-    told += f", {figures['cached_tokens'] / cacheable:.1%} of cacheable tokens cached" if cacheable else ""
-    told += f", {left_out:,} of {shown + left_out:,} documents left out for want of room" if left_out else ""
-    return told + graded(figures)
+    reasons = ", ".join(f"{kind} {number:,}" for kind, number in refused.items() if number)
+    cacheable = count(figures, "cacheable_tokens")
+    documents, left_out = count(figures, "documents_shown"), count(figures, "documents_left_out")
+    parts = [
+        f"{count(figures, 'samples_drawn'):,} samples for {count(figures, 'samples_requested'):,} solutions",
+        f"{sum(refused.values()):,} refused" + (f" ({reasons})" if reasons else ""),
+        f"{count(figures, 'samples_missing'):,} missing",
+        f"{count(figures, 'unfilled_questions'):,} questions not filled",
+    ]
+    if cacheable:
+        parts.append(f"{figures['cached_tokens'] / cacheable:.1%} of cacheable tokens cached")
+    if left_out:
+        parts.append(f"{left_out:,} of {documents + left_out:,} documents left out for want of room")
+    return ", ".join([*parts, *graded(figures)])
 
 
-def graded(figures: Mapping[str, float]) -> str:
-    """Of the answers that a model was asked to grade; nothing where there were none."""
-    asked, unanswered = (int(figures.get(f"answers_{name}", 0)) for name in ("asked", "unanswered"))
-    return f", {asked:,} answers put to a model, {unanswered:,} of them without a verdict" if asked else ""
+def graded(figures: Mapping[str, float]) -> list[str]:
+    """How many answers a model was asked to grade, in words; nothing where there were none."""
+    asked, unanswered = count(figures, "answers_asked"), count(figures, "answers_unanswered")
+    return [f"{asked:,} answers put to a model, {unanswered:,} of them without a verdict"] if asked else []
+
+
+def count(figures: Mapping[str, float], name: str) -> int:
+    """A figure that counts something; 0 where the table has none of it."""
+    return int(figures.get(name, 0))
 
 
 if __name__ == "__main__":

@@ -11,16 +11,16 @@ from medmm_ray.steps.tree_search import labels_batch, solutions_batch, tree_sear
 
 
 def run(job: Job) -> None:
+    """Make trees, then tree_solutions and tree_labels from them."""
     config = job.config
     questions = job.read("questions", ["question_id", "split"])
-    rows = [row for row in questions.to_pylist() if row["split"] in config.splits]
-    ids = [row["question_id"] for row in rows]
+    ids = [row["question_id"] for row in questions.to_pylist() if row["split"] in config.splits]
     evidence = job.read("evidence", ["question_id", "documents"]) if config.num_documents else None
     model, policy, config_hash = job.run.model("policy"), job.run.policy_id(job.step), job.run.fingerprint(job.step)
-    asked = job.table("questions").dataset(rows_per_block=config.batch_size)
+    all_questions = job.table("questions").dataset(rows_per_block=config.batch_size)
     job.make(
         "trees",
-        chosen(asked, "question_id", pa.array(ids, pa.string())),
+        chosen(all_questions, "question_id", pa.array(ids, pa.string())),
         ids,
         lambda ds: tree_search(
             ds,
@@ -34,6 +34,7 @@ def run(job: Job) -> None:
         ),
         "question_id",
     )
+    # From trees to tables without an engine: another look_back labels the same trees anew.
     trees = job.table("trees").dataset()
     job.make(
         "tree_solutions", trees, ids, lambda ds: ds.map_batches(solutions_batch, batch_format="pyarrow"), "question_id"

@@ -8,17 +8,20 @@ from medmm_ray.steps.write_questions import REFUSALS, usable, without_question, 
 
 
 def run(job: Job) -> None:
+    """Make written_questions, and new_questions of those that are usable."""
     import ray
 
     images = without_question(job.read("raw_images"), job.read("raw_questions"), job.config)
     if images.num_rows:
         source = ray.data.from_arrow(images).repartition(target_num_rows_per_block=job.config.batch_size)
-        ids = images["image_id"].to_pylist()
-        folder = f"{job.run.root}/api"
         job.make(
-            "written_questions", source, ids, lambda ds: write_questions(ds, job.config, folder=folder), "image_id",
+            "written_questions",
+            source,
+            images["image_id"].to_pylist(),
+            lambda ds: write_questions(ds, job.config, folder=f"{job.run.root}/api"),
+            "image_id",
             "questions",
-        )  # fmt: skip
+        )
         job.note(summary(job.table("written_questions").manifest().figures))
     else:
         job.make_rows("written_questions", [], "written_id")
@@ -29,10 +32,8 @@ def summary(figures: Mapping[str, float]) -> str:
     """A table's figures in words."""
     refused = {kind: int(figures[f"refused_{kind}"]) for kind in REFUSALS}
     reasons = ", ".join(f"{kind} {number}" for kind, number in refused.items() if number)
-    told = f"{figures['written']:,.0f} written, {sum(refused.values()):,} refused" + (
-        f" ({reasons})" if reasons else ""
-    )
-    return f"{told}, {figures['failed']:,.0f} failed"
+    refusals = f"{sum(refused.values()):,} refused" + (f" ({reasons})" if reasons else "")
+    return f"{figures['written']:,.0f} written, {refusals}, {figures['failed']:,.0f} failed"
 
 
 if __name__ == "__main__":

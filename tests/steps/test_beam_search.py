@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,8 @@ def sampled(*ends: tuple[str | None, bool | None]) -> list[dict[str, Any]]:
 
 def test_a_search_beside_as_many_samples_as_its_tokens_pay_for_by_hand() -> None:
     solutions = sampled(("A", False), ("B", True), ("A", False), (None, None))
-    found = job.compared(True, 25, solutions, [0.0, 1.0, math.nan, -1.0], [10, 10, 10, 10], num_subsets=99, seed=0)
+    samples = job.Samples(solutions, [0.0, 1.0, math.nan, -1.0], [10, 10, 10, 10])
+    found = job.compare(job.Beams(True, 25), samples, num_subsets=99, seed=0)
     assert found.samples == {
         "beam search": 0, "one sample": 1, "majority, equal tokens": 2, "best of N, equal tokens": 2,
         "majority, all samples": 4, "best of N, all samples": 4,
@@ -125,25 +127,25 @@ def test_a_search_beside_as_many_samples_as_its_tokens_pay_for_by_hand() -> None
         "majority, all samples": 0.0,
         "best of N, all samples": 1.0,
     }
-    few = job.compared(False, 3, solutions, [0.0] * 4, [10] * 4, num_subsets=99, seed=0)
+    few = job.compare(job.Beams(False, 3), job.Samples(solutions, [0.0] * 4, [10] * 4), num_subsets=99, seed=0)
     assert few.samples["best of N, equal tokens"] == 1
-    none = job.compared(False, 0, [], [], [], num_subsets=99, seed=0)
+    none = job.compare(job.Beams(False, 0), job.Samples([], [], []), num_subsets=99, seed=0)
     assert set(none.right.values()) == {0.0}
 
 
 def test_the_samples_of_an_open_question_vote_as_they_are_graded() -> None:
     solutions = sampled(("pneumonia", False), ("pleural fluid", True), ("pneumonia", False), ("hydrothorax", True),
                         ("Pleural fluids", True))  # fmt: skip
-    how: dict[str, Any] = {"num_subsets": 9, "seed": 0}
-    open_ = job.compared(False, 0, solutions, [0.0] * 5, [1] * 5, answer_type="open", **how)
-    choice = job.compared(False, 0, solutions, [0.0] * 5, [1] * 5, answer_type="choice", **how)
+    samples = job.Samples(solutions, [0.0] * 5, [1] * 5, answer_type="open")
+    open_ = job.compare(job.Beams(False, 0), samples, num_subsets=9, seed=0)
+    choice = job.compare(job.Beams(False, 0), replace(samples, answer_type="choice"), num_subsets=9, seed=0)
     assert open_.right["majority, all samples"] == 1.0
     assert choice.right["majority, all samples"] == 0.0  # a tie of two and two: the first
 
 
 def test_figures_have_intervals_over_questions_and_a_paired_gain() -> None:
     found = [
-        job.compared(right, 10, sampled(("A", False)), [0.0], [10], num_subsets=9, seed=0)
+        job.compare(job.Beams(right, 10), job.Samples(sampled(("A", False)), [0.0], [10]), num_subsets=9, seed=0)
         for right in (True, True, False, False)
     ]
     table = job.figures(found, 200, 0)
@@ -200,9 +202,9 @@ def made(root: Path) -> Run:
 
 def test_the_run_is_searched_with_what_score_reads_and_a_fault_is_one_questions(tmp_path: Path) -> None:
     run, model = made(tmp_path), Looking()
-    rows = job.asked(run)
+    rows = job.question_rows(run)
     assert [row["question_id"] for row in rows] == ["q1", "q2"]
-    searching = job.Searching(run, Scripted(script), model, Grader())  # type: ignore[arg-type]
+    searching = job.GuidedSearch(run, Scripted(script), model, Grader())  # type: ignore[arg-type]
     first, second = asyncio.run(searching.all(rows))
     assert (first.right["beam search"], first.error) == (1.0, None)
     assert first.tokens["beam search"] > 0
@@ -210,7 +212,7 @@ def test_the_run_is_searched_with_what_score_reads_and_a_fault_is_one_questions(
     assert first.right["best of N, all samples"] == 0.0  # equal rewards: the first, which is wrong
     assert (second.right["beam search"], second.right["one sample"]) == (0.0, 0.5)
     assert str(second.error).startswith("image_")
-    again = asyncio.run(job.Searching(run, Scripted(script), model, Grader()).all(rows[:1]))  # type: ignore[arg-type]
+    again = asyncio.run(job.GuidedSearch(run, Scripted(script), model, Grader()).all(rows[:1]))  # type: ignore[arg-type]
     assert again == [first]
 
 
@@ -218,7 +220,7 @@ def test_a_split_without_questions_is_refused(tmp_path: Path) -> None:
     run = made(tmp_path)
     other = run.recipe.beam_search.model_copy(update={"split": "validation"})
     with pytest.raises(ConfigError, match="beam_search.split is 'validation', and no question of it"):
-        job.asked(Run(run.recipe.model_copy(update={"beam_search": other})))
+        job.question_rows(Run(run.recipe.model_copy(update={"beam_search": other})))
 
 
 def test_the_job_has_help_and_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

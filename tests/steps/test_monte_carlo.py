@@ -15,7 +15,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from jobs.graph import BY_NAME
-from jobs.monte_carlo import check_draws, summary
+from jobs.monte_carlo import check_sampling, summary
 from jobs.step import Job, Run, load_recipe
 from medmm_ray.config import ConfigError, digest
 from medmm_ray.data.records import Labels, StepLabel, from_dict, to_arrow
@@ -579,10 +579,10 @@ def test_solutions_drawn_otherwise_are_not_counted(tmp_path: Path) -> None:
     ):
         job = Job(Run(load_recipe(["jobs/recipes/quickstart.yaml", *words, *more])), BY_NAME["monte_carlo"])
         if fits:
-            check_draws(job)
+            check_sampling(job)
         else:
             with pytest.raises(ConfigError, match=r"monte_carlo\.top_p is 0\.9 and sample\.top_p 1\.0"):
-                check_draws(job)
+                check_sampling(job)
 
 
 @pytest.mark.parametrize(
@@ -597,7 +597,7 @@ def test_solutions_of_another_engine_or_adapter_are_not_counted(tmp_path: Path, 
     words = [f"run={tmp_path}", "monte_carlo.mode=all", "monte_carlo.wrong_only=false", word]
     job = Job(Run(load_recipe(["jobs/recipes/quickstart.yaml", *words])), BY_NAME["monte_carlo"])
     with pytest.raises(ConfigError, match=re.escape(told)):
-        check_draws(job)
+        check_sampling(job)
 
 
 def test_the_adapter_is_part_of_the_policy_so_that_only_its_own_solutions_are_free_knowledge(tmp_path: Path) -> None:

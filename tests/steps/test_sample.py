@@ -227,7 +227,7 @@ def test_the_figures_of_rows_become_the_tables() -> None:
     assert [total[f"samples_{name}"] for name in names] == [12, 7, 20]
     assert (total["unfilled_questions"], total["rejected_num_steps"]) == (1, 15)  # q3 is at fault otherwise
     assert summary(total) == (
-        "20 samples drawn for 12, 15 refused (num_steps 15), 7 missing, 1 questions not filled, 88.9% of cacheable "
+        "20 samples for 12 solutions, 15 refused (num_steps 15), 7 missing, 1 questions not filled, 88.9% of cacheable "
         "tokens cached"  # q1 was asked three times: 16 of 18 samples found the prompt
     )
 

@@ -34,7 +34,7 @@ FIGURES = ("one sample", "majority", "prm-max", "prm-vote-sum")
 
 
 def rounds(recipe: Recipe, console: Console) -> list[dict[str, float]]:
-    """Run all rounds; gives the figures of the first policy and of each round's."""
+    """The figures of the first policy and of each round's, once all rounds have run."""
     figures: list[dict[str, float]] = []
     policy, reward_model = recipe.models.policy, ""
     for number in range(recipe.meds3.rounds + 1):
@@ -53,49 +53,57 @@ def planned(recipe: Recipe) -> Estimate:
     """What the rounds cost, a line each; what a round makes that an earlier one has made is free."""
     lines: list[Line] = []
     notes: list[str] = []
-    made: set[str] = set()
+    earlier_fingerprints: set[str] = set()
     policy = recipe.models.policy
     for number in range(recipe.meds3.rounds + 1):
         is_last = number == recipe.meds3.rounds
-        own = of_round(recipe, policy, is_last)
-        run, learning = Run(own), 0 if is_last else recipe.meds3.fine_tuning.epochs
-        plan = plan_of(own, run)
-        left_out = {*own.without, *(step.name for step in STEPS if run.fingerprint(step) in made)}
-        if learning:  # the next policy is trained as the first one was
-            training = replace(plan.training, policy_epochs=plan.training.policy_epochs + learning)
+        round_recipe = of_round(recipe, policy, is_last)
+        run = Run(round_recipe)
+        fingerprints = {step.name: run.fingerprint(step) for step in STEPS}
+        plan = plan_of(round_recipe, run)
+        left_out = set(round_recipe.without)
+        left_out |= {name for name, fingerprint in fingerprints.items() if fingerprint in earlier_fingerprints}
+        epochs = 0 if is_last else recipe.meds3.fine_tuning.epochs
+        if epochs:  # the next policy is trained as the first one was
+            training = replace(plan.training, policy_epochs=plan.training.policy_epochs + epochs)
             plan = replace(plan, training=training)
             left_out.discard("train_policy")
-        found = estimate(plan, left_out)
-        lines.append(
-            Line(
-                step=f"round {number}",
-                work=", ".join(line.step for line in found.lines if line.tokens or line.calls),
-                calls=sum(line.calls for line in found.lines),
-                tokens=sum(line.tokens for line in found.lines),
-                dollars=sum(line.dollars for line in found.lines),
-                gpu_hours=sum(line.gpu_hours for line in found.lines),
-                stored=found.stored,
-            )
-        )
-        notes += [note for note in found.notes if note not in notes]
-        made |= {run.fingerprint(step) for step in STEPS}
+        costs = estimate(plan, left_out)
+        lines.append(round_line(number, costs))
+        notes += [note for note in costs.notes if note not in notes]
+        earlier_fingerprints.update(fingerprints.values())
         policy = f"the policy of round {number + 1}"
     return Estimate(plan, tuple(lines), tuple(notes))
+
+
+def round_line(number: int, costs: Estimate) -> Line:
+    """A round's costs in one line."""
+    return Line(
+        step=f"round {number}",
+        work=", ".join(line.step for line in costs.lines if line.tokens or line.calls),
+        calls=sum(line.calls for line in costs.lines),
+        tokens=sum(line.tokens for line in costs.lines),
+        dollars=sum(line.dollars for line in costs.lines),
+        gpu_hours=sum(line.gpu_hours for line in costs.lines),
+        stored=costs.stored,
+    )
 
 
 def of_round(recipe: Recipe, policy: str | None, is_last: bool) -> Recipe:
     """The recipe with the round's policy; the last round only samples."""
     models = recipe.models.model_copy(update={"policy": policy})
-    without = [*recipe.without, *(("tree_search", "train_text_prm") if is_last else ())]
+    without = list(recipe.without)
+    if is_last:
+        without += ["tree_search", "train_text_prm"]
     return recipe.model_copy(update={"models": models, "without": without})
 
 
 def next_policy(run: Run) -> str:
     """The run's policy, trained further on the right solutions of its own trees: the folder of its checkpoint."""
     config = run.recipe.meds3.fine_tuning.model_copy(update={"base": run.model("policy")})
-    made_from = {"tree_solutions": run.fingerprint(BY_NAME["tree_search"])}
-    fingerprint = digest("next_policy", identity(config), made_from)
-    origin = Provenance(name="next_policy", fingerprint=fingerprint, config=identity(config), upstream=made_from)
+    upstream = {"tree_solutions": run.fingerprint(BY_NAME["tree_search"])}
+    fingerprint = digest("next_policy", identity(config), upstream)
+    provenance = Provenance(name="next_policy", fingerprint=fingerprint, config=identity(config), upstream=upstream)
     artifact = Artifact(f"{run.root}/next_policy/{fingerprint}")
     if not artifact.is_complete:
         artifact.prepare()
@@ -104,15 +112,16 @@ def next_policy(run: Run) -> str:
         right = right_solutions(run.table("tree_solutions").to_arrow())
         name = f"next_policy-{fingerprint}"
         figures = train_policy(config, questions, right, documents, artifact.uri, name)
-        artifact.commit(origin, time.monotonic() - started, figures)
+        artifact.commit(provenance, time.monotonic() - started, figures)
     return artifact.uri
 
 
 def right_solutions(solutions: pa.Table) -> pa.Table:
     """`Solutions` rows with their right solutions alone."""
     rows = solutions.to_pylist()
-    kept = [{**row, "solutions": [s for s in row["solutions"] if s["correct"]]} for row in rows]
-    return pa.Table.from_pylist(kept, schema=solutions.schema)
+    for row in rows:
+        row["solutions"] = [solution for solution in row["solutions"] if solution["correct"]]
+    return pa.Table.from_pylist(rows, schema=solutions.schema)
 
 
 def measure(run: Run, reward_model: str) -> dict[str, float]:
@@ -120,31 +129,41 @@ def measure(run: Run, reward_model: str) -> dict[str, float]:
     from medmm_ray.reward_model import RewardModel
 
     model = RewardModel.from_pretrained(reward_model)
-    questions = {q["question_id"]: q for q in run.table("questions").to_arrow().to_pylist() if q["split"] == "test"}
-    sampled = [row for row in run.table("solutions").to_arrow().to_pylist() if row["question_id"] in questions]
-    per_question = [
-        accuracies(row["solutions"], log_odds(model, questions[row["question_id"]], row["solutions"]))
-        for row in sampled
-    ]
-    return {name: sum(one[name] for one in per_question) / len(per_question) for name in FIGURES}
+    questions: dict[str, Mapping[str, Any]] = {}
+    for question in run.table("questions").to_arrow().to_pylist():
+        if question["split"] == "test":
+            questions[question["question_id"]] = question
+    figures: list[dict[str, float]] = []  # of each question
+    for row in run.table("solutions").to_arrow().to_pylist():
+        if row["question_id"] in questions:
+            scores = log_odds(model, questions[row["question_id"]], row["solutions"])
+            figures.append(accuracies(row["solutions"], scores))
+    means: dict[str, float] = {}
+    for name in FIGURES:
+        means[name] = sum(of_question[name] for of_question in figures) / len(figures)
+    return means
 
 
 def log_odds(model: Any, question: Mapping[str, Any], solutions: Sequence[Mapping[str, Any]]) -> list[list[float]]:
-    asked = question_with_options(question["question"], question["options"])
-    return [list(score.text_log_odds) for score in model.score(asked, [s["steps"] for s in solutions])]
+    """The reward model's log-odds of each step of each solution."""
+    text = question_with_options(question["question"], question["options"])
+    scores = model.score(text, [solution["steps"] for solution in solutions])
+    return [list(score.text_log_odds) for score in scores]
 
 
 def accuracies(solutions: Sequence[Mapping[str, Any]], scores: Sequence[Sequence[float]]) -> dict[str, float]:
     """One question's figures: the share of right samples, and whether each decoder picks a right one."""
     right = [solution["correct"] is True for solution in solutions]
-    picked = {
-        name: decoders.decode(name, [solution["answer"] for solution in solutions], scores) for name in FIGURES[1:]
-    }
-    found = {name: float(at is not None and right[at]) for name, at in picked.items()}
-    return {"one sample": sum(right) / max(len(right), 1), **found}
+    answers = [solution["answer"] for solution in solutions]
+    figures = {"one sample": sum(right) / max(len(right), 1)}
+    for name in FIGURES[1:]:
+        place = decoders.decode(name, answers, scores)
+        figures[name] = float(place is not None and right[place])
+    return figures
 
 
 def main(words: Sequence[str] | None = None) -> int:
+    """The exit status of the command with the arguments `words`."""
     arguments = parser("meds3", "Rounds of tree search, reward model and policy, resumable.")
     arguments.add_argument("--dry-run", action="store_true", help="estimate cost and GPU-hours, a line a round")
     return launch(arguments, words, _main, Recipe, "meds3")

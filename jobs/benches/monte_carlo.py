@@ -226,9 +226,13 @@ def rows(name: str, found: Mapping[str, Figures], config: BenchConfig, console: 
     for mode in MODES:
         own = found[mode.name]
         yield Measured(
-            f"{name}, {mode.name}: tokens", base.tokens / num_solutions, own.tokens / num_solutions,
-            own.tokens / base.tokens, "≤ 0.333" if mode.is_target else "", "tokens a solution",
-        )  # fmt: skip
+            f"{name}, {mode.name}: tokens",
+            base.tokens / num_solutions,
+            own.tokens / num_solutions,
+            own.tokens / base.tokens,
+            "≤ 0.333" if mode.is_target else "",
+            "tokens a solution",
+        )
         if mode.targets == "consensus":
             kept = own.counts_QK[:, 1].sum() / num_solutions
             yield Measured(f"{name}, {mode.name}: solutions kept", 1.0, kept, kept, "", "share")
@@ -241,9 +245,13 @@ def rows(name: str, found: Mapping[str, Figures], config: BenchConfig, console: 
         )
         for i, figure in enumerate(("first-error accuracy", "balanced step accuracy")):
             yield Measured(
-                f"{name}, {mode.name}: {figure}, loss [{low[i]:+.2f}, {high[i]:+.2f}]", before[i], after[i],
-                before[i] - after[i], "≤ 1" if mode.is_target else "", "%, points",
-            )  # fmt: skip
+                f"{name}, {mode.name}: {figure}, loss [{low[i]:+.2f}, {high[i]:+.2f}]",
+                before[i],
+                after[i],
+                before[i] - after[i],
+                "≤ 1" if mode.is_target else "",
+                "%, points",
+            )
 
 
 async def question_row(
@@ -251,9 +259,14 @@ async def question_row(
 ) -> dict[str, Any]:
     """A question with its solutions and the judge's word on them, as `RolloutActor` reads it."""
     row: dict[str, Any] = {
-        "question_id": str(number), "policy": POLICY, "split": "train", "options": item.options, "answer": item.answer,
-        "question": f"Case {number}: {item.question}" if scripted else item.question, "answer_type": "choice",
-    }  # fmt: skip
+        "question_id": str(number),
+        "policy": POLICY,
+        "split": "train",
+        "options": item.options,
+        "answer": item.answer,
+        "question": f"Case {number}: {item.question}" if scripted else item.question,
+        "answer_type": "choice",
+    }
     prompt, sampling = policy_prompt(engine, row, 0, 0), MonteCarloConfig(**SHAPE).sampling
     solutions, judged = [], []
     judge = TruthJudge("phantom", config.judge_errors, config.seed)
@@ -264,11 +277,19 @@ async def question_row(
             steps[0] = f"{steps[0]} Attempt {index}."
         correct = is_correct(extract_answer(done.text, item.options), item.answer, "choice")
         name = f"{number}-{index}"
-        verdicts = [judge.verdict(truth(step, item.case, item), row["question_id"], steps, i)
-                    for i, step in enumerate(steps)]  # fmt: skip
+        verdicts = [
+            judge.verdict(truth(step, item.case, item), row["question_id"], steps, i) for i, step in enumerate(steps)
+        ]
         judged.append({"solution_id": name, "steps": [asdict(verdict) for verdict in verdicts]})
-        solutions.append({"solution_id": name, "index": index, "steps": steps, "correct": correct,
-                          "finish_reason": done.finish_reason})  # fmt: skip
+        solutions.append(
+            {
+                "solution_id": name,
+                "index": index,
+                "steps": steps,
+                "correct": correct,
+                "finish_reason": done.finish_reason,
+            }
+        )
     return {**row, "solutions": solutions, "judged": judged}
 
 
@@ -289,8 +310,14 @@ def first_error(item: PhantomQuestion, steps: Sequence[str]) -> int | None:
 
 
 def judge_labels(verdicts: Mapping[str, Any]) -> Labels:
-    return Labels(question_id="", solution_id=verdicts["solution_id"], source="judge", annotator="phantom", cost=0.0,
-                  steps=[StepLabel(**step) for step in verdicts["steps"]])  # fmt: skip
+    return Labels(
+        question_id="",
+        solution_id=verdicts["solution_id"],
+        source="judge",
+        annotator="phantom",
+        cost=0.0,
+        steps=[StepLabel(**step) for step in verdicts["steps"]],
+    )
 
 
 def counts(aims: Sequence[Target], first: int | None) -> list[int]:
@@ -298,8 +325,14 @@ def counts(aims: Sequence[Target], first: int | None) -> list[int]:
     num_right = len(aims) if first is None else first
     expected = [*[1.0] * num_right, *[0.0] * (len(aims) - num_right)]
     found = [aim == truth_ for aim, truth_ in zip(aims, expected, strict=True)]
-    return [all(found[: num_right + 1]), 1, sum(found[:num_right]), num_right, sum(found[num_right:]),
-            len(aims) - num_right]  # fmt: skip
+    return [
+        all(found[: num_right + 1]),
+        1,
+        sum(found[:num_right]),
+        num_right,
+        sum(found[num_right:]),
+        len(aims) - num_right,
+    ]
 
 
 def shares(sums_K: Floats) -> Floats:

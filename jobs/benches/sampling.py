@@ -71,15 +71,25 @@ class BenchConfig(Config):
 
     @property
     def sampling(self) -> SampleConfig:
+        """The step's settings."""
         return SampleConfig(
-            num_samples_train=self.samples, temperature=1.0, max_tokens=self.max_tokens, max_rounds=1, fill_up=True,
-            max_model_len=512, dtype="bfloat16" if self.num_gpus else "float32", num_gpus=self.num_gpus,
-            num_threads=self.threads, max_num_seqs=self.max_num_seqs, batch_size=self.batch_size,
+            num_samples_train=self.samples,
+            temperature=1.0,
+            max_tokens=self.max_tokens,
+            max_rounds=1,
+            fill_up=True,
+            max_model_len=512,
+            dtype="bfloat16" if self.num_gpus else "float32",
+            num_gpus=self.num_gpus,
+            num_threads=self.threads,
+            max_num_seqs=self.max_num_seqs,
+            batch_size=self.batch_size,
             max_concurrency=self.max_concurrency,
-        )  # fmt: skip
+        )
 
 
 def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
+    """Tokens a second beside the bare engine's, cache hits, and questions a second of several actors."""
     with tempfile.TemporaryDirectory() as folder, session():
         if config.repeats:
             yield from _engines(config, Path(folder), console)
@@ -94,14 +104,16 @@ def _engines(config: BenchConfig, folder: Path, console: Console) -> Iterator[Me
     for repeat in range(config.repeats):
         bare.append(bare_rate(model, config.sampling, questions))
         notes, figures = run_step(config.sampling, model, questions, TimedGenerator, folder / f"run-{repeat}")
-        ours.append(sum(n["output_tokens"] for n in notes) / span(notes))
+        num_tokens = sum(note["output_tokens"] for note in notes)
+        ours.append(num_tokens / span(notes))
         console.print(f"[dim]bare {bare[-1]:,.0f} tokens/s, through Ray Data {ours[-1]:,.0f}[/dim]")
     theirs, mine = statistics.median(bare), statistics.median(ours)
     name = f"{config.questions} questions x {config.samples}"
     yield Measured(f"sampling through Ray Data, {name}", theirs, mine, mine / theirs, "≥ 0.95", "tokens/s")
     cacheable, cached = figures["cacheable_tokens"], figures["cached_tokens"]
-    yield Measured(f"prefix cache hits of the cacheable tokens, {name}", cacheable, cached, cached / cacheable,
-                   "≥ 0.98", "tokens")  # fmt: skip
+    yield Measured(
+        f"prefix cache hits of the cacheable tokens, {name}", cacheable, cached, cached / cacheable, "≥ 0.98", "tokens"
+    )
 
 
 def _actors(config: BenchConfig, folder: Path) -> Measured:
@@ -109,10 +121,11 @@ def _actors(config: BenchConfig, folder: Path) -> Measured:
     in_flight = config.batch_size * config.max_concurrency
     rates = []
     for actors in (1, config.actors):
-        made = functools.partial(SleepingGenerator, actors=actors, pause_s=config.pause_s)
+        make_generator = functools.partial(SleepingGenerator, actors=actors, pause_s=config.pause_s)
         questions = bench_questions(actors * config.rounds * in_flight)
-        how = config.sampling.model_copy(update={"num_samples_train": 1, "num_actors": actors, "num_gpus": 0.0})
-        rates.append(len(questions) / span(run_step(how, "", questions, made, folder / f"actors-{actors}")[0]))
+        settings = config.sampling.model_copy(update={"num_samples_train": 1, "num_actors": actors, "num_gpus": 0.0})
+        notes, _ = run_step(settings, "", questions, make_generator, folder / f"actors-{actors}")
+        rates.append(len(questions) / span(notes))
     ideal = config.actors * rates[0]
     name = f"1 -> {config.actors} actors with an engine that sleeps"
     return Measured(name, ideal, rates[1], rates[1] / ideal, "≥ 0.9", "questions/s")
@@ -129,23 +142,40 @@ def make_model(config: BenchConfig, folder: Path) -> str:
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     shape = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=config.hidden_size, intermediate_size=2 * config.hidden_size,
-        num_hidden_layers=config.num_layers, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=2 * config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
     model: Any = LlamaForCausalLM(shape)  # type: ignore[no-untyped-call]
     model.save_pretrained(folder)
     return str(folder)
 
 
 def bench_questions(number: int) -> list[Question]:
-    return [
-        Question(
-            question_id=f"q{index}", source="phantom", split="train", modality="radiology", difficulty="easy",
-            question=item.question, options=list(item.options), answer="A", answer_type="choice", image_ids=[],
+    """Phantoms' questions without their images."""
+    questions: list[Question] = []
+    for index, item in enumerate(make_questions(0, "bench", number)):
+        question = Question(
+            question_id=f"q{index}",
+            source="phantom",
+            split="train",
+            modality="radiology",
+            difficulty="easy",
+            question=item.question,
+            options=list(item.options),
+            answer="A",
+            answer_type="choice",
+            image_ids=[],
         )
-        for index, item in enumerate(make_questions(0, "bench", number))
-    ]  # fmt: skip
+        questions.append(question)
+    return questions
 
 
 def run_step(
@@ -155,19 +185,21 @@ def run_step(
     notes = folder / "notes"
     notes.mkdir(parents=True)
     noting = functools.partial(generator, notes=notes)
-    source, made = Table(str(folder / "questions"), Question), Table(str(folder / "solutions"), Solutions)
+    source, solutions = Table(str(folder / "questions"), Question), Table(str(folder / "solutions"), Solutions)
     origin = Provenance(name="bench", fingerprint="", config={}, upstream={})
     write_rows(source, questions, origin, "question_id")
-    made.prepare()
+    solutions.prepare()
     ds = source.dataset(rows_per_block=config.batch_size)
-    made.write(sample(ds, config, model=model, policy="p", config_hash=HASH, generator=noting), "question_id")
-    manifest = made.finish(origin, "question_id", [q.question_id for q in questions], 0.0)
+    solutions.write(sample(ds, config, model=model, policy="p", config_hash=HASH, generator=noting), "question_id")
+    manifest = solutions.finish(origin, "question_id", [q.question_id for q in questions], 0.0)
     return [json.loads(path.read_text()) for path in notes.glob("*.json")], manifest.figures
 
 
 def span(notes: list[dict[str, Any]]) -> float:
     """Seconds from the first prompt submitted to the last answer, over all engines."""
-    return float(max(n["last"] for n in notes) - min(n["first"] for n in notes))
+    last = max(note["last"] for note in notes)
+    first = min(note["first"] for note in notes)
+    return float(last - first)
 
 
 class Notes:
@@ -177,12 +209,14 @@ class Notes:
         self._path = folder / f"{os.getpid()}.json"
         self._first: float | None = None
 
-    def begun(self) -> None:
+    def begin(self) -> None:
+        """Note the time of the first prompt."""
         self._first = time.monotonic() if self._first is None else self._first
 
-    def ended(self, done: Statistics) -> None:
-        told = {"first": self._first, "last": time.monotonic(), "output_tokens": done.output_tokens}
-        self._path.write_text(json.dumps(told))
+    def end(self, statistics: Statistics) -> None:
+        """Note the time of an answer, and the tokens so far."""
+        note = {"first": self._first, "last": time.monotonic(), "output_tokens": statistics.output_tokens}
+        self._path.write_text(json.dumps(note))
 
 
 class TimedGenerator(Generator):
@@ -193,10 +227,10 @@ class TimedGenerator(Generator):
         self.notes = Notes(notes)
 
     async def generate(self, prompt: ChatPrompt, n: int, seed: int, sampling: Sampling) -> list[Completion]:
-        self.notes.begun()
-        made = await super().generate(prompt, n, seed, sampling)
-        self.notes.ended(self.statistics)
-        return made
+        self.notes.begin()
+        samples = await super().generate(prompt, n, seed, sampling)
+        self.notes.end(self.statistics)
+        return samples
 
 
 class SleepingGenerator:
@@ -213,12 +247,13 @@ class SleepingGenerator:
             time.sleep(0.05)
 
     def count(self, prompt: ChatPrompt) -> int:
+        """A prompt's characters."""
         return sum(len(message["content"]) for message in prompt.messages)
 
     async def generate(self, prompt: ChatPrompt, n: int, seed: int, sampling: Sampling) -> list[Completion]:  # noqa: ARG002
-        self.notes.begun()
+        self.notes.begin()
         await asyncio.sleep(self.pause_s)
-        self.notes.ended(self.statistics)
+        self.notes.end(self.statistics)
         return [Completion("Step 1: a\nStep 2: b\nStep 3: the answer is (A).", "stop", seed + i) for i in range(n)]
 
 
@@ -246,24 +281,37 @@ class BareEngine:
         self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(model, config)))
 
     async def rate(self, questions: list[Question]) -> float:
-        asked = [policy_messages(question_with_options(q.question, q.options), (), q.answer_type) for q in questions]
-        prompts = [self.chat.token_ids(ChatPrompt(messages)) for messages in asked]
-        seeds = [request_seed(q.question_id, HASH, self.config.seed) for q in questions]
+        """Tokens a second over all questions."""
+        prompts: list[list[int]] = []
+        seeds: list[int] = []
+        for question in questions:
+            text = question_with_options(question.question, question.options)
+            messages = policy_messages(text, (), question.answer_type)
+            prompts.append(self.chat.token_ids(ChatPrompt(messages)))
+            seeds.append(request_seed(question.question_id, HASH, self.config.seed))
         started = time.monotonic()
         tokens = await asyncio.gather(*map(self.sample, prompts, seeds))
         return sum(tokens) / (time.monotonic() - started)
 
     async def sample(self, prompt: list[int], seed: int) -> int:
+        """Tokens that the samples of one prompt have."""
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
-        how = SamplingParams(
-            n=self.config.num_samples_train, seed=seed, temperature=self.config.temperature, top_k=self.config.top_k,
-            max_tokens=self.config.max_tokens, output_kind=RequestOutputKind.FINAL_ONLY,
-        )  # fmt: skip
-        asked = TokensPrompt(prompt_token_ids=prompt)
-        outputs = [output async for output in self.engine.generate(asked, how, str(seed))]
-        return sum(len(sample.token_ids) for output in outputs for sample in output.outputs)
+        parameters = SamplingParams(
+            n=self.config.num_samples_train,
+            seed=seed,
+            temperature=self.config.temperature,
+            top_k=self.config.top_k,
+            max_tokens=self.config.max_tokens,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        tokens_prompt = TokensPrompt(prompt_token_ids=prompt)
+        num_tokens = 0
+        async for output in self.engine.generate(tokens_prompt, parameters, str(seed)):
+            num_tokens += sum(len(sample.token_ids) for sample in output.outputs)
+        return num_tokens
 
     async def stop(self) -> None:
+        """End the engine's processes."""
         self.engine.shutdown()

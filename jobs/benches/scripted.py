@@ -1,6 +1,6 @@
 """Steps on scripted engines, to be interrupted: ``python -m jobs.benches.scripted recipe.yaml name=value ...``.
 
-What a step asks of vLLM or of an encoder is answered from a script: the same words for the same prompt and seed, after
+What a step requests of vLLM or of an encoder comes from a script: the same words for the same prompt and seed, after
 a pause (``PAUSE_S`` seconds in the environment) in which it can be killed. Ray, Ray Data, tables and processes are
 real. Runs all steps up to ``UNTIL`` in one session and says of each when it begins and ends: ``begin sample``.
 """
@@ -43,13 +43,18 @@ class ScriptedGenerator:
         self.statistics = Statistics()
 
     def count(self, prompt: ChatPrompt) -> int:
-        return len(_asked(prompt))
+        """A prompt's characters."""
+        return len(_text_of(prompt))
 
     async def generate(self, prompt: ChatPrompt, n: int, seed: int, sampling: Sampling) -> list[Completion]:
+        """`n` scripted solutions, or what follows the prompt's prefix in them, after the pause."""
         await asyncio.sleep(self.pause_s)
-        asked, begun = _asked(prompt), prompt.prefix.count("Step ")
-        texts = [cut(solution(asked, begun, seed + i), sampling.stop) for i in range(n)]
-        return [Completion(text, "stop", seed + i, len(text)) for i, text in enumerate(texts)]
+        prompt_text, num_marks = _text_of(prompt), prompt.prefix.count("Step ")
+        samples: list[Completion] = []
+        for sample_seed in range(seed, seed + n):
+            text = cut(solution(prompt_text, num_marks, sample_seed), sampling.stop)
+            samples.append(Completion(text, "stop", sample_seed, len(text)))
+        return samples
 
 
 class ScriptedEncoder:
@@ -59,31 +64,35 @@ class ScriptedEncoder:
         self.pause_s = pause_s
 
     def encode(self, items: "Sequence[str | Image]") -> NDArray[np.float32]:
+        """Unit vectors of texts or images, after the pause."""
         time.sleep(self.pause_s)
-        contents = [item if isinstance(item, str) else item.tobytes().hex() for item in items]
-        drawn = [np.random.default_rng(int(digest(c), 16)).standard_normal(WIDTH) for c in contents]
-        vectors_ND = np.array(drawn, np.float32).reshape(-1, WIDTH)
+        vectors: list[NDArray[np.float64]] = []
+        for item in items:
+            content = item if isinstance(item, str) else item.tobytes().hex()
+            rng = np.random.default_rng(int(digest(content), 16))
+            vectors.append(rng.standard_normal(WIDTH))
+        vectors_ND = np.array(vectors, np.float32).reshape(-1, WIDTH)
         unit_ND: NDArray[np.float32] = vectors_ND / np.linalg.norm(vectors_ND, axis=1, keepdims=True)
         return unit_ND
 
 
-def _asked(prompt: ChatPrompt) -> str:
-    """The last message and what the assistant has said after it."""
+def _text_of(prompt: ChatPrompt) -> str:
+    """The last message and the prefix after it."""
     return prompt.messages[-1]["content"] + prompt.prefix
 
 
-def solution(asked: str, begun: int, seed: int) -> str:
-    """A solution of three steps, or what follows the mark of its step `begun`; it ends with an answer."""
-    number = int(digest(asked, seed), 16)
+def solution(prompt_text: str, num_marks: int, seed: int) -> str:
+    """A solution of three steps, or what follows the last of its first `num_marks` marks; it ends with an answer."""
+    number = int(digest(prompt_text, seed), 16)
     steps = [
         f"Look at the heart ({number % 7}).",
         f"It is wide ({number % 5}).",
         f"The answer is ({'ABCD'[number % 4]}).",
     ]
-    first = max(begun, 1)
-    left = steps[min(first, len(steps)) - 1 :]
-    text = "\n".join(numbered_steps(left, first))
-    return text.removeprefix(step_mark(begun))
+    first = max(num_marks, 1)
+    remaining = steps[min(first, len(steps)) - 1 :]
+    text = "\n".join(numbered_steps(remaining, first))
+    return text.removeprefix(step_mark(num_marks))
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
@@ -103,8 +112,11 @@ class Embedder:
 
 
 def _embed(
-    ds: "Dataset", config: EmbedConfig, image_tower: str, vectors: Callable[[pa.Table], pa.Table]  # noqa: ARG001
-) -> "Dataset":  # fmt: skip
+    ds: "Dataset",
+    config: EmbedConfig,
+    image_tower: str,
+    vectors: Callable[[pa.Table], pa.Table],  # noqa: ARG001
+) -> "Dataset":
     from ray.data import ActorPoolStrategy
 
     return ds.map_batches(
@@ -117,7 +129,7 @@ def _embed(
     )
 
 
-def set_the_stage(pause_s: float) -> None:
+def use_scripted_engines(pause_s: float) -> None:
     """Give the jobs of this process scripted engines in place of their own."""
     for name in ("sample", "monte_carlo", "tree_search"):
         job = import_module(f"jobs.{name}")
@@ -132,9 +144,10 @@ def set_the_stage(pause_s: float) -> None:
 
 
 def work(words: Sequence[str]) -> int:
+    """Run the steps up to ``UNTIL``, those that are not complete; the exit status."""
     run = Run(load_recipe(words))
     last = [step.name for step in STEPS].index(os.environ["UNTIL"])
-    set_the_stage(float(os.environ["PAUSE_S"]))
+    use_scripted_engines(float(os.environ["PAUSE_S"]))
     with session():
         for step in STEPS[: last + 1]:
             if not run.skipped(step) and not run.is_complete(step):

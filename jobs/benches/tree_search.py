@@ -29,16 +29,19 @@ class BenchConfig(Config):
     questions: int = 64
     """Trees that grow at once."""
     alone: int = 4
-    """Of them, the first so many are also grown one at a time."""
+    """How many of them, the first, are also grown one at a time."""
     policy: PolicyConfig = PolicyConfig(
-        shape=LlamaShape(hidden_size=128, num_layers=2, vocab_size=512), epochs=16, batch_size=16, learning_rate=2e-3,
+        shape=LlamaShape(hidden_size=128, num_layers=2, vocab_size=512),
+        epochs=16,
+        batch_size=16,
+        learning_rate=2e-3,
         trackers=(),
-    )  # fmt: skip
+    )
     """The policy and its training."""
     threads: int = 2
     """OpenMP threads of the engine."""
     seed: int = 0
-    """Of the questions and the trees."""
+    """Start of all random numbers, of the questions and the trees."""
 
 
 class OneRequest:
@@ -49,9 +52,11 @@ class OneRequest:
         self.turn = asyncio.Semaphore(1)
 
     def count(self, prompt: ChatPrompt) -> int:
+        """As the engine counts."""
         return self.generator.count(prompt)
 
     async def generate(self, prompt: ChatPrompt, n: int, seed: int, sampling: Sampling) -> list[Completion]:
+        """The engine's samples, once no other request is under way."""
         async with self.turn:
             return await self.generator.generate(prompt, n, seed, sampling)
 
@@ -64,10 +69,12 @@ def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
         console.print(f"[dim]policy trained in {time.perf_counter() - started:.0f} s[/dim]")
         trees, seconds = asyncio.run(_sides(config, policy))
     ours, one_tree, one_request = len(trees) / seconds[0], config.alone / seconds[1], config.alone / seconds[2]
-    yield Measured("trees at once against one tree, one request at a time", one_request, ours, ours / one_request,
-                   "≥ 5", "trees/s")  # fmt: skip
-    yield Measured("trees at once against one tree, its rollouts side by side", one_tree, ours, ours / one_tree, "",
-                   "trees/s")  # fmt: skip
+    yield Measured(
+        "trees at once against one tree, one request at a time", one_request, ours, ours / one_request, "≥ 5", "trees/s"
+    )
+    yield Measured(
+        "trees at once against one tree, its rollouts side by side", one_tree, ours, ours / one_tree, "", "trees/s"
+    )
     tokens = [tree.num_tokens / seconds[0] for tree in trees]
     alone = sum(tokens[: config.alone]) * seconds[0] / seconds[2]
     yield Measured("tokens drawn", alone, sum(tokens), sum(tokens) / alone, "", "tokens/s")
@@ -81,20 +88,26 @@ async def _sides(config: BenchConfig, policy: str) -> tuple[list[records.Tree], 
     Ours comes first: the others find their prompts cached.
     """
     settings = TreeSearchConfig(
-        dtype="float32", max_model_len=512, max_tokens=96, temperature=1.0, top_p=1.0, reflect=False,
-        num_threads=config.threads, seed=config.seed,
-    )  # fmt: skip
-    engine = Generator(policy, settings)
-    many, one = (
-        TreeSearchActor(settings, policy, "toy", "bench", lambda *_, g=g: g) for g in (engine, OneRequest(engine))
+        dtype="float32",
+        max_model_len=512,
+        max_tokens=96,
+        temperature=1.0,
+        top_p=1.0,
+        reflect=False,
+        num_threads=config.threads,
+        seed=config.seed,
     )
+    engine = Generator(policy, settings)
+    one_request = OneRequest(engine)
+    concurrent = TreeSearchActor(settings, policy, "toy", "bench", lambda *_: engine)
+    sequential = TreeSearchActor(settings, policy, "toy", "bench", lambda *_: one_request)
     rows = [asdict(question) for question in phantom_questions(config.questions, config.seed)]
     try:
-        await many.search(rows[0] | {"question_id": "warm"})
+        await concurrent.search(rows[0] | {"question_id": "warm"})
         marks = [time.perf_counter()]
-        trees = await asyncio.gather(*(many.search(row) for row in rows))
+        trees = await asyncio.gather(*map(concurrent.search, rows))
         marks.append(time.perf_counter())
-        for actor in (many, one):
+        for actor in (concurrent, sequential):
             alone = [await actor.search(row) for row in rows[: config.alone]]
             marks.append(time.perf_counter())
             _same(alone, trees)
@@ -104,6 +117,6 @@ async def _sides(config: BenchConfig, policy: str) -> tuple[list[records.Tree], 
 
 
 def _same(alone: Sequence[records.Tree], trees: Sequence[records.Tree]) -> None:
-    for one, other in zip(alone, trees, strict=False):
-        if one != other:
-            raise AssertionError(f"the tree of {one.question_id} is another when it grows alone")
+    for tree, concurrent_tree in zip(alone, trees, strict=False):
+        if tree != concurrent_tree:
+            raise AssertionError(f"the tree of {tree.question_id} is another when it grows alone")

@@ -8,7 +8,7 @@ that other case, and the right answer is reached only with the chance `recovery`
 engine too. So the chances of a prefix are known from the truth of its steps, and Monte Carlo can be wrong in both of
 its ways: 16 continuations of a right prefix that all slip, and one of a wrong prefix that recovers. With
 ``policy=FOLDER`` vLLM draws solutions and continuations from a real checkpoint instead: quickstart's, blind as it is,
-finds 13 % of the first errors in every mode, and as most of its prefixes are hopeless and cost all 16 continuations,
+has 13 % of the first errors in every mode, and as most of its prefixes are hopeless and cost all 16 continuations,
 first_error takes 54 % of the baseline's tokens, 36 % from the judge, and verify 30 % (24 questions x 8).
 
 The truth of a step is whether any step up to it is wrong; the first error is the first wrong step. Labels become
@@ -119,44 +119,52 @@ class ScriptedPolicy:
     ) -> None:
         self.items, self.recovery, self.seed = items, recovery, seed
         self.statistics = Statistics()
-        self.slips = [float(generator("slips", seed, i).uniform(*slips)) for i in range(len(items))]
-        self.others = [others(item, generator("others", seed, i)) for i, item in enumerate(items)]
+        self.slips: list[float] = []
+        self.wrong_solutions: list[list[list[str]]] = []
+        for number, item in enumerate(items):
+            self.slips.append(float(generator("slips", seed, number).uniform(*slips)))
+            self.wrong_solutions.append(wrong_solutions(item, generator("others", seed, number)))
 
     def count(self, prompt: ChatPrompt) -> int:
+        """Words and marks of a prompt."""
         return num_tokens(prompt.messages[-1]["content"] + prompt.prefix)
 
     async def generate(self, prompt: ChatPrompt, n: int, seed: int, sampling: Sampling) -> list[Completion]:  # noqa: ARG002
-        asked = re.search(r"Case (\d+):", prompt.messages[-1]["content"])
-        assert asked is not None
-        return [self.complete(int(asked[1]), prompt.prefix, seed + i) for i in range(n)]
+        """Scripted continuations of the case that the prompt's question names."""
+        case = re.search(r"Case (\d+):", prompt.messages[-1]["content"])
+        assert case is not None
+        return [self.complete(int(case[1]), prompt.prefix, seed + i) for i in range(n)]
 
-    def complete(self, number: int, said: str, seed: int) -> Completion:
-        """The rest of a solution, of which the steps in `said` are there."""
+    def complete(self, number: int, prefix: str, seed: int) -> Completion:
+        """The rest of a solution that begins with `prefix`."""
         item, rng = self.items[number], np.random.default_rng([self.seed, number, seed])
-        _, steps = split_steps(said)
-        right, wrong = item.worked[rng.integers(NUM_WORKS)], self.others[number][rng.integers(NUM_WORKS)]
+        _, steps = split_steps(prefix)
+        right = item.worked[rng.integers(NUM_WORKS)]
+        wrong = self.wrong_solutions[number][rng.integers(NUM_WORKS)]
         failed = any(truth(step, item.case, item) is False for step in steps)
-        made = []
+        new_steps: list[str] = []
         for place in range(len(steps), len(right) - 1):
             step = right[place]
             if failed or rng.random() < self.slips[number]:
                 step = wrong[min(place, len(wrong) - 2)]
                 failed = failed or truth(step, item.case, item) is False
-            made.append(step)
+            new_steps.append(step)
         reached = rng.random() < (self.recovery if failed else 1 - self.slips[number])
-        made.append((right if reached else wrong)[-1])
-        text = "\n".join(numbered_steps(made, len(steps) + 1))
-        text = text.partition(":")[2] if said else text
+        new_steps.append((right if reached else wrong)[-1])
+        text = "\n".join(numbered_steps(new_steps, len(steps) + 1))
+        if prefix:  # it ends with the first step's mark
+            text = text.partition(":")[2]
         return Completion(text, "stop", seed, num_tokens(text))
 
 
-def others(item: PhantomQuestion, rng: np.random.Generator) -> list[list[str]]:
+def wrong_solutions(item: PhantomQuestion, rng: np.random.Generator) -> list[list[str]]:
     """Solutions of other cases, with another answer."""
-    found: list[list[str]] = []
-    while len(found) < NUM_WORKS:
+    solutions: list[list[str]] = []
+    while len(solutions) < NUM_WORKS:
         steps, letter = blind_solution(item, rng)
-        found += [steps] if letter != item.answer else []
-    return found
+        if letter != item.answer:
+            solutions.append(steps)
+    return solutions
 
 
 def num_tokens(text: str) -> int:
@@ -164,27 +172,30 @@ def num_tokens(text: str) -> int:
     return len(re.findall(r"\w+|[^\w\s]", text)) + 1
 
 
-class Remembered:
-    """An engine whose answers are kept: the modes draw the same continuations, which need not be made again."""
+class CachedEngine:
+    """An engine whose samples are kept: the modes use the same continuations, which need not be generated again."""
 
     def __init__(self, engine: TextGenerator) -> None:
         self.engine, self.statistics = engine, engine.statistics
-        self.kept: dict[tuple[str, str, int], Completion] = {}
+        self.samples: dict[tuple[str, str, int], Completion] = {}
 
-    def __call__(self, model: str, config: GeneratorConfig) -> "Remembered":  # noqa: ARG002
+    def __call__(self, model: str, config: GeneratorConfig) -> "CachedEngine":  # noqa: ARG002
         return self
 
     def count(self, prompt: ChatPrompt) -> int:
+        """As the engine counts."""
         return self.engine.count(prompt)
 
     async def generate(self, prompt: ChatPrompt, n: int, seed: int, sampling: Sampling) -> list[Completion]:
+        """The engine's samples, of which each is generated once."""
         keys = [(prompt.messages[-1]["content"], prompt.prefix, seed + i) for i in range(n)]
-        if any(key not in self.kept for key in keys):
-            self.kept |= zip(keys, await self.engine.generate(prompt, n, seed, sampling), strict=True)
-        return [self.kept[key] for key in keys]
+        if any(key not in self.samples for key in keys):
+            self.samples |= zip(keys, await self.engine.generate(prompt, n, seed, sampling), strict=True)
+        return [self.samples[key] for key in keys]
 
 
 def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
+    """Tokens and accuracies of each mode, for each chance of recovery or for vLLM."""
     items = make_questions(config.seed, "train", config.questions, num_worked=NUM_WORKS)
     if config.policy is None:
         for recovery in config.recovery:
@@ -208,37 +219,43 @@ class Figures:
 async def figures(engine: TextGenerator, items: Sequence[PhantomQuestion], config: BenchConfig) -> dict[str, Figures]:
     """All modes on the same solutions, the baseline first."""
     scripted = config.policy is None
-    asked = [await question_row(engine, i, item, config, scripted) for i, item in enumerate(items)]
-    remembered, found = Remembered(engine), {}
+    question_rows = [await question_row(engine, i, item, config, scripted) for i, item in enumerate(items)]
+    cached = CachedEngine(engine)
+    by_mode: dict[str, Figures] = {}
     for mode in (BASELINE, *MODES):
         settings = {"num_rollouts": config.rollouts, "seed": config.seed, **SHAPE, **mode.settings}
-        roller = RolloutActor(MonteCarloConfig(**settings), POLICY, POLICY, generator=remembered)
-        done = await asyncio.gather(*(roller.label(row) for row in asked))
-        counts_QK = np.array([counted(mode, *one) for one in zip(items, asked, (d[0] for d in done), strict=True)])
-        found[mode.name] = Figures(sum(spent["rollout_tokens"] for _, spent in done), counts_QK)
-    return found
+        actor = RolloutActor(MonteCarloConfig(**settings), POLICY, POLICY, generator=cached)
+        results = await asyncio.gather(*map(actor.label, question_rows))
+        mode_tokens = 0
+        mode_counts: list[Floats] = []
+        for item, row, (labels, spent) in zip(items, question_rows, results, strict=True):
+            mode_tokens += spent["rollout_tokens"]
+            mode_counts.append(question_counts(mode, item, row, labels))
+        by_mode[mode.name] = Figures(mode_tokens, np.array(mode_counts))
+    return by_mode
 
 
-def rows(name: str, found: Mapping[str, Figures], config: BenchConfig, console: Console) -> Iterator[Measured]:
-    base = found[BASELINE.name]
+def rows(name: str, by_mode: Mapping[str, Figures], config: BenchConfig, console: Console) -> Iterator[Measured]:
+    """What each mode takes and how well it does, beside the baseline."""
+    base = by_mode[BASELINE.name]
     num_questions, num_solutions = len(base.counts_QK), base.counts_QK[:, 1].sum()
     console.print(f"{name}: {num_questions} questions, {num_solutions:.0f} solutions")
     for mode in MODES:
-        own = found[mode.name]
+        figures_of_mode = by_mode[mode.name]
         yield Measured(
             f"{name}, {mode.name}: tokens",
             base.tokens / num_solutions,
-            own.tokens / num_solutions,
-            own.tokens / base.tokens,
+            figures_of_mode.tokens / num_solutions,
+            figures_of_mode.tokens / base.tokens,
             "≤ 0.333" if mode.is_target else "",
             "tokens a solution",
         )
         if mode.targets == "consensus":
-            kept = own.counts_QK[:, 1].sum() / num_solutions
-            yield Measured(f"{name}, {mode.name}: solutions kept", 1.0, kept, kept, "", "share")
-        before, after = shares(base.counts_QK.sum(axis=0)), shares(own.counts_QK.sum(axis=0))
+            share = figures_of_mode.counts_QK[:, 1].sum() / num_solutions
+            yield Measured(f"{name}, {mode.name}: solutions kept", 1.0, share, share, "", "share")
+        before, after = shares(base.counts_QK.sum(axis=0)), shares(figures_of_mode.counts_QK.sum(axis=0))
         low, high = cluster_bootstrap(
-            np.concatenate([base.counts_QK, own.counts_QK], axis=1),
+            np.concatenate([base.counts_QK, figures_of_mode.counts_QK], axis=1),
             lambda sums_BK: shares(sums_BK[:, :6]) - shares(sums_BK[:, 6:]),
             config.bootstrap_samples,
             config.seed,
@@ -268,48 +285,54 @@ async def question_row(
         "answer_type": "choice",
     }
     prompt, sampling = policy_prompt(engine, row, 0, 0), MonteCarloConfig(**SHAPE).sampling
-    solutions, judged = [], []
+    solutions: list[dict[str, Any]] = []
+    judged: list[dict[str, Any]] = []
     judge = TruthJudge("phantom", config.judge_errors, config.seed)
     seed = request_seed("bench", number, config.seed)
-    for index, done in enumerate(await engine.generate(prompt, config.solutions, seed, sampling)):
-        _, steps = split_steps(done.text)
+    for index, sample in enumerate(await engine.generate(prompt, config.solutions, seed, sampling)):
+        _, steps = split_steps(sample.text)
         if config.distinct and scripted:  # texts of a large model seldom begin alike
             steps[0] = f"{steps[0]} Attempt {index}."
-        correct = is_correct(extract_answer(done.text, item.options), item.answer, "choice")
+        correct = is_correct(extract_answer(sample.text, item.options), item.answer, "choice")
         name = f"{number}-{index}"
-        verdicts = [
-            judge.verdict(truth(step, item.case, item), row["question_id"], steps, i) for i, step in enumerate(steps)
-        ]
-        judged.append({"solution_id": name, "steps": [asdict(verdict) for verdict in verdicts]})
+        verdicts: list[dict[str, Any]] = []
+        for i, step in enumerate(steps):
+            verdicts.append(asdict(judge.verdict(truth(step, item.case, item), row["question_id"], steps, i)))
+        judged.append({"solution_id": name, "steps": verdicts})
         solutions.append(
             {
                 "solution_id": name,
                 "index": index,
                 "steps": steps,
                 "correct": correct,
-                "finish_reason": done.finish_reason,
+                "finish_reason": sample.finish_reason,
             }
         )
     return {**row, "solutions": solutions, "judged": judged}
 
 
-def counted(mode: Mode, item: PhantomQuestion, row: Mapping[str, Any], labels: Sequence[Labels]) -> Floats:
+def question_counts(mode: Mode, item: PhantomQuestion, row: Mapping[str, Any], labels: Sequence[Labels]) -> Floats:
     """A question's sums of `counts`; of a consensus those of the solutions that it keeps."""
-    by_id, sums_K = {label.solution_id: label for label in labels}, np.zeros(6)
+    labels_of = {row_labels.solution_id: row_labels for row_labels in labels}
+    sums_K = np.zeros(6)
     for solution, verdicts in zip(row["solutions"], row["judged"], strict=True):
         name, steps = solution["solution_id"], solution["steps"]
-        own = [judge_labels(verdicts), *([by_id[name]] if name in by_id else [])]
-        aims = targets(mode.targets, own, len(steps), "collapse", solution["correct"])
+        sources = [judge_labels(verdicts)]
+        if name in labels_of:
+            sources.append(labels_of[name])
+        aims = targets(mode.targets, sources, len(steps), "collapse", solution["correct"])
         if mode.targets != "consensus" or None not in aims:
             sums_K += counts(aims, first_error(item, steps))
     return sums_K
 
 
 def first_error(item: PhantomQuestion, steps: Sequence[str]) -> int | None:
+    """The place of the first wrong step; None where there is none."""
     return next((i for i, step in enumerate(steps) if truth(step, item.case, item) is False), None)
 
 
 def judge_labels(verdicts: Mapping[str, Any]) -> Labels:
+    """The judge's row of one solution."""
     return Labels(
         question_id="",
         solution_id=verdicts["solution_id"],
@@ -321,16 +344,15 @@ def judge_labels(verdicts: Mapping[str, Any]) -> Labels:
 
 
 def counts(aims: Sequence[Target], first: int | None) -> list[int]:
-    """First errors found and looked for; right steps found and there; wrong steps found and there."""
+    """First errors hit and in all; right steps hit and in all; wrong steps hit and in all."""
     num_right = len(aims) if first is None else first
-    expected = [*[1.0] * num_right, *[0.0] * (len(aims) - num_right)]
-    found = [aim == truth_ for aim, truth_ in zip(aims, expected, strict=True)]
+    hits = [aim == (1.0 if place < num_right else 0.0) for place, aim in enumerate(aims)]
     return [
-        all(found[: num_right + 1]),
+        all(hits[: num_right + 1]),
         1,
-        sum(found[:num_right]),
+        sum(hits[:num_right]),
         num_right,
-        sum(found[num_right:]),
+        sum(hits[num_right:]),
         len(aims) - num_right,
     ]
 

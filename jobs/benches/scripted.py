@@ -114,8 +114,8 @@ class Embedder:
 def _embed(
     ds: "Dataset",
     config: EmbedConfig,
-    image_tower: str,
-    vectors: Callable[[pa.Table], pa.Table],  # noqa: ARG001
+    image_tower: str,  # noqa: ARG001
+    vectors: Callable[[pa.Table], pa.Table],
 ) -> "Dataset":
     from ray.data import ActorPoolStrategy
 

@@ -141,7 +141,7 @@ def test_the_scripted_policys_chances_follow_from_the_truth_of_the_prefix() -> N
     items = make_questions(0, "train", 1, num_worked=monte_carlo.NUM_WORKS)
     truthful = monte_carlo.ScriptedPolicy(items, (0.0, 0.0), recovery=0.0, seed=0)
     assert all(_is_right(truthful, items[0], "", seed) for seed in range(20))
-    wrong = next(s for s in truthful.others[0][0] if truth(s, items[0].case, items[0]) is False)
+    wrong = next(s for s in truthful.wrong_solutions[0][0] if truth(s, items[0].case, items[0]) is False)
     said = f"Step 1: {wrong}\nStep 2:"
     assert not any(_is_right(truthful, items[0], said, seed) for seed in range(20))
     lucky = monte_carlo.ScriptedPolicy(items, (0.0, 0.0), recovery=0.5, seed=0)

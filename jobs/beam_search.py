@@ -81,6 +81,7 @@ def compare(beams: Beams, samples: Samples, num_subsets: int, seed: int) -> Comp
     codes = decoders.answer_codes(answers, correct if samples.answer_type == "open" else None)
     rewards = np.array(samples.rewards, dtype=np.float64)
     mean_tokens = sum(samples.num_tokens) / number if number else 0.0
+    # Without a token count all samples are compared.
     at_equal_tokens = number
     if mean_tokens:
         at_equal_tokens = max(1, min(number, int(beams.num_tokens // mean_tokens)))
@@ -133,6 +134,7 @@ class GuidedSearch:
 
     async def all(self, rows: Sequence[Mapping[str, Any]]) -> list[Comparison]:
         """The comparisons of all question rows, many of them at a time, as in tree search."""
+        # As many searches at a time as an actor has in tree search.
         places = asyncio.Semaphore(self.config.batch_size * self.config.max_concurrency)
 
         async def in_turn(row: Mapping[str, Any]) -> Comparison:

@@ -60,6 +60,7 @@ def planned(recipe: Recipe) -> Estimate:
         round_recipe = of_round(recipe, policy, is_last)
         run = Run(round_recipe)
         fingerprints = {step.name: run.fingerprint(step) for step in STEPS}
+        # What an earlier round makes under the same fingerprint is made once.
         plan = plan_of(round_recipe, run)
         left_out = set(round_recipe.without)
         left_out |= {name for name, fingerprint in fingerprints.items() if fingerprint in earlier_fingerprints}

@@ -55,8 +55,10 @@ def summary(figures: Mapping[str, float]) -> str:
 
 def graded(figures: Mapping[str, float]) -> list[str]:
     """How many answers a model was asked to grade, in words; nothing where there were none."""
-    asked, unanswered = count(figures, "answers_asked"), count(figures, "answers_unanswered")
-    return [f"{asked:,} answers put to a model, {unanswered:,} of them without a verdict"] if asked else []
+    num_asked, unanswered = count(figures, "answers_asked"), count(figures, "answers_unanswered")
+    if not num_asked:
+        return []
+    return [f"{num_asked:,} answers put to a model, {unanswered:,} of them without a verdict"]
 
 
 def count(figures: Mapping[str, float], name: str) -> int:

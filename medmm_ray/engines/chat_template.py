@@ -87,11 +87,13 @@ class ChatTemplate:
             )
         chat = [self._message("system", _SYSTEM), user]
         try:
+            # A template may drop a system message without a word.
             folds_system = _SYSTEM.casefold() not in self._render(chat, True, FIXED_DATE).casefold()
         except errors:  # "System role not supported"
             folds_system = True
         if folds_system:
             chat = folded(chat)
+        # A prompt that differed by day would have another cache key, and another answer, each day.
         writes_date = self._render(chat, True, FIXED_DATE) != self._render(chat, True, _OTHER_DATE)
         altered = [name for name, text in _PROBES.items() if not self._keeps(text)]
         return TemplateUse(FIXED_DATE if writes_date else None, folds_system, tuple(altered))

@@ -125,6 +125,7 @@ class Generator:
         check_free_memory(model, config)
         lora = None if config.lora is None else resolve(config.lora)
         check_weights(model, config.vllm, lora)
+        # Before the import, which already sets up logging by them.
         os.environ.update(environment(config))
         from vllm import AsyncEngineArgs
         from vllm.lora.request import LoRARequest
@@ -179,6 +180,7 @@ class Generator:
             include_stop_str_in_output=True,
             structured_outputs=_structured_outputs(sampling),
         )
+        # Token ids, not text: vLLM must not add another BOS.
         tokens_prompt = TokensPrompt(prompt_token_ids=ids)
         if prompt.images:
             tokens_prompt["multi_modal_data"] = {"image": list(prompt.images)}
@@ -193,6 +195,7 @@ class Generator:
                 engine_died(error)
             cached = await cached_tokens
         shareable = (length - 1) // self._block_tokens * self._block_tokens  # the last token is always computed
+        # In the order of the seeds.
         outputs.sort(key=lambda output: output.index)
         completions: list[Completion] = []
         for output, num_cached in zip(outputs, cached, strict=True):

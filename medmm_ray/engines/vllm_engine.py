@@ -90,6 +90,7 @@ def engine_arguments(model: str, config: GeneratorConfig, lora: str | None = Non
         arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": lora_rank(lora)}
     if config.num_images:
         arguments |= {"limit_mm_per_prompt": {"image": config.num_images}, "mm_processor_cache_gb": IMAGE_CACHE_GIB}
+    # The user's own arguments win.
     return arguments | {"model": model} | config.vllm
 
 

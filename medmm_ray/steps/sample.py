@@ -97,6 +97,7 @@ class SampleConfig(GeneratorConfig, ApiConfig):
 
     @model_validator(mode="after")
     def _suits_the_backend(self) -> "SampleConfig":
+        # An engine takes numbers; null means what the model behind an API has as its own.
         if self.backend == "vllm":
             if self.temperature is None or self.top_p is None:
                 raise ValueError("temperature and top_p may be null for an API alone; backend is 'vllm', set numbers")
@@ -239,6 +240,7 @@ class SamplingActor:
                 error = str(row_error)
         solutions = samples.accepted[:num_requested]
         if config.fill_up:
+            # One without steps cannot be scored.
             spare = [solution for solution in samples.refused if solution.steps]
             solutions += spare[: num_requested - len(solutions)]
             solutions.sort(key=lambda solution: solution.index)
@@ -269,11 +271,13 @@ class SamplingActor:
         for round_number in range(config.max_rounds):
             num_done = len(samples.completions)
             missing = num_requested - len(samples.accepted)
+            # Seeds of a question end at MAX_SAMPLES: beyond are those of another.
             num = round_size(missing, round_number, config.oversample, MAX_SAMPLES - num_done)
             if not num:
                 break
             completions = await self.generator.generate(prompt, num, seed + num_done, config.sampling)
             first_fault = completions[0].fault
+            # Later rounds keep what the earlier ones brought.
             if not num_done and first_fault and all(completion.fault for completion in completions):
                 raise first_fault
             await self.add(question, seed, completions, samples)

@@ -74,6 +74,7 @@ def judge(
     judges = [(config, model)]
     if second is not None:
         judges.append(second)
+    # One pool of actors a judge, in a row: the second reads what the first passes on.
     for number, (judge_config, judge_model) in enumerate(judges, 1):
         ds = ds.map_batches(
             JudgeActor,

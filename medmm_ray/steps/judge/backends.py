@@ -195,6 +195,7 @@ class ModelJudge:
 
     def _groups(self, context: CallContext, solutions: Sequence[Sequence[str]]) -> list[list[int]]:
         """The solutions with steps, by place, in calls: as many together as may be and fit beside the documents."""
+        # A call about one step shows one solution.
         max_size = 1 if self.config.granularity == "step" else self.config.solutions_per_call
         groups: list[list[int]] = []
         for place, steps in enumerate(solutions):
@@ -229,6 +230,7 @@ class ModelJudge:
     def _with_fitting_documents(self, context: CallContext) -> CallContext:
         """The context with the first documents that leave room for a solution, chosen by the question alone."""
         blank = JudgeCall((("",),))
+        # Chosen before any solution is seen, so that all calls share the same documents.
         reserve = self.config.solution_reserve * self.config.solutions_per_call
         room = self._max_prompt_tokens - min(reserve, self._max_prompt_tokens // 2)
         while context.documents and self._count(self._request(context, blank)) > room:
@@ -242,6 +244,7 @@ class ModelJudge:
             share = answer.cost / len(answer.value)
             return [Judgement(steps, share, answer.model) for steps in answer.value]
         except RowError as fault:
+            # What a failed call cost is shared by its solutions.
             share = fault.cost / len(call.solutions)
             if len(call.solutions) == 1 or fault.kind not in _SHARED_FAULTS:
                 return [with_cost(fault, share) for _ in call.solutions]

@@ -101,6 +101,7 @@ def _label(entry: Any, number: int, reply: str) -> StepLabel:
         if not isinstance(passed, bool):
             raise _fault(f"judge's verdict {number} has {name} {str(passed)[:20]!r}, not a truth")
         tests[name] = passed
+    # A verdict against its own tests shows that the model lost the thread: ask again.
     failed = [name for name, passed in tests.items() if not passed]
     if _LABELS[verdict] == bool(failed):
         outcome = f"{' and '.join(failed)} false" if failed else "all three tests true"

@@ -85,6 +85,7 @@ class RolloutActor:
         share_reached = not config.threshold and (config.stop_early or config.searches)
         rollouts = QuestionRollouts(rule, share_reached)
         solutions = self.chosen_solutions(row) if row["split"] in config.splits else []
+        # Solutions of another policy say nothing of what this one reaches.
         if solutions and row["policy"] == self.policy:
             self.use_solutions(row["solutions"], rollouts)
         if config.mode == "uncertain":
@@ -146,6 +147,7 @@ class RolloutActor:
             rollouts.faults |= dict.fromkeys(num_by_prefix, fault)
             return
         while num_by_prefix:
+            # One request a prefix, all of a round side by side on the engine.
             requests = [self.sample(row, prompt, prefix, num, rollouts) for prefix, num in num_by_prefix.items()]
             for prefix, samples in zip(num_by_prefix, await asyncio.gather(*requests), strict=True):
                 if isinstance(samples, RowError):
@@ -153,6 +155,7 @@ class RolloutActor:
                     continue
                 grades = await self.grader.grade(row, completion_answers(prefix, samples, row))
                 rollouts.count_samples(prefix, samples, grades)
+                # In a search what a longer prefix reaches, each shorter one reaches too.
                 if self.config.searches and any(grades.right):
                     rollouts.mark_reached(shorter_prefixes[prefix])
             num_by_prefix = next_rollouts(solutions, rollouts, self.config.mode)
@@ -169,6 +172,7 @@ class RolloutActor:
     ) -> list[Completion] | RowError:
         """`num` further continuations of one prefix, as one request."""
         seed = request_seed("rollout", row["question_id"], self.seed_parts, prefix)
+        # Sample k of a prefix has the same seed whatever the rounds were.
         if prefix in rollouts.counts:
             seed += rollouts.counts[prefix].sampled
         try:

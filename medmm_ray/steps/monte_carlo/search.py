@@ -70,6 +70,7 @@ class LabelRule:
         The same with `stop_early` as without, whether or not some of what remains would fail.
         """
         remaining = self.num_remaining(counts)
+        # Whole ratios: all continuations are sampled before anything is said.
         if remaining and not self.stop_early:
             return None
         most_answered = counts.answered + remaining
@@ -171,6 +172,7 @@ class QuestionRollouts:
         if label is None:
             reason = self.fault(prefix, counts)
             return StepLabel(num_correct=counts.correct, num_rollouts=counts.answered, reason=reason)
+        # The label of its own continuations may still be open, or differ.
         by_another_way = label != self.rule.label(counts)
         return StepLabel(
             label=int(label),
@@ -195,6 +197,7 @@ def next_step(labels: Sequence[bool | None], judged_error: int | None, search: b
     It lies between the last step that is right and the first that is wrong. The step before the judge's first wrong one
     comes first, then that one; with `search`, what is between is halved, which takes ceil(log2 T) steps of T.
     """
+    # The first wrong step lies in (right, wrong].
     wrong = _first_false(labels, len(labels))
     right = -1
     for i, label in enumerate(labels[:wrong]):
@@ -218,6 +221,7 @@ def next_rollouts(solutions: Sequence[SolutionPrefixes], rollouts: QuestionRollo
     for solution in solutions:
         for step in _open_steps(solution, rollouts, mode):
             prefix = solution.prefixes[step]
+            # Solutions that share the prefix ask for the same continuations.
             if num := rollouts.num_next(prefix):
                 num_by_prefix[prefix] = num
     return num_by_prefix
@@ -291,6 +295,7 @@ def uncertain_steps(rows: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
     steps: list[int] = []
     for i, votes in enumerate(zip(*(row["steps"] for row in rows), strict=True)):
         labels = {vote["label"] for vote in votes}
+        # A neutral step (None) is no disagreement.
         if {0, 1} <= labels or any(vote["confidence"] == "low" for vote in votes):
             steps.append(i)
     return tuple(steps)
@@ -323,6 +328,7 @@ def completion_answers(prefix: str, samples: Sequence[Completion], question: Map
     for sample in samples:
         answer = None
         if sample.finish_reason == "stop":
+            # With the prefix: an answer may be stated across the cut.
             answer = extract_answer(prefix + sample.text, question["options"], question["answer_type"])
         answers.append(answer)
     return answers

@@ -80,6 +80,7 @@ class RewardModelScorer:
     async def scores(self, question: Mapping[str, Any], solutions: Sequence[Sequence[str]]) -> "list[StepScores]":
         """The scores of each solution, or why it has none."""
         text = question_with_options(question["question"], question["options"])
+        # One forward pass at a time: questions of several searches share the model.
         async with self.lock:
             return await asyncio.to_thread(
                 self.model.score, text, solutions, self.documents, self.images, self.references
@@ -102,6 +103,7 @@ async def beam_search(config: BeamSearchConfig, writer: StepWriter, scorer: Step
     """
     beams = [Beam()]
     while True:
+        # Finished beams stay in the race with those that grow.
         finished = [beam for beam in beams if beam.answer is not None]
         if len(finished) == len(beams):
             return beams

@@ -147,15 +147,18 @@ class TreeBuilder:
     async def expand(self, actions: Mapping[int, Action]) -> None:
         """Sample what follows each node, roll it out, and let it grow there, in order."""
         candidates = await asyncio.gather(*(self.candidates(at, action) for at, action in actions.items()))
+        # In the order of the nodes, not of arrival: a tree must not depend on timing.
         for (at, action), continuations in zip(actions.items(), candidates, strict=True):
             for continuation, rollouts in continuations:
                 self.tree = grow(self.tree, at, action, continuation, rollouts, self.config.reflect)
+            # Else it would be selected for ever.
             if not continuations:
                 self.tree = close(self.tree, at)
 
     async def candidates(self, at: int, action: Action) -> list[tuple[Continuation, list[bool]]]:
         """What may follow node `at`, each with the outcomes of its rollouts; an ended solution needs none."""
         steps = steps_to(self.tree, at)
+        # An end or a doubt is sampled once: it is a whole solution.
         num_samples = self.config.num_children if action == "reason" else 1
         continuations = await self.writer.continuations(steps, action, num_samples)
         rollouts = await asyncio.gather(*(self.roll_out(steps, continuation) for continuation in continuations))

@@ -59,6 +59,7 @@ def children(tree: Tree, at: int) -> list[int]:
 def path(tree: Tree, at: int) -> list[int]:
     """The nodes from the first step to `at`; none for the root."""
     nodes: list[int] = []
+    # From the leaf upwards, then turned round.
     while at > 0:
         nodes.append(at)
         at = tree[at].parent
@@ -97,6 +98,7 @@ def num_right(tree: Tree) -> int:
 
 def ucb(node: TreeNode, parent: TreeNode, exploration: float) -> float:
     """V + c sqrt(ln N_parent / n); a node without a value counts as much as its parent."""
+    # Its exploration term would divide by zero.
     if not node.visits:
         return UNVISITED
     value = parent.value if node.value is None else node.value
@@ -155,6 +157,7 @@ def grow(
     outcomes = rollouts
     if is_ended:
         outcomes = [] if correct is None else [correct]
+    # A path is doubted once: a second doubt would only undo the first.
     was_doubted = action == "reflect" or any(tree[i].action == "reflect" for i in path(tree, at))
     leaf = TreeNode(
         parent=at,
@@ -189,6 +192,7 @@ def backpropagate(tree: Tree, leaf: int) -> Tree:
             if child.value is not None:
                 weighted_sum += child.value * child.visits
                 visits += child.visits
+        # MedS3 averages the old value with the children's, rather than replacing it.
         value = node.value
         if visits:
             mean = weighted_sum / visits
@@ -226,6 +230,7 @@ def look_back(values: Sequence[float | None], strength: float = 1.0) -> list[int
         if value is None:
             labels.append(None)
             continue
+        # The adjusted value is carried on, as in MedS3.
         previous = value if previous is None else value - strength * (previous - value)
         labels.append(int(previous > 0))
     return labels

@@ -96,6 +96,7 @@ class StepWriter:
         if action == "reflect":
             prefix += DOUBT
         stop = step_mark(len(steps) + 2) if action == "reason" else None
+        # Of equal samples the first one stays, with its seed.
         distinct: dict[tuple[str, ...], Continuation] = {}
         for sample in await self._generate("step", steps, prefix, n, stop):
             continuation = self._parse(sample, prefix, len(steps), stop)
@@ -104,6 +105,7 @@ class StepWriter:
             else:
                 distinct.setdefault(continuation.steps, continuation)
         answers = [continuation.answer for continuation in distinct.values()]
+        # Only distinct answers are graded: a model may be asked.
         grades = await self.grader.grade(self.question, answers)
         graded = zip(distinct.values(), grades.right, strict=True)
         return [replace(continuation, correct=is_right) for continuation, is_right in graded]

@@ -112,7 +112,7 @@ class PhantomCase:
     def from_annotation(cls, annotation: str) -> "PhantomCase":
         """The case of an `annotation`; raises `ValueError` where that is of something else."""
         try:
-            values = json.loads(annotation)
+            values = dict(json.loads(annotation))
             further = tuple(Finding(**finding) for finding in values.get("more", ()))
             return cls(**{**values, "more": further})
         except (ValueError, TypeError):  # no JSON, no object, other names

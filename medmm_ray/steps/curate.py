@@ -86,7 +86,12 @@ class Curated:
 # Written questions, and what readers said
 
 
-def reviewed(questions: pa.Table, written: pa.Table, reviews: pa.Table | None, config: CurateConfig) -> pa.Table:
+def reviewed(
+    questions: pa.Table,
+    written: pa.Table,
+    reviews: pa.Table | None,
+    config: CurateConfig,
+) -> pa.Table:
     """Raw questions with the written ones that `config` takes; what readers reject gets an error.
 
     Of several readers the adjudicator counts, else the majority; where they are even, a written question is rejected
@@ -101,7 +106,10 @@ def reviewed(questions: pa.Table, written: pa.Table, reviews: pa.Table | None, c
             if is_unread and config.written == "reviewed":
                 row["error"] = "question_review: no reader has kept it"
             rows.append(row)
-    with_reviews = [_with_review(row, verdicts.get(row["question_id"])) for row in rows]
+    with_reviews = []
+    for row in rows:
+        verdict = verdicts.get(row["question_id"])
+        with_reviews.append(_with_review(row, verdict))
     return pa.Table.from_pylist(with_reviews, questions.schema)
 
 
@@ -114,18 +122,27 @@ class _Verdict:
 
 
 def _with_review(row: dict[str, Any], verdict: _Verdict | None) -> dict[str, Any]:
+    # A row that failed before keeps its own error.
     if verdict is None or row["error"]:
         return row
-    error = "question_review: readers reject it" if verdict.keep is False else None
-    return row | {"error": error, "difficulty": verdict.difficulty or row["difficulty"]}
+    error = None
+    if verdict.keep is False:
+        error = "question_review: readers reject it"
+    difficulty = verdict.difficulty or row["difficulty"]
+    return row | {"error": error, "difficulty": difficulty}
 
 
 def _verdicts(reviews: pa.Table | None) -> dict[str, _Verdict]:
     """The readers' verdict on each question that they read."""
+    if reviews is None:
+        return {}
     by_question: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in reviews.to_pylist() if reviews is not None else []:
+    for row in reviews.to_pylist():
         by_question[row["question_id"]].append(row)
-    return {question_id: _verdict(rows) for question_id, rows in by_question.items()}
+    verdicts = {}
+    for question_id, rows in by_question.items():
+        verdicts[question_id] = _verdict(rows)
+    return verdicts
 
 
 def _verdict(rows: Sequence[dict[str, Any]]) -> _Verdict:
@@ -133,11 +150,20 @@ def _verdict(rows: Sequence[dict[str, Any]]) -> _Verdict:
     # The adjudicator has the last word: beside his, other reviews do not count.
     counting = [row for row in rows if row["annotator"] == ADJUDICATOR] or rows
     balance = 0
+    difficulties: Counter[str] = Counter()
     for row in counting:
-        if row["keep"] is not None:
-            balance += 1 if row["keep"] and row["answer_right"] is not False else -1
-    difficulties = Counter(row["difficulty"] for row in counting if row["difficulty"]).most_common(1)
-    return _Verdict(keep=balance > 0 if balance else None, difficulty=difficulties[0][0] if difficulties else None)
+        if row["difficulty"]:
+            difficulties[row["difficulty"]] += 1
+        if row["keep"] is None:
+            continue
+        # Whoever keeps a question but calls its answer wrong does not keep it as it is.
+        keeps = row["keep"] and row["answer_right"] is not False
+        balance += 1 if keeps else -1
+    most_common = difficulties.most_common(1)
+    return _Verdict(
+        keep=balance > 0 if balance else None,
+        difficulty=most_common[0][0] if most_common else None,
+    )
 
 
 # Near duplicates
@@ -148,16 +174,22 @@ def propose(images: pa.Table, config: CurateConfig) -> tuple[pa.Table, NDArray[n
 
     `images` are raw_images rows; those with an error, and repeats of the same bytes, take no part.
     """
-    rows = {row["image_id"]: row for row in _by_uri(images) if not row["error"]}
-    hashes = [row["perceptual_hash"] for row in rows.values()]
-    pairs = near_pairs(hashes, config.hash_distance) if config.near_duplicates else np.empty((0, 2), np.int64)
+    by_id: dict[str, dict[str, Any]] = {}
+    for row in _by_uri(images):
+        if not row["error"]:
+            by_id[row["image_id"]] = row
+    rows = list(by_id.values())
+    pairs = np.empty((0, 2), np.int64)
+    if config.near_duplicates:
+        hashes = [row["perceptual_hash"] for row in rows]
+        pairs = near_pairs(hashes, config.hash_distance)
+    # Most images resemble no other: only those of a pair are opened.
     in_question, place_in_table = np.unique(pairs, return_inverse=True)
-    proposed_rows = list(rows.values())
-    table = pa.Table.from_pylist(
-        [proposed_rows[index] for index in in_question],
-        schema=pa.schema([("image_id", pa.string()), ("uri", pa.string())]),
-    )
-    return table, place_in_table.reshape(pairs.shape).astype(np.int64)
+    proposed_rows = [rows[index] for index in in_question]
+    schema = pa.schema([("image_id", pa.string()), ("uri", pa.string())])
+    table = pa.Table.from_pylist(proposed_rows, schema=schema)
+    places = place_in_table.reshape(pairs.shape)
+    return table, places.astype(np.int64)
 
 
 def near_pairs(hashes: Sequence[str], distance: int) -> NDArray[np.int64]:
@@ -171,17 +203,23 @@ def near_pairs(hashes: Sequence[str], distance: int) -> NDArray[np.int64]:
         rows = packed[top : top + _BLOCK, None]
         # Blocks left of the diagonal hold the same pairs the other way round.
         for start in range(top, len(packed), _BLOCK):
-            near = np.bitwise_count(rows ^ packed[None, start : start + _BLOCK]) <= distance
-            i, j = np.nonzero(near)
+            columns = packed[None, start : start + _BLOCK]
+            distances = np.bitwise_count(rows ^ columns)
+            i, j = np.nonzero(distances <= distance)
             pairs = np.stack([i + top, j + start], axis=1)
-            blocks.append(pairs[pairs[:, 0] < pairs[:, 1]])
+            # On the diagonal each pair comes twice, and each hash with itself.
+            is_above = pairs[:, 0] < pairs[:, 1]
+            blocks.append(pairs[is_above])
     return np.concatenate(blocks)
 
 
 def thumbnails(ds: "Dataset", config: CurateConfig) -> "Dataset":
     """Rows with `image_id` and `uri` to rows with `image_id`, `detail` (float32 bytes) and `error`; one in, one out."""
     return ds.map_batches(
-        thumbnail_batch, batch_format="pyarrow", batch_size=config.batch_size, num_cpus=config.num_cpus
+        thumbnail_batch,
+        batch_format="pyarrow",
+        batch_size=config.batch_size,
+        num_cpus=config.num_cpus,
     )
 
 
@@ -189,11 +227,21 @@ def thumbnail_batch(batch: pa.Table) -> pa.Table:
     """A batch of rows with `image_id` and `uri` as rows of `thumbnails`."""
     rows: list[dict[str, Any]] = []
     for row in batch.to_pylist():
+        image_id = row["image_id"]
         try:
-            rows.append({"image_id": row["image_id"], "detail": detail(open_image(row["uri"])).tobytes()})
+            picture = open_image(row["uri"])
+            content = detail(picture).tobytes()
         except RowError as error:
-            rows.append({"image_id": row["image_id"], "error": str(error)})
-    schema = pa.schema([("image_id", pa.string()), ("detail", pa.binary()), ("error", pa.string())])
+            rows.append({"image_id": image_id, "error": str(error)})
+        else:
+            rows.append({"image_id": image_id, "detail": content})
+    schema = pa.schema(
+        [
+            ("image_id", pa.string()),
+            ("detail", pa.binary()),
+            ("error", pa.string()),
+        ]
+    )
     return pa.Table.from_pylist(rows, schema=schema)
 
 
@@ -203,20 +251,30 @@ def detail(picture: PIL.Image.Image) -> NDArray[np.float32]:
     Anatomy that all pictures of a kind share is smooth; what tells two of them apart is not.
     """
     # Greyscale and small: recompression and scaling leave it as it is.
-    small = picture.convert("L").resize((THUMBNAIL, THUMBNAIL), PIL.Image.Resampling.BILINEAR)
+    grey = picture.convert("L")
+    small = grey.resize((THUMBNAIL, THUMBNAIL), PIL.Image.Resampling.BILINEAR)
     blurred = small.filter(ImageFilter.BoxBlur(_BLUR))
-    fine = np.asarray(small, dtype=np.float32) - np.asarray(blurred, dtype=np.float32)
-    fine = np.asarray(fine - fine.mean(), dtype=np.float32).ravel()
+    sharp_HW = np.asarray(small, dtype=np.float32)
+    smooth_HW = np.asarray(blurred, dtype=np.float32)
+    fine_HW = sharp_HW - smooth_HW
+    fine = np.asarray(fine_HW - fine_HW.mean(), dtype=np.float32).ravel()
     length = float(np.linalg.norm(fine))
-    return np.asarray(fine / length if length > 0 else fine, dtype=np.float32)
+    # A picture of one colour has no detail: it stays 0, and resembles none.
+    if length > 0:
+        fine = fine / length
+    return np.asarray(fine, dtype=np.float32)
 
 
 def confirm(
-    proposed: pa.Table, pairs: NDArray[np.int64], details: pa.Table, config: CurateConfig
+    proposed: pa.Table,
+    pairs: NDArray[np.int64],
+    details: pa.Table,
+    config: CurateConfig,
 ) -> list[tuple[str, str]]:
     """The proposed pairs of image ids whose thumbnails (rows of `thumbnails`, in any order) agree."""
     # Ray returns rows in any order.
-    detail_of = {row["image_id"]: row["detail"] for row in details.to_pylist()}
+    thumbnail_ids = details["image_id"].to_pylist()
+    detail_of = dict(zip(thumbnail_ids, details["detail"].to_pylist(), strict=True))
     ids = proposed["image_id"].to_pylist()
     missing_ids = [image_id for image_id in ids if image_id not in detail_of]
     if missing_ids:
@@ -228,10 +286,15 @@ def confirm(
     content = b"".join(detail_of[image_id] or blank for image_id in ids)
     details_ND = np.frombuffer(content, np.float32).reshape(len(ids), THUMBNAIL**2)
     confirmed: list[tuple[str, str]] = []
-    for chunk in np.array_split(pairs, max(1, len(pairs) // _BLOCK)):
-        correlation = np.einsum("pd,pd->p", details_ND[chunk[:, 0]], details_ND[chunk[:, 1]])
+    # In chunks: the details of all pairs at once may be more than memory holds.
+    num_chunks = max(1, len(pairs) // _BLOCK)
+    for chunk in np.array_split(pairs, num_chunks):
+        first_PD = details_ND[chunk[:, 0]]
+        second_PD = details_ND[chunk[:, 1]]
+        correlation = np.einsum("pd,pd->p", first_PD, second_PD)
         alike = chunk[correlation >= config.pixel_correlation]
-        confirmed += [(ids[i], ids[j]) for i, j in alike.tolist()]
+        for i, j in alike.tolist():
+            confirmed.append((ids[i], ids[j]))
     return confirmed
 
 
@@ -239,12 +302,16 @@ def confirm(
 
 
 def curate(
-    questions: pa.Table, images: pa.Table, duplicates: Sequence[tuple[str, str]], config: CurateConfig
+    questions: pa.Table,
+    images: pa.Table,
+    duplicates: Sequence[tuple[str, str]],
+    config: CurateConfig,
 ) -> Curated:
     """Raw questions and images to final ones; `duplicates` are confirmed pairs of image ids."""
     figures: Counter[str] = Counter()
     unique_images, merged_id = _merge_images(images, duplicates, figures)
-    unique = _merge_questions(_usable(questions, figures), merged_id, figures)
+    usable = _usable(questions, figures)
+    unique = _merge_questions(usable, merged_id, figures)
     groups = picture_groups(unique)
     if config.leakage == "resplit":
         without_leaks = _resplit(unique, groups, config)
@@ -259,10 +326,26 @@ def curate(
         figures[f"{split}_images"] = image_split_sizes[split]
     # An empty table would only fail in a later step, where nothing says why.
     if not final_questions:
-        reasons = ", ".join(f"{name} {number}" for name, number in sorted(figures.items()) if number)
-        raise TableError(f"curate leaves none of {questions.num_rows} questions ({reasons}); see raw_questions.error")
-    sorted_figures = {name: float(number) for name, number in sorted(figures.items())}
-    return Curated(questions=final_questions, images=final_images, figures=sorted_figures)
+        raise TableError(
+            f"curate leaves none of {questions.num_rows} questions ({_reasons(figures)}); see raw_questions.error"
+        )
+    sorted_figures = {}
+    for name in sorted(figures):
+        sorted_figures[name] = float(figures[name])
+    return Curated(
+        questions=final_questions,
+        images=final_images,
+        figures=sorted_figures,
+    )
+
+
+def _reasons(figures: Mapping[str, int]) -> str:
+    """Why rows left, in one line: what is 0 explains nothing."""
+    reasons = []
+    for name in sorted(figures):
+        if figures[name]:
+            reasons.append(f"{name} {figures[name]}")
+    return ", ".join(reasons)
 
 
 def _usable(questions: pa.Table, figures: Counter[str]) -> list[Question]:
@@ -270,7 +353,8 @@ def _usable(questions: pa.Table, figures: Counter[str]) -> list[Question]:
     usable = []
     for row in questions.to_pylist():
         if row["error"]:
-            figures[f"questions_error_{error_kind(row['error'])}"] += 1
+            kind = error_kind(row["error"])
+            figures[f"questions_error_{kind}"] += 1
         else:
             usable.append(from_dict(Question, row))
     return usable
@@ -282,7 +366,9 @@ def _by_uri(images: pa.Table) -> list[dict[str, Any]]:
 
 
 def _merge_images(
-    images: pa.Table, duplicates: Sequence[tuple[str, str]], figures: Counter[str]
+    images: pa.Table,
+    duplicates: Sequence[tuple[str, str]],
+    figures: Counter[str],
 ) -> tuple[dict[str, Image], dict[str, str]]:
     """Images by id, each picture once; and for every raw image id the id that stands for it.
 
@@ -290,35 +376,52 @@ def _merge_images(
     """
     unique: dict[str, Image] = {}
     for row in _by_uri(images):
+        image_id = row["image_id"]
         if row["error"]:
-            figures[f"images_error_{error_kind(row['error'])}"] += 1
-        elif row["image_id"] in unique:
+            kind = error_kind(row["error"])
+            figures[f"images_error_{kind}"] += 1
+        elif image_id in unique:
             figures["images_same_bytes"] += 1
         else:
-            unique[row["image_id"]] = from_dict(Image, row)
+            unique[image_id] = from_dict(Image, row)
+
+    def by_size(image_id: str) -> tuple[int, str]:
+        """The largest first; of equal ones the lower id, in any order of rows."""
+        image = unique[image_id]
+        return -image.width * image.height, image_id
+
     merged_id: dict[str, str] = {}
     # Copies of copies: A like B and B like C make one picture of all three.
     for group in components(unique, duplicates):
-        largest = min(group, key=lambda image_id: (-unique[image_id].width * unique[image_id].height, image_id))
+        largest = min(group, key=by_size)
         merged_id |= dict.fromkeys(group, largest)
     final_ids = sorted(set(merged_id.values()))
     figures["images_near_duplicate"] = len(unique) - len(final_ids)
-    return {image_id: unique[image_id] for image_id in final_ids}, merged_id
+    final_images = {image_id: unique[image_id] for image_id in final_ids}
+    return final_images, merged_id
 
 
 def _merge_questions(
-    questions: Sequence[Question], merged_id: Mapping[str, str], figures: Counter[str]
+    questions: Sequence[Question],
+    merged_id: Mapping[str, str],
+    figures: Counter[str],
 ) -> list[Question]:
     """Questions about merged images, each once: of repeats a test question, else the lowest id, stays."""
     unique: dict[str, Question] = {}
     # Test questions come first, so that of a repeat the one in training leaves.
     for question in sorted(questions, key=lambda q: (q.split != "test", q.question_id)):
-        question = replace(question, image_ids=[merged_id[image_id] for image_id in question.image_ids])
-        options = [normalise(option) for option in question.options]
-        first = unique.setdefault(digest(normalise(question.question), options, question.image_ids), question)
-        if first is not question:
-            same = normalise(first.answer) == normalise(question.answer)
-            figures["questions_repeated" if same else "questions_repeated_other_answer"] += 1
+        image_ids = [merged_id[image_id] for image_id in question.image_ids]
+        question = replace(question, image_ids=image_ids)
+        # Spelling alone does not make two questions of one.
+        text = normalise(question.question)
+        options = list(map(normalise, question.options))
+        first = unique.setdefault(digest(text, options, image_ids), question)
+        if first is question:
+            continue
+        if normalise(first.answer) == normalise(question.answer):
+            figures["questions_repeated"] += 1
+        else:
+            figures["questions_repeated_other_answer"] += 1
     return sorted(unique.values(), key=lambda q: q.question_id)
 
 
@@ -335,59 +438,98 @@ def picture_groups(questions: Sequence[Question]) -> dict[str, str]:
     for question in questions:
         image_ids.update(question.image_ids)
         # Edges from its first image to each further one join the images of a question.
-        edges += [(question.image_ids[0], further) for further in question.image_ids[1:]]
+        for further_id in question.image_ids[1:]:
+            edges.append((question.image_ids[0], further_id))
     group_of_image: dict[str, str] = {}
     for component in components(image_ids, edges):
         group_of_image |= dict.fromkeys(component, component[0])
     groups = {}
     for question in questions:
-        has_image = bool(question.image_ids)
-        groups[question.question_id] = group_of_image[question.image_ids[0]] if has_image else question.question_id
+        group = question.question_id
+        if question.image_ids:
+            group = group_of_image[question.image_ids[0]]
+        groups[question.question_id] = group
     return groups
 
 
-def _resplit(questions: Sequence[Question], groups: Mapping[str, str], config: CurateConfig) -> list[Question]:
+def _resplit(
+    questions: Sequence[Question],
+    groups: Mapping[str, str],
+    config: CurateConfig,
+) -> list[Question]:
     """The questions with new splits; all of a group get the one that a hash of its name decides."""
 
     def split(group: str) -> str:
-        share = int(digest("split", config.seed, group), 16) / 16**16
+        # A hash instead of a draw: a group keeps its split when others come or leave.
+        name_hash = digest("split", config.seed, group)
+        share = int(name_hash, 16) / 16**16
         return "test" if share < config.test_fraction else "train"
 
-    return [replace(q, split=split(groups[q.question_id])) for q in questions]
+    split_anew = []
+    for question in questions:
+        group = groups[question.question_id]
+        split_anew.append(replace(question, split=split(group)))
+    return split_anew
 
 
-def _drop_leaks(questions: Sequence[Question], groups: Mapping[str, str], figures: Counter[str]) -> list[Question]:
+def _drop_leaks(
+    questions: Sequence[Question],
+    groups: Mapping[str, str],
+    figures: Counter[str],
+) -> list[Question]:
     """The questions less those of training whose group has a test question."""
     test_groups = {groups[q.question_id] for q in questions if q.split == "test"}
-    clean = [q for q in questions if q.split == "test" or groups[q.question_id] not in test_groups]
+    clean = []
+    for question in questions:
+        group = groups[question.question_id]
+        if question.split == "test" or group not in test_groups:
+            clean.append(question)
     # The test split stays as its source made it: figures of it can be compared with others' of the same data set.
     figures["questions_leaked"] = len(questions) - len(clean)
     return clean
 
 
-def _limit(questions: Sequence[Question], config: CurateConfig, figures: Counter[str]) -> list[Question]:
+def _limit(
+    questions: Sequence[Question],
+    config: CurateConfig,
+    figures: Counter[str],
+) -> list[Question]:
     """At most `max_train` and `max_test` questions, chosen by a hash of their ids."""
     by_split: defaultdict[str, list[Question]] = defaultdict(list)
     for question in questions:
         by_split[question.split].append(question)
+    limits = {"train": config.max_train, "test": config.max_test}
+
+    def by_hash(question: Question) -> str:
+        """A place in the choice that stays when other questions come or leave."""
+        return digest("limit", config.seed, question.question_id)
+
     within: list[Question] = []
     for split, members in by_split.items():
-        limit = {"train": config.max_train, "test": config.max_test}.get(split)
-        chosen = sorted(members, key=lambda q: digest("limit", config.seed, q.question_id))[:limit]
+        limit = limits.get(split)
+        chosen = sorted(members, key=by_hash)[:limit]
         figures[f"questions_over_limit_{split}"] = len(members) - len(chosen)
         within += chosen
     return sorted(within, key=lambda q: q.question_id)
 
 
-def _split_images(questions: Sequence[Question], images: Mapping[str, Image], figures: Counter[str]) -> list[Image]:
+def _split_images(
+    questions: Sequence[Question],
+    images: Mapping[str, Image],
+    figures: Counter[str],
+) -> list[Image]:
     """The images in the split of their questions; one without a question stays if its source calls it training's."""
     # Pictures without a question serve the image tower and as references: in training alone.
     split_of: dict[str, str] = {}
     for question in questions:
         split_of |= dict.fromkeys(question.image_ids, question.split)
-    in_split = [replace(image, split=split_of.get(image_id, image.split)) for image_id, image in images.items()]
-    useful = [image for image in in_split if image.image_id in split_of or image.split == "train"]
-    figures["images_without_question"] = len(in_split) - len(useful)
+    useful = []
+    for image_id, image in images.items():
+        split = split_of.get(image_id, image.split)
+        in_split = replace(image, split=split)
+        if image_id in split_of or split == "train":
+            useful.append(in_split)
+    figures["images_without_question"] = len(images) - len(useful)
     return useful
 
 
@@ -397,6 +539,7 @@ def components(nodes: Iterable[str], edges: Iterable[tuple[str, str]]) -> list[l
 
     def root(node: str) -> str:
         while parent[node] != node:
+            # Each look halves the path, so that the next one is short.
             parent[node] = parent[parent[node]]
             node = parent[node]
         return node

@@ -81,10 +81,12 @@ def embed_questions(ds: "Dataset", config: EmbedConfig, image_tower: str) -> "Da
 
 def image_vectors(images: pa.Table, encoder: ImageEncoding, max_pixels: int) -> pa.Table:
     """Vector rows of Image rows; bytes are opened here and dropped."""
-    ids, errors = images["image_id"].to_pylist(), images["error"].to_pylist()
+    ids = images["image_id"].to_pylist()
+    uris = images["uri"].to_pylist()
+    errors = images["error"].to_pylist()
     pictures: dict[str, Image] = {}
     faults: dict[str, str] = {}
-    for image_id, uri, error in zip(ids, images["uri"].to_pylist(), errors, strict=True):
+    for image_id, uri, error in zip(ids, uris, errors, strict=True):
         if error:
             faults[image_id] = f"upstream: {error}"
             continue
@@ -92,14 +94,17 @@ def image_vectors(images: pa.Table, encoder: ImageEncoding, max_pixels: int) -> 
             pictures[image_id] = open_image(uri, max_pixels)
         except RowError as fault:
             faults[image_id] = str(fault)
-    vectors = dict(zip(pictures, encoder.encode(list(pictures.values())), strict=True))
+    # Rows with a fault take no place in the tower's batch.
+    vectors_ND = encoder.encode(list(pictures.values()))
+    vectors = dict(zip(pictures, vectors_ND, strict=True))
     return _rows(ids, vectors, faults)
 
 
 def document_vectors(documents: pa.Table, encoder: TextEncoding) -> pa.Table:
     """Vector rows of Document rows."""
+    titles = documents["title"].to_pylist()
     texts = []
-    for title, text in zip(documents["title"].to_pylist(), documents["text"].to_pylist(), strict=True):
+    for title, text in zip(titles, documents["text"].to_pylist(), strict=True):
         texts.append(f"{title}\n{text}" if title else text)
     return _text_vectors(documents, "document_id", texts, encoder)
 
@@ -108,8 +113,7 @@ def question_vectors(questions: pa.Table, encoder: TextEncoding, with_options: b
     """Vector rows of Question rows."""
     texts = questions["question"].to_pylist()
     if with_options:
-        pairs = zip(texts, questions["options"].to_pylist(), strict=True)
-        texts = [question_with_options(text, options) for text, options in pairs]
+        texts = list(map(question_with_options, texts, questions["options"].to_pylist()))
     return _text_vectors(questions, "question_id", texts, encoder)
 
 
@@ -123,21 +127,32 @@ def _text_vectors(rows: pa.Table, key: str, texts: Sequence[str], encoder: TextE
             faults[item_id] = f"upstream: {error}"
         else:
             sound[item_id] = text
-    vectors = dict(zip(sound, encoder.encode(list(sound.values())), strict=True))
+    vectors_ND = encoder.encode(list(sound.values()))
+    vectors = dict(zip(sound, vectors_ND, strict=True))
     return _rows(ids, vectors, faults)
 
 
 def _rows(ids: Sequence[str], vectors: dict[str, Vectors], faults: dict[str, str]) -> pa.Table:
     """Vector rows; an id with a fault, or whose vector has one, has an empty vector."""
+    # Ray may hand over a block without rows.
+    if not ids:
+        return arrow_schema(Vector).empty_table()
     rows: list[dict[str, object]] = []
     for item_id in ids:
         error = faults.get(item_id) or _fault(vectors[item_id])
-        rows.append({"item_id": item_id, "vector": [] if error else vectors[item_id], "error": error})
-    return to_arrow(Vector, rows) if rows else arrow_schema(Vector).empty_table()
+        rows.append(
+            {
+                "item_id": item_id,
+                "vector": [] if error else vectors[item_id],
+                "error": error,
+            }
+        )
+    return to_arrow(Vector, rows)
 
 
 def _fault(vector_D: Vectors) -> str | None:
     """Why a vector has no direction that could be compared with others'."""
+    # Such a vector would be the neighbour of all or of none, and nobody would see why.
     num_bad = vector_D.size - int(np.isfinite(vector_D).sum())
     if num_bad:
         return (

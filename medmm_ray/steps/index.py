@@ -32,10 +32,16 @@ def build_index(
     with tempfile.TemporaryDirectory() as folder:
         for name, rows in parts.items():
             ids, vectors_ND = unit_vectors(rows)
-            Index.build(ids, vectors_ND, config).save(Path(folder) / name)
+            index = Index.build(ids, vectors_ND, config)
+            index.save(Path(folder) / name)
             figures[name] = float(len(ids))
         try:
-            pafs.copy_files(folder, out.path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=out.fs)
+            pafs.copy_files(
+                folder,
+                out.path,
+                source_filesystem=pafs.LocalFileSystem(),
+                destination_filesystem=out.fs,
+            )
         except OSError as error:
             raise TableError(f"cannot write the index to {out.uri}: {error}") from error
     return figures
@@ -44,10 +50,13 @@ def build_index(
 def unit_vectors(rows: pa.Table) -> tuple[list[str], Vectors]:
     """The ids and vectors_ND of the Vector rows that have one; raises `TableError` where widths differ."""
     rows = rows.filter(pc.is_null(rows["error"]))
-    widths = set(pc.list_value_length(rows["vector"]).to_pylist())
+    lengths = pc.list_value_length(rows["vector"])
+    widths = set(lengths.to_pylist())
     if len(widths) > 1:
         raise TableError(f"vectors of widths {sorted(widths)} in one table: two models made them; embed again with one")
     # One copy of the values, without a Python object a number.
-    flat = rows["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    lists = rows["vector"].combine_chunks()
+    values = lists.flatten().to_numpy(zero_copy_only=False)
     width = widths.pop() if widths else 0
-    return rows["item_id"].to_pylist(), flat.reshape(len(rows), width).astype(np.float32, copy=False)
+    vectors_ND = values.reshape(len(rows), width)
+    return rows["item_id"].to_pylist(), vectors_ND.astype(np.float32, copy=False)

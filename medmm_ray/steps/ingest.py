@@ -93,12 +93,18 @@ def request_of(config: IngestConfig) -> SourceRequest:
 
 def image_table(data: SourceData, folder: str) -> pa.Table:
     """The images to inspect, one row each, keyed by `uri`; drawn ones will lie below `folder`."""
-    rows = [{**asdict(image), "uri": _uri(data, folder, image.uri)} for image in data.images]
-    counts = Counter(row["uri"] for row in rows)
+    rows = []
+    counts: Counter[str] = Counter()
+    for image in data.images:
+        uri = _uri(data, folder, image.uri)
+        counts[uri] += 1
+        rows.append({**asdict(image), "uri": uri})
+    # Two rows of one file would give two images of one id.
     repeated = [uri for uri, count in counts.items() if count > 1]
     if repeated:
         raise TableError(f"the source lists the image {repeated[0]} more than once; each file may be listed once")
-    return pa.Table.from_pylist(rows, schema=pa.schema([(name, pa.string()) for name in SOURCE_COLUMNS]))
+    schema = pa.schema([(name, pa.string()) for name in SOURCE_COLUMNS])
+    return pa.Table.from_pylist(rows, schema=schema)
 
 
 def inspect_images(ds: "Dataset", config: IngestConfig, draw: Draw | None = None) -> "Dataset":
@@ -116,7 +122,10 @@ def inspect_images(ds: "Dataset", config: IngestConfig, draw: Draw | None = None
 
 def inspect_batch(batch: pa.Table, draw: Draw | None = None, size: int = 64) -> pa.Table:
     """A batch of `image_table` as Image rows; drawn pictures have `size` pixels a side."""
-    return to_arrow(Image, [inspect_image(row, draw, size) for row in batch.to_pylist()])
+    inspected = []
+    for row in batch.to_pylist():
+        inspected.append(inspect_image(row, draw, size))
+    return to_arrow(Image, inspected)
 
 
 def inspect_image(row: dict[str, Any], draw: Draw | None = None, size: int = 64) -> Image:
@@ -174,13 +183,17 @@ def question_rows(data: SourceData, images: pa.Table, config: IngestConfig, fold
 
     A question that occurs again (same text, options, images) gets an id of its own; `curate` decides which one stays.
     """
-    inspected = {row["uri"]: row for row in images.select(["uri", "image_id", "sha256", "error"]).to_pylist()}
+    inspected: dict[str, dict[str, Any]] = {}
+    for row in images.select(["uri", "image_id", "sha256", "error"]).to_pylist():
+        inspected[row["uri"]] = row
     earlier_names: set[str] = set()
     occurrences: Counter[str] = Counter()
     rows = []
     for question in data.questions:
-        uris = [_uri(data, folder, uri) for uri in question.images]
-        of_question = [inspected.get(uri) or _unknown_image(uri) for uri in uris]
+        of_question = []
+        for name in question.images:
+            uri = _uri(data, folder, name)
+            of_question.append(inspected.get(uri) or _unknown_image(uri))
         source = question.source or config.source
         # By content, so that a file may move; what cannot be read is known by its uri.
         hashes = [image["sha256"] or image["image_id"] for image in of_question]
@@ -261,15 +274,17 @@ def _checked_letter(name: str, options: list[str], answer: str) -> str:
     """The letter of the option that `answer` names by its letter or its text."""
     if not 2 <= len(options) <= len(LETTERS):
         raise RowError("options_missing", f"{name!r} has {len(options)} options; 2 to {len(LETTERS)} are due")
-    if not all(option.strip() for option in options):
+    if not all(map(str.strip, options)):
         raise RowError("options_missing", f"one of the {len(options)} options of {name!r} has no text")
-    plain_options = [_plain(option) for option in options]
+    # Compared plain, as the source may spell answer and option differently.
+    plain_options = list(map(_plain, options))
     if len(set(plain_options)) < len(options):
         raise RowError("options_repeated", f"two of the {len(options)} options of {name!r} are the same")
     if len(answer) == 1 and answer in LETTERS[: len(options)]:
         return answer
-    if _plain(answer) in plain_options:
-        return LETTERS[plain_options.index(_plain(answer))]
+    plain_answer = _plain(answer)
+    if plain_answer in plain_options:
+        return LETTERS[plain_options.index(plain_answer)]
     raise RowError("answer_not_in_options", f"the answer of {name!r} is none of its {len(options)} options")
 
 
@@ -281,6 +296,7 @@ def _plain(text: str) -> str:
 def document_rows(data: SourceData) -> list[Document]:
     """The documents, each content once."""
     rows: dict[str, Document] = {}
+    # By content: a text that its corpus has twice is one document, and is retrieved once.
     for document in data.documents:
         document_id = f"d{digest(document.corpus, document.title, document.text)}"
         rows[document_id] = Document(

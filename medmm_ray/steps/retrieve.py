@@ -6,7 +6,8 @@ first. Reference images come from the training split only, and are never the que
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import starmap
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -56,16 +57,26 @@ class Library:
     image_vectors: pa.Table
 
 
-def retrieve(ds: "Dataset", config: RetrieveConfig, library: Library, index_folder: str) -> "Dataset":
+def retrieve(
+    ds: "Dataset",
+    config: RetrieveConfig,
+    library: Library,
+    index_folder: str,
+) -> "Dataset":
     """Question rows -> Evidence rows; the library is shared through the object store, once a node."""
     import ray
     from ray.data import ActorPoolStrategy
 
     # The object store holds them once a node, however many actors read them.
-    tables = (library.documents, library.images, library.query_vectors, library.image_vectors)
+    references = [
+        ray.put(library.documents),
+        ray.put(library.images),
+        ray.put(library.query_vectors),
+        ray.put(library.image_vectors),
+    ]
     return ds.map_batches(
         _RetrieveActor,
-        fn_constructor_args=(config, [ray.put(table) for table in tables], index_folder),
+        fn_constructor_args=(config, references, index_folder),
         batch_size=config.batch_size,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=1, max_size=config.num_actors),
@@ -74,7 +85,12 @@ def retrieve(ds: "Dataset", config: RetrieveConfig, library: Library, index_fold
 
 
 class _RetrieveActor:
-    def __init__(self, config: RetrieveConfig, tables: "Sequence[ObjectRef[pa.Table]]", index_folder: str) -> None:
+    def __init__(
+        self,
+        config: RetrieveConfig,
+        tables: "Sequence[ObjectRef[pa.Table]]",
+        index_folder: str,
+    ) -> None:
         import ray
 
         self.retriever = Retriever(config, Library(*ray.get(list(tables))), index_folder)
@@ -89,7 +105,12 @@ class Retriever:
     Documents come from dense vectors alone; a lexical ranking would be fused with theirs in `evidence`, before the cut.
     """
 
-    def __init__(self, config: RetrieveConfig, library: Library, index_folder: str) -> None:
+    def __init__(
+        self,
+        config: RetrieveConfig,
+        library: Library,
+        index_folder: str,
+    ) -> None:
         from medmm_ray.engines.checkpoints import local_folder
 
         folder = local_folder(index_folder)
@@ -98,20 +119,24 @@ class Retriever:
         self.document_index = Index.load(folder / "documents")
         self.image_index = Index.load(folder / "images")
         # Texts stay in Arrow until a document is retrieved.
-        self.texts = dict(zip(library.documents["document_id"].to_pylist(), library.documents["text"], strict=True))
-        self.images = {row["image_id"]: row for row in library.images.select(IMAGE_COLUMNS).to_pylist()}
+        document_ids = library.documents["document_id"].to_pylist()
+        self.texts = dict(zip(document_ids, library.documents["text"], strict=True))
+        self.images: dict[str, dict[str, Any]] = {}
+        for row in library.images.select(IMAGE_COLUMNS).to_pylist():
+            self.images[row["image_id"]] = row
         self.query_vectors = _Vectors(library.query_vectors)
         self.image_vectors = _Vectors(library.image_vectors)
 
     def evidence(self, questions: pa.Table) -> pa.Table:
         """Question rows -> Evidence rows. An image without a vector leaves its question with documents and an error."""
         rows = questions.select(["question_id", "image_ids", "error"]).to_pylist()
-        faults = {i: f"upstream: {row['error']}" for i, row in enumerate(rows) if row["error"]}
+        faults: dict[int, str] = {}
         # Only what has a vector is looked up, by the question's place in the batch.
         texts: dict[int, Vectors] = {}
         pictures: dict[int, Vectors] = {}
         for i, row in enumerate(rows):
-            if i in faults:
+            if row["error"]:
+                faults[i] = f"upstream: {row['error']}"
                 continue
             try:
                 if self.config.num_documents:
@@ -122,15 +147,20 @@ class Retriever:
                 faults[i] = str(fault)
         documents = nearest(self.document_index, texts, self.config.num_documents)
         eligible = {i: self._eligible(rows[i]["image_ids"]) for i in pictures}
-        references = nearest(self.image_index, pictures, self.config.num_images, eligible)
+        references = nearest(
+            self.image_index,
+            pictures,
+            self.config.num_images,
+            eligible,
+        )
         evidence = []
         for i, row in enumerate(rows):
             evidence.append(
                 Evidence(
                     question_id=row["question_id"],
                     config_hash=self.config_hash,
-                    documents=[self._document(*hit) for hit in documents.get(i, [])],
-                    images=[self._image(*hit) for hit in references.get(i, [])],
+                    documents=list(starmap(self._document, documents.get(i, []))),
+                    images=list(starmap(self._image, references.get(i, []))),
                     error=faults.get(i),
                 )
             )
@@ -138,8 +168,14 @@ class Retriever:
 
     def _eligible(self, question_image_ids: Sequence[str]) -> Callable[[str], bool]:
         """Which images may be references of a question with these images of its own."""
-        hashes = {self.images[i]["sha256"] for i in question_image_ids if i in self.images}
-        vectors_ND = np.stack([self.image_vectors.get(i) for i in question_image_ids if i in self.image_vectors])
+        hashes: set[str] = set()
+        vectors: list[Vectors] = []
+        for image_id in question_image_ids:
+            if image_id in self.images:
+                hashes.add(self.images[image_id]["sha256"])
+            if image_id in self.image_vectors:
+                vectors.append(self.image_vectors.get(image_id))
+        vectors_ND = np.stack(vectors)
 
         def eligible(image_id: str) -> bool:
             image = self.images.get(image_id)
@@ -149,17 +185,23 @@ class Retriever:
             if image_id in question_image_ids or image["sha256"] in hashes:
                 return False
             # Or as a copy in other bytes (recompressed): nothing else is as near.
-            similarity = float((vectors_ND @ self.image_vectors.get(image_id)).max())
-            return similarity < self.config.duplicate_similarity
+            similarities_N = vectors_ND @ self.image_vectors.get(image_id)
+            return float(similarities_N.max()) < self.config.duplicate_similarity
 
         return eligible
 
     def _document(self, document_id: str, score: float) -> RetrievedDocument:
-        return RetrievedDocument(document_id=document_id, text=self.texts[document_id].as_py(), score=score)
+        text = self.texts[document_id].as_py()
+        return RetrievedDocument(document_id=document_id, text=text, score=score)
 
     def _image(self, image_id: str, similarity: float) -> RetrievedImage:
         image = self.images[image_id]
-        return RetrievedImage(image_id=image_id, uri=image["uri"], diagnosis=image["diagnosis"], similarity=similarity)
+        return RetrievedImage(
+            image_id=image_id,
+            uri=image["uri"],
+            diagnosis=image["diagnosis"],
+            similarity=similarity,
+        )
 
 
 def nearest(
@@ -177,11 +219,16 @@ def nearest(
     # A few more than asked for, as the query's own image and its copies are among the nearest.
     fetch = k + 4
     while pending:
-        ids, similarities = index.search(np.stack([queries[i] for i in pending]), fetch)
+        queries_ND = np.stack([queries[i] for i in pending])
+        ids, similarities = index.search(queries_ND, fetch)
         for i, names, values in zip(pending, ids, similarities, strict=True):
             passes = eligible[i] if eligible else _anything
-            hits[i] = [hit for hit in zip(names, values, strict=True) if passes(hit[0])][:k]
-        pending = [i for i in pending if len(hits[i]) < k and fetch < len(index)]
+            passing = [hit for hit in zip(names, values, strict=True) if passes(hit[0])]
+            hits[i] = passing[:k]
+        # The whole index was fetched: there is no more to find.
+        if fetch >= len(index):
+            break
+        pending = [i for i in pending if len(hits[i]) < k]
         fetch *= 4
     return hits
 
@@ -194,21 +241,25 @@ class _Vectors:
     """Vector rows by id."""
 
     def __init__(self, rows: pa.Table) -> None:
-        self._row = {item_id: n for n, item_id in enumerate(rows["item_id"].to_pylist())}
+        ids = rows["item_id"].to_pylist()
+        self._row = dict(zip(ids, range(len(ids)), strict=True))
         self._errors = rows["error"].to_pylist()
         self._vectors = rows["vector"].combine_chunks()
 
     def __contains__(self, item_id: str) -> bool:
-        return item_id in self._row and not self._errors[self._row[item_id]]
+        row = self._row.get(item_id)
+        return row is not None and not self._errors[row]
 
     def get(self, item_id: str) -> Vectors:
         """The vector of an id; raises `RowError` where it has none."""
-        if item_id not in self._row:
+        row = self._row.get(item_id)
+        if row is None:
             raise RowError("vector_missing", f"{item_id} has no row among the vectors; embed it first")
-        error = self._errors[self._row[item_id]]
+        error = self._errors[row]
         if error:
             raise RowError("upstream", f"no vector of {item_id}: {error}")
-        vector_D: Vectors = self._vectors[self._row[item_id]].values.to_numpy()
+        # A view of Arrow's memory: a batch looks up thousands.
+        vector_D: Vectors = self._vectors[row].values.to_numpy()
         if not (np.isfinite(vector_D).all() and vector_D.any()):
             raise RowError("not_finite", f"the vector of {item_id} holds NaN or infinity, or is 0; embed it again")
         return vector_D

@@ -122,7 +122,11 @@ def queue(
     return sorted(items, key=lambda item: (item.question_id, item.solution_id, item.step_index))
 
 
-def _groups_of_steps(steps: Steps, solutions: pa.Table, questions: pa.Table) -> tuple[Sequence[str], Ints]:
+def _groups_of_steps(
+    steps: Steps,
+    solutions: pa.Table,
+    questions: pa.Table,
+) -> tuple[Sequence[str], Ints]:
     """The names difficulty/modality, and for each step the number of its question's."""
     question_row = pc.index_in(solutions["question_id"], questions["question_id"].combine_chunks())
     difficulty = questions["difficulty"].take(question_row)
@@ -136,7 +140,11 @@ def _groups_of_steps(steps: Steps, solutions: pa.Table, questions: pa.Table) -> 
 # What is disputed
 
 
-def disagreement_levels(steps: Steps, judge_labels: pa.Table, monte_carlo_labels: pa.Table) -> Ints:
+def disagreement_levels(
+    steps: Steps,
+    judge_labels: pa.Table,
+    monte_carlo_labels: pa.Table,
+) -> Ints:
     """SURE, UNSURE or DISAGREE for each step; one without labels is UNSURE, as is one where any judge is.
 
     Judges disagree where one calls a step right and another wrong. The judge (several: their majority) speaks of a step
@@ -146,26 +154,34 @@ def disagreement_levels(steps: Steps, judge_labels: pa.Table, monte_carlo_labels
     judge_codes = _codes(steps, judge_labels, "judge")
     monte_carlo_codes = _codes(steps, monte_carlo_labels, "monte_carlo")
     both_labelled = (judge_codes >= WRONG) & (monte_carlo_codes >= WRONG)
-    contradicted = both_labelled & (_prefix_verdicts(steps, judge_codes) != monte_carlo_codes)
+    prefix_codes = _prefix_verdicts(steps, judge_codes)
+    contradicted = both_labelled & (prefix_codes != monte_carlo_codes)
     disputed = (judges.right & judges.wrong) | contradicted
     unsure = judges.low_confidence | ~judges.looked_at
-    return np.where(disputed, DISAGREE, np.where(unsure, UNSURE, SURE))
+    undisputed_level = np.where(unsure, UNSURE, SURE)
+    return np.where(disputed, DISAGREE, undisputed_level)
 
 
 def _prefix_verdicts(steps: Steps, codes: Codes) -> Codes:
     """RIGHT or WRONG for the prefix that ends at each step: wrong from the solution's first wrong step on."""
-    num_wrong = np.cumsum(codes == WRONG)
+    # Without a step there is no first one to look before.
     if not len(codes):
         return codes
+    num_wrong = np.cumsum(codes == WRONG)
     before_solution = np.where(steps.first > 0, num_wrong[steps.first - 1], 0)
     wrong_in_prefix = num_wrong - before_solution[steps.solution]
     return np.where(wrong_in_prefix == 0, RIGHT, WRONG).astype(np.int8)
 
 
-def _codes(steps: Steps, labels: pa.Table, source: str) -> Codes:
+def _codes(
+    steps: Steps,
+    labels: pa.Table,
+    source: str,
+) -> Codes:
     """What the annotators of `source` say of each step together."""
-    of_source = encode_labels(labels.filter(pc.equal(labels["source"], source)).combine_chunks())
-    by_source = source_labels(steps, of_source)
+    rows = labels.filter(pc.equal(labels["source"], source))
+    encoded = encode_labels(rows.combine_chunks())
+    by_source = source_labels(steps, encoded)
     if source not in by_source:
         return np.full(len(steps.solution), UNLABELLED, dtype=np.int8)
     return by_source[source].codes
@@ -182,7 +198,8 @@ class _JudgeMarks:
 
 
 def _judge_marks(steps: Steps, labels: pa.Table) -> _JudgeMarks:
-    usable = pc.and_(pc.equal(labels["source"], "judge"), pc.is_null(labels["error"]))
+    is_judge = pc.equal(labels["source"], "judge")
+    usable = pc.and_(is_judge, pc.is_null(labels["error"]))
     of_judges = labels.filter(usable).combine_chunks()
     entries = pc.list_flatten(of_judges["steps"].combine_chunks())
     label, confidence = entries.field("label"), entries.field("confidence")
@@ -191,7 +208,8 @@ def _judge_marks(steps: Steps, labels: pa.Table) -> _JudgeMarks:
     # Several judges label a step: an entry a judge, where source codes would hold their majority.
     def any_of_step(mask: pa.Array) -> NDArray[np.bool_]:
         """A mask of label entries as one of steps."""
-        marked = np.asarray(pc.fill_null(mask, False), dtype=bool)[places.entry]
+        of_entries = np.asarray(pc.fill_null(mask, False), dtype=bool)
+        marked = of_entries[places.entry]
         of_steps = np.zeros(len(steps.solution), dtype=bool)
         of_steps[places.row[marked]] = True
         return of_steps
@@ -207,14 +225,24 @@ def _judge_marks(steps: Steps, labels: pa.Table) -> _JudgeMarks:
 # The drawing
 
 
-def step_chances(solution_ids: Sequence[str], seed: int, steps: Steps) -> NDArray[np.float64]:
+def step_chances(
+    solution_ids: Sequence[str],
+    seed: int,
+    steps: Steps,
+) -> NDArray[np.float64]:
     """Two independent numbers in [0, 1) a step, [2, num_steps], that depend on the seed and the step's id alone."""
-    digests = [hashlib.blake2b(f"{seed}/{i}".encode(), digest_size=8).digest() for i in solution_ids]
-    hashes = np.array([int.from_bytes(digest, "big") for digest in digests], dtype=np.uint64)
+    hashes = np.empty(len(solution_ids), dtype=np.uint64)
+    for place, solution_id in enumerate(solution_ids):
+        key = f"{seed}/{solution_id}".encode()
+        digest = hashlib.blake2b(key, digest_size=8).digest()
+        hashes[place] = int.from_bytes(digest, "big")
     # Each solution is a stream of splitmix64 that its hash starts; a step takes two of its numbers.
-    first = hashes[steps.solution] + (2 * steps.index).astype(np.uint64) * _GOLDEN_GAMMA
+    offset = (2 * steps.index).astype(np.uint64)
+    first = hashes[steps.solution] + offset * _GOLDEN_GAMMA
     both = np.stack([first, first + _GOLDEN_GAMMA])
-    return (_mix(both) >> np.uint64(11)).astype(np.float64) / 2.0**53
+    # The upper 53 bits are what a double holds exactly.
+    upper_bits = _mix(both) >> np.uint64(11)
+    return upper_bits.astype(np.float64) / 2.0**53
 
 
 _GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -228,7 +256,10 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def draw_steps(
-    stratum: Ints, chance: NDArray[np.float64], num_stratified: int, num_random: int
+    stratum: Ints,
+    chance: NDArray[np.float64],
+    num_stratified: int,
+    num_random: int,
 ) -> tuple[Ints, NDArray[np.float64]]:
     """Draw steps from strata alike and from all of them, both without replacement.
 
@@ -251,11 +282,13 @@ def draw_steps(
     by_stratum = rank < shares[member]
     num_random = min(num_random, total)
     at_random = np.zeros(total, dtype=bool)
-    at_random[np.argsort(chance[1], kind="stable")[:num_random]] = True
+    by_chance = np.argsort(chance[1], kind="stable")
+    at_random[by_chance[:num_random]] = True
     # The two drawings are independent: a step is missed where both miss it.
     missed_by_stratum = 1.0 - (shares / sizes)[member]
     probability = 1.0 - missed_by_stratum * (1.0 - num_random / total)
-    drawn_by = np.where(by_stratum, BY_STRATUM, np.where(at_random, AT_RANDOM, NOT_DRAWN))
+    otherwise = np.where(at_random, AT_RANDOM, NOT_DRAWN)
+    drawn_by = np.where(by_stratum, BY_STRATUM, otherwise)
     return drawn_by, probability
 
 
@@ -288,7 +321,12 @@ def review(
     """
     from ray.data import ActorPoolStrategy
 
-    ds = attach(ds, questions, "question_id", ["source", "split", "options", "answer", "image_ids"])
+    ds = attach(
+        ds,
+        questions,
+        "question_id",
+        ["source", "split", "options", "answer", "image_ids"],
+    )
     return ds.map_batches(
         Expert,
         fn_constructor_kwargs={
@@ -314,21 +352,30 @@ class GoldAnswer:
 class Expert:
     """The actor: knows the truth of the pictures that a source drew."""
 
-    def __init__(self, config: ReviewConfig, items: Iterable[tuple[str, int]], images: pa.Table) -> None:
+    def __init__(
+        self,
+        config: ReviewConfig,
+        items: Iterable[tuple[str, int]],
+        images: pa.Table,
+    ) -> None:
         self.config = config
         self.queue: dict[str, set[int]] = {}
         for solution_id, index in items:
             self.queue.setdefault(solution_id, set()).add(index)
-        self.annotations = dict(zip(images["image_id"].to_pylist(), images["annotation"].to_pylist(), strict=True))
+        image_ids = images["image_id"].to_pylist()
+        self.annotations = dict(zip(image_ids, images["annotation"].to_pylist(), strict=True))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Rows of solutions with their question's columns -> question_id and labels."""
-        labels = to_arrow_lists(Labels, [self.label(row) for row in batch.to_pylist()])
+        by_row = list(map(self.label, batch.to_pylist()))
+        labels = to_arrow_lists(Labels, by_row)
         return pa.table({"question_id": batch["question_id"], "labels": labels})
 
     def label(self, row: Mapping[str, Any]) -> list[Labels]:
         """The labels of one question's solutions."""
-        if self.config.expert != TRUTH_SOURCE or row["source"] not in WITH_TRUTH or not row["solutions"]:
+        if self.config.expert != TRUTH_SOURCE:
+            return []
+        if row["source"] not in WITH_TRUTH or not row["solutions"]:
             return []
         source = load_with_truth(row["source"])
         picture = source.drawn_picture(self.annotations[row["image_ids"][0]])
@@ -338,10 +385,30 @@ class Expert:
             # The expert reads single steps of the queue, the truth whole solutions: they are labels of two sources.
             queued = self.queue.get(solution["solution_id"])
             if queued:
-                labels.append(truth_labels(row["question_id"], solution, picture, gold, "expert", EXPERT, queued))
+                labels.append(
+                    truth_labels(
+                        row["question_id"],
+                        solution,
+                        picture,
+                        gold,
+                        "expert",
+                        EXPERT,
+                        queued,
+                    )
+                )
             if row["split"] in self.config.truth_splits:
                 all_steps = range(len(solution["steps"]))
-                labels.append(truth_labels(row["question_id"], solution, picture, gold, TRUTH_SOURCE, TRUTH, all_steps))
+                labels.append(
+                    truth_labels(
+                        row["question_id"],
+                        solution,
+                        picture,
+                        gold,
+                        TRUTH_SOURCE,
+                        TRUTH,
+                        all_steps,
+                    )
+                )
         return labels
 
 
@@ -358,7 +425,11 @@ def truth_labels(
     looked_at = set(indices)
     steps = []
     for index, step in enumerate(solution["steps"]):
-        steps.append(truth_label(picture.truth(step, gold)) if index in looked_at else StepLabel())
+        # Empty: the source knows of this step too, but nobody was to read it.
+        label = StepLabel()
+        if index in looked_at:
+            label = truth_label(picture.truth(step, gold))
+        steps.append(label)
     return Labels(
         question_id=question_id,
         solution_id=solution["solution_id"],

@@ -97,7 +97,8 @@ def audit(
     `manifests` are those of the complete tables, by name; `ledgers` those of the run's APIs, by model;
     `missing` names the tables that are not there yet.
     """
-    sampled_rows, tree_rows = _without_texts(solutions), _without_texts(tree_solutions)
+    sampled_rows = _without_texts(solutions)
+    tree_rows = _without_texts(tree_solutions)
     sampled = _grouped(questions, sampled_rows)
     solved = _grouped(questions, pa.concat_tables([sampled_rows, tree_rows]))
     steps, groups = solved.steps, solved.groups
@@ -107,15 +108,25 @@ def audit(
     encoded_parts: list[pa.Table] = []
     for table, parts in labels.items():
         for part in parts:
-            costs[table] = costs.get(table, 0.0) + (pc.sum(part["cost"]).as_py() or 0.0)
+            # The sum of no row is null.
+            cost_of_part = pc.sum(part["cost"]).as_py() or 0.0
+            costs[table] = costs.get(table, 0.0) + cost_of_part
             yields.keep(part)
             encoded_parts.append(encode_labels(part))
     no_labels = encode_labels(arrow_schema(Labels).empty_table())
     by_source = source_labels(steps, _concat(encoded_parts, no_labels))
     codes = {source: of_source.codes for source, of_source in by_source.items()}
-    queue = queued_steps(steps, review_queue) if review_queue is not None and review_queue.num_rows else None
+    queue = None
+    if review_queue is not None and review_queue.num_rows:
+        queue = queued_steps(steps, review_queue)
     resampling = Resampling(config.bootstrap_samples, config.seed)
     manifests = manifests or {}
+    errors: JsonObject = {}
+    tables: JsonObject = {}
+    for name, manifest in manifests.items():
+        tables[name] = _table_entry(manifest)
+        if manifest.errors:
+            errors[name] = manifest.errors
     report = {
         "title": config.title,
         "config": identity(config),
@@ -130,8 +141,8 @@ def audit(
         "policies": yields.figures(solved.correct),
         "leakage": leakage(questions, images, evidence),
         "cost": cost_figures(costs, manifests, ledgers or {}, config.dollars_per_reviewed_step),
-        "errors": {name: manifest.errors for name, manifest in manifests.items() if manifest.errors},
-        "tables": {name: _table_entry(manifest) for name, manifest in manifests.items()},
+        "errors": errors,
+        "tables": tables,
     }
     return {**report, "gates": gates(config, report)}
 
@@ -166,30 +177,38 @@ class _GroupedSolutions:
 
 def _grouped(questions: pa.Table, table: pa.Table) -> _GroupedSolutions:
     table = table.combine_chunks().sort_by("question_id")  # resamples depend on the order
-    steps, correct = steps_of(table), _correct(table)
-    return _GroupedSolutions(table, steps, correct, _groups(questions, table, steps, correct))
+    steps = steps_of(table)
+    correct = _correct(table)
+    groups = _groups(questions, table, steps, correct)
+    return _GroupedSolutions(table, steps, correct, groups)
 
 
 def _without_texts(parts: Iterable[pa.Table]) -> pa.Table:
     empty = drop_texts(arrow_schema(Solutions).empty_table())
-    return _concat([drop_texts(part) for part in parts], empty)
+    return _concat(list(map(drop_texts, parts)), empty)
 
 
 def _concat(parts: Sequence[pa.Table], empty: pa.Table) -> pa.Table:
-    return pa.concat_tables(parts).combine_chunks() if parts else empty
+    # Arrow joins one table at least.
+    if not parts:
+        return empty
+    return pa.concat_tables(parts).combine_chunks()
 
 
 def _correct(solutions: pa.Table) -> Codes:
     """Whether each solution's answer is right: RIGHT, WRONG, or -1 where no answer was found."""
-    flags = pc.list_flatten(solutions["solutions"].combine_chunks()).field("correct")
-    codes = pc.fill_null(pc.cast(flags, pa.int8()), -1)
-    return np.asarray(codes, dtype=np.int8)
+    flat = pc.list_flatten(solutions["solutions"].combine_chunks())
+    flags = pc.cast(flat.field("correct"), pa.int8())
+    return np.asarray(pc.fill_null(flags, -1), dtype=np.int8)
 
 
 def _groups(questions: pa.Table, solutions: pa.Table, steps: Steps, correct: Codes) -> dict[str, Groups]:
     """The solutions by answer, difficulty and modality."""
-    groups = {"answer": Groups(("no answer", "wrong", "right"), correct.astype(np.int64) + 1)}
-    question_row = pc.index_in(solutions["question_id"].combine_chunks(), questions["question_id"].combine_chunks())
+    # -1, 0 and 1 are numbered from 0.
+    answer = Groups(("no answer", "wrong", "right"), correct.astype(np.int64) + 1)
+    groups = {"answer": answer}
+    solved_ids = solutions["question_id"].combine_chunks()
+    question_row = pc.index_in(solved_ids, questions["question_id"].combine_chunks())
     for column in ("difficulty", "modality"):
         # Solutions of a question that is not in the table (curate dropped it) form a group of their own.
         values = questions[column].combine_chunks().take(question_row)

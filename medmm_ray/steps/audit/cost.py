@@ -24,21 +24,26 @@ def cost_figures(
     that the manifest of expert_labels counts.
     """
     by_table: dict[str, float] = {}
-    for name in [*manifests, *(name for name in costs_of_rows if name not in manifests)]:
+    # Names in order, each once: a table may have rows already and no manifest yet.
+    for name in dict.fromkeys([*manifests, *costs_of_rows]):
         booked = manifests[name].cost if name in manifests else 0.0
         by_table[name] = round(max(costs_of_rows.get(name, 0.0), booked), 6)
     paid_to_apis = sum(ledger["spent"] + ledger["possibly_paid"] for ledger in ledgers.values())
+    in_tables = sum(by_table.get(name, 0.0) for name in BY_API)
     # A call may be paid for and its answer lost: no row knows of it, the ledger does.
-    beyond_tables = round(max(0.0, paid_to_apis - sum(by_table.get(name, 0.0) for name in BY_API)), 6)
-    num_verdicts = manifests["expert_labels"].figures.get("verdicts", 0) if "expert_labels" in manifests else 0
+    beyond_tables = round(max(0.0, paid_to_apis - in_tables), 6)
+    num_verdicts = 0.0
+    if "expert_labels" in manifests:
+        num_verdicts = manifests["expert_labels"].figures.get("verdicts", 0)
     readers = round(num_verdicts * dollars_per_verdict, 6)
     ledger_figures = {}
     for model, ledger in ledgers.items():
         ledger_figures[model] = {key: ledger[key] for key in LEDGER_FIGURES}
+    total = sum(by_table.values()) + beyond_tables + readers
     return {
         "tables": {name: cost for name, cost in by_table.items() if cost},
         "ledgers": ledger_figures,
         "beyond_tables": beyond_tables,
         "readers": readers,
-        "total": round(sum(by_table.values()) + beyond_tables + readers, 6),
+        "total": round(total, 6),
     }

@@ -77,14 +77,16 @@ class GateError(RuntimeError):
 
 def require(report: JsonObject) -> None:
     """Raise `GateError`, with the figures, where a gate fails; one without a figure does not."""
-    failed = [gate for gate in report["gates"] if gate["passed"] is False]
-    if not failed:
-        return
     faults = []
-    for gate in failed:
-        faults.append(f"{gate['title']} {figure_text(gate['value'], gate['unit'])}, wanted {target_text(gate)}")
+    for gate in report["gates"]:
+        # None: without a figure a gate is neither met nor missed.
+        if gate["passed"] is False:
+            figure = figure_text(gate["value"], gate["unit"])
+            faults.append(f"{gate['title']} {figure}, wanted {target_text(gate)}")
+    if not faults:
+        return
     raise GateError(
-        f"{len(failed)} of {len(report['gates'])} quality gates fail: {'; '.join(faults)}. dataset_report.html, in the "
+        f"{len(faults)} of {len(report['gates'])} quality gates fail: {'; '.join(faults)}. dataset_report.html, in the "
         "run's folder, says what to do; audit.gates=report goes on all the same"
     )
 
@@ -103,6 +105,7 @@ def figure_text(value: float | None, unit: str) -> str:
         text = f"{value:,.0f}"
     else:
         text = f"${value:,.2f}"
+    # A minus sign, as a hyphen reads like a range.
     return text.replace("-", "−")
 
 
@@ -158,7 +161,8 @@ def _shares_of_right_steps(report: JsonObject) -> JsonObject:
 
 
 def _kappa_gate(config: "AuditConfig", report: JsonObject) -> Gate:
-    name, title, target = "judge_expert_kappa", "Judge agrees with the expert", (config.min_kappa, None)
+    name, title = "judge_expert_kappa", "Judge agrees with the expert"
+    target = (config.min_kappa, None)
     for pair in report["agreement"]:
         if (pair["first"], pair["second"]) != ("judge", "expert"):
             continue
@@ -237,6 +241,7 @@ def _gate(
     value = low = high = None
     if figure:
         value, low, high = figure["value"], figure["low"], figure["high"]
+    # Of a range both ends are inside.
     strict = strict and target[1] is None
     side = _side(value, target, strict)
     low_side, high_side = _side(low, target, strict), _side(high, target, strict)

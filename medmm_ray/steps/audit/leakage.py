@@ -13,21 +13,29 @@ EXAMPLES = 3
 COLUMNS = ["question_id", "split", "question", "options", "image_ids"]
 
 
-def leakage(questions: pa.Table, images: pa.Table, evidence: Iterable[pa.Table] = ()) -> list[JsonObject]:
+def leakage(
+    questions: pa.Table,
+    images: pa.Table,
+    evidence: Iterable[pa.Table] = (),
+) -> list[JsonObject]:
     """One entry a check: {name, count, checked, examples}, `count` what leaks of the `checked`, `examples` ids.
 
     Pictures are compared by id and by the hash of their bytes; near duplicates became one id when the data was curated.
     """
-    rows = questions.filter(pc.is_null(questions["error"])).select(COLUMNS).to_pylist()
+    usable = questions.filter(pc.is_null(questions["error"]))
+    rows = usable.select(COLUMNS).to_pylist()
     split_of_text: dict[str, tuple[str, str]] = {}
     pictures: list[tuple[str, str]] = []
     for row in rows:
-        split_of_text[row["question_id"]] = (_content_hash(row), row["split"])
-        pictures += [(image_id, row["split"]) for image_id in row["image_ids"]]
+        split = row["split"]
+        split_of_text[row["question_id"]] = (_content_hash(row), split)
+        for image_id in row["image_ids"]:
+            pictures.append((image_id, split))
     # The same bytes under two ids are one file; an image that could not be read has no hash, and is known by its id.
     files: list[tuple[str, str]] = []
     for image in images.select(["image_id", "sha256", "split"]).to_pylist():
-        files.append((image["sha256"] or image["image_id"], image["split"]))
+        file = image["sha256"] or image["image_id"]
+        files.append((file, image["split"]))
     checks = [
         _check("images_of_questions", _in_several_splits(pictures), len(dict(pictures))),
         _check("image_files", _in_several_splits(files), len(dict(files))),
@@ -38,8 +46,9 @@ def leakage(questions: pa.Table, images: pa.Table, evidence: Iterable[pa.Table] 
 
 def _content_hash(row: Mapping[str, Any]) -> str:
     """A hash of text, options and pictures that spelling and the order of the pictures do not change."""
-    options = [normalise(option) for option in row["options"]]
-    return digest(normalise(row["question"]), options, sorted(row["image_ids"]))
+    text = normalise(row["question"])
+    options = list(map(normalise, row["options"]))
+    return digest(text, options, sorted(row["image_ids"]))
 
 
 def _in_several_splits(pairs: Iterable[tuple[str, str]]) -> list[str]:
@@ -47,7 +56,11 @@ def _in_several_splits(pairs: Iterable[tuple[str, str]]) -> list[str]:
     splits: dict[str, set[str]] = {}
     for key, split in pairs:
         splits.setdefault(key, set()).add(split)
-    return sorted(key for key, of_key in splits.items() if len(of_key) > 1)
+    shared = []
+    for key, of_key in splits.items():
+        if len(of_key) > 1:
+            shared.append(key)
+    return sorted(shared)
 
 
 def _repeated_questions(split_of_text: Mapping[str, tuple[str, str]]) -> list[str]:
@@ -62,18 +75,24 @@ def _repeated_questions(split_of_text: Mapping[str, tuple[str, str]]) -> list[st
 
 
 def _reference_checks(
-    questions: Sequence[Mapping[str, Any]], images: pa.Table, evidence: Iterable[pa.Table]
+    questions: Sequence[Mapping[str, Any]],
+    images: pa.Table,
+    evidence: Iterable[pa.Table],
 ) -> list[JsonObject]:
     """Reference cases must come from the training split, and never be the question's own picture."""
-    split = dict(zip(images["image_id"].to_pylist(), images["split"].to_pylist(), strict=True))
+    known_ids = images["image_id"].to_pylist()
+    split = dict(zip(known_ids, images["split"].to_pylist(), strict=True))
     pictures = {row["question_id"]: row["image_ids"] for row in questions}
     outside_training: set[str] = set()
     with_own_image: set[str] = set()
     num_references = 0
     for part in evidence:
         references = part["images"].combine_chunks()
-        question_ids = part["question_id"].take(pc.list_parent_indices(references)).to_pylist()
-        image_ids = pc.list_flatten(references).field("image_id").to_pylist()
+        # Flat lists, one entry a reference.
+        row_of_reference = pc.list_parent_indices(references)
+        question_ids = part["question_id"].take(row_of_reference).to_pylist()
+        flat = pc.list_flatten(references)
+        image_ids = flat.field("image_id").to_pylist()
         num_references += len(image_ids)
         for question_id, image_id in zip(question_ids, image_ids, strict=True):
             if split.get(image_id, "train") != "train":
@@ -88,7 +107,11 @@ def _reference_checks(
     ]
 
 
-def _check(name: str, leaking_ids: Sequence[str], checked: int) -> JsonObject:
+def _check(
+    name: str,
+    leaking_ids: Sequence[str],
+    checked: int,
+) -> JsonObject:
     return {
         "name": name,
         "count": len(leaking_ids),

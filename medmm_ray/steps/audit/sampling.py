@@ -25,12 +25,17 @@ class _ModalityCounts:
     by_difficulty: dict[str, int] = field(default_factory=dict)
 
 
-def coverage(questions: pa.Table, images: pa.Table, solutions: pa.Table) -> JsonObject:
+def coverage(
+    questions: pa.Table,
+    images: pa.Table,
+    solutions: pa.Table,
+) -> JsonObject:
     """Questions by split, and by modality: questions by difficulty, those with an image, images, and solutions."""
     usable = questions.filter(pc.is_null(questions["error"]))
     num_solutions: Counter[str] = Counter()
+    solved_ids = solutions["question_id"].to_pylist()
     lengths = pc.list_value_length(solutions["solutions"]).to_pylist()
-    for question_id, length in zip(solutions["question_id"].to_pylist(), lengths, strict=True):
+    for question_id, length in zip(solved_ids, lengths, strict=True):
         num_solutions[question_id] += length
     # Counted once, as not every image has a question.
     num_images = Counter(images["modality"].to_pylist())
@@ -43,17 +48,25 @@ def coverage(questions: pa.Table, images: pa.Table, solutions: pa.Table) -> Json
         counts.solutions += num_solutions[row["question_id"]]
         counts.by_difficulty[difficulty] = counts.by_difficulty.get(difficulty, 0) + 1
     splits = Counter(usable["split"].to_pylist())
+    difficulties = set(usable["difficulty"].to_pylist())
+    by_modality = {}
+    for name in sorted(modalities):
+        by_modality[name] = asdict(modalities[name])
     return {
         "questions": usable.num_rows,
         "images": images.num_rows,
         "splits": dict(sorted(splits.items())),
-        "difficulties": sorted(set(usable["difficulty"].to_pylist()), key=easy_first),
-        "modalities": {name: asdict(counts) for name, counts in sorted(modalities.items())},
+        "difficulties": sorted(difficulties, key=easy_first),
+        "modalities": by_modality,
     }
 
 
 def sampling(
-    solutions: pa.Table, steps: Steps, correct: Codes, groups: Mapping[str, Groups], resampling: Resampling
+    solutions: pa.Table,
+    steps: Steps,
+    correct: Codes,
+    groups: Mapping[str, Groups],
+    resampling: Resampling,
 ) -> JsonObject:
     """Solutions asked for, drawn, rejected and there; questions that got fewer; answers, and the share of right ones.
 
@@ -62,10 +75,14 @@ def sampling(
     requested = np.asarray(solutions["num_requested"], dtype=np.int64)
     complete = np.asarray(pc.list_value_length(solutions["solutions"]), dtype=np.int64)
     flat = pc.list_flatten(solutions["solutions"].combine_chunks())
-    errors = Counter(error_kind(error) for error in solutions["error"].to_pylist() if error)
+    errors = filter(None, solutions["error"].to_pylist())
+    error_counts = Counter(map(error_kind, errors))
     right = (correct == RIGHT).astype(np.int64)
     # Accuracy by the answer's correctness would say nothing.
-    groupings = {name: group for name, group in groups.items() if name != "answer"}
+    groupings = dict(groups)
+    groupings.pop("answer", None)
+    # A question may have more than was asked for: it makes up for no other.
+    num_missing = (requested - complete).clip(min=0)
     return {
         "questions": solutions.num_rows,
         "requested": int(requested.sum()),
@@ -74,19 +91,28 @@ def sampling(
         "rejected": _rejected(solutions),
         "short_questions": int((complete < requested).sum()),
         "empty_questions": int((complete == 0).sum()),
-        "missing": int((requested - complete).clip(min=0).sum()),
+        "missing": int(num_missing.sum()),
         "without_answer": int((correct < 0).sum()),
         "finish_reasons": _counts_by_value(flat.field("finish_reason")),
-        "errors": dict(errors),
-        "accuracy": stats_by_group(groupings, steps.question, right, 2, share_of_counts, resampling),
+        "errors": dict(error_counts),
+        "accuracy": stats_by_group(
+            groupings,
+            steps.question,
+            right,
+            2,
+            share_of_counts,
+            resampling,
+        ),
     }
 
 
 def _rejected(solutions: pa.Table) -> dict[str, int]:
     """Samples that the quality filter refused, by reason."""
     counts = pc.list_flatten(solutions["rejected"].combine_chunks())
+    kinds = counts.field("kind").to_pylist()
+    numbers = counts.field("count").to_pylist()
     totals: Counter[str] = Counter()
-    for kind, number in zip(counts.field("kind").to_pylist(), counts.field("count").to_pylist(), strict=True):
+    for kind, number in zip(kinds, numbers, strict=True):
         totals[kind] += number
     return dict(sorted(totals.items()))
 
@@ -95,7 +121,10 @@ def _counts_by_value(values: pa.Array) -> dict[str, int]:
     """How often each value occurs, the most frequent first."""
     entries = pc.value_counts(values).to_pylist()
     entries.sort(key=lambda entry: -entry["counts"])
-    return {entry["values"]: entry["counts"] for entry in entries}
+    counts = {}
+    for entry in entries:
+        counts[entry["values"]] = entry["counts"]
+    return counts
 
 
 def trees(solutions: pa.Table) -> JsonObject:
@@ -109,7 +138,11 @@ def trees(solutions: pa.Table) -> JsonObject:
     }
 
 
-def step_counts(steps: Steps, usual: tuple[int, int], resampling: Resampling) -> JsonObject:
+def step_counts(
+    steps: Steps,
+    usual: tuple[int, int],
+    resampling: Resampling,
+) -> JsonObject:
     """Steps a solution: histogram, mean with its interval, and how many solutions have fewer or more than `usual`."""
     fewest, most = usual
     # Sums by question: the interval resamples questions, as the solutions of one resemble each other.
@@ -117,11 +150,13 @@ def step_counts(steps: Steps, usual: tuple[int, int], resampling: Resampling) ->
     solutions_Q = np.bincount(steps.question, minlength=num_questions)
     steps_Q = np.bincount(steps.question, steps.length, minlength=num_questions)
     lengths, counts = np.unique(steps.length, return_counts=True)
-    histogram = zip(lengths.tolist(), counts.tolist(), strict=True)
+    # Names of a JSON object are text.
+    names = map(str, lengths.tolist())
+    histogram = dict(zip(names, counts.tolist(), strict=True))
     return {
         "solutions": len(steps.length),
         "steps": len(steps.solution),
-        "histogram": {str(length): count for length, count in histogram},
+        "histogram": histogram,
         "mean": ratio(steps_Q.astype(np.float64), solutions_Q.astype(np.float64), resampling),
         "few": int((steps.length < fewest).sum()),
         "many": int((steps.length > most).sum()),

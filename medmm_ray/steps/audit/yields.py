@@ -54,7 +54,10 @@ class Yields:
         self.after_first_error = after_first_error
         ids = steps.solution_ids.to_pylist()
         # By a hash, so that the sample is the same whatever the order of the rows.
-        hashes = [hashlib.blake2b(solution_id.encode(), digest_size=8).digest() for solution_id in ids]
+        hashes = []
+        for solution_id in ids:
+            id_hash = hashlib.blake2b(solution_id.encode(), digest_size=8)
+            hashes.append(id_hash.digest())
         by_hash = sorted(range(len(ids)), key=hashes.__getitem__)
         self.chosen = np.array(by_hash[:num_solutions], dtype=np.int64)
         self.ids = [ids[solution] for solution in self.chosen]
@@ -65,7 +68,8 @@ class Yields:
 
     def keep(self, labels: pa.Table) -> None:
         """Take the chosen solutions' rows of a part of a labels table."""
-        self._rows += labels.filter(pc.is_in(labels["solution_id"], self._chosen_ids)).to_pylist()
+        is_chosen = pc.is_in(labels["solution_id"], self._chosen_ids)
+        self._rows += labels.filter(is_chosen).to_pylist()
 
     def figures(self, correct: Codes) -> list[JsonObject]:
         """One entry a policy; `correct` is RIGHT, WRONG or -1 for each solution of the whole table."""

@@ -13,7 +13,7 @@ steps weigh 1 / their chance to enter the review queue. Gates are held against t
 import os
 import platform
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
@@ -96,21 +96,23 @@ def evaluate(
     Raises ValueError where the split has no solution at all, or a scored solution another number of scores than steps.
     """
     of_split = questions.filter(pc.equal(questions["split"], config.split)).sort_by("question_id")
-    excluded = Counter(error_kind(error) for error in of_split["error"].to_pylist() if error)
     usable = of_split.filter(pc.is_null(of_split["error"]))
     solutions = of_questions(solutions, usable)
     scores = without_not_finite(of_questions(scores, usable))
     samples = samples_by_question(solutions)
     log_odds = step_log_odds(scores, samples)
-    arms = [arm for arm in ARMS if arm in log_odds] + sorted(set(log_odds) - set(ARMS))
+    arms = _in_order(log_odds)
     ns = _ns(config, solutions, samples)
     scored = scored_questions(usable, samples, log_odds, arms, config.aggregate, config.seed)
     reference = reference_labels(config.reference, solutions, labels, review_queue)
     # One seed for all figures: they rest on the same resamples, so that they may be compared.
     resampling = Resampling(config.bootstrap_samples, config.seed)
+    step_metrics = {}
+    for arm in arms:
+        step_metrics[arm] = step_figures(log_odds[arm], reference, config.threshold, config.calibration_bins)
     counts = {
         "split": config.split,
-        "excluded": dict(excluded),
+        "excluded": _error_counts(of_split),
         **_counts(scored, arms, ns[-1]),
         "errors": _errors({"solutions": solutions, "scores": scores}, labels),
     }
@@ -124,9 +126,7 @@ def evaluate(
         "counts": counts,
         "accuracy": accuracy(scored, arms, ns, config.num_subsets, resampling),
         "decoders": accuracy_by_decoder(scored, arms, log_odds, resampling),
-        "step": {
-            arm: step_figures(log_odds[arm], reference, config.threshold, config.calibration_bins) for arm in arms
-        },
+        "step": step_metrics,
         "labels": dataset["balance"] if dataset else [],
         "agreement": agreement(dataset["agreement"] if dataset else []),
         "largest_text_difference": _largest_text_difference(scores),
@@ -144,7 +144,14 @@ def evaluate(
             seed=config.seed,
         ),
     }
-    return {**report, "gates": [asdict(gate) for gate in _gates(report)]}
+    return {**report, "gates": list(map(asdict, _gates(report)))}
+
+
+def _in_order(arms: Iterable[str]) -> list[str]:
+    """The arms in the order of `ARMS`, then those of other names."""
+    present = set(arms)
+    ordered = [arm for arm in ARMS if arm in present]
+    return ordered + sorted(present.difference(ARMS))
 
 
 def _accuracy_by_group(
@@ -169,8 +176,9 @@ def _ns(config: EvaluateConfig, solutions: pa.Table, samples: Mapping[str, Seque
         )
     # What was asked for, not what came: a question with fewer samples keeps its place among the N.
     requested = max(solutions["num_requested"].to_pylist())
+    largest = min(requested, max(config.ns))
     smaller = {n for n in config.ns if n < requested}
-    return sorted(smaller | {min(requested, max(config.ns))})
+    return sorted(smaller | {largest})
 
 
 def _counts(scored: Sequence[ScoredQuestion], arms: Sequence[str], n: int) -> JsonObject:
@@ -183,6 +191,7 @@ def _counts(scored: Sequence[ScoredQuestion], arms: Sequence[str], n: int) -> Js
         with_fewer += question.num_samples < n
     num_scored: dict[str, int] = {}
     questions_without_scores: dict[str, int] = {}
+    unscored: dict[str, int] = {}
     for arm in arms:
         num_scored[arm] = questions_without_scores[arm] = 0
         for question in scored:
@@ -190,6 +199,7 @@ def _counts(scored: Sequence[ScoredQuestion], arms: Sequence[str], n: int) -> Js
             num_scored[arm] += int(is_scored.sum())
             # A question without samples is among them.
             questions_without_scores[arm] += not is_scored.any()
+        unscored[arm] = num_samples - num_scored[arm]
     return {
         "questions": len(scored),
         "solutions": num_samples,
@@ -197,27 +207,38 @@ def _counts(scored: Sequence[ScoredQuestion], arms: Sequence[str], n: int) -> Js
         "questions_without_solutions": without_solutions,
         "questions_with_fewer_than_n": with_fewer,
         "scored": num_scored,
-        "unscored": {arm: num_samples - num_scored[arm] for arm in arms},
+        "unscored": unscored,
         "questions_without_scores": questions_without_scores,
     }
 
 
 def _errors(tables: Mapping[str, pa.Table], labels: Sequence[pa.Table]) -> dict[str, dict[str, int]]:
     """Failed rows by table and kind; label rows by source."""
-    counts: dict[str, Counter[str]] = {}
+    counts: dict[str, dict[str, int]] = {}
     for name, table in tables.items():
-        counts[name] = Counter(error_kind(error) for error in table["error"].to_pylist() if error)
+        counts[name] = _error_counts(table)
     for table in labels:
-        for source, error in zip(table["source"].to_pylist(), table["error"].to_pylist(), strict=True):
-            kinds = counts.setdefault(f"{source}_labels", Counter())
+        sources = table["source"].to_pylist()
+        errors = table["error"].to_pylist()
+        for source, error in zip(sources, errors, strict=True):
+            # A source without a failed row is there, with nothing counted.
+            kinds = counts.setdefault(f"{source}_labels", {})
             if error:
-                kinds[error_kind(error)] += 1
-    return {name: dict(kinds) for name, kinds in counts.items()}
+                kind = error_kind(error)
+                kinds[kind] = kinds.get(kind, 0) + 1
+    return counts
+
+
+def _error_counts(table: pa.Table) -> dict[str, int]:
+    """The failed rows of a table by the kind of their error."""
+    errors = filter(None, table["error"].to_pylist())
+    return dict(Counter(map(error_kind, errors)))
 
 
 def _largest_text_difference(scores: pa.Table) -> float | None:
     """The largest difference between the multimodal arm's text part and the text-only scores; None without both."""
-    text_only, multimodal = (_text_log_odds(scores, arm) for arm in ("text_only", "multimodal"))
+    text_only = _text_log_odds(scores, "text_only")
+    multimodal = _text_log_odds(scores, "multimodal")
     differences = []
     for solution_id in text_only.keys() & multimodal.keys():
         difference = np.abs(text_only[solution_id] - multimodal[solution_id])
@@ -229,8 +250,10 @@ def _text_log_odds(scores: pa.Table, arm: str) -> LogOdds:
     """The text part of each step's log-odds, of one arm's rows without an error."""
     usable = pc.and_(pc.equal(scores["arm"], arm), pc.is_null(scores["error"]))
     rows = scores.filter(usable)
+    solution_ids = rows["solution_id"].to_pylist()
+    texts = rows["text_log_odds"].to_pylist()
     by_solution = {}
-    for solution_id, text in zip(rows["solution_id"].to_pylist(), rows["text_log_odds"].to_pylist(), strict=True):
+    for solution_id, text in zip(solution_ids, texts, strict=True):
         by_solution[solution_id] = np.asarray(text, dtype=np.float64)
     return by_solution
 
@@ -252,8 +275,10 @@ class Gate:
 
 def _gate(name: str, value: float | None, side: Literal["above", "below"], limit: float, detail: str = "") -> Gate:
     passed = None
-    if value is not None:
-        passed = value > limit if side == "above" else value < limit
+    if value is not None and side == "above":
+        passed = value > limit
+    elif value is not None:
+        passed = value < limit
     return Gate(name, value, side, limit, passed, detail)
 
 
@@ -262,13 +287,15 @@ def _gates(report: JsonObject) -> list[Gate]:
 
     What a model is worth is measured against truth or an expert: without them it is not, whatever the judge says.
     """
+    # Labels of a phantom's truth or an expert may be missing, and an arm too: a gate has no figure then.
     reference = report["reference"]
     step_metrics = report["step"].get("multimodal") or {}
     # A judge's labels are themselves to be measured: figures against them are shown, and held to nothing.
     measured = step_metrics if reference in TRUTHS else {}
     basis = _measured_on(reference, step_metrics)
     judge_expert = report["agreement"].get("judge_expert", {})
-    gain = report["accuracy"].get("gain", {}).get("best_of_n", {}).get(str(report["n"]), {})
+    gains = report["accuracy"].get("gain", {}).get("best_of_n", {})
+    gain = gains.get(str(report["n"]), {})
     return [
         _gate("judge_expert_kappa", judge_expert.get("kappa"), "above", 0.8),
         _gate("model_reference_kappa", measured.get("kappa"), "above", 0.8, basis),

@@ -62,9 +62,13 @@ def accuracy_by_column(
     table = {}
     for name in sorted(groups, key=easy_first):
         chances = _chances(groups[name], arms, [n], num_subsets)
-        # The last word of a path is the N, but of the one that has a single word.
-        without_n = {path[:-1] if len(path) > 1 else path: values for path, values in chances.items()}
-        table[name] = {"questions": len(groups[name]), **_nested_figures(without_n, resampling)}
+        without_n: dict[FigurePath, Floats] = {}
+        for path, values in chances.items():
+            # The last word of a path is the N, but of the one that has a single word.
+            short_path = path[:-1] if len(path) > 1 else path
+            without_n[short_path] = values
+        figures = _nested_figures(without_n, resampling)
+        table[name] = {"questions": len(groups[name]), **figures}
     return table
 
 
@@ -76,18 +80,28 @@ def accuracy_by_decoder(
     for scored in questions:
         for arm in arms:
             for name, decoder in decoders.DECODERS.items():
-                chances.add(_decoded(scored, decoder, log_odds[arm]), arm, name)
+                chance = _decoded(scored, decoder, log_odds[arm])
+                chances.add(chance, arm, name)
     return _nested_figures(chances.arrays(), resampling)
 
 
 def _decoded(scored: ScoredQuestion, decoder: Decoder, log_odds: LogOdds) -> float:
     """The chance that a decoder over all samples of a question picks a right one: below 1 where several lead."""
-    rewards = rewards_of(scored.solution_ids, log_odds, decoder.aggregate) if decoder.aggregate else None
+    # A plain vote has no use for rewards.
+    rewards = None
+    if decoder.aggregate:
+        rewards = rewards_of(scored.solution_ids, log_odds, decoder.aggregate)
     if decoder.rule == "best":
         assert rewards is not None
         return decoders.expected_best(rewards, scored.correct, max(scored.num_samples, 1))
     all_samples = np.ones((1, scored.num_samples), dtype=bool)
-    return decoders.expected_vote(scored.codes, scored.correct, all_samples, rewards, decoder.rule)
+    return decoders.expected_vote(
+        scored.codes,
+        scored.correct,
+        all_samples,
+        rewards,
+        decoder.rule,
+    )
 
 
 def _chances(
@@ -95,22 +109,29 @@ def _chances(
 ) -> dict[FigurePath, Floats]:
     chances = _Chances()
     for scored in questions:
-        correct = scored.correct
-        chances.add(float(correct.mean()) if correct.size else 0.0, "one_sample")
+        correct, codes = scored.correct, scored.codes
+        # A question without a sample counts as wrong.
+        one_sample = float(correct.mean()) if correct.size else 0.0
+        chances.add(one_sample, "one_sample")
         for n in ns:
             # The same subsets for all arms, so that their difference is not one of luck.
-            subsets = decoders.subsets(max(scored.codes.size, 1), n, num_subsets, scored.seed)
-            chances.add(decoders.expected_oracle(correct, n), "oracle", str(n))
-            chances.add(decoders.expected_vote(scored.codes, correct, subsets), "majority", str(n))
+            subsets = decoders.subsets(max(codes.size, 1), n, num_subsets, scored.seed)
+            oracle = decoders.expected_oracle(correct, n)
+            majority = decoders.expected_vote(codes, correct, subsets)
+            chances.add(oracle, "oracle", str(n))
+            chances.add(majority, "majority", str(n))
             for arm in arms:
                 rewards = scored.rewards[arm]
-                chances.add(decoders.expected_best(rewards, correct, n), "best_of_n", arm, str(n))
-                chances.add(decoders.expected_vote(scored.codes, correct, subsets, rewards), "sc_rm", arm, str(n))
+                best_of_n = decoders.expected_best(rewards, correct, n)
+                weighted_vote = decoders.expected_vote(codes, correct, subsets, rewards)
+                chances.add(best_of_n, "best_of_n", arm, str(n))
+                chances.add(weighted_vote, "sc_rm", arm, str(n))
     arrays = chances.arrays()
     if {"multimodal", "text_only"} <= set(arms):
         for decoder in ("best_of_n", "sc_rm"):
             for n in ns:
-                multimodal, text_only = arrays[decoder, "multimodal", str(n)], arrays[decoder, "text_only", str(n)]
+                multimodal = arrays[decoder, "multimodal", str(n)]
+                text_only = arrays[decoder, "text_only", str(n)]
                 arrays["gain", decoder, str(n)] = multimodal - text_only
     return arrays
 
@@ -122,12 +143,17 @@ def _nested_figures(chances: Mapping[FigurePath, Floats], resampling: Resampling
     # All figures at once: resamples of the questions are shared, and a gain's interval is that of paired differences.
     values_QK = np.stack(list(chances.values()), axis=1)
     lows, highs = metrics.bootstrap(values_QK, resampling.num, resampling.seed)
+    means = values_QK.mean(axis=0)
     nested: JsonObject = {}
-    for path, value, low, high in zip(chances, values_QK.mean(axis=0), lows, highs, strict=True):
+    for path, value, low, high in zip(chances, means, lows, highs, strict=True):
         node = nested
         for key in path[:-1]:
             node = node.setdefault(key, {})
-        node[path[-1]] = {"value": _rounded(value), "low": _rounded(low), "high": _rounded(high)}
+        node[path[-1]] = {
+            "value": _rounded(value),
+            "low": _rounded(low),
+            "high": _rounded(high),
+        }
     return nested
 
 

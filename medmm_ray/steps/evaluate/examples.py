@@ -48,20 +48,28 @@ def choose_examples(
         return []
     main_arm = "multimodal" if "multimodal" in arms else arms[0]
     by_kind: dict[str, list[ScoredQuestion]] = {kind: [] for kind in KINDS}
-    # By a hash: a choice that depends on no property of the questions.
-    for scored in sorted(questions, key=lambda q: digest(seed, "example", q.question.question_id)):
+
+    def by_hash(scored: ScoredQuestion) -> str:
+        """A place in the choice that depends on no property of the question but its id."""
+        return digest(seed, "example", scored.question.question_id)
+
+    for scored in sorted(questions, key=by_hash):
         kind = _kind(scored, main_arm)
         if kind:
             by_kind[kind].append(scored)
     chosen = list(_in_turn(by_kind))[:num_examples]
     ids = pa.array([scored.question.question_id for _, scored in chosen], pa.string())
     sources = _sources(ids, main_arm, solutions, images, scores, labels)
-    return [_example(kind, scored, main_arm, sources) for kind, scored in chosen]
+    examples = []
+    for kind, scored in chosen:
+        examples.append(_example(kind, scored, main_arm, sources))
+    return examples
 
 
 def _in_turn(by_kind: Mapping[str, Sequence[ScoredQuestion]]) -> Iterator[tuple[str, ScoredQuestion]]:
     """The first question of each kind, then the second of each, and so on."""
-    for place in range(max(map(len, by_kind.values()))):
+    most = max(map(len, by_kind.values()))
+    for place in range(most):
         for kind, questions in by_kind.items():
             if place < len(questions):
                 yield kind, questions[place]
@@ -70,14 +78,23 @@ def _in_turn(by_kind: Mapping[str, Sequence[ScoredQuestion]]) -> Iterator[tuple[
 def _sources(
     question_ids: pa.Array, arm: str, solutions: pa.Table, images: pa.Table, scores: pa.Table, labels: StepLabels
 ) -> _Sources:
-    solution_rows = solutions.filter(pc.is_in(solutions["question_id"], question_ids)).to_pylist()
-    of_examples = pc.and_(pc.is_in(scores["question_id"], question_ids), pc.equal(scores["arm"], arm))
-    score_rows = scores.filter(of_examples).to_pylist()
+    # Filtered in Arrow: the texts of a few questions alone become Python objects.
+    has_example = pc.is_in(solutions["question_id"], question_ids)
+    solutions_by_question = {}
+    for row in solutions.filter(has_example).to_pylist():
+        solutions_by_question[row["question_id"]] = row["solutions"]
+    is_scored = pc.and_(
+        pc.is_in(scores["question_id"], question_ids),
+        pc.equal(scores["arm"], arm),
+    )
+    step_parts = {}
+    for row in scores.filter(is_scored).to_pylist():
+        step_parts[row["solution_id"]] = (row["text_log_odds"], row["image_log_odds"])
     image_rows = images.select(["image_id", "uri", "diagnosis"]).to_pylist()
     return _Sources(
-        solutions={row["question_id"]: row["solutions"] for row in solution_rows},
+        solutions=solutions_by_question,
         images={row["image_id"]: row for row in image_rows},
-        step_parts={row["solution_id"]: (row["text_log_odds"], row["image_log_odds"]) for row in score_rows},
+        step_parts=step_parts,
         labels=labels,
     )
 
@@ -90,6 +107,10 @@ def _example(kind: str, scored: ScoredQuestion, main_arm: str, sources: _Sources
     for place, roles in _roles(scored, main_arm).items():
         reward = float(scored.rewards[main_arm][place])
         entries.append(_solution_entry(solutions[place], roles, reward, sources))
+    pictures = []
+    for image_id in question.image_ids:
+        if image_id in sources.images:
+            pictures.append(sources.images[image_id])
     return {
         "kind": kind,
         "question_id": question.question_id,
@@ -99,7 +120,7 @@ def _example(kind: str, scored: ScoredQuestion, main_arm: str, sources: _Sources
         "answer_type": question.answer_type,
         "difficulty": question.difficulty,
         "modality": question.modality,
-        "images": [sources.images[image_id] for image_id in question.image_ids if image_id in sources.images],
+        "images": pictures,
         "share_right": round(float(scored.correct.mean()), 6),
         "solutions": entries,
     }
@@ -114,7 +135,10 @@ def _kind(scored: ScoredQuestion, main_arm: str) -> str | None:
     if "text_only" not in scored.rewards:
         return "agreed"
     choice_of_text = decoders.best_of_n(scored.rewards["text_only"])
-    return "rescued" if choice_of_text is not None and not scored.correct[choice_of_text] else "agreed"
+    # Where no score without the image is there, the image has rescued nothing.
+    if choice_of_text is None or scored.correct[choice_of_text]:
+        return "agreed"
+    return "rescued"
 
 
 def _roles(scored: ScoredQuestion, main_arm: str) -> dict[int, list[str]]:
@@ -124,27 +148,39 @@ def _roles(scored: ScoredQuestion, main_arm: str) -> dict[int, list[str]]:
     """
     roles: dict[int, list[str]] = {}
     for arm in dict.fromkeys((main_arm, "text_only")):
-        choice = decoders.best_of_n(scored.rewards[arm]) if arm in scored.rewards else None
+        if arm not in scored.rewards:
+            continue
+        choice = decoders.best_of_n(scored.rewards[arm])
         if choice is not None:
             roles.setdefault(choice, []).append(f"chosen_{arm}")
     first = next(iter(roles))
     main_rewards = scored.rewards[main_arm]
     # Without a reward a sample is no contrast to be learnt from: NaN is never the best.
-    contrast = decoders.best_of_n(np.where(scored.correct == scored.correct[first], math.nan, main_rewards))
+    like_first = scored.correct == scored.correct[first]
+    contrast_rewards = np.where(like_first, math.nan, main_rewards)
+    contrast = decoders.best_of_n(contrast_rewards)
     if contrast is not None:
         roles.setdefault(contrast, []).append("best_wrong" if scored.correct[first] else "best_right")
-    return {place: names for place, names in roles.items() if not math.isnan(main_rewards[place])}
+    scored_roles = {}
+    for place, names in roles.items():
+        # Its steps have no score to show.
+        if not math.isnan(main_rewards[place]):
+            scored_roles[place] = names
+    return scored_roles
 
 
 def _solution_entry(solution: JsonObject, roles: Sequence[str], reward: float, sources: _Sources) -> JsonObject:
     solution_id, texts = solution["solution_id"], solution["steps"]
     labels = sources.labels.get(solution_id) or [None] * len(texts)
+    text_parts, image_parts = sources.step_parts[solution_id]
     steps = []
-    for text, by_text, by_image, label in zip(texts, *sources.step_parts[solution_id], labels, strict=True):
+    for text, by_text, by_image, label in zip(texts, text_parts, image_parts, labels, strict=True):
+        # Log-odds add: their sum is what the scorer says of the step.
+        probability = float(metrics.probability(by_text + by_image))
         steps.append(
             {
                 "text": text,
-                "probability": round(float(metrics.probability(by_text + by_image)), 6),
+                "probability": round(probability, 6),
                 "text_log_odds": round(by_text, 4),
                 "image_log_odds": round(by_image, 4),
                 "truth": label,

@@ -57,20 +57,21 @@ def samples_by_question(solutions: pa.Table) -> dict[str, list[Sample]]:
     """By question: its solutions without their texts, in the order of the table of `Solutions`."""
     lists = solutions["solutions"].combine_chunks()
     flat = lists.flatten()
-    samples = [
-        Sample(*values)
-        for values in zip(
+    samples = list(
+        map(
+            Sample,
             flat.field("solution_id").to_pylist(),
             flat.field("answer").to_pylist(),
             flat.field("correct").to_pylist(),
             pc.list_value_length(flat.field("steps")).to_pylist(),
-            strict=True,
         )
-    ]
+    )
+    # Each question's samples lie between the end of the one before and its own.
     ends = np.cumsum(pc.list_value_length(lists).to_pylist(), dtype=np.int64)
     bounds = pairwise([0, *ends.tolist()])
+    question_ids = solutions["question_id"].to_pylist()
     by_question = {}
-    for question_id, (start, end) in zip(solutions["question_id"].to_pylist(), bounds, strict=True):
+    for question_id, (start, end) in zip(question_ids, bounds, strict=True):
         by_question[question_id] = samples[start:end]
     return by_question
 
@@ -83,7 +84,8 @@ def without_not_finite(scores: pa.Table) -> pa.Table:
     broken = np.zeros(scores.num_rows, dtype=bool)
     for name in ("text_log_odds", "image_log_odds"):
         lists = scores[name].combine_chunks()
-        values = pc.list_flatten(lists).to_numpy(zero_copy_only=False).astype(np.float64)
+        flat = pc.list_flatten(lists).to_numpy(zero_copy_only=False)
+        values = flat.astype(np.float64)
         row_of_value = np.asarray(pc.list_parent_indices(lists), dtype=np.int64)
         broken[row_of_value[~np.isfinite(values)]] = True
     # A row that failed before keeps its own error.
@@ -92,7 +94,8 @@ def without_not_finite(scores: pa.Table) -> pa.Table:
         return scores
     fault = "not_finite: the row has scores that are no finite numbers; score the solution again"
     errors = pc.if_else(pa.array(broken), pa.scalar(fault), scores["error"])
-    return scores.set_column(scores.schema.get_field_index("error"), "error", errors)
+    place = scores.schema.get_field_index("error")
+    return scores.set_column(place, "error", errors)
 
 
 def step_log_odds(scores: pa.Table, samples: Mapping[str, Sequence[Sample]]) -> dict[str, LogOdds]:
@@ -102,7 +105,8 @@ def step_log_odds(scores: pa.Table, samples: Mapping[str, Sequence[Sample]]) -> 
     """
     num_steps: dict[str, int] = {}
     for of_question in samples.values():
-        num_steps |= {sample.solution_id: sample.num_steps for sample in of_question}
+        for sample in of_question:
+            num_steps[sample.solution_id] = sample.num_steps
     # An arm whose rows all failed is an arm still: its questions count as unscored.
     by_arm: dict[str, LogOdds] = {arm: {} for arm in scores["arm"].unique().to_pylist()}
     rows = zip(
@@ -121,7 +125,9 @@ def step_log_odds(scores: pa.Table, samples: Mapping[str, Sequence[Sample]]) -> 
                 f"solution {solution_id}, arm {arm}: {len(text)} text and {len(image)} image scores for "
                 f"{num_steps[solution_id]} steps; expected one each a step. Score the solutions again."
             )
-        by_arm[arm][solution_id] = np.asarray(text, dtype=np.float64) + np.asarray(image, dtype=np.float64)
+        text_S = np.asarray(text, dtype=np.float64)
+        image_S = np.asarray(image, dtype=np.float64)
+        by_arm[arm][solution_id] = text_S + image_S
     return by_arm
 
 
@@ -155,14 +161,18 @@ def scored_questions(
             grades.append(sample.correct)
         # The wordings of an open answer differ: all that were graded right are one answer.
         codes = decoders.answer_codes(answers, grades if question.answer_type == "open" else None)
+        # No answer is never right, whatever its grade.
+        is_right = np.array(list(map(bool, grades)), dtype=bool)
+        rewards = {arm: rewards_of(ids, log_odds[arm], how) for arm in arms}
+        question_hash = digest(seed, question.question_id)
         scored.append(
             ScoredQuestion(
                 question=question,
                 solution_ids=ids,
                 codes=codes,
-                correct=np.array([bool(grade) for grade in grades], dtype=bool) & (codes >= 0),
-                rewards={arm: rewards_of(ids, log_odds[arm], how) for arm in arms},
-                seed=int(digest(seed, question.question_id), 16) % 2**40,
+                correct=is_right & (codes >= 0),
+                rewards=rewards,
+                seed=int(question_hash, 16) % 2**40,
             )
         )
     return scored

@@ -52,11 +52,13 @@ def reference_labels(
     steps = steps_of(drop_texts(solutions))
     empty = encode_labels(arrow_schema(Labels).empty_table())
     # The empty table gives the columns where there is no table of labels at all.
-    by_source = source_labels(steps, pa.concat_tables([empty, *map(encode_labels, labels)]).combine_chunks())
+    encoded = pa.concat_tables([empty, *map(encode_labels, labels)])
+    by_source = source_labels(steps, encoded.combine_chunks())
     for source in sources:
         if source not in by_source:
             continue
-        codes, misfit = by_source[source].codes, by_source[source].misfit
+        codes = by_source[source].codes
+        misfit = by_source[source].misfit
         weight_N = None
         if source == "expert" and review_queue is not None and review_queue.num_rows:
             # A step that the queue did not draw has no known chance: a verdict of it cannot be weighted.
@@ -83,10 +85,12 @@ def _queue_weights(steps: Steps, review_queue: pa.Table) -> Floats:
 def _of_source(source: str, steps: Steps, codes: Codes, weight_N: Floats | None) -> ReferenceLabels:
     """Codes and weights of all steps, by solution."""
     solution_ids = steps.solution_ids.to_pylist()
+    # Neutral and unlabelled steps have no side: both are None.
     values = [None if code < WRONG else int(code) for code in codes.tolist()]
     labels: dict[str, Sequence[int | None]] = {}
     weights: dict[str, Sequence[float]] = {}
-    for solution in np.unique(steps.solution[codes != UNLABELLED]).tolist():
+    labelled_solutions = np.unique(steps.solution[codes != UNLABELLED])
+    for solution in labelled_solutions.tolist():
         start = steps.first[solution]
         end = start + steps.length[solution]
         solution_id = solution_ids[solution]
@@ -98,7 +102,11 @@ def _of_source(source: str, steps: Steps, codes: Codes, weight_N: Floats | None)
 
 def agreement(pairs: Iterable[JsonObject]) -> JsonObject:
     """The dataset report's pairs of sources, in short and by name (``judge_expert``, ...)."""
-    return {f"{pair['first']}_{pair['second']}": _in_short(pair) for pair in pairs}
+    by_name = {}
+    for pair in pairs:
+        name = f"{pair['first']}_{pair['second']}"
+        by_name[name] = _in_short(pair)
+    return by_name
 
 
 def _in_short(pair: JsonObject) -> JsonObject:
@@ -135,7 +143,9 @@ def _labelled_steps(log_odds: LogOdds, reference: ReferenceLabels, threshold: fl
     pooled = _LabelledSteps()
     for solution_id in sorted(reference.labels.keys() & log_odds.keys()):
         labels = reference.labels[solution_id]
-        weights = reference.weights[solution_id] if reference.weights else [1.0] * len(labels)
+        weights: Sequence[float] = [1.0] * len(labels)
+        if reference.weights:
+            weights = reference.weights[solution_id]
         shared_labels: list[int] = []
         shared_scores: list[float] = []
         for label, score, weight in zip(labels, log_odds[solution_id], weights, strict=True):
@@ -172,6 +182,11 @@ def step_figures(log_odds: LogOdds, reference: ReferenceLabels, threshold: float
     false_rate, true_rate = metrics.roc_curve(labels, scores, weights=weights)
     pairs = zip(pooled.first_labelled, pooled.first_scored, strict=True)
     same_first_error = [labelled == scored for labelled, scored in pairs]
+    # A mean of nothing is no figure.
+    first_error = None
+    if same_first_error:
+        first_error = sum(same_first_error) / len(same_first_error)
+    scores_of_solutions = [scores_S.tolist() for scores_S in log_odds.values()]
     return {
         "solutions": pooled.num_solutions,
         "steps": int(labels.size),
@@ -184,10 +199,10 @@ def step_figures(log_odds: LogOdds, reference: ReferenceLabels, threshold: float
         "macro_f1": metrics.macro_f1(labels, predicted, weights),
         "ece": metrics.expected_calibration_error(bins),
         "kappa": metrics.cohen_kappa(labels, predicted, weights),
-        "first_error": sum(same_first_error) / len(same_first_error) if same_first_error else None,
+        "first_error": first_error,
         "processbench": metrics.processbench_f1(pooled.first_labelled, pooled.first_scored),
-        "minimum_on_last_step": metrics.minimum_on_last_step([scores_.tolist() for scores_ in log_odds.values()]),
-        "calibration": [asdict(bin_) for bin_ in bins],
+        "minimum_on_last_step": metrics.minimum_on_last_step(scores_of_solutions),
+        "calibration": list(map(asdict, bins)),
         "roc": {"false": false_rate, "true": true_rate},
         "histogram": metrics.histogram(labels, probabilities),
     }

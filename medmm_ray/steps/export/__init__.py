@@ -89,31 +89,68 @@ def export(tables: Tables, config: ExportConfig, made_by: Mapping[str, Any]) -> 
     counts: Counter[str] = Counter()
     split_ids = _split_ids(tables)
     for split, ids in split_ids.items():
-        bundles_ = _bundles_of_split(tables, ids, folder, config, counts)
+        bundles_ = _bundles_of_split(
+            tables,
+            ids,
+            folder,
+            config,
+            counts,
+        )
         if config.format == "json":
-            _write_json(folder, split, bundles_, counts)
+            _write_json(
+                folder,
+                split,
+                bundles_,
+                counts,
+            )
         else:
-            _write_shards(folder, split, bundles_, len(ids), config.questions_per_shard, counts)
+            _write_shards(
+                folder,
+                split,
+                bundles_,
+                len(ids),
+                config.questions_per_shard,
+                counts,
+            )
     if config.format == "hf":
         sizes = {split: counts[f"questions {split}"] for split in split_ids}
-        _put(folder, "README.md", card(shard_schema(), config.license, sizes, counts, made_by).encode())
+        text = card(
+            shard_schema(),
+            config.license,
+            sizes,
+            counts,
+            made_by,
+        )
+        _put(folder, "README.md", text.encode())
     return dict(counts)
 
 
 def _bundles_of_split(
-    tables: Tables, ids: Sequence[str], folder: str, config: ExportConfig, counts: Counter[str]
+    tables: Tables,
+    ids: Sequence[str],
+    folder: str,
+    config: ExportConfig,
+    counts: Counter[str],
 ) -> Iterator[Bundle]:
     """The split's bundles, a chunk of questions in memory at a time."""
-    for start in range(0, len(ids), config.questions_per_shard):
-        for bundle in bundles(tables, ids[start : start + config.questions_per_shard], config):
-            yield _copied(bundle, folder, config, counts)
+    size = config.questions_per_shard
+    for start in range(0, len(ids), size):
+        chunk = ids[start : start + size]
+        for bundle in bundles(tables, chunk, config):
+            yield _copied(
+                bundle,
+                folder,
+                config,
+                counts,
+            )
 
 
 def _empty_folder(to: str) -> str:
     if not to:
         raise ConfigError("'to' is required: the folder to write to, e.g. to=exports/mine")
     fs, path = filesystem(to)
-    if fs.get_file_info(path).is_file or fs.get_file_info(pafs.FileSelector(path, allow_not_found=True)):
+    content = pafs.FileSelector(path, allow_not_found=True)
+    if fs.get_file_info(path).is_file or fs.get_file_info(content):
         raise ConfigError(f"{to} is not empty; an export never mixes with other files. Name a new folder (to=...)")
     Artifact(to).prepare()
     return to.rstrip("/")
@@ -124,8 +161,10 @@ def _split_ids(tables: Tables) -> dict[str, list[str]]:
     rows = tables.questions.to_arrow(["question_id", "split", "error"])
     usable = rows.filter(pc.is_null(rows["error"]))
     usable = usable.sort_by([("split", "ascending"), ("question_id", "ascending")])
+    question_ids = usable["question_id"].to_pylist()
+    splits = usable["split"].to_pylist()
     ids: dict[str, list[str]] = {}
-    for question_id, split in zip(usable["question_id"].to_pylist(), usable["split"].to_pylist(), strict=True):
+    for question_id, split in zip(question_ids, splits, strict=True):
         ids.setdefault(split, []).append(question_id)
     return ids
 
@@ -151,10 +190,16 @@ def bundles(tables: Tables, ids: Sequence[str], config: ExportConfig) -> Iterato
     images: dict[str, Image] = {}
     for row in _rows(tables.images, "image_id", image_ids):
         images[row["image_id"]] = from_dict(Image, row)
-    vectors = _rows(tables.image_vectors, "item_id", image_ids) if config.embeddings else []
-    embeddings = {row["item_id"]: row["vector"] for row in vectors}
+    embeddings: dict[str, Sequence[float]] = {}
+    # Vectors are large: without a use for them none is read.
+    if config.embeddings:
+        for row in _rows(tables.image_vectors, "item_id", image_ids):
+            embeddings[row["item_id"]] = row["vector"]
     for question_id in ids:
         question = questions[question_id]
+        embedding = None
+        if question.image_ids:
+            embedding = embeddings.get(question.image_ids[0])
         yield Bundle(
             question=question,
             solutions=solutions.get(question_id, []),
@@ -162,7 +207,7 @@ def bundles(tables: Tables, ids: Sequence[str], config: ExportConfig) -> Iterato
             labels=labels.get(question_id, {}),
             images=[images[image_id] for image_id in question.image_ids if image_id in images],
             evidence=evidence.get(question_id),
-            embedding=embeddings.get(question.image_ids[0]) if question.image_ids else None,
+            embedding=embedding,
         )
 
 
@@ -170,7 +215,10 @@ def _solutions(table: Table | None, ids: Sequence[str]) -> dict[str, list[Soluti
     """Each question's solutions."""
     by_question = {}
     for row in _rows(table, "question_id", ids):
-        by_question[row["question_id"]] = [from_dict(Solution, solution) for solution in row["solutions"]]
+        solutions = []
+        for solution in row["solutions"]:
+            solutions.append(from_dict(Solution, solution))
+        by_question[row["question_id"]] = solutions
     return by_question
 
 
@@ -180,27 +228,43 @@ def _labels(tables: Tables, ids: Sequence[str]) -> dict[str, dict[str, list[Labe
     for table in tables.labels.values():
         for row in _rows(table, "question_id", ids):
             by_solution = by_question.setdefault(row["question_id"], {})
-            by_solution.setdefault(row["solution_id"], []).append(from_dict(Labels, row))
+            of_solution = by_solution.setdefault(row["solution_id"], [])
+            of_solution.append(from_dict(Labels, row))
     return by_question
 
 
 def _rows(table: Table | None, key: str, ids: Sequence[str]) -> list[dict[str, Any]]:
     """The table's rows of these ids, read from its files alone."""
-    if table is None or not ids or not (files := table.files()):
+    if table is None or not ids:
+        return []
+    files = table.files()
+    if not files:
         return []
     # The filter is applied to each file's row groups as they are read: memory holds the matching rows.
-    dataset = pads.dataset(files, schema=table.schema, format="parquet", filesystem=table.fs)
-    rows: list[dict[str, Any]] = dataset.to_table(filter=pc.field(key).isin(ids)).to_pylist()
+    dataset = pads.dataset(
+        files,
+        schema=table.schema,
+        format="parquet",
+        filesystem=table.fs,
+    )
+    is_in_chunk = pc.field(key).isin(ids)
+    rows: list[dict[str, Any]] = dataset.to_table(filter=is_in_chunk).to_pylist()
     return rows
 
 
-def _copied(bundle: Bundle, folder: str, config: ExportConfig, counts: Counter[str]) -> Bundle:
+def _copied(
+    bundle: Bundle,
+    folder: str,
+    config: ExportConfig,
+    counts: Counter[str],
+) -> Bundle:
     """The bundle with its images' uris as the dataset names them; with images=copy their files lie there."""
     if config.images == "uri":
         return bundle
     images = []
     for image in bundle.images:
-        name = f"images/{image.image_id}{PurePosixPath(image.uri).suffix}"
+        suffix = PurePosixPath(image.uri).suffix
+        name = f"images/{image.image_id}{suffix}"
         try:
             fs, path = filesystem(f"{folder}/{name}")
             # Questions share pictures: one that an earlier question has brought lies there.
@@ -218,7 +282,8 @@ def _copied(bundle: Bundle, folder: str, config: ExportConfig, counts: Counter[s
 
 def _put(folder: str, name: str, content: bytes) -> None:
     fs, path = filesystem(f"{folder}/{name}")
-    fs.create_dir(path.rpartition("/")[0], recursive=True)
+    parent, _, _ = path.rpartition("/")
+    fs.create_dir(parent, recursive=True)
     write_file(fs, path, content)
 
 
@@ -226,35 +291,42 @@ def _count(bundle: Bundle, counts: Counter[str]) -> None:
     counts["questions"] += 1
     counts[f"questions {bundle.question.split}"] += 1
     counts["solutions"] += len(bundle.solutions)
+    # A run without trees has no line for them in the card.
     if bundle.tree_solutions:
         counts["solutions of trees"] += len(bundle.tree_solutions)
-    counts["steps"] += sum(len(solution.steps) for solution in (*bundle.solutions, *bundle.tree_solutions))
+    all_solutions = (*bundle.solutions, *bundle.tree_solutions)
+    counts["steps"] += sum(len(solution.steps) for solution in all_solutions)
     for rows in bundle.labels.values():
         for row in rows:
-            counts[f"{row.source} {'failed' if row.error else 'labelled'}"] += 1
+            outcome = "failed" if row.error else "labelled"
+            counts[f"{row.source} {outcome}"] += 1
 
 
 # Writing
 
 
-def _write_json(folder: str, split: str, bundles_: Iterator[Bundle], counts: Counter[str]) -> None:
+def _write_json(
+    folder: str,
+    split: str,
+    bundles_: Iterator[Bundle],
+    counts: Counter[str],
+) -> None:
     """``<split>.json``: one list, written entry by entry under another name, then put in its place."""
     fs, path = filesystem(f"{folder}/{split}.json")
     with fs.open_output_stream(f"{path}.part") as stream:
         separator = "[\n"
         for bundle in bundles_:
             try:
-                content = _json(
-                    entry(
-                        bundle.question,
-                        bundle.solutions,
-                        bundle.labels,
-                        image_uris=[image.uri for image in bundle.images],
-                        evidence=bundle.evidence,
-                        embedding=bundle.embedding,
-                        tree_solutions=bundle.tree_solutions,
-                    )
+                nested = entry(
+                    bundle.question,
+                    bundle.solutions,
+                    bundle.labels,
+                    image_uris=[image.uri for image in bundle.images],
+                    evidence=bundle.evidence,
+                    embedding=bundle.embedding,
+                    tree_solutions=bundle.tree_solutions,
                 )
+                content = _json(nested)
             except RowError as error:
                 log.warning("question %s is left out: %s", bundle.question.question_id, error)
                 counts[f"left out {error.kind}"] += 1
@@ -277,34 +349,43 @@ def _json(row: Mapping[str, Any]) -> str:
 
 def shard_schema() -> pa.Schema:
     """A shard's columns: the question's, then its images, evidence, and all solutions with every label row."""
-    label = _fields(Labels, without=("question_id", "solution_id"))
-    solution = [*arrow_schema(Solution), pa.field("labels", pa.list_(pa.struct(label)))]
-    image = [arrow_schema(Image).field(name) for name in IMAGE_FIELDS]
+    # Nested rows need no id of the row that they are in.
+    label = pa.struct(_fields(Labels, without=("question_id", "solution_id")))
+    solution = pa.struct([*arrow_schema(Solution), pa.field("labels", pa.list_(label))])
+    image = pa.struct(list(map(arrow_schema(Image).field, IMAGE_FIELDS)))
     evidence = arrow_schema(Evidence)
     return pa.schema(
         [
             *_fields(Question, without=("error", "split", "image_ids")),
-            pa.field("images", pa.list_(pa.struct(image))),
+            pa.field("images", pa.list_(image)),
             pa.field("related_documents", evidence.field("documents").type),
             pa.field("related_images", evidence.field("images").type),
-            pa.field("solutions", pa.list_(pa.struct(solution))),
-            pa.field("tree_solutions", pa.list_(pa.struct(solution))),
+            pa.field("solutions", pa.list_(solution)),
+            pa.field("tree_solutions", pa.list_(solution)),
         ]
     )
 
 
 def _fields(record: type, without: Sequence[str]) -> list[pa.Field]:
-    return [field_ for field_ in arrow_schema(record) if field_.name not in without]
+    fields = []
+    for field_ in arrow_schema(record):
+        if field_.name not in without:
+            fields.append(field_)
+    return fields
 
 
 def shard_row(bundle: Bundle) -> dict[str, Any]:
     """One row of `shard_schema`."""
-    evidence = bundle.evidence
+    related_documents: list[dict[str, Any]] = []
+    related_images: list[dict[str, Any]] = []
+    if bundle.evidence:
+        related_documents = list(map(asdict, bundle.evidence.documents))
+        related_images = list(map(asdict, bundle.evidence.images))
     return {
         **asdict(bundle.question),
-        "images": [asdict(image) for image in bundle.images],
-        "related_documents": [asdict(document) for document in evidence.documents] if evidence else [],
-        "related_images": [asdict(image) for image in evidence.images] if evidence else [],
+        "images": list(map(asdict, bundle.images)),
+        "related_documents": related_documents,
+        "related_images": related_images,
         "solutions": _with_labels(bundle.solutions, bundle.labels),
         "tree_solutions": _with_labels(bundle.tree_solutions, bundle.labels),
     }
@@ -313,13 +394,19 @@ def shard_row(bundle: Bundle) -> dict[str, Any]:
 def _with_labels(solutions: Sequence[Solution], labels: Mapping[str, Sequence[Labels]]) -> list[dict[str, Any]]:
     rows = []
     for solution in solutions:
-        of_solution = [asdict(label_row) for label_row in labels.get(solution.solution_id, ())]
-        rows.append({**asdict(solution), "labels": of_solution})
+        of_solution = labels.get(solution.solution_id, ())
+        label_rows = list(map(asdict, of_solution))
+        rows.append({**asdict(solution), "labels": label_rows})
     return rows
 
 
 def _write_shards(
-    folder: str, split: str, bundles_: Iterator[Bundle], num_questions: int, shard_size: int, counts: Counter[str]
+    folder: str,
+    split: str,
+    bundles_: Iterator[Bundle],
+    num_questions: int,
+    shard_size: int,
+    counts: Counter[str],
 ) -> None:
     """``data/<split>-00000-of-00003.parquet``, `shard_size` questions each."""
     # Names hold the number of shards, so it must be known before the first is written.
@@ -329,9 +416,12 @@ def _write_shards(
         for bundle in islice(bundles_, shard_size):
             rows.append(shard_row(bundle))
             _count(bundle, counts)
+        shard = pa.Table.from_pylist(rows, schema=shard_schema())
+        # Through memory, as the folder may be on any filesystem.
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(rows, schema=shard_schema()), sink)
-        _put(folder, f"data/{split}-{number:05d}-of-{num_shards:05d}.parquet", sink.getvalue().to_pybytes())
+        pq.write_table(shard, sink)
+        name = f"data/{split}-{number:05d}-of-{num_shards:05d}.parquet"
+        _put(folder, name, sink.getvalue().to_pybytes())
 
 
 def push(folder: str, repo_id: str, private: bool) -> str:
@@ -342,8 +432,16 @@ def push(folder: str, repo_id: str, private: bool) -> str:
     from huggingface_hub import HfApi
 
     api = HfApi()
-    api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+    api.create_repo(
+        repo_id,
+        repo_type="dataset",
+        private=private,
+        exist_ok=True,
+    )
     commit = api.upload_folder(
-        repo_id=repo_id, repo_type="dataset", folder_path=folder, commit_message="Export of a medmm_ray run"
+        repo_id=repo_id,
+        repo_type="dataset",
+        folder_path=folder,
+        commit_message="Export of a medmm_ray run",
     )
     return str(commit.commit_url)

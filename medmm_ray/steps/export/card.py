@@ -1,6 +1,6 @@
 """The card of an exported dataset: what the hub's page says, and the YAML by which `datasets` finds the files."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -25,8 +25,13 @@ def card(
     schema: pa.Schema, license_: str, splits: Mapping[str, int], counts: Mapping[str, int], made_by: Mapping[str, Any]
 ) -> str:
     """README.md with its YAML front matter; `splits` are questions a split, `counts` what `export` counted."""
-    features = [feature(field.name, field.type) for field in schema]
-    files = [{"split": split, "path": f"data/{split}-*"} for split in splits]
+    features = _features(schema)
+    files = []
+    sizes = []
+    for split, number in splits.items():
+        files.append({"split": split, "path": f"data/{split}-*"})
+        sizes.append({"name": split, "num_examples": number})
+    # The hub reads these keys: they are its own.
     front = {
         "license": license_,
         "task_categories": ["question-answering", "visual-question-answering"],
@@ -36,11 +41,12 @@ def card(
         "configs": [{"config_name": "default", "data_files": files}],
         "dataset_info": {
             "features": features,
-            "splits": [{"name": split, "num_examples": number} for split, number in splits.items()],
+            "splits": sizes,
         },
     }
     front_matter = yaml.safe_dump(front, sort_keys=False).rstrip()
-    return "\n".join(["---", front_matter, "---", "", *_body(counts, made_by)]) + "\n"
+    lines = ["---", front_matter, "---", "", *_body(counts, made_by)]
+    return "\n".join(lines) + "\n"
 
 
 def _size_category(num_questions: int) -> str:
@@ -55,11 +61,15 @@ def feature(name: str, kind: pa.DataType) -> dict[str, Any]:
     if pa.types.is_list(kind):
         item = kind.value_type
         if pa.types.is_struct(item):
-            return {"name": name, "list": [feature(field.name, field.type) for field in item]}
+            return {"name": name, "list": _features(item)}
         return {"name": name, "sequence": _DTYPES[str(item)]}
     if pa.types.is_struct(kind):
-        return {"name": name, "struct": [feature(field.name, field.type) for field in kind]}
+        return {"name": name, "struct": _features(kind)}
     return {"name": name, "dtype": _DTYPES[str(kind)]}
+
+
+def _features(fields: Iterable[pa.Field]) -> list[dict[str, Any]]:
+    return [feature(field.name, field.type) for field in fields]
 
 
 def _body(counts: Mapping[str, int], made_by: Mapping[str, Any]) -> Iterator[str]:
@@ -72,8 +82,11 @@ def _body(counts: Mapping[str, int], made_by: Mapping[str, Any]) -> Iterator[str
     yield "| step | fingerprint | config |\n|---|---|---|"
     for step, (fingerprint, config) in made_by.items():
         # Paths are of the machine that made the table, and nobody else's concern.
-        settings = ", ".join(f"{key}={_short(value)}" for key, value in config.items() if "path" not in key)
-        yield f"| {step} | `{fingerprint}` | {settings} |"
+        settings = []
+        for key, value in config.items():
+            if "path" not in key:
+                settings.append(f"{key}={_short(value)}")
+        yield f"| {step} | `{fingerprint}` | {', '.join(settings)} |"
     yield (
         "\n## Before it is used\n\nThe licence above is a placeholder until whoever owns questions and images has "
         "chosen one; the terms of the sources hold. Labels are made by models unless their source says `expert`; "
@@ -82,5 +95,9 @@ def _body(counts: Mapping[str, int], made_by: Mapping[str, Any]) -> Iterator[str
 
 
 def _short(value: Any) -> str:
-    text = str(value).replace("|", "/").replace("\n", " ")
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    # A bar or a line break would end the cell of the table.
+    text = str(value).replace("|", "/")
+    text = text.replace("\n", " ")
+    if len(text) <= 60:
+        return text
+    return f"{text[:57]}..."

@@ -195,6 +195,15 @@ class QuestionSamples:
             self.refused.append(solution)
             self.faults[fault] += 1
 
+    @property
+    def rejected(self) -> list[Count]:
+        """How many were refused for each reason."""
+        counts: list[Count] = []
+        # Sorted, so that a row is the same in whatever order the reasons came.
+        for kind, count in sorted(self.faults.items()):
+            counts.append(Count(kind=kind, count=count))
+        return counts
+
 
 class SamplingActor:
     """The actor: one engine, all samples of a question on it."""
@@ -209,17 +218,22 @@ class SamplingActor:
         generator: MakeGenerator = Generator,
         grader: MakeGrader | None = None,
     ) -> None:
-        self.config, self.model, self.policy, self.config_hash = config, model, policy, config_hash
+        self.config = config
+        self.model = model
+        self.policy = policy
+        self.config_hash = config_hash
         self.uri_of: dict[str, str] = {}
         if images is not None:
-            self.uri_of = dict(zip(images["image_id"].to_pylist(), images["uri"].to_pylist(), strict=True))
+            image_ids = images["image_id"].to_pylist()
+            self.uri_of = dict(zip(image_ids, images["uri"].to_pylist(), strict=True))
         self.generator = generator(model, config)
         self.grader = grader() if grader else Grader()
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         rows: list[Solutions] = []
         figures: list[dict[str, float]] = []
-        for row, samples in await asyncio.gather(*map(self.solve, batch.to_pylist())):
+        results = await asyncio.gather(*map(self.solve, batch.to_pylist()))
+        for row, samples in results:
             rows.append(row)
             figures.append(figures_of(row, samples))
         yield to_arrow(Solutions, rows).append_column("figures", pa.array(figures))
@@ -251,7 +265,7 @@ class SamplingActor:
             num_requested=num_requested,
             num_missing=num_requested - len(solutions),
             num_drawn=len(samples.completions),
-            rejected=[Count(kind=kind, count=count) for kind, count in sorted(samples.faults.items())],
+            rejected=samples.rejected,
             cost=sum((completion.cost for completion in samples.completions), 0.0),
             solutions=solutions,
             answered_by=joined_names(completion.model for completion in samples.completions),
@@ -263,11 +277,18 @@ class SamplingActor:
         """Add to `samples`, round after round, until `num_requested` are accepted or the rounds are over."""
         config = self.config
         seed = self.seed(question["question_id"])
-        images = await self.open_images(question["image_ids"][: config.num_images])
-        prompt = policy_prompt(self.generator, question, config.num_documents, config.prompt_room, images)
+        image_ids = question["image_ids"][: config.num_images]
+        images = await self.open_images(image_ids)
+        prompt = policy_prompt(
+            self.generator,
+            question,
+            config.num_documents,
+            config.prompt_room,
+            images,
+        )
+        candidates = candidate_documents(question, config.num_documents)
         samples.documents_shown = prompt.num_documents
-        num_candidates = len(candidate_documents(question, config.num_documents))
-        samples.documents_left_out = num_candidates - prompt.num_documents
+        samples.documents_left_out = len(candidates) - prompt.num_documents
         for round_number in range(config.max_rounds):
             num_done = len(samples.completions)
             missing = num_requested - len(samples.accepted)
@@ -315,7 +336,9 @@ class SamplingActor:
     async def open_images(self, image_ids: Sequence[str]) -> "list[Image]":
         """The opened images; one that cannot be opened is the row's error."""
         uris = [self.uri_of[image_id] for image_id in image_ids]
-        return list(await asyncio.gather(*(asyncio.to_thread(open_image, uri) for uri in uris)))
+        # In threads: the engine's requests go on meanwhile.
+        requests = [asyncio.to_thread(open_image, uri) for uri in uris]
+        return list(await asyncio.gather(*requests))
 
     def solution(self, question: Mapping[str, Any], completion: Completion, index: int) -> Solution:
         """The record of sample `index` of a question, not yet graded."""
@@ -337,7 +360,10 @@ class SamplingActor:
 
 def round_size(missing: int, round_number: int, oversample: float, most: int) -> int:
     """How many samples a round (from 0) has for `missing` solutions, of at most `most`."""
-    num = missing if round_number == 0 else math.ceil(missing * oversample)
+    num = missing
+    if round_number > 0:
+        # The question has shown that some of its samples are refused.
+        num = math.ceil(missing * oversample)
     return max(0, min(most, num))
 
 
@@ -348,22 +374,35 @@ def figures_of(row: Solutions, samples: QuestionSamples) -> dict[str, float]:
 
     Of the prompt tokens, all samples but the first can find the cacheable ones in the prefix cache.
     """
-    rejected = {f"rejected_{kind}": samples.faults[kind] for kind in FAULTS}
-    completions, grades = samples.completions, samples.grades
     figures: dict[str, float] = {
         "samples_requested": row.num_requested,
         "samples_missing": row.num_missing,
         "samples_drawn": row.num_drawn,
-        **rejected,
+    }
+    for kind in FAULTS:
+        figures[f"rejected_{kind}"] = samples.faults[kind]
+    figures |= {
         "unfilled_questions": int(row.num_missing > 0 and row.error is None),
-        "prompt_tokens": sum(c.prompt_tokens for c in completions),
-        "cacheable_tokens": sum(c.shareable_tokens for c in completions[1:]),
-        "cached_tokens": sum(c.cached_tokens for c in completions),
-        "output_tokens": sum(c.num_tokens for c in completions),
+        "prompt_tokens": 0,
+        "cacheable_tokens": 0,
+        "cached_tokens": 0,
+        "output_tokens": 0,
         "cost_usd": row.cost,
-        "answers_asked": sum(grade.asked for grade in grades),
-        "answers_unanswered": sum(grade.unanswered for grade in grades),
+        "answers_asked": 0,
+        "answers_unanswered": 0,
         "documents_shown": samples.documents_shown,
         "documents_left_out": samples.documents_left_out,
     }
-    return {name: float(figure) for name, figure in figures.items()}  # one type, whatever block they come in
+    for number, completion in enumerate(samples.completions):
+        figures["prompt_tokens"] += completion.prompt_tokens
+        figures["cached_tokens"] += completion.cached_tokens
+        figures["output_tokens"] += completion.num_tokens
+        if number > 0:  # the first one fills the cache
+            figures["cacheable_tokens"] += completion.shareable_tokens
+    for grades in samples.grades:
+        figures["answers_asked"] += grades.asked
+        figures["answers_unanswered"] += grades.unanswered
+    # Floats all: Arrow takes a column's type from each block alone.
+    for name, figure in figures.items():
+        figures[name] = float(figure)
+    return figures

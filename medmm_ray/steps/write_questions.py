@@ -155,12 +155,16 @@ def draft(reply: str) -> Draft:
     """
     form = parse(reply, DraftForm, "question_reply")
     question = one_line(well_formed(form.question))
-    options = [_LETTERED.sub("", one_line(well_formed(option))) for option in form.options]
+    options: list[str] = []
+    for option in form.options:
+        text = one_line(well_formed(option))
+        options.append(_LETTERED.sub("", text))
     if len(question.split()) < 4:
         raise RowError("question_reply", f"the question {question!r} is too short to be one")
     right = LETTERS.index(form.correct_answer)
     _check_options(options, right)
     _check_stem(question, options, right)
+    # By a hash, so that the right option is anywhere, and in the same place in every run.
     order = sorted(range(NUM_OPTIONS), key=lambda i: digest(question, options[i]))
     return Draft(
         question=question,
@@ -174,32 +178,46 @@ def draft(reply: str) -> Draft:
 def _check_options(options: Sequence[str], right: int) -> None:
     if len(options) != NUM_OPTIONS:
         raise RowError("question_options", f"there are {len(options)} options, not {NUM_OPTIONS}")
-    plain = [normalise(option) for option in options]
+    plain = list(map(normalise, options))
     if not all(plain):
-        raise RowError("question_options", f"option {LETTERS[plain.index('')]} is empty")
+        empty = LETTERS[plain.index("")]
+        raise RowError("question_options", f"option {empty} is empty")
     if len(set(plain)) < NUM_OPTIONS:
         raise RowError("question_options", f"two options say the same: {'; '.join(options)}")
-    catch_all = next((option for option in options if _CATCH_ALL.search(option)), None)
-    if catch_all:
-        raise RowError("question_options", f"the option {catch_all!r} is no finding")
-    others = [len(option) for i, option in enumerate(options) if i != right]
-    if len(options[right]) > max(LONGEST_SHARE * sum(others) / len(others), max(others) + 20):
+    for option in options:
+        if _CATCH_ALL.search(option):
+            raise RowError("question_options", f"the option {option!r} is no finding")
+    wrong_lengths = [len(option) for i, option in enumerate(options) if i != right]
+    mean_length = LONGEST_SHARE * sum(wrong_lengths) / len(wrong_lengths)
+    # A few words more than the longest wrong option tell nothing, however short the others are.
+    if len(options[right]) > max(mean_length, max(wrong_lengths) + 20):
         raise RowError("question_leak", "the right option is far longer than the others and gives itself away")
 
 
 def _check_stem(question: str, options: Sequence[str], right: int) -> None:
     """The stem may name the answer only if it names every option."""
     stem = f" {normalise(question)} "
-    named = [f" {normalise(option)} " in stem for option in options]
+    named: list[bool] = []
+    for option in options:
+        words = f" {normalise(option)} "
+        named.append(words in stem)
     if named[right] and not all(named):
         raise RowError("question_leak", f"the question names its answer: {options[right]!r}")
 
 
-def repeats(question: str, others: Sequence[str]) -> bool:
-    """Whether one of `others`, on the same image, asks the same: the same words for the most part."""
-    words = set(normalise(question).split())
-    each = [set(normalise(other).split()) for other in others]
-    return any(len(words & theirs) >= ALIKE * len(words | theirs) for theirs in each)
+def repeats(question: str, earlier: Sequence[str]) -> bool:
+    """Whether one of the `earlier` questions on the same image asks the same: the same words for the most part."""
+    words = _words(question)
+    for earlier_question in earlier:
+        earlier_words = _words(earlier_question)
+        num_shared = len(words & earlier_words)
+        if num_shared >= ALIKE * len(words | earlier_words):
+            return True
+    return False
+
+
+def _words(text: str) -> set[str]:
+    return set(normalise(text).split())
 
 
 def write_questions(
@@ -210,10 +228,16 @@ def write_questions(
     `questions` is a list of `WrittenQuestion`, `figures` counts them by outcome. `folder` is where the run keeps an
     API's answers and the ledger of their cost.
     """
-    access = None if config.backend == "vllm" else open_access(config.backend, str(config.model), config, folder)
+    access: Access | None = None
+    if config.backend != "vllm":
+        access = open_access(config.backend, str(config.model), config, folder)
     return ds.map_batches(
         QuestionWriter,
-        fn_constructor_kwargs={"config": config, "access": access, "generator": generator},
+        fn_constructor_kwargs={
+            "config": config,
+            "access": access,
+            "generator": generator,
+        },
         **actor_options(config),
     )
 
@@ -227,19 +251,19 @@ class QuestionWriter:
         self.config = config
         self.model = str(config.model)
         self.author = f"{self.model}@{digest(SYSTEM, RULE, AGAIN, OTHER, SCHEMA, config.num_checks)}"
-        self.client = (
-            access.connect()
-            if access
-            else Client(LocalEndpoint(generator(self.model, config), self.model), FREE, config)
-        )
+        if access:
+            self.client = access.connect()
+        else:
+            endpoint = LocalEndpoint(generator(self.model, config), self.model)
+            self.client = Client(endpoint, FREE, config)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
-        written = await asyncio.gather(*(self.of_image(row) for row in batch.to_pylist()))
+        written = await asyncio.gather(*map(self.of_image, batch.to_pylist()))
         yield pa.table(
             {
                 "image_id": batch["image_id"],
                 "questions": to_arrow_lists(WrittenQuestion, written),
-                "figures": pa.array([figures(questions) for questions in written]),
+                "figures": pa.array(list(map(figures, written))),
             }
         )
 
@@ -249,7 +273,7 @@ class QuestionWriter:
             picture: ChatImage | RowError = await asyncio.to_thread(lambda: ChatImage(open_image(row["uri"])))
         except RowError as fault:
             picture = fault
-        found: list[WrittenQuestion] = []
+        questions: list[WrittenQuestion] = []
         for index in range(self.config.per_image):
             empty = WrittenQuestion(
                 written_id="w" + digest(row["sha256"], self.author, index),
@@ -258,48 +282,69 @@ class QuestionWriter:
                 split=row["split"],
                 modality=row["modality"],
             )
-            found.append(
-                replace(empty, error=str(picture))
-                if isinstance(picture, RowError)
-                else await QuestionAttempt(self, picture, empty, found).run()
-            )
-        return found
+            if isinstance(picture, RowError):
+                question = replace(empty, error=str(picture))
+            else:
+                question = await QuestionAttempt(self, picture, empty, questions).run()
+            questions.append(question)
+        return questions
 
 
 class QuestionAttempt:
     """One question in the making; `earlier` are the attempts before it on the same image."""
 
     def __init__(
-        self, writer: QuestionWriter, picture: ChatImage, empty: WrittenQuestion, earlier: Sequence[WrittenQuestion]
+        self,
+        writer: QuestionWriter,
+        picture: ChatImage,
+        empty: WrittenQuestion,
+        earlier: Sequence[WrittenQuestion],
     ) -> None:
-        self.client, self.config, self.picture = writer.client, writer.config, picture
-        self.empty, self.number, self.cost = empty, len(earlier), 0.0
+        self.client = writer.client
+        self.config = writer.config
+        self.picture = picture
+        self.empty = empty
+        self.number = len(earlier)
+        self.cost = 0.0
         self.models: set[str | None] = set()  # that answered
-        self.written = [other.question for other in earlier if other.question]  # refused ones need no second attempt
+        # The refused ones too: they need no second attempt.
+        self.written = [attempt.question for attempt in earlier if attempt.question]
 
     async def run(self) -> WrittenQuestion:
         """The question with its checks, or why there is none; `cost` counts what failed too."""
         try:
-            made = await self.tried()
+            question = await self.tried()
         except RowError as fault:
-            refused, error = (str(fault), None) if fault.kind in REFUSALS else (None, str(fault))
-            made = replace(self.empty, refused=refused, error=error)
-        return replace(made, cost=self.cost, answered_by=joined_names(self.models))
+            if fault.kind in REFUSALS:
+                question = replace(self.empty, refused=str(fault))
+            else:
+                question = replace(self.empty, error=str(fault))
+        return replace(question, cost=self.cost, answered_by=joined_names(self.models))
 
     async def tried(self) -> WrittenQuestion:
         """The question with its checks; `RowError` where there is none."""
-        asked = replace(self.empty, **asdict(await self.drafted()))
-        solved = await self.solved(asked, [self.picture])
-        blind = await self.solved(asked, [])
-        asked = replace(asked, num_checks=self.config.num_checks, num_solved=solved, num_solved_blind=blind)
-        return replace(asked, refused=doubt(asked))
+        drafted = await self.drafted()
+        question = replace(self.empty, **asdict(drafted))
+        # Without the image too: what can be answered blind does not test whether the image is read.
+        num_solved = await self.solved(question, [self.picture])
+        num_solved_blind = await self.solved(question, [])
+        question = replace(
+            question,
+            num_checks=self.config.num_checks,
+            num_solved=num_solved,
+            num_solved_blind=num_solved_blind,
+        )
+        return replace(question, refused=doubt(question))
 
     async def drafted(self) -> Draft:
         """What the model writes."""
-        said = OTHER.format(written="\n".join(self.written)) if self.written else ""
+        task = RULE
+        if self.written:
+            earlier = "\n".join(self.written)
+            task = OTHER.format(written=earlier) + RULE
         request = ChatRequest(
             SYSTEM.format(modality=self.empty.modality or "medical"),
-            (Turn("user", ("The image:", self.picture, f"{said}{RULE}")),),
+            (Turn("user", ("The image:", self.picture, task)),),
             schema=SCHEMA,
             max_tokens=self.config.max_tokens,
             temperature=self.config.temperature,
@@ -308,14 +353,16 @@ class QuestionAttempt:
         return await self.ask_for(request, self.checked, AGAIN, RULE)
 
     def checked(self, reply: str) -> Draft:
-        made = draft(reply)
-        if repeats(made.question, self.written):
-            raise RowError("question_repeated", f"the image has a question like {made.question[:60]!r} already")
-        return made
+        """A reply as a draft that the image does not have yet; `RowError` where it is of no use."""
+        new = draft(reply)
+        if repeats(new.question, self.written):
+            beginning = new.question[:60]
+            raise RowError("question_repeated", f"the image has a question like {beginning!r} already")
+        return new
 
-    async def solved(self, asked: WrittenQuestion, pictures: Sequence[ChatImage]) -> int:
+    async def solved(self, question: WrittenQuestion, pictures: Sequence[ChatImage]) -> int:
         """How often the model gives the written answer, shown `pictures`."""
-        text = f"{question_with_options(asked.question, asked.options)}\n{SOLVE_RULE}"
+        text = f"{question_with_options(question.question, question.options)}\n{SOLVE_RULE}"
         request = ChatRequest(
             SOLVE_SYSTEM,
             (Turn("user", (*pictures, text)),),
@@ -323,10 +370,12 @@ class QuestionAttempt:
             max_tokens=self.config.max_tokens,
             temperature=None if self.config.temperature is None else 1.0,
         )
+        # Seeds of their own, or all would be one stored answer.
         requests = [replace(request, seed=seed) for seed in range(self.config.num_checks)]
 
         def read(reply: str) -> str:
-            return letter(reply, asked.options)
+            """The letter that a reply chooses."""
+            return letter(reply, question.options)
 
         checks = [self.ask_for(each, read, SOLVE_AGAIN, SOLVE_RULE) for each in requests]
         # Faults are raised when all of them are paid, so that the row has the whole cost.
@@ -334,17 +383,26 @@ class QuestionAttempt:
         for fault in letters:
             if isinstance(fault, BaseException):
                 raise fault
-        return letters.count(asked.answer)
+        return letters.count(question.answer)
 
     async def ask_for(self, request: ChatRequest, read: Callable[[str], Value], again: str, rule: str) -> Value:
         """What `read` makes of the reply; one that it refuses is asked for again, with the fault named."""
 
         def instruction(fault: RowError) -> str:
+            """What the model is told of its reply."""
             return again.format(fault=fault.message, rule=rule)
+
+        def read_text(answer: PricedAnswer) -> Value:
+            """What is made of the text of an answer."""
+            return read(answer.reply.text)
 
         retry = Retry(self.config.tries, instruction)
         answer = await ask_until_accepted(
-            self, request, self.empty.image_id, lambda answer: read(answer.reply.text), retry
+            self,
+            request,
+            self.empty.image_id,
+            read_text,
+            retry,
         )
         return answer.value
 
@@ -368,65 +426,89 @@ class QuestionAttempt:
 
 def letter(reply: str, options: Sequence[str]) -> str:
     """The letter of the option that a reply chooses; `RowError` check_reply where it chooses none."""
-    found = extract_answer(reply, options)
-    if found is None:
-        raise RowError("check_reply", f"no option can be read in {reply.strip()[:80]!r}")
-    return found
+    answer = extract_answer(reply, options)
+    if answer is None:
+        beginning = reply.strip()[:80]
+        raise RowError("check_reply", f"no option can be read in {beginning!r}")
+    return answer
 
 
-def doubt(asked: WrittenQuestion) -> str | None:
+def doubt(question: WrittenQuestion) -> str | None:
     """Why a tried question is not used: never solved with the image, or always without."""
-    num = asked.num_checks
-    if num and asked.num_solved == 0:
+    num = question.num_checks
+    if num and question.num_solved == 0:
         return f"question_ambiguous: with the image the model answered otherwise {num} times of {num}"
-    if num and asked.num_solved_blind == num:
+    if num and question.num_solved_blind == num:
         return f"question_leak: answered {num} times of {num} without the image"
     return None
 
 
 def figures(written: Sequence[WrittenQuestion]) -> dict[str, int]:
     """What became of the attempts: how many are usable, refused by reason, and failed."""
-    refused = [error_kind(asked.refused) for asked in written if asked.refused]
-    failed = sum(asked.error is not None for asked in written)
-    counts = {f"refused_{kind}": refused.count(kind) for kind in REFUSALS}
-    return {"written": len(written) - len(refused) - failed, **counts, "failed": failed}
+    counts = {"written": 0}
+    for kind in REFUSALS:
+        counts[f"refused_{kind}"] = 0
+    counts["failed"] = 0
+    for question in written:
+        if question.refused:
+            kind = error_kind(question.refused)
+            counts[f"refused_{kind}"] += 1
+        elif question.error is not None:
+            counts["failed"] += 1
+        else:
+            counts["written"] += 1
+    return counts
 
 
 def without_question(images: pa.Table, questions: pa.Table, config: WriteQuestionsConfig) -> pa.Table:
     """The rows of raw_images of the asked splits that no question shows: at most `max_images`, none if none is due."""
-    shown = {
-        image
-        for row in questions.select(["image_ids", "error"]).to_pylist()
-        if not row["error"]
-        for image in row["image_ids"]
-    }
-    columns = ["image_id", "sha256", "uri", "split", "modality", "error"]
-    rows = [
-        row
-        for row in images.select(columns).to_pylist()
-        if row["image_id"] not in shown and row["split"] in config.splits and not row["error"]
-    ]
-    rows = sorted(rows, key=lambda row: digest(row["image_id"]))[: config.max_images if config.per_image else 0]
-    return pa.Table.from_pylist(rows, schema=images.select(columns).schema)
+    has_question: set[str] = set()
+    for row in questions.select(["image_ids", "error"]).to_pylist():
+        if not row["error"]:
+            has_question.update(row["image_ids"])
+    images = images.select(
+        [
+            "image_id",
+            "sha256",
+            "uri",
+            "split",
+            "modality",
+            "error",
+        ]
+    )
+    rows: list[dict[str, Any]] = []
+    for row in images.to_pylist():
+        if row["image_id"] in has_question or row["error"]:
+            continue
+        if row["split"] in config.splits:
+            rows.append(row)
+    # A hash's order is as good as a random one, and stays the same when images are added.
+    rows.sort(key=lambda row: digest(row["image_id"]))
+    max_images = config.max_images if config.per_image else 0
+    return pa.Table.from_pylist(rows[:max_images], schema=images.schema)
 
 
 def usable(written: pa.Table, images: pa.Table) -> list[Question]:
     """The written questions that are neither refused nor failed, each once, their ids made from their content."""
-    sha256 = dict(zip(images["image_id"].to_pylist(), images["sha256"].to_pylist(), strict=True))
-    found = {}
+    image_ids = images["image_id"].to_pylist()
+    sha256 = dict(zip(image_ids, images["sha256"].to_pylist(), strict=True))
+    questions: dict[str, Question] = {}
     for row in sorted(written.to_pylist(), key=lambda row: str(row["written_id"])):
-        if row["refused"] is None and row["error"] is None:
-            question_id = f"q{digest(SOURCE, row['question'], row['options'], [sha256[row['image_id']]])}"
-            found[question_id] = Question(
-                question_id=question_id,
-                source=SOURCE,
-                split=row["split"],
-                modality=row["modality"],
-                difficulty=row["difficulty"],
-                question=row["question"],
-                options=row["options"],
-                answer=row["answer"],
-                answer_type="choice",
-                image_ids=[row["image_id"]],
-            )
-    return list(found.values())
+        if row["refused"] is not None or row["error"] is not None:
+            continue
+        image_id = row["image_id"]
+        content = digest(SOURCE, row["question"], row["options"], [sha256[image_id]])
+        question_id = f"q{content}"
+        questions[question_id] = Question(
+            question_id=question_id,
+            source=SOURCE,
+            split=row["split"],
+            modality=row["modality"],
+            difficulty=row["difficulty"],
+            question=row["question"],
+            options=row["options"],
+            answer=row["answer"],
+            answer_type="choice",
+            image_ids=[image_id],
+        )
+    return list(questions.values())

@@ -11,7 +11,6 @@ for it is the row's cost.
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,24 +67,33 @@ def judge(
     checkpoint of a vllm judge or the name of an API's model; `folder` is where the run keeps the API's answers and the
     ledger of their cost. A `second` judge (its config and model) reads the same and adds its labels to each list.
     """
-    ds = attach(ds, questions, "question_id", ["split", "question", "options", "answer", "image_ids"])
+    question_columns = [
+        "split",
+        "question",
+        "options",
+        "answer",
+        "image_ids",
+    ]
+    ds = attach(ds, questions, "question_id", question_columns)
     if evidence is not None:
         ds = attach(ds, evidence, "question_id", ["documents", "images"])
+    image_notes = images.select(["image_id", "uri", "annotation"])
     judges = [(config, model)]
     if second is not None:
         judges.append(second)
     # One pool of actors a judge, in a row: the second reads what the first passes on.
     for number, (judge_config, judge_model) in enumerate(judges, 1):
+        arguments = {
+            "config": judge_config,
+            "images": image_notes,
+            "model": judge_model,
+            "generator": generator,
+            "access": _access(judge_config, judge_model, folder),
+            "is_last": number == len(judges),
+        }
         ds = ds.map_batches(
             JudgeActor,
-            fn_constructor_kwargs={
-                "config": judge_config,
-                "images": images.select(["image_id", "uri", "annotation"]),
-                "model": judge_model,
-                "generator": generator,
-                "access": _access(judge_config, judge_model, folder),
-                "is_last": number == len(judges),
-            },
+            fn_constructor_kwargs=arguments,
             **actor_options(judge_config),
         )
     return ds
@@ -115,7 +123,8 @@ class JudgeActor:
         access: Access | None = None,
         is_last: bool = True,
     ) -> None:
-        self.config, self.is_last = config, is_last
+        self.config = config
+        self.is_last = is_last
         self.backend = make_judge(config, model, generator, access)
         self.images: dict[str, JudgeImage] = {}
         for row in images.to_pylist():
@@ -123,9 +132,12 @@ class JudgeActor:
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         rows = batch.to_pylist()
+        labels_of_rows = await asyncio.gather(*map(self.label, rows))
         labels: list[list[Labels]] = []
-        for row, new_labels in zip(rows, await asyncio.gather(*map(self.label, rows)), strict=True):
-            labels.append([*row.get("labels", ()), *new_labels])
+        for row, new_labels in zip(rows, labels_of_rows, strict=True):
+            first_labels = row.get("labels", ())
+            labels.append([*first_labels, *new_labels])
+        # A second judge behind this one needs the whole row again.
         columns = batch.select(["question_id"]) if self.is_last else batch
         yield columns.append_column("labels", to_arrow_lists(Labels, labels))
 
@@ -134,14 +146,18 @@ class JudgeActor:
         if row["split"] not in self.config.splits or not row["solutions"]:
             return []
         texts = [tuple(solution["steps"]) for solution in row["solutions"]]  # all of a solution that a judge reads
-        distinct = list(islice(dict.fromkeys(texts), self.config.max_solutions))
-        results = dict(zip(distinct, await self.backend.judge(self.case(row), distinct), strict=True))
+        distinct = list(dict.fromkeys(texts))
+        distinct = distinct[: self.config.max_solutions]
+        case = self.case(row)
+        judged = await self.backend.judge(case, distinct)
+        results = dict(zip(distinct, judged, strict=True))
         labels: list[Labels] = []
         for solution, steps in zip(row["solutions"], texts, strict=True):
             result = results.get(steps)
             if result is None:  # beyond max_solutions
                 continue
-            labels.append(self.labels_row(row, solution["solution_id"], result))
+            solution_id = solution["solution_id"]
+            labels.append(self.labels_row(row, solution_id, result))
             results[steps] = with_cost(result, 0.0)  # an equal solution is paid for once
         return labels
 
@@ -164,7 +180,9 @@ class JudgeActor:
         """What the solutions of a question row share, as the judge may see it."""
         config = self.config
         documents = (row.get("documents") or [])[: config.num_documents]
-        references = (row.get("images") or [])[: config.num_references]
+        references: list[JudgeImage] = []
+        for image in (row.get("images") or [])[: config.num_references]:
+            references.append(JudgeImage(image["uri"], image["diagnosis"]))
         return JudgeCase(
             question_id=row["question_id"],
             question=row["question"],
@@ -172,12 +190,15 @@ class JudgeActor:
             answer=row["answer"],
             images=[self.images[image_id] for image_id in row["image_ids"]],
             documents=[document["text"] for document in documents],
-            references=[JudgeImage(reference["uri"], reference["diagnosis"]) for reference in references],
+            references=references,
         )
 
 
 def make_judge(
-    config: JudgeConfig, model: str | None, generator: MakeGenerator = Generator, access: Access | None = None
+    config: JudgeConfig,
+    model: str | None,
+    generator: MakeGenerator = Generator,
+    access: Access | None = None,
 ) -> Judge:
     """The backend that `config` names; an API without `access` has no budget, and its answers are not stored."""
     if config.backend == "phantom":
@@ -189,10 +210,18 @@ def make_judge(
     client = access.connect() if access else connect(config.backend, model, config)
 
     def count(request: ChatRequest) -> int:
+        """Prompt tokens, estimated: an API tells them only afterwards."""
         return estimated_prompt_tokens(request, client.price)
 
     # Behind an API the schema is a part of the prompt that calls share: it must not depend on the solution.
-    return ModelJudge(config, model, client, count, config.max_prompt_tokens, exact=False)
+    return ModelJudge(
+        config,
+        model,
+        client,
+        count,
+        config.max_prompt_tokens,
+        exact=False,
+    )
 
 
 def _local(config: JudgeConfig, model: str, generator: MakeGenerator) -> ModelJudge:
@@ -200,7 +229,16 @@ def _local(config: JudgeConfig, model: str, generator: MakeGenerator) -> ModelJu
     engine = generator(model, config)
 
     def count(request: ChatRequest) -> int:
+        """Tokens of the prompt and its answer, which share the model's context."""
         return engine.count(prompt_of(request)) + request.max_tokens
 
     name = Path(model).name
-    return ModelJudge(config, name, LocalEndpoint(engine, name), count, config.max_model_len, exact=True)
+    endpoint = LocalEndpoint(engine, name)
+    return ModelJudge(
+        config,
+        name,
+        endpoint,
+        count,
+        config.max_model_len,
+        exact=True,
+    )

@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Protocol
+from typing import Any, Protocol
 
 from medmm_ray.config import digest
 from medmm_ray.data.records import StepLabel
@@ -90,26 +90,29 @@ class TruthJudge:
 
     def __init__(self, source: str, error_rate: float, seed: int = 0) -> None:
         self.source = source
-        self.error_rate, self.seed = error_rate, seed
+        self.error_rate = error_rate
+        self.seed = seed
         self.annotator = f"{source}@{digest(source, error_rate, seed)}"
         self._picture_of = load_with_truth(source).drawn_picture
 
     async def judge(self, case: JudgeCase, solutions: Sequence[Sequence[str]]) -> list[JudgeResult]:
         """Judgements by the truth that the first image's annotation holds; a fault for each where it holds none."""
+        annotation = case.images[0].note if case.images else ""
         try:
-            picture = self._picture_of(case.images[0].note if case.images else "")
+            picture = self._picture_of(annotation)
         except ValueError:
             fault = RowError(
                 "judge_source",
                 f"question {case.question_id} has no {self.source}'s annotation; "
                 "set judge.backend to vllm, gemini or openai",
             )
-            return [fault for _ in solutions]
+            return [fault] * len(solutions)
         judgements: list[JudgeResult] = []
         for steps in solutions:
             labels: list[StepLabel] = []
             for index, step in enumerate(steps):
-                labels.append(self.verdict(picture.truth(step, case), case.question_id, steps, index))
+                is_right = picture.truth(step, case)
+                labels.append(self.verdict(is_right, case.question_id, steps, index))
             judgements.append(Judgement(labels))
         return judgements
 
@@ -146,33 +149,47 @@ class ModelJudge:
         max_prompt_tokens: int,
         exact: bool,
     ) -> None:
-        self.config, self.client = config, client
-        self._count, self._max_prompt_tokens, self._exact = count, max_prompt_tokens, exact
+        self.config = config
+        self.client = client
+        self._count = count
+        self._max_prompt_tokens = max_prompt_tokens
+        self._exact = exact
         self._lines = config.reply == "lines"
         self._max_images = config.num_images if config.backend == "vllm" else config.max_images
+        # Another prompt or form of answer is another annotator: its verdicts are not mixed with these.
         prompts = (SYSTEM, JSON_RULE, SEVERAL_RULE, LINE_RULE, AGAIN)
-        settings = (config.reply, config.granularity, config.solutions_per_call, config.show_answer)
+        settings = (
+            config.reply,
+            config.granularity,
+            config.solutions_per_call,
+            config.show_answer,
+        )
         schema = schema_of(JudgeCall((("",),)), False)
         self.annotator = f"{model}@{digest(prompts, settings, schema)}"
 
     async def judge(self, case: JudgeCase, solutions: Sequence[Sequence[str]]) -> list[JudgeResult]:
         """A result for each solution; equal calls are made, and paid for, once."""
+        # In a thread: opening and encoding would hold up the requests of other questions.
         try:
             images = await asyncio.to_thread(self._images, case)
         except RowError as fault:
-            return [fault for _ in solutions]
-        context = self._with_fitting_documents(CallContext(case, case.documents, images))
+            return [fault] * len(solutions)
+        context = CallContext(case, case.documents, images)
+        context = self._with_fitting_documents(context)
         groups = self._groups(context, solutions)
         calls_of_groups: list[list[JudgeCall]] = []
         for group in groups:
-            calls_of_groups.append(self._calls([solutions[i] for i in group]))
+            group_solutions = [solutions[i] for i in group]
+            calls_of_groups.append(self._calls(group_solutions))
         results_of_call = await self._judge_calls(context, calls_of_groups)
         results: dict[int, JudgeResult] = {}
         for group, calls in zip(groups, calls_of_groups, strict=True):
-            parts = [results_of_call[call] for call in calls]
-            # Several calls are the steps of one solution.
-            of_group = parts[0] if len(parts) == 1 else [_joined(list(chain.from_iterable(parts)))]
-            results |= zip(group, of_group, strict=True)
+            group_results: list[JudgeResult] = []
+            for call in calls:
+                group_results += results_of_call[call]
+            if len(calls) > 1:  # the steps of one solution
+                group_results = [_joined(group_results)]
+            results |= zip(group, group_results, strict=True)
             for call in calls:  # an equal call of another solution is paid for once
                 results_of_call[call] = [with_cost(result, 0.0) for result in results_of_call[call]]
         empty = RowError("empty_solution", "the solution has no steps")
@@ -201,8 +218,10 @@ class ModelJudge:
         for place, steps in enumerate(solutions):
             if not steps:
                 continue
+            # Filled in order, never reordered: the calls of a rerun are the same, and their answers stored.
             if groups and len(groups[-1]) < max_size:
-                [call] = self._calls([solutions[i] for i in (*groups[-1], place)])
+                together = [solutions[i] for i in (*groups[-1], place)]
+                [call] = self._calls(together)
                 if self._count(self._request(context, call)) <= self._max_prompt_tokens:
                     groups[-1].append(place)
                     continue
@@ -215,16 +234,23 @@ class ModelJudge:
         if self.config.granularity == "solution":
             return [JudgeCall(frozen)]
         [steps] = frozen
-        return [JudgeCall((steps[:number],), number) for number in range(1, len(steps) + 1)]
+        calls: list[JudgeCall] = []
+        for number in range(1, len(steps) + 1):
+            shown_steps = steps[:number]
+            calls.append(JudgeCall((shown_steps,), number))
+        return calls
 
     def _images(self, case: JudgeCase) -> list[str | ChatImage]:
         """The query's images, then each similar case's after its number; opened and encoded once for all calls."""
-        captioned = [("The patient's image:", image) for image in case.images]
-        for number, image in enumerate(case.references, 1):
-            captioned.append((f"The image of similar case {number}:", image))
+        captions = ["The patient's image:"] * len(case.images)
+        for number in range(1, len(case.references) + 1):
+            captions.append(f"The image of similar case {number}:")
+        images = [*case.images, *case.references]
         parts: list[str | ChatImage] = []
-        for caption, image in captioned[: self._max_images]:
-            parts += [caption, ChatImage(open_image(image.uri), self.config.image_px)]
+        for caption, image in zip(captions, images[: self._max_images], strict=False):
+            pixels = open_image(image.uri)
+            parts.append(caption)
+            parts.append(ChatImage(pixels, self.config.image_px))
         return parts
 
     def _with_fitting_documents(self, context: CallContext) -> CallContext:
@@ -232,7 +258,9 @@ class ModelJudge:
         blank = JudgeCall((("",),))
         # Chosen before any solution is seen, so that all calls share the same documents.
         reserve = self.config.solution_reserve * self.config.solutions_per_call
-        room = self._max_prompt_tokens - min(reserve, self._max_prompt_tokens // 2)
+        # A reserve larger than the prompt must not drop every document.
+        reserve = min(reserve, self._max_prompt_tokens // 2)
+        room = self._max_prompt_tokens - reserve
         while context.documents and self._count(self._request(context, blank)) > room:
             context = replace(context, documents=context.documents[:-1])
         return context
@@ -247,18 +275,24 @@ class ModelJudge:
             # What a failed call cost is shared by its solutions.
             share = fault.cost / len(call.solutions)
             if len(call.solutions) == 1 or fault.kind not in _SHARED_FAULTS:
-                return [with_cost(fault, share) for _ in call.solutions]
-        alone = [self._judge_call(context, JudgeCall((steps,))) for steps in call.solutions]
-        return [with_cost(result, result.cost + share) for [result] in await asyncio.gather(*alone)]
+                return [with_cost(fault, share)] * len(call.solutions)
+        calls_alone = [self._judge_call(context, JudgeCall((steps,))) for steps in call.solutions]
+        results: list[JudgeResult] = []
+        for [result] in await asyncio.gather(*calls_alone):
+            total = result.cost + share
+            results.append(with_cost(result, total))
+        return results
 
     async def _ask(self, context: CallContext, call: JudgeCall) -> Accepted[list[list[StepLabel]]]:
         """The labels; a reply that does not fit is asked for again, with the fault named."""
         request = self._fitting_request(context, call)
 
         def read(answer: PricedAnswer) -> list[list[StepLabel]]:
+            """Labels of an answer to this call."""
             return self._labels(answer, call, request.max_tokens)
 
         def instruction(fault: RowError) -> str:
+            """What the model is told of its reply."""
             return AGAIN.format(fault=fault.message, rule=rule_of(call, self._lines))
 
         retry = Retry(self.config.tries, instruction, MAX_REPEATED)
@@ -269,13 +303,13 @@ class ModelJudge:
         reply = answer.reply
         if reply.cut_off:
             raise RowError("judge_reply", f"judge's answer was cut off at max_tokens={max_tokens} {self._cut(reply)}")
+        # A reasoning model may think until its tokens are gone, or answer in its thoughts.
         if not reply.text.strip():
+            message = f"judge's answer is empty ({reply.completion_tokens} tokens, thoughts among them)"
             thoughts = reply.choices[0].thoughts
-            beside = f"; {thoughts} characters of reasoning beside it are not of the asked form" if thoughts else ""
-            raise RowError(
-                "judge_reply",
-                f"judge's answer is empty ({reply.completion_tokens} tokens, thoughts among them){beside}",
-            )
+            if thoughts:
+                message += f"; {thoughts} characters of reasoning beside it are not of the asked form"
+            raise RowError("judge_reply", message)
         return verdicts(reply.text, call.numbers, self._lines)
 
     def _cut(self, reply: ChatReply) -> str:
@@ -288,6 +322,7 @@ class ModelJudge:
     def _fitting_request(self, context: CallContext, call: JudgeCall) -> ChatRequest:
         """The request; a solution that is longer than the reserve goes with fewer documents."""
         request = self._request(context, call)
+        # Of documents in order of relevance the last is missed least.
         while (tokens := self._count(request)) > self._max_prompt_tokens:
             if not context.documents:
                 raise RowError(
@@ -303,13 +338,18 @@ class ModelJudge:
     def _request(self, context: CallContext, call: JudgeCall) -> ChatRequest:
         """The request of a call: what calls share first, the solutions after it."""
         shared = shared_text(context.case, context.documents, self.config.show_answer)
-        turn = Turn("user", (shared, *context.images, call_text(call, self._lines)))
-        max_tokens, schema, pattern = self.config.max_tokens, None, None
+        solutions = call_text(call, self._lines)
+        turn = Turn("user", (shared, *context.images, solutions))
+        max_tokens = self.config.max_tokens
+        schema: dict[str, Any] | None = None
+        pattern: str | None = None
         if self._lines:
-            max_tokens = min(max_tokens, TOKENS_A_LINE * sum(map(len, call.numbers)))
-        if self.config.constrain:
-            schema = None if self._lines else schema_of(call, self._exact)
-            pattern = line_pattern(call) if self._lines else None
+            num_lines = sum(map(len, call.numbers))
+            max_tokens = min(max_tokens, TOKENS_A_LINE * num_lines)
+        if self.config.constrain and self._lines:
+            pattern = line_pattern(call)
+        elif self.config.constrain:
+            schema = schema_of(call, self._exact)
         return ChatRequest(
             system=SYSTEM,
             turns=(turn,),
@@ -323,6 +363,7 @@ class ModelJudge:
 
 def _joined(results: Sequence[JudgeResult]) -> JudgeResult:
     """A solution's judgement from those of its steps; the first fault where there is one."""
+    # All steps were paid for, whatever came of them.
     cost = sum(result.cost for result in results)
     steps: list[StepLabel] = []
     models: list[str | None] = []

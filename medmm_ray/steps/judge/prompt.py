@@ -80,24 +80,33 @@ class JudgeCall:
 
 def shared_text(case: JudgeCase, documents: Sequence[str], show_answer: bool) -> str:
     """Documents, the reference cases' diagnoses and the question; the gold answer only where it is to be shown."""
-    lines = [f"Similar case {number}: {image.note}\n" for number, image in enumerate(case.references, 1)]
-    references = "".join(lines)
+    parts = [document_block(documents)]
+    for number, image in enumerate(case.references, 1):
+        parts.append(f"Similar case {number}: {image.note}\n")
     question = question_with_options(case.question, case.options)
-    gold = f"\nThe right answer: {case.answer}" if show_answer else ""
-    return f"{document_block(documents)}{references}Question: {question}{gold}"
+    parts.append(f"Question: {question}")
+    if show_answer:
+        parts.append(f"\nThe right answer: {case.answer}")
+    return "".join(parts)
 
 
 def call_text(call: JudgeCall, lines: bool) -> str:
     """The solutions to review and the form of the answer."""
-    rule = rule_of(call, lines)
+    blocks: list[str] = []
     if len(call.solutions) == 1:
         [steps] = call.solutions
-        only = f"\n\n{ONE_STEP.format(number=call.step)}" if call.step is not None else ""
-        return f"Reasoning to review, {len(steps)} steps:\n{solution_text(steps)}{only}\n\n{rule}"
-    blocks = [f"{len(call.solutions)} solutions to review:"]
-    for number, steps in enumerate(call.solutions, 1):
-        blocks.append(f"Solution {number}, {len(steps)} steps:\n{solution_text(steps)}")
-    return "\n\n".join([*blocks, rule])
+        text = solution_text(steps)
+        blocks.append(f"Reasoning to review, {len(steps)} steps:\n{text}")
+        if call.step is not None:
+            blocks.append(ONE_STEP.format(number=call.step))
+    else:
+        blocks.append(f"{len(call.solutions)} solutions to review:")
+        for number, steps in enumerate(call.solutions, 1):
+            text = solution_text(steps)
+            blocks.append(f"Solution {number}, {len(steps)} steps:\n{text}")
+
+    blocks.append(rule_of(call, lines))
+    return "\n\n".join(blocks)
 
 
 def rule_of(call: JudgeCall, lines: bool) -> str:
@@ -113,6 +122,7 @@ def schema_of(call: JudgeCall, exact: bool) -> dict[str, Any]:
     An exact one also holds each verdict to its three tests, which not every API takes. Behind an API the schema is a
     part of the prompt that calls share: there it must not depend on the solution.
     """
+    # With the count in the schema, the entries need no number of their own.
     holds_count = exact and len(call.solutions) == 1
     numbered = not holds_count
     entry = _entry((None, None, None), "+-", exact, numbered)
@@ -153,13 +163,24 @@ def _entry(tests: Sequence[bool | None], verdicts: str, exact: bool, numbered: b
 
 def _boolean(value: bool | None) -> dict[str, Any]:
     """A truth value, held to `value` unless that is None."""
-    return {"type": "boolean"} if value is None else {"type": "boolean", "const": value}
+    schema: dict[str, Any] = {"type": "boolean"}
+    if value is not None:
+        schema["const"] = value
+    return schema
 
 
 def _object(**properties: Any) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+    """The schema of an object that has these properties, all of them and no further one."""
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
 
 
 def line_pattern(call: JudgeCall) -> str:
     """The regular expression of an answer in lines, one a step."""
-    return "\n".join(["[01] (high|medium|low)"] * len(call.numbers[0]))
+    num_lines = len(call.numbers[0])
+    lines = ["[01] (high|medium|low)"] * num_lines
+    return "\n".join(lines)

@@ -27,35 +27,46 @@ def verdicts(reply: str, numbers: Sequence[Sequence[int]], lines: bool = False) 
     """
     if lines:
         [step_numbers] = numbers
-        return [_labels_of_lines(reply, step_numbers)]
+        labels_of_lines = _labels_of_lines(reply, step_numbers)
+        return [labels_of_lines]
     if len(numbers) == 1:
         entries = _json_list(reply, "steps")
-        return [_labels_of_entries(reply, _bare_list(reply) if entries is None else entries, numbers[0])]
+        if entries is None:
+            entries = _bare_list(reply)
+        return [_labels_of_entries(reply, entries, numbers[0])]
     solutions = _json_list(reply, "solutions")
     if solutions is None or len(solutions) != len(numbers):
         count = "no" if solutions is None else len(solutions)
         raise _fault(f"judge gave {count} solutions' verdicts for {len(numbers)}: {_quote(reply)}")
-    labels: list[list[StepLabel]] = []
+    # All of the entries are looked at before any label is read: a shift of one spoils those behind it.
     for place, entry in enumerate(solutions, 1):
         if not isinstance(entry, dict) or entry.get("solution", place) != place:
             raise _fault(f"judge's entry {place} is about another solution: {_quote(reply)}")
+    labels: list[list[StepLabel]] = []
     for entry, step_numbers in zip(solutions, numbers, strict=True):
-        labels.append(_labels_of_entries(reply, entry.get("steps"), step_numbers))
+        steps = entry.get("steps")
+        labels.append(_labels_of_entries(reply, steps, step_numbers))
     return labels
 
 
 def _labels_of_entries(reply: str, entries: Any, numbers: Sequence[int]) -> list[StepLabel]:
     """The labels of one solution's entries, a list in JSON."""
-    entries = _checked_count(reply, entries, numbers)
-    return [_label(entry, number, reply) for entry, number in zip(entries, numbers, strict=True)]
+    labels: list[StepLabel] = []
+    for entry, number in zip(_checked_count(reply, entries, numbers), numbers, strict=True):
+        label = _label(entry, number, reply)
+        labels.append(label)
+    return labels
 
 
 def _checked_count(reply: str, entries: Any, numbers: Sequence[int]) -> list[Any]:
     """`entries`, a list with as many entries as `numbers`."""
+    num_steps = len(numbers)
     if not isinstance(entries, list) or not entries:
-        raise _fault(f"judge gave no verdicts for {len(numbers)} steps: {_quote(reply)}")
-    if len(entries) != len(numbers):
-        raise _fault(f"judge gave {len(entries)} verdicts for {len(numbers)} steps: {_quote(reply)}")
+        raise _fault(f"judge gave no verdicts for {num_steps} steps: {_quote(reply)}")
+    num_entries = len(entries)
+    # A verdict too many or too few may be anywhere: none of them can be trusted to be about its step.
+    if num_entries != num_steps:
+        raise _fault(f"judge gave {num_entries} verdicts for {num_steps} steps: {_quote(reply)}")
     return entries
 
 
@@ -87,6 +98,7 @@ def _label(entry: Any, number: int, reply: str) -> StepLabel:
             f"judge's verdict {number} is {str(entry)[:20]!r}, not an object with the three tests, verdict and "
             "confidence"
         )
+    # A model may write a verdict as a number and a confidence with a capital.
     verdict = str(entry.get("verdict")).lower()
     confidence = str(entry.get("confidence")).lower()
     if entry.get("step", number) != number:
@@ -103,17 +115,24 @@ def _label(entry: Any, number: int, reply: str) -> StepLabel:
         tests[name] = passed
     # A verdict against its own tests shows that the model lost the thread: ask again.
     failed = [name for name, passed in tests.items() if not passed]
-    if _LABELS[verdict] == bool(failed):
+    label = _LABELS[verdict]
+    if label == bool(failed):
         outcome = f"{' and '.join(failed)} false" if failed else "all three tests true"
         raise _fault(f"judge's verdict {number} is {verdict!r} with {outcome}")
     reason = well_formed(str(entry.get("reason") or ""))  # JSON in the reply may hold what the reply does not
-    return StepLabel(label=_LABELS[verdict], confidence=confidence, reason=reason or None, **tests)
+    return StepLabel(
+        label=label,
+        confidence=confidence,
+        reason=reason or None,
+        **tests,
+    )
 
 
 def _labels_of_lines(reply: str, numbers: Sequence[int]) -> list[StepLabel]:
     """Bare verdicts; numbers of steps, where they stand before them, must be those that were asked about."""
     labels: list[StepLabel] = []
-    for (stated, label), number in zip(_checked_count(reply, _lines(reply), numbers), numbers, strict=True):
+    entries = _checked_count(reply, _lines(reply), numbers)
+    for (stated, label), number in zip(entries, numbers, strict=True):
         if stated is not None and int(stated) != number:
             raise _fault(f"judge's verdict {number} is about step {stated}: {_quote(reply)}")
         labels.append(label)
@@ -123,10 +142,13 @@ def _labels_of_lines(reply: str, numbers: Sequence[int]) -> list[StepLabel]:
 def _lines(reply: str) -> list[tuple[str | None, StepLabel]] | None:
     """Bare verdicts, each with the stated number of its step; None where other words stand between them."""
     values = _bare_list(reply)
-    if isinstance(values, list) and all(isinstance(value, int | str) and str(value) in _LABELS for value in values):
-        return [(None, StepLabel(label=_LABELS[str(value)])) for value in values]
-    text = reply.strip()
     labels: list[tuple[str | None, StepLabel]] = []
+    if isinstance(values, list) and all(map(_is_bare_verdict, values)):
+        for value in values:
+            label = StepLabel(label=_LABELS[str(value)])
+            labels.append((None, label))
+        return labels
+    text = reply.strip()
     position = 0
     while position < len(text):
         match = _LINE.match(text, position)
@@ -134,9 +156,14 @@ def _lines(reply: str) -> list[tuple[str | None, StepLabel]] | None:
             return None
         number, verdict, confidence = match.groups()
         confidence = confidence.lower() if confidence else None
-        labels.append((number, StepLabel(label=_LABELS[verdict], confidence=confidence)))
+        label = StepLabel(label=_LABELS[verdict], confidence=confidence)
+        labels.append((number, label))
         position = match.end()
     return labels
+
+
+def _is_bare_verdict(value: Any) -> bool:
+    return isinstance(value, int | str) and str(value) in _LABELS
 
 
 def _fault(message: str) -> RowError:
@@ -144,4 +171,5 @@ def _fault(message: str) -> RowError:
 
 
 def _quote(reply: str) -> str:
-    return repr(reply.strip()[:80])
+    beginning = reply.strip()[:80]
+    return repr(beginning)

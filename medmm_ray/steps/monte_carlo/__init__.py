@@ -53,7 +53,14 @@ def monte_carlo(
     where config.num_images > 0. `equivalence` grades open answers as in sampling; `folder` is where the run keeps what
     its model answered.
     """
-    ds = attach(ds, questions, "question_id", ["split", "question", "options", "answer", "answer_type"])
+    question_columns = [
+        "split",
+        "question",
+        "options",
+        "answer",
+        "answer_type",
+    ]
+    ds = attach(ds, questions, "question_id", question_columns)
     ds = attach(ds, by_question(judge_labels), "question_id", ["judged"])
     if config.num_documents:
         if evidence is None:
@@ -62,7 +69,9 @@ def monte_carlo(
     if config.num_images:
         if images is None:
             raise ValueError(f"num_images={config.num_images} needs the table images")
-        ds = attach(ds, image_uris(questions, images, config.num_images), "question_id", ["image_uris"])
+        uris = image_uris(questions, images, config.num_images)
+        ds = attach(ds, uris, "question_id", ["image_uris"])
+    grader = MakeGrader(equivalence or EquivalenceConfig(), folder)
     return ds.map_batches(
         RolloutActor,
         fn_constructor_kwargs={
@@ -70,7 +79,7 @@ def monte_carlo(
             "model": model,
             "policy": policy,
             "generator": generator,
-            "grader": MakeGrader(equivalence or EquivalenceConfig(), folder),
+            "grader": grader,
         },
         **actor_options(config),
     )
@@ -78,29 +87,58 @@ def monte_carlo(
 
 def by_question(labels: pa.Table) -> pa.Table:
     """One row a question with `judged`: its labels rows without an error, each step as {label, confidence}."""
-    labels = labels.filter(pc.is_null(labels["error"])).combine_chunks()
-    order = [(name, "ascending") for name in ("question_id", "solution_id", "annotator")]
+    has_no_error = pc.is_null(labels["error"])
+    labels = labels.filter(has_no_error).combine_chunks()
+    # By annotator too: which of two judges comes first must not depend on the order of the rows.
+    order = [
+        ("question_id", "ascending"),
+        ("solution_id", "ascending"),
+        ("annotator", "ascending"),
+    ]
     labels = labels.sort_by(order)
     # In columns, without a Python object a step: a run has millions.
     lists = labels["steps"].combine_chunks()
     flat_steps = lists.flatten()
-    fields = ["label", "confidence"]
-    steps = pa.StructArray.from_arrays([pc.struct_field(flat_steps, name) for name in fields], names=fields)
+    steps = pa.StructArray.from_arrays(
+        [
+            pc.struct_field(flat_steps, "label"),
+            pc.struct_field(flat_steps, "confidence"),
+        ],
+        names=["label", "confidence"],
+    )
+    # The sorted lists need not lie in order in memory: offsets are counted anew.
     lengths = np.asarray(pc.list_value_length(lists))
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+    solution_ids = labels["solution_id"].combine_chunks()
     rows = pa.StructArray.from_arrays(
-        [labels["solution_id"].combine_chunks(), pa.ListArray.from_arrays(offsets, steps)],
+        [
+            solution_ids,
+            pa.ListArray.from_arrays(offsets, steps),
+        ],
         names=["solution_id", "steps"],
     )
-    ids, first_rows = np.unique(labels["question_id"].to_numpy(), return_index=True)
+    all_question_ids = labels["question_id"].to_numpy()
+    question_ids, first_rows = np.unique(all_question_ids, return_index=True)
     starts = pa.array(np.append(first_rows, labels.num_rows), pa.int32())
-    return pa.table({"question_id": pa.array(ids, pa.string()), "judged": pa.ListArray.from_arrays(starts, rows)})
+    return pa.table(
+        {
+            "question_id": pa.array(question_ids, pa.string()),
+            "judged": pa.ListArray.from_arrays(starts, rows),
+        }
+    )
 
 
 def image_uris(questions: pa.Table, images: pa.Table, num_images: int) -> pa.Table:
     """One row a question with the uris of its first `num_images` images."""
-    uri_of = dict(zip(images["image_id"].to_pylist(), images["uri"].to_pylist(), strict=True))
+    image_ids = images["image_id"].to_pylist()
+    uri_of = dict(zip(image_ids, images["uri"].to_pylist(), strict=True))
     uris: list[list[str]] = []
-    for image_ids in questions["image_ids"].to_pylist():
-        uris.append([uri_of[image_id] for image_id in image_ids[:num_images]])
-    return pa.table({"question_id": questions["question_id"], "image_uris": pa.array(uris, pa.list_(pa.string()))})
+    for question_images in questions["image_ids"].to_pylist():
+        first_images = question_images[:num_images]
+        uris.append([uri_of[image_id] for image_id in first_images])
+    return pa.table(
+        {
+            "question_id": questions["question_id"],
+            "image_uris": pa.array(uris, pa.list_(pa.string())),
+        }
+    )

@@ -35,6 +35,21 @@ from medmm_ray.steps.monte_carlo.search import (
 
 log = logging.getLogger(__name__)
 
+# What a question adds to the figures of its table; in this order, as they are shown in it.
+FIGURES = (
+    "rollouts",
+    "rollout_tokens",
+    "prompt_tokens",
+    "cached_tokens",
+    "failed_rollouts",
+    "prefixes_continued",
+    "prefixes_failed",
+    "steps_labelled",
+    "steps_known_free",
+    "answers_asked",
+    "answers_unanswered",
+)
+
 
 class RolloutActor:
     """The actor: one engine that continues the chosen prefixes of each question of a batch."""
@@ -47,19 +62,29 @@ class RolloutActor:
         generator: MakeGenerator = Generator,
         grader: MakeGrader | None = None,
     ) -> None:
-        self.config, self.policy = config, policy
+        self.config = config
+        self.policy = policy
         self.grader = grader() if grader else Grader()
         self.generator = generator(model, config)
         self.annotator = f"{policy}@{digest(policy, identity(config))}"
         # A prefix is continued alike in all modes: the k-th continuation has the same seed.
-        sampling = (config.temperature, config.top_k, config.top_p, config.max_tokens)
-        self.seed_parts = (policy, config.seed, config.num_documents, config.num_images, *sampling)
+        self.seed_parts = (
+            policy,
+            config.seed,
+            config.num_documents,
+            config.num_images,
+            config.temperature,
+            config.top_k,
+            config.top_p,
+            config.max_tokens,
+        )
         self.num_questions = 0
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         labels: list[list[Labels]] = []
         figures: list[dict[str, int]] = []
-        for row_labels, row_figures in await asyncio.gather(*map(self.label, batch.to_pylist())):
+        results = await asyncio.gather(*map(self.label, batch.to_pylist()))
+        for row_labels, row_figures in results:
             labels.append(row_labels)
             figures.append(row_figures)
         self.num_questions += len(labels)
@@ -82,6 +107,8 @@ class RolloutActor:
         """The labels of one question's chosen solutions, and what they took."""
         config = self.config
         rule = LabelRule(config.rollouts_per_prefix, config.threshold, config.stop_early)
+        # What is reached from a prefix decides its label only where one success does (threshold 0), and spoils a ratio
+        # that somebody wants whole.
         share_reached = not config.threshold and (config.stop_early or config.searches)
         rollouts = QuestionRollouts(rule, share_reached)
         solutions = self.chosen_solutions(row) if row["split"] in config.splits else []
@@ -98,7 +125,8 @@ class RolloutActor:
         for solution in solutions:
             label_of_step = solution_labels(solution, rollouts, config.mode)
             if label_of_step:
-                labels.append(self.labels_row(row, solution, label_of_step, rollouts))
+                record = self.labels_row(row, solution, label_of_step, rollouts)
+                labels.append(record)
                 step_labels += label_of_step.values()
         return labels, figures_of(rollouts, step_labels)
 
@@ -107,23 +135,43 @@ class RolloutActor:
         config = self.config
         judged: dict[str, list[Mapping[str, Any]]] = {}
         for verdict in row["judged"] or []:
-            judged.setdefault(verdict["solution_id"], []).append(verdict)
+            verdicts_of_solution = judged.setdefault(verdict["solution_id"], [])
+            verdicts_of_solution.append(verdict)
+        # By index: the first solutions are the same however the row lists them.
         by_index = sorted(enumerate(row["solutions"]), key=lambda pair: pair[1]["index"])
         chosen: list[SolutionPrefixes] = []
         for number, solution in by_index[: config.max_solutions]:
-            outcome, verdicts = outcome_of(solution), judged.get(solution["solution_id"], [])
+            outcome = outcome_of(solution)
+            verdicts = judged.get(solution["solution_id"], [])
             if config.wrong_only and outcome is not False:
                 continue
-            judged_error = first_wrong_step(verdicts[0]["steps"]) if config.uses_judge and verdicts else None
-            steps = uncertain_steps(verdicts) if config.mode == "uncertain" else tuple(range(len(solution["steps"])))
-            if steps:
-                prefixes = prefix_texts(solution["steps"])
-                chosen.append(SolutionPrefixes(number, prefixes, outcome, judged_error, steps))
+            judged_error: int | None = None
+            if config.uses_judge and verdicts:
+                judged_error = first_wrong_step(verdicts[0]["steps"])
+            num_steps = len(solution["steps"])
+            steps = tuple(range(num_steps))
+            if config.mode == "uncertain":
+                steps = uncertain_steps(verdicts)
+            if not steps:
+                continue
+            prefixes = prefix_texts(solution["steps"])
+            chosen.append(
+                SolutionPrefixes(
+                    number,
+                    prefixes,
+                    outcome,
+                    judged_error,
+                    steps,
+                )
+            )
         return chosen
 
     def use_solutions(self, solutions: Sequence[Mapping[str, Any]], rollouts: QuestionRollouts) -> None:
         """Take what the solutions of this policy show of their own prefixes."""
-        outcomes = [(prefix_texts(solution["steps"]), outcome_of(solution)) for solution in solutions]
+        outcomes: list[tuple[tuple[str, ...], bool | None]] = []
+        for solution in solutions:
+            prefixes = prefix_texts(solution["steps"])
+            outcomes.append((prefixes, outcome_of(solution)))
         if self.config.counts_solutions:
             rollouts.count_solutions(outcomes)
         for prefixes, outcome in outcomes:
@@ -149,11 +197,13 @@ class RolloutActor:
         while num_by_prefix:
             # One request a prefix, all of a round side by side on the engine.
             requests = [self.sample(row, prompt, prefix, num, rollouts) for prefix, num in num_by_prefix.items()]
-            for prefix, samples in zip(num_by_prefix, await asyncio.gather(*requests), strict=True):
+            samples_of_prefixes = await asyncio.gather(*requests)
+            for prefix, samples in zip(num_by_prefix, samples_of_prefixes, strict=True):
                 if isinstance(samples, RowError):
                     rollouts.faults[prefix] = samples
                     continue
-                grades = await self.grader.grade(row, completion_answers(prefix, samples, row))
+                answers = completion_answers(prefix, samples, row)
+                grades = await self.grader.grade(row, answers)
                 rollouts.count_samples(prefix, samples, grades)
                 # In a search what a longer prefix reaches, each shorter one reaches too.
                 if self.config.searches and any(grades.right):
@@ -164,8 +214,15 @@ class RolloutActor:
         """What the policy is asked, as in sampling, with the question's images."""
         uris = row["image_uris"] if self.config.num_images else []
         images = await asyncio.gather(*(asyncio.to_thread(open_image, uri) for uri in uris))
+        # Room is left for a whole continuation, as in sampling.
         max_prompt_tokens = self.config.max_model_len - self.config.max_tokens
-        return policy_prompt(self.generator, row, self.config.num_documents, max_prompt_tokens, images)
+        return policy_prompt(
+            self.generator,
+            row,
+            self.config.num_documents,
+            max_prompt_tokens,
+            images,
+        )
 
     async def sample(
         self, row: Mapping[str, Any], prompt: ChatPrompt, prefix: str, num: int, rollouts: QuestionRollouts
@@ -175,8 +232,9 @@ class RolloutActor:
         # Sample k of a prefix has the same seed whatever the rounds were.
         if prefix in rollouts.counts:
             seed += rollouts.counts[prefix].sampled
+        prompt = replace(prompt, prefix=prefix)
         try:
-            return await self.generator.generate(replace(prompt, prefix=prefix), num, seed, self.config.sampling)
+            return await self.generator.generate(prompt, num, seed, self.config.sampling)
         except RowError as fault:
             return fault
 
@@ -190,33 +248,40 @@ class RolloutActor:
         """One solution's row; it has an error only where none of its steps has a label."""
         stored = row["solutions"][solution.number]
         is_labelled = any(step.label is not None for step in steps.values())
-        faults = [rollouts.faults[prefix] for prefix in solution.prefixes if prefix in rollouts.faults]
+        error: str | None = None
+        if not is_labelled:
+            faults = [rollouts.faults[prefix] for prefix in solution.prefixes if prefix in rollouts.faults]
+            error = str(faults[0]) if faults else None
+        # A step without a label keeps its place, so that places agree with the solution's steps.
+        places = range(len(stored["steps"]))
         return Labels(
             question_id=row["question_id"],
             solution_id=stored["solution_id"],
             source="monte_carlo",
             annotator=self.annotator,
-            steps=[steps.get(index, StepLabel()) for index in range(len(stored["steps"]))],
+            steps=[steps.get(place, StepLabel()) for place in places],
             cost=0.0,
-            error=str(faults[0]) if faults and not is_labelled else None,
+            error=error,
         )
 
 
 def figures_of(rollouts: QuestionRollouts, steps: Sequence[StepLabel]) -> dict[str, int]:
     """What a question took, for the manifest: continuations, their tokens, those that do not count, prefixes that could
     not be continued, the labels, and answers that a model was asked to grade and those that it did not."""
-    counts = rollouts.counts.values()
-    labelled = [step for step in steps if step.label is not None]
-    return {
-        "rollouts": sum(c.sampled for c in counts),
-        "rollout_tokens": rollouts.num_tokens,
-        "prompt_tokens": rollouts.prompt_tokens,
-        "cached_tokens": rollouts.cached_tokens,
-        "failed_rollouts": sum(c.sampled + c.from_solutions - c.answered for c in counts),
-        "prefixes_continued": sum(c.sampled > 0 for c in counts),
-        "prefixes_failed": len(rollouts.faults),
-        "steps_labelled": len(labelled),
-        "steps_known_free": sum(not step.num_rollouts for step in labelled),
-        "answers_asked": sum(grades.asked for grades in rollouts.grades),
-        "answers_unanswered": sum(grades.unanswered for grades in rollouts.grades),
-    }
+    figures = dict.fromkeys(FIGURES, 0)
+    figures["rollout_tokens"] = rollouts.num_tokens
+    figures["prompt_tokens"] = rollouts.prompt_tokens
+    figures["cached_tokens"] = rollouts.cached_tokens
+    figures["prefixes_failed"] = len(rollouts.faults)
+    for counts in rollouts.counts.values():
+        figures["rollouts"] += counts.sampled
+        figures["failed_rollouts"] += counts.sampled + counts.from_solutions - counts.answered
+        figures["prefixes_continued"] += counts.sampled > 0
+    for step in steps:
+        if step.label is not None:
+            figures["steps_labelled"] += 1
+            figures["steps_known_free"] += not step.num_rollouts
+    for grades in rollouts.grades:
+        figures["answers_asked"] += grades.asked
+        figures["answers_unanswered"] += grades.unanswered
+    return figures

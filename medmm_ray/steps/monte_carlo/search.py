@@ -29,6 +29,7 @@ from medmm_ray.engines.grader import Grades
 from medmm_ray.text import extract_answer, solution_prefix
 
 FIRST_ROUND = 2  # continuations at first; each further round has as many as all before: 2, 2, 4, 8
+ANOTHER_WAY = "the right answer was reached from here by another way"  # reason of a label that was not counted out
 SEARCHES = ("first_error", "verify")  # modes that look for the first wrong step
 
 
@@ -77,16 +78,23 @@ class LabelRule:
         if not most_answered:
             return None
         # Right even if all that remain are wrong; wrong even if all that remain are right.
-        if counts.correct / most_answered > self.threshold:
+        least_correct = counts.correct
+        most_correct = counts.correct + remaining
+        if least_correct / most_answered > self.threshold:
             return True
-        return False if (counts.correct + remaining) / most_answered <= self.threshold else None
+        if most_correct / most_answered <= self.threshold:
+            return False
+        return None
 
     def num_next(self, counts: RolloutCounts) -> int:
         """How many continuations to sample in the next round; 0 where the label is decided."""
         if self.label(counts) is not None:
             return 0
         remaining = self.num_remaining(counts)
-        return min(remaining, max(FIRST_ROUND, counts.sampled)) if self.stop_early else remaining
+        if not self.stop_early:
+            return remaining
+        doubled = max(FIRST_ROUND, counts.sampled)
+        return min(remaining, doubled)
 
 
 @dataclass(frozen=True)
@@ -156,22 +164,29 @@ class QuestionRollouts:
         """How many continuations of a prefix to sample next; 0 where its label is decided or cannot be had."""
         if prefix in self.reached or prefix in self.faults:
             return 0
-        return self.rule.num_next(self.counts.get(prefix, RolloutCounts()))
+        counts = self.counts.get(prefix, RolloutCounts())
+        return self.rule.num_next(counts)
 
     def labels(self, solution: SolutionPrefixes) -> list[bool | None]:
         """The label of each step of a solution as far as it is decided, the final one by the outcome."""
-        labels = [self.label(prefix) for prefix in solution.prefixes]
-        return labels if solution.outcome is None else [*labels[:-1], solution.outcome]
+        labels = list(map(self.label, solution.prefixes))
+        if solution.outcome is None:
+            return labels
+        return [*labels[:-1], solution.outcome]
 
     def step_label(self, solution: SolutionPrefixes, index: int) -> StepLabel:
         """The record of one step that was continued or is decided."""
         if index == len(solution.prefixes) - 1 and solution.outcome is not None:
             return final_step_label(solution.outcome, self.rule.threshold)
         prefix = solution.prefixes[index]
-        label, counts = self.label(prefix), self.counts.get(prefix, RolloutCounts())
+        label = self.label(prefix)
+        counts = self.counts.get(prefix, RolloutCounts())
         if label is None:
-            reason = self.fault(prefix, counts)
-            return StepLabel(num_correct=counts.correct, num_rollouts=counts.answered, reason=reason)
+            return StepLabel(
+                num_correct=counts.correct,
+                num_rollouts=counts.answered,
+                reason=self.fault(prefix, counts),
+            )
         # The label of its own continuations may still be open, or differ.
         by_another_way = label != self.rule.label(counts)
         return StepLabel(
@@ -180,7 +195,7 @@ class QuestionRollouts:
             num_correct=counts.correct,
             num_rollouts=counts.answered,
             stopped_early=by_another_way or self.rule.num_remaining(counts) > 0,
-            reason="the right answer was reached from here by another way" if by_another_way else None,
+            reason=ANOTHER_WAY if by_another_way else None,
         )
 
     def fault(self, prefix: str, counts: RolloutCounts) -> str:
@@ -256,12 +271,18 @@ def solution_labels(solution: SolutionPrefixes, rollouts: QuestionRollouts, mode
 
 
 def _first_false(labels: Sequence[bool | None], default: int) -> int:
-    return next((i for i, label in enumerate(labels) if label is False), default)
+    """The place of the first label that is wrong; `default` where none is."""
+    for i, label in enumerate(labels):
+        if label is False:
+            return i
+    return default
 
 
 def _is_exhausted(prefix: str, rollouts: QuestionRollouts) -> bool:
     """Whether a prefix without a label was continued as often as it may be."""
-    return prefix in rollouts.faults or (prefix in rollouts.counts and not rollouts.num_next(prefix))
+    if prefix in rollouts.faults:
+        return True
+    return prefix in rollouts.counts and not rollouts.num_next(prefix)
 
 
 def limit_steps(
@@ -273,7 +294,8 @@ def limit_steps(
         labels = rollouts.labels(solution)
         for i in solution.steps:
             if labels[i] is None:
-                undecided.setdefault(solution.prefixes[i], []).append((number, i))
+                places = undecided.setdefault(solution.prefixes[i], [])
+                places.append((number, i))
     dropped: set[tuple[int, int]] = set()
     # A hash's order is as good as a random one, and the same however the solutions are ordered.
     for prefix in sorted(undecided, key=digest):
@@ -292,18 +314,23 @@ def limit_steps(
 
 def uncertain_steps(rows: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
     """The steps of one solution in which a judge's confidence is low, or two judges differ."""
+    steps_of_judges = [row["steps"] for row in rows]
     steps: list[int] = []
-    for i, votes in enumerate(zip(*(row["steps"] for row in rows), strict=True)):
+    for i, votes in enumerate(zip(*steps_of_judges, strict=True)):
         labels = {vote["label"] for vote in votes}
+        confidences = {vote["confidence"] for vote in votes}
         # A neutral step (None) is no disagreement.
-        if {0, 1} <= labels or any(vote["confidence"] == "low" for vote in votes):
+        if {0, 1} <= labels or "low" in confidences:
             steps.append(i)
     return tuple(steps)
 
 
 def first_wrong_step(steps: Sequence[Mapping[str, Any]]) -> int:
     """The place of a judge's first wrong step; behind the last one where there is none."""
-    return next((i for i, step in enumerate(steps) if step["label"] == 0), len(steps))
+    for i, step in enumerate(steps):
+        if step["label"] == 0:
+            return i
+    return len(steps)
 
 
 def prefix_text(steps: Sequence[str], index: int) -> str:
@@ -313,13 +340,18 @@ def prefix_text(steps: Sequence[str], index: int) -> str:
 
 def prefix_texts(steps: Sequence[str]) -> tuple[str, ...]:
     """The prefix that ends with each of the steps."""
-    return tuple(prefix_text(steps, index) for index in range(len(steps)))
+    prefixes: list[str] = []
+    for index in range(len(steps)):
+        prefixes.append(prefix_text(steps, index))
+    return tuple(prefixes)
 
 
 def outcome_of(solution: Mapping[str, Any]) -> bool | None:
     """Whether a solution's answer is right; None where it has none or was cut off."""
+    if solution["finish_reason"] != "stop":
+        return None
     correct: bool | None = solution["correct"]
-    return correct if solution["finish_reason"] == "stop" else None
+    return correct
 
 
 def completion_answers(prefix: str, samples: Sequence[Completion], question: Mapping[str, Any]) -> list[str | None]:
@@ -337,4 +369,10 @@ def completion_answers(prefix: str, samples: Sequence[Completion], question: Map
 def final_step_label(correct: bool, threshold: float) -> StepLabel:
     """The label of a final step: nothing remains to roll out."""
     value = float(correct)
-    return StepLabel(label=int(value > threshold), value=value, num_correct=0, num_rollouts=0, stopped_early=False)
+    return StepLabel(
+        label=int(value > threshold),
+        value=value,
+        num_correct=0,
+        num_rollouts=0,
+        stopped_early=False,
+    )

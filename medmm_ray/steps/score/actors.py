@@ -1,5 +1,6 @@
 """The actors of `score` and `states`: a batch of rows in, one entry a solution (and arm) out."""
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -37,25 +38,38 @@ class Scorer:
     """The actor of `score`."""
 
     def __init__(self, config: ScoreConfig, model: "str | RewardModel", model_id: str) -> None:
-        self.config, self.model_id = with_trained_inputs(config, model), model_id
-        uses_images = any(IMAGES_OF_ARM[arm] for arm in config.arms)
-        self.model = load(model, config, uses_images) if isinstance(model, str) else model
+        self.config = with_trained_inputs(config, model)
+        self.model_id = model_id
+        if isinstance(model, str):
+            # A vLLM engine gives the states for the image part only where some arm has images.
+            uses_images = any(map(IMAGES_OF_ARM.get, config.arms))
+            self.model = load(model, config, uses_images)
+        else:
+            self.model = model
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Rows of `inputs` to ``{question_id, scores}``; each text is read once, for all arms that have it."""
         rows = batch.to_pylist()
-        # Each text input once, and for a vision-language model each without its image too: that is its text part.
-        input_of_arm = {arm: self._text_input(arm) for arm in self.config.arms}
-        without_image = {arm: text_input._replace(images=None) for arm, text_input in input_of_arm.items()}
-        states = {
-            text_input: self._states(rows, text_input)
-            for text_input in {*input_of_arm.values(), *without_image.values()}
-        }
+        states: dict[_TextInput, list[list[SolutionStates] | RowError]] = {}
+        inputs_of_arms: list[tuple[Arm, _TextInput, _TextInput]] = []
+        for arm in dict.fromkeys(self.config.arms):
+            text_input = self._text_input(arm)
+            without_image = text_input._replace(images=None)
+            inputs_of_arms.append((arm, text_input, without_image))
+            # Each text input once, and for a vision-language model each without its image too: that is its text part.
+            for needed in (text_input, without_image):
+                if needed not in states:
+                    states[needed] = self._states(rows, needed)
         entries: list[list[dict[str, Any]]] = []
         for i, row in enumerate(rows):
             entries_of_row: list[dict[str, Any]] = []
-            for arm, text_input in input_of_arm.items():
-                entries_of_row += self._arm_entries(row, arm, states[text_input][i], states[without_image[arm]][i])
+            for arm, text_input, without_image in inputs_of_arms:
+                entries_of_row += self._arm_entries(
+                    row,
+                    arm,
+                    states[text_input][i],
+                    states[without_image][i],
+                )
             entries.append(entries_of_row)
         return _lists(rows, "scores", entries, Scores)
 
@@ -68,14 +82,21 @@ class Scorer:
         self, rows: Sequence[Mapping[str, Any]], text_input: _TextInput
     ) -> "list[list[SolutionStates] | RowError]":
         images = [self._images(row, text_input.images) for row in rows]
-        return states_of_rows(self.model, rows, self.config, text_input.with_documents, images)
+        return states_of_rows(
+            self.model,
+            rows,
+            self.config,
+            text_input.with_documents,
+            images,
+        )
 
     def _images(self, row: Mapping[str, Any], source: ImageSource | None) -> "list[Image] | RowError":
         """The images that the language model reads with a row's text, or what is wrong with them."""
         if source is None or _fault_of(row):  # nothing is opened for a row that is not read
             return []
         try:
-            return self._open(_uris(row, source, "image"))
+            uris = _uris(row, source, "image")
+            return self._open(uris)
         except RowError as fault:
             return fault
 
@@ -91,11 +112,20 @@ class Scorer:
         try:
             scores = self._scores(row, arm, states, states_without_image)
         except RowError as fault:
-            return [self._entry(row, solution, arm, [], [], str(fault)) for solution in solutions]
+            # A question's fault is that of each of its solutions: every one has its row.
+            message = str(fault)
+            return [self._entry(row, solution, arm, [], [], message) for solution in solutions]
         entries: list[dict[str, Any]] = []
-        for solution, of_solution in zip(solutions, scores, strict=True):
-            parts = of_solution.text_log_odds, of_solution.image_log_odds
-            entries.append(self._entry(row, solution, arm, *parts, of_solution.error))
+        for solution, solution_scores in zip(solutions, scores, strict=True):
+            entry = self._entry(
+                row,
+                solution,
+                arm,
+                solution_scores.text_log_odds,
+                solution_scores.image_log_odds,
+                solution_scores.error,
+            )
+            entries.append(entry)
         return entries
 
     def _scores(
@@ -110,15 +140,20 @@ class Scorer:
             raise states
         if isinstance(states_without_image, RowError):
             raise states_without_image
-        scores = self.model.step_scores(states, self._image_features(row, arm))
+        image_features = self._image_features(row, arm)
+        scores = self.model.step_scores(states, image_features)
         if not self.model.vision:
             return scores
-        without_image = self.model.step_scores(states_without_image, None)
-        return [split_image_part(*pair) for pair in zip(scores, without_image, strict=True)]
+        # What a vision-language model says without the image is its text part.
+        scores_without_image = self.model.step_scores(states_without_image, None)
+        parts: list[StepScores] = []
+        for with_image, without_image in zip(scores, scores_without_image, strict=True):
+            parts.append(split_image_part(with_image, without_image))
+        return parts
 
     def _image_features(self, row: Mapping[str, Any], arm: Arm) -> "ImageFeatures | None":
         """What the image tower gives of an arm's images; None where there are none. A fault of one is a `RowError`."""
-        from medmm_ray.reward_model import ImageError
+        from medmm_ray.reward_model import ImageError  # here, as it loads PyTorch
 
         source = IMAGES_OF_ARM[arm]
         if source is None or self.model.fusion is None:
@@ -126,8 +161,9 @@ class Scorer:
         uris = _uris(row, source, "image")
         if not uris:
             return None
-        reference_uris = _uris(row, source, "reference")[: self.config.num_references]
-        images, references = self._open(uris), self._open(reference_uris)
+        reference_uris = _uris(row, source, "reference")
+        images = self._open(uris)
+        references = self._open(reference_uris[: self.config.num_references])
         try:
             return self.model.image_features(images, references)
         except ImageError as error:
@@ -161,19 +197,24 @@ class StateExtractor:
     """The actor of `states`."""
 
     def __init__(self, config: StatesConfig, model: "str | RewardModel", model_id: str) -> None:
-        self.config, self.model_id = with_trained_inputs(config, model), model_id
+        self.config = with_trained_inputs(config, model)
+        self.model_id = model_id
         self.model = load(model, config) if isinstance(model, str) else model
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Rows of `inputs` to ``{question_id, states}``."""
         rows = batch.to_pylist()
         states = states_of_rows(self.model, rows, self.config)
-        entries = [self._entries(*pair) for pair in zip(rows, states, strict=True)]
+        entries: list[list[dict[str, Any]]] = []
+        for row, row_states in zip(rows, states, strict=True):
+            entries.append(self._entries(row, row_states))
         return _lists(rows, "states", entries, States)
 
     def _entries(self, row: Mapping[str, Any], states: "list[SolutionStates] | RowError") -> list[dict[str, Any]]:
         """One entry a solution of one question."""
-        document_ids = [document["document_id"] for document in _documents(row, self.config)]
+        # The hash tells which documents the text was read with: the states hold for no others.
+        documents = _documents(row, self.config)
+        document_ids = [document["document_id"] for document in documents]
         of_question = {  # the columns that all entries of a question share
             "question_id": row["question_id"],
             "model": self.model_id,
@@ -186,8 +227,8 @@ class StateExtractor:
             for solution in solutions:
                 entries.append(of_question | self._faulty(solution, states))
         else:
-            for solution, of_solution in zip(solutions, states, strict=True):
-                entries.append(of_question | _state_columns(solution, of_solution))
+            for solution, solution_states in zip(solutions, states, strict=True):
+                entries.append(of_question | _state_columns(solution, solution_states))
         return entries
 
     def _faulty(self, solution: Mapping[str, Any], fault: RowError) -> dict[str, Any]:
@@ -233,13 +274,30 @@ def states_of_rows(
     requests: dict[int, ScoreRequest] = {}
     for i, row in enumerate(rows):
         row_images = images[i] if images else []
-        fault = _fault_of(row) or (row_images if isinstance(row_images, RowError) else None)
-        results.append(fault or [])
-        if fault is None and not isinstance(row_images, RowError):
-            documents = [document["text"] for document in _documents(row, config)] if with_documents else []
-            solutions = [solution["steps"] for solution in row["solutions"]]
-            requests[i] = ScoreRequest(row["question"], solutions, documents, row_images)
-    all_states = model.iter_states(requests.values(), token_budget=config.token_budget, together=config.pack_questions)
+        fault = _fault_of(row)
+        if fault is not None:
+            results.append(fault)
+            continue
+        if isinstance(row_images, RowError):
+            results.append(row_images)
+            continue
+        documents: list[str] = []
+        if with_documents:
+            documents = [document["text"] for document in _documents(row, config)]
+        solutions = [solution["steps"] for solution in row["solutions"]]
+        results.append([])
+        requests[i] = ScoreRequest(
+            row["question"],
+            solutions,
+            documents,
+            row_images,
+        )
+    # The whole batch at once: with `pack_questions` short questions share a forward pass.
+    all_states = model.iter_states(
+        requests.values(),
+        token_budget=config.token_budget,
+        together=config.pack_questions,
+    )
     for i, (_, states) in zip(requests, all_states, strict=True):
         results[i] = states
     return results
@@ -252,21 +310,26 @@ def split_image_part(scores: "StepScores", without_image: "StepScores") -> "Step
         return scores
     if without_image.error:
         return without_image
-    changes = [s - w for s, w in zip(scores.log_odds, without_image.log_odds, strict=True)]
-    return replace(scores, text_log_odds=without_image.log_odds, image_log_odds=changes)
+    text_log_odds = without_image.log_odds
+    changes = [s - w for s, w in zip(scores.log_odds, text_log_odds, strict=True)]
+    return replace(scores, text_log_odds=text_log_odds, image_log_odds=changes)
 
 
 def _uris(row: Mapping[str, Any], source: ImageSource, kind: Literal["image", "reference"]) -> list[str]:
     """A row's own images or those of another question, or the references that go with them; raises their `RowError`."""
     prefix = "shuffled_" if source == "shuffled" else ""
-    if row[f"{prefix}image_error"]:
-        fault, _, message = row[f"{prefix}image_error"].partition(": ")
+    error = row[f"{prefix}image_error"]
+    if error:
+        fault, _, message = error.partition(": ")
         raise RowError(fault, message)
-    return list(row[f"{prefix}{kind}_uris"])
+    uris: list[str] = row[f"{prefix}{kind}_uris"]
+    return list(uris)
 
 
 def _documents(row: Mapping[str, Any], config: ScoringConfig) -> list[Mapping[str, Any]]:
-    return list(row["documents"] or [])[: config.num_documents]
+    """The documents that are offered to the model, best first; a question that retrieval left out has none."""
+    documents: list[Mapping[str, Any]] = list(row["documents"] or [])
+    return documents[: config.num_documents]
 
 
 def _fault_of(row: Mapping[str, Any]) -> RowError | None:
@@ -276,14 +339,25 @@ def _fault_of(row: Mapping[str, Any]) -> RowError | None:
     if not row["question"].strip():
         return RowError("question_empty", f"{row['question_id']} has no text")
     for column in ("error", "question_error", "evidence_error"):  # of the solutions, the question, the evidence
-        if row[column]:
-            return RowError("upstream", row[column])
+        error = row[column]
+        if error:
+            return RowError("upstream", error)
     return None
 
 
 def _lists(
-    rows: Sequence[Mapping[str, Any]], column: str, entries: Sequence[list[dict[str, Any]]], record: type
+    rows: Sequence[Mapping[str, Any]],
+    column: str,
+    entries: Sequence[list[dict[str, Any]]],
+    record: type,
 ) -> pa.Table:
     """One row a question with the list of its entries."""
-    ids = pa.array([row["question_id"] for row in rows], pa.string())
-    return pa.table({"question_id": ids, column: to_arrow_lists(record, entries)})
+    ids = list(map(operator.itemgetter("question_id"), rows))
+    question_ids = pa.array(ids, pa.string())
+    lists = to_arrow_lists(record, entries)
+    return pa.table(
+        {
+            "question_id": question_ids,
+            column: lists,
+        }
+    )

@@ -52,6 +52,7 @@ class ScoringConfig(EngineConfig):
 
     @model_validator(mode="after")
     def _engine(self) -> Self:
+        # For another engine they would be ignored without a word.
         settings_of_vllm = {
             "vllm": bool(self.vllm),
             "batch_invariant": self.batch_invariant,

@@ -39,6 +39,7 @@ def inputs(solutions: "Dataset", questions: pa.Table, images: pa.Table, evidence
     """
     of_questions = question_inputs(questions, images, evidence, seed)
     documents = evidence.select(["question_id", "documents", "error"])
+    # Under a name of its own: the solutions have a column `error` too.
     documents = documents.rename_columns(["question_id", "documents", "evidence_error"])
     ds = attach(solutions, of_questions, "question_id", INPUT_SCHEMA.names[1:])
     return attach(ds, documents, "question_id", ["documents", "evidence_error"])
@@ -50,14 +51,27 @@ def question_inputs(questions: pa.Table, images: pa.Table, evidence: pa.Table, s
     The other question is of the same split and has other images; its references come along, or they would give the
     first question's diagnosis away.
     """
-    files = {row["image_id"]: row for row in images.select(["image_id", "uri", "error"]).to_pylist()}
+    files: dict[str, Mapping[str, Any]] = {}
+    for image in images.select(["image_id", "uri", "error"]).to_pylist():
+        files[image["image_id"]] = image
     references: dict[str, list[str]] = {}
     for row in evidence.select(["question_id", "images"]).to_pylist():
-        references[row["question_id"]] = [image["uri"] for image in row["images"] or []]
-    rows = questions.select(["question_id", "split", "question", "options", "image_ids", "error"]).to_pylist()
+        similar_images = row["images"] or []
+        references[row["question_id"]] = [image["uri"] for image in similar_images]
+    columns = [
+        "question_id",
+        "split",
+        "question",
+        "options",
+        "image_ids",
+        "error",
+    ]
+    rows = questions.select(columns).to_pylist()
     images_of: dict[str, _ImageFiles] = {}
     for row in rows:
-        images_of[row["question_id"]] = _image_files(row["image_ids"], files, references.get(row["question_id"], []))
+        question_id = row["question_id"]
+        question_references = references.get(question_id, [])
+        images_of[question_id] = _image_files(row["image_ids"], files, question_references)
     swaps = shuffled(rows, seed)
     # A lone question keeps its place in the arm, with an error.
     nothing = _ImageFiles([], [], "no_other_image: no other question of this split has another image to swap in")
@@ -97,12 +111,15 @@ class _ImageFiles(NamedTuple):
 def _image_files(
     image_ids: Sequence[str], files: Mapping[str, Mapping[str, Any]], references: list[str]
 ) -> _ImageFiles:
+    uris: list[str] = []
     for image_id in image_ids:
         if image_id not in files:
             return _ImageFiles([], [], f"image_missing: {image_id} is not in the table images")
-        if files[image_id]["error"]:
-            return _ImageFiles([], [], f"upstream: {files[image_id]['error']}")
-    return _ImageFiles([files[image_id]["uri"] for image_id in image_ids], references, None)
+        file = files[image_id]
+        if file["error"]:
+            return _ImageFiles([], [], f"upstream: {file['error']}")
+        uris.append(file["uri"])
+    return _ImageFiles(uris, references, None)
 
 
 def shuffled(questions: Iterable[Mapping[str, Any]], seed: int) -> dict[str, str]:
@@ -113,8 +130,10 @@ def shuffled(questions: Iterable[Mapping[str, Any]], seed: int) -> dict[str, str
     by_split: dict[str, dict[tuple[str, ...], list[str]]] = {}
     for row in questions:
         if row["image_ids"]:
+            # The same images in another order are the same images.
+            images = tuple(sorted(row["image_ids"]))
             by_images = by_split.setdefault(row["split"], {})
-            by_images.setdefault(tuple(sorted(row["image_ids"])), []).append(row["question_id"])
+            by_images.setdefault(images, []).append(row["question_id"])
     swaps: dict[str, str] = {}
     for by_images in by_split.values():
         # A group by its smallest id: the same whatever the order of the rows.

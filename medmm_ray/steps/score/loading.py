@@ -52,14 +52,18 @@ def warn_of_other_inputs(config: ScoringConfig, path: str) -> None:
 def _trained_inputs(model: "str | RewardModel") -> Mapping[str, int | None]:
     if not isinstance(model, str):
         return asdict(model.trained_inputs)
+    # Checkpoints of older versions do not say.
     numbers: Mapping[str, int | None] = _saved_config(model).get("trained_inputs", {})
     return numbers
 
 
 def _saved_config(path: str) -> dict[str, Any]:
     """What a reward model of ours says of itself in its folder; nothing of any other checkpoint."""
-    file = Path(resolve(path)) / "reward_model.json"
-    config: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    folder = Path(resolve(path))
+    file = folder / "reward_model.json"
+    if not file.is_file():
+        return {}
+    config: dict[str, Any] = json.loads(file.read_text())
     return config
 
 
@@ -71,7 +75,9 @@ def image_input_of(path: str) -> Literal["tower", "language_model"] | None:
     config_file = Path(resolve(path)) / "config.json"
     if not config_file.is_file():
         return None
-    architectures = json.loads(config_file.read_text()).get("architectures") or []
+    config: dict[str, Any] = json.loads(config_file.read_text())
+    architectures = config.get("architectures") or []
+    # What Transformers calls the classes that take images beside a text.
     reads_images = any(name.endswith("ForConditionalGeneration") for name in architectures)
     return "language_model" if reads_images else None
 
@@ -85,7 +91,7 @@ def check_image_input(path: str, config: ScoreConfig) -> None:
             f"score.arms has {', '.join(image_arms)}, but {path} has no image tower; "
             "name the folder of a two-tower checkpoint or of a vision-language model, or set score.arms=[text_only]"
         )
-    uses_images = any(IMAGES_OF_ARM[arm] for arm in config.arms)
+    uses_images = any(map(IMAGES_OF_ARM.get, config.arms))
     if image_input == "language_model" and config.num_references and uses_images:
         raise ConfigError(
             f"score.num_references is {config.num_references}, but {path} is a vision-language model, which reads a "
@@ -105,7 +111,8 @@ def load(model: str, config: ScoringConfig, images: bool = True) -> "RewardModel
         from medmm_ray.reward_model.vllm import PooledRewardModel
 
         states = isinstance(config, StatesConfig) or (images and image_input_of(model) == "tower")
-        loaded = PooledRewardModel.open(resolve(model), generator_config(config), states=states)
+        settings = generator_config(config)
+        loaded = PooledRewardModel.open(resolve(model), settings, states=states)
     else:
         device = "cuda" if config.num_gpus else "cpu"
         loaded = RewardModel.from_pretrained(resolve(model), dtype=config.dtype, device=device)
@@ -123,4 +130,9 @@ def generator_config(config: ScoringConfig) -> GeneratorConfig:
     # `GeneratorConfig` has a field of its own for the length.
     arguments = dict(config.vllm)
     longest = arguments.pop("max_model_len", sys.maxsize)
-    return GeneratorConfig(**settings | {"dtype": config.dtype, "max_model_len": longest, "vllm": arguments})
+    settings |= {
+        "dtype": config.dtype,
+        "max_model_len": longest,
+        "vllm": arguments,
+    }
+    return GeneratorConfig(**settings)

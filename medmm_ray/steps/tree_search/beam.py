@@ -14,7 +14,7 @@ from pydantic import Field
 
 from medmm_ray.data.tables import RowError
 from medmm_ray.stats import decoders
-from medmm_ray.steps.tree_search.writer import StepWriter, StepWriterConfig
+from medmm_ray.steps.tree_search.writer import Action, StepWriter, StepWriterConfig
 from medmm_ray.text import question_with_options
 
 if TYPE_CHECKING:
@@ -74,7 +74,10 @@ class RewardModelScorer:
         references: Sequence["Image"] = (),
         lock: asyncio.Lock | None = None,
     ) -> None:
-        self.model, self.documents, self.images, self.references = model, documents, images, references
+        self.model = model
+        self.documents = documents
+        self.images = images
+        self.references = references
         self.lock = lock or asyncio.Lock()
 
     async def scores(self, question: Mapping[str, Any], solutions: Sequence[Sequence[str]]) -> "list[StepScores]":
@@ -104,20 +107,36 @@ async def beam_search(config: BeamSearchConfig, writer: StepWriter, scorer: Step
     beams = [Beam()]
     while True:
         # Finished beams stay in the race with those that grow.
-        finished = [beam for beam in beams if beam.answer is not None]
-        if len(finished) == len(beams):
+        finished: list[Beam] = []
+        unfinished: list[Beam] = []
+        for beam in beams:
+            if beam.answer is None:
+                unfinished.append(beam)
+            else:
+                finished.append(beam)
+        if not unfinished:
             return beams
-        unfinished = [beam for beam in beams if beam.answer is None]
-        expansions = await asyncio.gather(*(expand(writer, beam, config.num_expansions) for beam in unfinished))
-        scored = await score(list(chain.from_iterable(expansions)), writer.question, scorer, config.aggregate)
+        requests = [expand(writer, beam, config.num_expansions) for beam in unfinished]
+        expansions = await asyncio.gather(*requests)
+        expanded = list(chain.from_iterable(expansions))
+        scored = await score(
+            expanded,
+            writer.question,
+            scorer,
+            config.aggregate,
+        )
         beams = best(finished + scored, config.num_beams)
 
 
 async def expand(writer: StepWriter, beam: Beam, width: int) -> list[Beam]:
     """The beam with each step that may follow; with all to its end where only one step may follow."""
     is_last = len(beam.steps) + 1 >= writer.config.max_steps
-    continuations = await writer.continuations(beam.steps, "finish" if is_last else "reason", width)
-    return [Beam((*beam.steps, *new.steps), new.answer, new.correct) for new in continuations]
+    action: Action = "finish" if is_last else "reason"
+    beams: list[Beam] = []
+    for continuation in await writer.continuations(beam.steps, action, width):
+        steps = (*beam.steps, *continuation.steps)
+        beams.append(Beam(steps, continuation.answer, continuation.correct))
+    return beams
 
 
 async def score(
@@ -128,12 +147,20 @@ async def score(
         return []
     log_odds = await scorer(question, [beam.steps for beam in beams])
     scored: list[Beam] = []
+    # The earlier steps are scored again with the new one: a scorer takes whole solutions.
     for beam, step_log_odds in zip(beams, log_odds, strict=True):
         reward = decoders.aggregate(list(step_log_odds), aggregate)
-        scored.append(replace(beam, log_odds=tuple(step_log_odds), reward=reward))
+        scored_beam = replace(
+            beam,
+            log_odds=tuple(step_log_odds),
+            reward=reward,
+        )
+        scored.append(scored_beam)
     return scored
 
 
 def best(beams: Sequence[Beam], number: int) -> list[Beam]:
     """The `number` beams of highest reward, the first of equals."""
-    return sorted(beams, key=lambda beam: -beam.reward)[:number]
+    # `sorted` keeps the order of equals: finished beams come before those that grow.
+    ordered = sorted(beams, key=lambda beam: -beam.reward)
+    return ordered[:number]

@@ -87,17 +87,26 @@ class TreeSearchActor:
         generator: MakeGenerator = Generator,
         grader: MakeGrader | None = None,
     ) -> None:
-        self.config, self.policy, self.config_hash = config, policy, config_hash
+        self.config = config
+        self.policy = policy
+        self.config_hash = config_hash
         self.generator = generator(model, config)
         self.grader = grader() if grader else Grader()
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
-        rows = await asyncio.gather(*map(self.search, batch.to_pylist()))
-        yield to_arrow(records.Tree, list(rows))
+        questions = batch.to_pylist()
+        trees = await asyncio.gather(*map(self.search, questions))
+        yield to_arrow(records.Tree, list(trees))
 
     async def search(self, question: Mapping[str, Any]) -> records.Tree:
         """The tree of one question; a fault becomes the row's error, and what had grown before it is kept."""
-        writer = StepWriter(self.config, self.generator, question, self.config_hash, self.grader)
+        writer = StepWriter(
+            self.config,
+            self.generator,
+            question,
+            self.config_hash,
+            self.grader,
+        )
         builder = TreeBuilder(self.config, writer)
         error = None if question["error"] is None else f"upstream: {question['error']}"
         if error is None:
@@ -120,7 +129,8 @@ class TreeBuilder:
     """One question's tree while it grows."""
 
     def __init__(self, config: TreeSearchConfig, writer: StepWriter) -> None:
-        self.config, self.writer = config, writer
+        self.config = config
+        self.writer = writer
         self.tree: Tree = (ROOT,)
 
     async def run(self) -> None:
@@ -129,28 +139,41 @@ class TreeBuilder:
             at = select(self.tree, self.config.exploration)
             if at is None:
                 break
-            await self.expand({at: next_action(self.tree, at, self.config)})
+            action = next_action(self.tree, at, self.config)
+            await self.expand({at: action})
         if not self.is_spent and num_right(self.tree) < self.config.max_correct:
-            await self.expand(dict.fromkeys(unfinished_leaves(self.tree), "finish"))
+            leaves = unfinished_leaves(self.tree)
+            await self.expand(dict.fromkeys(leaves, "finish"))
 
     @property
     def is_spent(self) -> bool:
         """Whether the tree's tokens are used up."""
-        return self.config.max_tree_tokens is not None and self.writer.num_tokens >= self.config.max_tree_tokens
+        max_tokens = self.config.max_tree_tokens
+        return max_tokens is not None and self.writer.num_tokens >= max_tokens
 
     @property
     def is_full(self) -> bool:
         """Whether the tree is not expanded any further."""
         config = self.config
-        return self.is_spent or len(self.tree) >= config.max_nodes or num_right(self.tree) >= config.max_correct
+        if self.is_spent or len(self.tree) >= config.max_nodes:
+            return True
+        return num_right(self.tree) >= config.max_correct
 
     async def expand(self, actions: Mapping[int, Action]) -> None:
         """Sample what follows each node, roll it out, and let it grow there, in order."""
-        candidates = await asyncio.gather(*(self.candidates(at, action) for at, action in actions.items()))
+        requests = [self.candidates(at, action) for at, action in actions.items()]
+        candidates = await asyncio.gather(*requests)
         # In the order of the nodes, not of arrival: a tree must not depend on timing.
         for (at, action), continuations in zip(actions.items(), candidates, strict=True):
             for continuation, rollouts in continuations:
-                self.tree = grow(self.tree, at, action, continuation, rollouts, self.config.reflect)
+                self.tree = grow(
+                    self.tree,
+                    at,
+                    action,
+                    continuation,
+                    rollouts,
+                    self.config.reflect,
+                )
             # Else it would be selected for ever.
             if not continuations:
                 self.tree = close(self.tree, at)
@@ -161,7 +184,8 @@ class TreeBuilder:
         # An end or a doubt is sampled once: it is a whole solution.
         num_samples = self.config.num_children if action == "reason" else 1
         continuations = await self.writer.continuations(steps, action, num_samples)
-        rollouts = await asyncio.gather(*(self.roll_out(steps, continuation) for continuation in continuations))
+        requests = [self.roll_out(steps, continuation) for continuation in continuations]
+        rollouts = await asyncio.gather(*requests)
         return list(zip(continuations, rollouts, strict=True))
 
     async def roll_out(self, steps: Sequence[str], continuation: Continuation) -> list[bool]:
@@ -169,7 +193,8 @@ class TreeBuilder:
         if continuation.answer is not None:
             return []
         steps = [*steps, *continuation.steps]
-        return await self.writer.rollouts(steps, num_rollouts_at(len(steps), self.config))
+        num = num_rollouts_at(len(steps), self.config)
+        return await self.writer.rollouts(steps, num)
 
 
 # From trees to tables
@@ -179,6 +204,8 @@ def solutions_of(row: Mapping[str, Any]) -> Solutions:
     """The solutions that end in a tree row (a plain one), in the order in which they grew."""
     tree = nodes_of(row)
     solutions = [_solution(row, tree, leaf) for leaf in solution_leaves(tree)]
+    # A question that failed before the search says so already.
+    error = row["error"] and f"upstream: {row['error'].removeprefix('upstream: ')}"
     return Solutions(
         question_id=row["question_id"],
         policy=row["policy"],
@@ -186,13 +213,14 @@ def solutions_of(row: Mapping[str, Any]) -> Solutions:
         num_requested=len(solutions),
         num_drawn=len(solutions),
         solutions=solutions,
-        error=row["error"] and f"upstream: {row['error'].removeprefix('upstream: ')}",
+        error=error,
     )
 
 
 def labels_of(row: Mapping[str, Any], strength: float) -> list[Labels]:
     """The labels of those solutions, with source tree_search."""
     tree = nodes_of(row)
+    annotator = f"{row['policy']}@{row['config_hash']}"
     labels: list[Labels] = []
     for leaf in solution_leaves(tree):
         labels.append(
@@ -200,7 +228,7 @@ def labels_of(row: Mapping[str, Any], strength: float) -> list[Labels]:
                 question_id=row["question_id"],
                 solution_id=_solution_id(row, leaf),
                 source="tree_search",
-                annotator=f"{row['policy']}@{row['config_hash']}",
+                annotator=annotator,
                 steps=step_labels(tree, leaf, strength),
                 cost=0.0,
             )
@@ -210,35 +238,52 @@ def labels_of(row: Mapping[str, Any], strength: float) -> list[Labels]:
 
 def nodes_of(row: Mapping[str, Any]) -> Tree:
     """The tree that a row (a plain one) holds."""
-    return tuple(TreeNode(**node) for node in row["nodes"])
+    nodes: list[TreeNode] = []
+    for node in row["nodes"]:
+        nodes.append(TreeNode(**node))
+    return tuple(nodes)
 
 
 def solutions_batch(batch: pa.Table) -> pa.Table:
     """`records.Tree` rows -> `Solutions` rows."""
-    return to_arrow(Solutions, [solutions_of(row) for row in batch.to_pylist()])
+    rows = list(map(solutions_of, batch.to_pylist()))
+    return to_arrow(Solutions, rows)
 
 
 def labels_batch(batch: pa.Table, strength: float) -> pa.Table:
     """`records.Tree` rows -> ``{question_id, labels}``."""
-    labels = to_arrow_lists(Labels, [labels_of(row, strength) for row in batch.to_pylist()])
-    return pa.table({"question_id": batch["question_id"], "labels": labels})
+    labels = [labels_of(row, strength) for row in batch.to_pylist()]
+    return pa.table(
+        {
+            "question_id": batch["question_id"],
+            "labels": to_arrow_lists(Labels, labels),
+        }
+    )
 
 
 def _solution_id(row: Mapping[str, Any], leaf: int) -> str:
-    return "s" + digest(row["question_id"], row["policy"], row["config_hash"], leaf)
+    """A solution's id: the same for its row and its labels, which are made apart."""
+    content = digest(
+        row["question_id"],
+        row["policy"],
+        row["config_hash"],
+        leaf,
+    )
+    return f"s{content}"
 
 
 def _solution(row: Mapping[str, Any], tree: Tree, leaf: int) -> Solution:
     steps = steps_to(tree, leaf)
     text = solution_text(steps)
+    node = tree[leaf]
     return Solution(
         solution_id=_solution_id(row, leaf),
         index=leaf,
         text=text,
         steps=steps,
-        answer=tree[leaf].answer,
-        correct=tree[leaf].correct,
+        answer=node.answer,
+        correct=node.correct,
         finish_reason="stop",
-        seed=tree[leaf].seed,
+        seed=node.seed,
         text_sha=digest(text),
     )

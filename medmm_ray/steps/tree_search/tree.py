@@ -79,18 +79,28 @@ def leaves(tree: Tree) -> list[int]:
 
 def solution_leaves(tree: Tree) -> list[int]:
     """The leaves in which a solution ends, right ones and wrong ones."""
-    return [i for i in leaves(tree) if tree[i].answer is not None]
+    ended: list[int] = []
+    for i in leaves(tree):
+        if tree[i].answer is not None:
+            ended.append(i)
+    return ended
 
 
 def unfinished_leaves(tree: Tree) -> list[int]:
     """The leaves whose solution goes on, the most promising first."""
-    unfinished = [i for i in leaves(tree) if tree[i].answer is None and not tree[i].closed]
+    unfinished: list[int] = []
+    for i in leaves(tree):
+        if tree[i].answer is None and not tree[i].closed:
+            unfinished.append(i)
     return sorted(unfinished, key=lambda i: -(tree[i].value or 0.0))
 
 
 def num_right(tree: Tree) -> int:
     """How many right solutions the tree holds."""
-    return sum(tree[i].correct is True for i in solution_leaves(tree))
+    num = 0
+    for i in solution_leaves(tree):
+        num += tree[i].correct is True  # None: the answer could not be graded
+    return num
 
 
 # Growing a tree
@@ -102,7 +112,8 @@ def ucb(node: TreeNode, parent: TreeNode, exploration: float) -> float:
     if not node.visits:
         return UNVISITED
     value = parent.value if node.value is None else node.value
-    return (value or 0.0) + exploration * math.sqrt(math.log(parent.visits) / node.visits)
+    uncertainty = math.sqrt(math.log(parent.visits) / node.visits)
+    return (value or 0.0) + exploration * uncertainty
 
 
 def select(tree: Tree, exploration: float) -> int | None:
@@ -124,9 +135,14 @@ def next_action(tree: Tree, at: int, config: TreeSearchConfig) -> Action:
     node = tree[at]
     if node.answer is not None:
         return "reflect"
-    share_right = (node.num_correct or 0) / node.num_rollouts if node.num_rollouts else 0.0
-    is_last_step = len(path(tree, at)) + 1 >= config.max_steps
-    return "finish" if share_right >= config.finish_from or is_last_step else "reason"
+    share_right = 0.0
+    if node.num_rollouts:
+        share_right = (node.num_correct or 0) / node.num_rollouts
+    depth = len(path(tree, at))
+    # A node from which nearly all rollouts come out right needs no branches below it.
+    if share_right >= config.finish_from or depth + 1 >= config.max_steps:
+        return "finish"
+    return "reason"
 
 
 def num_rollouts_at(depth: int, config: TreeSearchConfig) -> int:
@@ -149,10 +165,19 @@ def grow(
     begin with the value of `at`. With `reflect` a wrong answer stays open for one doubt.
     """
     correct, seed = continuation.correct, continuation.seed
+    # Several steps come at once where a policy goes on to the end: they form a chain.
     *inner_steps, last_step = continuation.steps
     for step in inner_steps:
-        inner = TreeNode(parent=at, step=step, action=action, value=tree[at].value, visits=1, seed=seed)
-        tree, at = (*tree, inner), len(tree)
+        inner = TreeNode(
+            parent=at,
+            step=step,
+            action=action,
+            value=tree[at].value,
+            visits=1,
+            seed=seed,
+        )
+        at = len(tree)
+        tree = (*tree, inner)
     is_ended = continuation.answer is not None
     outcomes = rollouts
     if is_ended:

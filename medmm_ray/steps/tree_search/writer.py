@@ -80,12 +80,20 @@ class StepWriter:
         config_hash: str,
         grader: Grader,
     ) -> None:
-        self.config, self.generator, self.question, self.grader = config, generator, question, grader
+        self.config = config
+        self.generator = generator
+        self.question = question
+        self.grader = grader
         self.seed_parts = (config_hash, question["question_id"])
         self.num_tokens = 0
         self.num_rejected = 0
         max_prompt_tokens = config.max_model_len - config.max_tokens
-        self.prompt = policy_prompt(generator, question, config.num_documents, max_prompt_tokens)
+        self.prompt = policy_prompt(
+            generator,
+            question,
+            config.num_documents,
+            max_prompt_tokens,
+        )
 
     async def continuations(self, steps: Sequence[str], action: Action, n: int) -> list[Continuation]:
         """What may follow `steps`: the next step (reason), or all to the end, perhaps with a doubt before it (reflect).
@@ -107,8 +115,10 @@ class StepWriter:
         answers = [continuation.answer for continuation in distinct.values()]
         # Only distinct answers are graded: a model may be asked.
         grades = await self.grader.grade(self.question, answers)
-        graded = zip(distinct.values(), grades.right, strict=True)
-        return [replace(continuation, correct=is_right) for continuation, is_right in graded]
+        graded: list[Continuation] = []
+        for continuation, is_right in zip(distinct.values(), grades.right, strict=True):
+            graded.append(replace(continuation, correct=is_right))
+        return graded
 
     def _parse(self, sample: Completion, prefix: str, num_steps: int, stop: str | None) -> Continuation | None:
         """The steps of a sample behind the `num_steps` of its prefix; None where it is rejected."""
@@ -123,7 +133,11 @@ class StepWriter:
         _, steps = split_steps(begun_step + text)
         if is_stopped:
             return Continuation((steps[0],), seed=sample.seed) if steps else None
-        answer = extract_answer(prefix + text, self.question["options"], self.question["answer_type"])
+        answer = extract_answer(
+            prefix + text,
+            self.question["options"],
+            self.question["answer_type"],
+        )
         if answer is None or not steps or num_steps + len(steps) > self.config.max_steps:
             return None
         return Continuation(tuple(steps), answer, seed=sample.seed)
@@ -136,8 +150,15 @@ class StepWriter:
         prefix = solution_prefix(steps)
         answers: list[str | None] = []
         for sample in await self._generate("rollout", steps, prefix, n):
-            if sample.finish_reason == "stop":
-                answers.append(extract_answer(prefix + sample.text, question["options"], question["answer_type"]))
+            if sample.finish_reason != "stop":
+                continue
+            # With the prefix: an answer may be stated across the cut.
+            answer = extract_answer(
+                prefix + sample.text,
+                question["options"],
+                question["answer_type"],
+            )
+            answers.append(answer)
         grades = await self.grader.grade(question, answers)
         return [is_right for is_right in grades.right if is_right is not None]
 
@@ -148,12 +169,21 @@ class StepWriter:
         config = self.config
         seed = request_seed("writer", config.seed, *self.seed_parts, purpose, prefix)
         stops = () if stop is None else (stop,)
-        sampling = Sampling(config.temperature, config.top_k, config.top_p, config.max_tokens, stops)
+        sampling = Sampling(
+            config.temperature,
+            config.top_k,
+            config.top_p,
+            config.max_tokens,
+            stops,
+        )
+        prompt = replace(self.prompt, prefix=prefix)
         try:
-            samples = await self.generator.generate(replace(self.prompt, prefix=prefix), n, seed, sampling)
+            samples = await self.generator.generate(prompt, n, seed, sampling)
         except RowError:
             if not steps:  # the prompt alone is too long: a fault of the question
                 raise
             return []
-        self.num_tokens += sum(sample.num_tokens for sample in samples)
+        # Rejected samples count too: they were paid for.
+        for sample in samples:
+            self.num_tokens += sample.num_tokens
         return samples

@@ -130,6 +130,7 @@ def _limit_text(limit: float, unit: str) -> str:
 
 def gates(config: "AuditConfig", report: JsonObject) -> list[JsonObject]:
     """All gates, each a `Gate` as JSON, in the order in which they are worth reading."""
+    # Of one source alone: shares of judge and Monte Carlo are of different things.
     shares = _shares_of_right_steps(report)
     by_difficulty = shares.get("difficulty", {})
     all_gates = [

@@ -120,6 +120,7 @@ def _rejected(solutions: pa.Table) -> dict[str, int]:
 def _counts_by_value(values: pa.Array) -> dict[str, int]:
     """How often each value occurs, the most frequent first."""
     entries = pc.value_counts(values).to_pylist()
+    # The sort is stable: of equal counts the value that came first stays first.
     entries.sort(key=lambda entry: -entry["counts"])
     counts = {}
     for entry in entries:

@@ -73,7 +73,10 @@ def accuracy_by_column(
 
 
 def accuracy_by_decoder(
-    questions: Sequence[ScoredQuestion], arms: Sequence[str], log_odds: Mapping[str, LogOdds], resampling: Resampling
+    questions: Sequence[ScoredQuestion],
+    arms: Sequence[str],
+    log_odds: Mapping[str, LogOdds],
+    resampling: Resampling,
 ) -> JsonObject:
     """The accuracy of every named decoder over all samples of each question: ARM.DECODER."""
     chances = _Chances()
@@ -105,7 +108,10 @@ def _decoded(scored: ScoredQuestion, decoder: Decoder, log_odds: LogOdds) -> flo
 
 
 def _chances(
-    questions: Sequence[ScoredQuestion], arms: Sequence[str], ns: Sequence[int], num_subsets: int
+    questions: Sequence[ScoredQuestion],
+    arms: Sequence[str],
+    ns: Sequence[int],
+    num_subsets: int,
 ) -> dict[FigurePath, Floats]:
     chances = _Chances()
     for scored in questions:

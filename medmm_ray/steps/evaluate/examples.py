@@ -59,7 +59,14 @@ def choose_examples(
             by_kind[kind].append(scored)
     chosen = list(_in_turn(by_kind))[:num_examples]
     ids = pa.array([scored.question.question_id for _, scored in chosen], pa.string())
-    sources = _sources(ids, main_arm, solutions, images, scores, labels)
+    sources = _sources(
+        ids,
+        main_arm,
+        solutions,
+        images,
+        scores,
+        labels,
+    )
     examples = []
     for kind, scored in chosen:
         examples.append(_example(kind, scored, main_arm, sources))
@@ -76,7 +83,12 @@ def _in_turn(by_kind: Mapping[str, Sequence[ScoredQuestion]]) -> Iterator[tuple[
 
 
 def _sources(
-    question_ids: pa.Array, arm: str, solutions: pa.Table, images: pa.Table, scores: pa.Table, labels: StepLabels
+    question_ids: pa.Array,
+    arm: str,
+    solutions: pa.Table,
+    images: pa.Table,
+    scores: pa.Table,
+    labels: StepLabels,
 ) -> _Sources:
     # Filtered in Arrow: the texts of a few questions alone become Python objects.
     has_example = pc.is_in(solutions["question_id"], question_ids)
@@ -99,7 +111,12 @@ def _sources(
     )
 
 
-def _example(kind: str, scored: ScoredQuestion, main_arm: str, sources: _Sources) -> JsonObject:
+def _example(
+    kind: str,
+    scored: ScoredQuestion,
+    main_arm: str,
+    sources: _Sources,
+) -> JsonObject:
     """One entry of the report."""
     question = scored.question
     solutions = sources.solutions[question.question_id]
@@ -169,7 +186,12 @@ def _roles(scored: ScoredQuestion, main_arm: str) -> dict[int, list[str]]:
     return scored_roles
 
 
-def _solution_entry(solution: JsonObject, roles: Sequence[str], reward: float, sources: _Sources) -> JsonObject:
+def _solution_entry(
+    solution: JsonObject,
+    roles: Sequence[str],
+    reward: float,
+    sources: _Sources,
+) -> JsonObject:
     solution_id, texts = solution["solution_id"], solution["steps"]
     labels = sources.labels.get(solution_id) or [None] * len(texts)
     text_parts, image_parts = sources.step_parts[solution_id]

@@ -118,6 +118,7 @@ def step_log_odds(scores: pa.Table, samples: Mapping[str, Sequence[Sample]]) -> 
         strict=True,
     )
     for solution_id, arm, text, image, error in rows:
+        # A solution may have left the table since it was scored.
         if error or solution_id not in num_steps:
             continue
         if not len(text) == len(image) == num_steps[solution_id]:

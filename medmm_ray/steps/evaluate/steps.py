@@ -42,7 +42,10 @@ class ReferenceLabels:
 
 
 def reference_labels(
-    sources: Sequence[str], solutions: pa.Table, labels: Iterable[pa.Table], review_queue: pa.Table | None = None
+    sources: Sequence[str],
+    solutions: pa.Table,
+    labels: Iterable[pa.Table],
+    review_queue: pa.Table | None = None,
 ) -> ReferenceLabels:
     """The labels of the first of `sources` that labels a step of `solutions`; empty ones where none does.
 
@@ -82,7 +85,12 @@ def _queue_weights(steps: Steps, review_queue: pa.Table) -> Floats:
     return weight_N
 
 
-def _of_source(source: str, steps: Steps, codes: Codes, weight_N: Floats | None) -> ReferenceLabels:
+def _of_source(
+    source: str,
+    steps: Steps,
+    codes: Codes,
+    weight_N: Floats | None,
+) -> ReferenceLabels:
     """Codes and weights of all steps, by solution."""
     solution_ids = steps.solution_ids.to_pylist()
     # Neutral and unlabelled steps have no side: both are None.
@@ -166,7 +174,12 @@ def _labelled_steps(log_odds: LogOdds, reference: ReferenceLabels, threshold: fl
     return pooled
 
 
-def step_figures(log_odds: LogOdds, reference: ReferenceLabels, threshold: float, num_bins: int) -> JsonObject:
+def step_figures(
+    log_odds: LogOdds,
+    reference: ReferenceLabels,
+    threshold: float,
+    num_bins: int,
+) -> JsonObject:
     """One arm's step metrics, pooled over the labelled steps of scored solutions, each step with its weight.
 
     First errors are sought among the labelled steps; where these are drawn one by one (weighted), in solutions alone of

@@ -150,6 +150,7 @@ def _empty_folder(to: str) -> str:
         raise ConfigError("'to' is required: the folder to write to, e.g. to=exports/mine")
     fs, path = filesystem(to)
     content = pafs.FileSelector(path, allow_not_found=True)
+    # An empty folder that is there will do.
     if fs.get_file_info(path).is_file or fs.get_file_info(content):
         raise ConfigError(f"{to} is not empty; an export never mixes with other files. Name a new folder (to=...)")
     Artifact(to).prepare()
@@ -183,6 +184,7 @@ def bundles(tables: Tables, ids: Sequence[str], config: ExportConfig) -> Iterato
     solutions = _solutions(tables.solutions, ids)
     tree_solutions = _solutions(tables.tree_solutions, ids)
     labels = _labels(tables, ids)
+    # Questions share pictures: each is read once a chunk.
     distinct_ids: set[str] = set()
     for question in questions.values():
         distinct_ids.update(question.image_ids)

@@ -62,7 +62,13 @@ class Config(BaseModel):
         return _merge(sections, values)
 
 
-def execution(default: T, *, ge: float | None = None, gt: float | None = None, le: float | None = None) -> T:
+def execution(
+    default: T,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+) -> T:
     """A field that says how a step runs, not what it makes (pool sizes, batch sizes, paths): not part of `identity`."""
     field: T = Field(default, ge=ge, gt=gt, le=le, json_schema_extra={"identity": False})
     return field
@@ -75,7 +81,10 @@ def identity(config: Config) -> dict[str, Any]:
         if not _is_execution(info):
             value = getattr(config, name)
             values[name] = identity(value) if isinstance(value, Config) else value
-    return cast(dict[str, Any], json.loads(json.dumps(values, sort_keys=True)))
+    return cast(
+        dict[str, Any],
+        json.loads(json.dumps(values, sort_keys=True)),
+    )
 
 
 def _is_execution(info: FieldInfo) -> bool:
@@ -157,7 +166,11 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def parse_overrides(overrides: Iterable[str], section: str | None = None, known: Sequence[str] = ()) -> dict[str, Any]:
+def parse_overrides(
+    overrides: Iterable[str],
+    section: str | None = None,
+    known: Sequence[str] = (),
+) -> dict[str, Any]:
     """``a.b=value`` words as a nested dict, values read as YAML.
 
     A name without a dot that is none of `known` belongs to `section`, the section of the step that is run.
@@ -192,7 +205,10 @@ def build(config: type[ConfigT], values: Mapping[str, Any], where: str) -> Confi
 
 
 def load(
-    config: type[ConfigT], recipe: str | Path | None, overrides: Sequence[str] = (), section: str | None = None
+    config: type[ConfigT],
+    recipe: str | Path | None,
+    overrides: Sequence[str] = (),
+    section: str | None = None,
 ) -> ConfigT:
     """A recipe file and overrides as a validated config."""
     values = read_recipe(recipe) if recipe else {}

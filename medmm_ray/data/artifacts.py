@@ -61,7 +61,10 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     if "://" not in uri:
         return pafs.LocalFileSystem(), str(Path(uri).absolute())
     try:
-        return cast(tuple[pafs.FileSystem, str], pafs.FileSystem.from_uri(uri))
+        return cast(
+            tuple[pafs.FileSystem, str],
+            pafs.FileSystem.from_uri(uri),
+        )
     except pa.ArrowInvalid:  # a scheme that pyarrow does not know itself
         import fsspec
 
@@ -136,7 +139,11 @@ class Artifact:
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             **contents,
         )
-        write_file(self.fs, f"{self.path}/{MANIFEST}", json.dumps(asdict(manifest), indent=2).encode())
+        write_file(
+            self.fs,
+            f"{self.path}/{MANIFEST}",
+            json.dumps(asdict(manifest), indent=2).encode(),
+        )
         return manifest
 
     def _files(self) -> list[str]:
@@ -183,7 +190,12 @@ def code_revision() -> str:
     root = Path(__file__).resolve().parents[2]
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["git", "-C", str(root), *words],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         return done.stdout.strip() if done.returncode == 0 else ""
 
     commit = git("rev-parse", "--short=12", "HEAD")

@@ -38,7 +38,11 @@ def imported_policy(source: str) -> str:
 
 
 def imported_rows(
-    question_id: str, solved: SolvedQuestion, policy: str, config_hash: str, tree_hash: str
+    question_id: str,
+    solved: SolvedQuestion,
+    policy: str,
+    config_hash: str,
+    tree_hash: str,
 ) -> ImportedRows:
     """The rows of one question; `tree_hash` is the config_hash of its tree_solutions."""
     solutions = _solutions(question_id, solved.solutions, policy, config_hash)
@@ -104,5 +108,11 @@ def _evidence(question_id: str, solved: SolvedQuestion, config_hash: str) -> Evi
     # Data sets give their documents in order, and no scores.
     documents = []
     for rank, text in enumerate(solved.documents, 1):
-        documents.append(RetrievedDocument(document_id=f"d{digest(text)}", text=text, score=1 / rank))
+        documents.append(
+            RetrievedDocument(
+                document_id=f"d{digest(text)}",
+                text=text,
+                score=1 / rank,
+            )
+        )
     return Evidence(question_id=question_id, config_hash=config_hash, documents=documents, images=list(solved.images))

@@ -43,7 +43,13 @@ class PartFooter:
     hash: str = ""
 
     @classmethod
-    def of(cls, rows: pa.Table, ids: list[str], key: str, figures: Mapping[str, Any]) -> "PartFooter":
+    def of(
+        cls,
+        rows: pa.Table,
+        ids: list[str],
+        key: str,
+        figures: Mapping[str, Any],
+    ) -> "PartFooter":
         """The footer of `rows`, made for `ids` (several rows, or none, may have the same id)."""
         failed: set[str] = set()
         errors: Counter[str] = Counter()
@@ -124,7 +130,11 @@ def rows_hash(rows: pa.Table) -> str:
     # A sum: it depends on no order, and those of a table's files add up to the table's.
     total = 0
     for row in rows.to_pylist():
-        text = json.dumps(_stable(row), sort_keys=True, default=lambda b: hashlib.sha256(b).hexdigest())
+        text = json.dumps(
+            _stable(row),
+            sort_keys=True,
+            default=lambda b: hashlib.sha256(b).hexdigest(),
+        )
         total += int(hashlib.sha256(text.encode()).hexdigest()[:32], 16)
     return f"{total % 2**128:032x}"
 

@@ -360,7 +360,13 @@ def arrow_schema(record: type) -> pa.Schema:
     columns = []
     for record_field in dataclasses.fields(record):
         annotation = hints[record_field.name]
-        columns.append(pa.field(record_field.name, _arrow_type(annotation), nullable=_nullable(annotation)))
+        columns.append(
+            pa.field(
+                record_field.name,
+                _arrow_type(annotation),
+                nullable=_nullable(annotation),
+            )
+        )
     return pa.schema(columns)
 
 
@@ -384,7 +390,10 @@ def from_dict(record: type, row: dict[str, Any]) -> Any:
     hints = _hints(record)
     values = {}
     for record_field in dataclasses.fields(record):
-        values[record_field.name] = _revive(hints[record_field.name], row.get(record_field.name))
+        values[record_field.name] = _revive(
+            hints[record_field.name],
+            row.get(record_field.name),
+        )
     return record(**values)
 
 

@@ -147,14 +147,22 @@ class Table(Artifact):
         for file in self.files() if self.is_complete else self.parts():
             yield fitted(pq.read_table(file, filesystem=self.fs), self.schema)
 
-    def dataset(self, columns: Sequence[str] | None = None, rows_per_block: int | None = None) -> "Dataset":
+    def dataset(
+        self,
+        columns: Sequence[str] | None = None,
+        rows_per_block: int | None = None,
+    ) -> "Dataset":
         """The table as a Ray dataset, read where it is worked on."""
         import ray
 
         files = self.files()
         if not files:  # Ray refuses to read no file
             return ray.data.from_arrow(self.to_arrow(columns))
-        ds = ray.data.read_parquet(files, filesystem=self.fs, columns=list(columns) if columns else None)
+        ds = ray.data.read_parquet(
+            files,
+            filesystem=self.fs,
+            columns=list(columns) if columns else None,
+        )
         return ds.repartition(target_num_rows_per_block=rows_per_block) if rows_per_block else ds
 
     # Writing
@@ -187,7 +195,13 @@ class Table(Artifact):
             return
         figures = {}
         if "figures" in rows.column_names:
-            figures = dict(zip(ids, rows.column("figures").to_pylist(), strict=True))
+            figures = dict(
+                zip(
+                    ids,
+                    rows.column("figures").to_pylist(),
+                    strict=True,
+                )
+            )
         self._put(self._records(rows, explode), ids, key, figures)
 
     def _records(self, rows: pa.Table, explode: str | None) -> pa.Table:
@@ -275,7 +289,11 @@ class Table(Artifact):
             )
 
     def _too_many_errors(
-        self, footer_by_file: Mapping[str, PartFooter], num_rows: int, errors: Counter[str], max_error_rate: float
+        self,
+        footer_by_file: Mapping[str, PartFooter],
+        num_rows: int,
+        errors: Counter[str],
+        max_error_rate: float,
     ) -> str:
         """What failed, with an example, and what to do."""
         kinds = ", ".join(f"{kind} {count}" for kind, count in errors.most_common())
@@ -353,7 +371,12 @@ def _arrow(block: Any) -> pa.Table:
     return block if isinstance(block, pa.Table) else pa.Table.from_pandas(block, preserve_index=False)
 
 
-def chosen(ds: "Dataset", key: str, ids: pa.Array | pa.ChunkedArray, keep: bool = True) -> "Dataset":
+def chosen(
+    ds: "Dataset",
+    key: str,
+    ids: pa.Array | pa.ChunkedArray,
+    keep: bool = True,
+) -> "Dataset":
     """The rows of `ds` whose id is among `ids` (or, with keep=False, is not)."""
     import ray
 
@@ -384,7 +407,12 @@ def attach(ds: "Dataset", lookup: pa.Table, on: str, columns: Sequence[str]) -> 
 
     def look_up(batch: pa.Table) -> pa.Table:
         table = ray.get(ref)
-        matches = table.take(pc.index_in(batch[on], table[on].combine_chunks()))
+        matches = table.take(
+            pc.index_in(
+                batch[on],
+                table[on].combine_chunks(),
+            )
+        )
         for column in columns:
             batch = batch.append_column(column, matches[column])
         return batch

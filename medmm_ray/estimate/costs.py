@@ -37,7 +37,11 @@ def estimate(plan: Plan, without: Collection[str] = ()) -> Estimate:
         if line.step not in left_out:
             gpu_hours = plan.known_gpu_hours.get(line.step, line.gpu_hours)
             lines_in.append(replace(line, gpu_hours=gpu_hours))
-    return Estimate(plan, tuple(lines_in), tuple(_notes(plan, {line.step: line for line in lines_in})))
+    return Estimate(
+        plan,
+        tuple(lines_in),
+        tuple(_notes(plan, {line.step: line for line in lines_in})),
+    )
 
 
 def _write_questions(plan: Plan) -> Line:
@@ -190,7 +194,10 @@ def _prefixes(plan: Plan, samples: int) -> float:
     share = work.wrong_share if rollouts.right_is_free else 1.0
     judged = at_most(solutions, plan.judging.max_solutions) * share
     if rollouts.mode == "uncertain":
-        return min(judged * work.steps * rollouts.uncertain_share, samples * work.steps * rollouts.max_share)
+        return min(
+            judged * work.steps * rollouts.uncertain_share,
+            samples * work.steps * rollouts.max_share,
+        )
     if rollouts.mode == "verify":
         return judged * min(2, work.steps - 1)
     if rollouts.mode == "first_error":
@@ -306,7 +313,11 @@ def _notes(plan: Plan, lines: Mapping[str, Line]) -> list[str]:
 def _size_notes(plan: Plan, lines: Mapping[str, Line]) -> list[str]:
     notes = []
     gpu = plan.hardware.specification
-    parameters = max(plan.policy.parameters, plan.training.text_parameters, plan.judging.model.parameters)
+    parameters = max(
+        plan.policy.parameters,
+        plan.training.text_parameters,
+        plan.judging.model.parameters,
+    )
     weights = parameters * BF16
     if weights > 0.9 * gpu.memory * 1e9:  # something must be left for activations
         notes.append(

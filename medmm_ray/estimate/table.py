@@ -18,7 +18,11 @@ def rendered(result: Estimate) -> Group:
     for name in ("calls", "tokens", "dollars", "GPU-hours", "GPU dollars", "stored"):
         table.add_column(name, justify="right")
     for line in result.lines:
-        table.add_row(line.step, line.work, *_cells(line, hardware.price))
+        table.add_row(
+            line.step,
+            line.work,
+            *_cells(line, hardware.price),
+        )
     table.add_section()
     table.add_row(
         "total",

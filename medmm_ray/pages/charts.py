@@ -157,7 +157,12 @@ def _band(frame: Frame, curve: Series) -> str:
     """The intervals of a series as an area: along the upper ends, back along the lower ones."""
     outline = [(point.x, point.high) for point in curve.points]
     outline += [(point.x, point.low) for point in reversed(curve.points)]
-    return element("path", d=path(frame.places(outline)) + "Z", fill=curve.colour, fill_opacity="0.11")
+    return element(
+        "path",
+        d=path(frame.places(outline)) + "Z",
+        fill=curve.colour,
+        fill_opacity="0.11",
+    )
 
 
 def _end_values(frame: Frame, series: Sequence[Series]) -> list[str]:
@@ -167,7 +172,15 @@ def _end_values(frame: Frame, series: Sequence[Series]) -> list[str]:
     body = []
     for curve, end, y in zip(series, ends, _spread(heights, 21, TOP + 6, HEIGHT - BOTTOM), strict=True):
         value = f"{100 * end.value:.1f}"
-        body.append(text(frame.x(end.x) + 10, y, value, "start", f'fill="{curve.colour}" class="end"'))
+        body.append(
+            text(
+                frame.x(end.x) + 10,
+                y,
+                value,
+                "start",
+                f'fill="{curve.colour}" class="end"',
+            )
+        )
     return body
 
 
@@ -199,7 +212,13 @@ def roc(curves: Sequence[RocCurve], label: str) -> Markup:
     for curve in curves:
         if curve.false_positive_rates:
             points = zip(curve.false_positive_rates, curve.true_positive_rates, strict=True)
-            body.append(line(frame.places(points), curve.colour, curve.dash))
+            body.append(
+                line(
+                    frame.places(points),
+                    curve.colour,
+                    curve.dash,
+                )
+            )
     return chart(body, label)
 
 
@@ -213,9 +232,34 @@ def histogram(right: Sequence[int], wrong: Sequence[int], label: str) -> Markup:
     body += _columns(frame, [count / total for count in right], BLUE)
     body += _columns(frame, [-count / total for count in wrong], ORANGE)
     middle = frame.y(0)
-    body.append(element("line", x1=LEFT, x2=WIDTH - RIGHT, y1=middle, y2=middle, stroke=INK))
-    body.append(text(LEFT + 10, TOP + 16, "right steps", "start", f'fill="{BLUE}" class="end"'))
-    body.append(text(WIDTH - RIGHT - 10, HEIGHT - BOTTOM - 12, "wrong steps", "end", f'fill="{ORANGE}" class="end"'))
+    body.append(
+        element(
+            "line",
+            x1=LEFT,
+            x2=WIDTH - RIGHT,
+            y1=middle,
+            y2=middle,
+            stroke=INK,
+        )
+    )
+    body.append(
+        text(
+            LEFT + 10,
+            TOP + 16,
+            "right steps",
+            "start",
+            f'fill="{BLUE}" class="end"',
+        )
+    )
+    body.append(
+        text(
+            WIDTH - RIGHT - 10,
+            HEIGHT - BOTTOM - 12,
+            "wrong steps",
+            "end",
+            f'fill="{ORANGE}" class="end"',
+        )
+    )
     return chart(body, label)
 
 
@@ -252,7 +296,13 @@ def _columns(frame: Frame, shares: Sequence[float], colour: str) -> list[str]:
     return body
 
 
-def bars(columns: Sequence[Bar], band: tuple[float, float] | None, x_title: str, y_title: str, label: str) -> Markup:
+def bars(
+    columns: Sequence[Bar],
+    band: tuple[float, float] | None,
+    x_title: str,
+    y_title: str,
+    label: str,
+) -> Markup:
     """Bars of shares, in order; `band` shades a range of places, from the middle of bars."""
     shares = [bar.share for bar in columns]
     top = max(shares, default=0.0) or 1.0
@@ -267,11 +317,29 @@ def bars(columns: Sequence[Bar], band: tuple[float, float] | None, x_title: str,
         start = frame.x(max(band[0], -0.5))
         end = frame.x(min(band[1], len(columns) - 0.5))
         width = max(end - start, 0.0)
-        body.append(element("rect", x=start, width=width, y=TOP, height=HEIGHT - TOP - BOTTOM, fill=TARGET))
+        body.append(
+            element(
+                "rect",
+                x=start,
+                width=width,
+                y=TOP,
+                height=HEIGHT - TOP - BOTTOM,
+                fill=TARGET,
+            )
+        )
     body += axes(frame, x_ticks, y_ticks, x_title, y_title)
     room = frame.x(1) - frame.x(0)
     for place, bar in enumerate(columns):
         start = frame.x(place) - 0.4 * room
         y = frame.y(bar.share)
-        body.append(element("rect", x=start, width=0.8 * room, y=y, height=HEIGHT - BOTTOM - y, fill=bar.colour))
+        body.append(
+            element(
+                "rect",
+                x=start,
+                width=0.8 * room,
+                y=y,
+                height=HEIGHT - BOTTOM - y,
+                fill=bar.colour,
+            )
+        )
     return chart(body, label)

@@ -22,7 +22,11 @@ from medmm_ray.steps.audit import figure_text, target_text
 
 Row = dict[str, Any]
 JUDGE_AND_EXPERT = ("judge", "expert")  # the pair of sources that a gate is about
-STATES = {True: ("✓", "met", BLUE), False: ("✗", "not met", ORANGE), None: ("?", "no figure", GREY)}
+STATES = {
+    True: ("✓", "met", BLUE),
+    False: ("✗", "not met", ORANGE),
+    None: ("?", "no figure", GREY),
+}
 CHECKS = {
     "images_of_questions": "Pictures asked about in more than one split",
     "image_files": "Image files in more than one split",
@@ -30,7 +34,11 @@ CHECKS = {
     "references_outside_training": "Questions with a reference case from outside training",
     "own_image_as_reference": "Questions with their own picture as a reference case",
 }
-SCALES = {"share": (0.0, 1.0), "kappa": (0.0, 1.0), "steps": (0.0, 20.0)}
+SCALES = {
+    "share": (0.0, 1.0),
+    "kappa": (0.0, 1.0),
+    "steps": (0.0, 20.0),
+}
 GROUPINGS = {"answer": "By answer", "difficulty": "By difficulty", "modality": "By modality", "position": "By step"}
 
 
@@ -155,7 +163,15 @@ def _gauge(gate: Row) -> Markup:
         return Markup("")
     _, _, colour = STATES[gate["passed"]]
     shape = "circle" if gate["passed"] else "diamond"
-    row = Whisker("", gate["value"], gate["low"], gate["high"], colour=colour, mark=shape, target=gate["target"])
+    row = Whisker(
+        "",
+        gate["value"],
+        gate["low"],
+        gate["high"],
+        colour=colour,
+        mark=shape,
+        target=gate["target"],
+    )
     return gauge(row, scale)
 
 
@@ -165,10 +181,22 @@ def _calibration(report: Row) -> Markup | None:
     if balance is None:
         return None
     targets = {gate["name"]: gate["target"] for gate in report["gates"]}
-    bands = {"easy": targets["easy_positive"], "hard": targets["hard_positive"], "all": targets["positive_share"]}
+    bands = {
+        "easy": targets["easy_positive"],
+        "hard": targets["hard_positive"],
+        "all": targets["positive_share"],
+    }
     rows: list[Whisker | str] = [f"Right steps ({source_name(balance['source'])})"]
     for name, figure in _by_difficulty(balance["share"]).items():
-        rows.append(_whisker(name, figure, BLUE, "circle", bands.get(name)))
+        rows.append(
+            _whisker(
+                name,
+                figure,
+                BLUE,
+                "circle",
+                bands.get(name),
+            )
+        )
     rows.append("Right answers")
     for name, figure in _by_difficulty(report["sampling"]["accuracy"]).items():
         rows.append(_whisker(name, figure, GREEN, "diamond", None))
@@ -180,9 +208,24 @@ def _by_difficulty(tables: Row) -> Row:
     return {**tables["all"], **tables["difficulty"]}
 
 
-def _whisker(name: str, figure: Row, colour: str, mark: str, target: Sequence[float | None] | None) -> Whisker:
+def _whisker(
+    name: str,
+    figure: Row,
+    colour: str,
+    mark: str,
+    target: Sequence[float | None] | None,
+) -> Whisker:
     band = None if target is None else (target[0], target[1])
-    return Whisker(words(name), figure["value"], figure["low"], figure["high"], "", colour, mark, band)
+    return Whisker(
+        words(name),
+        figure["value"],
+        figure["low"],
+        figure["high"],
+        "",
+        colour,
+        mark,
+        band,
+    )
 
 
 def _histogram(report: Row) -> Markup | None:
@@ -204,7 +247,13 @@ def _histogram(report: Row) -> Markup | None:
             name = f"≥ {last}" if num_longer else name
             number = num_longer
         is_usual = few <= num_steps <= many
-        bars.append(Bar(name, number / total, BLUE if is_usual else ORANGE))
+        bars.append(
+            Bar(
+                name,
+                number / total,
+                BLUE if is_usual else ORANGE,
+            )
+        )
     band = (low - first, high - first)
     return charts.bars(bars, band, "steps of a solution", "share of solutions", "Solutions by number of steps")
 
@@ -217,7 +266,15 @@ def _kappas(report: Row) -> Markup | None:
         figure = pair["kappa"]["all"]["all"]
         has_gate = (pair["first"], pair["second"]) == JUDGE_AND_EXPERT
         target = (report["config"]["min_kappa"], None) if has_gate else None
-        rows.append(Whisker(name, figure["value"], figure["low"], figure["high"], target=target))
+        rows.append(
+            Whisker(
+                name,
+                figure["value"],
+                figure["low"],
+                figure["high"],
+                target=target,
+            )
+        )
     if not rows:
         return None
     return forest(rows, _reach(rows), False, "Cohen's κ", "Agreement of label sources")
@@ -230,7 +287,13 @@ def _details(report: Row) -> list[tuple[str, Markup]]:
         rows = _rows_by_group(pair["kappa"])
         if rows:
             name = f"{source_name(pair['first'])} – {source_name(pair['second'])}"
-            chart = forest(rows, _reach(rows), False, "Cohen's κ", f"Agreement, {name}, by group")
+            chart = forest(
+                rows,
+                _reach(rows),
+                False,
+                "Cohen's κ",
+                f"Agreement, {name}, by group",
+            )
             details.append((name, chart))
     return details
 
@@ -247,7 +310,14 @@ def _rows_by_group(tables: Row) -> list[Whisker | str]:
         if len(table) > 1:
             rows.append(title)
             for name, figure in table.items():
-                rows.append(Whisker(words(name), figure["value"], figure["low"], figure["high"]))
+                rows.append(
+                    Whisker(
+                        words(name),
+                        figure["value"],
+                        figure["low"],
+                        figure["high"],
+                    )
+                )
     return rows
 
 
@@ -295,6 +365,10 @@ def _gates_table(gates: Sequence[Row]) -> Table:
         if gate["low"] is not None and unit in SCALES:
             ends = f"{figure_text(gate['low'], unit)} – {figure_text(gate['high'], unit)}"
         table.add_row(
-            Text(sign, style), gate["title"], Text(figure_text(gate["value"], unit), style), ends, target_text(gate)
+            Text(sign, style),
+            gate["title"],
+            Text(figure_text(gate["value"], unit), style),
+            ends,
+            target_text(gate),
         )
     return table

@@ -46,14 +46,21 @@ class _Scale:
     def ticks(self) -> list[float]:
         """At most seven round values."""
         length = self.high - self.low
-        step = next((step for step in STEPS if length / step <= 6), STEPS[-1])
+        step = next(
+            (step for step in STEPS if length / step <= 6),
+            STEPS[-1],
+        )
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
         return [round(step * i, 10) for i in range(first, last + 1)]
 
 
 def forest(
-    rows: Sequence[Whisker | str], x_range: tuple[float, float], share: bool, x_title: str, label: str
+    rows: Sequence[Whisker | str],
+    x_range: tuple[float, float],
+    share: bool,
+    x_title: str,
+    label: str,
 ) -> Markup:
     """Figures as dots with their 95 % intervals, a row each, targets as pale bands; a plain text row is a heading."""
     height = TOP + ROW_HEIGHT * len(rows) + 58
@@ -68,11 +75,26 @@ def forest(
         body.append(element("line", x1=x, x2=x, y1=TOP, y2=bottom, stroke=GRID))
         body.append(text(x, bottom + 19, words))
     body.append(element("line", x1=scale.start, x2=right, y1=bottom, y2=bottom, stroke=GREY))
-    body.append(text((scale.start + right) / 2, height - 6, x_title, more='class="axis"'))
+    body.append(
+        text(
+            (scale.start + right) / 2,
+            height - 6,
+            x_title,
+            more='class="axis"',
+        )
+    )
     for number, row in enumerate(rows):
         y = TOP + ROW_HEIGHT * (number + 0.5)
         if isinstance(row, str):
-            body.append(text(0, y + 6, row, "start", f'fill="{INK}" class="end"'))
+            body.append(
+                text(
+                    0,
+                    y + 6,
+                    row,
+                    "start",
+                    f'fill="{INK}" class="end"',
+                )
+            )
         else:
             body += _row(row, y, scale, share)
     return chart(body, label, height)
@@ -92,7 +114,16 @@ def _bands(rows: Sequence[Whisker | str], scale: _Scale) -> list[str]:
             start = scale.x(scale.low if low is None else low)
             end = scale.x(high or scale.high)
             top = TOP + ROW_HEIGHT * number
-            body.append(element("rect", x=start, width=end - start, y=top, height=ROW_HEIGHT, fill=TARGET))
+            body.append(
+                element(
+                    "rect",
+                    x=start,
+                    width=end - start,
+                    y=top,
+                    height=ROW_HEIGHT,
+                    fill=TARGET,
+                )
+            )
     return body
 
 
@@ -101,7 +132,14 @@ def _row(row: Whisker, y: float, scale: _Scale, share: bool) -> list[str]:
     if row.value is None:
         return [*body, text(WIDTH, y + 5, "–", "end")]
     if row.low is not None and row.high is not None:
-        body.append(_interval(scale.x(row.low), scale.x(row.high), y, row.colour))
+        body.append(
+            _interval(
+                scale.x(row.low),
+                scale.x(row.high),
+                y,
+                row.colour,
+            )
+        )
     body.append(mark(row.mark, scale.x(row.value), y, row.colour, 5.5))
     words = _percent(row.value, 1) if share else _plain(row.value, 3)
     return [*body, text(WIDTH, y + 5, row.note or words, "end", f'fill="{INK}"')]
@@ -134,7 +172,22 @@ def gauge(row: Whisker, x_range: tuple[float, float]) -> Markup:
     ]
     # An interval of no width, as of a sum of money, is no interval.
     if row.low is not None and row.high is not None and row.high > row.low:
-        body.append(_interval(scale.x(row.low), scale.x(row.high), 13, row.colour))
+        body.append(
+            _interval(
+                scale.x(row.low),
+                scale.x(row.high),
+                13,
+                row.colour,
+            )
+        )
     if row.value is not None:
-        body.append(mark(row.mark, scale.x(row.value), 13, row.colour, 5))
+        body.append(
+            mark(
+                row.mark,
+                scale.x(row.value),
+                13,
+                row.colour,
+                5,
+            )
+        )
     return markup(f'<svg class="gauge" viewBox="0 0 {width} {height}" aria-hidden="true">{"".join(body)}</svg>')

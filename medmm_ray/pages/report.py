@@ -161,7 +161,12 @@ def _arm_name(arm: str) -> str:
 # Colours of a probability: orange (wrong) over grey (unsure) to blue (right)
 
 
-def _mix(probability: float, wrong: Sequence[int], unsure: Sequence[int], right: Sequence[int]) -> str:
+def _mix(
+    probability: float,
+    wrong: Sequence[int],
+    unsure: Sequence[int],
+    right: Sequence[int],
+) -> str:
     end = right if probability >= 0.5 else wrong
     weight = abs(2 * probability - 1)
     colour = "#"
@@ -173,12 +178,22 @@ def _mix(probability: float, wrong: Sequence[int], unsure: Sequence[int], right:
 
 def tint(probability: float) -> str:
     """A step's background, pale enough for dark text."""
-    return _mix(probability, (252, 218, 192), (244, 244, 242), (199, 224, 241))
+    return _mix(
+        probability,
+        (252, 218, 192),
+        (244, 244, 242),
+        (199, 224, 241),
+    )
 
 
 def edge(probability: float) -> str:
     """A step's left edge, in the full colour."""
-    return _mix(probability, (213, 94, 0), (176, 178, 180), (0, 114, 178))
+    return _mix(
+        probability,
+        (213, 94, 0),
+        (176, 178, 180),
+        (0, 114, 178),
+    )
 
 
 def log_odds_bar(log_odds: float) -> Markup:
@@ -243,7 +258,14 @@ def _points(figures: Row, ns: Sequence[str]) -> list[Point]:
     points = []
     for place, n in enumerate(ns):
         figure = figures[n]
-        points.append(Point(float(place), figure["value"], figure["low"], figure["high"]))
+        points.append(
+            Point(
+                float(place),
+                figure["value"],
+                figure["low"],
+                figure["high"],
+            )
+        )
     return points
 
 
@@ -263,9 +285,26 @@ def _step_charts(report: Row) -> Row:
         style = _series(arm, [])
         rates = figures["roc"]
         counts = figures["histogram"]
-        roc_curves.append(RocCurve(style.colour, style.dash, rates["false"], rates["true"]))
-        calibration_curves.append(CalibrationCurve(style.colour, style.mark, _bins(figures["calibration"])))
-        histograms[arm] = charts.histogram(counts["right"], counts["wrong"], f"Step scores, {style.name}")
+        roc_curves.append(
+            RocCurve(
+                style.colour,
+                style.dash,
+                rates["false"],
+                rates["true"],
+            )
+        )
+        calibration_curves.append(
+            CalibrationCurve(
+                style.colour,
+                style.mark,
+                _bins(figures["calibration"]),
+            )
+        )
+        histograms[arm] = charts.histogram(
+            counts["right"],
+            counts["wrong"],
+            f"Step scores, {style.name}",
+        )
     if not histograms:
         return {}
     return {
@@ -364,7 +403,12 @@ def _headline_table(report: Row) -> Table:
     table.add_column("95 % interval", justify="right")
     for name, kind, figure in headline(report):
         interval = f"{100 * figure['low']:.1f} – {100 * figure['high']:.1f}"
-        table.add_row(name, percent(figure["value"]), interval, style="bold" if kind == "multimodal" else "")
+        table.add_row(
+            name,
+            percent(figure["value"]),
+            interval,
+            style="bold" if kind == "multimodal" else "",
+        )
     return table
 
 

@@ -69,7 +69,13 @@ def line(points: Iterable[tuple[float, float]], colour: str, dash: str) -> str:
 def mark(name: str, x: float, y: float, colour: str, size: float = 4.5) -> str:
     """A marker's SVG: circle, square, diamond, triangle or none."""
     if name == "circle":
-        return element("circle", cx=float(x), cy=float(y), r=str(size), fill=colour)
+        return element(
+            "circle",
+            cx=float(x),
+            cy=float(y),
+            r=str(size),
+            fill=colour,
+        )
     corners = _corners(name, size)
     if not corners:
         return ""
@@ -125,11 +131,34 @@ def axes(frame: Frame, x_ticks: Ticks, y_ticks: Ticks, x_title: str, y_title: st
     body.append(element("line", x1=LEFT, x2=right, y1=bottom, y2=bottom, stroke=GREY))
     for value, words in x_ticks:
         x = frame.x(value)
-        body.append(element("line", x1=x, x2=x, y1=bottom, y2=bottom + 5, stroke=GREY))
+        body.append(
+            element(
+                "line",
+                x1=x,
+                x2=x,
+                y1=bottom,
+                y2=bottom + 5,
+                stroke=GREY,
+            )
+        )
         body.append(text(x, bottom + 22, words))
-    body.append(text((LEFT + right) / 2, HEIGHT - 8, x_title, more='class="axis"'))
+    body.append(
+        text(
+            (LEFT + right) / 2,
+            HEIGHT - 8,
+            x_title,
+            more='class="axis"',
+        )
+    )
     middle = (TOP + bottom) / 2
-    body.append(text(18, middle, y_title, more=f'class="axis" transform="rotate(-90 18 {middle:.1f})"'))
+    body.append(
+        text(
+            18,
+            middle,
+            y_title,
+            more=f'class="axis" transform="rotate(-90 18 {middle:.1f})"',
+        )
+    )
     return body
 
 

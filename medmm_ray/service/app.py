@@ -253,7 +253,11 @@ class Reranker:
 
         from medmm_ray.reward_model import RewardModel
 
-        model = RewardModel.from_pretrained(resolve(str(config.model)), dtype=config.dtype, device=config.device)
+        model = RewardModel.from_pretrained(
+            resolve(str(config.model)),
+            dtype=config.dtype,
+            device=config.device,
+        )
 
         @serve.batch(max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_timeout_s)
         async def score(inputs: list[ModelInput]) -> list[Sequence[StepLogOdds]]:
@@ -270,7 +274,9 @@ class Reranker:
 
 
 def score_inputs(
-    model: "RewardModel", inputs: Sequence[ModelInput], token_budget: int | None
+    model: "RewardModel",
+    inputs: Sequence[ModelInput],
+    token_budget: int | None,
 ) -> list[Sequence[StepLogOdds]]:
     """Score several requests: those about the same case (question, documents, images) share one pass over its prefix.
 
@@ -341,7 +347,10 @@ def application(config: ServeConfig) -> "serve.Application":
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
     )(serve.ingress()(Reranker))
     # The replicas get the token's hash: a deployment's arguments are readable in the dashboard.
-    return deployment.bind(config.model_copy(update={"model": name}), sha256(token) if token else None)
+    return deployment.bind(
+        config.model_copy(update={"model": name}),
+        sha256(token) if token else None,
+    )
 
 
 def _refuse_without_token_mode() -> None:

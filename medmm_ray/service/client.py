@@ -51,13 +51,23 @@ def query(url: str, request: RerankRequest, token: str = "", timeout_s: float = 
     return RerankAnswer.model_validate(post(url, request.model_dump(mode="json"), token, timeout_s))
 
 
-def post(url: str, body: Mapping[str, Any], token: str = "", timeout_s: float = 120.0) -> dict[str, Any]:
+def post(
+    url: str,
+    body: Mapping[str, Any],
+    token: str = "",
+    timeout_s: float = 120.0,
+) -> dict[str, Any]:
     """Post plain JSON values to the service at `url` and give its answer's; otherwise as `query`."""
     if not url.startswith(("http://", "https://")):
         raise QueryError(0, f"{url!r} is not the address of a service; expected http://host:port")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        response = httpx.post(f"{url.rstrip('/')}/v1/rerank", json=body, headers=headers, timeout=timeout_s)
+        response = httpx.post(
+            f"{url.rstrip('/')}/v1/rerank",
+            json=body,
+            headers=headers,
+            timeout=timeout_s,
+        )
     except httpx.RequestError as error:
         raise QueryError(0, f"{url} cannot be reached: {error}; is the service running?") from None
     if not response.is_success:
@@ -75,7 +85,11 @@ def _detail(response: httpx.Response) -> str:
 
 
 def show(
-    request: RerankRequest, answer: RerankAnswer, *, gold: str | None = None, console: Console | None = None
+    request: RerankRequest,
+    answer: RerankAnswer,
+    *,
+    gold: str | None = None,
+    console: Console | None = None,
 ) -> None:
     """Print a case readably: question, options, the steps of the best and the worst solution, what each rule chooses.
 
@@ -108,7 +122,10 @@ def _question(request: RerankRequest, answer: RerankAnswer, gold: str | None) ->
     text = Text.assemble((request.question, "bold"))
     # Not strict: there are more letters than options.
     for letter, option in zip(LETTERS, request.options, strict=False):
-        text.append(f"\n  ({letter}) {option}", style="green" if letter == gold else "default")
+        text.append(
+            f"\n  ({letter}) {option}",
+            style="green" if letter == gold else "default",
+        )
     source = "image and text" if answer.arm == "multimodal" else "text alone"
     title = f"{len(answer.solutions)} solutions, scored from {source}"
     return Panel(text, title=title, title_align="left")
@@ -132,7 +149,11 @@ def _steps(name: str, solution: ScoredSolution, answer: RerankAnswer, gold: str 
     for step in solution.steps:
         style = colour(step.probability)
         log_odds = [f"{step.text_log_odds:+.1f}", f"{step.image_log_odds:+.1f}"] if has_image else []
-        table.add_row(Text(f"{step.probability:.3f}", style=style), *log_odds, Text(step.text, style=style))
+        table.add_row(
+            Text(f"{step.probability:.3f}", style=style),
+            *log_odds,
+            Text(step.text, style=style),
+        )
     return table
 
 
@@ -144,7 +165,11 @@ def _choices(answer: RerankAnswer, gold: str | None) -> Table:
         ("SC+RM", answer.sc_rm, f"{answer.sc_rm.support:.0%} of the rewards"),
         ("majority vote", answer.majority, f"{answer.majority.support:.0%} of the votes"),
     ):
-        table.add_row(rule, _marked(choice.answer, gold), Text(meaning, style="dim"))
+        table.add_row(
+            rule,
+            _marked(choice.answer, gold),
+            Text(meaning, style="dim"),
+        )
     return table
 
 

@@ -300,10 +300,18 @@ def _best_of_n(answers: Sequence[str | None], rewards: Sequence[float]) -> Chose
     best = decoders.best_of_n(rewards)
     if best is None:
         return ChosenAnswer(answer=None, solution=None, support=0.0)
-    return ChosenAnswer(answer=answers[best], solution=best, support=float(metrics.probability(rewards[best])))
+    return ChosenAnswer(
+        answer=answers[best],
+        solution=best,
+        support=float(metrics.probability(rewards[best])),
+    )
 
 
-def _vote(answers: Sequence[str | None], ranking: Sequence[int], rewards: Sequence[float] | None) -> ChosenAnswer:
+def _vote(
+    answers: Sequence[str | None],
+    ranking: Sequence[int],
+    rewards: Sequence[float] | None,
+) -> ChosenAnswer:
     """The winning answer, its best solution and its share of the votes; without `rewards` each solution counts one.
 
     Answers are one where grading finds them equal (`text.equal_key`); the first of them gives the words.

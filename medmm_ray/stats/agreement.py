@@ -124,7 +124,11 @@ def _comparable_codes(compared: _Compared, source: str, of_prefixes: bool) -> Co
 
 
 def _kappa(
-    compared: _Compared, rows: Ints, first_codes: Codes, second_codes: Codes, weight: Floats | None
+    compared: _Compared,
+    rows: Ints,
+    first_codes: Codes,
+    second_codes: Codes,
+    weight: Floats | None,
 ) -> GroupedStats:
     """Kappa of the steps at `rows`, by group of solutions and by position, each figure with its share of equals."""
     steps = compared.steps
@@ -132,7 +136,15 @@ def _kappa(
     groupings = {name: groups.of(solution) for name, groups in compared.groups.items()}
     groupings["position"] = positions(steps, rows)
     cell = 2 * first_codes.astype(np.int64) + second_codes  # the order of `kappa_of_counts`
-    kappa = stats_by_group(groupings, steps.question[solution], cell, 4, kappa_of_counts, compared.resampling, weight)
+    kappa = stats_by_group(
+        groupings,
+        steps.question[solution],
+        cell,
+        4,
+        kappa_of_counts,
+        compared.resampling,
+        weight,
+    )
     for table in kappa.values():
         for figure in table.values():
             both_wrong, only_second, only_first, both_right = figure.pop("cells")
@@ -152,7 +164,11 @@ def positions(steps: Steps, rows: Ints) -> Groups:
     """Whether each step is its solution's first, last, or between; an only step is the first."""
     index = steps.index[rows]
     last = steps.length[steps.solution[rows]] - 1
-    middle_or_last = np.where(index == last, POSITIONS.index("last"), POSITIONS.index("middle"))
+    middle_or_last = np.where(
+        index == last,
+        POSITIONS.index("last"),
+        POSITIONS.index("middle"),
+    )
     return Groups(POSITIONS, np.where(index == 0, POSITIONS.index("first"), middle_or_last))
 
 
@@ -184,7 +200,11 @@ def prefixes(steps: Steps, codes: Codes) -> Codes:
     """
     first_wrong = _first(steps, codes == WRONG)
     gap = _first(steps, codes == UNLABELLED)
-    right_or_unlabelled = np.where(steps.index < gap[steps.solution], RIGHT, UNLABELLED)
+    right_or_unlabelled = np.where(
+        steps.index < gap[steps.solution],
+        RIGHT,
+        UNLABELLED,
+    )
     is_wrong = steps.index >= first_wrong[steps.solution]
     return np.where(is_wrong, WRONG, right_or_unlabelled).astype(np.int8)
 

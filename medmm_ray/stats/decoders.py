@@ -136,7 +136,9 @@ def best_of_n(rewards: Sequence[float] | Floats) -> int | None:
 
 
 def vote(
-    answers: Sequence[str | None], rewards: Sequence[float] | Floats | None = None, rule: VoteRule = "sum"
+    answers: Sequence[str | None],
+    rewards: Sequence[float] | Floats | None = None,
+    rule: VoteRule = "sum",
 ) -> int | None:
     """The index of the first sample with the winning answer; None where nobody votes.
 
@@ -152,7 +154,11 @@ def vote(
     return int(np.flatnonzero(codes == winner)[0])
 
 
-def decode(name: str, answers: Sequence[str | None], step_log_odds: Sequence[Sequence[float]]) -> int | None:
+def decode(
+    name: str,
+    answers: Sequence[str | None],
+    step_log_odds: Sequence[Sequence[float]],
+) -> int | None:
     """The index of the sample that the named decoder picks (of a vote: the first with the winning answer).
 
     `step_log_odds` is empty for a sample without scores. Raises ValueError for an unknown name.
@@ -310,7 +316,11 @@ def subsets(num_samples: int, n: int, num_subsets: int, seed: int) -> Bools:
 
 
 def expected_vote(
-    codes: Ints, correct: Bools, subsets_SM: Bools, rewards: Floats | None = None, rule: VoteRule = "sum"
+    codes: Ints,
+    correct: Bools,
+    subsets_SM: Bools,
+    rewards: Floats | None = None,
+    rule: VoteRule = "sum",
 ) -> float:
     """The share of subsets whose winning answer is right; without `rewards` a plain majority vote."""
     if not codes.size:

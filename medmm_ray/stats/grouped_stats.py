@@ -51,7 +51,11 @@ class Resampling:
 def share_of_counts(counts_2: Floats) -> Floats:
     """Hits / all of counts [..., 2] of (misses, hits); NaN where there are none."""
     total = counts_2.sum(axis=-1)
-    return np.where(total > 0, counts_2[..., 1] / np.where(total > 0, total, 1.0), np.nan)
+    return np.where(
+        total > 0,
+        counts_2[..., 1] / np.where(total > 0, total, 1.0),
+        np.nan,
+    )
 
 
 def stats_by_group(
@@ -92,7 +96,13 @@ def stats_by_group(
     return tables
 
 
-def _counts(shape: tuple[int, int, int], cluster: Ints, member: Ints, cell: Ints, weight: Floats | None) -> Floats:
+def _counts(
+    shape: tuple[int, int, int],
+    cluster: Ints,
+    member: Ints,
+    cell: Ints,
+    weight: Floats | None,
+) -> Floats:
     """Counts of `shape` [Q, G, C]: by question, group and cell."""
     _, num_groups, num_cells = shape
     flat_cell = (cluster * num_groups + member) * num_cells + cell
@@ -120,7 +130,9 @@ class _GroupFigure:
 
 
 def _figures(
-    counts_QGC: Floats, statistic: Callable[[Floats], Floats], resampling: Resampling
+    counts_QGC: Floats,
+    statistic: Callable[[Floats], Floats],
+    resampling: Resampling,
 ) -> Iterator[_GroupFigure]:
     """The figure of each group, in order; all groups share the resamples."""
     num_questions, num_groups, num_cells = counts_QGC.shape
@@ -144,13 +156,23 @@ def ratio(above_Q: Floats, below_Q: Floats, resampling: Resampling) -> Row:
 
     def quotient(sums_B2: Floats) -> Floats:
         below = sums_B2[:, 1:]
-        return np.where(below > 0, sums_B2[:, :1] / np.where(below > 0, below, 1.0), np.nan)
+        return np.where(
+            below > 0,
+            sums_B2[:, :1] / np.where(below > 0, below, 1.0),
+            np.nan,
+        )
 
     present = below_Q > 0
     sums_Q2 = np.stack([above_Q[present], below_Q[present]], axis=1).astype(np.float64)
     value = quotient(sums_Q2.sum(axis=0, keepdims=True))[0, 0]
     low, high = cluster_bootstrap(sums_Q2, quotient, resampling.num, resampling.seed)
-    return _figure(value, low[0], high[0], int(below_Q.sum()), len(sums_Q2))
+    return _figure(
+        value,
+        low[0],
+        high[0],
+        int(below_Q.sum()),
+        len(sums_Q2),
+    )
 
 
 def _figure(value: float, low: float, high: float, count: int, questions: int) -> Row:

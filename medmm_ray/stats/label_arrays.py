@@ -45,7 +45,10 @@ def drop_texts(solutions: pa.Table) -> pa.Table:
     flat = pc.list_flatten(nested)
     fields = {name: flat.field(name) for name in ("solution_id", "correct", "finish_reason")}
     fields["num_steps"] = pc.list_value_length(flat.field("steps"))
-    structs = pa.StructArray.from_arrays(list(fields.values()), list(fields))
+    structs = pa.StructArray.from_arrays(
+        list(fields.values()),
+        list(fields),
+    )
     lists = pa.ListArray.from_arrays(_offsets(nested), structs)
     names = [name for name in solutions.column_names if name != "solutions"]
     return solutions.select(names).append_column("solutions", lists)
@@ -108,16 +111,31 @@ def align_labels(steps: Steps, labels: pa.Table) -> AlignedLabels:
     label_row = label_row[entry]
     row = steps.first[solution[label_row]] + entry - starts[label_row]
     num_unknown = int((~is_known).sum())
-    return AlignedLabels(row, entry, num_unknown, int((~fits).sum()) - num_unknown)
+    return AlignedLabels(
+        row,
+        entry,
+        num_unknown,
+        int((~fits).sum()) - num_unknown,
+    )
 
 
 def label_codes(entries: pa.StructArray) -> pa.Array:
     """`StepLabel` entries as int8 codes: the label; without one, whether the value is above 0; else neutral or none."""
     # All sources at once, in Arrow: a table of a million solutions has ten million entries.
     label = pc.cast(entries.field("label"), pa.int8())
-    value_above_zero = pc.cast(pc.greater(entries.field("value"), 0), pa.int8())
-    is_looked_at = pc.or_(pc.is_valid(entries.field("confidence")), pc.is_valid(entries.field("reason")))
-    no_verdict = pc.if_else(is_looked_at, pa.scalar(NEUTRAL, pa.int8()), pa.scalar(UNLABELLED, pa.int8()))
+    value_above_zero = pc.cast(
+        pc.greater(entries.field("value"), 0),
+        pa.int8(),
+    )
+    is_looked_at = pc.or_(
+        pc.is_valid(entries.field("confidence")),
+        pc.is_valid(entries.field("reason")),
+    )
+    no_verdict = pc.if_else(
+        is_looked_at,
+        pa.scalar(NEUTRAL, pa.int8()),
+        pa.scalar(UNLABELLED, pa.int8()),
+    )
     return pc.coalesce(label, value_above_zero, no_verdict)
 
 
@@ -130,19 +148,30 @@ def encode_labels(labels: pa.Table) -> pa.Table:
     entries = pc.list_flatten(nested)
     lists = pa.ListArray.from_arrays(_offsets(nested), label_codes(entries))
     names = [name for name in labels.column_names if name not in ("steps", "question_id", "error")]
-    errors = _with_label_faults(labels["error"].combine_chunks(), nested, entries.field("value"))
+    errors = _with_label_faults(
+        labels["error"].combine_chunks(),
+        nested,
+        entries.field("value"),
+    )
     return labels.select(names).append_column("error", errors).append_column("steps", lists)
 
 
 def _with_label_faults(errors: pa.Array, nested: pa.ListArray, value: pa.Array) -> pa.Array:
     """The rows' errors, with one for each row that had none and has a value outside 0 to 1."""
-    in_range = pc.and_(pc.greater_equal(value, 0), pc.less_equal(value, 1))
+    in_range = pc.and_(
+        pc.greater_equal(value, 0),
+        pc.less_equal(value, 1),
+    )
     is_sound = np.asarray(pc.fill_null(in_range, True), dtype=bool)  # a null is no value
     label_row = np.asarray(pc.list_parent_indices(nested), dtype=np.int64)
     is_broken = np.zeros(len(errors), dtype=bool)
     is_broken[label_row[~is_sound]] = True
     fault = pa.scalar("label_value: a step's value is no number from 0 to 1; label the solution again")
-    return pc.if_else(pc.and_(pa.array(is_broken), pc.is_null(errors)), fault, errors)
+    return pc.if_else(
+        pc.and_(pa.array(is_broken), pc.is_null(errors)),
+        fault,
+        errors,
+    )
 
 
 @dataclass
@@ -177,7 +206,11 @@ def _source_codes(steps: Steps, labels: pa.Table) -> SourceCodes:
     lengths = np.asarray(pc.list_value_length(usable["steps"]))
     label_row = np.repeat(np.arange(usable.num_rows), lengths)[aligned.entry]
     is_adjudicator = np.asarray(pc.equal(usable["annotator"], ADJUDICATOR), dtype=bool)[label_row]
-    codes = _majority(len(steps.solution), aligned.row[~is_adjudicator], code[~is_adjudicator])
+    codes = _majority(
+        len(steps.solution),
+        aligned.row[~is_adjudicator],
+        code[~is_adjudicator],
+    )
     has_last_word = is_adjudicator & (code != UNLABELLED)
     codes[aligned.row[has_last_word]] = code[has_last_word]
     kinds = [error_kind(error) for error in pc.drop_null(labels["error"]).to_pylist()]

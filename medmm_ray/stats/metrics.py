@@ -66,7 +66,10 @@ def bootstrap(values_QK: Floats, num_resamples: int, seed: int) -> tuple[Floats,
 
 
 def cluster_bootstrap(
-    sums_QK: Floats, statistic: Callable[[Floats], Floats], num_resamples: int, seed: int
+    sums_QK: Floats,
+    statistic: Callable[[Floats], Floats],
+    num_resamples: int,
+    seed: int,
 ) -> tuple[Floats, Floats]:
     """The 95 % percentile interval of figures that are functions of sums over rows, resampling whole rows (questions).
 
@@ -92,7 +95,12 @@ def cluster_bootstrap(
     return low_F, high_F
 
 
-def _resampled(sums_QK: Floats, statistic: Callable[[Floats], Floats], num_resamples: int, seed: int) -> Floats:
+def _resampled(
+    sums_QK: Floats,
+    statistic: Callable[[Floats], Floats],
+    num_resamples: int,
+    seed: int,
+) -> Floats:
     """Figures [B, F] of `num_resamples` draws of as many rows as there are, with replacement."""
     rng = np.random.default_rng(seed)
     num_rows = len(sums_QK)
@@ -134,7 +142,10 @@ def auroc(labels: Bools, log_odds: Floats, weights: Floats | None = None) -> flo
 
 
 def roc_curve(
-    labels: Bools, log_odds: Floats, num_points: int = 101, weights: Floats | None = None
+    labels: Bools,
+    log_odds: Floats,
+    num_points: int = 101,
+    weights: Floats | None = None,
 ) -> tuple[list[float], list[float]]:
     """False and true positive rates from (0, 0) to (1, 1), thinned to about `num_points`; empty with one class only."""
     labels = _truths("labels", labels)
@@ -193,7 +204,10 @@ class CalibrationBin:
 
 
 def calibration(
-    labels: Bools, probabilities: Floats, num_bins: int = 10, weights: Floats | None = None
+    labels: Bools,
+    probabilities: Floats,
+    num_bins: int = 10,
+    weights: Floats | None = None,
 ) -> list[CalibrationBin]:
     """The reliability curve: `num_bins` (1 or more) of equal width over [0, 1], the last one closed."""
     if num_bins < 1:
@@ -239,7 +253,11 @@ def histogram(labels: Bools, probabilities: Floats, num_bins: int = 20) -> dict[
     edges = np.linspace(0, 1, num_bins + 1)
     right, _ = np.histogram(probabilities[labels], edges)
     wrong, _ = np.histogram(probabilities[~labels], edges)
-    return {"edges": edges.tolist(), "right": right.tolist(), "wrong": wrong.tolist()}
+    return {
+        "edges": edges.tolist(),
+        "right": right.tolist(),
+        "wrong": wrong.tolist(),
+    }
 
 
 # Agreement of two raters, and the size of weighted samples
@@ -251,7 +269,11 @@ def cohen_kappa(first: ArrayLike, second: ArrayLike, weights: ArrayLike | None =
     With weights 1 / inclusion probability it estimates the kappa of the whole from a stratified sample.
     """
     cell = 2 * _truths("labels", first).astype(np.int64) + _truths("labels", second)
-    counts_4 = np.bincount(cell, None if weights is None else finite("weights", weights), minlength=4)
+    counts_4 = np.bincount(
+        cell,
+        None if weights is None else finite("weights", weights),
+        minlength=4,
+    )
     kappa = float(kappa_of_counts(counts_4.astype(np.float64)))
     return None if math.isnan(kappa) else kappa
 
@@ -261,7 +283,11 @@ def kappa_of_counts(counts_4: Floats) -> Floats:
 
     The order is (first wrong, second wrong), (wrong, right), (right, wrong), (right, right).
     """
-    both_wrong, only_second, only_first, both_right = np.moveaxis(np.asarray(counts_4, dtype=np.float64), -1, 0)
+    both_wrong, only_second, only_first, both_right = np.moveaxis(
+        np.asarray(counts_4, dtype=np.float64),
+        -1,
+        0,
+    )
     total = both_wrong + only_second + only_first + both_right
     first = only_first + both_right
     second = only_second + both_right
@@ -270,7 +296,11 @@ def kappa_of_counts(counts_4: Floats) -> Floats:
     chance = first * second + (total - first) * (total - second)
     room = total * total - chance
     is_defined = room > 1e-12 * total * total
-    return np.where(is_defined, (observed - chance) / np.where(room > 0, room, 1.0), np.nan)
+    return np.where(
+        is_defined,
+        (observed - chance) / np.where(room > 0, room, 1.0),
+        np.nan,
+    )
 
 
 def effective_size(weights: ArrayLike) -> float:

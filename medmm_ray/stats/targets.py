@@ -116,7 +116,10 @@ def _after_first_error(values: list[Target], rule: str) -> list[Target]:
 
 def _first_wrong(values: Sequence[Target]) -> int:
     """The index of the first target of 0, the number of targets where there is none."""
-    return next((index for index, value in enumerate(values) if value == 0.0), len(values))
+    return next(
+        (index for index, value in enumerate(values) if value == 0.0),
+        len(values),
+    )
 
 
 def _is_neutral(step: StepLabel) -> bool:
@@ -167,7 +170,10 @@ def _merge_step(last_word: Sequence[StepLabel], everyone: Sequence[StepLabel]) -
 
 
 def _of_source(
-    labels: Sequence[Labels], source: str, num_steps: int, target: Callable[[StepLabel], Target] = _verdict
+    labels: Sequence[Labels],
+    source: str,
+    num_steps: int,
+    target: Callable[[StepLabel], Target] = _verdict,
 ) -> list[Target]:
     """The targets of one source, its annotators merged (`merge_annotators`)."""
     rows = [row for row in labels if row.source == source]

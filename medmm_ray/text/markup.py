@@ -34,7 +34,10 @@ def plain_text(text: str) -> str:
     text = text.translate(_CHARACTERS)
     # Most replies have neither LaTeX nor tags.
     if "\\" in text:
-        text = _BOXED.sub(rf"{ANSWER}\1\n", _LATEX_TEXT.sub(r"\1", text))
+        text = _BOXED.sub(
+            rf"{ANSWER}\1\n",
+            _LATEX_TEXT.sub(r"\1", text),
+        )
     if "<" in text:
         text = _TAG.sub("\n", _ANSWER_TAG.sub(ANSWER, text))
     text = _MATHS.sub("", text)

@@ -52,7 +52,15 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
 # "hepatitis A", "A. fumigatus" and "A and B" have no article.
 _ARTICLE = re.compile(r"\b(?:a|[Aa]n|[Tt]he)\s+(?=\w)|^\W*A\s+(?!and\b|or\b)(?=[a-z])")
 _APOSTROPHE = re.compile(r"['’`´](?=\w)|(?<=s)['’]")
-_SIGNS = str.maketrans({"µ": "u", "μ": "u", "−": "-", "≤": "<=", "≥": ">="})
+_SIGNS = str.maketrans(
+    {
+        "µ": "u",
+        "μ": "u",
+        "−": "-",
+        "≤": "<=",
+        "≥": ">=",
+    }
+)
 
 
 def normalise(text: str) -> str:

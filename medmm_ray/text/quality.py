@@ -21,7 +21,12 @@ _MARK = re.compile(r"Step\s+\d+", re.IGNORECASE)
 
 
 def fault(
-    text: str, steps: Sequence[str], answer: str | None, finish_reason: str, min_steps: int, max_steps: int
+    text: str,
+    steps: Sequence[str],
+    answer: str | None,
+    finish_reason: str,
+    min_steps: int,
+    max_steps: int,
 ) -> str | None:
     """Why a sample is refused, one of `FAULTS`; None keeps it."""
     if finish_reason in ("refused", *NOT_HAD):
@@ -53,7 +58,13 @@ def repeats(text: str) -> bool:
     words = _WORD.findall(_MARK.sub("", text))
     last_place: dict[tuple[str, ...], int] = {}
     gaps: Counter[int] = Counter()
-    runs_of_four = zip(words, words[1:], words[2:], words[3:], strict=False)
+    runs_of_four = zip(
+        words,
+        words[1:],
+        words[2:],
+        words[3:],
+        strict=False,
+    )
     for place, four_words in enumerate(runs_of_four):
         gaps[place - last_place.get(four_words, place)] += 1
         last_place[four_words] = place

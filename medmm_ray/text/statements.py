@@ -130,7 +130,13 @@ def behind_leads(text: str, pattern: re.Pattern[str]) -> list[Statement]:
     for lead in pattern.finditer(text):
         start, end = lead.span()
         if _is_statement(text, start, end):
-            statements.append(Statement(start, text[end : end + REACH], _is_hypothetical(text, start, end)))
+            statements.append(
+                Statement(
+                    start,
+                    text[end : end + REACH],
+                    _is_hypothetical(text, start, end),
+                )
+            )
     return statements
 
 

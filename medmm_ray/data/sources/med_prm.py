@@ -132,7 +132,13 @@ def _solution(row: _SolutionFields, gold: str) -> SourceSolution:
     steps = stored_steps(processed or text)
     answer = (row.answer if "answer" in row.model_fields_set else row.model_answer) or None
     right = _is_right(row, answer, gold)
-    labels = list(_labels(row.model_dump(include={*JUDGES, HARD, SOFT}), len(steps), right))
+    labels = list(
+        _labels(
+            row.model_dump(include={*JUDGES, HARD, SOFT}),
+            len(steps),
+            right,
+        )
+    )
     return SourceSolution(text=text, steps=steps, answer=answer, correct=right, labels=labels)
 
 
@@ -168,7 +174,12 @@ def _labels(row: Mapping[str, Any], num_steps: int, right: bool | None) -> Itera
         if name in stored:
             # The authors called the steps of right answers right without asking the judge.
             was_not_asked = right and stored[name] == [1] * num_steps
-            labels = _row(source, UNJUDGED if was_not_asked else annotator, num_steps, {name: stored[name]})
+            labels = _row(
+                source,
+                UNJUDGED if was_not_asked else annotator,
+                num_steps,
+                {name: stored[name]},
+            )
             yield replace(labels, saw_answer=True)
     of_monte_carlo = {name: stored[name] for name in (HARD, SOFT) if name in stored}
     if of_monte_carlo:

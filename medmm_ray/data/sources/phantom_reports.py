@@ -16,7 +16,13 @@ def read(request: SourceRequest) -> SourceData:
     with_reports: list[SourceQuestion] = []
     for split in ("train", "test"):
         questions = [question for question in data.questions if question.split == split]
-        phantoms = make_questions(request.seed, split, len(questions), 0, request.hardness or phantom.PLAIN)
+        phantoms = make_questions(
+            request.seed,
+            split,
+            len(questions),
+            0,
+            request.hardness or phantom.PLAIN,
+        )
         for question, drawn_question in zip(questions, phantoms, strict=True):
             with_reports.append(_with_report(request, question, drawn_question))
     return replace(data, questions=with_reports)
@@ -31,4 +37,8 @@ def _with_report(request: SourceRequest, question: SourceQuestion, drawn_questio
     for _ in range(number):
         steps, _letter = blind_solution(drawn_question, rng)
         worked.append(tuple(steps))
-    return replace(question, question=f"Report: {report} {question.question}", worked=tuple(worked))
+    return replace(
+        question,
+        question=f"Report: {report} {question.question}",
+        worked=tuple(worked),
+    )

@@ -111,7 +111,11 @@ def _blocks(assigner: Assigner, views: ItemViews) -> "gradio.Blocks":
         def act(reader: str) -> QueueItem | None:
             if "item_id" not in place:
                 return assigner.current(reader)
-            return assigner.move(reader, str(place["item_id"]), int(place["by"]))
+            return assigner.move(
+                reader,
+                str(place["item_id"]),
+                int(place["by"]),
+            )
 
         return respond(request, act)
 

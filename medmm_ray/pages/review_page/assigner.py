@@ -218,7 +218,11 @@ class Assigner:
         """Whether the item is open, disputed or decided."""
         verdicts = self._verdicts.get(item.item_id, {}).values()
         adjudication = next((verdict for verdict in verdicts if verdict.adjudicates), None)
-        return status(self.readings(item.item_id), adjudication, self.readers_needed[item.question_id])
+        return status(
+            self.readings(item.item_id),
+            adjudication,
+            self.readers_needed[item.question_id],
+        )
 
     def progress(self, reader: str) -> ReaderProgress:
         """How far the reader and the whole review are."""

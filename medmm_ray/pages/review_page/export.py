@@ -49,7 +49,11 @@ def export_verdicts(log: VerdictLog) -> tuple[str, int]:
     name = _name_of(verdicts)
     log.fs.create_dir(f"{log.path}/exports", recursive=True)
     lines = [json.dumps(asdict(verdict), ensure_ascii=False) + "\n" for verdict in verdicts]
-    write_file(log.fs, _export_path(log, name), "".join(lines).encode())
+    write_file(
+        log.fs,
+        _export_path(log, name),
+        "".join(lines).encode(),
+    )
     return name, len(verdicts)
 
 
@@ -97,7 +101,10 @@ def _passes(verdict: Verdict, test: str) -> bool | None:
 
 
 def step_labels(
-    verdicts: Sequence[Verdict], queue: Sequence[ReviewItem], questions: pa.Table, solutions: pa.Table
+    verdicts: Sequence[Verdict],
+    queue: Sequence[ReviewItem],
+    questions: pa.Table,
+    solutions: pa.Table,
 ) -> tuple[list[Labels], dict[str, float]]:
     """Each reader's, and the adjudicator's, labels of the queue's steps; with figures of the reading.
 
@@ -225,7 +232,10 @@ def question_reviews(verdicts: Sequence[Verdict], questions: Sequence[Row]) -> l
     by_item = latest_verdicts(verdicts)
     reviews = []
     for question in questions:
-        by_reader = _on_content(by_item.get(question["question_id"], {}), question_content_hash(question))
+        by_reader = _on_content(
+            by_item.get(question["question_id"], {}),
+            question_content_hash(question),
+        )
         for _, verdict in sorted(by_reader.items()):
             reviews.append(_question_review(verdict))
     return reviews

@@ -86,7 +86,12 @@ class Context:
     """As many as the judge saw."""
 
 
-def rows_of(table: Table, key: str, ids: Iterable[str], columns: Sequence[str] | None = None) -> dict[str, Row]:
+def rows_of(
+    table: Table,
+    key: str,
+    ids: Iterable[str],
+    columns: Sequence[str] | None = None,
+) -> dict[str, Row]:
     """The rows of a table with these ids, by id; the rest is not kept in memory."""
     wanted_ids = pa.array(sorted(set(ids)), pa.string())
     column_names = list(columns) if columns else None
@@ -105,7 +110,11 @@ def step_item_id(solution_id: str, step_index: int) -> str:
 
 def step_content_hash(question: Row, steps: Sequence[str], step_index: int) -> str:
     """A hash of what a verdict on a step is about: the question, and the steps up to this one."""
-    return digest(question["question"], question["options"], list(steps[: step_index + 1]))
+    return digest(
+        question["question"],
+        question["options"],
+        list(steps[: step_index + 1]),
+    )
 
 
 def question_content_hash(question: Row) -> str:
@@ -190,7 +199,12 @@ def _documents(question: Row, context: Context) -> list[Passage]:
     if evidence:
         for document in evidence["documents"][: context.num_documents]:
             document_id = document["document_id"]
-            passages.append(Passage(context.titles.get(document_id, document_id), document["text"]))
+            passages.append(
+                Passage(
+                    context.titles.get(document_id, document_id),
+                    document["text"],
+                )
+            )
     return passages
 
 

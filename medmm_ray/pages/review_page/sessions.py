@@ -29,7 +29,10 @@ class Sessions:
     """Logins and sessions. Sessions live in memory: after a restart readers log in again and go on."""
 
     def __init__(
-        self, readers: Mapping[str, ReaderAccount], session_hours: float, clock: Callable[[], float] = time.time
+        self,
+        readers: Mapping[str, ReaderAccount],
+        session_hours: float,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.readers = readers
         self.session_s = session_hours * 3600

@@ -82,7 +82,11 @@ class VerdictLog:
         # An object store has no locks: there it is on the user that one page runs.
         if not self.is_local:
             return
-        self._lock = os.open(Path(self.path) / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        self._lock = os.open(
+            Path(self.path) / LOCK,
+            os.O_RDWR | os.O_CREAT,
+            0o600,
+        )
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -104,7 +108,11 @@ class VerdictLog:
             _append_line(Path(self.path) / f"{verdict.reader}.jsonl", line)
         else:
             self.fs.create_dir(f"{self.path}/{verdict.reader}", recursive=True)
-            write_file(self.fs, f"{self.path}/{verdict.reader}/{verdict.number:08d}.json", line)
+            write_file(
+                self.fs,
+                f"{self.path}/{verdict.reader}/{verdict.number:08d}.json",
+                line,
+            )
 
     def read(self) -> list[Verdict]:
         """All verdicts, by reader and number; a `TableError` names the file and the line that is none."""
@@ -164,7 +172,11 @@ def _verdict(line: bytes, where: str) -> Verdict | None:
 def _append_line(path: Path, line: bytes) -> None:
     """Append a line to the file, whole and on the disk."""
     is_new = not path.exists()
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+    descriptor = os.open(
+        path,
+        os.O_RDWR | os.O_CREAT | os.O_APPEND,
+        0o600,
+    )
     try:
         size = os.fstat(descriptor).st_size
         # What a kill tore stays a line of its own, which `parse` skips.

@@ -65,7 +65,14 @@ def read(request: SourceRequest) -> SourceData:
         for index, question in enumerate(split_questions):
             image = _image(question.case, split)
             images.append(image)
-            questions.append(_source_question(question, image, split, f"{split}-{index}"))
+            questions.append(
+                _source_question(
+                    question,
+                    image,
+                    split,
+                    f"{split}-{index}",
+                )
+            )
     images += [_image(case, "train") for case in _extra_cases(request.seed, request.num_extra_images, hardness)]
     documents = [*DOCUMENTS, *read_documents(request.documents_path)]
     return SourceData(images=images, questions=questions, documents=documents, draw=draw)

@@ -45,8 +45,16 @@ PLACES = tuple(_places())
 """Kind, side and zone of every finding that there can be."""
 
 # Ranges of extent (0 smallest, 1 largest) and contrast (a factor on the finding's density) by difficulty.
-EXTENT = {"easy": (0.7, 1.0), "medium": (0.4, 0.75), "hard": (0.2, 0.45)}
-CONTRAST = {"easy": (0.95, 1.1), "medium": (0.8, 1.0), "hard": (0.7, 0.85)}
+EXTENT = {
+    "easy": (0.7, 1.0),
+    "medium": (0.4, 0.75),
+    "hard": (0.2, 0.45),
+}
+CONTRAST = {
+    "easy": (0.95, 1.1),
+    "medium": (0.8, 1.0),
+    "hard": (0.7, 0.85),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +99,13 @@ class PhantomCase:
         """All findings, the main one first; none of a normal chest."""
         if self.kind == "normal":
             return ()
-        main = Finding(kind=self.kind, side=self.side, zone=self.zone, extent=self.extent, contrast=self.contrast)
+        main = Finding(
+            kind=self.kind,
+            side=self.side,
+            zone=self.zone,
+            extent=self.extent,
+            contrast=self.contrast,
+        )
         return (main, *self.more)
 
     @property
@@ -173,7 +187,10 @@ def _extent_and_contrast(rng: np.random.Generator, difficulty: str, hardness: Ha
 
 
 def _with_one_more(
-    rng: np.random.Generator, case: PhantomCase, hardness: Hardness, admits: Callable[[PhantomCase], bool]
+    rng: np.random.Generator,
+    case: PhantomCase,
+    hardness: Hardness,
+    admits: Callable[[PhantomCase], bool],
 ) -> PhantomCase:
     """The case with one more finding, in a lung that has none or of the heart; as it is where `admits` allows none."""
     extent, contrast = _extent_and_contrast(rng, case.difficulty, hardness)

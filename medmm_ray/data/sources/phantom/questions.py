@@ -217,7 +217,11 @@ class PhantomQuestion:
 
 
 def make_questions(
-    seed: int, split: str, number: int, num_worked: int = 1, hardness: Hardness = PLAIN
+    seed: int,
+    split: str,
+    number: int,
+    num_worked: int = 1,
+    hardness: Hardness = PLAIN,
 ) -> list[PhantomQuestion]:
     """`number` questions, each about a case of its own; the same arguments give the same questions.
 
@@ -299,7 +303,10 @@ def _worked_solution(template: str, case: PhantomCase, option: str, letter: str,
     """Four or five steps: which option is tested, what is seen (and what is not), what it means, the letter."""
     observations = [pick(rng, _observations(case))]
     if rng.random() < 0.45:
-        observations.insert(int(rng.integers(2)), pick(rng, _asides(case)))
+        observations.insert(
+            int(rng.integers(2)),
+            pick(rng, _asides(case)),
+        )
     test = pick(rng, TESTS).format(letter, option)
     conclusion = pick(rng, _conclusions(template, case, option))
     return [test, *observations, conclusion, pick(rng, FINAL).format(letter)]

@@ -73,9 +73,20 @@ def _anatomy(rng: np.random.Generator) -> Anatomy:
     )
 
 
-def _chest(case: PhantomCase, anatomy: Anatomy, rng: np.random.Generator, x: Field, y: Field, soft: float) -> Field:
+def _chest(
+    case: PhantomCase,
+    anatomy: Anatomy,
+    rng: np.random.Generator,
+    x: Field,
+    y: Field,
+    soft: float,
+) -> Field:
     ax = np.abs(x)
-    body = _below(np.maximum(ax / (0.93 - 0.10 * np.exp(-(((y + 0.25) / 0.3) ** 2))), -y - 0.10 + 0.75 * ax), 1.0, soft)
+    body = _below(
+        np.maximum(ax / (0.93 - 0.10 * np.exp(-(((y + 0.25) / 0.3) ** 2))), -y - 0.10 + 0.75 * ax),
+        1.0,
+        soft,
+    )
     body = np.maximum(body, _below(ax, 0.24, soft))  # the neck
     # The patient's right is on the viewer's left, where x is negative.
     lungs = np.maximum(_lung(x, y, -1.0, anatomy, soft), _lung(x, y, 1.0, anatomy, soft))
@@ -136,8 +147,16 @@ def _dome(x: Field, side: float, anatomy: Anatomy) -> Field:
 def _mediastinum(case: PhantomCase, picture: Field, anatomy: Anatomy, x: Field, y: Field, soft: float) -> Field:
     """Spine, great vessels with the aortic knob, trachea, heart, the stomach's bubble."""
     column = _below(np.abs(x), 0.115 + 0.03 * (y > 0) * y, 2 * soft)
-    knob = _below(np.hypot((x - 0.10) / 0.10, (y + 0.26) / 0.12), 1.0, 12 * soft)
-    right_border = _below(np.hypot((x + 0.08) / 0.075, (y + 0.15) / 0.40), 1.0, 12 * soft)
+    knob = _below(
+        np.hypot((x - 0.10) / 0.10, (y + 0.26) / 0.12),
+        1.0,
+        12 * soft,
+    )
+    right_border = _below(
+        np.hypot((x + 0.08) / 0.075, (y + 0.15) / 0.40),
+        1.0,
+        12 * soft,
+    )
     centre = np.maximum(np.maximum(column, knob), right_border)
     picture = picture * (1 - centre) + centre * 0.66
     picture += 0.05 * _below(np.abs(x), 0.07, soft) * np.cos(2 * np.pi * y / 0.145)
@@ -151,9 +170,17 @@ def _mediastinum(case: PhantomCase, picture: Field, anatomy: Anatomy, x: Field, 
     grown = width / 0.30
     heart_x, heart_y = 0.125 + 0.10 * (width - 0.30), 0.30 - 0.08 * (grown - 1.0)
     tilt_x = (x - heart_x) + 0.30 * (y - heart_y) * -1.0
-    heart = _below(np.hypot(tilt_x / width, (y - heart_y) / (0.275 * grown**0.5)), 1.0, 5 * soft)
+    heart = _below(
+        np.hypot(tilt_x / width, (y - heart_y) / (0.275 * grown**0.5)),
+        1.0,
+        5 * soft,
+    )
     picture = picture * (1 - heart) + heart * np.maximum(picture, 0.70)
-    bubble = _below(np.hypot((x - 0.40) / 0.13, (y - anatomy.diaphragm - 0.17) / 0.075), 1.0, 8 * soft)
+    bubble = _below(
+        np.hypot((x - 0.40) / 0.13, (y - anatomy.diaphragm - 0.17) / 0.075),
+        1.0,
+        8 * soft,
+    )
     return np.asarray(picture - 0.20 * bubble, dtype=np.float32)
 
 
@@ -189,7 +216,13 @@ def _fluid(finding: Finding, size: float, x: Field, y: Field, anatomy: Anatomy, 
 
 
 def _pneumothorax(
-    finding: Finding, size: float, parenchyma: Field, x: Field, y: Field, anatomy: Anatomy, soft: float
+    finding: Finding,
+    size: float,
+    parenchyma: Field,
+    x: Field,
+    y: Field,
+    anatomy: Anatomy,
+    soft: float,
 ) -> Field:
     """Air around a lung that has fallen towards its hilum: black, without vessels, up to a thin bright edge."""
     side, contrast = _side(finding), finding.contrast
@@ -208,7 +241,12 @@ def _pneumothorax(
 
 
 def _consolidation(
-    finding: Finding, size: float, parenchyma: Field, rng: np.random.Generator, x: Field, y: Field
+    finding: Finding,
+    size: float,
+    parenchyma: Field,
+    rng: np.random.Generator,
+    x: Field,
+    y: Field,
 ) -> Field:
     """A patch of filled airspaces: ragged, ill-defined, with a few dark bronchi."""
     side, upper = _side(finding), finding.zone == "upper"
@@ -216,14 +254,24 @@ def _consolidation(
     centre_y = rng.uniform(-0.38, -0.28) if upper else rng.uniform(0.20, 0.30)
     reach_x, reach_y = size * (0.13 + 0.10 * finding.extent), size * (0.12 + 0.11 * finding.extent)
     ragged = np.clip(0.22 * _smooth_noise(rng, len(x), 11), -0.3, 0.3) + 0.18 * _smooth_noise(rng, len(x), 24)
-    patch = _below(np.hypot((x - centre_x) / reach_x, (y - centre_y) / reach_y) + ragged, 1.0, 0.80)
+    patch = _below(
+        np.hypot((x - centre_x) / reach_x, (y - centre_y) / reach_y) + ragged,
+        1.0,
+        0.80,
+    )
     angle = np.arctan2(y - 0.05, x - 0.10 * side)
     bronchi = np.clip(np.cos(26.0 * angle), 0.0, 1.0) ** 6 * 0.06
     return np.asarray(parenchyma + patch * (0.50 * finding.contrast - bronchi), dtype=np.float32)
 
 
 def _nodule(
-    finding: Finding, size: float, parenchyma: Field, rng: np.random.Generator, x: Field, y: Field, soft: float
+    finding: Finding,
+    size: float,
+    parenchyma: Field,
+    rng: np.random.Generator,
+    x: Field,
+    y: Field,
+    soft: float,
 ) -> Field:
     """A round, sharp-edged opacity."""
     side, upper = _side(finding), finding.zone == "upper"
@@ -239,7 +287,11 @@ def _marker(x: Field, y: Field) -> Field:
     rows = np.floor((y + 0.93) / 0.036).astype(int)
     columns = np.floor((x + 0.93) / 0.036).astype(int)
     inside = (rows >= 0) & (rows < 7) & (columns >= 0) & (columns < 5)
-    return np.where(inside, GLYPH_R[np.clip(rows, 0, 6), np.clip(columns, 0, 4)], np.float32(0.0))
+    return np.where(
+        inside,
+        GLYPH_R[np.clip(rows, 0, 6), np.clip(columns, 0, 4)],
+        np.float32(0.0),
+    )
 
 
 def _grain(rng: np.random.Generator, size: int) -> Field:
@@ -278,7 +330,11 @@ def contact_sheet(cases: list[PhantomCase], size: int = 256, columns: int = 6) -
 
     line = 14 * max(1, *(len(case.findings) for case in cases))
     rows = -(-len(cases) // columns)
-    sheet = PIL.Image.new("L", (columns * size, rows * (size + line)), 255)
+    sheet = PIL.Image.new(
+        "L",
+        (columns * size, rows * (size + line)),
+        255,
+    )
     draw = ImageDraw.Draw(sheet)
     for index, case in enumerate(cases):
         row, column = divmod(index, columns)

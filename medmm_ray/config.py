@@ -81,10 +81,9 @@ def identity(config: Config) -> dict[str, Any]:
         if not _is_execution(info):
             value = getattr(config, name)
             values[name] = identity(value) if isinstance(value, Config) else value
-    return cast(
-        dict[str, Any],
-        json.loads(json.dumps(values, sort_keys=True)),
-    )
+    # Through JSON: a tuple and the list that a manifest gives back are then equal.
+    plain_values = json.loads(json.dumps(values, sort_keys=True))
+    return cast(dict[str, Any], plain_values)
 
 
 def _is_execution(info: FieldInfo) -> bool:
@@ -198,7 +197,10 @@ def build(config: type[ConfigT], values: Mapping[str, Any], where: str) -> Confi
         # The JSON rules: strict, but a YAML list may become a tuple.
         return config.model_validate_json(json.dumps(config.completed(values)))
     except ValidationError as error:
-        lines = [f"{where}: {_explain(config, fault)}" for fault in error.errors(include_url=False)]
+        # All faults at once: a recipe is mended in one go.
+        lines = []
+        for fault in error.errors(include_url=False):
+            lines.append(f"{where}: {_explain(config, fault)}")
         raise ConfigError("\n".join(lines)) from None
     except TypeError as error:
         raise ConfigError(f"{where}: {error}; a recipe holds text, numbers, true/false and lists") from None
@@ -218,7 +220,7 @@ def load(
 
 def _explain(config: type[BaseModel], fault: Any) -> str:
     """One fault of pydantic's in the words of a recipe."""
-    path = [str(part) for part in fault["loc"]]
+    path = list(map(str, fault["loc"]))
     key = ".".join(path)
     if fault["type"] == "value_error" and isinstance(fault["input"], dict):  # of a whole config: it names its settings
         return ": ".join([*path, str(fault["ctx"]["error"])])

@@ -176,13 +176,16 @@ class Table(Artifact):
         done: set[str] = set()
         for file in self.parts():
             footer = self._footer(file)
+            # A failed id is not done: the next run tries it again.
             done |= set(footer.ids) - set(footer.failed)
         return done
 
     def rows_so_far(self) -> int:
         """Ids in the part files, read from their names: cheap enough to poll."""
-        num_ids = [Path(file).stem.rsplit("-", 1)[1] for file in self.parts()]
-        return sum(map(int, num_ids))
+        num_ids = 0
+        for file in self.parts():
+            num_ids += int(Path(file).stem.rsplit("-", 1)[1])
+        return num_ids
 
     def write_part(self, rows: pa.Table, key: str, explode: str | None = None) -> None:
         """Append one part file: whole or not at all, named by the ids that it holds.
@@ -259,17 +262,20 @@ class Table(Artifact):
         footer_by_file = self._drop_repeats(key)
         footers = list(footer_by_file.values())
         self._check_ids(footers, set(expected))
-        num_rows = sum(pq.read_metadata(file, filesystem=self.fs).num_rows for file in footer_by_file)
+        num_rows = 0
+        for file in footer_by_file:  # from the footers: no data is read
+            num_rows += pq.read_metadata(file, filesystem=self.fs).num_rows
         errors = error_counts(footers)
         if errors and errors.total() > max_error_rate * max(num_rows, 1):
             raise TableError(self._too_many_errors(footer_by_file, num_rows, errors, max_error_rate))
+        columns = [f"{field_.name}:{field_.type}:{field_.nullable}" for field_ in self.schema]
         return self.commit(
             provenance,
             seconds,
             figure_sums(footers) | (figures or {}),
             rows=num_rows,
             files=[Path(file).name for file in footer_by_file],
-            schema_hash=digest([f"{field_.name}:{field_.type}:{field_.nullable}" for field_ in self.schema]),
+            schema_hash=digest(columns),
             content_hash=content_hash(footers),
             errors=dict(errors),
             cost=sum(footer.cost for footer in footers),
@@ -309,11 +315,16 @@ class Table(Artifact):
         for kind, _ in errors.most_common():
             if kind.endswith(QUOTING):
                 continue
-            file = next(file for file, footer in footer_by_file.items() if kind in footer.errors)
-            rows_errors = pq.read_table(file, filesystem=self.fs, columns=["error"])["error"].to_pylist()
-            example = next(error for error in rows_errors if error and error_kind(error) == kind)
-            return f"; one says {example[:EXAMPLE_CHARACTERS]!r}"
+            for file, footer in footer_by_file.items():
+                if kind in footer.errors:
+                    return f"; one says {self._error_of(file, kind)[:EXAMPLE_CHARACTERS]!r}"
         return ""
+
+    def _error_of(self, file: str, kind: str) -> str:
+        """The first error of a kind in a part file that has one; only that column is read."""
+        errors = pq.read_table(file, filesystem=self.fs, columns=["error"])["error"]
+        example: str = next(error for error in errors.to_pylist() if error and error_kind(error) == kind)
+        return example
 
     def _drop_repeats(self, key: str) -> dict[str, PartFooter]:
         """Keep each id once (one without an error first): a retried task may have written a part again.
@@ -348,6 +359,7 @@ class Table(Artifact):
 
 
 def _kept_replies(errors: Iterable[str]) -> str:
+    # Such replies are paid for: without a hint a reader would ask why they are not asked for again.
     kinds = ", ".join(sorted(kind for kind in errors if kind.endswith("_reply")))
     if not kinds:
         return ""

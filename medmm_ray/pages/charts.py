@@ -167,6 +167,7 @@ def _band(frame: Frame, curve: Series) -> str:
 
 def _end_values(frame: Frame, series: Sequence[Series]) -> list[str]:
     """The last value of each series, in percent, written beside its line."""
+    # Lines that end close together would write their values into each other.
     ends = [curve.points[-1] for curve in series]
     heights = [frame.y(end.value) + 5 for end in ends]
     body = []
@@ -225,7 +226,7 @@ def roc(curves: Sequence[RocCurve], label: str) -> Markup:
 def histogram(right: Sequence[int], wrong: Sequence[int], label: str) -> Markup:
     """Steps by probability: right ones upward in blue, wrong ones downward in orange, as shares of all steps."""
     total = sum(right) + sum(wrong) or 1
-    top = max([*right, *wrong, 0]) / total or 1.0
+    top = max([*right, *wrong, 0]) / total or 1.0  # of no step at all, an empty chart
     limit = top * 1.08  # air above the highest column
     frame = Frame((0, 1), (-limit, limit))
     body = axes(frame, SHARE_TICKS, _mirrored_ticks(top, limit), "probability given to the step", "share of steps")
@@ -282,6 +283,7 @@ def _columns(frame: Frame, shares: Sequence[float], colour: str) -> list[str]:
     body = []
     for place, share in enumerate(shares):
         end = frame.y(share)
+        # A pixel of air on either side keeps neighbours apart.
         body.append(
             element(
                 "rect",
@@ -306,13 +308,20 @@ def bars(
     """Bars of shares, in order; `band` shades a range of places, from the middle of bars."""
     shares = [bar.share for bar in columns]
     top = max(shares, default=0.0) or 1.0
-    limit = top * 1.08
+    limit = top * 1.08  # air above the highest bar
+    # Bars stand at 0, 1, 2, …: half a place of room at either end.
     frame = Frame((-0.5, max(len(columns), 1) - 0.5), (0, limit))
     step = _share_step(top, 6)
-    y_ticks = [(i * step, f"{100 * i * step:.0f} %") for i in range(int(limit / step) + 1)]
+    y_ticks = []
+    for i in range(int(limit / step) + 1):
+        percent = f"{100 * i * step:.0f} %"
+        y_ticks.append((i * step, percent))
     every = max(1, math.ceil(len(columns) / 16))  # more names would run into each other
-    x_ticks = [(float(i), columns[i].name) for i in range(0, len(columns), every)]
+    x_ticks = []
+    for i in range(0, len(columns), every):
+        x_ticks.append((float(i), columns[i].name))
     body = []
+    # The band first, for grid lines and bars to be seen on it.
     if band is not None:
         start = frame.x(max(band[0], -0.5))
         end = frame.x(min(band[1], len(columns) - 0.5))

@@ -157,6 +157,7 @@ def interval(figure: Row | None, share: bool = True) -> str:
 def _gauge(gate: Row) -> Markup:
     """The gate's figure on a scale; nothing where its unit has none."""
     scale = SCALES.get(gate["unit"])
+    # Money has no natural end: the scale reaches a quarter beyond the budget.
     if gate["unit"] == "dollars" and gate["target"][1]:
         scale = (0.0, 1.25 * gate["target"][1])
     if scale is None:
@@ -186,6 +187,7 @@ def _calibration(report: Row) -> Markup | None:
         "hard": targets["hard_positive"],
         "all": targets["positive_share"],
     }
+    # Only the shares of right steps have gates; the policy's accuracy is shown to compare.
     rows: list[Whisker | str] = [f"Right steps ({source_name(balance['source'])})"]
     for name, figure in _by_difficulty(balance["share"]).items():
         rows.append(
@@ -254,7 +256,7 @@ def _histogram(report: Row) -> Markup | None:
                 BLUE if is_usual else ORANGE,
             )
         )
-    band = (low - first, high - first)
+    band = (low - first, high - first)  # bars stand at places from 0
     return charts.bars(bars, band, "steps of a solution", "share of solutions", "Solutions by number of steps")
 
 
@@ -299,12 +301,14 @@ def _details(report: Row) -> list[tuple[str, Markup]]:
 
 
 def _rank(pair: Row) -> tuple[bool, bool]:
+    # False sorts first: the judge, and of its pairs those with somebody who knows better.
     return pair["first"] != "judge", pair["second"] not in ("expert", "phantom")
 
 
 def _rows_by_group(tables: Row) -> list[Whisker | str]:
     """A heading and a row a group, for each grouping that has several."""
     rows: list[Whisker | str] = []
+    # A grouping of one group would say the same as all steps together.
     for grouping, title in GROUPINGS.items():
         table = tables[grouping]
         if len(table) > 1:
@@ -328,8 +332,11 @@ def _short(source: str) -> str:
 
 def _reach(rows: Sequence[Whisker | str]) -> tuple[float, float]:
     """From 0, or from the tenth below the lowest interval, to 1."""
-    lows = [row.low for row in rows if isinstance(row, Whisker) and row.low is not None]
-    return math.floor(10 * min([0.0, *lows])) / 10, 1.0
+    lowest = 0.0
+    for row in rows:
+        if isinstance(row, Whisker) and row.low is not None:
+            lowest = min(lowest, row.low)
+    return math.floor(10 * lowest) / 10, 1.0
 
 
 # The terminal

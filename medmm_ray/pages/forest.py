@@ -39,6 +39,7 @@ class _Scale:
 
     def x(self, value: float) -> float:
         """Pixels from the left."""
+        # An interval may reach beyond the scale; the drawing may not.
         inside = min(max(value, self.low), self.high)
         share = (inside - self.low) / (self.high - self.low)
         return self.start + share * (self.end - self.start)
@@ -50,8 +51,10 @@ class _Scale:
             (step for step in STEPS if length / step <= 6),
             STEPS[-1],
         )
+        # The small number: an end that is itself a tick must not fall out by rounding.
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
+        # Multiples of a whole number, rounded: a sum of steps would drift to 0.30000000000000004.
         return [round(step * i, 10) for i in range(first, last + 1)]
 
 

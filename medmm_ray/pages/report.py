@@ -92,12 +92,15 @@ def _pictures(report: Row, open_image: "Callable[[str], Image]") -> dict[str, st
     """The examples' images as data URIs, by image_id."""
     uris: dict[str, str] = {}
     for example in report["examples"]:
-        uris |= {image["image_id"]: image["uri"] for image in example["images"]}
+        # Examples may share an image: it is opened and embedded once.
+        for image in example["images"]:
+            uris[image["image_id"]] = image["uri"]
     return {image_id: picture(uri, open_image) for image_id, uri in uris.items()}
 
 
 def pages() -> Environment:
     """The environment of this package's pages: everything escaped, nothing undefined, numbers as words."""
+    # A name that is misspelt in a template is an error there, not an empty place on the page.
     env = Environment(loader=PackageLoader("medmm_ray.pages"), autoescape=True, undefined=StrictUndefined)
     env.filters |= {
         "pct": percent,
@@ -147,6 +150,7 @@ def duration(seconds: float) -> str:
     """A time in its two largest units."""
     if seconds < 60:
         return f"{seconds:.1f} s"
+    # Rounded before it is split: 119.7 s are 2 min 00 s, not 1 min 60 s.
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
@@ -167,6 +171,7 @@ def _mix(
     unsure: Sequence[int],
     right: Sequence[int],
 ) -> str:
+    # At one half both ends meet in the middle's grey.
     end = right if probability >= 0.5 else wrong
     weight = abs(2 * probability - 1)
     colour = "#"
@@ -217,6 +222,7 @@ def picture(uri: str, open_image: "Callable[[str], Image]") -> str | None:
     try:
         image = open_image(uri)
     except (RowError, OSError):
+        # One lost file must not cost the whole report.
         return None
     longer = max(image.size)
     factor = min(max(longer, SMALLEST_SIDE), LARGEST_SIDE) / longer
@@ -244,6 +250,7 @@ def _lines(report: Row, how: str) -> list[Series]:
     ns = [str(n) for n in report["ns"]]
     arms = [_series(arm, _points(accuracy[how][arm], ns)) for arm in report["arms"]]
     arms.sort(key=lambda line: -line.points[-1].value)  # in the legend as they end in the chart
+    # The same at each N: a level line to compare with.
     one_sample = dict.fromkeys(ns, accuracy["one_sample"])
     return [
         Series("Oracle (any sample right)", INK, "none", "2 4", _points(accuracy["oracle"], ns)),
@@ -316,7 +323,11 @@ def _step_charts(report: Row) -> Row:
 
 def _bins(rows: Sequence[Row]) -> list[Bin]:
     """The bins that hold any step: the others have no mean."""
-    return [Bin(row["mean_probability"], row["share_right"], row["count"]) for row in rows if row["count"]]
+    bins = []
+    for row in rows:
+        if row["count"]:
+            bins.append(Bin(row["mean_probability"], row["share_right"], row["count"]))
+    return bins
 
 
 # The headline
@@ -326,8 +337,10 @@ def headline(report: Row) -> list[tuple[str, str, Row]]:
     """(name, kind, {value, low, high}) of the figures that matter, best first to read; all at the largest N."""
     accuracy = report["accuracy"]
     n = str(report["n"])
-    arms = [arm for arm in ("multimodal", "text_only", CONTROL) if arm in report["arms"]]
-    arms += [arm for arm in report["arms"] if arm not in arms]
+    # The usual arms in the order in which they are compared, then any others.
+    present = set(report["arms"])
+    usual = [arm for arm in ("multimodal", "text_only", CONTROL) if arm in present]
+    arms = list(dict.fromkeys([*usual, *report["arms"]]))
     rows = []
     for arm in arms:
         best_of_n = accuracy["best_of_n"][arm]
@@ -370,6 +383,7 @@ def _points_of_percent(share: float) -> str:
 
 def _tiles(report: Row) -> list[Row]:
     """The figures at the top of the page."""
+    # The weighted vote stands in the chart and the terminal's table: the top has room for few.
     tiles = []
     for name, kind, figure in headline(report):
         if not kind.startswith("sc_rm"):
@@ -390,7 +404,10 @@ def summary(report: Row) -> RenderableType:
             lines.append(_step_line(arm, figures, report["reference"]))
     kappa = report["agreement"].get("judge_expert", {}).get("kappa")
     lines.append(Text(f"judge and expert: κ {fixed(kappa)}"))
-    failed = [f"{table} {sum(kinds.values())}" for table, kinds in counts["errors"].items() if kinds]
+    failed = []
+    for table, kinds in counts["errors"].items():
+        if kinds:
+            failed.append(f"{table} {sum(kinds.values())}")
     if failed:
         lines.append(Text("failed rows: " + ", ".join(failed)))
     return Group(*lines)

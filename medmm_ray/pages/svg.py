@@ -112,6 +112,7 @@ class Frame:
         """Pixels from the top."""
         low, high = self.y_range
         share = (value - low) / ((high - low) or 1.0)
+        # SVG's y grows downwards, a chart's upwards.
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
     def places(self, points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -124,6 +125,7 @@ def axes(frame: Frame, x_ticks: Ticks, y_ticks: Ticks, x_title: str, y_title: st
     body = []
     right = WIDTH - RIGHT
     bottom = HEIGHT - BOTTOM
+    # Grid lines before the axis: the axis is drawn over the one at its own height.
     for value, words in y_ticks:
         y = frame.y(value)
         body.append(element("line", x1=LEFT, x2=right, y1=y, y2=y, stroke=GRID))

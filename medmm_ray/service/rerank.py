@@ -227,12 +227,12 @@ def rerank(request: RerankRequest, scores: Sequence[StepLogOdds], model: str) ->
     totals = [_totals(score) for score in scores]
     rewards = [_reward(total, request.aggregate) for total in totals]
     ranking = [i for i, total in enumerate(totals) if total.log_odds]
+    # A stable sort: equal rewards keep the order of the request.
     ranking.sort(key=lambda i: -rewards[i])
     ranks = {i: rank for rank, i in enumerate(ranking, 1)}
-    solutions = [
-        _scored(request, i, score, total, ranks.get(i))
-        for i, (score, total) in enumerate(zip(scores, totals, strict=True))
-    ]
+    solutions = []
+    for i, (score, total) in enumerate(zip(scores, totals, strict=True)):
+        solutions.append(_scored(request, i, score, total, ranks.get(i)))
     answers = [solution.answer for solution in solutions]
     return RerankAnswer(
         model=model,
@@ -249,6 +249,7 @@ def rerank(request: RerankRequest, scores: Sequence[StepLogOdds], model: str) ->
 def _totals(score: StepLogOdds) -> _Totals:
     if score.error is not None:
         return _Totals([], score.error)
+    # The parts add in log-odds: a sum of probabilities would be none.
     parts = zip(score.text_log_odds, score.image_log_odds, strict=True)
     log_odds = [from_text + from_image for from_text, from_image in parts]
     num_missing = sum(not math.isfinite(value) for value in log_odds)

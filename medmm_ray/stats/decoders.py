@@ -16,6 +16,7 @@ Legend of suffixes: M samples of a question, S subsets, A distinct answers.
 """
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -168,8 +169,13 @@ def decode(
     decoder = DECODERS[name]
     if decoder.aggregate is None:
         return vote(answers)
-    rewards = [aggregate(scores, decoder.aggregate) if len(scores) else math.nan for scores in step_log_odds]
-    return best_of_n(rewards) if decoder.rule == "best" else vote(answers, rewards, decoder.rule)
+    rewards: list[float] = []
+    for scores in step_log_odds:
+        reward = aggregate(scores, decoder.aggregate) if len(scores) else math.nan
+        rewards.append(reward)
+    if decoder.rule == "best":
+        return best_of_n(rewards)
+    return vote(answers, rewards, decoder.rule)
 
 
 @dataclass(frozen=True)
@@ -199,6 +205,7 @@ def _ballots(codes: Ints, rewards: Floats | None) -> _Ballots:
     if rewards is None:
         return _Ballots(codes, has_answer, np.ones(codes.size), None)
     scored = ~np.isnan(rewards)
+    # Zero in place of NaN, which would spread through the matrix products; such a sample is no voter.
     rewards = np.where(scored, rewards, 0.0)
     return _Ballots(codes, has_answer & scored, probability(rewards), rewards)
 
@@ -250,7 +257,7 @@ def _highest(ballots: _Ballots, answers: Sequence[int], subset_M: Bools, rule: V
         terms, votes = ballots.terms(answer, subset_M)
         # Means are compared as sums over a common denominator: each sum times the votes of the opposite answer.
         times, best_times = (best_votes, votes) if rule == "mean" else (1, 1)
-        negated = [-term for term in best_terms]
+        negated = list(map(operator.neg, best_terms))
         ahead = math.fsum(terms * times + negated * best_times)  # rounds once, at the end: its sign is exact
         if ahead > 0:
             best, best_terms, best_votes = [answer], terms, votes

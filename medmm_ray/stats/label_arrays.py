@@ -64,6 +64,7 @@ def steps_of(solutions: pa.Table) -> Steps:
     row = np.asarray(pc.list_parent_indices(nested), dtype=np.int64)
     question_ids = solutions["question_id"].combine_chunks()
     question_of_row = np.asarray(pc.index_in(question_ids, question_ids.unique()), dtype=np.int64)
+    # Several rows may be about one question: its number, not the row's, is what a resample draws.
     return Steps(
         solution_ids=flat.field("solution_id"),
         row=row,
@@ -212,8 +213,9 @@ def _source_codes(steps: Steps, labels: pa.Table) -> SourceCodes:
         code[~is_adjudicator],
     )
     has_last_word = is_adjudicator & (code != UNLABELLED)
+    # Written last, over what the majority says.
     codes[aligned.row[has_last_word]] = code[has_last_word]
-    kinds = [error_kind(error) for error in pc.drop_null(labels["error"]).to_pylist()]
+    kinds = map(error_kind, pc.drop_null(labels["error"]).to_pylist())
     return SourceCodes(
         codes=codes,
         rows=usable.num_rows,
@@ -229,6 +231,7 @@ def _majority(num_steps: int, row: Ints, code: Codes) -> Codes:
     right = np.bincount(row[code == RIGHT], minlength=num_steps)
     wrong = np.bincount(row[code == WRONG], minlength=num_steps)
     codes = np.full(num_steps, UNLABELLED, dtype=np.int8)
+    # Each line overrules those before it: a verdict counts for more than a neutral word, a tie takes both away.
     codes[row[code == NEUTRAL]] = NEUTRAL
     codes[(right > 0) & (right == wrong)] = UNLABELLED
     codes[right > wrong] = RIGHT

@@ -153,6 +153,7 @@ def roc_curve(
     if labels.all() or not labels.any():
         return [], []
     order = np.argsort(-log_odds, kind="stable")
+    # Steps at the same score pass a threshold together: the curve has a point only behind the last of them.
     last_of_ties = np.append(np.flatnonzero(np.diff(log_odds[order])), labels.size - 1)
     labels, weights = labels[order], _weights(labels, weights)[order]
     right = np.cumsum(weights * labels)
@@ -215,6 +216,7 @@ def calibration(
     labels = _truths("labels", labels)
     probabilities = finite("probabilities", probabilities)
     weights = _weights(labels, weights)
+    # The clip closes the last bin: a probability of exactly 1 belongs to it.
     bin_of_step = np.minimum((probabilities * num_bins).astype(np.int64), num_bins - 1)
     bins = []
     for index in range(num_bins):
@@ -250,6 +252,7 @@ def histogram(labels: Bools, probabilities: Floats, num_bins: int = 20) -> dict[
     """Counts of right and of wrong steps over bins of equal width of the probability."""
     labels = _truths("labels", labels)
     probabilities = finite("probabilities", probabilities)
+    # With the last edge, 1.0, in the last bin, as numpy counts.
     edges = np.linspace(0, 1, num_bins + 1)
     right, _ = np.histogram(probabilities[labels], edges)
     wrong, _ = np.histogram(probabilities[~labels], edges)
@@ -314,7 +317,10 @@ def effective_size(weights: ArrayLike) -> float:
 
 def first_error(labels: Sequence[int | bool | None]) -> int:
     """The index of the first wrong step, -1 where there is none; a null is no error."""
-    known_labels = {index: label for index, label in enumerate(labels) if label is not None}
+    known_labels: dict[int, int | bool] = {}
+    for index, label in enumerate(labels):
+        if label is not None:
+            known_labels[index] = label
     right = _truths("labels", list(known_labels.values()))
     for index, is_right in zip(known_labels, right, strict=True):
         if not is_right:

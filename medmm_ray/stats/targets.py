@@ -63,8 +63,9 @@ def targets(
     """
     if policy not in POLICIES:
         raise ValueError(f"label policy {policy!r} is unknown; there are {', '.join(sorted(POLICIES))}")
-    usable = [row for row in labels if row.error is None]
+    usable = _without_error(labels)
     for row in usable:
+        # A label of another text would train the wrong step: refused, never shortened to fit.
         _check(row, num_steps)
     if policy == "advantage" and after_first_error != "keep":
         raise ValueError(
@@ -73,6 +74,15 @@ def targets(
         )
     as_labelled = POLICIES[policy](usable, num_steps, AnswerOutcome(correct, accuracy))
     return _after_first_error(as_labelled, after_first_error)
+
+
+def _without_error(labels: Sequence[Labels]) -> list[Labels]:
+    return [row for row in labels if row.error is None]
+
+
+def _rows_of(labels: Sequence[Labels], source: str) -> list[Labels]:
+    """The rows of one source, of all its annotators."""
+    return [row for row in labels if row.source == source]
 
 
 def _check(row: Labels, num_steps: int) -> None:
@@ -116,10 +126,11 @@ def _after_first_error(values: list[Target], rule: str) -> list[Target]:
 
 def _first_wrong(values: Sequence[Target]) -> int:
     """The index of the first target of 0, the number of targets where there is none."""
-    return next(
-        (index for index, value in enumerate(values) if value == 0.0),
-        len(values),
-    )
+    # A soft target, however small, is no verdict: only 0 is an error.
+    for index, value in enumerate(values):
+        if value == 0.0:
+            return index
+    return len(values)
 
 
 def _is_neutral(step: StepLabel) -> bool:
@@ -160,13 +171,22 @@ def merge_annotators(rows: Sequence[Labels], num_steps: int) -> list[StepLabel]:
 def _merge_step(last_word: Sequence[StepLabel], everyone: Sequence[StepLabel]) -> StepLabel:
     adjudicated = [step for step in last_word if _hard(step) is not None or _is_neutral(step)]
     entries = adjudicated or everyone
-    right = [step for step in entries if _hard(step) == 1.0]
-    wrong = [step for step in entries if _hard(step) == 0.0]
+    right: list[StepLabel] = []
+    wrong: list[StepLabel] = []
+    for step in entries:
+        label = _hard(step)
+        if label == 1.0:
+            right.append(step)
+        elif label == 0.0:
+            wrong.append(step)
     if len(right) != len(wrong):
         return max(right, wrong, key=len)[0]
-    if right:
+    if right:  # a tie
         return StepLabel()
-    return next((step for step in entries if _is_neutral(step)), StepLabel())
+    for step in entries:
+        if _is_neutral(step):
+            return step
+    return StepLabel()
 
 
 def _of_source(
@@ -176,8 +196,8 @@ def _of_source(
     target: Callable[[StepLabel], Target] = _verdict,
 ) -> list[Target]:
     """The targets of one source, its annotators merged (`merge_annotators`)."""
-    rows = [row for row in labels if row.source == source]
-    return [target(step) for step in merge_annotators(rows, num_steps)]
+    merged = merge_annotators(_rows_of(labels, source), num_steps)
+    return list(map(target, merged))
 
 
 def _first_of(*by_source: list[Target]) -> list[Target]:
@@ -235,7 +255,7 @@ def advantage(labels: Sequence[Labels], num_steps: int, answer: AnswerOutcome) -
         if value is not None and before is not None and value != before:
             raised = float(value > before)
         advantages.append(raised)
-        before = value
+        before = value  # None too: what follows a gap cannot be compared
     return advantages
 
 
@@ -253,12 +273,15 @@ def _ratios(policy: str, labels: Sequence[Labels], num_steps: int) -> list[Targe
 
 def _values(labels: Sequence[Labels], source: str, num_steps: int) -> list[Target]:
     """The mean of one source's values at each step."""
-    rows = [row for row in labels if row.source == source]
+    rows = _rows_of(labels, source)
     means: list[Target] = []
     for index in range(num_steps):
-        values = [row.steps[index].value for row in rows]
-        known_values = [value for value in values if value is not None]
-        means.append(sum(known_values) / len(known_values) if known_values else None)
+        values: list[float] = []
+        for row in rows:
+            value = row.steps[index].value
+            if value is not None:
+                values.append(value)
+        means.append(sum(values) / len(values) if values else None)
     return means
 
 
@@ -277,7 +300,7 @@ def consensus_status(labels: Sequence[Labels], num_steps: int, correct: bool | N
     knows where Monte Carlo did not run on one of these steps (`not_continued`), or where its row or its continuations
     failed there (`failed`); and nowhere without the judge's verdict on each step (`not_judged`).
     """
-    usable = [row for row in labels if row.error is None]
+    usable = _without_error(labels)
     judged = _of_source(usable, "judge", num_steps)
     if None in judged:
         return "not_judged"
@@ -286,14 +309,15 @@ def consensus_status(labels: Sequence[Labels], num_steps: int, correct: bool | N
     expected = [1.0] * first_wrong + [0.0] * (first_wrong < num_steps)
     values = continued[: len(expected)]  # what comes behind the first error does not matter
     if correct:
+        # The solution itself is a continuation that came out right.
         values = [1.0 if value is None else value for value in values]
     for value, expected_value in zip(values, expected, strict=True):
         if value is not None and value != expected_value:
             return "differed"
     if None not in values:
         return "agreed"
-    rows = [row for row in labels if row.source == "monte_carlo"]
-    return "failed" if any(map(_has_failed, rows)) else "not_continued"
+    has_failed = any(map(_has_failed, _rows_of(labels, "monte_carlo")))
+    return "failed" if has_failed else "not_continued"
 
 
 def _has_failed(row: Labels) -> bool:
@@ -341,7 +365,11 @@ def describe_consensus(figures: Mapping[str, float]) -> str:
         "without Monte Carlo on every step that it needs": not_continued,
         "with failed continuations": failed,
     }
-    why = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
+    causes = []
+    for reason, count in reasons.items():
+        if count:
+            causes.append(f"{count:,} {reason}")
+    why = ", ".join(causes)
     sentence = f"judge and Monte Carlo agree on {agreed:,} solutions and differ on {differed:,}"
     if not why:
         return sentence

@@ -110,7 +110,7 @@ def split_steps(text: str) -> tuple[str, list[str]]:
 
 def step_numbers(text: str) -> list[int]:
     """The numbers that the marks of the steps carry, of longer ones than a step can have the first nine digits."""
-    return [_number(mark) for mark in step_marks(text)]
+    return list(map(_number, step_marks(text)))
 
 
 def step_marks(text: str) -> list[Match[str]]:
@@ -254,7 +254,7 @@ def reference_steps(solution: str | Sequence[str], preamble: str = "") -> list[s
     if have_marks(steps):
         steps = [step.strip().removeprefix("## ") for step in steps]
     else:
-        steps = [step.rstrip() for step in numbered_steps(steps)]
+        steps = list(map(str.rstrip, numbered_steps(steps)))
     head = preamble.replace("\n", " ").strip()
     return _spaced([f"{head} {steps[0]}", *steps[1:]] if head and steps else steps)
 

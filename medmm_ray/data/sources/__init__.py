@@ -314,17 +314,22 @@ def read_text(uri: str) -> str:
 
 def read_lines(uri: str) -> list[str]:
     """The lines of a text file that are not empty."""
-    return [line for line in read_text(uri).split("\n") if line.strip()]
+    lines = read_text(uri).split("\n")
+    return list(filter(str.strip, lines))
 
 
 def list_files(uri: str, ending: str) -> list[str]:
     """The files of a folder whose names have this ending, sorted; a `ConfigError` where there is none."""
     fs, path = filesystem(uri)
     infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
-    names = sorted(info.base_name for info in infos if info.is_file and info.base_name.endswith(ending))
+    names = []
+    for info in infos:
+        if info.is_file and info.base_name.endswith(ending):
+            names.append(info.base_name)
     if not names:
         raise ConfigError(f"{uri} has no *{ending} file; check `path` of the ingest section")
-    return [f"{uri.rstrip('/')}/{name}" for name in names]
+    # Sorted: the order of a listing differs between filesystems, and questions keep the order of the files.
+    return [f"{uri.rstrip('/')}/{name}" for name in sorted(names)]
 
 
 def read_documents(uri: str) -> list[SourceDocument]:
@@ -366,7 +371,9 @@ def checked(entry: type[EntryT], row: Any, where: str) -> EntryT:
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         # "solutions[2].answer": where a reader of the file looks.
-        parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"]]
+        parts = []
+        for part in fault["loc"]:
+            parts.append(f"[{part}]" if isinstance(part, int) else f".{part}")
         field = "".join(parts).lstrip(".")
         if fault["type"] == "missing":
             raise TableError(f"{where}: the field {field!r} is missing; it has {sorted(fault['input'])}") from None

@@ -120,7 +120,7 @@ def _question(name: str, split: str, row: _QuestionFields) -> SourceQuestion:
         split=split,
         modality="clinical",
         question=row.question.strip(),
-        options=[option.strip() for option in row.options],
+        options=list(map(str.strip, row.options)),
         answer=row.correct_answer,
         answer_type="choice" if row.options else "open",
     )
@@ -146,6 +146,7 @@ def _is_right(row: _SolutionFields, answer: str | None, gold: str) -> bool | Non
     """What the file says of the answer, else whether it is the right one; None without an answer."""
     if answer is None:
         return None
+    # One field, under the names of the forms in which the set is passed on.
     for stored in (row.score, row.orm_label, row.is_correct):
         if stored is not None:
             return stored
@@ -161,9 +162,10 @@ def stored_steps(solution: str) -> list[str]:
     >>> stored_steps("So. Step 1: Look. ки Step 2: Think. ки")
     ['So. Step 1: Look.', 'Step 2: Think.']
     """
-    steps = [step.strip() for step in reference_steps(solution)]
+    steps = list(map(str.strip, reference_steps(solution)))
     marks = [f"{step_mark(number)} " for number in range(1, len(steps) + 1)]
-    plain = [step.removeprefix(mark) for step, mark in zip(steps, marks, strict=True)]
+    plain = list(map(str.removeprefix, steps, marks))
+    # A list whose steps all carry marks would not be numbered anew when it is scored.
     count_from_one = all(map(str.startswith, steps, marks))
     return plain if count_from_one and not have_marks(plain) else steps
 
@@ -181,7 +183,10 @@ def _labels(row: Mapping[str, Any], num_steps: int, right: bool | None) -> Itera
                 {name: stored[name]},
             )
             yield replace(labels, saw_answer=True)
-    of_monte_carlo = {name: stored[name] for name in (HARD, SOFT) if name in stored}
+    of_monte_carlo = {}
+    for name in (HARD, SOFT):
+        if name in stored:
+            of_monte_carlo[name] = stored[name]
     if of_monte_carlo:
         yield _row("monte_carlo", "med_prm", num_steps, of_monte_carlo)
 
@@ -195,7 +200,11 @@ def _row(source: str, annotator: str, num_steps: int, columns: Mapping[str, Any]
         return SourceLabels(source=source, annotator=annotator, error=str(error))
     no_numbers = [None] * num_steps
     values = columns.get(SOFT, no_numbers)
-    labels = next((numbers for name, numbers in columns.items() if name != SOFT), no_numbers)
+    labels = no_numbers
+    for name, numbers in columns.items():
+        if name != SOFT:
+            labels = numbers
+            break
     steps = []
     for label, value in zip(labels, values, strict=True):
         steps.append(StepLabel(label=None if label is None else int(label), value=value))

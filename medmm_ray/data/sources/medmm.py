@@ -101,6 +101,7 @@ def read(request: SourceRequest) -> SourceData:
         question = _question(folder, split, row)
         questions.append(question)
         for uri in question.images:
+            # The first question that names an image gives its split.
             images.setdefault(uri, SourceImage(uri=uri, split=split, modality=question.modality))
     return SourceData(
         images=list(images.values()), questions=questions, documents=read_documents(request.documents_path)
@@ -173,21 +174,28 @@ def entry(
     images = list(image_uris)
     documents = evidence.documents if evidence else []
     references = evidence.images if evidence else []
+    related_images = []
+    for image in references:
+        related_images.append(
+            {
+                "image_path": image.uri,
+                "diagnosis": image.diagnosis,
+                "similarity": image.similarity,
+            }
+        )
     row = {
         "question_id": question.question_id,
         "data_source": question.source,
         "modality": question.modality,
         "difficulty": question.difficulty,
         "question": question.question,
+        # The published files have a text for one image, a list for several.
         "image_path": images if len(images) > 1 else next(iter(images), None),
         "image_embedding": None if embedding is None else list(embedding),
         "options": question.options,
         "correct_answer": question.answer,
         "related_docs": [document.text for document in documents],
-        "related_images": [
-            {"image_path": image.uri, "diagnosis": image.diagnosis, "similarity": image.similarity}
-            for image in references
-        ],
+        "related_images": related_images,
         "solutions": _solutions(solutions, labels),
     }
     if tree_solutions:  # no field of the published format
@@ -248,6 +256,7 @@ def processed_steps(processed: str) -> list[str]:
     """
     steps: list[str] = []
     head, mark, rest = processed.partition("Step 1: ")
+    # A mark counts only behind a tag: "Step 2:" in the words of a step is text.
     while mark:
         step, following, rest = rest.partition(f"{TAG} Step {len(steps) + 2}: ")
         steps.append(step if following else step.removesuffix(TAG))
@@ -292,7 +301,7 @@ def _read_solution(row: _SolutionEntry) -> SourceSolution:
         text=row.solution,
         steps=steps,
         answer=row.answer,
-        correct=None if row.answer is None else row.score,
+        correct=None if row.answer is None else row.score,  # the format's score is 0 without an answer too
         labels=labels,
     )
 
@@ -310,6 +319,7 @@ def _labels(source: str, columns: Mapping[str, Any], num_steps: int) -> SourceLa
     try:
         checked_columns = {name: _column(source, name, values, num_steps) for name, values in columns.items()}
     except RowError as error:
+        # Labels at fault cost their own row: the solution and its other labels are read.
         return SourceLabels(source=source, annotator=ANNOTATOR, error=str(error))
     steps = []
     for index in range(num_steps):

@@ -173,14 +173,20 @@ def _figures(by_item: Verdicts, of_queue: Verdicts) -> dict[str, float]:
     for by_reader in of_queue.values():
         verdicts += by_reader.values()
         num_readings.append(sum(not verdict.adjudicates for verdict in by_reader.values()))
+    num_unsure = 0
+    readers: set[str] = set()
+    for verdict in verdicts:
+        num_unsure += verdict.verdict == UNSURE
+        if not verdict.adjudicates:
+            readers.add(verdict.reader)
     return {
         "queue": len(of_queue),
         "read": sum(number > 0 for number in num_readings),
         "read_twice": sum(number > 1 for number in num_readings),
         "adjudicated": len(verdicts) - sum(num_readings),
-        "unsure": sum(verdict.verdict == UNSURE for verdict in verdicts),
+        "unsure": num_unsure,
         "left_out": sum(map(len, by_item.values())) - len(verdicts),
-        "readers": len({verdict.reader for verdict in verdicts if not verdict.adjudicates}),
+        "readers": len(readers),
         "verdicts": len(verdicts),
         "minutes": round(sum(verdict.seconds for verdict in verdicts) / 60, 1),
     }

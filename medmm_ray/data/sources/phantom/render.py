@@ -44,16 +44,21 @@ def render(case: PhantomCase, size: int = 64) -> PIL.Image.Image:
     anatomy = _anatomy(rng)
     soft = 1.6 / size
     grid_x, grid_y = _grid(size)
-    cos, sin = np.cos(anatomy.angle), np.sin(anatomy.angle)
-    u, v = grid_x - anatomy.shift_x, grid_y - anatomy.shift_y
+    # From the picture's frame into the patient's: shifted, turned and scaled back.
+    cos = np.cos(anatomy.angle)
+    sin = np.sin(anatomy.angle)
+    u = grid_x - anatomy.shift_x
+    v = grid_y - anatomy.shift_y
     x = ((cos * u + sin * v) / anatomy.scale).astype(np.float32)
     y = ((cos * v - sin * u) / anatomy.scale).astype(np.float32)
 
     picture = _chest(case, anatomy, rng, x, y, soft)
     picture = anatomy.gain * np.clip(picture, 0.0, 1.2) ** anatomy.gamma
     picture += case.noise * anatomy.noise * _grain(rng, size)
+    # The marker is put on the film: it neither turns nor moves with the patient.
     picture = np.maximum(picture, 0.95 * _marker(grid_x, grid_y))
-    return PIL.Image.fromarray((np.clip(picture, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8))
+    levels = np.clip(picture, 0.0, 1.0) * 255.0 + 0.5
+    return PIL.Image.fromarray(levels.astype(np.uint8))
 
 
 def _anatomy(rng: np.random.Generator) -> Anatomy:
@@ -82,14 +87,16 @@ def _chest(
     soft: float,
 ) -> Field:
     ax = np.abs(x)
-    body = _below(
-        np.maximum(ax / (0.93 - 0.10 * np.exp(-(((y + 0.25) / 0.3) ** 2))), -y - 0.10 + 0.75 * ax),
-        1.0,
-        soft,
-    )
+    # The outline: flanks that draw in a little at the armpits, under sloping shoulders.
+    armpits = np.exp(-(((y + 0.25) / 0.3) ** 2))
+    flanks = ax / (0.93 - 0.10 * armpits)
+    shoulders = -y - 0.10 + 0.75 * ax
+    body = _below(np.maximum(flanks, shoulders), 1.0, soft)
     body = np.maximum(body, _below(ax, 0.24, soft))  # the neck
     # The patient's right is on the viewer's left, where x is negative.
-    lungs = np.maximum(_lung(x, y, -1.0, anatomy, soft), _lung(x, y, 1.0, anatomy, soft))
+    right_lung = _lung(x, y, -1.0, anatomy, soft)
+    left_lung = _lung(x, y, 1.0, anatomy, soft)
+    lungs = np.maximum(right_lung, left_lung)
 
     texture = _smooth_noise(rng, len(x), 14)
     tissue = 0.50 + 0.06 * y + 0.03 * texture
@@ -98,9 +105,12 @@ def _chest(
     # The lung: dark, brighter towards hilum and base, with vessels that fan out from the hilum.
     hilum_distance = np.hypot((ax - 0.17) / 0.8, y + 0.02)
     fan = np.arctan2(y + 0.02, ax - 0.12)
-    vessels = np.exp(-((hilum_distance / 0.38) ** 2)) * np.abs(np.cos(5.0 * fan + anatomy.vessel_phase)) ** 3
+    near_hilum = np.exp(-((hilum_distance / 0.38) ** 2))
+    branches = np.abs(np.cos(5.0 * fan + anatomy.vessel_phase)) ** 3
+    vessels = near_hilum * branches
     air = 0.19 + 0.05 * (y + 0.5) + 0.02 * texture
-    parenchyma = air + 0.16 * vessels + 0.12 * np.exp(-((hilum_distance / 0.15) ** 2))
+    hilum = np.exp(-((hilum_distance / 0.15) ** 2))
+    parenchyma = air + 0.16 * vessels + 0.12 * hilum
     for finding in case.findings:
         match finding.kind:
             case "pneumothorax":
@@ -112,12 +122,15 @@ def _chest(
     picture = picture * (1.0 - lungs) + lungs * parenchyma
 
     picture = _mediastinum(case, picture, anatomy, x, y, soft)
-    picture += 0.09 * _ribs(anatomy, ax, y) * body * _below(y, 0.75, 0.1)
+    above_abdomen = _below(y, 0.75, 0.1)
+    picture += 0.09 * _ribs(anatomy, ax, y) * body * above_abdomen
     picture += _clavicles(ax, y, soft) * 0.20 * body
+    # Fluid last: it lies in front of ribs and heart and hides them.
     for finding in case.findings:
         if finding.kind == "effusion":
             fluid = _fluid(finding, case.size, x, y, anatomy, soft)
-            picture = picture * (1.0 - fluid) + fluid * (0.34 + 0.36 * finding.contrast + 0.02 * texture)
+            density = 0.34 + 0.36 * finding.contrast + 0.02 * texture
+            picture = picture * (1.0 - fluid) + fluid * density
     return np.asarray(picture, dtype=np.float32)
 
 
@@ -131,7 +144,8 @@ def _lung_radius(x: Field, y: Field, side: float, anatomy: Anatomy) -> Field:
     """1 on the lung's border (without the diaphragm), below 1 inside."""
     fall = (y + 0.72) / 1.40  # 0 at the apex, about 1 at the base
     centre = 0.33 + 0.09 * fall
-    half_width = 0.30 * anatomy.lung_width * (0.86 + 0.34 * np.clip(fall, 0.0, 1.1))
+    widening = np.clip(fall, 0.0, 1.1)
+    half_width = 0.30 * anatomy.lung_width * (0.86 + 0.34 * widening)
     across = np.abs((side * x - centre) / half_width) ** 2.5
     down = np.abs((y - 0.08) / 0.80) ** 2.7
     return np.asarray((across + down) ** 0.4, dtype=np.float32)
@@ -141,25 +155,23 @@ def _dome(x: Field, side: float, anatomy: Anatomy) -> Field:
     """The height of the diaphragm: a dome that falls to the costophrenic angle; the right one stands higher."""
     top = anatomy.diaphragm - (0.04 if side < 0 else 0.0)
     away = side * x - 0.33
-    return np.asarray(top + np.where(away > 0, 1.9, 0.55) * away**2, dtype=np.float32)
+    steepness = np.where(away > 0, 1.9, 0.55)  # towards the side it falls faster than towards the heart
+    return np.asarray(top + steepness * away**2, dtype=np.float32)
 
 
 def _mediastinum(case: PhantomCase, picture: Field, anatomy: Anatomy, x: Field, y: Field, soft: float) -> Field:
     """Spine, great vessels with the aortic knob, trachea, heart, the stomach's bubble."""
-    column = _below(np.abs(x), 0.115 + 0.03 * (y > 0) * y, 2 * soft)
-    knob = _below(
-        np.hypot((x - 0.10) / 0.10, (y + 0.26) / 0.12),
-        1.0,
-        12 * soft,
-    )
-    right_border = _below(
-        np.hypot((x + 0.08) / 0.075, (y + 0.15) / 0.40),
-        1.0,
-        12 * soft,
-    )
+    column_width = 0.115 + 0.03 * (y > 0) * y
+    column = _below(np.abs(x), column_width, 2 * soft)
+    # Vessels have blurred borders: they move while the picture is taken.
+    knob_distance = np.hypot((x - 0.10) / 0.10, (y + 0.26) / 0.12)
+    knob = _below(knob_distance, 1.0, 12 * soft)
+    border_distance = np.hypot((x + 0.08) / 0.075, (y + 0.15) / 0.40)
+    right_border = _below(border_distance, 1.0, 12 * soft)
     centre = np.maximum(np.maximum(column, knob), right_border)
     picture = picture * (1 - centre) + centre * 0.66
-    picture += 0.05 * _below(np.abs(x), 0.07, soft) * np.cos(2 * np.pi * y / 0.145)
+    vertebrae = np.cos(2 * np.pi * y / 0.145)
+    picture += 0.05 * _below(np.abs(x), 0.07, soft) * vertebrae
     trachea = _below(np.abs(x), 0.040, soft) * _below(y, -0.20, 0.05)
     picture = picture - 0.22 * trachea
 
@@ -168,33 +180,35 @@ def _mediastinum(case: PhantomCase, picture: Field, anatomy: Anatomy, x: Field, 
         if finding.kind == "cardiomegaly":
             width += case.size * (0.13 + 0.13 * finding.extent + 0.04 * (finding.contrast - 0.65))
     grown = width / 0.30
-    heart_x, heart_y = 0.125 + 0.10 * (width - 0.30), 0.30 - 0.08 * (grown - 1.0)
+    # A large heart grows to the left, and upwards from the diaphragm that it lies on.
+    heart_x = 0.125 + 0.10 * (width - 0.30)
+    heart_y = 0.30 - 0.08 * (grown - 1.0)
     tilt_x = (x - heart_x) + 0.30 * (y - heart_y) * -1.0
-    heart = _below(
-        np.hypot(tilt_x / width, (y - heart_y) / (0.275 * grown**0.5)),
-        1.0,
-        5 * soft,
-    )
+    heart_height = 0.275 * grown**0.5
+    heart_distance = np.hypot(tilt_x / width, (y - heart_y) / heart_height)
+    heart = _below(heart_distance, 1.0, 5 * soft)
+    # What is denser than the heart, the spine among it, shines through.
     picture = picture * (1 - heart) + heart * np.maximum(picture, 0.70)
-    bubble = _below(
-        np.hypot((x - 0.40) / 0.13, (y - anatomy.diaphragm - 0.17) / 0.075),
-        1.0,
-        8 * soft,
-    )
+    bubble_distance = np.hypot((x - 0.40) / 0.13, (y - anatomy.diaphragm - 0.17) / 0.075)
+    bubble = _below(bubble_distance, 1.0, 8 * soft)
     return np.asarray(picture - 0.20 * bubble, dtype=np.float32)
 
 
 def _ribs(anatomy: Anatomy, ax: Field, y: Field) -> Field:
     """Posterior ribs: bands that arch over the midline and fall towards the side."""
     arch = y - 0.42 * (ax - 0.10) ** 1.0 + 0.10 * np.cos(3.0 * ax)
-    bands = np.clip(np.cos(2 * np.pi * arch / 0.215 + anatomy.rib_phase), 0.0, 1.0) ** 0.8
+    wave = np.cos(2 * np.pi * arch / 0.215 + anatomy.rib_phase)
+    bands = np.clip(wave, 0.0, 1.0) ** 0.8
     edge = _below(np.abs(ax - 0.44), 0.36, 0.05)
     return np.asarray(bands * edge, dtype=np.float32)
 
 
 def _clavicles(ax: Field, y: Field, soft: float) -> Field:
-    line = np.abs(y + 0.585 + 0.26 * (ax - 0.10) - 0.10 * np.sin(4.5 * (ax - 0.10)))
-    return np.asarray(_below(line, 0.030, 2 * soft) * _below(np.abs(ax - 0.42), 0.33, 2 * soft), dtype=np.float32)
+    bend = 0.10 * np.sin(4.5 * (ax - 0.10))
+    line = np.abs(y + 0.585 + 0.26 * (ax - 0.10) - bend)
+    bone = _below(line, 0.030, 2 * soft)
+    length = _below(np.abs(ax - 0.42), 0.33, 2 * soft)
+    return np.asarray(bone * length, dtype=np.float32)
 
 
 def _side(finding: Finding) -> float:
@@ -203,16 +217,23 @@ def _side(finding: Finding) -> float:
 
 def _fluid(finding: Finding, size: float, x: Field, y: Field, anatomy: Anatomy, soft: float) -> Field:
     """Pleural fluid: all below a meniscus, concave upwards, that climbs the side wall; it hides the diaphragm."""
-    side, extent, bottom = _side(finding), finding.extent, anatomy.diaphragm + 0.26
+    side = _side(finding)
+    extent = finding.extent
+    bottom = anatomy.diaphragm + 0.26
     lateral = np.clip((side * x - 0.12) / 0.58, 0.0, 1.0)
     level = anatomy.diaphragm + 0.06 - 0.46 * extent
-    surface = level - (0.10 + 0.20 * extent) * lateral**4 + 0.05 * (1 - lateral) ** 2
-    surface = np.minimum(surface, anatomy.diaphragm + 0.10 - (0.30 + 0.1 * extent) * lateral**3)
+    climb = (0.10 + 0.20 * extent) * lateral**4
+    surface = level - climb + 0.05 * (1 - lateral) ** 2
+    # However little it is, it fills the angle: that is what a reader looks for.
+    blunted_angle = anatomy.diaphragm + 0.10 - (0.30 + 0.1 * extent) * lateral**3
+    surface = np.minimum(surface, blunted_angle)
     if size != 1.0:  # drawn down towards the bottom of the angle
         surface = bottom - size * (bottom - surface)
-    inside = _below(_lung_radius(x, y, side, anatomy), 1.0, 3.0 * soft) * (side * x > 0.05)
+    chest_wall = _below(_lung_radius(x, y, side, anatomy), 1.0, 3.0 * soft)
+    inside = chest_wall * (side * x > 0.05)
     depth = _below(y - _dome(x, side, anatomy), 0.10, 0.30)
-    return np.asarray(_below(surface - y, 0.0, 2 * soft) * inside * depth, dtype=np.float32)
+    below_surface = _below(surface - y, 0.0, 2 * soft)
+    return np.asarray(below_surface * inside * depth, dtype=np.float32)
 
 
 def _pneumothorax(
@@ -225,14 +246,18 @@ def _pneumothorax(
     soft: float,
 ) -> Field:
     """Air around a lung that has fallen towards its hilum: black, without vessels, up to a thin bright edge."""
-    side, contrast = _side(finding), finding.contrast
+    side = _side(finding)
+    contrast = finding.contrast
     shrink = 1.0 - size * (0.14 + 0.30 * finding.extent)
-    to_hilum_x, to_hilum_y = 0.16 * side, 0.22
+    # The collapsed lung's border is the whole lung's, drawn nearer to the hilum.
+    to_hilum_x = 0.16 * side
+    to_hilum_y = 0.22
     inner_x = to_hilum_x + (x - to_hilum_x) / (shrink + 0.06 * size)
     inner_y = to_hilum_y + (y - to_hilum_y) / shrink
     radius = _lung_radius(inner_x, inner_y, side, anatomy)
     outside = 1.0 - _below(radius, 1.0, 2 * soft)
-    edge = np.exp(-(((radius - 1.0) / max(0.022, 1.6 * soft)) ** 2))
+    edge_width = max(0.022, 1.6 * soft)  # not below a pixel, or it would be lost in small pictures
+    edge = np.exp(-(((radius - 1.0) / edge_width) ** 2))
     on_side = (side * x > 0).astype(np.float32)
     air = 0.015 + 0.05 * (1.1 - contrast)
     collapsed = parenchyma + 0.13 * contrast
@@ -252,13 +277,14 @@ def _consolidation(
     side, upper = _side(finding), finding.zone == "upper"
     centre_x = side * (rng.uniform(0.38, 0.46) if upper else rng.uniform(0.44, 0.52))
     centre_y = rng.uniform(-0.38, -0.28) if upper else rng.uniform(0.20, 0.30)
-    reach_x, reach_y = size * (0.13 + 0.10 * finding.extent), size * (0.12 + 0.11 * finding.extent)
-    ragged = np.clip(0.22 * _smooth_noise(rng, len(x), 11), -0.3, 0.3) + 0.18 * _smooth_noise(rng, len(x), 24)
-    patch = _below(
-        np.hypot((x - centre_x) / reach_x, (y - centre_y) / reach_y) + ragged,
-        1.0,
-        0.80,
-    )
+    reach_x = size * (0.13 + 0.10 * finding.extent)
+    reach_y = size * (0.12 + 0.11 * finding.extent)
+    # Coarse noise bends the border, fine noise frays it; the clip keeps the patch in one piece.
+    coarse = np.clip(0.22 * _smooth_noise(rng, len(x), 11), -0.3, 0.3)
+    ragged = coarse + 0.18 * _smooth_noise(rng, len(x), 24)
+    distance = np.hypot((x - centre_x) / reach_x, (y - centre_y) / reach_y)
+    patch = _below(distance + ragged, 1.0, 0.80)
+    # Air-filled bronchi are dark rays from the hilum.
     angle = np.arctan2(y - 0.05, x - 0.10 * side)
     bronchi = np.clip(np.cos(26.0 * angle), 0.0, 1.0) ** 6 * 0.06
     return np.asarray(parenchyma + patch * (0.50 * finding.contrast - bronchi), dtype=np.float32)
@@ -278,7 +304,8 @@ def _nodule(
     radius = size * (0.084 + 0.052 * finding.extent)
     centre_x = side * (rng.uniform(0.38, 0.50) if upper else rng.uniform(0.50, 0.58))
     centre_y = rng.uniform(-0.40, -0.22) if upper else rng.uniform(0.14, 0.30)
-    disc = _below(np.hypot(x - centre_x, y - centre_y), radius, soft)
+    distance = np.hypot(x - centre_x, y - centre_y)
+    disc = _below(distance, radius, soft)
     return np.asarray(parenchyma + disc * 0.65 * finding.contrast, dtype=np.float32)
 
 
@@ -287,11 +314,10 @@ def _marker(x: Field, y: Field) -> Field:
     rows = np.floor((y + 0.93) / 0.036).astype(int)
     columns = np.floor((x + 0.93) / 0.036).astype(int)
     inside = (rows >= 0) & (rows < 7) & (columns >= 0) & (columns < 5)
-    return np.where(
-        inside,
-        GLYPH_R[np.clip(rows, 0, 6), np.clip(columns, 0, 4)],
-        np.float32(0.0),
-    )
+    # Outside the glyph any entry will do, as long as it exists.
+    glyph_rows = np.clip(rows, 0, 6)
+    glyph_columns = np.clip(columns, 0, 4)
+    return np.where(inside, GLYPH_R[glyph_rows, glyph_columns], np.float32(0.0))
 
 
 def _grain(rng: np.random.Generator, size: int) -> Field:

@@ -42,6 +42,7 @@ class Claim:
         """Whether the claim is true of a case."""
         kinds = self.kinds
         if self.side and kinds != HEART:
+            # "An abnormality on the left" does not speak of the heart.
             kinds = kinds - HEART
         findings = [finding for finding in case.findings if finding.kind in kinds]
         if kinds != HEART:  # the heart has neither side nor zone
@@ -72,15 +73,28 @@ _STATED = re.compile(r"\banswer\s+(?:is|must be|:)\s*:?\s*(?P<text>[^().]+)", re
 
 def _answers(text: str, question: AnsweredQuestion) -> list[bool]:
     """Whether each answer stated in `text` (a letter, or an option's own words) is the question's."""
-    statements = [s for s in _SENTENCE.split(text) if not _INSTRUCTION.search(s.lower()) and "?" not in s]
-    return [(letter == question.answer) != denied for letter, denied in _letters(" ".join(statements), question)]
+    statements = []
+    for sentence in _SENTENCE.split(text):
+        if not _INSTRUCTION.search(sentence.lower()) and "?" not in sentence:
+            statements.append(sentence)
+    verdicts = []
+    for letter, denied in _letters(" ".join(statements), question):
+        is_the_answer = letter == question.answer
+        verdicts.append(is_the_answer != denied)
+    return verdicts
 
 
 def _letters(text: str, question: AnsweredQuestion) -> list[tuple[str, bool]]:
     """The letters that `text` states as the answer, each with whether it denies it."""
-    letters = [((match[2] or match[3]).upper(), bool(match[1] or match["wrong"])) for match in _ANSWER.finditer(text)]
+    letters = []
+    for match in _ANSWER.finditer(text):
+        letter = match[2] or match[3]
+        denied = bool(match[1] or match["wrong"])
+        letters.append((letter.upper(), denied))
+    # "(B) is wrong" and an option's own words count only where no sentence names the answer as such.
     if not letters:
-        letters = [(match[1], bool(match["wrong"])) for match in _VERDICT.finditer(text)]
+        for match in _VERDICT.finditer(text):
+            letters.append((match[1], bool(match["wrong"])))
     stated = _STATED.search(text)
     if not letters and stated:
         words = _plain(stated["text"])
@@ -225,6 +239,7 @@ def _split_sides(clause: str) -> list[str]:
         first, second = clause[: joint.start()], clause[joint.end() :]
         each_has_a_side = _sides(first) and _sides(second)
         if each_has_a_side and _clause_claims(first) and _clause_claims(second):
+            # "No left effusion or right nodule": the negation holds for both halves.
             carried = "no " if joint[1] in ("or", "nor") and _NEGATED.search(first) else ""
             return [first, *_split_sides(carried + second)]
     return [clause]
@@ -236,7 +251,8 @@ def _sides(clause: str) -> set[str]:
 
 def _clause_claims(clause: str) -> list[Claim]:
     zones = [zone for zone, pattern in _ZONES.items() if pattern.search(clause)]
-    side, zone = _side(clause), zones[0] if len(zones) == 1 else ""
+    side = _side(clause)
+    zone = zones[0] if len(zones) == 1 else ""  # "upper and lower": no zone in particular
     mentions = []
     rest = clause
     for pattern, kinds, present in _PATTERNS:

@@ -48,6 +48,7 @@ def imported_rows(
     solutions = _solutions(question_id, solved.solutions, policy, config_hash)
     tree_solutions = _solutions(question_id, solved.tree_solutions, policy, tree_hash)
     labels: dict[str, list[Labels]] = {}
+    # Labels name their solution by the id that it has just got here.
     for solution, source in zip(solutions.solutions, solved.solutions, strict=True):
         for row in source.labels:
             labels.setdefault(TABLE_OF[row.source], []).append(_labels(question_id, solution, row))
@@ -97,7 +98,7 @@ def _solution(question_id: str, source: SourceSolution, policy: str, config_hash
         steps=list(source.steps),
         answer=source.answer,
         correct=source.correct,
-        finish_reason="stop",
+        finish_reason="stop",  # data sets hold whole solutions
         seed=0,
         text_sha=digest(source.text),
     )

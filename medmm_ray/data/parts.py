@@ -54,7 +54,9 @@ class PartFooter:
         failed: set[str] = set()
         errors: Counter[str] = Counter()
         num_inherited = 0
-        for row_id, error in zip(rows.column(key).to_pylist(), rows.column("error").to_pylist(), strict=True):
+        row_ids = rows.column(key).to_pylist()
+        row_errors = rows.column("error").to_pylist()
+        for row_id, error in zip(row_ids, row_errors, strict=True):
             if not error:
                 continue
             kind = error_kind(error)
@@ -144,5 +146,5 @@ def _stable(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _stable(inner) for name, inner in value.items() if name not in VOLATILE}
     if isinstance(value, list):
-        return [_stable(inner) for inner in value]
+        return list(map(_stable, value))
     return value

@@ -340,6 +340,7 @@ def _arrow_type(annotation: Any) -> pa.DataType:
     if get_origin(annotation) is Annotated:
         return pa.type_for_alias(get_args(annotation)[1])
     if get_origin(annotation) in (Union, types.UnionType):
+        # `X | None` is X: that it may be null is said of the field, not of its type.
         members = [member for member in get_args(annotation) if member is not type(None)]
         assert len(members) == 1, f"a union of several types has no Arrow type: {annotation}"
         return _arrow_type(members[0])
@@ -356,7 +357,7 @@ def _nullable(annotation: Any) -> bool:
 
 def arrow_schema(record: type) -> pa.Schema:
     """The Arrow schema of a record type: nested records are structs, lists are explicit."""
-    hints = get_type_hints(record, include_extras=True)
+    hints = get_type_hints(record, include_extras=True)  # with `Float32`'s annotation
     columns = []
     for record_field in dataclasses.fields(record):
         annotation = hints[record_field.name]
@@ -390,6 +391,7 @@ def from_dict(record: type, row: dict[str, Any]) -> Any:
     hints = _hints(record)
     values = {}
     for record_field in dataclasses.fields(record):
+        # A column that a table of an earlier version lacks is None.
         values[record_field.name] = _revive(
             hints[record_field.name],
             row.get(record_field.name),

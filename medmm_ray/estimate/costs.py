@@ -33,6 +33,7 @@ def estimate(plan: Plan, without: Collection[str] = ()) -> Estimate:
     if not plan.writing.images:
         left_out.add("write_questions")
     lines_in = []
+    # Hours that were measured take the place of computed ones.
     for line in lines:
         if line.step not in left_out:
             gpu_hours = plan.known_gpu_hours.get(line.step, line.gpu_hours)
@@ -48,7 +49,8 @@ def _write_questions(plan: Plan) -> Line:
     writing, model = plan.writing, plan.writing.model
     questions = writing.images * writing.questions_per_image
     checks = 2 * writing.checks  # half of them with the image
-    check_tokens = checks * (CHECK_PROMPT + plan.workload.question_tokens) + writing.checks * model.image_tokens
+    text_tokens = CHECK_PROMPT + plan.workload.question_tokens
+    check_tokens = checks * text_tokens + writing.checks * model.image_tokens
     input_tokens = questions * (WRITE_PROMPT + model.image_tokens + check_tokens)
     output_tokens = questions * (WRITE_REPLY + checks * SHORT_REPLY)
     return Line(
@@ -91,7 +93,8 @@ def _tree_search(plan: Plan) -> Line:
     # A node lies halfway through its solution, in the mean; what it continues comes from the prefix cache.
     input_tokens = trees.questions * work.prefix_tokens("tree_search")
     step_tokens = work.solution_tokens / work.steps
-    output_tokens = nodes * (step_tokens + trees.node_rollouts * work.solution_tokens / 2)
+    rollout_tokens = trees.node_rollouts * work.solution_tokens / 2
+    output_tokens = nodes * (step_tokens + rollout_tokens)
     if trees.max_tokens is not None:
         output_tokens = min(output_tokens, trees.questions * trees.max_tokens)
     return Line(
@@ -154,6 +157,7 @@ def _judge(plan: Plan) -> Line:
     dollars = calls * judging.dollars_per_call + model.dollars(input_tokens, output_tokens)
     if model.cached_input_price is not None:  # of what a question's calls after the first one share
         cached_tokens = max(0, calls - questions) * shared_tokens
+        # Prices are US dollars a million tokens.
         dollars += cached_tokens * (model.cached_input_price - model.input_price) / 1e6
     return Line(
         step="judge",

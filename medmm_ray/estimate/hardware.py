@@ -51,6 +51,7 @@ class Hardware:
 
     def prefill_hours(self, parameters: float, tokens: float) -> float:
         """GPU-hours in which a model of so many parameters takes in `tokens` (prompts, scoring)."""
+        # A multiplication and an addition for each parameter and token.
         return self._hours(2 * parameters * tokens, PREFILL)
 
     def decode_hours(self, parameters: float, tokens: float) -> float:
@@ -59,6 +60,7 @@ class Hardware:
 
     def training_hours(self, parameters: float, tokens: float) -> float:
         """GPU-hours in which it is trained on `tokens`, forward and backward."""
+        # Backward costs twice as much as forward.
         return self._hours(6 * parameters * tokens, TRAINING)
 
     def _hours(self, operations: float, share: float) -> float:

@@ -78,6 +78,7 @@ def post(
 
 def _detail(response: httpx.Response) -> str:
     """The service's words; of another server's answer the beginning."""
+    # A proxy in between answers in HTML, or in JSON of its own.
     try:
         return str(response.json()["detail"])
     except (ValueError, KeyError, TypeError):
@@ -110,8 +111,11 @@ def rendered(request: RerankRequest, answer: RerankAnswer, gold: str | None = No
             parts.append(_steps("worst", worst, answer, gold))
     num_failed = len(answer.solutions) - len(answer.ranking)
     if num_failed:
-        errors = [solution.error for solution in answer.solutions if solution.error]
-        kinds = {error.partition(":")[0] for error in errors}
+        # Kinds only: the messages are in the answer, and may be long.
+        kinds: set[str] = set()
+        for solution in answer.solutions:
+            if solution.error:
+                kinds.add(solution.error.partition(":")[0])
         parts.append(Text(f"{num_failed} solutions could not be scored: {', '.join(sorted(kinds))}", style="yellow"))
     parts.append(_choices(answer, gold))
     return Group(*parts)

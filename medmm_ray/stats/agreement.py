@@ -96,10 +96,14 @@ def _pair(compared: _Compared, first: str, second: str) -> Row:
     first_codes = _comparable_codes(compared, first, of_prefixes)
     second_codes = _comparable_codes(compared, second, of_prefixes)
     rows = np.flatnonzero((first_codes >= WRONG) & (second_codes >= WRONG))
-    weight, num_outside = None, 0
+    weight = None
+    num_outside = 0
+    # An expert reads a sample: weighted by 1 / inclusion probability, it speaks of all steps.
     if compared.queue is not None and "expert" in (first, second):
         rows, weight, num_outside = in_queue(rows, compared.queue)
-    looked_at_by_both = looked_at(steps, compared.codes[first]) & looked_at(steps, compared.codes[second])
+    looked_at_by_first = looked_at(steps, compared.codes[first])
+    looked_at_by_second = looked_at(steps, compared.codes[second])
+    looked_at_by_both = looked_at_by_first & looked_at_by_second
     return {
         "first": first,
         "second": second,
@@ -120,7 +124,9 @@ def _speaks_of_prefixes(first: str, second: str) -> bool:
 
 def _comparable_codes(compared: _Compared, source: str, of_prefixes: bool) -> Codes:
     codes = compared.codes[source]
-    return prefixes(compared.steps, codes) if of_prefixes and source not in OF_A_PREFIX else codes
+    if of_prefixes and source not in OF_A_PREFIX:
+        return prefixes(compared.steps, codes)
+    return codes
 
 
 def _kappa(
@@ -149,7 +155,8 @@ def _kappa(
         for figure in table.values():
             both_wrong, only_second, only_first, both_right = figure.pop("cells")
             total = sum((both_wrong, only_second, only_first, both_right))
-            figure["equal"] = round((both_wrong + both_right) / total, 6)
+            share_equal = (both_wrong + both_right) / total
+            figure["equal"] = round(share_equal, 6)
     return kappa
 
 
@@ -185,12 +192,15 @@ def first_errors(steps: Steps, source: str, codes: Codes) -> tuple[Ints, Bools]:
     first_wrong = _first(steps, codes == WRONG)
     gap = _first(steps, codes == UNLABELLED)
     if source in OF_A_PREFIX:
+        # Without a right step nothing is vouched for: -1 lies before the first one.
         last_right = np.full(len(steps.length), -1)
         right = np.flatnonzero(codes == RIGHT)
         last_right[steps.solution[right]] = steps.index[right]
-        gap = _first(steps, (codes == UNLABELLED) & (steps.index > last_right[steps.solution]))
+        is_behind = steps.index > last_right[steps.solution]
+        gap = _first(steps, (codes == UNLABELLED) & is_behind)
     settled = gap == steps.length if source == "expert" else gap >= first_wrong
-    return np.where(first_wrong < steps.length, first_wrong, -1), settled & looked_at(steps, codes)
+    has_error = first_wrong < steps.length
+    return np.where(has_error, first_wrong, -1), settled & looked_at(steps, codes)
 
 
 def prefixes(steps: Steps, codes: Codes) -> Codes:
@@ -219,7 +229,7 @@ def looked_at(steps: Steps, codes: Codes) -> Bools:
 def _first(steps: Steps, mask: Bools) -> Ints:
     """The index of the first step of each solution where `mask` holds; its length where nowhere."""
     first = steps.length.copy()
-    rows = np.flatnonzero(mask)[::-1]
+    rows = np.flatnonzero(mask)[::-1]  # from the last step to the first
     first[steps.solution[rows]] = steps.index[rows]  # of several the last one written stays: the first step
     return first
 

@@ -66,7 +66,8 @@ def aggregate(step_log_odds: Sequence[float] | Floats, how: Aggregate = "min") -
     if how == "min":
         return float(x.min())
     if how == "min_after_first":
-        return float(x[1:].min() if x.size > 1 else x[0])
+        after_first = x[1:] if x.size > 1 else x
+        return float(after_first.min())
     if how == "mean":
         # log of the sum of the p less log of the sum of the 1 - p: the division by T cancels.
         log_right = np.logaddexp.reduce(_log_probability(x))
@@ -115,7 +116,8 @@ def answer_codes(answers: Sequence[str | None], graded_right: Sequence[bool | No
     code_of_key: dict[str, int] = {}
     codes = []
     for key in keys:
-        codes.append(code_of_key.setdefault(key, len(code_of_key)) if key else -1)
+        code = code_of_key.setdefault(key, len(code_of_key)) if key else -1
+        codes.append(code)
     return np.array(codes, dtype=np.int64)
 
 
@@ -133,7 +135,10 @@ def best_of_n(rewards: Sequence[float] | Floats) -> int | None:
     """The index of the highest reward, the first of equals, NaN left out; None where no sample has one."""
     rewards_M = np.asarray(rewards, dtype=np.float64)
     scored = np.flatnonzero(~np.isnan(rewards_M))
-    return int(scored[rewards_M[scored].argmax()]) if scored.size else None
+    if not scored.size:
+        return None
+    best = rewards_M[scored].argmax()  # argmax gives the first of equals
+    return int(scored[best])
 
 
 def vote(
@@ -147,7 +152,8 @@ def vote(
     (SC+RM for `sum`).
     """
     codes = answer_codes(answers)
-    ballots = _ballots(codes, None if rewards is None else np.asarray(rewards, dtype=np.float64))
+    rewards_M = None if rewards is None else np.asarray(rewards, dtype=np.float64)
+    ballots = _ballots(codes, rewards_M)
     if not ballots.voters.any():
         return None
     all_samples_SM = np.ones((1, codes.size), dtype=bool)
@@ -193,11 +199,13 @@ class _Ballots:
         A weight above a half is 1 less its complement, which tells rewards apart whose probabilities both round to 1.
         """
         assert self.rewards is not None
-        rewards = self.rewards[self.voters & subset_M & (self.codes == answer)]
+        votes = self.voters & subset_M & (self.codes == answer)
+        rewards = self.rewards[votes]
         low = rewards[rewards <= 0]
         high = rewards[rewards > 0]
         complements = probability(-high)
-        return [*probability(low).tolist(), float(high.size), *(-complements).tolist()], rewards.size
+        terms = [*probability(low).tolist(), float(high.size), *(-complements).tolist()]
+        return terms, rewards.size
 
 
 def _ballots(codes: Ints, rewards: Floats | None) -> _Ballots:
@@ -244,8 +252,11 @@ def _first_leader(leads_SA: Bools, votes_MA: Bools, subsets_SM: Bools) -> Ints:
     """Of each subset's leading answers the one whose first vote comes first; -1 where nobody votes."""
     num_samples = subsets_SM.shape[1]
     votes_SMA = subsets_SM[:, :, None] & votes_MA
-    first_vote_SA = np.where(votes_SMA, np.arange(num_samples)[:, None], num_samples).min(axis=1)
-    winner_S = np.where(leads_SA, first_vote_SA, num_samples + 1).argmin(axis=1)
+    sample_M1 = np.arange(num_samples)[:, None]
+    # No vote: a place behind the last sample; no leader: one behind that, so that it is never the first.
+    first_vote_SA = np.where(votes_SMA, sample_M1, num_samples).min(axis=1)
+    place_SA = np.where(leads_SA, first_vote_SA, num_samples + 1)
+    winner_S = place_SA.argmin(axis=1)
     return np.where(leads_SA.any(axis=1), winner_S, -1)
 
 

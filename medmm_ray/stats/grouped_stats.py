@@ -51,11 +51,9 @@ class Resampling:
 def share_of_counts(counts_2: Floats) -> Floats:
     """Hits / all of counts [..., 2] of (misses, hits); NaN where there are none."""
     total = counts_2.sum(axis=-1)
-    return np.where(
-        total > 0,
-        counts_2[..., 1] / np.where(total > 0, total, 1.0),
-        np.nan,
-    )
+    # Both branches of `where` are computed: 1 in place of 0 avoids numpy's warnings.
+    divisor = np.where(total > 0, total, 1.0)
+    return np.where(total > 0, counts_2[..., 1] / divisor, np.nan)
 
 
 def stats_by_group(
@@ -72,6 +70,7 @@ def stats_by_group(
     Entry n counts `weight[n]` (1 without) in `cell[n]` of its groups' tables; `statistic` takes tables
     [..., num_cells] to figures. All figures share the resamples of the questions. Names without entries are left out.
     """
+    # Numbers of the questions that have entries, without gaps: the rows that are resampled.
     _, cluster = np.unique(question, return_inverse=True)
     num_questions = int(cluster.max(initial=-1)) + 1
     everything = Groups(["all"], np.zeros(len(cell), dtype=np.int64))
@@ -105,6 +104,7 @@ def _counts(
 ) -> Floats:
     """Counts of `shape` [Q, G, C]: by question, group and cell."""
     _, num_groups, num_cells = shape
+    # One bincount over a flat index in place of a loop over groups.
     flat_cell = (cluster * num_groups + member) * num_cells + cell
     counts = np.bincount(flat_cell, weight, minlength=int(np.prod(shape)))
     return counts.astype(np.float64).reshape(shape)
@@ -155,13 +155,12 @@ def ratio(above_Q: Floats, below_Q: Floats, resampling: Resampling) -> Row:
     """A ratio of two sums over questions, such as steps a solution; `count` is the lower sum (`below_Q`'s)."""
 
     def quotient(sums_B2: Floats) -> Floats:
+        above = sums_B2[:, :1]
         below = sums_B2[:, 1:]
-        return np.where(
-            below > 0,
-            sums_B2[:, :1] / np.where(below > 0, below, 1.0),
-            np.nan,
-        )
+        divisor = np.where(below > 0, below, 1.0)
+        return np.where(below > 0, above / divisor, np.nan)
 
+    # Questions without an entry add nothing, and must not count as questions.
     present = below_Q > 0
     sums_Q2 = np.stack([above_Q[present], below_Q[present]], axis=1).astype(np.float64)
     value = quotient(sums_Q2.sum(axis=0, keepdims=True))[0, 0]

@@ -86,6 +86,7 @@ def cluster_bootstrap(
         undefined_F = np.full(num_figures, np.nan)
         return undefined_F, undefined_F
     figures_BF = _resampled(sums_QK, statistic, num_resamples, seed)
+    # Figure by figure: each leaves out its own undefined resamples.
     low_F = np.full(figures_BF.shape[1], np.nan)
     high_F = low_F.copy()
     for column, values in enumerate(figures_BF.T):
@@ -154,8 +155,10 @@ def roc_curve(
         return [], []
     order = np.argsort(-log_odds, kind="stable")
     # Steps at the same score pass a threshold together: the curve has a point only behind the last of them.
-    last_of_ties = np.append(np.flatnonzero(np.diff(log_odds[order])), labels.size - 1)
-    labels, weights = labels[order], _weights(labels, weights)[order]
+    is_followed_by_lower = np.diff(log_odds[order])
+    last_of_ties = np.append(np.flatnonzero(is_followed_by_lower), labels.size - 1)
+    weights = _weights(labels, weights)[order]
+    labels = labels[order]
     right = np.cumsum(weights * labels)
     wrong = np.cumsum(weights * ~labels)
     true_rates = np.append(0.0, right[last_of_ties] / right[-1])
@@ -309,7 +312,9 @@ def kappa_of_counts(counts_4: Floats) -> Floats:
 def effective_size(weights: ArrayLike) -> float:
     """Kish's effective sample size, (sum w)^2 / sum w^2: how many equally weighted draws tell as much."""
     w = finite("weights", weights)
-    return float(w.sum() ** 2 / (w @ w)) if w.any() else 0.0
+    if not w.any():
+        return 0.0
+    return float(w.sum() ** 2 / (w @ w))
 
 
 # Solutions: where the first wrong step is
@@ -338,10 +343,12 @@ def processbench_f1(reference: Sequence[int], predicted: Sequence[int]) -> dict[
     for truth, guess in zip(reference, predicted, strict=True):
         hits = erroneous_hits if truth >= 0 else correct_hits
         hits.append(truth == guess)
-    erroneous, correct = _share(erroneous_hits), _share(correct_hits)
+    erroneous = _share(erroneous_hits)
+    correct = _share(correct_hits)
     f1 = None
     if erroneous is not None and correct is not None:
-        f1 = 2 * erroneous * correct / (erroneous + correct) if erroneous + correct else 0.0
+        total = erroneous + correct
+        f1 = 2 * erroneous * correct / total if total else 0.0
     return {"erroneous": erroneous, "correct": correct, "f1": f1}
 
 

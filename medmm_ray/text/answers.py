@@ -137,6 +137,7 @@ def _value(field: re.Match[str]) -> str:
 def _last_answer(statements: Sequence[str], parser: "_AnswerParser") -> str | None:
     """The last answer that is not taken back; "" where one says that there is no answer; None where none is."""
     denied: set[str] = set()
+    # From the end: the last word counts, and a denial takes back only what was said before it.
     for statement in reversed(statements):
         parsed = parser.parse(statement)
         if parsed.rejected:
@@ -182,6 +183,7 @@ def _without_filler(statement: str) -> str:
 
 def _lines(text: str) -> list[str]:
     """The last two lines of `text` that are not empty."""
+    # Only the end is split: a text may be of any length.
     lines = text[-2 * REACH :].split("\n")
     return [line.strip() for line in lines if line.strip()][-2:]
 
@@ -190,7 +192,7 @@ def _lines(text: str) -> list[str]:
 def _keys(options: tuple[str, ...]) -> dict[str, str]:
     """Each option's normal form -> its letter. Forms that two options share are left out, and single letters: who
     answers B of the blood groups A, B, AB and O means the second option."""
-    keys = [answer_key(option) for option in options]
+    keys = list(map(answer_key, options))
     # Two options with the same words: the words do not say which is meant.
     letter_of_key = {}
     for key, letter in zip(keys, LETTERS, strict=False):
@@ -207,7 +209,9 @@ class _ChoiceParser:
         self.leads = leads_of(len(options))
         self.letters = LETTERS[: len(options)]
         self.keys = _keys(options)
-        self.longest = max(len(key.split()) for key in ("", *self.keys))
+        self.longest = 0  # words of the longest option: a longer statement is no option's text
+        for key in self.keys:
+            self.longest = max(self.longest, len(key.split()))
 
     def parse(self, statement: str) -> _ParsedAnswer:
         """The letter that a statement states, or denies."""
@@ -239,9 +243,10 @@ class _ChoiceParser:
         """``not A``, maybe followed by ``but B``."""
         if _ABSTAINS.match(rest):
             return _ParsedAnswer(abstains=True)
-        letter = rest[end:].lstrip("([\"'")[:1]
+        denied = rest[end:]
+        letter = denied.lstrip("([\"'")[:1]
         if letter not in self.letters or not letter:
-            letter = self._option_text(rest[end:]) or ""
+            letter = self._option_text(denied) or ""
         instead = self.leads.instead.match(rest, end)
         stated = self.parse(rest[instead.end() :]).answer if instead else None
         return _ParsedAnswer(answer=stated, rejected=letter or None)
@@ -249,8 +254,10 @@ class _ChoiceParser:
     def _option_text(self, rest: str) -> str | None:
         """The letter of the option whose text all of a statement is; the longest cut of it that is one."""
         words: list[str] = []
-        letter, start = None, 0
+        letter = None
+        start = 0
         cuts = [match.start() for match in _CUT.finditer(rest)]
+        # Each cut adds its words: the text is normalised once, whatever the number of cuts.
         for end in (*cuts, len(rest)):
             words += key_words(rest[start:end])
             if len(words) > self.longest:
@@ -294,6 +301,7 @@ class _YesNoParser:
     def parse(self, statement: str) -> _ParsedAnswer:
         """Yes or no, where a statement says either."""
         rest = _without_filler(statement)
+        # The first word alone decides: "no, although …" is a no.
         first = self._FIRST.match(rest)
         word = first[1].lower() if first else ""
         if word in YES or word in NO:
@@ -301,6 +309,7 @@ class _YesNoParser:
         if _NOT.match(rest) or _ABSTAINS.match(rest):
             return _ParsedAnswer(abstains=True)
         letter = self.choice.parse(statement).answer if self.choice else None
+        # Options such as "(A) Yes (B) No": the letter stands for its text.
         stated = answer_key(self.options[LETTERS.index(letter)]) if letter else ""
         return _ParsedAnswer(answer=stated) if stated in ("yes", "no") else _NOTHING
 

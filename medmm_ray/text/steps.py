@@ -126,8 +126,10 @@ def step_marks(text: str) -> list[Match[str]]:
     following = _following_numbers(candidates, clear)
     marks: list[Match[str]] = []
     for mark, is_clear, next_number in zip(candidates, clear, following, strict=True):
+        # Some models count their steps from 0.
         expected = (_number(marks[-1]) + 1,) if marks else (0, 1)
-        fits = _number(mark) in expected and _number(mark) != next_number
+        number = _number(mark)
+        fits = number in expected and number != next_number
         if is_clear or (fits and _may_mark(mark, text)):
             marks.append(mark)
     return marks
@@ -147,12 +149,15 @@ def _following_numbers(candidates: Sequence[Match[str]], clear: Sequence[bool]) 
 def _is_clear(mark: Match[str], text: str) -> bool:
     """Whether a mark begins a step whatever its number."""
     capital = mark["word"] is None or mark["word"][0] == "S"
+    is_styled = bool(mark["styled"].strip())  # a heading's or an emphasis's signs
     if mark["line"] is not None:
-        return bool(mark["styled"].strip()) or (capital and bool(mark["colon"] or mark["stop"]))
+        is_stopped = bool(mark["colon"] or mark["stop"])
+        return is_styled or (capital and is_stopped)
     before = text[max(0, mark.start() - _CONTEXT) : mark.start()]
     if _OTHER_STEPS.search(before):
         return False
-    return capital and mark["colon"] is not None and bool(mark["styled"].strip() or _SENTENCE_END.search(before))
+    begins_sentence = is_styled or _SENTENCE_END.search(before) is not None
+    return capital and mark["colon"] is not None and begins_sentence
 
 
 def _may_mark(mark: Match[str], text: str) -> bool:
@@ -168,6 +173,7 @@ def _may_mark(mark: Match[str], text: str) -> bool:
 
 def _number(mark: Match[str]) -> int:
     digits: str = mark["number"] or mark["chinese"] or mark["ordinal"]
+    # Python refuses to read numbers of thousands of digits.
     return int(digits[:9])
 
 
@@ -199,9 +205,11 @@ def cut_steps(text: str) -> list[str]:
     ['Step 1:  Look.', ' Step 2: Think.']
     """
     if is_tagged(text):
+        # What stands behind the last tag is a step that was cut off, unless it is white space.
         *steps, rest = _TAGS.split(text)
         steps += [rest] if rest.strip() else []
     else:
+        # What stands before the first mark belongs to the first step.
         starts = [mark.start() for mark in _REFERENCE_MARK.finditer(text)][1:]
         steps = [text[start:end] for start, end in pairwise([0, *starts, len(text)])]
     return steps if any(map(str.strip, steps)) else []
@@ -256,7 +264,9 @@ def reference_steps(solution: str | Sequence[str], preamble: str = "") -> list[s
     else:
         steps = list(map(str.rstrip, numbered_steps(steps)))
     head = preamble.replace("\n", " ").strip()
-    return _spaced([f"{head} {steps[0]}", *steps[1:]] if head and steps else steps)
+    if head and steps:
+        steps = [f"{head} {steps[0]}", *steps[1:]]
+    return _spaced(steps)
 
 
 def _marked(line: str) -> Iterator[str]:
@@ -273,7 +283,10 @@ def _marked(line: str) -> Iterator[str]:
 
 def _spaced(steps: Iterator[str] | Sequence[str]) -> list[str]:
     """Steps with the space that parts each from the tag before it."""
-    return [f" {step}" if number else step for number, step in enumerate(steps)]
+    spaced: list[str] = []
+    for step in steps:
+        spaced.append(f" {step}" if spaced else step)
+    return spaced
 
 
 def join_steps(steps: Sequence[str], preamble: str = "") -> str:

@@ -44,6 +44,7 @@ class _Node(Entry):
     @model_validator(mode="before")
     @classmethod
     def _named(cls, node: Any) -> Any:
+        # What a longer list holds besides is passed over.
         if isinstance(node, list) and len(node) >= len(cls.model_fields):
             return dict(zip(cls.model_fields, node, strict=False))
         if not isinstance(node, dict):
@@ -59,7 +60,10 @@ def _nodes(trajectory: Any) -> Any:
     inner = trajectory[0] if trajectory and isinstance(trajectory[0], list) else trajectory
     if inner and isinstance(inner[0], (list, dict)):
         trajectory = inner
-    nodes = [node for node in trajectory if node is not None and not isinstance(node, (int, float))]
+    nodes = []
+    for node in trajectory:
+        if node is not None and not isinstance(node, (int, float)):
+            nodes.append(node)
     if not nodes:
         raise ValueError("a list of nodes [step, value, rollout value]")
     return nodes
@@ -115,6 +119,7 @@ def _entries(request: SourceRequest) -> Iterator[tuple[str, str, _Tree | _Evalua
             where = f"{uri} entry {number}"
             split = "test" if isinstance(entry, dict) and "conversations" in entry else "train"
             row = checked(_Evaluation, entry, where) if split == "test" else checked(_Tree, entry, where)
+            # Behind the limit too entries are checked: a fault of the file is found at the first reading.
             limit = limits[split]
             if limit is None or num_read[split] < limit:
                 num_read[split] += 1
@@ -156,7 +161,8 @@ def lettered(text: str) -> tuple[str, list[str]]:
             continue
         options = _options(lines[start:])
         if len(options) > 1:
-            return "\n".join(lines[:start]).strip(), [one_line(option) for option in options]
+            question = "\n".join(lines[:start]).strip()
+            return question, list(map(one_line, options))
     return text.strip(), []
 
 

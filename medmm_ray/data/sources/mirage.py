@@ -96,6 +96,7 @@ def read(request: SourceRequest) -> SourceData:
 def _mmlu(folder: str) -> Iterator[SourceQuestion]:
     for subject in MMLU:
         uri = f"{folder}/mmlu/data/test/{subject}_test.csv"
+        # A row is the question, its options and the answer's letter; there is no header.
         for number, row in enumerate(csv.reader(io.StringIO(read_text(uri)))):
             yield _question(f"mmlu/{subject}-{number:03d}", row[0], row[1:-1], row[-1])
 
@@ -124,6 +125,7 @@ def _bioasq(folder: str) -> Iterator[SourceQuestion]:
         for uri in list_files(f"{folder}/bioasq/{task}", ".json"):
             for number, entry in enumerate(read_json(uri)["questions"]):
                 where = f"{uri} entry {number}"
+                # Questions of other types have answers of another form: only the type of all is checked.
                 if checked(_BioASQType, entry, where).type == "yesno":
                     row = checked(_BioASQ, entry, where)
                     letter = LETTERS[JUDGED.index(row.exact_answer)]

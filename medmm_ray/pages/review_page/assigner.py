@@ -102,6 +102,7 @@ def status(readings: Sequence[Verdict], adjudication: Verdict | None, needed: in
         return "decided"
     conclusions = [conclusion(verdict) for verdict in readings if verdict.verdict != UNSURE]
     if len(conclusions) < len(readings):
+        # Somebody was unsure: a second reader is asked, whatever the question's share.
         needed = 2
     if len(readings) < needed:
         return "open"
@@ -127,19 +128,20 @@ class Assigner:
         self.items_by_question: dict[str, list[QueueItem]] = {}
         for item in self.items.values():
             self.items_by_question.setdefault(item.question_id, []).append(item)
-        self.readers_needed = {
-            question_id: 2 if self._is_read_twice(question_id) else 1 for question_id in self.items_by_question
-        }
+        self.readers_needed: dict[str, int] = {}
+        for question_id in self.items_by_question:
+            self.readers_needed[question_id] = 2 if self._is_read_twice(question_id) else 1
         verdicts = log.read()
         # By item and reader. Verdicts on a content that has changed since do not count.
         self._verdicts = latest_verdicts(verdict for verdict in verdicts if self._is_current(verdict))
         self._last_numbers = dict.fromkeys(roles, 0)
         for verdict in verdicts:
             if verdict.reader in roles:
-                self._last_numbers[verdict.reader] = max(self._last_numbers[verdict.reader], verdict.number)
+                last_number = self._last_numbers[verdict.reader]
+                self._last_numbers[verdict.reader] = max(last_number, verdict.number)
         self._leases: dict[str, _Lease] = {}  # by reader
         self._viewings: dict[str, _Viewing] = {}  # by reader
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # reentrant: public methods call each other
 
     def _is_read_twice(self, question_id: str) -> bool:
         # The choice hangs on the question alone: it stays the same when the queue grows or is put in another order.
@@ -227,7 +229,7 @@ class Assigner:
     def progress(self, reader: str) -> ReaderProgress:
         """How far the reader and the whole review are."""
         with self._lock:
-            states = [self.status(item) for item in self.items.values()]
+            states = list(map(self.status, self.items.values()))
             num_left = sum(self._may_read(reader, item) for item in self.items.values())
             item_ids = self._items_read(reader)
             # The median of the last readings: breaks do not count, and who gets faster sees it.
@@ -284,7 +286,10 @@ class Assigner:
 
     def _items_read(self, reader: str) -> list[str]:
         """Ids of the items that the reader has read, in that order."""
-        verdicts = [by_reader[reader] for by_reader in self._verdicts.values() if reader in by_reader]
+        verdicts = []
+        for by_reader in self._verdicts.values():
+            if reader in by_reader:
+                verdicts.append(by_reader[reader])
         verdicts.sort(key=lambda verdict: verdict.number)
         return [verdict.item_id for verdict in verdicts]
 

@@ -98,6 +98,7 @@ def rows_of(
     rows: dict[str, Row] = {}
     for file in table.files():  # one file at a time: a table may be larger than the memory
         part = pq.read_table(file, filesystem=table.fs, columns=column_names)
+        # Filtered in Arrow: only these rows become Python objects.
         for row in part.filter(pc.is_in(part[key], wanted_ids)).to_pylist():
             rows[row[key]] = row
     return rows
@@ -110,6 +111,7 @@ def step_item_id(solution_id: str, step_index: int) -> str:
 
 def step_content_hash(question: Row, steps: Sequence[str], step_index: int) -> str:
     """A hash of what a verdict on a step is about: the question, and the steps up to this one."""
+    # Not the steps behind it: a change there leaves the verdict standing.
     return digest(
         question["question"],
         question["options"],

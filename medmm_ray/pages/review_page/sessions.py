@@ -45,6 +45,7 @@ class Sessions:
     def log_in(self, name: str, password: str, address: str) -> str | None:
         """Start a session; its token, or None where name or password is wrong. Raises `TooManyTriesError`."""
         account = self.readers.get(name)
+        # Unknown names are not counted one by one: made-up names would fill the memory.
         limits = {f"address {address}": MAX_FAILURES_PER_ADDRESS}
         if account:
             limits[f"name {name}"] = MAX_FAILURES_PER_NAME
@@ -69,6 +70,7 @@ class Sessions:
 
     def reader_of(self, token: str | None) -> str | None:
         """Name of the reader whose session the token is; None for an unknown or ended session."""
+        # Without a session: one that ended long ago.
         name, end = self._sessions.get(_digest(token or ""), ("", 0.0))
         return name if self.clock() < end else None
 

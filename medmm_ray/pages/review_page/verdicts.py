@@ -163,7 +163,7 @@ def _verdict(line: bytes, where: str) -> Verdict | None:
     # A torn line is no JSON; whole JSON that is no verdict was written by somebody else.
     if fault["type"] == "json_invalid":
         return None
-    field = ".".join(str(part) for part in fault["loc"])
+    field = ".".join(map(str, fault["loc"]))
     label = f"{field!r}: " if field else ""
     problem = fault["msg"].removeprefix("Value error, ")
     raise TableError(f"{where} is no verdict: {label}{problem}. Mend the line, or delete it")
@@ -182,6 +182,7 @@ def _append_line(path: Path, line: bytes) -> None:
         # What a kill tore stays a line of its own, which `parse` skips.
         is_torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
         content = (b"\n" if is_torn else b"") + line + b"\n"
+        # One write: a kill between two would leave half a line behind a whole one.
         written = os.write(descriptor, content)
         if written != len(content):
             raise TableError(f"cannot write {path}: {written} of {len(content)} bytes fit. Free space there")

@@ -154,7 +154,7 @@ def make_case(
     """A case whose main finding is one of `kinds`; `side` and `zone`, where given, are kept, and kinds that cannot have
     them left out. Further findings are those that `admits` allows.
     """
-    if side:
+    if side:  # neither the heart nor a normal chest has one
         kinds = [kind for kind in kinds if kind in LUNG_KINDS]
     if zone:
         kinds = [kind for kind in kinds if zone in ZONES.get(kind, ())]
@@ -194,6 +194,7 @@ def _with_one_more(
 ) -> PhantomCase:
     """The case with one more finding, in a lung that has none or of the heart; as it is where `admits` allows none."""
     extent, contrast = _extent_and_contrast(rng, case.difficulty, hardness)
+    # At most one finding a lung: a statement about a side then speaks of one.
     taken_sides = {finding.side for finding in case.findings}  # "" is the heart
     allowed = []
     for kind, side, zone in PLACES:

@@ -251,6 +251,7 @@ def _make_question(seed: int, split: str, index: int, num_worked: int, hardness:
     place = _guess(template, rng)
     gold = template.options[place]
 
+    # A further finding must not make a second option true.
     def admits(case: PhantomCase) -> bool:
         true_options = [option for option in template.options if option.holds(case)]
         return true_options == [gold]
@@ -284,7 +285,9 @@ def blind_solution(question: PhantomQuestion, rng: np.random.Generator, slip: fl
     right answers have wrong steps too.
     """
     template = next(template for template in TEMPLATES if template.texts == question.options)
-    place, slip_place = _guess(template, rng), _guess(template, rng)
+    # Both are drawn even without a slip: the draws behind them stay the same whatever its chance.
+    place = _guess(template, rng)
+    slip_place = _guess(template, rng)
     steps = _solution_for(template, place, rng)
     slip_steps = _solution_for(template, slip_place, rng)
     if rng.random() < slip:
@@ -357,6 +360,7 @@ def _observations(case: PhantomCase | Finding) -> tuple[str, ...]:
 
 def _negatives(case: PhantomCase) -> tuple[str, ...]:
     if case.kind in LUNG_KINDS:
+        # Candidates only: with further findings some are false, and are left out.
         other_side = "left" if case.side == "right" else "right"
         return ("The heart size is normal.", f"The {other_side} lung is clear.")
     if case.kind == "cardiomegaly":

@@ -70,7 +70,13 @@ def execution(
     le: float | None = None,
 ) -> T:
     """A field that says how a step runs, not what it makes (pool sizes, batch sizes, paths): not part of `identity`."""
-    field: T = Field(default, ge=ge, gt=gt, le=le, json_schema_extra={"identity": False})
+    field: T = Field(
+        default,
+        ge=ge,
+        gt=gt,
+        le=le,
+        json_schema_extra={"identity": False},
+    )
     return field
 
 
@@ -94,7 +100,12 @@ def _is_execution(info: FieldInfo) -> bool:
 def digest(*parts: object) -> str:
     """A 16-character content hash of JSON-able values: the same parts give the same id on every machine."""
     # All ids and fingerprints rest on these bytes: another separator would rename every row.
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(
+        parts,
+        sort_keys=True,
+        ensure_ascii=False,
+        separators=(",", ":"),
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -226,7 +237,11 @@ def _explain(config: type[BaseModel], fault: Any) -> str:
         return ": ".join([*path, str(fault["ctx"]["error"])])
     if fault["type"] == "extra_forbidden":
         names = _names_at(config, path[:-1])
-        near = difflib.get_close_matches(path[-1], names, n=1)
+        near = difflib.get_close_matches(
+            path[-1],
+            names,
+            n=1,
+        )
         hint = f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(sorted(names))}"
         return f"unknown name {key!r}; {hint}"
     if fault["type"] == "missing":

@@ -67,7 +67,15 @@ def imported_rows(
 def _solutions(question_id: str, sources: Sequence[SourceSolution], policy: str, config_hash: str) -> Solutions:
     solutions = []
     for index, source in enumerate(sources):
-        solutions.append(_solution(question_id, source, policy, config_hash, index))
+        solutions.append(
+            _solution(
+                question_id,
+                source,
+                policy,
+                config_hash,
+                index,
+            )
+        )
     return Solutions(
         question_id=question_id,
         policy=policy,

@@ -373,7 +373,10 @@ def arrow_schema(record: type) -> pa.Schema:
 
 def to_arrow(record: type, rows: list[Any]) -> pa.Table:
     """Rows (records of one type, or dicts of their fields) as an Arrow table of the record's schema."""
-    return pa.Table.from_pylist(_plain(rows), schema=arrow_schema(record))
+    return pa.Table.from_pylist(
+        _plain(rows),
+        schema=arrow_schema(record),
+    )
 
 
 def to_arrow_lists(record: type, lists: Iterable[Sequence[Any]]) -> pa.Array:

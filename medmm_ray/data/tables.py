@@ -205,7 +205,12 @@ class Table(Artifact):
                     strict=True,
                 )
             )
-        self._put(self._records(rows, explode), ids, key, figures)
+        self._put(
+            self._records(rows, explode),
+            ids,
+            key,
+            figures,
+        )
 
     def _records(self, rows: pa.Table, explode: str | None) -> pa.Table:
         """The records in `rows`, with the table's schema; a `TableError` where they do not fit it."""
@@ -353,7 +358,12 @@ class Table(Artifact):
     def _put_some(self, file: str, footer: PartFooter, ids: list[str], key: str) -> str:
         """Write the rows of some of a part file's ids as a part file of their own, and give its path."""
         rows = pq.read_table(file, filesystem=self.fs)
-        rows = rows.filter(pc.is_in(rows[key], pa.array(ids)))
+        rows = rows.filter(
+            pc.is_in(
+                rows[key],
+                pa.array(ids),
+            )
+        )
         figures = {row_id: footer.figures[row_id] for row_id in ids if row_id in footer.figures}
         return self._put(rows, ids, key, figures)
 

@@ -212,7 +212,12 @@ def _prefixes(plan: Plan, samples: int) -> float:
 def _review(plan: Plan) -> Line:
     steps = plan.reviewing.steps
     dollars = steps * plan.reviewing.dollars_per_step
-    return Line(step="review", work=f"{steps:,} steps", calls=steps, dollars=dollars)
+    return Line(
+        step="review",
+        work=f"{steps:,} steps",
+        calls=steps,
+        dollars=dollars,
+    )
 
 
 def _train_text_prm(plan: Plan) -> Line:

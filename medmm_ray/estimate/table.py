@@ -36,7 +36,11 @@ def rendered(result: Estimate) -> Group:
         style="bold",
     )
     notes = [Text(f"Note: {note}.") for note in result.notes]
-    return Group(table, *notes, Text(_assumptions(result), style="dim"))
+    return Group(
+        table,
+        *notes,
+        Text(_assumptions(result), style="dim"),
+    )
 
 
 def _cells(line: Line, gpu_price: float) -> list[str]:
@@ -70,6 +74,7 @@ def _small(number: float) -> str:
 
 
 def _count(number: float) -> str:
+    # Three digits: an estimate is no better than that.
     for unit in ("", "k", "M"):
         if number < 1000:
             return f"{number:.3g}{unit}"

@@ -120,7 +120,10 @@ def _share_step(top: float, max_ticks: int) -> float:
 
 def _spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """Label positions as near to the given ones as a gap between them allows."""
-    order = sorted(range(len(positions)), key=lambda i: positions[i])
+    order = sorted(
+        range(len(positions)),
+        key=lambda i: positions[i],
+    )
     placed = [0.0] * len(positions)
     floor = low
     # From the top down each makes room below the one before it; then from the bottom up, so that the last ones fit.
@@ -201,7 +204,15 @@ def calibration(curves: Sequence[CalibrationCurve], label: str) -> Markup:
         for (x, y), bin_ in zip(places, curve.bins, strict=True):
             # The root: what the eye compares is the area, not the radius.
             size = 3 + 9 * (bin_.num_steps / total) ** 0.5
-            body.append(mark(curve.mark, x, y, curve.colour, size))
+            body.append(
+                mark(
+                    curve.mark,
+                    x,
+                    y,
+                    curve.colour,
+                    size,
+                )
+            )
     return chart(body, label)
 
 
@@ -229,9 +240,23 @@ def histogram(right: Sequence[int], wrong: Sequence[int], label: str) -> Markup:
     top = max([*right, *wrong, 0]) / total or 1.0  # of no step at all, an empty chart
     limit = top * 1.08  # air above the highest column
     frame = Frame((0, 1), (-limit, limit))
-    body = axes(frame, SHARE_TICKS, _mirrored_ticks(top, limit), "probability given to the step", "share of steps")
-    body += _columns(frame, [count / total for count in right], BLUE)
-    body += _columns(frame, [-count / total for count in wrong], ORANGE)
+    body = axes(
+        frame,
+        SHARE_TICKS,
+        _mirrored_ticks(top, limit),
+        "probability given to the step",
+        "share of steps",
+    )
+    body += _columns(
+        frame,
+        [count / total for count in right],
+        BLUE,
+    )
+    body += _columns(
+        frame,
+        [-count / total for count in wrong],
+        ORANGE,
+    )
     middle = frame.y(0)
     body.append(
         element(
@@ -310,7 +335,10 @@ def bars(
     top = max(shares, default=0.0) or 1.0
     limit = top * 1.08  # air above the highest bar
     # Bars stand at 0, 1, 2, …: half a place of room at either end.
-    frame = Frame((-0.5, max(len(columns), 1) - 0.5), (0, limit))
+    frame = Frame(
+        (-0.5, max(len(columns), 1) - 0.5),
+        (0, limit),
+    )
     step = _share_step(top, 6)
     y_ticks = []
     for i in range(int(limit / step) + 1):

@@ -39,7 +39,12 @@ SCALES = {
     "kappa": (0.0, 1.0),
     "steps": (0.0, 20.0),
 }
-GROUPINGS = {"answer": "By answer", "difficulty": "By difficulty", "modality": "By modality", "position": "By step"}
+GROUPINGS = {
+    "answer": "By answer",
+    "difficulty": "By difficulty",
+    "modality": "By modality",
+    "position": "By step",
+}
 
 
 def render(report: Row) -> str:
@@ -201,7 +206,15 @@ def _calibration(report: Row) -> Markup | None:
         )
     rows.append("Right answers")
     for name, figure in _by_difficulty(report["sampling"]["accuracy"]).items():
-        rows.append(_whisker(name, figure, GREEN, "diamond", None))
+        rows.append(
+            _whisker(
+                name,
+                figure,
+                GREEN,
+                "diamond",
+                None,
+            )
+        )
     return forest(rows, (0, 1), True, "share, with 95 % interval", "Right steps and answers by difficulty")
 
 

@@ -75,9 +75,27 @@ def forest(
     for tick in scale.ticks():
         words = _percent(tick, 0) if share else _plain(tick, 1)
         x = scale.x(tick)
-        body.append(element("line", x1=x, x2=x, y1=TOP, y2=bottom, stroke=GRID))
+        body.append(
+            element(
+                "line",
+                x1=x,
+                x2=x,
+                y1=TOP,
+                y2=bottom,
+                stroke=GRID,
+            )
+        )
         body.append(text(x, bottom + 19, words))
-    body.append(element("line", x1=scale.start, x2=right, y1=bottom, y2=bottom, stroke=GREY))
+    body.append(
+        element(
+            "line",
+            x1=scale.start,
+            x2=right,
+            y1=bottom,
+            y2=bottom,
+            stroke=GREY,
+        )
+    )
     body.append(
         text(
             (scale.start + right) / 2,
@@ -143,7 +161,15 @@ def _row(row: Whisker, y: float, scale: _Scale, share: bool) -> list[str]:
                 row.colour,
             )
         )
-    body.append(mark(row.mark, scale.x(row.value), y, row.colour, 5.5))
+    body.append(
+        mark(
+            row.mark,
+            scale.x(row.value),
+            y,
+            row.colour,
+            5.5,
+        )
+    )
     words = _percent(row.value, 1) if share else _plain(row.value, 3)
     return [*body, text(WIDTH, y + 5, row.note or words, "end", f'fill="{INK}"')]
 

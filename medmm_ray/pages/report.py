@@ -278,7 +278,11 @@ def _points(figures: Row, ns: Sequence[str]) -> list[Point]:
 
 def _over_n(report: Row, how: str) -> Markup:
     label = {"best_of_n": "Accuracy of best-of-N over N", "sc_rm": "Accuracy of the reward-weighted vote over N"}[how]
-    return charts.lines_over_n(_lines(report, how), report["ns"], label)
+    return charts.lines_over_n(
+        _lines(report, how),
+        report["ns"],
+        label,
+    )
 
 
 def _step_charts(report: Row) -> Row:
@@ -326,7 +330,13 @@ def _bins(rows: Sequence[Row]) -> list[Bin]:
     bins = []
     for row in rows:
         if row["count"]:
-            bins.append(Bin(row["mean_probability"], row["share_right"], row["count"]))
+            bins.append(
+                Bin(
+                    row["mean_probability"],
+                    row["share_right"],
+                    row["count"],
+                )
+            )
     return bins
 
 
@@ -401,7 +411,13 @@ def summary(report: Row) -> RenderableType:
     lines: list[RenderableType] = [Text(sizes), _headline_table(report)]
     for arm, figures in report["step"].items():
         if figures["steps"] and arm != CONTROL:
-            lines.append(_step_line(arm, figures, report["reference"]))
+            lines.append(
+                _step_line(
+                    arm,
+                    figures,
+                    report["reference"],
+                )
+            )
     kappa = report["agreement"].get("judge_expert", {}).get("kappa")
     lines.append(Text(f"judge and expert: κ {fixed(kappa)}"))
     failed = []

@@ -128,9 +128,27 @@ def axes(frame: Frame, x_ticks: Ticks, y_ticks: Ticks, x_title: str, y_title: st
     # Grid lines before the axis: the axis is drawn over the one at its own height.
     for value, words in y_ticks:
         y = frame.y(value)
-        body.append(element("line", x1=LEFT, x2=right, y1=y, y2=y, stroke=GRID))
+        body.append(
+            element(
+                "line",
+                x1=LEFT,
+                x2=right,
+                y1=y,
+                y2=y,
+                stroke=GRID,
+            )
+        )
         body.append(text(LEFT - 8, y + 5, words, "end"))
-    body.append(element("line", x1=LEFT, x2=right, y1=bottom, y2=bottom, stroke=GREY))
+    body.append(
+        element(
+            "line",
+            x1=LEFT,
+            x2=right,
+            y1=bottom,
+            y2=bottom,
+            stroke=GREY,
+        )
+    )
     for value, words in x_ticks:
         x = frame.x(value)
         body.append(

@@ -181,12 +181,21 @@ def api(score: Scorer, config: ServeConfig, has_image_tower: bool, token_sha256:
             # Decoding images takes a while: in a thread, so that other requests are read meanwhile.
             model_input = await asyncio.to_thread(to_model_input, request, config.max_image_pixels)
         except RowError as error:
-            raise HTTPException(STATUS.get(error.kind, 422), str(error)) from error
+            raise HTTPException(
+                STATUS.get(error.kind, 422),
+                str(error),
+            ) from error
         scores = await score(model_input)
         answer = rerank(request, scores, card.model)
         num_failed = len(answer.solutions) - len(answer.ranking)
         seconds = time.perf_counter() - started
-        logger.info("rerank: %d solutions, %d failed, %s, %.3f s", len(scores), num_failed, answer.arm, seconds)
+        logger.info(
+            "rerank: %d solutions, %d failed, %s, %.3f s",
+            len(scores),
+            num_failed,
+            answer.arm,
+            seconds,
+        )
         return answer
 
     return app

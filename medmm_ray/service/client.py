@@ -48,7 +48,14 @@ def request_of(
 
 def query(url: str, request: RerankRequest, token: str = "", timeout_s: float = 120.0) -> RerankAnswer:
     """Post `request` to the service at `url` (scheme, host and port). Raises `QueryError` with the service's words."""
-    return RerankAnswer.model_validate(post(url, request.model_dump(mode="json"), token, timeout_s))
+    return RerankAnswer.model_validate(
+        post(
+            url,
+            request.model_dump(mode="json"),
+            token,
+            timeout_s,
+        )
+    )
 
 
 def post(
@@ -144,7 +151,13 @@ def _steps(name: str, solution: ScoredSolution, answer: RerankAnswer, gold: str 
         f", {answer.aggregate} {solution.reward or 0.0:.3f})",
     )
     has_image = answer.arm == "multimodal"
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 1), title_style="")
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=None,
+        padding=(0, 1),
+        title_style="",
+    )
     table.add_column("P(right)", justify="right")
     if has_image:
         table.add_column("text log-odds", justify="right")

@@ -40,7 +40,11 @@ class Guard:
         if refusal:
             await refusal(scope, receive, send)
         else:
-            await self.app(scope, self._bounded(receive), send)
+            await self.app(
+                scope,
+                self._bounded(receive),
+                send,
+            )
 
     def _bounded(self, receive: Receive) -> Receive:
         """`receive`, counting: a chunked body has no length to look at beforehand."""

@@ -232,7 +232,15 @@ def rerank(request: RerankRequest, scores: Sequence[StepLogOdds], model: str) ->
     ranks = {i: rank for rank, i in enumerate(ranking, 1)}
     solutions = []
     for i, (score, total) in enumerate(zip(scores, totals, strict=True)):
-        solutions.append(_scored(request, i, score, total, ranks.get(i)))
+        solutions.append(
+            _scored(
+                request,
+                i,
+                score,
+                total,
+                ranks.get(i),
+            )
+        )
     answers = [solution.answer for solution in solutions]
     return RerankAnswer(
         model=model,

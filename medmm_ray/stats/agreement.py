@@ -48,7 +48,10 @@ def queued_steps(steps: Steps, review_queue: pa.Table) -> QueuedSteps:
     is_step = (solution >= 0) & (index < num_steps)
     row = steps.first[solution[is_step]] + index[is_step]
     order = np.argsort(row)  # `in_queue` searches it
-    return QueuedSteps(row[order], probability[is_step][order])
+    return QueuedSteps(
+        row[order],
+        probability[is_step][order],
+    )
 
 
 def source_order(source: str) -> tuple[int, str]:
@@ -237,9 +240,24 @@ def _first(steps: Steps, mask: Bools) -> Ints:
 def _first_error_agreement(compared: _Compared, first: str, second: str) -> GroupedStats:
     """The share of solutions with the same first wrong step, of those in which both sources settle it."""
     steps = compared.steps
-    first_wrong, first_settled = first_errors(steps, first, compared.codes[first])
-    second_wrong, second_settled = first_errors(steps, second, compared.codes[second])
+    first_wrong, first_settled = first_errors(
+        steps,
+        first,
+        compared.codes[first],
+    )
+    second_wrong, second_settled = first_errors(
+        steps,
+        second,
+        compared.codes[second],
+    )
     solutions = np.flatnonzero(first_settled & second_settled)
     same = (first_wrong[solutions] == second_wrong[solutions]).astype(np.int64)
     groupings = {name: groups.of(solutions) for name, groups in compared.groups.items()}
-    return stats_by_group(groupings, steps.question[solutions], same, 2, share_of_counts, compared.resampling)
+    return stats_by_group(
+        groupings,
+        steps.question[solutions],
+        same,
+        2,
+        share_of_counts,
+        compared.resampling,
+    )

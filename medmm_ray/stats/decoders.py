@@ -204,18 +204,32 @@ class _Ballots:
         low = rewards[rewards <= 0]
         high = rewards[rewards > 0]
         complements = probability(-high)
-        terms = [*probability(low).tolist(), float(high.size), *(-complements).tolist()]
+        terms = [
+            *probability(low).tolist(),
+            float(high.size),
+            *(-complements).tolist(),
+        ]
         return terms, rewards.size
 
 
 def _ballots(codes: Ints, rewards: Floats | None) -> _Ballots:
     has_answer = codes >= 0
     if rewards is None:
-        return _Ballots(codes, has_answer, np.ones(codes.size), None)
+        return _Ballots(
+            codes,
+            has_answer,
+            np.ones(codes.size),
+            None,
+        )
     scored = ~np.isnan(rewards)
     # Zero in place of NaN, which would spread through the matrix products; such a sample is no voter.
     rewards = np.where(scored, rewards, 0.0)
-    return _Ballots(codes, has_answer & scored, probability(rewards), rewards)
+    return _Ballots(
+        codes,
+        has_answer & scored,
+        probability(rewards),
+        rewards,
+    )
 
 
 def _winners(ballots: _Ballots, subsets_SM: Bools, rule: VoteRule) -> Ints:

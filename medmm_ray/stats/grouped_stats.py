@@ -53,7 +53,11 @@ def share_of_counts(counts_2: Floats) -> Floats:
     total = counts_2.sum(axis=-1)
     # Both branches of `where` are computed: 1 in place of 0 avoids numpy's warnings.
     divisor = np.where(total > 0, total, 1.0)
-    return np.where(total > 0, counts_2[..., 1] / divisor, np.nan)
+    return np.where(
+        total > 0,
+        counts_2[..., 1] / divisor,
+        np.nan,
+    )
 
 
 def stats_by_group(
@@ -78,7 +82,15 @@ def stats_by_group(
     counts_by_grouping = []
     for groups in all_groupings.values():
         shape = (num_questions, len(groups.names), num_cells)
-        counts_by_grouping.append(_counts(shape, cluster, groups.member, cell, weight))
+        counts_by_grouping.append(
+            _counts(
+                shape,
+                cluster,
+                groups.member,
+                cell,
+                weight,
+            )
+        )
     counts_QGC = np.concatenate(counts_by_grouping, axis=1)
     # All groups at once: they share the resamples, which are most of the work.
     figures = _figures(counts_QGC, statistic, resampling)
@@ -106,7 +118,11 @@ def _counts(
     _, num_groups, num_cells = shape
     # One bincount over a flat index in place of a loop over groups.
     flat_cell = (cluster * num_groups + member) * num_cells + cell
-    counts = np.bincount(flat_cell, weight, minlength=int(np.prod(shape)))
+    counts = np.bincount(
+        flat_cell,
+        weight,
+        minlength=int(np.prod(shape)),
+    )
     return counts.astype(np.float64).reshape(shape)
 
 
@@ -164,7 +180,12 @@ def ratio(above_Q: Floats, below_Q: Floats, resampling: Resampling) -> Row:
     present = below_Q > 0
     sums_Q2 = np.stack([above_Q[present], below_Q[present]], axis=1).astype(np.float64)
     value = quotient(sums_Q2.sum(axis=0, keepdims=True))[0, 0]
-    low, high = cluster_bootstrap(sums_Q2, quotient, resampling.num, resampling.seed)
+    low, high = cluster_bootstrap(
+        sums_Q2,
+        quotient,
+        resampling.num,
+        resampling.seed,
+    )
     return _figure(
         value,
         low[0],

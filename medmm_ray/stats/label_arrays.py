@@ -105,7 +105,11 @@ def align_labels(steps: Steps, labels: pa.Table) -> AlignedLabels:
     is_known = solution >= 0
     fits = is_known
     if len(steps.length):
-        expected_lengths = np.where(is_known, steps.length[solution], 0)
+        expected_lengths = np.where(
+            is_known,
+            steps.length[solution],
+            0,
+        )
         fits = is_known & (lengths == expected_lengths)
     label_row = np.repeat(np.arange(len(solution)), lengths)  # of each entry
     entry = np.flatnonzero(fits[label_row])
@@ -147,7 +151,10 @@ def encode_labels(labels: pa.Table) -> pa.Table:
     """
     nested = labels["steps"].combine_chunks()
     entries = pc.list_flatten(nested)
-    lists = pa.ListArray.from_arrays(_offsets(nested), label_codes(entries))
+    lists = pa.ListArray.from_arrays(
+        _offsets(nested),
+        label_codes(entries),
+    )
     names = [name for name in labels.column_names if name not in ("steps", "question_id", "error")]
     errors = _with_label_faults(
         labels["error"].combine_chunks(),

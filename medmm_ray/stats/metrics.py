@@ -289,11 +289,8 @@ def kappa_of_counts(counts_4: Floats) -> Floats:
 
     The order is (first wrong, second wrong), (wrong, right), (right, wrong), (right, right).
     """
-    both_wrong, only_second, only_first, both_right = np.moveaxis(
-        np.asarray(counts_4, dtype=np.float64),
-        -1,
-        0,
-    )
+    cells_first = np.moveaxis(np.asarray(counts_4, dtype=np.float64), -1, 0)
+    both_wrong, only_second, only_first, both_right = cells_first
     total = both_wrong + only_second + only_first + both_right
     first = only_first + both_right
     second = only_second + both_right
@@ -301,12 +298,9 @@ def kappa_of_counts(counts_4: Floats) -> Floats:
     observed = (both_wrong + both_right) * total
     chance = first * second + (total - first) * (total - second)
     room = total * total - chance
-    is_defined = room > 1e-12 * total * total
-    return np.where(
-        is_defined,
-        (observed - chance) / np.where(room > 0, room, 1.0),
-        np.nan,
-    )
+    is_defined = room > 1e-12 * total * total  # above what rounding leaves of a 0
+    divisor = np.where(room > 0, room, 1.0)
+    return np.where(is_defined, (observed - chance) / divisor, np.nan)
 
 
 def effective_size(weights: ArrayLike) -> float:

@@ -72,7 +72,11 @@ def targets(
             f"label policy 'advantage' needs after_first_error='keep', not {after_first_error!r}: a step that lowers "
             "the chances says nothing of the steps behind it"
         )
-    as_labelled = POLICIES[policy](usable, num_steps, AnswerOutcome(correct, accuracy))
+    as_labelled = POLICIES[policy](
+        usable,
+        num_steps,
+        AnswerOutcome(correct, accuracy),
+    )
     return _after_first_error(as_labelled, after_first_error)
 
 

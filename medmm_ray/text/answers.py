@@ -169,7 +169,13 @@ def _statements(text: str, parser: "_AnswerParser", strong: bool) -> list[Statem
     statements = behind_leads(text, pattern)
     if strong:
         for line in parser.last_line(text):
-            statements.append(Statement(len(text), line, hypothetical=False))
+            statements.append(
+                Statement(
+                    len(text),
+                    line,
+                    hypothetical=False,
+                )
+            )
     elif isinstance(parser, _ChoiceParser):
         statements += mentions(text, parser.leads.mention)
     return sorted(statements, key=lambda statement: statement.start)

@@ -340,7 +340,13 @@ def read_documents(uri: str) -> list[SourceDocument]:
     documents = []
     for row in read_jsonl(_Document, uri):
         name = corpus if row.corpus is None else row.corpus
-        documents.append(SourceDocument(corpus=name, title=row.title or "", text=row.text))
+        documents.append(
+            SourceDocument(
+                corpus=name,
+                title=row.title or "",
+                text=row.text,
+            )
+        )
     return documents
 
 

@@ -39,7 +39,10 @@ from medmm_ray.data.sources import (
 from medmm_ray.data.tables import RowError
 from medmm_ray.text import have_marks, reference_steps, step_mark
 
-JUDGES = {"prm_gemini_label": ("judge", "gemini"), "prm_llama_label": ("judge_llama", "llama")}
+JUDGES = {
+    "prm_gemini_label": ("judge", "gemini"),
+    "prm_llama_label": ("judge_llama", "llama"),
+}
 UNJUDGED = "unjudged"
 HARD, SOFT = "prm_hard_label", "prm_soft_label"
 
@@ -107,7 +110,11 @@ def _entries(request: SourceRequest) -> Iterator[tuple[str, str, _QuestionFields
         split = "test" if "test" in file else "train"
         for number, entry in enumerate(stream_json(uri)):
             # Also behind the limit: a fault of the file is found at the first reading.
-            row = checked(_QuestionFields, entry, f"{uri} entry {number}")
+            row = checked(
+                _QuestionFields,
+                entry,
+                f"{uri} entry {number}",
+            )
             limit = limits[split]
             if limit is None or num_read[split] < limit:
                 num_read[split] += 1

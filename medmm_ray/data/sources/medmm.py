@@ -296,7 +296,13 @@ def _read_solution(row: _SolutionEntry) -> SourceSolution:
     labels = []
     for source, columns in columns_by_source.items():
         if columns["label"] is not None:
-            labels.append(_labels(source, columns, len(steps)))
+            labels.append(
+                _labels(
+                    source,
+                    columns,
+                    len(steps),
+                )
+            )
     return SourceSolution(
         text=row.solution,
         steps=steps,

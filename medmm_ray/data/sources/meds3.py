@@ -197,7 +197,11 @@ def _labels(source: str, values: Sequence[Any]) -> SourceLabels:
     if not all(map(_is_value, values)):
         error = RowError("label_value", f"values of {source} must lie between 0 and 1: {list(values)}")
         return SourceLabels(source=source, annotator="meds3", error=str(error))
-    return SourceLabels(source=source, annotator="meds3", steps=[StepLabel(value=value) for value in values])
+    return SourceLabels(
+        source=source,
+        annotator="meds3",
+        steps=[StepLabel(value=value) for value in values],
+    )
 
 
 def _is_value(value: Any) -> bool:

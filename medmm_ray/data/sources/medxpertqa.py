@@ -71,7 +71,13 @@ def read(request: SourceRequest) -> SourceData:
         rows = islice(read_jsonl(_Row, uri), request.num_test)
         for number, row in enumerate(rows, 1):
             uris = [f"{images_folder}/{name}" for name in row.images or ()]
-            questions.append(_question(f"{file}-{number}", row, uris))
+            questions.append(
+                _question(
+                    f"{file}-{number}",
+                    row,
+                    uris,
+                )
+            )
             for image in uris:
                 images.setdefault(image, SourceImage(uri=image, split="test", modality="radiology"))
     return SourceData(
@@ -114,6 +120,7 @@ def bracketed(choices: str) -> list[str]:
     for mark in _OPTION.finditer(choices):
         if mark[1] == LETTERS[len(starts) : len(starts) + 1]:
             starts.append(mark)
+    # Each option ends where the next one's letter stands.
     ends = [mark.start() for mark in starts[1:]] + [len(choices)]
     options = []
     for mark, end in zip(starts, ends, strict=False):

@@ -116,7 +116,11 @@ def _medmcqa(folder: str) -> Iterator[SourceQuestion]:
 def _pubmedqa(folder: str) -> Iterator[SourceQuestion]:
     uri = f"{folder}/pubmedqa/data/test_set.json"
     for name, entry in read_json(uri).items():
-        row = checked(_PubMedQA, entry, f"{uri} entry {name}")
+        row = checked(
+            _PubMedQA,
+            entry,
+            f"{uri} entry {name}",
+        )
         yield _question(f"pubmedqa/{name}", row.question, JUDGED, LETTERS[JUDGED.index(row.final_decision)])
 
 

@@ -47,7 +47,12 @@ def add_reader(path: str | Path, name: str, password: str, role: Role = "reader"
     path = Path(path)
     accounts = read_readers(path) if path.exists() else {}
     salt = secrets.token_hex(16)
-    accounts[name] = ReaderAccount(role, salt, scrypt(password, salt))
+    # A salt for each account: equal passwords have different hashes.
+    accounts[name] = ReaderAccount(
+        role,
+        salt,
+        scrypt(password, salt),
+    )
     entries = {key: asdict(account) for key, account in sorted(accounts.items())}
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")

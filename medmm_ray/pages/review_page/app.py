@@ -123,7 +123,11 @@ def _blocks(assigner: Assigner, views: ItemViews) -> "gradio.Blocks":
         """Keep a verdict and show the next item."""
 
         def act(reader: str) -> QueueItem | None:
-            assigner.submit(reader, str(message["item_id"]), submission_of(message))
+            assigner.submit(
+                reader,
+                str(message["item_id"]),
+                submission_of(message),
+            )
             return assigner.current(reader)
 
         return respond(request, act)

@@ -118,7 +118,11 @@ def step_labels(
     labels: dict[tuple[str, str], list[StepLabel]] = {}  # by solution and annotator
     for item in queue:
         steps = steps_by_solution[item.solution_id]
-        content_hash = step_content_hash(questions_by_id[item.question_id], steps, item.step_index)
+        content_hash = step_content_hash(
+            questions_by_id[item.question_id],
+            steps,
+            item.step_index,
+        )
         item_id = step_item_id(item.solution_id, item.step_index)
         of_queue[item_id] = _on_content(by_item.get(item_id, {}), content_hash)
         for verdict in of_queue[item_id].values():
@@ -209,12 +213,21 @@ def _kappa_readers(of_queue: Verdicts, queue: Sequence[ReviewItem]) -> dict[str,
             weights.append(1 / item.inclusion_probability)
     _, question = np.unique(question_ids, return_inverse=True)
     tables = stats_by_group(
-        {}, question, np.array(cells, dtype=np.int64), 4, kappa_of_counts, RESAMPLING, np.array(weights)
+        {},
+        question,
+        np.array(cells, dtype=np.int64),
+        4,
+        kappa_of_counts,
+        RESAMPLING,
+        np.array(weights),
     )
     figure = tables["all"].get("all")
     if figure is None or figure["value"] is None:
         return {}
-    figures = {"kappa_readers": figure["value"], "kappa_readers_steps": figure["count"]}
+    figures = {
+        "kappa_readers": figure["value"],
+        "kappa_readers_steps": figure["count"],
+    }
     for end in ("low", "high"):
         if figure[end] is not None:
             figures[f"kappa_readers_{end}"] = figure[end]

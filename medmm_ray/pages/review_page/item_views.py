@@ -121,7 +121,11 @@ def step_content_hash(question: Row, steps: Sequence[str], step_index: int) -> s
 
 def question_content_hash(question: Row) -> str:
     """A hash of what a verdict on a question is about."""
-    return digest(question["question"], question["options"], question["answer"])
+    return digest(
+        question["question"],
+        question["options"],
+        question["answer"],
+    )
 
 
 def step_views(
@@ -190,7 +194,13 @@ def _images(question: Row, context: Context) -> list[ItemImage]:
     evidence = context.evidence.get(question["question_id"])
     if evidence:
         for reference in evidence["images"][: context.num_references]:
-            images.append(ItemImage(reference["image_id"], "reference", reference["diagnosis"]))
+            images.append(
+                ItemImage(
+                    reference["image_id"],
+                    "reference",
+                    reference["diagnosis"],
+                )
+            )
     return images
 
 

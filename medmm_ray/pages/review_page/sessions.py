@@ -40,7 +40,11 @@ class Sessions:
         self._sessions: dict[str, tuple[str, float]] = {}  # by the token's hash: name, and when the session ends
         self._failures: dict[str, deque[float]] = defaultdict(deque)  # by name or address: times of failed logins
         self._login_lock = threading.Lock()
-        self._nobody = ReaderAccount("reader", os.urandom(16).hex(), "")
+        self._nobody = ReaderAccount(
+            "reader",
+            os.urandom(16).hex(),
+            "",
+        )
 
     def log_in(self, name: str, password: str, address: str) -> str | None:
         """Start a session; its token, or None where name or password is wrong. Raises `TooManyTriesError`."""
@@ -71,7 +75,10 @@ class Sessions:
     def reader_of(self, token: str | None) -> str | None:
         """Name of the reader whose session the token is; None for an unknown or ended session."""
         # Without a session: one that ended long ago.
-        name, end = self._sessions.get(_digest(token or ""), ("", 0.0))
+        name, end = self._sessions.get(
+            _digest(token or ""),
+            ("", 0.0),
+        )
         return name if self.clock() < end else None
 
     def log_out(self, token: str | None) -> None:

@@ -116,7 +116,11 @@ class VerdictLog:
 
     def read(self) -> list[Verdict]:
         """All verdicts, by reader and number; a `TableError` names the file and the line that is none."""
-        selector = pafs.FileSelector(self.path, recursive=not self.is_local, allow_not_found=True)
+        selector = pafs.FileSelector(
+            self.path,
+            recursive=not self.is_local,
+            allow_not_found=True,
+        )
         extension = "jsonl" if self.is_local else "json"
         verdicts: list[Verdict] = []
         for info in self.fs.get_file_info(selector):

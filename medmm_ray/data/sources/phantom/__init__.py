@@ -61,7 +61,13 @@ def read(request: SourceRequest) -> SourceData:
     images: list[SourceImage] = []
     questions: list[SourceQuestion] = []
     for split, number in num_questions.items():
-        split_questions = make_questions(request.seed, split, number, request.num_worked, hardness)
+        split_questions = make_questions(
+            request.seed,
+            split,
+            number,
+            request.num_worked,
+            hardness,
+        )
         for index, question in enumerate(split_questions):
             image = _image(question.case, split)
             images.append(image)

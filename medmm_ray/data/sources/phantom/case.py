@@ -30,7 +30,11 @@ NAMES = {
     "cardiomegaly": "cardiomegaly",
     "normal": "normal",
 }
-ZONES = {"effusion": ("lower",), "pneumothorax": ("upper",), "consolidation": ("upper", "lower")}
+ZONES = {
+    "effusion": ("lower",),
+    "pneumothorax": ("upper",),
+    "consolidation": ("upper", "lower"),
+}
 ZONES["nodule"] = ZONES["consolidation"]
 
 

@@ -114,7 +114,12 @@ def _sign(kind: str) -> Option:
 
 
 def _zone(side: str, zone: str) -> Option:
-    return Option(text=f"{side} {zone} zone", kinds=LUNG_KINDS, side=side, zone=zone)
+    return Option(
+        text=f"{side} {zone} zone",
+        kinds=LUNG_KINDS,
+        side=side,
+        zone=zone,
+    )
 
 
 TEMPLATES = (
@@ -257,7 +262,14 @@ def _make_question(seed: int, split: str, index: int, num_worked: int, hardness:
         return true_options == [gold]
 
     # The order of the draws is part of every seed's question.
-    case = make_case(rng, gold.kinds, gold.side, gold.zone, hardness, admits)
+    case = make_case(
+        rng,
+        gold.kinds,
+        gold.side,
+        gold.zone,
+        hardness,
+        admits,
+    )
     context = pick(rng, CONTEXTS).format(pick(rng, COMPLAINTS))
     stem = pick(rng, template.stems)
     worked = []
@@ -275,6 +287,7 @@ def _make_question(seed: int, split: str, index: int, num_worked: int, hardness:
 
 def _guess(template: Template, rng: np.random.Generator) -> int:
     """The place of an option, by its prevalence."""
+    # Two common options and two rare ones: the four add up to 1.
     prevalence = [COMMON if letter in template.common else 0.5 - COMMON for letter in LETTERS]
     return int(rng.choice(4, p=prevalence))
 
@@ -298,8 +311,19 @@ def blind_solution(question: PhantomQuestion, rng: np.random.Generator, slip: fl
 def _solution_for(template: Template, place: int, rng: np.random.Generator) -> list[str]:
     """A worked solution of a made-up case for an option."""
     option = template.options[place]
-    case = make_case(rng, option.kinds, option.side, option.zone)
-    return _worked_solution(template.name, case, option.text, LETTERS[place], rng)
+    case = make_case(
+        rng,
+        option.kinds,
+        option.side,
+        option.zone,
+    )
+    return _worked_solution(
+        template.name,
+        case,
+        option.text,
+        LETTERS[place],
+        rng,
+    )
 
 
 def _worked_solution(template: str, case: PhantomCase, option: str, letter: str, rng: np.random.Generator) -> list[str]:
@@ -312,7 +336,12 @@ def _worked_solution(template: str, case: PhantomCase, option: str, letter: str,
         )
     test = pick(rng, TESTS).format(letter, option)
     conclusion = pick(rng, _conclusions(template, case, option))
-    return [test, *observations, conclusion, pick(rng, FINAL).format(letter)]
+    return [
+        test,
+        *observations,
+        conclusion,
+        pick(rng, FINAL).format(letter),
+    ]
 
 
 def _asides(case: PhantomCase) -> tuple[str, ...]:

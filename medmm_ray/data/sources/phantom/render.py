@@ -114,11 +114,34 @@ def _chest(
     for finding in case.findings:
         match finding.kind:
             case "pneumothorax":
-                parenchyma = _pneumothorax(finding, case.size, parenchyma, x, y, anatomy, soft)
+                parenchyma = _pneumothorax(
+                    finding,
+                    case.size,
+                    parenchyma,
+                    x,
+                    y,
+                    anatomy,
+                    soft,
+                )
             case "consolidation":
-                parenchyma = _consolidation(finding, case.size, parenchyma, rng, x, y)
+                parenchyma = _consolidation(
+                    finding,
+                    case.size,
+                    parenchyma,
+                    rng,
+                    x,
+                    y,
+                )
             case "nodule":
-                parenchyma = _nodule(finding, case.size, parenchyma, rng, x, y, soft)
+                parenchyma = _nodule(
+                    finding,
+                    case.size,
+                    parenchyma,
+                    rng,
+                    x,
+                    y,
+                    soft,
+                )
     picture = picture * (1.0 - lungs) + lungs * parenchyma
 
     picture = _mediastinum(case, picture, anatomy, x, y, soft)
@@ -128,7 +151,14 @@ def _chest(
     # Fluid last: it lies in front of ribs and heart and hides them.
     for finding in case.findings:
         if finding.kind == "effusion":
-            fluid = _fluid(finding, case.size, x, y, anatomy, soft)
+            fluid = _fluid(
+                finding,
+                case.size,
+                x,
+                y,
+                anatomy,
+                soft,
+            )
             density = 0.34 + 0.36 * finding.contrast + 0.02 * texture
             picture = picture * (1.0 - fluid) + fluid * density
     return np.asarray(picture, dtype=np.float32)
@@ -136,7 +166,11 @@ def _chest(
 
 def _lung(x: Field, y: Field, side: float, anatomy: Anatomy, soft: float) -> Field:
     """One lung: a superellipse that narrows towards the apex, cut by the dome of its half of the diaphragm."""
-    inside = _below(_lung_radius(x, y, side, anatomy), 1.0, 3.0 * soft)
+    inside = _below(
+        _lung_radius(x, y, side, anatomy),
+        1.0,
+        3.0 * soft,
+    )
     return inside * _below(y - _dome(x, side, anatomy), 0.0, soft)
 
 
@@ -229,7 +263,11 @@ def _fluid(finding: Finding, size: float, x: Field, y: Field, anatomy: Anatomy, 
     surface = np.minimum(surface, blunted_angle)
     if size != 1.0:  # drawn down towards the bottom of the angle
         surface = bottom - size * (bottom - surface)
-    chest_wall = _below(_lung_radius(x, y, side, anatomy), 1.0, 3.0 * soft)
+    chest_wall = _below(
+        _lung_radius(x, y, side, anatomy),
+        1.0,
+        3.0 * soft,
+    )
     inside = chest_wall * (side * x > 0.05)
     depth = _below(y - _dome(x, side, anatomy), 0.10, 0.30)
     below_surface = _below(surface - y, 0.0, 2 * soft)
@@ -280,7 +318,11 @@ def _consolidation(
     reach_x = size * (0.13 + 0.10 * finding.extent)
     reach_y = size * (0.12 + 0.11 * finding.extent)
     # Coarse noise bends the border, fine noise frays it; the clip keeps the patch in one piece.
-    coarse = np.clip(0.22 * _smooth_noise(rng, len(x), 11), -0.3, 0.3)
+    coarse = np.clip(
+        0.22 * _smooth_noise(rng, len(x), 11),
+        -0.3,
+        0.3,
+    )
     ragged = coarse + 0.18 * _smooth_noise(rng, len(x), 24)
     distance = np.hypot((x - centre_x) / reach_x, (y - centre_y) / reach_y)
     patch = _below(distance + ragged, 1.0, 0.80)
@@ -317,7 +359,11 @@ def _marker(x: Field, y: Field) -> Field:
     # Outside the glyph any entry will do, as long as it exists.
     glyph_rows = np.clip(rows, 0, 6)
     glyph_columns = np.clip(columns, 0, 4)
-    return np.where(inside, GLYPH_R[glyph_rows, glyph_columns], np.float32(0.0))
+    return np.where(
+        inside,
+        GLYPH_R[glyph_rows, glyph_columns],
+        np.float32(0.0),
+    )
 
 
 def _grain(rng: np.random.Generator, size: int) -> Field:
@@ -366,5 +412,9 @@ def contact_sheet(cases: list[PhantomCase], size: int = 256, columns: int = 6) -
         row, column = divmod(index, columns)
         x, y = column * size, row * (size + line)
         sheet.paste(render(case, size), (x, y))
-        draw.text((x + 3, y + size + 1), _caption(case), fill=0)
+        draw.text(
+            (x + 3, y + size + 1),
+            _caption(case),
+            fill=0,
+        )
     return sheet

@@ -1,4 +1,4 @@
-"""steps/write_questions.py: what is refused, what is asked again, and the real client against a local server."""
+"""steps/write_questions: what is refused, what is asked again, and the real client against a local server."""
 
 import asyncio
 import json

@@ -14,9 +14,8 @@ Models like to put the right option second or third: options are dealt anew by a
 """
 
 import asyncio
-import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import pyarrow as pa
@@ -33,20 +32,38 @@ from medmm_ray.engines.llm.local import LocalEndpoint
 from medmm_ray.engines.llm.prices import FREE
 from medmm_ray.engines.llm.served import joined_names
 from medmm_ray.engines.llm.store import PricedAnswer
-from medmm_ray.engines.llm.structured import AnswerForm, Retry, Text, ask_until_accepted, json_schema, parse
+from medmm_ray.engines.llm.structured import AnswerForm, Retry, ask_until_accepted, json_schema
 from medmm_ray.engines.vllm_engine import GeneratorConfig, actor_options
-from medmm_ray.text import LETTERS, extract_answer, normalise, one_line, question_with_options, well_formed
+from medmm_ray.steps.write_questions.drafts import SCHEMA, Draft, draft, repeats
+from medmm_ray.text import extract_answer, question_with_options
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
 VERSION = 3  # of what a step makes: raise it when the same config makes something else
+__all__ = [
+    "AGAIN",
+    "OTHER",
+    "REFUSALS",
+    "RULE",
+    "SCHEMA",
+    "SOLVE_SCHEMA",
+    "SYSTEM",
+    "Draft",
+    "QuestionWriter",
+    "WriteQuestionsConfig",
+    "doubt",
+    "draft",
+    "figures",
+    "letter",
+    "repeats",
+    "usable",
+    "without_question",
+    "write_questions",
+]
 Value = TypeVar("Value")
 SOURCE = "written"
 REFUSALS = ("question_options", "question_leak", "question_ambiguous", "question_repeated")
-NUM_OPTIONS = 4
-LONGEST_SHARE = 2.5  # a right option longer than this times the mean of the others gives itself away
-ALIKE = 0.8  # share of words that two questions on one image may have in common
 
 SYSTEM = (
     "You write examination questions for medical specialists. You are shown one {modality} image and write a "
@@ -64,23 +81,12 @@ AGAIN = "Your question cannot be used: {fault}. Write it again. {rule}"
 OTHER = "These questions on the image are written already; ask about something else:\n{written}\n"
 
 
-class DraftForm(AnswerForm):
-    """A written question as the model sends it. The number of options is checked apart: its fault is a refusal."""
-
-    question: Text
-    options: list[str] = Field(json_schema_extra={"minItems": NUM_OPTIONS, "maxItems": NUM_OPTIONS})
-    correct_answer: Literal["A", "B", "C", "D"]
-    difficulty: Literal["easy", "medium", "hard"]
-    explanation: Text
-
-
 class SolveForm(AnswerForm):
     """The answer to a written question, as a letter."""
 
     answer: Literal["A", "B", "C", "D"]
 
 
-SCHEMA = json_schema(DraftForm)
 SOLVE_SYSTEM = (
     "You sit an examination for medical specialists. Answer the question with the letter of one option. Where you "
     "cannot know, choose the option that you find most likely."
@@ -88,9 +94,6 @@ SOLVE_SYSTEM = (
 SOLVE_RULE = 'Answer with one JSON object and nothing else: {"answer": the letter}.'
 SOLVE_AGAIN = "Your answer cannot be read: {fault}. {rule}"
 SOLVE_SCHEMA = json_schema(SolveForm)
-
-_LETTERED = re.compile(r"^\s*[(\[]?[A-Da-d][)\].:]\s+")
-_CATCH_ALL = re.compile(r"\b(all|none|both|neither)\s+of\s+(the\s+)?(above|these|them)\b", re.IGNORECASE)
 
 
 class WriteQuestionsConfig(GeneratorConfig, ApiConfig):
@@ -137,89 +140,6 @@ class WriteQuestionsConfig(GeneratorConfig, ApiConfig):
         return self
 
 
-@dataclass(frozen=True)
-class Draft:
-    """A question as a model wrote it, checked by its text; `answer` is a letter of `options`."""
-
-    question: str
-    options: list[str]
-    answer: str
-    difficulty: str
-    explanation: str
-
-
-def draft(reply: str) -> Draft:
-    """A model's reply as a question, its options dealt anew.
-
-    Raises `RowError` question_reply, question_options or question_leak, with the fault in words that the model reads.
-    """
-    form = parse(reply, DraftForm, "question_reply")
-    question = one_line(well_formed(form.question))
-    options: list[str] = []
-    for option in form.options:
-        text = one_line(well_formed(option))
-        options.append(_LETTERED.sub("", text))
-    if len(question.split()) < 4:
-        raise RowError("question_reply", f"the question {question!r} is too short to be one")
-    right = LETTERS.index(form.correct_answer)
-    _check_options(options, right)
-    _check_stem(question, options, right)
-    # By a hash, so that the right option is anywhere, and in the same place in every run.
-    order = sorted(range(NUM_OPTIONS), key=lambda i: digest(question, options[i]))
-    return Draft(
-        question=question,
-        options=[options[i] for i in order],
-        answer=LETTERS[order.index(right)],
-        difficulty=form.difficulty,
-        explanation=one_line(well_formed(form.explanation)),
-    )
-
-
-def _check_options(options: Sequence[str], right: int) -> None:
-    if len(options) != NUM_OPTIONS:
-        raise RowError("question_options", f"there are {len(options)} options, not {NUM_OPTIONS}")
-    plain = list(map(normalise, options))
-    if not all(plain):
-        empty = LETTERS[plain.index("")]
-        raise RowError("question_options", f"option {empty} is empty")
-    if len(set(plain)) < NUM_OPTIONS:
-        raise RowError("question_options", f"two options say the same: {'; '.join(options)}")
-    for option in options:
-        if _CATCH_ALL.search(option):
-            raise RowError("question_options", f"the option {option!r} is no finding")
-    wrong_lengths = [len(option) for i, option in enumerate(options) if i != right]
-    mean_length = LONGEST_SHARE * sum(wrong_lengths) / len(wrong_lengths)
-    # A few words more than the longest wrong option tell nothing, however short the others are.
-    if len(options[right]) > max(mean_length, max(wrong_lengths) + 20):
-        raise RowError("question_leak", "the right option is far longer than the others and gives itself away")
-
-
-def _check_stem(question: str, options: Sequence[str], right: int) -> None:
-    """The stem may name the answer only if it names every option."""
-    stem = f" {normalise(question)} "
-    named: list[bool] = []
-    for option in options:
-        words = f" {normalise(option)} "
-        named.append(words in stem)
-    if named[right] and not all(named):
-        raise RowError("question_leak", f"the question names its answer: {options[right]!r}")
-
-
-def repeats(question: str, earlier: Sequence[str]) -> bool:
-    """Whether one of the `earlier` questions on the same image asks the same: the same words for the most part."""
-    words = _words(question)
-    for earlier_question in earlier:
-        earlier_words = _words(earlier_question)
-        num_shared = len(words & earlier_words)
-        if num_shared >= ALIKE * len(words | earlier_words):
-            return True
-    return False
-
-
-def _words(text: str) -> set[str]:
-    return set(normalise(text).split())
-
-
 def write_questions(
     ds: "Dataset", config: WriteQuestionsConfig, *, folder: str, generator: MakeGenerator = Generator
 ) -> "Dataset":
@@ -228,6 +148,7 @@ def write_questions(
     `questions` is a list of `WrittenQuestion`, `figures` counts them by outcome. `folder` is where the run keeps an
     API's answers and the ledger of their cost.
     """
+    # Opened once: all actors share the budget and the answers.
     access: Access | None = None
     if config.backend != "vllm":
         access = open_access(config.backend, str(config.model), config, folder)
@@ -275,6 +196,7 @@ class QuestionWriter:
             picture = fault
         questions: list[WrittenQuestion] = []
         for index in range(self.config.per_image):
+            # Ids by content and place: a rerun gives the same ones.
             empty = WrittenQuestion(
                 written_id="w" + digest(row["sha256"], self.author, index),
                 image_id=row["image_id"],
@@ -435,6 +357,7 @@ def letter(reply: str, options: Sequence[str]) -> str:
 
 def doubt(question: WrittenQuestion) -> str | None:
     """Why a tried question is not used: never solved with the image, or always without."""
+    # One answer as written is enough with the image, one other answer without: models err now and then.
     num = question.num_checks
     if num and question.num_solved == 0:
         return f"question_ambiguous: with the image the model answered otherwise {num} times of {num}"
@@ -490,6 +413,7 @@ def without_question(images: pa.Table, questions: pa.Table, config: WriteQuestio
 
 def usable(written: pa.Table, images: pa.Table) -> list[Question]:
     """The written questions that are neither refused nor failed, each once, their ids made from their content."""
+    # Ids are made of what is asked and shown, so that the same question of two runs is one.
     image_ids = images["image_id"].to_pylist()
     sha256 = dict(zip(image_ids, images["sha256"].to_pylist(), strict=True))
     questions: dict[str, Question] = {}

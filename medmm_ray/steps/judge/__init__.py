@@ -105,7 +105,12 @@ def _access(config: JudgeConfig, model: str | None, folder: str | None) -> Acces
         return None
     if model is None or folder is None:
         raise ValueError(f"judge.backend={config.backend} needs judge.model and a folder for its answers")
-    return open_access(config.backend, model, config, folder)
+    return open_access(
+        config.backend,
+        model,
+        config,
+        folder,
+    )
 
 
 class JudgeActor:

@@ -296,7 +296,13 @@ class ModelJudge:
             return AGAIN.format(fault=fault.message, rule=rule_of(call, self._lines))
 
         retry = Retry(self.config.tries, instruction, MAX_REPEATED)
-        return await ask_until_accepted(self.client, request, context.case.question_id, read, retry)
+        return await ask_until_accepted(
+            self.client,
+            request,
+            context.case.question_id,
+            read,
+            retry,
+        )
 
     def _labels(self, answer: PricedAnswer, call: JudgeCall, max_tokens: int) -> list[list[StepLabel]]:
         """The labels that an answer states; `RowError` judge_reply where it is not of the asked form."""

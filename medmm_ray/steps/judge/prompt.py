@@ -126,6 +126,7 @@ def schema_of(call: JudgeCall, exact: bool) -> dict[str, Any]:
     holds_count = exact and len(call.solutions) == 1
     numbered = not holds_count
     entry = _entry((None, None, None), "+-", exact, numbered)
+    # A verdict against its own tests would only be refused when it is read.
     if exact:
         right = _entry((True, True, True), "+", exact, numbered)
         wrong = [_entry(tests, "-", exact, numbered) for tests in _FAILED]

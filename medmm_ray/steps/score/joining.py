@@ -111,6 +111,7 @@ class _ImageFiles(NamedTuple):
 def _image_files(
     image_ids: Sequence[str], files: Mapping[str, Mapping[str, Any]], references: list[str]
 ) -> _ImageFiles:
+    # All or none: a question read with some of its images would get another score than it is meant to.
     uris: list[str] = []
     for image_id in image_ids:
         if image_id not in files:

@@ -142,6 +142,7 @@ class TreeBuilder:
             action = next_action(self.tree, at, self.config)
             await self.expand({at: action})
         if not self.is_spent and num_right(self.tree) < self.config.max_correct:
+            # A solution that was begun costs little to end, and may be a right one.
             leaves = unfinished_leaves(self.tree)
             await self.expand(dict.fromkeys(leaves, "finish"))
 

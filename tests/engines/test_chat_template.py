@@ -1,4 +1,4 @@
-"""engines/template.py: the chat templates of other people's checkpoints, as reward models and policies use them."""
+"""engines/chat_template.py: the chat templates of other people's checkpoints, as reward models and policies use them."""
 
 import datetime
 import json

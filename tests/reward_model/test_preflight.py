@@ -1,4 +1,4 @@
-"""engines/preflight.py, engines/probe.py and jobs/preflight.py: what is found before a run, in words that help."""
+"""reward_model/preflight.py, engines/llm/probe.py and jobs/preflight.py: what is found before a run, in words that help."""
 
 import asyncio
 import json

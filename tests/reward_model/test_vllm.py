@@ -1,4 +1,4 @@
-"""engines/reward_model/pooled.py: a text tower run by vLLM; with a plain engine, and with vLLM itself."""
+"""reward_model/vllm.py: a text tower run by vLLM; with a plain engine, and with vLLM itself."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""judge/verdicts.py: what a judge replies, as labels or as a named fault."""
+"""steps/judge/verdicts.py: what a judge replies, as labels or as a named fault."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""reward_model/preflight.py, engines/llm/probe.py and jobs/preflight.py: what is found before a run, in words that help."""
+"""reward_model/preflight.py, engines/llm/probe.py and jobs/preflight.py: what a run would fail on, found before it."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""engines/chat_template.py: the chat templates of other people's checkpoints, as reward models and policies use them."""
+"""engines/chat_template.py: the same bytes on any day, no instruction lost, no step tag lost, what is altered known."""
 
 import datetime
 import json

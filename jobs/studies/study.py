@@ -143,7 +143,7 @@ def train_tower(config: StudyConfig, folder: Path) -> None:
         {"image_uri": row["uri"], "captions": list(drawn_picture(row["annotation"]).captions())}
         for row in images.to_pylist()
     ]
-    inputs = _written(folder, captions=pa.Table.from_pylist(rows), texts=_texts([]))
+    inputs = _written(folder, captions=pa.Table.from_pylist(rows))
     settings = ImageTextConfig(
         epochs=config.tower_epochs,
         batch_size=32,

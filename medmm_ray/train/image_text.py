@@ -1,7 +1,7 @@
 """Stage `image_text`: contrastive training of a small CLIP on captioned images (open_clip's model and loss).
 
 Enters: training images with captions. Leaves: a folder in open_clip's own format (``local-dir:``), which
-`ImageTower.from_pretrained` reads; its tokenizer, made from the captions and the run's other texts, lies beside it.
+`ImageTower.from_pretrained` reads; its tokenizer, made from the captions, lies beside it.
 """
 
 import random
@@ -66,13 +66,11 @@ class ImageTextConfig(TrainConfig):
     """Augmentation: brightness changes by up to this share of the full range."""
 
 
-def train_image_tower(
-    config: ImageTextConfig, captions: pa.Table, texts: Sequence[str], folder: str, name: str
-) -> dict[str, float]:
+def train_image_tower(config: ImageTextConfig, captions: pa.Table, folder: str, name: str) -> dict[str, float]:
     """Train the tower under Ray Train and leave it in `folder`; gives `launch.figures`.
 
-    `captions` has the columns image_uri and captions (a list), of training images only; `texts` (documents, questions)
-    help to make the tokenizer's vocabulary.
+    `captions` has the columns image_uri and captions (a list), of training images only; the tokenizer's vocabulary is
+    made of them.
     """
     if captions.num_rows == 0:
         raise ValueError(
@@ -80,8 +78,7 @@ def train_image_tower(
             "pretrained tower (models.image_tower=...)."
         )
     captions = captions.select(["image_uri", "captions"]).sort_by("image_uri")
-    tables = {"captions": captions, "texts": pa.table({"text": pa.array(sorted(set(texts)), pa.string())})}
-    return fit(ImageTextStage, config, tables, {}, folder, name)
+    return fit(ImageTextStage, config, {"captions": captions}, {}, folder, name)
 
 
 class ImageTextStage(Stage):
@@ -101,7 +98,7 @@ class ImageTextStage(Stage):
         self.sizes = self.costs = [1] * images.num_rows
         # The loss contrasts the pairs of one forward pass, so its micro-batch is a setting of the model.
         self.micro_batch_budget = config.contrast_size
-        vocabulary = read_input(inputs["texts"])["text"].to_pylist()
+        vocabulary: list[str] = []
         for image_captions in captions:
             vocabulary += image_captions
         self.tokenizer = build_tokenizer(vocabulary, config.shape.vocab_size, ends_texts=True)

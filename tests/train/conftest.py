@@ -144,7 +144,7 @@ def image_text_stage(folder: Path, **settings: Any) -> ImageTextStage:
         {"image_uri": image.uri, "captions": [f"The picture is {image.diagnosis}.", image.diagnosis]}
         for image in toy.images(folder)
     ]
-    inputs = written(folder, captions=pa.Table.from_pylist(rows), texts=text_column(["A text."]))
+    inputs = written(folder, captions=pa.Table.from_pylist(rows))
     return ImageTextStage(ImageTextConfig(shape=CLIP, contrast_size=6, **settings), inputs, "cpu")
 
 

@@ -119,7 +119,7 @@ def test_image_text_learns_to_tell_the_pictures_apart(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     image_text_stage(tmp_path)
-    inputs = {name: str(tmp_path / f"{name}.parquet") for name in ("captions", "texts")}
+    inputs = {"captions": str(tmp_path / "captions.parquet")}
     config = ImageTextConfig(
         shape=CLIP, epochs=8, batch_size=6, contrast_size=6, learning_rate=3e-3, max_shift=1, threads=1
     )  # fmt: skip

@@ -333,7 +333,7 @@ def test_augmentation_moves_and_brightens() -> None:
 def test_a_tower_without_captions_is_refused() -> None:
     empty = pa.table({"image_uri": pa.array([], pa.string()), "captions": pa.array([], pa.list_(pa.string()))})
     with pytest.raises(ValueError, match="no training image has a caption"):
-        train_image_tower(ImageTextConfig(), empty, [], "unused", "unused")
+        train_image_tower(ImageTextConfig(), empty, "unused", "unused")
 
 
 # two_tower

@@ -118,7 +118,7 @@ class Recipe(Config):
     models: ModelsConfig = ModelsConfig()
     """Checkpoints that are there already."""
     apis: dict[str, ApiConfig] = Field({}, json_schema_extra={"identity": False})
-    """Budget, limits, prices, address and key of each model behind an API, by its name: once for all that ask it."""
+    """Budget, limits, prices, address and key of each model behind an API, by its name, for all sections that ask it."""
     generation: GenerationConfig = GenerationConfig()
     """How the policy generates, in every step that asks it."""
     labels: LabelsConfig = LabelsConfig()
@@ -150,9 +150,9 @@ class Recipe(Config):
     tree_search: TreeSearchConfig = TreeSearchConfig()
     """Tree search for solutions and labels."""
     review: ReviewConfig = ReviewConfig()
-    """Which steps experts are asked about."""
+    """How the steps for expert review are chosen."""
     review_page: ReviewPageConfig = ReviewPageConfig()
-    """The page where experts read their queue."""
+    """The web page for expert review."""
     audit: AuditConfig = AuditConfig()
     """Targets of the quality gates in the dataset report."""
     train_text_prm: TextPrmConfig = TextPrmConfig()

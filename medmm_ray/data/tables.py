@@ -1,9 +1,10 @@
 """What a table is: Parquet part files of one record type in a folder of their own; complete when its manifest exists.
 
 A table is write-once. Rows are written in part files as they are made, each with the ids that it holds in its footer,
-so that an interrupted job resumes exactly: ids that are there are not made again. `commit` checks that every id that
-entered left once, drops what a retried task wrote twice, and writes ``manifest.json`` last: on an object store too, the
-manifest *is* the commit and readers take the list of files from it. A folder that is not a table (an index, a
+so that an interrupted job resumes exactly: ids that were written without an error are not made again, failed ones are
+tried once more. `finish` checks that every id that entered left once, drops what a retried task wrote twice, and has
+``manifest.json`` written last: on an object store too, the manifest *is* the commit and readers take the list of files
+from it. A folder that is not a table (an index, a
 checkpoint) is an `Artifact`, complete by the same rule.
 
 No library does this: Ray Data and Hugging Face's datasets write files that know no ids, so that an interrupted write

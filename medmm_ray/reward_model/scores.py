@@ -1,4 +1,4 @@
-"""What a reward model says of one solution: its text tower's states, and its scores."""
+"""Results of scoring one solution: its text states and its step scores (`reference` shows how they are computed)."""
 
 from dataclasses import dataclass, field
 from typing import cast

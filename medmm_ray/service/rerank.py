@@ -34,11 +34,11 @@ class StepLogOdds(Protocol):
 
     @property
     def text_log_odds(self) -> Sequence[float]:
-        """What question, documents and the solution so far speak for each step."""
+        """The text's part of each step's log-odds."""
 
     @property
     def image_log_odds(self) -> Sequence[float]:
-        """What the images speak for each step."""
+        """The images' part of each step's log-odds."""
 
     @property
     def error(self) -> str | None:
@@ -94,9 +94,9 @@ class StepScore(_Message):
     probability: float
     """Probability that the step is right: sigmoid(text_log_odds + image_log_odds)."""
     text_log_odds: float
-    """What question, documents and the solution so far speak for the step."""
+    """The part of the step's log-odds that question, documents and the solution so far contribute."""
     image_log_odds: float
-    """What the image speaks for the step; exactly 0 without an image."""
+    """The part that the images contribute; exactly 0 without an image."""
 
 
 class ScoredSolution(_Message):

@@ -10,12 +10,14 @@ it: a confidence or a reason, but no label and no value) trains as right, unless
 | policy | a step's target | `after_first_error` |
 |---|---|---|
 | judge | the judge's verdict | collapse (Med-PRM), keep or drop (Qwen) |
-| monte_carlo | VisualPRM's value label: can the right answer be reached from here? | keep (VisualPRM), or any |
+| monte_carlo | VisualPRM's: does the success rate from here exceed the threshold? | keep (VisualPRM), or any |
 | hybrid | an expert's word, else monte_carlo where it ran, else the judge's | any |
 | consensus | the judge's, of solutions in which Monte Carlo sees the same first error (a right answer: none) | any |
-| soft | as hybrid, with Monte Carlo's ratio itself | any |
-| advantage | VisualPRM's: did this step raise (1) or lower (0) the ratio? as it was: not trained on | keep alone |
+| soft | as hybrid, with Monte Carlo's success rate itself | any |
+| advantage | VisualPRM's: did it raise (1) or lower (0) the success rate? unchanged: not trained on | keep alone |
 | outcome | the last step alone, by the answer | means nothing |
+| tree_search | MedS3's label of a step in the question's search tree | any |
+| tree_search_soft | the step's value in that tree | any |
 """
 
 from collections import Counter
@@ -264,7 +266,7 @@ def advantage(labels: Sequence[Labels], num_steps: int, answer: AnswerOutcome) -
 
 
 def _ratios(policy: str, labels: Sequence[Labels], num_steps: int) -> list[Target]:
-    """Monte Carlo's fraction at each step; refused where a step's draws ended when its label was known."""
+    """Monte Carlo's success rate at each step; refused where rollouts stopped early, which biases it."""
     for row in labels:
         if row.source == "monte_carlo" and any(step.stopped_early for step in row.steps):
             raise ValueError(

@@ -39,7 +39,7 @@ class TextPrmConfig(TrainConfig):
     label_policy: LabelPolicy = "hybrid"
     """How label rows become targets, see stats/targets.py."""
     after_first_error: AfterFirstError = "collapse"
-    """What a step behind the first wrong one trains as: wrong, as labelled, or not at all."""
+    """What steps after the first wrong one train as: collapse (wrong), keep (their labels) or drop (nothing)."""
     max_solutions: int | None = None
     """Solutions of a question that are trained on, the first ones; null: all."""
     learning_rate: float = Field(2e-6, gt=0)

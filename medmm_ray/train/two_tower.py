@@ -56,7 +56,7 @@ class TwoTowerConfig(TrainConfig):
     label_policy: LabelPolicy = "hybrid"
     """How label rows become targets, see stats/targets.py."""
     after_first_error: AfterFirstError = "collapse"
-    """What a step behind the first wrong one trains as: wrong, as labelled, or not at all."""
+    """What steps after the first wrong one train as: collapse (wrong), keep (their labels) or drop (nothing)."""
     tokens: Literal["pooled", "patches", "both"] = "pooled"
     """Which image tokens the fusion looks at. On hard phantoms (docs/two_tower_arms.md) the step AUROC is .781 ± .007
     with the pooled one, .791 ± .010 with both, .729 ± .014 with patches."""

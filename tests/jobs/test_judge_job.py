@@ -53,7 +53,7 @@ def test_the_budget_ends_the_job_with_a_sentence_and_a_larger_one_goes_on(
         label(tmp_path, address, max_cost_usd=0.05)
     words = root_cause(error.value)
     assert words.startswith("the next call can cost $0.0")
-    assert "max_cost_usd=0.05 does not hold it: $0.0" in words
+    assert "would exceed max_cost_usd=0.05: $0.0" in words
     assert words.endswith("What has arrived is kept; raise max_cost_usd and run again")
     first = bench.server_report(address)
     assert 0 < first["delivered"] < 48

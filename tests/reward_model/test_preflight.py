@@ -302,7 +302,7 @@ def test_a_request_that_the_model_does_not_take_is_told_and_a_refusal_is_an_answ
     server.script = [chat_said(None, refusal="no")]
     assert probed(api(server), tmp_path / "b") == []
     server.script = [chat_said("yes")]
-    with pytest.raises(ConfigError, match="max_cost_usd=0.0001 does not hold it"):
+    with pytest.raises(ConfigError, match="would exceed max_cost_usd=0.0001"):
         probed(api(server, max_cost_usd=0.0001), tmp_path / "c")
 
 

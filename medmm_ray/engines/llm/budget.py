@@ -216,7 +216,7 @@ class ApiBudget:
             message = (
                 f"for {failing_s:.0f} s there has been nothing but faults of the endpoint ({self._breaker.faults} in a "
                 f"row), the last one: {str(settlement.fault)[:FAULT_CHARACTERS]}. What had arrived is kept; run again "
-                "when the endpoint is well, or raise breaker_limit_s"
+                "when the endpoint is back, or raise breaker_limit_s"
             )
             self._stop(Stop("endpoint", message))
 
@@ -226,12 +226,12 @@ class ApiBudget:
         if ledger.lost_calls:
             paid += f", ${ledger.possibly_paid:,.4f} possibly paid for {ledger.lost_calls:,} calls that were cut off"
         return (
-            f"the next call can cost ${call.dollars:,.4f} and max_cost_usd={self.limits.max_cost_usd:g} does not hold "
-            f"it: {paid}. What has arrived is kept; raise max_cost_usd and run again"
+            f"the next call can cost ${call.dollars:,.4f} and would exceed max_cost_usd={self.limits.max_cost_usd:g}: "
+            f"{paid}. What has arrived is kept; raise max_cost_usd and run again"
         )
 
     def _stop(self, stop: Stop) -> None:
-        self.stopped = self.stopped or stop  # the first reason is the one to tell
+        self.stopped = self.stopped or stop  # the first reason is reported
         self._changed.set()
 
     async def _drain(self) -> None:

@@ -66,9 +66,8 @@ class ApiConfig(Config):
     """Service tier: flex is slower, may be refused for want of capacity, and costs a half at Google and OpenAI; null:
     the standard one. An answer is booked at the tier that really served it."""
     on_other_model: Literal["stop", "warn"] = execution("stop")
-    """What happens where another model answers than the one that was asked (a retired one may be routed to its
-    successor): stop ends the job, warn goes on. A dated snapshot counts as the asked model; a bare word (default) names
-    none, and is told alone."""
+    """What happens where a reply names another model than the request (a retired one may be routed to its successor):
+    stop ends the job, warn goes on. A dated snapshot matches; a generic name ("default") only warns."""
     answers_as: str | None = execution(None)
     """Name under which the model answers, where its address calls it otherwise: an Azure deployment, an alias."""
     max_cost_usd: float | None = execution(None, ge=0)

@@ -11,8 +11,8 @@ from medmm_ray.config import ConfigError
 from medmm_ray.engines.llm.endpoint import ChatReply, ChatRequest
 
 TEMPLATE_TOKENS = 64  # what a chat template adds to the texts
-OLD_DAYS = 90  # a price that was read longer ago is told at the start of a run
-ENDING_DAYS = 60  # a model that is shut down within so many days is told, too
+OLD_DAYS = 90  # a price that was looked up longer ago is reported at the start of a run
+ENDING_DAYS = 60  # so is a model that is shut down within so many days
 PRIORITY = 2.0  # times the list price, at most, by both vendors' pages; only a project's own default asks for it
 
 
@@ -186,7 +186,7 @@ def price_of(
 def price_warnings(
     model: str, input_price: float | None = None, output_price: float | None = None, day: date | None = None
 ) -> list[str]:
-    """What is to be told, before a run, of a model's row in the table: an old price, an end that is near or past.
+    """Warnings, before a run, about a model's row in the table: an old price, a shutdown that is near or past.
 
     A price that a config gives (`input_price` and `output_price`) does not age.
     """

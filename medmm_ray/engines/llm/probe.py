@@ -28,7 +28,7 @@ from medmm_ray.engines.llm.endpoint import ChatImage, ChatRequest, EndpointError
 from medmm_ray.engines.llm.prices import ENDING_DAYS
 from medmm_ray.engines.llm.served import OtherModelError
 
-Fault = ConfigError | TableError
+ProbeError = ConfigError | TableError
 
 KEYS: Mapping[Backend, str] = {"gemini": "GEMINI_API_KEY", "openai": "OPENAI_API_KEY"}
 NAMED = 8  # models of a list that a message names
@@ -102,12 +102,12 @@ def request_of(model: ApiModel) -> ChatRequest:
 
 
 async def probe(asked: ApiModel, folder: str, day: date) -> list[str]:
-    """Ask a model once a `day`; `folder` is where the run keeps its APIs' answers. Gives what is to be told of it.
+    """Ask a model once a `day`; `folder` is where the run keeps its APIs' answers. Gives warnings about it.
 
     Raises `ConfigError` with the fault and what to do.
     """
     folder = api_folder(folder, asked.model)
-    config = _impatient(asked.config)
+    config = _with_probe_timeouts(asked.config)
     client = connect(asked.backend, asked.model, config, folder=folder)
     assert client.answers is not None
     request, group = request_of(asked), f"preflight {day}"
@@ -131,25 +131,25 @@ async def probe(asked: ApiModel, folder: str, day: date) -> list[str]:
         raise ConfigError(f"{asked.model} could not answer a small request: {fault}") from None
     if answer.reply.model is None:
         return [f"{asked.model}: {asked.address} does not say which model answers; a change would not be noticed"]
-    return await _ending(asked, day)
+    return await _shutdown_warnings(asked, day)
 
 
-def _impatient(config: ApiConfig) -> ApiConfig:
-    """A section's settings with the patience of a probe."""
-    patience: dict[str, float] = {"timeout_s": min(config.longest_s, LONGEST_S)}
+def _with_probe_timeouts(config: ApiConfig) -> ApiConfig:
+    """A section's settings, with waits and attempts that suit a probe."""
+    waits: dict[str, float] = {"timeout_s": min(config.longest_s, LONGEST_S)}
     if config.tier:  # it may have no room for hours, which is no fault
-        patience["max_attempts"] = min(config.max_attempts, FLEX_ATTEMPTS)
-    return config.model_copy(update=patience)
+        waits["max_attempts"] = min(config.max_attempts, FLEX_ATTEMPTS)
+    return config.model_copy(update=waits)
 
 
 async def _explained(asked: ApiModel, fault: str) -> str:
-    """A fault with what the API's list of models tells about it."""
+    """A fault with what the API's list of models says about it."""
     try:
         listed = await listed_models(asked)
     except (aiohttp.ClientError, TimeoutError, ValueError) as error:
         what = f"{type(error).__name__} {error}".strip()
         return (
-            f"{fault}. The list of its models cannot be had at {asked.address} either ({what[:120]}): check the key "
+            f"{fault}. Its list of models could not be fetched at {asked.address} either ({what[:120]}): check the key "
             f"({asked.key_variable}) and the address (endpoint; OpenAI-compatible ones mostly end with /v1)"
         )
     if asked.model in listed:
@@ -165,7 +165,7 @@ def nearest(model: str, listed: Mapping[str, Any]) -> str:
     return f"{text} and {num_further} more" if num_further > 0 else text
 
 
-async def _ending(asked: ApiModel, day: date) -> list[str]:
+async def _shutdown_warnings(asked: ApiModel, day: date) -> list[str]:
     """What the API's list says of the model's end, as OpenAI's does; nothing where there is no such list."""
     try:
         ends = (await listed_models(asked)).get(asked.model)
@@ -205,9 +205,9 @@ def _day(stated: Any) -> date | None:
         return None
 
 
-async def probe_all(models: Sequence[ApiModel], folder: str, day: date) -> list[list[str] | Fault]:
-    """What is to be told of each, or its fault; models are asked at a time, one that is reached in two ways in turn."""
-    outcomes: list[list[str] | Fault] = [[] for _ in models]
+async def probe_all(models: Sequence[ApiModel], folder: str, day: date) -> list[list[str] | ProbeError]:
+    """Each model's warnings, or its error; models are probed side by side, one that is reached in two ways in turn."""
+    outcomes: list[list[str] | ProbeError] = [[] for _ in models]
 
     async def probe_in_turn(name: str) -> None:  # a model has one ledger, and one budget may keep it
         for place, model in enumerate(models):

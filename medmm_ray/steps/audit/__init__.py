@@ -63,9 +63,9 @@ class AuditConfig(Config):
     """Budget of what APIs and readers are paid, US dollars: judge 2,500, expert 500; null: none. Of the framework's
     3,900 the rest (Monte Carlo 400, GPUs 480) is GPU time, which no table books: --dry-run estimates it."""
     dollars_per_reviewed_step: float = Field(0.5, ge=0)
-    """US dollars a verdict of a reader."""
+    """US dollars per verdict of a reader."""
     after_first_error: AfterFirstError = "collapse"
-    """How the label policies treat the steps after the first wrong one, where their yield is told."""
+    """What steps after the first wrong one are trained on, where the report says what each label policy yields."""
     yield_solutions: int = Field(5000, ge=1)
     """Solutions, drawn by their ids, on which the yield of the label policies is measured."""
     bootstrap_samples: int = Field(1000, ge=1)

@@ -41,14 +41,14 @@ class Gate:
 KAPPA = (
     "Read the steps on which judge and expert differ (review_queue, expert_labels). If one kind of step or modality "
     "stands out, mend the judge's prompt, or show it documents and the image. If none does, take another judge, or run "
-    "Monte Carlo on whole solutions and train on policy consensus."
+    "Monte Carlo on whole solutions and train with label_policy=consensus."
 )
 EASY = (
     "Either easy questions are not easy for this policy (look at the right answers among them), or the judge calls "
     "right steps wrong: read some wrong steps of right answers."
 )
 WEAK = "The policy is too weak for these questions, or the judge too strict: look at the judge's agreement first."
-STRONG = "The policy is too good for these questions: add harder ones, or sample hotter (sample.temperature)."
+STRONG = "The policy is too good for these questions: add harder ones, or raise sample.temperature."
 LENGTH = "The policy's prompt and demonstrations set how long a step is; sample.min_steps and max_steps what is kept."
 SOURCES = "Add a source that has the missing ones (ingest.source), or name those that you want in audit.modalities."
 LEAKS = "Curate again with curate.leakage=resplit and retrieve anew: until then figures on the test split are void."

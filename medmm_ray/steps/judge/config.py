@@ -47,7 +47,7 @@ class JudgeConfig(GeneratorConfig, ApiConfig):
     max_tokens: int = Field(4096, ge=1)
     """Longest answer of the judge, tokens."""
     constrain: bool = True
-    """Let the engine, or the API, write only answers of the asked form."""
+    """Structured output: let the engine, or the API, write only replies of the required form."""
     warm_cache: bool = execution(True)
     """Send the first call of a question ahead of its others: they then find the shared text in the prompt cache."""
     error_rate: float = Field(0.08, ge=0, le=0.5)
@@ -55,7 +55,7 @@ class JudgeConfig(GeneratorConfig, ApiConfig):
     seed: int = 0
     """Start of the phantom judge's errors, and of a vllm judge's sampling."""
     num_cpus: float = execution(0.5)
-    """Logical CPUs an actor."""
+    """Logical CPUs per actor."""
 
     @model_validator(mode="after")
     def _shares_calls_in_json(self) -> "JudgeConfig":

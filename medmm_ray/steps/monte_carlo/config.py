@@ -30,7 +30,7 @@ class MonteCarloConfig(GeneratorConfig):
     threshold: float = Field(0.0, ge=0, lt=1)
     """A prefix is right where num_correct / num_rollouts exceeds this (0 beat all higher ones in VisualPRM)."""
     stop_early: bool = True
-    """Stop when a label is decided; false where the policies soft or advantage shall train on the ratios."""
+    """Stop when a label is decided; false for the label policies soft and advantage, which need the success rate."""
     search_from: Literal["middle", "judge"] = "middle"
     """first_error: where the search begins: in the middle, or at the two steps around the judge's first wrong one."""
     count_solutions: bool = True

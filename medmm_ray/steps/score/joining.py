@@ -1,8 +1,8 @@
 """What a question is scored with: its text, documents, images, and the images of another question.
 
 Enters: the tables solutions, questions, images and evidence. Leaves: one row a question, which `score` and `states`
-take. The control arm ``shuffled_image`` swaps whole questions' images, so that what an image adds is told apart from
-what any image would add.
+take. The control arm ``shuffled_image`` swaps whole questions' images, which separates the effect of the
+right image from that of any image.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

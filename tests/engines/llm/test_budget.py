@@ -72,7 +72,7 @@ def test_a_call_that_the_budget_cannot_hold_ends_the_job_once_all_is_settled(tmp
         await budget.settle("s", [answered(2, 0.05)])
         assert (await over).stopped == Stop(
             "budget",
-            "the next call can cost $0.9500 and max_cost_usd=1 does not hold it: $0.0000 are spent on 0 answers, "
+            "the next call can cost $0.9500 and would exceed max_cost_usd=1: $0.0000 are spent on 0 answers, "
             "$0.1000 possibly paid for 1 calls that were cut off. What has arrived is kept; raise max_cost_usd and run "
             "again",
         )
@@ -243,7 +243,7 @@ def test_an_endpoint_that_only_fails_ends_the_job(tmp_path: Path) -> None:
         assert result.stopped.kind == "endpoint"
         assert re.fullmatch(
             r"for \d s there has been nothing but faults of the endpoint \(\d+ in a row\), the last one: 503: busy\. "
-            r"What had arrived is kept; run again when the endpoint is well, or raise breaker_limit_s",
+            r"What had arrived is kept; run again when the endpoint is back, or raise breaker_limit_s",
             result.stopped.message,
         )
 

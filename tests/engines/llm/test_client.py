@@ -284,7 +284,7 @@ def test_the_budget_ends_the_job_and_a_larger_one_goes_on(tmp_path: Path) -> Non
     arrived = [found for found in first if not isinstance(found, Exception)]
     over = [found for found in first if isinstance(found, BudgetError)]
     assert (len(arrived), len(over)) == (91, 29)
-    assert "max_cost_usd=1.001 does not hold it: $0.9100 are spent on 91 answers" in str(over[0])
+    assert "would exceed max_cost_usd=1.001: $0.9100 are spent on 91 answers" in str(over[0])
     assert not [found for found in asyncio.run(work(2.0)) if isinstance(found, Exception)]
     assert len(endpoint.sent) == 120, "none was paid twice"
 

@@ -118,7 +118,7 @@ class Recipe(Config):
     models: ModelsConfig = ModelsConfig()
     """Checkpoints that are there already."""
     apis: dict[str, ApiConfig] = Field({}, json_schema_extra={"identity": False})
-    """Budget, limits, prices, address and key of each model behind an API, by its name, for all sections that ask it."""
+    """Budget, limits, prices, address and key of each model behind an API, by name, for all sections that use it."""
     generation: GenerationConfig = GenerationConfig()
     """How the policy generates, in every step that asks it."""
     labels: LabelsConfig = LabelsConfig()

@@ -137,7 +137,7 @@ def guard(host: str, port: int) -> Guard:
 
 
 def _http_guard(address: str) -> Guard:
-    with httpx.Client(trust_env=False, timeout=20) as client:
+    with httpx.Client(trust_env=False, timeout=120) as client:
         replies = [client.get(f"{address}/api/jobs/"), client.post(f"{address}/get_or_create_runtime_env")]
     if all(reply.status_code == 401 for reply in replies):
         return "token over HTTP"

@@ -48,7 +48,7 @@ def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_a_hub_name_that_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(GeneratorError, match=r"model 'nobody/nothing' is neither a folder here nor a hub model"):
+    with pytest.raises(GeneratorError, match=r"model 'nobody/nothing' is neither a folder nor a hub model"):
         check_model("nobody/nothing")
 
 

@@ -529,11 +529,11 @@ def test_solutions_per_call_goes_with_whole_solutions_in_json() -> None:
 
 
 def test_the_first_call_of_a_question_goes_ahead_of_its_others(server: Server, pictures: dict[str, Any]) -> None:
-    server.script, server.delay_s = [gemini_said(GOOD)], 0.1
+    server.script, server.delay_s = [gemini_said(GOOD)], 0.5
     judged(gemini(server), case(**pictures), [[RIGHT, f"{i}"] for i in range(5)])
     gaps = [at - server.times[0] for at in server.times]
-    assert gaps[1] >= 0.1
-    assert gaps[4] - gaps[1] < 0.29, "the others go together"
+    assert gaps[1] >= 0.5
+    assert gaps[4] - gaps[1] < 1.4, "the others go together: one after the other they would take 1.5 s"
 
 
 def test_faults_of_the_moment_are_tried_again(server: Server, pictures: dict[str, Any]) -> None:

@@ -117,7 +117,7 @@ class Recipe(Config):
     """Steps that are left out; the tables that they would make are read as empty."""
     models: ModelsConfig = ModelsConfig()
     """Checkpoints that are there already."""
-    apis: dict[str, ApiConfig] = Field({}, json_schema_extra={"identity": False})
+    apis: dict[str, ApiConfig] = execution({})
     """Budget, limits, prices, address and key of each model behind an API, by name, for all sections that use it."""
     generation: GenerationConfig = GenerationConfig()
     """How the policy generates, in every step that asks it."""

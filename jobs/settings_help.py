@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.table import Table
 
-from medmm_ray.config import Config, inner_configs
+from medmm_ray.config import Config, inner_configs, is_execution
 from medmm_ray.engines.llm.client import ApiConfig
 from medmm_ray.engines.vllm_engine import EngineConfig
 
@@ -35,9 +35,11 @@ def overview(config: type[Config], section: str | None = None) -> str:
     width = shutil.get_terminal_size((120, 40)).columns
     name_width = max(len(name) for name, _, _ in rows)
     default_width = max(min(len(default), 24) for _, default, _ in rows)
-    lines = [
-        f"{name:<{name_width}}  {default:<{default_width}}  {words}"[:width].rstrip() for name, default, words in rows
-    ]
+    lines = []
+    for name, default, words in rows:
+        line = f"{name:<{name_width}}  {default:<{default_width}}  {words}".rstrip()
+        # A cut line ends at a word, and shows that it is cut.
+        lines.append(line if len(line) <= width else f"{line[: width - 1].rpartition(' ')[0]} …")
     total = sum(1 for _ in _leaves(section_type, ""))
     lines.append(f"{len(rows)} of {total} settings; --help-all shows every one, with its type.")
     return "\n".join(lines)
@@ -61,8 +63,7 @@ def _is_often_changed(section_type: type[Config], name: str, info: FieldInfo) ->
     """Whether `name` says what the step makes, or is one of the few others that most runs set."""
     if name in OFTEN_CHANGED:
         return True
-    extra = info.json_schema_extra
-    if isinstance(extra, dict) and extra.get("identity") is False:
+    if is_execution(info):
         return False
     return not any(name in base.model_fields for base in ENGINE_CONFIGS if issubclass(section_type, base))
 

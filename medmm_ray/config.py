@@ -84,7 +84,7 @@ def identity(config: Config) -> dict[str, Any]:
     """The fields that decide what a step makes, nested configs included, as plain JSON values."""
     values = {}
     for name, info in type(config).model_fields.items():
-        if not _is_execution(info):
+        if not is_execution(info):
             value = getattr(config, name)
             values[name] = identity(value) if isinstance(value, Config) else value
     # Through JSON: a tuple and the list that a manifest gives back are then equal.
@@ -92,7 +92,8 @@ def identity(config: Config) -> dict[str, Any]:
     return cast(dict[str, Any], plain_values)
 
 
-def _is_execution(info: FieldInfo) -> bool:
+def is_execution(info: FieldInfo) -> bool:
+    """Whether a field was made by `execution`."""
     extra = info.json_schema_extra
     return isinstance(extra, dict) and extra.get("identity") is False
 

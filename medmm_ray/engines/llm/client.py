@@ -86,11 +86,11 @@ class ApiConfig(Config):
     and reasoning_effort, which the sdk has no fields for."""
     key_variable: str | None = execution(None)
     """Environment variable that holds the key; null: GEMINI_API_KEY or OPENAI_API_KEY."""
-    in_flight: int = Field(16, ge=1, json_schema_extra={"identity": False})
+    in_flight: int = execution(16, ge=1)
     """Most requests of one actor at a time."""
     timeout_s: float | None = execution(None, gt=0)
     """Longest wait for one answer, seconds; null: 120, and 900 at the flex tier, as its vendors advise."""
-    max_attempts: int = Field(6, ge=1, json_schema_extra={"identity": False})
+    max_attempts: int = execution(6, ge=1)
     """Tries of one request before its row fails."""
     pause_s: float = execution(1.0, ge=0)
     """Mean pause before the second try, seconds; it doubles with each further one."""

@@ -4,6 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from medmm_ray.config import execution
 from medmm_ray.engines.images import MAX_PIXELS
 from medmm_ray.engines.vllm_engine import EngineConfig
 
@@ -36,18 +37,18 @@ class ScoringConfig(EngineConfig):
     """Tokens of documents, question and solution together by which documents are chosen; null: the checkpoint's own."""
     reserve: int | None = Field(default=None, ge=0)
     """Tokens of max_length that documents leave free; null: the checkpoint's own (Med-PRM: 1024)."""
-    token_budget: int | None = Field(default=None, ge=1, json_schema_extra={"identity": False})
+    token_budget: int | None = execution(None, ge=1)
     """Most tokens in one forward pass; bounds memory, changes no score. null: 1024 on a CPU, 4096 on a GPU."""
     pack_questions: bool = False
     """Let short questions share a forward pass. Faster, but the last bits of a score then depend on its neighbours: an
     interrupted run equals an undisturbed one to 1e-5, not bit by bit."""
-    batch_size: int = Field(default=8, ge=1, json_schema_extra={"identity": False})
+    batch_size: int = execution(8, ge=1)
     """Questions that an actor takes at a time."""
-    num_actors: int = Field(default=1, ge=1, json_schema_extra={"identity": False})
+    num_actors: int = execution(1, ge=1)
     """Most copies of the model at work."""
-    num_cpus: float = Field(default=1.0, ge=0, json_schema_extra={"identity": False})
+    num_cpus: float = execution(1.0, ge=0)
     """CPUs a copy."""
-    num_gpus: float = Field(default=0.0, ge=0, json_schema_extra={"identity": False})
+    num_gpus: float = execution(0.0, ge=0)
     """GPUs a copy; above 0 the model runs there."""
 
     @model_validator(mode="after")

@@ -56,8 +56,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.add_image_tower(write_native_clip(tmp_path_factory.mktemp("clip")), FusionConfig(width=16))
     assert model.fusion is not None
     torch.nn.init.normal_(model.fusion.output.weight)
-    model.save_pretrained(tmp_path_factory.mktemp("two_tower") / "model")
-    return tmp_path_factory.getbasetemp() / "two_tower0" / "model"
+    saved = tmp_path_factory.mktemp("two_tower") / "model"
+    model.save_pretrained(saved)
+    return saved
 
 
 @pytest.fixture(scope="module")

@@ -149,13 +149,15 @@ def compare(config: BenchConfig, seed: int, study: Study, say: Callable[[str], N
     for number, arm in enumerate(config.arms):
         settings = _arm_config(config, seed, arm)
         rows = questions_with_images(
-            settings,
             study.states.to_arrow(["question_id", "solution_id", "num_steps", "error"]),
             group_labels([study.labels]),
             study.questions,
             study.images,
             study.evidence,
             study.solutions,
+            settings.label_policy,
+            settings.after_first_error,
+            settings.num_references,
         )
         inputs = {"states": study.states.uri, "text_prm": study.text_prm, "image_tower": study.image_tower}
         inputs["questions"] = str(study.folder / f"arm-{number}.parquet")

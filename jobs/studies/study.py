@@ -34,10 +34,11 @@ from medmm_ray.steps.ingest import (
 )
 from medmm_ray.steps.review import GoldAnswer, truth_labels
 from medmm_ray.text import extract_answer, join_steps, question_with_options
+from medmm_ray.train.config import TrainConfig
 from medmm_ray.train.image_text import ClipShape, ImageTextConfig, ImageTextStage
 from medmm_ray.train.loop import Worker, run
 from medmm_ray.train.policy import LlamaShape, PolicyConfig, PolicyStage, vocabulary_texts, worked_questions
-from medmm_ray.train.stage import Stage, StageFactory, TrainConfig
+from medmm_ray.train.stage import Stage, StageFactory
 from medmm_ray.train.text_prm import TextPrmConfig, TextPrmStage
 from medmm_ray.train.text_prm_data import group_labels, labelled_questions
 

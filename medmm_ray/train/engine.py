@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from medmm_ray.train.config import TrainConfig
+
 if TYPE_CHECKING:
     import torch
-
-    from medmm_ray.train.stage import TrainConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of a weight
 
 
-def deepspeed_config(config: "TrainConfig", dtype: str) -> dict[str, Any]:
+def deepspeed_config(config: TrainConfig, dtype: str) -> dict[str, Any]:
     """DeepSpeed's settings. An update's micro-batches vary in number, so the loop owns their accumulation."""
     zero: dict[str, Any] = {"stage": zero_stage(config, dtype), "overlap_comm": False}
     if config.offload != "none":
@@ -38,7 +38,7 @@ def deepspeed_config(config: "TrainConfig", dtype: str) -> dict[str, Any]:
     }
 
 
-def zero_stage(config: "TrainConfig", dtype: str) -> int:
+def zero_stage(config: TrainConfig, dtype: str) -> int:
     """In bfloat16 at least 1: there AdamW works on a float32 copy of the weights, which ZeRO 1 divides."""
     return max(1, config.zero_stage) if dtype == "bfloat16" else config.zero_stage
 
@@ -74,7 +74,7 @@ class Engine:
         module: "torch.nn.Module",
         loss: Callable[[list[int], int], "torch.Tensor"],
         rates: Mapping[str, float],
-        config: "TrainConfig",
+        config: TrainConfig,
         dtype: str,
     ) -> None:
         import deepspeed

@@ -14,8 +14,9 @@ from pydantic import Field
 
 from medmm_ray.config import Config
 from medmm_ray.engines.tokenizer import build_tokenizer
+from medmm_ray.train.config import TrainConfig
 from medmm_ray.train.launch import fit, read_input
-from medmm_ray.train.stage import Stage, TrainConfig
+from medmm_ray.train.stage import Stage
 
 if TYPE_CHECKING:
     import torch

@@ -16,9 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medmm_ray.data.tables import filesystem, write_file
+from medmm_ray.train.config import TrainConfig
 from medmm_ray.train.loop import Worker, run
 from medmm_ray.train.progress import HISTORY, WORK, selected_figures
-from medmm_ray.train.stage import StageFactory, TrainConfig, TrainingError
+from medmm_ray.train.stage import StageFactory, TrainingError
 from medmm_ray.train.trackers import check_installed
 
 if TYPE_CHECKING:

@@ -29,10 +29,11 @@ from typing import TYPE_CHECKING, Any
 from medmm_ray.data.tables import filesystem, write_file
 from medmm_ray.engines.weights import WeightMismatch
 from medmm_ray.train import checkpoints, throughput
+from medmm_ray.train.config import TrainConfig
 from medmm_ray.train.engine import Engine
 from medmm_ray.train.progress import HISTORY, Progress, selected_figures, write_progress
 from medmm_ray.train.schedule import epoch_batches, learning_rate_factor, micro_batches
-from medmm_ray.train.stage import Stage, StageFactory, TrainConfig, TrainingError
+from medmm_ray.train.stage import Stage, StageFactory, TrainingError
 from medmm_ray.train.trackers import open_trackers
 
 if TYPE_CHECKING:

@@ -24,9 +24,10 @@ from medmm_ray.engines.checkpoints import resolve
 from medmm_ray.engines.tokenizer import build_tokenizer
 from medmm_ray.prompts import POLICY_SYSTEM, document_block, policy_messages, prm_messages
 from medmm_ray.text import one_line, question_with_options, solution_text
+from medmm_ray.train.config import TrainConfig
 from medmm_ray.train.launch import fit, read_input
 from medmm_ray.train.lora import LoraAdapter, LoraConfig
-from medmm_ray.train.stage import Stage, TrainConfig
+from medmm_ray.train.stage import Stage
 from medmm_ray.train.throughput import TrainingFlops
 
 if TYPE_CHECKING:

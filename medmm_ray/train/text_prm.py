@@ -16,10 +16,11 @@ from pydantic import Field
 from medmm_ray.config import ConfigError, execution
 from medmm_ray.engines.checkpoints import resolve
 from medmm_ray.stats.targets import AfterFirstError, LabelPolicy, checked_consensus_counts
+from medmm_ray.train.config import TrainConfig
 from medmm_ray.train.launch import fit, read_input
 from medmm_ray.train.lora import LoraAdapter, LoraConfig
 from medmm_ray.train.schedule import validation_ids
-from medmm_ray.train.stage import Stage, TrainConfig
+from medmm_ray.train.stage import Stage
 from medmm_ray.train.text_prm_data import group_labels, labelled_questions, labels_of_solutions, positive_rate
 from medmm_ray.train.throughput import TrainingFlops
 

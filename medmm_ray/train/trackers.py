@@ -9,12 +9,12 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from medmm_ray.config import ConfigError
 from medmm_ray.train.checkpoints import copy
+from medmm_ray.train.config import TrackerName
 
-TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 PROJECT = "medmm-ray"
 FOLDER = "tensorboard"
 _PACKAGES: Mapping[str, tuple[str, str]] = {

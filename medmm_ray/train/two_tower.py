@@ -23,10 +23,11 @@ from medmm_ray.data.tables import Table
 from medmm_ray.engines.checkpoints import resolve
 from medmm_ray.stats.decoders import aggregate, expected_best, expected_oracle
 from medmm_ray.stats.targets import AfterFirstError, LabelPolicy, checked_consensus_counts
+from medmm_ray.train.config import TrainConfig
 from medmm_ray.train.image_text import augment
 from medmm_ray.train.launch import fit, read_input
 from medmm_ray.train.schedule import validation_ids
-from medmm_ray.train.stage import Stage, TrainConfig
+from medmm_ray.train.stage import Stage
 from medmm_ray.train.text_prm import validation_figures, weighted_loss
 from medmm_ray.train.text_prm_data import group_labels
 from medmm_ray.train.two_tower_data import (
@@ -126,7 +127,17 @@ def train_two_tower(
     consensus: dict[str, float] = {}
     if config.label_policy == "consensus":
         consensus = checked_consensus_counts(labels_of_states(state_rows, labels_by_solution, solutions))
-    rows = questions_with_images(config, state_rows, labels_by_solution, questions, images, evidence, solutions)
+    rows = questions_with_images(
+        state_rows,
+        labels_by_solution,
+        questions,
+        images,
+        evidence,
+        solutions,
+        config.label_policy,
+        config.after_first_error,
+        config.num_references,
+    )
     if rows.num_rows == 0:
         raise ValueError(
             f"train_two_tower: no training question has an image, states and a target ({state_rows.num_rows} states, "

@@ -19,8 +19,6 @@ from medmm_ray.stats.targets import Target, targets
 if TYPE_CHECKING:
     import torch
 
-    from medmm_ray.train.two_tower import TwoTowerConfig
-
 SCHEMA = pa.schema(
     {
         "question_id": pa.string(),
@@ -39,22 +37,26 @@ _STATES_COLUMNS = ("solution_id", "num_steps", "hidden_size", "dtype", "states",
 
 
 def questions_with_images(
-    config: "TwoTowerConfig",
     states: pa.Table,
     labels: Mapping[str, Sequence[Labels]],
     questions: pa.Table,
     images: pa.Table,
     evidence: pa.Table,
     solutions: pa.Table,
+    policy: str,
+    after_first_error: str = "collapse",
+    num_references: int = 0,
 ) -> pa.Table:
     """One row a training question that has an image, with the targets of its solutions (`SCHEMA`).
 
+    `policy` and `after_first_error` make targets of labels; the `num_references` nearest reference images are taken.
     `correct` says of each solution whether its final answer is right: of one without an answer it is not. A question's
     rows in `solutions`, one a source, become one.
     """
     correct = _correct_by_solution(solutions)
-    targets_by_question = _targets_by_question(config, states, labels, correct, _accuracy_by_solution(solutions))
-    reference_uris = _reference_uris(evidence, config.num_references)
+    accuracy = _accuracy_by_solution(solutions)
+    targets_by_question = _targets_by_question(states, labels, correct, accuracy, policy, after_first_error)
+    reference_uris = _reference_uris(evidence, num_references)
     # An image that could not be read has a row with its error.
     images_by_id = {image["image_id"]: image for image in images.to_pylist() if image["error"] is None}
     rows: list[dict[str, Any]] = []
@@ -92,11 +94,12 @@ def _reference_uris(evidence: pa.Table, num_references: int) -> dict[str, list[s
 
 
 def _targets_by_question(
-    config: "TwoTowerConfig",
     states: pa.Table,
     labels: Mapping[str, Sequence[Labels]],
     correct: Mapping[str, bool | None],
     accuracy: Mapping[str, float | None],
+    policy: str,
+    after_first_error: str,
 ) -> dict[str, dict[str, list[Target]]]:
     """The targets of each solution that has states and a target, by question and solution."""
     targets_by_question: dict[str, dict[str, list[Target]]] = {}
@@ -105,10 +108,10 @@ def _targets_by_question(
             continue
         solution_id = row["solution_id"]
         step_targets = targets(
-            config.label_policy,
+            policy,
             labels.get(solution_id, []),
             row["num_steps"],
-            config.after_first_error,
+            after_first_error,
             correct.get(solution_id),
             accuracy.get(solution_id),
         )

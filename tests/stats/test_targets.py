@@ -23,7 +23,6 @@ from medmm_ray.stats.targets import (
     targets,
 )
 from medmm_ray.train.text_prm_data import labelled_solutions, labels_of_solutions
-from medmm_ray.train.two_tower import TwoTowerConfig
 from medmm_ray.train.two_tower_data import labels_of_states, questions_with_images
 
 RIGHT, WRONG = StepLabel(label=1, confidence="high"), StepLabel(label=0, confidence="low")
@@ -246,9 +245,10 @@ def test_the_first_steps_gain_is_over_the_accuracy_of_all_solutions() -> None:
         "evidence": [],
         "solutions": [{"question_id": "q1", "solutions": solutions}],
     }
-    config = TwoTowerConfig(label_policy="advantage", after_first_error="keep")
     arrow = {name: pa.Table.from_pylist(rows) for name, rows in tables.items()}
-    [illustrated] = questions_with_images(config, labels=labels, **arrow).to_pylist()
+    [illustrated] = questions_with_images(
+        labels=labels, policy="advantage", after_first_error="keep", **arrow
+    ).to_pylist()
     assert illustrated["targets"] == [[1.0, None]]
 
 
@@ -261,10 +261,11 @@ def test_what_a_tree_found_is_no_part_of_the_accuracy_of_the_samples() -> None:
         "evidence": [],
         "solutions": [{"question_id": "q1", "solutions": found[:2]}, {"question_id": "q1", "solutions": found[2:]}],
     }
-    config = TwoTowerConfig(label_policy="advantage", after_first_error="keep")
     arrow = {name: pa.Table.from_pylist(rows) for name, rows in tables.items()}
     labels = {"s1": [row("monte_carlo", rolled(0.6))]}
-    [illustrated] = questions_with_images(config, labels=labels, **arrow).to_pylist()
+    [illustrated] = questions_with_images(
+        labels=labels, policy="advantage", after_first_error="keep", **arrow
+    ).to_pylist()
     assert illustrated["targets"] == [[1.0]]  # .6 over .5, not below 2/3
 
 

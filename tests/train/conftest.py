@@ -191,8 +191,9 @@ def illustrated(folder: Path, states: Table, config: TwoTowerConfig) -> pa.Table
         records.Evidence(**{**row.__dict__, "images": references[n - 5 : n]}) for n, row in enumerate(toy.evidence(), 1)
     ]
     return questions_with_images(
-        config, states.to_arrow(["question_id", "solution_id", "num_steps", "error"]),
+        states.to_arrow(["question_id", "solution_id", "num_steps", "error"]),
         group_labels([toy.table(records.Labels, toy.judge_labels(toy.solutions(each=4)))]),
         toy.table(records.Question, toy.questions()), toy.table(records.Image, images),
         toy.table(records.Evidence, evidence), toy.table(records.Solutions, toy.solutions(each=4)),
+        config.label_policy, config.after_first_error, config.num_references,
     )  # fmt: skip

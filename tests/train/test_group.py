@@ -11,11 +11,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from medmm_ray.train.config import TrainConfig
 from medmm_ray.train.engine import MOMENTS
 from medmm_ray.train.loop import Trainer, run
 from medmm_ray.train.lora import LoraConfig
 from medmm_ray.train.policy import PolicyConfig, PolicyStage
-from medmm_ray.train.stage import Stage, TrainConfig, TrainingError
+from medmm_ray.train.stage import Stage, TrainingError
 from medmm_ray.train.text_prm import TextPrmConfig, TextPrmStage
 from tests.train.conftest import SHAPE, Keeper, KilledError, curve, history, labelled, written
 

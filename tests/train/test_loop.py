@@ -8,12 +8,13 @@ import pytest
 
 from medmm_ray.engines.weights import WeightsError
 from medmm_ray.train import checkpoints, loop
+from medmm_ray.train.config import TrainConfig
 from medmm_ray.train.image_text import ImageTextConfig, ImageTextStage
 from medmm_ray.train.loop import run
 from medmm_ray.train.lora import LoraConfig
 from medmm_ray.train.policy import PolicyConfig, PolicyStage
 from medmm_ray.train.progress import progress_text
-from medmm_ray.train.stage import Stage, TrainConfig, TrainingError
+from medmm_ray.train.stage import Stage, TrainingError
 from medmm_ray.train.text_prm import TextPrmConfig, TextPrmStage
 from medmm_ray.train.two_tower import TwoTowerConfig, TwoTowerStage
 from tests.engines.test_weights import change_weights, cut, without

@@ -14,6 +14,7 @@ from medmm_ray.config import ConfigError
 from medmm_ray.data import records
 from medmm_ray.data.tables import Provenance, Table, write_rows
 from medmm_ray.reward_model.attention import Block
+from medmm_ray.train.config import TrainConfig
 from medmm_ray.train.engine import deepspeed_config, parameter_groups
 from medmm_ray.train.image_text import ImageTextConfig, augment, train_image_tower
 from medmm_ray.train.launch import figures
@@ -27,7 +28,6 @@ from medmm_ray.train.policy import (
     train_policy,
     worked_questions,
 )
-from medmm_ray.train.stage import TrainConfig
 from medmm_ray.train.text_prm import TextPrmConfig, TextPrmStage, train_text_prm, validation_figures
 from medmm_ray.train.text_prm_data import group_labels, labelled_questions, labelled_solutions, positive_rate
 from medmm_ray.train.two_tower import TwoTowerConfig, TwoTowerStage, rerank_figures, train_two_tower
@@ -380,11 +380,10 @@ def test_a_questions_samples_and_its_trees_solutions_become_one_row(
     ]
     found = {
         policy: questions_with_images(
-            TwoTowerConfig(label_policy=policy),
             pa.concat_tables(t.to_arrow(["question_id", "solution_id", "num_steps", "error"]) for t in tables),
             group_labels([toy.table(records.Labels, labels)]), toy.table(records.Question, toy.questions()),
             toy.table(records.Image, toy.images(tmp_path)), toy.table(records.Evidence, []),
-            toy.table(records.Solutions, solved),
+            toy.table(records.Solutions, solved), policy,
         )
         for policy in ("judge", "tree_search", "outcome")
     }  # fmt: skip

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from medmm_ray.config import ConfigError
-from medmm_ray.train.trackers import TrackerName, check_installed, open_trackers
+from medmm_ray.train.config import TrackerName
+from medmm_ray.train.trackers import check_installed, open_trackers
 
 RUN = "train_policy-0123456789abcdef"
 

@@ -1,0 +1,65 @@
+"""What all stages are trained with (`TrainConfig`)."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from medmm_ray.config import Config, execution
+
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+
+# The lowest ZeRO stage at which DeepSpeed can offload a thing: it moves only what it shards.
+_LOWEST_ZERO_STAGE = {"none": 0, "optimizer": 1, "parameters": 3}
+
+
+class TrainConfig(Config):
+    """What every stage is trained with: AdamW, a cosine with warm-up, gradients clipped."""
+
+    seed: int = 0
+    """Seed of the initial weights, the data order and the augmentation."""
+    epochs: int = Field(3, ge=1)
+    """Times that every sample is trained on."""
+    batch_size: int = Field(64, ge=1)
+    """Samples of one update, over all workers."""
+    learning_rate: float = Field(1e-4, gt=0)
+    """Highest learning rate, reached after the warm-up."""
+    weight_decay: float = Field(0.01, ge=0)
+    """AdamW's weight decay, on matrices; not on biases and norms."""
+    warmup: float = Field(0.05, ge=0, le=1)
+    """Share of all updates in which the learning rate rises."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients above this norm are scaled down to it."""
+    patience: int | None = Field(None, ge=1)
+    """Epochs without a better validation figure after which training ends; null: never before the last epoch."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of weights in the forward and backward pass; auto: bfloat16 on a GPU, float32 without."""
+    activation_checkpointing: bool = execution(False)
+    """Recompute activations in the backward pass: less memory, about 30 % more time."""
+    zero_stage: Literal[0, 1, 2, 3] = execution(0)
+    """What DeepSpeed shards over the workers: 1 optimizer states, 2 and gradients, 3 and weights. In bfloat16 at least
+    1."""
+    offload: Literal["none", "optimizer", "parameters"] = execution("none")
+    """What lies in CPU memory between uses: optimizer states (from ZeRO 1 on), or weights too (ZeRO 3)."""
+    num_workers: int = execution(1)
+    """Training processes. A training that was interrupted may go on with another number of them."""
+    cpus_per_worker: float = execution(2.0)
+    """CPUs that Ray reserves for a worker."""
+    gpus_per_worker: float = execution(0.0)
+    """GPUs of a worker; 0 trains on CPU."""
+    threads: int = execution(2)
+    """Torch threads of a worker that trains on CPU. Two runs are equal bit by bit only at the same number."""
+    micro_batch_tokens: int = execution(8192)
+    """Tokens of one forward pass of a worker; lower it when memory runs out."""
+    checkpoint_every: int = execution(0)
+    """Updates between checkpoints; 0: at the ends of epochs."""
+    max_failures: int = execution(1)
+    """Worker failures, preemptions apart, after which training starts again from its last checkpoint by itself."""
+    trackers: tuple[TrackerName, ...] = execution(("tensorboard",))
+    """Where each update's figures go: tensorboard (a folder beside the model), wandb, mlflow."""
+
+    @model_validator(mode="after")
+    def _offload_needs_zero(self) -> "TrainConfig":
+        lowest = _LOWEST_ZERO_STAGE[self.offload]
+        if self.zero_stage < lowest:
+            raise ValueError(f"offload={self.offload} needs zero_stage={lowest} or more, not {self.zero_stage}")
+        return self

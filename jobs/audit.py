@@ -7,7 +7,6 @@ the run's folder.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -18,10 +17,11 @@ from rich.console import Console
 from jobs.graph import BY_NAME, LABELS, STEPS
 from jobs.recipe import Recipe
 from jobs.step import Job, Run, launch, parser, read_arguments
-from medmm_ray.config import JsonObject
+from medmm_ray.data.json_documents import to_json
 from medmm_ray.data.tables import Manifest, Table, filesystem, write_file
+from medmm_ray.engines.llm.ledger import LEDGER_FILE, Ledger, LedgerFile
 from medmm_ray.pages.dataset_page import render, summary
-from medmm_ray.steps.audit import audit, require
+from medmm_ray.steps.audit import AuditReport, audit, require
 
 STEP = BY_NAME["audit"]
 
@@ -39,11 +39,11 @@ def make(run: Run, uri: str) -> dict[str, float]:
     report = report_of(run)
     write(report, uri, run.root)
     if run.recipe.audit.gates == "required":
-        require(report)
-    return {gate["name"]: gate["value"] for gate in report["gates"] if gate["value"] is not None}
+        require(report.gates)
+    return {gate.name: gate.value for gate in report.gates if gate.value is not None}
 
 
-def report_of(run: Run) -> JsonObject:
+def report_of(run: Run) -> AuditReport:
     """The report of the tables of `run` that are complete, and of the labels so far."""
     tables = {name: run.table(name) for name in STEP.reads if not run.is_left_out(name)}
     complete = {name: table for name, table in tables.items() if table.is_complete}
@@ -91,21 +91,22 @@ def _missing(tables: Mapping[str, Table], label_tables: Sequence[str]) -> list[s
     return missing
 
 
-def ledgers_of(run: Run) -> dict[str, JsonObject]:
+def ledgers_of(run: Run) -> dict[str, Ledger]:
     """The ledgers of the run's APIs, by the folder of the model."""
     fs, path = filesystem(f"{run.root}/api")
     ledgers = {}
     for file in fs.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True)):
-        if file.base_name == "ledger.json":
-            with fs.open_input_stream(file.path) as stream:
-                ledgers[file.path.split("/")[-2]] = json.loads(stream.read())
+        if file.base_name == LEDGER_FILE:
+            folder = file.path.removeprefix(path).removesuffix(f"/{LEDGER_FILE}")
+            ledger, _ = LedgerFile(f"{run.root}/api{folder}").read()
+            ledgers[folder.rpartition("/")[2]] = ledger
     return ledgers
 
 
-def write(report: JsonObject, *folders: str) -> None:
+def write(report: AuditReport, *folders: str) -> None:
     """The report as JSON and as a page, in each of the folders."""
     files = {
-        "dataset_report.json": json.dumps(report, indent=1, allow_nan=False).encode(),
+        "dataset_report.json": to_json(report),
         "dataset_report.html": render(report).encode(),
     }
     for name, content in files.items():
@@ -127,7 +128,7 @@ def _main(parsed: argparse.Namespace) -> int:
     write(report, run.root)
     Console().print(summary(report), f"\nreport: {run.root}/dataset_report.html")
     if parsed.strict or run.recipe.audit.gates == "required":
-        require(report)
+        require(report.gates)
     return 0
 
 

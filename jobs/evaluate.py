@@ -1,6 +1,5 @@
 """Everything -> report: report.json and report.html, in the artifact and at the top of the run's folder."""
 
-import json
 import sys
 
 import pyarrow as pa
@@ -8,11 +7,12 @@ import pyarrow.compute as pc
 
 from jobs.graph import LABELS, STEPS
 from jobs.step import Job, Run, main
-from medmm_ray.config import JsonObject
+from medmm_ray.data.json_documents import from_json, to_json
 from medmm_ray.data.tables import filesystem, write_file
 from medmm_ray.engines.images import open_image
 from medmm_ray.pages.report import headline, render
-from medmm_ray.steps.evaluate import environment, evaluate
+from medmm_ray.steps.audit import AuditReport
+from medmm_ray.steps.evaluate import StepEntry, environment, evaluate
 
 
 def run(job: Job) -> None:
@@ -25,6 +25,7 @@ def make(job: Job, uri: str) -> dict[str, float]:
     # Solutions of training questions were learnt from: they are no part of what is measured.
     _, test_ids = job.solutions_of("test")
     solutions = job.read("solutions")
+    dataset = read_report(job.run.uri("dataset_report"))
     report = evaluate(
         job.config,
         questions=job.read("questions"),
@@ -33,22 +34,23 @@ def make(job: Job, uri: str) -> dict[str, float]:
         scores=job.read("scores"),
         labels=[job.read(name) for name in LABELS],
         review_queue=job.read("review_queue"),
-        dataset=read_report(job.run.uri("dataset_report")),
+        balances=dataset.balance,
+        pairs=dataset.agreement,
         steps=_step_entries(job.run),
         environment=environment(),
     )
     files = {
-        "report.json": json.dumps(report, indent=1, allow_nan=False).encode(),
+        "report.json": to_json(report),
         "report.html": render(report, open_image).encode(),
     }
     for name, content in files.items():
         for folder in (uri, job.run.root):
             fs, path = filesystem(f"{folder}/{name}")
             write_file(fs, path, content)
-    return {kind: figure["value"] for _, kind, figure in headline(report)}
+    return {entry.kind: entry.figure.value for entry in headline(report)}
 
 
-def _step_entries(run: Run) -> list[JsonObject]:
+def _step_entries(run: Run) -> list[StepEntry]:
     """What each other step of the run made, and how long it took."""
     entries = []
     for step in STEPS:
@@ -57,21 +59,20 @@ def _step_entries(run: Run) -> list[JsonObject]:
             continue
         manifests = run.manifests(step)
         entries.append(
-            {
-                "name": step.name,
-                "rows": sum(manifest.rows for manifest in manifests),
-                "seconds": sum(manifest.seconds for manifest in manifests),
-            }
+            StepEntry(
+                name=step.name,
+                rows=sum(manifest.rows for manifest in manifests),
+                seconds=sum(manifest.seconds for manifest in manifests),
+            )
         )
     return entries
 
 
-def read_report(uri: str) -> JsonObject:
+def read_report(uri: str) -> AuditReport:
     """The dataset report in the artifact's folder."""
     fs, path = filesystem(f"{uri}/dataset_report.json")
     with fs.open_input_stream(path) as stream:
-        report: JsonObject = json.loads(stream.read())
-    return report
+        return from_json(AuditReport, stream.read())
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from jobs.recipe import Recipe
 from jobs.resources import ResourceSampler
 from jobs.step import Job, Run, launch, parser, read_arguments, run_step
 from medmm_ray.config import ConfigError
+from medmm_ray.data.json_documents import from_json
 from medmm_ray.data.tables import filesystem, write_file
 
 HEARTBEAT_S = 30  # between two lines of a log while a step runs
@@ -252,14 +253,16 @@ def print_summary(run: Run, steps: Sequence[Step], console: Console, seconds: fl
         )
     if BY_NAME["audit"] in steps:
         from medmm_ray.pages.dataset_page import lead
+        from medmm_ray.steps.audit import AuditReport
 
-        dataset = json.loads((Path(run.recipe.run) / "dataset_report.json").read_text())
+        dataset = from_json(AuditReport, (Path(run.recipe.run) / "dataset_report.json").read_bytes())
         words = lead(dataset).removeprefix("The dataset ")
         console.print(f"\ndataset: {words}\nreport: {Path(run.recipe.run) / 'dataset_report.html'}", highlight=False)
     if BY_NAME["evaluate"] in steps and not run.skipped(BY_NAME["evaluate"]):
         from medmm_ray.pages.report import summary
+        from medmm_ray.steps.evaluate import EvaluationReport
 
-        report = json.loads((Path(run.recipe.run) / "report.json").read_text())
+        report = from_json(EvaluationReport, (Path(run.recipe.run) / "report.json").read_bytes())
         console.print("", summary(report), f"\nreport: {Path(run.recipe.run) / 'report.html'}")
 
 

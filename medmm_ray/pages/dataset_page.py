@@ -1,12 +1,11 @@
-"""dataset_report.json -> dataset_report.html (one self-contained page) and a few lines for the terminal.
+"""An `AuditReport` -> dataset_report.html (one self-contained page) and a few lines for the terminal.
 
-Enters: the dict that `medmm_ray.steps.audit.audit` makes. Leaves: HTML with inline styles and SVG figures; it loads
-nothing.
+Leaves: HTML with inline styles and SVG figures; it loads nothing.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from markupsafe import Markup
 from rich.console import Group, RenderableType
@@ -18,10 +17,11 @@ from medmm_ray.pages.charts import Bar
 from medmm_ray.pages.forest import Whisker, forest, gauge
 from medmm_ray.pages.report import SOURCE_NAMES, count, fixed, pages, percent, words
 from medmm_ray.pages.svg import BLUE, GREEN, GREY, ORANGE
-from medmm_ray.steps.audit import figure_text, target_text
+from medmm_ray.stats.agreement import KappaFigure, PairAgreement
+from medmm_ray.stats.gates import Gate, Target, figure_text, target_text
+from medmm_ray.stats.grouped_stats import Figure, GroupedStats, GroupFigure
+from medmm_ray.steps.audit.report import AuditReport
 
-Row = dict[str, Any]
-JUDGE_AND_EXPERT = ("judge", "expert")  # the pair of sources that a gate is about
 STATES = {
     True: ("✓", "met", BLUE),
     False: ("✗", "not met", ORANGE),
@@ -47,7 +47,7 @@ GROUPINGS = {
 }
 
 
-def render(report: Row) -> str:
+def render(report: AuditReport) -> str:
     """The page."""
     env = pages()
     env.filters |= {"dollars": dollars}
@@ -56,7 +56,7 @@ def render(report: Row) -> str:
         lead=lead(report),
         tiles=tiles(report),
         states=STATES,
-        gauges={gate["name"]: _gauge(gate) for gate in report["gates"]},
+        gauges={gate.name: _gauge(gate) for gate in report.gates},
         spoken=figure_text,
         wanted=target_text,
         source_name=source_name,
@@ -85,12 +85,12 @@ def bar(share: float, kind: str = "plus") -> Markup:
     return Markup(f'<div class="stack"><span class="{kind}" style="width:{100 * share:.2f}%"></span></div>')  # noqa: S704
 
 
-def lead(report: Row) -> str:
+def lead(report: AuditReport) -> str:
     """How many gates are met, and which are not."""
     titles: dict[bool | None, list[str]] = {True: [], False: [], None: []}  # by whether the gate is met
-    for gate in report["gates"]:
-        titles[gate["passed"]].append(gate["title"].lower())
-    sentences = [f"The dataset meets {len(titles[True])} of {len(report['gates'])} quality gates."]
+    for gate in report.gates:
+        titles[gate.passed].append(gate.title.lower())
+    sentences = [f"The dataset meets {len(titles[True])} of {len(report.gates)} quality gates."]
     if titles[False]:
         sentences.append(f"Not met: {'; '.join(titles[False])}.")
     if titles[None]:
@@ -98,60 +98,52 @@ def lead(report: Row) -> str:
     return " ".join(sentences)
 
 
-def tiles(report: Row) -> list[Row]:
-    """The figures at the top: name, figure, and a small line under it."""
-    coverage = report["coverage"]
-    sampling = report["sampling"]
-    steps = report["steps"]
-    source = report["source"]
-    splits = [f"{count(number)} {split}" for split, number in coverage["splits"].items()]
-    accuracy = sampling["accuracy"]["all"].get("all")
-    balance = _balance(report)
-    right_steps = balance["share"]["all"].get("all") if balance else None
-    kappa = _judge_kappa(report)
-    labelled_by = source_name(source).lower() if source else "no labels"
-    steps_a_solution = fixed(steps["mean"]["value"], 2)
+@dataclass(frozen=True)
+class Tile:
+    """A figure at the top of the page, with a small line under it."""
+
+    name: str
+    big: str
+    small: str
+
+
+def tiles(report: AuditReport) -> list[Tile]:
+    """The figures at the top."""
+    coverage = report.coverage
+    sampling = report.sampling
+    steps = report.steps
+    splits = [f"{count(number)} {split}" for split, number in coverage.splits.items()]
+    accuracy = sampling.accuracy["all"].get("all")
+    balance = report.speaking_balance
+    right_steps = balance.overall_share if balance else None
+    kappa = report.judge_expert.overall_kappa if report.judge_expert else None
+    labelled_by = source_name(report.source).lower() if report.source else "no labels"
+    steps_a_solution = fixed(steps.mean.value, 2)
     return [
-        _tile("Questions", count(coverage["questions"]), ", ".join(splits)),
-        _tile("Solutions", count(steps["solutions"]), f"{count(sampling['missing'])} missing"),
-        _tile("Steps", count(steps["steps"]), f"{steps_a_solution} a solution"),
-        _tile("Right answers", percent(_value(accuracy)), interval(accuracy)),
-        _tile(f"Right steps, {labelled_by}", percent(_value(right_steps)), interval(right_steps)),
-        _tile("κ of judge and expert", fixed(_value(kappa), 2), interval(kappa, share=False)),
+        Tile("Questions", count(coverage.questions), ", ".join(splits)),
+        Tile("Solutions", count(steps.solutions), f"{count(sampling.missing)} missing"),
+        Tile("Steps", count(steps.steps), f"{steps_a_solution} a solution"),
+        Tile("Right answers", percent(_value(accuracy)), _interval_of(accuracy)),
+        Tile(f"Right steps, {labelled_by}", percent(_value(right_steps)), _interval_of(right_steps)),
+        Tile("κ of judge and expert", fixed(_value(kappa), 2), _interval_of(kappa, share=False)),
     ]
 
 
-def _tile(name: str, big: str, small: str) -> Row:
-    return {"name": name, "big": big, "small": small}
+def _value(figure: Figure | None) -> float | None:
+    return figure.value if figure else None
 
 
-def _value(figure: Row | None) -> float | None:
-    return figure["value"] if figure else None
+def _interval_of(figure: Figure | None, share: bool = True) -> str:
+    return interval(figure.low, figure.high, share) if figure else ""
 
 
-def _balance(report: Row) -> Row | None:
-    """The balance of labels of the report's main source, if it has one."""
-    for balance in report["balance"]:
-        if balance["source"] == report["source"]:
-            return dict(balance)
-    return None
-
-
-def _judge_kappa(report: Row) -> Row | None:
-    """The agreement of judge and expert over all steps, if both label any."""
-    for pair in report["agreement"]:
-        if (pair["first"], pair["second"]) == JUDGE_AND_EXPERT:
-            return dict(pair["kappa"]["all"]["all"])
-    return None
-
-
-def interval(figure: Row | None, share: bool = True) -> str:
-    """The ends of a figure's interval, in percent or plain; empty where it has none."""
-    if figure is None or figure["low"] is None:
+def interval(low: float | None, high: float | None, share: bool = True) -> str:
+    """The ends of an interval, in percent or plain; empty where there is none."""
+    if low is None or high is None:
         return ""
     scale, digits = (100, 1) if share else (1, 2)
-    low = round(scale * figure["low"], digits) + 0.0  # + 0.0: no negative zero
-    high = round(scale * figure["high"], digits) + 0.0
+    low = round(scale * low, digits) + 0.0  # + 0.0: no negative zero
+    high = round(scale * high, digits) + 0.0
     between = " to " if low < 0 else "–"  # a dash beside a minus reads badly
     return f"{low:.{digits}f}{between}{high:.{digits}f}".replace("-", "−")
 
@@ -159,101 +151,75 @@ def interval(figure: Row | None, share: bool = True) -> str:
 # Figures
 
 
-def _gauge(gate: Row) -> Markup:
+def _gauge(gate: Gate) -> Markup:
     """The gate's figure on a scale; nothing where its unit has none."""
-    scale = SCALES.get(gate["unit"])
+    scale = SCALES.get(gate.unit)
     # Money has no natural end: the scale reaches a quarter beyond the budget.
-    if gate["unit"] == "dollars" and gate["target"][1]:
-        scale = (0.0, 1.25 * gate["target"][1])
+    if gate.unit == "dollars" and gate.target[1]:
+        scale = (0.0, 1.25 * gate.target[1])
     if scale is None:
         return Markup("")
-    _, _, colour = STATES[gate["passed"]]
-    shape = "circle" if gate["passed"] else "diamond"
+    _, _, colour = STATES[gate.passed]
+    shape = "circle" if gate.passed else "diamond"
     row = Whisker(
         "",
-        gate["value"],
-        gate["low"],
-        gate["high"],
+        gate.value,
+        gate.low,
+        gate.high,
         colour=colour,
         mark=shape,
-        target=gate["target"],
+        target=gate.target,
     )
     return gauge(row, scale)
 
 
-def _calibration(report: Row) -> Markup | None:
+def _calibration(report: AuditReport) -> Markup | None:
     """Right answers and right steps by difficulty, beside the gates' ranges."""
-    balance = _balance(report)
+    balance = report.speaking_balance
     if balance is None:
         return None
-    targets = {gate["name"]: gate["target"] for gate in report["gates"]}
+    targets = {gate.name: gate.target for gate in report.gates}
     bands = {
         "easy": targets["easy_positive"],
         "hard": targets["hard_positive"],
         "all": targets["positive_share"],
     }
     # Only the shares of right steps have gates; the policy's accuracy is shown to compare.
-    rows: list[Whisker | str] = [f"Right steps ({source_name(balance['source'])})"]
-    for name, figure in _by_difficulty(balance["share"]).items():
-        rows.append(
-            _whisker(
-                name,
-                figure,
-                BLUE,
-                "circle",
-                bands.get(name),
-            )
-        )
+    rows: list[Whisker | str] = [f"Right steps ({source_name(balance.source)})"]
+    for name, figure in _by_difficulty(balance.share).items():
+        rows.append(_whisker(name, figure, BLUE, "circle", bands.get(name)))
     rows.append("Right answers")
-    for name, figure in _by_difficulty(report["sampling"]["accuracy"]).items():
-        rows.append(
-            _whisker(
-                name,
-                figure,
-                GREEN,
-                "diamond",
-                None,
-            )
-        )
+    for name, figure in _by_difficulty(report.sampling.accuracy).items():
+        rows.append(_whisker(name, figure, GREEN, "diamond"))
     return forest(rows, (0, 1), True, "share, with 95 % interval", "Right steps and answers by difficulty")
 
 
-def _by_difficulty(tables: Row) -> Row:
+def _by_difficulty(tables: GroupedStats) -> dict[str, GroupFigure]:
     """The figure of all, then those of each difficulty."""
     return {**tables["all"], **tables["difficulty"]}
 
 
 def _whisker(
     name: str,
-    figure: Row,
-    colour: str,
-    mark: str,
-    target: Sequence[float | None] | None,
+    figure: Figure,
+    colour: str = BLUE,
+    mark: str = "circle",
+    target: Target | None = None,
 ) -> Whisker:
-    band = None if target is None else (target[0], target[1])
-    return Whisker(
-        words(name),
-        figure["value"],
-        figure["low"],
-        figure["high"],
-        "",
-        colour,
-        mark,
-        band,
-    )
+    return Whisker(words(name), figure.value, figure.low, figure.high, "", colour, mark, target)
 
 
-def _histogram(report: Row) -> Markup | None:
+def _histogram(report: AuditReport) -> Markup | None:
     """Solutions by their number of steps; those below or above the usual numbers in orange."""
-    counts = {int(num_steps): number for num_steps, number in report["steps"]["histogram"].items()}
+    counts = {int(num_steps): number for num_steps, number in report.steps.histogram.items()}
     if not counts:
         return None
-    low, high = next(gate["target"] for gate in report["gates"] if gate["name"] == "mean_steps")
+    low, high = report.config["mean_steps"]
     first = min(1, *counts)
     last = min(max([*counts, round(high)]) + 1, 40)  # all longer ones are one bar
     num_longer = sum(number for num_steps, number in counts.items() if num_steps >= last)
     total = sum(counts.values())
-    few, many = report["config"]["usual_steps"]
+    few, many = report.config["usual_steps"]
     bars = []
     for num_steps in range(first, last + 1):
         name = str(num_steps)
@@ -273,35 +239,26 @@ def _histogram(report: Row) -> Markup | None:
     return charts.bars(bars, band, "steps of a solution", "share of solutions", "Solutions by number of steps")
 
 
-def _kappas(report: Row) -> Markup | None:
+def _kappas(report: AuditReport) -> Markup | None:
     """Kappa of every pair of sources."""
     rows: list[Whisker | str] = []
-    for pair in report["agreement"]:
-        name = f"{source_name(pair['first'])} – {_short(pair['second'])}"
-        figure = pair["kappa"]["all"]["all"]
-        has_gate = (pair["first"], pair["second"]) == JUDGE_AND_EXPERT
-        target = (report["config"]["min_kappa"], None) if has_gate else None
-        rows.append(
-            Whisker(
-                name,
-                figure["value"],
-                figure["low"],
-                figure["high"],
-                target=target,
-            )
-        )
+    for pair in report.agreement:
+        name = f"{source_name(pair.first)} – {_short(pair.second)}"
+        figure = pair.overall_kappa
+        target = (report.config["min_kappa"], None) if pair is report.judge_expert else None
+        rows.append(Whisker(name, figure.value, figure.low, figure.high, target=target))
     if not rows:
         return None
     return forest(rows, _reach(rows), False, "Cohen's κ", "Agreement of label sources")
 
 
-def _details(report: Row) -> list[tuple[str, Markup]]:
+def _details(report: AuditReport) -> list[tuple[str, Markup]]:
     """For each pair kappa by group: the judge against expert and truth first, then the others."""
     details = []
-    for pair in sorted(report["agreement"], key=_rank):  # the page shows the first one beside the table
-        rows = _rows_by_group(pair["kappa"])
+    for pair in sorted(report.agreement, key=_rank):  # the page shows the first one beside the table
+        rows = _rows_by_group(pair.kappa)
         if rows:
-            name = f"{source_name(pair['first'])} – {source_name(pair['second'])}"
+            name = f"{source_name(pair.first)} – {source_name(pair.second)}"
             chart = forest(
                 rows,
                 _reach(rows),
@@ -313,12 +270,12 @@ def _details(report: Row) -> list[tuple[str, Markup]]:
     return details
 
 
-def _rank(pair: Row) -> tuple[bool, bool]:
+def _rank(pair: PairAgreement) -> tuple[bool, bool]:
     # False sorts first: the judge, and of its pairs those with somebody who knows better.
-    return pair["first"] != "judge", pair["second"] not in ("expert", "phantom")
+    return pair.first != "judge", pair.second not in ("expert", "phantom")
 
 
-def _rows_by_group(tables: Row) -> list[Whisker | str]:
+def _rows_by_group(tables: Mapping[str, Mapping[str, KappaFigure]]) -> list[Whisker | str]:
     """A heading and a row a group, for each grouping that has several."""
     rows: list[Whisker | str] = []
     # A grouping of one group would say the same as all steps together.
@@ -327,14 +284,7 @@ def _rows_by_group(tables: Row) -> list[Whisker | str]:
         if len(table) > 1:
             rows.append(title)
             for name, figure in table.items():
-                rows.append(
-                    Whisker(
-                        words(name),
-                        figure["value"],
-                        figure["low"],
-                        figure["high"],
-                    )
-                )
+                rows.append(_whisker(name, figure))
     return rows
 
 
@@ -355,21 +305,21 @@ def _reach(rows: Sequence[Whisker | str]) -> tuple[float, float]:
 # The terminal
 
 
-def summary(report: Row) -> RenderableType:
+def summary(report: AuditReport) -> RenderableType:
     """The gates, a line each, and what to do about those that are not met."""
-    questions = count(report["coverage"]["questions"])
-    steps = report["steps"]
-    sizes = f"{questions} questions, {count(steps['solutions'])} solutions, {count(steps['steps'])} steps"
-    lines: list[RenderableType] = [Text(sizes), _gates_table(report["gates"])]
-    if report["missing"]:
-        lines.append(Text(f"not there yet: {', '.join(report['missing'])}", style="yellow"))
-    for gate in report["gates"]:
-        if gate["advice"]:
-            lines.append(Text(f"{gate['title']}: {gate['advice']}", style="dim"))
+    questions = count(report.coverage.questions)
+    steps = report.steps
+    sizes = f"{questions} questions, {count(steps.solutions)} solutions, {count(steps.steps)} steps"
+    lines: list[RenderableType] = [Text(sizes), _gates_table(report.gates)]
+    if report.missing:
+        lines.append(Text(f"not there yet: {', '.join(report.missing)}", style="yellow"))
+    for gate in report.gates:
+        if gate.advice:
+            lines.append(Text(f"{gate.title}: {gate.advice}", style="dim"))
     return Group(*lines)
 
 
-def _gates_table(gates: Sequence[Row]) -> Table:
+def _gates_table(gates: Sequence[Gate]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("")
     table.add_column("quality gate")
@@ -378,16 +328,15 @@ def _gates_table(gates: Sequence[Row]) -> Table:
     table.add_column("wanted", justify="right")
     styles = {True: "green", False: "bold red", None: "yellow"}
     for gate in gates:
-        unit = gate["unit"]
-        style = styles[gate["passed"]]
-        sign, _, _ = STATES[gate["passed"]]
+        style = styles[gate.passed]
+        sign, _, _ = STATES[gate.passed]
         ends = ""
-        if gate["low"] is not None and unit in SCALES:
-            ends = f"{figure_text(gate['low'], unit)} – {figure_text(gate['high'], unit)}"
+        if gate.low is not None and gate.unit in SCALES:
+            ends = f"{figure_text(gate.low, gate.unit)} – {figure_text(gate.high, gate.unit)}"
         table.add_row(
             Text(sign, style),
-            gate["title"],
-            Text(figure_text(gate["value"], unit), style),
+            gate.title,
+            Text(figure_text(gate.value, gate.unit), style),
             ends,
             target_text(gate),
         )

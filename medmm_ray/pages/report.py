@@ -1,13 +1,14 @@
-"""report.json -> report.html (one self-contained page) and the few lines that end a run on the terminal.
+"""An `EvaluationReport` -> report.html (one self-contained page) and the few lines that end a run on the terminal.
 
-Enters: the dict that `medmm_ray.steps.evaluate.evaluate` makes, and a function that opens an image's uri. Leaves: HTML
+Enters: the report, and a function that opens an image's uri. Leaves: HTML
 with inline styles, SVG figures and pictures; it loads nothing from anywhere. Everything from the data is escaped.
 """
 
 import base64
 import io
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -19,12 +20,15 @@ from medmm_ray.data.tables import RowError
 from medmm_ray.pages import charts
 from medmm_ray.pages.charts import Bin, CalibrationCurve, Point, RocCurve, Series
 from medmm_ray.pages.svg import BLUE, GREEN, GREY, INK, ORANGE, PURPLE
-from medmm_ray.steps.evaluate.steps import TRUTHS
+from medmm_ray.stats.metrics import CalibrationBin
+from medmm_ray.steps.evaluate.accuracy import DECODERS, Accuracy, AccuracyByN
+from medmm_ray.steps.evaluate.gates import limit_of
+from medmm_ray.steps.evaluate.report import EvaluationReport
+from medmm_ray.steps.evaluate.steps import TRUTHS, StepFigures
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Row = dict[str, Any]
 CONTROL = "shuffled_image"  # an arm that is no scorer: it shows what is left of a gain without the right image
 ARM_NAMES = {"text_only": "Text only", "multimodal": "Multimodal", "shuffled_image": "Shuffled image"}
 ARM_STYLES = {
@@ -38,13 +42,6 @@ SOURCE_NAMES = {
     "tree_search": "Tree search",
     "expert": "Expert",
     "phantom": "Phantom (truth)",
-}
-GATE_NAMES = {
-    "judge_expert_kappa": "Judge agrees with the expert (κ)",
-    "model_reference_kappa": "Model agrees with truth or expert, step by step (κ)",
-    "ece": "Expected calibration error, multimodal",
-    "multimodal_gain": "Gain of the image at best-of-N (fraction)",
-    "text_unchanged_without_image": "Text part against text-only scores (largest difference)",
 }
 ROLE_NAMES = {
     "chosen_multimodal": "chosen by the multimodal scorer",
@@ -61,25 +58,25 @@ SMALLEST_SIDE, LARGEST_SIDE = 360, 720  # pixels of a shown image's longer side
 LOG_ODDS_SCALE = 6.0  # log-odds that fill half of a bar
 
 
-def render(report: Row, open_image: "Callable[[str], Image]") -> str:
+def render(report: EvaluationReport, open_image: "Callable[[str], Image]") -> str:
     """The page. `open_image` takes a uri and gives a picture; a RowError or OSError of it is told in its place."""
     env = pages()
     env.filters |= {"tint": tint, "edge": edge, "bar": log_odds_bar}
-    arms = report["arms"]
+    arms = report.arms
     chosen_names = {f"chosen_{arm}": f"chosen by “{_arm_name(arm)}”" for arm in arms}
-    seconds = [step["seconds"] for step in report["steps"]]
+    seconds = [step.seconds for step in report.steps]
     return env.get_template("report.html.j2").render(
         r=report,
         pictures=_pictures(report, open_image),
         arm_name=_arm_name,
         source_name=lambda source: SOURCE_NAMES.get(source, source),
-        gate_names=GATE_NAMES,
+        limit_of=limit_of,
         role_names=chosen_names | ROLE_NAMES,
         kind_names=KIND_NAMES,
         tiles=_tiles(report),
         lead=lead(report),
         legend=[(charts.key(line), line.name) for line in _lines(report, "best_of_n")],
-        over_n={how: _over_n(report, how) for how in ("best_of_n", "sc_rm")},
+        over_n={decoder: _over_n(report, decoder) for decoder in DECODERS},
         step_arms=[arm for arm in arms if arm != CONTROL],
         step_charts=_step_charts(report),
         step_keys={arm: charts.key(_series(arm, [])) for arm in arms},
@@ -88,13 +85,13 @@ def render(report: Row, open_image: "Callable[[str], Image]") -> str:
     )
 
 
-def _pictures(report: Row, open_image: "Callable[[str], Image]") -> dict[str, str | None]:
+def _pictures(report: EvaluationReport, open_image: "Callable[[str], Image]") -> dict[str, str | None]:
     """The examples' images as data URIs, by image_id."""
     uris: dict[str, str] = {}
-    for example in report["examples"]:
+    for example in report.examples:
         # Examples may share an image: it is opened and embedded once.
-        for image in example["images"]:
-            uris[image["image_id"]] = image["uri"]
+        for image in example.images:
+            uris[image.image_id] = image.uri
     return {image_id: picture(uri, open_image) for image_id, uri in uris.items()}
 
 
@@ -244,142 +241,120 @@ def _series(arm: str, points: Sequence[Point]) -> Series:
     return Series(_arm_name(arm), colour, shape, dash, points)
 
 
-def _lines(report: Row, how: str) -> list[Series]:
+def _lines(report: EvaluationReport, decoder: str) -> list[Series]:
     """The scorers' lines and, to compare, oracle, majority vote and one sample."""
-    accuracy = report["accuracy"]
-    ns = [str(n) for n in report["ns"]]
-    arms = [_series(arm, _points(accuracy[how][arm], ns)) for arm in report["arms"]]
+    accuracy = report.accuracy
+    ns = [str(n) for n in report.ns]
+    by_arm = accuracy.of(decoder)
+    arms = [_series(arm, _points(by_arm[arm], ns)) for arm in report.arms]
     arms.sort(key=lambda line: -line.points[-1].value)  # in the legend as they end in the chart
     # The same at each N: a level line to compare with.
-    one_sample = dict.fromkeys(ns, accuracy["one_sample"])
+    one_sample = dict.fromkeys(ns, accuracy.one_sample)
     return [
-        Series("Oracle (any sample right)", INK, "none", "2 4", _points(accuracy["oracle"], ns)),
+        Series("Oracle (any sample right)", INK, "none", "2 4", _points(accuracy.oracle, ns)),
         *arms,
-        Series("Majority vote", GREEN, "diamond", "", _points(accuracy["majority"], ns)),
+        Series("Majority vote", GREEN, "diamond", "", _points(accuracy.majority, ns)),
         Series("One sample", GREY, "none", "9 4", _points(one_sample, ns)),
     ]
 
 
-def _points(figures: Row, ns: Sequence[str]) -> list[Point]:
+def _points(figures: AccuracyByN, ns: Sequence[str]) -> list[Point]:
     """The figures of each N, at equal distances."""
     points = []
     for place, n in enumerate(ns):
         figure = figures[n]
-        points.append(
-            Point(
-                float(place),
-                figure["value"],
-                figure["low"],
-                figure["high"],
-            )
-        )
+        points.append(Point(float(place), figure.value, figure.low, figure.high))
     return points
 
 
-def _over_n(report: Row, how: str) -> Markup:
-    label = {"best_of_n": "Accuracy of best-of-N over N", "sc_rm": "Accuracy of the reward-weighted vote over N"}[how]
-    return charts.lines_over_n(
-        _lines(report, how),
-        report["ns"],
-        label,
-    )
+def _over_n(report: EvaluationReport, decoder: str) -> Markup:
+    labels = {"best_of_n": "Accuracy of best-of-N over N", "sc_rm": "Accuracy of the reward-weighted vote over N"}
+    return charts.lines_over_n(_lines(report, decoder), report.ns, labels[decoder])
 
 
-def _step_charts(report: Row) -> Row:
+@dataclass(frozen=True)
+class _StepCharts:
+    roc: Markup
+    calibration: Markup
+    histograms: Mapping[str, Markup]
+
+
+def _step_charts(report: EvaluationReport) -> _StepCharts | None:
     """ROC and calibration of the arms that claim to be right (not the shuffled control), a histogram for each."""
     roc_curves = []
     calibration_curves = []
     histograms = {}
-    for arm, figures in report["step"].items():
-        if arm == CONTROL or not figures["steps"]:
+    for arm, figures in report.step.items():
+        if arm == CONTROL or not figures.steps:
             continue
         style = _series(arm, [])
-        rates = figures["roc"]
-        counts = figures["histogram"]
-        roc_curves.append(
-            RocCurve(
-                style.colour,
-                style.dash,
-                rates["false"],
-                rates["true"],
-            )
-        )
-        calibration_curves.append(
-            CalibrationCurve(
-                style.colour,
-                style.mark,
-                _bins(figures["calibration"]),
-            )
-        )
-        histograms[arm] = charts.histogram(
-            counts["right"],
-            counts["wrong"],
-            f"Step scores, {style.name}",
-        )
+        counts = figures.histogram
+        roc_curves.append(RocCurve(style.colour, style.dash, figures.roc.false, figures.roc.true))
+        calibration_curves.append(CalibrationCurve(style.colour, style.mark, _bins(figures.calibration)))
+        histograms[arm] = charts.histogram(counts.right, counts.wrong, f"Step scores, {style.name}")
     if not histograms:
-        return {}
-    return {
-        "roc": charts.roc(roc_curves, "ROC of steps"),
-        "calibration": charts.calibration(calibration_curves, "Calibration of step probabilities"),
-        "histograms": histograms,
-    }
+        return None
+    return _StepCharts(
+        roc=charts.roc(roc_curves, "ROC of steps"),
+        calibration=charts.calibration(calibration_curves, "Calibration of step probabilities"),
+        histograms=histograms,
+    )
 
 
-def _bins(rows: Sequence[Row]) -> list[Bin]:
+def _bins(calibration: Sequence[CalibrationBin]) -> list[Bin]:
     """The bins that hold any step: the others have no mean."""
     bins = []
-    for row in rows:
-        if row["count"]:
-            bins.append(
-                Bin(
-                    row["mean_probability"],
-                    row["share_right"],
-                    row["count"],
-                )
-            )
+    for calibration_bin in calibration:
+        mean, share = calibration_bin.mean_probability, calibration_bin.share_right
+        if mean is not None and share is not None:
+            bins.append(Bin(mean, share, calibration_bin.count))
     return bins
 
 
 # The headline
 
 
-def headline(report: Row) -> list[tuple[str, str, Row]]:
-    """(name, kind, {value, low, high}) of the figures that matter, best first to read; all at the largest N."""
-    accuracy = report["accuracy"]
-    n = str(report["n"])
+@dataclass(frozen=True)
+class Headline:
+    """A figure that matters: its name to read, its kind (the arm or the rule that it is of), and the figure."""
+
+    name: str
+    kind: str
+    figure: Accuracy
+
+
+def headline(report: EvaluationReport) -> list[Headline]:
+    """The figures that matter, best first to read; all at the largest N."""
+    accuracy = report.accuracy
+    n = str(report.n)
     # The usual arms in the order in which they are compared, then any others.
-    present = set(report["arms"])
+    present = set(report.arms)
     usual = [arm for arm in ("multimodal", "text_only", CONTROL) if arm in present]
-    arms = list(dict.fromkeys([*usual, *report["arms"]]))
-    rows = []
+    arms = list(dict.fromkeys([*usual, *report.arms]))
+    headlines = []
     for arm in arms:
-        best_of_n = accuracy["best_of_n"][arm]
-        rows.append((f"{_arm_name(arm)}, best of {n}", arm, best_of_n[n]))
+        headlines.append(Headline(f"{_arm_name(arm)}, best of {n}", arm, accuracy.best_of_n[arm][n]))
     for arm in arms:
-        weighted_vote = accuracy["sc_rm"][arm]
-        rows.append((f"{_arm_name(arm)}, weighted vote", f"sc_rm_{arm}", weighted_vote[n]))
-    rows.append(("One sample", "one_sample", accuracy["one_sample"]))
-    rows.append((f"Majority vote of {n}", "majority", accuracy["majority"][n]))
-    rows.append((f"Oracle of {n}", "oracle", accuracy["oracle"][n]))
-    return rows
+        headlines.append(Headline(f"{_arm_name(arm)}, weighted vote", f"sc_rm_{arm}", accuracy.sc_rm[arm][n]))
+    headlines.append(Headline("One sample", "one_sample", accuracy.one_sample))
+    headlines.append(Headline(f"Majority vote of {n}", "majority", accuracy.majority[n]))
+    headlines.append(Headline(f"Oracle of {n}", "oracle", accuracy.oracle[n]))
+    return headlines
 
 
-def lead(report: Row) -> str:
+def lead(report: EvaluationReport) -> str:
     """One sentence with the main result, whatever it is."""
-    accuracy = report["accuracy"]
-    n = str(report["n"])
-    one_sample = percent(accuracy["one_sample"]["value"])
-    best = {}
-    for arm in report["arms"]:
-        figure = accuracy["best_of_n"][arm][n]
-        best[arm] = percent(figure["value"])
-    if "gain" not in accuracy:
+    accuracy = report.accuracy
+    n = str(report.n)
+    one_sample = percent(accuracy.one_sample.value)
+    best = {arm: percent(accuracy.best_of_n[arm][n].value) for arm in report.arms}
+    if accuracy.gain is None:
         results = "; ".join(f"{_arm_name(arm)} {share}" for arm, share in best.items()) or "no scores"
         return f"One sample is right for {one_sample} of the questions. Best of {n}: {results}."
-    gain = accuracy["gain"]["best_of_n"][n]
-    value = _points_of_percent(gain["value"])
-    low = _points_of_percent(gain["low"])
-    high = _points_of_percent(gain["high"])
+    gain = accuracy.gain.best_of_n[n]
+    value = _points_of_percent(gain.value)
+    low = _points_of_percent(gain.low)
+    high = _points_of_percent(gain.high)
     return (
         f"One sample answers {one_sample} of the questions rightly. Choosing the best of {n} by the multimodal scorer "
         f"answers {best['multimodal']}, by the same scorer without the image {best['text_only']}: the image is worth "
@@ -391,37 +366,27 @@ def _points_of_percent(share: float) -> str:
     return f"{100 * share:.1f}".replace("-", "−")
 
 
-def _tiles(report: Row) -> list[Row]:
+def _tiles(report: EvaluationReport) -> list[Headline]:
     """The figures at the top of the page."""
     # The weighted vote stands in the chart and the terminal's table: the top has room for few.
-    tiles = []
-    for name, kind, figure in headline(report):
-        if not kind.startswith("sc_rm"):
-            tiles.append({"name": name, "kind": kind, **figure})
-    return tiles
+    return [entry for entry in headline(report) if not entry.kind.startswith("sc_rm")]
 
 
 # The terminal
 
 
-def summary(report: Row) -> RenderableType:
+def summary(report: EvaluationReport) -> RenderableType:
     """The headline table for a terminal, and a line each for steps, judge and failed rows."""
-    counts = report["counts"]
-    sizes = f"{count(counts['questions'])} {counts['split']} questions, {count(counts['solutions'])} solutions"
+    counts = report.counts
+    sizes = f"{count(counts.questions)} {counts.split} questions, {count(counts.solutions)} solutions"
     lines: list[RenderableType] = [Text(sizes), _headline_table(report)]
-    for arm, figures in report["step"].items():
-        if figures["steps"] and arm != CONTROL:
-            lines.append(
-                _step_line(
-                    arm,
-                    figures,
-                    report["reference"],
-                )
-            )
-    kappa = report["agreement"].get("judge_expert", {}).get("kappa")
-    lines.append(Text(f"judge and expert: κ {fixed(kappa)}"))
+    for arm, figures in report.step.items():
+        if figures.steps and arm != CONTROL:
+            lines.append(_step_line(arm, figures, report.reference))
+    judge_expert = report.agreement.get("judge_expert")
+    lines.append(Text(f"judge and expert: κ {fixed(judge_expert.kappa if judge_expert else None)}"))
     failed = []
-    for table, kinds in counts["errors"].items():
+    for table, kinds in counts.errors.items():
         if kinds:
             failed.append(f"{table} {sum(kinds.values())}")
     if failed:
@@ -429,27 +394,24 @@ def summary(report: Row) -> RenderableType:
     return Group(*lines)
 
 
-def _headline_table(report: Row) -> Table:
+def _headline_table(report: EvaluationReport) -> Table:
     table = Table(box=None, pad_edge=False, show_header=True, header_style="dim")
     table.add_column("accuracy")
     table.add_column("", justify="right")
     table.add_column("95 % interval", justify="right")
-    for name, kind, figure in headline(report):
-        interval = f"{100 * figure['low']:.1f} – {100 * figure['high']:.1f}"
-        table.add_row(
-            name,
-            percent(figure["value"]),
-            interval,
-            style="bold" if kind == "multimodal" else "",
-        )
+    for entry in headline(report):
+        figure = entry.figure
+        interval = f"{100 * figure.low:.1f} – {100 * figure.high:.1f}"
+        style = "bold" if entry.kind == "multimodal" else ""
+        table.add_row(entry.name, percent(figure.value), interval, style=style)
     return table
 
 
-def _step_line(arm: str, figures: Row, reference: str) -> Text:
+def _step_line(arm: str, figures: StepFigures, reference: str) -> Text:
     """How well an arm tells right steps from wrong ones; against what, where that is no truth."""
     against = "" if reference in TRUTHS else f" (against {reference})"
-    auroc = fixed(figures["auroc"])
-    macro_f1 = fixed(figures["macro_f1"])
-    ece = fixed(figures["ece"])
+    auroc = fixed(figures.auroc)
+    macro_f1 = fixed(figures.macro_f1)
+    ece = fixed(figures.ece)
     scorer = _arm_name(arm).lower()
     return Text(f"steps, {scorer}{against}: AUROC {auroc}  macro-F1 {macro_f1}  ECE {ece}")

@@ -1,8 +1,9 @@
 """How far two label sources agree: Cohen's kappa and the first wrong step, overall and by group, with intervals.
 
 Enters: the codes of each source over all steps (`stats.label_arrays`), groups of solutions, the expert's queue. Leaves:
-one plain dict a pair of sources. Only steps that both call right or wrong count: a null is "not labelled", a neutral
-step has nothing to agree on. Intervals resample questions, for the solutions of one question resemble each other.
+a `PairAgreement` for each pair of sources. Only steps that both call right or wrong count: a null is "not labelled", a
+neutral step has nothing to agree on. Intervals resample questions, for the solutions of one question resemble each
+other.
 
 The expert's queue draws unsure steps more often than others: with an expert each step weighs 1 / its inclusion
 probability (Hajek's estimator), in the figure and in its interval, so that both speak of all steps.
@@ -11,12 +12,21 @@ probability (Hajek's estimator), in the figure and in its interval, so that both
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from medmm_ray.stats.grouped_stats import GroupedStats, Groups, Resampling, Row, share_of_counts, stats_by_group
+from medmm_ray.stats.grouped_stats import (
+    CountedFigure,
+    GroupedStats,
+    GroupFigure,
+    Groups,
+    Resampling,
+    share_of_counts,
+    stats_by_group,
+)
 from medmm_ray.stats.label_arrays import NEUTRAL, RIGHT, UNLABELLED, WRONG, Codes, Ints, Steps
 from medmm_ray.stats.metrics import Bools, Floats, kappa_of_counts
 
@@ -35,6 +45,49 @@ class QueuedSteps:
 
     row: Ints
     probability: Floats
+
+
+@dataclass(frozen=True)
+class KappaFigure(CountedFigure):
+    """Cohen's kappa of two sources, with the share of equal labels.
+
+    `effective` is the number of equally weighted steps that would tell as much.
+    """
+
+    effective: float
+    equal: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairAgreement:
+    """How far two sources agree, by group of solutions.
+
+    `kappa` is by position in the solution too. `first_error` is the share of solutions with the same first wrong step
+    (or none), where both sources settle it: all `looked_at` by both where both label whole solutions; where one labels
+    only some steps, those it settles are no random sample.
+    """
+
+    first: str
+    second: str
+    weighted: bool
+    """Whether each step weighs 1 / its chance to enter the expert's queue."""
+    of: Literal["prefix", "step"]
+    """What the two are compared on: steps, or prefixes where one source speaks of these."""
+    outside_queue: int
+    """Shared steps outside the queue, which do not count."""
+    kappa: dict[str, dict[str, KappaFigure]]
+    first_error: GroupedStats
+    looked_at: int
+
+    @property
+    def overall_kappa(self) -> KappaFigure:
+        """Kappa of all shared steps."""
+        return self.kappa["all"]["all"]
+
+    @property
+    def overall_first_error(self) -> GroupFigure | None:
+        """The share of the same first wrong step over all solutions in which both settle it; None without any."""
+        return self.first_error["all"].get("all")
 
 
 def queued_steps(steps: Steps, review_queue: pa.Table) -> QueuedSteps:
@@ -76,24 +129,18 @@ def agreement(
     groups: Mapping[str, Groups],
     queue: QueuedSteps | None,
     resampling: Resampling,
-) -> list[Row]:
-    """One entry a pair of sources that share a step: tables of `kappa` and of `first_error`, by group of solutions.
-
-    `kappa` is by position in the solution too, and each figure has `equal`, the share of equal labels. `first_error` is
-    the share of solutions with the same first wrong step (or none), where both sources settle it: all `looked_at` by
-    both where both label whole solutions; where one labels only some steps, those it settles are no random sample.
-    """
+) -> list[PairAgreement]:
+    """The agreement of each pair of sources that share a step, in the order of `source_order`."""
     compared = _Compared(steps, codes, groups, queue, resampling)
-    entries = []
+    pairs = []
     for first, second in combinations(sorted(codes, key=source_order), 2):
-        entry = _pair(compared, first, second)
-        if entry["kappa"]["all"]:
-            entries.append(entry)
-    return entries
+        pair = _pair(compared, first, second)
+        if pair.kappa["all"]:
+            pairs.append(pair)
+    return pairs
 
 
-def _pair(compared: _Compared, first: str, second: str) -> Row:
-    """The entry of two sources."""
+def _pair(compared: _Compared, first: str, second: str) -> PairAgreement:
     steps = compared.steps
     of_prefixes = _speaks_of_prefixes(first, second)
     first_codes = _comparable_codes(compared, first, of_prefixes)
@@ -107,16 +154,16 @@ def _pair(compared: _Compared, first: str, second: str) -> Row:
     looked_at_by_first = looked_at(steps, compared.codes[first])
     looked_at_by_second = looked_at(steps, compared.codes[second])
     looked_at_by_both = looked_at_by_first & looked_at_by_second
-    return {
-        "first": first,
-        "second": second,
-        "weighted": weight is not None,
-        "of": "prefix" if of_prefixes else "step",
-        "outside_queue": num_outside,
-        "kappa": _kappa(compared, rows, first_codes[rows], second_codes[rows], weight),
-        "first_error": _first_error_agreement(compared, first, second),
-        "looked_at": int(looked_at_by_both.sum()),
-    }
+    return PairAgreement(
+        first=first,
+        second=second,
+        weighted=weight is not None,
+        of="prefix" if of_prefixes else "step",
+        outside_queue=num_outside,
+        kappa=_kappa(compared, rows, first_codes[rows], second_codes[rows], weight),
+        first_error=_first_error_agreement(compared, first, second),
+        looked_at=int(looked_at_by_both.sum()),
+    )
 
 
 def _speaks_of_prefixes(first: str, second: str) -> bool:
@@ -138,14 +185,14 @@ def _kappa(
     first_codes: Codes,
     second_codes: Codes,
     weight: Floats | None,
-) -> GroupedStats:
+) -> dict[str, dict[str, KappaFigure]]:
     """Kappa of the steps at `rows`, by group of solutions and by position, each figure with its share of equals."""
     steps = compared.steps
     solution = steps.solution[rows]
     groupings = {name: groups.of(solution) for name, groups in compared.groups.items()}
     groupings["position"] = positions(steps, rows)
     cell = 2 * first_codes.astype(np.int64) + second_codes  # the order of `kappa_of_counts`
-    kappa = stats_by_group(
+    stats = stats_by_group(
         groupings,
         steps.question[solution],
         cell,
@@ -154,13 +201,25 @@ def _kappa(
         compared.resampling,
         weight,
     )
-    for table in kappa.values():
-        for figure in table.values():
-            both_wrong, only_second, only_first, both_right = figure.pop("cells")
-            total = sum((both_wrong, only_second, only_first, both_right))
-            share_equal = (both_wrong + both_right) / total
-            figure["equal"] = round(share_equal, 6)
+    kappa: dict[str, dict[str, KappaFigure]] = {}
+    for grouping, table in stats.items():
+        kappa[grouping] = {name: _kappa_figure(figure) for name, figure in table.items()}
     return kappa
+
+
+def _kappa_figure(figure: GroupFigure) -> KappaFigure:
+    both_wrong, only_second, only_first, both_right = figure.cells
+    total = sum((both_wrong, only_second, only_first, both_right))
+    share_equal = (both_wrong + both_right) / total
+    return KappaFigure(
+        value=figure.value,
+        low=figure.low,
+        high=figure.high,
+        count=figure.count,
+        questions=figure.questions,
+        effective=figure.effective,
+        equal=round(share_equal, 6),
+    )
 
 
 def in_queue(rows: Ints, queue: QueuedSteps) -> tuple[Ints, Floats, int]:

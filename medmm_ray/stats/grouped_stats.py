@@ -1,24 +1,19 @@
 """Figures by group with 95 % intervals, from counts by question: kappa, shares, ratios.
 
-A figure is ``{value, low, high, count, questions, effective}``: `count` entries (steps or solutions) of so many
-questions; `effective` is the number of equally weighted entries that would tell as much. Intervals resample questions,
-for what one question's solutions say is not independent; the weights stay with their entries, so that a weighted figure
-has a weighted interval. `value` is None where it is not defined, the interval also where there is a single question.
+Intervals resample questions, for what one question's solutions say is not independent; the weights stay with their
+entries, so that a weighted figure has a weighted interval. A value is None where it is not defined, the interval also
+where there is a single question.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medmm_ray.stats.metrics import Floats, cluster_bootstrap, effective_size
 
-Row = dict[str, Any]
 Ints = NDArray[np.int64]
-GroupedStats = dict[str, dict[str, Row]]
-"""By grouping and name: a figure."""
 
 DIFFICULTIES = ("easy", "medium", "hard")
 
@@ -26,6 +21,38 @@ DIFFICULTIES = ("easy", "medium", "hard")
 def easy_first(name: str) -> tuple[int, str]:
     """Sort key of names of groups: difficulties from easy to hard, then all others by name."""
     return (DIFFICULTIES.index(name) if name in DIFFICULTIES else len(DIFFICULTIES), name)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number with its 95 % interval, each None where it is not defined."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class CountedFigure(Figure):
+    """A figure of `count` entries (steps or solutions) of so many questions."""
+
+    count: int
+    questions: int
+
+
+@dataclass(frozen=True)
+class GroupFigure(CountedFigure):
+    """The figure of a group of entries, with the (weighted) counts that it was made of.
+
+    `effective` is the number of equally weighted entries that would tell as much.
+    """
+
+    effective: float
+    cells: list[float]
+
+
+GroupedStats = dict[str, dict[str, GroupFigure]]
+"""By grouping and name: a figure."""
 
 
 @dataclass(frozen=True)
@@ -93,17 +120,17 @@ def stats_by_group(
         )
     counts_QGC = np.concatenate(counts_by_grouping, axis=1)
     # All groups at once: they share the resamples, which are most of the work.
-    figures = _figures(counts_QGC, statistic, resampling)
+    estimates = _estimates(counts_QGC, statistic, resampling)
     tables: GroupedStats = {}
     for grouping, groups in all_groupings.items():
         table = tables[grouping] = {}
         sizes = np.bincount(groups.member, minlength=len(groups.names))
         for place, name in enumerate(groups.names):
-            figure = next(figures)
+            estimate = next(estimates)
             count = int(sizes[place])
             if count:
                 group_weight = None if weight is None else weight[groups.member == place]
-                table[name] = figure.entry(count, group_weight)
+                table[name] = estimate.figure(count, group_weight)
     return tables
 
 
@@ -127,8 +154,8 @@ def _counts(
 
 
 @dataclass(frozen=True)
-class _GroupFigure:
-    """One group's figure, its interval, and what it was counted from."""
+class _Estimate:
+    """One group's value and interval (NaN: not defined), and what it was counted from."""
 
     value: float
     low: float
@@ -136,21 +163,26 @@ class _GroupFigure:
     questions: int
     cells: list[float]
 
-    def entry(self, count: int, weight: Floats | None) -> Row:
-        """The figure as a row, of `count` entries with these weights."""
-        return {
-            **_figure(self.value, self.low, self.high, count, self.questions),
-            "effective": float(count) if weight is None else round(effective_size(weight), 1),
-            "cells": self.cells,
-        }
+    def figure(self, count: int, weight: Floats | None) -> GroupFigure:
+        """The figure of `count` entries with these weights."""
+        low, high = _interval(self.low, self.high, self.questions)
+        return GroupFigure(
+            value=_number(self.value),
+            low=low,
+            high=high,
+            count=count,
+            questions=self.questions,
+            effective=float(count) if weight is None else round(effective_size(weight), 1),
+            cells=self.cells,
+        )
 
 
-def _figures(
+def _estimates(
     counts_QGC: Floats,
     statistic: Callable[[Floats], Floats],
     resampling: Resampling,
-) -> Iterator[_GroupFigure]:
-    """The figure of each group, in order; all groups share the resamples."""
+) -> Iterator[_Estimate]:
+    """The estimate of each group, in order; all groups share the resamples."""
     num_questions, num_groups, num_cells = counts_QGC.shape
     low_G, high_G = cluster_bootstrap(
         counts_QGC.reshape(num_questions, num_groups * num_cells),
@@ -162,12 +194,10 @@ def _figures(
     value_G = statistic(totals_GC)
     questions_G = (counts_QGC.sum(axis=2) > 0).sum(axis=0)
     for group in range(num_groups):
-        yield _GroupFigure(
-            value_G[group], low_G[group], high_G[group], int(questions_G[group]), totals_GC[group].tolist()
-        )
+        yield _Estimate(value_G[group], low_G[group], high_G[group], int(questions_G[group]), totals_GC[group].tolist())
 
 
-def ratio(above_Q: Floats, below_Q: Floats, resampling: Resampling) -> Row:
+def ratio(above_Q: Floats, below_Q: Floats, resampling: Resampling) -> CountedFigure:
     """A ratio of two sums over questions, such as steps a solution; `count` is the lower sum (`below_Q`'s)."""
 
     def quotient(sums_B2: Floats) -> Floats:
@@ -186,24 +216,22 @@ def ratio(above_Q: Floats, below_Q: Floats, resampling: Resampling) -> Row:
         resampling.num,
         resampling.seed,
     )
-    return _figure(
-        value,
-        low[0],
-        high[0],
-        int(below_Q.sum()),
-        len(sums_Q2),
+    num_questions = len(sums_Q2)
+    low_end, high_end = _interval(low[0], high[0], num_questions)
+    return CountedFigure(
+        value=_number(value),
+        low=low_end,
+        high=high_end,
+        count=int(below_Q.sum()),
+        questions=num_questions,
     )
 
 
-def _figure(value: float, low: float, high: float, count: int, questions: int) -> Row:
-    several = questions > 1  # the resamples of a single question are all alike
-    return {
-        "value": _number(value),
-        "low": _number(low) if several else None,
-        "high": _number(high) if several else None,
-        "count": count,
-        "questions": questions,
-    }
+def _interval(low: float, high: float, num_questions: int) -> tuple[float | None, float | None]:
+    # The resamples of a single question are all alike.
+    if num_questions < 2:
+        return None, None
+    return _number(low), _number(high)
 
 
 def _number(value: float) -> float | None:

@@ -9,7 +9,6 @@ Legend of suffixes: Q questions, K sums, B resamples, F figures.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -251,19 +250,24 @@ def expected_calibration_error(bins: Sequence[CalibrationBin]) -> float | None:
     return sum(gaps) / total if total else None
 
 
-def histogram(labels: Bools, probabilities: Floats, num_bins: int = 20) -> dict[str, Any]:
-    """Counts of right and of wrong steps over bins of equal width of the probability."""
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of right and of wrong steps by bin of the probability; `edges` are the bins' ends, one more than bins."""
+
+    edges: list[float]
+    right: list[int]
+    wrong: list[int]
+
+
+def histogram(labels: Bools, probabilities: Floats, num_bins: int = 20) -> Histogram:
+    """Right and wrong steps over bins of equal width."""
     labels = _truths("labels", labels)
     probabilities = finite("probabilities", probabilities)
     # With the last edge, 1.0, in the last bin, as numpy counts.
     edges = np.linspace(0, 1, num_bins + 1)
     right, _ = np.histogram(probabilities[labels], edges)
     wrong, _ = np.histogram(probabilities[~labels], edges)
-    return {
-        "edges": edges.tolist(),
-        "right": right.tolist(),
-        "wrong": wrong.tolist(),
-    }
+    return Histogram(edges.tolist(), right.tolist(), wrong.tolist())
 
 
 # Agreement of two raters, and the size of weighted samples
@@ -327,11 +331,20 @@ def first_error(labels: Sequence[int | bool | None]) -> int:
     return -1
 
 
-def processbench_f1(reference: Sequence[int], predicted: Sequence[int]) -> dict[str, float | None]:
-    """ProcessBench: the shares of erroneous and of correct solutions whose first error (-1: none) is found exactly.
+@dataclass(frozen=True)
+class ProcessBench:
+    """The shares of erroneous and of correct solutions whose first error (-1: none) is found exactly.
 
     `f1` is their harmonic mean; None where either kind of solution is missing.
     """
+
+    erroneous: float | None
+    correct: float | None
+    f1: float | None
+
+
+def processbench_f1(reference: Sequence[int], predicted: Sequence[int]) -> ProcessBench:
+    """ProcessBench's figures of first errors found beside those that there are."""
     erroneous_hits: list[bool] = []
     correct_hits: list[bool] = []
     for truth, guess in zip(reference, predicted, strict=True):
@@ -343,7 +356,7 @@ def processbench_f1(reference: Sequence[int], predicted: Sequence[int]) -> dict[
     if erroneous is not None and correct is not None:
         total = erroneous + correct
         f1 = 2 * erroneous * correct / total if total else 0.0
-    return {"erroneous": erroneous, "correct": correct, "f1": f1}
+    return ProcessBench(erroneous, correct, f1)
 
 
 def minimum_on_last_step(step_log_odds: Sequence[Sequence[float]]) -> float | None:

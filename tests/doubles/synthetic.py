@@ -202,4 +202,5 @@ def run(folder: Path, num_questions: int = 40, num_samples: int = 16, seed: int 
         labels={"judge_labels": labels[:1], "expert_labels": labels[1:]},
         review_queue=to_arrow(ReviewItem, rows.queue),
     )
-    return {**tables, "scores": to_arrow(Scores, rows.scores), "labels": labels, "dataset": dataset}
+    worth = {"balances": dataset.balance, "pairs": dataset.agreement}
+    return {**tables, "scores": to_arrow(Scores, rows.scores), "labels": labels, **worth}

@@ -2,7 +2,7 @@
 
 import io
 import re
-from typing import Any
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -10,22 +10,23 @@ from rich.console import Console
 from medmm_ray.pages import charts, dataset_page, svg
 from medmm_ray.pages.charts import Bar
 from medmm_ray.pages.forest import Whisker, forest, gauge
+from medmm_ray.steps.audit import AuditReport
 from tests.pages.test_report import Balanced
-from tests.steps.test_audit import manifest, report
+from tests.steps.test_audit import audited, manifest
 
 
 @pytest.fixture(scope="module")
-def made() -> dict[str, Any]:
-    return report()
+def made() -> AuditReport:
+    return audited()
 
 
-def shown(found: dict[str, Any]) -> str:
+def shown(found: AuditReport) -> str:
     stream = io.StringIO()
     Console(file=stream, width=110).print(dataset_page.summary(found))
     return stream.getvalue()
 
 
-def test_the_page_is_well_formed_and_loads_nothing(made: dict[str, Any]) -> None:
+def test_the_page_is_well_formed_and_loads_nothing(made: AuditReport) -> None:
     page = dataset_page.render(made)
     parser = Balanced()
     parser.feed(page)
@@ -56,7 +57,7 @@ def test_what_sampling_monte_carlo_and_readers_took_is_shown() -> None:
             "kappa_readers_high": 0.9, "kappa_readers_steps": 19.0,
         },
     }  # fmt: skip
-    page = words_of(dataset_page.render(report(manifests={n: manifest(n, figures=f) for n, f in figures.items()})))
+    page = words_of(dataset_page.render(audited(manifests={n: manifest(n, figures=f) for n, f in figures.items()})))
     for words in (
         "Prefix cache 97.5 % of the prompt tokens that a question’s further samples share were found Questions",
         "Monte Carlo Steps 700 labelled, 200 of them without a continuation",
@@ -69,35 +70,33 @@ def test_what_sampling_monte_carlo_and_readers_took_is_shown() -> None:
     ):
         assert words in page, words
     figures["expert_labels"] = {k: v for k, v in figures["expert_labels"].items() if not k.startswith("kappa")}
-    page = words_of(dataset_page.render(report(manifests={n: manifest(n, figures=f) for n, f in figures.items()})))
+    page = words_of(dataset_page.render(audited(manifests={n: manifest(n, figures=f) for n, f in figures.items()})))
     assert "– (no step that two readers call right or wrong, or all alike)" in page
-    page = words_of(dataset_page.render(report()))
+    page = words_of(dataset_page.render(audited()))
     assert not [words for words in ("Prefix cache", "Queue", "Continuations") if words in page]
     assert "No paid call is booked" not in page  # the rows' own costs
     assert "Time on own GPUs" in page
 
 
 def test_a_dataset_without_labels_or_solutions_has_a_page() -> None:
-    bare = report(labels={}, solutions=[], review_queue=None, missing=["solutions", "judge_labels"])
+    bare = audited(labels={}, solutions=[], review_queue=None, missing=["solutions", "judge_labels"])
     page = dataset_page.render(bare)
     for words in ("No labels yet.", "No solutions yet.", "No two sources", "Not there yet: solutions, judge labels"):
         assert words in page
     assert "not there yet: solutions, judge_labels" in shown(bare)
 
 
-def test_the_page_is_escaped(made: dict[str, Any]) -> None:
-    hostile = {**made, "title": "<script>alert(1)</script>", "missing": ["<b>"]}
-    hostile["coverage"] = {
-        **made["coverage"],
-        "modalities": {"<img src=x>": made["coverage"]["modalities"]["radiology"]},
-    }
+def test_the_page_is_escaped(made: AuditReport) -> None:
+    modalities = {"<img src=x>": made.coverage.modalities["radiology"]}
+    coverage = replace(made.coverage, modalities=modalities)
+    hostile = replace(made, title="<script>alert(1)</script>", missing=["<b>"], coverage=coverage)
     html = dataset_page.render(hostile)
     assert "<script>" not in html
     assert "<img" not in html
     assert "&lt;img src=x&gt;" in html
 
 
-def test_the_lead_counts_the_gates(made: dict[str, Any]) -> None:
+def test_the_lead_counts_the_gates(made: AuditReport) -> None:
     lead = dataset_page.lead(made)
     assert lead.startswith(
         "The dataset meets 3 of 8 quality gates. Not met: judge agrees with the expert; right steps;"
@@ -105,7 +104,7 @@ def test_the_lead_counts_the_gates(made: dict[str, Any]) -> None:
     assert "No figure yet" not in lead
 
 
-def test_the_summary_has_a_line_a_gate_and_says_what_to_do(made: dict[str, Any]) -> None:
+def test_the_summary_has_a_line_a_gate_and_says_what_to_do(made: AuditReport) -> None:
     lines = shown(made).splitlines()
     assert lines[0].startswith("3 questions, 3 solutions, 9 steps")
     assert [line[0] for line in lines[2:10]] == ["✗", "✗", "✗", "✓", "✗", "✗", "✓", "✓"]
@@ -113,10 +112,10 @@ def test_the_summary_has_a_line_a_gate_and_says_what_to_do(made: dict[str, Any])
 
 
 def test_intervals_in_words() -> None:
-    assert dataset_page.interval({"low": 0.1, "high": 0.25}) == "10.0–25.0"
-    assert dataset_page.interval({"low": -0.1, "high": 0.25}, share=False) == "−0.10 to 0.25"
-    assert dataset_page.interval({"low": -0.001, "high": 0.004}, share=False) == "0.00–0.00"
-    assert dataset_page.interval({"low": None, "high": None}) == dataset_page.interval(None) == ""
+    assert dataset_page.interval(0.1, 0.25) == "10.0–25.0"
+    assert dataset_page.interval(-0.1, 0.25, share=False) == "−0.10 to 0.25"
+    assert dataset_page.interval(-0.001, 0.004, share=False) == "0.00–0.00"
+    assert dataset_page.interval(None, None) == ""
 
 
 def test_whiskers_stay_on_their_scale() -> None:

@@ -2,8 +2,8 @@
 
 import base64
 import io
-import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
@@ -11,11 +11,13 @@ import pytest
 from PIL import Image as Picture
 from rich.console import Console
 
+from medmm_ray.data.json_documents import from_json, to_json
 from medmm_ray.data.records import Labels, Scores, to_arrow
 from medmm_ray.data.tables import RowError
 from medmm_ray.pages import charts, report, svg
 from medmm_ray.pages.charts import CalibrationCurve
-from medmm_ray.steps.evaluate import EvaluateConfig, environment, evaluate
+from medmm_ray.stats.metrics import CalibrationBin
+from medmm_ray.steps.evaluate import EvaluateConfig, EvaluationReport, StepEntry, environment, evaluate
 from tests.doubles.synthetic import run
 
 VOID = {"meta", "img", "br", "link"}
@@ -47,13 +49,14 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def made(tables: dict[str, Any]) -> dict[str, Any]:
+def made(tables: dict[str, Any]) -> EvaluationReport:
     steps = [
-        {"name": "train_policy", "rows": 0, "seconds": 95.0, "cost": 0.0, "errors": {}},
-        {"name": "sample", "rows": 1050, "seconds": 151.2, "cost": 1.25, "errors": {"engine": 1}},
+        StepEntry("train_policy", rows=0, seconds=95.0),
+        StepEntry("sample", rows=1050, seconds=151.2, cost=1.25, errors={"engine": 1}),
     ]
-    found = evaluate(EvaluateConfig(), **tables, steps=steps, environment=environment())
-    return json.loads(json.dumps(found))  # type: ignore[no-any-return]
+    evaluated = evaluate(EvaluateConfig(), **tables, steps=steps, environment=environment())
+    # As the pipeline reads it from report.json.
+    return from_json(EvaluationReport, to_json(evaluated))
 
 
 def open_picture(uri: str) -> Picture.Image:
@@ -61,7 +64,7 @@ def open_picture(uri: str) -> Picture.Image:
 
 
 @pytest.fixture(scope="module")
-def page(made: dict[str, Any]) -> str:
+def page(made: EvaluationReport) -> str:
     return report.render(made, open_picture)
 
 
@@ -76,12 +79,11 @@ def test_the_page_is_well_formed_and_loads_nothing(page: str) -> None:
     assert not re.search(r"@import|url\(|<script|<link", page)
 
 
-def test_the_page_is_escaped(page: str, made: dict[str, Any]) -> None:
+def test_the_page_is_escaped(page: str, made: EvaluationReport) -> None:
     assert "fully expanded (no &#34;&lt;b&gt;&#34; sign)" in page
-    hostile = {**made, "title": "<script>alert(1)</script>", "environment": {"platform": "<i>x</i>"}}
-    hostile["examples"] = [
-        {**made["examples"][0], "question": "<img src=x onerror=1>", "options": ["<b>"], "images": []}
-    ]
+    example = replace(made.examples[0], question="<img src=x onerror=1>", options=["<b>"], images=[])
+    environment = {"platform": "<i>x</i>"}
+    hostile = replace(made, title="<script>alert(1)</script>", environment=environment, examples=[example])
     html = report.render(hostile, open_picture)
     assert "<script>" not in html
     assert "<img src=x" not in html
@@ -89,20 +91,20 @@ def test_the_page_is_escaped(page: str, made: dict[str, Any]) -> None:
     assert "&lt;img src=x onerror=1&gt;" in html
 
 
-def test_the_page_holds_the_figures(page: str, made: dict[str, Any]) -> None:
-    best = made["accuracy"]["best_of_n"]["multimodal"]["8"]["value"]
+def test_the_page_holds_the_figures(page: str, made: EvaluationReport) -> None:
+    best = made.accuracy.best_of_n["multimodal"]["8"].value
     assert f'<div class="big">{100 * best:.1f}\u00a0%</div>' in page
     assert page.count('<svg class="chart"') == 6
-    assert f'<td class="n">{made["step"]["multimodal"]["auroc"]:.3f}</td>' in page
+    assert f'<td class="n">{made.step["multimodal"].auroc:.3f}</td>' in page
     assert "Judge – Expert" in page
     assert "2 min 31 s" in page
     assert "engine 1" in page
     assert "4 min 06 s" in page  # all steps
-    steps = sum(len(s["steps"]) for e in made["examples"] for s in e["solutions"])
+    steps = sum(len(s.steps) for e in made.examples for s in e.solutions)
     assert page.count('class="step" style=') == steps
 
 
-def test_an_image_that_cannot_be_opened_is_told(made: dict[str, Any]) -> None:
+def test_an_image_that_cannot_be_opened_is_told(made: EvaluationReport) -> None:
     def broken(uri: str) -> Picture.Image:
         raise RowError("image_corrupt", f"{uri} is not an image")
 
@@ -124,7 +126,9 @@ def test_pictures_are_scaled_to_be_seen() -> None:
 
 
 def test_a_run_without_scores_or_labels_has_a_page(tables: dict[str, Any]) -> None:
-    bare = evaluate(EvaluateConfig(), **{**tables, "scores": to_arrow(Scores, []), "labels": [], "dataset": None})
+    bare = evaluate(
+        EvaluateConfig(), **{**tables, "scores": to_arrow(Scores, []), "labels": [], "balances": [], "pairs": []}
+    )
     html = report.render(bare, open_picture)
     assert "step metrics need one" in html
     assert "No scored case to show" in html
@@ -156,12 +160,13 @@ def test_colours_of_probabilities() -> None:
     assert 'x="0.0" y="2" width="50.0"' in report.log_odds_bar(-30.0)
 
 
-def test_the_lead_says_what_was_found(made: dict[str, Any]) -> None:
-    gain = made["accuracy"]["gain"]["best_of_n"]["8"]
-    assert f"the image is worth {100 * gain['value']:.1f} points" in report.lead(made)
+def test_the_lead_says_what_was_found(made: EvaluationReport) -> None:
+    assert made.accuracy.gain is not None
+    gain = made.accuracy.gain.best_of_n["8"].value
+    assert f"the image is worth {100 * gain:.1f} points" in report.lead(made)
 
 
-def test_summary_is_short(made: dict[str, Any]) -> None:
+def test_summary_is_short(made: EvaluationReport) -> None:
     stream = io.StringIO()
     Console(file=stream, width=80).print(report.summary(made))
     lines = stream.getvalue().splitlines()
@@ -192,7 +197,7 @@ def test_end_labels_do_not_overlap() -> None:
 def test_markers_and_a_curve_without_data() -> None:
     assert svg.mark("none", 0, 0, "#000") == ""
     assert svg.mark("triangle", 0, 0, "#000").startswith("<polygon")
-    empty = {"low": 0.0, "high": 1.0, "count": 0, "mean_probability": None, "share_right": None}
+    empty = CalibrationBin(low=0.0, high=1.0, count=0, weight=0.0, mean_probability=None, share_right=None)
     assert report._bins([empty]) == []
     assert "circle" not in charts.calibration([CalibrationCurve("#000", "circle", [])], "nothing")
     assert charts.histogram([0], [0], "nothing").count("<rect") == 2

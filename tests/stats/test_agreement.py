@@ -34,27 +34,27 @@ def test_kappa_and_equal_labels_by_hand() -> None:
     judge, truth = code("++-- +++- +0-+"), code("+--- +++- ++++")
     groups = {"answer": Groups(("wrong", "right"), np.array([0, 1, 1]))}
     (found,) = agreement(order, {"phantom": truth, "judge": judge}, groups, None, HOW)
-    assert (found["first"], found["second"], found["weighted"]) == ("judge", "phantom", False)
+    assert (found.first, found.second, found.weighted) == ("judge", "phantom", False)
     # Of 11 shared steps 9 are equal; the judge calls 7 right, the truth 7: chance (49 + 16) / 121.
     kappa = (9 / 11 - 65 / 121) / (1 - 65 / 121)
-    overall = found["kappa"]["all"]["all"]
-    assert overall["value"] == pytest.approx(kappa, abs=1e-6)
-    assert overall["equal"] == pytest.approx(9 / 11, abs=1e-6)
-    assert (overall["count"], overall["questions"]) == (11, 2)
-    wrong = found["kappa"]["answer"]["wrong"]
-    assert (wrong["value"], wrong["count"], wrong["low"]) == (0.5, 4, None)  # one question
-    assert {name: f["count"] for name, f in found["kappa"]["position"].items()} == {"first": 3, "middle": 5, "last": 3}
-    assert found["kappa"]["position"]["first"]["value"] is None  # both call each first step right
+    overall = found.overall_kappa
+    assert overall.value == pytest.approx(kappa, abs=1e-6)
+    assert overall.equal == pytest.approx(9 / 11, abs=1e-6)
+    assert (overall.count, overall.questions) == (11, 2)
+    wrong = found.kappa["answer"]["wrong"]
+    assert (wrong.value, wrong.count, wrong.low) == (0.5, 4, None)  # one question
+    assert {name: f.count for name, f in found.kappa["position"].items()} == {"first": 3, "middle": 5, "last": 3}
+    assert found.kappa["position"]["first"].value is None  # both call each first step right
     # First errors: 2 and 1; 3 and 3; 2 and none.
-    assert found["first_error"]["all"]["all"]["value"] == pytest.approx(1 / 3, abs=1e-6)
-    assert found["first_error"]["answer"]["right"]["value"] == 0.5
-    assert found["looked_at"] == 3
+    assert found.first_error["all"]["all"].value == pytest.approx(1 / 3, abs=1e-6)
+    assert found.first_error["answer"]["right"].value == 0.5
+    assert found.looked_at == 3
 
 
 def test_sources_that_share_no_step_are_no_pair_and_pairs_are_in_order() -> None:
     order = steps([2], [2])
     sides = {"expert": code("+- ??"), "tree_search": code("?? +-"), "judge": code("+- --"), "mine": code("++ ??")}
-    pairs = [(p["first"], p["second"]) for p in agreement(order, sides, {}, None, HOW)]
+    pairs = [(p.first, p.second) for p in agreement(order, sides, {}, None, HOW)]
     assert pairs == [("judge", "tree_search"), ("judge", "expert"), ("judge", "mine"), ("expert", "mine")]
 
 
@@ -82,15 +82,13 @@ def test_a_judge_beside_monte_carlo_is_read_by_prefixes() -> None:
     judge = code("+-+0 +0+ ?+-")
     assert prefixes(order, judge).tolist() == code("+--- +++ ??-").tolist()
     sides = {"judge": judge, "monte_carlo": code("+-?- +?- ?+-"), "expert": code("?-+? ??? +??")}
-    found = {(p["first"], p["second"]): p for p in agreement(order, sides, {}, None, HOW)}
+    found = {(p.first, p.second): p for p in agreement(order, sides, {}, None, HOW)}
     pair = found["judge", "monte_carlo"]
     # Shared prefixes: + and -, - of the neutral step; + and its contradiction; - at the end: 5 of 6 are equal.
-    assert pair["of"] == "prefix"
-    assert (pair["kappa"]["all"]["all"]["count"], pair["kappa"]["all"]["all"]["equal"]) == (
-        6,
-        pytest.approx(5 / 6, abs=1e-6),
-    )
-    assert found["monte_carlo", "expert"]["of"] == found["judge", "expert"]["of"] == "step"
+    assert pair.of == "prefix"
+    assert pair.overall_kappa.count == 6
+    assert pair.overall_kappa.equal == pytest.approx(5 / 6, abs=1e-6)
+    assert found["monte_carlo", "expert"].of == found["judge", "expert"].of == "step"
 
 
 def test_the_queue_weighs_an_expert_by_one_over_the_chance_to_be_asked() -> None:
@@ -109,13 +107,11 @@ def test_the_queue_weighs_an_expert_by_one_over_the_chance_to_be_asked() -> None
     judge, expert = code("++ +- -+"), code("+? -- +?")
     found = agreement(order, {"judge": judge, "expert": expert}, {}, queue, HOW)[0]
     # Step 0 (weight 2) and 3 (weight 10) are equal, step 4 (weight 1) is not; step 2 lies outside the queue.
-    overall = found["kappa"]["all"]["all"]
-    assert (found["weighted"], found["outside_queue"], overall["count"]) == (True, 1, 3)
-    assert overall["equal"] == pytest.approx(12 / 13, abs=1e-6)
-    assert overall["value"] == pytest.approx(
-        (12 / 13 - (2 * 3 + 11 * 10) / 169) / (1 - (2 * 3 + 11 * 10) / 169), abs=1e-6
-    )
-    assert overall["effective"] == pytest.approx(13**2 / 105, abs=0.05)
+    overall = found.overall_kappa
+    assert (found.weighted, found.outside_queue, overall.count) == (True, 1, 3)
+    assert overall.equal == pytest.approx(12 / 13, abs=1e-6)
+    assert overall.value == pytest.approx((12 / 13 - (2 * 3 + 11 * 10) / 169) / (1 - (2 * 3 + 11 * 10) / 169), abs=1e-6)
+    assert overall.effective == pytest.approx(13**2 / 105, abs=0.05)
 
 
 def test_the_weighted_kappa_covers_the_truth_where_the_plain_one_is_biased() -> None:
@@ -136,12 +132,14 @@ def test_the_weighted_kappa_covers_the_truth_where_the_plain_one_is_biased() -> 
         expert[row] = truth[row]
         sides = {"judge": judge, "expert": expert}
         figure, biased = (
-            agreement(order, sides, {}, queue, HOW)[0]["kappa"]["all"]["all"]
+            agreement(order, sides, {}, queue, HOW)[0].overall_kappa
             for queue in (QueuedSteps(row, probability[row]), None)
         )
-        weighted.append(figure["value"])
-        plain.append(biased["value"])
-        covered += figure["low"] <= whole <= figure["high"]
+        assert figure.value is not None and figure.low is not None and figure.high is not None  # noqa: PT018 - types
+        assert biased.value is not None
+        weighted.append(figure.value)
+        plain.append(biased.value)
+        covered += figure.low <= whole <= figure.high
     assert np.mean(weighted) == pytest.approx(whole, abs=0.015)
     assert np.mean(plain) < whole - 0.2
     assert covered >= 88

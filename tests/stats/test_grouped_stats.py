@@ -1,9 +1,11 @@
 """grouped_stats.py: shares, weights and intervals by group."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from medmm_ray.stats.grouped_stats import Groups, Resampling, ratio, share_of_counts, stats_by_group
+from medmm_ray.stats.grouped_stats import GroupFigure, Groups, Resampling, ratio, share_of_counts, stats_by_group
 
 HOW = Resampling(400, 0)
 
@@ -12,22 +14,25 @@ def test_shares_by_group_with_and_without_weights() -> None:
     question, hit = np.array([0, 0, 1, 1, 2]), np.array([1, 0, 1, 1, 0])
     groups = {"kind": Groups(("a", "b", "c"), np.array([0, 0, 0, 1, 1]))}
     plain = stats_by_group(groups, question, hit, 2, share_of_counts, HOW)
-    assert plain["all"]["all"] | {"low": 0, "high": 0} == {
-        "value": 0.6, "low": 0, "high": 0, "count": 5, "questions": 3, "effective": 5.0, "cells": [2.0, 3.0],
-    }  # fmt: skip
-    assert 0 <= plain["all"]["all"]["low"] < 0.6 < plain["all"]["all"]["high"] <= 1
+    overall = plain["all"]["all"]
+    assert replace(overall, low=0, high=0) == GroupFigure(
+        value=0.6, low=0, high=0, count=5, questions=3, effective=5.0, cells=[2.0, 3.0]
+    )
+    assert overall.low is not None
+    assert overall.high is not None
+    assert 0 <= overall.low < 0.6 < overall.high <= 1
     assert list(plain["kind"]) == ["a", "b"]
-    assert plain["kind"]["a"]["value"] == pytest.approx(2 / 3, abs=1e-6)
+    assert plain["kind"]["a"].value == pytest.approx(2 / 3, abs=1e-6)
     weighted = stats_by_group(groups, question, hit, 2, share_of_counts, HOW, np.array([1.0, 3, 2, 2, 2]))
-    assert weighted["all"]["all"]["value"] == 0.5
-    assert weighted["all"]["all"]["effective"] == 4.5  # 10 ** 2 / 22, to one digit
-    assert weighted["kind"]["b"]["value"] == 0.5
-    assert weighted["kind"]["b"]["effective"] == 2.0
+    assert weighted["all"]["all"].value == 0.5
+    assert weighted["all"]["all"].effective == 4.5  # 10 ** 2 / 22, to one digit
+    assert weighted["kind"]["b"].value == 0.5
+    assert weighted["kind"]["b"].effective == 2.0
 
 
 def test_a_single_question_has_no_interval_and_no_entry_no_figure() -> None:
     one = stats_by_group({}, np.zeros(4, dtype=np.int64), np.array([0, 1, 1, 1]), 2, share_of_counts, HOW)["all"]["all"]
-    assert (one["value"], one["low"], one["high"], one["questions"]) == (0.75, None, None, 1)
+    assert (one.value, one.low, one.high, one.questions) == (0.75, None, None, 1)
     none = np.zeros(0, dtype=np.int64)
     assert stats_by_group({"g": Groups(("a",), none)}, none, none, 2, share_of_counts, HOW) == {"all": {}, "g": {}}
 
@@ -37,12 +42,14 @@ def test_intervals_are_as_wide_as_the_questions_say() -> None:
     hit = (np.arange(100) < 30).astype(np.int64)
     alone = stats_by_group({}, np.arange(100), hit, 2, share_of_counts, HOW)["all"]["all"]
     many = stats_by_group({}, np.repeat(np.arange(100), 50), np.repeat(hit, 50), 2, share_of_counts, HOW)["all"]["all"]
-    assert (many["value"], many["low"], many["high"]) == (alone["value"], alone["low"], alone["high"])
-    assert many["high"] - many["low"] == pytest.approx(2 * 1.96 * (0.3 * 0.7 / 100) ** 0.5, rel=0.15)
+    assert (many.value, many.low, many.high) == (alone.value, alone.low, alone.high)
+    assert many.low is not None
+    assert many.high is not None
+    assert many.high - many.low == pytest.approx(2 * 1.96 * (0.3 * 0.7 / 100) ** 0.5, rel=0.15)
 
 
 def test_ratio_of_sums() -> None:
     found = ratio(np.array([10.0, 30, 0]), np.array([2.0, 3, 0]), HOW)
-    assert (found["value"], found["count"], found["questions"]) == (8.0, 5, 2)
-    assert (found["low"], found["high"]) == (5.0, 10.0)
-    assert ratio(np.zeros(1), np.zeros(1), HOW)["value"] is None
+    assert (found.value, found.count, found.questions) == (8.0, 5, 2)
+    assert (found.low, found.high) == (5.0, 10.0)
+    assert ratio(np.zeros(1), np.zeros(1), HOW).value is None

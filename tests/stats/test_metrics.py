@@ -162,9 +162,10 @@ def test_first_errors() -> None:
     assert metrics.first_error([1, None, 0, 0]) == 2
     assert metrics.first_error([1, None]) == -1
     found = metrics.processbench_f1([2, 0, -1, -1], [2, 1, -1, -1])
-    assert found == {"erroneous": 0.5, "correct": 1.0, "f1": pytest.approx(2 / 3)}
-    assert metrics.processbench_f1([2], [2]) == {"erroneous": 1.0, "correct": None, "f1": None}
-    assert metrics.processbench_f1([2, -1], [0, 0])["f1"] == 0.0
+    assert (found.erroneous, found.correct) == (0.5, 1.0)
+    assert found.f1 == pytest.approx(2 / 3)
+    assert metrics.processbench_f1([2], [2]) == metrics.ProcessBench(erroneous=1.0, correct=None, f1=None)
+    assert metrics.processbench_f1([2, -1], [0, 0]).f1 == 0.0
 
 
 def test_minimum_on_last_step() -> None:
@@ -174,4 +175,4 @@ def test_minimum_on_last_step() -> None:
 
 def test_histogram() -> None:
     found = metrics.histogram(np.array([True, False, True]), np.array([0.1, 0.9, 1.0]), num_bins=2)
-    assert found == {"edges": [0.0, 0.5, 1.0], "right": [1, 1], "wrong": [0, 1]}
+    assert found == metrics.Histogram(edges=[0.0, 0.5, 1.0], right=[1, 1], wrong=[0, 1])

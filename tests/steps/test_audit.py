@@ -13,6 +13,7 @@ from jobs import audit as job
 from jobs import pipeline
 from jobs.graph import BY_NAME, MAKER
 from jobs.step import Job, Run, load_recipe
+from medmm_ray.data.json_documents import from_json, to_json
 from medmm_ray.data.records import (
     Count,
     Evidence,
@@ -26,10 +27,13 @@ from medmm_ray.data.records import (
     to_arrow,
 )
 from medmm_ray.data.tables import Manifest, Provenance, write_rows
+from medmm_ray.engines.llm.ledger import Ledger
 from medmm_ray.pages.dataset_page import render
-from medmm_ray.steps.audit import AuditConfig, GateError, audit, figure_text, require, target_text
-from medmm_ray.steps.audit.cost import cost_figures
-from medmm_ray.steps.audit.gates import _gate, gates
+from medmm_ray.stats.gates import figure_text, target_text
+from medmm_ray.stats.grouped_stats import Figure
+from medmm_ray.steps.audit import AuditConfig, AuditReport, GateError, audit, require
+from medmm_ray.steps.audit.cost import CostFigures, LedgerFigures, cost_figures
+from medmm_ray.steps.audit.gates import _gate, gates_of
 from medmm_ray.steps.audit.leakage import leakage
 from tests.stats.test_label_arrays import labelled, question, solution
 
@@ -77,7 +81,7 @@ QUEUE = [
 ]
 
 
-def report(config: AuditConfig = CONFIG, **more: Any) -> dict[str, Any]:
+def audited(config: AuditConfig = CONFIG, **more: Any) -> AuditReport:
     tables: dict[str, Any] = {
         "questions": to_arrow(Question, QUESTIONS),
         "images": to_arrow(Image, IMAGES),
@@ -85,9 +89,15 @@ def report(config: AuditConfig = CONFIG, **more: Any) -> dict[str, Any]:
         "labels": {"judge_labels": [to_arrow(Labels, JUDGE)], "expert_labels": [to_arrow(Labels, EXPERT)]},
         "review_queue": to_arrow(ReviewItem, QUEUE),
     }
-    found = audit(config, **{**tables, **more})
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
-    return found
+    report = audit(config, **{**tables, **more})
+    assert from_json(AuditReport, to_json(report)) == report
+    return report
+
+
+def report(config: AuditConfig = CONFIG, **more: Any) -> dict[str, Any]:
+    """The report as dataset_report.json has it."""
+    document: dict[str, Any] = json.loads(to_json(audited(config, **more)))
+    return document
 
 
 def test_counts_by_hand() -> None:
@@ -130,7 +140,8 @@ BY_TREE = [
 def test_trees_are_a_source_of_solutions_and_of_labels() -> None:
     judged = labelled("t2", [1, 1, 0])
     labels = {"judge_labels": [to_arrow(Labels, [*JUDGE, judged])], "tree_labels": [to_arrow(Labels, BY_TREE)]}
-    alone, found = report(), report(labels=labels, tree_solutions=[to_arrow(Solutions, [row]) for row in GROWN])
+    with_trees = audited(labels=labels, tree_solutions=[to_arrow(Solutions, [row]) for row in GROWN])
+    alone, found = report(), json.loads(to_json(with_trees))
     assert alone["trees"] == {"questions": 0, "solutions": 0, "right": 0}
     assert found["trees"] == {"questions": 1, "solutions": 2, "right": 1}
     assert found["sampling"] == alone["sampling"]
@@ -150,8 +161,8 @@ def test_trees_are_a_source_of_solutions_and_of_labels() -> None:
     assert (policies["judge"]["solutions"], policies["tree_search"]["kept"]) == (5, 2)
     assert (policies["tree_search"]["kept_steps"], policies["tree_search"]["mean_target"]) == (5, 0.6)
     assert policies["tree_search_soft"]["mean_target"] == pytest.approx(0.45, abs=1e-6)
-    assert "2 solutions more, of 1 questions; 50.0" in render(found)
-    assert "Tree search" not in render(alone)
+    assert "2 solutions more, of 1 questions; 50.0" in render(with_trees)
+    assert "Tree search" not in render(audited())
 
 
 def test_an_advantage_is_measured_from_the_samples_alone() -> None:
@@ -229,7 +240,7 @@ def test_leaks_are_found_by_picture_bytes_and_text() -> None:
         for q, ids in (("q1", ["i2", "i1"]), ("q2", ["i3"]), ("q3", []))
     ]  # fmt: skip
     found = leakage(to_arrow(Question, questions), to_arrow(Image, images), [to_arrow(Evidence, shown)])
-    assert [(c["name"], c["count"], c["checked"], c["examples"]) for c in found] == [
+    assert [(check.name, check.count, check.checked, check.examples) for check in found] == [
         ("images_of_questions", 1, 1, ["i1"]),
         ("image_files", 1, 2, ["same"]),
         ("questions", 1, 4, ["q4"]),
@@ -243,17 +254,17 @@ def test_cost_is_what_the_rows_say_or_the_books_where_they_know_of_more() -> Non
     rows = {"judge_labels": 3.0, "expert_labels": 2.0, "other": 0.0}
     found = cost_figures(rows, booked, {})
     tables = {"judge_labels": 3.5, "solutions": 1.0, "expert_labels": 2.0}
-    assert found == {"tables": tables, "ledgers": {}, "beyond_tables": 0.0, "readers": 0.0, "total": 6.5}
+    assert found == CostFigures(tables=tables, ledgers={}, beyond_tables=0.0, readers=0.0, total=6.5)
     ledgers = {
-        "gemini": {"epoch": 2, "spent": 4.0, "answers": 90, "possibly_paid": 0.75, "lost_calls": 3, "reserved": []},
-        "gpt": {"epoch": 1, "spent": 0.25, "answers": 5, "possibly_paid": 0.0, "lost_calls": 0, "reserved": []},
+        "gemini": Ledger(epoch=2, spent=4.0, answers=90, possibly_paid=0.75, lost_calls=3),
+        "gpt": Ledger(epoch=1, spent=0.25, answers=5),
     }
     found = cost_figures(rows, booked, ledgers)
-    assert (found["tables"], found["beyond_tables"], found["total"]) == (tables, 0.5, 7.0)
-    assert found["ledgers"]["gemini"] == {"spent": 4.0, "answers": 90, "possibly_paid": 0.75, "lost_calls": 3}
+    assert (found.tables, found.beyond_tables, found.total) == (tables, 0.5, 7.0)
+    assert found.ledgers["gemini"] == LedgerFigures(spent=4.0, answers=90, possibly_paid=0.75, lost_calls=3)
     read = {**booked, "expert_labels": manifest("expert_labels", figures={"verdicts": 1200.0})}
     found = cost_figures(rows, read, {}, dollars_per_verdict=0.5)
-    assert (found["tables"], found["readers"], found["total"]) == (tables, 600.0, 606.5)
+    assert (found.tables, found.readers, found.total) == (tables, 600.0, 606.5)
     paid = replace(SOLUTIONS[0], cost=0.5)
     cost = report(solutions=[to_arrow(Solutions, [paid, *SOLUTIONS[1:]])])["cost"]
     assert cost["tables"] == {"solutions": 0.5, "judge_labels": 0.75, "expert_labels": 0.5}
@@ -278,7 +289,7 @@ def test_cost_is_what_the_rows_say_or_the_books_where_they_know_of_more() -> Non
 def test_gates_at_their_edges(
     value: float | None, target: tuple[float | None, float | None], passed: bool | None
 ) -> None:
-    figure = {"value": value, "low": value, "high": value}
+    figure = Figure(value, value, value)
     gate = _gate("judge_expert_kappa", "title", "kappa", figure, target)
     assert gate.passed is passed
     assert bool(gate.advice) is (passed is not True)
@@ -295,7 +306,7 @@ def test_a_gate_is_certain_where_its_interval_lies_on_one_side(
         "positive_share",
         "t",
         "share",
-        {"value": (low + high) / 2 + 0.2 * (low == 0.1), "low": low, "high": high},
+        Figure((low + high) / 2 + 0.2 * (low == 0.1), low, high),
         (0.7, 0.8),
     )
     assert (gate.passed, gate.certain) == (passed, certain)
@@ -325,7 +336,7 @@ def test_all_gates_of_a_small_dataset() -> None:
 
 
 def test_figures_and_targets_in_words() -> None:
-    words = {gate["name"]: (figure_text(gate["value"], gate["unit"]), target_text(gate)) for gate in report()["gates"]}
+    words = {gate.name: (figure_text(gate.value, gate.unit), target_text(gate)) for gate in audited().gates}
     assert words == {
         "judge_expert_kappa": ("0.000", "> 0.8"),
         "positive_share": ("62.5 %", "70–80 %"),
@@ -342,13 +353,12 @@ def test_figures_and_targets_in_words() -> None:
 
 def test_required_gates_fail_with_the_figures_and_unknown_ones_do_not() -> None:
     with pytest.raises(GateError, match=r"5 of 8 quality gates fail: .*Right steps 62.5 %, wanted 70–80 %; .*"):
-        require(report())
-    nothing = report(labels={}, solutions=[], review_queue=None)
-    assert [gate["passed"] for gate in nothing["gates"]] == [None, None, None, None, None, False, True, True]
-    assert "run judge" in nothing["gates"][1]["advice"]
-    assert "run sample" in nothing["gates"][4]["advice"]
-    fine = {**nothing, "config": {}, "gates": gates(CONFIG.model_copy(update={"modalities": ()}), nothing)}
-    require(fine)
+        require(audited().gates)
+    nothing = audited(labels={}, solutions=[], review_queue=None)
+    assert [gate.passed for gate in nothing.gates] == [None, None, None, None, None, False, True, True]
+    assert "run judge" in nothing.gates[1].advice
+    assert "run sample" in nothing.gates[4].advice
+    require(gates_of(CONFIG.model_copy(update={"modalities": ()}), nothing))
 
 
 def test_kappa_that_is_not_defined_is_unknown() -> None:

@@ -16,6 +16,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from medmm_ray.data.tables import TableError, filesystem, write_file
 from medmm_ray.engines.llm.store import AnswerStore, PricedAnswer
 
+LEDGER_FILE = "ledger.json"
 Dollars = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 AnswersByGroup = Mapping[str, Mapping[str, PricedAnswer]]
 
@@ -93,7 +94,7 @@ class LedgerFile:
     def __init__(self, folder: str) -> None:
         self._fs, path = filesystem(folder)
         self._folder = path.rstrip("/")
-        self.path = f"{self._folder}/ledger.json"
+        self.path = f"{self._folder}/{LEDGER_FILE}"
 
     def read(self) -> tuple[Ledger, list[Reservation]]:
         """The ledger and its open reservations; an empty one where there is no file.

@@ -222,15 +222,14 @@ def _kappa_readers(of_queue: Verdicts, queue: Sequence[ReviewItem]) -> dict[str,
         np.array(weights),
     )
     figure = tables["all"].get("all")
-    if figure is None or figure["value"] is None:
+    if figure is None or figure.value is None:
         return {}
     figures = {
-        "kappa_readers": figure["value"],
-        "kappa_readers_steps": figure["count"],
+        "kappa_readers": figure.value,
+        "kappa_readers_steps": figure.count,
     }
-    for end in ("low", "high"):
-        if figure[end] is not None:
-            figures[f"kappa_readers_{end}"] = figure[end]
+    if figure.low is not None and figure.high is not None:
+        figures |= {"kappa_readers_low": figure.low, "kappa_readers_high": figure.high}
     return figures
 
 

@@ -3,39 +3,15 @@
 A figure on the edge of a target's range is inside; "above" is strict.
 """
 
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from medmm_ray.config import JsonObject
-
-if TYPE_CHECKING:
-    from medmm_ray.steps.audit import AuditConfig
-
-Target = tuple[float | None, float | None]
-"""Range of good values; an end is None where it is open."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gate:
-    """A figure with its 95 % interval, and whether it meets its target.
-
-    `passed` is None where there is no figure; `certain` says that the whole interval lies on the same side of the
-    target as the figure; `strict` that a figure on the lower end of an open range fails.
-    """
-
-    name: str
-    title: str
-    unit: str
-    value: float | None
-    low: float | None
-    high: float | None
-    target: list[float | None]
-    strict: bool
-    passed: bool | None
-    certain: bool
-    detail: str
-    advice: str
-
+from medmm_ray.stats.gates import Gate, Target, Unit, figure_text, make_gate, target_text
+from medmm_ray.stats.grouped_stats import Figure, GroupedStats
+from medmm_ray.steps.audit.config import AuditConfig
+from medmm_ray.steps.audit.leakage import LeakageCheck
+from medmm_ray.steps.audit.report import AuditReport
+from medmm_ray.steps.audit.sampling import ModalityCounts, StepCounts
 
 # What to do where a figure lies (below, above) its range.
 KAPPA = (
@@ -75,123 +51,71 @@ class GateError(RuntimeError):
     """Gates that are required and fail."""
 
 
-def require(report: JsonObject) -> None:
+def require(gates: Sequence[Gate]) -> None:
     """Raise `GateError`, with the figures, where a gate fails; one without a figure does not."""
     faults = []
-    for gate in report["gates"]:
+    for gate in gates:
         # None: without a figure a gate is neither met nor missed.
-        if gate["passed"] is False:
-            figure = figure_text(gate["value"], gate["unit"])
-            faults.append(f"{gate['title']} {figure}, wanted {target_text(gate)}")
+        if gate.passed is False:
+            faults.append(f"{gate.title} {figure_text(gate.value, gate.unit)}, wanted {target_text(gate)}")
     if not faults:
         return
     raise GateError(
-        f"{len(faults)} of {len(report['gates'])} quality gates fail: {'; '.join(faults)}. dataset_report.html, in the "
+        f"{len(faults)} of {len(gates)} quality gates fail: {'; '.join(faults)}. dataset_report.html, in the "
         "run's folder, says what to do; audit.gates=report goes on all the same"
     )
 
 
-def figure_text(value: float | None, unit: str) -> str:
-    """A gate's figure in its unit."""
-    if value is None:
-        return "–"
-    if unit == "share":
-        text = f"{100 * value:.1f} %"
-    elif unit == "kappa":
-        text = f"{value:.3f}"
-    elif unit == "steps":
-        text = f"{value:.2f}"
-    elif unit == "count":
-        text = f"{value:,.0f}"
-    else:
-        text = f"${value:,.2f}"
-    # A minus sign, as a hyphen reads like a range.
-    return text.replace("-", "−")
-
-
-def target_text(gate: JsonObject) -> str:
-    """A gate's target in words: above, at least, at most, or a range."""
-    low, high = gate["target"]
-    unit = gate["unit"]
-    if low is not None and high is not None:
-        return f"{_limit_text(low, unit).removesuffix(' %')}–{_limit_text(high, unit)}"
-    if low is not None:
-        return f"{'>' if gate['strict'] else '≥'} {_limit_text(low, unit)}"
-    if high is None:
-        return "–"
-    return "none" if high == 0 else f"≤ {_limit_text(high, unit)}"
-
-
-def _limit_text(limit: float, unit: str) -> str:
-    if unit == "share":
-        return f"{100 * limit:g} %"
-    return f"${limit:,.0f}" if unit == "dollars" else f"{limit:g}"
-
-
-def gates(config: "AuditConfig", report: JsonObject) -> list[JsonObject]:
-    """All gates, each a `Gate` as JSON, in the order in which they are worth reading."""
+def gates_of(config: AuditConfig, report: AuditReport) -> list[Gate]:
+    """All gates of the report's figures, in the order in which they are worth reading."""
     # Of one source alone: shares of judge and Monte Carlo are of different things.
-    shares = _shares_of_right_steps(report)
+    balance = report.speaking_balance
+    shares: GroupedStats = balance.share if balance else {}
+    overall = shares.get("all", {}).get("all")
     by_difficulty = shares.get("difficulty", {})
-    all_gates = [
+    easy, hard = by_difficulty.get("easy"), by_difficulty.get("hard")
+    return [
         _kappa_gate(config, report),
-        _gate("positive_share", "Right steps", "share", shares.get("all", {}).get("all"), config.positive_share),
-        _gate(
-            "easy_positive",
-            "Right steps, easy questions",
-            "share",
-            by_difficulty.get("easy"),
-            (config.min_easy_positive, None),
-        ),
-        _gate("hard_positive", "Right steps, hard questions", "share", by_difficulty.get("hard"), config.hard_positive),
-        _step_gate(config, report["steps"]),
-        _modality_gate(config, report["coverage"]["modalities"]),
-        _leakage_gate(report["leakage"]),
-        _cost_gate(config, report["cost"]["total"]),
+        _gate("positive_share", "Right steps", "share", overall, config.positive_share),
+        _gate("easy_positive", "Right steps, easy questions", "share", easy, (config.min_easy_positive, None)),
+        _gate("hard_positive", "Right steps, hard questions", "share", hard, config.hard_positive),
+        _step_gate(config, report.steps),
+        _modality_gate(config, report.coverage.modalities),
+        _leakage_gate(report.leakage),
+        _cost_gate(config, report.cost.total),
     ]
-    return [asdict(gate) for gate in all_gates]
 
 
-def _shares_of_right_steps(report: JsonObject) -> JsonObject:
-    """The shares of right steps, by group, of the source that speaks for the dataset."""
-    for entry in report["balance"]:
-        if entry["source"] == report["source"]:
-            shares: JsonObject = entry["share"]
-            return shares
-    return {}
-
-
-def _kappa_gate(config: "AuditConfig", report: JsonObject) -> Gate:
+def _kappa_gate(config: AuditConfig, report: AuditReport) -> Gate:
     name, title = "judge_expert_kappa", "Judge agrees with the expert"
     target = (config.min_kappa, None)
-    for pair in report["agreement"]:
-        if (pair["first"], pair["second"]) != ("judge", "expert"):
-            continue
-        figure = pair["kappa"]["all"]["all"]
-        detail = f"{figure['count']:,} steps of {figure['questions']:,} questions"
-        if pair["weighted"]:
-            # The queue draws disputed steps more often: many steps of small weight tell less than as many equal ones.
-            detail += f", weighted; worth {figure['effective']:.0f} equal ones"
-        return _gate(name, title, "kappa", figure, target, detail=detail)
-    return _gate(name, title, "kappa", None, target)
+    pair = report.judge_expert
+    if pair is None:
+        return _gate(name, title, "kappa", None, target)
+    figure = pair.overall_kappa
+    detail = f"{figure.count:,} steps of {figure.questions:,} questions"
+    if pair.weighted:
+        # The queue draws disputed steps more often: many steps of small weight tell less than as many equal ones.
+        detail += f", weighted; worth {figure.effective:.0f} equal ones"
+    return _gate(name, title, "kappa", figure, target, detail=detail)
 
 
-def _step_gate(config: "AuditConfig", steps: JsonObject) -> Gate:
+def _step_gate(config: AuditConfig, steps: StepCounts) -> Gate:
     detail = ""
-    if steps["solutions"]:
+    if steps.solutions:
         fewest, most = config.usual_steps
-        few = 100 * steps["few"] / steps["solutions"]
-        many = 100 * steps["many"] / steps["solutions"]
+        few = 100 * steps.few / steps.solutions
+        many = 100 * steps.many / steps.solutions
         detail = f"fewer than {fewest}: {few:.1f} %, more than {most}: {many:.1f} % of the solutions"
-    return _gate("mean_steps", "Steps a solution, mean", "steps", steps["mean"], config.mean_steps, detail=detail)
+    return _gate("mean_steps", "Steps a solution, mean", "steps", steps.mean, config.mean_steps, detail=detail)
 
 
-def _modality_gate(config: "AuditConfig", coverage: JsonObject) -> Gate:
+def _modality_gate(config: AuditConfig, counts: Mapping[str, ModalityCounts]) -> Gate:
     present: list[str] = []
     absent: list[str] = []
     for modality in config.modalities:
-        has_questions = coverage.get(modality, {}).get("questions")
-        (present if has_questions else absent).append(modality)
+        # A modality is listed only where it has a question.
+        (present if modality in counts else absent).append(modality)
     return _gate(
         "modalities",
         "Modalities present",
@@ -203,17 +127,17 @@ def _modality_gate(config: "AuditConfig", coverage: JsonObject) -> Gate:
     )
 
 
-def _leakage_gate(checks: list[JsonObject]) -> Gate:
+def _leakage_gate(checks: Sequence[LeakageCheck]) -> Gate:
     total = 0
     leaks = []
     for check in checks:
-        if check["count"]:
-            total += check["count"]
-            leaks.append(f"{check['name'].replace('_', ' ')} {check['count']}")
+        if check.count:
+            total += check.count
+            leaks.append(f"{check.name.replace('_', ' ')} {check.count}")
     return _gate("leakage", "Shared between splits", "count", _exact(total), (None, 0), detail=", ".join(leaks))
 
 
-def _cost_gate(config: "AuditConfig", total: float) -> Gate:
+def _cost_gate(config: AuditConfig, total: float) -> Gate:
     return _gate(
         "cost",
         "Paid to APIs and readers",
@@ -224,63 +148,35 @@ def _cost_gate(config: "AuditConfig", total: float) -> Gate:
     )
 
 
-def _exact(value: float) -> JsonObject:
+def _exact(value: float) -> Figure:
     """A figure that was counted, not estimated: its interval is itself."""
-    return {"value": value, "low": value, "high": value}
+    return Figure(value, value, value)
 
 
 def _gate(
     name: str,
     title: str,
-    unit: str,
-    figure: JsonObject | None,
+    unit: Unit,
+    figure: Figure | None,
     target: Target,
     strict: bool = True,
     detail: str = "",
 ) -> Gate:
-    """A gate. A target that is open above is "above" its lower end, strictly unless `strict` is false."""
-    value = low = high = None
-    if figure:
-        value, low, high = figure["value"], figure["low"], figure["high"]
-    # Of a range both ends are inside.
-    strict = strict and target[1] is None
-    side = _side(value, target, strict)
-    low_side, high_side = _side(low, target, strict), _side(high, target, strict)
-    return Gate(
-        name=name,
-        title=title,
-        unit=unit,
-        value=value,
-        low=low,
-        high=high,
-        target=list(target),
-        strict=strict,
-        passed=None if side is None else side == 0,
-        certain=low_side is not None and low_side == high_side,
-        detail=detail,
-        advice=_advice(name, figure, side),
-    )
+    """A gate with its advice. `strict`: of a target that is open above, a figure on the lower end fails."""
+    # Of a range, and of a limit above, the ends are inside.
+    is_strict = strict and target[1] is None
+    gate = make_gate(name, title, unit, figure, target, strict=is_strict, detail=detail)
+    return replace(gate, advice=_advice(gate, has_figure=figure is not None))
 
 
-def _side(number: float | None, target: Target, strict: bool) -> int | None:
-    """-1 below the range, 0 in it, 1 above it; None without a number."""
-    if number is None:
-        return None
-    bottom, top = target
-    # Strict: a figure on the lower end itself fails, as in "kappa above .8".
-    if bottom is not None and (number <= bottom if strict else number < bottom):
-        return -1
-    return 1 if top is not None and number > top else 0
-
-
-def _advice(name: str, figure: JsonObject | None, side: int | None) -> str:
-    """What to do where the figure lies outside its range, or where there is none."""
-    if side is None:
+def _advice(gate: Gate, has_figure: bool) -> str:
+    """What to do where the figure lies outside its range, or where it has no value."""
+    if gate.side is None:
         # Kappa has no value where either rater uses one class alone, however many steps they share.
-        if name == "judge_expert_kappa" and figure:
+        if gate.name == "judge_expert_kappa" and has_figure:
             return (
                 "Judge or expert call every shared step alike, so that kappa is not defined: let the expert read more."
             )
-        return UNKNOWN.get(name, NO_LABELS)
-    below, above = ADVICE[name]
-    return {-1: below, 0: "", 1: above}[side]
+        return UNKNOWN.get(gate.name, NO_LABELS)
+    below, above = ADVICE[gate.name]
+    return {-1: below, 0: "", 1: above}[gate.side]

@@ -1,24 +1,35 @@
 """What the splits share: pictures, questions, and pictures shown as reference cases. All of it must be nothing."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from medmm_ray.config import JsonObject, digest
+from medmm_ray.config import digest
 from medmm_ray.text import normalise
 
 EXAMPLES = 3
 COLUMNS = ["question_id", "split", "question", "options", "image_ids"]
 
 
+@dataclass(frozen=True)
+class LeakageCheck:
+    """How much leaks of what was `checked`, with the ids of some `examples`."""
+
+    name: str
+    count: int
+    checked: int
+    examples: list[str]
+
+
 def leakage(
     questions: pa.Table,
     images: pa.Table,
     evidence: Iterable[pa.Table] = (),
-) -> list[JsonObject]:
-    """One entry a check: {name, count, checked, examples}, `count` what leaks of the `checked`, `examples` ids.
+) -> list[LeakageCheck]:
+    """The checks of pictures, files and questions, and of references where any were retrieved.
 
     Pictures are compared by id and by the hash of their bytes; near duplicates became one id when the data was curated.
     """
@@ -78,7 +89,7 @@ def _reference_checks(
     questions: Sequence[Mapping[str, Any]],
     images: pa.Table,
     evidence: Iterable[pa.Table],
-) -> list[JsonObject]:
+) -> list[LeakageCheck]:
     """Reference cases must come from the training split, and never be the question's own picture."""
     known_ids = images["image_id"].to_pylist()
     split = dict(zip(known_ids, images["split"].to_pylist(), strict=True))
@@ -111,10 +122,5 @@ def _check(
     name: str,
     leaking_ids: Sequence[str],
     checked: int,
-) -> JsonObject:
-    return {
-        "name": name,
-        "count": len(leaking_ids),
-        "checked": checked,
-        "examples": list(leaking_ids[:EXAMPLES]),
-    }
+) -> LeakageCheck:
+    return LeakageCheck(name, len(leaking_ids), checked, list(leaking_ids[:EXAMPLES]))

@@ -2,34 +2,95 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from medmm_ray.config import JsonObject
 from medmm_ray.data.tables import error_kind
-from medmm_ray.stats.grouped_stats import Groups, Resampling, easy_first, ratio, share_of_counts, stats_by_group
+from medmm_ray.stats.grouped_stats import (
+    CountedFigure,
+    GroupedStats,
+    Groups,
+    Resampling,
+    easy_first,
+    ratio,
+    share_of_counts,
+    stats_by_group,
+)
 from medmm_ray.stats.label_arrays import RIGHT, Codes, Steps
 
 
 @dataclass
-class _ModalityCounts:
+class ModalityCounts:
     """What there is of one modality; `solutions` are those of all sources."""
 
-    questions: int = 0
-    with_image: int = 0
-    images: int = 0
-    solutions: int = 0
-    by_difficulty: dict[str, int] = field(default_factory=dict)
+    questions: int
+    with_image: int
+    images: int
+    solutions: int
+    by_difficulty: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coverage:
+    """Usable questions in all and by split, images, and what there is of each modality."""
+
+    questions: int
+    images: int
+    splits: dict[str, int]
+    difficulties: list[str]
+    modalities: dict[str, ModalityCounts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingFigures:
+    """What the policy was asked for and what came: questions, solutions, their answers."""
+
+    questions: int
+    requested: int
+    kept: int
+    drawn: int
+    rejected: dict[str, int]
+    """Samples that the quality filter refused, by reason."""
+    short_questions: int
+    """Questions with fewer solutions than were asked for."""
+    empty_questions: int
+    missing: int
+    without_answer: int
+    finish_reasons: dict[str, int]
+    errors: dict[str, int]
+    accuracy: GroupedStats
+    """The share of right answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TreeFigures:
+    """What the trees found: questions with a solution, solutions, and right ones."""
+
+    questions: int
+    solutions: int
+    right: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCounts:
+    """Steps a solution: solutions by their number of steps, the mean, and solutions outside the usual numbers."""
+
+    solutions: int
+    steps: int
+    histogram: dict[str, int]
+    mean: CountedFigure
+    few: int
+    many: int
 
 
 def coverage(
     questions: pa.Table,
     images: pa.Table,
     solutions: pa.Table,
-) -> JsonObject:
+) -> Coverage:
     """Questions by split, and by modality: questions by difficulty, those with an image, images, and solutions."""
     usable = questions.filter(pc.is_null(questions["error"]))
     num_solutions: Counter[str] = Counter()
@@ -39,26 +100,25 @@ def coverage(
         num_solutions[question_id] += length
     # Counted once, as not every image has a question.
     num_images = Counter(images["modality"].to_pylist())
-    modalities: dict[str, _ModalityCounts] = {}
+    modalities: dict[str, ModalityCounts] = {}
     for row in usable.select(["question_id", "modality", "difficulty", "image_ids"]).to_pylist():
         modality, difficulty = row["modality"], row["difficulty"]
-        counts = modalities.setdefault(modality, _ModalityCounts(images=num_images[modality]))
+        if modality not in modalities:
+            modalities[modality] = ModalityCounts(0, 0, num_images[modality], 0, {})
+        counts = modalities[modality]
         counts.questions += 1
         counts.with_image += bool(row["image_ids"])
         counts.solutions += num_solutions[row["question_id"]]
         counts.by_difficulty[difficulty] = counts.by_difficulty.get(difficulty, 0) + 1
     splits = Counter(usable["split"].to_pylist())
     difficulties = set(usable["difficulty"].to_pylist())
-    by_modality = {}
-    for name in sorted(modalities):
-        by_modality[name] = asdict(modalities[name])
-    return {
-        "questions": usable.num_rows,
-        "images": images.num_rows,
-        "splits": dict(sorted(splits.items())),
-        "difficulties": sorted(difficulties, key=easy_first),
-        "modalities": by_modality,
-    }
+    return Coverage(
+        questions=usable.num_rows,
+        images=images.num_rows,
+        splits=dict(sorted(splits.items())),
+        difficulties=sorted(difficulties, key=easy_first),
+        modalities=dict(sorted(modalities.items())),
+    )
 
 
 def sampling(
@@ -67,7 +127,7 @@ def sampling(
     correct: Codes,
     groups: Mapping[str, Groups],
     resampling: Resampling,
-) -> JsonObject:
+) -> SamplingFigures:
     """Solutions asked for, drawn, rejected and there; questions that got fewer; answers, and the share of right ones.
 
     `correct` is RIGHT, WRONG or -1 (no answer) for each of the `solutions`, `groups` their groups.
@@ -83,27 +143,20 @@ def sampling(
     groupings.pop("answer", None)
     # A question may have more than was asked for: it makes up for no other.
     num_missing = (requested - complete).clip(min=0)
-    return {
-        "questions": solutions.num_rows,
-        "requested": int(requested.sum()),
-        "kept": int(complete.sum()),
-        "drawn": int(pc.sum(solutions["num_drawn"]).as_py() or 0),
-        "rejected": _rejected(solutions),
-        "short_questions": int((complete < requested).sum()),
-        "empty_questions": int((complete == 0).sum()),
-        "missing": int(num_missing.sum()),
-        "without_answer": int((correct < 0).sum()),
-        "finish_reasons": _counts_by_value(flat.field("finish_reason")),
-        "errors": dict(error_counts),
-        "accuracy": stats_by_group(
-            groupings,
-            steps.question,
-            right,
-            2,
-            share_of_counts,
-            resampling,
-        ),
-    }
+    return SamplingFigures(
+        questions=solutions.num_rows,
+        requested=int(requested.sum()),
+        kept=int(complete.sum()),
+        drawn=int(pc.sum(solutions["num_drawn"]).as_py() or 0),
+        rejected=_rejected(solutions),
+        short_questions=int((complete < requested).sum()),
+        empty_questions=int((complete == 0).sum()),
+        missing=int(num_missing.sum()),
+        without_answer=int((correct < 0).sum()),
+        finish_reasons=_counts_by_value(flat.field("finish_reason")),
+        errors=dict(error_counts),
+        accuracy=stats_by_group(groupings, steps.question, right, 2, share_of_counts, resampling),
+    )
 
 
 def _rejected(solutions: pa.Table) -> dict[str, int]:
@@ -128,23 +181,23 @@ def _counts_by_value(values: pa.Array) -> dict[str, int]:
     return counts
 
 
-def trees(solutions: pa.Table) -> JsonObject:
-    """What the trees found, where there are any: questions with a solution, solutions, and right ones."""
+def trees(solutions: pa.Table) -> TreeFigures:
+    """What the trees found; nothing where there are none."""
     flat = pc.list_flatten(solutions["solutions"].combine_chunks())
     lengths = np.asarray(pc.list_value_length(solutions["solutions"]))
-    return {
-        "questions": int((lengths > 0).sum()),
-        "solutions": len(flat),
-        "right": pc.sum(flat.field("correct")).as_py() or 0,
-    }
+    return TreeFigures(
+        questions=int((lengths > 0).sum()),
+        solutions=len(flat),
+        right=pc.sum(flat.field("correct")).as_py() or 0,
+    )
 
 
 def step_counts(
     steps: Steps,
     usual: tuple[int, int],
     resampling: Resampling,
-) -> JsonObject:
-    """Steps a solution: histogram, mean with its interval, and how many solutions have fewer or more than `usual`."""
+) -> StepCounts:
+    """Steps a solution; `usual` are the fewest and the most steps of one that is not flagged."""
     fewest, most = usual
     # Sums by question: the interval resamples questions, as the solutions of one resemble each other.
     num_questions = int(steps.question.max(initial=-1)) + 1
@@ -154,11 +207,11 @@ def step_counts(
     # Names of a JSON object are text.
     names = map(str, lengths.tolist())
     histogram = dict(zip(names, counts.tolist(), strict=True))
-    return {
-        "solutions": len(steps.length),
-        "steps": len(steps.solution),
-        "histogram": histogram,
-        "mean": ratio(steps_Q.astype(np.float64), solutions_Q.astype(np.float64), resampling),
-        "few": int((steps.length < fewest).sum()),
-        "many": int((steps.length > most).sum()),
-    }
+    return StepCounts(
+        solutions=len(steps.length),
+        steps=len(steps.solution),
+        histogram=histogram,
+        mean=ratio(steps_Q.astype(np.float64), solutions_Q.astype(np.float64), resampling),
+        few=int((steps.length < fewest).sum()),
+        many=int((steps.length > most).sum()),
+    )

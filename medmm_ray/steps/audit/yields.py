@@ -2,14 +2,13 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from medmm_ray.config import JsonObject
 from medmm_ray.data.records import Labels
 from medmm_ray.stats.label_arrays import RIGHT, Codes, Steps
 from medmm_ray.stats.targets import (
@@ -33,8 +32,8 @@ class _Labelled:
     """Share of right ones among the question's solutions with an answer."""
 
 
-@dataclass
-class _Yield:
+@dataclass(frozen=True, kw_only=True)
+class PolicyYield:
     """What a policy keeps of `steps` in `solutions`; `why` names the first fault of those that it refused."""
 
     policy: str
@@ -71,8 +70,8 @@ class Yields:
         is_chosen = pc.is_in(labels["solution_id"], self._chosen_ids)
         self._rows += labels.filter(is_chosen).to_pylist()
 
-    def figures(self, correct: Codes) -> list[JsonObject]:
-        """One entry a policy; `correct` is RIGHT, WRONG or -1 for each solution of the whole table."""
+    def figures(self, correct: Codes) -> list[PolicyYield]:
+        """What each policy keeps; `correct` is RIGHT, WRONG or -1 for each solution of the whole table."""
         answered = np.bincount(self.row, correct >= 0)
         right = np.bincount(self.row, correct == RIGHT)
         # A question's rows (samples, trees) have accuracies of their own: advantages compare what one policy drew.
@@ -89,9 +88,9 @@ class Yields:
                     accuracy=float(right[row] / answered[row]) if answered[row] else None,
                 )
             )
-        return [asdict(self._yield(policy, solutions)) for policy in POLICIES]
+        return [self._yield(policy, solutions) for policy in POLICIES]
 
-    def _yield(self, policy: str, solutions: Sequence[_Labelled]) -> _Yield:
+    def _yield(self, policy: str, solutions: Sequence[_Labelled]) -> PolicyYield:
         # Advantages are of whole solutions: there is no first wrong step to stop at.
         rule = "keep" if policy == "advantage" else self.after_first_error
         num_used = num_steps = refused = 0
@@ -115,7 +114,7 @@ class Yields:
             consensus = consensus_counts(statuses)
             refused = int(consensus["consensus_not_continued"] + consensus["consensus_failed"])
             why = f"{describe_consensus(consensus)}." if refused else ""
-        return _Yield(
+        return PolicyYield(
             policy=policy,
             solutions=len(self.ids),
             kept=num_used,

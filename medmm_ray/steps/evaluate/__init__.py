@@ -1,6 +1,7 @@
-"""Tables -> figures: what the scorer is worth, as one plain dict (``report.json``); every share is in [0, 1].
+"""Tables -> figures: what the scorer is worth.
 
-Enter: questions, images, solutions, scores, labels and what the run says of itself. Leaves: `evaluate`'s report.
+Enter: questions, images, solutions, scores, labels and what the run says of itself. Leaves: an `EvaluationReport`
+(``report.json``).
 
 What counts: the questions of one split whose own row has no error (the others are counted under `counts.excluded`). A
 question without solutions, or without one scored solution, counts as wrong and is counted; a solution without an answer
@@ -14,8 +15,7 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
@@ -24,10 +24,14 @@ from pydantic import Field
 
 from medmm_ray.config import Config, JsonObject, Split, execution, identity
 from medmm_ray.data.tables import code_revision, error_kind, package_versions
+from medmm_ray.stats.agreement import PairAgreement
+from medmm_ray.stats.balance import SourceBalance
 from medmm_ray.stats.decoders import Aggregate
 from medmm_ray.stats.grouped_stats import Resampling
-from medmm_ray.steps.evaluate.accuracy import accuracy, accuracy_by_column, accuracy_by_decoder
+from medmm_ray.steps.evaluate.accuracy import GroupAccuracy, accuracy, accuracy_by_column, accuracy_by_decoder
 from medmm_ray.steps.evaluate.examples import choose_examples
+from medmm_ray.steps.evaluate.gates import gates_of
+from medmm_ray.steps.evaluate.report import Counts, EvaluationReport, StepEntry
 from medmm_ray.steps.evaluate.scored_questions import (
     ARMS,
     LogOdds,
@@ -39,10 +43,10 @@ from medmm_ray.steps.evaluate.scored_questions import (
     step_log_odds,
     without_not_finite,
 )
-from medmm_ray.steps.evaluate.steps import TRUTHS, agreement, reference_labels, step_figures
+from medmm_ray.steps.evaluate.steps import agreement, reference_labels, step_figures
 
 VERSION = 4  # of what a step makes: raise it when the same config makes something else
-__all__ = ["EvaluateConfig", "environment", "evaluate"]
+__all__ = ["EvaluateConfig", "EvaluationReport", "StepEntry", "environment", "evaluate"]
 
 
 class EvaluateConfig(Config):
@@ -84,14 +88,14 @@ def evaluate(
     scores: pa.Table,
     labels: Sequence[pa.Table],
     review_queue: pa.Table | None = None,
-    dataset: JsonObject | None = None,
-    steps: Sequence[JsonObject] = (),
+    balances: Sequence[SourceBalance] = (),
+    pairs: Sequence[PairAgreement] = (),
+    steps: Sequence[StepEntry] = (),
     environment: JsonObject | None = None,
-) -> JsonObject:
+) -> EvaluationReport:
     """The report. `labels` are label tables of any sources and splits; `review_queue` has the steps that an expert was
-    asked about, with their inclusion probabilities; `steps` are {name, rows, seconds} of the run's steps.
-
-    What the labels are worth comes from the dataset report (`steps.audit`), over all splits; without it, nothing.
+    asked about, with their inclusion probabilities; `balances` and `pairs` say what the labels of all splits are worth,
+    as the dataset report has it.
 
     Raises ValueError where the split has no solution at all, or a scored solution another number of scores than steps.
     """
@@ -110,30 +114,31 @@ def evaluate(
     step_metrics = {}
     for arm in arms:
         step_metrics[arm] = step_figures(log_odds[arm], reference, config.threshold, config.calibration_bins)
-    counts = {
-        "split": config.split,
-        "excluded": _error_counts(of_split),
-        **_counts(scored, arms, ns[-1]),
-        "errors": _errors({"solutions": solutions, "scores": scores}, labels),
-    }
-    report = {
-        "title": config.title,
-        "config": identity(config),
-        "n": ns[-1],
-        "ns": ns,
-        "arms": arms,
-        "reference": reference.source,
-        "counts": counts,
-        "accuracy": accuracy(scored, arms, ns, config.num_subsets, resampling),
-        "decoders": accuracy_by_decoder(scored, arms, log_odds, resampling),
-        "step": step_metrics,
-        "labels": dataset["balance"] if dataset else [],
-        "agreement": agreement(dataset["agreement"] if dataset else []),
-        "largest_text_difference": _largest_text_difference(scores),
-        **_accuracy_by_group(config, scored, arms, ns[-1], resampling),
-        "steps": list(steps),
-        "environment": dict(environment or {}),
-        "examples": choose_examples(
+    over_n = accuracy(scored, arms, ns, config.num_subsets, resampling)
+    text_difference = _largest_text_difference(scores)
+    agreement_by_name = agreement(pairs)
+    n = ns[-1]
+    by_column = _accuracy_by_group(config, scored, arms, n, resampling)
+    return EvaluationReport(
+        title=config.title,
+        config=identity(config),
+        n=n,
+        ns=ns,
+        arms=arms,
+        reference=reference.source,
+        counts=_counts(config.split, of_split, scored, arms, n, _errors(solutions, scores, labels)),
+        accuracy=over_n,
+        decoders=accuracy_by_decoder(scored, arms, log_odds, resampling),
+        step=step_metrics,
+        labels=list(balances),
+        agreement=agreement_by_name,
+        largest_text_difference=text_difference,
+        by_difficulty=by_column["difficulty"],
+        by_modality=by_column["modality"],
+        by_question=by_column["question"],
+        steps=list(steps),
+        environment=dict(environment or {}),
+        examples=choose_examples(
             scored,
             arms,
             solutions,
@@ -143,8 +148,15 @@ def evaluate(
             num_examples=config.num_examples,
             seed=config.seed,
         ),
-    }
-    return {**report, "gates": list(map(asdict, _gates(report)))}
+        gates=gates_of(
+            n,
+            reference.source,
+            over_n,
+            step_metrics.get("multimodal"),
+            agreement_by_name.get("judge_expert"),
+            text_difference,
+        ),
+    )
 
 
 def _in_order(arms: Iterable[str]) -> list[str]:
@@ -156,14 +168,14 @@ def _in_order(arms: Iterable[str]) -> list[str]:
 
 def _accuracy_by_group(
     config: EvaluateConfig, scored: Sequence[ScoredQuestion], arms: Sequence[str], n: int, resampling: Resampling
-) -> dict[str, JsonObject]:
+) -> dict[str, dict[str, GroupAccuracy]]:
     """The accuracy at N by difficulty, modality and, where the texts are few, by question text."""
     tables = {}
     for column in ("difficulty", "modality", "question"):
-        tables[f"by_{column}"] = accuracy_by_column(scored, arms, n, column, config.num_subsets, resampling)
+        tables[column] = accuracy_by_column(scored, arms, n, column, config.num_subsets, resampling)
     # Where every question has a text of its own, a table of them would be the list of questions.
-    if not 1 < len(tables["by_question"]) <= config.max_groups:
-        tables["by_question"] = {}
+    if not 1 < len(tables["question"]) <= config.max_groups:
+        tables["question"] = {}
     return tables
 
 
@@ -181,7 +193,14 @@ def _ns(config: EvaluateConfig, solutions: pa.Table, samples: Mapping[str, Seque
     return sorted(smaller | {largest})
 
 
-def _counts(scored: Sequence[ScoredQuestion], arms: Sequence[str], n: int) -> JsonObject:
+def _counts(
+    split: str,
+    questions: pa.Table,
+    scored: Sequence[ScoredQuestion],
+    arms: Sequence[str],
+    n: int,
+    errors: dict[str, dict[str, int]],
+) -> Counts:
     """What went in and what is missing; nothing leaves the figures without a number here."""
     num_samples = without_answer = without_solutions = with_fewer = 0
     for question in scored:
@@ -200,23 +219,24 @@ def _counts(scored: Sequence[ScoredQuestion], arms: Sequence[str], n: int) -> Js
             # A question without samples is among them.
             questions_without_scores[arm] += not is_scored.any()
         unscored[arm] = num_samples - num_scored[arm]
-    return {
-        "questions": len(scored),
-        "solutions": num_samples,
-        "without_answer": without_answer,
-        "questions_without_solutions": without_solutions,
-        "questions_with_fewer_than_n": with_fewer,
-        "scored": num_scored,
-        "unscored": unscored,
-        "questions_without_scores": questions_without_scores,
-    }
+    return Counts(
+        split=split,
+        excluded=_error_counts(questions),
+        questions=len(scored),
+        solutions=num_samples,
+        without_answer=without_answer,
+        questions_without_solutions=without_solutions,
+        questions_with_fewer_than_n=with_fewer,
+        scored=num_scored,
+        unscored=unscored,
+        questions_without_scores=questions_without_scores,
+        errors=errors,
+    )
 
 
-def _errors(tables: Mapping[str, pa.Table], labels: Sequence[pa.Table]) -> dict[str, dict[str, int]]:
+def _errors(solutions: pa.Table, scores: pa.Table, labels: Sequence[pa.Table]) -> dict[str, dict[str, int]]:
     """Failed rows by table and kind; label rows by source."""
-    counts: dict[str, dict[str, int]] = {}
-    for name, table in tables.items():
-        counts[name] = _error_counts(table)
+    counts = {"solutions": _error_counts(solutions), "scores": _error_counts(scores)}
     for table in labels:
         sources = table["source"].to_pylist()
         errors = table["error"].to_pylist()
@@ -256,63 +276,6 @@ def _text_log_odds(scores: pa.Table, arm: str) -> LogOdds:
     for solution_id, text in zip(solution_ids, texts, strict=True):
         by_solution[solution_id] = np.asarray(text, dtype=np.float64)
     return by_solution
-
-
-# Gates
-
-
-@dataclass(frozen=True)
-class Gate:
-    """A figure beside the limit that it must lie above or below; `passed` is None where there is no figure."""
-
-    name: str
-    value: float | None
-    wanted: Literal["above", "below"]
-    limit: float
-    passed: bool | None
-    detail: str
-
-
-def _gate(name: str, value: float | None, side: Literal["above", "below"], limit: float, detail: str = "") -> Gate:
-    passed = None
-    if value is not None and side == "above":
-        passed = value > limit
-    elif value is not None:
-        passed = value < limit
-    return Gate(name, value, side, limit, passed, detail)
-
-
-def _gates(report: JsonObject) -> list[Gate]:
-    """The MedMM framework's quality gates that this run can be held to.
-
-    What a model is worth is measured against truth or an expert: without them it is not, whatever the judge says.
-    """
-    # Labels of a phantom's truth or an expert may be missing, and an arm too: a gate has no figure then.
-    reference = report["reference"]
-    step_metrics = report["step"].get("multimodal") or {}
-    # A judge's labels are themselves to be measured: figures against them are shown, and held to nothing.
-    measured = step_metrics if reference in TRUTHS else {}
-    basis = _measured_on(reference, step_metrics)
-    judge_expert = report["agreement"].get("judge_expert", {})
-    gains = report["accuracy"].get("gain", {}).get("best_of_n", {})
-    gain = gains.get(str(report["n"]), {})
-    return [
-        _gate("judge_expert_kappa", judge_expert.get("kappa"), "above", 0.8),
-        _gate("model_reference_kappa", measured.get("kappa"), "above", 0.8, basis),
-        _gate("ece", measured.get("ece"), "below", 0.05, basis),
-        _gate("multimodal_gain", gain.get("value"), "above", 0.05),
-        _gate("text_unchanged_without_image", report["largest_text_difference"], "below", 1e-6),
-    ]
-
-
-def _measured_on(reference: str, figures: JsonObject) -> str:
-    """What a gate on step metrics rests on, or why it has no figure."""
-    if reference not in TRUTHS:
-        return "not measured: no expert's label and no known truth in this split"
-    if not figures:
-        return ""
-    weighted = f", weighted; worth {figures['effective']:.0f} equal ones" if figures["weighted"] else ""
-    return f"{figures['steps']:,} steps labelled by source {reference!r}{weighted}"
 
 
 def environment() -> JsonObject:

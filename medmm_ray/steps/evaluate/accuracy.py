@@ -1,21 +1,76 @@
-"""Scored questions -> accuracy over N, by decoder and by group, each figure ``{value, low, high}``.
-
-The interval is the 95 % one of resampled questions.
-"""
+"""Scored questions -> accuracy over N, by decoder and by group. Intervals are those of resampled questions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from medmm_ray.config import JsonObject
 from medmm_ray.stats import decoders, metrics
 from medmm_ray.stats.decoders import Decoder
-from medmm_ray.stats.grouped_stats import Resampling, easy_first
+from medmm_ray.stats.grouped_stats import Figure, Resampling, easy_first
 from medmm_ray.stats.metrics import Floats
 from medmm_ray.steps.evaluate.scored_questions import LogOdds, ScoredQuestion, rewards_of
 
 FigurePath = tuple[str, ...]
+DECODERS = ("best_of_n", "sc_rm")
+
+
+@dataclass(frozen=True)
+class Accuracy(Figure):
+    """A share of questions answered rightly, or a difference of two, with its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+AccuracyByN = Mapping[str, Accuracy]
+"""By N, as text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GainOverN:
+    """The multimodal arm's accuracy minus the text-only arm's; the interval is that of the paired differences."""
+
+    best_of_n: AccuracyByN
+    sc_rm: AccuracyByN
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccuracyOverN:
+    """The accuracy at each N, of one sample at none; best-of-N and the reward-weighted vote (SC+RM) by arm."""
+
+    one_sample: Accuracy
+    oracle: AccuracyByN
+    majority: AccuracyByN
+    best_of_n: Mapping[str, AccuracyByN] = field(default_factory=dict)
+    sc_rm: Mapping[str, AccuracyByN] = field(default_factory=dict)
+    gain: GainOverN | None = None
+
+    def of(self, decoder: str) -> Mapping[str, AccuracyByN]:
+        """The accuracy by arm of one of `DECODERS`."""
+        return {"best_of_n": self.best_of_n, "sc_rm": self.sc_rm}[decoder]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """The gain of `GainOverN` at one N."""
+
+    best_of_n: Accuracy
+    sc_rm: Accuracy
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupAccuracy:
+    """The accuracy at one N of a group of questions, as `AccuracyOverN` has it."""
+
+    questions: int
+    one_sample: Accuracy
+    oracle: Accuracy
+    majority: Accuracy
+    best_of_n: Mapping[str, Accuracy] = field(default_factory=dict)
+    sc_rm: Mapping[str, Accuracy] = field(default_factory=dict)
+    gain: Gain | None = None
 
 
 @dataclass
@@ -39,12 +94,24 @@ def accuracy(
     ns: Sequence[int],
     num_subsets: int,
     resampling: Resampling,
-) -> JsonObject:
-    """one_sample, oracle.N, majority.N, best_of_n.ARM.N, sc_rm.ARM.N and gain.{best_of_n, sc_rm}.N.
+) -> AccuracyOverN:
+    """The accuracy at each of `ns`; a gain only where both of its arms are there."""
+    figures = _figures(_chances(questions, arms, ns, num_subsets), resampling)
 
-    A gain is the multimodal arm's accuracy minus the text-only arm's, its interval that of the paired differences.
-    """
-    return _nested_figures(_chances(questions, arms, ns, num_subsets), resampling)
+    def by_n(*path: str) -> dict[str, Accuracy]:
+        return {str(n): figures[*path, str(n)] for n in ns}
+
+    gain = None
+    if _has_gain(arms):
+        gain = GainOverN(best_of_n=by_n("gain", "best_of_n"), sc_rm=by_n("gain", "sc_rm"))
+    return AccuracyOverN(
+        one_sample=figures["one_sample",],
+        oracle=by_n("oracle"),
+        majority=by_n("majority"),
+        best_of_n={arm: by_n("best_of_n", arm) for arm in arms},
+        sc_rm={arm: by_n("sc_rm", arm) for arm in arms},
+        gain=gain,
+    )
 
 
 def accuracy_by_column(
@@ -54,22 +121,33 @@ def accuracy_by_column(
     column: str,
     num_subsets: int,
     resampling: Resampling,
-) -> JsonObject:
-    """The accuracy at one N for each value of a question's column, without the N in the path, and `questions`."""
+) -> dict[str, GroupAccuracy]:
+    """The accuracy at one N for each value of a question's column."""
     groups: dict[str, list[ScoredQuestion]] = {}
     for scored in questions:
         groups.setdefault(getattr(scored.question, column), []).append(scored)
     table = {}
     for name in sorted(groups, key=easy_first):
-        chances = _chances(groups[name], arms, [n], num_subsets)
-        without_n: dict[FigurePath, Floats] = {}
-        for path, values in chances.items():
-            # The last word of a path is the N, but of the one that has a single word.
-            short_path = path[:-1] if len(path) > 1 else path
-            without_n[short_path] = values
-        figures = _nested_figures(without_n, resampling)
-        table[name] = {"questions": len(groups[name]), **figures}
+        figures = _figures(_chances(groups[name], arms, [n], num_subsets), resampling)
+        table[name] = _group_accuracy(len(groups[name]), figures, arms, str(n))
     return table
+
+
+def _group_accuracy(
+    num_questions: int, figures: Mapping[FigurePath, Accuracy], arms: Sequence[str], n: str
+) -> GroupAccuracy:
+    gain = None
+    if _has_gain(arms):
+        gain = Gain(best_of_n=figures["gain", "best_of_n", n], sc_rm=figures["gain", "sc_rm", n])
+    return GroupAccuracy(
+        questions=num_questions,
+        one_sample=figures["one_sample",],
+        oracle=figures["oracle", n],
+        majority=figures["majority", n],
+        best_of_n={arm: figures["best_of_n", arm, n] for arm in arms},
+        sc_rm={arm: figures["sc_rm", arm, n] for arm in arms},
+        gain=gain,
+    )
 
 
 def accuracy_by_decoder(
@@ -77,15 +155,18 @@ def accuracy_by_decoder(
     arms: Sequence[str],
     log_odds: Mapping[str, LogOdds],
     resampling: Resampling,
-) -> JsonObject:
-    """The accuracy of every named decoder over all samples of each question: ARM.DECODER."""
+) -> dict[str, dict[str, Accuracy]]:
+    """The accuracy of every named decoder over all samples of each question, by arm and decoder."""
     chances = _Chances()
     for scored in questions:
         for arm in arms:
             for name, decoder in decoders.DECODERS.items():
                 chance = _decoded(scored, decoder, log_odds[arm])
                 chances.add(chance, arm, name)
-    return _nested_figures(chances.arrays(), resampling)
+    by_arm: dict[str, dict[str, Accuracy]] = {}
+    for (arm, name), figure in _figures(chances.arrays(), resampling).items():
+        by_arm.setdefault(arm, {})[name] = figure
+    return by_arm
 
 
 def _decoded(scored: ScoredQuestion, decoder: Decoder, log_odds: LogOdds) -> float:
@@ -133,8 +214,8 @@ def _chances(
                 chances.add(best_of_n, "best_of_n", arm, str(n))
                 chances.add(weighted_vote, "sc_rm", arm, str(n))
     arrays = chances.arrays()
-    if {"multimodal", "text_only"} <= set(arms):
-        for decoder in ("best_of_n", "sc_rm"):
+    if _has_gain(arms):
+        for decoder in DECODERS:
             for n in ns:
                 multimodal = arrays[decoder, "multimodal", str(n)]
                 text_only = arrays[decoder, "text_only", str(n)]
@@ -142,25 +223,22 @@ def _chances(
     return arrays
 
 
-def _nested_figures(chances: Mapping[FigurePath, Floats], resampling: Resampling) -> JsonObject:
-    """{value, low, high} of each figure, nested by its path. All share the resamples of the questions."""
+def _has_gain(arms: Sequence[str]) -> bool:
+    return {"multimodal", "text_only"} <= set(arms)
+
+
+def _figures(chances: Mapping[FigurePath, Floats], resampling: Resampling) -> dict[FigurePath, Accuracy]:
+    """The figure of each path. All share the resamples of the questions."""
     if not chances:
         return {}
     # All figures at once: resamples of the questions are shared, and a gain's interval is that of paired differences.
     values_QK = np.stack(list(chances.values()), axis=1)
     lows, highs = metrics.bootstrap(values_QK, resampling.num, resampling.seed)
     means = values_QK.mean(axis=0)
-    nested: JsonObject = {}
+    figures = {}
     for path, value, low, high in zip(chances, means, lows, highs, strict=True):
-        node = nested
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = {
-            "value": _rounded(value),
-            "low": _rounded(low),
-            "high": _rounded(high),
-        }
-    return nested
+        figures[path] = Accuracy(_rounded(value), _rounded(low), _rounded(high))
+    return figures
 
 
 def _rounded(number: float) -> float:

@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from medmm_ray.config import JsonObject, digest
+from medmm_ray.config import digest
+from medmm_ray.data.records import Solution, from_dict
 from medmm_ray.stats import decoders, metrics
 from medmm_ray.steps.evaluate.scored_questions import ScoredQuestion
 from medmm_ray.steps.evaluate.steps import StepLabels
@@ -18,12 +19,61 @@ StepParts = Mapping[str, tuple[list[float], list[float]]]
 """By solution: the text and the image part of each step's log-odds."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExampleImage:
+    """An image of the question."""
+
+    image_id: str
+    uri: str
+    diagnosis: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleStep:
+    """A step, the probability that it is right, the two parts that make it up, and its label (None: no side)."""
+
+    text: str
+    probability: float
+    text_log_odds: float
+    image_log_odds: float
+    truth: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleSolution:
+    """A scored solution; `roles` say why it is shown."""
+
+    solution_id: str
+    roles: list[str]
+    answer: str | None
+    correct: bool
+    reward: float
+    steps: list[ExampleStep]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A question worth a look, of one of `KINDS`; `share_right` is that of its samples."""
+
+    kind: str
+    question_id: str
+    question: str
+    options: list[str]
+    answer: str
+    answer_type: str
+    difficulty: str
+    modality: str
+    images: list[ExampleImage]
+    share_right: float
+    solutions: list[ExampleSolution]
+
+
 @dataclass(frozen=True)
 class _Sources:
     """What the examples' texts and numbers are looked up in: by question, by image, by solution."""
 
-    solutions: Mapping[str, Sequence[JsonObject]]
-    images: Mapping[str, JsonObject]
+    solutions: Mapping[str, Sequence[Solution]]
+    images: Mapping[str, ExampleImage]
     step_parts: StepParts
     labels: StepLabels
 
@@ -38,7 +88,7 @@ def choose_examples(
     *,
     num_examples: int,
     seed: int,
-) -> list[JsonObject]:
+) -> list[Example]:
     """`num_examples` questions, in turn of three kinds, within a kind by the hash of their id.
 
     rescued: the scorer's choice is right, the text-only one's wrong; missed: its choice is wrong although a right
@@ -94,7 +144,7 @@ def _sources(
     has_example = pc.is_in(solutions["question_id"], question_ids)
     solutions_by_question = {}
     for row in solutions.filter(has_example).to_pylist():
-        solutions_by_question[row["question_id"]] = row["solutions"]
+        solutions_by_question[row["question_id"]] = [from_dict(Solution, solution) for solution in row["solutions"]]
     is_scored = pc.and_(
         pc.is_in(scores["question_id"], question_ids),
         pc.equal(scores["arm"], arm),
@@ -105,7 +155,7 @@ def _sources(
     image_rows = images.select(["image_id", "uri", "diagnosis"]).to_pylist()
     return _Sources(
         solutions=solutions_by_question,
-        images={row["image_id"]: row for row in image_rows},
+        images={row["image_id"]: ExampleImage(**row) for row in image_rows},
         step_parts=step_parts,
         labels=labels,
     )
@@ -116,31 +166,30 @@ def _example(
     scored: ScoredQuestion,
     main_arm: str,
     sources: _Sources,
-) -> JsonObject:
-    """One entry of the report."""
+) -> Example:
     question = scored.question
     solutions = sources.solutions[question.question_id]
     entries = []
     for place, roles in _roles(scored, main_arm).items():
         reward = float(scored.rewards[main_arm][place])
-        entries.append(_solution_entry(solutions[place], roles, reward, sources))
+        entries.append(_example_solution(solutions[place], roles, reward, sources))
     pictures = []
     for image_id in question.image_ids:
         if image_id in sources.images:
             pictures.append(sources.images[image_id])
-    return {
-        "kind": kind,
-        "question_id": question.question_id,
-        "question": question.question,
-        "options": question.options,
-        "answer": question.answer,
-        "answer_type": question.answer_type,
-        "difficulty": question.difficulty,
-        "modality": question.modality,
-        "images": pictures,
-        "share_right": round(float(scored.correct.mean()), 6),
-        "solutions": entries,
-    }
+    return Example(
+        kind=kind,
+        question_id=question.question_id,
+        question=question.question,
+        options=question.options,
+        answer=question.answer,
+        answer_type=question.answer_type,
+        difficulty=question.difficulty,
+        modality=question.modality,
+        images=pictures,
+        share_right=round(float(scored.correct.mean()), 6),
+        solutions=entries,
+    )
 
 
 def _kind(scored: ScoredQuestion, main_arm: str) -> str | None:
@@ -186,33 +235,33 @@ def _roles(scored: ScoredQuestion, main_arm: str) -> dict[int, list[str]]:
     return scored_roles
 
 
-def _solution_entry(
-    solution: JsonObject,
+def _example_solution(
+    solution: Solution,
     roles: Sequence[str],
     reward: float,
     sources: _Sources,
-) -> JsonObject:
-    solution_id, texts = solution["solution_id"], solution["steps"]
-    labels = sources.labels.get(solution_id) or [None] * len(texts)
-    text_parts, image_parts = sources.step_parts[solution_id]
+) -> ExampleSolution:
+    texts = solution.steps
+    labels = sources.labels.get(solution.solution_id) or [None] * len(texts)
+    text_parts, image_parts = sources.step_parts[solution.solution_id]
     steps = []
     for text, by_text, by_image, label in zip(texts, text_parts, image_parts, labels, strict=True):
         # Log-odds add: their sum is what the scorer says of the step.
         probability = float(metrics.probability(by_text + by_image))
         steps.append(
-            {
-                "text": text,
-                "probability": round(probability, 6),
-                "text_log_odds": round(by_text, 4),
-                "image_log_odds": round(by_image, 4),
-                "truth": label,
-            }
+            ExampleStep(
+                text=text,
+                probability=round(probability, 6),
+                text_log_odds=round(by_text, 4),
+                image_log_odds=round(by_image, 4),
+                truth=label,
+            )
         )
-    return {
-        "solution_id": solution_id,
-        "roles": list(roles),
-        "answer": solution["answer"],
-        "correct": bool(solution["correct"]),
-        "reward": round(float(metrics.probability(reward)), 6),
-        "steps": steps,
-    }
+    return ExampleSolution(
+        solution_id=solution.solution_id,
+        roles=list(roles),
+        answer=solution.answer,
+        correct=bool(solution.correct),
+        reward=round(float(metrics.probability(reward)), 6),
+        steps=steps,
+    )

@@ -1,15 +1,14 @@
 """Labels and step scores -> step metrics."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 
-from medmm_ray.config import JsonObject
 from medmm_ray.data.records import Labels, arrow_schema
 from medmm_ray.stats import metrics
-from medmm_ray.stats.agreement import queued_steps
+from medmm_ray.stats.agreement import PairAgreement, queued_steps
 from medmm_ray.stats.label_arrays import (
     UNLABELLED,
     WRONG,
@@ -20,13 +19,64 @@ from medmm_ray.stats.label_arrays import (
     source_labels,
     steps_of,
 )
-from medmm_ray.stats.metrics import Floats
+from medmm_ray.stats.metrics import CalibrationBin, Floats, Histogram, ProcessBench
 from medmm_ray.steps.evaluate.scored_questions import LogOdds
 
 StepLabels = Mapping[str, Sequence[int | None]]
 """By solution: 1, 0 or None for each step."""
 TRUTHS = ("phantom", "expert")
 """Sources that a model may be held to: what a judge says is itself to be measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgreementInShort:
+    """How far two label sources agree over all that they share: kappa with its interval, and equal first errors."""
+
+    first: str
+    second: str
+    weighted: bool
+    kappa: float | None
+    low: float | None
+    high: float | None
+    agreement: float
+    steps: int
+    first_error: float | None
+    solutions: int
+
+
+@dataclass(frozen=True)
+class RocCurve:
+    """False and true positive rates, from (0, 0) to (1, 1); empty with one class only."""
+
+    false: list[float]
+    true: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFigures:
+    """One arm's step metrics, pooled over the labelled steps of scored solutions, each step with its weight.
+
+    Figures without data, or that need both classes, are None.
+    """
+
+    solutions: int
+    steps: int
+    right: int
+    wrong: int
+    weighted: bool
+    effective: float
+    """Equally weighted steps that would tell as much."""
+    threshold: float
+    auroc: float | None
+    macro_f1: float | None
+    ece: float | None
+    kappa: float | None
+    first_error: float | None
+    processbench: ProcessBench
+    minimum_on_last_step: float | None
+    calibration: list[CalibrationBin]
+    roc: RocCurve
+    histogram: Histogram
 
 
 @dataclass(frozen=True)
@@ -108,30 +158,26 @@ def _of_source(
     return ReferenceLabels(source, labels, None if weight_N is None else weights)
 
 
-def agreement(pairs: Iterable[JsonObject]) -> JsonObject:
+def agreement(pairs: Iterable[PairAgreement]) -> dict[str, AgreementInShort]:
     """The dataset report's pairs of sources, in short and by name (``judge_expert``, ...)."""
-    by_name = {}
-    for pair in pairs:
-        name = f"{pair['first']}_{pair['second']}"
-        by_name[name] = _in_short(pair)
-    return by_name
+    return {f"{pair.first}_{pair.second}": _in_short(pair) for pair in pairs}
 
 
-def _in_short(pair: JsonObject) -> JsonObject:
-    kappa = pair["kappa"]["all"]["all"]
-    same_first_error = pair["first_error"]["all"].get("all")
-    return {
-        "first": pair["first"],
-        "second": pair["second"],
-        "weighted": pair["weighted"],
-        "kappa": kappa["value"],
-        "low": kappa["low"],
-        "high": kappa["high"],
-        "agreement": kappa["equal"],
-        "steps": kappa["count"],
-        "first_error": same_first_error and same_first_error["value"],
-        "solutions": same_first_error["count"] if same_first_error else 0,
-    }
+def _in_short(pair: PairAgreement) -> AgreementInShort:
+    kappa = pair.overall_kappa
+    same_first_error = pair.overall_first_error
+    return AgreementInShort(
+        first=pair.first,
+        second=pair.second,
+        weighted=pair.weighted,
+        kappa=kappa.value,
+        low=kappa.low,
+        high=kappa.high,
+        agreement=kappa.equal,
+        steps=kappa.count,
+        first_error=same_first_error.value if same_first_error else None,
+        solutions=same_first_error.count if same_first_error else 0,
+    )
 
 
 @dataclass
@@ -179,11 +225,11 @@ def step_figures(
     reference: ReferenceLabels,
     threshold: float,
     num_bins: int,
-) -> JsonObject:
-    """One arm's step metrics, pooled over the labelled steps of scored solutions, each step with its weight.
+) -> StepFigures:
+    """One arm's step metrics.
 
     First errors are sought among the labelled steps; where these are drawn one by one (weighted), in solutions alone of
-    which every step is labelled. Figures without data, or that need both classes, are None.
+    which every step is labelled.
     """
     pooled = _labelled_steps(log_odds, reference, threshold)
     labels = np.array(pooled.labels, dtype=bool)
@@ -200,22 +246,22 @@ def step_figures(
     if same_first_error:
         first_error = sum(same_first_error) / len(same_first_error)
     scores_of_solutions = [scores_S.tolist() for scores_S in log_odds.values()]
-    return {
-        "solutions": pooled.num_solutions,
-        "steps": int(labels.size),
-        "right": int(labels.sum()),
-        "wrong": int((~labels).sum()),
-        "weighted": reference.weights is not None,
-        "effective": round(metrics.effective_size(weights), 1),
-        "threshold": threshold,
-        "auroc": metrics.auroc(labels, scores, weights),
-        "macro_f1": metrics.macro_f1(labels, predicted, weights),
-        "ece": metrics.expected_calibration_error(bins),
-        "kappa": metrics.cohen_kappa(labels, predicted, weights),
-        "first_error": first_error,
-        "processbench": metrics.processbench_f1(pooled.first_labelled, pooled.first_scored),
-        "minimum_on_last_step": metrics.minimum_on_last_step(scores_of_solutions),
-        "calibration": list(map(asdict, bins)),
-        "roc": {"false": false_rate, "true": true_rate},
-        "histogram": metrics.histogram(labels, probabilities),
-    }
+    return StepFigures(
+        solutions=pooled.num_solutions,
+        steps=int(labels.size),
+        right=int(labels.sum()),
+        wrong=int((~labels).sum()),
+        weighted=reference.weights is not None,
+        effective=round(metrics.effective_size(weights), 1),
+        threshold=threshold,
+        auroc=metrics.auroc(labels, scores, weights),
+        macro_f1=metrics.macro_f1(labels, predicted, weights),
+        ece=metrics.expected_calibration_error(bins),
+        kappa=metrics.cohen_kappa(labels, predicted, weights),
+        first_error=first_error,
+        processbench=metrics.processbench_f1(pooled.first_labelled, pooled.first_scored),
+        minimum_on_last_step=metrics.minimum_on_last_step(scores_of_solutions),
+        calibration=bins,
+        roc=RocCurve(false_rate, true_rate),
+        histogram=metrics.histogram(labels, probabilities),
+    )

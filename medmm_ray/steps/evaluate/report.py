@@ -1,0 +1,75 @@
+"""The report of a scorer: what `evaluate` hands to the page and to ``report.json``."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from medmm_ray.config import JsonObject
+from medmm_ray.stats.balance import SourceBalance
+from medmm_ray.steps.evaluate.accuracy import Accuracy, AccuracyOverN, GroupAccuracy
+from medmm_ray.steps.evaluate.examples import Example
+from medmm_ray.steps.evaluate.gates import LimitGate
+from medmm_ray.steps.evaluate.steps import AgreementInShort, StepFigures
+
+
+@dataclass(frozen=True)
+class StepEntry:
+    """What a step of the run made, how long it took, and what it cost and failed at where that is known."""
+
+    name: str
+    rows: int
+    seconds: float
+    cost: float = 0.0
+    errors: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What went into the figures and what is missing; mappings are by arm, `errors` by table and kind."""
+
+    split: str
+    excluded: dict[str, int]
+    """Questions whose own row has an error, by kind."""
+    questions: int
+    solutions: int
+    without_answer: int
+    questions_without_solutions: int
+    questions_with_fewer_than_n: int
+    scored: dict[str, int]
+    unscored: dict[str, int]
+    questions_without_scores: dict[str, int]
+    errors: dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationReport:
+    """What a scorer is worth; every share is in [0, 1]."""
+
+    title: str
+    config: JsonObject
+    """The settings of `EvaluateConfig` that made the figures."""
+    n: int
+    """The largest N."""
+    ns: list[int]
+    arms: list[str]
+    reference: str
+    """The label source that steps are measured against; empty where none has labels."""
+    counts: Counts
+    accuracy: AccuracyOverN
+    decoders: dict[str, dict[str, Accuracy]]
+    """By arm and decoder, over all samples of each question."""
+    step: dict[str, StepFigures]
+    """By arm."""
+    labels: list[SourceBalance]
+    agreement: dict[str, AgreementInShort]
+    """By the two sources' names, as ``judge_expert``."""
+    largest_text_difference: float | None
+    """Between the multimodal arm's text part and the text-only scores; None without both."""
+    by_difficulty: dict[str, GroupAccuracy]
+    by_modality: dict[str, GroupAccuracy]
+    by_question: dict[str, GroupAccuracy]
+    """By question text; empty where there are too many."""
+    steps: list[StepEntry]
+    environment: JsonObject
+    """Machine, packages and code revision."""
+    examples: list[Example]
+    gates: list[LimitGate]

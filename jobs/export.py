@@ -9,13 +9,12 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from jobs.graph import LABELS, MAKER, TREES
 from jobs.step import Run, launch, load_recipe, parser
 from medmm_ray.config import ConfigError, load
-from medmm_ray.data.tables import Table
+from medmm_ray.data.tables import Artifact, Table
 from medmm_ray.steps.export import ExportConfig, Tables, export, push
 
 OPTIONAL = ("images", "evidence", "image_vectors", *LABELS, *TREES)
@@ -43,7 +42,7 @@ def _main(arguments: argparse.Namespace) -> int:
     if config.push and "://" in config.to:
         raise ConfigError(f"push=... needs a local folder, to={config.to} is none")
     run = Run(load_recipe([arguments.recipe, *recipe_overrides] if arguments.recipe else []))
-    if "://" not in run.root and not Path(run.root).is_dir():
+    if not Artifact(run.root).exists:
         raise ConfigError(f"there is no run at {run.root}; 'run' names the output folder of a pipeline")
     tables = tables_of(run)
     counts = export(tables, config, _made_by(tables))

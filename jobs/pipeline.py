@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -27,8 +26,9 @@ from jobs.recipe import Recipe
 from jobs.resources import ResourceSampler
 from jobs.step import Job, Run, launch, parser, read_arguments, run_step
 from medmm_ray.config import ConfigError
+from medmm_ray.data.artifacts import read_file
 from medmm_ray.data.json_documents import from_json
-from medmm_ray.data.tables import filesystem, write_file
+from medmm_ray.data.tables import filesystem, read_json, write_file
 
 HEARTBEAT_S = 30  # between two lines of a log while a step runs
 STYLES = {"running": "bold cyan", "done": "green", "complete": "dim", "left out": "dim", "failed": "bold red"}
@@ -155,6 +155,7 @@ def run_pipeline(recipe: Recipe, steps: Sequence[Step], console: Console) -> Run
             if run.skipped(step):
                 board.skip(step)
             elif run.is_complete(step):
+                run.point(step)
                 board.finish(step, "complete")
             else:
                 todo.append(step)
@@ -192,7 +193,7 @@ def _write_usage(run: Run, last: Step, resources: ResourceSampler, seconds: floa
     if os.environ.get("RAY_ADDRESS"):
         return
     # Written after each step, so that a run that is killed has its figures too.
-    fs, path = filesystem(f"{run.recipe.run}/usage.json")
+    fs, path = filesystem(f"{run.root}/usage.json")
     usage = {
         "until": last.name,
         "seconds": round(seconds, 1),
@@ -243,27 +244,31 @@ def print_summary(run: Run, steps: Sequence[Step], console: Console, seconds: fl
             for name in step.makes:
                 places.add_row(name, run.uri(name))
     console.print("\n[bold]Where everything lies[/bold]", places)
-    usage = Path(run.recipe.run) / "usage.json"
-    if usage.is_file():
-        figures = json.loads(usage.read_text())
+    if figures := read_json(f"{run.root}/usage.json"):
         minutes, core_minutes, peak_gib = figures["seconds"] / 60, figures["core_minutes"], figures["peak_pss_gib"]
         console.print(
             f"\n{seconds:.0f} s now; the last working session: {minutes:.1f} min, "
             f"{core_minutes:.1f} core-minutes, at most {peak_gib:.1f} GiB (PSS)"
         )
-    if BY_NAME["audit"] in steps:
+    if content := _report_of(run, "audit", "dataset_report", steps):
         from medmm_ray.pages.dataset_page import lead
         from medmm_ray.steps.audit import AuditReport
 
-        dataset = from_json(AuditReport, (Path(run.recipe.run) / "dataset_report.json").read_bytes())
+        dataset = from_json(AuditReport, content)
         words = lead(dataset).removeprefix("The dataset ")
-        console.print(f"\ndataset: {words}\nreport: {Path(run.recipe.run) / 'dataset_report.html'}", highlight=False)
-    if BY_NAME["evaluate"] in steps and not run.skipped(BY_NAME["evaluate"]):
+        console.print(f"\ndataset: {words}\nreport: {run.root}/dataset_report.html", highlight=False)
+    if content := _report_of(run, "evaluate", "report", steps):
         from medmm_ray.pages.report import summary
         from medmm_ray.steps.evaluate import EvaluationReport
 
-        report = from_json(EvaluationReport, (Path(run.recipe.run) / "report.json").read_bytes())
-        console.print("", summary(report), f"\nreport: {Path(run.recipe.run) / 'report.html'}")
+        report = from_json(EvaluationReport, content)
+        console.print("", summary(report), f"\nreport: {run.root}/report.html")
+
+
+def _report_of(run: Run, step_name: str, report: str, steps: Sequence[Step]) -> bytes | None:
+    """The report of a step at the top of the run's folder; None where the step is none of `steps` or left out."""
+    step = BY_NAME[step_name]
+    return None if step not in steps or run.skipped(step) else read_file(*filesystem(f"{run.root}/{report}.json"))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ DOCUMENT_STEPS = ("tree_search", "sample", "judge", "monte_carlo", "train_text_p
 
 def print_plan(recipe: Recipe, steps: Sequence[Step], console: Console) -> None:
     """The steps with what is there already, then calls, tokens, dollars and GPU-hours by step."""
-    run = Run(recipe)
+    run = Run(recipe, asks_stores=False)
     console.print("[bold]Steps[/bold]")
     for step in steps:
         console.print(f"  {step.name:<18}{step.what:<40}{_state(run, step)}", highlight=False)
@@ -53,7 +53,7 @@ def _state(run: Run, step: Step) -> str:
         return "left out"
     if run.skipped(step):
         return "left out: its model is given"
-    is_local = "://" not in run.root  # a plan asks no store
+    is_local = "://" not in run.root
     return "complete" if is_local and run.is_complete(step) else "to do"
 
 

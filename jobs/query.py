@@ -7,7 +7,6 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
@@ -15,7 +14,7 @@ import pyarrow.compute as pc
 from jobs.serve import serve_config
 from jobs.step import Run, launch, parser, read_arguments
 from medmm_ray.config import ConfigError
-from medmm_ray.data.tables import filesystem, write_file
+from medmm_ray.data.tables import filesystem, read_json, write_file
 from medmm_ray.engines.images import read_bytes
 from medmm_ray.service.client import query, request_of, show
 from medmm_ray.service.rerank import RerankAnswer, RerankRequest
@@ -30,10 +29,10 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _main(arguments: argparse.Namespace) -> int:
     run = Run(read_arguments(arguments, "serve"))
-    fs, path = filesystem(f"{run.root}/answer.json")
+    answer_uri = f"{run.root}/answer.json"
     model = run.model_id("two_tower")
-    stored = _stored(Path(path), model)
-    if stored is None:
+    stored = read_json(answer_uri)
+    if stored is None or stored["model"] != model:
         request, gold = example(run)
         stored = {
             "model": model,
@@ -41,18 +40,11 @@ def _main(arguments: argparse.Namespace) -> int:
             "request": request.model_dump(mode="json"),
             "answer": answer_of(run, request),
         }
-        write_file(fs, path, json.dumps(stored, indent=1).encode())
+        write_file(*filesystem(answer_uri), json.dumps(stored, indent=1).encode())
     request = RerankRequest.model_validate(stored["request"])
     show(request, RerankAnswer.model_validate(stored["answer"]), gold=stored["gold"])
-    print(f"\nThe request and the answer: {path}\nServe it yourself: make serve, then POST /v1/rerank")
+    print(f"\nThe request and the answer: {answer_uri}\nServe it yourself: make serve, then POST /v1/rerank")
     return 0
-
-
-def _stored(path: Path, model: str) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    stored: dict[str, Any] = json.loads(path.read_text())
-    return stored if stored["model"] == model else None
 
 
 def answer_of(run: Run, request: RerankRequest) -> dict[str, Any]:

@@ -12,11 +12,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pyarrow import fs as pafs
+
 from jobs.graph import MAKER
 from jobs.step import Run, launch, parser, read_arguments
 from medmm_ray.config import ConfigError
 from medmm_ray.data.records import Question, QuestionReview, ReviewItem, from_dict
-from medmm_ray.data.tables import Provenance, Table, write_rows
+from medmm_ray.data.tables import Provenance, Table, filesystem, write_rows
 from medmm_ray.pages.review_page import ReviewPageConfig
 from medmm_ray.pages.review_page.accounts import ReaderAccount, add_reader, read_readers
 from medmm_ray.pages.review_page.assigner import Assigner
@@ -58,10 +60,12 @@ def _password_of(name: str) -> str:
 
 def readers_file(run: Run) -> Path:
     """The recipe's file of readers, or the run's own."""
-    path = run.recipe.review_page.readers
-    if path is None and "://" in run.root:
+    if run.recipe.review_page.readers is not None:
+        return Path(run.recipe.review_page.readers)
+    fs, folder = filesystem(run.root)
+    if not isinstance(fs, pafs.LocalFileSystem):
         raise ConfigError(f"the run {run.root} is not a local folder: name a local file of readers, readers=FILE")
-    return Path(path or f"{run.root}/readers.json")
+    return Path(folder) / "readers.json"
 
 
 def verdict_log(run: Run) -> VerdictLog:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
 
+from jobs.checkpoint_names import with_followed_names
 from jobs.graph import BY_NAME, MAKER, STEPS, Step
 from jobs.recipe import Recipe, with_shared_limits
 from jobs.settings_help import all_settings, overview
@@ -30,12 +31,16 @@ log = logging.getLogger("medmm_ray")
 
 
 class Run:
-    """A recipe's run: where each table and artifact lies, under the fingerprint of what it is made from."""
+    """A recipe's run: where each table and artifact lies, under the fingerprint of what it is made from.
 
-    def __init__(self, recipe: Recipe) -> None:
+    Without `asks_stores` names of checkpoints that are URIs are not looked up.
+    """
+
+    def __init__(self, recipe: Recipe, asks_stores: bool = True) -> None:
         if not recipe.run:
             raise ConfigError("'run' is required: the output folder, e.g. run=runs/mine")
-        self.recipe = with_shared_limits(recipe)
+        # A name such as <run>/two_tower may stand for another result tomorrow, and the fingerprints with it.
+        self.recipe = with_followed_names(with_shared_limits(recipe), asks_stores)
         # Workers may have another working folder, so a local path is made absolute.
         self.root = recipe.run.rstrip("/") if "://" in recipe.run else str(Path(recipe.run).absolute())
         self._fingerprints: dict[str, str] = {}
@@ -117,6 +122,11 @@ class Run:
     def is_complete(self, step: Step) -> bool:
         """Whether all that a step makes is there."""
         return all(output.is_complete for output in self.outputs(step).values())
+
+    def point(self, step: Step) -> None:
+        """Let the stable names of all that a step has made stand for what this recipe makes."""
+        for output in self.outputs(step).values():
+            output.point(self.fingerprint(step))
 
     def manifests(self, step: Step) -> list[Manifest]:
         """The manifests of all that a step has made."""
@@ -307,6 +317,7 @@ def _main(step: Step, arguments: argparse.Namespace) -> int:
     run = Run(read_arguments(arguments, step.name))
     if run.is_complete(step):
         log.info("%s: complete already", step.name)
+        run.point(step)
     else:
         from jobs.preflight import require  # which knows of runs
 

@@ -1,12 +1,16 @@
-"""Shared by all tests: one Ray session for those that need one, no network, no clinical text in logs."""
+"""Shared by all tests: one Ray session and one object store for those that need one, no network, no clinical text in
+logs."""
 
 import os
 from collections.abc import Iterator
 
 import pytest
 
+from tests.doubles import object_store
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.update(object_store.environment())  # before Ray starts: its workers inherit it
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +20,10 @@ def ray_session() -> Iterator[None]:
 
     with session():
         yield
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """The URI of an empty bucket in an S3-compatible server on this machine."""
+    with object_store.serving() as uri:
+        yield uri

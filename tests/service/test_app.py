@@ -24,6 +24,7 @@ from PIL import Image
 from rich.console import Console
 
 from medmm_ray.config import ConfigError
+from medmm_ray.data.artifacts import Artifact, Provenance
 from medmm_ray.service.app import ServeConfig, api, application, build_app, score_inputs
 from medmm_ray.service.client import QueryError, post, query, request_of, show
 from medmm_ray.service.guard import is_loopback, sha256
@@ -425,6 +426,20 @@ def test_build_app_reads_words_and_values(tmp_path: Path, monkeypatch: pytest.Mo
     )
     assert (bound.num_replicas, bound.max_ongoing_requests, bound.name) == (2, 32, "Reranker")
     assert bound.ray_actor_options["num_gpus"] == 0.5
+
+
+@pytest.mark.usefixtures("token_mode")
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_served_model_is_the_result_that_its_name_stood_for_when_the_application_was_built(
+    scheme: str, tmp_path: Path
+) -> None:
+    origin = Provenance(name="two_tower", fingerprint="f00d", config={}, upstream={})
+    artifact = Artifact(f"{scheme}{tmp_path}/run/two_tower/f00d")
+    artifact.prepare()
+    artifact.commit(origin, seconds=0.0)
+    for name in ("two_tower", "two_tower/latest", "two_tower/f00d"):
+        bound = deployed(build_app({"model": f"{scheme}{tmp_path}/run/{name}"}))
+        assert bound.init_args[0].model == f"{scheme}{tmp_path}/run/two_tower/f00d"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,52 @@
+"""An S3-compatible server (moto) on this machine, which every process that inherits `environment` takes for S3."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+
+START_S = 120.0  # moto imports for half a minute beside other work
+
+
+def environment() -> dict[str, str]:
+    """Variables by which S3 clients find the server, at a port that is free now, whether it runs yet or not."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    return {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+
+
+@contextmanager
+def serving(bucket: str = "bucket") -> Iterator[str]:
+    """The URI of an empty bucket while the block runs; at the address that the environment names."""
+    address = os.environ["AWS_ENDPOINT_URL"]
+    port = address.rpartition(":")[2]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", port]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            _await(server, int(port))
+            httpx.put(f"{address}/{bucket}", trust_env=False).raise_for_status()
+            yield f"s3://{bucket}"
+        finally:
+            server.terminate()
+
+
+def _await(server: subprocess.Popen[bytes], port: int) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        assert server.poll() is None, f"moto ended with {server.returncode}; is the dev extra installed?"
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"moto did not listen on port {port} within {START_S:g} s")

@@ -26,6 +26,7 @@ BENCHES = (
     "two_tower",
     "gguf",
     "answers",
+    "near_duplicates",
     "sampling",
     "judge",
     "sharing",
@@ -47,7 +48,7 @@ def _main(words: list[str]) -> int:
     if not words or words[0] not in BENCHES + STUDIES:
         print(__doc__)
         for name in BENCHES + STUDIES:
-            print(f"  {name:<11} {str(_module(name).__doc__).splitlines()[0]}")
+            print(f"  {name:<15} {str(_module(name).__doc__).splitlines()[0]}")
         if not words or words[0] in ("-h", "--help"):
             return 0
         raise ConfigError(f"there is no benchmark {words[0]!r}; expected one of {', '.join(BENCHES + STUDIES)}")

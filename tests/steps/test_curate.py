@@ -1,28 +1,23 @@
 import io
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from medmm_ray.data.records import Image, Question, to_arrow
 from medmm_ray.data.sources.phantom import make_case, render
 from medmm_ray.data.sources.phantom.case import generator
 from medmm_ray.data.tables import TableError
-from medmm_ray.steps.curate import (
-    CurateConfig,
-    components,
-    confirm,
-    curate,
-    detail,
-    near_pairs,
-    picture_groups,
-    propose,
-    thumbnail_batch,
-    thumbnails,
-)
+from medmm_ray.steps.curate import CurateConfig, confirm, curate, propose, thumbnails
+from medmm_ray.steps.curate.merging import components
+from medmm_ray.steps.curate.near_duplicates import detail, near_pairs, thumbnail_batch
+from medmm_ray.steps.curate.splits import picture_groups
 from medmm_ray.steps.ingest import IngestConfig, image_table, inspect_batch, question_rows, read_source
 from tests.paths import REAL_DATA
 
@@ -62,23 +57,35 @@ def clean(
 # Near duplicates
 
 
-def test_near_pairs_are_those_of_a_plain_double_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medmm_ray.steps.curate._BLOCK", 16)
-    rng = np.random.default_rng(0)
-    base = [int(v) for v in rng.integers(0, 2**63, 30)]
-    values = base + [v ^ (1 << int(rng.integers(64))) ^ (1 << int(rng.integers(64))) for v in base]
-    hashes = [f"{v:016x}" for v in values]
-    expected = {(i, j) for i in range(60) for j in range(i + 1, 60) if (values[i] ^ values[j]).bit_count() <= 3}
-    found = near_pairs(hashes, 3)
-    assert {(int(i), int(j)) for i, j in found} == expected
-    assert len(found) == len(expected) >= 30
-    assert near_pairs([], 3).shape == (0, 2)
+@st.composite
+def alike_hashes(draw: st.DrawFn) -> list[int]:
+    """Hashes that differ from one of a few in any bits: spread, in a run, or none."""
+    centres = draw(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=3))
+    values = []
+    for _ in range(draw(st.integers(0, 40))):
+        bits = draw(st.lists(st.integers(0, 63), max_size=14))
+        run_length, start = draw(st.integers(0, 14)), draw(st.integers(0, 63))
+        run = ((1 << run_length) - 1) << start & (2**64 - 1)
+        values.append(draw(st.sampled_from(centres)) ^ run ^ sum(1 << bit for bit in set(bits)))
+    return values
 
 
-def test_ten_thousand_hashes_are_compared_in_seconds() -> None:
-    hashes = [f"{int(v):016x}" for v in np.random.default_rng(1).integers(0, 2**63, 10_000)]
-    hashes[7_000] = hashes[3]
-    assert near_pairs(hashes, 2).tolist() == [[3, 7000]]
+@settings(max_examples=300, deadline=None)
+@given(alike_hashes(), st.integers(0, 64), st.sampled_from([1, 7, 4096]))
+def test_near_pairs_are_those_of_a_plain_double_loop(values: list[int], distance: int, block: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("medmm_ray.steps.curate.near_duplicates._BLOCK", block)
+        pairs = near_pairs([f"{value:016x}" for value in values], distance)
+    assert pairs.shape == (len(pairs), 2)
+    assert [tuple(pair) for pair in pairs.tolist()] == [
+        (i, j) for i, j in combinations(range(len(values)), 2) if (values[i] ^ values[j]).bit_count() <= distance
+    ]
+
+
+def test_a_copy_is_found_among_many_hashes() -> None:
+    values = np.random.default_rng(1).integers(0, 2**63, 100_000).tolist()
+    values[70_000] = values[3] ^ 0b101
+    assert near_pairs([f"{value:016x}" for value in values], 2).tolist() == [[3, 70_000]]
 
 
 def copies(picture: PIL.Image.Image) -> list[PIL.Image.Image]:

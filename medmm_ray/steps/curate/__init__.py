@@ -1,0 +1,91 @@
+"""Curate: raw questions and images become clean ones, each once, with splits that share no picture.
+
+In order: rows with errors leave; images with the same bytes become one; near duplicates, proposed and confirmed by
+`near_duplicates`, then become one too; a question that occurs twice stays once; pictures that training and test share
+are dealt with (`leakage`); limits are applied. Everything that leaves is counted by its reason.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from medmm_ray.data.records import Image, Question, from_dict
+from medmm_ray.data.tables import TableError, error_kind
+from medmm_ray.steps.curate.config import CurateConfig
+from medmm_ray.steps.curate.merging import merge_images, merge_questions
+from medmm_ray.steps.curate.near_duplicates import confirm, propose, thumbnails
+from medmm_ray.steps.curate.reviews import reviewed
+from medmm_ray.steps.curate.splits import drop_leaks, limit_questions, picture_groups, resplit, split_images
+
+VERSION = 1  # of what a step makes: raise it when the same config makes something else
+__all__ = ["CurateConfig", "Curated", "confirm", "curate", "propose", "reviewed", "thumbnails"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curated:
+    """The final rows, and `figures`: what was kept, and what left by reason."""
+
+    questions: list[Question]
+    images: list[Image]
+    figures: dict[str, float]
+
+
+def curate(
+    questions: pa.Table,
+    images: pa.Table,
+    duplicates: Sequence[tuple[str, str]],
+    config: CurateConfig,
+) -> Curated:
+    """Raw questions and images to final ones; `duplicates` are confirmed pairs of image ids."""
+    figures: Counter[str] = Counter()
+    unique_images, merged_id = merge_images(images, duplicates, figures)
+    usable = _usable(questions, figures)
+    unique = merge_questions(usable, merged_id, figures)
+    groups = picture_groups(unique)
+    if config.leakage == "resplit":
+        without_leaks = resplit(unique, groups, config)
+    else:
+        without_leaks = drop_leaks(unique, groups, figures)
+    final_questions = limit_questions(without_leaks, config, figures)
+    final_images = split_images(final_questions, unique_images, figures)
+    split_sizes = Counter(question.split for question in final_questions)
+    image_split_sizes = Counter(image.split for image in final_images)
+    for split in ("train", "test"):
+        figures[f"{split}_questions"] = split_sizes[split]
+        figures[f"{split}_images"] = image_split_sizes[split]
+    # An empty table would only fail in a later step, where nothing says why.
+    if not final_questions:
+        raise TableError(
+            f"curate leaves none of {questions.num_rows} questions ({_reasons(figures)}); see raw_questions.error"
+        )
+    sorted_figures = {}
+    for name in sorted(figures):
+        sorted_figures[name] = float(figures[name])
+    return Curated(
+        questions=final_questions,
+        images=final_images,
+        figures=sorted_figures,
+    )
+
+
+def _reasons(figures: Mapping[str, int]) -> str:
+    """Why rows left, in one line: what is 0 explains nothing."""
+    reasons = []
+    for name in sorted(figures):
+        if figures[name]:
+            reasons.append(f"{name} {figures[name]}")
+    return ", ".join(reasons)
+
+
+def _usable(questions: pa.Table, figures: Counter[str]) -> list[Question]:
+    """The questions without an error; the others are counted."""
+    usable = []
+    for row in questions.to_pylist():
+        if row["error"]:
+            kind = error_kind(row["error"])
+            figures[f"questions_error_{kind}"] += 1
+        else:
+            usable.append(from_dict(Question, row))
+    return usable

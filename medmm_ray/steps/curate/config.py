@@ -1,0 +1,45 @@
+"""What counts as a duplicate or a leak, and how the splits are made."""
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from medmm_ray.config import Config, execution
+
+
+class CurateConfig(Config):
+    """How duplicates are found, and how questions are split."""
+
+    near_duplicates: bool = True
+    """Merge images that are the same picture in other bytes (recompressed, scaled); false: only equal bytes."""
+    hash_distance: int = 4
+    """Largest Hamming distance of two 64-bit perceptual hashes that proposes a pair as duplicates."""
+    pixel_correlation: float = 0.98
+    """Smallest correlation of the detail of two 32 x 32 thumbnails that confirms a proposed pair."""
+    written: Literal["none", "checked", "reviewed"] = "none"
+    """Questions that a model wrote: none, all that passed their checks, or those that readers keep (`reviews`)."""
+    reviews: str = ""
+    """What readers said of questions: an export, as python -m jobs.review_page what=questions --export names it."""
+    leakage: Literal["drop_train", "resplit"] = "drop_train"
+    """Pictures in both splits: drop their training questions, or split all questions anew by picture."""
+    test_fraction: float = 0.2
+    """Share of the pictures that `leakage: resplit` gives to the test split."""
+    max_train: int | None = None
+    """Training questions kept at most, chosen by a hash of their ids; none: all."""
+    max_test: int | None = None
+    """Test questions kept at most, chosen by a hash of their ids; none: all."""
+    seed: int = 0
+    """Seed of the new split (`leakage: resplit`) and of the choice under `max_train` and `max_test`."""
+    batch_size: int = execution(64, ge=1)
+    """Images a worker opens at a time."""
+    num_cpus: float = execution(0.5)
+    """Logical CPU cores an image worker asks for."""
+
+    @model_validator(mode="after")
+    def _reviewed_by_somebody(self) -> "CurateConfig":
+        if self.written == "reviewed" and not self.reviews:
+            raise ValueError(
+                "written is 'reviewed' and reviews is empty: read them with python -m jobs.review_page recipe.yaml "
+                "what=questions, then name what its --export prints"
+            )
+        return self

@@ -1,6 +1,6 @@
 """The judge against a local server with 200 ms latency and 5 % faults: concurrency, lost rows, answers paid twice.
 
-The server is a process of its own (`chat_server`) and counts what reaches it; the judge is the real step in a Ray Data
+The server is a process of its own (`judge_server`) and counts what reaches it; the judge is the real step in a Ray Data
 job. Its mean in-flight is taken from the first new request to the last one, while there is something to send; beside it
 stands what loops reach on this machine that do nothing but ask. For the kill, the driver with all its workers gets
 SIGKILL at a random moment and is started again when they are gone: what the server had handed over whole may be asked
@@ -28,8 +28,8 @@ from pydantic import Field
 from rich.console import Console
 
 from jobs.benches import Measured
-from jobs.benches.chat_server import verdict
 from jobs.benches.fault_injection import await_workers_end
+from jobs.benches.judge_server import verdict
 from medmm_ray.config import Config, build, execution
 from medmm_ray.data.records import Image, Labels, Question, Solution, Solutions, to_arrow
 from medmm_ray.data.tables import Provenance, Table, pending
@@ -308,7 +308,7 @@ def run(path: Path, name: str, config: JudgeConfig) -> None:
 @contextmanager
 def server(config: BenchConfig) -> Iterator[str]:
     """The chat server as a process; gives its address."""
-    words = [sys.executable, "-m", "jobs.benches.chat_server", str(config.latency_s), str(config.fault_rate)]
+    words = [sys.executable, "-m", "jobs.benches.judge_server", str(config.latency_s), str(config.fault_rate)]
     with subprocess.Popen([*words, str(config.seed)], stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

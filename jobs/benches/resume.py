@@ -33,7 +33,8 @@ from jobs.benches.fault_injection import (
     PreemptibleCluster,
     kill_survivors,
 )
-from jobs.benches.scripted_api import ScriptedApi, scripted_api, stored_answers
+from jobs.benches.model_server import in_thread
+from jobs.benches.scripted_api import ScriptedApi, stored_answers
 from jobs.graph import BY_NAME, STEPS
 from jobs.step import Run, load_recipe
 from medmm_ray.config import Config
@@ -82,7 +83,7 @@ class BenchConfig(Config):
 def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
     """The undisturbed run, the rounds with faults, and what became of their tables."""
     console.print(f"seed {config.seed}: {config.faults} faults in {', '.join(config.steps)}")
-    with tempfile.TemporaryDirectory() as folder, scripted_api(config.pause_s) as api:
+    with tempfile.TemporaryDirectory() as folder, in_thread(ScriptedApi(config.pause_s)) as api:
         experiment = ResumeExperiment(config, Path(folder), api, console)
         comparisons = experiment.run()
         console.print(grid_of(experiment, comparisons))
@@ -156,7 +157,7 @@ class ResumeExperiment:
 
     def run_round(self, name: str, faults: Sequence[Fault]) -> tuple[list[TableComparison], list[Fault]]:
         """A run with faults beside the undisturbed one, and the faults that came too late."""
-        paid_before = self.api.paid
+        paid_before = self.api.num_paid
         outcome = self._outcome(name, faults)
         num_injected = len(outcome.injected)
         self.log(f"{name}: {num_injected} of {len(faults)} faults, {outcome.starts} starts, {outcome.seconds:.1f} s")
@@ -164,7 +165,7 @@ class ResumeExperiment:
         answers = stored_answers(self.folder / name)
         self.answers.stored += len(answers)
         self.answers.paid_twice += answers.total() - len(answers)
-        self.answers.lost += self.api.paid - paid_before - answers.total()
+        self.answers.lost += self.api.num_paid - paid_before - answers.total()
         comparisons = []
         for step in self.config.steps:
             comparisons += self.compare(name, step)
@@ -224,7 +225,7 @@ class ResumeExperiment:
         return {
             "backend": "openai",
             "model": "scripted",
-            "endpoint": self.api.address,
+            "endpoint": self.api.endpoint,
             "key_variable": KEY,
             "input_price": 1,
             "cached_input_price": 1,

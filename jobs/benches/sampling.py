@@ -32,6 +32,7 @@ from medmm_ray.prompts import policy_messages
 from medmm_ray.session import session
 from medmm_ray.steps.sample import SampleConfig, sample
 from medmm_ray.text import question_with_options
+from medmm_ray.train.policy import LlamaShape, new_llama
 
 HASH = "bench"
 START_S = 120.0  # for all actors of a pool
@@ -133,28 +134,15 @@ def _actors(config: BenchConfig, folder: Path) -> Measured:
 
 def make_model(config: BenchConfig, folder: Path) -> str:
     """A Llama of random weights with a tokenizer of its own."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from medmm_ray.engines.tokenizer import build_tokenizer
-
-    tokenizer = build_tokenizer(corpus(), vocab_size=1024)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=len(tokenizer),
+    shape = LlamaShape(
         hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
         intermediate_size=2 * config.hidden_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
+        max_length=512,
+        tie_embeddings=False,
     )
-    model: Any = LlamaForCausalLM(shape)  # type: ignore[no-untyped-call]
-    model.save_pretrained(folder)
+    for part in new_llama(shape, corpus(), seed=0):
+        part.save_pretrained(folder)
     return str(folder)
 
 

@@ -1,86 +1,47 @@
-"""An OpenAI-compatible model on 127.0.0.1 that answers from a script and counts what it was paid for.
+"""An API model that answers from a script, in a thread beside the drivers that ask it: it outlives them.
 
-It runs beside the drivers that ask it, so that it outlives them: an answer that it sent whole is one that a provider
-bills. It judges in lines (`judge.reply=lines`), writes questions and answers them: the same for the same request.
+It judges in lines (`judge.reply=lines`), writes questions and answers them: the same for the same request.
 """
 
+import asyncio
 import json
 import re
-import threading
-import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from jobs.benches.model_server import Answer, ModelServer, Received, chat_completion, chat_usage
 from medmm_ray.config import digest
 from medmm_ray.engines.llm.store import parse_segment
 
 _NUM_STEPS = re.compile(r"Reasoning to review, (\d+) steps")
 
 
-class ScriptedApi(ThreadingHTTPServer):
-    """`paid` counts the answers that it gave, all together."""
-
-    daemon_threads = True
+class ScriptedApi(ModelServer):
+    """Takes `pause_s` seconds for an answer."""
 
     def __init__(self, pause_s: float) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__()
         self.pause_s = pause_s
-        self.paid = 0
-        self.lock = threading.Lock()
 
     @property
-    def address(self) -> str:
+    def endpoint(self) -> str:
         """What a config calls the endpoint."""
-        return f"http://127.0.0.1:{self.server_port}/v1"
+        return f"{self.address}/v1"
+
+    @property
+    def num_paid(self) -> int:
+        """Answers that it gave, all together: a provider bills also those that found nobody to take them."""
+        return self.traffic.answered.total()
+
+    async def answer(self, request: Received) -> Answer:
+        """What the request's schema asks for."""
+        await asyncio.sleep(self.pause_s)
+        message = {"content": reply_to(request.body)}
+        return Answer(chat_completion(request.body["model"], message, chat_usage(100, 10)))
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: ScriptedApi
-
-    def do_POST(self) -> None:
-        """Answer a chat request."""
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        time.sleep(self.server.pause_s)
-        text = answer(body)
-        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-        usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
-        reply = {
-            "id": "a",
-            "object": "chat.completion",
-            "created": 0,
-            "model": body["model"],
-            "choices": [choice],
-            "usage": usage,
-        }
-        content = json.dumps(reply).encode()
-        with self.server.lock:
-            self.server.paid += 1
-        with suppress(ConnectionError):  # who asked was killed
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Nothing: a prompt is clinical text."""
-
-
-@contextmanager
-def scripted_api(pause_s: float) -> Iterator[ScriptedApi]:
-    """A running server, which takes `pause_s` seconds for an answer."""
-    with ScriptedApi(pause_s) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
-
-
-def answer(body: dict[str, Any]) -> str:
+def reply_to(body: dict[str, Any]) -> str:
     """The reply to a request: what its schema asks for, verdicts where it has none."""
     content = body["messages"][-1]["content"]
     prompt = text_of(content)

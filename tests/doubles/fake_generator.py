@@ -7,6 +7,7 @@ from typing import Any
 from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import Completion, Sampling, Statistics
 from medmm_ray.engines.vllm_engine import GeneratorConfig
+from medmm_ray.train.policy import LlamaShape, new_llama
 
 Script = Callable[[str, int], str]
 
@@ -50,29 +51,13 @@ def text_of(prompt: ChatPrompt) -> str:
 
 def make_tiny_policy(folder: Path) -> str:
     """A random two-layer Llama with a small tokenizer of its own, as a checkpoint folder. It writes words alone."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from medmm_ray.engines.tokenizer import build_tokenizer
-
     text = "Step 1: The lung is clear.\nStep 2: The heart is large, so the answer is (B)."
-    tokenizer = build_tokenizer([text] * 4, vocab_size=512)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
+    shape = LlamaShape(
+        hidden_size=128, intermediate_size=256, num_layers=2, max_length=512, vocab_size=512, tie_embeddings=False
     )
-    model: Any = LlamaForCausalLM(shape)  # type: ignore[no-untyped-call]
+    model, tokenizer = new_llama(shape, [text] * 4, seed=0)
     words_only(model.lm_head, tokenizer)
+    tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
     return str(folder)
 

@@ -1,4 +1,4 @@
-"""The judge as a Ray Data job against a server that counts (jobs/benches/chat_server.py): budget, kill, counts."""
+"""The judge as a Ray Data job against a server that counts (jobs/benches/judge_server.py): budget, kill, counts."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -15,9 +15,10 @@ from rich.console import Console
 
 from jobs.benches import fault_injection
 from jobs.benches.fault_injection import Driver, Fault, FaultInjector, PreemptibleCluster, kill_survivors
+from jobs.benches.model_server import in_thread
 from jobs.benches.resume import BenchConfig, ResumeExperiment, plan
 from jobs.benches.scripted import ScriptedGenerator
-from jobs.benches.scripted_api import answer, scripted_api, stored_answers
+from jobs.benches.scripted_api import ScriptedApi, reply_to, stored_answers
 from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import Sampling
 from medmm_ray.engines.llm.endpoint import ChatChoice, ChatReply
@@ -32,7 +33,7 @@ TINY = "jobs/recipes/tiny.yaml"
 @pytest.fixture
 def experiment(tmp_path: Path) -> Iterator[ResumeExperiment]:
     config = BenchConfig(faults=3, steps=("sample", "judge", "monte_carlo"), questions=16)
-    with scripted_api(config.pause_s) as api:
+    with in_thread(ScriptedApi(config.pause_s)) as api:
         yield ResumeExperiment(config, tmp_path, api, Console())
 
 
@@ -78,9 +79,9 @@ def test_the_scripted_api_writes_questions_that_differ_and_solves_them() -> None
         shape = {"type": "json_schema", "json_schema": {"schema": schema}}
         return {"messages": [{"content": [{"text": "The image:"}]}], "response_format": shape, "seed": seed}
 
-    one, two = (draft(answer(body(SCHEMA, seed))) for seed in (0, 1))
+    one, two = (draft(reply_to(body(SCHEMA, seed))) for seed in (0, 1))
     assert not repeats(one.question, [two.question])
-    assert {letter(answer(body(SOLVE_SCHEMA, seed)), one.options) for seed in range(40)} == set("ABCD")
+    assert {letter(reply_to(body(SOLVE_SCHEMA, seed)), one.options) for seed in range(40)} == set("ABCD")
 
 
 def test_faults_are_drawn_from_the_seed_and_spread_over_all_steps_and_kinds_in_turn() -> None:

@@ -14,6 +14,7 @@ import PIL.Image
 import pyarrow as pa
 import pytest
 
+from jobs.benches.model_server import Answer
 from medmm_ray.config import ConfigError, build
 from medmm_ray.data.records import Labels, StepLabel, from_dict, to_arrow
 from medmm_ray.data.sources.phantom import PhantomCase
@@ -36,7 +37,7 @@ from medmm_ray.steps.judge.backends import CallContext
 from medmm_ray.steps.judge.prompt import SYSTEM, JudgeCall, schema_of
 from medmm_ray.steps.monte_carlo import by_question
 from medmm_ray.steps.monte_carlo.search import uncertain_steps
-from tests.doubles.api_server import Server, failed, gemini_said, serving
+from tests.doubles.api_server import CUT, Server, failed, gemini_said, serving
 from tests.doubles.fake_generator import FakeGenerator
 
 EFFUSION = PhantomCase(
@@ -473,8 +474,8 @@ def test_a_server_that_finds_a_shared_call_too_long_is_asked_about_each_alone(
 def test_a_shared_call_that_is_refused_is_a_fault_of_each_and_its_cost_too(
     server: Server, pictures: dict[str, Any]
 ) -> None:
-    blocked = {"candidates": [{"finishReason": "SAFETY"}], "usageMetadata": gemini_said("")[2]["usageMetadata"]}
-    server.script = [(200, {}, blocked)]
+    blocked = {"candidates": [{"finishReason": "SAFETY"}], "usageMetadata": gemini_said("").body["usageMetadata"]}
+    server.script = [Answer(blocked)]
     found = judged(gemini(server, solutions_per_call=2), case(**pictures), [[RIGHT], [WRONG]])
     assert labels_and_costs(found) == [("refused", 0.5), ("refused", 0.5)]
     assert len(server.requests) == 1
@@ -537,7 +538,7 @@ def test_the_first_call_of_a_question_goes_ahead_of_its_others(server: Server, p
 
 
 def test_faults_of_the_moment_are_tried_again(server: Server, pictures: dict[str, Any]) -> None:
-    server.script = [failed(429), failed(500), (0, {}, ""), (200, {}, "{broken"), gemini_said(GOOD)]
+    server.script = [failed(429), failed(500), CUT, Answer("{broken"), gemini_said(GOOD)]
     [found] = judged(gemini(server), case(**pictures), [[RIGHT, WRONG]])
     assert isinstance(found, Judgement)
     assert len(server.requests) == 5
@@ -545,7 +546,7 @@ def test_faults_of_the_moment_are_tried_again(server: Server, pictures: dict[str
 
 def test_gemini_is_asked_again_no_sooner_than_it_says(server: Server, pictures: dict[str, Any]) -> None:
     info = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "0.75s"}
-    limited: Any = (429, {}, {"error": {"code": 429, "message": "slow", "details": [info]}})
+    limited = Answer({"error": {"code": 429, "message": "slow", "details": [info]}}, 429)
     began, then = time.monotonic(), datetime.now(UTC) + timedelta(seconds=3)
     dated = failed(503, **{"Retry-After": format_datetime(then, usegmt=True)})
     server.script = [limited, dated, gemini_said(GOOD)]
@@ -578,11 +579,11 @@ def test_a_hanging_server_is_a_fault_of_the_moment(server: Server, pictures: dic
             "of tokens allowed (131072).",
         ),
         (
-            (200, {}, {"promptFeedback": {"blockReason": "SAFETY"}}),
+            Answer({"promptFeedback": {"blockReason": "SAFETY"}}),
             "refused: gemini-2.0-flash blocked the prompt (SAFETY)",
         ),
         (
-            (200, {}, {"candidates": [{"finishReason": "SAFETY"}]}),
+            Answer({"candidates": [{"finishReason": "SAFETY"}]}),
             "refused: gemini-2.0-flash did not answer (SAFETY)",
         ),
     ],
@@ -642,7 +643,7 @@ def test_a_missing_model_is_named() -> None:
 def test_tokens_that_are_not_counted_are_all_that_are_possible(
     server: Server, pictures: dict[str, Any], usage: dict[str, Any]
 ) -> None:
-    server.script = [(200, {}, {"candidates": [{"content": {"parts": [{"text": GOOD}]}, "finishReason": 77}], **usage})]
+    server.script = [Answer({"candidates": [{"content": {"parts": [{"text": GOOD}]}, "finishReason": 77}], **usage})]
     [found] = judged(gemini(server, input_price=0.0, output_price=1e6), case(**pictures), [[RIGHT, WRONG]])
     assert isinstance(found, Judgement)
     assert found.cost == 4096

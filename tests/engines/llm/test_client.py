@@ -19,6 +19,7 @@ import PIL.Image
 import pytest
 
 from jobs.benches import judge as bench
+from jobs.benches.model_server import Answer
 from medmm_ray.config import ConfigError, build
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.llm import client as clients
@@ -37,7 +38,7 @@ from medmm_ray.engines.llm.faults import ServerError, fault_of, retry_after_seco
 from medmm_ray.engines.llm.openai import OpenAIEndpoint
 from medmm_ray.engines.llm.prices import FREE, Price
 from medmm_ray.engines.llm.store import AnswerStore, PricedAnswer
-from tests.doubles.api_server import Server, chat_said, failed, serving
+from tests.doubles.api_server import CUT, Server, chat_said, failed, serving
 
 FAST = ApiConfig(in_flight=4, pause_s=0.001, max_attempts=3)
 DEAR = Price(input_price=0.0, cached_input_price=0.0, output_price=1e6 / 100)  # 0.01 dollars a token written
@@ -461,17 +462,21 @@ def test_a_server_without_schemas_is_asked_for_less(server: Server, form: str, e
     [
         (failed(429, "slow"), "429: .*slow", False),
         (failed(500), "500: ", False),
-        ((0, {}, ""), "the connection broke: ServerDisconnectedError", True),
-        ((200, {}, "{broken"), "a garbled answer of 7 bytes", True),
-        ((200, {}, {"choices": []}), "it has no choices", True),
-        ((200, {}, {"choices": [None]}), "a choice is no JSON object", True),
-        ((200, {}, {"choices": [{"message": None}]}), "a message is no JSON object", True),
-        ((200, {}, {"choices": [{"message": {"content": 5}}]}), "a message's content is no text", True),
-        ((200, {}, []), "the body is no JSON object", True),
-        ((200, {}, "null"), "the body is no JSON object", True),
-        ((200, {}, '"x"'), "the body is no JSON object", True),
-        ((200, {}, "[" * 100_000), "a garbled answer of 100000 bytes", True),
-        ((200, {"Content-Type": "text/html"}, "<html>"), r"a garbled answer of 6 bytes \(text/html\): Expecting", True),
+        (CUT, "the connection broke: ServerDisconnectedError", True),
+        (Answer("{broken"), "a garbled answer of 7 bytes", True),
+        (Answer({"choices": []}), "it has no choices", True),
+        (Answer({"choices": [None]}), "a choice is no JSON object", True),
+        (Answer({"choices": [{"message": None}]}), "a message is no JSON object", True),
+        (Answer({"choices": [{"message": {"content": 5}}]}), "a message's content is no text", True),
+        (Answer([]), "the body is no JSON object", True),
+        (Answer("null"), "the body is no JSON object", True),
+        (Answer('"x"'), "the body is no JSON object", True),
+        (Answer("[" * 100_000), "a garbled answer of 100000 bytes", True),
+        (
+            Answer("<html>", 200, {"Content-Type": "text/html"}),
+            r"a garbled answer of 6 bytes \(text/html\): Expecting",
+            True,
+        ),
     ],
 )
 def test_faults_of_the_moment(server: Server, answer: Any, fault: str, maybe_paid: bool) -> None:
@@ -494,7 +499,7 @@ def test_faults_of_the_moment(server: Server, answer: Any, fault: str, maybe_pai
     ],
 )
 def test_odd_forms_of_an_answer_are_read(server: Server, body: Any, text: str) -> None:
-    server.script = [(200, {}, body)]
+    server.script = [Answer(body)]
     assert asyncio.run(openai(server).send(asked("a"))).choices == (ChatChoice(text, "stop"),)
 
 
@@ -515,7 +520,7 @@ def test_tokens_that_a_server_does_not_count_are_all_that_are_possible(
     server: Server, usage: Any, tokens: tuple[int, int, int]
 ) -> None:
     """Of "s" and "a", and of 2 answers of at most 10 tokens."""
-    server.script = [(200, {}, {"choices": [{"message": {"content": "yes"}}], "usage": usage})]
+    server.script = [Answer({"choices": [{"message": {"content": "yes"}}], "usage": usage})]
     reply = asyncio.run(openai(server).send(asked("a", n=2)))
     assert (reply.prompt_tokens, reply.cached_tokens, reply.completion_tokens) == tokens
 
@@ -530,7 +535,7 @@ def test_retry_after_is_honoured(server: Server, tmp_path: Path) -> None:
 
 def test_the_pause_of_a_retry_info_is_honoured(server: Server) -> None:
     """As Gemini's OpenAI-compatible address states it."""
-    server.script = [(429, {}, [LIMITED])]
+    server.script = [Answer([LIMITED], 429)]
     with pytest.raises(RetryableError, match="429: ") as error:
         asyncio.run(openai(server).send(asked("a")))
     assert error.value.retry_after_s == 7.25

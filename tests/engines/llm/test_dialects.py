@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from jobs.benches.model_server import Answer, chat_completion
 from medmm_ray.config import ConfigError
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.chat import ChatPrompt
@@ -25,7 +26,7 @@ from medmm_ray.engines.llm.gemini import GeminiEndpoint, GeminiSdkEndpoint, sdk_
 from medmm_ray.engines.llm.openai import OpenAIEndpoint, chat_url, key_header
 from medmm_ray.engines.llm.policy import ApiPolicy
 from medmm_ray.steps.judge import JudgeCase, JudgeConfig, Judgement, make_judge
-from tests.doubles.api_server import DIALECTS, Scripted, Server, failed, openai_error, serving
+from tests.doubles.api_server import DIALECTS, Server, failed, openai_error, serving
 
 CASE = JudgeCase(
     question_id="q", question="Which side?", options=["left", "right"], answer="A", images=[], documents=[],
@@ -51,24 +52,22 @@ GOOD = json.dumps({"steps": [entry(1, "+"), entry(2, "-")]})
 DRAFT = json.dumps({"steps": [entry(1, "-"), entry(2, "-")]})
 
 
-def chat(content: Any, finish: str = "stop", usage: Any = (900, 120), **message: Any) -> Scripted:
+def chat(content: Any, finish: str = "stop", usage: Any = (900, 120), **message: Any) -> Answer:
     """An answer of the chat protocol; `usage` are prompt and completion tokens and, where it is stated, all."""
-    said = {"role": "assistant", "content": content, **message}
     counts = usage and dict(zip(("prompt_tokens", "completion_tokens", "total_tokens"), usage, strict=False))
-    choice = {"index": 0, "finish_reason": finish, "message": said}
-    return 200, {}, {"model": "m", "choices": [choice], "usage": counts}
+    return Answer(chat_completion("m", {"content": content, **message}, counts, finish))
 
 
-def google(finish: str = "STOP", *parts: Any, read: int = 900, total: int = 1020, **more: Any) -> Scripted:
+def google(finish: str = "STOP", *parts: Any, read: int = 900, total: int = 1020, **more: Any) -> Answer:
     """An answer of Gemini's own protocol."""
     content = {"role": "model", **({"parts": list(parts)} if parts else {})}
     usage = {"promptTokenCount": read, "totalTokenCount": total}
-    return 200, {}, {"candidates": [{"finishReason": finish, "content": content}], "usageMetadata": usage, **more}
+    return Answer({"candidates": [{"finishReason": finish, "content": content}], "usageMetadata": usage, **more})
 
 
-def inside_200(code: Any, message: str, **more: Any) -> Scripted:
+def inside_200(code: Any, message: str, **more: Any) -> Answer:
     """An error in the body of a 200, as OpenRouter has it."""
-    return 200, {}, {"id": None, "choices": None, "error": {"message": message, "code": code, **more}}
+    return Answer({"id": None, "choices": None, "error": {"message": message, "code": code, **more}})
 
 
 UPSTREAM_CHOICE = {
@@ -102,7 +101,7 @@ class Row:
     """What a server of a dialect answers; expected are two labels or a fault, calls, tokens paid, calls lost."""
 
     dialect: str
-    script: list[Scripted]
+    script: list[Answer]
     expected: list[int] | str
     calls: int
     tokens: int
@@ -182,7 +181,7 @@ ROWS = {
         "litellm", [inside_200("429", "litellm.RateLimitError: slow down"), chat(GOOD)], [1, 0], 3, 1020
     ),
     "an error without a code": Row("openrouter", [inside_200(None, "upstream"), chat(GOOD)], [1, 0], 2, 1020),
-    "an error that is a text": Row("openrouter", [(200, {}, {"error": "overloaded"}), chat(GOOD)], [1, 0], 2, 1020),
+    "an error that is a text": Row("openrouter", [Answer({"error": "overloaded"}), chat(GOOD)], [1, 0], 2, 1020),
     "openrouter: a flagged input": Row(
         "openrouter", [inside_200(403, "The input was flagged")],
         "refused: m did not answer (content filter): The input was flagged", 1, 0,
@@ -192,37 +191,37 @@ ROWS = {
     ),
     "openrouter: a choice that ended by an error is counted as far as it came": Row(
         "openrouter",
-        [(200, {}, {"choices": [UPSTREAM_CHOICE], "usage": {"prompt_tokens": 9, "completion_tokens": 2}}), chat(GOOD)],
+        [Answer({"choices": [UPSTREAM_CHOICE], "usage": {"prompt_tokens": 9, "completion_tokens": 2}}), chat(GOOD)],
         [1, 0], 2, 11 + 1020,
     ),
     "sglang: aborted": Row("sglang", [chat(None, "abort", None), chat(GOOD)], [1, 0], 2, 1020),
     "a flat error in a 200": Row(
-        "sglang", [(200, {}, {"object": "error", "message": TOO_LONG, "type": "BadRequestError", "code": 400})],
+        "sglang", [Answer({"object": "error", "message": TOO_LONG, "type": "BadRequestError", "code": 400})],
         "prompt_too_long: m answered 400: Requested token count", 1, 0,
     ),
     "google's list in a 200": Row(
-        "gemini, compatible", [(200, {}, [{"error": {"code": 503, "message": "overloaded", "status": "UNAVAILABLE"}}])],
+        "gemini, compatible", [Answer([{"error": {"code": 503, "message": "overloaded", "status": "UNAVAILABLE"}}])],
         "unavailable: openai:m failed 3 times, last: 503: overloaded", 3, 0,
     ),
-    "no JSON in a 200 may have been paid": Row("openrouter", [(200, {}, "<html>")], "unavailable: ", 3, 0, lost=3),
+    "no JSON in a 200 may have been paid": Row("openrouter", [Answer("<html>")], "unavailable: ", 3, 0, lost=3),
     "no choices, but a count": Row(
-        "vllm", [(200, {}, {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 0}})],
+        "vllm", [Answer({"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 0}})],
         "unavailable: openai:m failed 3 times, last: a garbled answer", 3, 27,
     ),
     # Filters
     "azure: a filtered prompt": Row(
-        "azure", [(400, {}, FILTERED)], "refused: m did not answer (content filter): The response was filtered", 1, 0
+        "azure", [Answer(FILTERED, 400)], "refused: m did not answer (content filter): The response was filtered", 1, 0
     ),
     "azure: a filtered answer": Row(
         "azure", [chat(None, "content_filter")], "refused: m did not answer (content filter)", 1, 1020
     ),
     "openrouter: a moderated prompt, by its status": Row(
-        "openrouter", [(403, {}, MODERATED)],
+        "openrouter", [Answer(MODERATED, 403)],
         "refused: m did not answer (content filter): anthropic/claude requires moderation", 1, 0,
     ),
     "openai: a prompt against the usage policy": Row(
-        "openai", [(400, {}, {"error": {"message": "Invalid prompt: your prompt was flagged as potentially violating "
-                                                   "our usage policy.", "code": "invalid_prompt"}})],
+        "openai", [Answer({"error": {"message": "Invalid prompt: your prompt was flagged as potentially violating "
+                                                   "our usage policy.", "code": "invalid_prompt"}}, 400)],
         "refused: m did not answer (content filter): Invalid prompt", 1, 0,
     ),
     "gemini's compatible address passes its reasons on": Row(
@@ -234,22 +233,22 @@ ROWS = {
     ),
     "gemini: a blocked prompt, counted": Row(
         "gemini",
-        [(200, {}, {"promptFeedback": {"blockReason": "SAFETY"}, "usageMetadata": {"promptTokenCount": 900}})],
+        [Answer({"promptFeedback": {"blockReason": "SAFETY"}, "usageMetadata": {"promptTokenCount": 900}})],
         "refused: m blocked the prompt (SAFETY)", 1, 900,
     ),
     "gemini: a blocked prompt, not counted": Row(
-        "gemini", [(200, {}, {"promptFeedback": {"blockReason": "OTHER"}})],
+        "gemini", [Answer({"promptFeedback": {"blockReason": "OTHER"}})],
         "refused: m blocked the prompt (OTHER)", 1, 0,
     ),
     # Faults by status
     "vllm: too long": Row(
-        "vllm", [(400, {}, {"error": {"message": "The decoder prompt (length 9) is longer than the maximum model "
-                                                 "length of 8.", "type": "BadRequestError", "code": 400}})],
+        "vllm", [Answer({"error": {"message": "The decoder prompt (length 9) is longer than the maximum model "
+                                                 "length of 8.", "type": "BadRequestError", "code": 400}}, 400)],
         "prompt_too_long: m answered 400: The decoder prompt", 1, 0,
     ),
     "a field's value, not the field": Row(
-        "openai", [(400, {}, {"error": {"message": "`max_completion_tokens` must be less than or equal to `8192`",
-                                        "type": "invalid_request_error", "param": "max_completion_tokens"}})],
+        "openai", [Answer({"error": {"message": "`max_completion_tokens` must be less than or equal to `8192`",
+                                        "type": "invalid_request_error", "param": "max_completion_tokens"}}, 400)],
         "request: m answered 400: `max_completion_tokens` must be less", 1, 0,
     ),
     "mistral: overloaded": Row(
@@ -306,14 +305,14 @@ def test_the_same_request_goes_again_after_an_error_in_a_200(server: Server) -> 
 
 
 def test_what_faults_cost_is_in_the_rows_error(server: Server) -> None:
-    server.script = [(200, {}, {"choices": [UPSTREAM_CHOICE], "usage": {"prompt_tokens": 9, "completion_tokens": 2}})]
+    server.script = [Answer({"choices": [UPSTREAM_CHOICE], "usage": {"prompt_tokens": 9, "completion_tokens": 2}})]
     with pytest.raises(RowError, match="last: 502: Upstream overloaded") as fault:
         asyncio.run(client(server).ask(QUESTION, "q"))
     assert fault.value.cost * 1e6 == pytest.approx(3 * 11)
 
 
 def test_one_flagged_text_never_ends_a_job(server: Server, tmp_path: Path) -> None:
-    server.script = [(403, {}, MODERATED), chat("yes")]
+    server.script = [Answer(MODERATED, 403), chat("yes")]
 
     async def both() -> list[Any]:
         asker = client(server, tmp_path)
@@ -538,7 +537,7 @@ def test_which_header_carries_the_key(url: str, header: dict[str, str]) -> None:
 
 # Gemini with its package and without
 
-GEMINI_ANSWERS: list[Scripted] = [
+GEMINI_ANSWERS: list[Answer] = [
     google("STOP", {"text": GOOD}, modelVersion="m-001"),
     google("STOP", {"text": "two "}, {"text": "parts"}),
     google("MAX_TOKENS", {"text": "cut"}),
@@ -546,10 +545,10 @@ GEMINI_ANSWERS: list[Scripted] = [
     google(total=900),
     google("SAFETY", total=905),
     google("OTHER", {"text": "odd"}),
-    (200, {}, {"candidates": [{"content": {"parts": [{"text": "uncounted"}]}, "finishReason": "STOP"}]}),
-    (200, {}, {"promptFeedback": {"blockReason": "SAFETY"}, "usageMetadata": {"promptTokenCount": 900}}),
-    (200, {}, {"usageMetadata": {"promptTokenCount": 900}}),
-    (200, {}, {}),
+    Answer({"candidates": [{"content": {"parts": [{"text": "uncounted"}]}, "finishReason": "STOP"}]}),
+    Answer({"promptFeedback": {"blockReason": "SAFETY"}, "usageMetadata": {"promptTokenCount": 900}}),
+    Answer({"usageMetadata": {"promptTokenCount": 900}}),
+    Answer({}),
     failed(429, "Resource has been exhausted", **{"Retry-After": "7"}),
     failed(503, "overloaded"),
     failed(400, "image too odd"),
@@ -568,9 +567,7 @@ GEMINI_ANSWERS: list[Scripted] = [
     ],
     ids=["schema", "bare"],
 )
-def test_gemini_by_rest_and_by_its_package_are_the_same(
-    server: Server, answer: Scripted, request_: ChatRequest
-) -> None:
+def test_gemini_by_rest_and_by_its_package_are_the_same(server: Server, answer: Answer, request_: ChatRequest) -> None:
     pytest.importorskip("google.generativeai")
     server.dialect, server.script = DIALECTS["gemini"], [answer]
 
@@ -664,6 +661,6 @@ def test_without_its_package_gemini_is_asked_by_rest(monkeypatch: pytest.MonkeyP
 
 
 def test_an_error_that_is_no_answer_of_openai_is_shown_in_its_words(server: Server) -> None:
-    server.script = [(400, {}, {"error": {"message": "odd\nimage", "code": 400}})]
+    server.script = [Answer({"error": {"message": "odd\nimage", "code": 400}}, 400)]
     with pytest.raises(RowError, match="request: m answered 400: odd image$"):
         asyncio.run(OpenAIEndpoint("m", address=f"{server.address}/v1").send(QUESTION))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from jobs.benches.model_server import Answer
 from medmm_ray.config import ConfigError
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.llm.budget import ApiBudget
@@ -136,7 +137,7 @@ def test_gemini_states_its_version(server: Server, tmp_path: Path, gemini_client
     with pytest.raises(OtherModelError, match="gemini:gemini-2.5-flash was asked and 'gemini-3.5-flash-lite' answered"):
         ask(server, tmp_path / "b", **how)
     blocked = {"promptFeedback": {"blockReason": "SAFETY"}, "modelVersion": "gemini-3.5-flash-lite"}
-    server.script = [(200, {}, blocked)]
+    server.script = [Answer(blocked)]
     with pytest.raises(OtherModelError):
         ask(server, tmp_path / "c", **how)
 
@@ -182,8 +183,7 @@ def test_flex_is_asked_for_and_booked_as_it_was_served(
 
 
 def test_without_a_tier_none_is_sent_and_a_header_states_it_too(server: Server, tmp_path: Path) -> None:
-    status, _, body = chat_said("yes")
-    server.script = [(status, {"x-gemini-service-tier": "flex"}, body)]
+    server.script = [chat_said("yes")._replace(headers={"x-gemini-service-tier": "flex"})]
     answer = ask(server, tmp_path, flex_price_share=0.5)
     assert "service_tier" not in server.requests[0]
     assert (answer.reply.tier, answer.cost) == ("flex", pytest.approx(600 / 1e6))
@@ -193,10 +193,10 @@ def test_without_a_tier_none_is_sent_and_a_header_states_it_too(server: Server, 
 def test_gemini_takes_a_tier_by_rest_and_the_sdk_refuses_it(
     server: Server, tmp_path: Path, headers: dict[str, str]
 ) -> None:
-    status, _, body = gemini_said("yes")
+    scripted = gemini_said("yes")._replace(headers=headers)
     if not headers:
-        body["usageMetadata"]["serviceTier"] = "flex"
-    server.script = [(status, headers, body)]
+        scripted.body["usageMetadata"]["serviceTier"] = "flex"
+    server.script = [scripted]
     how: dict[str, Any] = {"model": "gemini-3.5-flash-lite", "backend": "gemini", "tier": "flex"}
     answer = ask(server, tmp_path, **how)
     assert server.requests[0]["service_tier"] == "flex"

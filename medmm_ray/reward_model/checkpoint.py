@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -23,12 +23,13 @@ from medmm_ray.engines.model_source import ModelSource
 from medmm_ray.engines.weights import WeightMismatch, WeightsError, check_file
 from medmm_ray.reward_model import card, families, hub, text_tower
 from medmm_ray.reward_model.errors import CheckpointError
-from medmm_ray.reward_model.families import FamilyName
+from medmm_ray.reward_model.families import Family, FamilyName
 from medmm_ray.reward_model.fusion import Fusion, FusionConfig
 from medmm_ray.reward_model.packing import Fit
+from medmm_ray.reward_model.vision_language import Vision
 
 if TYPE_CHECKING:
-    from medmm_ray.reward_model.model import RewardModel
+    from medmm_ray.engines.image_tower import ImageTower
 
 CONFIG = "reward_model.json"
 FUSION = "fusion.safetensors"
@@ -64,6 +65,26 @@ class SavedConfig:
     template: TemplateUse | None
     system_prompt: str | None
     trained_inputs: TrainedInputs
+
+
+class WritableModel(Protocol):
+    """What is written of a `RewardModel`."""
+
+    text_model: Any
+    tokenizer: Any
+    vision: Vision | None
+    image_tower: "ImageTower | None"
+    fusion: Fusion | None
+    family: Family
+    max_length: int
+    reserve: int
+    fit: Fit
+    text_origin: ModelSource
+    trained_inputs: TrainedInputs
+
+    @property
+    def system_prompt(self) -> str | None:
+        """The instruction in the place of the family's own."""
 
 
 def locate(path: str | Path, revision: str | None) -> str | Path:
@@ -171,7 +192,7 @@ def load_fusion(path: str | Path, fusion: Fusion) -> None:
     fusion.load_state_dict(weights)
 
 
-def write(model: "RewardModel", folder: str | Path, figures: Mapping[str, float], name: str | None = None) -> None:
+def write(model: WritableModel, folder: str | Path, figures: Mapping[str, float], name: str | None = None) -> None:
     """Write `model` to `folder`, whole or not at all; the file that makes it a reward model comes last.
 
     `name` is what the card calls it: a hub id, by default the folder's name.
@@ -193,7 +214,7 @@ def write(model: "RewardModel", folder: str | Path, figures: Mapping[str, float]
 
 
 def push(
-    model: "RewardModel",
+    model: WritableModel,
     repo_id: str,
     figures: Mapping[str, float],
     private: bool | None,
@@ -207,7 +228,7 @@ def push(
         return hub.upload(Path(folder), repo_id, private, token, revision, commit_message)
 
 
-def _describe(model: "RewardModel", figures: Mapping[str, float]) -> dict[str, Any]:
+def _describe(model: WritableModel, figures: Mapping[str, float]) -> dict[str, Any]:
     tower, template = model.image_tower, model.family.template
     return {
         "format": FORMAT,

@@ -25,6 +25,7 @@ from medmm_ray.reward_model import checkpoint, families, text_tower
 from medmm_ray.reward_model.errors import CheckpointError, ImageError
 from medmm_ray.reward_model.families import FamilyName
 from medmm_ray.reward_model.forward import RowPacker, RowPiece, forward_row
+from medmm_ray.reward_model.full_sequence import Solution
 from medmm_ray.reward_model.fusion import Fusion, FusionConfig, ImageFeatures
 from medmm_ray.reward_model.image_inputs import rgb_of
 from medmm_ray.reward_model.packing import (
@@ -268,7 +269,7 @@ class RewardModel(nn.Module):
     def pack(
         self,
         question: str,
-        solutions: Sequence[str | Sequence[str]],
+        solutions: Sequence[Solution],
         documents: Sequence[str] = (),
         training: bool = False,
         image_embeddings: ImageEmbeddings | None = None,
@@ -287,6 +288,27 @@ class RewardModel(nn.Module):
             image_embeddings=image_embeddings,
             system=self.system_prompt,
         )
+
+    def scoring_job(self, request: ScoreRequest) -> ScoringJob:
+        """A request whose solutions are packed, to be read."""
+        return ScoringJob(request, self._pack_request, self.error_states)
+
+    def _pack_request(self, request: ScoreRequest, solutions: Sequence[Solution]) -> Packing:
+        try:
+            image_embeddings = self._embed(request.images, request.reference_images) if self.vision else None
+        except ImageError as error:
+            return Packing([], [str(error)] * len(solutions))
+        return self.pack(request.question, solutions, request.documents, image_embeddings=image_embeddings)
+
+    def _embed(self, images: Sequence["Image"], references: Sequence["Image"]) -> ImageEmbeddings | None:
+        """The images as a language model that reads them itself takes them."""
+        if references:
+            raise ValueError(
+                f"{len(references)} reference images: a reward model of the family {self.family.name} knows a "
+                "question's own images alone; leave reference_images empty"
+            )
+        assert self.vision is not None
+        return self.vision.embed(self.text_model, images) if images else None
 
     def forward(self, *packed: PackedQuestion) -> Tensor:
         """Text log-odds of all tags [T, fp32], in order, with gradient: what the text tower is trained on."""
@@ -308,7 +330,7 @@ class RewardModel(nn.Module):
     def text_states(
         self,
         question: str,
-        solutions: Sequence[str | Sequence[str]],
+        solutions: Sequence[Solution],
         documents: Sequence[str] = (),
         *,
         token_budget: int | None = None,
@@ -330,7 +352,7 @@ class RewardModel(nn.Module):
         packer = RowPacker(token_budget or (CPU_BUDGET if self.device.type == "cpu" else GPU_BUDGET))
         jobs: deque[ScoringJob] = deque()  # not yet given out, in the requests' order
         for request in requests:
-            job = ScoringJob(self, request)
+            job = self.scoring_job(request)
             jobs.append(job)
             for group in job.packing.groups:
                 rows = packer.add(job, group)
@@ -433,7 +455,7 @@ class RewardModel(nn.Module):
     def score(
         self,
         question: str,
-        solutions: Sequence[str | Sequence[str]],
+        solutions: Sequence[Solution],
         documents: Sequence[str] = (),
         image: "Image | Sequence[Image] | None" = None,
         reference_images: Sequence["Image"] = (),

@@ -10,34 +10,17 @@ Legend: T tags of all branches, I embeddings of all images, D text width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from torch import Tensor
+
+from medmm_ray.reward_model.families.family import Family
+from medmm_ray.reward_model.full_sequence import FullSequence, QuestionContext, Solution, common_prefix
 from medmm_ray.text import cut_steps, without_mark
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from medmm_ray.reward_model.families import Family
 
 Fit = Literal["skip", "break"]
 MAX_LENGTH = 4096  # tokens; Med-PRM's
 RESERVE = 1024  # tokens kept free of documents, for system prompt, question and solution; Med-PRM's
-
-Solution = str | Sequence[str]  # raw text, which a family cuts into steps, or a list of steps
-
-
-@dataclass(frozen=True)
-class QuestionContext:
-    """What stands before every solution of a question: it is their shared prefix, as a family writes it."""
-
-    question: str
-    documents: Sequence[str] = ()
-    images: Sequence[int] = ()
-    """Embeddings of each image, in number; for a language model that reads images itself."""
-    training: bool = False
-    """The reference's training prompt, which differs by a space."""
-    system: str | None = None
-    """A system prompt in the place of the family's own."""
 
 
 @dataclass(frozen=True)
@@ -45,21 +28,8 @@ class ImageEmbeddings:
     """A question's images for a vision-language model: ``rows_ID`` take the place of their tokens' embeddings, and
     `lengths` says how many each image has."""
 
-    rows_ID: "Tensor"
+    rows_ID: Tensor
     lengths: Sequence[int]
-
-
-@dataclass(frozen=True)
-class FullSequence:
-    """One solution written out up to the token at which its last step is read.
-
-    `tags` are the places at which its steps are read; `start` is where its own text starts.
-    """
-
-    solution: int
-    ids: list[int]
-    tags: list[int]
-    start: int
 
 
 @dataclass(frozen=True)
@@ -171,7 +141,7 @@ def has_steps(solution: Solution) -> bool:
 
 
 def pack(
-    family: "Family",
+    family: Family,
     question: str,
     solutions: Sequence[Solution],
     documents: Sequence[str] = (),
@@ -244,22 +214,3 @@ def _share(
         tags = [tag - prefix for tag in sequence.tags]
         branches.append(Branch(sequence.solution, sequence.ids[prefix:], tags, sequence.start))
     return PackedQuestion(sequences[0].ids[:prefix], branches, num_documents, image_embeddings)
-
-
-def single_id(tokenizer: Any, text: str) -> int:
-    """The id of a text that must be one token; a `ValueError` says where it is not."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1:
-        raise ValueError(f"the tokenizer encodes {text!r} as {len(ids)} tokens {ids}; a reward model needs one id")
-    return int(ids[0])
-
-
-def common_prefix(sequences: Sequence[Any]) -> int:
-    """Length of the longest common beginning, of lists of ids or of texts."""
-    # Of all pairs the first and the last in order differ the earliest.
-    first, last = min(sequences), max(sequences)
-    shorter = min(len(first), len(last))
-    for i in range(shorter):
-        if first[i] != last[i]:
-            return i
-    return shorter

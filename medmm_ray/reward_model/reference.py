@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from medmm_ray.reward_model.families import Family
-from medmm_ray.reward_model.packing import QuestionContext, Solution
+from medmm_ray.reward_model.full_sequence import QuestionContext, Solution
 
 
 def reference_log_odds(

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from medmm_ray.reward_model.full_sequence import Solution
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -17,7 +19,7 @@ class ScoreRequest:
     """A question to score: see `RewardModel.score` for the fields."""
 
     question: str
-    solutions: Sequence[str | Sequence[str]]
+    solutions: Sequence[Solution]
     documents: Sequence[str] = ()
     image: "Image | Sequence[Image] | None" = None
     reference_images: Sequence["Image"] = ()

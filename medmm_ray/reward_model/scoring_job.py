@@ -1,52 +1,35 @@
 """A request while it is scored: its different solutions, packed, and what is known of each so far."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
-from medmm_ray.reward_model.errors import ImageError
-from medmm_ray.reward_model.packing import Branch, ImageEmbeddings, Packing
+from medmm_ray.reward_model.full_sequence import Solution
+from medmm_ray.reward_model.packing import Branch, Packing
 from medmm_ray.reward_model.request import ScoreRequest
 from medmm_ray.reward_model.scores import SolutionStates
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from medmm_ray.reward_model.model import RewardModel
 
 
 class ScoringJob:
     """Carries its request; equal solutions of it are read once.
 
-    `packing` is what is to be read. A solution that cannot be read has its error from the start.
+    `pack` packs solutions of a request, `error_states` makes what stands for one that cannot be read. `packing` is what
+    is to be read; a solution with an error there has it from the start.
     """
 
-    def __init__(self, model: "RewardModel", request: ScoreRequest) -> None:
-        self.model, self.request = model, request
+    def __init__(
+        self,
+        request: ScoreRequest,
+        pack: Callable[[ScoreRequest, Sequence[Solution]], Packing],
+        error_states: Callable[[str], SolutionStates],
+    ) -> None:
+        self.request = request
         # Samples of a policy repeat themselves: what is equal is read once.
         self._keys = [s if isinstance(s, str) else tuple(s) for s in request.solutions]
         self._unique = list(dict.fromkeys(self._keys))
-        self.packing = self._pack()
+        self.packing = pack(request, self._unique)
         self._states: dict[int, SolutionStates] = {}
         for i, error in enumerate(self.packing.errors):
             if error:
-                self._states[i] = model.error_states(error)
-
-    def _pack(self) -> Packing:
-        request = self.request
-        try:
-            image_embeddings = self._embed(request.images, request.reference_images) if self.model.vision else None
-        except ImageError as error:
-            return Packing([], [str(error)] * len(self._unique))
-        return self.model.pack(request.question, self._unique, request.documents, image_embeddings=image_embeddings)
-
-    def _embed(self, images: Sequence["Image"], references: Sequence["Image"]) -> ImageEmbeddings | None:
-        if references:
-            raise ValueError(
-                f"{len(references)} reference images: a reward model of the family {self.model.family.name} knows a "
-                "question's own images alone; leave reference_images empty"
-            )
-        assert self.model.vision is not None
-        return self.model.vision.embed(self.model.text_model, images) if images else None
+                self._states[i] = error_states(error)
 
     def add(self, branch: Branch, states: SolutionStates) -> None:
         """Note what was read of the solution of a branch."""

@@ -141,7 +141,7 @@ class PooledRewardModel(RewardModel):
         pending = iter(requests)
         batch_size = STATES_QUESTIONS if self.gives_states else QUESTIONS
         while batch := list(islice(pending, batch_size)):
-            jobs = [ScoringJob(self, request) for request in batch]
+            jobs = [self.scoring_job(request) for request in batch]
             self._run(jobs)
             for job in jobs:
                 yield job.request, job.states()

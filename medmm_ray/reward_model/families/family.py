@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from medmm_ray.engines.chat_template import ChatTemplate
-from medmm_ray.reward_model.packing import FullSequence, QuestionContext, Solution, common_prefix
+from medmm_ray.reward_model.full_sequence import FullSequence, QuestionContext, Solution, common_prefix
 from medmm_ray.text import cut_steps, is_tagged, without_tags
 
 FamilyName = Literal[

@@ -6,7 +6,7 @@ from typing import Any
 from medmm_ray.engines.chat_template import ChatTemplate
 from medmm_ray.prompts import document_block
 from medmm_ray.reward_model.families.family import FamilyName, TokenPairHead, steps_of, tokenize_tagged, with_separators
-from medmm_ray.reward_model.packing import FullSequence, QuestionContext, Solution, single_id
+from medmm_ray.reward_model.full_sequence import FullSequence, QuestionContext, Solution, single_id
 from medmm_ray.text import TAG, have_marks, numbered_steps
 
 

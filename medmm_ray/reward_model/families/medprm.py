@@ -17,7 +17,7 @@ from medmm_ray.reward_model.families.family import (
     check_tags,
     tokenize_tagged,
 )
-from medmm_ray.reward_model.packing import FullSequence, QuestionContext, Solution, single_id
+from medmm_ray.reward_model.full_sequence import FullSequence, QuestionContext, Solution, single_id
 from medmm_ray.text import TAG, reference_steps
 
 

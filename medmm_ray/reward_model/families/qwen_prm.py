@@ -16,7 +16,7 @@ from medmm_ray.reward_model.families.family import (
     tokenize_tagged,
     with_separators,
 )
-from medmm_ray.reward_model.packing import FullSequence, QuestionContext, Solution, single_id
+from medmm_ray.reward_model.full_sequence import FullSequence, QuestionContext, Solution, single_id
 
 
 class QwenPrm(ClassifierHead):

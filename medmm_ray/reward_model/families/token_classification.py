@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from medmm_ray.engines.chat_template import ChatTemplate
 from medmm_ray.prompts import document_block
 from medmm_ray.reward_model.families.family import ClassifierHead, FamilyName, chat_template, ids_of, steps_of
-from medmm_ray.reward_model.packing import FullSequence, QuestionContext, Solution
+from medmm_ray.reward_model.full_sequence import FullSequence, QuestionContext, Solution
 from medmm_ray.text import have_marks, numbered_steps
 
 

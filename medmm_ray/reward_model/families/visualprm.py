@@ -16,7 +16,7 @@ from medmm_ray.reward_model.families.family import (
     ids_of,
     steps_of,
 )
-from medmm_ray.reward_model.packing import FullSequence, QuestionContext, Solution, common_prefix, single_id
+from medmm_ray.reward_model.full_sequence import FullSequence, QuestionContext, Solution, common_prefix, single_id
 
 # The text with which VisualPRM's training data is made (`PRM_SYSTEM_PROMPT` of InternVL's reasoning data pipeline).
 SYSTEM = """\

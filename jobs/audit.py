@@ -14,9 +14,10 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 from rich.console import Console
 
+from jobs.entry import launch, parser, read_arguments
 from jobs.graph import BY_NAME, LABELS, STEPS
 from jobs.recipe import Recipe
-from jobs.step import Job, Run, launch, parser, read_arguments
+from jobs.step import Job, Run
 from medmm_ray.data.json_documents import to_json
 from medmm_ray.data.tables import Manifest, Table, filesystem, write_file
 from medmm_ray.engines.llm.ledger import LEDGER_FILE, Ledger, LedgerFile

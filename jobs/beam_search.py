@@ -22,9 +22,10 @@ import pyarrow as pa
 from rich.console import Console
 from rich.table import Table as Grid
 
+from jobs.entry import launch, parser, read_arguments
 from jobs.graph import BY_NAME
 from jobs.recipe import Recipe
-from jobs.step import Job, Run, launch, parser, read_arguments
+from jobs.step import Job, Run
 from medmm_ray.config import ConfigError, digest, identity
 from medmm_ray.data.tables import RowError, error_kind, filesystem, write_file
 from medmm_ray.engines.generator import Generator, TextGenerator

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from jobs.benches import Measured
+from jobs.entry import guarded
 from jobs.settings_help import all_settings
-from jobs.step import guarded
 from medmm_ray.config import Config, ConfigError, load
 
 BENCHES = (

@@ -4,7 +4,8 @@ import sys
 
 import pyarrow as pa
 
-from jobs.step import Job, Run, main
+from jobs.entry import main
+from jobs.step import Job, Run
 from medmm_ray.data.records import QuestionReview
 from medmm_ray.data.tables import Table
 from medmm_ray.steps.curate import confirm, curate, propose, reviewed, thumbnails

@@ -3,7 +3,8 @@
 import sys
 from functools import partial
 
-from jobs.step import Job, main
+from jobs.entry import main
+from jobs.step import Job
 from medmm_ray.steps.embed import embed_documents, embed_images, embed_questions
 
 

@@ -5,8 +5,9 @@ import sys
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from jobs.entry import main
 from jobs.graph import LABELS, STEPS
-from jobs.step import Job, Run, main
+from jobs.step import Job, Run
 from medmm_ray.data.json_documents import from_json, to_json
 from medmm_ray.data.tables import filesystem, write_file
 from medmm_ray.engines.images import open_image

@@ -11,8 +11,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from jobs.entry import launch, parser
 from jobs.graph import LABELS, MAKER, TREES
-from jobs.step import Run, launch, load_recipe, parser
+from jobs.step import Run, load_recipe
 from medmm_ray.config import ConfigError, load
 from medmm_ray.data.tables import Artifact, Table
 from medmm_ray.steps.export import ExportConfig, Tables, export, push

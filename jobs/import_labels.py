@@ -17,8 +17,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from jobs.entry import launch, parser, read_arguments
 from jobs.graph import BY_NAME, LABELS, MAKER, TREES
-from jobs.step import Job, Run, launch, parser, read_arguments
+from jobs.step import Job, Run
 from medmm_ray.data.imported import ImportedRows, imported_policy, imported_rows
 from medmm_ray.data.records import Evidence, ReviewItem, Solutions, Tree, to_arrow
 from medmm_ray.data.sources import SolvedQuestion, load_solved

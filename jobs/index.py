@@ -2,7 +2,8 @@
 
 import sys
 
-from jobs.step import Job, main
+from jobs.entry import main
+from jobs.step import Job
 from medmm_ray.data.tables import Artifact
 from medmm_ray.steps.index import build_index
 

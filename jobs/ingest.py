@@ -2,7 +2,8 @@
 
 import sys
 
-from jobs.step import Job, main
+from jobs.entry import main
+from jobs.step import Job
 from medmm_ray.steps.ingest import (
     demonstration_rows,
     document_rows,

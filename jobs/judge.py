@@ -4,7 +4,8 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 
-from jobs.step import Job, main
+from jobs.entry import main
+from jobs.step import Job
 from medmm_ray.engines.llm.budget import close_ledger
 from medmm_ray.engines.llm.client import api_folder
 from medmm_ray.steps.judge import APIS, JudgeConfig, judge

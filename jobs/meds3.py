@@ -18,11 +18,12 @@ import pyarrow as pa
 from rich.console import Console
 from rich.table import Table as Grid
 
+from jobs.entry import launch, parser, read_arguments
 from jobs.graph import BY_NAME, STEPS
 from jobs.pipeline import run_pipeline
 from jobs.plan import plan_of
 from jobs.recipe import Recipe
-from jobs.step import Run, launch, parser, read_arguments
+from jobs.step import Run
 from medmm_ray.config import digest, identity
 from medmm_ray.data.tables import Artifact, Provenance, filesystem, write_file
 from medmm_ray.estimate import Estimate, Line, estimate, rendered

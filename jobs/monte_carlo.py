@@ -3,8 +3,9 @@
 import sys
 from collections.abc import Mapping
 
+from jobs.entry import main
 from jobs.sample import count, graded
-from jobs.step import Job, main
+from jobs.step import Job
 from medmm_ray.config import ConfigError
 from medmm_ray.steps.monte_carlo import monte_carlo
 

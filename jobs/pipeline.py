@@ -20,11 +20,12 @@ from rich.live import Live
 from rich.table import Table as Grid
 from rich.text import Text
 
+from jobs.entry import launch, parser, read_arguments
 from jobs.graph import BY_NAME, STEPS, Step
 from jobs.preflight import require
 from jobs.recipe import Recipe
 from jobs.resources import ResourceSampler
-from jobs.step import Job, Run, launch, parser, read_arguments, run_step
+from jobs.step import Job, Run, run_step
 from medmm_ray.config import ConfigError
 from medmm_ray.data.artifacts import read_file
 from medmm_ray.data.json_documents import from_json

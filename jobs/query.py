@@ -11,8 +11,9 @@ from typing import Any
 
 import pyarrow.compute as pc
 
+from jobs.entry import launch, parser, read_arguments
 from jobs.serve import serve_config
-from jobs.step import Run, launch, parser, read_arguments
+from jobs.step import Run
 from medmm_ray.config import ConfigError
 from medmm_ray.data.tables import filesystem, read_json, write_file
 from medmm_ray.engines.images import read_bytes

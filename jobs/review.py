@@ -2,7 +2,8 @@
 
 import sys
 
-from jobs.step import Job, main
+from jobs.entry import main
+from jobs.step import Job
 from medmm_ray.data.records import ReviewItem, from_dict
 from medmm_ray.pages.review_page.export import log_uri, read_export, step_labels
 from medmm_ray.steps.review import queue, review

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from pyarrow import fs as pafs
 
+from jobs.entry import launch, parser, read_arguments
 from jobs.graph import MAKER
-from jobs.step import Run, launch, parser, read_arguments
+from jobs.step import Run
 from medmm_ray.config import ConfigError
 from medmm_ray.data.records import Question, QuestionReview, ReviewItem, from_dict
 from medmm_ray.data.tables import Provenance, Table, filesystem, write_rows

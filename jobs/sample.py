@@ -3,7 +3,8 @@
 import sys
 from collections.abc import Mapping
 
-from jobs.step import Job, main
+from jobs.entry import main
+from jobs.step import Job
 from medmm_ray.steps.sample import sample
 from medmm_ray.text.quality import FAULTS
 

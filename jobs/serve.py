@@ -5,7 +5,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from jobs.step import Run, launch, parser, read_arguments
+from jobs.entry import launch, parser, read_arguments
+from jobs.step import Run
 from medmm_ray.service.app import ServeConfig
 
 

@@ -3,7 +3,8 @@ step, once."""
 
 import sys
 
-from jobs.step import Job, main
+from jobs.entry import main
+from jobs.step import Job
 from medmm_ray.steps.score import inputs, states
 
 

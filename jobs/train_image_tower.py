@@ -6,7 +6,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from jobs.step import Job, main
+from jobs.entry import main
+from jobs.step import Job
 from medmm_ray.data.sources import WITH_TRUTH, load_with_truth
 from medmm_ray.train.image_text import train_image_tower
 

@@ -4,8 +4,9 @@ import sys
 
 import pyarrow as pa
 
+from jobs.entry import main
 from jobs.graph import LABELS
-from jobs.step import Job, main
+from jobs.step import Job
 from medmm_ray.stats.targets import describe_consensus
 from medmm_ray.train.two_tower import train_two_tower
 

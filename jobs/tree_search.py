@@ -5,7 +5,8 @@ from functools import partial
 
 import pyarrow as pa
 
-from jobs.step import Job, main
+from jobs.entry import main
+from jobs.step import Job
 from medmm_ray.data.tables import chosen
 from medmm_ray.steps.tree_search import labels_batch, solutions_batch, tree_search
 

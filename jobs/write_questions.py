@@ -3,7 +3,8 @@
 import sys
 from collections.abc import Mapping
 
-from jobs.step import Job, main
+from jobs.entry import main
+from jobs.step import Job
 from medmm_ray.steps.write_questions import REFUSALS, usable, without_question, write_questions
 
 

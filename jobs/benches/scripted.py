@@ -18,8 +18,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from jobs.entry import guarded
 from jobs.graph import STEPS
-from jobs.step import Run, guarded, load_recipe, run_step
+from jobs.step import Run, load_recipe, run_step
 from medmm_ray.config import digest
 from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import Completion, Sampling, Statistics

@@ -9,10 +9,11 @@ import pytest
 
 from jobs import judge as judge_job
 from jobs import pipeline, plan, query, serve
+from jobs.entry import guarded, main, root_cause
 from jobs.graph import BY_NAME, MAKER, STEPS
 from jobs.recipe import asking
 from jobs.resources import ResourceSampler
-from jobs.step import Job, Run, guarded, load_recipe, main, root_cause, run_step
+from jobs.step import Job, Run, load_recipe, run_step
 from medmm_ray.config import ConfigError
 from medmm_ray.data.records import Vector, to_arrow
 from medmm_ray.data.tables import Table, TableError, write_rows

@@ -8,8 +8,9 @@ import pytest
 from rich.console import Console
 
 from jobs.benches import judge as bench
+from jobs.entry import root_cause
 from jobs.graph import BY_NAME, MAKER
-from jobs.step import Job, Run, load_recipe, root_cause, run_step
+from jobs.step import Job, Run, load_recipe, run_step
 from medmm_ray.config import build
 from medmm_ray.data.records import Image, Labels, Question, Solutions, from_dict
 from medmm_ray.data.tables import Table

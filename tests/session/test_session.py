@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from jobs.step import root_cause
+from jobs.entry import root_cause
 from medmm_ray.data.records import Vector, to_arrow
 from medmm_ray.data.tables import Provenance, RowError, Table, attach, pending
 

@@ -79,7 +79,7 @@ class PlanConfig(Config):
     uncertain_share: float = execution(0.1)
     """Share of the judged steps of which the judge is unsure (MedMM)."""
     graded_answers: float = execution(2.0)
-    """Distinct answers a question that sample.equivalence is asked about, in the mean over all questions."""
+    """Distinct answers per question that sample.equivalence is asked about, in the mean over all questions."""
     written_images: int | None = execution(None)
     """Images for which questions are written; null: as write_questions.max_images limits them."""
     gpu: str = execution("A100-80G")
@@ -87,7 +87,7 @@ class PlanConfig(Config):
     num_gpus: int = execution(4)
     """GPUs at work."""
     dollars_per_gpu_hour: float | None = execution(None)
-    """US dollars a GPU-hour; null: the table's."""
+    """US dollars per GPU-hour; null: the table's."""
 
 
 def judge_name(config: JudgeConfig) -> str:

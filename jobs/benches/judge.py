@@ -45,9 +45,9 @@ class BenchConfig(Config):
     questions: int = 200
     """Questions, each with an image; the default is a minute of calls, so that Ray's start weighs little."""
     solutions: int = 24
-    """Solutions a question."""
+    """Solutions per question."""
     steps: int = 6
-    """Steps a solution."""
+    """Steps per solution."""
     in_flight: int = 16
     """Requests at a time."""
     latency_s: float = 0.2

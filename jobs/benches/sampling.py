@@ -44,9 +44,9 @@ class BenchConfig(Config):
     questions: int = 48
     """Questions, of phantoms."""
     samples: int = 64
-    """Samples a question."""
+    """Samples per question."""
     max_tokens: int = 64
-    """Tokens a sample."""
+    """Tokens per sample."""
     hidden_size: int = 256
     """Width of the model."""
     num_layers: int = 4
@@ -90,7 +90,7 @@ class BenchConfig(Config):
 
 
 def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
-    """Tokens a second beside the bare engine's, cache hits, and questions a second of several actors."""
+    """Tokens per second beside the bare engine's, cache hits, and questions per second of several actors."""
     with tempfile.TemporaryDirectory() as folder, session():
         if config.repeats:
             yield from _engines(config, Path(folder), console)
@@ -269,7 +269,7 @@ class BareEngine:
         self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(model, config)))
 
     async def rate(self, questions: list[Question]) -> float:
-        """Tokens a second over all questions."""
+        """Tokens per second over all questions."""
         prompts: list[list[int]] = []
         seeds: list[int] = []
         for question in questions:

@@ -57,7 +57,7 @@ class BenchConfig(ModelConfig):
 
 
 def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
-    """Solutions a second of each side, shape by shape and cell by cell."""
+    """Solutions per second of each side, shape by shape and cell by cell."""
     console.print(set_up_torch(config.dtype, config.device, config.threads))
     for name in config.shapes:
         shape = SHAPES[name]

@@ -231,7 +231,7 @@ def entry(step: str, right: bool, number: int | None) -> dict[str, Any]:
 
 
 def call_of(config: BenchConfig, per_call: int) -> JudgeConfig:
-    """The judge with so many solutions a call."""
+    """The judge with so many solutions per call."""
     update = {"solutions_per_call": per_call, "max_tokens": per_call * config.judge.max_tokens}
     return config.judge.model_copy(update=update)
 

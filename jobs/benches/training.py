@@ -56,7 +56,7 @@ TARGETS = {16: "≥ 5"}
 
 
 def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
-    """Solutions a second of each side, shape by shape."""
+    """Solutions per second of each side, shape by shape."""
     console.print(set_up_torch(config.dtype, config.device, config.threads))
     for name in config.shapes:
         shape = SHAPES[name]

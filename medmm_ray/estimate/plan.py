@@ -39,9 +39,9 @@ class Workload:
     test_samples: int
     images: int
     reference_images: int = 3
-    """Retrieved images a question, which the image part is given."""
+    """Retrieved images per question, which the image part is given."""
     steps: float = 8
-    """Mean steps a solution."""
+    """Mean steps per solution."""
     question_tokens: float = 185
     solution_tokens: float = 350
     document_tokens: float = 3072
@@ -118,7 +118,7 @@ class Grading:
 
     model: ModelCost = ModelCost()
     answers: float = 0
-    """Distinct answers a question."""
+    """Distinct answers per question."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +137,7 @@ class Judging:
     images: float = 4
     """Images in a prompt."""
     verdict_tokens: float = 25
-    """Tokens that the judge generates a step."""
+    """Tokens that the judge generates per step."""
     dollars_per_call: float = 0
 
 

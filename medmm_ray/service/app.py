@@ -19,6 +19,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, HTTPException, Request
@@ -35,6 +36,7 @@ from medmm_ray.engines.images import MAX_PIXELS
 from medmm_ray.service.guard import Guard, is_loopback, sha256
 from medmm_ray.service.rerank import (
     ModelInput,
+    ModelTraits,
     RerankAnswer,
     RerankRequest,
     StepLogOdds,
@@ -70,9 +72,9 @@ class ServeConfig(Config):
     num_replicas: Count = execution(1)
     """Copies of the model, each in a process of its own."""
     num_gpus: Annotated[float, Field(ge=0)] = execution(0.0)
-    """GPUs a replica."""
+    """GPUs per replica."""
     num_cpus: Annotated[float, Field(ge=0)] = execution(1.0)
-    """CPUs a replica; Ray gives it as many OpenMP threads."""
+    """CPUs per replica; Ray gives it as many OpenMP threads."""
     max_batch_size: Count = execution(8)
     """Most requests that a replica scores in one go: those about one case are packed into one pass over its prefix."""
     batch_wait_timeout_s: Annotated[float, Field(ge=0)] = execution(0.005)
@@ -118,6 +120,10 @@ class ModelCard(BaseModel):
     device: str
     has_image_tower: bool
     """Whether a request may have an image: an image tower looks at it, or the language model itself."""
+    num_documents: int | None
+    """Documents that the model was trained on, best first; null: it is not known."""
+    num_references: int | None
+    """Reference images that it was trained on."""
     max_solutions: int
     max_steps: int
     max_documents: int
@@ -139,7 +145,7 @@ Scorer = Callable[[ModelInput], Awaitable[Sequence[StepLogOdds]]]
 # The application
 
 
-def api(score: Scorer, config: ServeConfig, has_image_tower: bool, token_sha256: str | None) -> FastAPI:
+def api(score: Scorer, config: ServeConfig, traits: ModelTraits, token_sha256: str | None) -> FastAPI:
     """The web application around `score`."""
     app = FastAPI(
         title="medmm_ray",
@@ -150,7 +156,7 @@ def api(score: Scorer, config: ServeConfig, has_image_tower: bool, token_sha256:
     app.add_middleware(Guard, token_sha256=token_sha256, token_env=config.token_env, max_body_mb=config.max_body_mb)
     # The guard checks the token; this writes it into the OpenAPI page.
     bearer = Depends(HTTPBearer(auto_error=False, description=f"Demanded where {config.token_env} is set."))
-    card = _model_card(config, has_image_tower)
+    card = _model_card(config, traits)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -176,7 +182,7 @@ def api(score: Scorer, config: ServeConfig, has_image_tower: bool, token_sha256:
         """Each step of each solution gets a probability, each solution a rank, each decoding rule its answer."""
         started = time.perf_counter()
         check_size(request, config)
-        if request.image is not None and not has_image_tower:
+        if request.image is not None and not traits.has_image_tower:
             raise HTTPException(422, f"image: the model {card.model} has no image tower; leave the image out")
         try:
             # Decoding images takes a while: in a thread, so that other requests are read meanwhile.
@@ -187,14 +193,15 @@ def api(score: Scorer, config: ServeConfig, has_image_tower: bool, token_sha256:
                 str(error),
             ) from error
         scores = await score(model_input)
-        answer = rerank(request, scores, card.model)
+        answer = rerank(request, scores, card.model, traits.warnings(request))
         num_failed = len(answer.solutions) - len(answer.ranking)
         seconds = time.perf_counter() - started
         logger.info(
-            "rerank: %d solutions, %d failed, %s, %.3f s",
+            "rerank: %d solutions, %d failed, %s, %d warnings, %.3f s",
             len(scores),
             num_failed,
             answer.arm,
+            len(answer.warnings),
             seconds,
         )
         return answer
@@ -207,10 +214,10 @@ def _problems(*codes: int) -> dict[int | str, dict[str, Any]]:
     return {code: {"model": Problem} for code in codes}
 
 
-def _model_card(config: ServeConfig, has_image_tower: bool) -> ModelCard:
+def _model_card(config: ServeConfig, traits: ModelTraits) -> ModelCard:
     shared_fields = set(ModelCard.model_fields) & set(ServeConfig.model_fields)
     limits = config.model_dump(include=shared_fields)
-    return ModelCard(version=__version__, has_image_tower=has_image_tower, **limits)
+    return ModelCard(version=__version__, **asdict(traits), **limits)
 
 
 def check_size(request: RerankRequest, config: ServeConfig) -> None:
@@ -277,7 +284,8 @@ class Reranker:
 
         if model.vision is not None:
             config = config.model_copy(update={"max_reference_images": 0})  # it knows a question's own images alone
-        self._app = api(score, config, model.reads_images, token_sha256)
+        traits = ModelTraits(model.reads_images, **asdict(model.trained_inputs))
+        self._app = api(score, config, traits, token_sha256)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app

@@ -124,6 +124,7 @@ def rendered(request: RerankRequest, answer: RerankAnswer, gold: str | None = No
             if solution.error:
                 kinds.add(solution.error.partition(":")[0])
         parts.append(Text(f"{num_failed} solutions could not be scored: {', '.join(sorted(kinds))}", style="yellow"))
+    parts += [Text(f"warning: {warning}", style="yellow") for warning in answer.warnings]
     parts.append(_choices(answer, gold))
     return Group(*parts)
 

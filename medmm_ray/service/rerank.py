@@ -138,6 +138,32 @@ class RerankAnswer(_Message):
     majority: ChosenAnswer
     """The answer that most solutions give, for comparison: no reward takes part."""
     solutions: list[ScoredSolution]
+    warnings: list[str] = []
+    """What of the request is outside of what the model was trained on, so that the scores may be worth less."""
+
+
+@dataclass(frozen=True)
+class ModelTraits:
+    """What the served model can read, and what it was trained on; None: it is not known."""
+
+    has_image_tower: bool
+    num_documents: int | None = None
+    num_references: int | None = None
+
+    def warnings(self, request: RerankRequest) -> list[str]:
+        """A sentence for each list of the request that is longer than any that the model was trained on."""
+        sentences: list[str] = []
+        for name, number, trained_on in (
+            ("documents", len(request.documents), self.num_documents),
+            ("reference_images", len(request.reference_images), self.num_references),
+        ):
+            if trained_on is not None and number > trained_on:
+                sentences.append(
+                    f"{name}: {number} were sent, and the model was trained on {trained_on}; send the best {trained_on}"
+                    if trained_on
+                    else f"{name}: {number} were sent, and the model was trained without; leave them out"
+                )
+        return sentences
 
 
 @dataclass(frozen=True)
@@ -219,7 +245,9 @@ class _Totals:
     error: str | None
 
 
-def rerank(request: RerankRequest, scores: Sequence[StepLogOdds], model: str) -> RerankAnswer:
+def rerank(
+    request: RerankRequest, scores: Sequence[StepLogOdds], model: str, warnings: Sequence[str] = ()
+) -> RerankAnswer:
     """The answer to `request` from the log-odds of its solutions, in its order.
 
     A solution with a score that is not finite has an error in place of a rank, and changes nothing for the others.
@@ -251,6 +279,7 @@ def rerank(request: RerankRequest, scores: Sequence[StepLogOdds], model: str) ->
         sc_rm=_vote(answers, ranking, rewards),
         majority=_vote(answers, ranking, None),
         solutions=solutions,
+        warnings=list(warnings),
     )
 
 

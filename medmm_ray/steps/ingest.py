@@ -54,7 +54,7 @@ class IngestConfig(Config):
     num_extra_images: int = Field(0, ge=0)
     """phantom: training images without a question, for the image tower and as reference images."""
     num_worked: int = Field(1, ge=0)
-    """phantom: worked solutions a training question, for supervised training of the policy."""
+    """phantom: worked solutions per training question, for supervised training of the policy."""
     image_size: int = Field(64, ge=1)
     """phantom: side of a drawn picture in pixels."""
     hardness: Hardness = Hardness()
@@ -62,9 +62,9 @@ class IngestConfig(Config):
     seed: int = 0
     """phantom: seed of the cases that are drawn."""
     batch_size: int = execution(64, ge=1)
-    """Images a worker opens at a time."""
+    """Images that a worker opens at a time."""
     num_cpus: float = execution(0.5, ge=0)
-    """Logical CPU cores an image worker asks for."""
+    """Logical CPU cores that an image worker asks for."""
 
 
 def read_source(config: IngestConfig) -> SourceData:

@@ -30,9 +30,9 @@ class RetrieveConfig(Config):
     """How much evidence a question gets."""
 
     num_documents: int = 5
-    """Documents a question, most similar first; 0 for none."""
+    """Documents per question, most similar first; 0 for none."""
     num_images: int = 3
-    """Reference images a question (3 to 5 are the published numbers); 0 for none."""
+    """Reference images per question (3 to 5 are the published numbers); 0 for none."""
     duplicate_similarity: float = 0.9999
     """Cosine similarity from which a reference image counts as a duplicate of the question's own and is passed over."""
     batch_size: int = execution(256, ge=1)

@@ -68,7 +68,7 @@ class ReviewConfig(Config):
     batch_size: int = execution(32, ge=1)
     """Questions that an actor labels at a time."""
     num_cpus: float = execution(0.5)
-    """Logical CPU cores an actor asks for."""
+    """Logical CPU cores that an actor asks for."""
     num_actors: int = execution(2)
     """Most actors at a time."""
 

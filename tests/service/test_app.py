@@ -30,6 +30,7 @@ from medmm_ray.service.client import QueryError, post, query, request_of, show
 from medmm_ray.service.guard import is_loopback, sha256
 from medmm_ray.service.rerank import (
     ModelInput,
+    ModelTraits,
     RerankAnswer,
     RerankRequest,
     StepLogOdds,
@@ -42,6 +43,7 @@ from tests.engines.test_pixels import KINDS
 
 QUESTION = "Which side shows the effusion?"
 OPTIONS = ["none", "right", "left"]
+WITH_IMAGES = ModelTraits(has_image_tower=True)
 RIGHT = ["The right angle is blunted.", "So the answer is (B)."]
 LEFT = "Step 1: The left angle is blunted. Step 2: So the answer is (C)."
 
@@ -86,12 +88,12 @@ class FakeModel:
         ]
 
 
-def client(model: FakeModel, token: str = "", tower: bool = True, **fields: Any) -> TestClient:
+def client(model: FakeModel, token: str = "", traits: ModelTraits = WITH_IMAGES, **fields: Any) -> TestClient:
     async def score(case: ModelInput) -> Sequence[StepLogOdds]:
         return score_inputs(model, [case], 4096)[0]  # type: ignore[arg-type]
 
     config = ServeConfig(model="runs/x/two_tower", **fields)
-    app = api(score, config, tower, sha256(token) if token else None)
+    app = api(score, config, traits, sha256(token) if token else None)
     return TestClient(app, base_url="http://127.0.0.1:8000")
 
 
@@ -236,6 +238,22 @@ def test_without_an_image_the_image_says_nothing(web: TestClient) -> None:
     assert {step["image_log_odds"] for s in answer["solutions"] for step in s["steps"]} == {0.0}
 
 
+def test_more_than_the_model_was_trained_on_is_answered_with_a_warning() -> None:
+    web = client(FakeModel(), traits=ModelTraits(True, num_documents=2, num_references=0))
+    image = b64(png())
+    card = web.get("/v1/model").json()
+    assert (card["num_documents"], card["num_references"]) == (2, 0)
+    assert web.post("/v1/rerank", json=body(documents=["a", "b"], image=image)).json()["warnings"] == []
+    answer = web.post("/v1/rerank", json=body(documents=["a", "b", "c"], image=image, reference_images=[image])).json()
+    assert answer["warnings"] == [
+        "documents: 3 were sent, and the model was trained on 2; send the best 2",
+        "reference_images: 1 were sent, and the model was trained without; leave them out",
+    ]
+    assert len(answer["ranking"]) == 2
+    untold = client(FakeModel()).post("/v1/rerank", json=body(documents=["a"] * 64)).json()
+    assert untold["warnings"] == []
+
+
 def test_a_data_url_and_white_space_in_base64_are_read(web: TestClient) -> None:
     plain = web.post("/v1/rerank", json=body(image=b64(png()))).json()
     wrapped = b64(png())[:20] + "\n" + b64(png())[20:]
@@ -316,7 +334,7 @@ def test_a_missing_name_a_broken_body_and_a_big_one() -> None:
 
 
 def test_an_image_for_a_model_without_image_tower_is_refused() -> None:
-    web = client(FakeModel(), tower=False)
+    web = client(FakeModel(), traits=ModelTraits(has_image_tower=False))
     assert "has no image tower" in web.post("/v1/rerank", json=body(image=b64(png()))).json()["detail"]
     assert web.post("/v1/rerank", json=body()).status_code == 200
 
@@ -346,7 +364,7 @@ def test_logs_hold_counts_and_no_text(web: TestClient, caplog: pytest.LogCapture
         service.removeHandler(caplog.handler)
     ours = list({id(r): r.getMessage() for r in caplog.records if r.name == service.name}.values())
     assert len(ours) == 1
-    assert ours[0].startswith("rerank: 2 solutions, 0 failed, text_only, 0.")
+    assert ours[0].startswith("rerank: 2 solutions, 0 failed, text_only, 0 warnings, 0.")
     for words in ("effusion", "angle", "secret"):
         assert words not in caplog.text
 
@@ -566,6 +584,9 @@ def test_the_printed_answer_without_gold_and_without_scores() -> None:
     shown = printed(rerank(request, [Scored([1.0], [0.0])], "m"), request, None)
     assert "worst" not in shown
     assert "image log-odds" not in shown
+    assert "warning" not in shown
+    warned = printed(rerank(request, [Scored([1.0], [0.0])], "m", ["documents: 3 were sent"]), request, None)
+    assert "warning: documents: 3 were sent" in [line.rstrip() for line in warned.splitlines()]
 
 
 # With real Serve
@@ -629,7 +650,7 @@ def test_real_serve_gives_the_scores_of_the_offline_function(checkpoint: Path, m
     assert {step.image_log_odds for s in text_only.solutions for step in s.steps} == {0.0}
     logs = Path(ray._private.worker._global_node.get_logs_dir_path())  # type: ignore[attr-defined]
     written = "".join(f.read_text(errors="replace") for f in logs.rglob("*") if f.is_file())
-    assert "rerank: 2 solutions, 0 failed, multimodal" in written
+    assert "rerank: 2 solutions, 0 failed, multimodal, 0 warnings" in written
     for words in ("angle is blunted", "shows the effusion", "blunted by fluid"):
         assert words not in written
 

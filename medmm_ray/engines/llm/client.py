@@ -73,9 +73,9 @@ class ApiConfig(Config):
     max_cost_usd: float | None = execution(None, ge=0)
     """Most US dollars that the run may spend on this model, worst cases included; null: no limit of this section's."""
     requests_per_minute: float | None = execution(None, gt=0)
-    """Most requests a minute of the whole cluster to this model; null: no limit of this section's."""
+    """Most requests per minute of the whole cluster to this model; null: no limit of this section's."""
     tokens_per_minute: float | None = execution(None, gt=0)
-    """Most tokens a minute of the whole cluster to this model; null: no limit of this section's."""
+    """Most tokens per minute of the whole cluster to this model; null: no limit of this section's."""
     endpoint: str | None = execution(None)
     """Another address of the API: a proxy, a vLLM server, Gemini's OpenAI-compatible one."""
     length_field: Literal["max_completion_tokens", "max_tokens"] | None = execution(None)

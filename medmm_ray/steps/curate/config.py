@@ -31,9 +31,9 @@ class CurateConfig(Config):
     seed: int = 0
     """Seed of the new split (`leakage: resplit`) and of the choice under `max_train` and `max_test`."""
     batch_size: int = execution(64, ge=1)
-    """Images a worker opens at a time."""
+    """Images that a worker opens at a time."""
     num_cpus: float = execution(0.5)
-    """Logical CPU cores an image worker asks for."""
+    """Logical CPU cores that an image worker asks for."""
 
     @model_validator(mode="after")
     def _reviewed_by_somebody(self) -> "CurateConfig":

@@ -68,7 +68,7 @@ class EvaluateConfig(Config):
     bootstrap_samples: int = Field(2000, ge=1)
     """Resamples of the questions for the 95 % intervals."""
     num_subsets: int = Field(128, ge=1)
-    """Random subsets a question and N over which votes are averaged; all subsets where there are no more."""
+    """Random subsets per question and N over which votes are averaged; all subsets where there are no more."""
     max_groups: int = Field(12, ge=0)
     """A table by question text is made where there are at most this many different texts."""
     num_examples: int = Field(6, ge=0)

@@ -47,9 +47,9 @@ class ScoringConfig(EngineConfig):
     num_actors: int = execution(1, ge=1)
     """Most copies of the model at work."""
     num_cpus: float = execution(1.0, ge=0)
-    """CPUs a copy."""
+    """CPUs per copy."""
     num_gpus: float = execution(0.0, ge=0)
-    """GPUs a copy; above 0 the model runs there."""
+    """GPUs per copy; above 0 the model runs there."""
 
     @model_validator(mode="after")
     def _engine(self) -> Self:

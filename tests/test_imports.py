@@ -81,12 +81,6 @@ def test_imports_point_one_way(path: Path) -> None:
             assert step_of(me) == step_of(other), f"{me} imports {other}: steps meet in tables only"
 
 
-# Cycles that are to be taken apart; none is added.
-KNOWN_CYCLES: Mapping[str, str] = {  # module: one that it imports
-    "medmm_ray.steps.audit.gates": "medmm_ray.steps.audit",
-}
-
-
 def modules_imported_by(path: Path, names: Set[str]) -> set[str]:
     """Which of the modules `names` a module imports anywhere: for its types alone, and inside a function, too."""
     imported = set()
@@ -114,8 +108,6 @@ def test_no_import_goes_in_a_circle_not_even_one_for_types_alone() -> None:
     paths = {name_of(path): path for folder in ("medmm_ray", "jobs") for path in (ROOT / folder).rglob("*.py")}
     graph = {name: modules_imported_by(path, paths.keys()) for name, path in paths.items()}
     assert "medmm_ray.reward_model.model" in graph["medmm_ray.reward_model"], "the graph has imports"
-    for module, imported in KNOWN_CYCLES.items():
-        graph[module].discard(imported)
     assert import_cycle(graph) == []
 
 

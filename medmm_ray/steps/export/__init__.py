@@ -39,7 +39,7 @@ class ExportConfig(Config):
     to: str = ""
     """Folder or URI to write to; it must be empty. Required."""
     format: Literal["json", "hf"] = "json"
-    """json: the published nested JSON, a file per split; hf: Parquet shards per split and a card, as `datasets` reads."""
+    """json: the published nested JSON, a file per split; hf: Parquet shards per split, a card, as `datasets` reads."""
     images: Literal["uri", "copy"] = "uri"
     """uri: images are named where they lie; copy: their files go along, into images/."""
     embeddings: bool = False

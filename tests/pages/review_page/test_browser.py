@@ -29,7 +29,8 @@ ARGUMENTS = [
     "--disable-sync",
 ]
 SIZES = ((1440, 900), (1280, 720))
-FITS = """() => [...document.querySelectorAll('.review-page header, .stage, .tools, .paper > *:not([hidden])')].every((e) => {
+FITS = """() => [...document.querySelectorAll(
+  '.review-page header, .stage, .tools, .paper > *:not([hidden])')].every((e) => {
   const { height, left, top, right, bottom } = e.getBoundingClientRect();
   return !height || (left >= 0 && top >= 0 && right <= innerWidth + 0.5 && bottom <= innerHeight + 0.5);
 }) && document.scrollingElement.scrollHeight <= innerHeight"""

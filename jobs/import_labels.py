@@ -92,8 +92,7 @@ def _open_tables(run: Run) -> dict[str, Table]:
 def _clear(tables: Iterable[Table]) -> None:
     """Drop what an interrupted import left, or what the data set has nothing for: the pipeline makes those."""
     for table in tables:
-        for stale in table.parts():
-            table.fs.delete_file(stale)
+        table.clear()
 
 
 def _rows(run: Run, solved: Iterator[SolvedQuestion]) -> Iterator[tuple[str, ImportedRows]]:

@@ -248,7 +248,7 @@ class Job:
         """What is being waited for, and how far it is: rows of a table, or updates of a training."""
         if self._table_in_progress:
             table, expected = self._table_in_progress
-            return f"{self.waiting}: {table.rows_so_far():,} of {expected:,}"
+            return f"{self.waiting}: {table.rows_written:,} of {expected:,}"
         from medmm_ray.train.progress import progress_text
 
         progress = progress_text(self._artifact_in_progress) if self._artifact_in_progress else ""

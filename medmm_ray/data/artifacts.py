@@ -84,11 +84,15 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 class Artifact:
-    """A folder that is complete when its manifest exists."""
+    """A folder that is complete when its manifest exists.
 
-    def __init__(self, uri: str) -> None:
+    `fs` is the filesystem of `uri`, where it is another than `filesystem` gives.
+    """
+
+    def __init__(self, uri: str, fs: pafs.FileSystem | None = None) -> None:
         self.uri = uri.rstrip("/")
-        self.fs, self.path = filesystem(self.uri)
+        uri_fs, self.path = filesystem(self.uri)
+        self.fs = fs or uri_fs
 
     @property
     def is_complete(self) -> bool:
@@ -207,7 +211,7 @@ def read_json(uri: str) -> JsonObject | None:
     return loaded
 
 
-def write_file(fs: pafs.FileSystem, path: str, content: bytes) -> None:
+def write_file(fs: pafs.FileSystem, path: str, content: bytes | pa.Buffer) -> None:
     """Write a whole file or none: by rename on a local disk; a single put is atomic on an object store.
 
     Two that write the same file at a time (a task and its retry) do not meet: the last one stays.

@@ -1,6 +1,7 @@
-"""Part files of a table: Parquet with a footer that says which ids it holds, what failed, and a hash of its rows.
+"""Part files of a table in the making: Parquet with a footer of the ids that it holds, what failed, a hash of its rows.
 
-The footer is what resuming and committing read: neither opens the rows themselves.
+The footer is what resuming and committing read: neither opens the rows themselves. A part's name is the hash of its
+bytes, so that it never changes: who writes it again writes the same.
 """
 
 import hashlib
@@ -15,6 +16,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
+from medmm_ray.data.artifacts import TableError, write_file
+from medmm_ray.data.records import arrow_schema
+
+PARTS = ".parts"
+"""The folder, in a table's, of what is in the making."""
 VOLATILE = ("cost", "seconds", "attempts", "uri")
 """Fields that a rerun elsewhere may change: not in the content hash."""
 UPSTREAM = "upstream"
@@ -31,13 +37,14 @@ class PartFooter:
     """What a part file says of itself: the JSON under ``medmm`` in its Parquet metadata, in this order.
 
     `failed` are the ids with an error of their own and `errors` counts these by kind; `inherited` counts rows with an
-    upstream row's error. `figures` are by id, `cost` is in US dollars, `hash` is `rows_hash`.
+    upstream row's error. `rows` are its records, `figures` are by id, `cost` is in US dollars, `hash` is `rows_hash`.
     """
 
     ids: list[str]
     failed: list[str]
     errors: dict[str, int]
     inherited: int
+    rows: int
     figures: dict[str, Any] = field(default_factory=dict)
     cost: float = 0.0
     hash: str = ""
@@ -71,6 +78,7 @@ class PartFooter:
             failed=sorted(failed),
             errors=dict(errors),
             inherited=num_inherited,
+            rows=rows.num_rows,
             figures=dict(figures),
             cost=(pc.sum(rows.column("cost")).as_py() or 0.0) if has_cost else 0.0,
             hash=rows_hash(rows),
@@ -85,22 +93,114 @@ class PartFooter:
         return json.dumps(vars(self))
 
 
-def part_bytes(rows: pa.Table, footer: PartFooter) -> bytes:
-    """The content of a part file."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(rows.replace_schema_metadata({"medmm": footer.to_json()}), sink)
-    return bytes(sink.getvalue().to_pybytes())
+@dataclass(frozen=True)
+class Part:
+    """A part file: its name in the folder, its size and its footer."""
+
+    name: str
+    num_bytes: int
+    footer: PartFooter
+
+    def to_json(self) -> str:
+        """The part as one line, as an index has it."""
+        return json.dumps({"name": self.name, "num_bytes": self.num_bytes, "footer": vars(self.footer)})
+
+    @classmethod
+    def parse(cls, line: str) -> "Part":
+        """The part that a line of an index describes."""
+        row = json.loads(line)
+        return cls(row["name"], row["num_bytes"], PartFooter(**row["footer"]))
 
 
-def owners(footers: Mapping[str, PartFooter]) -> dict[str, str]:
-    """For each id the file that it is taken from: the first in which it did not fail, else the first."""
+@dataclass(frozen=True)
+class PartWriter:
+    """Writes part files of one record type to `folder`, in whichever process makes the rows."""
+
+    fs: pafs.FileSystem
+    folder: str
+    record: type
+
+    def write(self, rows: pa.Table, key: str, explode: str | None = None) -> Part | None:
+        """Write one part file: whole or not at all; None, and nothing is written, where there are no rows.
+
+        `rows` holds one row an id of `key`; with `explode`, the records are that list column's entries. A struct column
+        `figures` of numbers is no part of a record: the manifest has its sums.
+        """
+        ids = rows.column(key).to_pylist()
+        if not ids:
+            return None
+        figures = {}
+        if "figures" in rows.column_names:
+            figures = dict(
+                zip(
+                    ids,
+                    rows.column("figures").to_pylist(),
+                    strict=True,
+                )
+            )
+        return self.put(
+            self._records(rows, explode),
+            ids,
+            key,
+            figures,
+        )
+
+    def _records(self, rows: pa.Table, explode: str | None) -> pa.Table:
+        """The records in `rows`, with the table's schema; a `TableError` where they do not fit it."""
+        schema = arrow_schema(self.record)
+        try:
+            if explode:
+                # Of no entry the struct array would have no columns.
+                flat = rows.column(explode).combine_chunks().flatten()
+                rows = pa.Table.from_struct_array(flat) if len(flat) else schema.empty_table()
+            missing = [name for name in schema.names if name not in rows.column_names]
+            if missing:
+                raise TableError(f"{self.folder}: rows lack the columns {missing}; they have {rows.column_names}")
+            return rows.select(schema.names).cast(schema)
+        except pa.ArrowException as error:
+            raise TableError(f"{self.folder}: rows do not fit the record {self.record.__name__}: {error}") from error
+
+    def put(self, records: pa.Table, ids: list[str], key: str, figures: Mapping[str, Any]) -> Part:
+        """Write records, made for `ids`, as one part file."""
+        footer = PartFooter.of(records, ids, key, figures)
+        sink = pa.BufferOutputStream()
+        pq.write_table(records.replace_schema_metadata({"medmm": footer.to_json()}), sink)
+        content = sink.getvalue()
+        part = Part(f"part-{hashlib.sha256(content).hexdigest()[:32]}.parquet", content.size, footer)
+        write_file(self.fs, f"{self.folder}/{part.name}", content)
+        return part
+
+    def put_some(self, part: Part, ids: list[str], key: str) -> Part:
+        """Write the rows of some of a part's ids as a part of their own."""
+        rows = read_rows(self.fs, f"{self.folder}/{part.name}")
+        rows = rows.filter(
+            pc.is_in(
+                rows[key],
+                pa.array(ids),
+            )
+        )
+        figures = {row_id: part.footer.figures[row_id] for row_id in ids if row_id in part.footer.figures}
+        return self.put(rows, ids, key, figures)
+
+
+def read_rows(fs: pafs.FileSystem, path: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """A small Parquet file, read in one request."""
+    with fs.open_input_stream(path, compression=None) as stream:
+        content = pa.py_buffer(stream.read())
+    # Not read_table, which takes a dataset's machinery to each file: three times as long where it has few rows.
+    return pq.ParquetFile(pa.BufferReader(content)).read(columns, use_threads=False)
+
+
+def owners(parts: Iterable[Part]) -> dict[str, str]:
+    """For each id the name of the part that it is taken from: the first in which it did not fail, else the first."""
+    parts = list(parts)
     owner: dict[str, str] = {}
     for accept_failed in (False, True):  # a retry that succeeded comes before the failure that it mends
-        for file, footer in footers.items():
-            failed = set(footer.failed)
-            for row_id in footer.ids:
+        for part in parts:
+            failed = set(part.footer.failed)
+            for row_id in part.footer.ids:
                 if accept_failed or row_id not in failed:
-                    owner.setdefault(row_id, file)
+                    owner.setdefault(row_id, part.name)
     return owner
 
 

@@ -1,11 +1,11 @@
-"""What a table is: Parquet part files of one record type in a folder of their own; complete when its manifest exists.
+"""What a table is: Parquet files of one record type in a folder of their own; complete when its manifest exists.
 
-A table is write-once. Rows are written in part files as they are made, each with the ids that it holds in its footer,
-so that an interrupted job resumes exactly: ids that were written without an error are not made again, failed ones are
-tried once more. `finish` checks that every id that entered left once, drops what a retried task wrote twice, and has
-``manifest.json`` written last: on an object store too, the manifest *is* the commit and readers take the list of files
-from it. A folder that is not a table (an index, a
-checkpoint) is an `Artifact`, complete by the same rule.
+A table is write-once. Rows are written in part files (in ``.parts``) as they are made, each with the ids that it holds
+in its footer, so that an interrupted job resumes exactly: ids that were written without an error are not made again,
+failed ones are tried once more. `finish` checks that every id that entered left once, drops what a retried task wrote
+twice, makes few large files of the parts, and has ``manifest.json`` written last: on an object store too, the manifest
+*is* the commit and readers take the list of files from it; only then the parts go. A folder that is not a table (an
+index, a checkpoint) is an `Artifact`, complete by the same rule.
 
 No library does this: Ray Data and Hugging Face's datasets write files that know no ids, so that an interrupted write
 starts again, and Delta Lake or Iceberg commit files without knowing which ids are still to be made.
@@ -13,13 +13,15 @@ starts again, and Delta Lake or Iceberg commit files without knowing which ids a
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pyarrow import fs as pafs
 
 from medmm_ray.config import digest
 from medmm_ray.data.artifacts import (
@@ -34,14 +36,17 @@ from medmm_ray.data.artifacts import (
     read_json,
     write_file,
 )
+from medmm_ray.data.compaction import TARGET_BYTES, compact, without_repeats
+from medmm_ray.data.part_log import PartLog
 from medmm_ray.data.parts import (
-    PartFooter,
+    PARTS,
+    Part,
+    PartWriter,
     content_hash,
     error_counts,
     error_kind,
     figure_sums,
-    owners,
-    part_bytes,
+    read_rows,
     rows_hash,
 )
 from medmm_ray.data.records import arrow_schema, to_arrow
@@ -70,7 +75,6 @@ __all__ = [
 
 if TYPE_CHECKING:
     from ray.data import Dataset
-    from ray.data._internal.execution.interfaces import TaskContext
 
 QUOTING = ("_reply", "refused")
 """Ends of the kinds of errors that quote a model."""
@@ -117,17 +121,25 @@ def fitted(rows: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 class Table(Artifact):
-    """A folder of Parquet part files of one record type."""
+    """A folder of Parquet files of one record type; once complete, of about `target_bytes` each."""
 
-    def __init__(self, uri: str, record: type) -> None:
-        super().__init__(uri)
+    def __init__(
+        self,
+        uri: str,
+        record: type,
+        fs: pafs.FileSystem | None = None,
+        target_bytes: int = TARGET_BYTES,
+    ) -> None:
+        super().__init__(uri, fs)
         self.record = record
         self.schema = arrow_schema(record)
+        self.target_bytes = target_bytes
+        self._log = PartLog(self.fs, self._parts_path)
 
     # Reading
 
     def files(self) -> list[str]:
-        """Paths of the part files of a complete table."""
+        """Paths of the files of a complete table."""
         return [f"{self.path}/{name}" for name in self.manifest().files]
 
     def to_arrow(self, columns: Sequence[str] | None = None) -> pa.Table:
@@ -145,12 +157,16 @@ class Table(Artifact):
         return pa.concat_tables(parts) if parts else schema.empty_table()
 
     def stream(self) -> Iterator[pa.Table]:
-        """The part files one at a time, for what is too large to be held whole; of a table in the making, those so far.
+        """The files one at a time, for what is too large to be held whole; of a table in the making, those so far.
 
         Before its end a table may hold a row twice.
         """
-        for file in self.files() if self.is_complete else self.parts():
+        for file in self.files() if self.is_complete else self._part_files():
             yield fitted(pq.read_table(file, filesystem=self.fs), self.schema)
+
+    def _part_files(self) -> list[str]:
+        self._log.refresh()
+        return [f"{self._parts_path}/{part.name}" for part in self._log.parts()]
 
     def dataset(
         self,
@@ -172,85 +188,60 @@ class Table(Artifact):
 
     # Writing
 
-    def parts(self) -> list[str]:
-        """Paths of the part files that are there now, sorted."""
-        return [f for f in self._files() if f.endswith(".parquet")]
+    @property
+    def _parts_path(self) -> str:
+        return f"{self.path}/{PARTS}"
+
+    @property
+    def _writer(self) -> PartWriter:
+        return PartWriter(self.fs, self._parts_path, self.record)
+
+    def prepare(self) -> None:
+        """Make the folder and try whether it can be written."""
+        super().prepare()
+        self.fs.create_dir(self._parts_path)
+
+    def clear(self) -> None:
+        """Delete what a run left that ended before its manifest."""
+        self._delete_parts()
+        self._log = PartLog(self.fs, self._parts_path)
 
     def done_ids(self) -> set[str]:
         """Ids that left without an error so far; the others are (re)made by the next run."""
-        done: set[str] = set()
-        for file in self.parts():
-            footer = self._footer(file)
-            # A failed id is not done: the next run tries it again.
-            done |= set(footer.ids) - set(footer.failed)
-        return done
+        self._log.refresh()
+        return self._log.done_ids()
 
     def rows_so_far(self) -> int:
-        """Ids in the part files, read from their names: cheap enough to poll."""
-        num_ids = 0
-        for file in self.parts():
-            num_ids += int(Path(file).stem.rsplit("-", 1)[1])
-        return num_ids
+        """Ids in the part files."""
+        self._log.refresh()
+        return self._log.num_ids
+
+    @property
+    def rows_written(self) -> int:
+        """`rows_so_far` as this object knows it since `done_ids` and by `write`: asks no disk, so may be polled."""
+        return self._log.num_ids
 
     def write_part(self, rows: pa.Table, key: str, explode: str | None = None) -> None:
-        """Append one part file: whole or not at all, named by the ids that it holds.
-
-        `rows` holds one row an id of `key`; with `explode`, the records are that list column's entries. A struct column
-        `figures` of numbers is no part of a record: the manifest has its sums.
-        """
-        ids = rows.column(key).to_pylist()
-        if not ids:
-            return
-        figures = {}
-        if "figures" in rows.column_names:
-            figures = dict(
-                zip(
-                    ids,
-                    rows.column("figures").to_pylist(),
-                    strict=True,
-                )
-            )
-        self._put(
-            self._records(rows, explode),
-            ids,
-            key,
-            figures,
-        )
-
-    def _records(self, rows: pa.Table, explode: str | None) -> pa.Table:
-        """The records in `rows`, with the table's schema; a `TableError` where they do not fit it."""
-        try:
-            if explode:
-                # Of no entry the struct array would have no columns.
-                flat = rows.column(explode).combine_chunks().flatten()
-                rows = pa.Table.from_struct_array(flat) if len(flat) else self.schema.empty_table()
-            missing = [name for name in self.schema.names if name not in rows.column_names]
-            if missing:
-                raise TableError(f"{self.uri}: rows lack the columns {missing}; they have {rows.column_names}")
-            return rows.select(self.schema.names).cast(self.schema)
-        except pa.ArrowException as error:
-            raise TableError(f"{self.uri}: rows do not fit the record {self.record.__name__}: {error}") from error
-
-    def _put(self, rows: pa.Table, ids: list[str], key: str, figures: Mapping[str, Any]) -> str:
-        """Write one part file and give its path."""
-        footer = PartFooter.of(rows, ids, key, figures)
-        # Its name is that of its ids: a retried task writes the same file again instead of a second one.
-        name = f"part-{digest(sorted(ids), bool(footer.failed))}-{len(ids)}.parquet"
-        path = f"{self.path}/{name}"
-        write_file(self.fs, path, part_bytes(rows, footer))
-        return path
-
-    def _footer(self, file: str) -> PartFooter:
-        try:
-            return PartFooter.read(self.fs, file)
-        except (pa.ArrowInvalid, KeyError, TypeError) as error:
-            raise TableError(
-                f"{file} is not a part file of a table ({error}); delete it and run the step again"
-            ) from error
+        """Append one part file, as `PartWriter.write` does."""
+        part = self._writer.write(rows, key, explode)
+        if part is not None:
+            self._log.add(part)
 
     def write(self, ds: "Dataset", key: str, explode: str | None = None) -> None:
         """Write a dataset's rows as part files while they are made."""
-        ds.write_datasink(_sink(self, key, explode))
+        # Written in the tasks that made the rows: what passes through the driver is the parts' footers.
+        parts = ds.map_batches(
+            _WriteParts(self._writer, key, explode),
+            batch_size=None,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+        )
+        try:
+            for batch in parts.iter_batches(batch_size=None, batch_format="pyarrow"):
+                for line in batch["part"].to_pylist() if batch.num_rows else ():
+                    self._log.add(Part.parse(line))
+        finally:
+            self._log.write_index()
 
     def finish(
         self,
@@ -268,34 +259,57 @@ class Table(Artifact):
         """
         if self.is_complete:  # by another driver: its files are not touched
             return self.manifest()
+        self._log.refresh()
         # What was written twice goes first, so that each id is counted once.
-        footer_by_file = self._drop_repeats(key)
-        footers = list(footer_by_file.values())
-        self._check_ids(footers, set(expected))
-        num_rows = 0
-        for file in footer_by_file:  # from the footers: no data is read
-            num_rows += pq.read_metadata(file, filesystem=self.fs).num_rows
+        parts = without_repeats(self._log.parts(), self._writer, key)
+        self._check_ids(parts, set(expected))
+        return self._commit_parts(parts, provenance, seconds, max_error_rate, figures)
+
+    def _commit_parts(
+        self,
+        parts: Sequence[Part],
+        provenance: Provenance,
+        seconds: float,
+        max_error_rate: float,
+        figures: dict[str, float] | None,
+    ) -> Manifest:
+        footers = [part.footer for part in parts]
+        num_rows = sum(footer.rows for footer in footers)
         errors = error_counts(footers)
         if errors and errors.total() > max_error_rate * max(num_rows, 1):
-            raise TableError(self._too_many_errors(footer_by_file, num_rows, errors, max_error_rate))
+            raise TableError(self._too_many_errors(parts, num_rows, errors, max_error_rate))
         columns = [f"{field_.name}:{field_.type}:{field_.nullable}" for field_ in self.schema]
-        return self.commit(
+        manifest = self.commit(
             provenance,
             seconds,
             figure_sums(footers) | (figures or {}),
             rows=num_rows,
-            files=[Path(file).name for file in footer_by_file],
+            files=compact(self.fs, self.path, parts, self.target_bytes),
             schema_hash=digest(columns),
             content_hash=content_hash(footers),
             errors=dict(errors),
             cost=sum(footer.cost for footer in footers),
         )
+        self._delete_leftovers(manifest)
+        return manifest
 
-    def _check_ids(self, footers: Iterable[PartFooter], expected: set[str]) -> None:
+    def _delete_leftovers(self, manifest: Manifest) -> None:
+        """Delete the parts, and files of a try that ended before its manifest: nothing else is of the table now."""
+        self._delete_parts()
+        for entry in self.fs.get_file_info(pafs.FileSelector(self.path)):
+            if entry.base_name.endswith(".parquet") and entry.base_name not in manifest.files:
+                self.fs.delete_file(entry.path)
+
+    def _delete_parts(self) -> None:
+        # A worker that outlived its driver may write there at this moment: what it leaves is read by nobody.
+        with suppress(OSError):
+            self.fs.delete_dir(self._parts_path)
+
+    def _check_ids(self, parts: Iterable[Part], expected: set[str]) -> None:
         """Raise `TableError` where the part files do not hold exactly the expected ids."""
         written: set[str] = set()
-        for footer in footers:
-            written.update(footer.ids)
+        for part in parts:
+            written.update(part.footer.ids)
         missing = expected - written
         unknown = written - expected
         if missing or unknown:
@@ -306,7 +320,7 @@ class Table(Artifact):
 
     def _too_many_errors(
         self,
-        footer_by_file: Mapping[str, PartFooter],
+        parts: Sequence[Part],
         num_rows: int,
         errors: Counter[str],
         max_error_rate: float,
@@ -315,62 +329,26 @@ class Table(Artifact):
         kinds = ", ".join(f"{kind} {count}" for kind, count in errors.most_common())
         return (
             f"{self.uri}: {errors.total()} of {num_rows} rows failed ({kinds}), more than max_error_rate="
-            f"{max_error_rate:g}{self._example(footer_by_file, errors)}. All rows are kept in the part files there "
+            f"{max_error_rate:g}{self._example(parts, errors)}. All rows are kept in the part files there "
             "(column 'error'); mend the cause and run again to retry only those, or raise max_error_rate to accept "
             f"them.{_kept_replies(errors)}"
         )
 
-    def _example(self, footer_by_file: Mapping[str, PartFooter], errors: Counter[str]) -> str:
+    def _example(self, parts: Sequence[Part], errors: Counter[str]) -> str:
         """The words of an error of the most frequent kind that quotes no model: what it says may be clinical text."""
         for kind, _ in errors.most_common():
             if kind.endswith(QUOTING):
                 continue
-            for file, footer in footer_by_file.items():
-                if kind in footer.errors:
-                    return f"; one says {self._error_of(file, kind)[:EXAMPLE_CHARACTERS]!r}"
+            for part in parts:
+                if kind in part.footer.errors:
+                    return f"; one says {self._error_of(part, kind)[:EXAMPLE_CHARACTERS]!r}"
         return ""
 
-    def _error_of(self, file: str, kind: str) -> str:
-        """The first error of a kind in a part file that has one; only that column is read."""
-        errors = pq.read_table(file, filesystem=self.fs, columns=["error"])["error"]
+    def _error_of(self, part: Part, kind: str) -> str:
+        """The first error of a kind in a part that has one; only that column is read."""
+        errors = read_rows(self.fs, f"{self._parts_path}/{part.name}", ["error"])["error"]
         example: str = next(error for error in errors.to_pylist() if error and error_kind(error) == kind)
         return example
-
-    def _drop_repeats(self, key: str) -> dict[str, PartFooter]:
-        """Keep each id once (one without an error first): a retried task may have written a part again.
-
-        Gives the files that hold the table, with their footers; one that comes later, from a worker that outlived its
-        driver, is none of them. A file is deleted only after all that takes its place is written.
-        """
-        footer_by_file = {file: self._footer(file) for file in self.parts()}
-        owner = owners(footer_by_file)
-        # A file all of whose ids are its own stays; of another one the rest is written anew, if there is a rest.
-        final: dict[str, PartFooter] = {}
-        replaced: set[str] = set()
-        for file, footer in footer_by_file.items():
-            ids = [row_id for row_id in footer.ids if owner[row_id] == file]
-            if len(ids) == len(footer.ids):
-                final[file] = footer
-                continue
-            replaced.add(file)
-            if ids:
-                shorter = self._put_some(file, footer, ids, key)
-                final[shorter] = self._footer(shorter)
-        for file in replaced - set(final):
-            self.fs.delete_file(file)
-        return dict(sorted(final.items()))
-
-    def _put_some(self, file: str, footer: PartFooter, ids: list[str], key: str) -> str:
-        """Write the rows of some of a part file's ids as a part file of their own, and give its path."""
-        rows = pq.read_table(file, filesystem=self.fs)
-        rows = rows.filter(
-            pc.is_in(
-                rows[key],
-                pa.array(ids),
-            )
-        )
-        figures = {row_id: footer.figures[row_id] for row_id in ids if row_id in footer.figures}
-        return self._put(rows, ids, key, figures)
 
 
 def _kept_replies(errors: Iterable[str]) -> str:
@@ -381,21 +359,19 @@ def _kept_replies(errors: Iterable[str]) -> str:
     return f" Replies that do not fit ({kinds}) are kept: to ask anew, run again with one more of the step's `tries`."
 
 
-def _sink(table: Table, key: str, explode: str | None) -> Any:
-    from ray.data import Datasink
+@dataclass(frozen=True)
+class _WriteParts:
+    """A block of rows in, the line of its part out."""
 
-    # Written in the tasks that made the rows: nothing passes through the driver, and what is written stays.
-    class PartSink(Datasink):  # type: ignore[type-arg]
-        def write(self, blocks: Iterable[Any], ctx: "TaskContext") -> None:  # noqa: ARG002
-            for block in map(_arrow, blocks):
-                if block.num_rows:  # an empty block has no columns
-                    table.write_part(block, key, explode)
+    writer: PartWriter
+    key: str
+    explode: str | None
 
-    return PartSink()
-
-
-def _arrow(block: Any) -> pa.Table:
-    return block if isinstance(block, pa.Table) else pa.Table.from_pandas(block, preserve_index=False)
+    def __call__(self, block: pa.Table) -> pa.Table:
+        # An empty block has no columns.
+        part = self.writer.write(block, self.key, self.explode) if block.num_rows else None
+        lines = [] if part is None else [part.to_json()]
+        return pa.table({"part": pa.array(lines, pa.string())})
 
 
 def chosen(
@@ -460,8 +436,6 @@ def write_rows(
     arrow = to_arrow(table.record, list(rows))
     ids = list(dict.fromkeys(arrow[key].to_pylist()))
     table.prepare()
-    for stale in table.parts():  # of a run that ended before its manifest
-        table.fs.delete_file(stale)
-    if ids:
-        table._put(arrow, ids, key, {})
-    return table.finish(provenance, key, ids, seconds, max_error_rate, figures=figures)
+    # Parts of a run that ended before its manifest are no part of it.
+    parts = [table._writer.put(arrow, ids, key, {})] if ids else []
+    return table._commit_parts(parts, provenance, seconds, max_error_rate, figures)

@@ -1,16 +1,19 @@
 import itertools
 import json
 import uuid
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.fs
 import pyarrow.parquet
 import pytest
 from fsspec.implementations.local import LocalFileSystem
-from pyarrow.fs import FSSpecHandler, PyFileSystem
+from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 
+from medmm_ray.data import compaction, part_log, tables
 from medmm_ray.data.records import Document, Labels, Vector, to_arrow
 from medmm_ray.data.tables import (
     Artifact,
@@ -48,7 +51,7 @@ def test_a_table_is_complete_when_its_manifest_exists(uri: str) -> None:
         table.to_arrow()
     manifest = table.finish(ORIGIN, "item_id", ["a", "b", "c"], seconds=1.5)
     assert table.is_complete
-    assert (manifest.rows, len(manifest.files), manifest.seconds, manifest.upstream) == (3, 2, 1.5, {"documents": "e"})
+    assert (manifest.rows, len(manifest.files), manifest.seconds, manifest.upstream) == (3, 1, 1.5, {"documents": "e"})
     assert {"python", "ray", "pyarrow"} <= set(manifest.versions)
     assert table.manifest() == manifest
     assert sorted(table.to_arrow(["item_id"])["item_id"].to_pylist()) == ["a", "b", "c"]
@@ -120,23 +123,108 @@ def test_a_retry_that_mended_some_rows_is_kept_whatever_its_parts_are_called(oth
     assert errors == {"a": None, "b": None, "c": "refused: no", other: None}
 
 
-class Late(Table):
-    """A worker that outlived its driver writes a part again, each time that the files have been listed."""
-
-    def parts(self) -> list[str]:
-        found = super().parts()
-        self.write_part(vectors("a", "b"), "item_id")
-        return found
-
-
-def test_a_part_that_comes_while_a_table_is_finished_is_not_in_it(tmp_path: Path) -> None:
-    table = Late(str(tmp_path / "t"), Vector)
+def test_a_part_that_comes_while_a_table_is_finished_is_not_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that outlived its driver writes once more when the parts have been listed."""
+    table, of_worker = (Table(str(tmp_path / "t"), Vector) for _ in range(2))
     table.prepare()
     table.write_part(vectors("a"), "item_id")
     table.write_part(vectors("b"), "item_id")
-    manifest = table.finish(ORIGIN, "item_id", "ab", seconds=0)
-    assert (manifest.rows, len(manifest.files)) == (2, 2)
+
+    def compact_late(*arguments: Any) -> list[str]:
+        of_worker.write_part(vectors("a", "b"), "item_id")
+        return compaction.compact(*arguments)
+
+    monkeypatch.setattr(tables, "compact", compact_late)
+    assert table.finish(ORIGIN, "item_id", "ab", seconds=0).rows == 2
     assert sorted(table.to_arrow()["item_id"].to_pylist()) == ["a", "b"]
+    assert names_in(tmp_path / "t") == {"manifest.json", *table.manifest().files}
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("target_bytes", "num_files"),
+    [(1, 5), (4_000, 2), (1 << 20, 1)],  # of five parts of 1.6 kB
+)
+def test_parts_become_files_of_about_the_target_size(target_bytes: int, num_files: int, uri: str) -> None:
+    tables_of_target = []
+    for target in (target_bytes, 1 << 30):
+        table = Table(f"{uri}{target}", Vector, target_bytes=target)
+        table.prepare()
+        for row_id in "abcd":
+            table.write_part(vectors(row_id), "item_id")
+        table.write_part(vectors("e", "f", error="refused: no"), "item_id")
+        manifest = table.finish(ORIGIN, "item_id", "abcdef", seconds=0)
+        tables_of_target.append((table, manifest))
+    (table, manifest), (_, in_one_file) = tables_of_target
+    assert len(manifest.files) == num_files
+    assert (manifest.rows, manifest.errors) == (6, {"refused": 2})
+    assert manifest.content_hash == in_one_file.content_hash == rows_hash(table.to_arrow())
+    assert sorted(table.to_arrow()["item_id"].to_pylist()) == list("abcdef")
+    listing = table.fs.get_file_info(pyarrow.fs.FileSelector(table.path, recursive=True))
+    assert {entry.base_name for entry in listing} == {"manifest.json", *manifest.files}
+
+
+def test_a_disk_without_hard_links_gets_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_link(*_: str) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", no_link)
+    table = Table(str(tmp_path / "t"), Vector)
+    table.prepare()
+    table.write_part(vectors("a"), "item_id")
+    table.finish(ORIGIN, "item_id", "a", seconds=0)
+    assert table.to_arrow()["item_id"].to_pylist() == ["a"]
+
+
+class CountingFileSystem(LocalFileSystem):  # type: ignore[misc]
+    """A disk that counts how often each file is opened, and how often a folder is listed."""
+
+    cachable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opened: Counter[str] = Counter()
+        self.listed = 0
+
+    def open(self, path: str, mode: str = "rb", **more: Any) -> Any:
+        if mode == "rb":
+            self.opened[path] += 1
+        return super().open(path, mode, **more)
+
+    def find(self, path: str, *arguments: Any, **more: Any) -> Any:
+        self.listed += 1
+        return super().find(path, *arguments, **more)
+
+    def ls(self, path: str, *arguments: Any, **more: Any) -> Any:
+        self.listed += 1
+        return super().ls(path, *arguments, **more)
+
+
+def test_a_part_is_opened_twice_at_most_and_progress_lists_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a resumed run: its footer, once, where no index names it, and its rows for the table's file."""
+    first = Table(str(tmp_path / "t"), Vector)
+    first.prepare()
+    monkeypatch.setattr(part_log, "INDEXED_PARTS", 8)
+    for number in range(12):  # eight of them in an index
+        first.write_part(vectors(f"i{number}"), "item_id")
+    disk = CountingFileSystem()
+    table = Table(str(tmp_path / "t"), Vector, PyFileSystem(FSSpecHandler(disk)))
+    assert len(table.done_ids()) == 12
+    opened = {Path(path).suffix: count for path, count in disk.opened.items()}
+    assert (opened, len(disk.opened)) == ({".index": 1, ".parquet": 1}, 1 + 4)
+    listed = disk.listed
+    assert table.rows_written == 12
+    assert disk.listed == listed
+    table.finish(ORIGIN, "item_id", [f"i{number}" for number in range(12)], seconds=0)
+    num_opened = [disk.opened[f"{tmp_path}/t/.parts/{part.name}"] for part in first._log.parts()]
+    assert sorted(num_opened) == [1] * 8 + [2] * 4
 
 
 def test_what_another_driver_finished_stays_as_it_is(tmp_path: Path) -> None:
@@ -144,7 +232,8 @@ def test_what_another_driver_finished_stays_as_it_is(tmp_path: Path) -> None:
     table.prepare()
     table.write_part(vectors("a", "b"), "item_id")
     manifest = table.finish(ORIGIN, "item_id", "ab", seconds=1)
-    table.write_part(vectors("a"), "item_id")
+    with pytest.raises(TableError, match="cannot write"):  # a worker of a driver that came too late
+        table.write_part(vectors("a"), "item_id")
     assert table.finish(ORIGIN, "item_id", "ab", seconds=2) == manifest
     assert table.to_arrow().num_rows == 2
 
@@ -169,6 +258,8 @@ class KilledError(Exception):
 class Fatal(LocalFileSystem):  # type: ignore[misc]
     """A disk that is reached a number of times; then its process is killed."""
 
+    cachable = False
+
     def __init__(self, calls: int) -> None:
         super().__init__()
         self.left = calls
@@ -186,15 +277,32 @@ class Fatal(LocalFileSystem):  # type: ignore[misc]
         self._count()
         super().mv(*arguments, **more)
 
+    def cp_file(self, *arguments: Any, **more: Any) -> None:
+        self._count()
+        super().cp_file(*arguments, **more)
+
+    def rm(self, path: Any, recursive: bool = False, **more: Any) -> None:
+        self._count()
+        if recursive:  # the folder goes file by file
+            for file in sorted(Path(path).iterdir()):
+                self._count()
+                file.unlink()
+        super().rm(path, recursive=recursive, **more)
+
     def rm_file(self, path: str) -> None:
         self._count()
         super().rm_file(path)
 
 
-def test_an_end_at_any_access_to_the_disk_leaves_what_a_second_run_completes(tmp_path: Path) -> None:
-    """Parts that overlap, half of them failed: written, cut to size and committed, ended at each access in turn."""
+@pytest.mark.parametrize("target_bytes", [1, 3_000, 1 << 20])
+def test_an_end_at_any_access_to_the_disk_leaves_what_a_second_run_completes(
+    target_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts that overlap, half of them failed: written, cut to size, merged and committed, ended at each access."""
+    monkeypatch.setattr(part_log, "INDEXED_PARTS", 3)
 
-    def work(table: Table) -> Manifest:
+    def work(uri: str, fs: FileSystem | None = None) -> Manifest:
+        table = Table(uri, Vector, fs, target_bytes)
         table.prepare()
         done = table.done_ids()
         for ids, error in ((("a", "b"), "refused: no"), (("b", "c"), None), (("c", "d", "e"), None), (("a",), None)):
@@ -202,20 +310,22 @@ def test_an_end_at_any_access_to_the_disk_leaves_what_a_second_run_completes(tmp
                 table.write_part(vectors(*ids, error=error), "item_id")
         return table.finish(ORIGIN, "item_id", "abcde", seconds=0)
 
-    expected = work(Table(f"{tmp_path}/calm", Vector)).content_hash
+    expected = work(f"{tmp_path}/calm").content_hash
+    num_complete = 0  # killed after the commit
     for calls in itertools.count():
         uri = f"{tmp_path}/{calls}"
-        table = Table(uri, Vector)
-        table.fs = PyFileSystem(FSSpecHandler(Fatal(calls)))
         try:
-            work(table)
+            work(uri, PyFileSystem(FSSpecHandler(Fatal(calls))))
             break
         except KilledError:
-            assert not Table(uri, Vector).is_complete
-        again = Table(uri, Vector)
-        assert work(again).content_hash == expected
-        assert sorted(again.to_arrow()["item_id"].to_pylist()) == list("abcde")
-    assert calls > 15
+            pass
+        num_complete += Table(uri, Vector).is_complete
+        assert work(uri).content_hash == expected
+        rows = Table(uri, Vector).to_arrow()
+        assert sorted(rows["item_id"].to_pylist()) == list("abcde")
+        assert rows["error"].null_count == 5
+    assert calls >= 20
+    assert num_complete > 3
 
 
 def test_missing_and_unknown_ids_refuse_the_commit(tmp_path: Path) -> None:
@@ -309,14 +419,18 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path: Path, monkeypatch: pyte
     table.prepare()
     table.write_part(vectors("a"), "item_id")
     table.write_part(vectors("b"), "item_id")
-    (lost,) = [f for f in table.parts() if "b" in pa.parquet.read_table(f)["item_id"].to_pylist()]
-    Path(lost).unlink()
+    [lost] = [
+        file
+        for file in Path(table.path).glob(".parts/*")
+        if b'["b"]' in pyarrow.parquet.read_schema(file).metadata[b"medmm"]
+    ]
+    lost.unlink()
     monkeypatch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=0))
     Path(f"{lost}.{uuid.uuid4().hex}.tmp").symlink_to("/dev/full")
     with pytest.raises(TableError, match="No space left on device.*What is written so far is kept"):
         table.write_part(vectors("b"), "item_id")
-    assert table.done_ids() == {"a"}
-    assert not list(Path(table.path).glob("*.tmp"))
+    assert Table(table.uri, Vector).done_ids() == {"a"}
+    assert not list(Path(table.path).glob(".parts/*.tmp"))
 
 
 @pytest.mark.parametrize(
@@ -339,8 +453,9 @@ def test_a_manifest_that_is_none_is_named(tmp_path: Path, content: str, fault: s
 
 def test_foreign_parquet_in_the_folder_is_named(tmp_path: Path) -> None:
     table = Table(str(tmp_path), Vector)
-    pa.parquet.write_table(pa.table({"a": [1]}), tmp_path / "part-x-1.parquet")
-    with pytest.raises(TableError, match="part-x-1.parquet is not a part file"):
+    table.prepare()
+    pa.parquet.write_table(pa.table({"a": [1]}), tmp_path / ".parts" / "part-x.parquet")
+    with pytest.raises(TableError, match="part-x.parquet is not a part file"):
         table.done_ids()
 
 

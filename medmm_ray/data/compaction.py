@@ -41,7 +41,7 @@ def without_repeats(parts: Sequence[Part], writer: PartWriter, key: str) -> list
         elif ids:
             rest.append((part, ids))
     with ThreadPoolExecutor(THREADS) as pool:
-        for part in pool.map(lambda pair: writer.put_some(*pair, key), rest):
+        for part in pool.map(lambda pair: writer.put_some(pair[0], pair[1], key), rest):
             final[part.name] = part
     return [final[name] for name in sorted(final)]
 

@@ -236,8 +236,9 @@ class Table(Artifact):
             batch_format="pyarrow",
             zero_copy_batch=True,
         )
+        batches: Iterator[Any] = iter(parts.iter_batches(batch_size=None, batch_format="pyarrow"))
         try:
-            for batch in parts.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for batch in batches:
                 for line in batch["part"].to_pylist() if batch.num_rows else ():
                     self._log.add(Part.parse(line))
         finally:

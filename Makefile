@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-fast check locks format chaos serve cluster-up cluster-down clean
+.PHONY: help env quickstart test test-fast check lint-cluster locks format chaos serve cluster-up cluster-down clean
 PY := .venv/bin/python
 RUN ?= runs/quickstart
 PARALLEL ?= -n 2 --dist loadfile
@@ -20,8 +20,11 @@ test: env  ## all tests, real engines included, with line coverage
 test-fast: env  ## the tests without engines (2-3 minutes)
 	@$(PY) -m pytest $(PARALLEL) -m "not engine and not chaos and not gpu"
 
-check: env  ## ruff (format, lint), mypy --strict, how dense the code is, and whether the locks of both kinds are right (asks the package index)
+check: env lint-cluster  ## ruff (format, lint), mypy --strict, how dense the code is, and whether the locks of both kinds are right (asks the package index)
 	@$(PY) -m ruff format --check . && $(PY) -m ruff check . && $(PY) -m mypy && $(PY) .ci/density.py && $(PY) cluster/local/locks.py
+
+lint-cluster: env  ## the files in cluster/ by their schemas and by the rules of docs/cluster.md; no network
+	@$(PY) -m cluster.lint
 
 locks: env  ## write the locks of both kinds anew after a change of pyproject.toml's packages
 	@$(PY) cluster/local/locks.py --update

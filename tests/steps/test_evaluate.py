@@ -15,6 +15,7 @@ from medmm_ray.data.json_documents import from_json, to_json
 from medmm_ray.data.records import Image, Labels, Question, ReviewItem, Scores, Solution, Solutions, StepLabel, to_arrow
 from medmm_ray.stats.agreement import KappaFigure, PairAgreement
 from medmm_ray.stats.balance import SourceBalance
+from medmm_ray.stats.label_arrays import encode_labels
 from medmm_ray.stats.targets import targets
 from medmm_ray.steps.evaluate import EvaluateConfig, EvaluationReport, StepEntry, environment, evaluate
 from medmm_ray.steps.evaluate.scored_questions import Sample, samples_by_question
@@ -225,7 +226,7 @@ def test_two_annotators_fill_each_other_and_must_agree_on_the_steps() -> None:
 def test_readers_are_heard_by_majority_and_a_tie_is_no_truth() -> None:
     rows = [labels("s1a", "expert", [0, 0], "a"), labels("s1a", "expert", [1, 1], "b"),
             labels("s1a", "expert", [1, None], "c")]  # fmt: skip
-    found = reference_labels(("expert",), small()["solutions"], [to_arrow(Labels, rows)])
+    found = reference_labels(("expert",), small()["solutions"], encode_labels(to_arrow(Labels, rows)))
     assert found == ReferenceLabels("expert", {"s1a": [1, None]})
     assert targets("hybrid", rows, 2, "keep") == [1.0, None]
 
@@ -238,7 +239,7 @@ def queue(*steps: tuple[str, int, float]) -> pa.Table:
 def test_an_experts_steps_weigh_what_their_chance_in_the_queue_was() -> None:
     rows = to_arrow(Labels, [labels("s1a", "expert", [1, 1]), labels("s1b", "expert", [0, 0])])
     drawn = queue(("s1a", 0, 0.5), ("s1a", 1, 0.1), ("s1b", 1, 1.0))
-    found = reference_labels(("phantom", "expert"), small()["solutions"], [rows], drawn)
+    found = reference_labels(("phantom", "expert"), small()["solutions"], encode_labels(rows), drawn)
     assert found == ReferenceLabels(
         "expert", {"s1a": [1, 1], "s1b": [None, 0]}, {"s1a": [2.0, 10.0], "s1b": [0.0, 1.0]}
     )
@@ -383,4 +384,6 @@ def test_config_is_strict() -> None:
 def test_the_adjudicator_has_the_last_word_on_the_steps_that_he_decided() -> None:
     rows = [labels("s1a", "expert", [1, 0], "aaron"), labels("s1a", "expert", [None, 1], "adjudicator"),
             labels("s1a", "expert", [None, 0], "ben")]  # fmt: skip
-    assert reference_labels(("expert",), small()["solutions"], [to_arrow(Labels, rows)]).labels == {"s1a": [1, 1]}
+    assert reference_labels(("expert",), small()["solutions"], encode_labels(to_arrow(Labels, rows))).labels == {
+        "s1a": [1, 1]
+    }

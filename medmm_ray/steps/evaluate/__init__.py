@@ -43,7 +43,13 @@ from medmm_ray.steps.evaluate.scored_questions import (
     step_log_odds,
     without_not_finite,
 )
-from medmm_ray.steps.evaluate.steps import agreement, reference_labels, step_figures
+from medmm_ray.steps.evaluate.steps import (
+    LabelsOfSolutions,
+    agreement,
+    labels_of_solutions,
+    reference_labels,
+    step_figures,
+)
 
 VERSION = 4  # of what a step makes: raise it when the same config makes something else
 __all__ = ["EvaluateConfig", "EvaluationReport", "StepEntry", "environment", "evaluate"]
@@ -86,14 +92,15 @@ def evaluate(
     images: pa.Table,
     solutions: pa.Table,
     scores: pa.Table,
-    labels: Sequence[pa.Table],
+    labels: Iterable[pa.Table],
     review_queue: pa.Table | None = None,
     balances: Sequence[SourceBalance] = (),
     pairs: Sequence[PairAgreement] = (),
     steps: Sequence[StepEntry] = (),
     environment: JsonObject | None = None,
 ) -> EvaluationReport:
-    """The report. `labels` are label tables of any sources and splits; `review_queue` has the steps that an expert was
+    """The report. `labels` are rows of any sources and splits, in parts that are held only while they are read;
+    `images` needs the columns of `ExampleImage`; `review_queue` has the steps that an expert was
     asked about, with their inclusion probabilities; `balances` and `pairs` say what the labels of all splits are worth,
     as the dataset report has it.
 
@@ -108,7 +115,8 @@ def evaluate(
     arms = _in_order(log_odds)
     ns = _ns(config, solutions, samples)
     scored = scored_questions(usable, samples, log_odds, arms, config.aggregate, config.seed)
-    reference = reference_labels(config.reference, solutions, labels, review_queue)
+    labels_of_split = labels_of_solutions(labels, solutions)
+    reference = reference_labels(config.reference, solutions, labels_of_split.encoded, review_queue)
     # One seed for all figures: they rest on the same resamples, so that they may be compared.
     resampling = Resampling(config.bootstrap_samples, config.seed)
     step_metrics = {}
@@ -126,7 +134,7 @@ def evaluate(
         ns=ns,
         arms=arms,
         reference=reference.source,
-        counts=_counts(config.split, of_split, scored, arms, n, _errors(solutions, scores, labels)),
+        counts=_counts(config.split, of_split, scored, arms, n, _errors(solutions, scores, labels_of_split)),
         accuracy=over_n,
         decoders=accuracy_by_decoder(scored, arms, log_odds, resampling),
         step=step_metrics,
@@ -234,18 +242,11 @@ def _counts(
     )
 
 
-def _errors(solutions: pa.Table, scores: pa.Table, labels: Sequence[pa.Table]) -> dict[str, dict[str, int]]:
+def _errors(solutions: pa.Table, scores: pa.Table, labels: LabelsOfSolutions) -> dict[str, dict[str, int]]:
     """Failed rows by table and kind; label rows by source."""
     counts = {"solutions": _error_counts(solutions), "scores": _error_counts(scores)}
-    for table in labels:
-        sources = table["source"].to_pylist()
-        errors = table["error"].to_pylist()
-        for source, error in zip(sources, errors, strict=True):
-            # A source without a failed row is there, with nothing counted.
-            kinds = counts.setdefault(f"{source}_labels", {})
-            if error:
-                kind = error_kind(error)
-                kinds[kind] = kinds.get(kind, 0) + 1
+    for source, kinds in labels.errors.items():
+        counts[f"{source}_labels"] = kinds
     return counts
 
 

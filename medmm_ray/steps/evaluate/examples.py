@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from medmm_ray.config import digest
-from medmm_ray.data.records import Solution, from_dict
+from medmm_ray.data.records import Question, Solution, from_dict
 from medmm_ray.stats import decoders, metrics
 from medmm_ray.steps.evaluate.scored_questions import ScoredQuestion
 from medmm_ray.steps.evaluate.steps import StepLabels
@@ -108,9 +108,8 @@ def choose_examples(
         if kind:
             by_kind[kind].append(scored)
     chosen = list(_in_turn(by_kind))[:num_examples]
-    ids = pa.array([scored.question.question_id for _, scored in chosen], pa.string())
     sources = _sources(
-        ids,
+        [scored.question for _, scored in chosen],
         main_arm,
         solutions,
         images,
@@ -133,7 +132,7 @@ def _in_turn(by_kind: Mapping[str, Sequence[ScoredQuestion]]) -> Iterator[tuple[
 
 
 def _sources(
-    question_ids: pa.Array,
+    questions: Sequence[Question],
     arm: str,
     solutions: pa.Table,
     images: pa.Table,
@@ -141,6 +140,7 @@ def _sources(
     labels: StepLabels,
 ) -> _Sources:
     # Filtered in Arrow: the texts of a few questions alone become Python objects.
+    question_ids = pa.array([question.question_id for question in questions], pa.string())
     has_example = pc.is_in(solutions["question_id"], question_ids)
     solutions_by_question = {}
     for row in solutions.filter(has_example).to_pylist():
@@ -152,7 +152,11 @@ def _sources(
     step_parts = {}
     for row in scores.filter(is_scored).to_pylist():
         step_parts[row["solution_id"]] = (row["text_log_odds"], row["image_log_odds"])
-    image_rows = images.select(["image_id", "uri", "diagnosis"]).to_pylist()
+    shown_ids: set[str] = set()
+    for question in questions:
+        shown_ids.update(question.image_ids)
+    is_shown = pc.is_in(images["image_id"], pa.array(sorted(shown_ids), pa.string()))
+    image_rows = images.filter(is_shown).select(["image_id", "uri", "diagnosis"]).to_pylist()
     return _Sources(
         solutions=solutions_by_question,
         images={row["image_id"]: ExampleImage(**row) for row in image_rows},

@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from medmm_ray.data.records import Labels, arrow_schema
+from medmm_ray.data.tables import error_kind
 from medmm_ray.stats import metrics
 from medmm_ray.stats.agreement import PairAgreement, queued_steps
 from medmm_ray.stats.label_arrays import (
@@ -91,21 +93,47 @@ class ReferenceLabels:
     weights: Mapping[str, Sequence[float]] | None = None
 
 
+@dataclass(frozen=True)
+class LabelsOfSolutions:
+    """The labels of some solutions without their texts, and the failed rows of all, by source and kind.
+
+    A source without a failed row is among the errors, with nothing counted.
+    """
+
+    encoded: pa.Table
+    errors: dict[str, dict[str, int]]
+
+
+def labels_of_solutions(labels: Iterable[pa.Table], solutions: pa.Table) -> LabelsOfSolutions:
+    """The labels of `solutions` out of parts of any tables of labels."""
+    solution_ids = pc.list_flatten(solutions["solutions"].combine_chunks()).field("solution_id")
+    # The empty table gives the columns where there is no table of labels at all.
+    encoded = [encode_labels(arrow_schema(Labels).empty_table())]
+    errors: dict[str, dict[str, int]] = {}
+    for part in labels:
+        for source in part["source"].unique().to_pylist():
+            errors.setdefault(source, {})
+        for row in part.filter(pc.is_valid(part["error"])).select(["source", "error"]).to_pylist():
+            kinds, kind = errors[row["source"]], error_kind(row["error"])
+            kinds[kind] = kinds.get(kind, 0) + 1
+        is_of_solutions = pc.is_in(part["solution_id"], solution_ids)
+        encoded.append(encode_labels(part.filter(is_of_solutions)))
+    return LabelsOfSolutions(pa.concat_tables(encoded), errors)
+
+
 def reference_labels(
     sources: Sequence[str],
     solutions: pa.Table,
-    labels: Iterable[pa.Table],
+    encoded: pa.Table,
     review_queue: pa.Table | None = None,
 ) -> ReferenceLabels:
     """The labels of the first of `sources` that labels a step of `solutions`; empty ones where none does.
 
-    Several annotators count together, as in training. An expert's labels count within the queue that drew their steps,
-    where there is one. Raises ValueError where the source's labels are of another number of steps.
+    `encoded` are label rows as `encode_labels` makes them. Several annotators count together, as in training. An
+    expert's labels count within the queue that drew their steps, where there is one. Raises ValueError where the
+    source's labels are of another number of steps.
     """
     steps = steps_of(drop_texts(solutions))
-    empty = encode_labels(arrow_schema(Labels).empty_table())
-    # The empty table gives the columns where there is no table of labels at all.
-    encoded = pa.concat_tables([empty, *map(encode_labels, labels)])
     by_source = source_labels(steps, encoded.combine_chunks())
     for source in sources:
         if source not in by_source:

@@ -1,15 +1,20 @@
-"""Many small files: a table that was written in thousands of parts, resumed, finished and read.
+"""Many small files: tables that were written in thousands of parts, the stored answers of an API.
 
-Baseline is what a folder of parts costs without an index and without merging: each footer opened in turn, once to
-resume and twice to finish, each part opened to read the table. Ours is the table's own way. The rows "at ... ms a
-request" stand for an object store: a local disk on which each opening takes so long.
+Of tables, baseline is what a folder of parts costs without an index and without merging: each footer opened in turn,
+once to resume and twice to finish, each part opened to read the table. Ours is the table's own way. The rows "at ... ms
+a request" stand for an object store: a local disk on which each opening takes so long. Of answers, baseline is a file
+an answer, ours the store; both are synced to the disk.
 """
 
+import asyncio
+import json
+import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -23,6 +28,8 @@ from medmm_ray.config import Config
 from medmm_ray.data.parts import PARTS, PartFooter
 from medmm_ray.data.records import Vector, to_arrow
 from medmm_ray.data.tables import Provenance, Table, rows_hash
+from medmm_ray.engines.llm.endpoint import ChatChoice, ChatReply
+from medmm_ray.engines.llm.store import AnswerStore, PricedAnswer
 
 ORIGIN = Provenance(name="vectors", fingerprint="bench", config={}, upstream={})
 
@@ -36,6 +43,8 @@ class BenchConfig(Config):
     """Parts of the table whose files open slowly."""
     latency_ms: float = Field(20.0, ge=0)
     """Milliseconds that a slow file takes to open."""
+    answers: int = Field(2000, ge=1)
+    """Answers of an API, 2 kB each, 32 in flight at a time."""
 
 
 class SlowFileSystem(LocalFileSystem):  # type: ignore[misc]
@@ -70,6 +79,7 @@ def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
     with tempfile.TemporaryDirectory() as folder:
         yield from _local(config.parts, f"{folder}/local", console)
         yield from _remote(config, f"{folder}/remote", console)
+        yield from _stored_answers(config.answers, Path(folder), console)
 
 
 def _local(num_parts: int, folder: str, console: Console) -> Iterator[Measured]:
@@ -109,6 +119,51 @@ def _remote(config: BenchConfig, folder: str, console: Console) -> Iterator[Meas
     yield Measured(name, before, after, before / after, "≥ 8", "s")
     num_opened = max(count for path, count in disk.num_opened.items() if f"/{PARTS}/" in path)
     yield Measured("openings of a part, most, resumed and finished", 4, num_opened, num_opened, "≤ 2", "openings")
+
+
+def _stored_answers(num_answers: int, folder: Path, console: Console) -> Iterator[Measured]:
+    """Answers stored, then all looked up by a process that knows none."""
+    reply = ChatReply((ChatChoice("x" * 2000, "stop"),), prompt_tokens=100, cached_tokens=0, completion_tokens=10)
+    answers = {}
+    for number in range(num_answers):
+        answers[f"q{number // 8}", f"k{number}"] = PricedAnswer(reply, 0.5)
+    single, segments = folder / "single", folder / "segments"
+    single.mkdir()
+    before_write = _seconds(lambda: _write_single(answers, single))
+    before_read = _seconds(lambda: [json.loads(file.read_bytes()) for file in single.iterdir()])
+    write_s = _seconds(lambda: asyncio.run(_put_all(answers, str(segments))))
+    store = AnswerStore(str(segments))
+    index_s = _seconds(store.refresh)
+    found = store.look_up(answers)
+    read_s = _seconds(lambda: store.look_up(answers))
+    console.print(f"{num_answers:,} answers: index read in {index_s:.3f} s, each looked up in {read_s:.3f} s")
+    name = f"store {num_answers:,} answers"
+    yield Measured(name, before_write, write_s, before_write / write_s, "≥ 1", "s")
+    num_files = len(list(segments.iterdir()))
+    yield Measured("files of the answers", num_answers, num_files, num_files / num_answers, "≤ 0.1", "files")
+    name = f"resume with {num_answers:,} answers, to know which are there"
+    yield Measured(name, before_read, index_s, before_read / index_s, "≥ 2", "s")
+    lost = sum(found.get(request) != answer for request, answer in answers.items())
+    yield Measured("answers lost or changed", num_answers, lost, lost, "≤ 0", "answers")
+
+
+def _write_single(answers: Mapping[tuple[str, str], PricedAnswer], folder: Path) -> None:
+    for (group, key), answer in answers.items():
+        row = {"group": group, "key": key, "reply": asdict(answer.reply), "cost": answer.cost}
+        with (folder / f"{key}.json").open("wb") as file:
+            file.write(json.dumps(row).encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+async def _put_all(answers: Mapping[tuple[str, str], PricedAnswer], folder: str) -> None:
+    store, slots = AnswerStore(folder), asyncio.Semaphore(32)
+
+    async def put(group: str, key: str, answer: PricedAnswer) -> None:
+        async with slots:
+            await store.put(group, key, answer)
+
+    await asyncio.gather(*(put(group, key, answer) for (group, key), answer in answers.items()))
 
 
 def _write(folder: str, num_parts: int) -> None:

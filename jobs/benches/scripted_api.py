@@ -12,7 +12,7 @@ from typing import Any
 
 from jobs.benches.model_server import Answer, ModelServer, Received, chat_completion, chat_usage
 from medmm_ray.config import digest
-from medmm_ray.engines.llm.store import parse_segment
+from medmm_ray.engines.llm import store
 
 _NUM_STEPS = re.compile(r"Reasoning to review, (\d+) steps")
 
@@ -75,6 +75,6 @@ def verdicts(prompt: str) -> str:
 def stored_answers(run: Path) -> Counter[str]:
     """How often the answer to each request of a run is stored: twice where it was paid again though it was there."""
     answers: Counter[str] = Counter()
-    for file in run.glob("api/*/answers/*/*.jsonl"):
-        answers.update(list(parse_segment(file.read_bytes(), str(file))))
+    for folder in run.glob("api/*/answers"):
+        answers.update(stored.key for stored in store.stored_answers(str(folder)))
     return answers

@@ -88,7 +88,7 @@ def test_flops_that_scores_do_not_need_in_the_last_layer() -> None:
         pytest.param("scoring", VLLM, marks=pytest.mark.engine),
         ("training", ["solutions=[3]", "documents=100", "question=20", "solution=60", "max_length=400", "repeats=1"]),
         ("near_duplicates", ["hashes=3000", "compared=2000", "distance=3", "repeats=1"]),
-        ("files", ["parts=30", "remote_parts=5", "latency_ms=1"]),
+        ("files", ["parts=30", "remote_parts=5", "latency_ms=1", "answers=40"]),
         ("two_tower", ["solutions=3", "documents=100", "question=20", "solution=60", "repeats=1"]),
         pytest.param("arms", ARMS, marks=pytest.mark.engine),
         pytest.param("sampling", SAMPLING, marks=pytest.mark.engine),
@@ -102,7 +102,7 @@ def test_a_benchmark_prints_its_table_and_writes_its_rows(
     rows = json.loads(path.read_text())
     assert rows
     assert set(rows[0]) == {"name", "baseline", "ours", "ratio", "target", "unit"}
-    assert all(row["ratio"] > 0 for row in rows)
+    assert all(row["ratio"] > 0 for row in rows if row["target"] != "≤ 0")
     assert rows[0]["name"].partition(",")[0] in capsys.readouterr().out
 
 

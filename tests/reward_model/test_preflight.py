@@ -20,7 +20,7 @@ from medmm_ray.config import ConfigError
 from medmm_ray.engines.llm.budget import close_ledger
 from medmm_ray.engines.llm.client import ApiConfig
 from medmm_ray.engines.llm.probe import ApiModel, nearest, probe, probe_all
-from medmm_ray.engines.llm.store import AnswerStore
+from medmm_ray.engines.llm.store import stored_answers
 from medmm_ray.reward_model.preflight import CheckpointKind, check_checkpoint
 from tests.doubles import tiny_reward_model as tiny
 from tests.doubles.api_server import Server, chat_said, failed, gemini_said, serving
@@ -250,7 +250,7 @@ def test_a_model_is_asked_once_a_day_like_the_run_asks_it_and_paid_in_its_ledger
     paid = close_ledger(f"{tmp_path}/gpt-4o")
     assert paid.answers == 2
     assert paid.spent == pytest.approx(2 * (1000 * 1.0 + 100 * 2.0) / 1e6)
-    assert len(AnswerStore(f"{tmp_path}/gpt-4o/answers").read("preflight 2026-11-30")) == 1
+    assert [stored.group for stored in stored_answers(f"{tmp_path}/gpt-4o/answers")] == ["preflight 2026-11-30"]
 
 
 def test_an_answer_of_today_leaves_the_ledger_of_a_run_that_is_under_way_alone(server: Server, tmp_path: Path) -> None:

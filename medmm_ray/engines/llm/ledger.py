@@ -18,7 +18,8 @@ from medmm_ray.engines.llm.store import AnswerStore, PricedAnswer
 
 LEDGER_FILE = "ledger.json"
 Dollars = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-AnswersByGroup = Mapping[str, Mapping[str, PricedAnswer]]
+AnswersByRequest = Mapping[tuple[str, str], PricedAnswer]
+"""Answers by the group and key of their requests."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,12 @@ class Ledger:
         self.possibly_paid += dollars
         self.lost_calls += 1
 
-    def book_dead(self, reservations: Sequence[Reservation], stored_answers: AnswersByGroup) -> None:
+    def book_dead(self, reservations: Sequence[Reservation], stored_answers: AnswersByRequest) -> None:
         """Book the reservations of one client that died; the costliest calls without an answer count as sent."""
         lost = []
         for reservation in reservations:
             call = reservation.call
-            answer = stored_answers[call.group].get(call.key)
+            answer = stored_answers.get((call.group, call.key))
             if answer is None:
                 lost.append(reservation)
             else:
@@ -149,7 +150,6 @@ def ledger_bytes(ledger: Ledger, reservations: Sequence[Reservation]) -> bytes:
     return json.dumps({**asdict(ledger), "reserved": rows}).encode()
 
 
-def stored_answers_of(reservations: Sequence[Reservation], store: AnswerStore) -> AnswersByGroup:
-    """The stored answers of all groups that the reservations are about."""
-    groups = {reservation.call.group for reservation in reservations}
-    return {group: store.read(group) for group in groups}
+def stored_answers_of(reservations: Sequence[Reservation], store: AnswerStore) -> AnswersByRequest:
+    """The stored answers of the calls that are reserved."""
+    return store.look_up((reservation.call.group, reservation.call.key) for reservation in reservations)

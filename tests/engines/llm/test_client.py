@@ -37,7 +37,7 @@ from medmm_ray.engines.llm.endpoint import (
 from medmm_ray.engines.llm.faults import ServerError, fault_of, retry_after_seconds
 from medmm_ray.engines.llm.openai import OpenAIEndpoint
 from medmm_ray.engines.llm.prices import FREE, Price
-from medmm_ray.engines.llm.store import AnswerStore, PricedAnswer
+from medmm_ray.engines.llm.store import AnswerStore, PricedAnswer, stored_answers
 from tests.doubles.api_server import CUT, Server, chat_said, failed, serving
 
 FAST = ApiConfig(in_flight=4, pause_s=0.001, max_attempts=3)
@@ -339,7 +339,7 @@ def test_a_refused_key_ends_the_job_after_what_is_under_way_is_kept(tmp_path: Pa
 
     found = asyncio.run(work())
     assert next(str(f) for f in found if isinstance(f, EndpointError)) == "401: expired; check KEY"
-    kept = AnswerStore(f"{tmp_path}/answers").read("q")
+    kept = {stored.key: stored.answer for stored in stored_answers(f"{tmp_path}/answers")}
     assert len(kept) == len(endpoint.sent) - 1 == len([f for f in found if not isinstance(f, Exception)])
     assert len(endpoint.sent) < 6
 
@@ -649,7 +649,7 @@ def test_a_kill_pays_nothing_twice_but_what_was_in_flight(tmp_path: Path, monkey
         found = bench.server_report(address)
     assert found["requests"] == 160
     assert found["twice"] <= 3 * 8
-    kept = {key for i in range(9) for key in AnswerStore(f"{tmp_path}/answers").read(f"q{i}")}
+    kept = {(stored.group, stored.key) for stored in stored_answers(f"{tmp_path}/answers")}
     assert len(kept) == 160
     paid = close_ledger(str(tmp_path))
     cut = found["faults"]["cut"] + found["faults"]["garbled"]

@@ -13,7 +13,7 @@ from medmm_ray.engines.llm.budget import ApiBudget
 from medmm_ray.engines.llm.client import ApiConfig, Client, connect
 from medmm_ray.engines.llm.endpoint import ChatRequest, EndpointError, Turn
 from medmm_ray.engines.llm.served import OtherModelError, is_same_model, joined_names
-from medmm_ray.engines.llm.store import AnswerStore
+from medmm_ray.engines.llm.store import stored_answers
 from tests.doubles.api_server import AS_ASKED, Server, chat_said, gemini_said, serving
 
 QUESTION = ChatRequest("s", (Turn("user", ("a",)),), max_tokens=10)
@@ -104,7 +104,7 @@ def test_another_model_stops_the_job_and_what_it_answered_is_kept_and_paid_once(
         with pytest.raises(OtherModelError, match=r"openai:gpt-4o was asked and 'gpt-6-luna' answered: .*warn") as stop:
             ask(server, tmp_path)
         assert isinstance(stop.value, EndpointError), "it ends a job as a refused key does"
-    [kept] = AnswerStore(f"{tmp_path}/answers").read("q").values()
+    [kept] = [stored.answer for stored in stored_answers(f"{tmp_path}/answers")]
     assert (kept.reply.text, kept.reply.model) == ("yes", "gpt-6-luna")
     answer = ask(server, tmp_path, on_other_model="warn")
     assert (answer.reply.text, answer.reply.model) == ("yes", "gpt-6-luna")
@@ -165,7 +165,7 @@ def test_all_who_ask_are_told_of_another_model_after_what_is_under_way_is_kept(s
 
     found = asyncio.run(work())
     assert all(isinstance(fault, EndpointError) and "'gpt-6-luna' answered" in str(fault) for fault in found)
-    assert len(AnswerStore(f"{tmp_path}/answers").read("q")) == len(server.requests) < 9
+    assert len(list(stored_answers(f"{tmp_path}/answers"))) == len(server.requests) < 9
 
 
 @pytest.mark.parametrize(("served", "share"), [("flex", 0.5), ("default", 1.0), (None, 1.0)])

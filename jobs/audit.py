@@ -15,7 +15,7 @@ from pyarrow import fs as pafs
 from rich.console import Console
 
 from jobs.entry import launch, parser, read_arguments
-from jobs.graph import BY_NAME, LABELS, STEPS
+from jobs.graph import ALL_LABELS, BY_NAME, STEPS
 from jobs.recipe import Recipe
 from jobs.step import Job, Run
 from medmm_ray.data.json_documents import to_json
@@ -46,9 +46,15 @@ def make(run: Run, uri: str) -> dict[str, float]:
 
 def report_of(run: Run) -> AuditReport:
     """The report of the tables of `run` that are complete, and of the labels so far."""
-    tables = {name: run.table(name) for name in STEP.reads if not run.is_left_out(name)}
-    complete = {name: table for name, table in tables.items() if table.is_complete}
-    label_tables = [name for name in (*LABELS, "tree_labels") if name in tables]
+    tables: dict[str, Table] = {}
+    complete: dict[str, Table] = {}
+    for name in STEP.reads:
+        if run.is_left_out(name):
+            continue
+        tables[name] = run.table(name)
+        if tables[name].is_complete:
+            complete[name] = tables[name]
+    label_tables = [name for name in ALL_LABELS if name in tables]
 
     def parts(name: str) -> Iterable[pa.Table]:
         return complete[name].stream() if name in complete else ()

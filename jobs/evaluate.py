@@ -74,14 +74,11 @@ def _step_entries(run: Run) -> list[StepEntry]:
         # This step's own manifest is written after the report.
         if step.name == "evaluate" or run.skipped(step):
             continue
-        manifests = run.manifests(step)
-        entries.append(
-            StepEntry(
-                name=step.name,
-                rows=sum(manifest.rows for manifest in manifests),
-                seconds=sum(manifest.seconds for manifest in manifests),
-            )
-        )
+        num_rows, seconds = 0, 0.0
+        for manifest in run.manifests(step):
+            num_rows += manifest.rows
+            seconds += manifest.seconds
+        entries.append(StepEntry(name=step.name, rows=num_rows, seconds=seconds))
     return entries
 
 

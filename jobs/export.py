@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jobs.entry import launch, parser
-from jobs.graph import LABELS, MAKER, TREES
+from jobs.graph import ALL_LABELS, LABELS, MAKER, TREES
 from jobs.step import Run, load_recipe
 from medmm_ray.config import ConfigError, load
 from medmm_ray.data.tables import Artifact, Table
@@ -47,7 +47,9 @@ def _main(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"there is no run at {run.root}; 'run' names the output folder of a pipeline")
     tables = tables_of(run)
     counts = export(tables, config, _made_by(tables))
-    log.info("%s: %s", config.to, ", ".join(f"{number:,} {name}" for name, number in sorted(counts.items())))
+    # In the order of their names, so that two exports' lines can be compared.
+    counted = [f"{number:,} {name}" for name, number in sorted(counts.items())]
+    log.info("%s: %s", config.to, ", ".join(counted))
     if config.push:
         log.info("pushed: %s", push(config.to, config.push, config.private))
     return 0
@@ -74,7 +76,7 @@ def tables_of(run: Run) -> Tables:
             complete[name] = run.table(name)
         else:
             log.info("%s: not complete in this run (step %s), exported without it", name, MAKER[name].name)
-    labels = {name: complete.pop(name) for name in (*LABELS, "tree_labels") if name in complete}
+    labels = {name: complete.pop(name) for name in ALL_LABELS if name in complete}
     return Tables(questions=run.table("questions"), solutions=run.table("solutions"), labels=labels, **complete)
 
 

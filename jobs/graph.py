@@ -59,6 +59,7 @@ class Step:
 
 LABELS = ("judge_labels", "monte_carlo_labels", "expert_labels")
 TREES = ("tree_solutions", "tree_labels")
+ALL_LABELS = (*LABELS, "tree_labels")  # of sampled solutions, and of those that search trees found
 
 STEPS = (
     # Questions, images and documents

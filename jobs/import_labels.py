@@ -10,7 +10,7 @@ they were imported; a table that the pipeline made is never replaced.
 import argparse
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any
@@ -54,16 +54,20 @@ def import_labels(run: Run) -> dict[str, int]:
     filled: set[str] = set()
     rows = _rows(run, source.solved(request_of(run.recipe.ingest)))
     while part := list(islice(rows, QUESTIONS_A_PART)):
-        of_curated = {question_id: row for question_id, row in part if question_id in curated_ids}
+        of_curated: dict[str, ImportedRows] = {}
+        for question_id, row in part:
+            if question_id in curated_ids:
+                of_curated[question_id] = row
         num_dropped += len(part) - len(of_curated)
         filled |= _write(tables, of_curated)
     if num_dropped:
         log.info("%d questions of the source are not in the table questions: curate dropped them", num_dropped)
-    _clear(table for name, table in tables.items() if name not in filled)
-    num_rows = {}
+    num_rows: dict[str, int] = {}
     for name, table in tables.items():
         if name in filled:
             num_rows[name] = _finish(run, table, name, curated_ids)
+        else:  # the data set has nothing for it: the pipeline makes it
+            table.clear()
     # The steps that would have made these tables count as done only with all that they make.
     if "expert_labels" in num_rows:
         job = Job(run, BY_NAME["review"])
@@ -83,16 +87,10 @@ def _open_tables(run: Run) -> dict[str, Table]:
             tables[name] = table
         elif table.manifest().config != _imported_config(run):
             raise TableError(f"{table.uri} is there already; an import never replaces a table. Name another run=...")
-    _clear(tables.values())
     for table in tables.values():
+        table.clear()  # of what an interrupted import left
         table.prepare()
     return tables
-
-
-def _clear(tables: Iterable[Table]) -> None:
-    """Drop what an interrupted import left, or what the data set has nothing for: the pipeline makes those."""
-    for table in tables:
-        table.clear()
 
 
 def _rows(run: Run, solved: Iterator[SolvedQuestion]) -> Iterator[tuple[str, ImportedRows]]:
@@ -100,37 +98,55 @@ def _rows(run: Run, solved: Iterator[SolvedQuestion]) -> Iterator[tuple[str, Imp
     config = run.recipe.ingest
     data = read_source(config)
     folder = f"{run.uri('raw_images')}/files"
-    ids = [row.question_id for row in question_rows(data, run.table("raw_images").to_arrow(), config, folder)]
-    config_hash, tree_hash = (run.fingerprint(BY_NAME[name]) for name in ("sample", "tree_search"))
+    images = run.table("raw_images").to_arrow()
+    ids = [row.question_id for row in question_rows(data, images, config, folder)]
+    policy = imported_policy(config.source)
+    config_hash = run.fingerprint(BY_NAME["sample"])
+    tree_hash = run.fingerprint(BY_NAME["tree_search"])
     for question_id, solved_question in zip(ids, solved, strict=True):
-        yield (
-            question_id,
-            imported_rows(question_id, solved_question, imported_policy(config.source), config_hash, tree_hash),
-        )
+        yield question_id, imported_rows(question_id, solved_question, policy, config_hash, tree_hash)
 
 
 def _write(tables: dict[str, Table], rows: dict[str, ImportedRows]) -> set[str]:
     """One part of each table; gives the names of those that the data set has something for."""
-    filled = set()
+    filled: set[str] = set()
     for name, table in tables.items():
         if name in ("solutions", "tree_solutions"):
-            solutions: list[Solutions] = [getattr(row, name) for row in rows.values()]
-            table.write_part(to_arrow(Solutions, solutions), "question_id")
-            has_content = any(row.solutions for row in solutions)
+            is_filled = _write_solutions(table, name, rows)
         elif name == "evidence":
-            evidence = [row.evidence or _no_evidence(question_id) for question_id, row in rows.items()]
-            table.write_part(to_arrow(Evidence, evidence), "question_id")
-            has_content = any(row.evidence for row in rows.values())
+            is_filled = _write_evidence(table, rows)
         else:
-            labels = {}
-            for question_id, row in rows.items():
-                labels[question_id] = [asdict(label) for label in row.labels.get(name, ())]
-            table.write_part(_label_rows(labels, table.schema), "question_id", "labels")
-            has_content = any(labels.values())
-        if has_content:
+            is_filled = _write_labels(table, name, rows)
+        if is_filled:
             filled.add(name)
     # One step makes both tables of trees: with the one the other counts as made, be it empty.
-    return filled | ({"tree_labels"} if "tree_solutions" in filled else set())
+    if "tree_solutions" in filled:
+        filled.add("tree_labels")
+    return filled
+
+
+def _write_solutions(table: Table, name: str, rows: dict[str, ImportedRows]) -> bool:
+    solutions: list[Solutions] = [getattr(row, name) for row in rows.values()]
+    table.write_part(to_arrow(Solutions, solutions), "question_id")
+    return any(row.solutions for row in solutions)
+
+
+def _write_evidence(table: Table, rows: dict[str, ImportedRows]) -> bool:
+    evidence: list[Evidence] = []
+    is_filled = False
+    for question_id, row in rows.items():
+        evidence.append(row.evidence or _no_evidence(question_id))
+        is_filled |= row.evidence is not None
+    table.write_part(to_arrow(Evidence, evidence), "question_id")
+    return is_filled
+
+
+def _write_labels(table: Table, name: str, rows: dict[str, ImportedRows]) -> bool:
+    labels: dict[str, list[dict[str, Any]]] = {}
+    for question_id, row in rows.items():
+        labels[question_id] = [asdict(label) for label in row.labels.get(name, ())]
+    table.write_part(_label_rows(labels, table.schema), "question_id", "labels")
+    return any(labels.values())
 
 
 def _label_rows(labels: dict[str, list[dict[str, Any]]], schema: pa.Schema) -> pa.Table:

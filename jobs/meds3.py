@@ -44,7 +44,8 @@ def rounds(recipe: Recipe, console: Console) -> list[dict[str, float]]:
         run = run_pipeline(of_round(recipe, policy, is_last), STEPS, console)
         reward_model = reward_model if is_last else run.uri("text_prm")
         figures.append(measure(run, reward_model))
-        console.print("  ".join(f"{name} {figures[-1][name]:.3f}" for name in FIGURES))
+        printed = [f"{name} {value:.3f}" for name, value in figures[-1].items()]
+        console.print("  ".join(printed))
         if not is_last:
             policy = next_policy(run)
     return figures
@@ -60,11 +61,15 @@ def planned(recipe: Recipe) -> Estimate:
         is_last = number == recipe.meds3.rounds
         round_recipe = of_round(recipe, policy, is_last)
         run = Run(round_recipe)
-        fingerprints = {step.name: run.fingerprint(step) for step in STEPS}
-        # What an earlier round makes under the same fingerprint is made once.
         plan = plan_of(round_recipe, run)
         left_out = set(round_recipe.without)
-        left_out |= {name for name, fingerprint in fingerprints.items() if fingerprint in earlier_fingerprints}
+        fingerprints: set[str] = set()
+        for step in STEPS:
+            fingerprint = run.fingerprint(step)
+            fingerprints.add(fingerprint)
+            # What an earlier round makes under the same fingerprint is made once.
+            if fingerprint in earlier_fingerprints:
+                left_out.add(step.name)
         epochs = 0 if is_last else recipe.meds3.fine_tuning.epochs
         if epochs:  # the next policy is trained as the first one was
             training = replace(plan.training, policy_epochs=plan.training.policy_epochs + epochs)
@@ -72,23 +77,29 @@ def planned(recipe: Recipe) -> Estimate:
             left_out.discard("train_policy")
         costs = estimate(plan, left_out)
         lines.append(round_line(number, costs))
-        notes += [note for note in costs.notes if note not in notes]
-        earlier_fingerprints.update(fingerprints.values())
+        for note in costs.notes:
+            if note not in notes:
+                notes.append(note)
+        earlier_fingerprints |= fingerprints
         policy = f"the policy of round {number + 1}"
     return Estimate(plan, tuple(lines), tuple(notes))
 
 
 def round_line(number: int, costs: Estimate) -> Line:
     """A round's costs in one line."""
-    return Line(
-        step=f"round {number}",
-        work=", ".join(line.step for line in costs.lines if line.tokens or line.calls),
-        calls=sum(line.calls for line in costs.lines),
-        tokens=sum(line.tokens for line in costs.lines),
-        dollars=sum(line.dollars for line in costs.lines),
-        gpu_hours=sum(line.gpu_hours for line in costs.lines),
-        stored=costs.stored,
-    )
+    total = Line(step=f"round {number}", work="", stored=costs.stored)
+    steps: list[str] = []
+    for line in costs.lines:
+        if line.tokens or line.calls:
+            steps.append(line.step)
+        total = replace(
+            total,
+            calls=total.calls + line.calls,
+            tokens=total.tokens + line.tokens,
+            dollars=total.dollars + line.dollars,
+            gpu_hours=total.gpu_hours + line.gpu_hours,
+        )
+    return replace(total, work=", ".join(steps))
 
 
 def of_round(recipe: Recipe, policy: str | None, is_last: bool) -> Recipe:
@@ -110,7 +121,8 @@ def next_policy(run: Run) -> str:
     if not artifact.is_complete:
         artifact.prepare()
         started = time.monotonic()
-        questions, documents = (run.table(name).to_arrow() for name in ("questions", "documents"))
+        questions = run.table("questions").to_arrow()
+        documents = run.table("documents").to_arrow()
         right = right_solutions(run.table("tree_solutions").to_arrow())
         name = f"next_policy-{fingerprint}"
         figures = train_policy(config, questions, right, documents, artifact.uri, name)
@@ -142,7 +154,8 @@ def measure(run: Run, reward_model: str) -> dict[str, float]:
             figures.append(accuracies(row["solutions"], scores))
     means: dict[str, float] = {}
     for name in FIGURES:
-        means[name] = sum(of_question[name] for of_question in figures) / len(figures)
+        values = [of_question[name] for of_question in figures]
+        means[name] = sum(values) / len(values)
     return means
 
 
@@ -155,8 +168,11 @@ def log_odds(model: Any, question: Mapping[str, Any], solutions: Sequence[Mappin
 
 def accuracies(solutions: Sequence[Mapping[str, Any]], scores: Sequence[Sequence[float]]) -> dict[str, float]:
     """One question's figures: the share of right samples, and whether each decoder picks a right one."""
-    right = [solution["correct"] is True for solution in solutions]
-    answers = [solution["answer"] for solution in solutions]
+    right: list[bool] = []
+    answers: list[str | None] = []
+    for solution in solutions:
+        right.append(solution["correct"] is True)
+        answers.append(solution["answer"])
     figures = {"one sample": sum(right) / max(len(right), 1)}
     for name in FIGURES[1:]:
         place = decoders.decode(name, answers, scores)
@@ -183,7 +199,8 @@ def _main(arguments: argparse.Namespace) -> int:
         figures = rounds(recipe, console)
     grid = Grid("round", *FIGURES, box=None)
     for number, row in enumerate(figures):
-        grid.add_row(str(number), *(f"{row[name]:.3f}" for name in FIGURES))
+        cells = [f"{row[name]:.3f}" for name in FIGURES]
+        grid.add_row(str(number), *cells)
     console.print(grid)
     fs, path = filesystem(f"{recipe.run}/meds3.json")
     write_file(fs, path, json.dumps(figures, indent=2).encode())

@@ -73,13 +73,15 @@ class Board:
 
     def finish(self, step: Step, state: str) -> None:
         """A step is done, or was complete already."""
-        manifests = self.run.manifests(step)
-        errors = []
-        for manifest in manifests:
-            errors += [f"{kind}: {count} failed" for kind, count in manifest.errors.items()]
         status = self.statuses[step.name]
-        status.rows = sum(manifest.rows for manifest in manifests) or None
-        status.seconds = sum(manifest.seconds for manifest in manifests)
+        errors: list[str] = []
+        num_rows, seconds = 0, 0.0
+        for manifest in self.run.manifests(step):
+            num_rows += manifest.rows
+            seconds += manifest.seconds
+            errors += [f"{kind}: {count} failed" for kind, count in manifest.errors.items()]
+        # An artifact, such as a model, has no rows to tell of.
+        status.rows, status.seconds = num_rows or None, seconds
         status.note = ", ".join(errors)
         notes = self.job.notes if self.job else []
         self.job = None
@@ -103,7 +105,8 @@ class Board:
             return
         rows = f"{status.rows:,} rows" if status.rows else ""
         seconds = f"{status.seconds:8.1f} s" if status.seconds is not None else ""
-        self.console.print(f"{step.name:<18}{state:<12}{rows:>16}{seconds:>12}  {status.note}".rstrip(), style=None)
+        line = f"{step.name:<18}{state:<12}{rows:>16}{seconds:>12}  {status.note}"
+        self.console.print(line.rstrip(), style=None)
 
     def _heartbeat(self) -> None:
         while not self._done.wait(HEARTBEAT_S):
@@ -127,7 +130,8 @@ class Board:
                 note, seconds = self.job.progress(), time.monotonic() - self._started
             state = Text(status.state, STYLES.get(status.state, ""))
             rows = f"{status.rows:,}" if status.rows else ""
-            grid.add_row(step.name, step.what, state, rows, "" if seconds is None else f"{seconds:.1f}", note)
+            time_taken = "" if seconds is None else f"{seconds:.1f}"
+            grid.add_row(step.name, step.what, state, rows, time_taken, note)
         return Group(grid)
 
 

@@ -59,10 +59,12 @@ def answer_of(run: Run, request: RerankRequest) -> dict[str, Any]:
 
 def example(run: Run) -> tuple[RerankRequest, str]:
     """A test question with all that is known of it, and its answer; one on which the solutions disagree, if any."""
-    solutions = {row["question_id"]: row["solutions"] for row in run.table("solutions").to_arrow().to_pylist()}
+    solutions: dict[str, list[dict[str, Any]]] = {}
+    for row in run.table("solutions").to_arrow().to_pylist():
+        solutions[row["question_id"]] = row["solutions"]
     question = _question(run, solutions)
-    evidence_table = run.table("evidence").to_arrow()
-    evidence = evidence_table.filter(pc.field("question_id") == question["question_id"]).to_pylist()[0]
+    of_question = pc.field("question_id") == question["question_id"]
+    evidence = run.table("evidence").to_arrow().filter(of_question).to_pylist()[0]
     scoring = with_trained_inputs(run.recipe.score, run.model("two_tower"))
     documents = evidence["documents"][: scoring.num_documents]
     references = evidence["images"][: scoring.num_references]
@@ -81,15 +83,21 @@ def example(run: Run) -> tuple[RerankRequest, str]:
 def _question(run: Run, solutions: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
     """The first test question with an image on whose answer its solutions disagree, else the first with an image."""
     questions = run.table("questions").to_arrow()
-    rows = questions.filter(pc.equal(questions["split"], "test")).sort_by("question_id").to_pylist()
-    candidates: list[dict[str, Any]] = [row for row in rows if row["image_ids"] and solutions.get(row["question_id"])]
-    if not candidates:
-        raise ConfigError("no test question has an image and solutions; look at the tables questions and solutions")
-    for row in candidates:
-        answers = {solution["answer"] for solution in solutions[row["question_id"]] if solution["answer"]}
+    is_test = pc.equal(questions["split"], "test")
+    rows: list[dict[str, Any]] = questions.filter(is_test).sort_by("question_id").to_pylist()
+    first: dict[str, Any] | None = None
+    for row in rows:
+        question_solutions = solutions.get(row["question_id"])
+        if not row["image_ids"] or not question_solutions:
+            continue
+        first = first or row
+        # A solution without an answer disagrees with nobody.
+        answers = {solution["answer"] for solution in question_solutions} - {None, ""}
         if len(answers) > 1:
             return row
-    return candidates[0]
+    if first is None:
+        raise ConfigError("no test question has an image and solutions; look at the tables questions and solutions")
+    return first
 
 
 def _uri_of(run: Run, image_id: str) -> str:

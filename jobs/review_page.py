@@ -85,8 +85,12 @@ def item_views(run: Run) -> ItemViews:
     if run.recipe.review_page.what == "questions":
         questions = questions_table(run).to_arrow().to_pylist()
         return question_views(questions, context_of(run, questions, {}))
-    queue = [from_dict(ReviewItem, row) for row in run.table("review_queue").to_arrow().to_pylist()]
-    ids = {item.question_id for item in queue}
+    queue: list[ReviewItem] = []
+    ids: set[str] = set()
+    for row in run.table("review_queue").to_arrow().to_pylist():
+        item = from_dict(ReviewItem, row)
+        queue.append(item)
+        ids.add(item.question_id)
     questions_by_id = rows_of(run.table("questions"), "question_id", ids)
     evidence = rows_of(run.table("evidence"), "question_id", ids)
     solutions = rows_of(run.table("solutions"), "question_id", ids, ["question_id", "solutions"])
@@ -101,8 +105,10 @@ def context_of(run: Run, questions: Sequence[Row], evidence: Mapping[str, Row]) 
     for question in questions:
         image_ids.update(question["image_ids"])
     for row in evidence.values():
-        image_ids.update(image["image_id"] for image in row["images"])
-        document_ids.update(document["document_id"] for document in row["documents"])
+        for image in row["images"]:
+            image_ids.add(image["image_id"])
+        for document in row["documents"]:
+            document_ids.add(document["document_id"])
     titles: dict[str, Row] = {}
     if document_ids:  # without, the table need not be there
         titles = rows_of(run.table("documents"), "document_id", document_ids, ["document_id", "title"])

@@ -11,7 +11,7 @@ def run(job: Job) -> None:
     """Score the test questions' solutions in every arm."""
     model, model_id = job.run.model("two_tower"), job.run.model_id("two_tower")
     source, ids = job.solutions_of("test")
-    questions, images, evidence = (job.read(name) for name in ("questions", "images", "evidence"))
+    questions, images, evidence = job.read_all(["questions", "images", "evidence"])
     job.make(
         "scores",
         source,

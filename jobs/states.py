@@ -11,7 +11,7 @@ from medmm_ray.steps.score import inputs, states
 def run(job: Job) -> None:
     """Compute the states of sampled solutions and of those in trees; the second where there are trees."""
     model, model_id = job.run.model("text_prm"), job.run.model_id("text_prm")
-    questions, images, evidence = (job.read(name) for name in ("questions", "images", "evidence"))
+    questions, images, evidence = job.read_all(["questions", "images", "evidence"])
     for table, solutions in (("states", "solutions"), ("tree_states", "tree_solutions")):
         if job.run.is_left_out(solutions):
             job.make_rows(table, [], "question_id")

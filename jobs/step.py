@@ -164,6 +164,10 @@ class Job:
             return empty if columns is None else empty.select(list(columns))
         return table.to_arrow(columns)
 
+    def read_all(self, names: Sequence[str], columns: Sequence[str] | None = None) -> "list[pa.Table]":
+        """`read` of each of the names, in their order."""
+        return [self.read(name, columns) for name in names]
+
     @property
     def run_name(self) -> str:
         """What Ray Train calls this training: the same name continues it, so the fingerprint is part of it."""

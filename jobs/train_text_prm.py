@@ -5,7 +5,7 @@ import sys
 import pyarrow as pa
 
 from jobs.entry import main
-from jobs.graph import LABELS
+from jobs.graph import ALL_LABELS
 from jobs.step import Job
 from medmm_ray.stats.targets import describe_consensus
 from medmm_ray.train.text_prm import train_text_prm
@@ -15,8 +15,8 @@ def run(job: Job) -> None:
     """Train on the labels of all sources, of sampled solutions and of those that search trees found."""
     questions = job.read("questions")
     evidence = job.read("evidence")
-    solutions = pa.concat_tables(job.read(name) for name in ("solutions", "tree_solutions"))
-    labels = [job.read(name) for name in (*LABELS, "tree_labels")]
+    solutions = pa.concat_tables(job.read_all(["solutions", "tree_solutions"]))
+    labels = job.read_all(ALL_LABELS)
     base = job.config.base or job.run.model("policy")
     job.make_artifact(
         "text_prm",

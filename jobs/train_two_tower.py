@@ -5,7 +5,7 @@ import sys
 import pyarrow as pa
 
 from jobs.entry import main
-from jobs.graph import LABELS
+from jobs.graph import ALL_LABELS
 from jobs.step import Job
 from medmm_ray.stats.targets import describe_consensus
 from medmm_ray.train.two_tower import train_two_tower
@@ -13,13 +13,11 @@ from medmm_ray.train.two_tower import train_two_tower
 
 def run(job: Job) -> None:
     """Train the image part on the states of the text tower; the workers read those by themselves."""
-    labels = [job.read(name) for name in (*LABELS, "tree_labels")]
+    labels = job.read_all(ALL_LABELS)
     questions = job.read("questions")
     images = job.read("images")
     evidence = job.read("evidence")
-    solutions = pa.concat_tables(
-        job.read(name, ["question_id", "solutions"]) for name in ("solutions", "tree_solutions")
-    )
+    solutions = pa.concat_tables(job.read_all(["solutions", "tree_solutions"], ["question_id", "solutions"]))
     text_prm = job.run.model("text_prm")
     image_tower = job.run.model("image_tower")
     job.make_artifact(

@@ -9,6 +9,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from statistics import fmean
 
 from rich.console import Console
@@ -60,7 +61,8 @@ def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:  # noq
         distance = abs(figures.grader - figures.published)
         yield Measured(name, figures.published, figures.grader, distance, f"≤ {WITHIN}", "accuracy, %")
         name = f"{setting} {set_name}: our extractor beside the rule"
-        share, unit = figures.extractor / max(figures.grader, 1e-9), f"accuracy, %; {figures.unread:.2f} % unread"
+        share = figures.extractor / max(figures.grader, 1e-9)
+        unit = f"accuracy, %; {figures.unread:.2f} % unread"
         yield Measured(name, figures.grader, figures.extractor, share, "", unit)
 
 
@@ -68,20 +70,23 @@ def table(path: str) -> dict[tuple[str, str], SetFigures]:
     """The figures of each setting on each set, and their mean over the sets, from MIRAGE's folder."""
     if not path:
         raise ConfigError("'path' is required: MIRAGE's folder with rawdata/ and predictions*.jsonl")
-    questions = {question.name: question for question in mirage.read(SourceRequest(path=path)).questions}
+    source = mirage.read(SourceRequest(path=path))
+    questions = {question.name: question for question in source.questions}
     replies: dict[tuple[str, str], list[GradedReply]] = defaultdict(list)
     for uri in list_files(path, ".jsonl"):
         for line in read_lines(uri):
             row = json.loads(line)
             question = questions[f"{row['dataset']}/{row['id']}"]
-            graded = _graded(row["output"] or "", list(question.options), question.answer)  # it may be missing ([])
+            reply = row["output"] or ""  # it may be missing ([])
+            graded = _graded(reply, list(question.options), question.answer)
             replies[row["setting"], row["dataset"]].append(graded)
-    figures = {}
-    for setting in PUBLISHED:
-        of_setting = [_figures(PUBLISHED[setting][name], replies[setting, name]) for name in SETS]
-        for name, of_set in zip(SETS, of_setting, strict=True):
-            figures[setting, name] = of_set
-        figures[setting, "mean"] = _mean(PUBLISHED[setting]["mean"], of_setting)
+    figures: dict[tuple[str, str], SetFigures] = {}
+    for setting, published in PUBLISHED.items():
+        for name in SETS:
+            figures[setting, name] = _figures(published[name], replies[setting, name])
+        # The leaderboard's mean gives each set the same weight, however many questions it has.
+        of_sets = [figures[setting, name] for name in SETS]
+        figures[setting, "mean"] = _mean(published["mean"], of_sets)
     return figures
 
 
@@ -91,14 +96,19 @@ def _graded(reply: str, options: list[str], gold: str) -> GradedReply:
 
 
 def _figures(published: float, replies: Sequence[GradedReply]) -> SetFigures:
-    grader = fmean(reply.by_grader for reply in replies)
-    extractor = fmean(reply.by_extractor for reply in replies)
-    unread = fmean(reply.unread for reply in replies)
-    return SetFigures(published, 100 * grader, 100 * extractor, 100 * unread)
+    grader = 100 * _mean_of(replies, "by_grader")
+    extractor = 100 * _mean_of(replies, "by_extractor")
+    unread = 100 * _mean_of(replies, "unread")
+    return SetFigures(published, grader, extractor, unread)
 
 
 def _mean(published: float, sets: Sequence[SetFigures]) -> SetFigures:
-    grader = fmean(figures.grader for figures in sets)
-    extractor = fmean(figures.extractor for figures in sets)
-    unread = fmean(figures.unread for figures in sets)
+    grader = _mean_of(sets, "grader")
+    extractor = _mean_of(sets, "extractor")
+    unread = _mean_of(sets, "unread")
     return SetFigures(published, grader, extractor, unread)
+
+
+def _mean_of(rows: Sequence[GradedReply | SetFigures], field: str) -> float:
+    """The mean of a field over the rows."""
+    return fmean(map(attrgetter(field), rows))

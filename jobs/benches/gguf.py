@@ -55,7 +55,8 @@ def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
 
     original = RewardModel.from_pretrained(path, config.dtype, config.device)
     for file in config.gguf:
-        folder, name = str(Path(file).parent), Path(file).name
+        folder = str(Path(file).parent)
+        name = Path(file).name
         compared = RewardModel.from_pretrained(folder, config.dtype, config.device, gguf_file=name)
         yield from _rows(name, score_agreement(original, compared, questions), config.solutions)
     for kind in () if config.gguf else config.kinds:
@@ -90,8 +91,12 @@ def requests(questions: int, solutions: int) -> "list[ScoreRequest]":
     score_requests: list[ScoreRequest] = []
     for i, item in enumerate(items):
         next_item = items[(i + 1) % len(items)]
-        mixed = [(item if j % 2 else next_item).worked[j] for j in range(solutions)]
-        score_requests.append(ScoreRequest(question_with_options(item.question, item.options), mixed, documents))
+        mixed: list[list[str]] = []
+        for j in range(solutions):
+            source = item if j % 2 else next_item
+            mixed.append(list(source.worked[j]))
+        question = question_with_options(item.question, item.options)
+        score_requests.append(ScoreRequest(question, mixed, documents))
     return score_requests
 
 
@@ -101,12 +106,16 @@ def round_weights(model: "RewardModel", kind: Rounding) -> None:
     matrices whose rows are no whole blocks stay."""
     from gguf import GGMLQuantizationType, quants
 
-    embeddings, head = model.text_model.get_input_embeddings(), model.text_model.get_output_embeddings()
+    embeddings = model.text_model.get_input_embeddings()
+    head = model.text_model.get_output_embeddings()
     outer = {id(embeddings.weight), id(head.weight)}
     for parameter in model.text_model.parameters():
         if kind == "bfloat16":
             parameter.copy_(parameter.bfloat16())
         elif parameter.ndim == 2 and parameter.shape[1] % 32 == 0:
-            values = parameter.float().cpu().numpy()
             blocks_of = GGMLQuantizationType["Q8_0" if id(parameter) in outer else kind]
-            parameter.copy_(torch.from_numpy(quants.dequantize(quants.quantize(values, blocks_of), blocks_of)))
+            # There and back: what is left is what a file of that kind would hold.
+            values = parameter.float().cpu().numpy()
+            blocks = quants.quantize(values, blocks_of)
+            rounded = quants.dequantize(blocks, blocks_of)
+            parameter.copy_(torch.from_numpy(rounded))

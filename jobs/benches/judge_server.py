@@ -18,6 +18,7 @@ Fault = Literal["429", "500", "cut", "garbled", "misfit"]
 FAULTS: tuple[Fault, ...] = ("429", "500", "cut", "garbled", "misfit")
 BLOCK = 512  # characters of a prompt that are cached together
 CHARACTERS_A_TOKEN = 4
+MISFIT = "I would rather talk about the weather."
 _STEP = re.compile(r"^Step (\d+): (.*)$", re.MULTILINE)
 _SOLUTION = re.compile(r"^Solution (\d+), \d+ steps:$", re.MULTILINE)
 
@@ -72,9 +73,11 @@ class JudgeServer(ModelServer):
         return None if fault == "misfit" and len(request.body["messages"]) > 2 else fault
 
     def _reply(self, body: dict[str, Any], misfit: bool) -> dict[str, Any]:
-        prompt = "".join(_texts(message["content"]) for message in body["messages"])
-        content = "I would rather talk about the weather." if misfit else json.dumps(_verdicts(_solutions(body)))
-        prompt_tokens, completion_tokens = len(prompt) // CHARACTERS_A_TOKEN, len(content) // CHARACTERS_A_TOKEN
+        texts = [_texts(message["content"]) for message in body["messages"]]
+        prompt = "".join(texts)
+        content = MISFIT if misfit else json.dumps(_verdicts(_solutions(body)))
+        prompt_tokens = len(prompt) // CHARACTERS_A_TOKEN
+        completion_tokens = len(content) // CHARACTERS_A_TOKEN
         cached_tokens = self._cached_tokens(prompt)
         self.tokens += Counter(prompt=prompt_tokens, cached=cached_tokens, completion=completion_tokens)
         usage = chat_usage(prompt_tokens, completion_tokens, cached_tokens)
@@ -97,7 +100,13 @@ def _texts(content: Any) -> str:
     """A message's texts, with the beginning of each image's data."""
     if isinstance(content, str):
         return content
-    texts = [part["text"] if part["type"] == "text" else part["image_url"]["url"][:2000] for part in content]
+    texts: list[str] = []
+    for part in content:
+        if part["type"] == "text":
+            texts.append(part["text"])
+        else:
+            # Enough to tell images apart, as a prompt cache does.
+            texts.append(part["image_url"]["url"][:2000])
     return "".join(texts)
 
 

@@ -78,9 +78,10 @@ def tokenizer(vocab_size: int) -> "PreTrainedTokenizerFast":
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<unk>", "+", "-", "<end>", "<system>", "<user>", "Step", *(f"{i}:" for i in range(1, 100))]
-    words += [f"w{i}" for i in range(vocab_size - 1 - len(words))]
-    vocabulary = {word: i for i, word in enumerate(words)}
+    words = ["<unk>", "+", "-", "<end>", "<system>", "<user>", "Step"]
+    words += [f"{number}:" for number in range(1, 100)]  # as in "Step 1:"
+    words += [f"w{number}" for number in range(vocab_size - 1 - len(words))]
+    vocabulary = {word: token for token, word in enumerate(words)}
     word_level = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106
     word_level.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=word_level, eos_token="<end>")  # type: ignore[no-untyped-call] # noqa: S106
@@ -138,13 +139,18 @@ def bench_question(
     def words(number: int) -> str:
         return " ".join(f"w{rng.randrange(vocab_size - 200)}" for _ in range(number))
 
-    pieces = [256] * (documents // 256) + ([documents % 256] if documents % 256 else [])
+    lengths = [256] * (documents // 256)
+    if documents % 256:
+        lengths.append(documents % 256)
     all_steps: list[list[str]] = []
     for _ in range(solutions):
-        num_steps, length = rng.randint(6, 8), round(tokens * rng.uniform(0.8, 1.2))
+        num_steps = rng.randint(6, 8)
+        length = round(tokens * rng.uniform(0.8, 1.2))
         # A step's mark and tag are three tokens more.
-        all_steps.append([words(length // num_steps - 3) for _ in range(num_steps)])
-    return BenchQuestion(words(question), [words(number) for number in pieces], all_steps)
+        step_length = length // num_steps - 3
+        all_steps.append([words(step_length) for _ in range(num_steps)])
+    question_text = words(question)
+    return BenchQuestion(question_text, [words(number) for number in lengths], all_steps)
 
 
 # Med-PRM's prompt as its own scoring code writes it, apart from the product's: what the product is measured against.
@@ -160,7 +166,9 @@ def reference_ids(model: "RewardModel", case: BenchQuestion) -> list[list[int]]:
     parts = "question and the explanation are provided"
     if case.documents:
         parts = "relevant documents, the question, and the explanation are provided sequentially"
-    system = _REFERENCE_SYSTEM.format(given=parts) + (" " if case.documents else "")
+    system = _REFERENCE_SYSTEM.format(given=parts)
+    if case.documents:
+        system += " "  # which the reference's own prompt ends with
     documents = "".join(f"Document {number}: {text}\n\n" for number, text in enumerate(case.documents, 1))
     texts: list[str] = []
     for steps in case.solutions:
@@ -173,6 +181,11 @@ def reference_ids(model: "RewardModel", case: BenchQuestion) -> list[list[int]]:
     return ids
 
 
+def causal_pairs(length: int) -> float:
+    """Query-key pairs of a sequence in which each token sees itself and those before it."""
+    return length * (length + 1) / 2
+
+
 @dataclass
 class ForwardFlops:
     """Floating-point operations of a forward pass: linear layers, attention pairs, head."""
@@ -181,10 +194,14 @@ class ForwardFlops:
 
     def linear(self, tokens: int) -> float:
         """The linear layers of all blocks."""
-        s = self.shape
-        head = s.hidden_size // s.num_heads
-        attention = s.hidden_size * (2 * s.hidden_size + 2 * s.num_key_value_heads * head)
-        return 2.0 * tokens * s.num_layers * (attention + 3 * s.hidden_size * s.intermediate_size)
+        shape = self.shape
+        head_width = shape.hidden_size // shape.num_heads
+        # Of attention: queries and output are as wide as the model, keys and values as their heads.
+        queries_and_output = 2 * shape.hidden_size
+        keys_and_values = 2 * shape.num_key_value_heads * head_width
+        attention = shape.hidden_size * (queries_and_output + keys_and_values)
+        mlp = 3 * shape.hidden_size * shape.intermediate_size
+        return 2.0 * tokens * shape.num_layers * (attention + mlp)
 
     def pairs(self, pairs: float) -> float:
         """Query-key pairs: a product of keys and one of values each."""
@@ -197,15 +214,17 @@ class ForwardFlops:
     def one_by_one(self, lengths: Sequence[int], rows: int | None = None) -> float:
         """Each sequence alone, the whole vocabulary at every token (or at `rows` tokens in all)."""
         tokens = sum(lengths)
-        num_pairs = sum(n * (n + 1) / 2 for n in lengths)
+        num_pairs = sum(map(causal_pairs, lengths))
         head = self.head(tokens if rows is None else rows, self.shape.vocab_size)
         return self.linear(tokens) + self.pairs(num_pairs) + head
 
     def shared(self, prefix: int, branches: Sequence[int], tags: int) -> float:
         """One prefix, branches, two rows of the head at the tags; every layer at every token, as for a gradient."""
-        pairs_of_branches = sum(n * prefix + n * (n + 1) / 2 for n in branches)
-        num_pairs = prefix * (prefix + 1) / 2 + pairs_of_branches
-        return self.linear(prefix + sum(branches)) + self.pairs(num_pairs) + self.head(tags, 2)
+        num_pairs = causal_pairs(prefix)
+        for length in branches:
+            num_pairs += length * prefix + causal_pairs(length)
+        linear = self.linear(prefix + sum(branches))
+        return linear + self.pairs(num_pairs) + self.head(tags, 2)
 
     def beyond_tags(self, prefix: int, branches: Sequence[int], tags: int) -> float:
         """What of that no score needs: in the last layer all but keys and values of the tokens that are no tags.
@@ -246,5 +265,6 @@ def set_up_torch(dtype: str, device: str, threads: int) -> str:
 def no_grad_logits(model: Any, ids: Sequence[int], device: str) -> torch.Tensor:
     """Logits of the whole vocabulary at every token of one sequence."""
     with torch.inference_mode():
-        logits: torch.Tensor = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits
+        input_ids = torch.tensor([list(ids)], device=device)
+        logits: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits
     return logits

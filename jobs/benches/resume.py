@@ -297,7 +297,8 @@ def grid_of(experiment: ResumeExperiment, comparisons: Sequence[TableComparison]
     kinds = experiment.config.kinds
     grid = Grid("step", *kinds, box=None, header_style="bold")
     for step in experiment.config.steps:
-        grid.add_row(step, *(_cell(experiment, comparisons, step, kind) for kind in kinds))
+        cells = [_cell(experiment, comparisons, step, kind) for kind in kinds]
+        grid.add_row(step, *cells)
     return grid
 
 
@@ -309,8 +310,11 @@ def _cell(experiment: ResumeExperiment, comparisons: Sequence[TableComparison], 
                 rounds.append(name)
     if not rounds:
         return ""
-    equal = all(table.equal for table in comparisons if table.round in rounds and table.step == step)
-    return f"{len(rounds)} {'equal' if equal else '[bold red]not equal[/]'}"
+    is_equal = True
+    for table in comparisons:
+        if table.round in rounds and table.step == step:
+            is_equal &= table.equal
+    return f"{len(rounds)} {'equal' if is_equal else '[bold red]not equal[/]'}"
 
 
 def rows(experiment: ResumeExperiment, comparisons: Sequence[TableComparison]) -> Iterator[Measured]:
@@ -319,11 +323,14 @@ def rows(experiment: ResumeExperiment, comparisons: Sequence[TableComparison]) -
     num_injected = num_api_faults = 0
     for outcome in experiment.rounds.values():
         num_injected += len(outcome.injected)
-        num_api_faults += sum(fault.step in API_STEPS for fault in outcome.injected)
-    expected = sum(table.expected for table in comparisons)
-    lost = sum(table.lost for table in comparisons)
-    doubled = sum(table.doubled for table in comparisons)
-    equal = sum(table.equal for table in comparisons)
+        for fault in outcome.injected:
+            num_api_faults += fault.step in API_STEPS
+    expected = lost = doubled = equal = 0
+    for table in comparisons:
+        expected += table.expected
+        lost += table.lost
+        doubled += table.doubled
+        equal += table.equal
     yield Measured("faults injected", num_planned, num_injected, num_injected / num_planned, "", "faults")
     yield Measured("rows lost", expected, lost, lost, "≤ 0", "rows")
     yield Measured("rows doubled", expected, doubled, doubled, "≤ 0", "rows")

@@ -52,10 +52,16 @@ def reply_to(body: dict[str, Any]) -> str:
     letter = "ABCD"[int(noise, 16) % 4]
     if "question" not in shape:
         return json.dumps({"answer": letter})
-    words = " ".join(noise[at : at + 2] for at in range(0, len(noise), 2))
-    options = [f"Finding {number}" for number in range(4)]
-    question = {"question": f"What is shown by {words}?", "options": options}
-    return json.dumps({**question, "correct_answer": letter, "difficulty": "easy", "explanation": "It is seen."})
+    # Words of two characters: questions that share few of them do not count as repeats.
+    words = re.findall("..", noise)
+    question = {
+        "question": f"What is shown by {' '.join(words)}?",
+        "options": [f"Finding {number}" for number in range(4)],
+        "correct_answer": letter,
+        "difficulty": "easy",
+        "explanation": "It is seen.",
+    }
+    return json.dumps(question)
 
 
 def text_of(content: Any) -> str:
@@ -68,8 +74,12 @@ def verdicts(prompt: str) -> str:
     """A line for each step; a third of them is unsure, so that Monte Carlo has work."""
     match = _NUM_STEPS.search(prompt)
     assert match, "a judge's prompt states the number of steps"
-    numbers = [int(digest(prompt, index), 16) for index in range(int(match[1]))]
-    return "\n".join(f"{number % 2} {('high', 'medium', 'low')[number % 3]}" for number in numbers)
+    lines: list[str] = []
+    for index in range(int(match[1])):
+        number = int(digest(prompt, index), 16)
+        confidence = ("high", "medium", "low")[number % 3]
+        lines.append(f"{number % 2} {confidence}")
+    return "\n".join(lines)
 
 
 def stored_answers(run: Path) -> Counter[str]:

@@ -77,21 +77,20 @@ def _cell(
     ideal = flops.one_by_one([config.max_length] * number) / shared_flops
     (packed,) = model.pack(case.question, case.solutions, case.documents, training=True).groups
     unshared = without_sharing(packed)
-    ideal_unshared = flops.one_by_one([len(b.ids) for b in unshared.branches], rows=0) / shared_flops
+    lengths = [len(branch.ids) for branch in unshared.branches]
+    ideal_unshared = flops.one_by_one(lengths, rows=0) / shared_flops
+
+    few = replace(unshared, branches=unshared.branches[: config.packed_solutions])
 
     def ours() -> None:
-        model.zero_grad()
-        torch.autograd.backward(torch.nn.functional.softplus(-model(packed)).mean())
+        _step(model, packed)
 
     def whole_sequences() -> None:
-        model.zero_grad()
-        few = replace(unshared, branches=unshared.branches[: config.packed_solutions])
-        torch.autograd.backward(torch.nn.functional.softplus(-model(few)).mean())
+        _step(model, few)
 
     def padded() -> None:
         for row in ids[: config.padded_solutions]:
-            model.zero_grad()
-            torch.autograd.backward(_padded_loss(model, row, config))
+            _padded_step(model, row, config)
 
     with pytorch_linear():  # the same kernels on both sides
         ours()  # warm
@@ -129,6 +128,19 @@ def without_sharing(packed: "PackedQuestion") -> "PackedQuestion":
         tags = [tag + prefix for tag in branch.tags]
         branches.append(replace(branch, ids=[*packed.prefix_ids, *branch.ids], tags=tags))
     return replace(packed, prefix_ids=[], branches=branches)
+
+
+def _step(model: "RewardModel", packed: "PackedQuestion") -> None:
+    """Forward and backward over a packed row."""
+    model.zero_grad()
+    loss = torch.nn.functional.softplus(-model(packed)).mean()
+    torch.autograd.backward(loss)
+
+
+def _padded_step(model: "RewardModel", row: list[int], config: BenchConfig) -> None:
+    """Forward and backward over one solution padded to the maximum."""
+    model.zero_grad()
+    torch.autograd.backward(_padded_loss(model, row, config))
 
 
 def _padded_loss(model: "RewardModel", row: list[int], config: BenchConfig) -> "Tensor":

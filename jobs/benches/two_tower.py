@@ -109,7 +109,11 @@ def pictures(number: int, seed: int) -> "list[Image]":
     from PIL import Image
 
     rng = np.random.default_rng(seed)
-    return [Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(number)]
+    images: list[Image.Image] = []
+    for _ in range(number):
+        pixels = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        images.append(Image.fromarray(pixels))
+    return images
 
 
 def text_states(model: "RewardModel", question: BenchQuestion) -> "list[SolutionStates]":
@@ -146,11 +150,14 @@ def epoch(
         for number, (own_picture, *references) in enumerate(question_pictures):
             states = states_of(number)
             features = model.image_features([own_picture], references)
+            # Copies: what was made in inference mode takes no part in a backward pass.
             states_TD = torch.cat([solution.states_TD for solution in states]).clone()
             summaries_TD = torch.cat([solution.summaries_TD for solution in states]).clone()
             text_T = torch.cat([solution.log_odds_T for solution in states]).clone()
-            log_odds_T = text_T + model.head_log_odds(fusion(states_TD, summaries_TD, features))
+            delta_TD = fusion(states_TD, summaries_TD, features)
+            log_odds_T = text_T + model.head_log_odds(delta_TD)
             fusion.zero_grad()
-            torch.autograd.backward(torch.nn.functional.softplus(-log_odds_T).mean())
+            loss = torch.nn.functional.softplus(-log_odds_T).mean()
+            torch.autograd.backward(loss)
 
     return run

@@ -228,10 +228,14 @@ class Test:
         model = RewardModel.from_pretrained(study.text_prm)
         with torch.no_grad():
             head_D = model.head_log_odds(torch.eye(model.hidden_size))
-        correct = [np.array([sample.correct for sample in samples]) for samples in questions]
-        one_sample = mean(float(is_correct.mean()) for is_correct in correct)
-        oracle = mean(expected_oracle(is_correct, len(is_correct)) for is_correct in correct)
-        return cls(questions, _features(study, most_references), head_D, one_sample, oracle)
+        one_samples: list[float] = []
+        oracles: list[float] = []
+        for samples in questions:
+            is_correct = np.array([sample.correct for sample in samples])
+            one_samples.append(float(is_correct.mean()))
+            oracles.append(expected_oracle(is_correct, len(is_correct)))
+        features = _features(study, most_references)
+        return cls(questions, features, head_D, mean(one_samples), mean(oracles))
 
     @torch.no_grad()
     def figures(self, fusion: "Fusion | None", num_references: int = 0) -> Figures:
@@ -274,8 +278,9 @@ def _features(study: Study, most_references: int) -> "Callable[[int], list[Image
     tokens: list[ImageTokens] = []
     for question_id in study.test:
         question_uris = [own_uri[question_id], *reference_uris[question_id][:most_references]]
+        pixels = [tower.preprocess(open_image(uri)) for uri in question_uris]
         with torch.no_grad():
-            tokens.append(tower(torch.stack([tower.preprocess(open_image(uri)) for uri in question_uris])))
+            tokens.append(tower(torch.stack(pixels)))
 
     def features(num_references: int) -> list[ImageFeatures]:
         number = min(num_references, most_references)

@@ -140,10 +140,10 @@ def train_tower(config: StudyConfig, folder: Path) -> None:
     )
     data = read_source(ingest)
     images = inspect_batch(image_table(data, str(folder.with_name("tower-images"))), data.draw, ingest.image_size)
-    rows = [
-        {"image_uri": row["uri"], "captions": list(drawn_picture(row["annotation"]).captions())}
-        for row in images.to_pylist()
-    ]
+    rows: list[dict[str, Any]] = []
+    for row in images.to_pylist():
+        captions = drawn_picture(row["annotation"]).captions()
+        rows.append({"image_uri": row["uri"], "captions": list(captions)})
     inputs = _written(folder, captions=pa.Table.from_pylist(rows))
     settings = ImageTextConfig(
         epochs=config.tower_epochs,
@@ -290,17 +290,25 @@ def _references(
 
     model = ImageTower.from_pretrained(tower)
     rows = images.to_pylist()
-    place = {row["image_id"]: i for i, row in enumerate(rows)}
+    place: dict[str, int] = {}
+    is_train: list[bool] = []
+    for i, row in enumerate(rows):
+        place[row["image_id"]] = i
+        is_train.append(row["split"] == "train")
+    eligible_B = torch.tensor(is_train)
     vectors: list[torch.Tensor] = []
     for start in range(0, len(rows), 64):
-        uris = [row["uri"] for row in rows[start : start + 64]]
-        vectors.append(model.embed(torch.stack([model.preprocess(open_image(uri)) for uri in uris])))
+        pixels: list[torch.Tensor] = []
+        for row in rows[start : start + 64]:
+            pixels.append(model.preprocess(open_image(row["uri"])))
+        vectors.append(model.embed(torch.stack(pixels)))
     vectors_BE = torch.cat(vectors).detach()
-    eligible_B = torch.tensor([row["split"] == "train" for row in rows])
     evidence: list[records.Evidence] = []
     for question in question_records:
         own_row = place[question.image_ids[0]]
-        similarity_B = (vectors_BE @ vectors_BE[own_row]).masked_fill(~eligible_B, -2.0)
+        similarity_B = vectors_BE @ vectors_BE[own_row]
+        # Below any cosine: a test picture, or the question's own, is no similar case.
+        similarity_B = similarity_B.masked_fill(~eligible_B, -2.0)
         similarity_B[own_row] = -2.0
         nearest = similarity_B.topk(config.references)
         references: list[records.RetrievedImage] = []

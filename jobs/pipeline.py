@@ -111,8 +111,9 @@ class Board:
     def _heartbeat(self) -> None:
         while not self._done.wait(HEARTBEAT_S):
             if self.job is not None:
+                name = self.job.step.name
                 elapsed = time.monotonic() - self._started
-                self.console.print(f"{self.job.step.name:<18}{elapsed:8.0f} s  {self.job.progress()}")
+                self.console.print(f"{name:<18}{elapsed:8.0f} s  {self.job.progress()}")
 
     def close(self) -> None:
         """End the heartbeat."""

@@ -150,14 +150,16 @@ def epoch(
         for number, (own_picture, *references) in enumerate(question_pictures):
             states = states_of(number)
             features = model.image_features([own_picture], references)
-            # Copies: what was made in inference mode takes no part in a backward pass.
-            states_TD = torch.cat([solution.states_TD for solution in states]).clone()
-            summaries_TD = torch.cat([solution.summaries_TD for solution in states]).clone()
-            text_T = torch.cat([solution.log_odds_T for solution in states]).clone()
-            delta_TD = fusion(states_TD, summaries_TD, features)
-            log_odds_T = text_T + model.head_log_odds(delta_TD)
+            delta_TD = fusion(_joined(states, "states_TD"), _joined(states, "summaries_TD"), features)
+            log_odds_T = _joined(states, "log_odds_T") + model.head_log_odds(delta_TD)
             fusion.zero_grad()
             loss = torch.nn.functional.softplus(-log_odds_T).mean()
             torch.autograd.backward(loss)
 
     return run
+
+
+def _joined(states: "list[SolutionStates]", field: str) -> torch.Tensor:
+    """A field of all solutions, one behind the other."""
+    # A copy: what was made in inference mode takes no part in a backward pass.
+    return torch.cat([getattr(solution, field) for solution in states]).clone()

@@ -100,9 +100,11 @@ def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
     for arm in config.arms:
         for key, unit in (("step_auroc", "AUROC"), ("best_of_n", "share")):
             values = _values(arms[arm], key)
-            baseline, ours = mean(_values(arms[TEXT], key)), mean(values)
-            name = f"{_NAMES[key].format(config.samples)} (± {_spread(values):.3f} over {len(values)} seeds)"
-            yield Measured(f"arms, {arm}: {name}", baseline, ours, ours / baseline, "", unit)
+            baseline = mean(_values(arms[TEXT], key))
+            ours = mean(values)
+            figure_name = _NAMES[key].format(config.samples)
+            spread = f"± {_spread(values):.3f} over {len(values)} seeds"
+            yield Measured(f"arms, {arm}: {figure_name} ({spread})", baseline, ours, ours / baseline, "", unit)
 
 
 _NAMES = {"step_auroc": "step AUROC", "best_of_n": "best-of-{}"}
@@ -244,23 +246,30 @@ class Test:
         is_right: list[bool] = []
         best: list[float] = []
         for samples, features in zip(self.questions, self.features(num_references), strict=True):
-            log_odds_T = torch.cat([sample.text_T for sample in samples])
+            log_odds_T = _joined(samples, "text_T")
             if fusion is not None:
-                states_TD = torch.cat([sample.states_TD for sample in samples])
-                summaries_TD = torch.cat([sample.summaries_TD for sample in samples])
-                log_odds_T = log_odds_T + fusion(states_TD, summaries_TD, features) @ self.head_D
-            by_solution = torch.split(log_odds_T, [len(sample.labels) for sample in samples])
-            rewards = np.array([aggregate(solution_T.tolist()) for solution_T in by_solution])
-            correct = np.array([sample.correct for sample in samples])
-            best.append(expected_best(rewards, correct, len(samples)))
-            for sample, solution_T in zip(samples, by_solution, strict=True):
-                for score, label in zip(solution_T.tolist(), sample.labels, strict=True):
+                delta_TD = fusion(_joined(samples, "states_TD"), _joined(samples, "summaries_TD"), features)
+                log_odds_T = log_odds_T + delta_TD @ self.head_D
+            rewards: list[float] = []
+            correct: list[bool] = []
+            num_steps = [len(sample.labels) for sample in samples]
+            for sample, solution_T in zip(samples, torch.split(log_odds_T, num_steps), strict=True):
+                log_odds = solution_T.tolist()
+                rewards.append(aggregate(log_odds))
+                correct.append(sample.correct)
+                for score, label in zip(log_odds, sample.labels, strict=True):
                     if label is not None:
                         scores.append(score)
                         is_right.append(label == 1)
+            best.append(expected_best(np.array(rewards), np.array(correct), len(samples)))
         value = auroc(np.array(is_right), np.array(scores))
         assert value is not None, "the test questions have no right step, or no wrong one"
         return Figures(value, mean(best))
+
+
+def _joined(samples: Sequence[Sample], field: str) -> torch.Tensor:
+    """A field of all samples, one behind the other."""
+    return torch.cat([getattr(sample, field) for sample in samples])
 
 
 def _features(study: Study, most_references: int) -> "Callable[[int], list[ImageFeatures]]":
@@ -297,9 +306,9 @@ def _grid(arms: Mapping[str, Sequence[Figures]], samples: int) -> Grid:
         grid.add_column(column, justify="right")
     for arm, figures in arms.items():
         step, best = _values(figures, "step_auroc"), _values(figures, "best_of_n")
-        grid.add_row(
-            arm, f"{mean(step):.3f} ± {_spread(step):.3f}", f"{100 * mean(best):.1f} ± {100 * _spread(best):.1f} %"
-        )
+        step_cell = f"{mean(step):.3f} ± {_spread(step):.3f}"
+        best_cell = f"{100 * mean(best):.1f} ± {100 * _spread(best):.1f} %"
+        grid.add_row(arm, step_cell, best_cell)
     return grid
 
 

@@ -297,6 +297,7 @@ class RewardModel(nn.Module):
         try:
             image_embeddings = self._embed(request.images, request.reference_images) if self.vision else None
         except ImageError as error:
+            # Without its images none of the solutions can be read; the other requests of the stream go on.
             return Packing([], [str(error)] * len(solutions))
         return self.pack(request.question, solutions, request.documents, image_embeddings=image_embeddings)
 

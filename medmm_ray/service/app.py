@@ -284,6 +284,7 @@ class Reranker:
 
         if model.vision is not None:
             config = config.model_copy(update={"max_reference_images": 0})  # it knows a question's own images alone
+        # What it was trained on is known here alone: the driver never reads the checkpoint.
         traits = ModelTraits(model.reads_images, **asdict(model.trained_inputs))
         self._app = api(score, config, traits, token_sha256)
 

@@ -157,6 +157,7 @@ class ModelTraits:
             ("documents", len(request.documents), self.num_documents),
             ("reference_images", len(request.reference_images), self.num_references),
         ):
+            # Fewer is nothing new to the model: retrieval finds fewer where little is similar.
             if trained_on is not None and number > trained_on:
                 sentences.append(
                     f"{name}: {number} were sent, and the model was trained on {trained_on}; send the best {trained_on}"

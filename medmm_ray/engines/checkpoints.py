@@ -7,11 +7,15 @@ cache is ``$MEDMM_CACHE``, or ``medmm_ray`` in the user's cache folder.
 """
 
 import importlib.util
+import logging
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -22,6 +26,9 @@ from medmm_ray.data.artifacts import filesystem, follow
 
 HUB_PREFIX = "hf-hub:"
 PACKAGE_PREFIX = "package:"
+RANGE_BYTES = 32 << 20  # of a file, read in one request
+COPY_THREADS = 16  # ranges in memory at a time
+log = logging.getLogger("medmm_ray")
 _HUB_ID = re.compile(r"^[\w-][\w.-]*/[\w-][\w.-]*$")
 
 
@@ -52,25 +59,58 @@ def resolve(name: str) -> str:
 
 
 def _cached(folder: Path, fill: Callable[[Path], None]) -> Path:
-    """A folder of the cache, filled by `fill` where it is not there: whole or not at all, whoever else tries too."""
+    """A folder of the cache, filled by `fill` where it is not there: whole or not at all.
+
+    Of processes that want it at a time one fills it, and the others wait for that.
+    """
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside it, on the same filesystem: a rename there is atomic.
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        model = Path(scratch) / "model"
-        model.mkdir()
-        fill(model)
-        try:
-            model.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was quicker
-                raise
+    with _lock(folder) as is_locked:
+        if folder.is_dir():
+            return folder
+        if is_locked:
+            # Of a process that was killed while it filled the folder: its lock went with it.
+            for stale in folder.parent.glob(f".{folder.name}-*"):
+                shutil.rmtree(stale, ignore_errors=True)
+        # Beside it, on the same filesystem: a rename there is atomic.
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+            model = Path(scratch) / "model"
+            model.mkdir()
+            fill(model)
+            try:
+                model.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else, without locks, another process was quicker
+                    raise
     return folder
 
 
+@contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
+    """Hold the lock of a folder of the cache; False where the disk knows no locks, as some network disks."""
+    from filelock import FileLock
+
+    locks = folder.parent / ".locks"
+    locks.mkdir(exist_ok=True)
+    lock = FileLock(locks / f"{folder.name}.lock")
+    try:
+        lock.acquire()
+    except (NotImplementedError, OSError) as error:
+        log.warning("%s cannot be locked (%s): every process that needs the model may copy it", folder, error)
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
 def local_folder(uri: str) -> Path:
-    """A folder on this machine's disk with the files of `uri`: itself where it is local, else a copy in the cache."""
+    """A folder on this machine's disk with the files of `uri`: itself where it is local, else a copy in the cache.
+
+    The copy is made once a machine, in ranges that are read at a time.
+    """
     fs, path = filesystem(uri)
     entries = fs.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
     files = [entry for entry in entries if entry.is_file]
@@ -80,15 +120,47 @@ def local_folder(uri: str) -> Path:
         return Path(path)
     # A changed file makes another version, and so another copy.
     version = digest(uri, sorted((file.path, file.size, file.mtime_ns) for file in files))
+    return _cached(cache_folder() / f"copy-{version}", lambda folder: _copy(fs, path, files, folder))
 
-    def copy(folder: Path) -> None:
-        for file in files:  # one by one: `copy_files` of a folder refuses filesystems that name paths another way
-            target = folder / file.path.strip("/").removeprefix(path.strip("/")).strip("/")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with fs.open_input_stream(file.path, compression=None) as stream, target.open("wb") as sink:
-                shutil.copyfileobj(stream, sink)
 
-    return _cached(cache_folder() / f"copy-{version}", copy)
+@dataclass(frozen=True)
+class _Range:
+    """Some bytes of a file, and where they go."""
+
+    source: str
+    target: Path
+    start: int
+    length: int
+
+    def copy(self, fs: pafs.FileSystem) -> None:
+        """Read and write the bytes."""
+        with fs.open_input_file(self.source) as stream:
+            stream.seek(self.start)
+            content = stream.read(self.length)
+        if len(content) != self.length:
+            raise OSError(
+                f"{self.source} gave {len(content)} of {self.length} bytes from {self.start}: it has changed while it "
+                "was copied. Run again"
+            )
+        with self.target.open("r+b") as sink:
+            sink.seek(self.start)
+            sink.write(content)
+
+
+def _copy(fs: pafs.FileSystem, path: str, files: Sequence[pafs.FileInfo], folder: Path) -> None:
+    """Copy the files of the folder `path` to `folder`."""
+    # Not `copy_files`, which refuses filesystems that name paths another way.
+    ranges = []
+    for file in files:
+        target = folder / file.path.strip("/").removeprefix(path.strip("/")).strip("/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("wb") as sink:
+            sink.truncate(file.size)
+        for start in range(0, file.size, RANGE_BYTES):
+            ranges.append(_Range(file.path, target, start, min(RANGE_BYTES, file.size - start)))
+    with ThreadPoolExecutor(COPY_THREADS) as pool:
+        for _ in pool.map(lambda part: part.copy(fs), ranges):
+            pass
 
 
 def is_hub_id(name: str) -> bool:

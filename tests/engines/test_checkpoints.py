@@ -1,10 +1,14 @@
 """Names of models become folders, or a sentence that says what to do."""
 
 import importlib.util
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from medmm_ray.config import ConfigError
 from medmm_ray.engines import checkpoints
@@ -50,7 +54,7 @@ def test_a_folder_on_another_filesystem_is_copied_once(cache: Path) -> None:
     assert resolve("memory://models/tiny") == str(folder)
     memory.pipe("/models/tiny/sub/config.json", b"{ }")
     assert resolve("memory://models/tiny") != str(folder)
-    assert len(list(cache.iterdir())) == 2  # nothing half made is left
+    assert len(folders(cache)) == 2  # nothing half made is left
 
 
 def test_local_uris_are_used_in_place(tmp_path: Path) -> None:
@@ -61,6 +65,11 @@ def test_local_uris_are_used_in_place(tmp_path: Path) -> None:
         resolve("memory://models/none")
 
 
+def folders(cache: Path) -> list[str]:
+    """What the cache holds beside its locks."""
+    return sorted(path.name for path in cache.iterdir() if path.name != ".locks")
+
+
 def test_a_failed_copy_leaves_nothing(cache: Path) -> None:
     def fail(folder: Path) -> None:
         (folder / "half").write_text("x")
@@ -68,10 +77,23 @@ def test_a_failed_copy_leaves_nothing(cache: Path) -> None:
 
     with pytest.raises(OSError, match="disk full"):
         checkpoints._cached(cache / "model", fail)
-    assert list(cache.iterdir()) == []
+    assert folders(cache) == []
 
 
-def test_two_makers_at_once(cache: Path) -> None:
+def test_what_a_killed_process_left_goes(cache: Path) -> None:
+    (cache / ".model-abc" / "model").mkdir(parents=True)
+    (cache / ".model-abc" / "model" / "half").write_text("x")
+    (cache / ".other-abc").mkdir()
+    checkpoints._cached(cache / "model", lambda folder: None)
+    assert folders(cache) == [".other-abc", "model"]
+
+
+def test_two_makers_at_once_where_nothing_can_be_locked(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object, **__: object) -> None:
+        raise NotImplementedError("no flock")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", no_locks)
+
     def quick(folder: Path) -> None:
         (folder / "weights").write_text("the quicker one's")
 
@@ -79,9 +101,77 @@ def test_two_makers_at_once(cache: Path) -> None:
         (folder / "weights").write_text("mine")
         checkpoints._cached(cache / "model", quick)
 
-    made = checkpoints._cached(cache / "model", slow)
-    assert (made / "weights").read_text() == "the quicker one's"
-    assert list(cache.iterdir()) == [made]
+    cached = checkpoints._cached(cache / "model", slow)
+    assert (cached / "weights").read_text() == "the quicker one's"
+    assert folders(cache) == ["model"]
+
+
+COPY = """
+import sys
+import time
+from pathlib import Path
+import fsspec
+from fsspec.implementations.memory import MemoryFileSystem
+from medmm_ray.engines import checkpoints
+
+class Counted(MemoryFileSystem):
+    protocol = "counted"
+    store, pseudo_dirs = {}, [""]
+
+    def _open(self, path, mode="rb", **options):
+        if mode == "rb":
+            with open(sys.argv[1], "a") as log:
+                log.write(path + "\\n")
+            time.sleep(0.2)
+        return super()._open(path, mode, **options)
+
+fsspec.register_implementation("counted", Counted)
+disk = Counted()
+disk.pipe("/model/config.json", b"{}")
+disk.pipe("/model/deep/weights.bin", bytes(range(250)))
+checkpoints.RANGE_BYTES = 100
+print("ready", flush=True)
+input()
+print(checkpoints.local_folder("counted://model"))
+"""
+
+
+def test_eight_processes_copy_a_checkpoint_once(cache: Path, tmp_path: Path) -> None:
+    """Its weights in three ranges, all together: each byte is read once on this machine."""
+    log = tmp_path / "opened.log"
+    processes = []
+    for _ in range(8):
+        command = [sys.executable, "-c", COPY, str(log)]
+        processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:  # all have imported what they need: they start together
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    outputs = {process.communicate(timeout=120)[0].split()[-1] for process in processes}
+    assert len(outputs) == 1
+    folder = Path(outputs.pop())
+    assert (folder / "config.json").read_bytes() == b"{}"
+    assert (folder / "deep" / "weights.bin").read_bytes() == bytes(range(250))
+    assert Counter(log.read_text().split()) == {"/model/config.json": 1, "/model/deep/weights.bin": 3}
+    assert folders(cache) == [folder.name]
+
+
+def test_a_file_that_shrinks_while_it_is_copied_is_an_error(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = MemoryFileSystem()
+    disk.pipe("/shrinking/weights.bin", b"12345678")
+    copy = checkpoints._copy
+
+    def copy_late(*arguments: Any) -> None:
+        disk.pipe("/shrinking/weights.bin", b"1234")
+        copy(*arguments)
+
+    monkeypatch.setattr(checkpoints, "_copy", copy_late)
+    with pytest.raises(OSError, match="gave 4 of 8 bytes from 0: it has changed"):
+        local_folder("memory://shrinking")
+    assert folders(cache) == []
 
 
 def test_packages() -> None:

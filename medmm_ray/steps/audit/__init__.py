@@ -58,16 +58,20 @@ def audit(
     """
     sampled_rows = _without_texts(solutions)
     tree_rows = _without_texts(tree_solutions)
+    # The sum of no row is null.
+    costs = {"solutions": pc.sum(sampled_rows["cost"]).as_py() or 0.0}
     sampled = _grouped(questions, sampled_rows)
-    solved = _grouped(questions, pa.concat_tables([sampled_rows, tree_rows]))
+    solved = sampled
+    # Most runs have no trees: a second copy of all solutions would be half of what the report takes.
+    if tree_rows.num_rows:
+        solved = _grouped(questions, pa.concat_tables([sampled_rows, tree_rows]))
+    del sampled_rows
     steps, groups = solved.steps, solved.groups
     # Texts are let go part by part: what stays of a label row is one code a step, and the rows that `yields` samples.
     yields = Yields(steps, config.yield_solutions, config.after_first_error)
-    costs = {"solutions": pc.sum(sampled_rows["cost"]).as_py() or 0.0}
     encoded_parts: list[pa.Table] = []
     for table, parts in labels.items():
         for part in parts:
-            # The sum of no row is null.
             cost_of_part = pc.sum(part["cost"]).as_py() or 0.0
             costs[table] = costs.get(table, 0.0) + cost_of_part
             yields.keep(part)

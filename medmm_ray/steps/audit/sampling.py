@@ -93,23 +93,18 @@ def coverage(
 ) -> Coverage:
     """Questions by split, and by modality: questions by difficulty, those with an image, images, and solutions."""
     usable = questions.filter(pc.is_null(questions["error"]))
-    num_solutions: Counter[str] = Counter()
-    solved_ids = solutions["question_id"].to_pylist()
-    lengths = pc.list_value_length(solutions["solutions"]).to_pylist()
-    for question_id, length in zip(solved_ids, lengths, strict=True):
-        num_solutions[question_id] += length
     # Counted once, as not every image has a question.
     num_images = Counter(images["modality"].to_pylist())
     modalities: dict[str, ModalityCounts] = {}
-    for row in usable.select(["question_id", "modality", "difficulty", "image_ids"]).to_pylist():
-        modality, difficulty = row["modality"], row["difficulty"]
+    for group in _groups(usable, solutions).to_pylist():
+        modality, num_questions = group["modality"], group["count_all"]
         if modality not in modalities:
             modalities[modality] = ModalityCounts(0, 0, num_images[modality], 0, {})
         counts = modalities[modality]
-        counts.questions += 1
-        counts.with_image += bool(row["image_ids"])
-        counts.solutions += num_solutions[row["question_id"]]
-        counts.by_difficulty[difficulty] = counts.by_difficulty.get(difficulty, 0) + 1
+        counts.questions += num_questions
+        counts.with_image += group["with_image_sum"]
+        counts.solutions += group["solutions_sum"]
+        counts.by_difficulty[group["difficulty"]] = num_questions
     splits = Counter(usable["split"].to_pylist())
     difficulties = set(usable["difficulty"].to_pylist())
     return Coverage(
@@ -119,6 +114,26 @@ def coverage(
         difficulties=sorted(difficulties, key=easy_first),
         modalities=dict(sorted(modalities.items())),
     )
+
+
+def _groups(questions: pa.Table, solutions: pa.Table) -> pa.Table:
+    """A row for each modality and difficulty, in the order in which they come: its questions, images, solutions."""
+    lengths = pc.list_value_length(solutions["solutions"])
+    solved = pa.table({"question_id": solutions["question_id"], "solutions": lengths})
+    by_question = solved.group_by("question_id").aggregate([("solutions", "sum")])
+    place = pc.index_in(questions["question_id"], by_question["question_id"].combine_chunks())
+    num_solutions = by_question["solutions_sum"].take(place)
+    counted = pa.table(
+        {
+            "modality": questions["modality"],
+            "difficulty": questions["difficulty"],
+            "with_image": pc.greater(pc.list_value_length(questions["image_ids"]), 0),
+            "solutions": pc.fill_null(num_solutions, 0),
+        }
+    )
+    # By one thread: the order of several is not always the same.
+    groups = counted.group_by(["modality", "difficulty"], use_threads=False)
+    return groups.aggregate([([], "count_all"), ("with_image", "sum"), ("solutions", "sum")])
 
 
 def sampling(

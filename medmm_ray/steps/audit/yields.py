@@ -1,7 +1,8 @@
 """What each label policy would keep for training, measured with the policies themselves on a sample of solutions."""
 
 import hashlib
-from collections.abc import Sequence
+import heapq
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from medmm_ray.stats.targets import (
     labels_by_solution,
     targets,
 )
+
+BATCH = 10_000  # ids that are Python objects at a time
 
 
 @dataclass(frozen=True)
@@ -46,20 +49,23 @@ class PolicyYield:
     why: str
 
 
+def _hashes(solution_ids: pa.Array) -> Iterator[tuple[bytes, int]]:
+    """The hash of each id, and its place."""
+    # In batches: as Python objects all ids at once would be most of what the report takes.
+    for start in range(0, len(solution_ids), BATCH):
+        for place, solution_id in enumerate(solution_ids.slice(start, BATCH).to_pylist(), start):
+            yield hashlib.blake2b(solution_id.encode(), digest_size=8).digest(), place
+
+
 class Yields:
     """Keeps the label rows of `num_solutions` solutions, drawn by a hash of their ids, and applies every policy."""
 
     def __init__(self, steps: Steps, num_solutions: int, after_first_error: str) -> None:
         self.after_first_error = after_first_error
-        ids = steps.solution_ids.to_pylist()
         # By a hash, so that the sample is the same whatever the order of the rows.
-        hashes = []
-        for solution_id in ids:
-            id_hash = hashlib.blake2b(solution_id.encode(), digest_size=8)
-            hashes.append(id_hash.digest())
-        by_hash = sorted(range(len(ids)), key=hashes.__getitem__)
-        self.chosen = np.array(by_hash[:num_solutions], dtype=np.int64)
-        self.ids = [ids[solution] for solution in self.chosen]
+        lowest = heapq.nsmallest(num_solutions, _hashes(steps.solution_ids))
+        self.chosen = np.array([solution for _, solution in lowest], dtype=np.int64)
+        self.ids = steps.solution_ids.take(pa.array(self.chosen)).to_pylist()
         self.num_steps = steps.length[self.chosen].tolist()
         self.row = steps.row
         self._chosen_ids = pa.array(self.ids, pa.string())

@@ -8,6 +8,7 @@ stable names are ``<run>/two_tower`` and ``<run>/two_tower/latest``: `follow` re
 """
 
 import json
+import os
 import platform
 import subprocess
 import time
@@ -125,7 +126,7 @@ class Artifact:
     def prepare(self) -> None:
         """Make the folder and try whether it can be written."""
         # Before hours of work, not after them: a full disk or a missing permission ends the job at its start.
-        probe = f"{self.path}/.probe"
+        probe = f"{self.path}/.probe-{uuid.uuid4().hex}"
         try:
             self.fs.create_dir(self.path, recursive=True)
             with self.fs.open_output_stream(probe) as stream:
@@ -140,8 +141,24 @@ class Artifact:
     def commit(
         self, provenance: Provenance, seconds: float, figures: dict[str, float] | None = None, **contents: Any
     ) -> Manifest:
-        """Write the manifest, a table's with its `contents`: from now on the artifact is complete and never changes."""
-        manifest = Manifest(
+        """Write the manifest, a table's with its `contents`: from now on the artifact is complete and never changes.
+
+        Where another run was first, its manifest stays and is what this one gives.
+        """
+        manifest = self._manifest(provenance, seconds, figures, contents)
+        if not create_file(self.fs, f"{self.path}/{MANIFEST}", _json_bytes(manifest)):
+            manifest = self.manifest()
+        self.point(manifest.fingerprint)
+        return manifest
+
+    def _manifest(
+        self,
+        provenance: Provenance,
+        seconds: float,
+        figures: dict[str, float] | None,
+        contents: dict[str, Any],
+    ) -> Manifest:
+        return Manifest(
             **asdict(provenance),
             seconds=round(seconds, 3),
             figures=figures or {},
@@ -150,13 +167,6 @@ class Artifact:
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             **contents,
         )
-        write_file(
-            self.fs,
-            f"{self.path}/{MANIFEST}",
-            json.dumps(asdict(manifest), indent=2).encode(),
-        )
-        self.point(manifest.fingerprint)
-        return manifest
 
     def point(self, fingerprint: str) -> None:
         """Let the stable names of the folder above stand for this artifact, where it lies under its fingerprint."""
@@ -227,10 +237,73 @@ def write_file(fs: pafs.FileSystem, path: str, content: bytes | pa.Buffer) -> No
     except OSError as error:
         if local:
             Path(target).unlink(missing_ok=True)
-        raise TableError(
-            f"cannot write {path}: {error}. What is written so far is kept: free space there, or name another output "
-            "folder (run=...), and run again"
-        ) from error
+        raise _cannot_write(path, error) from error
+
+
+def create_file(fs: pafs.FileSystem, path: str, content: bytes) -> bool:
+    """Write a whole file where there is none; False, and nothing changes, where there is one: of many, one is first.
+
+    On Google's store and others that pyarrow opens without fsspec, S3 apart, two that come within the same instant may
+    both be told that they were first: there is no conditional put through pyarrow.
+    """
+    try:
+        if isinstance(fs, pafs.LocalFileSystem):
+            _create_on_disk(path, content)
+        elif isinstance(fs, pafs.S3FileSystem):
+            _create_on_s3(path, content)
+        elif isinstance(fs, pafs.PyFileSystem) and isinstance(fs.handler, pafs.FSSpecHandler):
+            fs.handler.fs.pipe_file(path, content, mode="create")
+        elif fs.get_file_info(path).type != pafs.FileType.NotFound:
+            return False
+        else:
+            write_file(fs, path, content)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    return True
+
+
+def _create_on_disk(path: str, content: bytes) -> None:
+    scratch = Path(f"{path}.{uuid.uuid4().hex}.tmp")
+    try:
+        scratch.write_bytes(content)
+        try:
+            os.link(scratch, path)  # fails where there is such a name; a rename would replace it
+        except FileExistsError:
+            raise
+        except OSError:  # a disk without hard links: who reads meanwhile may see half of the file
+            with Path(path).open("xb") as file:
+                file.write(content)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _create_on_s3(path: str, content: bytes) -> None:
+    # pyarrow has no conditional put.
+    import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    bucket, _, key = path.partition("/")
+    try:
+        boto3.client("s3").put_object(Bucket=bucket, Key=key, Body=content, IfNoneMatch="*")
+    except ClientError as error:
+        if error.response["Error"]["Code"] in ("PreconditionFailed", "ConditionalRequestConflict"):
+            raise FileExistsError(path) from None
+        raise OSError(str(error)) from error
+    except BotoCoreError as error:
+        raise OSError(str(error)) from error
+
+
+def _cannot_write(path: str, error: OSError) -> TableError:
+    return TableError(
+        f"cannot write {path}: {error}. What is written so far is kept: free space there, or name another output "
+        "folder (run=...), and run again"
+    )
+
+
+def _json_bytes(manifest: Manifest) -> bytes:
+    return json.dumps(asdict(manifest), indent=2).encode()
 
 
 def package_versions() -> dict[str, str]:

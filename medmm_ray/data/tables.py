@@ -4,8 +4,10 @@ A table is write-once. Rows are written in part files (in ``.parts``) as they ar
 in its footer, so that an interrupted job resumes exactly: ids that were written without an error are not made again,
 failed ones are tried once more. `finish` checks that every id that entered left once, drops what a retried task wrote
 twice, makes few large files of the parts, and has ``manifest.json`` written last: on an object store too, the manifest
-*is* the commit and readers take the list of files from it; only then the parts go. A folder that is not a table (an
-index, a checkpoint) is an `Artifact`, complete by the same rule.
+*is* the commit and readers take the list of files from it; only then the parts go. Two drivers may write a table at a
+time: a file's name is the hash of what is in it, so that none is ever replaced by another, the first manifest stays,
+and the other driver takes it as its own. A folder that is not a table (an index, a checkpoint) is an `Artifact`,
+complete by the same rule.
 
 No library does this: Ray Data and Hugging Face's datasets write files that know no ids, so that an interrupted write
 starts again, and Delta Lake or Iceberg commit files without knowing which ids are still to be made.
@@ -228,7 +230,7 @@ class Table(Artifact):
             self._log.add(part)
 
     def write(self, ds: "Dataset", key: str, explode: str | None = None) -> None:
-        """Write a dataset's rows as part files while they are made."""
+        """Write a dataset's rows as part files while they are made; ends early where another driver was faster."""
         # Written in the tasks that made the rows: what passes through the driver is the parts' footers.
         parts = ds.map_batches(
             _WriteParts(self._writer, key, explode),
@@ -241,8 +243,12 @@ class Table(Artifact):
             for batch in batches:
                 for line in batch["part"].to_pylist() if batch.num_rows else ():
                     self._log.add(Part.parse(line))
+        except Exception:
+            if not self.is_complete:  # else the parts have no folder, as another driver has finished the table
+                raise
         finally:
-            self._log.write_index()
+            with suppress(TableError):  # what is not in it is opened by a next run, one by one
+                self._log.write_index()
 
     def finish(
         self,
@@ -258,13 +264,20 @@ class Table(Artifact):
         Raises `TableError` where ids are missing, or where more than `max_error_rate` of the rows have an error of
         their own (inherited ones do not count); what is written stays, and a next run makes only the rest again.
         """
-        if self.is_complete:  # by another driver: its files are not touched
-            return self.manifest()
-        self._log.refresh()
-        # What was written twice goes first, so that each id is counted once.
-        parts = without_repeats(self._log.parts(), self._writer, key)
-        self._check_ids(parts, set(expected))
-        return self._commit_parts(parts, provenance, seconds, max_error_rate, figures)
+        adopted = self._adopt()
+        if adopted is not None:
+            return adopted
+        try:
+            self._log.refresh()
+            # What was written twice goes first, so that each id is counted once.
+            parts = without_repeats(self._log.parts(), self._writer, key)
+            self._check_ids(parts, set(expected))
+            return self._commit_parts(parts, provenance, seconds, max_error_rate, figures)
+        except (OSError, TableError):
+            adopted = self._adopt()
+            if adopted is None:  # else another driver has finished it and taken the parts away meanwhile
+                raise
+            return adopted
 
     def _commit_parts(
         self,
@@ -291,6 +304,14 @@ class Table(Artifact):
             errors=dict(errors),
             cost=sum(footer.cost for footer in footers),
         )
+        self._delete_leftovers(manifest)
+        return manifest
+
+    def _adopt(self) -> Manifest | None:
+        """Take the table as another driver has finished it; None where none has."""
+        if not self.is_complete:
+            return None
+        manifest = self.manifest()
         self._delete_leftovers(manifest)
         return manifest
 

@@ -49,7 +49,7 @@ class TrainConfig(Config):
     threads: int = execution(2)
     """Torch threads of a worker that trains on CPU. Two runs are equal bit by bit only at the same number."""
     micro_batch_tokens: int = execution(8192)
-    """Tokens of one forward pass of a worker; lower it when memory runs out."""
+    """Most tokens of one forward pass of a worker; lower it when memory runs out."""
     checkpoint_every: int = execution(0)
     """Updates between checkpoints; 0: at the ends of epochs."""
     max_failures: int = execution(1)
@@ -63,3 +63,25 @@ class TrainConfig(Config):
         if self.zero_stage < lowest:
             raise ValueError(f"offload={self.offload} needs zero_stage={lowest} or more, not {self.zero_stage}")
         return self
+
+    @property
+    def num_questions_per_update(self) -> int:
+        """The fewest questions that an update takes solutions of, where there are so many."""
+        return 1
+
+
+class QuestionTrainConfig(TrainConfig):
+    """What stages that train on the solutions of questions are set by besides."""
+
+    batch_size: int = Field(64, ge=1)
+    """Solutions of one update, of several questions, over all workers."""
+    questions_per_update: int = Field(8, ge=1)
+    """Of one question an update takes at most batch_size / this many solutions, the rest of them later in the epoch. So
+    its gradient is not one question's, and its work divides over as many workers at no cost; each of a question's
+    parts reads its prefix anew. With batch_size itself, solutions are drawn as Med-PRM draws them: each of another
+    question."""
+
+    @property
+    def num_questions_per_update(self) -> int:
+        """The setting."""
+        return self.questions_per_update

@@ -6,11 +6,12 @@ number of workers or the ZeRO stage that made it (DeepSpeed's own checkpoints do
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from medmm_ray.train.config import TrainConfig
+from medmm_ray.train.schedule import Part
 
 if TYPE_CHECKING:
     import torch
@@ -65,14 +66,14 @@ def parameter_groups(
 class Engine:
     """A stage's `module`, trained through DeepSpeed.
 
-    `loss` is the stage's: it runs `module` on some units in an epoch. `rates` are learning rates by the beginning of a
+    `loss` is the stage's: it runs `module` on some parts in an epoch. `rates` are learning rates by the beginning of a
     parameter's name.
     """
 
     def __init__(
         self,
         module: "torch.nn.Module",
-        loss: Callable[[list[int], int], "torch.Tensor"],
+        loss: Callable[[Sequence[Part], int], "torch.Tensor"],
         rates: Mapping[str, float],
         config: TrainConfig,
         dtype: str,
@@ -105,9 +106,9 @@ class Engine:
 
     # Training
 
-    def loss(self, units: list[int], epoch: int) -> "torch.Tensor":
-        """Run the stage's loss on a micro-batch, through DeepSpeed's hooks."""
-        loss: torch.Tensor = self.engine(units, epoch)
+    def loss(self, parts: Sequence[Part], epoch: int) -> "torch.Tensor":
+        """Run the stage's loss on a pass, through DeepSpeed's hooks."""
+        loss: torch.Tensor = self.engine(parts, epoch)
         return loss
 
     def backward(self, loss: "torch.Tensor") -> None:
@@ -225,7 +226,7 @@ class Engine:
             parameter.data = parameter.data.reshape(shape)
 
 
-def _loss_module(module: "torch.nn.Module", loss: Callable[[list[int], int], "torch.Tensor"]) -> "torch.nn.Module":
+def _loss_module(module: "torch.nn.Module", loss: Callable[[Sequence[Part], int], "torch.Tensor"]) -> "torch.nn.Module":
     """The model as a module whose forward pass is its loss: DeepSpeed's hooks want one call, one output."""
     import torch
 
@@ -234,7 +235,7 @@ def _loss_module(module: "torch.nn.Module", loss: Callable[[list[int], int], "to
             super().__init__()
             self.module = module
 
-        def forward(self, units: list[int], epoch: int) -> torch.Tensor:
-            return loss(units, epoch)
+        def forward(self, parts: Sequence[Part], epoch: int) -> torch.Tensor:
+            return loss(parts, epoch)
 
     return LossModule()

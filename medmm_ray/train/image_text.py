@@ -1,4 +1,4 @@
-"""Stage `image_text`: contrastive training of a small CLIP on captioned images (open_clip's model and loss).
+"""Stage `image_text`: contrastive training of a small CLIP on captioned images (open_clip's model, CLIP's loss).
 
 Enters: training images with captions. Leaves: a folder in open_clip's own format (``local-dir:``), which
 `ImageTower.from_pretrained` reads; its tokenizer, made from the captions, lies beside it.
@@ -15,7 +15,9 @@ from pydantic import Field
 from medmm_ray.config import Config
 from medmm_ray.engines.tokenizer import build_tokenizer
 from medmm_ray.train.config import TrainConfig
+from medmm_ray.train.gathering import gathered_rows
 from medmm_ray.train.launch import fit, read_input
+from medmm_ray.train.schedule import Part, Units
 from medmm_ray.train.stage import Stage
 
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ class ImageTextConfig(TrainConfig):
     batch_size: int = Field(128, ge=1)
     """Images of one update, over all workers."""
     contrast_size: int = Field(128, ge=1)
-    """Images that are told apart from each other. An update of more holds several such groups."""
+    """Images that are told apart from each other, over all workers. An update of more holds several such groups."""
     max_shift: int = Field(3, ge=0)
     """Augmentation: pictures move by up to so many pixels. They are never mirrored: left and right are findings."""
     max_brightness: float = Field(0.1, ge=0, le=1)
@@ -85,18 +87,17 @@ def train_image_tower(config: ImageTextConfig, captions: pa.Table, folder: str, 
 class ImageTextStage(Stage):
     """Captioned images and the CLIP that learns which belong together."""
 
-    padded = False
+    joint = True
 
     def __init__(self, config: ImageTextConfig, inputs: dict[str, str], device: str) -> None:
         import torch
-        from open_clip import CLIP, ClipLoss
+        from open_clip import CLIP
 
         self.config = config
         self.device = device
         images = read_input(inputs["captions"])
         captions = images["captions"].to_pylist()
-        self.names = images["image_uri"].to_pylist()
-        self.sizes = self.costs = [1] * images.num_rows
+        uris = images["image_uri"].to_pylist()
         # The loss contrasts the pairs of one forward pass, so its micro-batch is a setting of the model.
         self.micro_batch_budget = config.contrast_size
         vocabulary: list[str] = []
@@ -106,9 +107,9 @@ class ImageTextStage(Stage):
         self.model_config = model_config(config.shape, len(self.tokenizer), int(self.tokenizer.eos_token_id))
         torch.manual_seed(config.seed)
         self.module: Any = CLIP(**self.model_config)
-        self.contrast = ClipLoss()
+        self.units = Units.singles(uris, clip_flops(self.module))
         # Decoded once: the augmentation of an epoch works on pixels in memory.
-        self.pixels = load_pixels(self.names, config.shape.image_size)
+        self.pixels = load_pixels(uris, config.shape.image_size)
         self.ids = [self._encode(image_captions) for image_captions in captions]
 
     def _encode(self, captions: Sequence[str]) -> "torch.Tensor":
@@ -119,13 +120,16 @@ class ImageTextStage(Stage):
         ids_CL: torch.Tensor = encoded["input_ids"]
         return ids_CL
 
-    def loss(self, units: Sequence[int], epoch: int) -> "torch.Tensor":
-        """open_clip's contrastive loss of these pairs, times their number."""
+    def loss(self, parts: Sequence[Part], epoch: int) -> "torch.Tensor":
+        """CLIP's contrastive loss of these pairs against those of all workers, summed over the pairs.
+
+        open_clip's own loss over several processes wants as many pairs in each; a group need not divide evenly.
+        """
         import torch
 
         pictures: list[torch.Tensor] = []
         captions: list[torch.Tensor] = []
-        for unit in units:
+        for unit, _ in parts:
             # By place, not by name: a copy of the run in another folder trains the same.
             rng = random.Random(f"{self.config.seed}/{epoch}/{unit}")
             pictures.append(augment(self.pixels[unit], rng, self.config.max_shift, self.config.max_brightness))
@@ -133,17 +137,42 @@ class ImageTextStage(Stage):
         pixels_B3HW = torch.stack(pictures)
         ids_BL = torch.stack(captions)
         dtype = self.module.visual.conv1.weight.dtype
-        images_BE = self.module.encode_image(pixels_B3HW.to(self.device, dtype), normalize=True)
-        texts_BE = self.module.encode_text(ids_BL.to(self.device), normalize=True)
+        images_BE = self.module.encode_image(pixels_B3HW.to(self.device, dtype), normalize=True).float()
+        texts_BE = self.module.encode_text(ids_BL.to(self.device), normalize=True).float()
         scale = self.module.logit_scale.exp().clamp(max=100.0)  # CLIP's own bound
-        loss: torch.Tensor = self.contrast(images_BE, texts_BE, scale)
-        return loss * len(units)
+        if self.idle:
+            images_BE, texts_BE = images_BE[:0], texts_BE[:0]
+        return contrastive_loss(images_BE, texts_BE, scale.float())
 
     def save(self, folder: Path, figures: Mapping[str, float]) -> None:  # noqa: ARG002
         """Write the CLIP with its tokenizer in open_clip's folder format."""
         from medmm_ray.engines.image_tower import save_open_clip
 
         save_open_clip(folder, self.model_config, self.module.state_dict(), self.tokenizer, MEAN, STD)
+
+
+def contrastive_loss(images_BE: "torch.Tensor", texts_BE: "torch.Tensor", scale: "torch.Tensor") -> "torch.Tensor":
+    """The cross-entropy of each picture among all workers' texts and of each text among all pictures, halved, summed
+    over this worker's pairs."""
+    import torch
+
+    (all_images_NE, start), (all_texts_NE, _) = gathered_rows(images_BE), gathered_rows(texts_BE)
+    own_B = torch.arange(start, start + len(images_BE), device=images_BE.device)
+    loss = scale.new_zeros(())
+    for queries_BE, keys_NE in ((images_BE, all_texts_NE), (texts_BE, all_images_NE)):
+        logits_BN = scale * queries_BE @ keys_NE.T
+        loss = loss + torch.nn.functional.cross_entropy(logits_BN, own_B, reduction="sum") / 2
+    return loss
+
+
+def clip_flops(module: Any) -> float:
+    """FLOPs of training on one pair, six a weight of the blocks and a token."""
+    image_weights = sum(parameter.numel() for parameter in module.visual.transformer.parameters())
+    text_weights = sum(parameter.numel() for parameter in module.transformer.parameters())
+    return 6.0 * (
+        image_weights * module.visual.positional_embedding.shape[0]
+        + text_weights * module.positional_embedding.shape[0]
+    )
 
 
 def model_config(shape: ClipShape, vocab_size: int, end_id: int) -> dict[str, Any]:

@@ -7,10 +7,11 @@ Ray Train runs the group and DeepSpeed steps and shards; the loop between them i
 transformers and TRL batch rows, while here an update counts solutions, packed by question into micro-batches that
 differ in number, and must come out the same on any number of workers.
 
-The same seed gives the same batches on any number of workers, and a training that goes on from a checkpoint ends in the
-same weights as an undisturbed one, also with another number of workers or another ZeRO stage. Random numbers inside a
-model (dropout) are drawn anew for each forward pass from (seed, epoch, ids of its samples): they are the same on any
-worker, but not for another `micro_batch_tokens`, which makes other passes, nor on another kind of device.
+The same seed gives the same updates on any number of workers, and a training that goes on from a checkpoint ends in the
+same weights as an undisturbed one, also with another number of workers or another ZeRO stage. An adapter's dropout
+depends on (seed, epoch, solution) alone, on one kind of device. Other random numbers inside a model are drawn anew for
+each forward pass from (seed, epoch, its samples): another number of workers, or another `micro_batch_tokens`, makes
+other passes.
 """
 
 import json
@@ -19,6 +20,7 @@ import os
 import random
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -32,7 +34,15 @@ from medmm_ray.train import checkpoints, throughput
 from medmm_ray.train.config import TrainConfig
 from medmm_ray.train.engine import Engine
 from medmm_ray.train.progress import HISTORY, Progress, selected_figures, write_progress
-from medmm_ray.train.schedule import epoch_batches, learning_rate_factor, micro_batches
+from medmm_ray.train.schedule import (
+    Part,
+    Rounds,
+    deal,
+    deal_held_out,
+    deal_jointly,
+    epoch_updates,
+    learning_rate_factor,
+)
 from medmm_ray.train.stage import Stage, StageFactory, TrainingError
 from medmm_ray.train.trackers import open_trackers
 
@@ -63,10 +73,18 @@ class Worker:
 
 
 @dataclass(frozen=True)
-class _MicroBatch:
-    """The units of one forward pass of this worker, and their share of the global batch's mean loss."""
+class _Update:
+    """The samples of an update, and the passes that they are dealt to."""
 
-    units: list[int]
+    parts: Sequence[Part]
+    rounds: Rounds
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What one forward pass of this worker ran on, and its share of the global batch's mean loss."""
+
+    parts: Sequence[Part]
     loss: "torch.Tensor"
 
 
@@ -108,10 +126,7 @@ class Trainer:
         self.stage = stage
         self.config = config
         self.worker = worker
-        self.batches: list[list[list[int]]] = []
-        for epoch in range(config.epochs):
-            self.batches.append(epoch_batches(stage.sizes, config.batch_size, config.seed, epoch))
-        self.num_updates = sum(map(len, self.batches))
+        self.num_updates = sum(len(self.updates(epoch)) for epoch in range(config.epochs))
         if self.num_updates == 0:
             raise TrainingError(f"{type(stage).__name__}: there is not one sample to train on; look at the inputs")
         self.progress = Progress()
@@ -121,6 +136,12 @@ class Trainer:
         self._last_report = time.perf_counter()
         self._last_preemption_check = self._last_report
         self._announced_nodes: set[str] = set()
+
+    def updates(self, epoch: int) -> list[list[Part]]:
+        """What each update of an epoch is trained on."""
+        config = self.config
+        # Not kept: of all epochs together they take more memory than the samples' costs.
+        return epoch_updates(self.stage.units, config.batch_size, config.num_questions_per_update, config.seed, epoch)
 
     # Figures
 
@@ -159,15 +180,35 @@ class Trainer:
         progress = self.progress
         self._started = time.perf_counter() - progress.seconds
         self.stage.module.train()
-        batches = self.batches[epoch]
-        for number in range(progress.batch, len(batches)):
-            self._update(epoch, batches[number])
-            progress.batch = number + 1
+        for update in self._dealt(self.updates(epoch)[progress.batch :], epoch):
+            self._update(epoch, update)
+            progress.batch += 1
             self._report_progress()
             # The first first: it is a collective, that all workers enter or none.
             if self._preemption_announced() or self._checkpoint_is_due():
                 self._checkpoint()
         self._finish_epoch(epoch)
+
+    def _dealt(self, updates: Sequence[Sequence[Part]], epoch: int) -> Iterator[_Update]:
+        """Updates dealt to the workers; while one is trained on, what the next one needs is read."""
+        ahead: deque[_Update] = deque()
+        for parts in updates:
+            ahead.append(self._deal(parts))
+            for passes in ahead[-1].rounds:
+                self.stage.prepare(self._parts_of_pass(passes), epoch)
+            if len(ahead) > 1:
+                yield ahead.popleft()
+        yield from ahead
+
+    def _deal(self, parts: Sequence[Part]) -> _Update:
+        stage, size = self.stage, self.worker.size
+        if stage.joint:
+            return _Update(parts, deal_jointly(parts, size, stage.micro_batch_budget))
+        return _Update(parts, deal(parts, stage.units, size, stage.micro_batch_budget))
+
+    def _parts_of_pass(self, passes: Sequence[Sequence[Part]]) -> Sequence[Part]:
+        """This worker's pass of a round, or the one that it repeats where it has none."""
+        return passes[self.worker.rank] or passes[0]
 
     def _checkpoint_is_due(self) -> bool:
         every = self.config.checkpoint_every
@@ -192,10 +233,10 @@ class Trainer:
 
         self.stage.module.eval()
         with torch.no_grad():
-            own_figures = self.stage.validate()
-        gathered: list[Any] = [None] * self.worker.size
-        torch.distributed.all_gather_object(gathered, (own_figures, throughput.peak_memory(self.engine.device)))
+            own_figures = self.stage.figures(self._measure())
+        peak = throughput.peak_memory(self.engine.device)
         # Rank 0's for everybody: workers that disagreed on the best epoch would stop at different ones.
+        gathered = self._gather((own_figures, peak))
         figures: dict[str, float] = gathered[0][0]
         broken = {name: value for name, value in figures.items() if not math.isfinite(value)}
         if broken:
@@ -205,92 +246,108 @@ class Trainer:
             )
         return {**figures, "peak_memory_gib": max(peak for _, peak in gathered)}
 
+    def _measure(self) -> list[Any]:
+        """What all workers together measure of the held-out units, in their order."""
+        stage, rank = self.stage, self.worker.rank
+        rounds = deal_held_out(stage.held_out, stage.units, self.worker.size)
+        measured: dict[int, Any] = {}
+        for number, units in enumerate(rounds):
+            # In the last round some repeat a unit: ZeRO's collectives want the same number of passes everywhere.
+            unit = units[min(rank, len(units) - 1)]
+            if number + 1 < len(rounds):
+                following = rounds[number + 1]
+                stage.prepare([stage.units.whole(following[min(rank, len(following) - 1)])], None)
+            measured[unit] = stage.measure(unit)
+        for of_worker in self._gather(measured):
+            measured.update(of_worker)
+        return [measured[unit] for unit in stage.held_out]
+
+    def _gather(self, value: Any) -> list[Any]:
+        """The value of each worker, on all of them."""
+        import torch
+
+        gathered: list[Any] = [None] * self.worker.size
+        torch.distributed.all_gather_object(gathered, value)
+        return gathered
+
     # Updates
 
-    def _update(self, epoch: int, units: Sequence[int]) -> None:
+    def _update(self, epoch: int, update: _Update) -> None:
         """Take one optimizer step, and note its figures."""
-        stage, progress = self.stage, self.progress
+        units, progress = self.stage.units, self.progress
         started = time.perf_counter()
-        num_tokens = _total(stage.costs, units)
+        num_tokens = units.num_tokens(update.parts)
         factor = learning_rate_factor(len(progress.updates), self.num_updates, self.config.warmup)
         learning_rate = self.engine.set_learning_rate(factor)
-        loss, norm = self._optimizer_step(units, epoch)
-        progress.samples += _total(stage.sizes, units)
+        loss, norm = self._optimizer_step(update, epoch)
+        progress.samples += units.num_samples(update.parts)
         progress.tokens += num_tokens
         progress.seconds = time.perf_counter() - self._started
         row = {"epoch": float(epoch), "loss": loss, "learning_rate": learning_rate, "gradient_norm": norm}
         progress.updates.append(row)
-        speed = self.meter.add(num_tokens, stage.flops(units), time.perf_counter() - started)
+        speed = self.meter.add(num_tokens, units.num_flops(update.parts), time.perf_counter() - started)
         self._log("train", {**row, **speed, "peak_memory_gib": throughput.peak_memory(self.engine.device)})
 
-    def _optimizer_step(self, units: Sequence[int], epoch: int) -> tuple[float, float]:
+    def _optimizer_step(self, update: _Update, epoch: int) -> tuple[float, float]:
         """One step of the optimizer over a global batch; its mean loss and the norm of its gradient."""
         import torch
 
-        micro = self._accumulate_gradients(units, epoch)
-        # With a zero in front: a worker may have had no micro-batch.
+        passes = self._accumulate_gradients(update, epoch)
+        # With a zero in front: a worker may have had no pass of its own.
         losses = [torch.zeros((), device=self.engine.device)]
-        losses += [batch.loss.float() for batch in micro]
+        losses += [each.loss.float() for each in passes]
         total = torch.stack(losses).sum()
         torch.distributed.all_reduce(total)
         if not torch.isfinite(total):
-            broken = [batch for batch in micro if not torch.isfinite(batch.loss)]
+            broken = [each for each in passes if not torch.isfinite(each.loss)]
             self._raise_not_finite("loss", float(total), epoch, broken)
-        with self._memory_explained(epoch, units):
+        with self._memory_explained(epoch, update.parts):
             norm = self.engine.step()
         if not math.isfinite(norm):  # no checkpoint has these weights yet, and none will
-            self._raise_not_finite("gradient's norm", norm, epoch, micro)
+            self._raise_not_finite("gradient's norm", norm, epoch, passes)
         return float(total), norm
 
-    def _accumulate_gradients(self, units: Sequence[int], epoch: int) -> list[_MicroBatch]:
-        """Run forward and backward over every n-th micro-batch of a global batch, on this worker, the n-th of n.
+    def _accumulate_gradients(self, update: _Update, epoch: int) -> list[_Pass]:
+        """Run forward and backward over this worker's pass of each round.
 
-        A worker without a micro-batch left runs the first one with weight 0: ZeRO's collectives want the same number of
-        passes everywhere.
+        A worker that has none in the last round repeats another one's with weight 0: ZeRO's collectives want the same
+        number of passes everywhere.
         """
         import torch
 
-        stage, rank, size = self.stage, self.worker.rank, self.worker.size
-        num_samples = _total(stage.sizes, units)
-        batches = micro_batches(units, stage.costs, stage.micro_batch_budget, stage.padded)
-        finished: list[_MicroBatch] = []
-        for start in range(0, len(batches), size):
-            has_batch = start + rank < len(batches)
-            batch = batches[start + rank] if has_batch else batches[0]
-            torch.manual_seed(self._dropout_seed(epoch, batch))
-            with self._memory_explained(epoch, batch):
-                loss = self.engine.loss(batch, epoch) / num_samples
+        stage, size = self.stage, self.worker.size
+        num_samples = stage.units.num_samples(update.parts)
+        finished: list[_Pass] = []
+        for passes in update.rounds:
+            stage.idle = not passes[self.worker.rank]
+            parts = self._parts_of_pass(passes)
+            torch.manual_seed(self._pass_seed(epoch, parts))
+            with self._memory_explained(epoch, parts):
+                loss = self.engine.loss(parts, epoch) / num_samples
                 # DeepSpeed averages gradients over workers, where their sum is meant: hence the factor.
-                self.engine.backward(loss * (size if has_batch else 0.0))
-            if has_batch:
-                finished.append(_MicroBatch(batch, loss.detach()))
+                self.engine.backward(loss * (0.0 if stage.idle else size))
+            if not stage.idle:
+                finished.append(_Pass(parts, loss.detach()))
         return finished
 
-    def _dropout_seed(self, epoch: int, units: Sequence[int]) -> int:
+    def _pass_seed(self, epoch: int, parts: Sequence[Part]) -> int:
         """The seed of the random numbers of one forward pass."""
-        names = sorted(self._names_of(units))
-        return random.Random(f"{self.config.seed}/{epoch}/{names}").getrandbits(62)
+        samples = sorted((self.stage.units.names[part.unit], part.solutions) for part in parts)
+        return random.Random(f"{self.config.seed}/{epoch}/{samples}").getrandbits(62)
 
-    def _names_of(self, units: Sequence[int]) -> list[str]:
-        return [self.stage.names[unit] for unit in units]
-
-    def _raise_not_finite(self, figure: str, value: float, epoch: int, batches: Sequence[_MicroBatch]) -> None:
+    def _raise_not_finite(self, figure: str, value: float, epoch: int, passes: Sequence[_Pass]) -> None:
         """Stop on all workers, each with the ids of all samples in whose passes a figure was not finite."""
-        import torch
-
         own_names: list[str] = []
-        for batch in batches:
-            own_names += self._names_of(batch.units)
-        gathered: list[Any] = [None] * self.worker.size
-        torch.distributed.all_gather_object(gathered, own_names)
-        all_names = sorted(chain.from_iterable(gathered))
+        for each in passes:
+            own_names += self.stage.units.names_of(each.parts)
+        all_names = sorted(set(chain.from_iterable(self._gather(own_names))))
         raise TrainingError(
             f"the {figure} is {value} in epoch {epoch + 1}, after {len(self.progress.updates)} updates, on "
             f"{all_names}. Look at these samples; if they are sound, lower learning_rate or train in float32."
         )
 
     @contextmanager
-    def _memory_explained(self, epoch: int, units: Sequence[int]) -> Iterator[None]:
+    def _memory_explained(self, epoch: int, parts: Sequence[Part]) -> Iterator[None]:
         """Turn an out-of-memory error into a `TrainingError` that names the samples and the settings to change."""
         import torch
 
@@ -301,10 +358,10 @@ class Trainer:
             if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
                 raise
             config = self.config
-            num_tokens = _total(self.stage.costs, units)
+            units = self.stage.units
             raise TrainingError(
                 f"out of memory in epoch {epoch + 1}, after {len(self.progress.updates)} updates, on "
-                f"{self._names_of(units)} (cost {num_tokens:,}): {error} Lower micro_batch_tokens (now "
+                f"{units.names_of(parts)} (cost {units.num_tokens(parts):,}): {error} Lower micro_batch_tokens (now "
                 f"{config.micro_batch_tokens:,}), set "
                 f"activation_checkpointing (now {config.activation_checkpointing}), raise zero_stage (now "
                 f"{config.zero_stage}, with {config.num_workers} workers) or offload (now {config.offload}): training "
@@ -378,10 +435,6 @@ class Trainer:
 
     def _best_weights_path(self, epoch: int) -> str:
         return f"{self.worker.work}/best-{epoch}.safetensors"
-
-
-def _total(values: Sequence[int], units: Sequence[int]) -> int:
-    return sum(values[unit] for unit in units)
 
 
 def _group_peak_flops(device: str, dtype: str, num_workers: int) -> float | None:

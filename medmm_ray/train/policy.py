@@ -24,9 +24,10 @@ from medmm_ray.engines.checkpoints import resolve
 from medmm_ray.engines.tokenizer import build_tokenizer
 from medmm_ray.prompts import POLICY_SYSTEM, document_block, policy_messages, prm_messages
 from medmm_ray.text import one_line, question_with_options, solution_text
-from medmm_ray.train.config import TrainConfig
+from medmm_ray.train.config import QuestionTrainConfig
 from medmm_ray.train.launch import fit, read_input
-from medmm_ray.train.lora import LoraAdapter, LoraConfig
+from medmm_ray.train.lora import LoraAdapter, LoraConfig, Segment
+from medmm_ray.train.schedule import Part, Units
 from medmm_ray.train.stage import Stage
 from medmm_ray.train.throughput import TrainingFlops
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
     from medmm_ray.reward_model.attention import Block
 
-VERSION = 1  # of what a step makes: raise it when the same config makes something else
+VERSION = 2  # of what a step makes: raise it when the same config makes something else
 
 
 class LlamaShape(Config):
@@ -57,7 +58,7 @@ class LlamaShape(Config):
     """Share one matrix between input embeddings and head: a small model learns to copy words sooner."""
 
 
-class PolicyConfig(TrainConfig):
+class PolicyConfig(QuestionTrainConfig):
     """Supervised fine-tuning of the policy."""
 
     base: str | None = None
@@ -69,16 +70,17 @@ class PolicyConfig(TrainConfig):
     epochs: int = Field(3, ge=1)
     """Times that every worked solution is seen."""
     batch_size: int = Field(32, ge=1)
-    """Worked solutions of one update, over all workers; a question's solutions stay together."""
+    """Worked solutions of one update, over all workers."""
     share_prompts: bool = True
-    """A question's worked solutions share one pass over its prompt: cheaper, but they also share an update, which then
-    holds fewer questions. false where the updates are small."""
+    """The worked solutions of a question that are in one update share a pass over its prompt: cheaper, but the update
+    then holds fewer questions. false: each is drawn by itself, as small updates want it."""
     max_length: int = 1024
     """Longest prompt with one solution, in tokens; a longer one is left out, never cut."""
     lora: LoraConfig | None = None
     """Train a low-rank adapter of `base`, all else frozen; null: all weights. An adapter wants a rate of about 1e-4."""
     micro_batch_tokens: int = execution(8192)
-    """Packed tokens of one forward pass of a worker; one question at least."""
+    """Most packed tokens of one forward pass of a worker; a question that has more is read in several, its prompt in
+    each."""
 
     @model_validator(mode="after")
     def _adapts_a_base(self) -> "PolicyConfig":
@@ -168,11 +170,10 @@ def train_policy(
 class PolicyStage(Stage):
     """Questions with worked solutions, and the model that learns to write them."""
 
-    padded = False
-
     def __init__(self, config: PolicyConfig, inputs: dict[str, str], device: str) -> None:
         from medmm_ray.reward_model.attention import NAME
 
+        self.config = config
         self.device = device
         self.micro_batch_budget = config.micro_batch_tokens
         if config.base is None:
@@ -184,36 +185,52 @@ class PolicyStage(Stage):
         if config.activation_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.adapter = LoraAdapter(self.model, config.lora) if config.lora else None
-        self.count_flops = TrainingFlops(self.model)
         self.module = self.model
         worked = read_input(inputs["worked"])
-        self.names = worked["question_id"].to_pylist()
         self.encoded: list[EncodedQuestion] = []
-        self.sizes: list[int] = []
-        self.costs: list[int] = []
         self.num_too_long = 0
         for row in worked.to_pylist():
             whole = self.encode_row(row)
             question = whole.within(config.max_length)
             self.encoded.append(question)
-            self.sizes.append(len(question.solutions))
-            self.costs.append(question.num_tokens)
             self.num_too_long += len(whole.solutions) - len(question.solutions)
+        self.units = self._units(worked["question_id"].to_pylist())
 
     def encode_row(self, row: Mapping[str, Any]) -> "EncodedQuestion":
         """A row of the input `worked` as token ids."""
         return encode(self.tokenizer, row["question"], row["answer_type"], row["solutions"])
 
-    def loss(self, units: Sequence[int], epoch: int) -> "torch.Tensor":  # noqa: ARG002
+    def _units(self, names: Sequence[str]) -> Units:
+        """What each worked solution costs."""
+        count_flops = TrainingFlops(self.model)
+        samples: list[list[int]] = []
+        tokens: list[list[int]] = []
+        flops: list[list[float]] = []
+        for question in self.encoded:
+            lengths = list(map(len, question.solutions))
+            samples.append([1] * len(lengths))
+            tokens.append(lengths)
+            flops.append([count_flops.branch(len(question.prompt), length) for length in lengths])
+        prompts = [len(question.prompt) for question in self.encoded]
+        return Units.of(names, samples, tokens, flops, prompts, list(map(count_flops.prefix, prompts)))
+
+    def loss(self, parts: Sequence[Part], epoch: int) -> "torch.Tensor":
         """Sum over worked solutions of the mean cross-entropy of their tokens."""
-        return cross_entropy(self.model, [self.encoded[unit] for unit in units], self.device)
+        questions: list[EncodedQuestion] = []
+        segments: list[Segment] = []
+        for unit, places in parts:
+            question = self.encoded[unit]
+            name = f"{self.config.seed}/{epoch}/{unit}"
+            segments.append(Segment(len(question.prompt), name))
+            segments += [Segment(len(question.solutions[place]), f"{name}/{place}") for place in places]
+            questions.append(EncodedQuestion(question.prompt, [question.solutions[place] for place in places]))
+        if self.adapter:
+            self.adapter.segments = segments
+        return cross_entropy(self.model, questions, self.device)
 
-    def flops(self, units: Sequence[int]) -> float:
-        """FLOPs of the model's blocks on these questions."""
-        return self.count_flops(self.encoded[unit].block for unit in units)
-
-    def validate(self) -> dict[str, float]:
+    def figures(self, measured: Sequence[Any]) -> dict[str, float]:
         """The number of solutions that were left out; nothing is held out."""
+        del measured
         return {"too_long": float(self.num_too_long)}
 
     def save(self, folder: Path, figures: Mapping[str, float]) -> None:  # noqa: ARG002

@@ -7,6 +7,7 @@ Legend: T tags.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,10 @@ from pydantic import Field
 from medmm_ray.config import ConfigError, execution
 from medmm_ray.engines.checkpoints import resolve
 from medmm_ray.stats.targets import AfterFirstError, LabelPolicy, checked_consensus_counts
-from medmm_ray.train.config import TrainConfig
+from medmm_ray.train.config import QuestionTrainConfig
 from medmm_ray.train.launch import fit, read_input
-from medmm_ray.train.lora import LoraAdapter, LoraConfig
-from medmm_ray.train.schedule import validation_ids
+from medmm_ray.train.lora import LoraAdapter, LoraConfig, Segment
+from medmm_ray.train.schedule import Part, Units, validation_ids
 from medmm_ray.train.stage import Stage
 from medmm_ray.train.text_prm_data import group_labels, labelled_questions, labels_of_solutions, positive_rate
 from medmm_ray.train.throughput import TrainingFlops
@@ -29,10 +30,10 @@ if TYPE_CHECKING:
 
     from medmm_ray.reward_model import PackedQuestion, Packing, RewardModel
 
-VERSION = 4  # of what a step makes: raise it when the same config makes something else
+VERSION = 5  # of what a step makes: raise it when the same config makes something else
 
 
-class TextPrmConfig(TrainConfig):
+class TextPrmConfig(QuestionTrainConfig):
     """Training of the text tower."""
 
     base: str | None = None
@@ -47,8 +48,6 @@ class TextPrmConfig(TrainConfig):
     """Highest learning rate; Med-PRM's for an 8B model. 5e-4 suits a small one."""
     epochs: int = Field(3, ge=1)
     """Times that every solution is seen."""
-    batch_size: int = Field(64, ge=1)
-    """Solutions of one update, over all workers; a question's solutions stay together."""
     num_documents: int = 32
     """Retrieved documents that are offered, best first; those within the length are read. Score with the same."""
     max_length: int = 4096
@@ -62,7 +61,8 @@ class TextPrmConfig(TrainConfig):
     lora: LoraConfig | None = None
     """Train a low-rank adapter, all else frozen; null: all weights. An adapter wants a rate of about 1e-4."""
     micro_batch_tokens: int = execution(8192)
-    """Packed tokens of one forward pass of a worker; one question at least."""
+    """Most packed tokens of one forward pass of a worker; a question that has more is read in several, its prefix in
+    each."""
 
 
 def train_text_prm(
@@ -107,9 +107,7 @@ def train_text_prm(
 
 
 class TextPrmStage(Stage):
-    """Packed questions and the reward model's text tower."""
-
-    padded = False
+    """Packed questions and the reward model's text tower. A unit is a question, or what of it reads fewer documents."""
 
     def __init__(self, config: TextPrmConfig, inputs: dict[str, str], device: str) -> None:
         self.config = config
@@ -117,18 +115,21 @@ class TextPrmStage(Stage):
         self.micro_batch_budget = config.micro_batch_tokens
         self.model = self._load_model(inputs["base"])
         self.adapter = LoraAdapter(self.model.text_model, config.lora) if config.lora else None
-        self.count_flops = TrainingFlops(self.model.text_model)
         self.module = self.model
-        questions = read_input(inputs["questions"])
-        self.names = questions["question_id"].to_pylist()
-        self.solutions: list[list[dict[str, Any]]] = questions["solutions"].to_pylist()
-        self.packed = [self._pack(row) for row in questions.to_pylist()]
-        self.validation_ids = validation_ids(self.names, config.validation_fraction, config.seed)
-        self.costs = [packing.num_tokens for packing in self.packed]
-        self.sizes = [self._num_samples(unit) for unit in range(len(self.names))]
+        self.groups: list[PackedQuestion] = []
+        self.solutions: list[list[dict[str, Any]]] = []
+        """Of each unit the solutions of its question."""
         self.num_not_packed = 0
-        for packing in self.packed:
+        names: list[str] = []
+        for row in read_input(inputs["questions"]).to_pylist():
+            packing = self._pack(row)
             self.num_not_packed += sum(error is not None for error in packing.errors)
+            self.groups += packing.groups
+            self.solutions += [row["solutions"]] * len(packing.groups)
+            names += [row["question_id"]] * len(packing.groups)
+        self.validation_ids = validation_ids(names, config.validation_fraction, config.seed)
+        self.held_out = [unit for unit, name in enumerate(names) if name in self.validation_ids]
+        self.units = self._units(names)
 
     def _load_model(self, base: str) -> "RewardModel":
         """The reward model of a checkpoint, with the length that it is to be trained at."""
@@ -152,57 +153,69 @@ class TextPrmStage(Stage):
         steps = [solution["steps"] for solution in row["solutions"]]
         return self.model.pack(row["question"], steps, row["documents"], training=self.config.reference_prompt)
 
-    def _num_samples(self, unit: int) -> int:
-        """The solutions of a question that are trained on, merged ones counted each; 0 of a held-out question."""
-        # A question of size 0 is in no batch (`schedule.epoch_batches`).
-        if self.names[unit] in self.validation_ids:
-            return 0
-        num_samples = 0
-        for group in self.packed[unit].groups:
-            for branch in group.branches:
-                num_samples += self.solutions[unit][branch.solution]["weight"]
-        return num_samples
+    def _units(self, names: Sequence[str]) -> Units:
+        """What each solution costs, and how many equal ones it stands for: none where its question is held out."""
+        count_flops = TrainingFlops(self.model.text_model)
+        samples: list[list[int]] = []
+        tokens: list[list[int]] = []
+        flops: list[list[float]] = []
+        for name, group, solutions in zip(names, self.groups, self.solutions, strict=True):
+            prefix = len(group.prefix_ids)
+            lengths = [len(branch.ids) for branch in group.branches]
+            is_held_out = name in self.validation_ids
+            samples.append([0 if is_held_out else solutions[branch.solution]["weight"] for branch in group.branches])
+            tokens.append(lengths)
+            flops.append([count_flops.branch(prefix, length) for length in lengths])
+        prefixes = [len(group.prefix_ids) for group in self.groups]
+        return Units.of(names, samples, tokens, flops, prefixes, list(map(count_flops.prefix, prefixes)))
 
-    def loss(self, units: Sequence[int], epoch: int) -> "torch.Tensor":  # noqa: ARG002
+    def loss(self, parts: Sequence[Part], epoch: int) -> "torch.Tensor":
         """Sum over solutions of the mean two-class loss of their labelled steps."""
         import torch
 
         groups: list[PackedQuestion] = []
         targets: list[torch.Tensor] = []
         weights: list[torch.Tensor] = []
-        for unit in units:
-            for group in self.packed[unit].groups:
-                targets_T, weights_T = step_targets(group, self.solutions[unit])
-                groups.append(group)
-                targets.append(targets_T)
-                weights.append(weights_T)
+        segments: list[Segment] = []
+        for part in parts:
+            group = self._group_of(part)
+            targets_T, weights_T = step_targets(group, self.solutions[part.unit])
+            groups.append(group)
+            targets.append(targets_T)
+            weights.append(weights_T)
+            segments += self._segments(part.unit, group, epoch)
+        if self.adapter:
+            self.adapter.segments = segments
         log_odds_T = self.model(*groups)  # all groups as one packed row
         return weighted_loss(log_odds_T, torch.cat(targets).to(self.device), torch.cat(weights).to(self.device))
 
-    def validate(self) -> dict[str, float]:
-        """Step AUROC on the held-out questions, soft targets counted as right from one half on."""
+    def _group_of(self, part: Part) -> "PackedQuestion":
+        group = self.groups[part.unit]
+        return replace(group, branches=[group.branches[place] for place in part.solutions])
+
+    def _segments(self, unit: int, group: "PackedQuestion", epoch: int) -> list[Segment]:
+        """A question's part of a row, in the row's order."""
+        name = f"{self.config.seed}/{epoch}/{self.units.names[unit]}/{group.num_documents}"
+        segments = [Segment(len(group.prefix_ids), name)]
+        segments += [Segment(len(branch.ids), f"{name}/{branch.solution}") for branch in group.branches]
+        return segments
+
+    def measure(self, unit: int) -> tuple[list[float], list[bool]]:
+        """The scores of a held-out question's labelled steps, and which are right: soft targets from one half on."""
+        group = self.groups[unit]
+        targets_T, weights_T = step_targets(group, self.solutions[unit])
+        labelled_T = weights_T > 0
+        scores: list[float] = self.model(group).cpu()[labelled_T].tolist()
+        return scores, (targets_T[labelled_T] >= 0.5).tolist()
+
+    def figures(self, measured: Sequence[tuple[list[float], list[bool]]]) -> dict[str, float]:
+        """Step AUROC on the held-out questions."""
         scores: list[float] = []
         is_right: list[bool] = []
-        for unit, name in enumerate(self.names):
-            if name not in self.validation_ids:
-                continue
-            for group in self.packed[unit].groups:
-                targets_T, weights_T = step_targets(group, self.solutions[unit])
-                labelled_T = weights_T > 0
-                scores += self.model(group).cpu()[labelled_T].tolist()
-                is_right += (targets_T[labelled_T] >= 0.5).tolist()
+        for scores_of_unit, right_of_unit in measured:
+            scores += scores_of_unit
+            is_right += right_of_unit
         return validation_figures(scores, is_right) | {"not_packed": float(self.num_not_packed)}
-
-    def flops(self, units: Sequence[int]) -> float:
-        """FLOPs of the text tower's blocks on these questions."""
-        from medmm_ray.reward_model.attention import Block
-
-        blocks: list[Block] = []
-        for unit in units:
-            for group in self.packed[unit].groups:
-                lengths = tuple(len(branch.ids) for branch in group.branches)
-                blocks.append(Block(len(group.prefix_ids), lengths))
-        return self.count_flops(blocks)
 
     def save(self, folder: Path, figures: Mapping[str, float]) -> None:
         """Write the reward model's folder, an adapter merged in and beside it."""

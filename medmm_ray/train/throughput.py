@@ -5,15 +5,12 @@ Model FLOPs utilisation (MFU, PaLM, arXiv 2204.02311) counts what the model need
 
 import re
 import resource
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from medmm_ray.estimate import GPUS
 
 if TYPE_CHECKING:
     import torch
-
-    from medmm_ray.reward_model.attention import Block
 
 GIB = 1 << 30
 
@@ -32,20 +29,13 @@ class TrainingFlops:
             self.per_token += (6 if parameter.requires_grad else 4) * parameter.numel()
         self.per_pair = 12 * len(layers) * model.config.num_attention_heads * layers[0].self_attn.head_dim
 
-    def __call__(self, blocks: "Iterable[Block]") -> float:
-        """FLOPs of training on these packed questions once."""
-        flops = 0.0
-        for block in blocks:
-            flops += self.per_token * block.length + self.per_pair * attended_pairs(block)
-        return flops
+    def prefix(self, length: int) -> float:
+        """FLOPs of a prefix, read causally."""
+        return self.per_token * length + self.per_pair * _causal_pairs(length)
 
-
-def attended_pairs(block: "Block") -> float:
-    """Pairs of tokens that attend: the prefix causally, branches to the prefix and, causally, to themselves."""
-    pairs = _causal_pairs(block.prefix)
-    for length in block.branches:
-        pairs += block.prefix * length + _causal_pairs(length)
-    return pairs
+    def branch(self, prefix: int, length: int) -> float:
+        """FLOPs of a branch, which attends to its prefix and, causally, to itself."""
+        return self.per_token * length + self.per_pair * (prefix * length + _causal_pairs(length))
 
 
 def _causal_pairs(length: int) -> float:

@@ -8,8 +8,8 @@ Legend: T tags, D text width, B images, W image width, P patches.
 """
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from statistics import mean
@@ -23,14 +23,15 @@ from medmm_ray.data.tables import Table
 from medmm_ray.engines.checkpoints import resolve
 from medmm_ray.stats.decoders import aggregate, expected_best, expected_oracle
 from medmm_ray.stats.targets import AfterFirstError, LabelPolicy, checked_consensus_counts
-from medmm_ray.train.config import TrainConfig
+from medmm_ray.train.config import QuestionTrainConfig
 from medmm_ray.train.image_text import augment
 from medmm_ray.train.launch import fit, read_input
-from medmm_ray.train.schedule import validation_ids
+from medmm_ray.train.schedule import Part, Units, validation_ids
 from medmm_ray.train.stage import Stage
 from medmm_ray.train.text_prm import validation_figures, weighted_loss
 from medmm_ray.train.text_prm_data import group_labels
 from medmm_ray.train.two_tower_data import (
+    TwoTowerExample,
     class_weights,
     concatenated,
     labels_of_states,
@@ -45,13 +46,13 @@ if TYPE_CHECKING:
     from medmm_ray.engines.image_tower import ImageTower
     from medmm_ray.reward_model import Fusion, ImageFeatures
 
-VERSION = 2  # of what a step makes: raise it when the same config makes something else
+VERSION = 3  # of what a step makes: raise it when the same config makes something else
 
 
 _STATES_INPUT = "states"  # inputs whose names begin so are tables of states
 
 
-class TwoTowerConfig(TrainConfig):
+class TwoTowerConfig(QuestionTrainConfig):
     """Training of fusion and image tower."""
 
     label_policy: LabelPolicy = "hybrid"
@@ -92,15 +93,17 @@ class TwoTowerConfig(TrainConfig):
     solutions together stay as they are. none: a step weighs the same, right or wrong."""
     epochs: int = Field(5, ge=1)
     """Times that every solution is seen."""
-    batch_size: int = Field(64, ge=1)
-    """Solutions of one update, over all workers; a question's solutions stay together."""
+    questions_per_update: int = Field(4, ge=1)
+    """Of one question an update takes at most batch_size / this many solutions, the rest of them later in the epoch. So
+    its gradient is not one question's. Where the image tower is trained, each of a question's parts runs it anew: take
+    as many questions as there are workers, or more."""
     validation_fraction: float = Field(0.1, ge=0, lt=1)
     """Share of the training questions held out, to measure each epoch and to keep the best one."""
     select_by: Literal["step_auroc", "best_of_n"] = "step_auroc"
     """Which figure on the held-out questions picks the epoch that is kept: how well right steps are told from wrong
     ones, or the share of questions whose best solution (by its worst step) answers rightly."""
     micro_batch_tokens: int = execution(65536)
-    """Steps (tags) of one forward pass of a worker; one question at least."""
+    """Most steps (tags) of one forward pass of a worker; one solution at least."""
 
 
 def train_two_tower(
@@ -158,8 +161,6 @@ class TwoTowerStage(Stage):
     A `view` of a picture is one of its augmentations; view 0 is the picture as it is.
     """
 
-    padded = False
-
     def __init__(self, config: TwoTowerConfig, inputs: dict[str, str], device: str) -> None:
         self.config = config
         self.device = device
@@ -171,7 +172,11 @@ class TwoTowerStage(Stage):
         # Several tables: states of sampled solutions and of those that search trees found.
         self.examples, dtype = load_examples(states_uris, self.rows)
         self._load_model(inputs, dtype)
-        self._split_examples()
+        self.validation_ids = validation_ids(self.names, config.validation_fraction, config.seed)
+        self.held_out = [unit for unit, name in enumerate(self.names) if name in self.validation_ids]
+        self.units = self._units()
+        self.positive_rate = positive_rate([self.examples[unit] for unit in self._training_units()])
+        self.class_weights = _class_weights(config, self.positive_rate)
         self._load_images()
         self._initialize_fusion()
 
@@ -202,18 +207,24 @@ class TwoTowerStage(Stage):
         with torch.no_grad():  # linear, so its values on the unit vectors are all of it
             self.head_D = self.model.head_log_odds(torch.eye(self.model.hidden_size)).to(self.device)
 
-    def _split_examples(self) -> None:
-        """Hold some questions out for validation, and weigh the classes of the others."""
-        self.validation_ids = validation_ids(self.names, self.config.validation_fraction, self.config.seed)
-        self.costs = [len(example.targets_T) for example in self.examples]
-        self.sizes: list[int] = []
-        for name, example in zip(self.names, self.examples, strict=True):
-            self.sizes.append(0 if name in self.validation_ids else len(example.tags_per_solution))
-        self.positive_rate = positive_rate([self.examples[unit] for unit in self._training_units()])
-        self.class_weights = _class_weights(self.config, self.positive_rate)
+    def _units(self) -> Units:
+        """What each solution costs: the fusion of its tags; and what all of a question share: its pictures' tokens."""
+        count_flops = FusionFlops(
+            self.fusion, _num_weights([self.tower]), _num_patches(self.tower), self.config.freeze_image_tower
+        )
+        samples: list[list[int]] = []
+        tokens: list[list[int]] = []
+        flops: list[list[float]] = []
+        pictures: list[float] = []
+        for name, row, example in zip(self.names, self.rows, self.examples, strict=True):
+            samples.append([int(name not in self.validation_ids)] * len(example.tags_per_solution))
+            tokens.append(example.tags_per_solution)
+            flops.append([count_flops.per_tag * num_tags for num_tags in example.tags_per_solution])
+            pictures.append(count_flops.per_picture * (len(row["image_uris"]) + len(row["reference_uris"])))
+        return Units.of(self.names, samples, tokens, flops, [0] * len(self.names), pictures)
 
     def _training_units(self) -> list[int]:
-        return [unit for unit, size in enumerate(self.sizes) if size]
+        return [unit for unit, name in enumerate(self.names) if name not in self.validation_ids]
 
     def _initialize_fusion(self, max_tags: int = 20_000) -> None:
         """Fit the fusion's first weights to the training data: to about `max_tags` tags, and to all pictures."""
@@ -222,7 +233,7 @@ class TwoTowerStage(Stage):
         from medmm_ray.train.fusion_init import initialize_fusion
 
         units = self._training_units()
-        num_tags = sum(self.costs[unit] for unit in units)
+        num_tags = self.units.num_tokens(map(self.units.whole, units))
         num_units = min(len(units), max(1, max_tags * len(units) // max(1, num_tags)))
         sample = random.Random(self.config.seed).sample(units, num_units)
         if not sample:
@@ -321,11 +332,12 @@ class TwoTowerStage(Stage):
 
     # Loss
 
-    def _log_odds(self, units: Sequence[int], image_units: Sequence[int], view: int) -> "torch.Tensor":
+    def _log_odds(
+        self, examples: Sequence[TwoTowerExample], units: Sequence[int], image_units: Sequence[int], view: int
+    ) -> "torch.Tensor":
         """Log-odds of all tags of these questions [T]: the text's, which is stored, and the image's."""
         import torch
 
-        examples = [self.examples[unit] for unit in units]
         num_tags = torch.tensor([len(example.targets_T) for example in examples])
         question_T = torch.repeat_interleave(torch.arange(len(units)), num_tags).to(self.device)
         states_TD, summaries_TD, log_odds_T = concatenated(examples)
@@ -333,15 +345,16 @@ class TwoTowerStage(Stage):
         delta_TD = self.fusion(states_TD.to(self.device), summaries_TD.to(self.device), features, question_T)
         return log_odds_T.to(self.device).add(delta_TD.float() @ self.head_D)
 
-    def loss(self, units: Sequence[int], epoch: int) -> "torch.Tensor":
+    def loss(self, parts: Sequence[Part], epoch: int) -> "torch.Tensor":
         """Sum over solutions of the mean two-class loss of their labelled steps, each times its class's weight."""
         import torch
 
+        examples = [self.examples[part.unit].take(part.solutions) for part in parts]
+        units = [part.unit for part in parts]
         image_units: list[int] = []
         targets: list[torch.Tensor] = []
         weights: list[torch.Tensor] = []
-        for unit in units:
-            example = self.examples[unit]
+        for unit, example in zip(units, examples, strict=True):
             swapped = self._swapped_question(unit, epoch)
             if swapped is None:
                 image_units.append(unit)
@@ -352,7 +365,7 @@ class TwoTowerStage(Stage):
                 image_units.append(swapped)
                 targets.append(torch.zeros_like(example.targets_T))
                 weights.append(example.weights_T * (example.targets_T >= 0.5))
-        log_odds_T = self._log_odds(units, image_units, view=epoch)
+        log_odds_T = self._log_odds(examples, units, image_units, view=epoch)
         positive_weight, negative_weight = self.class_weights
         targets_T = torch.cat(targets)
         weights_T = torch.cat(weights) * (positive_weight * targets_T + negative_weight * (1 - targets_T))
@@ -369,26 +382,32 @@ class TwoTowerStage(Stage):
 
     # Validation
 
-    def validate(self) -> dict[str, float]:
-        """On the held-out questions: step AUROC, with the images and by the text alone, and best-of-N."""
+    def measure(self, unit: int) -> "_Measured":
+        """A held-out question's steps and solutions as the model scores them, with its image and by the text alone."""
         import torch
 
+        example = self.examples[unit]
+        labelled_T = example.weights_T > 0
+        log_odds_T = self._log_odds([example], [unit], [unit], view=0).cpu()
+        by_solution = torch.split(log_odds_T, example.tags_per_solution)
+        return _Measured(
+            scores=log_odds_T[labelled_T].tolist(),
+            text_scores=example.log_odds_T[labelled_T].tolist(),
+            is_right=(example.targets_T[labelled_T] >= 0.5).tolist(),
+            rewards=[aggregate(solution_T.tolist()) for solution_T in by_solution],
+            correct=example.correct,
+        )
+
+    def figures(self, measured: Sequence["_Measured"]) -> dict[str, float]:
+        """On the held-out questions: step AUROC, with the images and by the text alone, and best-of-N."""
         scores: list[float] = []
         text_scores: list[float] = []
         is_right: list[bool] = []
-        reranked: list[tuple[list[float], list[bool]]] = []
-        for unit, name in enumerate(self.names):
-            if name not in self.validation_ids:
-                continue
-            example = self.examples[unit]
-            labelled_T = example.weights_T > 0
-            log_odds_T = self._log_odds([unit], [unit], view=0).cpu()
-            scores += log_odds_T[labelled_T].tolist()
-            text_scores += example.log_odds_T[labelled_T].tolist()
-            is_right += (example.targets_T[labelled_T] >= 0.5).tolist()
-            by_solution = torch.split(log_odds_T, example.tags_per_solution)
-            rewards = [aggregate(solution_T.tolist()) for solution_T in by_solution]
-            reranked.append((rewards, example.correct))
+        for question in measured:
+            scores += question.scores
+            text_scores += question.text_scores
+            is_right += question.is_right
+        reranked = [(question.rewards, question.correct) for question in measured]
         figures = validation_figures(scores, is_right) | rerank_figures(reranked)
         figures["right_steps"] = self.positive_rate
         # The baseline: what the images are worth is the difference.
@@ -402,6 +421,48 @@ class TwoTowerStage(Stage):
     def save(self, folder: Path, figures: Mapping[str, float]) -> None:
         """Write the whole reward model's folder."""
         self.model.save_pretrained(folder, figures)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A held-out question: of its labelled steps the scores and whether they are right; of its solutions the rewards
+    and whether their answers are right."""
+
+    scores: list[float]
+    text_scores: list[float]
+    is_right: list[bool]
+    rewards: list[float]
+    correct: list[bool]
+
+
+class FusionFlops:
+    """FLOPs of training the image part, of a tag and of a picture: six a weight that is trained, for each token that it
+    meets; two where a frozen tower runs, which is once, and so not counted."""
+
+    def __init__(self, fusion: "Fusion", tower_weights: int, num_patches: int, is_frozen: bool) -> None:
+        of_tag = (fusion.query, fusion.attend_query, fusion.attend_out, fusion.mlp, fusion.output)
+        of_token = (fusion.projector, fusion.attend_key, fusion.attend_value)
+        num_tokens = {"pooled": 1, "patches": num_patches, "both": num_patches + 1}[fusion.config.tokens]
+        self.per_tag = 6.0 * _num_weights(of_tag)
+        self.per_picture = 6.0 * num_tokens * _num_weights(of_token)
+        if not is_frozen:
+            self.per_picture += 6.0 * (num_patches + 1) * tower_weights
+
+
+def _num_patches(tower: "ImageTower") -> int:
+    """Patch tokens of a picture: towers do not tell, so one looks at a blank one."""
+    import torch
+
+    side = tower.image_size
+    with torch.no_grad():
+        return tower(torch.zeros(1, 3, side, side)).patches_BPD.shape[1]
+
+
+def _num_weights(modules: "Iterable[torch.nn.Module]") -> int:
+    total = 0
+    for module in modules:
+        total += sum(parameter.numel() for parameter in module.parameters())
+    return total
 
 
 def _places_of(groups: Sequence[Sequence[str]], places: Mapping[str, int]) -> list[list[int]]:

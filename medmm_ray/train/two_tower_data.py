@@ -7,6 +7,7 @@ Legend: T tags, D text width.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -174,6 +175,24 @@ class TwoTowerExample:
     weights_T: "torch.Tensor"
     tags_per_solution: list[int]
     correct: list[bool]
+
+    def take(self, solutions: Sequence[int]) -> "TwoTowerExample":
+        """The constants of some of the solutions, by their places."""
+        import torch
+
+        if len(solutions) == len(self.tags_per_solution):
+            return self
+        starts = [0, *accumulate(self.tags_per_solution)]
+        tags_T = torch.cat([torch.arange(starts[place], starts[place + 1]) for place in solutions])
+        return TwoTowerExample(
+            states_TD=self.states_TD[tags_T],
+            summaries_TD=self.summaries_TD[tags_T],
+            log_odds_T=self.log_odds_T[tags_T],
+            targets_T=self.targets_T[tags_T],
+            weights_T=self.weights_T[tags_T],
+            tags_per_solution=[self.tags_per_solution[place] for place in solutions],
+            correct=[self.correct[place] for place in solutions],
+        )
 
 
 def load_examples(uris: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> tuple[list[TwoTowerExample], str]:

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from jobs import bench
-from jobs.benches import Measured, models, monte_carlo
+from jobs.benches import Measured, models, monte_carlo, scale
 from jobs.benches.models import ForwardFlops, Shape, bench_question, reference_ids, reward_model
 from medmm_ray.data.sources.phantom import truth
 from medmm_ray.data.sources.phantom.questions import PhantomQuestion, make_questions
@@ -160,6 +161,19 @@ def test_first_errors_and_steps_are_counted() -> None:
     assert monte_carlo.counts([None, 0.0, 0.0], 1) == [0, 1, 0, 1, 2, 2]
     assert monte_carlo.counts([1.0, 1.0, 1.0], None) == [1, 1, 3, 3, 0, 0]
     assert monte_carlo.shares(np.array([3.0, 4, 1, 2, 3, 4])).tolist() == [75.0, 62.5]
+
+
+def test_training_scales_as_it_is_said_to() -> None:
+    rows = list(scale.measure(scale.BenchConfig(updates=3, questions=128), Console()))
+    speed_ups = {row.name: row for row in rows if row.name.startswith("speed-up")}
+    assert len(speed_ups) == 4 * 2 * 4  # stages, shapes, numbers of workers
+    assert [row.name for row in speed_ups.values() if row.met is False] == []
+    assert all(row.ours <= row.baseline * (1 + 1e-9) for row in speed_ups.values())
+    # Pictures are all alike: 128 of them are 2 for each of 64 workers.
+    assert speed_ups["speed-up of training, image_text, defaults (batch 128), 64 workers"].ours == pytest.approx(64)
+    # A prefix for 4 solutions instead of 64: to meet 64 questions an update is paid for.
+    (cost,) = [row.ratio for row in rows if row.name.endswith("whole ones, text_prm, flagship")]
+    assert 2.4 < cost < 3.2  # in tokens 64 x (3,200 + 4 x 350) against 4 x (3,200 + 64 x 350): 2.87
 
 
 def test_targets_are_met_or_not() -> None:

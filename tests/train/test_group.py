@@ -3,7 +3,8 @@
 The two processes start once and write what they find into files, which the tests then read.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ import pytest
 
 from medmm_ray.train.config import TrainConfig
 from medmm_ray.train.engine import MOMENTS
+from medmm_ray.train.image_text import ImageTextConfig, ImageTextStage
 from medmm_ray.train.loop import Trainer, run
 from medmm_ray.train.lora import LoraConfig
 from medmm_ray.train.policy import PolicyConfig, PolicyStage
+from medmm_ray.train.schedule import Part, Units
 from medmm_ray.train.stage import Stage, TrainingError
 from medmm_ray.train.text_prm import TextPrmConfig, TextPrmStage
-from tests.train.conftest import SHAPE, Keeper, KilledError, curve, history, labelled, written
+from medmm_ray.train.two_tower import TwoTowerConfig, TwoTowerStage
+from tests.train.conftest import CLIP, SHAPE, Keeper, KilledError, curve, history, image_text_stage, labelled, written
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("lone_group")]
 
@@ -63,11 +67,49 @@ class Inputs:
     prm: dict[str, str]
     policy: dict[str, str]
     folder: Path
+    stages: dict[str, dict[str, str]]
 
 
 POLICY = PolicyConfig(
     shape=SHAPE, epochs=2, batch_size=8, micro_batch_tokens=400, checkpoint_every=2, threads=1, trackers=()
 )
+
+
+SMALL: dict[str, Any] = {"epochs": 2, "batch_size": 8, "threads": 1, "trackers": (), "learning_rate": RATE}
+PICTURES: dict[str, Any] = {**SMALL, "label_policy": "judge", "validation_fraction": 0.3, "questions_per_update": 4}
+# Every stage as it is trained by one worker and by two: factory, config, units that an update has of a worker's share.
+STAGES: dict[str, tuple[Callable[..., Stage], TrainConfig]] = {
+    "policy": (PolicyStage, PolicyConfig(shape=SHAPE, questions_per_update=4, **SMALL)),
+    "text_prm": (TextPrmStage, TextPrmConfig(max_length=400, reserve=200, validation_fraction=0.0, **SMALL)),
+    "two_tower": (TwoTowerStage, TwoTowerConfig(**PICTURES)),
+    "two_tower_trained": (TwoTowerStage, TwoTowerConfig(freeze_image_tower=False, tokens="both", **PICTURES)),
+    "image_text": (ImageTextStage, ImageTextConfig(shape=CLIP, contrast_size=6, **{**SMALL, "batch_size": 6})),
+}
+
+
+def counted(make_stage: Callable[..., Stage], file: Path) -> Callable[..., Stage]:
+    """The stage, which writes of each of its passes whether it counts, its FLOPs and its samples."""
+
+    def make(config: TrainConfig, inputs: dict[str, str], device: str) -> Stage:
+        stage, passes = make_stage(config, inputs, device), []
+        loss = stage.loss
+
+        def count(parts: Sequence[Part], epoch: int) -> Any:
+            passes.append([not stage.idle, stage.units.num_flops(parts), stage.units.num_samples(parts)])
+            file.write_text(json.dumps(passes))
+            return loss(parts, epoch)
+
+        stage.loss = count  # type: ignore[method-assign]
+        return stage
+
+    return make
+
+
+def train_every_stage(inputs: Inputs, rank: int, size: int) -> None:
+    for name, (make_stage, config) in STAGES.items():
+        file = inputs.folder / f"{name}-passes-{rank}-of-{size}.json"
+        worker = Keeper(inputs.folder / f"{name}-by-{size}", rank=rank, size=size).worker()
+        run(counted(make_stage, file), config, inputs.stages[name], worker)
 
 
 def member(rank: int, inputs: Inputs) -> None:
@@ -81,6 +123,7 @@ def member(rank: int, inputs: Inputs) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     for name, settings in VARIANTS.items():
         one_update(prm_config(**settings), inputs.prm, inputs.folder / f"{name}.safetensors", rank, 2)
+    train_every_stage(inputs, rank, 2)
     dropped = prm_config(lora=DROPPED, batch_size=3, epochs=2)
     run(TextPrmStage, dropped, inputs.prm, Keeper(inputs.folder / "dropped2", rank=rank, size=2).worker())
     # A training of one worker goes on with two, and one of two starts that will go on with one.
@@ -116,7 +159,7 @@ def one_update(config: TextPrmConfig, inputs: dict[str, str], file: Path, rank: 
         found = {f"before:{name}": p.detach().float().clone() for name, p in engine.trainable.items()}
     stage.module.train()
     engine.set_learning_rate(1.0)
-    loss, norm = trainer._optimizer_step(trainer.batches[0][0], 0)
+    loss, norm = trainer._optimizer_step(trainer._deal(trainer.updates(0)[0]), 0)
     for name in engine.trainable:
         found[f"after:{name}"] = engine.master_weight(name).detach().float().clone()
         found[f"gradient:{name}"] = engine.master_weight(name, MOMENTS[0]).detach().float() / (1 - 0.9)
@@ -127,23 +170,20 @@ def one_update(config: TextPrmConfig, inputs: dict[str, str], file: Path, rank: 
 class Opinions(Stage):
     """Four samples; each worker has its own opinion of each epoch: on rank 1 they get better and better."""
 
-    padded = False
-
     def __init__(self, config: TrainConfig, inputs: dict[str, str], device: str) -> None:
         import torch
 
         self.rank, self.seen = torch.distributed.get_rank(), 0
         self.module = torch.nn.Linear(1, 1)
-        self.names = ["s0", "s1", "s2", "s3"]
-        self.sizes = self.costs = [1] * 4
+        self.units = Units.singles(["s0", "s1", "s2", "s3"])
         self.micro_batch_budget = 1
 
-    def loss(self, units: Sequence[int], epoch: int) -> Any:
+    def loss(self, parts: Sequence[Part], epoch: int) -> Any:
         import torch
 
         return self.module(torch.ones(1, 1)).sum()
 
-    def validate(self) -> dict[str, float]:
+    def figures(self, measured: Sequence[Any]) -> dict[str, float]:
         self.seen += 1
         return {"selection": float(self.rank * self.seen)}
 
@@ -154,14 +194,28 @@ class Opinions(Stage):
 class Divergent(Opinions):
     """On rank 1 its loss is no number."""
 
-    def loss(self, units: Sequence[int], epoch: int) -> Any:
-        return super().loss(units, epoch) * (float("nan") if self.rank else 1.0)
+    def loss(self, parts: Sequence[Part], epoch: int) -> Any:
+        return super().loss(parts, epoch) * (float("nan") if self.rank else 1.0)
 
 
 @pytest.fixture(scope="module")
-def inputs(policy: Path, policy_inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+def inputs(
+    policy: Path,
+    policy_inputs: dict[str, str],
+    two_tower_inputs: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Inputs:
     folder = tmp_path_factory.mktemp("two")
-    return Inputs({**written(folder, questions=uneven()), "base": str(policy)}, policy_inputs, folder)
+    image_text_stage(folder)
+    prm = {**written(folder, questions=uneven()), "base": str(policy)}
+    stages = {
+        "policy": policy_inputs,
+        "text_prm": {**written(folder / "even", questions=labelled()), "base": str(policy)},
+        "two_tower": two_tower_inputs,
+        "two_tower_trained": two_tower_inputs,
+        "image_text": {"captions": str(folder / "captions.parquet")},
+    }
+    return Inputs(prm, policy_inputs, folder, stages)
 
 
 @pytest.fixture(scope="module")
@@ -267,3 +321,28 @@ def test_a_loss_that_is_no_number_stops_all_workers_with_its_ids(two: Path) -> N
 def test_all_workers_stop_early_together(two: Path) -> None:
     told = history(two / "opinions")
     assert (len(told["epochs"]), told["best_epoch"], told["stopped_early"]) == (3, 0, True)
+
+
+@pytest.fixture(scope="module")
+def one(inputs: Inputs, lone_group: None) -> Path:
+    """What one worker leaves of every stage."""
+    train_every_stage(inputs, 0, 1)
+    return inputs.folder
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_two_workers_share_the_work_of_every_stage_and_train_as_one(one: Path, two: Path, name: str) -> None:
+    by_one, by_two = curve(one / f"{name}-by-1"), curve(two / f"{name}-by-2")
+    assert len(by_one) > 1
+    assert by_two == pytest.approx(by_one, abs=1e-6)
+    epochs = [history(folder)["epochs"] for folder in (one / f"{name}-by-1", two / f"{name}-by-2")]
+    for alone, together in zip(*epochs, strict=True):
+        for figure in ("validation_auroc", "validation_best_of_n", "right_steps", "too_long"):
+            assert together.get(figure) == pytest.approx(alone.get(figure), abs=1e-6)
+    passes = [json.loads((two / f"{name}-passes-{rank}-of-2.json").read_text()) for rank in (0, 1)]
+    # No pass is a copy of weight 0, and what each worker has done is half of it all.
+    assert all(counts for of_rank in passes for counts, _, _ in of_rank)
+    done = [sum(flops for _, flops, _ in of_rank) for of_rank in passes]
+    assert min(done) >= 0.9 * max(done)
+    alone = json.loads((one / f"{name}-passes-0-of-1.json").read_text())
+    assert sum(samples for of_rank in passes for _, _, samples in of_rank) == sum(samples for _, _, samples in alone)

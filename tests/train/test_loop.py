@@ -14,6 +14,7 @@ from medmm_ray.train.loop import run
 from medmm_ray.train.lora import LoraConfig
 from medmm_ray.train.policy import PolicyConfig, PolicyStage
 from medmm_ray.train.progress import progress_text
+from medmm_ray.train.schedule import Part, Units
 from medmm_ray.train.stage import Stage, TrainingError
 from medmm_ray.train.text_prm import TextPrmConfig, TextPrmStage
 from medmm_ray.train.two_tower import TwoTowerConfig, TwoTowerStage
@@ -155,20 +156,17 @@ def test_two_tower_learns_what_the_text_cannot_know(
 class Divergent(Stage):
     """Its loss is no number on the sample "bad"."""
 
-    padded = False
-
     def __init__(self, config: TrainConfig, inputs: dict[str, str], device: str) -> None:
         import torch
 
         self.module = torch.nn.Linear(1, 1)
-        self.names = [f"good{i}" for i in range(3)] + ["bad"] if inputs else []
-        self.sizes = self.costs = [1] * len(self.names)
+        self.units = Units.singles([f"good{i}" for i in range(3)] + ["bad"] if inputs else [])
         self.micro_batch_budget = 1
 
-    def loss(self, units: Sequence[int], epoch: int) -> Any:
+    def loss(self, parts: Sequence[Part], epoch: int) -> Any:
         import torch
 
-        value = float("nan") if self.names[units[0]] == "bad" else 1.0
+        value = float("nan") if self.units.names[parts[0].unit] == "bad" else 1.0
         return self.module(torch.tensor([[value]])).sum()
 
     def save(self, folder: Path, figures: Mapping[str, float]) -> None:
@@ -183,7 +181,7 @@ def test_a_loss_that_is_no_number_stops_with_the_batchs_ids(tmp_path: Path) -> N
 class Steep(Divergent):
     """Its loss is 0 and its gradient no number: that of a square root at 0."""
 
-    def loss(self, units: Sequence[int], epoch: int) -> Any:
+    def loss(self, parts: Sequence[Part], epoch: int) -> Any:
         import torch
 
         dtype = next(self.module.parameters()).dtype
@@ -206,12 +204,12 @@ def test_a_gradient_that_is_no_number_stops_before_a_checkpoint_is_kept(
 class Unvalidated(Divergent):
     """Its loss is 1, its validation figure no number."""
 
-    def loss(self, units: Sequence[int], epoch: int) -> Any:
+    def loss(self, parts: Sequence[Part], epoch: int) -> Any:
         import torch
 
         return self.module(torch.ones(1, 1)).sum()
 
-    def validate(self) -> dict[str, float]:
+    def figures(self, measured: Sequence[Any]) -> dict[str, float]:
         return {"selection": float("nan"), "validation_steps": 3.0}
 
 
@@ -223,7 +221,7 @@ def test_a_validation_figure_that_is_no_number_stops(tmp_path: Path) -> None:
 class Exhausted(Divergent):
     """It asks for more memory than any machine has."""
 
-    def loss(self, units: Sequence[int], epoch: int) -> Any:
+    def loss(self, parts: Sequence[Part], epoch: int) -> Any:
         import torch
 
         return torch.zeros(1 << 48).sum()
@@ -243,13 +241,13 @@ def test_memory_that_runs_out_says_what_to_turn(tmp_path: Path) -> None:
 class Graded(Divergent):
     """Its validation figures are given: the third epoch is the best."""
 
-    def loss(self, units: Sequence[int], epoch: int) -> Any:
+    def loss(self, parts: Sequence[Part], epoch: int) -> Any:
         import torch
 
         self.epoch = epoch
         return self.module(torch.ones(1, 1)).sum()
 
-    def validate(self) -> dict[str, float]:
+    def figures(self, measured: Sequence[Any]) -> dict[str, float]:
         return {"selection": [0.1, 0.2, 0.6, 0.5, 0.4, 0.3, 0.9][self.epoch]}
 
     def save(self, folder: Path, figures: Mapping[str, float]) -> None:
@@ -274,10 +272,10 @@ def test_a_notice_of_preemption_makes_one_checkpoint_more(tmp_path: Path, monkey
     monkeypatch.setattr(loop, "PREEMPTION_CHECK_SECONDS", 0.0)
 
     class Warned(Graded):
-        def loss(self, units: Sequence[int], epoch: int) -> Any:
+        def loss(self, parts: Sequence[Part], epoch: int) -> Any:
             if epoch == 1:
                 keeper.taken = ["node-a"]
-            return super().loss(units, epoch)
+            return super().loss(parts, epoch)
 
     keeper = Keeper(tmp_path / "out")
     run(Warned, TrainConfig(epochs=3, batch_size=1, trackers=()), {"some": ""}, keeper.worker())

@@ -16,6 +16,7 @@ import pytest
 
 from medmm_ray.train.launch import fit, read_input
 from medmm_ray.train.policy import PolicyConfig, PolicyStage
+from medmm_ray.train.schedule import Part
 from medmm_ray.train.stage import TrainingError
 from tests.paths import ROOT
 from tests.train.conftest import SHAPE, curve
@@ -32,17 +33,17 @@ class KilledOnce(PolicyStage):
         super().__init__(config, inputs, device)
         self.mark, self.victim = Path(inputs["mark"]), Path(inputs["victim"])
 
-    def loss(self, units: Sequence[int], epoch: int) -> Any:
+    def loss(self, parts: Sequence[Part], epoch: int) -> Any:
         if epoch == 1 and not self.mark.exists():
             self.mark.touch()
             os.kill(int(self.victim.read_text()) if self.victim.exists() else os.getpid(), signal.SIGKILL)
             time.sleep(60)  # the driver's end takes this worker along
-        return super().loss(units, epoch)
+        return super().loss(parts, epoch)
 
 
 class NeverSound(PolicyStage):
-    def loss(self, units: Sequence[int], epoch: int) -> Any:
-        return super().loss(units, epoch) * float("nan")
+    def loss(self, parts: Sequence[Part], epoch: int) -> Any:
+        return super().loss(parts, epoch) * float("nan")
 
 
 def train_killed(worked: str, texts: str, folder: Path, **settings: Any) -> dict[str, float]:

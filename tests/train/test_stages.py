@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from medmm_ray.train.policy import (
     train_policy,
     worked_questions,
 )
+from medmm_ray.train.schedule import Part
+from medmm_ray.train.stage import Stage
 from medmm_ray.train.text_prm import TextPrmConfig, TextPrmStage, train_text_prm, validation_figures
 from medmm_ray.train.text_prm_data import group_labels, labelled_questions, labelled_solutions, positive_rate
 from medmm_ray.train.two_tower import TwoTowerConfig, TwoTowerStage, rerank_figures, train_two_tower
@@ -35,6 +38,12 @@ from medmm_ray.train.two_tower_data import class_weights, questions_with_images
 from tests.doubles import tiny_vision
 from tests.train import toy
 from tests.train.conftest import SHAPE, image_text_stage, labelled, text_column, written
+
+
+def whole(stage: Stage, units: Sequence[int]) -> list[Part]:
+    """All that is trained on of some units."""
+    return [stage.units.whole(unit) for unit in units]
+
 
 # The loop's own settings
 
@@ -129,7 +138,7 @@ def test_policy_loss_and_gradient_are_those_of_the_solutions_one_by_one(policy_i
     import torch
 
     stage = PolicyStage(PolicyConfig(shape=SHAPE), policy_inputs, "cpu")
-    loss = stage.loss([0, 3], 0)
+    loss = stage.loss(whole(stage, [0, 3]), 0)
     loss.backward()  # type: ignore[no-untyped-call]
     packed = torch.cat([p.grad.flatten() for p in stage.module.parameters() if p.grad is not None])
     stage.module.zero_grad()
@@ -149,10 +158,10 @@ def test_policy_loss_and_gradient_are_those_of_the_solutions_one_by_one(policy_i
 def test_a_solution_too_long_is_left_out_and_counted(policy_inputs: dict[str, str]) -> None:
     stage = PolicyStage(PolicyConfig(shape=SHAPE), policy_inputs, "cpu")
     (length,) = {len(e.prompt) + len(ids) for e in stage.encoded for ids in e.solutions}
-    assert stage.sizes == [2] * 12
+    assert stage.units.samples.tolist() == [1] * 24
     stage = PolicyStage(PolicyConfig(shape=SHAPE, max_length=length - 1), policy_inputs, "cpu")
     assert stage.validate() == {"too_long": 24.0}
-    assert stage.sizes == [0] * 12
+    assert len(stage.units.samples) == 0
 
 
 def test_a_policy_starts_from_a_checkpoint(policy: Path, policy_inputs: dict[str, str]) -> None:
@@ -204,8 +213,8 @@ def test_merged_and_packed_gradients_equal_those_of_solutions_one_by_one(policy:
     import torch
 
     merged = text_prm_stage(tmp_path, policy, labelled(each=4))
-    assert merged.sizes == [4] * 12
-    merged.loss([0, 1], 0).backward()  # type: ignore[no-untyped-call]
+    assert merged.units.samples.tolist() == [2] * 24
+    merged.loss(whole(merged, [0, 1]), 0).backward()  # type: ignore[no-untyped-call]
 
     apart = [
         {**row, "solutions": [{**solution, "weight": 1}]}
@@ -215,7 +224,7 @@ def test_merged_and_packed_gradients_equal_those_of_solutions_one_by_one(policy:
     ]
     single = text_prm_stage(tmp_path / "apart", policy, pa.Table.from_pylist(apart, schema=labelled().schema))
     for unit in range(8):
-        single.loss([unit], 0).backward()  # type: ignore[no-untyped-call]
+        single.loss(whole(single, [unit]), 0).backward()  # type: ignore[no-untyped-call]
 
     def gradient(stage: TextPrmStage) -> torch.Tensor:
         return torch.cat([p.grad.flatten() for p in stage.module.parameters() if p.grad is not None])
@@ -234,7 +243,7 @@ def test_step_loss_is_the_two_class_cross_entropy_of_each_solutions_mean(policy:
 
     rows = labelled(each=2).slice(1, 1)
     stage = text_prm_stage(tmp_path, policy, rows)
-    log_odds = torch.split(stage.model(stage.packed[0].groups[0]), [3, 3])
+    log_odds = torch.split(stage.model(stage.groups[0]), [3, 3])
     aims = [torch.tensor([1.0, 0.0, 0.0]), torch.ones(3)]
     expected = sum(
         torch.nn.functional.cross_entropy(
@@ -242,15 +251,15 @@ def test_step_loss_is_the_two_class_cross_entropy_of_each_solutions_mean(policy:
         ).item()
         for z, t in zip(log_odds, aims, strict=True)
     )
-    assert stage.loss([0], 0).item() == pytest.approx(expected, rel=1e-5)
+    assert stage.loss(whole(stage, [0]), 0).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_held_out_questions_are_measured_and_not_trained_on(policy: Path, tmp_path: Path) -> None:
     config = TextPrmConfig(max_length=400, reserve=200, validation_fraction=0.25, activation_checkpointing=True)
     stage = TextPrmStage(config, {**written(tmp_path, questions=labelled()), "base": str(policy)}, "cpu")
     assert len(stage.validation_ids) == 3
-    sizes = dict(zip(stage.names, stage.sizes, strict=True))
-    assert [sizes[name] for name in stage.validation_ids] == [0, 0, 0]
+    assert [stage.units.num_samples([stage.units.whole(unit)]) for unit in stage.held_out] == [0, 0, 0]
+    assert {stage.units.names[unit] for unit in stage.held_out} == stage.validation_ids
     found = stage.validate()
     # Each held-out question has two distinct solutions of three labelled steps.
     assert found["validation_steps"] == 18.0
@@ -291,17 +300,17 @@ def test_open_clip_reads_the_tower_and_gives_the_same_numbers(tower: Path, tmp_p
     with torch.no_grad():
         expected = stage.module.encode_text(ids, normalize=True)
         assert torch.allclose(model.encode_text(ids, normalize=True), expected, atol=1e-6)
-    image = open_image(stage.names[0])
+    image = open_image(stage.units.names[0])
     assert torch.equal(preprocess(image), stage.pixels[0])
     assert torch.equal(ImageTower.from_pretrained(str(tower)).preprocess(image), stage.pixels[0])
 
 
 def test_contrastive_loss_is_seeded_by_epoch_and_sample(tmp_path: Path) -> None:
     stage = image_text_stage(tmp_path)
-    first = stage.loss([0, 1, 2, 3], 0).item()
-    assert stage.loss([0, 1, 2, 3], 0).item() == first
-    assert stage.loss([0, 1, 2, 3], 1).item() != first
-    assert (stage.micro_batch_budget, stage.costs[0]) == (6, 1)
+    first = stage.loss(whole(stage, [0, 1, 2, 3]), 0).item()
+    assert stage.loss(whole(stage, [0, 1, 2, 3]), 0).item() == first
+    assert stage.loss(whole(stage, [0, 1, 2, 3]), 1).item() != first
+    assert (stage.micro_batch_budget, stage.joint) == (6, True)
 
 
 def test_contrastive_loss_is_the_sum_of_both_directions_cross_entropies(tmp_path: Path) -> None:
@@ -313,7 +322,7 @@ def test_contrastive_loss_is_the_sum_of_both_directions_cross_entropies(tmp_path
     texts_BE = stage.module.encode_text(torch.cat(stage.ids[:3]), normalize=True)
     logits_BB = images_BE @ texts_BE.T / 0.07  # CLIP's first temperature
     expected = sum(torch.nn.functional.cross_entropy(x, torch.arange(3)).item() for x in (logits_BB, logits_BB.T))
-    assert stage.loss([0, 1, 2], 0).item() == pytest.approx(3 * expected / 2, rel=1e-4)
+    assert stage.loss(whole(stage, [0, 1, 2]), 0).item() == pytest.approx(3 * expected / 2, rel=1e-4)
 
 
 def test_augmentation_moves_and_brightens() -> None:
@@ -402,7 +411,7 @@ def test_an_untrained_image_part_changes_nothing(two_tower_inputs: dict[str, str
     import torch
 
     stage = two_tower(two_tower_inputs)
-    log_odds_T = stage._log_odds([0, 3], [0, 3], view=0)
+    log_odds_T = stage._log_odds([stage.examples[0], stage.examples[3]], [0, 3], [0, 3], view=0)
     assert torch.equal(log_odds_T, torch.cat([stage.examples[0].log_odds_T, stage.examples[3].log_odds_T]))
     found = stage.validate()
     assert found["validation_auroc"] == found["validation_auroc_text_only"]
@@ -471,9 +480,10 @@ def test_frozen_and_trained_towers_give_the_same_loss(two_tower_inputs: dict[str
     for stage in stages:
         torch.manual_seed(1)
         torch.nn.init.normal_(stage.fusion.output.weight, std=0.3)
-    frozen, trained = (stage.loss([1, 2, 5], 0) for stage in stages)
+    frozen, trained = (stage.loss(whole(stage, [1, 2, 5]), 0) for stage in stages)
     assert frozen.item() == pytest.approx(trained.item(), rel=1e-4)
-    assert frozen.item() != pytest.approx(two_tower(two_tower_inputs).loss([1, 2, 5], 0).item(), rel=1e-3)
+    untrained = two_tower(two_tower_inputs)
+    assert frozen.item() != pytest.approx(untrained.loss(whole(untrained, [1, 2, 5]), 0).item(), rel=1e-3)
     trained.backward()  # type: ignore[no-untyped-call]
     assert all(p.grad is None for p in stages[0].tower.parameters())
     assert any(p.grad is not None for p in stages[1].tower.parameters())
@@ -491,7 +501,7 @@ def test_swapped_images_are_of_another_diagnosis_and_make_right_steps_wrong(two_
     # The image part says nothing yet: each right step now costs softplus(log-odds), the wrong ones nothing.
     example = stage.examples[1]
     costs_T = torch.nn.functional.softplus(example.log_odds_T) / 3 * example.targets_T
-    assert stage.loss([1], 0).item() == pytest.approx(float(costs_T.sum()), rel=1e-5)
+    assert stage.loss(whole(stage, [1]), 0).item() == pytest.approx(float(costs_T.sum()), rel=1e-5)
     assert two_tower(two_tower_inputs)._swapped_question(1, 0) is None
 
 
@@ -508,7 +518,8 @@ def test_balanced_classes_weigh_the_same_and_all_steps_together_as_before(two_to
     example = balanced.examples[1]
     losses_T = torch.nn.functional.softplus(torch.where(example.targets_T > 0, -example.log_odds_T, example.log_odds_T))
     factors_T = torch.tensor([0.75, 1.5, 1.5, 0.75, 0.75, 0.75])
-    assert balanced.loss([1], 0).item() == pytest.approx(float((losses_T * factors_T).sum() / 3), rel=1e-5)
+    loss = balanced.loss(whole(balanced, [1]), 0)
+    assert loss.item() == pytest.approx(float((losses_T * factors_T).sum() / 3), rel=1e-5)
     assert float(factors_T.sum() / 3) == len(example.tags_per_solution) == 2
     assert class_weights(0.9) == pytest.approx((0.5 / 0.9, 5.0))
 
@@ -569,7 +580,7 @@ def test_what_two_tower_saves_scores_as_it_trained(two_tower_inputs: dict[str, s
         row["question"], [s["steps"] for s in row["solutions"]], row["documents"],
         image=open_image(stage.rows[0]["image_uris"][0]),
     )  # fmt: skip
-    expected = stage._log_odds([0], [0], view=0).tolist()
+    expected = stage._log_odds([stage.examples[0]], [0], [0], view=0).tolist()
     assert [value for score in scores for value in score.log_odds] == pytest.approx(expected, abs=1e-4)
 
 
@@ -615,5 +626,5 @@ def test_activation_checkpointing_runs_each_block_twice(policy: Path, tmp_path: 
     stage.module.train()
     runs: list[None] = []
     stage.model.text_model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(None))
-    stage.loss([0, 1], 0).backward()  # type: ignore[no-untyped-call]
+    stage.loss(whole(stage, [0, 1]), 0).backward()  # type: ignore[no-untyped-call]
     assert len(runs) == 1 + recomputed

@@ -2,14 +2,7 @@
 
 import pytest
 
-from medmm_ray.reward_model.attention import Block
-from medmm_ray.train.throughput import ThroughputMeter, TrainingFlops, attended_pairs, peak_flops
-
-
-def test_pairs_are_those_that_a_mask_would_show() -> None:
-    # The prefix 1 + 2 + 3; the branches see it, and themselves: 2 x 3 + (1 + 2) and 1 x 3 + 1.
-    assert attended_pairs(Block(3, (2, 1))) == 6 + 9 + 4
-    assert attended_pairs(Block(0, (4,))) == 10
+from medmm_ray.train.throughput import ThroughputMeter, TrainingFlops, peak_flops
 
 
 def test_a_token_costs_six_flops_a_trained_weight_and_four_a_frozen_one() -> None:
@@ -21,7 +14,10 @@ def test_a_token_costs_six_flops_a_trained_weight_and_four_a_frozen_one() -> Non
     block = 4 * 8 * 8 + 3 * 8 * 16 + 2 * 8
     whole = TrainingFlops(model)
     assert (whole.per_token, whole.per_pair) == (6 * 3 * block, 12 * 3 * 8)
-    assert whole([Block(0, (4,)), Block(3, (2, 1))]) == 10 * whole.per_token + 29 * whole.per_pair
+    # Pairs that a mask would show: the prefix 1 + 2 + 3; a branch of 2 tokens sees it from each, and itself 1 + 2.
+    assert whole.prefix(3) == 3 * whole.per_token + 6 * whole.per_pair
+    assert whole.branch(3, 2) == 2 * whole.per_token + 9 * whole.per_pair
+    assert whole.branch(0, 4) == 4 * whole.per_token + 10 * whole.per_pair
     model.model.layers.requires_grad_(False)
     assert TrainingFlops(model).per_token == 4 * 3 * block
 

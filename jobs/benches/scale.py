@@ -20,8 +20,8 @@ from medmm_ray.train.image_text import ImageTextConfig
 from medmm_ray.train.policy import PolicyConfig
 from medmm_ray.train.schedule import Part, Rounds, Units, deal, deal_jointly, epoch_updates, rounds_flops
 from medmm_ray.train.text_prm import TextPrmConfig
-from medmm_ray.train.throughput import TrainingFlops
-from medmm_ray.train.two_tower import FusionFlops, TwoTowerConfig
+from medmm_ray.train.throughput import FusionFlops, TrainingFlops
+from medmm_ray.train.two_tower import TwoTowerConfig
 
 BATCH = {"batch_size": 256, "questions_per_update": 64}
 STAGES: dict[str, TrainConfig] = {

@@ -31,7 +31,7 @@ from medmm_ray.train.progress import HISTORY
 from medmm_ray.train.stage import StageFactory
 from medmm_ray.train.text_prm_data import group_labels
 from medmm_ray.train.two_tower import TwoTowerConfig, TwoTowerStage
-from medmm_ray.train.two_tower_data import questions_with_images
+from medmm_ray.train.two_tower_data import located_states, questions_with_images, states_files
 
 if TYPE_CHECKING:
     from medmm_ray.reward_model import Fusion, ImageFeatures
@@ -150,8 +150,9 @@ def compare(config: BenchConfig, seed: int, study: Study, say: Callable[[str], N
     arms = {TEXT: test.figures(None)}
     for number, arm in enumerate(config.arms):
         settings = _arm_config(config, seed, arm)
+        files = states_files([study.states])
         rows = questions_with_images(
-            study.states.to_arrow(["question_id", "solution_id", "num_steps", "error"]),
+            located_states(files),
             group_labels([study.labels]),
             study.questions,
             study.images,
@@ -161,9 +162,10 @@ def compare(config: BenchConfig, seed: int, study: Study, say: Callable[[str], N
             settings.after_first_error,
             settings.num_references,
         )
-        inputs = {"states": study.states.uri, "text_prm": study.text_prm, "image_tower": study.image_tower}
-        inputs["questions"] = str(study.folder / f"arm-{number}.parquet")
-        pq.write_table(rows, inputs["questions"])
+        inputs = {"text_prm": study.text_prm, "image_tower": study.image_tower}
+        for name, table in (("questions", rows), ("files", files)):
+            inputs[name] = str(study.folder / f"arm-{number}-{name}.parquet")
+            pq.write_table(table, inputs[name])
         factory: StageFactory = PublishedStage if arm == PUBLISHED else TwoTowerStage
         stage = train(factory, settings, inputs, study.folder / f"arm-{number}")
         assert isinstance(stage, TwoTowerStage)

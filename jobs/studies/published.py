@@ -46,8 +46,8 @@ class PublishedStage(TwoTowerStage):
     def __init__(self, config: TwoTowerConfig, inputs: dict[str, str], device: str) -> None:
         super().__init__(config, inputs, device)
         torch.manual_seed(config.seed)
-        self.fusion = PublishedFusion(self.model.hidden_size, self.tower.width)  # type: ignore[assignment]
-        self.module = nn.ModuleDict({"image_tower": self.tower, "fusion": self.fusion})
+        self.fusion = PublishedFusion(self.head.hidden_size, self.tower.width)  # type: ignore[assignment]
+        self.module = nn.ModuleDict({"fusion": self.fusion})
 
     def save(self, folder: Path, figures: Mapping[str, float]) -> None:  # noqa: ARG002
         """Leave a folder for the history alone."""

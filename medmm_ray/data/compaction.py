@@ -10,15 +10,15 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from medmm_ray.data.artifacts import write_file
 from medmm_ray.data.part_log import THREADS
-from medmm_ray.data.parts import PARTS, Part, PartWriter, owners, read_rows
+from medmm_ray.data.parts import PARTS, Part, PartWriter, RecordFile, owners, read_rows
 
 TARGET_BYTES = 256 << 20
 """Size of a table's files, where it has so much."""
@@ -65,10 +65,11 @@ def groups(parts: Iterable[Part], target_bytes: int) -> list[list[Part]]:
 
 @dataclass(frozen=True)
 class Merge:
-    """One file of the table in `folder`, made of parts."""
+    """One file of the table of `record` in `folder`, made of parts."""
 
     fs: pafs.FileSystem
     folder: str
+    record: type
     parts: list[Part]
 
     def run(self) -> str:
@@ -84,15 +85,13 @@ class Merge:
 
     def _content(self) -> pa.Buffer:
         sink = pa.BufferOutputStream()
-        file: pq.ParquetWriter | None = None
-        with ThreadPoolExecutor(THREADS) as pool:
+        file: RecordFile | None = None
+        with ThreadPoolExecutor(THREADS) as pool, ExitStack() as stack:
             for chunk in groups(self.parts, ROW_GROUP_BYTES):
                 rows = pa.concat_tables(pool.map(self._read, chunk))
                 if file is None:
-                    file = pq.ParquetWriter(sink, rows.schema)
-                file.write_table(rows, row_group_size=max(rows.num_rows, 1))
-        if file is not None:
-            file.close()
+                    file = stack.enter_context(RecordFile(sink, rows.schema, self.record))
+                file.write(rows)
         return sink.getvalue()
 
     def _read(self, part: Part) -> pa.Table:
@@ -100,12 +99,14 @@ class Merge:
         return rows.replace_schema_metadata(None)  # its footer
 
 
-def compact(fs: pafs.FileSystem, folder: str, parts: Sequence[Part], target_bytes: int) -> list[str]:
+def compact(
+    fs: pafs.FileSystem, folder: str, record: type, parts: Sequence[Part], target_bytes: int
+) -> list[str]:
     """Write the files of a table of `parts`, which hold each id once; gives their names, sorted."""
     single: list[Merge] = []
     several: list[Merge] = []
     for group in groups(parts, target_bytes):
-        merge = Merge(fs, folder, group)
+        merge = Merge(fs, folder, record, group)
         (single if len(group) == 1 else several).append(merge)
     with ThreadPoolExecutor(THREADS) as pool:
         names = list(pool.map(Merge.run, single))

@@ -7,7 +7,7 @@ bytes, so that it never changes: who writes it again writes the same.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from medmm_ray.data.artifacts import TableError, write_file
-from medmm_ray.data.records import arrow_schema
+from medmm_ray.data.records import ROW_GROUPS, arrow_schema
 
 PARTS = ".parts"
 """The folder, in a table's, of what is in the making."""
@@ -163,8 +163,10 @@ class PartWriter:
     def put(self, records: pa.Table, ids: list[str], key: str, figures: Mapping[str, Any]) -> Part:
         """Write records, made for `ids`, as one part file."""
         footer = PartFooter.of(records, ids, key, figures)
+        rows = records.replace_schema_metadata({"medmm": footer.to_json()})
         sink = pa.BufferOutputStream()
-        pq.write_table(records.replace_schema_metadata({"medmm": footer.to_json()}), sink)
+        with RecordFile(sink, rows.schema, self.record) as file:
+            file.write(rows)
         content = sink.getvalue()
         part = Part(f"part-{hashlib.sha256(content).hexdigest()[:32]}.parquet", content.size, footer)
         write_file(self.fs, f"{self.folder}/{part.name}", content)
@@ -181,6 +183,46 @@ class PartWriter:
         )
         figures = {row_id: part.footer.figures[row_id] for row_id in ids if row_id in part.footer.figures}
         return self.put(rows, ids, key, figures)
+
+
+class RecordFile:
+    """A Parquet file of records in the making: each table that is written is a row group, or several where the record
+    has `ROW_GROUPS`."""
+
+    def __init__(self, sink: Any, schema: pa.Schema, record: type) -> None:
+        self._row_groups = ROW_GROUPS.get(record)
+        options: dict[str, Any] = {}
+        if self._row_groups is not None:
+            raw = self._row_groups.raw
+            encoded = [name for name in schema.names if name not in raw]
+            compression = dict.fromkeys(encoded, "snappy") | dict.fromkeys(raw, "none")
+            options = {"use_dictionary": encoded, "compression": compression, "write_statistics": encoded}
+        self._file = pq.ParquetWriter(sink, schema, **options)
+
+    def __enter__(self) -> "RecordFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, rows: pa.Table) -> None:
+        """Append rows."""
+        if self._row_groups is None:
+            self._file.write_table(rows, row_group_size=max(rows.num_rows, 1))
+            return
+        for start, stop in _group_bounds(rows[self._row_groups.column].to_pylist(), self._row_groups.num_rows):
+            self._file.write_table(rows.slice(start, stop - start))
+
+
+def _group_bounds(values: Sequence[str], num_rows: int) -> Iterator[tuple[int, int]]:
+    """Where row groups begin and end: at most `num_rows` neighbours of one value."""
+    start = 0
+    for number, value in enumerate(values):
+        if value != values[start] or number - start == num_rows:
+            yield start, number
+            start = number
+    if values:
+        yield start, len(values)
 
 
 def read_rows(fs: pafs.FileSystem, path: str, columns: Sequence[str] | None = None) -> pa.Table:

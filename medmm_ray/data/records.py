@@ -313,6 +313,22 @@ class States:
     error: str | None = None
 
 
+@dataclass(frozen=True)
+class RowGroups:
+    """How part files of large rows are cut, so that few of them can be read without the others: a row group has at most
+    `num_rows` rows of one value of `column`. What is in `raw` is written as it is."""
+
+    column: str
+    num_rows: int
+    raw: tuple[str, ...]
+
+
+ROW_GROUPS: "dict[type, RowGroups]" = {
+    # A training reads some solutions of a question at a time; of an 8B model eight of them have 1 MiB.
+    States: RowGroups("question_id", 8, ("states", "summaries")),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scores:
     """A reward model's scores of one solution: log-odds of ``+`` a step = text part + image part (exactly)."""

@@ -298,7 +298,7 @@ class Table(Artifact):
             seconds,
             figure_sums(footers) | (figures or {}),
             rows=num_rows,
-            files=compact(self.fs, self.path, parts, self.target_bytes),
+            files=compact(self.fs, self.path, self.record, parts, self.target_bytes),
             schema_hash=digest(columns),
             content_hash=content_hash(footers),
             errors=dict(errors),

@@ -13,6 +13,7 @@ from medmm_ray.reward_model.packing import (
 )
 from medmm_ray.reward_model.request import ScoreRequest
 from medmm_ray.reward_model.scores import SolutionStates, StepScores
+from medmm_ray.reward_model.text_head import TextHead
 
 __all__ = [
     "Branch",
@@ -27,6 +28,7 @@ __all__ = [
     "ScoreRequest",
     "SolutionStates",
     "StepScores",
+    "TextHead",
     "TrainedInputs",
     "choose_documents",
     "pack",

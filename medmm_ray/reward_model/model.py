@@ -180,6 +180,14 @@ class RewardModel(nn.Module):
         self, tower_path: "str | Path", fusion_config: FusionConfig | None = None, revision: str | None = None
     ) -> None:
         """Give a text-only model an image part (`ImageTower.from_pretrained`); it changes no score until trained."""
+        self.check_image_part()
+        from medmm_ray.engines.image_tower import ImageTower
+
+        self.image_tower = ImageTower.from_pretrained(tower_path, revision).to(self.device)
+        self.fusion = Fusion(fusion_config or FusionConfig(), self.hidden_size, self.image_tower.width).to(self.device)
+
+    def check_image_part(self) -> None:
+        """Raise `CheckpointError` where the model takes no image part."""
         if self.vision is not None:
             raise CheckpointError(
                 f"a reward model of the family {self.family.name} takes no image tower: its language model reads the "
@@ -190,10 +198,6 @@ class RewardModel(nn.Module):
                 f"a reward model of the family {self.family.name} takes no image part: its log-odds are not linear in "
                 "the state; start from one of the family medprm"
             )
-        from medmm_ray.engines.image_tower import ImageTower
-
-        self.image_tower = ImageTower.from_pretrained(tower_path, revision).to(self.device)
-        self.fusion = Fusion(fusion_config or FusionConfig(), self.hidden_size, self.image_tower.width).to(self.device)
 
     def save_pretrained(self, folder: "str | Path", figures: Mapping[str, float] | None = None) -> None:
         """Write one folder: weights as safetensors, configs, tokenizer, ``image_tower/`` and a model card.

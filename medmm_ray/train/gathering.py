@@ -1,8 +1,9 @@
-"""Rows of all workers together, with their gradient: what is compared with each other meets here.
+"""What workers of a group have together: rows with their gradient, and rank 0's first weights.
 
 Legend: B rows of this worker, N rows of all workers, E width.
 """
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,6 +27,22 @@ def gathered_rows(rows_BE: "torch.Tensor") -> "tuple[torch.Tensor, int]":
     counts: list[int] = counts_W.tolist()
     gathered: torch.Tensor = _gather_function().apply(rows_BE, counts)
     return gathered, sum(counts[: torch.distributed.get_rank()])
+
+
+def is_first() -> bool:
+    """Whether this process has rank 0, or is in no group."""
+    import torch
+
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def share_first(parameters: "Iterable[torch.nn.Parameter]") -> None:
+    """Give all workers the values of rank 0; all call it together."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        for parameter in parameters:
+            torch.distributed.broadcast(parameter.data, 0)
 
 
 def _gather_function() -> Any:

@@ -25,6 +25,8 @@ from medmm_ray.train.trackers import check_installed
 if TYPE_CHECKING:
     from ray.train import RunConfig, ScalingConfig
 
+ROW_GROUP_BYTES = 1 << 20
+
 
 def figures(history: dict[str, Any]) -> dict[str, float]:
     """The figures in a stage's manifest: the last epoch's loss, the kept epoch's figures, the speed."""
@@ -88,7 +90,8 @@ def _write_inputs(tables: dict[str, pa.Table], folder: str) -> dict[str, str]:
     uris: dict[str, str] = {}
     for key, table in tables.items():
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
+        # Workers may read a row group at a time.
+        pq.write_table(table, sink, row_group_size=max(1, table.num_rows * ROW_GROUP_BYTES // max(1, table.nbytes)))
         write_file(fs, f"{path}/{key}.parquet", sink.getvalue().to_pybytes())
         uris[key] = f"{folder}/{key}.parquet"
     return uris

@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 from medmm_ray.estimate import GPUS
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
+
+    from medmm_ray.engines.image_tower import ImageTower
+    from medmm_ray.reward_model import Fusion
 
 GIB = 1 << 30
 
@@ -40,6 +45,42 @@ class TrainingFlops:
 
 def _causal_pairs(length: int) -> float:
     return length * (length + 1) / 2
+
+
+class FusionFlops:
+    """FLOPs of training the image part, of a tag and of a picture: six a weight that is trained, for each token that it
+    meets; two where a frozen tower runs, which is once, and so not counted."""
+
+    def __init__(self, fusion: "Fusion", tower_weights: int, num_patches: int, is_frozen: bool) -> None:
+        of_tag = (fusion.query, fusion.attend_query, fusion.attend_out, fusion.mlp, fusion.output)
+        of_token = (fusion.projector, fusion.attend_key, fusion.attend_value)
+        num_tokens = tokens_of_picture(fusion.config.tokens, num_patches)
+        self.per_tag = 6.0 * num_weights(of_tag)
+        self.per_picture = 6.0 * num_tokens * num_weights(of_token)
+        if not is_frozen:
+            self.per_picture += 6.0 * (num_patches + 1) * tower_weights
+
+
+def tokens_of_picture(tokens: str, num_patches: int) -> int:
+    """Tokens that a fusion reads of a picture (`FusionConfig.tokens`)."""
+    return {"pooled": 1, "patches": num_patches, "both": num_patches + 1}[tokens]
+
+
+def num_patches(tower: "ImageTower") -> int:
+    """Patch tokens of a picture: towers do not tell, so one looks at a blank one."""
+    import torch
+
+    side = tower.image_size
+    with torch.no_grad():
+        return tower(torch.zeros(1, 3, side, side)).patches_BPD.shape[1]
+
+
+def num_weights(modules: "Iterable[torch.nn.Module]") -> int:
+    """Weights of modules, in number."""
+    total = 0
+    for module in modules:
+        total += sum(parameter.numel() for parameter in module.parameters())
+    return total
 
 
 def peak_flops(device_name: str) -> float | None:

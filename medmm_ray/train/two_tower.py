@@ -1,18 +1,18 @@
 """Stage `two_tower`: the image part of a reward model, trained on the stored states of its frozen text tower.
 
 Enters: states (text-tower states at the tags, step summaries, text log-odds), labels, the questions' images and their
-reference images. Leaves: the whole `RewardModel` folder. The text tower never runs: it is constant, and its part of the
-log-odds is in the states. A frozen image tower runs once an image.
+reference images. Leaves: the whole `RewardModel` folder. The text tower never runs and is not loaded: it is constant,
+and its part of the log-odds is in the states. A worker reads the states and pictures of its own passes, ahead of them;
+a frozen image tower runs once an image while its tokens fit the worker's cache.
 
 Legend: T tags, D text width, B images, W image width, P patches.
 """
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from statistics import mean
 from typing import TYPE_CHECKING, Literal
 
 import pyarrow as pa
@@ -21,35 +21,40 @@ from pydantic import Field
 from medmm_ray.config import execution
 from medmm_ray.data.tables import Table
 from medmm_ray.engines.checkpoints import resolve
-from medmm_ray.stats.decoders import aggregate, expected_best, expected_oracle
-from medmm_ray.stats.targets import AfterFirstError, LabelPolicy, checked_consensus_counts
+from medmm_ray.stats.decoders import aggregate
+from medmm_ray.stats.targets import AfterFirstError, LabelPolicy, Target, checked_consensus_counts
 from medmm_ray.train.config import QuestionTrainConfig
-from medmm_ray.train.image_text import augment
+from medmm_ray.train.gathering import is_first, share_first
 from medmm_ray.train.launch import fit, read_input
+from medmm_ray.train.reading import ReadAhead, TableRows
 from medmm_ray.train.schedule import Part, Units, validation_ids
 from medmm_ray.train.stage import Stage
-from medmm_ray.train.text_prm import validation_figures, weighted_loss
+from medmm_ray.train.text_prm import weighted_loss
 from medmm_ray.train.text_prm_data import group_labels
+from medmm_ray.train.throughput import GIB, FusionFlops, num_patches, num_weights, tokens_of_picture
 from medmm_ray.train.two_tower_data import (
+    StatesReader,
     TwoTowerExample,
     class_weights,
     concatenated,
     labels_of_states,
-    load_examples,
+    located_states,
     positive_rate,
     questions_with_images,
+    states_files,
 )
+from medmm_ray.train.two_tower_figures import MeasuredQuestion, held_out_figures
+from medmm_ray.train.two_tower_pictures import Pictures, Views
 
 if TYPE_CHECKING:
     import torch
 
-    from medmm_ray.engines.image_tower import ImageTower
-    from medmm_ray.reward_model import Fusion, ImageFeatures
 
 VERSION = 3  # of what a step makes: raise it when the same config makes something else
 
 
-_STATES_INPUT = "states"  # inputs whose names begin so are tables of states
+_INIT_BATCH = 256  # pictures whose tokens the fusion is fitted to at a time
+_QUESTIONS_GIB = 0.125  # of rows of the table of questions, whose states and pictures are beside them
 
 
 class TwoTowerConfig(QuestionTrainConfig):
@@ -104,6 +109,11 @@ class TwoTowerConfig(QuestionTrainConfig):
     ones, or the share of questions whose best solution (by its worst step) answers rightly."""
     micro_batch_tokens: int = execution(65536)
     """Most steps (tags) of one forward pass of a worker; one solution at least."""
+    cache_gib: float = execution(1.0, ge=0)
+    """Memory of a worker for states and pictures that it will need again, half of it each, in GiB; what does not fit is
+    read anew. Of a frozen image tower it holds the tokens of pictures in their place."""
+    reading_threads: int = execution(2, ge=1)
+    """Threads of a worker that read states and open pictures for the update to come."""
 
 
 def train_two_tower(
@@ -124,14 +134,14 @@ def train_two_tower(
     Each table of `states` is read by the workers, not by the driver; of `solutions` only which answers are right. A
     question may have rows of several sources in both. `text_prm` and `image_tower` are names for `checkpoints.resolve`.
     """
-    columns = ["question_id", "solution_id", "num_steps", "error"]
-    state_rows = pa.concat_tables(table.to_arrow(columns) for table in states)
+    files = states_files(states)
+    located = located_states(files)
     labels_by_solution = group_labels(labels)
     consensus: dict[str, float] = {}
     if config.label_policy == "consensus":
-        consensus = checked_consensus_counts(labels_of_states(state_rows, labels_by_solution, solutions))
+        consensus = checked_consensus_counts(labels_of_states(located, labels_by_solution, solutions))
     rows = questions_with_images(
-        state_rows,
+        located,
         labels_by_solution,
         questions,
         images,
@@ -143,205 +153,218 @@ def train_two_tower(
     )
     if rows.num_rows == 0:
         raise ValueError(
-            f"train_two_tower: no training question has an image, states and a target ({state_rows.num_rows} states, "
+            f"train_two_tower: no training question has an image, states and a target ({located.num_rows} states, "
             f"label policy {config.label_policy!r}). Look at the tables states and labels."
         )
     inputs = {"text_prm": text_prm, "image_tower": image_tower}
-    for number, table in enumerate(states):
-        inputs[f"{_STATES_INPUT}-{number}"] = table.uri
     num_documents = states[0].manifest().config.get("num_documents")
     if num_documents is not None:  # else the states were computed with as many as the text tower was trained on
         inputs["num_documents"] = str(num_documents)
-    return fit(TwoTowerStage, config, {"questions": rows}, inputs, folder, name) | consensus
+    return fit(TwoTowerStage, config, {"questions": rows, "files": files}, inputs, folder, name) | consensus
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What a pass is run on: examples, the pictures that are shown with each and its references, and the pixels that
+    are still to be encoded. `is_swapped`: the picture is another question's."""
+
+    examples: list[TwoTowerExample]
+    image_uris: list[list[str]]
+    reference_uris: list[list[str]]
+    is_swapped: list[bool]
+    pixels: "dict[str, torch.Tensor]"
 
 
 class TwoTowerStage(Stage):
     """Questions with their stored states and images, and the part of the reward model that looks at them.
 
-    A `view` of a picture is one of its augmentations; view 0 is the picture as it is.
+    Of the states and pictures a worker holds what its passes need, what the next ones will, and a cache.
     """
 
     def __init__(self, config: TwoTowerConfig, inputs: dict[str, str], device: str) -> None:
         self.config = config
         self.device = device
+        self.text_prm = resolve(inputs["text_prm"])
+        self.num_documents = int(inputs["num_documents"]) if "num_documents" in inputs else None
         self.micro_batch_budget = config.micro_batch_tokens
-        questions = read_input(inputs["questions"])
-        self.rows = questions.to_pylist()
-        self.names = questions["question_id"].to_pylist()
-        states_uris = [uri for name, uri in inputs.items() if name.startswith(_STATES_INPUT)]
-        # Several tables: states of sampled solutions and of those that search trees found.
-        self.examples, dtype = load_examples(states_uris, self.rows)
-        self._load_model(inputs, dtype)
+        self.questions = TableRows(inputs["questions"], _QUESTIONS_GIB * GIB)
+        self.states = StatesReader(read_input(inputs["files"]), config.cache_gib / 2 * GIB)
+        self.ahead: ReadAhead[_Loaded] = ReadAhead(config.reading_threads)
+        self.names = [row["question_id"] for row in self.questions.scan(["question_id"])]
         self.validation_ids = validation_ids(self.names, config.validation_fraction, config.seed)
         self.held_out = [unit for unit, name in enumerate(self.names) if name in self.validation_ids]
-        self.units = self._units()
-        self.positive_rate = positive_rate([self.examples[unit] for unit in self._training_units()])
+        self.positive_rate = positive_rate(self._training_targets())
         self.class_weights = _class_weights(config, self.positive_rate)
-        self._load_images()
+        self._load_model(resolve(inputs["image_tower"]))
+        self._describe_questions()
         self._initialize_fusion()
 
-    def _load_model(self, inputs: dict[str, str], dtype: str) -> None:
-        """Make `model` of both towers, and `module`, what is trained of it: the fusion, and the image tower if asked
-        for."""
+    def _load_model(self, tower_path: str) -> None:
+        """Make `module`, what is trained: the fusion, and the image tower if asked for. Of the text tower nothing is
+        read but its head."""
         import torch
 
-        from medmm_ray.reward_model import FusionConfig, RewardModel
+        from medmm_ray.engines.image_tower import ImageTower
+        from medmm_ray.reward_model import Fusion, FusionConfig, TextHead
+        from medmm_ray.reward_model.states import dtype_name
 
         config = self.config
-        self.model = RewardModel.from_pretrained(resolve(inputs["text_prm"]), dtype=dtype)
+        stored = self.states.read(self.questions[0], [0])
+        self.text_dtype = dtype_name(stored.states_TD)
+        self.head = TextHead.from_pretrained(self.text_prm, self.text_dtype)
+        self.head_D = self.head.direction_D.to(self.device)
+        torch.manual_seed(config.seed)  # for the fusion's first weights
+        self.tower = ImageTower.from_pretrained(tower_path)
         fusion_config = FusionConfig(
             tokens=config.tokens, summary=config.summary, width=config.width, num_heads=config.num_heads
         )
-        torch.manual_seed(config.seed)  # for the fusion's first weights
-        self.model.add_image_tower(resolve(inputs["image_tower"]), fusion_config)
-        trained_inputs = replace(self.model.trained_inputs, num_references=config.num_references)
-        if "num_documents" in inputs:
-            trained_inputs = replace(trained_inputs, num_documents=int(inputs["num_documents"]))
-        self.model.trained_inputs = trained_inputs
-        assert self.model.image_tower is not None
-        assert self.model.fusion is not None
-        self.tower: ImageTower = self.model.image_tower
-        self.fusion: Fusion = self.model.fusion
+        self.fusion: Fusion = Fusion(fusion_config, self.head.hidden_size, self.tower.width)
         self.tower.requires_grad_(not config.freeze_image_tower)
-        self.module = torch.nn.ModuleDict({"image_tower": self.tower, "fusion": self.fusion})
-        with torch.no_grad():  # linear, so its values on the unit vectors are all of it
-            self.head_D = self.model.head_log_odds(torch.eye(self.model.hidden_size)).to(self.device)
+        trained = {"fusion": self.fusion} if config.freeze_image_tower else {}
+        # A frozen tower is none of DeepSpeed's: it runs when a worker meets a new picture, in its own number format.
+        self.module = torch.nn.ModuleDict(trained or {"image_tower": self.tower, "fusion": self.fusion})
+        self.num_patches = num_patches(self.tower)
 
-    def _units(self) -> Units:
-        """What each solution costs: the fusion of its tags; and what all of a question share: its pictures' tokens."""
-        count_flops = FusionFlops(
-            self.fusion, _num_weights([self.tower]), _num_patches(self.tower), self.config.freeze_image_tower
-        )
+    def _training_targets(self) -> Iterator[list[list[Target]]]:
+        for row in self.questions.scan(["question_id", "targets"]):
+            if row["question_id"] not in self.validation_ids:
+                yield row["targets"]
+
+    def _describe_questions(self) -> None:
+        """What each solution costs: the fusion of its tags; what all of a question share: its pictures' tokens; and the
+        diagnoses and pictures that there are."""
+        import numpy as np
+
+        config = self.config
+        count_flops = FusionFlops(self.fusion, num_weights([self.tower]), self.num_patches, config.freeze_image_tower)
+        uris: set[str] = set()
         samples: list[list[int]] = []
         tokens: list[list[int]] = []
-        flops: list[list[float]] = []
         pictures: list[float] = []
-        for name, row, example in zip(self.names, self.rows, self.examples, strict=True):
-            samples.append([int(name not in self.validation_ids)] * len(example.tags_per_solution))
-            tokens.append(example.tags_per_solution)
-            flops.append([count_flops.per_tag * num_tags for num_tags in example.tags_per_solution])
+        diagnoses: list[str] = []
+        for row in self.questions.scan(["question_id", "diagnosis", "image_uris", "reference_uris", "targets"]):
+            tags_per_solution = list(map(len, row["targets"]))
+            samples.append([int(row["question_id"] not in self.validation_ids)] * len(tags_per_solution))
+            tokens.append(tags_per_solution)
             pictures.append(count_flops.per_picture * (len(row["image_uris"]) + len(row["reference_uris"])))
-        return Units.of(self.names, samples, tokens, flops, [0] * len(self.names), pictures)
+            diagnoses.append(row["diagnosis"])
+            uris.update(row["image_uris"], row["reference_uris"])
+        flops = [[count_flops.per_tag * num_tags for num_tags in of_question] for of_question in tokens]
+        self.units = Units.of(self.names, samples, tokens, flops, [0] * len(self.names), pictures)
+        _, self.diagnoses = np.unique(np.array(diagnoses, dtype=object).astype(str), return_inverse=True)
+        held_out = set(self.held_out)
+        self.training_units = np.array([unit for unit in range(len(self.names)) if unit not in held_out])
+        num_views = config.augmented_views if config.augment else 1
+        self.pictures = Pictures(
+            self.tower,
+            sorted(uris),
+            Views(config.seed, config.augment, num_views, config.max_shift, config.max_brightness),
+            config.freeze_image_tower,
+            self.fusion.reads_patches,
+            self.device,
+            config.cache_gib / 2 * GIB,
+        )
 
-    def _training_units(self) -> list[int]:
-        return [unit for unit, name in enumerate(self.names) if name not in self.validation_ids]
-
-    def _initialize_fusion(self, max_tags: int = 20_000) -> None:
-        """Fit the fusion's first weights to the training data: to about `max_tags` tags, and to all pictures."""
+    def _initialize_fusion(self, max_tags: int = 20_000, max_tokens: int = 100_000) -> None:
+        """Fit the fusion's first weights to the training data: to about `max_tags` tags and `max_tokens` image tokens,
+        or all that there are. Rank 0 does it for all workers."""
         import torch
 
         from medmm_ray.train.fusion_init import initialize_fusion
 
-        units = self._training_units()
-        num_tags = self.units.num_tokens(map(self.units.whole, units))
-        num_units = min(len(units), max(1, max_tags * len(units) // max(1, num_tags)))
-        sample = random.Random(self.config.seed).sample(units, num_units)
-        if not sample:
-            return
-        pooled_BW, patches_BPW = self.views[0] if self.views else self._encode_all(0)
-        # The tokens that the fusion will attend to, of all pictures.
-        tokens = {"pooled": [pooled_BW], "patches": [], "both": [pooled_BW]}[self.config.tokens]
-        if patches_BPW is not None:
-            tokens.append(patches_BPW.flatten(0, 1))
-        states_TD, summaries_TD, _ = concatenated([self.examples[unit] for unit in sample])
-        initialize_fusion(
-            self.fusion.to(self.device),
-            states_TD.to(self.device, torch.float32),
-            summaries_TD.to(self.device, torch.float32),
-            torch.cat(tokens),
-        )
+        self.fusion.to(self.device)
+        units: list[int] = self.training_units.tolist()
+        if units and is_first():
+            num_tags = self.units.num_tokens(map(self.units.whole, units))
+            num_units = min(len(units), max(1, max_tags * len(units) // max(1, num_tags)))
+            sample = random.Random(self.config.seed).sample(units, num_units)
+            tokens = self._sample_tokens(max_tokens)
+            # One question after another: together they have what a row group has many times.
+            examples = [self._example(self.units.whole(unit)) for unit in sample]
+            states_TD, summaries_TD, _ = concatenated(examples)
+            initialize_fusion(
+                self.fusion,
+                states_TD.to(self.device, torch.float32),
+                summaries_TD.to(self.device, torch.float32),
+                tokens,
+            )
+        share_first(self.fusion.parameters())
+
+    def _sample_tokens(self, max_tokens: int) -> "torch.Tensor":
+        """The tokens that the fusion attends to, of all pictures or of as many as have `max_tokens`."""
+        import torch
+
+        uris = self.pictures.uris
+        num_pictures = max(1, max_tokens // tokens_of_picture(self.config.tokens, self.num_patches))
+        if num_pictures < len(uris):
+            uris = sorted(random.Random(self.config.seed).sample(uris, num_pictures))
+        pooled: list[torch.Tensor] = []
+        patches: list[torch.Tensor] = []
+        for start in range(0, len(uris), _INIT_BATCH):
+            batch = uris[start : start + _INIT_BATCH]
+            with torch.no_grad():
+                tokens = self.pictures.tokens(batch, 0, self.pictures.load(batch, 0))
+            pooled.append(tokens.pooled_BW)
+            if tokens.patches_BPW is not None:
+                patches.append(tokens.patches_BPW.flatten(0, 1))
+        return torch.cat([*([] if self.config.tokens == "patches" else pooled), *patches])
 
     def learning_rates(self) -> dict[str, float]:
         """The image tower's rate; the fusion takes the config's."""
         return {"image_tower.": self.config.image_learning_rate}
 
-    # Images
+    # Reading
 
-    def _load_images(self) -> None:
-        """Read the pixels of all images, or, of a frozen tower, the tokens of several views of them."""
-        from medmm_ray.engines.images import open_image
+    def prepare(self, parts: Sequence[Part], epoch: int | None) -> None:
+        """Have the states and pictures of a pass to come read by threads."""
+        self.ahead.begin((epoch, tuple(parts)), lambda: self._load(parts, epoch))
 
-        uris: set[str] = set()
-        for row in self.rows:
-            uris.update(row["image_uris"], row["reference_uris"])
-        self.uris = sorted(uris)
-        self.index = {uri: place for place, uri in enumerate(self.uris)}
-        self.pixels = [self.tower.preprocess(open_image(uri)) for uri in self.uris]
-        self.views: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-        self.tower.to(self.device).eval()
-        if self.config.freeze_image_tower:
-            num_views = self.config.augmented_views if self.config.augment else 1
-            self.views = [self._encode_all(view) for view in range(num_views)]
-            self.pixels = []  # the tokens are all that is read from here on
+    def _loaded(self, parts: Sequence[Part], epoch: int | None) -> _Loaded:
+        return self.ahead.result((epoch, tuple(parts)), lambda: self._load(parts, epoch))
 
-    def _encode_all(self, view: int, batch_size: int = 64) -> "tuple[torch.Tensor, torch.Tensor | None]":
-        """Pooled tokens [B, W] and, where the fusion reads them, patches [B, P, W] of a view of all images."""
-        import torch
-
-        pooled: list[torch.Tensor] = []
-        patches: list[torch.Tensor] = []
-        for start in range(0, len(self.uris), batch_size):
-            pixels_B3HW = self._pixels_of(self.uris[start : start + batch_size], view)
-            with torch.no_grad():
-                tokens = self.tower(pixels_B3HW.to(self.device))
-            pooled.append(tokens.pooled_BD)
-            if self.fusion.reads_patches:
-                patches.append(tokens.patches_BPD)
-        return torch.cat(pooled), torch.cat(patches) if patches else None
-
-    def _pixels_of(self, uris: Sequence[str], view: int) -> "torch.Tensor":
-        """A view of some images [B, 3, H, W], moved and brightened where it is not view 0."""
-        import torch
-
-        pictures: list[torch.Tensor] = []
-        for uri in uris:
-            place = self.index[uri]
-            pixels_3HW = self.pixels[place]
-            if self.config.augment and view != 0:
-                # The same view of a picture whatever the batch, and whichever worker makes it.
-                rng = random.Random(f"{self.config.seed}/{view}/{place}")
-                pixels_3HW = augment(pixels_3HW, rng, self.config.max_shift, self.config.max_brightness)
-            pictures.append(pixels_3HW)
-        return torch.stack(pictures)
-
-    def _features(self, image_units: Sequence[int], units: Sequence[int], view: int) -> "ImageFeatures":
-        """Image tokens for questions `units`: each sees the images of its question in `image_units`, mostly itself, and
-        its own references.
-
-        A trained tower runs here, on each distinct picture once.
-        """
-
-        from medmm_ray.reward_model import ImageFeatures
-
-        image_uris = [self.rows[unit]["image_uris"] for unit in image_units]
-        reference_uris = [self.rows[unit]["reference_uris"] for unit in units]
-        if self.config.freeze_image_tower:
-            # An epoch has a view of its own until they repeat.
-            pooled_BW, patches_BPW = self.views[view % len(self.views)]
-            places: Mapping[str, int] = self.index
-        else:
-            uris = sorted(set(chain.from_iterable([*image_uris, *reference_uris])))
-            places = {uri: place for place, uri in enumerate(uris)}
-            dtype = next(self.tower.parameters()).dtype
-            tokens = self.tower(self._pixels_of(uris, view).to(self.device, dtype))
-            pooled_BW = tokens.pooled_BD
-            patches_BPW = tokens.patches_BPD if self.fusion.reads_patches else None
-        return ImageFeatures.gather(
-            pooled_BW, patches_BPW, _places_of(image_uris, places), _places_of(reference_uris, places)
+    def _load(self, parts: Sequence[Part], epoch: int | None) -> _Loaded:
+        image_uris: list[list[str]] = []
+        reference_uris: list[list[str]] = []
+        is_swapped: list[bool] = []
+        for part in parts:
+            swapped = None if epoch is None else self._swapped_question(part.unit, epoch)
+            shown = part.unit if swapped is None else swapped
+            image_uris.append(self.questions[shown]["image_uris"])
+            reference_uris.append(self.questions[part.unit]["reference_uris"])
+            is_swapped.append(swapped is not None)
+        uris = list(chain.from_iterable([*image_uris, *reference_uris]))
+        return _Loaded(
+            [self._example(part) for part in parts],
+            image_uris,
+            reference_uris,
+            is_swapped,
+            self.pictures.load(uris, epoch or 0),
         )
+
+    def _example(self, part: Part) -> TwoTowerExample:
+        return self.states.read(self.questions[part.unit], part.solutions)
 
     # Loss
 
-    def _log_odds(
-        self, examples: Sequence[TwoTowerExample], units: Sequence[int], image_units: Sequence[int], view: int
-    ) -> "torch.Tensor":
-        """Log-odds of all tags of these questions [T]: the text's, which is stored, and the image's."""
+    def _log_odds(self, loaded: _Loaded, epoch: int) -> "torch.Tensor":
+        """Log-odds of all tags [T]: the text's, which is stored, and the image's."""
         import torch
 
-        num_tags = torch.tensor([len(example.targets_T) for example in examples])
-        question_T = torch.repeat_interleave(torch.arange(len(units)), num_tags).to(self.device)
-        states_TD, summaries_TD, log_odds_T = concatenated(examples)
-        features = self._features(image_units, units, view)
+        from medmm_ray.reward_model import ImageFeatures
+
+        num_tags = torch.tensor([len(example.targets_T) for example in loaded.examples])
+        question_T = torch.repeat_interleave(torch.arange(len(num_tags)), num_tags).to(self.device)
+        states_TD, summaries_TD, log_odds_T = concatenated(loaded.examples)
+        # Each distinct picture once, whichever questions show it.
+        uris = sorted(set(chain.from_iterable([*loaded.image_uris, *loaded.reference_uris])))
+        places = {uri: place for place, uri in enumerate(uris)}
+        tokens = self.pictures.tokens(uris, epoch, loaded.pixels)
+        features = ImageFeatures.gather(
+            tokens.pooled_BW,
+            tokens.patches_BPW,
+            _places_of(loaded.image_uris, places),
+            _places_of(loaded.reference_uris, places),
+        )
         delta_TD = self.fusion(states_TD.to(self.device), summaries_TD.to(self.device), features, question_T)
         return log_odds_T.to(self.device).add(delta_TD.float() @ self.head_D)
 
@@ -349,23 +372,18 @@ class TwoTowerStage(Stage):
         """Sum over solutions of the mean two-class loss of their labelled steps, each times its class's weight."""
         import torch
 
-        examples = [self.examples[part.unit].take(part.solutions) for part in parts]
-        units = [part.unit for part in parts]
-        image_units: list[int] = []
+        loaded = self._loaded(parts, epoch)
         targets: list[torch.Tensor] = []
         weights: list[torch.Tensor] = []
-        for unit, example in zip(units, examples, strict=True):
-            swapped = self._swapped_question(unit, epoch)
-            if swapped is None:
-                image_units.append(unit)
-                targets.append(example.targets_T)
-                weights.append(example.weights_T)
-            else:
+        for example, is_swapped in zip(loaded.examples, loaded.is_swapped, strict=True):
+            if is_swapped:
                 # What is right of the own picture is wrong of this one; a wrong step may be right of it by chance.
-                image_units.append(swapped)
                 targets.append(torch.zeros_like(example.targets_T))
                 weights.append(example.weights_T * (example.targets_T >= 0.5))
-        log_odds_T = self._log_odds(examples, units, image_units, view=epoch)
+            else:
+                targets.append(example.targets_T)
+                weights.append(example.weights_T)
+        log_odds_T = self._log_odds(loaded, epoch)
         positive_weight, negative_weight = self.class_weights
         targets_T = torch.cat(targets)
         weights_T = torch.cat(weights) * (positive_weight * targets_T + negative_weight * (1 - targets_T))
@@ -376,21 +394,22 @@ class TwoTowerStage(Stage):
         rng = random.Random(f"{self.config.seed}/{epoch}/{self.names[unit]}")
         if rng.random() >= self.config.swapped_share:
             return None
-        diagnosis = self.rows[unit]["diagnosis"]
-        candidates = [u for u in self._training_units() if self.rows[u]["diagnosis"] != diagnosis]
-        return rng.choice(candidates) if candidates else None
+        units = self.training_units
+        candidates = units[self.diagnoses[units] != self.diagnoses[unit]]
+        return int(rng.choice(candidates)) if len(candidates) else None
 
     # Validation
 
-    def measure(self, unit: int) -> "_Measured":
+    def measure(self, unit: int) -> MeasuredQuestion:
         """A held-out question's steps and solutions as the model scores them, with its image and by the text alone."""
         import torch
 
-        example = self.examples[unit]
+        loaded = self._loaded([self.units.whole(unit)], None)
+        (example,) = loaded.examples
         labelled_T = example.weights_T > 0
-        log_odds_T = self._log_odds([example], [unit], [unit], view=0).cpu()
+        log_odds_T = self._log_odds(loaded, epoch=0).cpu()
         by_solution = torch.split(log_odds_T, example.tags_per_solution)
-        return _Measured(
+        return MeasuredQuestion(
             scores=log_odds_T[labelled_T].tolist(),
             text_scores=example.log_odds_T[labelled_T].tolist(),
             is_right=(example.targets_T[labelled_T] >= 0.5).tolist(),
@@ -398,71 +417,25 @@ class TwoTowerStage(Stage):
             correct=example.correct,
         )
 
-    def figures(self, measured: Sequence["_Measured"]) -> dict[str, float]:
+    def figures(self, measured: Sequence[MeasuredQuestion]) -> dict[str, float]:
         """On the held-out questions: step AUROC, with the images and by the text alone, and best-of-N."""
-        scores: list[float] = []
-        text_scores: list[float] = []
-        is_right: list[bool] = []
-        for question in measured:
-            scores += question.scores
-            text_scores += question.text_scores
-            is_right += question.is_right
-        reranked = [(question.rewards, question.correct) for question in measured]
-        figures = validation_figures(scores, is_right) | rerank_figures(reranked)
+        figures = held_out_figures(measured)
         figures["right_steps"] = self.positive_rate
-        # The baseline: what the images are worth is the difference.
-        text_figures = validation_figures(text_scores, is_right)
-        if text_figures:
-            figures["validation_auroc_text_only"] = text_figures["validation_auroc"]
-        if self.config.select_by == "best_of_n" and reranked:
+        if self.config.select_by == "best_of_n" and measured:
             figures["selection"] = figures["validation_best_of_n"]
         return figures
 
     def save(self, folder: Path, figures: Mapping[str, float]) -> None:
-        """Write the whole reward model's folder."""
-        self.model.save_pretrained(folder, figures)
+        """Write the whole reward model's folder. The text tower is read here, for its files."""
+        from medmm_ray.reward_model import RewardModel
 
-
-@dataclass(frozen=True)
-class _Measured:
-    """A held-out question: of its labelled steps the scores and whether they are right; of its solutions the rewards
-    and whether their answers are right."""
-
-    scores: list[float]
-    text_scores: list[float]
-    is_right: list[bool]
-    rewards: list[float]
-    correct: list[bool]
-
-
-class FusionFlops:
-    """FLOPs of training the image part, of a tag and of a picture: six a weight that is trained, for each token that it
-    meets; two where a frozen tower runs, which is once, and so not counted."""
-
-    def __init__(self, fusion: "Fusion", tower_weights: int, num_patches: int, is_frozen: bool) -> None:
-        of_tag = (fusion.query, fusion.attend_query, fusion.attend_out, fusion.mlp, fusion.output)
-        of_token = (fusion.projector, fusion.attend_key, fusion.attend_value)
-        num_tokens = {"pooled": 1, "patches": num_patches, "both": num_patches + 1}[fusion.config.tokens]
-        self.per_tag = 6.0 * _num_weights(of_tag)
-        self.per_picture = 6.0 * num_tokens * _num_weights(of_token)
-        if not is_frozen:
-            self.per_picture += 6.0 * (num_patches + 1) * tower_weights
-
-
-def _num_patches(tower: "ImageTower") -> int:
-    """Patch tokens of a picture: towers do not tell, so one looks at a blank one."""
-    import torch
-
-    side = tower.image_size
-    with torch.no_grad():
-        return tower(torch.zeros(1, 3, side, side)).patches_BPD.shape[1]
-
-
-def _num_weights(modules: "Iterable[torch.nn.Module]") -> int:
-    total = 0
-    for module in modules:
-        total += sum(parameter.numel() for parameter in module.parameters())
-    return total
+        model = RewardModel.from_pretrained(self.text_prm, dtype=self.text_dtype)
+        model.image_tower, model.fusion = self.tower, self.fusion
+        trained_inputs = replace(model.trained_inputs, num_references=self.config.num_references)
+        if self.num_documents is not None:
+            trained_inputs = replace(trained_inputs, num_documents=self.num_documents)
+        model.trained_inputs = trained_inputs
+        model.save_pretrained(folder, figures)
 
 
 def _places_of(groups: Sequence[Sequence[str]], places: Mapping[str, int]) -> list[list[int]]:
@@ -479,28 +452,3 @@ def _class_weights(config: TwoTowerConfig, positive_rate: float) -> tuple[float,
             f"{config.label_policy!r}): there is one class only. Look at the labels, or take class_balance=none"
         )
     return class_weights(positive_rate)
-
-
-def rerank_figures(questions: Sequence[tuple[Sequence[float], Sequence[bool]]]) -> dict[str, float]:
-    """The shares of questions answered rightly by the solution of the highest reward, by one taken at random, and by
-    the best that there is; empty without questions.
-
-    Each question has its solutions' rewards and which of them are correct.
-    """
-    if not questions:
-        return {}
-    import numpy as np
-
-    best_of_n: list[float] = []
-    one_sample: list[float] = []
-    oracle: list[float] = []
-    for rewards, is_correct in questions:
-        correct = np.array(is_correct, dtype=bool)
-        best_of_n.append(expected_best(np.array(rewards), correct, len(correct)))
-        one_sample.append(float(correct.mean()))
-        oracle.append(expected_oracle(correct, len(correct)))
-    return {
-        "validation_best_of_n": mean(best_of_n),
-        "validation_one_sample": mean(one_sample),
-        "validation_oracle": mean(oracle),
-    }

@@ -1,21 +1,23 @@
 """What a two-tower model is trained on: questions with their images and targets, and the states of their solutions.
 
-Enters: tables. Leaves: one row a question (`SCHEMA`), and, in the worker, a `TwoTowerExample` for each.
+Enters: tables. Leaves: one row a question (`SCHEMA`) that says where its solutions' states are, and, in the worker, a
+`TwoTowerExample` of some of them, read when it is trained on.
 
 Legend: T tags, D text width.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from medmm_ray.data.records import Labels, States
+from medmm_ray.data.records import Labels
 from medmm_ray.data.tables import Table
 from medmm_ray.stats.targets import Target, targets
+from medmm_ray.train.reading import Cache, RowGroupReader
 
 if TYPE_CHECKING:
     import torch
@@ -29,12 +31,49 @@ SCHEMA = pa.schema(
         "solution_ids": pa.list_(pa.string()),
         "correct": pa.list_(pa.bool_()),
         "targets": pa.list_(pa.list_(pa.float64())),
+        # Of each solution's states the file (a row of `FILES`), the row group there, and the row in that.
+        "places": pa.list_(pa.list_(pa.int32(), 3)),
     }
 )
+FILES = pa.schema({"table": pa.string(), "name": pa.string()})
+_LOCATED = ("question_id", "solution_id", "num_steps", "dtype", "error")
 _STATES_COLUMNS = ("solution_id", "num_steps", "hidden_size", "dtype", "states", "summaries", "text_log_odds")
+_FOOTER_READERS = 16
 
 
 # In the driver: tables -> rows
+
+
+def states_files(tables: Sequence[Table]) -> pa.Table:
+    """The part files of tables of states (`FILES`), in the tables' order."""
+    rows: list[dict[str, str]] = []
+    for table in tables:
+        rows += [{"table": table.uri, "name": name} for name in table.manifest().files]
+    return pa.Table.from_pylist(rows, schema=FILES)
+
+
+def located_states(files: pa.Table) -> pa.Table:
+    """A row for each row of states, without the states: its ids, steps, error, and its `place` (see `SCHEMA`).
+
+    Raises ValueError for states of several dtypes.
+    """
+    names = [(row["table"], row["name"]) for row in files.to_pylist()]
+    reader = RowGroupReader(names)
+    with ThreadPoolExecutor(_FOOTER_READERS) as pool:
+        parts = list(pool.map(lambda number: _located_file(reader, number), range(len(names))))
+    located = pa.concat_tables(parts) if parts else pa.table({name: [] for name in (*_LOCATED, "place")})
+    dtypes = pc.unique(located.filter(pc.is_null(located["error"]))["dtype"]).to_pylist()
+    if len(dtypes) > 1:
+        tables = sorted(set(files["table"].to_pylist()))
+        raise ValueError(
+            f"{', '.join(tables)}: states of the dtypes {sorted(dtypes)}; expected one text tower's, of one dtype"
+        )
+    return located
+
+
+def _located_file(reader: RowGroupReader, number: int) -> pa.Table:
+    rows, places = reader.read_all(number, _LOCATED)
+    return rows.append_column("place", pa.array(places, pa.list_(pa.int32(), 3)))
 
 
 def questions_with_images(
@@ -48,15 +87,15 @@ def questions_with_images(
     after_first_error: str = "collapse",
     num_references: int = 0,
 ) -> pa.Table:
-    """One row a training question that has an image, with the targets of its solutions (`SCHEMA`).
+    """One row a training question that has an image, with the targets of its solutions (`SCHEMA`), in stored order.
 
-    `policy` and `after_first_error` make targets of labels; the `num_references` nearest reference images are taken.
-    `correct` says of each solution whether its final answer is right: of one without an answer it is not. A question's
-    rows in `solutions`, one a source, become one.
+    `states` are `located_states`; `policy` and `after_first_error` make targets of labels; the `num_references` nearest
+    reference images are taken. `correct` says of each solution whether its final answer is right: of one without an
+    answer it is not. A question's rows in `solutions`, one a source, become one.
     """
     correct = _correct_by_solution(solutions)
     accuracy = _accuracy_by_solution(solutions)
-    targets_by_question = _targets_by_question(states, labels, correct, accuracy, policy, after_first_error)
+    solutions_by_question = _targets_by_question(states, labels, correct, accuracy, policy, after_first_error)
     reference_uris = _reference_uris(evidence, num_references)
     # An image that could not be read has a row with its error.
     images_by_id = {image["image_id"]: image for image in images.to_pylist() if image["error"] is None}
@@ -65,23 +104,32 @@ def questions_with_images(
         question_id = question["question_id"]
         question_images = [images_by_id[i] for i in question["image_ids"] if i in images_by_id]
         is_usable = question["split"] == "train" and question["error"] is None
-        if not is_usable or not question_images or question_id not in targets_by_question:
+        if not is_usable or not question_images or question_id not in solutions_by_question:
             continue
-        step_targets = targets_by_question[question_id]
-        solution_ids = sorted(step_targets)  # Ray keeps no order of rows, a training needs one
+        # Ray keeps no order of rows, a training needs one. Neighbours in a file are trained on together.
+        located = sorted(solutions_by_question[question_id], key=lambda solution: solution.place)
         rows.append(
             {
                 "question_id": question_id,
                 "diagnosis": question_images[0]["diagnosis"],  # swapped images are of another one
                 "image_uris": [image["uri"] for image in question_images],
                 "reference_uris": reference_uris.get(question_id, []),
-                "solution_ids": solution_ids,
-                "correct": [bool(correct.get(solution_id)) for solution_id in solution_ids],
-                "targets": [step_targets[solution_id] for solution_id in solution_ids],
+                "solution_ids": [solution.solution_id for solution in located],
+                "correct": [bool(correct.get(solution.solution_id)) for solution in located],
+                "targets": [solution.targets for solution in located],
+                "places": [solution.place for solution in located],
             }
         )
     rows.sort(key=lambda row: str(row["question_id"]))
     return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+class _LocatedSolution(NamedTuple):
+    """A solution's targets, and where its states are."""
+
+    solution_id: str
+    targets: list[Target]
+    place: list[int]
 
 
 def _reference_uris(evidence: pa.Table, num_references: int) -> dict[str, list[str]]:
@@ -101,9 +149,9 @@ def _targets_by_question(
     accuracy: Mapping[str, float | None],
     policy: str,
     after_first_error: str,
-) -> dict[str, dict[str, list[Target]]]:
-    """The targets of each solution that has states and a target, by question and solution."""
-    targets_by_question: dict[str, dict[str, list[Target]]] = {}
+) -> dict[str, list[_LocatedSolution]]:
+    """The solutions that have states and a target, by question."""
+    solutions_by_question: dict[str, list[_LocatedSolution]] = {}
     for row in states.to_pylist():
         if row["error"] is not None:
             continue
@@ -117,8 +165,9 @@ def _targets_by_question(
             accuracy.get(solution_id),
         )
         if any(target is not None for target in step_targets):
-            targets_by_question.setdefault(row["question_id"], {})[solution_id] = step_targets
-    return targets_by_question
+            located = _LocatedSolution(solution_id, step_targets, row["place"])
+            solutions_by_question.setdefault(row["question_id"], []).append(located)
+    return solutions_by_question
 
 
 def labels_of_states(
@@ -162,8 +211,8 @@ def _accuracy_by_solution(solutions: pa.Table) -> dict[str, float | None]:
 
 @dataclass(frozen=True)
 class TwoTowerExample:
-    """One question's constants: states and summaries of all its tags, text log-odds, targets and weights; and of each
-    solution its number of tags and whether its answer is right.
+    """The constants of some of a question's solutions: states and summaries of all tags, text log-odds, targets and
+    weights; and of each solution its number of tags and whether its answer is right.
 
     A solution's labelled tags share a weight of 1; the others have none.
     """
@@ -176,101 +225,82 @@ class TwoTowerExample:
     tags_per_solution: list[int]
     correct: list[bool]
 
-    def take(self, solutions: Sequence[int]) -> "TwoTowerExample":
-        """The constants of some of the solutions, by their places."""
-        import torch
 
-        if len(solutions) == len(self.tags_per_solution):
-            return self
-        starts = [0, *accumulate(self.tags_per_solution)]
-        tags_T = torch.cat([torch.arange(starts[place], starts[place + 1]) for place in solutions])
-        return TwoTowerExample(
-            states_TD=self.states_TD[tags_T],
-            summaries_TD=self.summaries_TD[tags_T],
-            log_odds_T=self.log_odds_T[tags_T],
-            targets_T=self.targets_T[tags_T],
-            weights_T=self.weights_T[tags_T],
-            tags_per_solution=[self.tags_per_solution[place] for place in solutions],
-            correct=[self.correct[place] for place in solutions],
-        )
+class StoredSolution(NamedTuple):
+    """What is stored of a solution: states and summaries of its tags, and the text's log-odds."""
+
+    states_TD: "torch.Tensor"
+    summaries_TD: "torch.Tensor"
+    log_odds_T: "torch.Tensor"
 
 
-def load_examples(uris: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> tuple[list[TwoTowerExample], str]:
-    """An example for each row, with the states of its solutions out of several tables; and the states' dtype.
+class StatesReader:
+    """States of solutions by their places; the row groups that were read last stay in memory."""
 
-    Raises ValueError for tables of several dtypes, and for states that are not finite.
-    """
-    solution_ids: set[str] = set()
-    for row in rows:
-        solution_ids.update(row["solution_ids"])
-    states_by_solution, dtypes = _read_states(uris, solution_ids)
-    if len(dtypes) != 1:
-        raise ValueError(
-            f"{', '.join(uris)}: states of the dtypes {sorted(dtypes)}; expected one text tower's, of one dtype"
-        )
-    examples: list[TwoTowerExample] = []
-    for row in rows:
-        examples.append(_example(row, [states_by_solution[solution_id] for solution_id in row["solution_ids"]]))
-    _check_finite(rows, examples)
-    return examples, dtypes.pop()
+    def __init__(self, files: pa.Table, most_bytes: float) -> None:
+        self._reader = RowGroupReader([(row["table"], row["name"]) for row in files.to_pylist()])
+        self._cache: Cache[list[StoredSolution]] = Cache(most_bytes)
+
+    def read(self, question: Mapping[str, Any], solutions: Sequence[int]) -> TwoTowerExample:
+        """The example of a question's row (`SCHEMA`) and some of its solutions.
+
+        Raises ValueError for states that are not finite.
+        """
+        stored: list[StoredSolution] = []
+        for number in solutions:
+            file, row_group, row = question["places"][number]
+            stored.append(self._row_group(file, row_group)[row])
+        is_finite = all(bool(tensor.isfinite().all()) for solution in stored for tensor in solution)
+        if not is_finite:
+            raise ValueError(
+                f"the states of question {question['question_id']!r} hold NaN or infinity; compute the states again "
+                "(in float32 or bfloat16)"
+            )
+        return _example(question, solutions, stored)
+
+    def _row_group(self, file: int, row_group: int) -> list[StoredSolution]:
+        rows = self._cache.get((file, row_group))
+        if rows is None:
+            table = self._reader.read(file, row_group, _STATES_COLUMNS)
+            rows = list(map(_stored_solution, table.to_pylist()))
+            self._cache.put((file, row_group), rows, table.nbytes)
+        return rows
 
 
-def _read_states(uris: Sequence[str], solution_ids: set[str]) -> tuple[dict[str, dict[str, Any]], set[str]]:
-    """The rows of these solutions, and the dtypes that they have. Batch by batch: a table may have millions of rows."""
-    states_by_solution: dict[str, dict[str, Any]] = {}
-    dtypes: set[str] = set()
-    for uri in uris:
-        for batch in Table(uri, States).to_arrow(list(_STATES_COLUMNS)).to_batches():
-            for row in batch.to_pylist():
-                if row["solution_id"] in solution_ids:
-                    states_by_solution[row["solution_id"]] = row
-                    dtypes.add(row["dtype"])
-    return states_by_solution, dtypes
-
-
-def _example(row: Mapping[str, Any], states: Sequence[Mapping[str, Any]]) -> TwoTowerExample:
-    """A question's row, and its solutions' rows of states in the same order, as tensors."""
+def _stored_solution(row: Mapping[str, Any]) -> StoredSolution:
     import torch
 
     from medmm_ray.reward_model.states import from_bytes
 
-    step_states: list[torch.Tensor] = []
-    summaries: list[torch.Tensor] = []
-    text_log_odds: list[float] = []
-    for state in states:
-        shape = (state["num_steps"], state["hidden_size"], state["dtype"])
-        step_states.append(from_bytes(state["states"], *shape))
-        summaries.append(from_bytes(state["summaries"], *shape))
-        text_log_odds += state["text_log_odds"]
+    shape = (row["num_steps"], row["hidden_size"], row["dtype"])
+    return StoredSolution(
+        from_bytes(row["states"], *shape), from_bytes(row["summaries"], *shape), torch.tensor(row["text_log_odds"])
+    )
+
+
+def _example(
+    question: Mapping[str, Any], solutions: Sequence[int], stored: Sequence[StoredSolution]
+) -> TwoTowerExample:
+    """Some of a question's solutions as tensors."""
+    import torch
+
     target_values: list[float] = []
     weights: list[float] = []
-    for step_targets in row["targets"]:
+    for number in solutions:
+        step_targets = question["targets"][number]
         num_labelled = sum(target is not None for target in step_targets)
         for target in step_targets:
             target_values.append(0.0 if target is None else target)
             weights.append(0.0 if target is None else 1 / num_labelled)
     return TwoTowerExample(
-        states_TD=torch.cat(step_states),
-        summaries_TD=torch.cat(summaries),
-        log_odds_T=torch.tensor(text_log_odds),
+        states_TD=torch.cat([solution.states_TD for solution in stored]),
+        summaries_TD=torch.cat([solution.summaries_TD for solution in stored]),
+        log_odds_T=torch.cat([solution.log_odds_T for solution in stored]),
         targets_T=torch.tensor(target_values),
         weights_T=torch.tensor(weights),
-        tags_per_solution=[state["num_steps"] for state in states],
-        correct=row["correct"],
+        tags_per_solution=[len(solution.states_TD) for solution in stored],
+        correct=[question["correct"][number] for number in solutions],
     )
-
-
-def _check_finite(rows: Sequence[Mapping[str, Any]], examples: Sequence[TwoTowerExample]) -> None:
-    broken_ids: list[str] = []
-    for row, example in zip(rows, examples, strict=True):
-        tensors = (example.states_TD, example.summaries_TD, example.log_odds_T)
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
-            broken_ids.append(row["question_id"])
-    if broken_ids:
-        raise ValueError(
-            f"the states of {len(broken_ids)} of {len(rows)} questions hold NaN or infinity: {broken_ids[:10]}; "
-            "compute the states again (in float32 or bfloat16)"
-        )
 
 
 def concatenated(examples: Sequence[TwoTowerExample]) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
@@ -287,10 +317,15 @@ def concatenated(examples: Sequence[TwoTowerExample]) -> "tuple[torch.Tensor, to
     return torch.cat(states), torch.cat(summaries), torch.cat(log_odds)
 
 
-def positive_rate(examples: Sequence[TwoTowerExample]) -> float:
-    """The share of right steps among the targets of these questions, as the loss weighs them; 0 without any."""
-    positive = sum(float((example.weights_T * example.targets_T).sum()) for example in examples)
-    total = sum(float(example.weights_T.sum()) for example in examples)
+def positive_rate(targets_of_questions: Iterable[Sequence[Sequence[Target]]]) -> float:
+    """The share of right steps among the targets of questions' solutions, as the loss weighs them; 0 without any."""
+    positive = 0.0
+    total = 0
+    for targets_of_question in targets_of_questions:
+        for step_targets in targets_of_question:
+            labelled = [target for target in step_targets if target is not None]
+            positive += sum(labelled) / len(labelled)
+            total += 1
     return positive / total if total else 0.0
 
 

@@ -239,7 +239,7 @@ def test_the_first_steps_gain_is_over_the_accuracy_of_all_solutions() -> None:
     [made] = labelled_solutions(solutions, labels, "advantage", "keep", max_solutions=1)
     assert made["targets"] == [1.0, None]  # .75 over .5
     tables = {
-        "states": [{"question_id": "q1", "solution_id": "s1", "num_steps": 2, "error": None}],
+        "states": [{"question_id": "q1", "solution_id": "s1", "num_steps": 2, "error": None, "place": [0, 0, 0]}],
         "questions": [{"question_id": "q1", "split": "train", "image_ids": ["i1"], "error": None}],
         "images": [{"image_id": "i1", "uri": "x.png", "diagnosis": "normal", "error": None}],
         "evidence": [],
@@ -255,7 +255,7 @@ def test_the_first_steps_gain_is_over_the_accuracy_of_all_solutions() -> None:
 def test_what_a_tree_found_is_no_part_of_the_accuracy_of_the_samples() -> None:
     found = [{"solution_id": s, "steps": ["one"], "correct": c} for s, c in (("s1", True), ("s2", False), ("t1", True))]
     tables = {
-        "states": [{"question_id": "q1", "solution_id": "s1", "num_steps": 1, "error": None}],
+        "states": [{"question_id": "q1", "solution_id": "s1", "num_steps": 1, "error": None, "place": [0, 0, 0]}],
         "questions": [{"question_id": "q1", "split": "train", "image_ids": ["i1"], "error": None}],
         "images": [{"image_id": "i1", "uri": "x.png", "diagnosis": "normal", "error": None}],
         "evidence": [],

@@ -18,7 +18,7 @@ from medmm_ray.train.loop import Worker
 from medmm_ray.train.policy import LlamaShape, PolicyConfig, PolicyStage, vocabulary_texts, worked_questions
 from medmm_ray.train.text_prm_data import group_labels, labelled_questions
 from medmm_ray.train.two_tower import TwoTowerConfig
-from medmm_ray.train.two_tower_data import questions_with_images
+from medmm_ray.train.two_tower_data import located_states, questions_with_images, states_files
 from tests.train import toy
 
 SHAPE = LlamaShape(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=32, vocab_size=512)
@@ -177,7 +177,10 @@ def two_tower_inputs(tower: Path, policy: Path, tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("two_tower")
     table = states_table(folder, policy)
     return {
-        **written(folder, questions=illustrated(folder, table, TwoTowerConfig(label_policy="judge"))),
+        **written(
+            folder, questions=illustrated(folder, table, TwoTowerConfig(label_policy="judge")),
+            files=states_files([table]),
+        ),
         "states": table.uri, "text_prm": str(policy), "image_tower": str(tower),
     }  # fmt: skip
 
@@ -191,7 +194,7 @@ def illustrated(folder: Path, states: Table, config: TwoTowerConfig) -> pa.Table
         records.Evidence(**{**row.__dict__, "images": references[n - 5 : n]}) for n, row in enumerate(toy.evidence(), 1)
     ]
     return questions_with_images(
-        states.to_arrow(["question_id", "solution_id", "num_steps", "error"]),
+        located_states(states_files([states])),
         group_labels([toy.table(records.Labels, toy.judge_labels(toy.solutions(each=4)))]),
         toy.table(records.Question, toy.questions()), toy.table(records.Image, images),
         toy.table(records.Evidence, evidence), toy.table(records.Solutions, toy.solutions(each=4)),

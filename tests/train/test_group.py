@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from medmm_ray.train.config import TrainConfig
@@ -82,7 +83,10 @@ STAGES: dict[str, tuple[Callable[..., Stage], TrainConfig]] = {
     "policy": (PolicyStage, PolicyConfig(shape=SHAPE, questions_per_update=4, **SMALL)),
     "text_prm": (TextPrmStage, TextPrmConfig(max_length=400, reserve=200, validation_fraction=0.0, **SMALL)),
     "two_tower": (TwoTowerStage, TwoTowerConfig(**PICTURES)),
-    "two_tower_trained": (TwoTowerStage, TwoTowerConfig(freeze_image_tower=False, tokens="both", **PICTURES)),
+    "two_tower_trained": (
+        TwoTowerStage,
+        TwoTowerConfig(freeze_image_tower=False, tokens="both", **PICTURES),
+    ),
     "image_text": (ImageTextStage, ImageTextConfig(shape=CLIP, contrast_size=6, **{**SMALL, "batch_size": 6})),
 }
 
@@ -208,11 +212,15 @@ def inputs(
     folder = tmp_path_factory.mktemp("two")
     image_text_stage(folder)
     prm = {**written(folder, questions=uneven()), "base": str(policy)}
+    questions = pq.read_table(two_tower_inputs["questions"])
+    without_references = pa.Table.from_pylist(
+        [{**row, "reference_uris": []} for row in questions.to_pylist()], questions.schema
+    )
     stages = {
         "policy": policy_inputs,
         "text_prm": {**written(folder / "even", questions=labelled()), "base": str(policy)},
         "two_tower": two_tower_inputs,
-        "two_tower_trained": two_tower_inputs,
+        "two_tower_trained": {**two_tower_inputs, **written(folder / "alone", questions=without_references)},
         "image_text": {"captions": str(folder / "captions.parquet")},
     }
     return Inputs(prm, policy_inputs, folder, stages)

@@ -33,8 +33,15 @@ from medmm_ray.train.schedule import Part
 from medmm_ray.train.stage import Stage
 from medmm_ray.train.text_prm import TextPrmConfig, TextPrmStage, train_text_prm, validation_figures
 from medmm_ray.train.text_prm_data import group_labels, labelled_questions, labelled_solutions, positive_rate
-from medmm_ray.train.two_tower import TwoTowerConfig, TwoTowerStage, rerank_figures, train_two_tower
-from medmm_ray.train.two_tower_data import class_weights, questions_with_images
+from medmm_ray.train.two_tower import TwoTowerConfig, TwoTowerStage, train_two_tower
+from medmm_ray.train.two_tower_data import (
+    TwoTowerExample,
+    class_weights,
+    located_states,
+    questions_with_images,
+    states_files,
+)
+from medmm_ray.train.two_tower_figures import rerank_figures
 from tests.doubles import tiny_vision
 from tests.train import toy
 from tests.train.conftest import SHAPE, image_text_stage, labelled, text_column, written
@@ -43,6 +50,16 @@ from tests.train.conftest import SHAPE, image_text_stage, labelled, text_column,
 def whole(stage: Stage, units: Sequence[int]) -> list[Part]:
     """All that is trained on of some units."""
     return [stage.units.whole(unit) for unit in units]
+
+
+def example(stage: TwoTowerStage, unit: int) -> TwoTowerExample:
+    """What is stored of a question's solutions."""
+    return stage._example(stage.units.whole(unit))
+
+
+def log_odds(stage: TwoTowerStage, units: Sequence[int]) -> Any:
+    """Log-odds of all tags of some questions, with their own images."""
+    return stage._log_odds(stage._load(whole(stage, units), None), 0)
 
 
 # The loop's own settings
@@ -389,7 +406,7 @@ def test_a_questions_samples_and_its_trees_solutions_become_one_row(
     ]
     found = {
         policy: questions_with_images(
-            pa.concat_tables(t.to_arrow(["question_id", "solution_id", "num_steps", "error"]) for t in tables),
+            located_states(states_files(tables)),
             group_labels([toy.table(records.Labels, labels)]), toy.table(records.Question, toy.questions()),
             toy.table(records.Image, toy.images(tmp_path)), toy.table(records.Evidence, []),
             toy.table(records.Solutions, solved), policy,
@@ -400,19 +417,19 @@ def test_a_questions_samples_and_its_trees_solutions_become_one_row(
     assert ids == {"judge": ["s07-0"], "tree_search": ["s07-2"], "outcome": ["s07-0", "s07-2"]}
     assert found["tree_search"]["correct"].to_pylist()[7] == [True]
     inputs = {name: two_tower_inputs[name] for name in ("text_prm", "image_tower")}
-    inputs |= {"states-0": tables[0].uri, "states-1": tables[1].uri, **written(tmp_path, questions=found["outcome"])}
+    inputs |= written(tmp_path, questions=found["outcome"], files=states_files(tables))
     stage, before = two_tower(inputs), two_tower(two_tower_inputs)
     assert stage.names == before.names
-    assert torch.equal(stage.examples[7].states_TD, before.examples[7].states_TD)
-    assert stage.examples[7].tags_per_solution == [3, 3]
+    assert torch.equal(example(stage, 7).states_TD, example(before, 7).states_TD)
+    assert example(stage, 7).tags_per_solution == [3, 3]
 
 
 def test_an_untrained_image_part_changes_nothing(two_tower_inputs: dict[str, str]) -> None:
     import torch
 
     stage = two_tower(two_tower_inputs)
-    log_odds_T = stage._log_odds([stage.examples[0], stage.examples[3]], [0, 3], [0, 3], view=0)
-    assert torch.equal(log_odds_T, torch.cat([stage.examples[0].log_odds_T, stage.examples[3].log_odds_T]))
+    expected_T = torch.cat([example(stage, 0).log_odds_T, example(stage, 3).log_odds_T])
+    assert torch.equal(log_odds(stage, [0, 3]), expected_T)
     found = stage.validate()
     assert found["validation_auroc"] == found["validation_auroc_text_only"]
 
@@ -422,11 +439,13 @@ def test_what_the_fusion_reads_is_centred_and_of_unit_spread(two_tower_inputs: d
     import torch
 
     stage = two_tower(two_tower_inputs, tokens=tokens, validation_fraction=0.0)
-    states_TD = torch.cat([example.states_TD for example in stage.examples])
-    summaries_TD = torch.cat([example.summaries_TD for example in stage.examples])
-    pooled_BW, patches_BPW = stage.views[0]
-    read = [] if tokens == "patches" else [pooled_BW]
-    read += [] if patches_BPW is None else [patches_BPW.flatten(0, 1)]
+    examples = [example(stage, unit) for unit in range(12)]
+    states_TD = torch.cat([each.states_TD for each in examples])
+    summaries_TD = torch.cat([each.summaries_TD for each in examples])
+    pictures = stage.pictures.tokens(stage.pictures.uris, 0, {})
+    assert len(pictures.pooled_BW) == 12
+    read = [] if tokens == "patches" else [pictures.pooled_BW]
+    read += [] if pictures.patches_BPW is None else [pictures.patches_BPW.flatten(0, 1)]
     with torch.no_grad():
         query_TF = stage.fusion._query(states_TD, summaries_TD)
         projected_NF = stage.fusion.projector(torch.cat(read))
@@ -468,8 +487,11 @@ def test_states_that_are_no_numbers_are_refused_with_their_question(
     rows[0][column] = nothing if column == "text_log_odds" else np.full(width, np.inf, np.float32).tobytes()
     table = Table(str(tmp_path / "states"), records.States)
     write_rows(table, rows, Provenance(name="s", fingerprint="f", config={}, upstream={}), "solution_id")
-    with pytest.raises(ValueError, match=r"the states of 1 of 12 questions hold NaN or infinity: \['q00'\]; compute"):
-        two_tower({**two_tower_inputs, "states": table.uri})
+    inputs = {**two_tower_inputs, **written(tmp_path, files=states_files([table]))}
+    with pytest.raises(
+        ValueError, match=r"the states of question 'q00' hold NaN or infinity; compute the states again"
+    ):
+        two_tower(inputs)
 
 
 @pytest.mark.parametrize("tokens", ["pooled", "both"])
@@ -496,11 +518,12 @@ def test_swapped_images_are_of_another_diagnosis_and_make_right_steps_wrong(two_
     stage = two_tower(two_tower_inputs, swapped_share=1.0)
     other = stage._swapped_question(1, epoch=0)
     assert other is not None
-    assert stage.rows[other]["diagnosis"] != stage.rows[1]["diagnosis"]
+    assert stage.questions[other]["diagnosis"] != stage.questions[1]["diagnosis"]
+    assert stage._load(whole(stage, [1]), 0).image_uris == [stage.questions[other]["image_uris"]]
     assert other == stage._swapped_question(1, epoch=0)
     # The image part says nothing yet: each right step now costs softplus(log-odds), the wrong ones nothing.
-    example = stage.examples[1]
-    costs_T = torch.nn.functional.softplus(example.log_odds_T) / 3 * example.targets_T
+    stored = example(stage, 1)
+    costs_T = torch.nn.functional.softplus(stored.log_odds_T) / 3 * stored.targets_T
     assert stage.loss(whole(stage, [1]), 0).item() == pytest.approx(float(costs_T.sum()), rel=1e-5)
     assert two_tower(two_tower_inputs)._swapped_question(1, 0) is None
 
@@ -515,27 +538,32 @@ def test_balanced_classes_weigh_the_same_and_all_steps_together_as_before(two_to
     assert plain.class_weights == (1.0, 1.0)
     assert balanced.class_weights == pytest.approx((0.75, 1.5))
     # The image part says nothing yet, so the loss is that of the text's log-odds.
-    example = balanced.examples[1]
-    losses_T = torch.nn.functional.softplus(torch.where(example.targets_T > 0, -example.log_odds_T, example.log_odds_T))
+    stored = example(balanced, 1)
+    losses_T = torch.nn.functional.softplus(torch.where(stored.targets_T > 0, -stored.log_odds_T, stored.log_odds_T))
     factors_T = torch.tensor([0.75, 1.5, 1.5, 0.75, 0.75, 0.75])
     loss = balanced.loss(whole(balanced, [1]), 0)
     assert loss.item() == pytest.approx(float((losses_T * factors_T).sum() / 3), rel=1e-5)
-    assert float(factors_T.sum() / 3) == len(example.tags_per_solution) == 2
+    assert float(factors_T.sum() / 3) == len(stored.tags_per_solution) == 2
     assert class_weights(0.9) == pytest.approx((0.5 / 0.9, 5.0))
 
 
-def test_validation_reranks_the_held_out_questions(two_tower_inputs: dict[str, str]) -> None:
+def test_validation_reranks_the_held_out_questions(
+    two_tower_inputs: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
 
     stage = two_tower(two_tower_inputs, validation_fraction=0.25, select_by="best_of_n")
     held = [unit for unit, name in enumerate(stage.names) if name in stage.validation_ids]
     assert len(held) == 3
     # Text scores that prefer the right solution of the first two: its worst step is -1, the other's -2.
+    examples: dict[int, TwoTowerExample] = {}
     for number, unit in enumerate(held):
-        right = stage.examples[unit].correct.index(True)
+        stored = example(stage, unit)
+        right = stored.correct.index(True)
         good, bad = torch.tensor([5.0, -1.0, 5.0]), torch.tensor([9.0, 9.0, -2.0])
         parts = [good if (i == right) == (number < 2) else bad for i in range(2)]
-        stage.examples[unit] = replace(stage.examples[unit], log_odds_T=torch.cat(parts))
+        examples[unit] = replace(stored, log_odds_T=torch.cat(parts))
+    monkeypatch.setattr(stage, "_example", lambda part: examples[part.unit])
     found = stage.validate()
     assert found["validation_best_of_n"] == found["selection"] == pytest.approx(2 / 3)
     assert found["validation_one_sample"] == 0.5
@@ -553,13 +581,59 @@ def test_rerank_figures_are_exact() -> None:
     assert rerank_figures([]) == {}
 
 
-def test_augmented_views_start_with_the_picture_itself(two_tower_inputs: dict[str, str]) -> None:
+def test_augmented_views_start_with_the_picture_itself_and_repeat(two_tower_inputs: dict[str, str]) -> None:
     import torch
 
     plain, views = two_tower(two_tower_inputs), two_tower(two_tower_inputs, augment=True, augmented_views=2)
-    assert len(views.views) == 2
-    assert torch.equal(views.views[0][0], plain.views[0][0])
-    assert not torch.allclose(views.views[1][0], plain.views[0][0])
+    shown = [views.pictures.tokens(views.pictures.uris, epoch, {}).pooled_BW for epoch in range(3)]
+    assert torch.equal(shown[0], plain.pictures.tokens(plain.pictures.uris, 0, {}).pooled_BW)
+    assert not torch.allclose(shown[1], shown[0])
+    assert torch.equal(shown[2], shown[0])
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_without_room_to_keep_anything_the_loss_is_the_same(two_tower_inputs: dict[str, str], frozen: bool) -> None:
+    import torch
+
+    settings = {"freeze_image_tower": frozen, "augment": True, "tokens": "both"}
+    stages = [two_tower(two_tower_inputs, cache_gib=gib, **settings) for gib in (1.0, 0.0)]
+    for stage in stages:
+        torch.manual_seed(1)
+        torch.nn.init.normal_(stage.fusion.output.weight, std=0.3)
+        parts = whole(stage, [1, 2, 5])
+        stage.prepare(parts, 1)  # read by a thread
+    losses = [stage.loss(parts, 1).item() for stage in stages]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert stages[0].states._cache.num_bytes > 0
+    assert stages[1].states._cache.num_bytes == 0
+
+
+def test_a_part_of_a_question_is_read_without_the_rest(two_tower_inputs: dict[str, str]) -> None:
+    import torch
+
+    stage = two_tower(two_tower_inputs)
+    both, second = example(stage, 4), stage._example(Part(4, (1,)))
+    assert torch.equal(second.states_TD, both.states_TD[3:])
+    assert torch.equal(second.weights_T, both.weights_T[3:])
+    assert (second.tags_per_solution, second.correct) == ([3], both.correct[1:])
+
+
+def test_of_the_text_tower_two_rows_are_read(two_tower_inputs: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from medmm_ray.reward_model import RewardModel, TextHead
+
+    model = RewardModel.from_pretrained(two_tower_inputs["text_prm"])
+    rows_VD = model.text_model.get_output_embeddings().weight
+    expected_D = rows_VD[model.family.ids["plus"]] - rows_VD[model.family.ids["minus"]]
+    # The policy's checkpoint has no tag yet, so that it is loaded whole; what is saved then has one.
+    assert torch.equal(TextHead.from_pretrained(two_tower_inputs["text_prm"], "float32").direction_D, expected_D)
+    folder = Path(two_tower_inputs["questions"]).parent / "with-tag"
+    model.save_pretrained(folder)
+    monkeypatch.setattr(RewardModel, "from_pretrained", None)
+    head = TextHead.from_pretrained(folder, "float32")
+    assert torch.equal(head.direction_D, expected_D)
+    assert head.hidden_size == model.hidden_size
 
 
 def test_what_two_tower_saves_scores_as_it_trained(two_tower_inputs: dict[str, str], tmp_path: Path) -> None:
@@ -570,7 +644,7 @@ def test_what_two_tower_saves_scores_as_it_trained(two_tower_inputs: dict[str, s
 
     stage = two_tower(two_tower_inputs, num_references=0)
     torch.nn.init.normal_(stage.fusion.output.weight)
-    stage.rows[0]["reference_uris"] = []
+    assert stage.questions[0]["reference_uris"] == []
     stage.save(tmp_path, {"validation_auroc": 0.75})
     assert "| validation_auroc | 0.75 |" in (tmp_path / "README.md").read_text()
     row = labelled(each=4).to_pylist()[0]
@@ -578,9 +652,9 @@ def test_what_two_tower_saves_scores_as_it_trained(two_tower_inputs: dict[str, s
     assert saved.trained_inputs.num_references == 0
     scores = saved.score(
         row["question"], [s["steps"] for s in row["solutions"]], row["documents"],
-        image=open_image(stage.rows[0]["image_uris"][0]),
+        image=open_image(stage.questions[0]["image_uris"][0]),
     )  # fmt: skip
-    expected = stage._log_odds([stage.examples[0]], [0], [0], view=0).tolist()
+    expected = log_odds(stage, [0]).tolist()
     assert [value for score in scores for value in score.log_odds] == pytest.approx(expected, abs=1e-4)
 
 
@@ -612,7 +686,7 @@ def test_states_of_two_models_are_refused(two_tower_inputs: dict[str, str], tmp_
     mixed = Table(str(tmp_path / "mixed"), records.States)
     write_rows(mixed, rows, Provenance(name="states", fingerprint="f", config={}, upstream={}), "solution_id")
     with pytest.raises(ValueError, match=r"states of the dtypes \['bfloat16', 'float32'\]"):
-        two_tower({**two_tower_inputs, "states": mixed.uri})
+        located_states(states_files([mixed]))
 
 
 def test_history_is_plain_json(two_tower_inputs: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""How training scales: the speed-up of its updates over workers, modelled by their floating-point operations.
+"""How training scales: the speed-up of its updates over workers, by their floating-point operations, and its memory.
 
 Each stage's own planner deals random questions' updates to 1, 2, 4, 8 and 64 workers; a round of passes takes as long
 as its most expensive one. Communication is left out: it depends on the network, and is the same with perfect shares.
@@ -14,6 +14,7 @@ from pydantic import Field
 from rich.console import Console
 
 from jobs.benches import Measured
+from jobs.benches.scale_memory import MemoryConfig, measure_memory
 from medmm_ray.config import Config
 from medmm_ray.train.config import TrainConfig
 from medmm_ray.train.image_text import ImageTextConfig
@@ -23,7 +24,7 @@ from medmm_ray.train.text_prm import TextPrmConfig
 from medmm_ray.train.throughput import FusionFlops, TrainingFlops
 from medmm_ray.train.two_tower import TwoTowerConfig
 
-BATCH = {"batch_size": 256, "questions_per_update": 64}
+BATCH: dict[str, Any] = {"batch_size": 256, "questions_per_update": 64}
 STAGES: dict[str, TrainConfig] = {
     "image_text, defaults": ImageTextConfig(),
     "image_text, flagship": ImageTextConfig(batch_size=256),
@@ -64,6 +65,8 @@ class BenchConfig(Config):
     """Mean steps of a solution, from half of them to half as many again."""
     seed: int = 0
     """Seed of the lengths."""
+    memory: MemoryConfig = MemoryConfig()
+    """What a two-tower worker's memory is measured on."""
 
 
 def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
@@ -81,6 +84,7 @@ def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
             yield Measured(label, workers, speed_up, speed_up / workers, _target(name, workers), "times one worker")
         if stage.num_questions_per_update > 1:
             yield _cost_of_parts(name, stage, units, updates)
+    yield from measure_memory(config.memory)
 
 
 def _target(name: str, workers: int) -> str:

@@ -19,6 +19,7 @@ from medmm_ray.train.gathering import gathered_rows
 from medmm_ray.train.launch import fit, read_input
 from medmm_ray.train.schedule import Part, Units
 from medmm_ray.train.stage import Stage
+from medmm_ray.train.throughput import num_weights
 
 if TYPE_CHECKING:
     import torch
@@ -167,12 +168,14 @@ def contrastive_loss(images_BE: "torch.Tensor", texts_BE: "torch.Tensor", scale:
 
 def clip_flops(module: Any) -> float:
     """FLOPs of training on one pair, six a weight of the blocks and a token."""
-    image_weights = sum(parameter.numel() for parameter in module.visual.transformer.parameters())
-    text_weights = sum(parameter.numel() for parameter in module.transformer.parameters())
-    return 6.0 * (
-        image_weights * module.visual.positional_embedding.shape[0]
-        + text_weights * module.positional_embedding.shape[0]
+    halves = (
+        (module.visual.transformer, module.visual.positional_embedding),
+        (module.transformer, module.positional_embedding),
     )
+    flops = 0.0
+    for blocks, positions in halves:
+        flops += 6.0 * num_weights([blocks]) * len(positions)
+    return flops
 
 
 def model_config(shape: ClipShape, vocab_size: int, end_id: int) -> dict[str, Any]:

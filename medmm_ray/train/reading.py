@@ -113,7 +113,7 @@ class TableRows:
             metadata = file.metadata
             lengths = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
             self.columns: list[str] = file.schema_arrow.names
-        self._starts = [0, *accumulate(lengths)]
+        self._starts: list[int] = [0, *accumulate(lengths)]
         self._reader = RowGroupReader([(folder, name)])
         self._cache: Cache[pa.Table] = Cache(most_bytes)
 

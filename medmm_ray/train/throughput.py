@@ -29,10 +29,10 @@ class TrainingFlops:
 
     def __init__(self, model: Any) -> None:
         layers = model.base_model.layers
-        self.per_token = 0
+        self.per_token = 0.0
         for parameter in layers.parameters():
             self.per_token += (6 if parameter.requires_grad else 4) * parameter.numel()
-        self.per_pair = 12 * len(layers) * model.config.num_attention_heads * layers[0].self_attn.head_dim
+        self.per_pair: float = 12 * len(layers) * model.config.num_attention_heads * layers[0].self_attn.head_dim
 
     def prefix(self, length: int) -> float:
         """FLOPs of a prefix, read causally."""
@@ -72,7 +72,7 @@ def num_patches(tower: "ImageTower") -> int:
 
     side = tower.image_size
     with torch.no_grad():
-        return tower(torch.zeros(1, 3, side, side)).patches_BPD.shape[1]
+        return int(tower(torch.zeros(1, 3, side, side)).patches_BPD.shape[1])
 
 
 def num_weights(modules: "Iterable[torch.nn.Module]") -> int:

@@ -39,7 +39,7 @@ from medmm_ray.steps.score import (
     question_inputs,
     shuffled,
 )
-from medmm_ray.steps.score.actors import split_image_part
+from medmm_ray.steps.score.actors import split_image_part, stored_solutions
 from tests.doubles import tiny_reward_model as tiny
 from tests.doubles import tiny_vision
 from tests.doubles.clip_folders import write_native_clip
@@ -441,6 +441,19 @@ def test_the_configs_lengths_replace_the_checkpoints(folder: Path) -> None:
 
 
 # States
+
+
+@pytest.mark.parametrize(
+    ("number", "choose", "expected"),
+    [(None, "first", "abcdef"), (9, "balanced", "abcdef"), (3, "first", "abc"), (4, "balanced", "abcf"),
+     (2, "balanced", "af"), (5, "balanced", "abcdf")],
+)  # fmt: skip
+def test_states_can_be_stored_of_fewer_solutions(number: int | None, choose: Any, expected: str) -> None:
+    # Only f is right; e has no answer.
+    correct = {"a": False, "b": False, "c": False, "d": False, "e": None, "f": True}
+    solutions = [{"solution_id": name, "correct": value} for name, value in correct.items()]
+    chosen = stored_solutions(solutions, number, choose)
+    assert "".join(str(solution["solution_id"]) for solution in chosen) == expected
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

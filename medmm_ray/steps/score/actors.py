@@ -203,7 +203,7 @@ class StateExtractor:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Rows of `inputs` to ``{question_id, states}``."""
-        rows = batch.to_pylist()
+        rows = [_with_fewer_solutions(row, self.config) for row in batch.to_pylist()]
         states = states_of_rows(self.model, rows, self.config)
         entries: list[list[dict[str, Any]]] = []
         for row, row_states in zip(rows, states, strict=True):
@@ -241,6 +241,26 @@ class StateExtractor:
             "text_log_odds": [],
             "error": str(fault),
         }
+
+
+def _with_fewer_solutions(row: Mapping[str, Any], config: StatesConfig) -> dict[str, Any]:
+    """A row with the solutions whose states are stored."""
+    return {**row, "solutions": stored_solutions(row["solutions"] or [], config.max_solutions, config.choose)}
+
+
+def stored_solutions(
+    solutions: Sequence[Mapping[str, Any]], max_solutions: int | None, choose: Literal["first", "balanced"]
+) -> list[Mapping[str, Any]]:
+    """At most `max_solutions` of a question's solutions, in their order (`StatesConfig`)."""
+    if max_solutions is None or len(solutions) <= max_solutions:
+        return list(solutions)
+    if choose == "first":
+        return list(solutions[:max_solutions])
+    right = [number for number, solution in enumerate(solutions) if solution["correct"]]
+    wrong = [number for number, solution in enumerate(solutions) if not solution["correct"]]
+    num_right = min(len(right), max(max_solutions // 2, max_solutions - len(wrong)))
+    chosen = sorted([*right[:num_right], *wrong[: max_solutions - num_right]])
+    return [solutions[number] for number in chosen]
 
 
 def _state_columns(solution: Mapping[str, Any], states: "SolutionStates") -> dict[str, Any]:

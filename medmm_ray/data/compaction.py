@@ -99,9 +99,7 @@ class Merge:
         return rows.replace_schema_metadata(None)  # its footer
 
 
-def compact(
-    fs: pafs.FileSystem, folder: str, record: type, parts: Sequence[Part], target_bytes: int
-) -> list[str]:
+def compact(fs: pafs.FileSystem, folder: str, record: type, parts: Sequence[Part], target_bytes: int) -> list[str]:
     """Write the files of a table of `parts`, which hold each id once; gives their names, sorted."""
     single: list[Merge] = []
     several: list[Merge] = []

@@ -193,6 +193,7 @@ class RecordFile:
         self._row_groups = ROW_GROUPS.get(record)
         options: dict[str, Any] = {}
         if self._row_groups is not None:
+            # Raw values neither repeat nor shrink; to try takes time, and memory for a dictionary.
             raw = self._row_groups.raw
             encoded = [name for name in schema.names if name not in raw]
             compression = dict.fromkeys(encoded, "snappy") | dict.fromkeys(raw, "none")

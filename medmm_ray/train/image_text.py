@@ -141,7 +141,7 @@ class ImageTextStage(Stage):
         images_BE = self.module.encode_image(pixels_B3HW.to(self.device, dtype), normalize=True).float()
         texts_BE = self.module.encode_text(ids_BL.to(self.device), normalize=True).float()
         scale = self.module.logit_scale.exp().clamp(max=100.0)  # CLIP's own bound
-        if self.idle:
+        if self.idle:  # it takes part in the collectives, and has no row of its own
             images_BE, texts_BE = images_BE[:0], texts_BE[:0]
         return contrastive_loss(images_BE, texts_BE, scale.float())
 

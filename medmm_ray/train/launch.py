@@ -25,7 +25,7 @@ from medmm_ray.train.trackers import check_installed
 if TYPE_CHECKING:
     from ray.train import RunConfig, ScalingConfig
 
-ROW_GROUP_BYTES = 1 << 20
+ROW_GROUP_BYTES = 1 << 20  # of what a worker reads at a time of its inputs
 
 
 def figures(history: dict[str, Any]) -> dict[str, float]:

@@ -193,6 +193,7 @@ class Trainer:
         """Updates dealt to the workers; while one is trained on, what the next one needs is read."""
         ahead: deque[_Update] = deque()
         for parts in updates:
+            # One update ahead and no more: what is read ahead is held in memory.
             ahead.append(self._deal(parts))
             for passes in ahead[-1].rounds:
                 self.stage.prepare(self._parts_of_pass(passes), epoch)

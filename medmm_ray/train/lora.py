@@ -68,6 +68,7 @@ class LoraAdapter:
         """Put a dropout by segments where peft has one by rows."""
         from peft.tuners.lora import LoraLayer
 
+        # By number, as all workers, and a training that goes on, find the layers in the same order.
         layers = [module for module in self.peft.modules() if isinstance(module, LoraLayer)]
         for number, layer in enumerate(layers):
             for name in layer.lora_dropout:

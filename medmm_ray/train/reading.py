@@ -15,7 +15,7 @@ from pyarrow import fs as pafs
 
 from medmm_ray.data.tables import filesystem
 
-MAX_OPEN_FILES = 32
+MAX_OPEN_FILES = 64  # each keeps its footer: 1 KB a row group and column
 Value = TypeVar("Value")
 
 
@@ -39,6 +39,7 @@ class Cache(Generic[Value]):
     def put(self, key: Hashable, value: Value, num_bytes: int) -> None:
         """Keep a value of so many bytes, in the place of the values that were used the longest ago."""
         with self._lock:
+            # What is larger than the cache would only empty it.
             if key in self._values or num_bytes > self.most_bytes:
                 return
             self._values[key] = (value, num_bytes)
@@ -93,9 +94,11 @@ class RowGroupReader:
     def _opened(self, file: int) -> pq.ParquetFile:
         if file not in self._open:
             folder, name = self._files[file]
+            # One connection a folder: a filesystem of an object store takes longer to make than a file to open.
             if folder not in self._folders:
                 self._folders[folder] = filesystem(folder)
             fs, path = self._folders[folder]
+            # The columns of a row group in few requests, not one each.
             self._open[file] = pq.ParquetFile(fs.open_input_file(f"{path}/{name}"), pre_buffer=True)
             if len(self._open) > MAX_OPEN_FILES:
                 self._open.popitem(last=False)[1].close(force=True)
@@ -122,6 +125,7 @@ class TableRows:
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         row_group = bisect_right(self._starts, number) - 1
+        # A row of Python objects takes ten times as much as in Arrow: only the one that is asked for becomes that.
         rows = self._cache.get(row_group)
         if rows is None:
             rows = self._reader.read(0, row_group, self.columns)

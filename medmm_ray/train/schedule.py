@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -60,9 +61,9 @@ class Units:
         return cls(
             names=names,
             starts=np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]),
-            samples=np.array([value for of_unit in samples for value in of_unit], dtype=np.int64),
-            tokens=np.array([value for of_unit in tokens for value in of_unit], dtype=np.int64),
-            flops=np.array([value for of_unit in flops for value in of_unit], dtype=np.float64),
+            samples=np.array(list(chain.from_iterable(samples)), dtype=np.int64),
+            tokens=np.array(list(chain.from_iterable(tokens)), dtype=np.int64),
+            flops=np.array(list(chain.from_iterable(flops)), dtype=np.float64),
             shared_tokens=np.array(shared_tokens, dtype=np.int64),
             shared_flops=np.array(shared_flops, dtype=np.float64),
         )
@@ -126,6 +127,7 @@ def epoch_updates(units: Units, batch_size: int, questions_per_update: int, seed
     # By a string: random.Random takes its hash over all bits, so neighbouring seeds give unlike orders.
     random.Random(f"{seed}/{epoch}").shuffle(order)
     limit = max(1, batch_size // questions_per_update)
+    # Turns through all units: first each one's first part, then the second ones of those that have more.
     rounds: list[list[Part]] = []
     for unit in order:
         for number, part in enumerate(_cut(units, unit, totals[unit], limit)):
@@ -235,6 +237,7 @@ def deal(parts: Sequence[Part], units: Units, num_workers: int, budget: int) -> 
 
     A round takes as long as its longest pass. A solution that is longer than the budget goes alone.
     """
+    # Two ways to deal, as no rule tells beforehand whether a prefix that is read twice pays.
     pieces = [_Piece(units, part) for part in parts]
     whole = [piece for part in parts for piece in _within(_Piece(units, part), budget, units)]
     candidates: list[Rounds] = []
@@ -293,6 +296,7 @@ def _rounds(pieces: Sequence[_Piece], num_workers: int, budget: int, may_split: 
         num_passes = num_rounds * num_workers
         passes = _fill(pieces, num_passes, math.inf, budget, may_split)
         num_rounds += 1
+    # A lone worker runs all passes one after another: how they are cut makes no difference to it.
     if num_workers > 1:
         passes = _evened(passes, pieces, budget, may_split)
     passes.sort(key=lambda each: -each.flops)  # those of like cost side by side
@@ -306,6 +310,7 @@ def _rounds(pieces: Sequence[_Piece], num_workers: int, budget: int, may_split: 
 
 def _evened(passes: list[_Pass], pieces: Sequence[_Piece], budget: int, may_split: bool) -> list[_Pass]:
     """The same pieces in as many passes, the most expensive of which is as cheap as a bisection finds."""
+    # As MULTIFIT for machines of equal speed: guess the longest pass, and see whether everything then finds room.
     best, highest = passes, max(each.flops for each in passes)
     lowest = sum(piece.total_flops for piece in pieces) / len(passes)
     for _ in range(_BISECTIONS):
@@ -330,6 +335,7 @@ def _fill(
         fitting: _Pass | None = None
         for each in passes:
             fits = each.flops + piece.total_flops <= most_flops and each.tokens + piece.total_tokens <= budget
+            # A solution is never cut: one beyond the budget has a pass to itself.
             is_alone = not each.parts and len(piece.flops) == 1
             if (fits or is_alone) and (fitting is None or each.flops > fitting.flops):
                 fitting = each

@@ -121,6 +121,7 @@ class TextPrmStage(Stage):
         """Of each unit the solutions of its question."""
         self.num_not_packed = 0
         names: list[str] = []
+        # A solution that is too long for all documents reads fewer: it shares another prefix, and is a unit of its own.
         for row in read_input(inputs["questions"]).to_pylist():
             packing = self._pack(row)
             self.num_not_packed += sum(error is not None for error in packing.errors)

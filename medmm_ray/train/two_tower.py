@@ -209,6 +209,7 @@ class TwoTowerStage(Stage):
         from medmm_ray.reward_model.states import dtype_name
 
         config = self.config
+        # All states have the same format (`located_states`), so that any solution tells it.
         stored = self.states.read(self.questions[0], [0])
         self.text_dtype = dtype_name(stored.states_TD)
         self.head = TextHead.from_pretrained(self.text_prm, self.text_dtype)
@@ -328,6 +329,7 @@ class TwoTowerStage(Stage):
         is_swapped: list[bool] = []
         for part in parts:
             swapped = None if epoch is None else self._swapped_question(part.unit, epoch)
+            # The references stay the question's own: they are what retrieval found for it.
             shown = part.unit if swapped is None else swapped
             image_uris.append(self.questions[shown]["image_uris"])
             reference_uris.append(self.questions[part.unit]["reference_uris"])
@@ -394,6 +396,7 @@ class TwoTowerStage(Stage):
         rng = random.Random(f"{self.config.seed}/{epoch}/{self.names[unit]}")
         if rng.random() >= self.config.swapped_share:
             return None
+        # As numbers, not as objects: every question of a swapped share looks through all of them.
         units = self.training_units
         candidates = units[self.diagnoses[units] != self.diagnoses[unit]]
         return int(rng.choice(candidates)) if len(candidates) else None

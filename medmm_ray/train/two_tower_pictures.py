@@ -72,6 +72,7 @@ class Pictures:
         view = self._view(epoch)
         pixels: dict[str, torch.Tensor] = {}
         for uri in dict.fromkeys(uris):
+            # Tokens that are there now may be gone by then: `tokens` opens such a picture itself.
             if self._tokens.get((uri, view)) is None:
                 pixels[uri] = self._shown(uri, view)
         return pixels
@@ -101,6 +102,7 @@ class Pictures:
     def _kept(self, uri: str, view: int, tokens: PictureTokens, number: int) -> PictureTokens:
         """One picture's tokens out of a batch's, in the cache where there is room."""
         patches_1PW = None if tokens.patches_BPW is None else tokens.patches_BPW[number : number + 1].cpu().clone()
+        # Copies in main memory: a slice would keep the whole batch alive, on the GPU.
         alone = PictureTokens(tokens.pooled_BW[number : number + 1].cpu().clone(), patches_1PW)
         num_bytes = alone.pooled_BW.nbytes + (0 if patches_1PW is None else patches_1PW.nbytes)
         self._tokens.put((uri, view), alone, num_bytes)
@@ -125,7 +127,7 @@ class Pictures:
         if pixels_3HW is None:
             pixels_3HW = self.tower.preprocess(open_image(uri))
             self._pixels.put(uri, pixels_3HW, pixels_3HW.nbytes)
-        if view == 0:
+        if view == 0:  # as it is, which is what it is measured on
             return pixels_3HW
         # By place, not by name: a copy of the run in another folder trains the same, on whichever worker.
         rng = random.Random(f"{self.views.seed}/{view}/{self._places[uri]}")

@@ -14,7 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 
 from medmm_ray.data import compaction, part_log, tables
-from medmm_ray.data.records import Document, Labels, Vector, to_arrow
+from medmm_ray.data.records import Document, Labels, States, Vector, to_arrow
 from medmm_ray.data.tables import (
     Artifact,
     Manifest,
@@ -167,6 +167,39 @@ def test_parts_become_files_of_about_the_target_size(target_bytes: int, num_file
     assert sorted(table.to_arrow()["item_id"].to_pylist()) == list("abcdef")
     listing = table.fs.get_file_info(pyarrow.fs.FileSelector(table.path, recursive=True))
     assert {entry.base_name for entry in listing} == {"manifest.json", *manifest.files}
+
+
+def states_of(question: str, number: int) -> dict[str, Any]:
+    """A question's row with so many entries of states, each with its own number in its bytes."""
+    entries = [
+        States(
+            question_id=question, solution_id=f"{question}-{i}", model="m", evidence_hash="", num_steps=1,
+            hidden_size=4, dtype="float32", states=bytes([i] * 16), summaries=bytes(16), text_log_odds=[0.5],
+        )
+        for i in range(number)
+    ]  # fmt: skip
+    return {"question_id": question, "states": to_arrow(States, entries).to_pylist()}
+
+
+@pytest.mark.parametrize("target_bytes", [1, 1 << 30])  # parts as they are, and merged
+def test_states_of_a_question_are_row_groups_of_their_own(target_bytes: int, uri: str) -> None:
+    table = Table(uri, States, target_bytes=target_bytes)
+    table.prepare()
+    table.write_part(pa.Table.from_pylist([states_of("q1", 9), states_of("q2", 3)]), "question_id", "states")
+    table.write_part(pa.Table.from_pylist([states_of("q3", 8)]), "question_id", "states")
+    manifest = table.finish(ORIGIN, "question_id", ["q1", "q2", "q3"], seconds=0)
+    assert len(manifest.files) == (2 if target_bytes == 1 else 1)
+    groups = []
+    for name in manifest.files:
+        file = pyarrow.parquet.ParquetFile(table.fs.open_input_file(f"{table.path}/{name}"))
+        rows_of_groups = [file.read_row_group(i).to_pylist() for i in range(file.num_row_groups)]
+        groups += [[(row["solution_id"], row["states"][0]) for row in rows] for rows in rows_of_groups]
+    assert sorted(groups) == [
+        [(f"q1-{i}", i) for i in range(8)],
+        [("q1-8", 8)],
+        [(f"q2-{i}", i) for i in range(3)],
+        [(f"q3-{i}", i) for i in range(8)],
+    ]
 
 
 def test_a_disk_without_hard_links_gets_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -258,6 +258,7 @@ def stored_solutions(
         return list(solutions[:max_solutions])
     right = [number for number, solution in enumerate(solutions) if solution["correct"]]
     wrong = [number for number, solution in enumerate(solutions) if not solution["correct"]]
+    # Half of each kind; where one has fewer, the other fills up.
     num_right = min(len(right), max(max_solutions // 2, max_solutions - len(wrong)))
     chosen = sorted([*right[:num_right], *wrong[: max_solutions - num_right]])
     return [solutions[number] for number in chosen]

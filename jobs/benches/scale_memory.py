@@ -73,8 +73,14 @@ def _trained(config: MemoryConfig, size: float) -> Peak:
     with tempfile.TemporaryDirectory(prefix="states-") as folder:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             inputs = process.submit(make_inputs, config, size, Path(folder)).result()
+        # All that a worker of any size loads: what comes on top is its model and its data.
+        import deepspeed
+        import open_clip
+        import transformers
+
         from jobs.studies.study import start_alone, train
 
+        del deepspeed, open_clip, transformers
         start_alone()
         before = _resident()
         settings = TwoTowerConfig(

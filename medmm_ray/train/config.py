@@ -40,8 +40,15 @@ class TrainConfig(Config):
     1."""
     offload: Literal["none", "optimizer", "parameters"] = execution("none")
     """What lies in CPU memory between uses: optimizer states (from ZeRO 1 on), or weights too (ZeRO 3)."""
-    num_workers: int = execution(1)
+    num_workers: int = execution(1, ge=1)
     """Training processes. A training that was interrupted may go on with another number of them."""
+    min_workers: int | None = execution(None, ge=1)
+    """Fewest training processes: where there is no room for num_workers, or a machine is lost, training runs on as many
+    as there are, and grows again at a checkpoint. null: num_workers, no fewer."""
+    accelerator_type: str | None = execution(None)
+    """Kind of GPU to train on, by Ray's name (A100, A100-80G, H100 …); null: any."""
+    label_selector: dict[str, str] = execution({})
+    """Labels of the nodes to train on, with Ray's operators: {ray.io/market-type: "in(spot,on-demand)"} takes both."""
     cpus_per_worker: float = execution(2.0)
     """CPUs that Ray reserves for a worker."""
     gpus_per_worker: float = execution(0.0)
@@ -56,6 +63,17 @@ class TrainConfig(Config):
     """Worker failures, preemptions apart, after which training starts again from its last checkpoint by itself."""
     trackers: tuple[TrackerName, ...] = execution(("tensorboard",))
     """Where each update's figures go: tensorboard (a folder beside the model), wandb, mlflow."""
+
+    @model_validator(mode="after")
+    def _fewest_are_no_more(self) -> "TrainConfig":
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers={self.min_workers} is more than num_workers={self.num_workers}")
+        if self.accelerator_type is not None and self.gpus_per_worker == 0:
+            raise ValueError(
+                f"accelerator_type={self.accelerator_type!r} names a GPU, and gpus_per_worker is 0: set it, or leave "
+                "accelerator_type out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _offload_needs_zero(self) -> "TrainConfig":

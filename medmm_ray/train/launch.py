@@ -109,8 +109,14 @@ def _scaling_config(config: TrainConfig) -> "ScalingConfig":
     resources = {"CPU": config.cpus_per_worker}
     if config.gpus_per_worker:
         resources["GPU"] = config.gpus_per_worker
+    fewest = config.num_workers if config.min_workers is None else config.min_workers
     return ScalingConfig(
-        num_workers=config.num_workers, use_gpu=config.gpus_per_worker > 0, resources_per_worker=resources
+        # A pair makes the group elastic: Ray Train then starts it anew, from its last checkpoint, at another size.
+        num_workers=config.num_workers if fewest == config.num_workers else (fewest, config.num_workers),
+        use_gpu=config.gpus_per_worker > 0,
+        resources_per_worker=resources,
+        accelerator_type=config.accelerator_type,
+        label_selector=config.label_selector or None,
     )
 
 

@@ -18,7 +18,7 @@ from medmm_ray.reward_model.attention import Block
 from medmm_ray.train.config import TrainConfig
 from medmm_ray.train.engine import deepspeed_config, parameter_groups
 from medmm_ray.train.image_text import ImageTextConfig, augment, train_image_tower
-from medmm_ray.train.launch import figures
+from medmm_ray.train.launch import _scaling_config, figures
 from medmm_ray.train.policy import (
     EncodedQuestion,
     PolicyConfig,
@@ -75,6 +75,23 @@ def test_deepspeed_settings() -> None:
     assert big["zero_optimization"] == {
         "stage": 3, "overlap_comm": False, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"},
     }  # fmt: skip
+
+
+def test_where_a_training_may_run_is_handed_to_ray_train() -> None:
+    plain = _scaling_config(TrainConfig(num_workers=3))
+    assert (plain.num_workers, plain.use_gpu, plain.accelerator_type, plain.label_selector) == (3, False, None, None)
+    market = {"ray.io/market-type": "in(spot,on-demand)"}
+    config = TrainConfig(
+        num_workers=8, min_workers=2, gpus_per_worker=1.0, accelerator_type="A100", label_selector=market
+    )
+    elastic = _scaling_config(config)
+    assert (elastic.min_workers, elastic.max_workers, elastic.elasticity_enabled) == (2, 8, True)
+    assert (elastic.accelerator_type, elastic.label_selector) == ("A100", market)
+    assert elastic.resources_per_worker == {"CPU": 2.0, "GPU": 1.0}
+    with pytest.raises(ValueError, match="min_workers=4 is more than num_workers=2"):
+        TrainConfig(num_workers=2, min_workers=4)
+    with pytest.raises(ValueError, match="accelerator_type='A100' names a GPU, and gpus_per_worker is 0"):
+        TrainConfig(accelerator_type="A100")
 
 
 def test_matrices_decay_and_named_parts_have_their_own_rate() -> None:

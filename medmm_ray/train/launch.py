@@ -23,7 +23,8 @@ from medmm_ray.train.stage import StageFactory, TrainingError
 from medmm_ray.train.trackers import check_installed
 
 if TYPE_CHECKING:
-    from ray.train import RunConfig, ScalingConfig
+    from ray.train import RunConfig
+    from ray.train.v2.api.config import ScalingConfig
 
 ROW_GROUP_BYTES = 1 << 20  # of what a worker reads at a time of its inputs
 
@@ -104,7 +105,7 @@ def read_input(uri: str) -> pa.Table:
 
 
 def _scaling_config(config: TrainConfig) -> "ScalingConfig":
-    from ray.train import ScalingConfig
+    from ray.train.v2.api.config import ScalingConfig
 
     resources = {"CPU": config.cpus_per_worker}
     if config.gpus_per_worker:

@@ -18,13 +18,13 @@ from jobs.entry import launch, parser, read_arguments
 from jobs.graph import MAKER
 from jobs.step import Run
 from medmm_ray.config import ConfigError
-from medmm_ray.data.records import Question, QuestionReview, ReviewItem, from_dict
+from medmm_ray.data.records import Evidence, Question, QuestionReview, ReviewItem, from_dict
 from medmm_ray.data.tables import Provenance, Table, filesystem, write_rows
 from medmm_ray.pages.review_page import ReviewPageConfig
 from medmm_ray.pages.review_page.accounts import ReaderAccount, add_reader, read_readers
 from medmm_ray.pages.review_page.assigner import Assigner
 from medmm_ray.pages.review_page.export import export_verdicts, log_uri, question_reviews, read_export
-from medmm_ray.pages.review_page.item_views import Context, ItemViews, Row, question_views, rows_of, step_views
+from medmm_ray.pages.review_page.item_views import Context, ItemViews, question_views, records_of, step_views, values_of
 from medmm_ray.pages.review_page.sessions import Sessions
 from medmm_ray.pages.review_page.verdicts import VerdictLog
 
@@ -83,7 +83,7 @@ def questions_table(run: Run) -> Table:
 def item_views(run: Run) -> ItemViews:
     """All that the page shows, from the run's tables."""
     if run.recipe.review_page.what == "questions":
-        questions = questions_table(run).to_arrow().to_pylist()
+        questions = _questions(run)
         return question_views(questions, context_of(run, questions, {}))
     queue: list[ReviewItem] = []
     ids: set[str] = set()
@@ -91,31 +91,33 @@ def item_views(run: Run) -> ItemViews:
         item = from_dict(ReviewItem, row)
         queue.append(item)
         ids.add(item.question_id)
-    questions_by_id = rows_of(run.table("questions"), "question_id", ids)
-    evidence = rows_of(run.table("evidence"), "question_id", ids)
-    solutions = rows_of(run.table("solutions"), "question_id", ids, ["question_id", "solutions"])
+    questions_by_id = records_of(run.table("questions"), "question_id", ids)
+    evidence = records_of(run.table("evidence"), "question_id", ids)
+    solutions = records_of(run.table("solutions"), "question_id", ids)
     context = context_of(run, list(questions_by_id.values()), evidence)
     return step_views(queue, questions_by_id, solutions, context)
 
 
-def context_of(run: Run, questions: Sequence[Row], evidence: Mapping[str, Row]) -> Context:
-    """The images and titles that the questions and their `evidence`, rows by question_id, name."""
+def _questions(run: Run) -> list[Question]:
+    return [from_dict(Question, row) for row in questions_table(run).to_arrow().to_pylist()]
+
+
+def context_of(run: Run, questions: Sequence[Question], evidence: Mapping[str, Evidence]) -> Context:
+    """The images and titles that the questions and their `evidence`, by question_id, name."""
     image_ids: set[str] = set()
     document_ids: set[str] = set()
     for question in questions:
-        image_ids.update(question["image_ids"])
-    for row in evidence.values():
-        for image in row["images"]:
-            image_ids.add(image["image_id"])
-        for document in row["documents"]:
-            document_ids.add(document["document_id"])
-    titles: dict[str, Row] = {}
+        image_ids.update(question.image_ids)
+    for of_question in evidence.values():
+        image_ids.update(image.image_id for image in of_question.images)
+        document_ids.update(document.document_id for document in of_question.documents)
+    titles: dict[str, str] = {}
     if document_ids:  # without, the table need not be there
-        titles = rows_of(run.table("documents"), "document_id", document_ids, ["document_id", "title"])
+        titles = values_of(run.table("documents"), "document_id", document_ids, "title")
     return Context(
-        images=rows_of(run.table("images"), "image_id", image_ids, ["image_id", "uri"]),
+        image_uris=values_of(run.table("images"), "image_id", image_ids, "uri"),
         evidence=evidence,
-        titles={document_id: row["title"] for document_id, row in titles.items()},
+        titles=titles,
         num_documents=run.recipe.judge.num_documents,
         num_references=run.recipe.judge.num_references,
     )
@@ -177,7 +179,7 @@ def export(run: Run) -> str:
     questions = questions_table(run)
     table = Table(f"{run.root}/question_reviews/{name}", QuestionReview)
     if not table.is_complete:
-        rows = question_reviews(read_export(verdicts.uri, name), questions.to_arrow().to_pylist())
+        rows = question_reviews(read_export(verdicts.uri, name), _questions(run))
         origin = Provenance(
             name="question_reviews",
             fingerprint=name,

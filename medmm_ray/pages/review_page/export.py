@@ -14,9 +14,9 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from medmm_ray.config import digest
-from medmm_ray.data.records import Labels, QuestionReview, ReviewItem, StepLabel
+from medmm_ray.data.records import Labels, Question, QuestionReview, ReviewItem, StepLabel
 from medmm_ray.data.tables import TableError, filesystem, write_file
-from medmm_ray.pages.review_page.item_views import Row, question_content_hash, step_content_hash, step_item_id
+from medmm_ray.pages.review_page.item_views import question_content_hash, step_content_hash, step_item_id
 from medmm_ray.pages.review_page.verdicts import UNSURE, Verdict, VerdictLog, latest_verdicts, parse
 from medmm_ray.stats.grouped_stats import Resampling, stats_by_group
 from medmm_ray.stats.metrics import kappa_of_counts
@@ -118,11 +118,8 @@ def step_labels(
     labels: dict[tuple[str, str], list[StepLabel]] = {}  # by solution and annotator
     for item in queue:
         steps = steps_by_solution[item.solution_id]
-        content_hash = step_content_hash(
-            questions_by_id[item.question_id],
-            steps,
-            item.step_index,
-        )
+        question = questions_by_id[item.question_id]
+        content_hash = step_content_hash(question["question"], question["options"], steps, item.step_index)
         item_id = step_item_id(item.solution_id, item.step_index)
         of_queue[item_id] = _on_content(by_item.get(item_id, {}), content_hash)
         for verdict in of_queue[item_id].values():
@@ -245,13 +242,13 @@ def _calls(by_reader: Mapping[str, Verdict]) -> list[bool]:
 # Reviews of questions
 
 
-def question_reviews(verdicts: Sequence[Verdict], questions: Sequence[Row]) -> list[QuestionReview]:
+def question_reviews(verdicts: Sequence[Verdict], questions: Sequence[Question]) -> list[QuestionReview]:
     """Each reader's, and the adjudicator's, review of each question; of verdicts on the present text."""
     by_item = latest_verdicts(verdicts)
     reviews = []
     for question in questions:
         by_reader = _on_content(
-            by_item.get(question["question_id"], {}),
+            by_item.get(question.question_id, {}),
             question_content_hash(question),
         )
         for _, verdict in sorted(by_reader.items()):

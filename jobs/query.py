@@ -66,15 +66,16 @@ def example(run: Run) -> tuple[RerankRequest, str]:
     of_question = pc.field("question_id") == question["question_id"]
     evidence = run.table("evidence").to_arrow().filter(of_question).to_pylist()[0]
     scoring = with_trained_inputs(run.recipe.score, run.model("two_tower"))
-    documents = evidence["documents"][: scoring.num_documents]
-    references = evidence["images"][: scoring.num_references]
+    # As many as the model was trained on: the service would warn of more.
+    documents = [document["text"] for document in evidence["documents"][: scoring.num_documents]]
+    references = [read_bytes(image["uri"]) for image in evidence["images"][: scoring.num_references]]
     request = request_of(
         question["question"],
         question["options"],
         [solution["steps"] for solution in solutions[question["question_id"]]],
-        documents=[document["text"] for document in documents],
+        documents=documents,
         image=read_bytes(_uri_of(run, question["image_ids"][0])),
-        reference_images=[read_bytes(image["uri"]) for image in references],
+        reference_images=references,
         answer_type=question["answer_type"],
     )
     return request, question["answer"]

@@ -136,7 +136,7 @@ class GuidedSearch:
     async def all(self, rows: Sequence[Mapping[str, Any]]) -> list[Comparison]:
         """The comparisons of all question rows, many of them at a time, as in tree search."""
         # As many searches at a time as an actor has in tree search.
-        places = asyncio.Semaphore(self.config.batch_size * self.config.max_concurrency)
+        places = asyncio.Semaphore(self.config.engine.batch_size * self.config.engine.max_concurrency)
 
         async def in_turn(row: Mapping[str, Any]) -> Comparison:
             async with places:
@@ -237,7 +237,7 @@ async def search(run: Run, rows: Sequence[Mapping[str, Any]], grader: Grader) ->
     """All questions on one engine in this process, with the reward model beside it."""
     config, scoring = run.recipe.beam_search, run.recipe.score
     model = load(run.model(config.guide), scoring)
-    engine = Generator(run.model("policy"), config)
+    engine = Generator(run.model("policy"), config.engine)
     try:
         return await GuidedSearch(run, engine, model, grader).all(rows)
     finally:
@@ -256,8 +256,8 @@ def _main(arguments: argparse.Namespace) -> int:
     run = Run(read_arguments(arguments, "beam_search"))
     rows, equivalence = question_rows(run), run.recipe.sample.equivalence
     # The budget of an API is an actor of Ray's; without an API no Ray is needed.
-    with session() if equivalence.backend != "none" else nullcontext():
-        grader = MakeGrader(equivalence, f"{run.root}/api")()
+    with session() if equivalence.engine else nullcontext():
+        grader = MakeGrader(equivalence, run.apis)()
         comparisons = asyncio.run(search(run, rows, grader))
     config, num_resamples = run.recipe.beam_search, run.recipe.evaluate.bootstrap_samples
     failed = Counter(error_kind(comparison.error) for comparison in comparisons if comparison.error)

@@ -1,16 +1,17 @@
 """The checkpoints that a recipe names, and what they stand for on the day of a run."""
 
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from jobs.recipe import Recipe
 from medmm_ray.config import Config
 from medmm_ray.data.tables import follow
+from medmm_ray.engines.vllm_engine import VllmEngine
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 SECTION_SETTINGS = ("base", "lora", "model", "text_model")
-"""The settings of any section that name a checkpoint; of `models` every one does."""
+"""The settings of any section, or of its vLLM engine, that name a checkpoint; of `models` every one does."""
 
 
 def with_followed_names(recipe: Recipe, asks_stores: bool = True) -> Recipe:
@@ -28,7 +29,7 @@ def with_followed_names(recipe: Recipe, asks_stores: bool = True) -> Recipe:
 
 
 def _followed(section: ConfigT, settings: Iterable[str], asks_stores: bool) -> ConfigT:
-    results: dict[str, str] = {}
+    results: dict[str, Any] = {}
     for setting in settings:
         name = getattr(section, setting, None)
         if name is None or ("://" in name and not asks_stores):
@@ -36,4 +37,7 @@ def _followed(section: ConfigT, settings: Iterable[str], asks_stores: bool) -> C
         result = follow(name)
         if result != name:
             results[setting] = result
+    engine = getattr(section, "engine", None)
+    if isinstance(engine, VllmEngine):
+        results["engine"] = _followed(engine, SECTION_SETTINGS, asks_stores)
     return section.model_copy(update=results) if results else section

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 from jobs.entry import main
 from jobs.step import Job
+from medmm_ray.engines.llm.access import api_folder
 from medmm_ray.engines.llm.budget import close_ledger
-from medmm_ray.engines.llm.client import api_folder
-from medmm_ray.steps.judge import APIS, JudgeConfig, judge
+from medmm_ray.steps.judge import JudgeApi, JudgeConfig, JudgeVllm, PhantomEngine, judge
 
 
 def run(job: Job) -> None:
     """Make judge_labels, and note which models answered and what they cost."""
     tables = {name: job.read(name) for name in ("questions", "images", "evidence")}
-    config, folder = job.config, f"{job.run.root}/api"
+    config, apis = job.config, job.run.apis
     model = model_of(job, config)
     judges = [(config, model)]
     if job.recipe.second_judge:
@@ -26,16 +26,18 @@ def run(job: Job) -> None:
         "judge_labels",
         source,
         ids,
-        lambda ds: judge(ds, config, model=model, folder=folder, second=second, **tables),
+        lambda ds: judge(ds, config, model=model, apis=apis, second=second, **tables),
         "question_id",
         "labels",
     )
     if models_note := answered_by(job.read("judge_labels", ["answered_by"])["answered_by"].to_pylist()):
         job.note(models_note)
     # Two judges of one model share a ledger.
-    api_models = dict.fromkeys(name for judge_config, name in judges if judge_config.backend in APIS and name)
+    api_models = dict.fromkeys(
+        name for judge_config, name in judges if isinstance(judge_config.engine, JudgeApi) and name
+    )
     for name in api_models:
-        paid = close_ledger(api_folder(folder, name))
+        paid = close_ledger(api_folder(apis.folder, name))
         job.note(
             f"${paid.spent:.4f} spent on {paid.answers:,} answers of {name}, ${paid.possibly_paid:.4f} possibly paid "
             f"for {paid.lost_calls:,} calls that were cut off"
@@ -53,9 +55,12 @@ def answered_by(models: Sequence[str | None]) -> str:
 
 def model_of(job: Job, config: JudgeConfig) -> str | None:
     """The judge's model; the run's own policy for a local judge that names none."""
-    if config.model is None and config.backend == "vllm":
+    engine = config.engine
+    if isinstance(engine, PhantomEngine):
+        return None
+    if isinstance(engine, JudgeVllm) and engine.model is None:
         return job.run.model("policy")
-    return config.model
+    return engine.model
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """solutions + judge_labels -> monte_carlo_labels: continuations of steps, by the mode that the recipe names."""
 
+import operator
 import sys
 from collections.abc import Mapping
 
@@ -10,7 +11,10 @@ from medmm_ray.config import ConfigError
 from medmm_ray.steps.monte_carlo import monte_carlo
 
 # Settings that decide how the policy is sampled, here and in the section sample.
-SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "num_documents", "num_images", "lora", "dtype", "vllm")
+SAMPLING_SETTINGS = (
+    *("temperature", "top_k", "top_p", "num_documents"),
+    *("engine.num_images", "engine.lora", "engine.dtype", "engine.vllm"),
+)
 
 
 def run(job: Job) -> None:
@@ -19,9 +23,9 @@ def run(job: Job) -> None:
     questions = job.read("questions")
     labels = job.read("judge_labels", ["question_id", "solution_id", "annotator", "steps", "error"])
     evidence = job.read("evidence", ["question_id", "documents"]) if job.config.num_documents else None
-    images = job.read("images", ["image_id", "uri"]) if job.config.num_images else None
+    images = job.read("images", ["image_id", "uri"]) if job.config.engine.num_images else None
     model, policy = job.run.model("policy"), job.run.policy_id(job.step)
-    source = job.table("solutions").dataset(rows_per_block=job.config.batch_size)
+    source = job.table("solutions").dataset(rows_per_block=job.config.engine.batch_size)
     ids = job.read("solutions", ["question_id"])["question_id"].to_pylist()
     job.make(
         "monte_carlo_labels",
@@ -37,7 +41,7 @@ def run(job: Job) -> None:
             evidence=evidence,
             images=images,
             equivalence=job.recipe.sample.equivalence,
-            folder=f"{job.run.root}/api",
+            apis=job.run.apis,
         ),
         "question_id",
         "labels",
@@ -67,7 +71,8 @@ def check_sampling(job: Job) -> None:
     if not job.config.counts_solutions:
         return
     for name in SAMPLING_SETTINGS:
-        value, sample_value = getattr(job.config, name), getattr(job.recipe.sample, name)
+        setting = operator.attrgetter(name)
+        value, sample_value = setting(job.config), setting(job.recipe.sample)
         if value != sample_value:
             raise ConfigError(
                 f"monte_carlo.{name} is {value} and sample.{name} {sample_value}: solutions and continuations are "

@@ -6,12 +6,14 @@ from dataclasses import replace
 from rich.console import Console
 
 from jobs.graph import Step
-from jobs.recipe import Recipe, asking
+from jobs.recipe import Recipe, api_engines, asking
 from jobs.step import Run
 from medmm_ray.config import ConfigError
-from medmm_ray.engines.llm.client import ApiConfig, check_tier, configured_price
+from medmm_ray.engines.llm.access import check_tier, configured_price
+from medmm_ray.engines.llm.client import ApiConfig, ApiEngine
 from medmm_ray.engines.llm.prices import Price, price_warnings
 from medmm_ray.engines.llm.probe import ApiModel
+from medmm_ray.engines.vllm_engine import VllmEngine
 from medmm_ray.estimate import (
     GPUS,
     Estimate,
@@ -29,7 +31,7 @@ from medmm_ray.estimate import (
     estimate,
     rendered,
 )
-from medmm_ray.steps.judge import APIS, JudgeConfig
+from medmm_ray.steps.judge import JudgeApi, JudgeConfig, JudgeVllm, PhantomEngine
 
 VERDICT_TOKENS = {"json": 70, "lines": 6}  # that a judge generates a step
 DOCUMENT_STEPS = ("tree_search", "sample", "judge", "monte_carlo", "train_text_prm", "states", "score")
@@ -71,7 +73,7 @@ def plan_of(recipe: Recipe, run: Run) -> Plan:
     assumed = recipe.plan
     if assumed.gpu not in GPUS:
         raise ConfigError(f"plan.gpu is {assumed.gpu!r}; known: {', '.join(GPUS)}")
-    policy_price = _price(recipe.sample.backend, recipe.models.policy, recipe.sample)
+    policy_price = _price(recipe, "sample")
     workload = _workload(recipe)
     return Plan(
         workload=workload,
@@ -134,7 +136,7 @@ def _training(recipe: Recipe, run: Run) -> Training:
 
 def _writing(recipe: Recipe) -> QuestionWriting:
     writer = recipe.write_questions
-    price = _price(writer.backend, writer.model, writer) if writer.per_image else None
+    price = _price(recipe, "write_questions") if writer.per_image else None
     return QuestionWriting(
         model=_model(price, recipe.plan.policy_parameters),
         images=_written_images(recipe),
@@ -157,29 +159,34 @@ def _written_images(recipe: Recipe) -> int:
 
 
 def _grading(recipe: Recipe) -> Grading:
-    grader = recipe.sample.equivalence
-    price = _price(grader.backend, grader.model, grader)
+    price = _price(recipe, "sample.equivalence")
     if price is None:
         return Grading()
     return Grading(model=_model(price, 0), answers=recipe.plan.graded_answers)
 
 
 def _judging(recipe: Recipe, judge: JudgeConfig) -> Judging:
-    is_local = judge.backend == "vllm"
+    engine = judge.engine
+    is_local = isinstance(engine, JudgeVllm)
     parameters = recipe.plan.judge_parameters
     if parameters is None:
         parameters = recipe.plan.policy_parameters
-    model = _model(_price(judge.backend, judge.model, judge), parameters if is_local else 0)
+    price = None
+    max_images = engine.num_images if isinstance(engine, JudgeVllm) else 0
+    if isinstance(engine, JudgeApi):
+        price = _price_of(engine, engine.model, recipe.apis)
+        max_images = engine.max_images
+    model = _model(price, parameters if is_local else 0)
     if not judge.warm_cache:
         model = replace(model, cached_input_price=None)
     return Judging(
         model=model,
-        calls_model=judge.backend != "phantom",
+        calls_model=not isinstance(engine, PhantomEngine),
         splits=judge.splits,
         max_solutions=judge.max_solutions,
         solutions_per_call=judge.solutions_per_call,
         by_step=judge.granularity == "step",
-        images=min(1 + judge.num_references, judge.num_images if is_local else judge.max_images),
+        images=min(1 + judge.num_references, max_images),
         verdict_tokens=VERDICT_TOKENS[judge.reply],
     )
 
@@ -213,16 +220,11 @@ def _trees(recipe: Recipe, train_questions: int) -> Trees:
 
 def _budgets(recipe: Recipe) -> dict[str, float]:
     """The hard budgets that the recipe sets, by line of the estimate."""
-    sections: dict[str, ApiConfig] = {
-        "sample": recipe.sample,
-        "equivalence": recipe.sample.equivalence,
-        "judge": recipe.judge,
-        "write_questions": recipe.write_questions,
-    }
     budgets = {}
-    for name, section in sections.items():
-        if section.max_cost_usd is not None:
-            budgets[name] = section.max_cost_usd
+    for section, (_, model) in api_engines(recipe).items():
+        budget = recipe.apis.get(model, ApiConfig()).max_cost_usd
+        if budget is not None:
+            budgets[section.removeprefix("sample.")] = budget
     return budgets
 
 
@@ -238,12 +240,18 @@ def _model(price: Price | None, parameters: float) -> ModelCost:
     )
 
 
-def _price(backend: str, model: str | None, config: ApiConfig) -> Price | None:
-    """What the ledger of a model behind an API will charge at the section's tier; None where it is none."""
-    if backend not in APIS:
+def _price(recipe: Recipe, section: str) -> Price | None:
+    """What a section's model behind an API costs; None where it asks none."""
+    if section not in api_engines(recipe):
         return None
-    assert model is not None, "its config asks for one"
-    check_tier(backend, config)
+    engine, model = api_engines(recipe)[section]
+    return _price_of(engine, model, recipe.apis)
+
+
+def _price_of(engine: ApiEngine, model: str, apis: Mapping[str, ApiConfig]) -> Price:
+    """What the ledger of a model behind an API will charge at its tier."""
+    config = apis.get(model, ApiConfig())
+    check_tier(engine, config)
     return configured_price(model, config).at_tier(config.tier)
 
 
@@ -284,10 +292,10 @@ def replaced(recipe: Recipe) -> list[str]:
 
 def _models_of_unknown_size(recipe: Recipe) -> dict[str, str]:
     """The models on own GPUs, beside the policy, that a section names and the plan gives no parameters of."""
-    judge, writer = recipe.judge, recipe.write_questions
-    models = {}
-    if judge.backend == "vllm" and recipe.plan.judge_parameters is None:
+    judge, writer = recipe.judge.engine, recipe.write_questions.engine
+    models: dict[str, str | None] = {}
+    if isinstance(judge, JudgeVllm) and recipe.plan.judge_parameters is None:
         models["judge"] = judge.model
-    if writer.backend == "vllm" and writer.per_image:
+    if isinstance(writer, VllmEngine) and recipe.write_questions.per_image:
         models["write_questions"] = writer.model
     return {step: model for step, model in models.items() if model is not None and model != recipe.models.policy}

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field, replace
 
 from jobs.graph import Step
 from jobs.plan import price_notes
-from jobs.recipe import asking
+from jobs.recipe import asking, judges
 from jobs.step import Run
 from medmm_ray.config import ConfigError
 from medmm_ray.engines.llm.prices import today
 from medmm_ray.engines.llm.probe import ApiModel, probe_all
-from medmm_ray.engines.vllm_engine import GeneratorConfig
+from medmm_ray.engines.vllm_engine import VllmEngine
 from medmm_ray.reward_model.preflight import CheckpointKind, check_checkpoint
+from medmm_ray.steps.judge import JudgeVllm
 
 # The steps in which each section asks its model, and what the artifacts are that `models` can name.
 API_STEPS = {
@@ -73,10 +74,10 @@ def _models_asked_in(run: Run, steps: Sequence[Step]) -> dict[str, ApiModel]:
 
 
 def _probe(run: Run, models: Mapping[str, ApiModel], report: PreflightReport) -> None:
-    """Ask each model once at each of its addresses, with each key."""
-    routes: dict[tuple[str, str, str, str], list[str]] = {}
+    """Ask each model once by each kind of API."""
+    routes: dict[tuple[str, str], list[str]] = {}
     for section, model in models.items():
-        routes.setdefault((model.backend, model.model, model.address, model.key_variable), []).append(section)
+        routes.setdefault((model.engine.kind, model.model), []).append(section)
     probes: dict[str, ApiModel] = {}
     for sections in routes.values():
         name, model = " and ".join(sections), models[sections[0]]
@@ -89,7 +90,7 @@ def _probe(run: Run, models: Mapping[str, ApiModel], report: PreflightReport) ->
         sends_images = any(models[section].sends_images for section in sections)
         wants_json = any(models[section].wants_json for section in sections)
         probes[name] = replace(model, sends_images=sends_images, wants_json=wants_json)
-    outcomes = asyncio.run(probe_all(list(probes.values()), f"{run.root}/api", today()))
+    outcomes = asyncio.run(probe_all(list(probes.values()), run.apis.folder, today()))
     for name, outcome in zip(probes, outcomes, strict=True):
         if isinstance(outcome, list):
             report.notes += [f"{name}: {note}" for note in outcome]
@@ -118,7 +119,7 @@ def _given_artifacts(run: Run, step: Step) -> Iterator[Named]:
     for artifact in step.reads:
         if artifact not in KINDS:
             continue
-        if artifact == "policy" and (run.recipe.sample.backend != "vllm" or step.name == "train_text_prm"):
+        if artifact == "policy" and (run.recipe.sample.engine.kind != "vllm" or step.name == "train_text_prm"):
             continue  # an API's model; or the base of a reward model, of another kind
         yield f"models.{artifact}", run.given(artifact), KINDS[artifact]
 
@@ -126,8 +127,9 @@ def _given_artifacts(run: Run, step: Step) -> Iterator[Named]:
 def _checkpoints_of_section(run: Run, step: Step) -> Iterator[Named]:
     """Those that the step's own section names, and the policy where it stands in for one."""
     recipe, section = run.recipe, run.section(step)
-    if isinstance(section, GeneratorConfig):
-        yield f"{step.name}.lora", section.lora, "adapter"
+    engine = getattr(section, "engine", None)
+    if isinstance(engine, VllmEngine):
+        yield f"{step.name}.engine.lora", engine.lora, "adapter"
     match step.name:
         case "embed":
             yield "embed.text_model", recipe.embed.text_model, "text_encoder"
@@ -135,15 +137,16 @@ def _checkpoints_of_section(run: Run, step: Step) -> Iterator[Named]:
             yield "train_policy.base", recipe.train_policy.base, "policy"
         case "train_text_prm" if recipe.train_text_prm.base:
             yield "train_text_prm.base", recipe.train_text_prm.base, "reward_model"
-        case "train_text_prm" if recipe.sample.backend == "vllm":
+        case "train_text_prm" if recipe.sample.engine.kind == "vllm":
             yield "models.policy", run.given("policy"), "reward_model"
-        case "write_questions" if recipe.write_questions.per_image and recipe.write_questions.backend == "vllm":
-            yield "write_questions.model", recipe.write_questions.model, "policy"
+        case "write_questions" if recipe.write_questions.per_image and isinstance(engine, VllmEngine):
+            yield "write_questions.engine.model", recipe.write_questions.engine.model, "policy"
         case "judge":
-            for name, judge in (("judge", recipe.judge), ("second_judge", recipe.second_judge)):
-                if judge and judge.backend == "vllm":
-                    setting = "models.policy" if judge.model is None else f"{name}.model"
-                    yield setting, judge.model or run.given("policy"), "policy"
+            for name, judge in judges(recipe).items():
+                if isinstance(judge.engine, JudgeVllm):
+                    model = judge.engine.model
+                    setting = "models.policy" if model is None else f"{name}.engine.model"
+                    yield setting, model or run.given("policy"), "policy"
 
 
 def require(run: Run, steps: Sequence[Step], print_note: Callable[[str], None]) -> None:

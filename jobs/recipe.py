@@ -6,10 +6,10 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from jobs.graph import BY_NAME
-from jobs.shared_settings import GenerationConfig, LabelsConfig, with_api_settings, with_shared_settings
+from jobs.shared_settings import GenerationConfig, LabelsConfig, with_shared_settings
 from medmm_ray.config import Config, execution
 from medmm_ray.engines.index import IndexConfig
-from medmm_ray.engines.llm.client import ApiConfig
+from medmm_ray.engines.llm.client import ApiConfig, ApiEngine
 from medmm_ray.engines.llm.probe import ApiModel
 from medmm_ray.pages.review_page import ReviewPageConfig
 from medmm_ray.service.app import ServeConfig
@@ -18,7 +18,7 @@ from medmm_ray.steps.curate import CurateConfig
 from medmm_ray.steps.embed import EmbedConfig
 from medmm_ray.steps.evaluate import EvaluateConfig
 from medmm_ray.steps.ingest import IngestConfig
-from medmm_ray.steps.judge import JudgeConfig
+from medmm_ray.steps.judge import JudgeApi, JudgeConfig, JudgeVllm, PhantomEngine
 from medmm_ray.steps.monte_carlo import MonteCarloConfig
 from medmm_ray.steps.retrieve import RetrieveConfig
 from medmm_ray.steps.review import ReviewConfig
@@ -42,7 +42,7 @@ class ModelsConfig(Config):
     image_tower: str | None = None
     """Image tower (open_clip, or a transformers vision model); null: train_image_tower makes it."""
     policy: str | None = None
-    """The model that writes solutions, an API's name where sample.backend is one; null: train_policy makes it."""
+    """The model that writes solutions, by an API's name where sample.engine is one; null: train_policy makes it."""
     text_prm: str | None = None
     """Text reward model; null: train_text_prm makes it, from train_text_prm.base or the policy."""
     two_tower: str | None = None
@@ -79,7 +79,7 @@ class PlanConfig(Config):
     uncertain_share: float = execution(0.1)
     """Share of the judged steps of which the judge is unsure (MedMM)."""
     graded_answers: float = execution(2.0)
-    """Distinct answers per question that sample.equivalence is asked about, in the mean over all questions."""
+    """Distinct answers per question that the model of sample.equivalence grades, in the mean over all questions."""
     written_images: int | None = execution(None)
     """Images for which questions are written; null: as write_questions.max_images limits them."""
     gpu: str = execution("A100-80G")
@@ -91,8 +91,9 @@ class PlanConfig(Config):
 
 
 def judge_name(config: JudgeConfig) -> str:
-    """A judge's name in messages, by which one is told from another."""
-    return f"phantom, seed {config.seed}" if config.backend == "phantom" else f"{config.backend} {config.model}"
+    """A judge's name in messages, which no other judge has."""
+    engine = config.engine
+    return f"phantom, seed {config.seed}" if isinstance(engine, PhantomEngine) else f"{engine.kind} {engine.model}"
 
 
 class RoundsConfig(Config):
@@ -118,7 +119,7 @@ class Recipe(Config):
     models: ModelsConfig = ModelsConfig()
     """Checkpoints that are there already."""
     apis: dict[str, ApiConfig] = execution({})
-    """Budget, limits, prices, address and key of each model behind an API, by name, for all sections that use it."""
+    """Budget, limits, prices, address and key of each model behind an API, by its name."""
     generation: GenerationConfig = GenerationConfig()
     """How the policy generates, in every step that asks it."""
     labels: LabelsConfig = LabelsConfig()
@@ -189,15 +190,15 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
-    def _limits_agree(self) -> "Recipe":
-        for (model, limit), settings in limits_of(self).items():
-            (first_name, first_value), *rest = settings.items()
-            for name, value in rest:
-                if value != first_value:
-                    raise ValueError(
-                        f"{first_name} is {first_value:g} and {name} is {value:g}, but the run asks {model} under one "
-                        f"{limit}; make them equal, or set one of them"
-                    )
+    def _uses_its_apis(self) -> "Recipe":
+        models = {model for _, model in api_engines(self).values()}
+        unused, unnamed = sorted(set(self.apis) - models), sorted(models - set(self.apis))
+        # A misspelt name: its budget would guard nothing. Where all that are asked have theirs, it is a leftover.
+        if unused and unnamed:
+            raise ValueError(
+                f"apis names {', '.join(unused)}, which no section of the recipe asks, and not {', '.join(unnamed)}, "
+                f"which is asked; say what holds for it, as apis.{unnamed[0]}.max_cost_usd=<dollars>"
+            )
         return self
 
     @model_validator(mode="after")
@@ -205,7 +206,7 @@ class Recipe(Config):
         if self.second_judge and judge_name(self.judge) == judge_name(self.second_judge):
             raise ValueError(
                 f"second_judge is the judge itself ({judge_name(self.judge)}), and would only repeat it: name another "
-                "second_judge.model or backend; for two phantoms another second_judge.seed"
+                "second_judge.engine.model or kind; for two phantoms another second_judge.seed"
             )
         return self
 
@@ -219,7 +220,7 @@ class Recipe(Config):
             for name, annotation in annotations.items()
             if isinstance(annotation, type) and issubclass(annotation, Config)
         }
-        completed = with_shared_settings(with_api_settings(super().completed(values)), sections)
+        completed = with_shared_settings(super().completed(values), sections)
         seed = completed.get("seed")
         if not isinstance(seed, int):  # not set, or a fault that is reported once
             return completed
@@ -236,12 +237,12 @@ def api_policy_faults(recipe: Recipe) -> list[str]:
     Such a policy is no checkpoint, so nothing can be trained from it or judge by it, and a chat's answer cannot begin
     inside a step, so that nothing can be rolled out or searched.
     """
-    backend, policy = recipe.sample.backend, recipe.models.policy
-    if backend == "vllm" or "sample" in recipe.without:
+    kind, policy = recipe.sample.engine.kind, recipe.models.policy
+    if kind == "vllm" or "sample" in recipe.without:
         return []
     if policy is None:
         return [
-            f"sample.backend is {backend!r} and models.policy is not set; name the API's model: models.policy=<name>"
+            f"sample.engine.kind is {kind!r} and models.policy is not set; name the API's model: models.policy=<name>"
         ]
     faults = []
     steps = [name for name in ("monte_carlo", "tree_search") if name not in recipe.without]
@@ -249,65 +250,66 @@ def api_policy_faults(recipe: Recipe) -> list[str]:
         without = ", ".join([*recipe.without, *steps])
         faults.append(
             f"{' and '.join(steps)} would continue solutions from inside a step, which models.policy={policy} behind "
-            f"an API (sample.backend={backend}) cannot; leave out what cannot be done: without=[{without}]"
+            f"an API (sample.engine.kind={kind}) cannot; leave out what cannot be done: without=[{without}]"
         )
     if "train_text_prm" not in recipe.without and not (recipe.models.text_prm or recipe.train_text_prm.base):
         faults.append(
             f"train_text_prm would start from models.policy={policy}, which is behind an API and no checkpoint; name "
             "one as train_text_prm.base, or a reward model as models.text_prm"
         )
-    for name, judge in (("judge", recipe.judge), ("second_judge", recipe.second_judge)):
-        if judge and judge.backend == "vllm" and judge.model is None and "judge" not in recipe.without:
+    for name, judge in judges(recipe).items():
+        is_policy = isinstance(judge.engine, JudgeVllm) and judge.engine.model is None
+        if is_policy and "judge" not in recipe.without:
             faults.append(
-                f"{name}.backend is 'vllm' and would take models.policy={policy}, which is behind an API and no "
-                f"checkpoint; name one as {name}.model"
+                f"{name}.engine is vLLM's and would take models.policy={policy}, which is behind an API and no "
+                f"checkpoint; name one as {name}.engine.model"
             )
     return faults
 
 
-LIMITS = ("max_cost_usd", "requests_per_minute", "tokens_per_minute")
+def judges(recipe: Recipe) -> dict[str, JudgeConfig]:
+    """The judges of a recipe, by their sections."""
+    sections = {"judge": recipe.judge}
+    if recipe.second_judge:
+        sections["second_judge"] = recipe.second_judge
+    return sections
 
 
-def asking(recipe: Recipe) -> dict[str, ApiModel]:
-    """The sections of a recipe that ask a model behind an API."""
-    writer, sampler, grader = recipe.write_questions, recipe.sample, recipe.sample.equivalence
-    models: dict[str, ApiModel] = {}
-    if writer.backend != "vllm" and writer.per_image and writer.model:
-        models["write_questions"] = ApiModel(writer.backend, writer.model, writer, sends_images=True)
-    if sampler.backend != "vllm" and recipe.models.policy:
-        sends_images = sampler.num_images > 0
-        models["sample"] = ApiModel(sampler.backend, recipe.models.policy, sampler, sends_images, wants_json=False)
-    if grader.backend != "none" and grader.model:
-        models["sample.equivalence"] = ApiModel(grader.backend, grader.model, grader)
-    for name, judge in (("judge", recipe.judge), ("second_judge", recipe.second_judge)):
-        if judge and judge.backend != "phantom" and judge.backend != "vllm" and judge.model:
-            wants_json = judge.reply == "json" and judge.constrain
-            models[name] = ApiModel(judge.backend, judge.model, judge, judge.max_images > 0, wants_json)
+def api_engines(recipe: Recipe) -> dict[str, tuple[ApiEngine, str]]:
+    """The engines of a recipe that are models behind APIs, each with the name of its model, by their sections."""
+    writer, sampler, grader = recipe.write_questions.engine, recipe.sample.engine, recipe.sample.equivalence.engine
+    models: dict[str, tuple[ApiEngine, str]] = {}
+    if isinstance(writer, ApiEngine) and writer.model:
+        models["write_questions"] = (writer, writer.model)
+    if isinstance(sampler, ApiEngine) and recipe.models.policy:
+        models["sample"] = (sampler, recipe.models.policy)
+    if grader:
+        models["sample.equivalence"] = (grader, grader.model)
+    for name, judge in judges(recipe).items():
+        if isinstance(judge.engine, JudgeApi):
+            models[name] = (judge.engine, judge.engine.model)
     return models
 
 
-def limits_of(recipe: Recipe) -> dict[tuple[str, str], dict[str, float]]:
-    """The settings by model and limit: ``{("gpt-4o", "max_cost_usd"): {"judge.max_cost_usd": 5}}``.
-
-    A model has one budget in a run, whichever backend or address it is reached by.
-    """
-    limits: dict[tuple[str, str], dict[str, float]] = {}
-    for name, model in asking(recipe).items():
-        for limit in LIMITS:
-            value: float | None = getattr(model.config, limit)
-            if value is not None:
-                limits.setdefault((model.model, limit), {})[f"{name}.{limit}"] = value
-    return limits
-
-
-def with_shared_limits(recipe: Recipe) -> Recipe:
-    """The recipe, a model's limits in every section that asks it: a step that sets none would lift the run's."""
-    values = {key: next(iter(settings.values())) for key, settings in limits_of(recipe).items()}
-    sections: dict[str, Any] = {}
-    for name, model in asking(recipe).items():
-        limits = {limit: values[model.model, limit] for limit in LIMITS if (model.model, limit) in values}
-        sections[name] = model.config.model_copy(update=limits)
-    if equivalence := sections.pop("sample.equivalence", None):
-        sample = sections.get("sample", recipe.sample)
-        sections["sample"] = sample.model_copy(update={"equivalence": equivalence})
-    return recipe.model_copy(update=sections)
+def asking(recipe: Recipe) -> dict[str, ApiModel]:
+    """The sections of a recipe that ask a model behind an API, each with what its calls are like."""
+    models: dict[str, ApiModel] = {}
+    for name, (engine, model) in api_engines(recipe).items():
+        config = recipe.apis.get(model, ApiConfig())
+        match name:
+            case "write_questions" if recipe.write_questions.per_image:
+                models[name] = ApiModel(engine, model, config, recipe.write_questions.temperature, sends_images=True)
+            case "sample":
+                sends_images = recipe.sample.engine.num_images > 0
+                temperature = recipe.sample.temperature
+                models[name] = ApiModel(engine, model, config, temperature, sends_images, wants_json=False)
+            case "sample.equivalence":
+                models[name] = ApiModel(engine, model, config, recipe.sample.equivalence.temperature)
+    for name, judge in judges(recipe).items():
+        if isinstance(judge.engine, JudgeApi):
+            sends_images, wants_json = judge.engine.max_images > 0, judge.reply == "json" and judge.constrain
+            config = recipe.apis.get(judge.engine.model, ApiConfig())
+            models[name] = ApiModel(
+                judge.engine, judge.engine.model, config, judge.temperature, sends_images, wants_json
+            )
+    return models

@@ -12,8 +12,8 @@ from medmm_ray.text.quality import FAULTS
 def run(job: Job) -> None:
     """Make solutions, and note their figures."""
     evidence = job.read("evidence", ["question_id", "documents"]) if job.config.num_documents else None
-    images = job.read("images", ["image_id", "uri"]) if job.config.num_images else None
-    source = job.table("questions").dataset(rows_per_block=job.config.batch_size)
+    images = job.read("images", ["image_id", "uri"]) if job.config.engine.num_images else None
+    source = job.table("questions").dataset(rows_per_block=job.config.engine.batch_size)
     ids = job.read("questions", ["question_id"])["question_id"].to_pylist()
     model, policy, config_hash = job.run.model("policy"), job.run.policy_id(job.step), job.run.fingerprint(job.step)
     job.make(
@@ -28,7 +28,7 @@ def run(job: Job) -> None:
             config_hash=config_hash,
             evidence=evidence,
             images=images,
-            folder=f"{job.run.root}/api",
+            apis=job.run.apis,
         ),
         "question_id",
     )

@@ -6,25 +6,16 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from medmm_ray.config import Config, ConfigError, execution
+from medmm_ray.config import Config, execution
+from medmm_ray.config_tree import KIND
 from medmm_ray.stats.targets import AfterFirstError, LabelPolicy
 
 
-class GenerationConfig(Config):
-    """How the policy generates, for sample, monte_carlo, tree_search and beam_search; null: each step's own default."""
+class GenerationEngine(Config):
+    """The vLLM engine that runs the policy; null: each step's own default."""
 
-    temperature: float | None = Field(None, ge=0)
-    """Sampling temperature."""
-    top_k: int | None = Field(None, ge=0)
-    """Tokens to sample from, most likely first; 0 takes all."""
-    top_p: float | None = Field(None, gt=0, le=1)
-    """Probability mass to sample from."""
-    max_tokens: int | None = Field(None, ge=1)
-    """Longest completion, tokens."""
     max_model_len: int | None = Field(None, ge=16)
     """Longest prompt and completion together, tokens."""
-    num_documents: int | None = Field(None, ge=0)
-    """Retrieved documents in the policy's prompt."""
     dtype: str | None = None
     """Number format of weights and activations: bfloat16, float16 or float32."""
     lora: str | None = None
@@ -45,6 +36,23 @@ class GenerationConfig(Config):
     """Share of a GPU's memory that an engine may take."""
     kv_cache_gib: int | None = execution(None, ge=1)
     """Memory of the key-value cache on a CPU, GiB."""
+
+
+class GenerationConfig(Config):
+    """How the policy generates, for sample, monte_carlo, tree_search and beam_search; null: each step's own default."""
+
+    temperature: float | None = Field(None, ge=0)
+    """Sampling temperature."""
+    top_k: int | None = Field(None, ge=0)
+    """Tokens to sample from, most likely first; 0 takes all."""
+    top_p: float | None = Field(None, gt=0, le=1)
+    """Probability mass to sample from."""
+    max_tokens: int | None = Field(None, ge=1)
+    """Longest completion, tokens."""
+    num_documents: int | None = Field(None, ge=0)
+    """Retrieved documents in the policy's prompt."""
+    engine: GenerationEngine = GenerationEngine()
+    """The engines that run it, where a step's is of kind vllm."""
 
 
 class LabelsConfig(Config):
@@ -76,59 +84,20 @@ def with_shared_settings(values: Mapping[str, Any], sections: Mapping[str, type[
         for taker in takers:
             section = completed.get(taker) or {}
             if isinstance(section, dict):
-                completed[taker] = _settings_of(sections[taker], shared) | section
+                completed[taker] = _completed_section(sections[taker], section, shared)
     return completed
 
 
-# Which sections ask a model behind an API, and where the model's name stands.
-ASKS_MODEL: Mapping[tuple[str, ...], tuple[str, ...]] = {
-    ("write_questions",): ("write_questions", "model"),
-    ("sample",): ("models", "policy"),
-    ("sample", "equivalence"): ("sample", "equivalence", "model"),
-    ("judge",): ("judge", "model"),
-    ("second_judge",): ("second_judge", "model"),
-}
-
-
-def with_api_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's raw values, each section that asks a model of ``apis`` completed by what is said of that model there.
-
-    Raises `ConfigError` for a model that no section asks: its budget would guard nothing.
-    """
-    completed = dict(values)
-    apis = values.get("apis")
-    if not isinstance(apis, dict):
-        return completed
-    unasked = set(apis)
-    for section_path, model_path in ASKS_MODEL.items():
-        model, section = _value_at(values, model_path), _value_at(values, section_path)
-        api = apis.get(model) if isinstance(model, str) else None
-        if not isinstance(api, dict) or (section_path == ("sample",) and not _is_behind_api(section)):
-            continue
-        unasked.discard(model)
-        completed = _with_value_at(completed, section_path, api | (section or {}))
-    if unasked:
-        raise ConfigError(f"apis names {', '.join(sorted(unasked))}, which no section of the recipe asks")
+def _completed_section(
+    config_type: type[Config], section: Mapping[str, Any], shared: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A section with what the shared one sets and it does not; so its engine, where that is vLLM's."""
+    completed = _settings_of(config_type, shared) | dict(section)
+    engine, shared_engine = section.get("engine", {}), shared.get("engine")
+    if shared_engine and isinstance(engine, dict) and engine.get(KIND, "vllm") == "vllm":
+        settings = {name: value for name, value in shared_engine.items() if value is not None}
+        completed["engine"] = settings | engine
     return completed
-
-
-def _is_behind_api(section: Any) -> bool:
-    return isinstance(section, dict) and section.get("backend", "vllm") != "vllm"
-
-
-def _value_at(values: Any, path: tuple[str, ...]) -> Any:
-    """What stands at `path` of nested dicts; None where a part of it is missing."""
-    for name in path:
-        if not isinstance(values, dict):
-            return None
-        values = values.get(name)
-    return values
-
-
-def _with_value_at(values: Mapping[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
-    name, *inner_path = path
-    inner = _with_value_at(values.get(name) or {}, tuple(inner_path), value) if inner_path else value
-    return {**values, name: inner}
 
 
 def _is_valid(config_type: type[Config], values: Mapping[str, Any]) -> bool:
@@ -140,5 +109,9 @@ def _is_valid(config_type: type[Config], values: Mapping[str, Any]) -> bool:
 
 
 def _settings_of(config_type: type[Config], shared: Mapping[str, Any]) -> dict[str, Any]:
-    """What of `shared` is set and is a setting of `config_type`."""
-    return {name: value for name, value in shared.items() if value is not None and name in config_type.model_fields}
+    """What of `shared` is set and is a setting of `config_type`, but for its engine."""
+    settings: dict[str, Any] = {}
+    for name, value in shared.items():
+        if name != "engine" and value is not None and name in config_type.model_fields:
+            settings[name] = value
+    return settings

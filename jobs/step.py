@@ -12,9 +12,11 @@ import pyarrow.compute as pc
 
 from jobs.checkpoint_names import with_followed_names
 from jobs.graph import MAKER, STEPS, Step
-from jobs.recipe import Recipe, with_shared_limits
+from jobs.recipe import Recipe
 from medmm_ray.config import ConfigError, digest, identity, load
 from medmm_ray.data.tables import Artifact, Manifest, Provenance, Table, TableError, chosen, pending, write_rows
+from medmm_ray.engines.llm.access import Apis
+from medmm_ray.engines.vllm_engine import VllmEngine
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,10 +35,15 @@ class Run:
         if not recipe.run:
             raise ConfigError("'run' is required: the output folder, e.g. run=runs/mine")
         # A name such as <run>/two_tower may stand for another result tomorrow, and the fingerprints with it.
-        self.recipe = with_followed_names(with_shared_limits(recipe), asks_stores)
+        self.recipe = with_followed_names(recipe, asks_stores)
         # Workers may have another working folder, so a local path is made absolute.
         self.root = recipe.run.rstrip("/") if "://" in recipe.run else str(Path(recipe.run).absolute())
         self._fingerprints: dict[str, str] = {}
+
+    @property
+    def apis(self) -> Apis:
+        """How the run reaches models behind APIs, and where it keeps their answers."""
+        return Apis(f"{self.root}/api", self.recipe.apis)
 
     def given(self, name: str) -> str | None:
         """The checkpoint that the recipe names for the artifact `name`, if any."""
@@ -95,7 +102,8 @@ class Run:
 
         What another policy wrote shows nothing of this one, so solutions and continuations are compared by it.
         """
-        model, adapter = self.model_id("policy"), self.section(step).lora
+        model, engine = self.model_id("policy"), self.section(step).engine
+        adapter = engine.lora if isinstance(engine, VllmEngine) else None
         return model if adapter is None else f"{model}+{adapter}"
 
     def table(self, name: str) -> Table:

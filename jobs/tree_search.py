@@ -18,7 +18,7 @@ def run(job: Job) -> None:
     ids = [row["question_id"] for row in questions.to_pylist() if row["split"] in config.splits]
     evidence = job.read("evidence", ["question_id", "documents"]) if config.num_documents else None
     model, policy, config_hash = job.run.model("policy"), job.run.policy_id(job.step), job.run.fingerprint(job.step)
-    all_questions = job.table("questions").dataset(rows_per_block=config.batch_size)
+    all_questions = job.table("questions").dataset(rows_per_block=config.engine.batch_size)
     job.make(
         "trees",
         chosen(all_questions, "question_id", pa.array(ids, pa.string())),
@@ -31,7 +31,7 @@ def run(job: Job) -> None:
             config_hash=config_hash,
             evidence=evidence,
             equivalence=job.recipe.sample.equivalence,
-            folder=f"{job.run.root}/api",
+            apis=job.run.apis,
         ),
         "question_id",
     )

@@ -14,12 +14,12 @@ def run(job: Job) -> None:
 
     images = without_question(job.read("raw_images"), job.read("raw_questions"), job.config)
     if images.num_rows:
-        source = ray.data.from_arrow(images).repartition(target_num_rows_per_block=job.config.batch_size)
+        source = ray.data.from_arrow(images).repartition(target_num_rows_per_block=job.config.engine.batch_size)
         job.make(
             "written_questions",
             source,
             images["image_id"].to_pylist(),
-            lambda ds: write_questions(ds, job.config, folder=f"{job.run.root}/api"),
+            lambda ds: write_questions(ds, job.config, apis=job.run.apis),
             "image_id",
             "questions",
         )

@@ -12,12 +12,15 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
+
+from medmm_ray.config_tree import KIND, inner_configs, is_by_name, kinds_of, settings
 
 JsonObject = dict[str, Any]
 """An object of JSON: what reports are made of."""
@@ -58,8 +61,8 @@ class Config(BaseModel):
         sections = {}
         for name, info in cls.model_fields.items():
             if name in values and isinstance(info.default, Config):
-                sections[name] = info.default.model_dump(exclude_unset=True)
-        return _merge(sections, values)
+                sections[name] = _set_values(info.default)
+        return _merge(_with_kinds(cls, sections), values)
 
 
 def execution(
@@ -81,15 +84,43 @@ def execution(
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """The fields that decide what a step makes, nested configs included, as plain JSON values."""
-    values = {}
+    """The fields that decide what a step makes, nested configs included, as plain JSON values.
+
+    How settings are grouped is no part of it: the fields of an engine stand beside those of its section.
+    """
+    values: dict[str, Any] = {}
     for name, info in type(config).model_fields.items():
-        if not is_execution(info):
-            value = getattr(config, name)
+        if is_execution(info):
+            continue
+        value = getattr(config, name)
+        kinds = kinds_of(info)
+        if kinds:
+            values |= _engine_identity(kinds, value)
+        else:
             values[name] = identity(value) if isinstance(value, Config) else value
     # Through JSON: a tuple and the list that a manifest gives back are then equal.
     plain_values = json.loads(json.dumps(values, sort_keys=True))
     return cast(dict[str, Any], plain_values)
+
+
+def _engine_identity(kinds: Mapping[str, type[BaseModel]], engine: Config | None) -> dict[str, Any]:
+    """The fields of all kinds of an engine, those that the chosen kind does not have at their defaults.
+
+    So a section has the same names whatever its engine, and seeds that are made of them do not depend on what other
+    kinds there are.
+    """
+    values: dict[str, Any] = {}
+    for config in kinds.values():
+        for name, info in config.model_fields.items():
+            if name != KIND and not is_execution(info):
+                values[name] = None if info.is_required() else info.default
+    chosen_kind = "none"
+    if engine is not None:
+        values |= identity(engine)
+        chosen_kind = values.pop(KIND)
+    if len(kinds) > 1:
+        values["backend"] = chosen_kind  # its name in every fingerprint so far
+    return values
 
 
 def is_execution(info: FieldInfo) -> bool:
@@ -141,10 +172,14 @@ def _parse(text: str) -> Any:
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """The recipe's raw values, the recipes it ``extends:`` (paths beside it) merged underneath."""
-    return _read_recipe(Path(path), ())
+    values: dict[str, Any] = {}
+    for layer in _layers(Path(path), ()):
+        values = _merge(values, layer)
+    return values
 
 
-def _read_recipe(path: Path, above: Sequence[Path]) -> dict[str, Any]:
+def _layers(path: Path, above: Sequence[Path]) -> list[dict[str, Any]]:
+    """The raw values of a recipe and of those that it extends, the lowest first."""
     try:
         raw = _parse(path.read_text())
     except FileNotFoundError:
@@ -159,55 +194,81 @@ def _read_recipe(path: Path, above: Sequence[Path]) -> dict[str, Any]:
         raise ConfigError(f"recipe {path} must hold 'section: {{name: value}}' entries, got {type(raw).__name__}")
     parent = raw.pop("extends", None)  # no setting: the recipes underneath are read here
     if parent is None:
-        return raw
+        return [raw]
     if not isinstance(parent, str):
         raise ConfigError(f"recipe {path}: 'extends' is {parent!r}; it names one recipe, by its path beside this one")
     above = [*above, path.resolve()]
     if (path.parent / parent).resolve() in above:
         raise ConfigError(f"recipe {path} extends {parent}, which extends it in turn; a recipe cannot be its own base")
-    return _merge(_read_recipe(path.parent / parent, above), raw)
+    return [*_layers(path.parent / parent, above), raw]
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of both, those of `above` where both have one; sections are merged in turn."""
+    """The values of both, those of `above` where both have one; sections are merged in turn.
+
+    A section that names another kind than the one below replaces it: what another engine was told means nothing to it.
+    """
     merged = dict(below)
     for key, value in above.items():
-        are_sections = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if are_sections else value
+        below_value = merged.get(key)
+        if not isinstance(value, Mapping) or not isinstance(below_value, Mapping):
+            merged[key] = value
+        elif KIND in value and KIND in below_value and value[KIND] != below_value[KIND]:
+            merged[key] = dict(value)
+        else:
+            merged[key] = _merge(below_value, value)
     return merged
 
 
 def parse_overrides(
     overrides: Iterable[str],
+    config: type[Config] | None = None,
     section: str | None = None,
-    known: Sequence[str] = (),
 ) -> dict[str, Any]:
     """``a.b=value`` words as a nested dict, values read as YAML.
 
-    A name without a dot that is none of `known` belongs to `section`, the section of the step that is run.
+    A name without a dot that is no field of `config` belongs to `section`, the section of the step that is run. In a
+    dict of sections the key may have dots, as names of models do: it is all between the first dot and the last.
     """
+    fields = config.model_fields if config else {}
     nested: dict[str, Any] = {}
     for word in overrides:
         name, equals, value = word.partition("=")
         if not equals or not name:
             raise ConfigError(f"override {word!r} is not of the form name=value, e.g. sample.temperature=0.7")
-        if section and "." not in name and name not in known:
+        if section and "." not in name and name not in fields:
             name = f"{section}.{name}"
         try:
             leaf: Any = _parse(value)
         except yaml.YAMLError:
             raise ConfigError(f"override {word!r}: the value is not valid YAML; quote it") from None
-        for key in reversed(name.split(".")):  # a.b=1 -> {a: {b: 1}}
+        for key in reversed(_split(name, leaf, fields)):  # a.b=1 -> {a: {b: 1}}
             leaf = {key: leaf}
         nested = _merge(nested, leaf)
     return nested
+
+
+def _split(name: str, value: Any, fields: Mapping[str, FieldInfo]) -> list[str]:
+    """The parts of a dotted name that is given `value`; in a dict of sections all of the key is one part."""
+    first, _, rest = name.partition(".")
+    if not rest or first not in fields or not is_by_name(fields[first]):
+        return name.split(".")
+    key, _, setting = rest.rpartition(".")
+    # A whole section may be given too, and its key have dots.
+    if isinstance(value, Mapping) and not any(
+        setting in part.model_fields for part in inner_configs(fields[first].annotation)
+    ):
+        return [first, rest]
+    if not key:
+        raise ConfigError(f"{name}={value} names no setting of {rest}: write {first}.{rest}.<setting>=<value>")
+    return [first, key, setting]
 
 
 def build(config: type[ConfigT], values: Mapping[str, Any], where: str) -> ConfigT:
     """Validate `values` as a `config`; a fault is a `ConfigError` that names `where`, the key and what was expected."""
     try:
         # The JSON rules: strict, but a YAML list may become a tuple.
-        return config.model_validate_json(json.dumps(config.completed(values)))
+        return config.model_validate_json(json.dumps(_with_kinds(config, config.completed(values))))
     except ValidationError as error:
         # All faults at once: a recipe is mended in one go.
         lines = []
@@ -225,48 +286,112 @@ def load(
     section: str | None = None,
 ) -> ConfigT:
     """A recipe file and overrides as a validated config."""
-    values = read_recipe(recipe) if recipe else {}
-    values = _merge(values, parse_overrides(overrides, section, known=tuple(config.model_fields)))
+    layers = _layers(Path(recipe), ()) if recipe else []
+    values: dict[str, Any] = {}
+    # Kinds before each layer: whether it names another one is seen only where the lower one's default stands there too.
+    for layer in (*layers, parse_overrides(overrides, config, section)):
+        values = _merge(_with_kinds(config, values), layer)
     return build(config, values, str(recipe or "arguments"))
 
 
-def _explain(config: type[BaseModel], fault: Any) -> str:
+def _set_values(config: Config) -> dict[str, Any]:
+    """What a config was given, and the kind of each part that has one."""
+    values = config.model_dump(exclude_unset=True)
+    # pydantic leaves out a kind that is its class's default, and then nothing says which class it was.
+    for name in values:
+        value = getattr(config, name)
+        if isinstance(value, Config):
+            values[name] = _set_values(value)
+    if KIND in type(config).model_fields:
+        values[KIND] = getattr(config, KIND)
+    return values
+
+
+def _with_kinds(config: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with the default kind of each section that has kinds and names none."""
+    completed = dict(values)
+    for name, value in values.items():
+        info = config.model_fields.get(name)
+        if info is None or not isinstance(value, Mapping) or is_by_name(info):
+            continue
+        if kinds_of(info):
+            if isinstance(info.default, Config):
+                completed[name] = {KIND: getattr(info.default, KIND), **value}
+        elif parts := inner_configs(info.annotation):
+            completed[name] = _with_kinds(parts[0], value)
+    return completed
+
+
+def _explain(config: type[Config], fault: Any) -> str:
     """One fault of pydantic's in the words of a recipe."""
-    path = list(map(str, fault["loc"]))
-    key = ".".join(path)
+    place = _place_of(config, fault["loc"])
+    key = ".".join(place.path)
+    kinds = ", ".join(kinds_of(place.info)) if place.info else ""
     if fault["type"] == "value_error" and isinstance(fault["input"], dict):  # of a whole config: it names its settings
-        return ": ".join([*path, str(fault["ctx"]["error"])])
+        return ": ".join([*place.path, str(fault["ctx"]["error"])])
     if fault["type"] == "extra_forbidden":
-        names = _names_at(config, path[:-1])
-        near = difflib.get_close_matches(
-            path[-1],
-            names,
-            n=1,
-        )
-        hint = f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(sorted(names))}"
-        return f"unknown name {key!r}; {hint}"
+        return f"unknown name {key!r}; {_hint(config, place)}"
+    if fault["type"] == "union_tag_not_found":
+        return f"'{key}.{KIND}' is required; it is one of {kinds}"
+    if fault["type"] == "union_tag_invalid":
+        return f"'{key}.{KIND}' is {fault['ctx']['tag']!r}; it is one of {kinds}"
+    if kinds and not isinstance(fault["input"], dict):
+        return f"{key!r} is {fault['input']!r}; it is a section: name its kind as {key}.{KIND}=... (one of {kinds})"
     if fault["type"] == "missing":
         return f"{key!r} is required; set it in the recipe or as {key}=..."
     return f"{key!r} is {fault['input']!r}: {fault['msg'].removeprefix('Value error, ')}"
 
 
-def _names_at(config: type[BaseModel], path: Sequence[str]) -> list[str]:
-    """The names that a section may hold; none where `path` leads to no section."""
-    for part in path:
-        field = config.model_fields.get(part)
-        sections = [t for t in _types(field.annotation) if issubclass(t, BaseModel)] if field else []
-        if not sections:
-            return []
-        config = sections[0]
-    return list(config.model_fields)
+@dataclass(frozen=True)
+class _Place:
+    """Where a fault lies: the names that lead there, the sections that may hold the last of them, and its field."""
+
+    path: list[str]
+    sections: Sequence[type[BaseModel]]
+    info: FieldInfo | None
 
 
-def inner_configs(annotation: Any) -> list[type[Config]]:
-    """The sections that a setting of this annotation may hold: one for `JudgeConfig | None`, none for `int`."""
-    return [t for t in _types(annotation) if issubclass(t, Config)]
+def _place_of(config: type[BaseModel], location: Sequence[str | int]) -> _Place:
+    """The place of a fault's location; a recipe has no name for the kind that pydantic puts behind a section's name."""
+    path: list[str] = []
+    sections: Sequence[type[BaseModel]] = []
+    info: FieldInfo | None = None
+    next_sections: Sequence[type[BaseModel]] = [config]
+    kinds: Mapping[str, type[BaseModel]] = {}
+    is_key = False
+    for part in map(str, location):
+        # Behind a section with kinds pydantic names the kind that it validated.
+        if part in kinds:
+            next_sections, kinds = [kinds[part]], {}
+            continue
+        path.append(part)
+        sections, kinds = next_sections, {}
+        if is_key:  # of a dict of sections
+            is_key = False
+            continue
+        info = next((section.model_fields[part] for section in sections if part in section.model_fields), None)
+        next_sections = inner_configs(info.annotation) if info else []
+        if info:
+            kinds, is_key = kinds_of(info), is_by_name(info)
+    return _Place(path, sections, info)
 
 
-def _types(annotation: Any) -> list[type]:
-    """The classes in an annotation: itself, or the members of a union."""
-    args = getattr(annotation, "__args__", ())
-    return [t for t in (annotation, *args) if isinstance(t, type)]
+def _hint(config: type[BaseModel], place: _Place) -> str:
+    """What an unknown name may have meant: a setting of another kind, of a section within, or one with a like name."""
+    *above, name = place.path
+    parent = _place_of(config, above).info
+    kinds = [kind for kind, section in kinds_of(parent).items() if name in section.model_fields] if parent else []
+    if kinds:
+        return f"{'.'.join(above)} has it where its {KIND} is {' or '.join(kinds)}"
+    names: set[str] = set()
+    for section in place.sections:
+        names.update(section.model_fields)
+        for setting in settings(section):
+            if setting.name.endswith(f".{name}"):
+                return f"did you mean {'.'.join([*above, setting.name])!r}?"
+    if near := difflib.get_close_matches(name, names, n=1):
+        return f"did you mean {near[0]!r}?"
+    for setting in settings(config):
+        if setting.name.endswith(f".<name>.{name}"):
+            return f"it is set once for each model, as {setting.name}"
+    return f"known names: {', '.join(sorted(names))}"

@@ -1,7 +1,8 @@
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from medmm_ray.config import (
     Config,
@@ -66,7 +67,7 @@ def test_a_section_states_only_how_it_differs_from_its_own_default() -> None:
 
 
 def test_a_known_top_level_name_is_not_taken_for_the_sections() -> None:
-    assert parse_overrides(["run=x", "k=1"], "sample", known=("run",)) == {"run": "x", "sample": {"k": 1}}
+    assert parse_overrides(["run=x", "k=1"], Recipe, "sample") == {"run": "x", "sample": {"k": 1}}
 
 
 @pytest.mark.parametrize(
@@ -147,3 +148,36 @@ def test_what_a_merge_brings_may_be_written_over(tmp_path: Path) -> None:
 def test_malformed_overrides(word: str) -> None:
     with pytest.raises(ConfigError):
         load(Recipe, None, ["run=x", word])
+
+
+class Local(Config):
+    kind: Literal["local"] = "local"
+    dtype: str = "bfloat16"
+    num_gpus: float = execution(0.0)
+
+
+class Remote(Config):
+    kind: Literal["one", "two"]
+    model: str
+    form: str = "schema"
+
+
+class Asking(Config):
+    engine: Annotated[Local | Remote, Field(discriminator="kind")] = Local()
+    temperature: float = 0.7
+
+
+def test_identity_has_the_same_names_whatever_the_engine() -> None:
+    """An engine's fields stand beside its section's, those of other kinds at their defaults."""
+    local = identity(Asking(engine=Local(dtype="float32", num_gpus=1)))
+    assert local == {"backend": "local", "dtype": "float32", "form": "schema", "model": None, "temperature": 0.7}
+    remote = identity(Asking(engine=Remote(kind="two", model="m", form="text")))
+    assert remote == {"backend": "two", "dtype": "bfloat16", "form": "text", "model": "m", "temperature": 0.7}
+
+
+def test_a_section_of_another_kind_replaces_the_one_below_and_one_of_the_same_is_merged(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("engine: {dtype: float32, num_gpus: 2}\ntemperature: 0.1\n")
+    base = tmp_path / "base.yaml"
+    assert load(Asking, base, ["engine.num_gpus=1"]).engine == Local(dtype="float32", num_gpus=1)
+    other = load(Asking, base, ["engine.model=m", "engine.kind=two"])
+    assert other == Asking(engine=Remote(kind="two", model="m"), temperature=0.1)

@@ -29,7 +29,7 @@ HEAVY = (
 
 # Lower layers first; a module imports from its own layer and from those below.
 LAYERS = (
-    ("config", "session", "prompts", "text"),
+    ("config", "config_tree", "session", "prompts", "text"),
     ("data", "stats", "estimate"),
     ("engines",),
     ("reward_model",),

@@ -33,7 +33,9 @@ from jobs.benches.judge_server import verdict
 from medmm_ray.config import Config, build, execution
 from medmm_ray.data.records import Image, Labels, Question, Solution, Solutions, to_arrow
 from medmm_ray.data.tables import Provenance, Table, pending
+from medmm_ray.engines.llm.access import Apis
 from medmm_ray.engines.llm.budget import close_ledger
+from medmm_ray.engines.llm.client import ApiConfig
 from medmm_ray.steps.judge import JudgeConfig, judge
 
 MODEL = "bench"
@@ -272,22 +274,28 @@ def _solutions(path: Path) -> list[dict[str, Any]]:
 
 def start(path: Path, name: str, address: str, config: BenchConfig, **settings: Any) -> "subprocess.Popen[bytes]":
     """Start judging `path` into the table `name`, or what is left of it, in a process group of its own."""
-    judge_settings = {
-        "backend": "openai",
-        "model": MODEL,
-        "endpoint": f"{address}/v1",
-        "in_flight": config.in_flight,
-        "input_price": 1.0,
-        "output_price": 1.0,
-        "batch_size": 1,
-        "max_concurrency": 8,
-        **settings,
+    engine = {"kind": "openai", "model": MODEL, "batch_size": 1, "max_concurrency": 8}
+    judging = {
+        "judge": {"engine": engine, **settings},
+        "api": {
+            "endpoint": f"{address}/v1",
+            "in_flight": config.in_flight,
+            "input_price": 1.0,
+            "output_price": 1.0,
+        },
     }
-    words = [sys.executable, "-m", "jobs.benches.judge", str(path), name, json.dumps(judge_settings)]
+    words = [sys.executable, "-m", "jobs.benches.judge", str(path), name, json.dumps(judging)]
     return subprocess.Popen(words, env={**os.environ, "OPENAI_API_KEY": "none"}, start_new_session=True)
 
 
-def run(path: Path, name: str, config: JudgeConfig) -> None:
+class Judging(Config):
+    """What the process that judges is started with."""
+
+    judge: JudgeConfig
+    api: ApiConfig
+
+
+def run(path: Path, name: str, config: Judging) -> None:
     """Judge as ``jobs.judge`` does: what is labelled already is not asked again, the manifest is written last."""
     from medmm_ray.session import session
 
@@ -299,7 +307,8 @@ def run(path: Path, name: str, config: JudgeConfig) -> None:
         table.prepare()
         solutions = Table(str(path / "solutions"), Solutions).dataset(rows_per_block=8)
         source = pending(solutions, "question_id", table.done_ids())
-        labels = judge(source, config, questions=questions, images=images, model=MODEL, folder=f"{path}/{name}-api")
+        apis = Apis(f"{path}/{name}-api", {MODEL: config.api})
+        labels = judge(source, config.judge, questions=questions, images=images, model=MODEL, apis=apis)
         if table.done_ids() != set(ids):
             table.write(labels, "question_id", "labels")
     table.finish(_origin(name), "question_id", ids, 0.0)
@@ -331,4 +340,4 @@ def reset_report(address: str) -> None:
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]), sys.argv[2], build(JudgeConfig, json.loads(sys.argv[3]), "bench"))
+    run(Path(sys.argv[1]), sys.argv[2], build(Judging, json.loads(sys.argv[3]), "bench"))

@@ -46,7 +46,7 @@ from medmm_ray.engines.generator import (
     policy_prompt,
     request_seed,
 )
-from medmm_ray.engines.vllm_engine import GeneratorConfig
+from medmm_ray.engines.vllm_engine import VllmEngine
 from medmm_ray.stats.metrics import cluster_bootstrap
 from medmm_ray.stats.targets import Target, targets
 from medmm_ray.steps.judge import TruthJudge
@@ -105,7 +105,11 @@ MODES = (
     Mode("uncertain, else the judge", {"mode": "uncertain", "max_share": 1.0}, targets="hybrid"),
     Mode("the judge alone", {"mode": "uncertain", "max_share": 0.0}, targets="judge"),
 )
-SHAPE: Mapping[str, Any] = {"temperature": 1.0, "max_tokens": 96, "max_model_len": 512, "dtype": "float32"}
+SHAPE: Mapping[str, Any] = {
+    "temperature": 1.0,
+    "max_tokens": 96,
+    "engine": VllmEngine(max_model_len=512, dtype="float32", num_threads=1),
+}
 
 
 class ScriptedPolicy:
@@ -179,7 +183,7 @@ class CachedEngine:
         self.engine, self.statistics = engine, engine.statistics
         self.samples: dict[tuple[str, str, int], Completion] = {}
 
-    def __call__(self, model: str, config: GeneratorConfig) -> "CachedEngine":  # noqa: ARG002
+    def __call__(self, model: str, config: VllmEngine) -> "CachedEngine":  # noqa: ARG002
         return self
 
     def count(self, prompt: ChatPrompt) -> int:
@@ -203,7 +207,7 @@ def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
             name = f"recovery {recovery:g}"
             yield from rows(name, asyncio.run(figures(engine, items, config)), config, console)
     else:
-        vllm = Generator(config.policy, MonteCarloConfig(**SHAPE, num_threads=1))
+        vllm = Generator(config.policy, SHAPE["engine"])
         yield from rows("vLLM", asyncio.run(figures(vllm, items, config)), config, console)
         vllm.shutdown()
 

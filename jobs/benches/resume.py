@@ -44,6 +44,7 @@ TINY = Path(jobs.__file__).parent / "recipes" / "tiny.yaml"
 BASE = "undisturbed"  # the run that the others are compared with
 IMPOSSIBLE = (("actor", "ingest"), ("actor", "curate"))  # they have none
 API_STEPS = ("judge", "write_questions")  # steps that ask the API
+API_MODEL = "scripted"
 ACTORS, IN_FLIGHT = 2, 8  # of each of these
 KEY = "SCRIPTED_API_KEY"
 ATTEMPTS = 3  # rounds in which a fault that came too late is injected again
@@ -206,32 +207,35 @@ class ResumeExperiment:
             "embed.text_model": "null",
             "embed.image_batch_size": 16,
             "judge.reply": "lines",
-            "judge.max_images": 0,
+            "judge.engine.max_images": 0,
             "review.review_steps": 100,
             "score.arms": "[text_only]",
         }
-        for step in ("embed", "sample", "monte_carlo", "tree_search", "states", "score"):
+        for step in ("embed", "states", "score"):
             settings[f"{step}.num_cpus"] = 0.5
         for step in ("sample", "monte_carlo", "tree_search"):
-            settings[f"{step}.num_actors"] = 2
+            settings[f"{step}.engine.num_cpus"] = 0.5
+            settings[f"{step}.engine.num_actors"] = 2
         for step in ("states", "score"):
             settings[f"{step}.num_actors"] = 1
         for step in API_STEPS:
-            for key, value in self._api_settings().items():
-                settings[f"{step}.{key}"] = value
+            settings |= {
+                f"{step}.engine.kind": "openai",
+                f"{step}.engine.model": API_MODEL,
+                f"{step}.engine.num_actors": ACTORS,
+                f"{step}.engine.batch_size": 2,
+            }
+        for key, value in self._api_settings().items():
+            settings[f"apis.{API_MODEL}.{key}"] = value
         return settings
 
     def _api_settings(self) -> Mapping[str, object]:
         return {
-            "backend": "openai",
-            "model": "scripted",
             "endpoint": self.api.endpoint,
             "key_variable": KEY,
             "input_price": 1,
             "cached_input_price": 1,
             "output_price": 1,
-            "num_actors": ACTORS,
-            "batch_size": 2,
             "in_flight": IN_FLIGHT,
         }
 

@@ -27,7 +27,7 @@ from medmm_ray.data.sources.phantom import corpus, make_questions
 from medmm_ray.data.tables import Provenance, Table, write_rows
 from medmm_ray.engines.chat import Chat, ChatPrompt
 from medmm_ray.engines.generator import Completion, Generator, Sampling, Statistics, TextGenerator, request_seed
-from medmm_ray.engines.vllm_engine import GeneratorConfig, engine_arguments, environment
+from medmm_ray.engines.vllm_engine import VllmEngine, engine_arguments, environment
 from medmm_ray.prompts import policy_messages
 from medmm_ray.session import session
 from medmm_ray.steps.sample import SampleConfig, sample
@@ -79,6 +79,13 @@ class BenchConfig(Config):
             max_tokens=self.max_tokens,
             max_rounds=1,
             fill_up=True,
+            engine=self.engine,
+        )
+
+    @property
+    def engine(self) -> VllmEngine:
+        """The step's engine, which is the bare one's too."""
+        return VllmEngine(
             max_model_len=512,
             dtype="bfloat16" if self.num_gpus else "float32",
             num_gpus=self.num_gpus,
@@ -103,7 +110,7 @@ def _engines(config: BenchConfig, folder: Path, console: Console) -> Iterator[Me
     bare: list[float] = []
     ours: list[float] = []
     for repeat in range(config.repeats):
-        bare.append(bare_rate(model, config.sampling, questions))
+        bare.append(bare_rate(model, config.sampling, config.engine, questions))
         notes, figures = run_step(config.sampling, model, questions, TimedGenerator, folder / f"run-{repeat}")
         num_tokens = sum(note["output_tokens"] for note in notes)
         ours.append(num_tokens / span(notes))
@@ -124,7 +131,8 @@ def _actors(config: BenchConfig, folder: Path) -> Measured:
     for actors in (1, config.actors):
         make_generator = functools.partial(SleepingGenerator, actors=actors, pause_s=config.pause_s)
         questions = bench_questions(actors * config.rounds * in_flight)
-        settings = config.sampling.model_copy(update={"num_samples_train": 1, "num_actors": actors, "num_gpus": 0.0})
+        engine = config.engine.model_copy(update={"num_actors": actors, "num_gpus": 0.0})
+        settings = config.sampling.model_copy(update={"num_samples_train": 1, "engine": engine})
         notes, _ = run_step(settings, "", questions, make_generator, folder / f"actors-{actors}")
         rates.append(len(questions) / span(notes))
     ideal = config.actors * rates[0]
@@ -177,7 +185,7 @@ def run_step(
     origin = Provenance(name="bench", fingerprint="", config={}, upstream={})
     write_rows(source, questions, origin, "question_id")
     solutions.prepare()
-    ds = source.dataset(rows_per_block=config.batch_size)
+    ds = source.dataset(rows_per_block=config.engine.batch_size)
     solutions.write(sample(ds, config, model=model, policy="p", config_hash=HASH, generator=noting), "question_id")
     manifest = solutions.finish(origin, "question_id", [q.question_id for q in questions], 0.0)
     return [json.loads(path.read_text()) for path in notes.glob("*.json")], manifest.figures
@@ -210,7 +218,7 @@ class Notes:
 class TimedGenerator(Generator):
     """The real engine, with notes."""
 
-    def __init__(self, model: str, config: GeneratorConfig, notes: Path) -> None:
+    def __init__(self, model: str, config: VllmEngine, notes: Path) -> None:
         super().__init__(model, config)
         self.notes = Notes(notes)
 
@@ -224,7 +232,7 @@ class TimedGenerator(Generator):
 class SleepingGenerator:
     """An engine that takes a fixed time for a question, however many it has in flight; it waits for its fellows."""
 
-    def __init__(self, model: str, config: GeneratorConfig, notes: Path, actors: int, pause_s: float) -> None:  # noqa: ARG002
+    def __init__(self, model: str, config: VllmEngine, notes: Path, actors: int, pause_s: float) -> None:  # noqa: ARG002
         self.statistics = Statistics()
         self.notes, self.pause_s = Notes(notes), pause_s
         (notes / f"{os.getpid()}.started").touch()
@@ -245,12 +253,12 @@ class SleepingGenerator:
         return [Completion("Step 1: a\nStep 2: b\nStep 3: the answer is (A).", "stop", seed + i) for i in range(n)]
 
 
-def bare_rate(model: str, config: SampleConfig, questions: list[Question]) -> float:
+def bare_rate(model: str, config: SampleConfig, engine: VllmEngine, questions: list[Question]) -> float:
     """Tokens per second of vLLM's own engine in a Ray worker, all prompts submitted at once."""
     import ray
 
-    actor: Any = ray.remote(BareEngine).options(num_cpus=config.num_cpus, num_gpus=config.num_gpus)
-    actor = actor.remote(model, config)
+    actor: Any = ray.remote(BareEngine).options(num_cpus=engine.num_cpus, num_gpus=engine.num_gpus)
+    actor = actor.remote(model, config, engine)
     rate = float(ray.get(actor.rate.remote(questions)))
     ray.get(actor.stop.remote())
     ray.kill(actor)
@@ -260,13 +268,13 @@ def bare_rate(model: str, config: SampleConfig, questions: list[Question]) -> fl
 class BareEngine:
     """vLLM's engine and nothing else."""
 
-    def __init__(self, model: str, config: SampleConfig) -> None:
-        os.environ.update(environment(config))
+    def __init__(self, model: str, config: SampleConfig, engine: VllmEngine) -> None:
+        os.environ.update(environment(engine))
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self.config, self.chat = config, Chat(model)
-        self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(model, config)))
+        self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(model, engine)))
 
     async def rate(self, questions: list[Question]) -> float:
         """Tokens per second over all questions."""

@@ -135,10 +135,10 @@ def _vllm_cells(
 @contextmanager
 def _pooler(model: "RewardModel", config: BenchConfig, max_model_len: int) -> Iterator[TokenPooler]:
     """vLLM on a copy of the text tower; stopped at the end."""
-    from medmm_ray.engines.vllm_engine import GeneratorConfig
+    from medmm_ray.engines.vllm_engine import VllmEngine
 
     on_gpu = config.device != "cpu"
-    settings = GeneratorConfig(
+    settings = VllmEngine(
         dtype=config.dtype,
         max_model_len=max_model_len,
         num_threads=config.threads,

@@ -24,7 +24,7 @@ from jobs.step import Run, load_recipe, run_step
 from medmm_ray.config import digest
 from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import Completion, Sampling, Statistics
-from medmm_ray.engines.vllm_engine import GeneratorConfig
+from medmm_ray.engines.vllm_engine import VllmEngine
 from medmm_ray.session import session
 from medmm_ray.steps.embed import EmbedConfig, document_vectors, image_vectors, question_vectors
 from medmm_ray.text import numbered_steps, step_mark
@@ -39,7 +39,7 @@ WIDTH = 16  # of a scripted vector
 class ScriptedGenerator:
     """A policy; a prompt's tokens are its characters."""
 
-    def __init__(self, model: str, config: GeneratorConfig, pause_s: float) -> None:  # noqa: ARG002
+    def __init__(self, model: str, config: VllmEngine, pause_s: float) -> None:  # noqa: ARG002
         self.pause_s = pause_s
         self.statistics = Statistics()
 

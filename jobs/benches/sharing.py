@@ -1,10 +1,10 @@
 """What `solutions_per_call` does to a judge's verdicts: Cohen's κ with the truth, call size against call size.
 
-The judge is a real one behind the real prompts, schemas and parsers of `medmm_ray.steps.judge`: ``judge.backend=gemini
-judge.model=...`` (or openai, or a vllm checkpoint); without a model, SmolLM2-135M, fine-tuned here on calls of all the
-measured sizes, equally many of each (an hour on two busy cores), and run by vLLM. What it judges are phantoms told in
-words, so that a text model can know, and solutions of which a part of the steps is wrong; `phantom.truth`
-decides which.
+The judge is a real one behind the real prompts, schemas and parsers of `medmm_ray.steps.judge`:
+``judge.engine.kind=gemini judge.engine.model=...`` (or openai, or a vllm checkpoint); without a model, SmolLM2-135M,
+fine-tuned here on calls of all the measured sizes, equally many of each (an hour on two busy cores), and run by vLLM.
+What it judges are phantoms in words, so that a text model can know, and solutions of which a part of the steps is
+wrong; `phantom.truth` decides which.
 
 κ is over the steps with something to check, of the solutions that both call sizes have verdicts on; the 95 % interval
 of the difference is a paired bootstrap over questions. Unread are solutions whose verdicts did not fit, with others
@@ -34,12 +34,13 @@ from medmm_ray.config import Config, digest, execution
 from medmm_ray.data.sources.phantom import PhantomQuestion, blind_solution, generator, make_questions, report, truth
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.generator import Generator
-from medmm_ray.engines.llm.client import open_access
+from medmm_ray.engines.llm.access import Apis
+from medmm_ray.engines.llm.client import ApiConfig, ApiEngine
 from medmm_ray.engines.llm.endpoint import ChatRequest, Turn
 from medmm_ray.engines.llm.local import prompt_of
 from medmm_ray.session import session
 from medmm_ray.stats.metrics import cluster_bootstrap, kappa_of_counts
-from medmm_ray.steps.judge import Judge, JudgeCase, JudgeConfig, Judgement, make_judge
+from medmm_ray.steps.judge import Judge, JudgeCase, JudgeConfig, Judgement, JudgeVllm, PhantomEngine, make_judge
 from medmm_ray.steps.judge.prompt import SYSTEM, JudgeCall, call_text, schema_of, shared_text
 from medmm_ray.train.launch import fit
 from medmm_ray.train.policy import EncodedQuestion, PolicyConfig, PolicyStage, encode_chat
@@ -59,11 +60,11 @@ LESSONS = pa.schema(
 class BenchConfig(Config):
     """Who judges how much."""
 
-    judge: JudgeConfig = JudgeConfig(
-        backend="vllm", dtype="bfloat16", max_tokens=1000, max_model_len=8192, kv_cache_gib=2, max_images=0
-    )
+    judge: JudgeConfig = JudgeConfig(engine=JudgeVllm(max_model_len=8192, kv_cache_gib=2), max_tokens=1000)
     """Who judges; without a model the small judge. max_tokens are those of one solution: a call of four gets as many
     times more."""
+    apis: dict[str, ApiConfig] = execution({})
+    """Budget, limits, prices, address and key of the judge's model, by its name, as in a recipe."""
     per_call: tuple[int, ...] = (1, 2, 4)
     """Values of solutions_per_call; the first is the baseline."""
     questions: int = 100
@@ -93,7 +94,7 @@ class BenchConfig(Config):
 
     @model_validator(mode="after")
     def _there_is_somebody(self) -> "BenchConfig":
-        if self.judge.backend == "phantom":
+        if isinstance(self.judge.engine, PhantomEngine):
             raise ValueError("a phantom judge's verdicts do not depend on its calls; name vllm, gemini or openai")
         return self
 
@@ -115,7 +116,9 @@ def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
     """Kappa of each call size beside the first one's."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = config.folder or scratch
-        model = config.judge.model or trained_judge(config, f"{folder}/judge", console)
+        engine = config.judge.engine
+        assert not isinstance(engine, PhantomEngine)
+        model = engine.model or trained_judge(config, f"{folder}/judge", console)
         phantoms = make_phantoms(config, "test", config.questions, config.solutions)
         with judges_of(config, model, folder) as judges:
             counts = asyncio.run(judge_all(judges, config, phantoms, console))
@@ -240,13 +243,14 @@ def call_of(config: BenchConfig, per_call: int) -> JudgeConfig:
 def judges_of(config: BenchConfig, model: str, folder: str) -> Iterator[list[Judge]]:
     """A judge of each call size: all on one engine, or under one budget."""
     configs = [call_of(config, per_call) for per_call in config.per_call]
-    backend = config.judge.backend
-    if backend == "gemini" or backend == "openai":
+    judge_engine = config.judge.engine
+    if isinstance(judge_engine, ApiEngine):
         with session():
-            access = open_access(backend, model, config.judge, folder)
+            access = Apis(folder, config.apis).open(judge_engine, model)
             yield [make_judge(judge, model, access=access) for judge in configs]
         return
-    engine = Generator(model, configs[0])
+    assert isinstance(judge_engine, JudgeVllm)
+    engine = Generator(model, judge_engine)
     try:
         yield [make_judge(judge, model, lambda *_: engine) for judge in configs]
     finally:

@@ -20,6 +20,7 @@ from medmm_ray.data import records
 from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import Completion, Generator, Sampling, TextGenerator
 from medmm_ray.steps.tree_search import TreeSearchActor, TreeSearchConfig
+from medmm_ray.steps.tree_search.writer import StepWriterEngine
 from medmm_ray.train.policy import LlamaShape, PolicyConfig
 
 
@@ -88,16 +89,14 @@ async def _sides(config: BenchConfig, policy: str) -> tuple[list[records.Tree], 
     Ours comes first: the others find their prompts cached.
     """
     settings = TreeSearchConfig(
-        dtype="float32",
-        max_model_len=512,
+        engine=StepWriterEngine(dtype="float32", max_model_len=512, num_threads=config.threads),
         max_tokens=96,
         temperature=1.0,
         top_p=1.0,
         reflect=False,
-        num_threads=config.threads,
         seed=config.seed,
     )
-    engine = Generator(policy, settings)
+    engine = Generator(policy, settings.engine)
     one_request = OneRequest(engine)
     concurrent = TreeSearchActor(settings, policy, "toy", "bench", lambda *_: engine)
     sequential = TreeSearchActor(settings, policy, "toy", "bench", lambda *_: one_request)

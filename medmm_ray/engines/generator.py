@@ -18,7 +18,7 @@ from medmm_ray.data.tables import RowError
 from medmm_ray.engines.chat import Chat, ChatPrompt
 from medmm_ray.engines.checkpoints import resolve
 from medmm_ray.engines.vllm_engine import (
-    GeneratorConfig,
+    VllmEngine,
     check_free_memory,
     check_model,
     check_weights,
@@ -113,13 +113,13 @@ class TextGenerator(Protocol):
 class MakeGenerator(Protocol):
     """The constructor of a `TextGenerator`: model path or name, engine settings."""
 
-    def __call__(self, model: str, config: GeneratorConfig, /) -> TextGenerator: ...
+    def __call__(self, model: str, config: VllmEngine, /) -> TextGenerator: ...
 
 
 class Generator:
     """A vLLM engine over one model (any name that `checkpoints.resolve` takes, with weights in Hugging Face's form)."""
 
-    def __init__(self, model: str, config: GeneratorConfig) -> None:
+    def __init__(self, model: str, config: VllmEngine) -> None:
         model = resolve(model)
         check_model(model)
         check_free_memory(model, config)

@@ -10,12 +10,14 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
+from medmm_ray.config import Config
 from medmm_ray.data.tables import RowError
-from medmm_ray.engines.llm.client import Access, ApiConfig, Client, open_access
+from medmm_ray.engines.llm.access import Access, Apis
+from medmm_ray.engines.llm.client import ApiEngine, Client
 from medmm_ray.engines.llm.endpoint import ChatRequest, Turn
 from medmm_ray.engines.llm.structured import AnswerForm, json_schema, parse
 from medmm_ray.text import answer_key, is_correct
@@ -39,23 +41,22 @@ SCHEMA = json_schema(SameForm)
 RULE = 'Answer with one JSON object and nothing else: {"same": true or false}.'
 
 
-class EquivalenceConfig(ApiConfig):
-    """The model that says whether two open answers mean the same."""
+class GraderEngine(ApiEngine):
+    """The model that grades; it is asked in the actors of the step whose answers it grades."""
 
-    backend: Literal["none", "openai", "gemini"] = "none"
-    """none: answers are the same where their normal forms are; openai, gemini: a model is asked where they differ."""
-    model: str | None = None
-    """The API's model; required where a backend is named."""
+    model: str
+    """Name of the model."""
+
+
+class EquivalenceConfig(Config):
+    """Whether two open answers mean the same."""
+
+    engine: GraderEngine | None = None
+    """Model that is asked where the normal forms of two answers differ; null: they are then not the same."""
+    temperature: float | None = Field(0.0, ge=0)
+    """Sampling temperature; null leaves it to the model (reasoning models take no other)."""
     max_tokens: int = Field(256, ge=1)
     """Longest answer of the model, tokens; thoughts count."""
-
-    @model_validator(mode="after")
-    def _has_a_model(self) -> "EquivalenceConfig":
-        if self.backend != "none" and not self.model:
-            raise ValueError(
-                f"sample.equivalence.backend is {self.backend!r} and sample.equivalence.model is not set; name a model"
-            )
-        return self
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ class Grades:
 class Grader:
     """Grades the answers to one question at a time; without a client by their form alone."""
 
-    def __init__(self, client: Client | None = None, max_tokens: int = 256) -> None:
-        self.client, self.max_tokens = client, max_tokens
+    def __init__(self, client: Client | None = None, max_tokens: int = 256, temperature: float | None = 0.0) -> None:
+        self.client, self.max_tokens, self.temperature = client, max_tokens, temperature
         self._warned_of_cut = False
 
     async def grade(self, question: Mapping[str, Any], answers: Sequence[str | None]) -> Grades:
@@ -105,7 +106,7 @@ class Grader:
             (Turn("user", (text,)),),
             schema=SCHEMA,
             max_tokens=self.max_tokens,
-            temperature=self.client.config.temperature,
+            temperature=self.temperature,
         )
         try:
             priced = await self.client.ask(request, question["question_id"])
@@ -126,13 +127,16 @@ class Grader:
 class MakeGrader:
     """What an actor makes its grader from; the driver starts the budget of the model's API here."""
 
-    def __init__(self, config: EquivalenceConfig, folder: str | None) -> None:
+    def __init__(self, config: EquivalenceConfig, apis: Apis | None) -> None:
         self.config = config
         self.access: Access | None = None
-        if config.backend != "none":
-            if folder is None:
-                raise ValueError(f"sample.equivalence.backend={config.backend} needs a folder for its answers")
-            self.access = open_access(config.backend, str(config.model), config, folder)
+        engine = config.engine
+        # In the driver: all actors share one budget and the stored answers.
+        if engine is not None:
+            if apis is None:
+                raise ValueError(f"sample.equivalence.engine.model={engine.model} needs a folder for its answers")
+            self.access = apis.open(engine, engine.model)
 
     def __call__(self) -> Grader:
-        return Grader(self.access.connect() if self.access else None, self.config.max_tokens)
+        client = self.access.connect() if self.access else None
+        return Grader(client, self.config.max_tokens, self.config.temperature)

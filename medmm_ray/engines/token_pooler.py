@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from medmm_ray.engines.generator import Statistics
 from medmm_ray.engines.vllm_engine import (
-    GeneratorConfig,
     GeneratorError,
+    VllmEngine,
     check_free_memory,
     check_model,
     engine_arguments,
@@ -86,7 +86,7 @@ class PooledTokens:
 class TokenPooler:
     """A vLLM engine over one checkpoint that pools at tokens."""
 
-    def __init__(self, model: str, config: GeneratorConfig, pooling: Pooling) -> None:
+    def __init__(self, model: str, config: VllmEngine, pooling: Pooling) -> None:
         check_model(model)
         check_free_memory(model, config)
         os.environ.update(environment(config))
@@ -161,7 +161,7 @@ class TokenPooler:
         self._engine.llm_engine.engine_core.shutdown()
 
 
-def pooler_arguments(model: str, config: GeneratorConfig) -> dict[str, Any]:
+def pooler_arguments(model: str, config: VllmEngine) -> dict[str, Any]:
     """vLLM's arguments: those of generation, but prompts may be chunked, as nothing is drawn with a seed."""
     chunked = {} if config.num_gpus else {"enable_chunked_prefill": True, "max_num_batched_tokens": CPU_STEP_TOKENS}
     return engine_arguments(model, config) | chunked | config.vllm

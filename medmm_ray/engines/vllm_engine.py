@@ -1,6 +1,6 @@
 """What every vLLM engine of ours shares: settings, arguments, environment, checks before its start, what a crash means.
 
-Enters: a step's settings. Leaves: arguments of vLLM's engine and of Ray's actor, or an error that says what to do.
+Enters: an engine's settings. Leaves: arguments of vLLM's engine and of Ray's actor, or an error that says what to do.
 """
 
 import json
@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, Literal, NoReturn, Self
 
 from pydantic import Field, model_validator
 
@@ -27,7 +27,14 @@ class GeneratorError(ConfigError):
     """An engine that cannot start; the message says why and what to do."""
 
 
-class EngineConfig(Config):
+class RestartedActors(Config):
+    """Actors that Ray starts again."""
+
+    max_restarts: int = execution(3)
+    """How often one actor is started again after its process or engine died."""
+
+
+class EngineConfig(RestartedActors):
     """Settings of a vLLM engine, whatever a step does with it."""
 
     batch_invariant: bool = False
@@ -46,8 +53,6 @@ class EngineConfig(Config):
     """Memory of the key-value cache on a CPU, GiB."""
     max_num_seqs: int = execution(256, ge=1)
     """Most sequences in one engine step."""
-    max_restarts: int = execution(3)
-    """How often one actor is started again after its process or engine died."""
 
     @model_validator(mode="after")
     def _has_gpus_for_tensor_parallelism(self) -> Self:
@@ -59,9 +64,24 @@ class EngineConfig(Config):
         return self
 
 
-class GeneratorConfig(EngineConfig):
-    """Settings of a vLLM engine that generates text."""
+class ActorPool(RestartedActors):
+    """The actors of a step that asks a model, whatever runs it."""
 
+    num_actors: int = execution(1, ge=1)
+    """Most actors at a time; the pool grows to this as machines come."""
+    num_cpus: float = execution(1.0, ge=0)
+    """Logical CPUs per actor."""
+    batch_size: int = execution(4, ge=1)
+    """Questions in one call of an actor."""
+    max_concurrency: int = execution(4, ge=1)
+    """Calls of an actor at a time; of vLLM batch_size x max_concurrency x samples should be >= 4 x max_num_seqs."""
+
+
+class VllmEngine(EngineConfig, ActorPool):
+    """A vLLM engine that generates text, one in each actor."""
+
+    kind: Literal["vllm"] = "vllm"
+    """vllm: a checkpoint, in the actor."""
     dtype: str = "bfloat16"
     """Number format of weights and activations: bfloat16, float16 or float32."""
     max_model_len: int = Field(4096, ge=16)
@@ -70,17 +90,9 @@ class GeneratorConfig(EngineConfig):
     """LoRA adapter (peft) on the model: a folder, a URI or a hub id; null: none."""
     num_images: int = Field(0, ge=0)
     """Images of a question in the prompt, its first ones; 0: text only."""
-    num_actors: int = execution(1, ge=1)
-    """Most engines at a time; the pool grows to this as machines come."""
-    num_cpus: float = execution(1.0, ge=0)
-    """Logical CPUs per engine."""
-    batch_size: int = execution(4, ge=1)
-    """Questions in one call of an actor."""
-    max_concurrency: int = execution(4, ge=1)
-    """Calls of an actor at a time; batch_size x max_concurrency x samples should be >= 4 x max_num_seqs."""
 
 
-def engine_arguments(model: str, config: GeneratorConfig, lora: str | None = None) -> dict[str, Any]:
+def engine_arguments(model: str, config: VllmEngine, lora: str | None = None) -> dict[str, Any]:
     """vLLM's arguments; `lora` is the folder of an adapter.
 
     On a CPU a seeded request in a chunked prefill would kill the engine, so none is chunked.
@@ -94,7 +106,7 @@ def engine_arguments(model: str, config: GeneratorConfig, lora: str | None = Non
     return arguments | {"model": model} | config.vllm
 
 
-def _device_arguments(config: GeneratorConfig) -> dict[str, Any]:
+def _device_arguments(config: VllmEngine) -> dict[str, Any]:
     """vLLM's arguments that depend on the device, and those that every engine has."""
     shared: dict[str, Any] = {
         "dtype": config.dtype,
@@ -149,8 +161,8 @@ def lora_rank(adapter: str) -> int:
     return next(supported for supported in LORA_RANKS if supported >= rank)
 
 
-def actor_options(config: GeneratorConfig) -> dict[str, Any]:
-    """Keyword arguments of `Dataset.map_batches` for an asynchronous actor that owns an engine."""
+def actor_options(config: ActorPool) -> dict[str, Any]:
+    """Keyword arguments of `Dataset.map_batches` for an asynchronous actor that owns an engine or asks an API."""
     from ray.data import ActorPoolStrategy
 
     return {
@@ -164,7 +176,8 @@ def actor_options(config: GeneratorConfig) -> dict[str, Any]:
         ),
         "max_concurrency": config.max_concurrency,
         "num_cpus": config.num_cpus,
-        "num_gpus": config.num_gpus,
+        # An API's actor computes nothing.
+        "num_gpus": config.num_gpus if isinstance(config, VllmEngine) else 0.0,
         "max_restarts": config.max_restarts,
     }
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from medmm_ray.engines.token_pooler import Pooling, TokenPooler, TokenSequence
-from medmm_ray.engines.vllm_engine import GeneratorConfig
+from medmm_ray.engines.vllm_engine import VllmEngine
 from medmm_ray.reward_model import checkpoint, text_tower
 from medmm_ray.reward_model.errors import CheckpointError
 from medmm_ray.reward_model.model import RewardModel
@@ -44,7 +44,7 @@ class Pooler(Protocol):
         """Stop the engine."""
 
 
-StartPooler = Callable[[str, GeneratorConfig, Pooling], Pooler]
+StartPooler = Callable[[str, VllmEngine, Pooling], Pooler]
 
 
 class PooledRewardModel(RewardModel):
@@ -53,7 +53,7 @@ class PooledRewardModel(RewardModel):
     It can be neither trained nor saved. Without `gives_states` it has log-odds alone, and no image part.
     """
 
-    def __init__(self, text: text_tower.TextTower, config: GeneratorConfig, gives_states: bool) -> None:
+    def __init__(self, text: text_tower.TextTower, config: VllmEngine, gives_states: bool) -> None:
         super().__init__(text.model, text.tokenizer, family=text.family)
         self.text_origin = text.origin
         self.config, self.gives_states = config, gives_states
@@ -62,7 +62,7 @@ class PooledRewardModel(RewardModel):
 
     @classmethod
     def open(
-        cls, path: "str | Path", config: GeneratorConfig, *, states: bool = False, start: StartPooler = TokenPooler
+        cls, path: "str | Path", config: VllmEngine, *, states: bool = False, start: StartPooler = TokenPooler
     ) -> "PooledRewardModel":
         """The reward model of `path`, a folder or a hub id, with an engine of its own; `shutdown` ends that.
 

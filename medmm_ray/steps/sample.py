@@ -8,18 +8,16 @@ that an API did not give are refused ones; only a question whose first round bro
 """
 
 import asyncio
-import functools
-import json
 import math
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from medmm_ray.config import digest
+from medmm_ray.config import Config, digest
 from medmm_ray.data.records import Count, Solution, Solutions, to_arrow
 from medmm_ray.data.tables import RowError, attach
 from medmm_ray.engines.generator import (
@@ -28,16 +26,18 @@ from medmm_ray.engines.generator import (
     Generator,
     MakeGenerator,
     Sampling,
+    TextGenerator,
     candidate_documents,
     policy_prompt,
     request_seed,
 )
 from medmm_ray.engines.grader import EquivalenceConfig, Grader, Grades, MakeGrader
 from medmm_ray.engines.images import open_image
-from medmm_ray.engines.llm.client import Access, ApiConfig, open_access
+from medmm_ray.engines.llm.access import Access, Apis
+from medmm_ray.engines.llm.client import ApiEngine
 from medmm_ray.engines.llm.policy import ApiPolicy
 from medmm_ray.engines.llm.served import joined_names
-from medmm_ray.engines.vllm_engine import GeneratorConfig, actor_options
+from medmm_ray.engines.vllm_engine import ActorPool, VllmEngine, actor_options
 from medmm_ray.text import extract_answer, split_steps
 from medmm_ray.text.quality import FAULTS, fault
 
@@ -46,20 +46,26 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
 VERSION = 4  # of what a step makes: raise it when the same config makes something else
-# Settings that no API has, and the values that ask for nothing.
-ENGINE_ONLY: dict[str, Any] = {"lora": None, "top_k": 0, "batch_invariant": False, "vllm": {}, "num_gpus": 0}
 
 
-class SampleConfig(GeneratorConfig, ApiConfig):
-    """How solutions are sampled (the defaults are Med-PRM's), and the engine (vllm) or API that generates them."""
+class PolicyApi(ApiEngine, ActorPool):
+    """A policy behind an API, by the name in models.policy."""
 
-    backend: Literal["vllm", "openai", "gemini"] = "vllm"
-    """vllm: the policy is a checkpoint, in the actor; openai, gemini: it is a model behind an API of that kind."""
+    num_images: int = Field(0, ge=0)
+    """Images of a question in the prompt, its first ones; 0: text only."""
+    max_prompt_tokens: int = Field(100_000, ge=16)
+    """Room for documents in the prompt, tokens (estimated, an image as it is billed: 36,835 by gpt-4o-mini)."""
 
+
+class SampleConfig(Config):
+    """How solutions are sampled (the defaults are Med-PRM's), and the engine that generates them."""
+
+    engine: Annotated[VllmEngine | PolicyApi, Field(discriminator="kind")] = VllmEngine()
+    """What runs the policy."""
     num_samples_train: int = Field(16, ge=1, le=MAX_SAMPLES)
-    """Solutions a question of the training (and validation) split."""
+    """Solutions per question of the training (and validation) split."""
     num_samples_test: int = Field(64, ge=1, le=MAX_SAMPLES)
-    """Solutions a question of the test split."""
+    """Solutions per question of the test split."""
     temperature: float | None = Field(0.7, ge=0)
     """Sampling temperature; null leaves it to an API's model (reasoning models take no other)."""
     top_k: int = Field(50, ge=0)
@@ -73,10 +79,8 @@ class SampleConfig(GeneratorConfig, ApiConfig):
     max_steps: int = Field(9, ge=1)
     """Most steps of a solution that is kept."""
     num_documents: int = Field(0, ge=0)
-    """Retrieved documents in the policy's prompt; one that does not fit max_model_len (an API: max_prompt_tokens) is
-    left out, and the figures say how many were."""
-    max_prompt_tokens: int = Field(100_000, ge=16)
-    """Room for documents in an API's prompt, tokens (estimated, an image as it is billed: 36,835 by gpt-4o-mini)."""
+    """Retrieved documents in the policy's prompt; one that does not fit the engine's max_model_len (an API:
+    max_prompt_tokens) is left out, and the figures say how many were."""
     max_rounds: int = Field(3, ge=1)
     """Rounds of sampling: the first has the samples asked for, the others replace what was refused."""
     oversample: float = Field(3.0, ge=1)
@@ -96,29 +100,21 @@ class SampleConfig(GeneratorConfig, ApiConfig):
         return self
 
     @model_validator(mode="after")
-    def _suits_the_backend(self) -> "SampleConfig":
-        # An engine takes numbers; null means what the model behind an API has as its own.
-        if self.backend == "vllm":
+    def _suits_the_engine(self) -> "SampleConfig":
+        if self.engine.kind == "vllm":
+            # An engine takes numbers; null means what the model behind an API has as its own.
             if self.temperature is None or self.top_p is None:
-                raise ValueError("temperature and top_p may be null for an API alone; backend is 'vllm', set numbers")
-            return self
-        settings: list[str] = []
-        unset: list[str] = []
-        for name, neutral in ENGINE_ONLY.items():
-            value = getattr(self, name)
-            if name in self.model_fields_set and value != neutral:
-                settings.append(f"{name}={value}")
-                unset.append(f"{name}={json.dumps(neutral)}")
-        if settings:
-            raise ValueError(
-                f"backend is {self.backend!r}, and {', '.join(settings)} is for an engine alone; set {', '.join(unset)}"
-            )
+                raise ValueError("temperature and top_p may be null for an API alone; set numbers for engine.kind=vllm")
+        elif self.top_k and "top_k" in self.model_fields_set:
+            raise ValueError(f"engine.kind is {self.engine.kind!r}, and no API takes top_k={self.top_k}; set top_k=0")
         return self
 
     @property
     def prompt_room(self) -> int:
         """Tokens of a prompt with documents, at most."""
-        return self.max_model_len - self.max_tokens if self.backend == "vllm" else self.max_prompt_tokens
+        if isinstance(self.engine, VllmEngine):
+            return self.engine.max_model_len - self.max_tokens
+        return self.engine.max_prompt_tokens
 
     @property
     def sampling(self) -> Sampling:
@@ -135,26 +131,27 @@ def sample(
     config_hash: str,
     evidence: pa.Table | None = None,
     images: pa.Table | None = None,
-    folder: str | None = None,
+    apis: Apis | None = None,
     generator: MakeGenerator = Generator,
 ) -> "Dataset":
     """Questions -> `Solutions` rows, with figures of each.
 
     `model` is the checkpoint (or the API's model) that generates, `policy` what solution ids call it, `config_hash` the
     table's fingerprint. `evidence` (question_id, documents) is needed where config.num_documents > 0, `images`
-    (image_id, uri) where config.num_images > 0. `folder` is where the run keeps an API's answers and the ledger of
-    their cost.
+    (image_id, uri) where engine.num_images > 0. `apis` is how the run reaches models behind APIs.
     """
-    if config.num_images and images is None:
-        raise ValueError(f"num_images={config.num_images} needs the table images")
+    engine = config.engine
+    if engine.num_images and images is None:
+        raise ValueError(f"num_images={engine.num_images} needs the table images")
     if config.num_documents:
         if evidence is None:
             raise ValueError(f"num_documents={config.num_documents} needs the table evidence; run retrieve first")
         ds = attach(ds, evidence, "question_id", ["documents"])
-    if config.backend != "vllm":
-        if folder is None:
-            raise ValueError(f"sample.backend={config.backend} needs a folder for its answers")
-        generator = functools.partial(_api_policy, access=open_access(config.backend, model, config, folder))
+    access: Access | None = None
+    if isinstance(engine, PolicyApi):
+        if apis is None:
+            raise ValueError(f"sample.engine.kind={engine.kind} needs a folder for its answers")
+        access = apis.open(engine, model)
     return ds.map_batches(
         SamplingActor,
         fn_constructor_kwargs={
@@ -164,15 +161,11 @@ def sample(
             "config_hash": config_hash,
             "images": images,
             "generator": generator,
-            "grader": MakeGrader(config.equivalence, folder),
+            "grader": MakeGrader(config.equivalence, apis),
+            "access": access,
         },
-        **actor_options(config),
+        **actor_options(engine),
     )
-
-
-def _api_policy(model: str, config: GeneratorConfig, *, access: Access) -> ApiPolicy:  # noqa: ARG001
-    """What a `MakeGenerator` makes: the access knows its model."""
-    return ApiPolicy(access.connect())
 
 
 @dataclass
@@ -217,6 +210,7 @@ class SamplingActor:
         images: pa.Table | None = None,
         generator: MakeGenerator = Generator,
         grader: MakeGrader | None = None,
+        access: Access | None = None,
     ) -> None:
         self.config = config
         self.model = model
@@ -226,7 +220,12 @@ class SamplingActor:
         if images is not None:
             image_ids = images["image_id"].to_pylist()
             self.uri_of = dict(zip(image_ids, images["uri"].to_pylist(), strict=True))
-        self.generator = generator(model, config)
+        self.generator: TextGenerator
+        if access is not None:
+            self.generator = ApiPolicy(access.connect())
+        else:
+            # A model behind an API comes with its access.
+            self.generator = generator(model, cast(VllmEngine, config.engine))
         self.grader = grader() if grader else Grader()
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
@@ -277,7 +276,7 @@ class SamplingActor:
         """Add to `samples`, round after round, until `num_requested` are accepted or the rounds are over."""
         config = self.config
         seed = self.seed(question["question_id"])
-        image_ids = question["image_ids"][: config.num_images]
+        image_ids = question["image_ids"][: config.engine.num_images]
         images = await self.open_images(image_ids)
         prompt = policy_prompt(
             self.generator,
@@ -330,7 +329,8 @@ class SamplingActor:
         An API's answers are kept under their seeds, beside all that shapes the request: so the seed is that of the
         question alone, and a change of what is asked for or kept, which the fingerprint tells, pays no answer again.
         """
-        sampled_by = self.config_hash if self.config.backend == "vllm" else self.model
+        # An engine's samples cost nothing to repeat; the fingerprint keeps those of two tables apart.
+        sampled_by = self.config_hash if self.config.engine.kind == "vllm" else self.model
         return request_seed(question_id, sampled_by, self.config.seed)
 
     async def open_images(self, image_ids: Sequence[str]) -> "list[Image]":

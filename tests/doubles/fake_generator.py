@@ -6,7 +6,7 @@ from typing import Any
 
 from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import Completion, Sampling, Statistics
-from medmm_ray.engines.vllm_engine import GeneratorConfig
+from medmm_ray.engines.vllm_engine import VllmEngine
 from medmm_ray.train.policy import LlamaShape, new_llama
 
 Script = Callable[[str, int], str]
@@ -24,7 +24,7 @@ class FakeGenerator:
         self.requests: list[tuple[str, int, int]] = []
         self.figures: list[dict[str, float]] = []  # for a test to keep what the step said of its rows
 
-    def __call__(self, model: str, config: GeneratorConfig) -> "FakeGenerator":
+    def __call__(self, model: str, config: VllmEngine) -> "FakeGenerator":
         return self
 
     def count(self, prompt: ChatPrompt) -> int:

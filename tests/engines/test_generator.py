@@ -24,8 +24,8 @@ from medmm_ray.engines.generator import (
 )
 from medmm_ray.engines.memory import GIB, EngineMemoryError
 from medmm_ray.engines.vllm_engine import (
-    GeneratorConfig,
     GeneratorError,
+    VllmEngine,
     check_model,
     engine_arguments,
     environment,
@@ -37,7 +37,7 @@ from tests.doubles.tiny_vision import picture
 from tests.engines.test_weights import POINTER, change_weights, cut
 
 EMBED = "base_model.model.model.embed_tokens.weight"
-CONFIG = GeneratorConfig(max_model_len=256, dtype="float32")
+CONFIG = VllmEngine(max_model_len=256, dtype="float32")
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -60,9 +60,9 @@ def test_no_engine_starts_without_memory(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def test_arguments_of_a_cpu_and_a_gpu() -> None:
-    cpu = engine_arguments("m", GeneratorConfig(max_model_len=8192))
+    cpu = engine_arguments("m", VllmEngine(max_model_len=8192))
     assert (cpu["enable_chunked_prefill"], cpu["max_num_batched_tokens"], cpu["block_size"]) == (False, 8192, 32)
-    gpu = engine_arguments("m", GeneratorConfig(num_gpus=2, tensor_parallel_size=2))
+    gpu = engine_arguments("m", VllmEngine(num_gpus=2, tensor_parallel_size=2))
     assert gpu["tensor_parallel_size"] == 2
     assert "block_size" not in gpu
 
@@ -71,11 +71,11 @@ def test_a_model_on_several_gpus_runs_in_processes_of_its_own() -> None:
     assert gpu_arguments(num_gpus=4, tensor_parallel_size=4)["distributed_executor_backend"] == "mp"
     assert gpu_arguments(num_gpus=1)["distributed_executor_backend"] is None
     with pytest.raises(ConfigError, match=r"tensor_parallel_size=4 needs num_gpus=4, got 1"):
-        load(GeneratorConfig, None, ["num_gpus=1.0", "tensor_parallel_size=4"])
+        load(VllmEngine, None, ["num_gpus=1.0", "tensor_parallel_size=4"])
 
 
 def gpu_arguments(**settings: Any) -> dict[str, Any]:
-    return engine_arguments("m", GeneratorConfig(**settings))
+    return engine_arguments("m", VllmEngine(**settings))
 
 
 def test_images_and_further_arguments_reach_the_engine() -> None:
@@ -86,9 +86,9 @@ def test_images_and_further_arguments_reach_the_engine() -> None:
 
 
 def test_kernels_that_do_not_depend_on_the_batch() -> None:
-    assert environment(GeneratorConfig(num_gpus=1, batch_invariant=True))["VLLM_BATCH_INVARIANT"] == "1"
-    assert "VLLM_BATCH_INVARIANT" not in environment(GeneratorConfig(num_gpus=1))
-    assert "VLLM_BATCH_INVARIANT" not in environment(GeneratorConfig(batch_invariant=True))  # a CPU has them
+    assert environment(VllmEngine(num_gpus=1, batch_invariant=True))["VLLM_BATCH_INVARIANT"] == "1"
+    assert "VLLM_BATCH_INVARIANT" not in environment(VllmEngine(num_gpus=1))
+    assert "VLLM_BATCH_INVARIANT" not in environment(VllmEngine(batch_invariant=True))  # a CPU has them
 
 
 def test_room_for_an_adapter_is_that_of_its_largest_rank(tmp_path: Path) -> None:
@@ -118,10 +118,10 @@ def test_what_a_request_found_in_the_cache_is_known_when_all_its_samples_ended()
 
 
 def test_the_environment_of_vllm_on_a_cpu() -> None:
-    variables = environment(GeneratorConfig(kv_cache_gib=3, num_threads=1))
+    variables = environment(VllmEngine(kv_cache_gib=3, num_threads=1))
     assert variables["VLLM_CPU_KVCACHE_SPACE"] == "3"
     assert variables["OMP_NUM_THREADS"] == "1"
-    assert "OMP_NUM_THREADS" not in environment(GeneratorConfig(num_gpus=1))
+    assert "OMP_NUM_THREADS" not in environment(VllmEngine(num_gpus=1))
 
 
 def test_seeds_leave_room_for_samples() -> None:
@@ -294,7 +294,7 @@ def test_a_real_engine_that_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """What it says is what transformers' model says; samples of a question share text and image in the cache."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    config = GeneratorConfig(max_model_len=512, dtype="float32", num_images=2)
+    config = VllmEngine(max_model_len=512, dtype="float32", num_images=2)
     for name, value in environment(config).items():
         monkeypatch.setenv(name, value)
     folder = make_tiny_seeing_policy(tmp_path / "policy")

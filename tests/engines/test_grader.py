@@ -2,13 +2,14 @@
 
 import asyncio
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from medmm_ray.engines.grader import EquivalenceConfig, Grader, MakeGrader
+from medmm_ray.config import ConfigError, build
+from medmm_ray.engines.grader import EquivalenceConfig, Grader, GraderEngine, MakeGrader
+from medmm_ray.engines.llm.access import connect
 from medmm_ray.engines.llm.budget import ApiBudget
-from medmm_ray.engines.llm.client import connect
+from medmm_ray.engines.llm.client import ApiConfig
 from tests.doubles.api_server import chat_said, failed, serving
 
 OPEN = {"question_id": "q1", "question": "What is seen?", "answer": "Pleural effusion", "answer_type": "open"}
@@ -28,12 +29,11 @@ def test_by_form_alone() -> None:
 def test_a_model_is_asked_where_the_forms_differ_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     with serving() as server:
-        config = EquivalenceConfig(
-            backend="openai", model="gpt-4o", endpoint=server.address, in_flight=1, max_attempts=1
-        )
+        engine = GraderEngine(kind="openai", model="gpt-4o")
+        api = ApiConfig(endpoint=server.address, in_flight=1, max_attempts=1)
 
         def grader() -> Grader:
-            return Grader(connect("openai", "gpt-4o", config, ApiBudget(str(tmp_path), config.limits), str(tmp_path)))
+            return Grader(connect(engine, "gpt-4o", api, ApiBudget(str(tmp_path), api.limits), str(tmp_path)))
 
         server.script = [chat_said('{"same": true}'), chat_said('{"same": false}')]
         answers = ("hydrothorax", "pneumothorax", "Hydrothorax.", "pleural effusion", None)
@@ -52,9 +52,9 @@ def test_a_model_is_asked_where_the_forms_differ_and_once(tmp_path: Path, monkey
         assert (grades.asked, grades.unanswered) == (2, 2)
 
 
-def test_a_backend_needs_a_model_and_a_folder() -> None:
-    with pytest.raises(ValueError, match="equivalence.backend is 'openai' and sample.equivalence.model is not set"):
-        EquivalenceConfig(backend="openai")
-    settings: dict[str, Any] = {"backend": "openai", "model": "m"}
+def test_an_engine_needs_a_model_and_a_folder() -> None:
+    with pytest.raises(ConfigError, match=r"'engine\.model' is required"):
+        build(EquivalenceConfig, {"engine": {"kind": "openai"}}, "test")
+    engine = GraderEngine(kind="openai", model="m")
     with pytest.raises(ValueError, match="needs a folder"):
-        MakeGrader(EquivalenceConfig(**settings), None)
+        MakeGrader(EquivalenceConfig(engine=engine), None)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from medmm_ray.engines.token_pooler import PooledTokens, Pooling, TokenSequence, gather_values, pooler_arguments
-from medmm_ray.engines.vllm_engine import GeneratorConfig
+from medmm_ray.engines.vllm_engine import VllmEngine
 
 
 def computed(values: Sequence[float], start: int = 0) -> PooledTokens:
@@ -44,9 +44,9 @@ def test_a_sequence_whose_size_is_not_as_said_is_taken_for_nothing() -> None:
 
 
 def test_arguments_of_the_engine() -> None:
-    cpu = pooler_arguments("m", GeneratorConfig(max_model_len=8192, vllm={"block_size": 64}))
+    cpu = pooler_arguments("m", VllmEngine(max_model_len=8192, vllm={"block_size": 64}))
     assert (cpu["enable_prefix_caching"], cpu["enable_chunked_prefill"], cpu["block_size"]) == (True, True, 64)
-    gpus = GeneratorConfig(num_gpus=2, tensor_parallel_size=2, vllm={"quantization": "fp8"}, max_model_len=100)
+    gpus = VllmEngine(num_gpus=2, tensor_parallel_size=2, vllm={"quantization": "fp8"}, max_model_len=100)
     on_gpus = pooler_arguments("m", gpus)
     expected = {"tensor_parallel_size": 2, "quantization": "fp8", "gpu_memory_utilization": 0.9, "max_model_len": 100}
     assert expected.items() <= on_gpus.items()

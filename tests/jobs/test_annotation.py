@@ -7,7 +7,7 @@ import pytest
 from medmm_ray.data.records import Evidence, Image, Labels, Question, RetrievedDocument, Solutions, to_arrow
 from medmm_ray.data.sources.phantom import PhantomCase
 from medmm_ray.data.tables import Provenance, Table
-from medmm_ray.steps.judge import JudgeConfig, judge
+from medmm_ray.steps.judge import JudgeConfig, PhantomEngine, judge
 from medmm_ray.steps.monte_carlo import MonteCarloConfig, monte_carlo
 from medmm_ray.steps.review import ReviewConfig, queue, review
 from medmm_ray.steps.sample import SampleConfig, sample
@@ -81,7 +81,11 @@ def test_the_chain(ray_session: None, tmp_path: Path) -> None:
     whole = solutions.to_arrow()
     judged = table("judge_labels", Labels)
     made = judge(
-        solutions.dataset(), JudgeConfig(error_rate=0.5), questions=questions, images=images, evidence=evidence
+        solutions.dataset(),
+        JudgeConfig(engine=PhantomEngine(error_rate=0.5)),
+        questions=questions,
+        images=images,
+        evidence=evidence,
     )
     judged.write(made, "question_id", "labels")
     judged.finish(origin("judge_labels"), "question_id", ids, 0.0)

@@ -1,5 +1,6 @@
 """A recipe that names another run's result by its stable name: what it becomes, and what the fingerprints rest on."""
 
+import operator
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,12 @@ NAMES = (
     "embed.text_model",
     "train_policy.base",
     "train_text_prm.base",
-    "sample.lora",
-    "monte_carlo.lora",
-    "tree_search.lora",
-    "judge.model",
-    "second_judge.model",
-    "write_questions.model",
+    "sample.engine.lora",
+    "monte_carlo.engine.lora",
+    "tree_search.engine.lora",
+    "judge.engine.model",
+    "second_judge.engine.model",
+    "write_questions.engine.model",
     "serve.model",
 )
 
@@ -37,25 +38,29 @@ def commit(folder: Path, fingerprint: str) -> str:
 
 
 def setting(run: Run, name: str) -> str:
-    section, _, field = name.partition(".")
-    return str(getattr(getattr(run.recipe, section), field))
+    return str(operator.attrgetter(name)(run.recipe))
 
 
 def words(folder: str, *names: str) -> list[str]:
-    judges = ["judge.backend=vllm", "second_judge.backend=vllm", "second_judge.seed=3"]
-    return [TINY, "run=r", *judges, *(f"{name}={folder}" for name in names)]
+    engines = [f"{name}.engine.kind=vllm" for name in ("judge", "second_judge", "write_questions")]
+    return [TINY, "run=r", *engines, *(f"{name}={folder}" for name in names)]
 
 
 def test_every_setting_that_names_a_checkpoint_is_followed(tmp_path: Path) -> None:
     folder = commit(tmp_path / "run" / "model", "f00d")
-    names = [name for name in NAMES if name != "second_judge.model"]
-    run = Run(load_recipe([*words(folder, *names), f"second_judge.model={folder}/latest"]))
+    names = [name for name in NAMES if name != "second_judge.engine.model"]
+    run = Run(load_recipe([*words(folder, *names), f"second_judge.engine.model={folder}/latest"]))
     assert {name: setting(run, name) for name in NAMES} == dict.fromkeys(NAMES, f"{folder}/f00d")
 
 
 def test_the_list_holds_every_setting_that_the_preflight_knows(tmp_path: Path) -> None:
     recipe = load_recipe(
-        [*words("org/model", *NAMES), "second_judge.model=org/other", "write_questions.per_image=1", "without=[]"]
+        [
+            *words("org/model", *NAMES),
+            "second_judge.engine.model=org/other",
+            "write_questions.per_image=1",
+            "without=[]",
+        ]
     )
     settings: set[str] = set()
     for names in checkpoints_of(Run(recipe), list(BY_NAME.values())).values():

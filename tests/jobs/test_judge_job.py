@@ -14,8 +14,10 @@ from jobs.step import Job, Run, load_recipe, run_step
 from medmm_ray.config import build
 from medmm_ray.data.records import Image, Labels, Question, Solutions, from_dict
 from medmm_ray.data.tables import Table
+from medmm_ray.engines.llm.access import Apis
 from medmm_ray.engines.llm.budget import close_ledger
-from medmm_ray.steps.judge import JudgeConfig, judge
+from medmm_ray.engines.llm.client import ApiConfig
+from medmm_ray.steps.judge import JudgeApi, JudgeConfig, judge
 from tests.pages.review_page.phantom_run import RECIPE, make_run
 
 pytestmark = pytest.mark.engine
@@ -30,19 +32,18 @@ def address() -> Iterator[str]:
 
 def label(path: Path, address: str, **more: Any) -> list[dict[str, Any]]:
     how = {
-        "backend": "openai",
-        "model": "bench",
         "endpoint": f"{address}/v1",
         "input_price": 1.0,
         "output_price": 1.0,
         "in_flight": 4,
     }
     how |= {"key_variable": "HOME", "max_attempts": 8, "pause_s": 0.05}  # set when the session's workers started
-    config = build(JudgeConfig, {**how, **more}, "test")
+    apis = Apis(str(path / "api"), {"bench": build(ApiConfig, {**how, **more}, "test")})
+    config = JudgeConfig(engine=JudgeApi(kind="openai", model="bench"))
     records = (("questions", Question), ("images", Image))
     tables = {name: Table(str(path / name), record).to_arrow() for name, record in records}
     source = Table(str(path / "solutions"), Solutions).dataset(rows_per_block=4)
-    made = judge(source, config, **tables, model="bench", folder=str(path / "api"))
+    made = judge(source, config, **tables, model="bench", apis=apis)
     return [label for row in made.take_all() for label in row["labels"]]
 
 
@@ -88,7 +89,9 @@ def test_a_killed_job_loses_no_row_and_pays_nothing_twice_but_what_was_in_flight
 
 def test_two_judges_label_every_solution_side_by_side(ray_session: None, tmp_path: Path) -> None:
     made = make_run(tmp_path / "made")
-    run = Run(load_recipe([RECIPE, f"run={tmp_path / 'run'}", "second_judge.seed=1", "second_judge.error_rate=0.4"]))
+    run = Run(
+        load_recipe([RECIPE, f"run={tmp_path / 'run'}", "second_judge.seed=1", "second_judge.engine.error_rate=0.4"])
+    )
     for name in ("questions", "images", "evidence", "solutions"):
         table = made.table(name)
         rows = [from_dict(table.record, row) for row in table.to_arrow().to_pylist()]

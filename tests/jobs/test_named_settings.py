@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from jobs.recipe import Recipe
-from medmm_ray.config import inner_configs
+from medmm_ray.config_tree import inner_configs
 from tests.paths import ROOT
 
 # ``judge.max_cost_usd`` in words, with or without the "=" and value that a reader would type after it.

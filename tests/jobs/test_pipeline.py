@@ -181,8 +181,9 @@ def test_a_policy_behind_an_api_leads_to_a_reward_model_from_another_checkpoint(
     with serving() as server:
         server.script = [chat_said(text) for text in ("reached", *texts)]
         words = [
-            TINY, f"run={tiny.root}", "models.policy=gpt-4o", "sample.backend=openai", "sample.key_variable=PATH",
-            f"sample.endpoint={server.address}/v1", "sample.num_documents=1", "without=[monte_carlo, tree_search]",
+            TINY, f"run={tiny.root}", "models.policy=gpt-4o", "sample.engine.kind=openai",
+            "apis.gpt-4o.key_variable=PATH", f"apis.gpt-4o.endpoint={server.address}/v1", "sample.num_documents=1",
+            "without=[monte_carlo, tree_search]",
             f"train_text_prm.base={tiny.root}/policy",
         ]  # fmt: skip
         assert pipeline.main([*words, "--from", "sample", "--until", "train_text_prm"]) == 0

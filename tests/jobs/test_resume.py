@@ -23,7 +23,7 @@ from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import Sampling
 from medmm_ray.engines.llm.endpoint import ChatChoice, ChatReply
 from medmm_ray.engines.llm.store import AnswerStore, PricedAnswer
-from medmm_ray.engines.vllm_engine import GeneratorConfig
+from medmm_ray.engines.vllm_engine import VllmEngine
 from medmm_ray.steps.write_questions import SCHEMA, SOLVE_SCHEMA, draft, letter, repeats
 from medmm_ray.text import extract_answer, split_steps
 
@@ -57,7 +57,7 @@ def test_an_actor_killed_a_run_interrupted_and_killed_leave_the_tables_of_an_und
 
 
 def test_a_scripted_policy_goes_on_where_a_search_has_begun() -> None:
-    policy = ScriptedGenerator("", GeneratorConfig(), 0.0)
+    policy = ScriptedGenerator("", VllmEngine(), 0.0)
     prompt = ChatPrompt(({"role": "user", "content": "What is wide?"},))
 
     def written(said: str, *stop: str) -> list[str]:

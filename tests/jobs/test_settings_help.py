@@ -1,8 +1,9 @@
 """What ``--help`` and ``--help-all`` print of settings."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
+from pydantic import Field
 
 from jobs.graph import BY_NAME
 from jobs.recipe import Recipe
@@ -56,6 +57,54 @@ def test_the_overview_has_what_decides_the_result_and_what_most_runs_set() -> No
     assert "sample.retries" not in section
     assert section["3"] == ["of", "4", "settings;", "--help-all", "shows", "every", "one,", "with", "its", "type."]
     assert {"run", "sample.*", "judge.*"} < set(lines(overview(Whole)))
+
+
+class Local(Config):
+    kind: Literal["local"] = "local"
+    """local: a model in the process."""
+    num_gpus: int = execution(0)
+    """GPUs per engine."""
+    retries: int = execution(3)
+    """How often a call is made again."""
+
+
+class Remote(Config):
+    kind: Literal["one", "two"]
+    """one, two: a model behind an API."""
+    model: str
+    """Name of the model."""
+    retries: int = execution(3)
+    """How often a call is made again."""
+
+
+class Judging(Config):
+    engine: Annotated[Local | Remote, Field(discriminator="kind")] = Local(num_gpus=2)
+    """Who judges."""
+    splits: int = 1
+    """Splits that are judged."""
+
+
+class WithEngine(Config):
+    judge: Judging = Judging()
+    """Who judges."""
+
+
+def test_an_engine_shows_the_settings_of_all_kinds_each_with_those_that_have_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    words = ["local:", "a", "model", "in", "the", "process;", "one,", "two:", "a", "model", "behind", "an", "API."]
+    whole = lines(all_settings(WithEngine))
+    assert whole["judge.engine.kind"][:6] == ["local", "|", "one", "|", "two", '"local"']
+    assert whole["judge.engine.model"] == ["text", "(required)", "one,", "two:", "Name", "of", "the", "model."]
+    assert whole["judge.engine.retries"] == ["integer", "3", "How", "often", "a", "call", "is", "made", "again."]
+    section = lines(overview(WithEngine, "judge"))
+    assert section["judge.engine.kind"] == ['"local"', *words]
+    assert section["judge.engine.num_gpus"] == ["2", "local:", "GPUs", "per", "engine."]
+    assert list(section) == [
+        "judge.engine.kind", "judge.engine.model", "judge.engine.num_gpus", "judge.splits", "4"
+    ]  # fmt: skip
+    assert section["4"][:3] == ["of", "5", "settings;"]
 
 
 @pytest.mark.parametrize("name", [*BY_NAME, "serve", "beam_search", None])

@@ -11,7 +11,9 @@ from jobs.benches import sharing as bench
 from jobs.benches.judge import BenchConfig as JudgeBench
 from jobs.benches.judge import server as judge_server
 from jobs.benches.judge import server_report
-from medmm_ray.steps.judge import JudgeConfig, verdicts
+from medmm_ray.config import ConfigError, load
+from medmm_ray.engines.llm.client import ApiConfig
+from medmm_ray.steps.judge import JudgeApi, JudgeConfig, verdicts
 from medmm_ray.steps.judge.prompt import SYSTEM, JudgeCall
 from medmm_ray.train.policy import LlamaShape, new_llama
 
@@ -52,13 +54,13 @@ def test_two_call_sizes_are_held_against_each_other_where_both_have_verdicts() -
 
 
 def test_an_api_without_a_models_name_is_refused() -> None:
-    with pytest.raises(ValueError, match="judge.backend is 'gemini' and judge.model is not set"):
-        bench.BenchConfig(judge=JudgeConfig(backend="gemini"))
+    with pytest.raises(ConfigError, match=r"'judge\.engine\.model' is required"):
+        load(bench.BenchConfig, None, ["judge.engine.kind=gemini"])
 
 
 def test_a_judge_that_sees_no_calls_is_refused() -> None:
     with pytest.raises(ValueError, match="name vllm, gemini or openai"):
-        bench.BenchConfig(judge=JudgeConfig(backend="phantom"))
+        bench.BenchConfig(judge=JudgeConfig())
 
 
 def test_a_judge_behind_an_api_is_measured_and_paid_once(
@@ -68,10 +70,11 @@ def test_a_judge_behind_an_api_is_measured_and_paid_once(
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     server = JudgeBench(latency_s=0.01, fault_rate=0.0)
     with judge_server(server) as address:
-        judge = JudgeConfig(
-            backend="openai", model="bench", endpoint=f"{address}/v1", input_price=1.0, output_price=1.0
+        judge = JudgeConfig(engine=JudgeApi(kind="openai", model="bench"))
+        api = ApiConfig(endpoint=f"{address}/v1", input_price=1.0, output_price=1.0)
+        config = CONFIG.model_copy(
+            update={"questions": 12, "judge": judge, "apis": {"bench": api}, "folder": str(tmp_path)}
         )
-        config = CONFIG.model_copy(update={"questions": 12, "judge": judge, "folder": str(tmp_path)})
         rows = list(bench.measure(config, Console(quiet=True)))
         assert list(bench.measure(config, Console(quiet=True))) == rows
         report = server_report(address)

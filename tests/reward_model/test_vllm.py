@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from medmm_ray.config import ConfigError, build
 from medmm_ray.engines.token_pooler import Pooling, TokenPooler, TokenSequence
-from medmm_ray.engines.vllm_engine import GeneratorConfig
+from medmm_ray.engines.vllm_engine import VllmEngine
 from medmm_ray.reward_model import CheckpointError, FusionConfig, RewardModel, StepScores
 from medmm_ray.reward_model.vllm import PooledRewardModel
-from medmm_ray.steps.score import ScoreConfig, Scorer, generator_config, score
+from medmm_ray.steps.score import ScoreConfig, Scorer, engine_of, score
 from tests.doubles import tiny_reward_model as tiny
 from tests.doubles import tiny_vision
 from tests.doubles.clip_folders import write_native_clip
@@ -22,13 +22,13 @@ from tests.doubles.tiny_reward_model import DOCUMENTS, QUESTION, SOLUTIONS
 from tests.reward_model import test_families as families
 from tests.steps import test_score as rows
 
-CONFIG = GeneratorConfig(dtype="float32", max_model_len=1 << 30, num_threads=1)
+CONFIG = VllmEngine(dtype="float32", max_model_len=1 << 30, num_threads=1)
 
 
 class PlainPooler:
     """Each sequence alone through the checkpoint in transformers, all logits and layers: no cache, no packing."""
 
-    def __init__(self, model: str, config: GeneratorConfig, pooling: Pooling) -> None:
+    def __init__(self, model: str, config: VllmEngine, pooling: Pooling) -> None:
         self.model: Any = AutoModelForCausalLM.from_pretrained(model)
         self.longest, self.task = config.max_model_len, pooling.task
         signs = pooling.arguments["hf_overrides"].get("classifier_from_token", [])
@@ -118,7 +118,7 @@ def test_a_checkpoint_that_vllm_cannot_read_is_refused_before_an_engine_starts(f
     def never(*_: Any) -> Any:
         raise AssertionError("an engine was started")
 
-    def refused(path: Path, match: str, config: GeneratorConfig = CONFIG, states: bool = False) -> None:
+    def refused(path: Path, match: str, config: VllmEngine = CONFIG, states: bool = False) -> None:
         with pytest.raises(CheckpointError, match=match):
             PooledRewardModel.open(path, config, states=states, start=never)
 
@@ -183,7 +183,7 @@ def test_settings_of_vllm_go_with_its_engine_alone() -> None:
         with pytest.raises(ConfigError, match=rf"{name}=.* is a setting of engine=vllm, and engine is 'torch'"):
             build(ScoreConfig, {name: value}, "here")
     config = ScoreConfig(engine="vllm", vllm={"max_model_len": 2048, "block_size": 64}, num_threads=1, kv_cache_gib=3)
-    settings = generator_config(config)
+    settings = engine_of(config)
     assert (settings.dtype, settings.max_model_len, settings.vllm) == ("float32", 2048, {"block_size": 64})
     assert (settings.num_threads, settings.kv_cache_gib) == (1, 3)
 

@@ -19,17 +19,21 @@ from medmm_ray.config import ConfigError, build
 from medmm_ray.data.records import Labels, StepLabel, from_dict, to_arrow
 from medmm_ray.data.sources.phantom import PhantomCase
 from medmm_ray.data.tables import RowError
+from medmm_ray.engines.llm.access import Access, connect
 from medmm_ray.engines.llm.budget import ApiBudget
-from medmm_ray.engines.llm.client import Access
+from medmm_ray.engines.llm.client import ApiConfig, Client
 from medmm_ray.engines.llm.endpoint import ChatReply, EndpointError
 from medmm_ray.engines.llm.prices import Price
 from medmm_ray.stats.targets import targets
 from medmm_ray.steps.judge import (
     JudgeActor,
+    JudgeApi,
     JudgeCase,
     JudgeConfig,
     JudgeImage,
     Judgement,
+    JudgeVllm,
+    PhantomEngine,
     TruthJudge,
     make_judge,
 )
@@ -46,7 +50,9 @@ EFFUSION = PhantomCase(
 RIGHT, WRONG, NEUTRAL = "The right costophrenic angle is blunted.", "The heart is wide.", "Compare both lungs."
 
 
-LOCAL = JudgeConfig(backend="vllm", reply="lines")
+LOCAL = JudgeConfig(engine=JudgeVllm(), reply="lines")
+GEMINI = JudgeApi(kind="gemini", model="gemini-2.0-flash")
+FLAWLESS = PhantomEngine(error_rate=0)
 
 
 def case(**changes: Any) -> JudgeCase:
@@ -146,7 +152,7 @@ def test_a_local_judges_schema_holds_each_verdict_to_its_tests() -> None:
 
 def test_documents_that_do_not_fit_are_left_out() -> None:
     fake = FakeGenerator(lambda prompt, seed: "1 high")
-    config = JudgeConfig(backend="vllm", reply="lines", max_model_len=600, solution_reserve=50)
+    config = JudgeConfig(engine=JudgeVllm(max_model_len=600), reply="lines", solution_reserve=50)
     backend = make_judge(config, "m", fake)  # the fake counts characters
     judged(backend, case(documents=["First." * 5, "x" * 500, "Last."]), [[RIGHT]])
     prompt = fake.requests[0][0]
@@ -163,9 +169,10 @@ def test_a_local_judge_on_a_real_engine(tmp_path: Path) -> None:
     folder = make_tiny_policy(tmp_path / "policy")
     shape = json.loads((tmp_path / "policy" / "config.json").read_text())
     (tmp_path / "policy" / "config.json").write_text(json.dumps({**shape, "max_position_embeddings": 8192}))
-    how = {"backend": "vllm", "dtype": "float32", "max_model_len": 8192, "max_tokens": 2048}
-    in_json, in_lines = (build(JudgeConfig, {**how, "reply": reply}, "test") for reply in ("json", "lines"))
-    engine = Generator(folder, in_json)
+    settings = JudgeVllm(dtype="float32", max_model_len=8192)
+    in_json = JudgeConfig(engine=settings, max_tokens=2048, reply="json")
+    in_lines = JudgeConfig(engine=settings, max_tokens=2048, reply="lines")
+    engine = Generator(folder, settings)
     backends = [make_judge(config, folder, lambda *_: engine) for config in (in_json, in_lines)]
 
     async def work() -> list[list[Judgement | RowError]]:
@@ -231,8 +238,8 @@ def test_a_second_judge_adds_its_labels_to_the_first_ones() -> None:
     images = pa.table({"image_id": ["im1"], "uri": ["x.png"], "annotation": [EFFUSION]})
     row = {"question_id": "q1", "split": "train", "question": "What is seen?", "options": ["effusion", "normal chest"],
            "answer": "A", "image_ids": ["im1"], "solutions": [solution("s1", RIGHT, WRONG)]}  # fmt: skip
-    judges = [JudgeActor(JudgeConfig(error_rate=0), images, is_last=False),
-              JudgeActor(JudgeConfig(backend="vllm", reply="lines"), images, "other",
+    judges = [JudgeActor(JudgeConfig(engine=FLAWLESS), images, is_last=False),
+              JudgeActor(LOCAL, images, "other",
                          FakeGenerator(lambda prompt, seed: "0 low\n1 high"))]  # fmt: skip
 
     async def work(actor: JudgeActor, batch: pa.Table) -> list[pa.Table]:
@@ -255,7 +262,7 @@ def test_a_second_judge_adds_its_labels_to_the_first_ones() -> None:
 
 
 def test_the_first_solutions_of_a_question_may_be_enough() -> None:
-    config = JudgeConfig(error_rate=0, max_solutions=2)
+    config = JudgeConfig(engine=FLAWLESS, max_solutions=2)
     labels = act(config, [solution("s1", RIGHT), solution("s2", RIGHT), solution("s3", WRONG), solution("s4", NEUTRAL)])
     assert [label.solution_id for label in labels] == ["s1", "s2", "s3"]
 
@@ -264,7 +271,7 @@ def test_what_the_judge_sees_is_bounded() -> None:
     fake = FakeGenerator(lambda prompt, seed: "1 high")
     documents = [{"text": f"Text {i}."} for i in range(3)]
     images = [{"uri": "r", "diagnosis": f"finding {i}"} for i in range(3)]
-    config = build(JudgeConfig, {**LOCAL.model_dump(), "num_documents": 1, "num_references": 2}, "test")
+    config = LOCAL.model_copy(update={"num_documents": 1, "num_references": 2})
     act(config, [solution("s1", RIGHT)], fake, documents=documents, images=images)
     prompt = fake.requests[0][0]
     assert ("Text 0." in prompt, "Text 1." in prompt) == (True, False)
@@ -283,7 +290,7 @@ def test_a_failed_call_is_an_error_and_no_label() -> None:
 def test_questions_without_solutions_and_other_splits_are_not_judged() -> None:
     assert act(JudgeConfig(), []) == []
     assert act(JudgeConfig(splits=("test",)), [solution("s1", RIGHT)]) == []
-    assert len(act(JudgeConfig(error_rate=0), [solution("s1", RIGHT, WRONG)])[0].steps) == 2
+    assert len(act(JudgeConfig(engine=FLAWLESS), [solution("s1", RIGHT, WRONG)])[0].steps) == 2
 
 
 # Gemini
@@ -311,9 +318,26 @@ def pictures(tmp_path: Path) -> dict[str, Any]:
 
 
 def gemini(server: Server, **changes: Any) -> Any:
-    settings = {"pause_s": 0.001, "gemini_client": server.gemini_client, **changes}
-    config = JudgeConfig(backend="gemini", model="gemini-2.0-flash", endpoint=server.address, **settings)
-    return make_judge(config, config.model)
+    config, api = judging(server, **{"gemini_client": server.gemini_client, **changes})
+    return make_judge(config, None, access=Unlimited(api))
+
+
+def judging(server: Server, **settings: Any) -> tuple[JudgeConfig, ApiConfig]:
+    """A judge behind the server, and how it is reached: each setting where it belongs."""
+    of_judge = {name: value for name, value in settings.items() if name in JudgeConfig.model_fields}
+    of_api = {name: value for name, value in settings.items() if name not in of_judge}
+    api = ApiConfig(**{"endpoint": server.address, "pause_s": 0.001, **of_api})
+    return JudgeConfig(engine=GEMINI, **of_judge), api
+
+
+class Unlimited(Access):
+    """Access without a budget, and without answers kept."""
+
+    def __init__(self, api: ApiConfig) -> None:
+        super().__init__(GEMINI, GEMINI.model, api, budget=None, folder="")  # type: ignore[arg-type]
+
+    def connect(self) -> Client:
+        return connect(self.engine, self.model, self.config)
 
 
 def entry(step: int, label: str, confidence: str = "high") -> dict[str, Any]:
@@ -356,14 +380,13 @@ def test_gemini_is_asked_with_images_and_its_verdicts_are_priced(server: Server,
 def test_each_label_names_the_model_that_answered(server: Server, tmp_path: Path) -> None:
     PIL.Image.new("L", (8, 8)).save(tmp_path / "x.png")
     images = pa.table({"image_id": ["im1"], "uri": [str(tmp_path / "x.png")], "annotation": [""]})
-    config = JudgeConfig(backend="gemini", model="gemini-2.0-flash", endpoint=server.address, granularity="step",
-                         in_flight=1, on_other_model="warn", tries=1)  # fmt: skip
+    config, api = judging(server, granularity="step", tries=1, in_flight=1, on_other_model="warn", pause_s=1.0)
     one, other = (gemini_said(steps(entry(i, "+")), model=f"gemini-2.0-flash-00{i}") for i in (1, 2))
     successor = gemini_said(steps(entry(1, "+")), model="gemini-3.5-flash-lite")
     server.script = [one, other, successor, gemini_said("hm", model="gemini-2.0-flash")]
     row = {"question_id": "q1", "split": "train", "question": "?", "options": [], "answer": "A", "image_ids": ["im1"]}
     solutions = [solution("s1", RIGHT, WRONG), solution("s2", NEUTRAL), solution("s3", "Odd.")]
-    labels = asyncio.run(JudgeActor(config, images, config.model).label({**row, "solutions": solutions}))
+    labels = asyncio.run(JudgeActor(config, images, access=Unlimited(api)).label({**row, "solutions": solutions}))
     answered_by = {label.solution_id: label.answered_by for label in labels}
     assert answered_by == {
         "s1": "gemini-2.0-flash-001, gemini-2.0-flash-002", "s2": "gemini-3.5-flash-lite", "s3": None
@@ -377,8 +400,8 @@ def test_the_answer_is_shown_only_where_that_is_said(server: Server, pictures: d
     judged(knowing, case(**pictures), [[RIGHT, WRONG]])
     assert server.requests[0]["contents"][0]["parts"][0]["text"].endswith("\nThe right answer: A")
     assert knowing.annotator != gemini(server).annotator
-    assert act(JudgeConfig(error_rate=0), [solution("s1", RIGHT)])[0].saw_answer is False
-    assert act(JudgeConfig(error_rate=0, show_answer=True), [solution("s1", RIGHT)])[0].saw_answer is True
+    assert act(JudgeConfig(engine=FLAWLESS), [solution("s1", RIGHT)])[0].saw_answer is False
+    assert act(JudgeConfig(engine=FLAWLESS, show_answer=True), [solution("s1", RIGHT)])[0].saw_answer is True
 
 
 def test_gemini_is_told_what_does_not_fit_and_both_answers_are_paid(server: Server, pictures: dict[str, Any]) -> None:
@@ -495,13 +518,10 @@ def test_one_more_try_asks_anew_only_where_kept_replies_do_not_fit(
     server: Server, pictures: dict[str, Any], tmp_path: Path
 ) -> None:
     def judge(**changes: Any) -> list[Judgement | RowError]:
-        config = JudgeConfig(
-            backend="gemini", model="gemini-2.0-flash", endpoint=server.address, in_flight=1,
-            gemini_client=server.gemini_client, **changes,
-        )  # fmt: skip
+        config, api = judging(server, in_flight=1, gemini_client=server.gemini_client, **changes)
         folder = str(tmp_path / "api")
-        access = Access("gemini", "gemini-2.0-flash", config, ApiBudget(folder, config.limits), folder)
-        backend = make_judge(config, config.model, access=access)
+        access = Access(GEMINI, GEMINI.model, api, ApiBudget(folder, api.limits), folder)
+        backend = make_judge(config, GEMINI.model, access=access)
         return asyncio.run(backend.judge(case(**pictures), [[RIGHT], [WRONG]]))
 
     server.script = [gemini_said(steps(entry(1, "-"))), gemini_said("hm"), gemini_said("ah")]
@@ -622,21 +642,23 @@ def test_solutions_that_are_empty_or_endless_fail_by_name(server: Server, pictur
     assert [f.kind if isinstance(f, RowError) else f.steps[0].label for f in found] == [
         "empty_solution", 1, "prompt_too_long",
     ]  # fmt: skip
-    assert "raise judge.max_prompt_tokens" in str(found[2])
+    assert "raise judge.engine.max_prompt_tokens" in str(found[2])
     assert len(server.requests) == 1
 
 
 def test_a_missing_key_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GEMINI_API_KEY", raising=False)
     with pytest.raises(EndpointError, match="GEMINI_API_KEY; it is not set"):
-        make_judge(JudgeConfig(backend="gemini", model="gemini-2.0-flash"), "gemini-2.0-flash")
+        make_judge(JudgeConfig(engine=GEMINI), "gemini-2.0-flash")
 
 
 def test_a_missing_model_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"test: judge\.backend is 'openai' and judge\.model is not set"):
-        build(JudgeConfig, {"backend": "openai"}, "test")
-    with pytest.raises(ValueError, match=r"judge\.backend=vllm needs judge\.model"):
-        make_judge(JudgeConfig(backend="vllm"), None)
+    with pytest.raises(
+        ConfigError, match=r"test: 'engine\.model' is required; set it in the recipe or as engine\.model="
+    ):
+        build(JudgeConfig, {"engine": {"kind": "openai"}}, "test")
+    with pytest.raises(ValueError, match=r"judge\.engine\.kind is 'vllm' and no model is given"):
+        make_judge(JudgeConfig(engine=JudgeVllm()), None)
 
 
 @pytest.mark.parametrize("usage", [{}, {"usageMetadata": {"promptTokenCount": -5, "candidatesTokenCount": -3}}])

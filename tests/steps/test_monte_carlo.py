@@ -22,6 +22,7 @@ from medmm_ray.data.records import Labels, StepLabel, from_dict, to_arrow
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.generator import Completion
 from medmm_ray.engines.grader import Grader, Grades
+from medmm_ray.engines.vllm_engine import VllmEngine
 from medmm_ray.steps.monte_carlo import MonteCarloConfig, RolloutActor, by_question, image_uris, monte_carlo
 from medmm_ray.steps.monte_carlo.search import (
     LabelRule,
@@ -560,9 +561,12 @@ def test_a_policy_that_sees_is_shown_the_questions_images(tmp_path: Path) -> Non
     uris = [r["image_uris"] for r in image_uris(questions, images, 1).to_pylist()]
     assert uris == [[str(tmp_path / "a.png")], []]
     row = question([solution("s1", correct=False)], image_uris=uris[0])
-    actor = RolloutActor(MonteCarloConfig(num_images=1), "m", "tiny", generator=FakeGenerator(reaching(0)))
+    actor = RolloutActor(
+        MonteCarloConfig(engine=VllmEngine(num_images=1)), "m", "tiny", generator=FakeGenerator(reaching(0))
+    )
     assert [picture.size for picture in asyncio.run(actor.prompt(row)).images] == [(8, 6)]
-    labels, _, asked = run(reaching(0), {**row, "image_uris": ["gone.png"]}, mode="all", num_images=1,
+    labels, _, asked = run(reaching(0), {**row, "image_uris": ["gone.png"]}, mode="all",
+                           engine=VllmEngine(num_images=1),
                            count_solutions=False)  # fmt: skip
     assert asked == []
     assert [(step.reason or "")[:6] for step in labels["s1"].steps] == ["image_", "image_", ""]
@@ -588,9 +592,12 @@ def test_solutions_drawn_otherwise_are_not_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("word", "told"),
     [
-        ("sample.lora=adapter", "monte_carlo.lora is None and sample.lora adapter"),
-        ("monte_carlo.dtype=bfloat16", "monte_carlo.dtype is bfloat16 and sample.dtype float32"),
-        ("sample.vllm={quantization: fp8}", "monte_carlo.vllm is {} and sample.vllm {'quantization': 'fp8'}"),
+        ("sample.engine.lora=adapter", "monte_carlo.engine.lora is None and sample.engine.lora adapter"),
+        ("monte_carlo.engine.dtype=bfloat16", "monte_carlo.engine.dtype is bfloat16 and sample.engine.dtype float32"),
+        (
+            "sample.engine.vllm={quantization: fp8}",
+            "monte_carlo.engine.vllm is {} and sample.engine.vllm {'quantization': 'fp8'}",
+        ),
     ],
 )
 def test_solutions_of_another_engine_or_adapter_are_not_counted(tmp_path: Path, word: str, told: str) -> None:
@@ -601,8 +608,8 @@ def test_solutions_of_another_engine_or_adapter_are_not_counted(tmp_path: Path, 
 
 
 def test_the_adapter_is_part_of_the_policy_so_that_only_its_own_solutions_are_free_knowledge(tmp_path: Path) -> None:
-    words = ["jobs/recipes/quickstart.yaml", f"run={tmp_path}", "models.policy=org/model", "sample.lora=adapter"]
-    base, same = Run(load_recipe(words)), Run(load_recipe([*words, "monte_carlo.lora=adapter"]))
+    words = ["jobs/recipes/quickstart.yaml", f"run={tmp_path}", "models.policy=org/model", "sample.engine.lora=adapter"]
+    base, same = Run(load_recipe(words)), Run(load_recipe([*words, "monte_carlo.engine.lora=adapter"]))
     assert [base.policy_id(BY_NAME[n]) for n in ("sample", "monte_carlo", "tree_search")] == [
         "org/model+adapter", "org/model", "org/model",
     ]  # fmt: skip

@@ -21,8 +21,10 @@ from medmm_ray.data.tables import RowError
 from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import Completion, Sampling, request_seed
 from medmm_ray.engines.grader import Grader, Grades
-from medmm_ray.engines.vllm_engine import GeneratorConfig, end_process
-from medmm_ray.steps.sample import SampleConfig, SamplingActor, figures_of, round_size, sample
+from medmm_ray.engines.llm.access import Apis
+from medmm_ray.engines.llm.client import ApiConfig
+from medmm_ray.engines.vllm_engine import VllmEngine, end_process
+from medmm_ray.steps.sample import PolicyApi, SampleConfig, SamplingActor, figures_of, round_size, sample
 from tests.doubles.api_server import chat_said, serving
 from tests.doubles.fake_generator import FakeGenerator, Script, text_of
 
@@ -181,7 +183,7 @@ def test_the_policy_sees_the_first_images_of_a_question(tmp_path: Path) -> None:
     images = pa.table({"image_id": ["im2", "im1"], "uri": [str(tmp_path / f"{i}.png") for i in ("im2", "im1")]})
     asked = question(image_ids=["im1", "im2", "im3"])
     for number, colours in ((0, []), (2, [(255, 0, 0), (0, 0, 255)])):
-        config = CONFIG.model_copy(update={"num_images": number})
+        config = CONFIG.model_copy(update={"engine": VllmEngine(num_images=number)})
         actor = SamplingActor(config, "m", "tiny", "c0", images, generator=Looking(lambda prompt, seed: GOOD))
         asyncio.run(actor.solve(to_arrow(Question, [asked]).to_pylist()[0]))
         assert [image.getpixel((1, 1)) for image in seen[-1].images] == colours
@@ -191,7 +193,7 @@ def test_the_policy_sees_the_first_images_of_a_question(tmp_path: Path) -> None:
 def test_an_image_that_cannot_be_read_is_the_rows_error(tmp_path: Path) -> None:
     (tmp_path / "im1.png").write_bytes(b"no picture")
     images = pa.table({"image_id": ["im1"], "uri": [str(tmp_path / "im1.png")]})
-    config = CONFIG.model_copy(update={"num_images": 1})
+    config = CONFIG.model_copy(update={"engine": VllmEngine(num_images=1)})
     [row], fake = run(lambda prompt, seed: GOOD, [question()], config, images)
     assert row.error is not None
     assert row.error.startswith(f"image_corrupt: {tmp_path}/im1.png is not a readable image")
@@ -235,19 +237,16 @@ def test_the_figures_of_rows_become_the_tables() -> None:
 @pytest.mark.engine
 @pytest.mark.usefixtures("ray_session")
 def test_a_policy_behind_an_api_is_asked_and_paid_once(tmp_path: Path) -> None:
-    config = CONFIG.model_copy(
-        update={"backend": "openai", "key_variable": "PATH", "input_price": 1.0, "output_price": 10.0, "max_rounds": 1}
-    )
+    config = CONFIG.model_copy(update={"engine": PolicyApi(kind="openai"), "max_rounds": 1})
     questions = to_arrow(Question, [question("q1"), question("q2")])
     with serving() as server:
         server.script = [chat_said(GOOD.format("it")), chat_said(None, refusal="I cannot."), chat_said(GOOD)]
-        config = config.model_copy(update={"endpoint": f"{server.address}/v1"})
+        api = ApiConfig(endpoint=f"{server.address}/v1", key_variable="PATH", input_price=1.0, output_price=10.0)
+        apis = Apis(str(tmp_path), {"gpt-x": api})
 
         def rows(config_hash: str = "c0") -> list[dict[str, Any]]:
             ds = ray.data.from_arrow(questions)
-            made = sample(
-                ds, config, model="gpt-x", policy="gpt-x", config_hash=config_hash, folder=str(tmp_path)
-            ).take_all()
+            made = sample(ds, config, model="gpt-x", policy="gpt-x", config_hash=config_hash, apis=apis).take_all()
             return sorted(made, key=lambda row: str(row["question_id"]))
 
         first = rows()
@@ -283,7 +282,7 @@ class Failing(FakeGenerator):
         ]
 
 
-API = SampleConfig(backend="openai", num_samples_train=4, max_rounds=2, oversample=1.0)
+API = SampleConfig(engine=PolicyApi(kind="openai"), num_samples_train=4, max_rounds=2, oversample=1.0)
 
 
 def solve(fake: FakeGenerator, config: SampleConfig, config_hash: str = "c0") -> Solutions:
@@ -328,30 +327,33 @@ def test_what_an_api_is_asked_depends_on_nothing_that_is_done_with_its_answers()
 def test_settings_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValidationError, match="min_steps is 5 and max_steps 4: no solution can be kept"):
         SampleConfig(min_steps=5, max_steps=4)
-    changes: dict[str, Any] = {"lora": "adapter", "batch_invariant": True, "vllm": {"quantization": "fp8"}}
-    for name, value in {**changes, "top_k": 50, "num_gpus": 1.0}.items():
-        with pytest.raises(
-            ValidationError, match=f"backend is 'gemini', and {name}=.* is for an engine alone; set {name}="
-        ):
-            SampleConfig(backend="gemini", **{name: value})
-    assert SampleConfig(backend="openai").top_k == SampleConfig(**changes).top_k == 50  # that nobody asked for
-    assert SampleConfig(backend="openai", top_k=0, lora=None, vllm={}).backend == "openai"
+    behind_api = PolicyApi(kind="gemini")
+    with pytest.raises(ValidationError, match="kind is 'gemini', and no API takes top_k=50; set top_k=0"):
+        SampleConfig(engine=behind_api, top_k=50)
+    assert SampleConfig(engine=behind_api).top_k == SampleConfig().top_k == 50  # the default asks for nothing
+    assert SampleConfig(engine=behind_api, top_k=0, temperature=None).temperature is None
+    with pytest.raises(ValidationError, match="temperature and top_p may be null for an API alone"):
+        SampleConfig(top_p=None)
+    for name in ("lora", "batch_invariant", "vllm", "num_gpus", "max_model_len"):
+        assert name not in PolicyApi.model_fields
 
 
 @pytest.mark.parametrize(
-    ("config", "shown"),
+    ("engine", "shown"),
     [
-        ({"max_model_len": 1200, "max_tokens": 1000}, 2),
-        ({"max_model_len": 1150, "max_tokens": 1000}, 1),
-        ({"max_model_len": 1100, "max_tokens": 1000}, 0),
-        ({"max_model_len": 16, "max_tokens": 1000, "backend": "openai", "max_prompt_tokens": 150}, 1),
-        ({"max_model_len": 16, "max_tokens": 1000, "backend": "openai"}, 2),
+        (VllmEngine(max_model_len=1200), 2),
+        (VllmEngine(max_model_len=1150), 1),
+        (VllmEngine(max_model_len=1100), 0),
+        (PolicyApi(kind="openai", max_prompt_tokens=150), 1),
+        (PolicyApi(kind="openai"), 2),
     ],
 )
-def test_documents_that_have_no_room_are_counted_and_said(config: dict[str, Any], shown: int) -> None:
+def test_documents_that_have_no_room_are_counted_and_said(engine: Any, shown: int) -> None:
     """A token of the fake is a character; an API has a room of its own."""
     fake = FakeGenerator(lambda prompt, seed: GOOD)
-    actor = SamplingActor(SampleConfig(num_documents=2, **config), "m", "tiny", "c0", generator=fake)
+    actor = SamplingActor(
+        SampleConfig(num_documents=2, max_tokens=1000, engine=engine), "m", "tiny", "c0", generator=fake
+    )
     [asked] = to_arrow(Question, [question()]).to_pylist()
     documents = [{"text": letter * 50} for letter in "xyz"]
     figures = figures_of(*asyncio.run(actor.solve({**asked, "documents": documents})))
@@ -381,7 +383,7 @@ def test_an_engine_that_dies_is_started_again_and_samples_the_same(tmp_path: Pat
     questions = to_arrow(Question, [question(f"q{i}") for i in range(12)])
 
     def rows(generator: Any) -> list[dict[str, Any]]:
-        config = CONFIG.model_copy(update={"num_actors": 1, "batch_size": 2, "max_concurrency": 2})
+        config = CONFIG.model_copy(update={"engine": VllmEngine(num_actors=1, batch_size=2, max_concurrency=2)})
         ds = ray.data.from_arrow(questions)
         made = sample(ds, config, model="m", policy="tiny", config_hash="c0", generator=generator).take_all()
         return sorted(made, key=lambda row: str(row["question_id"]))
@@ -395,7 +397,7 @@ def test_an_engine_that_dies_is_started_again_and_samples_the_same(tmp_path: Pat
 class Dying(FakeGenerator):
     """Ends its process at question q5, once."""
 
-    def __init__(self, model: str, config: GeneratorConfig, died: Path | None) -> None:
+    def __init__(self, model: str, config: VllmEngine, died: Path | None) -> None:
         super().__init__(lambda prompt, seed: GOOD.format(f"{prompt[-5:]}{seed}") if seed % 3 else "no")
         self.died = died
 
@@ -423,6 +425,6 @@ def test_documents_need_evidence() -> None:
     with pytest.raises(ValueError, match="num_documents=2 needs the table evidence"):
         sample(None, SampleConfig(num_documents=2), model="m", policy="p", config_hash="c")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="num_images=2 needs the table images"):
-        sample(None, SampleConfig(num_images=2), model="m", policy="p", config_hash="c")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="sample.backend=openai needs a folder for its answers"):
-        sample(None, SampleConfig(backend="openai"), model="m", policy="p", config_hash="c")  # type: ignore[arg-type]
+        sample(None, SampleConfig(engine=VllmEngine(num_images=2)), model="m", policy="p", config_hash="c")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="sample.engine.kind=openai needs a folder for its answers"):
+        sample(None, SampleConfig(engine=PolicyApi(kind="openai")), model="m", policy="p", config_hash="c")  # type: ignore[arg-type]

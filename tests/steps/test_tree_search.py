@@ -17,9 +17,10 @@ from medmm_ray.data.records import Labels, Question, Solutions, Tree, from_dict,
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import Completion, Sampling
-from medmm_ray.engines.grader import EquivalenceConfig, Grader
+from medmm_ray.engines.grader import Grader
+from medmm_ray.engines.llm.access import connect
 from medmm_ray.engines.llm.budget import ApiBudget
-from medmm_ray.engines.llm.client import connect
+from medmm_ray.engines.llm.client import ApiConfig, ApiEngine
 from medmm_ray.steps.tree_search import TreeSearchActor, TreeSearchConfig, labels_batch, solutions_batch, tree_search
 from medmm_ray.steps.tree_search.tree import (
     ROOT,
@@ -37,7 +38,7 @@ from medmm_ray.steps.tree_search.tree import (
     ucb,
     unfinished_leaves,
 )
-from medmm_ray.steps.tree_search.writer import Continuation
+from medmm_ray.steps.tree_search.writer import Continuation, StepWriterEngine
 from tests.doubles.api_server import chat_said, failed, serving
 from tests.doubles.fake_generator import FakeGenerator
 
@@ -306,14 +307,13 @@ def test_open_answers_are_graded_by_the_model_that_the_recipe_names(
 
     def grown(*said: Any, name: str) -> Tree:
         with serving() as server:
-            config = EquivalenceConfig(
-                backend="openai", model="gpt-4o", endpoint=server.address, in_flight=1, max_attempts=1
-            )
+            engine = ApiEngine(kind="openai")
+            api = ApiConfig(endpoint=server.address, in_flight=1, max_attempts=1)
             server.script = list(said)
             folder = str(tmp_path / name)
 
             def grader() -> Grader:
-                return Grader(connect("openai", "gpt-4o", config, ApiBudget(folder, config.limits), folder))
+                return Grader(connect(engine, "gpt-4o", api, ApiBudget(folder, api.limits), folder))
 
             [tree], _ = run(script, [asked], grader, max_nodes=2)
             return tree
@@ -349,7 +349,7 @@ def test_solutions_and_labels_of_a_tree_belong_together() -> None:
 
 def test_a_policy_that_looks_is_refused() -> None:
     with pytest.raises(ValueError, match="num_images is 1"):
-        TreeSearchConfig(num_images=1)
+        StepWriterEngine(num_images=1)
 
 
 def test_documents_need_evidence() -> None:

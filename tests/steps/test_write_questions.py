@@ -16,13 +16,16 @@ from medmm_ray.data.records import Image, Question, QuestionReview, WrittenQuest
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import Completion, Sampling
+from medmm_ray.engines.llm.access import Access
 from medmm_ray.engines.llm.budget import ApiBudget
-from medmm_ray.engines.llm.client import Access
+from medmm_ray.engines.llm.client import ApiConfig
 from medmm_ray.engines.vllm_engine import engine_arguments
 from medmm_ray.steps.curate import CurateConfig, reviewed
 from medmm_ray.steps.write_questions import (
     QuestionWriter,
     WriteQuestionsConfig,
+    WriterApi,
+    WriterVllm,
     doubt,
     draft,
     figures,
@@ -134,14 +137,14 @@ def test_images_without_a_question() -> None:
     asked = to_arrow(Question, [question("q1", ["a"]), question("q2", ["b"], error="options_missing: x")])
 
     def chosen(**settings: Any) -> list[str]:
-        config = WriteQuestionsConfig(per_image=1, model="m", **settings)
+        config = WriteQuestionsConfig(per_image=1, engine=WriterApi(kind="gemini", model="m"), **settings)
         return [str(name) for name in without_question(images, asked, config)["image_id"].to_pylist()]
 
     assert sorted(chosen()) == ["b", "c"]
     assert chosen(splits=("test",)) == ["c"]
     assert len(chosen(max_images=1)) == 1
     assert without_question(images, asked, WriteQuestionsConfig()).num_rows == 0
-    with pytest.raises(ValueError, match="per_image is 2 and model is not set"):
+    with pytest.raises(ValueError, match="per_image is 2 and engine.model is not set"):
         WriteQuestionsConfig(per_image=2)
     with pytest.raises(
         ValueError, match="num_checks is 1, .* it cannot tell a leak; take 2 or more, or 0 for no checks"
@@ -149,17 +152,11 @@ def test_images_without_a_question() -> None:
         WriteQuestionsConfig(num_checks=1)
 
 
-def writer(server: Server, folder: Path, **settings: Any) -> QuestionWriter:
-    config = WriteQuestionsConfig(
-        backend="openai",
-        model="gpt-4o",
-        endpoint=server.address,
-        pause_s=0.001,
-        **{"per_image": 1, "num_checks": 2, **settings},
-    )
-    return QuestionWriter(
-        config, Access("openai", "gpt-4o", config, ApiBudget(str(folder), config.limits), str(folder))
-    )
+def writer(server: Server, folder: Path, in_flight: int = 16, **settings: Any) -> QuestionWriter:
+    engine = WriterApi(kind="openai", model="gpt-4o")
+    config = WriteQuestionsConfig(engine=engine, **{"per_image": 1, "num_checks": 2, **settings})
+    api = ApiConfig(endpoint=server.address, pause_s=0.001, in_flight=in_flight)
+    return QuestionWriter(config, Access(engine, "gpt-4o", api, ApiBudget(str(folder), api.limits), str(folder)))
 
 
 def chosen(answer: str) -> str:
@@ -229,7 +226,7 @@ def test_an_answer_that_cannot_be_read_is_a_fault_and_no_doubt_about_the_questio
     assert cut.refused is unread.refused is read.refused is read.error is None
     assert cut.error == (
         "cut_off: the model's reply was cut off at max_tokens=4096, thoughts included; raise "
-        "write_questions.max_tokens, or lower write_questions.reasoning_effort"
+        "write_questions.max_tokens, or lower write_questions.engine.reasoning_effort"
     )
     assert unread.error == "check_reply: no option can be read in 'I see nothing.'"
     assert (read.num_solved, read.num_solved_blind) == (2, 0)
@@ -277,7 +274,7 @@ def test_a_model_in_this_process_writes_and_is_tried(tmp_path: Path) -> None:
             return reply()
         return chosen(right if seed else "ABCD"[("ABCD".index(right) + 1) % 4])
 
-    config = WriteQuestionsConfig(per_image=1, backend="vllm", model="a-model", max_tokens=500)
+    config = WriteQuestionsConfig(per_image=1, engine=WriterVllm(model="a-model"), max_tokens=500)
     actor = QuestionWriter(config, None, Seeing(said))
     batch = pa.Table.from_pylist([row(tmp_path)])
 
@@ -299,7 +296,8 @@ def test_a_model_in_this_process_writes_and_is_tried(tmp_path: Path) -> None:
     assert [list((sampling.schema or {})["properties"])[-1] for *_, sampling in shown] == ["explanation"] + [
         "answer"
     ] * 4
-    assert engine_arguments("a-model", config)["limit_mm_per_prompt"] == {"image": 1}
+    assert isinstance(config.engine, WriterVllm)
+    assert engine_arguments("a-model", config.engine)["limit_mm_per_prompt"] == {"image": 1}
 
 
 def test_faults_are_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,10 +386,11 @@ def test_written_questions_are_curated_with_the_others(ray_session: None, tmp_pa
     with serving() as server:
         server.script = [chat_said(reply())]
         settings = [
-            "per_image=1", "backend=openai", "model=gpt-4o", f"endpoint={server.address}", "num_checks=0",
-            "max_images=3", "key_variable=PATH",  # any text that Ray's workers have too
+            "per_image=1", "engine.kind=openai", "engine.model=gpt-4o", "num_checks=0", "max_images=3",
         ]  # fmt: skip
         words = [f"write_questions.{setting}" for setting in settings]
+        # A key that is any text which Ray's workers have too.
+        words += [f"apis.gpt-4o.endpoint={server.address}", "apis.gpt-4o.key_variable=PATH"]
         run = Run(load_recipe(["jobs/recipes/tiny.yaml", f"run={tmp_path}", "curate.written=checked", *words]))
         for name in ("ingest", "write_questions", "curate"):
             run_step(run, BY_NAME[name])
@@ -413,10 +412,11 @@ def test_refusals_are_counted_and_do_not_end_the_job(
     with serving() as server:
         server.script = [chat_said(reply())]
         settings = [
-            "per_image=2", "backend=openai", "model=gpt-4o", f"endpoint={server.address}", "num_checks=0",
-            "max_images=3", "key_variable=PATH",
+            "per_image=2", "engine.kind=openai", "engine.model=gpt-4o", "num_checks=0", "max_images=3",
         ]  # fmt: skip
         words = [f"write_questions.{setting}" for setting in settings]
+        # A key that is any text which Ray's workers have too.
+        words += [f"apis.gpt-4o.endpoint={server.address}", "apis.gpt-4o.key_variable=PATH"]
         run = Run(load_recipe(["jobs/recipes/tiny.yaml", f"run={tmp_path}", "max_error_rate=0.01", *words]))
         for name in ("ingest", "write_questions"):
             run_step(run, BY_NAME[name])

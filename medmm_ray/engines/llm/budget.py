@@ -1,7 +1,7 @@
 """The one budget that all calls of a run to a model go through, whichever machine they are sent from.
 
 Enters: `PlannedCall`s for attempts, and what became of them (`Settlement`). Leaves: reservations, as rate limits
-(requests and tokens a minute), the circuit breaker and the money allow. The worst case of a call is reserved in the
+(requests and tokens per minute), the circuit breaker and the money allow. The worst case of a call is reserved in the
 ledger before it may be sent, and settled after. `ApiBudget` is plain asyncio; `start_budget` makes it a Ray actor.
 
 No library does this: vendors' clients have no budget, and a proxy such as LiteLLM counts money once it is spent, so
@@ -49,7 +49,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class ReserveResult:
-    """Reservations of the first calls that were asked for, by id, or what ended the job."""
+    """Reservations of the first calls of the request, by id, or what ended the job."""
 
     reservation_ids: tuple[int, ...] = ()
     stopped: Stop | None = None

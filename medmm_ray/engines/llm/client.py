@@ -11,48 +11,47 @@ import asyncio
 import itertools
 import logging
 import math
-import os
 import random
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
-from urllib.parse import quote
 
 from pydantic import Field
 
 from medmm_ray.config import Config, ConfigError, execution
 from medmm_ray.data.tables import RowError
-from medmm_ray.engines.llm.budget import HEARTBEAT_S, Budget, BudgetError, Settlement, start_budget
+from medmm_ray.engines.llm.budget import HEARTBEAT_S, Budget, BudgetError, Settlement
 from medmm_ray.engines.llm.concurrency import Batcher, PrioritySemaphore
 from medmm_ray.engines.llm.endpoint import ChatReply, ChatRequest, Endpoint, EndpointError, RetryableError
-from medmm_ray.engines.llm.gemini import gemini_endpoint
 from medmm_ray.engines.llm.ledger import PlannedCall
 from medmm_ray.engines.llm.limits import Limits
-from medmm_ray.engines.llm.openai import OpenAIEndpoint
-from medmm_ray.engines.llm.prices import Price, price_of
+from medmm_ray.engines.llm.prices import Price
 from medmm_ray.engines.llm.served import OtherModelError, is_same_model, names_a_model, other_model_message
 from medmm_ray.engines.llm.store import AnswerStore, PricedAnswer
 
 log = logging.getLogger("medmm_ray")
 
-GEMINI_ADDRESS = "https://generativelanguage.googleapis.com/v1beta/openai"  # of its OpenAI-compatible API
 LONGEST_PAUSE_S = 60.0
 AHEAD = 0.5  # reservations that wait beside those at the server, as a share of in_flight
 BYTES_PER_TOKEN = 4  # of English text, about: for the rate limit, which the provider estimates too
 FAULT_CHARACTERS = 200  # of a server's message in ours
-Backend = Literal["gemini", "openai"]
+
+
+class ApiEngine(Config):
+    """A model behind an API, as a section of a recipe asks it."""
+
+    kind: Literal["gemini", "openai"]
+    """gemini, openai: a model behind an API of that kind."""
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = Field(None)
+    """How much a reasoning model may think before it answers; null leaves it to the model."""
+    form: Literal["schema", "object", "text"] = "schema"
+    """How the API is held to JSON: schema (a JSON schema), object (any JSON object) or text (by the prompt alone)."""
 
 
 class ApiConfig(Config):
-    """How a step reaches a model behind an API, and what it may cost. The model's name is the step's own setting."""
+    """How a model behind an API is reached, and what it may cost: the same for all that ask it."""
 
-    temperature: float | None = Field(0.0, ge=0)
-    """Sampling temperature; null leaves it to the model (reasoning models take no other)."""
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = Field(None)
-    """How much a reasoning model may think before it answers; null leaves it to the model."""
-    form: str = Field("schema", pattern="^(schema|object|text)$")
-    """How an API is held to JSON: schema (a JSON schema), object (any JSON object) or text (by the prompt alone)."""
     input_price: float | None = execution(None, ge=0)
     """US dollars per million prompt tokens; null takes the table's."""
     cached_input_price: float | None = execution(None, ge=0)
@@ -71,11 +70,11 @@ class ApiConfig(Config):
     answers_as: str | None = execution(None)
     """Name under which the model answers, where its address calls it otherwise: an Azure deployment, an alias."""
     max_cost_usd: float | None = execution(None, ge=0)
-    """Most US dollars that the run may spend on this model, worst cases included; null: no limit of this section's."""
+    """Most US dollars that the run may spend on this model, worst cases included; null: no limit."""
     requests_per_minute: float | None = execution(None, gt=0)
-    """Most requests per minute of the whole cluster to this model; null: no limit of this section's."""
+    """Most requests per minute of the whole cluster to this model; null: no limit."""
     tokens_per_minute: float | None = execution(None, gt=0)
-    """Most tokens per minute of the whole cluster to this model; null: no limit of this section's."""
+    """Most tokens per minute of the whole cluster to this model; null: no limit."""
     endpoint: str | None = execution(None)
     """Another address of the API: a proxy, a vLLM server, Gemini's OpenAI-compatible one."""
     length_field: Literal["max_completion_tokens", "max_tokens"] | None = execution(None)
@@ -123,7 +122,8 @@ class ApiConfig(Config):
 class Client:
     """Asks one endpoint. Without a budget (a model in this process) nothing is reserved, without a store nothing kept.
 
-    `model` is the name under which the asked model answers; None: whoever answers is taken.
+    `model` is the name under which the model answers; None: whoever answers is taken. `reasoning_effort` goes with each
+    request.
     """
 
     def __init__(
@@ -134,9 +134,11 @@ class Client:
         budget: Budget | None = None,
         answers: AnswerStore | None = None,
         model: str | None = None,
+        reasoning_effort: str | None = None,
     ) -> None:
         self.endpoint, self.price, self.config = endpoint, price, config
         self.budget, self.answers, self.model = budget, answers, model
+        self.reasoning_effort = reasoning_effort
         self.client_id = uuid.uuid4().hex
         self._warned: set[str] = set()
         self._in_progress: dict[tuple[str, str], asyncio.Future[PricedAnswer | RowError | ConfigError | None]] = {}
@@ -151,10 +153,10 @@ class Client:
         """The answer to `request`, stored or new; who asks the same while it is under way gets it at no cost.
 
         Raises `RowError` refused, prompt_too_long, request, or unavailable (every attempt failed), and `ConfigError`
-        where the job is to end: budget, key, an endpoint that stays away, another model than the one that was asked.
+        where the job is to end: budget, key, an endpoint that stays away, another model than the requested one.
         """
-        if self.config.reasoning_effort:
-            request = replace(request, reasoning_effort=self.config.reasoning_effort)
+        if self.reasoning_effort:
+            request = replace(request, reasoning_effort=self.reasoning_effort)
         answer = await self._ask_once(request, group, request.key(self.endpoint.identity))
         await self._check_model(answer.reply)
         if answer.reply.refusal is not None:
@@ -215,7 +217,7 @@ class Client:
 
     async def _fetch(self, request: ChatRequest, group: str, key: str) -> PricedAnswer:
         """A new answer, after as many attempts as it takes and the config allows."""
-        order = next(self._order)  # who asked first goes first, in later attempts too
+        order = next(self._order)  # an earlier request goes first, in later attempts too
         if self.config.tier:
             request = replace(request, tier=self.config.tier)
         call = PlannedCall(group, key, estimated_tokens(request, self.price), self.price.max_cost(request))
@@ -302,90 +304,6 @@ class Client:
         assert self.budget is not None
         await self.budget.settle(self.client_id, settlements)
         return [None] * len(settlements)
-
-
-@dataclass(frozen=True)
-class Access:
-    """How every actor of a step reaches the model: through one budget, to the same stored answers in `folder`."""
-
-    backend: Backend
-    model: str
-    config: ApiConfig
-    budget: Budget
-    folder: str
-
-    def connect(self) -> Client:
-        """A client in the actor that calls this."""
-        return connect(self.backend, self.model, self.config, self.budget, self.folder)
-
-
-def open_access(backend: Backend, model: str, config: ApiConfig, folder: str) -> Access:
-    """Start the budget of the model, once for all actors; called in the driver, in a Ray session.
-
-    `folder` is where the run keeps what it asked of APIs. Raises `EndpointError` for a key that is not set, where the
-    actors have this process's environment; on a cluster they may have one that is not set here.
-    """
-    if not os.environ.get("RAY_ADDRESS"):
-        connect(backend, model, config)
-    folder = api_folder(folder, model)
-    return Access(backend, model, config, start_budget(folder, config.limits), folder)
-
-
-def connect(
-    backend: Backend, model: str, config: ApiConfig, budget: Budget | None = None, folder: str | None = None
-) -> Client:
-    """A client of a model behind an API; `folder` is the run's for this model, where its answers are stored."""
-    check_tier(backend, config)
-    endpoint = _gemini(model, config) if backend == "gemini" else _openai(model, config)
-    store = AnswerStore(f"{folder.rstrip('/')}/answers") if folder else None
-    return Client(endpoint, configured_price(model, config), config, budget, store, config.answers_as or model)
-
-
-def _gemini(model: str, config: ApiConfig) -> Endpoint:
-    needs_rest = config.tier or config.reasoning_effort  # the SDK has no fields for them
-    return gemini_endpoint(
-        model,
-        "rest" if needs_rest else config.gemini_client,
-        address=config.endpoint,
-        key_variable=config.key_variable or "GEMINI_API_KEY",
-        timeout_s=config.longest_s,
-        in_flight=config.in_flight,
-    )
-
-
-def _openai(model: str, config: ApiConfig) -> Endpoint:
-    return OpenAIEndpoint(
-        model,
-        address=config.endpoint,
-        key_variable=config.key_variable or "OPENAI_API_KEY",
-        timeout_s=config.longest_s,
-        form=config.form,
-        length_field=config.length_field,
-    )
-
-
-def configured_price(model: str, config: ApiConfig) -> Price:
-    """What a model costs today, at the standard tier: the table's price with the config's own in its place."""
-    return price_of(model, config.input_price, config.output_price, config.cached_input_price, config.flex_price_share)
-
-
-def check_tier(backend: str, config: ApiConfig) -> None:
-    """Raise `ConfigError` where a tier, or an effort, is set for a client that has no field for it."""
-    if backend != "gemini" or config.gemini_client != "sdk":
-        return
-    settings = {"tier": config.tier, "reasoning_effort": config.reasoning_effort}
-    unknown = " and ".join(f"{name}={value}" for name, value in settings.items() if value)
-    if unknown:
-        raise ConfigError(
-            f"{unknown} does not go with gemini_client=sdk: google-generativeai has no field for it. Set "
-            "gemini_client=rest, or backend=openai with the compatible address of the same models: "
-            f"endpoint={GEMINI_ADDRESS} key_variable=GEMINI_API_KEY"
-        )
-
-
-def api_folder(folder: str, model: str) -> str:
-    """Where, under `folder`, the answers of a model and the ledger of their cost lie."""
-    return f"{folder.rstrip('/')}/{quote(model, safe='')}"
 
 
 def estimated_prompt_tokens(request: ChatRequest, price: Price) -> int:

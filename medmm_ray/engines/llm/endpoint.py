@@ -93,7 +93,7 @@ class ChatRequest:
     """One question to a model. `n` choices are drawn; None is the model's own temperature, top_p or effort.
 
     `schema` is a JSON schema; `pattern` a regular expression, which a model in this process obeys. `tier` says how an
-    API serves it and at what price, not what is asked: an answer is stored under the same key at any tier.
+    API serves it and at what price, not what is requested: an answer is stored under the same key at any tier.
     """
 
     system: str
@@ -127,7 +127,7 @@ class ChatRequest:
     def key(self, endpoint: str) -> str:
         """A content hash of the request to the endpoint of this identity; its answer is stored under it.
 
-        What is hashed must never change: the stored answers of earlier runs would be asked, and paid, again.
+        What is hashed must never change: the stored answers of earlier runs would be requested, and paid, again.
         """
         turns = []
         for turn in self.turns:
@@ -189,7 +189,7 @@ class ChatReply:
 
     @property
     def cut_off(self) -> bool:
-        """Whether the first answer ended at the longest length that was asked for."""
+        """Whether the first answer ended at the longest length that the request allows."""
         return self.choices[0].finish == "length"
 
 

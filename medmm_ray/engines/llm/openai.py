@@ -289,7 +289,7 @@ def _choice(content: dict[str, Any], reason: str, request: ChatRequest) -> ChatC
     """A message's answer, without the thoughts beside or before it.
 
     A server that looks for the end of the thoughts, where the model thought none, calls its whole answer thoughts. That
-    is taken for what it is where JSON was asked for, the answer ended by itself and all of it is JSON.
+    is taken for what it is where JSON was required, the answer ended by itself and all of it is JSON.
     """
     text = _text(content.get("content"))
     reasoning = content.get("reasoning_content") or content.get("reasoning")

@@ -1,4 +1,4 @@
-"""A policy behind an API, asked like an engine: each sample is a request of its own, stored and paid for once.
+"""A policy behind an API, used like an engine: each sample is a request of its own, stored and paid for once.
 
 Enters: what enters `generator.Generator`. Leaves: `Completion`s. Sample i is the request with ``seed + i``, which is
 part of what its answer is kept under, so that a rerun finds it whether or not the API looks at seeds. The first goes
@@ -27,7 +27,7 @@ class ApiPolicy:
         self.statistics = Statistics()
 
     def count(self, prompt: ChatPrompt) -> int:
-        """Tokens of a prompt, as far as they can be told from here."""
+        """Tokens of a prompt, as far as they can be estimated here."""
         return estimated_prompt_tokens(request_of(prompt, Sampling()), self.client.price)
 
     async def generate(self, prompt: ChatPrompt, n: int, seed: int, sampling: Sampling) -> list[Completion]:

@@ -168,7 +168,8 @@ def price_of(
     listed = PRICES.get(model)
     if listed is None and (input_price is None or output_price is None):
         raise ConfigError(
-            f"no price is known for {model!r} (known: {', '.join(PRICES)}); set input_price and output_price, US "
+            f"no price is known for {model!r} (known: {', '.join(PRICES)}); set "
+            f"apis.{model}.input_price and apis.{model}.output_price, US "
             "dollars per million tokens (0 for a server of your own)"
         )
     listed_price = listed.on(day or today()) if listed else FREE

@@ -1,7 +1,7 @@
 """One small call to a model behind an API, before a run: whether it is there, who answers, and what to do where not.
 
-Enters: how a section reaches the model. Leaves: notes, or `ConfigError` with the words of the fault, which names the
-models that the API lists where the asked one is not among them. The call is like those of the run: its temperature,
+Enters: how a section asks the model. Leaves: notes, or `ConfigError` with the words of the fault, which names the
+models that the API lists where the requested one is not among them. The call is like those of the run: its temperature,
 form, thoughts and tier and, where the run sends pictures, a picture; it is reserved in the run's budget, kept among the
 run's answers, and paid once a day.
 """
@@ -22,15 +22,16 @@ from PIL import Image
 from medmm_ray.config import ConfigError
 from medmm_ray.data.tables import RowError, TableError
 from medmm_ray.engines.llm import gemini, openai
+from medmm_ray.engines.llm.access import api_folder, connect
 from medmm_ray.engines.llm.budget import ApiBudget
-from medmm_ray.engines.llm.client import ApiConfig, Backend, api_folder, connect
+from medmm_ray.engines.llm.client import ApiConfig, ApiEngine
 from medmm_ray.engines.llm.endpoint import ChatImage, ChatRequest, EndpointError, Turn
 from medmm_ray.engines.llm.prices import ENDING_DAYS
 from medmm_ray.engines.llm.served import OtherModelError
 
 ProbeError = ConfigError | TableError
 
-KEYS: Mapping[Backend, str] = {"gemini": "GEMINI_API_KEY", "openai": "OPENAI_API_KEY"}
+KEYS: Mapping[str, str] = {"gemini": "GEMINI_API_KEY", "openai": "OPENAI_API_KEY"}
 NAMED = 8  # models of a list that a message names
 LIST_S = 30.0  # for a list of models, seconds
 LONGEST_S = 120.0  # for the answer, at any tier
@@ -50,21 +51,22 @@ QUESTION = 'Can you be reached? Answer with one JSON object and nothing else: {"
 class ApiModel:
     """A model behind an API as a section asks it: with images (`sends_images`), for JSON (`wants_json`), or not."""
 
-    backend: Backend
+    engine: ApiEngine
     model: str
     config: ApiConfig
+    temperature: float | None = 0.0
     sends_images: bool = False
     wants_json: bool = True
 
     @property
     def key_variable(self) -> str:
         """The environment variable that holds the key."""
-        return self.config.key_variable or KEYS[self.backend]
+        return self.config.key_variable or KEYS[self.engine.kind]
 
     @property
     def list_url(self) -> str:
         """Where the API lists its models."""
-        if self.backend == "gemini":
+        if self.engine.kind == "gemini":
             address = self.config.endpoint or gemini.ADDRESS
             return f"{address.rstrip('/')}/v1beta/models?pageSize=1000"
         chat_url = urlsplit(openai.chat_url(self.config.endpoint or openai.ADDRESS))
@@ -75,7 +77,7 @@ class ApiModel:
     def headers(self) -> dict[str, str]:
         """The header that carries the key."""
         key = os.environ.get(self.key_variable, "")
-        if self.backend == "gemini":
+        if self.engine.kind == "gemini":
             return {"x-goog-api-key": key}
         return openai.key_header(self.list_url, key)
 
@@ -96,65 +98,65 @@ def request_of(model: ApiModel) -> ChatRequest:
         turns=(Turn("user", parts),),
         schema=SCHEMA if model.wants_json else None,
         max_tokens=MAX_TOKENS,
-        temperature=model.config.temperature,
-        reasoning_effort=model.config.reasoning_effort,
+        temperature=model.temperature,
+        reasoning_effort=model.engine.reasoning_effort,
     )
 
 
-async def probe(asked: ApiModel, folder: str, day: date) -> list[str]:
+async def probe(target: ApiModel, folder: str, day: date) -> list[str]:
     """Ask a model once a `day`; `folder` is where the run keeps its APIs' answers. Gives warnings about it.
 
     Raises `ConfigError` with the fault and what to do.
     """
-    folder = api_folder(folder, asked.model)
-    config = _with_probe_timeouts(asked.config)
-    client = connect(asked.backend, asked.model, config, folder=folder)
+    folder = api_folder(folder, target.model)
+    config = _with_probe_timeouts(target.config)
+    client = connect(target.engine, target.model, config, folder=folder)
     assert client.answers is not None
-    request, group = request_of(asked), f"preflight {day}"
+    request, group = request_of(target), f"preflight {day}"
     # The budget is opened only where there is something to pay: it takes the ledger over from a run under way.
     if await client.answers.find(group, request.key(client.endpoint.identity)) is None:
         budget = ApiBudget(folder, config.limits)
-        client = connect(asked.backend, asked.model, config, budget, folder)
+        client = connect(target.engine, target.model, config, budget, folder)
     try:
         answer = await client.ask(request, group)
     except OtherModelError:
         raise
     except EndpointError as error:
-        explained = await _explained(asked, str(error)) if _NAME_FAULT.search(str(error)) else str(error)
+        explained = await _explained(target, str(error)) if _NAME_FAULT.search(str(error)) else str(error)
         raise ConfigError(explained) from None
     except RowError as fault:
         if fault.kind == "refused":  # who refuses has been reached
             return []
-        if fault.kind == "unavailable" and asked.config.tier:
-            tier = asked.config.tier
-            return [f"{asked.model} did not answer at the tier {tier}, which is served where there is room: {fault}"]
-        raise ConfigError(f"{asked.model} could not answer a small request: {fault}") from None
+        if fault.kind == "unavailable" and target.config.tier:
+            tier = target.config.tier
+            return [f"{target.model} did not answer at the tier {tier}, which is served where there is room: {fault}"]
+        raise ConfigError(f"{target.model} could not answer a small request: {fault}") from None
     if answer.reply.model is None:
-        return [f"{asked.model}: {asked.address} does not say which model answers; a change would not be noticed"]
-    return await _shutdown_warnings(asked, day)
+        return [f"{target.model}: {target.address} does not say which model answers; a change would not be noticed"]
+    return await _shutdown_warnings(target, day)
 
 
 def _with_probe_timeouts(config: ApiConfig) -> ApiConfig:
-    """A section's settings, with waits and attempts that suit a probe."""
+    """A model's settings, with waits and attempts that suit a probe."""
     waits: dict[str, float] = {"timeout_s": min(config.longest_s, LONGEST_S)}
     if config.tier:  # it may have no room for hours, which is no fault
         waits["max_attempts"] = min(config.max_attempts, FLEX_ATTEMPTS)
     return config.model_copy(update=waits)
 
 
-async def _explained(asked: ApiModel, fault: str) -> str:
+async def _explained(target: ApiModel, fault: str) -> str:
     """A fault with what the API's list of models says about it."""
     try:
-        listed = await listed_models(asked)
+        listed = await listed_models(target)
     except (aiohttp.ClientError, TimeoutError, ValueError) as error:
         what = f"{type(error).__name__} {error}".strip()
         return (
-            f"{fault}. Its list of models could not be fetched at {asked.address} either ({what[:120]}): check the key "
-            f"({asked.key_variable}) and the address (endpoint; OpenAI-compatible ones mostly end with /v1)"
+            f"{fault}. Its models could not be listed at {target.address} either ({what[:120]}): check the key "
+            f"({target.key_variable}) and the address (endpoint; OpenAI-compatible ones mostly end with /v1)"
         )
-    if asked.model in listed:
-        return f"{fault}. The API lists the model, so that the key ({asked.key_variable}) has no access to it"
-    return f"{fault}. The API does not list it; it lists {nearest(asked.model, listed)}"
+    if target.model in listed:
+        return f"{fault}. The API lists the model, so that the key ({target.key_variable}) has no access to it"
+    return f"{fault}. The API does not list it; it lists {nearest(target.model, listed)}"
 
 
 def nearest(model: str, listed: Mapping[str, Any]) -> str:
@@ -165,18 +167,18 @@ def nearest(model: str, listed: Mapping[str, Any]) -> str:
     return f"{text} and {num_further} more" if num_further > 0 else text
 
 
-async def _shutdown_warnings(asked: ApiModel, day: date) -> list[str]:
+async def _shutdown_warnings(target: ApiModel, day: date) -> list[str]:
     """What the API's list says of the model's end, as OpenAI's does; nothing where there is no such list."""
     try:
-        ends = (await listed_models(asked)).get(asked.model)
+        ends = (await listed_models(target)).get(target.model)
     except (aiohttp.ClientError, TimeoutError, ValueError):
         return []
     if ends is None or (ends - day).days > ENDING_DAYS:
         return []
-    return [f"{asked.model}: {asked.address} is to shut it down on {ends}"]
+    return [f"{target.model}: {target.address} is to shut it down on {ends}"]
 
 
-async def listed_models(asked: ApiModel) -> dict[str, date | None]:
+async def listed_models(target: ApiModel) -> dict[str, date | None]:
     """The models that an API lists, each with the day of its end where one is stated.
 
     Raises aiohttp.ClientError or TimeoutError where there is no answer, ValueError where it is no list.
@@ -184,7 +186,7 @@ async def listed_models(asked: ApiModel) -> dict[str, date | None]:
     timeout = aiohttp.ClientTimeout(total=LIST_S)
     async with (
         aiohttp.ClientSession(timeout=timeout, trust_env=True) as session,
-        session.get(asked.list_url, headers=asked.headers, raise_for_status=True) as answer,
+        session.get(target.list_url, headers=target.headers, raise_for_status=True) as answer,
     ):
         body = await answer.json(content_type=None)
     entries = body.get("data", body.get("models")) if isinstance(body, dict) else None

@@ -19,12 +19,13 @@ import pyarrow as pa
 from medmm_ray.data.records import Labels, to_arrow_lists
 from medmm_ray.data.tables import RowError, attach
 from medmm_ray.engines.generator import Generator, MakeGenerator
-from medmm_ray.engines.llm.client import Access, connect, estimated_prompt_tokens, open_access
+from medmm_ray.engines.llm.access import Access, Apis, connect
+from medmm_ray.engines.llm.client import ApiConfig, ApiEngine, estimated_prompt_tokens
 from medmm_ray.engines.llm.endpoint import ChatRequest
 from medmm_ray.engines.llm.local import LocalEndpoint, prompt_of
 from medmm_ray.engines.vllm_engine import actor_options
 from medmm_ray.steps.judge.backends import Judge, Judgement, JudgeResult, ModelJudge, TruthJudge, with_cost
-from medmm_ray.steps.judge.config import JudgeConfig
+from medmm_ray.steps.judge.config import JudgeApi, JudgeConfig, JudgeVllm, PhantomEngine
 from medmm_ray.steps.judge.prompt import JudgeCase, JudgeImage
 from medmm_ray.steps.judge.verdicts import verdicts
 
@@ -35,18 +36,19 @@ VERSION = 2  # of what a step makes: raise it when the same config makes somethi
 __all__ = [
     "Judge",
     "JudgeActor",
+    "JudgeApi",
     "JudgeCase",
     "JudgeConfig",
     "JudgeImage",
+    "JudgeVllm",
     "Judgement",
     "ModelJudge",
+    "PhantomEngine",
     "TruthJudge",
     "judge",
     "make_judge",
     "verdicts",
 ]
-
-APIS = ("gemini", "openai")
 
 
 def judge(
@@ -57,15 +59,15 @@ def judge(
     images: pa.Table,
     evidence: pa.Table | None = None,
     model: str | None = None,
-    folder: str | None = None,
+    apis: Apis | None = None,
     generator: MakeGenerator = Generator,
     second: tuple[JudgeConfig, str | None] | None = None,
 ) -> "Dataset":
     """`Solutions` rows -> ``{question_id, labels}``, labels a list of `Labels`.
 
     `questions` and `images` are the run's tables, `evidence` its documents and similar images; `model` is the
-    checkpoint of a vllm judge or the name of an API's model; `folder` is where the run keeps the API's answers and the
-    ledger of their cost. A `second` judge (its config and model) reads the same and adds its labels to each list.
+    checkpoint of a vllm judge or the name of an API's model; `apis` is how the run reaches models behind APIs. A
+    `second` judge (its config and model) reads the same and adds its labels to each list.
     """
     question_columns = [
         "split",
@@ -88,29 +90,25 @@ def judge(
             "images": image_notes,
             "model": judge_model,
             "generator": generator,
-            "access": _access(judge_config, judge_model, folder),
+            "access": _access(judge_config, judge_model, apis),
             "is_last": number == len(judges),
         }
         ds = ds.map_batches(
             JudgeActor,
             fn_constructor_kwargs=arguments,
-            **actor_options(judge_config),
+            **actor_options(judge_config.engine),
         )
     return ds
 
 
-def _access(config: JudgeConfig, model: str | None, folder: str | None) -> Access | None:
+def _access(config: JudgeConfig, model: str | None, apis: Apis | None) -> Access | None:
     """How actors reach the judge's API; None where it has none."""
-    if config.backend != "gemini" and config.backend != "openai":
+    engine = config.engine
+    if not isinstance(engine, ApiEngine):
         return None
-    if model is None or folder is None:
-        raise ValueError(f"judge.backend={config.backend} needs judge.model and a folder for its answers")
-    return open_access(
-        config.backend,
-        model,
-        config,
-        folder,
-    )
+    if apis is None:
+        raise ValueError(f"judge.engine.model={engine.model} needs a folder for its answers")
+    return apis.open(engine, model or engine.model)
 
 
 class JudgeActor:
@@ -205,14 +203,17 @@ def make_judge(
     generator: MakeGenerator = Generator,
     access: Access | None = None,
 ) -> Judge:
-    """The backend that `config` names; an API without `access` has no budget, and its answers are not stored."""
-    if config.backend == "phantom":
-        return TruthJudge(config.backend, config.error_rate, config.seed)
+    """The judge that `config` names; an API without `access` has no budget, and its answers are not stored."""
+    engine = config.engine
+    if isinstance(engine, PhantomEngine):
+        return TruthJudge(engine.kind, engine.error_rate, config.seed)
+    # The driver names the run's own policy where the recipe names no judge.
+    model = model or engine.model
     if model is None:
-        raise ValueError(f"judge.backend={config.backend} needs judge.model")
-    if config.backend == "vllm":
-        return _local(config, model, generator)
-    client = access.connect() if access else connect(config.backend, model, config)
+        raise ValueError("judge.engine.kind is 'vllm' and no model is given; name one: judge.engine.model")
+    if isinstance(engine, JudgeVllm):
+        return _local(config, engine, model, generator)
+    client = access.connect() if access else connect(engine, model, ApiConfig())
 
     def count(request: ChatRequest) -> int:
         """Prompt tokens, estimated: an API tells them only afterwards."""
@@ -224,14 +225,14 @@ def make_judge(
         model,
         client,
         count,
-        config.max_prompt_tokens,
+        engine.max_prompt_tokens,
         exact=False,
     )
 
 
-def _local(config: JudgeConfig, model: str, generator: MakeGenerator) -> ModelJudge:
+def _local(config: JudgeConfig, settings: JudgeVllm, model: str, generator: MakeGenerator) -> ModelJudge:
     """A judge whose model runs in this process."""
-    engine = generator(model, config)
+    engine = generator(model, settings)
 
     def count(request: ChatRequest) -> int:
         """Tokens of the prompt and its answer, which share the model's context."""
@@ -244,6 +245,6 @@ def _local(config: JudgeConfig, model: str, generator: MakeGenerator) -> ModelJu
         name,
         endpoint,
         count,
-        config.max_model_len,
+        settings.max_model_len,
         exact=True,
     )

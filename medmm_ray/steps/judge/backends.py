@@ -18,7 +18,7 @@ from medmm_ray.engines.llm.endpoint import ChatImage, ChatReply, ChatRequest, Tu
 from medmm_ray.engines.llm.served import joined_names
 from medmm_ray.engines.llm.store import PricedAnswer
 from medmm_ray.engines.llm.structured import Accepted, ChatClient, Retry, ask_until_accepted
-from medmm_ray.steps.judge.config import JudgeConfig
+from medmm_ray.steps.judge.config import JudgeApi, JudgeConfig, JudgeVllm
 from medmm_ray.steps.judge.prompt import (
     AGAIN,
     JSON_RULE,
@@ -73,7 +73,7 @@ class CallContext:
 
 
 class Judge(Protocol):
-    """A backend: verdicts on the solutions (lists of steps) of one case, each a `Judgement` or a fault."""
+    """A judge: verdicts on the solutions (lists of steps) of one case, each a `Judgement` or a fault."""
 
     annotator: str
 
@@ -104,7 +104,7 @@ class TruthJudge:
             fault = RowError(
                 "judge_source",
                 f"question {case.question_id} has no {self.source}'s annotation; "
-                "set judge.backend to vllm, gemini or openai",
+                "set judge.engine.kind to vllm, gemini or openai",
             )
             return [fault] * len(solutions)
         judgements: list[JudgeResult] = []
@@ -155,7 +155,11 @@ class ModelJudge:
         self._max_prompt_tokens = max_prompt_tokens
         self._exact = exact
         self._lines = config.reply == "lines"
-        self._max_images = config.num_images if config.backend == "vllm" else config.max_images
+        engine = config.engine
+        # A phantom's judge looks at no image: it knows what is drawn.
+        self._max_images = engine.max_images if isinstance(engine, JudgeApi) else 0
+        if isinstance(engine, JudgeVllm):
+            self._max_images = engine.num_images
         # Another prompt or form of answer is another annotator: its verdicts are not mixed with these.
         prompts = (SYSTEM, JSON_RULE, SEVERAL_RULE, LINE_RULE, AGAIN)
         settings = (
@@ -323,7 +327,8 @@ class ModelJudge:
         if reply.text.strip():
             return f"({len(reply.text)} characters); shorter reasons are enough, or a larger judge.max_tokens"
         advice = "take reply=json, which leaves room to think" if self._lines else "raise judge.max_tokens"
-        return f"before it began: all tokens went into thoughts (reasoning); {advice}, or lower judge.reasoning_effort"
+        effort = "judge.engine.reasoning_effort"
+        return f"before it began: all tokens went into thoughts (reasoning); {advice}, or lower {effort}"
 
     def _fitting_request(self, context: CallContext, call: JudgeCall) -> ChatRequest:
         """The request; a solution that is longer than the reserve goes with fewer documents."""
@@ -334,8 +339,8 @@ class ModelJudge:
                 raise RowError(
                     "prompt_too_long",
                     f"about {tokens:,} prompt tokens without any document, and {self._max_prompt_tokens:,} are "
-                    "allowed; raise judge.max_prompt_tokens (an API) or judge.max_model_len (vllm), or leave such "
-                    "solutions out",
+                    "allowed; raise judge.engine.max_prompt_tokens (an API) or judge.engine.max_model_len (vllm), or "
+                    "leave such solutions out",
                 )
             context = replace(context, documents=context.documents[:-1])
             request = self._request(context, call)

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from medmm_ray.data.tables import attach
 from medmm_ray.engines.generator import Generator, MakeGenerator
 from medmm_ray.engines.grader import EquivalenceConfig, MakeGrader
+from medmm_ray.engines.llm.access import Apis
 from medmm_ray.engines.vllm_engine import actor_options
 from medmm_ray.steps.monte_carlo.actor import RolloutActor
 from medmm_ray.steps.monte_carlo.config import MonteCarloConfig
@@ -43,15 +44,15 @@ def monte_carlo(
     evidence: pa.Table | None = None,
     images: pa.Table | None = None,
     equivalence: EquivalenceConfig | None = None,
-    folder: str | None = None,
+    apis: Apis | None = None,
     generator: MakeGenerator = Generator,
 ) -> "Dataset":
     """`Solutions` rows -> ``{question_id, labels, figures}``, labels a list of `Labels`.
 
     `judge_labels` needs question_id, solution_id, annotator, steps and error; `model` is the checkpoint that continues,
     `policy` what the annotator is called; `evidence` is needed where config.num_documents > 0, `images` (image_id, uri)
-    where config.num_images > 0. `equivalence` grades open answers as in sampling; `folder` is where the run keeps what
-    its model answered.
+    where engine.num_images > 0. `equivalence` grades open answers as in sampling; `apis` is how the run reaches its
+    model.
     """
     question_columns = [
         "split",
@@ -66,12 +67,13 @@ def monte_carlo(
         if evidence is None:
             raise ValueError(f"num_documents={config.num_documents} needs the table evidence; run retrieve first")
         ds = attach(ds, evidence, "question_id", ["documents"])
-    if config.num_images:
+    num_images = config.engine.num_images
+    if num_images:
         if images is None:
-            raise ValueError(f"num_images={config.num_images} needs the table images")
-        uris = image_uris(questions, images, config.num_images)
+            raise ValueError(f"num_images={num_images} needs the table images")
+        uris = image_uris(questions, images, num_images)
         ds = attach(ds, uris, "question_id", ["image_uris"])
-    grader = MakeGrader(equivalence or EquivalenceConfig(), folder)
+    grader = MakeGrader(equivalence or EquivalenceConfig(), apis)
     return ds.map_batches(
         RolloutActor,
         fn_constructor_kwargs={
@@ -81,7 +83,7 @@ def monte_carlo(
             "generator": generator,
             "grader": grader,
         },
-        **actor_options(config),
+        **actor_options(config.engine),
     )
 
 

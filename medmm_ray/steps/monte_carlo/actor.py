@@ -65,14 +65,14 @@ class RolloutActor:
         self.config = config
         self.policy = policy
         self.grader = grader() if grader else Grader()
-        self.generator = generator(model, config)
+        self.generator = generator(model, config.engine)
         self.annotator = f"{policy}@{digest(policy, identity(config))}"
         # A prefix is continued alike in all modes: the k-th continuation has the same seed.
         self.seed_parts = (
             policy,
             config.seed,
             config.num_documents,
-            config.num_images,
+            config.engine.num_images,
             config.temperature,
             config.top_k,
             config.top_p,
@@ -212,10 +212,10 @@ class RolloutActor:
 
     async def prompt(self, row: Mapping[str, Any]) -> ChatPrompt:
         """What the policy is asked, as in sampling, with the question's images."""
-        uris = row["image_uris"] if self.config.num_images else []
+        uris = row["image_uris"] if self.config.engine.num_images else []
         images = await asyncio.gather(*(asyncio.to_thread(open_image, uri) for uri in uris))
         # Room is left for a whole continuation, as in sampling.
-        max_prompt_tokens = self.config.max_model_len - self.config.max_tokens
+        max_prompt_tokens = self.config.engine.max_model_len - self.config.max_tokens
         return policy_prompt(
             self.generator,
             row,

@@ -4,14 +4,17 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from medmm_ray.config import Splits
+from medmm_ray.config import Config, Splits
 from medmm_ray.engines.generator import MAX_SAMPLES, Sampling
-from medmm_ray.engines.vllm_engine import GeneratorConfig
+from medmm_ray.engines.vllm_engine import VllmEngine
 from medmm_ray.steps.monte_carlo.search import SEARCHES
 
 
-class MonteCarloConfig(GeneratorConfig):
+class MonteCarloConfig(Config):
     """Which steps are continued, and how."""
+
+    engine: VllmEngine = VllmEngine()
+    """The engine that runs the policy."""
 
     mode: Literal["uncertain", "all", "first_error", "verify"] = "uncertain"
     """uncertain: the steps in which the judge's confidence is low, or two judges differ; all: every step (VisualPRM);

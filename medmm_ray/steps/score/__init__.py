@@ -16,7 +16,7 @@ from medmm_ray.steps.score.config import ScoreConfig, ScoringConfig, StatesConfi
 from medmm_ray.steps.score.joining import INPUT_SCHEMA, derange, inputs, question_inputs, shuffled
 from medmm_ray.steps.score.loading import (
     check_image_input,
-    generator_config,
+    engine_of,
     image_input_of,
     load,
     warn_of_other_inputs,
@@ -37,7 +37,7 @@ __all__ = [
     "StatesConfig",
     "check_image_input",
     "derange",
-    "generator_config",
+    "engine_of",
     "image_input_of",
     "inputs",
     "load",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from medmm_ray.config import ConfigError
 from medmm_ray.engines.checkpoints import resolve
-from medmm_ray.engines.vllm_engine import EngineConfig, GeneratorConfig
+from medmm_ray.engines.vllm_engine import EngineConfig, VllmEngine
 from medmm_ray.steps.score.config import IMAGE_ARMS, IMAGES_OF_ARM, ScoreConfig, ScoringConfig, StatesConfig
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def load(model: str, config: ScoringConfig, images: bool = True) -> "RewardModel
         from medmm_ray.reward_model.vllm import PooledRewardModel
 
         states = isinstance(config, StatesConfig) or (images and image_input_of(model) == "tower")
-        settings = generator_config(config)
+        settings = engine_of(config)
         loaded = PooledRewardModel.open(resolve(model), settings, states=states)
     else:
         device = "cuda" if config.num_gpus else "cpu"
@@ -124,10 +124,10 @@ def load(model: str, config: ScoringConfig, images: bool = True) -> "RewardModel
     return loaded
 
 
-def generator_config(config: ScoringConfig) -> GeneratorConfig:
+def engine_of(config: ScoringConfig) -> VllmEngine:
     """What of a step's settings its vLLM engine takes; without a length, any that the checkpoint reads."""
     settings = {name: getattr(config, name) for name in EngineConfig.model_fields}
-    # `GeneratorConfig` has a field of its own for the length.
+    # `VllmEngine` has a field of its own for the length.
     arguments = dict(config.vllm)
     longest = arguments.pop("max_model_len", sys.maxsize)
     settings |= {
@@ -135,4 +135,4 @@ def generator_config(config: ScoringConfig) -> GeneratorConfig:
         "max_model_len": longest,
         "vllm": arguments,
     }
-    return GeneratorConfig(**settings)
+    return VllmEngine(**settings)

@@ -16,6 +16,7 @@ from medmm_ray.data.records import Labels, Solution, Solutions, TreeNode, to_arr
 from medmm_ray.data.tables import RowError, attach
 from medmm_ray.engines.generator import Generator, MakeGenerator
 from medmm_ray.engines.grader import EquivalenceConfig, Grader, MakeGrader
+from medmm_ray.engines.llm.access import Apis
 from medmm_ray.engines.vllm_engine import actor_options
 from medmm_ray.steps.tree_search.tree import (
     ROOT,
@@ -48,14 +49,14 @@ def tree_search(
     config_hash: str,
     evidence: pa.Table | None = None,
     equivalence: EquivalenceConfig | None = None,
-    folder: str | None = None,
+    apis: Apis | None = None,
     generator: MakeGenerator = Generator,
 ) -> "Dataset":
     """Questions -> `records.Tree` rows.
 
     `model` is the checkpoint that is searched, `policy` what the tables call it, `config_hash` the table's fingerprint.
     `evidence` (question_id, documents) is needed where config.num_documents > 0. `equivalence` grades open answers as
-    in sampling; `folder` is where the run keeps what its model answered.
+    in sampling; `apis` is how the run reaches its model.
     """
     if config.num_documents:
         if evidence is None:
@@ -69,9 +70,9 @@ def tree_search(
             "policy": policy,
             "config_hash": config_hash,
             "generator": generator,
-            "grader": MakeGrader(equivalence or EquivalenceConfig(), folder),
+            "grader": MakeGrader(equivalence or EquivalenceConfig(), apis),
         },
-        **actor_options(config),
+        **actor_options(config.engine),
     )
 
 
@@ -90,7 +91,7 @@ class TreeSearchActor:
         self.config = config
         self.policy = policy
         self.config_hash = config_hash
-        self.generator = generator(model, config)
+        self.generator = generator(model, config.engine)
         self.grader = grader() if grader else Grader()
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:

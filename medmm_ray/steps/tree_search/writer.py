@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from medmm_ray.config import execution
+from medmm_ray.config import Config, execution
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.generator import Completion, Sampling, TextGenerator, policy_prompt, request_seed
 from medmm_ray.engines.grader import Grader
-from medmm_ray.engines.vllm_engine import GeneratorConfig
+from medmm_ray.engines.vllm_engine import VllmEngine
 from medmm_ray.text import extract_answer, solution_prefix, split_steps, step_mark
 
 Action = Literal["reason", "finish", "reflect"]
@@ -24,8 +24,26 @@ DOUBT = " But wait,"
 _MARKUP = re.compile(r"\n\s*(?:#+|\*\*)\s*$")  # of the next step's mark, before its words
 
 
-class StepWriterConfig(GeneratorConfig):
+class StepWriterEngine(VllmEngine):
+    """The engine of a policy that writes step by step."""
+
+    max_concurrency: int = execution(16, ge=1)
+    """Calls of an actor at a time; batch_size x max_concurrency questions are worked on at once."""
+
+    @model_validator(mode="after")
+    def _has_no_images(self) -> "StepWriterEngine":
+        if self.num_images:
+            raise ValueError(
+                f"num_images is {self.num_images}, but policies that look are not searched yet; set it to 0"
+            )
+        return self
+
+
+class StepWriterConfig(Config):
     """How a policy writes, step by step."""
+
+    engine: StepWriterEngine = StepWriterEngine()
+    """The engine that runs the policy."""
 
     temperature: float = Field(0.6, ge=0)
     """Sampling temperature of steps and rollouts."""
@@ -41,16 +59,6 @@ class StepWriterConfig(GeneratorConfig):
     """Retrieved documents in the policy's prompt."""
     seed: int = 0
     """Start of all random numbers."""
-    max_concurrency: int = execution(16)
-    """Calls of an actor at a time; batch_size x max_concurrency questions are worked on at once."""
-
-    @model_validator(mode="after")
-    def _has_no_images(self) -> "StepWriterConfig":
-        if self.num_images:
-            raise ValueError(
-                f"num_images is {self.num_images}, but policies that look are not searched yet; set it to 0"
-            )
-        return self
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,7 @@ class StepWriter:
         self.seed_parts = (config_hash, question["question_id"])
         self.num_tokens = 0
         self.num_rejected = 0
-        max_prompt_tokens = config.max_model_len - config.max_tokens
+        max_prompt_tokens = config.engine.max_model_len - config.max_tokens
         self.prompt = policy_prompt(
             generator,
             question,

@@ -16,24 +16,25 @@ Models like to put the right option second or third: options are dealt anew by a
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from medmm_ray.config import Splits, digest, execution
+from medmm_ray.config import Config, Splits, digest, execution
 from medmm_ray.data.records import Question, WrittenQuestion, to_arrow_lists
 from medmm_ray.data.tables import RowError, error_kind
 from medmm_ray.engines.generator import Generator, MakeGenerator
 from medmm_ray.engines.images import open_image
-from medmm_ray.engines.llm.client import Access, ApiConfig, Client, open_access
+from medmm_ray.engines.llm.access import Access, Apis
+from medmm_ray.engines.llm.client import ApiConfig, ApiEngine, Client
 from medmm_ray.engines.llm.endpoint import ChatImage, ChatRequest, Turn
 from medmm_ray.engines.llm.local import LocalEndpoint
 from medmm_ray.engines.llm.prices import FREE
 from medmm_ray.engines.llm.served import joined_names
 from medmm_ray.engines.llm.store import PricedAnswer
 from medmm_ray.engines.llm.structured import AnswerForm, Retry, ask_until_accepted, json_schema
-from medmm_ray.engines.vllm_engine import GeneratorConfig, actor_options
+from medmm_ray.engines.vllm_engine import ActorPool, VllmEngine, actor_options
 from medmm_ray.steps.write_questions.drafts import SCHEMA, Draft, draft, repeats
 from medmm_ray.text import extract_answer, question_with_options
 
@@ -52,6 +53,8 @@ __all__ = [
     "Draft",
     "QuestionWriter",
     "WriteQuestionsConfig",
+    "WriterApi",
+    "WriterVllm",
     "doubt",
     "draft",
     "figures",
@@ -96,15 +99,35 @@ SOLVE_AGAIN = "Your answer cannot be read: {fault}. {rule}"
 SOLVE_SCHEMA = json_schema(SolveForm)
 
 
-class WriteQuestionsConfig(GeneratorConfig, ApiConfig):
+class WriterApi(ApiEngine, ActorPool):
+    """A model behind an API that writes."""
+
+    model: str | None = None
+    """Name of the model; required where per_image > 0."""
+    num_cpus: float = execution(0.5, ge=0)
+    """Logical CPUs per actor."""
+
+
+class WriterVllm(VllmEngine):
+    """A vision-language model in the writer's actors."""
+
+    model: str | None = None
+    """Checkpoint that writes, as in models; required where per_image > 0."""
+    max_model_len: int = Field(8192, ge=16)
+    """Longest prompt and reply together, tokens."""
+    num_images: int = Field(1, ge=1, le=1)
+    """Images in a prompt; a question is written for one."""
+    num_cpus: float = execution(0.5, ge=0)
+    """Logical CPUs per actor."""
+
+
+class WriteQuestionsConfig(Config):
     """Who writes questions, how many, and how they are tried."""
 
+    engine: Annotated[WriterVllm | WriterApi, Field(discriminator="kind")] = WriterApi(kind="gemini")
+    """Who writes."""
     per_image: int = Field(0, ge=0)
     """Questions for each image that has none; 0 writes none."""
-    backend: Literal["vllm", "openai", "gemini"] = "gemini"
-    """gemini or openai: an API; vllm: a local vision-language model."""
-    model: str | None = None
-    """The API's model, or a checkpoint as in models; required where per_image > 0."""
     splits: Splits = ("train", "test")
     """Splits of the images that get questions."""
     max_images: int | None = None
@@ -117,17 +140,13 @@ class WriteQuestionsConfig(GeneratorConfig, ApiConfig):
     kept: to ask anew where they did not fit (question_reply, check_reply), run again with one more."""
     max_tokens: int = Field(4096, ge=1)
     """Longest reply, a question or an answer to one, tokens; thoughts count."""
-    max_model_len: int = Field(8192, ge=16)
-    """vllm: longest prompt and reply together, tokens."""
-    num_images: int = Field(1, ge=1, le=1)
-    """vllm: images in a prompt; a question is written for one."""
-    num_cpus: float = execution(0.5)
-    """Logical CPUs an actor."""
+    temperature: float | None = Field(0.0, ge=0)
+    """Sampling temperature of the writing; null leaves it to the model (reasoning models take no other)."""
 
     @model_validator(mode="after")
     def _has_a_writer(self) -> "WriteQuestionsConfig":
-        if self.per_image and not self.model:
-            raise ValueError(f"per_image is {self.per_image} and model is not set; name who writes the questions")
+        if self.per_image and not self.engine.model:
+            raise ValueError(f"per_image is {self.per_image} and engine.model is not set; name who writes")
         return self
 
     @model_validator(mode="after")
@@ -141,17 +160,18 @@ class WriteQuestionsConfig(GeneratorConfig, ApiConfig):
 
 
 def write_questions(
-    ds: "Dataset", config: WriteQuestionsConfig, *, folder: str, generator: MakeGenerator = Generator
+    ds: "Dataset", config: WriteQuestionsConfig, *, apis: Apis, generator: MakeGenerator = Generator
 ) -> "Dataset":
     """Image rows (image_id, sha256, uri, split, modality) -> ``{image_id, questions, figures}``.
 
-    `questions` is a list of `WrittenQuestion`, `figures` counts them by outcome. `folder` is where the run keeps an
-    API's answers and the ledger of their cost.
+    `questions` is a list of `WrittenQuestion`, `figures` counts them by outcome. `apis` is how the run reaches
+    models behind APIs.
     """
     # Opened once: all actors share the budget and the answers.
     access: Access | None = None
-    if config.backend != "vllm":
-        access = open_access(config.backend, str(config.model), config, folder)
+    engine = config.engine
+    if isinstance(engine, WriterApi):
+        access = apis.open(engine, str(engine.model))
     return ds.map_batches(
         QuestionWriter,
         fn_constructor_kwargs={
@@ -159,7 +179,7 @@ def write_questions(
             "access": access,
             "generator": generator,
         },
-        **actor_options(config),
+        **actor_options(engine),
     )
 
 
@@ -170,13 +190,15 @@ class QuestionWriter:
         self, config: WriteQuestionsConfig, access: Access | None = None, generator: MakeGenerator = Generator
     ) -> None:
         self.config = config
-        self.model = str(config.model)
+        self.model = str(config.engine.model)
         self.author = f"{self.model}@{digest(SYSTEM, RULE, AGAIN, OTHER, SCHEMA, config.num_checks)}"
-        if access:
-            self.client = access.connect()
+        if isinstance(config.engine, WriterVllm):
+            endpoint = LocalEndpoint(generator(self.model, config.engine), self.model)
+            # Only how often and how many at a time is taken of the config: there is nobody to pay.
+            self.client = Client(endpoint, FREE, ApiConfig())
         else:
-            endpoint = LocalEndpoint(generator(self.model, config), self.model)
-            self.client = Client(endpoint, FREE, config)
+            assert access is not None, "an API is reached by an access"
+            self.client = access.connect()
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         written = await asyncio.gather(*map(self.of_image, batch.to_pylist()))
@@ -341,7 +363,7 @@ class QuestionAttempt:
             raise RowError(
                 "cut_off",
                 f"the model's reply was cut off at max_tokens={request.max_tokens}, thoughts included; raise "
-                "write_questions.max_tokens, or lower write_questions.reasoning_effort",
+                "write_questions.max_tokens, or lower write_questions.engine.reasoning_effort",
             )
         return answer
 

@@ -22,9 +22,10 @@ from jobs.benches import judge as bench
 from jobs.benches.model_server import Answer
 from medmm_ray.config import ConfigError, build
 from medmm_ray.data.tables import RowError
-from medmm_ray.engines.llm import client as clients
+from medmm_ray.engines.llm import access as accesses
+from medmm_ray.engines.llm.access import connect, open_access
 from medmm_ray.engines.llm.budget import ApiBudget, BudgetError, close_ledger
-from medmm_ray.engines.llm.client import ApiConfig, Client, connect, open_access, retry_pause_s
+from medmm_ray.engines.llm.client import ApiConfig, ApiEngine, Client, retry_pause_s
 from medmm_ray.engines.llm.endpoint import (
     ChatChoice,
     ChatImage,
@@ -40,6 +41,7 @@ from medmm_ray.engines.llm.prices import FREE, Price
 from medmm_ray.engines.llm.store import AnswerStore, PricedAnswer, stored_answers
 from tests.doubles.api_server import CUT, Server, chat_said, failed, serving
 
+OPENAI = ApiEngine(kind="openai")
 FAST = ApiConfig(in_flight=4, pause_s=0.001, max_attempts=3)
 DEAR = Price(input_price=0.0, cached_input_price=0.0, output_price=1e6 / 100)  # 0.01 dollars a token written
 
@@ -528,7 +530,7 @@ def test_tokens_that_a_server_does_not_count_are_all_that_are_possible(
 def test_retry_after_is_honoured(server: Server, tmp_path: Path) -> None:
     server.script = [failed(429, **{"Retry-After": "1"}), chat_said("1")]
     config = ApiConfig(endpoint=f"{server.address}/v1", pause_s=0.0, input_price=1.0, output_price=1.0)
-    answer = asyncio.run(connect("openai", "m", config).ask(asked("a"), "q"))
+    answer = asyncio.run(connect(OPENAI, "m", config).ask(asked("a"), "q"))
     assert (answer.reply.text, answer.cost) == ("1", 1100 / 1e6)
     assert server.times[1] - server.times[0] >= 1.0
 
@@ -592,32 +594,33 @@ def test_an_expired_key_says_what_to_check(server: Server) -> None:
 def test_a_missing_key_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OTHER_KEY", raising=False)
     with pytest.raises(EndpointError, match="environment variable OTHER_KEY; it is not set"):
-        connect("openai", "gpt-4o", ApiConfig(key_variable="OTHER_KEY"))
+        connect(OPENAI, "gpt-4o", ApiConfig(key_variable="OTHER_KEY"))
 
 
 def test_a_missing_key_is_said_before_any_actor_starts_but_for_a_cluster(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cluster's workers may have a key that its driver has not."""
-    monkeypatch.setattr(clients, "start_budget", ApiBudget)
+    monkeypatch.setattr(accesses, "start_budget", ApiBudget)
     monkeypatch.delenv("OTHER_KEY", raising=False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     config = ApiConfig(key_variable="OTHER_KEY")
     with pytest.raises(EndpointError, match="environment variable OTHER_KEY; it is not set"):
-        open_access("openai", "gpt-4o", config, str(tmp_path))
+        open_access(OPENAI, "gpt-4o", config, str(tmp_path))
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert open_access("openai", "gpt-4o", config, str(tmp_path)).folder == f"{tmp_path}/gpt-4o"
+    assert open_access(OPENAI, "gpt-4o", config, str(tmp_path)).folder == f"{tmp_path}/gpt-4o"
     monkeypatch.delenv("RAY_ADDRESS")
     monkeypatch.setenv("OTHER_KEY", "k")
-    assert open_access("openai", "gpt-4o", config, str(tmp_path)).model == "gpt-4o"
+    assert open_access(OPENAI, "gpt-4o", config, str(tmp_path)).model == "gpt-4o"
 
 
 # Killed
 
 ASK_ALL = """
 import asyncio, sys
-from medmm_ray.engines.llm.client import ApiConfig, connect
+from medmm_ray.engines.llm.access import connect
+from medmm_ray.engines.llm.client import ApiConfig, ApiEngine
 from medmm_ray.engines.llm.endpoint import ChatRequest, Turn
 from medmm_ray.engines.llm.budget import ApiBudget
 
@@ -626,7 +629,7 @@ how = {"in_flight": 8, "pause_s": 0.02, "max_attempts": 9, "input_price": 1.0, "
 config = ApiConfig(endpoint=f"{address}/v1", **how)
 
 async def work():
-    client = connect("openai", "m", config, ApiBudget(folder, config.limits), folder)
+    client = connect(ApiEngine(kind="openai"), "m", config, ApiBudget(folder, config.limits), folder)
     requests = [ChatRequest("s", (Turn("user", (f"Step 1: {i}.",)),), max_tokens=99) for i in range(160)]
     await asyncio.gather(*(client.ask(request, f"q{i % 9}") for i, request in enumerate(requests)))
 

@@ -18,14 +18,15 @@ from medmm_ray.config import ConfigError
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import Sampling
+from medmm_ray.engines.llm.access import Access, connect
 from medmm_ray.engines.llm.budget import ApiBudget
-from medmm_ray.engines.llm.client import Access, ApiConfig, Client, connect
+from medmm_ray.engines.llm.client import ApiConfig, ApiEngine, Client
 from medmm_ray.engines.llm.endpoint import ChatChoice, ChatReply, ChatRequest, EndpointError, RetryableError, Turn
 from medmm_ray.engines.llm.faults import ServerError, fault_of, http_error, refused_field
 from medmm_ray.engines.llm.gemini import GeminiEndpoint, GeminiSdkEndpoint, sdk_is_installed
 from medmm_ray.engines.llm.openai import OpenAIEndpoint, chat_url, key_header
 from medmm_ray.engines.llm.policy import ApiPolicy
-from medmm_ray.steps.judge import JudgeCase, JudgeConfig, Judgement, make_judge
+from medmm_ray.steps.judge import JudgeApi, JudgeCase, JudgeConfig, Judgement, make_judge
 from tests.doubles.api_server import DIALECTS, Server, failed, openai_error, serving
 
 CASE = JudgeCase(
@@ -276,12 +277,18 @@ def test_a_server_is_spoken_to_in_its_dialect(server: Server, tmp_path: Path, na
     row = ROWS[name]
     dialect = DIALECTS[row.dialect]
     server.dialect, server.script = dialect, list(row.script)
-    settings = {"backend": dialect.backend, "endpoint": dialect.address(server), "gemini_client": client}
-    config = JudgeConfig(
-        model="m", input_price=1.0, output_price=1.0, pause_s=0.001, max_attempts=3, **{**settings, **row.settings}
-    )
-    budget = ApiBudget(str(tmp_path), config.limits)
-    judge = make_judge(config, "m", access=Access(dialect.backend, "m", config, budget, str(tmp_path)))  # type: ignore[arg-type]
+    settings = {"endpoint": dialect.address(server), "gemini_client": client}
+    settings |= {"input_price": 1.0, "output_price": 1.0, "pause_s": 0.001, "max_attempts": 3}
+    engine: dict[str, Any] = {"kind": dialect.backend, "model": "m"}
+    parts = {"api": settings, "engine": engine, "judge": {}}
+    for name, value in row.settings.items():
+        part = "judge" if name in JudgeConfig.model_fields else "engine" if name in JudgeApi.model_fields else "api"
+        parts[part][name] = value
+    judge_engine = JudgeApi(**engine)
+    config = JudgeConfig(engine=judge_engine, **parts["judge"])
+    api = ApiConfig(**settings)
+    budget = ApiBudget(str(tmp_path), api.limits)
+    judge = make_judge(config, "m", access=Access(judge_engine, "m", api, budget, str(tmp_path)))
     [found] = asyncio.run(judge.judge(CASE, [STEPS]))
     labels = [step.label for step in found.steps] if isinstance(found, Judgement) else str(found)
     if isinstance(row.expected, str):
@@ -335,11 +342,12 @@ def client(server: Server, folder: Path | None = None, dialect: str | None = Non
     if dialect is not None:
         server.dialect = DIALECTS[dialect]
     address = server.dialect.address(server) if server.dialect else f"{server.address}/v1"
+    engine = ApiEngine(kind="openai", reasoning_effort=settings.pop("reasoning_effort", None))
     config = ApiConfig(
         endpoint=address, pause_s=0.001, max_attempts=3, input_price=1.0, output_price=1.0, **settings
     )  # fmt: skip
     budget = ApiBudget(str(folder), config.limits) if folder else None
-    return connect("openai", "m", config, budget, str(folder) if folder else None)
+    return connect(engine, "m", config, budget, str(folder) if folder else None)
 
 
 def test_a_name_that_is_refused_is_remembered_and_said_once(server: Server, caplog: pytest.LogCaptureFixture) -> None:
@@ -628,11 +636,12 @@ def test_what_gemini_is_asked_by_rest(server: Server) -> None:
 def test_how_much_gemini_may_think(server: Server, model: str, effort: Any, config: dict[str, Any]) -> None:
     """The package has no field for it."""
     server.script = [google("STOP", {"text": "yes"})]
-    free = ApiConfig(endpoint=server.address, input_price=0.0, output_price=0.0, reasoning_effort=effort)
-    asyncio.run(connect("gemini", model, free).ask(QUESTION, "q"))
+    free = ApiConfig(endpoint=server.address, input_price=0.0, output_price=0.0)
+    engine = ApiEngine(kind="gemini", reasoning_effort=effort)
+    asyncio.run(connect(engine, model, free).ask(QUESTION, "q"))
     assert server.requests[0]["generationConfig"]["thinkingConfig"] == config
     with pytest.raises(ConfigError, match=f"reasoning_effort={effort} does not go with gemini_client=sdk"):
-        connect("gemini", model, free.model_copy(update={"gemini_client": "sdk"}))
+        connect(engine, model, free.model_copy(update={"gemini_client": "sdk"}))
 
 
 def test_how_much_a_model_of_a_chat_may_think_is_part_of_what_was_asked(server: Server, tmp_path: Path) -> None:
@@ -654,10 +663,10 @@ def test_keys_of_kept_answers_stay() -> None:
 def test_without_its_package_gemini_is_asked_by_rest(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
     monkeypatch.setattr("medmm_ray.engines.llm.gemini.sdk_is_installed", lambda: False)
     free = ApiConfig(input_price=0.0, output_price=0.0)
-    assert isinstance(connect("gemini", "m", free).endpoint, GeminiEndpoint)
+    assert isinstance(connect(ApiEngine(kind="gemini"), "m", free).endpoint, GeminiEndpoint)
     monkeypatch.setitem(__import__("sys").modules, "google.generativeai", None)
     with pytest.raises(EndpointError, match="gemini_client=sdk needs the package .* or set gemini_client=rest"):
-        connect("gemini", "m", free.model_copy(update={"gemini_client": "sdk"}))
+        connect(ApiEngine(kind="gemini"), "m", free.model_copy(update={"gemini_client": "sdk"}))
 
 
 def test_an_error_that_is_no_answer_of_openai_is_shown_in_its_words(server: Server) -> None:

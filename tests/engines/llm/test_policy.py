@@ -10,8 +10,9 @@ from PIL import Image
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import Sampling
+from medmm_ray.engines.llm.access import connect
 from medmm_ray.engines.llm.budget import ApiBudget
-from medmm_ray.engines.llm.client import ApiConfig, Client, connect
+from medmm_ray.engines.llm.client import ApiConfig, ApiEngine, Client
 from medmm_ray.engines.llm.endpoint import ChatChoice, ChatImage, ChatReply, ChatRequest, EndpointError, RetryableError
 from medmm_ray.engines.llm.policy import ApiPolicy, request_of
 from medmm_ray.engines.llm.prices import Price
@@ -136,9 +137,8 @@ def test_a_real_client_passes_the_seeds(tmp_path: Path, monkeypatch: pytest.Monk
 
         async def draw() -> Any:
             budget = ApiBudget(str(tmp_path), config.limits)
-            return await ApiPolicy(connect("openai", "gpt-x", config, budget, str(tmp_path))).generate(
-                PROMPT, 3, 4096, HOW
-            )
+            client = connect(ApiEngine(kind="openai"), "gpt-x", config, budget, str(tmp_path))
+            return await ApiPolicy(client).generate(PROMPT, 3, 4096, HOW)
 
         made = asyncio.run(draw())
         assert [c.text for c in made] == ["Step 1: Look."] * 3

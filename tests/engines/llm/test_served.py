@@ -9,8 +9,9 @@ import pytest
 from jobs.benches.model_server import Answer
 from medmm_ray.config import ConfigError
 from medmm_ray.data.tables import RowError
+from medmm_ray.engines.llm.access import connect
 from medmm_ray.engines.llm.budget import ApiBudget
-from medmm_ray.engines.llm.client import ApiConfig, Client, connect
+from medmm_ray.engines.llm.client import ApiConfig, ApiEngine, Client
 from medmm_ray.engines.llm.endpoint import ChatRequest, EndpointError, Turn
 from medmm_ray.engines.llm.served import OtherModelError, is_same_model, joined_names
 from medmm_ray.engines.llm.store import stored_answers
@@ -82,10 +83,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Any:
         yield running
 
 
-def client(server: Server, folder: Path, model: str = "gpt-4o", backend: Any = "openai", **settings: Any) -> Client:
-    address = server.address if backend == "gemini" else f"{server.address}/v1"
+def client(server: Server, folder: Path, model: str = "gpt-4o", kind: Any = "openai", **settings: Any) -> Client:
+    address = server.address if kind == "gemini" else f"{server.address}/v1"
     config = ApiConfig(endpoint=address, pause_s=0.001, input_price=1.0, output_price=2.0, **settings)
-    return connect(backend, model, config, ApiBudget(str(folder), config.limits), str(folder))
+    return connect(ApiEngine(kind=kind), model, config, ApiBudget(str(folder), config.limits), str(folder))
 
 
 def ask(server: Server, folder: Path, **how: Any) -> Any:
@@ -130,7 +131,7 @@ def test_a_label_of_the_address_is_told_and_names_no_other_model(
 @pytest.mark.parametrize("gemini_client", ["rest", "sdk"])
 def test_gemini_states_its_version(server: Server, tmp_path: Path, gemini_client: str) -> None:
     server.script = [gemini_said("yes", model="gemini-2.5-flash-preview-09-2025")]
-    how = {"model": "gemini-2.5-flash", "backend": "gemini", "gemini_client": gemini_client}
+    how = {"model": "gemini-2.5-flash", "kind": "gemini", "gemini_client": gemini_client}
     answer = ask(server, tmp_path / "a", **how)
     assert answer.reply.model == "gemini-2.5-flash-preview-09-2025"
     server.script = [gemini_said("yes", model="gemini-3.5-flash-lite")]
@@ -197,7 +198,7 @@ def test_gemini_takes_a_tier_by_rest_and_the_sdk_refuses_it(
     if not headers:
         scripted.body["usageMetadata"]["serviceTier"] = "flex"
     server.script = [scripted]
-    how: dict[str, Any] = {"model": "gemini-3.5-flash-lite", "backend": "gemini", "tier": "flex"}
+    how: dict[str, Any] = {"model": "gemini-3.5-flash-lite", "kind": "gemini", "tier": "flex"}
     answer = ask(server, tmp_path, **how)
     assert server.requests[0]["service_tier"] == "flex"
     assert (answer.reply.tier, answer.cost) == ("flex", pytest.approx(600 / 1e6))

@@ -11,6 +11,7 @@ from medmm_ray.config import Config, execution
 from medmm_ray.engines.index import IndexConfig
 from medmm_ray.engines.llm.client import ApiConfig, ApiEngine
 from medmm_ray.engines.llm.probe import ApiModel
+from medmm_ray.engines.placement import GpuPlacement
 from medmm_ray.pages.review_page import ReviewPageConfig
 from medmm_ray.service.app import ServeConfig
 from medmm_ray.steps.audit import AuditConfig
@@ -120,6 +121,8 @@ class Recipe(Config):
     """Checkpoints that are there already."""
     apis: dict[str, ApiConfig] = execution({})
     """Budget, limits, prices, address and key of each model behind an API, by its name."""
+    gpus: GpuPlacement = GpuPlacement()
+    """Which machines steps with GPUs take, in every section that does not say so itself."""
     generation: GenerationConfig = GenerationConfig()
     """How the policy generates, in every step that asks it."""
     labels: LabelsConfig = LabelsConfig()

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from jobs.checkpoint_names import with_followed_names
 from jobs.graph import MAKER, STEPS, Step
+from jobs.placement import with_placement
 from jobs.recipe import Recipe
 from medmm_ray.config import ConfigError, digest, identity, load
 from medmm_ray.data.tables import Artifact, Manifest, Provenance, Table, TableError, chosen, pending, write_rows
@@ -35,7 +36,7 @@ class Run:
         if not recipe.run:
             raise ConfigError("'run' is required: the output folder, e.g. run=runs/mine")
         # A name such as <run>/two_tower may stand for another result tomorrow, and the fingerprints with it.
-        self.recipe = with_followed_names(recipe, asks_stores)
+        self.recipe = with_followed_names(with_placement(recipe), asks_stores)
         # Workers may have another working folder, so a local path is made absolute.
         self.root = recipe.run.rstrip("/") if "://" in recipe.run else str(Path(recipe.run).absolute())
         self._fingerprints: dict[str, str] = {}

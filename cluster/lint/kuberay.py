@@ -54,9 +54,9 @@ def matches(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
 
 
 def is_valid_for_kubernetes(file: YamlFile, _: Project) -> Iterator[str]:
-    """KubeRay's schemas (1.5.1 and the newest) and Kubernetes' own take the file, to the last field."""
+    """KubeRay's schemas (1.5.1 and 1.7.0; options by 1.7.0) and Kubernetes' take the file, to the last field."""
     for document in file.documents:
-        yield from schemas.faults(document)
+        yield from schemas.faults(document, schemas.KUBERAY[-1:] if file.has_options else schemas.KUBERAY)
 
 
 def follows_the_operators_rules(file: YamlFile, _: Project) -> Iterator[str]:
@@ -95,14 +95,14 @@ def has_a_cpu_group(file: YamlFile, _: Project) -> Iterator[str]:
 
 
 def spot_has_a_fallback(file: YamlFile, _: Project) -> Iterator[str]:
-    """Each spot group has one on demand with the same accelerator."""
-    markets: dict[str, set[str]] = {}
+    """Behind each spot group stands one on demand with the same accelerator."""
+    markets: dict[str, list[str]] = {}
     for group in groups_of(file):
         labels = group.get("labels", {})
-        markets.setdefault(labels.get("ray.io/accelerator-type", ""), set()).add(labels.get("ray.io/market-type", ""))
+        markets.setdefault(labels.get("ray.io/accelerator-type", ""), []).append(labels.get("ray.io/market-type", ""))
     for accelerator, kinds in markets.items():
-        if "spot" in kinds and "on-demand" not in kinds:
-            yield f"{accelerator or 'CPU'} has spot groups alone"
+        if "spot" in kinds and "on-demand" not in kinds[kinds.index("spot") :]:
+            yield f"{accelerator or 'CPU'} has {', '.join(kinds)}, and nothing where there is no spot node"
 
 
 def labels_say_what_a_group_is(file: YamlFile, _: Project) -> Iterator[str]:
@@ -118,6 +118,14 @@ def labels_say_what_a_group_is(file: YamlFile, _: Project) -> Iterator[str]:
         selector = group["template"]["spec"].get("nodeSelector", {})
         if (labels.get("ray.io/market-type") == "spot") != ("spot" in " ".join(selector)):
             yield f"{group['groupName']}: ray.io/market-type and nodeSelector do not agree"
+
+
+def has_the_gpus_that_recipes_ask_for(file: YamlFile, project: Project) -> Iterator[str]:
+    """A group has each kind of GPU that a shipped recipe asks for: else its steps wait for ever."""
+    kinds = {group.get("labels", {}).get("ray.io/accelerator-type") for group in groups_of(file)}
+    for kind in sorted(project.accelerators - kinds):
+        if rays_of(file):
+            yield f"no group has {kind}"
 
 
 def has_room_to_grow(file: YamlFile, _: Project) -> Iterator[str]:
@@ -262,6 +270,7 @@ RULES: tuple[Rule[YamlFile], ...] = (
     has_a_cpu_group,
     spot_has_a_fallback,
     labels_say_what_a_group_is,
+    has_the_gpus_that_recipes_ask_for,
     has_room_to_grow,
     runs_the_image_of_its_kind,
     tolerates_what_gpu_nodes_are_tainted_with,

@@ -178,12 +178,16 @@ def starts_from_zero(file: YamlFile, _: Project) -> Iterator[str]:
 
 
 def spot_has_a_fallback(file: YamlFile, _: Project) -> Iterator[str]:
-    """Each spot group has one on demand of the same machine."""
+    """Each spot group has one on demand of the same machine, and the higher priority."""
     workers = workers_of(file)
-    on_demand = [dict(node["resources"]) for node in workers.values() if not is_spot(node)]
     for name, node in workers.items():
-        if is_spot(node) and dict(node["resources"]) not in on_demand:
+        if not is_spot(node):
+            continue
+        same = [other for other in workers.values() if other["resources"] == node["resources"] and not is_spot(other)]
+        if not same:
             yield f"{name} has none with {node['resources']}"
+        elif node.get("priority", 0) <= max(other.get("priority", 0) for other in same):
+            yield f"{name} comes no earlier than its fallback: give it a priority above"
 
 
 def labels_say_what_a_group_is(file: YamlFile, _: Project) -> Iterator[str]:
@@ -197,6 +201,13 @@ def labels_say_what_a_group_is(file: YamlFile, _: Project) -> Iterator[str]:
             yield f"{name} has {num_gpus(node)} GPUs, and ray.io/accelerator-type does not fit"
         for label in labels:
             yield f"{name}: no step asks for the label {label}"
+
+
+def has_the_gpus_that_recipes_ask_for(file: YamlFile, project: Project) -> Iterator[str]:
+    """A group has each kind of GPU that a shipped recipe asks for: else its steps wait for ever."""
+    kinds = {node.get("labels", {}).get("ray.io/accelerator-type") for node in workers_of(file).values()}
+    for kind in sorted(project.accelerators - kinds):
+        yield f"no group has {kind}"
 
 
 def scales_by_labels(file: YamlFile, _: Project) -> Iterator[str]:
@@ -275,6 +286,7 @@ RULES: tuple[Rule[YamlFile], ...] = (
     starts_from_zero,
     spot_has_a_fallback,
     labels_say_what_a_group_is,
+    has_the_gpus_that_recipes_ask_for,
     scales_by_labels,
     counts_what_a_machine_has,
     runs_the_image_of_its_kind,

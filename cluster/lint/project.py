@@ -1,5 +1,6 @@
 """The files that are checked, and what of the project they have to agree with."""
 
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -57,8 +58,16 @@ class Project:
             text = path.read_text()
             files.append(YamlFile(path, text))
             if OPTION in text.replace(f"`{OPTION}`", ""):
-                files.append(YamlFile(path, text.replace(OPTION, "")))
+                files.append(YamlFile(path, text.replace(OPTION, ""), has_options=True))
         return files
+
+    @cached_property
+    def accelerators(self) -> set[str]:
+        """The kinds of GPUs that the shipped recipes ask for."""
+        kinds: set[str] = set()
+        for path in (self.root / "jobs" / "recipes").glob("*.yaml"):
+            kinds.update(re.findall(r"\baccelerator_type: (\w+)", path.read_text()))
+        return kinds
 
     @cached_property
     def dockerfiles(self) -> list[Path]:
@@ -78,6 +87,7 @@ class YamlFile:
 
     path: Path
     text: str
+    has_options: bool = False
 
     @cached_property
     def documents(self) -> list[Any]:

@@ -4,7 +4,7 @@ Strictly: a field that no schema names is a fault, which the API server would dr
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,10 @@ def _strict(schema: Any) -> Any:
     return strict
 
 
-def faults(document: Mapping[str, Any]) -> Iterator[str]:
-    """What the API server would refuse or drop, each with the version that would."""
+def faults(document: Mapping[str, Any], releases: Sequence[str] = KUBERAY) -> Iterator[str]:
+    """What the API server would refuse or drop, with one of KubeRay's releases, each with the version that would."""
     if document["apiVersion"] == "ray.io/v1":
-        for version in KUBERAY:
+        for version in releases:
             for fault in _kuberay_faults(document, version):
                 yield f"KubeRay {version}: {fault}"
         for name, pod in pods_of(document):

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from medmm_ray.config import Config, ConfigError, execution
 from medmm_ray.engines.memory import check_gpu_memory, check_memory, free_gpu_memory, free_memory, weight_bytes
+from medmm_ray.engines.placement import GpuPlacement, actor_placement
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class RestartedActors(Config):
     """How often one actor is started again after its process or engine died."""
 
 
-class EngineConfig(RestartedActors):
+class EngineConfig(RestartedActors, GpuPlacement):
     """Settings of a vLLM engine, whatever a step does with it."""
 
     batch_invariant: bool = False
@@ -165,6 +166,9 @@ def actor_options(config: ActorPool) -> dict[str, Any]:
     """Keyword arguments of `Dataset.map_batches` for an asynchronous actor that owns an engine or asks an API."""
     from ray.data import ActorPoolStrategy
 
+    gpus: dict[str, Any] = {"num_gpus": 0.0}  # an API's actor computes nothing
+    if isinstance(config, VllmEngine):
+        gpus = {"num_gpus": config.num_gpus, **actor_placement(config, config.num_gpus)}
     return {
         "batch_format": "pyarrow",
         "batch_size": config.batch_size,
@@ -176,9 +180,8 @@ def actor_options(config: ActorPool) -> dict[str, Any]:
         ),
         "max_concurrency": config.max_concurrency,
         "num_cpus": config.num_cpus,
-        # An API's actor computes nothing.
-        "num_gpus": config.num_gpus if isinstance(config, VllmEngine) else 0.0,
         "max_restarts": config.max_restarts,
+        **gpus,
     }
 
 

@@ -29,10 +29,11 @@ from fastapi.security import HTTPBearer
 from pydantic import BaseModel, Field
 
 from medmm_ray import __version__
-from medmm_ray.config import Config, ConfigError, build, execution, parse_overrides
+from medmm_ray.config import ConfigError, build, execution, parse_overrides
 from medmm_ray.data.tables import RowError, follow
 from medmm_ray.engines.checkpoints import resolve
 from medmm_ray.engines.images import MAX_PIXELS
+from medmm_ray.engines.placement import GpuPlacement, actor_placement
 from medmm_ray.service.guard import Guard, is_loopback, sha256
 from medmm_ray.service.rerank import (
     ModelInput,
@@ -59,7 +60,7 @@ STATUS = {"image_too_large": 413}
 Count = Annotated[int, Field(ge=1)]
 
 
-class ServeConfig(Config):
+class ServeConfig(GpuPlacement):
     """The served reward model: which one, how many replicas, and what one request may hold."""
 
     model: str | None = execution(None)
@@ -365,7 +366,11 @@ def application(config: ServeConfig) -> "serve.Application":
         num_replicas=config.num_replicas,
         max_ongoing_requests=config.max_ongoing_requests,
         max_queued_requests=config.max_queued_requests,
-        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
+        ray_actor_options={
+            "num_cpus": config.num_cpus,
+            "num_gpus": config.num_gpus,
+            **actor_placement(config, config.num_gpus),
+        },
     )(serve.ingress()(Reranker))
     # The replicas get the token's hash: a deployment's arguments are readable in the dashboard.
     return deployment.bind(

@@ -12,10 +12,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from medmm_ray.config import Config, execution
+from medmm_ray.config import execution
 from medmm_ray.data.records import Vector, arrow_schema, to_arrow
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.images import MAX_PIXELS, open_image
+from medmm_ray.engines.placement import GpuPlacement, actor_placement
 from medmm_ray.text import question_with_options
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ VERSION = 1  # of what a step makes: raise it when the same config makes somethi
 Vectors = NDArray[np.float32]
 
 
-class EmbedConfig(Config):
+class EmbedConfig(GpuPlacement):
     """How images, documents and questions become vectors."""
 
     text_model: str | None = None
@@ -210,4 +211,5 @@ def _map(ds: "Dataset", config: EmbedConfig, actor: type, batch_size: int, *argu
         compute=ActorPoolStrategy(min_size=1, max_size=config.num_actors),
         num_cpus=config.num_cpus,
         num_gpus=config.num_gpus,
+        **actor_placement(config, config.num_gpus),
     )

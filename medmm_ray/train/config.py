@@ -4,7 +4,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from medmm_ray.config import Config, execution
+from medmm_ray.config import execution
+from medmm_ray.engines.placement import GpuPlacement
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 
@@ -12,7 +13,7 @@ TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 _LOWEST_ZERO_STAGE = {"none": 0, "optimizer": 1, "parameters": 3}
 
 
-class TrainConfig(Config):
+class TrainConfig(GpuPlacement):
     """What every stage is trained with: AdamW, a cosine with warm-up, gradients clipped."""
 
     seed: int = 0
@@ -45,10 +46,6 @@ class TrainConfig(Config):
     min_workers: int | None = execution(None, ge=1)
     """Fewest training processes: where there is no room for num_workers, or a machine is lost, training runs on as many
     as there are, and grows again at a checkpoint. null: num_workers, no fewer."""
-    accelerator_type: str | None = execution(None)
-    """Kind of GPU to train on, by Ray's name (A100, A100-80G, H100 …); null: any."""
-    label_selector: dict[str, str] = execution({})
-    """Labels of the nodes to train on, with Ray's operators: {ray.io/market-type: "in(spot,on-demand)"} takes both."""
     cpus_per_worker: float = execution(2.0)
     """CPUs that Ray reserves for a worker."""
     gpus_per_worker: float = execution(0.0)

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medmm_ray.data.tables import filesystem, write_file
+from medmm_ray.engines.placement import selector_of
 from medmm_ray.train.config import TrainConfig
 from medmm_ray.train.loop import Worker, run
 from medmm_ray.train.progress import HISTORY, WORK, selected_figures
@@ -116,8 +117,8 @@ def _scaling_config(config: TrainConfig) -> "ScalingConfig":
         num_workers=config.num_workers if fewest == config.num_workers else (fewest, config.num_workers),
         use_gpu=config.gpus_per_worker > 0,
         resources_per_worker=resources,
-        accelerator_type=config.accelerator_type,
-        label_selector=config.label_selector or None,
+        # By label alone: Ray's accelerator_type makes no group grow from zero.
+        label_selector=selector_of(config, config.gpus_per_worker) or None,
     )
 
 

@@ -8,8 +8,8 @@ import pytest
 from jobs.checkpoint_names import with_followed_names
 from jobs.graph import BY_NAME
 from jobs.preflight import checkpoints_of
-from jobs.step import Run, load_recipe
-from medmm_ray.data.tables import Artifact, Provenance
+from jobs.step import Job, Run, load_recipe
+from medmm_ray.data.tables import Artifact, Provenance, follow
 
 TINY = "jobs/recipes/tiny.yaml"
 NAMES = (
@@ -90,3 +90,13 @@ def test_a_plan_asks_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobs.checkpoint_names.follow", lambda name: pytest.fail(f"{name} was looked up"))
     recipe = load_recipe([TINY, "run=r", "models.policy=s3://bucket/run/policy", "embed.text_model=null"])
     assert with_followed_names(recipe, asks_stores=False).models.policy == "s3://bucket/run/policy"
+
+
+def test_a_recipe_that_was_run_before_is_what_its_runs_names_stand_for_again(tmp_path: Path) -> None:
+    step = BY_NAME["train_two_tower"]
+    first, second = (Run(load_recipe([TINY, f"run={tmp_path}", f"train_two_tower.epochs={n}"])) for n in (3, 4))
+    for run in (first, second):
+        Job(run, step).make_artifact("two_tower", lambda uri: {})
+    assert follow(f"{tmp_path}/two_tower") == second.uri("two_tower")
+    first.point(step)
+    assert follow(f"{tmp_path}/two_tower") == first.uri("two_tower")

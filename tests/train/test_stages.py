@@ -79,14 +79,15 @@ def test_deepspeed_settings() -> None:
 
 def test_where_a_training_may_run_is_handed_to_ray_train() -> None:
     plain = _scaling_config(TrainConfig(num_workers=3))
-    assert (plain.num_workers, plain.use_gpu, plain.accelerator_type, plain.label_selector) == (3, False, None, None)
+    assert (plain.num_workers, plain.use_gpu, plain.label_selector) == (3, False, None)
     market = {"ray.io/market-type": "in(spot,on-demand)"}
     config = TrainConfig(
         num_workers=8, min_workers=2, gpus_per_worker=1.0, accelerator_type="A100", label_selector=market
     )
     elastic = _scaling_config(config)
     assert (elastic.min_workers, elastic.max_workers, elastic.elasticity_enabled) == (2, 8, True)
-    assert (elastic.accelerator_type, elastic.label_selector) == ("A100", market)
+    assert elastic.label_selector == {"ray.io/accelerator-type": "A100", **market}
+    assert elastic.accelerator_type is None, "which makes no group grow from zero"
     assert elastic.resources_per_worker == {"CPU": 2.0, "GPU": 1.0}
     with pytest.raises(ValueError, match="min_workers=4 is more than num_workers=2"):
         TrainConfig(num_workers=2, min_workers=4)

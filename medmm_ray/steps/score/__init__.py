@@ -11,6 +11,7 @@ an exception.
 from typing import TYPE_CHECKING, Any
 
 from medmm_ray.config import ConfigError
+from medmm_ray.engines.placement import actor_placement
 from medmm_ray.steps.score.actors import Scorer, StateExtractor
 from medmm_ray.steps.score.config import ScoreConfig, ScoringConfig, StatesConfig
 from medmm_ray.steps.score.joining import INPUT_SCHEMA, derange, inputs, question_inputs, shuffled
@@ -92,5 +93,6 @@ def _map(ds: "Dataset", actor: type, config: ScoringConfig, path: str, model_id:
         compute=ActorPoolStrategy(min_size=1, max_size=config.num_actors),
         num_cpus=config.num_cpus,
         num_gpus=config.num_gpus,
+        **actor_placement(config, config.num_gpus),
         **restarts,
     )

@@ -12,7 +12,7 @@ from jobs.recipe import Recipe
 from medmm_ray.config_tree import inner_configs
 from tests.paths import ROOT
 
-# ``judge.max_cost_usd`` in words, with or without the "=" and value that a reader would type after it.
+# ``judge.num_documents`` in words, with or without the "=" and value that a reader would type after it.
 NAMED = re.compile(r"(?<![\w./{<-])([a-z_]+(?:\.[a-z_]+)+)(=?)(?![\w(])")
 FILE_ENDINGS = {
     "py",

@@ -334,7 +334,7 @@ class Unlimited(Access):
     """Access without a budget, and without answers kept."""
 
     def __init__(self, api: ApiConfig) -> None:
-        super().__init__(GEMINI, GEMINI.model, api, budget=None, folder="")  # type: ignore[arg-type]
+        super().__init__(GEMINI, GEMINI.model, api, budget=None, folder="")
 
     def connect(self) -> Client:
         return connect(self.engine, self.model, self.config)

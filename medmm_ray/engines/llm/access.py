@@ -23,13 +23,16 @@ GEMINI_ADDRESS = "https://generativelanguage.googleapis.com/v1beta/openai"  # of
 
 @dataclass(frozen=True)
 class Access:
-    """How every actor of a step reaches the model: through one budget, to the same stored answers in `folder`."""
+    """How every actor of a step reaches the model: through one budget, to the same stored answers in `folder`.
+
+    Without a budget nothing is reserved, without a folder nothing is stored.
+    """
 
     engine: ApiEngine
     model: str
     config: ApiConfig
-    budget: Budget
-    folder: str
+    budget: Budget | None = None
+    folder: str | None = None
 
     def connect(self) -> Client:
         """A client in the actor that calls this."""

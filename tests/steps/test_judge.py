@@ -19,9 +19,9 @@ from medmm_ray.config import ConfigError, build
 from medmm_ray.data.records import Labels, StepLabel, from_dict, to_arrow
 from medmm_ray.data.sources.phantom import PhantomCase
 from medmm_ray.data.tables import RowError
-from medmm_ray.engines.llm.access import Access, connect
+from medmm_ray.engines.llm.access import Access
 from medmm_ray.engines.llm.budget import ApiBudget
-from medmm_ray.engines.llm.client import ApiConfig, Client
+from medmm_ray.engines.llm.client import ApiConfig
 from medmm_ray.engines.llm.endpoint import ChatReply, EndpointError
 from medmm_ray.engines.llm.prices import Price
 from medmm_ray.stats.targets import targets
@@ -319,7 +319,7 @@ def pictures(tmp_path: Path) -> dict[str, Any]:
 
 def gemini(server: Server, **changes: Any) -> Any:
     config, api = judging(server, **{"gemini_client": server.gemini_client, **changes})
-    return make_judge(config, None, access=Unlimited(api))
+    return make_judge(config, None, access=Access(GEMINI, GEMINI.model, api))
 
 
 def judging(server: Server, **settings: Any) -> tuple[JudgeConfig, ApiConfig]:
@@ -328,16 +328,6 @@ def judging(server: Server, **settings: Any) -> tuple[JudgeConfig, ApiConfig]:
     of_api = {name: value for name, value in settings.items() if name not in of_judge}
     api = ApiConfig(**{"endpoint": server.address, "pause_s": 0.001, **of_api})
     return JudgeConfig(engine=GEMINI, **of_judge), api
-
-
-class Unlimited(Access):
-    """Access without a budget, and without answers kept."""
-
-    def __init__(self, api: ApiConfig) -> None:
-        super().__init__(GEMINI, GEMINI.model, api, budget=None, folder="")
-
-    def connect(self) -> Client:
-        return connect(self.engine, self.model, self.config)
 
 
 def entry(step: int, label: str, confidence: str = "high") -> dict[str, Any]:
@@ -386,7 +376,9 @@ def test_each_label_names_the_model_that_answered(server: Server, tmp_path: Path
     server.script = [one, other, successor, gemini_said("hm", model="gemini-2.0-flash")]
     row = {"question_id": "q1", "split": "train", "question": "?", "options": [], "answer": "A", "image_ids": ["im1"]}
     solutions = [solution("s1", RIGHT, WRONG), solution("s2", NEUTRAL), solution("s3", "Odd.")]
-    labels = asyncio.run(JudgeActor(config, images, access=Unlimited(api)).label({**row, "solutions": solutions}))
+    labels = asyncio.run(
+        JudgeActor(config, images, access=Access(GEMINI, GEMINI.model, api)).label({**row, "solutions": solutions})
+    )
     answered_by = {label.solution_id: label.answered_by for label in labels}
     assert answered_by == {
         "s1": "gemini-2.0-flash-001, gemini-2.0-flash-002", "s2": "gemini-3.5-flash-lite", "s3": None

@@ -41,6 +41,7 @@ from medmm_ray.train.two_tower_data import (
     located_states,
     positive_rate,
     questions_with_images,
+    sampled_parts,
     states_files,
 )
 from medmm_ray.train.two_tower_figures import MeasuredQuestion, held_out_figures
@@ -54,7 +55,6 @@ VERSION = 3  # of what a step makes: raise it when the same config makes somethi
 
 
 _INIT_BYTES = 64 << 20  # of text states that the fusion is fitted to; its inputs take some times as much
-_INIT_QUESTIONS = 64
 _INIT_BATCH = 256  # pictures whose tokens the fusion is fitted to at a time
 _QUESTIONS_GIB = 0.125  # of rows of the table of questions, whose states and pictures are beside them
 
@@ -269,8 +269,8 @@ class TwoTowerStage(Stage):
         )
 
     def _initialize_fusion(self, max_tags: int = 20_000, max_tokens: int = 100_000) -> None:
-        """Fit the fusion's first weights to the training data: to about `max_tags` tags (fewer of a wide text tower) and
-        `max_tokens` image tokens, or all that there are. Rank 0 does it for all workers."""
+        """Fit the fusion's first weights to the training data: to about `max_tags` tags (fewer of a wide text tower)
+        and `max_tokens` image tokens, or all that there are. Rank 0 does it for all workers."""
         import torch
 
         from medmm_ray.train.fusion_init import initialize_fusion
@@ -278,7 +278,8 @@ class TwoTowerStage(Stage):
         self.fusion.to(self.device)
         if len(self.training_units) and is_first():
             max_tags = min(max_tags, _INIT_BYTES // (2 * 4 * self.head.hidden_size))  # states and summaries, in float32
-            examples = [self._example(part) for part in self._sample_parts(max_tags)]
+            parts = sampled_parts(self.units, self.training_units.tolist(), max_tags, self.config.seed)
+            examples = [self._example(part) for part in parts]
             states_TD, summaries_TD, _ = concatenated(examples)
             initialize_fusion(
                 self.fusion,
@@ -287,21 +288,6 @@ class TwoTowerStage(Stage):
                 self._sample_tokens(max_tokens),
             )
         share_first(self.fusion.parameters())
-
-    def _sample_parts(self, max_tags: int) -> list[Part]:
-        """Training questions that have about `max_tags` tags together; of at least `_INIT_QUESTIONS` their first
-        solutions, where whole ones would be fewer."""
-        units: list[int] = self.training_units.tolist()
-        num_tags = max(1, self.units.num_tokens(map(self.units.whole, units)))
-        num_whole = max(1, max_tags * len(units) // num_tags)
-        num_units = min(len(units), max(num_whole, _INIT_QUESTIONS))
-        parts: list[Part] = []
-        for unit in random.Random(self.config.seed).sample(units, num_units):
-            solutions = self.units.whole(unit).solutions
-            if num_units > num_whole:
-                solutions = solutions[: max(1, len(solutions) * num_whole // num_units)]
-            parts.append(Part(unit, solutions))
-        return parts
 
     def _sample_tokens(self, max_tokens: int) -> "torch.Tensor":
         """The tokens that the fusion attends to, of all pictures or of as many as have `max_tokens`."""

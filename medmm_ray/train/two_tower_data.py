@@ -6,6 +6,7 @@ Enters: tables. Leaves: one row a question (`SCHEMA`) that says where its soluti
 Legend: T tags, D text width.
 """
 
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from medmm_ray.data.records import Labels
 from medmm_ray.data.tables import Table
 from medmm_ray.stats.targets import Target, targets
 from medmm_ray.train.reading import Cache, RowGroupReader
+from medmm_ray.train.schedule import Part, Units
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +41,7 @@ FILES = pa.schema({"table": pa.string(), "name": pa.string()})
 _LOCATED = ("question_id", "solution_id", "num_steps", "dtype", "error")
 _STATES_COLUMNS = ("solution_id", "num_steps", "hidden_size", "dtype", "states", "summaries", "text_log_odds")
 _FOOTER_READERS = 16
+MIN_SAMPLED = 64
 
 
 # In the driver: tables -> rows
@@ -315,6 +318,21 @@ def concatenated(examples: Sequence[TwoTowerExample]) -> "tuple[torch.Tensor, to
         summaries.append(example.summaries_TD)
         log_odds.append(example.log_odds_T)
     return torch.cat(states), torch.cat(summaries), torch.cat(log_odds)
+
+
+def sampled_parts(units: Units, candidates: Sequence[int], max_tags: int, seed: int) -> list[Part]:
+    """Some units that have about `max_tags` tags together; of at least `MIN_SAMPLED` units their first solutions,
+    where whole ones would be fewer."""
+    num_tags = max(1, units.num_tokens(map(units.whole, candidates)))
+    num_whole = max(1, max_tags * len(candidates) // num_tags)
+    num_units = min(len(candidates), max(num_whole, MIN_SAMPLED))
+    parts: list[Part] = []
+    for unit in random.Random(seed).sample(candidates, num_units):
+        solutions = units.whole(unit).solutions
+        if num_units > num_whole:
+            solutions = solutions[: max(1, len(solutions) * num_whole // num_units)]
+        parts.append(Part(unit, solutions))
+    return parts
 
 
 def positive_rate(targets_of_questions: Iterable[Sequence[Sequence[Target]]]) -> float:

@@ -29,7 +29,7 @@ from medmm_ray.train.policy import (
     train_policy,
     worked_questions,
 )
-from medmm_ray.train.schedule import Part
+from medmm_ray.train.schedule import Part, Units
 from medmm_ray.train.stage import Stage
 from medmm_ray.train.text_prm import TextPrmConfig, TextPrmStage, train_text_prm, validation_figures
 from medmm_ray.train.text_prm_data import group_labels, labelled_questions, labelled_solutions, positive_rate
@@ -39,6 +39,7 @@ from medmm_ray.train.two_tower_data import (
     class_weights,
     located_states,
     questions_with_images,
+    sampled_parts,
     states_files,
 )
 from medmm_ray.train.two_tower_figures import rerank_figures
@@ -472,6 +473,17 @@ def test_what_the_fusion_reads_is_centred_and_of_unit_spread(two_tower_inputs: d
         assert values.mean(dim=0).abs().max() < 1e-3
     for values in (query_TF, projected_NF, seen_NF):
         assert values.std(dim=0).mean().item() == pytest.approx(1.0, abs=0.05)
+
+
+def test_the_fusion_is_fitted_to_many_questions_where_there_is_room_for_few_solutions() -> None:
+    units = Units.of([f"q{i}" for i in range(100)], [[1] * 8] * 100, [[10] * 8] * 100, [[1.0] * 8] * 100, [0] * 100,
+                     [0] * 100)  # fmt: skip
+    all_units = list(range(100))
+    assert [part.solutions for part in sampled_parts(units, all_units, 8000, 0)] == [tuple(range(8))] * 100
+    assert [part.solutions for part in sampled_parts(units, all_units, 6400, 0)] == [tuple(range(8))] * 80
+    few = sampled_parts(units, all_units, 1600, 0)  # twenty questions' worth, of sixty-four
+    assert [part.solutions for part in few] == [(0, 1)] * 64
+    assert len({part.unit for part in few}) == 64
 
 
 def test_one_picture_or_one_step_is_no_spread_to_divide_by() -> None:

@@ -26,7 +26,11 @@ ROW_GROUP_BYTES = 32 << 20
 """Compressed bytes that are read and written together: what a merging process holds beside the file."""
 
 
-def without_repeats(parts: Sequence[Part], writer: PartWriter, key: str) -> list[Part]:
+def without_repeats(
+    parts: Sequence[Part],
+    writer: PartWriter,
+    key: str,
+) -> list[Part]:
     """Parts that hold each id once (one without an error first): a retried task may have written some again.
 
     What a part holds beside repeats is written as a part of its own.
@@ -76,7 +80,11 @@ class Merge:
         """Write the file; gives its name."""
         if len(self.parts) == 1:
             name = self.parts[0].name
-            _link(self.fs, f"{self.folder}/{PARTS}/{name}", f"{self.folder}/{name}")
+            _link(
+                self.fs,
+                f"{self.folder}/{PARTS}/{name}",
+                f"{self.folder}/{name}",
+            )
             return name
         names = "\n".join(part.name for part in self.parts)
         name = f"part-{hashlib.sha256(names.encode()).hexdigest()[:32]}.parquet"
@@ -99,7 +107,13 @@ class Merge:
         return rows.replace_schema_metadata(None)  # its footer
 
 
-def compact(fs: pafs.FileSystem, folder: str, record: type, parts: Sequence[Part], target_bytes: int) -> list[str]:
+def compact(
+    fs: pafs.FileSystem,
+    folder: str,
+    record: type,
+    parts: Sequence[Part],
+    target_bytes: int,
+) -> list[str]:
     """Write the files of a table of `parts`, which hold each id once; gives their names, sorted."""
     single: list[Merge] = []
     several: list[Merge] = []

@@ -109,7 +109,11 @@ class Part:
     def parse(cls, line: str) -> "Part":
         """The part that a line of an index describes."""
         row = json.loads(line)
-        return cls(row["name"], row["num_bytes"], PartFooter(**row["footer"]))
+        return cls(
+            row["name"],
+            row["num_bytes"],
+            PartFooter(**row["footer"]),
+        )
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,12 @@ class PartWriter:
     folder: str
     record: type
 
-    def write(self, rows: pa.Table, key: str, explode: str | None = None) -> Part | None:
+    def write(
+        self,
+        rows: pa.Table,
+        key: str,
+        explode: str | None = None,
+    ) -> Part | None:
         """Write one part file: whole or not at all; None, and nothing is written, where there are no rows.
 
         `rows` holds one row an id of `key`; with `explode`, the records are that list column's entries. A struct column
@@ -160,7 +169,13 @@ class PartWriter:
         except pa.ArrowException as error:
             raise TableError(f"{self.folder}: rows do not fit the record {self.record.__name__}: {error}") from error
 
-    def put(self, records: pa.Table, ids: list[str], key: str, figures: Mapping[str, Any]) -> Part:
+    def put(
+        self,
+        records: pa.Table,
+        ids: list[str],
+        key: str,
+        figures: Mapping[str, Any],
+    ) -> Part:
         """Write records, made for `ids`, as one part file."""
         footer = PartFooter.of(records, ids, key, figures)
         rows = records.replace_schema_metadata({"medmm": footer.to_json()})
@@ -168,7 +183,11 @@ class PartWriter:
         with RecordFile(sink, rows.schema, self.record) as file:
             file.write(rows)
         content = sink.getvalue()
-        part = Part(f"part-{hashlib.sha256(content).hexdigest()[:32]}.parquet", content.size, footer)
+        part = Part(
+            f"part-{hashlib.sha256(content).hexdigest()[:32]}.parquet",
+            content.size,
+            footer,
+        )
         write_file(self.fs, f"{self.folder}/{part.name}", content)
         return part
 
@@ -226,7 +245,11 @@ def _group_bounds(values: Sequence[str], num_rows: int) -> Iterator[tuple[int, i
         yield start, len(values)
 
 
-def read_rows(fs: pafs.FileSystem, path: str, columns: Sequence[str] | None = None) -> pa.Table:
+def read_rows(
+    fs: pafs.FileSystem,
+    path: str,
+    columns: Sequence[str] | None = None,
+) -> pa.Table:
     """A small Parquet file, read in one request."""
     with fs.open_input_stream(path, compression=None) as stream:
         content = pa.py_buffer(stream.read())

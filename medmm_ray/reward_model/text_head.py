@@ -50,7 +50,11 @@ class TextHead:
 def _of_files(path: str | Path, dtype: str) -> TextHead:
     path = checkpoint.locate(path, None)
     saved = checkpoint.read(path)
-    text = text_tower.load_without_weights(path, saved.family if saved else None, dtype)
+    text = text_tower.load_without_weights(
+        path,
+        saved.family if saved else None,
+        dtype,
+    )
     family = families.make(text.family, text.tokenizer, None)
     if not family.additive:
         raise CheckpointError(f"{path}: the head of the family {family.name} is no row of a matrix")

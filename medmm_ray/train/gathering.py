@@ -21,7 +21,11 @@ def gathered_rows(rows_BE: "torch.Tensor") -> "tuple[torch.Tensor, int]":
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return rows_BE, 0
     group_size = torch.distributed.get_world_size()
-    counts_W = torch.zeros(group_size, dtype=torch.long, device=rows_BE.device)
+    counts_W = torch.zeros(
+        group_size,
+        dtype=torch.long,
+        device=rows_BE.device,
+    )
     counts_W[torch.distributed.get_rank()] = len(rows_BE)
     torch.distributed.all_reduce(counts_W)
     counts: list[int] = counts_W.tolist()
@@ -51,7 +55,11 @@ def _gather_function() -> Any:
 
     class GatherRows(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, rows_BE: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        def forward(
+            ctx: Any,
+            rows_BE: torch.Tensor,
+            counts: list[int],
+        ) -> torch.Tensor:
             # Workers' shares as rows of the same number, which a collective wants; what is padding is cut off again.
             padded = rows_BE.new_zeros(max(counts), *rows_BE.shape[1:])
             padded[: len(rows_BE)] = rows_BE

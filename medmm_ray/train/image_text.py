@@ -70,7 +70,12 @@ class ImageTextConfig(TrainConfig):
     """Augmentation: brightness changes by up to this share of the full range."""
 
 
-def train_image_tower(config: ImageTextConfig, captions: pa.Table, folder: str, name: str) -> dict[str, float]:
+def train_image_tower(
+    config: ImageTextConfig,
+    captions: pa.Table,
+    folder: str,
+    name: str,
+) -> dict[str, float]:
     """Train the tower under Ray Train and leave it in `folder`; gives `launch.figures`.
 
     `captions` has the columns image_uri and captions (a list), of training images only; the tokenizer's vocabulary is
@@ -82,7 +87,14 @@ def train_image_tower(config: ImageTextConfig, captions: pa.Table, folder: str, 
             "pretrained tower (models.image_tower=...)."
         )
     captions = captions.select(["image_uri", "captions"]).sort_by("image_uri")
-    return fit(ImageTextStage, config, {"captions": captions}, {}, folder, name)
+    return fit(
+        ImageTextStage,
+        config,
+        {"captions": captions},
+        {},
+        folder,
+        name,
+    )
 
 
 class ImageTextStage(Stage):
@@ -90,7 +102,12 @@ class ImageTextStage(Stage):
 
     joint = True
 
-    def __init__(self, config: ImageTextConfig, inputs: dict[str, str], device: str) -> None:
+    def __init__(
+        self,
+        config: ImageTextConfig,
+        inputs: dict[str, str],
+        device: str,
+    ) -> None:
         import torch
         from open_clip import CLIP
 
@@ -104,8 +121,16 @@ class ImageTextStage(Stage):
         vocabulary: list[str] = []
         for image_captions in captions:
             vocabulary += image_captions
-        self.tokenizer = build_tokenizer(vocabulary, config.shape.vocab_size, ends_texts=True)
-        self.model_config = model_config(config.shape, len(self.tokenizer), int(self.tokenizer.eos_token_id))
+        self.tokenizer = build_tokenizer(
+            vocabulary,
+            config.shape.vocab_size,
+            ends_texts=True,
+        )
+        self.model_config = model_config(
+            config.shape,
+            len(self.tokenizer),
+            int(self.tokenizer.eos_token_id),
+        )
         torch.manual_seed(config.seed)
         self.module: Any = CLIP(**self.model_config)
         self.units = Units.singles(uris, clip_flops(self.module))
@@ -149,16 +174,31 @@ class ImageTextStage(Stage):
         """Write the CLIP with its tokenizer in open_clip's folder format."""
         from medmm_ray.engines.image_tower import save_open_clip
 
-        save_open_clip(folder, self.model_config, self.module.state_dict(), self.tokenizer, MEAN, STD)
+        save_open_clip(
+            folder,
+            self.model_config,
+            self.module.state_dict(),
+            self.tokenizer,
+            MEAN,
+            STD,
+        )
 
 
-def contrastive_loss(images_BE: "torch.Tensor", texts_BE: "torch.Tensor", scale: "torch.Tensor") -> "torch.Tensor":
+def contrastive_loss(
+    images_BE: "torch.Tensor",
+    texts_BE: "torch.Tensor",
+    scale: "torch.Tensor",
+) -> "torch.Tensor":
     """The cross-entropy of each picture among all workers' texts and of each text among all pictures, halved, summed
     over this worker's pairs."""
     import torch
 
     (all_images_NE, start), (all_texts_NE, _) = gathered_rows(images_BE), gathered_rows(texts_BE)
-    own_B = torch.arange(start, start + len(images_BE), device=images_BE.device)
+    own_B = torch.arange(
+        start,
+        start + len(images_BE),
+        device=images_BE.device,
+    )
     loss = scale.new_zeros(())
     for queries_BE, keys_NE in ((images_BE, all_texts_NE), (texts_BE, all_images_NE)):
         logits_BN = scale * queries_BE @ keys_NE.T
@@ -178,7 +218,11 @@ def clip_flops(module: Any) -> float:
     return flops
 
 
-def model_config(shape: ClipShape, vocab_size: int, end_id: int) -> dict[str, Any]:
+def model_config(
+    shape: ClipShape,
+    vocab_size: int,
+    end_id: int,
+) -> dict[str, Any]:
     """open_clip's ``model_cfg``. A text is read off at its end token."""
     return {
         "embed_dim": shape.embed_dim,
@@ -209,12 +253,23 @@ def load_pixels(uris: Sequence[str], side: int) -> list["torch.Tensor"]:
 
     from medmm_ray.engines.images import open_image
 
-    settings = PreprocessCfg(size=side, mean=MEAN, std=STD, interpolation="bicubic", resize_mode="squash")
+    settings = PreprocessCfg(
+        size=side,
+        mean=MEAN,
+        std=STD,
+        interpolation="bicubic",
+        resize_mode="squash",
+    )
     transform = image_transform_v2(settings, is_train=False)
     return [transform(open_image(uri)) for uri in uris]
 
 
-def augment(pixels_3HW: "torch.Tensor", rng: random.Random, max_shift: int, max_brightness: float) -> "torch.Tensor":
+def augment(
+    pixels_3HW: "torch.Tensor",
+    rng: random.Random,
+    max_shift: int,
+    max_brightness: float,
+) -> "torch.Tensor":
     """Move the picture, its border repeated, and change its brightness. It is never mirrored."""
     import torch
 

@@ -93,8 +93,16 @@ def _write_inputs(tables: dict[str, pa.Table], folder: str) -> dict[str, str]:
     for key, table in tables.items():
         sink = pa.BufferOutputStream()
         # Workers may read a row group at a time.
-        pq.write_table(table, sink, row_group_size=max(1, table.num_rows * ROW_GROUP_BYTES // max(1, table.nbytes)))
-        write_file(fs, f"{path}/{key}.parquet", sink.getvalue().to_pybytes())
+        pq.write_table(
+            table,
+            sink,
+            row_group_size=max(1, table.num_rows * ROW_GROUP_BYTES // max(1, table.nbytes)),
+        )
+        write_file(
+            fs,
+            f"{path}/{key}.parquet",
+            sink.getvalue().to_pybytes(),
+        )
         uris[key] = f"{folder}/{key}.parquet"
     return uris
 
@@ -200,4 +208,9 @@ def _ray_worker(arguments: dict[str, Any]) -> None:
             save_checkpoint=save_checkpoint,
             preempted_nodes=preempted_nodes,
         )
-        run(arguments["stage"], arguments["config"], arguments["inputs"], worker)
+        run(
+            arguments["stage"],
+            arguments["config"],
+            arguments["inputs"],
+            worker,
+        )

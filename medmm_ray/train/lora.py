@@ -72,7 +72,11 @@ class LoraAdapter:
         layers = [module for module in self.peft.modules() if isinstance(module, LoraLayer)]
         for number, layer in enumerate(layers):
             for name in layer.lora_dropout:
-                layer.lora_dropout[name] = _segment_dropout(self, number, share)
+                layer.lora_dropout[name] = _segment_dropout(
+                    self,
+                    number,
+                    share,
+                )
 
     def save_and_merge(self, folder: Path) -> None:
         """Write the adapter to `folder`, then add it to the model's weights: a plain model again, trained no more."""
@@ -80,7 +84,11 @@ class LoraAdapter:
         self.peft.merge_and_unload()
 
 
-def _segment_dropout(adapter: LoraAdapter, number: int, share: float) -> "torch.nn.Module":
+def _segment_dropout(
+    adapter: LoraAdapter,
+    number: int,
+    share: float,
+) -> "torch.nn.Module":
     """The dropout of the adapter's layer of this number."""
     import torch
 

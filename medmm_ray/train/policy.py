@@ -156,7 +156,11 @@ def train_policy(
 
     Raises ValueError where no training question has a worked solution.
     """
-    worked = worked_questions(questions, demonstrations, config.share_prompts)
+    worked = worked_questions(
+        questions,
+        demonstrations,
+        config.share_prompts,
+    )
     if worked.num_rows == 0:
         raise ValueError(
             "train_policy: no question of the split 'train' has a worked solution in the table demonstrations. Choose "
@@ -170,7 +174,12 @@ def train_policy(
 class PolicyStage(Stage):
     """Questions with worked solutions, and the model that learns to write them."""
 
-    def __init__(self, config: PolicyConfig, inputs: dict[str, str], device: str) -> None:
+    def __init__(
+        self,
+        config: PolicyConfig,
+        inputs: dict[str, str],
+        device: str,
+    ) -> None:
         from medmm_ray.reward_model.attention import NAME
 
         self.config = config
@@ -178,7 +187,11 @@ class PolicyStage(Stage):
         self.micro_batch_budget = config.micro_batch_tokens
         if config.base is None:
             texts = read_input(inputs["texts"])["text"].to_pylist()
-            self.model, self.tokenizer = new_llama(config.shape, texts, config.seed)
+            self.model, self.tokenizer = new_llama(
+                config.shape,
+                texts,
+                config.seed,
+            )
         else:
             self.model, self.tokenizer = load_pretrained(config.base)
         self.model.set_attn_implementation(NAME)  # shared-prefix attention over packed rows
@@ -198,7 +211,12 @@ class PolicyStage(Stage):
 
     def encode_row(self, row: Mapping[str, Any]) -> "EncodedQuestion":
         """A row of the input `worked` as token ids."""
-        return encode(self.tokenizer, row["question"], row["answer_type"], row["solutions"])
+        return encode(
+            self.tokenizer,
+            row["question"],
+            row["answer_type"],
+            row["solutions"],
+        )
 
     def _units(self, names: Sequence[str]) -> Units:
         """What each worked solution costs."""
@@ -212,7 +230,14 @@ class PolicyStage(Stage):
             tokens.append(lengths)
             flops.append([count_flops.branch(len(question.prompt), length) for length in lengths])
         prompts = [len(question.prompt) for question in self.encoded]
-        return Units.of(names, samples, tokens, flops, prompts, list(map(count_flops.prefix, prompts)))
+        return Units.of(
+            names,
+            samples,
+            tokens,
+            flops,
+            prompts,
+            list(map(count_flops.prefix, prompts)),
+        )
 
     def loss(self, parts: Sequence[Part], epoch: int) -> "torch.Tensor":
         """Sum over worked solutions of the mean cross-entropy of their tokens."""
@@ -285,13 +310,26 @@ class PackedRow:
     weight_N: "torch.Tensor"
 
 
-def encode(tokenizer: Any, question: str, answer_type: str, solutions: Sequence[Sequence[str]]) -> EncodedQuestion:
+def encode(
+    tokenizer: Any,
+    question: str,
+    answer_type: str,
+    solutions: Sequence[Sequence[str]],
+) -> EncodedQuestion:
     """A question and its worked solutions as the ids that generation would meet."""
     messages = policy_messages(question, answer_type=answer_type)
-    return encode_chat(tokenizer, messages, [assistant_turn(steps) for steps in solutions])
+    return encode_chat(
+        tokenizer,
+        messages,
+        [assistant_turn(steps) for steps in solutions],
+    )
 
 
-def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], replies: Sequence[str]) -> EncodedQuestion:
+def encode_chat(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, str]],
+    replies: Sequence[str],
+) -> EncodedQuestion:
     """A chat and the replies to it, each with the token that ends a turn."""
     prompt = template_of(tokenizer).render(messages)
     # Each part by itself: generation continues the prompt's tokens, however its end and a reply would merge.
@@ -333,7 +371,11 @@ def collate(questions: Sequence[EncodedQuestion]) -> PackedRow:
     )
 
 
-def cross_entropy(model: Any, questions: Sequence[EncodedQuestion], device: str) -> "torch.Tensor":
+def cross_entropy(
+    model: Any,
+    questions: Sequence[EncodedQuestion],
+    device: str,
+) -> "torch.Tensor":
     """Sum over solutions of the mean cross-entropy of their tokens; the head runs on those alone.
 
     `model` takes packed rows: its attention is `reward_model.attention`'s.
@@ -352,11 +394,19 @@ def cross_entropy(model: Any, questions: Sequence[EncodedQuestion], device: str)
     ).last_hidden_state
     # Prompts have no target: for them the vocabulary's logits, the largest tensor of the pass, are not computed.
     logits_NV = model.lm_head(hidden_1LD[0, row.source_N]).float()
-    losses_N = torch.nn.functional.cross_entropy(logits_NV, row.target_N.to(device), reduction="none")
+    losses_N = torch.nn.functional.cross_entropy(
+        logits_NV,
+        row.target_N.to(device),
+        reduction="none",
+    )
     return (losses_N * row.weight_N.to(device)).sum()
 
 
-def new_llama(shape: LlamaShape, texts: Sequence[str], seed: int) -> tuple[Any, Any]:
+def new_llama(
+    shape: LlamaShape,
+    texts: Sequence[str],
+    seed: int,
+) -> tuple[Any, Any]:
     """A Llama with random weights and a tokenizer made from `texts`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -76,12 +76,25 @@ class RowGroupReader:
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
         self._lock = Lock()
 
-    def read(self, file: int, row_group: int, columns: Sequence[str]) -> pa.Table:
+    def read(
+        self,
+        file: int,
+        row_group: int,
+        columns: Sequence[str],
+    ) -> pa.Table:
         """Some columns of a row group; of the file nothing else is read but its footer."""
         with self._lock:  # a Parquet file is for one thread at a time
-            return self._opened(file).read_row_group(row_group, columns=list(columns), use_threads=False)
+            return self._opened(file).read_row_group(
+                row_group,
+                columns=list(columns),
+                use_threads=False,
+            )
 
-    def read_all(self, file: int, columns: Sequence[str]) -> tuple[pa.Table, list[tuple[int, int, int]]]:
+    def read_all(
+        self,
+        file: int,
+        columns: Sequence[str],
+    ) -> tuple[pa.Table, list[tuple[int, int, int]]]:
         """Some columns of a whole file, and the place of each row: file, row group, row in that."""
         with self._lock:
             opened = self._opened(file)

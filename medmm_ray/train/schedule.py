@@ -73,12 +73,23 @@ class Units:
         """Units of one sample each, all of the same cost, which share nothing."""
         ones = [[1]] * len(names)
         nothing = [0] * len(names)
-        return cls.of(names, ones, ones, [[flops]] * len(names), nothing, nothing)
+        return cls.of(
+            names,
+            ones,
+            ones,
+            [[flops]] * len(names),
+            nothing,
+            nothing,
+        )
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def of_unit(self, values: "NDArray[np.int64] | NDArray[np.float64]", unit: int) -> list[float]:
+    def of_unit(
+        self,
+        values: "NDArray[np.int64] | NDArray[np.float64]",
+        unit: int,
+    ) -> list[float]:
         """A unit's entries of one of the arrays."""
         entries: list[float] = values[self.starts[unit] : self.starts[unit + 1]].tolist()
         return entries
@@ -101,7 +112,11 @@ class Units:
         parts = list(parts)
         return self._total(self.flops, parts) + sum(float(self.shared_flops[part.unit]) for part in parts)
 
-    def _total(self, values: "NDArray[np.int64] | NDArray[np.float64]", parts: Iterable[Part]) -> float:
+    def _total(
+        self,
+        values: "NDArray[np.int64] | NDArray[np.float64]",
+        parts: Iterable[Part],
+    ) -> float:
         total = 0.0
         for part in parts:
             start = int(self.starts[part.unit])
@@ -116,7 +131,13 @@ class Units:
 # What an update takes
 
 
-def epoch_updates(units: Units, batch_size: int, questions_per_update: int, seed: int, epoch: int) -> list[list[Part]]:
+def epoch_updates(
+    units: Units,
+    batch_size: int,
+    questions_per_update: int,
+    seed: int,
+    epoch: int,
+) -> list[list[Part]]:
     """The parts of each update of an epoch: units shuffled by (seed, epoch), cut where an update has its samples.
 
     Every solution is seen once. Of one unit an update takes at most ``batch_size / questions_per_update`` samples; the
@@ -156,7 +177,12 @@ def _unit_samples(units: Units) -> list[int]:
     return totals
 
 
-def _cut(units: Units, unit: int, num_samples: int, limit: int) -> Iterator[Part]:
+def _cut(
+    units: Units,
+    unit: int,
+    num_samples: int,
+    limit: int,
+) -> Iterator[Part]:
     """A unit in as few runs of neighbours as have about `limit` samples at most, all about equal."""
     num_parts = math.ceil(num_samples / limit)
     if num_parts == 1:
@@ -217,7 +243,13 @@ class _Piece:
         self.total_flops = self.shared_flops + sum(self.flops.values())
         self.total_tokens = self.shared_tokens + sum(self.tokens.values())
 
-    def share_for(self, target: _Pass, places: Sequence[int], most_flops: float, most_tokens: float) -> _Share | None:
+    def share_for(
+        self,
+        target: _Pass,
+        places: Sequence[int],
+        most_flops: float,
+        most_tokens: float,
+    ) -> _Share | None:
         """Those of its solutions at `places` that a pass has room for, tried in that order; an empty pass takes one."""
         flops, tokens = target.flops + self.shared_flops, target.tokens + self.shared_tokens
         solutions: list[int] = []
@@ -229,17 +261,28 @@ class _Piece:
                 tokens += self.tokens[place]
         if not solutions:
             return None
-        return _Share(tuple(sorted(solutions)), flops - target.flops, tokens - target.tokens)
+        return _Share(
+            tuple(sorted(solutions)),
+            flops - target.flops,
+            tokens - target.tokens,
+        )
 
 
-def deal(parts: Sequence[Part], units: Units, num_workers: int, budget: int) -> Rounds:
+def deal(
+    parts: Sequence[Part],
+    units: Units,
+    num_workers: int,
+    budget: int,
+) -> Rounds:
     """An update's parts as rounds of passes of at most `budget` tokens, whose time is short by the FLOPs.
 
     A round takes as long as its longest pass. A solution that is longer than the budget goes alone.
     """
     # Two ways to deal, as no rule tells beforehand whether a prefix that is read twice pays.
     pieces = [_Piece(units, part) for part in parts]
-    whole = [piece for part in parts for piece in _within(_Piece(units, part), budget, units)]
+    whole: list[_Piece] = []
+    for piece in pieces:
+        whole += _within(piece, budget, units)
     candidates: list[Rounds] = []
     for to_deal, may_split in ((whole, False), (pieces, True)):
         ordered = sorted(to_deal, key=lambda piece: (-piece.total_flops, piece.part))
@@ -268,7 +311,11 @@ def deal_jointly(parts: Sequence[Part], num_workers: int, size: int) -> Rounds:
     return rounds
 
 
-def deal_held_out(held_out: Sequence[int], units: Units, num_workers: int) -> list[list[int]]:
+def deal_held_out(
+    held_out: Sequence[int],
+    units: Units,
+    num_workers: int,
+) -> list[list[int]]:
     """Held-out units in rounds of one a worker at most, those of like cost together."""
     order = sorted(held_out, key=lambda unit: (-units.num_flops([units.whole(unit)]), unit))
     return [order[start : start + num_workers] for start in range(0, len(order), num_workers)]
@@ -288,13 +335,24 @@ def _within(piece: _Piece, budget: int, units: Units) -> list[_Piece]:
     return pieces
 
 
-def _rounds(pieces: Sequence[_Piece], num_workers: int, budget: int, may_split: bool) -> Rounds:
+def _rounds(
+    pieces: Sequence[_Piece],
+    num_workers: int,
+    budget: int,
+    may_split: bool,
+) -> Rounds:
     """The fewest rounds that hold the pieces, and in them the lowest highest cost of a pass that was found."""
     num_rounds = max(1, math.ceil(sum(piece.total_tokens for piece in pieces) / (num_workers * budget)))
     passes = None
     while passes is None:
         num_passes = num_rounds * num_workers
-        passes = _fill(pieces, num_passes, math.inf, budget, may_split)
+        passes = _fill(
+            pieces,
+            num_passes,
+            math.inf,
+            budget,
+            may_split,
+        )
         num_rounds += 1
     # A lone worker runs all passes one after another: how they are cut makes no difference to it.
     if num_workers > 1:
@@ -308,7 +366,12 @@ def _rounds(pieces: Sequence[_Piece], num_workers: int, budget: int, may_split: 
     return rounds
 
 
-def _evened(passes: list[_Pass], pieces: Sequence[_Piece], budget: int, may_split: bool) -> list[_Pass]:
+def _evened(
+    passes: list[_Pass],
+    pieces: Sequence[_Piece],
+    budget: int,
+    may_split: bool,
+) -> list[_Pass]:
     """The same pieces in as many passes, the most expensive of which is as cheap as a bisection finds."""
     # As MULTIFIT for machines of equal speed: guess the longest pass, and see whether everything then finds room.
     best, highest = passes, max(each.flops for each in passes)
@@ -317,10 +380,10 @@ def _evened(passes: list[_Pass], pieces: Sequence[_Piece], budget: int, may_spli
         if highest - lowest < 1e-3 * highest:
             break
         limit = (lowest + highest) / 2
-        found = _fill(pieces, len(passes), limit, budget, may_split)
-        highest_found = math.inf if found is None else max(each.flops for each in found)
-        if found is not None and highest_found < highest:
-            best, highest = found, highest_found
+        fitting = _fill(pieces, len(passes), limit, budget, may_split)
+        highest_fitting = math.inf if fitting is None else max(each.flops for each in fitting)
+        if fitting is not None and highest_fitting < highest:
+            best, highest = fitting, highest_fitting
         else:
             lowest = limit
     return best
@@ -340,13 +403,22 @@ def _fill(
             if (fits or is_alone) and (fitting is None or each.flops > fitting.flops):
                 fitting = each
         if fitting is not None:
-            fitting.add(piece.part, piece.total_flops, piece.total_tokens)
+            fitting.add(
+                piece.part,
+                piece.total_flops,
+                piece.total_tokens,
+            )
         elif not may_split or not _split(piece, passes, most_flops, budget):
             return None
     return passes
 
 
-def _split(piece: _Piece, passes: Sequence[_Pass], most_flops: float, budget: int) -> bool:
+def _split(
+    piece: _Piece,
+    passes: Sequence[_Pass],
+    most_flops: float,
+    budget: int,
+) -> bool:
     """Put a piece into several passes, as much as the emptiest one with room takes each time; whether it all fits."""
     # The largest first, so that small ones are left to fill what room there is.
     places = sorted(piece.part.solutions, key=lambda place: -piece.flops[place])
@@ -355,7 +427,11 @@ def _split(piece: _Piece, passes: Sequence[_Pass], most_flops: float, budget: in
         for each in sorted(passes, key=lambda each: each.flops):
             share = piece.share_for(each, places, most_flops, budget)
             if share is not None:
-                each.add(Part(piece.part.unit, share.solutions), share.flops, share.tokens)
+                each.add(
+                    Part(piece.part.unit, share.solutions),
+                    share.flops,
+                    share.tokens,
+                )
                 places = [place for place in places if place not in share.solutions]
                 break
         if share is None:
@@ -366,7 +442,11 @@ def _split(piece: _Piece, passes: Sequence[_Pass], most_flops: float, budget: in
 # The size of a step, and what is held out
 
 
-def learning_rate_factor(update: int, num_updates: int, warmup: float) -> float:
+def learning_rate_factor(
+    update: int,
+    num_updates: int,
+    warmup: float,
+) -> float:
     """What the learning rate is multiplied by at an update counted from 0: a linear rise, then a half cosine to 0."""
     num_warmup = max(1, round(warmup * num_updates))
     if update < num_warmup:

@@ -84,7 +84,12 @@ def train_text_prm(
     consensus: dict[str, float] = {}
     if config.label_policy == "consensus":
         consensus = checked_consensus_counts(
-            labels_of_solutions(questions, solutions, labels_by_solution, config.max_solutions)
+            labels_of_solutions(
+                questions,
+                solutions,
+                labels_by_solution,
+                config.max_solutions,
+            )
         )
     rows = labelled_questions(
         questions,
@@ -102,14 +107,26 @@ def train_text_prm(
             f"({solutions.num_rows} questions sampled, {len(labels_by_solution)} solutions labelled). Look at the "
             "labels tables."
         )
-    figures = fit(TextPrmStage, config, {"questions": rows}, {"base": base}, folder, name)
+    figures = fit(
+        TextPrmStage,
+        config,
+        {"questions": rows},
+        {"base": base},
+        folder,
+        name,
+    )
     return figures | consensus | {"right_steps": round(positive_rate(rows), 4)}
 
 
 class TextPrmStage(Stage):
     """Packed questions and the reward model's text tower. A unit is a question, or what of it reads fewer documents."""
 
-    def __init__(self, config: TextPrmConfig, inputs: dict[str, str], device: str) -> None:
+    def __init__(
+        self,
+        config: TextPrmConfig,
+        inputs: dict[str, str],
+        device: str,
+    ) -> None:
         self.config = config
         self.device = device
         self.micro_batch_budget = config.micro_batch_tokens
@@ -128,7 +145,11 @@ class TextPrmStage(Stage):
             self.groups += packing.groups
             self.solutions += [row["solutions"]] * len(packing.groups)
             names += [row["question_id"]] * len(packing.groups)
-        self.validation_ids = validation_ids(names, config.validation_fraction, config.seed)
+        self.validation_ids = validation_ids(
+            names,
+            config.validation_fraction,
+            config.seed,
+        )
         self.held_out = [unit for unit, name in enumerate(names) if name in self.validation_ids]
         self.units = self._units(names)
 
@@ -152,7 +173,12 @@ class TextPrmStage(Stage):
 
     def _pack(self, row: dict[str, Any]) -> "Packing":
         steps = [solution["steps"] for solution in row["solutions"]]
-        return self.model.pack(row["question"], steps, row["documents"], training=self.config.reference_prompt)
+        return self.model.pack(
+            row["question"],
+            steps,
+            row["documents"],
+            training=self.config.reference_prompt,
+        )
 
     def _units(self, names: Sequence[str]) -> Units:
         """What each solution costs, and how many equal ones it stands for: none where its question is held out."""
@@ -168,7 +194,14 @@ class TextPrmStage(Stage):
             tokens.append(lengths)
             flops.append([count_flops.branch(prefix, length) for length in lengths])
         prefixes = [len(group.prefix_ids) for group in self.groups]
-        return Units.of(names, samples, tokens, flops, prefixes, list(map(count_flops.prefix, prefixes)))
+        return Units.of(
+            names,
+            samples,
+            tokens,
+            flops,
+            prefixes,
+            list(map(count_flops.prefix, prefixes)),
+        )
 
     def loss(self, parts: Sequence[Part], epoch: int) -> "torch.Tensor":
         """Sum over solutions of the mean two-class loss of their labelled steps."""
@@ -188,13 +221,22 @@ class TextPrmStage(Stage):
         if self.adapter:
             self.adapter.segments = segments
         log_odds_T = self.model(*groups)  # all groups as one packed row
-        return weighted_loss(log_odds_T, torch.cat(targets).to(self.device), torch.cat(weights).to(self.device))
+        return weighted_loss(
+            log_odds_T,
+            torch.cat(targets).to(self.device),
+            torch.cat(weights).to(self.device),
+        )
 
     def _group_of(self, part: Part) -> "PackedQuestion":
         group = self.groups[part.unit]
         return replace(group, branches=[group.branches[place] for place in part.solutions])
 
-    def _segments(self, unit: int, group: "PackedQuestion", epoch: int) -> list[Segment]:
+    def _segments(
+        self,
+        unit: int,
+        group: "PackedQuestion",
+        epoch: int,
+    ) -> list[Segment]:
         """A question's part of a row, in the row's order."""
         name = f"{self.config.seed}/{epoch}/{self.units.names[unit]}/{group.num_documents}"
         segments = [Segment(len(group.prefix_ids), name)]
@@ -243,11 +285,19 @@ def step_targets(
     return torch.tensor(targets), torch.tensor(weights)
 
 
-def weighted_loss(log_odds_T: "torch.Tensor", targets_T: "torch.Tensor", weights_T: "torch.Tensor") -> "torch.Tensor":
+def weighted_loss(
+    log_odds_T: "torch.Tensor",
+    targets_T: "torch.Tensor",
+    weights_T: "torch.Tensor",
+) -> "torch.Tensor":
     """Weighted sum of the two-class cross-entropy: with two logits, the logistic loss of their difference."""
     import torch
 
-    losses_T = torch.nn.functional.binary_cross_entropy_with_logits(log_odds_T.float(), targets_T, reduction="none")
+    losses_T = torch.nn.functional.binary_cross_entropy_with_logits(
+        log_odds_T.float(),
+        targets_T,
+        reduction="none",
+    )
     return (losses_T * weights_T).sum()
 
 

@@ -51,7 +51,13 @@ class FusionFlops:
     """FLOPs of training the image part, of a tag and of a picture: six a weight that is trained, for each token that it
     meets; two where a frozen tower runs, which is once, and so not counted."""
 
-    def __init__(self, fusion: "Fusion", tower_weights: int, num_patches: int, is_frozen: bool) -> None:
+    def __init__(
+        self,
+        fusion: "Fusion",
+        tower_weights: int,
+        num_patches: int,
+        is_frozen: bool,
+    ) -> None:
         of_tag = (fusion.query, fusion.attend_query, fusion.attend_out, fusion.mlp, fusion.output)
         of_token = (fusion.projector, fusion.attend_key, fusion.attend_value)
         num_tokens = tokens_of_picture(fusion.config.tokens, num_patches)
@@ -114,7 +120,12 @@ class ThroughputMeter:
         self.flops = 0.0
         self.seconds = 0.0
 
-    def add(self, tokens: float, flops: float, seconds: float) -> dict[str, float]:
+    def add(
+        self,
+        tokens: float,
+        flops: float,
+        seconds: float,
+    ) -> dict[str, float]:
         """Count an update; gives its own figures."""
         self.tokens += tokens
         self.flops += flops
@@ -127,7 +138,12 @@ class ThroughputMeter:
         self._reset()
         return figures
 
-    def _figures(self, tokens: float, flops: float, seconds: float) -> dict[str, float]:
+    def _figures(
+        self,
+        tokens: float,
+        flops: float,
+        seconds: float,
+    ) -> dict[str, float]:
         figures = {"tokens_per_second": tokens / seconds}
         if self.peak is not None and flops:
             figures["mfu"] = flops / seconds / self.peak

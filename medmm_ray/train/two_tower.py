@@ -243,16 +243,17 @@ class TwoTowerStage(Stage):
         uris: set[str] = set()
         samples: list[list[int]] = []
         tokens: list[list[int]] = []
+        flops: list[list[float]] = []
         pictures: list[float] = []
         diagnoses: list[str] = []
         for row in self.questions.scan(["question_id", "diagnosis", "image_uris", "reference_uris", "targets"]):
             tags_per_solution = list(map(len, row["targets"]))
             samples.append([int(row["question_id"] not in self.validation_ids)] * len(tags_per_solution))
             tokens.append(tags_per_solution)
+            flops.append([count_flops.per_tag * num_tags for num_tags in tags_per_solution])
             pictures.append(count_flops.per_picture * (len(row["image_uris"]) + len(row["reference_uris"])))
             diagnoses.append(row["diagnosis"])
             uris.update(row["image_uris"], row["reference_uris"])
-        flops = [[count_flops.per_tag * num_tags for num_tags in of_question] for of_question in tokens]
         self.units = Units.of(self.names, samples, tokens, flops, [0] * len(self.names), pictures)
         _, self.diagnoses = np.unique(np.array(diagnoses, dtype=object).astype(str), return_inverse=True)
         held_out = set(self.held_out)
@@ -328,8 +329,8 @@ class TwoTowerStage(Stage):
         for part in parts:
             swapped = None if epoch is None else self._swapped_question(part.unit, epoch)
             # The references stay the question's own: they are what retrieval found for it.
-            shown = part.unit if swapped is None else swapped
-            image_uris.append(self.questions[shown]["image_uris"])
+            image_unit = part.unit if swapped is None else swapped
+            image_uris.append(self.questions[image_unit]["image_uris"])
             reference_uris.append(self.questions[part.unit]["reference_uris"])
             is_swapped.append(swapped is not None)
         uris = list(chain.from_iterable([*image_uris, *reference_uris]))

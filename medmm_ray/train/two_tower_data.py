@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
@@ -98,7 +99,14 @@ def questions_with_images(
     """
     correct = _correct_by_solution(solutions)
     accuracy = _accuracy_by_solution(solutions)
-    solutions_by_question = _targets_by_question(states, labels, correct, accuracy, policy, after_first_error)
+    solutions_by_question = _targets_by_question(
+        states,
+        labels,
+        correct,
+        accuracy,
+        policy,
+        after_first_error,
+    )
     reference_uris = _reference_uris(evidence, num_references)
     # An image that could not be read has a row with its error.
     images_by_id = {image["image_id"]: image for image in images.to_pylist() if image["error"] is None}
@@ -168,7 +176,11 @@ def _targets_by_question(
             accuracy.get(solution_id),
         )
         if any(target is not None for target in step_targets):
-            located = _LocatedSolution(solution_id, step_targets, row["place"])
+            located = _LocatedSolution(
+                solution_id,
+                step_targets,
+                row["place"],
+            )
             solutions_by_question.setdefault(row["question_id"], []).append(located)
     return solutions_by_question
 
@@ -244,7 +256,11 @@ class StatesReader:
         self._reader = RowGroupReader([(row["table"], row["name"]) for row in files.to_pylist()])
         self._cache: Cache[list[StoredSolution]] = Cache(most_bytes)
 
-    def read(self, question: Mapping[str, Any], solutions: Sequence[int]) -> TwoTowerExample:
+    def read(
+        self,
+        question: Mapping[str, Any],
+        solutions: Sequence[int],
+    ) -> TwoTowerExample:
         """The example of a question's row (`SCHEMA`) and some of its solutions.
 
         Raises ValueError for states that are not finite.
@@ -253,8 +269,7 @@ class StatesReader:
         for number in solutions:
             file, row_group, row = question["places"][number]
             stored.append(self._row_group(file, row_group)[row])
-        is_finite = all(bool(tensor.isfinite().all()) for solution in stored for tensor in solution)
-        if not is_finite:
+        if not all(bool(tensor.isfinite().all()) for tensor in chain.from_iterable(stored)):
             raise ValueError(
                 f"the states of question {question['question_id']!r} hold NaN or infinity; compute the states again "
                 "(in float32 or bfloat16)"
@@ -264,7 +279,11 @@ class StatesReader:
     def _row_group(self, file: int, row_group: int) -> list[StoredSolution]:
         rows = self._cache.get((file, row_group))
         if rows is None:
-            table = self._reader.read(file, row_group, _STATES_COLUMNS)
+            table = self._reader.read(
+                file,
+                row_group,
+                _STATES_COLUMNS,
+            )
             rows = list(map(_stored_solution, table.to_pylist()))
             self._cache.put((file, row_group), rows, table.nbytes)
         return rows
@@ -320,7 +339,12 @@ def concatenated(examples: Sequence[TwoTowerExample]) -> "tuple[torch.Tensor, to
     return torch.cat(states), torch.cat(summaries), torch.cat(log_odds)
 
 
-def sampled_parts(units: Units, candidates: Sequence[int], max_tags: int, seed: int) -> list[Part]:
+def sampled_parts(
+    units: Units,
+    candidates: Sequence[int],
+    max_tags: int,
+    seed: int,
+) -> list[Part]:
     """Some units that have about `max_tags` tags together; of at least `MIN_SAMPLED` units their first solutions,
     where whole ones would be fewer."""
     num_tags = max(1, units.num_tokens(map(units.whole, candidates)))

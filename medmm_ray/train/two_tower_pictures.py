@@ -67,7 +67,11 @@ class Pictures:
         self._tokens: Cache[PictureTokens] = Cache(most_bytes if is_frozen else 0)
         tower.to(device).eval()
 
-    def load(self, uris: Sequence[str], epoch: int) -> "dict[str, torch.Tensor]":
+    def load(
+        self,
+        uris: Sequence[str],
+        epoch: int,
+    ) -> "dict[str, torch.Tensor]":
         """The pixels that `tokens` will need of these pictures in an epoch; for threads."""
         view = self._view(epoch)
         pixels: dict[str, torch.Tensor] = {}
@@ -77,7 +81,12 @@ class Pictures:
                 pixels[uri] = self._shown(uri, view)
         return pixels
 
-    def tokens(self, uris: Sequence[str], epoch: int, pixels: "Mapping[str, torch.Tensor]") -> PictureTokens:
+    def tokens(
+        self,
+        uris: Sequence[str],
+        epoch: int,
+        pixels: "Mapping[str, torch.Tensor]",
+    ) -> PictureTokens:
         """Tokens of these pictures; `pixels` are those that `load` gave."""
         import torch
 
@@ -99,7 +108,13 @@ class Pictures:
             torch.cat(pooled).to(self.device), torch.cat(patches).to(self.device) if self.reads_patches else None
         )
 
-    def _kept(self, uri: str, view: int, tokens: PictureTokens, number: int) -> PictureTokens:
+    def _kept(
+        self,
+        uri: str,
+        view: int,
+        tokens: PictureTokens,
+        number: int,
+    ) -> PictureTokens:
         """One picture's tokens out of a batch's, in the cache where there is room."""
         patches_1PW = None if tokens.patches_BPW is None else tokens.patches_BPW[number : number + 1].cpu().clone()
         # Copies in main memory: a slice would keep the whole batch alive, on the GPU.
@@ -108,11 +123,18 @@ class Pictures:
         self._tokens.put((uri, view), alone, num_bytes)
         return alone
 
-    def _encode(self, uris: Sequence[str], view: int, pixels: "Mapping[str, torch.Tensor]") -> PictureTokens:
+    def _encode(
+        self,
+        uris: Sequence[str],
+        view: int,
+        pixels: "Mapping[str, torch.Tensor]",
+    ) -> PictureTokens:
         import torch
 
-        shown = [pixels[uri] if uri in pixels else self._shown(uri, view) for uri in uris]
-        tokens = self.tower(torch.stack(shown).to(self.device))
+        pictures: list[torch.Tensor] = []
+        for uri in uris:
+            pictures.append(pixels[uri] if uri in pixels else self._shown(uri, view))
+        tokens = self.tower(torch.stack(pictures).to(self.device))
         return PictureTokens(tokens.pooled_BD, tokens.patches_BPD if self.reads_patches else None)
 
     def _view(self, epoch: int) -> int:
@@ -131,4 +153,9 @@ class Pictures:
             return pixels_3HW
         # By place, not by name: a copy of the run in another folder trains the same, on whichever worker.
         rng = random.Random(f"{self.views.seed}/{view}/{self._places[uri]}")
-        return augment(pixels_3HW, rng, self.views.max_shift, self.views.max_brightness)
+        return augment(
+            pixels_3HW,
+            rng,
+            self.views.max_shift,
+            self.views.max_brightness,
+        )

@@ -69,21 +69,31 @@ def _settings_of_kinds(
 ) -> Iterator[Setting]:
     """The settings of a section that has kinds: the kind, then each setting once for all kinds that share it."""
     default_kind = getattr(default, KIND) if default is not None else None
-    yield Setting(f"{prefix}{KIND}", _kind_field(kinds), default_kind)
+    yield Setting(
+        f"{prefix}{KIND}",
+        _kind_field(kinds),
+        default_kind,
+    )
     # Of two kinds a setting of one name may say different things, as `model` does: then it has a line for each.
     kinds_with: dict[tuple[str, str], list[str]] = {}
     infos: dict[tuple[str, str], FieldInfo] = {}
     for kind, config in kinds.items():
         for name, info in config.model_fields.items():
-            if name != KIND:
-                same = (name, f"{info.description} {info.default}")
-                kinds_with.setdefault(same, []).append(kind)
-                infos.setdefault(same, info)
-    for same, having in kinds_with.items():
-        info = infos[same]
-        only = () if len(having) == len(kinds) else tuple(having)
-        value = getattr(default, same[0]) if default_kind in having else info.default
-        yield Setting(f"{prefix}{same[0]}", info, value, only)
+            if name == KIND:
+                continue
+            meaning = f"{info.description} {info.default}"
+            kinds_with.setdefault((name, meaning), []).append(kind)
+            infos.setdefault((name, meaning), info)
+    for (name, meaning), kinds_of_setting in kinds_with.items():
+        info = infos[name, meaning]
+        is_everywhere = len(kinds_of_setting) == len(kinds)
+        is_of_default = default_kind in kinds_of_setting
+        yield Setting(
+            f"{prefix}{name}",
+            info,
+            default=getattr(default, name) if is_of_default else info.default,
+            kinds=() if is_everywhere else tuple(kinds_of_setting),
+        )
 
 
 def _kind_field(kinds: Mapping[str, type[BaseModel]]) -> FieldInfo:

@@ -57,8 +57,14 @@ class Index:
         if len(ids) <= config.exact_up_to:
             index: Any = faiss.IndexFlatIP(width)
         else:
+            # FAISS's advice for up to a million vectors: 4 to 16 times the root of their number.
             num_lists = max(1, int(4 * np.sqrt(len(ids))))
-            index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, num_lists, faiss.METRIC_INNER_PRODUCT)
+            index = faiss.IndexIVFFlat(
+                faiss.IndexFlatIP(width),
+                width,
+                num_lists,
+                faiss.METRIC_INNER_PRODUCT,
+            )
             index.train(vectors_ND)
             index.nprobe = min(config.num_probes, num_lists)
         index.add(vectors_ND)
@@ -93,10 +99,14 @@ class Index:
         values: list[list[float]] = []
         for similarities_K, rows_K in zip(similarities_QK.tolist(), rows_QK.tolist(), strict=True):
             # FAISS fills up with row -1 where inverted lists hold fewer. Rows are in the order of their ids.
-            neighbours = [(-s, row) for s, row in zip(similarities_K, rows_K, strict=True) if row >= 0]
-            best = sorted(neighbours)[:num_results]
-            names.append([self.ids[row] for _, row in best])
-            values.append([-negative for negative, _ in best])
+            neighbours: list[tuple[float, int]] = []
+            for similarity, row in zip(similarities_K, rows_K, strict=True):
+                if row >= 0:
+                    neighbours.append((-similarity, row))
+            neighbours.sort()
+            nearest = neighbours[:num_results]
+            names.append([self.ids[row] for _, row in nearest])
+            values.append([-negative for negative, _ in nearest])
         return names, values
 
     def _search_with_ties(self, queries_QD: Vectors, num_results: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:

@@ -25,6 +25,7 @@ from jobs.plan import plan_of
 from jobs.recipe import Recipe
 from jobs.step import Run
 from medmm_ray.config import digest, identity
+from medmm_ray.data import tries
 from medmm_ray.data.tables import Artifact, Provenance, filesystem, write_file
 from medmm_ray.estimate import Estimate, Line, estimate, rendered
 from medmm_ray.stats import decoders
@@ -119,14 +120,18 @@ def next_policy(run: Run) -> str:
     provenance = Provenance(name="next_policy", fingerprint=fingerprint, config=identity(config), upstream=upstream)
     artifact = Artifact(f"{run.root}/next_policy/{fingerprint}")
     if not artifact.is_complete:
-        artifact.prepare()
         started = time.monotonic()
         questions = run.table("questions").to_arrow()
         documents = run.table("documents").to_arrow()
         right = right_solutions(run.table("tree_solutions").to_arrow())
         name = f"next_policy-{fingerprint}"
-        figures = train_policy(config, questions, right, documents, artifact.uri, name)
-        artifact.commit(provenance, time.monotonic() - started, figures)
+        tries.make(
+            artifact,
+            provenance,
+            lambda uri: train_policy(config, questions, right, documents, uri, name),
+            lambda: time.monotonic() - started,
+            resumes=True,
+        )
     return artifact.uri
 
 

@@ -4,6 +4,7 @@ import logging
 import operator
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from jobs.graph import MAKER, STEPS, Step
 from jobs.placement import with_placement
 from jobs.recipe import Recipe
 from medmm_ray.config import ConfigError, digest, identity, load
+from medmm_ray.data import tries
 from medmm_ray.data.tables import Artifact, Manifest, Provenance, Table, TableError, chosen, pending, write_rows
 from medmm_ray.engines.llm.access import Apis
 from medmm_ray.engines.vllm_engine import VllmEngine
@@ -236,15 +238,19 @@ class Job:
             limit = self.recipe.max_error_rate
             self.report(name, write_rows(table, rows, self.origin(name), key, self.seconds(), limit, figures))
 
-    def make_artifact(self, name: str, write: Callable[[str], dict[str, float]]) -> None:
-        """Make a folder by ``write(folder)``, which returns figures for its manifest."""
+    def make_artifact(self, name: str, write: Callable[[str], dict[str, float]], resumes: bool = False) -> None:
+        """Make a folder by ``write(folder)``, which returns figures for its manifest.
+
+        With `resumes` the folder holds what an interrupted run had written to it.
+        """
         artifact = self.run.artifact(name)
         if artifact.is_complete:
             return
-        artifact.prepare()
-        self.waiting, self._table_in_progress, self._artifact_in_progress = name, None, artifact.uri
-        figures = write(artifact.uri)
-        self.report(name, artifact.commit(self.origin(name), self.seconds(), figures))
+        manifest = tries.make(artifact, self.origin(name), write, self.seconds, resumes, partial(self._began, name))
+        self.report(name, manifest)
+
+    def _began(self, name: str, folder: str) -> None:
+        self.waiting, self._table_in_progress, self._artifact_in_progress = name, None, folder
 
     def report(self, name: str, manifest: Manifest) -> None:
         """Log an output's rows, and its errors by kind."""

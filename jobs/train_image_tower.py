@@ -22,7 +22,7 @@ def run(job: Job) -> None:
             captions_by_uri[image["uri"]] = list(captions(job.recipe.ingest.source, image))
     rows = [{"image_uri": uri, "captions": texts} for uri, texts in captions_by_uri.items() if texts]
     table = pa.Table.from_pylist(rows, SCHEMA)
-    job.make_artifact("image_tower", lambda uri: train_image_tower(job.config, table, uri, job.run_name))
+    job.make_artifact("image_tower", lambda uri: train_image_tower(job.config, table, uri, job.run_name), resumes=True)
 
 
 def captions(source: str, image: Mapping[str, Any]) -> Sequence[str]:

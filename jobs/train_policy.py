@@ -13,7 +13,9 @@ def run(job: Job) -> None:
     demonstrations = job.read("demonstrations")
     documents = job.read("documents")
     job.make_artifact(
-        "policy", lambda uri: train_policy(job.config, questions, demonstrations, documents, uri, job.run_name)
+        "policy",
+        lambda uri: train_policy(job.config, questions, demonstrations, documents, uri, job.run_name),
+        resumes=True,
     )
 
 

@@ -23,6 +23,7 @@ def run(job: Job) -> None:
         lambda uri: train_text_prm(
             job.config, questions, evidence, solutions, labels, base, folder=uri, name=job.run_name
         ),
+        resumes=True,
     )
     figures = job.run.artifact("text_prm").manifest().figures
     if job.config.label_policy == "consensus":

@@ -35,6 +35,7 @@ def run(job: Job) -> None:
             folder=uri,
             name=job.run_name,
         ),
+        resumes=True,
     )
     figures = job.run.artifact("two_tower").manifest().figures
     if job.config.label_policy == "consensus":

@@ -13,6 +13,7 @@ import platform
 import subprocess
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -126,12 +127,13 @@ class Artifact:
     def prepare(self) -> None:
         """Make the folder and try whether it can be written."""
         # Before hours of work, not after them: a full disk or a missing permission ends the job at its start.
-        probe = f"{self.path}/.probe-{uuid.uuid4().hex}"
+        probe = f"{self.path}/.probe"
         try:
             self.fs.create_dir(self.path, recursive=True)
             with self.fs.open_output_stream(probe) as stream:
                 stream.write(b"probe")
-            self.fs.delete_file(probe)
+            with suppress(FileNotFoundError):  # another run tries at the same moment
+                self.fs.delete_file(probe)
         except OSError as error:
             raise TableError(
                 f"cannot write to {self.uri}: {error}. Free space or permission is missing there, "

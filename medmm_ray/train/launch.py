@@ -8,7 +8,7 @@ import json
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +81,8 @@ def fit(
     history = _read_history(folder)
     # Only now: where the history is missing, the checkpoints are what a next try goes on from.
     fs, path = filesystem(work)
-    fs.delete_dir(path)
+    with suppress(FileNotFoundError):  # another run has taken them over, too late
+        fs.delete_dir(path)
     return figures(history)
 
 

@@ -101,7 +101,7 @@ def test_each_round_trains_the_next_policy_on_its_own_trees_and_the_last_one_onl
     def train(
         config: PolicyConfig, questions: pa.Table, worked: pa.Table, documents: pa.Table, folder: str, name: str
     ) -> dict[str, float]:
-        assert folder.endswith(name.removeprefix("next_policy-"))
+        assert name.removeprefix("next_policy-") in Path(folder).parts
         trained.append((config.base, [s["solution_id"] for row in worked.to_pylist() for s in row["solutions"]]))
         return {}
 

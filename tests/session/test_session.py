@@ -6,8 +6,9 @@ import pyarrow as pa
 import pytest
 
 from jobs.entry import root_cause
+from medmm_ray.data import compaction
 from medmm_ray.data.records import Vector, to_arrow
-from medmm_ray.data.tables import Provenance, RowError, Table, attach, pending
+from medmm_ray.data.tables import Provenance, RowError, Table, attach, pending, rows_hash
 
 ORIGIN = Provenance(name="v", fingerprint="f", config={}, upstream={})
 IDS = [f"i{n}" for n in range(20)]
@@ -33,6 +34,22 @@ def test_interrupted_table_is_resumed_exactly(tmp_path: Path) -> None:
     assert table.finish(ORIGIN, "item_id", IDS, seconds=0).rows == 20
     values = {row["item_id"]: row["vector"] for row in table.dataset().take_all()}
     assert values == {f"i{n}": [19.0 - n] for n in range(20)}
+
+
+def test_a_tables_files_are_merged_by_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than one of them: rows do not pass through the driver."""
+    table = Table(str(tmp_path / "t"), Vector, target_bytes=4_000)
+    table.prepare()
+    for number, row_id in enumerate(IDS):
+        table.write_part(to_arrow(Vector, [Vector(item_id=row_id, vector=[float(number)])]), "item_id")
+
+    def write_in_driver(*_: object) -> None:
+        raise AssertionError("the driver writes a file")
+
+    monkeypatch.setattr(compaction, "write_file", write_in_driver)  # in this process alone
+    manifest = table.finish(ORIGIN, "item_id", IDS, seconds=0)
+    assert (manifest.rows, len(manifest.files)) == (20, 7)  # parts of 1.6 kB: three a file, two in the last
+    assert manifest.content_hash == rows_hash(table.to_arrow())
 
 
 def test_attach_gives_null_where_the_other_table_has_no_row() -> None:

@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from medmm_ray.data import tries
+from medmm_ray.data.artifacts import Artifact, Provenance
 from medmm_ray.train.launch import fit, read_input
 from medmm_ray.train.policy import PolicyConfig, PolicyStage
 from medmm_ray.train.schedule import Part
@@ -116,6 +118,87 @@ def test_a_killed_driver_changes_nothing(policy_inputs: dict[str, str], whole: P
     train_killed(policy_inputs["worked"], policy_inputs["texts"], tmp_path / "out")
     assert_equal(tmp_path / "out", whole)
     assert not (tmp_path / "out" / ".checkpoints").exists()
+
+
+class Waits(PolicyStage):
+    """In the second epoch it waits for the file ``go``; the file ``waits`` says that it does."""
+
+    def __init__(self, config: PolicyConfig, inputs: dict[str, str], device: str) -> None:
+        super().__init__(config, inputs, device)
+        self.waits, self.go = Path(inputs["waits"]), Path(inputs["go"])
+
+    def loss(self, parts: Sequence[Part], epoch: int) -> Any:
+        while epoch == 1 and not self.go.exists():
+            self.waits.touch()
+            time.sleep(0.1)
+        return super().loss(parts, epoch)
+
+
+ORIGIN = Provenance(name="policy", fingerprint="f", config={}, upstream={})
+
+
+def train_waiting(worked: str, texts: str, artifact: Path) -> None:
+    tables = {"worked": read_input(worked), "texts": read_input(texts)}
+    inputs = {"waits": str(artifact.parent / "waits"), "go": str(artifact.parent / "go")}
+    manifest = tries.make(
+        Artifact(str(artifact)),
+        ORIGIN,
+        lambda uri: fit(Waits, CONFIG, tables, inputs, uri, "twice"),
+        lambda: 1.0,
+        resumes=True,
+    )
+    print("seconds", manifest.seconds)
+
+
+OVERTAKEN = """
+import sys
+from pathlib import Path
+from ray import cloudpickle
+from medmm_ray.session import session
+from tests.train import test_ray
+cloudpickle.register_pickle_by_value(test_ray)
+with session():
+    test_ray.train_waiting(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+"""
+
+
+def test_a_training_that_is_started_twice_ends_once(
+    policy_inputs: dict[str, str], tables: dict[str, pa.Table], whole: Path, tmp_path: Path
+) -> None:
+    """The later driver goes on from the earlier one's checkpoint; that one lives, and ends or takes the other's model.
+
+    Both are drivers of one cluster, as two submissions of a job are.
+    """
+    import ray
+
+    artifact = tmp_path / "out"
+    arguments = [policy_inputs["worked"], policy_inputs["texts"], str(artifact)]
+    address = ray.get_runtime_context().gcs_address
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": address}
+    command = [sys.executable, "-c", OVERTAKEN, *arguments]
+    log = tmp_path / "earlier.log"
+    with (
+        log.open("w") as output,
+        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output) as earlier,
+    ):
+        while not (tmp_path / "waits").exists():
+            assert earlier.poll() is None, log.read_text()
+            time.sleep(0.1)
+        manifest = tries.make(
+            Artifact(str(artifact)),
+            ORIGIN,
+            lambda uri: fit(PolicyStage, CONFIG, tables, {}, uri, "twice"),
+            lambda: 2.0,
+            resumes=True,
+        )
+        assert_equal(artifact, whole)
+        (tmp_path / "go").touch()
+        code = earlier.wait(timeout=300)
+    # At its next write, before the other's end or after it.
+    words = {1: f"a later run has taken over {artifact} and goes on", 0: "seconds 2.0"}[code]
+    assert words in log.read_text()
+    assert Artifact(str(artifact)).manifest() == manifest
+    assert_equal(artifact, whole)
 
 
 def test_a_failed_training_says_why_and_keeps_what_it_reached(tables: dict[str, pa.Table], tmp_path: Path) -> None:

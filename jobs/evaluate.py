@@ -1,6 +1,7 @@
 """Everything -> report: report.json and report.html, in the artifact and at the top of the run's folder."""
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
@@ -39,7 +40,7 @@ def make(job: Job, uri: str) -> dict[str, float]:
         review_queue=job.read("review_queue"),
         balances=dataset.balance,
         pairs=dataset.agreement,
-        steps=_step_entries(job.run),
+        steps=step_entries(job.run),
         environment=environment(),
     )
     files = {
@@ -67,18 +68,28 @@ def _rows_where(job: Job, name: str, column: str, values: Sequence[str] | pa.Arr
     return pa.concat_tables(rows)
 
 
-def _step_entries(run: Run) -> list[StepEntry]:
-    """What each other step of the run made, and how long it took."""
-    entries = []
+def step_entries(run: Run) -> list[StepEntry]:
+    """What each other step of the run made, how long it took, what it cost and where it failed."""
+    entries: list[StepEntry] = []
     for step in STEPS:
         # This step's own manifest is written after the report.
         if step.name == "evaluate" or run.skipped(step):
             continue
-        num_rows, seconds = 0, 0.0
+        num_rows, seconds, cost = 0, 0.0, 0.0
+        errors: Counter[str] = Counter()
         for manifest in run.manifests(step):
             num_rows += manifest.rows
             seconds += manifest.seconds
-        entries.append(StepEntry(name=step.name, rows=num_rows, seconds=seconds))
+            cost += manifest.cost
+            errors.update(manifest.errors)
+        entry = StepEntry(
+            name=step.name,
+            rows=num_rows,
+            seconds=seconds,
+            cost=cost,
+            errors=dict(errors),
+        )
+        entries.append(entry)
     return entries
 
 

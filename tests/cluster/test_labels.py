@@ -1,10 +1,17 @@
-"""Steps, a training and the scorer ask for machines by their labels: what each hands to Ray."""
+"""Steps, a training and the scorer ask for machines by their labels: what each hands to Ray, and where it then runs."""
+
+import json
+import subprocess
+import sys
+
+import pytest
 
 from medmm_ray.engines.vllm_engine import ActorPool, VllmEngine, actor_options
 from medmm_ray.service.app import ServeConfig, application
 from medmm_ray.session import fresh_token
 from medmm_ray.train.launch import _scaling_config
 from medmm_ray.train.two_tower import TwoTowerConfig
+from tests.paths import ROOT
 
 A100 = {"ray.io/accelerator-type": "A100"}
 ON_DEMAND = {"ray.io/market-type": "on-demand"}
@@ -27,3 +34,22 @@ def test_the_scorers_replicas_ask() -> None:
         app = application(ServeConfig(model="org/model", num_gpus=1, accelerator_type="A100"))
     deployment = app._bound_deployment
     assert (deployment.ray_actor_options or {})["label_selector"] == A100
+
+
+@pytest.mark.engine
+def test_work_runs_where_its_labels_are() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.cluster.labels"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "a100": ["a100-on-demand"],
+        "spot": ["l4-spot"],
+        "l4": ["l4-spot"],
+        "workers on a100": ["a100-on-demand", "a100-on-demand"],
+    }

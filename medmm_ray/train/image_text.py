@@ -17,6 +17,7 @@ from medmm_ray.engines.tokenizer import build_tokenizer
 from medmm_ray.train.config import TrainConfig
 from medmm_ray.train.gathering import gathered_rows
 from medmm_ray.train.launch import fit, read_input
+from medmm_ray.train.reading import Cache, ReadAhead
 from medmm_ray.train.schedule import Part, Units
 from medmm_ray.train.stage import Stage
 from medmm_ray.train.throughput import num_weights
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     import torch
 
 VERSION = 1  # of what a step makes: raise it when the same config makes something else
+CACHE_BYTES = 1 << 30  # of pixels that a worker keeps for later epochs
+READING_THREADS = 2
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
@@ -134,8 +137,10 @@ class ImageTextStage(Stage):
         torch.manual_seed(config.seed)
         self.module: Any = CLIP(**self.model_config)
         self.units = Units.singles(uris, clip_flops(self.module))
-        # Decoded once: the augmentation of an epoch works on pixels in memory.
-        self.pixels = load_pixels(uris, config.shape.image_size)
+        self.transform = pixel_transform(config.shape.image_size)
+        # Opened by the workers that meet them, ahead of time; the augmentation of an epoch works on pixels in memory.
+        self.pixels: Cache[torch.Tensor] = Cache(CACHE_BYTES)
+        self.ahead: ReadAhead[list[torch.Tensor]] = ReadAhead(READING_THREADS)
         self.ids = [self._encode(image_captions) for image_captions in captions]
 
     def _encode(self, captions: Sequence[str]) -> "torch.Tensor":
@@ -146,6 +151,23 @@ class ImageTextStage(Stage):
         ids_CL: torch.Tensor = encoded["input_ids"]
         return ids_CL
 
+    def prepare(self, parts: Sequence[Part], epoch: int | None) -> None:
+        """Have the pictures of a pass to come opened by threads."""
+        self.ahead.begin((epoch, tuple(parts)), lambda: self._open(parts))
+
+    def _open(self, parts: Sequence[Part]) -> "list[torch.Tensor]":
+        """The pixels [3, H, W] of some pictures."""
+        from medmm_ray.engines.images import open_image
+
+        pictures: list[torch.Tensor] = []
+        for unit, _ in parts:
+            pixels_3HW = self.pixels.get(unit)
+            if pixels_3HW is None:
+                pixels_3HW = self.transform(open_image(self.units.names[unit]))
+                self.pixels.put(unit, pixels_3HW, pixels_3HW.nbytes)
+            pictures.append(pixels_3HW)
+        return pictures
+
     def loss(self, parts: Sequence[Part], epoch: int) -> "torch.Tensor":
         """CLIP's contrastive loss of these pairs against those of all workers, summed over the pairs.
 
@@ -155,10 +177,11 @@ class ImageTextStage(Stage):
 
         pictures: list[torch.Tensor] = []
         captions: list[torch.Tensor] = []
-        for unit, _ in parts:
+        opened = self.ahead.result((epoch, tuple(parts)), lambda: self._open(parts))
+        for (unit, _), pixels_3HW in zip(parts, opened, strict=True):
             # By place, not by name: a copy of the run in another folder trains the same.
             rng = random.Random(f"{self.config.seed}/{epoch}/{unit}")
-            pictures.append(augment(self.pixels[unit], rng, self.config.max_shift, self.config.max_brightness))
+            pictures.append(augment(pixels_3HW, rng, self.config.max_shift, self.config.max_brightness))
             captions.append(rng.choice(self.ids[unit]))
         pixels_B3HW = torch.stack(pictures)
         ids_BL = torch.stack(captions)
@@ -247,21 +270,12 @@ def model_config(
     }
 
 
-def load_pixels(uris: Sequence[str], side: int) -> list["torch.Tensor"]:
-    """Pictures as pixels_3HW, prepared exactly as the saved tower will prepare them (48 kB each at 64 pixels)."""
+def pixel_transform(side: int) -> Any:
+    """What makes pixels_3HW of a picture, exactly as the saved tower will (48 kB each at 64 pixels)."""
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    from medmm_ray.engines.images import open_image
-
-    settings = PreprocessCfg(
-        size=side,
-        mean=MEAN,
-        std=STD,
-        interpolation="bicubic",
-        resize_mode="squash",
-    )
-    transform = image_transform_v2(settings, is_train=False)
-    return [transform(open_image(uri)) for uri in uris]
+    settings = PreprocessCfg(size=side, mean=MEAN, std=STD, interpolation="bicubic", resize_mode="squash")
+    return image_transform_v2(settings, is_train=False)
 
 
 def augment(

@@ -337,13 +337,14 @@ def test_open_clip_reads_the_tower_and_gives_the_same_numbers(tower: Path, tmp_p
         expected = stage.module.encode_text(ids, normalize=True)
         assert torch.allclose(model.encode_text(ids, normalize=True), expected, atol=1e-6)
     image = open_image(stage.units.names[0])
-    assert torch.equal(preprocess(image), stage.pixels[0])
-    assert torch.equal(ImageTower.from_pretrained(str(tower)).preprocess(image), stage.pixels[0])
+    assert torch.equal(preprocess(image), stage._open(whole(stage, [0]))[0])
+    assert torch.equal(ImageTower.from_pretrained(str(tower)).preprocess(image), stage._open(whole(stage, [0]))[0])
 
 
 def test_contrastive_loss_is_seeded_by_epoch_and_sample(tmp_path: Path) -> None:
     stage = image_text_stage(tmp_path)
     first = stage.loss(whole(stage, [0, 1, 2, 3]), 0).item()
+    stage.prepare(whole(stage, [0, 1, 2, 3]), 0)  # opened by a thread
     assert stage.loss(whole(stage, [0, 1, 2, 3]), 0).item() == first
     assert stage.loss(whole(stage, [0, 1, 2, 3]), 1).item() != first
     assert (stage.micro_batch_budget, stage.joint) == (6, True)
@@ -354,7 +355,7 @@ def test_contrastive_loss_is_the_sum_of_both_directions_cross_entropies(tmp_path
 
     stage = image_text_stage(tmp_path, max_shift=0, max_brightness=0.0)
     stage.ids = [ids[:1] for ids in stage.ids]
-    images_BE = stage.module.encode_image(torch.stack(stage.pixels[:3]), normalize=True)
+    images_BE = stage.module.encode_image(torch.stack(stage._open(whole(stage, [0, 1, 2]))), normalize=True)
     texts_BE = stage.module.encode_text(torch.cat(stage.ids[:3]), normalize=True)
     logits_BB = images_BE @ texts_BE.T / 0.07  # CLIP's first temperature
     expected = sum(torch.nn.functional.cross_entropy(x, torch.arange(3)).item() for x in (logits_BB, logits_BB.T))

@@ -21,13 +21,13 @@ from rich.table import Table as Grid
 from jobs.entry import launch, parser, read_arguments
 from jobs.graph import BY_NAME, STEPS
 from jobs.pipeline import run_pipeline
-from jobs.plan import plan_of
+from jobs.plan import estimate
 from jobs.recipe import Recipe
 from jobs.step import Run
 from medmm_ray.config import digest, identity
 from medmm_ray.data import tries
 from medmm_ray.data.tables import Artifact, Provenance, filesystem, write_file
-from medmm_ray.estimate import Estimate, Line, estimate, rendered
+from medmm_ray.estimate import Estimate, Line, rendered
 from medmm_ray.stats import decoders
 from medmm_ray.text import question_with_options
 from medmm_ray.train.policy import train_policy
@@ -62,7 +62,6 @@ def planned(recipe: Recipe) -> Estimate:
         is_last = number == recipe.meds3.rounds
         round_recipe = of_round(recipe, policy, is_last)
         run = Run(round_recipe)
-        plan = plan_of(round_recipe, run)
         left_out = set(round_recipe.without)
         fingerprints: set[str] = set()
         for step in STEPS:
@@ -73,17 +72,15 @@ def planned(recipe: Recipe) -> Estimate:
                 left_out.add(step.name)
         epochs = 0 if is_last else recipe.meds3.fine_tuning.epochs
         if epochs:  # the next policy is trained as the first one was
-            training = replace(plan.training, policy_epochs=plan.training.policy_epochs + epochs)
-            plan = replace(plan, training=training)
             left_out.discard("train_policy")
-        costs = estimate(plan, left_out)
+        costs = estimate(round_recipe, run, left_out, next_policy_epochs=epochs)
         lines.append(round_line(number, costs))
         for note in costs.notes:
             if note not in notes:
                 notes.append(note)
         earlier_fingerprints |= fingerprints
         policy = f"the policy of round {number + 1}"
-    return Estimate(plan, tuple(lines), tuple(notes))
+    return Estimate(costs.sizes, tuple(lines), tuple(notes))
 
 
 def round_line(number: int, costs: Estimate) -> Line:

@@ -1,40 +1,35 @@
 """--dry-run: what a recipe would do and cost, by arithmetic; nothing is read and no engine is started."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from rich.console import Console
 
 from jobs.graph import Step
-from jobs.recipe import Recipe, api_engines, asking
+from jobs.recipe import Recipe, api_engines, asking, judges
 from jobs.step import Run
 from medmm_ray.config import ConfigError
+from medmm_ray.engines.grader import equivalence_cost
 from medmm_ray.engines.llm.access import check_tier, configured_price
-from medmm_ray.engines.llm.client import ApiConfig, ApiEngine
+from medmm_ray.engines.llm.client import ApiConfig
 from medmm_ray.engines.llm.prices import Price, price_warnings
 from medmm_ray.engines.llm.probe import ApiModel
 from medmm_ray.engines.vllm_engine import VllmEngine
-from medmm_ray.estimate import (
-    GPUS,
-    Estimate,
-    Grading,
-    Hardware,
-    Judging,
-    ModelCost,
-    Plan,
-    QuestionWriting,
-    Reviewing,
-    Rollouts,
-    Training,
-    Trees,
-    Workload,
-    estimate,
-    rendered,
-)
-from medmm_ray.steps.judge import JudgeApi, JudgeConfig, JudgeVllm, PhantomEngine
+from medmm_ray.estimate import BF16, GPUS, Estimate, Line, ModelCost, Sizes, rendered, size
+from medmm_ray.steps.embed import embed_cost
+from medmm_ray.steps.judge import JudgeVllm
+from medmm_ray.steps.judge.cost import judge_cost
+from medmm_ray.steps.monte_carlo.cost import monte_carlo_cost
+from medmm_ray.steps.review import review_cost
+from medmm_ray.steps.sample import sample_cost
+from medmm_ray.steps.score.cost import score_cost, states_cost
+from medmm_ray.steps.tree_search.cost import tree_search_cost
+from medmm_ray.steps.write_questions.cost import write_questions_cost
+from medmm_ray.train.config import TrainConfig
+from medmm_ray.train.cost import train_policy_cost, train_text_prm_cost, train_two_tower_cost
 
-VERDICT_TOKENS = {"json": 70, "lines": 6}  # that a judge generates a step
-DOCUMENT_STEPS = ("tree_search", "sample", "judge", "monte_carlo", "train_text_prm", "states", "score")
+TrainConfigT = TypeVar("TrainConfigT", bound=TrainConfig)
 
 
 def print_plan(recipe: Recipe, steps: Sequence[Step], console: Console) -> None:
@@ -45,7 +40,7 @@ def print_plan(recipe: Recipe, steps: Sequence[Step], console: Console) -> None:
         console.print(f"  {step.name:<18}{step.what:<40}{_state(run, step)}", highlight=False)
     console.print()
     left_out = [step.name for step in steps if step.name in recipe.without]
-    result = _with_second_judge(recipe, run, estimate(plan_of(recipe, run), left_out))
+    result = _with_second_judge(recipe, estimate(recipe, run, left_out))
     notes = (*price_notes(asking(recipe)), *replaced(recipe), *result.notes)
     console.print(rendered(replace(result, notes=notes)))
 
@@ -59,57 +54,72 @@ def _state(run: Run, step: Step) -> str:
     return "complete" if is_local and run.is_complete(step) else "to do"
 
 
-def _with_second_judge(recipe: Recipe, run: Run, result: Estimate) -> Estimate:
+def _with_second_judge(recipe: Recipe, result: Estimate) -> Estimate:
     """The estimate with a line for the second judge, where there is one."""
-    if recipe.second_judge is None or "judge" in recipe.without:
+    judge = recipe.second_judge
+    if judge is None or "judge" in recipe.without:
         return result
-    plan = plan_of(recipe.model_copy(update={"judge": recipe.second_judge}), run)
-    line = replace(estimate(plan).line("judge"), step="second_judge")
-    return replace(result, lines=(*result.lines, line))
+    line = judge_cost(judge, result.sizes, _model(recipe, "second_judge"))
+    return replace(result, lines=(*result.lines, replace(line, step="second_judge")))
 
 
-def plan_of(recipe: Recipe, run: Run) -> Plan:
-    """The numbers that decide the cost: the recipe's own, and the assumptions of its section ``plan``."""
-    assumed = recipe.plan
-    if assumed.gpu not in GPUS:
-        raise ConfigError(f"plan.gpu is {assumed.gpu!r}; known: {', '.join(GPUS)}")
-    policy_price = _price(recipe, "sample")
-    workload = _workload(recipe)
-    return Plan(
-        workload=workload,
-        policy=_model(policy_price, assumed.policy_parameters),
-        training=_training(recipe, run),
-        writing=_writing(recipe),
-        grading=_grading(recipe),
-        judging=_judging(recipe, recipe.judge),
-        rollouts=_rollouts(recipe),
-        trees=_trees(recipe, workload.train_questions),
-        reviewing=Reviewing(steps=recipe.review.review_steps, dollars_per_step=recipe.audit.dollars_per_reviewed_step),
-        hardware=Hardware(
-            gpu=assumed.gpu, num_gpus=assumed.num_gpus, dollars_per_gpu_hour=assumed.dollars_per_gpu_hour
-        ),
-        max_dollars=_budgets(recipe),
-    )
+def estimate(recipe: Recipe, run: Run, without: Collection[str] = (), next_policy_epochs: int = 0) -> Estimate:
+    """What the steps of a recipe cost, those in `without` left out.
+
+    `next_policy_epochs` are those in which a further policy is trained, as the first one is.
+    """
+    if "sample" in without:  # whose answers would be graded
+        without = (*without, "equivalence")
+    sizes = sizes_of(recipe)
+    lines = [line for line in _lines(recipe, run, sizes, next_policy_epochs) if line.step not in without]
+    notes = _memory_notes(recipe, sizes, lines)
+    for line in lines:
+        notes += line.notes
+    return Estimate(sizes, tuple(lines), (*notes, *_budget_notes(recipe, lines)))
 
 
-def _workload(recipe: Recipe) -> Workload:
-    assumed = recipe.plan
-    train = _questions(assumed.train_questions, recipe.curate.max_train, recipe.ingest.num_train, "train")
-    test = _questions(assumed.test_questions, recipe.curate.max_test, recipe.ingest.num_test, "test")
-    return Workload(
-        train_questions=train,
-        test_questions=test,
-        train_samples=recipe.sample.num_samples_train,
-        test_samples=recipe.sample.num_samples_test,
-        images=train + test + recipe.ingest.num_extra_images,
-        reference_images=recipe.train_two_tower.num_references,
-        steps=assumed.steps,
-        question_tokens=assumed.question_tokens,
-        solution_tokens=assumed.solution_tokens,
-        document_tokens=assumed.document_tokens,
-        with_documents=tuple(name for name in DOCUMENT_STEPS if getattr(recipe, name).num_documents != 0),
-        wrong_share=assumed.wrong_share,
-    )
+def _lines(recipe: Recipe, run: Run, sizes: Sizes, next_policy_epochs: int) -> list[Line]:
+    """The lines of all steps, in the order of the table."""
+    policy = _trained(recipe.train_policy, run.given("policy"), next_policy_epochs)
+    lines = []
+    if recipe.write_questions.per_image:
+        lines.append(write_questions_cost(recipe.write_questions, sizes, _model(recipe, "write_questions")))
+    lines += [
+        embed_cost(sizes),
+        train_policy_cost(policy, sizes),
+        tree_search_cost(recipe.tree_search, sizes),
+        sample_cost(recipe.sample, sizes),
+    ]
+    if recipe.sample.equivalence.engine:
+        lines.append(equivalence_cost(sizes, _model(recipe, "sample.equivalence")))
+    lines += [
+        judge_cost(recipe.judge, sizes, _model(recipe, "judge")),
+        monte_carlo_cost(recipe.monte_carlo, sizes, recipe.judge.max_solutions),
+        review_cost(recipe.review, recipe.audit.dollars_per_reviewed_step),
+        train_text_prm_cost(_trained(recipe.train_text_prm, run.given("text_prm")), sizes),
+        states_cost(recipe.states, sizes),
+        train_two_tower_cost(_trained(recipe.train_two_tower, run.given("two_tower")), sizes),
+        score_cost(recipe.score, sizes),
+    ]
+    return lines
+
+
+def sizes_of(recipe: Recipe) -> Sizes:
+    """What the recipe's section ``plan`` assumes, and what follows from its other sections."""
+    plan, curate, ingest = recipe.plan, recipe.curate, recipe.ingest
+    if plan.gpu not in GPUS:
+        raise ConfigError(f"plan.gpu is {plan.gpu!r}; known: {', '.join(GPUS)}")
+    train = _questions(plan.train_questions, curate.max_train, ingest.num_train, "train")
+    test = _questions(plan.test_questions, curate.max_test, ingest.num_test, "test")
+    derived = {
+        "train_questions": train,
+        "test_questions": test,
+        "train_samples": recipe.sample.num_samples_train,
+        "test_samples": recipe.sample.num_samples_test,
+        "images": train + test + ingest.num_extra_images,
+        "policy": _model(recipe, "sample"),
+    }
+    return Sizes.model_validate({**dict(plan), **derived})
 
 
 def _questions(assumed: int | None, curated: int | None, ingested: int | None, split: str) -> int:
@@ -121,117 +131,44 @@ def _questions(assumed: int | None, curated: int | None, ingested: int | None, s
     )
 
 
-def _training(recipe: Recipe, run: Run) -> Training:
-    assumed = recipe.plan
-    return Training(
-        text_parameters=assumed.text_parameters,
-        image_parameters=assumed.image_parameters,
-        hidden_size=assumed.hidden_size,
-        policy_epochs=0 if run.given("policy") else recipe.train_policy.epochs,
-        text_epochs=0 if run.given("text_prm") else recipe.train_text_prm.epochs,
-        text_solutions=recipe.train_text_prm.max_solutions,
-        fusion_epochs=0 if run.given("two_tower") else recipe.train_two_tower.epochs,
-    )
+def _trained(config: TrainConfigT, given_model: str | None, further_epochs: int = 0) -> TrainConfigT:
+    """A training as it costs: a model that is given takes no epochs."""
+    epochs = 0 if given_model else config.epochs
+    return config.model_copy(update={"epochs": epochs + further_epochs})
 
 
-def _writing(recipe: Recipe) -> QuestionWriting:
-    writer = recipe.write_questions
-    price = _price(recipe, "write_questions") if writer.per_image else None
-    return QuestionWriting(
-        model=_model(price, recipe.plan.policy_parameters),
-        images=_written_images(recipe),
-        questions_per_image=writer.per_image,
-        checks=writer.num_checks,
-    )
+def _memory_notes(recipe: Recipe, sizes: Sizes, lines: Sequence[Line]) -> list[str]:
+    """What does not fit one GPU, or wants room on disk."""
+    notes = []
+    gpu = sizes.hardware.specification
+    weights = BF16 * max(sizes.policy.parameters, sizes.text_parameters, _model(recipe, "judge").parameters)
+    if weights > 0.9 * gpu.memory * 1e9:  # something must be left for activations
+        notes.append(f"{size(weights)} of weights do not fit one {sizes.gpu} ({gpu.memory} GB): shard the model")
+    for line in lines:
+        if line.step == "states" and line.stored > 10e9:
+            notes.append(f"states take {size(line.stored)}: keep the training split only, on shared storage")
+    return notes
 
 
-def _written_images(recipe: Recipe) -> int:
-    """Images for which questions are written."""
-    if not recipe.write_questions.per_image:
-        return 0
-    limits = [n for n in (recipe.plan.written_images, recipe.write_questions.max_images) if n is not None]
-    if not limits:
-        raise ConfigError(
-            "the number of images without a question is not known before the source is read; say plan.written_images=N "
-            "or write_questions.max_images=N"
-        )
-    return min(limits)
+def _budget_notes(recipe: Recipe, lines: Sequence[Line]) -> list[str]:
+    """Where a hard budget that the recipe sets ends a step."""
+    notes = []
+    engines = api_engines(recipe)
+    for line in lines:
+        section = "sample.equivalence" if line.step == "equivalence" else line.step
+        if section not in engines:
+            continue
+        budget = recipe.apis.get(engines[section][1], ApiConfig()).max_cost_usd
+        if budget is not None and line.dollars > budget:
+            notes.append(f"{line.step} will stop at max_cost_usd={budget:g}, before the end: ${line.dollars:,.0f}")
+    return notes
 
 
-def _grading(recipe: Recipe) -> Grading:
-    price = _price(recipe, "sample.equivalence")
+def _model(recipe: Recipe, section: str) -> ModelCost:
+    """The model that a section asks: behind an API by its price, else on own GPUs by its parameters."""
+    price = _price(recipe, section)
     if price is None:
-        return Grading()
-    return Grading(model=_model(price, 0), answers=recipe.plan.graded_answers)
-
-
-def _judging(recipe: Recipe, judge: JudgeConfig) -> Judging:
-    engine = judge.engine
-    is_local = isinstance(engine, JudgeVllm)
-    parameters = recipe.plan.judge_parameters
-    if parameters is None:
-        parameters = recipe.plan.policy_parameters
-    price = None
-    max_images = engine.num_images if isinstance(engine, JudgeVllm) else 0
-    if isinstance(engine, JudgeApi):
-        price = _price_of(engine, engine.model, recipe.apis)
-        max_images = engine.max_images
-    model = _model(price, parameters if is_local else 0)
-    if not judge.warm_cache:
-        model = replace(model, cached_input_price=None)
-    return Judging(
-        model=model,
-        calls_model=not isinstance(engine, PhantomEngine),
-        splits=judge.splits,
-        max_solutions=judge.max_solutions,
-        solutions_per_call=judge.solutions_per_call,
-        by_step=judge.granularity == "step",
-        images=min(1 + judge.num_references, max_images),
-        verdict_tokens=VERDICT_TOKENS[judge.reply],
-    )
-
-
-def _rollouts(recipe: Recipe) -> Rollouts:
-    config = recipe.monte_carlo
-    # A right solution shows for each of its prefixes that the answer can be reached from it.
-    is_shown = not config.threshold and (config.stop_early or config.searches)
-    return Rollouts(
-        mode=config.mode,
-        splits=config.splits,
-        max_solutions=config.max_solutions,
-        right_is_free=config.wrong_only or is_shown,
-        uncertain_share=recipe.plan.uncertain_share,
-        max_share=config.max_share,
-        continuations=config.rollouts_per_prefix,
-    )
-
-
-def _trees(recipe: Recipe, train_questions: int) -> Trees:
-    config = recipe.tree_search
-    depths = range(1, round(recipe.plan.steps) + 1)
-    rollouts = [max(config.min_rollouts, config.num_rollouts // (depth + 1)) for depth in depths]
-    return Trees(
-        questions=train_questions if "train" in config.splits else 0,
-        nodes=config.max_nodes,
-        node_rollouts=sum(rollouts) / len(rollouts),
-        max_tokens=config.max_tree_tokens,
-    )
-
-
-def _budgets(recipe: Recipe) -> dict[str, float]:
-    """The hard budgets that the recipe sets, by line of the estimate."""
-    budgets = {}
-    for section, (_, model) in api_engines(recipe).items():
-        budget = recipe.apis.get(model, ApiConfig()).max_cost_usd
-        if budget is not None:
-            budgets[section.removeprefix("sample.")] = budget
-    return budgets
-
-
-def _model(price: Price | None, parameters: float) -> ModelCost:
-    """A model behind an API by its price, else one of so many parameters on own GPUs."""
-    if price is None:
-        return ModelCost(parameters=parameters)
+        return ModelCost(parameters=_parameters(recipe, section))
     return ModelCost(
         input_price=price.input_price,
         output_price=price.output_price,
@@ -240,17 +177,22 @@ def _model(price: Price | None, parameters: float) -> ModelCost:
     )
 
 
+def _parameters(recipe: Recipe, section: str) -> float:
+    """Parameters of a section's model on own GPUs; 0 where it has none there."""
+    judge = judges(recipe).get(section)
+    if judge is None:
+        return recipe.plan.policy_parameters
+    if not isinstance(judge.engine, JudgeVllm):
+        return 0
+    return recipe.plan.judge_parameters or recipe.plan.policy_parameters
+
+
 def _price(recipe: Recipe, section: str) -> Price | None:
-    """What a section's model behind an API costs; None where it asks none."""
+    """What the ledger of a section's model behind an API will charge at its tier; None where it asks none."""
     if section not in api_engines(recipe):
         return None
     engine, model = api_engines(recipe)[section]
-    return _price_of(engine, model, recipe.apis)
-
-
-def _price_of(engine: ApiEngine, model: str, apis: Mapping[str, ApiConfig]) -> Price:
-    """What the ledger of a model behind an API will charge at its tier."""
-    config = apis.get(model, ApiConfig())
+    config = recipe.apis.get(model, ApiConfig())
     check_tier(engine, config)
     return configured_price(model, config).at_tier(config.tier)
 

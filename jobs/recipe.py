@@ -12,6 +12,7 @@ from medmm_ray.engines.index import IndexConfig
 from medmm_ray.engines.llm.client import ApiConfig, ApiEngine
 from medmm_ray.engines.llm.probe import ApiModel
 from medmm_ray.engines.placement import GpuPlacement
+from medmm_ray.estimate import PlanConfig
 from medmm_ray.pages.review_page import ReviewPageConfig
 from medmm_ray.service.app import ServeConfig
 from medmm_ray.steps.audit import AuditConfig
@@ -48,47 +49,6 @@ class ModelsConfig(Config):
     """Text reward model; null: train_text_prm makes it, from train_text_prm.base or the policy."""
     two_tower: str | None = None
     """Two-tower reward model; null: train_two_tower makes it."""
-
-
-class PlanConfig(Config):
-    """What --dry-run assumes where no config says it; it changes no result."""
-
-    train_questions: int | None = execution(None)
-    """Questions of the training split; null: as ingest or curate limits them."""
-    test_questions: int | None = execution(None)
-    """Questions of the test split; null: as ingest or curate limits them."""
-    steps: float = execution(8.0)
-    """Mean steps of a solution."""
-    question_tokens: float = execution(185.0)
-    """Mean tokens of a question."""
-    solution_tokens: float = execution(350.0)
-    """Mean tokens of a solution."""
-    document_tokens: float = execution(3072.0)
-    """Tokens of documents that a step with num_documents reads with a question."""
-    policy_parameters: float = execution(8.03e9)
-    """Parameters of the policy."""
-    text_parameters: float = execution(8.03e9)
-    """Parameters of the text tower."""
-    image_parameters: float = execution(86e6)
-    """Parameters of the image tower."""
-    hidden_size: int = execution(4096)
-    """Width of the text tower; it sets the size of the stored states."""
-    judge_parameters: float | None = execution(None)
-    """Parameters of a judge on own GPUs; null: those of the policy."""
-    wrong_share: float = execution(0.5)
-    """Share of the solutions whose answer is wrong: a right one costs Monte Carlo mostly nothing."""
-    uncertain_share: float = execution(0.1)
-    """Share of the judged steps of which the judge is unsure (MedMM)."""
-    graded_answers: float = execution(2.0)
-    """Distinct answers per question that the model of sample.equivalence grades, in the mean over all questions."""
-    written_images: int | None = execution(None)
-    """Images for which questions are written; null: as write_questions.max_images limits them."""
-    gpu: str = execution("A100-80G")
-    """Kind of GPU."""
-    num_gpus: int = execution(4)
-    """GPUs at work."""
-    dollars_per_gpu_hour: float | None = execution(None)
-    """US dollars per GPU-hour; null: the table's."""
 
 
 def judge_name(config: JudgeConfig) -> str:

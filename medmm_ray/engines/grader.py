@@ -20,6 +20,7 @@ from medmm_ray.engines.llm.access import Access, Apis
 from medmm_ray.engines.llm.client import ApiEngine, Client
 from medmm_ray.engines.llm.endpoint import ChatRequest, Turn
 from medmm_ray.engines.llm.structured import AnswerForm, json_schema, parse
+from medmm_ray.estimate import Line, ModelCost, Sizes
 from medmm_ray.text import answer_key, is_correct
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class SameForm(AnswerForm):
 
 
 SCHEMA = json_schema(SameForm)
+PROMPT_TOKENS, REPLY_TOKENS = 120, 10  # around a question; what the estimate assumes, thoughts left out
 RULE = 'Answer with one JSON object and nothing else: {"same": true or false}.'
 
 
@@ -57,6 +59,21 @@ class EquivalenceConfig(Config):
     """Sampling temperature; null leaves it to the model (reasoning models take no other)."""
     max_tokens: int = Field(256, ge=1)
     """Longest answer of the model, tokens; thoughts count."""
+
+
+def equivalence_cost(sizes: Sizes, model: ModelCost) -> Line:
+    """The line of grading by a model behind an API, before it runs."""
+    calls = sizes.questions * sizes.graded_answers
+    input_tokens = calls * (PROMPT_TOKENS + sizes.question_tokens)
+    output_tokens = calls * REPLY_TOKENS
+    return Line(
+        step="equivalence",
+        work=f"{sizes.graded_answers:g} answers a question",
+        calls=calls,
+        tokens=input_tokens + output_tokens,
+        dollars=model.dollars(input_tokens, output_tokens),
+        notes=(f"equivalence assumes {sizes.graded_answers:g} distinct answers a question to ask about",),
+    )
 
 
 @dataclass(frozen=True)

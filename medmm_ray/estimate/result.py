@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from medmm_ray.estimate.plan import Plan
+from medmm_ray.estimate.sizes import Sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,13 +16,15 @@ class Line:
     dollars: float = 0
     gpu_hours: float = 0
     stored: float = 0
+    notes: tuple[str, ...] = ()
+    """What a reader would ask about it."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A plan's lines, and notes on them for people."""
+    """A run's lines, and notes on them for people."""
 
-    plan: Plan
+    sizes: Sizes
     lines: tuple[Line, ...]
     notes: tuple[str, ...]
 
@@ -38,12 +40,12 @@ class Estimate:
     @property
     def gpu_dollars(self) -> float:
         """US dollars of the GPU-hours."""
-        return self.gpu_hours * self.plan.hardware.price
+        return self.gpu_hours * self.sizes.hardware.price
 
     @property
     def hours(self) -> float:
-        """Wall-clock hours of the GPU work at the plan's number of GPUs, all of them busy."""
-        return self.gpu_hours / self.plan.hardware.num_gpus
+        """Wall-clock hours of the GPU work at the run's number of GPUs, all of them busy."""
+        return self.gpu_hours / self.sizes.hardware.num_gpus
 
     @property
     def dollars(self) -> float:

@@ -10,7 +10,7 @@ from medmm_ray.estimate.result import Estimate, Line, size
 
 def rendered(result: Estimate) -> Group:
     """The lines and their sum, the notes, and what was assumed."""
-    hardware = result.plan.hardware
+    hardware = result.sizes.hardware
     title = f"Estimate: {hardware.num_gpus} x {hardware.gpu} at ${hardware.price:.2f} an hour each"
     table = Table(title=title, title_justify="left")
     table.add_column("step")
@@ -55,13 +55,13 @@ def _cells(line: Line, gpu_price: float) -> list[str]:
 
 
 def _assumptions(result: Estimate) -> str:
-    work, parameters = result.plan.workload, result.plan.policy.parameters
+    sizes, parameters = result.sizes, result.sizes.policy.parameters
     policy = f"a policy of {_count(parameters)}" if parameters else "a policy behind an API"
-    peak = result.plan.hardware.specification.peak
-    text_tower = f"a text tower of {_count(result.plan.training.text_parameters)}"
+    peak = sizes.hardware.specification.peak
+    text_tower = f"a text tower of {_count(sizes.text_parameters)}"
     return (
-        f"Assumed: {work.steps:g} steps and {work.solution_tokens:g} tokens a solution, {work.question_tokens:g} a "
-        f"question, {work.document_tokens:,g} of documents; {policy}, {text_tower} parameters; "
+        f"Assumed: {sizes.steps:g} steps and {sizes.solution_tokens:g} tokens a solution, {sizes.question_tokens:g} a "
+        f"question, {sizes.document_tokens:,g} of documents; {policy}, {text_tower} parameters; "
         f"reading at {PREFILL:.0%}, training at {TRAINING:.0%}, writing at {DECODING:.0%} of {peak:g} TFLOP/s: "
         "expect a factor of two either way. Idle and start-up time is left out."
     )

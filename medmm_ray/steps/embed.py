@@ -17,6 +17,7 @@ from medmm_ray.data.records import Vector, arrow_schema, to_arrow
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.images import MAX_PIXELS, open_image
 from medmm_ray.engines.placement import GpuPlacement, actor_placement
+from medmm_ray.estimate import PATCHES, Line, Sizes
 from medmm_ray.text import question_with_options
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 VERSION = 1  # of what a step makes: raise it when the same config makes something else
 Vectors = NDArray[np.float32]
+VECTOR_BYTES = 512 * 4  # of one image, as float32
 
 
 class EmbedConfig(GpuPlacement):
@@ -47,6 +49,18 @@ class EmbedConfig(GpuPlacement):
     """Logical CPU cores one model copy asks for."""
     num_gpus: float = execution(0.0)
     """GPUs that one model copy holds; above 0 it computes there."""
+
+
+def embed_cost(sizes: Sizes) -> Line:
+    """The line of the images' vectors; those of texts cost little beside them, whatever the config."""
+    tokens = sizes.images * PATCHES
+    return Line(
+        step="embed",
+        work=f"{sizes.images:,} images",
+        tokens=tokens,
+        gpu_hours=sizes.hardware.prefill_hours(sizes.image_parameters, tokens),
+        stored=sizes.images * VECTOR_BYTES,
+    )
 
 
 class ImageEncoding(Protocol):

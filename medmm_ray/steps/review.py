@@ -23,6 +23,7 @@ from medmm_ray.config import Config, Splits, execution
 from medmm_ray.data.records import Labels, ReviewItem, StepLabel, to_arrow_lists
 from medmm_ray.data.sources import WITH_TRUTH, DrawnPicture, load_with_truth
 from medmm_ray.data.tables import attach
+from medmm_ray.estimate import Line
 from medmm_ray.stats.label_arrays import (
     RIGHT,
     UNLABELLED,
@@ -80,6 +81,12 @@ class ReviewConfig(Config):
                 "(python -m jobs.review_page recipe.yaml --export names one), and only they have one"
             )
         return self
+
+
+def review_cost(config: ReviewConfig, dollars_per_step: float) -> Line:
+    """The line of the experts' review."""
+    steps = config.review_steps
+    return Line(step="review", work=f"{steps:,} steps", calls=steps, dollars=steps * dollars_per_step)
 
 
 def queue(

@@ -38,6 +38,7 @@ from medmm_ray.engines.llm.client import ApiEngine
 from medmm_ray.engines.llm.policy import ApiPolicy
 from medmm_ray.engines.llm.served import joined_names
 from medmm_ray.engines.vllm_engine import ActorPool, VllmEngine, actor_options
+from medmm_ray.estimate import BYTES_PER_TOKEN, Line, Sizes
 from medmm_ray.text import extract_answer, split_steps
 from medmm_ray.text.quality import FAULTS, fault
 
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
 VERSION = 4  # of what a step makes: raise it when the same config makes something else
+DRAWN_PER_KEPT = 1.25  # samples, with Med-PRM's filter of 3 to 9 steps; what the estimate assumes
 
 
 class PolicyApi(ApiEngine, ActorPool):
@@ -120,6 +122,25 @@ class SampleConfig(Config):
     def sampling(self) -> Sampling:
         """How the policy is sampled."""
         return Sampling(self.temperature, self.top_k, self.top_p, self.max_tokens)
+
+
+def sample_cost(config: SampleConfig, sizes: Sizes) -> Line:
+    """The line of sampling, before it runs."""
+    policy = sizes.policy
+    samples = sizes.solutions * DRAWN_PER_KEPT
+    # The prefix cache of an engine takes in a question once for all of its samples; an API is sent it for each.
+    is_api = isinstance(config.engine, PolicyApi)
+    input_tokens = (samples if is_api else sizes.questions) * sizes.prefix_tokens(config.num_documents)
+    output_tokens = samples * sizes.solution_tokens
+    return Line(
+        step="sample",
+        work=f"{sizes.solutions:,} solutions kept of {samples:,.0f}",
+        calls=samples if is_api else 0,
+        tokens=input_tokens + output_tokens,
+        dollars=policy.dollars(input_tokens, output_tokens),
+        gpu_hours=policy.gpu_hours(sizes.hardware, input_tokens, output_tokens),
+        stored=sizes.solutions * sizes.solution_tokens * BYTES_PER_TOKEN,
+    )
 
 
 def sample(

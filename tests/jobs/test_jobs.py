@@ -18,7 +18,7 @@ from medmm_ray.config import ConfigError
 from medmm_ray.data.records import Vector, to_arrow
 from medmm_ray.data.tables import Table, TableError, write_rows
 from medmm_ray.engines.llm import prices
-from medmm_ray.estimate import Estimate, estimate
+from medmm_ray.estimate import Estimate
 from medmm_ray.steps.audit.gates import GateError
 
 RECIPES = sorted(Path("jobs/recipes").glob("*.yaml"))
@@ -59,17 +59,17 @@ def test_shipped_recipes_plan(recipe: Path, capsys: pytest.CaptureFixture[str]) 
 
 def estimated(*words: str) -> Estimate:
     recipe = load_recipe(["jobs/recipes/medmm.yaml", "run=s3://bucket/run", *words])
-    return estimate(plan.plan_of(recipe, Run(recipe)), recipe.without)
+    return plan.estimate(recipe, Run(recipe), recipe.without)
 
 
 def test_medmm_stays_within_the_published_budget() -> None:
     """$2,500 for the judge and $3,900 in all; the judge reads all 64 solutions of 11,000 questions, at token prices."""
     result = estimated()
-    judge, planned = result.line("judge"), result.plan
-    work = planned.workload
-    assert (work.train_questions, work.train_samples, planned.reviewing.steps) == (10_000, 64, 1000)
+    judge, sizes = result.line("judge"), result.sizes
+    assert (sizes.train_questions, sizes.train_samples, result.line("review").calls) == (10_000, 64, 1000)
     assert judge.calls == 11_000 * 64
-    assert judge.dollars < planned.max_dollars["judge"] == 2500
+    assert load_recipe(["jobs/recipes/medmm.yaml"]).apis[FLASH].max_cost_usd == 2500
+    assert judge.dollars < 2500
     assert not any("will stop" in note for note in result.notes)
     assert result.dollars < 3900
     assert estimated("judge.max_solutions=2").line("judge").calls == 22_000
@@ -147,8 +147,8 @@ def test_the_plan_says_where_its_word_replaces_the_recipes() -> None:
 
 def test_a_policy_behind_an_api_is_priced_and_steps_left_out_are_not(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["jobs/recipes/medmm.yaml", "run=s3://bucket/run", *API, "sample.top_k=0"]
-    planned = plan.plan_of(recipe := load_recipe(words), Run(recipe))
-    assert (planned.policy.parameters, planned.policy.output_price) == (0, 10.0)
+    policy = plan.sizes_of(load_recipe(words)).policy
+    assert (policy.parameters, policy.output_price) == (0, 10.0)
     assert pipeline.main([*words, "--dry-run"]) == 0
     estimate = capsys.readouterr().out.partition("Estimate")[2]
     assert "tree_search" not in estimate
@@ -211,13 +211,13 @@ def test_a_second_judge_is_part_of_the_labels_and_of_the_estimate(capsys: pytest
 def test_plan_asks_for_numbers_that_it_cannot_know() -> None:
     recipe = load_recipe(["jobs/recipes/smollm2.yaml", "curate.max_test=null"])
     with pytest.raises(ConfigError, match=r"say plan.test_questions=N"):
-        plan.plan_of(recipe, Run(recipe))
+        plan.estimate(recipe, Run(recipe))
     recipe = load_recipe([TINY, "write_questions.per_image=1", "write_questions.engine.model=gpt-4o"])
     with pytest.raises(ConfigError, match=r"say plan.written_images=N or write_questions.max_images=N"):
-        plan.plan_of(recipe, Run(recipe))
+        plan.estimate(recipe, Run(recipe))
     recipe = load_recipe([TINY, "plan.gpu=A1000"])
     with pytest.raises(ConfigError, match=r"plan\.gpu is 'A1000'; known: A100-80G"):
-        plan.plan_of(recipe, Run(recipe))
+        plan.estimate(recipe, Run(recipe))
 
 
 def test_graph_is_in_order_and_every_table_has_one_maker() -> None:

@@ -107,7 +107,9 @@ def _cell(
         peak = peak_bytes(ours, config.device)
         peak_reference = peak_bytes(lambda: reference_log_odds(model, ids[0], config.device), config.device)
         label = f"peak memory above the weights, {name}"
-        yield Measured(label, peak_reference / 2**20, peak / 2**20, peak / peak_reference, "≤ 0.5", "MiB")
+        # Without documents the reference's one solution is half as long as a row of ours.
+        most = "≤ 0.5" if case.documents else "≤ 1"
+        yield Measured(label, peak_reference / 2**20, peak / 2**20, peak / peak_reference, most, "MiB")
         if config.device == "cpu":
             seconds_onednn, _ = timed(ours, config.repeats, config.device)
             rate_onednn = len(ids) / seconds_onednn

@@ -16,9 +16,9 @@ START_S = 120.0  # moto imports for half a minute beside other work
 def environment() -> dict[str, str]:
     """Variables by which S3 clients find the server, at a port that is free now, whether it runs yet or not."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+        free_port = probe.getsockname()[1]
     return {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port}",
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_DEFAULT_REGION": "us-east-1",
@@ -26,15 +26,19 @@ def environment() -> dict[str, str]:
     }
 
 
+def port() -> int:
+    """The port that the environment names."""
+    return int(os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2])
+
+
 @contextmanager
 def serving(bucket: str = "bucket") -> Iterator[str]:
     """The URI of an empty bucket while the block runs; at the address that the environment names."""
     address = os.environ["AWS_ENDPOINT_URL"]
-    port = address.rpartition(":")[2]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", port]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port())]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
-            _await(server, int(port))
+            _await(server, port())
             httpx.put(f"{address}/{bucket}", trust_env=False).raise_for_status()
             yield f"s3://{bucket}"
         finally:

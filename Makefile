@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-fast check lint-cluster locks format chaos serve cluster-up cluster-down clean
+.PHONY: help env quickstart test coverage test-fast check lint-cluster locks format chaos serve cluster-up cluster-down clean
 PY := .venv/bin/python
 RUN ?= runs/quickstart
 PARALLEL ?= -n 2 --dist loadfile
@@ -14,7 +14,10 @@ quickstart: env  ## the whole pipeline on phantoms, the report, one served query
 	@$(PY) -m jobs.pipeline jobs/recipes/quickstart.yaml run=$(RUN)
 	@$(PY) -m jobs.query jobs/recipes/quickstart.yaml run=$(RUN)
 
-test: env  ## all tests, real engines included, with line coverage
+test: env  ## all tests, real engines included
+	@$(PY) -m pytest $(PARALLEL) -m "not chaos and not gpu"
+
+coverage: env  ## the same with line coverage, some minutes longer
 	@$(PY) -m pytest $(PARALLEL) -m "not chaos and not gpu" --cov --cov-report=term
 
 test-fast: env  ## the tests without engines (2-3 minutes)

@@ -10,6 +10,7 @@ stable names are ``<run>/two_tower`` and ``<run>/two_tower/latest``: `follow` re
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 import uuid
@@ -264,6 +265,42 @@ def create_file(fs: pafs.FileSystem, path: str, content: bytes) -> bool:
     except OSError as error:
         raise _cannot_write(path, error) from error
     return True
+
+
+def place_file(fs: pafs.FileSystem, source: str, target: str) -> None:
+    """Give a file another place, whole or not at all: as a second name on a disk that has such, else as a copy.
+
+    What is at `target` is replaced. Raises FileNotFoundError where `source` is gone.
+    """
+    if isinstance(fs, pafs.LocalFileSystem):
+        scratch = f"{target}.{uuid.uuid4().hex}.tmp"
+        try:
+            os.link(source, scratch)
+        except FileNotFoundError:
+            raise
+        except OSError:  # a disk without hard links
+            fs.copy_file(source, scratch)
+        Path(scratch).replace(target)
+        # Where both are names of one file already, a rename does nothing.
+        Path(scratch).unlink(missing_ok=True)
+    else:
+        # Not `copy_file`, which S3 refuses above 5 GiB.
+        pafs.copy_files(source, target, source_filesystem=fs, destination_filesystem=fs)
+
+
+def delete_folder(fs: pafs.FileSystem, path: str) -> None:
+    """Delete a folder, also where others delete it or write to it at this moment: what fails is left to them."""
+    if isinstance(fs, pafs.LocalFileSystem):
+        # Not `delete_dir`, which ends at the first file that another one was quicker to delete, and leaves the rest.
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            fs.delete_dir(path)
+
+
+def name_below(folder: str, path: str) -> str:
+    """The name of a file in a folder, as filesystems give paths: with or without a slash at the beginning."""
+    return path.strip("/").removeprefix(folder.strip("/")).strip("/")
 
 
 def _create_on_disk(path: str, content: bytes) -> None:

@@ -6,7 +6,6 @@ same one.
 """
 
 import hashlib
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from medmm_ray.data.artifacts import write_file
+from medmm_ray.data.artifacts import place_file, write_file
 from medmm_ray.data.part_log import THREADS
 from medmm_ray.data.parts import PARTS, Part, PartWriter, RecordFile, owners, read_rows
 
@@ -80,7 +79,7 @@ class Merge:
         """Write the file; gives its name."""
         if len(self.parts) == 1:
             name = self.parts[0].name
-            _link(
+            place_file(
                 self.fs,
                 f"{self.folder}/{PARTS}/{name}",
                 f"{self.folder}/{name}",
@@ -134,20 +133,3 @@ def _run_all(merges: Sequence[Merge]) -> list[str]:
             run_merge = ray.remote(num_cpus=1)(Merge.run)
             return list(ray.get([run_merge.remote(merge) for merge in merges]))
     return [merge.run() for merge in merges]
-
-
-def _link(fs: pafs.FileSystem, source: str, target: str) -> None:
-    """Give a file a second name; a copy where the filesystem knows no hard links."""
-    if isinstance(fs, pafs.LocalFileSystem):
-        try:
-            os.link(source, target)
-            return
-        except FileExistsError:  # of the same name is of the same content
-            return
-        except FileNotFoundError:
-            raise
-        except OSError:  # a disk without hard links
-            with fs.open_input_stream(source, compression=None) as stream:
-                write_file(fs, target, stream.read())
-            return
-    fs.copy_file(source, target)

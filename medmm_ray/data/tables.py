@@ -32,6 +32,7 @@ from medmm_ray.data.artifacts import (
     Provenance,
     TableError,
     code_revision,
+    delete_folder,
     filesystem,
     follow,
     package_versions,
@@ -320,12 +321,12 @@ class Table(Artifact):
         self._delete_parts()
         for entry in self.fs.get_file_info(pafs.FileSelector(self.path)):
             if entry.base_name.endswith(".parquet") and entry.base_name not in manifest.files:
-                self.fs.delete_file(entry.path)
+                with suppress(FileNotFoundError):  # another driver was quicker
+                    self.fs.delete_file(entry.path)
 
     def _delete_parts(self) -> None:
         # A worker that outlived its driver may write there at this moment: what it leaves is read by nobody.
-        with suppress(OSError):
-            self.fs.delete_dir(self._parts_path)
+        delete_folder(self.fs, self._parts_path)
 
     def _check_ids(self, parts: Iterable[Part], expected: set[str]) -> None:
         """Raise `TableError` where the part files do not hold exactly the expected ids."""

@@ -8,8 +8,6 @@ was killed in between. The other tries take the winner's artifact as their own.
 
 import json
 import logging
-import os
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +15,18 @@ from pathlib import Path
 
 from pyarrow import fs as pafs
 
-from medmm_ray.data.artifacts import MANIFEST, Artifact, Manifest, Provenance, TableError, create_file, read_file
+from medmm_ray.data.artifacts import (
+    MANIFEST,
+    Artifact,
+    Manifest,
+    Provenance,
+    TableError,
+    create_file,
+    delete_folder,
+    name_below,
+    place_file,
+    read_file,
+)
 
 log = logging.getLogger("medmm_ray")
 TRIES = ".tries"
@@ -188,8 +197,7 @@ def _publish(artifact: Artifact, name: str) -> Manifest:
 
 def _delete_all(artifact: Artifact) -> None:
     """Delete the tries at a complete artifact, also those that go on."""
-    with suppress(OSError):  # one may write there at this moment
-        artifact.fs.delete_dir(f"{artifact.path}/{TRIES}")
+    delete_folder(artifact.fs, f"{artifact.path}/{TRIES}")
 
 
 def _place_files(artifact: Artifact, folder: str) -> None:
@@ -204,29 +212,11 @@ def _place_all(fs: pafs.FileSystem, folder: str, target_folder: str) -> None:
     """Give each file of a folder but the manifest its place in another."""
     # One by one: `copy_files` of a folder refuses filesystems that name paths another way.
     for source in _files_below(fs, folder):
-        name = source.strip("/").removeprefix(folder.strip("/")).strip("/")
+        name = name_below(folder, source)
         if name != MANIFEST:
             target = f"{target_folder}/{name}"
             fs.create_dir(target.rpartition("/")[0], recursive=True)
-            _place(fs, source, target)
-
-
-def _place(fs: pafs.FileSystem, source: str, target: str) -> None:
-    """Give a file its place: as a second name on a disk that has such, else as a copy."""
-    if isinstance(fs, pafs.LocalFileSystem):
-        scratch = f"{target}.{uuid.uuid4().hex}.tmp"
-        try:
-            os.link(source, scratch)
-        except FileNotFoundError:
-            raise
-        except OSError:  # a disk without hard links
-            fs.copy_file(source, scratch)
-        Path(scratch).replace(target)
-        # Where both are names of one file already, a rename does nothing.
-        Path(scratch).unlink(missing_ok=True)
-    else:
-        # Not `copy_file`, which S3 refuses above 5 GiB.
-        pafs.copy_files(source, target, source_filesystem=fs, destination_filesystem=fs)
+            place_file(fs, source, target)
 
 
 def _files_below(fs: pafs.FileSystem, folder: str) -> Iterator[str]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from pyarrow import fs as pafs
 
 from medmm_ray.config import ConfigError, digest
-from medmm_ray.data.artifacts import filesystem, follow
+from medmm_ray.data.artifacts import filesystem, follow, name_below
 
 HUB_PREFIX = "hf-hub:"
 PACKAGE_PREFIX = "package:"
@@ -152,7 +152,7 @@ def _copy(fs: pafs.FileSystem, path: str, files: Sequence[pafs.FileInfo], folder
     # Not `copy_files`, which refuses filesystems that name paths another way.
     ranges = []
     for file in files:
-        target = folder / file.path.strip("/").removeprefix(path.strip("/")).strip("/")
+        target = folder / name_below(path, file.path)
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("wb") as sink:
             sink.truncate(file.size)

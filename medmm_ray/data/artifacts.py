@@ -86,6 +86,11 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         return pafs.PyFileSystem(handler), path
 
 
+def is_shared(fs: pafs.FileSystem) -> bool:
+    """Whether other processes see the same files: those of ``memory://`` are this process's own."""
+    return str(fs.type_name) != "py::fsspec+memory"
+
+
 class Artifact:
     """A folder that is complete when its manifest exists.
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from medmm_ray.data.artifacts import place_file, write_file
+from medmm_ray.data.artifacts import is_shared, place_file, write_file
 from medmm_ray.data.part_log import THREADS
 from medmm_ray.data.parts import PARTS, Part, PartWriter, RecordFile, owners, read_rows
 
@@ -126,7 +126,7 @@ def compact(
 
 def _run_all(merges: Sequence[Merge]) -> list[str]:
     """The files, made on all machines of a Ray session where there is one: rows never pass through the driver."""
-    if len(merges) > 1 and "ray" in sys.modules:
+    if len(merges) > 1 and "ray" in sys.modules and is_shared(merges[0].fs):
         import ray
 
         if ray.is_initialized():

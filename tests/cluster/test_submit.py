@@ -17,6 +17,7 @@ import pytest
 
 from tests.doubles import tiny_reward_model
 from tests.doubles.listeners import attack, guard, is_reachable, listeners, outer_addresses
+from tests.doubles.serving import serving
 from tests.paths import ROOT
 
 LOCAL = ROOT / "cluster" / "local"
@@ -79,23 +80,9 @@ class LocalCluster:
     @contextmanager
     def serving(self, model: Path) -> Iterator[str]:
         """The address of `model`, served in this cluster by a driver that joins it."""
-        command = [sys.executable, "-m", "tests.cluster.serving", str(model)]
-        joining = {"RAY_ADDRESS": f"127.0.0.1:{self.port + 1}", "PYTHONPATH": str(ROOT)}
-        with subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=with_token(self.port) | joining,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as driver:
-            assert driver.stdin
-            assert driver.stdout
-            url = driver.stdout.readline().strip()
-            assert url, f"the driver ended with {driver.wait()}"
+        joining = {"RAY_ADDRESS": f"127.0.0.1:{self.port + 1}"}
+        with serving(model, with_token(self.port) | joining) as (url, _):
             yield url
-            driver.stdin.close()  # it waits for that
-            assert driver.wait(timeout=60) == 0
 
 
 @pytest.fixture(scope="module")

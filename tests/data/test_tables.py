@@ -169,6 +169,17 @@ def test_parts_become_files_of_about_the_target_size(target_bytes: int, num_file
     assert {entry.base_name for entry in listing} == {"manifest.json", *manifest.files}
 
 
+@pytest.mark.engine
+@pytest.mark.usefixtures("ray_session")
+def test_parts_are_merged_where_they_can_be_read_in_a_ray_session(uri: str) -> None:
+    table = Table(uri, Vector, target_bytes=3_500)
+    table.prepare()
+    for row_id in "abcdef":
+        table.write_part(vectors(row_id), "item_id")
+    assert len(table.finish(ORIGIN, "item_id", "abcdef", seconds=0).files) == 2
+    assert sorted(table.to_arrow()["item_id"].to_pylist()) == list("abcdef")
+
+
 def states_of(question: str, number: int) -> dict[str, Any]:
     """A question's row with so many entries of states, each with its own number in its bytes."""
     entries = [

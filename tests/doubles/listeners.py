@@ -17,8 +17,6 @@ import grpc  # type: ignore[import-untyped]
 import httpx
 import psutil
 
-from tests.doubles import object_store
-
 # What a replica's gRPC server unpickles: field 1 of the request is the metadata.
 REPLICA_METHOD = "/ray.serve.ASGIService/HandleRequest"
 # Without a Python stub. `ray.rpc.syncer.RaySyncer` has none either and is left out: after an empty call to it the GCS
@@ -42,17 +40,13 @@ class Listener:
 
 
 def listeners(root: psutil.Process, until: Collection[str] = ()) -> list[Listener]:
-    """Listening TCP sockets of `root` and all below it; processes of the names in `until` are waited for.
-
-    The object store of other tests is left out: it is a double, and no part of what is tested.
-    """
+    """Listening TCP sockets of `root` and all below it; processes of the names in `until` are waited for."""
     deadline = time.monotonic() + 60
     while True:
         found = [
             Listener(process.name(), ip, port)
             for process in (root, *root.children(recursive=True))
             for ip, port in _listening(process)
-            if port != object_store.port()
         ]
         missing = set(until) - {listener.process for listener in found}
         if not missing:

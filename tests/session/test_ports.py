@@ -8,33 +8,33 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
-from medmm_ray.service.app import ServeConfig, running
 from tests.doubles import tiny_reward_model
 from tests.doubles.listeners import attack, guard, is_reachable, listeners, outer_addresses
+from tests.doubles.serving import serving
 
-pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("ray_session")]
+AGENTS = ("gcs_server", "raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+
+pytestmark = pytest.mark.engine
 
 
-def test_with_an_application_up_nobody_without_the_token_runs_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_with_an_application_up_nobody_without_the_token_runs_code(tmp_path: Path) -> None:
     outer = outer_addresses()
     if not outer:
         pytest.skip("this machine has no address but loopback")
-    monkeypatch.delenv("MEDMM_TOKEN", raising=False)
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MEDMM_"))}
     model, marker = tiny_reward_model.save(tmp_path / "model"), tmp_path / "marker"
-    with running(ServeConfig(model=str(model), port=0, num_cpus=0.5)) as url:
-        agents = ("gcs_server", "raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
-        tree = listeners(psutil.Process(), until=agents)
+    with serving(model, env) as (url, driver):
+        tree = listeners(driver, until=AGENTS)
         open_outside = [(host, heard) for heard in tree for host in outer if is_reachable(host, heard.port)]
         assert {heard.process for _, heard in open_outside} == {"ray::ServeReplica:medmm:Reranker"}
+        token = token_of(driver)
         for host, heard in open_outside:
             assert not heard.is_loopback
             assert attack(host, heard.port, marker) == "UNAUTHENTICATED"
             assert attack(host, heard.port, marker, token=secrets.token_hex(32)) == "UNAUTHENTICATED"
             assert not marker.exists()
             # The call is the right one, and the token all that was missing (in disabled mode it runs without).
-            attack(host, heard.port, marker, token=os.environ["RAY_AUTH_TOKEN"])
+            attack(host, heard.port, marker, token=token)
             marker.rmdir()
         guards = {heard: guard("127.0.0.1", heard.port) for heard in tree if heard.port != urlsplit(url).port}
     assert set(guards.values()) == {"token over gRPC", "token over HTTP", "none: metrics"}, guards
@@ -42,6 +42,13 @@ def test_with_an_application_up_nobody_without_the_token_runs_code(
         assert heard.is_loopback or kind == "token over gRPC", heard
 
 
+def token_of(driver: psutil.Process) -> str:
+    """The token of the session that `driver` started: its processes inherit it."""
+    gcs_server = next(process for process in driver.children(recursive=True) if process.name() == "gcs_server")
+    return gcs_server.environ()["RAY_AUTH_TOKEN"]
+
+
+@pytest.mark.usefixtures("ray_session")
 def test_the_token_is_on_no_command_line_and_in_no_file_of_ray() -> None:
     import ray
 

@@ -188,7 +188,8 @@ class ModelServer:
 
 async def _send(request: web.Request, answer: Answer) -> tuple[web.StreamResponse, bool]:
     """Send an answer; the response, and whether it went whole and right."""
-    assert request.transport is not None, "it is there as long as the handler runs"
+    if request.transport is None:
+        raise ConnectionResetError("who asked is gone")
     response = _response(answer)
     content = response.body
     assert isinstance(content, bytes), "not a stream"

@@ -2,8 +2,11 @@
 
 import subprocess
 import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 from pyarrow.fs import FileSelector
@@ -11,6 +14,7 @@ from pyarrow.fs import FileSelector
 from medmm_ray.data.artifacts import create_file, filesystem
 from medmm_ray.data.records import Vector
 from medmm_ray.data.tables import Table, rows_hash
+from tests.doubles.object_store import one_by_one
 
 FINISH = """
 import sys
@@ -97,6 +101,29 @@ def test_of_those_that_create_a_file_one_is_first(tmp_path: Path) -> None:
 
 def test_of_those_that_create_an_object_one_is_first(bucket: str) -> None:
     check_that_one_is_first(f"{bucket}/files")
+
+
+def test_the_store_that_tests_use_answers_one_request_at_a_time() -> None:
+    """Moto looks whether an object is there and writes it later: between the two another request must not come."""
+    objects: set[str] = set()
+
+    def put_if_absent(environ: dict[str, Any], _: object) -> Iterable[bytes]:
+        key = environ["PATH_INFO"]
+        is_first = key not in objects
+        time.sleep(0.005)
+        objects.add(key)
+        return [b"first" if is_first else b"late"]
+
+    def put(application: Any, key: str) -> bytes:
+        return b"".join(application({"PATH_INFO": key}, None))
+
+    keys = [f"key {number // 8}" for number in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda key: put(one_by_one(put_if_absent), key), ["as it is"] * 8))
+        assert answers.count(b"first") > 1  # eight locks are none
+        application = one_by_one(put_if_absent)
+        answers = list(pool.map(lambda key: put(application, key), keys))
+    assert answers.count(b"first") == 3
 
 
 def test_a_file_in_memory_is_created_once(tmp_path: Path) -> None:

@@ -4,13 +4,17 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import httpx
 
 START_S = 120.0  # moto imports for half a minute beside other work
+Application = Callable[[dict[str, Any], Any], Iterable[bytes]]
 
 
 def environment() -> dict[str, str]:
@@ -35,8 +39,9 @@ def port() -> int:
 def serving(bucket: str = "bucket") -> Iterator[str]:
     """The URI of an empty bucket while the block runs; at the address that the environment names."""
     address = os.environ["AWS_ENDPOINT_URL"]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port())]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+    command = [sys.executable, "-m", __name__, str(port())]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
             _await(server, port())
             httpx.put(f"{address}/{bucket}", trust_env=False).raise_for_status()
@@ -54,3 +59,33 @@ def _await(server: subprocess.Popen[bytes], port: int) -> None:
                 return
         time.sleep(0.1)
     raise AssertionError(f"moto did not listen on port {port} within {START_S:g} s")
+
+
+def one_by_one(application: Application) -> Application:
+    """The application, of which one request is answered at a time.
+
+    A store's conditional put is atomic. Moto's is not: it looks whether there is such an object and writes it later,
+    so that two threads of its server may both be told that they were first.
+    """
+    lock = threading.Lock()
+
+    def answer(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        with lock:
+            return application(environ, start_response)
+
+    return answer
+
+
+def serve(port: int) -> None:
+    """Serve moto at a port of this machine until the process ends."""
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+    from werkzeug.serving import run_simple
+
+    # So that moto finds its own address, as its command line does.
+    os.environ["MOTO_PORT"] = str(port)
+    application = one_by_one(DomainDispatcherApplication(create_backend_app))
+    run_simple("127.0.0.1", port, application, threaded=True, request_handler=MotoRequestHandler)
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]))

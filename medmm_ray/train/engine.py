@@ -63,6 +63,16 @@ def parameter_groups(
     return settings
 
 
+def _skip_compilation() -> None:
+    """Keep DeepSpeed from compiling its all-reduce in shared memory, which is for inference on CPUs.
+
+    It takes a minute or more on each machine, and a kill meanwhile leaves a lock on which every later start waits.
+    """
+    from deepspeed import ops
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 class Engine:
     """A stage's `module`, trained through DeepSpeed.
 
@@ -92,6 +102,7 @@ class Engine:
         self._reshape_scalars((1,))
         groups = parameter_groups(module, config.learning_rate, rates, config.weight_decay)
         self.adam = torch.optim.AdamW(groups)
+        _skip_compilation()
         self.engine, *_ = deepspeed.initialize(
             model=_loss_module(module, loss),
             optimizer=self.adam,

@@ -281,6 +281,13 @@ def flat(found: dict[str, Any], kind: str) -> Any:
     return torch.cat([found[key].flatten() for key in sorted(found) if key.startswith(f"{kind}:")])
 
 
+def test_deepspeed_compiles_nothing_where_a_training_starts(whole: Path) -> None:
+    from deepspeed.comm.comm import cdb
+
+    assert whole.exists()
+    assert cdb.shm_comm_op is None
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_gradient_is_that_of_the_solutions_one_by_one(two: Path, inputs: Inputs, name: str) -> None:
     from safetensors.torch import load_file

@@ -47,6 +47,7 @@ class Step:
     """One step: the names that it reads and makes, and a line about it for people.
 
     `shares` names settings of other steps that decide what this one makes, where it does not read their tables.
+    `follows` is a table that it reads one row at a time, so that it can begin before the others are there.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Step:
     makes: Mapping[str, type | None]
     version: int
     shares: tuple[str, ...] = ()
+    follows: str | None = None
 
 
 LABELS = ("judge_labels", "monte_carlo_labels", "expert_labels")
@@ -135,6 +137,7 @@ STEPS = (
         makes={"judge_labels": Labels},
         version=judge.VERSION,
         shares=("second_judge",),
+        follows="solutions",
     ),
     Step(
         "monte_carlo",

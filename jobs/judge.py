@@ -20,12 +20,9 @@ def run(job: Job) -> None:
     if job.recipe.second_judge:
         judges.append((job.recipe.second_judge, model_of(job, job.recipe.second_judge)))
     second = judges[1] if len(judges) > 1 else None
-    source = job.table("solutions").dataset(rows_per_block=32)
-    ids = job.read("solutions", ["question_id"])["question_id"].to_pylist()
-    job.make(
+    job.make_of_each(
         "judge_labels",
-        source,
-        ids,
+        "solutions",
         lambda ds: judge(ds, config, model=model, apis=apis, second=second, **tables),
         "question_id",
         "labels",

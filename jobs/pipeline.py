@@ -22,10 +22,11 @@ from rich.text import Text
 
 from jobs.entry import launch, parser, read_arguments
 from jobs.graph import BY_NAME, STEPS, Step
+from jobs.overlap import run_steps
 from jobs.preflight import require
 from jobs.recipe import Recipe
 from jobs.resources import ResourceSampler
-from jobs.step import Job, Run, run_step
+from jobs.step import Job, Run
 from medmm_ray.config import ConfigError
 from medmm_ray.data.artifacts import read_file
 from medmm_ray.data.json_documents import from_json
@@ -54,8 +55,8 @@ class Board:
         self.run = run
         self.statuses = {step.name: StepStatus(step) for step in steps}
         self.console = console
-        self.job: Job | None = None
-        self._started = time.monotonic()
+        self._jobs: dict[str, Job] = {}  # those that run, with their beginnings
+        self._started: dict[str, float] = {}
         self._done = threading.Event()
 
     def live(self) -> "Live | nullcontext[None]":
@@ -68,7 +69,8 @@ class Board:
 
     def start(self, step: Step, job: Job) -> None:
         """A step runs from now on."""
-        self.job, self._started = job, time.monotonic()
+        self._started[step.name] = time.monotonic()
+        self._jobs[step.name] = job
         self._change(step, "running")
 
     def finish(self, step: Step, state: str) -> None:
@@ -83,10 +85,9 @@ class Board:
         # An artifact, such as a model, has no rows to tell of.
         status.rows, status.seconds = num_rows or None, seconds
         status.note = ", ".join(errors)
-        notes = self.job.notes if self.job else []
-        self.job = None
+        job = self._jobs.pop(step.name, None)
         self._change(step, state)
-        for line in notes:
+        for line in job.notes if job else ():
             self.console.print(f"  {step.name}: {line}", style=None, markup=False, highlight=False, soft_wrap=True)
 
     def skip(self, step: Step) -> None:
@@ -95,7 +96,7 @@ class Board:
 
     def fail(self, step: Step, state: str) -> None:
         """A step has failed or was interrupted."""
-        self.job = None
+        self._jobs.pop(step.name, None)
         self._change(step, state)
 
     def _change(self, step: Step, state: str) -> None:
@@ -110,10 +111,9 @@ class Board:
 
     def _heartbeat(self) -> None:
         while not self._done.wait(HEARTBEAT_S):
-            if self.job is not None:
-                name = self.job.step.name
-                elapsed = time.monotonic() - self._started
-                self.console.print(f"{name:<18}{elapsed:8.0f} s  {self.job.progress()}")
+            for name, job in list(self._jobs.items()):
+                elapsed = time.monotonic() - self._started[name]
+                self.console.print(f"{name:<18}{elapsed:8.0f} s  {job.progress()}")
 
     def close(self) -> None:
         """End the heartbeat."""
@@ -127,8 +127,8 @@ class Board:
         grid.add_column("waiting for")
         for status in self.statuses.values():
             step, note, seconds = status.step, status.note, status.seconds
-            if self.job is not None and step.name == self.job.step.name:
-                note, seconds = self.job.progress(), time.monotonic() - self._started
+            if (job := self._jobs.get(step.name)) is not None:
+                note, seconds = job.progress(), time.monotonic() - self._started[step.name]
             state = Text(status.state, STYLES.get(status.state, ""))
             rows = f"{status.rows:,}" if status.rows else ""
             time_taken = "" if seconds is None else f"{seconds:.1f}"
@@ -151,7 +151,7 @@ def chosen(first: str | None, last: str | None) -> list[Step]:
 
 
 def run_pipeline(recipe: Recipe, steps: Sequence[Step], console: Console) -> Run:
-    """Run `steps` in order in one Ray session; none is started if all are complete."""
+    """Run `steps` in one Ray session; none is started if all are complete."""
     run = Run(recipe)
     board = Board(run, steps, console)
     todo = []
@@ -181,13 +181,7 @@ def _run_steps(run: Run, steps: Sequence[Step], board: Board) -> None:
 
     with ResourceSampler() as resources, session():
         started = time.monotonic()
-        for step in steps:
-            try:
-                run_step(run, step, lambda job: board.start(job.step, job))
-            except BaseException as error:  # Ctrl-C too: the board shows where it hit
-                board.fail(step, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
-                raise
-            board.finish(step, "done")
+        for step in run_steps(run, steps, board):
             _write_usage(run, step, resources, time.monotonic() - started)
 
 

@@ -77,6 +77,8 @@ class Recipe(Config):
     """Share of a table's rows that may fail before its step counts as failed."""
     without: tuple[str, ...] = ("tree_search",)
     """Steps that are left out; the tables that they would make are read as empty."""
+    overlap: bool = execution(True)
+    """Whether an API judges the first questions' solutions while the others' are still sampled."""
     models: ModelsConfig = ModelsConfig()
     """Checkpoints that are there already."""
     apis: dict[str, ApiConfig] = execution({})

@@ -17,6 +17,7 @@ from jobs.placement import with_placement
 from jobs.recipe import Recipe
 from medmm_ray.config import ConfigError, digest, identity, load
 from medmm_ray.data import tries
+from medmm_ray.data.handover import Handover
 from medmm_ray.data.tables import Artifact, Manifest, Provenance, Table, TableError, chosen, pending, write_rows
 from medmm_ray.engines.llm.access import Apis
 from medmm_ray.engines.vllm_engine import VllmEngine
@@ -140,14 +141,16 @@ class Run:
 class Job:
     """One step of a run while it is worked on.
 
-    `waiting` says in a few words what is being waited for, `notes` what is to be shown when the step is done.
+    `waiting` says in a few words what is being waited for, `notes` what is to be shown when the step is done. Through
+    `handover` rows go to the step that follows this one, or come from the one that it follows.
     """
 
-    def __init__(self, run: Run, step: Step) -> None:
+    def __init__(self, run: Run, step: Step, handover: Handover | None = None) -> None:
         self.run = run
         self.step = step
         self.recipe = run.recipe
         self.config = run.section(step)
+        self.handover = handover
         self.waiting = "starting"
         self.notes: list[str] = []
         self._table_in_progress: tuple[Table, int] | None = None  # and its rows when it is whole
@@ -226,10 +229,57 @@ class Job:
         if done_ids:
             log.info("%s: %d of %d rows are there, resuming", name, len(done_ids), len(expected_ids))
         output_key = output_key or key
+        handover = self.handover if self.handover and self.handover.name == name else None
+        if handover:
+            handover.begin(table, output_key, len(expected_ids))
         if set(expected_ids) - done_ids:  # else a run was killed between its last row and the manifest
-            table.write(transform(pending(source, key, done_ids)), output_key, explode)
-        limit = self.recipe.max_error_rate
-        self.report(name, table.finish(self.origin(name), output_key, expected_ids, self.seconds(), limit))
+            rows = transform(pending(source, key, done_ids))
+            table.write(rows, output_key, explode, handover.add if handover else lambda _: None)
+        if handover:
+            handover.flush()
+        limit, keeps_parts = self.recipe.max_error_rate, handover is not None
+        manifest = table.finish(
+            self.origin(name), output_key, expected_ids, self.seconds(), limit, keeps_parts=keeps_parts
+        )
+        self.report(name, manifest)
+
+    def make_of_each(
+        self,
+        name: str,
+        source: str,
+        transform: "Callable[[Dataset], Dataset]",
+        key: str,
+        explode: str | None = None,
+    ) -> None:
+        """`make` of the rows of the table `source`; of one that is still being made, as its rows come.
+
+        Raises `TableError` where that one is not completed; what was made of its rows so far stays.
+        """
+        if self.handover and self.handover.name == source and not self.handover.is_empty:
+            self._make_meanwhile(name, self.handover, transform, key, explode)
+        table = self.run.table(source)
+        ids = table.to_arrow([key])[key].to_pylist()
+        # The rest: of a table that came through a handover, rows with an error.
+        self.make(name, table.dataset(rows_per_block=32), ids, transform, key, explode)
+        table.delete_leftovers()  # the parts stay while they are read
+
+    def _make_meanwhile(
+        self,
+        name: str,
+        handover: Handover,
+        transform: "Callable[[Dataset], Dataset]",
+        key: str,
+        explode: str | None,
+    ) -> None:
+        table = self.run.table(name)
+        if table.is_complete:
+            return
+        table.prepare()
+        done_ids = table.done_ids()
+        self.waiting, self._table_in_progress = f"rows of {name}", (table, handover.num_rows)
+        table.write(transform(pending(handover.dataset(), key, done_ids)), key, explode)
+        if handover.has_failed:
+            raise TableError(f"{self.step.name} reads {handover.name}, which was not completed; run again to go on")
 
     def make_rows(self, name: str, rows: Sequence[Any], key: str, figures: dict[str, float] | None = None) -> None:
         """Make a small table from rows that the driver has; `figures` go into its manifest."""
@@ -274,16 +324,25 @@ class Job:
         return f"{self.waiting}: {progress}" if progress else self.waiting
 
 
-def run_step(run: Run, step: Step, started: Callable[[Job], None] = lambda _: None) -> None:
-    """Run one step in the present Ray session; what it reads must be complete. `started` is called with its job."""
+def run_step(
+    run: Run,
+    step: Step,
+    started: Callable[[Job], None] = lambda _: None,
+    handover: Handover | None = None,
+) -> None:
+    """Run one step in the present Ray session; what it reads must be complete, or come by `handover`.
+
+    `started` is called with its job.
+    """
     for name in step.reads:
         maker = MAKER[name]
-        if not run.skipped(maker) and not run.artifact(name).is_complete:
+        comes_by_handover = handover is not None and handover.name == name
+        if not run.skipped(maker) and not comes_by_handover and not run.artifact(name).is_complete:
             raise TableError(
                 f"{step.name} reads {name}, which is not complete ({run.uri(name)}). Run python -m jobs.{maker.name} "
                 f"with the same recipe first, or python -m jobs.pipeline with --until {step.name}"
             )
-    job = Job(run, step)
+    job = Job(run, step, handover)
     started(job)
     import_module(f"jobs.{step.name}").run(job)
 

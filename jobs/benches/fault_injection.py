@@ -54,9 +54,11 @@ class Driver:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         self.log = log
         self.step_seconds: dict[str, float] = {}
+        self.step_starts: dict[str, float] = {}
+        """When each step began last, by the monotonic clock."""
         self._read_chars = 0
-        self._step = ""
-        self._step_start = self._last_line = time.monotonic()
+        self._running: set[str] = set()
+        self._last_line = time.monotonic()
         with log.open("wb") as sink:
             self.process = subprocess.Popen(
                 command,
@@ -67,8 +69,8 @@ class Driver:
                 preexec_fn=_as_in_a_terminal,
             )
 
-    def step(self) -> tuple[str, float]:
-        """The step in progress, empty between two, and the seconds since it began.
+    def steps(self) -> dict[str, float]:
+        """The seconds since they began of the steps in progress.
 
         Raises RuntimeError where the driver hangs.
         """
@@ -80,13 +82,15 @@ class Driver:
         for line in new_lines.splitlines():
             word, _, name = line.partition(" ")
             if word == "begin":
-                self._step, self._step_start, self._last_line = name, now, now
-            elif word == "end" and name == self._step:
-                self.step_seconds[name] = now - self._step_start
-                self._step, self._last_line = "", now
+                self.step_starts[name] = self._last_line = now
+                self._running.add(name)
+            elif word == "end":
+                self.step_seconds[name] = now - self.step_starts[name]
+                self._running.remove(name)
+                self._last_line = now
         if now - self._last_line > STALL_S:
-            raise RuntimeError(f"the driver hangs in {self._step!r}:\n{output[-3000:]}")
-        return self._step, now - self._step_start
+            raise RuntimeError(f"the driver hangs in {', '.join(self._running)}:\n{output[-3000:]}")
+        return {name: now - self.step_starts[name] for name in self._running}
 
     def processes(self) -> list[psutil.Process]:
         """All processes of its session but itself."""
@@ -268,15 +272,16 @@ class FaultInjector:
                 if is_killed:
                     driver.process.wait(timeout=60)
             time.sleep(POLL_S)
-        driver.step()  # its last lines
+        driver.steps()  # its last lines
         return is_killed
 
     def _inject_due(self, driver: Driver) -> Fault | None:
-        """Inject the first fault whose moment in the present step has come."""
-        step, seconds = driver.step()
+        """Inject the first fault whose moment in a present step has come."""
+        seconds = driver.steps()
         for fault in self.pending:
-            is_due = fault.step == step and seconds >= fault.share * self.undisturbed[step]
+            step = fault.step
+            is_due = step in seconds and seconds[step] >= fault.share * self.undisturbed[step]
             if is_due and inject(fault.kind, driver, self.cluster, self.rng):
-                self.log(f"{fault.kind} at {seconds:.2f} s of {step}")
+                self.log(f"{fault.kind} at {seconds[step]:.2f} s of {step}")
                 return fault
         return None

@@ -1,10 +1,11 @@
 """Resuming: faults injected at random moments of each step, and the tables they leave, against an undisturbed run.
 
-The steps run on scripted engines (`jobs.benches.scripted`); Ray, its workers, tables and files are real. A worker, an
-actor of the step, or the machine they run on is killed under a driver that goes on; a driver that is killed,
-interrupted or loses its Ray is started again with the same command. Then no row may be missing, none be there
-twice, and each table be the undisturbed run's by its content hash; and no answer of the API that judges and writes
-questions that had arrived may be paid again.
+The steps run on scripted engines (`jobs.benches.scripted`); Ray, its workers, tables and files are real. In the runs
+with faults labels are judged while solutions are sampled, in the undisturbed one after them. A worker, an actor of the
+step, or the machine they run on is killed under a driver that goes on; a driver that is killed, interrupted or loses
+its Ray is started again with the same command. Then no row may be missing, none be there twice, and each table be the
+undisturbed run's by its content hash; and no answer of the API that judges and writes questions that had arrived may be
+paid again.
 """
 
 import itertools
@@ -174,9 +175,10 @@ class ResumeExperiment:
 
     def _outcome(self, name: str, faults: Sequence[Fault]) -> Outcome:
         injector = FaultInjector(faults, self.base.step_seconds, self.rng, self.log)
-        return injector.run(lambda number, cluster: self._start(name, number, cluster))
+        return injector.run(lambda number, cluster: self.start(name, number, cluster))
 
-    def _start(self, name: str, number: int, cluster: PreemptibleCluster | None) -> Driver:
+    def start(self, name: str, number: int = 0, cluster: PreemptibleCluster | None = None) -> Driver:
+        """Start the driver of a run, for the `number`-th time."""
         (self.folder / name).mkdir(exist_ok=True)
         environment = {"PAUSE_S": str(self.config.pause_s), "UNTIL": self.last_step}
         if cluster:
@@ -194,6 +196,7 @@ class ResumeExperiment:
         steps, num_test = self.config.steps, self.config.questions // 4
         settings: dict[str, object] = {
             "run": self.folder / name,
+            "overlap": name != BASE,
             "max_error_rate": 0,
             "without": [] if "tree_search" in steps else ["tree_search"],
             "models.policy": "scripted",
@@ -216,6 +219,8 @@ class ResumeExperiment:
         for step in ("sample", "monte_carlo", "tree_search"):
             settings[f"{step}.engine.num_cpus"] = 0.5
             settings[f"{step}.engine.num_actors"] = 2
+        # Few questions at a time, so that the first are judged long before the last are sampled.
+        settings |= {"sample.engine.batch_size": 1, "sample.engine.max_concurrency": 2}
         for step in ("states", "score"):
             settings[f"{step}.num_actors"] = 1
         for step in API_STEPS:

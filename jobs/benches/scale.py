@@ -1,4 +1,4 @@
-"""How training scales: the speed-up of its updates over workers, by their floating-point operations, and its memory.
+"""How a run scales: training's speed-up over workers, by floating-point operations, and its memory; steps that overlap.
 
 Each stage's own planner deals random questions' updates to 1, 2, 4, 8 and 64 workers; a round of passes takes as long
 as its most expensive one. Communication is left out: it depends on the network, and is the same with perfect shares.
@@ -15,6 +15,7 @@ from rich.console import Console
 
 from jobs.benches import Measured
 from jobs.benches.scale_memory import MemoryConfig, measure_memory
+from jobs.benches.scale_overlap import OverlapConfig, measure_overlap
 from medmm_ray.config import Config
 from medmm_ray.train.config import TrainConfig
 from medmm_ray.train.image_text import ImageTextConfig
@@ -67,11 +68,12 @@ class BenchConfig(Config):
     """Seed of the lengths."""
     memory: MemoryConfig = MemoryConfig()
     """What a two-tower worker's memory is measured on."""
+    overlap: OverlapConfig = OverlapConfig()
+    """What is sampled and judged at a time."""
 
 
 def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
-    """The speed-up of each stage on each number of workers."""
-    del console
+    """The speed-up of each stage on each number of workers, its memory, and the time of steps that overlap."""
     for name, stage in STAGES.items():
         units = _units(config, name)
         updates = epoch_updates(units, stage.batch_size, stage.num_questions_per_update, config.seed, epoch=0)[
@@ -85,6 +87,7 @@ def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
         if stage.num_questions_per_update > 1:
             yield _cost_of_parts(name, stage, units, updates)
     yield from measure_memory(config.memory)
+    yield from measure_overlap(config.overlap, console)
 
 
 def _target(name: str, workers: int) -> str:

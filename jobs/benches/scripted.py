@@ -2,7 +2,8 @@
 
 What a step requests of vLLM or of an encoder comes from a script: the same words for the same prompt and seed, after
 a pause (``PAUSE_S`` seconds in the environment) in which it can be killed. Ray, Ray Data, tables and processes are
-real. Runs all steps up to ``UNTIL`` in one session and says of each when it begins and ends: ``begin sample``.
+real. Runs all steps up to ``UNTIL`` in one session, as a pipeline does, and says of each when it begins and ends:
+``begin sample``.
 """
 
 import asyncio
@@ -19,8 +20,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from jobs.entry import guarded
-from jobs.graph import STEPS
-from jobs.step import Run, load_recipe, run_step
+from jobs.graph import STEPS, Step
+from jobs.overlap import run_steps
+from jobs.step import Job, Run, load_recipe
 from medmm_ray.config import digest
 from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import Completion, Sampling, Statistics
@@ -144,17 +146,31 @@ def use_scripted_engines(pause_s: float) -> None:
         setattr(import_module("jobs.embed"), name, partial(_embed, vectors=vectors))
 
 
+class Announcer:
+    """Prints when steps begin and end."""
+
+    def start(self, step: Step, job: Job) -> None:  # noqa: ARG002
+        """Print that a step begins."""
+        print(f"begin {step.name}", flush=True)
+
+    def finish(self, step: Step, state: str) -> None:  # noqa: ARG002
+        """Print that a step has ended."""
+        print(f"end {step.name}", flush=True)
+
+    def fail(self, step: Step, state: str) -> None:
+        """Print that a step has failed."""
+        print(f"{state} {step.name}", flush=True)
+
+
 def work(words: Sequence[str]) -> int:
     """Run the steps up to ``UNTIL``, those that are not complete; the exit status."""
     run = Run(load_recipe(words))
     last = [step.name for step in STEPS].index(os.environ["UNTIL"])
     use_scripted_engines(float(os.environ["PAUSE_S"]))
+    steps = [step for step in STEPS[: last + 1] if not run.skipped(step) and not run.is_complete(step)]
     with session():
-        for step in STEPS[: last + 1]:
-            if not run.skipped(step) and not run.is_complete(step):
-                print(f"begin {step.name}", flush=True)
-                run_step(run, step)
-                print(f"end {step.name}", flush=True)
+        for _ in run_steps(run, steps, Announcer()):
+            pass
     return 0
 
 

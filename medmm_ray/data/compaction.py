@@ -7,7 +7,7 @@ same one.
 
 import hashlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -29,12 +29,13 @@ def without_repeats(
     parts: Sequence[Part],
     writer: PartWriter,
     key: str,
+    handed_over: Mapping[str, str],
 ) -> list[Part]:
-    """Parts that hold each id once (one without an error first): a retried task may have written some again.
+    """Parts that hold each id once (see `owners`): a retried task may have written some again.
 
     What a part holds beside repeats is written as a part of its own.
     """
-    owner = owners(parts)
+    owner = owners(parts, handed_over)
     rest: list[tuple[Part, list[str]]] = []
     final: dict[str, Part] = {}
     for part in parts:

@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -257,10 +258,13 @@ def read_rows(
     return pq.ParquetFile(pa.BufferReader(content)).read(columns, use_threads=False)
 
 
-def owners(parts: Iterable[Part]) -> dict[str, str]:
-    """For each id the name of the part that it is taken from: the first in which it did not fail, else the first."""
+def owners(parts: Iterable[Part], handed_over: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """For each id the name of the part that it is taken from: the first in which it did not fail, else the first.
+
+    Ids that were `handed_over` stay with the part that they were taken from.
+    """
     parts = list(parts)
-    owner: dict[str, str] = {}
+    owner = dict(handed_over)
     for accept_failed in (False, True):  # a retry that succeeded comes before the failure that it mends
         for part in parts:
             failed = set(part.footer.failed)

@@ -15,7 +15,7 @@ starts again, and Delta Lake or Iceberg commit files without knowing which ids a
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,7 @@ from medmm_ray.data.artifacts import (
     write_file,
 )
 from medmm_ray.data.compaction import TARGET_BYTES, compact, without_repeats
+from medmm_ray.data.handover import parts_of_ids, read_shards
 from medmm_ray.data.part_log import PartLog
 from medmm_ray.data.parts import (
     PARTS,
@@ -214,6 +215,10 @@ class Table(Artifact):
         self._log.refresh()
         return self._log.done_ids()
 
+    def parts(self) -> list[Part]:
+        """The part files so far, by their names, as this object knows them since `done_ids` and by `write`."""
+        return self._log.parts()
+
     def rows_so_far(self) -> int:
         """Ids in the part files."""
         self._log.refresh()
@@ -230,8 +235,17 @@ class Table(Artifact):
         if part is not None:
             self._log.add(part)
 
-    def write(self, ds: "Dataset", key: str, explode: str | None = None) -> None:
-        """Write a dataset's rows as part files while they are made; ends early where another driver was faster."""
+    def write(
+        self,
+        ds: "Dataset",
+        key: str,
+        explode: str | None = None,
+        written: Callable[[Part], None] = lambda _: None,
+    ) -> None:
+        """Write a dataset's rows as part files while they are made; ends early where another driver was faster.
+
+        `written` is called with each part.
+        """
         # Written in the tasks that made the rows: what passes through the driver is the parts' footers.
         parts = ds.map_batches(
             _WriteParts(self._writer, key, explode),
@@ -243,7 +257,9 @@ class Table(Artifact):
         try:
             for batch in batches:
                 for line in batch["part"].to_pylist() if batch.num_rows else ():
-                    self._log.add(Part.parse(line))
+                    part = Part.parse(line)
+                    self._log.add(part)
+                    written(part)
         except Exception:
             if not self.is_complete:  # else the parts have no folder, as another driver has finished the table
                 raise
@@ -259,11 +275,13 @@ class Table(Artifact):
         seconds: float,
         max_error_rate: float = 1.0,
         figures: dict[str, float] | None = None,
+        keeps_parts: bool = False,
     ) -> Manifest:
         """Check that each expected id left exactly once, then commit.
 
-        Raises `TableError` where ids are missing, or where more than `max_error_rate` of the rows have an error of
-        their own (inherited ones do not count); what is written stays, and a next run makes only the rest again.
+        With `keeps_parts` they stay until `delete_leftovers`. Raises `TableError` where ids are missing, or where more
+        than `max_error_rate` of the rows have an error of their own (inherited ones do not count); what is written
+        stays, and a next run makes only the rest again.
         """
         adopted = self._adopt()
         if adopted is not None:
@@ -271,9 +289,13 @@ class Table(Artifact):
         try:
             self._log.refresh()
             # What was written twice goes first, so that each id is counted once.
-            parts = without_repeats(self._log.parts(), self._writer, key)
+            handed_over = parts_of_ids(read_shards(self.fs, self._parts_path))
+            parts = without_repeats(self._log.parts(), self._writer, key, handed_over)
             self._check_ids(parts, set(expected))
-            return self._commit_parts(parts, provenance, seconds, max_error_rate, figures)
+            manifest = self._commit_parts(parts, provenance, seconds, max_error_rate, figures)
+            if not keeps_parts:
+                self.delete_leftovers()
+            return manifest
         except (OSError, TableError):
             adopted = self._adopt()
             if adopted is None:  # else another driver has finished it and taken the parts away meanwhile
@@ -294,7 +316,7 @@ class Table(Artifact):
         if errors and errors.total() > max_error_rate * max(num_rows, 1):
             raise TableError(self._too_many_errors(parts, num_rows, errors, max_error_rate))
         columns = [f"{field_.name}:{field_.type}:{field_.nullable}" for field_ in self.schema]
-        manifest = self.commit(
+        return self.commit(
             provenance,
             seconds,
             figure_sums(footers) | (figures or {}),
@@ -305,19 +327,17 @@ class Table(Artifact):
             errors=dict(errors),
             cost=sum(footer.cost for footer in footers),
         )
-        self._delete_leftovers(manifest)
-        return manifest
 
     def _adopt(self) -> Manifest | None:
         """Take the table as another driver has finished it; None where none has."""
         if not self.is_complete:
             return None
-        manifest = self.manifest()
-        self._delete_leftovers(manifest)
-        return manifest
+        self.delete_leftovers()
+        return self.manifest()
 
-    def _delete_leftovers(self, manifest: Manifest) -> None:
-        """Delete the parts, and files of a try that ended before its manifest: nothing else is of the table now."""
+    def delete_leftovers(self) -> None:
+        """Delete the parts of a complete table, and files of a try that ended before its manifest."""
+        manifest = self.manifest()
         self._delete_parts()
         for entry in self.fs.get_file_info(pafs.FileSelector(self.path)):
             if entry.base_name.endswith(".parquet") and entry.base_name not in manifest.files:
@@ -461,4 +481,6 @@ def write_rows(
     table.prepare()
     # Parts of a run that ended before its manifest are no part of it.
     parts = [table._writer.put(arrow, ids, key, {})] if ids else []
-    return table._commit_parts(parts, provenance, seconds, max_error_rate, figures)
+    manifest = table._commit_parts(parts, provenance, seconds, max_error_rate, figures)
+    table.delete_leftovers()
+    return manifest

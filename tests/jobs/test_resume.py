@@ -38,15 +38,20 @@ def experiment(tmp_path: Path) -> Iterator[ResumeExperiment]:
 
 
 @pytest.mark.engine
-def test_an_actor_killed_a_run_interrupted_and_killed_leave_the_tables_of_an_undisturbed_one(
+def test_an_actor_killed_a_run_killed_and_interrupted_leave_the_tables_of_an_undisturbed_one(
     experiment: ResumeExperiment,
 ) -> None:
     experiment.run_undisturbed()
     # Early in their steps: beside other work one step may take twice the time of another run.
-    faults = [Fault("actor", "sample", 0.3), Fault("ctrl-c", "judge", 0.25), Fault("driver", "monte_carlo", 0.2)]
+    faults = [Fault("actor", "sample", 0.3), Fault("driver", "judge", 0.05), Fault("ctrl-c", "monte_carlo", 0.2)]
     results, late = experiment.run_round("rough", faults)
     assert late == []
-    assert [driver.process.returncode for driver in experiment.drivers] == [0, 130, -9, 0]
+    assert [driver.process.returncode for driver in experiment.drivers] == [0, -9, 130, 0]
+    undisturbed, killed, *_ = (driver.log.read_text().splitlines() for driver in experiment.drivers)
+    assert [line for line in undisturbed if line.split()[-1] in ("sample", "judge")] == [
+        "begin sample", "end sample", "begin judge", "end judge",
+    ]  # fmt: skip
+    assert "end sample" not in killed[: killed.index("begin judge")]  # both were at work
     assert [(r.step, r.expected, r.lost, r.doubled, r.equal) for r in results] == [
         ("sample", 16, 0, 0, True),
         ("judge", 64, 0, 0, True),

@@ -119,6 +119,8 @@ def sizes_of(recipe: Recipe) -> Sizes:
         "images": train + test + ingest.num_extra_images,
         "policy": _model(recipe, "sample"),
     }
+    if recipe.gpus.count is not None and "num_gpus" not in plan.model_fields_set:
+        derived["num_gpus"] = recipe.gpus.count
     return Sizes.model_validate({**dict(plan), **derived})
 
 

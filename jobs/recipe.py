@@ -57,6 +57,14 @@ def judge_name(config: JudgeConfig) -> str:
     return f"phantom, seed {config.seed}" if isinstance(engine, PhantomEngine) else f"{engine.kind} {engine.model}"
 
 
+class ClusterGpus(GpuPlacement):
+    """The GPUs of the cluster: which machines have them, and how many there are."""
+
+    count: int | None = execution(None, ge=1)
+    """GPUs that the run takes: pools with GPUs that set no num_actors or num_workers are as large as fits. null: those
+    of the machines that are there when a step begins; say it where machines only come when they are asked for."""
+
+
 class RoundsConfig(Config):
     """MedS3's rounds (jobs.meds3)."""
 
@@ -83,8 +91,8 @@ class Recipe(Config):
     """Checkpoints that are there already."""
     apis: dict[str, ApiConfig] = execution({})
     """Budget, limits, prices, address and key of each model behind an API, by its name."""
-    gpus: GpuPlacement = GpuPlacement()
-    """Which machines steps with GPUs take, in every section that does not say so itself."""
+    gpus: ClusterGpus = ClusterGpus()
+    """Which machines steps with GPUs take, and how many, in every section that does not say so itself."""
     generation: GenerationConfig = GenerationConfig()
     """How the policy generates, in every step that asks it."""
     labels: LabelsConfig = LabelsConfig()

@@ -20,7 +20,7 @@ from medmm_ray.engines.vllm_engine import EngineConfig
 # Bases whose settings belong to an engine or to an API, and not to what a step makes.
 ENGINE_CONFIGS: tuple[type[BaseModel], ...] = (EngineConfig, ApiConfig, ApiEngine)
 # What of an engine, of an API and of how a step runs is changed in most runs.
-OFTEN_CHANGED = {KIND, "num_actors", "num_gpus", "num_workers", "gpus_per_worker", "max_cost_usd", "run"}
+OFTEN_CHANGED = {KIND, "num_actors", "num_gpus", "num_workers", "gpus_per_worker", "count", "max_cost_usd", "run"}
 
 
 def overview(config: type[BaseModel], section: str | None = None) -> str:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from jobs.checkpoint_names import with_followed_names
 from jobs.graph import MAKER, STEPS, Step
-from jobs.placement import with_placement
+from jobs.placement import sized_by_cluster, with_placement
 from jobs.recipe import Recipe
 from medmm_ray.config import ConfigError, digest, identity, load
 from medmm_ray.data import tries
@@ -148,8 +148,8 @@ class Job:
     def __init__(self, run: Run, step: Step, handover: Handover | None = None) -> None:
         self.run = run
         self.step = step
-        self.recipe = run.recipe
-        self.config = run.section(step)
+        self.recipe = sized_by_cluster(run.recipe)
+        self.config = getattr(self.recipe, step.name)
         self.handover = handover
         self.waiting = "starting"
         self.notes: list[str] = []
@@ -231,7 +231,7 @@ class Job:
         output_key = output_key or key
         handover = self.handover if self.handover and self.handover.name == name else None
         if handover:
-            handover.begin(table, output_key, len(expected_ids))
+            handover.begin(table, table.record, table.parts(), output_key, len(expected_ids))
         if set(expected_ids) - done_ids:  # else a run was killed between its last row and the manifest
             rows = transform(pending(source, key, done_ids))
             table.write(rows, output_key, explode, handover.add if handover else lambda _: None)

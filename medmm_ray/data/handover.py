@@ -12,7 +12,7 @@ import math
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -22,15 +22,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import fs as pafs
 
-from medmm_ray.data.artifacts import MANIFEST, TableError, create_file, read_file, write_file
+from medmm_ray.data.artifacts import MANIFEST, Artifact, TableError, create_file, read_file, write_file
 from medmm_ray.data.part_log import THREADS
 from medmm_ray.data.parts import PARTS, Part, read_rows
 from medmm_ray.data.records import arrow_schema
 
 if TYPE_CHECKING:
     from ray.data import Dataset
-
-    from medmm_ray.data.tables import Table
 
 SHARDS = "handover"
 """The folder, beside the parts, of the shards."""
@@ -94,7 +92,8 @@ class Handover:
         """Whether the table was not completed."""
         self.num_rows = 0
         """Rows that the table will have."""
-        self._table: Table | None = None
+        self._table: Artifact | None = None
+        self._record: type = object
         self._key = ""
         self._shard_rows = SHARD_ROWS
         self._num_shards = self._num_tasks = 0
@@ -104,9 +103,12 @@ class Handover:
 
     # Who makes the table
 
-    def begin(self, table: "Table", key: str, num_rows: int) -> None:
-        """Go on from what an earlier run has handed over and written; `num_rows` are those of the whole table."""
-        self._table, self._key, self.num_rows = table, key, num_rows
+    def begin(self, table: Artifact, record: type, parts: Iterable[Part], key: str, num_rows: int) -> None:
+        """Go on from what an earlier run has handed over and written, the `parts` of a table of `record`.
+
+        `num_rows` are those of the whole table, each named by its `key`.
+        """
+        self._table, self._record, self._key, self.num_rows = table, record, key, num_rows
         table.fs.create_dir(f"{self._folder}/{SHARDS}")
         self._end_path = f"{self._folder}/{SHARDS}/{uuid.uuid4().hex}.end"
         self._take_shards()
@@ -115,7 +117,7 @@ class Handover:
         self._num_tasks = self._num_shards + math.ceil(num_to_come / self._shard_rows) + SPARE_TASKS
         if self._num_shards:
             self.has_begun.set()
-        for part in table.parts():
+        for part in parts:
             self.add(part)
 
     def add(self, part: Part) -> None:
@@ -190,7 +192,7 @@ class Handover:
         import ray
 
         assert self._table is not None, "begin comes first"
-        take = TakeShard(self._table.fs, self._table.path, self._table.record, self._key, self._end_path)
+        take = TakeShard(self._table.fs, self._table.path, self._record, self._key, self._end_path)
         # A task a shard: one that is lost is run again, and reads the same.
         tasks = [{"number": number} for number in range(self._num_tasks)]
         return ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(

@@ -69,7 +69,7 @@ class ActorPool(RestartedActors):
     """The actors of a step that asks a model, whatever runs it."""
 
     num_actors: int = execution(1, ge=1)
-    """Most actors at a time; the pool grows to this as machines come."""
+    """Most actors at a time; the pool grows to this as machines come. Unset, with GPUs: as the recipe's `gpus` says."""
     num_cpus: float = execution(1.0, ge=0)
     """Logical CPUs per actor."""
     batch_size: int = execution(4, ge=1)

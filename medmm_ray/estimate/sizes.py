@@ -70,7 +70,7 @@ class PlanConfig(Config):
     gpu: str = execution("A100-80G")
     """Kind of GPU."""
     num_gpus: int = execution(4)
-    """GPUs at work."""
+    """GPUs at work; unset: as many as gpus.count, where that is set."""
     dollars_per_gpu_hour: float | None = execution(None)
     """US dollars per GPU-hour; null: the table's."""
 

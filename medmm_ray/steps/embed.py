@@ -44,7 +44,7 @@ class EmbedConfig(GpuPlacement):
     text_batch_size: int = execution(64, ge=1)
     """Texts that go through the encoder at once."""
     num_actors: int = execution(1)
-    """Most model copies that work at the same time."""
+    """Most model copies that work at the same time; unset, with GPUs: as the recipe's `gpus` says."""
     num_cpus: float = execution(1.0)
     """Logical CPU cores one model copy asks for."""
     num_gpus: float = execution(0.0)

@@ -42,7 +42,8 @@ class TrainConfig(GpuPlacement):
     offload: Literal["none", "optimizer", "parameters"] = execution("none")
     """What lies in CPU memory between uses: optimizer states (from ZeRO 1 on), or weights too (ZeRO 3)."""
     num_workers: int = execution(1, ge=1)
-    """Training processes. A training that was interrupted may go on with another number of them."""
+    """Training processes; unset, with GPUs: as the recipe's `gpus` says. A training that was interrupted may go on with
+    another number of them."""
     min_workers: int | None = execution(None, ge=1)
     """Fewest training processes: where there is no room for num_workers, or a machine is lost, training runs on as many
     as there are, and grows again at a checkpoint. null: num_workers, no fewer."""
@@ -63,7 +64,8 @@ class TrainConfig(GpuPlacement):
 
     @model_validator(mode="after")
     def _fewest_are_no_more(self) -> "TrainConfig":
-        if self.min_workers is not None and self.min_workers > self.num_workers:
+        is_sized_later = "num_workers" not in self.model_fields_set and self.gpus_per_worker > 0
+        if self.min_workers is not None and self.min_workers > self.num_workers and not is_sized_later:
             raise ValueError(f"min_workers={self.min_workers} is more than num_workers={self.num_workers}")
         if self.accelerator_type is not None and self.gpus_per_worker == 0:
             raise ValueError(

@@ -30,7 +30,7 @@ def begun(table: Table, num_rows: int = len(IDS)) -> Handover:
     """A handover of a table that goes on from what is there."""
     table.done_ids()
     handover = Handover("v")
-    handover.begin(table, "item_id", num_rows)
+    handover.begin(table, Vector, table.parts(), "item_id", num_rows)
     return handover
 
 

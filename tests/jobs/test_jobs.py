@@ -381,7 +381,7 @@ def test_progress_counts_the_rows_of_the_table_that_is_being_made(
     three = [Vector(item_id=name, vector=[1.0]) for name in "abc"]
     write_rows(job.table("image_vectors"), three, job.origin("image_vectors"), "item_id")
 
-    def write(table: Table, _: object, key: str, explode: str | None) -> None:
+    def write(table: Table, _: object, key: str, explode: str | None, written: object) -> None:
         assert explode is None
         for rows in (three[:2], three[2:]):
             table.write_part(to_arrow(Vector, rows), key)

@@ -83,7 +83,7 @@ def test_a_follower_begins_with_the_first_rows_and_ends_after_its_upstream(
 
     def sample(handover: Handover | None) -> None:
         assert handover is not None
-        handover.begin(Table(f"{tmp_path}/t", Vector), "item_id", 8)
+        handover.begin(Table(f"{tmp_path}/t", Vector), Vector, [], "item_id", 8)
         assert board.lines == ["start sample"]
         handover.has_begun.set()
         assert judging.wait(timeout=30)
@@ -112,7 +112,7 @@ def test_where_the_upstream_fails_its_follower_ends_and_the_cause_is_raised(
 ) -> None:
     def sample(handover: Handover | None) -> None:
         assert handover is not None
-        handover.begin(Table(f"{tmp_path}/t", Vector), "item_id", 8)
+        handover.begin(Table(f"{tmp_path}/t", Vector), Vector, [], "item_id", 8)
         handover.has_begun.set()
         raise TableError("no space")
 

@@ -45,7 +45,7 @@ class ScoringConfig(EngineConfig):
     batch_size: int = execution(8, ge=1)
     """Questions that an actor takes at a time."""
     num_actors: int = execution(1, ge=1)
-    """Most copies of the model at work."""
+    """Most copies of the model at work; unset, with GPUs: as the recipe's `gpus` says."""
     num_cpus: float = execution(1.0, ge=0)
     """CPUs per copy."""
     num_gpus: float = execution(0.0, ge=0)

@@ -56,19 +56,19 @@ def report_of(run: Run) -> AuditReport:
             complete[name] = tables[name]
     label_tables = [name for name in ALL_LABELS if name in tables]
 
-    def parts(name: str) -> Iterable[pa.Table]:
-        return complete[name].stream() if name in complete else ()
+    def parts(name: str, columns: Sequence[str] | None = None) -> Iterable[pa.Table]:
+        return complete[name].stream(columns) if name in complete else ()
 
     return audit(
         run.recipe.audit,
-        questions=run.table("questions").to_arrow(),
-        images=run.table("images").to_arrow(),
+        questions=run.table("questions").stream(),
+        images=run.table("images").stream(["image_id", "sha256", "split", "modality"]),
         solutions=parts("solutions"),
         # Of labels in the making those so far are read.
         labels={name: tables[name].stream() for name in label_tables},
         tree_solutions=parts("tree_solutions"),
         review_queue=complete["review_queue"].to_arrow() if "review_queue" in complete else None,
-        evidence=parts("evidence"),
+        evidence=parts("evidence", ["question_id", "images"]),
         manifests=_manifests(run),
         ledgers=ledgers_of(run),
         missing=_missing(tables, label_tables),

@@ -1,4 +1,5 @@
-"""How a run scales: training's speed-up over workers, by floating-point operations, and its memory; steps that overlap.
+"""How a run scales: training's speed-up over workers, by floating-point operations, and its memory; steps that overlap;
+the memory of the steps' drivers.
 
 Each stage's own planner deals random questions' updates to 1, 2, 4, 8 and 64 workers; a round of passes takes as long
 as its most expensive one. Communication is left out: it depends on the network, and is the same with perfect shares.
@@ -14,6 +15,7 @@ from pydantic import Field
 from rich.console import Console
 
 from jobs.benches import Measured
+from jobs.benches.scale_driver import DriverConfig, measure_drivers
 from jobs.benches.scale_memory import MemoryConfig, measure_memory
 from jobs.benches.scale_overlap import OverlapConfig, measure_overlap
 from medmm_ray.config import Config
@@ -70,6 +72,8 @@ class BenchConfig(Config):
     """What a two-tower worker's memory is measured on."""
     overlap: OverlapConfig = OverlapConfig()
     """What is sampled and judged at a time."""
+    drivers: DriverConfig = DriverConfig()
+    """What the drivers' memory is measured on."""
 
 
 def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
@@ -88,6 +92,7 @@ def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
             yield _cost_of_parts(name, stage, units, updates)
     yield from measure_memory(config.memory)
     yield from measure_overlap(config.overlap, console)
+    yield from measure_drivers(config.drivers)
 
 
 def _target(name: str, workers: int) -> str:

@@ -124,6 +124,17 @@ def fitted(rows: pa.Table, schema: pa.Schema) -> pa.Table:
     return rows.select(schema.names).cast(schema)
 
 
+class TableStream:
+    """Some columns of a table's rows, part by part: it may be iterated several times, each time from the beginning."""
+
+    def __init__(self, table: "Table", columns: Sequence[str] | None) -> None:
+        self._table = table
+        self._columns = columns
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        return self._table.row_groups(self._columns)
+
+
 class Table(Artifact):
     """A folder of Parquet files of one record type; once complete, of about `target_bytes` each."""
 
@@ -160,13 +171,21 @@ class Table(Artifact):
             parts.append(fitted(rows, schema))
         return pa.concat_tables(parts) if parts else schema.empty_table()
 
-    def stream(self) -> Iterator[pa.Table]:
-        """The files one at a time, for what is too large to be held whole; of a table in the making, those so far.
+    def stream(self, columns: Sequence[str] | None = None) -> "TableStream":
+        """The rows part by part, for what is too large to be held whole; of a table in the making, those so far.
 
         Before its end a table may hold a row twice.
         """
-        for file in self.files() if self.is_complete else self._part_files():
-            yield fitted(pq.read_table(file, filesystem=self.fs), self.schema)
+        return TableStream(self, columns)
+
+    def row_groups(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """Some columns of what `stream` reads: a row group of a file at a time, in the order of the files."""
+        schema = self.schema if columns is None else pa.schema([self.schema.field(name) for name in columns])
+        for path in self.files() if self.is_complete else self._part_files():
+            with pq.ParquetFile(self.fs.open_input_file(path)) as file:
+                present = [name for name in schema.names if name in file.schema_arrow.names]
+                for number in range(file.num_row_groups):
+                    yield fitted(file.read_row_group(number, columns=present), schema)
 
     def _part_files(self) -> list[str]:
         self._log.refresh()

@@ -1,15 +1,15 @@
 """How far two label sources agree: Cohen's kappa and the first wrong step, overall and by group, with intervals.
 
-Enters: the codes of each source over all steps (`stats.label_arrays`), groups of solutions, the expert's queue. Leaves:
-a `PairAgreement` for each pair of sources. Only steps that both call right or wrong count: a null is "not labelled", a
-neutral step has nothing to agree on. Intervals resample questions, for the solutions of one question resemble each
-other.
+Enters: `LabelledSteps`: the codes of each source over the steps of some questions, groups of solutions, the expert's
+queue. Leaves: a `PairAgreement` for each pair of sources. Only steps that both call right or wrong count: a null is
+"not labelled", a neutral step has nothing to agree on. Intervals resample questions, for the solutions of one question
+resemble each other.
 
 The expert's queue draws unsure steps more often than others: with an expert each step weighs 1 / its inclusion
 probability (Hajek's estimator), in the figure and in its interval, so that both speak of all steps.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
@@ -20,15 +20,15 @@ import pyarrow.compute as pc
 
 from medmm_ray.stats.grouped_stats import (
     CountedFigure,
+    GroupedCounts,
     GroupedStats,
     GroupFigure,
     Groups,
-    Resampling,
     share_of_counts,
-    stats_by_group,
 )
 from medmm_ray.stats.label_arrays import NEUTRAL, RIGHT, UNLABELLED, WRONG, Codes, Ints, Steps
 from medmm_ray.stats.metrics import Bools, Floats, kappa_of_counts
+from medmm_ray.stats.resampling import Resampling
 
 SOURCES = ("judge", "monte_carlo", "tree_search", "expert", "phantom")
 OF_A_PREFIX = ("monte_carlo", "tree_search")
@@ -113,57 +113,105 @@ def source_order(source: str) -> tuple[int, str]:
 
 
 @dataclass(frozen=True)
-class _Compared:
-    """What every pair of sources is compared on."""
+class LabelledSteps:
+    """The steps of some questions, what each source says of them, and the groups of their solutions.
+
+    `queue` has the expert's; None where there is no queue.
+    """
 
     steps: Steps
     codes: Mapping[str, Codes]
     groups: Mapping[str, Groups]
     queue: QueuedSteps | None
-    resampling: Resampling
 
 
-def agreement(
-    steps: Steps,
-    codes: Mapping[str, Codes],
-    groups: Mapping[str, Groups],
-    queue: QueuedSteps | None,
-    resampling: Resampling,
-) -> list[PairAgreement]:
-    """The agreement of each pair of sources that share a step, in the order of `source_order`."""
-    compared = _Compared(steps, codes, groups, queue, resampling)
-    pairs = []
-    for first, second in combinations(sorted(codes, key=source_order), 2):
-        pair = _pair(compared, first, second)
-        if pair.kappa["all"]:
-            pairs.append(pair)
-    return pairs
+class Agreement:
+    """The agreement of each pair of some sources, taken from some questions at a time."""
+
+    def __init__(self, sources: Iterable[str]) -> None:
+        ordered = sorted(sources, key=source_order)
+        self._pairs = [_Pair(first, second) for first, second in combinations(ordered, 2)]
+
+    def add(self, labelled: LabelledSteps) -> None:
+        """Compare the sources on questions that were not there before."""
+        for pair in self._pairs:
+            pair.add(labelled)
+
+    def figures(self, resampling: Resampling) -> list[PairAgreement]:
+        """The pairs of sources that share a step, in the order of `source_order`."""
+        figures = [pair.figures(resampling) for pair in self._pairs]
+        return [pair for pair in figures if pair.kappa["all"]]
 
 
-def _pair(compared: _Compared, first: str, second: str) -> PairAgreement:
-    steps = compared.steps
-    of_prefixes = _speaks_of_prefixes(first, second)
-    first_codes = _comparable_codes(compared, first, of_prefixes)
-    second_codes = _comparable_codes(compared, second, of_prefixes)
-    rows = np.flatnonzero((first_codes >= WRONG) & (second_codes >= WRONG))
-    weight = None
-    num_outside = 0
-    # An expert reads a sample: weighted by 1 / inclusion probability, it speaks of all steps.
-    if compared.queue is not None and "expert" in (first, second):
-        rows, weight, num_outside = in_queue(rows, compared.queue)
-    looked_at_by_first = looked_at(steps, compared.codes[first])
-    looked_at_by_second = looked_at(steps, compared.codes[second])
-    looked_at_by_both = looked_at_by_first & looked_at_by_second
-    return PairAgreement(
-        first=first,
-        second=second,
-        weighted=weight is not None,
-        of="prefix" if of_prefixes else "step",
-        outside_queue=num_outside,
-        kappa=_kappa(compared, rows, first_codes[rows], second_codes[rows], weight),
-        first_error=_first_error_agreement(compared, first, second),
-        looked_at=int(looked_at_by_both.sum()),
-    )
+class _Pair:
+    """What two sources share so far."""
+
+    def __init__(self, first: str, second: str) -> None:
+        self.first = first
+        self.second = second
+        self.of_prefixes = _speaks_of_prefixes(first, second)
+        self.is_weighted = False
+        self.outside_queue = 0
+        self.looked_at = 0
+        self.kappa = GroupedCounts(4)
+        self.first_error = GroupedCounts(2)
+
+    def add(self, labelled: LabelledSteps) -> None:
+        """Count the shared steps and solutions of some questions."""
+        steps = labelled.steps
+        first_codes = _comparable_codes(labelled, self.first, self.of_prefixes)
+        second_codes = _comparable_codes(labelled, self.second, self.of_prefixes)
+        rows = np.flatnonzero((first_codes >= WRONG) & (second_codes >= WRONG))
+        weight = None
+        # An expert reads a sample: weighted by 1 / inclusion probability, it speaks of all steps.
+        if labelled.queue is not None and "expert" in (self.first, self.second):
+            rows, weight, num_outside = in_queue(rows, labelled.queue)
+            self.is_weighted = True
+            self.outside_queue += num_outside
+        looked_at_by_first = looked_at(steps, labelled.codes[self.first])
+        looked_at_by_second = looked_at(steps, labelled.codes[self.second])
+        self.looked_at += int((looked_at_by_first & looked_at_by_second).sum())
+        solution = steps.solution[rows]
+        groupings = {name: groups.of(solution) for name, groups in labelled.groups.items()}
+        groupings["position"] = positions(steps, rows)
+        # In the order of `kappa_of_counts`.
+        cell = 2 * first_codes[rows].astype(np.int64) + second_codes[rows]
+        self.kappa.add(groupings, steps.question[solution], cell, weight)
+        self._add_first_errors(labelled)
+
+    def _add_first_errors(self, labelled: LabelledSteps) -> None:
+        """Whether both have the same first wrong step, of the solutions in which both settle it."""
+        steps = labelled.steps
+        first_wrong, first_settled = first_errors(
+            steps,
+            self.first,
+            labelled.codes[self.first],
+        )
+        second_wrong, second_settled = first_errors(
+            steps,
+            self.second,
+            labelled.codes[self.second],
+        )
+        solutions = np.flatnonzero(first_settled & second_settled)
+        same = (first_wrong[solutions] == second_wrong[solutions]).astype(np.int64)
+        groupings = {name: groups.of(solutions) for name, groups in labelled.groups.items()}
+        self.first_error.add(groupings, steps.question[solutions], same)
+
+    def figures(self, resampling: Resampling) -> PairAgreement:
+        """The agreement over all questions so far, each kappa with its share of equal labels."""
+        kappa: dict[str, dict[str, KappaFigure]] = {}
+        for grouping, table in self.kappa.stats(kappa_of_counts, resampling).items():
+            kappa[grouping] = {name: _kappa_figure(figure) for name, figure in table.items()}
+        return PairAgreement(
+            first=self.first,
+            second=self.second,
+            weighted=self.is_weighted,
+            of="prefix" if self.of_prefixes else "step",
+            outside_queue=self.outside_queue,
+            kappa=kappa,
+            first_error=self.first_error.stats(share_of_counts, resampling),
+            looked_at=self.looked_at,
+        )
 
 
 def _speaks_of_prefixes(first: str, second: str) -> bool:
@@ -172,39 +220,11 @@ def _speaks_of_prefixes(first: str, second: str) -> bool:
     return mixed and "expert" not in (first, second)
 
 
-def _comparable_codes(compared: _Compared, source: str, of_prefixes: bool) -> Codes:
-    codes = compared.codes[source]
+def _comparable_codes(labelled: LabelledSteps, source: str, of_prefixes: bool) -> Codes:
+    codes = labelled.codes[source]
     if of_prefixes and source not in OF_A_PREFIX:
-        return prefixes(compared.steps, codes)
+        return prefixes(labelled.steps, codes)
     return codes
-
-
-def _kappa(
-    compared: _Compared,
-    rows: Ints,
-    first_codes: Codes,
-    second_codes: Codes,
-    weight: Floats | None,
-) -> dict[str, dict[str, KappaFigure]]:
-    """Kappa of the steps at `rows`, by group of solutions and by position, each figure with its share of equals."""
-    steps = compared.steps
-    solution = steps.solution[rows]
-    groupings = {name: groups.of(solution) for name, groups in compared.groups.items()}
-    groupings["position"] = positions(steps, rows)
-    cell = 2 * first_codes.astype(np.int64) + second_codes  # the order of `kappa_of_counts`
-    stats = stats_by_group(
-        groupings,
-        steps.question[solution],
-        cell,
-        4,
-        kappa_of_counts,
-        compared.resampling,
-        weight,
-    )
-    kappa: dict[str, dict[str, KappaFigure]] = {}
-    for grouping, table in stats.items():
-        kappa[grouping] = {name: _kappa_figure(figure) for name, figure in table.items()}
-    return kappa
 
 
 def _kappa_figure(figure: GroupFigure) -> KappaFigure:
@@ -294,29 +314,3 @@ def _first(steps: Steps, mask: Bools) -> Ints:
     rows = np.flatnonzero(mask)[::-1]  # from the last step to the first
     first[steps.solution[rows]] = steps.index[rows]  # of several the last one written stays: the first step
     return first
-
-
-def _first_error_agreement(compared: _Compared, first: str, second: str) -> GroupedStats:
-    """The share of solutions with the same first wrong step, of those in which both sources settle it."""
-    steps = compared.steps
-    first_wrong, first_settled = first_errors(
-        steps,
-        first,
-        compared.codes[first],
-    )
-    second_wrong, second_settled = first_errors(
-        steps,
-        second,
-        compared.codes[second],
-    )
-    solutions = np.flatnonzero(first_settled & second_settled)
-    same = (first_wrong[solutions] == second_wrong[solutions]).astype(np.int64)
-    groupings = {name: groups.of(solutions) for name, groups in compared.groups.items()}
-    return stats_by_group(
-        groupings,
-        steps.question[solutions],
-        same,
-        2,
-        share_of_counts,
-        compared.resampling,
-    )

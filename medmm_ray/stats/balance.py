@@ -1,20 +1,20 @@
 """What each label source says: right, wrong, neutral and unlabelled steps, and the share of right ones by group."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from medmm_ray.stats.agreement import QueuedSteps, in_queue, positions, source_order
+from medmm_ray.stats.agreement import LabelledSteps, in_queue, positions, source_order
 from medmm_ray.stats.grouped_stats import (
+    GroupedCounts,
     GroupedStats,
     GroupFigure,
-    Groups,
-    Resampling,
     share_of_counts,
-    stats_by_group,
 )
-from medmm_ray.stats.label_arrays import NEUTRAL, RIGHT, UNLABELLED, WRONG, SourceCodes, Steps
+from medmm_ray.stats.label_arrays import NEUTRAL, RIGHT, UNLABELLED, WRONG, SourceCodes
+from medmm_ray.stats.resampling import Resampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,59 +44,75 @@ class SourceBalance:
         return self.share["all"].get("all")
 
 
-def balance(
-    steps: Steps,
-    labels: Mapping[str, SourceCodes],
-    groups: Mapping[str, Groups],
-    queue: QueuedSteps | None,
-    resampling: Resampling,
-) -> list[SourceBalance]:
-    """The balance of each source, in the order of `source_order`.
+class Balance:
+    """The balance of each of some sources, taken from some questions at a time."""
 
-    The expert's share weighs each step of the queue by 1 / its inclusion probability.
-    """
-    balances = []
-    for source in sorted(labels, key=source_order):
-        of_source = labels[source]
-        weighting_queue = queue if source == "expert" else None
-        balances.append(
-            SourceBalance(
-                source=source,
-                solutions=of_source.rows,
-                right=int((of_source.codes == RIGHT).sum()),
-                wrong=int((of_source.codes == WRONG).sum()),
-                neutral=int((of_source.codes == NEUTRAL).sum()),
-                unlabelled=int((of_source.codes == UNLABELLED).sum()),
-                failed=sum(of_source.errors.values()),
-                unknown=of_source.unknown,
-                misfit=of_source.misfit,
-                share=_shares_of_right_steps(steps, of_source, groups, weighting_queue, resampling),
-                weighted=weighting_queue is not None,
-                cost=round(of_source.cost, 6),
-            )
+    def __init__(self, sources: Iterable[str]) -> None:
+        ordered = sorted(sources, key=source_order)
+        self._by_source = {source: _SourceCounts(source) for source in ordered}
+
+    def add(self, labelled: LabelledSteps, labels: Mapping[str, SourceCodes]) -> None:
+        """Count what each source says of questions that were not there before."""
+        for source, counts in self._by_source.items():
+            counts.add(labelled, labels[source])
+
+    def figures(self, resampling: Resampling) -> list[SourceBalance]:
+        """The balance of each source, in the order of `source_order`."""
+        return [counts.figures(resampling) for counts in self._by_source.values()]
+
+
+class _SourceCounts:
+    """What one source says so far."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.is_weighted = False
+        self.cost = 0.0
+        self.counts: Counter[str] = Counter()
+        self.share = GroupedCounts(2)
+
+    def add(self, labelled: LabelledSteps, labels: SourceCodes) -> None:
+        """Count the steps of some questions; the expert's weigh 1 / their chance to enter the queue."""
+        steps = labelled.steps
+        codes = labels.codes
+        by_code = {"right": RIGHT, "wrong": WRONG, "neutral": NEUTRAL, "unlabelled": UNLABELLED}
+        for name, code in by_code.items():
+            self.counts[name] += int((codes == code).sum())
+        self.counts["solutions"] += labels.rows
+        self.counts["failed"] += sum(labels.errors.values())
+        self.counts["unknown"] += labels.unknown
+        self.counts["misfit"] += labels.misfit
+        self.cost += labels.cost
+        # Neutral and unlabelled steps have no side: they stay out of the share.
+        rows, weight = np.flatnonzero(codes >= WRONG), None
+        if self.source == "expert" and labelled.queue is not None:
+            rows, weight, _ = in_queue(rows, labelled.queue)
+            self.is_weighted = True
+        solution = steps.solution[rows]
+        groupings = {name: groups.of(solution) for name, groups in labelled.groups.items()}
+        groupings["position"] = positions(steps, rows)
+        is_right = (codes[rows] == RIGHT).astype(np.int64)
+        self.share.add(groupings, steps.question[solution], is_right, weight)
+
+    def figures(self, resampling: Resampling) -> SourceBalance:
+        """The balance over all questions so far."""
+        counts = self.counts
+        return SourceBalance(
+            source=self.source,
+            solutions=counts["solutions"],
+            right=counts["right"],
+            wrong=counts["wrong"],
+            neutral=counts["neutral"],
+            unlabelled=counts["unlabelled"],
+            failed=counts["failed"],
+            unknown=counts["unknown"],
+            misfit=counts["misfit"],
+            share=self.share.stats(share_of_counts, resampling),
+            weighted=self.is_weighted,
+            cost=round(self.cost, 6),
         )
-    return balances
 
 
-def balance_of(balances: list[SourceBalance], source: str | None) -> SourceBalance | None:
+def balance_of(balances: Sequence[SourceBalance], source: str | None) -> SourceBalance | None:
     """The balance of one source, if it is among them."""
     return next((of_source for of_source in balances if of_source.source == source), None)
-
-
-def _shares_of_right_steps(
-    steps: Steps,
-    labels: SourceCodes,
-    groups: Mapping[str, Groups],
-    queue: QueuedSteps | None,
-    resampling: Resampling,
-) -> GroupedStats:
-    """The shares in all, by group of solutions and by position in the solution."""
-    # Neutral and unlabelled steps have no side: they stay out of the share.
-    labelled, weight = np.flatnonzero(labels.codes >= WRONG), None
-    if queue is not None:
-        labelled, weight, _ = in_queue(labelled, queue)
-    solution = steps.solution[labelled]
-    groupings = {name: group.of(solution) for name, group in groups.items()}
-    groupings["position"] = positions(steps, labelled)
-    right = (labels.codes[labelled] == RIGHT).astype(np.int64)
-    return stats_by_group(groupings, steps.question[solution], right, 2, share_of_counts, resampling, weight)

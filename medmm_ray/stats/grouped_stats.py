@@ -1,17 +1,18 @@
-"""Figures by group with 95 % intervals, from counts by question: kappa, shares, ratios.
+"""Figures by group with 95 % intervals, from counts by question: kappa, shares, ratios. Questions may come in parts.
 
 Intervals resample questions, for what one question's solutions say is not independent; the weights stay with their
 entries, so that a weighted figure has a weighted interval. A value is None where it is not defined, the interval also
 where there is a single question.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medmm_ray.stats.metrics import Floats, cluster_bootstrap, effective_size
+from medmm_ray.stats.metrics import Floats, effective_size
+from medmm_ray.stats.resampling import CountRows, Resampling
 
 Ints = NDArray[np.int64]
 
@@ -67,14 +68,6 @@ class Groups:
         return Groups(self.names, self.member[entries])
 
 
-@dataclass(frozen=True)
-class Resampling:
-    """How intervals are drawn."""
-
-    num: int
-    seed: int
-
-
 def share_of_counts(counts_2: Floats) -> Floats:
     """Hits / all of counts [..., 2] of (misses, hits); NaN where there are none."""
     total = counts_2.sum(axis=-1)
@@ -96,42 +89,122 @@ def stats_by_group(
     resampling: Resampling,
     weight: Floats | None = None,
 ) -> GroupedStats:
-    """A figure for each name of each grouping, and for ``all``.
+    """The figures of `GroupedCounts` of entries that are all there at once."""
+    counts = GroupedCounts(num_cells)
+    counts.add(groupings, question, cell, weight)
+    return counts.stats(statistic, resampling)
 
-    Entry n counts `weight[n]` (1 without) in `cell[n]` of its groups' tables; `statistic` takes tables
-    [..., num_cells] to figures. All figures share the resamples of the questions. Names without entries are left out.
+
+class GroupedCounts:
+    """Counts by question, group and cell, taken from some questions' entries at a time; and figures of them.
+
+    Entry n counts `weight[n]` (1 without) in `cell[n]` of its groups' tables. All calls of `add` have the same
+    groupings, and each question's entries come in one of them.
     """
-    # Numbers of the questions that have entries, without gaps: the rows that are resampled.
-    _, cluster = np.unique(question, return_inverse=True)
-    num_questions = int(cluster.max(initial=-1)) + 1
-    everything = Groups(["all"], np.zeros(len(cell), dtype=np.int64))
-    all_groupings = {"all": everything, **groupings}
-    counts_by_grouping = []
-    for groups in all_groupings.values():
-        shape = (num_questions, len(groups.names), num_cells)
-        counts_by_grouping.append(
-            _counts(
-                shape,
-                cluster,
-                groups.member,
-                cell,
-                weight,
+
+    def __init__(self, num_cells: int) -> None:
+        self.num_cells = num_cells
+        self._names: dict[str, Sequence[str]] = {}
+        self._rows: CountRows | None = None
+        self._totals_GC: Floats = np.zeros((0, num_cells))
+        self._sizes: Ints = np.zeros(0, dtype=np.int64)
+        """Entries of each group."""
+        self._questions: Ints = np.zeros(0, dtype=np.int64)
+        """Questions that have any in it."""
+        self._weights: list[tuple[Floats, list[Ints]]] = []
+        """Of weighted entries, which an expert reads and are few: the weights, and the group in each grouping."""
+
+    def add(
+        self,
+        groupings: Mapping[str, Groups],
+        question: Ints,
+        cell: Ints,
+        weight: Floats | None = None,
+    ) -> None:
+        """Count entries of questions that were not there before, which are numbered in the order that is resampled."""
+        everything = Groups(["all"], np.zeros(len(cell), dtype=np.int64))
+        all_groupings = {"all": everything, **groupings}
+        rows = self._begun(all_groupings, is_weighted=weight is not None)
+        # Numbers of the questions that have entries, without gaps: the rows that are resampled.
+        _, cluster = np.unique(question, return_inverse=True)
+        num_questions = int(cluster.max(initial=-1)) + 1
+        counts_by_grouping = []
+        sizes = []
+        for groups in all_groupings.values():
+            shape = (num_questions, len(groups.names), self.num_cells)
+            counts_by_grouping.append(
+                _counts(
+                    shape,
+                    cluster,
+                    groups.member,
+                    cell,
+                    weight,
+                )
             )
+            sizes.append(np.bincount(groups.member, minlength=len(groups.names)))
+        counts_QGC = np.concatenate(counts_by_grouping, axis=1)
+        rows.append(counts_QGC.reshape(num_questions, rows.num_columns))
+        # Row after row onto what there is: to the last bit as if all rows were summed at once.
+        self._totals_GC = np.concatenate([self._totals_GC[np.newaxis], counts_QGC]).sum(axis=0)
+        self._sizes = self._sizes + np.concatenate(sizes)
+        self._questions = self._questions + (counts_QGC.sum(axis=2) > 0).sum(axis=0)
+        if weight is not None:
+            self._weights.append((weight, [groups.member for groups in all_groupings.values()]))
+
+    def _begun(self, all_groupings: Mapping[str, Groups], is_weighted: bool) -> CountRows:
+        if self._rows is None:
+            self._names = {name: groups.names for name, groups in all_groupings.items()}
+            num_groups = sum(map(len, self._names.values()))
+            self._rows = CountRows(num_groups * self.num_cells, np.float64 if is_weighted else np.uint32)
+            self._totals_GC = np.zeros((num_groups, self.num_cells))
+            self._sizes = np.zeros(num_groups, dtype=np.int64)
+            self._questions = np.zeros(num_groups, dtype=np.int64)
+        return self._rows
+
+    def stats(
+        self,
+        statistic: Callable[[Floats], Floats],
+        resampling: Resampling,
+    ) -> GroupedStats:
+        """A figure for each name of each grouping, and for ``all``; names without entries are left out.
+
+        `statistic` takes tables [..., num_cells] to figures. All figures share the resamples of the questions.
+        """
+        rows = self._rows
+        if rows is None:
+            return {"all": {}}
+        num_groups = len(self._sizes)
+        # All groups at once: they share the resamples, which are most of the work.
+        low_G, high_G = resampling.interval(
+            rows,
+            lambda sums_BK: statistic(sums_BK.reshape(len(sums_BK), num_groups, self.num_cells)),
         )
-    counts_QGC = np.concatenate(counts_by_grouping, axis=1)
-    # All groups at once: they share the resamples, which are most of the work.
-    estimates = _estimates(counts_QGC, statistic, resampling)
-    tables: GroupedStats = {}
-    for grouping, groups in all_groupings.items():
-        table = tables[grouping] = {}
-        sizes = np.bincount(groups.member, minlength=len(groups.names))
-        for place, name in enumerate(groups.names):
-            estimate = next(estimates)
-            count = int(sizes[place])
-            if count:
-                group_weight = None if weight is None else weight[groups.member == place]
-                table[name] = estimate.figure(count, group_weight)
-    return tables
+        value_G = statistic(self._totals_GC)
+        tables: GroupedStats = {}
+        group = 0
+        for place, (grouping, names) in enumerate(self._names.items()):
+            table = tables[grouping] = {}
+            for number, name in enumerate(names):
+                if self._sizes[group]:
+                    low, high = _interval(low_G[group], high_G[group], int(self._questions[group]))
+                    table[name] = GroupFigure(
+                        value=_number(value_G[group]),
+                        low=low,
+                        high=high,
+                        count=int(self._sizes[group]),
+                        questions=int(self._questions[group]),
+                        effective=self._effective(place, number, int(self._sizes[group])),
+                        cells=self._totals_GC[group].tolist(),
+                    )
+                group += 1
+        return tables
+
+    def _effective(self, grouping: int, number: int, count: int) -> float:
+        """Equally weighted entries that tell as much as those of a group."""
+        if not self._weights:
+            return float(count)
+        of_group = [weight[members[grouping] == number] for weight, members in self._weights]
+        return round(effective_size(np.concatenate(of_group)), 1)
 
 
 def _counts(
@@ -153,78 +226,40 @@ def _counts(
     return counts.astype(np.float64).reshape(shape)
 
 
-@dataclass(frozen=True)
-class _Estimate:
-    """One group's value and interval (NaN: not defined), and what it was counted from."""
+class RatioCounts:
+    """Two sums of whole numbers by question, as steps and solutions, taken from some questions at a time."""
 
-    value: float
-    low: float
-    high: float
-    questions: int
-    cells: list[float]
+    def __init__(self) -> None:
+        self._rows = CountRows(2, np.uint32)
+        self._totals_2 = np.zeros(2)
 
-    def figure(self, count: int, weight: Floats | None) -> GroupFigure:
-        """The figure of `count` entries with these weights."""
-        low, high = _interval(self.low, self.high, self.questions)
-        return GroupFigure(
-            value=_number(self.value),
-            low=low,
-            high=high,
-            count=count,
-            questions=self.questions,
-            effective=float(count) if weight is None else round(effective_size(weight), 1),
-            cells=self.cells,
+    def add(self, above_Q: Floats, below_Q: Floats) -> None:
+        """Sums of questions that were not there before."""
+        # Questions without an entry add nothing, and must not count as questions.
+        present = below_Q > 0
+        sums_Q2 = np.stack([above_Q[present], below_Q[present]], axis=1).astype(np.float64)
+        self._rows.append(sums_Q2)
+        self._totals_2 += sums_Q2.sum(axis=0)
+
+    def figure(self, resampling: Resampling) -> CountedFigure:
+        """The ratio of the sums over all questions; `count` is the lower sum."""
+        low, high = resampling.interval(self._rows, _quotient)
+        num_questions = len(self._rows)
+        low_end, high_end = _interval(low[0], high[0], num_questions)
+        return CountedFigure(
+            value=_number(_quotient(self._totals_2[np.newaxis])[0, 0]),
+            low=low_end,
+            high=high_end,
+            count=int(self._totals_2[1]),
+            questions=num_questions,
         )
 
 
-def _estimates(
-    counts_QGC: Floats,
-    statistic: Callable[[Floats], Floats],
-    resampling: Resampling,
-) -> Iterator[_Estimate]:
-    """The estimate of each group, in order; all groups share the resamples."""
-    num_questions, num_groups, num_cells = counts_QGC.shape
-    low_G, high_G = cluster_bootstrap(
-        counts_QGC.reshape(num_questions, num_groups * num_cells),
-        lambda sums_BK: statistic(sums_BK.reshape(len(sums_BK), num_groups, num_cells)),
-        resampling.num,
-        resampling.seed,
-    )
-    totals_GC = counts_QGC.sum(axis=0)
-    value_G = statistic(totals_GC)
-    questions_G = (counts_QGC.sum(axis=2) > 0).sum(axis=0)
-    for group in range(num_groups):
-        yield _Estimate(value_G[group], low_G[group], high_G[group], int(questions_G[group]), totals_GC[group].tolist())
-
-
-def ratio(above_Q: Floats, below_Q: Floats, resampling: Resampling) -> CountedFigure:
-    """A ratio of two sums over questions, such as steps a solution; `count` is the lower sum (`below_Q`'s)."""
-
-    def quotient(sums_B2: Floats) -> Floats:
-        above = sums_B2[:, :1]
-        below = sums_B2[:, 1:]
-        divisor = np.where(below > 0, below, 1.0)
-        return np.where(below > 0, above / divisor, np.nan)
-
-    # Questions without an entry add nothing, and must not count as questions.
-    present = below_Q > 0
-    sums_Q2 = np.stack([above_Q[present], below_Q[present]], axis=1).astype(np.float64)
-    value = quotient(sums_Q2.sum(axis=0, keepdims=True))[0, 0]
-    low, high = cluster_bootstrap(
-        sums_Q2,
-        quotient,
-        resampling.num,
-        resampling.seed,
-    )
-    num_questions = len(sums_Q2)
-    low_end, high_end = _interval(low[0], high[0], num_questions)
-    return CountedFigure(
-        value=_number(value),
-        low=low_end,
-        high=high_end,
-        count=int(below_Q.sum()),
-        questions=num_questions,
-    )
+def _quotient(sums_B2: Floats) -> Floats:
+    above = sums_B2[:, :1]
+    below = sums_B2[:, 1:]
+    divisor = np.where(below > 0, below, 1.0)
+    return np.where(below > 0, above / divisor, np.nan)
 
 
 def _interval(low: float, high: float, num_questions: int) -> tuple[float | None, float | None]:

@@ -6,6 +6,7 @@ checkable) or UNLABELLED.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -194,15 +195,19 @@ class SourceCodes:
     errors: dict[str, int] = field(default_factory=dict)
 
 
-def source_labels(steps: Steps, labels: pa.Table) -> dict[str, SourceCodes]:
-    """Encoded labels (`encode_labels`) of any sources, by source.
+def source_labels(
+    steps: Steps,
+    labels: pa.Table,
+    sources: Iterable[str] = (),
+) -> dict[str, SourceCodes]:
+    """Encoded labels (`encode_labels`) of any sources, by source; of each of `sources`, also where it has no row.
 
     Rows with an error, of no solution or of another text are only counted.
 
     Several annotators of a source: the adjudicator where he has a verdict, else the majority, a tie is no label.
     """
     by_source = {}
-    for source in sorted(labels["source"].unique().to_pylist()):
+    for source in sorted({*sources, *labels["source"].unique().to_pylist()}):
         by_source[source] = _source_codes(steps, labels.filter(pc.equal(labels["source"], source)))
     return by_source
 

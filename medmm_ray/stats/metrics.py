@@ -84,7 +84,11 @@ def cluster_bootstrap(
         num_figures = statistic(np.zeros((1, sums_QK.shape[1]))).shape[1]
         undefined_F = np.full(num_figures, np.nan)
         return undefined_F, undefined_F
-    figures_BF = _resampled(sums_QK, statistic, num_resamples, seed)
+    return percentile_interval(_resampled(sums_QK, statistic, num_resamples, seed))
+
+
+def percentile_interval(figures_BF: Floats) -> tuple[Floats, Floats]:
+    """The ends of the middle 95 % of each figure over all resamples; NaN where it is defined in none."""
     # Figure by figure: each leaves out its own undefined resamples.
     low_F = np.full(figures_BF.shape[1], np.nan)
     high_F = low_F.copy()

@@ -198,7 +198,9 @@ def run(folder: Path, num_questions: int = 40, num_samples: int = 16, seed: int 
     labels = [to_arrow(Labels, rows.judge), pa.concat_tables(human_and_truth)]
     dataset = audit(
         AuditConfig(bootstrap_samples=50),
-        **{**tables, "solutions": [tables["solutions"]]},
+        questions=[tables["questions"]],
+        images=[tables["images"]],
+        solutions=[tables["solutions"]],
         labels={"judge_labels": labels[:1], "expert_labels": labels[1:]},
         review_queue=to_arrow(ReviewItem, rows.queue),
     )

@@ -8,9 +8,13 @@ import pytest
 from rich.console import Console
 
 from jobs import bench
+from jobs.audit import report_of
 from jobs.benches import Measured, models, monte_carlo, scale
 from jobs.benches.models import ForwardFlops, Shape, bench_question, reference_ids, reward_model
+from jobs.benches.scale_driver import DriverConfig, recipe_words, used
 from jobs.benches.scale_memory import MemoryConfig
+from jobs.benches.scale_tables import TableShape, make_tables
+from jobs.step import Run, load_recipe
 from medmm_ray.data.sources.phantom import truth
 from medmm_ray.data.sources.phantom.questions import PhantomQuestion, make_questions
 from medmm_ray.reward_model import RewardModel
@@ -165,9 +169,10 @@ def test_first_errors_and_steps_are_counted() -> None:
 
 
 def test_training_scales_as_it_is_said_to() -> None:
-    rows = list(
-        scale.measure(scale.BenchConfig(updates=3, questions=128, memory=MemoryConfig(states_gib=())), Console())
+    config = scale.BenchConfig(
+        updates=3, questions=128, memory=MemoryConfig(states_gib=()), drivers=DriverConfig(questions=())
     )
+    rows = list(scale.measure(config, Console()))
     speed_ups = {row.name: row for row in rows if row.name.startswith("speed-up")}
     assert len(speed_ups) == 4 * 2 * 4  # stages, shapes, numbers of workers
     assert [row.name for row in speed_ups.values() if row.met is False] == []
@@ -177,6 +182,20 @@ def test_training_scales_as_it_is_said_to() -> None:
     # A prefix for 4 solutions instead of 64: to meet 64 questions an update is paid for.
     (cost,) = [row.ratio for row in rows if row.name.endswith("whole ones, text_prm, flagship")]
     assert 2.4 < cost < 3.2  # in tokens 64 x (3,200 + 4 x 350) against 4 x (3,200 + 64 x 350): 2.87
+
+
+def test_drivers_are_measured_on_tables_that_hang_together(tmp_path: Path) -> None:
+    config = DriverConfig(bootstrap_samples=10, shape=TableShape(solutions=3, steps=2))
+    words = recipe_words(config, str(tmp_path))
+    make_tables(config.shape, 90, words)
+    report = report_of(Run(load_recipe(words)))
+    assert (report.coverage.questions, report.sampling.kept, report.sampling.missing) == (90, 270, 0)
+    assert [balance.right + balance.wrong for balance in report.balance] == [540, 540]
+    assert [pair.overall_kappa.count for pair in report.agreement] == [540]
+    assert [check.count for check in report.leakage] == [0] * 5
+    usage = used("audit", words)
+    assert 50 < usage.mebibytes < 100_000
+    assert usage.seconds > 0
 
 
 def test_targets_are_met_or_not() -> None:

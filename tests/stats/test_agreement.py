@@ -1,14 +1,25 @@
 """agreement.py: kappa by hand, the first wrong step, and the weights of the expert's queue."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
 from sklearn.metrics import cohen_kappa_score
 
 from medmm_ray.data.records import ReviewItem, Solutions, to_arrow
-from medmm_ray.stats.agreement import QueuedSteps, agreement, first_errors, prefixes, queued_steps
-from medmm_ray.stats.grouped_stats import Groups, Resampling
+from medmm_ray.stats.agreement import (
+    Agreement,
+    LabelledSteps,
+    PairAgreement,
+    QueuedSteps,
+    first_errors,
+    prefixes,
+    queued_steps,
+)
+from medmm_ray.stats.grouped_stats import Groups
 from medmm_ray.stats.label_arrays import NEUTRAL, RIGHT, UNLABELLED, WRONG, Codes, Steps, drop_texts, steps_of
 from medmm_ray.stats.metrics import cohen_kappa, kappa_of_counts
+from medmm_ray.stats.resampling import Resampling
 from medmm_ray.steps.review import draw_steps
 from tests.stats.test_label_arrays import question, solution
 
@@ -27,6 +38,15 @@ def steps(*lengths: list[int]) -> Steps:
         for q, own in enumerate(lengths)
     ]
     return steps_of(drop_texts(to_arrow(Solutions, rows)))
+
+
+def agreement(
+    order: Steps, codes: Mapping[str, Codes], groups: Mapping[str, Groups], queue: QueuedSteps | None, how: Resampling
+) -> list[PairAgreement]:
+    """The agreement of sources whose questions are all there at once."""
+    pairs = Agreement(codes)
+    pairs.add(LabelledSteps(order, codes, groups, queue))
+    return pairs.figures(how)
 
 
 def test_kappa_and_equal_labels_by_hand() -> None:

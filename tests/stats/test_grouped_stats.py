@@ -5,7 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from medmm_ray.stats.grouped_stats import GroupFigure, Groups, Resampling, ratio, share_of_counts, stats_by_group
+from medmm_ray.stats.grouped_stats import (
+    CountedFigure,
+    GroupedCounts,
+    GroupFigure,
+    Groups,
+    RatioCounts,
+    share_of_counts,
+    stats_by_group,
+)
+from medmm_ray.stats.resampling import Resampling
 
 HOW = Resampling(400, 0)
 
@@ -48,8 +57,28 @@ def test_intervals_are_as_wide_as_the_questions_say() -> None:
     assert many.high - many.low == pytest.approx(2 * 1.96 * (0.3 * 0.7 / 100) ** 0.5, rel=0.15)
 
 
+def ratio(above: list[float], below: list[float]) -> CountedFigure:
+    counts = RatioCounts()
+    counts.add(np.array(above), np.array(below))
+    return counts.figure(HOW)
+
+
 def test_ratio_of_sums() -> None:
-    found = ratio(np.array([10.0, 30, 0]), np.array([2.0, 3, 0]), HOW)
+    found = ratio([10.0, 30, 0], [2.0, 3, 0])
     assert (found.value, found.count, found.questions) == (8.0, 5, 2)
     assert (found.low, found.high) == (5.0, 10.0)
-    assert ratio(np.zeros(1), np.zeros(1), HOW).value is None
+    assert ratio([0.0], [0.0]).value is None
+
+
+def test_counts_of_some_questions_at_a_time_are_those_of_all() -> None:
+    """To the last bit, with weights too: the rows that are resampled have the same order."""
+    rng = np.random.default_rng(0)
+    question = np.sort(rng.integers(0, 500, 4000))
+    cell, member = rng.integers(0, 2, 4000), rng.integers(0, 3, 4000)
+    for weight in (None, 1 / rng.uniform(0.01, 1, 4000)):
+        whole = stats_by_group({"g": Groups("abc", member)}, question, cell, 2, share_of_counts, HOW, weight)
+        counts = GroupedCounts(2)
+        for chosen in (question < 120, (question >= 120) & (question < 121), question >= 121):
+            of_chosen = None if weight is None else weight[chosen]
+            counts.add({"g": Groups("abc", member[chosen])}, question[chosen], cell[chosen], of_chosen)
+        assert counts.stats(share_of_counts, HOW) == whole

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from medmm_ray.data.records import (
     StepLabel,
     to_arrow,
 )
+from medmm_ray.data.sorted_rows import windows
 from medmm_ray.data.tables import Manifest, Provenance, write_rows
 from medmm_ray.engines.llm.ledger import Ledger
 from medmm_ray.pages.dataset_page import render
@@ -83,8 +85,8 @@ QUEUE = [
 
 def audited(config: AuditConfig = CONFIG, **more: Any) -> AuditReport:
     tables: dict[str, Any] = {
-        "questions": to_arrow(Question, QUESTIONS),
-        "images": to_arrow(Image, IMAGES),
+        "questions": [to_arrow(Question, QUESTIONS)],
+        "images": [to_arrow(Image, IMAGES)],
         "solutions": [to_arrow(Solutions, [row]) for row in SOLUTIONS],
         "labels": {"judge_labels": [to_arrow(Labels, JUDGE)], "expert_labels": [to_arrow(Labels, EXPERT)]},
         "review_queue": to_arrow(ReviewItem, QUEUE),
@@ -183,8 +185,21 @@ def test_the_order_of_rows_and_parts_changes_nothing() -> None:
         "expert_labels": [to_arrow(Labels, EXPERT[::-1])],
     }
     queue = to_arrow(ReviewItem, QUEUE[::-1])
-    mixed = report(solutions=tables, labels=labels, review_queue=queue, questions=to_arrow(Question, QUESTIONS[::-1]))
+    mixed = report(solutions=tables, labels=labels, review_queue=queue, questions=[to_arrow(Question, QUESTIONS[::-1])])
     assert mixed == report()
+
+
+def test_tables_read_some_questions_at_a_time_give_the_same_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_their_question(rows: list[Labels]) -> list[Labels]:
+        question_of = {solution.solution_id: row.question_id for row in SOLUTIONS for solution in row.solutions}
+        return [replace(row, question_id=question_of[row.solution_id]) for row in rows]
+
+    labels = {"all": [to_arrow(Labels, of_their_question([*JUDGE, *EXPERT]))]}
+    whole = report(labels=labels)
+    # A question a window.
+    monkeypatch.setattr("medmm_ray.data.sorted_rows.BATCH_BYTES", 1)
+    monkeypatch.setattr("medmm_ray.steps.audit.windows", partial(windows, num_bytes=1))
+    assert report(labels=labels) == whole
 
 
 def test_yield_of_the_label_policies() -> None:
@@ -226,7 +241,7 @@ def test_an_advantage_is_measured_from_the_accuracy_of_the_question() -> None:
     assert advantage["mean_target"] == pytest.approx(1 / 3, abs=1e-6)
 
 
-def test_leaks_are_found_by_picture_bytes_and_text() -> None:
+def test_leaks_are_found_by_picture_bytes_and_text(tmp_path: Path) -> None:
     questions = [
         asked("q1", "train", "easy", "radiology", "i1"),
         asked("q2", "test", "easy", "radiology", "i1"),
@@ -239,7 +254,9 @@ def test_leaks_are_found_by_picture_bytes_and_text() -> None:
                  images=[RetrievedImage(image_id=i, uri="u", diagnosis="", similarity=1.0) for i in ids])
         for q, ids in (("q1", ["i2", "i1"]), ("q2", ["i3"]), ("q3", []))
     ]  # fmt: skip
-    found = leakage(to_arrow(Question, questions), to_arrow(Image, images), [to_arrow(Evidence, shown)])
+    found = leakage(
+        [to_arrow(Question, questions)], [to_arrow(Image, images)], [to_arrow(Evidence, shown)], str(tmp_path)
+    )
     assert [(check.name, check.count, check.checked, check.examples) for check in found] == [
         ("images_of_questions", 1, 1, ["i1"]),
         ("image_files", 1, 2, ["same"]),

@@ -18,8 +18,9 @@ from medmm_ray.data.records import Labels, Question, QuestionReview, ReviewItem,
 from medmm_ray.data.tables import TableError, filesystem, write_file
 from medmm_ray.pages.review_page.item_views import question_content_hash, step_content_hash, step_item_id
 from medmm_ray.pages.review_page.verdicts import UNSURE, Verdict, VerdictLog, latest_verdicts, parse
-from medmm_ray.stats.grouped_stats import Resampling, stats_by_group
+from medmm_ray.stats.grouped_stats import stats_by_group
 from medmm_ray.stats.metrics import kappa_of_counts
+from medmm_ray.stats.resampling import Resampling
 from medmm_ray.stats.targets import ADJUDICATOR
 
 NEUTRAL = "nothing to check"

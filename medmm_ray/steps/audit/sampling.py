@@ -1,7 +1,7 @@
 """What was asked of the policy and what came: coverage, solutions a question, answers, and steps a solution."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,15 +11,26 @@ import pyarrow.compute as pc
 from medmm_ray.data.tables import error_kind
 from medmm_ray.stats.grouped_stats import (
     CountedFigure,
+    GroupedCounts,
     GroupedStats,
     Groups,
-    Resampling,
+    RatioCounts,
     easy_first,
-    ratio,
     share_of_counts,
-    stats_by_group,
 )
 from medmm_ray.stats.label_arrays import RIGHT, Codes, Steps
+from medmm_ray.stats.resampling import Resampling
+
+
+@dataclass(frozen=True)
+class SolvedQuestions:
+    """Solutions without texts with their steps, whether each is right, and the groups that it belongs to."""
+
+    table: pa.Table
+    steps: Steps
+    correct: Codes
+    """RIGHT, WRONG, or -1 where no answer was found."""
+    groups: Mapping[str, Groups]
 
 
 @dataclass
@@ -86,34 +97,42 @@ class StepCounts:
     many: int
 
 
-def coverage(
-    questions: pa.Table,
-    images: pa.Table,
-    solutions: pa.Table,
-) -> Coverage:
-    """Questions by split, and by modality: questions by difficulty, those with an image, images, and solutions."""
-    usable = questions.filter(pc.is_null(questions["error"]))
-    # Counted once, as not every image has a question.
-    num_images = Counter(images["modality"].to_pylist())
-    modalities: dict[str, ModalityCounts] = {}
-    for group in _groups(usable, solutions).to_pylist():
-        modality, num_questions = group["modality"], group["count_all"]
-        if modality not in modalities:
-            modalities[modality] = ModalityCounts(0, 0, num_images[modality], 0, {})
-        counts = modalities[modality]
-        counts.questions += num_questions
-        counts.with_image += group["with_image_sum"]
-        counts.solutions += group["solutions_sum"]
-        counts.by_difficulty[group["difficulty"]] = num_questions
-    splits = Counter(usable["split"].to_pylist())
-    difficulties = set(usable["difficulty"].to_pylist())
-    return Coverage(
-        questions=usable.num_rows,
-        images=images.num_rows,
-        splits=dict(sorted(splits.items())),
-        difficulties=sorted(difficulties, key=easy_first),
-        modalities=dict(sorted(modalities.items())),
-    )
+class CoverageCounts:
+    """Coverage, counted some questions at a time."""
+
+    def __init__(self, groups: Iterable[tuple[str, str]], images: Counter[str]) -> None:
+        """`groups` are the modalities and difficulties of usable questions, in the order in which they are shown;
+        `images` the images by modality: counted once, as not every image has a question."""
+        self._num_images = images.total()
+        self._modalities: dict[str, ModalityCounts] = {}
+        self._difficulties: set[str] = set()
+        self._splits: Counter[str] = Counter()
+        for modality, difficulty in groups:
+            self._difficulties.add(difficulty)
+            if modality not in self._modalities:
+                self._modalities[modality] = ModalityCounts(0, 0, images[modality], 0, {})
+            self._modalities[modality].by_difficulty[difficulty] = 0
+
+    def add(self, questions: pa.Table, solutions: pa.Table) -> None:
+        """Count questions that were not there before, and their solutions."""
+        usable = questions.filter(pc.is_null(questions["error"]))
+        self._splits.update(usable["split"].to_pylist())
+        for group in _groups(usable, solutions).to_pylist():
+            counts = self._modalities[group["modality"]]
+            counts.questions += group["count_all"]
+            counts.with_image += group["with_image_sum"]
+            counts.solutions += group["solutions_sum"]
+            counts.by_difficulty[group["difficulty"]] += group["count_all"]
+
+    def figures(self) -> Coverage:
+        """Questions by split, and by modality: questions by difficulty, with an image, images, and solutions."""
+        return Coverage(
+            questions=self._splits.total(),
+            images=self._num_images,
+            splits=dict(sorted(self._splits.items())),
+            difficulties=sorted(self._difficulties, key=easy_first),
+            modalities=dict(sorted(self._modalities.items())),
+        )
 
 
 def _groups(questions: pa.Table, solutions: pa.Table) -> pa.Table:
@@ -136,97 +155,110 @@ def _groups(questions: pa.Table, solutions: pa.Table) -> pa.Table:
     return groups.aggregate([([], "count_all"), ("with_image", "sum"), ("solutions", "sum")])
 
 
-def sampling(
-    solutions: pa.Table,
-    steps: Steps,
-    correct: Codes,
-    groups: Mapping[str, Groups],
-    resampling: Resampling,
-) -> SamplingFigures:
-    """Solutions asked for, drawn, rejected and there; questions that got fewer; answers, and the share of right ones.
+class SamplingCounts:
+    """What was asked for and what came, counted some questions at a time."""
 
-    `correct` is RIGHT, WRONG or -1 (no answer) for each of the `solutions`, `groups` their groups.
-    """
-    requested = np.asarray(solutions["num_requested"], dtype=np.int64)
-    complete = np.asarray(pc.list_value_length(solutions["solutions"]), dtype=np.int64)
-    flat = pc.list_flatten(solutions["solutions"].combine_chunks())
-    errors = filter(None, solutions["error"].to_pylist())
-    error_counts = Counter(map(error_kind, errors))
-    right = (correct == RIGHT).astype(np.int64)
-    # Accuracy by the answer's correctness would say nothing.
-    groupings = dict(groups)
-    groupings.pop("answer", None)
-    # A question may have more than was asked for: it makes up for no other.
-    num_missing = (requested - complete).clip(min=0)
-    return SamplingFigures(
-        questions=solutions.num_rows,
-        requested=int(requested.sum()),
-        kept=int(complete.sum()),
-        drawn=int(pc.sum(solutions["num_drawn"]).as_py() or 0),
-        rejected=_rejected(solutions),
-        short_questions=int((complete < requested).sum()),
-        empty_questions=int((complete == 0).sum()),
-        missing=int(num_missing.sum()),
-        without_answer=int((correct < 0).sum()),
-        finish_reasons=_counts_by_value(flat.field("finish_reason")),
-        errors=dict(error_counts),
-        accuracy=stats_by_group(groupings, steps.question, right, 2, share_of_counts, resampling),
-    )
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._rejected: Counter[str] = Counter()
+        self._finish_reasons: Counter[str] = Counter()
+        self._errors: Counter[str] = Counter()
+        self._accuracy = GroupedCounts(2)
+
+    def add(self, solved: SolvedQuestions) -> None:
+        """Count the solutions of questions that were not there before."""
+        solutions, correct = solved.table, solved.correct
+        requested = np.asarray(solutions["num_requested"], dtype=np.int64)
+        complete = np.asarray(pc.list_value_length(solutions["solutions"]), dtype=np.int64)
+        flat = pc.list_flatten(solutions["solutions"].combine_chunks())
+        errors = filter(None, solutions["error"].to_pylist())
+        self._errors.update(map(error_kind, errors))
+        self._finish_reasons.update(flat.field("finish_reason").to_pylist())
+        self._count_rejected(solutions)
+        # A question may have more than was asked for: it makes up for no other.
+        num_missing = (requested - complete).clip(min=0)
+        self._counts["questions"] += solutions.num_rows
+        self._counts["requested"] += int(requested.sum())
+        self._counts["kept"] += int(complete.sum())
+        self._counts["drawn"] += int(pc.sum(solutions["num_drawn"]).as_py() or 0)
+        self._counts["short_questions"] += int((complete < requested).sum())
+        self._counts["empty_questions"] += int((complete == 0).sum())
+        self._counts["missing"] += int(num_missing.sum())
+        self._counts["without_answer"] += int((correct < 0).sum())
+        # Accuracy by the answer's correctness would say nothing.
+        groupings = dict(solved.groups)
+        groupings.pop("answer", None)
+        is_right = (correct == RIGHT).astype(np.int64)
+        self._accuracy.add(groupings, solved.steps.question, is_right)
+
+    def _count_rejected(self, solutions: pa.Table) -> None:
+        counts = pc.list_flatten(solutions["rejected"].combine_chunks())
+        kinds = counts.field("kind").to_pylist()
+        for kind, number in zip(kinds, counts.field("count").to_pylist(), strict=True):
+            self._rejected[kind] += number
+
+    def figures(self, resampling: Resampling) -> SamplingFigures:
+        """Solutions asked for, drawn, rejected and there; questions that got fewer; the share of right answers."""
+        counts = self._counts
+        return SamplingFigures(
+            questions=counts["questions"],
+            requested=counts["requested"],
+            kept=counts["kept"],
+            drawn=counts["drawn"],
+            rejected=dict(sorted(self._rejected.items())),
+            short_questions=counts["short_questions"],
+            empty_questions=counts["empty_questions"],
+            missing=counts["missing"],
+            without_answer=counts["without_answer"],
+            # Of equally frequent ones that first which came first.
+            finish_reasons=dict(self._finish_reasons.most_common()),
+            errors=dict(self._errors),
+            accuracy=self._accuracy.stats(share_of_counts, resampling),
+        )
 
 
-def _rejected(solutions: pa.Table) -> dict[str, int]:
-    """Samples that the quality filter refused, by reason."""
-    counts = pc.list_flatten(solutions["rejected"].combine_chunks())
-    kinds = counts.field("kind").to_pylist()
-    numbers = counts.field("count").to_pylist()
-    totals: Counter[str] = Counter()
-    for kind, number in zip(kinds, numbers, strict=True):
-        totals[kind] += number
-    return dict(sorted(totals.items()))
-
-
-def _counts_by_value(values: pa.Array) -> dict[str, int]:
-    """How often each value occurs, the most frequent first."""
-    entries = pc.value_counts(values).to_pylist()
-    # The sort is stable: of equal counts the value that came first stays first.
-    entries.sort(key=lambda entry: -entry["counts"])
-    counts = {}
-    for entry in entries:
-        counts[entry["values"]] = entry["counts"]
-    return counts
-
-
-def trees(solutions: pa.Table) -> TreeFigures:
+def tree_figures(parts: Iterable[pa.Table]) -> TreeFigures:
     """What the trees found; nothing where there are none."""
-    flat = pc.list_flatten(solutions["solutions"].combine_chunks())
-    lengths = np.asarray(pc.list_value_length(solutions["solutions"]))
-    return TreeFigures(
-        questions=int((lengths > 0).sum()),
-        solutions=len(flat),
-        right=pc.sum(flat.field("correct")).as_py() or 0,
-    )
+    num_questions = num_solutions = num_right = 0
+    for solutions in parts:
+        flat = pc.list_flatten(solutions["solutions"].combine_chunks())
+        lengths = np.asarray(pc.list_value_length(solutions["solutions"]))
+        num_questions += int((lengths > 0).sum())
+        num_solutions += len(flat)
+        num_right += pc.sum(flat.field("correct")).as_py() or 0
+    return TreeFigures(questions=num_questions, solutions=num_solutions, right=num_right)
 
 
-def step_counts(
-    steps: Steps,
-    usual: tuple[int, int],
-    resampling: Resampling,
-) -> StepCounts:
-    """Steps a solution; `usual` are the fewest and the most steps of one that is not flagged."""
-    fewest, most = usual
-    # Sums by question: the interval resamples questions, as the solutions of one resemble each other.
-    num_questions = int(steps.question.max(initial=-1)) + 1
-    solutions_Q = np.bincount(steps.question, minlength=num_questions)
-    steps_Q = np.bincount(steps.question, steps.length, minlength=num_questions)
-    lengths, counts = np.unique(steps.length, return_counts=True)
-    # Names of a JSON object are text.
-    names = map(str, lengths.tolist())
-    histogram = dict(zip(names, counts.tolist(), strict=True))
-    return StepCounts(
-        solutions=len(steps.length),
-        steps=len(steps.solution),
-        histogram=histogram,
-        mean=ratio(steps_Q.astype(np.float64), solutions_Q.astype(np.float64), resampling),
-        few=int((steps.length < fewest).sum()),
-        many=int((steps.length > most).sum()),
-    )
+class StepCounter:
+    """Steps a solution, counted some questions at a time."""
+
+    def __init__(self) -> None:
+        self._lengths: Counter[int] = Counter()
+        self._mean = RatioCounts()
+
+    def add(self, steps: Steps) -> None:
+        """Count the solutions of questions that were not there before."""
+        # Sums by question: the interval resamples questions, as the solutions of one resemble each other.
+        num_questions = int(steps.question.max(initial=-1)) + 1
+        solutions_Q = np.bincount(steps.question, minlength=num_questions)
+        steps_Q = np.bincount(steps.question, steps.length, minlength=num_questions)
+        self._mean.add(steps_Q.astype(np.float64), solutions_Q.astype(np.float64))
+        self._lengths.update(steps.length.tolist())
+
+    def figures(
+        self,
+        usual: tuple[int, int],
+        resampling: Resampling,
+    ) -> StepCounts:
+        """Steps a solution; `usual` are the fewest and the most steps of one that is not flagged."""
+        fewest, most = usual
+        by_length = sorted(self._lengths.items())
+        return StepCounts(
+            solutions=self._lengths.total(),
+            steps=sum(length * count for length, count in by_length),
+            # Names of a JSON object are text.
+            histogram={str(length): count for length, count in by_length},
+            mean=self._mean.figure(resampling),
+            few=sum(count for length, count in by_length if length < fewest),
+            many=sum(count for length, count in by_length if length > most),
+        )

@@ -27,7 +27,7 @@ from medmm_ray.data.tables import code_revision, error_kind, package_versions
 from medmm_ray.stats.agreement import PairAgreement
 from medmm_ray.stats.balance import SourceBalance
 from medmm_ray.stats.decoders import Aggregate
-from medmm_ray.stats.grouped_stats import Resampling
+from medmm_ray.stats.resampling import Resampling
 from medmm_ray.steps.evaluate.accuracy import GroupAccuracy, accuracy, accuracy_by_column, accuracy_by_decoder
 from medmm_ray.steps.evaluate.examples import choose_examples
 from medmm_ray.steps.evaluate.gates import gates_of

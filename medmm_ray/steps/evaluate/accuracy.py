@@ -7,8 +7,9 @@ import numpy as np
 
 from medmm_ray.stats import decoders, metrics
 from medmm_ray.stats.decoders import Decoder
-from medmm_ray.stats.grouped_stats import Figure, Resampling, easy_first
+from medmm_ray.stats.grouped_stats import Figure, easy_first
 from medmm_ray.stats.metrics import Floats
+from medmm_ray.stats.resampling import Resampling
 from medmm_ray.steps.evaluate.scored_questions import LogOdds, ScoredQuestion, rewards_of
 
 FigurePath = tuple[str, ...]

@@ -1,0 +1,112 @@
+"""Memory and time of the driver at two numbers of questions, for `jobs.bench scale`.
+
+Each step's own entry runs in a process of its own on tables whose ids are of so many questions, with few solutions of
+few steps: what a driver holds whole grows with them. Engines are not started.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple, ParamSpec, TypeVar
+
+from pydantic import Field
+
+from jobs.benches import Measured
+from jobs.benches.scale_tables import TableShape, make_tables
+from jobs.step import Run, load_recipe
+from medmm_ray.config import Config
+
+MIB = 1 << 20
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class DriverConfig(Config):
+    """What a driver is given to read."""
+
+    questions: tuple[int, ...] = (10_000, 100_000)
+    """Numbers of questions, tenfold each; none: no driver is measured. At (100_000, 1_000_000) it takes an hour."""
+    steps: tuple[str, ...] = ("audit",)
+    """Steps whose drivers are measured."""
+    bootstrap_samples: int = Field(100, ge=1)
+    """Resamples of the dataset report: they take time by the question, as all else does."""
+    shape: TableShape = TableShape()
+    """What a question has."""
+
+
+class Usage(NamedTuple):
+    """What a step's driver took: its highest memory in MiB, and seconds without imports."""
+
+    mebibytes: float
+    seconds: float
+
+
+def measure_drivers(config: DriverConfig) -> Iterator[Measured]:
+    """Each step's peak and seconds at each number of questions against the first."""
+    usages: dict[tuple[str, int], Usage] = {}
+    for number in config.questions:
+        with TemporaryDirectory(prefix="driver-") as folder:
+            _in_process(make_tables, config.shape, number, recipe_words(config, folder))
+            for step in config.steps:
+                usages[step, number] = _in_process(used, step, recipe_words(config, folder))
+    for step in config.steps:
+        for number in config.questions[1:]:
+            yield from _rows(step, config.questions[0], number, usages)
+
+
+def _rows(
+    step: str,
+    few: int,
+    many: int,
+    usages: Mapping[tuple[str, int], Usage],
+) -> Iterator[Measured]:
+    baseline, ours = usages[step, few], usages[step, many]
+    of = f"{step}, {many:,} questions against {few:,}"
+    growth = (ours.mebibytes - baseline.mebibytes) * MIB / (many - few)
+    ratio = ours.mebibytes / baseline.mebibytes
+    label = f"peak memory of the driver of {of} ({growth:.0f} bytes a question)"
+    yield Measured(label, baseline.mebibytes, ours.mebibytes, ratio, "≤ 1.1", "MiB")
+    target = f"≤ {1.05 * many / few:.4g}"
+    yield Measured(f"time of {of}", baseline.seconds, ours.seconds, ours.seconds / baseline.seconds, target, "s")
+
+
+def _in_process(work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+    # A process each: what one has at most says nothing of the next.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(work, *arguments, **named).result()
+
+
+def recipe_words(config: DriverConfig, folder: str) -> list[str]:
+    """The recipe of the run whose tables lie in `folder`."""
+    recipe = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
+    return [str(recipe), f"run={folder}", f"audit.bootstrap_samples={config.bootstrap_samples}"]
+
+
+def used(step: str, words: Sequence[str]) -> Usage:
+    """The work of a step's driver on a run's tables."""
+    run = Run(load_recipe(words))
+    work = _DRIVERS[step]
+    start = time.perf_counter()
+    work(run)
+    return Usage(_peak(), time.perf_counter() - start)
+
+
+def _peak() -> float:
+    """The most memory that this process has had, in MiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        # Not getrusage's: that of a new process begins with its parent's.
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    raise OSError("/proc/self/status has no VmHWM: the driver's memory is measured on Linux alone")
+
+
+def _audit(run: Run) -> None:
+    from jobs.audit import report_of
+
+    report_of(run)
+
+
+_DRIVERS: dict[str, Callable[[Run], None]] = {"audit": _audit}

@@ -1,0 +1,76 @@
+"""sorted_rows.py: rows come out in the order of their ids, those of an id together and in the order they came in."""
+
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from medmm_ray.data.sorted_rows import SortedRows, sort_rows, windows
+
+SCHEMA = pa.schema({"question_id": pa.string(), "place": pa.int64(), "texts": pa.list_(pa.string())})
+
+
+def some_rows(num_rows: int, num_ids: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows of ids in no order, some ids with many rows."""
+    draw = random.Random(seed)
+    return [
+        {"question_id": f"q{draw.randrange(num_ids):04}", "place": place, "texts": ["ü" * 50] * draw.randrange(9)}
+        for place in range(num_rows)
+    ]
+
+
+def written(tmp_path: Path, rows: list[dict[str, Any]], name: str = "rows", run_bytes: int = 1 << 16) -> SortedRows:
+    table = pa.Table.from_pylist(rows, SCHEMA)
+    parts = [table.slice(start, 700) for start in range(0, len(rows), 700)]
+    return sort_rows(parts, "question_id", SCHEMA, str(tmp_path / name), run_bytes)
+
+
+ROWS = some_rows(5000, 900)
+BY_ID = sorted(ROWS, key=lambda row: (row["question_id"], row["place"]))
+
+
+@pytest.mark.parametrize("run_bytes", [1 << 14, 1 << 30])
+def test_rows_are_sorted_with_and_without_a_merge(
+    tmp_path: Path, run_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medmm_ray.data.sorted_rows.FAN_IN", 4)  # so that what is merged is merged again
+    rows = written(tmp_path, ROWS, run_bytes=run_bytes)
+    assert rows.between(None, None).to_pylist() == BY_ID
+    assert pa.concat_tables(rows.batches()).to_pylist() == BY_ID
+    assert [file.name for file in tmp_path.iterdir()] == ["rows"]  # the runs are gone
+
+
+def test_some_ids_are_found_by_whoever_opens_the_file(tmp_path: Path) -> None:
+    rows = pickle.loads(pickle.dumps(written(tmp_path, ROWS)))  # noqa: S301 - its own
+    ids = ["q0899", "q0000", "q0123", "q0124", "p", "q0900"]
+    assert rows.rows_of(ids).to_pylist() == [row for row in BY_ID if row["question_id"] in ids]
+    inside = rows.between("q0123", "q0500").to_pylist()
+    assert inside == [row for row in BY_ID if "q0123" <= row["question_id"] < "q0500"]
+    assert rows.rows_of([]).num_rows == rows.between("q0900", None).num_rows == 0
+
+
+def test_windows_have_each_id_once_and_whole(tmp_path: Path) -> None:
+    tables = {"many": written(tmp_path, ROWS), "few": written(tmp_path, some_rows(40, 1500, 1), "few")}
+    ids_before: set[str] = set()
+    read: dict[str, list[dict[str, Any]]] = {"many": [], "few": []}
+    num_windows = 0
+    for window in windows(tables, 100_000):
+        num_windows += 1
+        ids = {row_id for table in window.values() for row_id in table["question_id"].to_pylist()}
+        assert not ids & ids_before
+        ids_before |= ids
+        for name, table in window.items():
+            assert table.nbytes < 300_000
+            read[name] += table.to_pylist()
+    assert num_windows > 5
+    assert read["many"] == BY_ID
+    assert [row["question_id"] for row in read["few"]] == sorted(row["question_id"] for row in some_rows(40, 1500, 1))
+
+
+def test_tables_without_rows_are_one_empty_window(tmp_path: Path) -> None:
+    empty = sort_rows([], "question_id", SCHEMA, str(tmp_path / "empty"))
+    assert [window["empty"].num_rows for window in windows({"empty": empty})] == [0]
+    assert empty.rows_of(["q"]).schema == SCHEMA

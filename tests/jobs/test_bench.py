@@ -5,15 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from jobs import bench
 from jobs.audit import report_of
-from jobs.benches import Measured, models, monte_carlo, scale
+from jobs.benches import Measured, models, monte_carlo
 from jobs.benches.models import ForwardFlops, Shape, bench_question, reference_ids, reward_model
 from jobs.benches.scale_driver import DriverConfig, recipe_words, used
-from jobs.benches.scale_memory import MemoryConfig
 from jobs.benches.scale_tables import TableShape, make_tables
+from jobs.benches.scale_training import TrainingConfig, measure_training
 from jobs.step import Run, load_recipe
 from medmm_ray.data.sources.phantom import truth
 from medmm_ray.data.sources.phantom.questions import PhantomQuestion, make_questions
@@ -169,10 +168,7 @@ def test_first_errors_and_steps_are_counted() -> None:
 
 
 def test_training_scales_as_it_is_said_to() -> None:
-    config = scale.BenchConfig(
-        updates=3, questions=128, memory=MemoryConfig(states_gib=()), drivers=DriverConfig(questions=())
-    )
-    rows = list(scale.measure(config, Console()))
+    rows = list(measure_training(TrainingConfig(updates=3, questions=128)))
     speed_ups = {row.name: row for row in rows if row.name.startswith("speed-up")}
     assert len(speed_ups) == 4 * 2 * 4  # stages, shapes, numbers of workers
     assert [row.name for row in speed_ups.values() if row.met is False] == []

@@ -41,7 +41,7 @@ chaos: env  ## 20 faults injected into all steps on scripted engines, then the p
 serve: env  ## the scorer on http://127.0.0.1:8000 (OpenAPI page at /docs)
 	@$(PY) -m jobs.serve jobs/recipes/quickstart.yaml run=$(RUN)
 
-cluster-up: env  ## a local Ray cluster for `ray job submit`, on 127.0.0.1; prints how a shell shows it its token
+cluster-up: env  ## a local Ray cluster for `python -m jobs.submit`, on 127.0.0.1; prints how a shell shows it its token
 	@cluster/local/up.sh
 
 cluster-down:  ## stop that cluster, and nothing else

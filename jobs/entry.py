@@ -31,6 +31,12 @@ def parser(name: str, what: str) -> argparse.ArgumentParser:
     return parser
 
 
+def add_range(arguments: argparse.ArgumentParser) -> None:
+    """Add ``--from`` and ``--until``, which name a range of steps."""
+    arguments.add_argument("--from", dest="first", metavar="STEP", help=f"first step: {', '.join(BY_NAME)}")
+    arguments.add_argument("--until", dest="last", metavar="STEP", help="last step")
+
+
 def read_arguments(arguments: argparse.Namespace, section: str | None) -> Recipe:
     """The recipe that parsed arguments name; names without a section are settings of `section`."""
     words = [arguments.recipe, *arguments.overrides] if arguments.recipe else []

@@ -9,6 +9,7 @@ again.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from medmm_ray.config import ConfigError
 from medmm_ray.data.records import (
     Document,
     Evidence,
@@ -221,3 +222,17 @@ def _makers() -> dict[str, Step]:
 
 BY_NAME = {step.name: step for step in STEPS}
 MAKER = _makers()  # of each table and artifact
+
+
+def steps_between(first: str | None, last: str | None) -> list[Step]:
+    """The steps from `first` until `last`, both included; without one, from the beginning or to the end."""
+    for name in (first, last):
+        if name is not None and name not in BY_NAME:
+            raise ConfigError(f"unknown step {name!r}; the steps are {', '.join(BY_NAME)}")
+    names = list(BY_NAME)
+    start = names.index(first) if first else 0
+    end = names.index(last) + 1 if last else None
+    steps = STEPS[start:end]
+    if not steps:
+        raise ConfigError(f"--from {first} comes after --until {last}; the order is {', '.join(names)}")
+    return list(steps)

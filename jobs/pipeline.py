@@ -20,8 +20,8 @@ from rich.live import Live
 from rich.table import Table as Grid
 from rich.text import Text
 
-from jobs.entry import launch, parser, read_arguments
-from jobs.graph import BY_NAME, STEPS, Step
+from jobs.entry import add_range, launch, parser, read_arguments
+from jobs.graph import BY_NAME, Step, steps_between
 from jobs.overlap import run_steps
 from jobs.preflight import require
 from jobs.recipe import Recipe
@@ -136,20 +136,6 @@ class Board:
         return Group(grid)
 
 
-def chosen(first: str | None, last: str | None) -> list[Step]:
-    """The steps from `first` until `last`, both included."""
-    for name in (first, last):
-        if name is not None and name not in BY_NAME:
-            raise ConfigError(f"unknown step {name!r}; the steps are {', '.join(BY_NAME)}")
-    names = list(BY_NAME)
-    start = names.index(first) if first else 0
-    end = names.index(last) + 1 if last else None
-    steps = STEPS[start:end]
-    if not steps:
-        raise ConfigError(f"--from {first} comes after --until {last}; the order is {', '.join(names)}")
-    return list(steps)
-
-
 def run_pipeline(recipe: Recipe, steps: Sequence[Step], console: Console) -> Run:
     """Run `steps` in one Ray session; none is started if all are complete."""
     run = Run(recipe)
@@ -206,8 +192,7 @@ def _write_usage(run: Run, last: Step, resources: ResourceSampler, seconds: floa
 def main(words: Sequence[str] | None = None) -> int:
     """``python -m jobs.pipeline``."""
     arguments = parser("pipeline", "All steps of a recipe, resumable.")
-    arguments.add_argument("--from", dest="first", metavar="STEP", help=f"first step: {', '.join(BY_NAME)}")
-    arguments.add_argument("--until", dest="last", metavar="STEP", help="last step")
+    add_range(arguments)
     arguments.add_argument("--dry-run", action="store_true", help="validate, plan, and estimate cost and GPU-hours")
     arguments.add_argument(
         "--check", action="store_true", help="with --dry-run: ask each API once, and look at each checkpoint"
@@ -219,7 +204,7 @@ def _main(parsed: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     console = Console() if sys.stdout.isatty() else Console(width=120)
     recipe = read_arguments(parsed, section=None)
-    steps = chosen(parsed.first, parsed.last)
+    steps = steps_between(parsed.first, parsed.last)
     if parsed.dry_run:
         from jobs.plan import print_plan
 

@@ -74,6 +74,20 @@ class RoundsConfig(Config):
     """How the policy of the next round is trained; its base is the round's policy."""
 
 
+class DriverConfig(Config):
+    """The machine that the driver of a submitted run takes (jobs.submit).
+
+    Asking for a CPU keeps it off a head that runs no work, and off machines with GPUs where there are others.
+    """
+
+    num_cpus: float = execution(1.0, gt=0)
+    """CPUs of the driver, beside those of the steps."""
+    memory_gib: float = execution(2.0, ge=0)
+    """Memory that the driver may need, GiB; 0: not said."""
+    label_selector: dict[str, str] = execution({})
+    """Labels of the machine: {ray.io/market-type: on-demand} takes no spot machine, whose end is the driver's."""
+
+
 class Recipe(Config):
     """All settings of a run; every section is the config of the step of that name."""
 
@@ -145,6 +159,8 @@ class Recipe(Config):
     """Beam search on a finished run (jobs.beam_search)."""
     meds3: RoundsConfig = RoundsConfig()
     """Rounds of tree search and training (jobs.meds3)."""
+    driver: DriverConfig = DriverConfig()
+    """The machine on which a submitted run has its driver (jobs.submit)."""
     plan: PlanConfig = PlanConfig()
     """Numbers that --dry-run assumes."""
 

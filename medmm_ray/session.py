@@ -76,7 +76,7 @@ def session(quiet: bool = True) -> Iterator[None]:
         yield
         return
     joins = bool(os.environ.get("RAY_ADDRESS"))
-    with _token_of_cluster() if joins else _token_of_session():
+    with token_of_cluster(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}") if joins else _token_of_session():
         try:
             _start(joins, quiet)
             yield
@@ -121,8 +121,11 @@ def _token_of_session() -> Iterator[None]:
 
 
 @contextmanager
-def _token_of_cluster() -> Iterator[None]:
-    """Token mode where a token is at hand; a cluster that asks for none passes over it."""
+def token_of_cluster(address: str) -> Iterator[None]:
+    """Token mode where a token is at hand; a cluster that asks for none passes over it.
+
+    Raises `ConfigError`, which names the cluster's `address`, where the environment promises a token and has none.
+    """
     mode, path = _mode(), os.environ.get("RAY_AUTH_TOKEN_PATH")
     if mode == "disabled":
         yield
@@ -130,7 +133,7 @@ def _token_of_cluster() -> Iterator[None]:
     if path and not os.environ.get("RAY_AUTH_TOKEN") and not _holds_token(Path(path)):
         raise ConfigError(
             f"RAY_AUTH_TOKEN_PATH={path} is no file with a token (a local cluster's goes with it); "
-            f"for the cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']}, {HAND_OVER}"
+            f"for the cluster at {address}, {HAND_OVER}"
         )
     from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 
@@ -138,9 +141,7 @@ def _token_of_cluster() -> Iterator[None]:
         with _environment(RAY_AUTH_MODE="token"):
             yield
     elif mode == "token":
-        raise ConfigError(
-            f"RAY_AUTH_MODE=token, and no token for the cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']}; {HAND_OVER}"
-        )
+        raise ConfigError(f"RAY_AUTH_MODE=token, and no token for the cluster at {address}; {HAND_OVER}")
     else:
         yield
 

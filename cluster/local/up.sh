@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Start a Ray head on this machine for `ray job submit`: dashboard and Jobs API on 127.0.0.1:${MEDMM_PORT:-8265}.
+# Start a Ray cluster on this machine for `python -m jobs.submit`: dashboard and Jobs API on
+# 127.0.0.1:${MEDMM_PORT:-8265}. It is one node, or with MEDMM_WORKERS=2 a head that runs no work and two nodes that do.
 # Everything listens on loopback, and Ray asks for a token there too: other users of the machine reach loopback, and a
 # replica of Serve listens on every address. Jobs run with the project's own python, and find the token by themselves.
 set -euo pipefail
@@ -29,16 +30,50 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=PASSIVE
 export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0  # badly named: it makes Ray keep to 127.0.0.1 on Linux too
 unset RAY_ADDRESS
 # More logical CPUs than cores: a pipeline's actor stages at one CPU each would wait for each other for ever on two.
-setsid nohup ray start --head --block --node-ip-address=127.0.0.1 --num-cpus="${MEDMM_CPUS:-8}" \
+cpus=${MEDMM_CPUS:-8}
+workers=${MEDMM_WORKERS:-0}
+object_store=${MEDMM_OBJECT_STORE_BYTES:-1073741824}
+setsid nohup ray start --head --block --node-ip-address=127.0.0.1 --num-cpus=$((workers ? 0 : cpus)) \
   --port=$((port + 1)) --dashboard-host=127.0.0.1 --dashboard-port="$port" --dashboard-agent-listen-port=$((port + 2)) \
-  --ray-client-server-port=$((port + 3)) --min-worker-port=0 --max-worker-port=0 --object-store-memory="${MEDMM_OBJECT_STORE_BYTES:-1073741824}" \
+  --ray-client-server-port=$((port + 3)) --min-worker-port=0 --max-worker-port=0 --object-store-memory="$object_store" \
   --temp-dir="$state/ray" --disable-usage-stats >"$state/head.log" 2>&1 </dev/null &
 echo $! >"$state/pid"
 
-for _ in $(seq 120); do
+has_head() {
   # The header comes from standard input: a command line can be read by every user.
-  if printf 'header = "Authorization: Bearer %s"' "$(<"$token")" |
-    curl --config - -fsS --noproxy '*' -o /dev/null "$address/api/jobs/" 2>/dev/null; then
+  printf 'header = "Authorization: Bearer %s"' "$(<"$token")" |
+    curl --config - -fsS --noproxy '*' -o /dev/null "$address/api/jobs/" 2>/dev/null
+}
+
+# One after the other: on a busy machine those that start at a time miss the half minute that Ray gives each. Each node
+# has a folder of its own, where it unpacks what is uploaded, but for logs: a driver's is written to the head's path.
+start_worker() {
+  local session
+  session=$(basename "$(readlink "$state/ray/session_latest")")
+  mkdir -p "$state/ray-$1/$session"
+  ln -sfn "$state/ray/$session/logs" "$state/ray-$1/$session/logs"
+  setsid nohup python "$root/cluster/local/worker.py" start --block --address="127.0.0.1:$((port + 1))" \
+    --node-ip-address=127.0.0.1 --num-cpus="$cpus" --min-worker-port=0 --max-worker-port=0 \
+    --dashboard-agent-listen-port=0 --object-store-memory="$object_store" --temp-dir="$state/ray-$1" --disable-usage-stats \
+    >"$state/worker-$1.log" 2>&1 </dev/null &
+  echo $! >"$state/worker-$1.pid"
+  while kill -0 $! 2>/dev/null; do
+    grep -q 'Ray runtime started' "$state/worker-$1.log" && return 0
+    sleep 0.2
+  done
+  return 1
+}
+
+start_workers() {
+  local number
+  for number in $(seq "$workers"); do
+    start_worker "$number" || start_worker "$number" || return 1
+  done
+}
+
+for _ in $(seq 120); do
+  if has_head; then
+    start_workers || break
     echo "up: $address"
     how_to_submit
     exit 0
@@ -47,7 +82,7 @@ for _ in $(seq 120); do
   head_pid >/dev/null || break
   sleep 0.5
 done
-echo "the Ray head did not start; the end of $state/head.log:" >&2
-tail -n 20 "$state/head.log" >&2
+echo "Ray did not start; the end of its logs in $state:" >&2
+tail -n 20 "$state"/*.log >&2
 "$(dirname "${BASH_SOURCE[0]}")/down.sh" >&2
 exit 1

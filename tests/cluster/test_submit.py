@@ -1,14 +1,10 @@
 """The local cluster: started, used by `ray job submit`, stopped; nobody runs anything there without its token."""
 
 import json
-import os
 import socket
 import stat
-import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -17,87 +13,15 @@ import pytest
 
 from tests.doubles import tiny_reward_model
 from tests.doubles.listeners import attack, guard, is_reachable, listeners, outer_addresses
-from tests.doubles.serving import serving
-from tests.paths import ROOT
+from tests.doubles.local_cluster import LocalCluster, environment, four_free_ports, running, script, state
 
-LOCAL = ROOT / "cluster" / "local"
 pytestmark = pytest.mark.engine
-
-
-def environment(port: int) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    return {**kept, "MEDMM_PORT": str(port), "MEDMM_VENV": sys.prefix}
-
-
-def state(port: int) -> Path:
-    return Path(f"/tmp/medmm-ray-{os.getuid()}-{port}")  # noqa: S108
-
-
-def with_token(port: int) -> dict[str, str]:
-    """What up.sh prints for the shells that submit jobs."""
-    return environment(port) | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(state(port) / "token")}
-
-
-def script(name: str, port: int, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    command, env = [str(LOCAL / name), *words], environment(port) | variables
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=240)
-
-
-def four_free_ports() -> int:
-    """A port that is free together with the three after it, which up.sh takes too."""
-    for port in range(18265, 19000, 4):
-        with socket.socket() as probe:
-            if all(probe.connect_ex(("127.0.0.1", port + i)) for i in range(4)):
-                return port
-    raise AssertionError("no free ports")
-
-
-@dataclass(frozen=True)
-class LocalCluster:
-    port: int
-    pid: int
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def printed(self) -> str:
-        """The line for shells that submit jobs."""
-        path = state(self.port) / "token"
-        return f"a shell that submits jobs needs: export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={path}\n"
-
-    def submit(self, *entry: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        ray = Path(sys.prefix) / "bin" / "ray"
-        command = [str(ray), "job", "submit", "--address", self.address, "--working-dir", ".", "--", *entry]
-        env = with_token(self.port) if env is None else env
-        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=240)
-
-    def processes(self) -> list[psutil.Process]:
-        head = psutil.Process(self.pid)
-        return [head, *head.children(recursive=True)]
-
-    @contextmanager
-    def serving(self, model: Path) -> Iterator[str]:
-        """The address of `model`, served in this cluster by a driver that joins it."""
-        joining = {"RAY_ADDRESS": f"127.0.0.1:{self.port + 1}"}
-        with serving(model, with_token(self.port) | joining) as (url, _):
-            yield url
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
-    port = four_free_ports()
-    started = script("up.sh", port)
-    assert started.returncode == 0, started.stderr
-    running = LocalCluster(port, int((state(port) / "pid").read_text()))
-    assert started.stdout == f"up: http://127.0.0.1:{port}\n{running.printed}"
-    processes = running.processes()
-    yield running
-    assert script("down.sh", port).stdout == f"down: http://127.0.0.1:{port}\n"
-    _, alive = psutil.wait_procs(processes, timeout=20)
-    assert not alive, f"{alive} outlived down.sh"
-    assert not state(port).exists()
+    with running() as running_cluster:
+        yield running_cluster
 
 
 def test_a_second_up_finds_the_first(cluster: LocalCluster) -> None:
@@ -124,16 +48,6 @@ def test_a_submitted_job_runs_the_uploaded_code_with_our_python(cluster: LocalCl
 
 def test_a_failing_job_fails_the_command(cluster: LocalCluster) -> None:
     assert cluster.submit("python", "-m", "tests.cluster.no_such_module").returncode == 1
-
-
-def test_the_pipeline_is_submitted_followed_and_read(cluster: LocalCluster, tmp_path: Path) -> None:
-    words = ("jobs/recipes/tiny.yaml", "--until", "curate")
-    done = script("try_submit.sh", cluster.port, *words, MEDMM_RUN=str(tmp_path / "run"))
-    assert done.returncode == 0, done.stderr + done.stdout
-    tables = done.stdout.partition("the tables of the run:\n")[2]
-    rows = {line.split()[0]: int(line.split()[1].replace(",", "")) for line in tables.splitlines()}
-    assert set(rows) >= {"raw_questions", "questions", "images"}
-    assert rows["questions"] == rows["raw_questions"] > 0
 
 
 def test_a_job_without_the_token_is_refused_in_rays_words(cluster: LocalCluster) -> None:

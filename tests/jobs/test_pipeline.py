@@ -14,7 +14,7 @@ from pyarrow import fs as pafs
 from rich.console import Console
 
 from jobs import beam_search, pipeline, query
-from jobs.graph import BY_NAME, MAKER, STEPS
+from jobs.graph import BY_NAME, MAKER, STEPS, steps_between
 from jobs.step import Job, Run, load_recipe
 from medmm_ray.config import ConfigError, JsonObject
 from medmm_ray.data.artifacts import filesystem, read_file, read_json, write_file
@@ -216,12 +216,12 @@ def test_the_closing_reads_a_run_wherever_it_lies(tmp_path: Path) -> None:
 
 
 def test_range_of_steps() -> None:
-    assert [s.name for s in pipeline.chosen("sample", "monte_carlo")] == ["sample", "judge", "monte_carlo"]
-    assert pipeline.chosen(None, None) == list(STEPS)
+    assert [s.name for s in steps_between("sample", "monte_carlo")] == ["sample", "judge", "monte_carlo"]
+    assert steps_between(None, None) == list(STEPS)
     with pytest.raises(ConfigError, match="unknown step 'smaple'; the steps are ingest, "):
-        pipeline.chosen("smaple", None)
+        steps_between("smaple", None)
     with pytest.raises(ConfigError, match="--from score comes after --until sample"):
-        pipeline.chosen("score", "sample")
+        steps_between("score", "sample")
 
 
 def test_board_shows_steps_on_a_screen_and_lines_elsewhere(tmp_path: Path) -> None:

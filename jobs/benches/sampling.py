@@ -188,7 +188,12 @@ def run_step(
     ds = source.dataset(rows_per_block=config.engine.batch_size)
     solutions.write(sample(ds, config, model=model, policy="p", config_hash=HASH, generator=noting), "question_id")
     manifest = solutions.finish(origin, "question_id", [q.question_id for q in questions], 0.0)
-    return [json.loads(path.read_text()) for path in notes.glob("*.json")], manifest.figures
+    return noted(notes), manifest.figures
+
+
+def noted(folder: Path) -> list[dict[str, Any]]:
+    """What the engines of a pool noted in a folder."""
+    return [json.loads(path.read_text()) for path in folder.glob("*.json")]
 
 
 def span(notes: list[dict[str, Any]]) -> float:

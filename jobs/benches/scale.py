@@ -1,4 +1,4 @@
-"""How a run scales: training over workers, memory of workers and drivers, steps that overlap; its rows by parts."""
+"""How a run scales: training over workers, memory of workers and drivers, steps beside each other and over actors."""
 
 from collections.abc import Iterator
 from typing import Literal, get_args
@@ -6,13 +6,14 @@ from typing import Literal, get_args
 from rich.console import Console
 
 from jobs.benches import Measured
+from jobs.benches.scale_actors import ActorsConfig, measure_actors
 from jobs.benches.scale_driver import DriverConfig, measure_drivers
 from jobs.benches.scale_memory import MemoryConfig, measure_memory
 from jobs.benches.scale_overlap import OverlapConfig, measure_overlap
 from jobs.benches.scale_training import TrainingConfig, measure_training
 from medmm_ray.config import Config
 
-Part = Literal["training", "memory", "drivers", "overlap"]
+Part = Literal["training", "memory", "drivers", "overlap", "actors"]
 
 
 class BenchConfig(Config):
@@ -28,6 +29,8 @@ class BenchConfig(Config):
     """What the drivers' memory is measured on."""
     overlap: OverlapConfig = OverlapConfig()
     """What is sampled and judged at a time."""
+    actors: ActorsConfig = ActorsConfig()
+    """Which steps run on how many actors."""
 
 
 def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
@@ -40,3 +43,5 @@ def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
         yield from measure_drivers(config.drivers)
     if "overlap" in config.parts:
         yield from measure_overlap(config.overlap, console)
+    if "actors" in config.parts:
+        yield from measure_actors(config.actors, console)

@@ -64,6 +64,7 @@ def parts_of_ids(shards: list[Shard]) -> dict[str, str]:
     for shard in shards:
         for part, ids in shard.items():
             for row_id in ids:
+                # The first stands, should two drivers have handed over the same row.
                 part_of.setdefault(row_id, part)
     return part_of
 
@@ -110,18 +111,21 @@ class Handover:
         """
         self._table, self._record, self._key, self.num_rows = table, record, key, num_rows
         table.fs.create_dir(f"{self._folder}/{SHARDS}")
+        # A name of this run's own: the end of an earlier one is not the end of this.
         self._end_path = f"{self._folder}/{SHARDS}/{uuid.uuid4().hex}.end"
         self._take_shards()
+        # The tasks that read shards are made before these are known, so their number is reckoned from the rows.
         num_to_come = max(num_rows - len(self._part_of), 0)
         self._shard_rows = max(SHARD_ROWS, math.ceil(num_to_come / MAX_SHARDS))
         self._num_tasks = self._num_shards + math.ceil(num_to_come / self._shard_rows) + SPARE_TASKS
-        if self._num_shards:
+        if self._num_shards:  # of an earlier run: there is something to read at once
             self.has_begun.set()
         for part in parts:
             self.add(part)
 
     def add(self, part: Part) -> None:
         """Hand over the rows of a part, as many as make whole shards."""
+        # A failed row is made again by a next run, perhaps from another part.
         failed = set(part.footer.failed)
         for row_id in part.footer.ids:
             if row_id not in failed and row_id not in self._part_of:
@@ -137,6 +141,7 @@ class Handover:
     def end(self, has_failed: bool = False) -> None:
         """Let who follows end: the table is complete, or is not going to be."""
         self.has_failed = has_failed
+        # Without the folder nobody waits: another driver has finished the table and deleted it.
         try:
             if self._table is not None and self._table.fs.get_file_info(self._folder).type != pafs.FileType.NotFound:
                 write_file(self._table.fs, self._end_path, b"")
@@ -163,7 +168,7 @@ class Handover:
             return
         if is_first:
             self._count(shard)
-        else:
+        else:  # another driver was: its shard stands, and what is in it needs no further one
             self._take_shards()
         self.has_begun.set()
 
@@ -216,6 +221,7 @@ class TakeShard:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         [number] = batch["number"].to_pylist()
+        # With the columns of a row also where there is none: what follows looks for them.
         schema = arrow_schema(self.record)
         parts = [schema.empty_table()]
         try:

@@ -222,7 +222,7 @@ def _map(ds: "Dataset", config: EmbedConfig, actor: type, batch_size: int, *argu
         fn_constructor_args=arguments,
         batch_size=batch_size,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(min_size=1, max_size=config.num_actors),
+        compute=ActorPoolStrategy(min_size=1, initial_size=config.num_actors, max_size=config.num_actors),
         num_cpus=config.num_cpus,
         num_gpus=config.num_gpus,
         **actor_placement(config, config.num_gpus),

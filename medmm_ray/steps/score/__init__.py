@@ -90,7 +90,7 @@ def _map(ds: "Dataset", actor: type, config: ScoringConfig, path: str, model_id:
         fn_constructor_kwargs={"config": config, "model": path, "model_id": model_id},
         batch_format="pyarrow",
         batch_size=config.batch_size,
-        compute=ActorPoolStrategy(min_size=1, max_size=config.num_actors),
+        compute=ActorPoolStrategy(min_size=1, initial_size=config.num_actors, max_size=config.num_actors),
         num_cpus=config.num_cpus,
         num_gpus=config.num_gpus,
         **actor_placement(config, config.num_gpus),

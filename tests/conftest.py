@@ -2,15 +2,22 @@
 logs."""
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.doubles import object_store
 
+PLUGINS = str(Path(__file__).parent / "doubles" / "plugins")
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.update(object_store.environment())  # before Ray starts: its workers inherit it
+# Before Ray starts: its workers inherit it. The plugins are a package that is found as any installed one.
+os.environ.update(object_store.environment())
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (PLUGINS, os.environ.get("PYTHONPATH"))))
+sys.path.append(PLUGINS)
 
 
 @pytest.fixture(scope="session")

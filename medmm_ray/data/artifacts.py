@@ -24,6 +24,7 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from medmm_ray.config import JsonObject
+from medmm_ray.data.storage import PatientHandler, StorageError, retried
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -80,7 +81,7 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
 
         scheme, _, path = uri.partition("://")
         try:
-            handler = pafs.FSSpecHandler(fsspec.filesystem(scheme))
+            handler = PatientHandler(fsspec.filesystem(scheme))
         except ValueError:
             raise TableError(f"{uri!r}: unknown scheme {scheme!r}; use a local path, file://, s3:// or gs://") from None
         return pafs.PyFileSystem(handler), path
@@ -140,6 +141,8 @@ class Artifact:
                 stream.write(b"probe")
             with suppress(FileNotFoundError):  # another run tries at the same moment
                 self.fs.delete_file(probe)
+        except StorageError as error:
+            raise TableError(str(error)) from error
         except OSError as error:
             raise TableError(
                 f"cannot write to {self.uri}: {error}. Free space or permission is missing there, "
@@ -251,6 +254,7 @@ def write_file(fs: pafs.FileSystem, path: str, content: bytes | pa.Buffer) -> No
 def create_file(fs: pafs.FileSystem, path: str, content: bytes) -> bool:
     """Write a whole file where there is none; False, and nothing changes, where there is one: of many, one is first.
 
+    Where the storage fails after it has written, the file may be this call's though the answer is False.
     On Google's store and others that pyarrow opens without fsspec, S3 apart, two that come within the same instant may
     both be told that they were first: there is no conditional put through pyarrow.
     """
@@ -259,6 +263,8 @@ def create_file(fs: pafs.FileSystem, path: str, content: bytes) -> bool:
             _create_on_disk(path, content)
         elif isinstance(fs, pafs.S3FileSystem):
             _create_on_s3(path, content)
+        elif isinstance(fs, pafs.PyFileSystem) and isinstance(fs.handler, PatientHandler):
+            fs.handler.create_file(path, content)
         elif isinstance(fs, pafs.PyFileSystem) and isinstance(fs.handler, pafs.FSSpecHandler):
             fs.handler.fs.pipe_file(path, content, mode="create")
         elif fs.get_file_info(path).type != pafs.FileType.NotFound:
@@ -277,20 +283,16 @@ def place_file(fs: pafs.FileSystem, source: str, target: str) -> None:
 
     What is at `target` is replaced. Raises FileNotFoundError where `source` is gone.
     """
-    if isinstance(fs, pafs.LocalFileSystem):
-        scratch = f"{target}.{uuid.uuid4().hex}.tmp"
-        try:
-            os.link(source, scratch)
-        except FileNotFoundError:
-            raise
-        except OSError:  # a disk without hard links
-            fs.copy_file(source, scratch)
-        Path(scratch).replace(target)
-        # Where both are names of one file already, a rename does nothing.
-        Path(scratch).unlink(missing_ok=True)
-    else:
-        # Not `copy_file`, which S3 refuses above 5 GiB.
-        pafs.copy_files(source, target, source_filesystem=fs, destination_filesystem=fs)
+    try:
+        if isinstance(fs, pafs.LocalFileSystem):
+            _place_on_disk(source, target)
+        else:
+            # Not `copy_file`, which S3 refuses above 5 GiB.
+            pafs.copy_files(source, target, source_filesystem=fs, destination_filesystem=fs)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise _cannot_write(target, error) from error
 
 
 def delete_folder(fs: pafs.FileSystem, path: str) -> None:
@@ -303,9 +305,43 @@ def delete_folder(fs: pafs.FileSystem, path: str) -> None:
             fs.delete_dir(path)
 
 
+def files_below(fs: pafs.FileSystem, folder: str) -> list[pafs.FileInfo]:
+    """The files in a folder and in those below it: all of them where it has a manifest, be the store late to list them.
+
+    Raises FileNotFoundError where there is no such folder.
+    """
+    has_manifest = fs.get_file_info(f"{folder}/{MANIFEST}").is_file
+
+    def whole_listing() -> list[pafs.FileInfo]:
+        entries = fs.get_file_info(pafs.FileSelector(folder, recursive=True))
+        files = [entry for entry in entries if entry.is_file]
+        names = {name_below(folder, file.path) for file in files}
+        # It is written last, so that a listing that has it has all.
+        if has_manifest and MANIFEST not in names:
+            raise OSError(f"{MANIFEST} is there and not listed yet, nor may other files be")
+        return files
+
+    return retried(whole_listing, f"listing {folder}")
+
+
 def name_below(folder: str, path: str) -> str:
     """The name of a file in a folder, as filesystems give paths: with or without a slash at the beginning."""
     return path.strip("/").removeprefix(folder.strip("/")).strip("/")
+
+
+def _place_on_disk(source: str, target: str) -> None:
+    scratch = Path(f"{target}.{uuid.uuid4().hex}.tmp")
+    try:
+        try:
+            os.link(source, scratch)
+        except FileNotFoundError:
+            raise
+        except OSError:  # a disk without hard links
+            shutil.copyfile(source, scratch)
+        scratch.replace(target)
+    finally:
+        # Where both are names of one file already, a rename does nothing.
+        scratch.unlink(missing_ok=True)
 
 
 def _create_on_disk(path: str, content: bytes) -> None:
@@ -340,6 +376,8 @@ def _create_on_s3(path: str, content: bytes) -> None:
 
 
 def _cannot_write(path: str, error: OSError) -> TableError:
+    if isinstance(error, StorageError):
+        return TableError(str(error))
     return TableError(
         f"cannot write {path}: {error}. What is written so far is kept: free space there, or name another output "
         "folder (run=...), and run again"

@@ -5,7 +5,7 @@ the index files and those few parts that no index names yet, all at a time.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
@@ -59,7 +59,7 @@ class PartLog:
         with ThreadPoolExecutor(THREADS) as pool:
             for name, parts in zip(indexes, pool.map(self._read_index, indexes), strict=True):
                 self._indexes.add(name)
-                self._take(part for part in parts if part.name in sizes)
+                self._take(self._present(parts, sizes))
             new_names = sizes.keys() - self._parts.keys()
             new_parts = list(pool.map(lambda name: self._read_part(name, sizes[name]), sorted(new_names)))
         self._take(new_parts)
@@ -87,6 +87,13 @@ class PartLog:
         for part in parts:
             self._parts[part.name] = part
             self._ids.update(part.footer.ids)
+
+    def _present(self, parts: Sequence[Part], listed: Collection[str]) -> list[Part]:
+        """Those of an index file's parts that are there, also where a store is late to list them."""
+        not_listed = [part for part in parts if part.name not in listed]
+        infos = self._fs.get_file_info([f"{self._folder}/{part.name}" for part in not_listed])
+        gone = {info.base_name for info in infos if not info.is_file}
+        return [part for part in parts if part.name not in gone]
 
     def _read_index(self, name: str) -> list[Part]:
         with self._fs.open_input_stream(f"{self._folder}/{name}", compression=None) as stream:

@@ -8,7 +8,7 @@ was killed in between. The other tries take the winner's artifact as their own.
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from medmm_ray.data.artifacts import (
     TableError,
     create_file,
     delete_folder,
+    files_below,
     name_below,
     place_file,
     read_file,
@@ -211,18 +212,12 @@ def _place_files(artifact: Artifact, folder: str) -> None:
 def _place_all(fs: pafs.FileSystem, folder: str, target_folder: str) -> None:
     """Give each file of a folder but the manifest its place in another."""
     # One by one: `copy_files` of a folder refuses filesystems that name paths another way.
-    for source in _files_below(fs, folder):
-        name = name_below(folder, source)
+    for source in files_below(fs, folder):
+        name = name_below(folder, source.path)
         if name != MANIFEST:
             target = f"{target_folder}/{name}"
             fs.create_dir(target.rpartition("/")[0], recursive=True)
-            place_file(fs, source, target)
-
-
-def _files_below(fs: pafs.FileSystem, folder: str) -> Iterator[str]:
-    for entry in fs.get_file_info(pafs.FileSelector(folder, recursive=True)):
-        if entry.is_file:
-            yield entry.path
+            place_file(fs, source.path, target)
 
 
 def _folders(artifact: Artifact) -> list[str]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from pyarrow import fs as pafs
 
 from medmm_ray.config import ConfigError, digest
-from medmm_ray.data.artifacts import filesystem, follow, name_below
+from medmm_ray.data.artifacts import files_below, filesystem, follow, name_below
 
 HUB_PREFIX = "hf-hub:"
 PACKAGE_PREFIX = "package:"
@@ -112,8 +112,10 @@ def local_folder(uri: str) -> Path:
     The copy is made once a machine, in ranges that are read at a time.
     """
     fs, path = filesystem(uri)
-    entries = fs.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
-    files = [entry for entry in entries if entry.is_file]
+    try:
+        files = files_below(fs, path)
+    except FileNotFoundError:
+        files = []
     if not files:
         raise ConfigError(f"{uri!r}: no files are there; check the name, and the permission to list it")
     if isinstance(fs, pafs.LocalFileSystem):

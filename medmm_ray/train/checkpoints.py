@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyarrow import fs as pafs
 
+from medmm_ray.data.storage import retried
 from medmm_ray.data.tables import filesystem
 from medmm_ray.engines.weights import WeightMismatch, check_file
 from medmm_ray.train.engine import MOMENTS, Engine
@@ -123,4 +124,7 @@ def copy(source: str, target: str) -> None:
     (source_fs, source_path), (fs, path) = filesystem(source), filesystem(target)
     is_file = source_fs.get_file_info(source_path).is_file
     fs.create_dir(path.rpartition("/")[0] if is_file else path, recursive=True)
-    pafs.copy_files(source_path, path, source_filesystem=source_fs, destination_filesystem=fs)
+    retried(
+        lambda: pafs.copy_files(source_path, path, source_filesystem=source_fs, destination_filesystem=fs),
+        f"copying {source} to {target}",
+    )

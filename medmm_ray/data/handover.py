@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 SHARDS = "handover"
 """The folder, beside the parts, of the shards."""
 SHARD = ".shard"
-SHARD_ROWS = 8
-"""Rows of a shard, where that makes no more of them than `MAX_SHARDS`."""
+SHARD_ROWS = 4
+"""Rows of a shard, where that makes no more of them than `MAX_SHARDS`; the follower ends later by the time of one."""
 MAX_SHARDS = 10_000
 """Each is a file and a task."""
 SPARE_TASKS = 4
@@ -97,7 +97,9 @@ class Handover:
         self._record: type = object
         self._key = ""
         self._shard_rows = SHARD_ROWS
-        self._num_shards = self._num_tasks = 0
+        self.num_tasks = 0
+        """Shards that there may be, at most."""
+        self._num_shards = 0
         self._part_of: dict[str, str] = {}
         self._queue: dict[str, str] = {}  # ids to hand over, with their parts
         self._end_path = ""
@@ -117,7 +119,7 @@ class Handover:
         # The tasks that read shards are made before these are known, so their number is reckoned from the rows.
         num_to_come = max(num_rows - len(self._part_of), 0)
         self._shard_rows = max(SHARD_ROWS, math.ceil(num_to_come / MAX_SHARDS))
-        self._num_tasks = self._num_shards + math.ceil(num_to_come / self._shard_rows) + SPARE_TASKS
+        self.num_tasks = self._num_shards + math.ceil(num_to_come / self._shard_rows) + SPARE_TASKS
         if self._num_shards:  # of an earlier run: there is something to read at once
             self.has_begun.set()
         for part in parts:
@@ -192,16 +194,19 @@ class Handover:
         """Whether there is nothing to read: the table was there already, or none was begun."""
         return self._table is None
 
+    def taker(self) -> "TakeShard":
+        """What gives the rows of each of `num_tasks` shards."""
+        assert self._table is not None, "begin comes first"
+        return TakeShard(self._table.fs, self._table.path, self._record, self._key, self._end_path)
+
     def dataset(self) -> "Dataset":
         """The rows, as they come, a block a shard; without those that had an error."""
         import ray
 
-        assert self._table is not None, "begin comes first"
-        take = TakeShard(self._table.fs, self._table.path, self._record, self._key, self._end_path)
         # A task a shard: one that is lost is run again, and reads the same.
-        tasks = [{"number": number} for number in range(self._num_tasks)]
+        tasks = [{"number": number} for number in range(self.num_tasks)]
         return ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
-            take,
+            self.taker(),
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=0,

@@ -248,11 +248,12 @@ class Table(Artifact):
         """`rows_so_far` as this object knows it since `done_ids` and by `write`: asks no disk, so may be polled."""
         return self._log.num_ids
 
-    def write_part(self, rows: pa.Table, key: str, explode: str | None = None) -> None:
-        """Append one part file, as `PartWriter.write` does."""
+    def write_part(self, rows: pa.Table, key: str, explode: str | None = None) -> Part | None:
+        """Append one part file, as `PartWriter.write` does; gives it."""
         part = self._writer.write(rows, key, explode)
         if part is not None:
             self._log.add(part)
+        return part
 
     def write(
         self,

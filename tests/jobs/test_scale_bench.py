@@ -1,4 +1,5 @@
-"""The engines that sleep, in the actors of their steps: they make sound rows, and their actors begin together."""
+"""Engines that sleep, in the actors of their steps: they make sound rows, and their actors begin together; steps that
+overlap hand every row over."""
 
 import asyncio
 import threading
@@ -9,11 +10,15 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from pyarrow.fs import LocalFileSystem
 
 from jobs.benches import scale_actors
 from jobs.benches.sampling import bench_questions, noted, span
 from jobs.benches.scale_actors import Crew, SleepingEmbedder, SleepingEngine, SleepingScorer, solutions_of
-from medmm_ray.data.records import Image, Question, Solutions, arrow_schema, to_arrow
+from jobs.benches.scale_overlap import OverlapConfig, in_threads
+from medmm_ray.data.handover import parts_of_ids, read_shards
+from medmm_ray.data.records import Image, Question, Solutions, Vector, arrow_schema, to_arrow
+from medmm_ray.data.tables import Table
 from medmm_ray.steps.judge import JudgeActor, JudgeConfig, JudgeVllm
 from medmm_ray.steps.sample import SampleConfig, SamplingActor
 from medmm_ray.steps.score import ScoreConfig
@@ -86,3 +91,12 @@ def test_a_crew_begins_when_its_last_actor_is_there(tmp_path: Path) -> None:
     (tmp_path / "another.started").touch()
     thread.join(timeout=30)
     assert not thread.is_alive()
+
+
+def test_steps_in_threads_hand_every_row_over(tmp_path: Path) -> None:
+    longer, both = in_threads(OverlapConfig(questions=16, pause_s=0.05), str(tmp_path))
+    assert longer >= 16 / 4 * 0.05
+    assert both >= longer
+    assert Table(f"{tmp_path}/solutions", Vector).manifest().rows == 16
+    shards = read_shards(LocalFileSystem(), f"{tmp_path}/solutions/.parts")
+    assert len(parts_of_ids(shards)) == 16

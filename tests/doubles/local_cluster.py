@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,8 +83,9 @@ class LocalCluster:
     def driver(self) -> psutil.Process:
         """The process of the pipeline that runs."""
         for process in self.processes():
-            if process.cmdline()[1:3] == ["-m", "jobs.pipeline"]:
-                return process
+            with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                if process.cmdline()[1:3] == ["-m", "jobs.pipeline"]:
+                    return process
         raise AssertionError("no pipeline runs")
 
     def processes(self) -> list[psutil.Process]:

@@ -1,4 +1,5 @@
-"""The whole pipeline on every real engine, once, on the tiny recipe; all end-to-end tests look at that run.
+"""The whole pipeline on every real engine, once, submitted to a local cluster of three nodes; all end-to-end tests look
+at that run.
 
 It lies in an object store: what works there works in a folder too, while a path that is opened as a file does not.
 """
@@ -6,6 +7,7 @@ It lies in an object store: what works there works in a folder too, while a path
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +23,55 @@ from medmm_ray.data.artifacts import filesystem, read_file, read_json, write_fil
 from medmm_ray.data.tables import Table
 from medmm_ray.engines.checkpoints import cache_folder
 from tests.doubles.api_server import chat_said, serving
+from tests.doubles.local_cluster import LocalCluster, running
 from tests.jobs.test_resume import TINY
 from tests.pages.review_page.phantom_run import make_run
 
 END_TO_END = pytest.mark.engine
 
 
+@dataclass(frozen=True)
+class Submitted:
+    """Two tries at a run, the driver of the first was killed: exit status, output and errors of each."""
+
+    run: Run
+    killed: tuple[int, str, str]
+    resumed: tuple[int, str, str]
+
+
 @pytest.fixture(scope="session")
-def tiny(bucket: str, ray_session: None) -> Iterator[Run]:
-    before = set(cache_folder().glob("copy-*"))
+def submitted(bucket: str, request: pytest.FixtureRequest) -> Iterator[Submitted]:
     words = [TINY, f"run={bucket}/tiny"]
-    assert pipeline.main(words) == 0
-    yield Run(load_recipe(words))
+    before = set(cache_folder().glob("copy-*"))
+    # A head that runs no work, and two nodes that share it.
+    with running(num_workers=2, num_cpus=6) as cluster:
+        killed = killed_in("train_image_tower", cluster, words)
+        again = cluster.pipeline(*words)
+        resumed = (*again.communicate(), again.returncode)
+    request.getfixturevalue("ray_session")  # for what looks at the run: not beside the cluster
+    yield Submitted(Run(load_recipe(words)), killed, (resumed[2], resumed[0], resumed[1]))
     for copy in set(cache_folder().glob("copy-*")) - before:  # of the run's checkpoints
         shutil.rmtree(copy)
+
+
+def killed_in(step: str, cluster: LocalCluster, words: list[str]) -> tuple[int, str, str]:
+    """Submit a pipeline and kill its driver when `step` begins."""
+    process, lines = cluster.pipeline(*words), []
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.append(line)
+        if line.split()[:2] == [step, "running"]:
+            cluster.driver().kill()
+    _, errors = process.communicate()
+    return process.returncode, "".join(lines), errors
+
+
+@pytest.fixture(scope="session")
+def tiny(submitted: Submitted) -> Run:
+    """The run, complete."""
+    code, output, errors = submitted.resumed
+    assert code == 0, f"{output}\n{errors}"
+    return submitted.run
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +96,22 @@ def times_of_parts(run: Run) -> dict[str, int]:
     fs, path = filesystem(run.root)
     files = fs.get_file_info(pafs.FileSelector(path, recursive=True))
     return {file.path: file.mtime_ns for file in files if file.extension == "parquet"}
+
+
+@END_TO_END
+def test_a_job_whose_driver_was_killed_is_said_and_resumed_by_the_same_command(submitted: Submitted) -> None:
+    code, output, errors = submitted.killed
+    first = output.partition(": submitted\n")[0]
+    assert code == 1, output
+    assert f"error: {first} failed in train_image_tower: " in errors
+    code, output, errors = submitted.resumed
+    assert code == 0, f"{output}\n{errors}"
+    second = f"{first.removesuffix('-1')}-2"
+    assert output.startswith(f"{second}: submitted\n")
+    assert output.endswith(f"{second}: succeeded\n")
+    lines = [line.split()[:2] for line in output.splitlines()]
+    assert ["ingest", "complete"] in lines
+    assert ["evaluate", "done"] in lines
 
 
 @END_TO_END

@@ -27,6 +27,8 @@ BENCHES = (
     "gguf",
     "answers",
     "near_duplicates",
+    "index",
+    "embed",
     "sampling",
     "judge",
     "sharing",

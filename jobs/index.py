@@ -5,13 +5,17 @@ import sys
 from jobs.entry import main
 from jobs.step import Job
 from medmm_ray.data.tables import Artifact
-from medmm_ray.steps.index import build_index
+from medmm_ray.steps.index import build_index, over_ray
 
 
 def run(job: Job) -> None:
     """Build both indexes into one artifact."""
-    images, documents = job.read("image_vectors"), job.read("document_vectors")
-    job.make_artifact("index", lambda uri: build_index(images, documents, job.config, Artifact(uri)))
+    tables = {"images": job.table("image_vectors"), "documents": job.table("document_vectors")}
+    job.make_artifact(
+        "index",
+        lambda uri: build_index(tables, job.config, Artifact(uri), over_ray),
+        resumes=True,
+    )
 
 
 if __name__ == "__main__":

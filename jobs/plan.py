@@ -18,6 +18,7 @@ from medmm_ray.engines.llm.probe import ApiModel
 from medmm_ray.engines.vllm_engine import VllmEngine
 from medmm_ray.estimate import BF16, GPUS, Estimate, Line, ModelCost, Sizes, rendered, size
 from medmm_ray.steps.embed import embed_cost
+from medmm_ray.steps.index import index_cost
 from medmm_ray.steps.judge import JudgeVllm
 from medmm_ray.steps.judge.cost import judge_cost
 from medmm_ray.steps.monte_carlo.cost import monte_carlo_cost
@@ -86,6 +87,7 @@ def _lines(recipe: Recipe, run: Run, sizes: Sizes, next_policy_epochs: int) -> l
         lines.append(write_questions_cost(recipe.write_questions, sizes, _model(recipe, "write_questions")))
     lines += [
         embed_cost(sizes),
+        index_cost(recipe.index, sizes),
         train_policy_cost(policy, sizes),
         tree_search_cost(recipe.tree_search, sizes),
         sample_cost(recipe.sample, sizes),

@@ -28,7 +28,7 @@ from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import Completion, Sampling, Statistics
 from medmm_ray.engines.vllm_engine import VllmEngine
 from medmm_ray.session import session
-from medmm_ray.steps.embed import EmbedConfig, document_vectors, image_vectors, question_vectors
+from medmm_ray.steps.embed import EmbedConfig, document_vectors, embed_images, question_vectors
 from medmm_ray.text import numbered_steps, step_mark
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ class ScriptedEncoder:
     def __init__(self, pause_s: float) -> None:
         self.pause_s = pause_s
 
-    def encode(self, items: "Sequence[str | Image]") -> NDArray[np.float32]:
-        """Unit vectors of texts or images, after the pause."""
+    def encode(self, items: "Sequence[str] | NDArray[np.float32]") -> NDArray[np.float32]:
+        """Unit vectors of texts or pixels_N3HW, after the pause."""
         time.sleep(self.pause_s)
         vectors: list[NDArray[np.float64]] = []
         for item in items:
@@ -77,6 +77,21 @@ class ScriptedEncoder:
         vectors_ND = np.array(vectors, np.float32).reshape(-1, WIDTH)
         unit_ND: NDArray[np.float32] = vectors_ND / np.linalg.norm(vectors_ND, axis=1, keepdims=True)
         return unit_ND
+
+
+def pixels_of(image: "Image") -> NDArray[np.float32]:
+    """A picture as pixels_3HW, H and W the same for all."""
+    return np.asarray(image.resize((WIDTH, WIDTH)), np.float32).transpose(2, 0, 1)
+
+
+def load_pixels_of(_model: str) -> "Callable[[Image], NDArray[np.float32]]":
+    """`pixels_of`, whatever the model."""
+    return pixels_of
+
+
+def load_scripted_encoder(_model: str, _device: str, pause_s: float) -> ScriptedEncoder:
+    """The scripted encoder, whatever the model."""
+    return ScriptedEncoder(pause_s)
 
 
 def _text_of(prompt: ChatPrompt) -> str:
@@ -125,7 +140,7 @@ def _embed(
     return ds.map_batches(
         Embedder,
         fn_constructor_args=(vectors,),
-        batch_size=config.image_batch_size,
+        batch_size=config.text_batch_size,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=1, max_size=config.num_actors),
         num_cpus=config.num_cpus,
@@ -137,9 +152,11 @@ def use_scripted_engines(pause_s: float) -> None:
     for name in ("sample", "monte_carlo", "tree_search"):
         job = import_module(f"jobs.{name}")
         setattr(job, name, partial(getattr(job, name), generator=partial(ScriptedGenerator, pause_s=pause_s)))
+    load_encoder = partial(load_scripted_encoder, pause_s=pause_s)
+    scripted_images = partial(embed_images, load_preprocess=load_pixels_of, load_encoder=load_encoder)
+    setattr(import_module("jobs.embed"), "embed_images", scripted_images)  # noqa: B010
     encoder = ScriptedEncoder(pause_s)
     for name, vectors in (
-        ("embed_images", partial(image_vectors, encoder=encoder, max_pixels=EmbedConfig().max_pixels)),
         ("embed_documents", partial(document_vectors, encoder=encoder)),
         ("embed_questions", partial(question_vectors, encoder=encoder, with_options=False)),
     ):

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,6 @@ from medmm_ray.config import ConfigError
 from medmm_ray.engines.checkpoints import HUB_PREFIX, resolve
 from medmm_ray.engines.pretrained import check_weights
 from medmm_ray.engines.weights import OPEN_CLIP_FILES, check_file, check_files
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 Vectors = NDArray[np.float32]
 
@@ -33,15 +30,15 @@ class ImageEncoder:
         self.tower = ImageTower.from_pretrained(path, device=device).requires_grad_(False)
         self.width = self.tower.embed_dim
 
-    def encode(self, images: Sequence["Image"]) -> Vectors:
-        """RGB pictures as vectors_ND, float32, each of unit length."""
+    def encode(self, pixels_N3HW: Vectors) -> Vectors:
+        """Pictures, as `engines.image_tower.load_preprocess` gives them, as vectors_ND, float32, of unit length."""
         import torch
 
-        if not images:
+        if not len(pixels_N3HW):
             return np.zeros((0, self.width), np.float32)
-        pixels_N3HW = torch.stack([self.tower.preprocess(image) for image in images]).to(self.device)
         with torch.inference_mode():
-            vectors_NE = self.tower.embed(pixels_N3HW).float().cpu().numpy()
+            on_device_N3HW = torch.from_numpy(pixels_N3HW).to(self.device)
+            vectors_NE = self.tower.embed(on_device_N3HW).float().cpu().numpy()
         return _normalized(vectors_NE)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from medmm_ray.engines.dtype_device import device_of, dtype_of
+from medmm_ray.engines.image_preprocess import ClipPreprocess, Preprocess, ProcessorPreprocess
 from medmm_ray.engines.model_source import ModelSource, commit_of
 from medmm_ray.engines.onednn_linear import use_onednn
 from medmm_ray.engines.pretrained import load
@@ -32,7 +33,6 @@ _VISUAL = "visual."
 # heads of models that were trained to classify, or to fill in masked patches.
 _UNUSED_POOLER = ("pooler.",)
 _UNUSED_HEADS = ("classifier.", "decoder.")
-_MAX_ASPECT = 16  # longer side over shorter side
 
 
 class ImageTokens(NamedTuple):
@@ -52,7 +52,7 @@ class ImageTower(nn.Module):
         self.path, self.origin = path, origin
         self.width = backbone.width
         self.embed_dim = backbone.embed_dim
-        self.image_size = backbone.image_size
+        self.image_size = backbone.preprocess.image_size
         use_onednn(self)
 
     @classmethod
@@ -117,14 +117,10 @@ class ImageTower(nn.Module):
 class _Backbone(nn.Module):
     """One library's vision transformer behind the four calls that a tower makes."""
 
+    preprocess: Preprocess
     width: int
     embed_dim: int
-    image_size: int
     stored_dtype: torch.dtype  # of the weights in the checkpoint
-
-    def preprocess(self, image: Image) -> Tensor:
-        """An RGB picture as pixels_3HW."""
-        raise NotImplementedError
 
     def forward(self, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
         """pooled_BD, patches_BPD."""
@@ -143,22 +139,11 @@ class _OpenClip(_Backbone):
     """The vision half of an open_clip folder; `visual` keeps its parameter names in the checkpoint."""
 
     def __init__(self, folder: Path, visual: nn.Module, config: Mapping[str, Any]) -> None:
-        from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
-
         super().__init__()
         self.visual = visual
         self.source = folder
         self.embed_dim = int(config["model_cfg"]["embed_dim"])
-        self.image_size = int(config["model_cfg"]["vision_cfg"].get("image_size", 224))
-        # The vision half's own size wins over the preprocessing section's, as in open_clip.
-        settings = merge_preprocess_dict(PreprocessCfg(), config.get("preprocess_cfg", {}))
-        self._transform = image_transform_v2(PreprocessCfg(**{**settings, "size": self.image_size}), is_train=False)
-        self._keeps_ratio = settings["resize_mode"] != "squash"
-
-    def preprocess(self, image: Image) -> Tensor:
-        """As the checkpoint's own transform; where that keeps the ratio, a very long picture is cropped first."""
-        pixels_3HW: Tensor = self._transform(_centre_crop(image) if self._keeps_ratio else image)
-        return pixels_3HW
+        self.preprocess = ClipPreprocess(config)
 
     def save(self, folder: Path) -> None:
         """Write the whole CLIP: the vision half as it is now, all else as in the source checkpoint."""
@@ -254,18 +239,7 @@ class _Transformers(_Backbone):
             )
         self._num_prefix = 1 + int(num_registers[config.model_type])  # the class token comes before them
         self.width = self.embed_dim = int(config.hidden_size)
-        size = self._processor.crop_size if self._processor.do_center_crop else self._processor.size
-        self.image_size = int(size["height"])
-
-    def preprocess(self, image: Image) -> Tensor:
-        """As the checkpoint's own processor, but for its crop."""
-        # Squashed, not cropped as the checkpoint's own settings say: a finding may lie at the border. On VQA-RAD the
-        # nearest picture shows the same organ for 98.4 % squashed, 97.5 % cropped, 97.5 % padded (DINOv2 ViT-S).
-        side = {"height": self.image_size, "width": self.image_size}
-        pixels_13HW: Tensor = self._processor(
-            images=[image], size=side, do_center_crop=False, input_data_format="channels_first", return_tensors="pt"
-        )["pixel_values"]
-        return pixels_13HW[0]
+        self.preprocess = ProcessorPreprocess(self._processor)
 
     def forward(self, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
         """pooled_BD, patches_BPD."""
@@ -281,6 +255,17 @@ class _Transformers(_Backbone):
         """Write model and image processor."""
         self.model.save_pretrained(folder)
         self._processor.save_pretrained(folder)
+
+
+def load_preprocess(name_or_path: str) -> Preprocess:
+    """A tower's preprocessing without the tower; `name_or_path` as in `ImageTower.from_pretrained`."""
+    path, _ = _local_path(name_or_path, None)
+    if (Path(path) / CONFIG).is_file():
+        return ClipPreprocess(json.loads((Path(path) / CONFIG).read_text()))
+    from transformers import AutoImageProcessor
+
+    processors: Any = AutoImageProcessor
+    return ProcessorPreprocess(processors.from_pretrained(path))
 
 
 def save_open_clip(
@@ -329,16 +314,6 @@ def _open_clip(folder: Path) -> _OpenClip:
     backbone = _TimmClip(folder, visual, config) if vision.timm_model_name else _NativeClip(folder, visual, config)
     backbone.stored_dtype = next(iter(stored.values())).dtype
     return backbone
-
-
-def _centre_crop(image: Image) -> Image:
-    """The middle of a picture that is extremely long: resized as it is, one of 1 x 1,000,000 would take 150 GB."""
-    longest = _MAX_ASPECT * min(image.size)
-    if max(image.size) <= longest:
-        return image
-    x = max(image.width - longest, 0) // 2
-    y = max(image.height - longest, 0) // 2
-    return image.crop((x, y, x + min(image.width, longest), y + min(image.height, longest)))
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:

@@ -2,10 +2,14 @@
 
 Enters: the tables images, documents, questions. Leaves: one `Vector` row for each of their rows, in a table each. An
 image that cannot be opened, and whatever has no finite vector or one of length 0, leaves with an empty vector and its
-error.
+error. Images are opened and resized by tasks on CPUs while the encoder works on those before them, so that a GPU waits
+for nothing but the first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import isqrt
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -23,10 +27,18 @@ from medmm_ray.text import question_with_options
 if TYPE_CHECKING:
     from PIL.Image import Image
     from ray.data import Dataset
+    from torch import Tensor
 
 VERSION = 1  # of what a step makes: raise it when the same config makes something else
 Vectors = NDArray[np.float32]
 VECTOR_BYTES = 512 * 4  # of one image, as float32
+PICTURES = pa.schema(
+    {
+        "item_id": pa.string(),
+        "pixels": pa.list_(pa.float32()),  # pixels_3HW, null where there is an error
+        "error": pa.string(),
+    }
+)
 
 
 class EmbedConfig(GpuPlacement):
@@ -49,6 +61,8 @@ class EmbedConfig(GpuPlacement):
     """Logical CPU cores one model copy asks for."""
     num_gpus: float = execution(0.0)
     """GPUs that one model copy holds; above 0 it computes there."""
+    decode_num_cpus: float = execution(1.0)
+    """Logical CPU cores that a task which opens images asks for; as many work at a time as have room."""
 
 
 def embed_cost(sizes: Sizes) -> Line:
@@ -66,8 +80,12 @@ def embed_cost(sizes: Sizes) -> Line:
 class ImageEncoding(Protocol):
     """What makes vectors of pictures."""
 
-    def encode(self, images: Sequence["Image"]) -> Vectors:
-        """One vector an image, [len(images), dimensions]."""
+    def encode(self, pixels_N3HW: Vectors) -> Vectors:
+        """One vector a picture, [len(pixels_N3HW), dimensions]."""
+
+
+Preprocess = Callable[["Image"], "Vectors | Tensor"]
+"""An RGB picture as pixels_3HW."""
 
 
 class TextEncoding(Protocol):
@@ -77,9 +95,37 @@ class TextEncoding(Protocol):
         """One vector a text, [len(texts), dimensions]."""
 
 
-def embed_images(ds: "Dataset", config: EmbedConfig, image_tower: str) -> "Dataset":
+def _load_preprocess(model: str) -> Preprocess:
+    from medmm_ray.engines.image_tower import load_preprocess
+
+    return load_preprocess(model)
+
+
+def _load_encoder(model: str, device: str) -> ImageEncoding:
+    from medmm_ray.engines.encoder import ImageEncoder
+
+    return ImageEncoder(model, device)
+
+
+def embed_images(
+    ds: "Dataset",
+    config: EmbedConfig,
+    image_tower: str,
+    load_preprocess: Callable[[str], Preprocess] = _load_preprocess,
+    load_encoder: Callable[[str, str], ImageEncoding] = _load_encoder,
+) -> "Dataset":
     """Image rows -> Vector rows by `image_tower`: a folder, hub id (hf-hub:org/name for open_clip) or URI."""
-    return _map(ds, config, _ImageActor, config.image_batch_size, image_tower, _device(config), config.max_pixels)
+    pictures = ds.map_batches(
+        _Decode(image_tower, config.max_pixels, load_preprocess),
+        batch_size=config.image_batch_size,
+        batch_format="pyarrow",
+        num_cpus=config.decode_num_cpus,
+        # Ray Data's own default for tasks. Said here because Ray runs two stages of equal options as one, in the
+        # encoder's process, where the encoder would wait for each picture.
+        max_retries=-1,
+    )
+    arguments = (load_encoder, image_tower, _device(config))
+    return _map(pictures, config, _ImageActor, config.image_batch_size, *arguments)
 
 
 def embed_documents(ds: "Dataset", config: EmbedConfig, image_tower: str) -> "Dataset":
@@ -94,25 +140,38 @@ def embed_questions(ds: "Dataset", config: EmbedConfig, image_tower: str) -> "Da
     return _map(ds, config, _QuestionActor, config.text_batch_size, model, _device(config), config.query_options)
 
 
-def image_vectors(images: pa.Table, encoder: ImageEncoding, max_pixels: int) -> pa.Table:
-    """Vector rows of Image rows; bytes are opened here and dropped."""
-    ids = images["image_id"].to_pylist()
-    uris = images["uri"].to_pylist()
-    errors = images["error"].to_pylist()
-    pictures: dict[str, Image] = {}
-    faults: dict[str, str] = {}
-    for image_id, uri, error in zip(ids, uris, errors, strict=True):
-        if error:
-            faults[image_id] = f"upstream: {error}"
-            continue
-        try:
-            pictures[image_id] = open_image(uri, max_pixels)
-        except RowError as fault:
-            faults[image_id] = str(fault)
-    # Rows with a fault take no place in the tower's batch.
-    vectors_ND = encoder.encode(list(pictures.values()))
-    vectors = dict(zip(pictures, vectors_ND, strict=True))
+def decoded_images(images: pa.Table, preprocess: Preprocess, max_pixels: int) -> pa.Table:
+    """Image rows as rows of `PICTURES`; files are opened here, and only pixels or an error leave."""
+    rows: list[dict[str, object]] = []
+    columns = (images[name].to_pylist() for name in ("image_id", "uri", "error"))
+    for image_id, uri, error in zip(*columns, strict=True):
+        pixels, fault = None, error and f"upstream: {error}"
+        if not error:
+            try:
+                pixels = np.asarray(preprocess(open_image(uri, max_pixels)), np.float32).reshape(-1)
+            except RowError as row_error:
+                fault = str(row_error)
+        rows.append({"item_id": image_id, "pixels": pixels, "error": fault})
+    return pa.Table.from_pylist(rows, schema=PICTURES)
+
+
+def picture_vectors(pictures: pa.Table, encoder: ImageEncoding) -> pa.Table:
+    """Vector rows of rows of `PICTURES`."""
+    ids = pictures["item_id"].to_pylist()
+    errors = pictures["error"].to_pylist()
+    sound_ids = [item_id for item_id, error in zip(ids, errors, strict=True) if error is None]
+    # Rows with a fault take no place in the tower's batch, and have no pixels.
+    values = pictures["pixels"].combine_chunks().flatten().to_numpy()
+    side = isqrt(values.size // (3 * len(sound_ids))) if sound_ids else 0
+    pixels_N3HW = values.reshape(len(sound_ids), 3, side, side)
+    vectors = dict(zip(sound_ids, encoder.encode(pixels_N3HW), strict=True))
+    faults = {item_id: error for item_id, error in zip(ids, errors, strict=True) if error is not None}
     return _rows(ids, vectors, faults)
+
+
+def image_vectors(images: pa.Table, preprocess: Preprocess, encoder: ImageEncoding, max_pixels: int) -> pa.Table:
+    """Vector rows of Image rows, in one process."""
+    return picture_vectors(decoded_images(images, preprocess, max_pixels), encoder)
 
 
 def document_vectors(documents: pa.Table, encoder: TextEncoding) -> pa.Table:
@@ -178,15 +237,32 @@ def _fault(vector_D: Vectors) -> str | None:
     return None
 
 
-class _ImageActor:
-    def __init__(self, model: str, device: str, max_pixels: int) -> None:
-        from medmm_ray.engines.encoder import ImageEncoder
+@dataclass(frozen=True)
+class _Decode:
+    """A batch of Image rows in, one of `PICTURES` out."""
 
-        self.encoder = ImageEncoder(model, device)
-        self.max_pixels = max_pixels
+    model: str
+    max_pixels: int
+    load_preprocess: Callable[[str], Preprocess]
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        return image_vectors(batch, self.encoder, self.max_pixels)
+        if not batch.num_rows:  # an empty block has no columns
+            return PICTURES.empty_table()
+        return decoded_images(batch, _preprocess_of(self.load_preprocess, self.model), self.max_pixels)
+
+
+@cache
+def _preprocess_of(load_preprocess: Callable[[str], Preprocess], model: str) -> Preprocess:
+    # A worker runs one task after the other: it loads once.
+    return load_preprocess(model)
+
+
+class _ImageActor:
+    def __init__(self, load_encoder: Callable[[str, str], ImageEncoding], model: str, device: str) -> None:
+        self.encoder = load_encoder(model, device)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return picture_vectors(batch, self.encoder)
 
 
 class _DocumentActor:

@@ -313,7 +313,7 @@ def test_the_table_shows_each_step_the_totals_and_the_assumptions() -> None:
     shown = console.export_text()
     table = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
     rows = {row[0]: row[1:] for row in table}
-    steps = ["embed", "sample", "judge", "monte_carlo", "review", "states", "train_two_tower", "score"]
+    steps = ["embed", "index", "sample", "judge", "monte_carlo", "review", "states", "train_two_tower", "score"]
     assert list(rows) == [*steps, "total"]
     assert rows["judge"][:2] == ["100,000 steps in 10,000 calls", "10,000"]
     assert rows["judge"][3] == "2,500.00"

@@ -1,5 +1,6 @@
 """Every row leaves once, in order, with a vector or a reason."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,24 +12,36 @@ from PIL import Image as Picture
 from medmm_ray.data.records import Document, Image, Question, Vector, arrow_schema, to_arrow
 from medmm_ray.data.tables import Provenance, Table
 from medmm_ray.steps.embed import (
+    PICTURES,
     EmbedConfig,
     Vectors,
+    _Decode,
     _DocumentActor,
     _ImageActor,
+    _load_encoder,
+    _load_preprocess,
     _QuestionActor,
+    decoded_images,
     document_vectors,
     embed_documents,
     embed_images,
     embed_questions,
     image_vectors,
+    picture_vectors,
     question_vectors,
 )
 from tests.doubles.clip_folders import write_native_clip
 
 
+def small_pixels(image: Picture.Image) -> Vectors:
+    """Two pixels by two, channels first."""
+    return np.asarray(image.resize((2, 2)), np.float32).transpose(2, 0, 1)
+
+
 class MeanColour:
-    def encode(self, images: Sequence[Picture.Image]) -> Vectors:
-        return np.array([np.asarray(i).mean((0, 1)) for i in images], np.float32).reshape(-1, 3)
+    def encode(self, pixels_N3HW: Vectors) -> Vectors:
+        means_N3: Vectors = pixels_N3HW.mean((2, 3)) if len(pixels_N3HW) else np.zeros((0, 3), np.float32)
+        return means_N3
 
 
 class Recorder:
@@ -76,7 +89,7 @@ def images_table(folder: Path) -> pa.Table:
 
 
 def test_images_keep_their_row_and_their_fault(tmp_path: Path) -> None:
-    rows = image_vectors(images_table(tmp_path), MeanColour(), max_pixels=100)
+    rows = image_vectors(images_table(tmp_path), small_pixels, MeanColour(), max_pixels=100)
     assert rows.schema == arrow_schema(Vector)
     assert rows["item_id"].to_pylist() == ["im1", "im2", "im3", "im4", "im5"]
     assert rows["vector"].to_pylist() == [[200, 0, 0], [], [], [], [0, 0, 100]]
@@ -89,8 +102,52 @@ def test_images_keep_their_row_and_their_fault(tmp_path: Path) -> None:
     ]
 
 
+def test_pixels_leave_the_stage_that_opens_images_or_an_error(tmp_path: Path) -> None:
+    rows = decoded_images(images_table(tmp_path), small_pixels, max_pixels=100)
+    assert rows.schema == PICTURES
+    assert rows["pixels"].to_pylist() == [[200] * 4 + [0] * 8, None, None, None, [0] * 8 + [100] * 4]
+    assert rows["error"].is_null().to_pylist() == [True, False, False, False, True]
+    nothing = picture_vectors(rows.slice(1, 3), MeanColour())
+    assert nothing["vector"].to_pylist() == [[], [], []]
+
+
+class Worker:
+    """An encoder that gives the number of its process and the pictures of its batch."""
+
+    def encode(self, pixels_N3HW: Vectors) -> Vectors:
+        decoders_N = pixels_N3HW[:, 0, 0, 0]
+        return np.stack([decoders_N, [os.getpid()] * len(decoders_N), [len(decoders_N)] * len(decoders_N)], axis=1)
+
+
+def process_number(_: Picture.Image) -> Vectors:
+    return np.full((3, 1, 1), os.getpid(), np.float32)
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("ray_session")
+def test_images_are_opened_in_other_processes_than_the_encoders(tmp_path: Path) -> None:
+    import ray
+
+    Picture.new("RGB", (4, 4)).save(tmp_path / "some.png")
+    rows = [image(f"im{i:02}", tmp_path / ("none.png" if i % 8 == 7 else "some.png")) for i in range(32)]
+    blocks = [to_arrow(Image, rows[first : first + 16]) for first in (0, 16)]
+    # As many CPUs as the encoder: stages of equal options are those that Ray would run as one.
+    config = EmbedConfig(image_batch_size=8, num_cpus=0.5, decode_num_cpus=0.5)
+    ds = ray.data.from_arrow(blocks)
+    vectors = embed_images(ds, config, "", lambda _: process_number, lambda _, __: Worker()).to_pandas()
+    vectors = vectors.sort_values("item_id")
+    is_sound = vectors["error"].isnull()
+    assert vectors["item_id"].tolist() == [row.image_id for row in rows]
+    assert vectors["error"][~is_sound].tolist() == [f"image_missing: {tmp_path}/none.png does not exist"] * 4
+    decoders_N, encoders_N, batch_N = np.stack(vectors["vector"][is_sound].tolist()).T
+    assert len(set(encoders_N)) == 1
+    assert not set(decoders_N) & set(encoders_N)
+    # Four batches of eight, in each of which one image has no picture.
+    assert batch_N.tolist() == [7] * 28
+
+
 def test_max_pixels_holds(tmp_path: Path) -> None:
-    rows = image_vectors(images_table(tmp_path), MeanColour(), max_pixels=15)
+    rows = image_vectors(images_table(tmp_path), small_pixels, MeanColour(), max_pixels=15)
     assert [str(e).partition(":")[0] for e in rows["error"].to_pylist()] == [
         "image_too_large", "image_empty", "image_missing", "upstream", "image_too_large",
     ]  # fmt: skip
@@ -143,7 +200,8 @@ def test_an_empty_batch() -> None:
 
 def test_the_actors_hold_the_real_encoders(tmp_path: Path) -> None:
     tower = str(write_native_clip(tmp_path / "tower"))
-    images = _ImageActor(tower, "cpu", 10_000)(images_table(tmp_path))
+    pictures = _Decode(tower, 10_000, _load_preprocess)(images_table(tmp_path))
+    images = _ImageActor(_load_encoder, tower, "cpu")(pictures)
     assert [len(v) for v in images["vector"].to_pylist()] == [16, 0, 0, 0, 16]
     documents = _DocumentActor(tower, "cpu")(to_arrow(Document, [document("d1", "normal chest")]))
     questions = _QuestionActor(tower, "cpu", True)(to_arrow(Question, [question("q1", ["left", "right"])]))

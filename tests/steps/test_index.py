@@ -1,13 +1,30 @@
-"""The two indexes hold what has a vector."""
+"""The two indexes hold what has a vector, in shards that tasks build of their rows alone."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
+from medmm_ray.config import ConfigError
 from medmm_ray.data.records import Vector, to_arrow
-from medmm_ray.data.tables import Artifact, TableError
+from medmm_ray.data.tables import Artifact, Table, TableError
 from medmm_ray.engines.index import Index, IndexConfig
-from medmm_ray.steps.index import build_index
+from medmm_ray.estimate import Sizes
+from medmm_ray.steps.index import BuiltShard, ShardTask, build_index, in_turn, index_cost, over_ray, recall_of
+from tests.doubles.vector_tables import vector_table
+
+FIGURES = {
+    "images": 2.0,
+    "images_shards": 1.0,
+    "images_recall_at_10": 1.0,
+    "documents": 1.0,
+    "documents_shards": 1.0,
+    "documents_recall_at_10": 1.0,
+}
 
 
 def vector(item_id: str, values: list[float], error: str | None = None) -> Vector:
@@ -25,10 +42,34 @@ IMAGES = to_arrow(
 DOCUMENTS = to_arrow(Vector, [vector("d1", [0.0, 0.0, 1.0])])
 
 
-def test_what_has_a_vector_is_indexed(tmp_path: Path) -> None:
-    out = Artifact(str(tmp_path / "index"))
-    figures = build_index(IMAGES, DOCUMENTS, IndexConfig(), out)
-    assert figures == {"images": 2.0, "documents": 1.0}
+def many(number: int, width: int = 8, seed: int = 0) -> pa.Table:
+    """Vectors by shuffled names; every fiftieth has an error instead."""
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(9).normal(size=(50, width))
+    values = centres[rng.integers(0, 50, number)] + 0.4 * rng.normal(size=(number, width))
+    values /= np.linalg.norm(values, axis=1, keepdims=True)
+    rows = []
+    for i in rng.permutation(number):
+        broken = i % 50 == 49
+        rows.append(vector(f"v{i:06}", [] if broken else values[i].tolist(), "not_finite: x" if broken else None))
+    return to_arrow(Vector, rows)
+
+
+def sound_ids(rows: pa.Table) -> list[str]:
+    return sorted(row["item_id"] for row in rows.to_pylist() if row["error"] is None)
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> dict[str, Table]:
+    return {
+        "images": vector_table(str(tmp_path / "image_vectors"), IMAGES, rows_per_file=2),
+        "documents": vector_table(str(tmp_path / "document_vectors"), DOCUMENTS),
+    }
+
+
+def test_what_has_a_vector_is_indexed(tables: dict[str, Table], tmp_path: Path) -> None:
+    figures = build_index(tables, IndexConfig(), Artifact(str(tmp_path / "index")))
+    assert figures == FIGURES
     assert Index.load(tmp_path / "index" / "images").ids == ["im1", "im3"]
     assert Index.load(tmp_path / "index" / "documents").search(DOCUMENTS["vector"].to_pylist(), 1) == (
         [["d1"]],
@@ -36,26 +77,190 @@ def test_what_has_a_vector_is_indexed(tmp_path: Path) -> None:
     )
 
 
+def test_a_small_index_has_the_bytes_of_faiss_own_flat_index(tables: dict[str, Table], tmp_path: Path) -> None:
+    import faiss
+
+    build_index(tables, IndexConfig(), Artifact(str(tmp_path / "index")))
+    expected = faiss.IndexFlatIP(2)
+    expected.add(np.array([[1.0, 0.0], [0.0, 1.0]], np.float32))
+    content = (tmp_path / "index" / "images.faiss").read_bytes()
+    assert content == faiss.serialize_index(expected).tobytes()
+    assert (tmp_path / "index" / "images.ids.json").read_text() == '["im1", "im3"]'
+
+
 def test_on_another_filesystem() -> None:
     import fsspec
 
-    build_index(IMAGES, DOCUMENTS, IndexConfig(), Artifact("memory://runs/index-test"))
+    tables = {
+        "images": vector_table("memory://runs/image-vectors", IMAGES),
+        "documents": vector_table("memory://runs/document-vectors", DOCUMENTS),
+    }
+    build_index(tables, IndexConfig(), Artifact("memory://runs/index-test"))
     names = sorted(Path(p).name for p in fsspec.filesystem("memory").ls("/runs/index-test", detail=False))
-    assert names == ["documents.faiss", "documents.ids.json", "images.faiss", "images.ids.json"]
+    assert names == [
+        "documents.faiss", "documents.ids.json", "documents.shards.json",
+        "images.faiss", "images.ids.json", "images.shards.json",
+    ]  # fmt: skip
 
 
-def test_no_images_at_all(tmp_path: Path) -> None:
-    figures = build_index(IMAGES.slice(0, 0), DOCUMENTS, IndexConfig(), Artifact(str(tmp_path)))
-    assert figures == {"images": 0.0, "documents": 1.0}
+def test_no_images_at_all(tables: dict[str, Table], tmp_path: Path) -> None:
+    tables["images"] = vector_table(str(tmp_path / "none"), IMAGES.slice(0, 0))
+    assert build_index(tables, IndexConfig(), Artifact(str(tmp_path / "index"))) == FIGURES | {"images": 0.0}
+    assert Index.load(tmp_path / "index" / "images").search(np.eye(2, dtype=np.float32), 3) == ([[], []], [[], []])
 
 
 def test_vectors_of_two_models_are_refused(tmp_path: Path) -> None:
     mixed = to_arrow(Vector, [vector("a", [1.0]), vector("b", [1.0, 0.0])])
-    with pytest.raises(TableError, match="widths \\[1, 2\\]"):
-        build_index(mixed, DOCUMENTS, IndexConfig(), Artifact(str(tmp_path)))
+    for rows_per_file in (1, 2):
+        tables = {"images": vector_table(str(tmp_path / f"mixed{rows_per_file}"), mixed, rows_per_file)}
+        for shard_size in (1, 2):
+            out = Artifact(str(tmp_path / f"index{rows_per_file}-{shard_size}"))
+            with pytest.raises(TableError, match="widths \\[1, 2\\]"):
+                build_index(tables, IndexConfig(shard_size=shard_size), out)
 
 
-def test_a_target_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_target_that_cannot_be_written(tables: dict[str, Table], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(TableError, match="cannot write"):
-        build_index(IMAGES, DOCUMENTS, IndexConfig(), Artifact(str(tmp_path / "file" / "index")))
+        build_index(tables, IndexConfig(), Artifact(str(tmp_path / "file" / "index")))
+
+
+def test_shards_find_what_one_index_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = many(1000)
+    table = vector_table(str(tmp_path / "vectors"), rows, rows_per_file=300)
+    ranges: list[tuple[int, int]] = []
+
+    def run(tasks: Sequence[ShardTask]) -> list[BuiltShard]:
+        ranges.extend((task.rows.first, task.rows.end) for task in tasks)
+        return in_turn(tasks)
+
+    # The whole table is in nobody's memory.
+    monkeypatch.setattr(Table, "to_arrow", None)
+    figures = build_index({"images": table}, IndexConfig(shard_size=400), Artifact(str(tmp_path / "index")), run)
+    assert ranges == [(0, 334), (334, 667), (667, 1000)]
+    assert figures == {"images": 980.0, "images_shards": 3.0, "images_recall_at_10": 1.0}
+    build_index({"images": table}, IndexConfig(), Artifact(str(tmp_path / "one")))
+    sharded, single = Index.load(tmp_path / "index" / "images"), Index.load(tmp_path / "one" / "images")
+    assert sorted(sharded.ids) == single.ids == sound_ids(rows)
+    queries_QD = np.random.default_rng(1).normal(size=(20, 8)).astype(np.float32)
+    assert sharded.search(queries_QD, 12) == single.search(queries_QD, 12)
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "ivf_pq"])
+def test_recall_is_measured_and_stated(kind: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    table = vector_table(str(tmp_path / "vectors"), many(22_000), rows_per_file=5000)
+    config = IndexConfig(kind=kind, shard_size=11_000)
+    good = build_index({"images": table}, config, Artifact(str(tmp_path / "good")))
+    assert (good["images"], good["images_shards"]) == (21_560.0, 2.0)
+    assert 0.95 <= good["images_recall_at_10"] <= 1.0
+    assert not caplog.records
+    worst = config.model_copy(update={"search_effort": 1, "num_probes": 1, "rerank_factor": 1})
+    worse = build_index({"images": table}, worst, Artifact(str(tmp_path / "worse")))
+    assert 0.1 < worse["images_recall_at_10"] < good["images_recall_at_10"]
+    if worse["images_recall_at_10"] < 0.95:
+        assert "raise index.search_effort (hnsw) or index.num_probes" in caplog.text
+
+
+def test_recall_counts_the_true_nearest_but_the_vector_itself() -> None:
+    def built(name: str, neighbours: list[str], true_neighbours: list[str]) -> BuiltShard:
+        ranked = [[(-1.0 + i / 100, item) for i, item in enumerate(names)] for names in (neighbours, true_neighbours)]
+        return BuiltShard(name, "hnsw", 9, 2, [ranked[0]], [ranked[1]])
+
+    assert recall_of(["a"], [built("images", ["a", "c"], ["a", "b", "c", "d"])]) == pytest.approx(1 / 3)
+    two = [built("images", ["a", "b"], ["a", "b"]), built("images-1", ["z"], ["x", "y"])]
+    assert recall_of(["a"], two) == pytest.approx(1 / 3)
+    assert recall_of(["a"], [BuiltShard("images", "flat", 9, 2, [[]], [[]])]) == 1.0
+
+
+def test_a_run_that_goes_on_builds_only_the_shards_that_are_missing(tmp_path: Path) -> None:
+    rows = many(300)
+    table = vector_table(str(tmp_path / "vectors"), rows)
+    out, config = Artifact(str(tmp_path / "index")), IndexConfig(shard_size=100)
+
+    def killed(tasks: Sequence[ShardTask]) -> list[BuiltShard]:
+        in_turn(tasks[:2])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_index({"images": table}, config, out, killed)
+    with pytest.raises(ConfigError, match="no index can be read"):
+        Index.load(tmp_path / "index" / "images")
+    before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "index").glob("*.faiss")}
+    assert sorted(before) == ["images-1.faiss", "images.faiss"]
+    figures = build_index({"images": table}, config, out)
+    after = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "index").glob("*.faiss")}
+    assert {name: after[name] for name in before} == before
+    assert figures == {"images": 294.0, "images_shards": 3.0, "images_recall_at_10": 1.0}
+    assert sorted(Index.load(tmp_path / "index" / "images").ids) == sound_ids(rows)
+    assert not list((tmp_path / "index").glob("*.built.json"))
+
+
+def extended(tmp_path: Path, rows: pa.Table, folder: Path, **settings: Any) -> dict[str, float]:
+    table = vector_table(str(tmp_path / "more"), rows)
+    config = IndexConfig(extends=str(folder), **settings)
+    return build_index({"images": table}, config, Artifact(str(tmp_path / "extended")))
+
+
+def test_new_vectors_go_into_a_shard_of_their_own(tmp_path: Path) -> None:
+    rows = many(500)
+    table = vector_table(str(tmp_path / "vectors"), rows.slice(0, 300))
+    build_index({"images": table}, IndexConfig(shard_size=150), Artifact(str(tmp_path / "index")))
+    figures = extended(tmp_path, rows, tmp_path / "index")
+    assert figures == {"images": 490.0, "images_shards": 3.0, "images_recall_at_10": 1.0}
+    for name in ("images.faiss", "images-1.faiss", "images.ids.json", "images-1.ids.json"):
+        assert (tmp_path / "extended" / name).read_bytes() == (tmp_path / "index" / name).read_bytes()
+    new_ids = json.loads((tmp_path / "extended" / "images-2.ids.json").read_text())
+    assert new_ids == sound_ids(rows.slice(300))
+    build_index({"images": vector_table(str(tmp_path / "all"), rows)}, IndexConfig(), Artifact(str(tmp_path / "anew")))
+    queries_QD = np.random.default_rng(1).normal(size=(20, 8)).astype(np.float32)
+    anew = Index.load(tmp_path / "anew" / "images").search(queries_QD, 12)
+    assert Index.load(tmp_path / "extended" / "images").search(queries_QD, 12) == anew
+
+
+def test_nothing_new_is_a_copy(tmp_path: Path) -> None:
+    rows = many(100)
+    table = vector_table(str(tmp_path / "vectors"), rows)
+    build_index({"images": table}, IndexConfig(), Artifact(str(tmp_path / "index")))
+    assert extended(tmp_path, rows, tmp_path / "index")["images_shards"] == 1.0
+
+
+def test_an_index_of_other_vectors_is_not_extended(tmp_path: Path) -> None:
+    rows = many(100)
+    table = vector_table(str(tmp_path / "vectors"), rows)
+    build_index({"images": table}, IndexConfig(), Artifact(str(tmp_path / "index")))
+    with pytest.raises(TableError, match="holds 98 images, of which 49 have no vector in this run"):
+        extended(tmp_path, rows.filter(pa.array([name < "v000050" for name in rows["item_id"].to_pylist()])),
+                 tmp_path / "index")  # fmt: skip
+    turned = to_arrow(Vector, [vector(row["item_id"], row["vector"][::-1], row["error"]) for row in rows.to_pylist()])
+    with pytest.raises(TableError, match="another model made it"):
+        build_index(
+            {"images": vector_table(str(tmp_path / "turned"), turned)},
+            IndexConfig(extends=str(tmp_path / "index")),
+            Artifact(str(tmp_path / "again")),
+        )
+
+
+def test_the_estimate_of_a_million_images() -> None:
+    sizes = Sizes(train_questions=9, test_questions=1, train_samples=1, test_samples=1, images=1_000_000)
+    line = index_cost(IndexConfig(), sizes)
+    assert (line.step, line.work) == ("index", "1,000,000 vectors, hnsw, 2 shards")
+    assert line.stored == 1_000_000 * (512 * 4 + 2 * 16 * 4 + 20)
+    assert index_cost(IndexConfig(kind="ivf_pq"), sizes).stored == 1_000_000 * (512 * 4 + 64 + 8 + 20)
+    few = Sizes(train_questions=9, test_questions=1, train_samples=1, test_samples=1, images=100)
+    assert (index_cost(IndexConfig(), few).work, index_cost(IndexConfig(), few).stored) == (
+        "100 vectors, flat, 1 shard",
+        100 * (512 * 4 + 20),
+    )
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("ray_session")
+def test_shards_are_built_over_ray(tmp_path: Path) -> None:
+    rows = many(600)
+    tables = {"images": vector_table(str(tmp_path / "vectors"), rows)}
+    config = IndexConfig(shard_size=200, num_cpus=0.5)
+    over = build_index(tables, config, Artifact(str(tmp_path / "over")), over_ray)
+    here = build_index(tables, config, Artifact(str(tmp_path / "here")))
+    assert over == here == {"images": 588.0, "images_shards": 3.0, "images_recall_at_10": 1.0}
+    for file in (tmp_path / "here").iterdir():
+        assert (tmp_path / "over" / file.name).read_bytes() == file.read_bytes()

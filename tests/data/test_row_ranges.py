@@ -21,7 +21,7 @@ def ids_of(rows: RowRange) -> list[int]:
 @pytest.fixture
 def rows(tmp_path: Path) -> RowRange:
     """100 rows in files of 30, 0 and 70, in row groups of 8."""
-    files = []
+    files: list[str] = []
     for first, end in ((0, 30), (30, 30), (30, 100)):
         files.append(str(tmp_path / f"{len(files)}.parquet"))
         pq.write_table(pa.table({"id": pa.array(range(first, end), pa.int64())}), files[-1], row_group_size=8)

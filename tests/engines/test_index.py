@@ -170,7 +170,7 @@ class FakeGpus:
         import faiss
 
         self.moved.append(type(index).__name__)
-        copy = faiss.clone_index(index)
+        copy: Any = faiss.clone_index(index)
         search = copy.search
 
         def counted(queries_QD: Vectors, k: int) -> Any:

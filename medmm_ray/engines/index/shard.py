@@ -234,7 +234,7 @@ def _train(index: Any, vectors_ND: Vectors, order: NDArray[np.int64]) -> None:
     """Find the lists and codes of an ivf_pq index: the lists on all GPUs that FAISS has in this process."""
     import faiss
 
-    lists = faiss.downcast_index(index.base_index)
+    lists: Any = faiss.downcast_index(index.base_index)
     num_trained = max(TRAINED_PER_LIST * lists.nlist, FEWEST_TO_TRAIN)
     sample_ND = vectors_ND[order[:: max(1, len(order) // num_trained)]]
     if faiss.get_num_gpus():

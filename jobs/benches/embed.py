@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -90,7 +90,7 @@ def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
         images = _images(config, Path(folder))
         blocks = [images.slice(first, 2 * config.batch_size) for first in range(0, len(images), 2 * config.batch_size)]
         shares: dict[str, float] = {}
-        vectors: dict[str, list[object]] = {}
+        vectors: dict[str, list[dict[str, Any]]] = {}
         for name, embed in (("inline", _inline), ("own stage", _own_stage)):
             log_folder = Path(folder, name)
             log_folder.mkdir()
@@ -151,7 +151,8 @@ def _own_stage(ds: "Dataset", config: BenchConfig, log_folder: str) -> "Dataset"
     import ray
 
     # So many decoders find room beside the encoder, whatever the machine.
-    num_cpus = (ray.cluster_resources()["CPU"] - 1.5) / config.decoders
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    num_cpus = (resources["CPU"] - 1.5) / config.decoders
     return embed_images(
         ds,
         EmbedConfig(image_batch_size=config.batch_size, num_cpus=0.5, decode_num_cpus=num_cpus),

@@ -2,10 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from itertools import chain
 
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.entry import main
@@ -26,7 +23,7 @@ def run(job: Job) -> None:
 
 def make(job: Job, uri: str) -> dict[str, float]:
     """The report, in the folder `uri` and at the top of the run's; its headline figures."""
-    questions = _rows_where(job, "questions", "split", [job.config.split])
+    questions = job.rows_where("questions", "split", [job.config.split])
     # Solutions of training questions were learnt from: they are no part of what is measured.
     test_ids = questions.filter(pc.equal(questions["split"], "test"))["question_id"].combine_chunks()
     dataset = read_report(job.run.uri("dataset_report"))
@@ -34,9 +31,9 @@ def make(job: Job, uri: str) -> dict[str, float]:
         job.config,
         questions=questions,
         images=job.read("images", ["image_id", "uri", "diagnosis"]),
-        solutions=_rows_where(job, "solutions", "question_id", test_ids),
-        scores=_rows_where(job, "scores", "question_id", test_ids),
-        labels=chain.from_iterable(_parts(job, name) for name in LABELS),
+        solutions=job.rows_where("solutions", "question_id", test_ids),
+        scores=job.rows_where("scores", "question_id", test_ids),
+        labels=job.stream_all(LABELS),
         review_queue=job.read("review_queue"),
         balances=dataset.balance,
         pairs=dataset.agreement,
@@ -52,20 +49,6 @@ def make(job: Job, uri: str) -> dict[str, float]:
             fs, path = filesystem(f"{folder}/{name}")
             write_file(fs, path, content)
     return {entry.kind: entry.figure.value for entry in headline(report)}
-
-
-def _parts(job: Job, name: str) -> Iterable[pa.Table]:
-    """A table's rows part by part; none where its step is left out."""
-    return () if job.run.is_left_out(name) else job.table(name).stream()
-
-
-def _rows_where(job: Job, name: str, column: str, values: Sequence[str] | pa.Array) -> pa.Table:
-    """The rows of a table with one of `values` in a column: they alone are held, whatever the size of the table."""
-    rows = [job.table(name).schema.empty_table()]
-    for part in _parts(job, name):
-        is_among = pc.is_in(part[column], pa.array(values, pa.string()))
-        rows.append(part.filter(is_among))
-    return pa.concat_tables(rows)
 
 
 def step_entries(run: Run) -> list[StepEntry]:

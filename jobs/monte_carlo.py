@@ -4,12 +4,17 @@ import operator
 import sys
 from collections.abc import Mapping
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from jobs.entry import main
 from jobs.sample import count, graded
 from jobs.step import Job
 from medmm_ray.config import ConfigError
-from medmm_ray.steps.monte_carlo import monte_carlo
+from medmm_ray.data.sorted_rows import SortedRows, sort_rows
+from medmm_ray.steps.monte_carlo import QUESTION_COLUMNS, image_uris, judged_rows, monte_carlo
 
+JUDGE_COLUMNS = ["question_id", "solution_id", "annotator", "steps", "error"]
 # Settings that decide how the policy is sampled, here and in the section sample.
 SAMPLING_SETTINGS = (
     *("temperature", "top_k", "top_p", "num_documents"),
@@ -20,34 +25,50 @@ SAMPLING_SETTINGS = (
 def run(job: Job) -> None:
     """Make monte_carlo_labels, and note their figures."""
     check_sampling(job)
-    questions = job.read("questions")
-    labels = job.read("judge_labels", ["question_id", "solution_id", "annotator", "steps", "error"])
-    evidence = job.read("evidence", ["question_id", "documents"]) if job.config.num_documents else None
-    images = job.read("images", ["image_id", "uri"]) if job.config.engine.num_images else None
     model, policy = job.run.model("policy"), job.run.policy_id(job.step)
     source = job.table("solutions").dataset(rows_per_block=job.config.engine.batch_size)
     ids = job.read("solutions", ["question_id"])["question_id"].to_pylist()
-    job.make(
-        "monte_carlo_labels",
-        source,
-        ids,
-        lambda ds: monte_carlo(
-            ds,
-            job.config,
-            questions=questions,
-            judge_labels=labels,
-            model=model,
-            policy=policy,
-            evidence=evidence,
-            images=images,
-            equivalence=job.recipe.sample.equivalence,
-            apis=job.run.apis,
-        ),
-        "question_id",
-        "labels",
-    )
+    with job.lookup_folder("monte_carlo_labels") as folder:
+        job.make(
+            "monte_carlo_labels",
+            source,
+            ids,
+            lambda ds: monte_carlo(
+                ds,
+                job.config,
+                **lookups(job, folder),
+                model=model,
+                policy=policy,
+                equivalence=job.recipe.sample.equivalence,
+                apis=job.run.apis,
+            ),
+            "question_id",
+            "labels",
+        )
     if figures := job.table("monte_carlo_labels").manifest().figures:
         job.note(summary(figures))
+
+
+def lookups(job: Job, folder: str) -> dict[str, SortedRows | None]:
+    """What a task looks up for its solutions: the tables of `monte_carlo`, in files in `folder`."""
+    config = job.config
+    return {
+        "questions": job.lookup("questions", QUESTION_COLUMNS, folder),
+        "judged": judged_rows(job.stream("judge_labels", JUDGE_COLUMNS), folder),
+        "evidence": job.lookup("evidence", ["documents"], folder) if config.num_documents else None,
+        "uris": _uris(job, config.engine.num_images, folder) if config.engine.num_images else None,
+    }
+
+
+def _uris(job: Job, num_images: int, folder: str) -> SortedRows:
+    """The pictures of each question."""
+    images = job.lookup("images", ["uri"], folder, key="image_id")
+    parts = (
+        image_uris(part, images.rows_of(pc.list_flatten(part["image_ids"]).to_pylist()), num_images)
+        for part in job.stream("questions", ["question_id", "image_ids"])
+    )
+    schema = pa.schema({"question_id": pa.string(), "image_uris": pa.list_(pa.string())})
+    return sort_rows(parts, "question_id", schema, f"{folder}/uris")
 
 
 def summary(figures: Mapping[str, float]) -> str:

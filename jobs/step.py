@@ -3,12 +3,16 @@
 import logging
 import operator
 import time
-from collections.abc import Callable, Iterable, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.checkpoint_names import with_followed_names
@@ -17,16 +21,29 @@ from jobs.placement import sized_by_cluster, with_placement
 from jobs.recipe import Recipe
 from medmm_ray.config import ConfigError, digest, identity, load
 from medmm_ray.data import tries
+from medmm_ray.data.artifacts import delete_folder
 from medmm_ray.data.handover import Handover
-from medmm_ray.data.tables import Artifact, Manifest, Provenance, Table, TableError, chosen, pending, write_rows
+from medmm_ray.data.sorted_rows import SortedRows, sort_rows
+from medmm_ray.data.tables import (
+    Artifact,
+    Manifest,
+    Provenance,
+    Table,
+    TableError,
+    chosen,
+    filesystem,
+    pending,
+    write_rows,
+)
 from medmm_ray.engines.llm.access import Apis
 from medmm_ray.engines.vllm_engine import VllmEngine
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from ray.data import Dataset
 
 log = logging.getLogger("medmm_ray")
+LOOKUPS = ".lookups"
+"""The folder, in a table's, of what its tasks look up while it is made."""
 
 
 class Run:
@@ -181,6 +198,52 @@ class Job:
     def read_all(self, names: Sequence[str], columns: Sequence[str] | None = None) -> "list[pa.Table]":
         """`read` of each of the names, in their order."""
         return [self.read(name, columns) for name in names]
+
+    def stream(self, name: str, columns: Sequence[str] | None = None) -> "Iterable[pa.Table]":
+        """A table of the run part by part, for what grows with the questions; no part where its step is left out."""
+        return () if self.run.is_left_out(name) else self.run.table(name).stream(columns)
+
+    def stream_all(self, names: Sequence[str], columns: Sequence[str] | None = None) -> "Iterable[pa.Table]":
+        """`stream` of each of the names, one after another; once."""
+        return chain.from_iterable(self.stream(name, columns) for name in names)
+
+    def rows_where(
+        self,
+        name: str,
+        column: str,
+        values: Sequence[str] | pa.Array,
+    ) -> pa.Table:
+        """The rows of a table with one of `values` in a column: they alone are held, whatever the size of the table."""
+        rows = [self.run.table(name).schema.empty_table()]
+        for part in self.stream(name):
+            is_among = pc.is_in(part[column], pa.array(values, pa.string()))
+            rows.append(part.filter(is_among))
+        return pa.concat_tables(rows)
+
+    @contextmanager
+    def lookup_folder(self, name: str) -> "Iterator[str]":
+        """A folder beside the rows of the table `name`, for what its tasks look up; it goes with the block."""
+        table = self.run.table(name)
+        folder = f"{table.uri}/{LOOKUPS}/{uuid.uuid4().hex}"
+        fs, path = filesystem(folder)
+        try:
+            fs.create_dir(path, recursive=True)
+            yield folder
+        finally:
+            delete_folder(fs, path)
+
+    def lookup(
+        self,
+        name: str,
+        columns: Sequence[str],
+        folder: str,
+        key: str = "question_id",
+    ) -> SortedRows:
+        """A table of the run with some columns beside `key`, sorted by that into a file in a `lookup_folder`."""
+        schema = self.run.table(name).schema
+        columns = [key, *columns]
+        taken = pa.schema([schema.field(column) for column in columns])
+        return sort_rows(self.stream(name, columns), key, taken, f"{folder}/{name}")
 
     @property
     def run_name(self) -> str:

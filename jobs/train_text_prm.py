@@ -2,8 +2,6 @@
 
 import sys
 
-import pyarrow as pa
-
 from jobs.entry import main
 from jobs.graph import ALL_LABELS
 from jobs.step import Job
@@ -13,15 +11,18 @@ from medmm_ray.train.text_prm import train_text_prm
 
 def run(job: Job) -> None:
     """Train on the labels of all sources, of sampled solutions and of those that search trees found."""
-    questions = job.read("questions")
-    evidence = job.read("evidence")
-    solutions = pa.concat_tables(job.read_all(["solutions", "tree_solutions"]))
-    labels = job.read_all(ALL_LABELS)
     base = job.config.base or job.run.model("policy")
     job.make_artifact(
         "text_prm",
         lambda uri: train_text_prm(
-            job.config, questions, evidence, solutions, labels, base, folder=uri, name=job.run_name
+            job.config,
+            questions=job.stream("questions"),
+            evidence=job.stream("evidence", ["question_id", "documents", "error"]),
+            solutions=job.stream_all(["solutions", "tree_solutions"], ["question_id", "solutions", "error"]),
+            labels=job.stream_all(ALL_LABELS),
+            base=base,
+            folder=uri,
+            name=job.run_name,
         ),
         resumes=True,
     )

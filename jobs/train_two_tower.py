@@ -2,8 +2,6 @@
 
 import sys
 
-import pyarrow as pa
-
 from jobs.entry import main
 from jobs.graph import ALL_LABELS
 from jobs.step import Job
@@ -13,11 +11,6 @@ from medmm_ray.train.two_tower import train_two_tower
 
 def run(job: Job) -> None:
     """Train the image part on the states of the text tower; the workers read those by themselves."""
-    labels = job.read_all(ALL_LABELS)
-    questions = job.read("questions")
-    images = job.read("images")
-    evidence = job.read("evidence")
-    solutions = pa.concat_tables(job.read_all(["solutions", "tree_solutions"], ["question_id", "solutions"]))
     text_prm = job.run.model("text_prm")
     image_tower = job.run.model("image_tower")
     job.make_artifact(
@@ -25,13 +18,13 @@ def run(job: Job) -> None:
         lambda uri: train_two_tower(
             job.config,
             [job.table(name) for name in ("states", "tree_states")],
-            labels,
-            questions,
-            images,
-            evidence,
-            solutions,
-            text_prm,
-            image_tower,
+            labels=job.stream_all(ALL_LABELS),
+            questions=job.stream("questions"),
+            images=job.stream("images"),
+            evidence=job.stream("evidence", ["question_id", "images", "error"]),
+            solutions=job.stream_all(["solutions", "tree_solutions"], ["question_id", "solutions"]),
+            text_prm=text_prm,
+            image_tower=image_tower,
             folder=uri,
             name=job.run_name,
         ),

@@ -1,7 +1,8 @@
 """Memory and time of the driver at two numbers of questions, for `jobs.bench scale`.
 
 Each step's own entry runs in a process of its own on tables whose ids are of so many questions, with few solutions of
-few steps: what a driver holds whole grows with them. Engines are not started.
+few steps: what a driver holds whole grows with them. Engines are not started; of a training, what its workers are to
+read is written.
 """
 
 import time
@@ -16,7 +17,8 @@ from pydantic import Field
 
 from jobs.benches import Measured
 from jobs.benches.scale_tables import TableShape, make_tables
-from jobs.step import Run, load_recipe
+from jobs.graph import BY_NAME
+from jobs.step import Job, Run, load_recipe
 from medmm_ray.config import Config
 
 MIB = 1 << 20
@@ -29,7 +31,7 @@ class DriverConfig(Config):
 
     questions: tuple[int, ...] = (10_000, 100_000)
     """Numbers of questions, tenfold each; none: no driver is measured. At (100_000, 1_000_000) it takes an hour."""
-    steps: tuple[str, ...] = ("audit",)
+    steps: tuple[str, ...] = ("audit", "train_text_prm")
     """Steps whose drivers are measured."""
     bootstrap_samples: int = Field(100, ge=1)
     """Resamples of the dataset report: they take time by the question, as all else does."""
@@ -109,4 +111,20 @@ def _audit(run: Run) -> None:
     report_of(run)
 
 
-_DRIVERS: dict[str, Callable[[Run], None]] = {"audit": _audit}
+def _train_text_prm(run: Run) -> None:
+    from medmm_ray.train.labelled_rows import LabelledRows, LabelRules
+    from medmm_ray.train.launch import write_inputs
+
+    job = Job(run, BY_NAME["train_text_prm"])
+    rules = LabelRules("hybrid", "collapse", max_solutions=None, num_documents=0)
+    rows = LabelledRows(
+        rules,
+        job.stream("questions"),
+        job.stream("evidence"),
+        job.stream("solutions"),
+        job.stream_all(("judge_labels", "monte_carlo_labels")),
+    )
+    write_inputs({"questions": rows}, f"{run.root}/inputs")
+
+
+_DRIVERS: dict[str, Callable[[Run], None]] = {"audit": _audit, "train_text_prm": _train_text_prm}

@@ -112,8 +112,9 @@ def make_inputs(config: MemoryConfig, size: float, folder: Path) -> dict[str, st
     table = _states(config, number, folder)
     files = states_files([table])
     places: dict[str, list[list[int]]] = {}
-    for row in located_states(files).to_pylist():
-        places.setdefault(row["question_id"], []).append(row["place"])
+    for part in located_states(files):
+        for row in part.to_pylist():
+            places.setdefault(row["question_id"], []).append(row["place"])
     rows: list[dict[str, object]] = []
     for question, of_question in sorted(places.items()):
         uri = folder / f"{question}.png"

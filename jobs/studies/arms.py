@@ -17,6 +17,7 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from rich.console import Console
@@ -152,7 +153,7 @@ def compare(config: BenchConfig, seed: int, study: Study, say: Callable[[str], N
         settings = _arm_config(config, seed, arm)
         files = states_files([study.states])
         rows = questions_with_images(
-            located_states(files),
+            pa.concat_tables(located_states(files)),
             group_labels([study.labels]),
             study.questions,
             study.images,

@@ -14,7 +14,8 @@ import shutil
 import subprocess
 import time
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -237,12 +238,19 @@ def write_file(fs: pafs.FileSystem, path: str, content: bytes | pa.Buffer) -> No
 
     Two that write the same file at a time (a task and its retry) do not meet: the last one stays.
     """
+    with new_file(fs, path) as stream:
+        stream.write(content)
+
+
+@contextmanager
+def new_file(fs: pafs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
+    """A stream to a file that is there when the block ends, as `write_file` writes one that is in memory."""
     # A disk shows a file while it is written, so that it is renamed at the end; a put to an object store is not seen.
     local = isinstance(fs, pafs.LocalFileSystem)
     target = f"{path}.{uuid.uuid4().hex}.tmp" if local else path
     try:
         with fs.open_output_stream(target) as stream:
-            stream.write(content)
+            yield stream
         if local:
             fs.move(target, path)
     except OSError as error:

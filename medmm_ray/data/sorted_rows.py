@@ -124,6 +124,15 @@ def sort_rows(
     return SortedRows(uri, key, schema, runs[0].first_ids, runs[0].sizes)
 
 
+def sort_tables(
+    tables: Mapping[str, tuple[Iterable[pa.Table], pa.Schema]],
+    key: str,
+    folder: str,
+) -> dict[str, SortedRows]:
+    """`sort_rows` of the parts of several tables, each with the columns to take, to files of their names."""
+    return {name: sort_rows(parts, key, schema, f"{folder}/{name}") for name, (parts, schema) in tables.items()}
+
+
 def _merged(
     runs: Sequence[SortedRows],
     uri: str,

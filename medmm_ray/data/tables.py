@@ -54,6 +54,7 @@ from medmm_ray.data.parts import (
     rows_hash,
 )
 from medmm_ray.data.records import arrow_schema, to_arrow
+from medmm_ray.data.sorted_rows import SortedRows
 
 __all__ = [
     "Artifact",
@@ -461,18 +462,22 @@ def pending(ds: "Dataset", key: str, done: set[str]) -> "Dataset":
     return chosen(ds, key, pa.array(sorted(done), pa.string()), keep=False) if done else ds
 
 
-def attach(ds: "Dataset", lookup: pa.Table, on: str, columns: Sequence[str]) -> "Dataset":
+def attach(
+    ds: "Dataset",
+    lookup: pa.Table | SortedRows,
+    on: str,
+    columns: Sequence[str],
+) -> "Dataset":
     """Add `columns` of `lookup` to each row of `ds` by the id in column `on`; null where `lookup` has no such row.
 
-    `lookup` is shared through the object store, once a node.
+    Of `SortedRows`, on storage that all machines see, a task reads the rows of its ids; a table is shared through the
+    object store, whole and once a node: for the small ones.
     """
-    import ray
-
-    # A join would shuffle all of `ds`, images included; a lookup fits into memory once a node.
-    ref = ray.put(lookup.select([on, *columns]).combine_chunks())
+    # A join would shuffle all of `ds`, solutions included, which are most of what a run has.
+    rows_of = lookup.rows_of if isinstance(lookup, SortedRows) else _shared_rows(lookup.select([on, *columns]))
 
     def look_up(batch: pa.Table) -> pa.Table:
-        table = ray.get(ref)
+        table = rows_of(batch[on].to_pylist())
         matches = table.take(
             pc.index_in(
                 batch[on],
@@ -484,6 +489,18 @@ def attach(ds: "Dataset", lookup: pa.Table, on: str, columns: Sequence[str]) -> 
         return batch
 
     return ds.map_batches(look_up, batch_format="pyarrow", zero_copy_batch=True)
+
+
+def _shared_rows(table: pa.Table) -> Callable[[Sequence[str]], pa.Table]:
+    """What gives the whole table, for any ids, in any process of the Ray session."""
+    import ray
+
+    ref = ray.put(table.combine_chunks())
+
+    def whole(_: Sequence[str]) -> pa.Table:
+        return ray.get(ref)
+
+    return whole
 
 
 def write_rows(

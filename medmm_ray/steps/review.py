@@ -5,12 +5,14 @@ strata of difficulty x modality x disagreement plus a random stratum, each with 
 source "expert" for the steps of the queue (the other steps empty). Where the source knows its pictures the expert is
 the truth, and whole solutions of `truth_splits` get it for measuring; elsewhere readers are, through the review page.
 
-The queue is drawn over the whole table at once, on columns: a million steps take 0.7 s.
+The queue is drawn on columns, some questions at a time: what is held are the steps that may still be drawn.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -20,7 +22,8 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from medmm_ray.config import Config, Splits, execution
-from medmm_ray.data.records import Labels, ReviewItem, StepLabel, to_arrow_lists
+from medmm_ray.data.records import Labels, Question, ReviewItem, Solutions, StepLabel, arrow_schema, to_arrow_lists
+from medmm_ray.data.sorted_rows import SortedRows, scratch_folder, sort_tables, windows
 from medmm_ray.data.sources import WITH_TRUTH, DrawnPicture, load_with_truth
 from medmm_ray.data.tables import attach
 from medmm_ray.estimate import Line
@@ -45,6 +48,7 @@ VERSION = 3  # of what a step makes: raise it when the same config makes somethi
 SURE, UNSURE, DISAGREE = 0, 1, 2
 DISAGREEMENT = ("sure", "unsure", "disagree")  # the judge is; it is not; judges differ, or Monte Carlo contradicts
 NOT_DRAWN, BY_STRATUM, AT_RANDOM = 0, 1, 2
+QUESTION_COLUMNS = ["source", "split", "options", "answer", "image_ids"]
 RANDOM = "random"  # the stratum of what was drawn from all steps alike
 # The label source and the annotators of a truth that the source of the pictures knows.
 TRUTH_SOURCE = "phantom"
@@ -90,43 +94,73 @@ def review_cost(config: ReviewConfig, dollars_per_step: float) -> Line:
 
 
 def queue(
-    solutions: pa.Table,
-    questions: pa.Table,
-    judge_labels: pa.Table,
-    monte_carlo_labels: pa.Table,
+    solutions: Iterable[pa.Table],
+    questions: Iterable[pa.Table],
+    judge_labels: Iterable[pa.Table],
+    monte_carlo_labels: Iterable[pa.Table],
     config: ReviewConfig,
 ) -> list[ReviewItem]:
     """The steps that an expert should read; sorted, the same for the same tables in any order of rows.
 
-    Needs question_id and solutions; question_id, difficulty, modality; and the labels tables whole.
+    Needs question_id and solutions; question_id, difficulty, modality; and the labels tables whole. All come in parts,
+    and are read some questions at a time.
     """
-    steps = steps_of(drop_texts(solutions))
-    level = disagreement_levels(steps, judge_labels, monte_carlo_labels)
-    group_names, group = _groups_of_steps(steps, solutions, questions)
+    labels = arrow_schema(Labels)
     # A share is drawn from all steps alike: strata that the labels misjudge stay represented.
-    solution_ids = steps.solution_ids.to_pylist()
     num_random = round(config.random_share * config.review_steps)
-    drawn_by, probability = draw_steps(
-        group * len(DISAGREEMENT) + level,
-        step_chances(solution_ids, config.seed, steps),
-        num_stratified=config.review_steps - num_random,
-        num_random=num_random,
-    )
-    question_ids = solutions["question_id"].to_pylist()
-    items = []
-    for row in np.flatnonzero(drawn_by):
-        solution = steps.solution[row]
-        stratum = f"{group_names[group[row]]}/{DISAGREEMENT[level[row]]}"
-        items.append(
-            ReviewItem(
-                question_id=question_ids[steps.question[solution]],
-                solution_id=solution_ids[solution],
-                step_index=int(steps.index[row]),
-                stratum=stratum if drawn_by[row] == BY_STRATUM else RANDOM,
-                inclusion_probability=float(probability[row]),
-            )
-        )
-    return sorted(items, key=lambda item: (item.question_id, item.solution_id, item.step_index))
+    draw = StepDraw(config.review_steps - num_random, num_random)
+    with scratch_folder() as folder:
+        parts = {
+            "solutions": (map(_without_texts, solutions), _SOLUTIONS),
+            "questions": (questions, _QUESTIONS),
+            "judge": (judge_labels, labels),
+            "monte_carlo": (monte_carlo_labels, labels),
+        }
+        for window in windows(sort_tables(parts, "question_id", folder)):
+            draw.offer(_candidates(window, config.seed))
+    return draw.items()
+
+
+_QUESTIONS = pa.schema([arrow_schema(Question).field(name) for name in ("question_id", "difficulty", "modality")])
+
+
+def _without_texts(solutions: pa.Table) -> pa.Table:
+    return drop_texts(solutions.select(["question_id", "solutions"]))
+
+
+_SOLUTIONS = _without_texts(arrow_schema(Solutions).empty_table()).schema
+
+
+_CANDIDATE = pa.schema(
+    {
+        "question_id": pa.string(),
+        "solution_id": pa.string(),
+        "step_index": pa.int64(),
+        "group": pa.string(),
+        "level": pa.int64(),
+        # The chances by which a step is drawn, see `draw_steps`.
+        "by_stratum": pa.float64(),
+        "at_random": pa.float64(),
+    }
+)
+
+
+def _candidates(window: Mapping[str, pa.Table], seed: int) -> pa.Table:
+    """The steps of a window's questions, as they take part in the draw."""
+    solutions = window["solutions"]
+    steps = steps_of(solutions)
+    group_names, group = _groups_of_steps(steps, solutions, window["questions"])
+    by_stratum, at_random = step_chances(steps.solution_ids.to_pylist(), seed, steps)
+    columns = {
+        "question_id": solutions["question_id"].take(pa.array(steps.row[steps.solution])),
+        "solution_id": steps.solution_ids.take(pa.array(steps.solution)),
+        "step_index": steps.index,
+        "group": pa.array(group_names, pa.string()).take(pa.array(group)),
+        "level": disagreement_levels(steps, window["judge"], window["monte_carlo"]),
+        "by_stratum": by_stratum,
+        "at_random": at_random,
+    }
+    return pa.table(columns).cast(_CANDIDATE)
 
 
 def _groups_of_steps(
@@ -262,6 +296,69 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
+class StepDraw:
+    """Draws steps as `draw_steps` does, from those of some questions at a time.
+
+    What is in memory are the steps that may still be drawn: of each stratum and of all steps those of the lowest
+    chances.
+    """
+
+    def __init__(self, num_stratified: int, num_random: int) -> None:
+        self.num_stratified = num_stratified
+        self.num_random = num_random
+        self._sizes: Counter[tuple[str, int]] = Counter()
+        self._candidates = _CANDIDATE.empty_table()
+
+    def offer(self, steps: pa.Table) -> None:
+        """Let the steps of questions that were not there before take part (`_CANDIDATE`)."""
+        counts = steps.group_by(["group", "level"]).aggregate([([], "count_all")])
+        for stratum in counts.to_pylist():
+            self._sizes[stratum["group"], stratum["level"]] += stratum["count_all"]
+        # Who is not among the lowest of a window is not among the lowest of all: few are put to the others.
+        candidates = pa.concat_tables([self._candidates, self._lowest(steps)])
+        self._candidates = self._lowest(candidates).combine_chunks()
+
+    def _lowest(self, steps: pa.Table) -> pa.Table:
+        member = self._members(steps)
+        sizes = np.bincount(member, minlength=len(self._sizes))
+        by_stratum = _ranks(member, sizes, np.asarray(steps["by_stratum"])) < self.num_stratified
+        everything = np.zeros(steps.num_rows, dtype=np.int64)
+        at_random = _ranks(everything, np.array([steps.num_rows]), np.asarray(steps["at_random"])) < self.num_random
+        return steps.filter(pa.array(by_stratum | at_random))
+
+    def _members(self, steps: pa.Table) -> Ints:
+        """The number of each step's stratum, which does not depend on the order in which they came."""
+        numbers = {stratum: number for number, stratum in enumerate(sorted(self._sizes))}
+        strata = zip(steps["group"].to_pylist(), steps["level"].to_pylist(), strict=True)
+        return np.fromiter(map(numbers.__getitem__, strata), dtype=np.int64, count=steps.num_rows)
+
+    def items(self) -> list[ReviewItem]:
+        """What is drawn of all that was offered, sorted."""
+        candidates = self._candidates
+        chance = np.stack([np.asarray(candidates["by_stratum"]), np.asarray(candidates["at_random"])])
+        drawn_by, probability = _draw(
+            self._members(candidates),
+            np.array([self._sizes[stratum] for stratum in sorted(self._sizes)], dtype=np.int64),
+            chance,
+            self.num_stratified,
+            self.num_random,
+        )
+        items: list[ReviewItem] = []
+        for row in np.flatnonzero(drawn_by).tolist():
+            step = candidates.slice(row, 1).to_pylist()[0]
+            stratum = f"{step['group']}/{DISAGREEMENT[step['level']]}"
+            items.append(
+                ReviewItem(
+                    question_id=step["question_id"],
+                    solution_id=step["solution_id"],
+                    step_index=step["step_index"],
+                    stratum=stratum if drawn_by[row] == BY_STRATUM else RANDOM,
+                    inclusion_probability=float(probability[row]),
+                )
+            )
+        return sorted(items, key=lambda item: (item.question_id, item.solution_id, item.step_index))
+
+
 def draw_steps(
     stratum: Ints,
     chance: NDArray[np.float64],
@@ -274,21 +371,27 @@ def draw_steps(
     NOT_DRAWN, BY_STRATUM or AT_RANDOM (by the random stratum alone), and its probability to be drawn by either:
     1 − (1 − n_h / N_h)(1 − n_random / N).
     """
-    total = len(stratum)
-    if not total:
-        return np.zeros(0, dtype=np.int64), np.zeros(0)
     # Strata without a step get no share.
     names, member = np.unique(stratum, return_inverse=True)
-    sizes = np.bincount(member, minlength=len(names))
+    return _draw(member, np.bincount(member, minlength=len(names)), chance, num_stratified, num_random)
+
+
+def _draw(
+    member: Ints,
+    sizes: Ints,
+    chance: NDArray[np.float64],
+    num_stratified: int,
+    num_random: int,
+) -> tuple[Ints, NDArray[np.float64]]:
+    """`draw_steps` from strata of `sizes`, of whose steps those of the lowest chances are here."""
+    total = int(sizes.sum())
+    if not total:
+        return np.zeros(0, dtype=np.int64), np.zeros(0)
     shares = np.array(allocate_draws(sizes.tolist(), num_stratified))
-    # The rank of each step within its stratum, by its first chance.
-    order = np.lexsort((chance[0], member))
-    stratum_start = np.cumsum(sizes) - sizes
-    rank = np.empty(total, dtype=np.int64)
-    rank[order] = np.arange(total) - stratum_start[member[order]]
-    by_stratum = rank < shares[member]
+    here = np.bincount(member, minlength=len(sizes))
+    by_stratum = _ranks(member, here, chance[0]) < shares[member]
     num_random = min(num_random, total)
-    at_random = np.zeros(total, dtype=bool)
+    at_random = np.zeros(len(member), dtype=bool)
     by_chance = np.argsort(chance[1], kind="stable")
     at_random[by_chance[:num_random]] = True
     # The two drawings are independent: a step is missed where both miss it.
@@ -297,6 +400,19 @@ def draw_steps(
     otherwise = np.where(at_random, AT_RANDOM, NOT_DRAWN)
     drawn_by = np.where(by_stratum, BY_STRATUM, otherwise)
     return drawn_by, probability
+
+
+def _ranks(
+    member: Ints,
+    sizes: Ints,
+    chance: NDArray[np.float64],
+) -> Ints:
+    """The rank of each step within its stratum of `sizes`, by its chance."""
+    order = np.lexsort((chance, member))
+    stratum_start = np.cumsum(sizes) - sizes
+    rank = np.empty(len(member), dtype=np.int64)
+    rank[order] = np.arange(len(member)) - stratum_start[member[order]]
+    return rank
 
 
 def allocate_draws(sizes: Sequence[int], budget: int) -> list[int]:
@@ -319,12 +435,13 @@ def review(
     config: ReviewConfig,
     *,
     items: Sequence[ReviewItem],
-    questions: pa.Table,
-    images: pa.Table,
+    questions: pa.Table | SortedRows,
+    annotations: pa.Table | SortedRows,
 ) -> "Dataset":
     """`Solutions` rows -> ``{question_id, labels}``: the expert's labels of the queue `items`, and the truth.
 
-    With another expert than the truth, or for questions whose source does not know it, the lists are empty.
+    `annotations` are those of the images; the tables may be `SortedRows`, of which each task reads what it needs. With
+    another expert than the truth, or for questions whose source does not know it, the lists are empty.
     """
     from ray.data import ActorPoolStrategy
 
@@ -332,14 +449,14 @@ def review(
         ds,
         questions,
         "question_id",
-        ["source", "split", "options", "answer", "image_ids"],
+        QUESTION_COLUMNS,
     )
     return ds.map_batches(
         Expert,
         fn_constructor_kwargs={
             "config": config,
             "items": [(item.solution_id, item.step_index) for item in items],
-            "images": images.select(["image_id", "annotation"]),
+            "annotations": annotations,
         },
         batch_format="pyarrow",
         batch_size=config.batch_size,
@@ -363,18 +480,28 @@ class Expert:
         self,
         config: ReviewConfig,
         items: Iterable[tuple[str, int]],
-        images: pa.Table,
+        annotations: pa.Table | SortedRows,
     ) -> None:
         self.config = config
         self.queue: dict[str, set[int]] = {}
         for solution_id, index in items:
             self.queue.setdefault(solution_id, set()).add(index)
+        self.images = annotations
+        self.annotations: dict[str, str] = {}
+        """Of the images of a batch, or of all."""
+        if isinstance(annotations, pa.Table):
+            self._annotate(annotations)
+
+    def _annotate(self, images: pa.Table) -> None:
         image_ids = images["image_id"].to_pylist()
         self.annotations = dict(zip(image_ids, images["annotation"].to_pylist(), strict=True))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Rows of solutions with their question's columns -> question_id and labels."""
-        by_row = list(map(self.label, batch.to_pylist()))
+        rows = batch.to_pylist()
+        if isinstance(self.images, SortedRows):
+            self._annotate(self.images.rows_of(chain.from_iterable(row["image_ids"] or () for row in rows)))
+        by_row = list(map(self.label, rows))
         labels = to_arrow_lists(Labels, by_row)
         return pa.table({"question_id": batch["question_id"], "labels": labels})
 

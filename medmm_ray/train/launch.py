@@ -7,15 +7,17 @@ on there, whatever was killed, as if nothing had happened.
 import json
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from medmm_ray.data.tables import filesystem, write_file
+from medmm_ray.data.artifacts import new_file
+from medmm_ray.data.tables import filesystem
 from medmm_ray.engines.placement import selector_of
 from medmm_ray.train.config import TrainConfig
 from medmm_ray.train.loop import Worker, run
@@ -45,16 +47,17 @@ def figures(history: dict[str, Any]) -> dict[str, float]:
 def fit(
     make_stage: StageFactory,
     config: TrainConfig,
-    tables: dict[str, pa.Table],
+    tables: Mapping[str, pa.Table | Iterable[pa.Table]],
     inputs: dict[str, str],
     folder: str,
     name: str,
 ) -> dict[str, float]:
     """Run a stage under Ray Train; called in the driver, inside a Ray session.
 
-    `tables` are written where the workers find them, `inputs` are paths and names passed on as they are; the stage gets
-    both as ``{name: path}``. `folder` (a path or URI that every node reaches) gets the model; `name` identifies the
-    run: the same name continues an interrupted one, so it must change with the config. Gives `figures`.
+    `tables`, whole or in parts, are written where the workers find them, `inputs` are paths and names passed on as they
+    are; the stage gets both as ``{name: path}``. `folder` (a path or URI that every node reaches) gets the model;
+    `name` identifies the run: the same name continues an interrupted one, so it must change with the config. Gives
+    `figures`.
     """
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -65,7 +68,7 @@ def fit(
     arguments = {
         "stage": make_stage,
         "config": config,
-        "inputs": inputs | _write_inputs(tables, f"{work}/{name}-inputs"),
+        "inputs": inputs | write_inputs(tables, f"{work}/{name}-inputs"),
         "name": name,
         "work": work,
         "folder": folder,
@@ -86,24 +89,19 @@ def fit(
     return figures(history)
 
 
-def _write_inputs(tables: dict[str, pa.Table], folder: str) -> dict[str, str]:
-    """Write tables as ``<folder>/<name>.parquet``; their URIs by name."""
+def write_inputs(tables: Mapping[str, pa.Table | Iterable[pa.Table]], folder: str) -> dict[str, str]:
+    """Write tables, a part in memory at a time, as ``<folder>/<name>.parquet``; their URIs by name."""
     fs, path = filesystem(folder)
-    fs.create_dir(path, recursive=True)
     uris: dict[str, str] = {}
     for key, table in tables.items():
-        sink = pa.BufferOutputStream()
-        # Workers may read a row group at a time.
-        pq.write_table(
-            table,
-            sink,
-            row_group_size=max(1, table.num_rows * ROW_GROUP_BYTES // max(1, table.nbytes)),
-        )
-        write_file(
-            fs,
-            f"{path}/{key}.parquet",
-            sink.getvalue().to_pybytes(),
-        )
+        parts = iter([table] if isinstance(table, pa.Table) else table)
+        first = next(parts)  # what is refused has no folder yet
+        fs.create_dir(path, recursive=True)
+        with new_file(fs, f"{path}/{key}.parquet") as stream, pq.ParquetWriter(stream, first.schema) as file:
+            for part in chain([first], parts):
+                # Workers may read a row group at a time.
+                rows = max(1, part.num_rows * ROW_GROUP_BYTES // max(1, part.nbytes))
+                file.write_table(part, row_group_size=rows)
         uris[key] = f"{folder}/{key}.parquet"
     return uris
 

@@ -6,7 +6,7 @@ Enters: labelled solutions, packed by question. Leaves: a `RewardModel` folder, 
 Legend: T tags.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +16,13 @@ from pydantic import Field
 
 from medmm_ray.config import ConfigError, execution
 from medmm_ray.engines.checkpoints import resolve
-from medmm_ray.stats.targets import AfterFirstError, LabelPolicy, checked_consensus_counts
+from medmm_ray.stats.targets import AfterFirstError, LabelPolicy
 from medmm_ray.train.config import QuestionTrainConfig
+from medmm_ray.train.labelled_rows import LabelledRows, LabelRules
 from medmm_ray.train.launch import fit, read_input
 from medmm_ray.train.lora import LoraAdapter, LoraConfig, Segment
 from medmm_ray.train.schedule import Part, Units, validation_ids
 from medmm_ray.train.stage import Stage
-from medmm_ray.train.text_prm_data import group_labels, labelled_questions, labels_of_solutions, positive_rate
 from medmm_ray.train.throughput import TrainingFlops
 
 if TYPE_CHECKING:
@@ -67,46 +67,26 @@ class TextPrmConfig(QuestionTrainConfig):
 
 def train_text_prm(
     config: TextPrmConfig,
-    questions: pa.Table,
-    evidence: pa.Table,
-    solutions: pa.Table,
-    labels: Sequence[pa.Table],
+    questions: Iterable[pa.Table],
+    evidence: Iterable[pa.Table],
+    solutions: Iterable[pa.Table],
+    labels: Iterable[pa.Table],
     base: str,
     folder: str,
     name: str,
 ) -> dict[str, float]:
     """Train the text tower under Ray Train and leave a reward model in `folder`; gives `launch.figures`.
 
-    `labels` are the labels tables of all sources; `base` is the checkpoint to start from (the policy's folder, or any
-    name that `checkpoints.resolve` knows).
+    The tables come in parts; `labels` are of all sources. `base` is the checkpoint to start from (the policy's folder,
+    or any name that `checkpoints.resolve` knows).
     """
-    labels_by_solution = group_labels(labels)
-    consensus: dict[str, float] = {}
-    if config.label_policy == "consensus":
-        consensus = checked_consensus_counts(
-            labels_of_solutions(
-                questions,
-                solutions,
-                labels_by_solution,
-                config.max_solutions,
-            )
-        )
-    rows = labelled_questions(
-        questions,
-        evidence,
-        solutions,
-        labels_by_solution,
+    rules = LabelRules(
         config.label_policy,
         config.after_first_error,
         config.max_solutions,
         config.num_documents,
     )
-    if rows.num_rows == 0:
-        raise ValueError(
-            f"train_text_prm: label policy {config.label_policy!r} gives no target for any training solution "
-            f"({solutions.num_rows} questions sampled, {len(labels_by_solution)} solutions labelled). Look at the "
-            "labels tables."
-        )
+    rows = LabelledRows(rules, questions, evidence, solutions, labels)
     figures = fit(
         TextPrmStage,
         config,
@@ -115,7 +95,7 @@ def train_text_prm(
         folder,
         name,
     )
-    return figures | consensus | {"right_steps": round(positive_rate(rows), 4)}
+    return figures | rows.consensus | {"right_steps": round(rows.right_steps.share, 4)}
 
 
 class TextPrmStage(Stage):

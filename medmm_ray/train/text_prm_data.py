@@ -131,14 +131,23 @@ def labels_of_solutions(
             yield labels.get(solution["solution_id"], []), len(solution["steps"]), solution["correct"]
 
 
-def positive_rate(rows: pa.Table) -> float:
+class RightSteps:
     """The share of right steps among the labelled ones of `labelled_questions`, as the loss weighs solutions."""
-    positive = 0.0
-    total = 0
-    for solutions in rows["solutions"].to_pylist():
-        for solution in solutions:
-            for target in solution["targets"]:
-                if target is not None:
-                    positive += target * solution["weight"]
-                    total += solution["weight"]
-    return positive / total if total else 0.0
+
+    def __init__(self) -> None:
+        self._positive = 0.0
+        self._total = 0
+
+    def add(self, rows: pa.Table) -> None:
+        """Count the targets of some questions."""
+        for solutions in rows["solutions"].to_pylist():
+            for solution in solutions:
+                for target in solution["targets"]:
+                    if target is not None:
+                        self._positive += target * solution["weight"]
+                        self._total += solution["weight"]
+
+    @property
+    def share(self) -> float:
+        """The share; 0 without any labelled step."""
+        return self._positive / self._total if self._total else 0.0

@@ -9,7 +9,7 @@ Legend: T tags, D text width, B images, W image width, P patches.
 """
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -22,25 +22,22 @@ from medmm_ray.config import execution
 from medmm_ray.data.tables import Table
 from medmm_ray.engines.checkpoints import resolve
 from medmm_ray.stats.decoders import aggregate
-from medmm_ray.stats.targets import AfterFirstError, LabelPolicy, Target, checked_consensus_counts
+from medmm_ray.stats.targets import AfterFirstError, LabelPolicy, Target
 from medmm_ray.train.config import QuestionTrainConfig
 from medmm_ray.train.gathering import is_first, share_first
+from medmm_ray.train.labelled_rows import TwoTowerRows, TwoTowerRules
 from medmm_ray.train.launch import fit, read_input
 from medmm_ray.train.reading import ReadAhead, TableRows
 from medmm_ray.train.schedule import Part, Units, validation_ids
 from medmm_ray.train.stage import Stage
 from medmm_ray.train.text_prm import weighted_loss
-from medmm_ray.train.text_prm_data import group_labels
 from medmm_ray.train.throughput import GIB, FusionFlops, num_patches, num_weights, tokens_of_picture
 from medmm_ray.train.two_tower_data import (
     StatesReader,
     TwoTowerExample,
     class_weights,
     concatenated,
-    labels_of_states,
-    located_states,
     positive_rate,
-    questions_with_images,
     sampled_parts,
     states_files,
 )
@@ -121,11 +118,11 @@ class TwoTowerConfig(QuestionTrainConfig):
 def train_two_tower(
     config: TwoTowerConfig,
     states: Sequence[Table],
-    labels: Sequence[pa.Table],
-    questions: pa.Table,
-    images: pa.Table,
-    evidence: pa.Table,
-    solutions: pa.Table,
+    labels: Iterable[pa.Table],
+    questions: Iterable[pa.Table],
+    images: Iterable[pa.Table],
+    evidence: Iterable[pa.Table],
+    solutions: Iterable[pa.Table],
     text_prm: str,
     image_tower: str,
     folder: str,
@@ -133,36 +130,23 @@ def train_two_tower(
 ) -> dict[str, float]:
     """Train the image part under Ray Train and leave the whole reward model in `folder`; gives `launch.figures`.
 
-    Each table of `states` is read by the workers, not by the driver; of `solutions` only which answers are right. A
-    question may have rows of several sources in both. `text_prm` and `image_tower` are names for `checkpoints.resolve`.
+    Each table of `states` is read by the workers, not by the driver; the others come in parts, of `solutions` only
+    which answers are right. A question may have rows of several sources in both. `text_prm` and `image_tower` are names
+    for `checkpoints.resolve`.
     """
     files = states_files(states)
-    located = located_states(files)
-    labels_by_solution = group_labels(labels)
-    consensus: dict[str, float] = {}
-    if config.label_policy == "consensus":
-        consensus = checked_consensus_counts(labels_of_states(located, labels_by_solution, solutions))
-    rows = questions_with_images(
-        located,
-        labels_by_solution,
-        questions,
-        images,
-        evidence,
-        solutions,
+    rules = TwoTowerRules(
         config.label_policy,
         config.after_first_error,
         config.num_references,
     )
-    if rows.num_rows == 0:
-        raise ValueError(
-            f"train_two_tower: no training question has an image, states and a target ({located.num_rows} states, "
-            f"label policy {config.label_policy!r}). Look at the tables states and labels."
-        )
+    rows = TwoTowerRows(rules, files, labels, questions, images, evidence, solutions)
     inputs = {"text_prm": text_prm, "image_tower": image_tower}
     num_documents = states[0].manifest().config.get("num_documents")
     if num_documents is not None:  # else the states were computed with as many as the text tower was trained on
         inputs["num_documents"] = str(num_documents)
-    return fit(TwoTowerStage, config, {"questions": rows, "files": files}, inputs, folder, name) | consensus
+    figures = fit(TwoTowerStage, config, {"questions": rows, "files": files}, inputs, folder, name)
+    return figures | rows.consensus
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -39,7 +40,16 @@ SCHEMA = pa.schema(
     }
 )
 FILES = pa.schema({"table": pa.string(), "name": pa.string()})
-_LOCATED = ("question_id", "solution_id", "num_steps", "dtype", "error")
+LOCATED = pa.schema(
+    {
+        "question_id": pa.string(),
+        "solution_id": pa.string(),
+        "num_steps": pa.int64(),
+        "dtype": pa.string(),
+        "error": pa.string(),
+        "place": pa.list_(pa.int32(), 3),
+    }
+)
 _STATES_COLUMNS = ("solution_id", "num_steps", "hidden_size", "dtype", "states", "summaries", "text_log_odds")
 _FOOTER_READERS = 16
 MIN_SAMPLED = 64
@@ -56,28 +66,30 @@ def states_files(tables: Sequence[Table]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=FILES)
 
 
-def located_states(files: pa.Table) -> pa.Table:
+def located_states(files: pa.Table) -> Iterator[pa.Table]:
     """A row for each row of states, without the states: its ids, steps, error, and its `place` (see `SCHEMA`).
 
-    Raises ValueError for states of several dtypes.
+    File by file. Raises ValueError for states of several dtypes.
     """
     names = [(row["table"], row["name"]) for row in files.to_pylist()]
     reader = RowGroupReader(names)
+    dtypes: set[str] = set()
     with ThreadPoolExecutor(_FOOTER_READERS) as pool:
-        parts = list(pool.map(lambda number: _located_file(reader, number), range(len(names))))
-    located = pa.concat_tables(parts) if parts else pa.table({name: [] for name in (*_LOCATED, "place")})
-    dtypes = pc.unique(located.filter(pc.is_null(located["error"]))["dtype"]).to_pylist()
+        for start in range(0, len(names), _FOOTER_READERS):
+            numbers = range(start, min(start + _FOOTER_READERS, len(names)))
+            for rows in pool.map(partial(_located_file, reader), numbers):
+                dtypes.update(pc.unique(rows.filter(pc.is_null(rows["error"]))["dtype"]).to_pylist())
+                yield rows
     if len(dtypes) > 1:
         tables = sorted(set(files["table"].to_pylist()))
         raise ValueError(
             f"{', '.join(tables)}: states of the dtypes {sorted(dtypes)}; expected one text tower's, of one dtype"
         )
-    return located
 
 
 def _located_file(reader: RowGroupReader, number: int) -> pa.Table:
-    rows, places = reader.read_all(number, _LOCATED)
-    return rows.append_column("place", pa.array(places, pa.list_(pa.int32(), 3)))
+    rows, places = reader.read_all(number, LOCATED.names[:-1])
+    return rows.append_column("place", pa.array(places, LOCATED.field("place").type)).cast(LOCATED)
 
 
 def questions_with_images(
@@ -93,9 +105,9 @@ def questions_with_images(
 ) -> pa.Table:
     """One row a training question that has an image, with the targets of its solutions (`SCHEMA`), in stored order.
 
-    `states` are `located_states`; `policy` and `after_first_error` make targets of labels; the `num_references` nearest
-    reference images are taken. `correct` says of each solution whether its final answer is right: of one without an
-    answer it is not. A question's rows in `solutions`, one a source, become one.
+    `states` are rows of `located_states`; `policy` and `after_first_error` make targets of labels; the nearest
+    `num_references` reference images are taken. `correct` says of each solution whether its final answer is right: of
+    one without an answer it is not. A question's rows in `solutions`, one a source, become one.
     """
     correct = _correct_by_solution(solutions)
     accuracy = _accuracy_by_solution(solutions)

@@ -8,7 +8,7 @@ from medmm_ray.data.records import Evidence, Image, Labels, Question, RetrievedD
 from medmm_ray.data.sources.phantom import PhantomCase
 from medmm_ray.data.tables import Provenance, Table
 from medmm_ray.steps.judge import JudgeConfig, PhantomEngine, judge
-from medmm_ray.steps.monte_carlo import MonteCarloConfig, monte_carlo
+from medmm_ray.steps.monte_carlo import MonteCarloConfig, by_question, monte_carlo
 from medmm_ray.steps.review import ReviewConfig, queue, review
 from medmm_ray.steps.sample import SampleConfig, sample
 from tests.doubles.fake_generator import FakeGenerator
@@ -97,7 +97,7 @@ def test_the_chain(ray_session: None, tmp_path: Path) -> None:
         solutions.dataset(),
         MonteCarloConfig(splits=("train", "test"), max_share=0.5, stop_early=False),
         questions=questions,
-        judge_labels=judge_labels,
+        judged=by_question(judge_labels),
         model="m",
         policy="p",
         generator=fake,
@@ -110,10 +110,10 @@ def test_the_chain(ray_session: None, tmp_path: Path) -> None:
     assert manifest.figures["rollouts"] >= 4 * len({row["question_id"] for row in monte_carlo_labels.to_pylist()}) / 2
     assert manifest.figures["rollout_tokens"] > manifest.figures["rollouts"]
 
-    items = queue(whole, questions, judge_labels, monte_carlo_labels, ReviewConfig(review_steps=12))
+    items = queue([whole], [questions], [judge_labels], [monte_carlo_labels], ReviewConfig(review_steps=12))
     assert 8 <= len(items) <= 12
     experts = table("expert_labels", Labels)
-    made = review(solutions.dataset(), ReviewConfig(), items=items, questions=questions, images=images)
+    made = review(solutions.dataset(), ReviewConfig(), items=items, questions=questions, annotations=images)
     experts.write(made, "question_id", "labels")
     experts.finish(origin("expert_labels"), "question_id", ids, 0.0)
     labels = experts.to_arrow().to_pylist()

@@ -18,6 +18,7 @@ from medmm_ray.data.sources.phantom import truth
 from medmm_ray.data.sources.phantom.questions import PhantomQuestion, make_questions
 from medmm_ray.reward_model import RewardModel
 from medmm_ray.text import extract_answer
+from medmm_ray.train.launch import read_input
 from tests.doubles import tiny_reward_model as tiny
 from tests.doubles.gguf_files import write_gguf
 
@@ -189,6 +190,10 @@ def test_drivers_are_measured_on_tables_that_hang_together(tmp_path: Path) -> No
     assert [balance.right + balance.wrong for balance in report.balance] == [540, 540]
     assert [pair.overall_kappa.count for pair in report.agreement] == [540]
     assert [check.count for check in report.leakage] == [0] * 5
+    used("train_text_prm", words)
+    questions = read_input(f"{tmp_path}/inputs/questions.parquet")
+    assert questions.num_rows == 68  # of 90 three in four are for training
+    assert {len(row) for row in questions["solutions"].to_pylist()} == {1, 2, 3}  # equal ones are one
     usage = used("audit", words)
     assert 50 < usage.mebibytes < 100_000
     assert usage.seconds > 0

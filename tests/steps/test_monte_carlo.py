@@ -524,7 +524,7 @@ def test_documents_need_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
             None,  # type: ignore[arg-type]
             MonteCarloConfig(num_documents=2),
             questions=pa.table({}),
-            judge_labels=to_arrow(Labels, []),
+            judged=by_question(to_arrow(Labels, [])),
             model="m",
             policy="p",
         )

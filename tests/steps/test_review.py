@@ -1,6 +1,7 @@
 """review.py: the drawing of the queue, its probabilities, and the phantom expert."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from medmm_ray.data.records import Labels, ReviewItem, Solution, Solutions, StepLabel, from_dict, to_arrow
+from medmm_ray.data.sorted_rows import windows
 from medmm_ray.data.sources.phantom import PhantomCase
 from medmm_ray.stats.label_arrays import drop_texts, steps_of
 from medmm_ray.steps.review import (
@@ -137,6 +139,35 @@ def test_inclusion_probabilities_are_the_shares_drawn() -> None:
     assert [int((drawn[stratum == s] == 1).sum()) for s in (0, 1)] == [3, 3]
 
 
+def test_steps_offered_some_at_a_time_are_drawn_as_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each window gives the lowest chances of its own: those of all are among them."""
+    rows = [solutions(f"q{i:02}", *(f"s{i:02}-{j}" for j in range(3))) for i in range(40)]
+    questions = pa.table(
+        {
+            "question_id": [f"q{i:02}" for i in range(40)],
+            "difficulty": ["easy", "hard", "easy", "medium"] * 10,
+            "modality": ["radiology", "pathology"] * 20,
+        }
+    )
+    judge = [
+        replace(labels(f"s{i:02}-{j}", "judge", [1, 0, 1, 1], "low" if j else "high"), question_id=f"q{i:02}")
+        for i in range(40)
+        for j in range(3)
+    ]
+    tables = [to_arrow(Solutions, rows)], [questions], [to_arrow(Labels, judge)], []
+    for config in (
+        ReviewConfig(review_steps=60, random_share=0.3),
+        ReviewConfig(review_steps=9, random_share=1.0),
+        ReviewConfig(review_steps=9, random_share=0.0, seed=4),
+    ):
+        whole = queue(*tables, config)
+        assert len(whole) >= 0.7 * config.review_steps
+        with monkeypatch.context() as patched:
+            patched.setattr("medmm_ray.data.sorted_rows.BATCH_BYTES", 1)
+            patched.setattr("medmm_ray.steps.review.windows", partial(windows, num_bytes=1))
+            assert queue(*tables, config) == whole
+
+
 def test_nothing_to_draw_from() -> None:
     drawn, probability = draw_steps(np.array([], dtype=np.int64), np.zeros((2, 0)), 5, 5)
     assert (len(drawn), len(probability)) == (0, 0)
@@ -149,10 +180,10 @@ def test_the_odd_draw_goes_to_the_same_of_equal_strata_in_any_order_of_rows() ->
     )
     table, nothing = to_arrow(Solutions, rows), to_arrow(Labels, [])
     config = ReviewConfig(review_steps=4, random_share=0.0)  # three strata of four steps: one of them gives two
-    drawn = queue(table, asked, nothing, nothing, config)
+    drawn = queue([table], [asked], [nothing], [], config)
     assert len(drawn) == 4
     for order in ([0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]):
-        assert queue(table.take(order), asked, nothing, nothing, config) == drawn
+        assert queue([table.take(order)], [asked], [], [], config) == drawn
 
 
 def test_the_queue_is_the_same_in_any_order_of_rows() -> None:
@@ -168,8 +199,9 @@ def test_the_queue_is_the_same_in_any_order_of_rows() -> None:
     rolled = to_arrow(Labels, [labels("s0-0", "monte_carlo", [0, None, None, None])])
     config = ReviewConfig(review_steps=20, random_share=0.25)
     table = to_arrow(Solutions, rows)
-    items = queue(table, questions, judge, rolled, config)
-    other = queue(table.take([3, 1, 5, 0, 2, 4]), questions.take([5, 4, 3, 2, 1, 0]), judge, rolled, config)
+    items = queue([table], [questions], [judge], [rolled], config)
+    mixed = table.take([3, 1, 5, 0, 2, 4])
+    other = queue([mixed.slice(0, 4), mixed.slice(4)], [questions.take([5, 4, 3, 2, 1, 0])], [judge], [rolled], config)
     assert items == other
     strata = {item.stratum for item in items}
     assert strata == {"easy/radiology/sure", "easy/radiology/disagree", "hard/radiology/sure", "random"}
@@ -179,7 +211,7 @@ def test_the_queue_is_the_same_in_any_order_of_rows() -> None:
     assert disputed.inclusion_probability == 1.0
     assert len({(item.solution_id, item.step_index) for item in items}) == len(items)
     assert to_arrow(ReviewItem, items).num_rows == len(items)
-    assert queue(table, questions, judge, rolled, ReviewConfig(review_steps=0)) == []
+    assert queue([table], [questions], [judge], [rolled], ReviewConfig(review_steps=0)) == []
 
 
 def expert(config: ReviewConfig, items: list[tuple[str, int]], **row: Any) -> list[Labels]:

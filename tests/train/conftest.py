@@ -194,7 +194,7 @@ def illustrated(folder: Path, states: Table, config: TwoTowerConfig) -> pa.Table
         records.Evidence(**{**row.__dict__, "images": references[n - 5 : n]}) for n, row in enumerate(toy.evidence(), 1)
     ]
     return questions_with_images(
-        located_states(states_files([states])),
+        pa.concat_tables(located_states(states_files([states]))),
         group_labels([toy.table(records.Labels, toy.judge_labels(toy.solutions(each=4)))]),
         toy.table(records.Question, toy.questions()), toy.table(records.Image, images),
         toy.table(records.Evidence, evidence), toy.table(records.Solutions, toy.solutions(each=4)),

@@ -32,7 +32,7 @@ from medmm_ray.train.policy import (
 from medmm_ray.train.schedule import Part, Units
 from medmm_ray.train.stage import Stage
 from medmm_ray.train.text_prm import TextPrmConfig, TextPrmStage, train_text_prm, validation_figures
-from medmm_ray.train.text_prm_data import group_labels, labelled_questions, labelled_solutions, positive_rate
+from medmm_ray.train.text_prm_data import RightSteps, group_labels, labelled_questions, labelled_solutions
 from medmm_ray.train.two_tower import TwoTowerConfig, TwoTowerStage, train_two_tower
 from medmm_ray.train.two_tower_data import (
     TwoTowerExample,
@@ -221,7 +221,9 @@ def test_equal_solutions_with_equal_targets_are_merged() -> None:
         {"solution_id": "s01-0", "steps": toy.steps("dark"), "targets": [1.0, 0.0, 0.0], "weight": 2},
         {"solution_id": "s01-2", "steps": toy.steps("bright"), "targets": [1.0, 1.0, 1.0], "weight": 2},
     ]
-    assert positive_rate(labelled(each=4)) == pytest.approx(4 / 6)
+    right_steps = RightSteps()
+    right_steps.add(labelled(each=4))
+    assert right_steps.share == pytest.approx(4 / 6)
 
 
 def test_solutions_and_documents_can_be_limited() -> None:
@@ -313,8 +315,9 @@ def test_validation_figures_are_exact_and_absent_for_one_class() -> None:
 def test_text_prm_without_targets_is_refused() -> None:
     with pytest.raises(ValueError, match="label policy 'hybrid' gives no target for any training solution"):
         train_text_prm(
-            TextPrmConfig(), toy.table(records.Question, toy.questions()), toy.table(records.Evidence, []),
-            toy.table(records.Solutions, toy.solutions()), [toy.table(records.Labels, [])], "base", "unused", "unused",
+            TextPrmConfig(), [toy.table(records.Question, toy.questions())], [toy.table(records.Evidence, [])],
+            [toy.table(records.Solutions, toy.solutions())], [toy.table(records.Labels, [])], "base", "unused",
+            "unused",
         )  # fmt: skip
 
 
@@ -426,7 +429,7 @@ def test_a_questions_samples_and_its_trees_solutions_become_one_row(
     ]
     found = {
         policy: questions_with_images(
-            located_states(states_files(tables)),
+            pa.concat_tables(located_states(states_files(tables))),
             group_labels([toy.table(records.Labels, labels)]), toy.table(records.Question, toy.questions()),
             toy.table(records.Image, toy.images(tmp_path)), toy.table(records.Evidence, []),
             toy.table(records.Solutions, solved), policy,
@@ -692,9 +695,9 @@ def test_what_two_tower_saves_scores_as_it_trained(two_tower_inputs: dict[str, s
 def test_two_tower_refuses_what_it_cannot_train_on(two_tower_inputs: dict[str, str], tmp_path: Path) -> None:
     states = Table(two_tower_inputs["states"], records.States)
     tables = (
-        [toy.table(records.Labels, [])], toy.table(records.Question, toy.questions()),
-        toy.table(records.Image, toy.images(tmp_path)), toy.table(records.Evidence, []),
-        toy.table(records.Solutions, toy.solutions(each=4)),
+        [toy.table(records.Labels, [])], [toy.table(records.Question, toy.questions())],
+        [toy.table(records.Image, toy.images(tmp_path))], [toy.table(records.Evidence, [])],
+        [toy.table(records.Solutions, toy.solutions(each=4))],
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"no training question has an image, states and a target \(24 states"):
         train_two_tower(TwoTowerConfig(), [states], *tables, "p", "t", "unused", "unused")
@@ -717,7 +720,7 @@ def test_states_of_two_models_are_refused(two_tower_inputs: dict[str, str], tmp_
     mixed = Table(str(tmp_path / "mixed"), records.States)
     write_rows(mixed, rows, Provenance(name="states", fingerprint="f", config={}, upstream={}), "solution_id")
     with pytest.raises(ValueError, match=r"states of the dtypes \['bfloat16', 'float32'\]"):
-        located_states(states_files([mixed]))
+        list(located_states(states_files([mixed])))
 
 
 def test_history_is_plain_json(two_tower_inputs: dict[str, str]) -> None:

@@ -12,12 +12,14 @@ label is the same, at a fraction of the tokens, but num_correct / num_rollouts i
 and would read .46 one by one), so such rows are marked, and targets that need the ratio refuse them.
 """
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from medmm_ray.data.sorted_rows import SortedRows, sort_rows, windows, write_sorted
 from medmm_ray.data.tables import attach
 from medmm_ray.engines.generator import Generator, MakeGenerator
 from medmm_ray.engines.grader import EquivalenceConfig, MakeGrader
@@ -30,48 +32,49 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
 VERSION = 3  # of what a step makes: raise it when the same config makes something else
-__all__ = ["MonteCarloConfig", "RolloutActor", "by_question", "image_uris", "monte_carlo"]
+QUESTION_COLUMNS = ["split", "question", "options", "answer", "answer_type"]
+__all__ = [
+    "QUESTION_COLUMNS",
+    "MonteCarloConfig",
+    "RolloutActor",
+    "by_question",
+    "image_uris",
+    "judged_rows",
+    "monte_carlo",
+]
 
 
 def monte_carlo(
     ds: "Dataset",
     config: MonteCarloConfig,
     *,
-    questions: pa.Table,
-    judge_labels: pa.Table,
+    questions: pa.Table | SortedRows,
+    judged: pa.Table | SortedRows,
     model: str,
     policy: str,
-    evidence: pa.Table | None = None,
-    images: pa.Table | None = None,
+    evidence: pa.Table | SortedRows | None = None,
+    uris: pa.Table | SortedRows | None = None,
     equivalence: EquivalenceConfig | None = None,
     apis: Apis | None = None,
     generator: MakeGenerator = Generator,
 ) -> "Dataset":
     """`Solutions` rows -> ``{question_id, labels, figures}``, labels a list of `Labels`.
 
-    `judge_labels` needs question_id, solution_id, annotator, steps and error; `model` is the checkpoint that continues,
-    `policy` what the annotator is called; `evidence` is needed where config.num_documents > 0, `images` (image_id, uri)
-    where engine.num_images > 0. `equivalence` grades open answers as in sampling; `apis` is how the run reaches its
-    model.
+    `judged` are the judge's labels `by_question`; `model` is the checkpoint that continues, `policy` what the annotator
+    is called; `evidence` is needed where config.num_documents > 0, `uris` (`image_uris`) where engine.num_images > 0.
+    The tables may be `SortedRows`, of which each task reads what it needs. `equivalence` grades open answers as in
+    sampling; `apis` is how the run reaches its model.
     """
-    question_columns = [
-        "split",
-        "question",
-        "options",
-        "answer",
-        "answer_type",
-    ]
-    ds = attach(ds, questions, "question_id", question_columns)
-    ds = attach(ds, by_question(judge_labels), "question_id", ["judged"])
+    ds = attach(ds, questions, "question_id", QUESTION_COLUMNS)
+    ds = attach(ds, judged, "question_id", ["judged"])
     if config.num_documents:
         if evidence is None:
             raise ValueError(f"num_documents={config.num_documents} needs the table evidence; run retrieve first")
         ds = attach(ds, evidence, "question_id", ["documents"])
     num_images = config.engine.num_images
     if num_images:
-        if images is None:
+        if uris is None:
             raise ValueError(f"num_images={num_images} needs the table images")
-        uris = image_uris(questions, images, num_images)
         ds = attach(ds, uris, "question_id", ["image_uris"])
     grader = MakeGrader(equivalence or EquivalenceConfig(), apis)
     return ds.map_batches(
@@ -85,6 +88,41 @@ def monte_carlo(
         },
         **actor_options(config.engine),
     )
+
+
+def judged_rows(labels: Iterable[pa.Table], folder: str) -> SortedRows:
+    """`by_question` of a table that comes in parts, in a file in `folder`.
+
+    It needs question_id, solution_id, annotator, steps and error.
+    """
+    rows = sort_rows(map(_without_reasons, labels), "question_id", _LABELS, f"{folder}/labels")
+    tables = (by_question(window["labels"]) for window in windows({"labels": rows}))
+    judged = write_sorted(tables, "question_id", by_question(_LABELS.empty_table()).schema, f"{folder}/judged")
+    rows.delete()
+    return judged
+
+
+_LABELS = pa.schema(
+    {
+        "question_id": pa.string(),
+        "solution_id": pa.string(),
+        "annotator": pa.string(),
+        "steps": pa.list_(pa.struct({"label": pa.int64(), "confidence": pa.string()})),
+        "error": pa.string(),
+    }
+)
+
+
+def _without_reasons(labels: pa.Table) -> pa.Table:
+    """The columns of `_LABELS`: of a step its label and confidence alone."""
+    nested = labels["steps"].combine_chunks()
+    entries = nested.flatten()
+    step = pa.StructArray.from_arrays(
+        [entries.field(name) for name in ("label", "confidence")], ["label", "confidence"]
+    )
+    lists = pa.ListArray.from_arrays(pc.subtract(nested.offsets, nested.offsets[0]), step)
+    place = labels.schema.get_field_index("steps")
+    return labels.set_column(place, "steps", lists).select(_LABELS.names)
 
 
 def by_question(labels: pa.Table) -> pa.Table:
@@ -130,7 +168,11 @@ def by_question(labels: pa.Table) -> pa.Table:
     )
 
 
-def image_uris(questions: pa.Table, images: pa.Table, num_images: int) -> pa.Table:
+def image_uris(
+    questions: pa.Table,
+    images: pa.Table,
+    num_images: int,
+) -> pa.Table:
     """One row a question with the uris of its first `num_images` images."""
     image_ids = images["image_id"].to_pylist()
     uri_of = dict(zip(image_ids, images["uri"].to_pylist(), strict=True))

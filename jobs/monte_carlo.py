@@ -3,6 +3,7 @@
 import operator
 import sys
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,6 +14,9 @@ from jobs.step import Job
 from medmm_ray.config import ConfigError
 from medmm_ray.data.sorted_rows import SortedRows, sort_rows
 from medmm_ray.steps.monte_carlo import QUESTION_COLUMNS, image_uris, judged_rows, monte_carlo
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
 
 JUDGE_COLUMNS = ["question_id", "solution_id", "annotator", "steps", "error"]
 # Settings that decide how the policy is sampled, here and in the section sample.
@@ -29,35 +33,45 @@ def run(job: Job) -> None:
     source = job.table("solutions").dataset(rows_per_block=job.config.engine.batch_size)
     ids = job.read("solutions", ["question_id"])["question_id"].to_pylist()
     with job.lookup_folder("monte_carlo_labels") as folder:
-        job.make(
-            "monte_carlo_labels",
-            source,
-            ids,
-            lambda ds: monte_carlo(
+
+        def continued(ds: "Dataset") -> "Dataset":
+            tables = lookups(job, folder)
+            return monte_carlo(
                 ds,
                 job.config,
-                **lookups(job, folder),
+                questions=tables.questions,
+                judged=tables.judged,
                 model=model,
                 policy=policy,
+                evidence=tables.evidence,
+                uris=tables.uris,
                 equivalence=job.recipe.sample.equivalence,
                 apis=job.run.apis,
-            ),
-            "question_id",
-            "labels",
-        )
+            )
+
+        job.make("monte_carlo_labels", source, ids, continued, "question_id", "labels")
     if figures := job.table("monte_carlo_labels").manifest().figures:
         job.note(summary(figures))
 
 
-def lookups(job: Job, folder: str) -> dict[str, SortedRows | None]:
-    """What a task looks up for its solutions: the tables of `monte_carlo`, in files in `folder`."""
+class Lookups(NamedTuple):
+    """What a task looks up for its solutions: the tables of `monte_carlo`."""
+
+    questions: SortedRows
+    judged: SortedRows
+    evidence: SortedRows | None
+    uris: SortedRows | None
+
+
+def lookups(job: Job, folder: str) -> Lookups:
+    """The tables that tasks read, in files in `folder`."""
     config = job.config
-    return {
-        "questions": job.lookup("questions", QUESTION_COLUMNS, folder),
-        "judged": judged_rows(job.stream("judge_labels", JUDGE_COLUMNS), folder),
-        "evidence": job.lookup("evidence", ["documents"], folder) if config.num_documents else None,
-        "uris": _uris(job, config.engine.num_images, folder) if config.engine.num_images else None,
-    }
+    return Lookups(
+        questions=job.lookup("questions", QUESTION_COLUMNS, folder),
+        judged=judged_rows(job.stream("judge_labels", JUDGE_COLUMNS), folder),
+        evidence=job.lookup("evidence", ["documents"], folder) if config.num_documents else None,
+        uris=_uris(job, config.engine.num_images, folder) if config.engine.num_images else None,
+    )
 
 
 def _uris(job: Job, num_images: int, folder: str) -> SortedRows:

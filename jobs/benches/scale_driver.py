@@ -1,8 +1,9 @@
 """Memory and time of the driver at two numbers of questions, for `jobs.bench scale`.
 
 Each step's own entry runs in a process of its own on tables whose ids are of so many questions, with few solutions of
-few steps: what a driver holds whole grows with them. Engines are not started; of a training, what its workers are to
-read is written.
+few steps: what a driver holds whole grows with them. Neither Ray nor an engine is started: of a training, what its
+workers read is written, of Monte Carlo what its tasks look up. Ids of rows that are still to be made, of which a driver
+keeps a set, are not in it.
 """
 
 import time
@@ -31,7 +32,7 @@ class DriverConfig(Config):
 
     questions: tuple[int, ...] = (10_000, 100_000)
     """Numbers of questions, tenfold each; none: no driver is measured. At (100_000, 1_000_000) it takes an hour."""
-    steps: tuple[str, ...] = ("audit", "train_text_prm")
+    steps: tuple[str, ...] = ("audit", "train_text_prm", "monte_carlo", "review")
     """Steps whose drivers are measured."""
     bootstrap_samples: int = Field(100, ge=1)
     """Resamples of the dataset report: they take time by the question, as all else does."""
@@ -127,4 +128,28 @@ def _train_text_prm(run: Run) -> None:
     write_inputs({"questions": rows}, f"{run.root}/inputs")
 
 
-_DRIVERS: dict[str, Callable[[Run], None]] = {"audit": _audit, "train_text_prm": _train_text_prm}
+def _monte_carlo(run: Run) -> None:
+    from jobs.monte_carlo import lookups
+
+    job = Job(run, BY_NAME["monte_carlo"])
+    with job.lookup_folder("monte_carlo_labels") as folder:
+        tables = lookups(job, folder)
+        # As a task does, of batches of solutions in any order.
+        for part in job.stream("solutions", ["question_id"]):
+            ids = part["question_id"].to_pylist()
+            tables.judged.rows_of(ids[:4])
+            tables.questions.rows_of(ids[-4:])
+
+
+def _review(run: Run) -> None:
+    from jobs.review import drawn_queue
+
+    drawn_queue(Job(run, BY_NAME["review"]))
+
+
+_DRIVERS: dict[str, Callable[[Run], None]] = {
+    "audit": _audit,
+    "train_text_prm": _train_text_prm,
+    "monte_carlo": _monte_carlo,
+    "review": _review,
+}

@@ -56,6 +56,7 @@ class SortedRows:
 
     def between(self, low: str | None, high: str | None) -> pa.Table:
         """The rows with low <= id < high; None: without a limit."""
+        # An id may begin in the batch before the first that begins with it.
         start = 0 if low is None else max(0, bisect_left(self.first_ids, low) - 1)
         end = len(self.first_ids) if high is None else bisect_left(self.first_ids, high)
         rows = self._batches(range(start, end))
@@ -187,6 +188,7 @@ def write_sorted(
 ) -> SortedRows:
     """Write tables whose rows are sorted by `key`, one after another, to the file `uri`."""
     fs, path = filesystem(uri)
+    # Of each batch, so that none is opened in vain; Arrow's footer knows neither.
     first_ids: list[str] = []
     sizes: list[int] = []
     options = pa.ipc.IpcWriteOptions(compression="lz4")
@@ -208,6 +210,7 @@ def windows(
 
     The rows of an id are in one window, whichever tables they are in.
     """
+    # By the sizes of all tables together: a window of one may be empty where another's is full.
     entries = merge(*(zip(rows.first_ids, rows.sizes, strict=True) for rows in tables.values()))
     limits: list[str | None] = [None]
     size = 0

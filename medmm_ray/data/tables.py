@@ -473,7 +473,8 @@ def attach(
     Of `SortedRows`, on storage that all machines see, a task reads the rows of its ids; a table is shared through the
     object store, whole and once a node: for the small ones.
     """
-    # A join would shuffle all of `ds`, solutions included, which are most of what a run has.
+    # A join would shuffle all of `ds`, solutions included, which are most of what a run has. A task looks up the few
+    # ids of its batch, and what it then does with them takes longer.
     rows_of = lookup.rows_of if isinstance(lookup, SortedRows) else _shared_rows(lookup.select([on, *columns]))
 
     def look_up(batch: pa.Table) -> pa.Table:

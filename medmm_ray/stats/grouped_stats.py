@@ -148,6 +148,7 @@ class GroupedCounts:
         self._totals_GC = np.concatenate([self._totals_GC[np.newaxis], counts_QGC]).sum(axis=0)
         self._sizes = self._sizes + np.concatenate(sizes)
         self._questions = self._questions + (counts_QGC.sum(axis=2) > 0).sum(axis=0)
+        # Kept as they are: a sum of squares by group would round otherwise than all at once.
         if weight is not None:
             self._weights.append((weight, [groups.member for groups in all_groupings.values()]))
 

@@ -38,6 +38,7 @@ class CountRows:
 
     def append(self, rows_QK: NDArray[np.generic]) -> None:
         """Add rows behind the others."""
+        # Reading has moved it.
         self._file.seek(0, 2)
         self._file.write(np.ascontiguousarray(rows_QK, dtype=self._dtype).tobytes())
         self._num_rows += len(rows_QK)

@@ -319,6 +319,7 @@ class StepDraw:
         self._candidates = self._lowest(candidates).combine_chunks()
 
     def _lowest(self, steps: pa.Table) -> pa.Table:
+        # Ranks among these alone: they are no higher than among all.
         member = self._members(steps)
         sizes = np.bincount(member, minlength=len(self._sizes))
         by_stratum = _ranks(member, sizes, np.asarray(steps["by_stratum"])) < self.num_stratified

@@ -68,6 +68,7 @@ class LabelledRows:
         num_rows = num_sampled = num_labelled = 0
         with scratch_folder() as folder:
             tables = sort_tables(self._parts, "question_id", folder)
+            # Counted, and refused, before the first row is written.
             if rules.policy == "consensus":
                 self.consensus = checked_consensus_counts(self._labels(tables))
             for window in windows(tables):
@@ -85,6 +86,7 @@ class LabelledRows:
                 num_sampled += window["solutions"].num_rows
                 num_labelled += len(labels)
                 num_rows += rows.num_rows
+                # A window of held-out questions has nothing to write.
                 if rows.num_rows:
                     self.right_steps.add(rows)
                     yield rows

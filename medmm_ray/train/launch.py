@@ -95,7 +95,8 @@ def write_inputs(tables: Mapping[str, pa.Table | Iterable[pa.Table]], folder: st
     uris: dict[str, str] = {}
     for key, table in tables.items():
         parts = iter([table] if isinstance(table, pa.Table) else table)
-        first = next(parts)  # what is refused has no folder yet
+        # What is refused has no folder yet: rows raise before they give their first part.
+        first = next(parts)
         fs.create_dir(path, recursive=True)
         with new_file(fs, f"{path}/{key}.parquet") as stream, pq.ParquetWriter(stream, first.schema) as file:
             for part in chain([first], parts):

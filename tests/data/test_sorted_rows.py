@@ -2,13 +2,16 @@
 
 import pickle
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from ray import cloudpickle
 
 from medmm_ray.data.sorted_rows import SortedRows, sort_rows, windows
+from medmm_ray.data.tables import attach
 
 SCHEMA = pa.schema({"question_id": pa.string(), "place": pa.int64(), "texts": pa.list_(pa.string())})
 
@@ -74,3 +77,28 @@ def test_tables_without_rows_are_one_empty_window(tmp_path: Path) -> None:
     empty = sort_rows([], "question_id", SCHEMA, str(tmp_path / "empty"))
     assert [window["empty"].num_rows for window in windows({"empty": empty})] == [0]
     assert empty.rows_of(["q"]).schema == SCHEMA
+
+
+class Batches:
+    """Stands for a Ray dataset of one batch; what works on it is pickled, as Ray does."""
+
+    def __init__(self, batch: pa.Table) -> None:
+        self.batch = batch
+
+    def map_batches(self, work: Callable[[pa.Table], pa.Table], **_: Any) -> "Batches":
+        pickled = cloudpickle.dumps(work)  # type: ignore[no-untyped-call]
+        return Batches(cloudpickle.loads(pickled)(self.batch))
+
+
+def test_what_is_attached_is_read_from_the_file_where_the_batch_is(tmp_path: Path) -> None:
+    rows = [{"question_id": f"q{i:04}", "place": i, "texts": [str(i)]} for i in range(3000)]
+    lookup = written(tmp_path, rows[::-1])
+    batch = pa.table({"question_id": ["q2999", "nobody", "q0007", "q2999"]})
+    ds: Any = Batches(batch)
+    attached: Any = attach(ds, lookup, "question_id", ["texts", "place"])
+    assert attached.batch.to_pylist() == [
+        {"question_id": "q2999", "texts": ["2999"], "place": 2999},
+        {"question_id": "nobody", "texts": None, "place": None},
+        {"question_id": "q0007", "texts": ["7"], "place": 7},
+        {"question_id": "q2999", "texts": ["2999"], "place": 2999},
+    ]

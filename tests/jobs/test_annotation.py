@@ -2,13 +2,16 @@
 
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
+from jobs.monte_carlo import JUDGE_COLUMNS
 from medmm_ray.data.records import Evidence, Image, Labels, Question, RetrievedDocument, Solutions, to_arrow
+from medmm_ray.data.sorted_rows import SortedRows, sort_rows
 from medmm_ray.data.sources.phantom import PhantomCase
 from medmm_ray.data.tables import Provenance, Table
 from medmm_ray.steps.judge import JudgeConfig, PhantomEngine, judge
-from medmm_ray.steps.monte_carlo import MonteCarloConfig, by_question, monte_carlo
+from medmm_ray.steps.monte_carlo import MonteCarloConfig, judged_rows, monte_carlo
 from medmm_ray.steps.review import ReviewConfig, queue, review
 from medmm_ray.steps.sample import SampleConfig, sample
 from tests.doubles.fake_generator import FakeGenerator
@@ -62,6 +65,9 @@ def test_the_chain(ray_session: None, tmp_path: Path) -> None:
         made.prepare()
         return made
 
+    def by_id(name: str, rows: pa.Table, key: str = "question_id") -> SortedRows:
+        return sort_rows([rows], key, rows.schema, str(tmp_path / f"{name}.arrow"))
+
     def origin(name: str) -> Provenance:
         return Provenance(name=name, fingerprint=name, config={}, upstream={})
 
@@ -96,8 +102,8 @@ def test_the_chain(ray_session: None, tmp_path: Path) -> None:
     made = monte_carlo(
         solutions.dataset(),
         MonteCarloConfig(splits=("train", "test"), max_share=0.5, stop_early=False),
-        questions=questions,
-        judged=by_question(judge_labels),
+        questions=by_id("questions", questions),
+        judged=judged_rows([judge_labels.select(JUDGE_COLUMNS)], str(tmp_path)),
         model="m",
         policy="p",
         generator=fake,
@@ -113,7 +119,13 @@ def test_the_chain(ray_session: None, tmp_path: Path) -> None:
     items = queue([whole], [questions], [judge_labels], [monte_carlo_labels], ReviewConfig(review_steps=12))
     assert 8 <= len(items) <= 12
     experts = table("expert_labels", Labels)
-    made = review(solutions.dataset(), ReviewConfig(), items=items, questions=questions, annotations=images)
+    made = review(
+        solutions.dataset(),
+        ReviewConfig(),
+        items=items,
+        questions=by_id("questions", questions),
+        annotations=by_id("images", images, "image_id"),
+    )
     experts.write(made, "question_id", "labels")
     experts.finish(origin("expert_labels"), "question_id", ids, 0.0)
     labels = experts.to_arrow().to_pylist()

@@ -190,10 +190,13 @@ def test_drivers_are_measured_on_tables_that_hang_together(tmp_path: Path) -> No
     assert [balance.right + balance.wrong for balance in report.balance] == [540, 540]
     assert [pair.overall_kappa.count for pair in report.agreement] == [540]
     assert [check.count for check in report.leakage] == [0] * 5
-    used("train_text_prm", words)
+    for step in ("train_text_prm", "monte_carlo", "review"):
+        used(step, words)
     questions = read_input(f"{tmp_path}/inputs/questions.parquet")
     assert questions.num_rows == 68  # of 90 three in four are for training
-    assert {len(row) for row in questions["solutions"].to_pylist()} == {1, 2, 3}  # equal ones are one
+    # Of each question's three solutions two are equal in text and targets: every fourth step is wrong.
+    weights = [sorted(solution["weight"] for solution in row) for row in questions["solutions"].to_pylist()]
+    assert weights == [[1, 2]] * 68
     usage = used("audit", words)
     assert 50 < usage.mebibytes < 100_000
     assert usage.seconds > 0

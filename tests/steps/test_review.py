@@ -154,7 +154,8 @@ def test_steps_offered_some_at_a_time_are_drawn_as_of_all(monkeypatch: pytest.Mo
         for i in range(40)
         for j in range(3)
     ]
-    tables = [to_arrow(Solutions, rows)], [questions], [to_arrow(Labels, judge)], []
+    nothing: list[pa.Table] = []
+    tables = [to_arrow(Solutions, rows)], [questions], [to_arrow(Labels, judge)], nothing
     for config in (
         ReviewConfig(review_steps=60, random_share=0.3),
         ReviewConfig(review_steps=9, random_share=1.0),

@@ -159,6 +159,7 @@ def _reference_checks(
         outside_training.update(references["question_id"].filter(pc.not_equal(split, "train")).to_pylist())
     if not num_shown:
         return []
+    # By question now: a picture is its own only beside the question that shows it.
     by_question = sort_rows(map(_shown_images, evidence), "question_id", REFERENCES, f"{folder}/shown_by_question")
     own = sort_rows(map(_own_images, questions), "question_id", REFERENCES, f"{folder}/own")
     own_images: set[str] = set()

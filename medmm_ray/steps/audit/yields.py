@@ -55,6 +55,7 @@ class Yields:
         # The solutions of the lowest hashes so far, the highest of these first.
         self._heap: list[tuple[int, int, _Sampled]] = []
         self._num_offered = 0
+        # Label rows as they are: the policies themselves are applied, on Python objects.
         self._rows: list[dict[str, Any]] = []
         self._solutions: list[_Sampled] | None = None
 

@@ -95,6 +95,7 @@ def judged_rows(labels: Iterable[pa.Table], folder: str) -> SortedRows:
 
     It needs question_id, solution_id, annotator, steps and error.
     """
+    # Reasons are most of a judge's table, and no continuation reads them.
     rows = sort_rows(map(_without_reasons, labels), "question_id", _LABELS, f"{folder}/labels")
     tables = (by_question(window["labels"]) for window in windows({"labels": rows}))
     judged = write_sorted(tables, "question_id", by_question(_LABELS.empty_table()).schema, f"{folder}/judged")

@@ -1,7 +1,9 @@
 """What is handed over while a table is made is what the table holds in the end, whatever is killed or doubled."""
 
 import threading
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -166,3 +168,30 @@ def test_a_step_that_did_not_begin_hands_nothing_over() -> None:
     assert made.has_begun.is_set()
     assert made.is_empty
     assert made.has_failed
+
+
+@pytest.mark.engine
+def test_rows_come_through_ray_while_the_table_is_made(table: Table, ray_session: None) -> None:
+    del ray_session
+    made = begun(table)
+    first_is_read = threading.Event()
+
+    def make() -> None:
+        write(table, made, vectors(IDS[:8]))
+        if first_is_read.wait(timeout=120):
+            write(table, made, vectors([*IDS[8:12], *IDS[13:]]))
+        made.flush()
+        made.end()
+
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+    assert made.has_begun.wait(timeout=120)
+    batches = []
+    batch: Any
+    for batch in made.dataset().iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        if batch.num_rows:
+            batches.append(batch["item_id"].to_pylist())
+            first_is_read.set()
+    thread.join(timeout=120)
+    assert batches[0] == IDS[:8]
+    assert sorted(chain.from_iterable(batches)) == sorted([*IDS[:12], *IDS[13:]])

@@ -37,7 +37,7 @@ class ImageEncoder:
         if not len(pixels_N3HW):
             return np.zeros((0, self.width), np.float32)
         with torch.inference_mode():
-            on_device_N3HW = torch.from_numpy(pixels_N3HW).to(self.device)
+            on_device_N3HW = torch.tensor(pixels_N3HW, device=self.device)
             vectors_NE = self.tower.embed(on_device_N3HW).float().cpu().numpy()
         return _normalized(vectors_NE)
 

@@ -35,7 +35,7 @@ locks: env  ## write the locks of both kinds anew after a change of pyproject.to
 format: env  ## ruff's formatting and safe fixes
 	@$(PY) -m ruff format . && $(PY) -m ruff check --fix .
 
-chaos: env  ## 20 faults injected into all steps on scripted engines, then the pipeline on real ones: killed, its tables are the same
+chaos: env  ## faults injected into all steps on scripted engines, on one machine and on three nodes, then the pipeline on real ones: killed, its tables are the same
 	@$(PY) -m pytest -m chaos -s
 
 serve: env  ## the scorer on http://127.0.0.1:8000 (OpenAPI page at /docs)

@@ -13,16 +13,19 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import psutil
 
 from medmm_ray.session import fresh_token
 
-Kind = Literal["worker", "actor", "driver", "ctrl-c", "raylet", "node"]
+Kind = Literal["worker", "actor", "driver", "ctrl-c", "raylet", "node", "drain"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+RAYLET = "raylet"  # Ray's name for the process of a machine that starts all others
 FATAL: tuple[Kind, ...] = ("driver", "ctrl-c", "raylet")  # the driver ends too: the one it is connected to is gone
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # not workers: a raylet ends with them
+OF_A_CLUSTER: tuple[Kind, ...] = ("node", "drain")  # a machine goes away, and another one comes
+NOTICE_S = 5.0  # between a preemption's notice and the end of the machine; clouds give 30 s and more
 GRACE_S = 90.0  # for what a driver leaves behind to end by itself: Ray's agents take up to a minute to miss theirs
 STALL_S = 240.0  # a driver that prints nothing new for so long hangs
 POLL_S = 0.02  # between two looks at a driver; the shortest step takes a fifth of a second
@@ -164,9 +167,9 @@ def _all_processes(drivers: Sequence[Driver]) -> list[psutil.Process]:
 
 
 class PreemptibleCluster:
-    """A Ray cluster of a small head and one machine that does the work, which can be taken away and replaced."""
+    """A Ray cluster of a small head and machines that do the work, which can be taken away and are replaced."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_machines: int = 1) -> None:
         from ray.cluster_utils import Cluster
 
         self._token = ExitStack()
@@ -182,12 +185,43 @@ class PreemptibleCluster:
             head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": fast_health_checks},
         )
         self.address: str = self.cluster.address
-        self._machine = self.cluster.add_node(num_cpus=8)
+        self._num_cpus = max(4, 8 // num_machines)
+        self._machines = [self._new_machine() for _ in range(num_machines)]
 
-    def preempt(self) -> None:
-        """Take the machine away from one moment to the next; a new one comes."""
-        self.cluster.remove_node(self._machine, allow_graceful=False)
-        self._machine = self.cluster.add_node(num_cpus=8)
+    def _new_machine(self) -> Any:
+        return self.cluster.add_node(num_cpus=self._num_cpus)
+
+    def preempt(self, rng: random.Random, notice_s: float = 0.0) -> None:
+        """Take a machine away from one moment to the next, or after a notice; a new one comes."""
+        machine = self._machines.pop(rng.randrange(len(self._machines)))
+        if notice_s:
+            self._announce_end(machine, notice_s)
+            self._machines.append(self._new_machine())
+            time.sleep(notice_s)
+            self.cluster.remove_node(machine, allow_graceful=False)
+            return
+        self.cluster.remove_node(machine, allow_graceful=False)
+        self._machines.append(self._new_machine())
+
+    def _announce_end(self, machine: Any, notice_s: float) -> None:
+        from ray._raylet import GcsClient  # type: ignore[attr-defined]
+        from ray.core.generated.autoscaler_pb2 import DrainNodeReason  # type: ignore[attr-defined]
+
+        deadline_ms = int((time.time() + notice_s) * 1000)
+        reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        client = GcsClient(address=self.address)
+        is_accepted, refusal = client.drain_node(machine.node_id, reason, "the bench takes it away", deadline_ms)
+        if not is_accepted:
+            raise RuntimeError(f"Ray refused to drain a machine: {refusal}")
+
+    def processes(self) -> list[psutil.Process]:
+        """Those of its machines, without the head's."""
+        processes = []
+        for machine in self._machines:
+            for info in machine.all_processes[RAYLET]:
+                raylet = psutil.Process(info.process.pid)
+                processes += [raylet, *raylet.children(recursive=True)]
+        return processes
 
     def close(self) -> None:
         """Stop the cluster."""
@@ -201,11 +235,11 @@ def inject(kind: Kind, driver: Driver, cluster: PreemptibleCluster | None, rng: 
         driver.process.kill()
     elif kind == "ctrl-c":
         os.killpg(driver.process.pid, signal.SIGINT)
-    elif kind == "node":
+    elif kind in OF_A_CLUSTER:
         assert cluster is not None
-        cluster.preempt()
+        cluster.preempt(rng, NOTICE_S if kind == "drain" else 0.0)
     else:
-        processes = targets(kind, driver.processes())
+        processes = targets(kind, cluster.processes() if cluster else driver.processes())
         if not processes:
             return False
         rng.choice(processes).kill()
@@ -215,7 +249,8 @@ def inject(kind: Kind, driver: Driver, cluster: PreemptibleCluster | None, rng: 
 class FaultInjector:
     """Runs a driver again and again until it ends well, and injects faults on the way.
 
-    A fault whose step is over too soon is not injected. `undisturbed` gives the seconds that each step takes.
+    A fault whose step is over too soon is not injected. `undisturbed` gives the seconds that each step takes. With
+    `num_machines` the driver joins a cluster of so many, beside a head; without, only for faults that need one.
     """
 
     def __init__(
@@ -224,7 +259,9 @@ class FaultInjector:
         undisturbed: Mapping[str, float],
         rng: random.Random,
         log: Callable[[str], None],
+        num_machines: int = 0,
     ) -> None:
+        self.num_machines = num_machines
         self.pending = list(faults)
         self.undisturbed = undisturbed
         self.rng = rng
@@ -232,12 +269,12 @@ class FaultInjector:
         self.cluster: PreemptibleCluster | None = None
 
     def run(self, start: Callable[[int, PreemptibleCluster | None], Driver]) -> Outcome:
-        """Run what ``start(number of starts before, cluster)`` starts; a cluster there is for faults of kind node.
+        """Run what ``start(number of starts before, cluster)`` starts.
 
         Raises RuntimeError where the driver fails and no fault explains it.
         """
-        if any(fault.kind == "node" for fault in self.pending):
-            self.cluster = PreemptibleCluster()
+        if self.num_machines or any(fault.kind in OF_A_CLUSTER for fault in self.pending):
+            self.cluster = PreemptibleCluster(max(1, self.num_machines))
         try:
             return self._run_until_done(start)
         finally:

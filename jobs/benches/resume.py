@@ -17,8 +17,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from rich.console import Console
 from rich.table import Table as Grid
 
@@ -39,11 +40,22 @@ from jobs.benches.scripted_api import ScriptedApi, stored_answers
 from jobs.graph import BY_NAME, STEPS
 from jobs.step import Run, load_recipe
 from medmm_ray.config import Config
-from medmm_ray.data.tables import Table
+from medmm_ray.data.tables import Table, read_json
+from medmm_ray.train.progress import HISTORY
 
 TINY = Path(jobs.__file__).parent / "recipes" / "tiny.yaml"
 BASE = "undisturbed"  # the run that the others are compared with
-IMPOSSIBLE = (("actor", "ingest"), ("actor", "curate"))  # they have none
+# What each training makes, and a checkpoint in its place where it does not run.
+TRAININGS = {
+    "train_image_tower": "image_tower",
+    "train_policy": "policy",
+    "train_text_prm": "text_prm",
+    "train_two_tower": "two_tower",
+}
+WITHOUT_ACTORS = ("ingest", "curate", *TRAININGS)
+MOST_DIFFERENCE = 1e-4  # between the losses of two trainings that are the same but for their number of workers
+# Checkpoints often enough that a fault in the middle of a short training finds some.
+TRAINED_WITH = {"checkpoint_every": 4, "max_failures": 5}
 API_STEPS = ("judge", "write_questions")  # steps that ask the API
 API_MODEL = "scripted"
 ACTORS, IN_FLIGHT = 2, 8  # of each of these
@@ -60,7 +72,11 @@ class BenchConfig(Config):
     """Start of all random numbers: the same seed draws the same faults."""
     kinds: tuple[Kind, ...] = KINDS
     """What is killed. worker, actor: a process of Ray's (the others of a step, those of its actors); driver: the
-    program; raylet: Ray under it; node: a machine of a cluster. ctrl-c is an interrupt."""
+    program; raylet: Ray under it; node: a machine of a cluster; drain: the same, some seconds after a notice. ctrl-c is
+    an interrupt."""
+    nodes: int = Field(1, ge=1)
+    """Nodes of the cluster on which the rounds with faults run, the head and those that do the work; 1: each round runs
+    on this machine alone, but for faults that take a machine away."""
     steps: tuple[str, ...] = (
         "ingest",
         "write_questions",
@@ -75,11 +91,26 @@ class BenchConfig(Config):
         "states",
         "score",
     )
-    """Steps with faults; those before the last of them run too, write_questions and tree_search only by name."""
+    """Steps with faults; those before the last of them run too, write_questions, tree_search and trainings only by
+    name. A training runs as two workers, of which one may go."""
     questions: int = 96
     """Questions; a quarter of them is of the test split."""
     pause_s: float = 0.25
     """Seconds that a scripted engine takes for an answer."""
+
+    @classmethod
+    def completed(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The values as given; on a cluster of several nodes, by themselves all kinds of faults that it has."""
+        completed = dict(super().completed(values))
+        if completed.get("nodes", 1) != 1:
+            completed.setdefault("kinds", [kind for kind in KINDS if kind != "raylet"])
+        return completed
+
+    @model_validator(mode="after")
+    def _has_what_it_kills(self) -> "BenchConfig":
+        if self.nodes > 1 and "raylet" in self.kinds:
+            raise ValueError("kinds: with nodes > 1 the loss of a raylet is that of its machine: say node")
+        return self
 
 
 def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
@@ -174,7 +205,8 @@ class ResumeExperiment:
         return comparisons, [fault for fault in faults if fault not in outcome.injected]
 
     def _outcome(self, name: str, faults: Sequence[Fault]) -> Outcome:
-        injector = FaultInjector(faults, self.base.step_seconds, self.rng, self.log)
+        num_machines = self.config.nodes - 1 if faults else 0
+        injector = FaultInjector(faults, self.base.step_seconds, self.rng, self.log, num_machines)
         return injector.run(lambda number, cluster: self.start(name, number, cluster))
 
     def start(self, name: str, number: int = 0, cluster: PreemptibleCluster | None = None) -> Driver:
@@ -199,10 +231,6 @@ class ResumeExperiment:
             "overlap": name != BASE,
             "max_error_rate": 0,
             "without": [] if "tree_search" in steps else ["tree_search"],
-            "models.policy": "scripted",
-            "models.image_tower": "scripted",
-            "models.text_prm": self.models,
-            "models.two_tower": self.models,
             "ingest.num_train": self.config.questions - num_test,
             "ingest.num_test": num_test,
             "ingest.batch_size": 16,
@@ -214,6 +242,8 @@ class ResumeExperiment:
             "review.review_steps": 100,
             "score.arms": "[text_only]",
         }
+        for step, model in TRAININGS.items():
+            settings |= self._training_settings(step, model)
         for step in ("embed", "states", "score"):
             settings[f"{step}.num_cpus"] = 0.5
         for step in ("sample", "monte_carlo", "tree_search"):
@@ -234,6 +264,12 @@ class ResumeExperiment:
             settings[f"apis.{API_MODEL}.{key}"] = value
         return settings
 
+    def _training_settings(self, step: str, model: str) -> Mapping[str, object]:
+        if step not in self.config.steps:
+            return {f"models.{model}": "scripted" if model in ("policy", "image_tower") else self.models}
+        elastic = {"num_workers": 2, "min_workers": 1, "cpus_per_worker": 1.0, "threads": 1}
+        return {f"{step}.{name}": value for name, value in (elastic | TRAINED_WITH).items()}
+
     def _api_settings(self) -> Mapping[str, object]:
         return {
             "endpoint": self.api.endpoint,
@@ -249,6 +285,8 @@ class ResumeExperiment:
         base_run, fault_run = (Run(load_recipe(self.recipe(run))) for run in (BASE, name))
         comparisons = []
         for table_name, record in BY_NAME[step].makes.items():
+            if table_name in TRAININGS.values():
+                comparisons.append(curves(name, step, base_run.uri(table_name), fault_run.uri(table_name)))
             if record is None:  # an artifact, which has no rows
                 continue
             base_table, table = base_run.table(table_name), fault_run.table(table_name)
@@ -270,9 +308,35 @@ class ResumeExperiment:
         self.console.print(f"[dim]{line}[/dim]")
 
 
+def curves(round_: str, step: str, base: str, fault: str) -> TableComparison:
+    """A training of a round beside the undisturbed one: a row is an update, equal where all losses are."""
+    base_losses, losses = losses_of(base), losses_of(fault)
+    differences = [abs(loss - base_loss) for loss, base_loss in zip(losses, base_losses, strict=False)]
+    missing = len(base_losses) - len(losses)
+    return TableComparison(
+        round=round_,
+        step=step,
+        expected=len(base_losses),
+        lost=max(0, missing),
+        doubled=max(0, -missing),
+        equal=missing == 0 and max(differences) <= MOST_DIFFERENCE,
+    )
+
+
+def losses_of(model: str) -> list[float]:
+    """The loss of each update of the training that made a model."""
+    history = read_json(f"{model}/{HISTORY}")
+    assert history is not None, model
+    return [update["loss"] for update in history["updates"]]
+
+
 def plan(config: BenchConfig, rng: random.Random) -> list[Fault]:
     """The faults: every pair of a kind and a step in a drawn order, those that came least often first."""
-    all_pairs = [pair for pair in itertools.product(config.kinds, config.steps) if pair not in IMPOSSIBLE]
+    all_pairs = [
+        pair
+        for pair in itertools.product(config.kinds, config.steps)
+        if pair[0] != "actor" or pair[1] not in WITHOUT_ACTORS
+    ]
     planned: list[tuple[Kind, str]] = []
     counts: Counter[str] = Counter()  # of kinds and of steps
     while len(planned) < config.faults:

@@ -18,6 +18,9 @@ from tests.jobs.test_resume import TINY
 from tests.paths import ROOT
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(3600)]
+# A cluster's faults, and its steps: the real trainings too, on two workers of which one may go.
+OF_NODES = "worker,driver,node,drain"
+STEPS_ON_NODES = "ingest,train_image_tower,train_policy,embed,sample,judge,monte_carlo,train_text_prm,states,score"
 SIGNALS = (signal.SIGINT, signal.SIGKILL)
 
 
@@ -43,11 +46,19 @@ def hashes(folder: Path) -> dict[str, str]:
     }
 
 
-def test_twenty_faults_injected_into_all_steps_on_scripted_engines(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "fewest"),
+    [
+        ([], 18),  # a step of a fifth of a second may be over before its fault
+        (["nodes=3", "faults=24", f"kinds=[{OF_NODES}]", f"steps=[{STEPS_ON_NODES}]"], 21),
+    ],
+    ids=["one-machine", "three-nodes"],
+)
+def test_faults_injected_into_all_steps_on_scripted_engines(words: list[str], fewest: int, tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
-    assert bench.main(["resume", f"json={path}"]) == 0
+    assert bench.main(["resume", f"json={path}", *words]) == 0
     rows = {row["name"]: row for row in json.loads(path.read_text())}
-    assert rows["faults injected"]["ours"] >= 18  # a step of a fifth of a second may be over before its fault
+    assert rows["faults injected"]["ours"] >= fewest
     for name in ("rows lost", "rows doubled", "whole answers paid twice", "processes left behind"):
         assert rows[name]["ours"] == 0
     assert rows["tables equal to the undisturbed run's"]["ratio"] == 1

@@ -1,6 +1,7 @@
 """Jobs that are killed and interrupted, resumed: their tables equal those of an undisturbed run."""
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -11,14 +12,17 @@ from random import Random
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from rich.console import Console
 
 from jobs.benches import fault_injection
 from jobs.benches.fault_injection import Driver, Fault, FaultInjector, PreemptibleCluster, kill_survivors
 from jobs.benches.model_server import in_thread
-from jobs.benches.resume import BenchConfig, ResumeExperiment, plan
+from jobs.benches.resume import BenchConfig, ResumeExperiment, curves, plan
 from jobs.benches.scripted import ScriptedGenerator
 from jobs.benches.scripted_api import ScriptedApi, reply_to, stored_answers
+from jobs.step import load_recipe
+from medmm_ray.config import load
 from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import Sampling
 from medmm_ray.engines.llm.endpoint import ChatChoice, ChatReply
@@ -105,6 +109,45 @@ def test_faults_are_drawn_from_the_seed_and_spread_over_all_steps_and_kinds_in_t
     twenty = plan(BenchConfig(), Random(0))
     assert {fault.step for fault in twenty} == set(BenchConfig().steps)
     assert {fault.kind for fault in twenty} == set(BenchConfig().kinds)
+
+
+def trained(folder: Path, losses: list[float]) -> str:
+    folder.mkdir()
+    updates = [{"loss": loss, "rate": 1.0} for loss in losses]
+    (folder / "history.json").write_text(json.dumps({"updates": updates, "epochs": []}))
+    return str(folder)
+
+
+def test_a_training_is_compared_by_its_curve(tmp_path: Path) -> None:
+    base = trained(tmp_path / "base", [3.0, 2.0, 1.0])
+    compared = {}
+    for name, losses in {
+        "same": [3.0, 2.00009, 1.0],
+        "other": [3.0, 2.0002, 1.0],
+        "short": [3.0, 2.0],
+        "long": [3.0, 2.0, 1.0, 0.5],
+    }.items():
+        result = curves("node-0", "train_policy", base, trained(tmp_path / name, losses))
+        compared[name] = (result.expected, result.lost, result.doubled, result.equal)
+    assert compared == {
+        "same": (3, 0, 0, True),
+        "other": (3, 0, 0, False),
+        "short": (3, 1, 0, False),
+        "long": (3, 0, 1, False),
+    }
+
+
+def test_a_training_with_faults_is_elastic_and_the_others_are_given(tmp_path: Path) -> None:
+    config = BenchConfig(nodes=3, kinds=("worker", "drain"), steps=("train_policy", "sample"))
+    with in_thread(ScriptedApi(0.0)) as api:
+        recipe = load_recipe(ResumeExperiment(config, tmp_path, api, Console()).recipe("node-0"))
+    assert recipe.models.policy is None
+    assert recipe.models.image_tower == "scripted"
+    assert (recipe.train_policy.num_workers, recipe.train_policy.min_workers) == (2, 1)
+    assert ("actor", "train_policy") not in [(f.kind, f.step) for f in plan(BenchConfig(steps=config.steps), Random(0))]
+    with pytest.raises(ValidationError, match="with nodes > 1 the loss of a raylet is that of its machine"):
+        BenchConfig(nodes=3)
+    assert set(load(BenchConfig, None, ["nodes=3"]).kinds) == {"worker", "actor", "driver", "ctrl-c", "node", "drain"}
 
 
 STEPS = """

@@ -307,7 +307,7 @@ def _finish(stem: str, shards: list[BuiltShard], tasks: list[ShardTask], out: Ar
     if recall < LOW_RECALL:
         log.warning(
             "index of %s: recall@%d is %.3f; raise index.search_effort (hnsw) or index.num_probes and "
-            "index.rerank_factor (ivf_pq), or set index.kind=flat",
+            "index.rerank_factor (ivf_pq), or set index.method=flat",
             stem,
             RECALL_AT,
             recall,

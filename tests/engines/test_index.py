@@ -85,7 +85,7 @@ def true_nearest(queries_QD: Vectors, k: int) -> list[set[str]]:
 @pytest.mark.parametrize("kind", ["hnsw", "ivf_pq"])
 def test_an_approximate_index_finds_nearly_all_and_gives_exact_similarities(kind: Kind, tmp_path: Path) -> None:
     queries_QD = mixed(50, seed=1)
-    index = Index.build(NAMES, MANY, IndexConfig(kind=kind))
+    index = Index.build(NAMES, MANY, IndexConfig(method=kind))
     index.save(tmp_path / "images")
     again = Index.load(tmp_path / "images")
     ids, similarities = again.search(queries_QD, 10)
@@ -102,12 +102,12 @@ def test_an_approximate_index_finds_nearly_all_and_gives_exact_similarities(kind
 
 def test_lists_that_are_all_probed_and_compared_equal_exact_search() -> None:
     queries_QD = mixed(6, seed=3)
-    lists = IndexConfig(kind="ivf_pq", num_probes=1000, rerank_factor=1000)
+    lists = IndexConfig(method="ivf_pq", num_probes=1000, rerank_factor=1000)
     assert Index.build(NAMES, MANY, lists).search(queries_QD, 5) == Index.build(NAMES, MANY).search(queries_QD, 5)
 
 
 def test_one_list_probed_leaves_no_empty_places() -> None:
-    index = Index.build(NAMES, MANY, IndexConfig(kind="ivf_pq", num_probes=1))
+    index = Index.build(NAMES, MANY, IndexConfig(method="ivf_pq", num_probes=1))
     (ids,), (similarities,) = index.search(mixed(1, seed=3), 500)
     assert 0 < len(ids) == len(similarities) < 500
     assert min(similarities) >= -1.0
@@ -123,8 +123,8 @@ def test_the_kind_goes_by_the_number_of_vectors() -> None:
     ]
     # A small shard of a large index, as one that was added.
     assert [kind_of(auto, number, 60_000) for number in (9_983, 9_984)] == ["flat", "ivf_pq"]
-    assert kind_of(IndexConfig(kind="hnsw"), 9_983, 9_983) == "flat"
-    assert kind_of(IndexConfig(kind="flat"), 10**9, 10**9) == "flat"
+    assert kind_of(IndexConfig(method="hnsw"), 9_983, 9_983) == "flat"
+    assert kind_of(IndexConfig(method="flat"), 10**9, 10**9) == "flat"
     assert [num_codes(width) for width in (512, 768, 384, 16, 2)] == [64, 64, 64, 4, 1]
 
 
@@ -185,7 +185,7 @@ class FakeGpus:
 def test_on_gpus_the_same_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     queries_QD = mixed(5, seed=1)
     for kind in ("flat", "hnsw", "ivf_pq"):
-        Index.build(NAMES, MANY, IndexConfig(kind=kind)).save(tmp_path / kind)
+        Index.build(NAMES, MANY, IndexConfig(method=kind)).save(tmp_path / kind)
     expected = {kind: Index.load(tmp_path / kind).search(queries_QD, 10) for kind in ("flat", "hnsw", "ivf_pq")}
     gpus = FakeGpus(monkeypatch)
     loaded = {kind: Index.load(tmp_path / kind) for kind in expected}
@@ -201,7 +201,7 @@ def test_on_gpus_the_same_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_lists_are_found_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     queries_QD = mixed(5, seed=1)
     gpus = FakeGpus(monkeypatch)
-    index = Index.build(NAMES, MANY, IndexConfig(kind="ivf_pq"))
+    index = Index.build(NAMES, MANY, IndexConfig(method="ivf_pq"))
     assert gpus.moved == ["IndexFlatIP"]
     ids, _ = index.search(queries_QD, 10)
     hits = [len(names & set(row)) for names, row in zip(true_nearest(queries_QD, 10), ids, strict=True)]

@@ -149,7 +149,7 @@ def test_shards_find_what_one_index_finds(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("kind", ["hnsw", "ivf_pq"])
 def test_recall_is_measured_and_stated(kind: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     table = vector_table(str(tmp_path / "vectors"), many(22_000), rows_per_file=5000)
-    config = IndexConfig(kind=kind, shard_size=11_000)
+    config = IndexConfig(method=kind, shard_size=11_000)
     good = build_index({"images": table}, config, Artifact(str(tmp_path / "good")))
     assert (good["images"], good["images_shards"]) == (21_560.0, 2.0)
     assert 0.95 <= good["images_recall_at_10"] <= 1.0
@@ -245,7 +245,7 @@ def test_the_estimate_of_a_million_images() -> None:
     line = index_cost(IndexConfig(), sizes)
     assert (line.step, line.work) == ("index", "1,000,000 vectors, hnsw, 2 shards")
     assert line.stored == 1_000_000 * (512 * 4 + 2 * 16 * 4 + 20)
-    assert index_cost(IndexConfig(kind="ivf_pq"), sizes).stored == 1_000_000 * (512 * 4 + 64 + 8 + 20)
+    assert index_cost(IndexConfig(method="ivf_pq"), sizes).stored == 1_000_000 * (512 * 4 + 64 + 8 + 20)
     few = Sizes(train_questions=9, test_questions=1, train_samples=1, test_samples=1, images=100)
     assert (index_cost(IndexConfig(), few).work, index_cost(IndexConfig(), few).stored) == (
         "100 vectors, flat, 1 shard",

@@ -34,7 +34,7 @@ TRAINED_PER_LIST = 64  # a quarter of FAISS's default: as many neighbours found,
 class IndexConfig(GpuPlacement):
     """How vectors are searched."""
 
-    kind: Literal["auto", "flat", "hnsw", "ivf_pq"] = "auto"
+    method: Literal["auto", "flat", "hnsw", "ivf_pq"] = "auto"
     """flat compares a query with every vector. hnsw follows a graph of neighbours, which is fastest and keeps whole
     vectors at hand. ivf_pq reads short codes in the nearest of many lists and compares the best exactly, so that most
     of what it reads is small. auto takes the one or the other by the number of vectors; a shard of fewer than 9,984 is
@@ -66,10 +66,10 @@ class IndexConfig(GpuPlacement):
 
 def kind_of(config: IndexConfig, num_in_shard: int, num_in_all: int) -> Kind:
     """The kind of a shard, by its vectors and those of the whole index."""
-    if config.kind == "flat" or num_in_shard < FEWEST_TO_TRAIN:
+    if config.method == "flat" or num_in_shard < FEWEST_TO_TRAIN:
         return "flat"
-    if config.kind != "auto":
-        return config.kind
+    if config.method != "auto":
+        return config.method
     if num_in_all <= config.exact_up_to:
         return "flat"
     return "hnsw" if num_in_all <= config.graph_up_to else "ivf_pq"

@@ -10,7 +10,7 @@ help:  ## this list
 env:  ## build .venv (once; everything below does it by itself)
 	@cluster/local/setup.sh
 
-quickstart: env  ## the whole pipeline on phantoms, the report, one served query (about 15 min on 2 cores)
+quickstart: env  ## the whole pipeline on phantoms, the report, one served query (15 to 22 min on 2 cores)
 	@$(PY) -m jobs.pipeline jobs/recipes/quickstart.yaml run=$(RUN)
 	@$(PY) -m jobs.query jobs/recipes/quickstart.yaml run=$(RUN)
 

@@ -28,6 +28,7 @@ from tests.jobs.test_resume import TINY
 from tests.pages.review_page.phantom_run import make_run
 
 END_TO_END = pytest.mark.engine
+pytestmark = pytest.mark.timeout(1800)  # the run took 560 s beside other tests on two cores
 
 
 @dataclass(frozen=True)

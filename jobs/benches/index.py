@@ -19,6 +19,7 @@ from pydantic import Field
 from rich.console import Console
 
 from jobs.benches import Measured
+from jobs.benches.process_memory import anonymous_bytes
 from jobs.benches.timing import peak_bytes
 from jobs.resources import ResourceSampler
 from medmm_ray.config import Config
@@ -166,9 +167,9 @@ def _search(index: Index, mixture: Mixture) -> Iterator[Measured]:
     config = mixture.config
     queries_QD = mixture.draw(config.queries, part=10**6)
     exact = Index([shard.exact() for shard in index.shards])
-    before = _anonymous_bytes()
+    before = anonymous_bytes()
     index.search(queries_QD, K)  # what is mapped is read from the disk once
-    anonymous_gib = max(_anonymous_bytes() - before, 0) / GIB
+    anonymous_gib = max(anonymous_bytes() - before, 0) / GIB
     exact.search(queries_QD[:4], K)
     seconds = {"exact": float("inf"), "index": float("inf")}
     ids: dict[str, list[list[str]]] = {}
@@ -190,9 +191,3 @@ def _search(index: Index, mixture: Mixture) -> Iterator[Measured]:
 def _recall(true_ids: list[list[str]], ids: list[list[str]]) -> float:
     num_hits = sum(len(set(true) & set(row)) for true, row in zip(true_ids, ids, strict=True))
     return num_hits / sum(map(len, true_ids))
-
-
-def _anonymous_bytes() -> int:
-    """Memory of this process that no file backs."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.partition("RssAnon:")[2].split()[0])

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from aiohttp import web
 
@@ -216,7 +216,14 @@ def _response(answer: Answer) -> web.Response:
     return web.Response(status=answer.status, headers=headers, body=content.encode())
 
 
-Server = TypeVar("Server", bound=ModelServer)
+class Opens(Protocol):
+    """What serves in the present event loop."""
+
+    async def open(self) -> web.AppRunner:
+        """Start to serve; gives what ends it."""
+
+
+Server = TypeVar("Server", bound=Opens)
 
 
 @contextmanager

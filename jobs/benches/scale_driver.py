@@ -8,23 +8,20 @@ keeps a set, are not in it.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple
 
 from pydantic import Field
 
 from jobs.benches import Measured
+from jobs.benches.process_memory import highest_bytes, in_new_process
 from jobs.benches.scale_tables import TableShape, make_tables
 from jobs.graph import BY_NAME
 from jobs.step import Job, Run, load_recipe
 from medmm_ray.config import Config
 
 MIB = 1 << 20
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 class DriverConfig(Config):
@@ -52,9 +49,9 @@ def measure_drivers(config: DriverConfig) -> Iterator[Measured]:
     usages: dict[tuple[str, int], Usage] = {}
     for number in config.questions:
         with TemporaryDirectory(prefix="driver-") as folder:
-            _in_process(make_tables, config.shape, number, recipe_words(config, folder))
+            in_new_process(make_tables, config.shape, number, recipe_words(config, folder))
             for step in config.steps:
-                usages[step, number] = _in_process(used, step, recipe_words(config, folder))
+                usages[step, number] = in_new_process(used, step, recipe_words(config, folder))
     for step in config.steps:
         for number in config.questions[1:]:
             yield from _rows(step, config.questions[0], number, usages)
@@ -76,12 +73,6 @@ def _rows(
     yield Measured(f"time of {of}", baseline.seconds, ours.seconds, ours.seconds / baseline.seconds, target, "s")
 
 
-def _in_process(work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
-    # A process each: what one has at most says nothing of the next.
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(work, *arguments, **named).result()
-
-
 def recipe_words(config: DriverConfig, folder: str) -> list[str]:
     """The recipe of the run whose tables lie in `folder`."""
     recipe = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
@@ -94,16 +85,7 @@ def used(step: str, words: Sequence[str]) -> Usage:
     work = _DRIVERS[step]
     start = time.perf_counter()
     work(run)
-    return Usage(_peak(), time.perf_counter() - start)
-
-
-def _peak() -> float:
-    """The most memory that this process has had, in MiB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        # Not getrusage's: that of a new process begins with its parent's.
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1024
-    raise OSError("/proc/self/status has no VmHWM: the driver's memory is measured on Linux alone")
+    return Usage(highest_bytes() / MIB, time.perf_counter() - start)
 
 
 def _audit(run: Run) -> None:

@@ -4,11 +4,8 @@ The worker is the real stage in the real loop, in a process of its own; states, 
 8B model's shape. It trains for an epoch, which reads them all, and measures the held-out ones.
 """
 
-import resource
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.benches import Measured
+from jobs.benches.process_memory import highest_bytes, in_new_process
 from medmm_ray.config import Config
 from medmm_ray.data.records import States
 from medmm_ray.data.tables import Provenance, Table
@@ -55,11 +53,7 @@ class Peak(NamedTuple):
 
 def measure_memory(config: MemoryConfig) -> Iterator[Measured]:
     """The peak at each size against that at the first, and what of it is not libraries."""
-    peaks: list[Peak] = []
-    for size in config.states_gib:
-        # A process each: what one has at most says nothing of the next.
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            peaks.append(process.submit(_trained, config, size).result())
+    peaks = [in_new_process(_trained, config, size) for size in config.states_gib]
     for size, peak in zip(config.states_gib[1:], peaks[1:], strict=True):
         label = f"peak memory of a two-tower worker, {size:g} GiB of states against {config.states_gib[0]:g}"
         yield Measured(label, peaks[0].highest, peak.highest, peak.highest / peaks[0].highest, "≤ 1.1", "GiB")
@@ -71,8 +65,7 @@ def measure_memory(config: MemoryConfig) -> Iterator[Measured]:
 def _trained(config: MemoryConfig, size: float) -> Peak:
     """The peak of an epoch on so many GiB of states."""
     with tempfile.TemporaryDirectory(prefix="states-") as folder:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            inputs = process.submit(make_inputs, config, size, Path(folder)).result()
+        inputs = in_new_process(make_inputs, config, size, Path(folder))
         # All that a worker of any size loads: what comes on top is its model and its data.
         import deepspeed
         import open_clip
@@ -82,7 +75,7 @@ def _trained(config: MemoryConfig, size: float) -> Peak:
 
         del deepspeed, open_clip, transformers
         start_alone()
-        before = _resident()
+        before = highest_bytes() / GIB
         settings = TwoTowerConfig(
             epochs=1,
             batch_size=256,
@@ -93,11 +86,7 @@ def _trained(config: MemoryConfig, size: float) -> Peak:
             trackers=(),
         )
         train(TwoTowerStage, settings, inputs, Path(folder) / "model")
-        return Peak(before, _resident())
-
-
-def _resident() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # in KiB on Linux
+        return Peak(before, highest_bytes() / GIB)
 
 
 def make_inputs(config: MemoryConfig, size: float, folder: Path) -> dict[str, str]:

@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import torch
 
+from jobs.benches.process_memory import highest_bytes
+
 T = TypeVar("T")
 
 
@@ -35,14 +37,9 @@ def peak_bytes(do: Callable[[], object], device: str) -> float:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # else memory that earlier calls left with the allocator would be reused, unseen
     Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is in use now
-    before = _high_water()
+    before = highest_bytes()
     do()
-    return float(max(_high_water() - before, 1))
-
-
-def _high_water() -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    return float(max(highest_bytes() - before, 1))
 
 
 def _synchronise(device: str) -> None:

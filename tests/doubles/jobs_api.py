@@ -1,9 +1,5 @@
-"""Ray's Jobs API in a thread of this process: jobs that are only written down, and logs that a test has written."""
+"""Ray's Jobs API: jobs that are only written down, and logs that a test has written."""
 
-import asyncio
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -105,19 +101,3 @@ class JobsApi:
         for line in log.splitlines(keepends=True):
             await socket.send_str(line)
         return socket
-
-
-@contextmanager
-def serving(api: JobsApi) -> Iterator[JobsApi]:
-    """The API, until the block ends."""
-    loop = asyncio.new_event_loop()
-    runner = loop.run_until_complete(api.open())
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    try:
-        yield api
-    finally:
-        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()

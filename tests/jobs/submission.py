@@ -9,10 +9,11 @@ from ray.job_submission import JobDetails
 from rich.console import Console
 
 from jobs import submit
+from jobs.benches.model_server import in_thread
 from jobs.graph import BY_NAME
 from jobs.pipeline import Board
 from jobs.step import Job, Run, load_recipe
-from tests.doubles.jobs_api import JobsApi, serving
+from tests.doubles.jobs_api import JobsApi
 
 RECIPE = "jobs/recipes/tiny.yaml"
 RUN = "run=s3://bucket/run"
@@ -35,7 +36,7 @@ def _without_a_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def api() -> Iterator[JobsApi]:
-    with serving(JobsApi()) as served:
+    with in_thread(JobsApi()) as served:
         yield served
 
 
@@ -183,7 +184,7 @@ def test_a_cluster_that_cannot_be_used_is_said(capsys: pytest.CaptureFixture[str
         address = f"http://127.0.0.1:{probe.getsockname()[1]}"
     assert submit.main([RECIPE, RUN, "--address", address]) == 2
     assert f"no Ray cluster answers at {address} (Failed to connect" in capsys.readouterr().err
-    with serving(JobsApi(version="2.9.3")) as other:
+    with in_thread(JobsApi(version="2.9.3")) as other:
         assert run(other) == 2
     assert f"the cluster at {other.address} runs Ray 2.9.3, and this code Ray 2.60.0" in capsys.readouterr().err
 
@@ -191,7 +192,7 @@ def test_a_cluster_that_cannot_be_used_is_said(capsys: pytest.CaptureFixture[str
 def test_a_cluster_is_shown_the_token_that_the_environment_has(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with serving(JobsApi(token="a" * 64)) as api:
+    with in_thread(JobsApi(token="a" * 64)) as api:
         assert run(api) == 2
         assert f"{api.address} asks for a token, and this shell has none; export" in capsys.readouterr().err
         monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))

@@ -50,7 +50,7 @@ def _main(arguments: argparse.Namespace) -> int:
 
 def answer_of(run: Run, request: RerankRequest) -> dict[str, Any]:
     """The service's answer; the service runs for this one request."""
-    from medmm_ray.service.app import running
+    from medmm_ray.service.deployment import running
     from medmm_ray.session import session
 
     with session(), running(serve_config(run)) as url:

@@ -14,7 +14,7 @@ from medmm_ray.engines.llm.probe import ApiModel
 from medmm_ray.engines.placement import GpuPlacement
 from medmm_ray.estimate import PlanConfig
 from medmm_ray.pages.review_page import ReviewPageConfig
-from medmm_ray.service.app import ServeConfig
+from medmm_ray.service.config import ServeConfig
 from medmm_ray.steps.audit import AuditConfig
 from medmm_ray.steps.curate import CurateConfig
 from medmm_ray.steps.embed import EmbedConfig

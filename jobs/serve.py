@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from jobs.entry import launch, parser, read_arguments
 from jobs.step import Run
-from medmm_ray.service.app import ServeConfig
+from medmm_ray.service.config import ServeConfig
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -17,7 +17,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: argparse.Namespace) -> int:
-    from medmm_ray.service.app import running
+    from medmm_ray.service.deployment import running
     from medmm_ray.session import session
 
     config = serve_config(Run(read_arguments(arguments, "serve")))

@@ -12,7 +12,8 @@ from pydantic import BaseModel
 
 from cluster.lint.project import Project, Rule, YamlFile
 from medmm_ray.config import ConfigError, build
-from medmm_ray.service.app import ServeConfig, build_app
+from medmm_ray.service.config import ServeConfig
+from medmm_ray.service.deployment import build_app
 from medmm_ray.service.guard import is_loopback
 
 

@@ -5,9 +5,9 @@ import hmac
 import ipaddress
 from collections.abc import Mapping
 
-from fastapi import HTTPException
-from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from medmm_ray.service.problems import Kind, Problem
 
 WITHOUT_TOKEN = ("/health", "/docs", "/openapi.json")  # they hold no data
 
@@ -38,7 +38,7 @@ class Guard:
         else:
             refusal = self._check_token(scope, headers, self.token_sha256)
         if refusal:
-            await refusal(scope, receive, send)
+            await refusal.response(scope)(scope, receive, send)
         else:
             await self.app(
                 scope,
@@ -56,12 +56,12 @@ class Guard:
             message = await receive()
             num_bytes += len(message.get("body", b""))
             if num_bytes > self.max_body_mb << 20:
-                raise HTTPException(413, f"the body is larger than {self.max_body_mb} MiB")
+                raise Problem(Kind.TOO_LARGE, f"the body is larger than {self.max_body_mb} MiB")
             return message
 
         return receive_bounded
 
-    def _check_token(self, scope: Scope, headers: Headers, token_sha256: str) -> JSONResponse | None:
+    def _check_token(self, scope: Scope, headers: Headers, token_sha256: str) -> Problem | None:
         """A 401, or None where the token is right or the path needs none."""
         if scope["path"].removeprefix(scope.get("root_path", "")) in WITHOUT_TOKEN:
             return None
@@ -72,9 +72,9 @@ class Guard:
             return None
         problem = "the bearer token is wrong" if is_bearer else "a bearer token is missing"
         detail = f"{problem}; send 'Authorization: Bearer <token>' with the server's {self.token_env}"
-        return JSONResponse({"detail": detail}, 401, headers={"WWW-Authenticate": "Bearer"})
+        return Problem(Kind.UNAUTHENTICATED, detail, headers={"WWW-Authenticate": "Bearer"})
 
-    def _check_loopback(self, scope: Scope, headers: Headers) -> JSONResponse | None:
+    def _check_loopback(self, scope: Scope, headers: Headers) -> Problem | None:
         """A 403, or None where both the socket's own address and the name that the client used are loopback.
 
         The name counts, for a web page may rebind a name of its own to 127.0.0.1.
@@ -83,7 +83,7 @@ class Guard:
         if is_loopback(address) and is_loopback(_host_name(headers)):
             return None
         detail = f"no token is set, so only loopback addresses are answered; set {self.token_env} to open the server"
-        return JSONResponse({"detail": detail}, 403)
+        return Problem(Kind.FORBIDDEN, detail)
 
 
 def _host_name(headers: Headers) -> str:

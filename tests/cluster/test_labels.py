@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from medmm_ray.engines.vllm_engine import ActorPool, VllmEngine, actor_options
-from medmm_ray.service.app import ServeConfig, application
+from medmm_ray.service.config import ServeConfig
+from medmm_ray.service.deployment import application
 from medmm_ray.session import fresh_token
 from medmm_ray.train.launch import _scaling_config
 from medmm_ray.train.two_tower import TwoTowerConfig

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import psutil
 
-from medmm_ray.service.app import ServeConfig, running
+from medmm_ray.service.config import ServeConfig
+from medmm_ray.service.deployment import running
 from medmm_ray.session import session
 from tests.paths import ROOT
 

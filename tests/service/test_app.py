@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -25,8 +26,11 @@ from rich.console import Console
 
 from medmm_ray.config import ConfigError
 from medmm_ray.data.artifacts import Artifact, Provenance
-from medmm_ray.service.app import ServeConfig, api, application, build_app, score_inputs
+from medmm_ray.service.app import api
+from medmm_ray.service.backend import Backend
 from medmm_ray.service.client import QueryError, post, query, request_of, show
+from medmm_ray.service.config import ServeConfig
+from medmm_ray.service.deployment import application, build_app, score_inputs
 from medmm_ray.service.guard import is_loopback, sha256
 from medmm_ray.service.rerank import (
     ModelInput,
@@ -93,7 +97,7 @@ def client(model: FakeModel, token: str = "", traits: ModelTraits = WITH_IMAGES,
         return score_inputs(model, [case], 4096)[0]  # type: ignore[arg-type]
 
     config = ServeConfig(model="runs/x/two_tower", **fields)
-    app = api(score, config, traits, sha256(token) if token else None)
+    app = api(Backend(score, config, traits), sha256(token) if token else None)
     return TestClient(app, base_url="http://127.0.0.1:8000")
 
 
@@ -333,6 +337,47 @@ def test_a_missing_name_a_broken_body_and_a_big_one() -> None:
     assert (big.status_code, big.json()["detail"]) == (413, "the body is larger than 1 MiB")
 
 
+def test_every_error_is_a_problem_with_the_requests_id() -> None:
+    web = client(FakeModel(), token="s3cret", max_body_mb=1)  # noqa: S106
+    right = {"Authorization": "Bearer s3cret"}
+    for reply, kind, status in (
+        (web.get("/v1/model"), "unauthenticated", 401),
+        (client(FakeModel()).get("/v1/model", headers={"Host": "evil.example.org"}), "forbidden", 403),
+        (web.get("/nowhere", headers=right), "not_found", 404),
+        (web.get("/v1/rerank", headers=right), "method_not_allowed", 405),
+        (web.post("/v1/rerank", headers=right, content=b"x" * (1 << 20 | 1)), "too_large", 413),
+        (web.post("/v1/rerank", headers=right, json=body(image=b64(b"GIF"))), "invalid", 422),
+        (web.post("/v1/rerank", headers=right, json=body(optoins=[], question=3)), "invalid", 422),
+    ):
+        assert reply.status_code == status
+        assert reply.headers["content-type"] == "application/problem+json"
+        problem = reply.json()
+        assert (problem["type"], problem["status"]) == (f"/problems/{kind}", status)
+        assert problem["instance"] == reply.headers["x-request-id"]
+    assert [fault["pointer"] for fault in problem["errors"]] == ["#/question", "#/optoins"]
+
+
+def test_a_request_keeps_its_id_where_that_is_usable(web: TestClient) -> None:
+    assert web.get("/health", headers={"X-Request-Id": "trace-1/2"}).headers["x-request-id"] == "trace-1/2"
+    for odd in ("", "a b", "x" * 129, 'x"y'):
+        assert re.fullmatch("[0-9a-f]{32}", web.get("/health", headers={"X-Request-Id": odd}).headers["x-request-id"])
+
+
+def test_what_nobody_foresaw_is_a_problem_without_its_words(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(FakeModel):
+        def score(self, *arguments: Any, **options: Any) -> list[Scored]:
+            raise KeyError("The left angle is blunted.")
+
+    service = logging.getLogger("ray.serve")
+    service.addHandler(caplog.handler)
+    reply = client(Broken()).post("/v1/rerank", json=body(), headers={"X-Request-Id": "id-7"})
+    service.removeHandler(caplog.handler)
+    assert (reply.status_code, reply.json()["type"], reply.json()["instance"]) == (500, "/problems/internal", "id-7")
+    assert "angle" not in reply.text + caplog.text
+    assert "id-7: KeyError at " in caplog.text
+    assert "test_app.py" in caplog.text
+
+
 def test_an_image_for_a_model_without_image_tower_is_refused() -> None:
     web = client(FakeModel(), traits=ModelTraits(has_image_tower=False))
     assert "has no image tower" in web.post("/v1/rerank", json=body(image=b64(png()))).json()["detail"]
@@ -476,7 +521,8 @@ def test_build_app_refuses(args: dict[str, str], words: str) -> None:
 
 
 OPEN_RAY = """
-from medmm_ray.service.app import Reranker, ServeConfig, build_app
+from medmm_ray.service.config import ServeConfig
+from medmm_ray.service.deployment import Reranker, build_app
 for start in (lambda: build_app({"model": "org/m"}), lambda: Reranker(ServeConfig(model="org/m"), None)):
     try:
         start()
@@ -534,7 +580,7 @@ def test_query(service: str) -> None:
     assert refused.value.status == 401
     with pytest.raises(QueryError, match="answered 422: solutions: required"):
         post(service, {"question": QUESTION}, "s3cret")
-    with pytest.raises(QueryError, match="answered 404: Not Found"):
+    with pytest.raises(QueryError, match="answered 404: POST /elsewhere/v1/rerank: Not Found"):
         post(f"{service}/elsewhere", {}, "s3cret")
 
 
@@ -617,7 +663,7 @@ def test_real_serve_gives_the_scores_of_the_offline_function(checkpoint: Path, m
     import ray
 
     from medmm_ray.reward_model import RewardModel
-    from medmm_ray.service.app import running
+    from medmm_ray.service.deployment import running
 
     monkeypatch.delenv("MEDMM_TOKEN", raising=False)
     picture = png((40, 30), "teal")
@@ -659,7 +705,7 @@ def test_real_serve_gives_the_scores_of_the_offline_function(checkpoint: Path, m
 @pytest.mark.usefixtures("ray_session")
 def test_a_vision_language_model_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from medmm_ray.reward_model import RewardModel
-    from medmm_ray.service.app import running
+    from medmm_ray.service.deployment import running
     from tests.doubles import tiny_vision
 
     monkeypatch.delenv("MEDMM_TOKEN", raising=False)

@@ -1,0 +1,200 @@
+"""The reward model as a Ray Serve application.
+
+    RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(openssl rand -hex 32) \\
+        serve run medmm_ray.serve:build_app model=runs/quickstart/two_tower num_gpus=1
+
+Enters: a checkpoint folder. Leaves: the routes of `medmm_ray.service.app`. Scores come from `RewardModel.score`, the
+function that the `score` step uses, so that online and offline agree.
+
+Without a token the application answers only requests that arrive at this machine's loopback address; with one (the
+environment variable that `token_env` names) every request for data must carry ``Authorization: Bearer <token>``. Ray's
+own token mode does not protect the Serve port, but the replicas' other ports, of which one listens on every address and
+unpickles what arrives: nothing is served in a Ray without it.
+"""
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI
+
+from medmm_ray.config import ConfigError, build, parse_overrides
+from medmm_ray.data.tables import follow
+from medmm_ray.engines.checkpoints import resolve
+from medmm_ray.engines.placement import actor_placement
+from medmm_ray.service.app import api
+from medmm_ray.service.backend import Backend
+from medmm_ray.service.config import ServeConfig
+from medmm_ray.service.guard import is_loopback, sha256
+from medmm_ray.service.rerank import ModelInput, ModelTraits, StepLogOdds
+from medmm_ray.session import has_token_mode
+
+if TYPE_CHECKING:
+    from ray import serve
+
+    from medmm_ray.reward_model import RewardModel
+
+logger = logging.getLogger("ray.serve")  # the one that a replica writes to its log file
+
+
+class Reranker:
+    """One replica: loads the model, collects requests into batches, scores them on one thread."""
+
+    def __init__(self, config: ServeConfig, token_sha256: str | None) -> None:
+        _refuse_without_token_mode()  # a cluster's mode may differ from the driver's; this process opens the port
+        # Here, not above: a driver that starts the replicas needs no torch.
+        from ray import serve
+
+        from medmm_ray.reward_model import RewardModel
+
+        model = RewardModel.from_pretrained(
+            resolve(str(config.model)),
+            dtype=config.dtype,
+            device=config.device,
+        )
+
+        @serve.batch(max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_timeout_s)
+        async def score(inputs: list[ModelInput]) -> list[Sequence[StepLogOdds]]:
+            """Serve gives the inputs that came within the wait as a list, and each caller its own entry."""
+            # In a thread, so that the replica reads the next requests while a batch is scored.
+            return await asyncio.to_thread(score_inputs, model, inputs, config.token_budget)
+
+        if model.vision is not None:
+            config = config.model_copy(update={"max_reference_images": 0})  # it knows a question's own images alone
+        # What it was trained on is known here alone: the driver never reads the checkpoint.
+        traits = ModelTraits(model.reads_images, **asdict(model.trained_inputs))
+        self._app = api(Backend(score, config, traits), token_sha256)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self._app
+
+
+def score_inputs(
+    model: "RewardModel",
+    inputs: Sequence[ModelInput],
+    token_budget: int | None,
+) -> list[Sequence[StepLogOdds]]:
+    """Score several requests: those about the same case (question, documents, images) share one pass over its prefix.
+
+    One list of scores a request, in order.
+    """
+    groups: dict[str, list[int]] = {}
+    for i, model_input in enumerate(inputs):
+        groups.setdefault(model_input.context_key, []).append(i)
+    scores: list[Sequence[StepLogOdds]] = [() for _ in inputs]
+    for members in groups.values():
+        shared = inputs[members[0]]
+        solutions: list[str | tuple[str, ...]] = []
+        for i in members:
+            solutions += inputs[i].solutions
+        group_scores = model.score(
+            shared.question,
+            solutions,
+            shared.documents,
+            shared.image,
+            shared.reference_images,
+            token_budget=token_budget,
+        )
+        # Back to the requests, in the order in which their solutions were put together.
+        start = 0
+        for i in members:
+            end = start + len(inputs[i].solutions)
+            scores[i] = group_scores[start:end]
+            start = end
+    return scores
+
+
+def build_app(args: Mapping[str, Any]) -> "serve.Application":
+    """The Serve application; `args`: fields of `ServeConfig`, as text (``serve run``) or values (a config file)."""
+    words = [f"{name}={value}" for name, value in args.items() if isinstance(value, str)]
+    values = {**args, **parse_overrides(words)}
+    return application(build(ServeConfig, values, "serve"))
+
+
+def application(config: ServeConfig) -> "serve.Application":
+    """The deployment of `config`.
+
+    Raises `ConfigError` where it cannot be served, or would be open to anyone: without a bearer token on another host
+    than loopback, or in a Ray without token mode.
+    """
+    from ray import serve
+
+    if config.model is None:
+        raise ConfigError("model is not set; name a checkpoint folder: model=runs/quickstart/two_tower")
+    # A replica may start in another folder, and later, when a run's name stands for another result; a URI is copied
+    # where it is read, so it stays one.
+    name = follow(config.model)
+    name = name if "://" in name else resolve(name)
+    if config.max_ongoing_requests < config.max_batch_size:
+        raise ConfigError(
+            f"max_ongoing_requests={config.max_ongoing_requests} is below max_batch_size={config.max_batch_size}, "
+            "so batches would never fill; raise the one or lower the other"
+        )
+    token = os.environ.get(config.token_env, "")
+    if not token and not is_loopback(config.host):
+        raise ConfigError(
+            f"host={config.host} is open to other machines, and {config.token_env} holds no token; "
+            f"set {config.token_env} (e.g. to the output of 'openssl rand -hex 32') or listen on 127.0.0.1"
+        )
+    _refuse_without_token_mode()
+    deployment = serve.deployment(
+        name="Reranker",
+        num_replicas=config.num_replicas,
+        max_ongoing_requests=config.max_ongoing_requests,
+        max_queued_requests=config.max_queued_requests,
+        ray_actor_options={
+            "num_cpus": config.num_cpus,
+            "num_gpus": config.num_gpus,
+            **actor_placement(config, config.num_gpus),
+        },
+    )(serve.ingress()(Reranker))
+    # The replicas get the token's hash: a deployment's arguments are readable in the dashboard.
+    return deployment.bind(
+        config.model_copy(update={"model": name}),
+        sha256(token) if token else None,
+    )
+
+
+def _refuse_without_token_mode() -> None:
+    if not has_token_mode():
+        raise ConfigError(
+            "nothing is served in a Ray without token mode (RAY_AUTH_MODE is not 'token'): each replica opens a port "
+            "on all addresses of its machine, where anyone could run code. For jobs.serve and jobs.query unset "
+            "RAY_AUTH_MODE: they make a token. For 'serve run' and clusters set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN "
+            "(e.g. to the output of 'openssl rand -hex 32') or RAY_AUTH_TOKEN_PATH before Ray starts, on every node"
+        )
+
+
+@contextmanager
+def running(config: ServeConfig) -> Iterator[str]:
+    """Serve `config` in this driver's Ray session while the block runs; yields the address to send requests to.
+
+    Raises `ConfigError` where the cluster serves something already: that is not ours to stop.
+    """
+    from ray import serve
+
+    app = application(config)
+    served = serve.status().applications
+    if served:
+        raise ConfigError(f"this Ray cluster already serves {', '.join(served)}; send requests there, or stop it first")
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # of this driver; the replicas have their own
+    port = config.port or _free_port(config.host)
+    serve.start(http_options={"host": config.host, "port": port})
+    try:
+        serve.run(app, name="medmm", route_prefix="/")
+        yield f"http://{config.host}:{port}"
+    finally:
+        serve.shutdown()  # type: ignore[no-untyped-call]
+        logger.setLevel(level)
+
+
+def _free_port(host: str) -> int:
+    # Serve takes a number, not a socket: another process may take the port before it does, which Serve then reports.
+    with socket.create_server((host, 0)) as probe:
+        return int(probe.getsockname()[1])

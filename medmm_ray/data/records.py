@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import types
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 import pyarrow as pa
@@ -19,7 +19,13 @@ Float32 = Annotated[float, "float32"]
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One question. `answer` is a letter (choice), ``yes``/``no`` (yes_no) or text (open)."""
+    """One question. `answer` is a letter (choice), ``yes``/``no`` (yes_no) or text (open).
+
+    `source` names the reader, `dataset` the data set that the question comes from (medqa, pubmedqa, …): a reader may
+    read several. `published_type` and `topic` are the data set's own words for the kind of question (closed, open) and
+    for what it is about (an organ, a subject); empty where it has none. Questions of one `group` are not independent:
+    they share a patient, a study or a picture.
+    """
 
     key: ClassVar[tuple[str, ...]] = ("question_id",)
     question_id: str
@@ -32,6 +38,10 @@ class Question:
     answer: str
     answer_type: str
     image_ids: list[str]
+    dataset: str = ""
+    published_type: str = ""
+    topic: str = ""
+    group: str = ""
     error: str | None = None
 
 
@@ -406,22 +416,31 @@ def _plain(rows: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def from_dict(record: type, row: dict[str, Any]) -> Any:
-    """A plain row back as a record, nested records included."""
+    """A plain row back as a record, nested records included; fields without a column have their default, or None."""
     hints = _hints(record)
+    defaults = _default_names(record)
     values = {}
-    for record_field in dataclasses.fields(record):
-        # A column that a table of an earlier version lacks is None.
-        values[record_field.name] = _revive(
-            hints[record_field.name],
-            row.get(record_field.name),
-        )
+    for name, annotation in hints.items():
+        # A table of an earlier version lacks columns.
+        if name in row or name not in defaults:
+            values[name] = _revive(annotation, row.get(name))
     return record(**values)
 
 
 # Cached: annotations are text that is evaluated, too slow to do once a row.
 @functools.cache
 def _hints(record: type) -> dict[str, Any]:
-    return get_type_hints(record)
+    hints = get_type_hints(record)
+    return {record_field.name: hints[record_field.name] for record_field in dataclasses.fields(record)}
+
+
+@functools.cache
+def _default_names(record: type) -> set[str]:
+    names = set()
+    for record_field in dataclasses.fields(record):
+        if record_field.default is not MISSING or record_field.default_factory is not MISSING:
+            names.add(record_field.name)
+    return names
 
 
 def _revive(annotation: Any, value: Any) -> Any:

@@ -30,7 +30,7 @@ from medmm_ray.text import LETTERS, answer_key, join_steps, normalise
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-VERSION = 4  # of what a step makes: raise it when the same config makes something else
+VERSION = 5  # of what a step makes: raise it when the same config makes something else
 Draw = Callable[[str, int], PIL.Image.Image]
 WORKED = "worked"
 """The policy of worked solutions."""
@@ -222,9 +222,15 @@ def question_rows(data: SourceData, images: pa.Table, config: IngestConfig, fold
 def _question_row(
     question: SourceQuestion, question_id: str, source: str, image_ids: list[str], answer: str, error: str | None
 ) -> Question:
+    dataset = question.dataset or source
+    group = f"{dataset}/{question.group}" if question.group else next(iter(image_ids), question_id)
     return Question(
         question_id=question_id,
         source=source,
+        dataset=dataset,
+        published_type=question.published_type,
+        topic=question.topic,
+        group=group,
         split=question.split,
         modality=question.modality,
         difficulty=question.difficulty,

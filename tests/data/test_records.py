@@ -42,6 +42,14 @@ def test_every_table_has_its_key_among_its_columns_and_an_error_column(record: t
     assert names[-1] == "error"
 
 
+def test_a_table_of_an_earlier_version_is_read_with_defaults() -> None:
+    row = {"question_id": "q", "source": "s", "split": "test", "modality": "m", "difficulty": "", "question": "Q",
+           "options": [], "answer": "a", "answer_type": "open", "image_ids": [], "error": None}  # fmt: skip
+    question = from_dict(Question, row)
+    assert (question.dataset, question.group, question.error) == ("", "", None)
+    assert from_dict(StepLabel, {}) == StepLabel()
+
+
 def test_missing_required_value_is_refused() -> None:
     with pytest.raises(TypeError, match="question_id"):
         Solutions(policy="p")  # type: ignore[call-arg]

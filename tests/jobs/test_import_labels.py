@@ -109,7 +109,7 @@ def test_expert_labels_complete_the_review(tmp_path: Path) -> None:
     made = job.import_labels(again)
     assert made == {"solutions": 1, "judge_labels": 1, "monte_carlo_labels": 1, "expert_labels": 1, "evidence": 1}
     assert again.is_complete(BY_NAME["review"])
-    own, back = (r.table("questions").to_arrow(["question_id", "source"]).to_pylist() for r in (run, again))
+    own, back = (r.table("questions").to_arrow(["question_id", "dataset"]).to_pylist() for r in (run, again))
     assert own == back
     documents = [r.table("evidence").to_arrow(["documents"]).to_pylist() for r in (run, again)]
     assert documents[0] == documents[1]

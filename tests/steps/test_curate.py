@@ -17,7 +17,7 @@ from medmm_ray.data.tables import TableError
 from medmm_ray.steps.curate import CurateConfig, confirm, curate, propose, thumbnails
 from medmm_ray.steps.curate.merging import components
 from medmm_ray.steps.curate.near_duplicates import detail, near_pairs, thumbnail_batch
-from medmm_ray.steps.curate.splits import picture_groups
+from medmm_ray.steps.curate.splits import joined_groups
 from medmm_ray.steps.ingest import IngestConfig, image_table, inspect_batch, question_rows, read_source
 from tests.paths import REAL_DATA
 
@@ -209,10 +209,30 @@ LEAK = (
 
 
 def test_groups_reach_through_questions_with_several_images() -> None:
-    assert picture_groups(LEAK[0]) == {
+    assert joined_groups(LEAK[0]) == {
         "q-1": "im-a", "q-2": "im-a", "q-3": "im-b", "q-4": "im-b", "q-5": "im-b", "q-6": "im-d", "q-7": "q-7",
         "q-8": "q-8",
     }  # fmt: skip
+
+
+def test_groups_reach_through_patients_too() -> None:
+    questions = [
+        question("1", ["a"], group="s/patient 2"), question("2", ["b"], group="s/patient 2"),
+        question("3", ["b"], group="s/patient 1"), question("4", ["c"], group="im-c"), question("5", [], group="q-5"),
+    ]  # fmt: skip
+    expected = dict.fromkeys(("q-1", "q-2", "q-3"), "s/patient 1") | {"q-4": "im-c", "q-5": "q-5"}
+    assert joined_groups(questions) == expected
+    done = curate(to_arrow(Question, questions), to_arrow(Image, [image(n) for n in "abc"]), [], CONFIG)
+    assert {q.question_id: q.group for q in done.questions} == expected
+
+
+def test_a_patient_in_the_test_leaves_training() -> None:
+    questions, _, figures = clean(
+        [question("1", ["a"], "test", group="s/p"), question("2", ["b"], group="s/p"), question("3", ["c"])],
+        [image(n) for n in "abc"],
+    )
+    assert questions == {"q-1": "test", "q-3": "train"}
+    assert figures["questions_leaked"] == 1
 
 
 def test_drop_train_drops_what_training_shares_with_the_test() -> None:

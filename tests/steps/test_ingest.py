@@ -53,6 +53,24 @@ def inspected(data: SourceData, folder: str = "") -> pa.Table:
     return inspect_batch(image_table(data, folder), data.draw, 48)
 
 
+def test_data_set_and_group_of_a_question(tmp_path: Path) -> None:
+    a, b = picture(tmp_path / "a.png"), picture(tmp_path / "b.png", 91)
+    data = SourceData(
+        images=[source_image(a), source_image(b)],
+        questions=[
+            question("1", (a, b)), question("2", (b,), dataset="slake", group="xmlab7", published_type="open"),
+            question("3", dataset="medqa", topic="step1"),
+        ],
+    )  # fmt: skip
+    rows = question_rows(data, inspected(data), IngestConfig(source="vqa_rad", path="/"), "")
+    first_image = hashlib.sha256(Path(a).read_bytes()).hexdigest()[:16]
+    assert [(q.source, q.dataset, q.published_type, q.topic, q.group) for q in rows] == [
+        ("vqa_rad", "vqa_rad", "", "", f"im{first_image}"),
+        ("vqa_rad", "slake", "open", "", "slake/xmlab7"),
+        ("vqa_rad", "medqa", "", "step1", rows[2].question_id),
+    ]
+
+
 # Images
 
 

@@ -83,7 +83,10 @@ class SourceQuestion:
 
     `name` is the source's own id, for messages and to find repeats; `images` are uris of the source's images;
     `worked` holds worked solutions, each a list of steps. `question_id` and `source` are kept where the data set is an
-    export of ours; else both are made here. `error` is ``kind: message`` for a row that is not usable.
+    export of ours; else both are made here. `dataset` is the data set's name where that is not the reader's;
+    `published_type`, `topic` and `group` as in `Question`, the group in the data set's own words (the number of a
+    patient or study): empty where questions share no more than pictures. `error` is ``kind: message`` for a row that is
+    not usable.
     """
 
     name: str
@@ -98,6 +101,10 @@ class SourceQuestion:
     worked: Sequence[Sequence[str]] = ()
     question_id: str = ""
     source: str = ""
+    dataset: str = ""
+    published_type: str = ""
+    topic: str = ""
+    group: str = ""
     error: str | None = None
 
 
@@ -436,6 +443,12 @@ def _options(value: Any) -> Any:
     return [value[letter] for letter in sorted(value)]
 
 
+def _text(value: Any) -> Any:
+    return "" if value is None else value
+
+
+Words = Annotated[str, BeforeValidator(_text)]
+"""A text; null is an empty one."""
 Truth = Annotated[bool, BeforeValidator(_truth)]
 """True or false, 1 or 0, as numbers or texts."""
 Texts = Annotated[list[str], BeforeValidator(_texts)]

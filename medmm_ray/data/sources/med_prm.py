@@ -31,6 +31,7 @@ from medmm_ray.data.sources import (
     SourceSolution,
     Texts,
     Truth,
+    Words,
     checked,
     files_at,
     read_documents,
@@ -44,6 +45,8 @@ JUDGES = {
     "prm_llama_label": ("judge_llama", "llama"),
 }
 UNJUDGED = "unjudged"
+DATASETS = {"med_qa": "medqa", "medmc_qa": "medmcqa", "pubmed_qa": "pubmedqa"}
+"""The usual names of data sets that `data_source` names in other words."""
 HARD, SOFT = "prm_hard_label", "prm_soft_label"
 
 _OPTION = re.compile(r"^\s*\(?([A-Z])[.)]\s*(.*)$", re.MULTILINE)
@@ -71,6 +74,7 @@ class _SolutionFields(Entry):
 
 class _QuestionFields(_SolutionFields):
     question_id: Any
+    data_source: Words = ""
     question: str
     options: Annotated[Options, BeforeValidator(_lettered)]
     correct_answer: str
@@ -124,6 +128,7 @@ def _entries(request: SourceRequest) -> Iterator[tuple[str, str, _QuestionFields
 def _question(name: str, split: str, row: _QuestionFields) -> SourceQuestion:
     return SourceQuestion(
         name=name,
+        dataset=DATASETS.get(row.data_source, row.data_source),
         split=split,
         modality="clinical",
         question=row.question.strip(),

@@ -7,7 +7,8 @@ the file's name), sampling seeds, ids of solutions, reasons and costs of a judge
 Of several annotators of one source the format holds what they say together (`targets.merge_annotators`: adjudicator,
 else majority). A source that did not label a solution, or failed to, is null; a step that it did not label is null in
 its list. The published format knows no trees: an entry's `tree_solutions`, and a solution's `tree_search_labels` and
-`tree_search_values`, are there only where there is something in them.
+`tree_search_values`, are there only where there is something in them; so are a question's `published_type`, `topic` and
+`group`. `data_source` is the question's data set, and both its `dataset` and its `source` when it is read.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -81,6 +82,9 @@ class _Reference(Entry):
 class _Entry(Entry):
     question_id: str
     data_source: str
+    published_type: str = ""
+    topic: str = ""
+    group: str = ""
     modality: str
     difficulty: str
     question: str
@@ -138,6 +142,10 @@ def _question(folder: str, split: str, row: _Entry) -> SourceQuestion:
         name=row.question_id,
         question_id=row.question_id,
         source=row.data_source,
+        dataset=row.data_source,
+        published_type=row.published_type,
+        topic=row.topic,
+        group=row.group,
         split=split,
         modality=row.modality,
         difficulty=row.difficulty,
@@ -185,7 +193,7 @@ def entry(
         )
     row = {
         "question_id": question.question_id,
-        "data_source": question.source,
+        "data_source": question.dataset or question.source,
         "modality": question.modality,
         "difficulty": question.difficulty,
         "question": question.question,
@@ -198,7 +206,15 @@ def entry(
         "related_images": related_images,
         "solutions": _solutions(solutions, labels),
     }
-    if tree_solutions:  # no field of the published format
+    # From here on no fields of the published format.
+    for name in ("published_type", "topic"):
+        if value := getattr(question, name):
+            row[name] = value
+    # A group in the data set's own words outlives an export, ids of images and questions do not.
+    dataset, _, group = question.group.partition("/")
+    if group and dataset == question.dataset:
+        row["group"] = group
+    if tree_solutions:
         row["tree_solutions"] = _solutions(tree_solutions, labels)
     return row
 

@@ -23,6 +23,7 @@ from medmm_ray.data.sources import (
     SourceQuestion,
     SourceRequest,
     SourceSolution,
+    Words,
     checked,
     files_at,
     read_documents,
@@ -85,6 +86,7 @@ class _Turn(Entry):
 
 class _Key(Entry):
     answer: str
+    type: Words = ""
 
 
 class _Evaluation(Entry):
@@ -136,6 +138,8 @@ def _question(name: str, split: str, row: _Tree | _Evaluation) -> SourceQuestion
     stated = _STATED.match(answer)  # the trees' files say "The answer is B."
     return SourceQuestion(
         name=name,
+        dataset=_dataset(name) if isinstance(row, _Evaluation) else "",
+        topic=row.eval.type if isinstance(row, _Evaluation) else "",
         split=split,
         modality="clinical",
         question=question,
@@ -143,6 +147,16 @@ def _question(name: str, split: str, row: _Tree | _Evaluation) -> SourceQuestion
         answer=stated[1] if stated else answer,
         answer_type="choice" if options else "open",
     )
+
+
+def _dataset(name: str) -> str:
+    """The data set of an evaluation question: each has a file, and `name` is ``<file>-<number>``.
+
+    >>> _dataset("MedMCQA.json-7")
+    'medmcqa'
+    """
+    file = name.rpartition("-")[0]
+    return file.removesuffix(".json").lower()
 
 
 def lettered(text: str) -> tuple[str, list[str]]:

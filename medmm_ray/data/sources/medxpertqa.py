@@ -21,6 +21,7 @@ from medmm_ray.data.sources import (
     SourceQuestion,
     SourceRequest,
     Texts,
+    Words,
     files_at,
     read_documents,
     read_jsonl,
@@ -59,6 +60,11 @@ class _Row(Entry):
     label: Annotated[Texts, Field(min_length=1)]
     options: Annotated[Options, BeforeValidator(_contents)] | None = None
     images: Annotated[list[str], BeforeValidator(_paths)] | None = None
+    id: Words = ""
+    question_type: Words = ""
+    body_system: Words = ""
+    subject_name: Words = ""
+    subject: Words = ""
 
 
 def read(request: SourceRequest) -> SourceData:
@@ -100,6 +106,9 @@ def _question(name: str, row: _Row, images: list[str]) -> SourceQuestion:
     question, _, choices = row.question.partition(CHOICES)
     return SourceQuestion(
         name=name,
+        dataset=_dataset(name, row.id),
+        published_type=row.question_type.lower(),
+        topic=row.body_system or row.subject_name or row.subject,
         split="test",
         modality="radiology" if images else "clinical",
         question=question.strip(),
@@ -108,6 +117,19 @@ def _question(name: str, row: _Row, images: list[str]) -> SourceQuestion:
         answer_type="choice",
         images=images,
     )
+
+
+def _dataset(name: str, row_id: str) -> str:
+    """The data set of a question: by its id (MM-1, Text-2), else by the name of the file, which `name` begins with.
+
+    >>> _dataset("test.jsonl-1", "Text-0"), _dataset("mmlu_medical_input.jsonl-9", "")
+    ('medxpertqa_text', 'mmlu')
+    """
+    kind, _, number = row_id.partition("-")
+    if kind in ("MM", "Text") and number:
+        return f"medxpertqa_{kind.lower()}"
+    file = name.partition(".jsonl")[0].removesuffix("_input")
+    return "mmlu" if file == "mmlu_medical" else file
 
 
 def bracketed(choices: str) -> list[str]:

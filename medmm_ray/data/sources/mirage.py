@@ -18,6 +18,7 @@ from medmm_ray.data.sources import (
     SourceData,
     SourceQuestion,
     SourceRequest,
+    Words,
     checked,
     list_files,
     read_documents,
@@ -56,6 +57,7 @@ class _MedQA(Entry):
     question: str
     options: Options
     answer_idx: str
+    meta_info: Words = ""
 
 
 class _MedMCQA(Entry):
@@ -65,6 +67,7 @@ class _MedMCQA(Entry):
     opb: str
     opc: str
     opd: str
+    subject_name: Words = ""
     cop: Annotated[int, Field(ge=1, le=4)]
 
 
@@ -98,19 +101,19 @@ def _mmlu(folder: str) -> Iterator[SourceQuestion]:
         uri = f"{folder}/mmlu/data/test/{subject}_test.csv"
         # A row is the question, its options and the answer's letter; there is no header.
         for number, row in enumerate(csv.reader(io.StringIO(read_text(uri)))):
-            yield _question(f"mmlu/{subject}-{number:03d}", row[0], row[1:-1], row[-1])
+            yield _question(f"mmlu/{subject}-{number:03d}", row[0], row[1:-1], row[-1], subject)
 
 
 def _medqa(folder: str) -> Iterator[SourceQuestion]:
     uri = f"{folder}/medqa/data_clean/questions/US/4_options/phrases_no_exclude_test.jsonl"
     for number, row in enumerate(read_jsonl(_MedQA, uri)):
-        yield _question(f"medqa/{number:04d}", row.question, row.options, row.answer_idx)
+        yield _question(f"medqa/{number:04d}", row.question, row.options, row.answer_idx, row.meta_info)
 
 
 def _medmcqa(folder: str) -> Iterator[SourceQuestion]:
     for row in read_jsonl(_MedMCQA, f"{folder}/medmcqa/data/dev.json"):
         options = [row.opa, row.opb, row.opc, row.opd]
-        yield _question(f"medmcqa/dev_{row.id}", row.question, options, LETTERS[row.cop - 1])
+        yield _question(f"medmcqa/dev_{row.id}", row.question, options, LETTERS[row.cop - 1], row.subject_name)
 
 
 def _pubmedqa(folder: str) -> Iterator[SourceQuestion]:
@@ -145,9 +148,11 @@ SETS: dict[str, Callable[[str], Iterator[SourceQuestion]]] = {
 }
 
 
-def _question(name: str, question: str, options: Any, answer: str) -> SourceQuestion:
+def _question(name: str, question: str, options: Any, answer: str, topic: str = "") -> SourceQuestion:
     return SourceQuestion(
         name=name,
+        dataset=name.partition("/")[0],
+        topic=topic,
         split="test",
         modality="clinical",
         question=question.strip(),

@@ -67,9 +67,14 @@ def _image(row: _Row, split: str, uri: str) -> SourceImage:
         uri=uri,
         split=split,
         modality="radiology",
-        diagnosis=BODY_PARTS.get(organ, organ.lower()),
+        diagnosis=_organ(row),
         annotation=json.dumps({"image_name": row.image_name, "image_organ": organ}),
     )
+
+
+def _organ(row: _Row) -> str:
+    organ = row.image_organ.strip().upper()
+    return BODY_PARTS.get(organ, organ.lower())
 
 
 def _question(row: _Row, split: str, uri: str) -> SourceQuestion:
@@ -77,6 +82,8 @@ def _question(row: _Row, split: str, uri: str) -> SourceQuestion:
     closed = row.answer_type.strip().upper() == "CLOSED" and answer.lower() in ("yes", "no")
     return SourceQuestion(
         name=f"{split}-{row.qid}",
+        published_type=row.answer_type.strip().lower(),
+        topic=_organ(row),
         split=split,
         modality="radiology",
         question=row.question.strip(),

@@ -7,7 +7,7 @@ are dealt with (`leakage`); limits are applied. Everything that leaves is counte
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
@@ -17,9 +17,9 @@ from medmm_ray.steps.curate.config import CurateConfig
 from medmm_ray.steps.curate.merging import merge_images, merge_questions
 from medmm_ray.steps.curate.near_duplicates import confirm, propose, thumbnails
 from medmm_ray.steps.curate.reviews import reviewed
-from medmm_ray.steps.curate.splits import drop_leaks, limit_questions, picture_groups, resplit, split_images
+from medmm_ray.steps.curate.splits import drop_leaks, joined_groups, limit_questions, resplit, split_images
 
-VERSION = 1  # of what a step makes: raise it when the same config makes something else
+VERSION = 2  # of what a step makes: raise it when the same config makes something else
 __all__ = ["CurateConfig", "Curated", "confirm", "curate", "propose", "reviewed", "thumbnails"]
 
 
@@ -43,12 +43,13 @@ def curate(
     unique_images, merged_id = merge_images(images, duplicates, figures)
     usable = _usable(questions, figures)
     unique = merge_questions(usable, merged_id, figures)
-    groups = picture_groups(unique)
+    groups = joined_groups(unique)
     if config.leakage == "resplit":
         without_leaks = resplit(unique, groups, config)
     else:
         without_leaks = drop_leaks(unique, groups, figures)
-    final_questions = limit_questions(without_leaks, config, figures)
+    limited = limit_questions(without_leaks, config, figures)
+    final_questions = [replace(question, group=groups[question.question_id]) for question in limited]
     final_images = split_images(final_questions, unique_images, figures)
     split_sizes = Counter(question.split for question in final_questions)
     image_split_sizes = Counter(image.split for image in final_images)

@@ -10,28 +10,34 @@ from medmm_ray.steps.curate.config import CurateConfig
 from medmm_ray.steps.curate.merging import components
 
 
-def picture_groups(questions: Sequence[Question]) -> dict[str, str]:
-    """For each question the name of its group: questions that share a picture, directly or through others, share it.
+def joined_groups(questions: Sequence[Question]) -> dict[str, str]:
+    """For each question the name of its group: questions that share a picture, a patient or a study, directly or
+    through others, share it.
 
-    The name is the group's lowest image id; a question without a picture is a group of its own.
+    The name is the lowest of the groups that are joined in it; a question that shares nothing is a group of its own.
     """
-    image_ids: set[str] = set()
+    nodes: set[str] = set()
     edges: list[tuple[str, str]] = []
     for question in questions:
-        image_ids.update(question.image_ids)
-        # Edges from its first image to each further one join the images of a question.
-        for further_id in question.image_ids[1:]:
-            edges.append((question.image_ids[0], further_id))
-    group_of_image: dict[str, str] = {}
-    for component in components(image_ids, edges):
-        group_of_image |= dict.fromkeys(component, component[0])
-    groups = {}
+        group = _group_of_source(question)
+        nodes.add(group)
+        nodes.update(question.image_ids)
+        for image_id in question.image_ids:
+            edges.append((group, image_id))
+    name_of_group: dict[str, str] = {}
+    group_names = set(map(_group_of_source, questions))
+    for component in components(nodes, edges):
+        members = [node for node in component if node in group_names]
+        name_of_group |= dict.fromkeys(members, members[0])
+    names = {}
     for question in questions:
-        group = question.question_id
-        if question.image_ids:
-            group = group_of_image[question.image_ids[0]]
-        groups[question.question_id] = group
-    return groups
+        names[question.question_id] = name_of_group[_group_of_source(question)]
+    return names
+
+
+def _group_of_source(question: Question) -> str:
+    """The group that ingest gave; of a table of an earlier version the first picture, or the question alone."""
+    return question.group or next(iter(question.image_ids), question.question_id)
 
 
 def resplit(

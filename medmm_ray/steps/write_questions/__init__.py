@@ -41,7 +41,7 @@ from medmm_ray.text import extract_answer, question_with_options
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-VERSION = 3  # of what a step makes: raise it when the same config makes something else
+VERSION = 4  # of what a step makes: raise it when the same config makes something else
 __all__ = [
     "AGAIN",
     "OTHER",
@@ -456,5 +456,7 @@ def usable(written: pa.Table, images: pa.Table) -> list[Question]:
             answer=row["answer"],
             answer_type="choice",
             image_ids=[image_id],
+            dataset=SOURCE,
+            group=image_id,
         )
     return list(questions.values())

@@ -66,10 +66,24 @@ def folder(path: Path) -> Path:
         for name in mirage.MMLU
     }
     files["medqa/data_clean/questions/US/4_options/phrases_no_exclude_test.jsonl"] = json.dumps(
-        {"question": "Who?", "options": {"A": "w", "B": "x", "C": "y", "D": "z"}, "answer_idx": "C"}
+        {
+            "question": "Who?",
+            "options": {"A": "w", "B": "x", "C": "y", "D": "z"},
+            "answer_idx": "C",
+            "meta_info": "step1",
+        }
     )
     files["medmcqa/data/dev.json"] = json.dumps(
-        {"id": "7", "question": "What?", "opa": "w", "opb": "x", "opc": "y", "opd": "z", "cop": 4}
+        {
+            "id": "7",
+            "question": "What?",
+            "opa": "w",
+            "opb": "x",
+            "opc": "y",
+            "opd": "z",
+            "cop": 4,
+            "subject_name": "Anatomy",
+        }
     )
     files["pubmedqa/data/test_set.json"] = json.dumps({"9": {"QUESTION": "So?", "final_decision": "maybe"}})
     asked = [{"id": "1", "type": "yesno", "body": "Is it?", "exact_answer": "no"}, {"id": "2", "type": "list"}]
@@ -97,6 +111,9 @@ def test_each_set_is_read(tmp_path: Path) -> None:
         ("pubmedqa/9", "So?", ["yes", "no", "maybe"], "C"),
         ("bioasq/1", "Is it?", ["yes", "no"], "B"),
     ]
+    assert [(q.dataset, q.topic) for q in questions] == [
+        ("mmlu", "anatomy"), ("medqa", "step1"), ("medmcqa", "Anatomy"), ("pubmedqa", ""), ("bioasq", ""),
+    ]  # fmt: skip
 
 
 def test_the_bench_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

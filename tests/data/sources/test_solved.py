@@ -52,6 +52,7 @@ def test_med_prm_as_published(tmp_path: Path) -> None:
     assert (question.split, question.question, list(question.options), question.answer, question.answer_type) == (
         "train", "Which?", ["one", "two"], "B", "choice",
     )  # fmt: skip
+    assert question.dataset == "medqa"
     assert [d.text for d in med_prm.read(request).documents] == ["A guideline.", "Another."]
     (found,) = med_prm.solved(request)
     (solution,) = found.solutions
@@ -339,6 +340,7 @@ def test_meds3s_evaluation_files(tmp_path: Path) -> None:
         ("Extract the dose.\nSentence: 5 mg of A. b.", [], "5 mg", "open"),
     ]
     assert [list(found.solutions) for found in meds3.solved(request)] == [[], [], []]
+    assert [(q.dataset, q.topic) for q in meds3.read(request).questions] == [("sets", "")] * 3
 
 
 def test_medxpertqa(tmp_path: Path) -> None:
@@ -371,11 +373,14 @@ def test_medxpertqa_as_on_the_hub(tmp_path: Path) -> None:
         "label": "B",
         "images": ["MM-1-a.jpeg", "MM-1-b.jpeg"],
         "medical_task": "Diagnosis",
+        "question_type": "Reasoning",
+        "body_system": "Skeletal",
     }
     (tmp_path / "MM" / "test.jsonl").write_text(json.dumps(row))
     (question,) = medxpertqa.read(SourceRequest(path=str(tmp_path / "MM"))).questions
     assert (question.question, list(question.options), question.answer) == ("Seen?", ["x", "y"], "B")
     assert list(question.images) == [f"{tmp_path}/images/MM-1-a.jpeg", f"{tmp_path}/images/MM-1-b.jpeg"]
+    assert (question.dataset, question.published_type, question.topic) == ("medxpertqa_mm", "reasoning", "Skeletal")
     (tmp_path / "MM" / "test.jsonl").write_text(json.dumps({**row, "options": {"A": "x", "C": "y"}}))
     with pytest.raises(TableError, match=r"line 1: options must be .* by their letters from A on; it has \['A', 'C'\]"):
         medxpertqa.read(SourceRequest(path=str(tmp_path / "MM")))
@@ -428,4 +433,14 @@ def test_the_real_files() -> None:
                if row.source == "monte_carlo" for step in row.steps if step.value is not None)  # fmt: skip
     questions = meds3.read(SourceRequest(path=str(REAL / "medsss_eval"))).questions
     assert Counter(q.answer_type for q in questions) == {"choice": 9366, "open": 23}
-    assert len(medxpertqa.read(SourceRequest(path=str(REAL / "medxpertqa"))).questions) == 8988
+    assert Counter(q.dataset for q in questions) == {
+        "medmcqa": 4183, "medqa": 1273, "bioasq": 618, "drugdose": 23, "med_mmlu": 1561, "pubhealth": 1231,
+        "pubmedqa": 500,
+    }  # fmt: skip
+    questions = medxpertqa.read(SourceRequest(path=str(REAL / "medxpertqa"))).questions
+    assert Counter(q.dataset for q in questions) == {
+        "medmcqa": 4183, "medqa": 1273, "mmlu": 1089, "medxpertqa_text": 244, "medxpertqa_mm": 2199,
+    }  # fmt: skip
+    assert Counter(q.dataset for q in med_prm.read(request).questions) == {
+        "medqa": 88, "pubmedqa": 4, "medmcqa": 4, "mmlu": 4,
+    }  # fmt: skip

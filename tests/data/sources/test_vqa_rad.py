@@ -39,6 +39,9 @@ def test_closed_yes_no_and_open_questions(tmp_path: Path) -> None:
         ("test-3", "test", "12", "open"),
     ]
     assert data.questions[0].question == "Is it clear?"
+    assert [(q.published_type, q.topic) for q in data.questions] == [
+        ("closed", "chest"), ("closed", "abdomen"), ("open", "chest"),
+    ]  # fmt: skip
     assert [(i.uri, i.split, i.modality, i.diagnosis) for i in data.images] == [
         (f"{tmp_path}/images/a.jpg", "train", "radiology", "chest"),
         (f"{tmp_path}/images/b.jpg", "train", "radiology", "abdomen"),

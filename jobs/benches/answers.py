@@ -16,7 +16,8 @@ from rich.console import Console
 
 from jobs.benches import Measured
 from medmm_ray.config import Config, ConfigError
-from medmm_ray.data.sources import SourceRequest, list_files, mirage, read_lines
+from medmm_ray.data.source_files import list_files, read_lines
+from medmm_ray.data.sources import SourceRequest, mirage
 from medmm_ray.text import extract_answer, mirage_answer
 
 SETS = ("mmlu", "medqa", "medmcqa", "pubmedqa", "bioasq")

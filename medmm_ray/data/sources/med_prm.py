@@ -19,9 +19,8 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from medmm_ray.data.records import StepLabel
+from medmm_ray.data.source_files import Entry, Options, Texts, Truth, Words, checked, files_at, stream_json
 from medmm_ray.data.sources import (
-    Entry,
-    Options,
     SolvedQuestion,
     SourceData,
     SourceDocument,
@@ -29,13 +28,7 @@ from medmm_ray.data.sources import (
     SourceQuestion,
     SourceRequest,
     SourceSolution,
-    Texts,
-    Truth,
-    Words,
-    checked,
-    files_at,
     read_documents,
-    stream_json,
 )
 from medmm_ray.data.tables import RowError
 from medmm_ray.text import have_marks, reference_steps, step_mark

@@ -18,9 +18,8 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from medmm_ray.config import ConfigError, Split, digest
 from medmm_ray.data.records import Evidence, Labels, Question, RetrievedImage, Solution, StepLabel
+from medmm_ray.data.source_files import Entry, Options, Texts, Truth, checked, files_at, stream_json
 from medmm_ray.data.sources import (
-    Entry,
-    Options,
     SolvedQuestion,
     SourceData,
     SourceImage,
@@ -28,12 +27,7 @@ from medmm_ray.data.sources import (
     SourceQuestion,
     SourceRequest,
     SourceSolution,
-    Texts,
-    Truth,
-    checked,
-    files_at,
     read_documents,
-    stream_json,
 )
 from medmm_ray.data.tables import RowError
 from medmm_ray.stats.targets import merge_annotators

@@ -15,19 +15,15 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, model_validator
 
 from medmm_ray.data.records import StepLabel
+from medmm_ray.data.source_files import Entry, Words, checked, files_at, stream_json
 from medmm_ray.data.sources import (
-    Entry,
     SolvedQuestion,
     SourceData,
     SourceLabels,
     SourceQuestion,
     SourceRequest,
     SourceSolution,
-    Words,
-    checked,
-    files_at,
     read_documents,
-    stream_json,
 )
 from medmm_ray.data.tables import RowError
 from medmm_ray.text import LETTERS, extract_answer, join_steps, one_line

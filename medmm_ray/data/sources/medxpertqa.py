@@ -13,19 +13,8 @@ from typing import Annotated, Any
 from pyarrow import fs as pafs
 from pydantic import BeforeValidator, Field
 
-from medmm_ray.data.sources import (
-    Entry,
-    Options,
-    SourceData,
-    SourceImage,
-    SourceQuestion,
-    SourceRequest,
-    Texts,
-    Words,
-    files_at,
-    read_documents,
-    read_jsonl,
-)
+from medmm_ray.data.source_files import Entry, Options, Texts, Words, files_at, read_jsonl
+from medmm_ray.data.sources import SourceData, SourceImage, SourceQuestion, SourceRequest, read_documents
 from medmm_ray.data.tables import filesystem
 from medmm_ray.text import LETTERS
 

@@ -12,20 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from medmm_ray.data.sources import (
-    Entry,
-    Options,
-    SourceData,
-    SourceQuestion,
-    SourceRequest,
-    Words,
-    checked,
-    list_files,
-    read_documents,
-    read_json,
-    read_jsonl,
-    read_text,
-)
+from medmm_ray.data.source_files import Entry, Options, Words, checked, list_files, read_json, read_jsonl, read_text
+from medmm_ray.data.sources import SourceData, SourceQuestion, SourceRequest, read_documents
 from medmm_ray.text import LETTERS
 
 MMLU = (

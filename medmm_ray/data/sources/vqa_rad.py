@@ -9,16 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from medmm_ray.data.sources import (
-    Entry,
-    SourceData,
-    SourceImage,
-    SourceQuestion,
-    SourceRequest,
-    checked,
-    read_documents,
-    read_json,
-)
+from medmm_ray.data.source_files import Entry, checked, read_json
+from medmm_ray.data.sources import SourceData, SourceImage, SourceQuestion, SourceRequest, read_documents
 from medmm_ray.data.tables import TableError
 
 FILES = {"train": "trainset.json", "test": "testset.json"}

@@ -8,7 +8,8 @@ import pytest
 from jobs import bench
 from jobs.benches.answers import SETS, WITHIN, table
 from medmm_ray.config import ConfigError
-from medmm_ray.data.sources import SourceRequest, list_files, mirage
+from medmm_ray.data.source_files import list_files
+from medmm_ray.data.sources import SourceRequest, mirage
 from medmm_ray.data.tables import TableError
 from medmm_ray.text import mirage_answer
 from tests.paths import REAL_DATA

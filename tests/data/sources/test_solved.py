@@ -9,7 +9,8 @@ import pytest
 
 from medmm_ray.config import ConfigError
 from medmm_ray.data.records import StepLabel
-from medmm_ray.data.sources import SourceRequest, load_solved, med_prm, medmm, meds3, medxpertqa, stream_json
+from medmm_ray.data.source_files import stream_json
+from medmm_ray.data.sources import SourceRequest, load_solved, med_prm, medmm, meds3, medxpertqa
 from medmm_ray.data.sources.medxpertqa import bracketed
 from medmm_ray.data.tables import TableError
 from medmm_ray.text import tag_steps

@@ -43,7 +43,8 @@ def test_every_table_has_its_key_among_its_columns_and_an_error_column(record: t
 
 
 def test_a_table_of_an_earlier_version_is_read_with_defaults() -> None:
-    row: dict[str, object] = {"question_id": "q", "source": "s", "split": "test", "modality": "m", "difficulty": "", "question": "Q",
+    row: dict[str, object]
+    row = {"question_id": "q", "source": "s", "split": "test", "modality": "m", "difficulty": "", "question": "Q",
            "options": [], "answer": "a", "answer_type": "open", "image_ids": [], "error": None}  # fmt: skip
     question = from_dict(Question, row)
     assert (question.dataset, question.group, question.error) == ("", "", None)

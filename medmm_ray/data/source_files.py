@@ -155,7 +155,8 @@ def checked(entry: type[EntryT], row: Any, where: str) -> EntryT:
             parts.append(f"[{part}]" if isinstance(part, int) else f".{part}")
         field = "".join(parts).lstrip(".")
         if fault["type"] == "missing":
-            raise TableError(f"{where}: the field {field!r} is missing; it has {sorted(fault['input'])}") from None
+            fields = sorted(fault["input"])
+            raise TableError(f"{where}: the field {field!r} is missing; it has {fields}") from None
         message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         expected = _EXPECTED.get(fault["type"]) or message
         raise TableError(f"{where}: {field or 'it'} must be {expected}, not {_describe(fault['input'])}") from None

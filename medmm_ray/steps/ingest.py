@@ -223,6 +223,7 @@ def _question_row(
     question: SourceQuestion, question_id: str, source: str, image_ids: list[str], answer: str, error: str | None
 ) -> Question:
     dataset = question.dataset or source
+    # The data set before the number: patients of two data sets are not the same.
     group = f"{dataset}/{question.group}" if question.group else next(iter(image_ids), question_id)
     return Question(
         question_id=question_id,

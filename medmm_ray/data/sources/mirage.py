@@ -89,19 +89,37 @@ def _mmlu(folder: str) -> Iterator[SourceQuestion]:
         uri = f"{folder}/mmlu/data/test/{subject}_test.csv"
         # A row is the question, its options and the answer's letter; there is no header.
         for number, row in enumerate(csv.reader(io.StringIO(read_text(uri)))):
-            yield _question(f"mmlu/{subject}-{number:03d}", row[0], row[1:-1], row[-1], subject)
+            yield _question(
+                f"mmlu/{subject}-{number:03d}",
+                row[0],
+                row[1:-1],
+                row[-1],
+                subject,
+            )
 
 
 def _medqa(folder: str) -> Iterator[SourceQuestion]:
     uri = f"{folder}/medqa/data_clean/questions/US/4_options/phrases_no_exclude_test.jsonl"
     for number, row in enumerate(read_jsonl(_MedQA, uri)):
-        yield _question(f"medqa/{number:04d}", row.question, row.options, row.answer_idx, row.meta_info)
+        yield _question(
+            f"medqa/{number:04d}",
+            row.question,
+            row.options,
+            row.answer_idx,
+            row.meta_info,
+        )
 
 
 def _medmcqa(folder: str) -> Iterator[SourceQuestion]:
     for row in read_jsonl(_MedMCQA, f"{folder}/medmcqa/data/dev.json"):
         options = [row.opa, row.opb, row.opc, row.opd]
-        yield _question(f"medmcqa/dev_{row.id}", row.question, options, LETTERS[row.cop - 1], row.subject_name)
+        yield _question(
+            f"medmcqa/dev_{row.id}",
+            row.question,
+            options,
+            LETTERS[row.cop - 1],
+            row.subject_name,
+        )
 
 
 def _pubmedqa(folder: str) -> Iterator[SourceQuestion]:
@@ -112,7 +130,12 @@ def _pubmedqa(folder: str) -> Iterator[SourceQuestion]:
             entry,
             f"{uri} entry {name}",
         )
-        yield _question(f"pubmedqa/{name}", row.question, JUDGED, LETTERS[JUDGED.index(row.final_decision)])
+        yield _question(
+            f"pubmedqa/{name}",
+            row.question,
+            JUDGED,
+            LETTERS[JUDGED.index(row.final_decision)],
+        )
 
 
 def _bioasq(folder: str) -> Iterator[SourceQuestion]:
@@ -124,7 +147,12 @@ def _bioasq(folder: str) -> Iterator[SourceQuestion]:
                 if checked(_BioASQType, entry, where).type == "yesno":
                     row = checked(_BioASQ, entry, where)
                     letter = LETTERS[JUDGED.index(row.exact_answer)]
-                    yield _question(f"bioasq/{row.id}", row.body, JUDGED[:2], letter)
+                    yield _question(
+                        f"bioasq/{row.id}",
+                        row.body,
+                        JUDGED[:2],
+                        letter,
+                    )
 
 
 SETS: dict[str, Callable[[str], Iterator[SourceQuestion]]] = {

@@ -19,6 +19,7 @@ def joined_groups(questions: Sequence[Question]) -> dict[str, str]:
     nodes: set[str] = set()
     edges: list[tuple[str, str]] = []
     for question in questions:
+        # A group is a node as its pictures are: two patients of one picture become one group.
         group = _group_of_source(question)
         nodes.add(group)
         nodes.update(question.image_ids)

@@ -21,7 +21,7 @@ from medmm_ray.engines.llm.client import ApiEngine, Client
 from medmm_ray.engines.llm.endpoint import ChatRequest, Turn
 from medmm_ray.engines.llm.structured import AnswerForm, json_schema, parse
 from medmm_ray.estimate import Line, ModelCost, Sizes
-from medmm_ray.text import answer_key, is_correct
+from medmm_ray.text import equal_key, is_correct
 
 log = logging.getLogger(__name__)
 
@@ -105,13 +105,13 @@ class Grader:
         open_answers: dict[str, str] = {}
         for answer, is_right in zip(answers, plain, strict=True):
             if answer and is_right is False:
-                open_answers[answer_key(answer)] = answer
+                open_answers[equal_key(answer)] = answer
         keys = sorted(open_answers)
         verdicts = await asyncio.gather(*(self._is_same(question, open_answers[key]) for key in keys))
         verdict_of_key = dict(zip(keys, verdicts, strict=True))
         right: list[bool | None] = []
         for answer, is_right in zip(answers, plain, strict=True):
-            right.append(verdict_of_key[answer_key(answer)] if answer and is_right is False else is_right)
+            right.append(verdict_of_key[equal_key(answer)] if answer and is_right is False else is_right)
         return Grades(right, asked=len(verdicts), unanswered=verdicts.count(None))
 
     async def _is_same(self, question: Mapping[str, Any], answer: str) -> bool | None:

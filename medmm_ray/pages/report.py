@@ -20,8 +20,9 @@ from medmm_ray.data.tables import RowError
 from medmm_ray.pages import charts
 from medmm_ray.pages.charts import Bin, CalibrationCurve, Point, RocCurve, Series
 from medmm_ray.pages.svg import BLUE, GREEN, GREY, INK, ORANGE, PURPLE
+from medmm_ray.stats.grouped_stats import Figure
 from medmm_ray.stats.metrics import CalibrationBin
-from medmm_ray.steps.evaluate.accuracy import DECODERS, Accuracy, AccuracyByN
+from medmm_ray.steps.evaluate.accuracy import DECODERS, Accuracy, AccuracyByN, GroupAccuracy
 from medmm_ray.steps.evaluate.gates import limit_of
 from medmm_ray.steps.evaluate.report import EvaluationReport
 from medmm_ray.steps.evaluate.steps import TRUTHS, StepFigures
@@ -61,7 +62,7 @@ LOG_ODDS_SCALE = 6.0  # log-odds that fill half of a bar
 def render(report: EvaluationReport, open_image: "Callable[[str], Image]") -> str:
     """The page. `open_image` takes a uri and gives a picture; a RowError or OSError of it is told in its place."""
     env = pages()
-    env.filters |= {"tint": tint, "edge": edge, "bar": log_odds_bar}
+    env.filters |= {"tint": tint, "edge": edge, "bar": log_odds_bar, "ends": ends}
     arms = report.arms
     chosen_names = {f"chosen_{arm}": f"chosen by “{_arm_name(arm)}”" for arm in arms}
     seconds = [step.seconds for step in report.steps]
@@ -74,6 +75,7 @@ def render(report: EvaluationReport, open_image: "Callable[[str], Image]") -> st
         role_names=chosen_names | ROLE_NAMES,
         kind_names=KIND_NAMES,
         tiles=_tiles(report),
+        group_tables=_group_tables(report),
         lead=lead(report),
         legend=[(charts.key(line), line.name) for line in _lines(report, "best_of_n")],
         over_n={decoder: _over_n(report, decoder) for decoder in DECODERS},
@@ -153,6 +155,26 @@ def duration(seconds: float) -> str:
         return f"{minutes} min {rest:02d} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min"
+
+
+def ends(figure: Figure) -> str:
+    """The ends of a share's interval in percent; a dash where there is none."""
+    if figure.low is None or figure.high is None:
+        return "–"
+    return f"{100 * figure.low:.1f}–{100 * figure.high:.1f}".replace("-", "−")
+
+
+def _group_tables(report: EvaluationReport) -> dict[str, dict[str, GroupAccuracy]]:
+    """The accuracies by group, by what they are grouped by."""
+    return {
+        "data set": report.by_dataset,
+        "difficulty": report.by_difficulty,
+        "modality": report.by_modality,
+        "answer": report.by_answer_type,
+        "kind": report.by_published_type,
+        "topic": report.by_topic,
+        "question": report.by_question,
+    }
 
 
 def _arm_name(arm: str) -> str:
@@ -263,7 +285,9 @@ def _points(figures: AccuracyByN, ns: Sequence[str]) -> list[Point]:
     points = []
     for place, n in enumerate(ns):
         figure = figures[n]
-        points.append(Point(float(place), figure.value, figure.low, figure.high))
+        low = figure.value if figure.low is None else figure.low
+        high = figure.value if figure.high is None else figure.high
+        points.append(Point(float(place), figure.value, low, high))
     return points
 
 
@@ -352,18 +376,13 @@ def lead(report: EvaluationReport) -> str:
         results = "; ".join(f"{_arm_name(arm)} {share}" for arm, share in best.items()) or "no scores"
         return f"One sample is right for {one_sample} of the questions. Best of {n}: {results}."
     gain = accuracy.gain.best_of_n[n]
-    value = _points_of_percent(gain.value)
-    low = _points_of_percent(gain.low)
-    high = _points_of_percent(gain.high)
+    value = f"{100 * gain.value:.1f}".replace("-", "−")
+    interval = ends(gain).replace("–", " to ")
     return (
         f"One sample answers {one_sample} of the questions rightly. Choosing the best of {n} by the multimodal scorer "
         f"answers {best['multimodal']}, by the same scorer without the image {best['text_only']}: the image is worth "
-        f"{value} points (95\u00a0% interval {low} to {high})."
+        f"{value} points (95\u00a0% interval {interval})."
     )
-
-
-def _points_of_percent(share: float) -> str:
-    return f"{100 * share:.1f}".replace("-", "−")
 
 
 def _tiles(report: EvaluationReport) -> list[Headline]:
@@ -401,7 +420,7 @@ def _headline_table(report: EvaluationReport) -> Table:
     table.add_column("95 % interval", justify="right")
     for entry in headline(report):
         figure = entry.figure
-        interval = f"{100 * figure.low:.1f} – {100 * figure.high:.1f}"
+        interval = ends(figure).replace("–", " – ")
         style = "bold" if entry.kind == "multimodal" else ""
         table.add_row(entry.name, percent(figure.value), interval, style=style)
     return table

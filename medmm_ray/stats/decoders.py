@@ -41,40 +41,59 @@ def _log_probability(log_odds: Floats) -> Floats:
     return -np.logaddexp(0.0, -log_odds)
 
 
-def _log_odds_of_log(log_p: float) -> float:
-    """log(p / (1 - p)) from log p, exact for p near 0 and near 1."""
-    if log_p == 0.0:
-        return math.inf
+def _log_odds_of_log(log_p: Floats) -> Floats:
+    """log(p / (1 - p)) from log p, exact for p near 0 and near 1; infinite where p is 1."""
     # 1 - p = 1 - exp(log p): expm1 keeps its digits where p is near 1, log1p where p is near 0.
     near_one = log_p > -math.log(2)
-    log_not_p = math.log(-math.expm1(log_p)) if near_one else math.log1p(-math.exp(log_p))
+    with np.errstate(divide="ignore"):
+        log_not_p = np.where(
+            near_one,
+            np.log(-np.expm1(np.where(near_one, log_p, -1.0))),
+            np.log1p(-np.exp(np.where(near_one, -1.0, log_p))),
+        )
     return log_p - log_not_p
 
 
 def aggregate(step_log_odds: Sequence[float] | Floats, how: Aggregate = "min") -> float:
-    """The reward of a solution from its steps' log-odds: the log-odds of the aggregate of its step probabilities.
+    """`aggregates` of one solution."""
+    x = finite("step scores", step_log_odds)
+    return float(aggregates(x, np.array([x.size]), how)[0])
 
-    `min` (Med-PRM's), `last`, `mean` (VisualPRM's), `product`, `gmean` (product to the power 1/T), `min_after_first`
-    (MedS3's min(x_2..x_T), where x_1 is a fixed root; of a single step that step). Raises ValueError without steps, and
-    where a step's score is not finite: such a solution has no reward.
+
+def aggregates(step_log_odds: Floats, num_steps: Ints, how: Aggregate = "min") -> Floats:
+    """The reward of each solution from its steps' log-odds: the log-odds of the aggregate of its step probabilities.
+
+    Of solution i `num_steps[i]` entries of `step_log_odds` count, behind those of the solutions before it. `min`
+    (Med-PRM's), `last`, `mean` (VisualPRM's), `product`, `gmean` (product to the power 1/T), `min_after_first`
+    (MedS3's min(x_2..x_T), where x_1 is a fixed root; of a single step that step). The order of the steps changes no
+    bit of a mean or product. Raises ValueError for a solution without steps, and where a step's score is not finite:
+    such a solution has no reward.
     """
     x = finite("step scores", step_log_odds)
-    if x.size == 0:
+    if not num_steps.size:
+        return np.zeros(0)
+    if num_steps.min() < 1:
         raise ValueError("a solution without steps has no reward; expected at least one step score")
+    ends = np.cumsum(num_steps)
+    starts = ends - num_steps
     if how == "last":
-        return float(x[-1])
+        return x[ends - 1]
     if how == "min":
-        return float(x.min())
+        return np.asarray(np.minimum.reduceat(x, starts))
     if how == "min_after_first":
-        after_first = x[1:] if x.size > 1 else x
-        return float(after_first.min())
+        after_first = x.copy()
+        after_first[starts[num_steps > 1]] = math.inf
+        return np.asarray(np.minimum.reduceat(after_first, starts))
+    # Summed from the lowest up: the same steps in another order must not differ by rounding, which would break a tie.
+    solution = np.repeat(np.arange(num_steps.size), num_steps)
+    x = x[np.lexsort((x, solution))]
     if how == "mean":
         # log of the sum of the p less log of the sum of the 1 - p: the division by T cancels.
-        log_right = np.logaddexp.reduce(_log_probability(x))
-        log_wrong = np.logaddexp.reduce(_log_probability(-x))
-        return float(log_right - log_wrong)
-    log_p = float(_log_probability(x).sum())
-    return _log_odds_of_log(log_p if how == "product" else log_p / x.size)
+        log_right = np.logaddexp.reduceat(_log_probability(x), starts)
+        log_wrong = np.logaddexp.reduceat(_log_probability(-x), starts)
+        return np.asarray(log_right - log_wrong)
+    log_p = np.add.reduceat(_log_probability(x), starts)
+    return _log_odds_of_log(log_p if how == "product" else log_p / num_steps)
 
 
 # Decoders: from samples to one answer
@@ -264,14 +283,16 @@ def _settle_near_ties(leads_SA: Bools, ballots: _Ballots, subsets_SM: Bools, rul
 
 def _first_leader(leads_SA: Bools, votes_MA: Bools, subsets_SM: Bools) -> Ints:
     """Of each subset's leading answers the one whose first vote comes first; -1 where nobody votes."""
+    num_leaders_S = leads_SA.sum(axis=1)
+    winner_S = np.where(num_leaders_S > 0, leads_SA.argmax(axis=1), -1)
+    ties = np.flatnonzero(num_leaders_S > 1)
     num_samples = subsets_SM.shape[1]
-    votes_SMA = subsets_SM[:, :, None] & votes_MA
+    votes_SMA = subsets_SM[ties, :, None] & votes_MA
     sample_M1 = np.arange(num_samples)[:, None]
     # No vote: a place behind the last sample; no leader: one behind that, so that it is never the first.
-    first_vote_SA = np.where(votes_SMA, sample_M1, num_samples).min(axis=1)
-    place_SA = np.where(leads_SA, first_vote_SA, num_samples + 1)
-    winner_S = place_SA.argmin(axis=1)
-    return np.where(leads_SA.any(axis=1), winner_S, -1)
+    first_vote_SA = np.where(votes_SMA, sample_M1, num_samples).min(axis=1, initial=num_samples)
+    winner_S[ties] = np.where(leads_SA[ties], first_vote_SA, num_samples + 1).argmin(axis=1)
+    return winner_S
 
 
 def _highest(ballots: _Ballots, answers: Sequence[int], subset_M: Bools, rule: VoteRule) -> list[int]:

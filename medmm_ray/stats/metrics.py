@@ -3,12 +3,13 @@
 A number that is not finite is a fault of the caller, who leaves it out and counts it: every function that takes steps'
 scores, probabilities, weights or figures raises ValueError with how many there are.
 
-Legend of suffixes: Q questions, K sums, B resamples, F figures.
+Legend of suffixes: Q questions, C clusters of questions, K sums, B resamples, F figures.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -55,13 +56,38 @@ def probability(log_odds: ArrayLike) -> Floats:
 # Intervals
 
 
-def bootstrap(values_QK: Floats, num_resamples: int, seed: int) -> tuple[Floats, Floats]:
-    """The 95 % percentile interval of the mean of each column, over resamples of the rows (questions).
+def bootstrap(
+    values_QK: Floats,
+    num_resamples: int,
+    seed: int,
+    clusters_Q: Ints | None = None,
+) -> tuple[Floats, Floats]:
+    """The 95 % interval of the mean of each column, over resamples of the rows (questions) or of their clusters.
 
-    Raises ValueError where a value is not finite: the mean would not be a number, and its interval one of other rows.
+    `clusters_Q` numbers the cluster of each row; None: each row is its own. Raises ValueError where a value is not
+    finite: the mean would not be a number, and its interval one of other rows.
     """
-    num_rows = max(len(values_QK), 1)
-    return cluster_bootstrap(values_QK, lambda sums_BK: sums_BK / num_rows, num_resamples, seed)
+    finite("values", values_QK)
+    if not len(values_QK):
+        undefined_K = np.full(values_QK.shape[1], np.nan)
+        return undefined_K, undefined_K
+    if clusters_Q is None:
+        clusters_Q = np.arange(len(values_QK))
+    ones_Q1 = np.ones((len(values_QK), 1))
+    # Clusters differ in size: the mean of a resample is over as many rows as it happens to have.
+    sums_CK = sums_by_cluster(np.hstack([values_QK, ones_Q1]), clusters_Q)
+    return cluster_bootstrap(sums_CK, lambda sums_BK: sums_BK[:, :-1] / sums_BK[:, -1:], num_resamples, seed)
+
+
+def sums_by_cluster(values_QK: Floats, clusters_Q: Ints) -> Floats:
+    """The sums of the rows of each cluster [C, K], clusters in the order of their numbers."""
+    order = np.argsort(clusters_Q, kind="stable")
+    is_first = np.diff(clusters_Q[order], prepend=-1) > 0
+    starts = np.flatnonzero(is_first)
+    if not starts.size:
+        return np.zeros((0, values_QK.shape[1]))
+    sums_CK: Floats = np.add.reduceat(values_QK[order], starts, axis=0)
+    return sums_CK
 
 
 def cluster_bootstrap(
@@ -70,7 +96,7 @@ def cluster_bootstrap(
     num_resamples: int,
     seed: int,
 ) -> tuple[Floats, Floats]:
-    """The 95 % percentile interval of figures that are functions of sums over rows, resampling whole rows (questions).
+    """The 95 % interval of figures that are functions of sums over rows, resampling whole rows (questions, clusters).
 
     `statistic` takes sums [B, K] to figures [B, F]; a resample in which a figure is NaN does not count for it. The rows
     carry their weights in their sums, so that a weighted figure has a weighted interval. NaN without rows. Raises
@@ -84,18 +110,39 @@ def cluster_bootstrap(
         num_figures = statistic(np.zeros((1, sums_QK.shape[1]))).shape[1]
         undefined_F = np.full(num_figures, np.nan)
         return undefined_F, undefined_F
-    return percentile_interval(_resampled(sums_QK, statistic, num_resamples, seed))
+    return percentile_interval(_resampled(sums_QK, statistic, num_resamples, seed), num_rows)
 
 
-def percentile_interval(figures_BF: Floats) -> tuple[Floats, Floats]:
-    """The ends of the middle 95 % of each figure over all resamples; NaN where it is defined in none."""
+@lru_cache(maxsize=256)
+def expanded_levels(num_rows: int) -> tuple[float, float]:
+    """The percentiles, in percent, whose distance is a 95 % interval of a mean over so many independent rows.
+
+    Few rows vary less in resamples than the rows of new data do: the middle 95 % of resamples of 10 rows cover some
+    89 %. The levels are those at which a normal distribution has Student's quantile times sqrt(rows / (rows - 1)):
+    the expanded percentile interval of Hesterberg (The American Statistician, 2015). 2.5 and 97.5 for many rows.
+    """
+    from scipy.special import ndtr, stdtrit
+
+    if num_rows < 2:
+        return 0.0, 100.0
+    quantile = stdtrit(num_rows - 1, 0.975) * math.sqrt(num_rows / (num_rows - 1))
+    low = 100 * float(ndtr(-quantile))
+    return low, 100 - low
+
+
+def percentile_interval(figures_BF: Floats, num_rows: int) -> tuple[Floats, Floats]:
+    """The 95 % interval of each figure, from its values in resamples of `num_rows` rows; NaN where it has none."""
+    levels = expanded_levels(num_rows)
+    if len(figures_BF) and not np.isnan(figures_BF).any():
+        low_F, high_F = np.percentile(figures_BF, levels, axis=0)
+        return low_F, high_F
     # Figure by figure: each leaves out its own undefined resamples.
     low_F = np.full(figures_BF.shape[1], np.nan)
     high_F = low_F.copy()
     for column, values in enumerate(figures_BF.T):
         defined = values[~np.isnan(values)]
         if defined.size:
-            low_F[column], high_F[column] = np.percentile(defined, [2.5, 97.5])
+            low_F[column], high_F[column] = np.percentile(defined, levels)
     return low_F, high_F
 
 

@@ -110,7 +110,7 @@ class Resampling:
             undefined_F = np.full(num_figures, np.nan)
             return undefined_F, undefined_F
         sums_BK = self._draws_of(len(rows)).sums(rows)
-        return percentile_interval(statistic(finite("sums over questions", sums_BK)))
+        return percentile_interval(statistic(finite("sums over questions", sums_BK)), len(rows))
 
     def _draws_of(self, num_rows: int) -> Draws:
         if num_rows not in self._draws:

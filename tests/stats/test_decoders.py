@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from decimal import Decimal, localcontext
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -31,6 +31,24 @@ def logit(p: float) -> float:
 )
 def test_aggregates_of_probabilities(how: decoders.Aggregate, reward: float) -> None:
     assert decoders.aggregate([logit(0.25), logit(0.5), logit(0.8)], how) == pytest.approx(logit(reward), rel=1e-12)
+
+
+def test_rewards_of_many_solutions_are_those_of_each() -> None:
+    rng = np.random.default_rng(0)
+    num_steps = rng.integers(1, 12, 50)
+    steps = np.split(rng.normal(1, 4, num_steps.sum()), np.cumsum(num_steps)[:-1])
+    for how in get_args(decoders.Aggregate):
+        rewards = decoders.aggregates(np.concatenate(steps), num_steps, how)
+        assert rewards.tolist() == [decoders.aggregate(x, how) for x in steps]
+    assert decoders.aggregates(np.zeros(0), np.zeros(0, dtype=np.int64)).tolist() == []
+
+
+@pytest.mark.parametrize("how", ["mean", "product", "gmean"])
+def test_the_order_of_equal_steps_breaks_no_tie(how: decoders.Aggregate) -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        steps = rng.normal(0, 3, 9)
+        assert decoders.aggregate(steps, how) == decoders.aggregate(rng.permutation(steps), how)
 
 
 @pytest.mark.parametrize("how", ["min", "last", "mean", "product", "gmean", "min_after_first"])

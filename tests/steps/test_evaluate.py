@@ -24,7 +24,7 @@ from tests.doubles.synthetic import run
 
 QUESTION = Question(
     question_id="q1", source="phantom", split="test", modality="radiology", difficulty="easy", question="What is it?",
-    options=["x", "y"], answer="A", answer_type="choice", image_ids=["im1"],
+    options=["x", "y"], answer="A", answer_type="choice", image_ids=["im1"], dataset="vqa_rad",
 )  # fmt: skip
 
 
@@ -55,8 +55,8 @@ def small() -> dict[str, Any]:
     """q1: the image turns the choice to the right answer; q2: no score at all; q3: no solutions; q4: a faulty row."""
     questions = [
         QUESTION,
-        replace(QUESTION, question_id="q2", difficulty="hard"),
-        replace(QUESTION, question_id="q3", difficulty="hard"),
+        replace(QUESTION, question_id="q2", difficulty="hard", image_ids=["im2"], dataset="slake"),
+        replace(QUESTION, question_id="q3", difficulty="hard", image_ids=[], dataset="slake", published_type="open"),
         replace(QUESTION, question_id="q4", error="no_answer: the options lack it"),
         replace(QUESTION, question_id="q5", split="train"),
     ]
@@ -124,6 +124,7 @@ def test_nothing_is_dropped_without_a_number(report: dict[str, Any]) -> None:
         "split": "test",
         "excluded": {"no_answer": 1},
         "questions": 3,
+        "clusters": 3,
         "solutions": 4,
         "without_answer": 1,
         "questions_without_solutions": 1,
@@ -179,12 +180,35 @@ def test_groups_gates_and_what_the_run_says(report: dict[str, Any]) -> None:
     assert report["by_difficulty"]["easy"]["best_of_n"]["multimodal"]["value"] == 1.0
     assert report["by_difficulty"]["hard"]["one_sample"]["value"] == 0.25
     assert report["by_question"] == {}  # one text only
+    assert {name: row["questions"] for name, row in report["by_dataset"].items()} == {"slake": 2, "vqa_rad": 1}
+    assert report["by_dataset"]["vqa_rad"]["one_sample"] == {
+        "value": 0.5,
+        "low": None,
+        "high": None,
+    }  # of one question there is no interval
+    assert {name: row["questions"] for name, row in report["by_published_type"].items()} == {"open": 1}
+    assert {name: row["questions"] for name, row in report["by_answer_type"].items()} == {"choice": 3}
     gates = {gate["name"]: gate["passed"] for gate in report["gates"]}
     assert gates["judge_expert_kappa"] is None
     assert gates["multimodal_gain"] is True
     assert gates["text_unchanged_without_image"] is True
     assert report["steps"] == [{"name": "sample", "rows": 4, "seconds": 1.5}]
     assert report["environment"] == {"cpus": 2}
+
+
+def test_questions_of_an_image_or_a_group_are_resampled_together() -> None:
+    """q1 and q2 are about one image, q2 and q3 of one patient: one cluster, and no interval."""
+    tables = small()
+    rows = tables["questions"].to_pylist()
+    rows[1] |= {"image_ids": ["im1", "im2"], "group": "patient 7", "dataset": "vqa_rad"}
+    rows[2] |= {"group": "patient 7", "dataset": "vqa_rad"}
+    report = evaluated(EvaluateConfig(), **{**tables, "questions": to_arrow(Question, rows)})
+    assert (report["counts"]["questions"], report["counts"]["clusters"]) == (3, 1)
+    assert report["accuracy"]["one_sample"] == {"value": pytest.approx(1 / 3, abs=1e-6), "low": None, "high": None}
+    rows[2] |= {"dataset": "slake"}  # whose patient 7 is another one
+    apart = evaluated(EvaluateConfig(), **{**tables, "questions": to_arrow(Question, rows)})
+    assert apart["counts"]["clusters"] == 2
+    assert apart["accuracy"]["one_sample"]["low"] < 1 / 3 < apart["accuracy"]["one_sample"]["high"]
 
 
 def test_an_example_shows_both_choices_and_exact_parts(report: dict[str, Any]) -> None:

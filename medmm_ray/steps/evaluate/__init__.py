@@ -28,7 +28,14 @@ from medmm_ray.stats.agreement import PairAgreement
 from medmm_ray.stats.balance import SourceBalance
 from medmm_ray.stats.decoders import Aggregate
 from medmm_ray.stats.resampling import Resampling
-from medmm_ray.steps.evaluate.accuracy import GroupAccuracy, accuracy, accuracy_by_column, accuracy_by_decoder
+from medmm_ray.steps.evaluate.accuracy import (
+    Chances,
+    GroupAccuracy,
+    accuracy,
+    accuracy_by_column,
+    accuracy_by_decoder,
+    chances,
+)
 from medmm_ray.steps.evaluate.examples import choose_examples
 from medmm_ray.steps.evaluate.gates import gates_of
 from medmm_ray.steps.evaluate.report import Counts, EvaluationReport, StepEntry
@@ -37,6 +44,7 @@ from medmm_ray.steps.evaluate.scored_questions import (
     LogOdds,
     Sample,
     ScoredQuestion,
+    clusters,
     of_questions,
     samples_by_question,
     scored_questions,
@@ -51,7 +59,9 @@ from medmm_ray.steps.evaluate.steps import (
     step_figures,
 )
 
-VERSION = 4  # of what a step makes: raise it when the same config makes something else
+VERSION = 5  # of what a step makes: raise it when the same config makes something else
+COLUMNS = ("dataset", "difficulty", "modality", "answer_type", "published_type", "topic")
+"""What a question is grouped by."""
 __all__ = ["EvaluateConfig", "EvaluationReport", "StepEntry", "environment", "evaluate"]
 
 
@@ -72,11 +82,11 @@ class EvaluateConfig(Config):
     calibration_bins: int = Field(10, ge=1)
     """Bins of equal width of the calibration curve and of the ECE (weighted by count)."""
     bootstrap_samples: int = Field(2000, ge=1)
-    """Resamples of the questions for the 95 % intervals."""
+    """Resamples of the questions' clusters for the 95 % intervals; questions about one image or one patient are one."""
     num_subsets: int = Field(128, ge=1)
     """Random subsets per question and N over which votes are averaged; all subsets where there are no more."""
     max_groups: int = Field(12, ge=0)
-    """A table by question text is made where there are at most this many different texts."""
+    """A table by question text, and one by topic, is made where there are at most this many of them."""
     num_examples: int = Field(6, ge=0)
     """Example questions that are shown with their solutions."""
     seed: int = 0
@@ -122,11 +132,14 @@ def evaluate(
     step_metrics = {}
     for arm in arms:
         step_metrics[arm] = step_figures(log_odds[arm], reference, config.threshold, config.calibration_bins)
-    over_n = accuracy(scored, arms, ns, config.num_subsets, resampling)
+    clusters_Q = clusters(scored)
+    by_question = chances(scored, arms, ns, config.num_subsets, clusters_Q)
+    over_n = accuracy(by_question, arms, ns, resampling)
     text_difference = _largest_text_difference(scores)
     agreement_by_name = agreement(pairs)
     n = ns[-1]
-    by_column = _accuracy_by_group(config, scored, arms, n, resampling)
+    errors = _errors(solutions, scores, labels_of_split)
+    by_column = _accuracy_by_group(config, scored, by_question, arms, n, resampling)
     return EvaluationReport(
         title=config.title,
         config=identity(config),
@@ -134,15 +147,19 @@ def evaluate(
         ns=ns,
         arms=arms,
         reference=reference.source,
-        counts=_counts(config.split, of_split, scored, arms, n, _errors(solutions, scores, labels_of_split)),
+        counts=_counts(config.split, of_split, scored, by_question, arms, n, errors),
         accuracy=over_n,
-        decoders=accuracy_by_decoder(scored, arms, log_odds, resampling),
+        decoders=accuracy_by_decoder(scored, log_odds, arms, clusters_Q, resampling),
         step=step_metrics,
         labels=list(balances),
         agreement=agreement_by_name,
         largest_text_difference=text_difference,
+        by_dataset=by_column["dataset"],
         by_difficulty=by_column["difficulty"],
         by_modality=by_column["modality"],
+        by_answer_type=by_column["answer_type"],
+        by_published_type=by_column["published_type"],
+        by_topic=by_column["topic"],
         by_question=by_column["question"],
         steps=list(steps),
         environment=dict(environment or {}),
@@ -175,14 +192,20 @@ def _in_order(arms: Iterable[str]) -> list[str]:
 
 
 def _accuracy_by_group(
-    config: EvaluateConfig, scored: Sequence[ScoredQuestion], arms: Sequence[str], n: int, resampling: Resampling
+    config: EvaluateConfig,
+    scored: Sequence[ScoredQuestion],
+    by_question: Chances,
+    arms: Sequence[str],
+    n: int,
+    resampling: Resampling,
 ) -> dict[str, dict[str, GroupAccuracy]]:
-    """The accuracy at N by difficulty, modality and, where the texts are few, by question text."""
+    """The accuracy at N by each of `COLUMNS` and, where the texts are few, by question text."""
     tables = {}
-    for column in ("difficulty", "modality", "question"):
-        tables[column] = accuracy_by_column(scored, arms, n, column, config.num_subsets, resampling)
-    # Where every question has a text of its own, a table of them would be the list of questions.
-    if not 1 < len(tables["question"]) <= config.max_groups:
+    for column in (*COLUMNS, "question"):
+        max_groups = config.max_groups if column in ("question", "topic") else None
+        tables[column] = accuracy_by_column(scored, by_question, arms, n, column, resampling, max_groups)
+    # The one text of all questions is no group.
+    if len(tables["question"]) == 1:
         tables["question"] = {}
     return tables
 
@@ -205,6 +228,7 @@ def _counts(
     split: str,
     questions: pa.Table,
     scored: Sequence[ScoredQuestion],
+    by_question: Chances,
     arms: Sequence[str],
     n: int,
     errors: dict[str, dict[str, int]],
@@ -231,6 +255,7 @@ def _counts(
         split=split,
         excluded=_error_counts(questions),
         questions=len(scored),
+        clusters=by_question.num_clusters,
         solutions=num_samples,
         without_answer=without_answer,
         questions_without_solutions=without_solutions,

@@ -1,4 +1,7 @@
-"""Scored questions -> accuracy over N, by decoder and by group. Intervals are those of resampled questions."""
+"""Scored questions -> accuracy over N, by decoder and by group. Intervals resample clusters of questions.
+
+Legend: Q questions, K figures.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,9 +11,9 @@ import numpy as np
 from medmm_ray.stats import decoders, metrics
 from medmm_ray.stats.decoders import Decoder
 from medmm_ray.stats.grouped_stats import Figure, easy_first
-from medmm_ray.stats.metrics import Floats
+from medmm_ray.stats.metrics import Floats, Ints
 from medmm_ray.stats.resampling import Resampling
-from medmm_ray.steps.evaluate.scored_questions import LogOdds, ScoredQuestion, rewards_of
+from medmm_ray.steps.evaluate.scored_questions import ArmScores, ScoredQuestion
 
 FigurePath = tuple[str, ...]
 DECODERS = ("best_of_n", "sc_rm")
@@ -18,11 +21,12 @@ DECODERS = ("best_of_n", "sc_rm")
 
 @dataclass(frozen=True)
 class Accuracy(Figure):
-    """A share of questions answered rightly, or a difference of two, with its interval."""
+    """A share of questions answered rightly, or a difference of two, with its interval.
+
+    The interval is that of resampled clusters of questions; of a single cluster there is none.
+    """
 
     value: float
-    low: float
-    high: float
 
 
 AccuracyByN = Mapping[str, Accuracy]
@@ -66,6 +70,8 @@ class GroupAccuracy:
     """The accuracy at one N of a group of questions, as `AccuracyOverN` has it."""
 
     questions: int
+    clusters: int
+    """Independent groups of questions, as those about one image are one: what the intervals resample."""
     one_sample: Accuracy
     oracle: Accuracy
     majority: Accuracy
@@ -74,30 +80,95 @@ class GroupAccuracy:
     gain: Gain | None = None
 
 
-@dataclass
-class _Chances:
-    """Chances of the questions to be answered rightly, by the figure's path, e.g. ("best_of_n", "multimodal", "64")."""
+@dataclass(frozen=True)
+class Chances:
+    """The chance of each question to be answered rightly, by the path of each figure, as (best_of_n, text_only, 64).
 
-    by_path: dict[FigurePath, list[float]] = field(default_factory=dict)
+    `clusters_Q` numbers the cluster that each question is of.
+    """
 
-    def add(self, chance: float, *path: str) -> None:
-        """Append the next question's chance."""
-        self.by_path.setdefault(path, []).append(chance)
+    paths: Sequence[FigurePath]
+    values_QK: Floats
+    clusters_Q: Ints
 
-    def arrays(self) -> dict[FigurePath, Floats]:
-        """One value a question."""
-        return {path: np.array(chances) for path, chances in self.by_path.items()}
+    def of(self, rows_Q: Ints) -> "Chances":
+        """Those of some questions."""
+        return Chances(self.paths, self.values_QK[rows_Q], self.clusters_Q[rows_Q])
+
+    def at(self, n: int) -> "Chances":
+        """Those at one N, and of one sample."""
+        columns = [column for column, path in enumerate(self.paths) if path[-1] in (str(n), "one_sample")]
+        paths = [self.paths[column] for column in columns]
+        return Chances(paths, self.values_QK[:, columns], self.clusters_Q)
+
+    @property
+    def num_clusters(self) -> int:
+        """Independent groups of questions."""
+        return len(np.unique(self.clusters_Q))
+
+    def figures(self, resampling: Resampling) -> dict[FigurePath, Accuracy]:
+        """The mean of each path, with its interval. All share the resamples of the clusters."""
+        if not self.paths or not len(self.values_QK):
+            return {}
+        lows, highs = metrics.bootstrap(self.values_QK, resampling.num, resampling.seed, self.clusters_Q)
+        means = self.values_QK.mean(axis=0)
+        # The resamples of a single cluster are all alike.
+        has_interval = self.num_clusters > 1
+        figures = {}
+        for path, value, low, high in zip(self.paths, means, lows, highs, strict=True):
+            ends = (_rounded(low), _rounded(high)) if has_interval else (None, None)
+            figures[path] = Accuracy(_rounded(value), *ends)
+        return figures
 
 
-def accuracy(
+def chances(
     questions: Sequence[ScoredQuestion],
     arms: Sequence[str],
     ns: Sequence[int],
     num_subsets: int,
-    resampling: Resampling,
-) -> AccuracyOverN:
+    clusters_Q: Ints,
+) -> Chances:
+    """The chances by one sample, oracle, majority, best-of-N and SC+RM of each arm at each of `ns`, and the gains."""
+    columns: dict[FigurePath, list[float]] = {}
+    for scored in questions:
+        for path, chance in _chances_of(scored, arms, ns, num_subsets).items():
+            columns.setdefault(path, []).append(chance)
+    arrays = {path: np.array(column) for path, column in columns.items()}
+    if _has_gain(arms):
+        for decoder in DECODERS:
+            for n in ns:
+                multimodal = arrays[decoder, "multimodal", str(n)]
+                text_only = arrays[decoder, "text_only", str(n)]
+                arrays["gain", decoder, str(n)] = multimodal - text_only
+    return _stacked(arrays, clusters_Q)
+
+
+def _stacked(arrays: Mapping[FigurePath, Floats], clusters_Q: Ints) -> Chances:
+    values_QK = np.stack(list(arrays.values()), axis=1) if arrays else np.zeros((0, 0))
+    return Chances(list(arrays), values_QK, clusters_Q)
+
+
+def _chances_of(
+    scored: ScoredQuestion, arms: Sequence[str], ns: Sequence[int], num_subsets: int
+) -> dict[FigurePath, float]:
+    correct, codes = scored.correct, scored.codes
+    # A question without a sample counts as wrong.
+    chances: dict[FigurePath, float] = {("one_sample",): float(correct.mean()) if correct.size else 0.0}
+    for n in ns:
+        # The same subsets for all arms, so that their difference is not one of luck.
+        subsets = decoders.subsets(max(codes.size, 1), n, num_subsets, scored.seed)
+        chances["oracle", str(n)] = decoders.expected_oracle(correct, n)
+        chances["majority", str(n)] = decoders.expected_vote(codes, correct, subsets)
+        for arm in arms:
+            rewards = scored.rewards[arm]
+            chances["best_of_n", arm, str(n)] = decoders.expected_best(rewards, correct, n)
+            chances["sc_rm", arm, str(n)] = decoders.expected_vote(codes, correct, subsets, rewards)
+    return chances
+
+
+def accuracy(chances_: Chances, arms: Sequence[str], ns: Sequence[int], resampling: Resampling) -> AccuracyOverN:
     """The accuracy at each of `ns`; a gain only where both of its arms are there."""
-    figures = _figures(_chances(questions, arms, ns, num_subsets), resampling)
+    figures = chances_.figures(resampling)
 
     def by_n(*path: str) -> dict[str, Accuracy]:
         return {str(n): figures[*path, str(n)] for n in ns}
@@ -117,31 +188,40 @@ def accuracy(
 
 def accuracy_by_column(
     questions: Sequence[ScoredQuestion],
+    chances_: Chances,
     arms: Sequence[str],
     n: int,
     column: str,
-    num_subsets: int,
     resampling: Resampling,
+    max_groups: int | None = None,
 ) -> dict[str, GroupAccuracy]:
-    """The accuracy at one N for each value of a question's column."""
-    groups: dict[str, list[ScoredQuestion]] = {}
-    for scored in questions:
-        groups.setdefault(getattr(scored.question, column), []).append(scored)
+    """The accuracy at one N for each value of a question's column; questions without one form no group.
+
+    Nothing where there are more than `max_groups` values: a table of them would be a list of the questions.
+    """
+    rows_by_name: dict[str, list[int]] = {}
+    for row, scored in enumerate(questions):
+        name = getattr(scored.question, column)
+        if name:
+            rows_by_name.setdefault(name, []).append(row)
+    if max_groups is not None and len(rows_by_name) > max_groups:
+        return {}
     table = {}
-    for name in sorted(groups, key=easy_first):
-        figures = _figures(_chances(groups[name], arms, [n], num_subsets), resampling)
-        table[name] = _group_accuracy(len(groups[name]), figures, arms, str(n))
+    chances_ = chances_.at(n)
+    for name in sorted(rows_by_name, key=easy_first):
+        of_group = chances_.of(np.array(rows_by_name[name]))
+        table[name] = _group_accuracy(of_group, arms, str(n), resampling)
     return table
 
 
-def _group_accuracy(
-    num_questions: int, figures: Mapping[FigurePath, Accuracy], arms: Sequence[str], n: str
-) -> GroupAccuracy:
+def _group_accuracy(of_group: Chances, arms: Sequence[str], n: str, resampling: Resampling) -> GroupAccuracy:
+    figures = of_group.figures(resampling)
     gain = None
     if _has_gain(arms):
         gain = Gain(best_of_n=figures["gain", "best_of_n", n], sc_rm=figures["gain", "sc_rm", n])
     return GroupAccuracy(
-        questions=num_questions,
+        questions=len(of_group.values_QK),
+        clusters=of_group.num_clusters,
         one_sample=figures["one_sample",],
         oracle=figures["oracle", n],
         majority=figures["majority", n],
@@ -153,29 +233,29 @@ def _group_accuracy(
 
 def accuracy_by_decoder(
     questions: Sequence[ScoredQuestion],
+    log_odds: Mapping[str, ArmScores],
     arms: Sequence[str],
-    log_odds: Mapping[str, LogOdds],
+    clusters_Q: Ints,
     resampling: Resampling,
 ) -> dict[str, dict[str, Accuracy]]:
     """The accuracy of every named decoder over all samples of each question, by arm and decoder."""
-    chances = _Chances()
-    for scored in questions:
-        for arm in arms:
-            for name, decoder in decoders.DECODERS.items():
-                chance = _decoded(scored, decoder, log_odds[arm])
-                chances.add(chance, arm, name)
+    arrays: dict[FigurePath, Floats] = {}
+    for arm in arms:
+        for name, decoder in decoders.DECODERS.items():
+            column = [_decoded(scored, decoder, log_odds[arm], arm) for scored in questions]
+            arrays[arm, name] = np.array(column)
     by_arm: dict[str, dict[str, Accuracy]] = {}
-    for (arm, name), figure in _figures(chances.arrays(), resampling).items():
+    for (arm, name), figure in _stacked(arrays, clusters_Q).figures(resampling).items():
         by_arm.setdefault(arm, {})[name] = figure
     return by_arm
 
 
-def _decoded(scored: ScoredQuestion, decoder: Decoder, log_odds: LogOdds) -> float:
+def _decoded(scored: ScoredQuestion, decoder: Decoder, scores: ArmScores, arm: str) -> float:
     """The chance that a decoder over all samples of a question picks a right one: below 1 where several lead."""
     # A plain vote has no use for rewards.
     rewards = None
     if decoder.aggregate:
-        rewards = rewards_of(scored.solution_ids, log_odds, decoder.aggregate)
+        rewards = scores.rewards(decoder.aggregate)[scored.places[arm]]
     if decoder.rule == "best":
         assert rewards is not None
         return decoders.expected_best(rewards, scored.correct, max(scored.num_samples, 1))
@@ -189,57 +269,8 @@ def _decoded(scored: ScoredQuestion, decoder: Decoder, log_odds: LogOdds) -> flo
     )
 
 
-def _chances(
-    questions: Sequence[ScoredQuestion],
-    arms: Sequence[str],
-    ns: Sequence[int],
-    num_subsets: int,
-) -> dict[FigurePath, Floats]:
-    chances = _Chances()
-    for scored in questions:
-        correct, codes = scored.correct, scored.codes
-        # A question without a sample counts as wrong.
-        one_sample = float(correct.mean()) if correct.size else 0.0
-        chances.add(one_sample, "one_sample")
-        for n in ns:
-            # The same subsets for all arms, so that their difference is not one of luck.
-            subsets = decoders.subsets(max(codes.size, 1), n, num_subsets, scored.seed)
-            oracle = decoders.expected_oracle(correct, n)
-            majority = decoders.expected_vote(codes, correct, subsets)
-            chances.add(oracle, "oracle", str(n))
-            chances.add(majority, "majority", str(n))
-            for arm in arms:
-                rewards = scored.rewards[arm]
-                best_of_n = decoders.expected_best(rewards, correct, n)
-                weighted_vote = decoders.expected_vote(codes, correct, subsets, rewards)
-                chances.add(best_of_n, "best_of_n", arm, str(n))
-                chances.add(weighted_vote, "sc_rm", arm, str(n))
-    arrays = chances.arrays()
-    if _has_gain(arms):
-        for decoder in DECODERS:
-            for n in ns:
-                multimodal = arrays[decoder, "multimodal", str(n)]
-                text_only = arrays[decoder, "text_only", str(n)]
-                arrays["gain", decoder, str(n)] = multimodal - text_only
-    return arrays
-
-
 def _has_gain(arms: Sequence[str]) -> bool:
     return {"multimodal", "text_only"} <= set(arms)
-
-
-def _figures(chances: Mapping[FigurePath, Floats], resampling: Resampling) -> dict[FigurePath, Accuracy]:
-    """The figure of each path. All share the resamples of the questions."""
-    if not chances:
-        return {}
-    # All figures at once: resamples of the questions are shared, and a gain's interval is that of paired differences.
-    values_QK = np.stack(list(chances.values()), axis=1)
-    lows, highs = metrics.bootstrap(values_QK, resampling.num, resampling.seed)
-    means = values_QK.mean(axis=0)
-    figures = {}
-    for path, value, low, high in zip(chances, means, lows, highs, strict=True):
-        figures[path] = Accuracy(_rounded(value), _rounded(low), _rounded(high))
-    return figures
 
 
 def _rounded(number: float) -> float:

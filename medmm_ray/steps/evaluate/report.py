@@ -30,6 +30,8 @@ class Counts:
     excluded: dict[str, int]
     """Questions whose own row has an error, by kind."""
     questions: int
+    clusters: int
+    """Independent groups of questions: those about one image, patient or source text are one."""
     solutions: int
     without_answer: int
     questions_without_solutions: int
@@ -64,8 +66,14 @@ class EvaluationReport:
     """By the two sources' names, as ``judge_expert``."""
     largest_text_difference: float | None
     """Between the multimodal arm's text part and the text-only scores; None without both."""
+    by_dataset: dict[str, GroupAccuracy]
     by_difficulty: dict[str, GroupAccuracy]
     by_modality: dict[str, GroupAccuracy]
+    by_answer_type: dict[str, GroupAccuracy]
+    by_published_type: dict[str, GroupAccuracy]
+    """By the data set's own word for the kind of question, as closed and open."""
+    by_topic: dict[str, GroupAccuracy]
+    """By what the question is about, as the data set names it; empty where there are too many."""
     by_question: dict[str, GroupAccuracy]
     """By question text; empty where there are too many."""
     steps: list[StepEntry]

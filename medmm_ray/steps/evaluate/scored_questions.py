@@ -1,7 +1,7 @@
 """Tables -> scored questions: one question with its samples as arrays, ready for `metrics`. Texts stay in Arrow."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,10 +12,11 @@ import pyarrow.compute as pc
 from medmm_ray.config import digest
 from medmm_ray.data.records import Question, from_dict
 from medmm_ray.stats import decoders
+from medmm_ray.stats.clusters import clusters_of
 from medmm_ray.stats.decoders import Aggregate
 from medmm_ray.stats.metrics import Bools, Floats, Ints
 
-LogOdds = dict[str, Floats]
+LogOdds = Mapping[str, Floats]
 """By solution: the log-odds of each step."""
 ARMS = ("text_only", "multimodal", "shuffled_image")
 
@@ -30,15 +31,50 @@ class Sample:
     num_steps: int
 
 
+class ArmScores(LogOdds):
+    """One arm's log-odds of the steps of all scored solutions, in one array, and the rewards that they make."""
+
+    def __init__(self, solution_ids: Sequence[str], log_odds_S: Floats, num_steps: Ints) -> None:
+        self._place = {solution_id: place for place, solution_id in enumerate(solution_ids)}
+        self._log_odds_S = log_odds_S
+        self._num_steps = num_steps
+        self._ends = np.cumsum(num_steps)
+        self._rewards: dict[Aggregate, Floats] = {}
+
+    def __getitem__(self, solution_id: str) -> Floats:
+        end = self._ends[self._place[solution_id]]
+        return self._log_odds_S[end - self._num_steps[self._place[solution_id]] : end]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._place)
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def places(self, solution_ids: Iterable[str]) -> Ints:
+        """Where the rewards of these solutions are; -1 of those without a score."""
+        return np.array([self._place.get(solution_id, -1) for solution_id in solution_ids], dtype=np.int64)
+
+    def rewards(self, how: Aggregate) -> Floats:
+        """The reward of each solution, by its place; the last entry, which place -1 stands for, is NaN."""
+        if how not in self._rewards:
+            rewards = decoders.aggregates(self._log_odds_S, self._num_steps, how)
+            self._rewards[how] = np.append(rewards, math.nan)
+        return self._rewards[how]
+
+
 @dataclass(frozen=True)
 class ScoredQuestion:
     """One question of the split; arrays over its M samples, rewards by arm (NaN: not scored)."""
 
     question: Question
     solution_ids: list[str]
+    answers: list[str | None]
     codes: Ints
     """The number of each sample's answer among the answers of the question; negative without an answer."""
     correct: Bools
+    places: dict[str, Ints]
+    """By arm: where `ArmScores.rewards` has each sample's."""
     rewards: dict[str, Floats]
     seed: int
 
@@ -98,7 +134,7 @@ def without_not_finite(scores: pa.Table) -> pa.Table:
     return scores.set_column(place, "error", errors)
 
 
-def step_log_odds(scores: pa.Table, samples: Mapping[str, Sequence[Sample]]) -> dict[str, LogOdds]:
+def step_log_odds(scores: pa.Table, samples: Mapping[str, Sequence[Sample]]) -> dict[str, ArmScores]:
     """By arm: text part + image part of each step, of the score rows without an error.
 
     Raises ValueError where a solution has another number of scores than steps.
@@ -107,45 +143,39 @@ def step_log_odds(scores: pa.Table, samples: Mapping[str, Sequence[Sample]]) -> 
     for of_question in samples.values():
         for sample in of_question:
             num_steps[sample.solution_id] = sample.num_steps
+    # A solution may have left the table since it was scored.
+    is_there = pc.is_in(scores["solution_id"], pa.array(num_steps, pa.string()))
+    usable = scores.filter(pc.and_(is_there, pc.is_null(scores["error"])))
+    by_arm = {}
     # An arm whose rows all failed is an arm still: its questions count as unscored.
-    by_arm: dict[str, LogOdds] = {arm: {} for arm in scores["arm"].unique().to_pylist()}
-    rows = zip(
-        scores["solution_id"].to_pylist(),
-        scores["arm"].to_pylist(),
-        scores["text_log_odds"].to_pylist(),
-        scores["image_log_odds"].to_pylist(),
-        scores["error"].to_pylist(),
-        strict=True,
-    )
-    for solution_id, arm, text, image, error in rows:
-        # A solution may have left the table since it was scored.
-        if error or solution_id not in num_steps:
-            continue
-        if not len(text) == len(image) == num_steps[solution_id]:
-            raise ValueError(
-                f"solution {solution_id}, arm {arm}: {len(text)} text and {len(image)} image scores for "
-                f"{num_steps[solution_id]} steps; expected one each a step. Score the solutions again."
-            )
-        text_S = np.asarray(text, dtype=np.float64)
-        image_S = np.asarray(image, dtype=np.float64)
-        by_arm[arm][solution_id] = text_S + image_S
+    for arm in scores["arm"].unique().to_pylist():
+        rows = usable.filter(pc.equal(usable["arm"], arm))
+        by_arm[arm] = _arm_scores(arm, rows, num_steps)
     return by_arm
 
 
-def rewards_of(solution_ids: Sequence[str], log_odds: Mapping[str, Floats], how: Aggregate) -> Floats:
-    """The reward of each solution [M], NaN where it has no score."""
-    # NaN keeps the sample's place among the N: it is drawn, and never the best.
-    rewards_M = np.full(len(solution_ids), math.nan)
-    for place, solution_id in enumerate(solution_ids):
-        if solution_id in log_odds:
-            rewards_M[place] = decoders.aggregate(log_odds[solution_id], how)
-    return rewards_M
+def _arm_scores(arm: str, rows: pa.Table, num_steps: Mapping[str, int]) -> ArmScores:
+    solution_ids = rows["solution_id"].to_pylist()
+    text_lists, image_lists = rows["text_log_odds"].combine_chunks(), rows["image_log_odds"].combine_chunks()
+    num_text = np.asarray(pc.list_value_length(text_lists), dtype=np.int64)
+    num_image = np.asarray(pc.list_value_length(image_lists), dtype=np.int64)
+    expected = np.array([num_steps[solution_id] for solution_id in solution_ids], dtype=np.int64)
+    misfits = np.flatnonzero((num_text != expected) | (num_image != expected))
+    if misfits.size:
+        row = int(misfits[0])
+        raise ValueError(
+            f"solution {solution_ids[row]}, arm {arm}: {num_text[row]} text and {num_image[row]} image scores for "
+            f"{expected[row]} steps; expected one each a step. Score the solutions again."
+        )
+    text_S = np.asarray(text_lists.flatten(), dtype=np.float64)
+    image_S = np.asarray(image_lists.flatten(), dtype=np.float64)
+    return ArmScores(solution_ids, text_S + image_S, expected)
 
 
 def scored_questions(
     questions: pa.Table,
     samples: Mapping[str, Sequence[Sample]],
-    log_odds: Mapping[str, LogOdds],
+    log_odds: Mapping[str, ArmScores],
     arms: Sequence[str],
     how: Aggregate,
     seed: int,
@@ -155,25 +185,48 @@ def scored_questions(
     for row in questions.to_pylist():
         question: Question = from_dict(Question, row)
         of_question = samples.get(question.question_id, [])
-        ids, answers, grades = [], [], []
-        for sample in of_question:
-            ids.append(sample.solution_id)
-            answers.append(sample.answer)
-            grades.append(sample.correct)
-        # The wordings of an open answer differ: all that were graded right are one answer.
-        codes = decoders.answer_codes(answers, grades if question.answer_type == "open" else None)
-        # No answer is never right, whatever its grade.
-        is_right = np.array(list(map(bool, grades)), dtype=bool)
-        rewards = {arm: rewards_of(ids, log_odds[arm], how) for arm in arms}
-        question_hash = digest(seed, question.question_id)
-        scored.append(
-            ScoredQuestion(
-                question=question,
-                solution_ids=ids,
-                codes=codes,
-                correct=is_right & (codes >= 0),
-                rewards=rewards,
-                seed=int(question_hash, 16) % 2**40,
-            )
-        )
+        scored.append(_scored_question(question, of_question, log_odds, arms, how, seed))
     return scored
+
+
+def _scored_question(
+    question: Question,
+    samples: Sequence[Sample],
+    log_odds: Mapping[str, ArmScores],
+    arms: Sequence[str],
+    how: Aggregate,
+    seed: int,
+) -> ScoredQuestion:
+    ids, answers, grades = [], [], []
+    for sample in samples:
+        ids.append(sample.solution_id)
+        answers.append(sample.answer)
+        grades.append(sample.correct)
+    # The wordings of an open answer differ: all that were graded right are one answer.
+    codes = decoders.answer_codes(answers, grades if question.answer_type == "open" else None)
+    # No answer is never right, whatever its grade.
+    is_right = np.array(list(map(bool, grades)), dtype=bool)
+    places = {arm: log_odds[arm].places(ids) for arm in arms}
+    question_hash = digest(seed, question.question_id)
+    return ScoredQuestion(
+        question=question,
+        solution_ids=ids,
+        answers=answers,
+        codes=codes,
+        correct=is_right & (codes >= 0),
+        places=places,
+        # NaN keeps the sample's place among the N: it is drawn, and never the best.
+        rewards={arm: log_odds[arm].rewards(how)[places[arm]] for arm in arms},
+        seed=int(question_hash, 16) % 2**40,
+    )
+
+
+def clusters(questions: Sequence[ScoredQuestion]) -> Ints:
+    """The cluster of each question: those about one image, or of one group, are not independent of each other."""
+    keys = []
+    for scored in questions:
+        question = scored.question
+        # A group's name may be that of an image, or of another data set's group.
+        group = f"group {question.dataset} {question.group}" if question.group else ""
+        keys.append([*question.image_ids, group])
+    return clusters_of(keys)

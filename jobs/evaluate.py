@@ -1,9 +1,12 @@
-"""Everything -> report: report.json and report.html, in the artifact and at the top of the run's folder."""
+"""Everything -> report.json, report.html, outcomes.parquet: in the artifact and at the top of the run's folder."""
 
 import sys
 from collections import Counter
+from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from jobs.entry import main
 from jobs.graph import LABELS, STEPS
@@ -14,6 +17,9 @@ from medmm_ray.engines.images import open_image
 from medmm_ray.pages.report import headline, render
 from medmm_ray.steps.audit import AuditReport
 from medmm_ray.steps.evaluate import StepEntry, environment, evaluate
+
+OUTCOMES = "outcomes.parquet"
+"""What each question came to (`medmm_ray.steps.evaluate.outcomes`)."""
 
 
 def run(job: Job) -> None:
@@ -26,8 +32,8 @@ def make(job: Job, uri: str) -> dict[str, float]:
     questions = job.rows_where("questions", "split", [job.config.split])
     # Solutions of training questions were learnt from: they are no part of what is measured.
     test_ids = questions.filter(pc.equal(questions["split"], "test"))["question_id"].combine_chunks()
-    dataset = read_report(job.run.uri("dataset_report"))
-    report = evaluate(
+    dataset = None if job.run.is_left_out("dataset_report") else read_report(job.run.uri("dataset_report"))
+    evaluation = evaluate(
         job.config,
         questions=questions,
         images=job.read("images", ["image_id", "uri", "diagnosis"]),
@@ -35,20 +41,35 @@ def make(job: Job, uri: str) -> dict[str, float]:
         scores=job.rows_where("scores", "question_id", test_ids),
         labels=job.stream_all(LABELS),
         review_queue=job.read("review_queue"),
-        balances=dataset.balance,
-        pairs=dataset.agreement,
+        balances=dataset.balance if dataset else (),
+        pairs=dataset.agreement if dataset else (),
         steps=step_entries(job.run),
+        settings=settings_of(job.run),
         environment=environment(),
     )
+    report = evaluation.report
+    table = pa.BufferOutputStream()
+    pq.write_table(evaluation.outcomes, table)
     files = {
         "report.json": to_json(report),
         "report.html": render(report, open_image).encode(),
+        OUTCOMES: table.getvalue().to_pybytes(),
     }
     for name, content in files.items():
         for folder in (uri, job.run.root):
             fs, path = filesystem(f"{folder}/{name}")
             write_file(fs, path, content)
     return {entry.kind: entry.figure.value for entry in headline(report)}
+
+
+def settings_of(run: Run) -> dict[str, Any]:
+    """By step: the settings that decide what it makes; and the checkpoints that the recipe names."""
+    settings: dict[str, Any] = {}
+    for step in STEPS:
+        if not run.skipped(step):
+            settings[step.name] = run.settings(step)
+    settings["models"] = {name: model for name, model in dict(run.recipe.models).items() if model is not None}
+    return settings
 
 
 def step_entries(run: Run) -> list[StepEntry]:

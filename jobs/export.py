@@ -1,8 +1,9 @@
 """A run's questions, solutions and labels as a dataset: ``python -m jobs.export recipe.yaml run=… to=<folder>``.
 
 ``format=json`` writes the published nested JSON, ``format=hf`` a folder for the Hugging Face hub, pushed with
-``push=org/name``. What the run has is taken as it is: the tables questions and solutions must be complete, images,
-evidence, labels, and the trees' solutions and labels go along if they are.
+``push=org/name``; ``format=lm_eval`` an evaluated run in the files of lm-evaluation-harness and of the hub. What the
+run has is taken as it is: the tables questions and solutions must be complete; images, evidence, labels, scores, and
+the trees' solutions and labels go along if they are.
 """
 
 import argparse
@@ -11,14 +12,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from jobs.compare import read_run
 from jobs.entry import launch, parser
 from jobs.graph import ALL_LABELS, LABELS, MAKER, TREES
 from jobs.step import Run, load_recipe
 from medmm_ray.config import ConfigError, load
-from medmm_ray.data.tables import Artifact, Table
-from medmm_ray.steps.export import ExportConfig, Tables, export, push
+from medmm_ray.data.tables import Artifact, Table, filesystem, write_file
+from medmm_ray.pages.harness import HarnessRun, eval_results, write_lm_eval
+from medmm_ray.steps.export import ExportConfig, Tables, empty_folder, export, push
 
-OPTIONAL = ("images", "evidence", "image_vectors", *LABELS, *TREES)
+OPTIONAL = ("images", "evidence", "image_vectors", "scores", *LABELS, *TREES)
 log = logging.getLogger("medmm_ray")
 
 
@@ -45,14 +48,31 @@ def _main(arguments: argparse.Namespace) -> int:
     run = Run(load_recipe([arguments.recipe, *recipe_overrides] if arguments.recipe else []))
     if not Artifact(run.root).exists:
         raise ConfigError(f"there is no run at {run.root}; 'run' names the output folder of a pipeline")
-    tables = tables_of(run)
-    counts = export(tables, config, _made_by(tables))
+    if config.format == "lm_eval":
+        counts = export_figures(run, config)
+    else:
+        tables = tables_of(run)
+        counts = export(tables, config, _made_by(tables))
     # In the order of their names, so that two exports' lines can be compared.
     counted = [f"{number:,} {name}" for name, number in sorted(counts.items())]
     log.info("%s: %s", config.to, ", ".join(counted))
     if config.push:
         log.info("pushed: %s", push(config.to, config.push, config.private))
     return 0
+
+
+def export_figures(run: Run, config: ExportConfig) -> dict[str, int]:
+    """An evaluated run's figures in the files of other tools; the lines of samples by data set."""
+    evaluated = read_run(run.root, run.root)
+    manifest = run.artifact("report").manifest()
+    harness = HarnessRun(evaluated.report, evaluated.outcomes, run.model_id("policy"), manifest.created)
+    folder = empty_folder(config.to)
+    counts = write_lm_eval(folder, harness, run.table("questions").to_arrow(), run.table("solutions").stream())
+    for name, content in eval_results(harness, config.hub_ids).items():
+        fs, path = filesystem(f"{folder}/{name}")
+        fs.create_dir(path.rpartition("/")[0], recursive=True)
+        write_file(fs, path, content)
+    return {f"samples of {task}": number for task, number in counts.items()}
 
 
 def _made_by(tables: Tables) -> dict[str, tuple[str, Any]]:

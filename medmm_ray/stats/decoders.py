@@ -170,8 +170,12 @@ def vote(
     Without `rewards` each sample counts one (majority vote, self-consistency); with them, the probability of its reward
     (SC+RM for `sum`).
     """
-    codes = answer_codes(answers)
     rewards_M = None if rewards is None else np.asarray(rewards, dtype=np.float64)
+    return vote_of_codes(answer_codes(answers), rewards_M, rule)
+
+
+def vote_of_codes(codes: Ints, rewards_M: Floats | None = None, rule: VoteRule = "sum") -> int | None:
+    """`vote` of answers that are numbered already (`answer_codes`)."""
     ballots = _ballots(codes, rewards_M)
     if not ballots.voters.any():
         return None

@@ -56,7 +56,7 @@ def made(tables: dict[str, Any]) -> EvaluationReport:
     ]
     evaluated = evaluate(EvaluateConfig(), **tables, steps=steps, environment=environment())
     # As the pipeline reads it from report.json.
-    return from_json(EvaluationReport, to_json(evaluated))
+    return from_json(EvaluationReport, to_json(evaluated.report))
 
 
 def open_picture(uri: str) -> Picture.Image:
@@ -128,7 +128,7 @@ def test_pictures_are_scaled_to_be_seen() -> None:
 def test_a_run_without_scores_or_labels_has_a_page(tables: dict[str, Any]) -> None:
     bare = evaluate(
         EvaluateConfig(), **{**tables, "scores": to_arrow(Scores, []), "labels": [], "balances": [], "pairs": []}
-    )
+    ).report
     html = report.render(bare, open_picture)
     assert "step metrics need one" in html
     assert "No scored case to show" in html
@@ -139,8 +139,8 @@ def test_a_run_without_scores_or_labels_has_a_page(tables: dict[str, Any]) -> No
 def test_a_run_with_the_text_arm_only(tables: dict[str, Any]) -> None:
     scores = tables["scores"].to_pylist()
     only = [{**row, "arm": "text_only"} for row in scores if row["arm"] == "multimodal"]
-    found = evaluate(EvaluateConfig(), **{**tables, "scores": to_arrow(Scores, only), "labels": [to_arrow(Labels, [])]})
-    html = report.render(found, open_picture)
+    text_alone = {**tables, "scores": to_arrow(Scores, only), "labels": [to_arrow(Labels, [])]}
+    html = report.render(evaluate(EvaluateConfig(), **text_alone).report, open_picture)
     assert "Text only, best of 8" in html
     assert "Multimodal − text only" not in html
 
@@ -177,7 +177,7 @@ def test_summary_is_short(made: EvaluationReport) -> None:
 
 
 def test_figures_against_a_judge_are_shown_by_its_name_and_no_gate_is_held_to_them(tables: dict[str, Any]) -> None:
-    judged = evaluate(EvaluateConfig(), **{**tables, "labels": tables["labels"][:1]})
+    judged = evaluate(EvaluateConfig(), **{**tables, "labels": tables["labels"][:1]}).report
     page = report.render(judged, open_picture)
     assert "steps measured against: Judge" in page
     assert "measured against “Judge”, which is no truth" in page

@@ -91,7 +91,7 @@ def small() -> dict[str, Any]:
 
 def evaluated(config: EvaluateConfig, **tables: Any) -> dict[str, Any]:
     """The report as report.json has it."""
-    report = evaluate(config, **tables)
+    report = evaluate(config, **tables).report
     content = to_json(report)
     assert from_json(EvaluationReport, content) == report
     document: dict[str, Any] = json.loads(content)
@@ -200,12 +200,12 @@ def test_questions_of_an_image_or_a_group_are_resampled_together() -> None:
     """q1 and q2 are about one image, q2 and q3 of one patient: one cluster, and no interval."""
     tables = small()
     rows = tables["questions"].to_pylist()
-    rows[1] |= {"image_ids": ["im1", "im2"], "group": "patient 7", "dataset": "vqa_rad"}
-    rows[2] |= {"group": "patient 7", "dataset": "vqa_rad"}
+    rows[1] |= {"image_ids": ["im1", "im2"], "group": "vqa_rad/patient 7"}
+    rows[2] |= {"group": "vqa_rad/patient 7"}
     report = evaluated(EvaluateConfig(), **{**tables, "questions": to_arrow(Question, rows)})
     assert (report["counts"]["questions"], report["counts"]["clusters"]) == (3, 1)
     assert report["accuracy"]["one_sample"] == {"value": pytest.approx(1 / 3, abs=1e-6), "low": None, "high": None}
-    rows[2] |= {"dataset": "slake"}  # whose patient 7 is another one
+    rows[2] |= {"group": "slake/patient 7"}
     apart = evaluated(EvaluateConfig(), **{**tables, "questions": to_arrow(Question, rows)})
     assert apart["counts"]["clusters"] == 2
     assert apart["accuracy"]["one_sample"]["low"] < 1 / 3 < apart["accuracy"]["one_sample"]["high"]

@@ -26,6 +26,7 @@ from medmm_ray.data.records import (
     Question,
     RetrievedDocument,
     RetrievedImage,
+    Scores,
     Solution,
     Solutions,
     StepLabel,
@@ -33,7 +34,7 @@ from medmm_ray.data.records import (
     from_dict,
 )
 from medmm_ray.data.sources import SourceRequest, medmm
-from medmm_ray.data.tables import RowError, write_rows
+from medmm_ray.data.tables import RowError, Table, write_rows
 from medmm_ray.steps.export import ExportConfig, Tables, bundles, export, shard_schema
 from medmm_ray.text import one_line
 from tests.doubles.local_hub import running
@@ -126,6 +127,32 @@ def test_several_readers_are_one_column_by_majority(tmp_path: Path) -> None:
         ("anna", [wrong, wrong]), ("ben", [right, right]), ("cora", [right, StepLabel()]))]  # fmt: skip
     written = medmm.entry(question(1), [only], {only.solution_id: readers})["solutions"][0]["expert_review"]
     assert written == {"reviewed": True, "expert_label": [1, None], "feedback": ["yes", None]}
+
+
+def score_row(arm: str, index: int, log_odds: list[float], error: str | None = None) -> Scores:
+    return Scores(question_id="q1", solution_id=f"q1-s{index}", model="m", arm=arm, text_log_odds=log_odds,
+                  image_log_odds=[0.5] * len(log_odds), error=error)  # fmt: skip
+
+
+def test_step_scores_go_along_by_the_names_that_med_prm_has(run: Run, tmp_path: Path) -> None:
+    """Log-odds 1.5 and -0.5 are .8176 and .3775; an arm that failed is passed over for the text's."""
+    rows = [
+        score_row("text_only", 0, [9.0, 9.0]),
+        score_row("multimodal", 0, [-1.0, 1.0]),
+        score_row("text_only", 1, [1.0, -1.0]),
+        score_row("multimodal", 1, [], "image_corrupt: x"),
+    ]
+    scores = Table(run.uri("scores"), Scores)
+    write_rows(scores, rows, Job(run, MAKER["scores"]).origin("scores"), "solution_id")
+    exported(run, tmp_path / "out")
+    (entry, _) = json.loads((tmp_path / "out" / "train.json").read_text())
+    first, second = entry["solutions"]
+    assert first["PRM_score_list"] == pytest.approx([0.3775407, 0.8175745])
+    assert (first["PRM_min_score"], first["PRM_score"]) == pytest.approx((0.3775407, 0.8175745))
+    assert second["PRM_score_list"] == pytest.approx([0.8175745, 0.3775407])
+    exported(run, tmp_path / "shuffled", score_arm="shuffled_image")
+    (entry, _) = json.loads((tmp_path / "shuffled" / "train.json").read_text())
+    assert "PRM_min_score" not in entry["solutions"][0]
 
 
 def test_the_published_fields(run: Run, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Tables -> figures: what the scorer is worth.
 
 Enter: questions, images, solutions, scores, labels and what the run says of itself. Leaves: an `EvaluationReport`
-(``report.json``).
+(``report.json``) and the table of each question's outcomes.
 
 What counts: the questions of one split whose own row has no error (the others are counted under `counts.excluded`). A
 question without solutions, or without one scored solution, counts as wrong and is counted; a solution without an answer
@@ -15,6 +15,7 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
@@ -38,6 +39,7 @@ from medmm_ray.steps.evaluate.accuracy import (
 )
 from medmm_ray.steps.evaluate.examples import choose_examples
 from medmm_ray.steps.evaluate.gates import gates_of
+from medmm_ray.steps.evaluate.outcomes import COLUMNS, outcomes
 from medmm_ray.steps.evaluate.report import Counts, EvaluationReport, StepEntry
 from medmm_ray.steps.evaluate.scored_questions import (
     ARMS,
@@ -60,9 +62,7 @@ from medmm_ray.steps.evaluate.steps import (
 )
 
 VERSION = 5  # of what a step makes: raise it when the same config makes something else
-COLUMNS = ("dataset", "difficulty", "modality", "answer_type", "published_type", "topic")
-"""What a question is grouped by."""
-__all__ = ["EvaluateConfig", "EvaluationReport", "StepEntry", "environment", "evaluate"]
+__all__ = ["EvaluateConfig", "Evaluation", "EvaluationReport", "StepEntry", "environment", "evaluate"]
 
 
 class EvaluateConfig(Config):
@@ -95,6 +95,14 @@ class EvaluateConfig(Config):
     """Title of the report."""
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """The report, and the table of `outcomes` that its accuracies are means of."""
+
+    report: EvaluationReport
+    outcomes: pa.Table
+
+
 def evaluate(
     config: EvaluateConfig,
     *,
@@ -107,12 +115,15 @@ def evaluate(
     balances: Sequence[SourceBalance] = (),
     pairs: Sequence[PairAgreement] = (),
     steps: Sequence[StepEntry] = (),
+    settings: JsonObject | None = None,
     environment: JsonObject | None = None,
-) -> EvaluationReport:
-    """The report. `labels` are rows of any sources and splits, in parts that are held only while they are read;
-    `images` needs the columns of `ExampleImage`; `review_queue` has the steps that an expert was
-    asked about, with their inclusion probabilities; `balances` and `pairs` say what the labels of all splits are worth,
-    as the dataset report has it.
+) -> Evaluation:
+    """The report, and each question's part in it.
+
+    `labels` are rows of any sources and splits, in parts that are held only while they are read; `images` needs the
+    columns of `ExampleImage`; `review_queue` has the steps that an expert was asked about, with their inclusion
+    probabilities; `balances` and `pairs` say what the labels of all splits are worth, as the dataset report has it;
+    `settings` are those of all steps of the run, by step.
 
     Raises ValueError where the split has no solution at all, or a scored solution another number of scores than steps.
     """
@@ -140,7 +151,7 @@ def evaluate(
     n = ns[-1]
     errors = _errors(solutions, scores, labels_of_split)
     by_column = _accuracy_by_group(config, scored, by_question, arms, n, resampling)
-    return EvaluationReport(
+    report = EvaluationReport(
         title=config.title,
         config=identity(config),
         n=n,
@@ -162,6 +173,7 @@ def evaluate(
         by_topic=by_column["topic"],
         by_question=by_column["question"],
         steps=list(steps),
+        settings=dict(settings or {}),
         environment=dict(environment or {}),
         examples=choose_examples(
             scored,
@@ -182,6 +194,7 @@ def evaluate(
             text_difference,
         ),
     )
+    return Evaluation(report, outcomes(scored, by_question, arms))
 
 
 def _in_order(arms: Iterable[str]) -> list[str]:

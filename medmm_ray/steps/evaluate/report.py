@@ -81,3 +81,5 @@ class EvaluationReport:
     """Machine, packages and code revision."""
     examples: list[Example]
     gates: list[LimitGate]
+    settings: JsonObject = field(default_factory=dict)
+    """By step of the run: the settings that decide what it made."""

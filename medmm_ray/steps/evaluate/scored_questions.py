@@ -225,8 +225,7 @@ def clusters(questions: Sequence[ScoredQuestion]) -> Ints:
     """The cluster of each question: those about one image, or of one group, are not independent of each other."""
     keys = []
     for scored in questions:
-        question = scored.question
-        # A group's name may be that of an image, or of another data set's group.
-        group = f"group {question.dataset} {question.group}" if question.group else ""
-        keys.append([*question.image_ids, group])
+        group = scored.question.group
+        # Told apart from the id of an image.
+        keys.append([*scored.question.image_ids, f"group {group}" if group else ""])
     return clusters_of(keys)

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
@@ -22,12 +23,15 @@ from pyarrow import fs as pafs
 from pydantic import Field
 
 from medmm_ray.config import Config, ConfigError
-from medmm_ray.data.records import Evidence, Image, Labels, Question, Solution, arrow_schema, from_dict
+from medmm_ray.data.records import Evidence, Image, Labels, Question, Scores, Solution, arrow_schema, from_dict
 from medmm_ray.data.sources.medmm import entry
 from medmm_ray.data.tables import Artifact, RowError, Table, filesystem, write_file
 from medmm_ray.engines.images import read_bytes
+from medmm_ray.stats.metrics import probability
 from medmm_ray.steps.export.card import card
 
+Arm = Literal["multimodal", "text_only", "shuffled_image", "no_documents"]
+DEFAULT_ARMS: tuple[Arm, ...] = ("multimodal", "text_only")
 IMAGE_FIELDS = ("image_id", "uri", "sha256", "modality", "diagnosis")
 """What a shard says of an image, in the order of the record."""
 log = logging.getLogger(__name__)
@@ -38,16 +42,24 @@ class ExportConfig(Config):
 
     to: str = ""
     """Folder or URI to write to; it must be empty. Required."""
-    format: Literal["json", "hf"] = "json"
-    """json: the published nested JSON, a file per split; hf: Parquet shards per split, a card, as `datasets` reads."""
+    format: Literal["json", "hf", "lm_eval"] = "json"
+    """json: the published nested JSON, a file per split; hf: Parquet shards per split, a card, as `datasets` reads;
+    lm_eval: an evaluated run as lm-evaluation-harness' results_*.json and samples_*.jsonl, and the hub's
+    .eval_results/*.yaml."""
     images: Literal["uri", "copy"] = "uri"
     """uri: images are named where they lie; copy: their files go along, into images/."""
     embeddings: bool = False
     """JSON: write the vector of each question's first image into image_embedding (else null)."""
+    score_arm: Arm | None = None
+    """JSON: the arm whose step probabilities are written, as PRM_min_score, PRM_score (the last step's) and
+    PRM_score_list; null: multimodal, and text_only where a solution has no score of that."""
     questions_per_shard: int = Field(256, ge=1)
     """Questions that are held in memory at a time, and rows of a Parquet shard."""
     license: str = "other"
     """Licence of the dataset, as the hub spells it; yours to choose, the sources' own terms hold too."""
+    hub_ids: dict[str, str] = Field(default_factory=dict)
+    """lm_eval: ids of the run's data sets among the hub's, as {slake: mdwiratathya/SLAKE-vqa-english}; each of them
+    gets a file in .eval_results."""
     push: str = ""
     """hf: hub id (org/name) of the dataset repository to push the folder to; empty: none."""
     private: bool = True
@@ -64,6 +76,7 @@ class Tables:
     images: Table | None = None
     evidence: Table | None = None
     image_vectors: Table | None = None
+    scores: Table | None = None
     labels: Mapping[str, Table] = field(default_factory=dict)
 
 
@@ -77,6 +90,7 @@ class Bundle:
     labels: Mapping[str, Sequence[Labels]]
     images: Sequence[Image]
     evidence: Evidence | None
+    scores: Mapping[str, Sequence[Scores]] = field(default_factory=dict)
     embedding: Sequence[float] | None = None
 
 
@@ -85,7 +99,7 @@ def export(tables: Tables, config: ExportConfig, made_by: Mapping[str, Any]) -> 
 
     Raises ConfigError for a folder that is not empty or a name missing, TableError for one that cannot be written.
     """
-    folder = _empty_folder(config.to)
+    folder = empty_folder(config.to)
     counts: Counter[str] = Counter()
     split_ids = _split_ids(tables)
     for split, ids in split_ids.items():
@@ -101,6 +115,7 @@ def export(tables: Tables, config: ExportConfig, made_by: Mapping[str, Any]) -> 
                 folder,
                 split,
                 bundles_,
+                config.score_arm,
                 counts,
             )
         else:
@@ -145,7 +160,8 @@ def _bundles_of_split(
             )
 
 
-def _empty_folder(to: str) -> str:
+def empty_folder(to: str) -> str:
+    """The folder to write to, made where it is not there; raises ConfigError where there is something in it."""
     if not to:
         raise ConfigError("'to' is required: the folder to write to, e.g. to=exports/mine")
     fs, path = filesystem(to)
@@ -184,6 +200,7 @@ def bundles(tables: Tables, ids: Sequence[str], config: ExportConfig) -> Iterato
     solutions = _solutions(tables.solutions, ids)
     tree_solutions = _solutions(tables.tree_solutions, ids)
     labels = _labels(tables, ids)
+    scores = _scores(tables.scores, ids)
     # Questions share pictures: each is read once a chunk.
     distinct_ids: set[str] = set()
     for question in questions.values():
@@ -209,6 +226,7 @@ def bundles(tables: Tables, ids: Sequence[str], config: ExportConfig) -> Iterato
             labels=labels.get(question_id, {}),
             images=[images[image_id] for image_id in question.image_ids if image_id in images],
             evidence=evidence.get(question_id),
+            scores=scores.get(question_id, {}),
             embedding=embedding,
         )
 
@@ -232,6 +250,16 @@ def _labels(tables: Tables, ids: Sequence[str]) -> dict[str, dict[str, list[Labe
             by_solution = by_question.setdefault(row["question_id"], {})
             of_solution = by_solution.setdefault(row["solution_id"], [])
             of_solution.append(from_dict(Labels, row))
+    return by_question
+
+
+def _scores(table: Table | None, ids: Sequence[str]) -> dict[str, dict[str, list[Scores]]]:
+    """By question and solution: the score rows of all arms, without failed ones."""
+    by_question: dict[str, dict[str, list[Scores]]] = {}
+    for row in _rows(table, "question_id", ids):
+        if row["error"] is None:
+            by_solution = by_question.setdefault(row["question_id"], {})
+            by_solution.setdefault(row["solution_id"], []).append(from_dict(Scores, row))
     return by_question
 
 
@@ -311,6 +339,7 @@ def _write_json(
     folder: str,
     split: str,
     bundles_: Iterator[Bundle],
+    score_arm: Arm | None,
     counts: Counter[str],
 ) -> None:
     """``<split>.json``: one list, written entry by entry under another name, then put in its place."""
@@ -328,6 +357,7 @@ def _write_json(
                     embedding=bundle.embedding,
                     tree_solutions=bundle.tree_solutions,
                 )
+                _add_scores(nested["solutions"], bundle, score_arm)
                 content = _json(nested)
             except RowError as error:
                 log.warning("question %s is left out: %s", bundle.question.question_id, error)
@@ -339,6 +369,19 @@ def _write_json(
         stream.write(b"\n]\n" if separator == ",\n" else b"[]\n")
     # A reader never finds half a list under the name.
     fs.move(f"{path}.part", path)
+
+
+def _add_scores(entries: Sequence[dict[str, Any]], bundle: Bundle, arm: Arm | None) -> None:
+    """Put an arm's step probabilities into the entries of the solutions, by the names that Med-PRM's files have."""
+    arms = (arm,) if arm else DEFAULT_ARMS
+    for nested, solution in zip(entries, bundle.solutions, strict=True):
+        by_arm = {scores.arm: scores for scores in bundle.scores.get(solution.solution_id, ())}
+        scores = next((by_arm[name] for name in arms if name in by_arm), None)
+        if scores is not None and scores.text_log_odds:
+            probabilities = probability(np.add(scores.text_log_odds, scores.image_log_odds))
+            nested["PRM_min_score"] = float(probabilities.min())
+            nested["PRM_score"] = float(probabilities[-1])
+            nested["PRM_score_list"] = probabilities.tolist()
 
 
 def _json(row: Mapping[str, Any]) -> str:
@@ -353,7 +396,10 @@ def shard_schema() -> pa.Schema:
     """A shard's columns: the question's, then its images, evidence, and all solutions with every label row."""
     # Nested rows need no id of the row that they are in.
     label = pa.struct(_fields(Labels, without=("question_id", "solution_id")))
-    solution = pa.struct([*arrow_schema(Solution), pa.field("labels", pa.list_(label))])
+    score = pa.struct(_fields(Scores, without=("question_id", "solution_id", "error")))
+    solution = pa.struct(
+        [*arrow_schema(Solution), pa.field("labels", pa.list_(label)), pa.field("scores", pa.list_(score))]
+    )
     image = pa.struct(list(map(arrow_schema(Image).field, IMAGE_FIELDS)))
     evidence = arrow_schema(Evidence)
     return pa.schema(
@@ -388,17 +434,18 @@ def shard_row(bundle: Bundle) -> dict[str, Any]:
         "images": list(map(asdict, bundle.images)),
         "related_documents": related_documents,
         "related_images": related_images,
-        "solutions": _with_labels(bundle.solutions, bundle.labels),
-        "tree_solutions": _with_labels(bundle.tree_solutions, bundle.labels),
+        "solutions": _with_labels(bundle.solutions, bundle),
+        "tree_solutions": _with_labels(bundle.tree_solutions, bundle),
     }
 
 
-def _with_labels(solutions: Sequence[Solution], labels: Mapping[str, Sequence[Labels]]) -> list[dict[str, Any]]:
+def _with_labels(solutions: Sequence[Solution], bundle: Bundle) -> list[dict[str, Any]]:
+    """The solutions with all that was said of them."""
     rows = []
     for solution in solutions:
-        of_solution = labels.get(solution.solution_id, ())
-        label_rows = list(map(asdict, of_solution))
-        rows.append({**asdict(solution), "labels": label_rows})
+        labels = list(map(asdict, bundle.labels.get(solution.solution_id, ())))
+        scores = list(map(asdict, bundle.scores.get(solution.solution_id, ())))
+        rows.append({**asdict(solution), "labels": labels, "scores": scores})
     return rows
 
 

@@ -5,7 +5,6 @@ from collections import Counter
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jobs.entry import main
@@ -16,7 +15,7 @@ from medmm_ray.data.tables import filesystem, write_file
 from medmm_ray.engines.images import open_image
 from medmm_ray.pages.report import headline, render
 from medmm_ray.steps.audit import AuditReport
-from medmm_ray.steps.evaluate import StepEntry, environment, evaluate
+from medmm_ray.steps.evaluate import VALIDATION, StepEntry, environment, evaluate
 
 OUTCOMES = "outcomes.parquet"
 """What each question came to (`medmm_ray.steps.evaluate.outcomes`)."""
@@ -29,16 +28,15 @@ def run(job: Job) -> None:
 
 def make(job: Job, uri: str) -> dict[str, float]:
     """The report, in the folder `uri` and at the top of the run's; its headline figures."""
-    questions = job.rows_where("questions", "split", [job.config.split])
-    # Solutions of training questions were learnt from: they are no part of what is measured.
-    test_ids = questions.filter(pc.equal(questions["split"], "test"))["question_id"].combine_chunks()
+    questions = job.rows_where("questions", "split", [job.config.split, VALIDATION])
+    question_ids = questions["question_id"].combine_chunks()
     dataset = None if job.run.is_left_out("dataset_report") else read_report(job.run.uri("dataset_report"))
     evaluation = evaluate(
         job.config,
         questions=questions,
         images=job.read("images", ["image_id", "uri", "diagnosis"]),
-        solutions=job.rows_where("solutions", "question_id", test_ids),
-        scores=job.rows_where("scores", "question_id", test_ids),
+        solutions=job.rows_where("solutions", "question_id", question_ids),
+        scores=job.rows_where("scores", "question_id", question_ids),
         labels=job.stream_all(LABELS),
         review_queue=job.read("review_queue"),
         balances=dataset.balance if dataset else (),

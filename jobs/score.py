@@ -1,4 +1,4 @@
-"""solutions of the test split -> scores: each step by each arm."""
+"""solutions of the test split (score.splits) -> scores: each step by each arm."""
 
 import sys
 
@@ -8,9 +8,9 @@ from medmm_ray.steps.score import inputs, score
 
 
 def run(job: Job) -> None:
-    """Score the test questions' solutions in every arm."""
+    """Score the solutions of the splits in every arm."""
     model, model_id = job.run.model("two_tower"), job.run.model_id("two_tower")
-    source, ids = job.solutions_of("test")
+    source, ids = job.solutions_of(*job.config.splits)
     questions, images, evidence = job.read_all(["questions", "images", "evidence"])
     job.make(
         "scores",

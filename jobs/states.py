@@ -16,7 +16,7 @@ def run(job: Job) -> None:
         if job.run.is_left_out(solutions):
             job.make_rows(table, [], "question_id")
             continue
-        source, ids = job.solutions_of("train", solutions)
+        source, ids = job.solutions_of("train", table=solutions)
         job.make(
             table,
             source,

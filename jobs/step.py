@@ -250,10 +250,10 @@ class Job:
         """What Ray Train calls this training: the same name continues it, so the fingerprint is part of it."""
         return f"{self.step.name}-{self.run.fingerprint(self.step)}"
 
-    def solutions_of(self, split: str, table: str = "solutions") -> "tuple[Dataset, list[str]]":
-        """The rows of a table of solutions about a split's questions, as a dataset, and the ids of those questions."""
+    def solutions_of(self, *splits: str, table: str = "solutions") -> "tuple[Dataset, list[str]]":
+        """The rows of a table of solutions about some splits' questions, as a dataset, and these questions' ids."""
         questions = self.read("questions", ["question_id", "split"])
-        ids = questions.filter(pc.equal(questions["split"], split))["question_id"]
+        ids = questions.filter(pc.is_in(questions["split"], pa.array(splits)))["question_id"]
         ids = ids.filter(pc.is_in(ids, self.read(table, ["question_id"])["question_id"]))
         return chosen(self.table(table).dataset(rows_per_block=8), "question_id", ids), ids.to_pylist()
 

@@ -23,7 +23,9 @@ from medmm_ray.pages.svg import BLUE, GREEN, GREY, INK, ORANGE, PURPLE
 from medmm_ray.stats.grouped_stats import Figure
 from medmm_ray.stats.metrics import CalibrationBin
 from medmm_ray.steps.evaluate.accuracy import DECODERS, Accuracy, AccuracyByN, GroupAccuracy
+from medmm_ray.steps.evaluate.examples import OVERRATED, UNDERRATED
 from medmm_ray.steps.evaluate.gates import limit_of
+from medmm_ray.steps.evaluate.outcomes import NO_ANSWER
 from medmm_ray.steps.evaluate.report import EvaluationReport
 from medmm_ray.steps.evaluate.steps import TRUTHS, StepFigures
 
@@ -54,6 +56,8 @@ KIND_NAMES = {
     "rescued": "The image rescued it",
     "missed": "Missed: a right answer was there",
     "agreed": "Both scorers right",
+    OVERRATED: "A wrong step held for right",
+    UNDERRATED: "A right step held for wrong",
 }
 SMALLEST_SIDE, LARGEST_SIDE = 360, 720  # pixels of a shown image's longer side
 LOG_ODDS_SCALE = 6.0  # log-odds that fill half of a bar
@@ -72,6 +76,7 @@ def render(report: EvaluationReport, open_image: "Callable[[str], Image]") -> st
         arm_name=_arm_name,
         source_name=lambda source: SOURCE_NAMES.get(source, source),
         limit_of=limit_of,
+        answer_columns=_answer_columns,
         role_names=chosen_names | ROLE_NAMES,
         kind_names=KIND_NAMES,
         tiles=_tiles(report),
@@ -90,7 +95,7 @@ def render(report: EvaluationReport, open_image: "Callable[[str], Image]") -> st
 def _pictures(report: EvaluationReport, open_image: "Callable[[str], Image]") -> dict[str, str | None]:
     """The examples' images as data URIs, by image_id."""
     uris: dict[str, str] = {}
-    for example in report.examples:
+    for example in (*report.examples, *report.disagreements):
         # Examples may share an image: it is opened and embedded once.
         for image in example.images:
             uris[image.image_id] = image.uri
@@ -162,6 +167,14 @@ def ends(figure: Figure) -> str:
     if figure.low is None or figure.high is None:
         return "–"
     return f"{100 * figure.low:.1f}–{100 * figure.high:.1f}".replace("-", "−")
+
+
+def _answer_columns(table: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """All answers, right or chosen, sorted; "none" last."""
+    names = set(table)
+    for row in table.values():
+        names.update(row)
+    return sorted(names, key=lambda name: (name == NO_ANSWER, name))
 
 
 def _group_tables(report: EvaluationReport) -> dict[str, dict[str, GroupAccuracy]]:

@@ -24,7 +24,8 @@ class PairedDifference:
     """Second minus first, over questions that both have; `better` and `worse` count those where they differ.
 
     `p_value` is of the sign-flip test by cluster: how often the difference is as large in size if both are equal.
-    `adjusted_p` holds for all figures that were tested together. None with a single cluster.
+    `adjusted_p` holds for all figures that were tested together and differ for any question. Both are None with a
+    single cluster.
     """
 
     first: float
@@ -51,7 +52,11 @@ def paired_differences(
     adjusted = list(p_values)
     if num_clusters > 1:
         p_K = sign_flip_test(sums_CK, resampling.seed)
-        p_values, adjusted = [*p_K.tolist()], [*holm(p_K).tolist()]
+        adjusted_K = np.ones_like(p_K)
+        # What is the same for every question was not put to a test, and raises no other p-value.
+        differs_K = (np.abs(differences_QK) > SAME).any(axis=0)
+        adjusted_K[differs_K] = holm(p_K[differs_K])
+        p_values, adjusted = [*p_K.tolist()], [*adjusted_K.tolist()]
     low_K, high_K = bootstrap(differences_QK, resampling.num, resampling.seed, clusters_Q)
     figures = []
     for column, difference_Q in enumerate(differences_QK.T):

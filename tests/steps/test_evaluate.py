@@ -2,12 +2,13 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from medmm_ray.config import ConfigError, build
@@ -221,6 +222,76 @@ def test_an_example_shows_both_choices_and_exact_parts(report: dict[str, Any]) -
         "text": "step 0", "probability": 0.880797, "text_log_odds": 1.0, "image_log_odds": 1.0, "truth": None,
     }  # fmt: skip
     assert second["truth"] == 1
+
+
+def test_each_label_source_and_each_data_set_has_its_step_figures(report: dict[str, Any]) -> None:
+    by_source = report["step_by_source"]["multimodal"]
+    assert {name: (row["steps"], row["auroc"]) for name, row in by_source.items()} == {
+        "judge": (4, None),  # which calls all steps right
+        "phantom": (3, 1.0),
+    }
+    assert report["step_by_source"]["text_only"]["phantom"]["auroc"] == 0.25
+    (of_set,) = report["step_by_dataset"]["text_only"].items()
+    assert of_set[0] == "vqa_rad"
+    assert list(of_set[1]) == ["all"]
+    assert report["step"]["text_only"]["confusion"] == {
+        "right_called_right": 1.0, "right_called_wrong": 1.0, "wrong_called_right": 1.0, "wrong_called_wrong": 0.0,
+    }  # fmt: skip
+
+
+def test_kinds_of_errors_have_figures_of_their_own() -> None:
+    """PRMBench's way: the same steps, once for all and once for their kind of error."""
+    tables = small()
+    rows = tables["questions"].to_pylist()
+    rows[0] |= {"published_type": "circular"}
+    report = evaluated(EvaluateConfig(), **{**tables, "questions": to_arrow(Question, rows)})
+    table = report["step_by_dataset"]["multimodal"]["vqa_rad"]
+    assert list(table) == ["all", "circular"]
+    assert table["circular"] == table["all"]
+    assert table["circular"]["macro_f1"] == 1.0
+
+
+def test_the_answers_that_were_chosen_beside_the_right_ones(report: dict[str, Any]) -> None:
+    assert report["answers"] == {"choice": {"A": {"A": 1, "none": 2}}}  # q2 and q3 have no score
+
+
+def test_the_step_on_which_the_scorer_and_the_labels_differ_most() -> None:
+    """s1a's second step, right, has log-odds -1 by the text; s1b's, wrong, +1: as sure, and the first comes first."""
+    tables = small()
+    text_only = tables["scores"].filter(pc.equal(tables["scores"]["arm"], "text_only"))
+    report = evaluated(EvaluateConfig(), **{**tables, "scores": text_only})
+    (case,) = report["disagreements"]
+    assert (case["kind"], case["question_id"], case["step"]) == ("underrated", "q1", 1)
+    assert [solution["solution_id"] for solution in case["solutions"]] == ["s1a"]
+    assert case["solutions"][0]["steps"][1]["truth"] == 1
+    assert case["images"] == [{"image_id": "im1", "uri": "file.png", "diagnosis": ""}]
+    expert = to_arrow(Labels, [labels("s1b", "expert", [0, 1])])
+    by_expert = evaluated(EvaluateConfig(), **{**tables, "scores": text_only, "labels": [expert, *tables["labels"]]})
+    (case,) = by_expert["disagreements"]  # the expert's word, though the reference is the phantoms' truth
+    assert (case["kind"], case["step"], by_expert["reference"]) == ("overrated", 0, "phantom")
+    assert evaluated(EvaluateConfig(num_disagreements=0), **tables).get("disagreements") is None
+
+
+def test_a_temperature_is_fitted_on_validation_questions_alone() -> None:
+    """Of the validation steps, all of log-odds 2, two thirds are right: T = 2 / log 2, whatever the test steps say."""
+    tables = small()
+    questions = [*tables["questions"].to_pylist(), asdict(replace(QUESTION, question_id="q6", split="validation"))]
+    solved = [*tables["solutions"].to_pylist(), asdict(solutions("q6", [solution("s6a", "A", num_steps=3)]))]
+    scores = [*tables["scores"].to_pylist(), asdict(score("s6a", "multimodal", [2.0, 2.0, 2.0], [0.0, 0.0, 0.0]))]
+    phantom = to_arrow(Labels, [labels("s6a", "phantom", [1, 1, 0])])
+    report = evaluated(
+        EvaluateConfig(),
+        questions=to_arrow(Question, questions),
+        images=tables["images"],
+        solutions=to_arrow(Solutions, solved),
+        scores=to_arrow(Scores, scores),
+        labels=[*tables["labels"], phantom],
+    )
+    assert list(report["temperature"]) == ["multimodal"]
+    assert report["temperature"]["multimodal"]["temperature"] == pytest.approx(2 / math.log(2), rel=1e-4)
+    assert report["temperature"]["multimodal"]["ece_before"] == report["step"]["multimodal"]["ece"]
+    assert report["counts"]["questions"] == 3  # the validation question is none of them
+    assert report["step"]["multimodal"]["steps"] == 3
 
 
 def test_a_split_without_solutions_is_refused() -> None:

@@ -37,32 +37,37 @@ from medmm_ray.steps.evaluate.accuracy import (
     accuracy_by_decoder,
     chances,
 )
-from medmm_ray.steps.evaluate.examples import choose_examples
+from medmm_ray.steps.evaluate.calibration import TemperatureScaling, scaled
+from medmm_ray.steps.evaluate.examples import choose_disagreements, choose_examples
 from medmm_ray.steps.evaluate.gates import gates_of
-from medmm_ray.steps.evaluate.outcomes import COLUMNS, outcomes
+from medmm_ray.steps.evaluate.outcomes import COLUMNS, answer_table, outcomes
 from medmm_ray.steps.evaluate.report import Counts, EvaluationReport, StepEntry
 from medmm_ray.steps.evaluate.scored_questions import (
     ARMS,
     LogOdds,
-    Sample,
     ScoredQuestion,
+    SplitTables,
     clusters,
-    of_questions,
-    samples_by_question,
     scored_questions,
-    step_log_odds,
-    without_not_finite,
+    split_tables,
 )
+from medmm_ray.steps.evaluate.step_groups import GroupStepFigures, figures_by_data_set, figures_by_source
 from medmm_ray.steps.evaluate.steps import (
     LabelsOfSolutions,
+    ReferenceLabels,
+    StepFigures,
     agreement,
+    all_references,
+    labelled_steps,
     labels_of_solutions,
     reference_labels,
     step_figures,
 )
 
 VERSION = 5  # of what a step makes: raise it when the same config makes something else
-__all__ = ["EvaluateConfig", "Evaluation", "EvaluationReport", "StepEntry", "environment", "evaluate"]
+VALIDATION: Split = "validation"
+"""The split on which temperatures are fitted: nothing is measured on it at the same time."""
+__all__ = ["VALIDATION", "EvaluateConfig", "Evaluation", "EvaluationReport", "StepEntry", "environment", "evaluate"]
 
 
 class EvaluateConfig(Config):
@@ -89,6 +94,9 @@ class EvaluateConfig(Config):
     """A table by question text, and one by topic, is made where there are at most this many of them."""
     num_examples: int = Field(6, ge=0)
     """Example questions that are shown with their solutions."""
+    num_disagreements: int = Field(10, ge=0)
+    """Steps that are shown on which the scorer is most sure of the opposite of an expert (without one: of the
+    reference)."""
     seed: int = 0
     """Seed of subsets, bootstrap and choice of examples."""
     title: str = execution("Multimodal process reward model: report")
@@ -127,30 +135,34 @@ def evaluate(
 
     Raises ValueError where the split has no solution at all, or a scored solution another number of scores than steps.
     """
-    of_split = questions.filter(pc.equal(questions["split"], config.split)).sort_by("question_id")
-    usable = of_split.filter(pc.is_null(of_split["error"]))
-    solutions = of_questions(solutions, usable)
-    scores = without_not_finite(of_questions(scores, usable))
-    samples = samples_by_question(solutions)
-    log_odds = step_log_odds(scores, samples)
-    arms = _in_order(log_odds)
-    ns = _ns(config, solutions, samples)
-    scored = scored_questions(usable, samples, log_odds, arms, config.aggregate, config.seed)
-    labels_of_split = labels_of_solutions(labels, solutions)
-    reference = reference_labels(config.reference, solutions, labels_of_split.encoded, review_queue)
+    measured = split_tables(config.split, questions, solutions, scores)
+    validation = split_tables(VALIDATION, questions, solutions, scores)
+    arms = _in_order(measured.log_odds)
+    ns = _ns(config, measured)
+    scored = scored_questions(measured, arms, config.aggregate, config.seed)
+    both_solutions = measured.solutions
+    if config.split != VALIDATION:
+        both_solutions = pa.concat_tables([measured.solutions, validation.solutions])
+    labels_of_both = labels_of_solutions(labels, both_solutions)
+    encoded = labels_of_both.encoded
+    reference = reference_labels(config.reference, measured.solutions, encoded, review_queue)
+    references = all_references(measured.solutions, encoded, review_queue)
+    validation_reference = ReferenceLabels()
+    if reference.source and config.split != VALIDATION:
+        validation_reference = reference_labels((reference.source,), validation.solutions, encoded, review_queue)
+    step_tables = _step_tables(config, arms, scored, measured, reference, references)
     # One seed for all figures: they rest on the same resamples, so that they may be compared.
     resampling = Resampling(config.bootstrap_samples, config.seed)
-    step_metrics = {}
-    for arm in arms:
-        step_metrics[arm] = step_figures(log_odds[arm], reference, config.threshold, config.calibration_bins)
     clusters_Q = clusters(scored)
     by_question = chances(scored, arms, ns, config.num_subsets, clusters_Q)
     over_n = accuracy(by_question, arms, ns, resampling)
-    text_difference = _largest_text_difference(scores)
+    text_difference = _largest_text_difference(measured.scores)
     agreement_by_name = agreement(pairs)
     n = ns[-1]
-    errors = _errors(solutions, scores, labels_of_split)
+    errors = _errors(measured, labels_of_both)
     by_column = _accuracy_by_group(config, scored, by_question, arms, n, resampling)
+    table = outcomes(scored, by_question, arms)
+    shown = (scored, arms, measured.solutions, images, measured.scores)
     report = EvaluationReport(
         title=config.title,
         config=identity(config),
@@ -158,10 +170,14 @@ def evaluate(
         ns=ns,
         arms=arms,
         reference=reference.source,
-        counts=_counts(config.split, of_split, scored, by_question, arms, n, errors),
+        counts=_counts(measured, scored, by_question, arms, n, errors),
         accuracy=over_n,
-        decoders=accuracy_by_decoder(scored, log_odds, arms, clusters_Q, resampling),
-        step=step_metrics,
+        decoders=accuracy_by_decoder(scored, measured.log_odds, arms, clusters_Q, resampling),
+        step=step_tables.step,
+        temperature=_temperatures(config, arms, measured, reference, validation, validation_reference),
+        step_by_dataset=step_tables.by_dataset,
+        step_by_source=step_tables.by_source,
+        answers=answer_table(table, arms),
         labels=list(balances),
         agreement=agreement_by_name,
         largest_text_difference=text_difference,
@@ -175,26 +191,71 @@ def evaluate(
         steps=list(steps),
         settings=dict(settings or {}),
         environment=dict(environment or {}),
-        examples=choose_examples(
-            scored,
-            arms,
-            solutions,
-            images,
-            scores,
-            reference.labels,
-            num_examples=config.num_examples,
-            seed=config.seed,
+        examples=choose_examples(*shown, reference.labels, num_examples=config.num_examples, seed=config.seed),
+        disagreements=choose_disagreements(
+            *shown,
+            references.get("expert", reference).labels,
+            measured.log_odds,
+            config.num_disagreements,
         ),
         gates=gates_of(
             n,
             reference.source,
             over_n,
-            step_metrics.get("multimodal"),
+            step_tables.step.get("multimodal"),
             agreement_by_name.get("judge_expert"),
             text_difference,
         ),
     )
-    return Evaluation(report, outcomes(scored, by_question, arms))
+    return Evaluation(report, table)
+
+
+@dataclass(frozen=True)
+class _StepTables:
+    """Step metrics by arm: against the reference, by data set, by label source."""
+
+    step: dict[str, StepFigures]
+    by_dataset: dict[str, dict[str, dict[str, GroupStepFigures]]]
+    by_source: dict[str, dict[str, GroupStepFigures]]
+
+
+def _step_tables(
+    config: EvaluateConfig,
+    arms: Sequence[str],
+    scored: Sequence[ScoredQuestion],
+    measured: SplitTables,
+    reference: ReferenceLabels,
+    references: Mapping[str, ReferenceLabels],
+) -> _StepTables:
+    tables = _StepTables({}, {}, {})
+    threshold, num_bins = config.threshold, config.calibration_bins
+    for arm in arms:
+        log_odds = measured.log_odds[arm]
+        tables.step[arm] = step_figures(log_odds, reference, threshold, num_bins)
+        tables.by_dataset[arm] = figures_by_data_set(scored, log_odds, reference, threshold, num_bins)
+        tables.by_source[arm] = figures_by_source(references, log_odds, threshold, num_bins)
+    return tables
+
+
+def _temperatures(
+    config: EvaluateConfig,
+    arms: Sequence[str],
+    measured: SplitTables,
+    reference: ReferenceLabels,
+    validation: SplitTables,
+    validation_reference: ReferenceLabels,
+) -> dict[str, TemperatureScaling]:
+    """By arm, where both splits have labelled and scored steps of both classes."""
+    temperatures = {}
+    for arm in arms:
+        if arm not in validation.log_odds or not validation_reference.source:
+            continue
+        fitted_on = labelled_steps(validation.log_odds[arm], validation_reference, config.threshold)
+        measured_steps = labelled_steps(measured.log_odds[arm], reference, config.threshold)
+        scaling = scaled(fitted_on, measured_steps, config.calibration_bins)
+        if scaling is not None:
+            temperatures[arm] = scaling
+    return temperatures
 
 
 def _in_order(arms: Iterable[str]) -> list[str]:
@@ -223,9 +284,10 @@ def _accuracy_by_group(
     return tables
 
 
-def _ns(config: EvaluateConfig, solutions: pa.Table, samples: Mapping[str, Sequence[Sample]]) -> list[int]:
+def _ns(config: EvaluateConfig, measured: SplitTables) -> list[int]:
     """The N of the config up to the number of samples that was asked for, and that number where it is smaller."""
-    if not any(samples.values()):
+    solutions = measured.solutions
+    if not any(measured.samples.values()):
         raise ValueError(
             f"no question of split {config.split!r} has a solution ({solutions.num_rows} rows of solutions): nothing "
             "to evaluate. Look at the error column of the solutions, or name another split (evaluate.split=...)."
@@ -238,8 +300,7 @@ def _ns(config: EvaluateConfig, solutions: pa.Table, samples: Mapping[str, Seque
 
 
 def _counts(
-    split: str,
-    questions: pa.Table,
+    measured: SplitTables,
     scored: Sequence[ScoredQuestion],
     by_question: Chances,
     arms: Sequence[str],
@@ -265,8 +326,8 @@ def _counts(
             questions_without_scores[arm] += not is_scored.any()
         unscored[arm] = num_samples - num_scored[arm]
     return Counts(
-        split=split,
-        excluded=_error_counts(questions),
+        split=measured.split,
+        excluded=_error_counts(measured.questions),
         questions=len(scored),
         clusters=by_question.num_clusters,
         solutions=num_samples,
@@ -280,9 +341,9 @@ def _counts(
     )
 
 
-def _errors(solutions: pa.Table, scores: pa.Table, labels: LabelsOfSolutions) -> dict[str, dict[str, int]]:
+def _errors(measured: SplitTables, labels: LabelsOfSolutions) -> dict[str, dict[str, int]]:
     """Failed rows by table and kind; label rows by source."""
-    counts = {"solutions": _error_counts(solutions), "scores": _error_counts(scores)}
+    counts = {"solutions": _error_counts(measured.solutions), "scores": _error_counts(measured.scores)}
     for source, kinds in labels.errors.items():
         counts[f"{source}_labels"] = kinds
     return counts

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -11,10 +11,12 @@ import pyarrow.compute as pc
 from medmm_ray.config import digest
 from medmm_ray.data.records import Question, Solution, from_dict
 from medmm_ray.stats import decoders, metrics
-from medmm_ray.steps.evaluate.scored_questions import ScoredQuestion
+from medmm_ray.steps.evaluate.scored_questions import LogOdds, ScoredQuestion
 from medmm_ray.steps.evaluate.steps import StepLabels
 
 KINDS = ("rescued", "missed", "agreed")
+OVERRATED, UNDERRATED = "overrated", "underrated"
+"""Kinds of a disagreement: the scorer holds a wrong step for right, or a right one for wrong."""
 StepParts = Mapping[str, tuple[list[float], list[float]]]
 """By solution: the text and the image part of each step's log-odds."""
 
@@ -53,7 +55,10 @@ class ExampleSolution:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A question worth a look, of one of `KINDS`; `share_right` is that of its samples."""
+    """A question worth a look, of one of `KINDS` or a disagreement; `share_right` is that of its samples.
+
+    `step` is the place of the step that is disagreed on.
+    """
 
     kind: str
     question_id: str
@@ -66,6 +71,7 @@ class Example:
     images: list[ExampleImage]
     share_right: float
     solutions: list[ExampleSolution]
+    step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,7 @@ def choose_examples(
     )
     examples = []
     for kind, scored in chosen:
-        examples.append(_example(kind, scored, main_arm, sources))
+        examples.append(_example(kind, scored, main_arm, sources, _roles(scored, main_arm)))
     return examples
 
 
@@ -165,16 +171,72 @@ def _sources(
     )
 
 
+def choose_disagreements(
+    questions: Sequence[ScoredQuestion],
+    arms: Sequence[str],
+    solutions: pa.Table,
+    images: pa.Table,
+    scores: pa.Table,
+    labels: StepLabels,
+    log_odds: Mapping[str, LogOdds],
+    num: int,
+) -> list[Example]:
+    """The steps on which the main arm is most sure of the opposite of the labels, surest first, one a question."""
+    if not arms:
+        return []
+    main_arm = "multimodal" if "multimodal" in arms else arms[0]
+    by_sureness: list[tuple[float, ScoredQuestion, int, int]] = []
+    for scored in questions:
+        worst = _worst_step(scored, labels, log_odds[main_arm])
+        if worst is not None:
+            by_sureness.append((worst.sureness, scored, worst.place, worst.step))
+    # The id decides between equals: the order of a table must not.
+    by_sureness.sort(key=lambda entry: (-entry[0], entry[1].question.question_id))
+    chosen = by_sureness[:num]
+    sources = _sources([entry[1].question for entry in chosen], main_arm, solutions, images, scores, labels)
+    examples = []
+    for _, scored, place, step in chosen:
+        label = labels[scored.solution_ids[place]][step]
+        kind = UNDERRATED if label else OVERRATED
+        example = _example(kind, scored, main_arm, sources, {place: []})
+        examples.append(replace(example, step=step))
+    return examples
+
+
+@dataclass(frozen=True)
+class _WorstStep:
+    """A step whose score says the opposite of its label, by `sureness` in log-odds."""
+
+    sureness: float
+    place: int
+    step: int
+
+
+def _worst_step(scored: ScoredQuestion, labels: StepLabels, log_odds: LogOdds) -> _WorstStep | None:
+    worst = None
+    for place, solution_id in enumerate(scored.solution_ids):
+        if solution_id not in labels or solution_id not in log_odds:
+            continue
+        for step, (label, score) in enumerate(zip(labels[solution_id], log_odds[solution_id], strict=True)):
+            if label is None:
+                continue
+            sureness = float(-score if label else score)
+            if sureness > 0 and (worst is None or sureness > worst.sureness):
+                worst = _WorstStep(sureness, place, step)
+    return worst
+
+
 def _example(
     kind: str,
     scored: ScoredQuestion,
     main_arm: str,
     sources: _Sources,
+    roles_by_place: Mapping[int, Sequence[str]],
 ) -> Example:
     question = scored.question
     solutions = sources.solutions[question.question_id]
     entries = []
-    for place, roles in _roles(scored, main_arm).items():
+    for place, roles in roles_by_place.items():
         reward = float(scored.rewards[main_arm][place])
         entries.append(_example_solution(solutions[place], roles, reward, sources))
     pictures = []

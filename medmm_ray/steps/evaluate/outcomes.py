@@ -20,6 +20,7 @@ COLUMNS = ("dataset", "difficulty", "modality", "answer_type", "published_type",
 """What a question is grouped by."""
 ANSWER = "answer/"
 """Before the name of who gives an answer."""
+NO_ANSWER = "none"
 CHANCES = ("one_sample", "majority", "oracle", "best_of_n", "sc_rm")
 """First words of the columns with chances."""
 
@@ -65,3 +66,25 @@ def chance_columns(table: pa.Table) -> list[str]:
 def chances_of(table: pa.Table, columns: Sequence[str]) -> Floats:
     """Some columns with chances, as an array [Q, K]."""
     return np.stack([table[name].to_numpy() for name in columns], axis=1)
+
+
+def answer_table(table: pa.Table, arms: Sequence[str]) -> dict[str, dict[str, dict[str, int]]]:
+    """By answer type, right answer and chosen answer: questions. Open answers are too many to tabulate.
+
+    The answer is that of best-of-N by the main arm, without an arm the majority's; "none" where there is none.
+    """
+    arm = "multimodal" if "multimodal" in arms else next(iter(arms), "majority")
+    rows = zip(
+        table["answer_type"].to_pylist(),
+        table["answer"].to_pylist(),
+        table[f"{ANSWER}{arm}"].to_pylist(),
+        strict=True,
+    )
+    counts: dict[str, dict[str, dict[str, int]]] = {}
+    for answer_type, answer, chosen in rows:
+        if answer_type == "open":
+            continue
+        of_answer = counts.setdefault(answer_type, {}).setdefault(answer, {})
+        name = chosen or NO_ANSWER
+        of_answer[name] = of_answer.get(name, 0) + 1
+    return {kind: dict(sorted(by_answer.items())) for kind, by_answer in sorted(counts.items())}

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from medmm_ray.config import JsonObject
 from medmm_ray.stats.balance import SourceBalance
 from medmm_ray.steps.evaluate.accuracy import Accuracy, AccuracyOverN, GroupAccuracy
+from medmm_ray.steps.evaluate.calibration import TemperatureScaling
 from medmm_ray.steps.evaluate.examples import Example
 from medmm_ray.steps.evaluate.gates import LimitGate
+from medmm_ray.steps.evaluate.step_groups import GroupStepFigures
 from medmm_ray.steps.evaluate.steps import AgreementInShort, StepFigures
 
 
@@ -61,6 +63,15 @@ class EvaluationReport:
     """By arm and decoder, over all samples of each question."""
     step: dict[str, StepFigures]
     """By arm."""
+    temperature: dict[str, TemperatureScaling]
+    """By arm; only where validation questions are scored (score.splits) and labelled."""
+    step_by_dataset: dict[str, dict[str, dict[str, GroupStepFigures]]]
+    """By arm, data set, and its own kind of question or error (``all``: all of them)."""
+    step_by_source: dict[str, dict[str, GroupStepFigures]]
+    """By arm and label source."""
+    answers: dict[str, dict[str, dict[str, int]]]
+    """By answer type, right answer and the answer that best-of-N of the main arm (else the majority) gives: questions.
+    Letters and yes or no alone."""
     labels: list[SourceBalance]
     agreement: dict[str, AgreementInShort]
     """By the two sources' names, as ``judge_expert``."""
@@ -81,5 +92,7 @@ class EvaluationReport:
     """Machine, packages and code revision."""
     examples: list[Example]
     gates: list[LimitGate]
+    disagreements: list[Example] = field(default_factory=list)
+    """Steps on which the main arm is most sure of the opposite of an expert, or of the reference without one."""
     settings: JsonObject = field(default_factory=dict)
     """By step of the run: the settings that decide what it made."""

@@ -172,20 +172,43 @@ def _arm_scores(arm: str, rows: pa.Table, num_steps: Mapping[str, int]) -> ArmSc
     return ArmScores(solution_ids, text_S + image_S, expected)
 
 
-def scored_questions(
-    questions: pa.Table,
-    samples: Mapping[str, Sequence[Sample]],
-    log_odds: Mapping[str, ArmScores],
-    arms: Sequence[str],
-    how: Aggregate,
-    seed: int,
-) -> list[ScoredQuestion]:
-    """Each of `questions` with its samples and their rewards, in their order; without samples its arrays are empty."""
+@dataclass(frozen=True)
+class SplitTables:
+    """What there is of one split. `questions` are all of it, sorted by id; the rest is of those without an error.
+
+    `scores` that are not finite have an error; `log_odds` are by arm.
+    """
+
+    split: str
+    questions: pa.Table
+    solutions: pa.Table
+    scores: pa.Table
+    samples: Mapping[str, Sequence[Sample]]
+    log_odds: Mapping[str, ArmScores]
+
+    @property
+    def usable(self) -> pa.Table:
+        """The questions without an error."""
+        return self.questions.filter(pc.is_null(self.questions["error"]))
+
+
+def split_tables(split: str, questions: pa.Table, solutions: pa.Table, scores: pa.Table) -> SplitTables:
+    """The rows of one split of tables of several. Raises ValueError as `step_log_odds` does."""
+    of_split = questions.filter(pc.equal(questions["split"], split)).sort_by("question_id")
+    usable = of_split.filter(pc.is_null(of_split["error"]))
+    solutions = of_questions(solutions, usable)
+    scores = without_not_finite(of_questions(scores, usable))
+    samples = samples_by_question(solutions)
+    return SplitTables(split, of_split, solutions, scores, samples, step_log_odds(scores, samples))
+
+
+def scored_questions(measured: SplitTables, arms: Sequence[str], how: Aggregate, seed: int) -> list[ScoredQuestion]:
+    """Each usable question with its samples and their rewards, by id; without samples its arrays are empty."""
     scored = []
-    for row in questions.to_pylist():
+    for row in measured.usable.to_pylist():
         question: Question = from_dict(Question, row)
-        of_question = samples.get(question.question_id, [])
-        scored.append(_scored_question(question, of_question, log_odds, arms, how, seed))
+        of_question = measured.samples.get(question.question_id, [])
+        scored.append(_scored_question(question, of_question, measured.log_odds, arms, how, seed))
     return scored
 
 

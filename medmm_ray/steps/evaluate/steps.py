@@ -21,7 +21,7 @@ from medmm_ray.stats.label_arrays import (
     source_labels,
     steps_of,
 )
-from medmm_ray.stats.metrics import CalibrationBin, Floats, Histogram, ProcessBench
+from medmm_ray.stats.metrics import Bools, CalibrationBin, Floats, Histogram, ProcessBench
 from medmm_ray.steps.evaluate.scored_questions import LogOdds
 
 StepLabels = Mapping[str, Sequence[int | None]]
@@ -55,6 +55,16 @@ class RocCurve:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Confusion:
+    """Weights of steps (counts where all weigh the same) by label and by what the model calls them."""
+
+    right_called_right: float
+    right_called_wrong: float
+    wrong_called_right: float
+    wrong_called_wrong: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepFigures:
     """One arm's step metrics, pooled over the labelled steps of scored solutions, each step with its weight.
 
@@ -69,6 +79,7 @@ class StepFigures:
     effective: float
     """Equally weighted steps that would tell as much."""
     threshold: float
+    confusion: Confusion
     auroc: float | None
     macro_f1: float | None
     ece: float | None
@@ -209,7 +220,7 @@ def _in_short(pair: PairAgreement) -> AgreementInShort:
 
 
 @dataclass
-class _LabelledSteps:
+class LabelledSteps:
     """The labelled steps of scored solutions, pooled; and each solution's first error by label and by score."""
 
     labels: list[int] = field(default_factory=list)
@@ -219,10 +230,18 @@ class _LabelledSteps:
     first_labelled: list[int] = field(default_factory=list)
     first_scored: list[int] = field(default_factory=list)
 
+    def arrays(self) -> tuple[Bools, Floats, Floats]:
+        """Labels, scores and weights of the steps."""
+        labels = np.array(self.labels, dtype=bool)
+        return labels, np.array(self.scores, dtype=np.float64), np.array(self.weights, dtype=np.float64)
 
-def _labelled_steps(log_odds: LogOdds, reference: ReferenceLabels, threshold: float) -> _LabelledSteps:
-    """First errors are sought in every solution; of the queue's (weighted) in those alone that are labelled whole."""
-    pooled = _LabelledSteps()
+
+def labelled_steps(log_odds: LogOdds, reference: ReferenceLabels, threshold: float) -> LabelledSteps:
+    """The labelled steps.
+
+    First errors are sought in every solution; of the queue's (weighted) in those alone that are labelled whole.
+    """
+    pooled = LabelledSteps()
     for solution_id in sorted(reference.labels.keys() & log_odds.keys()):
         labels = reference.labels[solution_id]
         weights: Sequence[float] = [1.0] * len(labels)
@@ -259,10 +278,8 @@ def step_figures(
     First errors are sought among the labelled steps; where these are drawn one by one (weighted), in solutions alone of
     which every step is labelled.
     """
-    pooled = _labelled_steps(log_odds, reference, threshold)
-    labels = np.array(pooled.labels, dtype=bool)
-    scores = np.array(pooled.scores, dtype=np.float64)
-    weights = np.array(pooled.weights, dtype=np.float64)
+    pooled = labelled_steps(log_odds, reference, threshold)
+    labels, scores, weights = pooled.arrays()
     probabilities = metrics.probability(scores)
     predicted = metrics.predicted_right(scores, threshold)
     bins = metrics.calibration(labels, probabilities, num_bins, weights)
@@ -282,6 +299,7 @@ def step_figures(
         weighted=reference.weights is not None,
         effective=round(metrics.effective_size(weights), 1),
         threshold=threshold,
+        confusion=_confusion(labels, predicted, weights),
         auroc=metrics.auroc(labels, scores, weights),
         macro_f1=metrics.macro_f1(labels, predicted, weights),
         ece=metrics.expected_calibration_error(bins),
@@ -293,3 +311,29 @@ def step_figures(
         roc=RocCurve(false_rate, true_rate),
         histogram=metrics.histogram(labels, probabilities),
     )
+
+
+def _confusion(labels: Bools, predicted: Bools, weights: Floats) -> Confusion:
+    def total(mask: Bools) -> float:
+        return round(float(weights[mask].sum()), 6)
+
+    return Confusion(
+        right_called_right=total(labels & predicted),
+        right_called_wrong=total(labels & ~predicted),
+        wrong_called_right=total(~labels & predicted),
+        wrong_called_wrong=total(~labels & ~predicted),
+    )
+
+
+def all_references(
+    solutions: pa.Table,
+    encoded: pa.Table,
+    review_queue: pa.Table | None = None,
+) -> dict[str, ReferenceLabels]:
+    """The labels of every source that labels a step of `solutions`, each as `reference_labels` gives it."""
+    references = {}
+    for source in sorted(set(encoded["source"].to_pylist())):
+        reference = reference_labels((source,), solutions, encoded, review_queue)
+        if reference.source:
+            references[source] = reference
+    return references

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from medmm_ray.config import execution
+from medmm_ray.config import Splits, execution
 from medmm_ray.engines.images import MAX_PIXELS
 from medmm_ray.engines.vllm_engine import EngineConfig
 
@@ -82,6 +82,8 @@ class ScoreConfig(ScoringConfig):
 
     arms: tuple[Arm, ...] = ("multimodal", "text_only", "shuffled_image")
     """multimodal: everything; text_only: no image; shuffled_image: another question's images; no_documents: without."""
+    splits: Splits = ("test",)
+    """Splits whose solutions are scored; with validation among them the report fits a temperature on it."""
     num_references: int | None = Field(default=None, ge=0)
     """Similar images that the image tower is given beside a question's own. null: as many as the checkpoint was
     trained on, 3 where it does not say, 0 for a vision-language model."""

@@ -52,13 +52,14 @@ def p_text(value: float | None) -> str:
 def lead(comparison: Comparison) -> str:
     """One sentence: what became of the main figure, and whether chance alone may have made it."""
     figure = comparison.figures[comparison.main]
-    name = figure_name(comparison.main)
+    name = figure_name(comparison.main).replace("best", "Best").replace("majority", "Majority")
     change = f"{percent(figure.first)} to {percent(figure.second)} ({points(figure.difference)} points"
+    # Without an interval nothing can be said of chance.
     if figure.low is None:
-        return f"{name.capitalize()} goes from {change}, of a single group of questions: no interval)."
+        return f"{name} goes from {change}, of a single group of questions: no interval)."
     interval = f"95\u00a0% interval {points(figure.low)} to {points(figure.high)}, p {p_text(figure.p_value)}"
     verdict = "more than chance makes" if _is_significant(figure) else "no more than chance may make"
-    return f"{name.capitalize()} goes from {change}, {interval}): {verdict}."
+    return f"{name} goes from {change}, {interval}): {verdict}."
 
 
 def _is_significant(figure: PairedDifference) -> bool:
@@ -67,23 +68,45 @@ def _is_significant(figure: PairedDifference) -> bool:
 
 def _forest(figures: Mapping[str, PairedDifference], label: str) -> Markup:
     rows: list[Whisker | str] = []
+    # A range of its own for each chart, at least a point either way.
     reach = 1.0
     for name, figure in figures.items():
+        # Colour is kept for what stands after the adjustment.
         colour = GREY
         if _is_significant(figure):
             colour = BLUE if figure.difference > 0 else ORANGE
         ends = [100 * end for end in (figure.low, figure.high) if end is not None]
         reach = max([reach, abs(100 * figure.difference), *map(abs, ends)])
         low, high = ends or (None, None)
+        # A group's name is no path of a figure.
         words = figure_name(name) if "/" in name or name in NAMES else name
         note = points(figure.difference)
-        rows.append(Whisker(words, 100 * figure.difference, low, high, note, colour))
-    return forest(rows, (-reach, reach), False, "second minus first, points", label)
+        rows.append(
+            Whisker(
+                words,
+                100 * figure.difference,
+                low,
+                high,
+                note,
+                colour,
+            )
+        )
+    return forest(
+        rows,
+        (-reach, reach),
+        False,
+        "second minus first, points",
+        label,
+    )
 
 
 def summary(comparison: Comparison) -> RenderableType:
     """The figures and changed settings for a terminal."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
+    table = Table(
+        box=None,
+        pad_edge=False,
+        header_style="dim",
+    )
     table.add_column(f"accuracy, N = {comparison.n}")
     for column in (comparison.first, comparison.second, "points", "95 % interval", "p", "p, adjusted"):
         table.add_column(column, justify="right")

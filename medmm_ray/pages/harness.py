@@ -40,6 +40,7 @@ class HarnessRun:
     outcome_of: dict[str, JsonObject] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        # Looked up for each question while its solutions stream past.
         rows = {row["question_id"]: row for row in self.outcomes.to_pylist()}
         object.__setattr__(self, "outcome_of", rows)
 
@@ -59,6 +60,7 @@ def write_lm_eval(folder: str, run: HarnessRun, questions: pa.Table, solutions: 
 
     `solutions` come in parts, which are held only while they are written.
     """
+    # A colon is no part of a file's name everywhere.
     stamp = run.date.replace(":", "-")
     question_of = {row["question_id"]: row for row in questions.to_pylist()}
     counts: dict[str, int] = {}
@@ -67,6 +69,7 @@ def write_lm_eval(folder: str, run: HarnessRun, questions: pa.Table, solutions: 
         for part in solutions:
             for row in part.select(["question_id", "solutions"]).to_pylist():
                 question = question_of.get(row["question_id"])
+                # Questions of other splits were not evaluated.
                 if question is None or row["question_id"] not in run.outcome_of:
                     continue
                 task = question["dataset"] or UNNAMED
@@ -74,10 +77,19 @@ def write_lm_eval(folder: str, run: HarnessRun, questions: pa.Table, solutions: 
                     fs, path = filesystem(f"{folder}/samples_{task}_{stamp}.jsonl")
                     streams[task] = stack.enter_context(fs.open_output_stream(path))
                 first_doc = counts.get(task, 0) // len(run.columns)
-                for sample in samples(run, question, row["solutions"], first_doc):
+                for sample in samples(
+                    run,
+                    question,
+                    row["solutions"],
+                    first_doc,
+                ):
                     streams[task].write((json.dumps(sample, ensure_ascii=False) + "\n").encode())
                     counts[task] = counts.get(task, 0) + 1
-    content = json.dumps(results(run), indent=2, ensure_ascii=False).encode()
+    content = json.dumps(
+        results(run),
+        indent=2,
+        ensure_ascii=False,
+    ).encode()
     write_file(*filesystem(f"{folder}/results_{stamp}.json"), content)
     return counts
 
@@ -89,6 +101,7 @@ def samples(
     outcome = run.outcome_of[question["question_id"]]
     doc = {name: question[name] for name in ("question_id", "question", "options", "answer", "answer_type", "dataset")}
     prompt = question_with_options(question["question"], question["options"])
+    # All samples: what a filter leaves of them stands beside.
     texts = [solution["text"] for solution in solutions]
     shared = {
         "doc_id": doc_id,
@@ -102,7 +115,11 @@ def samples(
         "metrics": [METRIC],
     }
     for filter_name, column in run.columns.items():
-        answers = _answers(outcome, filter_name, solutions)
+        answers = _answers(
+            outcome,
+            filter_name,
+            solutions,
+        )
         yield {**shared, "filter": filter_name, "filtered_resps": answers, METRIC: outcome[column]}
 
 
@@ -180,6 +197,7 @@ def _with_errors(by_filter: Mapping[str, Accuracy]) -> JsonObject:
     figures: JsonObject = {}
     for name, figure in by_filter.items():
         figures[f"{METRIC},{name}"] = figure.value
+        # What the harness itself writes where it has no error.
         error: Any = "N/A"
         if figure.low is not None and figure.high is not None:
             error = (figure.high - figure.low) / STANDARD_ERRORS
@@ -196,6 +214,7 @@ def eval_results(run: HarnessRun, hub_ids: Mapping[str, str], source: str = "") 
     arm = "multimodal" if "multimodal" in report.arms else next(iter(report.arms), None)
     files = {}
     for task, group in report.by_dataset.items():
+        # A data set without an id there has no leaderboard.
         if task not in hub_ids:
             continue
         figure = group.best_of_n[arm] if arm else group.majority

@@ -298,6 +298,7 @@ def _points(figures: AccuracyByN, ns: Sequence[str]) -> list[Point]:
     points = []
     for place, n in enumerate(ns):
         figure = figures[n]
+        # Of a single group of questions there is no band: it is drawn as a line.
         low = figure.value if figure.low is None else figure.low
         high = figure.value if figure.high is None else figure.high
         points.append(Point(float(place), figure.value, low, high))

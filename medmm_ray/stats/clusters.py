@@ -23,6 +23,7 @@ def clusters_of(keys: Sequence[Iterable[str]]) -> Ints:
     from scipy.sparse.csgraph import connected_components
 
     num_entries = len(keys)
+    # Entries and keys are the nodes of a graph, each entry joined to its keys: its components are the clusters.
     node_of_key: dict[str, int] = {}
     entries: list[int] = []
     nodes: list[int] = []
@@ -33,6 +34,11 @@ def clusters_of(keys: Sequence[Iterable[str]]) -> Ints:
     num_nodes = num_entries + len(node_of_key)
     edges = coo_array((np.ones(len(entries)), (entries, nodes)), shape=(num_nodes, num_nodes))
     _, component = connected_components(edges, directed=False)
-    _, first_entry, number = np.unique(component[:num_entries], return_index=True, return_inverse=True)
+    # Components are numbered as the graph was walked; the caller reads them in the order of its entries.
+    _, first_entry, number = np.unique(
+        component[:num_entries],
+        return_index=True,
+        return_inverse=True,
+    )
     by_appearance = np.argsort(np.argsort(first_entry))
     return by_appearance[number].astype(np.int64)

@@ -38,7 +38,7 @@ NEAR = 1e-9
 
 
 def _log_probability(log_odds: Floats) -> Floats:
-    return -np.logaddexp(0.0, -log_odds)
+    return np.asarray(-np.logaddexp(0.0, -log_odds))
 
 
 def _log_odds_of_log(log_p: Floats) -> Floats:
@@ -51,7 +51,7 @@ def _log_odds_of_log(log_p: Floats) -> Floats:
             np.log(-np.expm1(np.where(near_one, log_p, -1.0))),
             np.log1p(-np.exp(np.where(near_one, -1.0, log_p))),
         )
-    return log_p - log_not_p
+    return np.asarray(log_p - log_not_p)
 
 
 def aggregate(step_log_odds: Sequence[float] | Floats, how: Aggregate = "min") -> float:
@@ -82,6 +82,7 @@ def aggregates(step_log_odds: Floats, num_steps: Ints, how: Aggregate = "min") -
         return np.asarray(np.minimum.reduceat(x, starts))
     if how == "min_after_first":
         after_first = x.copy()
+        # An infinite first step is never the lowest.
         after_first[starts[num_steps > 1]] = math.inf
         return np.asarray(np.minimum.reduceat(after_first, starts))
     # Summed from the lowest up: the same steps in another order must not differ by rounding, which would break a tie.
@@ -289,6 +290,7 @@ def _first_leader(leads_SA: Bools, votes_MA: Bools, subsets_SM: Bools) -> Ints:
     """Of each subset's leading answers the one whose first vote comes first; -1 where nobody votes."""
     num_leaders_S = leads_SA.sum(axis=1)
     winner_S = np.where(num_leaders_S > 0, leads_SA.argmax(axis=1), -1)
+    # Where one answer leads, which is almost everywhere, the order of the votes does not matter.
     ties = np.flatnonzero(num_leaders_S > 1)
     num_samples = subsets_SM.shape[1]
     votes_SMA = subsets_SM[ties, :, None] & votes_MA

@@ -83,6 +83,7 @@ def sums_by_cluster(values_QK: Floats, clusters_Q: Ints) -> Floats:
     """The sums of the rows of each cluster [C, K], clusters in the order of their numbers."""
     order = np.argsort(clusters_Q, kind="stable")
     is_first = np.diff(clusters_Q[order], prepend=-1) > 0
+    # Behind each start lie the rows of one cluster.
     starts = np.flatnonzero(is_first)
     if not starts.size:
         return np.zeros((0, values_QK.shape[1]))
@@ -123,9 +124,11 @@ def expanded_levels(num_rows: int) -> tuple[float, float]:
     """
     from scipy.special import ndtr, stdtrit
 
+    # Of one row there is no spread: the resamples are all alike.
     if num_rows < 2:
         return 0.0, 100.0
     quantile = stdtrit(num_rows - 1, 0.975) * math.sqrt(num_rows / (num_rows - 1))
+    # The interval is as wide to either side: levels are symmetric.
     low = 100 * float(ndtr(-quantile))
     return low, 100 - low
 

@@ -46,6 +46,7 @@ def paired_differences(
 ) -> list[PairedDifference]:
     """The difference of each column, all tested together. Raises ValueError for values that are not finite."""
     differences_QK = finite("values", second_QK) - finite("values", first_QK)
+    # The questions of a cluster lean one way together: their sum is what may have either sign.
     sums_CK = sums_by_cluster(differences_QK, clusters_Q)
     num_clusters = len(sums_CK)
     p_values: list[float | None] = [None] * differences_QK.shape[1]
@@ -57,7 +58,13 @@ def paired_differences(
         differs_K = (np.abs(differences_QK) > SAME).any(axis=0)
         adjusted_K[differs_K] = holm(p_K[differs_K])
         p_values, adjusted = [*p_K.tolist()], [*adjusted_K.tolist()]
-    low_K, high_K = bootstrap(differences_QK, resampling.num, resampling.seed, clusters_Q)
+    # Resampled as pairs: what makes a question hard for both is in neither interval.
+    low_K, high_K = bootstrap(
+        differences_QK,
+        resampling.num,
+        resampling.seed,
+        clusters_Q,
+    )
     figures = []
     for column, difference_Q in enumerate(differences_QK.T):
         ends = (float(low_K[column]), float(high_K[column])) if num_clusters > 1 else (None, None)
@@ -85,27 +92,46 @@ def sign_flip_test(sums_CK: Floats, seed: int) -> Floats:
     (Phipson and Smyth, 2010), so that none is 0. Of single questions answered rightly or wrongly it is McNemar's exact
     test.
     """
+    # A set of signs whose sum differs by rounding alone is as large.
     observed_K = np.abs(sums_CK.sum(axis=0)) - SAME
     num_clusters = len(sums_CK)
     if 2**num_clusters <= SIGN_SETS:
         signs_BC = np.array(list(product((1.0, -1.0), repeat=num_clusters)))
         as_large_BK = np.abs(signs_BC @ sums_CK) >= observed_K
-        return as_large_BK.mean(axis=0)
+        return np.asarray(as_large_BK.mean(axis=0))
     rng = np.random.default_rng(seed)
+    # The observed signs are one of the sets.
     counts_K = np.ones(len(observed_K))
-    for start in range(0, SIGN_SETS, BLOCK):
+    for start in range(
+        0,
+        SIGN_SETS,
+        BLOCK,
+    ):
         size = min(BLOCK, SIGN_SETS - start)
-        signs_BC = 2.0 * rng.integers(0, 2, (size, num_clusters)) - 1.0
+        signs_BC = (
+            2.0
+            * rng.integers(
+                0,
+                2,
+                (size, num_clusters),
+            )
+            - 1.0
+        )
         counts_K += (np.abs(signs_BC @ sums_CK) >= observed_K).sum(axis=0)
-    return counts_K / (SIGN_SETS + 1)
+    return np.asarray(counts_K / (SIGN_SETS + 1))
 
 
 def holm(p_values: Sequence[float] | Floats) -> Floats:
     """Holm's step-down adjustment of p-values that were looked at together; each stays at its place."""
     p_K = np.asarray(p_values, dtype=np.float64)
     order = np.argsort(p_K, kind="stable")
-    num_left = np.arange(len(p_K), 0, -1)
+    num_left = np.arange(
+        len(p_K),
+        0,
+        -1,
+    )
     raised = np.minimum(p_K[order] * num_left, 1.0)
     adjusted = np.empty_like(p_K)
+    # A later p-value is never below an earlier one.
     adjusted[order] = np.maximum.accumulate(raised)
     return adjusted

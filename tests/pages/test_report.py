@@ -73,7 +73,7 @@ def test_the_page_is_well_formed_and_loads_nothing(page: str) -> None:
     parser.feed(page)
     assert parser.open == []
     sources = [value for _, name, value in parser.attributes if name in ("src", "href", "srcset")]
-    assert len(sources) == 6
+    assert len(sources) == 8  # six examples, two disagreements
     assert all(value.startswith("data:image/jpeg;base64,") for value in sources)
     assert len(page) < 1_000_000
     assert not re.search(r"@import|url\(|<script|<link", page)
@@ -100,8 +100,13 @@ def test_the_page_holds_the_figures(page: str, made: EvaluationReport) -> None:
     assert "2 min 31 s" in page
     assert "engine 1" in page
     assert "4 min 06 s" in page  # all steps
-    steps = sum(len(s.steps) for e in made.examples for s in e.solutions)
-    assert page.count('class="step" style=') == steps
+    assert len(made.disagreements) == 2
+    steps = sum(len(s.steps) for e in (*made.examples, *made.disagreements) for s in e.solutions)
+    assert page.count('class="step" style=') == steps - 2
+    assert page.count('class="step disputed" style=') == 2
+    assert "Where the scorer and the expert disagree most" in page
+    assert "Multimodal against each label source" in page
+    assert "No temperature was fitted" in page
 
 
 def test_an_image_that_cannot_be_opened_is_told(made: EvaluationReport) -> None:
@@ -109,7 +114,7 @@ def test_an_image_that_cannot_be_opened_is_told(made: EvaluationReport) -> None:
         raise RowError("image_corrupt", f"{uri} is not an image")
 
     html = report.render(made, broken)
-    assert html.count("cannot be opened") == 6
+    assert html.count("cannot be opened") == 8
     assert "<img" not in html
 
 

@@ -45,12 +45,16 @@ def test_a_difference_by_hand() -> None:
     changed, same = paired_differences(first, second, np.array([0, 0, 1, 2]), RESAMPLING)
     assert (changed.first, changed.second, changed.difference) == (0.4375, 0.6875, 0.25)
     assert (changed.better, changed.worse, changed.questions, changed.clusters) == (2, 1, 4, 3)
-    # Sums by cluster 1.25, 0 and -.25, together 1: as large in size with 4 of the 8 sets of signs.
-    assert (changed.p_value, changed.adjusted_p) == (0.5, 0.5)  # the other figure is the same for all: no test
+    # Sums by cluster 1.25, 0 and -.25, together 1: every set of signs gives 1 or 1.5.
+    assert (changed.p_value, changed.adjusted_p) == (1.0, 1.0)
     assert changed.low is not None
     assert changed.high is not None
     assert changed.low < 0.25 < changed.high
     assert (same.difference, same.p_value, same.low, same.high) == (0.0, 1.0, 0.0, 0.0)
+    # .25 more for each cluster, and the second figure is the same for all: 2 of 8 sets of signs, and no second test.
+    raised = first + np.array([0.25, 0.0])
+    better, _ = paired_differences(first, raised, np.array([0, 0, 1, 2]), RESAMPLING)
+    assert (better.p_value, better.adjusted_p) == (0.25, 0.25)
     alone, _ = paired_differences(first, second, np.zeros(4, dtype=np.int64), RESAMPLING)
     assert (alone.low, alone.p_value, alone.adjusted_p, alone.clusters) == (None, None, None, 1)
 
@@ -60,8 +64,8 @@ def errors_of(seeds: Sequence[int], by_cluster: bool) -> float:
     errors = 0
     for seed in seeds:
         rng = np.random.default_rng(seed)
-        image = np.repeat(np.arange(25), rng.integers(1, 9, 25))
-        leaning = rng.choice([-0.8, 0.8], 25)[image]
+        image = np.repeat(np.arange(25), rng.integers(3, 10, 25))
+        leaning = rng.choice([-0.95, 0.95], 25)[image]
         change = np.where(rng.random(len(image)) < 0.5, np.sign(leaning + rng.uniform(-1, 1, len(image))), 0.0)
         clusters = image if by_cluster else np.arange(len(image))
         figure = paired_differences(np.zeros((len(image), 1)), change[:, None], clusters, Resampling(1, 0))[0]

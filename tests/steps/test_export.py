@@ -402,7 +402,7 @@ def test_the_job_writes_what_the_run_has(run: Run, tmp_path: Path, caplog: pytes
     [
         (["run=/nowhere/at/all", "to=x"], 2, "there is no run at /nowhere/at/all"),
         (["to="], 2, "'to' is"),
-        (["to=x", "format=csv"], 2, "'format' is 'csv': Input should be 'json' or 'hf'"),
+        (["to=x", "format=csv"], 2, "'format' is 'csv': Input should be 'json', 'hf' or 'lm_eval'"),
         (["to=x", "push=me/it"], 2, "push=... needs format=hf"),
         (["to=s3://a/b", "format=hf", "push=me/it"], 2, "push=... needs a local folder"),
         (["to=FULL"], 2, "is not empty; an export never mixes with other files"),

@@ -82,7 +82,11 @@ class EvaluateConfig(Config):
     reference: tuple[str, ...] = ("phantom", "expert", "judge")
     """Label sources that step metrics may be measured against; the first that has labels in the split is. Against a
     judge the figures are shown, but no gate is held to them."""
-    threshold: float = Field(0.5, gt=0, lt=1)
+    threshold: float = Field(
+        0.5,
+        gt=0,
+        lt=1,
+    )
     """Probability from which a step is called right, in macro-F1, kappa and first errors."""
     calibration_bins: int = Field(10, ge=1)
     """Bins of equal width of the calibration curve and of the ECE (weighted by count)."""
@@ -135,33 +139,94 @@ def evaluate(
 
     Raises ValueError where the split has no solution at all, or a scored solution another number of scores than steps.
     """
-    measured = split_tables(config.split, questions, solutions, scores)
-    validation = split_tables(VALIDATION, questions, solutions, scores)
+    measured = split_tables(
+        config.split,
+        questions,
+        solutions,
+        scores,
+    )
+    validation = split_tables(
+        VALIDATION,
+        questions,
+        solutions,
+        scores,
+    )
     arms = _in_order(measured.log_odds)
     ns = _ns(config, measured)
-    scored = scored_questions(measured, arms, config.aggregate, config.seed)
+    scored = scored_questions(
+        measured,
+        arms,
+        config.aggregate,
+        config.seed,
+    )
+    # Labels come as a stream that is read once: those of both splits are kept in one pass.
     both_solutions = measured.solutions
     if config.split != VALIDATION:
         both_solutions = pa.concat_tables([measured.solutions, validation.solutions])
     labels_of_both = labels_of_solutions(labels, both_solutions)
     encoded = labels_of_both.encoded
-    reference = reference_labels(config.reference, measured.solutions, encoded, review_queue)
-    references = all_references(measured.solutions, encoded, review_queue)
+    reference = reference_labels(
+        config.reference,
+        measured.solutions,
+        encoded,
+        review_queue,
+    )
+    references = all_references(
+        measured.solutions,
+        encoded,
+        review_queue,
+    )
+    # Fitted against the source that the measured steps are held to.
     validation_reference = ReferenceLabels()
     if reference.source and config.split != VALIDATION:
-        validation_reference = reference_labels((reference.source,), validation.solutions, encoded, review_queue)
-    step_tables = _step_tables(config, arms, scored, measured, reference, references)
+        validation_reference = reference_labels(
+            (reference.source,),
+            validation.solutions,
+            encoded,
+            review_queue,
+        )
+    step_tables = _step_tables(
+        config,
+        arms,
+        scored,
+        measured,
+        reference,
+        references,
+    )
     # One seed for all figures: they rest on the same resamples, so that they may be compared.
     resampling = Resampling(config.bootstrap_samples, config.seed)
     clusters_Q = clusters(scored)
-    by_question = chances(scored, arms, ns, config.num_subsets, clusters_Q)
-    over_n = accuracy(by_question, arms, ns, resampling)
+    by_question = chances(
+        scored,
+        arms,
+        ns,
+        config.num_subsets,
+        clusters_Q,
+    )
+    over_n = accuracy(
+        by_question,
+        arms,
+        ns,
+        resampling,
+    )
     text_difference = _largest_text_difference(measured.scores)
     agreement_by_name = agreement(pairs)
     n = ns[-1]
     errors = _errors(measured, labels_of_both)
-    by_column = _accuracy_by_group(config, scored, by_question, arms, n, resampling)
-    table = outcomes(scored, by_question, arms)
+    by_column = _accuracy_by_group(
+        config,
+        scored,
+        by_question,
+        arms,
+        n,
+        resampling,
+    )
+    table = outcomes(
+        scored,
+        by_question,
+        arms,
+    )
+    # What both kinds of cases are looked up in.
     shown = (scored, arms, measured.solutions, images, measured.scores)
     report = EvaluationReport(
         title=config.title,
@@ -170,11 +235,31 @@ def evaluate(
         ns=ns,
         arms=arms,
         reference=reference.source,
-        counts=_counts(measured, scored, by_question, arms, n, errors),
+        counts=_counts(
+            measured,
+            scored,
+            by_question,
+            arms,
+            n,
+            errors,
+        ),
         accuracy=over_n,
-        decoders=accuracy_by_decoder(scored, measured.log_odds, arms, clusters_Q, resampling),
+        decoders=accuracy_by_decoder(
+            scored,
+            measured.log_odds,
+            arms,
+            clusters_Q,
+            resampling,
+        ),
         step=step_tables.step,
-        temperature=_temperatures(config, arms, measured, reference, validation, validation_reference),
+        temperature=_temperatures(
+            config,
+            arms,
+            measured,
+            reference,
+            validation,
+            validation_reference,
+        ),
         step_by_dataset=step_tables.by_dataset,
         step_by_source=step_tables.by_source,
         answers=answer_table(table, arms),
@@ -191,7 +276,12 @@ def evaluate(
         steps=list(steps),
         settings=dict(settings or {}),
         environment=dict(environment or {}),
-        examples=choose_examples(*shown, reference.labels, num_examples=config.num_examples, seed=config.seed),
+        examples=choose_examples(
+            *shown,
+            reference.labels,
+            num_examples=config.num_examples,
+            seed=config.seed,
+        ),
         disagreements=choose_disagreements(
             *shown,
             references.get("expert", reference).labels,
@@ -227,13 +317,34 @@ def _step_tables(
     reference: ReferenceLabels,
     references: Mapping[str, ReferenceLabels],
 ) -> _StepTables:
-    tables = _StepTables({}, {}, {})
+    tables = _StepTables(
+        {},
+        {},
+        {},
+    )
     threshold, num_bins = config.threshold, config.calibration_bins
     for arm in arms:
         log_odds = measured.log_odds[arm]
-        tables.step[arm] = step_figures(log_odds, reference, threshold, num_bins)
-        tables.by_dataset[arm] = figures_by_data_set(scored, log_odds, reference, threshold, num_bins)
-        tables.by_source[arm] = figures_by_source(references, log_odds, threshold, num_bins)
+        # A threshold and bins for all, so that tables can be read side by side.
+        tables.step[arm] = step_figures(
+            log_odds,
+            reference,
+            threshold,
+            num_bins,
+        )
+        tables.by_dataset[arm] = figures_by_data_set(
+            scored,
+            log_odds,
+            reference,
+            threshold,
+            num_bins,
+        )
+        tables.by_source[arm] = figures_by_source(
+            references,
+            log_odds,
+            threshold,
+            num_bins,
+        )
     return tables
 
 
@@ -250,9 +361,21 @@ def _temperatures(
     for arm in arms:
         if arm not in validation.log_odds or not validation_reference.source:
             continue
-        fitted_on = labelled_steps(validation.log_odds[arm], validation_reference, config.threshold)
-        measured_steps = labelled_steps(measured.log_odds[arm], reference, config.threshold)
-        scaling = scaled(fitted_on, measured_steps, config.calibration_bins)
+        fitted_on = labelled_steps(
+            validation.log_odds[arm],
+            validation_reference,
+            config.threshold,
+        )
+        measured_steps = labelled_steps(
+            measured.log_odds[arm],
+            reference,
+            config.threshold,
+        )
+        scaling = scaled(
+            fitted_on,
+            measured_steps,
+            config.calibration_bins,
+        )
         if scaling is not None:
             temperatures[arm] = scaling
     return temperatures
@@ -277,7 +400,15 @@ def _accuracy_by_group(
     tables = {}
     for column in (*COLUMNS, "question"):
         max_groups = config.max_groups if column in ("question", "topic") else None
-        tables[column] = accuracy_by_column(scored, by_question, arms, n, column, resampling, max_groups)
+        tables[column] = accuracy_by_column(
+            scored,
+            by_question,
+            arms,
+            n,
+            column,
+            resampling,
+            max_groups,
+        )
     # The one text of all questions is no group.
     if len(tables["question"]) == 1:
         tables["question"] = {}
@@ -373,7 +504,11 @@ def _text_log_odds(scores: pa.Table, arm: str) -> LogOdds:
     solution_ids = rows["solution_id"].to_pylist()
     texts = rows["text_log_odds"].to_pylist()
     by_solution = {}
-    for solution_id, text in zip(solution_ids, texts, strict=True):
+    for solution_id, text in zip(
+        solution_ids,
+        texts,
+        strict=True,
+    ):
         by_solution[solution_id] = np.asarray(text, dtype=np.float64)
     return by_solution
 

@@ -93,13 +93,21 @@ class Chances:
 
     def of(self, rows_Q: Ints) -> "Chances":
         """Those of some questions."""
-        return Chances(self.paths, self.values_QK[rows_Q], self.clusters_Q[rows_Q])
+        return Chances(
+            self.paths,
+            self.values_QK[rows_Q],
+            self.clusters_Q[rows_Q],
+        )
 
     def at(self, n: int) -> "Chances":
         """Those at one N, and of one sample."""
         columns = [column for column, path in enumerate(self.paths) if path[-1] in (str(n), "one_sample")]
         paths = [self.paths[column] for column in columns]
-        return Chances(paths, self.values_QK[:, columns], self.clusters_Q)
+        return Chances(
+            paths,
+            self.values_QK[:, columns],
+            self.clusters_Q,
+        )
 
     @property
     def num_clusters(self) -> int:
@@ -110,12 +118,24 @@ class Chances:
         """The mean of each path, with its interval. All share the resamples of the clusters."""
         if not self.paths or not len(self.values_QK):
             return {}
-        lows, highs = metrics.bootstrap(self.values_QK, resampling.num, resampling.seed, self.clusters_Q)
+        lows, highs = metrics.bootstrap(
+            self.values_QK,
+            resampling.num,
+            resampling.seed,
+            self.clusters_Q,
+        )
         means = self.values_QK.mean(axis=0)
         # The resamples of a single cluster are all alike.
+        # A degenerate interval would look like certainty.
         has_interval = self.num_clusters > 1
         figures = {}
-        for path, value, low, high in zip(self.paths, means, lows, highs, strict=True):
+        for path, value, low, high in zip(
+            self.paths,
+            means,
+            lows,
+            highs,
+            strict=True,
+        ):
             ends = (_rounded(low), _rounded(high)) if has_interval else (None, None)
             figures[path] = Accuracy(_rounded(value), *ends)
         return figures
@@ -131,7 +151,12 @@ def chances(
     """The chances by one sample, oracle, majority, best-of-N and SC+RM of each arm at each of `ns`, and the gains."""
     columns: dict[FigurePath, list[float]] = {}
     for scored in questions:
-        for path, chance in _chances_of(scored, arms, ns, num_subsets).items():
+        for path, chance in _chances_of(
+            scored,
+            arms,
+            ns,
+            num_subsets,
+        ).items():
             columns.setdefault(path, []).append(chance)
     arrays = {path: np.array(column) for path, column in columns.items()}
     if _has_gain(arms):
@@ -145,7 +170,11 @@ def chances(
 
 def _stacked(arrays: Mapping[FigurePath, Floats], clusters_Q: Ints) -> Chances:
     values_QK = np.stack(list(arrays.values()), axis=1) if arrays else np.zeros((0, 0))
-    return Chances(list(arrays), values_QK, clusters_Q)
+    return Chances(
+        list(arrays),
+        values_QK,
+        clusters_Q,
+    )
 
 
 def _chances_of(
@@ -156,13 +185,31 @@ def _chances_of(
     chances: dict[FigurePath, float] = {("one_sample",): float(correct.mean()) if correct.size else 0.0}
     for n in ns:
         # The same subsets for all arms, so that their difference is not one of luck.
-        subsets = decoders.subsets(max(codes.size, 1), n, num_subsets, scored.seed)
+        subsets = decoders.subsets(
+            max(codes.size, 1),
+            n,
+            num_subsets,
+            scored.seed,
+        )
         chances["oracle", str(n)] = decoders.expected_oracle(correct, n)
-        chances["majority", str(n)] = decoders.expected_vote(codes, correct, subsets)
+        chances["majority", str(n)] = decoders.expected_vote(
+            codes,
+            correct,
+            subsets,
+        )
         for arm in arms:
             rewards = scored.rewards[arm]
-            chances["best_of_n", arm, str(n)] = decoders.expected_best(rewards, correct, n)
-            chances["sc_rm", arm, str(n)] = decoders.expected_vote(codes, correct, subsets, rewards)
+            chances["best_of_n", arm, str(n)] = decoders.expected_best(
+                rewards,
+                correct,
+                n,
+            )
+            chances["sc_rm", arm, str(n)] = decoders.expected_vote(
+                codes,
+                correct,
+                subsets,
+                rewards,
+            )
     return chances
 
 
@@ -201,16 +248,23 @@ def accuracy_by_column(
     """
     rows_by_name: dict[str, list[int]] = {}
     for row, scored in enumerate(questions):
+        # Empty: the data set has no word for it.
         name = getattr(scored.question, column)
         if name:
             rows_by_name.setdefault(name, []).append(row)
     if max_groups is not None and len(rows_by_name) > max_groups:
         return {}
     table = {}
+    # The other N are no part of the table, and would take most of its resampling.
     chances_ = chances_.at(n)
     for name in sorted(rows_by_name, key=easy_first):
         of_group = chances_.of(np.array(rows_by_name[name]))
-        table[name] = _group_accuracy(of_group, arms, str(n), resampling)
+        table[name] = _group_accuracy(
+            of_group,
+            arms,
+            str(n),
+            resampling,
+        )
     return table
 
 
@@ -242,7 +296,15 @@ def accuracy_by_decoder(
     arrays: dict[FigurePath, Floats] = {}
     for arm in arms:
         for name, decoder in decoders.DECODERS.items():
-            column = [_decoded(scored, decoder, log_odds[arm], arm) for scored in questions]
+            column = [
+                _decoded(
+                    scored,
+                    decoder,
+                    log_odds[arm],
+                    arm,
+                )
+                for scored in questions
+            ]
             arrays[arm, name] = np.array(column)
     by_arm: dict[str, dict[str, Accuracy]] = {}
     for (arm, name), figure in _stacked(arrays, clusters_Q).figures(resampling).items():
@@ -258,7 +320,11 @@ def _decoded(scored: ScoredQuestion, decoder: Decoder, scores: ArmScores, arm: s
         rewards = scores.rewards(decoder.aggregate)[scored.places[arm]]
     if decoder.rule == "best":
         assert rewards is not None
-        return decoders.expected_best(rewards, scored.correct, max(scored.num_samples, 1))
+        return decoders.expected_best(
+            rewards,
+            scored.correct,
+            max(scored.num_samples, 1),
+        )
     all_samples = np.ones((1, scored.num_samples), dtype=bool)
     return decoders.expected_vote(
         scored.codes,

@@ -45,7 +45,11 @@ def fit_temperature(labels: Bools, log_odds: Floats, weights: Floats) -> float:
         raise ValueError(f"all {labels.size} steps are of one class; a temperature needs right and wrong ones")
     log_odds = finite("step scores", log_odds)
     best = minimize_scalar(
-        lambda log_t: log_loss(labels, log_odds / np.exp(log_t), weights),
+        lambda log_t: log_loss(
+            labels,
+            log_odds / np.exp(log_t),
+            weights,
+        ),
         bounds=(np.log(LOWEST), np.log(HIGHEST)),
         method="bounded",
         options={"xatol": 1e-6},
@@ -55,7 +59,12 @@ def fit_temperature(labels: Bools, log_odds: Floats, weights: Floats) -> float:
 
 def log_loss(labels: Bools, log_odds: Floats, weights: Floats) -> float:
     """The weighted mean of -log of the probability that each step's label was given."""
-    signed = np.where(labels, log_odds, -log_odds)
+    # The log-odds of what the label says.
+    signed = np.where(
+        labels,
+        log_odds,
+        -log_odds,
+    )
     return float(np.average(np.logaddexp(0.0, -signed), weights=weights))
 
 
@@ -64,11 +73,21 @@ def scaled(validation: LabelledSteps, measured: LabelledSteps, num_bins: int) ->
     labels, scores, weights = validation.arrays()
     if labels.all() or not labels.any() or not measured.labels:
         return None
-    temperature = fit_temperature(labels, scores, weights)
+    # From here on the validation steps play no part.
+    temperature = fit_temperature(
+        labels,
+        scores,
+        weights,
+    )
     measured_labels, measured_scores, measured_weights = measured.arrays()
 
     def ece(log_odds: Floats) -> float | None:
-        bins = calibration(measured_labels, probability(log_odds), num_bins, measured_weights)
+        bins = calibration(
+            measured_labels,
+            probability(log_odds),
+            num_bins,
+            measured_weights,
+        )
         return expected_calibration_error(bins)
 
     return TemperatureScaling(
@@ -76,6 +95,14 @@ def scaled(validation: LabelledSteps, measured: LabelledSteps, num_bins: int) ->
         steps=len(labels),
         ece_before=ece(measured_scores),
         ece_after=ece(measured_scores / temperature),
-        log_loss_before=log_loss(measured_labels, measured_scores, measured_weights),
-        log_loss_after=log_loss(measured_labels, measured_scores / temperature, measured_weights),
+        log_loss_before=log_loss(
+            measured_labels,
+            measured_scores,
+            measured_weights,
+        ),
+        log_loss_after=log_loss(
+            measured_labels,
+            measured_scores / temperature,
+            measured_weights,
+        ),
     )

@@ -81,14 +81,25 @@ class Comparison:
 
 def compare(first: Run, second: Run, resampling: Resampling) -> Comparison:
     """The comparison. Raises ValueError where the runs share no question, or no N."""
+    # Accuracy grows with N: figures at another N are no comparison.
     n = _common_n(first, second)
     first_rows, second_rows = _shared_rows(first, second)
-    columns = _common_columns(first_rows, second_rows, n)
+    columns = _common_columns(
+        first_rows,
+        second_rows,
+        n,
+    )
     names = [column.removesuffix(f"/{n}") for column in columns]
+    # Each run knows the clusters of all its questions, of which some may be missing here.
     clusters_Q = _clusters(first_rows, second_rows)
     first_QK = chances_of(first_rows, columns)
     second_QK = chances_of(second_rows, columns)
-    figures = paired_differences(first_QK, second_QK, clusters_Q, resampling)
+    figures = paired_differences(
+        first_QK,
+        second_QK,
+        clusters_Q,
+        resampling,
+    )
     main = _main_figure(names)
     place = names.index(main)
     groups = {}
@@ -110,11 +121,22 @@ def compare(first: Run, second: Run, resampling: Resampling) -> Comparison:
         only_in_first=first.outcomes.num_rows - first_rows.num_rows,
         only_in_second=second.outcomes.num_rows - second_rows.num_rows,
         main=main,
-        figures=dict(zip(names, figures, strict=True)),
+        figures=dict(
+            zip(
+                names,
+                figures,
+                strict=True,
+            )
+        ),
         groups=groups,
         settings=changes(first.report.settings, second.report.settings),
         steps=_step_changes(first.report.step, second.report.step),
-        changed_questions=_changed_questions(first_rows, second_rows, main, columns[place]),
+        changed_questions=_changed_questions(
+            first_rows,
+            second_rows,
+            main,
+            columns[place],
+        ),
     )
 
 
@@ -150,12 +172,17 @@ def _common_columns(first: pa.Table, second: pa.Table, n: int) -> list[str]:
 
 def _clusters(first: pa.Table, second: pa.Table) -> Ints:
     keys = []
-    for in_first, in_second in zip(first["cluster"].to_pylist(), second["cluster"].to_pylist(), strict=True):
+    for in_first, in_second in zip(
+        first["cluster"].to_pylist(),
+        second["cluster"].to_pylist(),
+        strict=True,
+    ):
         keys.append([f"first {in_first}", f"second {in_second}"])
     return clusters_of(keys)
 
 
 def _main_figure(names: Sequence[str]) -> str:
+    # The first arm is the scorer where there is no image.
     best = [name for name in names if name.startswith("best_of_n/")]
     if "best_of_n/multimodal" in best:
         return "best_of_n/multimodal"
@@ -169,11 +196,20 @@ def _by_group(
     table = {}
     for name in sorted(set(group_of_row) - {""}, key=easy_first):
         rows = np.flatnonzero(labels == name)
-        figures = paired_differences(first_Q1[rows], second_Q1[rows], clusters_Q[rows], resampling)
+        figures = paired_differences(
+            first_Q1[rows],
+            second_Q1[rows],
+            clusters_Q[rows],
+            resampling,
+        )
         table[name] = figures[0]
     # A group of a single cluster has no p-value, and takes no part.
     tested = {name: figure.p_value for name, figure in table.items() if figure.p_value is not None}
-    for name, adjusted_p in zip(tested, holm(list(tested.values())).tolist(), strict=True):
+    for name, adjusted_p in zip(
+        tested,
+        holm(list(tested.values())).tolist(),
+        strict=True,
+    ):
         table[name] = replace(table[name], adjusted_p=adjusted_p)
     return table
 
@@ -183,6 +219,7 @@ def changes(first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = "
     differences: list[Change] = []
     for name in dict.fromkeys((*first, *second)):
         before, after = first.get(name), second.get(name)
+        # A section that one run lacks is one change, not one for each of its settings.
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             differences += changes(before, after, f"{prefix}{name}.")
         elif before != after:
@@ -206,6 +243,7 @@ def _changed_questions(first: pa.Table, second: pa.Table, main: str, column: str
     answers = f"answer/{main.partition('/')[2] or 'majority'}"
     change = after - before
     order = np.argsort(-np.abs(change), kind="stable")
+    # Losses matter more to who decides: they come first.
     better = [row for row in order.tolist() if change[row] > 0][:MOST_CHANGED]
     worse = [row for row in order.tolist() if change[row] < 0][:MOST_CHANGED]
     entries = []

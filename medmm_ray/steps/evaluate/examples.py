@@ -107,7 +107,11 @@ def choose_examples(
 
     def by_hash(scored: ScoredQuestion) -> str:
         """A place in the choice that depends on no property of the question but its id."""
-        return digest(seed, "example", scored.question.question_id)
+        return digest(
+            seed,
+            "example",
+            scored.question.question_id,
+        )
 
     for scored in sorted(questions, key=by_hash):
         kind = _kind(scored, main_arm)
@@ -124,7 +128,15 @@ def choose_examples(
     )
     examples = []
     for kind, scored in chosen:
-        examples.append(_example(kind, scored, main_arm, sources, _roles(scored, main_arm)))
+        examples.append(
+            _example(
+                kind,
+                scored,
+                main_arm,
+                sources,
+                _roles(scored, main_arm),
+            )
+        )
     return examples
 
 
@@ -187,18 +199,36 @@ def choose_disagreements(
     main_arm = "multimodal" if "multimodal" in arms else arms[0]
     by_sureness: list[tuple[float, ScoredQuestion, int, int]] = []
     for scored in questions:
-        worst = _worst_step(scored, labels, log_odds[main_arm])
+        worst = _worst_step(
+            scored,
+            labels,
+            log_odds[main_arm],
+        )
         if worst is not None:
             by_sureness.append((worst.sureness, scored, worst.place, worst.step))
     # The id decides between equals: the order of a table must not.
     by_sureness.sort(key=lambda entry: (-entry[0], entry[1].question.question_id))
     chosen = by_sureness[:num]
-    sources = _sources([entry[1].question for entry in chosen], main_arm, solutions, images, scores, labels)
+    sources = _sources(
+        [entry[1].question for entry in chosen],
+        main_arm,
+        solutions,
+        images,
+        scores,
+        labels,
+    )
     examples = []
     for _, scored, place, step in chosen:
         label = labels[scored.solution_ids[place]][step]
+        # What the scorer did wrong names the case.
         kind = UNDERRATED if label else OVERRATED
-        example = _example(kind, scored, main_arm, sources, {place: []})
+        example = _example(
+            kind,
+            scored,
+            main_arm,
+            sources,
+            {place: []},
+        )
         examples.append(replace(example, step=step))
     return examples
 
@@ -217,12 +247,23 @@ def _worst_step(scored: ScoredQuestion, labels: StepLabels, log_odds: LogOdds) -
     for place, solution_id in enumerate(scored.solution_ids):
         if solution_id not in labels or solution_id not in log_odds:
             continue
-        for step, (label, score) in enumerate(zip(labels[solution_id], log_odds[solution_id], strict=True)):
+        for step, (label, score) in enumerate(
+            zip(
+                labels[solution_id],
+                log_odds[solution_id],
+                strict=True,
+            )
+        ):
             if label is None:
                 continue
+            # Positive where the score says the opposite of the label.
             sureness = float(-score if label else score)
             if sureness > 0 and (worst is None or sureness > worst.sureness):
-                worst = _WorstStep(sureness, place, step)
+                worst = _WorstStep(
+                    sureness,
+                    place,
+                    step,
+                )
     return worst
 
 
@@ -238,7 +279,14 @@ def _example(
     entries = []
     for place, roles in roles_by_place.items():
         reward = float(scored.rewards[main_arm][place])
-        entries.append(_example_solution(solutions[place], roles, reward, sources))
+        entries.append(
+            _example_solution(
+                solutions[place],
+                roles,
+                reward,
+                sources,
+            )
+        )
     pictures = []
     for image_id in question.image_ids:
         if image_id in sources.images:
@@ -289,7 +337,11 @@ def _roles(scored: ScoredQuestion, main_arm: str) -> dict[int, list[str]]:
     main_rewards = scored.rewards[main_arm]
     # Without a reward a sample is no contrast to be learnt from: NaN is never the best.
     like_first = scored.correct == scored.correct[first]
-    contrast_rewards = np.where(like_first, math.nan, main_rewards)
+    contrast_rewards = np.where(
+        like_first,
+        math.nan,
+        main_rewards,
+    )
     contrast = decoders.best_of_n(contrast_rewards)
     if contrast is not None:
         roles.setdefault(contrast, []).append("best_wrong" if scored.correct[first] else "best_right")
@@ -311,7 +363,13 @@ def _example_solution(
     labels = sources.labels.get(solution.solution_id) or [None] * len(texts)
     text_parts, image_parts = sources.step_parts[solution.solution_id]
     steps = []
-    for text, by_text, by_image, label in zip(texts, text_parts, image_parts, labels, strict=True):
+    for text, by_text, by_image, label in zip(
+        texts,
+        text_parts,
+        image_parts,
+        labels,
+        strict=True,
+    ):
         # Log-odds add: their sum is what the scorer says of the step.
         probability = float(metrics.probability(by_text + by_image))
         steps.append(

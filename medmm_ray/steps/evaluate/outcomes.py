@@ -35,7 +35,12 @@ def outcomes(questions: Sequence[ScoredQuestion], chances: Chances, arms: Sequen
     columns[f"{ANSWER}majority"] = pa.array([_majority(scored) for scored in questions], pa.string())
     for arm in arms:
         columns[f"{ANSWER}{arm}"] = pa.array([_best(scored, arm) for scored in questions], pa.string())
-    for path, values_Q in zip(chances.paths, chances.values_QK.T, strict=True):
+    for path, values_Q in zip(
+        chances.paths,
+        chances.values_QK.T,
+        strict=True,
+    ):
+        # Gains are differences of other columns.
         if path[0] in CHANCES:
             columns["/".join(path)] = pa.array(values_Q, pa.float64())
     return pa.table(columns)
@@ -53,6 +58,7 @@ def _answer(scored: ScoredQuestion, place: int | None) -> str | None:
     """The answer of a sample, which is the gold one where it was graded right, however it is worded."""
     if place is None:
         return None
+    # A right answer in other words would look like a wrong one beside the gold answer.
     if scored.correct[place]:
         return scored.question.answer
     return scored.answers[place]
@@ -82,6 +88,7 @@ def answer_table(table: pa.Table, arms: Sequence[str]) -> dict[str, dict[str, di
     )
     counts: dict[str, dict[str, dict[str, int]]] = {}
     for answer_type, answer, chosen in rows:
+        # Every wording would be a row of its own.
         if answer_type == "open":
             continue
         of_answer = counts.setdefault(answer_type, {}).setdefault(answer, {})

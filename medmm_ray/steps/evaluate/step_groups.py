@@ -43,6 +43,7 @@ def figures_by_data_set(
         labelled = [solution_id for solution_id in scored.solution_ids if solution_id in reference.labels]
         if not labelled or not scored.question.dataset:
             continue
+        # All kinds first: the table begins with it.
         of_set = solutions.setdefault(scored.question.dataset, {ALL: []})
         of_set[ALL] += labelled
         if scored.question.published_type:
@@ -51,8 +52,14 @@ def figures_by_data_set(
     for data_set in sorted(solutions):
         table = {}
         for kind, solution_ids in solutions[data_set].items():
+            # Weights stay: they are looked up by solution.
             of_kind = replace(reference, labels={key: reference.labels[key] for key in solution_ids})
-            table[kind] = group_figures(log_odds, of_kind, threshold, num_bins)
+            table[kind] = group_figures(
+                log_odds,
+                of_kind,
+                threshold,
+                num_bins,
+            )
         tables[data_set] = table
     return tables
 
@@ -66,22 +73,49 @@ def figures_by_source(
     """By label source: how well the scores fit what it says, which of a judge is no measure of the scores alone."""
     figures = {}
     for source, reference in references.items():
-        figures[source] = group_figures(log_odds, reference, threshold, num_bins)
+        figures[source] = group_figures(
+            log_odds,
+            reference,
+            threshold,
+            num_bins,
+        )
     return figures
 
 
 def group_figures(log_odds: LogOdds, reference: ReferenceLabels, threshold: float, num_bins: int) -> GroupStepFigures:
     """The figures of the scored solutions that `reference` labels."""
-    pooled = labelled_steps(log_odds, reference, threshold)
+    # Steps are pooled, not averaged by solution: long solutions count for more, as in the benchmarks.
+    pooled = labelled_steps(
+        log_odds,
+        reference,
+        threshold,
+    )
     labels, scores, weights = pooled.arrays()
     predicted = metrics.predicted_right(scores, threshold)
-    bins = metrics.calibration(labels, metrics.probability(scores), num_bins, weights)
+    bins = metrics.calibration(
+        labels,
+        metrics.probability(scores),
+        num_bins,
+        weights,
+    )
     return GroupStepFigures(
         solutions=pooled.num_solutions,
         steps=int(np.size(labels)),
-        auroc=metrics.auroc(labels, scores, weights),
+        auroc=metrics.auroc(
+            labels,
+            scores,
+            weights,
+        ),
         ece=metrics.expected_calibration_error(bins),
-        kappa=metrics.cohen_kappa(labels, predicted, weights),
-        macro_f1=metrics.macro_f1(labels, predicted, weights),
+        kappa=metrics.cohen_kappa(
+            labels,
+            predicted,
+            weights,
+        ),
+        macro_f1=metrics.macro_f1(
+            labels,
+            predicted,
+            weights,
+        ),
         processbench=metrics.processbench_f1(pooled.first_labelled, pooled.first_scored),
     )

@@ -279,6 +279,7 @@ def step_figures(
     which every step is labelled.
     """
     pooled = labelled_steps(log_odds, reference, threshold)
+    # Arrays once: every figure below reads them.
     labels, scores, weights = pooled.arrays()
     probabilities = metrics.probability(scores)
     predicted = metrics.predicted_right(scores, threshold)
@@ -333,6 +334,7 @@ def all_references(
     """The labels of every source that labels a step of `solutions`, each as `reference_labels` gives it."""
     references = {}
     for source in sorted(set(encoded["source"].to_pylist())):
+        # A source whose verdicts were all left open labels nothing.
         reference = reference_labels((source,), solutions, encoded, review_queue)
         if reference.source:
             references[source] = reference

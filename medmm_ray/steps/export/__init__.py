@@ -375,6 +375,7 @@ def _add_scores(entries: Sequence[dict[str, Any]], bundle: Bundle, arm: Arm | No
     """Put an arm's step probabilities into the entries of the solutions, by the names that Med-PRM's files have."""
     arms = (arm,) if arm else DEFAULT_ARMS
     for nested, solution in zip(entries, bundle.solutions, strict=True):
+        # Failed rows are none of them.
         by_arm = {scores.arm: scores for scores in bundle.scores.get(solution.solution_id, ())}
         scores = next((by_arm[name] for name in arms if name in by_arm), None)
         if scores is not None and scores.text_log_odds:

@@ -382,10 +382,22 @@ def expected_vote(
     rule: VoteRule = "sum",
 ) -> float:
     """The share of subsets whose winning answer is right; without `rewards` a plain majority vote."""
+    return expected_votes(codes, correct, [subsets_SM], rewards, rule)[0]
+
+
+def expected_votes(
+    codes: Ints,
+    correct: Bools,
+    subsets: Sequence[Bools],
+    rewards: Floats | None = None,
+    rule: VoteRule = "sum",
+) -> list[float]:
+    """`expected_vote` of several sets of subsets [S, M] at once: a call for each takes most of its time in calls."""
     if not codes.size:
-        return 0.0
+        return [0.0] * len(subsets)
     num_answers = int(codes.max(initial=-1)) + 1
     right_A = np.zeros(num_answers + 1, dtype=bool)  # the last entry is the one of code -1: never right
     right_A[codes[(codes >= 0) & correct]] = True
-    winners_S = _winners(_ballots(codes, rewards), subsets_SM, rule)
-    return float(right_A[winners_S].mean())
+    winners_S = _winners(_ballots(codes, rewards), np.concatenate(subsets), rule)
+    ends = np.cumsum([len(subsets_SM) for subsets_SM in subsets])
+    return [float(is_right_S.mean()) for is_right_S in np.split(right_A[winners_S], ends[:-1])]

@@ -241,6 +241,16 @@ def test_random_subsets_are_seeded_distinct_in_themselves_and_unbiased() -> None
     assert decoders.subsets(64, 99, 200, seed=3).all()
 
 
+def test_several_sets_of_subsets_at_once_are_each_of_them() -> None:
+    rng = np.random.default_rng(4)
+    codes, rewards = rng.integers(-1, 3, 12), rng.normal(0, 2, 12)
+    correct = codes == 1
+    sets = [decoders.subsets(12, n, 20, 0) for n in (1, 2, 5, 12)]
+    one_by_one = [decoders.expected_vote(codes, correct, subsets, rewards) for subsets in sets]
+    assert decoders.expected_votes(codes, correct, sets, rewards) == one_by_one
+    assert len(set(one_by_one)) > 1
+
+
 def test_expected_vote_without_votes() -> None:
     nobody = decoders.answer_codes([None, None])
     assert decoders.expected_vote(nobody, np.array([True, True]), decoders.subsets(2, 1, 9, 0)) == 0.0

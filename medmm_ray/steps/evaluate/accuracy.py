@@ -183,33 +183,18 @@ def _chances_of(
     correct, codes = scored.correct, scored.codes
     # A question without a sample counts as wrong.
     chances: dict[FigurePath, float] = {("one_sample",): float(correct.mean()) if correct.size else 0.0}
-    for n in ns:
-        # The same subsets for all arms, so that their difference is not one of luck.
-        subsets = decoders.subsets(
-            max(codes.size, 1),
-            n,
-            num_subsets,
-            scored.seed,
-        )
+    # The same subsets for all arms, so that their difference is not one of luck.
+    num_samples = max(codes.size, 1)
+    subsets = [decoders.subsets(num_samples, n, num_subsets, scored.seed) for n in ns]
+    for n, majority in zip(ns, decoders.expected_votes(codes, correct, subsets), strict=True):
         chances["oracle", str(n)] = decoders.expected_oracle(correct, n)
-        chances["majority", str(n)] = decoders.expected_vote(
-            codes,
-            correct,
-            subsets,
-        )
-        for arm in arms:
-            rewards = scored.rewards[arm]
-            chances["best_of_n", arm, str(n)] = decoders.expected_best(
-                rewards,
-                correct,
-                n,
-            )
-            chances["sc_rm", arm, str(n)] = decoders.expected_vote(
-                codes,
-                correct,
-                subsets,
-                rewards,
-            )
+        chances["majority", str(n)] = majority
+    for arm in arms:
+        rewards = scored.rewards[arm]
+        weighted = decoders.expected_votes(codes, correct, subsets, rewards)
+        for n, sc_rm in zip(ns, weighted, strict=True):
+            chances["best_of_n", arm, str(n)] = decoders.expected_best(rewards, correct, n)
+            chances["sc_rm", arm, str(n)] = sc_rm
     return chances
 
 

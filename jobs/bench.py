@@ -29,7 +29,6 @@ BENCHES = (
     "near_duplicates",
     "index",
     "embed",
-    "retrieve",
     "sampling",
     "judge",
     "sharing",

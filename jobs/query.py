@@ -14,11 +14,12 @@ import pyarrow.compute as pc
 from jobs.entry import launch, parser, read_arguments
 from jobs.serve import serve_config
 from jobs.step import Run
+from medmm_ray.client import Client, rerank_request
 from medmm_ray.config import ConfigError
 from medmm_ray.data.tables import filesystem, read_json, write_file
 from medmm_ray.engines.images import read_bytes
-from medmm_ray.service.client import query, request_of, show
 from medmm_ray.service.rerank import RerankAnswer, RerankRequest
+from medmm_ray.service.show import show
 from medmm_ray.steps.score import with_trained_inputs
 
 
@@ -53,8 +54,10 @@ def answer_of(run: Run, request: RerankRequest) -> dict[str, Any]:
     from medmm_ray.service.deployment import running
     from medmm_ray.session import session
 
-    with session(), running(serve_config(run)) as url:
-        return query(url, request).model_dump(mode="json")
+    # For this one request of this process's own.
+    config = serve_config(run).model_copy(update={"access": "loopback", "host": "127.0.0.1"})
+    with session(), running(config) as url, Client(url) as client:
+        return client.rerank(request).model_dump(mode="json")
 
 
 def example(run: Run) -> tuple[RerankRequest, str]:
@@ -69,7 +72,7 @@ def example(run: Run) -> tuple[RerankRequest, str]:
     # As many as the model was trained on: the service would warn of more.
     documents = [document["text"] for document in evidence["documents"][: scoring.num_documents]]
     references = [read_bytes(image["uri"]) for image in evidence["images"][: scoring.num_references]]
-    request = request_of(
+    request = rerank_request(
         question["question"],
         question["options"],
         [solution["steps"] for solution in solutions[question["question_id"]]],

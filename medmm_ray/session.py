@@ -64,6 +64,8 @@ def session(quiet: bool = True) -> Iterator[None]:
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     # At Ray's default of 15 those at work are starved by those that start, which have 0: for a second, on two cores.
     os.environ.setdefault("RAY_worker_niceness", "5")
+    # Read by each proxy of Serve's when it starts; a cluster's nodes have it from their own environment.
+    os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "medmm_ray.service.proxy:middlewares")
     if quiet:
         # Every Ray Data actor that may restart makes the driver's C++ side print an error line; real ones reach Python.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")

@@ -35,7 +35,8 @@ LAYERS = (
     ("reward_model",),
     ("steps", "train"),
     ("pages", "service"),
-    ("serve",),
+    ("client", "serve"),
+    ("rewards",),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 

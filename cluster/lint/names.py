@@ -53,7 +53,7 @@ def _variables_of_ray() -> set[str]:
     for line in (package / "includes" / "ray_config.pxd").read_text().splitlines():
         if match := re.search(r"(\w+)\(\) const", line):
             variables.add(f"RAY_{match[1]}")
-    for folder in ("_private", "_common", "autoscaler", "scripts"):
+    for folder in ("_private", "_common", "autoscaler", "scripts", "serve/_private"):
         for path in (package / folder).rglob("*.py"):
             variables.update(RAYS.findall(path.read_text()))
     return variables

@@ -114,7 +114,7 @@ def serves_what_a_run_makes(file: YamlFile, project: Project) -> Iterator[str]:
 
 
 def agrees_with_the_other(file: YamlFile, project: Project) -> Iterator[str]:
-    """The Serve configs differ in where they listen alone."""
+    """The Serve configs differ in where they listen, and to whom, alone."""
     plain = [_without_hosts(config) for config in configs_of(project)]
     if any(config != plain[0] for config in plain) and file.path != configs_of(project)[0].path:
         yield f"differs from {os.path.relpath(configs_of(project)[0].path, project.root)} in more than the hosts"
@@ -125,6 +125,7 @@ def _without_hosts(file: YamlFile) -> dict[str, Any]:
     config.pop("proxy_location", None)
     config.get("http_options", {}).pop("host", None)
     config["applications"][0]["args"].pop("host", None)
+    config["applications"][0]["args"].pop("access", None)  # it goes with the host
     return config
 
 

@@ -26,6 +26,7 @@ mkdir -m 700 "$state"
 (umask 077 && head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' >"$token")
 export PATH="$venv/bin:$PATH"            # a job's `python` is looked up here
 export RAY_USAGE_STATS_ENABLED=0
+export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=medmm_ray.service.proxy:middlewares # errors of the proxy as problems
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=PASSIVE
 export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0  # badly named: it makes Ray keep to 127.0.0.1 on Linux too
 unset RAY_ADDRESS

@@ -1,7 +1,7 @@
 """The web application around the scorer: middlewares, errors and routes.
 
-Leaves: `POST /v1/rerank`, `GET /v1/model`, `GET /health`, and the OpenAPI page at `/docs`. Logs hold counts and
-seconds, never text.
+Leaves: `POST /v1/rerank`, `/v1/score` and `/v1/rewards`; `GET /v1/models`, `/health`, `/ready` and `/metrics`; the
+OpenAPI page at `/docs`. Logs hold counts and seconds, never text.
 """
 
 from typing import Any
@@ -10,11 +10,16 @@ from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 
 from medmm_ray import __version__
+from medmm_ray.service.audit import Audit
 from medmm_ray.service.backend import Backend
 from medmm_ray.service.guard import Guard
+from medmm_ray.service.keys import Keyring
+from medmm_ray.service.metrics import MeasureRequests
 from medmm_ray.service.problems import CatchAll, Kind, add_problem_handlers, problem_schemas, problems
+from medmm_ray.service.quotas import Quotas
 from medmm_ray.service.request_ids import RequestIds
-from medmm_ray.service.routes import health, models, rerank
+from medmm_ray.service.routes import health, models, rerank, rewards, score
+from medmm_ray.service.secure_headers import SecureHeaders
 
 
 class Api(FastAPI):
@@ -27,23 +32,28 @@ class Api(FastAPI):
         return page
 
 
-def api(backend: Backend, token_sha256: str | None) -> FastAPI:
-    """The web application around `backend`."""
-    config = backend.config
+def api(backend: Backend, keyring: Keyring | None, quotas: Quotas | None = None) -> FastAPI:
+    """The web application around `backend`; without a `keyring` it answers loopback alone."""
+    quotas = quotas or Quotas()
     app = Api(
         title="medmm_ray",
         version=__version__,
         summary="Scores each step of candidate solutions of a medical question, and puts the solutions in order.",
-        responses=problems(Kind.UNAUTHENTICATED, Kind.FORBIDDEN),
+        responses=problems(Kind.UNAUTHENTICATED, Kind.FORBIDDEN, Kind.RATE_LIMITED),
     )
     add_problem_handlers(app)
     # The last that is added sees a request first.
-    app.add_middleware(Guard, token_sha256=token_sha256, token_env=config.token_env, max_body_mb=config.max_body_mb)
+    app.add_middleware(Guard, keyring=keyring, quotas=quotas, max_body_mb=backend.config.max_body_mb)
+    app.add_middleware(Audit, quotas=quotas, fingerprint=backend.fingerprint)
     app.add_middleware(CatchAll)
+    app.add_middleware(MeasureRequests, metrics=backend.metrics)
+    app.add_middleware(SecureHeaders)
     app.add_middleware(RequestIds)
-    # The guard checks the token; this writes it into the OpenAPI page.
-    bearer = Depends(HTTPBearer(auto_error=False, description=f"Demanded where {config.token_env} is set."))
-    app.include_router(health.router())
-    for routes in (models.router(backend), rerank.router(backend)):
-        app.include_router(routes, dependencies=[bearer])
+    # The guard checks the key; this writes it into the OpenAPI page.
+    bearer = Depends(HTTPBearer(auto_error=False, description="A key; none is needed where access=loopback."))
+    app.include_router(health.router(backend))
+    app.include_router(health.metrics_router(backend), dependencies=[bearer])
+    # A further family of routes goes here, and what keys it needs into `guard.SCOPES`.
+    for family in (models, rerank, score, rewards):
+        app.include_router(family.router(backend), dependencies=[bearer])
     return app

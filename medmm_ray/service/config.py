@@ -17,6 +17,8 @@ class ServeConfig(GpuPlacement):
     model: str | None = execution(None)
     """Checkpoint that `RewardModel.from_pretrained` reads, such as <run>/two_tower, the latest of a run; required (in
     a recipe: the run's own by default)."""
+    served_model_name: str | None = execution(None)
+    """Name that `GET /v1/models` and every answer state, and that a request may ask for; none: the checkpoint's."""
     dtype: Literal["float32", "bfloat16", "float16"] = execution("float32")
     """Number format of the weights; bfloat16 on GPUs."""
     device: str = execution("cpu")
@@ -50,8 +52,12 @@ class ServeConfig(GpuPlacement):
     max_body_mb: Count = execution(64)
     """Size of a request in MiB; more is answered with 413."""
     host: str = execution("127.0.0.1")
-    """Address to listen on; any other than loopback needs a token."""
+    """Address to listen on; any other than loopback needs keys."""
     port: Annotated[int, Field(ge=0, le=65535)] = execution(8000)
     """TCP port to listen on; 0 takes a free one."""
+    access: Literal["keys", "loopback"] = execution("keys")
+    """Who is answered: who has a key, or, without any, whoever asks this machine's loopback address."""
+    keys: str | None = execution(None)
+    """File of keys (`python -m jobs.keys`), read again when it changes; every node must have it at this path."""
     token_env: str = execution("MEDMM_TOKEN")
-    """Name of the environment variable that holds the bearer token; unset or empty: loopback only, no token."""
+    """Name of the environment variable that holds one key with every scope, beside those of the file."""

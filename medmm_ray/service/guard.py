@@ -1,15 +1,23 @@
-"""What the service lets in: who has the token, or who asks from this machine, with a body that is small enough."""
+"""What the service lets in: who has a key that may ask, or who asks from this machine; with a body not too large."""
 
-import hashlib
-import hmac
+import asyncio
 import ipaddress
 from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from medmm_ray.service.audit import KEY
+from medmm_ray.service.keys import Key, Keyring, KeyScope
 from medmm_ray.service.problems import Kind, Problem
+from medmm_ray.service.quotas import Guesses, Quotas
 
-WITHOUT_TOKEN = ("/health", "/docs", "/openapi.json")  # they hold no data
+OPEN_PATHS = ("/health", "/ready", "/docs", "/openapi.json")  # they hold no data
+# The first prefix that fits counts; what no prefix names needs a key of any scope, and is not found then.
+SCOPES: Mapping[str, KeyScope] = {
+    "/v1/best_of_n": "best_of_n",
+    "/v1/": "score",
+    "/metrics": "metrics",
+}
 
 Headers = Mapping[bytes, bytes]
 
@@ -17,14 +25,16 @@ Headers = Mapping[bytes, bytes]
 class Guard:
     """Middleware in front of the application.
 
-    Before a body is read: 401 without the token, or 403 to what did not arrive at loopback where there is no token;
-    while it is read: 413 where it is larger than `max_body_mb` MiB. `token_env` is the variable's name, for messages.
+    Before a body is read: 401 without a key or with a wrong one, 403 to one that may not ask for this, 429 to one that
+    asks too often and to a peer that guesses; where nobody needs a key (`keyring` is None) 403 to what did not arrive
+    at loopback. While it is read: 413 where it is larger than `max_body_mb` MiB.
     """
 
-    def __init__(self, app: ASGIApp, token_sha256: str | None, token_env: str, max_body_mb: int) -> None:
+    def __init__(self, app: ASGIApp, keyring: Keyring | None, quotas: Quotas, max_body_mb: int) -> None:
         self.app = app
-        self.token_sha256 = token_sha256
-        self.token_env = token_env
+        self.keyring = keyring
+        self.quotas = quotas
+        self.guesses = Guesses()
         self.max_body_mb = max_body_mb
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -33,18 +43,15 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers: Headers = dict(scope["headers"])
-        if self.token_sha256 is None:
-            refusal = self._check_loopback(scope, headers)
-        else:
-            refusal = self._check_token(scope, headers, self.token_sha256)
-        if refusal:
-            await refusal.response(scope)(scope, receive, send)
-        else:
-            await self.app(
-                scope,
-                self._bounded(receive),
-                send,
-            )
+        try:
+            if self.keyring is None:
+                check_loopback(scope, headers)
+            elif path_of(scope) not in OPEN_PATHS:
+                scope[KEY] = await self._key(self.keyring, scope, headers)
+        except Problem as problem:
+            await problem.response(scope)(scope, receive, send)
+            return
+        await self.app(scope, self._bounded(receive), send)
 
     def _bounded(self, receive: Receive) -> Receive:
         """`receive`, counting: a chunked body has no length to look at beforehand."""
@@ -61,29 +68,61 @@ class Guard:
 
         return receive_bounded
 
-    def _check_token(self, scope: Scope, headers: Headers, token_sha256: str) -> Problem | None:
-        """A 401, or None where the token is right or the path needs none."""
-        if scope["path"].removeprefix(scope.get("root_path", "")) in WITHOUT_TOKEN:
-            return None
-        scheme, _, token = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+    async def _key(self, keyring: Keyring, scope: Scope, headers: Headers) -> Key:
+        """The request's key; a `Problem` where it has none that may ask for this now."""
+        if keyring.is_due:
+            await asyncio.to_thread(keyring.reload)
+        peer = str((scope.get("client") or ("", 0))[0])
+        if wait_s := self.guesses.wait_s(peer):
+            raise Problem(Kind.RATE_LIMITED, "too many wrong keys from this address; wait", retry_after_s=wait_s)
+        scheme, _, shown = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
         is_bearer = scheme.lower() == "bearer"
-        # Hashes, compared in constant time: how long a refusal takes says nothing about the token.
-        if is_bearer and hmac.compare_digest(sha256(token), token_sha256):
-            return None
-        problem = "the bearer token is wrong" if is_bearer else "a bearer token is missing"
-        detail = f"{problem}; send 'Authorization: Bearer <token>' with the server's {self.token_env}"
-        return Problem(Kind.UNAUTHENTICATED, detail, headers={"WWW-Authenticate": "Bearer"})
+        key = keyring.find(shown) if is_bearer else None
+        if key is None:
+            # Who sends none does not guess.
+            if is_bearer:
+                self.guesses.add(peer)
+            raise _unauthenticated("the key is wrong, revoked or expired" if is_bearer else "a key is missing")
+        needed = needed_scope(path_of(scope))
+        if needed is not None and not key.allows(needed):
+            scopes = ", ".join(key.scopes)
+            raise Problem(Kind.FORBIDDEN, f"the key {key.name} has the scopes {scopes}; this needs {needed}")
+        # Last, for it counts the request: what was refused above has cost the key nothing.
+        if wait_s := self.quotas.wait_s(key):
+            raise Problem(Kind.RATE_LIMITED, f"the key {key.name} is over its limit; wait", retry_after_s=wait_s)
+        return key
 
-    def _check_loopback(self, scope: Scope, headers: Headers) -> Problem | None:
-        """A 403, or None where both the socket's own address and the name that the client used are loopback.
 
-        The name counts, for a web page may rebind a name of its own to 127.0.0.1.
-        """
-        address, _ = scope.get("server") or ("", None)
-        if is_loopback(address) and is_loopback(_host_name(headers)):
-            return None
-        detail = f"no token is set, so only loopback addresses are answered; set {self.token_env} to open the server"
-        return Problem(Kind.FORBIDDEN, detail)
+def _unauthenticated(fault: str) -> Problem:
+    detail = f"{fault}; send 'Authorization: Bearer <key>'"
+    return Problem(Kind.UNAUTHENTICATED, detail, headers={"WWW-Authenticate": "Bearer"})
+
+
+def path_of(scope: Scope) -> str:
+    """A request's path below the application's own prefix."""
+    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
+
+
+def needed_scope(path: str) -> KeyScope | None:
+    """What a key must be allowed for this path; None: anything."""
+    for prefix, scope in SCOPES.items():
+        if path.startswith(prefix):
+            return scope
+    return None
+
+
+def check_loopback(scope: Scope, headers: Headers) -> None:
+    """Raise a 403 `Problem` unless both the socket's own address and the name that the client used are loopback.
+
+    The name counts, for a web page may rebind a name of its own to 127.0.0.1.
+    """
+    address, _ = scope.get("server") or ("", None)
+    if not (is_loopback(address) and is_loopback(_host_name(headers))):
+        raise Problem(
+            Kind.FORBIDDEN,
+            "the server has no keys (access=loopback), so only loopback addresses are answered; serve it with keys to "
+            "open it",
+        )
 
 
 def _host_name(headers: Headers) -> str:
@@ -101,8 +140,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def sha256(token: str) -> str:
-    """The token's hash, hexadecimal: what the replicas keep and compare."""
-    return hashlib.sha256(token.encode()).hexdigest()

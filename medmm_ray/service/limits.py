@@ -2,10 +2,10 @@
 
 from medmm_ray.service.config import ServeConfig
 from medmm_ray.service.problems import Kind, Problem
-from medmm_ray.service.rerank import RerankRequest, steps_of
+from medmm_ray.service.rerank import Case, steps_of
 
 
-def check_size(request: RerankRequest, config: ServeConfig) -> None:
+def check_size(request: Case, config: ServeConfig) -> None:
     """Refuse with 413, before any work, what is more than one request may hold."""
     # Of too many solutions only so many are split: the first check refuses the request anyway.
     num_steps = [len(steps_of(solution)) for solution in request.solutions[: config.max_solutions]]

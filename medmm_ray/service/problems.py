@@ -15,7 +15,8 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from medmm_ray.data.tables import RowError
+from medmm_ray.config_tree import inner_configs
+from medmm_ray.service.bodies import SHAPE, tag
 from medmm_ray.service.request_ids import request_id
 
 logger = logging.getLogger("ray.serve")
@@ -27,7 +28,7 @@ class Kind(Enum):
     """What can be wrong, with its HTTP status and title; the name is the last part of the problem's type."""
 
     BAD_REQUEST = (400, "The request cannot be read")
-    UNAUTHENTICATED = (401, "The token is missing or wrong")
+    UNAUTHENTICATED = (401, "The key is missing or wrong")
     FORBIDDEN = (403, "Not allowed")
     NOT_FOUND = (404, "There is nothing at this path")
     METHOD_NOT_ALLOWED = (405, "The path does not answer this method")
@@ -35,6 +36,7 @@ class Kind(Enum):
     TOO_LARGE = (413, "More than one request may hold")
     INVALID = (422, "The request is not valid")
     OVERLOADED = (429, "The service is busy")
+    RATE_LIMITED = (429, "Too many requests")
     INTERNAL = (500, "A fault of the service")
     UNAVAILABLE = (503, "The service is not available")
 
@@ -49,7 +51,8 @@ class Kind(Enum):
         return f"/problems/{self.name.lower()}"
 
 
-KIND_OF_STATUS: Mapping[int, Kind] = {kind.status: kind for kind in Kind}
+# Of the two with 429 the proxy's own is the service's, not a key's.
+KIND_OF_STATUS: Mapping[int, Kind] = {kind.status: kind for kind in Kind if kind is not Kind.RATE_LIMITED}
 
 
 class Fault(BaseModel):
@@ -93,12 +96,6 @@ class Problem(HTTPException):
         super().__init__(kind.status, detail, all_headers)
         self.kind = kind
         self.errors = errors
-
-    @classmethod
-    def of_row(cls, error: RowError) -> "Problem":
-        """The problem of a request whose image or text cannot be used."""
-        kind = Kind.TOO_LARGE if error.kind.endswith("_too_large") else Kind.INVALID
-        return cls(kind, str(error))
 
     def response(self, scope: Scope) -> JSONResponse:
         """The answer to the request of `scope`."""
@@ -197,7 +194,7 @@ def _sentence(fault: Mapping[str, Any], scope: Scope) -> str:
         return f"body: no JSON from character {fault['loc'][-1]} on: {fault['ctx']['error']}"
     key = ".".join(_path(fault)) or "body"
     if fault["type"] == "extra_forbidden":
-        return f"{key}: unknown name; known names: {', '.join(_names(scope))}"
+        return f"{key}: unknown name; known names: {', '.join(_names(fault, scope))}"
     if fault["type"] == "missing":
         return f"{key}: required, but missing"
     value = repr(fault["input"])
@@ -206,10 +203,21 @@ def _sentence(fault: Mapping[str, Any], scope: Scope) -> str:
     return f"{key}: {value}: {fault['msg']}"
 
 
-def _names(scope: Scope) -> list[str]:
-    """The names that the body of this path may have."""
-    model = scope["route"].body_field.field_info.annotation
-    return list(model.model_fields)
+def _names(fault: Mapping[str, Any], scope: Scope) -> list[str]:
+    """The names that may stand where a fault has an unknown one."""
+    models = inner_configs(scope["route"].body_field.field_info.annotation)
+    for part in fault["loc"][1:-1]:
+        if str(part).startswith(SHAPE):
+            # The path has several shapes: this one the body was taken for.
+            models = [model for model in models if tag(model) == part]
+            continue
+        inner: list[type[BaseModel]] = []
+        for model in models:
+            if part in model.model_fields:
+                inner += inner_configs(model.model_fields[part].annotation)
+        # A place in a list names no field, and leads nowhere else.
+        models = inner or models
+    return [name for model in models for name in model.model_fields]
 
 
 def _pointer(fault: Mapping[str, Any]) -> str:
@@ -222,4 +230,7 @@ def _path(fault: Mapping[str, Any]) -> list[str]:
     """The place of an error in the body."""
     parts = [str(part) for part in fault["loc"] if part != "body"]
     # Which member of a union was tried (``list[…]``) is pydantic's word, no key of the body.
-    return [part for part in parts if part != "constrained-str" and not part.startswith("list[")]
+    return [part for part in parts if part not in UNION_MEMBERS and not part.startswith(("list[", SHAPE))]
+
+
+UNION_MEMBERS = ("constrained-str", "str")

@@ -23,9 +23,11 @@ class RequestIds:
             await self.app(scope, receive, send)
             return
         # Of two headers the last counts, as for the proxy in front.
+        headers = [(name, text) for name, text in scope["headers"] if name != HEADER]
         from_client = dict(scope["headers"]).get(HEADER, b"")
         value = from_client if USABLE.fullmatch(from_client) else uuid.uuid4().hex.encode()
         scope[_KEY] = value.decode()
+        scope["headers"] = [*headers, (HEADER, value)]  # for what is behind, as Ray's proxy: there it is the same
 
         async def send_with_id(message: Message) -> None:
             """`send`; the head of the answer gets the id, in place of one that is there."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Aggregate = Literal["min", "last", "mean"]
 AGGREGATES: tuple[Aggregate, ...] = get_args(Aggregate)
 AnswerType = Literal["choice", "yes_no", "open"]
+Arm = Literal["multimodal", "text_only"]
 Words = Annotated[str, Field(pattern=r"\S")]  # text that is more than white space
 
 
@@ -45,50 +46,66 @@ class StepLogOdds(Protocol):
         """Why the solution has no score; None where it has one."""
 
 
-class _Message(BaseModel):
+class Message(BaseModel):
+    """Base of what is sent: unknown names and wrong types are errors."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
-class RerankRequest(_Message):
-    """A question, what is known about it, and the candidate solutions to put in order."""
+class Answer(BaseModel):
+    """Base of what is answered: a client passes over names that a later service may add."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "question": "What does the chest radiograph show?",
-                    "options": ["No finding", "Right pleural effusion", "Left pleural effusion", "Cardiomegaly"],
-                    "documents": ["A pleural effusion blunts the costophrenic angle on its side."],
-                    "solutions": [
-                        "Step 1: The left costophrenic angle is blunted. Step 2: So the answer is (C).",
-                        ["The right costophrenic angle is blunted.", "So the answer is (B)."],
-                    ],
-                    "aggregate": "min",
-                }
-            ]
-        }
-    )
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, use_attribute_docstrings=True)
+
+
+Solution = Words | Annotated[list[Words], Field(min_length=1)]
+"""A text with ``Step 1:`` … marks, or a list of steps."""
+
+
+class Context(Message):
+    """A question and what is known about it: all that solutions to it share."""
 
     question: Words
     """The question, without its options."""
-    solutions: list[Words | Annotated[list[Words], Field(min_length=1)]] = Field(min_length=1)
-    """Candidate solutions: a text with `Step 1:` … marks, cut at those alone, as Med-PRM's own code cuts it (a text
-    without them is one step), or a list of steps. Neither is edited: send a list where marks are of another kind."""
     options: list[Words] = Field(default=[], max_length=len(text.LETTERS))
     """Answer options in the order of their letters (A, B, …); empty for yes/no and open questions."""
-    answer_type: AnswerType = "choice"
-    """How an answer is read from a solution: a letter (choice), yes or no (yes_no), or the stated text (open)."""
     documents: list[Words] = []
     """Texts of supporting documents, best first."""
     image: Words | None = Field(default=None, examples=[None])
     """The question's image as base64 (PNG, JPEG, …), a `data:` URL is accepted; none: the text model alone scores."""
     reference_images: list[Words] = []
     """Similar cases' images as base64, most similar first; they need `image`."""
+    model: str | None = None
+    """Name of the model, one of `GET /v1/models`; none: the one that is served."""
+
+
+class Case(Context):
+    """A question, what is known about it, and its candidate solutions."""
+
+    solutions: list[Solution] = Field(min_length=1)
+    """Candidate solutions: a text with `Step 1:` … marks, cut at those alone, as Med-PRM's own code cuts it (a text
+    without them is one step), or a list of steps. Neither is edited: send a list where marks are of another kind."""
+
+
+class RerankRequest(Case):
+    """A question, what is known about it, and the candidate solutions to put in order."""
+
+    answer_type: AnswerType = "choice"
+    """How an answer is read from a solution: a letter (choice), yes or no (yes_no), or the stated text (open)."""
     aggregate: Aggregate = "min"
     """Which aggregate of the step probabilities is a solution's reward."""
 
 
-class StepScore(_Message):
+class Usage(Answer):
+    """What a request cost."""
+
+    prompt_tokens: int
+    """Tokens that the model read, those that the solutions share counted once."""
+    total_tokens: int
+    """The same: nothing is generated."""
+
+
+class StepScore(Answer):
     text: str
     """The step, without its mark."""
     probability: float
@@ -99,7 +116,7 @@ class StepScore(_Message):
     """The part that the images contribute; exactly 0 without an image."""
 
 
-class ScoredSolution(_Message):
+class ScoredSolution(Answer):
     index: int
     """Position in the request, from 0."""
     rank: int | None
@@ -115,7 +132,7 @@ class ScoredSolution(_Message):
     """Why the solution could not be scored."""
 
 
-class ChosenAnswer(_Message):
+class ChosenAnswer(Answer):
     answer: str | None
     """The chosen answer; null where no scored solution states one."""
     solution: int | None
@@ -124,9 +141,9 @@ class ChosenAnswer(_Message):
     """Its share of the votes (SC+RM: of the rewards); of best-of-N the reward itself."""
 
 
-class RerankAnswer(_Message):
+class RerankAnswer(Answer):
     model: str
-    arm: Literal["multimodal", "text_only"]
+    arm: Arm
     """Whether an image took part in the scores."""
     aggregate: Aggregate
     ranking: list[int]
@@ -140,6 +157,23 @@ class RerankAnswer(_Message):
     solutions: list[ScoredSolution]
     warnings: list[str] = []
     """What of the request is outside of what the model was trained on, so that the scores may be worth less."""
+    usage: Usage | None = None
+    """What the request cost; null where it was not counted."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the model says of a case: its solutions in order, and the tokens that were read (None: not counted)."""
+
+    solutions: Sequence[StepLogOdds]
+    num_tokens: int | None = None
+
+    @property
+    def usage(self) -> Usage | None:
+        """The tokens, as an answer states them."""
+        if self.num_tokens is None:
+            return None
+        return Usage(prompt_tokens=self.num_tokens, total_tokens=self.num_tokens)
 
 
 @dataclass(frozen=True)
@@ -150,7 +184,7 @@ class ModelTraits:
     num_documents: int | None = None
     num_references: int | None = None
 
-    def warnings(self, request: RerankRequest) -> list[str]:
+    def warnings(self, request: Context) -> list[str]:
         """A sentence for each list of the request that is longer than any that the model was trained on."""
         sentences: list[str] = []
         for name, number, trained_on in (
@@ -179,7 +213,7 @@ class ModelInput:
     context_key: str
 
 
-def to_model_input(request: RerankRequest, max_image_pixels: int) -> ModelInput:
+def to_model_input(request: Case, max_image_pixels: int) -> ModelInput:
     """Steps split, images decoded. Raises `RowError` (image_encoding, image_corrupt, image_too_large, …)."""
     if request.reference_images and request.image is None:
         raise RowError("image_missing", f"{len(request.reference_images)} reference_images were sent without an image")
@@ -196,7 +230,7 @@ def to_model_input(request: RerankRequest, max_image_pixels: int) -> ModelInput:
     )
 
 
-def _image_files(request: RerankRequest) -> dict[str, bytes]:
+def _image_files(request: Context) -> dict[str, bytes]:
     """The image files of a request by the key of the body that has them, the question's own first."""
     files = {}
     if request.image:
@@ -207,7 +241,7 @@ def _image_files(request: RerankRequest) -> dict[str, bytes]:
     return files
 
 
-def _context_key(request: RerankRequest, files: Sequence[bytes]) -> str:
+def _context_key(request: Context, files: Sequence[bytes]) -> str:
     """A hash of everything but the solutions: requests with the same one share a prefix."""
     shared = hashlib.sha256()
     for part in (request.question, *request.options, "", *request.documents):
@@ -239,28 +273,26 @@ def from_base64(name: str, value: str) -> bytes:
 
 
 @dataclass(frozen=True)
-class _Totals:
+class StepTotals:
     """A solution's log-odds of each step, text and image together; none, and an error, where it has no score."""
 
     log_odds: list[float]
     error: str | None
 
 
-def rerank(
-    request: RerankRequest, scores: Sequence[StepLogOdds], model: str, warnings: Sequence[str] = ()
-) -> RerankAnswer:
+def rerank(request: RerankRequest, scored: Scored, model: str, warnings: Sequence[str] = ()) -> RerankAnswer:
     """The answer to `request` from the log-odds of its solutions, in its order.
 
     A solution with a score that is not finite has an error in place of a rank, and changes nothing for the others.
     """
-    totals = [_totals(score) for score in scores]
+    totals = [step_totals(score) for score in scored.solutions]
     rewards = [_reward(total, request.aggregate) for total in totals]
     ranking = [i for i, total in enumerate(totals) if total.log_odds]
     # A stable sort: equal rewards keep the order of the request.
     ranking.sort(key=lambda i: -rewards[i])
     ranks = {i: rank for rank, i in enumerate(ranking, 1)}
     solutions = []
-    for i, (score, total) in enumerate(zip(scores, totals, strict=True)):
+    for i, (score, total) in enumerate(zip(scored.solutions, totals, strict=True)):
         solutions.append(
             _scored(
                 request,
@@ -273,7 +305,7 @@ def rerank(
     answers = [solution.answer for solution in solutions]
     return RerankAnswer(
         model=model,
-        arm="text_only" if request.image is None else "multimodal",
+        arm=arm_of(request),
         aggregate=request.aggregate,
         ranking=ranking,
         best_of_n=_best_of_n(answers, rewards),
@@ -281,31 +313,35 @@ def rerank(
         majority=_vote(answers, ranking, None),
         solutions=solutions,
         warnings=list(warnings),
+        usage=scored.usage,
     )
 
 
-def _totals(score: StepLogOdds) -> _Totals:
+def step_totals(score: StepLogOdds) -> StepTotals:
+    """A solution's log-odds, or the error in their place; a value that is not finite is such an error."""
     if score.error is not None:
-        return _Totals([], score.error)
+        return StepTotals([], score.error)
     # The parts add in log-odds: a sum of probabilities would be none.
     parts = zip(score.text_log_odds, score.image_log_odds, strict=True)
     log_odds = [from_text + from_image for from_text, from_image in parts]
     num_missing = sum(not math.isfinite(value) for value in log_odds)
     if num_missing:
-        return _Totals(
+        return StepTotals(
             [],
             f"not_finite: {num_missing} of {len(log_odds)} step scores are no finite numbers; serve the model in "
             "bfloat16 or float32 (dtype)",
         )
-    return _Totals(log_odds, None)
+    return StepTotals(log_odds, None)
 
 
-def _reward(total: _Totals, how: Aggregate) -> float:
+def _reward(total: StepTotals, how: Aggregate) -> float:
     """The aggregate as log-odds: of probabilities many would round to 1 and tie. NaN without a score."""
     return decoders.aggregate(total.log_odds, how) if total.log_odds else math.nan
 
 
-def _scored(request: RerankRequest, index: int, score: StepLogOdds, total: _Totals, rank: int | None) -> ScoredSolution:
+def _scored(
+    request: RerankRequest, index: int, score: StepLogOdds, total: StepTotals, rank: int | None
+) -> ScoredSolution:
     solution = request.solutions[index]
     steps = steps_of(solution)
     aggregates: dict[Aggregate, float] = {}
@@ -322,16 +358,26 @@ def _scored(request: RerankRequest, index: int, score: StepLogOdds, total: _Tota
                 image_log_odds=from_image,
             )
             step_scores.append(step_score)
-    stated = solution if isinstance(solution, str) else text.join_steps(steps)
     return ScoredSolution(
         index=index,
         rank=rank,
-        answer=text.extract_answer(stated, request.options, request.answer_type),
+        answer=stated_answer(solution, request.options, request.answer_type),
         reward=aggregates.get(request.aggregate),
         aggregates=aggregates,
         steps=step_scores,
         error=total.error,
     )
+
+
+def arm_of(request: Context) -> Arm:
+    """Whether an image takes part in the scores."""
+    return "text_only" if request.image is None else "multimodal"
+
+
+def stated_answer(solution: str | Sequence[str], options: Sequence[str], answer_type: AnswerType) -> str | None:
+    """The answer that a solution states; None where it states none."""
+    words = solution if isinstance(solution, str) else text.join_steps(solution)
+    return text.extract_answer(words, options, answer_type)
 
 
 def _best_of_n(answers: Sequence[str | None], rewards: Sequence[float]) -> ChosenAnswer:

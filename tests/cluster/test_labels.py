@@ -32,7 +32,7 @@ def test_a_trainings_workers_ask() -> None:
 
 def test_the_scorers_replicas_ask() -> None:
     with fresh_token():
-        app = application(ServeConfig(model="org/model", num_gpus=1, accelerator_type="A100"))
+        app = application(ServeConfig(model="org/model", num_gpus=1, accelerator_type="A100", access="loopback"))
     deployment = app._bound_deployment
     assert (deployment.ray_actor_options or {})["label_selector"] == A100
 

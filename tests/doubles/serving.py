@@ -36,6 +36,6 @@ def serving(model: Path, env: Mapping[str, str]) -> Iterator[tuple[str, psutil.P
 
 
 if __name__ == "__main__":
-    with session(), running(ServeConfig(model=sys.argv[1], port=0, num_cpus=0.5)) as url:
+    with session(), running(ServeConfig(model=sys.argv[1], port=0, num_cpus=0.5, access="loopback")) as url:
         print(url, flush=True)
         sys.stdin.read()

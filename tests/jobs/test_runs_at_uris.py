@@ -6,10 +6,10 @@ import pytest
 
 from jobs import export, query, review_page
 from jobs.step import Run, load_recipe
+from medmm_ray.client import rerank_request
 from medmm_ray.config import ConfigError
 from medmm_ray.reward_model.scores import StepScores
-from medmm_ray.service.client import request_of
-from medmm_ray.service.rerank import RerankRequest, rerank
+from medmm_ray.service.rerank import RerankRequest, Scored, rerank
 from tests.pages.review_page.phantom_run import make_run
 
 TINY = "jobs/recipes/tiny.yaml"
@@ -37,13 +37,13 @@ def test_a_run_at_a_uri_is_exported(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_stored_answer_of_a_run_at_a_uri_is_shown_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    request = request_of("Which?", ["left", "right"], [["So the answer is (A)."], ["So the answer is (B)."]])
+    request = rerank_request("Which?", ["left", "right"], [["So the answer is (A)."], ["So the answer is (B)."]])
     asked: list[RerankRequest] = []
 
     def answer_of(run: Run, request: RerankRequest) -> dict[str, object]:
         asked.append(request)
         scores = [StepScores([2.0], [0.0]), StepScores([-2.0], [0.0])]
-        return rerank(request, scores, run.model_id("two_tower")).model_dump(mode="json")
+        return rerank(request, Scored(scores), run.model_id("two_tower")).model_dump(mode="json")
 
     monkeypatch.setattr(query, "example", lambda run: (request, "A"))
     monkeypatch.setattr(query, "answer_of", answer_of)

@@ -1,6 +1,5 @@
 """The rerank service: its arithmetic, its refusals, its client; once with real Serve and a real (tiny) reward model."""
 
-import base64
 import io
 import json
 import logging
@@ -9,109 +8,41 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from fastapi.testclient import TestClient
-from PIL import Image
 from rich.console import Console
 
+from medmm_ray.client import Client, ServiceError, rerank_request
 from medmm_ray.config import ConfigError
 from medmm_ray.data.artifacts import Artifact, Provenance
-from medmm_ray.service.app import api
-from medmm_ray.service.backend import Backend
-from medmm_ray.service.client import QueryError, post, query, request_of, show
 from medmm_ray.service.config import ServeConfig
 from medmm_ray.service.deployment import application, build_app, score_inputs
-from medmm_ray.service.guard import is_loopback, sha256
+from medmm_ray.service.guard import is_loopback
 from medmm_ray.service.rerank import (
-    ModelInput,
     ModelTraits,
     RerankAnswer,
     RerankRequest,
+    Scored,
     StepLogOdds,
     rerank,
-    steps_of,
     to_model_input,
 )
+from medmm_ray.service.show import show
 from medmm_ray.session import fresh_token, has_token_mode
 from tests.engines.test_pixels import KINDS
-
-QUESTION = "Which side shows the effusion?"
-OPTIONS = ["none", "right", "left"]
-WITH_IMAGES = ModelTraits(has_image_tower=True)
-RIGHT = ["The right angle is blunted.", "So the answer is (B)."]
-LEFT = "Step 1: The left angle is blunted. Step 2: So the answer is (C)."
-
-
-@dataclass(frozen=True)
-class Scored:
-    text_log_odds: Sequence[float] = ()
-    image_log_odds: Sequence[float] = ()
-    error: str | None = None
-
-
-def png(size: tuple[int, int] = (8, 8), colour: str = "grey") -> bytes:
-    sink = io.BytesIO()
-    Image.new("RGB", size, colour).save(sink, "PNG")
-    return sink.getvalue()
-
-
-@dataclass
-class FakeModel:
-    """Scores a step by what it says and by the colour of the image; notes each call."""
-
-    calls: list[tuple[str, int, int, bool]] = field(default_factory=list)
-
-    def score(
-        self,
-        question: str,
-        solutions: Sequence[str | Sequence[str]],
-        documents: Sequence[str] = (),
-        image: Image.Image | None = None,
-        reference_images: Sequence[Image.Image] = (),
-        *,
-        token_budget: int | None = None,
-    ) -> list[Scored]:
-        self.calls.append((question, len(solutions), len(documents), image is not None))
-        light = 0.0 if image is None else 3.0 if image.getpixel((0, 0)) == (255, 255, 255) else -3.0
-        split = [steps_of(s) if isinstance(s, str) else list(s) for s in solutions]
-        return [
-            Scored(error="too_long: 5,000 tokens, more than 4,096")
-            if "endless" in " ".join(steps)
-            else Scored([float(len(steps))] * len(steps), [light if "left" in " ".join(steps) else -light] * len(steps))
-            for steps in split
-        ]
-
-
-def client(model: FakeModel, token: str = "", traits: ModelTraits = WITH_IMAGES, **fields: Any) -> TestClient:
-    async def score(case: ModelInput) -> Sequence[StepLogOdds]:
-        return score_inputs(model, [case], 4096)[0]  # type: ignore[arg-type]
-
-    config = ServeConfig(model="runs/x/two_tower", **fields)
-    app = api(Backend(score, config, traits), sha256(token) if token else None)
-    return TestClient(app, base_url="http://127.0.0.1:8000")
+from tests.service.web import LEFT, OPTIONS, QUESTION, RIGHT, FakeModel, Scores, b64, body, client, png
 
 
 @pytest.fixture
 def web() -> TestClient:
     return client(FakeModel())
-
-
-def body(**changes: Any) -> dict[str, Any]:
-    return {"question": QUESTION, "options": OPTIONS, "solutions": [RIGHT, LEFT], **changes}
-
-
-def b64(content: bytes) -> str:
-    return base64.b64encode(content).decode()
 
 
 # The arithmetic
@@ -120,12 +51,12 @@ def b64(content: bytes) -> str:
 def test_the_answer_in_numbers() -> None:
     request = RerankRequest(question=QUESTION, options=OPTIONS, solutions=[LEFT, RIGHT, RIGHT, "no idea"])
     scores: list[StepLogOdds] = [
-        Scored([2.0, 1.0], [0.5, -1.0]),
-        Scored([0.0, 1.0], [-1.0, 0.0]),
-        Scored([math.log(3), math.log(3)], [0.0, 0.0]),
-        Scored(error="empty: no steps"),
+        Scores([2.0, 1.0], [0.5, -1.0]),
+        Scores([0.0, 1.0], [-1.0, 0.0]),
+        Scores([math.log(3), math.log(3)], [0.0, 0.0]),
+        Scores(error="empty: no steps"),
     ]
-    answer = rerank(request, scores, "m")
+    answer = rerank(request, Scored(scores), "m")
     assert answer.ranking == [2, 0, 1]
     assert [s.rank for s in answer.solutions] == [2, 3, 1, None]
     assert [s.answer for s in answer.solutions] == ["C", "B", "B", None]
@@ -148,16 +79,16 @@ def test_the_answer_in_numbers() -> None:
 
 def test_the_rules_can_disagree_and_the_aggregate_matters() -> None:
     request = RerankRequest(question=QUESTION, options=OPTIONS, solutions=[RIGHT, RIGHT, LEFT], aggregate="last")
-    scores: list[StepLogOdds] = [Scored([3.0, -1.0], [0, 0]), Scored([3.0, -1.0], [0, 0]), Scored([-2.0, 0.5], [0, 0])]
-    by_last = rerank(request, scores, "m")
+    scores: list[StepLogOdds] = [Scores([3.0, -1.0], [0, 0]), Scores([3.0, -1.0], [0, 0]), Scores([-2.0, 0.5], [0, 0])]
+    by_last = rerank(request, Scored(scores), "m")
     assert (by_last.best_of_n.answer, by_last.sc_rm.answer, by_last.majority.answer) == ("C", "C", "B")
-    by_min = rerank(request.model_copy(update={"aggregate": "min"}), scores, "m")
+    by_min = rerank(request.model_copy(update={"aggregate": "min"}), Scored(scores), "m")
     assert by_min.ranking == [0, 1, 2]
 
 
 def test_saturated_probabilities_do_not_tie() -> None:
     request = RerankRequest(question=QUESTION, options=OPTIONS, solutions=[RIGHT, LEFT])
-    answer = rerank(request, [Scored([40.0, 40.0], [0, 0]), Scored([45.0, 45.0], [0, 0])], "m")
+    answer = rerank(request, Scored([Scores([40.0, 40.0], [0, 0]), Scores([45.0, 45.0], [0, 0])]), "m")
     assert [s.reward for s in answer.solutions] == [1.0, 1.0]
     assert answer.ranking == [1, 0]
 
@@ -165,9 +96,9 @@ def test_saturated_probabilities_do_not_tie() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_score_that_is_no_number_is_an_error_and_leaves_the_order_of_the_others(value: float) -> None:
     request = RerankRequest(question=QUESTION, options=OPTIONS, solutions=[RIGHT, LEFT, RIGHT, LEFT])
-    scores = [Scored([-1.0, 0.0], [0, 0]), Scored([1.0, value], [0, 0]), Scored([2.0, 1.0], [0, 0]),
-              Scored([0.0, 0.0], [value, 0])]  # fmt: skip
-    answer = rerank(request, scores, "m")
+    scores = [Scores([-1.0, 0.0], [0, 0]), Scores([1.0, value], [0, 0]), Scores([2.0, 1.0], [0, 0]),
+              Scores([0.0, 0.0], [value, 0])]  # fmt: skip
+    answer = rerank(request, Scored(scores), "m")
     assert (answer.ranking, [s.rank for s in answer.solutions]) == ([2, 0], [2, None, 1, None])
     assert [(s.reward, s.steps, s.aggregates) for s in answer.solutions[1::2]] == [(None, [], {})] * 2
     assert str(answer.solutions[1].error).startswith("not_finite: 1 of 2 step scores are no finite numbers; ")
@@ -180,14 +111,14 @@ def test_a_score_that_is_no_number_is_an_error_and_leaves_the_order_of_the_other
 def test_open_answers_vote_as_they_are_graded() -> None:
     said = ["pneumonia", "the pleural effusion", "pneumonia", "Pleural effusions", "a pleural effusion"]
     request = RerankRequest(question=QUESTION, solutions=[f"The answer is {s}." for s in said], answer_type="open")
-    answer = rerank(request, [Scored([0.0], [0.0])] * 5, "m")
+    answer = rerank(request, Scored([Scores([0.0], [0.0])] * 5), "m")
     assert (answer.majority.answer, answer.majority.solution) == ("the pleural effusion", 1)
     assert [answer.majority.support, answer.sc_rm.support] == pytest.approx([0.6, 0.6])
 
 
 def test_nothing_scored_is_an_answer_too() -> None:
     request = RerankRequest(question=QUESTION, options=OPTIONS, solutions=["hm"])
-    answer = rerank(request, [Scored(error="too_long: x")], "m")
+    answer = rerank(request, Scored([Scores(error="too_long: x")]), "m")
     assert answer.ranking == []
     assert answer.best_of_n.solution is answer.sc_rm.solution is answer.majority.solution is None
 
@@ -245,7 +176,7 @@ def test_without_an_image_the_image_says_nothing(web: TestClient) -> None:
 def test_more_than_the_model_was_trained_on_is_answered_with_a_warning() -> None:
     web = client(FakeModel(), traits=ModelTraits(True, num_documents=2, num_references=0))
     image = b64(png())
-    card = web.get("/v1/model").json()
+    (card,) = web.get("/v1/models").json()["data"]
     assert (card["num_documents"], card["num_references"]) == (2, 0)
     assert web.post("/v1/rerank", json=body(documents=["a", "b"], image=image)).json()["warnings"] == []
     answer = web.post("/v1/rerank", json=body(documents=["a", "b", "c"], image=image, reference_images=[image])).json()
@@ -341,8 +272,8 @@ def test_every_error_is_a_problem_with_the_requests_id() -> None:
     web = client(FakeModel(), token="s3cret", max_body_mb=1)  # noqa: S106
     right = {"Authorization": "Bearer s3cret"}
     for reply, kind, status in (
-        (web.get("/v1/model"), "unauthenticated", 401),
-        (client(FakeModel()).get("/v1/model", headers={"Host": "evil.example.org"}), "forbidden", 403),
+        (web.get("/v1/models"), "unauthenticated", 401),
+        (client(FakeModel()).get("/v1/models", headers={"Host": "evil.example.org"}), "forbidden", 403),
         (web.get("/nowhere", headers=right), "not_found", 404),
         (web.get("/v1/rerank", headers=right), "method_not_allowed", 405),
         (web.post("/v1/rerank", headers=right, content=b"x" * (1 << 20 | 1)), "too_large", 413),
@@ -365,7 +296,7 @@ def test_a_request_keeps_its_id_where_that_is_usable(web: TestClient) -> None:
 
 def test_what_nobody_foresaw_is_a_problem_without_its_words(caplog: pytest.LogCaptureFixture) -> None:
     class Broken(FakeModel):
-        def score(self, *arguments: Any, **options: Any) -> list[Scored]:
+        def score(self, *arguments: Any, **options: Any) -> list[Scores]:
             raise KeyError("The left angle is blunted.")
 
     service = logging.getLogger("ray.serve")
@@ -388,14 +319,12 @@ def test_health_card_and_openapi_page(web: TestClient) -> None:
     with web:  # start-up and shut-down pass the guard
         assert web.get("/docs").status_code == 200
     assert web.get("/health").json() == {"status": "ok"}
-    card = web.get("/v1/model").json()
-    assert (card["model"], card["has_image_tower"], card["max_solutions"]) == ("runs/x/two_tower", True, 256)
+    (card,) = web.get("/v1/models").json()["data"]
+    assert (card["id"], card["has_image_tower"], card["max_solutions"]) == ("runs/x/two_tower", True, 256)
     page = web.get("/openapi.json").json()
     shown = page["components"]["schemas"]["RerankRequest"]
     assert all("description" in shown["properties"][name] for name in RerankRequest.model_fields)
-    example = web.post("/v1/rerank", json=shown["examples"][0])
-    assert example.status_code == 200
-    assert set(page["paths"]["/v1/rerank"]["post"]["responses"]) == {"200", "401", "403", "413", "422"}
+    assert set(page["paths"]["/v1/rerank"]["post"]["responses"]) == {"200", "401", "403", "404", "413", "422", "429"}
 
 
 def test_logs_hold_counts_and_no_text(web: TestClient, caplog: pytest.LogCaptureFixture) -> None:
@@ -408,8 +337,10 @@ def test_logs_hold_counts_and_no_text(web: TestClient, caplog: pytest.LogCapture
     finally:
         service.removeHandler(caplog.handler)
     ours = list({id(r): r.getMessage() for r in caplog.records if r.name == service.name}.values())
-    assert len(ours) == 1
-    assert ours[0].startswith("rerank: 2 solutions, 0 failed, text_only, 0 warnings, 0.")
+    assert len(ours) == 2
+    assert " route=/v1/rerank status=200 " in ours[0]
+    assert " solutions=2 unscored=0 " in ours[0]
+    assert " status=422 " in ours[1]
     for words in ("effusion", "angle", "secret"):
         assert words not in caplog.text
 
@@ -417,19 +348,19 @@ def test_logs_hold_counts_and_no_text(web: TestClient, caplog: pytest.LogCapture
 # Who may ask
 
 
-def test_a_token_is_demanded_where_one_is_set() -> None:
+def test_a_key_is_demanded_where_one_is_set() -> None:
     web = client(FakeModel(), token="s3cret")  # noqa: S106
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic s3cret"}):
         reply = web.post("/v1/rerank", json=body(), headers=headers)
         assert reply.status_code == 401
         assert reply.headers["www-authenticate"] == "Bearer"
-        assert "MEDMM_TOKEN" in reply.json()["detail"]
-    assert web.get("/v1/model").status_code == 401
+        assert "send 'Authorization: Bearer <key>'" in reply.json()["detail"]
+    assert web.get("/v1/models").status_code == 401
     assert web.post("/v1/rerank", content=b"{").status_code == 401  # before the body is looked at
     for path, status in (("/health", 200), ("/docs", 200), ("/openapi.json", 200), ("/redoc", 401), ("/", 401)):
         assert web.get(path).status_code == status
     under = TestClient(web.app, base_url="http://127.0.0.1", root_path="/medmm")
-    assert under.get("/v1/model").status_code == 401
+    assert under.get("/v1/models").status_code == 401
     assert under.get("/health").status_code == 200
     right = {"Authorization": "Bearer s3cret"}
     assert web.post("/v1/rerank", json=body(), headers=right).status_code == 200
@@ -437,11 +368,11 @@ def test_a_token_is_demanded_where_one_is_set() -> None:
     assert web.post("/v1/rerank", json=body(), headers=elsewhere).status_code == 200
 
 
-def test_without_a_token_only_loopback_is_answered(web: TestClient) -> None:
+def test_without_keys_only_loopback_is_answered(web: TestClient) -> None:
     for host in ("127.0.0.1:8000", "localhost", "localhost:8000", "[::1]:8000"):
         assert web.get("/health", headers={"Host": host}).status_code == 200
     for host in ("evil.example.org", "10.0.0.5:8000", "127.0.0.1.nip.io"):
-        assert web.get("/v1/model", headers={"Host": host}).status_code == 403
+        assert web.get("/v1/models", headers={"Host": host}).status_code == 403
     outside = TestClient(web.app, base_url="http://10.0.0.5:8000", headers={"Host": "127.0.0.1"})
     assert outside.post("/v1/rerank", json=body()).status_code == 403
 
@@ -466,27 +397,25 @@ def token_mode() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("token_mode")
-def test_an_open_host_without_a_token_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_open_host_without_keys_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MEDMM_TOKEN", raising=False)
-    with pytest.raises(ConfigError, match=r"host=0\.0\.0\.0 is open .* MEDMM_TOKEN holds no token"):
-        application(ServeConfig(model="org/m", host="0.0.0.0"))  # noqa: S104
+    with pytest.raises(ConfigError, match="there is no key: set MEDMM_TOKEN"):
+        application(ServeConfig(model="org/m"))
+    with pytest.raises(ConfigError, match=r"host=0\.0\.0\.0 is open to other machines, and access=loopback"):
+        application(ServeConfig(model="org/m", host="0.0.0.0", access="loopback"))  # noqa: S104
     monkeypatch.setenv("MEDMM_TOKEN", "s3cret")
     bound = deployed(application(ServeConfig(model="org/m", host="0.0.0.0")))  # noqa: S104
-    assert bound.init_args[1] == "1ec1c26b50d5d3c58d9583181af8076655fe00756bf7285940ba3670f99fcba0"  # of s3cret
+    (key,) = bound.init_args[1]
+    assert (key.name, key.scopes) == ("MEDMM_TOKEN", ("admin",))
+    assert key.sha256 == "1ec1c26b50d5d3c58d9583181af8076655fe00756bf7285940ba3670f99fcba0"  # of s3cret
 
 
 @pytest.mark.usefixtures("token_mode")
 def test_build_app_reads_words_and_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MEDMM_TOKEN", raising=False)
-    bound = deployed(build_app({"model": str(tmp_path), "num_replicas": "2", "num_gpus": 0.5, "device": "cuda"}))
-    config, token = bound.init_args
-    assert (config.model, config.num_replicas, config.num_gpus, config.device, token) == (
-        str(tmp_path),
-        2,
-        0.5,
-        "cuda",
-        None,
-    )
+    bound = deployed(build_app({"model": str(tmp_path), "num_replicas": "2", "num_gpus": 0.5, "access": "loopback"}))
+    config, keys = bound.init_args
+    assert (config.model, config.num_replicas, config.num_gpus, keys) == (str(tmp_path), 2, 0.5, ())
     assert (bound.num_replicas, bound.max_ongoing_requests, bound.name) == (2, 32, "Reranker")
     assert bound.ray_actor_options["num_gpus"] == 0.5
 
@@ -501,7 +430,7 @@ def test_a_served_model_is_the_result_that_its_name_stood_for_when_the_applicati
     artifact.prepare()
     artifact.commit(origin, seconds=0.0)
     for name in ("two_tower", "two_tower/latest", "two_tower/f00d"):
-        bound = deployed(build_app({"model": f"{scheme}{tmp_path}/run/{name}"}))
+        bound = deployed(build_app({"model": f"{scheme}{tmp_path}/run/{name}", "access": "loopback"}))
         assert bound.init_args[0].model == f"{scheme}{tmp_path}/run/two_tower/f00d"
 
 
@@ -523,7 +452,8 @@ def test_build_app_refuses(args: dict[str, str], words: str) -> None:
 OPEN_RAY = """
 from medmm_ray.service.config import ServeConfig
 from medmm_ray.service.deployment import Reranker, build_app
-for start in (lambda: build_app({"model": "org/m"}), lambda: Reranker(ServeConfig(model="org/m"), None)):
+starts = (lambda: build_app({"model": "org/m", "access": "loopback"}), lambda: Reranker(ServeConfig(model="org/m")))
+for start in starts:
     try:
         start()
     except ValueError as error:
@@ -545,51 +475,7 @@ def test_nothing_is_served_in_a_ray_without_token_mode(mode: str | None) -> None
         assert "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" in refusal
 
 
-# The client
-
-
-@pytest.fixture
-def service() -> Iterator[str]:
-    """A server that passes each request to the application."""
-    web = client(FakeModel(), token="s3cret")  # noqa: S106
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            content = self.rfile.read(int(self.headers["Content-Length"]))
-            reply = web.post(self.path, content=content, headers=dict(self.headers))
-            self.send_response(reply.status_code)
-            self.end_headers()
-            self.wfile.write(reply.content)
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
-def test_query(service: str) -> None:
-    request = request_of(QUESTION, OPTIONS, [RIGHT, LEFT], image=png(colour="white"), reference_images=[png()])
-    answer = query(service, request, "s3cret")
-    assert (answer.best_of_n.answer, answer.arm) == ("C", "multimodal")
-    with pytest.raises(QueryError, match=r"answered 401: .*token is missing") as refused:
-        query(service, request)
-    assert refused.value.status == 401
-    with pytest.raises(QueryError, match="answered 422: solutions: required"):
-        post(service, {"question": QUESTION}, "s3cret")
-    with pytest.raises(QueryError, match="answered 404: POST /elsewhere/v1/rerank: Not Found"):
-        post(f"{service}/elsewhere", {}, "s3cret")
-
-
-def test_query_without_a_service() -> None:
-    request = request_of(QUESTION, OPTIONS, [RIGHT])
-    with pytest.raises(QueryError, match="cannot be reached"):
-        query("http://127.0.0.1:9", request)
-    with pytest.raises(QueryError, match="expected http://host:port"):
-        query("127.0.0.1:8000", request)
+# On the screen
 
 
 def printed(answer: RerankAnswer, request: RerankRequest, gold: str | None) -> str:
@@ -599,14 +485,14 @@ def printed(answer: RerankAnswer, request: RerankRequest, gold: str | None) -> s
 
 
 def test_the_printed_answer_names_best_worst_and_choices() -> None:
-    request = request_of(QUESTION, OPTIONS, [RIGHT, RIGHT, LEFT, "endless"], image=png())
+    request = rerank_request(QUESTION, OPTIONS, [RIGHT, RIGHT, LEFT, "endless"], image=png())
     scores: list[StepLogOdds] = [
-        Scored([0.0, 0.0], [-2.0, 1.0]),
-        Scored([0.0, 0.0], [-1.0, 1.0]),
-        Scored([1.0, 1.0], [3.0, 2.0]),
-        Scored(error="too_long: 5,000 tokens"),
+        Scores([0.0, 0.0], [-2.0, 1.0]),
+        Scores([0.0, 0.0], [-1.0, 1.0]),
+        Scores([1.0, 1.0], [3.0, 2.0]),
+        Scores(error="too_long: 5,000 tokens"),
     ]
-    shown = printed(rerank(request, scores, "m"), request, "C")
+    shown = printed(rerank(request, Scored(scores), "m"), request, "C")
     lines = [line.rstrip() for line in shown.splitlines()]
     assert "│   (C) left" in shown
     assert "The best solution (number 3, answer C ✓, min 0.953)" in lines
@@ -624,14 +510,14 @@ def test_the_printed_answer_names_best_worst_and_choices() -> None:
 
 
 def test_the_printed_answer_without_gold_and_without_scores() -> None:
-    request = request_of(QUESTION, OPTIONS, ["hm"])
-    unscored = printed(rerank(request, [Scored(error="x: y")], "m"), request, None)
+    request = rerank_request(QUESTION, OPTIONS, ["hm"])
+    unscored = printed(rerank(request, Scored([Scores(error="x: y")]), "m"), request, None)
     assert "SC+RM none 0% of the rewards" in " ".join(unscored.split())
-    shown = printed(rerank(request, [Scored([1.0], [0.0])], "m"), request, None)
+    shown = printed(rerank(request, Scored([Scores([1.0], [0.0])]), "m"), request, None)
     assert "worst" not in shown
     assert "image log-odds" not in shown
     assert "warning" not in shown
-    warned = printed(rerank(request, [Scored([1.0], [0.0])], "m", ["documents: 3 were sent"]), request, None)
+    warned = printed(rerank(request, Scored([Scores([1.0], [0.0])]), "m", ["documents: 3 were sent"]), request, None)
     assert "warning: documents: 3 were sent" in [line.rstrip() for line in warned.splitlines()]
 
 
@@ -673,14 +559,20 @@ def test_real_serve_gives_the_scores_of_the_offline_function(checkpoint: Path, m
         [RIGHT],
         [["The left lung is normal.", "So the answer is (A)."]],
     ]
-    requests = [request_of(QUESTION, OPTIONS, c, documents=documents, image=picture) for c in chunks]
-    with running(ServeConfig(model=str(checkpoint), port=0, num_cpus=0.5)) as url:
+    requests = [rerank_request(QUESTION, OPTIONS, c, documents=documents, image=picture) for c in chunks]
+    with running(ServeConfig(model=str(checkpoint), port=0, num_cpus=0.5, access="loopback")) as url:
         with ThreadPoolExecutor(3) as pool:
-            answers = list(pool.map(lambda request: query(url, request), requests))
-        text_only = query(url, requests[0].model_copy(update={"image": None}))
+            answers = list(pool.map(Client(url).rerank, requests))
+        text_only = Client(url).rerank(requests[0].model_copy(update={"image": None}))
         assert "/v1/rerank" in httpx.get(f"{url}/openapi.json").json()["paths"]
         assert httpx.get(f"{url}/health", headers={"Host": "evil.example.org"}).status_code == 403
-        with pytest.raises(ConfigError, match="already serves medmm"), running(ServeConfig(model=str(checkpoint))):
+        ready = httpx.get(f"{url}/ready", headers={"X-Request-Id": "not usable"})
+        assert (ready.status_code, len(ready.headers.get_list("x-request-id"))) == (200, 1), "the proxy adds its own"
+        assert re.fullmatch("[0-9a-f]{32}", ready.headers["x-request-id"])
+        with (
+            pytest.raises(ConfigError, match="already serves medmm"),
+            running(ServeConfig(model=str(checkpoint), access="loopback")),
+        ):
             pass
 
     model = RewardModel.from_pretrained(checkpoint)
@@ -696,7 +588,7 @@ def test_real_serve_gives_the_scores_of_the_offline_function(checkpoint: Path, m
     assert {step.image_log_odds for s in text_only.solutions for step in s.steps} == {0.0}
     logs = Path(ray._private.worker._global_node.get_logs_dir_path())  # type: ignore[attr-defined]
     written = "".join(f.read_text(errors="replace") for f in logs.rglob("*") if f.is_file())
-    assert "rerank: 2 solutions, 0 failed, multimodal, 0 warnings" in written
+    assert re.search(r"audit: id=\w+ key=- route=/v1/rerank status=200 model=\w+ cases=\w+ solutions=2 ", written)
     for words in ("angle is blunted", "shows the effusion", "blunted by fluid"):
         assert words not in written
 
@@ -710,12 +602,12 @@ def test_a_vision_language_model_is_served(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.delenv("MEDMM_TOKEN", raising=False)
     folder = tiny_vision.save_llava(tmp_path)
-    request = request_of(QUESTION, OPTIONS, [RIGHT, LEFT], image=png((40, 30), "teal"))
-    with running(ServeConfig(model=str(folder), port=0, num_cpus=0.5)) as url:
-        answer = query(url, request)
-        card = httpx.get(f"{url}/v1/model").json()
-        with pytest.raises(QueryError, match="1 reference_images; at most 0 are allowed"):
-            query(url, request_of(QUESTION, OPTIONS, [RIGHT], image=png(), reference_images=[png()]))
+    request = rerank_request(QUESTION, OPTIONS, [RIGHT, LEFT], image=png((40, 30), "teal"))
+    with running(ServeConfig(model=str(folder), port=0, num_cpus=0.5, access="loopback")) as url:
+        answer = Client(url).rerank(request)
+        (card,) = httpx.get(f"{url}/v1/models").json()["data"]
+        with pytest.raises(ServiceError, match="1 reference_images; at most 0 are allowed"):
+            Client(url).rerank(rerank_request(QUESTION, OPTIONS, [RIGHT], image=png(), reference_images=[png()]))
     assert (card["has_image_tower"], card["max_reference_images"]) == (True, 0)
     case = to_model_input(request, 10_000)
     model = RewardModel.from_pretrained(folder)

@@ -1,15 +1,22 @@
 """Ranks the candidate solutions of a question."""
 
-import logging
-import time
+from typing import Annotated
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Body, Request
+from pydantic import Discriminator, Tag
 
+from medmm_ray.service import examples
 from medmm_ray.service.backend import Backend
+from medmm_ray.service.bodies import tag, told_by
+from medmm_ray.service.foreign import CohereAnswer, CohereRequest, cohere_answer
 from medmm_ray.service.problems import Kind, problems
-from medmm_ray.service.rerank import RerankAnswer, RerankRequest, rerank
+from medmm_ray.service.request_ids import request_id
+from medmm_ray.service.rerank import RerankAnswer, RerankRequest
 
-logger = logging.getLogger("ray.serve")  # the one that a replica writes to its log file
+RerankBody = Annotated[
+    Annotated[RerankRequest, Tag(tag(RerankRequest))] | Annotated[CohereRequest, Tag(tag(CohereRequest))],
+    Discriminator(told_by({"query"}, CohereRequest, RerankRequest)),
+]
 
 
 def router(backend: Backend) -> APIRouter:
@@ -19,23 +26,21 @@ def router(backend: Backend) -> APIRouter:
     @routes.post(
         "/v1/rerank",
         summary="Score every step of every solution and rank the solutions",
-        responses=problems(Kind.TOO_LARGE, Kind.INVALID),
+        responses=problems(Kind.NOT_FOUND, Kind.TOO_LARGE, Kind.INVALID),
     )
-    async def rerank_solutions(request: RerankRequest) -> RerankAnswer:
-        """Each step of each solution gets a probability, each solution a rank, each decoding rule its answer."""
-        started = time.perf_counter()
-        scores = await backend.score_case(request)
-        answer = rerank(request, scores, backend.model, backend.traits.warnings(request))
-        num_failed = len(answer.solutions) - len(answer.ranking)
-        seconds = time.perf_counter() - started
-        logger.info(
-            "rerank: %d solutions, %d failed, %s, %d warnings, %.3f s",
-            len(scores),
-            num_failed,
-            answer.arm,
-            len(answer.warnings),
-            seconds,
-        )
+    async def rerank_solutions(
+        body: Annotated[RerankBody, Body(openapi_examples=examples.RERANK)], request: Request
+    ) -> RerankAnswer | CohereAnswer:
+        """Each step of each solution gets a probability, each solution a rank, each decoding rule its answer.
+
+        A body with `query` is Cohere's and Jina's, and so is the answer: `documents` are the candidate solutions, and
+        the relevance score is the aggregate of the steps' probabilities.
+        """
+        # One function scores both shapes: they cannot differ in more than their words.
+        case = body.case() if isinstance(body, CohereRequest) else body
+        answer = await backend.rerank(case)
+        if isinstance(body, CohereRequest):
+            return cohere_answer(body, answer, request_id(request.scope))
         return answer
 
     return routes

@@ -1,0 +1,323 @@
+"""The client of the service, for scripts (`Client`) and for asyncio (`AsyncClient`): typed requests, typed answers.
+
+    with Client("http://127.0.0.1:8000", key) as client:
+        answer = client.rerank(rerank_request("Which side?", ["left", "right"], solutions))
+
+A request that was refused for now (429, 503) or whose connection broke is sent again, after the `Retry-After` that the
+service states or a growing random wait: scoring changes nothing, so that sending twice does no harm. What is left in
+the end is a `ServiceError` with the service's words.
+"""
+
+import asyncio
+import base64
+import itertools
+import random
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, Self, TypeVar
+
+import httpx
+from pydantic import BaseModel
+
+from medmm_ray.service.cards import ModelCard, ModelList
+from medmm_ray.service.foreign import CohereAnswer, CohereRequest
+from medmm_ray.service.openrlhf import OpenRlhfAnswer, OpenRlhfRequest
+from medmm_ray.service.rerank import Aggregate, AnswerType, RerankAnswer, RerankRequest
+from medmm_ray.service.rewards import RewardsAnswer, RewardsRequest
+from medmm_ray.service.scores import ScoreAnswer, ScoreRequest
+
+RETRIED = (429, 503)  # not 408, which would take as long again, nor 500, which would fail again
+Outcome = httpx.Response | httpx.TransportError
+AnswerT = TypeVar("AnswerT", bound=BaseModel)
+
+
+class ServiceError(RuntimeError):
+    """The service refused, or could not be reached.
+
+    `status` is the HTTP status, 0 where there was no answer; `problem` the service's RFC 9457 object, empty where
+    something else answered.
+    """
+
+    def __init__(self, status: int, message: str, problem: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.problem = dict(problem or {})
+
+
+@dataclass(frozen=True)
+class Retries:
+    """How often a request is sent again, and how long is waited before.
+
+    Without a `Retry-After` the wait is random up to ``first_s`` times two to the power of the try, at most `longest_s`;
+    a stated one that is longer than `longest_s` is not waited for.
+    """
+
+    number: int = 5
+    first_s: float = 0.5
+    longest_s: float = 60.0
+
+    def wait_s(self, attempt: int, outcome: Outcome) -> float | None:
+        """Seconds to wait before try number `attempt` + 1 (from 0), or None where the outcome stands."""
+        # The first attempt is no retry: of number=5 there are six.
+        if attempt >= self.number:
+            return None
+        if isinstance(outcome, httpx.Response):
+            if outcome.status_code not in RETRIED:
+                return None
+            stated = retry_after_s(outcome.headers.get("Retry-After"))
+            if stated is not None:
+                return stated if stated <= self.longest_s else None
+        # Random over the whole range: clients that were refused at a time shall not come back at a time.
+        return random.uniform(0, min(self.longest_s, self.first_s * 2**attempt))
+
+
+def retry_after_s(value: str | None) -> float | None:
+    """The seconds of a `Retry-After`, a number or a date; None where it is neither."""
+    if value is None:
+        return None
+    if value.strip().isdigit():
+        return float(value)
+    # Proxies in between may state a date.
+    try:
+        moment = parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    return max(0.0, (moment - datetime.now(UTC)).total_seconds())
+
+
+def rerank_request(
+    question: str,
+    options: Sequence[str],
+    solutions: Sequence[str | Sequence[str]],
+    *,
+    documents: Sequence[str] = (),
+    image: bytes | None = None,
+    reference_images: Sequence[bytes] = (),
+    answer_type: AnswerType = "choice",
+    aggregate: Aggregate = "min",
+) -> RerankRequest:
+    """A request from plain values; images are the bytes of their files."""
+    return RerankRequest(
+        question=question,
+        options=list(options),
+        solutions=[s if isinstance(s, str) else list(s) for s in solutions],
+        documents=list(documents),
+        image=None if image is None else image_text(image),
+        reference_images=[image_text(content) for content in reference_images],
+        answer_type=answer_type,
+        aggregate=aggregate,
+    )
+
+
+def image_text(content: bytes) -> str:
+    """An image file's bytes as a request has them: base64."""
+    return base64.b64encode(content).decode()
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One request: what is sent, and what comes back."""
+
+    method: str
+    path: str
+    body: BaseModel | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The body, as httpx takes it."""
+        if self.body is None:
+            return {}
+        # What was not set is the service's to decide: its defaults may be newer than ours.
+        content = self.body.model_dump_json(exclude_unset=True)
+        return {"content": content, "headers": {"Content-Type": "application/json"}}
+
+
+class _Settings:
+    """What both clients have in common: where the service is, and what an outcome means."""
+
+    def __init__(self, url: str, key: str, timeout_s: float, retries: Retries) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ServiceError(0, f"{url!r} is not the address of a service; expected http://host:port")
+        self.url = url.rstrip("/")
+        self.retries = retries
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._options: dict[str, Any] = {"base_url": self.url, "headers": headers, "timeout": timeout_s}
+
+    def _answer(self, outcome: Outcome, answer: type[AnswerT]) -> AnswerT:
+        """What a final outcome holds; a `ServiceError` where it is none that was hoped for."""
+        if isinstance(outcome, httpx.TransportError):
+            words = str(outcome) or type(outcome).__name__
+            raise ServiceError(0, f"{self.url} cannot be reached: {words}; is the service running?") from outcome
+        if not outcome.is_success:
+            problem = _problem(outcome)
+            words = str(problem.get("detail") or outcome.text[:200])
+            raise ServiceError(outcome.status_code, f"{self.url} answered {outcome.status_code}: {words}", problem)
+        return answer.model_validate_json(outcome.content)
+
+
+def _problem(response: httpx.Response) -> dict[str, Any]:
+    """The problem that an answer is; empty where it is none."""
+    # A proxy in between answers in HTML, or in JSON of its own.
+    try:
+        problem = response.json()
+    except ValueError:
+        return {}
+    return problem if isinstance(problem, dict) else {}
+
+
+class Client(_Settings):
+    """A client that waits for each answer; safe to use from several threads, and a context manager that closes it."""
+
+    def __init__(
+        self,
+        url: str,
+        key: str = "",
+        *,
+        timeout_s: float = 120.0,
+        retries: Retries = Retries(),
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        super().__init__(url, key, timeout_s, retries)
+        self._http = httpx.Client(**self._options, transport=transport)
+
+    def rerank(self, request: RerankRequest) -> RerankAnswer:
+        """Scores and the ranking of a case's solutions."""
+        return self._call(_Call("POST", "/v1/rerank", request), RerankAnswer)
+
+    def rerank_documents(self, request: CohereRequest) -> CohereAnswer:
+        """The same in Cohere's shape."""
+        return self._call(_Call("POST", "/v1/rerank", request), CohereAnswer)
+
+    def score(self, request: ScoreRequest) -> ScoreAnswer:
+        """The probabilities of the steps of a case's solutions."""
+        return self._call(_Call("POST", "/v1/score", request), ScoreAnswer)
+
+    def rewards(self, request: RewardsRequest) -> RewardsAnswer:
+        """Rewards of prompts' completions."""
+        return self._call(_Call("POST", "/v1/rewards", request), RewardsAnswer)
+
+    def openrlhf_rewards(self, request: OpenRlhfRequest) -> OpenRlhfAnswer:
+        """The same in OpenRLHF's shape."""
+        return self._call(_Call("POST", "/v1/rewards", request), OpenRlhfAnswer)
+
+    def models(self) -> list[ModelCard]:
+        """The served models."""
+        return self._call(_Call("GET", "/v1/models"), ModelList).data
+
+    def rerank_many(
+        self, requests: Sequence[RerankRequest], *, concurrency: int = 8
+    ) -> Iterator[tuple[int, RerankAnswer]]:
+        """The answers to many requests as they come, each with its place among them; `concurrency` at a time."""
+        with ThreadPoolExecutor(concurrency) as pool:
+            places = {pool.submit(self.rerank, request): place for place, request in enumerate(requests)}
+            try:
+                for future in as_completed(places):
+                    yield places[future], future.result()
+            finally:
+                # After a fault, or where the caller takes no more, what has not begun is not sent.
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _call(self, call: _Call, answer: type[AnswerT]) -> AnswerT:
+        for attempt in itertools.count():
+            outcome: Outcome
+            try:
+                outcome = self._http.request(call.method, call.path, **call.options)
+            except httpx.TransportError as error:
+                outcome = error
+            wait_s = self.retries.wait_s(attempt, outcome)
+            if wait_s is None:
+                break
+            time.sleep(wait_s)
+        return self._answer(outcome, answer)
+
+
+class AsyncClient(_Settings):
+    """The same for asyncio; an asynchronous context manager."""
+
+    def __init__(
+        self,
+        url: str,
+        key: str = "",
+        *,
+        timeout_s: float = 120.0,
+        retries: Retries = Retries(),
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        super().__init__(url, key, timeout_s, retries)
+        self._http = httpx.AsyncClient(**self._options, transport=transport)
+
+    async def rerank(self, request: RerankRequest) -> RerankAnswer:
+        """Scores and the ranking of a case's solutions."""
+        return await self._call(_Call("POST", "/v1/rerank", request), RerankAnswer)
+
+    async def rerank_documents(self, request: CohereRequest) -> CohereAnswer:
+        """The same in Cohere's shape."""
+        return await self._call(_Call("POST", "/v1/rerank", request), CohereAnswer)
+
+    async def score(self, request: ScoreRequest) -> ScoreAnswer:
+        """The probabilities of the steps of a case's solutions."""
+        return await self._call(_Call("POST", "/v1/score", request), ScoreAnswer)
+
+    async def rewards(self, request: RewardsRequest) -> RewardsAnswer:
+        """Rewards of prompts' completions."""
+        return await self._call(_Call("POST", "/v1/rewards", request), RewardsAnswer)
+
+    async def models(self) -> list[ModelCard]:
+        """The served models."""
+        return (await self._call(_Call("GET", "/v1/models"), ModelList)).data
+
+    async def rerank_many(
+        self, requests: Sequence[RerankRequest], *, concurrency: int = 8
+    ) -> AsyncIterator[tuple[int, RerankAnswer]]:
+        """The answers to many requests as they come, each with its place among them; `concurrency` at a time."""
+        slots = asyncio.Semaphore(concurrency)
+
+        async def answer(place: int, request: RerankRequest) -> tuple[int, RerankAnswer]:
+            """One of them, when its turn has come."""
+            async with slots:
+                return place, await self.rerank(request)
+
+        tasks = [asyncio.ensure_future(answer(place, request)) for place, request in enumerate(requests)]
+        try:
+            for task in asyncio.as_completed(tasks):
+                yield await task
+        finally:
+            for unfinished in tasks:
+                unfinished.cancel()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.close()
+
+    async def _call(self, call: _Call, answer: type[AnswerT]) -> AnswerT:
+        for attempt in itertools.count():
+            outcome: Outcome
+            try:
+                outcome = await self._http.request(call.method, call.path, **call.options)
+            except httpx.TransportError as error:
+                outcome = error
+            wait_s = self.retries.wait_s(attempt, outcome)
+            if wait_s is None:
+                break
+            await asyncio.sleep(wait_s)
+        return self._answer(outcome, answer)

@@ -1,0 +1,89 @@
+"""The scores of every route are those of the offline function, on a real (tiny) reward model."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from medmm_ray.stats.decoders import aggregate
+from tests.service.web import LEFT, OPTIONS, QUESTION, RIGHT, b64, client, png
+
+if TYPE_CHECKING:
+    from medmm_ray.reward_model import RewardModel
+
+TEXT = "Which side shows the effusion? (A) none (B) right (C) left"
+SOLUTIONS: list[str | Sequence[str]] = [RIGHT, LEFT, "The answer is (A)."]
+DOCUMENTS = ["An angle is blunted by fluid."]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> "RewardModel":
+    from medmm_ray.reward_model import RewardModel
+    from tests.doubles import tiny_reward_model
+
+    return RewardModel.from_pretrained(tiny_reward_model.save(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def web(model: "RewardModel") -> TestClient:
+    return client(model, max_image_pixels=10_000)  # type: ignore[arg-type]
+
+
+def sigmoid(value: float) -> float:
+    return 1 / (1 + math.exp(-value))
+
+
+def answered(web: TestClient, path: str, sent: dict[str, Any]) -> Any:
+    reply = web.post(path, json=sent)
+    assert reply.status_code == 200, reply.text
+    return reply.json()
+
+
+def test_rerank_score_and_rewards_give_the_steps_probabilities(web: TestClient, model: "RewardModel") -> None:
+    expected = [score.plus_probs for score in model.score(TEXT, SOLUTIONS, DOCUMENTS)]
+    assert len({round(p, 3) for steps in expected for p in steps}) > 2, "the model tells steps apart"
+    case = {"question": QUESTION, "options": OPTIONS, "documents": DOCUMENTS}
+    ranked = answered(web, "/v1/rerank", {**case, "solutions": SOLUTIONS})["solutions"]
+    scored = answered(web, "/v1/score", {**case, "solutions": SOLUTIONS})["solutions"]
+    rewarded = answered(web, "/v1/rewards", {"prompts": [{**case, "completions": SOLUTIONS}]})["rewards"]
+    for place, steps in enumerate(expected):
+        assert [step["probability"] for step in ranked[place]["steps"]] == pytest.approx(steps, abs=1e-6)
+        assert scored[place]["probabilities"] == pytest.approx(steps, abs=1e-6)
+        assert rewarded[place]["probabilities"] == pytest.approx(steps, abs=1e-6)
+        assert sum(rewarded[place]["step_rewards"]) == pytest.approx(rewarded[place]["reward"])
+
+
+@pytest.mark.parametrize("how", ["min", "last", "mean"])
+def test_other_servers_scores_are_the_aggregates(web: TestClient, model: "RewardModel", how: Any) -> None:
+    texts = [LEFT, "The answer is (A)."]
+    expected = [sigmoid(aggregate(score.log_odds, how)) for score in model.score(TEXT, texts)]
+    sent = {"query": TEXT, "documents": texts, "aggregate": how}
+    results = {result["index"]: result for result in answered(web, "/v1/rerank", sent)["results"]}
+    pairs = answered(web, "/v1/score", {"text_1": TEXT, "text_2": texts, "aggregate": how})["data"]
+    assert [results[place]["relevance_score"] for place in (0, 1)] == pytest.approx(expected, abs=1e-6)
+    assert [pair["score"] for pair in pairs] == pytest.approx(expected, abs=1e-6)
+
+
+def test_openrlhfs_rewards_are_the_min_form(web: TestClient, model: "RewardModel") -> None:
+    (score,) = model.score(TEXT, [LEFT])
+    rewards = [2 * p - 1 for p in score.plus_probs]
+    weights = [math.exp(-reward / 0.1) for reward in rewards]
+    process = sum(w * r for w, r in zip(weights, rewards, strict=True)) / sum(weights)
+    sent = {"query": [f"{TEXT}{LEFT}</s>"], "prompts": [TEXT], "labels": ["C"]}
+    assert answered(web, "/v1/rewards", sent)["rewards"] == pytest.approx([process + 1], abs=1e-6)
+
+
+def test_a_text_model_refuses_images_on_every_route(model: "RewardModel") -> None:
+    from medmm_ray.service.rerank import ModelTraits
+
+    web = client(model, traits=ModelTraits(has_image_tower=False))  # type: ignore[arg-type]
+    image = b64(png())
+    for path, sent in (
+        ("/v1/rerank", {"question": "A?", "solutions": ["x"], "image": image}),
+        ("/v1/rerank", {"query": "A?", "documents": ["x"], "image": image}),
+        ("/v1/score", {"question": "A?", "solutions": ["x"], "image": image}),
+        ("/v1/rewards", {"prompts": [{"question": "A?", "completions": ["x"], "image": image}]}),
+    ):
+        assert web.post(path, json=sent).status_code == 422

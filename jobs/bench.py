@@ -29,6 +29,7 @@ BENCHES = (
     "near_duplicates",
     "index",
     "embed",
+    "retrieve",
     "sampling",
     "judge",
     "sharing",

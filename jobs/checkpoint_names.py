@@ -10,8 +10,9 @@ from medmm_ray.engines.vllm_engine import VllmEngine
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
-SECTION_SETTINGS = ("base", "lora", "model", "text_model")
-"""The settings of any section, or of its vLLM engine, that name a checkpoint; of `models` every one does."""
+SECTION_SETTINGS = ("base", "lora", "model", "text_model", "query_model", "traces", "reranker", "budget_model")
+"""The settings of any section, or of its vLLM engine, that name a checkpoint or table of a run; of `models` every one
+does."""
 
 
 def with_followed_names(recipe: Recipe, asks_stores: bool = True) -> Recipe:

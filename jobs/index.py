@@ -1,21 +1,21 @@
-"""image_vectors, document_vectors -> index: two FAISS indexes."""
+"""images, image_vectors, passages -> index: a folder that can be searched."""
 
 import sys
 
 from jobs.entry import main
 from jobs.step import Job
 from medmm_ray.data.tables import Artifact
-from medmm_ray.steps.index import build_index, over_ray
+from medmm_ray.steps.index import build_index, over_ray, sources
 
 
 def run(job: Job) -> None:
-    """Build both indexes into one artifact."""
-    tables = {"images": job.table("image_vectors"), "documents": job.table("document_vectors")}
-    job.make_artifact(
-        "index",
-        lambda uri: build_index(tables, job.config, Artifact(uri), over_ray),
-        resumes=True,
-    )
+    """Build the collections of images and passages into one artifact."""
+
+    def write(uri: str) -> dict[str, float]:
+        tables = [job.table(name) for name in ("images", "image_vectors", "passages")]
+        return build_index(sources(*tables), job.config, Artifact(uri), over_ray)
+
+    job.make_artifact("index", write, resumes=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from medmm_ray.engines.llm.prices import today
 from medmm_ray.engines.llm.probe import ApiModel, probe_all
 from medmm_ray.engines.vllm_engine import VllmEngine
 from medmm_ray.reward_model.preflight import CheckpointKind, check_checkpoint
+from medmm_ray.steps.embed import EmbedConfig
 from medmm_ray.steps.judge import JudgeVllm
 
 # The steps in which each section asks its model, and what the artifacts are that `models` can name.
@@ -132,7 +133,10 @@ def _checkpoints_of_section(run: Run, step: Step) -> Iterator[Named]:
         yield f"{step.name}.engine.lora", engine.lora, "adapter"
     match step.name:
         case "embed":
-            yield "embed.text_model", recipe.embed.text_model, "text_encoder"
+            yield "embed.text_model", recipe.embed.text_model, _encoder(recipe.embed)
+            yield "embed.query_model", recipe.embed.query_model, _encoder(recipe.embed)
+        case "retrieve":
+            yield "retrieve.reranker", recipe.retrieve.reranker, "reranker"
         case "train_policy":
             yield "train_policy.base", recipe.train_policy.base, "policy"
         case "train_text_prm" if recipe.train_text_prm.base:
@@ -147,6 +151,11 @@ def _checkpoints_of_section(run: Run, step: Step) -> Iterator[Named]:
                     model = judge.engine.model
                     setting = "models.policy" if model is None else f"{name}.engine.model"
                     yield setting, model or run.given("policy"), "policy"
+
+
+def _encoder(config: EmbedConfig) -> CheckpointKind:
+    """What a text encoder must be: with a pooling that is said, any checkpoint of transformers will do."""
+    return "text_encoder" if config.pooling is None else "pooled_encoder"
 
 
 def require(run: Run, steps: Sequence[Step], print_note: Callable[[str], None]) -> None:

@@ -26,7 +26,7 @@ from medmm_ray.config import Config
 from medmm_ray.data.records import Vector, arrow_schema
 from medmm_ray.data.tables import Artifact, Provenance, Table
 from medmm_ray.engines.index import Index, IndexConfig, Vectors
-from medmm_ray.steps.index import build_index, in_turn, over_ray
+from medmm_ray.steps.index import build_index, in_turn, over_ray, vector_source
 
 GIB = 2**30
 K = 10
@@ -120,7 +120,8 @@ def _build(config: BenchConfig, table: Table, out: Artifact) -> tuple[list[Measu
         run = over_ray if config.over_ray else in_turn
         sampler = stack.enter_context(ResourceSampler(interval_s=2.0))
         started = time.perf_counter()
-        own = peak_bytes(lambda: figures.update(build_index({"images": table}, config.index, out, run)), "cpu") / GIB
+        source = vector_source("images", table)
+        own = peak_bytes(lambda: figures.update(build_index([source], config.index, out, run)), "cpu") / GIB
         minutes = (time.perf_counter() - started) / 60
         sampler.sample()
     gib, peak, name = config.gib, sampler.peak_gib, config.name

@@ -28,7 +28,7 @@ from jobs.benches import Measured
 from jobs.benches.sampling import Notes, bench_questions, noted, span
 from jobs.benches.scripted_api import verdicts
 from medmm_ray.config import Config
-from medmm_ray.data.records import Evidence, Image, Labels, Question, Scores, Solution, Solutions, Vector, arrow_schema
+from medmm_ray.data.records import Evidence, Image, Labels, Query, Question, Scores, Solution, Solutions, arrow_schema
 from medmm_ray.data.tables import Provenance, Table, write_rows
 from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import Completion, Sampling, Statistics
@@ -178,7 +178,7 @@ def _embed(crew: Crew, questions: Sequence[Question]) -> None:
     source = _written(crew, "questions", Question, questions)
     config = embed.EmbedConfig(num_actors=crew.size)
     ds = embed._map(source.dataset(rows_per_block=4), config, SleepingEmbedder, 4, crew)
-    _make(Table(f"{crew.folder}/vectors", Vector), ds, [q.question_id for q in questions], "item_id")
+    _make(Table(f"{crew.folder}/queries", Query), ds, [q.question_id for q in questions], "question_id")
 
 
 STEP_RUNS: dict[StepName, tuple[Callable[[Crew, Sequence[Question]], None], int]] = {
@@ -290,7 +290,7 @@ class SleepingEncoder:
     def __init__(self, crew: Crew) -> None:
         self.pause_s, self.notes = crew.pause_s, crew.join()
 
-    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    def encode_queries(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """A vector a text."""
         self.notes.begin()
         time.sleep(self.pause_s)
@@ -303,4 +303,4 @@ class SleepingEmbedder(embed._QuestionActor):
 
     def __init__(self, crew: Crew) -> None:
         self.encoder = SleepingEncoder(crew)  # type: ignore[assignment]
-        self.with_options = False
+        self.config = embed.EmbedConfig()

@@ -28,7 +28,7 @@ from medmm_ray.engines.chat import ChatPrompt
 from medmm_ray.engines.generator import Completion, Sampling, Statistics
 from medmm_ray.engines.vllm_engine import VllmEngine
 from medmm_ray.session import session
-from medmm_ray.steps.embed import EmbedConfig, document_vectors, embed_images, question_vectors
+from medmm_ray.steps.embed import EmbedConfig, document_passages, embed_images, question_queries
 from medmm_ray.text import numbered_steps, step_mark
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ class ScriptedGenerator:
 class ScriptedEncoder:
     """A direction for each text or image, by its content alone."""
 
+    max_tokens = 256
+
     def __init__(self, pause_s: float) -> None:
         self.pause_s = pause_s
 
@@ -77,6 +79,18 @@ class ScriptedEncoder:
         vectors_ND = np.array(vectors, np.float32).reshape(-1, WIDTH)
         unit_ND: NDArray[np.float32] = vectors_ND / np.linalg.norm(vectors_ND, axis=1, keepdims=True)
         return unit_ND
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """Words of each text."""
+        return [len(text.split()) for text in texts]
+
+    def encode_documents(self, titles: Sequence[str], texts: Sequence[str]) -> NDArray[np.float32]:
+        """Unit vectors of titles and texts."""
+        return self.encode([f"{title}\n{text}" for title, text in zip(titles, texts, strict=True)])
+
+    def encode_queries(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Unit vectors of queries."""
+        return self.encode(texts)
 
 
 def pixels_of(image: "Image") -> NDArray[np.float32]:
@@ -157,8 +171,8 @@ def use_scripted_engines(pause_s: float) -> None:
     setattr(import_module("jobs.embed"), "embed_images", scripted_images)  # noqa: B010
     encoder = ScriptedEncoder(pause_s)
     for name, vectors in (
-        ("embed_documents", partial(document_vectors, encoder=encoder)),
-        ("embed_questions", partial(question_vectors, encoder=encoder, with_options=False)),
+        ("embed_documents", partial(document_passages, encoder=encoder, config=EmbedConfig())),
+        ("embed_questions", partial(question_queries, encoder=encoder)),
     ):
         setattr(import_module("jobs.embed"), name, partial(_embed, vectors=vectors))
 

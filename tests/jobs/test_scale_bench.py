@@ -80,7 +80,10 @@ def test_a_sleeping_reward_model_scores_each_step(crew: Crew) -> None:
 
 def test_a_sleeping_encoder_gives_a_vector_for_each_question(crew: Crew) -> None:
     rows = SleepingEmbedder(crew)(to_arrow(Question, QUESTIONS)).to_pylist()
-    assert [(row["item_id"], len(row["vector"]), row["error"]) for row in rows] == [("q0", 4, None), ("q1", 4, None)]
+    assert [(row["question_id"], len(row["vector"]), row["error"]) for row in rows] == [
+        ("q0", 4, None),
+        ("q1", 4, None),
+    ]
 
 
 def test_a_crew_begins_when_its_last_actor_is_there(tmp_path: Path) -> None:

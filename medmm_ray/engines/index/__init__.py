@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from medmm_ray.config import ConfigError
 from medmm_ray.engines.index.shard import IndexConfig, Kind, Neighbour, Shard, Vectors, check_vectors, kind_of
@@ -39,10 +40,28 @@ class Index:
         self.shards = list(shards)
 
     @classmethod
-    def build(cls, ids: Sequence[str], vectors_ND: Vectors, config: IndexConfig | None = None) -> "Index":
+    def build(
+        cls,
+        ids: Sequence[str],
+        vectors_ND: Vectors,
+        config: IndexConfig | None = None,
+    ) -> "Index":
         """An index of `vectors_ND` in one shard; raises what `Shard.build` raises."""
         config = config or IndexConfig()
-        return cls([Shard.build(ids, vectors_ND, kind_of(config, len(ids), len(ids)), config)])
+        return cls(
+            [
+                Shard.build(
+                    ids,
+                    vectors_ND,
+                    kind_of(
+                        config,
+                        len(ids),
+                        len(ids),
+                    ),
+                    config,
+                )
+            ]
+        )
 
     @property
     def ids(self) -> list[str]:
@@ -60,11 +79,13 @@ class Index:
     def __len__(self) -> int:
         return sum(map(len, self.shards))
 
-    def search(self, queries_QD: Vectors, k: int) -> tuple[list[list[str]], list[list[float]]]:
+    def search(
+        self, queries_QD: Vectors, k: int, masks: Sequence[NDArray[np.bool_]] | None = None
+    ) -> tuple[list[list[str]], list[list[float]]]:
         """Ids and similarities of the up to `k` nearest vectors of each query, best first.
 
-        Raises ValueError where a query is of another width, not finite, or of length 0: it would be near to nothing, or
-        to everything.
+        `masks` say for each shard which of its rows are looked at. Raises ValueError where a query is of another width,
+        not finite, or of length 0: it would be near to nothing, or to everything.
         """
         queries_QD = np.ascontiguousarray(queries_QD, np.float32)
         if not len(self):
@@ -77,7 +98,16 @@ class Index:
         check_vectors("queries", queries_QD)
         names: list[list[str]] = []
         values: list[list[float]] = []
-        for neighbours in merged([shard.search(queries_QD, k) for shard in self.shards], k):
+        nearest: list[list[list[Neighbour]]] = []
+        for i, shard in enumerate(self.shards):
+            nearest.append(
+                shard.search(
+                    queries_QD,
+                    k,
+                    masks[i] if masks is not None else None,
+                )
+            )
+        for neighbours in merged(nearest, k):
             names.append([name for _, name in neighbours])
             values.append([-negative for negative, _ in neighbours])
         return names, values

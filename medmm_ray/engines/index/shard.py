@@ -6,6 +6,7 @@ Q queries, N vectors, D their width, K neighbours.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ FEWEST_TO_TRAIN = 9_984  # FAISS wants 39 vectors for each of a code's 256 value
 CODE_BITS = 8
 GPU_MAX_K = 2048  # FAISS on a GPU gives no more neighbours
 LINK_BYTES = 4
+SELECTIVE = 0.1  # of a shard's rows: a graph or lists lose most of their neighbours to a filter that lets fewer pass
 ADDED_AT_ONCE = 65_536
 TRAINED_PER_LIST = 64  # a quarter of FAISS's default: as many neighbours found, in a tenth of the time
 
@@ -60,11 +62,19 @@ class IndexConfig(GpuPlacement):
     """Vectors that ivf_pq compares exactly for each neighbour that is asked for."""
     num_cpus: float = execution(1.0)
     """Logical CPU cores that the building of one shard asks for."""
+    bm25_k1: float = Field(1.2, ge=0)
+    """How much a word that comes again adds to a passage's BM25 score; Lucene's default."""
+    bm25_b: float = Field(0.75, ge=0, le=1)
+    """How much BM25 holds a passage's length against it; Lucene's default."""
     num_gpus: float = execution(0.0)
     """GPUs that the building of one shard holds; with FAISS for GPUs, lists are found there."""
 
 
-def kind_of(config: IndexConfig, num_in_shard: int, num_in_all: int) -> Kind:
+def kind_of(
+    config: IndexConfig,
+    num_in_shard: int,
+    num_in_all: int,
+) -> Kind:
     """The kind of a shard, by its vectors and those of the whole index."""
     if config.method == "flat" or num_in_shard < FEWEST_TO_TRAIN:
         return "flat"
@@ -80,7 +90,11 @@ def num_codes(width: int) -> int:
     return max(number for number in range(1, 65) if width % number == 0 and 4 * number <= max(width, 4))
 
 
-def vector_bytes(kind: Kind, width: int, links: int) -> int:
+def vector_bytes(
+    kind: Kind,
+    width: int,
+    links: int,
+) -> int:
     """Bytes that a shard stores of one vector."""
     bytes_of_kind = {"flat": 0, "hnsw": 2 * links * LINK_BYTES, "ivf_pq": num_codes(width) + 8}
     return 4 * width + bytes_of_kind[kind]
@@ -98,7 +112,13 @@ class Shard:
     """The index whose memory the vectors lie in, where it is another."""
 
     @classmethod
-    def build(cls, ids: Sequence[str], vectors_ND: Vectors, kind: Kind, config: IndexConfig) -> "Shard":
+    def build(
+        cls,
+        ids: Sequence[str],
+        vectors_ND: Vectors,
+        kind: Kind,
+        config: IndexConfig,
+    ) -> "Shard":
         """A shard of `vectors_ND`; raises ValueError where ids and rows do not match, an id repeats, or a vector is
         not finite or of length 0."""
         vectors_ND = np.ascontiguousarray(vectors_ND, np.float32)
@@ -110,7 +130,11 @@ class Shard:
         index = _empty(kind, vectors_ND.shape[1], len(ids), config)
         if kind == "ivf_pq":
             _train(index, vectors_ND, order)
-        for first in range(0, len(ids), ADDED_AT_ONCE):  # sorted a few at a time: no second copy of all
+        for first in range(
+            0,
+            len(ids),
+            ADDED_AT_ONCE,
+        ):  # sorted a few at a time: no second copy of all
             index.add(vectors_ND[order[first : first + ADDED_AT_ONCE]])
         return cls(pa.array([ids[i] for i in order], pa.string()), index)
 
@@ -146,15 +170,44 @@ class Shard:
         vector_D: Vectors = self.exact().faiss_index.reconstruct(row)
         return vector_D
 
-    def search(self, queries_QD: Vectors, k: int) -> list[list[Neighbour]]:
-        """The up to `k` nearest vectors of each query, best first, equal similarities in the order of their ids."""
-        num_results = min(k, len(self))
+    def search(
+        self,
+        queries_QD: Vectors,
+        k: int,
+        mask_N: "NDArray[np.bool_] | None" = None,
+    ) -> list[list[Neighbour]]:
+        """The up to `k` nearest vectors of each query, best first, equal similarities in the order of their ids.
+
+        With `mask_N` only rows for which it is true are looked at.
+        """
+        num_allowed = len(self) if mask_N is None else int(mask_N.sum())
+        num_results = min(k, num_allowed)
         if not num_results:
             return [[] for _ in queries_QD]
-        similarities_QK, rows_QK = self._search_with_ties(queries_QD, num_results)
-        return list(map(self._nearest, similarities_QK, rows_QK, [num_results] * len(queries_QD)))
+        searched = self
+        if mask_N is not None and num_allowed < max(FEWEST_TO_TRAIN, len(self) * SELECTIVE):
+            searched = self.exact()
+        similarities_QK, rows_QK = searched._search_with_ties(
+            queries_QD,
+            num_results,
+            num_allowed,
+            mask_N,
+        )
+        return list(
+            map(
+                self._nearest,
+                similarities_QK,
+                rows_QK,
+                [num_results] * len(queries_QD),
+            )
+        )
 
-    def _nearest(self, similarities_K: NDArray[np.float64], rows_K: NDArray[np.int64], k: int) -> list[Neighbour]:
+    def _nearest(
+        self,
+        similarities_K: NDArray[np.float64],
+        rows_K: NDArray[np.int64],
+        k: int,
+    ) -> list[Neighbour]:
         # FAISS fills up with row -1 where it finds fewer. Rows are in the order of their ids.
         is_row = rows_K >= 0
         negative_K, rows_K = -similarities_K[is_row], rows_K[is_row]
@@ -162,17 +215,38 @@ class Shard:
         names = self.ids.take(pa.array(rows_K[best])).to_pylist()
         return list(zip(negative_K[best].tolist(), names, strict=True))
 
-    def _search_with_ties(self, queries_QD: Vectors, num_results: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    def _search_with_ties(
+        self, queries_QD: Vectors, num_results: int, num_allowed: int, mask_N: "NDArray[np.bool_] | None"
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Rounded similarities and rows of at least `num_results` neighbours, and of all that tie with the last."""
+        # FAISS's GPU indexes know no filters, so that a search with one runs on the CPU.
+        options = {} if mask_N is None else {"params": self._parameters(mask_N)}
         # One more than asked for shows whether the last place is tied; then all that tie are needed to choose by id.
-        num_fetched = min(num_results + 1, len(self))
+        num_fetched = min(num_results + 1, num_allowed)
         while True:
-            similarities_QK, rows_QK = self._index_for(num_fetched).search(queries_QD, num_fetched)
-            rounded_QK = np.round(similarities_QK.astype(np.float64), TIE_DIGITS)
+            index = self._index_for(num_fetched) if mask_N is None else self.faiss_index
+            similarities_QK, rows_QK = index.search(
+                queries_QD,
+                num_fetched,
+                **options,
+            )
+            rounded_QK = _rounded(similarities_QK)
             tied_Q = (rounded_QK[:, num_results - 1] == rounded_QK[:, -1]) & (rows_QK[:, -1] >= 0)
-            if num_fetched == len(self) or not tied_Q.any():
+            if num_fetched == num_allowed or not tied_Q.any():
                 return rounded_QK, rows_QK
-            num_fetched = min(2 * num_fetched, len(self))
+            num_fetched = min(2 * num_fetched, num_allowed)
+
+    def _parameters(self, mask_N: NDArray[np.bool_]) -> Any:
+        """FAISS's parameters of a search among some rows, with the effort that the index has."""
+        faiss: Any = import_module("faiss")  # whose stubs know nothing of these parameters
+        selector = faiss.IDSelectorBitmap(np.packbits(mask_N, bitorder="little"))
+        if self.kind == "flat":
+            return faiss.SearchParameters(sel=selector)
+        if self.kind == "hnsw":
+            return faiss.SearchParametersHNSW(sel=selector, efSearch=self.faiss_index.hnsw.efSearch)
+        lists = faiss.downcast_index(self.faiss_index.base_index)
+        in_lists = faiss.SearchParametersIVF(sel=selector, nprobe=lists.nprobe)
+        return faiss.IndexRefineSearchParameters(k_factor=self.faiss_index.k_factor, base_index_params=in_lists)
 
     def _index_for(self, k: int) -> Any:
         num_candidates = k * self.faiss_index.k_factor if self.kind == "ivf_pq" else k
@@ -200,14 +274,23 @@ class Shard:
         return cls(pa.array(ids, pa.string()), index, _moved_to_gpus(index))
 
 
-def _empty(kind: Kind, width: int, num_vectors: int, config: IndexConfig) -> Any:
+def _empty(
+    kind: Kind,
+    width: int,
+    num_vectors: int,
+    config: IndexConfig,
+) -> Any:
     """A FAISS index of a kind, for so many vectors, without any."""
     import faiss
 
     if kind == "flat":
         return faiss.IndexFlatIP(width)
     if kind == "hnsw":
-        graph = faiss.IndexHNSWFlat(width, config.graph_links, faiss.METRIC_INNER_PRODUCT)
+        graph = faiss.IndexHNSWFlat(
+            width,
+            config.graph_links,
+            faiss.METRIC_INNER_PRODUCT,
+        )
         graph.hnsw.efConstruction = config.build_effort
         graph.hnsw.efSearch = config.search_effort
         return graph
@@ -230,7 +313,11 @@ def _empty(kind: Kind, width: int, num_vectors: int, config: IndexConfig) -> Any
     return reranked
 
 
-def _train(index: Any, vectors_ND: Vectors, order: NDArray[np.int64]) -> None:
+def _train(
+    index: Any,
+    vectors_ND: Vectors,
+    order: NDArray[np.int64],
+) -> None:
     """Find the lists and codes of an ivf_pq index: the lists on all GPUs that FAISS has in this process."""
     import faiss
 
@@ -259,6 +346,16 @@ def _moved_to_gpus(index: Any) -> Any:
     reranked = faiss.IndexRefine(lists, index.refine_index)
     reranked.k_factor = index.k_factor
     return reranked
+
+
+def _rounded(similarities_QK: Vectors) -> NDArray[np.float64]:
+    """The similarities with `TIE_DIGITS` digits after the point; of dot products above 10 a digit less for each ten."""
+    # By each value alone, so that shards, which see other values, round alike.
+    values_QK = similarities_QK.astype(np.float64)
+    magnitude_QK = np.floor(np.log10(np.maximum(np.abs(values_QK), 1)))
+    scale_QK = 10.0**magnitude_QK
+    rounded_QK: NDArray[np.float64] = np.round(values_QK / scale_QK, TIE_DIGITS) * scale_QK
+    return rounded_QK
 
 
 def check_vectors(name: str, vectors_ND: Vectors) -> None:

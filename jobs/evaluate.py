@@ -9,10 +9,12 @@ import pyarrow.parquet as pq
 
 from jobs.entry import main
 from jobs.graph import LABELS, STEPS
+from jobs.placement import gpus_of_section
 from jobs.step import Job, Run
 from medmm_ray.data.json_documents import from_json, to_json
 from medmm_ray.data.tables import filesystem, write_file
 from medmm_ray.engines.images import open_image
+from medmm_ray.estimate.hardware import Hardware
 from medmm_ray.pages.report import headline, render
 from medmm_ray.steps.audit import AuditReport
 from medmm_ray.steps.evaluate import VALIDATION, StepEntry, environment, evaluate
@@ -71,8 +73,13 @@ def settings_of(run: Run) -> dict[str, Any]:
 
 
 def step_entries(run: Run) -> list[StepEntry]:
-    """What each other step of the run made, how long it took, what it cost and where it failed."""
+    """What each other step of the run made, how long it took, what it cost and where it failed.
+
+    GPU-hours are those of the pools that the recipe asks for, at the price of its section `plan`.
+    """
     entries: list[StepEntry] = []
+    plan = run.recipe.plan
+    price = Hardware(gpu=plan.gpu, dollars_per_gpu_hour=plan.dollars_per_gpu_hour).price
     for step in STEPS:
         # This step's own manifest is written after the report.
         if step.name == "evaluate" or run.skipped(step):
@@ -84,12 +91,15 @@ def step_entries(run: Run) -> list[StepEntry]:
             seconds += manifest.seconds
             cost += manifest.cost
             errors.update(manifest.errors)
+        gpu_hours = gpus_of_section(run.section(step)) * seconds / 3600
         entry = StepEntry(
             name=step.name,
             rows=num_rows,
             seconds=seconds,
             cost=cost,
             errors=dict(errors),
+            gpu_hours=gpu_hours,
+            gpu_dollars=gpu_hours * price,
         )
         entries.append(entry)
     return entries

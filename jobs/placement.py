@@ -62,6 +62,15 @@ def _parts(config: Config) -> list[tuple[str, Config]]:
     return parts
 
 
+def gpus_of_section(config: Config) -> float:
+    """The GPUs that a section's pools take, those of its engine among them."""
+    num_gpus = 0.0
+    for size, gpus_each in POOLS:
+        if {size, gpus_each} <= type(config).model_fields.keys():
+            num_gpus += getattr(config, size) * getattr(config, gpus_each)
+    return num_gpus + sum(gpus_of_section(part) for _, part in _parts(config))
+
+
 def sized_by_cluster(recipe: Recipe) -> Recipe:
     """The recipe with pools as large as the cluster of the present Ray session, where it does not say `gpus.count`."""
     ray = sys.modules.get("ray")

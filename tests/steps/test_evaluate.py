@@ -294,6 +294,21 @@ def test_a_temperature_is_fitted_on_validation_questions_alone() -> None:
     assert report["step"]["multimodal"]["steps"] == 3
 
 
+def test_what_the_run_cost_beside_what_it_is_worth() -> None:
+    """Best of 2 by the image answers a third, one sample a third too: 0 points. Where nothing was spent is no rate."""
+    steps = [
+        StepEntry("judge", rows=1, seconds=1.0, cost=1.5),
+        StepEntry("score", rows=1, seconds=1.0, gpu_hours=2.0, gpu_dollars=6.0),
+    ]
+    report = evaluated(EvaluateConfig(), **small(), steps=steps)
+    gain = 100 * (report["accuracy"]["best_of_n"]["multimodal"]["2"]["value"] - 1 / 3)
+    assert (report["cost"]["dollars"], report["cost"]["gpu_hours"]) == (7.5, 2.0)
+    assert report["cost"]["points"] == pytest.approx(gain, abs=1e-3)
+    assert report["cost"]["points_per_gpu_hour"] == pytest.approx(gain / 2, abs=1e-3)
+    free = evaluated(EvaluateConfig(), **small())["cost"]
+    assert (free["points_per_100_dollars"], free["points_per_gpu_hour"]) == (None, None)
+
+
 def test_a_split_without_solutions_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no question of split 'validation' has a solution \(0 rows"):
         evaluate(EvaluateConfig(split="validation"), **small())

@@ -41,7 +41,7 @@ from medmm_ray.steps.evaluate.calibration import TemperatureScaling, scaled
 from medmm_ray.steps.evaluate.examples import choose_disagreements, choose_examples
 from medmm_ray.steps.evaluate.gates import gates_of
 from medmm_ray.steps.evaluate.outcomes import COLUMNS, answer_table, outcomes
-from medmm_ray.steps.evaluate.report import Counts, EvaluationReport, StepEntry
+from medmm_ray.steps.evaluate.report import Counts, EvaluationReport, StepEntry, cost_benefit
 from medmm_ray.steps.evaluate.scored_questions import (
     ARMS,
     LogOdds,
@@ -274,6 +274,7 @@ def evaluate(
         by_topic=by_column["topic"],
         by_question=by_column["question"],
         steps=list(steps),
+        cost=cost_benefit(steps, over_n, arms, n),
         settings=dict(settings or {}),
         environment=dict(environment or {}),
         examples=choose_examples(

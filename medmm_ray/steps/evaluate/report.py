@@ -1,6 +1,6 @@
 """The report of a scorer: what `evaluate` hands to the page and to ``report.json``."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from medmm_ray.config import JsonObject
@@ -22,6 +22,39 @@ class StepEntry:
     seconds: float
     cost: float = 0.0
     errors: Mapping[str, int] = field(default_factory=dict)
+    gpu_hours: float = 0.0
+    gpu_dollars: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostBenefit:
+    """What the run cost, and what it is worth: points of best-of-N by the main arm above one sample.
+
+    `dollars` are those of APIs and, at the price of the recipe's plan, of GPUs; a rate is None where nothing was spent.
+    """
+
+    dollars: float
+    gpu_hours: float
+    points: float
+    points_per_100_dollars: float | None
+    points_per_gpu_hour: float | None
+
+
+def cost_benefit(steps: Sequence[StepEntry], accuracy: AccuracyOverN, arms: Sequence[str], n: int) -> CostBenefit:
+    """The costs of all steps beside the gain; without an arm the gain is the majority's."""
+    arm = "multimodal" if "multimodal" in arms else next(iter(arms), None)
+    chosen = accuracy.best_of_n[arm][str(n)] if arm else accuracy.majority[str(n)]
+    points = 100 * (chosen.value - accuracy.one_sample.value)
+    dollars = sum(step.cost + step.gpu_dollars for step in steps)
+    gpu_hours = sum(step.gpu_hours for step in steps)
+    return CostBenefit(
+        dollars=round(dollars, 6),
+        gpu_hours=round(gpu_hours, 6),
+        points=round(points, 4),
+        # A run on what one owns has cost no dollars: a rate of it would be infinite.
+        points_per_100_dollars=100 * points / dollars if dollars else None,
+        points_per_gpu_hour=points / gpu_hours if gpu_hours else None,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +121,7 @@ class EvaluationReport:
     by_question: dict[str, GroupAccuracy]
     """By question text; empty where there are too many."""
     steps: list[StepEntry]
+    cost: CostBenefit
     environment: JsonObject
     """Machine, packages and code revision."""
     examples: list[Example]

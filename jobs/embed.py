@@ -69,12 +69,13 @@ def _with_traces(
         return questions
     folder = stack.enter_context(job.lookup_folder("queries"))
     rows: SortedRows = sort_rows(
-        _traces(Table(follow(job.config.traces), Solutions)), "question_id", TRACES, folder + "/traces"
+        first_solutions(Table(follow(job.config.traces), Solutions)), "question_id", TRACES, folder + "/traces"
     )
     return attach(questions, rows, "question_id", ["trace"])
 
 
-def _traces(solutions: Table) -> Iterator[pa.Table]:
+def first_solutions(solutions: Table) -> Iterator[pa.Table]:
+    """The text of each question's first solution as its trace, part by part; raises where the table is not complete."""
     solutions.manifest()  # raises where it is not complete
     for part in solutions.stream(["question_id", "solutions"]):
         rows = []

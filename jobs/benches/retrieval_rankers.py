@@ -11,18 +11,19 @@ from jobs.benches.retrieval_sets import RetrievalSet, Topic
 from medmm_ray.data.records import Document, Passage, to_arrow
 from medmm_ray.data.tables import Artifact, Provenance, Table
 from medmm_ray.engines.index import IndexConfig, Vectors
-from medmm_ray.engines.index.collection import COLLECTIONS
+from medmm_ray.engines.index.collection import COLLECTIONS, Collection, Hits, collection_names
 from medmm_ray.steps.embed import DocumentEncoding, EmbedConfig, QueryEncoding, document_passages
 from medmm_ray.steps.index import build_index
 from medmm_ray.steps.index.sources import passage_sources
 from medmm_ray.steps.retrieve import PassageSearch, RetrieveConfig
-from medmm_ray.steps.retrieve.passages import Reranking
+from medmm_ray.steps.retrieve.passages import Reranking, fuse
 
 DOCUMENTS_AT_ONCE = 512
 TOPICS_AT_ONCE = 128
 DEPTHS = (1, 10, 32)
-Rankings = Mapping[str, Sequence[str]]
-"""The documents of each topic, best first."""
+PASSAGES = 200  # that each ranking gives
+Ranked = Mapping[str, Sequence[tuple[str, float]]]
+"""The documents of each topic with their scores, best first."""
 
 
 @dataclass(frozen=True)
@@ -96,34 +97,76 @@ def query_vectors(topics: Sequence[Topic], encoder: QueryEncoding) -> Vectors:
     return np.concatenate(parts)
 
 
-def rankings(
-    folder: Path,
-    topics: Sequence[Topic],
-    vectors_QD: Vectors,
-    config: RetrieveConfig,
-    reranker: Reranking | None = None,
-) -> dict[str, list[tuple[str, float]]]:
-    """The documents of each topic with their scores, best first: a document is as good as its best passage."""
-    search = PassageSearch(config, folder, reranker)
-    ranked: dict[str, list[tuple[str, float]]] = {}
-    for first in range(0, len(topics), TOPICS_AT_ONCE):
-        some = topics[first : first + TOPICS_AT_ONCE]
-        vectors = vectors_QD[first : first + TOPICS_AT_ONCE]
-        found_documents = search.search(
-            [topic.text for topic in some],
-            vectors,
-            [""] * len(some),
-        )
-        for topic, documents in zip(some, found_documents, strict=True):
-            best: dict[str, float] = {}
-            for document in documents:
-                best.setdefault(document.document_id, document.score)
-            ranked[topic.topic_id] = list(best.items())
-    return ranked
+@dataclass(frozen=True)
+class Searched:
+    """Topics, their queries' vectors, and what the dense ranking and BM25 give for each."""
+
+    index: Path
+    topics: Sequence[Topic]
+    vectors_QD: Vectors
+    dense: Sequence[Hits]
+    lexical: Sequence[Hits]
+
+    @classmethod
+    def of(
+        cls,
+        index: Path,
+        topics: Sequence[Topic],
+        encoder: QueryEncoding,
+    ) -> "Searched":
+        """Both rankings of the index's one corpus, `PASSAGES` deep."""
+        (name,) = collection_names(index)
+        collection = Collection(index, name)
+        vectors_QD = query_vectors(topics, encoder)
+        dense = collection.nearest(vectors_QD, PASSAGES)
+        lexical = collection.matching([topic.text for topic in topics], PASSAGES)
+        return cls(index, topics, vectors_QD, dense, lexical)
+
+    def fused(
+        self,
+        weights: Mapping[str, float],
+        fusion_k: float,
+    ) -> "Ranked":
+        """The documents of each topic by the fusion of both rankings, as retrieval fuses them."""
+        ranked: dict[str, list[tuple[str, float]]] = {}
+        for topic, dense, lexical in zip(self.topics, self.dense, self.lexical, strict=True):
+            hits = {"dense": dense, "lexical": lexical}
+            rankings = {name: hits[name] for name, weight in weights.items() if weight}
+            scores = fuse(rankings, weights, fusion_k)
+            in_order = sorted(scores.items(), key=lambda hit: (-hit[1], hit[0]))
+            ranked[topic.topic_id] = documents_of(in_order)
+        return ranked
+
+    def reranked(
+        self,
+        config: RetrieveConfig,
+        reranker: Reranking,
+    ) -> "Ranked":
+        """The documents of each topic through the whole of retrieval."""
+        search = PassageSearch(config, self.index, reranker)
+        ranked: dict[str, list[tuple[str, float]]] = {}
+        for first in range(0, len(self.topics), TOPICS_AT_ONCE):
+            some = self.topics[first : first + TOPICS_AT_ONCE]
+            texts = [topic.text for topic in some]
+            vectors = self.vectors_QD[first : first + TOPICS_AT_ONCE]
+            by_topic = search.search(texts, vectors, [""] * len(some))
+            for topic, documents in zip(some, by_topic, strict=True):
+                ranked[topic.topic_id] = documents_of([(d.passage_id, d.score) for d in documents])
+        return ranked
+
+
+def documents_of(hits: Hits) -> list[tuple[str, float]]:
+    """The documents of passages, best first: each as good as its best passage."""
+    best: dict[str, float] = {}
+    for passage_id, score in hits:
+        best.setdefault(passage_id.rpartition("#")[0], score)
+    return list(best.items())
 
 
 def recalls(
-    topics: Sequence[Topic], ranked: Mapping[str, Sequence[tuple[str, float]]], depth: int
+    topics: Sequence[Topic],
+    ranked: Ranked,
+    depth: int,
 ) -> NDArray[np.float64]:
     """For each topic the share of its documents among the first `depth`; of what could be there, with fewer places."""
     shares: list[float] = []
@@ -156,7 +199,9 @@ def interval(
 
 
 def write_trec(
-    folder: Path, retrieval_set: RetrievalSet, rankers: Mapping[str, Mapping[str, Sequence[tuple[str, float]]]]
+    folder: Path,
+    retrieval_set: RetrievalSet,
+    rankers: Mapping[str, Ranked],
 ) -> None:
     """A run file for each ranker and the relevance judgements, as trec_eval reads them."""
     folder.mkdir(parents=True, exist_ok=True)

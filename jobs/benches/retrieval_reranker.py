@@ -51,8 +51,11 @@ def train_reranker(
         task = progress.add_task("reranker", total=num_updates)
         for first in range(0, num_updates * batch_size, batch_size):
             batch = examples[first : first + batch_size]
-            queries = [query for query, texts in batch for _ in texts]
-            passages = [text for _, texts in batch for text in texts]
+            queries: list[str] = []
+            passages: list[str] = []
+            for query, texts in batch:
+                queries += [query] * len(texts)
+                passages += texts
             inputs = tokenizer(
                 queries, passages, truncation=True, max_length=max_tokens, padding=True, return_tensors="pt"
             )
@@ -81,8 +84,11 @@ def _examples(
     examples: list[tuple[str, list[str]]] = []
     for topic in topics:
         of_topic = candidates[topic.topic_id]
-        right = [text for document_id, text in of_topic if document_id in topic.relevant]
-        wrong = [text for document_id, text in of_topic if document_id not in topic.relevant]
+        right: list[str] = []
+        wrong: list[str] = []
+        for document_id, text in of_topic:
+            side = right if document_id in topic.relevant else wrong
+            side.append(text)
         if right and len(wrong) >= negatives:
             examples.append((topic.text, [right[0], *rng.sample(wrong, negatives)]))
     rng.shuffle(examples)

@@ -8,29 +8,32 @@ index and retrieval. `folder` keeps vectors, indexes, the reranker and TREC file
 import itertools
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 from rich.console import Console
 
 from jobs.benches import Measured
 from jobs.benches.retrieval_rankers import (
     DEPTHS,
+    Ranked,
+    Searched,
     index_of,
     interval,
     passages_of,
     query_vectors,
-    rankings,
     recalls,
     write_trec,
 )
 from jobs.benches.retrieval_reranker import train_reranker
-from jobs.benches.retrieval_sets import RetrievalSet, Topic, bioasq, medquad, pubmedqa
+from jobs.benches.retrieval_sets import RetrievalSet, bioasq, medquad, pubmedqa
 from medmm_ray.config import Config, ConfigError
 from medmm_ray.engines.index import IndexConfig, Vectors
 from medmm_ray.engines.text_encoder import TextEncoder
@@ -152,6 +155,89 @@ def draw_texts(
     return texts
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """A set with its index, and what it is measured with."""
+
+    config: BenchConfig
+    retrieval_set: RetrievalSet
+    index: Path
+    encoder: TextEncoder
+    folder: Path
+    console: Console
+
+    def choose(self) -> RetrieveConfig:
+        """The fusion whose recall@10 is highest on the tuning topics; of equal ones the highest recall@1."""
+        topics = self.retrieval_set.tuning
+        searched = Searched.of(self.index, topics, self.encoder)
+        best: tuple[tuple[float, float], RetrieveConfig] | None = None
+        for fusion_k, dense_weight in SETTINGS:
+            ranked = searched.fused({"dense": dense_weight, "lexical": 1.0}, fusion_k)
+            figures = (float(recalls(topics, ranked, 10).mean()), float(recalls(topics, ranked, 1).mean()))
+            if best is None or figures > best[0]:
+                best = (figures, RetrieveConfig(fusion_k=fusion_k, dense_weight=dense_weight))
+        assert best is not None
+        self.console.print(f"[dim]chosen: fusion_k {best[1].fusion_k:g}, dense weight {best[1].dense_weight:g}[/dim]")
+        return best[1]
+
+    def train_reranker(self, chosen: RetrieveConfig) -> str:
+        """The folder of a cross-encoder that was trained on the set's training topics."""
+        model = self.folder / "reranker"
+        if (model / "config.json").exists():
+            return str(model)
+        topics = self.retrieval_set.train[: self.config.reranker_topics]
+        vectors_QD = query_vectors(topics, self.encoder)
+        search = PassageSearch(chosen.model_copy(update={"candidates": 2 * self.config.reranked}), self.index)
+        by_topic = search.candidates([topic.text for topic in topics], vectors_QD, [""] * len(topics))
+        candidates: dict[str, list[tuple[str, str]]] = {}
+        for topic, of_topic in zip(topics, by_topic, strict=True):
+            candidates[topic.topic_id] = [(candidate.row["document_id"], candidate.text) for candidate in of_topic]
+        train_reranker(
+            self.config.text_model,
+            topics,
+            candidates,
+            model,
+            self.console,
+            self.config.reranker_tokens,
+            seed=self.config.seed,
+        )
+        return str(model)
+
+    def rank(self, chosen: RetrieveConfig, reranker: str | None) -> dict[str, Ranked]:
+        """The test topics' documents by each ranker."""
+        searched = Searched.of(self.index, self.retrieval_set.test, self.encoder)
+        weights = {"dense": chosen.dense_weight, "lexical": chosen.lexical_weight}
+        ranked = {
+            "dense": searched.fused({"dense": 1.0}, chosen.fusion_k),
+            "bm25": searched.fused({"lexical": 1.0}, chosen.fusion_k),
+            "hybrid": searched.fused(weights, chosen.fusion_k),
+        }
+        if reranker is not None:
+            ranked["reranked"] = self._reranked(searched, chosen, reranker, ranked["hybrid"])
+        return ranked
+
+    def _reranked(
+        self,
+        searched: Searched,
+        chosen: RetrieveConfig,
+        reranker: str,
+        hybrid: Ranked,
+    ) -> Ranked:
+        """The first candidates in the reranker's order, what it does not read after them."""
+        from medmm_ray.engines.cross_encoder import CrossEncoder
+
+        number = self.config.reranked
+        settings = chosen.model_copy(update={"candidates": number, "num_documents": number})
+        model = CrossEncoder(reranker, max_tokens=self.config.reranker_tokens)
+        ranked: dict[str, list[tuple[str, float]]] = {}
+        for topic_id, of_topic in searched.reranked(settings, model).items():
+            first = dict(of_topic)
+            below = min(first.values(), default=0.0) - 1
+            others = [name for name, _ in hybrid[topic_id] if name not in first]
+            ranked[topic_id] = [*of_topic, *((name, below - i) for i, name in enumerate(others))]
+        return ranked
+
+
 def _sets(
     config: BenchConfig,
     folder: Path,
@@ -159,230 +245,60 @@ def _sets(
 ) -> Iterator[Measured]:
     """Recall of the rankers on each set; settings are chosen on MedQuAD's tuning topics."""
     encoder = TextEncoder(config.text_model)
-    reader = {
-        "medquad": lambda: medquad(
-            config.path("medquad"),
-            config.test_topics,
-            config.tuning_topics,
-            config.seed,
-        ),
-        "pubmedqa": lambda: pubmedqa(config.path("pubmedqa")),
-        "bioasq": lambda: bioasq(config.path("mirage/rawdata/bioasq")),
-    }
-    chosen = RetrieveConfig(num_documents=200, candidates=200)
-    reranker: str | None = config.reranker
+    chosen = RetrieveConfig()
+    reranker = config.reranker
     for name in config.sets:
-        retrieval_set = reader[name]()
-        passages = passages_of(
-            retrieval_set.documents,
-            encoder,
-            EmbedConfig(),
-            str(folder / name / "passages"),
-        )
+        retrieval_set = _read(config, name)
+        uri = str(folder / name / "passages")
+        passages = passages_of(retrieval_set.documents, encoder, EmbedConfig(), uri)
         index = index_of(passages, IndexConfig(), folder / name / "index")
         console.print(
             f"[dim]{retrieval_set.name}: {len(retrieval_set.documents):,} documents, {passages.manifest().rows:,} "
             f"passages, {len(retrieval_set.test):,} topics[/dim]"
         )
+        measurement = Measurement(config, retrieval_set, index, encoder, folder, console)
         if retrieval_set.tuning:
-            chosen = choose(index, retrieval_set.tuning, encoder, chosen)
-            console.print(f"[dim]chosen: fusion_k {chosen.fusion_k:g}, dense weight {chosen.dense_weight:g}[/dim]")
+            chosen = measurement.choose()
             if reranker is None and config.reranker_topics:
-                reranker = _trained_reranker(
-                    config,
-                    retrieval_set,
-                    index,
-                    encoder,
-                    chosen,
-                    folder,
-                    console,
-                )
-        yield from _rankers(
-            config,
-            retrieval_set,
-            index,
-            encoder,
-            chosen,
-            reranker,
-            folder,
-            console,
-        )
+                reranker = measurement.train_reranker(chosen)
+        ranked = measurement.rank(chosen, reranker)
+        write_trec(folder / "trec", retrieval_set, ranked)
+        yield from _compared(retrieval_set, ranked, console)
 
 
-def choose(
-    index: Path,
-    topics: Sequence[Topic],
-    encoder: TextEncoder,
-    base: RetrieveConfig,
-) -> RetrieveConfig:
-    """The fusion whose recall@10 is highest on some topics; of equal ones the highest recall@1."""
-    vectors_QD = query_vectors(topics, encoder)
-    best: tuple[tuple[float, float], RetrieveConfig] | None = None
-    for fusion_k, dense_weight in SETTINGS:
-        config = base.model_copy(update={"fusion_k": fusion_k, "dense_weight": dense_weight})
-        ranked = rankings(index, topics, vectors_QD, config)
-        figures = (
-            recalls(
-                topics,
-                ranked,
-                10,
-            ).mean(),
-            recalls(
-                topics,
-                ranked,
-                1,
-            ).mean(),
-        )
-        if best is None or figures > best[0]:
-            best = (figures, config)
-    assert best is not None
-    return best[1]
+def _read(config: BenchConfig, name: str) -> RetrievalSet:
+    if name == "medquad":
+        return medquad(config.path("medquad"), config.test_topics, config.tuning_topics, config.seed)
+    if name == "pubmedqa":
+        return pubmedqa(config.path("pubmedqa"))
+    return bioasq(config.path("mirage/rawdata/bioasq"))
 
 
-def _trained_reranker(
-    config: BenchConfig,
+def _compared(
     retrieval_set: RetrievalSet,
-    index: Path,
-    encoder: TextEncoder,
-    chosen: RetrieveConfig,
-    folder: Path,
-    console: Console,
-) -> str:
-    """The folder of a cross-encoder that was trained on topics of the set's first part."""
-    model = folder / "reranker"
-    if (model / "config.json").exists():
-        return str(model)
-    topics = retrieval_set.train[: config.reranker_topics]
-    vectors_QD = query_vectors(topics, encoder)
-    search = PassageSearch(chosen.model_copy(update={"num_documents": config.reranked}), index)
-    candidates: dict[str, list[tuple[str, str]]] = {}
-    for first in range(0, len(topics), 128):
-        some = topics[first : first + 128]
-        texts = [topic.text for topic in some]
-        of_topics = search.candidates(
-            texts,
-            vectors_QD[first : first + 128],
-            [""] * len(some),
-        )
-        for topic, of_topic in zip(some, of_topics, strict=True):
-            few = of_topic[: 2 * config.reranked]
-            candidates[topic.topic_id] = [(candidate.row["document_id"], candidate.text) for candidate in few]
-    train_reranker(
-        config.text_model,
-        topics,
-        candidates,
-        model,
-        console,
-        config.reranker_tokens,
-        seed=config.seed,
-    )
-    return str(model)
-
-
-def _rankers(
-    config: BenchConfig,
-    retrieval_set: RetrievalSet,
-    index: Path,
-    encoder: TextEncoder,
-    chosen: RetrieveConfig,
-    reranker: str | None,
-    folder: Path,
+    ranked: Mapping[str, Ranked],
     console: Console,
 ) -> Iterator[Measured]:
-    """Recall of dense, BM25, their fusion, and the fusion reranked; hybrid beside dense with the interval of the
-    difference."""
-    topics = retrieval_set.test
-    vectors_QD = query_vectors(topics, encoder)
-    rankers = {
-        "dense": chosen.model_copy(update={"lexical_weight": 0.0}),
-        "bm25": chosen.model_copy(update={"dense_weight": 0.0}),
-        "hybrid": chosen,
-    }
-    ranked: dict[str, Any] = {}
-    for ranker, settings in rankers.items():
-        ranked[ranker] = rankings(index, topics, vectors_QD, settings)
-    if reranker is not None:
-        ranked["reranked"] = _reranked(
-            config,
-            index,
-            topics,
-            vectors_QD,
-            chosen,
-            reranker,
-            ranked["hybrid"],
-        )
-    write_trec(folder / "trec", retrieval_set, ranked)
-    figures: dict[tuple[str, int], np.ndarray[Any, Any]] = {}
+    """The rows of a set: each ranker beside dense, and the gains with the low end of their intervals."""
+    name, topics = retrieval_set.name, retrieval_set.test
+    figures: dict[tuple[str, int], NDArray[np.float64]] = {}
     for ranker, of_ranker in ranked.items():
         cells: list[str] = []
         for depth in DEPTHS:
             figures[ranker, depth] = recalls(topics, of_ranker, depth)
             cells.append(f"R@{depth} {interval(topics, figures[ranker, depth])}")
-        console.print(f"{retrieval_set.name} {ranker:<9} {'  '.join(cells)}")
-    yield from _compared(retrieval_set, figures)
-
-
-def _compared(
-    retrieval_set: RetrievalSet, figures: Mapping[tuple[str, int], np.ndarray[Any, Any]]
-) -> Iterator[Measured]:
-    """The rows of a set: each ranker beside dense, the gain with the low end of its interval."""
-    name, topics = retrieval_set.name, retrieval_set.test
-    for ranker, depth in figures:
-        dense, ours = float(figures["dense", depth].mean()), float(figures[ranker, depth].mean())
-        yield Measured(f"{name}: recall@{depth} of {ranker}", dense, ours, ours / max(dense, 1e-9), "", "")
+            dense, ours = float(figures["dense", depth].mean()), float(figures[ranker, depth].mean())
+            yield Measured(f"{name}: recall@{depth} of {ranker}", dense, ours, ours / max(dense, 1e-9), "", "")
+        console.print(f"{name} {ranker:<9} {'  '.join(cells)}", highlight=False)
     gain = interval(topics, figures["hybrid", 10] - figures["dense", 10])
-    yield Measured(
-        f"{name}: low end of hybrid's gain in recall@10",
-        0,
-        gain.low,
-        1 + gain.low,
-        "≥ 1",
-        "of the topics",
-    )
-    best = max(
-        ("hybrid", "reranked"), key=lambda ranker: figures[ranker, 32].mean() if (ranker, 32) in figures else 0.0
-    )
-    value = float(figures[best, 32].mean())
-    yield Measured(
-        f"{name}: recall@32 of {best}",
-        0.99,
-        value,
-        value / 0.99,
-        "≥ 1",
-        "of the topics",
-    )
-    if ("reranked", 1) in figures:
+    yield Measured(f"{name}: hybrid's gain in recall@10, low end", 0, gain.low, 1 + gain.low, "≥ 1", "of the topics")
+    value = float(figures["hybrid", 32].mean())
+    yield Measured(f"{name}: recall@32 of hybrid", 0.99, value, value / 0.99, "≥ 1", "of the topics")
+    if "reranked" in ranked:
         gain = interval(topics, figures["reranked", 1] - figures["dense", 1])
         yield Measured(
-            f"{name}: reranked's gain in recall@1",
-            0,
-            gain.mean,
-            1 + gain.mean,
-            "≥ 1",
-            "of the topics",
+            f"{name}: reranked's gain in recall@1", gain.low, gain.mean, 1 + gain.mean, "≥ 1", "low end, mean"
         )
-
-
-def _reranked(
-    config: BenchConfig,
-    index: Path,
-    topics: Sequence[Topic],
-    vectors_QD: Vectors,
-    chosen: RetrieveConfig,
-    reranker: str,
-    hybrid: Mapping[str, list[tuple[str, float]]],
-) -> dict[str, list[tuple[str, float]]]:
-    """The first candidates in the reranker's order, what it does not read after them."""
-    from medmm_ray.engines.cross_encoder import CrossEncoder
-
-    model = CrossEncoder(reranker, max_tokens=config.reranker_tokens)
-    settings = chosen.model_copy(update={"candidates": config.reranked, "reranker_weight": 1.0})
-    ranked = rankings(index, topics, vectors_QD, settings, model)
-    for topic_id, of_topic in ranked.items():
-        first = {document_id for document_id, _ in of_topic}
-        below = min((score for _, score in of_topic), default=0.0) - 1
-        of_topic += [(name, below - i) for i, (name, _) in enumerate(hybrid[topic_id]) if name not in first]
-    return ranked
 
 
 def _images(config: BenchConfig) -> Iterator[Measured]:

@@ -44,3 +44,11 @@ def test_rows_that_do_not_count_are_left_out(rows: RowRange) -> None:
     assert [ids_of(share) for share in shares] == [[7, 17, 27, 37], [47, 57, 67], [77, 87, 97]]
     assert list(map(len, shares)) == [4, 3, 3]
     assert [ids_of(share) for share in rows.only(np.zeros(100, np.bool_)).split(1)] == [[]]
+
+
+def test_of_the_rows_that_count_some_count(rows: RowRange) -> None:
+    every_tenth = rows.only(np.arange(100) % 10 == 7)
+    some = every_tenth.among(np.arange(10) % 2 == 0)
+    assert ids_of(some) == [7, 27, 47, 67, 87]
+    assert [ids_of(share) for share in some.split(2)] == [[7, 27, 47], [67, 87]]
+    assert ids_of(rows.among(np.arange(100) < 3)) == [0, 1, 2]

@@ -60,6 +60,8 @@ def session(quiet: bool = True) -> Iterator[None]:
     os.environ.setdefault("RAY_DATA_USE_DATASOURCE_V2", "0")  # the new file reader makes one block of many files
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    # Workers in training wait after each epoch and checkpoint until they are looked at: up to 2 s at Ray's default.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # Keeps the local servers of a session on 127.0.0.1: on Linux, Ray turns that into the machine's outer address.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     # At Ray's default of 15 those at work are starved by those that start, which have 0: for a second, on two cores.

@@ -208,7 +208,8 @@ class Table(Artifact):
             filesystem=self.fs,
             columns=list(columns) if columns else None,
         )
-        return ds.repartition(target_num_rows_per_block=rows_per_block) if rows_per_block else ds
+        # Strictly: else each block that was read leaves a short one, and an encoder's batches are half empty.
+        return ds.repartition(target_num_rows_per_block=rows_per_block, strict=True) if rows_per_block else ds
 
     # Writing
 

@@ -22,6 +22,7 @@ from medmm_ray.engines.llm.endpoint import EndpointError
 from medmm_ray.engines.llm.ledger import (
     Ledger,
     LedgerFile,
+    LedgerState,
     PlannedCall,
     Reservation,
     ledger_bytes,
@@ -88,13 +89,17 @@ class Budget(Protocol):
 
 
 class ApiBudget:
-    """The budget itself, one a run and model; the ledger and the stored answers lie under `folder`."""
+    """The budget itself, one a run and model; the ledger and the stored answers lie under `folder`.
 
-    def __init__(self, folder: str, limits: Limits) -> None:
+    It takes the ledger over, or goes on with the one of this `epoch`, as it was when the process before died.
+    """
+
+    def __init__(self, folder: str, limits: Limits, epoch: int | None = None) -> None:
         self.answers = AnswerStore(f"{folder.rstrip('/')}/answers")
         self.stopped: Stop | None = None
         self._file = LedgerFile(folder)
         self._reservations: dict[int, Reservation] = {}
+        self._resumed_ids: dict[tuple[str, str, str], int] = {}
         self._ids = itertools.count(1)
         self._last_heartbeat: dict[str, float] = {}
         self._admission, self._writing = asyncio.Lock(), asyncio.Lock()
@@ -102,7 +107,7 @@ class ApiBudget:
         self._saves_requested = self._saves_covered = 0
         self._saver: asyncio.Task[bool] | None = None
         self._apply(limits)
-        self.ledger = self._take_over()
+        self.ledger = self._take_over() if epoch is None else self._resume(epoch)
 
     # What clients call
 
@@ -149,6 +154,7 @@ class ApiBudget:
         """Go on with other limits, unset ones as they were; what they stopped before may be reserved again."""
         self.stopped = None
         self._apply(limits.over(self.limits))
+        await self._save()
 
     def _apply(self, limits: Limits) -> None:
         self.limits = limits
@@ -196,6 +202,10 @@ class ApiBudget:
 
     def _add(self, reservation: Reservation) -> int:
         """Take what a call needs of the rate limits; gives the reservation's id."""
+        # A client makes one attempt at a request at a time: what the process before reserved for it never arrived.
+        stale_id = self._resumed_ids.pop(_attempt(reservation), None)
+        if stale_id is not None:
+            self._reservations.pop(stale_id, None)
         reservation_id = next(self._ids)
         self._reservations[reservation_id] = reservation
         self._requests.take(1)
@@ -265,24 +275,41 @@ class ApiBudget:
 
     def _take_over(self) -> Ledger:
         """The ledger in the file, from now on this budget's; its open reservations are of clients that are dead."""
-        ledger, reservations = self._file.read()
+        state = self._file.read()
+        ledger = state.ledger
         ledger.epoch += 1
         by_client: dict[str, list[Reservation]] = {}
-        for reservation in reservations:
+        for reservation in state.reservations.values():
             by_client.setdefault(reservation.client_id, []).append(reservation)
         for dead in by_client.values():
             ledger.book_dead(dead, stored_answers_of(dead, self.answers))
         self._file.create_folder()
-        self._write(ledger_bytes(ledger, []), ledger.epoch)
+        self._write(ledger_bytes(LedgerState(ledger, {}, self.limits)), ledger.epoch)
         return ledger
+
+    def _resume(self, epoch: int) -> Ledger:
+        """The ledger in the file with its open reservations: their clients live, and will settle them."""
+        state = self._file.read()
+        if state.ledger.epoch != epoch:
+            self._stop(self._taken_over())
+            return state.ledger
+        self._apply(state.limits)
+        self._reservations = state.reservations
+        self._ids = itertools.count(time.time_ns())  # none that the process before gave
+        for reservation_id, reservation in state.reservations.items():
+            self._resumed_ids[_attempt(reservation)] = reservation_id
+            self._note_heartbeat(reservation.client_id)
+        return state.ledger
 
     def _write(self, content: bytes, epoch: int) -> bool:
         """Whether the ledger is this budget's still, and `content` on storage."""
         if self._file.write(content, epoch):
             return True
-        message = f"another run has taken over the ledger {self._file.path}; this one ends"
-        self._stop(Stop("endpoint", message))
+        self._stop(self._taken_over())
         return False
+
+    def _taken_over(self) -> Stop:
+        return Stop("endpoint", f"another run has taken over the ledger {self._file.path}; this one ends")
 
     async def _save(self) -> bool:
         """Whether the ledger as it is now is on storage; who waits at the same time shares a write."""
@@ -291,11 +318,15 @@ class ApiBudget:
         async with self._writing:
             if self._saves_covered < this_save:
                 covered = self._saves_requested
-                content = ledger_bytes(self.ledger, list(self._reservations.values()))
+                content = ledger_bytes(LedgerState(self.ledger, self._reservations, self.limits))
                 if not await asyncio.to_thread(self._write, content, self.ledger.epoch):
                     return False
                 self._saves_covered = covered
         return True
+
+
+def _attempt(reservation: Reservation) -> tuple[str, str, str]:
+    return reservation.client_id, reservation.call.group, reservation.call.key
 
 
 # The budgets of this driver, by folder, while somebody uses them.
@@ -349,7 +380,7 @@ def start_budget(folder: str, limits: Limits) -> RemoteBudget:
 
     Within a driver there is one: who starts it again (a later step, or a grader that shares the policy's model) gets
     it, with the limits given last; one that is not set lifts none. A budget of another driver is taken over: it
-    reserves nothing more.
+    reserves nothing more. Where its process dies Ray starts it again, and it goes on with what the ledger's file has.
     """
     import ray
     from ray.exceptions import RayActorError
@@ -364,8 +395,17 @@ def start_budget(folder: str, limits: Limits) -> RemoteBudget:
             del _running[folder]
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     name = f"api budget {uuid.uuid4().hex[:8]} {folder}"
-    actor = ray.remote(ApiBudget).options(name=name, num_cpus=0, max_concurrency=10_000, scheduling_strategy=here)
-    budget = RemoteBudget(actor.remote(folder, limits))
-    ray.get(budget.handle.set_limits.remote(limits))  # a ledger that cannot be read or written ends the job here
+    epoch = ApiBudget(folder, limits).ledger.epoch  # a ledger that cannot be read or written ends the job here
+    # Calls may be made twice: a reservation replaces the one of the same attempt, and is settled once.
+    actor = ray.remote(ApiBudget).options(
+        name=name,
+        num_cpus=0,
+        max_concurrency=10_000,
+        scheduling_strategy=here,
+        max_restarts=-1,
+        max_task_retries=-1,
+    )
+    budget = RemoteBudget(actor.remote(folder, limits, epoch))
+    ray.get(budget.handle.figures.remote())
     _running[folder] = budget
     return budget

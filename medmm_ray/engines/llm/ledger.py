@@ -7,13 +7,14 @@ that answer's cost, the others as possibly paid: of each client no more than it 
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated
 
 from pyarrow import fs as pafs
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from medmm_ray.data.tables import TableError, filesystem, write_file
+from medmm_ray.engines.llm.limits import Limits
 from medmm_ray.engines.llm.store import AnswerStore, PricedAnswer
 
 LEDGER_FILE = "ledger.json"
@@ -81,9 +82,23 @@ class Ledger:
 
 @dataclass
 class _StoredLedger(Ledger):
-    """The ledger's file: beside the ledger client, calls in flight, group, key and dollars of each reservation."""
+    """The ledger's file: beside the ledger client, calls in flight, group, key and dollars of each reservation.
+
+    Ids of the reservations, and limits, are for a budget whose process died and that Ray starts again.
+    """
 
     reserved: list[tuple[str, int, str, str, Dollars]] = field(default_factory=list)
+    reservation_ids: list[int] = field(default_factory=list)
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True)
+class LedgerState:
+    """What the file holds: the ledger, its open reservations by id, and the limits that were set last."""
+
+    ledger: Ledger
+    reservations: dict[int, Reservation]
+    limits: Limits
 
 
 _STORED_LEDGER = TypeAdapter(_StoredLedger)
@@ -97,19 +112,21 @@ class LedgerFile:
         self._folder = path.rstrip("/")
         self.path = f"{self._folder}/{LEDGER_FILE}"
 
-    def read(self) -> tuple[Ledger, list[Reservation]]:
-        """The ledger and its open reservations; an empty one where there is no file.
+    def read(self) -> LedgerState:
+        """What the file holds; an empty ledger where there is none.
 
         Raises `TableError` where the file is damaged.
         """
         stored = self._read()
-        figures = asdict(stored)
-        reservations = []
-        for client_id, in_flight, group, key, dollars in figures.pop("reserved"):
-            # A bucket refills while nobody runs: the tokens of a reservation are of no use to the next run.
+        figures = {ledger_field.name: getattr(stored, ledger_field.name) for ledger_field in fields(Ledger)}
+        # Files of earlier versions have no ids.
+        ids = stored.reservation_ids or range(len(stored.reserved))
+        reservations = {}
+        for reservation_id, (client_id, in_flight, group, key, dollars) in zip(ids, stored.reserved, strict=True):
+            # A bucket refills while nobody runs: the tokens of a reservation are of no use to the next process.
             call = PlannedCall(group, key, tokens=0, dollars=dollars)
-            reservations.append(Reservation(client_id, in_flight, call))
-        return Ledger(**figures), reservations
+            reservations[reservation_id] = Reservation(client_id, in_flight, call)
+        return LedgerState(Ledger(**figures), reservations, stored.limits)
 
     def create_folder(self) -> None:
         """Make the folder of the file where there is none."""
@@ -141,13 +158,19 @@ class LedgerFile:
         )
 
 
-def ledger_bytes(ledger: Ledger, reservations: Sequence[Reservation]) -> bytes:
+def ledger_bytes(state: LedgerState) -> bytes:
     """The content of a ledger's file."""
     rows = []
-    for reservation in reservations:
+    for reservation in state.reservations.values():
         call = reservation.call
         rows.append([reservation.client_id, reservation.in_flight, call.group, call.key, call.dollars])
-    return json.dumps({**asdict(ledger), "reserved": rows}).encode()
+    content = {
+        **asdict(state.ledger),
+        "reserved": rows,
+        "reservation_ids": list(state.reservations),
+        "limits": asdict(state.limits),
+    }
+    return json.dumps(content).encode()
 
 
 def stored_answers_of(reservations: Sequence[Reservation], store: AnswerStore) -> AnswersByRequest:

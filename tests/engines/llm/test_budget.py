@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from medmm_ray.data.tables import TableError
@@ -130,6 +131,43 @@ def test_a_budget_whose_ledger_was_taken_over_ends_its_job(tmp_path: Path) -> No
             assert "another run has taken over the ledger" in result.stopped.message
         assert await new.reserve("s", 4, [ask(0.5)]) == ReserveResult((1,))
         assert len(ledger(tmp_path)["reserved"]) == 1
+
+    asyncio.run(work())
+
+
+def test_a_budget_whose_process_died_goes_on_with_its_reservations(tmp_path: Path) -> None:
+    async def died() -> None:
+        budget = ApiBudget(str(tmp_path), Limits(max_cost_usd=1.0))
+        calls = [ask(0.1, key="arrived"), ask(0.2, key="lost on the way"), ask(0.3, key="under way")]
+        assert (await budget.reserve("s", 4, calls)).reservation_ids == (1, 2, 3)
+        await budget.settle("s", [Settlement(1, dollars=0.05, answered=True)])
+        await budget.set_limits(Limits(max_cost_usd=2.0))
+
+    async def goes_on() -> None:
+        budget = ApiBudget(str(tmp_path), Limits(max_cost_usd=1.0), epoch=1)
+        assert budget.limits.max_cost_usd == 2.0, "the limits that were set last"
+        await budget.settle("s", [Settlement(1, dollars=0.05, answered=True)])  # tried again: it is booked
+        [reservation_id] = (await budget.reserve("s", 4, [ask(0.2, key="lost on the way")])).reservation_ids
+        assert reservation_id > 3
+        assert len(ledger(tmp_path)["reserved"]) == 2, "in place of the one that never arrived"
+        answers = [Settlement(number, dollars=0.07, answered=True) for number in (3, reservation_id)]
+        await budget.settle("s", answers)
+        await budget.reserve("s", 4, [ask(0.0)])  # the ledger is saved with it
+        assert ledger(tmp_path)["spent"] == pytest.approx(0.19)
+        assert ledger(tmp_path)["answers"] == 3
+        assert (ledger(tmp_path)["lost_calls"], ledger(tmp_path)["epoch"]) == (0, 1)
+
+    asyncio.run(died())
+    asyncio.run(goes_on())
+
+
+def test_a_budget_that_starts_again_after_another_took_over_reserves_nothing(tmp_path: Path) -> None:
+    async def work() -> None:
+        ApiBudget(str(tmp_path), Limits())
+        ApiBudget(str(tmp_path), Limits())
+        result = await ApiBudget(str(tmp_path), Limits(), epoch=1).reserve("s", 4, [ask(0.5)])
+        assert result.stopped is not None
+        assert "another run has taken over the ledger" in result.stopped.message
 
     asyncio.run(work())
 
@@ -265,6 +303,26 @@ def test_reservations_of_a_client_without_heartbeat_are_freed(tmp_path: Path, mo
 
 
 @pytest.mark.engine
+def test_a_budget_actor_that_is_killed_starts_again(ray_session: None, tmp_path: Path) -> None:
+    budget = start_budget(str(tmp_path), Limits())
+    children = psutil.Process().children(recursive=True)
+    process = next(
+        process for process in reversed(children) if " ".join(process.cmdline()).startswith("ray::ApiBudget")
+    )
+
+    async def work() -> None:
+        [first] = (await budget.reserve("s", 2, [ask(0.5, key="a")])).reservation_ids
+        process.kill()
+        [second] = (await budget.reserve("s", 2, [ask(0.25, key="b")])).reservation_ids
+        await budget.settle("s", [Settlement(number, dollars=0.1, answered=True) for number in (first, second)])
+        figures = await budget.figures()
+        assert (figures["answers"], figures["spent"], figures["lost_calls"]) == (2, 0.2, 0)
+
+    asyncio.run(work())
+    assert not process.is_running()
+
+
+@pytest.mark.engine
 def test_a_budget_actor_that_died_is_a_clear_error(ray_session: None, tmp_path: Path) -> None:
     import ray
 
@@ -272,7 +330,7 @@ def test_a_budget_actor_that_died_is_a_clear_error(ray_session: None, tmp_path: 
     assert start_budget(str(tmp_path), Limits(max_cost_usd=9.0)) is budget
 
     async def work() -> None:
-        assert (await budget.reserve("s", 1, [ask(0.5)])).reservation_ids == (1,)
+        assert len((await budget.reserve("s", 1, [ask(0.5)])).reservation_ids) == 1
         ray.kill(budget.handle)
         with pytest.raises(EndpointError, match="the budget actor, .* is gone .* run again"):
             await budget.reserve("s", 1, [ask(0.5)])

@@ -105,7 +105,7 @@ def ledgers_of(run: Run) -> dict[str, Ledger]:
     for file in fs.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True)):
         if file.base_name == LEDGER_FILE:
             folder = file.path.removeprefix(path).removesuffix(f"/{LEDGER_FILE}")
-            ledger, _ = LedgerFile(f"{run.root}/api{folder}").read()
+            ledger = LedgerFile(f"{run.root}/api{folder}").read().ledger
             ledgers[folder.rpartition("/")[2]] = ledger
     return ledgers
 

@@ -132,10 +132,10 @@ def test_answers_are_stored_merged_and_looked_up(uri: str, monkeypatch: pytest.M
 def test_a_ledger_is_kept(uri: str) -> None:
     file = LedgerFile(f"{uri}/api")
     file.create_folder()
-    assert file.read()[0].epoch == 0
+    assert file.read().ledger.epoch == 0
     for epoch in (1, 2, 3):
         assert file.write(json.dumps({"epoch": epoch, "reserved": []}).encode(), epoch)
-    assert file.read()[0].epoch == 3
+    assert file.read().ledger.epoch == 3
     assert not file.write(b"{}", 2)
 
 

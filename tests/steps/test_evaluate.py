@@ -294,6 +294,28 @@ def test_a_temperature_is_fitted_on_validation_questions_alone() -> None:
     assert report["step"]["multimodal"]["steps"] == 3
 
 
+def test_votes_over_drawn_subsets_state_their_error() -> None:
+    """Of 12 samples 495 subsets of 4: 20 are drawn. Drawn anew with other seeds, the mean spreads as stated."""
+    rng = np.random.default_rng(0)
+    questions, solved = [], []
+    for number in range(12):
+        question_id = f"q{number:02d}"
+        questions.append(replace(QUESTION, question_id=question_id, image_ids=[]))
+        answers = rng.choice(["A", "B"], 12)
+        made = [solution(f"{question_id}-{place}", answer) for place, answer in enumerate(answers.tolist())]
+        solved.append(Solutions(question_id=question_id, policy="p", config_hash="c", num_requested=12, solutions=made))
+    tables = {
+        "questions": to_arrow(Question, questions), "images": to_arrow(Image, []), "labels": [],
+        "solutions": to_arrow(Solutions, solved), "scores": to_arrow(Scores, []),
+    }  # fmt: skip
+    config = EvaluateConfig(ns=(1, 4, 12), num_subsets=20, bootstrap_samples=1)
+    reports = [evaluate(config.model_copy(update={"seed": seed}), **tables).report for seed in range(40)]
+    means = [report.accuracy.majority["4"].value for report in reports]
+    stated = [report.accuracy.subset_error["4"] for report in reports]
+    assert np.std(means, ddof=1) == pytest.approx(np.mean(stated), rel=0.25)
+    assert (reports[0].accuracy.subset_error["1"], reports[0].accuracy.subset_error["12"]) == (0.0, 0.0)
+
+
 def test_what_the_run_cost_beside_what_it_is_worth() -> None:
     """Best of 2 by the image answers a third, one sample a third too: 0 points. Where nothing was spent is no rate."""
     steps = [

@@ -36,6 +36,7 @@ from medmm_ray.steps.evaluate.accuracy import (
     accuracy_by_column,
     accuracy_by_decoder,
     chances,
+    subset_errors,
 )
 from medmm_ray.steps.evaluate.calibration import TemperatureScaling, scaled
 from medmm_ray.steps.evaluate.examples import choose_disagreements, choose_examples
@@ -208,6 +209,7 @@ def evaluate(
         arms,
         ns,
         resampling,
+        subset_errors(by_question, scored, ns, config.num_subsets),
     )
     text_difference = _largest_text_difference(measured.scores)
     agreement_by_name = agreement(pairs)

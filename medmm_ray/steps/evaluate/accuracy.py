@@ -3,6 +3,7 @@
 Legend: Q questions, K figures.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ from medmm_ray.steps.evaluate.scored_questions import ArmScores, ScoredQuestion
 
 FigurePath = tuple[str, ...]
 DECODERS = ("best_of_n", "sc_rm")
+VOTES = ("majority", "sc_rm")
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,9 @@ class AccuracyOverN:
     best_of_n: Mapping[str, AccuracyByN] = field(default_factory=dict)
     sc_rm: Mapping[str, AccuracyByN] = field(default_factory=dict)
     gain: GainOverN | None = None
+    subset_error: Mapping[str, float] = field(default_factory=dict)
+    """By N: the largest standard error that a vote has from random subsets in place of all; 0 where all were counted.
+    It is no part of the intervals."""
 
     def of(self, decoder: str) -> Mapping[str, AccuracyByN]:
         """The accuracy by arm of one of `DECODERS`."""
@@ -168,6 +173,27 @@ def chances(
     return _stacked(arrays, clusters_Q)
 
 
+def subset_errors(
+    chances_: Chances, questions: Sequence[ScoredQuestion], ns: Sequence[int], num_subsets: int
+) -> dict[str, float]:
+    """By N, as text: the largest standard error of a vote's mean that drawing subsets adds, of all voting rules."""
+    errors = {}
+    for n in ns:
+        is_drawn_Q = np.array([_is_drawn(scored.num_samples, n, num_subsets) for scored in questions])
+        largest = 0.0
+        for path, chance_Q in zip(chances_.paths, chances_.values_QK.T, strict=True):
+            if path[0] in VOTES and path[-1] == str(n):
+                # Each subset is a draw of right or wrong; the questions' subsets are drawn apart.
+                variance_Q = chance_Q * (1 - chance_Q) / num_subsets * is_drawn_Q
+                largest = max(largest, float(np.sqrt(variance_Q.sum())) / len(questions))
+        errors[str(n)] = _rounded(largest)
+    return errors
+
+
+def _is_drawn(num_samples: int, n: int, num_subsets: int) -> bool:
+    return n < num_samples and math.comb(num_samples, n) > num_subsets
+
+
 def _stacked(arrays: Mapping[FigurePath, Floats], clusters_Q: Ints) -> Chances:
     values_QK = np.stack(list(arrays.values()), axis=1) if arrays else np.zeros((0, 0))
     return Chances(
@@ -198,7 +224,13 @@ def _chances_of(
     return chances
 
 
-def accuracy(chances_: Chances, arms: Sequence[str], ns: Sequence[int], resampling: Resampling) -> AccuracyOverN:
+def accuracy(
+    chances_: Chances,
+    arms: Sequence[str],
+    ns: Sequence[int],
+    resampling: Resampling,
+    subset_error: Mapping[str, float],
+) -> AccuracyOverN:
     """The accuracy at each of `ns`; a gain only where both of its arms are there."""
     figures = chances_.figures(resampling)
 
@@ -215,6 +247,7 @@ def accuracy(chances_: Chances, arms: Sequence[str], ns: Sequence[int], resampli
         best_of_n={arm: by_n("best_of_n", arm) for arm in arms},
         sc_rm={arm: by_n("sc_rm", arm) for arm in arms},
         gain=gain,
+        subset_error=subset_error,
     )
 
 

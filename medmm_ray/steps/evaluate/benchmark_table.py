@@ -107,12 +107,20 @@ def _accuracies(report: EvaluationReport, published: PublishedTable) -> dict[str
 
 def _ways(group: GroupAccuracy, n: int) -> dict[str, Figure]:
     """The figures of one group by the way in which an answer is chosen."""
-    ways: dict[str, Figure] = {"one sample": group.one_sample, f"majority of {n}": group.majority}
+    ways: dict[str, Figure] = {
+        "one sample": _plain(group.one_sample),
+        f"majority of {n}": _plain(group.majority),
+    }
     for arm in group.best_of_n:
         words = arm.replace("_", " ")
-        ways[f"best of {n}, {words}"] = group.best_of_n[arm]
-        ways[f"SC+RM of {n}, {words}"] = group.sc_rm[arm]
+        ways[f"best of {n}, {words}"] = _plain(group.best_of_n[arm])
+        ways[f"SC+RM of {n}, {words}"] = _plain(group.sc_rm[arm])
     return ways
+
+
+def _plain(figure: Figure) -> Figure:
+    # As it is read back from benchmarks.json.
+    return Figure(figure.value, figure.low, figure.high)
 
 
 def _step_columns(report: EvaluationReport, published: PublishedTable) -> dict[str, _Counted]:

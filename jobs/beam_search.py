@@ -32,6 +32,7 @@ from medmm_ray.engines.generator import Generator, TextGenerator
 from medmm_ray.engines.grader import Grader, MakeGrader
 from medmm_ray.engines.images import open_image
 from medmm_ray.stats import decoders, metrics
+from medmm_ray.stats.clusters import clusters_of
 from medmm_ray.steps.score import load, question_inputs, with_trained_inputs
 from medmm_ray.steps.tree_search.beam import RewardModelScorer, beam_search
 from medmm_ray.steps.tree_search.writer import StepWriter
@@ -98,10 +99,13 @@ def compare(beams: Beams, samples: Samples, num_subsets: int, seed: int) -> Comp
     return Comparison(right, tokens, num_samples)
 
 
-def figures(comparisons: Sequence[Comparison], num_resamples: int, seed: int) -> dict[str, dict[str, float]]:
+def figures(
+    comparisons: Sequence[Comparison], num_resamples: int, seed: int, keys: Sequence[Sequence[str]] | None = None
+) -> dict[str, dict[str, float]]:
     """The accuracy of each way with a 95 % interval over questions, and its mean tokens and samples a question.
 
-    The last is the gain of the search over best-of-N at equal tokens, its interval that of the paired differences.
+    `keys` are the images and the group of each question: those that share one are drawn together. The last figure is
+    the gain of the search over best-of-N at equal tokens, its interval that of the paired differences.
     """
     names = list(comparisons[0].right)
     values: list[list[float]] = []
@@ -110,7 +114,7 @@ def figures(comparisons: Sequence[Comparison], num_resamples: int, seed: int) ->
     values_QK = np.array(values)
     gain_Q = values_QK[:, names.index(SEARCH)] - values_QK[:, names.index("best of N, equal tokens")]
     values_QK = np.column_stack([values_QK, gain_Q])
-    low, high = metrics.bootstrap(values_QK, num_resamples, seed)
+    low, high = metrics.bootstrap(values_QK, num_resamples, seed, clusters_of(keys) if keys else None)
     table: dict[str, dict[str, float]] = {}
     for column, name in enumerate([*names, GAIN]):
         row = {"value": values_QK[:, column].mean(), "low": low[column], "high": high[column]}
@@ -267,7 +271,9 @@ def _main(arguments: argparse.Namespace) -> int:
         "config": identity(config),
         "questions": len(comparisons),
         "failed": dict(failed),
-        "figures": figures(comparisons, num_resamples, config.seed),
+        "figures": figures(
+            comparisons, num_resamples, config.seed, [[*row["image_ids"], row["group"]] for row in rows]
+        ),
     }
     show(report, Console())
     fs, path = filesystem(f"{run.root}/beam_search.json")

@@ -152,6 +152,9 @@ def test_figures_have_intervals_over_questions_and_a_paired_gain() -> None:
     assert table["beam search"]["value"] == table[job.GAIN]["value"] == 0.5
     assert 0.0 <= table["beam search"]["low"] < 0.5 < table["beam search"]["high"] <= 1.0
     assert (table["one sample"]["value"], table["one sample"]["high"], table["beam search"]["tokens"]) == (0, 0, 10)
+    # The right ones are about one image, the wrong ones about another: a resample has all, half or nothing of them.
+    by_image = job.figures(found, 200, 0, [["im1"], ["im1"], ["im2"], ["im2"]])["beam search"]
+    assert (by_image["value"], by_image["low"], by_image["high"]) == (0.5, 0.0, 1.0)
 
 
 class Looking:

@@ -2,7 +2,9 @@
 .PHONY: help env quickstart test coverage test-fast check lint-cluster locks format chaos serve cluster-up cluster-down clean
 PY := .venv/bin/python
 RUN ?= runs/quickstart
-PARALLEL ?= -n 2 --dist loadfile
+# In the order of tests/conftest.py, not by the number of tests; without the last words xdist waits for ever for a process
+# that has crashed.
+PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'

@@ -59,7 +59,7 @@ def _main(step: Step, arguments: argparse.Namespace) -> int:
         log.info("%s: complete already", step.name)
         run.point(step)
     else:
-        from jobs.preflight import require  # it loads torch, seconds that --help does without
+        from jobs.preflight import require
 
         require(run, [step], lambda note: log.info("note: %s", note))
         with session():

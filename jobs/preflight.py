@@ -8,6 +8,7 @@ import asyncio
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from jobs.graph import Step
 from jobs.plan import price_notes
@@ -17,9 +18,13 @@ from medmm_ray.config import ConfigError
 from medmm_ray.engines.llm.prices import today
 from medmm_ray.engines.llm.probe import ApiModel, probe_all
 from medmm_ray.engines.vllm_engine import VllmEngine
-from medmm_ray.reward_model.preflight import CheckpointKind, check_checkpoint
 from medmm_ray.steps.embed import EmbedConfig
 from medmm_ray.steps.judge import JudgeVllm
+
+if TYPE_CHECKING:
+    from medmm_ray.reward_model.preflight import CheckpointKind
+
+    Named = tuple[str, str | None, CheckpointKind]  # a setting, the checkpoint that it names, and what it must be
 
 # The steps in which each section asks its model, and what the artifacts are that `models` can name.
 API_STEPS = {
@@ -29,7 +34,7 @@ API_STEPS = {
     "judge": ("judge",),
     "second_judge": ("judge",),
 }
-KINDS: dict[str, CheckpointKind] = {
+KINDS: "dict[str, CheckpointKind]" = {
     "policy": "policy",
     "image_tower": "image_tower",
     "text_prm": "reward_model",
@@ -57,15 +62,26 @@ def preflight(run: Run, steps: Sequence[Step]) -> PreflightReport:
     """Check what `steps` ask and load, without those that are complete or left out."""
     pending = [step for step in steps if not run.skipped(step) and not run.is_complete(step)]
     report = PreflightReport()
-    for (name, kind), settings in checkpoints_of(run, pending).items():
-        try:
-            check_checkpoint(name, kind)
-        except ConfigError as fault:
-            report.faults.append(f"{' and '.join(settings)}: {fault}")
+    report.faults += _faults_of(checkpoints_of(run, pending))
     models = _models_asked_in(run, pending)
     report.notes += price_notes(models)
     _probe(run, models, report)
     return report
+
+
+def _faults_of(checkpoints: "Mapping[tuple[str, CheckpointKind], Sequence[str]]") -> list[str]:
+    """What is wrong with checkpoints, by the settings that name each."""
+    if not checkpoints:
+        return []
+    from medmm_ray.reward_model.preflight import check_checkpoint  # loads torch and transformers: seconds
+
+    faults: list[str] = []
+    for (name, kind), settings in checkpoints.items():
+        try:
+            check_checkpoint(name, kind)
+        except ConfigError as fault:
+            faults.append(f"{' and '.join(settings)}: {fault}")
+    return faults
 
 
 def _models_asked_in(run: Run, steps: Sequence[Step]) -> dict[str, ApiModel]:
@@ -99,7 +115,7 @@ def _probe(run: Run, models: Mapping[str, ApiModel], report: PreflightReport) ->
             report.faults.append(f"{name}: {outcome}")
 
 
-def checkpoints_of(run: Run, steps: Sequence[Step]) -> dict[tuple[str, CheckpointKind], list[str]]:
+def checkpoints_of(run: Run, steps: Sequence[Step]) -> "dict[tuple[str, CheckpointKind], list[str]]":
     """The checkpoints that steps load, each with the settings that name it; the run's own are none of them."""
     settings: dict[tuple[str, CheckpointKind], list[str]] = {}
     for step in steps:
@@ -112,10 +128,7 @@ def checkpoints_of(run: Run, steps: Sequence[Step]) -> dict[tuple[str, Checkpoin
     return settings
 
 
-Named = tuple[str, str | None, CheckpointKind]  # a setting, the checkpoint that it names, and what it must be
-
-
-def _given_artifacts(run: Run, step: Step) -> Iterator[Named]:
+def _given_artifacts(run: Run, step: Step) -> "Iterator[Named]":
     """Those of `models` that a step reads."""
     for artifact in step.reads:
         if artifact not in KINDS:
@@ -125,7 +138,7 @@ def _given_artifacts(run: Run, step: Step) -> Iterator[Named]:
         yield f"models.{artifact}", run.given(artifact), KINDS[artifact]
 
 
-def _checkpoints_of_section(run: Run, step: Step) -> Iterator[Named]:
+def _checkpoints_of_section(run: Run, step: Step) -> "Iterator[Named]":
     """Those that the step's own section names, and the policy where it stands in for one."""
     recipe, section = run.recipe, run.section(step)
     engine = getattr(section, "engine", None)
@@ -153,7 +166,7 @@ def _checkpoints_of_section(run: Run, step: Step) -> Iterator[Named]:
                     yield setting, model or run.given("policy"), "policy"
 
 
-def _encoder(config: EmbedConfig) -> CheckpointKind:
+def _encoder(config: EmbedConfig) -> "CheckpointKind":
     """What a text encoder must be: with a pooling that is said, any checkpoint of transformers will do."""
     return "text_encoder" if config.pooling is None else "pooled_encoder"
 

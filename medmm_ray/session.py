@@ -68,6 +68,8 @@ def session(quiet: bool = True) -> Iterator[None]:
     os.environ.setdefault("RAY_worker_niceness", "5")
     # Read by each proxy of Serve's when it starts; a cluster's nodes have it from their own environment.
     os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "medmm_ray.service.proxy:middlewares")
+    # Workers that Ray starts ahead have not the variables of `worker_environment`, so that no task ever runs in them.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     if quiet:
         # Every Ray Data actor that may restart makes the driver's C++ side print an error line; real ones reach Python.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")

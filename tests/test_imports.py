@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.graph import BY_NAME
 from tests.paths import ROOT
 
 PACKAGE = ROOT / "medmm_ray"
@@ -127,6 +128,15 @@ def test_importing_any_step_loads_no_heavy_library() -> None:
         "medmm_ray.engines.onednn_linear",
     )  # they are torch modules
     names = [n for n in map(name_of, modules()) if not n.startswith(torch_only)]
+    assert_light(names)
+
+
+def test_a_pipeline_and_its_submission_start_without_a_heavy_library() -> None:
+    assert_light(["jobs.pipeline", "jobs.submit", "jobs.preflight", *(f"jobs.{step}" for step in BY_NAME)])
+
+
+def assert_light(names: list[str]) -> None:
+    """Each module is imported, one after another in a new process, and loads none of `HEAVY`."""
     code = f"""
 import importlib, sys
 for name in {names!r}:

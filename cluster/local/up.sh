@@ -54,7 +54,7 @@ start_worker() {
   mkdir -p "$state/ray-$1/$session"
   ln -sfn "$state/ray/$session/logs" "$state/ray-$1/$session/logs"
   setsid nohup python "$root/cluster/local/worker.py" start --block --address="127.0.0.1:$((port + 1))" \
-    --node-ip-address=127.0.0.1 --num-cpus="$cpus" --min-worker-port=0 --max-worker-port=0 \
+    --node-ip-address=127.0.0.1 --num-cpus="$cpus" --min-worker-port=0 --max-worker-port=0 --include-log-monitor=false \
     --dashboard-agent-listen-port=0 --object-store-memory="$object_store" --temp-dir="$state/ray-$1" --disable-usage-stats \
     >"$state/worker-$1.log" 2>&1 </dev/null &
   echo $! >"$state/worker-$1.pid"

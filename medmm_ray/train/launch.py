@@ -5,6 +5,7 @@ on there, whatever was killed, as if nothing had happened.
 """
 
 import json
+import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,8 +28,10 @@ from medmm_ray.train.trackers import check_installed
 
 if TYPE_CHECKING:
     from ray.train import RunConfig
+    from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import ScalingConfig
 
+WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"  # Ray Train's own variable
 ROW_GROUP_BYTES = 1 << 20  # of what a worker reads at a time of its inputs
 
 
@@ -59,7 +62,7 @@ def fit(
     `name` identifies the run: the same name continues an interrupted one, so it must change with the config. Gives
     `figures`.
     """
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     check_installed(config.trackers)  # here, not in the worker after minutes of loading
     folder = folder if "://" in folder else str(Path(folder).absolute())
@@ -73,7 +76,7 @@ def fit(
         "work": work,
         "folder": folder,
     }
-    trainer = TorchTrainer(
+    trainer = _trainer_class()(
         _ray_worker,
         train_loop_config=arguments,
         scaling_config=_scaling_config(config),
@@ -113,6 +116,25 @@ def read_input(uri: str) -> pa.Table:
     return pq.read_table(path, filesystem=fs)
 
 
+def _trainer_class() -> "type[TorchTrainer]":
+    """Ray Train's trainer without two helpers, each a process of its own that takes seconds to start.
+
+    One deals out Ray Data's datasets, while our tables go through files; the other clears up after a controller that
+    died, whose driver ends here, and all of its Ray with it.
+    """
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    class Trainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc] # Ray Train's own
+            helpers = (DatasetsCallback, PlacementGroupCleanerCallback)
+            return [callback for callback in callbacks if not isinstance(callback, helpers)]
+
+    return Trainer
+
+
 def _scaling_config(config: TrainConfig) -> "ScalingConfig":
     from ray.train.v2.api.config import ScalingConfig
 
@@ -149,7 +171,7 @@ def _run(trainer: Any, name: str, work: str) -> None:
     from ray.train.v2.api.exceptions import WorkerGroupError
 
     try:
-        with _interruptible():
+        with _interruptible(), _without_watcher_on_one_machine():
             trainer.fit()
     except WorkerGroupError as error:
         rank, cause = min(error.worker_failures.items())
@@ -178,6 +200,19 @@ def _interruptible() -> Iterator[None]:
         # Handlers can be set in the main thread alone; Ray Train set none elsewhere.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, handler)
+
+
+@contextmanager
+def _without_watcher_on_one_machine() -> Iterator[None]:
+    """Where no cluster was joined, none of its machines is taken away: no process has to watch for the notice."""
+    if os.environ.get("RAY_ADDRESS") or WATCHER in os.environ:
+        yield
+        return
+    os.environ[WATCHER] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[WATCHER]
 
 
 def _ray_worker(arguments: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """jobs.bench sharing: what the small judge is taught, and how its verdicts are counted."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,12 @@ from jobs.benches.judge import server as judge_server
 from jobs.benches.judge import server_report
 from medmm_ray.config import ConfigError, load
 from medmm_ray.engines.llm.client import ApiConfig
+from medmm_ray.engines.llm.local import prompt_of
+from medmm_ray.engines.vllm_engine import VllmEngine
 from medmm_ray.steps.judge import JudgeApi, JudgeConfig, verdicts
 from medmm_ray.steps.judge.prompt import SYSTEM, JudgeCall
 from medmm_ray.train.policy import LlamaShape, new_llama
+from tests.doubles.fake_generator import FakeGenerator, text_of
 
 CONFIG = bench.BenchConfig(per_call=(1, 3), questions=3, solutions=3, train_questions=4, bootstrap_samples=20)
 
@@ -85,7 +89,10 @@ def test_a_judge_behind_an_api_is_measured_and_paid_once(
 
 
 @pytest.mark.engine
-def test_a_small_judge_is_taught_and_asked_through_vllm(tmp_path: Path) -> None:
+def test_a_small_judge_is_taught_and_asked_in_the_words_of_its_lessons(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_session: None
+) -> None:
+    """A generator answers in the engine's place, each call as the lesson with the same prompt does."""
     texts = [
         SYSTEM,
         *(str(part) for phantom in bench.make_phantoms(CONFIG, "train", 4, 3) for part in bench.lesson(phantom, 3)),
@@ -93,9 +100,30 @@ def test_a_small_judge_is_taught_and_asked_through_vllm(tmp_path: Path) -> None:
     shape = LlamaShape(hidden_size=32, num_layers=1, num_heads=1, intermediate_size=64, max_length=8192)
     for part in new_llama(shape, texts, seed=0):
         part.save_pretrained(tmp_path / "base")
+    replies: dict[str, str] = {}
+    for phantom in bench.make_phantoms(CONFIG, "test", CONFIG.questions, CONFIG.solutions):
+        for per_call in CONFIG.per_call:
+            for start in range(0, CONFIG.solutions, per_call):
+                part_of = replace(phantom, solutions=phantom.solutions[start : start + per_call])
+                request, reply = bench.lesson(part_of, per_call)
+                replies[text_of(prompt_of(request))] = reply
+    folder = str(tmp_path / "judge")
+
+    def engine_of(model: str, engine: VllmEngine) -> FakeGenerator:
+        assert (model, engine) == (folder, CONFIG.judge.engine)
+        return Engine(lambda prompt, seed: replies[prompt])
+
+    monkeypatch.setattr(bench, "Generator", engine_of)
     lessons = CONFIG.lessons.model_copy(update={"base": str(tmp_path / "base"), "dtype": "float32"})
     config = CONFIG.model_copy(update={"lessons": lessons, "folder": str(tmp_path)})
     rows = list(bench.measure(config, Console(quiet=True)))
-    assert (tmp_path / "judge" / "model.safetensors").is_file()
+    assert Path(folder, "model.safetensors").is_file()
     assert [row.name.partition(":")[0] for row in rows] == ["solutions_per_call=1"] * 2 + ["solutions_per_call=3"] * 2
-    assert all(0 <= row.ours <= 1 for row in rows if row.unit == "share")
+    assert [row.ours for row in rows] == [1.0, 0.0, 1.0, 0.0]  # kappa with the truth, solutions without verdicts
+
+
+class Engine(FakeGenerator):
+    """One that can be stopped, as vLLM's."""
+
+    def shutdown(self) -> None:
+        pass

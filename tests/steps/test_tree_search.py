@@ -1,4 +1,4 @@
-"""tree_search: the tree by hand-computed values, the search with a scripted engine, and one real engine."""
+"""tree_search: the tree by hand-computed values, and the search with a scripted engine."""
 
 import asyncio
 import json
@@ -10,9 +10,11 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from rich.console import Console
 
 from jobs import bench
-from jobs.benches.scripted import cut
+from jobs.benches import tree_search as tree_bench
+from jobs.benches.scripted import ScriptedGenerator, cut
 from medmm_ray.data.records import Labels, Question, Solutions, Tree, from_dict, to_arrow
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.chat import ChatPrompt
@@ -357,9 +359,41 @@ def test_documents_need_evidence() -> None:
         tree_search(None, TreeSearchConfig(num_documents=2), model="m", policy="p", config_hash="c")  # type: ignore[arg-type]
 
 
-@pytest.mark.engine
-def test_the_benchmark_grows_the_same_trees_together_and_alone(tmp_path: Path) -> None:
+def test_the_benchmark_grows_the_same_trees_together_and_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policies: list[str] = []
+
+    def engine_of(policy: str, engine: StepWriterEngine) -> Sleeping:
+        policies.append(policy)
+        return Sleeping(policy, engine, pause_s=0.01)
+
+    monkeypatch.setattr(tree_bench, "train_toy_policy", lambda folder, config: f"{folder} of {config.epochs} epochs")
+    monkeypatch.setattr(tree_bench, "Generator", engine_of)
     words = ["questions=6", "alone=2", "policy.epochs=4", f"json={tmp_path / 'rows.json'}"]
     assert bench.main(["tree_search", *words]) == 0
-    [row, *_] = json.loads((tmp_path / "rows.json").read_text())
+    assert [policy.rpartition("/")[2] for policy in policies] == ["policy of 4 epochs"]
+    [row, beside, tokens, nodes] = json.loads((tmp_path / "rows.json").read_text())
     assert row["ours"] > row["baseline"] > 0
+    assert row["ours"] == beside["ours"] > beside["baseline"] > 0
+    assert tokens["ours"] > tokens["baseline"] > 0
+    assert nodes["ours"] > 3
+
+
+def test_the_benchmark_refuses_a_tree_that_is_another_when_it_grows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Forgetful(Sleeping):
+        """Its texts depend on how often it was asked."""
+
+        async def generate(self, prompt: ChatPrompt, n: int, seed: int, sampling: Sampling) -> list[Completion]:
+            self.statistics.output_tokens += 1
+            return await super().generate(prompt, n, seed + self.statistics.output_tokens, sampling)
+
+    monkeypatch.setattr(tree_bench, "train_toy_policy", lambda folder, config: folder)
+    monkeypatch.setattr(tree_bench, "Generator", lambda policy, engine: Forgetful(policy, engine, pause_s=0.0))
+    with pytest.raises(AssertionError, match="the tree of test-0 is another when it grows alone"):
+        list(tree_bench.measure(tree_bench.BenchConfig(questions=2, alone=1), Console(quiet=True)))
+
+
+class Sleeping(ScriptedGenerator):
+    """An engine that takes a moment for each request, however many there are at a time."""
+
+    def shutdown(self) -> None:
+        pass

@@ -27,13 +27,14 @@ from jobs.graph import BY_NAME
 from jobs.recipe import Recipe
 from jobs.step import Job, Run
 from medmm_ray.config import ConfigError, digest, identity
+from medmm_ray.data.sorted_rows import scratch_folder
 from medmm_ray.data.tables import RowError, error_kind, filesystem, write_file
 from medmm_ray.engines.generator import Generator, TextGenerator
 from medmm_ray.engines.grader import Grader, MakeGrader
 from medmm_ray.engines.images import open_image
 from medmm_ray.stats import decoders, metrics
 from medmm_ray.stats.clusters import clusters_of
-from medmm_ray.steps.score import load, question_inputs, with_trained_inputs
+from medmm_ray.steps.score import input_files, load, with_trained_inputs
 from medmm_ray.steps.tree_search.beam import RewardModelScorer, beam_search
 from medmm_ray.steps.tree_search.writer import StepWriter
 
@@ -205,7 +206,9 @@ def question_rows(run: Run) -> list[dict[str, Any]]:
     questions, images, evidence = (job.read(name) for name in ("questions", "images", "evidence"))
     solutions_of = by_question(job.read("solutions"))
     evidence_of = by_question(evidence)
-    cases_of = by_question(question_inputs(questions, images, evidence))
+    with scratch_folder() as folder:
+        cases = input_files([questions], [images], [evidence], folder).cases
+        cases_of = by_question(cases.between(None, None))
     rows: list[dict[str, Any]] = []
     for question in sorted(questions.to_pylist(), key=lambda row: str(row["question_id"])):
         question_id = question["question_id"]

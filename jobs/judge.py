@@ -2,32 +2,48 @@
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import pyarrow as pa
 
 from jobs.entry import main
 from jobs.step import Job
+from medmm_ray.data.sorted_rows import SortedRows
 from medmm_ray.engines.llm.access import api_folder
 from medmm_ray.engines.llm.budget import close_ledger
-from medmm_ray.steps.judge import JudgeApi, JudgeConfig, JudgeVllm, PhantomEngine, judge
+from medmm_ray.steps.judge import (
+    EVIDENCE_COLUMNS,
+    IMAGE_COLUMNS,
+    QUESTION_COLUMNS,
+    JudgeApi,
+    JudgeConfig,
+    JudgeVllm,
+    PhantomEngine,
+    judge,
+)
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
 
 
 def run(job: Job) -> None:
     """Make judge_labels, and note which models answered and what they cost."""
-    tables = {name: job.read(name) for name in ("questions", "images", "evidence")}
     config, apis = job.config, job.run.apis
     model = model_of(job, config)
     judges = [(config, model)]
     if job.recipe.second_judge:
         judges.append((job.recipe.second_judge, model_of(job, job.recipe.second_judge)))
     second = judges[1] if len(judges) > 1 else None
-    job.make_of_each(
-        "judge_labels",
-        "solutions",
-        lambda ds: judge(ds, config, model=model, apis=apis, second=second, **tables),
-        "question_id",
-        "labels",
-    )
-    if models_note := answered_by(job.read("judge_labels", ["answered_by"])["answered_by"].to_pylist()):
+    with job.lookup_folder("judge_labels") as folder:
+        tables = cache(lookups)  # of what is judged while it is sampled, and of the rest
+
+        def judged(ds: "Dataset") -> "Dataset":
+            return judge(ds, config, model=model, apis=apis, second=second, **tables(job, folder)._asdict())
+
+        job.make_of_each("judge_labels", "solutions", judged, "question_id", "labels")
+    if models_note := answered_by(job.stream("judge_labels", ["answered_by"])):
         job.note(models_note)
     # Two judges of one model share a ledger.
     api_models = dict.fromkeys(
@@ -41,9 +57,28 @@ def run(job: Job) -> None:
         )
 
 
-def answered_by(models: Sequence[str | None]) -> str:
-    """How many labels each model answered, in words; nothing where no API named one."""
-    counts = Counter(model for model in models if model)
+class Lookups(NamedTuple):
+    """What a task looks up for its solutions: the tables of `judge`."""
+
+    questions: SortedRows
+    images: SortedRows
+    evidence: SortedRows
+
+
+def lookups(job: Job, folder: str) -> Lookups:
+    """The tables that tasks and actors read, in files in `folder`."""
+    return Lookups(
+        questions=job.lookup("questions", QUESTION_COLUMNS, folder),
+        images=job.lookup("images", IMAGE_COLUMNS, folder, key="image_id"),
+        evidence=job.lookup("evidence", EVIDENCE_COLUMNS, folder),
+    )
+
+
+def answered_by(labels: Iterable[pa.Table]) -> str:
+    """How many labels each model answered, in words; nothing where no API named one. `labels` come in parts."""
+    counts: Counter[str] = Counter()
+    for part in labels:
+        counts.update(filter(None, part["answered_by"].to_pylist()))
     if not counts:
         return ""
     shares = [f"{model} {number:,}" for model, number in counts.most_common()]

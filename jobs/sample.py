@@ -2,36 +2,38 @@
 
 import sys
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from jobs.entry import main
 from jobs.step import Job
 from medmm_ray.steps.sample import sample
 from medmm_ray.text.quality import FAULTS
 
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
 
 def run(job: Job) -> None:
     """Make solutions, and note their figures."""
-    evidence = job.read("evidence", ["question_id", "documents"]) if job.config.num_documents else None
-    images = job.read("images", ["image_id", "uri"]) if job.config.engine.num_images else None
     source = job.table("questions").dataset(rows_per_block=job.config.engine.batch_size)
     ids = job.read("questions", ["question_id"])["question_id"].to_pylist()
     model, policy, config_hash = job.run.model("policy"), job.run.policy_id(job.step), job.run.fingerprint(job.step)
-    job.make(
-        "solutions",
-        source,
-        ids,
-        lambda ds: sample(
-            ds,
-            job.config,
-            model=model,
-            policy=policy,
-            config_hash=config_hash,
-            evidence=evidence,
-            images=images,
-            apis=job.run.apis,
-        ),
-        "question_id",
-    )
+    with job.lookup_folder("solutions") as folder:
+
+        def sampled(ds: "Dataset") -> "Dataset":
+            has_images = job.config.engine.num_images > 0
+            return sample(
+                ds,
+                job.config,
+                model=model,
+                policy=policy,
+                config_hash=config_hash,
+                evidence=job.lookup("evidence", ["documents"], folder) if job.config.num_documents else None,
+                images=job.lookup("images", ["uri"], folder, key="image_id") if has_images else None,
+                apis=job.run.apis,
+            )
+
+        job.make("solutions", source, ids, sampled, "question_id")
     job.note(summary(job.table("solutions").manifest().figures))
 
 

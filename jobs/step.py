@@ -25,6 +25,7 @@ from medmm_ray.data.artifacts import delete_folder
 from medmm_ray.data.handover import Handover
 from medmm_ray.data.sorted_rows import SortedRows, sort_rows
 from medmm_ray.data.tables import (
+    LOOKUPS,
     Artifact,
     Manifest,
     Provenance,
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
 log = logging.getLogger("medmm_ray")
-LOOKUPS = ".lookups"
-"""The folder, in a table's, of what its tasks look up while it is made."""
 
 
 class Run:
@@ -222,7 +221,10 @@ class Job:
 
     @contextmanager
     def lookup_folder(self, name: str) -> "Iterator[str]":
-        """A folder beside the rows of the table `name`, for what its tasks look up; it goes with the block."""
+        """A folder beside the rows of the table `name`, for what its tasks look up; it goes with the block.
+
+        What a killed driver leaves goes when the table is complete.
+        """
         table = self.run.table(name)
         folder = f"{table.uri}/{LOOKUPS}/{uuid.uuid4().hex}"
         fs, path = filesystem(folder)

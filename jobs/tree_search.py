@@ -16,25 +16,25 @@ def run(job: Job) -> None:
     config = job.config
     questions = job.read("questions", ["question_id", "split"])
     ids = [row["question_id"] for row in questions.to_pylist() if row["split"] in config.splits]
-    evidence = job.read("evidence", ["question_id", "documents"]) if config.num_documents else None
     model, policy, config_hash = job.run.model("policy"), job.run.policy_id(job.step), job.run.fingerprint(job.step)
     all_questions = job.table("questions").dataset(rows_per_block=config.engine.batch_size)
-    job.make(
-        "trees",
-        chosen(all_questions, "question_id", pa.array(ids, pa.string())),
-        ids,
-        lambda ds: tree_search(
-            ds,
-            config,
-            model=model,
-            policy=policy,
-            config_hash=config_hash,
-            evidence=evidence,
-            equivalence=job.recipe.sample.equivalence,
-            apis=job.run.apis,
-        ),
-        "question_id",
-    )
+    with job.lookup_folder("trees") as folder:
+        job.make(
+            "trees",
+            chosen(all_questions, "question_id", pa.array(ids, pa.string())),
+            ids,
+            lambda ds: tree_search(
+                ds,
+                config,
+                model=model,
+                policy=policy,
+                config_hash=config_hash,
+                evidence=job.lookup("evidence", ["documents"], folder) if config.num_documents else None,
+                equivalence=job.recipe.sample.equivalence,
+                apis=job.run.apis,
+            ),
+            "question_id",
+        )
     # From trees to tables without an engine: another look_back labels the same trees anew.
     trees = job.table("trees").dataset()
     job.make(

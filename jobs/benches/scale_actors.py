@@ -168,7 +168,9 @@ def _judge(crew: Crew, questions: Sequence[Question]) -> None:
 def _score(crew: Crew, questions: Sequence[Question]) -> None:
     source = _written(crew, "solutions", Solutions, solutions_of(questions))
     config = score.ScoreConfig(arms=("text_only",), num_actors=crew.size, batch_size=1)
-    ds = score.inputs(source.dataset(rows_per_block=1), **_arrow_tables(questions))
+    tables = _arrow_tables(questions)
+    files = score.input_files([tables["questions"]], [tables["images"]], [tables["evidence"]], str(crew.folder))
+    ds = score.inputs(source.dataset(rows_per_block=1), files)
     scored = score._map(ds, SleepingScorer, config, crew, "bench")  # type: ignore[arg-type] # no path: it loads nothing
     output = Table(f"{crew.folder}/scores", Scores)
     _make(output, scored, [q.question_id for q in questions], "question_id", "scores")

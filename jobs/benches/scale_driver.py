@@ -2,8 +2,8 @@
 
 Each step's own entry runs in a process of its own on tables whose ids are of so many questions, with few solutions of
 few steps: what a driver holds whole grows with them. Neither Ray nor an engine is started: of a training, what its
-workers read is written, of Monte Carlo what its tasks look up. Ids of rows that are still to be made, of which a driver
-keeps a set, are not in it.
+workers read is written, of other steps what their tasks look up. Ids of rows that are still to be made, of which a
+driver keeps a set, are not in it.
 """
 
 import time
@@ -20,6 +20,7 @@ from jobs.benches.scale_tables import TableShape, make_tables
 from jobs.graph import BY_NAME
 from jobs.step import Job, Run, load_recipe
 from medmm_ray.config import Config
+from medmm_ray.data.sorted_rows import SortedRows
 
 MIB = 1 << 20
 
@@ -29,7 +30,7 @@ class DriverConfig(Config):
 
     questions: tuple[int, ...] = (10_000, 100_000)
     """Numbers of questions, tenfold each; none: no driver is measured. At (100_000, 1_000_000) it takes an hour."""
-    steps: tuple[str, ...] = ("audit", "train_text_prm", "monte_carlo", "review")
+    steps: tuple[str, ...] = ("audit", "train_text_prm", "judge", "monte_carlo", "review", "score")
     """Steps whose drivers are measured."""
     bootstrap_samples: int = Field(100, ge=1)
     """Resamples of the dataset report: they take time by the question, as all else does."""
@@ -116,11 +117,32 @@ def _monte_carlo(run: Run) -> None:
     job = Job(run, BY_NAME["monte_carlo"])
     with job.lookup_folder("monte_carlo_labels") as folder:
         tables = lookups(job, folder)
-        # As a task does, of batches of solutions in any order.
-        for part in job.stream("solutions", ["question_id"]):
-            ids = part["question_id"].to_pylist()
-            tables.judged.rows_of(ids[:4])
-            tables.questions.rows_of(ids[-4:])
+        _look_up(job, [tables.judged, tables.questions])
+
+
+def _judge(run: Run) -> None:
+    from jobs.judge import lookups
+
+    job = Job(run, BY_NAME["judge"])
+    with job.lookup_folder("judge_labels") as folder:
+        tables = lookups(job, folder)
+        _look_up(job, [tables.questions, tables.evidence])
+
+
+def _score(run: Run) -> None:
+    from jobs.score import looked_up
+
+    job = Job(run, BY_NAME["score"])
+    with job.lookup_folder("scores") as folder:
+        _look_up(job, looked_up(job, folder))
+
+
+def _look_up(job: Job, tables: Sequence[SortedRows]) -> None:
+    """Read some rows of each table as tasks do, of batches of solutions in any order."""
+    for part in job.stream("solutions", ["question_id"]):
+        ids = part["question_id"].to_pylist()
+        for rows in tables:
+            rows.rows_of(ids[:4])
 
 
 def _review(run: Run) -> None:
@@ -132,6 +154,8 @@ def _review(run: Run) -> None:
 _DRIVERS: dict[str, Callable[[Run], None]] = {
     "audit": _audit,
     "train_text_prm": _train_text_prm,
+    "judge": _judge,
     "monte_carlo": _monte_carlo,
     "review": _review,
+    "score": _score,
 }

@@ -24,6 +24,8 @@ PARTS = ".parts"
 """The folder, in a table's, of what is in the making."""
 VOLATILE = ("cost", "seconds", "attempts", "uri")
 """Fields that a rerun elsewhere may change: not in the content hash."""
+FIGURES = "medmm_figures"
+"""The key of a part file's metadata with the figures of each id, as JSON."""
 UPSTREAM = "upstream"
 """The kind of error that a row has from a row it was made from."""
 
@@ -38,7 +40,8 @@ class PartFooter:
     """What a part file says of itself: the JSON under ``medmm`` in its Parquet metadata, in this order.
 
     `failed` are the ids with an error of their own and `errors` counts these by kind; `inherited` counts rows with an
-    upstream row's error. `rows` are its records, `figures` are by id, `cost` is in US dollars, `hash` is `rows_hash`.
+    upstream row's error. `rows` are its records, `figures` the sums of those of the ids (which the file has under
+    ``medmm_figures``, by id), `cost` is in US dollars, `hash` is `rows_hash`.
     """
 
     ids: list[str]
@@ -46,7 +49,7 @@ class PartFooter:
     errors: dict[str, int]
     inherited: int
     rows: int
-    figures: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
     cost: float = 0.0
     hash: str = ""
 
@@ -56,7 +59,7 @@ class PartFooter:
         rows: pa.Table,
         ids: list[str],
         key: str,
-        figures: Mapping[str, Any],
+        figures: Mapping[str, Mapping[str, float]],
     ) -> "PartFooter":
         """The footer of `rows`, made for `ids` (several rows, or none, may have the same id)."""
         failed: set[str] = set()
@@ -80,7 +83,7 @@ class PartFooter:
             errors=dict(errors),
             inherited=num_inherited,
             rows=rows.num_rows,
-            figures=dict(figures),
+            figures=_sums(figures.values()),
             cost=(pc.sum(rows.column("cost")).as_py() or 0.0) if has_cost else 0.0,
             hash=rows_hash(rows),
         )
@@ -175,11 +178,13 @@ class PartWriter:
         records: pa.Table,
         ids: list[str],
         key: str,
-        figures: Mapping[str, Any],
+        figures: Mapping[str, Mapping[str, float]],
     ) -> Part:
         """Write records, made for `ids`, as one part file."""
         footer = PartFooter.of(records, ids, key, figures)
-        rows = records.replace_schema_metadata({"medmm": footer.to_json()})
+        # Apart from the footer, which drivers hold of each part: figures of an id are asked for where it is a repeat.
+        metadata = {"medmm": footer.to_json(), FIGURES: json.dumps(figures)}
+        rows = records.replace_schema_metadata(metadata)
         sink = pa.BufferOutputStream()
         with RecordFile(sink, rows.schema, self.record) as file:
             file.write(rows)
@@ -195,13 +200,14 @@ class PartWriter:
     def put_some(self, part: Part, ids: list[str], key: str) -> Part:
         """Write the rows of some of a part's ids as a part of their own."""
         rows = read_rows(self.fs, f"{self.folder}/{part.name}")
+        by_id = json.loads(rows.schema.metadata[FIGURES.encode()])
         rows = rows.filter(
             pc.is_in(
                 rows[key],
                 pa.array(ids),
             )
         )
-        figures = {row_id: part.footer.figures[row_id] for row_id in ids if row_id in part.footer.figures}
+        figures = {row_id: by_id[row_id] for row_id in ids if row_id in by_id}
         return self.put(rows, ids, key, figures)
 
 
@@ -284,10 +290,13 @@ def error_counts(footers: Iterable[PartFooter]) -> Counter[str]:
 
 def figure_sums(footers: Iterable[PartFooter]) -> dict[str, float]:
     """The sum of each figure over all ids."""
+    return _sums(footer.figures for footer in footers)
+
+
+def _sums(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
     sums: Counter[str] = Counter()
-    for footer in footers:
-        for figures in footer.figures.values():
-            sums.update(figures)
+    for figures in rows:
+        sums.update(figures)
     return dict(sums)
 
 

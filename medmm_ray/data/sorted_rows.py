@@ -96,6 +96,16 @@ class SortedRows:
         return pa.Table.from_batches(batches, self.schema)
 
 
+def rows_among(rows: pa.Table | SortedRows, key: str, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The rows of some ids, each by its id in column `key`; of a file no others are read."""
+    distinct_ids = sorted(set(ids))
+    if isinstance(rows, SortedRows):
+        rows = rows.rows_of(distinct_ids)
+    else:
+        rows = rows.filter(pc.is_in(rows[key], pa.array(distinct_ids, pa.string())))
+    return {row[key]: row for row in rows.to_pylist()}
+
+
 def _num_below(sorted_ids: pa.ChunkedArray, limit: str) -> int:
     return int(pc.sum(pc.less(sorted_ids, limit)).as_py() or 0)
 

@@ -81,6 +81,8 @@ __all__ = [
 if TYPE_CHECKING:
     from ray.data import Dataset
 
+LOOKUPS = ".lookups"
+"""The folder, in a table's, of what its tasks look up while it is made."""
 QUOTING = ("_reply", "refused")
 """Ends of the kinds of errors that quote a model."""
 EXAMPLE_CHARACTERS = 240
@@ -358,9 +360,11 @@ class Table(Artifact):
         return self.manifest()
 
     def delete_leftovers(self) -> None:
-        """Delete the parts of a complete table, and files of a try that ended before its manifest."""
+        """Delete what made a complete table: its parts, what tasks looked up, and files of a try that was cut off."""
         manifest = self.manifest()
         self._delete_parts()
+        # Of drivers that were killed too: nobody else knows the names of their folders.
+        delete_folder(self.fs, f"{self.path}/{LOOKUPS}")
         for entry in self.fs.get_file_info(pafs.FileSelector(self.path)):
             if entry.base_name.endswith(".parquet") and entry.base_name not in manifest.files:
                 with suppress(FileNotFoundError):  # another driver was quicker

@@ -7,7 +7,7 @@ Legend: B resamples, Q questions, K numbers of each.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from tempfile import SpooledTemporaryFile
 
@@ -20,6 +20,8 @@ MEMORY_BYTES = 256 << 10
 """What a file keeps in memory."""
 BLOCK_CELLS = 2**19
 """Draws that are in memory at a time, 4 MB."""
+DRAWN_ROWS = 2**17
+"""Rows whose draws are made at a time, 1 MB."""
 DRAWS_KEPT = 2
 """Draws whose numbers of questions were asked for last."""
 
@@ -60,6 +62,11 @@ class Draws:
         # A byte each: that a row is drawn 256 times in a resample has a chance of 1 in 10^500.
         self._times = SpooledTemporaryFile(MEMORY_BYTES)  # noqa: SIM115 - it lives as long as this
         rng = np.random.default_rng(seed)
+        if num_rows > DRAWN_ROWS:
+            for _ in range(num):
+                for times_Q in _times_in_pieces(num_rows, rng):
+                    self._times.write(times_Q.astype(np.uint8).tobytes())
+            return
         even = np.full(num_rows, 1 / num_rows)
         block = max(1, BLOCK_CELLS // num_rows)
         for start in range(0, num, block):
@@ -84,6 +91,22 @@ class Draws:
         return times_BQ
 
 
+def _times_in_pieces(num_rows: int, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
+    """How often each row is drawn in a resample, `DRAWN_ROWS` of them at a time.
+
+    To draw from a piece and the rest, and then from the rest, is to draw from all rows: the numbers may differ, their
+    distribution does not.
+    """
+    rows_left = draws_left = num_rows
+    while rows_left > DRAWN_ROWS:
+        shares = np.full(DRAWN_ROWS + 1, 1 / rows_left)
+        shares[-1] = 1 - DRAWN_ROWS / rows_left
+        times_Q = rng.multinomial(draws_left, shares)
+        yield times_Q[:-1]
+        rows_left, draws_left = rows_left - DRAWN_ROWS, int(times_Q[-1])
+    yield rng.multinomial(draws_left, np.full(rows_left, 1 / rows_left))
+
+
 @dataclass(frozen=True)
 class Resampling:
     """How intervals are drawn. Figures of equally many questions share their resamples, so that they may be compared.
@@ -104,7 +127,8 @@ class Resampling:
         rows: CountRows,
         statistic: Callable[[Floats], Floats],
     ) -> tuple[Floats, Floats]:
-        """`metrics.cluster_bootstrap` of rows that may lie in a file; for whole numbers it gives the same bits."""
+        """`metrics.cluster_bootstrap` of rows that may lie in a file; the same bits for whole numbers of up to
+        `DRAWN_ROWS` rows."""
         if not len(rows):
             num_figures = statistic(np.zeros((1, rows.num_columns))).shape[1]
             undefined_F = np.full(num_figures, np.nan)

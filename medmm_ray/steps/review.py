@@ -12,7 +12,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -23,7 +22,7 @@ from pydantic import Field, model_validator
 
 from medmm_ray.config import Config, Splits, execution
 from medmm_ray.data.records import Labels, Question, ReviewItem, Solutions, StepLabel, arrow_schema, to_arrow_lists
-from medmm_ray.data.sorted_rows import SortedRows, scratch_folder, sort_tables, windows
+from medmm_ray.data.sorted_rows import SortedRows, rows_among, scratch_folder, sort_tables, windows
 from medmm_ray.data.sources import WITH_TRUTH, DrawnPicture, load_with_truth
 from medmm_ray.data.tables import attach
 from medmm_ray.estimate import Line
@@ -488,21 +487,10 @@ class Expert:
         for solution_id, index in items:
             self.queue.setdefault(solution_id, set()).add(index)
         self.images = annotations
-        self.annotations: dict[str, str] = {}
-        """Of the images of a batch, or of all."""
-        if isinstance(annotations, pa.Table):
-            self._annotate(annotations)
-
-    def _annotate(self, images: pa.Table) -> None:
-        image_ids = images["image_id"].to_pylist()
-        self.annotations = dict(zip(image_ids, images["annotation"].to_pylist(), strict=True))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Rows of solutions with their question's columns -> question_id and labels."""
-        rows = batch.to_pylist()
-        if isinstance(self.images, SortedRows):
-            self._annotate(self.images.rows_of(chain.from_iterable(row["image_ids"] or () for row in rows)))
-        by_row = list(map(self.label, rows))
+        by_row = list(map(self.label, batch.to_pylist()))
         labels = to_arrow_lists(Labels, by_row)
         return pa.table({"question_id": batch["question_id"], "labels": labels})
 
@@ -513,7 +501,9 @@ class Expert:
         if row["source"] not in WITH_TRUTH or not row["solutions"]:
             return []
         source = load_with_truth(row["source"])
-        picture = source.drawn_picture(self.annotations[row["image_ids"][0]])
+        image_id = row["image_ids"][0]
+        image = rows_among(self.images, "image_id", [image_id])[image_id]
+        picture = source.drawn_picture(image["annotation"])
         gold = GoldAnswer(row["options"], row["answer"])
         labels = []
         for solution in row["solutions"]:

@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 
 from medmm_ray.config import Config, digest
 from medmm_ray.data.records import Count, Solution, Solutions, to_arrow
+from medmm_ray.data.sorted_rows import SortedRows, rows_among
 from medmm_ray.data.tables import RowError, attach
 from medmm_ray.engines.generator import (
     MAX_SAMPLES,
@@ -150,8 +151,8 @@ def sample(
     model: str,
     policy: str,
     config_hash: str,
-    evidence: pa.Table | None = None,
-    images: pa.Table | None = None,
+    evidence: pa.Table | SortedRows | None = None,
+    images: pa.Table | SortedRows | None = None,
     apis: Apis | None = None,
     generator: MakeGenerator = Generator,
 ) -> "Dataset":
@@ -159,7 +160,8 @@ def sample(
 
     `model` is the checkpoint (or the API's model) that generates, `policy` what solution ids call it, `config_hash` the
     table's fingerprint. `evidence` (question_id, documents) is needed where config.num_documents > 0, `images`
-    (image_id, uri) where engine.num_images > 0. `apis` is how the run reaches models behind APIs.
+    (image_id, uri) where engine.num_images > 0; both may be `SortedRows`, of which each task reads what it needs.
+    `apis` is how the run reaches models behind APIs.
     """
     engine = config.engine
     if engine.num_images and images is None:
@@ -228,7 +230,7 @@ class SamplingActor:
         model: str,
         policy: str,
         config_hash: str,
-        images: pa.Table | None = None,
+        images: pa.Table | SortedRows | None = None,
         generator: MakeGenerator = Generator,
         grader: MakeGrader | None = None,
         access: Access | None = None,
@@ -237,10 +239,7 @@ class SamplingActor:
         self.model = model
         self.policy = policy
         self.config_hash = config_hash
-        self.uri_of: dict[str, str] = {}
-        if images is not None:
-            image_ids = images["image_id"].to_pylist()
-            self.uri_of = dict(zip(image_ids, images["uri"].to_pylist(), strict=True))
+        self.images = images
         self.generator: TextGenerator
         if access is not None:
             self.generator = ApiPolicy(access.connect())
@@ -356,7 +355,11 @@ class SamplingActor:
 
     async def open_images(self, image_ids: Sequence[str]) -> "list[Image]":
         """The opened images; one that cannot be opened is the row's error."""
-        uris = [self.uri_of[image_id] for image_id in image_ids]
+        if not image_ids:
+            return []
+        assert self.images is not None, "`sample` asks for the table"
+        rows = rows_among(self.images, "image_id", image_ids)
+        uris = [rows[image_id]["uri"] for image_id in image_ids]
         # In threads: the engine's requests go on meanwhile.
         requests = [asyncio.to_thread(open_image, uri) for uri in uris]
         return list(await asyncio.gather(*requests))

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from ray import cloudpickle
 
-from medmm_ray.data.sorted_rows import SortedRows, sort_rows, windows
+from medmm_ray.data.sorted_rows import SortedRows, rows_among, sort_rows, windows
 from medmm_ray.data.tables import attach
 
 SCHEMA = pa.schema({"question_id": pa.string(), "place": pa.int64(), "texts": pa.list_(pa.string())})
@@ -44,6 +44,17 @@ def test_rows_are_sorted_with_and_without_a_merge(
     assert rows.between(None, None).to_pylist() == BY_ID
     assert pa.concat_tables(rows.batches()).to_pylist() == BY_ID
     assert [file.name for file in tmp_path.iterdir()] == ["rows"]  # the runs are gone
+
+
+def test_rows_of_some_ids_are_those_of_a_table_and_of_a_file(tmp_path: Path) -> None:
+    rows = [{"question_id": f"q{place}", "place": place, "texts": []} for place in range(2000)]
+    table = pa.Table.from_pylist(rows, SCHEMA)
+    for lookup in (table, written(tmp_path, rows)):
+        assert rows_among(lookup, "question_id", ["q7", "q1999", "absent", "q7"]) == {
+            "q7": rows[7],
+            "q1999": rows[1999],
+        }
+        assert rows_among(lookup, "question_id", []) == {}
 
 
 def test_some_ids_are_found_by_whoever_opens_the_file(tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ import pyarrow.fs
 import pyarrow.parquet
 import pytest
 from fsspec.implementations.local import LocalFileSystem
-from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
+from pyarrow.fs import FileSelector, FileSystem, FSSpecHandler, PyFileSystem
 
 from medmm_ray.data import compaction, part_log, tables
 from medmm_ray.data.records import Document, Labels, States, Vector, to_arrow
 from medmm_ray.data.tables import (
+    LOOKUPS,
     Artifact,
     Manifest,
     Provenance,
@@ -429,6 +430,21 @@ def test_a_table_of_an_earlier_version_is_read_with_what_it_did_not_have_empty(t
     pyarrow.parquet.write_table(rows.drop_columns(["annotator"]), file)
     with pytest.raises(KeyError, match="annotator"):  # one that no row can do without
         table.to_arrow()
+
+
+def test_what_tasks_of_a_killed_driver_looked_up_goes_when_the_table_is_complete(uri: str) -> None:
+    table = Table(uri, Vector)
+    table.prepare()
+    folder = f"{table.path}/{LOOKUPS}/of-a-killed-driver"
+    table.fs.create_dir(folder, recursive=True)
+    with table.fs.open_output_stream(f"{folder}/questions") as stream:
+        stream.write(b"rows")
+    table.write_part(vectors("a"), "item_id")
+    table.finish(ORIGIN, "item_id", ["a"], seconds=0)
+    entries = table.fs.get_file_info(FileSelector(table.path, recursive=True))
+    assert [entry.base_name for entry in entries if entry.is_file and not entry.base_name.endswith(".parquet")] == [
+        "manifest.json"
+    ]
 
 
 def test_figures_of_rows_become_the_manifests_sums_whatever_was_written_twice(uri: str) -> None:

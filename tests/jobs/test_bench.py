@@ -34,8 +34,10 @@ SAMPLING = [
     "questions=4", "samples=4", "max_tokens=8", "hidden_size=128", "num_layers=1", "repeats=1", "actors=2",
     "pause_s=0.05", "rounds=2", "batch_size=2", "max_concurrency=2",
 ]  # fmt: skip
-
-
+INDEX = [
+    "vectors=3000", "width=16", "centres=20", "dimensions=4", "queries=8", "repeats=1", "chunk=1000", "over_ray=false",
+]  # fmt: skip
+EMBED = ["images=16", "batch_size=4", "encode_s=0.05", "decode_s=0.001", "decoders=1"]
 VLLM = [
     "shapes=[wide]", "cells=[[3, 100]]", "question=20", "solution=60", "repeats=1", "reference_solutions=1",
     "vllm_solutions=2", "threads=1",
@@ -91,26 +93,38 @@ def test_flops_that_scores_do_not_need_in_the_last_layer() -> None:
                 "vllm_solutions=0",
             ],
         ),
-        pytest.param("scoring", VLLM, marks=pytest.mark.engine),
         ("training", ["solutions=[3]", "documents=100", "question=20", "solution=60", "max_length=400", "repeats=1"]),
         ("near_duplicates", ["hashes=3000", "compared=2000", "distance=3", "repeats=1"]),
         ("evaluate", ["questions=20", "samples=8", "bootstrap_samples=20"]),
         ("retrieve", ["parts=[speed]", "passages=600", "baseline_passages=300", "queries=5"]),
+        ("index", INDEX),
         ("files", ["parts=30", "remote_parts=5", "latency_ms=1", "answers=40"]),
         ("two_tower", ["solutions=3", "documents=100", "question=20", "solution=60", "repeats=1"]),
-        pytest.param("arms", ARMS, marks=pytest.mark.engine),
-        pytest.param("sampling", SAMPLING, marks=pytest.mark.engine),
     ],
 )
 def test_a_benchmark_prints_its_table_and_writes_its_rows(
     name: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert_runs(name, words, tmp_path, capsys)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("name", "words"), [("scoring", VLLM), ("arms", ARMS), ("sampling", SAMPLING), ("embed", EMBED)]
+)
+def test_a_benchmark_of_engines_prints_its_table_and_writes_its_rows(
+    name: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], ray_session: None
+) -> None:
+    assert_runs(name, words, tmp_path, capsys)
+
+
+def assert_runs(name: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rows.json"
     assert bench.main([name, *words, f"json={path}"]) == 0
     rows = json.loads(path.read_text())
     assert rows
     assert set(rows[0]) == {"name", "baseline", "ours", "ratio", "target", "unit"}
-    assert all(row["ratio"] > 0 for row in rows if row["target"] != "≤ 0")
+    assert all(row["ratio"] > 0 for row in rows if row["target"] not in ("", "≤ 0"))
     assert rows[0]["name"].partition(",")[0] in capsys.readouterr().out
 
 
@@ -192,8 +206,9 @@ def test_drivers_are_measured_on_tables_that_hang_together(tmp_path: Path) -> No
     assert [balance.right + balance.wrong for balance in report.balance] == [540, 540]
     assert [pair.overall_kappa.count for pair in report.agreement] == [540]
     assert [check.count for check in report.leakage] == [0] * 5
-    for step in ("train_text_prm", "monte_carlo", "review"):
+    for step in ("train_text_prm", "judge", "monte_carlo", "review", "score"):
         used(step, words)
+        assert not list(tmp_path.glob("*/*/.lookups/*"))
     questions = read_input(f"{tmp_path}/inputs/questions.parquet")
     assert questions.num_rows == 68  # of 90 three in four are for training
     # Of each question's three solutions two are equal in text and targets: every fourth step is wrong.

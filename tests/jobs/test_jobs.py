@@ -5,6 +5,7 @@ from datetime import date
 from importlib import import_module
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from jobs import judge as judge_job
@@ -79,9 +80,9 @@ def test_medmm_stays_within_the_published_budget() -> None:
 
 
 def test_the_models_that_answered_are_told_with_their_labels() -> None:
-    told = judge_job.answered_by(["a", None, "b", "a", "a, b"])
-    assert told == "labels by the model that answered: a 2; b 1; a, b 1"
-    assert judge_job.answered_by([None]) == ""
+    parts = [pa.table({"answered_by": pa.array(models, pa.string())}) for models in (["a", None, "b"], ["a", "a, b"])]
+    assert judge_job.answered_by(parts) == "labels by the model that answered: a 2; b 1; a, b 1"
+    assert judge_job.answered_by(parts[:0]) == ""
 
 
 FLASH = "gemini-3.5-flash-lite"

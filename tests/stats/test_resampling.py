@@ -5,7 +5,7 @@ import pytest
 
 from medmm_ray.stats import resampling
 from medmm_ray.stats.metrics import Floats, cluster_bootstrap
-from medmm_ray.stats.resampling import CountRows, Resampling
+from medmm_ray.stats.resampling import CountRows, Draws, Resampling
 
 
 def ratio(sums_BK: Floats) -> Floats:
@@ -28,6 +28,21 @@ def test_intervals_of_counts_in_files_are_those_of_counts_in_memory(
     expected_low, expected_high = cluster_bootstrap(counts, ratio, 300, 5)
     assert (low.tolist(), high.tolist()) == (expected_low.tolist(), expected_high.tolist())
     assert rows.read(num_rows - 1, num_rows).tolist() == counts[-1:].tolist()
+
+
+def test_many_rows_are_drawn_in_pieces_as_often_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resampling, "DRAWN_ROWS", 300)
+    draws = Draws(1000, 400, seed=2)
+    rows = CountRows(4, np.uint32)
+    rows.append(np.ones((1000, 4)) * (np.arange(1000)[:, None] // 300 == np.arange(4)))  # which piece a row is of
+    sums_BK = draws.sums(rows)
+    assert set(sums_BK.sum(axis=1)) == {1000.0}
+    sizes = np.array([300, 300, 300, 100])
+    assert np.allclose(sums_BK.mean(axis=0), sizes, atol=3)
+    # Of a multinomial draw: n p (1 - p).
+    assert np.allclose(sums_BK.var(axis=0), sizes * (1 - sizes / 1000), rtol=0.25)
+    assert set(np.unique(draws._read(0, 1000))) >= {0, 1, 2, 3, 4}
+    assert np.isclose(draws._read(0, 1000).var(), 1, rtol=0.02)
 
 
 def test_no_row_gives_no_interval_and_no_resample_is_refused() -> None:

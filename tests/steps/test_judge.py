@@ -17,6 +17,7 @@ import pytest
 from jobs.benches.model_server import Answer
 from medmm_ray.config import ConfigError, build
 from medmm_ray.data.records import Labels, StepLabel, from_dict, to_arrow
+from medmm_ray.data.sorted_rows import sort_rows
 from medmm_ray.data.sources.phantom import PhantomCase
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.llm.access import Access
@@ -214,6 +215,16 @@ def act(config: JudgeConfig, solutions: list[dict[str, Any]], fake: Any = None, 
 
 def solution(solution_id: str, *steps: str) -> dict[str, Any]:
     return {"solution_id": solution_id, "steps": list(steps), "text_sha": " ".join(steps)}
+
+
+def test_a_question_is_judged_by_its_images_in_a_file_of_many(tmp_path: Path) -> None:
+    rows = [{"image_id": f"im{i}", "uri": f"{i}.png", "annotation": EFFUSION} for i in range(3000)]
+    table = pa.Table.from_pylist(rows)
+    images = sort_rows([table], "image_id", table.schema, str(tmp_path / "images"))
+    row = {"question_id": "q1", "question": "?", "options": [], "answer": "A", "image_ids": ["im2999", "im0"]}
+    for lookup in (table, images):
+        seen = JudgeActor(JudgeConfig(engine=FLAWLESS), lookup).case(row).images
+        assert seen == [JudgeImage("2999.png", EFFUSION), JudgeImage("0.png", EFFUSION)]
 
 
 def test_equal_texts_are_judged_once() -> None:

@@ -6,13 +6,13 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as Pictures
 
 from jobs.graph import BY_NAME, MAKER
 from jobs.step import Job, Run, load_recipe, run_step
-from medmm_ray.config import ConfigError
+from medmm_ray.config import ConfigError, digest
 from medmm_ray.data.records import (
     Evidence,
     Image,
@@ -25,6 +25,7 @@ from medmm_ray.data.records import (
     States,
     to_arrow,
 )
+from medmm_ray.data.sorted_rows import scratch_folder
 from medmm_ray.data.tables import Provenance, Table, write_rows
 from medmm_ray.reward_model import FusionConfig, RewardModel, StepScores, TrainedInputs
 from medmm_ray.reward_model.states import from_bytes, to_bytes
@@ -35,9 +36,7 @@ from medmm_ray.steps.score import (
     ScoringConfig,
     StateExtractor,
     StatesConfig,
-    derange,
-    question_inputs,
-    shuffled,
+    input_files,
 )
 from medmm_ray.steps.score.actors import split_image_part, stored_solutions
 from tests.doubles import tiny_reward_model as tiny
@@ -122,9 +121,14 @@ def joined(questions: list[Question], images: list[Image], found: list[Evidence]
 
 
 def tables_cases(questions: list[Question], images: list[Image], found: list[Evidence], seed: int = 0) -> pa.Table:
-    return question_inputs(
-        to_arrow(Question, list(questions)), to_arrow(Image, list(images)), to_arrow(Evidence, list(found)), seed
-    )
+    """The rows of questions, of tables that come a row at a time."""
+    parts = {
+        "questions": [to_arrow(Question, [row]) for row in questions],
+        "images": [to_arrow(Image, [row]) for row in images],
+        "evidence": [to_arrow(Evidence, [row]) for row in found],
+    }
+    with scratch_folder() as folder:
+        return input_files(**parts, folder=folder, seed=seed).cases.between(None, None)
 
 
 @pytest.fixture(scope="module")
@@ -144,34 +148,52 @@ def entries(table: pa.Table, column: str = "scores") -> dict[tuple[str, str], di
 # The shuffle
 
 
-@given(st.lists(st.text(min_size=1, max_size=3), min_size=2, unique=True), st.integers(0, 9))
-def test_a_derangement_moves_every_id_and_uses_each_once(ids: list[str], seed: int) -> None:
-    moved = derange(ids, seed)
+def swaps(questions: list[Question], seed: int = 0) -> dict[str, str]:
+    """For each question that is shown another's images, a question that has these."""
+    images = [image(image_id, image_id) for image_id in dict.fromkeys(i for q in questions for i in q.image_ids)]
+    owners = {tuple(q.image_ids): q.question_id for q in reversed(questions)}
+    rows = tables_cases(questions, images, [], seed).to_pylist()
+    shown = {row["question_id"]: tuple(row["shuffled_image_uris"]) for row in rows if row["image_uris"]}
+    return {question_id: owners[images] for question_id, images in shown.items() if images}
+
+
+@settings(max_examples=25)
+@given(st.lists(st.text(min_size=1, max_size=3), min_size=2, max_size=9, unique=True), st.integers(0, 9))
+def test_each_question_shows_the_images_of_another_and_each_ones_are_shown(ids: list[str], seed: int) -> None:
+    questions = [question(question_id, [f"im-{question_id}"]) for question_id in ids]
+    moved = swaps(questions, seed)
     assert set(moved) == set(moved.values()) == set(ids)
     assert all(a != b for a, b in moved.items())
-    assert derange(ids[::-1], seed) == moved
+    assert swaps(questions[::-1], seed) == moved
 
 
-def test_a_derangement_depends_on_its_seed_and_needs_two_ids() -> None:
-    ids = [f"q{i}" for i in range(20)]
-    assert derange(ids, 0) != derange(ids, 1)
-    with pytest.raises(ValueError, match="cannot swap 1 ids"):
-        derange(["q"], 0)
+def test_which_images_are_shown_depends_on_the_seed() -> None:
+    questions = [question(f"q{i}", [f"im{i}"]) for i in range(20)]
+    assert swaps(questions, 0) != swaps(questions, 1)
+
+
+def test_the_order_in_which_images_are_swapped_is_that_of_the_digests() -> None:
+    """One cycle through the questions: a run that is made again with other code shows the same."""
+    ids = [f"q{i:02}" for i in range(20)]
+    cycle = sorted(ids, key=lambda question_id: digest(3, question_id))
+    expected = dict(zip(cycle, [*cycle[1:], cycle[0]], strict=True))
+    assert swaps([question(question_id, [f"im-{question_id}"]) for question_id in ids], 3) == expected
 
 
 def test_a_question_is_shown_other_images_of_its_own_split() -> None:
     rows = [
-        {"question_id": f"{split}{i}", "split": split, "image_ids": [f"{split}-im{i // 2}"]}
+        replace(question(f"{split}{i}", [f"{split}-im{i // 2}"]), split=split)
         for split in ("train", "test")
         for i in range(8)
-    ] + [{"question_id": "none", "split": "test", "image_ids": []}]
-    moved = shuffled(rows, 0)
+    ]
+    rows.append(question("none", []))
+    moved = swaps(rows)
     assert set(moved) == {f"{split}{i}" for split in ("train", "test") for i in range(8)}
-    by_id = {row["question_id"]: row for row in rows}
+    by_id = {row.question_id: row for row in rows}
     for question_id, other in moved.items():
-        assert by_id[question_id]["split"] == by_id[other]["split"]
-        assert by_id[question_id]["image_ids"] != by_id[other]["image_ids"]
-    assert shuffled(rows[:1], 0) == {}
+        assert by_id[question_id].split == by_id[other].split
+        assert by_id[question_id].image_ids != by_id[other].image_ids
+    assert swaps(rows[:1]) == {}
 
 
 # Joining
@@ -195,7 +217,7 @@ def test_cases_carry_the_files_of_a_question_and_of_another() -> None:
 
 def test_images_that_are_not_there_are_said() -> None:
     rows = tables_cases(
-        [question("q1", ["gone"]), question("q2", ["broken"]), question("alone", ["ia"], split="train")],
+        [question("q1", ["gone"]), question("q2", ["broken"]), question("q3", ["ia"], split="train")],
         [image("broken", "", "image_empty: 0 bytes"), image("ia", "a.png")],
         [],
     ).to_pylist()
@@ -545,12 +567,13 @@ def test_tables_of_scores_and_states(
 ) -> None:
     sampled = Table(str(tmp_path / "solutions"), Solutions)
     write_rows(sampled, [solutions("q1"), solutions("q2"), solutions("q3")], ORIGIN, "question_id")
-    ds = score.inputs(
-        sampled.dataset(),
-        to_arrow(Question, [question("q1", ["ia"]), question("q2", ["ib"]), question("q3", [])]),
-        to_arrow(Image, [image("ia", pictures["a"]), image("ib", pictures["b"])]),
-        to_arrow(Evidence, [evidence("q1", [pictures["ref"]]), evidence("q2", []), evidence("q3", [])]),
+    files = input_files(
+        [to_arrow(Question, [question("q1", ["ia"]), question("q2", ["ib"]), question("q3", [])])],
+        [to_arrow(Image, [image("ia", pictures["a"]), image("ib", pictures["b"])])],
+        [to_arrow(Evidence, [evidence("q1", [pictures["ref"]]), evidence("q2", []), evidence("q3", [])])],
+        str(tmp_path),
     )
+    ds = score.inputs(sampled.dataset(), files)
     scores = Table(str(tmp_path / "scores"), Scores)
     scores.prepare()
     scores.write(score.score(ds, ScoreConfig(), str(folder), "m1"), key="question_id", explode="scores")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from medmm_ray.data.records import Labels, to_arrow_lists
+from medmm_ray.data.sorted_rows import SortedRows, rows_among
 from medmm_ray.data.tables import RowError, attach
 from medmm_ray.engines.generator import Generator, MakeGenerator
 from medmm_ray.engines.llm.access import Access, Apis, connect
@@ -33,7 +34,14 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
 VERSION = 2  # of what a step makes: raise it when the same config makes something else
+QUESTION_COLUMNS = ["split", "question", "options", "answer", "image_ids"]
+EVIDENCE_COLUMNS = ["documents", "images"]
+IMAGE_COLUMNS = ["uri", "annotation"]
+"""What a judge needs of the run's tables, beside their ids."""
 __all__ = [
+    "EVIDENCE_COLUMNS",
+    "IMAGE_COLUMNS",
+    "QUESTION_COLUMNS",
     "Judge",
     "JudgeActor",
     "JudgeApi",
@@ -55,9 +63,9 @@ def judge(
     ds: "Dataset",
     config: JudgeConfig,
     *,
-    questions: pa.Table,
-    images: pa.Table,
-    evidence: pa.Table | None = None,
+    questions: pa.Table | SortedRows,
+    images: pa.Table | SortedRows,
+    evidence: pa.Table | SortedRows | None = None,
     model: str | None = None,
     apis: Apis | None = None,
     generator: MakeGenerator = Generator,
@@ -65,21 +73,17 @@ def judge(
 ) -> "Dataset":
     """`Solutions` rows -> ``{question_id, labels}``, labels a list of `Labels`.
 
-    `questions` and `images` are the run's tables, `evidence` its documents and similar images; `model` is the
-    checkpoint of a vllm judge or the name of an API's model; `apis` is how the run reaches models behind APIs. A
-    `second` judge (its config and model) reads the same and adds its labels to each list.
+    `questions` and `images` are the run's tables, `evidence` its documents and similar images; they may be
+    `SortedRows`, of which each task reads what it needs. `model` is the checkpoint of a vllm judge or the name of an
+    API's model; `apis` is how the run reaches models behind APIs. A `second` judge (its config and model) reads the
+    same and adds its labels to each list.
     """
-    question_columns = [
-        "split",
-        "question",
-        "options",
-        "answer",
-        "image_ids",
-    ]
-    ds = attach(ds, questions, "question_id", question_columns)
+    ds = attach(ds, questions, "question_id", QUESTION_COLUMNS)
     if evidence is not None:
-        ds = attach(ds, evidence, "question_id", ["documents", "images"])
-    image_notes = images.select(["image_id", "uri", "annotation"])
+        ds = attach(ds, evidence, "question_id", EVIDENCE_COLUMNS)
+    image_notes = images
+    if isinstance(images, pa.Table):
+        image_notes = images.select(["image_id", *IMAGE_COLUMNS])
     judges = [(config, model)]
     if second is not None:
         judges.append(second)
@@ -120,7 +124,7 @@ class JudgeActor:
     def __init__(
         self,
         config: JudgeConfig,
-        images: pa.Table,
+        images: pa.Table | SortedRows,
         model: str | None = None,
         generator: MakeGenerator = Generator,
         access: Access | None = None,
@@ -129,9 +133,7 @@ class JudgeActor:
         self.config = config
         self.is_last = is_last
         self.backend = make_judge(config, model, generator, access)
-        self.images: dict[str, JudgeImage] = {}
-        for row in images.to_pylist():
-            self.images[row["image_id"]] = JudgeImage(row["uri"], row["annotation"])
+        self.images = images
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         rows = batch.to_pylist()
@@ -186,12 +188,14 @@ class JudgeActor:
         references: list[JudgeImage] = []
         for image in (row.get("images") or [])[: config.num_references]:
             references.append(JudgeImage(image["uri"], image["diagnosis"]))
+        notes = rows_among(self.images, "image_id", row["image_ids"])
+        images = [notes[image_id] for image_id in row["image_ids"]]
         return JudgeCase(
             question_id=row["question_id"],
             question=row["question"],
             options=row["options"],
             answer=row["answer"],
-            images=[self.images[image_id] for image_id in row["image_ids"]],
+            images=[JudgeImage(image["uri"], image["annotation"]) for image in images],
             documents=[document["text"] for document in documents],
             references=references,
         )

@@ -14,7 +14,7 @@ from medmm_ray.config import ConfigError
 from medmm_ray.engines.placement import actor_placement
 from medmm_ray.steps.score.actors import Scorer, StateExtractor
 from medmm_ray.steps.score.config import ScoreConfig, ScoringConfig, StatesConfig
-from medmm_ray.steps.score.joining import INPUT_SCHEMA, derange, inputs, question_inputs, shuffled
+from medmm_ray.steps.score.joining import INPUT_SCHEMA, InputFiles, input_files, inputs
 from medmm_ray.steps.score.loading import (
     check_image_input,
     engine_of,
@@ -31,20 +31,19 @@ __all__ = [
     "INPUT_SCHEMA",
     "STATES_VERSION",
     "VERSION",
+    "InputFiles",
     "ScoreConfig",
     "Scorer",
     "ScoringConfig",
     "StateExtractor",
     "StatesConfig",
     "check_image_input",
-    "derange",
     "engine_of",
     "image_input_of",
+    "input_files",
     "inputs",
     "load",
-    "question_inputs",
     "score",
-    "shuffled",
     "states",
     "warn_of_other_inputs",
     "with_trained_inputs",

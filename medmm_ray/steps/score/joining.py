@@ -1,16 +1,21 @@
 """What a question is scored with: its text, documents, images, and the images of another question.
 
-Enters: the tables solutions, questions, images and evidence. Leaves: one row a question, which `score` and `states`
-take. The control arm ``shuffled_image`` swaps whole questions' images, which separates the effect of the
-right image from that of any image.
+Enters: the tables questions, images and evidence, in parts. Leaves: one row a question in a file, which solutions are
+joined with for `score` and `states`. The control arm ``shuffled_image`` swaps whole questions' images, which separates
+the effect of the right image from that of any image. Nothing is held whole: tables are sorted into files and read some
+questions at a time.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from medmm_ray.config import digest
+from medmm_ray.data.records import Evidence, Image, Question, arrow_schema
+from medmm_ray.data.sorted_rows import SortedRows, rows_among, sort_rows, sort_tables, windows, write_sorted
 from medmm_ray.data.tables import attach
 from medmm_ray.text import question_with_options
 
@@ -30,74 +35,87 @@ INPUT_SCHEMA = pa.schema(
         "shuffled_image_error": pa.string(),
     }
 )
+QUESTION_COLUMNS = ["question_id", "split", "question", "options", "image_ids", "error"]
+IMAGE_COLUMNS = ["image_id", "uri", "error"]
+EVIDENCE_COLUMNS = ["question_id", "documents", "images", "error"]
+"""What is needed of the tables."""
+
+SHUFFLED = INPUT_SCHEMA.names[-3:]
+_OWN = pa.schema(
+    # `pictures` are the question's images as one word; null: it has none.
+    [*list(INPUT_SCHEMA)[:-3], pa.field("split", pa.string()), pa.field("pictures", pa.string())]
+)
+_BREAK = "\n"  # between a split, whose name has none, and another word
 
 
-def inputs(solutions: "Dataset", questions: pa.Table, images: pa.Table, evidence: pa.Table, seed: int = 0) -> "Dataset":
-    """`Solutions` rows with all that scoring needs of their question; `score` and `states` take such rows.
+class InputFiles(NamedTuple):
+    """What solutions are joined with: a row a question, of `INPUT_SCHEMA`, and its documents."""
 
-    `questions`, `images` and `evidence` are whole tables; `seed` is `ScoreConfig.seed`.
+    cases: SortedRows
+    documents: SortedRows
+
+
+def inputs(solutions: "Dataset", files: InputFiles) -> "Dataset":
+    """`Solutions` rows with all that scoring needs of their question; `score` and `states` take such rows."""
+    ds = attach(solutions, files.cases, "question_id", INPUT_SCHEMA.names[1:])
+    return attach(ds, files.documents, "question_id", ["documents", "evidence_error"])
+
+
+def input_files(
+    questions: Iterable[pa.Table],
+    images: Iterable[pa.Table],
+    evidence: Iterable[pa.Table],
+    folder: str,
+    seed: int = 0,
+) -> InputFiles:
+    """The tables, each in parts with the columns named above, as files in `folder`; `seed` is `ScoreConfig.seed`.
+
+    A row has a question's text with options, its images and references, and another question's. That one is of the same
+    split and has other images; its references come along, or they would give the first question's diagnosis away.
     """
-    of_questions = question_inputs(questions, images, evidence, seed)
-    documents = evidence.select(["question_id", "documents", "error"])
-    # Under a name of its own: the solutions have a column `error` too.
-    documents = documents.rename_columns(["question_id", "documents", "evidence_error"])
-    ds = attach(solutions, of_questions, "question_id", INPUT_SCHEMA.names[1:])
-    return attach(ds, documents, "question_id", ["documents", "evidence_error"])
-
-
-def question_inputs(questions: pa.Table, images: pa.Table, evidence: pa.Table, seed: int = 0) -> pa.Table:
-    """One row a question (`INPUT_SCHEMA`): its text with options, its images and references, and another question's.
-
-    The other question is of the same split and has other images; its references come along, or they would give the
-    first question's diagnosis away.
-    """
-    files: dict[str, Mapping[str, Any]] = {}
-    for image in images.select(["image_id", "uri", "error"]).to_pylist():
-        files[image["image_id"]] = image
-    references: dict[str, list[str]] = {}
-    for row in evidence.select(["question_id", "images"]).to_pylist():
-        similar_images = row["images"] or []
-        references[row["question_id"]] = [image["uri"] for image in similar_images]
-    columns = [
+    image_rows = sort_rows(
+        images,
+        "image_id",
+        _columns(Image, IMAGE_COLUMNS),
+        f"{folder}/images",
+    )
+    tables = sort_tables(
+        {
+            "questions": (questions, _columns(Question, QUESTION_COLUMNS)),
+            "evidence": (evidence, _columns(Evidence, EVIDENCE_COLUMNS)),
+        },
         "question_id",
-        "split",
-        "question",
-        "options",
-        "image_ids",
-        "error",
-    ]
-    rows = questions.select(columns).to_pylist()
-    images_of: dict[str, _ImageFiles] = {}
-    for row in rows:
-        question_id = row["question_id"]
-        question_references = references.get(question_id, [])
-        images_of[question_id] = _image_files(row["image_ids"], files, question_references)
-    swaps = shuffled(rows, seed)
-    # A lone question keeps its place in the arm, with an error.
-    nothing = _ImageFiles([], [], "no_other_image: no other question of this split has another image to swap in")
-    table: list[dict[str, Any]] = []
-    for row in rows:
-        files_of_row = images_of[row["question_id"]]
-        if not row["image_ids"]:
-            swapped = files_of_row  # a question without an image stays without
-        elif row["question_id"] in swaps:
-            swapped = images_of[swaps[row["question_id"]]]
-        else:
-            swapped = nothing
-        table.append(
-            {
-                "question_id": row["question_id"],
-                "question": question_with_options(row["question"], row["options"]),
-                "question_error": row["error"],
-                "image_uris": files_of_row.uris,
-                "reference_uris": files_of_row.references,
-                "image_error": files_of_row.error,
-                "shuffled_image_uris": swapped.uris,
-                "shuffled_reference_uris": swapped.references,
-                "shuffled_image_error": swapped.error,
-            }
-        )
-    return pa.Table.from_pylist(table, schema=INPUT_SCHEMA)
+        folder,
+    )
+    own_rows = write_sorted(
+        _own_rows(tables, image_rows),
+        "question_id",
+        _OWN,
+        f"{folder}/own",
+    )
+    swapped_rows = _others_rows(own_rows, folder, seed)
+    cases = write_sorted(
+        _cases(own_rows, swapped_rows),
+        "question_id",
+        INPUT_SCHEMA,
+        f"{folder}/cases",
+    )
+    # Under a name of its own: the solutions have a column `error` too.
+    names = {"question_id": "question_id", "documents": "documents", "error": "evidence_error"}
+    documents = (rows.select(list(names)).rename_columns(names) for rows in tables["evidence"].batches())
+    fields = [tables["evidence"].schema.field(name).with_name(new_name) for name, new_name in names.items()]
+    return InputFiles(
+        cases,
+        write_sorted(documents, "question_id", pa.schema(fields), f"{folder}/documents"),
+    )
+
+
+def _columns(record: type, names: Sequence[str]) -> pa.Schema:
+    schema = arrow_schema(record)
+    return pa.schema([schema.field(name) for name in names])
+
+
+# A question's own images
 
 
 class _ImageFiles(NamedTuple):
@@ -106,6 +124,38 @@ class _ImageFiles(NamedTuple):
     uris: list[str]
     references: list[str]
     error: str | None
+
+
+def _own_rows(tables: Mapping[str, SortedRows], images: SortedRows) -> Iterator[pa.Table]:
+    """Rows of `_OWN`, some questions at a time."""
+    for window in windows(tables):
+        questions = window["questions"].to_pylist()
+        image_ids = chain.from_iterable(row["image_ids"] for row in questions)
+        files = rows_among(images, "image_id", image_ids)
+        references: dict[str, list[str]] = {}
+        for row in window["evidence"].to_pylist():
+            references[row["question_id"]] = [image["uri"] for image in row["images"] or ()]
+        rows = [_own_row(row, files, references.get(row["question_id"], [])) for row in questions]
+        yield pa.Table.from_pylist(rows, schema=_OWN)
+
+
+def _own_row(
+    question: Mapping[str, Any],
+    files: Mapping[str, Mapping[str, Any]],
+    references: list[str],
+) -> dict[str, Any]:
+    images = _image_files(question["image_ids"], files, references)
+    return {
+        "question_id": question["question_id"],
+        "question": question_with_options(question["question"], question["options"]),
+        "question_error": question["error"],
+        "image_uris": images.uris,
+        "reference_uris": images.references,
+        "image_error": images.error,
+        "split": question["split"],
+        # The same images in another order are the same images.
+        "pictures": digest(*sorted(question["image_ids"])) if question["image_ids"] else None,
+    }
 
 
 def _image_files(
@@ -123,35 +173,143 @@ def _image_files(
     return _ImageFiles(uris, references, None)
 
 
-def shuffled(questions: Iterable[Mapping[str, Any]], seed: int) -> dict[str, str]:
-    """For each question with images, another one of its split whose images are swapped in.
+# Another question's
 
-    Questions about the same images move together, so that none gets its own again.
+
+def _others_rows(own_rows: SortedRows, folder: str, seed: int) -> SortedRows:
+    """For each question with images those of another one of its split, where there is one.
+
+    Questions about the same images, a group, move together, so that none gets its own again: each group gets the images
+    of the one behind it, in an order drawn from the seed, and the last those of the first.
     """
-    by_split: dict[str, dict[tuple[str, ...], list[str]]] = {}
-    for row in questions:
-        if row["image_ids"]:
-            # The same images in another order are the same images.
-            images = tuple(sorted(row["image_ids"]))
-            by_images = by_split.setdefault(row["split"], {})
-            by_images.setdefault(images, []).append(row["question_id"])
-    swaps: dict[str, str] = {}
-    for by_images in by_split.values():
-        # A group by its smallest id: the same whatever the order of the rows.
-        groups = {min(members): members for members in by_images.values()}
-        if len(groups) > 1:
-            for group, donor in derange(list(groups), seed).items():
-                swaps |= dict.fromkeys(groups[group], donor)
-    return swaps
+    members = sort_rows(
+        map(_members, own_rows.batches()),
+        "group",
+        _MEMBERS,
+        f"{folder}/members",
+    )
+    groups = (_groups(window["members"], seed) for window in windows({"members": members}))
+    ordered = sort_rows(
+        groups,
+        "place",
+        _GROUPS,
+        f"{folder}/groups",
+    )
+    donors = sort_rows(
+        _donors(ordered),
+        "group",
+        _DONORS,
+        f"{folder}/donors",
+    )
+    pairs = (_pairs(window) for window in windows({"members": members, "donors": donors}))
+    by_donor = sort_rows(
+        pairs,
+        "donor",
+        _PAIRS,
+        f"{folder}/pairs",
+    )
+    swapped_rows = (_swapped(window) for window in windows({"pairs": by_donor, "own": own_rows}))
+    return sort_rows(
+        swapped_rows,
+        "question_id",
+        _OTHERS,
+        f"{folder}/others",
+    )
 
 
-def derange(ids: Sequence[str], seed: int) -> dict[str, str]:
-    """A shuffle in which no id stays in place: each id to another one, the same for the same ids and seed in any order.
+def _schema(*names: str) -> pa.Schema:
+    return pa.schema({name: pa.string() for name in names})
 
-    One cycle through all ids in an order drawn from the seed. Raises `ValueError` for fewer than two ids.
-    """
-    # One cycle through all of them: no id can come to stand in its own place.
-    cycle = sorted(set(ids), key=lambda i: digest(seed, i))
-    if len(cycle) < 2:
-        raise ValueError(f"cannot swap {len(cycle)} ids among themselves; at least 2 different ones are needed")
-    return dict(zip(cycle, [*cycle[1:], cycle[0]], strict=True))
+
+_MEMBERS = _schema("group", "question_id")
+_GROUPS = _schema("place", "group", "first_id")
+_DONORS = _schema("group", "donor")
+_PAIRS = _schema("donor", "question_id")
+_OTHERS = pa.schema([INPUT_SCHEMA.field("question_id"), *(INPUT_SCHEMA.field(name) for name in SHUFFLED)])
+
+
+def _members(own_rows: pa.Table) -> pa.Table:
+    """The questions with images, each with its split and images as one word."""
+    own_rows = own_rows.filter(pc.is_valid(own_rows["pictures"]))
+    group = pc.binary_join_element_wise(own_rows["split"], own_rows["pictures"], _BREAK)
+    return pa.table({"group": group, "question_id": own_rows["question_id"]}, schema=_MEMBERS)
+
+
+def _groups(members: pa.Table, seed: int) -> pa.Table:
+    """Groups by their smallest id, the same whatever the order of the rows, each with its place in the drawn order."""
+    counted = members.group_by("group").aggregate([("question_id", "min")])
+    groups, first_ids = counted["group"].to_pylist(), counted["question_id_min"].to_pylist()
+    places: list[str] = []
+    for group, first_id in zip(groups, first_ids, strict=True):
+        places.append(group.partition(_BREAK)[0] + _BREAK + digest(seed, first_id))
+    return pa.table({"place": places, "group": groups, "first_id": first_ids}, schema=_GROUPS)
+
+
+def _donors(ordered: SortedRows) -> Iterator[pa.Table]:
+    """For each group the question that its images come from; a lone group of a split has none."""
+    first: dict[str, str] | None = None
+    previous: dict[str, str] | None = None
+    for batch in ordered.batches():
+        pairs: list[tuple[str, str]] = []
+        for group in batch.to_pylist():
+            if previous is not None and _split_of(previous) == _split_of(group):
+                pairs.append((previous["group"], group["first_id"]))
+            else:
+                pairs += _closing_pair(first, previous)
+                first = group
+            previous = group
+        yield _donor_rows(pairs)
+    yield _donor_rows(_closing_pair(first, previous))
+
+
+def _split_of(group: Mapping[str, str]) -> str:
+    return group["place"].partition(_BREAK)[0]
+
+
+def _closing_pair(
+    first: Mapping[str, str] | None,
+    last: Mapping[str, str] | None,
+) -> list[tuple[str, str]]:
+    """The last group of a split with the first one's question; none where they are one."""
+    if first is None or last is None or first is last:
+        return []
+    return [(last["group"], first["first_id"])]
+
+
+def _donor_rows(pairs: Sequence[tuple[str, str]]) -> pa.Table:
+    rows = [dict(zip(_DONORS.names, pair, strict=True)) for pair in pairs]
+    return pa.Table.from_pylist(rows, schema=_DONORS)
+
+
+def _pairs(window: Mapping[str, pa.Table]) -> pa.Table:
+    """The questions of groups, each with the question that its images come from."""
+    members, donors = window["members"], window["donors"]
+    places = pc.index_in(members["group"], donors["group"].combine_chunks())
+    pairs = pa.table({"donor": donors["donor"].take(places), "question_id": members["question_id"]}, schema=_PAIRS)
+    return pairs.filter(pc.is_valid(pairs["donor"]))
+
+
+def _swapped(window: Mapping[str, pa.Table]) -> pa.Table:
+    """The questions of pairs with the files of the other question."""
+    pairs, own_rows = window["pairs"], window["own"]
+    files = own_rows.take(pc.index_in(pairs["donor"], own_rows["question_id"].combine_chunks()))
+    columns = [files[name.removeprefix("shuffled_")] for name in SHUFFLED]
+    return pa.Table.from_arrays([pairs["question_id"], *columns], schema=_OTHERS)
+
+
+def _cases(own_rows: SortedRows, swapped_rows: SortedRows) -> Iterator[pa.Table]:
+    """Rows of `INPUT_SCHEMA`, some questions at a time."""
+    # A lone question keeps its place in the arm, with an error.
+    nothing = _ImageFiles([], [], "no_other_image: no other question of this split has another image to swap in")
+    for window in windows({"own": own_rows, "others": swapped_rows}):
+        swapped = rows_among(window["others"], "question_id", window["others"]["question_id"].to_pylist())
+        rows = window["own"].to_pylist()
+        for row in rows:
+            files = swapped.get(row["question_id"])
+            if files is not None:
+                row |= files
+            elif row["pictures"] is None:  # a question without an image stays without
+                row |= {name: row[name.removeprefix("shuffled_")] for name in SHUFFLED}
+            else:
+                row |= dict(zip(SHUFFLED, nothing, strict=True))
+        yield pa.Table.from_pylist(rows, schema=INPUT_SCHEMA)

@@ -13,6 +13,7 @@ import pyarrow as pa
 from medmm_ray.config import digest
 from medmm_ray.data import records
 from medmm_ray.data.records import Labels, Solution, Solutions, TreeNode, to_arrow, to_arrow_lists
+from medmm_ray.data.sorted_rows import SortedRows
 from medmm_ray.data.tables import RowError, attach
 from medmm_ray.engines.generator import Generator, MakeGenerator
 from medmm_ray.engines.grader import EquivalenceConfig, Grader, MakeGrader
@@ -47,7 +48,7 @@ def tree_search(
     model: str,
     policy: str,
     config_hash: str,
-    evidence: pa.Table | None = None,
+    evidence: pa.Table | SortedRows | None = None,
     equivalence: EquivalenceConfig | None = None,
     apis: Apis | None = None,
     generator: MakeGenerator = Generator,
@@ -55,8 +56,8 @@ def tree_search(
     """Questions -> `records.Tree` rows.
 
     `model` is the checkpoint that is searched, `policy` what the tables call it, `config_hash` the table's fingerprint.
-    `evidence` (question_id, documents) is needed where config.num_documents > 0. `equivalence` grades open answers as
-    in sampling; `apis` is how the run reaches its model.
+    `evidence` (question_id, documents) is needed where config.num_documents > 0; of `SortedRows` each task reads what
+    it needs. `equivalence` grades open answers as in sampling; `apis` is how the run reaches its model.
     """
     if config.num_documents:
         if evidence is None:

@@ -37,8 +37,7 @@ def markdown(table: BenchmarkTable) -> str:
             words = percent(figure.value) if figure else "–"
             interval = f" ({ends(figure)})" if figure and figure.low is not None else ""
             cells.append(f"*{words}*" if column.is_published and figure else f"{words}{interval}")
-        number = table.questions.get(row)
-        lines.append(_row([row, f"{number:,}" if number else "", *cells]))
+        lines.append(_row([row, table.num_questions(row), *cells]))
     return "\n".join(lines) + "\n"
 
 
@@ -55,8 +54,8 @@ def summary(table: BenchmarkTable) -> RenderableType:
     grid = Table(box=None, pad_edge=False, header_style="dim")
     grid.add_column(METRICS[table.metric])
     for row in table.rows:
-        number = table.questions.get(row)
-        grid.add_column(f"{row} ({number:,})" if number else row, justify="right")
+        number = table.num_questions(row)
+        grid.add_column(f"{row} ({number})" if number else row, justify="right")
     for column in table.columns:
         style = "italic dim" if column.is_published else ""
         name = f"{column.name} (published)" if column.is_published else _name(column)

@@ -33,9 +33,10 @@ def test_benchmarks_by_name_have_the_papers_that_report_them() -> None:
 def test_a_run_its_baseline_and_the_papers_side_by_side() -> None:
     """One question of VQA-RAD and two of SLAKE: best-of-2 by the text .0, by the image 1 and 0."""
     report = evaluate(EvaluateConfig(ns=(1, 2)), **small()).report
-    table = benchmark_table(table_of("vqa_rad,slake"), {"ours": report, "baseline": report})
+    table = benchmark_table(table_of("vqa_rad,slake"), {"ours": report, "baseline": report}, {"slake": 1061})
     assert list(table.rows) == ["vqa_rad", "slake", MEAN]
     assert table.questions == {"vqa_rad": 1, "slake": 2}
+    assert [table.num_questions(row) for row in table.rows] == ["1", "2 of 1,061", ""]
     columns = {(column.owner, column.name): column for column in table.columns}
     ours = columns["ours", "best of 2, multimodal"]
     assert (ours.figures["vqa_rad"].value, ours.figures["vqa_rad"].low) == (1.0, None)
@@ -48,7 +49,7 @@ def test_a_run_its_baseline_and_the_papers_side_by_side() -> None:
 
 def test_a_mean_is_over_all_benchmarks_or_there_is_none() -> None:
     report = evaluate(EvaluateConfig(ns=(1, 2)), **small()).report
-    table = benchmark_table(table_of("vqa_rad,path_vqa"), {"ours": report})
+    table = benchmark_table(table_of("vqa_rad,path_vqa"), {"ours": report}, {})
     ours = [column for column in table.columns if column.owner == "ours"]
     assert all(MEAN not in column.figures for column in ours)
     assert list(table.rows) == ["vqa_rad", "path_vqa", MEAN]  # the plan has a target for it
@@ -61,24 +62,24 @@ def test_step_benchmarks_have_their_kinds_of_errors() -> None:
     rows[0] |= {"dataset": "prmbench", "published_type": "circular"}
     questions = type(tables["questions"]).from_pylist(rows, schema=tables["questions"].schema)
     report = evaluate(EvaluateConfig(), **{**tables, "questions": questions}).report
-    table = benchmark_table(table_of("prmbench"), {"ours": report})
+    table = benchmark_table(table_of("prmbench"), {"ours": report}, {})
     assert list(table.rows) == ["prmbench", "prmbench: circular"]
     columns = {column.name: column.figures for column in table.columns}
     assert columns["multimodal"]["prmbench: circular"].value == report.step["multimodal"].macro_f1 == 1.0
-    assert table.questions == {"prmbench": 3, "prmbench: circular": 3}
+    assert table.questions == {"prmbench": 2, "prmbench: circular": 2}
 
 
 def test_published_figures_are_marked_on_the_page_in_markdown_and_on_the_terminal() -> None:
     from rich.console import Console
 
     report = evaluate(EvaluateConfig(ns=(1, 2)), **small()).report
-    table = benchmark_table(table_of("medical_vqa"), {"<ours>": report})
+    table = benchmark_table(table_of("medical_vqa"), {"<ours>": report}, {"vqa_rad": 451})
     html = render(table)
     assert "<i>82.0\u00a0%</i>" in html
     assert "&lt;ours&gt;" in html
     text = markdown(table)
     assert "*target of the plan, published*" in text.splitlines()[0]
-    assert text.splitlines()[2].startswith("| vqa_rad | 1 | 50.0\u00a0% |")
+    assert text.splitlines()[2].startswith("| vqa_rad | 1 of 451 | 50.0\u00a0% |")
     assert text.splitlines()[2].endswith("| *82.0\u00a0%* |")
     console = Console(width=150)
     with console.capture() as capture:

@@ -39,8 +39,17 @@ class BenchmarkTable:
     metric: Metric
     rows: Sequence[str]
     questions: Mapping[str, int]
-    """By row: the questions, or labelled steps, that the first run has."""
+    """By row: the questions, or labelled solutions, that the first run has."""
+    sizes: Mapping[str, int]
+    """By row: the questions that the benchmark has, where that is known: a sample of them is no benchmark."""
     columns: Sequence[Column]
+
+    def num_questions(self, row: str) -> str:
+        """How many of a row's questions were measured, in words; empty where none was."""
+        number, size = self.questions.get(row), self.sizes.get(row)
+        if number is None:
+            return ""
+        return f"{number:,}" if size in (None, number) else f"{number:,} of {size:,}"
 
 
 PUBLISHED = "published"
@@ -65,8 +74,13 @@ def table_of(name: str) -> PublishedTable:
     return PublishedTable(title=", ".join(data_sets), source="", data_sets=data_sets, systems=tuple(systems))
 
 
-def benchmark_table(published: PublishedTable, runs: Mapping[str, EvaluationReport]) -> BenchmarkTable:
-    """The table of some evaluated runs, by their names: the first is the one that it is about."""
+def benchmark_table(
+    published: PublishedTable, runs: Mapping[str, EvaluationReport], sizes: Mapping[str, int]
+) -> BenchmarkTable:
+    """The table of some evaluated runs, by their names: the first is the one that it is about.
+
+    `sizes` are the questions of the benchmarks' test sets, as far as they are known.
+    """
     columns: list[Column] = []
     questions: dict[str, int] = {}
     for name, report in runs.items():
@@ -86,6 +100,7 @@ def benchmark_table(published: PublishedTable, runs: Mapping[str, EvaluationRepo
         metric=published.metric,
         rows=[*rows, MEAN] if len(published.data_sets) > 1 else rows,
         questions=questions,
+        sizes={row: sizes[row] for row in rows if row in sizes},
         columns=[_with_mean(column, published.data_sets) for column in columns],
     )
 
@@ -133,7 +148,7 @@ def _step_columns(report: EvaluationReport, published: PublishedTable) -> dict[s
                 # All of it first, then the benchmark's own kinds of error.
                 row = data_set if kind == ALL else f"{data_set}: {kind}"
                 figures[row] = Figure(_step_figure(group, published.metric), None, None)
-                counts[row] = group.steps
+                counts[row] = group.solutions
         if figures:
             columns[arm.replace("_", " ")] = (figures, counts)
     return columns

@@ -27,6 +27,8 @@ def run(job: Job) -> None:
         details = pa.concat_tables(block for block in blocks if block.num_rows)
         duplicates = confirm(proposed, pairs, details, job.config)
     final = curate(questions, images, duplicates, job.config)
+    for note in final.notes:
+        job.note(note)
     job.make_rows("images", final.images, "image_id")
     job.make_rows("questions", final.questions, "question_id", final.figures)
 

@@ -1,6 +1,6 @@
 """The source's own solutions and labels as the run's tables: ``python -m jobs.import_labels recipe.yaml run=…``.
 
-For a data set that brings them (ingest.source med_prm, meds3, medmm): run the pipeline ``--until curate`` first. The
+For data sets that bring them (med_prm, meds3, medmm, tables with steps): run the pipeline ``--until curate`` first. The
 tables solutions, judge_labels, monte_carlo_labels, expert_labels, tree_solutions, tree_labels and evidence are written
 in the places of the steps that would have made them, as far as the data set has something for them, so that the next
 run of the pipeline goes on from there (with trees, where it is not ``without`` tree_search). Their manifests say that
@@ -20,11 +20,12 @@ import pyarrow as pa
 from jobs.entry import launch, parser, read_arguments
 from jobs.graph import BY_NAME, LABELS, MAKER, TREES
 from jobs.step import Job, Run
+from medmm_ray.config import ConfigError
 from medmm_ray.data.imported import ImportedRows, imported_policy, imported_rows
 from medmm_ray.data.records import Evidence, ReviewItem, Solutions, Tree, to_arrow
-from medmm_ray.data.sources import SolvedQuestion, load_solved
+from medmm_ray.data.sources import SOLVED, brings_solutions, load_solved
 from medmm_ray.data.tables import Table, TableError, write_rows
-from medmm_ray.steps.ingest import question_rows, read_source, request_of
+from medmm_ray.steps.ingest import ReadSource, question_rows, read_source, reader_of, request_of
 
 TABLES = ("solutions", *LABELS, *TREES, "evidence")
 QUESTIONS_A_PART = 64
@@ -46,13 +47,13 @@ def _main(arguments: argparse.Namespace) -> int:
 
 def import_labels(run: Run) -> dict[str, int]:
     """Write the tables; gives the rows of each that was made."""
-    source = load_solved(run.recipe.ingest.source)
+    sources = _solved_sources(run)
     tables = _open_tables(run)
     curated_ids = set(run.table("questions").to_arrow(["question_id"])["question_id"].to_pylist())
-    # The source is read as a stream: a part of each table is written before the next questions are read.
+    # The sources are read as a stream: a part of each table is written before the next questions are read.
     num_dropped = 0
     filled: set[str] = set()
-    rows = _rows(run, source.solved(request_of(run.recipe.ingest)))
+    rows = _rows(run, sources)
     while part := list(islice(rows, QUESTIONS_A_PART)):
         of_curated: dict[str, ImportedRows] = {}
         for question_id, row in part:
@@ -93,18 +94,34 @@ def _open_tables(run: Run) -> dict[str, Table]:
     return tables
 
 
-def _rows(run: Run, solved: Iterator[SolvedQuestion]) -> Iterator[tuple[str, ImportedRows]]:
-    """Each question's id and rows, in the order of the source."""
-    config = run.recipe.ingest
-    data = read_source(config)
+def _rows(run: Run, sources: Sequence[ReadSource]) -> Iterator[tuple[str, ImportedRows]]:
+    """Each question's id and rows, in the order of the sources that bring solutions."""
     folder = f"{run.uri('raw_images')}/files"
     images = run.table("raw_images").to_arrow()
-    ids = [row.question_id for row in question_rows(data, images, config, folder)]
-    policy = imported_policy(config.source)
     config_hash = run.fingerprint(BY_NAME["sample"])
     tree_hash = run.fingerprint(BY_NAME["tree_search"])
-    for question_id, solved_question in zip(ids, solved, strict=True):
-        yield question_id, imported_rows(question_id, solved_question, policy, config_hash, tree_hash)
+    for source in sources:
+        ids = [row.question_id for row in question_rows([source], images, folder)]
+        policy = imported_policy(source.config.name)
+        reader = load_solved(reader_of(source.config))
+        for question_id, solved in zip(ids, reader.solved(request_of(source.config)), strict=True):
+            yield question_id, imported_rows(question_id, solved, policy, config_hash, tree_hash)
+
+
+def _solved_sources(run: Run) -> list[ReadSource]:
+    """The sources of the recipe that bring solutions; a `ConfigError` where none does."""
+    config = run.recipe.ingest
+    solved = []
+    for source in config.sources:
+        if brings_solutions(request_of(source), reader_of(source)):
+            solved.append(ReadSource(source, read_source(source, config.seed)))
+    if not solved:
+        names = ", ".join(config.names)
+        raise ConfigError(
+            f"none of ingest.sources ({names}) brings solutions; those that do: {', '.join(SOLVED)}, and tables whose "
+            "columns have steps"
+        )
+    return solved
 
 
 def _write(tables: dict[str, Table], rows: dict[str, ImportedRows]) -> set[str]:
@@ -159,7 +176,11 @@ def _label_rows(labels: dict[str, list[dict[str, Any]]], schema: pa.Schema) -> p
 
 def _imported_config(run: Run) -> dict[str, str]:
     """What the manifest of an imported table has in place of a step's config."""
-    return {"imported": run.recipe.ingest.source, "path": run.recipe.ingest.path}
+    sources = run.recipe.ingest.sources
+    return {
+        "imported": ",".join(run.recipe.ingest.names),
+        "path": ",".join(source.path for source in sources),
+    }
 
 
 def _no_evidence(question_id: str) -> Evidence:

@@ -111,8 +111,8 @@ def sizes_of(recipe: Recipe) -> Sizes:
     plan, curate, ingest = recipe.plan, recipe.curate, recipe.ingest
     if plan.gpu not in GPUS:
         raise ConfigError(f"plan.gpu is {plan.gpu!r}; known: {', '.join(GPUS)}")
-    train = _questions(plan.train_questions, curate.max_train, ingest.num_train, "train")
-    test = _questions(plan.test_questions, curate.max_test, ingest.num_test, "test")
+    train = _questions(plan.train_questions, curate.max_train, ingest.num_questions("train"), "train")
+    test = _questions(plan.test_questions, curate.max_test, ingest.num_questions("test"), "test")
     derived = {
         "train_questions": train,
         "test_questions": test,
@@ -222,8 +222,8 @@ def replaced(recipe: Recipe) -> list[str]:
     plan, curate, ingest = recipe.plan, recipe.curate, recipe.ingest
     notes = []
     for split, assumed, limits in (
-        ("train", plan.train_questions, (curate.max_train, ingest.num_train)),
-        ("test", plan.test_questions, (curate.max_test, ingest.num_test)),
+        ("train", plan.train_questions, (curate.max_train, ingest.num_questions("train"))),
+        ("test", plan.test_questions, (curate.max_test, ingest.num_questions("test"))),
     ):
         limit = next((number for number in limits if number is not None), assumed)
         if assumed is not None and assumed != limit:

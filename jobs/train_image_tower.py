@@ -1,5 +1,6 @@
 """Training images with captions -> image_tower, an open_clip checkpoint."""
 
+import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,16 +20,19 @@ def run(job: Job) -> None:
     captions_by_uri: dict[str, list[str]] = {}
     for image in job.read("images").to_pylist():
         if image["split"] == "train" and not image["error"]:
-            captions_by_uri[image["uri"]] = list(captions(job.recipe.ingest.source, image))
+            captions_by_uri[image["uri"]] = list(captions(job.recipe.ingest.names, image))
     rows = [{"image_uri": uri, "captions": texts} for uri, texts in captions_by_uri.items() if texts]
     table = pa.Table.from_pylist(rows, SCHEMA)
     job.make_artifact("image_tower", lambda uri: train_image_tower(job.config, table, uri, job.run_name), resumes=True)
 
 
-def captions(source: str, image: Mapping[str, Any]) -> Sequence[str]:
+def captions(sources: Sequence[str], image: Mapping[str, Any]) -> Sequence[str]:
     """What a picture shows, in words: a source that draws it says it in several ways, others by the diagnosis."""
-    if source in WITH_TRUTH:
-        return load_with_truth(source).drawn_picture(image["annotation"]).captions()
+    for source in sources:
+        if source in WITH_TRUTH:
+            # Pictures of other sources lie beside the drawn ones.
+            with contextlib.suppress(ValueError):
+                return load_with_truth(source).drawn_picture(image["annotation"]).captions()
     return [image["diagnosis"]] if image["diagnosis"] else []
 
 

@@ -20,7 +20,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from medmm_ray.config_tree import KIND, inner_configs, is_by_name, kinds_of, settings
+from medmm_ray.config_tree import KIND, inner_configs, is_by_name, is_listed, kinds_of, settings
 
 JsonObject = dict[str, Any]
 """An object of JSON: what reports are made of."""
@@ -96,6 +96,8 @@ def identity(config: Config) -> dict[str, Any]:
         kinds = kinds_of(info)
         if kinds:
             values |= _engine_identity(kinds, value)
+        elif is_listed(info):
+            values[name] = list(map(identity, value))
         else:
             values[name] = identity(value) if isinstance(value, Config) else value
     # Through JSON: a tuple and the list that a manifest gives back are then equal.
@@ -211,12 +213,32 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     merged = dict(below)
     for key, value in above.items():
         below_value = merged.get(key)
-        if not isinstance(value, Mapping) or not isinstance(below_value, Mapping):
+        if isinstance(value, Mapping) and isinstance(below_value, list):
+            merged[key] = _merge_entries(key, below_value, value)
+        elif not isinstance(value, Mapping) or not isinstance(below_value, Mapping):
             merged[key] = value
         elif KIND in value and KIND in below_value and value[KIND] != below_value[KIND]:
             merged[key] = dict(value)
         else:
             merged[key] = _merge(below_value, value)
+    return merged
+
+
+def _merge_entries(name: str, entries: Sequence[Any], changes: Mapping[Any, Any]) -> list[Any]:
+    """A list of sections with the changes of some, by their places from 0; the place behind the last adds one."""
+    merged = list(entries)
+    for place, change in changes.items():
+        if not str(place).isdigit() or int(place) > len(merged):
+            raise ConfigError(
+                f"{name} is a list of {len(entries)}: {place!r} is no place in it. Write {name}.0.<setting>=<value>, "
+                f"or all of it as {name}=[{{...}}]"
+            )
+        if int(place) == len(merged):
+            merged.append(change)
+        elif isinstance(merged[int(place)], Mapping) and isinstance(change, Mapping):
+            merged[int(place)] = _merge(merged[int(place)], change)
+        else:
+            merged[int(place)] = change
     return merged
 
 
@@ -314,6 +336,10 @@ def _with_kinds(config: type[BaseModel], values: Mapping[str, Any]) -> dict[str,
         info = config.model_fields.get(name)
         if info is None or not isinstance(value, Mapping) or is_by_name(info):
             continue
+        if is_listed(info):
+            defaults = list(map(_set_values, info.default))
+            completed[name] = _merge_entries(name, defaults, value)
+            continue
         if kinds_of(info):
             if isinstance(info.default, Config):
                 completed[name] = {KIND: getattr(info.default, KIND), **value}
@@ -359,12 +385,16 @@ def _place_of(config: type[BaseModel], location: Sequence[str | int]) -> _Place:
     next_sections: Sequence[type[BaseModel]] = [config]
     kinds: Mapping[str, type[BaseModel]] = {}
     is_key = False
+    is_place = False
     for part in map(str, location):
         # Behind a section with kinds pydantic names the kind that it validated.
         if part in kinds:
             next_sections, kinds = [kinds[part]], {}
             continue
         path.append(part)
+        if is_place and part.isdigit():
+            is_place = False
+            continue
         sections, kinds = next_sections, {}
         if is_key:  # of a dict of sections
             is_key = False
@@ -372,7 +402,7 @@ def _place_of(config: type[BaseModel], location: Sequence[str | int]) -> _Place:
         info = next((section.model_fields[part] for section in sections if part in section.model_fields), None)
         next_sections = inner_configs(info.annotation) if info else []
         if info:
-            kinds, is_key = kinds_of(info), is_by_name(info)
+            kinds, is_key, is_place = kinds_of(info), is_by_name(info), is_listed(info)
     return _Place(path, sections, info)
 
 

@@ -1,7 +1,7 @@
 """What a config class is made of: its settings by dotted name, and the sections that a setting may hold.
 
-A setting may hold a section of one of several kinds, told apart by their field `kind` (an engine: vllm, gemini ...), or
-a dict of sections by name (``apis``).
+A setting may hold a section of one of several kinds, told apart by their field `kind` (an engine: vllm, gemini ...), a
+dict of sections by name (``apis``), or a list of them (``ingest.sources``).
 """
 
 from collections.abc import Iterator, Mapping
@@ -39,6 +39,11 @@ def is_by_name(info: FieldInfo) -> bool:
     return get_origin(info.annotation) is dict and bool(inner_configs(info.annotation))
 
 
+def is_listed(info: FieldInfo) -> bool:
+    """Whether a setting holds a list of sections."""
+    return get_origin(info.annotation) is tuple and bool(inner_configs(info.annotation))
+
+
 def kinds_of(info: FieldInfo) -> dict[str, type[BaseModel]]:
     """The sections that a setting may hold, by their kind; empty where it holds none with kinds."""
     kinds: dict[str, type[BaseModel]] = {}
@@ -59,6 +64,8 @@ def settings(config: type[BaseModel], prefix: str = "", default: BaseModel | Non
             yield from _settings_of_kinds(f"{prefix}{name}.", kinds_of(info), part_default)
         elif parts:
             by_name = "<name>." if is_by_name(info) else ""
+            if is_listed(info):
+                by_name = "<number>."
             yield from settings(parts[0], f"{prefix}{name}.{by_name}", part_default)
         else:
             yield Setting(f"{prefix}{name}", info, value)

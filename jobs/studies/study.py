@@ -26,11 +26,13 @@ from medmm_ray.data.sources.phantom import HARD, Hardness, blind_solution, drawn
 from medmm_ray.data.tables import Provenance, Table, write_rows
 from medmm_ray.steps.ingest import (
     IngestConfig,
+    SourceConfig,
     demonstration_rows,
+    drawings_of,
     image_table,
     inspect_batch,
     question_rows,
-    read_source,
+    read_sources,
 )
 from medmm_ray.steps.review import GoldAnswer, truth_labels
 from medmm_ray.text import extract_answer, join_steps, question_with_options
@@ -130,16 +132,15 @@ def train(make_stage: StageFactory, config: TrainConfig, inputs: dict[str, str],
 
 def train_tower(config: StudyConfig, folder: Path) -> None:
     """The image tower of all seeds, by the real stage, on pictures of its own."""
-    ingest = IngestConfig(
+    phantoms = SourceConfig(
         num_train=0,
         num_test=0,
         num_extra_images=config.tower_images,
         hardness=config.hardness,
         image_size=config.tower.image_size,
-        seed=TOWER_SEED,
     )
-    data = read_source(ingest)
-    images = inspect_batch(image_table(data, str(folder.with_name("tower-images"))), data.draw, ingest.image_size)
+    sources = read_sources(IngestConfig(sources=(phantoms,), seed=TOWER_SEED))
+    images = inspect_batch(image_table(sources, str(folder.with_name("tower-images"))), drawings_of(sources))
     rows: list[dict[str, Any]] = []
     for row in images.to_pylist():
         captions = drawn_picture(row["annotation"]).captions()
@@ -163,19 +164,19 @@ def prepare(config: StudyConfig, seed: int, folder: Path, tower: Path, say: Call
     def report(what: str) -> None:
         say(f"seed {seed}: {what} after {time.perf_counter() - started:.0f} s")
 
-    ingest = IngestConfig(
+    phantoms = SourceConfig(
         num_train=config.questions,
         num_test=config.test_questions,
         num_extra_images=config.library,
         num_worked=2,
         hardness=config.hardness,
         image_size=config.tower.image_size,
-        seed=seed,
     )
-    data = read_source(ingest)
-    images = inspect_batch(image_table(data, str(folder / "images")), data.draw, config.tower.image_size)
-    question_records = question_rows(data, images, ingest, str(folder / "images"))
-    demonstrations = records.to_arrow(records.Solutions, demonstration_rows(data, question_records, ingest))
+    ingest = IngestConfig(sources=(phantoms,), seed=seed)
+    sources = read_sources(ingest)
+    images = inspect_batch(image_table(sources, str(folder / "images")), drawings_of(sources))
+    question_records = question_rows(sources, images, str(folder / "images"))
+    demonstrations = records.to_arrow(records.Solutions, demonstration_rows(sources, question_records, ingest))
     solutions, labels = _solutions(config, seed, question_records, images)
     questions = records.to_arrow(records.Question, question_records)
     report(f"{images.num_rows:,} pictures drawn")

@@ -27,7 +27,7 @@ def stream_json(uri: str) -> Iterator[Any]:
 
     fs, path = filesystem(uri)
     if fs.get_file_info(path).type != pafs.FileType.File:
-        raise ConfigError(f"{uri} does not exist; check `path` of the ingest section")
+        raise ConfigError(f"{uri} does not exist; check the `path` of its source")
     count = 0
     with fs.open_input_stream(path) as stream:
         start = stream.read(_HEAD_BYTES)
@@ -94,7 +94,7 @@ def read_text(uri: str) -> str:
     """A file's text, without a byte order mark; a `ConfigError` where there is no such file, or it is no UTF-8."""
     fs, path = filesystem(uri)
     if fs.get_file_info(path).type != pafs.FileType.File:
-        raise ConfigError(f"{uri} does not exist; check `path` and `documents_path` of the ingest section")
+        raise ConfigError(f"{uri} does not exist; check the `path` of its section in ingest")
     with fs.open_input_stream(path) as stream:
         content: bytes = stream.read()
     try:
@@ -118,7 +118,7 @@ def list_files(uri: str, ending: str) -> list[str]:
         if info.is_file and info.base_name.endswith(ending):
             names.append(info.base_name)
     if not names:
-        raise ConfigError(f"{uri} has no *{ending} file; check `path` of the ingest section")
+        raise ConfigError(f"{uri} has no *{ending} file; check the `path` of its source")
     # Sorted: the order of a listing differs between filesystems, and questions keep the order of the files.
     return [f"{uri.rstrip('/')}/{name}" for name in sorted(names)]
 

@@ -3,6 +3,7 @@
 from medmm_ray.text.answers import extract_answer
 from medmm_ray.text.matching import answer_key, equal_key, is_correct, normalise
 from medmm_ray.text.mirage import mirage_answer
+from medmm_ray.text.options import lettered_options
 from medmm_ray.text.steps import (
     LETTERS,
     STEP_MARK,
@@ -38,6 +39,7 @@ __all__ = [
     "is_correct",
     "is_tagged",
     "join_steps",
+    "lettered_options",
     "mirage_answer",
     "normalise",
     "numbered_steps",

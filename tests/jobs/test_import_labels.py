@@ -16,17 +16,17 @@ from medmm_ray.data.sources import SolvedQuestion, SourceLabels, SourceSolution
 from medmm_ray.data.tables import TableError, write_rows
 from medmm_ray.stats.targets import labels_by_solution, targets
 from medmm_ray.steps.export import ExportConfig, export
-from medmm_ray.steps.ingest import question_rows, read_source
+from medmm_ray.steps.ingest import question_rows, read_sources
 from tests.data.sources.test_solved import REAL, TREE, flat, published
 
 
 def curated(tmp_path: Path, source: str, path: Path, dropped: int = 0) -> Run:
     """A run until curate, made in this process; `dropped` questions are left out, as duplicates would be."""
-    words = [f"run={tmp_path}/run", f"ingest.source={source}", f"ingest.path={path}", "ingest.num_train=null"]
+    words = [f"run={tmp_path}/run", f"ingest.sources=[{{name: {source}, path: {path}}}]"]
     run = Run(load_recipe(["jobs/recipes/tiny.yaml", *words]))
     write_rows(run.table("raw_images"), [], Job(run, MAKER["raw_images"]).origin("raw_images"), "image_id")
     images = run.table("raw_images").to_arrow()
-    rows = question_rows(read_source(run.recipe.ingest), images, run.recipe.ingest, "")
+    rows = question_rows(read_sources(run.recipe.ingest), images, "")
     assert Image is run.table("images").record
     kept = rows[: len(rows) - dropped]
     write_rows(run.table("questions"), kept, Job(run, MAKER["questions"]).origin("questions"), "question_id")
@@ -94,7 +94,7 @@ def test_the_job_ends_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixt
     assert job.main(["--help"]) == 0
     assert "import" in capsys.readouterr().out
     assert job.main(["jobs/recipes/tiny.yaml", f"run={tmp_path}"]) == 2
-    assert "source 'phantom' brings no solutions" in capsys.readouterr().err
+    assert "none of ingest.sources (phantom) brings solutions; those that do: med_prm" in capsys.readouterr().err
 
 
 def test_expert_labels_complete_the_review(tmp_path: Path) -> None:

@@ -254,8 +254,10 @@ def test_a_list_may_be_set_in_a_recipe_with_a_seed() -> None:
 @pytest.mark.parametrize(
     "word",
     [
-        "max_error_rate=1.1", "max_error_rate=-0.1", "ingest.num_train=-1", "ingest.num_test=-1",
-        "ingest.num_extra_images=-1", "ingest.num_worked=-1", "ingest.image_size=0", "ingest.batch_size=0",
+        "max_error_rate=1.1", "max_error_rate=-0.1", "ingest.sources.0.num_train=-1", "ingest.sources.0.num_test=-1",
+        "ingest.sources.0.num_extra_images=-1",
+        "ingest.sources.0.num_worked=-1",
+        "ingest.sources.0.image_size=0", "ingest.batch_size=0",
         "sample.engine.batch_size=0", "sample.engine.num_actors=0", "train_policy.batch_size=0",
         "train_text_prm.batch_size=0", "train_two_tower.batch_size=0", "train_image_tower.batch_size=0",
         "embed.text_batch_size=0",

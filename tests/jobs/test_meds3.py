@@ -15,7 +15,7 @@ from jobs.step import Job, Run, load_recipe
 from medmm_ray.data.records import Question, Solutions, to_arrow
 from medmm_ray.data.sources.phantom import PhantomCase, captions, make_questions
 from medmm_ray.data.tables import write_rows
-from medmm_ray.steps.ingest import IngestConfig, read_source
+from medmm_ray.steps.ingest import SourceConfig, read_source
 from medmm_ray.text import extract_answer, join_steps
 from medmm_ray.train.policy import PolicyConfig
 from tests.doubles import tiny_reward_model as tiny
@@ -144,7 +144,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_report_tells_what_the_picture_shows_and_the_worked_solutions_ignore_it() -> None:
-    data = read_source(IngestConfig(source="phantom_reports", num_train=60, num_test=5, num_worked=2))
+    data = read_source(SourceConfig(name="phantom_reports", num_train=60, num_test=5, num_worked=2))
     assert [q.split for q in data.questions] == ["train"] * 60 + ["test"] * 5
     plain = make_questions(0, "train", 60, 0)
     answers = []

@@ -10,15 +10,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medmm_ray.config import build
 from medmm_ray.data.records import Image, Question, to_arrow
 from medmm_ray.data.sources.phantom import make_case, render
 from medmm_ray.data.sources.phantom.case import generator
 from medmm_ray.data.tables import TableError
 from medmm_ray.steps.curate import CurateConfig, confirm, curate, propose, thumbnails
+from medmm_ray.steps.curate.diagnostic import reason
 from medmm_ray.steps.curate.merging import components
 from medmm_ray.steps.curate.near_duplicates import detail, near_pairs, thumbnail_batch
 from medmm_ray.steps.curate.splits import joined_groups
-from medmm_ray.steps.ingest import IngestConfig, image_table, inspect_batch, question_rows, read_source
+from medmm_ray.steps.ingest import (
+    IngestConfig,
+    SourceConfig,
+    drawings_of,
+    image_table,
+    inspect_batch,
+    question_rows,
+    read_sources,
+)
 from tests.paths import REAL_DATA
 
 REAL = REAL_DATA / "vqa_rad"
@@ -270,6 +280,124 @@ def test_limits_keep_the_same_questions_whatever_the_order() -> None:
     assert clean(questions[::-1], images, config=config)[0] == splits
 
 
+def test_an_official_test_stays_as_published() -> None:
+    """What repeats or shares it leaves training; its own repeats are counted, and stay."""
+    official = {"dataset": "medqa", "split": "test"}
+    questions, _, figures = clean(
+        [
+            question("1", [], text="Why?", **official), question("2", [], text="why", **official),
+            question("3", [], text="Why?"), question("4", ["a"], **{**official, "dataset": "vqa_rad"}),
+            question("5", ["a"]), question("6", [], "test", "Who?"), question("7", [], "test", "Who?"),
+        ],
+        [image("a")],
+        config=CurateConfig(max_test=0),
+    )  # fmt: skip
+    assert questions == {"q-1": "test", "q-2": "test", "q-4": "test"}
+    assert figures == {
+        "official_test_repeated": 1, "official_test_medqa": 2, "official_test_vqa_rad": 1, "questions_repeated": 2,
+        "questions_leaked": 1, "questions_over_limit_test": 1, "test_questions": 3, "test_images": 1,
+    }  # fmt: skip
+
+
+def test_a_new_split_leaves_the_official_test_alone() -> None:
+    questions = [
+        question(str(i), [str(i // 2)], dataset="slake", split="test" if i < 20 else "train") for i in range(99)
+    ]
+    questions.append(question("x", ["0"]))
+    images = [image(str(i)) for i in range(50)]
+    splits, _, figures = clean(questions, images, config=CurateConfig(leakage="resplit", test_fraction=0.3))
+    assert {f"q-{i}" for i in range(20)} <= {name for name, split in splits.items() if split == "test"}
+    assert "q-x" not in splits
+    assert figures["questions_leaked"] == 1
+    assert sum(split == "test" for split in splits.values()) > 25
+
+
+QUOTAS = {"train": {"radiology": {"easy": 2, "hard": 3}, "pathology": 1}}
+
+
+def test_quotas_are_exact_and_say_what_they_lack() -> None:
+    questions = [question(f"e{i}", [], difficulty="easy") for i in range(5)]
+    questions += [question(f"h{i}", [], difficulty="hard") for i in range(2)]
+    questions += [question("u", []), question("t", [], "test"), question("o", [], "test", dataset="medqa")]
+    config = build(CurateConfig, {"quotas": QUOTAS}, "test")
+    done = curate(to_arrow(Question, questions), to_arrow(Image, [image("x")]), [], config)
+    assert Counter((q.split, q.difficulty) for q in done.questions) == {
+        ("train", "easy"): 2, ("train", "hard"): 2, ("test", ""): 2,
+    }  # fmt: skip
+    assert done.figures["quota_lacks_train/radiology/hard"] == 1
+    assert done.figures["quota_lacks_train/pathology"] == 1
+    assert done.figures["questions_over_quota"] == 4
+    first, second = done.notes
+    assert first.startswith(
+        "quota train/radiology/hard: 2 of 3 questions, 1 lacking. 1 questions of this modality have no difficulty "
+        "(curate.difficulty=estimate); others of this modality: easy 5; write_questions can write some for 1 pictures"
+    )
+    assert "slake (4,919 questions)" in first
+    assert "data sets that have some (ingest.sources): path_vqa (19,654 questions)" in second
+    again = curate(to_arrow(Question, questions[::-1]), to_arrow(Image, []), [], config)
+    assert [q.question_id for q in again.questions] == [q.question_id for q in done.questions]
+
+
+def test_difficulties_are_estimated_by_shares_where_there_is_none() -> None:
+    questions = [question(str(i), [], text=" ".join(f"{w}of{i}" for w in range(i + 1))) for i in range(10)]
+    questions.append(question("p", [], difficulty="hard", text="Is it?"))
+    done = curate(
+        to_arrow(Question, questions), to_arrow(Image, []), [], build(CurateConfig, {"difficulty": "estimate"}, "test")
+    )
+    difficulties = {q.question_id: q.difficulty for q in done.questions}
+    assert Counter(difficulties[f"q-{i}"] for i in range(10)) == {"easy": 3, "medium": 5, "hard": 2}
+    assert (difficulties["q-0"], difficulties["q-9"], difficulties["q-p"]) == ("easy", "hard", "hard")
+    assert done.figures["difficulty_estimated"] == 10
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("How many ribs are visible?", "counts"),
+        ("What is the number of lesions?", "counts"),
+        ("What imaging modality is used?", "names_the_kind"),
+        ("Which plane is the image displayed in?", "names_the_kind"),
+        ("Is this a MRI of the chest?", "names_the_kind"),
+        ("Is this an axial plane?", "names_the_kind"),
+        ("How was this image taken?", "names_the_kind"),
+        ("What is the function of the liver?", "needs_no_picture"),
+        ("How to treat pneumonia?", "needs_no_picture"),
+        ("Is there a pneumothorax?", None),
+        ("What is the most likely diagnosis?", None),
+        ("What causes the opacity seen in this image?", None),
+        ("Where is the lesion?", None),
+        ("Are the lungs normal appearing?", None),
+    ],
+)
+def test_which_questions_say_nothing_of_a_diagnosis(text: str, why: str | None) -> None:
+    assert reason(text) == why
+
+
+def test_the_diagnostic_filter_spares_official_tests_and_questions_without_pictures() -> None:
+    text = "How many ribs are visible?"
+    questions, _, figures = clean(
+        [
+            question("1", ["a"], text=text), question("2", ["b"], "test", text, dataset="vqa_rad"),
+            question("3", [], text=text), question("4", ["a"], text="Is there a mass?"),
+        ],
+        [image("a"), image("b")],
+        config=CurateConfig(diagnostic_only=True),
+    )  # fmt: skip
+    assert set(questions) == {"q-2", "q-3", "q-4"}
+    assert figures["questions_not_diagnostic_counts"] == 1
+
+
+@pytest.mark.skipif(not (REAL_DATA / "mirage").is_dir(), reason=f"MIRAGE is not at {REAL_DATA}")
+def test_mirage_keeps_its_denominators(tmp_path: Path) -> None:
+    source = SourceConfig(name="mirage", path=str(REAL_DATA / "mirage"))
+    questions, images = real_tables(IngestConfig(sources=(source,)), str(tmp_path))
+    done = curate(questions, images, [], CONFIG)
+    assert Counter(q.dataset for q in done.questions) == {
+        "mmlu": 1089, "medqa": 1273, "medmcqa": 4183, "pubmedqa": 500, "bioasq": 618,
+    }  # fmt: skip
+    assert done.figures["test_questions"] == 7663
+
+
 def test_nothing_left_is_an_error_that_says_why() -> None:
     with pytest.raises(TableError, match=r"leaves none of 1 questions \(questions_error_answer_empty 1\)"):
         clean([question("1", [], error="answer_empty: x")], [])
@@ -280,14 +408,14 @@ def test_components() -> None:
 
 
 def real_tables(config: IngestConfig, folder: str) -> tuple[pa.Table, pa.Table]:
-    data = read_source(config)
-    images = inspect_batch(image_table(data, folder), data.draw, config.image_size)
-    return to_arrow(Question, question_rows(data, images, config, folder)), images
+    sources = read_sources(config)
+    images = inspect_batch(image_table(sources, folder), drawings_of(sources))
+    return to_arrow(Question, question_rows(sources, images, folder)), images
 
 
 def test_phantoms_lose_nothing(tmp_path: Path) -> None:
     """They look alike: hashes propose some pairs, pixels refuse them all."""
-    questions, images = real_tables(IngestConfig(num_train=250, num_test=50), str(tmp_path))
+    questions, images = real_tables(IngestConfig(sources=(SourceConfig(num_train=250, num_test=50),)), str(tmp_path))
     proposed, pairs = propose(images, CONFIG)
     assert len(pairs) > 20
     assert confirm(proposed, pairs, thumbnail_batch(proposed), CONFIG) == []
@@ -300,11 +428,11 @@ def test_phantoms_lose_nothing(tmp_path: Path) -> None:
 @pytest.mark.engine
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"VQA-RAD is not at {REAL}")
 def test_every_test_image_of_vqa_rad_also_occurs_in_train(tmp_path: Path) -> None:
-    questions, images = real_tables(IngestConfig(source="vqa_rad", path=str(REAL)), "")
+    questions, images = real_tables(IngestConfig(sources=(SourceConfig(name="vqa_rad", path=str(REAL)),)), "")
     proposed, pairs = propose(images, CONFIG)
     duplicates = confirm(proposed, pairs, thumbnail_batch(proposed), CONFIG)
     dropped = curate(questions, images, duplicates, CONFIG)
-    resplit = curate(questions, images, duplicates, CurateConfig(leakage="resplit"))
+    resplit = curate(questions, images, duplicates, CurateConfig(leakage="resplit", official_test="as_others"))
     for done in (dropped, resplit):
         by_split = {
             split: {i for q in done.questions if q.split == split for i in q.image_ids} for split in ("train", "test")

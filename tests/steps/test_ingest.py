@@ -18,18 +18,23 @@ from medmm_ray.data.sources import SourceData, SourceDocument, SourceImage, Sour
 from medmm_ray.data.tables import Provenance, RowError, Table, TableError
 from medmm_ray.steps.ingest import (
     IngestConfig,
+    ReadSource,
+    SourceConfig,
     checked_answer,
     demonstration_rows,
     document_rows,
+    drawings_of,
     image_table,
     inspect_batch,
     inspect_image,
     inspect_images,
     question_rows,
     read_source,
+    read_sources,
 )
 
-PHANTOMS = IngestConfig(num_train=5, num_test=3, num_extra_images=2, num_worked=2, image_size=48, seed=3)
+PHANTOM = SourceConfig(num_train=5, num_test=3, num_extra_images=2, num_worked=2, image_size=48)
+PHANTOMS = IngestConfig(sources=(PHANTOM,), seed=3)
 
 
 def picture(path: Path, value: int = 90, size: tuple[int, int] = (20, 10)) -> str:
@@ -49,8 +54,12 @@ def question(name: str = "1", images: tuple[str, ...] = (), **changes: Any) -> S
     return SourceQuestion(**values)
 
 
-def inspected(data: SourceData, folder: str = "") -> pa.Table:
-    return inspect_batch(image_table(data, folder), data.draw, 48)
+def of(data: SourceData, **config: Any) -> list[ReadSource]:
+    return [ReadSource(SourceConfig(**config), data)]
+
+
+def inspected(sources: list[ReadSource], folder: str = "") -> pa.Table:
+    return inspect_batch(image_table(sources, folder), drawings_of(sources))
 
 
 def test_data_set_and_group_of_a_question(tmp_path: Path) -> None:
@@ -62,7 +71,8 @@ def test_data_set_and_group_of_a_question(tmp_path: Path) -> None:
             question("3", dataset="medqa", topic="step1"),
         ],
     )  # fmt: skip
-    rows = question_rows(data, inspected(data), IngestConfig(source="vqa_rad", path="/"), "")
+    sources = of(data, name="vqa_rad")
+    rows = question_rows(sources, inspected(sources), "")
     first_image = hashlib.sha256(Path(a).read_bytes()).hexdigest()[:16]
     assert [(q.source, q.dataset, q.published_type, q.topic, q.group) for q in rows] == [
         ("vqa_rad", "vqa_rad", "", "", f"im{first_image}"),
@@ -78,7 +88,7 @@ def test_an_image_gets_its_hashes_and_size(tmp_path: Path) -> None:
     uri = picture(tmp_path / "a.png")
     content = Path(uri).read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
-    (row,) = inspected(SourceData(images=[source_image(uri, "test")])).to_pylist()
+    (row,) = inspected(of(SourceData(images=[source_image(uri, "test")]))).to_pylist()
     assert row == {
         "image_id": f"im{sha256[:16]}", "uri": uri, "sha256": sha256, "width": 20, "height": 10, "split": "test",
         "perceptual_hash": str(imagehash.phash(PIL.Image.open(uri).convert("RGB"))), "modality": "radiology",
@@ -112,14 +122,14 @@ def test_files_that_are_no_pictures_become_rows_with_errors(tmp_path: Path) -> N
         if content is not None:
             (tmp_path / kind).write_bytes(content)
         images.append(source_image(str(tmp_path / kind)))
-    rows = inspected(SourceData(images=images)).to_pylist()
+    rows = inspected(of(SourceData(images=images))).to_pylist()
     assert [row["error"].partition(":")[0] for row in rows] == list(files)
     assert [row["image_id"] for row in rows] == [f"im{digest(i.uri)}" for i in images]
     assert {(row["sha256"], row["width"]) for row in rows} == {("", 0)}
 
 
 def test_phantoms_are_drawn_below_the_folder_and_a_rerun_gives_the_same_bytes(tmp_path: Path) -> None:
-    data = read_source(PHANTOMS)
+    data = read_sources(PHANTOMS)
     first = inspected(data, f"{tmp_path}/one").to_pylist()
     again = inspected(data, f"{tmp_path}/two").to_pylist()
     assert len(first) == 10
@@ -127,14 +137,14 @@ def test_phantoms_are_drawn_below_the_folder_and_a_rerun_gives_the_same_bytes(tm
     assert len({r["image_id"] for r in first}) == 10
     assert {(r["width"], r["height"], r["error"]) for r in first} == {(48, 48, None)}
     file = Path(first[0]["uri"])
-    assert file.is_relative_to(tmp_path / "one" / "train")
+    assert file.is_relative_to(tmp_path / "one" / "phantom" / "train")
     assert hashlib.sha256(file.read_bytes()).hexdigest() == first[0]["sha256"]
     assert json.loads(first[0]["annotation"])["difficulty"] in ("easy", "medium", "hard")
 
 
 def test_a_file_listed_twice_is_refused() -> None:
     with pytest.raises(TableError, match=r"lists the image x\.png more than once"):
-        image_table(SourceData(images=[source_image("x.png"), source_image("x.png")]), "")
+        image_table(of(SourceData(images=[source_image("x.png"), source_image("x.png")])), "")
 
 
 # Questions
@@ -143,8 +153,9 @@ def test_a_file_listed_twice_is_refused() -> None:
 def test_a_question_s_id_is_made_of_its_content(tmp_path: Path) -> None:
     uri = picture(tmp_path / "a.png")
     data = SourceData(images=[source_image(uri)], questions=[question(images=(uri,), answer="nothing")])
-    images = inspected(data)
-    (row,) = question_rows(data, images, IngestConfig(source="vqa_rad"), "")
+    sources = of(data, name="vqa_rad")
+    images = inspected(sources)
+    (row,) = question_rows(sources, images, "")
     sha256 = images["sha256"][0].as_py()
     content = f'["vqa_rad","What is seen?",["a mass","nothing"],["{sha256}"]]'
     assert row.question_id == "q" + hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -155,14 +166,14 @@ def test_the_fault_of_an_image_is_upstream_in_its_question(tmp_path: Path) -> No
     (tmp_path / "empty.png").write_bytes(b"")
     uri = str(tmp_path / "empty.png")
     data = SourceData(images=[source_image(uri)], questions=[question(images=(uri,)), question("2", ("other.png",))])
-    first, second = question_rows(data, inspected(data), IngestConfig(), "")
+    first, second = question_rows(of(data), inspected(of(data)), "")
     assert first.error == f"upstream: image_empty in {uri}"
     assert second.error == "image_unknown: other.png is none of the source's images"
 
 
 def test_repeats_keep_a_row_of_their_own_and_a_second_name_is_an_error() -> None:
     data = SourceData(questions=[question("1"), question("2"), question("1", question="Other?")])
-    rows = question_rows(data, to_arrow(Image, []), IngestConfig(), "")
+    rows = question_rows(of(data), to_arrow(Image, []), "")
     assert len({r.question_id for r in rows}) == 3
     assert [r.error for r in rows[:2]] == [None, None]
     assert rows[2].error == "duplicate_id: the source has '1' more than once; each id names one"
@@ -200,7 +211,7 @@ def test_unusable_questions_have_a_kind(changes: dict[str, Any], kind: str) -> N
     with pytest.raises(RowError) as fault:
         checked_answer(question(**changes))
     assert fault.value.kind == kind
-    (row,) = question_rows(SourceData(questions=[question(**changes)]), to_arrow(Image, []), IngestConfig(), "")
+    (row,) = question_rows(of(SourceData(questions=[question(**changes)])), to_arrow(Image, []), "")
     assert row.error is not None
     assert row.error.startswith(kind)
 
@@ -210,14 +221,15 @@ def test_unusable_questions_have_a_kind(changes: dict[str, Any], kind: str) -> N
 
 def test_equal_documents_are_kept_once() -> None:
     document = SourceDocument(corpus="c", title="t", text="x")
-    (row,) = document_rows(SourceData(documents=[document, document]))
+    (row,) = document_rows(of(SourceData(documents=[document, document])), IngestConfig())
     assert row.document_id == "d8cd73f0cc9651c79"  # of the SHA-256 of '["c","t","x"]'
 
 
 def test_demonstrations_are_the_worked_solutions_of_training_questions(tmp_path: Path) -> None:
-    data = read_source(PHANTOMS)
-    questions = question_rows(data, inspected(data, str(tmp_path)), PHANTOMS, str(tmp_path))
-    rows = demonstration_rows(data, questions, PHANTOMS)
+    sources = read_sources(PHANTOMS)
+    data = sources[0].data
+    questions = question_rows(sources, inspected(sources, str(tmp_path)), str(tmp_path))
+    rows = demonstration_rows(sources, questions, PHANTOMS)
     assert [r.question_id for r in rows] == [q.question_id for q in questions if q.split == "train"]
     assert {(r.policy, r.num_requested, len(r.solutions), r.config_hash) for r in rows} == {
         ("worked", 2, 2, digest(identity(PHANTOMS)))
@@ -230,12 +242,51 @@ def test_demonstrations_are_the_worked_solutions_of_training_questions(tmp_path:
 
 
 def test_a_real_source_needs_its_path() -> None:
-    with pytest.raises(ConfigError, match=r"ingest\.path is empty: source 'vqa_rad' needs the folder"):
-        read_source(build(IngestConfig, {"source": "vqa_rad"}, "test"))
+    with pytest.raises(ConfigError, match=r"'vqa_rad' has no path, and needs the folder that holds its files"):
+        read_sources(build(IngestConfig, {"sources": [{"name": "vqa_rad"}]}, "test"))
+
+
+def test_an_official_test_question_with_equal_options_is_decided_by_its_letter() -> None:
+    """MedMCQA's published test set has such questions, and figures count them."""
+    repeated: dict[str, Any] = {"options": ("A mass", "a mass.", "none"), "answer": "C"}
+    assert checked_answer(question(split="test", **repeated)) == "C"
+    with pytest.raises(RowError, match="options_repeated"):
+        checked_answer(question(split="train", **repeated))
+    with pytest.raises(RowError, match="options_repeated"):
+        checked_answer(question(split="test", **{**repeated, "answer": "a mass"}))
+
+
+def test_several_sources_are_one_table(tmp_path: Path) -> None:
+    uri = picture(tmp_path / "a.png")
+    sources = [
+        ReadSource(SourceConfig(name="one"), SourceData(images=[source_image(uri)], questions=[question("1", (uri,))])),
+        ReadSource(SourceConfig(name="two"), SourceData(images=[source_image(uri)], questions=[question("1", (uri,))])),
+        ReadSource(PHANTOM, read_source(PHANTOM, 3)),
+    ]
+    images = inspected(sources, f"{tmp_path}/drawn")
+    assert images.num_rows == 1 + 10
+    assert set(images["error"].to_pylist()) == {None}
+    rows = question_rows(sources, images, f"{tmp_path}/drawn")
+    assert [q.source for q in rows] == ["one", "two", *["phantom"] * 8]
+    assert len({q.question_id for q in rows}) == 10
+    assert rows[0].image_ids == rows[1].image_ids
+    assert [q.error for q in rows] == [None] * 10
+
+
+def test_a_list_of_sources_is_set_by_place_and_checked() -> None:
+    with pytest.raises(ConfigError, match=r"sources has 'slake' twice"):
+        build(IngestConfig, {"sources": [{"name": "slake"}, {"name": "slake"}]}, "recipe")
+    with pytest.raises(ConfigError, match=r"unknown name 'sources\.0\.pth'; did you mean"):
+        build(IngestConfig, {"sources": [{"name": "slake", "pth": "x"}]}, "recipe")
+    with pytest.raises(ConfigError, match=r"sources is a list of 1: '3' is no place in it"):
+        build(IngestConfig, {"sources": {"3": {"path": "x"}}}, "recipe")
+    (source,) = build(IngestConfig, {"sources": {"0": {"num_train": 4}}}, "recipe").sources
+    assert (source.name, source.num_train) == ("phantom", 4)
+    assert identity(IngestConfig())["sources"][0]["name"] == "phantom"
 
 
 def test_more_questions_leave_the_first_ones_as_they_are() -> None:
-    few, more = read_source(PHANTOMS), read_source(PHANTOMS.model_copy(update={"num_train": 7}))
+    few, more = read_source(PHANTOM, 3), read_source(PHANTOM.model_copy(update={"num_train": 7}), 3)
     assert list(more.questions[:5]) == list(few.questions[:5])
     assert list(more.questions[7:]) == list(few.questions[5:])
 
@@ -253,12 +304,12 @@ def test_inspecting_again_is_the_same_row(tmp_path: Path) -> None:
 def test_ray_workers_draw_and_inspect(tmp_path: Path, ray_session: None) -> None:
     import ray
 
-    data = read_source(PHANTOMS)
-    images = image_table(data, f"{tmp_path}/pictures")
+    sources = read_sources(PHANTOMS)
+    images = image_table(sources, f"{tmp_path}/pictures")
     table = Table(f"{tmp_path}/raw_images", Image)
     table.prepare()
-    table.write(inspect_images(ray.data.from_arrow(images), PHANTOMS, data.draw), key="uri")
+    table.write(inspect_images(ray.data.from_arrow(images), PHANTOMS, drawings_of(sources)), key="uri")
     origin = Provenance(name="raw_images", fingerprint="f", config={}, upstream={})
     assert table.finish(origin, "uri", images["uri"].to_pylist(), seconds=1.0).rows == 10
-    here = inspected(data, f"{tmp_path}/here").sort_by("sha256")
+    here = inspected(sources, f"{tmp_path}/here").sort_by("sha256")
     assert table.to_arrow().sort_by("sha256")["image_id"].to_pylist() == here["image_id"].to_pylist()

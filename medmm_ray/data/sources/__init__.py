@@ -12,22 +12,26 @@ step is right about one, and what it shows, in words.
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
 import PIL.Image
 
 from medmm_ray.config import Config, ConfigError
+from medmm_ray.data.columns import ColumnMap
 from medmm_ray.data.records import RetrievedImage, StepLabel
-from medmm_ray.data.source_files import Entry, read_jsonl
 
-SOLVED = ("med_prm", "medmm", "meds3")
-"""Sources that bring solutions."""
+SOLVED = ("med_prm", "medmm", "meds3", "table")
+"""Readers that may bring solutions; a table does where its columns have steps."""
 WITHOUT_FILES = ("phantom", "phantom_reports")
 """Sources that make their data: they read no folder."""
 WITH_TRUTH = ("phantom",)
 """Sources whose questions come with `drawn_picture`, so that the truth of every step is known."""
+
+
+Draw = Callable[[str, int], PIL.Image.Image | bytes]
+"""Makes the picture that an annotation describes, of so many pixels a side where the source draws it; or its bytes."""
 
 
 class Hardness(Config):
@@ -47,11 +51,14 @@ class Hardness(Config):
 class SourceRequest:
     """What is asked of a source. `num_train` and `num_test` count questions; None is "all that there are".
 
+    `name` to `columns` are for the readers `table` and `dicom`: the data set's name, its files by split, its columns.
     `num_extra_images` to `seed` are for sources that make their data.
     """
 
     path: str = ""
-    documents_path: str = ""
+    name: str = ""
+    files: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    columns: ColumnMap | None = None
     num_train: int | None = None
     num_test: int | None = None
     num_extra_images: int = 0
@@ -62,13 +69,14 @@ class SourceRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceImage:
-    """One image. `uri` is where its file lies; for a drawn one, its name below the folder that the job gives."""
+    """One image. `uri` is where its file lies; for a `drawn` one, its name below the folder that the job gives."""
 
     uri: str
     split: str
     modality: str
     diagnosis: str = ""
     annotation: str = ""
+    drawn: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,12 +121,12 @@ class SourceDocument:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceData:
-    """All that a source yields. `draw(annotation, size)` makes the pictures of a source that has no files."""
+    """All that a source yields. `draw` makes pictures that are no files of their own: drawn, inside a table, DICOM."""
 
     images: Sequence[SourceImage] = ()
     questions: Sequence[SourceQuestion] = ()
     documents: Sequence[SourceDocument] = field(default_factory=tuple)
-    draw: Callable[[str, int], PIL.Image.Image] | None = None
+    draw: Draw | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,32 +229,15 @@ def load_solved(name: str) -> SolvedSource:
     return cast(SolvedSource, load(name))
 
 
+def brings_solutions(request: SourceRequest, reader: str) -> bool:
+    """Whether a source of this reader brings solutions: a table does where its columns have steps."""
+    if reader == "table":
+        return request.columns is not None and request.columns.steps is not None
+    return reader in SOLVED
+
+
 def load_with_truth(name: str) -> SourceWithTruth:
     """The source `name`, which must know the truth of its pictures."""
     if name not in WITH_TRUTH:
         raise ConfigError(f"source {name!r} does not know its pictures; those that do: {', '.join(WITH_TRUTH)}")
     return cast(SourceWithTruth, load(name))
-
-
-def read_documents(uri: str) -> list[SourceDocument]:
-    """Documents from a JSONL file of ``{"title": …, "text": …}`` (and optionally ``"corpus"``); "" gives none."""
-    if not uri:
-        return []
-    corpus = uri.rstrip("/").rsplit("/", 1)[-1].partition(".")[0]
-    documents = []
-    for row in read_jsonl(_Document, uri):
-        name = corpus if row.corpus is None else row.corpus
-        documents.append(
-            SourceDocument(
-                corpus=name,
-                title=row.title or "",
-                text=row.text,
-            )
-        )
-    return documents
-
-
-class _Document(Entry):
-    title: str | None
-    text: str
-    corpus: str | None = None

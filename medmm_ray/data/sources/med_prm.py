@@ -28,7 +28,6 @@ from medmm_ray.data.sources import (
     SourceQuestion,
     SourceRequest,
     SourceSolution,
-    read_documents,
 )
 from medmm_ray.data.tables import RowError
 from medmm_ray.text import have_marks, reference_steps, step_mark
@@ -88,7 +87,7 @@ def read(request: SourceRequest) -> SourceData:
         questions.append(_question(name, split, row))
         texts.update(dict.fromkeys(row.related_docs))
     related = [SourceDocument(corpus="med_prm", title="", text=text) for text in texts]
-    return SourceData(questions=questions, documents=[*related, *read_documents(request.documents_path)])
+    return SourceData(questions=questions, documents=related)
 
 
 def solved(request: SourceRequest) -> Iterator[SolvedQuestion]:

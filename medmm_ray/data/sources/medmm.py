@@ -27,7 +27,6 @@ from medmm_ray.data.sources import (
     SourceQuestion,
     SourceRequest,
     SourceSolution,
-    read_documents,
 )
 from medmm_ray.data.tables import RowError
 from medmm_ray.stats.targets import merge_annotators
@@ -101,9 +100,7 @@ def read(request: SourceRequest) -> SourceData:
         for uri in question.images:
             # The first question that names an image gives its split.
             images.setdefault(uri, SourceImage(uri=uri, split=split, modality=question.modality))
-    return SourceData(
-        images=list(images.values()), questions=questions, documents=read_documents(request.documents_path)
-    )
+    return SourceData(images=list(images.values()), questions=questions)
 
 
 def solved(request: SourceRequest) -> Iterator[SolvedQuestion]:

@@ -23,12 +23,10 @@ from medmm_ray.data.sources import (
     SourceQuestion,
     SourceRequest,
     SourceSolution,
-    read_documents,
 )
 from medmm_ray.data.tables import RowError
-from medmm_ray.text import LETTERS, extract_answer, join_steps, one_line
+from medmm_ray.text import extract_answer, join_steps, lettered_options
 
-_OPTION = re.compile(r"^\s*\(?([A-Z])[.)]\s+(.*)$")
 _MARK = re.compile(r"^\s*Step\s+\d+\s*: ?")
 _STATED = re.compile(r"^The answer is (.+?)\.?$", re.IGNORECASE | re.DOTALL)
 
@@ -93,7 +91,7 @@ class _Evaluation(Entry):
 def read(request: SourceRequest) -> SourceData:
     """All questions of the files, in their order."""
     questions = [_question(name, split, row) for name, split, row in _entries(request)]
-    return SourceData(questions=questions, documents=read_documents(request.documents_path))
+    return SourceData(questions=questions)
 
 
 def solved(request: SourceRequest) -> Iterator[SolvedQuestion]:
@@ -102,7 +100,7 @@ def solved(request: SourceRequest) -> Iterator[SolvedQuestion]:
         if isinstance(row, _Evaluation):
             yield SolvedQuestion()
             continue
-        _, options = lettered(row.question)
+        _, options = lettered_options(row.question)
         right = [_solution(nodes, options, right=True) for nodes in row.pos or ()]
         wrong = [_solution(nodes, options, right=False) for nodes in row.neg or ()]
         yield SolvedQuestion(solutions=[*right, *wrong])
@@ -129,7 +127,7 @@ def _question(name: str, split: str, row: _Tree | _Evaluation) -> SourceQuestion
         text, answer = row.conversations[0].value, row.eval.answer
     else:
         text, answer = row.question, row.answer
-    question, options = lettered(text)
+    question, options = lettered_options(text)
     answer = answer.strip()
     stated = _STATED.match(answer)  # the trees' files say "The answer is B."
     return SourceQuestion(
@@ -153,39 +151,6 @@ def _dataset(name: str) -> str:
     """
     file = name.rpartition("-")[0]
     return file.removesuffix(".json").lower()
-
-
-def lettered(text: str) -> tuple[str, list[str]]:
-    """A question and its options: the lettered lines at the end of the text, from A on without a gap.
-
-    A line between them that bears no letter, or one out of turn, belongs to the option above it.
-
-    >>> lettered("Which?\\nA. one\\nB. two,\\nor more")
-    ('Which?', ['one', 'two, or more'])
-    """
-    lines = text.rstrip().split("\n")
-    # From the end: an "A." further up is part of the question.
-    for start in reversed(range(len(lines))):
-        mark = _OPTION.match(lines[start])
-        if not mark or mark[1] != "A":
-            continue
-        options = _options(lines[start:])
-        if len(options) > 1:
-            question = "\n".join(lines[:start]).strip()
-            return question, list(map(one_line, options))
-    return text.strip(), []
-
-
-def _options(lines: Sequence[str]) -> list[str]:
-    """The options in lines of which the first is lettered A."""
-    options: list[str] = []
-    for line in lines:
-        mark = _OPTION.match(line)
-        if mark and mark[1] == LETTERS[len(options) : len(options) + 1]:
-            options.append(mark[2])
-        else:
-            options[-1] += f" {line}"
-    return options
 
 
 def _solution(nodes: Sequence[_Node], options: Sequence[str], right: bool) -> SourceSolution:

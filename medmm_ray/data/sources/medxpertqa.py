@@ -14,7 +14,7 @@ from pyarrow import fs as pafs
 from pydantic import BeforeValidator, Field
 
 from medmm_ray.data.source_files import Entry, Options, Texts, Words, files_at, read_jsonl
-from medmm_ray.data.sources import SourceData, SourceImage, SourceQuestion, SourceRequest, read_documents
+from medmm_ray.data.sources import SourceData, SourceImage, SourceQuestion, SourceRequest
 from medmm_ray.data.tables import filesystem
 from medmm_ray.text import LETTERS
 
@@ -75,9 +75,7 @@ def read(request: SourceRequest) -> SourceData:
             )
             for image in uris:
                 images.setdefault(image, SourceImage(uri=image, split="test", modality="radiology"))
-    return SourceData(
-        images=list(images.values()), questions=questions, documents=read_documents(request.documents_path)
-    )
+    return SourceData(images=list(images.values()), questions=questions)
 
 
 def _images_beside(folder: str) -> str:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from medmm_ray.data.source_files import Entry, Options, Words, checked, list_files, read_json, read_jsonl, read_text
-from medmm_ray.data.sources import SourceData, SourceQuestion, SourceRequest, read_documents
+from medmm_ray.data.sources import SourceData, SourceQuestion, SourceRequest
 from medmm_ray.text import LETTERS
 
 MMLU = (
@@ -81,7 +81,7 @@ def read(request: SourceRequest) -> SourceData:
     for read_set in SETS.values():
         # The whole set, so that a fault behind the limit is found too.
         questions += list(read_set(folder))[: request.num_test]
-    return SourceData(questions=questions, documents=read_documents(request.documents_path))
+    return SourceData(questions=questions)
 
 
 def _mmlu(folder: str) -> Iterator[SourceQuestion]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 
 from medmm_ray.data.source_files import Entry, checked, read_json
-from medmm_ray.data.sources import SourceData, SourceImage, SourceQuestion, SourceRequest, read_documents
+from medmm_ray.data.sources import SourceData, SourceImage, SourceQuestion, SourceRequest
 from medmm_ray.data.tables import TableError
 
 FILES = {"train": "trainset.json", "test": "testset.json"}
@@ -41,9 +41,7 @@ def read(request: SourceRequest) -> SourceData:
             uri = f"{folder}/images/{row.image_name}"
             questions.append(_question(row, split, uri))
             images.setdefault(uri, _image(row, split, uri))
-    return SourceData(
-        images=list(images.values()), questions=questions, documents=read_documents(request.documents_path)
-    )
+    return SourceData(images=list(images.values()), questions=questions)
 
 
 def _rows(uri: str) -> list[_Row]:

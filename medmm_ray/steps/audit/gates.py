@@ -26,7 +26,7 @@ EASY = (
 WEAK = "The policy is too weak for these questions, or the judge too strict: look at the judge's agreement first."
 STRONG = "The policy is too good for these questions: add harder ones, or raise sample.temperature."
 LENGTH = "The policy's prompt and demonstrations set how long a step is; sample.min_steps and max_steps what is kept."
-SOURCES = "Add a source that has the missing ones (ingest.source), or name those that you want in audit.modalities."
+SOURCES = "Add a source that has the missing ones (ingest.sources), or name those that you want in audit.modalities."
 LEAKS = "Curate again with curate.leakage=resplit and retrieve anew: until then figures on the test split are void."
 COST = "Judge fewer solutions (judge.max_solutions), lower sample.num_samples_train, or read fewer steps."
 ADVICE = {

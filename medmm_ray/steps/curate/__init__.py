@@ -2,7 +2,8 @@
 
 In order: rows with errors leave; images with the same bytes become one; near duplicates, proposed and confirmed by
 `near_duplicates`, then become one too; a question that occurs twice stays once; pictures that training and test share
-are dealt with (`leakage`); limits are applied. Everything that leaves is counted by its reason.
+are dealt with (`leakage`); difficulties are estimated, quotas and limits applied. Everything that leaves is counted by
+its reason. Official tests stay as published (`official_test`): what repeats or shares them leaves training.
 """
 
 from collections import Counter
@@ -14,22 +15,34 @@ import pyarrow as pa
 from medmm_ray.data.records import Image, Question, from_dict
 from medmm_ray.data.tables import TableError, error_kind
 from medmm_ray.steps.curate.config import CurateConfig
-from medmm_ray.steps.curate.merging import merge_images, merge_questions
+from medmm_ray.steps.curate.diagnostic import diagnostic_questions
+from medmm_ray.steps.curate.difficulty import with_difficulties
+from medmm_ray.steps.curate.leaks import benchmark_guard, without_benchmarks
+from medmm_ray.steps.curate.merging import merge_images, merge_near_texts, merge_questions
 from medmm_ray.steps.curate.near_duplicates import confirm, propose, thumbnails
+from medmm_ray.steps.curate.quotas import within_quotas
 from medmm_ray.steps.curate.reviews import reviewed
-from medmm_ray.steps.curate.splits import drop_leaks, joined_groups, limit_questions, resplit, split_images
+from medmm_ray.steps.curate.splits import (
+    drop_leaks,
+    joined_groups,
+    limit_questions,
+    official_questions,
+    resplit,
+    split_images,
+)
 
-VERSION = 2  # of what a step makes: raise it when the same config makes something else
+VERSION = 3  # of what a step makes: raise it when the same config makes something else
 __all__ = ["CurateConfig", "Curated", "confirm", "curate", "propose", "reviewed", "thumbnails"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curated:
-    """The final rows, and `figures`: what was kept, and what left by reason."""
+    """The final rows, and `figures`: what was kept, and what left by reason; `notes` say what quotas lack."""
 
     questions: list[Question]
     images: list[Image]
     figures: dict[str, float]
+    notes: tuple[str, ...] = ()
 
 
 def curate(
@@ -42,17 +55,25 @@ def curate(
     figures: Counter[str] = Counter()
     unique_images, merged_id = merge_images(images, duplicates, figures)
     usable = _usable(questions, figures)
-    unique = merge_questions(usable, merged_id, figures)
+    official_ids = official_questions(usable, config)
+    diagnostic = diagnostic_questions(usable, official_ids, figures) if config.diagnostic_only else usable
+    unique = merge_questions(diagnostic, merged_id, figures, official_ids)
+    unique = merge_near_texts(unique, config, figures, official_ids)
+    unique = without_benchmarks(unique, benchmark_guard(unique, config, official_ids), figures)
     groups = joined_groups(unique)
     if config.leakage == "resplit":
-        without_leaks = resplit(unique, groups, config)
-    else:
-        without_leaks = drop_leaks(unique, groups, figures)
-    limited = limit_questions(without_leaks, config, figures)
+        unique = resplit(unique, groups, config, official_ids)
+    without_leaks = drop_leaks(unique, groups, figures)
+    if config.difficulty == "estimate":
+        without_leaks = with_difficulties(without_leaks, figures)
+    composed, notes = within_quotas(without_leaks, unique_images, config, official_ids, figures)
+    limited = limit_questions(composed, config, figures, official_ids)
     final_questions = [replace(question, group=groups[question.question_id]) for question in limited]
     final_images = split_images(final_questions, unique_images, figures)
     split_sizes = Counter(question.split for question in final_questions)
     image_split_sizes = Counter(image.split for image in final_images)
+    for dataset, count in sorted(Counter(q.dataset for q in final_questions if q.question_id in official_ids).items()):
+        figures[f"official_test_{dataset}"] = count
     for split in ("train", "test"):
         figures[f"{split}_questions"] = split_sizes[split]
         figures[f"{split}_images"] = image_split_sizes[split]
@@ -68,6 +89,7 @@ def curate(
         questions=final_questions,
         images=final_images,
         figures=sorted_figures,
+        notes=tuple(notes),
     )
 
 

@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from medmm_ray.config import Config, execution
+from medmm_ray.config import Config, Split, execution
 
 
 class CurateConfig(Config):
@@ -20,6 +20,22 @@ class CurateConfig(Config):
     """Questions that a model wrote: none, all that passed their checks, or those that readers keep (`reviews`)."""
     reviews: str = ""
     """What readers said of questions: an export, as python -m jobs.review_page what=questions --export names it."""
+    official_test: Literal["keep", "as_others"] = "keep"
+    """Test questions of benchmarks (python -m jobs.datasets): all stay as published, repeats and leaks leave
+    training."""
+    benchmark_guard: bool = True
+    """Take test questions of benchmarks out of training, also of benchmarks that are not in the run."""
+    guard: tuple[str, ...] = ()
+    """Hashes of further test sets, files that python -m jobs.datasets --hash made."""
+    text_similarity: float = Field(0.8, gt=0, le=1)
+    """Share of common shingles from which two questions without a picture are one; 1: equal texts alone."""
+    diagnostic_only: bool = False
+    """Leave out questions on pictures that only count, name the kind of picture, or need no picture; training's."""
+    difficulty: Literal["as_published", "estimate"] = "as_published"
+    """What questions without a difficulty get: nothing, or an estimate from their form (shares of 30, 50, 20 %)."""
+    quotas: dict[Split, dict[str, int | dict[str, int]]] = Field(default_factory=dict)
+    """Questions of each split, by modality and difficulty: {train: {radiology: {easy: 1200, hard: 800}, clinical:
+    3000}}; what no quota takes leaves, official tests stay."""
     leakage: Literal["drop_train", "resplit"] = "drop_train"
     """Pictures in both splits: drop their training questions, or split all questions anew by picture."""
     test_fraction: float = 0.2
@@ -27,7 +43,7 @@ class CurateConfig(Config):
     max_train: int | None = None
     """Training questions kept at most, chosen by a hash of their ids; none: all."""
     max_test: int | None = None
-    """Test questions kept at most, chosen by a hash of their ids; none: all."""
+    """Test questions kept at most, chosen by a hash of their ids; none: all. Official tests are not counted."""
     seed: int = 0
     """Seed of the new split (`leakage: resplit`) and of the choice under `max_train` and `max_test`."""
     batch_size: int = execution(64, ge=1)

@@ -1,5 +1,6 @@
 """Images and questions, each once."""
 
+import itertools
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +12,8 @@ import pyarrow as pa
 from medmm_ray.config import digest
 from medmm_ray.data.records import Image, Question, from_dict
 from medmm_ray.data.tables import error_kind
+from medmm_ray.steps.curate.config import CurateConfig
+from medmm_ray.steps.curate.near_texts import near_texts
 from medmm_ray.text import normalise
 
 
@@ -59,11 +62,18 @@ def merge_questions(
     questions: Sequence[Question],
     merged_id: Mapping[str, str],
     figures: Counter[str],
+    official_ids: Collection[str] = (),
 ) -> list[Question]:
-    """Questions about merged images, each once: of repeats a test question, else the lowest id, stays."""
+    """Questions about merged images, each once: of repeats an official test's all, else a test question, else the
+    lowest id stays."""
     unique: dict[str, Question] = {}
-    # Test questions come first, so that of a repeat the one in training leaves.
-    for question in sorted(questions, key=lambda q: (q.split != "test", q.question_id)):
+    official: list[Question] = []
+
+    def by_right(question: Question) -> tuple[bool, bool, str]:
+        """Test questions first, so that of a repeat the one in training leaves."""
+        return question.question_id not in official_ids, question.split != "test", question.question_id
+
+    for question in sorted(questions, key=by_right):
         image_ids = [merged_id[image_id] for image_id in question.image_ids]
         question = replace(question, image_ids=image_ids)
         # Spelling alone does not make two questions of one.
@@ -72,11 +82,42 @@ def merge_questions(
         first = unique.setdefault(digest(text, options, image_ids), question)
         if first is question:
             continue
+        if question.question_id in official_ids:
+            figures["official_test_repeated"] += 1
+            official.append(question)
+            continue
         if normalise(first.answer) == normalise(question.answer):
             figures["questions_repeated"] += 1
         else:
             figures["questions_repeated_other_answer"] += 1
-    return sorted(unique.values(), key=lambda q: q.question_id)
+    return sorted([*unique.values(), *official], key=lambda q: q.question_id)
+
+
+def merge_near_texts(
+    questions: Sequence[Question],
+    config: CurateConfig,
+    figures: Counter[str],
+    official_ids: Collection[str] = (),
+) -> list[Question]:
+    """Questions without a picture, each once also where words differ: of near texts an official test's all, else a test
+    question, else the lowest id stays."""
+    textual = [question for question in questions if not question.image_ids]
+    if config.text_similarity >= 1 or len(textual) < 2:
+        return list(questions)
+    texts = [" ".join([question.question, *sorted(question.options)]) for question in textual]
+    pairs = near_texts(texts, config.text_similarity)
+    edges = [(textual[first].question_id, textual[second].question_id) for first, second in pairs.tolist()]
+    by_id = {question.question_id: question for question in textual}
+
+    def by_right(question_id: str) -> tuple[bool, bool, str]:
+        return question_id not in official_ids, by_id[question_id].split != "test", question_id
+
+    dropped: set[str] = set()
+    for group in components(itertools.chain.from_iterable(edges), edges):
+        _, *repeats = sorted(group, key=by_right)
+        dropped.update(question_id for question_id in repeats if question_id not in official_ids)
+    figures["questions_near_duplicate"] = len(dropped)
+    return [question for question in questions if question.question_id not in dropped]
 
 
 def components(nodes: Iterable[str], edges: Collection[tuple[str, str]]) -> list[list[str]]:

@@ -1,10 +1,11 @@
 """Which questions and images are in which split, so that no two splits share a picture."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from medmm_ray.config import digest
+from medmm_ray.data.datasets import benchmarks
 from medmm_ray.data.records import Image, Question
 from medmm_ray.steps.curate.config import CurateConfig
 from medmm_ray.steps.curate.merging import components
@@ -41,12 +42,25 @@ def _group_of_source(question: Question) -> str:
     return question.group or next(iter(question.image_ids), question.question_id)
 
 
+def official_questions(questions: Sequence[Question], config: CurateConfig) -> set[str]:
+    """The ids of benchmarks' test questions, where they are to stay as published."""
+    if config.official_test != "keep":
+        return set()
+    names = benchmarks()
+    return {question.question_id for question in questions if question.split == "test" and question.dataset in names}
+
+
 def resplit(
     questions: Sequence[Question],
     groups: Mapping[str, str],
     config: CurateConfig,
+    official_ids: Collection[str] = (),
 ) -> list[Question]:
-    """The questions with new splits; all of a group get the one that a hash of its name decides."""
+    """The questions with new splits; all of a group get the one that a hash of its name decides.
+
+    An official test stays one: what shares its groups is training's, which `drop_leaks` then takes out.
+    """
+    official_groups = {groups[question_id] for question_id in official_ids}
 
     def split(group: str) -> str:
         # A hash instead of a draw: a group keeps its split when others come or leave.
@@ -57,7 +71,11 @@ def resplit(
     split_anew = []
     for question in questions:
         group = groups[question.question_id]
-        split_anew.append(replace(question, split=split(group)))
+        if group in official_groups:
+            new_split = "test" if question.question_id in official_ids else "train"
+        else:
+            new_split = split(group)
+        split_anew.append(replace(question, split=new_split))
     return split_anew
 
 
@@ -82,18 +100,22 @@ def limit_questions(
     questions: Sequence[Question],
     config: CurateConfig,
     figures: Counter[str],
+    official_ids: Collection[str] = (),
 ) -> list[Question]:
-    """At most `max_train` and `max_test` questions, chosen by a hash of their ids."""
+    """At most `max_train` and `max_test` questions, chosen by a hash of their ids; official tests are not counted."""
     by_split: defaultdict[str, list[Question]] = defaultdict(list)
+    within: list[Question] = []
     for question in questions:
-        by_split[question.split].append(question)
+        if question.question_id in official_ids:
+            within.append(question)
+        else:
+            by_split[question.split].append(question)
     limits = {"train": config.max_train, "test": config.max_test}
 
     def by_hash(question: Question) -> str:
         """A place in the choice that stays when other questions come or leave."""
         return digest("limit", config.seed, question.question_id)
 
-    within: list[Question] = []
     for split, members in by_split.items():
         limit = limits.get(split)
         chosen = sorted(members, key=by_hash)[:limit]

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from medmm_ray.config import ConfigError
-from medmm_ray.data.sources import SourceDocument, SourceRequest, load, names, read_documents
+from medmm_ray.data.sources import SourceRequest, load, names
 from medmm_ray.data.sources.vqa_rad import read
 from medmm_ray.data.tables import TableError
 from tests.paths import REAL_DATA
@@ -57,7 +57,7 @@ def test_limits_take_the_first_rows(tmp_path: Path) -> None:
 
 
 def test_faults_name_file_and_field(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"trainset\.json does not exist; check `path`"):
+    with pytest.raises(ConfigError, match=r"trainset\.json does not exist; check the `path`"):
         read(SourceRequest(path=str(tmp_path)))
     bad = entry()
     del bad["answer"]
@@ -75,27 +75,6 @@ def test_faults_name_file_and_field(tmp_path: Path) -> None:
     (tmp_path / "trainset.json").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(ConfigError, match=r"trainset\.json is not UTF-8 text"):
         read(SourceRequest(path=str(tmp_path)))
-
-
-def test_documents_come_from_a_jsonl_file(tmp_path: Path) -> None:
-    path = tmp_path / "guides.jsonl"
-    path.write_text('{"title": "A", "text": "one"}\n\n{"title": "B", "text": "two", "corpus": "own"}\n')
-    assert read_documents(str(path)) == [
-        SourceDocument(corpus="guides", title="A", text="one"),
-        SourceDocument(corpus="own", title="B", text="two"),
-    ]
-    assert read_documents("") == []
-    path.write_text('{"title": "A", "text": "one"}\n{"title": "A"}\n')
-    with pytest.raises(TableError, match=r"guides\.jsonl line 2: the field 'text' is missing; it has \['title'\]"):
-        read_documents(str(path))
-    path.write_text('{"title": null, "text": "one\u2028two"}\n{"title": "A", "text": null}\n')
-    with pytest.raises(TableError, match=r"guides\.jsonl line 2: text must be text, not null"):
-        read_documents(str(path))
-    path.write_text('{"title": null, "text": "one\u2028two"}\n')
-    assert read_documents(str(path)) == [SourceDocument(corpus="guides", title="", text="one\u2028two")]
-    path.write_text("{oops\n")
-    with pytest.raises(TableError, match=r"guides\.jsonl line 1 is not valid JSON"):
-        read_documents(str(path))
 
 
 def test_sources_are_found_by_name() -> None:

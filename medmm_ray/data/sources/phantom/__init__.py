@@ -17,7 +17,6 @@ from medmm_ray.data.sources import (
     SourceImage,
     SourceQuestion,
     SourceRequest,
-    read_documents,
 )
 from medmm_ray.data.sources.phantom.captions import captions
 from medmm_ray.data.sources.phantom.case import HARD, PLAIN, PhantomCase, generator, make_case
@@ -80,8 +79,7 @@ def read(request: SourceRequest) -> SourceData:
                 )
             )
     images += [_image(case, "train") for case in _extra_cases(request.seed, request.num_extra_images, hardness)]
-    documents = [*DOCUMENTS, *read_documents(request.documents_path)]
-    return SourceData(images=images, questions=questions, documents=documents, draw=draw)
+    return SourceData(images=images, questions=questions, documents=DOCUMENTS, draw=draw)
 
 
 def draw(annotation: str, size: int) -> PIL.Image.Image:
@@ -131,6 +129,7 @@ def _image(case: PhantomCase, split: str) -> SourceImage:
         modality="radiology",
         diagnosis=case.diagnosis,
         annotation=annotation,
+        drawn=True,
     )
 
 

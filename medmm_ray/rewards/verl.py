@@ -1,11 +1,13 @@
 """Reward functions for verl, named in its configuration:
 
-    reward.custom_reward_function.path=<site-packages>/medmm_ray/rewards/verl.py
-    reward.custom_reward_function.name=compute_score          # or compute_scores for the batch manager
-    reward.custom_reward_function.reward_kwargs.url=http://127.0.0.1:8000
+    reward:
+      custom_reward_function:
+        path: <site-packages>/medmm_ray/rewards/verl.py
+        name: compute_score                                # or compute_scores for the batch manager
+        reward_kwargs: {url: http://127.0.0.1:8000}
 
-(earlier versions have it without ``reward.``). verl calls the one for each sample, the other for a batch. `extra_info`
-of a row has the prompt's fields by the names of `/v1/rewards`: question at least, options, documents, image;
+(earlier versions have `custom_reward_function` at the top). verl calls the one for each sample, the other for a batch.
+`extra_info` of a row has the prompt's fields by the names of `/v1/rewards`: question at least, options, documents, image;
 `ground_truth` is the right answer, empty: not known.
 """
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from jobs.entry import launch, parser, read_arguments
 from jobs.step import Run
 from medmm_ray.service.config import ServeConfig
+from medmm_ray.service.retrieval import RetrievalConfig
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -30,9 +31,23 @@ def _main(arguments: argparse.Namespace) -> int:
 def serve_config(run: Run) -> ServeConfig:
     """The recipe's serve section, with the run's own model where it names none."""
     config = run.recipe.serve
+    if config.retrieval is not None:
+        config = config.model_copy(update={"retrieval": _retrieval(run, config.retrieval)})
     if config.model:
         return config
     return config.model_copy(update={"model": run.model("two_tower")})
+
+
+def _retrieval(run: Run, config: RetrievalConfig) -> RetrievalConfig:
+    """The run's own index, encoders and way of searching, where the recipe does not say others."""
+    own = {
+        "index": run.uri("index"),
+        "image_tower": run.model("image_tower"),
+        "embed": run.recipe.embed,
+        "retrieve": run.recipe.retrieve,
+    }
+    missing = {name: value for name, value in own.items() if name not in config.model_fields_set}
+    return config.model_copy(update=missing)
 
 
 if __name__ == "__main__":

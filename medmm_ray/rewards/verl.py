@@ -7,8 +7,8 @@
         reward_kwargs: {url: http://127.0.0.1:8000}
 
 (earlier versions have `custom_reward_function` at the top). verl calls the one for each sample, the other for a batch.
-`extra_info` of a row has the prompt's fields by the names of `/v1/rewards`: question at least, options, documents, image;
-`ground_truth` is the right answer, empty: not known.
+`extra_info` of a row has the prompt's fields by the names of `/v1/rewards`: question at least, options, documents,
+image; `ground_truth` is the right answer, empty: not known.
 """
 
 from collections.abc import Mapping, Sequence

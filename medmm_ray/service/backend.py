@@ -1,19 +1,31 @@
 """What every route works with: the model behind one function, what it can read, and the limits of a request."""
 
 import asyncio
+import base64
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Any, TypeVar
 
 from medmm_ray.data.tables import RowError
+from medmm_ray.engines.images import decode_image
 from medmm_ray.service.audit import tally
 from medmm_ray.service.config import ServeConfig
+from medmm_ray.service.evidence import EvidenceQuery, EvidenceRequest, EvidenceSource, RetrievedEvidence
 from medmm_ray.service.limits import check_size
 from medmm_ray.service.metrics import ServiceMetrics
 from medmm_ray.service.problems import Kind, Problem
 from medmm_ray.service.readiness import Readiness, Scorer
-from medmm_ray.service.rerank import Case, ModelTraits, RerankAnswer, RerankRequest, Scored, rerank, to_model_input
+from medmm_ray.service.rerank import (
+    Case,
+    ModelTraits,
+    RerankAnswer,
+    RerankRequest,
+    Scored,
+    from_base64,
+    rerank,
+    to_model_input,
+)
 
 T = TypeVar("T")
 
@@ -27,6 +39,7 @@ class Backend:
     traits: ModelTraits
     readiness: Readiness
     fingerprint: str = ""
+    evidence: EvidenceSource | None = None
     metrics: ServiceMetrics = field(default_factory=ServiceMetrics)
 
     @property
@@ -45,24 +58,83 @@ class Backend:
         self.check_model(case.model)
         # The cheapest checks come first: what they refuse has cost nothing yet.
         check_size(case, self.config)
+        case, evidence = await self._with_evidence(case)
         if case.image is not None and not self.traits.has_image_tower:
             raise Problem(Kind.INVALID, f"image: the model {self.model} has no image tower; leave the image out")
         try:
             # Decoding images takes a while: in a thread, so that other requests are read meanwhile.
             model_input = await asyncio.to_thread(to_model_input, case, self.config.max_image_pixels)
         except RowError as error:
-            kind = Kind.TOO_LARGE if error.kind.endswith("_too_large") else Kind.INVALID
-            raise Problem(kind, str(error)) from error
-        scored = await self.score(model_input)
+            raise _problem(error) from error
+        scored = replace(await self.score(model_input), evidence=evidence)
         self.metrics.add_scores(scored)
         tally().add(model_input, scored)
         return scored
+
+    async def _with_evidence(self, case: Case) -> tuple[Case, RetrievedEvidence | None]:
+        """A case with what its `retrieve` asks for behind its own documents and reference images."""
+        wanted = case.retrieve
+        if wanted is None or not (wanted.documents or wanted.images):
+            return case, None
+        if self.evidence is None:
+            raise Problem(Kind.INVALID, "retrieve: no index is served (retrieval); send the documents themselves")
+        if wanted.images and case.image is None:
+            raise Problem(Kind.INVALID, f"retrieve: {wanted.images} similar images of none; send an image")
+        self._check_evidence(wanted)
+        image = await self._image(case, is_searched_by=wanted.images > 0)
+        found = await self.evidence(
+            EvidenceQuery(
+                question=case.question,
+                options=case.options,
+                image=image,
+                num_documents=wanted.documents,
+                num_images=wanted.images,
+                modality=wanted.modality,
+            )
+        )
+        # What the request has of its own was chosen by somebody: it comes first.
+        files = [base64.b64encode(content).decode() for content in found.contents]
+        more = {
+            "documents": [*case.documents, *(document.text for document in found.documents)],
+            "reference_images": [*case.reference_images, *files],
+        }
+        case = case.model_copy(update=more)
+        check_size(case, self.config)
+        return case, found.answer()
+
+    async def _image(self, case: Case, is_searched_by: bool) -> bytes | None:
+        """The bytes of a case's image; decoded once, to refuse here what the index could not read."""
+        if case.image is None:
+            return None
+        try:
+            content = from_base64("image", case.image)
+            if is_searched_by:
+                await asyncio.to_thread(decode_image, content, "image", self.config.max_image_pixels)
+        except RowError as error:
+            raise _problem(error) from error
+        return content
+
+    def _check_evidence(self, wanted: EvidenceRequest) -> None:
+        """Refuse more than the index gives to a request."""
+        assert self.config.retrieval is not None
+        most = self.config.retrieval.retrieve
+        for name, number, limit in (
+            ("documents", wanted.documents, most.num_documents),
+            ("images", wanted.images, most.num_images),
+        ):
+            if number > limit:
+                raise Problem(Kind.TOO_LARGE, f"retrieve: {number} {name}; at most {limit} are looked up")
 
     async def rerank(self, request: RerankRequest) -> RerankAnswer:
         """The answer to a rerank request."""
         scored = await self.score_case(request)
         # In a thread: finding the answers in long texts takes a while too.
         return await asyncio.to_thread(rerank, request, scored, self.model, self.traits.warnings(request))
+
+
+def _problem(error: RowError) -> Problem:
+    """What a client is told of an image that cannot be used."""
+    return Problem(Kind.TOO_LARGE if error.kind.endswith("_too_large") else Kind.INVALID, str(error))
 
 
 async def together(parts: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

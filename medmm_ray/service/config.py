@@ -7,6 +7,7 @@ from pydantic import Field
 from medmm_ray.config import execution
 from medmm_ray.engines.images import MAX_PIXELS
 from medmm_ray.engines.placement import GpuPlacement
+from medmm_ray.service.retrieval import RetrievalConfig
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -55,6 +56,8 @@ class ServeConfig(GpuPlacement):
     """Address to listen on; any other than loopback needs keys."""
     port: Annotated[int, Field(ge=0, le=65535)] = execution(8000)
     """TCP port to listen on; 0 takes a free one."""
+    retrieval: RetrievalConfig | None = execution(None)
+    """The index that requests may ask for evidence from; none: there is none."""
     access: Literal["keys", "loopback"] = execution("keys")
     """Who is answered: who has a key, or, without any, whoever asks this machine's loopback address."""
     keys: str | None = execution(None)

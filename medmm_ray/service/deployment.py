@@ -34,16 +34,19 @@ from medmm_ray.engines.placement import actor_placement
 from medmm_ray.service.app import api
 from medmm_ray.service.backend import Backend
 from medmm_ray.service.config import ServeConfig
+from medmm_ray.service.evidence import EvidenceQuery, EvidenceSource, Found
 from medmm_ray.service.guard import is_loopback
 from medmm_ray.service.keys import Key, Keyring, sha256
 from medmm_ray.service.metrics import EXPORTED, Increases, ServiceMetrics
 from medmm_ray.service.quotas import Quotas
 from medmm_ray.service.readiness import TINY_CASE, Readiness
 from medmm_ray.service.rerank import ModelInput, ModelTraits, Scored, StepLogOdds
+from medmm_ray.service.retrieval import EvidenceSearch, RetrievalConfig
 from medmm_ray.session import has_token_mode
 
 if TYPE_CHECKING:
     from ray import serve
+    from ray.serve.handle import DeploymentHandle
 
     from medmm_ray.reward_model import RewardModel
 
@@ -53,7 +56,12 @@ logger = logging.getLogger("ray.serve")  # the one that a replica writes to its 
 class Reranker:
     """One replica: loads the model, collects requests into batches, scores them on one thread."""
 
-    def __init__(self, config: ServeConfig, fixed_keys: Sequence[Key] = ()) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        fixed_keys: Sequence[Key] = (),
+        evidence: "DeploymentHandle[EvidenceSearch] | None" = None,
+    ) -> None:
         _refuse_without_token_mode()  # a cluster's mode may differ from the driver's; this process opens the port
         # Here, not above: a driver that starts the replicas needs no torch.
         from ray import serve
@@ -87,7 +95,15 @@ class Reranker:
         traits = ModelTraits(model.reads_images, **asdict(model.trained_inputs))
         readiness = Readiness(tiny.log_odds)
         metrics = ServiceMetrics(_ray_counters())
-        backend = Backend(scored, config, traits, readiness, fingerprint_of(folder), metrics)
+        backend = Backend(
+            scored,
+            config,
+            traits,
+            readiness,
+            fingerprint=fingerprint_of(folder),
+            evidence=_source(evidence),
+            metrics=metrics,
+        )
         self._app = api(backend, keyring_of(config, fixed_keys), Quotas(_num_replicas))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -191,7 +207,35 @@ def application(config: ServeConfig) -> "serve.Application":
         },
     )(serve.ingress()(Reranker))
     # The replicas get hashes: a deployment's arguments are readable in the dashboard.
-    return deployment.bind(config.model_copy(update={"model": name}), fixed_keys)
+    config = config.model_copy(update={"model": name})
+    if config.retrieval is None:
+        return deployment.bind(config, fixed_keys)
+    return deployment.bind(config, fixed_keys, _evidence_search(config.retrieval))
+
+
+def _evidence_search(config: RetrievalConfig) -> "serve.Application":
+    """The deployment that the scorer's replicas ask for evidence."""
+    from ray import serve
+
+    deployment = serve.deployment(
+        name="EvidenceSearch",
+        num_replicas=config.num_replicas,
+        ray_actor_options={"num_cpus": config.num_cpus},
+    )(EvidenceSearch)
+    return deployment.bind(config)
+
+
+def _source(handle: "DeploymentHandle[EvidenceSearch] | None") -> EvidenceSource | None:
+    if handle is None:
+        return None
+    search = handle.find
+
+    async def find(query: EvidenceQuery) -> Found:
+        """What the deployment finds."""
+        found: Found = await search.remote(query)
+        return found
+
+    return find
 
 
 def _keys_of_environment(config: ServeConfig) -> tuple[Key, ...]:

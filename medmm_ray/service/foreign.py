@@ -10,17 +10,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from medmm_ray.service.messages import Answer, Message, Words
 from medmm_ray.service.problems import Kind, Problem
-from medmm_ray.service.rerank import (
-    Aggregate,
-    Answer,
-    Message,
-    RerankAnswer,
-    RerankRequest,
-    Solution,
-    Usage,
-    Words,
-)
+from medmm_ray.service.rerank import Aggregate, RerankAnswer, RerankRequest, Solution, Usage
 
 # Cohere's and Jina's rerank
 

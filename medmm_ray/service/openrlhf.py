@@ -7,8 +7,9 @@ from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
+from medmm_ray.service.messages import Answer, Message
 from medmm_ray.service.problems import Kind, Problem
-from medmm_ray.service.rerank import Answer, AnswerType, Message
+from medmm_ray.service.rerank import AnswerType
 from medmm_ray.service.rewards import PromptCompletions, Reward, RewardsRequest
 
 # Queries are decoded with special tokens: those behind a completion are no part of it.

@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal, Protocol, get_args
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from medmm_ray import text
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.images import decode_image
+from medmm_ray.service.evidence import EvidenceRequest, RetrievedEvidence
+from medmm_ray.service.messages import Answer, Message, Words
 from medmm_ray.stats import decoders, metrics
 
 if TYPE_CHECKING:
@@ -27,7 +29,6 @@ Aggregate = Literal["min", "last", "mean"]
 AGGREGATES: tuple[Aggregate, ...] = get_args(Aggregate)
 AnswerType = Literal["choice", "yes_no", "open"]
 Arm = Literal["multimodal", "text_only"]
-Words = Annotated[str, Field(pattern=r"\S")]  # text that is more than white space
 
 
 class StepLogOdds(Protocol):
@@ -46,18 +47,6 @@ class StepLogOdds(Protocol):
         """Why the solution has no score; None where it has one."""
 
 
-class Message(BaseModel):
-    """Base of what is sent: unknown names and wrong types are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
-
-
-class Answer(BaseModel):
-    """Base of what is answered: a client passes over names that a later service may add."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, use_attribute_docstrings=True)
-
-
 Solution = Words | Annotated[list[Words], Field(min_length=1)]
 """A text with ``Step 1:`` … marks, or a list of steps."""
 
@@ -69,12 +58,14 @@ class Context(Message):
     """The question, without its options."""
     options: list[Words] = Field(default=[], max_length=len(text.LETTERS))
     """Answer options in the order of their letters (A, B, …); empty for yes/no and open questions."""
-    documents: list[Words] = []
+    documents: list[Words] = Field(default=[])
     """Texts of supporting documents, best first."""
     image: Words | None = Field(default=None, examples=[None])
     """The question's image as base64 (PNG, JPEG, …), a `data:` URL is accepted; none: the text model alone scores."""
-    reference_images: list[Words] = []
+    reference_images: list[Words] = Field(default=[])
     """Similar cases' images as base64, most similar first; they need `image`."""
+    retrieve: EvidenceRequest | None = None
+    """How much evidence to look up in the served index, behind what the request has of its own; none: nothing."""
     model: str | None = None
     """Name of the model, one of `GET /v1/models`; none: the one that is served."""
 
@@ -155,8 +146,10 @@ class RerankAnswer(Answer):
     majority: ChosenAnswer
     """The answer that most solutions give, for comparison: no reward takes part."""
     solutions: list[ScoredSolution]
-    warnings: list[str] = []
+    warnings: list[str] = Field(default=[])
     """What of the request is outside of what the model was trained on, so that the scores may be worth less."""
+    evidence: RetrievedEvidence | None = None
+    """What was retrieved, where `retrieve` asked for it."""
     usage: Usage | None = None
     """What the request cost; null where it was not counted."""
 
@@ -167,6 +160,7 @@ class Scored:
 
     solutions: Sequence[StepLogOdds]
     num_tokens: int | None = None
+    evidence: RetrievedEvidence | None = None
 
     @property
     def usage(self) -> Usage | None:
@@ -313,6 +307,7 @@ def rerank(request: RerankRequest, scored: Scored, model: str, warnings: Sequenc
         majority=_vote(answers, ranking, None),
         solutions=solutions,
         warnings=list(warnings),
+        evidence=scored.evidence,
         usage=scored.usage,
     )
 

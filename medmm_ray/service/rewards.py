@@ -13,13 +13,12 @@ from collections.abc import Sequence
 
 from pydantic import Field, model_validator
 
+from medmm_ray.service.messages import Answer, Message
 from medmm_ray.service.problems import Kind, Problem
 from medmm_ray.service.rerank import (
-    Answer,
     AnswerType,
     Case,
     Context,
-    Message,
     Scored,
     Solution,
     StepLogOdds,

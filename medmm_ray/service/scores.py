@@ -2,7 +2,9 @@
 
 from pydantic import Field
 
-from medmm_ray.service.rerank import Answer, Arm, Case, Scored, Usage, arm_of, step_totals
+from medmm_ray.service.evidence import RetrievedEvidence
+from medmm_ray.service.messages import Answer
+from medmm_ray.service.rerank import Arm, Case, Scored, Usage, arm_of, step_totals
 from medmm_ray.stats import metrics
 
 
@@ -34,6 +36,8 @@ class ScoreAnswer(Answer):
     solutions: list[SolutionScores]
     warnings: list[str] = Field(default=[])
     """What of the request is outside of what the model was trained on, so that the scores may be worth less."""
+    evidence: RetrievedEvidence | None = None
+    """What was retrieved, where `retrieve` asked for it."""
     usage: Usage | None = None
     """What the request cost; null where it was not counted."""
 
@@ -61,5 +65,6 @@ def score_answer(request: ScoreRequest, scored: Scored, model: str, warnings: li
         arm=arm_of(request),
         solutions=solutions,
         warnings=warnings,
+        evidence=scored.evidence,
         usage=scored.usage,
     )

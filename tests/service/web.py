@@ -13,6 +13,7 @@ from medmm_ray.service.app import api
 from medmm_ray.service.backend import Backend
 from medmm_ray.service.config import ServeConfig
 from medmm_ray.service.deployment import score_inputs
+from medmm_ray.service.evidence import EvidenceSource
 from medmm_ray.service.keys import Key, Keyring, sha256
 from medmm_ray.service.quotas import Quotas
 from medmm_ray.service.readiness import Readiness, not_stuck
@@ -72,6 +73,7 @@ def client(
     stuck: Callable[[], str | None] = not_stuck,
     keyring: Keyring | None = None,
     quotas: Quotas | None = None,
+    evidence: EvidenceSource | None = None,
     **fields: Any,
 ) -> TestClient:
     async def score(case: ModelInput) -> Scored:
@@ -80,7 +82,7 @@ def client(
     config = ServeConfig(model="runs/x/two_tower", **fields)
     if token:
         keyring = Keyring([Key(name="MEDMM_TOKEN", sha256=sha256(token), scopes=("admin",))])
-    app = api(Backend(score, config, traits, Readiness([2.0, 2.0], stuck), "f00d"), keyring, quotas)
+    app = api(Backend(score, config, traits, Readiness([2.0, 2.0], stuck), "f00d", evidence), keyring, quotas)
     return TestClient(app, base_url="http://127.0.0.1:8000")
 
 

@@ -37,6 +37,7 @@ DOCUMENTS = [
     "cluster/README.md",
     "docs/annotation.md",
     "docs/benchmarks.md",
+    "docs/serving.md",
 ]
 SOURCES = [path.relative_to(ROOT) for folder in ("medmm_ray", "jobs") for path in sorted((ROOT / folder).rglob("*.py"))]
 

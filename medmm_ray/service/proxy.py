@@ -41,8 +41,18 @@ class ProxyProblems:
             await self.app(scope, receive, send)
             return
         answer = _Answer(send)
-        await self.app(scope, receive, answer.take)
-        problem = answer.problem()
+        is_gone = False
+
+        async def receive_noting() -> Message:
+            """`receive`, noting that the client went away."""
+            nonlocal is_gone
+            message = await receive()
+            is_gone = is_gone or message["type"] == "http.disconnect"
+            return message
+
+        await self.app(scope, receive_noting, answer.take)
+        # The proxy cancels a request whose client is gone: that too ends without an answer, and is no fault.
+        problem = None if is_gone else answer.problem()
         if problem is not None:
             await problem.response(scope)(scope, receive, send)
 

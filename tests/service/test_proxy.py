@@ -73,6 +73,28 @@ def test_a_replica_that_died_is_503_and_not_500() -> None:
     assert b"the replica that had the request is gone; send it again" in content
 
 
+def test_a_client_that_went_away_is_answered_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    async def proxy(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()  # and so the proxy cancels the request
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    answer: list[Message] = []
+
+    async def send(message: Message) -> None:
+        answer.append(message)
+
+    app = _apply_middlewares(proxy, middlewares())  # type: ignore[arg-type]
+
+    async def call() -> None:
+        await app({"type": "http", "method": "POST", "path": "/x", "headers": []}, receive, send)
+
+    asyncio.run(call())
+    assert answer == []
+    assert "replica died" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("status", "kind"), [(200, b"text/plain"), (422, b"application/problem+json"), (418, b"application/json")]
 )

@@ -73,7 +73,7 @@ class BenchConfig(Config):
     """Passages of the drawn corpus."""
     baseline_passages: int = Field(100_000, ge=1)
     """Passages that rank_bm25 is timed on: it looks at each of them, so its time grows with their number."""
-    words: int = Field(40, ge=1)
+    words: int = Field(30, ge=1)
     """Words of a drawn passage."""
     queries: int = Field(200, ge=1)
     """Drawn queries of eight words."""
@@ -105,13 +105,12 @@ def _speed(config: BenchConfig, console: Console) -> Iterator[Measured]:
     """Queries a second of BM25 over the drawn corpus, on one thread, beside rank_bm25's."""
     from rank_bm25 import BM25Okapi
 
-    from medmm_ray.engines.index.lexical import CorpusStatistics, LexicalShard, words_of
+    from medmm_ray.engines.index.lexical import LexicalShard, words_of
 
     texts = draw_texts(config.passages, config.words, config.seed)
     queries = words_of(draw_texts(config.queries, 8, config.seed + 1))
     started = time.process_time()
-    statistics = CorpusStatistics.of(texts)
-    built = LexicalShard.build(texts, statistics, k1=1.2, b=0.75)
+    built = LexicalShard.build(texts, None, k1=1.2, b=0.75)
     console.print(f"[dim]{len(texts):,} passages indexed in {time.process_time() - started:.0f} s of CPU time[/dim]")
     with TemporaryDirectory() as folder:
         built.save(folder)

@@ -12,6 +12,7 @@ texts that it is given; here they are summed over shards first, and built a few 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +39,14 @@ class CorpusStatistics:
     @classmethod
     def of(cls, texts: Sequence[str]) -> "CorpusStatistics":
         """The statistics of some texts."""
-        terms = _Terms.of(texts)
+        return cls.of_terms(_Terms.of(texts))
+
+    @classmethod
+    def of_terms(cls, terms: "_Terms") -> "CorpusStatistics":
+        """The statistics of texts whose words are counted."""
         frequencies = np.bincount(terms.word_P, minlength=len(terms.words)).tolist()
-        return cls(
-            len(texts),
-            int(terms.length_N.sum()),
-            dict(
-                zip(
-                    terms.words,
-                    frequencies,
-                    strict=True,
-                )
-            ),
-        )
+        num_words = int(terms.length_N.sum())
+        return cls(len(terms.length_N), num_words, dict(zip(terms.words, frequencies, strict=True)))
 
     @classmethod
     def sum(cls, parts: "Sequence[CorpusStatistics]") -> "CorpusStatistics":
@@ -84,12 +80,15 @@ class _Terms:
         lengths: list[int] = []
         parts: list[tuple[NDArray[np.int32], ...]] = [(np.zeros(0, np.int32),) * 3]
         for first in range(0, len(texts), AT_ONCE):
-            some = words_of(texts[first : first + AT_ONCE])
-            some_lengths = list(map(len, some))
-            flat = [numbers.setdefault(word, len(numbers)) for words in some for word in words]
-            rows = np.repeat(np.arange(first, first + len(some)), some_lengths)
+            some = _tokenized(texts[first : first + AT_ONCE], return_ids=True)
+            some_lengths = list(map(len, some.ids))
+            # The library numbers the words of these texts alone; here they get their numbers among all.
+            number_V = np.array([numbers.setdefault(word, len(numbers)) for word in some.vocab], np.int64)
+            by_id_V = number_V[np.argsort(list(some.vocab.values()))]
+            flat = by_id_V[np.fromiter(chain.from_iterable(some.ids), np.int64, sum(some_lengths))]
+            rows = np.repeat(np.arange(first, first + len(some_lengths)), some_lengths)
             # A pair of text and word as one number, so that equal ones are counted by one sort.
-            pairs, counts = np.unique(rows << 32 | np.array(flat, np.int64), return_counts=True)
+            pairs, counts = np.unique(rows << 32 | flat, return_counts=True)
             parts.append(
                 ((pairs >> 32).astype(np.int32), (pairs & 0xFFFFFFFF).astype(np.int32), counts.astype(np.int32))
             )
@@ -113,17 +112,21 @@ def _stemmer() -> Any:
 
 def words_of(texts: Sequence[str]) -> list[list[str]]:
     """The words of each text as BM25 compares them: lower case, English stems, without stop words."""
+    words: list[list[str]] = _tokenized(texts, return_ids=False)
+    return words
+
+
+def _tokenized(texts: Sequence[str], return_ids: bool) -> Any:
     import bm25s
 
-    words: list[list[str]] = bm25s.tokenize(
+    return bm25s.tokenize(
         list(texts),
         token_pattern=WORD,
         stopwords="en",
         stemmer=_stemmer(),
-        return_ids=False,
+        return_ids=return_ids,
         show_progress=False,
     )
-    return words
 
 
 class LexicalShard:
@@ -137,14 +140,15 @@ class LexicalShard:
     def build(
         cls,
         texts: Sequence[str],
-        corpus: CorpusStatistics,
+        corpus: CorpusStatistics | None,
         k1: float,
         b: float,
     ) -> "LexicalShard":
-        """The scores of `texts`, which are some of the corpus's."""
+        """The scores of `texts`, which are some of the corpus's; without its statistics they are all of it."""
         import bm25s
 
         terms = _Terms.of(texts)
+        corpus = corpus or CorpusStatistics.of_terms(terms)
         frequency_V = np.array([corpus.frequencies[word] for word in terms.words], np.float64)
         idf_V = np.log(1 + (corpus.num_passages - frequency_V + 0.5) / (frequency_V + 0.5))
         # A corpus of empty texts has no mean length, and no score that would ask for it.

@@ -151,10 +151,9 @@ class ShardTask:
         if self.source.name.is_lexical:
             # Built anew for a copied shard: its words' weights are those of a corpus that has grown.
             texts = titled_texts(rows)
-            statistics = self.statistics or CorpusStatistics.of(texts)
             lexical = LexicalShard.build(
                 texts,
-                statistics,
+                self.statistics,
                 self.config.bm25_k1,
                 self.config.bm25_b,
             )

@@ -80,13 +80,49 @@ def builds_our_application(file: YamlFile, _: Project) -> Iterator[str]:
     if builder is not build_app:
         yield f"{application['import_path']} is not medmm_ray.serve:build_app"
     try:
-        arguments = build(ServeConfig, arguments_of(file), "args")
+        build(ServeConfig, arguments_of(file), "args")
     except ConfigError as error:
         yield str(error)
-    else:
-        if arguments.max_ongoing_requests < arguments.max_batch_size:
-            requests = arguments.max_ongoing_requests
-            yield f"max_ongoing_requests={requests}: batches of {arguments.max_batch_size} never fill"
+
+
+SCALING = (
+    "min_replicas",
+    "max_replicas",
+    "target_ongoing_requests",
+    "target_wait_s",
+    "upscale_delay_s",
+    "downscale_delay_s",
+)
+
+
+def says_how_it_scales(file: YamlFile, project: Project) -> Iterator[str]:
+    """Bounds, targets and delays of the number of replicas stand in the file, and the cluster has room for the most."""
+    arguments = arguments_of(file)
+    for name in SCALING:
+        if name not in arguments:
+            yield f"{name} is not set: a reader shall see how the number of replicas follows the load"
+    try:
+        config = build(ServeConfig, arguments, "args")
+    except ConfigError:
+        return  # said by the rule above
+    for manifest in project.manifests:
+        if manifest.path == file.path and config.max_replicas:
+            most = _most_workers(manifest)
+            if config.max_replicas * config.num_gpus > most:
+                yield f"max_replicas={config.max_replicas} need {config.num_gpus:g} GPUs each; workers have {most:g}"
+
+
+def _most_workers(manifest: YamlFile) -> float:
+    """GPUs of all workers that a RayService may have."""
+    total = 0.0
+    for document in manifest.documents:
+        if document["kind"] != "RayService":
+            continue
+        for group in document["spec"]["rayClusterConfig"]["workerGroupSpecs"]:
+            (container,) = group["template"]["spec"]["containers"]
+            limits = container["resources"]["limits"]
+            total += group["maxReplicas"] * float(limits.get("nvidia.com/gpu", 0))
+    return total
 
 
 def listens_where_it_says(file: YamlFile, project: Project) -> Iterator[str]:
@@ -132,6 +168,7 @@ def _without_hosts(file: YamlFile) -> dict[str, Any]:
 RULES: tuple[Rule[YamlFile], ...] = (
     names_what_serve_knows,
     builds_our_application,
+    says_how_it_scales,
     listens_where_it_says,
     serves_what_a_run_makes,
     agrees_with_the_other,

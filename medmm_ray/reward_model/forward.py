@@ -53,6 +53,11 @@ class RowPiece:
         return self.stop > self.start
 
     @property
+    def num_tokens(self) -> int:
+        """Its tokens in the row."""
+        return self.stop - self.start + sum(len(branch.ids) for branch in self.branches)
+
+    @property
     def block(self) -> Block:
         """Its lengths, as the attention needs them."""
         lengths = tuple(len(branch.ids) for branch in self.branches)
@@ -199,9 +204,11 @@ def forward_row(text_model: Any, pieces: Sequence[RowPiece], device: torch.devic
         )
     states_TD, middle_LD = output.last_hidden_state[0, tags_T], middle[0][0]
     # Before the summaries: those of a step that starts in the prefix need this row's part of it too.
+    offset = 0
     for piece in pieces:
         if piece.cached is not None and piece.has_prefix:
-            piece.cached.middle_PD.append(middle_LD[: piece.stop - piece.start].clone())
+            piece.cached.middle_PD.append(middle_LD[offset : offset + piece.stop - piece.start].clone())
+        offset += piece.num_tokens
     return states_TD, _summaries(middle_LD, layout).to(states_TD.dtype)
 
 

@@ -249,6 +249,11 @@ class RewardModel(nn.Module):
         return cast(torch.device, self.text_model.get_input_embeddings().weight.device)
 
     @property
+    def default_budget(self) -> int:
+        """Tokens of a row where no budget is set."""
+        return CPU_BUDGET if self.device.type == "cpu" else GPU_BUDGET
+
+    @property
     def hidden_size(self) -> int:
         """The text tower's width, which is that of a state."""
         return int(self.text_model.config.get_text_config().hidden_size)
@@ -354,7 +359,7 @@ class RewardModel(nn.Module):
         Equal solutions of a question are read once. With `together`, questions share rows: faster where they are short,
         but then the last bits of a state depend on its neighbours. A vision-language model reads the images here.
         """
-        packer = RowPacker(token_budget or (CPU_BUDGET if self.device.type == "cpu" else GPU_BUDGET))
+        packer = RowPacker(token_budget or self.default_budget)
         jobs: deque[ScoringJob] = deque()  # not yet given out, in the requests' order
         for request in requests:
             job = self.scoring_job(request)
@@ -364,17 +369,18 @@ class RewardModel(nn.Module):
                 if not together:
                     rows += packer.flush()
                 for row in rows:
-                    self._forward_row(row)
+                    self.forward_pieces(row)
             while jobs and jobs[0].is_complete:
                 job = jobs.popleft()
                 yield job.request, job.states()
         for row in packer.flush():
-            self._forward_row(row)
+            self.forward_pieces(row)
         for job in jobs:
             yield job.request, job.states()
 
-    def _forward_row(self, row: Sequence[RowPiece]) -> None:
-        """Run a row, and note in its jobs what comes of each branch."""
+    @torch.inference_mode()
+    def forward_pieces(self, row: Sequence[RowPiece]) -> None:
+        """One forward pass over a row, whose pieces' jobs get what comes of their branches."""
         states_TD, summaries_TD = forward_row(self.text_model, row, self.device)
         log_odds_T = self.head_log_odds(states_TD)
         # Asked of a whole row at once: each question to a GPU costs a wait.
@@ -421,9 +427,18 @@ class RewardModel(nn.Module):
 
         Raises `ImageError` where an image cannot be decoded or gives no finite numbers.
         """
+        return self.encode_pixels(self.image_pixels([*images, *references]), len(images))
+
+    def image_pixels(self, images: Sequence["Image"]) -> Tensor:
+        """Images as the image tower reads them [I, 3, H, W], on the CPU. Raises `ImageError` for a damaged one."""
+        tower, _ = self._two_towers()
+        pixels = [tower.preprocess(rgb_of(image)) for image in images]
+        return torch.stack(pixels)
+
+    def encode_pixels(self, pixels_I3HW: Tensor, num_images: int) -> ImageFeatures:
+        """`image_features` of `image_pixels`: the first `num_images` are the question's own, the others references."""
         tower, fusion = self._two_towers()
-        pixels = [tower.preprocess(rgb_of(image)) for image in (*images, *references)]
-        pixels_I3HW = torch.stack(pixels).to(self.device)
+        pixels_I3HW = pixels_I3HW.to(self.device)
         if not bool(pixels_I3HW.isfinite().all()):
             raise ImageError("image_not_finite: an image has pixels that are no finite numbers")
         tokens = tower(pixels_I3HW)
@@ -435,8 +450,8 @@ class RewardModel(nn.Module):
             raise ImageError(
                 "image_not_finite: the image tower makes no finite numbers of an image; look at its weights"
             )
-        num_images = len(images)
-        image_rows, reference_rows = range(num_images), range(num_images, num_images + len(references))
+        num_references = len(pixels_I3HW) - num_images
+        image_rows, reference_rows = range(num_images), range(num_images, num_images + num_references)
         return ImageFeatures.gather(tokens.pooled_BD, patches_IPW, [image_rows], [reference_rows])
 
     @torch.inference_mode()
@@ -490,14 +505,19 @@ class RewardModel(nn.Module):
     ) -> Iterator[list[StepScores]]:
         """`score` of a stream of questions, in order, read together so that every pass is as large as the budget."""
         for request, states in self.iter_states(requests, token_budget=token_budget):
-            # A vision-language model has the images in its states.
-            images = [] if self.vision else request.images
             try:
-                features = self.image_features(images, request.reference_images) if images else None
+                features = self.features_of(request)
             except ImageError as error:
                 yield [StepScores(error=str(error)) for _ in states]
             else:
                 yield self.step_scores(states, features)
+
+    def features_of(self, request: ScoreRequest) -> ImageFeatures | None:
+        """A request's images as the fusion reads them (`image_features`); None where it has none, or where the language
+        model has read them with the text."""
+        if self.vision or not request.images:
+            return None
+        return self.image_features(request.images, request.reference_images)
 
     def step_scores(self, states: Sequence[SolutionStates], features: ImageFeatures | None) -> list[StepScores]:
         """The scores of solutions that were read, with one question's images or without; an error, not a score, where

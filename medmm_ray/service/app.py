@@ -8,8 +8,10 @@ from typing import Any
 
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
+from opentelemetry.trace import Tracer
 
 from medmm_ray import __version__
+from medmm_ray.service.admission import Admission, Budget, Patience
 from medmm_ray.service.audit import Audit
 from medmm_ray.service.backend import Backend
 from medmm_ray.service.guard import Guard
@@ -17,9 +19,11 @@ from medmm_ray.service.keys import Keyring
 from medmm_ray.service.metrics import MeasureRequests
 from medmm_ray.service.problems import CatchAll, Kind, add_problem_handlers, problem_schemas, problems
 from medmm_ray.service.quotas import Quotas
+from medmm_ray.service.reading import few_threads
 from medmm_ray.service.request_ids import RequestIds
 from medmm_ray.service.routes import health, models, rerank, rewards, score
 from medmm_ray.service.secure_headers import SecureHeaders
+from medmm_ray.service.tracing import NO_TRACER, TraceRequests
 
 
 class Api(FastAPI):
@@ -32,20 +36,27 @@ class Api(FastAPI):
         return page
 
 
-def api(backend: Backend, keyring: Keyring | None, quotas: Quotas | None = None) -> FastAPI:
-    """The web application around `backend`; without a `keyring` it answers loopback alone."""
+def api(backend: Backend, keyring: Keyring | None, quotas: Quotas | None = None, tracer: Tracer = NO_TRACER) -> FastAPI:
+    """The web application around `backend`; without a `keyring` it answers loopback alone. `tracer` gets a span of each
+    request."""
+    config = backend.config
     quotas = quotas or Quotas()
     app = Api(
         title="medmm_ray",
         version=__version__,
         summary="Scores each step of candidate solutions of a medical question, and puts the solutions in order.",
         responses=problems(Kind.UNAUTHENTICATED, Kind.FORBIDDEN, Kind.RATE_LIMITED),
+        lifespan=few_threads,
     )
     add_problem_handlers(app)
     # The last that is added sees a request first.
-    app.add_middleware(Guard, keyring=keyring, quotas=quotas, max_body_mb=backend.config.max_body_mb)
+    bytes_held = Budget("bytes of bodies", config.max_body_mb_in_flight << 20)
+    patience = Patience(config.body_timeout_s, config.request_timeout_s)
+    app.add_middleware(Admission, check=backend.check, bytes_held=bytes_held, patience=patience)
+    app.add_middleware(Guard, keyring=keyring, quotas=quotas, max_body_mb=config.max_body_mb)
     app.add_middleware(Audit, quotas=quotas, fingerprint=backend.fingerprint)
     app.add_middleware(CatchAll)
+    app.add_middleware(TraceRequests, tracer=tracer)
     app.add_middleware(MeasureRequests, metrics=backend.metrics)
     app.add_middleware(SecureHeaders)
     app.add_middleware(RequestIds)

@@ -4,11 +4,13 @@ import asyncio
 import base64
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import PurePath
 from typing import Any, TypeVar
 
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.images import decode_image
+from medmm_ray.service.admission import Budget, Check
 from medmm_ray.service.audit import tally
 from medmm_ray.service.config import ServeConfig
 from medmm_ray.service.evidence import EvidenceQuery, EvidenceRequest, EvidenceSource, RetrievedEvidence
@@ -30,6 +32,10 @@ from medmm_ray.service.rerank import (
 T = TypeVar("T")
 
 
+def no_check() -> None:
+    """Let every request in."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """The served model as the routes see it; `fingerprint` names its weights."""
@@ -41,6 +47,8 @@ class Backend:
     fingerprint: str = ""
     evidence: EvidenceSource | None = None
     metrics: ServiceMetrics = field(default_factory=ServiceMetrics)
+    check: Check = no_check
+    """Raises a `Problem` where the replica has too much to do for another request."""
 
     @property
     def model(self) -> str:
@@ -56,17 +64,17 @@ class Backend:
     async def score_case(self, case: Case) -> Scored:
         """The log-odds of a case's solutions, in order; what it must not hold is a `Problem` before any work."""
         self.check_model(case.model)
-        # The cheapest checks come first: what they refuse has cost nothing yet.
-        check_size(case, self.config)
+        # The cheapest checks come first: what they refuse has cost nothing yet. In a thread, as all that takes a while.
+        await asyncio.to_thread(check_size, case, self.config)
         case, evidence = await self._with_evidence(case)
         if case.image is not None and not self.traits.has_image_tower:
             raise Problem(Kind.INVALID, f"image: the model {self.model} has no image tower; leave the image out")
         try:
-            # Decoding images takes a while: in a thread, so that other requests are read meanwhile.
             model_input = await asyncio.to_thread(to_model_input, case, self.config.max_image_pixels)
         except RowError as error:
             raise _problem(error) from error
-        scored = replace(await self.score(model_input), evidence=evidence)
+        with self.pixels_held.held(model_input.num_pixels):
+            scored = replace(await self.score(model_input), evidence=evidence)
         self.metrics.add_scores(scored)
         tally().add(model_input, scored)
         return scored
@@ -99,7 +107,7 @@ class Backend:
             "reference_images": [*case.reference_images, *files],
         }
         case = case.model_copy(update=more)
-        check_size(case, self.config)
+        await asyncio.to_thread(check_size, case, self.config)
         return case, found.answer()
 
     async def _image(self, case: Case, is_searched_by: bool) -> bytes | None:
@@ -124,6 +132,11 @@ class Backend:
         ):
             if number > limit:
                 raise Problem(Kind.TOO_LARGE, f"retrieve: {number} {name}; at most {limit} are looked up")
+
+    @cached_property
+    def pixels_held(self) -> Budget:
+        """Pixels of the images that are decoded and not scored."""
+        return Budget("pixels of images", self.config.max_pixels_in_flight)
 
     async def rerank(self, request: RerankRequest) -> RerankAnswer:
         """The answer to a rerank request."""

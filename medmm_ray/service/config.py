@@ -5,15 +5,12 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from medmm_ray.config import execution
-from medmm_ray.engines.images import MAX_PIXELS
-from medmm_ray.engines.placement import GpuPlacement
+from medmm_ray.service.load import Count, LoadConfig
 from medmm_ray.service.retrieval import RetrievalConfig
 
-Count = Annotated[int, Field(ge=1)]
 
-
-class ServeConfig(GpuPlacement):
-    """The served reward model: which one, how many replicas, and what one request may hold."""
+class ServeConfig(LoadConfig):
+    """The served reward model: which one, on what, and what one request may hold."""
 
     model: str | None = execution(None)
     """Checkpoint that `RewardModel.from_pretrained` reads, such as <run>/two_tower, the latest of a run; required (in
@@ -24,22 +21,10 @@ class ServeConfig(GpuPlacement):
     """Number format of the weights; bfloat16 on GPUs."""
     device: str = execution("cpu")
     """Torch device of each replica: cpu or cuda."""
-    num_replicas: Count = execution(1)
-    """Copies of the model, each in a process of its own."""
     num_gpus: Annotated[float, Field(ge=0)] = execution(0.0)
     """GPUs per replica."""
     num_cpus: Annotated[float, Field(ge=0)] = execution(1.0)
     """CPUs per replica; Ray gives it as many OpenMP threads."""
-    max_batch_size: Count = execution(8)
-    """Most requests that a replica scores in one go: those about one case are packed into one pass over its prefix."""
-    batch_wait_timeout_s: Annotated[float, Field(ge=0)] = execution(0.005)
-    """Seconds that a replica waits for more requests before it scores."""
-    max_ongoing_requests: Count = execution(32)
-    """Requests that a replica holds at once, waiting ones included; at least `max_batch_size`."""
-    max_queued_requests: Annotated[int, Field(ge=-1)] = execution(256)
-    """Requests that a proxy holds for busy replicas before it answers 503; -1: no bound."""
-    token_budget: Annotated[int, Field(ge=256)] | None = execution(None)
-    """Tokens of solutions that one forward pass packs behind the shared prefix."""
     max_solutions: Count = execution(256)
     """Solutions in a request; more are answered with 413."""
     max_steps: Count = execution(64)
@@ -48,8 +33,8 @@ class ServeConfig(GpuPlacement):
     """Documents in a request; more are answered with 413."""
     max_reference_images: Annotated[int, Field(ge=0)] = execution(8)
     """Reference images in a request; more are answered with 413."""
-    max_image_pixels: Count = execution(MAX_PIXELS)
-    """Width x height of an image; more is answered with 413 before it is decoded."""
+    max_image_pixels: Count = execution(40_000_000)
+    """Width x height of an image; more is answered with 413 before it is decoded. A mammogram has 27 million."""
     max_body_mb: Count = execution(64)
     """Size of a request in MiB; more is answered with 413."""
     host: str = execution("127.0.0.1")

@@ -13,34 +13,32 @@ replicas' other ports, of which one listens on every address and unpickles what 
 without it.
 """
 
-import asyncio
-import json
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 
-from medmm_ray.config import ConfigError, build, digest, parse_overrides
-from medmm_ray.data.artifacts import MANIFEST
+from medmm_ray.config import ConfigError, build, parse_overrides
 from medmm_ray.data.tables import follow
 from medmm_ray.engines.checkpoints import resolve
 from medmm_ray.engines.placement import actor_placement
 from medmm_ray.service.app import api
 from medmm_ray.service.backend import Backend
+from medmm_ray.service.batch_metrics import BatchCollector
 from medmm_ray.service.config import ServeConfig
 from medmm_ray.service.evidence import EvidenceQuery, EvidenceSource, Found
 from medmm_ray.service.guard import is_loopback
 from medmm_ray.service.keys import Key, Keyring, sha256
+from medmm_ray.service.load import replica_options
 from medmm_ray.service.metrics import EXPORTED, Increases, ServiceMetrics
 from medmm_ray.service.quotas import Quotas
-from medmm_ray.service.readiness import TINY_CASE, Readiness
-from medmm_ray.service.rerank import ModelInput, ModelTraits, Scored, StepLogOdds
+from medmm_ray.service.readiness import Readiness
+from medmm_ray.service.replica import ServedModel, load_model
 from medmm_ray.service.retrieval import EvidenceSearch, RetrievalConfig
 from medmm_ray.session import has_token_mode
 
@@ -48,113 +46,54 @@ if TYPE_CHECKING:
     from ray import serve
     from ray.serve.handle import DeploymentHandle
 
-    from medmm_ray.reward_model import RewardModel
-
 logger = logging.getLogger("ray.serve")  # the one that a replica writes to its log file
 
 
+Load = Callable[[ServeConfig], ServedModel]
+"""How a replica gets its model."""
+
+
 class Reranker:
-    """One replica: loads the model, collects requests into batches, scores them on one thread."""
+    """One replica: loads the model, and scores what comes on one thread."""
 
     def __init__(
         self,
         config: ServeConfig,
         fixed_keys: Sequence[Key] = (),
+        load: Load = load_model,
         evidence: "DeploymentHandle[EvidenceSearch] | None" = None,
     ) -> None:
         _refuse_without_token_mode()  # a cluster's mode may differ from the driver's; this process opens the port
-        # Here, not above: a driver that starts the replicas needs no torch.
-        from ray import serve
-
-        from medmm_ray.reward_model import RewardModel
-
-        folder = resolve(str(config.model))
-        model = RewardModel.from_pretrained(
-            folder,
-            dtype=config.dtype,
-            device=config.device,
-        )
-
-        @serve.batch(max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_timeout_s)
-        async def score(inputs: list[ModelInput]) -> list[Sequence[StepLogOdds]]:
-            """Serve gives the inputs that came within the wait as a list, and each caller its own entry."""
-            # In a thread, so that the replica reads the next requests while a batch is scored.
-            return await asyncio.to_thread(score_inputs, model, inputs, config.token_budget)
-
-        async def scored(model_input: ModelInput) -> Scored:
-            """One case's scores, from the batch that it came into."""
-            return Scored(await score(model_input))
-
-        # The offline function itself says what the served one must answer; a model that cannot score serves nothing.
-        (tiny,) = model.score(TINY_CASE.question, list(TINY_CASE.solutions))
-        if tiny.error is not None:
-            raise ConfigError(f"{config.model} cannot score a tiny case: {tiny.error}")
-        if model.vision is not None:
-            config = config.model_copy(update={"max_reference_images": 0})  # it knows a question's own images alone
-        # What it was trained on is known here alone: the driver never reads the checkpoint.
-        traits = ModelTraits(model.reads_images, **asdict(model.trained_inputs))
-        readiness = Readiness(tiny.log_odds)
+        model = load(config)
+        if not model.takes_references:
+            config = config.model_copy(update={"max_reference_images": 0})
+        scorer = self._scorer = model.scorer
+        readiness = Readiness(model.tiny_log_odds, scorer.stuck)
         metrics = ServiceMetrics(_ray_counters())
+        metrics.registry.register(BatchCollector(scorer))
         backend = Backend(
-            scored,
+            scorer.score,
             config,
-            traits,
+            model.traits,
             readiness,
-            fingerprint=fingerprint_of(folder),
+            fingerprint=model.fingerprint,
             evidence=_source(evidence),
             metrics=metrics,
+            check=scorer.check,
         )
-        self._app = api(backend, keyring_of(config, fixed_keys), Quotas(_num_replicas))
+        self._app = api(backend, keyring_of(config, fixed_keys), Quotas(_num_replicas), scorer.tracer)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
 
+    def check_health(self) -> None:
+        """Serve's question whether the replica works: one that hangs is replaced."""
+        if hanging := self._scorer.stuck():
+            raise RuntimeError(hanging)
 
-def fingerprint_of(folder: str) -> str:
-    """What a checkpoint is named by: the fingerprint of its manifest, else a hash of its files' names and sizes."""
-    root = Path(folder)
-    manifest = root / MANIFEST
-    if manifest.is_file():
-        return str(json.loads(manifest.read_text())["fingerprint"])
-    # A hub's id, which its revision pins, has no files here.
-    files = sorted(root.rglob("*")) if root.is_dir() else []
-    sizes = [(str(file.relative_to(root)), file.stat().st_size) for file in files if file.is_file()]
-    return digest(sizes or folder)
-
-
-def score_inputs(
-    model: "RewardModel",
-    inputs: Sequence[ModelInput],
-    token_budget: int | None,
-) -> list[Sequence[StepLogOdds]]:
-    """Score several requests: those about the same case (question, documents, images) share one pass over its prefix.
-
-    One list of scores a request, in order.
-    """
-    groups: dict[str, list[int]] = {}
-    for i, model_input in enumerate(inputs):
-        groups.setdefault(model_input.context_key, []).append(i)
-    scores: list[Sequence[StepLogOdds]] = [() for _ in inputs]
-    for members in groups.values():
-        shared = inputs[members[0]]
-        solutions: list[str | tuple[str, ...]] = []
-        for i in members:
-            solutions += inputs[i].solutions
-        group_scores = model.score(
-            shared.question,
-            solutions,
-            shared.documents,
-            shared.image,
-            shared.reference_images,
-            token_budget=token_budget,
-        )
-        # Back to the requests, in the order in which their solutions were put together.
-        start = 0
-        for i in members:
-            end = start + len(inputs[i].solutions)
-            scores[i] = group_scores[start:end]
-            start = end
-    return scores
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve's autoscaling is told of this replica."""
+        return self._scorer.stats()
 
 
 def build_app(args: Mapping[str, Any]) -> "serve.Application":
@@ -164,7 +103,7 @@ def build_app(args: Mapping[str, Any]) -> "serve.Application":
     return application(build(ServeConfig, values, "serve"))
 
 
-def application(config: ServeConfig) -> "serve.Application":
+def application(config: ServeConfig, load: Load = load_model) -> "serve.Application":
     """The deployment of `config`.
 
     Raises `ConfigError` where it cannot be served, or would be open to anyone: without a key, unless it answers
@@ -178,11 +117,6 @@ def application(config: ServeConfig) -> "serve.Application":
     # where it is read, so it stays one.
     name = follow(config.model)
     name = name if "://" in name else resolve(name)
-    if config.max_ongoing_requests < config.max_batch_size:
-        raise ConfigError(
-            f"max_ongoing_requests={config.max_ongoing_requests} is below max_batch_size={config.max_batch_size}, "
-            "so batches would never fill; raise the one or lower the other"
-        )
     fixed_keys = _keys_of_environment(config)
     if config.access == "keys" and not fixed_keys and config.keys is None:
         raise ConfigError(
@@ -197,9 +131,7 @@ def application(config: ServeConfig) -> "serve.Application":
     _refuse_without_token_mode()
     deployment = serve.deployment(
         name="Reranker",
-        num_replicas=config.num_replicas,
-        max_ongoing_requests=config.max_ongoing_requests,
-        max_queued_requests=config.max_queued_requests,
+        **replica_options(config),
         ray_actor_options={
             "num_cpus": config.num_cpus,
             "num_gpus": config.num_gpus,
@@ -209,8 +141,8 @@ def application(config: ServeConfig) -> "serve.Application":
     # The replicas get hashes: a deployment's arguments are readable in the dashboard.
     config = config.model_copy(update={"model": name})
     if config.retrieval is None:
-        return deployment.bind(config, fixed_keys)
-    return deployment.bind(config, fixed_keys, _evidence_search(config.retrieval))
+        return deployment.bind(config, fixed_keys, load)
+    return deployment.bind(config, fixed_keys, load, _evidence_search(config.retrieval))
 
 
 def _evidence_search(config: RetrievalConfig) -> "serve.Application":
@@ -278,14 +210,14 @@ def _refuse_without_token_mode() -> None:
 
 
 @contextmanager
-def running(config: ServeConfig) -> Iterator[str]:
+def running(config: ServeConfig, load: Load = load_model) -> Iterator[str]:
     """Serve `config` in this driver's Ray session while the block runs; yields the address to send requests to.
 
     Raises `ConfigError` where the cluster serves something already: that is not ours to stop.
     """
     from ray import serve
 
-    app = application(config)
+    app = application(config, load)
     served = serve.status().applications
     if served:
         raise ConfigError(f"this Ray cluster already serves {', '.join(served)}; send requests there, or stop it first")

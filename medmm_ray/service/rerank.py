@@ -29,6 +29,8 @@ Aggregate = Literal["min", "last", "mean"]
 AGGREGATES: tuple[Aggregate, ...] = get_args(Aggregate)
 AnswerType = Literal["choice", "yes_no", "open"]
 Arm = Literal["multimodal", "text_only"]
+ANSWER_CHARS = 8000
+"""The end of a solution in which its answer is looked for: more than any model reads, and a bound of what it costs."""
 
 
 class StepLogOdds(Protocol):
@@ -206,6 +208,14 @@ class ModelInput:
     reference_images: "tuple[Image, ...]" = field(repr=False)
     context_key: str
 
+    @property
+    def num_pixels(self) -> int:
+        """Pixels of all its images."""
+        images = [*self.reference_images]
+        if self.image is not None:
+            images.append(self.image)
+        return sum(image.width * image.height for image in images)
+
 
 def to_model_input(request: Case, max_image_pixels: int) -> ModelInput:
     """Steps split, images decoded. Raises `RowError` (image_encoding, image_corrupt, image_too_large, …)."""
@@ -372,7 +382,7 @@ def arm_of(request: Context) -> Arm:
 def stated_answer(solution: str | Sequence[str], options: Sequence[str], answer_type: AnswerType) -> str | None:
     """The answer that a solution states; None where it states none."""
     words = solution if isinstance(solution, str) else text.join_steps(solution)
-    return text.extract_answer(words, options, answer_type)
+    return text.extract_answer(words[-ANSWER_CHARS:], options, answer_type)
 
 
 def _best_of_n(answers: Sequence[str | None], rewards: Sequence[float]) -> ChosenAnswer:

@@ -23,7 +23,7 @@ from medmm_ray.client import Client, ServiceError, rerank_request
 from medmm_ray.config import ConfigError
 from medmm_ray.data.artifacts import Artifact, Provenance
 from medmm_ray.service.config import ServeConfig
-from medmm_ray.service.deployment import application, build_app, score_inputs
+from medmm_ray.service.deployment import application, build_app
 from medmm_ray.service.guard import is_loopback
 from medmm_ray.service.rerank import (
     ModelTraits,
@@ -139,20 +139,6 @@ def test_a_case_is_named_by_everything_but_its_solutions() -> None:
         context(image=b64(png()), reference_images=[b64(png())]),
     ]
     assert len({base, *others}) == 1 + len(others)
-
-
-def test_requests_about_one_case_share_one_pass_and_do_not_change_each_other() -> None:
-    model = FakeModel()
-    cases = [
-        to_model_input(RerankRequest(**body(**changes)), 10_000)
-        for changes in ({}, {"question": "What?"}, {"solutions": [LEFT]}, {"documents": ["A text."]})
-    ]
-    together = score_inputs(model, cases, 4096)  # type: ignore[arg-type]
-    question = "Which side shows the effusion? (A) none (B) right (C) left"
-    asked = "What? (A) none (B) right (C) left"
-    assert model.calls == [(question, 3, 0, False), (asked, 2, 0, False), (question, 2, 1, False)]
-    alone = [score_inputs(FakeModel(), [case], 4096)[0] for case in cases]  # type: ignore[arg-type]
-    assert together == alone
 
 
 # Over HTTP
@@ -414,9 +400,9 @@ def test_an_open_host_without_keys_is_refused(monkeypatch: pytest.MonkeyPatch) -
 def test_build_app_reads_words_and_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MEDMM_TOKEN", raising=False)
     bound = deployed(build_app({"model": str(tmp_path), "num_replicas": "2", "num_gpus": 0.5, "access": "loopback"}))
-    config, keys = bound.init_args
+    config, keys, _ = bound.init_args
     assert (config.model, config.num_replicas, config.num_gpus, keys) == (str(tmp_path), 2, 0.5, ())
-    assert (bound.num_replicas, bound.max_ongoing_requests, bound.name) == (2, 32, "Reranker")
+    assert (bound.num_replicas, bound.max_ongoing_requests, bound.name) == (2, 1000, "Reranker")
     assert bound.ray_actor_options["num_gpus"] == 0.5
 
 
@@ -441,7 +427,7 @@ def test_a_served_model_is_the_result_that_its_name_stood_for_when_the_applicati
         ({"model": "nowhere"}, "'nowhere' is not a folder"),
         ({"model": "m", "num_replica": "2"}, "did you mean 'num_replicas'"),
         ({"model": "m", "num_replicas": "two"}, "'num_replicas' is 'two'"),
-        ({"model": "org/m", "max_batch_size": "64"}, "max_ongoing_requests=32 is below max_batch_size=64"),
+        ({"model": "org/m", "min_replicas": "3", "max_replicas": "2"}, "min_replicas=3 is above max_replicas=2"),
     ],
 )
 def test_build_app_refuses(args: dict[str, str], words: str) -> None:

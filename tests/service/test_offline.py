@@ -1,12 +1,13 @@
 """The scores of every route are those of the offline function, on a real (tiny) reward model."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from fastapi.testclient import TestClient
 
+from medmm_ray.service.config import ServeConfig
 from medmm_ray.stats.decoders import aggregate
 from tests.service.web import LEFT, OPTIONS, QUESTION, RIGHT, b64, client, png
 
@@ -27,8 +28,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> "RewardModel":
 
 
 @pytest.fixture(scope="module")
-def web(model: "RewardModel") -> TestClient:
-    return client(model, max_image_pixels=10_000)  # type: ignore[arg-type]
+def web(model: "RewardModel") -> Iterator[TestClient]:
+    """The application on a replica's own scorer, in passes so small that a request takes several."""
+    from medmm_ray.service.replica import ReplicaScorer
+
+    config = ServeConfig(model="m", token_budget=256)
+    scorer = ReplicaScorer.of_model(model, config)
+    yield client(model, scorer=scorer.score, max_image_pixels=10_000)  # type: ignore[arg-type]
+    scorer.batcher.close()
 
 
 def sigmoid(value: float) -> float:

@@ -12,11 +12,10 @@ from PIL import Image
 from medmm_ray.service.app import api
 from medmm_ray.service.backend import Backend
 from medmm_ray.service.config import ServeConfig
-from medmm_ray.service.deployment import score_inputs
 from medmm_ray.service.evidence import EvidenceSource
 from medmm_ray.service.keys import Key, Keyring, sha256
 from medmm_ray.service.quotas import Quotas
-from medmm_ray.service.readiness import Readiness, not_stuck
+from medmm_ray.service.readiness import Readiness, Scorer, not_stuck
 from medmm_ray.service.rerank import ModelInput, ModelTraits, Scored, steps_of
 
 QUESTION = "Which side shows the effusion?"
@@ -74,15 +73,21 @@ def client(
     keyring: Keyring | None = None,
     quotas: Quotas | None = None,
     evidence: EvidenceSource | None = None,
+    scorer: Scorer | None = None,
     **fields: Any,
 ) -> TestClient:
+    """A client of the application around `model`, or around `scorer` in its place."""
+
     async def score(case: ModelInput) -> Scored:
-        return Scored(score_inputs(model, [case], 4096)[0], num_tokens=7)  # type: ignore[arg-type]
+        solutions = model.score(case.question, case.solutions, case.documents, case.image, case.reference_images)
+        return Scored(solutions, num_tokens=7)
 
     config = ServeConfig(model="runs/x/two_tower", **fields)
     if token:
         keyring = Keyring([Key(name="MEDMM_TOKEN", sha256=sha256(token), scopes=("admin",))])
-    app = api(Backend(score, config, traits, Readiness([2.0, 2.0], stuck), "f00d", evidence), keyring, quotas)
+    readiness = Readiness([2.0, 2.0], stuck)
+    backend = Backend(scorer or score, config, traits, readiness, "f00d", evidence)
+    app = api(backend, keyring, quotas)
     return TestClient(app, base_url="http://127.0.0.1:8000")
 
 

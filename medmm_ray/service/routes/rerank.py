@@ -10,6 +10,7 @@ from medmm_ray.service.backend import Backend
 from medmm_ray.service.bodies import tag, told_by
 from medmm_ray.service.foreign import CohereAnswer, CohereRequest, cohere_answer
 from medmm_ray.service.problems import Kind, problems
+from medmm_ray.service.reading import ParsedRoute
 from medmm_ray.service.request_ids import request_id
 from medmm_ray.service.rerank import RerankAnswer, RerankRequest
 
@@ -21,7 +22,7 @@ RerankBody = Annotated[
 
 def router(backend: Backend) -> APIRouter:
     """`POST /v1/rerank`."""
-    routes = APIRouter(tags=["scores"])
+    routes = APIRouter(tags=["scores"], route_class=ParsedRoute)
 
     @routes.post(
         "/v1/rerank",

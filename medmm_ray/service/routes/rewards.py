@@ -12,6 +12,7 @@ from medmm_ray.service.bodies import tag, told_by
 from medmm_ray.service.foreign import total_usage
 from medmm_ray.service.openrlhf import OpenRlhfAnswer, OpenRlhfRequest, openrlhf_answer
 from medmm_ray.service.problems import Kind, problems
+from medmm_ray.service.reading import ParsedRoute
 from medmm_ray.service.rerank import Scored
 from medmm_ray.service.rewards import PromptCompletions, Reward, RewardsAnswer, RewardsRequest, rewards_of
 
@@ -23,7 +24,7 @@ RewardsBody = Annotated[
 
 def router(backend: Backend) -> APIRouter:
     """`POST /v1/rewards`."""
-    routes = APIRouter(tags=["scores"])
+    routes = APIRouter(tags=["scores"], route_class=ParsedRoute)
 
     @routes.post(
         "/v1/rewards",

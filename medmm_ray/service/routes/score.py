@@ -11,6 +11,7 @@ from medmm_ray.service.backend import Backend, together
 from medmm_ray.service.bodies import tag, told_by
 from medmm_ray.service.foreign import PAIRS_OF_NAMES, VllmScoreAnswer, VllmScoreRequest, vllm_answer
 from medmm_ray.service.problems import Kind, problems
+from medmm_ray.service.reading import ParsedRoute
 from medmm_ray.service.request_ids import request_id
 from medmm_ray.service.scores import ScoreAnswer, ScoreRequest, score_answer
 
@@ -24,7 +25,7 @@ ScoreBody = Annotated[
 
 def router(backend: Backend) -> APIRouter:
     """`POST /v1/score`."""
-    routes = APIRouter(tags=["scores"])
+    routes = APIRouter(tags=["scores"], route_class=ParsedRoute)
 
     @routes.post(
         "/v1/score",

@@ -1,0 +1,192 @@
+"""Replicas that come and go under load: by the load itself, by a new configuration, and by kill -9.
+
+The model only sleeps, so that two cores have room for several replicas; the service, Serve and the client are the real
+ones.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from pydantic import Field
+from rich.console import Console
+
+from jobs.benches import Measured
+from jobs.benches.serve_load import RETRIES, Client, Reply, http_client, open_loop, process_named, served, statuses
+from jobs.benches.slow_engine import SlowModel
+from medmm_ray.config import Config
+from medmm_ray.service.config import ServeConfig
+from medmm_ray.service.deployment import application, running
+from medmm_ray.service.replica import ReplicaScorer, ServedModel
+from medmm_ray.service.rerank import ModelTraits
+from medmm_ray.session import session
+
+TOKENS_PER_S = 2000.0
+WORDS = 200  # of a request: a tenth of a second
+
+
+class ReplicasConfig(Config):
+    """How replicas come and go."""
+
+    most: int = Field(4, ge=2)
+    """Replicas that the load step asks for."""
+    high_s: float = 40.0
+    """Seconds of the high load."""
+    low_s: float = 40.0
+    """Seconds of the low load after it."""
+    steady_s: float = 30.0
+    """Seconds of the load during which a replica is killed, or all are replaced."""
+
+
+def load_slow(config: ServeConfig) -> ServedModel:
+    """A model that sleeps, as a replica loads one."""
+    scorer = ReplicaScorer(SlowModel(TOKENS_PER_S), config, default_budget=256)
+    scorer.batcher.meter.add(int(TOKENS_PER_S), 1.0)
+    return ServedModel(scorer, ModelTraits(has_image_tower=False), tiny_log_odds=(5.0, 5.0), fingerprint="slow")
+
+
+def measure_replicas(config: ReplicasConfig, console: Console) -> Iterator[Measured]:
+    """The rows."""
+    yield from scale(config, console)
+    yield from replace(config, console)
+    yield from kill(config, console)
+
+
+@contextmanager
+def serving_slow(**fields: object) -> Iterator[tuple[str, ServeConfig]]:
+    """The address of a service whose model sleeps, and its configuration."""
+    config = ServeConfig.model_validate(
+        {"model": "org/slow", "port": 0, "access": "loopback", "num_cpus": 0.1, **fields}
+    )
+    with session(), running(config, load_slow) as url:
+        yield url, config
+
+
+def body(number: int) -> bytes:
+    """A request of `WORDS` words."""
+    words = " ".join(f"w{number}" for _ in range(WORDS // 2))
+    return json.dumps({"question": f"w{number}", "solutions": [[words, words]], "answer_type": "open"}).encode()
+
+
+def num_replicas() -> int:
+    """Replicas that serve."""
+    from ray import serve
+
+    (application_status,) = serve.status().applications.values()
+    (deployment,) = application_status.deployments.values()
+    states = {state.value: number for state, number in deployment.replica_states.items()}
+    return states.get("RUNNING", 0)
+
+
+async def watch(counts: list[tuple[float, int]]) -> None:
+    """Note the number of replicas each half second."""
+    while True:
+        counts.append((time.monotonic(), await asyncio.to_thread(num_replicas)))
+        await asyncio.sleep(0.5)
+
+
+def scale(config: ReplicasConfig, console: Console) -> Iterator[Measured]:
+    """One replica, a load that three and a half of them need, then a tenth of that."""
+    counts: list[tuple[float, int]] = []
+    capacity = TOKENS_PER_S / WORDS
+
+    async def step(url: str) -> list[Reply]:
+        watching = asyncio.create_task(watch(counts))
+        async with http_client(url) as http:
+            send = Client(http, retries=RETRIES).send
+            high = await open_loop(send, body, (config.most - 0.5) * capacity, config.high_s)
+            low = await open_loop(send, body, 0.3 * capacity, config.low_s)
+        watching.cancel()
+        return [*high, *low]
+
+    fields = {"min_replicas": 1, "max_replicas": config.most, "upscale_delay_s": 2, "downscale_delay_s": 8}
+    with serving_slow(**fields, target_ongoing_requests=2, max_wait_s=4) as (url, _):
+        replies = asyncio.run(step(url))
+        first, most, last = counts[0][1], max(count for _, count in counts), counts[-1][1]
+    console.print(f"replicas {first} -> {most} -> {last}, statuses {statuses(replies)}")
+    failed = len(replies) - len(served(replies))
+    yield Measured(
+        "load step: replicas",
+        first,
+        most,
+        most / config.most,
+        "≥ 1",
+        "replicas",
+    )
+    yield Measured(
+        "load step: replicas after it",
+        first,
+        last,
+        last,
+        "≤ 1",
+        "replicas",
+    )
+    yield Measured(
+        "load step: failed after retries",
+        len(replies),
+        failed,
+        failed,
+        "≤ 0",
+        "requests",
+    )
+
+
+def under_load(url: str, seconds: float, retries: int, act: Callable[[], None]) -> list[Reply]:
+    """Half of what two replicas can, while `act` runs a third into it."""
+
+    async def ask() -> list[Reply]:
+        async def act_later() -> None:
+            await asyncio.sleep(seconds / 3)
+            await asyncio.to_thread(act)
+
+        acting = asyncio.create_task(act_later())
+        async with http_client(url) as http:
+            replies = await open_loop(Client(http, retries=retries).send, body, TOKENS_PER_S / WORDS, seconds)
+        await acting
+        return replies
+
+    return asyncio.run(ask())
+
+
+def replace(config: ReplicasConfig, console: Console) -> Iterator[Measured]:
+    """All replicas are replaced by ones with another configuration; no request is sent twice."""
+    from ray import serve
+
+    with serving_slow(num_replicas=2, max_wait_s=10) as (url, serve_config):
+        changed = serve_config.model_copy(update={"max_solutions": 17, "port": int(url.rpartition(":")[2])})
+
+        def update() -> None:
+            serve.run(application(changed, load_slow), name="medmm", route_prefix="/")
+
+        replies = under_load(url, config.steady_s, 0, update)
+    console.print(f"rolling update: statuses {statuses(replies)}")
+    failed = len(replies) - len(served(replies))
+    yield Measured(
+        "rolling update: failed, without retries",
+        len(replies),
+        failed,
+        failed,
+        "≤ 0",
+        "requests",
+    )
+
+
+def kill(config: ReplicasConfig, console: Console) -> Iterator[Measured]:
+    """One of two replicas is killed; what it had is sent again."""
+    for retries, name in ((0, "without retries: neither scores nor 503"), (RETRIES, "failed after retries")):
+        with serving_slow(num_replicas=2, max_wait_s=10) as (url, _):
+            replies = under_load(url, config.steady_s, retries, lambda: process_named("Reranker").kill())
+        console.print(f"kill -9 of a replica, {retries} retries: statuses {statuses(replies)}")
+        bad = len(replies) - len(served(replies))
+        if not retries:
+            bad -= statuses(replies).get(503, 0)
+        yield Measured(
+            f"kill -9 of a replica, {name}",
+            len(replies),
+            bad,
+            bad,
+            "≤ 0",
+            "requests",
+        )

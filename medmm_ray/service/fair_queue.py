@@ -1,0 +1,141 @@
+"""Which tokens a replica's next forward pass holds: requests share passes, each has its turn.
+
+Enters: requests, each of which gives its next piece of work for the room that a pass has left. Leaves: passes, as lists
+of pieces. This is fair queueing over requests: each counts the tokens that it was given, the one with the fewest is
+next, and a new one starts where a request stands that always had its equal share (the virtual time). So a request of 64
+long solutions and one of a single short solution both go on, and the short one waits for its own size, not for the
+other's. Pure: no clock, no thread.
+"""
+
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+FULL = 0.8  # of a pass's budget: a pass that has as much is full enough for nothing more to be looked for
+OVERSHOOT = 1.25  # of the budget: where a solution that begins within it must end
+
+
+class Piece(Protocol):
+    """A part of a request that one pass reads."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Its tokens in the pass."""
+
+
+P = TypeVar("P", bound=Piece, covariant=True)
+
+
+class Work(Protocol[P]):
+    """A request as the queue sees it (`reward_model.passes.PieceCutter` gives its pieces)."""
+
+    @property
+    def tokens_left(self) -> int:
+        """Tokens that no piece has had yet."""
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether every piece was given out."""
+
+    @property
+    def context_key(self) -> str:
+        """What requests about the same case have in common."""
+
+    @property
+    def has_open_prefix(self) -> bool:
+        """Whether its next pass reads a prefix that others with the same context would read too."""
+
+    def take(self, room: int, soft_room: int, is_first: bool) -> P | None:
+        """The next piece: it begins within `room` tokens and ends within `soft_room`; anything where `is_first`."""
+
+
+W = TypeVar("W", bound=Work[Piece])
+
+
+@dataclass
+class _Waiting(Generic[W]):
+    """A request that waits: the tokens that it was given, counted from where it started; its place of arrival."""
+
+    work: W
+    served: float
+    number: int
+
+    @property
+    def turn(self) -> tuple[float, int, int]:
+        """The least is next; of equals the one with less to do."""
+        return self.served, self.work.tokens_left, self.number
+
+
+class FairQueue(Generic[W]):
+    """Requests that have pieces to give."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[int, _Waiting[W]] = {}  # by the work's id()
+        self._reader_of: dict[str, W] = {}
+        """For each context the request that reads its prefix: others of it wait until it is known."""
+        self._num_arrived = 0
+        self._virtual_time = 0.0
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, work: W) -> None:
+        """Take a request in; one with nothing to read is refused (`ValueError`)."""
+        if work.is_cut:
+            raise ValueError("a request without a piece was queued; answer it at once")
+        self._waiting[id(work)] = _Waiting(work, self._virtual_time, self._num_arrived)
+        self._num_arrived += 1
+
+    def remove(self, work: W) -> None:
+        """Forget a request; nothing where it is not here any more."""
+        self._waiting.pop(id(work), None)
+        if self._reader_of.get(work.context_key) is work:
+            del self._reader_of[work.context_key]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that wait."""
+        return sum(waiting.work.tokens_left for waiting in self._waiting.values())
+
+    def tokens_before(self, num_tokens: int) -> int:
+        """Tokens that are read before a new request of `num_tokens` is through, its own left out: of each that waits at
+        most as many as its own."""
+        return sum(min(waiting.work.tokens_left, num_tokens) for waiting in self._waiting.values())
+
+    def next_pass(self, budget: int) -> list[tuple[W, Piece]]:
+        """What the next pass of about `budget` tokens reads, one piece a request; empty where nothing waits.
+
+        Called when the pass before is through. At most `OVERSHOOT` times the budget, but for a solution that is longer.
+        """
+        self._release_readers()
+        pieces: list[tuple[W, Piece]] = []
+        used, num_sharing = 0, len(self._waiting)
+        # Some dozens of them: a heap would be slower to keep than this is.
+        for waiting in sorted(self._waiting.values(), key=lambda waiting: waiting.turn):
+            if used >= FULL * budget:
+                break
+            # It would read the same prefix in the same pass.
+            if self._waits_for_reader(waiting.work):
+                continue
+            work = waiting.work
+            piece = work.take(budget - used, int(OVERSHOOT * budget) - used, is_first=used == 0)
+            if piece is None:
+                continue
+            pieces.append((work, piece))
+            used += piece.num_tokens
+            waiting.served += piece.num_tokens
+            if work.is_cut:
+                del self._waiting[id(work)]
+        # What each of them had in the mean: one that comes now has missed nothing.
+        self._virtual_time += used / max(1, num_sharing)
+        return pieces
+
+    def _waits_for_reader(self, work: W) -> bool:
+        """Whether another request reads the prefix that this one needs; where none does, this one is its reader."""
+        if not work.has_open_prefix:
+            return False
+        return self._reader_of.setdefault(work.context_key, work) is not work
+
+    def _release_readers(self) -> None:
+        for key, work in list(self._reader_of.items()):
+            if id(work) not in self._waiting or not work.has_open_prefix:
+                del self._reader_of[key]

@@ -17,6 +17,7 @@ from jobs.entry import launch, parser
 from jobs.graph import ALL_LABELS, LABELS, MAKER, TREES
 from jobs.step import Run, load_recipe
 from medmm_ray.config import ConfigError, load
+from medmm_ray.data.datasets import data_sets
 from medmm_ray.data.tables import Artifact, Table, filesystem, write_file
 from medmm_ray.pages.harness import HarnessRun, eval_results, write_lm_eval
 from medmm_ray.steps.export import ExportConfig, Tables, empty_folder, export, push
@@ -68,7 +69,8 @@ def export_figures(run: Run, config: ExportConfig) -> dict[str, int]:
     harness = HarnessRun(evaluated.report, evaluated.outcomes, run.model_id("policy"), manifest.created)
     folder = empty_folder(config.to)
     counts = write_lm_eval(folder, harness, run.table("questions").to_arrow(), run.table("solutions").stream())
-    for name, content in eval_results(harness, config.hub_ids).items():
+    hub_ids = {name: known.hub for name, known in data_sets().items() if known.hub} | config.hub_ids
+    for name, content in eval_results(harness, hub_ids).items():
         fs, path = filesystem(f"{folder}/{name}")
         fs.create_dir(path.rpartition("/")[0], recursive=True)
         write_file(fs, path, content)

@@ -284,7 +284,7 @@ def test_a_given_model_leaves_its_training_out() -> None:
     [
         (
             [],
-            "name a recipe file first; jobs/recipes/ has medmm.yaml, meds3.yaml, quickstart.yaml",
+            "name a recipe file first; jobs/recipes/ has benchmarks.yaml, medmm.yaml, meds3.yaml",
         ),
         (["nosuch.yaml"], "recipe nosuch.yaml does not exist"),
         ([TINY, "temprature=1"], "unknown name 'sample.temprature'; did you mean 'temperature'?"),

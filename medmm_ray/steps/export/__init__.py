@@ -58,8 +58,8 @@ class ExportConfig(Config):
     license: str = "other"
     """Licence of the dataset, as the hub spells it; yours to choose, the sources' own terms hold too."""
     hub_ids: dict[str, str] = Field(default_factory=dict)
-    """lm_eval: ids of the run's data sets among the hub's, as {slake: mdwiratathya/SLAKE-vqa-english}; each of them
-    gets a file in .eval_results."""
+    """lm_eval: ids of the run's data sets among the hub's, where they are others than python -m jobs.datasets has; each
+    data set with one gets a file in .eval_results."""
     push: str = ""
     """hf: hub id (org/name) of the dataset repository to push the folder to; empty: none."""
     private: bool = True

@@ -114,6 +114,10 @@ class DocumentColumns(Config):
     """Column of the title; a table without it has none."""
     corpus: str = ""
     """Column of the corpus; empty: the corpus of its section."""
+    date: str = ""
+    """Column of the date of publication (2024, 2024-05 or 2024-05-31), for retrieve.published_until."""
+    modality: str = ""
+    """Column of the modality (radiology, pathology, clinical), for retrieve.same_modality."""
 
 
 def value_at(

@@ -3,6 +3,7 @@
 Enters: the section ``ingest.documents``. Leaves: the documents of a run's corpora, in the order of the files.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,9 @@ from medmm_ray.data.columns import DocumentColumns, text_at, value_at
 from medmm_ray.data.rows import list_tables, read_rows
 from medmm_ray.data.sources import SourceDocument
 from medmm_ray.data.tables import TableError
+
+# A timestamp is written out with its time, which counts for nothing.
+_DATE = re.compile(r"(?P<day>\d{4}(-\d{2}(-\d{2})?)?)([T ].*)?$")
 
 
 class DocumentsConfig(Config):
@@ -66,7 +70,26 @@ def _document(
         corpus = text_at(row, columns.corpus, where)
     elif not config.corpus and isinstance(row.get("corpus"), str):
         corpus = row["corpus"]
-    return SourceDocument(corpus=corpus, title=_title(columns, row, where), text="\n".join(filter(None, texts)))
+    return SourceDocument(
+        corpus=corpus,
+        title=_title(columns, row, where),
+        text="\n".join(filter(None, texts)),
+        date=_date(row, columns.date, where),
+        modality=text_at(row, columns.modality, where) if columns.modality else "",
+    )
+
+
+def _date(
+    row: Mapping[str, Any],
+    column: str,
+    where: str,
+) -> str:
+    """The date of a row, as far as it is known; "" without a column or a value."""
+    date = text_at(row, column, where) if column else ""
+    match = _DATE.match(date)
+    if date and not match:
+        raise TableError(f"{where}: {column} is {date!r}, and no date; expected 2024, 2024-05 or 2024-05-31")
+    return match["day"] if match else ""
 
 
 def _title(

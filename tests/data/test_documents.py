@@ -47,6 +47,23 @@ def test_a_folder_of_chunks_as_medrag_lays_them_out(tmp_path: Path) -> None:
     ]
 
 
+def test_dates_and_modalities_by_their_columns(tmp_path: Path) -> None:
+    rows = {"text": ["a", "b", "c"], "year": [2011, None, 2024], "kind": ["radiology", "", "pathology"]}
+    pq.write_table(pa.table(rows), tmp_path / "papers.parquet")
+    documents = corpus(tmp_path / "papers.parquet", columns={"date": "year", "modality": "kind"})
+    assert [(document.date, document.modality) for document in documents] == [
+        ("2011", "radiology"),
+        ("", ""),
+        ("2024", "pathology"),
+    ]
+    path = tmp_path / "guides.jsonl"
+    path.write_text('{"text": "a", "day": "2024-05-31T10:00:00"}\n')
+    assert corpus(path, columns={"date": "day"})[0].date == "2024-05-31"
+    path.write_text('{"text": "a", "day": "May 2024"}\n')
+    with pytest.raises(TableError, match="row 1: day is 'May 2024', and no date; expected 2024, 2024-05 or 2024-05-31"):
+        corpus(path, columns={"date": "day"})
+
+
 @pytest.mark.parametrize(
     ("content", "error", "words"),
     [

@@ -1,7 +1,6 @@
 """What retrieval is measured with: the sets as published, recall by hand, files that trec_eval reads, a reranker."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +10,9 @@ from jobs import bench
 from jobs.benches.retrieval_rankers import interval, recalls
 from jobs.benches.retrieval_sets import Topic, bioasq, medquad, pubmedqa
 from tests.doubles.clip_folders import write_native_clip
+from tests.paths import REAL_DATA
 
-DATA = os.environ.get("MEDMM_TEST_DATA")
-needs_data = pytest.mark.skipif(DATA is None, reason="MEDMM_TEST_DATA does not name a folder of test data")
+needs_data = pytest.mark.skipif(not REAL_DATA.is_dir(), reason=f"the published files are not at {REAL_DATA}")
 
 
 def topic(name: str, relevant: str, group: str = "") -> Topic:
@@ -41,7 +40,7 @@ def test_an_interval_draws_groups_of_topics() -> None:
 
 @needs_data
 def test_the_published_sets() -> None:
-    pairs = medquad(Path(f"{DATA}/medquad"), 2000, 1000, seed=0)
+    pairs = medquad(REAL_DATA / "medquad", 2000, 1000, seed=0)
     parts = (pairs.train, pairs.tuning, pairs.test)
     assert [len(part) for part in parts] == [13_407, 1000, 2000]
     assert len(pairs.documents) == 16_350
@@ -51,9 +50,9 @@ def test_the_published_sets() -> None:
     # What is about one thing is in one part, but for those at its border.
     groups = [{topic.group for topic in part} for part in parts]
     assert len(groups[0] & groups[1]) + len(groups[1] & groups[2]) + len(groups[0] & groups[2]) <= 2
-    abstracts = pubmedqa(Path(f"{DATA}/pubmedqa"))
+    abstracts = pubmedqa(REAL_DATA / "pubmedqa")
     assert (len(abstracts.documents), len(abstracts.test)) == (1000, 1000)
-    snippets = bioasq(Path(f"{DATA}/mirage/rawdata/bioasq"))
+    snippets = bioasq(REAL_DATA / "mirage/rawdata/bioasq")
     assert len({document.document_id for document in snippets.documents}) == len(snippets.documents)
     assert sum(len(topic.relevant) for topic in snippets.test) >= len(snippets.documents)
 

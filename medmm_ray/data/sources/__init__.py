@@ -112,11 +112,13 @@ class SourceQuestion:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceDocument:
-    """One passage of a corpus."""
+    """One document of a corpus; `date` and `modality` as of `records.Document`."""
 
     corpus: str
     title: str
     text: str
+    date: str = ""
+    modality: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

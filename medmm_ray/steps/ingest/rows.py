@@ -197,7 +197,12 @@ def document_rows(sources: Sequence[ReadSource], config: IngestConfig) -> list[D
     for document in documents:
         document_id = f"d{digest(document.corpus, document.title, document.text)}"
         rows[document_id] = Document(
-            document_id=document_id, corpus=document.corpus, title=document.title, text=document.text
+            document_id=document_id,
+            corpus=document.corpus,
+            title=document.title,
+            text=document.text,
+            date=document.date,
+            modality=document.modality,
         )
     return list(rows.values())
 

@@ -46,7 +46,7 @@ class EvaluateOnConfig(Config):
 
     data: str = ""
     """Folder or URI with a folder for each data set, by its name. Required."""
-    paths: dict[str, str] = Field(default_factory=dict)
+    paths: dict[str, str] = Field({})
     """Data sets that lie elsewhere: {medqa: <folder>}."""
     policy: str = ""
     """The model that writes solutions; empty: the recipe's."""

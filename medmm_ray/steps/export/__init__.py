@@ -57,7 +57,7 @@ class ExportConfig(Config):
     """Questions that are held in memory at a time, and rows of a Parquet shard."""
     license: str = "other"
     """Licence of the dataset, as the hub spells it; yours to choose, the sources' own terms hold too."""
-    hub_ids: dict[str, str] = Field(default_factory=dict)
+    hub_ids: dict[str, str] = Field({})
     """lm_eval: ids of the run's data sets among the hub's, where they are others than python -m jobs.datasets has; each
     data set with one gets a file in .eval_results."""
     push: str = ""

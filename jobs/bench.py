@@ -22,6 +22,7 @@ from medmm_ray.config import Config, ConfigError, load
 
 BENCHES = (
     "scoring",
+    "adaptive",
     "training",
     "two_tower",
     "gguf",

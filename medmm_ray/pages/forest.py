@@ -124,7 +124,7 @@ def forest(
 def _names_width(rows: Sequence[Whisker | str]) -> float:
     """The room for the longest name, in letters of the size that a phone's style gives them."""
     lengths = [len(row.name) for row in rows if isinstance(row, Whisker)]
-    return 16 + 9.8 * max([12, *lengths])
+    return 16 + 10.8 * max([12, *lengths])
 
 
 def _bands(rows: Sequence[Whisker | str], scale: _Scale) -> list[str]:

@@ -8,6 +8,7 @@ for the rows that follow.
 Legend: L row length, P prefix length, T tags, I embeddings of images, D text width.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 
 from medmm_ray.reward_model.attention import Block, PackedRow, PrefixKeyValues
 from medmm_ray.reward_model.packing import Branch, PackedQuestion
+
+# Hooks are the module's, whoever calls it: two threads' passes would take each other's states.
+_ONE_PASS = threading.Lock()
 
 
 @dataclass
@@ -188,6 +192,11 @@ def forward_row(text_model: Any, pieces: Sequence[RowPiece], device: torch.devic
 
     Differentiable where nothing is cached.
     """
+    with _ONE_PASS:
+        return _forward_row(text_model, pieces, device)
+
+
+def _forward_row(text_model: Any, pieces: Sequence[RowPiece], device: torch.device) -> tuple[Tensor, Tensor]:
     layout = RowLayout.of(pieces)
     embeddings_LD = _embed(text_model, layout, device)
     decoder = text_model.get_decoder()

@@ -11,6 +11,7 @@ from fastapi.security import HTTPBearer
 from opentelemetry.trace import Tracer
 
 from medmm_ray import __version__
+from medmm_ray.service import demo
 from medmm_ray.service.admission import Admission, Budget, Patience
 from medmm_ray.service.audit import Audit
 from medmm_ray.service.backend import Backend
@@ -21,7 +22,7 @@ from medmm_ray.service.problems import CatchAll, Kind, add_problem_handlers, pro
 from medmm_ray.service.quotas import Quotas
 from medmm_ray.service.reading import few_threads
 from medmm_ray.service.request_ids import RequestIds
-from medmm_ray.service.routes import health, models, rerank, rewards, score
+from medmm_ray.service.routes import best_of_n, health, models, rerank, rewards, score, tile_maps
 from medmm_ray.service.secure_headers import SecureHeaders
 from medmm_ray.service.tracing import NO_TRACER, TraceRequests
 
@@ -65,6 +66,8 @@ def api(backend: Backend, keyring: Keyring | None, quotas: Quotas | None = None,
     app.include_router(health.router(backend))
     app.include_router(health.metrics_router(backend), dependencies=[bearer])
     # A further family of routes goes here, and what keys it needs into `guard.SCOPES`.
-    for family in (models, rerank, score, rewards):
+    for family in (models, rerank, score, rewards, best_of_n, tile_maps):
         app.include_router(family.router(backend), dependencies=[bearer])
+    if backend.config.demo:
+        app.include_router(demo.router(backend))
     return app

@@ -2,7 +2,7 @@
 
 import asyncio
 import base64
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import PurePath
@@ -16,10 +16,12 @@ from medmm_ray.service.config import ServeConfig
 from medmm_ray.service.evidence import EvidenceQuery, EvidenceRequest, EvidenceSource, RetrievedEvidence
 from medmm_ray.service.limits import check_size
 from medmm_ray.service.metrics import ServiceMetrics
+from medmm_ray.service.policy import Policy
 from medmm_ray.service.problems import Kind, Problem
 from medmm_ray.service.readiness import Readiness, Scorer
 from medmm_ray.service.rerank import (
     Case,
+    ModelInput,
     ModelTraits,
     RerankAnswer,
     RerankRequest,
@@ -30,6 +32,9 @@ from medmm_ray.service.rerank import (
 )
 
 T = TypeVar("T")
+StepMaps = list[list[list[float]]]
+MapTiles = Callable[[ModelInput], Awaitable[Sequence[StepMaps]]]
+"""From a request's model input to a map a step of each solution (`reward_model.occlusion`)."""
 
 
 def no_check() -> None:
@@ -49,6 +54,10 @@ class Backend:
     metrics: ServiceMetrics = field(default_factory=ServiceMetrics)
     check: Check = no_check
     """Raises a `Problem` where the replica has too much to do for another request."""
+    policy: Policy | None = None
+    """What `POST /v1/best_of_n` samples from."""
+    map_tiles: MapTiles | None = None
+    """Where in the image scores come from; None where the model has no image tower."""
 
     @property
     def model(self) -> str:
@@ -61,8 +70,8 @@ class Backend:
         if name not in (None, "", self.model, PurePath(self.model).name):
             raise Problem(Kind.NOT_FOUND, f"model {name!r} is not served here; served: {self.model}")
 
-    async def score_case(self, case: Case) -> Scored:
-        """The log-odds of a case's solutions, in order; what it must not hold is a `Problem` before any work."""
+    async def model_input(self, case: Case) -> tuple[ModelInput, RetrievedEvidence | None]:
+        """A case as the model reads it, and what was retrieved for it; what it must not hold is a `Problem`."""
         self.check_model(case.model)
         # The cheapest checks come first: what they refuse has cost nothing yet. In a thread, as all that takes a while.
         await asyncio.to_thread(check_size, case, self.config)
@@ -73,6 +82,11 @@ class Backend:
             model_input = await asyncio.to_thread(to_model_input, case, self.config.max_image_pixels)
         except RowError as error:
             raise _problem(error) from error
+        return model_input, evidence
+
+    async def score_case(self, case: Case) -> Scored:
+        """The log-odds of a case's solutions, in order."""
+        model_input, evidence = await self.model_input(case)
         with self.pixels_held.held(model_input.num_pixels):
             scored = replace(await self.score(model_input), evidence=evidence)
         self.metrics.add_scores(scored)
@@ -137,6 +151,16 @@ class Backend:
     def pixels_held(self) -> Budget:
         """Pixels of the images that are decoded and not scored."""
         return Budget("pixels of images", self.config.max_pixels_in_flight)
+
+    async def tile_maps(self, case: Case) -> Sequence[StepMaps]:
+        """For each solution of a case a map a step."""
+        if self.map_tiles is None:
+            raise Problem(Kind.INVALID, f"the model {self.model} has no image tower, so no score comes from its tokens")
+        model_input, _ = await self.model_input(case)
+        if model_input.image is None:
+            raise Problem(Kind.INVALID, "image: required, but missing")
+        with self.pixels_held.held(model_input.num_pixels):
+            return await self.map_tiles(model_input)
 
     async def rerank(self, request: RerankRequest) -> RerankAnswer:
         """The answer to a rerank request."""

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from medmm_ray.config import execution
 from medmm_ray.service.load import Count, LoadConfig
+from medmm_ray.service.policy import PolicyConfig
 from medmm_ray.service.retrieval import RetrievalConfig
 
 
@@ -13,8 +14,8 @@ class ServeConfig(LoadConfig):
     """The served reward model: which one, on what, and what one request may hold."""
 
     model: str | None = execution(None)
-    """Checkpoint that `RewardModel.from_pretrained` reads, such as <run>/two_tower, the latest of a run; required (in
-    a recipe: the run's own by default)."""
+    """Checkpoint that `RewardModel.from_pretrained` reads, such as <run>/two_tower, or a run, whose newest complete one
+    is taken; required (in a recipe: the run's own by default)."""
     served_model_name: str | None = execution(None)
     """Name that `GET /v1/models` and every answer state, and that a request may ask for; none: the checkpoint's."""
     dtype: Literal["float32", "bfloat16", "float16"] = execution("float32")
@@ -49,3 +50,7 @@ class ServeConfig(LoadConfig):
     """File of keys (`python -m jobs.keys`), read again when it changes; every node must have it at this path."""
     token_env: str = execution("MEDMM_TOKEN")
     """Name of the environment variable that holds one key with every scope, beside those of the file."""
+    policy: PolicyConfig = PolicyConfig()
+    """What `POST /v1/best_of_n` samples from."""
+    demo: bool = execution(True)
+    """Whether `/demo` has the demo page; it needs no key itself, what it asks the service does."""

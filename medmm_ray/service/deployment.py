@@ -36,6 +36,7 @@ from medmm_ray.service.guard import is_loopback
 from medmm_ray.service.keys import Key, Keyring, sha256
 from medmm_ray.service.load import replica_options
 from medmm_ray.service.metrics import EXPORTED, Increases, ServiceMetrics
+from medmm_ray.service.policy import connect_policy, policy_deployment
 from medmm_ray.service.quotas import Quotas
 from medmm_ray.service.readiness import Readiness
 from medmm_ray.service.replica import ServedModel, load_model
@@ -62,6 +63,7 @@ class Reranker:
         fixed_keys: Sequence[Key] = (),
         load: Load = load_model,
         evidence: "DeploymentHandle[EvidenceSearch] | None" = None,
+        policy: Any = None,
     ) -> None:
         _refuse_without_token_mode()  # a cluster's mode may differ from the driver's; this process opens the port
         model = load(config)
@@ -80,6 +82,8 @@ class Reranker:
             evidence=_source(evidence),
             metrics=metrics,
             check=scorer.check,
+            policy=connect_policy(config.policy, policy),
+            map_tiles=model.map_tiles,
         )
         self._app = api(backend, keyring_of(config, fixed_keys), Quotas(_num_replicas), scorer.tracer)
 
@@ -99,8 +103,21 @@ class Reranker:
 def build_app(args: Mapping[str, Any]) -> "serve.Application":
     """The Serve application; `args`: fields of `ServeConfig`, as text (``serve run``) or values (a config file)."""
     words = [f"{name}={value}" for name, value in args.items() if isinstance(value, str)]
-    values = {**args, **parse_overrides(words)}
+    values = {name: value for name, value in args.items() if not isinstance(value, str)} | parse_overrides(words)
     return application(build(ServeConfig, values, "serve"))
+
+
+def checkpoint_of(name: str) -> str:
+    """The checkpoint that `name` stands for: of a run its newest complete one, two towers before the text alone.
+
+    A checkpoint, a stable name, or a hub id is what `follow` makes of it.
+    """
+    # A name that is followed nowhere comes back as it was: then there is no such result.
+    for kind in ("two_tower", "text_prm"):
+        stable = f"{name.rstrip('/')}/{kind}"
+        if (checkpoint := follow(stable)) != stable:
+            return checkpoint
+    return follow(name)
 
 
 def application(config: ServeConfig, load: Load = load_model) -> "serve.Application":
@@ -115,7 +132,7 @@ def application(config: ServeConfig, load: Load = load_model) -> "serve.Applicat
         raise ConfigError("model is not set; name a checkpoint folder: model=runs/quickstart/two_tower")
     # A replica may start in another folder, and later, when a run's name stands for another result; a URI is copied
     # where it is read, so it stays one.
-    name = follow(config.model)
+    name = checkpoint_of(config.model)
     name = name if "://" in name else resolve(name)
     fixed_keys = _keys_of_environment(config)
     if config.access == "keys" and not fixed_keys and config.keys is None:
@@ -140,9 +157,10 @@ def application(config: ServeConfig, load: Load = load_model) -> "serve.Applicat
     )(serve.ingress()(Reranker))
     # The replicas get hashes: a deployment's arguments are readable in the dashboard.
     config = config.model_copy(update={"model": name})
+    policy = policy_deployment(config.policy)
     if config.retrieval is None:
-        return deployment.bind(config, fixed_keys, load)
-    return deployment.bind(config, fixed_keys, load, _evidence_search(config.retrieval))
+        return deployment.bind(config, fixed_keys, load, policy=policy)
+    return deployment.bind(config, fixed_keys, load, _evidence_search(config.retrieval), policy=policy)
 
 
 def _evidence_search(config: RetrievalConfig) -> "serve.Application":

@@ -9,6 +9,11 @@ CASE: dict[str, Any] = {
 }
 MARKED = "Step 1: The left costophrenic angle is blunted. Step 2: So the answer is (C)."
 LISTED = ["The right costophrenic angle is blunted.", "So the answer is (B)."]
+# 16 x 16 grey pixels, brighter at the lower left.
+IMAGE = (
+    "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAAAAAA6mKC9AAAAHElEQVR42mPUYEAFTAyDVIDxBAMDAwND"
+    "Am1tAQCuigFvUwbcJgAAAABJRU5ErkJggg=="
+)
 QUERY = "Which side is the effusion on? (A) none (B) right (C) left"
 
 RERANK = {
@@ -42,5 +47,21 @@ REWARDS = {
     "openrlhf": {
         "summary": "OpenRLHF's body: prompts with their completions",
         "value": {"query": [f"{QUERY}\n{MARKED}<|im_end|>"], "prompts": [f"{QUERY}\n"], "labels": ["C"]},
+    },
+}
+BEST_OF_N = {
+    "rounds": {
+        "summary": "At most 16 samples, fewer where the answer is sure to stay",
+        "value": {**CASE, "num_samples": 16, "round_size": 4, "reliability": 0.9, "rule": "sc_rm"},
+    },
+    "stream": {
+        "summary": "The same as server-sent events",
+        "value": {**CASE, "num_samples": 16, "stream": True},
+    },
+}
+TILE_MAPS = {
+    "image": {
+        "summary": "Where in an image the steps of a solution come from",
+        "value": {**CASE, "image": IMAGE, "solutions": [MARKED]},
     },
 }

@@ -11,7 +11,8 @@ from medmm_ray.service.keys import Key, Keyring, KeyScope
 from medmm_ray.service.problems import Kind, Problem
 from medmm_ray.service.quotas import Guesses, Quotas
 
-OPEN_PATHS = ("/health", "/ready", "/docs", "/openapi.json")  # they hold no data
+DEMO_PATHS = ("/demo", "/demo/page.css", "/demo/page.js", "/demo/examples")
+OPEN_PATHS = ("/health", "/ready", "/docs", "/openapi.json", *DEMO_PATHS)  # they hold no data
 # The first prefix that fits counts; what no prefix names needs a key of any scope, and is not found then.
 SCOPES: Mapping[str, KeyScope] = {
     "/v1/best_of_n": "best_of_n",

@@ -1,5 +1,6 @@
 """What a replica scores with: the model behind a `Batcher`, whose refusals are the service's problems."""
 
+import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ from medmm_ray.config import ConfigError, digest
 from medmm_ray.data.artifacts import MANIFEST
 from medmm_ray.engines.checkpoints import resolve
 from medmm_ray.service.admission import seconds_left
+from medmm_ray.service.backend import MapTiles, StepMaps
 from medmm_ray.service.batching import (
     MIN_PASS_TOKENS,
     Batcher,
@@ -119,6 +121,29 @@ class ServedModel:
     """What its weights are named by."""
     takes_references: bool = True
     """Whether a request may have reference images."""
+    map_tiles: MapTiles | None = None
+    """Where in the image scores come from; None without an image tower."""
+
+
+def tile_mapper(model: "RewardModel") -> MapTiles:
+    """What maps tiles, one request at a time: it takes as many passes of the image tower as an image has tiles."""
+    from medmm_ray.reward_model import ScoreRequest
+    from medmm_ray.reward_model.occlusion import tile_maps
+
+    turn = asyncio.Semaphore()
+
+    def maps_of(case: ModelInput) -> Sequence[StepMaps]:
+        """The maps of a case's solutions."""
+        request = ScoreRequest(case.question, case.solutions, case.documents, case.image, case.reference_images)
+        states = model.text_states(request.question, request.solutions, request.documents)
+        return tile_maps(model, request, states)
+
+    async def map_tiles(case: ModelInput) -> Sequence[StepMaps]:
+        """In a thread, so that the replica answers others meanwhile."""
+        async with turn:
+            return await asyncio.to_thread(maps_of, case)
+
+    return map_tiles
 
 
 def load_model(config: "ServeConfig") -> ServedModel:
@@ -140,6 +165,7 @@ def load_model(config: "ServeConfig") -> ServedModel:
         fingerprint_of(folder),
         # A vision-language model knows a question's own images alone.
         takes_references=model.vision is None,
+        map_tiles=tile_mapper(model) if model.image_tower is not None else None,
     )
 
 

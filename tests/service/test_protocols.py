@@ -221,7 +221,7 @@ def test_every_example_of_the_openapi_page_is_answered(web: TestClient) -> None:
                 names.add(f"{path} {name}")
     assert names == {
         "/v1/rerank steps", "/v1/rerank cohere", "/v1/score steps", "/v1/score vllm", "/v1/rewards completions",
-        "/v1/rewards openrlhf",
+        "/v1/rewards openrlhf", "/v1/best_of_n rounds", "/v1/best_of_n stream", "/v1/tile_maps image",
     }  # fmt: skip
     schema = page["paths"]["/v1/score"]["post"]["responses"]["413"]["content"]["application/problem+json"]["schema"]
     assert schema["$ref"].rpartition("/")[2] in page["components"]["schemas"]

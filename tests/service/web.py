@@ -10,13 +10,15 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from medmm_ray.service.app import api
-from medmm_ray.service.backend import Backend
+from medmm_ray.service.backend import Backend, StepMaps
 from medmm_ray.service.config import ServeConfig
 from medmm_ray.service.evidence import EvidenceSource
 from medmm_ray.service.keys import Key, Keyring, sha256
+from medmm_ray.service.policy import GeneratorPolicy, PolicyConfig
 from medmm_ray.service.quotas import Quotas
 from medmm_ray.service.readiness import Readiness, Scorer, not_stuck
 from medmm_ray.service.rerank import ModelInput, ModelTraits, Scored, steps_of
+from tests.doubles.fake_generator import FakeGenerator
 
 QUESTION = "Which side shows the effusion?"
 OPTIONS = ["none", "right", "left"]
@@ -65,6 +67,11 @@ class FakeModel:
         ]
 
 
+async def even_maps(case: ModelInput) -> Sequence[StepMaps]:
+    """Maps of 2 x 2 for two steps a solution."""
+    return [[[[0.5, 0.5], [0.5, 0.5]]] * 2 for _ in case.solutions]
+
+
 def client(
     model: FakeModel,
     token: str = "",
@@ -85,8 +92,9 @@ def client(
     config = ServeConfig(model="runs/x/two_tower", **fields)
     if token:
         keyring = Keyring([Key(name="MEDMM_TOKEN", sha256=sha256(token), scopes=("admin",))])
+    policy = GeneratorPolicy(FakeGenerator(lambda prompt, seed: LEFT), PolicyConfig())
     readiness = Readiness([2.0, 2.0], stuck)
-    backend = Backend(scorer or score, config, traits, readiness, "f00d", evidence)
+    backend = Backend(scorer or score, config, traits, readiness, "f00d", evidence, policy=policy, map_tiles=even_maps)
     app = api(backend, keyring, quotas)
     return TestClient(app, base_url="http://127.0.0.1:8000")
 

@@ -54,8 +54,8 @@ TRAININGS = {
 }
 WITHOUT_ACTORS = ("ingest", "curate", *TRAININGS)
 MOST_DIFFERENCE = 1e-4  # between the losses of two trainings that are the same but for their number of workers
-# Checkpoints often enough that a fault in the middle of a short training finds some.
-TRAINED_WITH = {"checkpoint_every": 4, "max_failures": 5}
+# Short, and with checkpoints often enough that a fault in the middle finds some.
+TRAINED_WITH = {"epochs": 1, "checkpoint_every": 4, "max_failures": 5}
 API_STEPS = ("judge", "write_questions")  # steps that ask the API
 API_MODEL = "scripted"
 ACTORS, IN_FLIGHT = 2, 8  # of each of these

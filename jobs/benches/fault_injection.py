@@ -229,21 +229,25 @@ class PreemptibleCluster:
         self._token.close()
 
 
-def inject(kind: Kind, driver: Driver, cluster: PreemptibleCluster | None, rng: random.Random) -> bool:
-    """Inject a fault now; False where there is no process yet that it could hit."""
+def inject(kind: Kind, driver: Driver, cluster: PreemptibleCluster | None, rng: random.Random) -> str | None:
+    """Inject a fault now; the title of what it hit, or None where there is no process yet that it could hit."""
     if kind == "driver":
         driver.process.kill()
-    elif kind == "ctrl-c":
+        return "the driver"
+    if kind == "ctrl-c":
         os.killpg(driver.process.pid, signal.SIGINT)
-    elif kind in OF_A_CLUSTER:
+        return "the driver's group"
+    if kind in OF_A_CLUSTER:
         assert cluster is not None
         cluster.preempt(rng, NOTICE_S if kind == "drain" else 0.0)
-    else:
-        processes = targets(kind, cluster.processes() if cluster else driver.processes())
-        if not processes:
-            return False
-        rng.choice(processes).kill()
-    return True
+        return "a machine"
+    processes = targets(kind, cluster.processes() if cluster else driver.processes())
+    if not processes:
+        return None
+    victim = rng.choice(processes)
+    title = " ".join(victim.cmdline()).strip()
+    victim.kill()
+    return title[:80]
 
 
 class FaultInjector:
@@ -318,7 +322,8 @@ class FaultInjector:
         for fault in self.pending:
             step = fault.step
             is_due = step in seconds and seconds[step] >= fault.share * self.undisturbed[step]
-            if is_due and inject(fault.kind, driver, self.cluster, self.rng):
-                self.log(f"{fault.kind} at {seconds[step]:.2f} s of {step}")
+            victim = inject(fault.kind, driver, self.cluster, self.rng) if is_due else None
+            if victim is not None:
+                self.log(f"{fault.kind} at {seconds[step]:.2f} s of {step}: {victim}")
                 return fault
         return None

@@ -54,7 +54,7 @@ class IndexConfig(GpuPlacement):
     """Neighbours of a vector in hnsw's graph (twice as many in its lowest layer)."""
     build_effort: int = Field(40, ge=1)
     """Candidates that hnsw looks at for a vector's neighbours while it builds; FAISS's own default."""
-    search_effort: int = Field(64, ge=1)
+    search_effort: int = Field(96, ge=1)
     """Candidates that hnsw looks at for a query; more finds more of the true neighbours and takes longer."""
     num_probes: int = Field(32, ge=1)
     """Lists that ivf_pq reads for a query; more finds more of the true neighbours and takes longer."""

@@ -6,12 +6,12 @@ import subprocess
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
-from medmm_ray.data.records import Solutions
+from medmm_ray.data.records import Labels, Solutions
 from medmm_ray.data.tables import Table
 from tests.doubles.autoscaling import AutoscalingCluster, autoscaling_cluster
 from tests.paths import ROOT
@@ -44,9 +44,15 @@ class Course:
     """
 
     def __init__(
-        self, cluster: AutoscalingCluster, run: Path, environment: Mapping[str, str], taken_away: str = ""
+        self,
+        cluster: AutoscalingCluster,
+        run: Path,
+        environment: Mapping[str, str],
+        taken_away: str = "",
+        words: Sequence[str] = (),
     ) -> None:
-        words = ["jobs/recipes/tiny.yaml", f"run={run}", *(f"{name}={value}" for name, value in SETTINGS.items())]
+        settings = [f"{name}={value}" for name, value in SETTINGS.items()]
+        words = ["jobs/recipes/tiny.yaml", f"run={run}", *settings, *words]
         self.new_nodes: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
         self.last_nodes: dict[str, list[str]] = {}
         self.lost_node = ""
@@ -101,3 +107,22 @@ def test_each_step_brings_up_its_group_and_a_spot_node_that_vanishes_is_replaced
     solutions = Table(str(folder.parent), Solutions)
     ids = solutions.to_arrow(["question_id"])["question_id"].to_pylist()
     assert (len(ids), len(set(ids)), solutions.manifest().errors) == (32, 32, {})
+
+
+@pytest.mark.engine
+def test_steps_bring_up_what_they_ask_for_and_let_it_go(tmp_path: Path) -> None:
+    """The short form: no training, and no node vanishes."""
+    environment = {"STEPS": "ingest write_questions curate sample judge", "PAUSE_S": "0.1"}
+    with autoscaling_cluster() as cluster:
+        course = Course(cluster, tmp_path / "run", environment, words=["models.policy=scripted", "ingest.num_train=8"])
+    groups = {step: set(nodes) for step, nodes in course.new_nodes.items()}
+    assert groups.pop("ingest") == {"cpu"}
+    assert groups.pop("sample") <= {"cpu", "infer_spot"}
+    # The nodes of the steps before may be up still, and serve it.
+    assert groups.pop("judge", set()) <= {"cpu"}
+    assert groups == {}
+    assert len(course.new_nodes["sample"]["infer_spot"]) == 1
+    assert course.last_nodes == {}
+    [folder] = (tmp_path / "run" / "judge_labels").glob("*/manifest.json")
+    labels = Table(str(folder.parent), Labels).manifest()
+    assert (labels.rows, labels.errors) == (16 * 4, {})

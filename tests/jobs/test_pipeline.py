@@ -218,8 +218,11 @@ def test_a_beam_search_stands_beside_the_samples(tiny: Run, capsys: pytest.Captu
 
 
 @END_TO_END
-def test_trees_stand_beside_the_samples_and_train_a_reward_model_where_the_recipe_asks(tiny: Run) -> None:
-    words = [TINY, f"run={tiny.root}", "without=[]", "train_text_prm.label_policy=tree_search"]
+def test_trees_stand_beside_the_samples_and_train_another_checkpoint_where_the_recipe_asks(tiny: Run) -> None:
+    base = f"{tiny.root}/policy"
+    words = [
+        TINY, f"run={tiny.root}", "without=[]", "train_text_prm.label_policy=tree_search", f"train_text_prm.base={base}"
+    ]  # fmt: skip
     assert pipeline.main([*words, "--from", "tree_search", "--until", "train_text_prm"]) == 0
     run = Run(load_recipe(words))
     trees, solutions, labels = (run.table(n).to_arrow() for n in ("trees", "tree_solutions", "tree_labels"))
@@ -229,13 +232,15 @@ def test_trees_stand_beside_the_samples_and_train_a_reward_model_where_the_recip
     assert {label["solution_id"]: len(label["steps"]) for label in labels.to_pylist()} == made
     assert run.fingerprint(BY_NAME["sample"]) == tiny.fingerprint(BY_NAME["sample"])
     assert run.fingerprint(BY_NAME["train_text_prm"]) != tiny.fingerprint(BY_NAME["train_text_prm"])
-    assert run.artifact("text_prm").manifest().upstream["tree_labels"] == run.fingerprint(BY_NAME["tree_search"])
+    manifest = run.artifact("text_prm").manifest()
+    assert manifest.upstream["tree_labels"] == run.fingerprint(BY_NAME["tree_search"])
+    assert manifest.config["base"] == tiny.uri("policy")
     weights, other = (content_of(f"{each.uri('text_prm')}/model.safetensors") for each in (run, tiny))
     assert weights != other
 
 
 @END_TO_END
-def test_a_policy_behind_an_api_leads_to_a_reward_model_from_another_checkpoint(tiny: Run) -> None:
+def test_what_a_policy_behind_an_api_writes_is_judged_and_trained_on(tiny: Run) -> None:
     texts = [f"Step 1: Look.\nStep 2: It is dark.\nStep 3: So the answer is ({letter})." for letter in "AB" * 24]
     with serving() as server:
         server.script = [chat_said(text) for text in ("reached", *texts)]
@@ -245,7 +250,7 @@ def test_a_policy_behind_an_api_leads_to_a_reward_model_from_another_checkpoint(
             "without=[monte_carlo, tree_search]",
             f"train_text_prm.base={tiny.root}/policy",
         ]  # fmt: skip
-        assert pipeline.main([*words, "--from", "sample", "--until", "train_text_prm"]) == 0
+        assert pipeline.main([*words, "--from", "sample", "--until", "judge"]) == 0
         assert len(server.requests) == 1 + 12 * 4, "the preflight's, and one a sample"
     run = Run(load_recipe(words))
     figures = run.table("solutions").manifest().figures
@@ -253,7 +258,12 @@ def test_a_policy_behind_an_api_leads_to_a_reward_model_from_another_checkpoint(
     assert figures["cost_usd"] == pytest.approx(48 * (1000 * 2.5 + 100 * 10.0) / 1e6)
     rows = run.table("solutions").to_arrow().to_pylist()
     assert {row["policy"] for row in rows} == {"gpt-4o"}
-    assert run.artifact("text_prm").manifest().upstream["policy"] == "gpt-4o"
+    labels = run.table("judge_labels").to_arrow(["solution_id", "error"]).to_pylist()
+    assert {label["solution_id"] for label in labels} == {s["solution_id"] for row in rows for s in row["solutions"]}
+    assert {label["error"] for label in labels} == {None}
+    # A reward model of it starts from the checkpoint that the recipe names, as no API's model can.
+    stage = BY_NAME["train_text_prm"]
+    assert (run.upstream(stage)["policy"], run.section(stage).base) == ("gpt-4o", tiny.uri("policy"))
 
 
 def test_the_closing_reads_a_run_wherever_it_lies(tmp_path: Path) -> None:

@@ -36,18 +36,25 @@ TINY = "jobs/recipes/tiny.yaml"
 
 @pytest.fixture
 def experiment(tmp_path: Path) -> Iterator[ResumeExperiment]:
-    config = BenchConfig(faults=3, steps=("sample", "judge", "monte_carlo"), questions=16)
+    steps = ("sample", "judge", "monte_carlo")
+    config = BenchConfig(faults=4, steps=steps, questions=16, nodes=3, kinds=("actor", "driver", "ctrl-c", "node"))
     with in_thread(ScriptedApi(config.pause_s)) as api:
         yield ResumeExperiment(config, tmp_path, api, Console())
 
 
 @pytest.mark.engine
-def test_an_actor_killed_a_run_killed_and_interrupted_leave_the_tables_of_an_undisturbed_one(
+def test_a_machine_and_an_actor_lost_a_run_killed_and_interrupted_leave_the_tables_of_an_undisturbed_one(
     experiment: ResumeExperiment,
 ) -> None:
+    """The round with faults runs on three nodes, the undisturbed one on this machine alone."""
     experiment.run_undisturbed()
     # Early in their steps: beside other work one step may take twice the time of another run.
-    faults = [Fault("actor", "sample", 0.3), Fault("driver", "judge", 0.05), Fault("ctrl-c", "monte_carlo", 0.2)]
+    faults = [
+        Fault("node", "sample", 0.3),
+        Fault("driver", "judge", 0.05),
+        Fault("actor", "monte_carlo", 0.05),
+        Fault("ctrl-c", "monte_carlo", 0.2),
+    ]
     results, late = experiment.run_round("rough", faults)
     assert late == []
     assert [driver.process.returncode for driver in experiment.drivers] == [0, -9, 130, 0]
@@ -63,7 +70,8 @@ def test_an_actor_killed_a_run_killed_and_interrupted_leave_the_tables_of_an_und
     ]
     assert results[2].expected > 0
     assert experiment.answers.paid_twice == 0
-    assert 0 <= experiment.answers.lost <= 2 * 8  # of the judge's two actors, eight calls each
+    # Of the judge's two actors, eight calls each, with the driver and with the machine.
+    assert 0 <= experiment.answers.lost <= 2 * 2 * 8
 
 
 def test_a_scripted_policy_goes_on_where_a_search_has_begun() -> None:

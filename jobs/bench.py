@@ -27,6 +27,7 @@ BENCHES = (
     "gguf",
     "answers",
     "near_duplicates",
+    "curate",
     "index",
     "embed",
     "retrieve",

@@ -45,7 +45,7 @@ def drawn(seed: int) -> PIL.Image.Image:
     for _ in range(25):
         row, column, size = rng.uniform(20, 180), rng.uniform(20, 220), rng.uniform(4, 18)
         picture += rng.uniform(-60, 120) * np.exp(-((rows - row) ** 2 + (columns - column) ** 2) / (2 * size**2))
-    return PIL.Image.fromarray(np.clip(picture + rng.normal(0, 3, picture.shape), 0, 255).astype(np.uint8))
+    return PIL.Image.fromarray(np.clip(picture + rng.normal(0, 1, picture.shape), 0, 255).astype(np.uint8))
 
 
 @pytest.mark.parametrize("name", ALTERATIONS)

@@ -28,6 +28,7 @@ BENCHES = (
     "gguf",
     "answers",
     "near_duplicates",
+    "curate",
     "index",
     "embed",
     "retrieve",

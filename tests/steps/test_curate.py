@@ -299,6 +299,13 @@ def test_an_official_test_stays_as_published() -> None:
     }  # fmt: skip
 
 
+def test_a_second_copy_of_a_benchmark_does_not_double_it() -> None:
+    official = {"dataset": "medqa", "split": "test", "text": "Why?"}
+    questions, _, figures = clean([question("1", [], **official), question("2", [], source="other", **official)], [])
+    assert questions == {"q-1": "test"}
+    assert (figures["questions_repeated"], figures["official_test_medqa"]) == (1, 1)
+
+
 def test_a_new_split_leaves_the_official_test_alone() -> None:
     questions = [
         question(str(i), [str(i // 2)], dataset="slake", split="test" if i < 20 else "train") for i in range(99)

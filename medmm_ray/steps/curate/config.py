@@ -16,6 +16,10 @@ class CurateConfig(Config):
     """Largest Hamming distance of two 64-bit perceptual hashes that proposes a pair as duplicates."""
     pixel_correlation: float = 0.98
     """Smallest correlation of the detail of two 32 x 32 thumbnails that confirms a proposed pair."""
+    altered_pictures: bool = True
+    """Merge images that are one picture, altered too: cropped, with a border, turned by some degrees, inverted."""
+    aligned_correlation: float = Field(0.82, gt=0, le=1)
+    """Smallest correlation of the fine structure of two aligned pictures that makes them one."""
     written: Literal["none", "checked", "reviewed"] = "none"
     """Questions that a model wrote: none, all that passed their checks, or those that readers keep (`reviews`)."""
     reviews: str = ""

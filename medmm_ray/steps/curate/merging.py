@@ -82,7 +82,8 @@ def merge_questions(
         first = unique.setdefault(digest(text, options, image_ids), question)
         if first is question:
             continue
-        if question.question_id in official_ids:
+        # A benchmark's own repeats stay; a second copy of it, from another source, would double its denominator.
+        if question.question_id in official_ids and question.source == first.source:
             figures["official_test_repeated"] += 1
             official.append(question)
             continue

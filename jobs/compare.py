@@ -45,10 +45,13 @@ def _main(words: list[str]) -> int:
     if not words or {"-h", "--help"} & set(words):
         print(__doc__)
         return 0
-    folders = [word for word in words if "=" not in word]
+    folders: list[str] = []
+    settings: list[str] = []
+    for word in words:
+        (settings if "=" in word else folders).append(word)
     if len(folders) != 2:
         raise ConfigError(f"{len(folders)} runs are named; expected two: python -m jobs.compare runs/a runs/b")
-    config = load(CompareConfig, None, [word for word in words if "=" in word])
+    config = load(CompareConfig, None, settings)
     names = short_names(*folders)
     first, second = (read_run(folder, name) for folder, name in zip(folders, names, strict=True))
     comparison = compare(first, second, Resampling(config.bootstrap_samples, config.seed))

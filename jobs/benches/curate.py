@@ -131,9 +131,12 @@ def _composed(config: BenchConfig, console: Console) -> Iterator[Measured]:
     )
     composed = _curated(IngestConfig(sources=sources))
     guard = Guard(shipped())
-    training = [question for question in composed.questions if question.split == "train"]
-    leaks = [question for question in training if guard.find(question)]
-    yield Measured("leaks in a composed training set", len(training), len(leaks), len(leaks), "≤ 0", "questions")
+    num_training = num_leaks = 0
+    for question in composed.questions:
+        if question.split == "train":
+            num_training += 1
+            num_leaks += bool(guard.find(question))
+    yield Measured("leaks in a composed training set", num_training, num_leaks, num_leaks, "≤ 0", "questions")
     total = sum(quota.count for quota in quotas_of(_settings()))
     num_official = sum(count for name, count in composed.figures.items() if name.startswith("official_test_") and count)
     repeated = composed.figures.get("official_test_repeated", 0.0)

@@ -183,9 +183,7 @@ def interval(
     seed: int = 0,
 ) -> Interval:
     """The mean over topics, with its interval by bootstrap over groups of topics."""
-    groups = sorted({topic.group for topic in topics})
-    number_of = {group: number for number, group in enumerate(groups)}
-    group_Q = np.array([number_of[topic.group] for topic in topics])
+    groups, group_Q = np.unique([topic.group for topic in topics], return_inverse=True)
     sum_G = np.bincount(group_Q, values_Q, len(groups))
     size_G = np.bincount(group_Q, minlength=len(groups))
     drawn_SG = np.random.default_rng(seed).integers(

@@ -114,7 +114,9 @@ def test_steps_bring_up_what_they_ask_for_and_let_it_go(tmp_path: Path) -> None:
     """The short form: no training, and no node vanishes."""
     environment = {"STEPS": "ingest write_questions curate sample judge", "PAUSE_S": "0.1"}
     with autoscaling_cluster() as cluster:
-        course = Course(cluster, tmp_path / "run", environment, words=["models.policy=scripted", "ingest.sources.0.num_train=8"])
+        course = Course(
+            cluster, tmp_path / "run", environment, words=["models.policy=scripted", "ingest.sources.0.num_train=8"]
+        )
     groups = {step: set(nodes) for step, nodes in course.new_nodes.items()}
     assert groups.pop("ingest") == {"cpu"}
     assert groups.pop("sample") <= {"cpu", "infer_spot"}

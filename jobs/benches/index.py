@@ -23,6 +23,7 @@ from jobs.benches.process_memory import anonymous_bytes
 from jobs.benches.timing import peak_bytes
 from jobs.resources import ResourceSampler
 from medmm_ray.config import Config
+from medmm_ray.data.compaction import ROW_GROUP_BYTES
 from medmm_ray.data.records import Vector, arrow_schema
 from medmm_ray.data.tables import Artifact, Provenance, Table
 from medmm_ray.engines.index import Index, IndexConfig, Vectors
@@ -146,7 +147,13 @@ def write_table(mixture: Mixture, uri: str) -> Table:
         names = [f"im{i:09}" for i in range(first, first + len(vectors_ND))]
         files.append(f"part-{part:06}.parquet")
         # Not through `Table.write_part`: to hash and to compress random numbers would take longer than all else.
-        pq.write_table(_rows(names, vectors_ND), f"{table.path}/{files[-1]}", compression="none", use_dictionary=False)
+        pq.write_table(
+            _rows(names, vectors_ND),
+            f"{table.path}/{files[-1]}",
+            row_group_size=ROW_GROUP_BYTES // (4 * config.width),  # as compacted tables have them
+            compression="none",
+            use_dictionary=False,
+        )
     origin = Provenance(name="vectors", fingerprint="bench", config=config.model_dump(), upstream={})
     table.commit(origin, 0.0, rows=config.vectors, files=files)
     return table

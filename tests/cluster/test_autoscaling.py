@@ -33,7 +33,14 @@ SETTINGS = {
     "sample.engine.batch_size": 4,
     "sample.engine.max_concurrency": 1,
     "sample.engine.accelerator_type": "L4",
+    "monte_carlo.engine.num_gpus": 1,
+    "monte_carlo.engine.num_cpus": 1,
+    "monte_carlo.engine.accelerator_type": "L4",
 }
+LONG_FORM = (
+    *("ingest", "write_questions", "curate", "train_policy", "sample"),
+    *("judge", "monte_carlo", "review", "audit"),
+)
 
 
 class Course:
@@ -86,9 +93,15 @@ class Course:
                 self.new_nodes[step][group] |= new_ids
 
 
+def made(run: Path, name: str, record: type) -> Table:
+    """The one table of that name in the run."""
+    [folder] = (run / name).glob("*/manifest.json")
+    return Table(str(folder.parent), record)
+
+
 @pytest.mark.chaos
 def test_each_step_brings_up_its_group_and_a_spot_node_that_vanishes_is_replaced(tmp_path: Path) -> None:
-    environment = {"STEPS": "ingest write_questions curate train_policy sample", "PAUSE_S": "1"}
+    environment = {"STEPS": " ".join(LONG_FORM), "PAUSE_S": "1"}
     with autoscaling_cluster() as cluster:
         course = Course(cluster, tmp_path / "run", environment, taken_away="infer_spot")
     groups = {step: set(nodes) for step, nodes in course.new_nodes.items()}
@@ -96,17 +109,24 @@ def test_each_step_brings_up_its_group_and_a_spot_node_that_vanishes_is_replaced
     assert groups.pop("train_policy") == {"train"}
     # Where a spot machine went, the other group of its kind may follow.
     assert "infer_spot" in groups["sample"]
-    assert groups.pop("sample") <= {"cpu", "infer_spot", "infer_on_demand"}
+    for step in ("sample", "monte_carlo"):  # the second may find the first's nodes
+        assert groups.pop(step, set()) <= {"cpu", "infer_spot", "infer_on_demand"}
+    for step in ("judge", "review", "audit"):
+        assert groups.pop(step, set()) <= {"cpu"}
     assert groups == {}
     assert len(course.new_nodes["train_policy"]["train"]) == 1
     infer_nodes = course.new_nodes["sample"]["infer_spot"] | course.new_nodes["sample"]["infer_on_demand"]
     assert course.lost_node in infer_nodes
     assert len(infer_nodes) >= 2
     assert course.last_nodes == {}
-    [folder] = (tmp_path / "run" / "solutions").glob("*/manifest.json")
-    solutions = Table(str(folder.parent), Solutions)
+    solutions = made(tmp_path / "run", "solutions", Solutions)
     ids = solutions.to_arrow(["question_id"])["question_id"].to_pylist()
     assert (len(ids), len(set(ids)), solutions.manifest().errors) == (32, 32, {})
+    judged = made(tmp_path / "run", "judge_labels", Labels).manifest()
+    assert (judged.rows, judged.errors) == (32 * 4, {})
+    continued = made(tmp_path / "run", "monte_carlo_labels", Labels).manifest()
+    assert continued.rows > 0
+    assert continued.errors == {}
 
 
 @pytest.mark.engine
@@ -125,6 +145,5 @@ def test_steps_bring_up_what_they_ask_for_and_let_it_go(tmp_path: Path) -> None:
     assert groups == {}
     assert len(course.new_nodes["sample"]["infer_spot"]) == 1
     assert course.last_nodes == {}
-    [folder] = (tmp_path / "run" / "judge_labels").glob("*/manifest.json")
-    labels = Table(str(folder.parent), Labels).manifest()
+    labels = made(tmp_path / "run", "judge_labels", Labels).manifest()
     assert (labels.rows, labels.errors) == (16 * 4, {})

@@ -14,6 +14,7 @@ from medmm_ray.engines.llm.probe import ApiModel
 from medmm_ray.engines.placement import GpuPlacement
 from medmm_ray.estimate import PlanConfig
 from medmm_ray.pages.review_page import ReviewPageConfig
+from medmm_ray.release.config import ReleaseConfig
 from medmm_ray.service.config import ServeConfig
 from medmm_ray.steps.audit import AuditConfig
 from medmm_ray.steps.curate import CurateConfig
@@ -155,6 +156,8 @@ class Recipe(Config):
     """What the report measures."""
     serve: ServeConfig = ServeConfig()
     """The Serve application."""
+    release: ReleaseConfig = ReleaseConfig()
+    """What of a finished run is released, and to whom (jobs.release)."""
     beam_search: BeamSearchConfig = BeamSearchConfig()
     """Beam search on a finished run (jobs.beam_search)."""
     meds3: RoundsConfig = RoundsConfig()

@@ -349,6 +349,17 @@ def _bins(calibration: Sequence[CalibrationBin]) -> list[Bin]:
     return bins
 
 
+def charts_of(report: EvaluationReport) -> dict[str, Markup]:
+    """The page's charts by name."""
+    drawings = {decoder: _over_n(report, decoder) for decoder in DECODERS}
+    steps = _step_charts(report)
+    if steps is not None:
+        drawings |= {"roc": steps.roc, "calibration": steps.calibration}
+        for arm, histogram in steps.histograms.items():
+            drawings[f"step_scores_{arm}"] = histogram
+    return drawings
+
+
 # The headline
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from medmm_ray.data.hub import upload
 from medmm_ray.engines import pretrained
 from medmm_ray.engines.chat_template import ChatTemplate, TemplateUse
 from medmm_ray.engines.model_source import ModelSource
@@ -208,7 +209,7 @@ def write(model: WritableModel, folder: str | Path, figures: Mapping[str, float]
             weights = {key: value.detach().contiguous() for key, value in model.fusion.state_dict().items()}
             save_file(weights, new_folder / FUSION)
             model.image_tower.save_pretrained(tower_folder(new_folder))
-        card_text = card.write(name or Path(folder).resolve().name, described, model.family)
+        card_text = card.write(name or Path(folder).resolve().name, described)
         (new_folder / "README.md").write_text(card_text)
         (new_folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
 
@@ -225,7 +226,7 @@ def push(
     """Write `model` to a folder that lives as long as the upload; gives the commit's address."""
     with tempfile.TemporaryDirectory(prefix="reward-model-") as folder:
         write(model, folder, figures, repo_id)
-        return hub.upload(Path(folder), repo_id, private, token, revision, commit_message)
+        return upload(Path(folder), repo_id, "model", private, token, revision, commit_message, hub.FILES)
 
 
 def _describe(model: WritableModel, figures: Mapping[str, float]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A reward model on the Hugging Face hub: the whole folder of `checkpoint.write`, there and back.
+"""A reward model from the Hugging Face hub: the whole folder of `checkpoint.write`; `data.hub` brings it there.
 
 `HF_ENDPOINT` names another hub, `HF_TOKEN` who is asking (or `token`), as everywhere in huggingface_hub.
 """
@@ -28,19 +28,3 @@ def fetched(path: str | Path, config: str, revision: str | None) -> str | Path:
     if file is None:
         return path
     return snapshot_download(str(path), revision=extract_commit_hash(file, None), allow_patterns=FILES)
-
-
-def upload(
-    folder: Path, repo_id: str, private: bool | None, token: str | None, revision: str | None, commit_message: str
-) -> str:
-    """Put a folder's files into a model repository, made where it does not exist; gives the commit's address."""
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    commit = api.upload_folder(
-        repo_id=repo_id, folder_path=folder, allow_patterns=FILES, revision=revision, commit_message=commit_message
-    )
-    return str(commit.commit_url)

@@ -35,6 +35,8 @@ class DataSet(Config):
     """What it holds, in a line."""
     licence: str
     """Its licence, as its publishers state it."""
+    licence_id: str = ""
+    """The licence as the hub spells it (mit, cc-by-nc-4.0); empty: it is none of the hub's, or one for each row."""
     access: Literal["open", "agreement", "credentialed"] = "open"
     """Whether anyone may download it, must accept terms first, or needs an account that is checked."""
     get: str

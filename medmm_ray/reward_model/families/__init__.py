@@ -11,7 +11,7 @@ visualprm            VisualPRM (arXiv 2503.10291): a step a turn, "+" against "-
 A family gives full sequences of ids with the places at which the steps are read, and log-odds of the states there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from medmm_ray.reward_model.families.family import Family, FamilyName, ImageTokens
@@ -30,6 +30,7 @@ __all__ = [
     "ImageTokens",
     "MedPrm",
     "QwenProcessRewardModel",
+    "about",
     "detect",
     "make",
 ]
@@ -39,6 +40,21 @@ VISION_LANGUAGE: tuple[FamilyName, ...] = ("medprm_vision", "visualprm")
 """Those whose language model reads the images itself."""
 WITH_SYSTEM_PROMPT: tuple[FamilyName, ...] = ("medprm", "medprm_vision", "qwen_prm")
 """Those whose format has a system message, which may be another than their own."""
+
+CLASSES: Mapping[FamilyName, type[Family]] = {
+    "medprm": MedPrm,
+    "medprm_vision": MedPrmVision,
+    "math_shepherd": MathShepherd,
+    "qwen_prm": QwenPrm,
+    "token_classification": TokenClassification,
+    "meds3": MedS3,
+    "visualprm": VisualPrm,
+}
+
+
+def about(name: FamilyName) -> str:
+    """One sentence on a family."""
+    return str(CLASSES[name].__doc__).splitlines()[0]
 
 
 def make(name: FamilyName, tokenizer: Any, image_tokens: ImageTokens | None = None) -> Family:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -23,15 +23,28 @@ from pyarrow import fs as pafs
 from pydantic import Field
 
 from medmm_ray.config import Config, ConfigError
-from medmm_ray.data.records import Evidence, Image, Labels, Question, Scores, Solution, arrow_schema, from_dict
+from medmm_ray.data.hub import upload
+from medmm_ray.data.records import (
+    Evidence,
+    Image,
+    Labels,
+    Question,
+    RetrievedImage,
+    Scores,
+    Solution,
+    arrow_schema,
+    from_dict,
+)
 from medmm_ray.data.sources.medmm import entry
 from medmm_ray.data.tables import Artifact, RowError, Table, filesystem, write_file
 from medmm_ray.engines.images import read_bytes
 from medmm_ray.stats.metrics import probability
-from medmm_ray.steps.export.card import card
+from medmm_ray.steps.export.card import CardText, card
 
 Arm = Literal["multimodal", "text_only", "shuffled_image", "no_documents"]
 DEFAULT_ARMS: tuple[Arm, ...] = ("multimodal", "text_only")
+STEP_SCORES = ("PRM_min_score", "PRM_score", "PRM_score_list")
+"""What Med-PRM's files call the smallest, the last and all of a solution's step probabilities."""
 IMAGE_FIELDS = ("image_id", "uri", "sha256", "modality", "diagnosis")
 """What a shard says of an image, in the order of the record."""
 log = logging.getLogger(__name__)
@@ -51,8 +64,8 @@ class ExportConfig(Config):
     embeddings: bool = False
     """JSON: write the vector of each question's first image into image_embedding (else null)."""
     score_arm: Arm | None = None
-    """JSON: the arm whose step probabilities are written, as PRM_min_score, PRM_score (the last step's) and
-    PRM_score_list; null: multimodal, and text_only where a solution has no score of that."""
+    """The arm whose step probabilities are written, as PRM_min_score, PRM_score (the last step's) and PRM_score_list;
+    null: multimodal, and text_only where a solution has no score of that."""
     questions_per_shard: int = Field(256, ge=1)
     """Questions that are held in memory at a time, and rows of a Parquet shard."""
     license: str = "other"
@@ -81,6 +94,23 @@ class Tables:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Exclusion:
+    """What of a run stays behind: whole questions, texts of corpora, and pictures that other questions were shown."""
+
+    question_ids: frozenset[str] = frozenset()
+    corpora: frozenset[str] = frozenset()
+    image_ids: frozenset[str] = frozenset()
+
+    def without(self, bundle: "Bundle") -> "Bundle":
+        """The bundle without the excluded part of its evidence."""
+        if bundle.evidence is None:
+            return bundle
+        documents = [document for document in bundle.evidence.documents if document.corpus not in self.corpora]
+        images = [image for image in bundle.evidence.images if image.image_id not in self.image_ids]
+        return replace(bundle, evidence=replace(bundle.evidence, documents=documents, images=images))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bundle:
     """All that the run has of one question."""
 
@@ -94,14 +124,23 @@ class Bundle:
     embedding: Sequence[float] | None = None
 
 
-def export(tables: Tables, config: ExportConfig, made_by: Mapping[str, Any]) -> dict[str, int]:
+def export(
+    tables: Tables,
+    config: ExportConfig,
+    made_by: Mapping[str, Any],
+    exclusion: Exclusion | None = None,
+    card_text: CardText | None = None,
+) -> dict[str, int]:
     """Write the dataset; gives counts. `made_by` (table -> its manifest's fingerprint and config) goes into the card.
+
+    `card_text` is what the card says beside that, by default that a licence is still to be chosen.
 
     Raises ConfigError for a folder that is not empty or a name missing, TableError for one that cannot be written.
     """
     folder = empty_folder(config.to)
     counts: Counter[str] = Counter()
-    split_ids = _split_ids(tables)
+    exclusion = exclusion or Exclusion()
+    split_ids = _split_ids(tables, exclusion)
     for split, ids in split_ids.items():
         bundles_ = _bundles_of_split(
             tables,
@@ -109,6 +148,7 @@ def export(tables: Tables, config: ExportConfig, made_by: Mapping[str, Any]) -> 
             folder,
             config,
             counts,
+            exclusion,
         )
         if config.format == "json":
             _write_json(
@@ -124,14 +164,14 @@ def export(tables: Tables, config: ExportConfig, made_by: Mapping[str, Any]) -> 
                 split,
                 bundles_,
                 len(ids),
-                config.questions_per_shard,
+                config,
                 counts,
             )
     if config.format == "hf":
         sizes = {split: counts[f"questions {split}"] for split in split_ids}
         text = card(
             shard_schema(),
-            config.license,
+            card_text or CardText(licences=(config.license,)),
             sizes,
             counts,
             made_by,
@@ -146,6 +186,7 @@ def _bundles_of_split(
     folder: str,
     config: ExportConfig,
     counts: Counter[str],
+    exclusion: Exclusion,
 ) -> Iterator[Bundle]:
     """The split's bundles, a chunk of questions in memory at a time."""
     size = config.questions_per_shard
@@ -153,7 +194,7 @@ def _bundles_of_split(
         chunk = ids[start : start + size]
         for bundle in bundles(tables, chunk, config):
             yield _copied(
-                bundle,
+                exclusion.without(bundle),
                 folder,
                 config,
                 counts,
@@ -173,8 +214,8 @@ def empty_folder(to: str) -> str:
     return to.rstrip("/")
 
 
-def _split_ids(tables: Tables) -> dict[str, list[str]]:
-    """The ids of each split's questions, sorted; those with an error stay behind."""
+def _split_ids(tables: Tables, exclusion: Exclusion) -> dict[str, list[str]]:
+    """The ids of each split's questions, sorted; excluded ones and those with an error stay behind."""
     rows = tables.questions.to_arrow(["question_id", "split", "error"])
     usable = rows.filter(pc.is_null(rows["error"]))
     usable = usable.sort_by([("split", "ascending"), ("question_id", "ascending")])
@@ -182,6 +223,8 @@ def _split_ids(tables: Tables) -> dict[str, list[str]]:
     splits = usable["split"].to_pylist()
     ids: dict[str, list[str]] = {}
     for question_id, split in zip(question_ids, splits, strict=True):
+        if question_id in exclusion.question_ids:
+            continue
         ids.setdefault(split, []).append(question_id)
     return ids
 
@@ -288,26 +331,44 @@ def _copied(
     config: ExportConfig,
     counts: Counter[str],
 ) -> Bundle:
-    """The bundle with its images' uris as the dataset names them; with images=copy their files lie there."""
+    """The bundle with its images' uris as the dataset names them; with images=copy their files lie there.
+
+    So do the reference images of its evidence: a path of this machine is nobody else's.
+    """
     if config.images == "uri":
         return bundle
     images = []
     for image in bundle.images:
-        suffix = PurePosixPath(image.uri).suffix
-        name = f"images/{image.image_id}{suffix}"
-        try:
-            fs, path = filesystem(f"{folder}/{name}")
-            # Questions share pictures: one that an earlier question has brought lies there.
-            if not fs.get_file_info(path).is_file:
-                _put(folder, name, read_bytes(image.uri))
-                counts["images copied"] += 1
-        except RowError as error:
-            # A picture that cannot be read costs the dataset that picture, not the question.
-            log.warning("image %s is left out: %s", image.image_id, error.kind)
-            counts[f"images {error.kind}"] += 1
-            continue
-        images.append(replace(image, uri=name))
-    return replace(bundle, images=images)
+        name = _copy_image(image, folder, counts)
+        # A picture that cannot be read costs the dataset that picture, not the question.
+        if name is not None:
+            images.append(replace(image, uri=name))
+    evidence = bundle.evidence
+    if evidence is not None:
+        references = []
+        for reference in evidence.images:
+            name = _copy_image(reference, folder, counts)
+            if name is not None:
+                references.append(replace(reference, uri=name))
+        evidence = replace(evidence, images=references)
+    return replace(bundle, images=images, evidence=evidence)
+
+
+def _copy_image(image: Image | RetrievedImage, folder: str, counts: Counter[str]) -> str | None:
+    """Put an image's file into the dataset, once; gives its name there, None where it cannot be read."""
+    suffix = PurePosixPath(image.uri).suffix
+    name = f"images/{image.image_id}{suffix}"
+    try:
+        fs, path = filesystem(f"{folder}/{name}")
+        # Questions share pictures: one that an earlier question has brought lies there.
+        if not fs.get_file_info(path).is_file:
+            _put(folder, name, read_bytes(image.uri))
+            counts["images copied"] += 1
+    except RowError as error:
+        log.warning("image %s is left out: %s", image.image_id, error.kind)
+        counts[f"images {error.kind}"] += 1
+        return None
+    return name
 
 
 def _put(folder: str, name: str, content: bytes) -> None:
@@ -372,17 +433,22 @@ def _write_json(
 
 
 def _add_scores(entries: Sequence[dict[str, Any]], bundle: Bundle, arm: Arm | None) -> None:
-    """Put an arm's step probabilities into the entries of the solutions, by the names that Med-PRM's files have."""
-    arms = (arm,) if arm else DEFAULT_ARMS
+    """Put an arm's step probabilities into the entries of the solutions, where they have any."""
     for nested, solution in zip(entries, bundle.solutions, strict=True):
-        # Failed rows are none of them.
-        by_arm = {scores.arm: scores for scores in bundle.scores.get(solution.solution_id, ())}
-        scores = next((by_arm[name] for name in arms if name in by_arm), None)
-        if scores is not None and scores.text_log_odds:
-            probabilities = probability(np.add(scores.text_log_odds, scores.image_log_odds))
-            nested["PRM_min_score"] = float(probabilities.min())
-            nested["PRM_score"] = float(probabilities[-1])
-            nested["PRM_score_list"] = probabilities.tolist()
+        nested.update(step_scores(bundle.scores.get(solution.solution_id, ()), arm))
+
+
+def step_scores(scores: Sequence[Scores], arm: Arm | None) -> dict[str, Any]:
+    """`STEP_SCORES` of a solution by an arm, or by the first of `DEFAULT_ARMS` that it has; empty without scores."""
+    # Failed rows are none of them.
+    by_arm = {row.arm: row for row in scores}
+    arms = (arm,) if arm else DEFAULT_ARMS
+    chosen = next((by_arm[name] for name in arms if name in by_arm), None)
+    if chosen is None or not chosen.text_log_odds:
+        return {}
+    probabilities = probability(np.add(chosen.text_log_odds, chosen.image_log_odds))
+    values = (float(probabilities.min()), float(probabilities[-1]), probabilities.tolist())
+    return dict(zip(STEP_SCORES, values, strict=True))
 
 
 def _json(row: Mapping[str, Any]) -> str:
@@ -398,8 +464,16 @@ def shard_schema() -> pa.Schema:
     # Nested rows need no id of the row that they are in.
     label = pa.struct(_fields(Labels, without=("question_id", "solution_id")))
     score = pa.struct(_fields(Scores, without=("question_id", "solution_id", "error")))
+    smallest, last, every = STEP_SCORES
     solution = pa.struct(
-        [*arrow_schema(Solution), pa.field("labels", pa.list_(label)), pa.field("scores", pa.list_(score))]
+        [
+            *arrow_schema(Solution),
+            pa.field("labels", pa.list_(label)),
+            pa.field("scores", pa.list_(score)),
+            pa.field(smallest, pa.float64()),
+            pa.field(last, pa.float64()),
+            pa.field(every, pa.list_(pa.float64())),
+        ]
     )
     image = pa.struct(list(map(arrow_schema(Image).field, IMAGE_FIELDS)))
     evidence = arrow_schema(Evidence)
@@ -423,8 +497,8 @@ def _fields(record: type, without: Sequence[str]) -> list[pa.Field]:
     return fields
 
 
-def shard_row(bundle: Bundle) -> dict[str, Any]:
-    """One row of `shard_schema`."""
+def shard_row(bundle: Bundle, score_arm: Arm | None = None) -> dict[str, Any]:
+    """One row of `shard_schema`; `score_arm` as in the config."""
     related_documents: list[dict[str, Any]] = []
     related_images: list[dict[str, Any]] = []
     if bundle.evidence:
@@ -435,18 +509,19 @@ def shard_row(bundle: Bundle) -> dict[str, Any]:
         "images": list(map(asdict, bundle.images)),
         "related_documents": related_documents,
         "related_images": related_images,
-        "solutions": _with_labels(bundle.solutions, bundle),
-        "tree_solutions": _with_labels(bundle.tree_solutions, bundle),
+        "solutions": _with_labels(bundle.solutions, bundle, score_arm),
+        "tree_solutions": _with_labels(bundle.tree_solutions, bundle, score_arm),
     }
 
 
-def _with_labels(solutions: Sequence[Solution], bundle: Bundle) -> list[dict[str, Any]]:
+def _with_labels(solutions: Sequence[Solution], bundle: Bundle, arm: Arm | None) -> list[dict[str, Any]]:
     """The solutions with all that was said of them."""
     rows = []
     for solution in solutions:
         labels = list(map(asdict, bundle.labels.get(solution.solution_id, ())))
-        scores = list(map(asdict, bundle.scores.get(solution.solution_id, ())))
-        rows.append({**asdict(solution), "labels": labels, "scores": scores})
+        scores = bundle.scores.get(solution.solution_id, ())
+        row = {**asdict(solution), "labels": labels, "scores": list(map(asdict, scores))}
+        rows.append(row | step_scores(scores, arm))
     return rows
 
 
@@ -455,16 +530,17 @@ def _write_shards(
     split: str,
     bundles_: Iterator[Bundle],
     num_questions: int,
-    shard_size: int,
+    config: ExportConfig,
     counts: Counter[str],
 ) -> None:
-    """``data/<split>-00000-of-00003.parquet``, `shard_size` questions each."""
+    """``data/<split>-00000-of-00003.parquet``, `questions_per_shard` questions each."""
     # Names hold the number of shards, so it must be known before the first is written.
+    shard_size = config.questions_per_shard
     num_shards = -(-num_questions // shard_size)
     for number in range(num_shards):
         rows: list[dict[str, Any]] = []
         for bundle in islice(bundles_, shard_size):
-            rows.append(shard_row(bundle))
+            rows.append(shard_row(bundle, config.score_arm))
             _count(bundle, counts)
         shard = pa.Table.from_pylist(rows, schema=shard_schema())
         # Through memory, as the folder may be on any filesystem.
@@ -475,23 +551,5 @@ def _write_shards(
 
 
 def push(folder: str, repo_id: str, private: bool) -> str:
-    """Put the folder into a dataset repository of the hub, made where it does not exist; gives the commit's address.
-
-    `HF_ENDPOINT` names another hub, `HF_TOKEN` who is asking, as everywhere in huggingface_hub.
-    """
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    api.create_repo(
-        repo_id,
-        repo_type="dataset",
-        private=private,
-        exist_ok=True,
-    )
-    commit = api.upload_folder(
-        repo_id=repo_id,
-        repo_type="dataset",
-        folder_path=folder,
-        commit_message="Export of a medmm_ray run",
-    )
-    return str(commit.commit_url)
+    """Put the folder into a dataset repository of the hub, made where it does not exist; gives the commit's address."""
+    return upload(Path(folder), repo_id, "dataset", private, commit_message="Export of a medmm_ray run")

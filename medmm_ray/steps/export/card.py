@@ -1,10 +1,13 @@
 """The card of an exported dataset: what the hub's page says, and the YAML by which `datasets` finds the files."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import yaml
+
+from medmm_ray.text.folders import without_folders
 
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 _DTYPES = {"string": "string", "int64": "int64", "double": "float64", "float": "float32", "bool": "bool"}
@@ -21,8 +24,27 @@ of them to train on, and what to do after a first error, is the reader's choice.
 """
 
 
+_TO_BE_CHOSEN = (
+    "## Before it is used\n\nThe licence above is a placeholder until whoever owns questions and images chose one; "
+    "the terms of the sources hold. Labels are made by models unless their source says `expert`; nothing here is "
+    "medical advice."
+)
+
+
+@dataclass(frozen=True)
+class CardText:
+    """What a card says that no table knows: licences as the hub spells them, and its last part, by the counts."""
+
+    licences: tuple[str, ...]
+    ending: Callable[[Mapping[str, int]], str] = lambda _: _TO_BE_CHOSEN
+
+
 def card(
-    schema: pa.Schema, license_: str, splits: Mapping[str, int], counts: Mapping[str, int], made_by: Mapping[str, Any]
+    schema: pa.Schema,
+    text: CardText,
+    splits: Mapping[str, int],
+    counts: Mapping[str, int],
+    made_by: Mapping[str, Any],
 ) -> str:
     """README.md with its YAML front matter; `splits` are questions a split, `counts` what `export` counted."""
     features = _features(schema)
@@ -33,7 +55,7 @@ def card(
         sizes.append({"name": split, "num_examples": number})
     # The hub reads these keys: they are its own.
     front = {
-        "license": license_,
+        "license": text.licences[0] if len(text.licences) == 1 else list(text.licences),
         "task_categories": ["question-answering", "visual-question-answering"],
         "language": ["en"],
         "tags": ["medical", "process-reward-model", "step-labels"],
@@ -45,7 +67,7 @@ def card(
         },
     }
     front_matter = yaml.safe_dump(front, sort_keys=False).rstrip()
-    lines = ["---", front_matter, "---", "", *_body(counts, made_by)]
+    lines = ["---", front_matter, "---", "", *_body(counts, made_by), "", text.ending(counts)]
     return "\n".join(lines) + "\n"
 
 
@@ -81,22 +103,17 @@ def _body(counts: Mapping[str, int], made_by: Mapping[str, Any]) -> Iterator[str
     yield "\n## How it was made\n"
     yield "| step | fingerprint | config |\n|---|---|---|"
     for step, (fingerprint, config) in made_by.items():
-        # Paths are of the machine that made the table, and nobody else's concern.
+        # Paths are of the machine that made the table.
         settings = []
         for key, value in config.items():
             if "path" not in key:
                 settings.append(f"{key}={_short(value)}")
         yield f"| {step} | `{fingerprint}` | {', '.join(settings)} |"
-    yield (
-        "\n## Before it is used\n\nThe licence above is a placeholder until whoever owns questions and images has "
-        "chosen one; the terms of the sources hold. Labels are made by models unless their source says `expert`; "
-        "nothing here is medical advice."
-    )
 
 
 def _short(value: Any) -> str:
     # A bar or a line break would end the cell of the table.
-    text = str(value).replace("|", "/")
+    text = without_folders(str(value)).replace("|", "/")
     text = text.replace("\n", " ")
     if len(text) <= 60:
         return text

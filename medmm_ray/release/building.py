@@ -95,6 +95,7 @@ def make(folder: str, run: FinishedRun, config: ReleaseConfig) -> Release:
     Raises `LicenceError` before anything is written where its sources do not allow it.
     """
     run_origins = _origins(run, config)
+    # First: of what may not be passed on no file is made.
     licences.check(run_origins, config)
     key = _key(run, config)
     record = read_json(f"{folder}/{RECORD}")
@@ -104,6 +105,7 @@ def make(folder: str, run: FinishedRun, config: ReleaseConfig) -> Release:
     fs, path = filesystem(folder)
     if record is None and fs.get_file_info(pafs.FileSelector(path, allow_not_found=True)):
         raise ConfigError(f"{folder} has files and is no release; name another folder (release.to=...)")
+    # Of an earlier release nothing stays: a file that this one does not have would be pushed with it.
     delete_folder(fs, path)
     Artifact(folder).prepare()
     exclusion = run_origins.exclusion(config.exclude)
@@ -139,6 +141,7 @@ def _origins(run: FinishedRun, config: ReleaseConfig) -> Origins:
 
 def _key(run: FinishedRun, config: ReleaseConfig) -> str:
     """What a release is made from: every result of the run, and the settings."""
+    # A fingerprint stands for a result and all that it was made from.
     fingerprints = {name: manifest.fingerprint for name, manifest in sorted(run.manifests.items())}
     return digest(VERSION, run.name, fingerprints, dict(run.models), identity(config))
 
@@ -178,12 +181,14 @@ def _write_dataset(
         sheets.append(datasheet(facts, config.answers))
         return sheets[-1].text
 
+    # The hub takes several licences; which rows stand under which, the sheet says.
     ids = {use.terms.licence_id or "other" for use in released if not use.terms.made_here}
     ids.add(config.license or "other")
     made_by = {}
     for name in ("questions", "evidence", "solutions", "judge_labels", "monte_carlo_labels", "expert_labels", "scores"):
         if name in run.manifests:
             made_by[name] = (run.manifests[name].fingerprint, run.manifests[name].config)
+    # Copied: an address of this machine would lead nobody to a picture.
     settings = ExportConfig(to=folder, format="hf", images="copy", questions_per_shard=config.questions_per_shard)
     export(run.tables, settings, made_by, exclusion, CardText(tuple(sorted(ids)), ending))
     if run.audit is not None:
@@ -202,6 +207,7 @@ def _write_model(
     assert run.checkpoint is not None
     assert run.evaluation is not None
     _copy_checkpoint(run.checkpoint, folder)
+    # The report's examples show questions and pictures.
     evaluation = _without_excluded(run.evaluation, exclusion)
     report = evaluation.report
     _put(f"{folder}/reports/report.html", render(report, open_image).encode())
@@ -212,6 +218,7 @@ def _write_model(
     figures = charts_of(report)
     for name, drawing in figures.items():
         _put(f"{folder}/figures/{name}.svg", svg.standalone(drawing).encode())
+    # Data sets without an id on the hub have no leaderboard there.
     hub_ids = {name: use.terms.hub_id for name, use in run_origins.sources.items() if use.terms.hub_id}
     harness = HarnessRun(report, evaluation.outcomes, run.models["policy"], evaluation.created)
     for name, content in eval_results(harness, hub_ids).items():
@@ -231,6 +238,7 @@ def _copy_checkpoint(source: str, folder: str) -> None:
         if PurePosixPath(name).name in ("manifest.json", "history.json"):
             continue
         target_fs.create_dir(f"{target}/{name}".rpartition("/")[0], recursive=True)
+        # Weights of a large model take no second place on the same disk.
         if isinstance(fs, pafs.LocalFileSystem) and isinstance(target_fs, pafs.LocalFileSystem):
             place_file(fs, f"{path}/{name}", f"{target}/{name}")
         else:
@@ -279,6 +287,7 @@ def _model_card(
     described = read_json(f"{folder}/{checkpoint.CONFIG}")
     if described is None:
         raise ConfigError(f"{run.checkpoint} is no reward model of ours: it has no {checkpoint.CONFIG}")
+    # All that the run read, excluded or not: the weights have seen it.
     trained_on = []
     for use in run_origins.sources.values():
         terms = use.terms
@@ -362,6 +371,7 @@ def _seal(folder: str, key: str, release: Release) -> None:
     }
     content = json.dumps(record, indent=1, ensure_ascii=False).encode()
     _put(f"{folder}/{RECORD}", content)
+    # Two spaces, as sha256sum reads it.
     lines = [f"{entry['sha256']}  {name}" for name, entry in files.items()]
     lines.append(f"{hashlib.sha256(content).hexdigest()}  {RECORD}")
     _put(f"{folder}/{SUMS}", ("\n".join(lines) + "\n").encode())

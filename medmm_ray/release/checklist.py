@@ -64,6 +64,7 @@ def _datasheet_item(open_questions: Mapping[str, str]) -> Item:
 
 
 def _revision_item(revision: str) -> Item:
+    # A dirty checkout is code that nobody else has.
     is_known = bool(revision) and not revision.endswith("-dirty")
     return Item("Code is that of a commit", "yes" if is_known else "no", revision or "no checkout")
 
@@ -76,6 +77,7 @@ def _dataset_items(report: AuditReport) -> list[Item]:
         items.append(_number_item(f"Questions, {modality}", number, planned))
     sampled = report.sampling.kept / max(report.sampling.questions, 1)
     items.append(_number_item("Solutions a question", sampled, PLANNED_SAMPLES))
+    # A neutral verdict was read too.
     reviewed = 0
     for balance in report.balance:
         if balance.source == "expert":
@@ -102,6 +104,7 @@ def _model_items(report: EvaluationReport) -> list[Item]:
     items = [_gate_item(gate) for gate in report.gates]
     arm = "multimodal" if "multimodal" in report.arms else next(iter(report.arms), None)
     for name, planned in PLANNED_ACCURACY.items():
+        # A plan that was not followed stays in the list.
         group = report.by_dataset.get(name)
         if group is None or arm is None:
             items.append(Item(f"Best of {report.n}, {name}", "not measured", f"wanted {100 * planned:.1f} %"))

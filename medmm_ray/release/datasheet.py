@@ -178,6 +178,7 @@ def _strategy(facts: Facts) -> Answer:
 
 
 def _timeframe(facts: Facts) -> Answer:
+    # The day alone: of the hour nobody needs to know.
     days = sorted(manifest.created[:10] for manifest in facts.manifests.values())
     return f"The tables were made from {days[0]} to {days[-1]}; when the sources' cases are from, their publishers say."
 
@@ -343,6 +344,7 @@ def datasheet(facts: Facts, answers: Mapping[str, str]) -> Sheet:
     for section, questions in SHEET.items():
         lines += [f"### {section}", ""]
         for question in questions:
+            # Who made the data knows better than its manifests.
             answer = answers.get(question.name) or question.answer(facts)
             if answer is None:
                 open_questions[question.name] = question.words

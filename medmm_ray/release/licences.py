@@ -51,8 +51,10 @@ class Terms:
         if self.made_here:
             return []
         faults = []
+        # Each is told: leaving out one cause would bring up the next.
         if self.access in ACCESS:
             faults.append(ACCESS[self.access])
+        # As in cc-by-nc-nd-4.0.
         if "nd" in self.licence_id.split("-"):
             faults.append("its licence forbids derivatives, as labelled solutions of it are")
         if not self.licence:
@@ -162,6 +164,7 @@ def origins(
             sources[name] = SourceUse(declarations.terms(name))
         return sources[name]
 
+    # By question: what its own text and pictures come from.
     own_sources: dict[str, set[str]] = {}
     columns = ["question_id", "source", "dataset", "image_ids", "error"]
     for row in questions.select(columns).sort_by("question_id").to_pylist():
@@ -184,6 +187,7 @@ def origins(
             shown = {document["corpus"] or UNNAMED for document in row["documents"]}
             for image in row["images"]:
                 shown.add(source_of_image.get(image["image_id"], ""))
+            # What a question is itself made of is counted with it.
             for name in sorted(shown - own_sources[row["question_id"]] - {""}):
                 use_of(name).num_shown += 1
     return Origins(sources, source_of_image)
@@ -233,6 +237,7 @@ def check(origins_: Origins, config: ReleaseConfig) -> None:
         f"leave them out with release.exclude=[{', '.join([*config.exclude, *names])}]",
         "or release to those who may read them with release.private=true",
     ]
+    # A licence that is known cannot be talked away.
     undeclared = [use.terms.name for use in faulty if not use.terms.licence]
     if undeclared:
         advice.append(f"or say what you know of it: release.licences.{undeclared[0]}=<licence, as cc-by-4.0>")

@@ -116,13 +116,15 @@ def source_order(source: str) -> tuple[int, str]:
 class LabelledSteps:
     """The steps of some questions, what each source says of them, and the groups of their solutions.
 
-    `queue` has the expert's; None where there is no queue.
+    `queue` has the expert's; None where there is no queue. `cluster_Q` has the cluster of each question; None: each is
+    its own.
     """
 
     steps: Steps
     codes: Mapping[str, Codes]
     groups: Mapping[str, Groups]
     queue: QueuedSteps | None
+    cluster_Q: Ints | None = None
 
 
 class Agreement:
@@ -176,7 +178,7 @@ class _Pair:
         groupings["position"] = positions(steps, rows)
         # In the order of `kappa_of_counts`.
         cell = 2 * first_codes[rows].astype(np.int64) + second_codes[rows]
-        self.kappa.add(groupings, steps.question[solution], cell, weight)
+        self.kappa.add(groupings, steps.question[solution], cell, weight, labelled.cluster_Q)
         self._add_first_errors(labelled)
 
     def _add_first_errors(self, labelled: LabelledSteps) -> None:
@@ -195,7 +197,7 @@ class _Pair:
         solutions = np.flatnonzero(first_settled & second_settled)
         same = (first_wrong[solutions] == second_wrong[solutions]).astype(np.int64)
         groupings = {name: groups.of(solutions) for name, groups in labelled.groups.items()}
-        self.first_error.add(groupings, steps.question[solutions], same)
+        self.first_error.add(groupings, steps.question[solutions], same, cluster_Q=labelled.cluster_Q)
 
     def figures(self, resampling: Resampling) -> PairAgreement:
         """The agreement over all questions so far, each kappa with its share of equal labels."""

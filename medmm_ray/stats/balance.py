@@ -92,7 +92,7 @@ class _SourceCounts:
         groupings = {name: groups.of(solution) for name, groups in labelled.groups.items()}
         groupings["position"] = positions(steps, rows)
         is_right = (codes[rows] == RIGHT).astype(np.int64)
-        self.share.add(groupings, steps.question[solution], is_right, weight)
+        self.share.add(groupings, steps.question[solution], is_right, weight, labelled.cluster_Q)
 
     def figures(self, resampling: Resampling) -> SourceBalance:
         """The balance over all questions so far."""

@@ -1,8 +1,8 @@
 """Figures by group with 95 % intervals, from counts by question: kappa, shares, ratios. Questions may come in parts.
 
-Intervals resample questions, for what one question's solutions say is not independent; the weights stay with their
-entries, so that a weighted figure has a weighted interval. A value is None where it is not defined, the interval also
-where there is a single question.
+Intervals resample questions, for what one question's solutions say is not independent, or clusters of questions (those
+about one image, or of one patient) where they are told; the weights stay with their entries, so that a weighted figure
+has a weighted interval. A value is None where it is not defined, the interval also where there is a single cluster.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from medmm_ray.stats.metrics import Floats, effective_size
+from medmm_ray.stats.metrics import Floats, effective_size, sums_by_cluster
 from medmm_ray.stats.resampling import CountRows, Resampling
 
 Ints = NDArray[np.int64]
@@ -99,7 +99,7 @@ class GroupedCounts:
     """Counts by question, group and cell, taken from some questions' entries at a time; and figures of them.
 
     Entry n counts `weight[n]` (1 without) in `cell[n]` of its groups' tables. All calls of `add` have the same
-    groupings, and each question's entries come in one of them.
+    groupings, and each cluster's entries come in one of them.
     """
 
     def __init__(self, num_cells: int) -> None:
@@ -111,6 +111,8 @@ class GroupedCounts:
         """Entries of each group."""
         self._questions: Ints = np.zeros(0, dtype=np.int64)
         """Questions that have any in it."""
+        self._clusters: Ints = np.zeros(0, dtype=np.int64)
+        """Clusters that have any in it."""
         self._weights: list[tuple[Floats, list[Ints]]] = []
         """Of weighted entries, which an expert reads and are few: the weights, and the group in each grouping."""
 
@@ -120,14 +122,18 @@ class GroupedCounts:
         question: Ints,
         cell: Ints,
         weight: Floats | None = None,
+        cluster_Q: Ints | None = None,
     ) -> None:
-        """Count entries of questions that were not there before, which are numbered in the order that is resampled."""
+        """Count entries of questions that were not there before.
+
+        `cluster_Q` has the cluster of each question, in the order that is resampled; None: each is its own.
+        """
         everything = Groups(["all"], np.zeros(len(cell), dtype=np.int64))
         all_groupings = {"all": everything, **groupings}
         rows = self._begun(all_groupings, is_weighted=weight is not None)
-        # Numbers of the questions that have entries, without gaps: the rows that are resampled.
-        _, cluster = np.unique(question, return_inverse=True)
-        num_questions = int(cluster.max(initial=-1)) + 1
+        # Of the questions that have entries, without gaps.
+        questions, row = np.unique(question, return_inverse=True)
+        num_questions = len(questions)
         counts_by_grouping = []
         sizes = []
         for groups in all_groupings.values():
@@ -135,7 +141,7 @@ class GroupedCounts:
             counts_by_grouping.append(
                 _counts(
                     shape,
-                    cluster,
+                    row,
                     groups.member,
                     cell,
                     weight,
@@ -143,11 +149,15 @@ class GroupedCounts:
             )
             sizes.append(np.bincount(groups.member, minlength=len(groups.names)))
         counts_QGC = np.concatenate(counts_by_grouping, axis=1)
-        rows.append(counts_QGC.reshape(num_questions, rows.num_columns))
+        counts_QK = counts_QGC.reshape(num_questions, rows.num_columns)
+        clusters = questions if cluster_Q is None else cluster_Q[questions]
+        of_clusters = sums_by_cluster(counts_QK, clusters)
+        rows.append(of_clusters)
         # Row after row onto what there is: to the last bit as if all rows were summed at once.
         self._totals_GC = np.concatenate([self._totals_GC[np.newaxis], counts_QGC]).sum(axis=0)
         self._sizes = self._sizes + np.concatenate(sizes)
         self._questions = self._questions + (counts_QGC.sum(axis=2) > 0).sum(axis=0)
+        self._clusters = self._clusters + (of_clusters.reshape(-1, *counts_QGC.shape[1:]).sum(axis=2) > 0).sum(axis=0)
         # Kept as they are: a sum of squares by group would round otherwise than all at once.
         if weight is not None:
             self._weights.append((weight, [groups.member for groups in all_groupings.values()]))
@@ -160,6 +170,7 @@ class GroupedCounts:
             self._totals_GC = np.zeros((num_groups, self.num_cells))
             self._sizes = np.zeros(num_groups, dtype=np.int64)
             self._questions = np.zeros(num_groups, dtype=np.int64)
+            self._clusters = np.zeros(num_groups, dtype=np.int64)
         return self._rows
 
     def stats(
@@ -187,7 +198,7 @@ class GroupedCounts:
             table = tables[grouping] = {}
             for number, name in enumerate(names):
                 if self._sizes[group]:
-                    low, high = _interval(low_G[group], high_G[group], int(self._questions[group]))
+                    low, high = _interval(low_G[group], high_G[group], int(self._clusters[group]))
                     table[name] = GroupFigure(
                         value=_number(value_G[group]),
                         low=low,
@@ -210,7 +221,7 @@ class GroupedCounts:
 
 def _counts(
     shape: tuple[int, int, int],
-    cluster: Ints,
+    question: Ints,
     member: Ints,
     cell: Ints,
     weight: Floats | None,
@@ -218,7 +229,7 @@ def _counts(
     """Counts of `shape` [Q, G, C]: by question, group and cell."""
     _, num_groups, num_cells = shape
     # One bincount over a flat index in place of a loop over groups.
-    flat_cell = (cluster * num_groups + member) * num_cells + cell
+    flat_cell = (question * num_groups + member) * num_cells + cell
     counts = np.bincount(
         flat_cell,
         weight,
@@ -233,26 +244,27 @@ class RatioCounts:
     def __init__(self) -> None:
         self._rows = CountRows(2, np.uint32)
         self._totals_2 = np.zeros(2)
+        self._num_questions = 0
 
-    def add(self, above_Q: Floats, below_Q: Floats) -> None:
-        """Sums of questions that were not there before."""
+    def add(self, above_Q: Floats, below_Q: Floats, cluster_Q: Ints | None = None) -> None:
+        """Sums of questions that were not there before; `cluster_Q` as `GroupedCounts.add` has it."""
         # Questions without an entry add nothing, and must not count as questions.
-        present = below_Q > 0
+        present = np.flatnonzero(below_Q > 0)
         sums_Q2 = np.stack([above_Q[present], below_Q[present]], axis=1).astype(np.float64)
-        self._rows.append(sums_Q2)
+        self._rows.append(sums_by_cluster(sums_Q2, present if cluster_Q is None else cluster_Q[present]))
         self._totals_2 += sums_Q2.sum(axis=0)
+        self._num_questions += len(present)
 
     def figure(self, resampling: Resampling) -> CountedFigure:
         """The ratio of the sums over all questions; `count` is the lower sum."""
         low, high = resampling.interval(self._rows, _quotient)
-        num_questions = len(self._rows)
-        low_end, high_end = _interval(low[0], high[0], num_questions)
+        low_end, high_end = _interval(low[0], high[0], len(self._rows))
         return CountedFigure(
             value=_number(_quotient(self._totals_2[np.newaxis])[0, 0]),
             low=low_end,
             high=high_end,
             count=int(self._totals_2[1]),
-            questions=num_questions,
+            questions=self._num_questions,
         )
 
 
@@ -263,9 +275,9 @@ def _quotient(sums_B2: Floats) -> Floats:
     return np.where(below > 0, above / divisor, np.nan)
 
 
-def _interval(low: float, high: float, num_questions: int) -> tuple[float | None, float | None]:
-    # The resamples of a single question are all alike.
-    if num_questions < 2:
+def _interval(low: float, high: float, num_clusters: int) -> tuple[float | None, float | None]:
+    # The resamples of a single cluster are all alike.
+    if num_clusters < 2:
         return None, None
     return _number(low), _number(high)
 

@@ -3,8 +3,9 @@
 from functools import partial
 
 import numpy as np
+import pyarrow as pa
 
-from medmm_ray.stats.clusters import clusters_of
+from medmm_ray.stats.clusters import ClusterNames, clusters_of
 from medmm_ray.stats.metrics import Floats, Ints, bootstrap, expanded_levels, sums_by_cluster
 
 
@@ -12,6 +13,26 @@ def test_what_is_linked_through_others_is_one_cluster() -> None:
     keys = [["a"], ["b"], [], ["b", "c"], ["d"], ["c"], [""], ["d", "a"], [""]]
     assert clusters_of(keys).tolist() == [0, 1, 2, 1, 0, 1, 3, 0, 4]
     assert clusters_of([]).tolist() == []
+
+
+def test_clusters_of_tables_in_parts_are_named_by_their_least_question() -> None:
+    rows = [
+        ("q5", ["a"], ""),
+        ("q2", ["b"], ""),
+        ("q3", [], ""),
+        ("q1", ["b", "c"], ""),
+        ("q4", ["a"], "c"),
+        ("q0", [], "c"),
+    ]
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    lists = pa.array(columns[1], pa.list_(pa.string()))
+    questions = pa.table({"question_id": columns[0], "image_ids": lists, "group": columns[2]})
+    for cut in (0, 1, 4, 6):
+        names = ClusterNames.of([questions.slice(0, cut), questions.slice(cut)])
+        found = names.column(pa.chunked_array([["q5", "q4"], ["q3", "q2", "q1", "q0", "no such"]]))
+        # A group is not an image of that name: q1 is with q2 alone.
+        assert found.to_pylist() == ["q0", "q0", "q3", "q1", "q1", "q0", "no such"]
+    assert ClusterNames.of([]).column(pa.chunked_array([["q"]])).to_pylist() == ["q"]
 
 
 def test_sums_by_cluster() -> None:

@@ -57,6 +57,27 @@ def test_intervals_are_as_wide_as_the_questions_say() -> None:
     assert many.high - many.low == pytest.approx(2 * 1.96 * (0.3 * 0.7 / 100) ** 0.5, rel=0.15)
 
 
+def test_clusters_are_resampled_whole() -> None:
+    """10 images of 10 questions that all say the same tell as much as 10 questions, not as 100."""
+    hit = (np.arange(10) < 3).astype(np.int64)
+    alone = stats_by_group({}, np.arange(10), hit, 2, share_of_counts, HOW)["all"]["all"]
+    counts, ratio_counts = GroupedCounts(2), RatioCounts()
+    cluster_Q = np.repeat(np.arange(10), 10)
+    counts.add({}, np.arange(100), np.repeat(hit, 10), cluster_Q=cluster_Q)
+    ratio_counts.add(np.repeat(hit, 10).astype(np.float64), np.ones(100), cluster_Q)
+    shared, mean = counts.stats(share_of_counts, HOW)["all"]["all"], ratio_counts.figure(HOW)
+    assert (shared.value, shared.low, shared.high) == (alone.value, alone.low, alone.high)
+    assert (mean.value, mean.low, mean.high) == (alone.value, alone.low, alone.high)
+    assert (shared.count, shared.questions, mean.questions) == (100, 100, 100)
+
+
+def test_a_single_cluster_has_no_interval() -> None:
+    counts = GroupedCounts(2)
+    counts.add({}, np.arange(4), np.array([0, 1, 1, 1]), cluster_Q=np.zeros(4, dtype=np.int64))
+    figure = counts.stats(share_of_counts, HOW)["all"]["all"]
+    assert (figure.value, figure.low, figure.high, figure.questions) == (0.75, None, None, 4)
+
+
 def ratio(above: list[float], below: list[float]) -> CountedFigure:
     counts = RatioCounts()
     counts.add(np.array(above), np.array(below))

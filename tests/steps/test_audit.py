@@ -131,6 +131,18 @@ def test_counts_by_hand() -> None:
     assert found["source"] == "judge"
 
 
+def test_questions_about_one_image_are_one_cluster() -> None:
+    alone = audited()
+    pictured = [replace(row, image_ids=["i1"]) if row.question_id != "q3" else row for row in QUESTIONS]
+    shared = audited(questions=[to_arrow(Question, pictured)])
+    for judge, low_is_known in ((alone.balance[0], True), (shared.balance[0], False)):
+        share = judge.share["all"]["all"]
+        # q1 and q2 alone have labels: about one image they are a single cluster, which has no interval.
+        assert (share.value, share.questions, share.low is not None) == (0.625, 2, low_is_known)
+    assert (alone.steps.mean.low is not None, shared.steps.mean.low) == (True, None)
+    assert alone.steps.mean.value == shared.steps.mean.value
+
+
 GROWN = [question("q1", solution("t1", 2), solution("t2", 3, correct=False)), question("q2")]
 BY_TREE = [
     Labels(question_id="q1", solution_id=name, source="tree_search", annotator="p@c", cost=0.0,

@@ -5,7 +5,8 @@ them may still be missing, and its figures then are. Leaves: an `AuditReport` (`
 calibration by difficulty, coverage, step counts, agreement, leakage, sampling, label policies, cost, errors, and the
 quality gates.
 
-No table is whole in memory: all are sorted by question into files, and read side by side, some questions at a time.
+No table is whole in memory: all are sorted into files by the cluster of their questions, and read side by side, some
+clusters at a time.
 """
 
 from collections import Counter
@@ -22,18 +23,19 @@ from medmm_ray.data.tables import Manifest
 from medmm_ray.engines.llm.ledger import Ledger
 from medmm_ray.stats.agreement import Agreement, LabelledSteps, queued_steps
 from medmm_ray.stats.balance import Balance, SourceBalance, balance_of
+from medmm_ray.stats.clusters import ClusterNames
 from medmm_ray.stats.grouped_stats import Groups
-from medmm_ray.stats.label_arrays import Codes, Steps, source_labels, steps_of
+from medmm_ray.stats.label_arrays import Codes, Ints, Steps, source_labels, steps_of
 from medmm_ray.stats.resampling import Resampling
 from medmm_ray.steps.audit.config import AuditConfig
 from medmm_ray.steps.audit.cost import cost_figures
 from medmm_ray.steps.audit.gates import GateError, gates_of, require
 from medmm_ray.steps.audit.leakage import leakage
-from medmm_ray.steps.audit.reading import LABELS, QUESTIONS, SOLUTIONS, UNKNOWN, Reading
+from medmm_ray.steps.audit.reading import CLUSTER, LABELS, QUESTIONS, SOLUTIONS, UNKNOWN, Reading
 from medmm_ray.steps.audit.report import AuditReport, TableEntry
 from medmm_ray.steps.audit.sampling import CoverageCounts, SamplingCounts, SolvedQuestions, StepCounter, tree_figures
 
-VERSION = 2  # of what a step makes: raise it when the same config makes something else
+VERSION = 3  # of what a step makes: raise it when the same config makes something else
 __all__ = ["AuditConfig", "AuditReport", "GateError", "audit", "require"]
 
 
@@ -59,14 +61,14 @@ def audit(
     """
     manifests = manifests or {}
     with scratch_folder() as folder:
-        reading = Reading(config)
+        reading = Reading(config, ClusterNames.of(questions))
         tables = {
-            "questions": sort_rows(reading.questions(questions), "question_id", QUESTIONS, f"{folder}/questions"),
-            "sampled": sort_rows(reading.solutions(solutions), "question_id", SOLUTIONS, f"{folder}/sampled"),
-            "trees": sort_rows(reading.tree_solutions(tree_solutions), "question_id", SOLUTIONS, f"{folder}/trees"),
+            "questions": sort_rows(reading.questions(questions), CLUSTER, QUESTIONS, f"{folder}/questions"),
+            "sampled": sort_rows(reading.solutions(solutions), CLUSTER, SOLUTIONS, f"{folder}/sampled"),
+            "trees": sort_rows(reading.tree_solutions(tree_solutions), CLUSTER, SOLUTIONS, f"{folder}/trees"),
         }
         # After the solutions, of which some were drawn whose labels are kept.
-        tables["labels"] = sort_rows(reading.labels(labels), "question_id", LABELS, f"{folder}/labels")
+        tables["labels"] = sort_rows(reading.labels(labels), CLUSTER, LABELS, f"{folder}/labels")
         counts = _Counts(reading, _images_by_modality(images), review_queue)
         for window in windows(tables):
             counts.add(window)
@@ -150,18 +152,25 @@ class _Counts:
         if self.review_queue is not None and self.review_queue.num_rows:
             queue = queued_steps(steps, self.review_queue)
         codes = {source: labels.codes for source, labels in by_source.items()}
-        labelled = LabelledSteps(steps, codes, solved.groups, queue)
+        labelled = LabelledSteps(steps, codes, solved.groups, queue, solved.cluster_Q)
         self.coverage.add(questions, solved.table)
         self.sampling.add(sampled)
-        self.steps.add(steps)
+        self.steps.add(steps, solved.cluster_Q)
         self.balance.add(labelled, by_source)
         self.agreement.add(labelled)
 
     def _solved(self, questions: pa.Table, rows: pa.Table) -> SolvedQuestions:
-        table = rows.combine_chunks().sort_by("question_id")  # resamples depend on the order
+        # Resamples depend on the order.
+        table = rows.combine_chunks().sort_by([(CLUSTER, "ascending"), ("question_id", "ascending")])
         steps = steps_of(table)
         correct = _correct(table)
-        return SolvedQuestions(table, steps, correct, self._groups(questions, table, steps, correct))
+        return SolvedQuestions(
+            table,
+            steps,
+            correct,
+            self._groups(questions, table, steps, correct),
+            _clusters(table),
+        )
 
     def _groups(
         self,
@@ -184,6 +193,13 @@ class _Counts:
             row_member = np.asarray(number, dtype=np.int64)
             groups[column] = Groups(names, row_member[steps.row])
         return groups
+
+
+def _clusters(solutions: pa.Table) -> Ints:
+    """The number of each question's cluster, questions in the order of the table."""
+    pairs = solutions.select([CLUSTER, "question_id"]).group_by([CLUSTER, "question_id"], use_threads=False)
+    names = pairs.aggregate([])[CLUSTER]
+    return np.asarray(pc.index_in(names, names.unique()), dtype=np.int64)
 
 
 def _correct(solutions: pa.Table) -> Codes:

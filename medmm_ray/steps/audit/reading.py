@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from medmm_ray.data.records import Labels, Question, Solutions, arrow_schema
+from medmm_ray.stats.clusters import ClusterNames
 from medmm_ray.stats.grouped_stats import easy_first
 from medmm_ray.stats.label_arrays import drop_texts, encode_labels
 from medmm_ray.steps.audit.config import AuditConfig
@@ -13,6 +14,8 @@ from medmm_ray.steps.audit.yields import Yields
 
 UNKNOWN = "unknown"
 """Difficulty and modality of what is not in the table of questions."""
+CLUSTER = "cluster"
+"""Column of the name of the question's cluster, by which all tables are sorted."""
 
 
 def _encoded(labels: pa.Table) -> pa.Table:
@@ -21,17 +24,19 @@ def _encoded(labels: pa.Table) -> pa.Table:
 
 
 _QUESTION = arrow_schema(Question)
+_CLUSTER = pa.field(CLUSTER, pa.string())
 QUESTIONS = pa.schema(
     [_QUESTION.field(name) for name in ("question_id", "split", "modality", "difficulty", "image_ids", "error")]
-)
-SOLUTIONS = drop_texts(arrow_schema(Solutions).empty_table()).schema
-LABELS = _encoded(arrow_schema(Labels).empty_table()).schema
+).append(_CLUSTER)
+SOLUTIONS = drop_texts(arrow_schema(Solutions).empty_table()).schema.append(_CLUSTER)
+LABELS = _encoded(arrow_schema(Labels).empty_table()).schema.append(_CLUSTER)
 
 
 class Reading:
     """Passes tables on part by part, without texts; notes costs, names, and the labels that `Yields` drew."""
 
-    def __init__(self, config: AuditConfig) -> None:
+    def __init__(self, config: AuditConfig, clusters: ClusterNames) -> None:
+        self._clusters = clusters
         self.yields = Yields(config.yield_solutions, config.after_first_error)
         self.costs: dict[str, float] = {"solutions": 0.0}
         """US dollars by table."""
@@ -54,7 +59,7 @@ class Reading:
             groups = usable.group_by(["modality", "difficulty"], use_threads=False).aggregate([])
             pairs = zip(groups["modality"].to_pylist(), groups["difficulty"].to_pylist(), strict=True)
             self.groups |= dict.fromkeys(pairs)
-            yield part
+            yield self._with_cluster(part)
 
     def solutions(self, parts: Iterable[pa.Table]) -> Iterator[pa.Table]:
         """What the policy sampled."""
@@ -68,7 +73,7 @@ class Reading:
         for part in parts:
             rows = drop_texts(part)
             self.yields.offer(rows)
-            yield rows
+            yield self._with_cluster(rows)
 
     def labels(self, tables: Mapping[str, Iterable[pa.Table]]) -> Iterator[pa.Table]:
         """The labels of all tables."""
@@ -77,4 +82,7 @@ class Reading:
                 self.costs[table] = self.costs.get(table, 0.0) + (pc.sum(part["cost"]).as_py() or 0.0)
                 self.sources.update(pc.unique(part["source"]).to_pylist())
                 self.yields.keep(part)
-                yield _encoded(part)
+                yield self._with_cluster(_encoded(part))
+
+    def _with_cluster(self, rows: pa.Table) -> pa.Table:
+        return rows.append_column(CLUSTER, self._clusters.column(rows["question_id"]))

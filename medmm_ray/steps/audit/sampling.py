@@ -18,7 +18,7 @@ from medmm_ray.stats.grouped_stats import (
     easy_first,
     share_of_counts,
 )
-from medmm_ray.stats.label_arrays import RIGHT, Codes, Steps
+from medmm_ray.stats.label_arrays import RIGHT, Codes, Ints, Steps
 from medmm_ray.stats.resampling import Resampling
 
 
@@ -31,6 +31,8 @@ class SolvedQuestions:
     correct: Codes
     """RIGHT, WRONG, or -1 where no answer was found."""
     groups: Mapping[str, Groups]
+    cluster_Q: Ints
+    """The cluster of each question."""
 
 
 @dataclass
@@ -189,7 +191,7 @@ class SamplingCounts:
         groupings = dict(solved.groups)
         groupings.pop("answer", None)
         is_right = (correct == RIGHT).astype(np.int64)
-        self._accuracy.add(groupings, solved.steps.question, is_right)
+        self._accuracy.add(groupings, solved.steps.question, is_right, cluster_Q=solved.cluster_Q)
 
     def _count_rejected(self, solutions: pa.Table) -> None:
         counts = pc.list_flatten(solutions["rejected"].combine_chunks())
@@ -236,13 +238,13 @@ class StepCounter:
         self._lengths: Counter[int] = Counter()
         self._mean = RatioCounts()
 
-    def add(self, steps: Steps) -> None:
-        """Count the solutions of questions that were not there before."""
-        # Sums by question: the interval resamples questions, as the solutions of one resemble each other.
+    def add(self, steps: Steps, cluster_Q: Ints) -> None:
+        """Count the solutions of questions that were not there before; `cluster_Q` has the cluster of each."""
+        # Sums by question: the interval resamples clusters of them, as the solutions of one resemble each other.
         num_questions = int(steps.question.max(initial=-1)) + 1
         solutions_Q = np.bincount(steps.question, minlength=num_questions)
         steps_Q = np.bincount(steps.question, steps.length, minlength=num_questions)
-        self._mean.add(steps_Q.astype(np.float64), solutions_Q.astype(np.float64))
+        self._mean.add(steps_Q.astype(np.float64), solutions_Q.astype(np.float64), cluster_Q)
         self._lengths.update(steps.length.tolist())
 
     def figures(

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from medmm_ray.config import digest
 from medmm_ray.data.records import Question, from_dict
 from medmm_ray.stats import decoders
-from medmm_ray.stats.clusters import clusters_of
+from medmm_ray.stats.clusters import clusters_of, question_keys
 from medmm_ray.stats.decoders import Aggregate
 from medmm_ray.stats.metrics import Bools, Floats, Ints
 
@@ -289,9 +289,4 @@ def _scored_question(
 
 def clusters(questions: Sequence[ScoredQuestion]) -> Ints:
     """The cluster of each question: those about one image, or of one group, are not independent of each other."""
-    keys = []
-    for scored in questions:
-        group = scored.question.group
-        # Told apart from the id of an image.
-        keys.append([*scored.question.image_ids, f"group {group}" if group else ""])
-    return clusters_of(keys)
+    return clusters_of([question_keys(scored.question.image_ids, scored.question.group) for scored in questions])

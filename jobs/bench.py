@@ -29,6 +29,7 @@ BENCHES = (
     "answers",
     "near_duplicates",
     "curate",
+    "phi",
     "index",
     "embed",
     "retrieve",

@@ -86,7 +86,7 @@ STEPS = (
         "curate",
         "drop duplicates and leaks, split",
         reads=("raw_questions", "raw_images", "new_questions"),
-        makes={"questions": Question, "images": Image},
+        makes={"questions": Question, "images": Image, "curation_report": None},
         version=curate.VERSION,
     ),
     # What each question is read with

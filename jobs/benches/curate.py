@@ -157,4 +157,4 @@ def _curated(config: IngestConfig) -> Curated:
         sources = read_sources(config)
         images = inspect_batch(image_table(sources, work), drawings_of(sources))
         questions = to_arrow(Question, question_rows(sources, images, work))
-    return curate(questions, images, [], _settings())
+    return curate(questions, images, {}, _settings())

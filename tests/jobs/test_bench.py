@@ -96,6 +96,7 @@ def test_flops_that_scores_do_not_need_in_the_last_layer() -> None:
         ("training", ["solutions=[3]", "documents=100", "question=20", "solution=60", "max_length=400", "repeats=1"]),
         ("near_duplicates", ["hashes=3000", "compared=2000", "distance=3", "repeats=1"]),
         ("curate", ["texts=400"]),
+        ("phi", ["notes=40"]),
         ("evaluate", ["questions=20", "samples=16", "bootstrap_samples=20"]),
         ("retrieve", ["parts=[speed]", "passages=600", "baseline_passages=300", "queries=5"]),
         ("index", INDEX),

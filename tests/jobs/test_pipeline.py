@@ -172,6 +172,8 @@ def test_report_holds_what_is_promised(report: dict[str, Any], tiny: Run) -> Non
     assert dataset["missing"] == []
     assert dataset["steps"]["solutions"] == 48
     assert [gate["passed"] for gate in dataset["gates"] if gate["name"] == "leakage"] == [True]
+    curation = json_of(tiny, "curation_report.json")
+    assert [gate["after"] for gate in curation["gates"]] == [12] * 9
     page = content_of(f"{tiny.root}/report.html").decode()
     assert "<svg" in page
     assert not re.search(r'(?:src|href)="https?://', page), "the page must be self-contained"

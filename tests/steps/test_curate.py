@@ -15,6 +15,7 @@ from medmm_ray.data.records import Image, Question, to_arrow
 from medmm_ray.data.sources.phantom import make_case, render
 from medmm_ray.data.sources.phantom.case import generator
 from medmm_ray.data.tables import TableError
+from medmm_ray.pages.curation_page import render as render_curation
 from medmm_ray.steps.curate import CurateConfig, confirm, curate, propose, thumbnails
 from medmm_ray.steps.curate.diagnostic import reason
 from medmm_ray.steps.curate.merging import components
@@ -59,7 +60,7 @@ def clean(
     config: CurateConfig = CONFIG,
 ) -> tuple[dict[str, str], dict[str, str], dict[str, float]]:
     """Splits of questions and images by id, and the figures that are not 0."""
-    done = curate(to_arrow(Question, questions), to_arrow(Image, images), duplicates or [], config)
+    done = curate(to_arrow(Question, questions), to_arrow(Image, images), {"near_duplicate": duplicates or []}, config)
     splits = {q.question_id: q.split for q in done.questions}
     return splits, {i.image_id: i.split for i in done.images}, {k: v for k, v in done.figures.items() if v}
 
@@ -183,7 +184,7 @@ def test_equal_bytes_are_one_image_and_near_duplicates_the_largest() -> None:
     done = curate(
         to_arrow(Question, [question("1", ["a"]), question("2", ["b"])]),
         to_arrow(Image, [image("a"), image("a", uri="/z.png"), image("b", width=80, height=80), image("c")]),
-        [("im-a", "im-b")],
+        {"near_duplicate": [("im-a", "im-b")]},
         CONFIG,
     )
     assert [(i.image_id, i.uri) for i in done.images] == [("im-b", "/b.png"), ("im-c", "/c.png")]
@@ -232,7 +233,7 @@ def test_groups_reach_through_patients_too() -> None:
     ]  # fmt: skip
     expected = dict.fromkeys(("q-1", "q-2", "q-3"), "s/patient 1") | {"q-4": "im-c", "q-5": "q-5"}
     assert joined_groups(questions) == expected
-    done = curate(to_arrow(Question, questions), to_arrow(Image, [image(n) for n in "abc"]), [], CONFIG)
+    done = curate(to_arrow(Question, questions), to_arrow(Image, [image(n) for n in "abc"]), {}, CONFIG)
     assert {q.question_id: q.group for q in done.questions} == expected
 
 
@@ -256,15 +257,15 @@ def test_resplit_keeps_every_question_and_shares_no_picture() -> None:
     questions = [question(str(i), [str(i // 3)], "test" if i % 2 else "train") for i in range(300)]
     images = [image(str(i)) for i in range(100)]
     config = CurateConfig(leakage="resplit", test_fraction=0.3)
-    done = curate(to_arrow(Question, questions), to_arrow(Image, images), [], config)
+    done = curate(to_arrow(Question, questions), to_arrow(Image, images), {}, config)
     assert len(done.questions) == 300
     by_image = {(q.image_ids[0], q.split) for q in done.questions}
     assert len(by_image) == 100
     assert 20 <= sum(split == "test" for _, split in by_image) <= 40
     assert {i.image_id: i.split for i in done.images} == dict(by_image)
-    again = curate(to_arrow(Question, questions[::-1]), to_arrow(Image, images[::-1]), [], config)
+    again = curate(to_arrow(Question, questions[::-1]), to_arrow(Image, images[::-1]), {}, config)
     assert (again.questions, again.images) == (done.questions, done.images)
-    other = curate(to_arrow(Question, questions), to_arrow(Image, images), [], config.model_copy(update={"seed": 1}))
+    other = curate(to_arrow(Question, questions), to_arrow(Image, images), {}, config.model_copy(update={"seed": 1}))
     assert {q.question_id: q.split for q in other.questions} != {q.question_id: q.split for q in done.questions}
 
 
@@ -327,7 +328,7 @@ def test_quotas_are_exact_and_say_what_they_lack() -> None:
     questions += [question(f"h{i}", [], difficulty="hard") for i in range(2)]
     questions += [question("u", []), question("t", [], "test"), question("o", [], "test", dataset="medqa")]
     config = build(CurateConfig, {"quotas": QUOTAS}, "test")
-    done = curate(to_arrow(Question, questions), to_arrow(Image, [image("x")]), [], config)
+    done = curate(to_arrow(Question, questions), to_arrow(Image, [image("x")]), {}, config)
     assert Counter((q.split, q.difficulty) for q in done.questions) == {
         ("train", "easy"): 2, ("train", "hard"): 2, ("test", ""): 2,
     }  # fmt: skip
@@ -341,7 +342,7 @@ def test_quotas_are_exact_and_say_what_they_lack() -> None:
     )
     assert "slake (4,919 questions)" in first
     assert "data sets that have some (ingest.sources): path_vqa (19,654 questions)" in second
-    again = curate(to_arrow(Question, questions[::-1]), to_arrow(Image, []), [], config)
+    again = curate(to_arrow(Question, questions[::-1]), to_arrow(Image, []), {}, config)
     assert [q.question_id for q in again.questions] == [q.question_id for q in done.questions]
 
 
@@ -349,7 +350,7 @@ def test_difficulties_are_estimated_by_shares_where_there_is_none() -> None:
     questions = [question(str(i), [], text=" ".join(f"{w}of{i}" for w in range(i + 1))) for i in range(10)]
     questions.append(question("p", [], difficulty="hard", text="Is it?"))
     done = curate(
-        to_arrow(Question, questions), to_arrow(Image, []), [], build(CurateConfig, {"difficulty": "estimate"}, "test")
+        to_arrow(Question, questions), to_arrow(Image, []), {}, build(CurateConfig, {"difficulty": "estimate"}, "test")
     )
     difficulties = {q.question_id: q.difficulty for q in done.questions}
     assert Counter(difficulties[f"q-{i}"] for i in range(10)) == {"easy": 3, "medium": 5, "hard": 2}
@@ -398,7 +399,7 @@ def test_the_diagnostic_filter_spares_official_tests_and_questions_without_pictu
 def test_mirage_keeps_its_denominators(tmp_path: Path) -> None:
     source = SourceConfig(name="mirage", path=str(REAL_DATA / "mirage"))
     questions, images = real_tables(IngestConfig(sources=(source,)), str(tmp_path))
-    done = curate(questions, images, [], CONFIG)
+    done = curate(questions, images, {}, CONFIG)
     assert Counter(q.dataset for q in done.questions) == {
         "mmlu": 1089, "medqa": 1273, "medmcqa": 4183, "pubmedqa": 500, "bioasq": 618,
     }  # fmt: skip
@@ -408,6 +409,53 @@ def test_mirage_keeps_its_denominators(tmp_path: Path) -> None:
 def test_nothing_left_is_an_error_that_says_why() -> None:
     with pytest.raises(TableError, match=r"leaves none of 1 questions \(questions_error_answer_empty 1\)"):
         clean([question("1", [], error="answer_empty: x")], [])
+
+
+@pytest.mark.parametrize(("phi", "kept"), [("flag", {"q-1", "q-2", "q-3"}), ("drop", {"q-1", "q-3"})])
+def test_questions_with_identifiers(phi: str, kept: set[str]) -> None:
+    """Official tests stay as published; what is found in them is counted apart."""
+    questions = [
+        question("1", []), question("2", []), question("3", [], "test", dataset="medqa"),
+    ]  # fmt: skip
+    config = build(CurateConfig, {"phi": phi}, "test")
+    found = {"q-2": ["name", "date"], "q-3": ["date"]}
+    done = curate(to_arrow(Question, questions), to_arrow(Image, []), {}, config, found)
+    assert {q.question_id for q in done.questions} == kept
+    assert {k: v for k, v in done.figures.items() if "phi" in k and v} == {
+        "phi_name": 1, "phi_date": 1, "phi_official_test_date": 1, "questions_with_phi": 2,
+    } | ({"questions_phi_dropped": 1} if phi == "drop" else {})  # fmt: skip
+    assert [(f.question_id, f.kinds, f.is_kept) for f in done.report.phi] == [
+        ("q-2", ["name", "date"], phi == "flag"), ("q-3", ["date"], True),
+    ]  # fmt: skip
+
+
+def test_the_report_has_every_gate_and_pictures_side_by_side(tmp_path: Path) -> None:
+    picture = PIL.Image.fromarray(np.arange(64 * 64, dtype=np.uint8).reshape(64, 64))
+    images = []
+    for name, side in (("a", 64), ("b", 32), ("c", 48)):
+        picture.resize((side, side)).save(tmp_path / f"{name}.png")
+        images.append(image(name, uri=str(tmp_path / f"{name}.png"), width=side, height=side))
+    questions = [
+        question("1", ["a"]), question("2", ["b"], text="1"), question("3", ["c"]), question("4", [], error="x: y"),
+    ]  # fmt: skip
+    config = build(CurateConfig, {"quotas": {"train": {"radiology": 5}}}, "test")
+    pairs = {"near_duplicate": [("im-a", "im-b")], "altered": []}
+    report = curate(to_arrow(Question, questions), to_arrow(Image, images), pairs, config).report
+    assert [(gate.name, gate.before, gate.after) for gate in report.gates] == [
+        ("readable", 4, 3), ("diagnostic", 3, 3), ("phi", 3, 3), ("once", 3, 2), ("near_texts", 2, 2),
+        ("benchmarks", 2, 2), ("leaks", 2, 2), ("quotas", 2, 2), ("limits", 2, 2),
+    ]  # fmt: skip
+    assert report.num_pairs == {"near_duplicate": 1, "altered": 0}
+    assert [(pair.kept_id, pair.removed_id) for pair in report.pairs] == [("im-a", "im-b")]
+    assert (report.images_read, report.images_merged, report.images_kept) == (3, 1, 2)
+    assert [(quota.name, quota.count, quota.filled) for quota in report.quotas] == [("train/radiology", 5, 2)]
+    assert [(part.split, part.modality, part.questions) for part in report.portions] == [("train", "radiology", 2)]
+    page = render_curation(report, PIL.Image.open)
+    assert page.count("data:image/jpeg;base64,") == 2
+    assert page.index(">a.png<") < page.index(">b.png<")
+    assert "1 of 1 quotas are not filled" in page
+    lost = render_curation(report, lambda uri: PIL.Image.open("nowhere.png"))
+    assert lost.count("cannot be opened") == 2
 
 
 def test_components() -> None:
@@ -426,7 +474,7 @@ def test_phantoms_lose_nothing(tmp_path: Path) -> None:
     proposed, pairs = propose(images, CONFIG)
     assert len(pairs) > 20
     assert confirm(proposed, pairs, thumbnail_batch(proposed), CONFIG) == []
-    done = curate(questions, images, [], CONFIG)
+    done = curate(questions, images, {}, CONFIG)
     assert {k: v for k, v in done.figures.items() if v} == {
         "train_questions": 250, "test_questions": 50, "train_images": 250, "test_images": 50,
     }  # fmt: skip
@@ -438,8 +486,10 @@ def test_every_test_image_of_vqa_rad_also_occurs_in_train(tmp_path: Path) -> Non
     questions, images = real_tables(IngestConfig(sources=(SourceConfig(name="vqa_rad", path=str(REAL)),)), "")
     proposed, pairs = propose(images, CONFIG)
     duplicates = confirm(proposed, pairs, thumbnail_batch(proposed), CONFIG)
-    dropped = curate(questions, images, duplicates, CONFIG)
-    resplit = curate(questions, images, duplicates, CurateConfig(leakage="resplit", official_test="as_others"))
+    dropped = curate(questions, images, {"near_duplicate": duplicates}, CONFIG)
+    resplit = curate(
+        questions, images, {"near_duplicate": duplicates}, CurateConfig(leakage="resplit", official_test="as_others")
+    )
     for done in (dropped, resplit):
         by_split = {
             split: {i for q in done.questions if q.split == split for i in q.image_ids} for split in ("train", "test")

@@ -72,7 +72,7 @@ def test_a_near_text_leaves_training_and_pictures_tell_questions_apart() -> None
         for name in "ab"
     ]  # fmt: skip
     config = CurateConfig(near_duplicates=False, benchmark_guard=False)
-    done = curate(to_arrow(Question, questions), to_arrow(Image, images), [], config)
+    done = curate(to_arrow(Question, questions), to_arrow(Image, images), {}, config)
     assert [q.question_id for q in done.questions] == ["q-3", "q-4", "q-5"]
     assert done.figures["questions_near_duplicate"] == 1
     assert done.figures["questions_repeated"] == 1

@@ -33,6 +33,11 @@ class CurateConfig(Config):
     """Hashes of further test sets, files that python -m jobs.datasets --hash made."""
     text_similarity: float = Field(0.8, gt=0, le=1)
     """Share of common shingles from which two questions without a picture are one; 1: equal texts alone."""
+    phi: Literal["off", "flag", "drop"] = "off"
+    """Questions with names, dates to the day, phone and record numbers and other identifiers: not looked for, counted
+    and named in the curation report, or left out of all but official tests."""
+    phi_workers: int = execution(2, ge=1)
+    """Workers that scan for identifiers at most."""
     diagnostic_only: bool = False
     """Leave out questions on pictures that only count, name the kind of picture, or need no picture; training's."""
     difficulty: Literal["as_published", "estimate"] = "as_published"

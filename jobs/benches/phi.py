@@ -16,7 +16,6 @@ from rich.console import Console
 
 from jobs.benches import Measured
 from medmm_ray.config import Config
-from medmm_ray.data.sources import SourceQuestion
 from medmm_ray.engines.phi_scanner import KINDS, PhiScanner
 from medmm_ray.steps.curate.phi import text_of
 from medmm_ray.steps.ingest import SourceConfig, read_source
@@ -169,7 +168,7 @@ def _published(config: BenchConfig, scanner: PhiScanner, console: Console) -> It
         folder = Path(config.data) / name.removesuffix("_text")
         if not folder.is_dir():
             continue
-        questions: list[SourceQuestion] = read_source(SourceConfig(name=name, path=str(folder))).questions
+        questions = read_source(SourceConfig(name=name, path=str(folder))).questions
         by_kind: Counter[str] = Counter()
         num_flagged = 0
         started = time.process_time()

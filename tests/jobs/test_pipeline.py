@@ -4,6 +4,7 @@ at that run.
 It lies in an object store: what works there works in a folder too, while a path that is opened as a file does not.
 """
 
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -11,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
 from pyarrow import fs as pafs
 from rich.console import Console
 
-from jobs import beam_search, pipeline, query
+from jobs import beam_search, pipeline, query, release
 from jobs.graph import BY_NAME, MAKER, STEPS, steps_between
 from jobs.step import Job, Run, load_recipe
 from medmm_ray.config import ConfigError, JsonObject
@@ -26,8 +30,10 @@ from tests.doubles.api_server import chat_said, serving
 from tests.doubles.local_cluster import LocalCluster, running
 from tests.jobs.test_resume import TINY
 from tests.pages.review_page.phantom_run import make_run
+from tests.paths import ROOT
 
 END_TO_END = pytest.mark.engine
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 pytestmark = pytest.mark.timeout(1800)  # the run took 560 s beside other tests on two cores
 
 
@@ -205,6 +211,33 @@ def test_a_served_query_answers_and_is_kept(tiny: Run, capsys: pytest.CaptureFix
     assert stored["answer"]["arm"] == "multimodal"
     assert query.main(words) == 0
     assert first.endswith(capsys.readouterr().out), "the stored answer reads like the fresh one"
+
+
+@END_TO_END
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_from_its_first_cell_to_its_last(
+    path: Path, tiny: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEDMM_RUN", tiny.root)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), os.environ["PYTHONPATH"])))
+    notebook = nbformat.read(path, as_version=4)
+    # A kernel that listens on files, not on ports.
+    kernel = AsyncKernelManager(kernel_name="python3", transport="ipc")
+    client = NotebookClient(notebook, km=kernel, timeout=300, resources={"metadata": {"path": str(path.parent)}})
+    client.execute()
+    numbers = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert numbers == list(range(1, len(numbers) + 1))
+
+
+@END_TO_END
+def test_a_run_in_an_object_store_is_released_into_a_folder(tiny: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "release"
+    assert release.main([TINY, f"run={tiny.root}", f"to={folder}"]) == 0
+    card = (folder / "dataset" / "README.md").read_text()
+    assert "12 questions with " in card
+    assert "No: all cases are drawn, and speak of no person." in card
+    assert (folder / "model" / "fusion.safetensors").stat().st_size > 0
+    assert len(list((folder / "model" / "figures").glob("*.svg"))) == 6
 
 
 @END_TO_END

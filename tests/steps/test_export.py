@@ -435,7 +435,7 @@ def test_the_job_has_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_image_that_is_gone_is_counted_not_fatal(run: Run, tmp_path: Path) -> None:
     (tmp_path / "a.png").unlink()
     counts = exported(run, tmp_path / "out", images="copy")
-    assert counts["images image_missing"] == 1
+    assert counts["images image_missing"] == 2  # the question's own, and the reference image of its evidence
     assert json.loads((tmp_path / "out" / "train.json").read_text())[0]["image_path"] is None
 
 

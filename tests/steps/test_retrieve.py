@@ -200,6 +200,22 @@ def test_other_faults(index: str) -> None:
     assert [row["error"] for row in rows] == ["upstream: no vector of qbad: text_empty: x"]
 
 
+def test_queries_of_another_encoder_are_refused(index: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"holds vectors of width 2, the queries have shape \(1, 3\); embed both with the"
+    ):
+        evidence(index, query("q", [], vector=[1.0, 0.0, 0.0]))
+
+
+def test_a_corpus_that_is_empty_gives_no_documents(tmp_path: Path) -> None:
+    write_index(tmp_path, IMAGE_VECTORS, to_arrow(Image, [image(i) for i in IMAGES]), to_arrow(Passage, []))
+    (row,) = evidence(str(tmp_path), query("q", ["own"]))
+    assert (row["documents"], row["error"]) == ([], None)
+    assert row["images"]
+    with pytest.raises(ConfigError, match=r"retrieve.corpora names books, and the index has the corpora none"):
+        evidence(str(tmp_path), query("q", []), corpora=("books",))
+
+
 def test_nothing_asked_for_is_no_error(index: str) -> None:
     rows = evidence(index, query("qbad", ["broken"], vector=[], error="x: y"), num_documents=0, num_images=0)
     assert (names(rows[0]), rows[0]["error"]) == (([], []), None)

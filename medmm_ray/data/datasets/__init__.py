@@ -72,8 +72,8 @@ def data_sets() -> Mapping[str, DataSet]:
     return declared
 
 
-def form_at(data_set: DataSet, uris: Sequence[str]) -> Form:
-    """The form of a data set of which most splits are among files, with the patterns that some file matches."""
+def form_at(data_set: DataSet, path: str, uris: Sequence[str]) -> Form:
+    """The form of a data set of which most splits are among the files at `path`, with the patterns that some match."""
     # Whoever has the test set alone has a form all the same.
     best = Form(columns=data_set.forms[0].columns if data_set.forms else None)
     for form in data_set.forms:
@@ -85,7 +85,13 @@ def form_at(data_set: DataSet, uris: Sequence[str]) -> Form:
         if len(files) > len(best.files):
             best = form.model_copy(update={"files": files})
     if data_set.forms and not best.files:
-        raise ConfigError(f"none of the files of {data_set.title} is there. {data_set.get}")
+        expected = sorted(
+            {pattern for form in data_set.forms for of_split in form.files.values() for pattern in of_split}
+        )
+        raise ConfigError(
+            f"{path} has {len(uris)} tables, and none is of {data_set.title}; expected {', '.join(expected)}. "
+            f"{data_set.get}"
+        )
     return best
 
 

@@ -115,12 +115,20 @@ def read_sources(config: IngestConfig) -> list[ReadSource]:
     return [ReadSource(source, read_source(source, config.seed)) for source in config.sources]
 
 
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z")
+"""Endings of what holds files and is none that is read."""
+
+
 def read_source(source: SourceConfig, seed: int = 0) -> SourceData:
     """All that one source yields."""
     if source.name not in WITHOUT_FILES and not source.path:
         raise ConfigError(
             f"ingest.sources: {source.name!r} has no path, and needs the folder that holds its files; "
             f"python -m jobs.datasets {source.name} says how to get it"
+        )
+    if source.path.endswith(ARCHIVES):
+        raise ConfigError(
+            f"{source.path} is an archive, and {source.name} is read from files; unpack it, and name the folder"
         )
     request = request_of(source, seed)
     return load(reader_of(source)).read(request)
@@ -153,5 +161,5 @@ def request_of(source: SourceConfig, seed: int = 0) -> SourceRequest:
     # A reader that is named reads by what the recipe says alone.
     if source.reader or declared is None or declared.reader != "table":
         return request
-    form = form_at(declared, list_tables(source.path))
+    form = form_at(declared, source.path, list_tables(source.path))
     return replace(request, files=source.files or form.files, columns=source.columns or form.columns)

@@ -85,7 +85,8 @@ class PassageSearch:
         if unknown:
             raise ConfigError(
                 f"retrieve.corpora names {', '.join(sorted(unknown))}, and the index has the corpora "
-                f"{', '.join(sorted(self.collections))}"
+                f"{', '.join(sorted(self.collections)) or 'none'}; leave it out for all, or name such documents in "
+                "ingest.documents"
             )
         if config.corpora is not None:
             self.collections = {name: self.collections[name] for name in sorted(config.corpora)}

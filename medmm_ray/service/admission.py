@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from medmm_ray.service.allocator import Trimmer
 from medmm_ray.service.problems import Kind, Problem
 
 TIMEOUT_HEADER = b"x-request-timeout"
@@ -79,6 +80,7 @@ class Admission:
         self.check = check
         self.bytes_held = bytes_held
         self.patience = patience
+        self.trimmer = Trimmer()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on with its body, or answer it with a problem."""
@@ -93,6 +95,7 @@ class Admission:
             await self._read(receive, body)
         except Problem as problem:
             self.bytes_held.give_back(len(body))
+            self.trimmer.note_request()
             await problem.response(scope)(scope, receive, send)
             return
         # Nobody is there to be told.
@@ -105,6 +108,7 @@ class Admission:
             await self._answer(scope, receive, send, bytes(body))
         finally:
             self.bytes_held.give_back(len(body))
+            self.trimmer.note_request()
 
     def _timeout(self, scope: Scope) -> float:
         """Seconds that the client waits, at most the service's own."""

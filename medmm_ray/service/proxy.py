@@ -14,6 +14,7 @@ import logging
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from medmm_ray.service.allocator import Trimmer
 from medmm_ray.service.problems import KIND_OF_STATUS, Kind, Problem
 from medmm_ray.service.request_ids import RequestIds
 
@@ -34,6 +35,7 @@ class ProxyProblems:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
+        self.trimmer = Trimmer()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, and its answer back."""
@@ -51,6 +53,8 @@ class ProxyProblems:
             return message
 
         await self.app(scope, receive_noting, answer.take)
+        if scope["method"] == "POST":
+            self.trimmer.note_request()
         # The proxy cancels a request whose client is gone: that too ends without an answer, and is no fault.
         problem = None if is_gone else answer.problem()
         if problem is not None:

@@ -1,11 +1,13 @@
 """Bodies are parsed off the event loop, and what they hold is counted before anything else looks at it.
 
 Enters: a JSON body. Leaves: its value, or a 413 that names the limit: too many values, too deep, a text too long. So a
-body of 5 MB never keeps `/health` waiting, whatever it holds.
+body of 5 MB never keeps `/health` waiting, whatever it holds. Values are counted in the bytes first: the parser builds
+all of them, a million small ones in one go and without letting another thread run.
 """
 
 import asyncio
 import json
+import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -36,6 +38,10 @@ async def few_threads(_: FastAPI) -> AsyncIterator[None]:
     yield
 
 
+WINDOW = 1 << 16
+"""Bytes that are counted in one go."""
+
+
 @dataclass
 class _Counts:
     values: int = 0
@@ -44,6 +50,7 @@ class _Counts:
 
 def parse(body: bytes) -> Any:
     """The value of a JSON body that is within the limits. Raises `json.JSONDecodeError`, or a `Problem` (413)."""
+    count_values(body)
     # The standard parser: it stops at a depth of its own, and its errors have a place.
     try:
         value = json.loads(body)
@@ -51,8 +58,45 @@ def parse(body: bytes) -> Any:
         raise _too_large("the body is nested deeper than", MAX_DEPTH) from None
     except UnicodeDecodeError as error:
         raise Problem(Kind.INVALID, f"body: no UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # Python converts no longer ones
+        raise Problem(Kind.INVALID, f"body: a number of more than {sys.get_int_max_str_digits()} digits") from None
     _count(value, _Counts(), 0, is_text=True)
     return value
+
+
+def count_values(body: bytes) -> None:
+    """Raise a 413 `Problem` where a body has clearly more values, or escaped quotes, than may be sent.
+
+    Reads the bytes outside of texts, where each value but the first follows a comma, a colon or a bracket; of what is
+    no JSON it says nothing.
+    """
+    num_marks = place = 0
+    while place < len(body):
+        quote = body.find(b'"', place, place + WINDOW)
+        stop = min(place + WINDOW, len(body)) if quote < 0 else quote
+        for mark in b",:[{":
+            num_marks += body.count(mark, place, stop)
+        # An object's value has two of them; the exact number is counted in what the parser gives.
+        if num_marks > 2 * MAX_VALUES:
+            raise _too_large("the body holds more values than", MAX_VALUES)
+        place = stop
+        if quote < 0:
+            continue
+        start, num_escaped = quote + 1, 0
+        while (end := body.find(b'"', start)) >= 0:
+            before = body[start:end]
+            start = end + 1
+            # An odd number of backslashes before a quote makes it a part of the text.
+            if (len(before) - len(before.rstrip(b"\\"))) % 2 == 0:
+                break
+            num_escaped += 1
+            if num_escaped > MAX_CHARS:
+                raise _too_large("a text is longer, in characters, than", MAX_CHARS)
+        if end < 0:
+            return
+        place = start
 
 
 def _count(value: Any, counts: _Counts, depth: int, is_text: bool) -> None:

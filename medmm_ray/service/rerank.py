@@ -8,6 +8,7 @@ import base64
 import binascii
 import hashlib
 import math
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal, Protocol, get_args
@@ -268,12 +269,14 @@ def from_base64(name: str, value: str) -> bytes:
     body = value.partition(",")[2] if value.startswith("data:") else value
     try:
         # Some encoders break lines; anything else that is not of the alphabet is an error.
-        return base64.b64decode("".join(body.split()), validate=True)
+        return base64.b64decode(body.encode("ascii").translate(None, string.whitespace.encode()), validate=True)
+    except UnicodeEncodeError as error:
+        fault = f"character {error.start} is not ASCII"
     except binascii.Error as error:
-        raise RowError(
-            "image_encoding",
-            f"{name} is not base64 ({error}; {len(value)} characters); send the file's bytes as base64",
-        ) from None
+        fault = str(error)
+    raise RowError(
+        "image_encoding", f"{name} is not base64 ({fault}; {len(value)} characters); send the file's bytes as base64"
+    )
 
 
 @dataclass(frozen=True)

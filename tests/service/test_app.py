@@ -19,6 +19,7 @@ import pytest
 from fastapi.testclient import TestClient
 from rich.console import Console
 
+from jobs import bench
 from medmm_ray.client import Client, ServiceError, rerank_request
 from medmm_ray.config import ConfigError
 from medmm_ray.data.artifacts import Artifact, Provenance
@@ -209,6 +210,7 @@ def test_a_solution_that_cannot_be_scored_leaves_the_others(web: TestClient) -> 
         ({"options": ["x"] * 27}, 422, ["options", "26"]),
         ({"aggregate": "max"}, 422, ["aggregate", "'max'", "'min'"]),
         ({"image": "no base64!"}, 422, ["image_encoding", "10 characters", "base64"]),
+        ({"image": "QUJD\u0410"}, 422, ["image_encoding", "character 4 is not ASCII", "5 characters"]),
         ({"image": b64(b"GIF89a broken")}, 422, ["image_corrupt", "image is not"]),
         ({"image": "data:image/png;base64,"}, 422, ["image_empty", "0 bytes"]),
         ({"image": b64(png((101, 100)))}, 413, ["image_too_large", "101 x 100", "10000"]),
@@ -577,6 +579,25 @@ def test_real_serve_gives_the_scores_of_the_offline_function(checkpoint: Path, m
     assert re.search(r"audit: id=\w+ key=- route=/v1/rerank status=200 model=\w+ cases=\w+ solutions=2 ", written)
     for words in ("angle is blunted", "shows the effusion", "blunted by fluid"):
         assert words not in written
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("ray_session")
+def test_attacks_find_no_fault_no_open_door_and_leave_no_text_in_logs(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["drawn=1", "every=8", "slow_senders=3", "body_timeout_s=1", "flood_s=0.5", "legal=1"]
+    families = "families=[drawn, images, keys, texts, json, framing, paths]"
+    assert bench.main(["attack", f"model={checkpoint}", families, *small, f"json={tmp_path}/rows.json"]) == 0
+    rows = {row["name"]: row["ours"] for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert rows["attacks"] > 100
+    for name in (
+        "answered with 5xx",
+        "answered with content and without a key",
+        "not answered",
+        "lines of logs with a text of a request",
+    ):
+        assert rows[name] == 0, capsys.readouterr().out
 
 
 @pytest.mark.engine

@@ -14,6 +14,7 @@ from medmm_ray.service import examples
 from medmm_ray.service.backend import Backend
 from medmm_ray.service.best_of_n import BestOfNAnswer, BestOfNRequest, PolicyUnavailableError, Round, best_of_n
 from medmm_ray.service.problems import Kind, Problem, problems
+from medmm_ray.service.reading import ParsedRoute
 
 logger = logging.getLogger("ray.serve")  # the one that a replica writes to its log file
 
@@ -22,7 +23,7 @@ EVENT_STREAM = "text/event-stream"
 
 def router(backend: Backend) -> APIRouter:
     """`POST /v1/best_of_n`; without a policy it answers 404."""
-    routes = APIRouter(tags=["answers"])
+    routes = APIRouter(tags=["answers"], route_class=ParsedRoute)
 
     @routes.post(
         "/v1/best_of_n",

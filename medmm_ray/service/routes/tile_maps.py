@@ -7,12 +7,13 @@ from fastapi import APIRouter, Body
 from medmm_ray.service import examples
 from medmm_ray.service.backend import Backend
 from medmm_ray.service.problems import Kind, Problem, problems
+from medmm_ray.service.reading import ParsedRoute
 from medmm_ray.service.tile_maps import MAX_SOLUTIONS, TileMapsAnswer, TileMapsRequest, tile_maps_answer
 
 
 def router(backend: Backend) -> APIRouter:
     """`POST /v1/tile_maps`."""
-    routes = APIRouter(tags=["scores"])
+    routes = APIRouter(tags=["scores"], route_class=ParsedRoute)
 
     @routes.post(
         "/v1/tile_maps",

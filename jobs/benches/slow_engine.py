@@ -98,9 +98,10 @@ class SlowEngine:
         self.passes.append({work.request.name: piece.num_tokens for work, piece in pieces})
         assert self.gate.wait(30)
         time.sleep(sum(piece.num_tokens for _, piece in pieces) / self.tokens_per_s)
+        # All pieces or none, as a real engine.
+        if any(work.request.name == "broken" for work, _ in pieces):
+            raise ArithmeticError("broken")
         for work, piece in pieces:
-            if work.request.name == "broken":
-                raise ArithmeticError("broken")
             work.num_read += piece.num_tokens
 
     def is_complete(self, work: SlowWork) -> bool:

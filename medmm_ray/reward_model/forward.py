@@ -190,10 +190,24 @@ class RowLayout:
 def forward_row(text_model: Any, pieces: Sequence[RowPiece], device: torch.device) -> tuple[Tensor, Tensor]:
     """One forward pass over a row: ``states_TD`` and ``summaries_TD`` of the tags of all its branches, in order.
 
-    Differentiable where nothing is cached.
+    Differentiable where nothing is cached. A pass that fails leaves the prefixes that it was to extend as they were, so
+    that it can be tried again.
     """
-    with _ONE_PASS:
+    with _ONE_PASS, _unchanged_on_failure(pieces):
         return _forward_row(text_model, pieces, device)
+
+
+@contextmanager
+def _unchanged_on_failure(pieces: Sequence[RowPiece]) -> Iterator[None]:
+    caches = [piece.cached for piece in pieces if piece.cached is not None]
+    # Tensors are never written to, only replaced: the dictionaries and lists that name them are enough.
+    contents = [(dict(cached.layers), list(cached.middle_PD)) for cached in caches]
+    try:
+        yield
+    except BaseException:
+        for cached, (layers, middle_PD) in zip(caches, contents, strict=True):
+            cached.layers, cached.middle_PD = layers, middle_PD
+        raise
 
 
 def _forward_row(text_model: Any, pieces: Sequence[RowPiece], device: torch.device) -> tuple[Tensor, Tensor]:

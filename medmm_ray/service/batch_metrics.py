@@ -25,6 +25,7 @@ class BatchCollector(Collector):
             ("medmm_pass_tokens", "Tokens of all passes.", counts.num_tokens),
             ("medmm_pass_budget_tokens", "Tokens that all passes had room for.", counts.num_budget_tokens),
             ("medmm_pass_seconds", "Seconds in passes.", counts.busy_s),
+            ("medmm_retried_passes", "Passes that failed and were read again in parts.", counts.num_retried),
             ("medmm_scored_requests", "Requests that were scored.", counts.num_scored),
             ("medmm_refused_requests", "Requests refused by the expected wait.", counts.num_refused),
             ("medmm_expired_requests", "Requests whose deadline passed.", counts.num_expired),

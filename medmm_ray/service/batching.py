@@ -3,8 +3,9 @@ event loop.
 
 Enters: requests, by `Batcher.score`. Leaves: their results, each as soon as its last piece was read. `FairQueue` says
 what a pass holds; an `Engine` tokenizes a request (on threads of their own, few), reads passes, and makes results. A
-request whose caller is cancelled, or whose deadline passes, leaves the queue between two passes. One that would wait
-longer than `max_wait_s` is refused at once: the wait is the tokens before it by the rate that was measured.
+request whose caller is cancelled, or whose deadline passes, leaves the queue between two passes. Of a pass that fails
+each piece is read again alone, so that only the request whose piece it is fails. A request that would wait longer than
+`max_wait_s` is refused at once: the wait is the tokens before it by the rate that was measured.
 """
 
 import asyncio
@@ -67,7 +68,7 @@ class Engine(Protocol[T_contra, R_co]):
         """A request as `Work`, tokenized."""
 
     def forward(self, pieces: Sequence[tuple[Any, Any]]) -> None:
-        """Read the pieces of a pass, each with the work that gave it."""
+        """Read the pieces of a pass, each with the work that gave it; all of them, or none where it raises."""
 
     def is_complete(self, work: Any) -> bool:
         """Whether all of a request was read."""
@@ -107,11 +108,13 @@ class RequestTimes:
 
 @dataclass
 class BatchCounts:
-    """What a batcher did since it started. `num_budget_tokens`: what all passes together had room for."""
+    """What a batcher did since it started. `num_budget_tokens`: what all passes together had room for; `num_retried`:
+    passes that failed and whose requests were then read one by one."""
 
     num_passes: int = 0
     num_tokens: int = 0
     num_budget_tokens: int = 0
+    num_retried: int = 0
     num_scored: int = 0
     num_refused: int = 0
     num_expired: int = 0
@@ -319,24 +322,39 @@ class Batcher(Generic[T, R]):
         budget = self.pass_budget
         works = [work for work, _ in pieces]
         self._note_start(works, started)
-        try:
-            if pieces:
-                self._engine.forward(pieces)
-        except Exception as error:  # noqa: BLE001  # whatever a pass raises is its requests' error; the thread goes on
-            logger.warning("a pass of %d requests failed: %s", len(works), type(error).__name__)
-            self._settle(works, error)
-            return
+        is_whole = self._forward(pieces)
         # Each leaves with the pass that completes it, whatever else is in the queue.
         for work in [*self._take_read(), *works]:
             if self._engine.is_complete(work):
                 self._answer(work)
         seconds = time.monotonic() - started
-        if pieces:
+        # One that was read in parts says nothing of the rate.
+        if pieces and is_whole:
             self.meter.add(self._in_pass, seconds)
             self.counts.num_passes += 1
             self.counts.num_tokens += self._in_pass
             self.counts.num_budget_tokens += budget
             self.counts.busy_s += seconds
+
+    def _forward(self, pieces: Sequence[tuple[Any, Any]]) -> bool:
+        """Read a pass, or, where it fails, each of its pieces alone; whether it was read in one.
+
+        What a request's own piece raises is that request's error, and no neighbour's.
+        """
+        if not pieces:
+            return True
+        try:
+            self._engine.forward(pieces)
+        except Exception as error:  # noqa: BLE001  # whatever a pass raises, the thread goes on
+            logger.warning("a pass of %d requests failed: %s", len(pieces), type(error).__name__)
+            if len(pieces) == 1:
+                self._settle([pieces[0][0]], error)
+            else:
+                self.counts.num_retried += 1
+                for piece in pieces:
+                    self._forward([piece])
+            return False
+        return True
 
     def _note_start(self, works: Sequence[Any], started: float) -> None:
         for work in works:

@@ -4,7 +4,8 @@ Enters: requests, each of which gives its next piece of work for the room that a
 of pieces. This is fair queueing over requests: each counts the tokens that it was given, the one with the fewest is
 next, and a new one starts where a request stands that always had its equal share (the virtual time). So a request of 64
 long solutions and one of a single short solution both go on, and the short one waits for its own size, not for the
-other's. Pure: no clock, no thread.
+other's. A request that is small beside one that waits has a head start, so that it is through with the passes that its
+own tokens take; what head starts take together is a bounded share of all passes. Pure: no clock, no thread.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,12 @@ from typing import Generic, Protocol, TypeVar
 
 FULL = 0.8  # of a pass's budget: a pass that has as much is full enough for nothing more to be looked for
 OVERSHOOT = 1.25  # of the budget: where a solution that begins within it must end
+SMALL = 0.25  # of the tokens of the largest request that waits: what has no more is small beside it
+HEAD_START = 2048
+"""Tokens by which a small request begins ahead of its turn, and of small requests that may do so at once."""
+HEAD_START_SHARE = 0.5
+"""Of the tokens that are read, what small requests may take ahead of their turn: the rest goes by turns, however many
+small ones come."""
 
 
 class Piece(Protocol):
@@ -74,6 +81,7 @@ class FairQueue(Generic[W]):
         """For each context the request that reads its prefix: others of it wait until it is known."""
         self._num_arrived = 0
         self._virtual_time = 0.0
+        self._head_starts_left = float(HEAD_START)
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -82,8 +90,19 @@ class FairQueue(Generic[W]):
         """Take a request in; one with nothing to read is refused (`ValueError`)."""
         if work.is_cut:
             raise ValueError("a request without a piece was queued; answer it at once")
-        self._waiting[id(work)] = _Waiting(work, self._virtual_time, self._num_arrived)
+        start = self._virtual_time
+        num_tokens = work.tokens_left
+        if self._is_small(num_tokens) and num_tokens <= self._head_starts_left:
+            self._head_starts_left -= num_tokens
+            # As far as any: of several small ones the smallest is first.
+            start -= HEAD_START
+        self._waiting[id(work)] = _Waiting(work, start, self._num_arrived)
         self._num_arrived += 1
+
+    def _is_small(self, num_tokens: int) -> bool:
+        """Whether a request of `num_tokens` is small beside the largest that waits."""
+        largest = max((waiting.work.tokens_left for waiting in self._waiting.values()), default=0)
+        return num_tokens <= SMALL * largest
 
     def remove(self, work: W) -> None:
         """Forget a request; nothing where it is not here any more."""
@@ -127,6 +146,7 @@ class FairQueue(Generic[W]):
                 del self._waiting[id(work)]
         # What each of them had in the mean: one that comes now has missed nothing.
         self._virtual_time += used / max(1, num_sharing)
+        self._head_starts_left = min(HEAD_START, self._head_starts_left + HEAD_START_SHARE * used)
         return pieces
 
     def _waits_for_reader(self, work: W) -> bool:

@@ -165,6 +165,29 @@ def test_a_request_that_is_too_large_or_cannot_be_read_is_its_own_fault() -> Non
         assert run(batcher.score(SlowRequest("again", [20]))) == [20.0]  # the thread goes on
 
 
+def test_a_request_that_breaks_a_pass_breaks_no_neighbours() -> None:
+    engine = SlowEngine(gate=threading.Event())
+    with batching(engine) as batcher:
+
+        async def ask() -> Any:
+            first = asyncio.create_task(batcher.score(SlowRequest("first", [100])))
+            await until(lambda: len(engine.passes) == 1)
+            together = [asyncio.create_task(batcher.score(SlowRequest(name, [60]))) for name in ("a", "broken", "b")]
+            await until(lambda: batcher.num_waiting == 4 and batcher.waiting_tokens == 180)
+            engine.gate.set()
+            await first
+            return await asyncio.gather(*together, return_exceptions=True)
+
+        a, broken, b = run(ask())
+        assert (a, b) == ([60.0], [60.0])
+        assert isinstance(broken, ArithmeticError)
+        # The pass of three, then each of them alone.
+        assert engine.passes[1] == {"a": 60, "broken": 60, "b": 60}
+        assert sorted(engine.passes[2:], key=str) == [{"a": 60}, {"b": 60}, {"broken": 60}]
+        assert (batcher.counts.num_retried, batcher.counts.num_scored) == (1, 3)
+        assert run(batcher.score(SlowRequest("again", [20]))) == [20.0]
+
+
 def test_the_times_of_a_request_add_up() -> None:
     engine = SlowEngine(tokens_per_s=2000)
     with batching(engine) as batcher:

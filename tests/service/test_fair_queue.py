@@ -88,6 +88,49 @@ def test_many_short_requests_do_not_starve_a_long_one() -> None:
     assert num_passes >= 30
 
 
+def test_a_small_request_is_read_in_the_passes_that_its_own_size_takes() -> None:
+    queue: FairQueue[Request] = FairQueue()
+    long = Request(0, [100] * 200)
+    queue.add(long)
+    queue.next_pass(400)
+    small = Request(1000, [100], "small")
+    queue.add(small)
+    # Without a head start every second pass would be the long one's.
+    assert [queue.next_pass(400)[0][0] for _ in range(3)] == [small] * 3
+    assert small.is_cut
+
+
+def test_head_starts_leave_half_of_all_tokens_to_those_that_have_none() -> None:
+    queue: FairQueue[Request] = FairQueue()
+    long = Request(0, [100] * 400)
+    queue.add(long)
+    of_long = total = 0
+    for _ in range(60):
+        # More small ones than a pass reads.
+        for _ in range(4):
+            queue.add(Request(0, [200]))
+        for work, piece in queue.next_pass(400):
+            of_long += piece.num_tokens if work is long else 0
+            total += piece.num_tokens
+    # Of those that wait without a head start each has its share of the other half: hundreds of them, and the long one.
+    assert not long.is_cut
+    assert of_long >= 400
+    assert total >= 60 * 320
+
+
+def test_what_is_not_small_has_no_head_start() -> None:
+    queue: FairQueue[Request] = FairQueue()
+    first, second = Request(0, [300] * 20), Request(0, [300] * 20)
+    queue.add(first)
+    queue.next_pass(600)
+    queue.add(second)
+    served = {id(first): 0, id(second): 0}
+    for _ in range(10):
+        for work, piece in queue.next_pass(600):
+            served[id(work)] += piece.num_tokens
+    assert abs(served[id(first)] - served[id(second)]) <= 600
+
+
 def test_requests_of_one_size_share_equally() -> None:
     queue: FairQueue[Request] = FairQueue()
     requests = [Request(0, [100] * 8) for _ in range(4)]

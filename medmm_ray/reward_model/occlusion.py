@@ -8,8 +8,7 @@ not run again: of two towers the image part alone depends on the image.
 Legend: R, C rows and columns of tiles, M tiles; T steps; B images; W image width; P patches.
 """
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,48 +26,94 @@ if TYPE_CHECKING:
 
 NUM_TILES = 8
 """Tiles a side."""
-_BATCH = 16  # images that the image tower encodes at a time
+BATCH = 16  # images that the image tower encodes at a time
 _OVERSIZE = 2  # sides of the tower's input that the image may have; a larger one is made smaller once, not once a tile
 
 TileMap = list[list[float]]
 """[R, C]: log-odds that a step loses when the tile is hidden; positive where the tile speaks for the step."""
 
 
-@torch.inference_mode()
+class HiddenTiles:
+    """A request's images, the first one with each of its tiles hidden in turn: encoded some at a time, in any order.
+
+    Raises ValueError where the model has no image tower, or the request no image.
+    """
+
+    def __init__(self, model: "RewardModel", request: ScoreRequest, num_tiles: int = NUM_TILES) -> None:
+        if model.image_tower is None or model.fusion is None or not request.images:
+            raise ValueError("tile maps need an image and a reward model with an image tower")
+        first, *others = request.images
+        self._model = model
+        self._num_tiles = num_tiles
+        self._image = _reduced(rgb_of(first), _OVERSIZE * model.image_tower.image_size)
+        self._others = [rgb_of(image) for image in others]
+        self._references = [rgb_of(image) for image in request.reference_images]
+        self._tokens: dict[int, ImageTokens] = {}
+
+    @property
+    def num_images(self) -> int:
+        """Images to encode: the first one whole, with each tile hidden, and those beside it."""
+        return 1 + self._num_tiles**2 + len(self._others) + len(self._references)
+
+    @property
+    def num_encoded(self) -> int:
+        """Images that are encoded."""
+        return sum(len(tokens.pooled_BD) for tokens in self._tokens.values())
+
+    @torch.inference_mode()
+    def encode(self, start: int, stop: int) -> None:
+        """Encode the images from `start` to `stop`."""
+        tower = self._model.image_tower
+        assert tower is not None
+        pixels = [tower.preprocess(self._picture(place)) for place in range(start, stop)]
+        self._tokens[start] = tower(torch.stack(pixels).to(self._model.device))
+
+    def _picture(self, place: int) -> Image.Image:
+        num_hidden = 1 + self._num_tiles**2
+        if place == 0:
+            return self._image
+        if place < num_hidden:
+            return _hidden(self._image, self._num_tiles, place - 1)
+        return [*self._others, *self._references][place - num_hidden]
+
+    @torch.inference_mode()
+    def maps(self, states: Sequence[SolutionStates]) -> list[list[TileMap]]:
+        """For each solution a map a step, once all images are encoded.
+
+        `states` are those of the request's solutions; one with an error has no maps.
+        """
+        fusion = self._model.fusion
+        assert fusion is not None
+        in_order = [self._tokens[start] for start in sorted(self._tokens)]
+        pooled_BW = torch.cat([tokens.pooled_BD for tokens in in_order])
+        patches_BPW = torch.cat([tokens.patches_BPD for tokens in in_order]) if fusion.reads_patches else None
+        num_hidden = 1 + self._num_tiles**2
+        beside_it = range(num_hidden, num_hidden + len(self._others))
+        references = range(num_hidden + len(self._others), self.num_images)
+
+        def image_part(row: int) -> list[list[float]]:
+            """The image part of each step's log-odds with the encoded image `row` in the first one's place."""
+            features = ImageFeatures.gather(pooled_BW, patches_BPW, [[row, *beside_it]], [references])
+            return self._model.image_log_odds(states, features)
+
+        # From the same reduced image: its log-odds may differ from the score's in the third digit.
+        whole = image_part(0)
+        parts = [image_part(row) for row in range(1, num_hidden)]
+        maps: list[list[TileMap]] = []
+        for i, of_solution in enumerate(whole):
+            loss_MT = np.array([of_solution]) - np.array([part[i] for part in parts])
+            maps.append(loss_MT.T.reshape(-1, self._num_tiles, self._num_tiles).tolist())
+        return maps
+
+
 def tile_maps(
     model: "RewardModel", request: ScoreRequest, states: Sequence[SolutionStates], num_tiles: int = NUM_TILES
 ) -> list[list[TileMap]]:
-    """For each solution a map a step, of the question's first image.
-
-    `states` are those of the request's solutions; one with an error has no maps. Raises ValueError where the model has
-    no image tower, or the request no image.
-    """
-    tower, fusion = model.image_tower, model.fusion
-    if tower is None or fusion is None or not request.images:
-        raise ValueError("tile maps need an image and a reward model with an image tower")
-    first, *others = request.images
-    image = _reduced(rgb_of(first), _OVERSIZE * tower.image_size)
-    # All are encoded together, so that the image tower reads full batches.
-    hidden = list(_hidden(image, num_tiles))
-    own_images = [image, *hidden, *map(rgb_of, others)]
-    pooled_BW, patches_BPW = _encode(model, [*own_images, *map(rgb_of, request.reference_images)])
-    beside_it = range(1 + len(hidden), len(own_images))
-    references = range(len(own_images), len(pooled_BW))
-
-    def image_part(row: int) -> list[list[float]]:
-        """The image part of each step's log-odds with the encoded image `row` in the first one's place."""
-        patches = patches_BPW if fusion.reads_patches else None
-        features = ImageFeatures.gather(pooled_BW, patches, [[row, *beside_it]], [references])
-        return model.image_log_odds(states, features)
-
-    # From the same reduced image: its log-odds may differ from the score's in the third digit.
-    whole = image_part(0)
-    parts = [image_part(row) for row in range(1, 1 + len(hidden))]
-    maps: list[list[TileMap]] = []
-    for i, of_solution in enumerate(whole):
-        loss_MT = np.array([of_solution]) - np.array([part[i] for part in parts])
-        maps.append(loss_MT.T.reshape(-1, num_tiles, num_tiles).tolist())
-    return maps
+    """For each solution a map a step, of the question's first image (`HiddenTiles`)."""
+    tiles = HiddenTiles(model, request, num_tiles)
+    for start in range(0, tiles.num_images, BATCH):
+        tiles.encode(start, min(start + BATCH, tiles.num_images))
+    return tiles.maps(states)
 
 
 def _reduced(image: Image.Image, longest: int) -> Image.Image:
@@ -80,26 +125,13 @@ def _reduced(image: Image.Image, longest: int) -> Image.Image:
     return image
 
 
-def _hidden(image: Image.Image, num_tiles: int) -> Iterator[Image.Image]:
-    """The image with one tile after the other, row by row, in the image's mean colour."""
+def _hidden(image: Image.Image, num_tiles: int, tile: int) -> Image.Image:
+    """The image with a tile, counted row by row, in the image's mean colour."""
     mean_3 = np.asarray(image).reshape(-1, 3).mean(axis=0)
     red, green, blue = mean_3.round().astype(int).tolist()
-    xs = [image.width * i // num_tiles for i in range(num_tiles + 1)]
-    ys = [image.height * i // num_tiles for i in range(num_tiles + 1)]
-    for top, bottom in itertools.pairwise(ys):
-        for left, right in itertools.pairwise(xs):
-            copy = image.copy()
-            copy.paste((red, green, blue), (left, top, right, bottom))
-            yield copy
-
-
-def _encode(model: "RewardModel", images: Sequence[Image.Image]) -> ImageTokens:
-    """The image tower's tokens of images."""
-    tower = model.image_tower
-    assert tower is not None
-    encoded: list[ImageTokens] = []
-    for start in range(0, len(images), _BATCH):
-        pixels = [tower.preprocess(image) for image in images[start : start + _BATCH]]
-        encoded.append(tower(torch.stack(pixels).to(model.device)))
-    pooled_BW = torch.cat([tokens.pooled_BD for tokens in encoded])
-    return ImageTokens(pooled_BW, torch.cat([tokens.patches_BPD for tokens in encoded]))
+    row, column = divmod(tile, num_tiles)
+    left, right = (image.width * i // num_tiles for i in (column, column + 1))
+    top, bottom = (image.height * i // num_tiles for i in (row, row + 1))
+    copy = image.copy()
+    copy.paste((red, green, blue), (left, top, right, bottom))
+    return copy

@@ -19,6 +19,7 @@ from medmm_ray.reward_model.forward import RowPiece
 from medmm_ray.reward_model.full_sequence import Solution
 from medmm_ray.reward_model.fusion import ImageFeatures
 from medmm_ray.reward_model.model import RewardModel
+from medmm_ray.reward_model.occlusion import BATCH, NUM_TILES, HiddenTiles, TileMap
 from medmm_ray.reward_model.passes import PieceCutter
 from medmm_ray.reward_model.prefix_cache import CacheStatistics, PrefixCache
 from medmm_ray.reward_model.request import ScoreRequest
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PROMPT_TOKENS = 64  # of the template and the system prompt, for the estimate
+PATCHES = 200  # tokens of an image in an image tower, about: 14 x 14 and one
 FEATURES_SHARE = 0.125  # of the cache's bytes: image features are small beside keys and values
 
 
@@ -90,6 +92,67 @@ class ScoringWork:
         return self.cutter.take(room, soft_room, is_first)
 
 
+@dataclass(frozen=True)
+class TileMapCase:
+    """A case whose image is to be mapped: `RewardEngine` gives its tile maps in place of scores."""
+
+    case: Case
+
+
+@dataclass(frozen=True)
+class TilePiece:
+    """Images of a `TileMapWork` from `start` to `stop`, as many tokens as a pass takes as long for."""
+
+    start: int
+    stop: int
+    num_tokens: int
+
+
+@dataclass(eq=False)
+class TileMapWork:
+    """A request for tile maps that waits: its text, and then its images, of which each costs `image_tokens`."""
+
+    text: ScoringWork
+    tiles: HiddenTiles
+    image_tokens: int
+    num_given: int = 0
+
+    @property
+    def context_key(self) -> str:
+        """That of its text."""
+        return self.text.context_key
+
+    @property
+    def tokens_left(self) -> int:
+        """Tokens that no piece has had yet."""
+        return self.text.tokens_left + (self.tiles.num_images - self.num_given) * self.image_tokens
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether every piece was given out."""
+        return self.text.is_cut and self.num_given == self.tiles.num_images
+
+    @property
+    def has_open_prefix(self) -> bool:
+        """Whether its next pass reads a prefix that others of the same case would read too."""
+        return self.text.has_open_prefix
+
+    def take(self, room: int, soft_room: int, is_first: bool) -> "RowPiece | TilePiece | None":
+        """The next piece: of the text while there is any, then as many images as fit, one where it is the first."""
+        if not self.text.is_cut:
+            return self.text.take(room, soft_room, is_first)
+        num_fitting = max(room // self.image_tokens, int(is_first))
+        stop = min(self.num_given + num_fitting, self.num_given + BATCH, self.tiles.num_images)
+        if stop == self.num_given:
+            return None
+        piece = TilePiece(self.num_given, stop, (stop - self.num_given) * self.image_tokens)
+        self.num_given = stop
+        return piece
+
+
+EngineWork = ScoringWork | TileMapWork
+
+
 class FeatureCache:
     """Image features of cases, at most `max_bytes` of them; those used least recently go first."""
 
@@ -136,13 +199,26 @@ class RewardEngine:
         self.prefixes = PrefixCache(int(cache_bytes * (1 - FEATURES_SHARE)))
         self.features = FeatureCache(cache_bytes * FEATURES_SHARE)
         self._chars_per_token = 4.0
+        self._image_tokens = _tokens_of_an_image(model)
 
-    def estimate(self, request: Case) -> int:
+    def estimate(self, request: "Case | TileMapCase") -> int:
         """Tokens by the number of characters, as many a token as the last request had."""
+        if isinstance(request, TileMapCase):
+            num_images = 1 + NUM_TILES**2 + len(request.case.reference_images)
+            return self.estimate(request.case) + num_images * self._image_tokens
         return PROMPT_TOKENS + int(_num_chars(request) / self._chars_per_token)
 
-    def prepare(self, request: Case) -> ScoringWork:
+    def prepare(self, request: "Case | TileMapCase") -> EngineWork:
         """Tokenize the texts, and bring the images to the image tower's size."""
+        if isinstance(request, TileMapCase):
+            text = self._text_work(request.case)
+            return TileMapWork(text, HiddenTiles(self.model, text.request), self._image_tokens)
+        work = self._text_work(request)
+        # On this thread too: resizing holds up no pass.
+        self._prepare_images(work)
+        return work
+
+    def _text_work(self, request: Case) -> ScoringWork:
         score_request = ScoreRequest(
             request.question,
             request.solutions,
@@ -158,10 +234,7 @@ class RewardEngine:
             self._chars_per_token = max(1.0, _num_chars(request) / num_tokens)
         # Ids alone do not tell two images apart that a language model reads.
         salt = request.context_key if self.model.vision else ""
-        work = ScoringWork(score_request, PieceCutter(job, self.prefixes, salt), request.context_key)
-        # On this thread too: resizing holds up no pass.
-        self._prepare_images(work)
-        return work
+        return ScoringWork(score_request, PieceCutter(job, self.prefixes, salt), request.context_key)
 
     def _prepare_images(self, work: ScoringWork) -> None:
         images = work.request.images
@@ -173,26 +246,39 @@ class RewardEngine:
         except ImageError as error:
             work.image_error = str(error)
 
-    def forward(self, pieces: Sequence[tuple[ScoringWork, RowPiece]]) -> None:
+    def forward(self, pieces: "Sequence[tuple[EngineWork, RowPiece | TilePiece]]") -> None:
         """Read a pass, and keep the prefixes that are complete with it."""
-        # The prefixes are complete once the pass is through, not before.
-        row = [piece for _, piece in pieces]
-        self.model.forward_pieces(row)
+        row: list[RowPiece] = []
+        cutters: list[PieceCutter] = []
+        # Images first: they may be encoded again where the pass fails, a prefix is extended once.
         for work, piece in pieces:
-            work.cutter.keep_prefix(piece)
+            if isinstance(work, TileMapWork) and isinstance(piece, TilePiece):
+                work.tiles.encode(piece.start, piece.stop)
+            elif isinstance(piece, RowPiece):
+                row.append(piece)
+                cutters.append(work.text.cutter if isinstance(work, TileMapWork) else work.cutter)
+        if row:
+            self.model.forward_pieces(row)
+        # The prefixes are complete once the pass is through, not before.
+        for cutter, piece_of_row in zip(cutters, row, strict=True):
+            cutter.keep_prefix(piece_of_row)
 
     def cache_figures(self) -> CacheStatistics:
         """Of prefixes; the bytes are those of image features too."""
         num_bytes = self.prefixes.num_bytes + self.features.num_bytes
         return replace(self.prefixes.statistics, num_bytes=num_bytes)
 
-    def is_complete(self, work: ScoringWork) -> bool:
-        """Whether each solution was read or has an error."""
+    def is_complete(self, work: EngineWork) -> bool:
+        """Whether each solution was read or has an error, and every image that is asked for was encoded."""
+        if isinstance(work, TileMapWork):
+            return self.is_complete(work.text) and work.tiles.num_encoded == work.tiles.num_images
         return work.cutter.job.is_complete
 
     @torch.inference_mode()
-    def result(self, work: ScoringWork) -> list[StepScores]:
-        """The scores, one entry a solution, in the request's order."""
+    def result(self, work: EngineWork) -> "list[StepScores] | list[list[TileMap]]":
+        """The scores, one entry a solution, in the request's order; of a `TileMapCase` its maps."""
+        if isinstance(work, TileMapWork):
+            return work.tiles.maps(work.text.cutter.job.states())
         # With the image part last, as offline: it needs all states of the case.
         states = work.cutter.job.states()
         if work.image_error is None:
@@ -214,6 +300,15 @@ class RewardEngine:
         assert features is not None
         self.features.add(work.context_key, features)
         return features
+
+
+def _tokens_of_an_image(model: RewardModel) -> int:
+    """Tokens of the text tower that cost as much as the image tower's pass over an image, by their parameters."""
+    if model.image_tower is None:
+        return 0
+    size_of_tower: int = sum(weight.numel() for weight in model.image_tower.parameters())
+    size_of_text: int = sum(weight.numel() for weight in model.text_model.parameters())
+    return max(1, round(PATCHES * size_of_tower / size_of_text))
 
 
 def _num_chars(request: Case) -> int:

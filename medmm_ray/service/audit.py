@@ -14,7 +14,7 @@ from medmm_ray.service.keys import Key
 from medmm_ray.service.metrics import route_of
 from medmm_ray.service.quotas import Quotas
 from medmm_ray.service.request_ids import request_id
-from medmm_ray.service.rerank import ModelInput, Scored
+from medmm_ray.service.rerank import ModelInput
 
 logger = logging.getLogger("ray.serve")  # the one that a replica writes to its log file
 
@@ -31,12 +31,12 @@ class Tally:
     num_unscored: int = 0
     num_tokens: int = 0
 
-    def add(self, case: ModelInput, scored: Scored) -> None:
-        """Note a case that was scored, by the hash of all but its solutions."""
+    def add(self, case: ModelInput, num_unscored: int, num_tokens: int) -> None:
+        """Note a case that the model read, by the hash of all but its solutions."""
         self.cases.append(case.context_key[:HASH_CHARACTERS])
-        self.num_solutions += len(scored.solutions)
-        self.num_unscored += sum(solution.error is not None for solution in scored.solutions)
-        self.num_tokens += scored.num_tokens or 0
+        self.num_solutions += len(case.solutions)
+        self.num_unscored += num_unscored
+        self.num_tokens += num_tokens
 
 
 _tally: ContextVar[Tally | None] = ContextVar("tally", default=None)

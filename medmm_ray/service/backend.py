@@ -33,8 +33,18 @@ from medmm_ray.service.rerank import (
 
 T = TypeVar("T")
 StepMaps = list[list[list[float]]]
-MapTiles = Callable[[ModelInput], Awaitable[Sequence[StepMaps]]]
-"""From a request's model input to a map a step of each solution (`reward_model.occlusion`)."""
+
+
+@dataclass(frozen=True)
+class TileMaps:
+    """For each solution a map a step (`reward_model.occlusion`); `num_tokens`: their cost, in tokens of the model."""
+
+    solutions: Sequence[StepMaps]
+    num_tokens: int = 0
+
+
+MapTiles = Callable[[ModelInput], Awaitable[TileMaps]]
+"""From a request's model input to its maps."""
 
 
 def no_check() -> None:
@@ -90,7 +100,8 @@ class Backend:
         with self.pixels_held.held(model_input.num_pixels):
             scored = replace(await self.score(model_input), evidence=evidence)
         self.metrics.add_scores(scored)
-        tally().add(model_input, scored)
+        num_unscored = sum(solution.error is not None for solution in scored.solutions)
+        tally().add(model_input, num_unscored, scored.num_tokens or 0)
         return scored
 
     async def _with_evidence(self, case: Case) -> tuple[Case, RetrievedEvidence | None]:
@@ -160,7 +171,9 @@ class Backend:
         if model_input.image is None:
             raise Problem(Kind.INVALID, "image: required, but missing")
         with self.pixels_held.held(model_input.num_pixels):
-            return await self.map_tiles(model_input)
+            maps = await self.map_tiles(model_input)
+        tally().add(model_input, 0, maps.num_tokens)
+        return maps.solutions
 
     async def rerank(self, request: RerankRequest) -> RerankAnswer:
         """The answer to a rerank request."""

@@ -1,11 +1,10 @@
 """What a replica scores with: the model behind a `Batcher`, whose refusals are the service's problems."""
 
-import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opentelemetry.trace import Tracer
 
@@ -13,7 +12,7 @@ from medmm_ray.config import ConfigError, digest
 from medmm_ray.data.artifacts import MANIFEST
 from medmm_ray.engines.checkpoints import resolve
 from medmm_ray.service.admission import seconds_left
-from medmm_ray.service.backend import MapTiles, StepMaps
+from medmm_ray.service.backend import MapTiles, TileMaps
 from medmm_ray.service.batching import (
     MIN_PASS_TOKENS,
     Batcher,
@@ -25,7 +24,7 @@ from medmm_ray.service.batching import (
 from medmm_ray.service.load import LOAD, LoadConfig, batch_limits
 from medmm_ray.service.problems import Kind, Problem
 from medmm_ray.service.readiness import TINY_CASE
-from medmm_ray.service.rerank import ModelInput, ModelTraits, Scored, StepLogOdds
+from medmm_ray.service.rerank import ModelInput, ModelTraits, Scored
 from medmm_ray.service.tracing import score_spans, tracer_to
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ class ReplicaScorer:
 
     def __init__(
         self,
-        engine: "Engine[ModelInput, Sequence[StepLogOdds]]",
+        engine: "Engine[Any, Any]",
         config: LoadConfig,
         default_budget: int,
         tracer: Tracer | None = None,
@@ -57,7 +56,8 @@ class ReplicaScorer:
         self.config = config
         # Made here, as exporters do not travel to a replica.
         self.tracer = tracer or tracer_to(config.traces_endpoint)
-        self.batcher: Batcher[ModelInput, Sequence[StepLogOdds]] = Batcher(engine, batch_limits(config, default_budget))
+        # Of cases and of tile maps, each with its own kind of result.
+        self.batcher: Batcher[Any, Any] = Batcher(engine, batch_limits(config, default_budget))
 
     @classmethod
     def of_model(cls, model: "RewardModel", config: LoadConfig) -> "ReplicaScorer":
@@ -72,22 +72,34 @@ class ReplicaScorer:
 
     async def score(self, model_input: ModelInput) -> Scored:
         """The log-odds of a case's solutions; a `Problem` where it is refused or too late."""
+        solutions, num_tokens = await self._read(model_input, model_input)
+        return Scored(solutions, num_tokens)
+
+    async def map_tiles(self, model_input: ModelInput) -> TileMaps:
+        """Where in a case's image its steps' scores come from, in passes with all others; a `Problem` as for scores."""
+        from medmm_ray.reward_model.pass_engine import TileMapCase
+
+        maps, num_tokens = await self._read(TileMapCase(model_input), model_input)
+        return TileMaps(maps, num_tokens)
+
+    async def _read(self, request: Any, case: ModelInput) -> tuple[Any, int]:
+        """What the engine makes of a request about a case, and the tokens that it read for it."""
         times = RequestTimes()
         counts = {
-            "solutions": len(model_input.solutions),
-            "documents": len(model_input.documents),
-            "images": len(model_input.reference_images) + (model_input.image is not None),
+            "solutions": len(case.solutions),
+            "documents": len(case.documents),
+            "images": len(case.reference_images) + (case.image is not None),
         }
         try:
             with score_spans(self.tracer, times, counts):
-                solutions = await self.batcher.score(model_input, seconds_left(), times)
+                result = await self.batcher.score(request, seconds_left(), times)
         except OverloadedError as error:
             raise Problem(Kind.OVERLOADED, str(error), retry_after_s=error.retry_after_s) from None
         except TooManyTokensError as error:
             raise Problem(Kind.TOO_LARGE, str(error)) from None
         except DeadlineError as error:
             raise Problem(Kind.TIMEOUT, str(error)) from None
-        return Scored(solutions, times.num_tokens)
+        return result, times.num_tokens
 
     def check(self) -> None:
         """Raise a `Problem` (429) where even a small request would wait too long."""
@@ -125,27 +137,6 @@ class ServedModel:
     """Where in the image scores come from; None without an image tower."""
 
 
-def tile_mapper(model: "RewardModel") -> MapTiles:
-    """What maps tiles, one request at a time: it takes as many passes of the image tower as an image has tiles."""
-    from medmm_ray.reward_model import ScoreRequest
-    from medmm_ray.reward_model.occlusion import tile_maps
-
-    turn = asyncio.Semaphore()
-
-    def maps_of(case: ModelInput) -> Sequence[StepMaps]:
-        """The maps of a case's solutions."""
-        request = ScoreRequest(case.question, case.solutions, case.documents, case.image, case.reference_images)
-        states = model.text_states(request.question, request.solutions, request.documents)
-        return tile_maps(model, request, states)
-
-    async def map_tiles(case: ModelInput) -> Sequence[StepMaps]:
-        """In a thread, so that the replica answers others meanwhile."""
-        async with turn:
-            return await asyncio.to_thread(maps_of, case)
-
-    return map_tiles
-
-
 def load_model(config: "ServeConfig") -> ServedModel:
     """The reward model of the settings. Raises `ConfigError` where it cannot score a tiny case."""
     # Here, not above: a driver that starts the replicas needs no torch.
@@ -157,15 +148,16 @@ def load_model(config: "ServeConfig") -> ServedModel:
     (tiny,) = model.score(TINY_CASE.question, list(TINY_CASE.solutions))
     if tiny.error is not None:
         raise ConfigError(f"{config.model} cannot score a tiny case: {tiny.error}")
+    scorer = ReplicaScorer.of_model(model, config)
     return ServedModel(
-        ReplicaScorer.of_model(model, config),
+        scorer,
         # What it was trained on is known here alone: the driver never reads the checkpoint.
         ModelTraits(model.reads_images, **asdict(model.trained_inputs)),
         tiny.log_odds,
         fingerprint_of(folder),
         # A vision-language model knows a question's own images alone.
         takes_references=model.vision is None,
-        map_tiles=tile_mapper(model) if model.image_tower is not None else None,
+        map_tiles=scorer.map_tiles if model.image_tower is not None else None,
     )
 
 

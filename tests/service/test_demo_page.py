@@ -1,6 +1,6 @@
 """The demo page in headless Chromium, on a scripted model: by mouse, by keys, on a phone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import expect
 
 from medmm_ray.service.app import api
-from medmm_ray.service.backend import Backend, StepMaps
+from medmm_ray.service.backend import Backend, TileMaps
 from medmm_ray.service.config import ServeConfig
 from medmm_ray.service.policy import GeneratorPolicy, PolicyConfig
 from medmm_ray.service.readiness import Readiness
@@ -45,8 +45,8 @@ async def score(case: ModelInput) -> Scored:
     return Scored(scores, num_tokens=7)
 
 
-async def map_tiles(case: ModelInput) -> Sequence[StepMaps]:
-    return [[AGAINST if i == 0 else FOR for i in range(len(steps))] for steps in texts_of(case)]
+async def map_tiles(case: ModelInput) -> TileMaps:
+    return TileMaps([[AGAINST if i == 0 else FOR for i in range(len(steps))] for steps in texts_of(case)])
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,19 @@
 """`POST /v1/tile_maps` and the demo page's own routes, on a scripted model."""
 
+import asyncio
 import base64
 import io
-from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 
 from medmm_ray.service.app import api
-from medmm_ray.service.backend import Backend, StepMaps
+from medmm_ray.service.backend import Backend, TileMaps
 from medmm_ray.service.config import ServeConfig
 from medmm_ray.service.keys import Key, Keyring, sha256
 from medmm_ray.service.readiness import Readiness
@@ -24,9 +27,9 @@ async def no_score(case: ModelInput) -> Scored:
     raise AssertionError("not asked")
 
 
-async def two_by_two(case: ModelInput) -> Sequence[StepMaps]:
+async def two_by_two(case: ModelInput) -> TileMaps:
     """Two steps a solution, whatever it is."""
-    return [[MAP, MAP] for _ in case.solutions]
+    return TileMaps([[MAP, MAP] for _ in case.solutions], 123 * len(case.solutions))
 
 
 def client(keyring: Keyring | None = None, **fields: Any) -> TestClient:
@@ -42,6 +45,46 @@ def test_maps_come_a_step() -> None:
         "model": "m",
         "solutions": [{"index": 0, "maps": [MAP, MAP]}, {"index": 1, "maps": [MAP, MAP]}],
     }
+
+
+def test_what_maps_cost_counts_for_the_keys_day() -> None:
+    keyring = Keyring([Key(name="a", sha256=sha256("s3cret"), scopes=("score",), tokens_per_day=200)])
+    web = client(keyring, maps=two_by_two)
+    headers = {"Authorization": "Bearer s3cret"}
+    replies = [web.post("/v1/tile_maps", json=body(image=b64(png())), headers=headers) for _ in range(2)]
+    assert [reply.status_code for reply in replies] == [200, 429]
+
+
+def test_maps_read_in_shared_passes_are_those_of_the_function(tmp_path: Path) -> None:
+    from medmm_ray.reward_model import FusionConfig, RewardModel, ScoreRequest
+    from medmm_ray.reward_model.occlusion import tile_maps
+    from medmm_ray.service.replica import ReplicaScorer
+    from tests.doubles import tiny_reward_model as tiny
+    from tests.doubles.clip_folders import write_native_clip
+
+    model = RewardModel.from_pretrained(tiny.save(tmp_path))
+    model.add_image_tower(write_native_clip(tmp_path / "tower"), FusionConfig(width=16, num_heads=2))
+    assert model.fusion is not None
+    torch.nn.init.normal_(model.fusion.output.weight, std=0.5)
+    model.eval()
+    images = [Image.effect_noise((60, 40), 60).convert("RGB") for _ in range(2)]
+    solutions = tuple(map(tuple, tiny.SOLUTIONS))
+    case = ModelInput(tiny.QUESTION, solutions, tuple(tiny.DOCUMENTS), images[0], (images[1],), "case")
+    request = ScoreRequest(case.question, case.solutions, case.documents, case.image, case.reference_images)
+    expected = tile_maps(model, request, model.text_states(case.question, case.solutions, case.documents))
+    scorer = ReplicaScorer.of_model(model, ServeConfig(model="m", token_budget=256))
+
+    async def ask() -> tuple[TileMaps, Scored]:
+        return await asyncio.gather(scorer.map_tiles(case), scorer.score(case))
+
+    maps, scored = asyncio.run(ask())
+    scorer.batcher.close()
+    for of_solution, expected_of_solution in zip(maps.solutions, expected, strict=True):
+        for step_map, expected_map in zip(of_solution, expected_of_solution, strict=True):
+            assert np.array(step_map) == pytest.approx(np.array(expected_map), abs=1e-5)
+    # 66 images, each at least a token, beside the text.
+    assert scored.num_tokens is not None
+    assert maps.num_tokens >= 66
 
 
 def test_refusals() -> None:

@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from medmm_ray.service.app import api
-from medmm_ray.service.backend import Backend, StepMaps
+from medmm_ray.service.backend import Backend, TileMaps
 from medmm_ray.service.config import ServeConfig
 from medmm_ray.service.evidence import EvidenceSource
 from medmm_ray.service.keys import Key, Keyring, sha256
@@ -67,9 +67,9 @@ class FakeModel:
         ]
 
 
-async def even_maps(case: ModelInput) -> Sequence[StepMaps]:
+async def even_maps(case: ModelInput) -> TileMaps:
     """Maps of 2 x 2 for two steps a solution."""
-    return [[[[0.5, 0.5], [0.5, 0.5]]] * 2 for _ in case.solutions]
+    return TileMaps([[[[0.5, 0.5], [0.5, 0.5]]] * 2 for _ in case.solutions])
 
 
 def client(

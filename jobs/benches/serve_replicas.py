@@ -1,4 +1,4 @@
-"""Replicas that come and go under load: by the load itself, by a new configuration, and by kill -9.
+"""Replicas that come and go under load: by the load itself, by a new configuration, by kill -9, and with their node.
 
 The model only sleeps, so that two cores have room for several replicas; the service, Serve and the client are the real
 ones.
@@ -6,9 +6,11 @@ ones.
 
 import asyncio
 import json
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import Field
 from rich.console import Console
@@ -21,15 +23,24 @@ from medmm_ray.service.config import ServeConfig
 from medmm_ray.service.deployment import application, running
 from medmm_ray.service.replica import ReplicaScorer, ServedModel
 from medmm_ray.service.rerank import ModelTraits
-from medmm_ray.session import session
+from medmm_ray.session import fresh_token, session
+
+if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
 
 TOKENS_PER_S = 2000.0
+NODE_CPUS = 1
 WORDS = 200  # of a request: a tenth of a second
+
+
+Event = Literal["scale", "replace", "kill", "kill_node"]
 
 
 class ReplicasConfig(Config):
     """How replicas come and go."""
 
+    events: tuple[Event, ...] = get_args(Event)
+    """What happens to them."""
     most: int = Field(4, ge=2)
     """Replicas that the load step asks for."""
     high_s: float = 40.0
@@ -49,9 +60,9 @@ def load_slow(config: ServeConfig) -> ServedModel:
 
 def measure_replicas(config: ReplicasConfig, console: Console) -> Iterator[Measured]:
     """The rows."""
-    yield from scale(config, console)
-    yield from replace(config, console)
-    yield from kill(config, console)
+    happen = {"scale": scale, "replace": replace, "kill": kill, "kill_node": kill_node}
+    for event in config.events:
+        yield from happen[event](config, console)
 
 
 @contextmanager
@@ -173,20 +184,56 @@ def replace(config: ReplicasConfig, console: Console) -> Iterator[Measured]:
     )
 
 
+WITHOUT_RETRIES = "without retries: neither scores nor 503"
+AFTER_RETRIES = "failed after retries"
+
+
 def kill(config: ReplicasConfig, console: Console) -> Iterator[Measured]:
     """One of two replicas is killed; what it had is sent again."""
-    for retries, name in ((0, "without retries: neither scores nor 503"), (RETRIES, "failed after retries")):
+    for retries, name in ((0, WITHOUT_RETRIES), (RETRIES, AFTER_RETRIES)):
         with serving_slow(num_replicas=2, max_wait_s=10) as (url, _):
             replies = under_load(url, config.steady_s, retries, lambda: process_named("Reranker").kill())
-        console.print(f"kill -9 of a replica, {retries} retries: statuses {statuses(replies)}")
-        bad = len(replies) - len(served(replies))
-        if not retries:
-            bad -= statuses(replies).get(503, 0)
-        yield Measured(
-            f"kill -9 of a replica, {name}",
-            len(replies),
-            bad,
-            bad,
-            "≤ 0",
-            "requests",
-        )
+        yield _failed(f"kill -9 of a replica, {name}", replies, retries, console)
+
+
+def kill_node(config: ReplicasConfig, console: Console) -> Iterator[Measured]:
+    """One of two nodes, each with a replica, is killed with all its processes; another comes in its place."""
+    for retries, name in ((0, WITHOUT_RETRIES), (RETRIES, AFTER_RETRIES)):
+        with two_nodes() as cluster, serving_slow(num_replicas=2, max_wait_s=10, num_cpus=NODE_CPUS) as (url, _):
+            # The first is the head, where the proxy is.
+            _, victim, _ = cluster.list_all_nodes
+
+            def replace_node(cluster: "Cluster" = cluster, victim: Any = victim) -> None:
+                cluster.remove_node(victim, allow_graceful=False)
+                cluster.add_node(num_cpus=NODE_CPUS)
+
+            replies = under_load(url, config.steady_s, retries, replace_node)
+        yield _failed(f"kill -9 of a node, {name}", replies, retries, console)
+
+
+@contextmanager
+def two_nodes() -> Iterator["Cluster"]:
+    """A Ray cluster on this machine: a head without CPUs, and two nodes with as many as a replica takes."""
+    from ray.cluster_utils import Cluster
+
+    # A proxy reads it from its node's environment.
+    os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "medmm_ray.service.proxy:middlewares")
+    with fresh_token():
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        try:
+            for _ in range(2):
+                cluster.add_node(num_cpus=NODE_CPUS)
+            os.environ["RAY_ADDRESS"] = cluster.address
+            yield cluster
+        finally:
+            os.environ.pop("RAY_ADDRESS", None)
+            cluster.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _failed(name: str, replies: Sequence[Reply], retries: int, console: Console) -> Measured:
+    """The row of requests that failed; without retries a 503 that says when to come again is none."""
+    console.print(f"{name}: statuses {statuses(replies)}")
+    num_failed = len(replies) - len(served(replies))
+    if not retries:
+        num_failed -= sum(reply.status == 503 and reply.retry_after is not None for reply in replies)
+    return Measured(name, len(replies), num_failed, num_failed, "≤ 0", "requests")

@@ -19,7 +19,7 @@ from medmm_ray.service.backend import Backend, no_check
 from medmm_ray.service.config import ServeConfig
 from medmm_ray.service.problems import Kind, Problem
 from medmm_ray.service.readiness import Readiness
-from medmm_ray.service.reading import parse
+from medmm_ray.service.reading import count_values, parse
 from medmm_ray.service.replica import ReplicaScorer
 from medmm_ray.service.rerank import ModelInput, ModelTraits, Scored
 
@@ -241,6 +241,34 @@ def test_what_a_body_may_hold(value: Any, limit: int, words: str) -> None:
     with pytest.raises(Problem, match=words) as refused:
         parse(body)
     assert refused.value.status_code == 413
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        # No JSON, any of them: refused before a parser builds the first million values.
+        (b"[]," * 300_000, "more values than 100000"),
+        (b'"a":' * 300_000, "more values than 100000"),
+        (b'{"question": "' + b'\\"' * 300_000, "a text is longer, in characters, than 200000"),
+    ],
+)
+def test_values_are_counted_before_they_are_parsed(body: bytes, words: str) -> None:
+    with pytest.raises(Problem, match=words) as refused:
+        count_values(body)
+    assert refused.value.status_code == 413
+
+
+@pytest.mark.parametrize("text", ['a "quoted" word', "back\\slash\\", "\\" * 7 + '"', ",:[{" * 40_000, ""])
+def test_what_stands_in_texts_is_no_value(text: str) -> None:
+    body = json.dumps({"question": text, "solutions": [text, "b"]}).encode()
+    count_values(body)
+    assert parse(body)["solutions"] == [text, "b"]
+
+
+def test_a_number_that_python_does_not_convert_is_invalid() -> None:
+    with pytest.raises(Problem, match="a number of more than 4300 digits") as refused:
+        parse(b'{"top_n": ' + b"1" * 5000 + b"}")
+    assert refused.value.status_code == 422
 
 
 @pytest.mark.parametrize("depth", [20, 100_000])

@@ -586,11 +586,11 @@ def test_real_serve_gives_the_scores_of_the_offline_function(checkpoint: Path, m
 def test_attacks_find_no_fault_no_open_door_and_leave_no_text_in_logs(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = ["drawn=1", "every=8", "slow_senders=3", "body_timeout_s=1", "flood_s=0.5", "legal=1"]
+    small = ["drawn=1", "every=12", "slow_senders=3", "body_timeout_s=1", "flood_s=0.5", "legal=1"]
     families = "families=[drawn, images, keys, texts, json, framing, paths]"
     assert bench.main(["attack", f"model={checkpoint}", families, *small, f"json={tmp_path}/rows.json"]) == 0
     rows = {row["name"]: row["ours"] for row in json.loads((tmp_path / "rows.json").read_text())}
-    assert rows["attacks"] > 100
+    assert rows["attacks"] > 80
     for name in (
         "answered with 5xx",
         "answered with content and without a key",

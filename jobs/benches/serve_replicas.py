@@ -199,9 +199,10 @@ def kill(config: ReplicasConfig, console: Console) -> Iterator[Measured]:
 def kill_node(config: ReplicasConfig, console: Console) -> Iterator[Measured]:
     """One of two nodes, each with a replica, is killed with all its processes; another comes in its place."""
     for retries, name in ((0, WITHOUT_RETRIES), (RETRIES, AFTER_RETRIES)):
-        with two_nodes() as cluster, serving_slow(num_replicas=2, max_wait_s=10, num_cpus=NODE_CPUS) as (url, _):
-            # The first is the head, where the proxy is.
-            _, victim, _ = cluster.list_all_nodes
+        with (
+            two_nodes() as (cluster, victim),
+            serving_slow(num_replicas=2, max_wait_s=10, num_cpus=NODE_CPUS) as (url, _),
+        ):
 
             def replace_node(cluster: "Cluster" = cluster, victim: Any = victim) -> None:
                 cluster.remove_node(victim, allow_graceful=False)
@@ -212,8 +213,9 @@ def kill_node(config: ReplicasConfig, console: Console) -> Iterator[Measured]:
 
 
 @contextmanager
-def two_nodes() -> Iterator["Cluster"]:
-    """A Ray cluster on this machine: a head without CPUs, and two nodes with as many as a replica takes."""
+def two_nodes() -> Iterator[tuple["Cluster", Any]]:
+    """A Ray cluster on this machine, and one of its nodes: a head without CPUs, where the proxy is, and two nodes with
+    as many as a replica takes."""
     from ray.cluster_utils import Cluster
 
     # A proxy reads it from its node's environment.
@@ -221,10 +223,9 @@ def two_nodes() -> Iterator["Cluster"]:
     with fresh_token():
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         try:
-            for _ in range(2):
-                cluster.add_node(num_cpus=NODE_CPUS)
+            _, victim = (cluster.add_node(num_cpus=NODE_CPUS) for _ in range(2))
             os.environ["RAY_ADDRESS"] = cluster.address
-            yield cluster
+            yield cluster, victim
         finally:
             os.environ.pop("RAY_ADDRESS", None)
             cluster.shutdown()  # type: ignore[no-untyped-call]

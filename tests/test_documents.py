@@ -36,6 +36,7 @@ UNCHECKED = {
     "sha256sum": "tests/release/test_release.py runs it",
     "jupyter": "is the reader's own; the notebooks run in tests/jobs/test_pipeline.py",
     "tail": "reads a log of the reader's",
+    "cluster": "builds an environment: tests/cluster/test_environments.py",
     "ray": "needs a cluster; cluster/lint checks the files that it is given",
     "nvidia-smi": "needs a GPU",
 }
@@ -77,7 +78,8 @@ def shell_lines(name: str) -> Iterator[str]:
 def commands(name: str) -> list[list[str]]:
     """The commands of the project's own jobs in a document, blocks and running text, as their words."""
     text = BLOCK.sub("", (ROOT / name).read_text())
-    lines = [*shell_lines(name), *(" ".join(span.split()) for span in INLINE.findall(text))]
+    indented = re.findall(r"^    (python -m .*)$", text, re.MULTILINE)
+    lines = [*shell_lines(name), *indented, *(" ".join(span.split()) for span in INLINE.findall(text))]
     return [words_of(line) for line in lines if "python -m jobs." in line]
 
 
@@ -88,9 +90,10 @@ def words_of(line: str) -> list[str]:
 
 def filled_in(line: str) -> str:
     """A command with values in the place of what its reader fills in."""
-    line = re.sub(r"jobs\.<step>", "jobs.sample", line)
+    line = re.sub(r"jobs\.(<step>|…)", "jobs.sample", line)
     line = re.sub(r"<[^>]*>", "something", line)
     line = re.sub(r"=(…|\.\.\.)", "=something", line).replace("[…]", "")
+    line = re.sub(r" …(?= |$)", " recipe.yaml run=/shared/run", line)
     for name, value in FILLED_IN.items():
         line = line.replace(name, value)
     return line
@@ -236,12 +239,27 @@ def test_every_line_of_python_parses_and_what_it_imports_is_there(name: str) -> 
                 assert all(hasattr(module, alias.name) for alias in node.names), block
 
 
+def anchor(heading: str) -> str:
+    """What the hub of the code calls a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_document_is_in_the_list(name: str) -> None:
+    listed = (ROOT / "docs/README.md").read_text()
+    if name.startswith("docs/") and name != "docs/README.md":
+        assert f"]({name.removeprefix('docs/')})" in listed
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_every_file_and_target_that_is_named_is_there(name: str) -> None:
     text = (ROOT / name).read_text()
     folder = (ROOT / name).parent
     for link in re.findall(r"\]\((?!https?:|#)([^)#]+)\)", text):
         assert (folder / link).exists(), f"{name} links {link}"
+    headings = {anchor(heading) for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+    for place in re.findall(r"\]\(#([^)]+)\)", text):
+        assert place in headings, f"{name} links its part {place}"
     for file in re.findall(r"`((?:medmm_ray|jobs|tests|cluster|docs|notebooks)/[\w./-]+)`", text):
         assert (ROOT / file).exists(), f"{name} names {file}"
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

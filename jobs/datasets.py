@@ -18,6 +18,7 @@ from rich.table import Table
 
 from jobs.entry import guarded
 from medmm_ray.config import ConfigError
+from medmm_ray.data import hub_files
 from medmm_ray.data.benchmark_hashes import hash_questions, save
 from medmm_ray.data.datasets import DataSet, data_sets
 from medmm_ray.data.sources import SourceData
@@ -140,17 +141,10 @@ def download(data_set: DataSet, folder: str) -> None:
     """The hub's files of a data set in `folder`; a `ConfigError` where its terms forbid that, or it is not there."""
     if not data_set.hub or data_set.access == "credentialed":
         raise ConfigError(f"{data_set.title} cannot be downloaded from here ({data_set.access}). {data_set.get}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     try:
-        snapshot_download(data_set.hub, repo_type="dataset", revision=data_set.revision, local_dir=folder)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        words = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"{data_set.hub} at {data_set.revision} could not be downloaded: {words} Accept its terms on the hub and "
-            f"set HF_TOKEN where it asks for that, or: {data_set.get}"
-        ) from None
+        hub_files.download(data_set.hub, data_set.revision, folder)
+    except ConfigError as error:
+        raise ConfigError(f"{error}, or: {data_set.get}") from None
 
 
 def _hash(name: str, folder: str, to: str, console: Console) -> int:

@@ -88,7 +88,10 @@ def _what_it_is(uri: str) -> str:
 
 
 def list_tables(uri: str) -> list[str]:
-    """The files of a folder that `read_rows` reads, below it at any depth, sorted; a file is a list of itself."""
+    """The files of a folder that `read_rows` reads, below it at any depth, sorted; a file is a list of itself.
+
+    Hidden files and folders hold what programs keep for themselves, such as a hub's client: they are passed over.
+    """
     fs, path = filesystem(uri)
     info = fs.get_file_info(path)
     if info.type == pafs.FileType.NotFound:
@@ -100,8 +103,10 @@ def list_tables(uri: str) -> list[str]:
         return [uri]
     found_files = []
     for below in fs.get_file_info(pafs.FileSelector(path, recursive=True)):
-        if below.is_file and _ending(below.path) in ENDINGS:
-            found_files.append(below.path.removeprefix(path).lstrip("/"))
+        name = below.path.removeprefix(path).lstrip("/")
+        is_hidden = name.startswith(".") or "/." in name
+        if below.is_file and _ending(name) in ENDINGS and not is_hidden:
+            found_files.append(name)
     return [f"{uri.rstrip('/')}/{name}" for name in sorted(found_files)]
 
 

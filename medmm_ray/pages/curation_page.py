@@ -75,10 +75,11 @@ def lead(report: CurationReport) -> str:
     ]
     open_quotas = [quota for quota in report.quotas if quota.filled < quota.count]
     if open_quotas:
-        sentences.append(f"{len(open_quotas)} of {len(report.quotas)} quotas are not filled.")
+        sentences.append(f"Quotas that are not filled: {len(open_quotas)} of {len(report.quotas)}.")
     elif report.quotas:
         sentences.append("All quotas are filled.")
     num_identified = sum(flagged.is_kept for flagged in report.phi)
     if num_identified:
-        sentences.append(f"{num_identified:,} questions that stay may have identifiers of a person.")
+        what = "question that stays" if num_identified == 1 else "questions that stay"
+        sentences.append(f"{num_identified:,} {what} may have identifiers of a person.")
     return " ".join(sentences)

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote
 
-_KIND = re.compile(r"^/api/(models|datasets)/")
+_KIND = re.compile(r"^/(api/models|api/datasets|datasets)/")
 
 
 @dataclass

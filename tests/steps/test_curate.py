@@ -439,7 +439,7 @@ def test_the_report_has_every_gate_and_pictures_side_by_side(tmp_path: Path) -> 
         question("1", ["a"]), question("2", ["b"], text="1"), question("3", ["c"]), question("4", [], error="x: y"),
     ]  # fmt: skip
     config = build(CurateConfig, {"quotas": {"train": {"radiology": 5}}}, "test")
-    pairs = {"near_duplicate": [("im-a", "im-b")], "altered": []}
+    pairs = {"near_duplicate": [("im-a", "im-b")], "altered": [("im-b", "im-a")]}
     report = curate(to_arrow(Question, questions), to_arrow(Image, images), pairs, config).report
     assert [(gate.name, gate.before, gate.after) for gate in report.gates] == [
         ("readable", 4, 3), ("diagnostic", 3, 3), ("phi", 3, 3), ("once", 3, 2), ("near_texts", 2, 2),
@@ -453,7 +453,7 @@ def test_the_report_has_every_gate_and_pictures_side_by_side(tmp_path: Path) -> 
     page = render_curation(report, PIL.Image.open)
     assert page.count("data:image/jpeg;base64,") == 2
     assert page.index(">a.png<") < page.index(">b.png<")
-    assert "1 of 1 quotas are not filled" in page
+    assert "Quotas that are not filled: 1 of 1." in page
     lost = render_curation(report, lambda uri: PIL.Image.open("nowhere.png"))
     assert lost.count("cannot be opened") == 2
 

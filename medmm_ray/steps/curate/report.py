@@ -126,6 +126,7 @@ def curation_report(
     for question_id, kinds in sorted(phi.items()):
         flagged.append(FlaggedQuestion(question_id=question_id, kinds=list(kinds), is_kept=question_id in kept_ids))
     num_unreadable = sum(int(count) for name, count in figures.items() if name.startswith("images_error_"))
+    pairs = _each_once(pairs)
     num_pairs = {kind: len(of_kind) for kind, of_kind in pairs.items()}
     return CurationReport(
         config=identity(config),
@@ -143,6 +144,17 @@ def curation_report(
         phi=flagged,
         figures=dict(figures),
     )
+
+
+def _each_once(pairs: PairsByKind) -> PairsByKind:
+    """The pairs without those that an earlier kind has: a recompressed copy is also found as an altered one."""
+    earlier: set[tuple[str, str]] = set()
+    each_once = {}
+    for kind, of_kind in pairs.items():
+        new_pairs = {(min(pair), max(pair)) for pair in of_kind} - earlier
+        each_once[kind] = sorted(new_pairs)
+        earlier |= new_pairs
+    return each_once
 
 
 def _examples(pairs: PairsByKind, merged_id: Mapping[str, str], images: pa.Table) -> list[PicturePair]:

@@ -10,6 +10,7 @@ from medmm_ray.config import Config, ConfigError, execution
 from medmm_ray.data.columns import ColumnMap
 from medmm_ray.data.datasets import data_sets, form_at
 from medmm_ray.data.documents import DocumentsConfig
+from medmm_ray.data.hub_files import ensure
 from medmm_ray.data.rows import list_tables
 from medmm_ray.data.sources import (
     WITHOUT_FILES,
@@ -33,6 +34,10 @@ class SourceConfig(Config):
     """Who reads data of your own: table (questions by `columns`), dicom (a folder of pictures); empty: by the name."""
     path: str = ""
     """Folder, file or URI of the data set; empty for a source that makes its data (phantom)."""
+    hub: str = ""
+    """Data set of the Hugging Face hub (org/name) that is downloaded into `path` when it is not there."""
+    revision: str = ""
+    """Commit of `hub`, 40 digits."""
     files: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """table: patterns of the files of each split below `path`; `all` where rows say it. Empty: by the files' names."""
     columns: ColumnMap | None = None
@@ -130,6 +135,8 @@ def read_source(source: SourceConfig, seed: int = 0) -> SourceData:
         raise ConfigError(
             f"{source.path} is an archive, and {source.name} is read from files; unpack it, and name the folder"
         )
+    if source.hub:
+        ensure(source.hub, source.revision, source.path)
     request = request_of(source, seed)
     return load(reader_of(source)).read(request)
 

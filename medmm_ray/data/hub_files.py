@@ -25,8 +25,8 @@ def download(hub: str, revision: str, folder: str) -> None:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         words = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"{hub} at {revision} could not be downloaded: {type(error).__name__}: {words} Accept its terms on the hub and set HF_TOKEN where "
-            "it asks for that"
+            f"{hub} at {revision} could not be downloaded: {type(error).__name__}: {words} Accept its terms on the "
+            "hub and set HF_TOKEN where it asks for that"
         ) from None
 
 

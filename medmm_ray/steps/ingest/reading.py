@@ -132,9 +132,7 @@ def read_source(source: SourceConfig, seed: int = 0) -> SourceData:
             f"python -m jobs.datasets {source.name} says how to get it"
         )
     if source.path.endswith(ARCHIVES):
-        raise ConfigError(
-            f"{source.path} is an archive, and {source.name} is read from files; unpack it, and name the folder"
-        )
+        raise ConfigError(f"{source.path} is no folder: it is an archive; unpack it, and name the folder")
     if source.hub:
         ensure(source.hub, source.revision, source.path)
     request = request_of(source, seed)

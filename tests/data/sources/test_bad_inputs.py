@@ -46,7 +46,7 @@ def test_an_archive_in_the_place_of_a_folder(name: str, tmp_path: Path) -> None:
         archive.writestr("trainset.json", "[]")
     with pytest.raises(ConfigError) as error:
         read_source(source(path, name))
-    assert str(error.value) == f"{path} is an archive, and {name} is read from files; unpack it, and name the folder"
+    assert str(error.value) == f"{path} is no folder: it is an archive; unpack it, and name the folder"
 
 
 def test_a_folder_of_another_data_set(tmp_path: Path) -> None:

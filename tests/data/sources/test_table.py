@@ -100,7 +100,7 @@ def test_jsonl_with_nested_fields_lists_and_letters(tmp_path: Path) -> None:
         ("a.jsonl", b"[1]\n", {}, r"line 1 must be an object with named fields, not a list"),
         ("a.csv", b"question,answer,s\nQ?,A,dev\n", {"split": "s"}, r"the split is 'dev'; it is one of"),
         ("a.parquet", b"no parquet", {}, "is no Parquet or Arrow file"),
-        ("a.zip", b"PK\x03\x04", {}, "it is a zip archive; unpack it, and name the folder"),
+        ("a.zip", b"PK\x03\x04", {}, "it is an archive; unpack it, and name the folder"),
         ("a.xlsx", b"what", {}, "its ending is not known"),
     ],
 )

@@ -35,7 +35,7 @@ from medmm_ray.steps.curate.splits import (
     split_images,
 )
 
-VERSION = 4  # of what a step makes: raise it when the same config makes something else
+VERSION = 5  # of what a step makes: raise it when the same config makes something else
 __all__ = ["CurateConfig", "Curated", "confirm", "curate", "propose", "reviewed", "thumbnails"]
 
 

@@ -3,8 +3,8 @@
 *Proposed* by a descriptor of edges (FAISS), *confirmed* by alignment (OpenCV's ECC) and the correlation of what is fine
 in both. Each picture has two views, whole and without its plain margins: a border is found in one, a crop in the other.
 
-Of 100 images of VQA-RAD: a crop of 5 % found 94, 2.5 % on each side 91, a border, 3 degrees, an inversion 100; of the
-2,207 most alike pairs of its 314 images, 3 are taken for one.
+Of VQA-RAD's pictures, 120 altered copies correlate by .94 or more with their originals; 500 of the pairs of different
+pictures that are proposed, those that an earlier measure took for one among them, by .72 at most.
 """
 
 import itertools
@@ -38,6 +38,8 @@ _STRETCH, _SHIFT = 0.3, 0.2
 """An alignment that changes the area by more, or moves by more of the width, is no alteration but a coincidence."""
 _FINE = 4.0
 """Pixels: what is smoother is shared by all pictures of one anatomy."""
+_NOISE = 4.0
+"""Variance of grey values below which a place is noise, and not brought to the contrast of others."""
 
 
 # Descriptors
@@ -231,13 +233,22 @@ def _correlation(one_view: NDArray[np.float32], other_view: NDArray[np.float32])
     flags = cv2.INTER_LINEAR + cv2.WARP_INVERSE_MAP
     moved = cv2.warpAffine(blurred[1], warp, (VIEW, VIEW), flags=flags)
     is_shared = cv2.warpAffine(np.ones_like(moved), warp, (VIEW, VIEW), flags=flags) > 0.99
-    fine_first = (blurred[0] - cv2.GaussianBlur(blurred[0], (0, 0), _FINE))[is_shared]
-    fine_second = (moved - cv2.GaussianBlur(moved, (0, 0), _FINE))[is_shared]
+    fine_first = _fine_structure(blurred[0])[is_shared]
+    fine_second = _fine_structure(moved)[is_shared]
     if len(fine_first) < VIEW * VIEW // 2:
         return 0.0
     fine_first, fine_second = fine_first - fine_first.mean(), fine_second - fine_second.mean()
     lengths = float(np.linalg.norm(fine_first) * np.linalg.norm(fine_second))
     return float(fine_first @ fine_second) / lengths if lengths > 0 else 0.0
+
+
+def _fine_structure(view: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What is fine in a view, by its contrast at each place: else a skull's bright ring outweighs all within it."""
+    import cv2
+
+    fine = view - cv2.GaussianBlur(view, (0, 0), _FINE)
+    variance = cv2.GaussianBlur(fine * fine, (0, 0), _FINE)
+    return np.asarray(fine / np.sqrt(variance + _NOISE), np.float32)
 
 
 def _alignment(one_view: NDArray[np.float32], other_view: NDArray[np.float32]) -> NDArray[np.float32] | None:

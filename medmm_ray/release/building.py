@@ -120,6 +120,8 @@ def make(folder: str, run: FinishedRun, config: ReleaseConfig) -> Release:
         run_origins.released(config.exclude),
         sheet.open_questions,
         run.manifests["solutions"].revision,
+        # A table that an earlier version made knows nothing of it.
+        run.manifests["questions"].config.get("phi", "off"),
     )
     release = Release(folder, False, items, sheet.open_questions)
     _put(f"{folder}/README.md", _readme(run, config, release).encode())

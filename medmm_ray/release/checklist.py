@@ -42,9 +42,18 @@ def release_list(
     sources: Sequence[SourceUse],
     open_questions: Mapping[str, str],
     revision: str,
+    phi: str,
 ) -> list[Item]:
-    """The items, in the order of a release's parts; a report is None where that part is not released."""
-    items = [_licence_item(sources), _datasheet_item(open_questions), _revision_item(revision)]
+    """The items, in the order of a release's parts; a report is None where that part is not released.
+
+    `phi` is what curation did about identifiers of persons (off, flag, drop).
+    """
+    items = [
+        _licence_item(sources),
+        _identifiers_item(sources, phi),
+        _datasheet_item(open_questions),
+        _revision_item(revision),
+    ]
     if dataset is not None:
         items += _dataset_items(dataset)
     if evaluation is not None:
@@ -56,6 +65,15 @@ def _licence_item(sources: Sequence[SourceUse]) -> Item:
     faulty = [use.terms.name for use in sources if use.terms.faults]
     detail = f"for those alone who may read {', '.join(faulty)}" if faulty else "each source may be passed on"
     return Item("Licences", "no" if faulty else "yes", detail)
+
+
+def _identifiers_item(sources: Sequence[SourceUse], phi: str) -> Item:
+    what = "Identifiers of persons are left out"
+    if all(use.terms.made_here for use in sources):
+        return Item(what, "yes", "all cases are drawn")
+    # Patterns find no bare surname: a person has to look all the same, but not first.
+    details = {"drop": "by patterns; look yourself", "flag": "found by patterns, listed, and left in"}
+    return Item(what, "yes" if phi == "drop" else "no", details.get(phi, "not looked for: curate.phi=drop"))
 
 
 def _datasheet_item(open_questions: Mapping[str, str]) -> Item:

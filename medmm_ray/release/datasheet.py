@@ -186,8 +186,12 @@ def _timeframe(facts: Facts) -> Answer:
 def _preprocessing(facts: Facts) -> Answer:
     config = facts.manifests["questions"].config
     sample = facts.manifests["solutions"].config
-    settings = ("near_duplicates", "altered_pictures", "text_similarity", "benchmark_guard", "leakage", "official_test")
-    curation = ", ".join(f"{name} {config[name]}" for name in settings)
+    settings = (
+        *("near_duplicates", "altered_pictures", "text_similarity", "benchmark_guard", "leakage", "official_test"),
+        "phi",
+    )
+    # A setting that came later is not in every manifest.
+    curation = ", ".join(f"{name} {config[name]}" for name in settings if name in config)
     rejected = _nonzero(facts.manifests["solutions"].figures, "rejected")
     return (
         f"Curation ({curation}), retrieval of evidence, and a filter of samples: {sample['min_steps']} to "

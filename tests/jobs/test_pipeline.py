@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import nbformat
@@ -221,10 +222,11 @@ def test_a_notebook_runs_from_its_first_cell_to_its_last(
     monkeypatch.setenv("MEDMM_RUN", tiny.root)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), os.environ["PYTHONPATH"])))
     notebook = nbformat.read(path, as_version=4)
-    # A kernel that listens on files, not on ports.
-    kernel = AsyncKernelManager(kernel_name="python3", transport="ipc")
-    client = NotebookClient(notebook, km=kernel, timeout=300, resources={"metadata": {"path": str(path.parent)}})
-    client.execute()
+    # The kernel listens on files, not on ports; a socket's path is short, and whole, as both have folders of their own.
+    with TemporaryDirectory() as folder:
+        kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{folder}/kernel")
+        client = NotebookClient(notebook, km=kernel, timeout=300, resources={"metadata": {"path": str(path.parent)}})
+        client.execute()
     numbers = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
     assert numbers == list(range(1, len(numbers) + 1))
 

@@ -193,6 +193,7 @@ def test_the_datasheet_answers_or_asks_in_all_seven_sections(public: Path) -> No
 def test_the_release_list_has_gates_targets_and_what_people_do(public: Path) -> None:
     lines = (public / "README.md").read_text()
     assert "| Licences | yes | each source may be passed on |" in lines
+    assert "| Identifiers of persons are left out | no | not looked for: curate.phi=drop |" in lines
     assert "| Questions, radiology | no | 12 of 4,000 planned |" in lines
     assert "| Best of 4, medqa | not measured | wanted 82.5 % |" in lines
     assert "| The demo was tried by ten people | for the author |  |" in lines

@@ -7,6 +7,7 @@ ones.
 import asyncio
 import json
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -200,8 +201,8 @@ def kill_node(config: ReplicasConfig, console: Console) -> Iterator[Measured]:
     """One of two nodes, each with a replica, is killed with all its processes; another comes in its place."""
     for retries, name in ((0, WITHOUT_RETRIES), (RETRIES, AFTER_RETRIES)):
         with (
-            two_nodes() as (cluster, victim),
-            serving_slow(num_replicas=2, max_wait_s=10, num_cpus=NODE_CPUS) as (url, _),
+            two_nodes() as (cluster, victim, port),
+            serving_slow(num_replicas=2, max_wait_s=10, num_cpus=NODE_CPUS, port=port) as (url, _),
         ):
 
             def replace_node(cluster: "Cluster" = cluster, victim: Any = victim) -> None:
@@ -213,9 +214,10 @@ def kill_node(config: ReplicasConfig, console: Console) -> Iterator[Measured]:
 
 
 @contextmanager
-def two_nodes() -> Iterator[tuple["Cluster", Any]]:
-    """A Ray cluster on this machine, and one of its nodes: a head without CPUs, where the proxy is, and two nodes with
-    as many as a replica takes."""
+def two_nodes() -> Iterator[tuple["Cluster", Any, int]]:
+    """A Ray cluster on this machine, one of its nodes, and the port of its proxy: a head without CPUs, where the proxy
+    is, and two nodes with as many as a replica takes."""
+    from ray import serve
     from ray.cluster_utils import Cluster
 
     # A proxy reads it from its node's environment.
@@ -225,7 +227,12 @@ def two_nodes() -> Iterator[tuple["Cluster", Any]]:
         try:
             _, victim = (cluster.add_node(num_cpus=NODE_CPUS) for _ in range(2))
             os.environ["RAY_ADDRESS"] = cluster.address
-            yield cluster, victim
+            with socket.create_server(("127.0.0.1", 0)) as probe:
+                port = int(probe.getsockname()[1])
+            with session():
+                # Nodes of one machine have no port each to themselves, as each node's own proxy would need.
+                serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+                yield cluster, victim, port
         finally:
             os.environ.pop("RAY_ADDRESS", None)
             cluster.shutdown()  # type: ignore[no-untyped-call]

@@ -94,3 +94,42 @@ def test_a_text_model_refuses_images_on_every_route(model: "RewardModel") -> Non
         ("/v1/rewards", {"prompts": [{"question": "A?", "completions": ["x"], "image": image}]}),
     ):
         assert web.post(path, json=sent).status_code == 422
+
+
+def test_a_pass_that_fails_half_way_is_read_again_piece_by_piece_with_the_same_scores(model: "RewardModel") -> None:
+    from medmm_ray.reward_model.pass_engine import RewardEngine
+    from medmm_ray.service.fair_queue import FairQueue
+    from medmm_ray.service.rerank import ModelInput
+
+    engine = RewardEngine(model, 16 << 20)
+    queue: FairQueue[Any] = FairQueue()
+    cases = [ModelInput(TEXT, (RIGHT, LEFT), (f"{i}: {DOCUMENTS[0] * 30}",), None, (), f"case {i}") for i in range(2)]
+    works = [engine.prepare(case) for case in cases]
+    for work in works:
+        queue.add(work)
+    num_calls = 0
+
+    def fail_third(*_: object) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 3:
+            raise MemoryError
+
+    # Behind the layers that have added to the prefix already.
+    last_layer: Any = model.text_model.get_decoder().layers[-1]
+    handle = last_layer.register_forward_pre_hook(fail_third)
+    num_failed = 0
+    while len(queue):
+        pieces = queue.next_pass(200)
+        try:
+            engine.forward(pieces)
+        except MemoryError:
+            num_failed += 1
+            for piece in pieces:
+                engine.forward([piece])
+    handle.remove()
+    assert num_failed == 1
+    for work, case in zip(works, cases, strict=True):
+        expected = model.score(TEXT, case.solutions, case.documents)
+        for score, offline in zip(engine.result(work), expected, strict=True):
+            assert score.text_log_odds == pytest.approx(offline.text_log_odds, abs=1e-5)

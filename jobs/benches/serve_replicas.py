@@ -198,25 +198,26 @@ def kill(config: ReplicasConfig, console: Console) -> Iterator[Measured]:
 
 
 def kill_node(config: ReplicasConfig, console: Console) -> Iterator[Measured]:
-    """One of two nodes, each with a replica, is killed with all its processes; another comes in its place."""
+    """A node with one of two replicas is killed with all its processes; another node has room for its replica."""
     for retries, name in ((0, WITHOUT_RETRIES), (RETRIES, AFTER_RETRIES)):
         with (
-            two_nodes() as (cluster, victim, port),
+            three_nodes() as (cluster, nodes, port),
             serving_slow(num_replicas=2, max_wait_s=10, num_cpus=NODE_CPUS, port=port) as (url, _),
         ):
+            raylet = process_named("Reranker").ppid()
+            (victim,) = (node for node in nodes if node.all_processes["raylet"][0].process.pid == raylet)
 
-            def replace_node(cluster: "Cluster" = cluster, victim: Any = victim) -> None:
+            def kill_victim(cluster: "Cluster" = cluster, victim: Any = victim) -> None:
                 cluster.remove_node(victim, allow_graceful=False)
-                cluster.add_node(num_cpus=NODE_CPUS)
 
-            replies = under_load(url, config.steady_s, retries, replace_node)
+            replies = under_load(url, config.steady_s, retries, kill_victim)
         yield _failed(f"kill -9 of a node, {name}", replies, retries, console)
 
 
 @contextmanager
-def two_nodes() -> Iterator[tuple["Cluster", Any, int]]:
-    """A Ray cluster on this machine, one of its nodes, and the port of its proxy: a head without CPUs, where the proxy
-    is, and two nodes with as many as a replica takes."""
+def three_nodes() -> Iterator[tuple["Cluster", Sequence[Any], int]]:
+    """A Ray cluster on this machine, its nodes but the head, and the port of its proxy: a head without CPUs, where the
+    proxy is, and three nodes with as many as a replica takes."""
     from ray import serve
     from ray.cluster_utils import Cluster
 
@@ -225,14 +226,14 @@ def two_nodes() -> Iterator[tuple["Cluster", Any, int]]:
     with fresh_token():
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         try:
-            _, victim = (cluster.add_node(num_cpus=NODE_CPUS) for _ in range(2))
+            nodes = [cluster.add_node(num_cpus=NODE_CPUS) for _ in range(3)]
             os.environ["RAY_ADDRESS"] = cluster.address
             with socket.create_server(("127.0.0.1", 0)) as probe:
                 port = int(probe.getsockname()[1])
             with session():
                 # Nodes of one machine have no port each to themselves, as each node's own proxy would need.
                 serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
-                yield cluster, victim, port
+                yield cluster, nodes, port
         finally:
             os.environ.pop("RAY_ADDRESS", None)
             cluster.shutdown()  # type: ignore[no-untyped-call]

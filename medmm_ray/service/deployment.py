@@ -16,7 +16,6 @@ without it.
 import logging
 import os
 import socket
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,12 +54,6 @@ Load = Callable[[ServeConfig], ServedModel]
 """How a replica gets its model."""
 
 
-SWITCH_S = 0.0005
-"""Seconds for which a thread of a replica may keep the others from running Python, a tenth of Python's own. A forward
-pass asks for its turn after each of its hundreds of operations, `/health` for some: beside threads that tokenize and
-parse, each would wait the whole time."""
-
-
 class Reranker:
     """One replica: loads the model, and scores what comes on one thread."""
 
@@ -72,7 +65,6 @@ class Reranker:
         evidence: "DeploymentHandle[EvidenceSearch] | None" = None,
         policy: Any = None,
     ) -> None:
-        sys.setswitchinterval(SWITCH_S)
         _refuse_without_token_mode()  # a cluster's mode may differ from the driver's; this process opens the port
         model = load(config)
         if not model.takes_references:

@@ -60,11 +60,13 @@ W = TypeVar("W", bound=Work[Piece])
 
 @dataclass
 class _Waiting(Generic[W]):
-    """A request that waits: the tokens that it was given, counted from where it started; its place of arrival."""
+    """A request that waits: the tokens that it was given, counted from where it started; its place of arrival, and
+    whether it started ahead of its turn."""
 
     work: W
     served: float
     number: int
+    has_head_start: bool = False
 
     @property
     def turn(self) -> tuple[float, int, int]:
@@ -92,11 +94,12 @@ class FairQueue(Generic[W]):
             raise ValueError("a request without a piece was queued; answer it at once")
         start = self._virtual_time
         num_tokens = work.tokens_left
-        if self._is_small(num_tokens) and num_tokens <= self._head_starts_left:
+        has_head_start = self._is_small(num_tokens) and num_tokens <= self._head_starts_left
+        if has_head_start:
             self._head_starts_left -= num_tokens
             # As far as any: of several small ones the smallest is first.
             start -= HEAD_START
-        self._waiting[id(work)] = _Waiting(work, start, self._num_arrived)
+        self._waiting[id(work)] = _Waiting(work, start, self._num_arrived, has_head_start)
         self._num_arrived += 1
 
     def _is_small(self, num_tokens: int) -> bool:
@@ -127,7 +130,8 @@ class FairQueue(Generic[W]):
         """
         self._release_readers()
         pieces: list[tuple[W, Piece]] = []
-        used, num_sharing = 0, len(self._waiting)
+        used = used_in_turn = 0
+        num_sharing = sum(not waiting.has_head_start for waiting in self._waiting.values())
         # Some dozens of them: a heap would be slower to keep than this is.
         for waiting in sorted(self._waiting.values(), key=lambda waiting: waiting.turn):
             if used >= FULL * budget:
@@ -141,11 +145,14 @@ class FairQueue(Generic[W]):
                 continue
             pieces.append((work, piece))
             used += piece.num_tokens
+            if not waiting.has_head_start:
+                used_in_turn += piece.num_tokens
             waiting.served += piece.num_tokens
             if work.is_cut:
                 del self._waiting[id(work)]
-        # What each of them had in the mean: one that comes now has missed nothing.
-        self._virtual_time += used / max(1, num_sharing)
+        # What each of them had in the mean: one that comes now has missed nothing. What head starts took is no turn's:
+        # counted here, it would put those that come without one behind all that wait.
+        self._virtual_time += used_in_turn / max(1, num_sharing)
         self._head_starts_left = min(HEAD_START, self._head_starts_left + HEAD_START_SHARE * used)
         return pieces
 

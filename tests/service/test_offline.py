@@ -103,7 +103,9 @@ def test_a_pass_that_fails_half_way_is_read_again_piece_by_piece_with_the_same_s
 
     engine = RewardEngine(model, 16 << 20)
     queue: FairQueue[Any] = FairQueue()
-    cases = [ModelInput(TEXT, (RIGHT, LEFT), (f"{i}: {DOCUMENTS[0] * 30}",), None, (), f"case {i}") for i in range(2)]
+    cases = [
+        ModelInput(TEXT, (tuple(RIGHT), LEFT), (f"{i}: {DOCUMENTS[0] * 30}",), None, (), f"case {i}") for i in range(2)
+    ]
     works = [engine.prepare(case) for case in cases]
     for work in works:
         queue.add(work)
@@ -120,7 +122,7 @@ def test_a_pass_that_fails_half_way_is_read_again_piece_by_piece_with_the_same_s
     handle = last_layer.register_forward_pre_hook(fail_third)
     num_failed = 0
     while len(queue):
-        pieces = queue.next_pass(200)
+        pieces: Any = queue.next_pass(200)
         try:
             engine.forward(pieces)
         except MemoryError:
@@ -131,5 +133,6 @@ def test_a_pass_that_fails_half_way_is_read_again_piece_by_piece_with_the_same_s
     assert num_failed == 1
     for work, case in zip(works, cases, strict=True):
         expected = model.score(TEXT, case.solutions, case.documents)
-        for score, offline in zip(engine.result(work), expected, strict=True):
+        scores: Any = engine.result(work)
+        for score, offline in zip(scores, expected, strict=True):
             assert score.text_log_odds == pytest.approx(offline.text_log_odds, abs=1e-5)

@@ -11,6 +11,7 @@ the end is a `ServiceError` with the service's words.
 import asyncio
 import base64
 import itertools
+import json
 import random
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from typing import Any, Self, TypeVar
 import httpx
 from pydantic import BaseModel
 
+from medmm_ray.service.best_of_n import BestOfNAnswer, BestOfNRequest, Round
 from medmm_ray.service.cards import ModelCard, ModelList
 from medmm_ray.service.foreign import CohereAnswer, CohereRequest
 from medmm_ray.service.openrlhf import OpenRlhfAnswer, OpenRlhfRequest
@@ -158,12 +160,50 @@ class _Settings:
             raise ServiceError(outcome.status_code, f"{self.url} answered {outcome.status_code}: {words}", problem)
         return answer.model_validate_json(outcome.content)
 
+    def _event(self, name: str, data: str) -> Round | BestOfNAnswer:
+        """What a server-sent event holds; a `ServiceError` where it is a problem."""
+        if name == "problem":
+            problem = _object(data)
+            status = int(problem.get("status", 500))
+            raise ServiceError(status, f"{self.url} ended the stream with {status}: {problem.get('detail')}", problem)
+        return (Round if name == "round" else BestOfNAnswer).model_validate_json(data)
+
+
+def _streamed(request: BestOfNRequest) -> _Call:
+    return _Call("POST", "/v1/best_of_n", request.model_copy(update={"stream": True}))
+
+
+class _EventParser:
+    """Server-sent events from lines: `event:` and `data:`, ended by an empty line (HTML standard, 9.2.6)."""
+
+    def __init__(self) -> None:
+        self._name = ""
+        self._data: list[str] = []
+
+    def feed(self, line: str) -> tuple[str, str] | None:
+        """The event that this line ends, its name and its data; None where it ends none."""
+        if line:
+            name, _, value = line.partition(":")
+            value = value.removeprefix(" ")
+            if name == "event":
+                self._name = value
+            elif name == "data":
+                self._data.append(value)
+            return None
+        event = (self._name, "\n".join(self._data)) if self._data else None
+        self._name, self._data = "", []
+        return event
+
 
 def _problem(response: httpx.Response) -> dict[str, Any]:
     """The problem that an answer is; empty where it is none."""
+    return _object(response.text)
+
+
+def _object(content: str) -> dict[str, Any]:
     # A proxy in between answers in HTML, or in JSON of its own.
     try:
-        problem = response.json()
+        problem = json.loads(content)
     except ValueError:
         return {}
     return problem if isinstance(problem, dict) else {}
@@ -195,6 +235,26 @@ class Client(_Settings):
     def score(self, request: ScoreRequest) -> ScoreAnswer:
         """The probabilities of the steps of a case's solutions."""
         return self._call(_Call("POST", "/v1/score", request), ScoreAnswer)
+
+    def best_of_n(self, request: BestOfNRequest) -> BestOfNAnswer:
+        """The answer to a question that the service's policy samples solutions of."""
+        return self._call(_Call("POST", "/v1/best_of_n", request), BestOfNAnswer)
+
+    def best_of_n_events(self, request: BestOfNRequest) -> Iterator[Round | BestOfNAnswer]:
+        """The same as it comes: each round, then the answer. What is refused is not sent again; to stop reading stops
+        the sampling."""
+        call = _streamed(request)
+        parser = _EventParser()
+        try:
+            with self._http.stream(call.method, call.path, **call.options) as response:
+                if not response.is_success:
+                    response.read()
+                    self._answer(response, BestOfNAnswer)
+                for line in response.iter_lines():
+                    if event := parser.feed(line):
+                        yield self._event(*event)
+        except httpx.TransportError as error:
+            self._answer(error, BestOfNAnswer)
 
     def rewards(self, request: RewardsRequest) -> RewardsAnswer:
         """Rewards of prompts' completions."""
@@ -271,6 +331,26 @@ class AsyncClient(_Settings):
     async def score(self, request: ScoreRequest) -> ScoreAnswer:
         """The probabilities of the steps of a case's solutions."""
         return await self._call(_Call("POST", "/v1/score", request), ScoreAnswer)
+
+    async def best_of_n(self, request: BestOfNRequest) -> BestOfNAnswer:
+        """The answer to a question that the service's policy samples solutions of."""
+        return await self._call(_Call("POST", "/v1/best_of_n", request), BestOfNAnswer)
+
+    async def best_of_n_events(self, request: BestOfNRequest) -> AsyncIterator[Round | BestOfNAnswer]:
+        """The same as it comes: each round, then the answer. What is refused is not sent again; to stop reading stops
+        the sampling."""
+        call = _streamed(request)
+        parser = _EventParser()
+        try:
+            async with self._http.stream(call.method, call.path, **call.options) as response:
+                if not response.is_success:
+                    await response.aread()
+                    self._answer(response, BestOfNAnswer)
+                async for line in response.aiter_lines():
+                    if event := parser.feed(line):
+                        yield self._event(*event)
+        except httpx.TransportError as error:
+            self._answer(error, BestOfNAnswer)
 
     async def rewards(self, request: RewardsRequest) -> RewardsAnswer:
         """Rewards of prompts' completions."""

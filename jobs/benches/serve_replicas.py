@@ -20,7 +20,7 @@ from jobs.benches import Measured
 from jobs.benches.serve_load import RETRIES, Client, Reply, http_client, open_loop, process_named, served, statuses
 from jobs.benches.slow_engine import SlowModel
 from medmm_ray.config import Config
-from medmm_ray.service.config import ServeConfig
+from medmm_ray.service.config import ModelConfig, ServeConfig
 from medmm_ray.service.deployment import application, running
 from medmm_ray.service.replica import ReplicaScorer, ServedModel
 from medmm_ray.service.rerank import ModelTraits
@@ -52,7 +52,7 @@ class ReplicasConfig(Config):
     """Seconds of the load during which a replica is killed, or all are replaced."""
 
 
-def load_slow(config: ServeConfig) -> ServedModel:
+def load_slow(config: ModelConfig) -> ServedModel:
     """A model that sleeps, as a replica loads one."""
     scorer = ReplicaScorer(SlowModel(TOKENS_PER_S), config, default_budget=256)
     scorer.batcher.meter.add(int(TOKENS_PER_S), 1.0)

@@ -31,6 +31,16 @@ def seconds_left() -> float | None:
     return None if math.isinf(left) else max(left, 0.0)
 
 
+@contextmanager
+def time_left(seconds: float | None) -> Iterator[None]:
+    """Let `seconds_left` count from so many seconds while the block runs; None: there is no deadline."""
+    token = _deadline.set(math.inf if seconds is None else time.monotonic() + seconds)
+    try:
+        yield
+    finally:
+        _deadline.reset(token)
+
+
 class Budget:
     """Something of which requests hold a part while they are answered; over `limit` they are told to come again."""
 

@@ -14,15 +14,15 @@ from medmm_ray import __version__
 from medmm_ray.service import demo
 from medmm_ray.service.admission import Admission, Budget, Patience
 from medmm_ray.service.audit import Audit
-from medmm_ray.service.backend import Backend
 from medmm_ray.service.guard import Guard
 from medmm_ray.service.keys import Keyring
 from medmm_ray.service.metrics import MeasureRequests
+from medmm_ray.service.models import Models
 from medmm_ray.service.problems import CatchAll, Kind, add_problem_handlers, problem_schemas, problems
 from medmm_ray.service.quotas import Quotas
 from medmm_ray.service.reading import few_threads
 from medmm_ray.service.request_ids import RequestIds
-from medmm_ray.service.routes import best_of_n, health, models, rerank, rewards, score, tile_maps
+from medmm_ray.service.routes import best_of_n, cards, health, rerank, rewards, score, tile_maps
 from medmm_ray.service.secure_headers import SecureHeaders
 from medmm_ray.service.tracing import NO_TRACER, TraceRequests
 
@@ -37,10 +37,10 @@ class Api(FastAPI):
         return page
 
 
-def api(backend: Backend, keyring: Keyring | None, quotas: Quotas | None = None, tracer: Tracer = NO_TRACER) -> FastAPI:
-    """The web application around `backend`; without a `keyring` it answers loopback alone. `tracer` gets a span of each
-    request."""
-    config = backend.config
+def api(models: Models, keyring: Keyring | None, quotas: Quotas | None = None, tracer: Tracer = NO_TRACER) -> FastAPI:
+    """The web application around the models; without a `keyring` it answers loopback alone. `tracer` gets a span of
+    each request."""
+    backend, config = models.first, models.config
     quotas = quotas or Quotas()
     app = Api(
         title="medmm_ray",
@@ -66,8 +66,8 @@ def api(backend: Backend, keyring: Keyring | None, quotas: Quotas | None = None,
     app.include_router(health.router(backend))
     app.include_router(health.metrics_router(backend), dependencies=[bearer])
     # A further family of routes goes here, and what keys it needs into `guard.SCOPES`.
-    for family in (models, rerank, score, rewards, best_of_n, tile_maps):
-        app.include_router(family.router(backend), dependencies=[bearer])
-    if backend.config.demo:
+    for family in (cards, rerank, score, rewards, best_of_n, tile_maps):
+        app.include_router(family.router(models), dependencies=[bearer])
+    if config.demo:
         app.include_router(demo.router(backend))
     return app

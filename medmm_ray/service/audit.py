@@ -30,9 +30,12 @@ class Tally:
     num_solutions: int = 0
     num_unscored: int = 0
     num_tokens: int = 0
+    fingerprint: str = ""
+    """That of the model."""
 
-    def add(self, case: ModelInput, num_unscored: int, num_tokens: int) -> None:
-        """Note a case that the model read, by the hash of all but its solutions."""
+    def add(self, case: ModelInput, fingerprint: str, num_unscored: int, num_tokens: int) -> None:
+        """Note a case that the model of this fingerprint read, by the hash of all but its solutions."""
+        self.fingerprint = fingerprint
         self.cases.append(case.context_key[:HASH_CHARACTERS])
         self.num_solutions += len(case.solutions)
         self.num_unscored += num_unscored
@@ -53,7 +56,7 @@ class Audit:
     def __init__(self, app: ASGIApp, quotas: Quotas, fingerprint: str) -> None:
         self.app = app
         self.quotas = quotas
-        self.fingerprint = fingerprint
+        self.fingerprint = fingerprint  # of the model that requests meet which name no other
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, and note it once it is answered."""
@@ -70,7 +73,7 @@ class Audit:
                 status = message["status"]
             await send(message)
 
-        counts = Tally()
+        counts = Tally(fingerprint=self.fingerprint)
         token = _tally.set(counts)
         try:
             await self.app(scope, receive, send_noting)
@@ -90,7 +93,7 @@ class Audit:
             key.name if key else "-",
             route_of(scope),
             status,
-            self.fingerprint,
+            counts.fingerprint,
             ",".join(counts.cases) or "-",
             counts.num_solutions,
             counts.num_unscored,

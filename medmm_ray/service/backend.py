@@ -5,7 +5,6 @@ import base64
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import PurePath
 from typing import Any, TypeVar
 
 from medmm_ray.data.tables import RowError
@@ -68,21 +67,16 @@ class Backend:
     """What `POST /v1/best_of_n` samples from."""
     map_tiles: MapTiles | None = None
     """Where in the image scores come from; None where the model has no image tower."""
+    pixels: Budget | None = None
+    """Another model's `pixels_held`, which is the replica's; None: its own."""
 
     @property
     def model(self) -> str:
         """The name under which the model is served."""
         return self.config.served_model_name or str(self.config.model)
 
-    def check_model(self, name: str | None) -> None:
-        """Refuse with 404 a request for another model than the one that is here."""
-        # Clients of other servers must name one: the folder's last part is what people take.
-        if name not in (None, "", self.model, PurePath(self.model).name):
-            raise Problem(Kind.NOT_FOUND, f"model {name!r} is not served here; served: {self.model}")
-
     async def model_input(self, case: Case) -> tuple[ModelInput, RetrievedEvidence | None]:
         """A case as the model reads it, and what was retrieved for it; what it must not hold is a `Problem`."""
-        self.check_model(case.model)
         # The cheapest checks come first: what they refuse has cost nothing yet. In a thread, as all that takes a while.
         await asyncio.to_thread(check_size, case, self.config)
         case, evidence = await self._with_evidence(case)
@@ -101,7 +95,7 @@ class Backend:
             scored = replace(await self.score(model_input), evidence=evidence)
         self.metrics.add_scores(scored)
         num_unscored = sum(solution.error is not None for solution in scored.solutions)
-        tally().add(model_input, num_unscored, scored.num_tokens or 0)
+        tally().add(model_input, self.fingerprint, num_unscored, scored.num_tokens or 0)
         return scored
 
     async def _with_evidence(self, case: Case) -> tuple[Case, RetrievedEvidence | None]:
@@ -161,7 +155,7 @@ class Backend:
     @cached_property
     def pixels_held(self) -> Budget:
         """Pixels of the images that are decoded and not scored."""
-        return Budget("pixels of images", self.config.max_pixels_in_flight)
+        return self.pixels or Budget("pixels of images", self.config.max_pixels_in_flight)
 
     async def tile_maps(self, case: Case) -> Sequence[StepMaps]:
         """For each solution of a case a map a step."""
@@ -172,7 +166,7 @@ class Backend:
             raise Problem(Kind.INVALID, "image: required, but missing")
         with self.pixels_held.held(model_input.num_pixels):
             maps = await self.map_tiles(model_input)
-        tally().add(model_input, 0, maps.num_tokens)
+        tally().add(model_input, self.fingerprint, 0, maps.num_tokens)
         return maps.solutions
 
     async def rerank(self, request: RerankRequest) -> RerankAnswer:

@@ -10,6 +10,8 @@ class ModelCard(BaseModel):
 
     id: str
     """Name by which requests ask for it."""
+    aliases: list[str] = []
+    """Its other names."""
     object: Literal["model"] = "model"
     created: int
     """When it was loaded, in seconds since 1970."""

@@ -1,23 +1,22 @@
-"""The settings of the served reward model."""
+"""The settings of the served reward models."""
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from medmm_ray.config import execution
+from medmm_ray.config import Config, execution
 from medmm_ray.service.load import Count, LoadConfig
 from medmm_ray.service.policy import PolicyConfig
 from medmm_ray.service.retrieval import RetrievalConfig
 
 
-class ServeConfig(LoadConfig):
-    """The served reward model: which one, on what, and what one request may hold."""
+class ModelConfig(LoadConfig):
+    """A reward model: which one, and on what."""
 
     model: str | None = execution(None)
     """Checkpoint that `RewardModel.from_pretrained` reads, such as <run>/two_tower, or a run, whose newest complete one
     is taken; required (in a recipe: the run's own by default)."""
-    served_model_name: str | None = execution(None)
-    """Name that `GET /v1/models` and every answer state, and that a request may ask for; none: the checkpoint's."""
     dtype: Literal["float32", "bfloat16", "float16"] = execution("float32")
     """Number format of the weights; bfloat16 on GPUs."""
     device: str = execution("cpu")
@@ -26,6 +25,30 @@ class ServeConfig(LoadConfig):
     """GPUs per replica."""
     num_cpus: Annotated[float, Field(ge=0)] = execution(1.0)
     """CPUs per replica; Ray gives it as many OpenMP threads."""
+
+
+class Canary(Config):
+    """A model that is tried on some of the cases that ask for no model by its own name."""
+
+    model: str
+    """Its name among `models`."""
+    share: Annotated[float, Field(gt=0, le=1)]
+    """Share of the cases, 0 to 1."""
+
+
+class ServeConfig(ModelConfig):
+    """The served reward models, and what one request may hold. The first one is the service's own; it answers all that
+    name no other."""
+
+    served_model_name: str | None = execution(None)
+    """Name that `GET /v1/models` and every answer state, and that a request may ask for; none: the checkpoint's."""
+    models: dict[str, ModelConfig] = execution({})
+    """Further models by name, each in a deployment of its own."""
+    aliases: dict[str, str] = execution({})
+    """Other names of models: {med-prm: med-prm-2026-11}; of the first model as it is named in `GET /v1/models`."""
+    canary: Canary | None = execution(None)
+    """A further model that gets some of the cases which name the first by an alias, or name none. A case (its question)
+    always meets the same model, so that what is sent again or in parts is scored alike."""
     max_solutions: Count = execution(256)
     """Solutions in a request; more are answered with 413."""
     max_steps: Count = execution(64)
@@ -54,3 +77,21 @@ class ServeConfig(LoadConfig):
     """What `POST /v1/best_of_n` samples from."""
     demo: bool = execution(True)
     """Whether `/demo` has the demo page; it needs no key itself, what it asks the service does."""
+
+    @model_validator(mode="after")
+    def _names_are_models(self) -> "ServeConfig":
+        for name, further in self.models.items():
+            if not re.fullmatch(r"[\w.-]+", name):
+                raise ValueError(f"models: {name!r} is no name; expected letters, digits, '.', '_' and '-'")
+            if further.model is None:
+                raise ValueError(f"models.{name}.model is not set; name a checkpoint")
+        of_first = {self.served_model_name, self.model}
+        for alias, target in self.aliases.items():
+            if target not in self.models and target not in of_first and self.model is not None:
+                raise ValueError(f"aliases.{alias}={target!r} is no model; expected one of {self._model_names()}")
+        if self.canary is not None and self.canary.model not in self.models:
+            raise ValueError(f"canary.model={self.canary.model!r} is not among models: {', '.join(self.models) or '-'}")
+        return self
+
+    def _model_names(self) -> str:
+        return ", ".join([self.served_model_name or str(self.model), *self.models])

@@ -16,7 +16,7 @@ without it.
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,16 +30,18 @@ from medmm_ray.engines.placement import actor_placement
 from medmm_ray.service.app import api
 from medmm_ray.service.backend import Backend
 from medmm_ray.service.batch_metrics import BatchCollector
-from medmm_ray.service.config import ServeConfig
+from medmm_ray.service.config import ModelConfig, ServeConfig
 from medmm_ray.service.evidence import EvidenceQuery, EvidenceSource, Found
 from medmm_ray.service.guard import is_loopback
+from medmm_ray.service.handles import answer_of
 from medmm_ray.service.keys import Key, Keyring, sha256
 from medmm_ray.service.load import replica_options
 from medmm_ray.service.metrics import EXPORTED, Increases, ServiceMetrics
+from medmm_ray.service.models import FurtherModel, LoadReports, ModelReplica, Models, without_references
 from medmm_ray.service.policy import connect_policy, policy_deployment
 from medmm_ray.service.quotas import Quotas
 from medmm_ray.service.readiness import Readiness
-from medmm_ray.service.replica import ServedModel, load_model
+from medmm_ray.service.replica import Load, load_model
 from medmm_ray.service.retrieval import EvidenceSearch, RetrievalConfig
 from medmm_ray.session import has_token_mode
 
@@ -50,12 +52,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve")  # the one that a replica writes to its log file
 
 
-Load = Callable[[ServeConfig], ServedModel]
-"""How a replica gets its model."""
-
-
-class Reranker:
-    """One replica: loads the model, and scores what comes on one thread."""
+class Reranker(LoadReports):
+    """One replica: loads the first model, and scores what comes on one thread; further models are asked."""
 
     def __init__(
         self,
@@ -64,18 +62,18 @@ class Reranker:
         load: Load = load_model,
         evidence: "DeploymentHandle[EvidenceSearch] | None" = None,
         policy: Any = None,
+        further: Mapping[str, Any] | None = None,
     ) -> None:
         _refuse_without_token_mode()  # a cluster's mode may differ from the driver's; this process opens the port
         model = load(config)
-        if not model.takes_references:
-            config = config.model_copy(update={"max_reference_images": 0})
-        scorer = self._scorer = model.scorer
+        scorer = model.scorer
+        super().__init__(scorer)
         readiness = Readiness(model.tiny_log_odds, scorer.stuck)
         metrics = ServiceMetrics(_ray_counters())
         metrics.registry.register(BatchCollector(scorer))
         backend = Backend(
             scorer.score,
-            config,
+            config if model.takes_references else without_references(config),
             model.traits,
             readiness,
             fingerprint=model.fingerprint,
@@ -85,19 +83,11 @@ class Reranker:
             policy=connect_policy(config.policy, policy),
             map_tiles=model.map_tiles,
         )
-        self._app = api(backend, keyring_of(config, fixed_keys), Quotas(_num_replicas), scorer.tracer)
+        models = Models(backend, config, {name: FurtherModel(handle) for name, handle in (further or {}).items()})
+        self._app = api(models, keyring_of(config, fixed_keys), Quotas(_num_replicas), scorer.tracer)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
-
-    def check_health(self) -> None:
-        """Serve's question whether the replica works: one that hangs is replaced."""
-        if hanging := self._scorer.stuck():
-            raise RuntimeError(hanging)
-
-    def record_autoscaling_stats(self) -> dict[str, float]:
-        """What Serve's autoscaling is told of this replica."""
-        return self._scorer.stats()
 
 
 def build_app(args: Mapping[str, Any]) -> "serve.Application":
@@ -130,10 +120,7 @@ def application(config: ServeConfig, load: Load = load_model) -> "serve.Applicat
 
     if config.model is None:
         raise ConfigError("model is not set; name a checkpoint folder: model=runs/quickstart/two_tower")
-    # A replica may start in another folder, and later, when a run's name stands for another result; a URI is copied
-    # where it is read, so it stays one.
-    name = checkpoint_of(config.model)
-    name = name if "://" in name else resolve(name)
+    config = config.model_copy(update={"model": _fixed_name(config.model)})
     fixed_keys = _keys_of_environment(config)
     if config.access == "keys" and not fixed_keys and config.keys is None:
         raise ConfigError(
@@ -146,21 +133,45 @@ def application(config: ServeConfig, load: Load = load_model) -> "serve.Applicat
             "set access=keys, or listen on 127.0.0.1"
         )
     _refuse_without_token_mode()
-    deployment = serve.deployment(
-        name="Reranker",
+    further = {}
+    for name, model in config.models.items():
+        named = model.model_copy(update={"model": _fixed_name(str(model.model))})
+        further[name] = _deployment(f"Model-{name}", named)(ModelReplica).bind(named, load)
+    evidence = None if config.retrieval is None else _evidence_search(config.retrieval)
+    reranker = _deployment("Reranker", config)(serve.ingress()(Reranker))
+    # The replicas get hashes of keys: a deployment's arguments are readable in the dashboard.
+    app: serve.Application = reranker.bind(
+        config,
+        fixed_keys,
+        load,
+        evidence=evidence,
+        policy=policy_deployment(config.policy),
+        further=further,
+    )
+    return app
+
+
+def _fixed_name(model: str) -> str:
+    """The checkpoint that a name stands for now: a replica may start in another folder, and later, when a run's name
+    stands for another result."""
+    name = checkpoint_of(model)
+    # A URI is copied where it is read, so it stays one.
+    return name if "://" in name else resolve(name)
+
+
+def _deployment(name: str, config: ModelConfig) -> Any:
+    """Serve's decorator for the replicas of a model."""
+    from ray import serve
+
+    return serve.deployment(
+        name=name,
         **replica_options(config),
         ray_actor_options={
             "num_cpus": config.num_cpus,
             "num_gpus": config.num_gpus,
             **actor_placement(config, config.num_gpus),
         },
-    )(serve.ingress()(Reranker))
-    # The replicas get hashes: a deployment's arguments are readable in the dashboard.
-    config = config.model_copy(update={"model": name})
-    policy = policy_deployment(config.policy)
-    if config.retrieval is None:
-        return deployment.bind(config, fixed_keys, load, policy=policy)
-    return deployment.bind(config, fixed_keys, load, _evidence_search(config.retrieval), policy=policy)
+    )
 
 
 def _evidence_search(config: RetrievalConfig) -> "serve.Application":
@@ -182,7 +193,7 @@ def _source(handle: "DeploymentHandle[EvidenceSearch] | None") -> EvidenceSource
 
     async def find(query: EvidenceQuery) -> Found:
         """What the deployment finds."""
-        found: Found = await search.remote(query)
+        found: Found = await answer_of(search.remote(query))
         return found
 
     return find

@@ -21,6 +21,7 @@ from medmm_ray.engines.llm.client import ApiConfig
 from medmm_ray.engines.llm.policy import ApiPolicy
 from medmm_ray.engines.placement import actor_placement
 from medmm_ray.engines.vllm_engine import VllmEngine
+from medmm_ray.service.handles import answer_of
 from medmm_ray.steps.sample import PolicyApi
 
 if TYPE_CHECKING:
@@ -121,13 +122,7 @@ class DeployedPolicy:
 
     async def sample(self, question: PolicyQuestion, num: int, seed: int, sampling: Sampling) -> Sequence[Completion]:
         """`num` samples; where the caller is cancelled, so is the engine's request."""
-        response = self._handle.sample.remote(question, num, seed, sampling)
-        try:
-            samples = await response
-        # Serve does not cancel a request because nobody awaits it any more.
-        except asyncio.CancelledError:
-            response.cancel()
-            raise
+        samples = await answer_of(self._handle.sample.remote(question, num, seed, sampling))
         if isinstance(samples, RowError):
             raise samples
         return cast(Sequence[Completion], samples)

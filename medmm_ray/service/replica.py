@@ -1,7 +1,7 @@
 """What a replica scores with: the model behind a `Batcher`, whose refusals are the service's problems."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from medmm_ray.service.tracing import score_spans, tracer_to
 if TYPE_CHECKING:
     from medmm_ray.reward_model import RewardModel
     from medmm_ray.service.batching import Engine
-    from medmm_ray.service.config import ServeConfig
+    from medmm_ray.service.config import ModelConfig
 
 WARM_UP = ModelInput(
     question="Is one and one two? (A) yes (B) no",
@@ -137,7 +137,11 @@ class ServedModel:
     """Where in the image scores come from; None without an image tower."""
 
 
-def load_model(config: "ServeConfig") -> ServedModel:
+Load = Callable[["ModelConfig"], ServedModel]
+"""How a replica gets its model."""
+
+
+def load_model(config: "ModelConfig") -> ServedModel:
     """The reward model of the settings. Raises `ConfigError` where it cannot score a tiny case."""
     # Here, not above: a driver that starts the replicas needs no torch.
     from medmm_ray.reward_model import RewardModel

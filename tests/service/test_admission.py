@@ -17,6 +17,7 @@ from jobs.benches.slow_engine import SlowModel, SlowScores
 from medmm_ray.service.app import api
 from medmm_ray.service.backend import Backend, no_check
 from medmm_ray.service.config import ServeConfig
+from medmm_ray.service.models import Models
 from medmm_ray.service.problems import Kind, Problem
 from medmm_ray.service.readiness import Readiness
 from medmm_ray.service.reading import count_values, parse
@@ -52,7 +53,7 @@ async def at_once(case: ModelInput) -> Scored:
 def application(score: Any = at_once, check: Any = None, **fields: Any) -> FastAPI:
     config = ServeConfig(model="m", **fields)
     backend = Backend(score, config, TRAITS, Readiness([]), check=check or no_check)
-    return api(backend, None)
+    return api(Models.single(backend), None)
 
 
 def web(app: FastAPI) -> httpx.AsyncClient:
@@ -314,7 +315,7 @@ def test_health_answers_while_a_large_body_is_read() -> None:
 def slow_application(tokens_per_s: float, **fields: Any) -> tuple[FastAPI, ReplicaScorer]:
     config = ServeConfig(model="m", token_budget=256, **fields)
     scorer = ReplicaScorer(SlowModel(tokens_per_s), config, default_budget=1024)
-    return api(Backend(scorer.score, config, TRAITS, Readiness([]), check=scorer.check), None), scorer
+    return api(Models.single(Backend(scorer.score, config, TRAITS, Readiness([]), check=scorer.check)), None), scorer
 
 
 def solutions(number: int, words: int) -> list[list[str]]:

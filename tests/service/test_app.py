@@ -23,7 +23,7 @@ from jobs import bench
 from medmm_ray.client import Client, ServiceError, rerank_request
 from medmm_ray.config import ConfigError
 from medmm_ray.data.artifacts import Artifact, Provenance
-from medmm_ray.service.config import ServeConfig
+from medmm_ray.service.config import ModelConfig, ServeConfig
 from medmm_ray.service.deployment import application, build_app
 from medmm_ray.service.guard import is_loopback
 from medmm_ray.service.rerank import (
@@ -438,7 +438,7 @@ def test_build_app_refuses(args: dict[str, str], words: str) -> None:
 
 
 OPEN_RAY = """
-from medmm_ray.service.config import ServeConfig
+from medmm_ray.service.config import ModelConfig, ServeConfig
 from medmm_ray.service.deployment import Reranker, build_app
 starts = (lambda: build_app({"model": "org/m", "access": "loopback"}), lambda: Reranker(ServeConfig(model="org/m")))
 for start in starts:
@@ -602,7 +602,9 @@ def test_attacks_find_no_fault_no_open_door_and_leave_no_text_in_logs(
 
 @pytest.mark.engine
 @pytest.mark.usefixtures("ray_session")
-def test_a_vision_language_model_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vision_language_model_is_served_beside_another(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from medmm_ray.reward_model import RewardModel
     from medmm_ray.service.deployment import running
     from tests.doubles import tiny_vision
@@ -610,12 +612,31 @@ def test_a_vision_language_model_is_served(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.delenv("MEDMM_TOKEN", raising=False)
     folder = tiny_vision.save_llava(tmp_path)
     request = rerank_request(QUESTION, OPTIONS, [RIGHT, LEFT], image=png((40, 30), "teal"))
-    with running(ServeConfig(model=str(folder), port=0, num_cpus=0.5, access="loopback")) as url:
+    towers = ModelConfig(model=str(checkpoint), num_cpus=0.5)
+    config = ServeConfig(
+        model=str(folder),
+        port=0,
+        num_cpus=0.5,
+        access="loopback",
+        models={"towers": towers},
+        aliases={"newest": "towers"},
+    )
+    with running(config) as url:
         answer = Client(url).rerank(request)
-        (card,) = httpx.get(f"{url}/v1/models").json()["data"]
+        of_towers = Client(url).rerank(request.model_copy(update={"model": "newest"}))
+        card, further_card = Client(url).models()
+        unknown = httpx.post(f"{url}/v1/rerank", json={**request.model_dump(exclude_unset=True), "model": "oldest"})
         with pytest.raises(ServiceError, match="1 reference_images; at most 0 are allowed"):
             Client(url).rerank(rerank_request(QUESTION, OPTIONS, [RIGHT], image=png(), reference_images=[png()]))
-    assert (card["has_image_tower"], card["max_reference_images"]) == (True, 0)
+    assert (card.has_image_tower, card.max_reference_images, card.aliases) == (True, 0, [])
+    assert (further_card.id, further_card.max_reference_images, further_card.aliases) == ("towers", 8, ["newest"])
+    assert (unknown.status_code, "served: " in unknown.json()["detail"]) == (404, True)
+    assert (answer.model, of_towers.model) == (str(folder), "towers")
+    (of_right, _) = RewardModel.from_pretrained(checkpoint).score(
+        to_model_input(request, 10_000).question, [RIGHT, LEFT], image=to_model_input(request, 10_000).image
+    )
+    steps = of_towers.solutions[0].steps
+    assert [step.probability for step in steps] == pytest.approx(of_right.plus_probs, abs=1e-6)
     case = to_model_input(request, 10_000)
     model = RewardModel.from_pretrained(folder)
     for expected, unseen, solution in zip(

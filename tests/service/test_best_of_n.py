@@ -14,6 +14,7 @@ from medmm_ray.service.app import api
 from medmm_ray.service.backend import Backend
 from medmm_ray.service.best_of_n import BestOfNAnswer, Round
 from medmm_ray.service.config import ServeConfig
+from medmm_ray.service.models import Models
 from medmm_ray.service.policy import GeneratorPolicy, PolicyConfig
 from medmm_ray.service.readiness import Readiness
 from medmm_ray.service.rerank import ModelInput, Scored
@@ -45,7 +46,7 @@ class Service:
 
         policy = GeneratorPolicy(self.generator, PolicyConfig(num_documents=1))
         backend = Backend(score, ServeConfig(model="m"), WITH_IMAGES, Readiness([2.0]), policy=policy)
-        self.web = TestClient(api(backend, None), base_url="http://127.0.0.1:8000")
+        self.web = TestClient(api(Models.single(backend), None), base_url="http://127.0.0.1:8000")
 
     def ask(self, **fields: Any) -> BestOfNAnswer:
         reply = self.web.post("/v1/best_of_n", json={"question": QUESTION, "options": OPTIONS, **fields})
@@ -215,7 +216,7 @@ def test_without_a_policy_there_is_nothing_to_sample_from() -> None:
     async def score(case: ModelInput) -> Scored:
         raise AssertionError
 
-    web = TestClient(api(Backend(score, ServeConfig(model="m"), WITH_IMAGES, Readiness([2.0])), None))
+    web = TestClient(api(Models.single(Backend(score, ServeConfig(model="m"), WITH_IMAGES, Readiness([2.0]))), None))
     reply = web.post("http://127.0.0.1:8000/v1/best_of_n", json={"question": QUESTION})
     assert reply.status_code == 404
     assert "no policy is served; set policy.model" in reply.json()["detail"]

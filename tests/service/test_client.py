@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from medmm_ray.client import AsyncClient, Client, Retries, ServiceError, rerank_request, retry_after_s
+from medmm_ray.service.best_of_n import BestOfNRequest, Round
 from medmm_ray.service.foreign import CohereRequest
 from medmm_ray.service.rewards import PromptCompletions, RewardsRequest
 from medmm_ray.service.scores import ScoreRequest
@@ -42,6 +43,41 @@ def test_each_call_is_answered_typed(url: str) -> None:
         ranked = service.rerank_documents(CohereRequest(query=QUESTION, documents=["x", LEFT]))
         assert [result.index for result in ranked.results] == [1, 0]
         assert [card.id for card in service.models()] == ["runs/x/two_tower"]
+
+
+SAMPLED = BestOfNRequest(question=QUESTION, options=OPTIONS, num_samples=6, round_size=2, reliability=None)
+
+
+def test_best_of_n_whole_and_as_it_comes(url: str) -> None:
+    with Client(url, "s3cret") as service:
+        answer = service.best_of_n(SAMPLED)
+        *rounds, last = service.best_of_n_events(SAMPLED)
+    assert (answer.choice.answer, last) == ("C", answer)
+    # All six are alike: best of N stands only when no other sample can come.
+    assert [len(event.texts) for event in rounds] == [2, 2, 2]
+    assert {type(event) for event in rounds} == {Round}
+
+    async def events() -> list[Any]:
+        async with AsyncClient(url, "s3cret") as service:
+            assert await service.best_of_n(SAMPLED) == answer
+            return [event async for event in service.best_of_n_events(SAMPLED)]
+
+    assert asyncio.run(events()) == [*rounds, last]
+
+
+def test_a_stream_that_is_refused_or_fails_is_an_error(url: str) -> None:
+    with Client(url) as stranger, pytest.raises(ServiceError, match="answered 401"):
+        next(stranger.best_of_n_events(SAMPLED))
+    with pytest.raises(ServiceError, match="cannot be reached"), Client("http://127.0.0.1:9") as lost:
+        next(lost.best_of_n_events(SAMPLED))
+    problem = 'event: problem\ndata: {"status": 503, "detail": "the policy is gone"}\n\n'
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, text=problem))
+    with (
+        Client("http://127.0.0.1:9", transport=transport) as service,
+        pytest.raises(ServiceError, match="ended the stream with 503: the policy is gone") as broken,
+    ):
+        list(service.best_of_n_events(SAMPLED))
+    assert broken.value.status == 503
 
 
 def test_the_same_for_asyncio(url: str) -> None:

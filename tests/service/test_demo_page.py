@@ -10,6 +10,7 @@ from playwright.sync_api import expect
 from medmm_ray.service.app import api
 from medmm_ray.service.backend import Backend, TileMaps
 from medmm_ray.service.config import ServeConfig
+from medmm_ray.service.models import Models
 from medmm_ray.service.policy import GeneratorPolicy, PolicyConfig
 from medmm_ray.service.readiness import Readiness
 from medmm_ray.service.rerank import ModelInput, Scored, steps_of
@@ -54,7 +55,7 @@ def url() -> Iterator[str]:
     sampled = "Step 1: The image is looked at with care.\nStep 2: So the answer is (B)."
     policy = GeneratorPolicy(FakeGenerator(lambda prompt, seed: sampled), PolicyConfig())
     backend = Backend(score, ServeConfig(model="m"), WITH_IMAGES, Readiness([2.0]), policy=policy, map_tiles=map_tiles)
-    with served_app(api(backend, None)) as address:
+    with served_app(api(Models.single(backend), None)) as address:
         yield address
 
 

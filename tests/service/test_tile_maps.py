@@ -16,6 +16,7 @@ from medmm_ray.service.app import api
 from medmm_ray.service.backend import Backend, TileMaps
 from medmm_ray.service.config import ServeConfig
 from medmm_ray.service.keys import Key, Keyring, sha256
+from medmm_ray.service.models import Models
 from medmm_ray.service.readiness import Readiness
 from medmm_ray.service.rerank import ModelInput, Scored
 from tests.service.web import LEFT, QUESTION, RIGHT, WITH_IMAGES, b64, body, png
@@ -36,7 +37,7 @@ def client(keyring: Keyring | None = None, **fields: Any) -> TestClient:
     backend = Backend(
         no_score, ServeConfig(model="m"), WITH_IMAGES, Readiness([2.0]), map_tiles=fields.pop("maps", None)
     )
-    return TestClient(api(backend, keyring), base_url="http://127.0.0.1:8000")
+    return TestClient(api(Models.single(backend), keyring), base_url="http://127.0.0.1:8000")
 
 
 def test_maps_come_a_step() -> None:
@@ -125,7 +126,9 @@ def test_examples_are_phantoms_with_a_solution_that_is_right() -> None:
 
 def test_the_page_can_be_left_out() -> None:
     backend = Backend(no_score, ServeConfig(model="m", demo=False), WITH_IMAGES, Readiness([2.0]))
-    assert TestClient(api(backend, None), base_url="http://127.0.0.1:8000").get("/demo").status_code == 404
+    assert (
+        TestClient(api(Models.single(backend), None), base_url="http://127.0.0.1:8000").get("/demo").status_code == 404
+    )
 
 
 @pytest.mark.parametrize("solutions", [[RIGHT], [LEFT, RIGHT]])

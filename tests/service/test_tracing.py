@@ -12,6 +12,7 @@ from jobs.benches.slow_engine import SlowModel
 from medmm_ray.service.app import api
 from medmm_ray.service.backend import Backend
 from medmm_ray.service.config import ServeConfig
+from medmm_ray.service.models import Models
 from medmm_ray.service.readiness import Readiness
 from medmm_ray.service.replica import ReplicaScorer
 from medmm_ray.service.rerank import ModelTraits
@@ -30,7 +31,7 @@ def spans_of(headers: dict[str, str], tokens_per_s: float = 2000.0) -> tuple[lis
     config = ServeConfig(model="m")
     scorer = ReplicaScorer(SlowModel(tokens_per_s), config, 1024, provider.get_tracer("test"))
     backend = Backend(scorer.score, config, ModelTraits(False), Readiness([]), check=scorer.check)
-    app = api(backend, None, tracer=provider.get_tracer("test"))
+    app = api(Models.single(backend), None, tracer=provider.get_tracer("test"))
 
     async def ask() -> dict[str, str]:
         async with web(app) as client:

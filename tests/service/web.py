@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from medmm_ray.service.backend import Backend, TileMaps
 from medmm_ray.service.config import ServeConfig
 from medmm_ray.service.evidence import EvidenceSource
 from medmm_ray.service.keys import Key, Keyring, sha256
+from medmm_ray.service.models import FurtherModel, Models
 from medmm_ray.service.policy import GeneratorPolicy, PolicyConfig
 from medmm_ray.service.quotas import Quotas
 from medmm_ray.service.readiness import Readiness, Scorer, not_stuck
@@ -81,6 +82,7 @@ def client(
     quotas: Quotas | None = None,
     evidence: EvidenceSource | None = None,
     scorer: Scorer | None = None,
+    further: Mapping[str, FurtherModel] | None = None,
     **fields: Any,
 ) -> TestClient:
     """A client of the application around `model`, or around `scorer` in its place."""
@@ -95,7 +97,7 @@ def client(
     policy = GeneratorPolicy(FakeGenerator(lambda prompt, seed: LEFT), PolicyConfig())
     readiness = Readiness([2.0, 2.0], stuck)
     backend = Backend(scorer or score, config, traits, readiness, "f00d", evidence, policy=policy, map_tiles=even_maps)
-    app = api(backend, keyring, quotas)
+    app = api(Models(backend, config, further or {}), keyring, quotas)
     return TestClient(app, base_url="http://127.0.0.1:8000")
 
 

@@ -13,6 +13,7 @@ from medmm_ray.data.tables import RowError
 from medmm_ray.service import examples
 from medmm_ray.service.backend import Backend
 from medmm_ray.service.best_of_n import BestOfNAnswer, BestOfNRequest, PolicyUnavailableError, Round, best_of_n
+from medmm_ray.service.models import Models
 from medmm_ray.service.problems import Kind, Problem, problems
 from medmm_ray.service.reading import ParsedRoute
 
@@ -21,7 +22,7 @@ logger = logging.getLogger("ray.serve")  # the one that a replica writes to its 
 EVENT_STREAM = "text/event-stream"
 
 
-def router(backend: Backend) -> APIRouter:
+def router(models: Models) -> APIRouter:
     """`POST /v1/best_of_n`; without a policy it answers 404."""
     routes = APIRouter(tags=["answers"], route_class=ParsedRoute)
 
@@ -39,7 +40,7 @@ def router(backend: Backend) -> APIRouter:
     ) -> BestOfNAnswer | StreamingResponse:
         """With `stream` the answer is a stream of server-sent events: `round` after each round, with its samples, their
         scores and the choice so far; then `answer`; or `problem`, where something fails behind the first round."""
-        events = _events(request, backend)
+        events = _events(request, await models.of(request.model, request.question))
         if not request.stream:
             async for event in events:
                 if isinstance(event, BestOfNAnswer):

@@ -6,9 +6,9 @@ from fastapi import APIRouter, Body, Request
 from pydantic import Discriminator, Tag
 
 from medmm_ray.service import examples
-from medmm_ray.service.backend import Backend
 from medmm_ray.service.bodies import tag, told_by
 from medmm_ray.service.foreign import CohereAnswer, CohereRequest, cohere_answer
+from medmm_ray.service.models import Models
 from medmm_ray.service.problems import Kind, problems
 from medmm_ray.service.reading import ParsedRoute
 from medmm_ray.service.request_ids import request_id
@@ -20,7 +20,7 @@ RerankBody = Annotated[
 ]
 
 
-def router(backend: Backend) -> APIRouter:
+def router(models: Models) -> APIRouter:
     """`POST /v1/rerank`."""
     routes = APIRouter(tags=["scores"], route_class=ParsedRoute)
 
@@ -39,6 +39,7 @@ def router(backend: Backend) -> APIRouter:
         """
         # One function scores both shapes: they cannot differ in more than their words.
         case = body.case() if isinstance(body, CohereRequest) else body
+        backend = await models.of(case.model, case.question)
         answer = await backend.rerank(case)
         if isinstance(body, CohereRequest):
             return cohere_answer(body, answer, request_id(request.scope))

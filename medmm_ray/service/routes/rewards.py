@@ -10,8 +10,9 @@ from medmm_ray.service import examples
 from medmm_ray.service.backend import Backend, together
 from medmm_ray.service.bodies import tag, told_by
 from medmm_ray.service.foreign import total_usage
+from medmm_ray.service.models import Models
 from medmm_ray.service.openrlhf import OpenRlhfAnswer, OpenRlhfRequest, openrlhf_answer
-from medmm_ray.service.problems import Kind, problems
+from medmm_ray.service.problems import Kind, Problem, problems
 from medmm_ray.service.reading import ParsedRoute
 from medmm_ray.service.rerank import Scored
 from medmm_ray.service.rewards import PromptCompletions, Reward, RewardsAnswer, RewardsRequest, rewards_of
@@ -22,7 +23,7 @@ RewardsBody = Annotated[
 ]
 
 
-def router(backend: Backend) -> APIRouter:
+def router(models: Models) -> APIRouter:
     """`POST /v1/rewards`."""
     routes = APIRouter(tags=["scores"], route_class=ParsedRoute)
 
@@ -40,15 +41,22 @@ def router(backend: Backend) -> APIRouter:
         A body with `query` is OpenRLHF's, and so is the answer.
         """
         if isinstance(body, OpenRlhfRequest):
-            answer = await reward(backend, body.rewards_request())
+            answer = await reward(models, body.rewards_request())
             return openrlhf_answer(answer.rewards)
-        return await reward(backend, body)
+        return await reward(models, body)
 
     return routes
 
 
-async def reward(backend: Backend, request: RewardsRequest) -> RewardsAnswer:
-    """The rewards of all prompts' completions; the prompts are scored together, so that they may share passes."""
+async def reward(models: Models, request: RewardsRequest) -> RewardsAnswer:
+    """The rewards of all prompts' completions; the prompts are scored together, so that they may share passes.
+
+    One model gives them all, and no canary: a training has one reward.
+    """
+    names = {prompt.model for prompt in request.prompts}
+    if len(names) > 1:
+        raise Problem(Kind.INVALID, f"prompts ask for {len(names)} models; expected one for a batch: split it")
+    backend = await models.of(names.pop())
     all_scored = await together([_score(backend, prompt) for prompt in request.prompts])
     rewards: list[Reward] = []
     warnings: set[str] = set()

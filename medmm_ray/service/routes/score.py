@@ -10,6 +10,7 @@ from medmm_ray.service import examples
 from medmm_ray.service.backend import Backend, together
 from medmm_ray.service.bodies import tag, told_by
 from medmm_ray.service.foreign import PAIRS_OF_NAMES, VllmScoreAnswer, VllmScoreRequest, vllm_answer
+from medmm_ray.service.models import Models
 from medmm_ray.service.problems import Kind, problems
 from medmm_ray.service.reading import ParsedRoute
 from medmm_ray.service.request_ids import request_id
@@ -23,7 +24,7 @@ ScoreBody = Annotated[
 ]
 
 
-def router(backend: Backend) -> APIRouter:
+def router(models: Models) -> APIRouter:
     """`POST /v1/score`."""
     routes = APIRouter(tags=["scores"], route_class=ParsedRoute)
 
@@ -41,7 +42,8 @@ def router(backend: Backend) -> APIRouter:
         of its steps' probabilities.
         """
         if isinstance(body, VllmScoreRequest):
-            return await score_pairs(backend, body, request_id(request.scope))
+            return await score_pairs(await models.of(body.model), body, request_id(request.scope))
+        backend = await models.of(body.model, body.question)
         scored = await backend.score_case(body)
         return score_answer(body, scored, backend.model, backend.traits.warnings(body))
 

@@ -5,13 +5,13 @@ from typing import Annotated
 from fastapi import APIRouter, Body
 
 from medmm_ray.service import examples
-from medmm_ray.service.backend import Backend
+from medmm_ray.service.models import Models
 from medmm_ray.service.problems import Kind, Problem, problems
 from medmm_ray.service.reading import ParsedRoute
 from medmm_ray.service.tile_maps import MAX_SOLUTIONS, TileMapsAnswer, TileMapsRequest, tile_maps_answer
 
 
-def router(backend: Backend) -> APIRouter:
+def router(models: Models) -> APIRouter:
     """`POST /v1/tile_maps`."""
     routes = APIRouter(tags=["scores"], route_class=ParsedRoute)
 
@@ -27,6 +27,7 @@ def router(backend: Backend) -> APIRouter:
         if len(request.solutions) > MAX_SOLUTIONS:
             detail = f"{len(request.solutions)} solutions; at most {MAX_SOLUTIONS} are mapped: send fewer"
             raise Problem(Kind.TOO_LARGE, detail)
+        backend = await models.of(request.model, request.question)
         return tile_maps_answer(await backend.tile_maps(request), backend.model)
 
     return routes

@@ -249,8 +249,8 @@ def is_ready_when_it_answers(file: YamlFile, _: Project) -> Iterator[str]:
         for name, pod in pods_of(document):
             for container in pod["spec"]["containers"]:
                 probe = " ".join(container.get("readinessProbe", {}).get("exec", {}).get("command", []))
-                if name != "head" and f":{port}/health" not in probe:
-                    yield f"{name}: readinessProbe does not ask the application's /health at port {port}"
+                if name != "head" and f":{port}/ready" not in probe:
+                    yield f"{name}: readinessProbe does not ask the application's /ready at port {port}"
 
 
 def ends_and_can_be_tried_again(file: YamlFile, _: Project) -> Iterator[str]:

@@ -88,9 +88,11 @@ class ServeConfig(ModelConfig):
         of_first = {self.served_model_name, self.model}
         for alias, target in self.aliases.items():
             if target not in self.models and target not in of_first and self.model is not None:
-                raise ValueError(f"aliases.{alias}={target!r} is no model; expected one of {self._model_names()}")
+                raise ValueError(
+                    f"aliases: {alias!r} stands for {target!r}, which is no model; expected one of {self._model_names()}"
+                )
         if self.canary is not None and self.canary.model not in self.models:
-            raise ValueError(f"canary.model={self.canary.model!r} is not among models: {', '.join(self.models) or '-'}")
+            raise ValueError(f"canary: {self.canary.model!r} is not among models: {', '.join(self.models) or '-'}")
         return self
 
     def _model_names(self) -> str:

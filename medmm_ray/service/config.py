@@ -88,12 +88,10 @@ class ServeConfig(ModelConfig):
         of_first = {self.served_model_name, self.model}
         for alias, target in self.aliases.items():
             if target not in self.models and target not in of_first and self.model is not None:
+                served = ", ".join([self.served_model_name or str(self.model), *self.models])
                 raise ValueError(
-                    f"aliases: {alias!r} stands for {target!r}, which is no model; expected one of {self._model_names()}"
+                    f"aliases: {alias!r} stands for {target!r}, which is no model; expected one of {served}"
                 )
         if self.canary is not None and self.canary.model not in self.models:
             raise ValueError(f"canary: {self.canary.model!r} is not among models: {', '.join(self.models) or '-'}")
         return self
-
-    def _model_names(self) -> str:
-        return ", ".join([self.served_model_name or str(self.model), *self.models])

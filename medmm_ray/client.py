@@ -162,6 +162,7 @@ class _Settings:
 
     def _event(self, name: str, data: str) -> Round | BestOfNAnswer:
         """What a server-sent event holds; a `ServiceError` where it is a problem."""
+        # The status was sent before anything failed: a fault behind it is an event.
         if name == "problem":
             problem = _object(data)
             status = int(problem.get("status", 500))
@@ -247,6 +248,7 @@ class Client(_Settings):
         parser = _EventParser()
         try:
             with self._http.stream(call.method, call.path, **call.options) as response:
+                # A refusal is no stream: its words are read whole.
                 if not response.is_success:
                     response.read()
                     self._answer(response, BestOfNAnswer)
@@ -343,6 +345,7 @@ class AsyncClient(_Settings):
         parser = _EventParser()
         try:
             async with self._http.stream(call.method, call.path, **call.options) as response:
+                # A refusal is no stream: its words are read whole.
                 if not response.is_success:
                     await response.aread()
                     self._answer(response, BestOfNAnswer)

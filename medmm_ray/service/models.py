@@ -41,6 +41,7 @@ def model_of(config: ServeConfig, first: str, name: str | None, question: str | 
 
 def _draw(question: str) -> float:
     """A number from 0 to 1 that stands for the question."""
+    # Not Python's hash, which each process salts: all replicas must choose alike.
     digest = hashlib.sha256(question.encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
@@ -109,6 +110,7 @@ class ModelReplica(LoadReports):
 
     async def score(self, case: ModelInput, within_s: float | None) -> Scored | Refusal:
         """The log-odds of a case's solutions, or why there are none."""
+        # The deadline came along as seconds: clocks of machines differ.
         try:
             with time_left(within_s):
                 return await self._model.scorer.score(case)
@@ -130,6 +132,7 @@ class FurtherModel:
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
+        # Requests that come together shall ask for the description once.
         self._lock = asyncio.Lock()
         self._backend: Backend | None = None
 
@@ -148,6 +151,7 @@ class FurtherModel:
         async with self._lock:  # asked for once, when it is first needed: by then its replicas are up
             if self._backend is None:
                 described: Description = await answer_of(self._handle.describe.remote())
+                # What a replica holds for all models (counters, pixels, policy, index) stays the first one's.
                 self._backend = replace(
                     first,
                     score=self.score,
@@ -197,6 +201,7 @@ class Models:
 
     def aliases_of(self, name: str) -> list[str]:
         """The other names of a model."""
+        # An alias of no further model is the first one's, whose name may be a path that was followed.
         of_first = name == self.first.model
         return [
             alias

@@ -81,6 +81,7 @@ class ClusterNames:
             num_questions += part.num_rows
         # Hashes in place of the keys: at 10^6 questions the keys alone would be 100 MB.
         _, keys = np.unique(np.concatenate(hashes), return_inverse=True)
+        # Questions that are alone need no entry: where no image is shared the tables are empty.
         cluster = pa.array(_components(num_questions, np.concatenate(entries), keys.astype(np.int64)))
         table = pa.table({"question_id": pa.chunked_array(ids, pa.string()), "cluster": cluster})
         least = table.group_by("cluster").aggregate([("question_id", "min")])

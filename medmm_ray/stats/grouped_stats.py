@@ -151,6 +151,7 @@ class GroupedCounts:
         counts_QGC = np.concatenate(counts_by_grouping, axis=1)
         counts_QK = counts_QGC.reshape(num_questions, rows.num_columns)
         clusters = questions if cluster_Q is None else cluster_Q[questions]
+        # The rows that are resampled: what a cluster's questions say is drawn together or not at all.
         of_clusters = sums_by_cluster(counts_QK, clusters)
         rows.append(of_clusters)
         # Row after row onto what there is: to the last bit as if all rows were summed at once.

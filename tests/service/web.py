@@ -70,7 +70,7 @@ class FakeModel:
 
 async def even_maps(case: ModelInput) -> TileMaps:
     """Maps of 2 x 2 for two steps a solution."""
-    return TileMaps([[[[0.5, 0.5], [0.5, 0.5]]] * 2 for _ in case.solutions])
+    return TileMaps([[[[0.5, 0.5], [0.5, 0.5]]] * 2 for _ in case.solutions], num_tokens=7)
 
 
 def client(

@@ -23,9 +23,12 @@ from jobs import bench
 from medmm_ray.client import Client, ServiceError, rerank_request
 from medmm_ray.config import ConfigError
 from medmm_ray.data.artifacts import Artifact, Provenance
+from medmm_ray.engines.vllm_engine import VllmEngine
+from medmm_ray.service.best_of_n import BestOfNAnswer, BestOfNRequest, Round
 from medmm_ray.service.config import ModelConfig, ServeConfig
 from medmm_ray.service.deployment import application, build_app
 from medmm_ray.service.guard import is_loopback
+from medmm_ray.service.policy import PolicyConfig
 from medmm_ray.service.rerank import (
     ModelTraits,
     RerankAnswer,
@@ -37,6 +40,7 @@ from medmm_ray.service.rerank import (
 )
 from medmm_ray.service.show import show
 from medmm_ray.session import fresh_token, has_token_mode
+from tests.doubles.fake_generator import make_tiny_policy
 from tests.engines.test_pixels import KINDS
 from tests.service.web import LEFT, OPTIONS, QUESTION, RIGHT, FakeModel, Scores, b64, body, client, png
 
@@ -647,3 +651,33 @@ def test_a_vision_language_model_is_served_beside_another(
     ):
         assert [s.text_log_odds for s in solution.steps] == pytest.approx(expected.log_odds, abs=1e-5)
         assert expected.log_odds != pytest.approx(unseen.log_odds, abs=1e-3)
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("ray_session")
+def test_best_of_n_samples_from_an_engine_of_our_own(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose tiny policy states no answer: each of its samples is counted, and none is scored."""
+    from medmm_ray.service.deployment import running
+
+    monkeypatch.delenv("MEDMM_TOKEN", raising=False)
+    engine = VllmEngine(max_model_len=512, dtype="float32")
+    policy = PolicyConfig(model=str(make_tiny_policy(tmp_path / "policy")), engine=engine)
+    config = ServeConfig(model=str(checkpoint), port=0, num_cpus=0.5, access="loopback", policy=policy)
+    request = BestOfNRequest(question=QUESTION, options=OPTIONS, num_samples=6, round_size=3, max_tokens=24)
+    with running(config) as url, Client(url) as service:
+        answer = service.best_of_n(request)
+        first, second, last = service.best_of_n_events(request)
+    assert (answer.num_drawn, answer.stopped, answer.choice.answer) == (6, "exhausted", None)
+    assert sum(answer.rejected.values()) == 6
+    assert 6 <= answer.cost.policy.completion_tokens <= 6 * 24
+    # The same seeds give the same samples; only the engine's cache knows their prompt now.
+    assert isinstance(last, BestOfNAnswer)
+    costs = [each.cost.policy for each in (answer, last)]
+    assert (last.rejected, costs[1].completion_tokens) == (answer.rejected, costs[0].completion_tokens)
+    assert costs[1].cached_tokens >= costs[0].cached_tokens
+    assert isinstance(first, Round)
+    assert isinstance(second, Round)
+    assert (first.num_drawn, second.num_drawn) == (3, 6)
+    assert second.cost == last.cost

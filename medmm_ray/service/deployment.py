@@ -133,10 +133,13 @@ def application(config: ServeConfig, load: Load = load_model) -> "serve.Applicat
             "set access=keys, or listen on 127.0.0.1"
         )
     _refuse_without_token_mode()
+    models = {}
     further = {}
     for name, model in config.models.items():
-        named = model.model_copy(update={"model": _fixed_name(str(model.model))})
-        further[name] = _deployment(f"Model-{name}", named)(ModelReplica).bind(named, load)
+        models[name] = model.model_copy(update={"model": _fixed_name(str(model.model))})
+        further[name] = _deployment(f"Model-{name}", models[name])(ModelReplica).bind(models[name], load)
+    # The first model's replicas keep what they know of the others: new weights of those are to replace these too.
+    config = config.model_copy(update={"models": models})
     evidence = None if config.retrieval is None else _evidence_search(config.retrieval)
     reranker = _deployment("Reranker", config)(serve.ingress()(Reranker))
     # The replicas get hashes of keys: a deployment's arguments are readable in the dashboard.

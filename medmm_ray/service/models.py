@@ -7,6 +7,7 @@ replicas of its own (`ModelReplica`), which the service's replicas ask.
 import asyncio
 import hashlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Any
@@ -192,8 +193,13 @@ class Models:
         return self.first if chosen is None else await self._further(chosen)
 
     async def all(self) -> list[Backend]:
-        """Each of them."""
-        return [self.first, *[await self._further(name) for name in self.further]]
+        """Each of them that answers."""
+        backends = [self.first]
+        for name in self.further:
+            # One that is down shall not hide the others.
+            with suppress(Problem):
+                backends.append(await self._further(name))
+        return backends
 
     async def _further(self, name: str) -> Backend:
         config = self.config.model_copy(update={**dict(self.config.models[name]), "served_model_name": name})

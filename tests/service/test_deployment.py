@@ -46,6 +46,21 @@ def bound(app: Any) -> Any:
 
 
 @pytest.mark.usefixtures("token_mode")
+def test_new_weights_of_a_further_model_replace_its_replicas_and_those_that_know_it(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    make_artifact(run, "two_tower", "aaaa")
+    settings: dict[str, Any] = {"model": str(tmp_path), "access": "loopback", "models": {"next": {"model": str(run)}}}
+    folders = []
+    for fingerprint in ("aaaa", "bbbb"):
+        make_artifact(run, "two_tower", fingerprint)
+        first = bound(build_app(settings))
+        further = bound(first.init_kwargs["further"]["next"])
+        assert (further.name, further.init_args[0].model) == ("Model-next", f"{run}/two_tower/{fingerprint}")
+        folders.append(first.init_args[0].models["next"].model)
+    assert folders == [f"{run}/two_tower/aaaa", f"{run}/two_tower/bbbb"]
+
+
+@pytest.mark.usefixtures("token_mode")
 def test_a_policy_of_our_own_engine_has_a_deployment_and_one_behind_an_api_none(tmp_path: Path) -> None:
     shared = {"model": str(tmp_path), "access": "loopback"}
     deployed = bound(build_app({**shared, "policy.model": str(tmp_path), "policy.engine.num_gpus": "0.5"}))

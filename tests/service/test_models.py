@@ -181,15 +181,23 @@ def test_a_refusal_of_the_other_deployment_is_the_clients() -> None:
 class Gone:
     """A deployment whose replica dies under a call."""
 
+    def __init__(self, answers_once: bool) -> None:
+        self.answers_once = answers_once
+
     async def describe(self) -> Description:
+        if not self.answers_once:
+            raise RayActorError()
         return Description(ModelTraits(has_image_tower=False), "beef", takes_references=True, maps_tiles=False)
 
     async def score(self, *arguments: Any) -> Scored:
         raise RayActorError()
 
 
-def test_a_model_whose_replica_died_is_unavailable_for_now() -> None:
-    web = client(FakeModel(), further={"small": FurtherModel(Handle(Gone()))}, **NAMES)
+@pytest.mark.parametrize("answers_once", [True, False])
+def test_a_model_whose_replica_died_is_unavailable_for_now(answers_once: bool) -> None:
+    web = client(FakeModel(), further={"small": FurtherModel(Handle(Gone(answers_once)))}, **NAMES)
+    ids = [card["id"] for card in web.get("/v1/models").json()["data"]]
+    assert ids == ([FIRST, "small"] if answers_once else [FIRST])
     answer = web.post("/v1/rerank", json=body(model="small"))
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
     assert "RayActorError" in answer.json()["detail"]

@@ -42,6 +42,8 @@ def api(models: Models, keyring: Keyring | None, quotas: Quotas | None = None, t
     each request."""
     backend, config = models.first, models.config
     quotas = quotas or Quotas()
+    for name in (backend.model, *models.further):
+        backend.metrics.know(name)
     app = Api(
         title="medmm_ray",
         version=__version__,

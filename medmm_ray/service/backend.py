@@ -93,7 +93,7 @@ class Backend:
         model_input, evidence = await self.model_input(case)
         with self.pixels_held.held(model_input.num_pixels):
             scored = replace(await self.score(model_input), evidence=evidence)
-        self.metrics.add_scores(scored)
+        self.metrics.add_scores(scored, self.model)
         num_unscored = sum(solution.error is not None for solution in scored.solutions)
         tally().add(model_input, self.fingerprint, num_unscored, scored.num_tokens or 0)
         return scored

@@ -218,10 +218,10 @@ def keyring_of(config: ServeConfig, fixed_keys: Sequence[Key]) -> Keyring | None
 
 
 def _ray_counters() -> dict[str, Increases]:
-    """Counters that Ray's agents export as ``ray_medmm_<name>``, labelled by replica."""
+    """Counters that Ray's agents export as ``ray_medmm_<name>``, labelled by replica and model."""
     from ray.serve.metrics import Counter
 
-    return {name: Counter(f"medmm_{name}", "Of the scorer; see GET /metrics.") for name in EXPORTED}
+    return {name: Counter(f"medmm_{name}", what, tag_keys=("model",)) for name, what in EXPORTED.items()}
 
 
 def _num_replicas() -> int:

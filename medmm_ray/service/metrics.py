@@ -17,14 +17,19 @@ from medmm_ray.service.rerank import Scored
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 
-EXPORTED = ("solutions", "solutions_unscored", "steps", "tokens")
+EXPORTED = {
+    "solutions": "Solutions scored.",
+    "solutions_unscored": "Solutions without a score.",
+    "steps": "Steps scored.",
+    "tokens": "Tokens that the model read.",
+}
 
 
 class Increases(Protocol):
     """A counter of another library's."""
 
-    def inc(self, value: int) -> None:
-        """Add a number above 0."""
+    def inc(self, value: int, tags: dict[str, str]) -> None:
+        """Add a number above 0 to the counter of these labels."""
 
 
 class ServiceMetrics:
@@ -47,24 +52,29 @@ class ServiceMetrics:
             registry=self.registry,
         )
         self.in_progress = Gauge("medmm_requests_in_progress", "Requests being answered.", registry=self.registry)
-        self.solutions = Counter("medmm_solutions", "Solutions scored.", registry=self.registry)
-        self.unscored = Counter("medmm_solutions_unscored", "Solutions without a score.", registry=self.registry)
-        self.steps = Counter("medmm_steps", "Steps scored.", registry=self.registry)
-        self.tokens = Counter("medmm_tokens", "Tokens that the model read.", registry=self.registry)
+        self._of_scores = {
+            name: Counter(f"medmm_{name}", what, ["model"], registry=self.registry) for name, what in EXPORTED.items()
+        }
 
-    def add_scores(self, scored: Scored) -> None:
-        """Count what a case's scores hold."""
+    def know(self, model: str) -> None:
+        """Begin the counters of a served model: a rate over their first request would not be seen otherwise."""
+        for counter in self._of_scores.values():
+            counter.labels(model)
+
+    def add_scores(self, scored: Scored, model: str) -> None:
+        """Count what the scores of a case hold that the served `model` gave."""
         num_steps = [len(solution.text_log_odds) for solution in scored.solutions if solution.error is None]
-        self._add("solutions", self.solutions, len(num_steps))
-        self._add("solutions_unscored", self.unscored, len(scored.solutions) - len(num_steps))
-        self._add("steps", self.steps, sum(num_steps))
-        self._add("tokens", self.tokens, scored.num_tokens or 0)
-
-    def _add(self, name: str, counter: Counter, number: int) -> None:
-        counter.inc(number)
-        # Ray's counters refuse a zero.
-        if number and name in self._exported:
-            self._exported[name].inc(number)
+        numbers = {
+            "solutions": len(num_steps),
+            "solutions_unscored": len(scored.solutions) - len(num_steps),
+            "steps": sum(num_steps),
+            "tokens": scored.num_tokens or 0,
+        }
+        for name, number in numbers.items():
+            self._of_scores[name].labels(model).inc(number)
+            # Ray's counters refuse a zero.
+            if number and name in self._exported:
+                self._exported[name].inc(number, {"model": model})
 
     def text(self) -> bytes:
         """All of them, as Prometheus reads them."""

@@ -22,6 +22,7 @@ def exported() -> set[str]:
     metrics = ServiceMetrics()
     metrics.requests.labels("/v1/rerank", "POST", "200").inc()
     metrics.seconds.labels("/v1/rerank").observe(0.1)
+    metrics.know("medmm")
     registry = CollectorRegistry()
     registry.register(BatchCollector(scorer))
     try:

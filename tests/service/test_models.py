@@ -155,6 +155,13 @@ def test_each_route_asks_the_model_that_a_request_names() -> None:
     assert (mixed.status_code, "ask for 2 models" in mixed.json()["detail"]) == (422, True)
     drawn = web.post("/v1/best_of_n", json={"question": QUESTION, "model": "small", "num_samples": 2}).json()
     assert drawn["ranking"]["model"] == "small"
+    counted = [line for line in web.get("/metrics").text.splitlines() if line.startswith("medmm_tokens_total{")]
+    # rerank, vLLM's pair, a reward and the rounds of a best of N; the other model's score.
+    assert counted == [
+        'medmm_tokens_total{model="runs/x/two_tower"} 0.0',
+        'medmm_tokens_total{model="small"} 44.0',
+        'medmm_tokens_total{model="next"} 11.0',
+    ]
     image = web.post("/v1/rerank", json=body(model="small", image="AAAA"))
     assert (image.status_code, "the model small has no image tower" in image.json()["detail"]) == (422, True)
 

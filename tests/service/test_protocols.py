@@ -248,10 +248,10 @@ def test_metrics_count_requests_solutions_steps_and_tokens(web: TestClient) -> N
     assert samples["medmm_requests_total", "POST", "/v1/rerank", "200"] == 1
     assert samples["medmm_requests_total", "POST", "/v1/rerank", "422"] == 1
     assert samples["medmm_requests_total", "GET", "none", "404"] == 1
-    assert samples["medmm_solutions_total",] == 1
-    assert samples["medmm_solutions_unscored_total",] == 1
-    assert samples["medmm_steps_total",] == 2
-    assert samples["medmm_tokens_total",] == 7
+    assert samples["medmm_solutions_total", "runs/x/two_tower"] == 1
+    assert samples["medmm_solutions_unscored_total", "runs/x/two_tower"] == 1
+    assert samples["medmm_steps_total", "runs/x/two_tower"] == 2
+    assert samples["medmm_tokens_total", "runs/x/two_tower"] == 7
     assert samples["medmm_request_seconds_count", "/v1/rerank"] == 2
     assert samples["medmm_requests_in_progress",] == 1  # that for the metrics
     assert "secret" not in web.get("/metrics").text

@@ -10,7 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import Field
@@ -88,8 +88,8 @@ def num_replicas() -> int:
 
     (application_status,) = serve.status().applications.values()
     (deployment,) = application_status.deployments.values()
-    states = {state.value: number for state, number in deployment.replica_states.items()}
-    return states.get("RUNNING", 0)
+    # Ray has the state's name here, or its enumeration, which is text too.
+    return sum(number for state, number in deployment.replica_states.items() if state == "RUNNING")
 
 
 async def watch(counts: list[tuple[float, int]]) -> None:
@@ -111,6 +111,8 @@ def scale(config: ReplicasConfig, console: Console) -> Iterator[Measured]:
             high = await open_loop(send, body, (config.most - 0.5) * capacity, config.high_s)
             low = await open_loop(send, body, 0.3 * capacity, config.low_s)
         watching.cancel()
+        with suppress(asyncio.CancelledError):
+            await watching  # what it died of, if it did
         return [*high, *low]
 
     fields = {"min_replicas": 1, "max_replicas": config.most, "upscale_delay_s": 2, "downscale_delay_s": 8}

@@ -33,7 +33,7 @@ from medmm_ray.engines.generator import Generator, TextGenerator
 from medmm_ray.engines.grader import Grader, MakeGrader
 from medmm_ray.engines.images import open_image
 from medmm_ray.stats import decoders, metrics
-from medmm_ray.stats.clusters import clusters_of
+from medmm_ray.stats.clusters import clusters_of, question_keys
 from medmm_ray.steps.score import input_files, load, with_trained_inputs
 from medmm_ray.steps.tree_search.beam import RewardModelScorer, beam_search
 from medmm_ray.steps.tree_search.writer import StepWriter
@@ -275,7 +275,7 @@ def _main(arguments: argparse.Namespace) -> int:
         "questions": len(comparisons),
         "failed": dict(failed),
         "figures": figures(
-            comparisons, num_resamples, config.seed, [[*row["image_ids"], row["group"]] for row in rows]
+            comparisons, num_resamples, config.seed, [question_keys(row["image_ids"], row["group"]) for row in rows]
         ),
     }
     show(report, Console())

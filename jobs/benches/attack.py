@@ -29,7 +29,7 @@ from jobs.benches import Measured
 from jobs.benches.attack_cases import BODIES, MARK, Family, Keys, attacks_of, slow
 from jobs.benches.attack_files import encoded
 from jobs.benches.attack_wire import Attack, Outcome, json_request, request_bytes, send_all
-from jobs.benches.models import Shape, reward_model
+from jobs.benches.models import SERVED, reward_model
 from jobs.benches.serve_load import process_named, quantile
 from jobs.benches.two_tower import small_tower
 from medmm_ray.config import Config
@@ -130,15 +130,7 @@ def serving(config: BenchConfig, folder: Path) -> Iterator[tuple[str, Keys]]:
 
 
 def _small_model(folder: Path) -> str:
-    shape = Shape(
-        hidden_size=256,
-        num_layers=4,
-        num_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=768,
-        vocab_size=4096,
-    )
-    model = reward_model(shape, "float32", "cpu", context=4096)
+    model = reward_model(SERVED, "float32", "cpu", context=4096)
     model.add_image_tower(small_tower(folder / "tower"))
     model.save_pretrained(folder / "model")
     return str(folder / "model")

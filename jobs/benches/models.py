@@ -54,6 +54,15 @@ SHAPES = {
         vocab_size=128256,
     ),
 }
+# Small enough that a replica of one core answers within a second.
+SERVED = Shape(
+    hidden_size=256,
+    num_layers=4,
+    num_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=768,
+    vocab_size=4096,
+)
 
 
 class ModelConfig(Config):

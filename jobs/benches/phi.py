@@ -173,7 +173,7 @@ def _published(config: BenchConfig, scanner: PhiScanner, console: Console) -> It
         num_flagged = 0
         started = time.process_time()
         for question in questions:
-            kinds = scanner.kinds(text_of(question))
+            kinds = scanner.kinds(text_of(question.question, question.options, question.answer))
             num_flagged += bool(kinds)
             by_kind.update(kinds)
         seconds = time.process_time() - started

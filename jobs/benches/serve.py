@@ -22,7 +22,7 @@ from pydantic import Field
 from rich.console import Console
 
 from jobs.benches import Measured
-from jobs.benches.models import BenchQuestion, Shape, bench_question, reward_model
+from jobs.benches.models import SERVED, BenchQuestion, Shape, bench_question, reward_model
 from jobs.benches.serve_load import (
     RETRIES,
     Client,
@@ -53,14 +53,7 @@ class BenchConfig(Config):
 
     parts: tuple[Part, ...] = get_args(Part)
     """Parts of the benchmark."""
-    shape: Shape = Shape(
-        hidden_size=256,
-        num_layers=4,
-        num_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=768,
-        vocab_size=4096,
-    )
+    shape: Shape = SERVED
     """The scorer."""
     solutions: int = 64
     """Solutions of a request."""

@@ -1,6 +1,5 @@
 """Seconds and peak memory of a call, on CPU and on a GPU."""
 
-import ctypes
 import gc
 import statistics
 import time
@@ -11,6 +10,7 @@ from typing import TypeVar
 import torch
 
 from jobs.benches.process_memory import highest_bytes
+from medmm_ray.service.allocator import trim
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ def peak_bytes(do: Callable[[], object], device: str) -> float:
         do()
         return float(torch.cuda.max_memory_allocated() - before)
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # else memory that earlier calls left with the allocator would be reused, unseen
+    trim()  # else memory that earlier calls left with the allocator would be reused, unseen
     Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is in use now
     before = highest_bytes()
     do()

@@ -7,6 +7,7 @@ would hold hundreds of MB that it never needs again.
 import asyncio
 import ctypes
 import platform
+from functools import cache
 
 TRIM_S = 5.0
 """Seconds from a request until its memory is given back; requests meanwhile share that."""
@@ -14,8 +15,14 @@ TRIM_S = 5.0
 
 def trim() -> None:
     """Give free memory of this process back; nothing where the C library has no such call."""
-    if platform.libc_ver()[0] == "glibc":
+    if _is_glibc():
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@cache
+def _is_glibc() -> bool:
+    # Python reads its own binary to know.
+    return platform.libc_ver()[0] == "glibc"
 
 
 class Trimmer:

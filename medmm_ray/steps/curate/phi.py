@@ -5,7 +5,7 @@ Identifiers themselves are in no table, figure or log: only their kinds, beside 
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -19,25 +19,9 @@ PhiKinds = Mapping[str, Sequence[str]]
 """The kinds of identifiers in each question that has some, by its id."""
 
 
-class Scanned(Protocol):
-    """What of a question is scanned."""
-
-    @property
-    def question(self) -> str:
-        """Its text."""
-
-    @property
-    def options(self) -> Sequence[str]:
-        """The texts of its options."""
-
-    @property
-    def answer(self) -> str:
-        """Its right answer."""
-
-
-def text_of(question: Scanned) -> str:
+def text_of(question: str, options: Sequence[str], answer: str) -> str:
     """All words of a question, a line each, so that no identifier is read across two of them."""
-    return "\n".join([question.question, *question.options, question.answer])
+    return "\n".join([question, *options, answer])
 
 
 class PhiWorker:
@@ -53,8 +37,7 @@ class PhiWorker:
         kinds = []
         columns = ("question", "options", "answer")
         for row in batch.select(columns).to_pylist():
-            text = "\n".join([row["question"], *row["options"], row["answer"]])
-            kinds.append(self.scanner.kinds(text))
+            kinds.append(self.scanner.kinds(text_of(**row)))
         return pa.table({"question_id": batch["question_id"], "kinds": pa.array(kinds, pa.list_(pa.string()))})
 
 

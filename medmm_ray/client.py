@@ -4,26 +4,23 @@
         answer = client.rerank(rerank_request("Which side?", ["left", "right"], solutions))
 
 A request that was refused for now (429, 503) or whose connection broke is sent again, after the `Retry-After` that the
-service states or a growing random wait: scoring changes nothing, so that sending twice does no harm. What is left in
-the end is a `ServiceError` with the service's words.
+service states and a growing random share (`retries`): scoring changes nothing, so that sending twice does no harm. What
+is left in the end is a `ServiceError` with the service's words.
 """
 
 import asyncio
 import base64
-import itertools
 import json
-import random
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any, Self, TypeVar
 
 import httpx
 from pydantic import BaseModel
 
+from medmm_ray.retries import DEFAULT_RETRIES, Attempts, Retries
 from medmm_ray.service.best_of_n import BestOfNAnswer, BestOfNRequest, Round
 from medmm_ray.service.cards import ModelCard, ModelList
 from medmm_ray.service.foreign import CohereAnswer, CohereRequest
@@ -32,7 +29,6 @@ from medmm_ray.service.rerank import Aggregate, AnswerType, RerankAnswer, Rerank
 from medmm_ray.service.rewards import RewardsAnswer, RewardsRequest
 from medmm_ray.service.scores import ScoreAnswer, ScoreRequest
 
-RETRIED = (429, 503)  # not 408, which would take as long again, nor 500, which would fail again
 Outcome = httpx.Response | httpx.TransportError
 AnswerT = TypeVar("AnswerT", bound=BaseModel)
 
@@ -48,47 +44,6 @@ class ServiceError(RuntimeError):
         super().__init__(message)
         self.status = status
         self.problem = dict(problem or {})
-
-
-@dataclass(frozen=True)
-class Retries:
-    """How often a request is sent again, and how long is waited before.
-
-    Without a `Retry-After` the wait is random up to ``first_s`` times two to the power of the try, at most `longest_s`;
-    a stated one that is longer than `longest_s` is not waited for.
-    """
-
-    number: int = 5
-    first_s: float = 0.5
-    longest_s: float = 60.0
-
-    def wait_s(self, attempt: int, outcome: Outcome) -> float | None:
-        """Seconds to wait before try number `attempt` + 1 (from 0), or None where the outcome stands."""
-        # The first attempt is no retry: of number=5 there are six.
-        if attempt >= self.number:
-            return None
-        if isinstance(outcome, httpx.Response):
-            if outcome.status_code not in RETRIED:
-                return None
-            stated = retry_after_s(outcome.headers.get("Retry-After"))
-            if stated is not None:
-                return stated if stated <= self.longest_s else None
-        # Random over the whole range: clients that were refused at a time shall not come back at a time.
-        return random.uniform(0, min(self.longest_s, self.first_s * 2**attempt))
-
-
-def retry_after_s(value: str | None) -> float | None:
-    """The seconds of a `Retry-After`, a number or a date; None where it is neither."""
-    if value is None:
-        return None
-    if value.strip().isdigit():
-        return float(value)
-    # Proxies in between may state a date.
-    try:
-        moment = parsedate_to_datetime(value)
-    except ValueError:
-        return None
-    return max(0.0, (moment - datetime.now(UTC)).total_seconds())
 
 
 def rerank_request(
@@ -170,6 +125,13 @@ class _Settings:
         return (Round if name == "round" else BestOfNAnswer).model_validate_json(data)
 
 
+def _wait_s(attempts: Attempts, outcome: Outcome) -> float | None:
+    """Seconds until the request is sent again; None where its outcome stands."""
+    if isinstance(outcome, httpx.TransportError):
+        return attempts.wait_s(0, None)
+    return attempts.wait_s(outcome.status_code, outcome.headers.get("Retry-After"))
+
+
 def _streamed(request: BestOfNRequest) -> _Call:
     return _Call("POST", "/v1/best_of_n", request.model_copy(update={"stream": True}))
 
@@ -219,7 +181,7 @@ class Client(_Settings):
         key: str = "",
         *,
         timeout_s: float = 120.0,
-        retries: Retries = Retries(),
+        retries: Retries = DEFAULT_RETRIES,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         super().__init__(url, key, timeout_s, retries)
@@ -294,17 +256,17 @@ class Client(_Settings):
         self.close()
 
     def _call(self, call: _Call, answer: type[AnswerT]) -> AnswerT:
-        for attempt in itertools.count():
+        attempts = Attempts(self.retries)
+        while True:
             outcome: Outcome
             try:
                 outcome = self._http.request(call.method, call.path, **call.options)
             except httpx.TransportError as error:
                 outcome = error
-            wait_s = self.retries.wait_s(attempt, outcome)
+            wait_s = _wait_s(attempts, outcome)
             if wait_s is None:
-                break
+                return self._answer(outcome, answer)
             time.sleep(wait_s)
-        return self._answer(outcome, answer)
 
 
 class AsyncClient(_Settings):
@@ -316,7 +278,7 @@ class AsyncClient(_Settings):
         key: str = "",
         *,
         timeout_s: float = 120.0,
-        retries: Retries = Retries(),
+        retries: Retries = DEFAULT_RETRIES,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         super().__init__(url, key, timeout_s, retries)
@@ -393,14 +355,14 @@ class AsyncClient(_Settings):
         await self.close()
 
     async def _call(self, call: _Call, answer: type[AnswerT]) -> AnswerT:
-        for attempt in itertools.count():
+        attempts = Attempts(self.retries)
+        while True:
             outcome: Outcome
             try:
                 outcome = await self._http.request(call.method, call.path, **call.options)
             except httpx.TransportError as error:
                 outcome = error
-            wait_s = self.retries.wait_s(attempt, outcome)
+            wait_s = _wait_s(attempts, outcome)
             if wait_s is None:
-                break
+                return self._answer(outcome, answer)
             await asyncio.sleep(wait_s)
-        return self._answer(outcome, answer)

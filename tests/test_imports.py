@@ -36,7 +36,7 @@ LAYERS = (
     ("reward_model",),
     ("steps", "train"),
     ("pages", "service"),
-    ("client", "serve", "release"),
+    ("client", "retries", "serve", "release"),
     ("rewards",),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}

@@ -11,7 +11,9 @@ import httpx
 import numpy as np
 import psutil
 
-RETRIES = 8
+from medmm_ray.retries import DEFAULT_RETRIES, Attempts, Retries
+
+RETRIES = DEFAULT_RETRIES
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,9 @@ def statuses(replies: Sequence[Reply]) -> dict[int, int]:
 
 
 class Client:
-    """Posts bodies to a route of the service; `retries`: what is refused for now is sent again when it may be."""
+    """Posts bodies to a route of the service; with `retries`, what is refused for now again, by our client's rule."""
 
-    def __init__(self, http: httpx.AsyncClient, path: str = "/v1/rerank", retries: int = 0) -> None:
+    def __init__(self, http: httpx.AsyncClient, path: str = "/v1/rerank", retries: Retries | None = None) -> None:
         self._http = http
         self._path = path
         self._retries = retries
@@ -54,14 +56,15 @@ class Client:
     async def send(self, body: bytes) -> Reply:
         """Post one body."""
         sent = time.monotonic()
-        reply = await self._post(body, sent)
-        for attempt in range(self._retries):
-            if reply.status not in (0, 429, 503):
-                break
-            pause_s = float(reply.retry_after or 0.2 * 2**attempt)
-            await asyncio.sleep(pause_s)
+        if self._retries is None:
+            return await self._post(body, sent)
+        attempts = Attempts(self._retries)
+        while True:
             reply = await self._post(body, sent)
-        return reply
+            wait_s = attempts.wait_s(reply.status, reply.retry_after)
+            if wait_s is None:
+                return reply
+            await asyncio.sleep(wait_s)
 
     async def _post(self, body: bytes, sent: float) -> Reply:
         try:

@@ -20,6 +20,7 @@ from jobs.benches import Measured
 from jobs.benches.serve_load import RETRIES, Client, Reply, http_client, open_loop, process_named, served, statuses
 from jobs.benches.slow_engine import SlowModel
 from medmm_ray.config import Config
+from medmm_ray.retries import Retries
 from medmm_ray.service.config import ModelConfig, ServeConfig
 from medmm_ray.service.deployment import application, running
 from medmm_ray.service.replica import ReplicaScorer, ServedModel
@@ -147,7 +148,7 @@ def scale(config: ReplicasConfig, console: Console) -> Iterator[Measured]:
     )
 
 
-def under_load(url: str, seconds: float, retries: int, act: Callable[[], None]) -> list[Reply]:
+def under_load(url: str, seconds: float, retries: Retries | None, act: Callable[[], None]) -> list[Reply]:
     """Half of what two replicas can, while `act` runs a third into it."""
 
     async def ask() -> list[Reply]:
@@ -174,7 +175,7 @@ def replace(config: ReplicasConfig, console: Console) -> Iterator[Measured]:
         def update() -> None:
             serve.run(application(changed, load_slow), name="medmm", route_prefix="/")
 
-        replies = under_load(url, config.steady_s, 0, update)
+        replies = under_load(url, config.steady_s, None, update)
     console.print(f"rolling update: statuses {statuses(replies)}")
     failed = len(replies) - len(served(replies))
     yield Measured(
@@ -193,7 +194,7 @@ AFTER_RETRIES = "failed after retries"
 
 def kill(config: ReplicasConfig, console: Console) -> Iterator[Measured]:
     """One of two replicas is killed; what it had is sent again."""
-    for retries, name in ((0, WITHOUT_RETRIES), (RETRIES, AFTER_RETRIES)):
+    for retries, name in ((None, WITHOUT_RETRIES), (RETRIES, AFTER_RETRIES)):
         with serving_slow(num_replicas=2, max_wait_s=10) as (url, _):
             replies = under_load(url, config.steady_s, retries, lambda: process_named("Reranker").kill())
         yield _failed(f"kill -9 of a replica, {name}", replies, retries, console)
@@ -201,7 +202,7 @@ def kill(config: ReplicasConfig, console: Console) -> Iterator[Measured]:
 
 def kill_node(config: ReplicasConfig, console: Console) -> Iterator[Measured]:
     """A node with one of two replicas is killed with all its processes; another node has room for its replica."""
-    for retries, name in ((0, WITHOUT_RETRIES), (RETRIES, AFTER_RETRIES)):
+    for retries, name in ((None, WITHOUT_RETRIES), (RETRIES, AFTER_RETRIES)):
         with (
             three_nodes() as (cluster, nodes, port),
             serving_slow(num_replicas=2, max_wait_s=10, num_cpus=NODE_CPUS, port=port) as (url, _),
@@ -241,10 +242,10 @@ def three_nodes() -> Iterator[tuple["Cluster", Sequence[Any], int]]:
             cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
-def _failed(name: str, replies: Sequence[Reply], retries: int, console: Console) -> Measured:
+def _failed(name: str, replies: Sequence[Reply], retries: Retries | None, console: Console) -> Measured:
     """The row of requests that failed; without retries a 503 that says when to come again is none."""
     console.print(f"{name}: statuses {statuses(replies)}")
     num_failed = len(replies) - len(served(replies))
-    if not retries:
+    if retries is None:
         num_failed -= sum(reply.status == 503 and reply.retry_after is not None for reply in replies)
     return Measured(name, len(replies), num_failed, num_failed, "≤ 0", "requests")

@@ -6,14 +6,13 @@ import shlex
 import subprocess
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from typing import Any
 
 import httpx
 import pytest
 
-from medmm_ray.client import AsyncClient, Client, Retries, ServiceError, rerank_request, retry_after_s
+from medmm_ray.client import AsyncClient, Client, ServiceError, rerank_request
+from medmm_ray.retries import Retries
 from medmm_ray.service.best_of_n import BestOfNRequest, Round
 from medmm_ray.service.foreign import CohereRequest
 from medmm_ray.service.rewards import PromptCompletions, RewardsRequest
@@ -210,23 +209,6 @@ def test_retry_after_is_waited_for() -> None:
     started = time.monotonic()
     assert models(Scripted((503, "1"), 200), is_async=False) == []
     assert time.monotonic() - started >= 1
-
-
-def test_waits_grow_and_are_bounded() -> None:
-    retries = Retries(number=20, first_s=1.0, longest_s=8.0)
-    refusal = httpx.Response(503)
-    for attempt, most in enumerate([1, 2, 4, 8, 8, 8]):
-        waits = [retries.wait_s(attempt, refusal) for _ in range(200)]
-        numbers = [wait for wait in waits if wait is not None]
-        assert len(numbers) == 200
-        assert 0.5 * most < max(numbers) <= most
-    assert retries.wait_s(20, refusal) is None
-
-
-def test_retry_after_as_number_and_as_date() -> None:
-    later = datetime.now(UTC) + timedelta(seconds=100)
-    assert (retry_after_s("7"), retry_after_s(None), retry_after_s("soon")) == (7.0, None, None)
-    assert 95 < (retry_after_s(format_datetime(later, usegmt=True)) or 0) <= 100
 
 
 # The documents

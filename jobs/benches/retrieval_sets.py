@@ -6,6 +6,8 @@ question the documents that answer it.
 
 import json
 import random
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,12 @@ class RetrievalSet:
     tuning: Sequence[Topic]
     test: Sequence[Topic]
 
+    def __post_init__(self) -> None:
+        # Rankings are known by their topic: two of one id would share the last one's.
+        counts = Counter(topic.topic_id for topic in (*self.train, *self.tuning, *self.test))
+        if repeated := [topic_id for topic_id, count in counts.items() if count > 1]:
+            raise ValueError(f"{self.name}: {len(repeated)} topic ids stand twice, such as {repeated[0]!r}")
+
 
 def medquad(
     folder: Path,
@@ -43,25 +51,24 @@ def medquad(
 ) -> RetrievalSet:
     """MedQuAD: its answers under what they are about, as title; equal ones once. Topics about one thing stay together.
 
-    A question's own answer alone counts, also where other sources answer the same question.
+    A question that several of its sources answer is one topic with several documents. Its ids are not unique: each
+    source counts its own.
     """
     rows = [json.loads(line) for line in (folder / "medquad.jsonl").read_text().splitlines()]
     documents: dict[str, Document] = {}
-    topics: dict[str, list[Topic]] = {}
+    answering: dict[str, set[str]] = {}
+    asked: dict[str, tuple[str, str]] = {}  # a question's words and what it is about, by its key
     for row in rows:
         document_id = f"d{digest(row['focus'], row['answer'])}"
         documents[document_id] = Document(
             document_id=document_id, corpus="medquad", title=row["focus"], text=row["answer"]
         )
-        focus = row["focus"].lower()
-        topics.setdefault(focus, []).append(
-            Topic(
-                row["id"],
-                row["question"],
-                frozenset({document_id}),
-                focus,
-            )
-        )
+        key = " ".join(re.findall(r"\w+", row["question"].lower()))
+        answering.setdefault(key, set()).add(document_id)
+        asked.setdefault(key, (row["question"], row["focus"].lower()))
+    topics: dict[str, list[Topic]] = {}
+    for key, (question, focus) in asked.items():
+        topics.setdefault(focus, []).append(Topic(f"q{digest(key)}", question, frozenset(answering[key]), focus))
     focuses = sorted(topics)
     random.Random(seed).shuffle(focuses)
     ordered: list[Topic] = []

@@ -27,6 +27,7 @@ from medmm_ray.service.rerank import (
     Scored,
     from_base64,
     rerank,
+    stated_answers,
     to_model_input,
 )
 
@@ -91,8 +92,12 @@ class Backend:
     async def score_case(self, case: Case) -> Scored:
         """The log-odds of a case's solutions, in order."""
         model_input, evidence = await self.model_input(case)
+        return replace(await self._score(model_input), evidence=evidence)
+
+    async def _score(self, model_input: ModelInput) -> Scored:
+        """The log-odds of a model input's solutions, counted."""
         with self.pixels_held.held(model_input.num_pixels):
-            scored = replace(await self.score(model_input), evidence=evidence)
+            scored = await self.score(model_input)
         self.metrics.add_scores(scored, self.model)
         num_unscored = sum(solution.error is not None for solution in scored.solutions)
         tally().add(model_input, self.fingerprint, num_unscored, scored.num_tokens or 0)
@@ -171,9 +176,26 @@ class Backend:
 
     async def rerank(self, request: RerankRequest) -> RerankAnswer:
         """The answer to a rerank request."""
-        scored = await self.score_case(request)
-        # In a thread: finding the answers in long texts takes a while too.
-        return await asyncio.to_thread(rerank, request, scored, self.model, self.traits.warnings(request))
+        model_input, evidence = await self.model_input(request)
+        scoring = asyncio.ensure_future(self._score(model_input))
+        try:
+            # What is refused is refused at once, before anything else is done for it.
+            await asyncio.wait([scoring], timeout=0)
+            if scoring.done():
+                scoring.result()
+            # While the model reads: the answers do not depend on its scores. In a thread, as long texts take a while.
+            answers = await asyncio.to_thread(stated_answers, request)
+            scored = replace(await scoring, evidence=evidence)
+        finally:
+            scoring.cancel()
+        return await asyncio.to_thread(
+            rerank,
+            request,
+            scored,
+            self.model,
+            self.traits.warnings(request),
+            answers,
+        )
 
 
 def _problem(error: RowError) -> Problem:

@@ -24,6 +24,7 @@ from medmm_ray.service.messages import Answer, Message, Words
 from medmm_ray.stats import decoders, metrics
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from PIL.Image import Image
 
 Aggregate = Literal["min", "last", "mean"]
@@ -287,29 +288,44 @@ class StepTotals:
     error: str | None
 
 
-def rerank(request: RerankRequest, scored: Scored, model: str, warnings: Sequence[str] = ()) -> RerankAnswer:
+def rerank(
+    request: RerankRequest,
+    scored: Scored,
+    model: str,
+    warnings: Sequence[str] = (),
+    answers: Sequence[str | None] | None = None,
+) -> RerankAnswer:
     """The answer to `request` from the log-odds of its solutions, in its order.
 
     A solution with a score that is not finite has an error in place of a rank, and changes nothing for the others.
+    `answers`: what `stated_answers` gives, where it was called before.
     """
+    if answers is None:
+        answers = stated_answers(request)
     totals = [step_totals(score) for score in scored.solutions]
-    rewards = [_reward(total, request.aggregate) for total in totals]
+    log_odds = {how: _aggregated(totals, how) for how in AGGREGATES}
+    aggregates = {how: metrics.probability(of_solutions).tolist() for how, of_solutions in log_odds.items()}
+    rewards = log_odds[request.aggregate].tolist()
     ranking = [i for i, total in enumerate(totals) if total.log_odds]
     # A stable sort: equal rewards keep the order of the request.
     ranking.sort(key=lambda i: -rewards[i])
     ranks = {i: rank for rank, i in enumerate(ranking, 1)}
     solutions = []
-    for i, (score, total) in enumerate(zip(scored.solutions, totals, strict=True)):
+    for i, (solution, total) in enumerate(zip(request.solutions, totals, strict=True)):
+        of_solution: dict[Aggregate, float] = {}
+        if total.log_odds:
+            of_solution = {how: values[i] for how, values in aggregates.items()}
         solutions.append(
-            _scored(
-                request,
-                i,
-                score,
-                total,
-                ranks.get(i),
+            ScoredSolution(
+                index=i,
+                rank=ranks.get(i),
+                answer=answers[i],
+                reward=of_solution.get(request.aggregate),
+                aggregates=of_solution,
+                steps=_step_scores(solution, scored.solutions[i], total),
+                error=total.error,
             )
         )
-    answers = [solution.answer for solution in solutions]
     return RerankAnswer(
         model=model,
         arm=arm_of(request),
@@ -323,6 +339,11 @@ def rerank(request: RerankRequest, scored: Scored, model: str, warnings: Sequenc
         evidence=scored.evidence,
         usage=scored.usage,
     )
+
+
+def stated_answers(request: RerankRequest) -> list[str | None]:
+    """The answer that each solution of a request states."""
+    return [stated_answer(solution, request.options, request.answer_type) for solution in request.solutions]
 
 
 def step_totals(score: StepLogOdds) -> StepTotals:
@@ -342,39 +363,28 @@ def step_totals(score: StepLogOdds) -> StepTotals:
     return StepTotals(log_odds, None)
 
 
-def _reward(total: StepTotals, how: Aggregate) -> float:
-    """The aggregate as log-odds: of probabilities many would round to 1 and tie. NaN without a score."""
-    return decoders.aggregate(total.log_odds, how) if total.log_odds else math.nan
+def _aggregated(totals: Sequence[StepTotals], how: Aggregate) -> "NDArray[np.float64]":
+    """Each solution's aggregate as log-odds: of probabilities many would round to 1 and tie. NaN without a score."""
+    num_steps = np.array([len(total.log_odds) for total in totals])
+    all_log_odds = np.array([value for total in totals for value in total.log_odds])
+    rewards = np.full(len(totals), np.nan)
+    has_score = num_steps > 0
+    # All solutions at once: one at a time an array of a few numbers costs more than what is done with it.
+    rewards[has_score] = decoders.aggregates(all_log_odds, num_steps[has_score], how)
+    return rewards
 
 
-def _scored(
-    request: RerankRequest, index: int, score: StepLogOdds, total: StepTotals, rank: int | None
-) -> ScoredSolution:
-    solution = request.solutions[index]
-    steps = steps_of(solution)
-    aggregates: dict[Aggregate, float] = {}
+def _step_scores(solution: str | list[str], score: StepLogOdds, total: StepTotals) -> list[StepScore]:
+    if not total.log_odds:
+        return []
+    probabilities = metrics.probability(total.log_odds).tolist()
     step_scores: list[StepScore] = []
-    if total.log_odds:
-        for how in AGGREGATES:
-            aggregates[how] = float(metrics.probability(decoders.aggregate(total.log_odds, how)))
-        parts = zip(steps, score.text_log_odds, score.image_log_odds, strict=True)
-        for i, (step, from_text, from_image) in enumerate(parts):
-            step_score = StepScore(
-                text=step,
-                probability=float(metrics.probability(total.log_odds[i])),
-                text_log_odds=from_text,
-                image_log_odds=from_image,
-            )
-            step_scores.append(step_score)
-    return ScoredSolution(
-        index=index,
-        rank=rank,
-        answer=stated_answer(solution, request.options, request.answer_type),
-        reward=aggregates.get(request.aggregate),
-        aggregates=aggregates,
-        steps=step_scores,
-        error=total.error,
-    )
+    parts = zip(steps_of(solution), probabilities, score.text_log_odds, score.image_log_odds, strict=True)
+    for step, probability, from_text, from_image in parts:
+        step_scores.append(
+            StepScore(text=step, probability=probability, text_log_odds=from_text, image_log_odds=from_image)
+        )
+    return step_scores
 
 
 def arm_of(request: Context) -> Arm:

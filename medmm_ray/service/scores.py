@@ -49,7 +49,7 @@ def score_answer(request: ScoreRequest, scored: Scored, model: str, warnings: li
         totals = step_totals(score)
         has_scores = totals.error is None
         # From the sum of the parts: theirs would not multiply to it.
-        probabilities = [float(metrics.probability(value)) for value in totals.log_odds]
+        probabilities = metrics.probability(totals.log_odds).tolist()
         solutions.append(
             SolutionScores(
                 index=index,

@@ -8,7 +8,7 @@ import pytest
 
 from jobs import bench
 from jobs.benches.retrieval_rankers import interval, recalls
-from jobs.benches.retrieval_sets import Topic, bioasq, medquad, pubmedqa
+from jobs.benches.retrieval_sets import RetrievalSet, Topic, bioasq, medquad, pubmedqa
 from tests.doubles.clip_folders import write_native_clip
 from tests.paths import REAL_DATA
 
@@ -42,7 +42,7 @@ def test_an_interval_draws_groups_of_topics() -> None:
 def test_the_published_sets() -> None:
     pairs = medquad(REAL_DATA / "medquad", 2000, 1000, seed=0)
     parts = (pairs.train, pairs.tuning, pairs.test)
-    assert [len(part) for part in parts] == [13_407, 1000, 2000]
+    assert [len(part) for part in parts] == [11_298, 1000, 2000]
     assert len(pairs.documents) == 16_350
     assert {document_id for part in parts for topic in part for document_id in topic.relevant} == {
         document.document_id for document in pairs.documents
@@ -55,6 +55,26 @@ def test_the_published_sets() -> None:
     snippets = bioasq(REAL_DATA / "mirage/rawdata/bioasq")
     assert len({document.document_id for document in snippets.documents}) == len(snippets.documents)
     assert sum(len(topic.relevant) for topic in snippets.test) >= len(snippets.documents)
+
+
+def test_a_question_of_several_sources_is_one_topic_whatever_their_ids(tmp_path: Path) -> None:
+    rows = [
+        {"id": "1", "focus": "Gout", "question": "What is (are) Gout ?", "answer": "Crystals of uric acid."},
+        {"id": "1", "focus": "Mumps", "question": "What is mumps?", "answer": "A virus."},
+        {"id": "2", "focus": "gout", "question": "what is (are) gout?", "answer": "A painful joint."},
+    ]
+    (tmp_path / "medquad.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    topics = medquad(tmp_path, 2, 0, seed=0).test
+    assert sorted((topic.text, len(topic.relevant)) for topic in topics) == [
+        ("What is (are) Gout ?", 2),
+        ("What is mumps?", 1),
+    ]
+    assert len({topic.topic_id for topic in topics}) == 2
+
+
+def test_topics_of_one_id_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"1 topic ids stand twice, such as 'q1'"):
+        RetrievalSet("set", [], [topic("q1", "a")], [], [topic("q1", "b")])
 
 
 def write_medquad(folder: Path) -> None:

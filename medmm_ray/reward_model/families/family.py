@@ -9,6 +9,7 @@ from torch import Tensor
 
 from medmm_ray.engines.chat_template import ChatTemplate
 from medmm_ray.reward_model.full_sequence import FullSequence, QuestionContext, Solution, common_prefix
+from medmm_ray.reward_model.shared_text import tokenize_sharing
 from medmm_ray.text import cut_steps, is_tagged, without_tags
 
 FamilyName = Literal[
@@ -105,11 +106,11 @@ def tokenize_tagged(
         solution_texts.append("".join(f"{step}{tag}" for step in steps))
     texts = [render(solution) for solution in solution_texts]
     head_text = _text_before(texts[0], solution_texts[0], render)
-    head_ids, *rows = tokenizer([head_text, *texts], add_special_tokens=True)["input_ids"]
+    head_ids, *rows = tokenize_sharing(tokenizer, head_text, [head_text, *texts])
     sequences: list[FullSequence] = []
     faults: dict[int, str] = {}
     for (number, steps), text, ids in zip(solutions.items(), texts, rows, strict=True):
-        tags = [place for place, token in enumerate(ids) if token == tag_id]
+        tags = places_of([tag_id], ids)
         if len(tags) != text.count(tag):
             faults[number] = f"tags: {len(tags)} tag tokens for {text.count(tag)} tags in the text; expected as many"
             continue
@@ -127,6 +128,18 @@ def _text_before(text: str, solution: str, render: Callable[[str], str]) -> str:
     if start < 0:
         start = common_prefix([text, render("")])
     return text[:start]
+
+
+def places_of(part: Sequence[int], ids: Sequence[int]) -> list[int]:
+    """Where `part` begins in `ids`."""
+    places: list[int] = []
+    place = -1
+    # By `index`, which looks through thousands of ids in C for the few that matter.
+    for _ in range(ids.count(part[0])):
+        place = ids.index(part[0], place + 1)
+        if ids[place : place + len(part)] == part:
+            places.append(place)
+    return places
 
 
 def chat_template(tokenizer: Any, in_parts: bool = False) -> ChatTemplate:

@@ -14,9 +14,11 @@ from medmm_ray.reward_model.families.family import (
     ImageTokens,
     TokenPairHead,
     ids_of,
+    places_of,
     steps_of,
 )
 from medmm_ray.reward_model.full_sequence import FullSequence, QuestionContext, Solution, common_prefix, single_id
+from medmm_ray.reward_model.shared_text import tokenize_sharing
 
 # The text with which VisualPRM's training data is made (`PRM_SYSTEM_PROMPT` of InternVL's reasoning data pipeline).
 SYSTEM = """\
@@ -75,11 +77,11 @@ class VisualPrm(TokenPairHead):
         turn_end = f"{_END}{_ASSISTANT}{self.answer}{_END}"
         steps_by_number = {number: steps_of(solution) for number, solution in solutions.items()}
         texts = [head + f"{turn_end}<|im_start|>user\n".join(steps) + turn_end for steps in steps_by_number.values()]
-        head_ids, *rows = self.tokenizer([head, *texts])["input_ids"]
+        head_ids, *rows = tokenize_sharing(self.tokenizer, head, [head, *texts])
         sequences: list[FullSequence] = []
         faults: dict[int, str] = {}
         for (number, steps), ids in zip(steps_by_number.items(), rows, strict=True):
-            reads = [place + len(self._assistant_ids) - 1 for place in _places_of(self._turn_ids, ids)]
+            reads = [place + len(self._assistant_ids) - 1 for place in places_of(self._turn_ids, ids)]
             if len(reads) == len(steps):
                 start = common_prefix([head_ids, ids])
                 sequences.append(FullSequence(number, ids[: reads[-1] + 1], reads, start))
@@ -93,8 +95,3 @@ def _numbered(image: str, number: int) -> str:
     if number == 1:
         return f"{image}\n"
     return "".join(f"Image-{i}: {image}\n" for i in range(1, number + 1))
-
-
-def _places_of(part: list[int], ids: list[int]) -> list[int]:
-    """Where `part` begins in `ids`."""
-    return [i for i, token in enumerate(ids) if token == part[0] and ids[i : i + len(part)] == part]

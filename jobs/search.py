@@ -21,11 +21,13 @@ from jobs.recipe import Recipe
 from jobs.step import Run, load_recipe
 from medmm_ray.config import ConfigError
 from medmm_ray.data.records import RetrievedDocument, RetrievedImage
+from medmm_ray.engines.index.encoders import IndexEncoders
 from medmm_ray.steps.embed import EmbedConfig, query_encoder
 from medmm_ray.steps.retrieve import RetrieveConfig, load_search
 from medmm_ray.steps.retrieve.images import OwnImages, ReferenceSearch
 
 SHOWN = 220  # characters of a passage
+ADVICE = "Search with the recipe and the models that the index was made with"
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -116,7 +118,9 @@ def find_passages(
     question: str, folder: Path, config: RetrieveConfig, embed: EmbedConfig, tower: str, modality: str = ""
 ) -> list[RetrievedDocument]:
     """The passages for a question, best first."""
-    vectors_QD = query_encoder(embed, tower).encode_queries([question])
+    encoder = query_encoder(embed, tower)
+    IndexEncoders.load(folder).check("queries", encoder.query_identity, str(folder), ADVICE)
+    vectors_QD = encoder.encode_queries([question])
     return load_search(config, folder).search(
         [question],
         vectors_QD,
@@ -133,7 +137,9 @@ def find_images(
     from medmm_ray.engines.images import open_image, read_bytes
 
     picture = load_preprocess(tower)(open_image(file, embed.max_pixels))
-    vectors_ND = ImageEncoder(tower).encode(np.asarray(picture, np.float32)[None])
+    encoder = ImageEncoder(tower)
+    IndexEncoders.load(folder).check("images", encoder.identity, str(folder), ADVICE)
+    vectors_ND = encoder.encode(np.asarray(picture, np.float32)[None])
     own = OwnImages(
         (),
         frozenset({hashlib.sha256(read_bytes(file)).hexdigest()}),

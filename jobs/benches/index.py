@@ -163,7 +163,8 @@ def _rows(names: list[str], vectors_ND: Vectors) -> pa.Table:
     schema = arrow_schema(Vector)
     borders = np.arange(len(names) + 1, dtype=np.int32) * vectors_ND.shape[1]
     lists = pa.ListArray.from_arrays(borders, pa.array(vectors_ND.reshape(-1)))
-    columns = {"item_id": pa.array(names), "vector": lists, "error": pa.nulls(len(names), pa.string())}
+    nothing = pa.nulls(len(names), pa.string())
+    columns = {"item_id": pa.array(names), "vector": lists, "encoder": nothing, "error": nothing}
     return pa.table([columns[name] for name in schema.names], names=schema.names).cast(schema)
 
 

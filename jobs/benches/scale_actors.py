@@ -289,6 +289,8 @@ class SleepingScorer(score.Scorer):
 class SleepingEncoder:
     """An encoder that takes a fixed time for a batch."""
 
+    query_identity = None
+
     def __init__(self, crew: Crew) -> None:
         self.pause_s, self.notes = crew.pause_s, crew.join()
 

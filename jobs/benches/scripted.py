@@ -64,6 +64,7 @@ class ScriptedEncoder:
     """A direction for each text or image, by its content alone."""
 
     max_tokens = 256
+    identity = document_identity = query_identity = None
 
     def __init__(self, pause_s: float) -> None:
         self.pause_s = pause_s

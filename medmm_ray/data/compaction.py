@@ -17,7 +17,8 @@ from pyarrow import fs as pafs
 
 from medmm_ray.data.artifacts import is_shared, place_file, write_file
 from medmm_ray.data.part_log import THREADS
-from medmm_ray.data.parts import PARTS, Part, PartWriter, RecordFile, owners, read_rows
+from medmm_ray.data.parts import PARTS, Part, PartWriter, RecordFile, fitted, owners, read_rows
+from medmm_ray.data.records import arrow_schema
 
 TARGET_BYTES = 256 << 20
 """Size of a table's files, where it has so much."""
@@ -104,7 +105,8 @@ class Merge:
 
     def _read(self, part: Part) -> pa.Table:
         rows = read_rows(self.fs, f"{self.folder}/{PARTS}/{part.name}")
-        return rows.replace_schema_metadata(None)  # its footer
+        # Without its footer; a run that goes on with one of an earlier version merges parts of both.
+        return fitted(rows, arrow_schema(self.record))
 
 
 def compact(

@@ -252,6 +252,14 @@ def _group_bounds(values: Sequence[str], num_rows: int) -> Iterator[tuple[int, i
         yield start, len(values)
 
 
+def fitted(rows: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The rows with the columns of `schema`; a nullable one that a file of an earlier version lacks is null."""
+    for field_ in schema:
+        if field_.nullable and field_.name not in rows.column_names:
+            rows = rows.append_column(field_, pa.nulls(rows.num_rows, field_.type))
+    return rows.select(schema.names).cast(schema)
+
+
 def read_rows(
     fs: pafs.FileSystem,
     path: str,

@@ -111,7 +111,11 @@ class Document:
 
 @dataclass(frozen=True, kw_only=True)
 class Passage:
-    """A part of a document that its encoder reads whole, with its `vector`; what else it has is the document's."""
+    """A part of a document that its encoder reads whole, with its `vector`; what else it has is the document's.
+
+    `encoder` is what made the vector, as JSON (`engines.encoder_identity`); None without a vector, and in rows of
+    earlier versions.
+    """
 
     key: ClassVar[tuple[str, ...]] = ("passage_id",)
     passage_id: str
@@ -122,27 +126,30 @@ class Passage:
     date: str
     modality: str
     vector: list[Float32]
+    encoder: str | None = None
     error: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """What is looked up for a question: a text, and its vector."""
+    """What is looked up for a question: a text, and its vector; `encoder` as in `Passage`."""
 
     key: ClassVar[tuple[str, ...]] = ("question_id",)
     question_id: str
     text: str
     vector: list[Float32]
+    encoder: str | None = None
     error: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Vector:
-    """One embedding of an image, of unit length; `item_id` is the image's id."""
+    """One embedding of an image, of unit length; `item_id` is the image's id, `encoder` as in `Passage`."""
 
     key: ClassVar[tuple[str, ...]] = ("item_id",)
     item_id: str
     vector: list[Float32]
+    encoder: str | None = None
     error: str | None = None
 
 

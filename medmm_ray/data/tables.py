@@ -50,6 +50,7 @@ from medmm_ray.data.parts import (
     error_counts,
     error_kind,
     figure_sums,
+    fitted,
     read_rows,
     rows_hash,
 )
@@ -117,14 +118,6 @@ class RowError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.message}"
-
-
-def fitted(rows: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The rows with the columns of `schema`; a nullable one that a file of an earlier version lacks is null."""
-    for field_ in schema:
-        if field_.nullable and field_.name not in rows.column_names:
-            rows = rows.append_column(field_, pa.nulls(rows.num_rows, field_.type))
-    return rows.select(schema.names).cast(schema)
 
 
 class TableStream:

@@ -3,8 +3,13 @@
 It loads its model in the constructor and takes pictures a call; the caller chooses how many at a time.
 """
 
+from functools import cached_property
+
 import numpy as np
 from numpy.typing import NDArray
+
+from medmm_ray.engines.encoder_identity import EncoderIdentity, source_of
+from medmm_ray.engines.model_source import files_hash
 
 Vectors = NDArray[np.float32]
 
@@ -18,6 +23,12 @@ class ImageEncoder:
         self.device = device
         self.tower = ImageTower.from_pretrained(path, device=device).requires_grad_(False)
         self.width = self.tower.embed_dim
+        self._source = source_of(path)
+
+    @cached_property
+    def identity(self) -> EncoderIdentity:
+        """What made the vectors."""
+        return EncoderIdentity(self._source, files_hash(self.tower.files()), self.width)
 
     def encode(self, pixels_N3HW: Vectors) -> Vectors:
         """Pictures, as `engines.image_tower.load_preprocess` gives them, as vectors_ND, float32, of unit length."""

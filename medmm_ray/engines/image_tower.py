@@ -23,8 +23,15 @@ from medmm_ray.engines.dtype_device import device_of, dtype_of
 from medmm_ray.engines.image_preprocess import ClipPreprocess, Preprocess, ProcessorPreprocess
 from medmm_ray.engines.model_source import ModelSource, commit_of
 from medmm_ray.engines.onednn_linear import use_onednn
-from medmm_ray.engines.pretrained import load
-from medmm_ray.engines.weights import OPEN_CLIP_FILES, WeightMismatch, WeightsError, check_files, weight_files
+from medmm_ray.engines.pretrained import checkpoint_folder, load, open_clip_folder
+from medmm_ray.engines.weights import (
+    OPEN_CLIP_FILES,
+    TRANSFORMERS_FILES,
+    WeightMismatch,
+    WeightsError,
+    check_files,
+    weight_files,
+)
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = OPEN_CLIP_FILES[0]
@@ -88,6 +95,11 @@ class ImageTower(nn.Module):
         source = ModelSource(name, commit) if commit else ModelSource.of(path)
         tower = cls(backbone, path, source).eval()
         return tower.to(target_device, backbone.stored_dtype if number_format == "auto" else number_format)
+
+    def files(self) -> list[Path]:
+        """The files that its weights were read from."""
+        folder = checkpoint_folder(self.path, self.origin.revision)
+        return weight_files(folder, OPEN_CLIP_FILES if (folder / CONFIG).is_file() else TRANSFORMERS_FILES)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -354,11 +366,5 @@ def _local_path(name: str, revision: str | None) -> tuple[str, str | None]:
     path = resolve(name)
     if not path.startswith(HUB_PREFIX):
         return path, None
-    snapshot = _download(path.removeprefix(HUB_PREFIX), revision)
+    snapshot = open_clip_folder(path.removeprefix(HUB_PREFIX), revision)
     return snapshot, Path(snapshot).name  # the hub's cache names a snapshot by its commit
-
-
-def _download(hub_id: str, revision: str | None) -> str:
-    from huggingface_hub import snapshot_download
-
-    return snapshot_download(hub_id, revision=revision, allow_patterns=["*.json", "*.txt", *OPEN_CLIP_FILES])

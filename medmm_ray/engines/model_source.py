@@ -1,6 +1,7 @@
 """Where a model came from: what it was called there, and which version of it was read."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,13 +39,17 @@ def commit_of(name: str | Path, file: str, revision: str | None) -> str | None:
 
 
 def content_hash(path: Path) -> str:
-    """A hash of a folder's weight files (or of one file): their names, sizes and bytes.
+    """`files_hash` of a folder's weight files, or of one file."""
+    return files_hash([path] if path.is_file() else sorted(f for pattern in _WEIGHTS for f in path.glob(pattern)))
+
+
+def files_hash(files: Sequence[Path]) -> str:
+    """A hash of some files: their names, sizes and bytes.
 
     Of a file over 64 MiB, 256 blocks of 64 KiB from its start to its end are read: training changes all of them, and an
     8B model costs milliseconds instead of a second pass over 16 GB. It tells versions apart; it is no proof against
     someone who forges one.
     """
-    files = [path] if path.is_file() else sorted(f for pattern in _WEIGHTS for f in path.glob(pattern))
     found = hashlib.sha256()
     for file in files:
         size = file.stat().st_size

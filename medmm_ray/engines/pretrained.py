@@ -13,6 +13,7 @@ from typing import Any
 
 from medmm_ray.engines.weights import (
     ADAPTER_FILES,
+    OPEN_CLIP_FILES,
     TRANSFORMERS_FILES,
     WeightMismatch,
     WeightsError,
@@ -71,6 +72,13 @@ def checkpoint_folder(name: str | Path, revision: str | None = None) -> Path:
             get_checkpoint_shard_files(str(name), file, revision=revision)  # type: ignore[no-untyped-call]
         return Path(file).parent
     raise WeightsError(f"{name} has none of the weight files {', '.join(TRANSFORMERS_FILES)}")
+
+
+def open_clip_folder(hub_id: str, revision: str | None = None) -> str:
+    """The folder of an open_clip checkpoint in the hub's cache, downloaded if need be."""
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(hub_id, revision=revision, allow_patterns=["*.json", "*.txt", *OPEN_CLIP_FILES])
 
 
 def check_weights(

@@ -7,6 +7,7 @@ model is loaded in the constructor; the caller chooses how many texts a call has
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
@@ -16,11 +17,14 @@ import numpy as np
 from medmm_ray.config import ConfigError
 from medmm_ray.engines.checkpoints import HUB_PREFIX, resolve
 from medmm_ray.engines.encoder import Vectors, normalized
-from medmm_ray.engines.pretrained import check_weights, checkpoint_folder
-from medmm_ray.engines.weights import OPEN_CLIP_FILES, check_file, check_files
+from medmm_ray.engines.encoder_identity import EncoderIdentity, source_of
+from medmm_ray.engines.model_source import files_hash
+from medmm_ray.engines.pretrained import check_weights, checkpoint_folder, open_clip_folder
+from medmm_ray.engines.weights import ADAPTER_FILES, OPEN_CLIP_FILES, check_file, check_files, weight_files
 
 Pooling = Literal["cls", "mean", "max", "lasttoken"]
 TitleForm = Literal["line", "pair"]
+Kind = Literal["query", "document"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,29 @@ class TextEncoder:
         self._normalizes = self._model.is_cosine if usage.normalize is None else usage.normalize
         self.width = self._model.width
         self.max_tokens = self._model.max_tokens
+        self._source = source_of(path)
+
+    @cached_property
+    def query_identity(self) -> EncoderIdentity:
+        """What makes the vectors of queries."""
+        return self._identity("query", "")
+
+    @cached_property
+    def document_identity(self) -> EncoderIdentity:
+        """What makes the vectors of documents."""
+        return self._identity("document", self._title)
+
+    def _identity(self, kind: Kind, title: str) -> EncoderIdentity:
+        return EncoderIdentity(
+            source=self._source,
+            weights=files_hash(self._model.files()),
+            width=self.width,
+            pooling=self._model.pooling,
+            normalize=self._normalizes,
+            title=title,
+            prompt=self._model.prompt(kind),
+            max_tokens=self.max_tokens,
+        )
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, without special ones."""
@@ -114,11 +141,7 @@ class TextEncoder:
                 inputs.append(f"{title}\n{text}" if title else text)
         return self._vectors(inputs, "document")
 
-    def _vectors(
-        self,
-        inputs: "Sequence[str | tuple[str, str]]",
-        kind: Literal["query", "document"],
-    ) -> Vectors:
+    def _vectors(self, inputs: "Sequence[str | tuple[str, str]]", kind: Kind) -> Vectors:
         if not inputs:
             return np.zeros((0, self.width), np.float32)
         vectors_ND = self._model.encode(inputs, kind)
@@ -127,6 +150,15 @@ class TextEncoder:
 
 # Weights that a sentence encoder does not use: BERT's pooler, the heads that fill in masked words, T5's decoder.
 _UNUSED = ("pooler.", "cls.", "lm_head.", "vocab_transform.", "vocab_layer_norm.", "vocab_projector.", "decoder.")
+
+
+def _modules_file(name: str) -> Path | None:
+    """The file that lists the modules of a sentence-transformers model; None for any other checkpoint."""
+    from transformers.utils.hub import cached_file
+
+    # A hub id is looked at like a folder: by what its repository has.
+    file = cached_file(name, "modules.json", _raise_exceptions_for_missing_entries=False)
+    return None if file is None else Path(file)
 
 
 def _module_folders(folder: Path) -> list[Path]:
@@ -155,13 +187,36 @@ class _SentenceTransformer:
             raise ConfigError(f"text encoder {folder} cannot be read: {error}") from error
         if usage.max_tokens is not None:
             self._model.max_seq_length = min(usage.max_tokens, self._model.max_seq_length or usage.max_tokens)
+        self._folder = folder
         # What is left for a text once the model's own marks and the prompt have their places.
         self._tokenizer: Any = self._model.tokenizer
         self.width = int(self._model.get_embedding_dimension())
         self.is_cosine = self._model.similarity_fn_name != "dot"
         special = self._tokenizer.num_special_tokens_to_add(pair=usage.title == "pair")
-        prompt = self._model.prompts.get("document") or ""
-        self.max_tokens = int(self._model.max_seq_length) - special - self.count([prompt])[0]
+        self.max_tokens = int(self._model.max_seq_length) - special - self.count([self.prompt("document")])[0]
+
+    @property
+    def pooling(self) -> str:
+        """What of the tokens' states becomes the vector; of a model without such a module nothing."""
+        modes = [module.pooling_mode for module in self._model if type(module).__name__ == "Pooling"]
+        return str(modes[0]) if modes else ""
+
+    def prompt(self, kind: Kind) -> str:
+        """What the library puts before a text of this kind."""
+        # In its own order.
+        names = ("query",) if kind == "query" else ("document", "passage", "corpus")
+        prompts: Mapping[str, str | None] = self._model.prompts
+        return next((prompts[name] or "" for name in names if name in prompts), "")
+
+    def files(self) -> list[Path]:
+        """The files that its weights were read from."""
+        modules = _modules_file(self._folder)
+        if modules is None:
+            return weight_files(checkpoint_folder(self._folder))
+        files: list[Path] = []
+        for folder in _module_folders(modules.parent):
+            files += weight_files(folder) + weight_files(folder, ADAPTER_FILES)
+        return files
 
     @staticmethod
     def _load(
@@ -172,20 +227,14 @@ class _SentenceTransformer:
         from sentence_transformers import SentenceTransformer
         from sentence_transformers.sentence_transformer.modules import Pooling as PoolingModule
         from sentence_transformers.sentence_transformer.modules import Transformer
-        from transformers.utils.hub import cached_file
 
         # The library takes the mean of a checkpoint without this file, whatever the model was trained with.
-        modules = cached_file(
-            folder,
-            "modules.json",
-            _raise_exceptions_for_missing_entries=False,
-        )
-        # A hub id is looked at like a folder: by what its repository has.
+        modules = _modules_file(folder)
         if modules is not None:
-            for module_folder in _module_folders(Path(modules).parent):
+            for module_folder in _module_folders(modules.parent):
                 check_files(module_folder)
             model = SentenceTransformer(folder, device=device)
-            _check_transformer(model[0], _module_folders(Path(modules).parent)[0])
+            _check_transformer(model[0], _module_folders(modules.parent)[0])
             if usage.pooling is not None:
                 _pooling_of(model).pooling_mode = usage.pooling
             return model
@@ -216,7 +265,7 @@ class _SentenceTransformer:
     def encode(
         self,
         inputs: "Sequence[str | tuple[str, str]]",
-        kind: Literal["query", "document"],
+        kind: Kind,
     ) -> Vectors:
         """Inputs as vectors_ND, as the model gives them."""
         # Both are plain `encode` for a model that has no prompts.
@@ -254,6 +303,7 @@ class _ClipTextHalf:
     """The text half of an open_clip checkpoint."""
 
     is_cosine = True
+    pooling = ""  # its own: a part of the model
 
     def __init__(
         self,
@@ -277,9 +327,19 @@ class _ClipTextHalf:
             self._tokenize: Any = open_clip.get_tokenizer(name)
         except (OSError, ValueError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
             raise ConfigError(f"text encoder {folder} cannot be read: {error}") from error
-        self._device = device
+        self._device, self._folder = device, folder
         self.width = int(open_clip.get_model_config(name)["embed_dim"])
         self.max_tokens = int(self._tokenize.context_length) - 2  # its marks of begin and end
+
+    def prompt(self, kind: Kind) -> str:  # noqa: ARG002
+        """It has none."""
+        return ""
+
+    def files(self) -> list[Path]:
+        """The files that its weights were read from."""
+        on_hub = self._folder.startswith(HUB_PREFIX)
+        folder = open_clip_folder(self._folder.removeprefix(HUB_PREFIX)) if on_hub else self._folder
+        return weight_files(Path(folder), OPEN_CLIP_FILES)
 
     def count(self, texts: list[str]) -> list[int]:
         """Tokens of each text, without special ones."""
@@ -297,7 +357,7 @@ class _ClipTextHalf:
     def encode(
         self,
         inputs: "Sequence[str | tuple[str, str]]",
-        kind: Literal["query", "document"],  # noqa: ARG002
+        kind: Kind,  # noqa: ARG002
     ) -> Vectors:
         """Inputs as vectors_ND, as the model gives them: queries and documents alike."""
         import torch

@@ -6,6 +6,7 @@ of the `retrieve` step, so that evidence online and offline is the same.
 
 import asyncio
 import hashlib
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -59,6 +60,19 @@ class EvidenceSearch:
         self._references = ReferenceSearch(config.retrieve, folder)
         self._preprocess = load_preprocess(tower)
         self._images = ImageEncoder(tower)
+        self._check_encoders(folder)
+
+    def _check_encoders(self, folder: Path) -> None:
+        """Raise `ConfigError` where queries would be embedded by others than the index asks for."""
+        from medmm_ray.engines.index.encoders import IndexEncoders
+
+        recorded, name, settings = IndexEncoders.load(folder), str(self._config.index), self._config.retrieve
+        if settings.num_documents and settings.dense_weight:
+            advice = "Set retrieval.embed as the run that made the index has it (its recipe's section embed)"
+            recorded.check("queries", self._queries.query_identity, name, advice)
+        if settings.num_images:
+            advice = "Name the image tower that the index was made with: retrieval.image_tower"
+            recorded.check("images", self._images.identity, name, advice)
 
     async def find(self, query: EvidenceQuery) -> Found:
         """What the index holds for a query."""

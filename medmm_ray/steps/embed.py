@@ -20,6 +20,7 @@ from pydantic import Field
 from medmm_ray.config import execution
 from medmm_ray.data.records import Passage, Query, Vector, arrow_schema, to_arrow, to_arrow_lists
 from medmm_ray.data.tables import RowError
+from medmm_ray.engines.encoder_identity import EncoderIdentity
 from medmm_ray.engines.images import MAX_PIXELS, open_image
 from medmm_ray.engines.placement import GpuPlacement, actor_placement
 from medmm_ray.engines.text_encoder import Pooling, TextEncoder, TitleForm, Usage
@@ -104,6 +105,10 @@ def embed_cost(sizes: Sizes) -> Line:
 class ImageEncoding(Protocol):
     """What makes vectors of pictures."""
 
+    @property
+    def identity(self) -> EncoderIdentity | None:
+        """What rows say of it; None for what has no weights."""
+
     def encode(self, pixels_N3HW: Vectors) -> Vectors:
         """One vector a picture, [len(pixels_N3HW), dimensions]."""
 
@@ -118,6 +123,10 @@ class DocumentEncoding(Protocol):
     max_tokens: int
     """Tokens that a passage and its title may have together."""
 
+    @property
+    def document_identity(self) -> EncoderIdentity | None:
+        """What passages say of it; None for what has no weights."""
+
     def count(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text."""
 
@@ -131,6 +140,10 @@ class DocumentEncoding(Protocol):
 
 class QueryEncoding(Protocol):
     """What makes vectors of queries."""
+
+    @property
+    def query_identity(self) -> EncoderIdentity | None:
+        """What queries say of it; None for what has no weights."""
 
     def encode_queries(self, texts: Sequence[str]) -> Vectors:
         """One vector a text, [len(texts), dimensions]."""
@@ -260,7 +273,7 @@ def picture_vectors(pictures: pa.Table, encoder: ImageEncoding) -> pa.Table:
         )
         if error is not None
     }
-    return _rows(ids, vectors, faults)
+    return _rows(ids, vectors, faults, _json(encoder.identity))
 
 
 def image_vectors(
@@ -300,8 +313,9 @@ def document_passages(
             )
         )
     with_vectors: list[list[Passage]] = []
+    identity = _json(encoder.document_identity)
     for of_document in passages:
-        with_vectors.append([_with_vector(passage, vectors) for passage in of_document])
+        with_vectors.append([_with_vector(passage, vectors, identity) for passage in of_document])
     columns = [documents["document_id"].combine_chunks(), to_arrow_lists(Passage, with_vectors)]
     return pa.table(columns, names=["document_id", "passages"])
 
@@ -342,12 +356,14 @@ def _passages(
     return passages
 
 
-def _with_vector(passage: Passage, vectors: dict[str, Vectors]) -> Passage:
+def _with_vector(passage: Passage, vectors: dict[str, Vectors], identity: str | None) -> Passage:
     if passage.error:
         return passage
     vector_D = vectors[passage.passage_id]
     error = _fault(vector_D)
-    return replace(passage, vector=[] if error else vector_D.tolist(), error=error)
+    if error:
+        return replace(passage, error=error)
+    return replace(passage, vector=vector_D.tolist(), encoder=identity)
 
 
 def question_queries(
@@ -394,6 +410,7 @@ def question_queries(
             strict=True,
         )
     )
+    identity = _json(encoder.query_identity)
     rows: list[Query] = []
     for question_id, text, upstream in zip(ids, texts, errors, strict=True):
         error = f"upstream: {upstream}" if upstream else _fault(vectors[question_id])
@@ -403,6 +420,7 @@ def question_queries(
                 question_id=question_id,
                 text=text,
                 vector=vector,
+                encoder=None if error else identity,
                 error=error,
             )
         )
@@ -413,6 +431,7 @@ def _rows(
     ids: Sequence[str],
     vectors: dict[str, Vectors],
     faults: dict[str, str],
+    identity: str | None,
 ) -> pa.Table:
     """Vector rows; an id with a fault, or whose vector has one, has an empty vector."""
     # Ray may hand over a block without rows.
@@ -425,10 +444,15 @@ def _rows(
             {
                 "item_id": item_id,
                 "vector": [] if error else vectors[item_id],
+                "encoder": None if error else identity,
                 "error": error,
             }
         )
     return to_arrow(Vector, rows)
+
+
+def _json(identity: EncoderIdentity | None) -> str | None:
+    return identity and identity.to_json()
 
 
 def _fault(vector_D: Vectors) -> str | None:

@@ -432,6 +432,20 @@ def test_a_table_of_an_earlier_version_is_read_with_what_it_did_not_have_empty(t
         table.to_arrow()
 
 
+def test_a_run_goes_on_with_parts_of_an_earlier_version(tmp_path: Path) -> None:
+    table = Table(str(tmp_path / "t"), Vector)
+    table.prepare()
+    table.write_part(vectors("a"), "item_id")
+    (old,) = (tmp_path / "t").rglob("part-*.parquet")
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(old).drop_columns(["encoder"]), old)
+    new = to_arrow(Vector, [Vector(item_id="b", vector=[1.0, 2.0], encoder="{}")])
+    table.write_part(new, "item_id")
+    table.finish(ORIGIN, "item_id", ["a", "b"], seconds=0)
+    rows = table.to_arrow()
+    encoder_of = dict(zip(rows["item_id"].to_pylist(), rows["encoder"].to_pylist(), strict=True))
+    assert encoder_of == {"a": None, "b": "{}"}
+
+
 def test_what_tasks_of_a_killed_driver_looked_up_goes_when_the_table_is_complete(uri: str) -> None:
     table = Table(uri, Vector)
     table.prepare()
@@ -460,10 +474,11 @@ def test_figures_of_rows_become_the_manifests_sums_whatever_was_written_twice(ur
 def test_rows_that_do_not_fit_the_record_are_refused(tmp_path: Path) -> None:
     table = Table(str(tmp_path / "t"), Vector)
     table.prepare()
-    with pytest.raises(TableError, match=r"rows lack the columns \['vector', 'error'\]"):
+    with pytest.raises(TableError, match=r"rows lack the columns \['vector', 'encoder', 'error'\]"):
         table.write_part(pa.table({"item_id": ["a"]}), "item_id")
     with pytest.raises(TableError, match="do not fit the record Vector"):
-        table.write_part(pa.table({"item_id": ["a"], "vector": ["text"], "error": [None]}), "item_id")
+        row = {"item_id": "a", "vector": "text", "encoder": None, "error": None}
+        table.write_part(pa.Table.from_pylist([row]), "item_id")
 
 
 def test_unwritable_places_and_unknown_schemes(tmp_path: Path) -> None:

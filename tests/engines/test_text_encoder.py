@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,8 @@ import pytest
 
 from medmm_ray.config import ConfigError
 from medmm_ray.engines import text_encoder
-from medmm_ray.engines.encoder import Vectors
+from medmm_ray.engines.encoder import ImageEncoder, Vectors
+from medmm_ray.engines.encoder_identity import EncoderIdentity
 from medmm_ray.engines.text_encoder import TextEncoder, Usage
 from medmm_ray.text.passages import cut_passages
 from tests.doubles.clip_folders import word_tokenizer, write_biomed_clip, write_native_clip
@@ -177,6 +179,50 @@ def test_medcpt_is_used_as_its_authors_do(plain: Path, monkeypatch: pytest.Monke
     assert np.linalg.norm(TextEncoder(str(plain), usage=Usage(normalize=True)).encode_queries(["a nodule"])) == (
         pytest.approx(1, abs=1e-6)
     )
+
+
+def test_an_identity_says_what_decides_a_vector_and_not_where_the_files_lie(plain: Path, tmp_path: Path) -> None:
+    cls = TextEncoder(str(plain), usage=Usage("cls", title="pair"))
+    assert cls.query_identity.differences(TextEncoder(str(shutil.copytree(plain, tmp_path / "b")), usage=Usage("cls"))
+                                          .query_identity) == []  # fmt: skip
+    assert EncoderIdentity.parse(cls.document_identity.to_json()) == cls.document_identity
+    assert (cls.document_identity.title, cls.query_identity.title, cls.query_identity.source) == (
+        "pair",
+        "",
+        plain.name,
+    )
+    mean = TextEncoder(str(plain), usage=Usage("mean", normalize=False, max_tokens=8)).query_identity
+    assert mean.differences(cls.query_identity) == [
+        "pooling 'mean' instead of 'cls'",
+        "normalize False instead of True",
+        "max_tokens 6 instead of 30",
+    ]
+    change_weights(tmp_path / "b", lambda weights: {name: 2 * weight for name, weight in weights.items()})
+    (words,) = TextEncoder(str(tmp_path / "b"), usage=Usage("cls")).query_identity.differences(cls.query_identity)
+    assert words.startswith("weights 'content:")
+
+
+def test_the_identity_of_a_sentence_encoder_has_its_prompts_and_the_weights_of_all_its_parts(tmp_path: Path) -> None:
+    folder = write_sentence_encoder(tmp_path)
+    plain = TextEncoder(str(folder)).query_identity
+    assert (plain.pooling, plain.prompt) == ("mean", "")
+    (file,) = folder.glob("config_sentence_transformers.json")
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "prompts": {"query": "left ", "passage": "right "}}))
+    encoder = TextEncoder(str(folder))
+    assert encoder.query_identity.differences(plain)[0] == "prompt 'left ' instead of ''"
+    assert encoder.document_identity.prompt == "right "
+    (weights_file,) = folder.rglob("model.safetensors")
+    change_weights(weights_file.parent, lambda weights: {name: 2 * weight for name, weight in weights.items()})
+    assert TextEncoder(str(folder)).query_identity.weights != encoder.query_identity.weights
+
+
+@pytest.mark.parametrize("write", [write_native_clip, write_biomed_clip])
+def test_both_halves_of_a_clip_have_its_weights(write: Callable[[Path], Path], tmp_path: Path) -> None:
+    folder = str(write(tmp_path))
+    text, image = TextEncoder(folder).query_identity, ImageEncoder(folder).identity
+    assert text.weights == image.weights
+    assert (text.pooling, text.width, image.width) == ("", 16, 16)
 
 
 def test_no_more_is_read_than_was_set(plain: Path) -> None:

@@ -1,24 +1,31 @@
 """A question and a picture find evidence in a run's index, and the screen shows ids, titles and the rankers' scores."""
 
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from PIL import Image as Picture
 
-from jobs.search import main
+from jobs.search import find_images, find_passages, main
 from jobs.step import Run, load_recipe
+from medmm_ray.config import ConfigError
 from medmm_ray.data.records import Document, Image, Passage, arrow_schema, to_arrow
 from medmm_ray.data.tables import Artifact, Provenance
 from medmm_ray.engines.encoder import ImageEncoder
 from medmm_ray.engines.image_tower import load_preprocess
 from medmm_ray.engines.index import IndexConfig
+from medmm_ray.engines.index.encoders import IndexEncoders
 from medmm_ray.engines.text_encoder import TextEncoder
 from medmm_ray.steps.embed import EmbedConfig, document_passages, image_vectors
-from medmm_ray.steps.index import build_index, sources
+from medmm_ray.steps.index import build_index, recorded_encoder, sources
+from medmm_ray.steps.retrieve import RetrieveConfig
 from tests.doubles.clip_folders import write_native_clip
 from tests.doubles.vector_tables import table_of, vector_table
+from tests.engines.test_weights import change_weights
 from tests.paths import ROOT
+
+CLIP_WEIGHTS = "open_clip_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +56,10 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         ),
     ]
     index = Artifact(Run(load_recipe(recipe)).uri("index"))
-    build_index(sources(*tables), IndexConfig(), index)
+    encoders = IndexEncoders(
+        recorded_encoder(tables[1]), recorded_encoder(tables[2]), TextEncoder(tower).query_identity
+    )
+    build_index(sources(*tables), IndexConfig(), index, encoders=encoders)
     index.commit(Provenance(name="index", fingerprint="f", config={}, upstream={}), 0.0, {})
     return recipe
 
@@ -71,6 +81,18 @@ def test_passages_and_images(
     assert all(float(number) > 0 for number in (numbers[1], numbers[3]))
     assert "similar training images" in shown
     assert "red lung" in shown
+
+
+def test_a_model_of_the_same_width_that_did_not_make_the_index_is_refused(words: list[str], tmp_path: Path) -> None:
+    run = Path(words[1].removeprefix("run="))
+    other = str(shutil.copytree(run / "tower", tmp_path / "other"))
+    change_weights(Path(other), lambda weights: {name: 2 * weight for name, weight in weights.items()}, CLIP_WEIGHTS)
+    index = Path(Run(load_recipe(words)).uri("index"))
+    refusal = "and this is other: weights '.*Search with the recipe and the models that the index was made with"
+    with pytest.raises(ConfigError, match=f"its passages are looked for with queries by tower, {refusal}"):
+        find_passages("a nodule", index, RetrieveConfig(), EmbedConfig(), other)
+    with pytest.raises(ConfigError, match=f"its images' vectors were made by tower, {refusal}"):
+        find_images(str(run / "blue.png"), index, RetrieveConfig(), EmbedConfig(), other)
 
 
 def test_what_cannot_be_looked_for(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

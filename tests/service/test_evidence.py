@@ -1,6 +1,7 @@
 """Evidence in a request: from a scripted index over HTTP, and from a real (tiny) one."""
 
 import asyncio
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ import pyarrow as pa
 import pytest
 from PIL import Image as Picture
 
+from medmm_ray.config import ConfigError
 from medmm_ray.data.records import Document, Image, Passage, RetrievedDocument, RetrievedImage, arrow_schema, to_arrow
 from medmm_ray.service.evidence import EvidenceQuery, Found
 from medmm_ray.service.retrieval import EvidenceSearch, RetrievalConfig
 from medmm_ray.steps.embed import EmbedConfig
 from medmm_ray.steps.retrieve import RetrieveConfig
+from tests.engines.test_weights import change_weights
 from tests.service.web import LEFT, QUESTION, FakeModel, b64, body, client, png
 
 PASSAGE = RetrievedDocument(document_id="d1", passage_id="d1#0", text="Angles blunt.", score=0.5, title="T", corpus="c")
@@ -104,9 +107,10 @@ def search(tmp_path_factory: pytest.TempPathFactory) -> EvidenceSearch:
     from medmm_ray.engines.encoder import ImageEncoder
     from medmm_ray.engines.image_tower import load_preprocess
     from medmm_ray.engines.index import IndexConfig
+    from medmm_ray.engines.index.encoders import IndexEncoders
     from medmm_ray.engines.text_encoder import TextEncoder
     from medmm_ray.steps.embed import document_passages, image_vectors
-    from medmm_ray.steps.index import build_index, sources
+    from medmm_ray.steps.index import build_index, recorded_encoder, sources
     from tests.doubles.clip_folders import write_native_clip
     from tests.doubles.vector_tables import table_of, vector_table
 
@@ -127,21 +131,41 @@ def search(tmp_path_factory: pytest.TempPathFactory) -> EvidenceSearch:
         )  # fmt: skip
     vectors = image_vectors(to_arrow(Image, images), load_preprocess(tower), ImageEncoder(tower), 10_000)
     index = Artifact(str(folder / "built"))
-    build_index(
-        sources(
-            table_of(Image, to_arrow(Image, images), f"{folder}/t/images"),
-            vector_table(f"{folder}/t/vectors", vectors),
-            table_of(Passage, pa.Table.from_struct_array(passages).cast(arrow_schema(Passage)), f"{folder}/t/passages"),
-        ),
-        IndexConfig(),
-        index,
+    of_vectors = vector_table(f"{folder}/t/vectors", vectors)
+    of_passages = table_of(
+        Passage, pa.Table.from_struct_array(passages).cast(arrow_schema(Passage)), f"{folder}/t/passages"
     )
+    encoders = IndexEncoders(
+        recorded_encoder(of_vectors), recorded_encoder(of_passages), TextEncoder(tower).query_identity
+    )
+    of_images = table_of(Image, to_arrow(Image, images), f"{folder}/t/images")
+    build_index(sources(of_images, of_vectors, of_passages), IndexConfig(), index, encoders=encoders)
     config = RetrievalConfig(
         index=str(folder / "built"),
         image_tower=tower,
         retrieve=RetrieveConfig(num_documents=2, num_images=2, dense_weight=0),
     )
     return EvidenceSearch(config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_images": 0}, "looked for with queries by tower, and this is other: weights .*Set retrieval.embed"),
+        (
+            {"num_documents": 0},
+            "images' vectors were made by tower, and this is other: weights .*retrieval.image_tower",
+        ),
+    ],
+)
+def test_an_index_of_another_model_of_the_same_width_is_not_served(
+    settings: dict[str, int], words: str, search: EvidenceSearch, tmp_path: Path
+) -> None:
+    other = shutil.copytree(str(search._config.image_tower), tmp_path / "other")
+    change_weights(other, lambda w: {name: 2 * weight for name, weight in w.items()}, "open_clip_model.safetensors")
+    changes = {"image_tower": str(other), "retrieve": RetrieveConfig(**settings)}
+    with pytest.raises(ConfigError, match=words):
+        EvidenceSearch(search._config.model_copy(update=changes))
 
 
 def _sha256(path: Path) -> str:

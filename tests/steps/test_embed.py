@@ -12,6 +12,8 @@ from PIL import Image as Picture
 
 from medmm_ray.data.records import Document, Image, Passage, Query, Question, Vector, arrow_schema, to_arrow
 from medmm_ray.data.tables import Provenance, Table
+from medmm_ray.engines.encoder import ImageEncoder
+from medmm_ray.engines.text_encoder import TextEncoder
 from medmm_ray.steps.embed import (
     PICTURES,
     EmbedConfig,
@@ -40,6 +42,8 @@ def small_pixels(image: Picture.Image) -> Vectors:
 
 
 class MeanColour:
+    identity = None
+
     def encode(self, pixels_N3HW: Vectors) -> Vectors:
         means_N3: Vectors = pixels_N3HW.mean((2, 3)) if len(pixels_N3HW) else np.zeros((0, 3), np.float32)
         return means_N3
@@ -49,6 +53,7 @@ class Recorder:
     """An encoder that reads ten words, and notes what it is given."""
 
     max_tokens = 10
+    document_identity = query_identity = None
 
     def __init__(self) -> None:
         self.inputs: list[tuple[str, str]] = []
@@ -138,6 +143,8 @@ def test_pixels_leave_the_stage_that_opens_images_or_an_error(tmp_path: Path) ->
 class Worker:
     """An encoder that gives the number of its process and the pictures of its batch."""
 
+    identity = None
+
     def encode(self, pixels_N3HW: Vectors) -> Vectors:
         decoders_N = pixels_N3HW[:, 0, 0, 0]
         return np.stack([decoders_N, [os.getpid()] * len(decoders_N), [len(decoders_N)] * len(decoders_N)], axis=1)
@@ -184,7 +191,8 @@ def test_a_document_that_fits_is_one_passage_with_its_title() -> None:
     assert encoder.inputs == [("Effusion", "Fluid."), ("", "Fluid.")]
     assert rows[0] == {
         "passage_id": "d1#0", "document_id": "d1", "corpus": "c", "title": "Effusion", "text": "Fluid.",
-        "date": "2024-05", "modality": "radiology", "vector": [6.0], "error": None,
+        "date": "2024-05", "modality": "radiology", "vector": [6.0], "encoder": None,
+        "error": None,
     }  # fmt: skip
     assert [(row["passage_id"], row["vector"], row["error"]) for row in rows[1:]] == [
         ("d2#0", [6.0], None),
@@ -254,8 +262,14 @@ def test_the_actors_hold_the_real_encoders(tmp_path: Path) -> None:
     config = EmbedConfig(query_options=True)
     documents = _DocumentActor(config, tower)(to_arrow(Document, [document("d1", "normal chest")]))
     queries = _QuestionActor(config, tower)(to_arrow(Question, [question("q1", ["left", "right"])]))
-    for vector in (documents["passages"][0].as_py()[0]["vector"], queries["vector"][0].as_py()):
+    passage = documents["passages"][0].as_py()[0]
+    for vector in (passage["vector"], queries["vector"][0].as_py()):
         assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-6)
+    identity = ImageEncoder(tower).identity.to_json()
+    assert images["encoder"].to_pylist() == [identity, None, None, None, identity]
+    encoder = TextEncoder(tower)
+    assert passage["encoder"] == encoder.document_identity.to_json()
+    assert queries["encoder"].to_pylist() == [encoder.query_identity.to_json()]
 
 
 @pytest.mark.engine

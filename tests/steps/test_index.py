@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import pytest
 from medmm_ray.config import ConfigError
 from medmm_ray.data.records import Image, Passage, Vector, to_arrow
 from medmm_ray.data.tables import Artifact, Table, TableError
+from medmm_ray.engines.encoder_identity import EncoderIdentity
 from medmm_ray.engines.index import Index, IndexConfig
 from medmm_ray.engines.index.collection import Collection, collection_names
+from medmm_ray.engines.index.encoders import IndexEncoders
 from medmm_ray.engines.index.lexical import words_of
 from medmm_ray.estimate import Sizes
 from medmm_ray.steps.index import (
@@ -23,6 +26,7 @@ from medmm_ray.steps.index import (
     index_cost,
     over_ray,
     recall_of,
+    recorded_encoder,
     sources,
     vector_source,
 )
@@ -324,6 +328,48 @@ def test_an_index_of_other_vectors_is_not_extended(tmp_path: Path) -> None:
             IndexConfig(extends=str(tmp_path / "index")),
             Artifact(str(tmp_path / "again")),
         )
+
+
+ENCODER = EncoderIdentity("minilm", "content:a", 8, "mean", max_tokens=254)
+
+
+def by(encoder: EncoderIdentity, rows: pa.Table) -> pa.Table:
+    """The rows as `encoder` would have made them."""
+    names = [None if error else encoder.to_json() for error in rows["error"].to_pylist()]
+    return rows.set_column(rows.column_names.index("encoder"), "encoder", pa.array(names, pa.string()))
+
+
+def renumbered(rows: pa.Table) -> pa.Table:
+    return rows.set_column(0, "item_id", pa.array([f"v{i}" for i in range(len(rows))]))
+
+
+def test_what_made_a_table_is_what_its_rows_say(tmp_path: Path) -> None:
+    renamed = replace(ENCODER, source="a copy")
+    rows = pa.concat_tables([by(ENCODER, many(60)), by(renamed, many(120).slice(60)), many(121).slice(120)])
+    identity = recorded_encoder(vector_table(str(tmp_path / "a"), renumbered(rows)))
+    assert identity is not None
+    assert identity.differences(ENCODER) == []
+    assert recorded_encoder(vector_table(str(tmp_path / "b"), many(3))) is None
+    other = by(replace(ENCODER, pooling="cls"), many(120)).slice(60)
+    with pytest.raises(
+        TableError, match=r"by 2 encoders, one of which has pooling '\w+' instead of '\w+': the model was"
+    ):
+        recorded_encoder(
+            vector_table(str(tmp_path / "c"), renumbered(pa.concat_tables([by(ENCODER, many(60)), other])))
+        )
+
+
+def test_an_index_is_extended_with_the_encoder_that_made_it(tmp_path: Path) -> None:
+    table = vector_table(str(tmp_path / "vectors"), many(100))
+    made_by = IndexEncoders(images=ENCODER)
+    build_index([vector_source("images", table)], IndexConfig(), Artifact(str(tmp_path / "index")), encoders=made_by)
+    assert IndexEncoders.load(tmp_path / "index") == made_by
+    config = IndexConfig(extends=str(tmp_path / "index"))
+    again = Artifact(str(tmp_path / "again"))
+    build_index([vector_source("images", table)], config, again, encoders=made_by)
+    of_other = IndexEncoders(images=replace(ENCODER, weights="content:b"))
+    with pytest.raises(ConfigError, match="weights 'content:b' instead of 'content:a'. Only an index of the same"):
+        build_index([vector_source("images", table)], config, Artifact(str(tmp_path / "c")), encoders=of_other)
 
 
 def test_the_estimate_of_a_million_images() -> None:

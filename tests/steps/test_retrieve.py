@@ -65,8 +65,8 @@ def image(image_id: str) -> Image:
 
 def query(question_id: str, image_ids: list[str], **fields: Any) -> dict[str, Any]:
     """A Query row with what the step adds of its question."""
-    row = {"question_id": question_id, "text": "?", "vector": at(40.0), "error": None, "modality": "radiology"}
-    return row | {"image_ids": image_ids} | fields
+    row = {"question_id": question_id, "text": "?", "vector": at(40.0), "encoder": None, "error": None}
+    return row | {"modality": "radiology", "image_ids": image_ids} | fields
 
 
 def passage(passage_id: str, angle: float, text: str, **fields: str) -> Passage:

@@ -22,6 +22,7 @@ from medmm_ray.data.row_ranges import RowRange
 from medmm_ray.data.tables import Artifact, TableError, write_file
 from medmm_ray.engines.index import SHARDS, Index, IndexConfig, Neighbour, Vectors, merged, shard_name, shards_json
 from medmm_ray.engines.index.collection import COLLECTIONS, collection_names
+from medmm_ray.engines.index.encoders import ENCODERS, IndexEncoders
 from medmm_ray.engines.index.lexical import CorpusStatistics
 from medmm_ray.engines.index.shard import kind_of, vector_bytes
 from medmm_ray.estimate import Line, Sizes
@@ -37,7 +38,14 @@ from medmm_ray.steps.index.shards import (
     in_turn,
     over_ray,
 )
-from medmm_ray.steps.index.sources import Source, check_widths, read_vectors, sources, vector_source
+from medmm_ray.steps.index.sources import (
+    Source,
+    check_widths,
+    read_vectors,
+    recorded_encoder,
+    sources,
+    vector_source,
+)
 
 __all__ = [
     "VERSION",
@@ -51,6 +59,7 @@ __all__ = [
     "over_ray",
     "plan_shards",
     "recall_of",
+    "recorded_encoder",
     "sources",
     "vector_source",
 ]
@@ -82,14 +91,21 @@ def index_cost(config: IndexConfig, sizes: Sizes) -> Line:
 
 
 def build_index(
-    all_sources: Sequence[Source], config: IndexConfig, out: Artifact, run: Run = in_turn
+    all_sources: Sequence[Source],
+    config: IndexConfig,
+    out: Artifact,
+    run: Run = in_turn,
+    encoders: IndexEncoders | None = None,
 ) -> dict[str, float]:
-    """Build a collection of each source in `out`'s folder (any filesystem that the tasks reach).
+    """Build a collection of each source in `out`'s folder (any filesystem that the tasks reach); `encoders` made them.
 
     Gives figures by the source's label: its vectors, shards and recall@10, the share of the 10 true nearest of a sample
     that the index finds.
     """
     out.prepare()
+    encoders = encoders or IndexEncoders()
+    if config.extends is not None:
+        _check_extended(encoders, config)
     plans = [plan_shards(source, config, out, run) for source in all_sources]
     tasks: list[ShardTask] = [task for plan in plans for task in plan]
     built = iter(run(tasks))
@@ -97,10 +113,19 @@ def build_index(
     for source, plan in zip(all_sources, plans, strict=True):
         shards = [next(built) for _ in plan]
         figures |= _finish(source, shards, plan[0].sample, out)
+    write_file(out.fs, f"{out.path}/{ENCODERS}", encoders.to_json().encode())
     # Written last: a folder without it is no index yet.
     names = [asdict(source.name) for source in all_sources]
     write_file(out.fs, f"{out.path}/{COLLECTIONS}", json.dumps(names).encode())
     return figures
+
+
+def _check_extended(encoders: IndexEncoders, config: IndexConfig) -> None:
+    """Raise `ConfigError` where the vectors of the index that is extended were made by others than this run's."""
+    earlier = IndexEncoders.load(earlier_folder(config))
+    advice = "Only an index of the same encoders can be extended: leave index.extends out"
+    earlier.check("images", encoders.images, str(config.extends), advice)
+    earlier.check("passages", encoders.passages, str(config.extends), advice)
 
 
 def plan_shards(

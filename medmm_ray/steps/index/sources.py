@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from medmm_ray.data.row_ranges import RowRange
 from medmm_ray.data.tables import Table, TableError
+from medmm_ray.engines.encoder_identity import EncoderIdentity
 from medmm_ray.engines.index import Vectors
 from medmm_ray.engines.index.collection import CollectionName
 
@@ -121,6 +122,22 @@ def passage_sources(passages: Table) -> list[Source]:
             )
         )
     return all_sources
+
+
+def recorded_encoder(table: Table) -> EncoderIdentity | None:
+    """What made the vectors of a table, as its rows say; None where none does. Raises `TableError` for several."""
+    names: set[str] = set()
+    for rows in table.stream(["encoder"]):
+        names.update(pc.unique(rows["encoder"]).drop_null().to_pylist())
+    identities = [EncoderIdentity.parse(name) for name in sorted(names)]
+    # Names do not count: the same model from another place.
+    differences = [words for identity in identities[1:] for words in identity.differences(identities[0])]
+    if differences:
+        raise TableError(
+            f"{table.uri}: its vectors were made by {len(identities)} encoders, one of which has "
+            f"{', '.join(differences)}: the model was replaced while it was made. Delete that folder and embed again"
+        )
+    return identities[0] if identities else None
 
 
 def _joined(masks: Sequence[pa.ChunkedArray]) -> NDArray[np.bool_]:

@@ -476,8 +476,8 @@ def test_rows_that_do_not_fit_the_record_are_refused(tmp_path: Path) -> None:
     table.prepare()
     with pytest.raises(TableError, match=r"rows lack the columns \['vector', 'encoder', 'error'\]"):
         table.write_part(pa.table({"item_id": ["a"]}), "item_id")
+    row = {"item_id": "a", "vector": "text", "encoder": None, "error": None}
     with pytest.raises(TableError, match="do not fit the record Vector"):
-        row = {"item_id": "a", "vector": "text", "encoder": None, "error": None}
         table.write_part(pa.Table.from_pylist([row]), "item_id")
 
 

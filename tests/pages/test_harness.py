@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import yaml
+from huggingface_hub import eval_result_entries_to_yaml, parse_eval_result_entries
 
 from medmm_ray.pages.harness import HarnessRun, eval_results, results, write_lm_eval
 from medmm_ray.steps.evaluate import EvaluateConfig, evaluate
@@ -74,3 +75,6 @@ def test_the_hubs_file_names_the_data_set_and_how_the_answer_was_chosen(harness:
     assert entry["value"] == pytest.approx(100 * harness.report.by_dataset["slake"].best_of_n["multimodal"].value)
     assert entry["notes"].startswith("best of 4 by a process reward model (multimodal), 95 % interval ")
     assert entry["source"]["url"] == "https://example.org/report"
+    # The hub's own reader sees all of it: what it does not know it would leave out.
+    (parsed,) = parse_eval_result_entries([entry])
+    assert eval_result_entries_to_yaml([parsed]) == [entry]

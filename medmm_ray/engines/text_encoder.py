@@ -203,10 +203,7 @@ class _SentenceTransformer:
 
     def prompt(self, kind: Kind) -> str:
         """What the library puts before a text of this kind."""
-        # In its own order.
-        names = ("query",) if kind == "query" else ("document", "passage", "corpus")
-        prompts: Mapping[str, str | None] = self._model.prompts
-        return next((prompts[name] or "" for name in names if name in prompts), "")
+        return self._model.prompts.get(kind) or ""
 
     def files(self) -> list[Path]:
         """The files that its weights were read from."""

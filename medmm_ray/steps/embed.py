@@ -452,7 +452,7 @@ def _rows(
 
 
 def _json(identity: EncoderIdentity | None) -> str | None:
-    return identity and identity.to_json()
+    return None if identity is None else identity.to_json()
 
 
 def _fault(vector_D: Vectors) -> str | None:

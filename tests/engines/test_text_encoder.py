@@ -182,15 +182,12 @@ def test_medcpt_is_used_as_its_authors_do(plain: Path, monkeypatch: pytest.Monke
 
 
 def test_an_identity_says_what_decides_a_vector_and_not_where_the_files_lie(plain: Path, tmp_path: Path) -> None:
-    cls = TextEncoder(str(plain), usage=Usage("cls", title="pair"))
-    assert cls.query_identity.differences(TextEncoder(str(shutil.copytree(plain, tmp_path / "b")), usage=Usage("cls"))
-                                          .query_identity) == []  # fmt: skip
+    cls = TextEncoder(str(plain), usage=Usage("cls"))
+    copy = str(shutil.copytree(plain, tmp_path / "b"))
+    assert TextEncoder(copy, usage=Usage("cls")).query_identity.differences(cls.query_identity) == []
     assert EncoderIdentity.parse(cls.document_identity.to_json()) == cls.document_identity
-    assert (cls.document_identity.title, cls.query_identity.title, cls.query_identity.source) == (
-        "pair",
-        "",
-        plain.name,
-    )
+    assert (cls.document_identity.title, cls.query_identity.title) == ("line", "")
+    assert cls.query_identity.source == plain.name
     mean = TextEncoder(str(plain), usage=Usage("mean", normalize=False, max_tokens=8)).query_identity
     assert mean.differences(cls.query_identity) == [
         "pooling 'mean' instead of 'cls'",
@@ -208,7 +205,7 @@ def test_the_identity_of_a_sentence_encoder_has_its_prompts_and_the_weights_of_a
     assert (plain.pooling, plain.prompt) == ("mean", "")
     (file,) = folder.glob("config_sentence_transformers.json")
     config = json.loads(file.read_text())
-    file.write_text(json.dumps({**config, "prompts": {"query": "left ", "passage": "right "}}))
+    file.write_text(json.dumps({**config, "prompts": {"query": "left ", "document": "right "}}))
     encoder = TextEncoder(str(folder))
     assert encoder.query_identity.differences(plain)[0] == "prompt 'left ' instead of ''"
     assert encoder.document_identity.prompt == "right "

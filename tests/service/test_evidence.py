@@ -159,7 +159,7 @@ def search(tmp_path_factory: pytest.TempPathFactory) -> EvidenceSearch:
     ],
 )
 def test_an_index_of_another_model_of_the_same_width_is_not_served(
-    settings: dict[str, int], words: str, search: EvidenceSearch, tmp_path: Path
+    settings: dict[str, Any], words: str, search: EvidenceSearch, tmp_path: Path
 ) -> None:
     other = shutil.copytree(str(search._config.image_tower), tmp_path / "other")
     change_weights(other, lambda w: {name: 2 * weight for name, weight in w.items()}, "open_clip_model.safetensors")

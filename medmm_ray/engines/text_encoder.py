@@ -203,7 +203,8 @@ class _SentenceTransformer:
 
     def prompt(self, kind: Kind) -> str:
         """What the library puts before a text of this kind."""
-        return self._model.prompts.get(kind) or ""
+        prompt: str = self._model.prompts.get(kind) or ""
+        return prompt
 
     def files(self) -> list[Path]:
         """The files that its weights were read from."""

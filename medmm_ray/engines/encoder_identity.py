@@ -36,6 +36,7 @@ class EncoderIdentity:
 
     def to_json(self) -> str:
         """As rows carry it: equal identities are equal texts."""
+        # In one order: a column's values are compared as texts.
         return json.dumps(asdict(self), sort_keys=True)
 
     def differences(self, expected: "EncoderIdentity") -> list[str]:
@@ -43,6 +44,7 @@ class EncoderIdentity:
         values, expected_values = asdict(self), asdict(expected)
         words = []
         for name, value in values.items():
+            # The same weights in another folder are the same model.
             if name != "source" and value != expected_values[name]:
                 words.append(f"{name} {value!r} instead of {expected_values[name]!r}")
         return words

@@ -25,6 +25,7 @@ def tokenize_sharing(tokenizer: Any, head: str, texts: Sequence[str]) -> list[li
         return _ids(tokenizer, texts, special=True)
     first = _ids(tokenizer, texts[:1], special=True)[0]
     shared, *tails = _ids(tokenizer, [head[:cut], *(text[cut:] for text in texts)], special=False)
+    # Seen on one text it holds for all: what decides about the cut stands in the part that they share.
     around = _special_around(first, [*shared, *tails[0]])
     if around is None:
         return _ids(tokenizer, texts, special=True)
@@ -48,6 +49,7 @@ def _cut_of(head: str) -> int | None:
 
 def _special_around(whole: list[int], parts: list[int]) -> tuple[list[int], list[int]] | None:
     """What stands before and behind `parts` in `whole`; None where they are not in it as they are."""
+    # Few: a mark at the beginning, perhaps one at the end.
     num_special = len(whole) - len(parts)
     for start in range(num_special + 1):
         end = start + len(parts)

@@ -34,6 +34,7 @@ class IndexEncoders:
     def load(cls, index: str | Path) -> "IndexEncoders":
         """What an index folder, local or a URI, says; of one of an earlier version nothing, with a warning."""
         recorded = read_json(f"{index}/{ENCODERS}")
+        # Not refused: a run of weeks ago is no worse than it was.
         if recorded is None:
             log.warning(
                 "index %s does not say which models made its vectors, as it is of an earlier version: that queries are "
@@ -53,6 +54,7 @@ class IndexEncoders:
 
         `index` is what the message calls it, `advice` what to do.
         """
+        # What one of the two does not know of itself cannot differ.
         expected: EncoderIdentity | None = getattr(self, of)
         differences = encoder.differences(expected) if encoder and expected else []
         if encoder and expected and differences:

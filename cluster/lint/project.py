@@ -55,10 +55,7 @@ class Project:
         """The files for Kubernetes; one with options twice, without and with them."""
         files = []
         for path in sorted((self.cluster / "kuberay").glob("*.yaml")):
-            text = path.read_text()
-            files.append(YamlFile(path, text))
-            if OPTION in text.replace(f"`{OPTION}`", ""):
-                files.append(YamlFile(path, text.replace(OPTION, ""), has_options=True))
+            files += with_options(path)
         return files
 
     @cached_property
@@ -93,6 +90,15 @@ class YamlFile:
     def documents(self) -> list[Any]:
         """Its documents, in order."""
         return list(yaml.safe_load_all(self.text))
+
+
+def with_options(path: Path) -> list[YamlFile]:
+    """A file as it is and, where it has options, once more with all of them taken."""
+    text = path.read_text()
+    files = [YamlFile(path, text)]
+    if OPTION in text.replace(f"`{OPTION}`", ""):
+        files.append(YamlFile(path, text.replace(OPTION, ""), has_options=True))
+    return files
 
 
 FileT = TypeVar("FileT")

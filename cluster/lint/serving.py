@@ -10,21 +10,20 @@ from typing import Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel
 
-from cluster.lint.project import Project, Rule, YamlFile
+from cluster.lint.project import Project, Rule, YamlFile, with_options
 from medmm_ray.config import ConfigError, build
-from medmm_ray.service.config import ServeConfig
+from medmm_ray.service.config import ModelConfig, ServeConfig
 from medmm_ray.service.deployment import build_app
 from medmm_ray.service.guard import is_loopback
 
 
 def configs_of(project: Project) -> list[YamlFile]:
     """The Serve configs, each as the file that it lies in."""
-    own = project.cluster / "serve" / "config.yaml"
-    configs = [YamlFile(own, own.read_text())]
+    configs = with_options(project.cluster / "serve" / "config.yaml")
     for file in project.manifests:
         for document in file.documents:
             if document["kind"] == "RayService":
-                configs.append(YamlFile(file.path, document["spec"]["serveConfigV2"]))
+                configs.append(YamlFile(file.path, document["spec"]["serveConfigV2"], file.has_options))
     return configs
 
 
@@ -106,10 +105,16 @@ def says_how_it_scales(file: YamlFile, project: Project) -> Iterator[str]:
     except ConfigError:
         return  # said by the rule above
     for manifest in project.manifests:
-        if manifest.path == file.path and config.max_replicas:
+        if manifest.path == file.path and manifest.has_options == file.has_options:
             most = _most_workers(manifest)
-            if config.max_replicas * config.num_gpus > most:
-                yield f"max_replicas={config.max_replicas} need {config.num_gpus:g} GPUs each; workers have {most:g}"
+            needed = sum((model.max_replicas or model.num_replicas) * model.num_gpus for model in _models(config))
+            if needed > most:
+                yield f"max_replicas of all models need {needed:g} GPUs; workers have {most:g}"
+
+
+def _models(config: ServeConfig) -> list[ModelConfig]:
+    """The first model and the further ones."""
+    return [config, *config.models.values()]
 
 
 def _most_workers(manifest: YamlFile) -> float:
@@ -138,22 +143,24 @@ def listens_where_it_says(file: YamlFile, project: Project) -> Iterator[str]:
 
 
 def serves_what_a_run_makes(file: YamlFile, project: Project) -> Iterator[str]:
-    """The model is a result's stable name in a run that one of the files makes."""
+    """Each model is a result's stable name in a run that one of the files makes."""
     from jobs.graph import MAKER
 
-    run, _slash, name = str(arguments_of(file).get("model")).removesuffix("/latest").rpartition("/")
-    if name not in ("two_tower", "text_prm") or MAKER[name].makes[name] is not None:
-        yield f"model ends with {name!r}, expected <run>/two_tower or <run>/text_prm"
+    arguments = arguments_of(file)
     runs = {made for text in project.texts.values() for made in re.findall(r"run=([\w:/.-]+)", text)}
-    if run not in runs:
-        yield f"model lies in {run}, and the files make {', '.join(sorted(runs))}"
+    for model in [arguments, *arguments.get("models", {}).values()]:
+        run, _slash, name = str(model.get("model")).removesuffix("/latest").rpartition("/")
+        if name not in ("two_tower", "text_prm") or MAKER[name].makes[name] is not None:
+            yield f"model ends with {name!r}, expected <run>/two_tower or <run>/text_prm"
+        if run not in runs:
+            yield f"model lies in {run}, and the files make {', '.join(sorted(runs))}"
 
 
 def agrees_with_the_other(file: YamlFile, project: Project) -> Iterator[str]:
     """The Serve configs differ in where they listen, and to whom, alone."""
-    plain = [_without_hosts(config) for config in configs_of(project)]
-    if any(config != plain[0] for config in plain) and file.path != configs_of(project)[0].path:
-        yield f"differs from {os.path.relpath(configs_of(project)[0].path, project.root)} in more than the hosts"
+    first = next(config for config in configs_of(project) if config.has_options == file.has_options)
+    if _without_hosts(file) != _without_hosts(first):
+        yield f"differs from {os.path.relpath(first.path, project.root)} in more than the hosts"
 
 
 def _without_hosts(file: YamlFile) -> dict[str, Any]:

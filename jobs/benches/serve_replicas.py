@@ -35,7 +35,11 @@ NODE_CPUS = 1
 WORDS = 200  # of a request: a tenth of a second
 
 
-Event = Literal["scale", "replace", "kill", "kill_node"]
+OLD, NEW = "org/slow", "org/slow-new"
+BIAS = {OLD: 0.0, NEW: 1.0}
+"""What each of the models adds to all log-odds."""
+
+Event = Literal["scale", "replace", "replace_further", "kill", "kill_node"]
 
 
 class ReplicasConfig(Config):
@@ -55,14 +59,20 @@ class ReplicasConfig(Config):
 
 def load_slow(config: ModelConfig) -> ServedModel:
     """A model that sleeps, as a replica loads one."""
-    scorer = ReplicaScorer(SlowModel(TOKENS_PER_S), config, default_budget=256)
+    scorer = ReplicaScorer(SlowModel(TOKENS_PER_S, BIAS[str(config.model)]), config, default_budget=256)
     scorer.batcher.meter.add(int(TOKENS_PER_S), 1.0)
     return ServedModel(scorer, ModelTraits(has_image_tower=False), tiny_log_odds=(5.0, 5.0), fingerprint="slow")
 
 
 def measure_replicas(config: ReplicasConfig, console: Console) -> Iterator[Measured]:
     """The rows."""
-    happen = {"scale": scale, "replace": replace, "kill": kill, "kill_node": kill_node}
+    happen = {
+        "scale": scale,
+        "replace": replace,
+        "replace_further": replace_further,
+        "kill": kill,
+        "kill_node": kill_node,
+    }
     for event in config.events:
         yield from happen[event](config, console)
 
@@ -70,17 +80,16 @@ def measure_replicas(config: ReplicasConfig, console: Console) -> Iterator[Measu
 @contextmanager
 def serving_slow(**fields: object) -> Iterator[tuple[str, ServeConfig]]:
     """The address of a service whose model sleeps, and its configuration."""
-    config = ServeConfig.model_validate(
-        {"model": "org/slow", "port": 0, "access": "loopback", "num_cpus": 0.1, **fields}
-    )
+    config = ServeConfig.model_validate({"model": OLD, "port": 0, "access": "loopback", "num_cpus": 0.1, **fields})
     with session(), running(config, load_slow) as url:
         yield url, config
 
 
-def body(number: int) -> bytes:
-    """A request of `WORDS` words."""
+def body(number: int, model: str | None = None) -> bytes:
+    """A request of `WORDS` words, to a model by its name or to the first."""
     words = " ".join(f"w{number}" for _ in range(WORDS // 2))
-    return json.dumps({"question": f"w{number}", "solutions": [[words, words]], "answer_type": "open"}).encode()
+    case = {"question": f"w{number}", "solutions": [[words, words]], "answer_type": "open", "model": model}
+    return json.dumps(case).encode()
 
 
 def num_replicas() -> int:
@@ -148,8 +157,10 @@ def scale(config: ReplicasConfig, console: Console) -> Iterator[Measured]:
     )
 
 
-def under_load(url: str, seconds: float, retries: Retries | None, act: Callable[[], None]) -> list[Reply]:
-    """Half of what two replicas can, while `act` runs a third into it."""
+def under_load(
+    url: str, seconds: float, retries: Retries | None, act: Callable[[], None], model: str | None = None
+) -> list[Reply]:
+    """Half of what two replicas of a model can, while `act` runs a third into it."""
 
     async def ask() -> list[Reply]:
         async def act_later() -> None:
@@ -158,7 +169,8 @@ def under_load(url: str, seconds: float, retries: Retries | None, act: Callable[
 
         acting = asyncio.create_task(act_later())
         async with http_client(url) as http:
-            replies = await open_loop(Client(http, retries=retries).send, body, TOKENS_PER_S / WORDS, seconds)
+            send = Client(http, retries=retries).send
+            replies = await open_loop(send, lambda number: body(number, model), TOKENS_PER_S / WORDS, seconds)
         await acting
         return replies
 
@@ -186,6 +198,54 @@ def replace(config: ReplicasConfig, console: Console) -> Iterator[Measured]:
         "≤ 0",
         "requests",
     )
+
+
+def replace_further(config: ReplicasConfig, console: Console) -> Iterator[Measured]:
+    """A further model gets new weights while clients ask for it by its name; no request is sent twice."""
+    from ray import serve
+
+    further = ModelConfig(model=OLD, num_cpus=0.1, num_replicas=2, max_wait_s=10)
+    updated_at: list[float] = []
+    with serving_slow(num_replicas=2, max_wait_s=10, models={"next": further}) as (url, serve_config):
+        models = {"next": further.model_copy(update={"model": NEW})}
+        changed = serve_config.model_copy(update={"models": models, "port": int(url.rpartition(":")[2])})
+
+        def update() -> None:
+            serve.run(application(changed, load_slow), name="medmm", route_prefix="/")
+            updated_at.append(time.monotonic())
+
+        replies = under_load(url, config.steady_s, None, update, "next")
+    biases = {reply.sent: bias_of(reply) for reply in replies if reply.status == 200}
+    after = [bias for sent, bias in biases.items() if sent > updated_at[0]]
+    num_new = sum(bias == BIAS[NEW] for bias in after)
+    first = next(iter(biases.values()))
+    console.print(
+        f"new weights of a further model: statuses {statuses(replies)}, the first request has log-odds of {first:+g}, "
+        f"{num_new} of {len(after)} sent after the update of {BIAS[NEW]:+g}"
+    )
+    failed = len(replies) - len(served(replies))
+    yield Measured(
+        "new weights of a further model: failed, without retries",
+        len(replies),
+        failed,
+        failed,
+        "≤ 0",
+        "requests",
+    )
+    yield Measured(
+        "new weights of a further model: answers of the new ones after the update",
+        len(after),
+        num_new,
+        num_new / len(after),
+        "≥ 1",
+        "requests",
+    )
+
+
+def bias_of(reply: Reply) -> float:
+    """What the model that answered adds to the log-odds of a step of ``WORDS / 2`` words."""
+    steps = json.loads(reply.body)["solutions"][0]["steps"]
+    return float(steps[0]["text_log_odds"]) - WORDS // 2
 
 
 WITHOUT_RETRIES = "without retries: neither scores nor 503"

@@ -127,10 +127,12 @@ class SlowScores:
 
 
 class SlowModel:
-    """`SlowEngine` for cases of the service: a token a word; a step's log-odds are its number of words."""
+    """`SlowEngine` for cases of the service: a token a word; a step's log-odds are its number of words and `bias`, by
+    which one model's answers are told from another's."""
 
-    def __init__(self, tokens_per_s: float) -> None:
+    def __init__(self, tokens_per_s: float, bias: float = 0.0) -> None:
         self.engine = SlowEngine(tokens_per_s)
+        self.bias = bias
 
     def estimate(self, request: ModelInput) -> int:
         """Its words."""
@@ -160,7 +162,7 @@ class SlowModel:
         assert work.case is not None
         scores = []
         for solution in work.case.solutions:
-            log_odds = [float(len(step.split())) for step in _steps(solution)]
+            log_odds = [len(step.split()) + self.bias for step in _steps(solution)]
             scores.append(SlowScores(log_odds, [0.0] * len(log_odds)))
         return scores
 

@@ -4,12 +4,17 @@ Enters: an upright RGB picture. Leaves: pixels_3HW, resized and normalised as th
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from PIL.Image import Image
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Area = tuple[float, float, float, float]
+"""Left, top, right and bottom, as shares of a picture's width and height; outside 0 to 1 where it is padded."""
+Resize = Literal["squash", "shortest", "longest"]
+"""How a picture becomes a square, by open_clip's names: whole, cut at its longer side, padded at its shorter one."""
 
 _MAX_ASPECT = 16  # longer side over shorter side
 
@@ -19,6 +24,8 @@ class Preprocess(Protocol):
 
     image_size: int
     """A side of the pixels."""
+    resize: Resize
+    """What of a picture they show (`seen_area`)."""
 
     def __call__(self, image: Image) -> "Tensor":
         """An RGB picture as pixels_3HW."""
@@ -34,16 +41,18 @@ class ClipPreprocess:
         # The vision half's own size wins over the preprocessing section's, as in open_clip.
         settings = merge_preprocess_dict(PreprocessCfg(), config.get("preprocess_cfg", {}))
         self._transform = image_transform_v2(PreprocessCfg(**{**settings, "size": self.image_size}), is_train=False)
-        self._keeps_ratio = settings["resize_mode"] != "squash"
+        self.resize: Resize = settings["resize_mode"]
 
     def __call__(self, image: Image) -> "Tensor":
         """As the checkpoint's own transform; where that keeps the ratio, a very long picture is cropped first."""
-        pixels_3HW: Tensor = self._transform(_centre_crop(image) if self._keeps_ratio else image)
+        pixels_3HW: Tensor = self._transform(image if self.resize == "squash" else _centre_crop(image))
         return pixels_3HW
 
 
 class ProcessorPreprocess:
     """That of a transformers folder, by its image processor."""
+
+    resize: Resize = "squash"
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
@@ -59,6 +68,15 @@ class ProcessorPreprocess:
             images=[image], size=side, do_center_crop=False, input_data_format="channels_first", return_tensors="pt"
         )["pixel_values"]
         return pixels_13HW[0]
+
+
+def seen_area(resize: Resize, width: int, height: int) -> Area:
+    """The part of a picture of this size that its pixels show: all of it, or a square about its middle."""
+    if resize == "squash":
+        return (0.0, 0.0, 1.0, 1.0)
+    side = max(width, height) if resize == "longest" else min(width, height)
+    left, top = (1 - side / width) / 2, (1 - side / height) / 2
+    return (left, top, 1 - left, 1 - top)
 
 
 def _centre_crop(image: Image) -> Image:

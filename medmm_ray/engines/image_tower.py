@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from medmm_ray.engines.dtype_device import device_of, dtype_of
-from medmm_ray.engines.image_preprocess import ClipPreprocess, Preprocess, ProcessorPreprocess
+from medmm_ray.engines.image_preprocess import Area, ClipPreprocess, Preprocess, ProcessorPreprocess, seen_area
 from medmm_ray.engines.model_source import ModelSource, commit_of
 from medmm_ray.engines.onednn_linear import use_onednn
 from medmm_ray.engines.pretrained import checkpoint_folder, load, open_clip_folder
@@ -109,6 +109,10 @@ class ImageTower(nn.Module):
     def preprocess(self, image: Image) -> Tensor:
         """An RGB picture as pixels_3HW, resized and normalised as the checkpoint says."""
         return self.backbone.preprocess(image)
+
+    def area(self, width: int, height: int) -> Area:
+        """The part of a picture of this size that it sees: its patches are laid over it."""
+        return seen_area(self.backbone.preprocess.resize, width, height)
 
     def forward(self, pixels_B3HW: Tensor) -> ImageTokens:
         """The pooled token and the patch tokens of each picture."""

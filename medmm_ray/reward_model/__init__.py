@@ -12,7 +12,7 @@ from medmm_ray.reward_model.packing import (
     pack,
 )
 from medmm_ray.reward_model.request import ScoreRequest
-from medmm_ray.reward_model.scores import SolutionStates, StepScores
+from medmm_ray.reward_model.scores import SolutionStates, StepAttention, StepScores
 from medmm_ray.reward_model.text_head import TextHead
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "RewardModel",
     "ScoreRequest",
     "SolutionStates",
+    "StepAttention",
     "StepScores",
     "TextHead",
     "TrainedInputs",

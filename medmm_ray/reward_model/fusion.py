@@ -5,7 +5,7 @@ images and of its reference images. Leaves: ``delta_TD``, to be added to the sta
 starts at zero (as LoRA's B), so an untrained fusion changes nothing.
 
 Legend: T tags, D text width, Q questions, I image slots a question, W image width, P patches, M tokens, F fusion width,
-S most tags of one question, H heads.
+S most tags of one question, H heads, E width of a head.
 """
 
 import math
@@ -154,6 +154,23 @@ class Fusion(nn.Module):
         has_image_Q = (images.present_QI & ~images.reference_QI).any(dim=1)
         return cast(Tensor, delta_TD.masked_fill(~has_image_Q[question_T, None], 0.0))
 
+    def patch_weights(self, states_TD: Tensor, summaries_TD: Tensor, images: ImageFeatures) -> Tensor:
+        """What each tag of one question attends to among the patches of its first image [T, P], the heads' mean.
+
+        With the weights of all other tokens (its pooled one, other images and references) a tag's add up to 1.
+        """
+        if images.patches_QIPW is None or not self.reads_patches:
+            raise ValueError(f"fusion reads tokens={self.config.tokens!r}: there is no attention over patches")
+        dtype = self.output.weight.dtype
+        query_1TF = self._query(states_TD.to(dtype), summaries_TD.to(dtype))[None]
+        tokens_1MF, bias_1M = self._tokens(images, dtype)
+        query_1HTE, key_1HME = self._heads(self.attend_query(query_1TF)), self._heads(self.attend_key(tokens_1MF))
+        logits_1HTM = query_1HTE @ key_1HME.transpose(2, 3) / math.sqrt(query_1HTE.shape[3])
+        weights_TM = (logits_1HTM + bias_1M[:, None, None]).softmax(dim=-1)[0].mean(dim=0)
+        num_images, num_patches = images.patches_QIPW.shape[1:3]
+        start = num_images if self.config.tokens == "both" else 0
+        return weights_TM[:, start : start + num_patches]
+
     def _query(self, states_TD: Tensor, summaries_TD: Tensor) -> Tensor:
         query = self.state_norm(states_TD)
         if self.summary_norm is not None:
@@ -183,16 +200,17 @@ class Fusion(nn.Module):
         return torch.cat(tokens, dim=1), torch.cat(biases, dim=1)
 
     def _attend(self, query_QSF: Tensor, tokens_QMF: Tensor, bias_QM: Tensor) -> Tensor:
-        def heads(x: Tensor) -> Tensor:
-            return x.reshape(*x.shape[:2], self.config.num_heads, -1).transpose(1, 2)
-
         image_QHSE = nn.functional.scaled_dot_product_attention(
-            heads(self.attend_query(query_QSF)),
-            heads(self.attend_key(tokens_QMF)),
-            heads(self.attend_value(tokens_QMF)),
+            self._heads(self.attend_query(query_QSF)),
+            self._heads(self.attend_key(tokens_QMF)),
+            self._heads(self.attend_value(tokens_QMF)),
             attn_mask=bias_QM[:, None, None, :],
         )
         return cast(Tensor, self.attend_out(image_QHSE.transpose(1, 2).flatten(2)))
+
+    def _heads(self, x_QSF: Tensor) -> Tensor:
+        """[Q, S, F] cut into heads: [Q, H, S, E]."""
+        return x_QSF.reshape(*x_QSF.shape[:2], self.config.num_heads, -1).transpose(1, 2)
 
 
 def _slots(question_T: Tensor) -> Tensor:

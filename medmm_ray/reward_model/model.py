@@ -38,7 +38,7 @@ from medmm_ray.reward_model.packing import (
     pack,
 )
 from medmm_ray.reward_model.request import ScoreRequest
-from medmm_ray.reward_model.scores import SolutionStates, StepScores
+from medmm_ray.reward_model.scores import SolutionStates, StepAttention, StepScores
 from medmm_ray.reward_model.scoring_job import ScoringJob
 from medmm_ray.reward_model.vision_language import Vision
 
@@ -464,6 +464,24 @@ class RewardModel(nn.Module):
         num_steps = [len(solution.states_TD) for solution in states]
         parts = torch.split(self.head_log_odds(delta_TD), num_steps)
         return [part.tolist() for part in parts]
+
+    @torch.inference_mode()
+    def patch_attention(
+        self, states: Sequence[SolutionStates], features: ImageFeatures
+    ) -> list[list[StepAttention]] | None:
+        """Where the attention of each solution's steps lies on the question's first image.
+
+        None where the fusion reads pooled tokens alone. What weight a patch has is not what it changes of the score:
+        that is what `occlusion` measures.
+        """
+        _, fusion = self._two_towers()
+        if not fusion.reads_patches:
+            return None
+        states_TD = torch.cat([solution.states_TD for solution in states])
+        summaries_TD = torch.cat([solution.summaries_TD for solution in states])
+        weights_TP = fusion.patch_weights(states_TD, summaries_TD, features).float()
+        num_steps = [len(solution.states_TD) for solution in states]
+        return [list(map(StepAttention.of, of_solution)) for of_solution in torch.split(weights_TP, num_steps)]
 
     def _two_towers(self) -> "tuple[ImageTower, Fusion]":
         if self.image_tower is None or self.fusion is None:

@@ -1,25 +1,28 @@
 """Where in the image a step's score comes from: a tile of the image is hidden, and the step's log-odds change.
 
 Enters: a request with an image, its solutions' states. Leaves: for each step a grid of what each tile adds to its
-log-odds (occlusion sensitivity, Zeiler and Fergus 2014, arXiv 1311.2901). Attention says where weight lies, this what
-changes the score; it holds for every image tower and every kind of image token that a fusion reads. The text tower is
-not run again: of two towers the image part alone depends on the image.
+log-odds (occlusion sensitivity, Zeiler and Fergus 2014, arXiv 1311.2901), and beside it the attention over the image's
+patches where the fusion reads them. Attention says where weight lies, occlusion what changes the score; it holds for
+every image tower and every kind of image token. The text tower is not run again: of two towers the image part alone
+depends on the image.
 
 Legend: R, C rows and columns of tiles, M tiles; T steps; B images; W image width; P patches.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
 
+from medmm_ray.engines.image_preprocess import Area
 from medmm_ray.engines.image_tower import ImageTokens
 from medmm_ray.reward_model.fusion import ImageFeatures
 from medmm_ray.reward_model.image_inputs import rgb_of
 from medmm_ray.reward_model.request import ScoreRequest
-from medmm_ray.reward_model.scores import SolutionStates
+from medmm_ray.reward_model.scores import SolutionStates, StepAttention
 
 if TYPE_CHECKING:
     from medmm_ray.reward_model.model import RewardModel
@@ -31,6 +34,23 @@ _OVERSIZE = 2  # sides of the tower's input that the image may have; a larger on
 
 TileMap = list[list[float]]
 """[R, C]: log-odds that a step loses when the tile is hidden; positive where the tile speaks for the step."""
+
+
+@dataclass(frozen=True)
+class PatchAttention:
+    """For each solution the attention of its steps; their grids lie over `area` of the image
+    (`image_preprocess.Area`)."""
+
+    area: Area
+    solutions: list[list[StepAttention]]
+
+
+@dataclass(frozen=True)
+class ImageMaps:
+    """For each solution a map a step, and where the attention of the steps lies; None without any over patches."""
+
+    tiles: list[list[TileMap]]
+    attention: PatchAttention | None
 
 
 class HiddenTiles:
@@ -77,10 +97,10 @@ class HiddenTiles:
         return [*self._others, *self._references][place - num_hidden]
 
     @torch.inference_mode()
-    def maps(self, states: Sequence[SolutionStates]) -> list[list[TileMap]]:
-        """For each solution a map a step, once all images are encoded.
+    def maps(self, states: Sequence[SolutionStates]) -> ImageMaps:
+        """The maps of the request's solutions, whose `states` these are, once all images are encoded.
 
-        `states` are those of the request's solutions; one with an error has no maps.
+        One with an error has no maps.
         """
         fusion = self._model.fusion
         assert fusion is not None
@@ -91,25 +111,30 @@ class HiddenTiles:
         beside_it = range(num_hidden, num_hidden + len(self._others))
         references = range(num_hidden + len(self._others), self.num_images)
 
-        def image_part(row: int) -> list[list[float]]:
-            """The image part of each step's log-odds with the encoded image `row` in the first one's place."""
-            features = ImageFeatures.gather(pooled_BW, patches_BPW, [[row, *beside_it]], [references])
-            return self._model.image_log_odds(states, features)
+        def features(row: int) -> ImageFeatures:
+            """The request's images with the encoded image `row` in the first one's place."""
+            return ImageFeatures.gather(pooled_BW, patches_BPW, [[row, *beside_it]], [references])
 
         # From the same reduced image: its log-odds may differ from the score's in the third digit.
-        whole = image_part(0)
-        parts = [image_part(row) for row in range(1, num_hidden)]
+        whole = self._model.image_log_odds(states, features(0))
+        parts = [self._model.image_log_odds(states, features(row)) for row in range(1, num_hidden)]
         maps: list[list[TileMap]] = []
         for i, of_solution in enumerate(whole):
             loss_MT = np.array([of_solution]) - np.array([part[i] for part in parts])
             maps.append(loss_MT.T.reshape(-1, self._num_tiles, self._num_tiles).tolist())
-        return maps
+        return ImageMaps(maps, self._attention(states, features(0)))
+
+    def _attention(self, states: Sequence[SolutionStates], features: ImageFeatures) -> PatchAttention | None:
+        tower = self._model.image_tower
+        assert tower is not None
+        steps = self._model.patch_attention(states, features)
+        return None if steps is None else PatchAttention(tower.area(*self._image.size), steps)
 
 
 def tile_maps(
     model: "RewardModel", request: ScoreRequest, states: Sequence[SolutionStates], num_tiles: int = NUM_TILES
-) -> list[list[TileMap]]:
-    """For each solution a map a step, of the question's first image (`HiddenTiles`)."""
+) -> ImageMaps:
+    """The maps of solutions, of the question's first image (`HiddenTiles`)."""
     tiles = HiddenTiles(model, request, num_tiles)
     for start in range(0, tiles.num_images, BATCH):
         tiles.encode(start, min(start + BATCH, tiles.num_images))

@@ -19,7 +19,7 @@ from medmm_ray.reward_model.forward import RowPiece
 from medmm_ray.reward_model.full_sequence import Solution
 from medmm_ray.reward_model.fusion import ImageFeatures
 from medmm_ray.reward_model.model import RewardModel
-from medmm_ray.reward_model.occlusion import BATCH, NUM_TILES, HiddenTiles, TileMap
+from medmm_ray.reward_model.occlusion import BATCH, NUM_TILES, HiddenTiles, ImageMaps
 from medmm_ray.reward_model.passes import PieceCutter
 from medmm_ray.reward_model.prefix_cache import CacheStatistics, PrefixCache
 from medmm_ray.reward_model.request import ScoreRequest
@@ -275,7 +275,7 @@ class RewardEngine:
         return work.cutter.job.is_complete
 
     @torch.inference_mode()
-    def result(self, work: EngineWork) -> "list[StepScores] | list[list[TileMap]]":
+    def result(self, work: EngineWork) -> list[StepScores] | ImageMaps:
         """The scores, one entry a solution, in the request's order; of a `TileMapCase` its maps."""
         if isinstance(work, TileMapWork):
             return work.tiles.maps(work.text.cutter.job.states())

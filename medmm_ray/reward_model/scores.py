@@ -1,5 +1,6 @@
 """Results of scoring one solution: its text states and its step scores (`reference` shows how they are computed)."""
 
+import math
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -39,6 +40,24 @@ class StepScores:
     def final_plus_prob(self) -> float | None:
         """The last step's probability; None without scores."""
         return self.plus_probs[-1] if self.plus_probs else None
+
+
+@dataclass(frozen=True)
+class StepAttention:
+    """Where a step's attention lies on an image: `weights` [R, C] of its patches, rows from the top, which add up to 1,
+    and `share`, what these patches have of the whole attention: the rest is on other image tokens."""
+
+    weights: list[list[float]]
+    share: float
+
+    @classmethod
+    def of(cls, weights_P: Tensor) -> "StepAttention":
+        """From the patches' parts of the whole attention, row by row of a square."""
+        side = math.isqrt(len(weights_P))
+        share = float(weights_P.sum())
+        # Where another image has it all, none is left to divide by.
+        weights_RC = (weights_P / max(share, torch.finfo(weights_P.dtype).tiny)).reshape(side, side)
+        return cls(weights_RC.tolist(), share)
 
 
 @dataclass(frozen=True)

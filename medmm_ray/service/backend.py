@@ -5,7 +5,7 @@ import base64
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from medmm_ray.data.tables import RowError
 from medmm_ray.engines.images import decode_image
@@ -35,12 +35,38 @@ T = TypeVar("T")
 StepMaps = list[list[list[float]]]
 
 
+class StepAttention(Protocol):
+    """Where one step's attention lies (`reward_model.StepAttention`)."""
+
+    @property
+    def weights(self) -> list[list[float]]:
+        """Of the image's patches, [R, C]; they add up to 1."""
+
+    @property
+    def share(self) -> float:
+        """What these patches have of the whole attention."""
+
+
+class PatchAttention(Protocol):
+    """Where the attention of all steps lies (`reward_model.occlusion.PatchAttention`)."""
+
+    @property
+    def area(self) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of the patches, as shares of the image."""
+
+    @property
+    def solutions(self) -> Sequence[Sequence[StepAttention]]:
+        """That of each solution's steps."""
+
+
 @dataclass(frozen=True)
 class TileMaps:
-    """For each solution a map a step (`reward_model.occlusion`); `num_tokens`: their cost, in tokens of the model."""
+    """For each solution a map a step (`reward_model.occlusion`); `num_tokens`: their cost, in tokens of the model;
+    `attention`: None where the model's fusion reads no patches."""
 
     solutions: Sequence[StepMaps]
     num_tokens: int = 0
+    attention: PatchAttention | None = None
 
 
 MapTiles = Callable[[ModelInput], Awaitable[TileMaps]]
@@ -162,7 +188,7 @@ class Backend:
         """Pixels of the images that are decoded and not scored."""
         return self.pixels or Budget("pixels of images", self.config.max_pixels_in_flight)
 
-    async def tile_maps(self, case: Case) -> Sequence[StepMaps]:
+    async def tile_maps(self, case: Case) -> TileMaps:
         """For each solution of a case a map a step."""
         if self.map_tiles is None:
             raise Problem(Kind.INVALID, f"the model {self.model} has no image tower, so no score comes from its tokens")
@@ -172,7 +198,7 @@ class Backend:
         with self.pixels_held.held(model_input.num_pixels):
             maps = await self.map_tiles(model_input)
         tally().add(model_input, self.fingerprint, 0, maps.num_tokens)
-        return maps.solutions
+        return maps
 
     async def rerank(self, request: RerankRequest) -> RerankAnswer:
         """The answer to a rerank request."""

@@ -80,7 +80,7 @@ class ReplicaScorer:
         from medmm_ray.reward_model.pass_engine import TileMapCase
 
         maps, num_tokens = await self._read(TileMapCase(model_input), model_input)
-        return TileMaps(maps, num_tokens)
+        return TileMaps(maps.tiles, num_tokens, maps.attention)
 
     async def _read(self, request: Any, case: ModelInput) -> tuple[Any, int]:
         """What the engine makes of a request about a case, and the tokens that it read for it."""

@@ -1,7 +1,6 @@
 """`POST /v1/tile_maps`: where in the image each step's score comes from. Pure: the request and its answer."""
 
-from collections.abc import Sequence
-
+from medmm_ray.service import backend
 from medmm_ray.service.messages import Message
 from medmm_ray.service.rerank import Case
 
@@ -22,14 +21,46 @@ class SolutionMaps(Message):
     colour; positive where the tile speaks for the step. Empty where the solution could not be scored."""
 
 
+class StepAttention(Message):
+    """Where one step's attention lies."""
+
+    weights: list[list[float]]
+    """Of the image's patches, rows from the top, the mean over the fusion's heads; they add up to 1."""
+    share: float
+    """What these patches have of the step's whole attention: the rest is on the image's pooled token, where the fusion
+    reads that too, and on other images."""
+
+
+class PatchAttention(Message):
+    """Where the attention of all steps lies: what the fusion reads, which need not be what changes a score."""
+
+    area: tuple[float, float, float, float]
+    """Left, top, right and bottom of the grids, as shares of the image's width and height: the square that the image
+    tower sees; outside 0 to 1 where it pads the image."""
+    solutions: list[list[StepAttention]]
+    """For each solution that of its steps, in the request's order."""
+
+
 class TileMapsAnswer(Message):
     """The maps of all solutions, in the request's order."""
 
     model: str
     solutions: list[SolutionMaps]
+    attention: PatchAttention | None
+    """Null where the model reads each image as one pooled token: there is no attention over patches."""
 
 
-def tile_maps_answer(maps: Sequence[Sequence[list[list[float]]]], model: str) -> TileMapsAnswer:
+def tile_maps_answer(maps: backend.TileMaps, model: str) -> TileMapsAnswer:
     """The answer from the maps of each solution's steps."""
-    solutions = [SolutionMaps(index=index, maps=list(of_steps)) for index, of_steps in enumerate(maps)]
-    return TileMapsAnswer(model=model, solutions=solutions)
+    solutions = [SolutionMaps(index=index, maps=of_steps) for index, of_steps in enumerate(maps.solutions)]
+    attention = None
+    if maps.attention is not None:
+        attention = PatchAttention(
+            area=maps.attention.area,
+            solutions=[list(map(_step_attention, of_steps)) for of_steps in maps.attention.solutions],
+        )
+    return TileMapsAnswer(model=model, solutions=solutions, attention=attention)
+
+
+def _step_attention(step: backend.StepAttention) -> StepAttention:
+    return StepAttention(weights=step.weights, share=step.share)

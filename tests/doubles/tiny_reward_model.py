@@ -9,6 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from medmm_ray.reward_model import FusionConfig, RewardModel
+from tests.doubles.clip_folders import write_native_clip
 from tests.reward_model import medprm_reference
 
 TAG = " ки"
@@ -98,3 +100,14 @@ def reference_probs(model: Any, tok: Any, question: str, steps: Sequence[str], d
     """P(+) a step as Med-PRM computes it for the raw solution that `steps` stand for."""
     tagged = medprm_reference.processed(medprm_reference.numbered(steps))
     return medprm_reference.probs(model, tok, question, tagged, documents)
+
+
+def two_tower(folder: Path) -> RewardModel:
+    """`save`'s model with an image tower, in `folder` / "two_tower"; its fusion is opened, so that the image counts."""
+    torch.manual_seed(3)
+    model = RewardModel.from_pretrained(save(folder / "text"))
+    model.add_image_tower(write_native_clip(folder / "tower"), FusionConfig(tokens="both", width=16, num_heads=2))
+    assert model.fusion is not None
+    torch.nn.init.normal_(model.fusion.output.weight, std=0.5)
+    model.save_pretrained(folder / "two_tower")
+    return model.eval()

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from medmm_ray.engines.image_preprocess import Area
 from medmm_ray.engines.image_tower import ImageTokens
 from medmm_ray.reward_model import FusionConfig, RewardModel, ScoreRequest
 from medmm_ray.reward_model.occlusion import tile_maps
@@ -41,7 +42,7 @@ def maps_of(
     reference = Image.effect_noise((32, 32), 60).convert("RGB")
     request = ScoreRequest(tiny.QUESTION, tiny.SOLUTIONS, tiny.DOCUMENTS, image, [reference])
     states = model.text_states(request.question, request.solutions, request.documents)
-    return request, tile_maps(model, request, states, num_tiles)
+    return request, tile_maps(model, request, states, num_tiles).tiles
 
 
 def test_a_tile_is_worth_what_the_score_loses_without_it(two_tower: RewardModel, bright_corner: Image.Image) -> None:
@@ -71,6 +72,9 @@ class CornerTower(nn.Module):
     def preprocess(self, image: Image.Image) -> Tensor:
         pixels_HW3 = torch.tensor(list(image.getdata()), dtype=torch.float32).reshape(32, 32, 3) / 255
         return pixels_HW3.permute(2, 0, 1)
+
+    def area(self, width: int, height: int) -> Area:
+        return (0.0, 0.0, 1.0, height / width)
 
     def forward(self, pixels_B3HW: Tensor) -> ImageTokens:
         light_B = pixels_B3HW[:, :, 16:, :16].mean(dim=(1, 2, 3))

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from playwright.sync_api import expect
 
+from medmm_ray.reward_model import StepAttention
+from medmm_ray.reward_model.occlusion import PatchAttention
 from medmm_ray.service.app import api
 from medmm_ray.service.backend import Backend, TileMaps
 from medmm_ray.service.config import ServeConfig
@@ -31,6 +33,10 @@ DESK, PHONE = (1440, 900), (390, 844)
 # Only the lower left tile of 4 x 4 speaks, against each first step and for the others.
 AGAINST = [[0.0] * 4, [0.0] * 4, [0.0] * 4, [-2.0, 0.0, 0.0, 0.0]]
 FOR = [[0.0] * 4, [0.0] * 4, [0.0] * 4, [2.0, 0.0, 0.0, 0.0]]
+# Three quarters of the attention lie in the upper right of the middle half, one quarter in its lower left.
+ATTENTION = StepAttention([[0, 0, 0, 0.75], [0.0] * 4, [0.0] * 4, [0.25, 0, 0, 0]], share=0.4)
+MIDDLE = (0.25, 0.0, 0.75, 1.0)
+POOLED = "Which side, by a model that reads pooled tokens?"
 
 
 def texts_of(case: ModelInput) -> list[list[str]]:
@@ -47,7 +53,9 @@ async def score(case: ModelInput) -> Scored:
 
 
 async def map_tiles(case: ModelInput) -> TileMaps:
-    return TileMaps([[AGAINST if i == 0 else FOR for i in range(len(steps))] for steps in texts_of(case)])
+    maps = [[AGAINST if i == 0 else FOR for i in range(len(steps))] for steps in texts_of(case)]
+    attention = PatchAttention(MIDDLE, [[ATTENTION] * len(steps) for steps in texts_of(case)])
+    return TileMaps(maps, attention=None if case.question.startswith(POOLED) else attention)
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +126,53 @@ def test_a_case_is_scored_and_its_steps_are_traced(browser: "Browser", url: str)
         expect(page.locator("#map-says")).to_contain_text("Step 2")
         assert overlay(page) == {12: [111, 183, 234, 255]}
         assert page.locator(".step[aria-pressed=true] span").nth(1).inner_text() == "So the answer is (B)."
+
+
+def test_where_the_attention_lies_is_shown_beside_what_changes_the_score(browser: "Browser", url: str) -> None:
+    with opened(browser, url, DESK) as page:
+        by_attention = page.get_by_label("where the attention lies")
+        page.click("#go")
+        page.wait_for_selector(".step")
+        expect(by_attention).to_be_disabled()
+        page.locator(".step").nth(0).click()
+        expect(page.locator("#map-says")).to_contain_text("changes the step by")
+        by_attention.check()
+        says = page.inner_text("#map-says")
+        assert "most attention at the upper right of the picture, 75 % of what lies on its patches" in says
+        assert "They have 40 % of the whole attention." in says
+        tiles = overlay(page)
+        assert tiles[3] == [232, 215, 96, 255]
+        assert {place: tile[3] for place, tile in tiles.items()} == {3: 255, 12: 85}
+        assert page.is_visible("#of-attention")
+        assert not page.is_visible("#of-tiles")
+        # The grid lies over the middle half of the picture alone.
+        assert page.evaluate(SPREAD) == pytest.approx([0.25, 0.75], abs=0.01)
+        page.keyboard.press("Tab")
+        page.locator(".step").nth(1).click()
+        expect(page.locator("#map-says")).to_contain_text("Step 2")
+        assert page.locator("input[value=attention]").is_checked(), "the next step is shown the same way"
+        page.get_by_label("what changes the score").check()
+        assert overlay(page) == {12: [111, 183, 234, 255]}
+        assert page.evaluate(SPREAD) == pytest.approx([0.0, 1.0], abs=0.01)
+
+
+SPREAD = """() => {
+  const [picture, overlay] = ["picture", "overlay"].map((id) => document.getElementById(id).getBoundingClientRect());
+  // The examples are square: the picture is as wide as it is high, in the middle of its box.
+  const start = picture.left + (picture.width - picture.height) / 2;
+  return [(overlay.left - start) / picture.height, (overlay.right - start) / picture.height];
+}"""
+
+
+def test_without_an_attention_over_patches_the_page_says_why(browser: "Browser", url: str) -> None:
+    with opened(browser, url, DESK) as page:
+        page.fill("#question", POOLED)
+        page.click("#go")
+        page.wait_for_selector(".step")
+        page.locator(".step").nth(0).click()
+        expect(page.locator("#map-says")).to_contain_text("changes the step by")
+        expect(page.get_by_label("where the attention lies")).to_be_disabled()
+        assert page.inner_text("#no-attention") == "this model reads an image as one token, not in patches"
 
 
 def overlay(page: "Page") -> dict[int, list[int]]:

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from jobs.benches.serve_replicas import ReplicasConfig, measure_replicas
 from medmm_ray.data.artifacts import Artifact, Provenance
 from medmm_ray.engines.vllm_engine import VllmEngine
 from medmm_ray.service.deployment import build_app, checkpoint_of
@@ -74,3 +76,17 @@ def test_a_policy_of_our_own_engine_has_a_deployment_and_one_behind_an_api_none(
     assert config.policy.api.endpoint == "http://127.0.0.1:1/v1"
     assert policy is None
     assert bound(build_app(shared)).init_kwargs["policy"] is None
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("ray_session")
+def test_new_weights_of_a_further_model_come_under_load_without_a_failed_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("MEDMM_TOKEN", raising=False)
+    config = ReplicasConfig(events=("replace_further",), steady_s=9)
+    failed, new = measure_replicas(config, Console(quiet=True))
+    assert failed.baseline == 90, "ten a second"
+    assert failed.ours == 0
+    assert new.baseline > 0, "some were sent after the update"
+    assert new.ours == new.baseline

@@ -12,6 +12,8 @@ import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from medmm_ray.reward_model import StepAttention
+from medmm_ray.reward_model.occlusion import PatchAttention
 from medmm_ray.service.app import api
 from medmm_ray.service.backend import Backend, TileMaps
 from medmm_ray.service.config import ServeConfig
@@ -45,7 +47,20 @@ def test_maps_come_a_step() -> None:
     assert reply.json() == {
         "model": "m",
         "solutions": [{"index": 0, "maps": [MAP, MAP]}, {"index": 1, "maps": [MAP, MAP]}],
+        "attention": None,
     }
+
+
+def test_attention_over_patches_comes_beside_them() -> None:
+    attention = StepAttention([[0.75, 0.25], [0.0, 0.0]], share=0.4)
+
+    async def attended(case: ModelInput) -> TileMaps:
+        steps = PatchAttention((0.125, 0.0, 0.875, 1.0), [[attention, attention] for _ in case.solutions])
+        return TileMaps([[MAP, MAP] for _ in case.solutions], attention=steps)
+
+    answer = client(maps=attended).post("/v1/tile_maps", json=body(image=b64(png()))).json()
+    expected = {"weights": [[0.75, 0.25], [0.0, 0.0]], "share": 0.4}
+    assert answer["attention"] == {"area": [0.125, 0.0, 0.875, 1.0], "solutions": [[expected] * 2] * 2}
 
 
 def test_what_maps_cost_counts_for_the_keys_day() -> None:
@@ -80,7 +95,7 @@ def test_maps_read_in_shared_passes_are_those_of_the_function(tmp_path: Path) ->
 
     maps, scored = asyncio.run(ask())
     scorer.batcher.close()
-    for of_solution, expected_of_solution in zip(maps.solutions, expected, strict=True):
+    for of_solution, expected_of_solution in zip(maps.solutions, expected.tiles, strict=True):
         for step_map, expected_map in zip(of_solution, expected_of_solution, strict=True):
             assert np.array(step_map) == pytest.approx(np.array(expected_map), abs=1e-5)
     # 66 images, each at least a token, beside the text.

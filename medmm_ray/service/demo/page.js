@@ -6,7 +6,8 @@ const RULES = { best_of_n: "Best of N", sc_rm: "Sum of rewards", majority: "Most
 let image = null; // base64
 let answer = null; // the last ranking
 let sentCase = null; // the case that it is about
-let maps = new Map(); // by solution: a map a step
+let maps = new Map(); // by solution: what /v1/tile_maps answers of it
+let shown = null; // the step whose overlay is drawn: { found, i, wanted }
 let aggregate = "min";
 
 const element = (tag, text = "", properties = {}) => Object.assign(document.createElement(tag), { textContent: text }, properties);
@@ -56,6 +57,7 @@ function addSolution(text = "") {
 function reset() {
   answer = null;
   clear();
+  forgetAttention();
   for (const part of document.querySelectorAll(".scored, #evidence, #warnings")) part.hidden = true;
   for (const id of ["answer", "cards"]) $(id).replaceChildren();
   $("hint").hidden = false;
@@ -125,6 +127,7 @@ $("form").onsubmit = async (event) => {
     const shared = readCase();
     sentCase = shared;
     maps = new Map();
+    forgetAttention();
     if ($("way-sampled").checked) await sample(shared);
     else {
       const solutions = [...document.querySelectorAll("#solutions textarea")].map((area) => area.value).filter((text) => text.trim()).map(solutionOf);
@@ -304,8 +307,8 @@ async function look(solution, i, button) {
       $("map-says").textContent = `${wanted}: looking …`;
       maps.set(solution.index, mapsOf(solution));
     }
-    const stepMaps = await maps.get(solution.index);
-    if (button.getAttribute("aria-pressed") === "true") draw(stepMaps[i], wanted);
+    const found = await maps.get(solution.index);
+    if (button.getAttribute("aria-pressed") === "true") draw({ found, i, wanted });
   } catch (error) {
     maps.delete(solution.index);
     $("map-says").textContent = error.message;
@@ -315,29 +318,78 @@ async function look(solution, i, button) {
 async function mapsOf(solution) {
   const { answer_type, ...shared } = sentCase;
   const reply = await call("v1/tile_maps", { ...shared, solutions: [solution.steps.map((step) => step.text)] });
-  return (await reply.json()).solutions[0].maps;
+  const { solutions, attention } = await reply.json();
+  return { tiles: solutions[0].maps, attention: attention && { area: attention.area, steps: attention.solutions[0] } };
 }
 
-function draw(map, wanted) {
-  const canvas = $("overlay");
-  const [rows, columns] = [map.length, map[0].length];
-  [canvas.height, canvas.width] = [rows, columns];
-  const context = canvas.getContext("2d");
+// The switch between what changes the score and where the attention lies.
+const view = () => document.querySelector("[name=view]:checked").value;
+const attentionRadio = document.querySelector("[name=view][value=attention]");
+for (const radio of document.querySelectorAll("[name=view]")) radio.onchange = () => shown && draw(shown);
+
+function forgetAttention() {
+  shown = null;
+  offerAttention(false, "known once a step is chosen");
+}
+
+function offerAttention(isOffered, whyNot) {
+  attentionRadio.disabled = !isOffered;
+  $("no-attention").textContent = isOffered ? "" : whyNot;
+  if (!isOffered) document.querySelector("[name=view][value=tiles]").checked = true;
+}
+
+function draw(step) {
+  shown = step;
+  const { found, i, wanted } = step;
+  offerAttention(found.attention !== null, "this model reads an image as one token, not in patches");
+  const isAttention = view() === "attention";
+  $("of-tiles").hidden = isAttention;
+  $("of-attention").hidden = !isAttention;
+  if (isAttention) drawAttention(found.attention.steps[i], found.attention.area, wanted);
+  else drawTiles(found.tiles[i], wanted);
+}
+
+function drawTiles(map, wanted) {
   const values = map.flat();
   const strongest = Math.max(...values.map(Math.abs));
-  const pixels = context.createImageData(columns, rows);
-  values.forEach((value, i) => {
-    const colour = value >= 0 ? [111, 183, 234] : [240, 149, 63];
-    pixels.data.set([...colour, strongest ? (255 * Math.abs(value)) / strongest : 0], 4 * i);
-  });
-  context.putImageData(pixels, 0, 0);
-  place();
+  paint(map, [0, 0, 1, 1], (value) => [...(value >= 0 ? [111, 183, 234] : [240, 149, 63]), strongest ? Math.abs(value) / strongest : 0]);
   const most = values.indexOf(values.reduce((a, b) => (Math.abs(b) > Math.abs(a) ? b : a)));
-  const where = [["upper", "middle", "lower"][Math.floor((3 * Math.floor(most / columns)) / rows)], ["left", "middle", "right"][Math.floor((3 * (most % columns)) / columns)]];
-  const spot = where[0] === where[1] ? "middle" : where.join(" ");
   $("map-says").textContent = strongest < 0.005
     ? `${wanted}: no part of the image changes its score.`
-    : `${wanted}: most at the ${spot} of the picture; hiding that tile changes the step by ${signed(-values[most])} log-odds.`;
+    : `${wanted}: most at the ${spot(map, most, [0, 0, 1, 1])} of the picture; hiding that tile changes the step by ${signed(-values[most])} log-odds.`;
+}
+
+function drawAttention({ weights, share }, area, wanted) {
+  const values = weights.flat();
+  const strongest = Math.max(...values);
+  paint(weights, area, (value) => [232, 215, 96, strongest ? value / strongest : 0]);
+  const most = values.indexOf(strongest);
+  $("map-says").textContent = `${wanted}: most attention at the ${spot(weights, most, area)} of the picture, ${percent(values[most])} of what lies on its patches. They have ${percent(share)} of the whole attention.`;
+}
+
+// A grid over an area of the picture (left, top, right, bottom, as shares of it); a colour has its strength, 0 to 1, last.
+function paint(grid, area, colourOf) {
+  const canvas = $("overlay");
+  const [rows, columns] = [grid.length, grid[0].length];
+  [canvas.height, canvas.width] = [rows, columns];
+  const context = canvas.getContext("2d");
+  const pixels = context.createImageData(columns, rows);
+  grid.flat().forEach((value, i) => {
+    const [red, green, blue, strength] = colourOf(value);
+    pixels.data.set([red, green, blue, 255 * strength], 4 * i);
+  });
+  context.putImageData(pixels, 0, 0);
+  canvas.area = area;
+  place();
+}
+
+function spot(grid, place, [left, top, right, bottom]) {
+  const [rows, columns] = [grid.length, grid[0].length];
+  const x = left + ((right - left) * ((place % columns) + 0.5)) / columns;
+  const y = top + ((bottom - top) * (Math.floor(place / columns) + 0.5)) / rows;
+  const third = (share) => Math.min(2, Math.max(0, Math.floor(3 * share)));
+  const where = [["upper", "middle", "lower"][third(y)], ["left", "middle", "right"][third(x)]];
+  return where[0] === where[1] ? "middle" : where.join(" ");
 }
 
 const clear = () => $("overlay").getContext("2d").clearRect(0, 0, 64, 64);
@@ -348,11 +400,12 @@ function place() {
   if (!naturalWidth) return;
   const scale = Math.min(clientWidth / naturalWidth, clientHeight / naturalHeight);
   const [width, height] = [naturalWidth * scale, naturalHeight * scale];
+  const [left, top, right, bottom] = $("overlay").area || [0, 0, 1, 1];
   const style = $("overlay").style;
-  style.width = width + "px";
-  style.height = height + "px";
-  style.left = offsetLeft + (clientWidth - width) / 2 + "px";
-  style.top = offsetTop + (clientHeight - height) / 2 + "px";
+  style.width = width * (right - left) + "px";
+  style.height = height * (bottom - top) + "px";
+  style.left = offsetLeft + (clientWidth - width) / 2 + width * left + "px";
+  style.top = offsetTop + (clientHeight - height) / 2 + height * top + "px";
 }
 const fade = () => ($("overlay").style.opacity = $("opacity").value / 100);
 $("opacity").oninput = fade;

@@ -23,7 +23,8 @@ def random_fusion(tokens: Tokens, num_heads: int) -> Fusion:
     fusion = Fusion(FusionConfig(tokens=tokens, width=8, num_heads=num_heads), TEXT_WIDTH, IMAGE_WIDTH).eval()
     # Far from their starts, so that weights differ from patch to patch.
     for weights in fusion.parameters():
-        torch.nn.init.normal_(weights, std=0.7) if weights.ndim > 1 else None
+        if weights.ndim > 1:
+            torch.nn.init.normal_(weights, std=0.7)
     return fusion
 
 

@@ -178,7 +178,7 @@ def test_adapters_give_the_offline_functions_rewards(
         columns = {name: [value] * 2 for name, value in row.items()}
         by_trl = step_reward()(prompts=["P"] * 2, completions=completions, **columns)
         verl_row = {name: value for name, value in row.items() if name != "gold"}
-        by_verl = verl.compute_scores(["d"] * 2, completions, ["C"] * 2, [verl_row] * 2)
+        by_verl = verl.compute_scores(["d"] * 2, completions, ["C"] * 2, [verl_row] * 2, url=url)
         label = json.dumps({**fields, **SEEN})
         by_openrlhf = openrlhf.reward_func([f"P {text}</s>" for text in completions], ["P "] * 2, [label] * 2)
     assert by_trl == pytest.approx(expected, abs=1e-6)

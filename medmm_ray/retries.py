@@ -53,6 +53,7 @@ class Attempts:
         if status not in RETRIED:
             return None
         stated_s = retry_after_seconds(retry_after, "")
+        # A proxy's 503, or a lost connection: how long to wait nobody says.
         if stated_s is None:
             self._num_unstated += 1
             stated_s = 0.0

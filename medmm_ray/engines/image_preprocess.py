@@ -75,6 +75,7 @@ def seen_area(resize: Resize, width: int, height: int) -> Area:
     if resize == "squash":
         return (0.0, 0.0, 1.0, 1.0)
     side = max(width, height) if resize == "longest" else min(width, height)
+    # Where the square is wider than the picture, its edges lie outside.
     left, top = (1 - side / width) / 2, (1 - side / height) / 2
     return (left, top, 1 - left, 1 - top)
 

@@ -165,9 +165,11 @@ class Fusion(nn.Module):
         query_1TF = self._query(states_TD.to(dtype), summaries_TD.to(dtype))[None]
         tokens_1MF, bias_1M = self._tokens(images, dtype)
         query_1HTE, key_1HME = self._heads(self.attend_query(query_1TF)), self._heads(self.attend_key(tokens_1MF))
+        # By hand: PyTorch's fused attention, which the forward pass uses, keeps its weights to itself.
         logits_1HTM = query_1HTE @ key_1HME.transpose(2, 3) / math.sqrt(query_1HTE.shape[3])
         weights_TM = (logits_1HTM + bias_1M[:, None, None]).softmax(dim=-1)[0].mean(dim=0)
         num_images, num_patches = images.patches_QIPW.shape[1:3]
+        # The pooled tokens of all images stand before the patches.
         start = num_images if self.config.tokens == "both" else 0
         return weights_TM[:, start : start + num_patches]
 

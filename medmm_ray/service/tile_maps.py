@@ -53,6 +53,7 @@ class TileMapsAnswer(Message):
 def tile_maps_answer(maps: backend.TileMaps, model: str) -> TileMapsAnswer:
     """The answer from the maps of each solution's steps."""
     solutions = [SolutionMaps(index=index, maps=of_steps) for index, of_steps in enumerate(maps.solutions)]
+    # A fusion of pooled tokens has none over patches.
     attention = None
     if maps.attention is not None:
         attention = PatchAttention(

@@ -17,7 +17,17 @@ from pydantic import Field
 from rich.console import Console
 
 from jobs.benches import Measured
-from jobs.benches.serve_load import RETRIES, Client, Reply, http_client, open_loop, process_named, served, statuses
+from jobs.benches.serve_load import (
+    RETRIES,
+    Client,
+    Reply,
+    closed_loop,
+    http_client,
+    open_loop,
+    process_named,
+    served,
+    statuses,
+)
 from jobs.benches.slow_engine import SlowModel
 from medmm_ray.config import Config
 from medmm_ray.retries import Retries
@@ -205,20 +215,18 @@ def replace_further(config: ReplicasConfig, console: Console) -> Iterator[Measur
     from ray import serve
 
     further = ModelConfig(model=OLD, num_cpus=0.1, num_replicas=2, max_wait_s=10)
-    updated_at: list[float] = []
     with serving_slow(num_replicas=2, max_wait_s=10, models={"next": further}) as (url, serve_config):
         models = {"next": further.model_copy(update={"model": NEW})}
         changed = serve_config.model_copy(update={"models": models, "port": int(url.rpartition(":")[2])})
 
         def update() -> None:
             serve.run(application(changed, load_slow), name="medmm", route_prefix="/")
-            updated_at.append(time.monotonic())
 
         replies = under_load(url, config.steady_s, None, update, "next")
-    biases = {reply.sent: bias_of(reply) for reply in replies if reply.status == 200}
-    after = [bias for sent, bias in biases.items() if sent > updated_at[0]]
-    num_new = sum(bias == BIAS[NEW] for bias in after)
-    first = next(iter(biases.values()))
+        after = asyncio.run(ask_after(url, "next"))
+    biases = [bias_of(reply) for reply in replies if reply.status == 200]
+    num_new = sum(reply.status == 200 and bias_of(reply) == BIAS[NEW] for reply in after)
+    first = biases[0]
     console.print(
         f"new weights of a further model: statuses {statuses(replies)}, the first request has log-odds of {first:+g}, "
         f"{num_new} of {len(after)} sent after the update of {BIAS[NEW]:+g}"
@@ -240,6 +248,13 @@ def replace_further(config: ReplicasConfig, console: Console) -> Iterator[Measur
         "≥ 1",
         "requests",
     )
+
+
+async def ask_after(url: str, model: str) -> list[Reply]:
+    """The answers to twenty requests, one after another, to a model by its name."""
+    async with http_client(url) as http:
+        replies, _ = await closed_loop(Client(http).send, [body(number, model) for number in range(20)], 1)
+    return replies
 
 
 def bias_of(reply: Reply) -> float:

@@ -92,8 +92,8 @@ def test_evidence_of_the_service_is_that_of_the_step_and_is_scored_with(
     queries = queries.append_column("modality", pa.array(["radiology"] * len(asked)))
     retriever = Retriever(WANTED, lookup_tables(tmp_path, vectors, images), str(index))
     offline = {row["question_id"]: row for row in retriever.evidence(queries).to_pylist()}
-    of_first = offline[asked[0].image_id]["documents"]
-    assert {document["lexical"] is None for document in of_first} == {True, False}, "each ranker finds some alone"
+    found_by = [(row["dense"], row["lexical"]) for of_question in offline.values() for row in of_question["documents"]]
+    assert any(None not in ranks for ranks in found_by), "both rankers took part"
 
     retrieval = RetrievalConfig(index=str(index), image_tower=tower, embed=embed, retrieve=WANTED, num_cpus=0.5)
     checkpoint = str(tmp_path / "two_tower")

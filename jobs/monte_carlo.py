@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from jobs.entry import main
 from jobs.sample import count, graded
 from jobs.step import Job
 from medmm_ray.config import ConfigError
-from medmm_ray.data.sorted_rows import SortedRows, sort_rows
+from medmm_ray.data.sorted_rows import SortedRows, listed_rows, sort_rows, windows, write_sorted
 from medmm_ray.steps.monte_carlo import QUESTION_COLUMNS, image_uris, judged_rows, monte_carlo
 
 if TYPE_CHECKING:
@@ -76,13 +75,19 @@ def lookups(job: Job, folder: str) -> Lookups:
 
 def _uris(job: Job, num_images: int, folder: str) -> SortedRows:
     """The pictures of each question."""
-    images = job.lookup("images", ["uri"], folder, key="image_id")
-    parts = (
-        image_uris(part, images.rows_of(pc.list_flatten(part["image_ids"]).to_pylist()), num_images)
-        for part in job.stream("questions", ["question_id", "image_ids"])
+    columns = ["question_id", "image_ids"]
+    schema = pa.schema([job.table("questions").schema.field(name) for name in columns])
+    questions = sort_rows(job.stream("questions", columns), "question_id", schema, f"{folder}/image_ids")
+    images = listed_rows(
+        questions,
+        "image_ids",
+        job.lookup("images", ["uri"], folder, key="image_id"),
+        f"{folder}/question_images",
     )
-    schema = pa.schema({"question_id": pa.string(), "image_uris": pa.list_(pa.string())})
-    return sort_rows(parts, "question_id", schema, f"{folder}/uris")
+    tables = windows({"questions": questions, "images": images})
+    parts = (image_uris(window["questions"], window["images"], num_images) for window in tables)
+    uris = pa.schema({"question_id": pa.string(), "image_uris": pa.list_(pa.string())})
+    return write_sorted(parts, "question_id", uris, f"{folder}/uris")
 
 
 def summary(figures: Mapping[str, float]) -> str:

@@ -30,7 +30,7 @@ class DriverConfig(Config):
 
     questions: tuple[int, ...] = (10_000, 100_000)
     """Numbers of questions, tenfold each; none: no driver is measured. At (100_000, 1_000_000) it takes an hour."""
-    steps: tuple[str, ...] = ("audit", "train_text_prm", "judge", "monte_carlo", "review", "score")
+    steps: tuple[str, ...] = ("audit", "train_text_prm", "train_two_tower", "judge", "monte_carlo", "review", "score")
     """Steps whose drivers are measured."""
     bootstrap_samples: int = Field(100, ge=1)
     """Resamples of the dataset report: they take time by the question, as all else does."""
@@ -112,6 +112,25 @@ def _train_text_prm(run: Run) -> None:
     write_inputs({"questions": rows}, f"{run.root}/inputs")
 
 
+def _train_two_tower(run: Run) -> None:
+    from medmm_ray.train.labelled_rows import TwoTowerRows, TwoTowerRules
+    from medmm_ray.train.launch import write_inputs
+    from medmm_ray.train.two_tower_data import states_files
+
+    job = Job(run, BY_NAME["train_two_tower"])
+    files = states_files([job.table("states")])
+    rows = TwoTowerRows(
+        TwoTowerRules("hybrid", "collapse", num_references=1),
+        files,
+        job.stream_all(("judge_labels", "monte_carlo_labels")),
+        job.stream("questions"),
+        job.stream("images"),
+        job.stream("evidence"),
+        job.stream("solutions", ["question_id", "solutions"]),
+    )
+    write_inputs({"questions": rows, "files": files}, f"{run.root}/two-tower-inputs")
+
+
 def _monte_carlo(run: Run) -> None:
     from jobs.monte_carlo import lookups
 
@@ -155,6 +174,7 @@ def _review(run: Run) -> None:
 _DRIVERS: dict[str, Callable[[Run], None]] = {
     "audit": _audit,
     "train_text_prm": _train_text_prm,
+    "train_two_tower": _train_two_tower,
     "judge": _judge,
     "monte_carlo": _monte_carlo,
     "review": _review,

@@ -1,6 +1,6 @@
 """Tables of a run with the ids of many questions, few solutions each and hardly any text, for `jobs.bench scale`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,13 @@ import pyarrow.parquet as pq
 from jobs.graph import MAKER
 from jobs.step import Run, load_recipe
 from medmm_ray.config import Config
-from medmm_ray.data.tables import Provenance
+from medmm_ray.data.records import States
+from medmm_ray.data.tables import Provenance, Table
 
 ROW_GROUP = 10_000
+"""Questions of a row group."""
+STATES_ROW_GROUP = 1_000
+"""Solutions of a row group of states, of which a file has `ROW_GROUP` questions: an 8B model's have 1 GB."""
 DIFFICULTIES = ("easy", "medium", "hard")
 
 
@@ -40,24 +44,19 @@ def make_tables(
         "solutions": _solutions,
         "judge_labels": _judge_labels,
         "monte_carlo_labels": _monte_carlo_labels,
+        "states": _states,
     }
     for name, make in tables.items():
         table = run.table(name)
         table.prepare()
-        with pq.ParquetWriter(f"{table.path}/part-0.parquet", table.schema) as file:
-            num_rows = 0
-            for start in range(0, number, ROW_GROUP):
-                numbers = np.arange(start, min(start + ROW_GROUP, number))
-                rows = _filled(table.schema, make(shape, numbers))
-                num_rows += rows.num_rows
-                file.write_table(rows, row_group_size=ROW_GROUP)
+        files, num_rows = _written(table, make, shape, number)
         origin = Provenance(name=name, fingerprint=run.fingerprint(MAKER[name]), config={}, upstream={})
         table.clear()
         table.commit(
             origin,
             0.0,
             rows=num_rows,
-            files=["part-0.parquet"],
+            files=files,
             schema_hash="",
             content_hash="",
             errors={},
@@ -66,6 +65,28 @@ def make_tables(
 
 
 Columns = Mapping[str, Any]
+
+
+def _written(
+    table: Table,
+    make: Callable[[TableShape, Any], Columns],
+    shape: TableShape,
+    number: int,
+) -> tuple[list[str], int]:
+    """The files of a table, one but of states, and its rows."""
+    is_states = table.record is States
+    questions_per_file, row_group = (ROW_GROUP, STATES_ROW_GROUP) if is_states else (number, ROW_GROUP)
+    names: list[str] = []
+    num_rows = 0
+    for first in range(0, number, questions_per_file):
+        names.append(f"part-{len(names)}.parquet")
+        with pq.ParquetWriter(f"{table.path}/{names[-1]}", table.schema) as file:
+            for start in range(first, min(first + questions_per_file, number), ROW_GROUP):
+                numbers = np.arange(start, min(start + ROW_GROUP, number))
+                rows = _filled(table.schema, make(shape, numbers))
+                num_rows += rows.num_rows
+                file.write_table(rows, row_group_size=row_group)
+    return names, num_rows
 
 
 def _filled(schema: pa.Schema, columns: Columns) -> pa.Table:
@@ -100,12 +121,26 @@ def _empty(field: pa.Field, num_rows: int) -> pa.Array:
     if pa.types.is_list(field.type):
         offsets = pa.array(np.zeros(num_rows + 1), pa.int32())
         return pa.ListArray.from_arrays(offsets, pa.array([], field.type.value_type), type=field.type)
-    return pa.repeat(pa.scalar("" if pa.types.is_string(field.type) else 0).cast(field.type), num_rows)
+    value: object = 0
+    if pa.types.is_string(field.type):
+        value = ""
+    elif pa.types.is_binary(field.type):
+        value = b""
+    return pa.repeat(pa.scalar(value, field.type), num_rows)
 
 
 def question_ids(numbers: np.ndarray[Any, np.dtype[np.int64]]) -> pa.Array:
     """Ids as content gives them: in no order, all of a length."""
-    scattered = numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return _scattered(numbers, 0x9E3779B97F4A7C15)
+
+
+def image_ids(numbers: np.ndarray[Any, np.dtype[np.int64]]) -> pa.Array:
+    """The same of images, in another order: the images of neighbouring questions are no neighbours."""
+    return _joined("i", _scattered(numbers, 0xC2B2AE3D27D4EB4F))
+
+
+def _scattered(numbers: np.ndarray[Any, np.dtype[np.int64]], factor: int) -> pa.Array:
+    scattered = numbers.astype(np.uint64) * np.uint64(factor)
     return pa.array([f"{value:016x}" for value in scattered.tolist()], pa.string())
 
 
@@ -126,12 +161,12 @@ def _questions(_: TableShape, numbers: Any) -> Columns:
         "difficulty": _choices(numbers, DIFFICULTIES),
         "question": _joined("What of", ids),
         "answer": _choices(numbers, ("A", "B")),
-        "image_ids": (1, _joined("i", ids)),
+        "image_ids": (1, image_ids(numbers)),
     }
 
 
 def _images(_: TableShape, numbers: Any) -> Columns:
-    ids = _joined("i", question_ids(numbers))
+    ids = image_ids(numbers)
     return {
         "image_id": ids,
         "sha256": ids,
@@ -143,7 +178,7 @@ def _images(_: TableShape, numbers: Any) -> Columns:
 def _evidence(_: TableShape, numbers: Any) -> Columns:
     # The picture of another question, which is one of training.
     of_training = (numbers // 4 * 4 + 1 - numbers % 4 % 2).astype(np.int64)
-    images = {"image_id": _joined("i", question_ids(of_training))}
+    images = {"image_id": image_ids(of_training)}
     return {"question_id": question_ids(numbers), "images": (1, images)}
 
 
@@ -165,6 +200,18 @@ def _solutions(shape: TableShape, numbers: Any) -> Columns:
     }
     requested = np.full(len(numbers), shape.solutions)
     return {"question_id": question_ids(numbers), "num_requested": requested, "solutions": (shape.solutions, solution)}
+
+
+def _states(shape: TableShape, numbers: Any) -> Columns:
+    """Of each solution its steps, and no states: drivers do not read those."""
+    ids = _solution_ids(shape, numbers)
+    rows = pa.array(np.repeat(np.arange(len(numbers)), shape.solutions))
+    return {
+        "question_id": question_ids(numbers).take(rows),
+        "solution_id": ids,
+        "num_steps": np.full(len(ids), shape.steps),
+        "dtype": pa.repeat("bfloat16", len(ids)),
+    }
 
 
 def _judge_labels(shape: TableShape, numbers: Any) -> Columns:

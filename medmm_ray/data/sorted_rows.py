@@ -2,7 +2,7 @@
 
 Enters: tables part by part. Leaves: `SortedRows`, one Arrow file of small batches, of which those alone are read that
 are asked for. `windows` reads several such files side by side, the rows of some ids at a time: a join in bounded
-memory, in the order of the ids. Rows of one id keep the order in which they came.
+memory, in the order of the ids. Rows of one id keep the order in which they came. `listed_rows` joins by lists of ids.
 
 Parquet and Ray Data have no such reading: a row group is for columns, and a shuffle for all nodes at once.
 """
@@ -25,9 +25,10 @@ BATCH_BYTES = 64 << 10
 RUN_BYTES = 8 << 20
 """What is sorted in memory at a time."""
 FAN_IN = 64
-"""Sorted runs that are merged at a time: of each a batch is in memory."""
+"""Sorted runs that are merged at a time: of each two batches are in memory, beside a window of all."""
 WINDOW_BYTES = 4 << 20
-"""What `windows` gives at a time, in Arrow; as Python objects it is ten times as much."""
+"""What `windows` gives at a time, in Arrow; as Python objects it is ten times as much. Half of what is sorted at a
+time, so that merging takes no more memory than sorting: a driver of many questions needs no more than one of few."""
 
 
 class SortedRows:
@@ -126,7 +127,7 @@ def sort_rows(
         level += 1
         merged: list[SortedRows] = []
         for start in range(0, len(runs), FAN_IN):
-            merged.append(_merged(runs[start : start + FAN_IN], f"{uri}.{level}-{len(merged)}", run_bytes))
+            merged.append(_merged(runs[start : start + FAN_IN], f"{uri}.{level}-{len(merged)}"))
         runs = merged
     if not runs:
         return write_sorted([], key, schema, uri)
@@ -144,16 +145,12 @@ def sort_tables(
     return {name: sort_rows(parts, key, schema, f"{folder}/{name}") for name, (parts, schema) in tables.items()}
 
 
-def _merged(
-    runs: Sequence[SortedRows],
-    uri: str,
-    window_bytes: int,
-) -> SortedRows:
+def _merged(runs: Sequence[SortedRows], uri: str) -> SortedRows:
     """One file of neighbouring runs, which are deleted."""
     key, schema = runs[0].key, runs[0].schema
     names = {str(number): run for number, run in enumerate(runs)}
     # Runs stay in their order within a window, and the sort is stable: so do the rows of an id.
-    tables = (_joined(list(window.values()), schema).sort_by(key) for window in windows(names, window_bytes))
+    tables = (_joined(list(window.values()), schema).sort_by(key) for window in windows(names))
     merged = write_sorted(tables, key, schema, uri)
     for run in runs:
         run.delete()
@@ -231,6 +228,57 @@ def windows(
         size += batch_bytes
     for low, high in pairwise([*limits, None]):
         yield {name: rows.between(low, high) for name, rows in tables.items()}
+
+
+def listed_rows(
+    owners: SortedRows,
+    column: str,
+    rows: SortedRows,
+    uri: str,
+) -> SortedRows:
+    """The rows that the lists of ids in `column` of `owners` name, each with its owner's id, in the file `uri`.
+
+    Sorted by the owner's id. A row that several owners name is there for each of them; an id without a row is left out.
+    The ids of owners and of rows share no order: looked up for some owners at a time, nearly all rows would be read and
+    held each time. So the pairs of both are sorted twice.
+    """
+    pair_schema = pa.schema({owners.key: pa.string(), rows.key: pa.string()})
+    pairs = sort_rows(
+        (_pairs(part, owners.key, column, pair_schema) for part in owners.batches()),
+        rows.key,
+        pair_schema,
+        f"{uri}.pairs",
+    )
+    schema = pa.schema([pair_schema.field(owners.key), *rows.schema])
+    matched = (_matched(window["pairs"], window["rows"], schema) for window in windows({"pairs": pairs, "rows": rows}))
+    listed = sort_rows(matched, owners.key, schema, uri)
+    pairs.delete()
+    return listed
+
+
+def _pairs(
+    owners: pa.Table,
+    key: str,
+    column: str,
+    schema: pa.Schema,
+) -> pa.Table:
+    """A row for each id in the lists: its owner's, and the id."""
+    lists = owners[column].combine_chunks()
+    owner_ids = owners[key].take(pc.list_parent_indices(lists))
+    return pa.Table.from_arrays([owner_ids, pc.list_flatten(lists)], schema=schema)
+
+
+def _matched(
+    pairs: pa.Table,
+    rows: pa.Table,
+    schema: pa.Schema,
+) -> pa.Table:
+    """The pairs whose row there is, with the row."""
+    owner_ids, row_ids = pairs.columns
+    places = pc.index_in(row_ids, rows[schema.names[1]].combine_chunks())
+    is_known = pc.is_valid(places)
+    matches = rows.take(places.filter(is_known))
+    return pa.Table.from_arrays([owner_ids.filter(is_known), *matches.columns], schema=schema)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from medmm_ray.data.records import Evidence, Image, Labels, Question, Solutions, arrow_schema
-from medmm_ray.data.sorted_rows import SortedRows, scratch_folder, sort_rows, sort_tables, windows
+from medmm_ray.data.sorted_rows import SortedRows, listed_rows, scratch_folder, sort_rows, sort_tables, windows
 from medmm_ray.stats.targets import checked_consensus_counts
 from medmm_ray.train.text_prm_data import RightSteps, group_labels, labelled_questions, labels_of_solutions
 from medmm_ray.train.two_tower_data import LOCATED, labels_of_states, located_states, questions_with_images
@@ -145,6 +145,7 @@ class TwoTowerRows:
         with scratch_folder() as folder:
             images = sort_rows(self._images, "image_id", arrow_schema(Image), f"{folder}/images")
             tables = sort_tables(self._parts, "question_id", folder)
+            tables["images"] = listed_rows(tables["questions"], "image_ids", images, f"{folder}/question_images")
             if rules.policy == "consensus":
                 self.consensus = checked_consensus_counts(_labels_of_windows(tables))
             for window in windows(tables):
@@ -152,7 +153,7 @@ class TwoTowerRows:
                     window["states"],
                     group_labels([window["labels"]]),
                     window["questions"],
-                    images.rows_of(pc.list_flatten(window["questions"]["image_ids"]).to_pylist()),
+                    window["images"],
                     window["evidence"],
                     window["solutions"],
                     rules.policy,

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from ray import cloudpickle
 
-from medmm_ray.data.sorted_rows import SortedRows, rows_among, sort_rows, windows
+from medmm_ray.data.sorted_rows import SortedRows, listed_rows, rows_among, sort_rows, windows
 from medmm_ray.data.tables import attach
 
 SCHEMA = pa.schema({"question_id": pa.string(), "place": pa.int64(), "texts": pa.list_(pa.string())})
@@ -88,6 +88,36 @@ def test_tables_without_rows_are_one_empty_window(tmp_path: Path) -> None:
     empty = sort_rows([], "question_id", SCHEMA, str(tmp_path / "empty"))
     assert [window["empty"].num_rows for window in windows({"empty": empty})] == [0]
     assert empty.rows_of(["q"]).schema == SCHEMA
+
+
+def test_rows_that_lists_name_are_read_with_whoever_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medmm_ray.data.sorted_rows.RUN_BYTES", 1 << 16)
+    monkeypatch.setattr("medmm_ray.data.sorted_rows.WINDOW_BYTES", 1 << 15)
+    image_schema = pa.schema({"image_id": pa.string(), "uri": pa.string()})
+    images = [{"image_id": f"i{number * 7919 % 10007:05}", "uri": "u" * 60 + str(number)} for number in range(3000)]
+    draw = random.Random(0)
+    owners: list[dict[str, Any]] = []
+    for number in range(4000):
+        ids = [image["image_id"] for image in draw.sample(images, draw.randrange(4))]
+        owners.append({"question_id": f"q{number:04}", "place": 0, "texts": [*ids, "absent"] if number % 9 else ids})
+    sorted_images = sort_rows(
+        [pa.Table.from_pylist(images, image_schema)], "image_id", image_schema, str(tmp_path / "images")
+    )
+    listed = listed_rows(written(tmp_path, owners), "texts", sorted_images, str(tmp_path / "listed"))
+    uris = {image["image_id"]: image["uri"] for image in images}
+    expected = []
+    for owner in owners:
+        for image_id in sorted(set(owner["texts"]) - {"absent"}):
+            expected.append({"question_id": owner["question_id"], "image_id": image_id, "uri": uris[image_id]})
+    assert pa.concat_tables(listed.batches()).to_pylist() == expected
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["images", "listed", "rows"]
+
+
+def test_no_row_is_listed_where_nothing_is_named(tmp_path: Path) -> None:
+    owners = written(tmp_path, [{"question_id": "q", "place": 0, "texts": []}])
+    images = sort_rows([], "image_id", pa.schema({"image_id": pa.string()}), str(tmp_path / "images"))
+    listed = listed_rows(owners, "texts", images, str(tmp_path / "listed"))
+    assert listed.between(None, None).num_rows == 0
 
 
 class Batches:

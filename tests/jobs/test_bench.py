@@ -208,7 +208,7 @@ def test_drivers_are_measured_on_tables_that_hang_together(tmp_path: Path) -> No
     assert [balance.right + balance.wrong for balance in report.balance] == [540, 540]
     assert [pair.overall_kappa.count for pair in report.agreement] == [540]
     assert [check.count for check in report.leakage] == [0] * 5
-    for step in ("train_text_prm", "judge", "monte_carlo", "review", "score"):
+    for step in ("train_text_prm", "train_two_tower", "judge", "monte_carlo", "review", "score"):
         used(step, words)
         assert not list(tmp_path.glob("*/*/.lookups/*"))
     questions = read_input(f"{tmp_path}/inputs/questions.parquet")
@@ -216,6 +216,9 @@ def test_drivers_are_measured_on_tables_that_hang_together(tmp_path: Path) -> No
     # Of each question's three solutions two are equal in text and targets: every fourth step is wrong.
     weights = [sorted(solution["weight"] for solution in row) for row in questions["solutions"].to_pylist()]
     assert weights == [[1, 2]] * 68
+    with_images = read_input(f"{tmp_path}/two-tower-inputs/questions.parquet")
+    assert with_images.num_rows == 68
+    assert sorted(place for row in with_images["places"].to_pylist() for place in row)[-1] == [0, 0, 269]
     usage = used("audit", words)
     assert 50 < usage.mebibytes < 100_000
     assert usage.seconds > 0

@@ -7,7 +7,6 @@ questions at a time.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
@@ -15,7 +14,15 @@ import pyarrow.compute as pc
 
 from medmm_ray.config import digest
 from medmm_ray.data.records import Evidence, Image, Question, arrow_schema
-from medmm_ray.data.sorted_rows import SortedRows, rows_among, sort_rows, sort_tables, windows, write_sorted
+from medmm_ray.data.sorted_rows import (
+    SortedRows,
+    listed_rows,
+    rows_among,
+    sort_rows,
+    sort_tables,
+    windows,
+    write_sorted,
+)
 from medmm_ray.data.tables import attach
 from medmm_ray.text import question_with_options
 
@@ -87,8 +94,14 @@ def input_files(
         "question_id",
         folder,
     )
+    tables["images"] = listed_rows(
+        tables["questions"],
+        "image_ids",
+        image_rows,
+        f"{folder}/question_images",
+    )
     own_rows = write_sorted(
-        _own_rows(tables, image_rows),
+        _own_rows(tables),
         "question_id",
         _OWN,
         f"{folder}/own",
@@ -126,12 +139,11 @@ class _ImageFiles(NamedTuple):
     error: str | None
 
 
-def _own_rows(tables: Mapping[str, SortedRows], images: SortedRows) -> Iterator[pa.Table]:
+def _own_rows(tables: Mapping[str, SortedRows]) -> Iterator[pa.Table]:
     """Rows of `_OWN`, some questions at a time."""
     for window in windows(tables):
         questions = window["questions"].to_pylist()
-        image_ids = chain.from_iterable(row["image_ids"] for row in questions)
-        files = rows_among(images, "image_id", image_ids)
+        files = {row["image_id"]: row for row in window["images"].to_pylist()}
         references: dict[str, list[str]] = {}
         for row in window["evidence"].to_pylist():
             references[row["question_id"]] = [image["uri"] for image in row["images"] or ()]

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from jobs.entry import launch, parser, read_arguments
+from jobs.event_loop import run_coroutine
 from jobs.graph import BY_NAME
 from jobs.recipe import Recipe
 from jobs.step import Job, Run
@@ -265,7 +266,7 @@ def _main(arguments: argparse.Namespace) -> int:
     # The budget of an API is an actor of Ray's; without an API no Ray is needed.
     with session() if equivalence.engine else nullcontext():
         grader = MakeGrader(equivalence, run.apis)()
-        comparisons = asyncio.run(search(run, rows, grader))
+        comparisons = run_coroutine(search(run, rows, grader))
     config, num_resamples = run.recipe.beam_search, run.recipe.evaluate.bootstrap_samples
     failed = Counter(error_kind(comparison.error) for comparison in comparisons if comparison.error)
     report = {

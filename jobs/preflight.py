@@ -4,12 +4,12 @@ An API gets one small call a day, each checkpoint's files are listed and its con
 all faults are reported at once. Steps that are complete need nothing any more.
 """
 
-import asyncio
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from jobs.event_loop import run_coroutine
 from jobs.graph import Step
 from jobs.plan import price_notes
 from jobs.recipe import asking, judges
@@ -107,7 +107,7 @@ def _probe(run: Run, models: Mapping[str, ApiModel], report: PreflightReport) ->
         sends_images = any(models[section].sends_images for section in sections)
         wants_json = any(models[section].wants_json for section in sections)
         probes[name] = replace(model, sends_images=sends_images, wants_json=wants_json)
-    outcomes = asyncio.run(probe_all(list(probes.values()), run.apis.folder, today()))
+    outcomes = run_coroutine(probe_all(list(probes.values()), run.apis.folder, today()))
     for name, outcome in zip(probes, outcomes, strict=True):
         if isinstance(outcome, list):
             report.notes += [f"{name}: {note}" for note in outcome]

@@ -6,7 +6,6 @@ follows it while it runs, and starts its next try when it has ended, which makes
 """
 
 import argparse
-import asyncio
 import logging
 import os
 import re
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import jobs
 from jobs.entry import add_range, launch, parser, read_arguments
+from jobs.event_loop import run_coroutine
 from jobs.graph import BY_NAME, steps_between
 from jobs.recipe import DriverConfig, Recipe
 from medmm_ray.config import ConfigError, digest, identity
@@ -249,7 +249,7 @@ def follow(client: "JobSubmissionClient", job_id: str) -> tuple["JobDetails", Jo
     _await_start(client, job_id)
     while True:
         with suppress(aiohttp.ClientError, RuntimeError):
-            asyncio.run(_print_log(client, job_id, log))
+            run_coroutine(_print_log(client, job_id, log))
         job = _details(client, job_id)
         if job.status.is_terminal():
             return job, log

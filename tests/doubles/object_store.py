@@ -7,13 +7,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-START_S = 120.0  # moto imports for half a minute beside other work
+START_S = 300.0  # moto imports for minutes on a machine that is busy with much else
 Application = Callable[[dict[str, Any], Any], Iterable[bytes]]
 
 
@@ -43,22 +43,23 @@ def serving(bucket: str = "bucket") -> Iterator[str]:
     root = Path(__file__).parents[2]
     with subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
-            _await(server, port())
-            httpx.put(f"{address}/{bucket}", trust_env=False).raise_for_status()
+            _await(server, address)
+            httpx.put(f"{address}/{bucket}", trust_env=False, timeout=START_S).raise_for_status()
             yield f"s3://{bucket}"
         finally:
             server.terminate()
 
 
-def _await(server: subprocess.Popen[bytes], port: int) -> None:
+def _await(server: subprocess.Popen[bytes], address: str) -> None:
+    """Wait until the server answers: it listens before it has loaded what answers the first request."""
     deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
+    while (remaining := deadline - time.monotonic()) > 0:
         assert server.poll() is None, f"moto ended with {server.returncode}; is the dev extra installed?"
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
+        with suppress(httpx.TransportError):
+            httpx.get(address, trust_env=False, timeout=remaining).raise_for_status()
+            return
         time.sleep(0.1)
-    raise AssertionError(f"moto did not listen on port {port} within {START_S:g} s")
+    raise AssertionError(f"moto did not answer at {address} within {START_S:g} s")
 
 
 def one_by_one(application: Application) -> Application:

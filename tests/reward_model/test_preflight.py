@@ -407,6 +407,16 @@ def test_dry_run_is_offline_and_check_asks_each_model_once(
     assert "--check goes with --dry-run" in capsys.readouterr().err
 
 
+def test_a_notebook_whose_event_loop_runs_asks_each_model_too(server: Server, tmp_path: Path) -> None:
+    server.script = [chat_said('{"answer": "yes"}')]
+
+    async def cell() -> int:
+        return pipeline.main([*recipe_with_apis(server, tmp_path / "run"), "--dry-run", "--check"])
+
+    assert asyncio.run(cell()) == 0
+    assert len(server.requests) == 1
+
+
 def test_all_that_fails_is_told_at_once_before_anything_starts(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,10 +4,19 @@ import asyncio
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
 from jobs.event_loop import run_coroutine
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C is a KeyboardInterrupt, as in a notebook: a shell's background jobs ignore it."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
 
 
 async def thread_name() -> str:
@@ -37,6 +46,7 @@ def test_what_is_raised_in_the_thread_is_raised_in_the_notebook() -> None:
         asyncio.run(cell())
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_in_a_notebook_ends_what_it_waits_for() -> None:
     events: list[str] = []
 

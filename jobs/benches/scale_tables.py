@@ -124,9 +124,9 @@ def _empty(field: pa.Field, num_rows: int) -> pa.Array:
     value: object = 0
     if pa.types.is_string(field.type):
         value = ""
-    elif pa.types.is_binary(field.type):
+    elif pa.types.is_large_binary(field.type):
         value = b""
-    return pa.repeat(pa.scalar(value, field.type), num_rows)
+    return pa.repeat(pa.scalar(value).cast(field.type), num_rows)
 
 
 def question_ids(numbers: np.ndarray[Any, np.dtype[np.int64]]) -> pa.Array:

@@ -38,12 +38,16 @@ def worker_environment() -> dict[str, str]:
     """Variables of every worker. One OpenMP thread a process: two that compute beside another process collapse.
 
     Threads that wait sleep soon, but not at once: on two cores, training on two threads took 26 % longer without the
-    short spin, and other processes are not held up by it.
+    short spin, and other processes are not held up by it. oneDNN keeps what it made for a product of each shape, a
+    thousand at its default, and rows have thousands of lengths: a replica's memory grew by a third within a minute of
+    load. A few dozen serve all layers of a pass, and are no slower.
     """
     return {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "OMP_WAIT_POLICY": "PASSIVE",
         "GOMP_SPINCOUNT": "1000",
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+        "LRU_CACHE_CAPACITY": "64",  # the same by PyTorch's own layer over oneDNN
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }

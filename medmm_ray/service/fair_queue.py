@@ -1,11 +1,12 @@
 """Which tokens a replica's next forward pass holds: requests share passes, each has its turn.
 
 Enters: requests, each of which gives its next piece of work for the room that a pass has left. Leaves: passes, as lists
-of pieces. This is fair queueing over requests: each counts the tokens that it was given, the one with the fewest is
-next, and a new one starts where a request stands that always had its equal share (the virtual time). So a request of 64
-long solutions and one of a single short solution both go on, and the short one waits for its own size, not for the
-other's. A request that is small beside one that waits has a head start, so that it is through with the passes that its
-own tokens take; what head starts take together is a bounded share of all passes. Pure: no clock, no thread.
+of pieces. This is weighted fair queueing over requests (Demers, Keshav and Shenker 1989): next is the one that would be
+through first if all that wait had equal shares of every pass, by the tokens that each would have had by now (the
+virtual time). So one of a single short solution waits for its own size, not for that of 64 long ones, and those of one
+size are read in the order in which they came, which makes none later and most earlier than equal shares would. A
+request that is small beside one that waits has a head start, so that it is through with the passes that its own tokens
+take; what head starts take together is a bounded share of all passes. Pure: no clock, no thread.
 """
 
 from dataclasses import dataclass
@@ -60,18 +61,18 @@ W = TypeVar("W", bound=Work[Piece])
 
 @dataclass
 class _Waiting(Generic[W]):
-    """A request that waits: the tokens that it was given, counted from where it started; its place of arrival, and
+    """A request that waits: the virtual time at which equal shares would have it through, its place of arrival, and
     whether it started ahead of its turn."""
 
     work: W
-    served: float
+    finish: float
     number: int
     has_head_start: bool = False
 
     @property
-    def turn(self) -> tuple[float, int, int]:
-        """The least is next; of equals the one with less to do."""
-        return self.served, self.work.tokens_left, self.number
+    def turn(self) -> tuple[float, int]:
+        """The least is next; of equals the one that came first."""
+        return self.finish, self.number
 
 
 class FairQueue(Generic[W]):
@@ -99,7 +100,7 @@ class FairQueue(Generic[W]):
             self._head_starts_left -= num_tokens
             # As far as any: of several small ones the smallest is first.
             start -= HEAD_START
-        self._waiting[id(work)] = _Waiting(work, start, self._num_arrived, has_head_start)
+        self._waiting[id(work)] = _Waiting(work, start + num_tokens, self._num_arrived, has_head_start)
         self._num_arrived += 1
 
     def _is_small(self, num_tokens: int) -> bool:
@@ -147,7 +148,6 @@ class FairQueue(Generic[W]):
             used += piece.num_tokens
             if not waiting.has_head_start:
                 used_in_turn += piece.num_tokens
-            waiting.served += piece.num_tokens
             if work.is_cut:
                 del self._waiting[id(work)]
         # What each of them had in the mean: one that comes now has missed nothing. What head starts took is no turn's:

@@ -1,11 +1,16 @@
 """Linear layers by oneDNN: the values and gradients of PyTorch's own."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from medmm_ray.engines import onednn_linear
 from medmm_ray.engines.onednn_linear import OneDnnLinear, use_onednn
+from medmm_ray.session import worker_environment
 
 
 def layer(bias: bool, outputs: int = 24) -> nn.Linear:
@@ -60,3 +65,25 @@ def test_only_plain_layers_change_and_their_weights_stay() -> None:
     use_onednn(model)
     assert [type(module) for module in model] == [OneDnnLinear, Own, nn.LayerNorm]
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_a_workers_memory_does_not_grow_with_the_lengths_of_rows() -> None:
+    program = """
+import resource, torch
+from medmm_ray.engines.onednn_linear import use_onednn
+made = torch.nn.Linear(768, 768)
+use_onednn(made)
+torch.set_num_threads(1)
+def read(lengths):
+    with torch.inference_mode():
+        for length in lengths:
+            made(torch.zeros(length, 768))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(read(range(1000, 900, -1)), read(range(900, 200, -1)))
+"""
+    environment = {**os.environ, **worker_environment()}
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    before, after = map(float, result.stdout.split())
+    assert after < before + 20, "MiB"

@@ -44,7 +44,7 @@ def _check_encoders(job: Job, index: str) -> None:
     """Raise `ConfigError` where queries or the questions' images were embedded by others than the index asks for."""
     encoders = IndexEncoders.load(index)
     advice = "Embed again with the index's encoders, or make the index anew"
-    if job.config.num_documents and job.config.dense_weight:
+    if job.config.searches_passage_vectors:
         encoders.check("queries", recorded_encoder(job.table("queries")), index, advice)
     if job.config.num_images:
         encoders.check("images", recorded_encoder(job.table("image_vectors")), index, advice)

@@ -24,7 +24,6 @@ from rich.console import Console
 from jobs.benches import Measured
 from jobs.benches.models import SERVED, BenchQuestion, Shape, bench_question, reward_model
 from jobs.benches.serve_load import (
-    RETRIES,
     Client,
     Reply,
     closed_loop,
@@ -37,6 +36,7 @@ from jobs.benches.serve_load import (
 )
 from jobs.benches.serve_replicas import ReplicasConfig, measure_replicas
 from medmm_ray.config import Config
+from medmm_ray.retries import DEFAULT_RETRIES
 from medmm_ray.service.config import ServeConfig
 from medmm_ray.service.deployment import running
 from medmm_ray.session import session
@@ -207,7 +207,7 @@ def saturation(bench: Bench) -> Iterator[Measured]:
 
     async def saturate(url: str) -> tuple[list[Reply], float]:
         async with http_client(url) as http:
-            return await closed_loop(Client(http, retries=RETRIES).send, [body_of(case) for case in cases], 8)
+            return await closed_loop(Client(http, retries=DEFAULT_RETRIES).send, [body_of(case) for case in cases], 8)
 
     with bench.serving() as url:
         processes = [psutil.Process(), process_named("Reranker"), process_named("ProxyActor")]
@@ -270,7 +270,7 @@ def clients(bench: Bench) -> Iterator[Measured]:
         first = 1000 * (100 * turn + num_clients)
         cases = [bench.case(first + number) for number in range(config.requests)]
         async with http_client(url) as http:
-            client = Client(http, retries=RETRIES)
+            client = Client(http, retries=DEFAULT_RETRIES)
             replies, seconds = await closed_loop(client.send, [body_of(case) for case in cases], num_clients)
         assert len(served(replies)) == len(cases), statuses(replies)
         return seconds

@@ -11,9 +11,7 @@ import httpx
 import numpy as np
 import psutil
 
-from medmm_ray.retries import DEFAULT_RETRIES, Attempts, Retries
-
-RETRIES = DEFAULT_RETRIES
+from medmm_ray.retries import Attempts, Retries
 
 
 @dataclass(frozen=True)

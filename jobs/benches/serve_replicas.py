@@ -18,7 +18,6 @@ from rich.console import Console
 
 from jobs.benches import Measured
 from jobs.benches.serve_load import (
-    RETRIES,
     Client,
     Reply,
     closed_loop,
@@ -30,7 +29,7 @@ from jobs.benches.serve_load import (
 )
 from jobs.benches.slow_engine import SlowModel
 from medmm_ray.config import Config
-from medmm_ray.retries import Retries
+from medmm_ray.retries import DEFAULT_RETRIES, Retries
 from medmm_ray.service.config import ModelConfig, ServeConfig
 from medmm_ray.service.deployment import application, running
 from medmm_ray.service.replica import ReplicaScorer, ServedModel
@@ -127,7 +126,7 @@ def scale(config: ReplicasConfig, console: Console) -> Iterator[Measured]:
     async def step(url: str) -> list[Reply]:
         watching = asyncio.create_task(watch(counts))
         async with http_client(url) as http:
-            send = Client(http, retries=RETRIES).send
+            send = Client(http, retries=DEFAULT_RETRIES).send
             high = await open_loop(send, body, (config.most - 0.5) * capacity, config.high_s)
             low = await open_loop(send, body, 0.3 * capacity, config.low_s)
         watching.cancel()
@@ -199,15 +198,7 @@ def replace(config: ReplicasConfig, console: Console) -> Iterator[Measured]:
 
         replies = under_load(url, config.steady_s, None, update)
     console.print(f"rolling update: statuses {statuses(replies)}")
-    failed = len(replies) - len(served(replies))
-    yield Measured(
-        "rolling update: failed, without retries",
-        len(replies),
-        failed,
-        failed,
-        "≤ 0",
-        "requests",
-    )
+    yield failed_row("rolling update: failed, without retries", replies)
 
 
 def replace_further(config: ReplicasConfig, console: Console) -> Iterator[Measured]:
@@ -231,15 +222,7 @@ def replace_further(config: ReplicasConfig, console: Console) -> Iterator[Measur
         f"new weights of a further model: statuses {statuses(replies)}, the first request has log-odds of {first:+g}, "
         f"{num_new} of {len(after)} sent after the update of {BIAS[NEW]:+g}"
     )
-    failed = len(replies) - len(served(replies))
-    yield Measured(
-        "new weights of a further model: failed, without retries",
-        len(replies),
-        failed,
-        failed,
-        "≤ 0",
-        "requests",
-    )
+    yield failed_row("new weights of a further model: failed, without retries", replies)
     yield Measured(
         "new weights of a further model: answers of the new ones after the update",
         len(after),
@@ -269,7 +252,7 @@ AFTER_RETRIES = "failed after retries"
 
 def kill(config: ReplicasConfig, console: Console) -> Iterator[Measured]:
     """One of two replicas is killed; what it had is sent again."""
-    for retries, name in ((None, WITHOUT_RETRIES), (RETRIES, AFTER_RETRIES)):
+    for retries, name in ((None, WITHOUT_RETRIES), (DEFAULT_RETRIES, AFTER_RETRIES)):
         with serving_slow(num_replicas=2, max_wait_s=10) as (url, _):
             replies = under_load(url, config.steady_s, retries, lambda: process_named("Reranker").kill())
         yield _failed(f"kill -9 of a replica, {name}", replies, retries, console)
@@ -277,7 +260,7 @@ def kill(config: ReplicasConfig, console: Console) -> Iterator[Measured]:
 
 def kill_node(config: ReplicasConfig, console: Console) -> Iterator[Measured]:
     """A node with one of two replicas is killed with all its processes; another node has room for its replica."""
-    for retries, name in ((None, WITHOUT_RETRIES), (RETRIES, AFTER_RETRIES)):
+    for retries, name in ((None, WITHOUT_RETRIES), (DEFAULT_RETRIES, AFTER_RETRIES)):
         with (
             three_nodes() as (cluster, nodes, port),
             serving_slow(num_replicas=2, max_wait_s=10, num_cpus=NODE_CPUS, port=port) as (url, _),
@@ -320,7 +303,13 @@ def three_nodes() -> Iterator[tuple["Cluster", Sequence[Any], int]]:
 def _failed(name: str, replies: Sequence[Reply], retries: Retries | None, console: Console) -> Measured:
     """The row of requests that failed; without retries a 503 that says when to come again is none."""
     console.print(f"{name}: statuses {statuses(replies)}")
-    num_failed = len(replies) - len(served(replies))
+    num_told = 0
     if retries is None:
-        num_failed -= sum(reply.status == 503 and reply.retry_after is not None for reply in replies)
+        num_told = sum(reply.status == 503 and reply.retry_after is not None for reply in replies)
+    return failed_row(name, replies, num_told)
+
+
+def failed_row(name: str, replies: Sequence[Reply], num_told: int = 0) -> Measured:
+    """The row of requests without scores, less those that were told when to come again."""
+    num_failed = len(replies) - len(served(replies)) - num_told
     return Measured(name, len(replies), num_failed, num_failed, "≤ 0", "requests")

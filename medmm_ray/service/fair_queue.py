@@ -1,7 +1,7 @@
 """Which tokens a replica's next forward pass holds: requests share passes, each has its turn.
 
 Enters: requests, each of which gives its next piece of work for the room that a pass has left. Leaves: passes, as lists
-of pieces. This is weighted fair queueing over requests (Demers, Keshav and Shenker 1989): next is the one that would be
+of pieces. This is fair queueing over requests (Demers, Keshav and Shenker 1989): next is the one that would be
 through first if all that wait had equal shares of every pass, by the tokens that each would have had by now (the
 virtual time). So one of a single short solution waits for its own size, not for that of 64 long ones, and those of one
 size are read in the order in which they came, which makes none later and most earlier than equal shares would. A

@@ -67,7 +67,7 @@ class EvidenceSearch:
         from medmm_ray.engines.index.encoders import IndexEncoders
 
         recorded, name, settings = IndexEncoders.load(folder), str(self._config.index), self._config.retrieve
-        if settings.num_documents and settings.dense_weight:
+        if settings.searches_passage_vectors:
             advice = "Set retrieval.embed as the run that made the index has it (its recipe's section embed)"
             recorded.check("queries", self._queries.query_identity, name, advice)
         if settings.num_images:

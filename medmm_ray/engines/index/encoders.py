@@ -54,10 +54,11 @@ class IndexEncoders:
 
         `index` is what the message calls it, `advice` what to do.
         """
-        # What one of the two does not know of itself cannot differ.
         expected: EncoderIdentity | None = getattr(self, of)
-        differences = encoder.differences(expected) if encoder and expected else []
-        if encoder and expected and differences:
+        # What one of the two does not know of itself cannot differ.
+        if encoder is None or expected is None:
+            return
+        if differences := encoder.differences(expected):
             raise ConfigError(
                 f"index {index}: {_MADE[of]} {expected.source}, and this is {encoder.source}: "
                 f"{', '.join(differences)}. {advice}"

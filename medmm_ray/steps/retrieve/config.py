@@ -51,3 +51,8 @@ class RetrieveConfig(GpuPlacement):
     """Logical CPU cores one copy asks for."""
     num_gpus: float = execution(0.0)
     """GPUs that one copy holds: the reranker's; with FAISS for GPUs, flat and ivf_pq indexes are searched there too."""
+
+    @property
+    def searches_passage_vectors(self) -> bool:
+        """Whether queries are compared with the passages' vectors: these must come of the index's own encoders."""
+        return self.num_documents > 0 and self.dense_weight > 0

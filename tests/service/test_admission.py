@@ -7,20 +7,24 @@ import json
 import time
 from collections.abc import Coroutine, Mapping
 from typing import Any
+from unittest.mock import patch
 
 import httpx
 import pytest
 from fastapi import FastAPI
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from jobs.benches.slow_engine import SlowModel, SlowScores
+from medmm_ray.service import reading
 from medmm_ray.service.app import api
 from medmm_ray.service.backend import Backend, no_check
 from medmm_ray.service.config import ServeConfig
 from medmm_ray.service.models import Models
 from medmm_ray.service.problems import Kind, Problem
 from medmm_ray.service.readiness import Readiness
-from medmm_ray.service.reading import count_values, parse
+from medmm_ray.service.reading import WINDOW, count_values, parse
 from medmm_ray.service.replica import ReplicaScorer
 from medmm_ray.service.rerank import ModelInput, ModelTraits, Scored
 
@@ -250,8 +254,9 @@ def test_what_a_body_may_hold(value: Any, limit: int, words: str) -> None:
     [
         # No JSON, any of them: refused before a parser builds the first million values.
         (b"[]," * 300_000, "more values than 100000"),
-        (b'"a":' * 300_000, "more values than 100000"),
-        (b'{"question": "' + b'\\"' * 300_000, "a text is longer, in characters, than 200000"),
+        (b"[" * 100_001, "more values than 100000"),
+        (b'"a":1,' * 100_001, "more values than 100000"),
+        (b'{"question": "' + b'\\"' * 2_000_001, "together more escaped characters than 2000000"),
     ],
 )
 def test_values_are_counted_before_they_are_parsed(body: bytes, words: str) -> None:
@@ -261,10 +266,44 @@ def test_values_are_counted_before_they_are_parsed(body: bytes, words: str) -> N
 
 
 @pytest.mark.parametrize("text", ['a "quoted" word', "back\\slash\\", "\\" * 7 + '"', ",:[{" * 40_000, ""])
-def test_what_stands_in_texts_is_no_value(text: str) -> None:
-    body = json.dumps({"question": text, "solutions": [text, "b"]}).encode()
+@pytest.mark.parametrize("num_before", [0, *range(WINDOW - 24, WINDOW)])
+def test_what_stands_in_texts_is_no_value(num_before: int, text: str) -> None:
+    """Wherever the windows end that are counted at a time: in a text, or between a backslash and a quote."""
+    body = b" " * num_before + json.dumps({"question": text, "solutions": [text, "b"]}).encode()
     count_values(body)
     assert parse(body)["solutions"] == [text, "b"]
+
+
+@given(
+    st.lists(st.text(st.sampled_from('a,[]{}:"\\é'), max_size=40), max_size=30),
+    st.integers(0, 3),
+    st.integers(1, 80),
+)
+def test_values_are_counted_in_any_windows(texts: list[str], num_lists: int, window: int) -> None:
+    """Commas and brackets of texts are none, whatever else the texts hold: as many as there are pass, one less not."""
+    value = [texts, *[[]] * num_lists, {text: text for text in texts}]
+    commas = sum(max(0, number - 1) for number in (len(texts), len(value), len({*texts})))
+    brackets = 1 + len(value)
+    body = json.dumps(value, ensure_ascii=False).encode()
+    with patch.multiple(reading, WINDOW=window, MAX_VALUES=max(commas, brackets)):
+        count_values(body)
+    with (
+        patch.multiple(reading, WINDOW=window, MAX_VALUES=max(commas, brackets) - 1),
+        pytest.raises(Problem, match="more values"),
+    ):
+        count_values(body)
+
+
+@pytest.mark.parametrize(
+    ("body", "value"),
+    [
+        (b'["\\ud800"]', ["\ud800"]),  # half a character, as some clients send
+        (b"\xef\xbb\xbf[1]", [1]),
+        (b'{"a": 1, "a": 2}', {"a": 2}),
+    ],
+)
+def test_what_the_fast_parser_refuses_the_standard_one_reads(body: bytes, value: Any) -> None:
+    assert parse(body) == value
 
 
 def test_a_number_that_python_does_not_convert_is_invalid() -> None:

@@ -214,6 +214,8 @@ def test_a_solution_that_cannot_be_scored_leaves_the_others(web: TestClient) -> 
         ({"options": ["x"] * 27}, 422, ["options", "26"]),
         ({"aggregate": "max"}, 422, ["aggregate", "'max'", "'min'"]),
         ({"image": "no base64!"}, 422, ["image_encoding", "10 characters", "base64"]),
+        ({"image": "QUJDQ"}, 422, ["image_encoding", "no multiple of 4", "5 characters"]),
+        ({"image": "QUJD\nQUJ*"}, 422, ["image_encoding", "not of its alphabet", "9 characters"]),
         ({"image": "QUJD\u0410"}, 422, ["image_encoding", "character 4 is not ASCII", "5 characters"]),
         ({"image": b64(b"GIF89a broken")}, 422, ["image_corrupt", "image is not"]),
         ({"image": "data:image/png;base64,"}, 422, ["image_empty", "0 bytes"]),

@@ -46,6 +46,8 @@ QUESTION_COLUMNS = ["question_id", "split", "question", "options", "image_ids", 
 IMAGE_COLUMNS = ["image_id", "uri", "error"]
 EVIDENCE_COLUMNS = ["question_id", "documents", "images", "error"]
 """What is needed of the tables."""
+GROUPS_BYTES = 1 << 20
+"""Members whose groups are numbered at a time: names become Python strings, three of each group."""
 
 SHUFFLED = INPUT_SCHEMA.names[-3:]
 _OWN = pa.schema(
@@ -200,7 +202,7 @@ def _others_rows(own_rows: SortedRows, folder: str, seed: int) -> SortedRows:
         _MEMBERS,
         f"{folder}/members",
     )
-    groups = (_groups(window["members"], seed) for window in windows({"members": members}))
+    groups = (_groups(window["members"], seed) for window in windows({"members": members}, GROUPS_BYTES))
     ordered = sort_rows(
         groups,
         "place",
@@ -249,7 +251,8 @@ def _members(own_rows: pa.Table) -> pa.Table:
 
 def _groups(members: pa.Table, seed: int) -> pa.Table:
     """Groups by their smallest id, the same whatever the order of the rows, each with its place in the drawn order."""
-    counted = members.group_by("group").aggregate([("question_id", "min")])
+    # Its threads would each keep a table of hashes and what they allocated.
+    counted = members.group_by("group", use_threads=False).aggregate([("question_id", "min")])
     groups, first_ids = counted["group"].to_pylist(), counted["question_id_min"].to_pylist()
     places: list[str] = []
     for group, first_id in zip(groups, first_ids, strict=True):

@@ -9,8 +9,10 @@ from itertools import accumulate
 from threading import Lock
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from pyarrow import fs as pafs
 
 from medmm_ray.data.tables import filesystem
@@ -94,29 +96,36 @@ class RowGroupReader:
         self,
         file: int,
         columns: Sequence[str],
-    ) -> tuple[pa.Table, list[tuple[int, int, int]]]:
+    ) -> tuple[pa.Table, pa.Array]:
         """Some columns of a whole file, and the place of each row: file, row group, row in that."""
         with self._lock:
-            opened = self._opened(file)
-        places: list[tuple[int, int, int]] = []
-        for row_group in range(opened.num_row_groups):
-            num_rows = opened.metadata.row_group(row_group).num_rows
-            places += [(file, row_group, row) for row in range(num_rows)]
-        return opened.read(columns=list(columns), use_threads=False), places
+            opened = self._new_file(file)
+        # It is not asked for again: its footer is let go.
+        with opened:
+            places: list[NDArray[np.int32]] = []
+            for row_group in range(opened.num_row_groups):
+                rows = np.arange(opened.metadata.row_group(row_group).num_rows, dtype=np.int32)
+                places.append(np.column_stack([np.full_like(rows, file), np.full_like(rows, row_group), rows]))
+            flat = np.concatenate([np.empty((0, 3), np.int32), *places]).ravel()
+            rows_of_file = opened.read(columns=list(columns), use_threads=False)
+        return rows_of_file, pa.FixedSizeListArray.from_arrays(pa.array(flat), 3)
 
     def _opened(self, file: int) -> pq.ParquetFile:
         if file not in self._open:
-            folder, name = self._files[file]
-            # One connection a folder: a filesystem of an object store takes longer to make than a file to open.
-            if folder not in self._folders:
-                self._folders[folder] = filesystem(folder)
-            fs, path = self._folders[folder]
-            # The columns of a row group in few requests, not one each.
-            self._open[file] = pq.ParquetFile(fs.open_input_file(f"{path}/{name}"), pre_buffer=True)
+            self._open[file] = self._new_file(file)
             if len(self._open) > MAX_OPEN_FILES:
                 self._open.popitem(last=False)[1].close(force=True)
         self._open.move_to_end(file)
         return self._open[file]
+
+    def _new_file(self, file: int) -> pq.ParquetFile:
+        folder, name = self._files[file]
+        # One connection a folder: a filesystem of an object store takes longer to make than a file to open.
+        if folder not in self._folders:
+            self._folders[folder] = filesystem(folder)
+        fs, path = self._folders[folder]
+        # The columns of a row group in few requests, not one each.
+        return pq.ParquetFile(fs.open_input_file(f"{path}/{name}"), pre_buffer=True)
 
 
 class TableRows:

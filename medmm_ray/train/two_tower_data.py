@@ -51,7 +51,7 @@ LOCATED = pa.schema(
     }
 )
 _STATES_COLUMNS = ("solution_id", "num_steps", "hidden_size", "dtype", "states", "summaries", "text_log_odds")
-_FOOTER_READERS = 16
+_FOOTER_READERS = 8
 MIN_SAMPLED = 64
 
 
@@ -89,7 +89,7 @@ def located_states(files: pa.Table) -> Iterator[pa.Table]:
 
 def _located_file(reader: RowGroupReader, number: int) -> pa.Table:
     rows, places = reader.read_all(number, LOCATED.names[:-1])
-    return rows.append_column("place", pa.array(places, LOCATED.field("place").type)).cast(LOCATED)
+    return rows.append_column("place", places).cast(LOCATED)
 
 
 def questions_with_images(

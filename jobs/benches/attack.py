@@ -30,6 +30,7 @@ from jobs.benches.attack_cases import BODIES, MARK, Family, Keys, attacks_of, sl
 from jobs.benches.attack_files import encoded
 from jobs.benches.attack_wire import Attack, Outcome, json_request, request_bytes, send_all
 from jobs.benches.models import SERVED, reward_model
+from jobs.benches.process_memory import in_new_process
 from jobs.benches.serve_load import process_named, quantile
 from jobs.benches.two_tower import small_tower
 from medmm_ray.config import Config
@@ -222,8 +223,8 @@ def _health(config: BenchConfig, url: str, key: str, console: Console) -> Iterat
         for body in bodies:
             flood.append(Attack("flood", path, [request_bytes("POST", path, body, key)], num_with_key=1))
     busy: list[float] = []
-    # In a thread of its own: the loop that sends is itself kept by what it writes.
-    asking = threading.Thread(target=lambda: busy.extend(_asked(url, config.flood_s)))
+    # In a process of its own: what sends 5 MB at a time keeps the threads beside it, which is no fault of the service.
+    asking = threading.Thread(target=lambda: busy.extend(in_new_process(_asked, url, config.flood_s)))
     asking.start()
     sent = 0
     while asking.is_alive():

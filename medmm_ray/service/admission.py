@@ -89,8 +89,8 @@ class Parts:
     async def joined(self) -> bytes:
         """The whole body; its parts are let go."""
         parts, self._parts = self._parts, []
-        if len(parts) == 1:
-            return parts[0]
+        if len(parts) < 2:
+            return b"".join(parts)
         # Not on the event loop: new pages for some MB take 20 ms. Python joins large parts without its lock.
         return await asyncio.to_thread(b"".join, parts)
 

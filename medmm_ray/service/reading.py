@@ -95,8 +95,8 @@ def count_values(body: bytes) -> None:
             last_other = np.maximum.accumulate(np.where(is_backslash, -1 - num_backslashes, places))
             num_before = np.concatenate(([num_backslashes], places - last_other))
             # An odd number of backslashes before a quote makes it a part of the text.
-            is_escaped = num_before % 2 == 1
-            is_quote &= ~is_escaped[:-1]
+            is_escaped = num_before[:-1] % 2 == 1
+            is_quote &= ~is_escaped
             num_escaped += int(np.count_nonzero(is_escaped))
             num_backslashes = int(num_before[-1])
         is_text = np.logical_xor.accumulate(is_quote)

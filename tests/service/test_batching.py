@@ -43,6 +43,11 @@ async def until(is_so: Callable[[], bool]) -> None:
         await asyncio.sleep(0.001)
 
 
+async def until_queued(batcher: Batcher[Any, Any], num_tokens: int) -> None:
+    """Wait until so many tokens are in the queue: those of a request that is still tokenized wait elsewhere."""
+    await until(lambda: batcher.waiting_tokens == num_tokens and not batcher._preparing)
+
+
 def test_requests_that_come_together_share_passes_and_each_gets_its_own_result() -> None:
     engine = SlowEngine(gate=threading.Event())
     with batching(engine) as batcher:
@@ -51,7 +56,7 @@ def test_requests_that_come_together_share_passes_and_each_gets_its_own_result()
             first = asyncio.create_task(batcher.score(SlowRequest("a", [100])))
             await until(lambda: len(engine.passes) == 1)  # it is being read, and the others come meanwhile
             others = [asyncio.create_task(batcher.score(SlowRequest(name, [100, 90]))) for name in "bc"]
-            await until(lambda: batcher.num_waiting == 3 and batcher.waiting_tokens == 380)
+            await until_queued(batcher, 380)
             engine.gate.set()
             return await asyncio.gather(first, *others)
 
@@ -128,10 +133,10 @@ def test_what_would_wait_too_long_is_refused_by_the_measured_rate() -> None:
             await until(lambda: len(engine.passes) == 1)
             for number in range(1, 5):  # 400 in the pass; 400 to 1,600 before those that come
                 tasks.append(asyncio.create_task(batcher.score(SlowRequest(str(number), [400]))))
-                await until(lambda number=number: batcher.waiting_tokens == 400 * number)  # type: ignore[misc]
+                await until_queued(batcher, 400 * number)
             assert batcher.expected_wait(400) == pytest.approx(2.0)
             tasks.append(asyncio.create_task(batcher.score(SlowRequest("5", [400]))))
-            await until(lambda: batcher.waiting_tokens == 2000)
+            await until_queued(batcher, 2000)
             with pytest.raises(OverloadedError, match=r"the expected wait is 2\.4 s, more than 2 s") as refused:
                 await batcher.score(SlowRequest("6", [400]))
             assert refused.value.retry_after_s == 1
@@ -173,7 +178,7 @@ def test_a_request_that_breaks_a_pass_breaks_no_neighbours() -> None:
             first = asyncio.create_task(batcher.score(SlowRequest("first", [100])))
             await until(lambda: len(engine.passes) == 1)
             together = [asyncio.create_task(batcher.score(SlowRequest(name, [60]))) for name in ("a", "broken", "b")]
-            await until(lambda: batcher.num_waiting == 4 and batcher.waiting_tokens == 180)
+            await until_queued(batcher, 180)
             engine.gate.set()
             await first
             return await asyncio.gather(*together, return_exceptions=True)

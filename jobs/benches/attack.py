@@ -10,10 +10,10 @@ import base64
 import json
 import os
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -30,7 +30,7 @@ from jobs.benches.attack_cases import BODIES, MARK, Family, Keys, attacks_of, sl
 from jobs.benches.attack_files import encoded
 from jobs.benches.attack_wire import Attack, Outcome, json_request, request_bytes, send_all
 from jobs.benches.models import SERVED, reward_model
-from jobs.benches.process_memory import in_new_process
+from jobs.benches.process_memory import anonymous_bytes, in_new_process
 from jobs.benches.serve_load import process_named, quantile
 from jobs.benches.two_tower import small_tower
 from medmm_ray.config import Config
@@ -94,11 +94,11 @@ def measure(config: BenchConfig, console: Console) -> Iterator[Measured]:
         yield from _answers(outcomes)
         yield from _health(config, url, known.good, console)
         assert [process.is_running() for process in processes] == [True, True]
-        for name, *stages in zip(("replica", "proxy"), before, after, after_good_will, strict=True):
-            amounts = [f"{memory.own:.0f} ({memory.with_shared:.0f} with what it shares)" for memory in stages]
-            console.print(f"MiB of the {name}: {', attacked '.join(amounts[:2])}, used again {amounts[2]}")
-            first, last = stages[0].own, stages[1].own
-            yield Measured(f"memory of the {name} after the attacks", first, last, last / first, "≤ 1.1", "MiB")
+        names = ("replica", "proxy")
+        for name, first, last, in_use in zip(names, before, after, after_good_will, strict=True):
+            console.print(f"MiB of the {name}: {first}, attacked {last}, used again {in_use}")
+            ratio = last.own / first.own
+            yield Measured(f"memory of the {name} after the attacks", first.own, last.own, ratio, "≤ 1.1", "MiB")
         leaks = _leaks()
     for file, line in leaks[:10]:
         console.print(f"{file}: {line}")
@@ -167,15 +167,17 @@ class _Memory(NamedTuple):
     own: float
     with_shared: float
 
+    def __str__(self) -> str:
+        return f"{self.own:.0f} ({self.with_shared:.0f} with what it shares)"
+
 
 def _memory(processes: Sequence[psutil.Process]) -> list[_Memory]:
     """What each process holds, once it has settled."""
     time.sleep(SETTLE_S)
     held: list[_Memory] = []
     for process in processes:
-        info = process.memory_info()
         # The object store is one for all, bounded by its size, and counted in each process that has read of it.
-        held.append(_Memory((info.rss - info.shared) / 2**20, info.rss / 2**20))
+        held.append(_Memory(anonymous_bytes(process.pid) / 2**20, process.memory_info().rss / 2**20))
     return held
 
 
@@ -222,14 +224,13 @@ def _health(config: BenchConfig, url: str, key: str, console: Console) -> Iterat
     for path in BODIES:
         for body in bodies:
             flood.append(Attack("flood", path, [request_bytes("POST", path, body, key)], num_with_key=1))
-    busy: list[float] = []
     # In a process of its own: what sends 5 MB at a time keeps the threads beside it, which is no fault of the service.
-    asking = threading.Thread(target=lambda: busy.extend(in_new_process(_asked, url, config.flood_s)))
-    asking.start()
-    sent = 0
-    while asking.is_alive():
-        sent += len(asyncio.run(send_all(flood, url, 4)))
-    asking.join()
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(in_new_process, _asked, url, config.flood_s)
+        sent = 0
+        while not asking.done():
+            sent += len(asyncio.run(send_all(flood, url, 4)))
+        busy = asking.result()
     console.print(f"bodies of 5 MB: {sent} in {config.flood_s:g} s, load {os.getloadavg()[0]:.1f}")
     theirs, ours = 1000 * quantile(quiet, 0.99), 1000 * quantile(busy, 0.99)
     yield Measured("/health while bodies of 5 MB are read, p99", theirs, ours, ours, "≤ 50", "ms")

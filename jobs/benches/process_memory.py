@@ -1,4 +1,4 @@
-"""The memory of this process, as Linux tells it, and work in a process of its own, whose peak is that work's alone."""
+"""The memory of a process, as Linux tells it, and work in a process of its own, whose peak is that work's alone."""
 
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -21,13 +21,14 @@ def highest_bytes() -> int:
     return _status("VmHWM")
 
 
-def anonymous_bytes() -> int:
-    """Memory of this process that no file backs."""
-    return _status("RssAnon")
+def anonymous_bytes(pid: int | None = None) -> int:
+    """Memory of a process, of this one without `pid`, that no file and no shared memory backs."""
+    return _status("RssAnon", pid)
 
 
-def _status(name: str) -> int:
-    _, label, rest = Path("/proc/self/status").read_text().partition(f"{name}:")
+def _status(name: str, pid: int | None = None) -> int:
+    path = Path(f"/proc/{pid or 'self'}/status")
+    _, label, rest = path.read_text().partition(f"{name}:")
     if not label:
-        raise OSError(f"/proc/self/status has no {name}: memory is measured on Linux alone")
+        raise OSError(f"{path} has no {name}: memory is measured on Linux alone")
     return 1024 * int(rest.split()[0])

@@ -99,9 +99,7 @@ def count_values(body: bytes) -> None:
             is_quote &= ~is_escaped
             num_escaped += int(np.count_nonzero(is_escaped))
             num_backslashes = int(num_before[-1])
-        is_text = np.logical_xor.accumulate(is_quote)
-        if is_in_text:
-            is_text = ~is_text
+        is_text = np.logical_xor.accumulate(is_quote) ^ is_in_text
         is_in_text = bool(is_text[-1])
         num_commas += int(np.count_nonzero((part == ord(",")) & ~is_text))
         num_brackets += int(np.count_nonzero(((part == ord("[")) | (part == ord("{"))) & ~is_text))

@@ -8,6 +8,7 @@ import binascii
 import hashlib
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal, Protocol, get_args
 
@@ -268,13 +269,12 @@ def from_base64(name: str, value: str) -> bytes:
     """The bytes of a base64 text or ``data:`` URL; `name` is what an error calls it."""
     body = value.partition(",")[2] if value.startswith("data:") else value
     # Not Python's own, which lets no other thread run for the 16 ms that 5 MB take it.
+    with suppress(ValueError):
+        return pybase64.b64decode(body, validate=True)
+    # Some encoders break lines; anything else that is not of the alphabet is an error.
     try:
-        try:
-            return pybase64.b64decode(body, validate=True)
-        except ValueError:
-            # Some encoders break lines; anything else that is not of the alphabet is an error.
-            characters = b"".join(body.encode("ascii").split())
-            return pybase64.b64decode(characters, validate=True)
+        characters = b"".join(body.encode("ascii").split())
+        return pybase64.b64decode(characters, validate=True)
     except UnicodeEncodeError as error:
         fault = f"character {error.start} is not ASCII"
     except binascii.Error:

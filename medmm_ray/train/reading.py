@@ -12,7 +12,6 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 from pyarrow import fs as pafs
 
 from medmm_ray.data.tables import filesystem
@@ -102,13 +101,13 @@ class RowGroupReader:
             opened = self._new_file(file)
         # It is not asked for again: its footer is let go.
         with opened:
-            places: list[NDArray[np.int32]] = []
-            for row_group in range(opened.num_row_groups):
-                rows = np.arange(opened.metadata.row_group(row_group).num_rows, dtype=np.int32)
-                places.append(np.column_stack([np.full_like(rows, file), np.full_like(rows, row_group), rows]))
-            flat = np.concatenate([np.empty((0, 3), np.int32), *places]).ravel()
+            sizes = [opened.metadata.row_group(number).num_rows for number in range(opened.num_row_groups)]
             rows_of_file = opened.read(columns=list(columns), use_threads=False)
-        return rows_of_file, pa.FixedSizeListArray.from_arrays(pa.array(flat), 3)
+        row_groups = np.repeat(np.arange(len(sizes)), sizes)
+        first_rows = np.cumsum([0, *sizes])
+        rows = np.arange(len(row_groups)) - first_rows[row_groups]
+        places = np.column_stack([np.full_like(rows, file), row_groups, rows]).astype(np.int32)
+        return rows_of_file, pa.FixedSizeListArray.from_arrays(pa.array(places.ravel()), 3)
 
     def _opened(self, file: int) -> pq.ParquetFile:
         if file not in self._open:

@@ -51,7 +51,7 @@ LOCATED = pa.schema(
     }
 )
 _STATES_COLUMNS = ("solution_id", "num_steps", "hidden_size", "dtype", "states", "summaries", "text_log_odds")
-_FOOTER_READERS = 8
+_FOOTER_READERS = 8  # of so many files the ids are in memory at a time
 MIN_SAMPLED = 64
 
 
